@@ -1,0 +1,65 @@
+# make lab    set up, then open the course in JupyterLab         make lab PORT=8899
+# make test   set up, then test everything                       make test EXTRAS=test,bench  (with peft, trl and MiniLM)
+# The first call installs into .venv (a minute or two); later ones start in seconds.
+# Another torch: make lab TORCH="torch==2.13.0 --index-url URL"   Another Python: make lab PYTHON=python3.12
+
+PYTHON ?= python3
+PORT   ?= 8888
+EXTRAS ?= test
+TORCH  ?= $(shell sed -n 's/^ *\(torch[<>=~!].*\)$$/\1/p' settings.ini)
+PAGE   ?= nbs/course/first_light.ipynb
+VENV   := .venv
+PY     := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts/python.exe,bin/python)
+
+# Two OpenMP threads that spin while they wait have made a step 10 to 20 times slower
+export OMP_WAIT_POLICY := passive
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# Where there is no screen to open a browser on, say so to Jupyter; and it refuses to run as root unless told
+JUPYTER_FLAGS = --port=$(PORT) $(shell [ "$$(uname)" != Linux ] || [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] || echo --no-browser) \
+                $(shell [ "$$(id -u)" != 0 ] || echo --allow-root)
+
+.PHONY: help lab test readme lab-models clean FORCE
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n '1,4s/^# //p' Makefile
+	@echo 'make readme      README.md from nbs/index.ipynb'
+	@echo 'make lab-models  pretrain the lab models again, into runs/ (hours; the shipped ones are frozen)'
+	@echo 'make clean       remove .venv and what building leaves behind'
+
+lab: $(VENV)/installed-dev
+	$(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/$(PAGE) $(JUPYTER_FLAGS)
+
+# Both halves always run, so that one call tells everything that is wrong
+test: export HF_HUB_OFFLINE := 1
+test: $(VENV)/installed-$(EXTRAS)
+	@$(PY) -m pytest; tests=$$?; $(PY) tests/run_notebooks.py; pages=$$?; exit $$((tests || pages))
+
+readme: $(VENV)/installed-dev
+	$(PY) tests/readme.py
+
+lab-models: $(VENV)/installed-dev
+	$(PY) -c "from ftlab.lab.pretrain import pretrain; [pretrain(m, f'runs/{m}') for m in ('lab-s', 'lab-m')]"
+
+clean:
+	rm -rf $(VENV) build dist ftlab.egg-info .pytest_cache _proc _docs
+
+# Torch first, then the package without build isolation: an isolated build could not see torch, which compiles the extension
+$(VENV)/installed-%: $(VENV)/torch settings.ini setup.py
+	$(PY) -m pip install --quiet --no-build-isolation -e ".[$*]"
+	@touch $@
+
+# A torch once chosen stays: only another TORCH=... on the command line changes it
+$(VENV)/torch: FORCE
+	@$(PY) -m pip --version >/dev/null 2>&1 || { \
+	  command -v $(PYTHON) >/dev/null || { echo 'ftlab needs Python 3.11 or newer, and there is no $(PYTHON) here: make PYTHON=/path/to/python3 ...' >&2; exit 1; }; \
+	  $(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("ftlab needs Python 3.11 or newer, and $(PYTHON) is %d.%d: make PYTHON=python3.11 ..." % sys.version_info[:2])' && \
+	  $(PYTHON) -m venv $(VENV); }
+	@torch='$(TORCH)'; \
+	if [ ! -f $@ ] || { [ '$(origin TORCH)' = 'command line' ] && [ "$$(cat $@)" != "$$torch" ]; }; then \
+	  echo "Installing $$torch, then ftlab and what it needs, into $(VENV): a minute or two"; \
+	  $(PY) -m pip install --quiet 'setuptools>=64' wheel && $(PY) -m pip install --quiet $$torch && printf '%s' "$$torch" > $@; \
+	fi
+
+FORCE:

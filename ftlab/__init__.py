@@ -1,0 +1,23 @@
+"Fine-tune language models by published methods, and see what each gained and what it broke"
+import importlib
+
+__version__ = '0.1.0'
+
+# public name -> (module, name there); None: the module itself. Imported on first use, so that `import ftlab` is quick.
+_PUBLIC = dict(
+    load=('ftlab.core.loading', 'load'), data=('ftlab.core.batches', 'data'), anatomy=('ftlab.core.anatomy', 'anatomy'),
+    generate=('ftlab.core.generate', 'generate'), skills=('ftlab.core.scorers', 'skills'), Recipe=('ftlab.core.recipe', 'Recipe'),
+    attach=('ftlab.adapters.delta', 'attach'), load_delta=('ftlab.adapters.delta', 'load_delta'),
+    fit=('ftlab.trainers.loop', 'fit'), Run=('ftlab.trainers.loop', 'Run'),
+    compare=('ftlab.comparison', 'compare'), methods=('ftlab.methods', None))
+
+__all__ = sorted(_PUBLIC)
+
+def __getattr__(name):
+    if name not in _PUBLIC: raise AttributeError(f'module ftlab has no attribute {name!r}')
+    module, attr = _PUBLIC[name]; module = importlib.import_module(module)
+    value = module if attr is None else getattr(module, attr)
+    globals()[name] = value
+    return value
+
+def __dir__(): return sorted({*globals(), *_PUBLIC})

@@ -1,0 +1,30 @@
+"The package, described by settings.ini; with the native operators where their sources and a C++ compiler are found"
+import os, shlex, shutil
+from configparser import ConfigParser
+from glob import glob
+from pathlib import Path
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+config = ConfigParser(delimiters=['=']); config.read(here/'settings.ini', encoding='utf-8'); cfg = config['DEFAULT']
+lines = lambda key: [o.strip() for o in cfg.get(key, '').splitlines() if o.strip()]
+readme = here/'README.md'
+
+def native() -> dict:
+    "setup()'s arguments for the C++ operators: none without sources, torch or a compiler, for all works without them"
+    sources = sorted(glob('ftlab/csrc/*.cpp')); cxx = shlex.split(os.environ.get('CXX') or 'c++')[0]
+    if not sources or not any(map(shutil.which, (cxx, 'g++', 'clang++', 'cl'))): return {}
+    try: from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError: return {}
+    ext = CppExtension('ftlab._C', sources); ext.optional = True
+    return dict(ext_modules=[ext], cmdclass=dict(build_ext=BuildExtension.with_options(use_ninja=False)))  # ninja's failures are not optional
+
+setup(
+    name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'], author=cfg['author'],
+    license=cfg['license'], license_files=['LICENSE'], python_requires=f'>={cfg["min_python"]}',
+    long_description=readme.read_text(encoding='utf-8') if readme.exists() else '', long_description_content_type='text/markdown',
+    packages=find_packages(include=['ftlab', 'ftlab.*']), include_package_data=False,
+    package_data={'ftlab': ['checkpoints/**', 'data/**', 'csrc/**']},
+    exclude_package_data={'ftlab': ['**/state.safetensors', '**/*.tmp']},  # what a pretraining resumes from is no part of its model
+    install_requires=lines('requirements'), extras_require={k: lines(f'{k}_requirements') for k in ('dev', 'test', 'bench')},
+    entry_points={'console_scripts': lines('console_scripts'), 'nbdev': ['ftlab=ftlab._modidx:d']}, zip_safe=False, **native())

