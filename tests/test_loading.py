@@ -115,7 +115,7 @@ def test_a_file_that_lacks_tensors_or_is_cut_short(copy):
     with pytest.raises(ValueError, match='lack 3 of the model'): load(folder, labels=LABELS) # a fresh head excuses the head alone
     save_file({k: v[:-1].contiguous() if k.endswith('norm.weight') else v for k, v in whole.items()}, path, metadata=dict(format='pt'))
     for labels in (None, LABELS):
-        with pytest.raises((ValueError, RuntimeError), match='shape|mismatch|size'): load(folder, labels=labels)
+        with pytest.raises(ValueError, match='have another shape'): load(folder, labels=labels)
     save_file(whole, path, metadata=dict(format='pt')); path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(ValueError, match='cannot be read'): load(folder)
 

@@ -8,6 +8,7 @@ import difflib, importlib.util
 from contextlib import contextmanager
 from pathlib import Path
 import torch
+from safetensors import SafetensorError
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer,
                           PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase)
 from transformers.utils import logging
@@ -140,10 +141,11 @@ def _tokenizer(where:str, revision:str|None, name:str) -> PreTrainedTokenizerBas
 
 def _refuse_gaps(info:dict, head:set[str], name:str):
     "Raise `ValueError` if tensors of the model were not in its files, but for a fresh head and the pooler, which many encoders do not ship"
-    gaps = sorted(k for k in info['missing_keys'] if 'pooler' not in k and k.split('.')[0] not in head)
-    wrong = sorted(k[0] if isinstance(k, tuple) else k for k in info.get('mismatched_keys', ()) if (k[0] if isinstance(k, tuple) else k).split('.')[0] not in head)
-    if gaps: raise ValueError(f'the files of {name} lack {len(gaps)} of the model\'s tensors ({", ".join(gaps[:3])}, ...); transformers would fill them with random numbers. The file is damaged, or of another kind: see kind=')
-    if wrong: raise ValueError(f'{len(wrong)} tensors of {name} have another shape than its config.json says ({", ".join(wrong[:3])}, ...)')
+    ours = lambda keys: sorted(k for k in (k if isinstance(k, str) else k[0] for k in keys) if k.split('.')[0] not in head)
+    some = lambda keys: ', '.join(keys[:3]) + (', ...' if len(keys) > 3 else '')
+    wrong = ours(info['mismatched_keys']); gaps = [k for k in ours(info['missing_keys']) if 'pooler' not in k]
+    if wrong: raise ValueError(f'{len(wrong)} tensors of {name} have another shape than its config.json says: {some(wrong)}')
+    if gaps: raise ValueError(f'the files of {name} lack {len(gaps)} of the model\'s tensors ({some(gaps)}); transformers would fill them with random numbers. The file is damaged, or of another kind: see kind=')
 
 def load(name:str|Path,              # 'lab-s', 'lab-m', a local folder, or a Hugging Face id
          revision:str|None=None,     # 'step-500' of a lab model, a subfolder, or a branch, tag or commit on the hub
@@ -168,8 +170,8 @@ def load(name:str|Path,              # 'lab-s', 'lab-m', a local folder, or a Hu
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try: model, info = CLASSES[sort].from_pretrained(where, config=config, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-                                                         output_loading_info=True, ignore_mismatched_sizes=fresh)
-        except OSError as e: raise _weights_error(where, revision, name, e) from None
+                                                         output_loading_info=True, ignore_mismatched_sizes=True) # _refuse_gaps looks at them
+        except (OSError, SafetensorError) as e: raise _weights_error(where, revision, name, e) from None
     head = {n for n, _ in model.named_children() if n != model.base_model_prefix} if fresh else set()
     _refuse_gaps(info, head, str(name))
     if fresh: fresh_head(model, seed)
@@ -181,7 +183,7 @@ def _config_error(where:str, revision:str|None, name, e:Exception) -> Exception:
     if not Path(where).is_dir(): return _hub_error(str(name), revision, e)
     return ValueError(f'the config.json of {name} is not one that this version of transformers can read: {" ".join(str(e).split())[:200]}')
 
-def _weights_error(where:str, revision:str|None, name, e:OSError) -> Exception:
+def _weights_error(where:str, revision:str|None, name, e:Exception) -> Exception:
     if Path(where).is_dir(): return ValueError(f'the weights of {name} cannot be read: {" ".join(str(e).split())[:200]}')
     if 'safetensors' in str(e): return ValueError(f'{name} has no weights as safetensors on the hub, only in a form that can run any program when it is read; ask its authors, or convert it once and load your folder')
     return _hub_error(str(name), revision, e)

@@ -37,7 +37,7 @@ class Backprop:
     def __call__(self, state, prices:list[Callable]) -> float:
         "Take one step down the sum of `prices`; raise `NotFinite` before anything has moved if that is no number"
         total = 0.
-        for price in prices: loss = price(); self._check(loss, state); self.s.backward(loss); total += float(loss)
+        for price in prices: loss = price(); self._check(loss, state); self.s.backward(loss); total += float(loss.detach())
         state.emit('after_backward')
         size = torch.nn.utils.clip_grad_norm_(self.params, self.s.clip or math.inf)
         self._check(size, state, 'gradient'); state.extra['grad_norm'] = float(size)
