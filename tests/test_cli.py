@@ -1,0 +1,138 @@
+"The command line: what it prints, what it leaves behind, and what it says when something is wrong"
+import json, subprocess, sys
+import pytest, torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from ftlab.cli import estimate, main, parser, _list
+from ftlab.lab.models import lab_tokenizer
+import ftlab
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    "A folder with a tiny language model, a tiny encoder and data for each"
+    d = tmp_path_factory.mktemp('cli'); torch.manual_seed(0)
+    t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(['<pad>', '<eos>', '<unk>', 'plus', 'is', *map(str, range(40))])}, unk_token='<unk>')); t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tok = PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', eos_token='<eos>', unk_token='<unk>'); sizes = dict(vocab_size=len(tok), hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4)
+    for name, m in dict(lm=LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1)), enc=BertModel(BertConfig(**sizes, max_position_embeddings=64, pad_token_id=0))).items(): m.save_pretrained(d/name); tok.save_pretrained(d/name)
+    lines = lambda rows: ''.join(json.dumps(r) + '\n' for r in rows)
+    (d/'sums.jsonl').write_text(lines([dict(prompt=f'{i} plus {j} is', response=str(i + j)) for i in range(20) for j in range(20)]))
+    (d/'big.jsonl').write_text(lines([dict(text=f'{i} plus {j}', label='big' if i + j > 20 else 'small') for i in range(20) for j in range(20)]))
+    (d/'broken.jsonl').write_text('{"prompt": "1", "response": "1"}\n{"prompt": "2", "resp\n'); (d/'empty.jsonl').write_text('')
+    (d/'asked.jsonl').write_text(lines([dict(question=f'{i} is', answer=str(i)) for i in range(40)]))
+    return d
+
+@pytest.fixture
+def call(made, tmp_path, monkeypatch, capfd):
+    "call(line) -> (exit code, standard output, standard error); {d} is the folder of models and data"
+    monkeypatch.chdir(tmp_path)
+    def run(line):
+        try: code = main([x.format(d=made) for x in line.split()])
+        except SystemExit as e: code = e.code
+        out, err = capfd.readouterr(); return code, out, err
+    return run
+
+FAST = '--steps 4 --batch-size 4 --items 10'
+LM = '--model {d}/lm --data {d}/sums.jsonl ' + FAST
+
+def test_compare_prints_one_json_object_and_keeps_the_page(call, tmp_path):
+    code, out, err = call(f'compare {LM} --methods full,lora(r=2,alpha=4) --seeds 1 --no-tune --out here --json'); r = json.loads(out)
+    assert code == 0 and [m['name'] for m in r['methods']] == ['full', 'lora(r=2,alpha=4)'] and 'full at' in err
+    assert json.loads((tmp_path/'here/result.json').read_text()) == r and (tmp_path/'here/index.html').exists() and (tmp_path/'here/tradeoff.png').exists()
+    code, out, err = call(f'compare {LM} --methods full,lora(r=2,alpha=4) --seeds 1 --no-tune --out here')
+    assert code == 0 and 'index.html' in out and 'gain' in out
+
+def test_tuning_takes_the_rates_given(call):
+    r = json.loads(call(f'compare {LM} --methods full --seeds 1 --lrs 1e-3,3e-3 --out here --json')[1])
+    assert [x for x, _ in r['tuning']['methods']['full']['tried']][:1] and {1e-3, 3e-3} <= {x for x, _ in r['tuning']['methods']['full']['tried']}
+
+def test_fit_then_merge_gives_the_model_that_was_exported(call, tmp_path):
+    code, out, err = call(f'fit {LM} --method lora(r=2) --lr 1e-2 --out run --export merged --json'); r = json.loads(out)
+    assert code == 0 and r['recipe']['name'] == 'lora(r=2)' and r['after'] != r['before'] and r['saved_bytes'] == (tmp_path/'run/delta.safetensors').stat().st_size
+    assert len((tmp_path/'run/log.jsonl').read_text().splitlines()) == 4 and json.loads((tmp_path/'run/run.json').read_text())['data'].endswith('sums.jsonl')
+    assert call('merge --delta run/delta.safetensors --out again')[0] == 0 # run.json beside it knows the base
+    a, b = (AutoModelForCausalLM.from_pretrained(tmp_path/f).state_dict() for f in ('merged', 'again'))
+    assert all(torch.equal(a[k], b[k]) for k in a) and a.keys() == b.keys()
+
+def test_labels_survive_the_merge(call, tmp_path):
+    assert call(f'fit --model {{d}}/enc --data {{d}}/big.jsonl {FAST} --seed 3 --out run --export merged')[0] == 0 and call('merge --delta run/delta.safetensors --out again')[0] == 0
+    a, b = (AutoModelForSequenceClassification.from_pretrained(tmp_path/f) for f in ('merged', 'again'))
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values())) and set(b.config.id2label.values()) == {'big', 'small'}
+
+def test_a_run_is_resumed(call, tmp_path):
+    ask = 'fit --model {d}/lm --data {d}/sums.jsonl --steps 6 --batch-size 4 --items 10 --save-every 3 --out run'
+    assert call(ask)[0] == 0; whole = (tmp_path/'run/delta.safetensors').read_bytes()
+    assert call(ask + ' --resume')[0] == 0 and (tmp_path/'run/delta.safetensors').read_bytes() == whole
+    code, out, err = call(ask.replace('4 --items', '8 --items') + ' --resume'); assert code == 1 and 'batch_size' in err
+
+def test_columns_and_eval(call):
+    code, out, err = call(f'fit --model {{d}}/lm --data {{d}}/asked.jsonl --eval {{d}}/asked.jsonl --columns prompt=question,response=answer {FAST} --out run --json')
+    assert code == 0 and json.loads(out)['metric'] == 'nll'
+    assert 'write ours=theirs' in call(f'fit --model {{d}}/lm --data {{d}}/asked.jsonl --columns question {FAST} --out run')[2]
+
+def test_dry_run_says_what_it_takes_and_leaves_nothing(call, tmp_path):
+    code, out, err = call(f'compare {LM} --methods full,lora(r=2) --seeds 3 --dry-run --json'); e = json.loads(out); full, lora = e['methods']
+    n = ftlab.load(json.loads(out)['model'])[0].num_parameters()
+    assert code == 0 and full['trainable'] == n and full['bytes'] == 16*n > lora['bytes'] > 4*n and (full['cells'], full['tuning']) == (3, 3) and e['seconds'] > 0 and not list(tmp_path.iterdir())
+    assert abs(full['tokens'] - 6*4*full['tokens_per_step']) <= 1
+    assert 'numbers trained' in call(f'fit {LM} --method lora(r=2) --dry-run')[1]
+
+def test_dry_run_sees_what_does_not_fit(call, monkeypatch):
+    monkeypatch.setattr('ftlab.cli.available', lambda device='cpu': 1000)
+    e = json.loads(call(f'compare {LM} --methods full --dry-run --json')[1]); assert e['fits'] is False and e['seconds'] is None
+    assert 'it does not fit' in call(f'compare {LM} --methods full --dry-run')[1]
+
+def test_methods_and_skills(call):
+    code, out, err = call('methods --json'); assert code == 0 and {'full', 'hft', 'lora', 'dft', 'grpo', 'eft'} <= set(json.loads(out))
+    code, out, err = call('skills --model {d}/lm'); assert code == 1 and 'does not speak the words of the lab' in err
+
+# ---- wrong input: one line, the right exit code, nothing on standard output, no traceback
+WRONG = {
+    'unknown method': (f'compare {LM} --methods full,lorra', 1, ['lorra', 'did you mean lora']),
+    'arguments a method does not take': (f'compare {LM} --methods lora(rank=4)', 1, ['rank', 'lora takes']),
+    'a rank that does not fit': (f'fit {LM} --method lora(r=99)', 1, ['rank 99 does not fit', 'between 1 and']),
+    'missing file': ('fit --model {d}/lm --data {d}/sum.jsonl', 1, ['no file', "did you mean 'sums.jsonl'"]),
+    'broken line': ('fit --model {d}/lm --data {d}/broken.jsonl', 1, ['broken.jsonl, line 2', 'not JSON']),
+    'no rows': ('compare --model {d}/lm --data {d}/empty.jsonl --methods full', 1, ['empty.jsonl has no rows']),
+    'missing column': ('fit --model {d}/lm --data {d}/asked.jsonl', 1, ["columns={'prompt': 'question', 'response': 'answer'}"]),
+    'unknown skill': ('fit --model {d}/lm --data new-langage', 1, ["did you mean 'new-language'"]),
+    'unknown lab model': ('fit --model lab-x --data new-language', 1, ['lab-x is neither a folder nor a lab model', 'lab-s']),
+    'unknown folder': ('fit --model {d}/none --data {d}/sums.jsonl', 1, ['is neither a folder nor a lab model']),
+    'labels all masked': (f'fit {LM} --max-length 3', 1, ['max_length=3 leaves no label', 'every row fits whole']),
+    'labels for a language model': (f'compare {LM} --methods full --metric accuracy', 1, ['accuracy needs labels']),
+    'an absent GPU': (f'compare {LM} --methods full --device cuda:99', 1, ['cuda:99', 'cpu']),
+    'a delta that is not there': ('merge --model {d}/lm --delta none.safetensors --out x', 1, ['no delta at']),
+    'a delta without its base': ('merge --delta none.safetensors --out x', 1, ['name the base with --model']),
+    'no command': ('', 2, ['required']), 'unknown command': ('comp', 2, ['invalid choice']), 'no data': ('fit --model lab-s', 2, ['--data']),
+    'steps that are no number': (f'fit {LM} --steps many', 2, ["'many' must be a whole number above 0"]), 'no seeds': (f'compare {LM} --methods full --seeds 0', 2, ['above 0'])}
+
+@pytest.mark.parametrize('name', WRONG)
+def test_errors_are_one_line(call, name):
+    line, want, words = WRONG[name]; code, out, err = call(line); last = err.strip().splitlines()
+    assert code == want and out == '' and len(last) == 1 and last[0].startswith('ftlab: ') and all(w in last[0] for w in words), err
+
+def test_a_delta_for_another_base(call, made, tmp_path):
+    assert call(f'fit {LM} --out run')[0] == 0
+    model, tok = ftlab.load(made/'lm'); model.model.embed_tokens.weight.data += 1; model.save_pretrained(tmp_path/'other'); tok.save_pretrained(tmp_path/'other')
+    code, out, err = call('merge --model other --delta run/delta.safetensors --out x'); assert code == 1 and 'another base' in err and 'embed_tokens' in err and not (tmp_path/'x').exists()
+
+def test_debug_shows_where(call):
+    with pytest.raises(KeyError): call(f'compare {LM} --methods lorra --debug')
+
+def test_stopping_by_hand_is_not_success(call, monkeypatch):
+    monkeypatch.setattr('ftlab.comparison.fit', lambda *a, **kw: (_ for _ in ()).throw(KeyboardInterrupt()))
+    code, out, err = call(f'compare {LM} --methods full --seeds 1 --no-tune --out here'); assert code == 130 and out == '' and 'finished is kept' in err
+
+def test_an_existing_export_folder_is_refused_before_training(call, made, monkeypatch):
+    monkeypatch.setattr(ftlab, 'fit', lambda *a, **kw: pytest.fail('trained first'), raising=False)
+    code, out, err = call(f'fit {LM} --export {{d}}/enc'); assert code == 1 and 'not empty' in err
+
+def test_commas_inside_brackets_do_not_split():
+    assert _list('full, lora(r=4,alpha=8),hft * dft') == ['full', 'lora(r=4,alpha=8)', 'hft * dft']
+
+def test_the_command_runs_as_a_program(made, tmp_path):
+    run = subprocess.run([sys.executable, '-c', 'import sys; from ftlab.cli import main; sys.exit(main())', 'fit', '--model', 'lab-x', '--data', 'new-facts'], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 1 and run.stdout == '' and run.stderr.startswith('ftlab: ') and 'Traceback' not in run.stderr
+
+def test_the_course_is_said_to_be_in_the_repository(call, monkeypatch, tmp_path):
+    monkeypatch.setattr(ftlab, '__file__', str(tmp_path/'site-packages/ftlab/__init__.py'))
+    code, out, err = call('lab'); assert code == 1 and 'clone the repository' in err
