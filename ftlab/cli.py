@@ -54,7 +54,7 @@ def estimate(bench, arms, tuned:bool, seeds:int) -> dict:
 
 def _estimated(e:dict) -> str:
     "An estimate for reading"
-    gb = lambda b: 'unknown' if b is None else f'{b/1e9:.2f} GB'
+    gb = lambda b: 'unknown' if b is None else f'{b/1e9:.1f} GB' if b >= 1e9 else f'{b/1e6:.1f} MB'
     lines = [f'{m["name"]}: {m["cells"]} runs and {m["tuning"]} to tune, {m["trainable"]:,} numbers trained, {gb(m["bytes"])}' + (f', {m["tokens"]:,} tokens, about {m["seconds"]/60:.1f} min' if 'seconds' in m else ', too large to time') for m in e['methods']]
     return '\n'.join(lines + [f'available: {gb(e["available_bytes"])}; ' + {True: 'it fits', False: 'it does not fit', None: 'whether it fits is not known here'}[e['fits']] + (f'; about {e["seconds"]/60:.1f} min in all' if e['seconds'] else ''), e['note']])
 
@@ -182,7 +182,7 @@ def main(argv:list[str]|None=None # the arguments; None: those of the process
     a = parser().parse_args(argv)
     try: found, said = a.run(a)
     except KeyboardInterrupt as e:
-        print(f'ftlab: {e or "stopped; what was finished is kept, and the same command goes on"}', file=sys.stderr); return 130
+        print(f'ftlab: {str(e) or "stopped; what was finished is kept, and the same command goes on"}', file=sys.stderr); return 130
     except Exception as e:
         if a.debug: raise
         print(f'ftlab: {_message(e)}', file=sys.stderr); return 1

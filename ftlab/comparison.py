@@ -4,7 +4,7 @@
 
 # %% ../nbs/comparison.ipynb #0003c6d6
 from __future__ import annotations
-import base64, copy, hashlib, html, importlib.metadata, io, itertools, json, math, platform, sys, time
+import base64, copy, ctypes, gc, hashlib, html, importlib.metadata, io, itertools, json, math, platform, sys, time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean, stdev
@@ -12,6 +12,7 @@ import pandas as pd, torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
+from . import __version__
 from .adapters.delta import identity, write_atomically
 from .core.batches import Data, collate, data as as_data, encode_all
 from .core.loading import find_device, load
@@ -133,10 +134,15 @@ class Watch:
         self.measure, self.device, self.away, self.peak, self.memory = measure, device, 0., 0, PeakMemory(device).__enter__()
     def __call__(self, state):
         self.note_peak(); t = time.time(); row = self.measure(state); self.away += time.time() - t
-        again = PeakMemory(self.device).__enter__(); again.start = getattr(self.memory, 'start', None); self.memory = again
+        _trim(); again = PeakMemory(self.device).__enter__(); again.start = getattr(self.memory, 'start', None); self.memory = again
         return row
     def note_peak(self):
         now = self.memory.bytes(); self.peak = None if now is None or self.peak is None else max(self.peak, now)
+
+def _trim():
+    "Hand freed memory back to the system, so that what comes next is charged for what it takes: the C library keeps it otherwise"
+    try: ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError): pass # only glibc has it
 
 class Budget:
     "End the run when so many tokens have been read"
@@ -231,6 +237,7 @@ def run_cell(bench:Bench, recipe:Recipe, rate:float, seed:int, folder:Path, tuni
     return cell
 
 def _run(bench, recipe, rate, seed, steps, before, tuning, path) -> dict:
+    gc.collect(); _trim() # the last cell's model lives on in cycles
     (model, tok), data = bench.base(seed), bench.data(seed)
     frozen = copy.deepcopy(model) if recipe.decode or recipe.stages else None # no base is left inside a model that was folded between stages
     decode, base = _decoder(recipe, frozen), lambda att: frozen or SwitchedOff(att)
@@ -290,7 +297,7 @@ def versions() -> dict[str, str]:
     def of(p):
         try: return importlib.metadata.version(p)
         except importlib.metadata.PackageNotFoundError: return 'not installed'
-    return dict(python=platform.python_version(), system=f'{platform.system()} {platform.machine()}') | {p: of(p) for p in ('ftlab', 'torch', 'transformers', 'accelerate', 'datasets')}
+    return dict(python=platform.python_version(), system=f'{platform.system()} {platform.machine()}') | dict(ftlab=__version__) | {p: of(p) for p in ('torch', 'transformers', 'accelerate', 'datasets')}
 
 # %% ../nbs/comparison.ipynb #001bc6d6
 COLORS, MARKS = ('#0072B2', '#D55E00', '#009E73', '#56B4E9', '#CC79A7', '#E69F00', '#000000'), 'osD^vPX' # Okabe and Ito's colours; the marks tell arms apart in grey print
@@ -326,10 +333,18 @@ class Comparison:
             c, g, f = COLORS[i % len(COLORS)], m['gain'], m['forgetting']; mark = MARKS[i % len(MARKS)]
             ax.plot([s['gain'] for s in m['seeds']], [s['forgetting'] for s in m['seeds']], mark, color=c, alpha=.3, ms=4, mew=0)
             ax.errorbar([g['mean']], [f['mean']], xerr=err(g), yerr=err(f), fmt=mark, color=c, ms=8, capsize=3, lw=1.2)
-            ax.annotate(m['name'], (g['mean'], f['mean']), (8, 7 if i % 2 == 0 else -15), textcoords='offset points', color=c, fontweight='bold')
         ax.set(xlabel=f'gain on {self.result["data"]} ({self.result["protocol"]["metric"]})', ylabel=self.lost); ax.spines[['top', 'right']].set_visible(False); ax.margins(.15)
         ax.axhline(0, color='.8', lw=.8, zorder=0); ax.text(.99, .02, 'better: right and down', transform=ax.transAxes, ha='right', color='.4', fontsize=8)
+        self._label(ax)
         return fig
+
+    def _label(self, ax):
+        "Each arm's name beside its mark, pushed up where it would cover another"
+        taken = []
+        for i, m in sorted(enumerate(self.result['methods']), key=lambda x: x[1]['forgetting']['mean']):
+            at = ax.transData.transform((m['gain']['mean'], m['forgetting']['mean']))*72/ax.figure.dpi; y = at[1] + 5
+            while any(abs(y - v) < 12 and abs(at[0] - u) < 80 for u, v in taken): y += 4
+            taken.append((at[0], y)); ax.annotate(m['name'], (m['gain']['mean'], m['forgetting']['mean']), (8, y - at[1]), textcoords='offset points', color=COLORS[i % len(COLORS)], fontweight='bold')
 
     def _image(self, kind) -> bytes:
         buffer = io.BytesIO(); self.plot().savefig(buffer, format=kind, dpi=150, metadata={'Date': None} if kind == 'svg' else None); return buffer.getvalue()

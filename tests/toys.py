@@ -7,12 +7,12 @@ from ftlab.lab.models import lab_tokenizer
 
 TOK = lab_tokenizer()
 
-def toy(seed:int=0, hidden:int=32, dropout:float=0.) -> LlamaForCausalLM:
+def toy(seed:int=0, hidden:int=32, dropout:float=0., tied:bool=True) -> LlamaForCausalLM:
     "A Llama of 2 blocks in eval mode, made like a lab model, but random"
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return LlamaForCausalLM(LlamaConfig(vocab_size=len(TOK), hidden_size=hidden, intermediate_size=5*hidden//2, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=128, tie_word_embeddings=True, attention_dropout=dropout, pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval()
+            max_position_embeddings=128, tie_word_embeddings=tied, attention_dropout=dropout, pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval()
 
 def classifier(labels:int=3, seed:int=0) -> BertForSequenceClassification:
     "A BERT of 2 blocks with a fresh head, in eval mode, without dropout"

@@ -7,9 +7,10 @@ from __future__ import annotations
 import hashlib, importlib, json, os
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -86,23 +87,29 @@ class Attached:
 
     @contextmanager
     def disabled(self):
-        "Within this context the model is the base, bit for bit"
-        moved = {n: p.detach().clone() for n, p in self.parameters().items() if n in self.originals}
+        "Within this context the model is the base, bit for bit; contexts may be nested"
+        was, moved = self.enabled, {n: p.detach().clone() for n, p in self.parameters().items() if '::' not in n}
         try:
-            self.enabled = False; _set(self.model, {n: self.originals[n] for n in moved}); yield self.model
+            self.enabled = False; _set(self.model, self._kept(moved)); yield self.model
         finally:
-            self.enabled = True; _set(self.model, moved)
+            self.enabled = was; _set(self.model, moved)
 
     def detach(self) -> None:
-        "Take the change off: the model is the base again, bit for bit"
-        _set(self.model, {n: self.originals[n] for n in self.whole}); self._release(lambda n, d: None)
+        "Take the change off: the model is the base again, bit for bit, and this object holds nothing any more"
+        _set(self.model, self._kept(self.whole)); self._release(); self.chosen = {}
+
+    def _kept(self, names):
+        "What weights that move themselves were before"
+        if gone := [n for n in names if n not in self.originals]:
+            raise ValueError(f'the change of {gone[0]!r} was folded into the weight, and what the weight was before is not kept; switch off, detach or compare before you fold')
+        return {n: self.originals[n] for n in names}
 
     @torch.no_grad()
     def fold(self) -> None:
         "Make the change part of the weights and take the modules off; deltas on activations cannot be folded"
         if held := [n for n, d in self.deltas.items() if d.site != 'weight']:
             raise ValueError(f'{type(self.deltas[held[0]]).__name__} at {held[0]!r} changes activations, not weights, and cannot be folded into them')
-        new = self.values(); self._release(lambda n, d: None); _set(self.model, new)
+        new = self.values(); self._release(); _set(self.model, new)
 
     @torch.no_grad()
     def values(self) -> dict[str, Tensor]:
@@ -115,14 +122,18 @@ class Attached:
     @torch.no_grad()
     def changes(self) -> dict[str, Tensor]:
         "New weight minus base weight, by name: what an `edit` works on"
-        return {n: v - (self.originals[n].to(v.device) if n in self.whole else self._base(n)[0]) for n, v in self.values().items()}
+        return {n: v - self.before(n).to(v.device) for n, v in self.values().items()}
+
+    def before(self, n:str) -> Tensor:
+        "The base's weight `n`, as the model stores it"
+        return self._base(n)[0] if n in self.deltas else self._kept([n])[n]
 
     def _base(self, n):
         mod, attr = _home(self.model, n)
         W = mod.parametrizations[attr].original if parametrize.is_parametrized(mod, attr) else getattr(mod, attr)
         return W.detach(), isinstance(mod, Conv1D) and W.ndim == 2
 
-    def _release(self, f):
+    def _release(self):
         for h in self.handles.values(): h.remove()
         for n in self.deltas:
             mod, attr = _home(self.model, n)
@@ -145,7 +156,7 @@ def attach(model:nn.Module,       # changed in place: frozen except for what is 
            originals:Mapping|None=None # {name: tensor} to take the base's weights from instead of keeping copies in memory
           ) -> Attached:
     "Freeze `model` and let what was chosen move, through `delta`. Raises `ValueError` for an empty or impossible choice."
-    check_selection(model, chosen); params, deltas, handles = dict(model.named_parameters()), {}, {}
+    _check_bare(model); check_selection(model, chosen); params = dict(model.named_parameters())
     written = {n: m for n, m in chosen.items() if n not in also and (delta is not None or m is not True)}
     chosen = {**chosen, **dict.fromkeys(also, True)}
     for n in written:
@@ -154,21 +165,32 @@ def attach(model:nn.Module,       # changed in place: frozen except for what is 
         if getattr(delta, 'site', 'weight') == 'weight' and params[n].ndim < 2 and delta is not None and not getattr(delta, 'vectors', False):
             raise ValueError(f'{n!r} is a vector of shape {tuple(params[n].shape)}; {_title(delta)} changes matrices: select matrices only')
     whole = [n for n in chosen if n not in written]
+    # all deltas are made before the model is touched: one that cannot be made leaves it as it was
+    deltas = {n: _made(model, n, params[n].detach(), mask, delta or Entries) for n, mask in written.items()}
     keep = originals if originals is not None else {n: params[n].detach().clone() for n in whole}
-    att = Attached(model, dict(chosen), deltas, handles, keep); model.requires_grad_(False)
+    att = Attached(model, dict(chosen), deltas, {}, keep); model.requires_grad_(False)
     for n in whole: params[n].requires_grad_(True)
-    for n, mask in written.items():
-        mod, attr = _home(model, n); turned = isinstance(mod, Conv1D) and params[n].ndim == 2
-        W = params[n].detach().T if turned else params[n].detach()
-        d = (delta or Entries)(W, mask.T if turned and mask is not True else mask); d.to(W.device); deltas[n] = d
-        _place(att, mod, attr, n, d, turned)
+    for n, d in deltas.items(): _place(att, n, d)
     return att
 
-def _place(att, mod, attr, n, d, turned):
-    "Put one delta where it acts"
+def _check_bare(model):
+    "A second change on top of a first would be saved, exported and switched off as if the first were the base"
+    if at := next((n for n, m in model.named_modules() if isinstance(m, _Weight) or n.rpartition('.')[2].startswith('delta_')), None):
+        raise ValueError(f'the model carries a change already, at {at!r}; make it part of the weights (fold) or take it off (detach) first: run.delta.attached.fold()')
+
+def _turned(model, n): mod, attr = _home(model, n); return isinstance(mod, Conv1D) and attr == 'weight'
+
+def _made(model, n, W, mask, delta):
+    "The delta of one weight, which it sees as [out, in]"
+    turned = _turned(model, n); d = delta(W.T if turned else W, mask.T if turned and mask is not True else mask)
+    return d.to(W.device)
+
+def _place(att, n, d):
+    "Put one delta where it acts, in the mode (training or not) of the layer"
+    mod, attr = _home(att.model, n); d.train(mod.training)
     if d.site == 'activation': mod.add_module('delta_' + attr, d); att.handles[n] = mod.register_forward_hook(_Output(att, d))
     elif hasattr(d, 'branch') and isinstance(mod, (nn.Linear, Conv1D)): mod.add_module('delta_' + attr, d); att.handles[n] = mod.register_forward_hook(_Branch(att, d))
-    else: parametrize.register_parametrization(mod, attr, _Weight(att, d, turned)); mod.parametrizations[attr].original.requires_grad_(False)
+    else: parametrize.register_parametrization(mod, attr, _Weight(att, d, _turned(att.model, n))); mod.parametrizations[attr].original.requires_grad_(False)
 
 def _title(delta): return getattr(delta, '__name__', None) or getattr(getattr(delta, 'func', None), '__name__', 'the delta')
 
@@ -215,18 +237,19 @@ def _class(where, classes):
 def load_delta(model:nn.Module, path:str|Path, classes:Mapping[str, type]|None=None) -> Attached:
     "Attach a saved change to its base. Raises `WrongBase` naming the tensors that differ, `FileNotFoundError`, or `ValueError` for a file of another kind."
     if not Path(path).is_file(): raise FileNotFoundError(f'no delta at {str(path)!r}')
-    with safe_open(path, 'pt') as f: meta = f.metadata() or {}; tensors = {k: f.get_tensor(k) for k in f.keys()}
+    try:
+        with safe_open(path, 'pt') as f: meta = f.metadata() or {}; tensors = {k: f.get_tensor(k) for k in f.keys()}
+    except SafetensorError as e: raise ValueError(f'{str(path)!r} is not a safetensors file, or is damaged: {e}') from None
+    _check_bare(model)
     if meta.get('format') != 'ftlab-delta-1': raise ValueError(f'{str(path)!r} is not a delta saved by ftlab (its format says {meta.get("format")!r})')
     kinds, want, have = json.loads(meta['kinds']), json.loads(meta['base']), identity(model)
     if diff := sorted(n for n in want.keys() | have.keys() if want.get(n) != have.get(n)):
         raise WrongBase(f'{str(path)!r} was made for another base: {len(diff)} of {len(want)} tensors differ, e.g. {", ".join(diff[:3])}; load the model that it was trained on')
     params = dict(model.named_parameters()); made = {n: _class(k[0], classes) for n, k in kinds.items() if k != 'value'}
     whole = [n for n in kinds if n not in made]
-    att = Attached(model, dict.fromkeys(kinds, True), {}, {}, {n: params[n].detach().clone() for n in whole})
+    deltas = {n: _made(model, n, params[n].detach(), True, partial(cls, **kinds[n][1])) for n, cls in made.items()}
+    for n, d in deltas.items(): d.load_state_dict({k.split('::')[1]: v for k, v in tensors.items() if k.startswith(n + '::')}); d.requires_grad_(False)
+    att = Attached(model, dict.fromkeys(kinds, True), deltas, {}, {n: params[n].detach().clone() for n in whole})
     model.requires_grad_(False); _set(model, {n: tensors[n] for n in whole})
-    for n, cls in made.items():
-        mod, attr = _home(model, n); turned = isinstance(mod, Conv1D) and params[n].ndim == 2
-        d = cls(params[n].detach().T if turned else params[n].detach(), True, **kinds[n][1])
-        d.load_state_dict({k.split('::')[1]: v for k, v in tensors.items() if k.startswith(n + '::')}); d.to(params[n].device).requires_grad_(False)
-        att.deltas[n] = d; _place(att, mod, attr, n, d, turned)
+    for n, d in deltas.items(): _place(att, n, d)
     return att

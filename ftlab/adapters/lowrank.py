@@ -77,6 +77,7 @@ def from_peft(model:nn.Module, folder:str|Path) -> Attached:
     odd = [k for k in ('use_dora', 'rank_pattern', 'alpha_pattern', 'modules_to_save', 'lora_bias', 'layer_replication') if cfg.get(k)] + (['bias'] if cfg.get('bias', 'none') != 'none' else [])
     if cfg.get('peft_type') != 'LORA' or odd: raise ValueError(f'{str(folder)!r} is not a plain LoRA: {", ".join(odd) or cfg.get("peft_type")}')
     t = load_file(Path(folder)/'adapter_model.safetensors'); names = [k.removeprefix('base_model.model.').removesuffix('.lora_A.weight') + '.weight' for k in t if k.endswith('.lora_A.weight')]
+    if rest := [k for k in t if not k.endswith(('.lora_A.weight', '.lora_B.weight'))]: raise ValueError(f'{str(folder)!r} is not a plain LoRA: it also holds {rest[0]!r}')
     att = attach(model, dict.fromkeys(names, True), partial(LoRA, r=cfg['r'], alpha=cfg['lora_alpha'], dropout=cfg.get('lora_dropout', 0.), rs=cfg.get('use_rslora', False)))
     for n, d in att.deltas.items():
         m = n.removesuffix('.weight')

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/trainers/loop.ipynb #0003191a
 from __future__ import annotations
-import copy, json, math, sys, tempfile, time
+import copy, hashlib, json, math, sys, tempfile, time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +15,12 @@ from accelerate.state import AcceleratorState, PartialState
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from ..adapters.delta import Attached, attach, identity, pack, save_delta, write_atomically
+from ..adapters.delta import Attached, attach, identity, pack, save_delta, write_atomically, _set
 from ..adapters.edit import write_change
 from ..adapters.select import everything
 from ..core.anatomy import UnknownArchitecture, anatomy
 from ..core.batches import Data, data as as_data, encode_all
+from ..core.loading import find_device
 from ..core.recipe import Recipe
 from ..core.state import State
 from .objective import mean_nll, priced, token_nll
@@ -111,7 +112,10 @@ class SwitchedOff:
     "The base model as the policy with its change switched off: a reference model that needs no memory"
     def __init__(self, attached): self.attached = attached
     def __call__(self, **kw):
-        with self.attached.disabled(), torch.no_grad(): return self.attached.model(**kw)
+        model = self.attached.model; training = model.training; model.eval() # dropout is for the policy
+        try:
+            with self.attached.disabled(), torch.no_grad(): return model(**kw)
+        finally: model.train(training)
 
 def reference_of(model, attached) -> Callable:
     "The base beside the policy: switched off where the weights themselves do not move, else a frozen copy"
@@ -177,7 +181,7 @@ def load_checkpoint(path:Path, params:Mapping[str, Tensor], step, state:State, s
     with torch.no_grad():
         for n, p in params.items(): p.copy_(tensors[f'param|{n}'])
     step.load({k[5:]: v for k, v in tensors.items() if k.startswith('step|')})
-    state.step, state.log = int(meta['step']), json.loads(meta['log']); state.extra['path'] = json.loads(meta['path'])
+    state.step, state.log = int(meta['step']), json.loads(meta['log']); state.tokens = state.log[-1]['tokens'] if state.log else 0; state.extra['path'] = json.loads(meta['path'])
     torch.set_rng_state(tensors['rng|cpu'])
     if 'rng|cuda' in tensors and torch.cuda.is_available(): torch.cuda.set_rng_state(tensors['rng|cuda'])
 
@@ -205,14 +209,14 @@ def validation_nll(state, rows:int=200) -> dict:
     return dict(validation_nll=total/n)
 
 class EarlyStop:
-    "Stop when the validation loss has not fallen for `patience` looks, one every `n` steps"
-    def __init__(self, n:int=50, patience:int=3, rows:int=200): self.every, self.patience, self.best, self.bad = Every(n, lambda s: validation_nll(s, rows)), patience, math.inf, 0
+    "Stop when the validation loss has not fallen for `patience` looks, one every `n` steps; what it saw is in the run's path alone, so that a resumed run stops where it would have"
+    def __init__(self, n:int=50, patience:int=3, rows:int=200): self.every, self.patience = Every(n, lambda s: validation_nll(s, rows)), patience
     def before_fit(self, state): self.every.before_fit(state)
     def after_step(self, state):
         seen = len(state.extra.get('path', [])); self.every.after_step(state)
         if len(state.extra.get('path', [])) == seen: return
-        now = state.extra['path'][-1]['validation_nll']; self.bad = 0 if now < self.best else self.bad + 1; self.best = min(self.best, now)
-        state.stop = self.bad >= self.patience
+        looks = list({r['step']: r['validation_nll'] for r in state.extra['path'] if 'validation_nll' in r}.values())
+        state.stop = len(looks) - 1 - looks.index(min(looks)) >= self.patience
 
 # %% ../../nbs/trainers/loop.ipynb #000f191a
 def fit(model,                     # a causal language model, or a classifier for data with labels; changed in place
@@ -231,33 +235,56 @@ def fit(model,                     # a causal language model, or a classifier fo
         seed:int=0,                # of the selection, the delta's start, the order of the data, dropout
         max_length:int|None=None,  # tokens a row; None: the tokenizer's limit, at most 1024
         device:str|None=None,      # 'cpu', 'cuda', ...; None: where the model is
-        precision:str='no',        # 'no' (the model's own), 'bf16' or 'fp16' mixed precision
+        precision:str='no',        # 'no' (the model's own) or 'bf16' (mixed)
         out:str|Path|None=None,    # folder for checkpoints and the originals; None: a temporary one
-        save_every:int=0,          # steps between checkpoints; 0: none
+        save_every:int=0,          # steps between checkpoints, which need `out`; 0: none
         resume:bool=False,         # go on from the checkpoint in `out`, if there is one
         callbacks:tuple=(),        # objects with methods named after events
         progress:bool=True         # show a bar
        ) -> Run:
-    "Fine-tune `model` in place by `recipe`. Raises `ValueError` for impossible input and `NotFinite` (with the good state kept) for a loss that is no number."
+    """Fine-tune `model` in place by `recipe`.
+
+    Raises `ValueError` for impossible input, and `NotFinite` for a loss or gradient that is no number: the model then has the last good weights,
+    and the error's `run` is the Run so far. After any other error the model is as it was before the call."""
     recipe, data = recipe or Recipe(), data if isinstance(data, Data) else as_data(data)
     if steps < 1: raise ValueError(f'steps is {steps}; it must be at least 1')
+    if (resume or save_every) and not out: raise ValueError('resume and save_every need out=, the folder in which checkpoints are kept')
     _check_kind(model, data); device = _device(device, model); model.to(device)
     settings = dict(recipe=recipe.describe(), steps=steps, batch_size=batch_size, accumulate=accumulate, lr=lr if lr is not None else recipe.lr, schedule=schedule,
         warmup=warmup, weight_decay=weight_decay, betas=list(betas), clip=clip, seed=seed, max_length=max_length, precision=precision, data=data.fingerprint)
+    base = identity(model); settings['model'] = hashlib.blake2s(json.dumps(base).encode()).hexdigest()[:16]
     holder = None if out else tempfile.TemporaryDirectory(prefix='ftlab-'); folder = Path(out or holder.name); folder.mkdir(parents=True, exist_ok=True)
-    base = identity(model); stages = recipe.stages or (recipe,)
+    stages = recipe.stages or (recipe,)
     if resume and len(stages) > 1: raise ValueError(f'{recipe.name} runs in stages and cannot be resumed yet; start it again')
-    weights = [s.share for s in stages]; shares = [max(1, round(steps*w/sum(weights))) for w in weights]
-    start = Originals(folder/'base.safetensors', {n: p for n, p in model.named_parameters()}) if len(stages) > 1 else None
-    run = None
+    shares = _shares(steps, stages); start = Originals(folder/'base.safetensors', {n: p for n, p in model.named_parameters()}) if len(stages) > 1 else None
+    run = trouble = None
     for i, (stage, n) in enumerate(zip(stages, shares)):
-        run, earlier = _stage(model, tok, data, stage, dict(settings, steps=n, recipe=stage.describe(), lr=stage.lr if lr is None else lr), device, base, folder, save_every, resume, callbacks, progress), run
-        if earlier: run.log = earlier.log + run.log; run.path = earlier.path + run.path; run.cost = {k: _add(earlier.cost[k], v, k) for k, v in run.cost.items()}
-        if i < len(stages) - 1: run.delta.attached.fold()
+        own = dict(settings, steps=n, recipe=stage.describe(), lr=stage.lr if lr is None else lr)
+        try: run = _after(run, _stage(model, tok, data, stage, own, device, base, folder, save_every, resume, callbacks, progress))
+        except NotFinite as e: run = _after(run, e.run); trouble = e
+        except BaseException:
+            if start is not None: _set(model, start)
+            raise
         if run.interrupted: break
+        if i < len(stages) - 1: run.delta.attached.fold()
     run.recipe, run.settings, run.folder, run._holder = recipe, settings, None if holder else folder, holder
     run.delta.recipe = recipe
     if start is not None: _rebase(run, start)
+    if trouble: trouble.run = run; raise trouble
+    return run
+
+def _shares(steps, stages) -> list[int]:
+    "The steps of each stage: together `steps`, none of them 0"
+    ends = [round(steps*sum(s.share for s in stages[:i])/sum(s.share for s in stages)) for i in range(len(stages) + 1)]; n = [b - a for a, b in zip(ends, ends[1:])]
+    if min(n) < 1: raise ValueError(f'{steps} steps are too few for {len(stages)} stages with shares {", ".join(f"{s.share:g}" for s in stages)}: each needs one at least')
+    return n
+
+def _after(earlier, run) -> Run:
+    "`run` as the continuation of an earlier stage: steps and tokens count on"
+    if earlier is None: return run
+    n, tokens = len(earlier.log), earlier.cost['tokens']
+    run.log = earlier.log + [dict(r, step=r['step'] + n, tokens=r['tokens'] + tokens) for r in run.log]; run.path = earlier.path + [dict(r, step=r['step'] + n) for r in run.path]
+    run.cost = {k: _add(earlier.cost[k], v, k) for k, v in run.cost.items()}
     return run
 
 # %% ../../nbs/trainers/loop.ipynb #0010191a
@@ -265,25 +292,29 @@ def _stage(model, tok, data, recipe, settings, device, base, folder, save_every,
     "One fit of one recipe: attach, loop, edit"
     with torch.random.fork_rng():
         torch.manual_seed(settings['seed'])
-        att, head = _attach(model, data, recipe, settings, folder); params = att.parameters()
         acc = _accelerator(settings['precision'], device)
+        att, head = _attach(model, data, recipe, settings, folder); params = att.parameters()
         s = SimpleNamespace(lr=settings['lr'], weight_decay=settings['weight_decay'], betas=tuple(settings['betas']), clip=settings['clip'],
                             factor=schedule(settings['schedule'], settings['steps'], settings['warmup']), backward=acc.backward)
-        step = (recipe.step or Backprop)(params, s)
-        state = _state(model, tok, data, recipe, settings, device, att, callbacks); state.accelerator = acc
-        checkpoint = folder/'checkpoint.safetensors'
-        if resume and checkpoint.exists(): load_checkpoint(checkpoint, params, step, state, settings)
-        bar = Progress(recipe.name, settings['steps'], progress); interrupted = False; t0 = time.time(); model.train()
-        with PeakMemory(device) as memory:
-            try: _loop(state, recipe, step, bar, acc, (lambda: save_checkpoint(checkpoint, params, step, state, settings)) if save_every else None, save_every)
-            except KeyboardInterrupt: interrupted = True
-            except NotFinite as e:
-                if save_every: save_checkpoint(checkpoint, params, step, state, settings)
-                raise NotFinite(f'{e}; the batch holds {_batch_names(state)}. A lower learning rate (it was {s.lr:g}), clipping or float32 usually mends this') from None
-            finally: bar.close(); model.eval(); state.emit('after_fit')
+        checkpoint, trouble = folder/'checkpoint.safetensors', None
+        try:
+            step = (recipe.step or Backprop)(params, s)
+            state = _state(model, tok, data, recipe, settings, device, att, callbacks); state.accelerator = acc
+            if resume and checkpoint.exists(): load_checkpoint(checkpoint, params, step, state, settings)
+            def save(): save_checkpoint(checkpoint, params, step, state, settings)
+            bar = Progress(recipe.name, settings['steps'], progress); interrupted = False; t0 = time.time(); model.train()
+            with PeakMemory(device) as memory:
+                try: _loop(state, recipe, step, bar, acc, save if save_every else None, save_every)
+                except KeyboardInterrupt: interrupted = True
+                except NotFinite as e:
+                    if save_every: save()
+                    trouble = NotFinite(f'{e}; the batch holds {_batch_names(state)}. A lower learning rate (it was {s.lr:g}), clipping or float32 usually mends this')
+                finally: bar.close(); model.eval(); state.emit('after_fit')
+        except BaseException: att.detach(); raise # nobody has a handle on the change yet: give the model back as it came
         for p in params.values(): p.grad = None
         cost = dict(seconds=time.time() - t0, tokens=state.tokens, peak_bytes=memory.bytes(), trainable=sum(p.numel() for p in params.values()) - head, head=head)
-    run = Run(model, tok, data, recipe, Change(att, base, recipe), state.log, cost, settings, state.extra.get('path', []), interrupted)
+    run = Run(model, tok, data, recipe, Change(att, base, recipe), state.log, cost, settings, state.extra.get('path', []), interrupted or trouble is not None)
+    if trouble: trouble.run = run; raise trouble
     if recipe.edit is not None: _edit(run, recipe, folder)
     return run
 
@@ -292,7 +323,7 @@ def _loop(state, recipe, step, bar, acc, save, save_every):
     objective = recipe.objective or mean_nll
     state.emit('before_fit')
     while state.step < state.steps and not state.stop:
-        batches = [_to(b, state.device) for b in state.source.next(state)]
+        with acc.autocast(): batches = [_to(b, state.device) for b in state.source.next(state)]
         if recipe.view is not None: batches = [recipe.view(b, state) for b in batches]
         state.batches, state.count = batches, max(1, count_priced(batches)); state.emit('before_batch'); nll = []
         def price(b):
@@ -302,7 +333,7 @@ def _loop(state, recipe, step, bar, acc, save, save_every):
             return loss
         loss = step(state, [lambda b=b: price(b) for b in state.batches])
         state.tokens += sum(int(b['attention_mask'].sum()) for b in state.batches)
-        state.log.append(dict(step=state.step, loss=float(loss), nll=sum(nll[:len(batches)])/state.count, tokens=state.tokens))
+        state.log.append(dict(step=state.step, loss=float(loss), nll=sum(nll[:len(batches)])/state.count, lr=state.extra.get('lr'), tokens=state.tokens))
         bar.update(state.step + 1, state.log[-1]['nll']); state.step += 1; state.emit('after_step')
         if save and (state.step % save_every == 0 or state.step == state.steps): save()
 
@@ -325,7 +356,7 @@ def _state(model, tok, data, recipe, settings, device, att, callbacks) -> State:
     "The state before the first step, with rows encoded and the source made"
     state = State(model, tok); state.device, state.steps, state.seed, state.tokens, state.data, state.attached = device, settings['steps'], settings['seed'], 0, data, att
     state.pad_id = tok.pad_token_id or 0; state.settings, state.callbacks = settings, [c() for c in recipe.callbacks] + list(callbacks)
-    limit = settings['max_length'] or min(1024, tok.model_max_length)
+    limit = min(1024, tok.model_max_length) if settings['max_length'] is None else settings['max_length']
     state.rows = encode_all(data.train, tok, data.kind, limit); state.validation = encode_all(data.validation, tok, data.kind, limit) if data.validation else []
     if recipe.reference: state.models['reference'] = reference_of(model, att)
     state.source = recipe.source(state) if recipe.source else Rows(state.rows, settings['batch_size'], settings['accumulate'], settings['seed'], state.pad_id)
@@ -334,8 +365,7 @@ def _state(model, tok, data, recipe, settings, device, att, callbacks) -> State:
 @torch.no_grad()
 def _edit(run, recipe, folder):
     "Replace the change by its edited form, written into the weights themselves"
-    att = run.delta.attached; changes = att.changes(); values = att.values()
-    base = Originals(folder/'edited.safetensors', {n: values[n] - changes[n] if n not in att.whole else att.originals[n] for n in changes})
+    att = run.delta.attached; changes = att.changes(); base = Originals(folder/'edited.safetensors', {n: att.before(n) for n in changes})
     new = recipe.edit(changes, run.model); att.fold(); write_change(run.model, base, {n: new.get(n, torch.zeros_like(changes[n])) for n in changes})
     run.delta.attached = Attached(run.model, dict.fromkeys(changes, True), {}, {}, base)
 
@@ -348,22 +378,20 @@ def _rebase(run, start):
 
 def _accelerator(precision, device):
     "A fresh accelerator: its state is shared by the whole process, so the last run's must go first"
-    if precision not in ('no', 'bf16', 'fp16'): raise ValueError(f'precision is {precision!r}; it must be no, bf16 or fp16')
+    if precision not in ('no', 'bf16'): raise ValueError(f'precision is {precision!r}; it must be no or bf16' + ('; fp16 needs its loss scaled, which this loop does not do' if precision == 'fp16' else ''))
     AcceleratorState._reset_state(True)
     return Accelerator(mixed_precision=precision, cpu=device.type == 'cpu')
 
 def _device(device, model) -> torch.device:
     "The device that was asked for; `ValueError` if it is not there"
-    d = torch.device(device) if device else next(model.parameters()).device
-    if d.type == 'cuda' and not torch.cuda.is_available(): raise ValueError(f'device is {device!r}, but torch sees no GPU here; use device="cpu", or install a CUDA build of torch')
-    return d
+    return find_device(device) if device else next(model.parameters()).device
 
 def _check_kind(model, data):
     "A classifier for labels, a language model for text"
     classes = getattr(model.config, 'num_labels', None) if 'SequenceClassification' in type(model).__name__ else None
     if data.kind == 'label' and classes is None: raise ValueError(f'the data have labels, but {type(model).__name__} has no classifier; load it with ftlab.load(name)')
     if data.kind == 'label' and classes != len(data.labels): raise ValueError(f'the data have {len(data.labels)} labels, the classifier has {classes}; load it with ftlab.load(name)')
-    if data.kind != 'label' and not hasattr(model, 'lm_head') and model.get_output_embeddings() is None: raise ValueError(f'the data are text to be learned, but {type(model).__name__} has no language-model head')
+    if data.kind != 'label' and not model.can_generate(): raise ValueError(f'the data are text to be continued, but {type(model).__name__} cannot write any; load a causal language model')
 
 def _to(batch, device): return {k: v.to(device) for k, v in batch.items()}
 def _add(a, b, k): return max(a or 0, b or 0) if k in ('peak_bytes', 'trainable', 'head') else a + b

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from ..core.state import MODEL_INPUTS
 
 # %% auto #0
 __all__ = ['IGNORE', 'mean_nll', 'token_nll', 'priced', 'weighted', 'kl', 'kl_to_reference']
@@ -50,7 +51,7 @@ def kl_to_reference(weight:float=.1, # price of one nat a token
     "Pay for saying something else than the base model, at every priced token"
     if direction not in ('forward', 'reverse'): raise ValueError(f'direction is {direction!r}; it must be forward or reverse')
     def penalty(state):
-        with torch.no_grad(): ref = state.models['reference'](**{k: v for k, v in state.batch.items() if k != 'labels'}).logits
+        with torch.no_grad(): ref = state.models['reference'](**{k: v for k, v in state.batch.items() if k in MODEL_INPUTS}).logits
         on, cut = priced(state.batch['labels']), (lambda x: x if x.ndim == 2 else x[:, :-1])
         a, b = (ref, state.logits) if direction == 'forward' else (state.logits, ref)
         return weight*(kl(cut(a), cut(b))*on).sum()/state.count

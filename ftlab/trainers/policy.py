@@ -31,6 +31,7 @@ class Rollouts:
         if state.data.kind != 'text': raise ValueError(f'rollouts need questions with a prompt and a response to judge by; the data are of kind {state.data.kind!r}')
         n = state.settings['batch_size']
         if n % group or group < 2: raise ValueError(f'batch_size is {n} and the group {group}; a group needs at least 2 answers, and the batch whole groups')
+        if n % (k := state.settings['accumulate']): raise ValueError(f'batch_size is {n} and accumulate {k}; the first must be a multiple of the second')
         self.group, self.reward, self.temperature, self.questions = group, reward, temperature, n//group
         self.limit = max_new_tokens or answer_length(state.data.train, state.tok)
 
@@ -42,7 +43,7 @@ class Rollouts:
         training = state.model.training; state.model.eval()
         y = state.model.generate(**b, max_new_tokens=self.limit, do_sample=True, temperature=self.temperature, top_k=0, top_p=1.,
                                  pad_token_id=state.tok.pad_token_id, eos_token_id=state.tok.eos_token_id)
-        state.model.train(training); start = b['input_ids'].shape[1]; said = y[:, start:]
+        start = b['input_ids'].shape[1]; said = y[:, start:]
         live = (said == state.tok.eos_token_id).cumsum(1) - (said == state.tok.eos_token_id).int() == 0  # up to and with the first end
         texts = state.tok.batch_decode([t[m] for t, m in zip(said, live)], skip_special_tokens=True)
         rewards = torch.tensor([self.reward(rows[i//self.group], t.strip()) for i, t in enumerate(texts)]).view(self.questions, self.group)
@@ -50,7 +51,7 @@ class Rollouts:
         labels = y.masked_fill(torch.cat([torch.zeros_like(b['attention_mask'], dtype=torch.bool), live], 1).logical_not(), -100)
         mask = torch.cat([b['attention_mask'], live.long()], 1); place = (mask.cumsum(1) - 1).clamp(min=0)
         full = dict(input_ids=y, attention_mask=mask, position_ids=place, labels=labels, advantage=advantages(rewards).flatten().to(state.device))
-        full['old'] = -token_nll(state.model(input_ids=y, attention_mask=mask, position_ids=place).logits, labels)
+        full['old'] = -token_nll(state.model(input_ids=y, attention_mask=mask, position_ids=place).logits, labels); state.model.train(training)
         k = len(y)//state.settings['accumulate']
         return [{n: v[i:i + k] for n, v in full.items()} for i in range(0, len(y), k)]
 

