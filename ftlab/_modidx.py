@@ -288,6 +288,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'ftlab.core.recipe._name': ('core/recipe.html#_name', 'ftlab/core/recipe.py'),
                                    'ftlab.core.recipe._plain': ('core/recipe.html#_plain', 'ftlab/core/recipe.py')},
             'ftlab.core.scorers': { 'ftlab.core.scorers._logits': ('core/scorers.html#_logits', 'ftlab/core/scorers.py'),
+                                    'ftlab.core.scorers._questions': ('core/scorers.html#_questions', 'ftlab/core/scorers.py'),
                                     'ftlab.core.scorers.answer_length': ('core/scorers.html#answer_length', 'ftlab/core/scorers.py'),
                                     'ftlab.core.scorers.answers': ('core/scorers.html#answers', 'ftlab/core/scorers.py'),
                                     'ftlab.core.scorers.exact_match': ('core/scorers.html#exact_match', 'ftlab/core/scorers.py'),

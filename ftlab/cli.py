@@ -152,7 +152,7 @@ def _training(p):
     add('--columns', help='what your columns are called: prompt=question,response=answer'); add('--old', help='data that the model could do before'); add('--metric', help='exact, accuracy or nll')
     add('--steps', type=_positive, default=200); add('--batch-size', type=_positive, default=32); add('--budget', type=_positive, metavar='TOKENS', help='end a run after so many tokens')
     add('--max-length', type=_positive, help='tokens a row'); add('--items', type=_positive, default=400, help='test rows to measure on')
-    add('--device', help='cpu, cuda, cuda:1, mps'); add('--dtype', help='of the weights: float32, bfloat16, float16'); add('--precision', default='no', choices=('no', 'bf16', 'fp16'), help='mixed precision')
+    add('--device', help='cpu, cuda, cuda:1, mps'); add('--dtype', help='of the weights: float32, bfloat16, float16'); add('--precision', default='no', choices=('no', 'bf16'), help='mixed precision')
     add('--out', metavar='DIR', help='where to write'); add('--dry-run', action='store_true', help='say what it would take, and whether it fits')
 
 def parser() -> argparse.ArgumentParser:

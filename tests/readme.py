@@ -11,6 +11,7 @@ def _output(o:dict, stem:str, images:dict[str, bytes]) -> str:
             images[name] = text(kind).encode() if ending == 'svg' else base64.b64decode(text(kind))
             return f'![{o.get("metadata", {}).get(kind, {}).get("alt", "the figure that this code draws")}]({name})'
     if 'text/markdown' in data: return text('text/markdown')
+    if data.get('text/html') == '' or data.get('text/html') == ['']: return '' # where a progress bar was
     return '\n'.join('    ' + l for l in text('text/plain').splitlines())
 
 def readme(cells:list[dict]) -> tuple[str, dict[str, bytes]]:

@@ -243,7 +243,7 @@ def load_delta(model:nn.Module, path:str|Path, classes:Mapping[str, type]|None=N
     _check_bare(model)
     if meta.get('format') != 'ftlab-delta-1': raise ValueError(f'{str(path)!r} is not a delta saved by ftlab (its format says {meta.get("format")!r})')
     kinds, want, have = json.loads(meta['kinds']), json.loads(meta['base']), identity(model)
-    if diff := sorted(n for n in want.keys() | have.keys() if want.get(n) != have.get(n)):
+    if diff := sorted(n for n in want.keys() | have.keys() if want.get(n) != have.get(n) and (n in want or n not in kinds)): # a fresh head is not part of the base
         raise WrongBase(f'{str(path)!r} was made for another base: {len(diff)} of {len(want)} tensors differ, e.g. {", ".join(diff[:3])}; load the model that it was trained on')
     params = dict(model.named_parameters()); made = {n: _class(k[0], classes) for n, k in kinds.items() if k != 'value'}
     whole = [n for n in kinds if n not in made]

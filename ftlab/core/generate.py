@@ -10,11 +10,11 @@ import torch
 __all__ = ['render', 'left_pad', 'generate']
 
 # %% ../../nbs/core/generate.ipynb #0005d6cd
-def render(prompt:str|list, tok) -> list[int]:
-    "The token ids of a prompt, ready for the answer to follow"
-    if tok.chat_template is None: return tok(prompt if isinstance(prompt, str) else prompt[-1]['content']).input_ids
-    messages = [dict(role='user', content=prompt)] if isinstance(prompt, str) else prompt
-    return tok(tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), add_special_tokens=False).input_ids
+def render(prompts:list[str|list], tok) -> list[list[int]]:
+    "The token ids of each prompt, ready for the answer to follow"
+    if tok.chat_template is None: return tok([p if isinstance(p, str) else p[-1]['content'] for p in prompts]).input_ids
+    chats = [[dict(role='user', content=p)] if isinstance(p, str) else p for p in prompts]
+    return tok(tok.apply_chat_template(chats, tokenize=False, add_generation_prompt=True), add_special_tokens=False).input_ids
 
 def left_pad(rows:list[list[int]], pad_id:int, device=None) -> dict[str, torch.Tensor]:
     "Ids and mask, [rows, longest], padded on the left"
@@ -31,7 +31,7 @@ def generate(model, tok, prompts:list, # strings, or lists of chat messages
              generator_seed:int|None=None # seed of the draw; None: torch's own state
             ) -> list[str]:            # one answer a prompt, without special tokens
     "Answer every prompt"
-    ids = [render(p, tok) for p in prompts]; order = sorted(range(len(ids)), key=lambda i: len(ids[i])); out = [None]*len(ids)
+    ids = render(prompts, tok); order = sorted(range(len(ids)), key=lambda i: len(ids[i])); out = [None]*len(ids)
     device, training = next(model.parameters()).device, model.training; model.eval()
     if generator_seed is not None: torch.manual_seed(generator_seed)
     how = dict(do_sample=sample) | (dict(temperature=temperature, top_k=0, top_p=1.) if sample else {})

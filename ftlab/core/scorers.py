@@ -4,6 +4,7 @@
 
 # %% ../../nbs/core/scorers.ipynb #0003f62d
 from __future__ import annotations
+from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from .batches import collate, encode_all
@@ -46,7 +47,11 @@ def skills(model='lab-m',            # a lab model's name, or a model (then `tok
     "What a model can do: the score of each skill on held-out questions, by generation"
     if isinstance(model, str): model, tok = load(model)
     if tok is None: raise ValueError('a model was given without its tokenizer; call skills(model, tok=tok)')
-    return {s: exact_match(model, tok, WORLD.rows(s, n, split, seed, level), decode) for s in (names or OLD)}
+    return {s: exact_match(model, tok, _questions(s, n, split, seed, level), decode) for s in (names or OLD)}
+
+# a comparison asks the same questions many times over
+@lru_cache(200)
+def _questions(*of): return WORLD.rows(*of)
 
 # %% ../../nbs/core/scorers.ipynb #0009f62d
 @torch.no_grad()

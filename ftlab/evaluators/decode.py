@@ -23,7 +23,7 @@ def combined(models:Mapping[str, object],  # {role: model}, one vocabulary
     "Decode token by token from a combination of models; raises `ValueError` if their vocabularies differ in size"
     sizes = {k: m.config.vocab_size for k, m in models.items()}
     if len(set(sizes.values())) > 1: raise ValueError(f'the models speak different vocabularies: {sizes}; they must share one tokenizer')
-    ids, out = [render(p, tok) for p in prompts], []
+    ids, out = render(prompts, tok), []
     for j in range(0, len(ids), batch_size): out += _decode(models, tok, ids[j:j + batch_size], rule, max_new_tokens, sample)
     return out
 

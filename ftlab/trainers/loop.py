@@ -233,7 +233,7 @@ def fit(model,                     # a causal language model, or a classifier fo
         betas:tuple[float, float]=(.9, .999), # AdamW's
         clip:float|None=1.,        # largest gradient norm; None: no clipping
         seed:int=0,                # of the selection, the delta's start, the order of the data, dropout
-        max_length:int|None=None,  # tokens a row; None: the tokenizer's limit, at most 1024
+        max_length:int|None=None,  # tokens a row; None: as many as tokenizer and model take, at most 1024
         device:str|None=None,      # 'cpu', 'cuda', ...; None: where the model is
         precision:str='no',        # 'no' (the model's own) or 'bf16' (mixed)
         out:str|Path|None=None,    # folder for checkpoints and the originals; None: a temporary one
@@ -252,7 +252,7 @@ def fit(model,                     # a causal language model, or a classifier fo
     _check_kind(model, data); device = _device(device, model); model.to(device)
     settings = dict(recipe=recipe.describe(), steps=steps, batch_size=batch_size, accumulate=accumulate, lr=lr if lr is not None else recipe.lr, schedule=schedule,
         warmup=warmup, weight_decay=weight_decay, betas=list(betas), clip=clip, seed=seed, max_length=max_length, precision=precision, data=data.fingerprint)
-    base = identity(model); settings['model'] = hashlib.blake2s(json.dumps(base).encode()).hexdigest()[:16]
+    heads = set(_head_names(model)) if data.kind == 'label' else set(); base = {n: v for n, v in identity(model).items() if n not in heads}; settings['model'] = hashlib.blake2s(json.dumps(base).encode()).hexdigest()[:16]
     holder = None if out else tempfile.TemporaryDirectory(prefix='ftlab-'); folder = Path(out or holder.name); folder.mkdir(parents=True, exist_ok=True)
     stages = recipe.stages or (recipe,)
     if resume and len(stages) > 1: raise ValueError(f'{recipe.name} runs in stages and cannot be resumed yet; start it again')
@@ -293,9 +293,9 @@ def _stage(model, tok, data, recipe, settings, device, base, folder, save_every,
     with torch.random.fork_rng():
         torch.manual_seed(settings['seed'])
         acc = _accelerator(settings['precision'], device)
-        att, head = _attach(model, data, recipe, settings, folder); params = att.parameters()
         s = SimpleNamespace(lr=settings['lr'], weight_decay=settings['weight_decay'], betas=tuple(settings['betas']), clip=settings['clip'],
                             factor=schedule(settings['schedule'], settings['steps'], settings['warmup']), backward=acc.backward)
+        att, head = _attach(model, data, recipe, settings, folder); params = att.parameters()
         checkpoint, trouble = folder/'checkpoint.safetensors', None
         try:
             step = (recipe.step or Backprop)(params, s)
@@ -356,7 +356,7 @@ def _state(model, tok, data, recipe, settings, device, att, callbacks) -> State:
     "The state before the first step, with rows encoded and the source made"
     state = State(model, tok); state.device, state.steps, state.seed, state.tokens, state.data, state.attached = device, settings['steps'], settings['seed'], 0, data, att
     state.pad_id = tok.pad_token_id or 0; state.settings, state.callbacks = settings, [c() for c in recipe.callbacks] + list(callbacks)
-    limit = min(1024, tok.model_max_length) if settings['max_length'] is None else settings['max_length']
+    limit = min(1024, tok.model_max_length, getattr(model.config, 'max_position_embeddings', 1024)) if settings['max_length'] is None else settings['max_length']
     state.rows = encode_all(data.train, tok, data.kind, limit); state.validation = encode_all(data.validation, tok, data.kind, limit) if data.validation else []
     if recipe.reference: state.models['reference'] = reference_of(model, att)
     state.source = recipe.source(state) if recipe.source else Rows(state.rows, settings['batch_size'], settings['accumulate'], settings['seed'], state.pad_id)

@@ -39,7 +39,7 @@ class Rollouts:
     def next(self, state) -> list[dict]:
         "Draw a group of answers to each question of this step; every micro-batch carries old log-probabilities and advantages"
         rows = [state.data.train[i] for i in indices(state.step, self.questions, len(state.data.train), state.seed)]
-        prompts = [render(r['prompt'], state.tok) for r in rows for _ in range(self.group)]; b = left_pad(prompts, state.tok.pad_token_id, state.device)
+        asked = render([r['prompt'] for r in rows for _ in range(self.group)], state.tok); b = left_pad(asked, state.tok.pad_token_id, state.device)
         training = state.model.training; state.model.eval()
         y = state.model.generate(**b, max_new_tokens=self.limit, do_sample=True, temperature=self.temperature, top_k=0, top_p=1.,
                                  pad_token_id=state.tok.pad_token_id, eos_token_id=state.tok.eos_token_id)

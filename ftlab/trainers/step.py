@@ -48,7 +48,7 @@ class Backprop:
 
     def _check(self, x, state, what='loss'):
         if not torch.isfinite(x):
-            self.opt.zero_grad(); raise NotFinite(f'the {what} is {float(x)} at step {state.step}; nothing was changed by this step')
+            self.opt.zero_grad(); raise NotFinite(f'the {what} is {float(x.detach())} at step {state.step}; nothing was changed by this step')
 
     def tensors(self) -> dict[str, Tensor]:
         "The optimiser's state, by name, for a checkpoint"
