@@ -16,7 +16,7 @@ from ftlab.core.scorers import label_accuracy
 from ftlab.trainers.loop import PeakMemory
 
 OUT = Path(__file__).parent/'results'/'banking77'
-STEPS, BATCH, RANK, LENGTH = 150, 32, 8, 64
+STEPS, BATCH, RANK, LENGTH = 100, 32, 8, 64
 RATES = dict(full=[1e-4, 3e-4, 1e-3], hft=[1e-4, 3e-4, 1e-3], lora=[1e-3, 3e-3, 1e-2])
 
 def banking(folder, train=2000, validation=500, test=1000):
