@@ -380,7 +380,7 @@ class Comparison:
 def _span(d) -> str: return '–' if d['mean'] is None else f'{d["mean"]:.3f}' + (f' [{d["low"]:.3f}, {d["high"]:.3f}]' if d['low'] is not None else '')
 
 # %% ../nbs/comparison.ipynb #001dc6d6
-PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>body{{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}}
+PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>body{{font:16px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:#222}}
 table{{border-collapse:collapse;font-size:14px;display:block;overflow-x:auto}}td,th{{padding:.3rem .7rem;border-bottom:1px solid #ccc;text-align:right;white-space:nowrap}}td:first-child,th:first-child{{text-align:left}}</style></head>
 <body><h1>{title}</h1>{image}{table}<h2>How to read it</h2>{reading}<h2>How it was made</h2>{protocol}<h2>Learning rates</h2>{tuning}<h2>Made with</h2>{made}</body></html>'''
 

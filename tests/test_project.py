@@ -141,3 +141,8 @@ print(ftlab.__file__)'''
     command, where = SETTINGS['console_scripts'].split('='); module, function = where.split(':')
     assert f'{command} = {where}' in next(installed.glob('ftlab-*.dist-info/entry_points.txt')).read_text()
     python('-c', f'from {module} import {function}', cwd=tmp_path, PYTHONPATH=str(installed))
+
+def test_importing_keeps_threads_from_spinning():
+    "Spinning OpenMP threads made a small comparison take an hour instead of a minute on a busy machine"
+    code = "import os; os.environ.pop('OMP_WAIT_POLICY', None); import ftlab; print(os.environ['OMP_WAIT_POLICY'], 'torch' in __import__('sys').modules)"
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split() == ['passive', 'False']
