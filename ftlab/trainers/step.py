@@ -13,7 +13,7 @@ from torch import Tensor, nn
 # %% auto #0
 __all__ = ['NotFinite', 'schedule', 'Backprop']
 
-# %% ../../nbs/trainers/step.ipynb #0004fac8
+# %% ../../nbs/trainers/step.ipynb #0005fac8
 class NotFinite(FloatingPointError): "The loss or its gradient stopped being a number"
 
 def schedule(kind:str,     # 'linear' or 'cosine' fall to zero, 'constant' does not
@@ -26,7 +26,7 @@ def schedule(kind:str,     # 'linear' or 'cosine' fall to zero, 'constant' does 
     def factor(step): return (step + 1)/warmup if step < warmup else shapes[kind]((step - warmup)/max(1, steps - warmup))
     return factor
 
-# %% ../../nbs/trainers/step.ipynb #0006fac8
+# %% ../../nbs/trainers/step.ipynb #0007fac8
 class Backprop:
     "Backpropagation and AdamW: the plain step"
     def __init__(self, params:Mapping[str, nn.Parameter], # what trains, by name
