@@ -6,18 +6,14 @@ from ftlab.comparison import tune as choose
 from ftlab.core.scorers import WORLD, exact_match
 from ftlab.trainers.zeroth import MeZO, seed_of
 
-REVISION, SKILL, STEPS, BATCH, ITEMS = 'step-250', 'refuse', 600, 16, 1000
+REVISION, SKILL, STEPS, BATCH, ITEMS = 'step-250', 'refuse', 600, 16, 400
 GRIDS = dict(mezo=(1e-4, 2e-4, 4e-4), full=(1e-4, 3e-4, 1e-3))
-
-def questions(n, split, seed):
-    "Up to `n` questions of one split that no training row asks: the skill has fewer than a thousand test questions, so validation questions join them"
-    return [r for s in ((split, 'validation') if split == 'test' else (split,)) for r in WORLD.rows(SKILL, n//2 if split == 'test' else n, s, seed)]
 
 def train(arm, rate, seed, split, items):
     model, tok = ftlab.load('lab-s', revision=REVISION); tokens = 0
     if arm != 'base':
         run = ftlab.fit(model, tok, ftlab.data(SKILL, seed=seed), ftlab.methods.get(arm), steps=STEPS, batch_size=BATCH, lr=rate, seed=seed, progress=False); tokens = run.cost['tokens']*(2 if arm == 'mezo' else 1)
-    return dict(score=exact_match(model, tok, questions(items, split, seed)), tokens=tokens)
+    return dict(score=exact_match(model, tok, WORLD.rows(SKILL, items, split, seed)), tokens=tokens)
 
 def tune() -> dict:
     def score(arm, rate):
