@@ -19,11 +19,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 JUPYTER_FLAGS = --port=$(PORT) $(shell [ "$$(uname)" != Linux ] || [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] || echo --no-browser) \
                 $(shell [ "$$(id -u)" != 0 ] || echo --allow-root)
 
-.PHONY: help lab test readme lab-models clean FORCE
+.PHONY: help lab test claims readme lab-models clean FORCE
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n '1,4s/^# //p' Makefile
+	@echo 'make claims      run the claims that have no evidence, or stale evidence (about ten minutes each; JOBS=2 for two at a time)'
 	@echo 'make readme      README.md from nbs/index.ipynb'
 	@echo 'make lab-models  pretrain the lab models again, into runs/ (hours; the shipped ones are frozen)'
 	@echo 'make clean       remove .venv and what building leaves behind'
@@ -35,6 +36,12 @@ lab: $(VENV)/installed-dev
 test: export HF_HUB_OFFLINE := 1
 test: $(VENV)/installed-$(EXTRAS)
 	@$(PY) -m pytest; tests=$$?; $(PY) tests/run_notebooks.py; pages=$$?; exit $$((tests || pages))
+
+# Finished seeds are kept in runs/claims: a stopped call goes on where it was
+claims: export OMP_NUM_THREADS := 1
+claims: export HF_HUB_OFFLINE := 1
+claims: $(VENV)/installed-dev
+	$(PY) -c "import sys; from ftlab.cli import main; sys.exit(main(['claims', 'run', '--jobs', '$(or $(JOBS),1)']))"
 
 readme: $(VENV)/installed-dev
 	$(PY) tests/readme.py

@@ -12,7 +12,9 @@ _PUBLIC = dict(
     generate=('ftlab.core.generate', 'generate'), skills=('ftlab.core.scorers', 'skills'), Recipe=('ftlab.core.recipe', 'Recipe'),
     attach=('ftlab.adapters.delta', 'attach'), load_delta=('ftlab.adapters.delta', 'load_delta'),
     fit=('ftlab.trainers.loop', 'fit'), Run=('ftlab.trainers.loop', 'Run'),
-    compare=('ftlab.comparison', 'compare'), methods=('ftlab.methods', None))
+    compare=('ftlab.comparison', 'compare'), methods=('ftlab.methods', None),
+    report=('ftlab.reporting', 'report'), Report=('ftlab.reporting', 'Report'), doctor=('ftlab.diagnosis', 'doctor'),
+    papers=('ftlab.papers', None), claims=('ftlab.claims', None))
 
 __all__ = sorted(_PUBLIC)
 

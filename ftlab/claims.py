@@ -91,13 +91,13 @@ def run_seed(bench:Bench, arms:Mapping[str, dict], rates:Mapping[str, float], se
     "{arm: numbers} of one seed: gain, forgetting, kl, nll at the last step, and gain_matched, forgetting_matched, kl_matched where all arms have learned alike"
     done, cells, base, data = {}, {}, bench.base(seed)[0], bench.data(seed)
     for name, arm in arms.items():
-        before, t = bench.before(seed, arm['recipe']), time.time()
+        before, t = bench.before(seed, arm['recipe']), time.process_time()
         try:
             run, see, decode = train_arm(bench, arm, rates[name], seed, looks)
-            cells[name] = measured(bench, run.model, run.tok, data, seed, before, base, decode) | dict(seconds=time.time() - t, tokens=run.cost['tokens'], trainable=run.cost['trainable'], saved_bytes=run.delta.nbytes, path=see.path, error=None)
+            cells[name] = measured(bench, run.model, run.tok, data, seed, before, base, decode) | dict(seconds=time.process_time() - t, tokens=run.cost['tokens'], trainable=run.cost['trainable'], saved_bytes=run.delta.nbytes, path=see.path, error=None)
             done[name] = (run.tok, see, decode, before)
         except (ValueError, TypeError, KeyError, OSError): raise # wrong input is not a result
-        except Exception as e: cells[name] = _crashed(bench, before, f'{type(e).__name__}: {e}', time.time() - t, 'test') | dict(kl=bench.farthest, gain_matched=0., forgetting_matched=max(0., fmean(before['old'].values())) if before['old'] else bench.farthest, kl_matched=bench.farthest)
+        except Exception as e: cells[name] = _crashed(bench, before, f'{type(e).__name__}: {e}', time.process_time() - t, 'test') | dict(kl=bench.farthest, gain_matched=0., forgetting_matched=max(0., fmean(before['old'].values())) if before['old'] else bench.farthest, kl_matched=bench.farthest)
     target = target_gain([see.path for _, see, *_ in done.values()])
     for name, (tok, see, decode, before) in done.items():
         i = next((i for i, row in enumerate(see.path) if target is not None and row['gain'] >= target), None); c = cells[name]
@@ -145,16 +145,16 @@ def run_claim(claim:Claim|str,         # a claim, or its name
               keep:bool=True           # go on from what is finished
              ) -> dict:                # the result, also written to claims/results
     "Tune, run every seed, apply the rule, write the result. Raises `ValueError` for a claim that cannot be run; a run that breaks down counts as the worst score."
-    claim = claim if isinstance(claim, Claim) else named_claim(claim); t, code = time.time(), own_code(claim)
+    claim = claim if isinstance(claim, Claim) else named_claim(claim); t, code = time.process_time(), own_code(claim)
     kept = Kept(workplace()/f'{claim.name}-{code}') if keep else lambda name, make: make(); script = script_of(claim) if claim.script else None
     seeds, spec = claim.spec['seeds'], claim.spec; cells, tuning, spent = {}, {}, 0.
     if spec.get('contrast'):
         one, tuning = _script_seed(claim, script, kept) if claim.runs else _recipe_seed(claim, kept, say)
         for s in seeds:
-            def timed(s=s): t = time.time(); found = one(s); return dict(arms=found, seconds=time.time() - t)
+            def timed(s=s): t = time.process_time(); found = one(s); return dict(arms=found, seconds=time.process_time() - t)
             cells[s] = kept(f'seed-{s}', timed); say(f'{claim.name}: seed {s}: ' + '; '.join(f'{a} ' + ', '.join(f'{k} {v:.3f}' for k, v in c.items() if k in _shown(spec) and isinstance(v, (int, float))) for a, c in cells[s]['arms'].items()))
     result = assemble_claim(claim, cells, tuning, {k: bool(v) for k, v in script.identities().items()} if hasattr(script, 'identities') else {})
-    result |= dict(code=code, core=core_code(), versions=versions(), seconds=sum(c['seconds'] for c in cells.values()) + (time.time() - t if not cells else 0) + _tuning_seconds(tuning))
+    result |= dict(code=code, core=core_code(), versions=versions(), seconds=sum(c['seconds'] for c in cells.values()) + (time.process_time() - t if not cells else 0) + _tuning_seconds(tuning))
     claim.result.parent.mkdir(exist_ok=True); write_atomically(claim.result, lambda p: p.write_text(json.dumps(result, indent=1, allow_nan=False) + '\n'))
     return result
 
@@ -170,20 +170,20 @@ def named_claim(name:str) -> Claim:
 # %% ../nbs/claims.ipynb #000d13be
 def _recipe_seed(claim, kept, say):
     "How a seed is run where the arms are Recipes, and how they were tuned"
-    arms, bench = arms_of(claim), ground_of(claim); outside = tuning_seed(claim.spec['seeds']); t = time.time()
+    arms, bench = arms_of(claim), ground_of(claim); outside = tuning_seed(claim.spec['seeds']); t = time.process_time()
     def score(name, rate):
         def gain():
             try: run, see, _ = train_arm(bench, arms[name], rate, outside); return see.path[-1]['gain'] if math.isfinite(see.path[-1]['gain']) else -1.
             except (ValueError, TypeError, KeyError, OSError): raise
             except Exception: return -1. # it broke down: as bad a rate as any
         g = kept(f'tune-{name}-{rate:g}', gain); say(f'{claim.name}: {name} at {rate:g}: validation gain {g:.3f}'); return g
-    chosen = kept('tuning', lambda: dict(seed=outside, arms=tune(score, {n: a['grid'] for n, a in arms.items()}), seconds=time.time() - t))
+    chosen = kept('tuning', lambda: dict(seed=outside, arms=tune(score, {n: a['grid'] for n, a in arms.items()}), seconds=time.process_time() - t))
     rates = {n: chosen['arms'][n]['rate'] for n in arms}
     return lambda seed: run_seed(bench, arms, rates, seed, DEFAULTS['looks'] if 'looks' not in claim.spec else claim.spec['looks']), chosen
 
 def _script_seed(claim, script, kept):
     "How a seed is run where a script runs the experiment; the arms of a run that broke down are empty"
-    t = time.time(); tuned = kept('tuning', lambda: dict(found=script.tune() if hasattr(script, 'tune') else {}, seconds=time.time() - t))
+    t = time.process_time(); tuned = kept('tuning', lambda: dict(found=script.tune() if hasattr(script, 'tune') else {}, seconds=time.process_time() - t))
     def one(seed):
         try: return script.run(seed, tuned['found'])
         except (ImportError, SyntaxError, NameError, AttributeError, TypeError): raise # the script itself is wrong

@@ -5,66 +5,141 @@
 # %% ../nbs/cli.ipynb #0003513c
 from __future__ import annotations
 import argparse, inspect, json, math, re, subprocess, sys, time
+from contextlib import contextmanager
 from pathlib import Path
 import ftlab
 
 # %% auto #0
-__all__ = ['available', 'training_bytes', 'estimate', 'run_compare', 'run_fit', 'run_merge', 'run_skills', 'run_methods',
+__all__ = ['PARTS', 'available', 'kept_bytes', 'training_bytes', 'planned', 'Marks', 'timed', 'estimate', 'run_compare',
+           'run_fit', 'run_merge', 'run_report', 'run_doctor', 'run_skills', 'run_methods', 'run_claims', 'run_papers',
            'run_lab', 'parser', 'main']
 
 # %% ../nbs/cli.ipynb #0005513c
-def available(device:str='cpu') -> int|None:
-    "Bytes that are free: on the GPU, or in memory as Linux tells it; `None` where nobody tells"
-    import torch
-    if torch.device(device).type == 'cuda': return torch.cuda.mem_get_info(torch.device(device))[0]
-    try: return next(int(l.split()[1])*1024 for l in Path('/proc/meminfo').read_text().splitlines() if l.startswith('MemAvailable'))
-    except (OSError, StopIteration): return None
+PARTS = ('weights', 'delta', 'gradients', 'optimizer', 'reference', 'activations')
 
-def training_bytes(model, recipe, labels:bool=False) -> dict:
-    "Trained numbers, and bytes for parameters, gradients and AdamW's state; activations come on top. `model` stays as it is"
+def available(device:str='cpu') -> int|None:
+    "Bytes that are free: on the GPU, or in memory as Linux tells it (a container's limit counts); `None` where nobody tells"
+    import torch # here and below: `ftlab --help` should not wait for it
+    if torch.device(device).type == 'cuda': return torch.cuda.mem_get_info(torch.device(device))[0]
+    try: free = next(int(l.split()[1])*1024 for l in Path('/proc/meminfo').read_text().splitlines() if l.startswith('MemAvailable'))
+    except (OSError, StopIteration): return None
+    try: limit, used = (int((Path('/sys/fs/cgroup')/f'memory.{k}').read_text()) for k in ('max', 'current'))
+    except (OSError, ValueError): return free
+    return min(free, max(0, limit - used))
+
+def _size(tensors) -> int: return sum(t.numel()*t.element_size() for t in tensors)
+
+@contextmanager
+def _attached(model, recipe, labels:bool):
+    "`model` with the change of one recipe on it, which is taken off again; a stage that is a function counts as full fine-tuning"
     from ftlab.adapters.delta import attach
     from ftlab.adapters.select import everything
     from ftlab.trainers.loop import _head_names
-    size = lambda ps: sum(p.numel()*p.element_size() for p in ps); all_of = size(model.parameters())
-    stages = [attach(model, (r.select or everything)(model, None, 0), r.delta, tuple(_head_names(model)) if labels else (), {}) for r in (recipe.stages or (recipe,))[:1]]
-    att = stages[0]; moving = list(att.parameters().values()); own = size(p for d in att.deltas.values() for p in d.parameters())
-    out = dict(trainable=sum(p.numel() for p in moving), bytes=all_of + own + 3*size(moving) + (all_of if recipe.reference and att.whole else 0))
-    att.originals = {n: p.detach() for n, p in model.named_parameters()}; att.detach()
-    return out
+    att = attach(model, (getattr(recipe, 'select', None) or everything)(model, None, 0), getattr(recipe, 'delta', None), tuple(_head_names(model)) if labels else (), {})
+    try: yield att
+    finally: att._release()
 
-# %% ../nbs/cli.ipynb #0007513c
-def estimate(bench, arms, tuned:bool, seeds:int) -> dict:
-    "What a comparison (or one run) would do: cells, tokens, memory, time from two steps and one look of each method"
-    free, methods, total = available(str(bench.device)), [], 0.
-    for name, (recipe, rates) in arms.items():
-        model, tok = bench.base(0); m = dict(name=name, **training_bytes(model, recipe, bench.given.kind == 'label'))
-        m['fits'] = None if free is None else m['bytes'] < free + sum(p.numel()*p.element_size() for p in model.parameters()) # the parameters are already in memory
-        m |= dict(cells=seeds, tuning=len(rates) if tuned else 0)
-        if m['fits'] is not False:
-            run = ftlab.fit(model, tok, bench.given, recipe, steps=2, lr=rates[0], max_length=bench.max_length, device=str(bench.device), progress=False, **bench.settings)
-            t = time.time(); bench.gained(model, tok, bench.given, 'validation'); bench.kept(model, tok, 0, bench.given); look = time.time() - t
-            m |= dict(seconds_per_step=run.cost['seconds']/2, seconds_per_look=look, tokens_per_step=run.cost['tokens']/2, peak_bytes=run.cost['peak_bytes'])
-            steps = lambda n: n if not bench.budget else min(n, math.ceil(bench.budget/m['tokens_per_step']))
-            m['tokens'] = round(m['tokens_per_step']*(seeds*steps(bench.steps) + m['tuning']*steps(bench.tune_steps)))
-            m['seconds'] = m['tokens']/m['tokens_per_step']*m['seconds_per_step'] + look*(seeds*(steps(bench.steps)/bench.every + 3) + m['tuning'])
-            total += m['seconds']
-        methods.append(m)
-    return dict(dry_run=True, model=_name(bench.source), data=bench.given.name, methods=methods, available_bytes=free, fits=None if free is None else all(m['fits'] for m in methods), seconds=total if all('seconds' in m for m in methods) else None,
-                note='memory: parameters, gradients and AdamW; activations come on top' + ('' if not tuned else '; grids that grow by two rates add to the time'))
+def kept_bytes(model,    # real or fake
+               batch:dict, # what goes into it
+               labels      # [rows, tokens], or [rows]
+              ) -> int:
+    "What a forward pass and its loss keep for the backward pass: every tensor once, parameters not at all"
+    import torch
+    from ftlab.trainers.objective import token_nll
+    own, seen = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+    def note(t):
+        s = t.untyped_storage()
+        if s._cdata not in own: seen[s._cdata] = (s.nbytes(), t) # the tensor is held, so that no later one can take its place
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t): price = token_nll(model(**batch).logits, labels).sum()
+    return sum(n for n, _ in seen.values())
+
+# %% ../nbs/cli.ipynb #0006513c
+def training_bytes(model,                        # as `load` or `skeleton` gives it; stays as it is
+                   recipe, labels:bool=False,    # the method; do the data have labels?
+                   shape:tuple[int, int]=(1, 1), # rows and tokens of a micro-batch
+                   precision:str='no'            # 'bf16': mixed precision
+                  ) -> dict:
+    "Trained numbers, and bytes by `PARTS`; of a recipe in stages, its largest one"
+    import torch
+    def one(stage):
+        with _attached(model, stage, labels) as att:
+            moving = list(att.parameters().values()); weights = [p for n, p in model.named_parameters() if '.delta_' not in n and '.parametrizations.' not in n or n.endswith('.original')]
+            ids = torch.ones(shape, dtype=torch.long, device=weights[0].device); training = model.training; model.train()
+            with torch.autocast(ids.device.type, torch.bfloat16, enabled=precision == 'bf16'): kept = kept_bytes(model, dict(input_ids=ids), ids[:, 0] if labels else ids)
+            model.train(training); words = 4*shape[0]*(1 if labels else shape[1])*(model.config.num_labels if labels else model.config.get_text_config().vocab_size)
+            own = _size(t for d in att.deltas.values() for t in (*d.parameters(), *d.buffers())); ref = getattr(stage, 'reference', False)
+            # three times the size of the logits: their gradient, and two copies on the way through the loss
+            return dict(trainable=sum(p.numel() for p in moving), weights=_size(weights), delta=own, gradients=_size(moving), optimizer=2*_size(moving) + 4*len(moving), # AdamW counts its steps per tensor
+                        reference=(_size(weights) if att.whole else 0) + words if ref else 0, activations=kept + 3*words)
+    return max((one(s) for s in recipe.stages or (recipe,)), key=lambda d: sum(d[k] for k in PARTS))
+
+# %% ../nbs/cli.ipynb #0009513c
+def planned(a, recipe, data) -> dict:
+    "Memory of one method on the model that the arguments `a` name, from its config alone; the weights are read only for a method that selects by their values, if they fit"
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from ftlab.core.batches import encode_all
+    from ftlab.core.loading import find_device, skeleton
+    labels = data.kind == 'label'; device = str(find_device(a.device)); free = available(device)
+    with (fake := FakeTensorMode()):
+        model, tok = skeleton(a.model, a.revision, a.dtype, data.labels, device=device)
+        limit = a.max_length or min(1024, tok.model_max_length, getattr(model.config, 'max_position_embeddings', 1024)); total = _size(model.parameters())
+    longest = max(len(r['input_ids']) for r in encode_all(data.train[:2000], tok, data.kind, limit)); ask = dict(labels=labels, shape=(a.batch_size, longest), precision=a.precision)
+    try:
+        with fake: found = training_bytes(model, recipe, **ask)
+    except RuntimeError: # numbers were asked for
+        if free is not None and total > free: found = dict(trainable=None, **dict.fromkeys(PARTS, 0) | dict(weights=total))
+        else: found = training_bytes(ftlab.load(a.model, revision=a.revision, dtype=a.dtype, device=a.device, labels=data.labels)[0], recipe, **ask)
+    m = dict(trainable=found.pop('trainable'), memory=found, bytes=sum(found.values()), longest_row=longest)
+    return m | dict(fits=None if free is None else m['bytes'] < free)
+
+# %% ../nbs/cli.ipynb #000b513c
+class Marks:
+    "A callback that notes when each step ended"
+    def __init__(self): self.times = []
+    def after_step(self, state): self.times.append(time.time())
+
+def timed(bench, recipe, rate:float, seconds:float=20.) -> dict:
+    "Seconds and tokens of a step, from three of them on the bench's model; on fewer rows where a step would take longer than `seconds`"
+    model, tok = bench.base(0); n, rows = sum(p.numel() for p in model.parameters()), bench.settings.get('batch_size', 32)
+    guess = 6*n*rows*64/(2e10 if bench.device.type == 'cpu' else 2e13) # operations of a step, over what a plain processor does in a second
+    used = max(1, min(rows, int(rows*seconds/guess))); marks = Marks()
+    run = ftlab.fit(model, tok, bench.given, recipe, lr=rate, max_length=bench.max_length, device=str(bench.device), progress=False, callbacks=(marks,),
+                    **bench.settings | dict(batch_size=used, steps=3*max(1, len(recipe.stages))))
+    gaps = [b - a for a, b in zip(marks.times, marks.times[1:])]; step = min(gaps)*rows/used
+    t = time.time(); bench.gained(model, tok, bench.given, 'validation'); asked = time.time() - t; bench.kept(model, tok, 0, bench.given)
+    return dict(seconds_per_step=step, seconds_per_score=asked, seconds_per_look=time.time() - t, tokens_per_step=run.cost['tokens']/len(run.log)*rows/used, rows_timed=used, peak_bytes=run.cost['peak_bytes'])
+
+# %% ../nbs/cli.ipynb #000c513c
+def estimate(a, data, arms, tuned:bool, seeds:int|None) -> dict: # seeds: of a comparison; None: one run, scored before and after
+    "What a comparison (or one run) would do: cells, memory, and where it fits tokens and time"
+    from ftlab.core.loading import find_device
+    one, seeds = seeds is None, seeds or 1; free, methods = available(str(find_device(a.device))), [dict(name=n, **planned(a, r, data), cells=seeds, tuning=len(rates) if tuned else 0) for n, (r, rates) in arms.items()]
+    fits = None if free is None else all(m['fits'] for m in methods); bench = None if fits is False else _bench(a, data)
+    for m in methods if bench else ():
+        recipe, rates = arms[m['name']]; m |= timed(bench, recipe, rates[0])
+        steps = lambda n: n if not bench.budget else min(n, math.ceil(bench.budget/m['tokens_per_step'])) # noqa: B023
+        count = seeds*steps(bench.steps) + m['tuning']*steps(bench.tune_steps); m['tokens'] = round(m['tokens_per_step']*count)
+        m['seconds'] = count*m['seconds_per_step'] + (2*m['seconds_per_score'] if one else m['seconds_per_look']*(seeds*(steps(bench.steps)/bench.every + 3) + m['tuning']))
+    tight = free is not None and fits and any(3*m['bytes'] > free for m in methods)
+    notes = ['memory is what tensors hold; a process on a CPU can take up to three times as much' + ', so it is tight'*tight] + ['grids that grow by two rates add to the time']*tuned + ['what a recipe learns beside the model is not counted']*any(r.learners for r, _ in arms.values())
+    return dict(dry_run=True, model=str(a.model), data=data.name, methods=methods, available_bytes=free, fits=fits, seconds=sum(m['seconds'] for m in methods) if bench else None, note='; '.join(notes))
 
 def _estimated(e:dict) -> str:
     "An estimate for reading"
     gb = lambda b: 'unknown' if b is None else f'{b/1e9:.1f} GB' if b >= 1e9 else f'{b/1e6:.1f} MB'
-    lines = [f'{m["name"]}: {m["cells"]} runs and {m["tuning"]} to tune, {m["trainable"]:,} numbers trained, {gb(m["bytes"])}' + (f', {m["tokens"]:,} tokens, about {m["seconds"]/60:.1f} min' if 'seconds' in m else ', too large to time') for m in e['methods']]
+    lines = [f'{m["name"]}: {m["cells"]} runs and {m["tuning"]} to tune' + ('' if m['trainable'] is None else f', {m["trainable"]:,} numbers trained') + f', {gb(m["bytes"])} (' + ', '.join(f'{k} {gb(v)}' for k, v in m['memory'].items() if v) + ')'
+             + (f', {m["tokens"]:,} tokens, about {m["seconds"]/60:.1f} min' if 'seconds' in m else '') for m in e['methods']]
     return '\n'.join(lines + [f'available: {gb(e["available_bytes"])}; ' + {True: 'it fits', False: 'it does not fit', None: 'whether it fits is not known here'}[e['fits']] + (f'; about {e["seconds"]/60:.1f} min in all' if e['seconds'] else ''), e['note']])
 
-def _name(source) -> str: return str(source) if isinstance(source, (str, Path)) else type(source[0]).__name__
-
-# %% ../nbs/cli.ipynb #0009513c
+# %% ../nbs/cli.ipynb #000e513c
 def _data(a):
     "The data of `--data`, with the test rows of `--eval`"
-    columns = dict(pair.split('=', 1) if '=' in pair else _refuse(f'--columns has {pair!r}; write ours=theirs, such as prompt=question,response=answer') for pair in a.columns.split(',')) if a.columns else None
-    return ftlab.data(a.data, test=a.eval, columns=columns)
+    return ftlab.data(a.data, test=a.eval, columns=_columns(a))
+
+def _columns(a):
+    "`--columns` as a dictionary"
+    return dict(pair.split('=', 1) if '=' in pair else _refuse(f'--columns has {pair!r}; write ours=theirs, such as prompt=question,response=answer') for pair in a.columns.split(',')) if a.columns else None
 
 def _refuse(message): raise ValueError(message)
 
@@ -78,7 +153,7 @@ def run_compare(a):
     from ftlab.comparison import plan
     methods, lrs = _list(a.methods), [float(x) for x in _list(a.lrs)] if a.lrs else None
     arms = plan(methods, lrs, a.tune); data = _data(a); seeds = a.seeds
-    if a.dry_run: e = estimate(_bench(a, data), arms, a.tune, seeds); return e, _estimated(e)
+    if a.dry_run: e = estimate(a, data, arms, a.tune, seeds); return e, _estimated(e)
     c = ftlab.compare(methods, a.model, data, old=a.old, metric=a.metric, seeds=seeds, steps=a.steps, batch_size=a.batch_size, lrs=lrs, tune=a.tune, items=a.items, old_items=a.old_items, max_length=a.max_length,
                       device=a.device, precision=a.precision, dtype=a.dtype, revision=a.revision, budget=a.budget, out=a.out or 'ftlab-runs/compare', resume=a.resume)
     return c.json(), f'{c!r}\n{Path(a.out or "ftlab-runs/compare")/"index.html"}'
@@ -86,13 +161,13 @@ def run_compare(a):
 def run_fit(a):
     from ftlab.comparison import Budget, metric_for, plan, score
     (name, (recipe, rates)), = plan([a.method], a.lr, False).items(); data = _data(a); out = Path(a.out or 'ftlab-runs/fit')
-    if a.dry_run: e = estimate(_bench(a, data), {name: (recipe, rates)}, False, 1); return e, _estimated(e)
+    if a.dry_run: e = estimate(a, data, {name: (recipe, rates)}, False, None); return e, _estimated(e)
     if a.export and Path(a.export).exists() and any(Path(a.export).iterdir()): raise FileExistsError(f'--export {a.export!r} is not empty; name a new folder')
     model, tok = ftlab.load(a.model, revision=a.revision, dtype=a.dtype, device=a.device, labels=data.labels, seed=a.seed); metric = metric_for(data, a.metric)
     ask = lambda: score(metric, model, tok, data.test[:a.items], data, a.max_length) if data.test else None; before = ask()
     run = ftlab.fit(model, tok, data, recipe, steps=a.steps, batch_size=a.batch_size, lr=rates[0], seed=a.seed, max_length=a.max_length, device=a.device, precision=a.precision, out=out, save_every=a.save_every,
                     resume=a.resume, callbacks=(Budget(a.budget),) if a.budget else ())
-    record = dict(model=a.model, revision=a.revision, data=data.name, labels=data.labels, seed=a.seed, recipe=recipe.describe(), settings=run.settings, cost=run.cost, interrupted=run.interrupted, metric=metric, before=before, after=ask())
+    record = dict(model=a.model, revision=a.revision, data=data.name, eval=a.eval, columns=_columns(a), labels=data.labels, seed=a.seed, recipe=recipe.describe(), settings=run.settings, cost=run.cost, interrupted=run.interrupted, metric=metric, before=before, after=ask())
     record['saved_bytes'] = _keep(run, record, out)
     if run.interrupted: raise KeyboardInterrupt(f'stopped after {len(run.log)} steps; what was learned is in {out}')
     if a.export: run.export(a.export)
@@ -107,7 +182,7 @@ def _keep(run, record, out) -> int:
     write_atomically(out/'run.json', lambda p: p.write_text(json.dumps(record | dict(saved_bytes=size), indent=1)))
     return size
 
-# %% ../nbs/cli.ipynb #000a513c
+# %% ../nbs/cli.ipynb #000f513c
 def run_merge(a):
     from ftlab.trainers.loop import export
     beside = Path(a.delta).with_name('run.json'); known = json.loads(beside.read_text()) if beside.exists() else {} # labels and seed of a fresh head
@@ -115,6 +190,27 @@ def run_merge(a):
     model, tok = ftlab.load(name, revision=a.revision or known.get('revision'), dtype=a.dtype, labels=known.get('labels'), seed=known.get('seed', 0))
     folder = export(model, tok, ftlab.load_delta(model, a.delta), a.out or _refuse('name the folder to write with --out'))
     return dict(model=str(name), delta=a.delta, folder=str(folder)), str(folder)
+
+def run_report(a):
+    from ftlab.reporting import read_run, report
+    if not a.folder and not a.delta: raise ValueError('name the folder that ftlab fit wrote, or --model, --delta and --data')
+    given = ftlab.data(a.data, test=a.eval, columns=_columns(a)) if a.data else None
+    run = read_run(a.folder, a.model, a.delta, given, a.revision, a.device, a.dtype)
+    rep = report(run, a.old, items=a.items, old_items=a.old_items, metric=a.metric, matrices=a.matrices, max_length=a.max_length, cache=a.cache); out = rep.save(a.out or run.folder)
+    return rep.json(), f'{rep!r}\n{out/"report.html"}'
+
+def run_doctor(a):
+    from ftlab.diagnosis import doctor
+    given = ftlab.data(a.data, test=a.eval, columns=_columns(a)) if a.data else None
+    if a.folder:
+        from ftlab.reporting import read_run
+        found = doctor(read_run(a.folder, a.model, None, given, a.revision, a.device, a.dtype), exported=a.exported)
+    else:
+        if not a.model or given is None: raise ValueError('before a run the doctor needs --model and --data; after one, name the folder that ftlab fit wrote')
+        if a.exported: raise ValueError('--exported is held against a finished run; name the folder that ftlab fit wrote as well')
+        model, tok = ftlab.load(a.model, revision=a.revision, dtype=a.dtype, device=a.device, labels=given.labels)
+        found = doctor(model, tok, given, ftlab.methods.get(a.method), steps=a.steps, batch_size=a.batch_size, accumulate=a.accumulate, lr=a.lr, max_length=a.max_length, precision=a.precision)
+    return found.json(), repr(found)
 
 def run_skills(a):
     from ftlab.comparison import is_lab
@@ -127,6 +223,27 @@ def run_methods(a):
     about = {n: (f := getattr(ftlab.methods, n), str(inspect.signature(f)).split(' ->')[0], (inspect.getdoc(f) or '').split('\n')[0]) for n in ftlab.methods.names()}
     return {n: dict(arguments=s, about=d) for n, (_, s, d) in about.items()}, '\n'.join(f'{n:6} {d}' for n, (_, s, d) in about.items())
 
+def run_claims(a):
+    from ftlab import claims as engine
+    from ftlab.papers import claims, claims_folder, scoreboard
+    if claims_folder() is None: raise FileNotFoundError('the claims are in the repository, not in the installed package; clone it and run there')
+    if a.what == 'explain':
+        if not a.names: _refuse('name the claim to explain: ftlab claims explain hft')
+        return {n: engine.explain(n) for n in a.names}, '\n\n'.join(engine.explain(n) for n in a.names)
+    if a.what == 'run':
+        done = engine.run_claims(a.names or None, a.jobs, a.all, say=lambda s: print(s, file=sys.stderr, flush=True))
+        if bad := [n for n, v in done.items() if v.startswith('not run')]: raise RuntimeError(f'{", ".join(bad)} could not be run: {done[bad[0]]}')
+        return done, '' if done else 'every claim has its evidence, and none is stale'
+    if a.names: _refuse(f'ftlab claims list takes no name; ftlab claims explain {a.names[0]} tells about one')
+    state = {c.name: engine.status(c) for c in claims()}; board = scoreboard(); said = board.drop_duplicates('claim').set_index('claim') if len(board) else board
+    return {n: dict(verdict=said.verdict[n], scope=said.scope[n], status=s) for n, s in state.items()}, '\n'.join(f'{n:14} {said.verdict[n]:12} {s:13} {said.sentence[n]}' for n, s in state.items())
+
+def run_papers(a):
+    from ftlab import papers
+    found = [e for e in papers.index() if not a.find or a.find.lower() in e['title'].lower()]
+    if not found: _refuse(f'no paper here has {a.find!r} in its title')
+    return found, '\n'.join(f'{e["verdict"] or e["note"]:18} {e["arxiv"]:11} {e["title"]}\n{"":31}{", ".join(e["symbols"])}' for e in found)
+
 def run_lab(a):
     root = Path(ftlab.__file__).resolve().parent.parent; page = Path('nbs/course/first_light.ipynb')
     if not (root/'nbs'/'course').is_dir(): raise FileNotFoundError('the course is not part of the installed package; clone the repository and run `make lab` there')
@@ -134,7 +251,7 @@ def run_lab(a):
     if code: raise RuntimeError(f'JupyterLab ended with code {code}')
     return {}, ''
 
-# %% ../nbs/cli.ipynb #000c513c
+# %% ../nbs/cli.ipynb #0011513c
 class _Parser(argparse.ArgumentParser):
     def error(self, message): self.exit(2, f'ftlab: {message}; see {self.prog} --help\n')
 
@@ -157,7 +274,7 @@ def _training(p):
 
 def parser() -> argparse.ArgumentParser:
     "All commands and their arguments"
-    top = _Parser(prog='ftlab', description=ftlab.__doc__); subs = top.add_subparsers(dest='command', required=True, metavar='lab | fit | compare | merge | skills | methods')
+    top = _Parser(prog='ftlab', description=ftlab.__doc__); subs = top.add_subparsers(dest='command', required=True)
     def command(name, run, about):
         p = subs.add_parser(name, help=about, description=about); p.set_defaults(run=run)
         p.add_argument('--json', action='store_true', help='print one JSON object and nothing else'); p.add_argument('--debug', action='store_true', help='show where an error happened')
@@ -171,13 +288,28 @@ def parser() -> argparse.ArgumentParser:
     add('--tune', action=argparse.BooleanOptionalAction, default=True, help='choose each rate on a seed of its own'); add('--old-items', type=_positive, default=100); add('--resume', action=argparse.BooleanOptionalAction, default=True, help='take finished cells from --out')
     p = command('merge', run_merge, 'a base and a saved change, as a plain Hugging Face folder'); add = p.add_argument
     add('--model', help='the base; left out, as run.json beside the change says'); add('--revision'); add('--dtype'); add('--delta', required=True); add('--out', metavar='DIR')
+    p = command('report', run_report, 'what a fine-tune learned, what it broke, and where the change lies: one page'); add = p.add_argument
+    add('folder', nargs='?', metavar='DIR', help='what ftlab fit wrote'); add('--model', help='the base; left out, as run.json says'); add('--revision'); add('--delta', help='a saved change, where there is no folder')
+    add('--data', help='the data; left out, as run.json says'); add('--eval', help='test rows; else a tenth of the data'); add('--columns', help='what your columns are called: prompt=question,response=answer'); add('--old', help='data that the model could do before'); add('--metric', help='exact, accuracy or nll')
+    add('--items', type=_positive, default=100, help='new questions'); add('--old-items', type=_positive, default=100, help='old questions of each skill'); add('--matrices', type=int, default=64, help='take the spectrum of so many matrices at most'); add('--max-length', type=_positive, help='tokens a row')
+    add('--device'); add('--dtype'); add('--cache', metavar='DIR', help='where to keep what the base said; else beside the change'); add('--out', metavar='DIR', help='where report.html and report.json go; else beside the change')
+    p = command('doctor', run_doctor, 'what goes wrong without a word: before a run (--model, --data, --method) or after one (the folder that ftlab fit wrote)'); add = p.add_argument
+    add('folder', nargs='?', metavar='DIR', help='a finished run; left out, a run is looked at before it begins'); add('--exported', metavar='DIR', help='a merged model to hold against the run')
+    add('--model', help='lab-s, lab-m, a folder, or a Hugging Face id'); add('--revision'); add('--data', help='a file, a folder, or a lab skill'); add('--eval', help='test rows; else a tenth of the data'); add('--columns', help='what your columns are called: prompt=question,response=answer')
+    add('--method', '--methods', default='full', help="such as 'lora(r=4)' or 'hft * dft'"); add('--lr', type=float); add('--steps', type=_positive, default=200); add('--batch-size', type=_positive, default=32); add('--accumulate', type=_positive, default=1)
+    add('--max-length', type=_positive, help='tokens a row'); add('--device'); add('--dtype'); add('--precision', default='no', choices=('no', 'bf16'))
     p = command('skills', run_skills, 'what a lab model can do'); add = p.add_argument; add('--model', default='lab-m'); add('--revision'); add('--device'); add('--items', type=_positive, default=400); add('--names', help='skills, with commas between')
     command('methods', run_methods, 'the methods there are')
+    p = command('claims', run_claims, 'what became of each paper\'s claim; run them; explain one'); add = p.add_argument
+    add('what', nargs='?', default='list', choices=('list', 'run', 'explain')); add('names', nargs='*', help='which; run without names takes those that are missing or stale')
+    add('--jobs', type=_positive, default=1, help='how many at a time'); add('--all', action='store_true', help='run those too whose evidence is current')
+    p = command('papers', run_papers, 'the papers that are built here'); p.add_argument('find', nargs='?', help='words of a title')
+    subs.metavar = ' | '.join(subs.choices)
     return top
 
-# %% ../nbs/cli.ipynb #000d513c
+# %% ../nbs/cli.ipynb #0012513c
 def main(argv:list[str]|None=None # the arguments; None: those of the process
-        ) -> int:                 # 0 when done, 1 for an error, 2 for arguments that cannot be read, 130 when stopped by hand
+        ) -> int:                 # 0 when done, 1 for an error or a --dry-run that does not fit, 2 for arguments that cannot be read, 130 when stopped by hand
     "Run one command"
     a = parser().parse_args(argv)
     try: found, said = a.run(a)
@@ -188,7 +320,8 @@ def main(argv:list[str]|None=None # the arguments; None: those of the process
         print(f'ftlab: {_message(e)}', file=sys.stderr); return 1
     if a.json: print(json.dumps(found, default=str, allow_nan=False))
     elif said: print(said)
-    return 0
+    if a.command == 'doctor' and found['errors']: return 1 # the doctor's errors are its answer, and a script must notice them
+    return 1 if getattr(a, 'dry_run', False) and found['fits'] is False else 0
 
 def _message(e:Exception) -> str:
     "One line; what we did not foresee names its kind"

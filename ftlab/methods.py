@@ -7,10 +7,20 @@ from __future__ import annotations
 import ast, difflib, inspect, sys
 from .core.recipe import Recipe
 from .adapters.half import hft
-from .adapters.lowrank import lora
+from .adapters.lowrank import lora, randlora
+from .adapters.merging import breadcrumbs, lines
+from .adapters.sparse import lift, lt_sft
+from .adapters.vectors import lofit
+from .beyond.images import difffit
+from .evaluators.copilot import copilot
 from .evaluators.emulated import eft
+from .trainers.knowing import r_tuning
 from .trainers.policy import grpo
-from .trainers.rectified import dft
+from .trainers.preferences import dpo, spin
+from .trainers.rectified import asft, dft
+from .trainers.schedules import lisa
+from .trainers.views import masked_thought
+from .trainers.zeroth import mezo
 
 # %% auto #0
 __all__ = ['full', 'names', 'get']

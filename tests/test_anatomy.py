@@ -6,16 +6,16 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 from ftlab.core.anatomy import FAMILIES, Family, Layout, UnknownArchitecture, anatomy
-from tiny import DECODERS, ENCODERS, example_inputs, tiny, tiny_models
+from tiny import DECODERS, ENCODERS, OTHERS, PLAIN, USUAL, example_inputs, inputs_for, tiny, tiny_models
 
 EVERY = DECODERS + ENCODERS
 CASES = ([(f, None) for f in EVERY] + [(f, h) for f in ENCODERS for h in ('classifier', 'none')]
-         + [(f, 'classifier') for f in ('llama', 'gpt2')] + [(f, 'none') for f in ('qwen2', 'gpt2')])
+         + [(f, 'classifier') for f in ('llama', 'gpt2', 'opt', 'gpt_neox', 'phi')] + [(f, 'none') for f in ('qwen2', 'gpt2', *PLAIN)] + [(f, None) for f in PLAIN])
 
 def listed(a):
     "Every name in the fields of an Anatomy, as often as it occurs"
-    inside = [n for b in a.blocks for d in (b.attention, b.mlp, b.norms, b.biases) for n in d.values() if n]
-    outside = [a.embedding, a.positions, None if a.tied else a.head, *a.norms.values(), *a.biases.values(), *a.other]
+    inside = [n for b in a.blocks for d in (b.attention, b.mlp, b.norms, b.biases, b.positions) for n in d.values() if n]
+    outside = [a.embedding, a.positions, None if a.tied else a.head, *a.norms.values(), *a.biases.values(), *a.around, *a.other]
     return Counter(inside + [n for n in outside if n])
 
 def output(model, inputs):
@@ -36,7 +36,7 @@ def shake(p): p.add_(torch.randn(p.shape, generator=torch.Generator().manual_see
 
 # ---------- one place for everything
 
-def test_the_ten_families_are_the_ones_in_the_table(): assert list(tiny_models()) == EVERY and set(EVERY) == set(FAMILIES)
+def test_the_families_are_the_ones_in_the_table(): assert set(EVERY + PLAIN + OTHERS) == set(FAMILIES) == set(USUAL)
 
 @pytest.mark.parametrize('family,head', CASES)
 def test_every_parameter_has_exactly_one_place(family, head):
@@ -90,14 +90,14 @@ def test_blocks_are_counted_as_numbers():
 
 # ---------- the roles are what they say, judged by the forward pass
 
-@pytest.mark.parametrize('family', EVERY)
+@pytest.mark.parametrize('family', EVERY + PLAIN)
 def test_o_is_the_only_way_between_tokens(family):
     m = tiny(family); a = anatomy(m); x = example_inputs(); y = copy.deepcopy(x); y['input_ids'][:, 0] = 5 + x['input_ids'][:, 0] % 7
     assert not torch.equal(output(m, x)[:, -1], output(m, y)[:, -1])
     change(m, a, 'o', zero)
     assert torch.allclose(output(m, x)[:, -1], output(m, y)[:, -1], atol=1e-6)
 
-@pytest.mark.parametrize('family', EVERY)
+@pytest.mark.parametrize('family', EVERY + PLAIN)
 def test_up_and_gate_act_only_through_down(family):
     m = tiny(family); a = anatomy(m); x = example_inputs()
     for role in set(a.blocks[0].mlp) - {'down'}:
@@ -107,14 +107,14 @@ def test_up_and_gate_act_only_through_down(family):
     assert torch.equal(output(m, x), before)
     change(m, a, 'o', shake); assert not torch.allclose(output(m, x), before, atol=1e-4)
 
-@pytest.mark.parametrize('family', [f for f in EVERY if f != 'gpt2'])
+@pytest.mark.parametrize('family', [f for f in EVERY if f != 'gpt2'] + ['phi', 'opt'])
 def test_without_queries_keys_do_nothing_and_values_still_do(family):
     m = tiny(family); a = anatomy(m); x = example_inputs()
     change(m, a, 'q', zero); before = output(m, x)
     change(m, a, 'k', shake); assert torch.allclose(output(m, x), before, atol=1e-6)
     change(m, a, 'v', shake); assert not torch.allclose(output(m, x), before, atol=1e-4)
 
-@pytest.mark.parametrize('family', [f for f in EVERY if f != 'gpt2'])
+@pytest.mark.parametrize('family', [f for f in EVERY if f != 'gpt2'] + ['phi', 'opt'])
 def test_a_query_acts_on_its_own_token_and_keys_and_values_on_others(family):
     m = tiny(family); b = anatomy(m).blocks[0]; x = example_inputs(); noise = torch.Generator().manual_seed(2)
     def mixed(role=None): # what enters block 0's output matrix, when `role` said something else at the first token
@@ -139,14 +139,14 @@ def test_a_gate_passes_through_the_activation_and_up_does_not(family):
         params[a.blocks[0].mlp['gate']].mul_(2); w = mlp(x)
     assert torch.allclose(z, 2*y, rtol=1e-4, atol=1e-6) and not torch.allclose(w, 2*z, rtol=1e-2, atol=1e-6)
 
-@pytest.mark.parametrize('family', EVERY)
+@pytest.mark.parametrize('family', EVERY + ['phi3', 'opt', 'gpt_neox'])
 def test_norms_are_called_where_their_role_says(family):
     m = tiny(family); b = anatomy(m).blocks[0]; calls = []
     roles = dict(b.attention) | dict(b.mlp) | {'norm ' + r: n for r, n in b.norms.items()}
     for role, n in roles.items(): m.get_submodule(n.removesuffix('.weight')).register_forward_hook(lambda *_, role=role: calls.append(role))
     output(m, example_inputs()); at = {r: i for i, r in enumerate(calls)}
     assert sorted(calls) == sorted(roles) # each of them once
-    q, o, up, down, attention, mlp = at.get('q', at.get('qkv')), at['o'], at['up'], at['down'], at['norm attention'], at['norm mlp']
+    q, o, up, down, attention, mlp = at.get('q', at.get('qkv')), at['o'], at.get('up', at.get('gate_up')), at['down'], at['norm attention'], at['norm mlp']
     if family in ENCODERS: assert q < o < attention < up < down < mlp
     else: assert attention < q < o < mlp < up < down
     if 'norm attention_post' in at: assert o < at['norm attention_post'] < mlp and down < at['norm mlp_post']
@@ -164,14 +164,75 @@ def test_the_norms_of_queries_and_keys_get_queries_and_keys(family):
 # ---------- what a row of the table is
 
 def test_another_family_is_another_row():
-    neox = AutoModelForCausalLM.from_config(AutoConfig.for_model('gpt_neox', vocab_size=64, hidden_size=32, intermediate_size=80,
-        num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64, bos_token_id=0, eos_token_id=0))
-    row = Family('embed_in', (Layout('layers.#', dict(qkv='attention.query_key_value', o='attention.dense'),
-        dict(up='mlp.dense_h_to_4h', down='mlp.dense_4h_to_h'), dict(attention='input_layernorm', mlp='post_attention_layernorm')),),
-        dict(final='final_layer_norm'), ('lm_head', 'embed_out'))
-    a = anatomy(neox, FAMILIES | dict(gpt_neox=row))
-    assert listed(a) == Counter(n for n, _ in neox.named_parameters()) and not a.other
-    assert 'gpt_neox' not in FAMILIES
+    coder = AutoModelForCausalLM.from_config(AutoConfig.for_model('starcoder2', vocab_size=64, hidden_size=32, intermediate_size=80, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=0))
+    row = Family('embed_tokens', (Layout('layers.#', {r: f'self_attn.{r}_proj' for r in 'qkvo'}, dict(up='mlp.c_fc', down='mlp.c_proj'),
+        dict(attention='input_layernorm', mlp='post_attention_layernorm')),), dict(final='norm'), ('lm_head',))
+    a = anatomy(coder, FAMILIES | dict(starcoder2=row))
+    assert listed(a) == Counter(n for n, _ in coder.named_parameters()) and not a.other
+    assert 'starcoder2' not in FAMILIES
+
+# ---------- families with parts of their own
+
+def placed(m):
+    "The anatomy of `m`, every parameter in exactly one place"
+    a = anatomy(m); assert listed(a) == Counter(n for n, _ in m.named_parameters()) and list(a.places) == [n for n, _ in m.named_parameters()]
+    return a
+
+@pytest.mark.parametrize('family', ['phi', 'gpt_neox'])
+def test_parallel_blocks_read_the_same_input(family):
+    "The MLP's output does not change when the attention of the same block is silenced"
+    m = tiny(family); b = anatomy(m).blocks[0]; seen = []
+    m.get_submodule(b.mlp['up'].removesuffix('.weight')).register_forward_hook(lambda _, i, o: seen.append(o))
+    output(m, example_inputs())
+    with torch.no_grad(): m.get_parameter(b.attention['o']).zero_(); m.get_parameter(b.biases['o']).zero_()
+    output(m, example_inputs()); assert torch.equal(*seen)
+    assert set(b.norms) == ({'attention'} if family == 'phi' else {'attention', 'mlp'})
+
+def test_phi_may_normalise_queries_and_keys():
+    a = placed(tiny('phi', qk_layernorm=True)); assert set(a.blocks[1].norms) == {'attention', 'q_norm', 'k_norm'} and a.blocks[1].biases['q_norm']
+    assert a.biases['head'] == 'lm_head.bias' and set(placed(tiny('phi')).blocks[0].norms) == {'attention'}
+
+@pytest.mark.parametrize('before', [True, False])
+def test_opt_with_a_narrow_embedding(before):
+    m = tiny('opt', word_embed_proj_dim=16, do_layer_norm_before=before); a = placed(m)
+    assert a.place('model.decoder.project_in.weight') == (None, 'embedding', 'project_in') and a.place('model.decoder.project_out.weight') == (None, 'head', 'project_out')
+    assert a.positions == 'model.decoder.embed_positions.weight' and ('final' in a.norms) == before and not a.other and 'project_in' in a.describe()
+    assert not placed(tiny('opt')).around
+
+def test_vit_has_patches_for_words():
+    a = placed(tiny('vit')); assert a.place('vit.embeddings.patch_embeddings.projection.weight') == (None, 'embedding', 'tokens') and a.place('vit.embeddings.patch_embeddings.projection.bias') == (None, 'bias', 'tokens')
+    assert a.place('vit.embeddings.cls_token') == (None, 'embedding', 'cls') and a.positions == 'vit.embeddings.position_embeddings' and a.head == 'classifier.weight' and not a.other
+    bare = placed(tiny('vit', 'none')); assert bare.head is None and bare.other == ('pooler.dense.weight', 'pooler.dense.bias')
+
+@pytest.mark.parametrize('family', OTHERS)
+def test_a_silenced_part_is_silent(family):
+    "In ViT and T5 too, o is the attention's only way out and down the MLP's"
+    m = tiny(family); a = anatomy(m); x = inputs_for(family)
+    for out, into in (('o', 'v'), ('down', 'up')):
+        n = copy.deepcopy(m); change(n, a, into, shake); assert not torch.allclose(output(n, x), output(m, x), atol=1e-5)
+        n = copy.deepcopy(m); change(n, a, out, zero); before = output(n, x); change(n, a, into, shake); assert torch.equal(output(n, x), before)
+
+def test_t5_has_two_stacks():
+    m = tiny('t5', num_decoder_layers=3); a = placed(m); inputs = inputs_for('t5'); params = dict(m.named_parameters())
+    assert [b.name for b in a.blocks] == [f'encoder.block.{i}' for i in range(2)] + [f'decoder.block.{i}' for i in range(3)] and [b.index for b in a.blocks] == list(range(5))
+    assert [set(b.positions) for b in a.blocks] == [{'relative'}, set(), {'relative'}, set(), set()] and a.place(a.blocks[2].positions['relative']) == (2, 'embedding', 'relative')
+    cross = {'cross_q', 'cross_k', 'cross_v', 'cross_o'}; assert not any(cross & set(b.attention) for b in a.blocks[:2]) and all(cross <= set(b.attention) and 'cross' in b.norms for b in a.blocks[2:])
+    assert set(a.norms) == {'encoder_final', 'final'} and a.embedding == 'shared.weight' and params[a.embedding] is m.get_input_embeddings().weight
+    other = inputs | dict(input_ids=inputs['input_ids'].flip(1)); assert not torch.allclose(output(m, other), output(m, inputs))
+    with torch.no_grad(): [params[b.attention['cross_o']].zero_() for b in a.blocks[2:]]
+    assert torch.equal(output(m, other), output(m, inputs)) # the only way from the text that is read to the text that is written
+
+@pytest.mark.parametrize('head', ['none', 'classifier'])
+def test_t5_with_other_heads(head):
+    a = placed(tiny('t5', head)); assert a.head == (None if head == 'none' else 'classification_head.out_proj.weight')
+
+def test_t5_gated_and_without_a_decoder():
+    gated = placed(tiny('t5', feed_forward_proj='gated-gelu')); assert all(set(b.mlp) == {'gate', 'up', 'down'} and b.mlp['up'].endswith('wi_1.weight') for b in gated.blocks)
+    from transformers import T5EncoderModel
+    a = placed(T5EncoderModel(tiny('t5').config)); assert len(a.blocks) == 2 and set(a.norms) == {'encoder_final'}
+    m = tiny('t5'); del m.encoder.block[1].layer[1].DenseReluDense.wi
+    with pytest.raises(UnknownArchitecture, match=r'has no encoder\.block\.1\.layer\.1\.DenseReluDense\.wi\.weight'): anatomy(m)
 
 # ---------- what cannot be mapped says so
 
@@ -233,5 +294,5 @@ def test_the_table_joins_equal_blocks_and_keeps_unequal_ones_apart():
 
 def test_the_models_are_the_same_each_time():
     for f, (m, x) in tiny_models().items():
-        n, y = tiny(f), example_inputs()
+        n, y = tiny(f), inputs_for(f)
         assert torch.equal(output(m, x), output(n, y)) and not m.training

@@ -74,14 +74,70 @@ def test_columns_and_eval(call):
 def test_dry_run_says_what_it_takes_and_leaves_nothing(call, tmp_path):
     code, out, err = call(f'compare {LM} --methods full,lora(r=2) --seeds 3 --dry-run --json'); e = json.loads(out); full, lora = e['methods']
     n = ftlab.load(json.loads(out)['model'])[0].num_parameters()
-    assert code == 0 and full['trainable'] == n and full['bytes'] == 16*n > lora['bytes'] > 4*n and (full['cells'], full['tuning']) == (3, 3) and e['seconds'] > 0 and not list(tmp_path.iterdir())
+    assert code == 0 and full['trainable'] == n and full['memory']['weights'] == full['memory']['gradients'] == 4*n and full['bytes'] == sum(full['memory'].values()) > lora['bytes'] > 4*n
+    assert (full['cells'], full['tuning']) == (3, 3) and e['seconds'] > 0 and e['fits'] and not list(tmp_path.iterdir())
     assert abs(full['tokens'] - 6*4*full['tokens_per_step']) <= 1
     assert 'numbers trained' in call(f'fit {LM} --method lora(r=2) --dry-run')[1]
 
-def test_dry_run_sees_what_does_not_fit(call, monkeypatch):
-    monkeypatch.setattr('ftlab.cli.available', lambda device='cpu': 1000)
-    e = json.loads(call(f'compare {LM} --methods full --dry-run --json')[1]); assert e['fits'] is False and e['seconds'] is None
-    assert 'it does not fit' in call(f'compare {LM} --methods full --dry-run')[1]
+class Holds:
+    "Notes the bytes of the gradients"
+    def after_backward(self, state): self.bytes = sum(p.grad.numel()*p.grad.element_size() for p in state.attached.parameters().values())
+
+@pytest.mark.parametrize('method', ['full', 'lora(r=2)', 'hft', 'dft'])
+@pytest.mark.parametrize('model,rows', [('lm', 'sums'), ('enc', 'big')])
+def test_weights_gradients_and_averages_are_exact(call, made, tmp_path, method, model, rows):
+    "What is planned from the config is what a run holds: its parameters, its gradients, and what AdamW puts into a checkpoint"
+    m = json.loads(call(f'fit --model {{d}}/{model} --data {{d}}/{rows}.jsonl {FAST} --method {method} --dry-run --json')[1])['methods'][0]; planned = m['memory']
+    data = ftlab.data(made/f'{rows}.jsonl'); net, tok = ftlab.load(made/model, labels=data.labels); weights = sum(p.numel()*p.element_size() for p in net.parameters()); held = Holds()
+    run = ftlab.fit(net, tok, data, ftlab.methods.get(method), steps=1, batch_size=4, out=tmp_path/'run', save_every=1, callbacks=(held,), progress=False)
+    state = sum(v.numel()*v.element_size() for k, v in load_file(tmp_path/'run/checkpoint.safetensors').items() if k.startswith('step|'))
+    assert (planned['weights'], planned['gradients'], planned['optimizer']) == (weights, held.bytes, state) and m['trainable'] == run.cost['trainable'] + run.cost['head']
+    assert bool(planned['delta']) == ('lora' in method) and planned['activations'] > 0
+
+def test_activations_are_what_a_real_pass_keeps(made):
+    "Fake tensors keep what real ones keep, to the byte"
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from ftlab.cli import kept_bytes
+    from ftlab.core.loading import skeleton
+    ids = torch.ones(3, 11, dtype=torch.long); real = kept_bytes(ftlab.load(made/'lm')[0].train(), dict(input_ids=ids), ids)
+    with FakeTensorMode(): ids = torch.ones(3, 11, dtype=torch.long); assert kept_bytes(skeleton(made/'lm', device='cpu')[0].train(), dict(input_ids=ids), ids) == real > 0
+
+PEAK = """
+import torch, ftlab, json, sys
+model, tok = ftlab.load('lab-s'); data = ftlab.data('new-procedure', n=400); torch.randn(64, 64) @ torch.randn(64, 64)
+run = ftlab.fit(model, tok, data, ftlab.methods.get(sys.argv[1]), steps=3, batch_size=192, progress=False)
+print(run.cost['peak_bytes'])
+"""
+
+@pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='peak memory is read from /proc')
+@pytest.mark.parametrize('method,mapped,factor', [('full', True, 1.5), ('lora', False, 3)])
+def test_the_peak_is_as_near_to_the_plan_as_the_page_says(method, mapped, factor):
+    "mapped: the C library gives every large tensor back to the system when it is freed, so that the process is as large as its tensors"
+    from ftlab.cli import PARTS, parser, planned
+    data = ftlab.data('new-procedure', n=400); m = planned(parser().parse_args(f'fit --model lab-s --data new-procedure --batch-size 192 --method {method}'.split()), ftlab.methods.get(method), data)['memory']
+    env = os.environ | dict(PYTHONPATH=str(Path(__file__).parent.parent), OMP_NUM_THREADS='1') | (dict(MALLOC_MMAP_THRESHOLD_='65536') if mapped else {})
+    run = subprocess.run([sys.executable, '-c', PEAK, method], capture_output=True, text=True, env=env); assert run.returncode == 0, run.stderr
+    peak, plan = int(run.stdout.split()[-1]), sum(m[k] for k in PARTS) - m['weights'] # the model is loaded before the peak is taken
+    assert plan/factor < peak < factor*plan, (peak, plan)
+
+@pytest.fixture(scope='module')
+def giant(made, tmp_path_factory):
+    "A folder with the config of a model of 70 billion numbers and a weight file that nobody should open"
+    d = tmp_path_factory.mktemp('giant'); tok = PreTrainedTokenizerFast.from_pretrained(made/'lm'); tok.save_pretrained(d)
+    LlamaConfig(vocab_size=128256, hidden_size=16384, intermediate_size=57344, num_hidden_layers=20, num_attention_heads=128, num_key_value_heads=8, dtype='bfloat16', architectures=['LlamaForCausalLM']).save_pretrained(d)
+    (d/'model.safetensors').write_bytes(b'nothing'); return d
+
+def test_what_is_too_large_says_so_and_is_not_opened(call, giant, tmp_path):
+    code, out, err = call(f'compare --methods full,lora --model {giant} --data {{d}}/sums.jsonl {FAST} --dry-run --json'); e = json.loads(out); m, lora = e['methods']
+    assert code == 1 and e['fits'] is False and e['seconds'] is None and 70e9 < m['trainable'] < 75e9 and m['memory']['weights'] == 2*m['trainable'] and m['memory']['optimizer'] > 2*m['memory']['weights']
+    assert lora['memory']['weights'] == m['memory']['weights'] and lora['memory']['optimizer'] < m['memory']['optimizer']/50 and not list(tmp_path.iterdir())
+    code, out, err = call(f'fit --model {giant} --data {{d}}/sums.jsonl {FAST} --dry-run'); assert code == 1 and 'it does not fit' in out
+
+def test_a_limit_on_memory_counts(call, monkeypatch):
+    monkeypatch.setattr('ftlab.cli.available', lambda device='cpu': 1000); monkeypatch.setattr(ftlab, 'load', lambda *a, **kw: pytest.fail('the weights were read'), raising=False)
+    code, out, err = call(f'compare {LM} --methods full,lift --dry-run --json' if 'lift' in ftlab.methods.names() else f'compare {LM} --methods full --dry-run --json')
+    assert code == 1 and json.loads(out)['fits'] is False
+    monkeypatch.setattr('ftlab.cli.available', lambda device='cpu': None); monkeypatch.undo(); assert 'cuda:99' in call(f'compare {LM} --methods full --device cuda:99 --dry-run')[2]
 
 def test_methods_and_skills(call):
     code, out, err = call('methods --json'); assert code == 0 and {'full', 'hft', 'lora', 'dft', 'grpo', 'eft'} <= set(json.loads(out))

@@ -10,7 +10,7 @@ from ftlab.adapters.half import half
 from ftlab.adapters.lowrank import LoRA, lora
 from ftlab.adapters.select import everything, parts, top
 from ftlab.core.generate import generate
-from ftlab.core.recipe import PROMISES, Recipe
+from ftlab.core.recipe import PROMISES, Learner, Recipe, share_of
 from ftlab.evaluators.emulated import eft
 from ftlab.trainers.loop import fit
 from ftlab.trainers.objective import token_nll, priced
@@ -19,10 +19,16 @@ from ftlab.trainers.rectified import dft
 from toys import TOK, lab_data, logits, same, toy, weights
 
 def letters(row, answer): return len(answer)/10  # a random model is never right: the judge would reward nothing
+def backwards(row): return ' '.join(row['response'].split()[::-1]) + ' a'  # a worse answer
 
 # what the default arguments would make slow, empty or impossible on a toy
-INSTEAD = dict(grpo=dict(group=4, max_new_tokens=4, reward=letters), eft=dict(large=toy(1, hidden=64)))
+INSTEAD = dict(dpo=dict(rejected=backwards), spin=dict(max_new_tokens=4), grpo=dict(group=4, max_new_tokens=4, reward=letters), eft=dict(large=toy(1, hidden=64)), randlora=dict(r=4))
 def made(name): return getattr(methods, name)(**INSTEAD.get(name, {}))
+
+def looking_back(ctx):
+    "Put all back and let the matrix move that moved most"
+    moved = {n: float((p.detach() - ctx.before[n]).norm()) for n, p in ctx.model.named_parameters() if p.ndim == 2}; ctx.reset()
+    return Recipe('the one that moved most', select=lambda model, batches=None, seed=0: {max(moved, key=moved.get): True})
 
 RECIPES = {n: partial(made, n) for n in methods.names()} | {
     'hft * dft': lambda: methods.get('hft * dft'), 'lora * dft': lambda: methods.get('lora * dft'),
@@ -31,7 +37,9 @@ RECIPES = {n: partial(made, n) for n in methods.names()} | {
     'lora with dropout': lambda: lora(dropout=.3), 'lora * grpo': lambda: lora()*made('grpo'),
     'sparse': lambda: Recipe('sparse', select=top(torch.abs, .1)),
     'two stages': lambda: Recipe('two stages', stages=(lora(), Recipe('norms', select=parts('norm')))),
-    'three stages': lambda: Recipe('three stages', stages=(Recipe('half', select=half(.5), share=2.), dft(), lora(r=2)))}
+    'three stages': lambda: Recipe('three stages', stages=(Recipe('half', select=half(.5), share=2.), dft(), lora(r=2))),
+    'a stage that looks back': lambda: Recipe('a stage that looks back', stages=(Recipe('first'), looking_back)),
+    'watched': lambda: Recipe('watched', learners={'watcher': Learner(lambda state: torch.nn.Linear(len(TOK), 1), lambda state: state.models['watcher'](state.logits).square().mean()/len(state.batches))})}
 
 SETTINGS = dict(batch_size=8, weight_decay=.1, progress=False)
 def tune(recipe, steps=5, seed=0, model=None, **more): return fit(model or toy(), TOK, lab_data(), recipe, steps=steps, seed=seed, **SETTINGS | more)
@@ -47,16 +55,21 @@ def starts_as_the_base(recipe, tmp):
     look = AtFirst(); tune(recipe, steps=2*len(recipe.stages) or 1, callbacks=(look,))
     assert torch.equal(look.logits, logits(toy()))
 
-def selected(recipe, model):
-    "{name: mask of what any stage may move}"
-    out = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in model.named_parameters()}
-    for r in recipe.stages or (recipe,):
-        for n, m in (r.select or everything)(model, None, 0).items(): out[n] |= m
-    return out
+def selecting(recipe, free):
+    "`recipe`, but whatever a stage may move is marked in `free` when its turn comes: a stage may be a function, and may choose by what the weights are then"
+    def note(r, model):
+        for n, m in (r.select or everything)(model, None, 0).items(): free[n] |= m
+        return r
+    if not recipe.stages: note(recipe, toy()); return recipe
+    def listening(s):
+        def stage(ctx): return note(s if isinstance(s, Recipe) else s(ctx), ctx.model)
+        stage.share = share_of(s); return stage
+    return dataclasses.replace(recipe, stages=tuple(map(listening, recipe.stages)))
 
 def frozen_stays(recipe, tmp):
-    base, run = toy(), tune(recipe); free, was = selected(recipe, base), weights(base)
+    base = toy(); was = weights(base); free = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in base.named_parameters()}; run = tune(selecting(recipe, free))
     if run.delta.attached.deltas: assert same(weights(run.model), was), 'a weight under a delta was written to'
+    if any(d.site != 'weight' for d in run.delta.attached.deltas.values()): assert not torch.equal(logits(run.model), logits(base)); return # nothing to fold: no weight moves at all
     run.delta.attached.fold(); now = weights(run.model)
     assert now.keys() == was.keys()
     for n in was: assert torch.equal(now[n][~free[n]], was[n][~free[n]]), n
@@ -115,7 +128,7 @@ def test_every_promise_has_a_check_and_every_method_is_found():
 @pytest.mark.parametrize('name', RECIPES)
 def test_a_promise_is_waived_only_for_a_reason(name):
     r = RECIPES[name]()
-    for s in (r, *r.stages): assert all(len(why.split()) >= 4 for why in s.waives.values()) and set(s.promises) | set(s.waives) == set(PROMISES)
+    for s in (r, *(s for s in r.stages if isinstance(s, Recipe))): assert all(len(why.split()) >= 4 for why in s.waives.values()) and set(s.promises) | set(s.waives) == set(PROMISES)
 
 @pytest.mark.parametrize('promise', PROMISES)
 @pytest.mark.parametrize('name', RECIPES)

@@ -5,7 +5,7 @@ import pytest, torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 import torch.nn.functional as F
-from ftlab.adapters.delta import Offset, load_delta
+from ftlab.adapters.delta import DiskFull, Offset, load_delta
 from ftlab.adapters.half import hft
 from ftlab.adapters.lowrank import lora
 from ftlab.adapters.select import everything, named, parts, top
@@ -126,6 +126,21 @@ def test_models_that_do_not_fit_the_data_are_refused():
 def test_rows_that_lose_their_answers_are_refused_with_the_length_that_would_do():
     with pytest.raises(ValueError, match=r'max_length=5 leaves no label in any of the 200 rows.* With max_length=\d+ every row fits'): tune(max_length=5)
 
+@pytest.mark.parametrize('name', METHODS)
+def test_packed_rows_train_as_padded_ones(name):
+    wide = []
+    class Wide:
+        def before_batch(self, s): wide.append(sum(b['input_ids'].numel() for b in s.batches))
+    how = dict(lr=1e-3, max_length=128, callbacks=(Wide(),)); packed, padded = tune(METHODS[name](), packing=True, **how), tune(METHODS[name](), **how)
+    for a, b in zip(packed.log, padded.log): assert a == pytest.approx(b, rel=1e-4)
+    off = (sum((a - b).square().sum() for a, b in zip(packed.model.parameters(), padded.model.parameters()))/sum(p.numel() for p in padded.model.parameters()))**.5; assert off < 1e-4*1e-3
+    assert wide[:4] != wide[4:] and [r['tokens'] for r in packed.log] == [r['tokens'] for r in padded.log]
+
+def test_packing_what_cannot_be_packed_is_refused():
+    with pytest.raises(ValueError, match='grpo has a source of its own'): tune(grpo(group=4), packing=True)
+    with pytest.raises(ValueError, match="kind 'label' cannot be packed"): tune(None, classifier(), label_data(), packing=True)
+    with pytest.raises(NotFinite, match='the batch holds . rows, the first'): tune(Recipe(objective=poisoned(0)), packing=True)
+
 # ---------- killed and resumed
 
 SCRIPT = '''
@@ -167,7 +182,7 @@ def test_resuming_something_else_is_refused(tmp_path):
         with pytest.raises(ValueError, match=says): tune(**{**other, 'model': m}, out=tmp_path, save_every=2, resume=True)
         assert same(weights(m), was) and (tmp_path/'checkpoint.safetensors').read_bytes() == kept
     assert len(tune(out=tmp_path, save_every=2, lr=1e-3, resume=True).log) == 4
-    with pytest.raises(ValueError, match='stages and cannot be resumed'): tune(Recipe('two', stages=(hft(), dft())), out=tmp_path, resume=True)
+    with pytest.raises(ValueError, match='recipe='): tune(Recipe('two', stages=(hft(), dft())), out=tmp_path, save_every=2, lr=1e-3, resume=True)
 
 def test_resuming_with_the_trained_model_is_refused(tmp_path):
     # it is not the base any more: its weights would be kept as the originals
@@ -328,3 +343,99 @@ def test_advantages_by_hand():
     a = advantages(torch.tensor([[1., 0., 0., 1.], [2., 2., 2., 2.], [0., 0., 0., 4.]])); s = (1/3)**.5
     torch.testing.assert_close(a, torch.tensor([[.5/s, -.5/s, -.5/s, .5/s], [0.]*4, [-.5, -.5, -.5, 1.5]]), atol=1e-3, rtol=0)
     assert a.sum(1).abs().max() < 1e-5
+
+# ---------- trackers
+
+def tracker(fails=None, files=False):
+    "A tracker of accelerate's kind that keeps what it is told"
+    from accelerate.tracking import GeneralTracker
+    class Kept(GeneralTracker):
+        name, requires_logging_directory, tracker = 'kept', files, None
+        def __init__(self): super().__init__(); self.config, self.rows, self.finished = None, [], 0
+        def store_init_configuration(self, values): self.config = values
+        def log(self, values, step=None, **kw):
+            if step == fails: raise ConnectionError('the line is dead')
+            self.rows.append((step, values))
+        def finish(self): self.finished += 1
+    return Kept()
+
+@pytest.mark.parametrize('recipe', [Recipe, lambda: Recipe('two', stages=(lora(), Recipe('norms', select=parts('norm'))))])
+def test_a_tracker_gets_every_row_and_the_settings_and_is_finished(recipe):
+    kept = tracker(); run = tune(recipe(), steps=5, trackers=(kept,)); assert kept.finished == 1
+    assert [s for s, _ in kept.rows] == list(range(5)) and all(v == pytest.approx({k: r[k] for k in v}) for (_, v), r in zip(kept.rows, run.log)) and {'loss', 'nll', 'lr', 'tokens'} == kept.rows[0][1].keys()
+    assert kept.config['steps'] == 5 and kept.config['recipe.name'] == recipe().name and all(isinstance(v, (str, int, float, bool, type(None))) for v in kept.config.values())
+    assert [r['loss'] for r in tune(recipe(), steps=5, trackers=kept).log] == [r['loss'] for r in run.log] and kept.finished == 2 # one alone, and again
+
+def test_a_tracker_is_finished_whatever_happens_and_its_failure_costs_nothing():
+    kept = tracker()
+    with pytest.raises(NotFinite): tune(Recipe('bad', objective=poisoned(2)), trackers=(kept,))
+    assert kept.finished == 1 and len(kept.rows) == 2
+    ill = tracker(fails=1)
+    with pytest.warns(UserWarning, match="tracker 'kept' failed at step 1 and gets no more rows: ConnectionError: the line is dead"): run = tune(trackers=(ill,))
+    assert len(run.log) == 4 and len(ill.rows) == 1 and same(weights(run.model), weights(tune().model))
+
+def test_trackers_that_are_not_there_are_refused(tmp_path):
+    for t, says in (('nosuch', "no tracker 'nosuch'"), (tracker(files=True), "'kept' writes files; give out=")):
+        with pytest.raises(ValueError, match=says): tune(trackers=(t,))
+    kept = tracker(files=True); tune(trackers=(kept,), out=tmp_path); assert len(kept.rows) == 4
+
+# ---------- a disk that fills
+
+def full_after(n, code=28):
+    "A `save_file` for which the disk is full from its n-th call on, after it has written half"
+    import ftlab.adapters.delta as deltas
+    real, calls = deltas.save_file, []
+    def save(tensors, path, metadata=None):
+        calls.append(str(path)); real(tensors, path, metadata)
+        if len(calls) > n: b = Path(path).read_bytes(); Path(path).write_bytes(b[:len(b)//2]); raise OSError(code, os.strerror(code))
+    return save
+
+def test_a_checkpoint_without_room_is_a_warning_and_costs_nothing(tmp_path, monkeypatch):
+    whole = tune(steps=6); monkeypatch.setattr('ftlab.adapters.delta.save_file', full_after(2)) # the originals and the first checkpoint fit
+    with pytest.warns(UserWarning, match=r"step 4 could not be kept, and the run goes on: there was no room to write '.*checkpoint.safetensors': it needs [\d,]+ bytes, and [\d,]+ bytes are free there.*Make room"): run = tune(steps=6, out=tmp_path, save_every=2)
+    assert run.log == whole.log and same(weights(run.model), weights(whole.model)) and sorted(p.name for p in tmp_path.iterdir()) == ['checkpoint.safetensors', 'originals.safetensors']
+    with safe_open(tmp_path/'checkpoint.safetensors', 'pt') as f: assert f.metadata()['step'] == '2'
+    monkeypatch.undo(); assert tune(steps=6, out=tmp_path, save_every=2, resume=True).log == whole.log
+
+@pytest.mark.parametrize('code', [28, 122, 27])
+def test_a_change_without_room_keeps_the_old_file_and_can_be_saved_elsewhere(code, tmp_path, monkeypatch):
+    run, path = tune(lora(), lr=1e-2), tmp_path/'d.safetensors'; path.write_bytes(b'old'); size = run.delta.nbytes; monkeypatch.setattr('ftlab.adapters.delta.save_file', full_after(0, code))
+    with pytest.raises(DiskFull, match=f'd.safetensors.: it needs {size:,} bytes') as e: run.delta.save(path)
+    assert e.value.errno == code and isinstance(e.value, OSError) and ('quota' in str(e.value)) == (code != 28) and path.read_bytes() == b'old' and [p.name for p in tmp_path.iterdir()] == ['d.safetensors']
+    monkeypatch.undo(); run.delta.save(path); fresh = toy(); load_delta(fresh, path); assert torch.equal(logits(fresh), logits(run.model))
+
+def test_without_room_for_the_originals_nothing_begins(tmp_path, monkeypatch):
+    monkeypatch.setattr('ftlab.adapters.delta.save_file', full_after(0)); m = toy()
+    with pytest.raises(DiskFull, match='originals.safetensors'): tune(model=m, out=tmp_path)
+    assert same(weights(m), weights(toy())) and not list(tmp_path.iterdir())
+
+def test_an_export_without_room_leaves_nothing(tmp_path, monkeypatch):
+    run = tune(lora()); real = type(run.model).save_pretrained
+    def full(self, folder, **kw): real(self, folder, **kw); raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(type(run.model), 'save_pretrained', full)
+    with pytest.raises(DiskFull, match=r"no room to write '.*there': it needs [\d,]+ bytes"): run.export(tmp_path/'there')
+    assert not list(tmp_path.iterdir()); monkeypatch.undo(); assert run.export(tmp_path/'there').is_dir()
+
+def test_other_errors_of_the_disk_stay_what_they_are(tmp_path, monkeypatch):
+    run = tune(lora()); (tmp_path/'file').write_text('x')
+    with pytest.raises(OSError) as e: run.delta.save(tmp_path/'file'/'d')
+    assert not isinstance(e.value, DiskFull)
+
+LIMITED = '''
+import resource, sys, warnings
+sys.path[:0] = [{root!r}, {tests!r}]
+import torch; torch.set_num_threads(1)
+from test_fit import *
+out = Path(sys.argv[1]); run = tune(lora(), lr=1e-2); run.delta.save(out/'d'); old = (out/'d').read_bytes()
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+for save in (lambda: run.delta.save(out/'d'), lambda: run.export(out/'folder')):
+    try: save()
+    except DiskFull as e: assert e.errno == 27 and 'limit on the size of files' in str(e), str(e)
+    else: raise AssertionError('it was written')
+assert (out/'d').read_bytes() == old and [p.name for p in out.iterdir()] == ['d'], list(out.iterdir())
+'''
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='Windows has no such limit')
+def test_a_real_limit_on_the_size_of_files(tmp_path):
+    r = subprocess.run([sys.executable, '-c', LIMITED.format(root=str(ROOT), tests=str(ROOT/'tests')), tmp_path], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    assert r.returncode == 0, r.stderr

@@ -148,3 +148,23 @@ def test_minilm():
         def mean(s): x = t(s, return_tensors='pt'); return encoder(**x).last_hidden_state.mean(1)
         near, far = (torch.cosine_similarity(mean('where is my card'), mean(s)).item() for s in ('my card has not arrived', 'the soup was too salty'))
     assert near > far + .2
+
+# ---------- models that are not text to be continued
+
+def test_a_vision_transformer_is_an_image_classifier_without_a_tokenizer(tmp_path):
+    from transformers import ViTConfig, ViTForImageClassification
+    small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=8, patch_size=4, num_channels=1)
+    saved = ViTForImageClassification(ViTConfig(**small, num_labels=4)); saved.save_pretrained(tmp_path/'eye'); disk = saved.state_dict() # on disk some names are those of older versions
+    m, none = load(tmp_path/'eye'); state = m.state_dict()
+    assert type(m).__name__ == 'ViTForImageClassification' and none is None and not m.training and all(torch.equal(disk[k], state[k]) for k in disk)
+    a, b, c = (load(tmp_path/'eye', labels=LABELS, seed=s)[0] for s in (0, 0, 1))
+    assert torch.equal(a.classifier.weight, b.classifier.weight) and not torch.equal(a.classifier.weight, c.classifier.weight) and a.config.id2label == dict(enumerate(LABELS))
+    assert torch.equal(a.vit.layers[1].mlp.fc2.weight, disk['vit.layers.1.mlp.fc2.weight'])
+    with pytest.raises(ValueError, match="need kind='image'"): load(tmp_path/'eye', labels=LABELS, kind='label')
+
+def test_a_t5_comes_with_both_stacks_and_can_be_selected_from(tmp_path):
+    from transformers import T5Config, T5ForConditionalGeneration
+    from ftlab.adapters.select import parts
+    m = T5ForConditionalGeneration(T5Config(vocab_size=len(tok), d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)); m.save_pretrained(tmp_path/'t5'); tok.save_pretrained(tmp_path/'t5')
+    n, t = load(tmp_path/'t5'); assert type(n).__name__ == 'T5ForConditionalGeneration' and t.get_vocab() == tok.get_vocab() and all(torch.equal(x, y) for x, y in zip(m.parameters(), n.parameters(), strict=True))
+    assert sorted(parts('cross_q', 'cross_v')(n)) == sorted(f'decoder.block.{i}.layer.1.EncDecAttention.{r}.weight' for i in (0, 1) for r in 'qv')

@@ -3,7 +3,7 @@ from functools import partial
 import pytest, torch
 from safetensors.torch import load_file
 from ftlab.adapters.delta import Offset, attach
-from ftlab.adapters.lowrank import LoRA, from_peft, lora, to_peft
+from ftlab.adapters.lowrank import LoRA, RandLoRA, from_peft, lora, to_peft
 from ftlab.adapters.select import parts
 from ftlab.core.batches import batch_at, encode_all
 from ftlab.trainers.loop import fit
@@ -99,3 +99,47 @@ def test_dft_is_trl_s(whose, tmp_path):
 
 class Gradient:
     def after_backward(self, state): self.all = {n: p.grad.clone() for n, p in state.model.named_parameters()}
+
+# ---------- RandLoRA
+
+def randlora_of(family, r, names, **kw):
+    torch.manual_seed(0); return peft.get_peft_model(tiny(family), peft.RandLoraConfig(r=r, target_modules=names, randlora_alpha=kw.pop('alpha', 20*r), fan_in_fan_out=family == 'gpt2', **kw)).eval()
+
+@pytest.mark.parametrize('sparse', [False, True])
+@pytest.mark.parametrize('r', [3, 8])
+def test_randlora_draws_the_bases_that_peft_draws_and_says_the_same(r, sparse):
+    names = ['q_proj', 'o_proj']; theirs = randlora_of('llama', r, names, sparse=sparse); shake(theirs); changed = out(theirs) # two matrices of one shape, so that peft cuts nothing
+    m = tiny('llama'); base = out(m); att = attach(m, parts('q', 'o')(m), partial(RandLoRA, r=r, sparse=sparse)); assert torch.equal(out(m), base)
+    with torch.no_grad():
+        for n, d in att.deltas.items():
+            layer = theirs.base_model.model.get_submodule(n.removesuffix('.weight')); assert d.lam.shape == layer.randlora_lambda['default'].shape and d.gamma.shape == layer.randlora_gamma['default'].shape
+            d.lam.copy_(layer.randlora_lambda['default']); d.gamma.copy_(layer.randlora_gamma['default'])
+            A, B = layer.randlora_A['default'][:, 0].float(), layer.randlora_B['default'].float().flatten(1).view(32, r, -1).transpose(1, 2)
+            assert all(((x - y).abs() < .02).float().mean() > .97 for x, y in ((d.A, A), (d.B, B))); d.A.copy_(A); d.B.copy_(B) # peft draws in half precision, which turns the very largest draws into the smallest
+    assert (changed - base).abs().max() > .01; torch.testing.assert_close(out(m), changed, atol=2e-5, rtol=1e-4)
+    att.fold(); torch.testing.assert_close(out(m), changed, atol=2e-5, rtol=1e-4)
+
+@pytest.mark.parametrize('family', TARGETS)
+def test_randlora_of_any_shape_is_peft_s_once_its_bases_are_cut_to_the_shape(family):
+    theirs = randlora_of(family, 5, TARGETS[family], alpha=7); start = {n: p.detach().clone() for n, p in theirs.named_parameters() if p.requires_grad}; shake(theirs); m = tiny(family); seen = 0
+    for n in parts()(m):
+        layer = theirs.base_model.model.get_submodule(n.removesuffix('.weight'))
+        if not hasattr(layer, 'randlora_lambda'): continue
+        W = m.get_parameter(n).detach(); W = W.T if family == 'gpt2' else W; d = RandLoRA(W, r=5, alpha=7); seen += 1; N = d.B.shape[1]
+        assert all(torch.equal(d.state_dict()[k], start[f'base_model.model.{n.removesuffix(".weight")}.randlora_{v}.default']) for k, v in dict(lam='lambda', gamma='gamma').items()), 'another start'
+        with torch.no_grad():
+            d.lam.copy_(layer.randlora_lambda['default']); d.gamma.copy_(layer.randlora_gamma['default']); d.A.copy_(layer.randlora_A['default'][:, 0, :min(W.shape)])
+            d.B.copy_(layer.randlora_B['default'][:max(W.shape), :N].flatten(1).view(max(W.shape), 5, N).transpose(1, 2)); delta = layer.get_delta_weight('default')
+        torch.testing.assert_close((d(W) - W), delta.T if family == 'gpt2' else delta, atol=1e-5, rtol=1e-4); assert delta.abs().max() > 1e-3
+    assert seen >= 4
+
+def test_randlora_counts_rank_and_what_it_refuses():
+    for out_, in_, r in ((20, 12, 5), (12, 20, 5), (16, 16, 16), (16, 16, 1)):
+        W = torch.randn(out_, in_); d = RandLoRA(W, r=r); assert torch.equal(d(W), W) and d.A.std() == pytest.approx(1, abs=1e-5) and d.B.std() == pytest.approx(1, abs=1e-5)
+        with torch.no_grad(): [p.normal_() for p in d.parameters()]
+        change = (d(W) - W).detach(); n = -(-min(W.shape)//r); assert sum(p.numel() for p in d.parameters()) == n*(r + min(W.shape)) and torch.linalg.matrix_rank(change) == min(W.shape)
+        by_hand = sum(d.B[:, j] @ torch.diag(d.lam[:, j]) @ d.A @ torch.diag(d.gamma[j]) for j in range(n)).detach()*d.s # the formula, term by term
+        torch.testing.assert_close(change, by_hand.T if out_ < in_ else by_hand, atol=1e-3, rtol=1e-3); x = torch.randn(4, in_); torch.testing.assert_close(d.branch(x), x @ change.T, atol=1e-2, rtol=1e-3)
+    with pytest.raises(ValueError, match='rank 13 does not fit'): RandLoRA(torch.zeros(12, 20), r=13)
+    with pytest.raises(ValueError, match='whole matrices'): RandLoRA(torch.zeros(4, 4), torch.ones(4, 4, dtype=torch.bool))
+    assert set(RandLoRA(torch.zeros(64, 64), sparse=True).B.sign().unique().tolist()) == {-1., 0., 1.}

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/adapters/delta.ipynb #0003d6b1
 from __future__ import annotations
-import hashlib, importlib, json, os
+import errno, hashlib, importlib, json, os, re, shutil
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from .select import check_selection
 
 # %% auto #0
-__all__ = ['Entries', 'Offset', 'Attached', 'attach', 'WrongBase', 'fingerprint', 'identity', 'write_atomically', 'save_delta',
-           'pack', 'load_delta']
+__all__ = ['Entries', 'Offset', 'Attached', 'attach', 'WrongBase', 'fingerprint', 'identity', 'DiskFull', 'disk_trouble',
+           'write_atomically', 'write_tensors', 'save_delta', 'pack', 'load_delta']
 
 # %% ../../nbs/adapters/delta.ipynb #0005d6b1
 class Entries(nn.Module):
@@ -50,6 +50,11 @@ class _Output:
     def __init__(self, owner, delta): self.owner, self.delta = owner, delta
     def __call__(self, module, args, out): return self.delta(out) if self.owner.enabled else out
 
+class _Input:
+    "Passes a layer's input through the delta"
+    def __init__(self, owner, delta): self.owner, self.delta = owner, delta
+    def __call__(self, module, args): return (self.delta(args[0]), *args[1:]) if self.owner.enabled else None
+
 class _Weight(nn.Module):
     "The parametrisation of one weight by a delta, turned round where the layer stores [in, out]"
     def __init__(self, owner, delta, turned): super().__init__(); self.owner, self.delta, self.turned = owner, delta, turned
@@ -71,7 +76,7 @@ class Attached:
     "A change that sits on a model: what moves, how it is written down, and how to take it off again"
     def __init__(self, model, chosen, deltas, handles, originals):
         self.model, self.chosen, self.deltas, self.handles, self.originals = model, chosen, deltas, handles, originals
-        self.enabled, self.frozen = True, [p for p in model.parameters() if not p.requires_grad]
+        self.enabled, self.frozen, self.twins = True, [p for p in model.parameters() if not p.requires_grad], {}
 
     @property
     def whole(self) -> list[str]:
@@ -135,7 +140,7 @@ class Attached:
 
     def _release(self):
         for h in self.handles.values(): h.remove()
-        for n in self.deltas:
+        for n in [m for d in self.deltas for m in (d, *self.twins.get(d, ()))]:
             mod, attr = _home(self.model, n)
             if parametrize.is_parametrized(mod, attr):
                 W = mod.parametrizations[attr].original; parametrize.remove_parametrizations(mod, attr, leave_parametrized=False); setattr(mod, attr, W)
@@ -160,7 +165,7 @@ def attach(model:nn.Module,       # changed in place: frozen except for what is 
     written = {n: m for n, m in chosen.items() if n not in also and (delta is not None or m is not True)}
     chosen = {**chosen, **dict.fromkeys(also, True)}
     for n in written:
-        if others := _shared(model, n):
+        if (others := _shared(model, n)) and not getattr(delta, 'ties', False):
             raise ValueError(f'{n!r} is tied to {others[0]!r}: a delta on one would pull them apart; leave it out of the selection, or let the weight itself move (delta=None)')
         if getattr(delta, 'site', 'weight') == 'weight' and params[n].ndim < 2 and delta is not None and not getattr(delta, 'vectors', False):
             raise ValueError(f'{n!r} is a vector of shape {tuple(params[n].shape)}; {_title(delta)} changes matrices: select matrices only')
@@ -188,9 +193,13 @@ def _made(model, n, W, mask, delta):
 def _place(att, n, d):
     "Put one delta where it acts, in the mode (training or not) of the layer"
     mod, attr = _home(att.model, n); d.train(mod.training)
-    if d.site == 'activation': mod.add_module('delta_' + attr, d); att.handles[n] = mod.register_forward_hook(_Output(att, d))
+    if d.site == 'input': mod.add_module('delta_' + attr, d); att.handles[n] = mod.register_forward_pre_hook(_Input(att, d))
+    elif d.site == 'activation': mod.add_module('delta_' + attr, d); att.handles[n] = mod.register_forward_hook(_Output(att, d))
     elif hasattr(d, 'branch') and isinstance(mod, (nn.Linear, Conv1D)): mod.add_module('delta_' + attr, d); att.handles[n] = mod.register_forward_hook(_Branch(att, d))
-    else: parametrize.register_parametrization(mod, attr, _Weight(att, d, _turned(att.model, n))); mod.parametrizations[attr].original.requires_grad_(False)
+    else:
+        att.twins[n] = _shared(att.model, n)
+        for name in (n, *att.twins[n]):
+            mod, attr = _home(att.model, name); parametrize.register_parametrization(mod, attr, _Weight(att, d, _turned(att.model, name))); mod.parametrizations[attr].original.requires_grad_(False)
 
 def _title(delta): return getattr(delta, '__name__', None) or getattr(getattr(delta, 'func', None), '__name__', 'the delta')
 
@@ -207,17 +216,37 @@ def identity(model) -> dict[str, str]:
     "The fingerprint of every parameter, by name"
     return {n: fingerprint(p) for n, p in model.named_parameters()}
 
-def write_atomically(path, write:Callable) -> None:
-    "Call `write(temporary path)`, then rename: an interruption leaves the old file or the new one, never half of one"
-    path = Path(path); path.parent.mkdir(parents=True, exist_ok=True); tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try: write(tmp); os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+class DiskFull(OSError): "There was no room for a file; whatever stood in its place is whole"
+
+def disk_trouble(e:Exception, path, need:int|None=None) -> Exception:
+    "`e` as a `DiskFull` that says what to do if it came from a disk, a quota or a limit that is full, else `e` itself"
+    code = e.errno if isinstance(e, OSError) else int(m[1]) if (m := re.search(r'(?:os error|code:) (\d+)', str(e))) else None # safetensors tells the system's number in words
+    if code not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): return e
+    free = shutil.disk_usage(next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())).free
+    out = DiskFull(f'there was no room to write {str(path)!r}: ' + (f'it needs {need:,} bytes, and ' if need else '') + f'{free:,} bytes are free there' +
+        (' (a quota or a limit on the size of files holds)' if code != errno.ENOSPC else '') + '. Make room, or save to another folder; nothing was left half written')
+    out.errno = code; return out
+
+def write_atomically(path, write:Callable, need:int|None=None) -> None: # need: the bytes that it takes, for the error
+    "Call `write(temporary path)`, then rename: an interruption leaves the old file or the new one, never half of one. Raises `DiskFull` where there is no room."
+    path = Path(path); tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try: path.parent.mkdir(parents=True, exist_ok=True); write(tmp); os.replace(tmp, path)
+    except (OSError, SafetensorError) as e:
+        if (full := disk_trouble(e, path, need)) is e: raise
+        raise full from e
+    finally:
+        if tmp.exists(): tmp.unlink()
+
+def write_tensors(path, tensors:Mapping[str, Tensor], metadata:Mapping[str, str]|None=None) -> None:
+    "A safetensors file, written atomically"
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    write_atomically(path, lambda tmp: save_file(tensors, tmp, metadata=metadata), sum(t.numel()*t.element_size() for t in tensors.values()))
 
 # %% ../../nbs/adapters/delta.ipynb #0011d6b1
 def save_delta(path:str|Path, tensors:Mapping[str, Tensor], kinds:Mapping, base:Mapping[str, str], recipe:Mapping|None=None) -> int:
     "Save a change as safetensors, atomically; returns its size in bytes"
     meta = dict(format='ftlab-delta-1', kinds=json.dumps(kinds), base=json.dumps(base), recipe=json.dumps(recipe or {}))
-    write_atomically(path, lambda tmp: save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp, metadata=meta))
+    write_tensors(path, tensors, meta)
     return Path(path).stat().st_size
 
 def pack(att:Attached) -> tuple[dict, dict]:

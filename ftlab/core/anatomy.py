@@ -5,7 +5,7 @@
 # %% ../../nbs/core/anatomy.ipynb #0003ebff
 from __future__ import annotations
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html import escape
 from itertools import groupby
@@ -23,6 +23,7 @@ class Layout:
     attention:dict[str,str]   # role -> module inside the block
     mlp:dict[str,str]         # role -> module inside the block
     norms:dict[str,str]       # role -> module inside the block
+    positions:dict[str,str] = field(default_factory=dict) # role -> module of what says where a token stands, if a block has that
 
 @dataclass(frozen=True)
 class Family:
@@ -32,6 +33,7 @@ class Family:
     norms:dict[str,str]       # role -> module outside the blocks
     heads:tuple[str,...]      # modules that may be the head, full names; the first that exists is it
     positions:str|None=None   # the module of the learned positions, if any
+    around:dict[str,tuple[str,str]] = field(default_factory=dict) # other modules outside the blocks that may be there -> (part, role)
 
 # %% ../../nbs/core/anatomy.ipynb #000bebff
 _NORMS = dict(attention='input_layernorm', mlp='post_attention_layernorm')
@@ -45,6 +47,20 @@ _BERT = Layout('encoder.layer.#',
                dict(q='attention.self.query', k='attention.self.key', v='attention.self.value', o='attention.output.dense'),
                dict(up='intermediate.dense', down='output.dense'), dict(attention='attention.output.LayerNorm', mlp='output.LayerNorm'))
 
+_PHI = Layout('layers.#', _LLAMA.attention | dict(o='self_attn.dense'), dict(up='mlp.fc1', down='mlp.fc2'),
+              dict(attention='input_layernorm', q_norm='self_attn.q_layernorm?', k_norm='self_attn.k_layernorm?'))
+_PHI3 = Layout('layers.#', dict(qkv='self_attn.qkv_proj', o='self_attn.o_proj'), dict(gate_up='mlp.gate_up_proj', down='mlp.down_proj'), _NORMS)
+_OPT = Layout('decoder.layers.#', _LLAMA.attention | dict(o='self_attn.out_proj'), dict(up='fc1', down='fc2'), dict(attention='self_attn_layer_norm', mlp='final_layer_norm'))
+_NEOX = Layout('layers.#', dict(qkv='attention.query_key_value', o='attention.dense'), dict(up='mlp.dense_h_to_4h', down='mlp.dense_4h_to_h'), _NORMS)
+_VIT = Layout('layers.#', {r: f'attention.{r}_proj' for r in 'qkvo'}, dict(up='mlp.fc1', down='mlp.fc2'), dict(attention='layernorm_before', mlp='layernorm_after'))
+
+def _t5(stack, mlp, cross={}, norms={}): # the MLP is the last part of a block: number 1 in the encoder, 2 in the decoder
+    dense = f'layer.{mlp}.DenseReluDense'
+    return Layout(f'{stack}.block.#' + '?'*(stack == 'decoder'), {r: f'layer.0.SelfAttention.{r}' for r in 'qkvo'} | cross,
+                  dict(gate=f'{dense}.wi_0?', up=f'{dense}.wi|{dense}.wi_1', down=f'{dense}.wo'), dict(attention='layer.0.layer_norm') | norms | dict(mlp=f'layer.{mlp}.layer_norm'),
+                  dict(relative='layer.0.SelfAttention.relative_attention_bias?')) # the first block's, which all blocks use
+_T5 = _t5('encoder', 1), _t5('decoder', 2, {f'cross_{r}': f'layer.1.EncDecAttention.{r}' for r in 'qkvo'}, dict(cross='layer.1.layer_norm'))
+
 def _decoder(norms): return Family('embed_tokens', (replace(_LLAMA, norms=norms),), dict(final='norm'), ('lm_head', 'score', 'qa_outputs'))
 def _encoder(*heads): return Family('embeddings.word_embeddings', (_BERT,), dict(embedding='embeddings.LayerNorm'), (*heads, 'classifier', 'qa_outputs'),
                                     'embeddings.position_embeddings')
@@ -54,9 +70,16 @@ FAMILIES = dict( # by the model_type of the configuration
     qwen3=_decoder(_NORMS | _QK), gemma2=_decoder(_SANDWICH), gemma3_text=_decoder(_SANDWICH | _QK),
     gpt2=Family('wte', (_GPT2,), dict(final='ln_f'), ('lm_head', 'score', 'classifier', 'qa_outputs'), 'wpe'),
     bert=_encoder('cls.predictions.decoder'),
-    roberta=_encoder('lm_head.decoder', 'classifier.out_proj'))
+    roberta=_encoder('lm_head.decoder', 'classifier.out_proj'),
+    phi=replace(_decoder({}), layouts=(_PHI,), norms=dict(final='final_layernorm')), phi3=replace(_decoder({}), layouts=(_PHI3,)),
+    opt=Family('decoder.embed_tokens', (_OPT,), dict(final='decoder.final_layer_norm?'), ('lm_head', 'score', 'qa_outputs'), 'decoder.embed_positions',
+               {'decoder.project_in': ('embedding', 'project_in'), 'decoder.project_out': ('head', 'project_out')}),
+    gpt_neox=Family('embed_in', (_NEOX,), dict(final='final_layer_norm'), ('lm_head', 'score', 'classifier', 'qa_outputs')),
+    vit=Family('embeddings.patch_embeddings.projection', (_VIT,), dict(final='layernorm'), ('classifier',), 'embeddings.position_embeddings',
+               {'embeddings.cls_token': ('embedding', 'cls'), 'embeddings.mask_token': ('embedding', 'mask')}),
+    t5=Family('shared', _T5, dict(encoder_final='encoder.final_layer_norm', final='decoder.final_layer_norm?'), ('lm_head', 'classification_head.out_proj', 'classifier', 'qa_outputs')))
 
-# %% ../../nbs/core/anatomy.ipynb #000debff
+# %% ../../nbs/core/anatomy.ipynb #000eebff
 @dataclass(frozen=True)
 class Block:
     "One block of a model. A role names one weight, and its bias has the same role."
@@ -67,8 +90,9 @@ class Block:
     norms:dict[str,str]         # role (attention, mlp, q_norm, ...) -> name of the weight
     biases:dict[str,str]        # every role above -> name of its bias, '' where it has none
     parameters:tuple[str,...]   # every parameter of the block, in the model's order
+    positions:dict[str,str] = field(default_factory=dict) # role (relative) -> name of learned positions inside the block
 
-# %% ../../nbs/core/anatomy.ipynb #000febff
+# %% ../../nbs/core/anatomy.ipynb #0010ebff
 @dataclass(frozen=True, repr=False)
 class Anatomy:
     "Where everything is in a model; made by `anatomy`"
@@ -81,19 +105,20 @@ class Anatomy:
     tied:bool                         # are head and embedding one tensor?
     transposed:frozenset[str]         # weights stored as [in, out] (Conv1D); all others are [out, in]
     other:tuple[str,...]              # parameters that no rule names (pooler, token types, ...)
-    biases:dict[str,str]              # biases outside the blocks: role of the weight (final, embedding, head) -> name
+    biases:dict[str,str]              # biases outside the blocks: role of the weight (final, embedding, head, tokens) -> name
     shapes:dict[str,tuple[int,...]]   # the shape of every parameter, as stored
+    around:dict[str,tuple[str,str]] = field(default_factory=dict) # further parameters outside the blocks -> (part, role)
 
     @cached_property
     def places(self) -> dict[str,tuple[int|None,str,str]]:
         "Every parameter's (block index or None, part, role), in the model's order"
-        out = {n: (None, 'other', n) for n in self.other}
+        out = {n: (None, 'other', n) for n in self.other} | {n: (None, *p) for n, p in self.around.items()}
         out |= {n: (None, 'norm', r) for r, n in self.norms.items()} | {n: (None, 'bias', r) for r, n in self.biases.items()}
         if self.head: out[self.head] = None, 'head', 'head'
         if self.positions: out[self.positions] = None, 'embedding', 'positions'
         out[self.embedding] = None, 'embedding', 'tokens' # after the head: a tied tensor is listed once, as the embedding
         for b in self.blocks:
-            for part, names in dict(attention=b.attention, mlp=b.mlp, norm=b.norms, bias=b.biases).items():
+            for part, names in dict(attention=b.attention, mlp=b.mlp, norm=b.norms, bias=b.biases, embedding=b.positions).items():
                 out |= {n: (b.index, part, r) for r, n in names.items() if n}
         return {n: out[n] for n in self.shapes}
 
@@ -117,9 +142,9 @@ class Anatomy:
             shape = ' x '.join(map(str, self.shapes[name])) + (' [in, out]' if name in self.transposed else '')
             return dict(where=where, part=part, role=role, name=name[short:], shape=shape, bias='bias' if bias else '')
         def inside(b, where=''):
-            return [row(where, part, r, n, b.biases[r], len(b.name) + 1)
-                    for part, names in dict(attention=b.attention, mlp=b.mlp, norm=b.norms).items() for r, n in names.items()]
-        out = [row('', *self.places[n][1:], n, False) for n in (self.embedding, self.positions) if n]
+            return [row(where, part, r, n, b.biases.get(r), len(b.name) + 1)
+                    for part, names in dict(attention=b.attention, mlp=b.mlp, norm=b.norms, embedding=b.positions).items() for r, n in names.items()]
+        out = [row('', *self.places[n][1:], n, n == self.embedding and 'tokens' in self.biases) for n in (self.embedding, self.positions, *self.around) if n]
         for _, same in groupby(self.blocks, inside):
             same = list(same)
             out += inside(same[0], f'block {same[0].index}' + (f'-{same[-1].index}' if len(same) > 1 else ''))
@@ -140,7 +165,7 @@ class Anatomy:
         return (f'<table><caption>{escape(self.family)}, {len(self.blocks)} blocks</caption>' + line(rows[0], 'th')
                 + ''.join(line(r.values(), 'td') for r in rows) + '</table>')
 
-# %% ../../nbs/core/anatomy.ipynb #0011ebff
+# %% ../../nbs/core/anatomy.ipynb #0012ebff
 class UnknownArchitecture(ValueError):
     "The model's parameters cannot all be given their places"
 
@@ -148,30 +173,35 @@ _WRAPPED = 'If it is wrapped (by peft, torch.compile or DistributedDataParallel)
 
 def _some(names): return ', '.join(list(names)[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
 
+def _named(prefix, modules, there) -> dict[str,str]:
+    "role -> weight, for modules below `prefix`; what may be missing and is, is left out"
+    found = {r: [f'{prefix}{m}.weight' for m in spec.removesuffix('?').split('|')] for r, spec in modules.items()}
+    return {r: next((n for n in names if n in there), names[0]) for r, names in found.items() if not modules[r].endswith('?') or set(names) & set(there)}
+
 def _block(index, name, inside, layout, family) -> Block:
     "The block called `name`, whose parameters are `inside`"
-    parts = [{r: f'{name}.{m}.weight' for r, m in d.items()} for d in (layout.attention, layout.mlp, layout.norms)]
+    parts = [_named(f'{name}.', d, inside) for d in (layout.attention, layout.mlp, layout.norms)]; positions = _named(f'{name}.', layout.positions, inside)
     weights = {r: n for d in parts for r, n in d.items()}
     bias = {r: n.removesuffix('weight') + 'bias' for r, n in weights.items()}
     missing = [n for n in weights.values() if n not in inside]
-    extra = [n for n in inside if n not in {*weights.values(), *bias.values()}]
+    extra = [n for n in inside if n not in {*weights.values(), *bias.values(), *positions.values()}]
     if missing or extra:
         raise UnknownArchitecture(f'{name} is not laid out like a {family} block: ' + '; '.join(
             f'{what} {_some(names)}' for what, names in (('it has no', missing), ('no rule places', extra)) if names) + f'. {_WRAPPED}.')
-    return Block(index, name, *parts, {r: n if n in inside else '' for r, n in bias.items()}, tuple(inside))
+    return Block(index, name, *parts, {r: n if n in inside else '' for r, n in bias.items()}, tuple(inside), positions)
 
 def _blocks(names, stem, row, family) -> tuple[Block,...]:
     "All blocks of a model with parameters `names`, kind by kind"
     out = []
     for layout in row.layouts:
-        at, found = re.compile(re.escape(stem + layout.block).replace(r'\#', r'\d+') + r'(?=\.)'), {}
+        at, found = re.compile(re.escape(stem + layout.block.removesuffix('?')).replace(r'\#', r'\d+') + r'(?=\.)'), {}
         for n in names:
             if m := at.match(n): found.setdefault(m.group(), []).append(n)
-        if not found: raise UnknownArchitecture(f'the model is a {family}, but none of its parameters is in a block {stem}{layout.block}. {_WRAPPED}.')
+        if not found and not layout.block.endswith('?'): raise UnknownArchitecture(f'the model is a {family}, but none of its parameters is in a block {stem}{layout.block}. {_WRAPPED}.')
         for name, inside in found.items(): out.append(_block(len(out), name, inside, layout, family))
     return tuple(out)
 
-# %% ../../nbs/core/anatomy.ipynb #0012ebff
+# %% ../../nbs/core/anatomy.ipynb #0013ebff
 def _family(model, families) -> tuple[str,Family]:
     "The model type and its row; raises `UnknownArchitecture` if there is none"
     family, kind = getattr(getattr(model, 'config', None), 'model_type', None), type(model).__name__
@@ -197,14 +227,15 @@ def anatomy(model:nn.Module,                      # a plain transformers model, 
                                   f'but this {type(model).__name__} has neither; it has {_some(params)}. {_WRAPPED}.')
     blocks = _blocks(params, stem, row, family)
     embedding, positions = weight(stem + row.embedding), weight(stem + row.positions) if row.positions else None
-    norms = {r: weight(stem + m) for r, m in row.norms.items()}
-    absent = [stem + row.norms[r] for r, n in norms.items() if n is None]
+    norms = _named(stem, row.norms, params)
+    absent = [n.removesuffix('.weight') for n in norms.values() if n not in params]
     if absent: raise UnknownArchitecture(f'the model is a {family}, but has no norm {_some(absent)}. {_WRAPPED}.')
     top = next((h for h in row.heads if f'{h}.weight' in alias), None)
     head = alias[f'{top}.weight'] if top else None
-    beside = {r: n.removesuffix('weight') + 'bias' for r, n in norms.items()} | ({'head': f'{top}.bias'} if top else {})
-    biases = {r: alias[n] for r, n in beside.items() if n in alias}
-    named = {embedding, positions, head, *norms.values(), *biases.values()}.union(*(b.parameters for b in blocks))
+    around = {weight(stem + m): place for m, place in row.around.items() if weight(stem + m)}
+    beside = {r: n.removesuffix('weight') + 'bias' for r, n in {**norms, 'tokens': embedding}.items()} | ({'head': f'{top}.bias'} if top else {})
+    biases = {r: alias[n] for r, n in beside.items() if n in alias and n != embedding}
+    named = {embedding, positions, head, *norms.values(), *biases.values(), *around}.union(*(b.parameters for b in blocks))
     conv = frozenset(f'{n}.weight' for n, m in model.named_modules() if isinstance(m, Conv1D))
     return Anatomy(family, blocks, embedding, positions, norms, head, head == embedding, conv,
-                   tuple(n for n in params if n not in named), biases, {n: tuple(p.shape) for n, p in params.items()})
+                   tuple(n for n in params if n not in named), biases, {n: tuple(p.shape) for n, p in params.items()}, around)

@@ -12,8 +12,8 @@ import jinja2, torch
 from ..lab.world import LabWorld, SKILLS, split_of
 
 # %% auto #0
-__all__ = ['KINDS', 'ALIASES', 'SYNONYMS', 'READERS', 'SPLITS', 'IGNORE', 'Data', 'data', 'encode', 'prompt_ids', 'Encoded',
-           'encode_all', 'collate', 'order', 'indices', 'batch_at']
+__all__ = ['KINDS', 'ALIASES', 'SYNONYMS', 'READERS', 'SPLITS', 'IGNORE', 'PACKS', 'Data', 'data', 'encode', 'prompt_ids',
+           'Encoded', 'encode_all', 'collate', 'bins', 'pack', 'packing', 'order', 'indices', 'batch_at']
 
 # %% ../../nbs/core/batches.ipynb #000641f0
 KINDS = dict(chat=('messages',), text=('prompt', 'response'), label=('text', 'label'), lm=('text',)) # in the order of preference
@@ -155,20 +155,23 @@ def _checked(row:dict, kind:str, at:str) -> dict:
     return row
 
 # %% ../../nbs/core/batches.ipynb #000e41f0
+def _print(x) -> str: # `str` of a tensor leaves most of its numbers out
+    return f'{tuple(x.shape)} {hashlib.blake2s(x.contiguous().numpy().tobytes()).hexdigest()}' if isinstance(x, torch.Tensor) else str(x)
+
 @dataclass(repr=False)
 class Data:
     "Rows for training, validation and test, all of one kind"
-    train:list[dict]           # rows `{'prompt', 'response'}`, `{'messages'}`, `{'text', 'label'}` (an index into `labels`) or `{'text'}`
+    train:list[dict]           # rows `{'prompt', 'response'}`, `{'messages'}`, `{'text', 'label'}` (an index into `labels`), `{'text'}`, or `{'pixel_values'}` and any other tensors and numbers
     validation:list[dict]      # to choose by
     test:list[dict]            # to report
-    kind:str                   # 'text', 'chat', 'label' or 'lm'
+    kind:str                   # 'text', 'chat', 'label', 'lm', or 'image'
     labels:list[str]|None=None # names of the labels; only for kind 'label'
     name:str='data'            # what it was made from
     note:str=''                # what the reader should know about the split
     fingerprint:str=''         # 16 hex digits of everything above but name and note
 
     def __post_init__(self):
-        content = json.dumps([self.train, self.validation, self.test, self.kind, self.labels], sort_keys=True, default=str)
+        content = json.dumps([self.train, self.validation, self.test, self.kind, self.labels], sort_keys=True, default=_print)
         self.fingerprint = hashlib.blake2s(content.encode(), digest_size=8).hexdigest()
 
     def _head(self) -> str:
@@ -177,6 +180,7 @@ class Data:
 
     def _cells(self) -> list[list[str]]:
         "The first three rows as short text, labels by name"
+        if self.kind == 'image': return [[f'{k} {tuple(v.shape)}' if isinstance(v, torch.Tensor) else f'{k} {v}' for k, v in r.items()] for r in self.train[:3]]
         show = lambda r, c: self.labels[r[c]] if c == 'label' else ' / '.join(f'{m["role"]}: {m["content"]}' for m in r[c]) if c == 'messages' else r[c]
         clip = lambda s: s if len(s) <= 120 else s[:119] + '…'
         return [[clip(show(r, c)) for c in KINDS[self.kind]] for r in self.train[:3]]
@@ -187,7 +191,7 @@ class Data:
     def _repr_html_(self) -> str:
         row = lambda cells, tag: '<tr>' + ''.join(f'<{tag} style="text-align:left">{html.escape(c)}</{tag}>' for c in cells) + '</tr>'
         note = f'<p>{html.escape(self.note)}</p>' if self.note else ''
-        return f'<p>{html.escape(self._head())}</p><table>{row(KINDS[self.kind], "th")}{"".join(row(c, "td") for c in self._cells())}</table>{note}'
+        return f'<p>{html.escape(self._head())}</p><table>{row(KINDS.get(self.kind, ()), "th")}{"".join(row(c, "td") for c in self._cells())}</table>{note}'
 
 # %% ../../nbs/core/batches.ipynb #001041f0
 def _question(row:dict, kind:str) -> str:
@@ -394,6 +398,7 @@ def encode(row:dict,          # a row of `Data`
            keep:str='start'   # what stays of a row that is too long: its 'start' (as in trl) or its 'end'
           ) -> dict:          # `input_ids`, a list of token ids, and `labels`: as long, -100 where nothing is learnt (kind 'label': one number)
     "Turn a row into tokens and labels"
+    if kind == 'image': return row
     if max_length is not None and max_length < 1: raise ValueError(f'max_length is {max_length}; it must be at least 1')
     if keep not in ('start', 'end'): raise ValueError(f"keep is {keep!r}; it must be 'start' or 'end'")
     if kind == 'label':
@@ -426,7 +431,7 @@ class Encoded(list):
 def encode_all(rows:list[dict], tok, kind:str, max_length:int|None=None, keep:str='start') -> Encoded:
     "Encode every row; drop and count those without a label left; raise `ValueError` if that is all of them"
     if not rows: raise ValueError('there are no rows to encode')
-    if kind == 'label': return Encoded([encode(r, tok, kind, max_length) for r in rows])
+    if kind in ('label', 'image'): return Encoded([encode(r, tok, kind, max_length) for r in rows])
     encode(rows[0], tok, kind, max_length, keep) # refuses what is wrong with max_length and keep
     whole = [encode(r, tok, kind) for r in rows]; both = [(w, _cut(w, max_length, keep)) for w in whole]
     # the first token has nothing before it that could predict it, so a label there teaches nothing
@@ -449,6 +454,7 @@ def collate(rows:list[dict],    # encoded rows
            ) -> dict[str, torch.Tensor]: # `input_ids`, `attention_mask` [B, T]; `labels` [B, T], or [B] for kind 'label'
     "Pad encoded rows into one batch of int64 tensors"
     if not rows: raise ValueError('there are no rows to batch')
+    if 'input_ids' not in rows[0]: return {k: torch.stack([torch.as_tensor(r[k]) for r in rows]) for k in rows[0]} # images: nothing to pad
     if pad_id is None: raise ValueError('the tokenizer has no padding token; set tok.pad_token = tok.eos_token, as ftlab.load does')
     if side not in ('left', 'right'): raise ValueError(f"side is {side!r}; it must be 'left' or 'right'")
     longest = max(len(r['input_ids']) for r in rows)
@@ -458,6 +464,48 @@ def collate(rows:list[dict],    # encoded rows
     return {k: torch.tensor(v) for k, v in out.items()}
 
 # %% ../../nbs/core/batches.ipynb #003541f0
+PACKS = ('llama', 'qwen2', 'qwen3', 'mistral', 'gemma', 'gemma3_text', 'gpt2', 'phi', 'phi3', 'gpt_neox', 'opt') # model types that were tested to keep rows apart; Gemma 2 needs another attention
+
+def bins(lengths:list[int], # of the rows, in order
+         max_length:int     # of a line
+        ) -> list[range]:   # which rows share a line: consecutive ones, as many as fit
+    "Put rows into lines in their order; raises `ValueError` for a row that is longer than a line"
+    out, start, used = [], 0, 0
+    for i, n in enumerate(lengths):
+        if n > max_length: raise ValueError(f'a row has {n} tokens and a line only {max_length}; raise max_length, or encode with it')
+        if used + n > max_length: out.append(range(start, i)); start, used = i, 0
+        used += n
+    return out + [range(start, len(lengths))]
+
+def pack(rows:list[dict],   # encoded rows, of a kind that has a label per token
+         max_length:int,    # tokens a line holds at most
+         pad_id:int         # what fills what is left of a line
+        ) -> dict[str, torch.Tensor]: # `input_ids`, `position_ids`, `labels` [lines, T]; `attention_mask` [lines, 1, T, T]: may this token see that one; `tokens` [lines]: how many are real
+    "Batch rows without padding between them, such that none sees another; a row costs what it would have cost alone"
+    if not rows: raise ValueError('there are no rows to batch')
+    if not isinstance(rows[0].get('labels'), list): raise ValueError('only rows with a label per token can be packed; these have one label or none each')
+    lines = [[rows[i] for i in line] for line in bins([len(r['input_ids']) for r in rows], max_length)]
+    used = [sum(len(r['input_ids']) for r in line) for line in lines]; T = max(used)
+    def lay(of, fill): return torch.tensor([[x for r in line for x in of(r)] + [fill]*(T - n) for line, n in zip(lines, used)])
+    which = torch.tensor([[i for i, r in enumerate(line) for _ in r['input_ids']] + [-1]*(T - n) for line, n in zip(lines, used)])
+    see = (which[:, :, None] == which[:, None, :]) & torch.ones(T, T, dtype=torch.bool).tril() # what is left over sees itself: a softmax over nothing is no number
+    return dict(input_ids=lay(lambda r: r['input_ids'], pad_id), attention_mask=see[:, None], position_ids=lay(lambda r: range(len(r['input_ids'])), 0),
+                labels=lay(lambda r: [IGNORE] + r['labels'][1:], IGNORE), tokens=torch.tensor(used))
+
+def packing(model,          # that will read the lines
+            kind:str,       # of the data
+            max_length:int  # tokens a line holds at most
+           ):               # collate(rows, pad_id) -> batch
+    "`pack` for this model; raises `ValueError` where rows could not be kept apart"
+    family, config = model.config.model_type, model.config.get_text_config()
+    if kind not in ('text', 'chat', 'lm'): raise ValueError(f'data of kind {kind!r} cannot be packed: a line of several rows has no single label; use packing=False')
+    if family not in PACKS: raise ValueError(f'rows cannot be packed for a model of type {family!r}: it was not tested to keep them apart. Use packing=False; tested are {", ".join(PACKS)}')
+    if config._attn_implementation != 'sdpa': raise ValueError(f"rows are packed for attention 'sdpa' only, this model uses {config._attn_implementation!r}, which reads masks in another way; model.set_attn_implementation('sdpa') changes it")
+    window = getattr(config, 'sliding_window', None)
+    if window and window < max_length: raise ValueError(f'this model looks back {window} tokens in some blocks, which a line of {max_length} would exceed; use max_length={window} or packing=False')
+    return lambda rows, pad_id: pack(rows, max_length, pad_id)
+
+# %% ../../nbs/core/batches.ipynb #003e41f0
 def order(n:int, epoch:int, seed:int=0) -> torch.Tensor:
     "The order of `n` rows in pass number `epoch`: a permutation [n], fixed by the three numbers"
     mixed = int.from_bytes(hashlib.blake2s(f'{seed}/{epoch}'.encode()).digest()[:7], 'big') # so that seed 1, pass 0 is not seed 0, pass 1

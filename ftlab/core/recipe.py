@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 
 # %% auto #0
-__all__ = ['PROMISES', 'CannotCompose', 'Recipe']
+__all__ = ['PROMISES', 'TAKEN', 'CannotCompose', 'Learner', 'Recipe', 'share_of']
 
 # %% ../../nbs/core/recipe.ipynb #00050245
 PROMISES = {
@@ -24,20 +24,31 @@ PROMISES = {
 class CannotCompose(ValueError): "Two recipes answer the same question differently"
 
 @dataclass(frozen=True)
+class Learner:
+    "A second model that learns beside the first, such as one that learns the first one's mistakes"
+    make:Callable        # (state) -> module; called once, when the run's source stands, under the run's seed
+    objective:Callable   # (state) -> scalar, asked for every micro-batch: state.batch is that batch, state.logits what the policy said to it, detached
+    lr:float|None=None   # its own peak learning rate; None: the run's
+
+TAKEN = ('policy', 'reference', 'tuned', 'base') # names in `state.models` and in a decoder's models that no learner may have
+
+# %% ../../nbs/core/recipe.ipynb #00070245
+@dataclass(frozen=True)
 class Recipe:
     "What a method is: at most one answer to each question; `None` is plain fine-tuning"
     name:str='full'
     select:Callable|None=None      # (model, batches=None, seed=0) -> {parameter name: True or a boolean mask}; None: everything
     delta:Callable|None=None       # (weight, mask) -> a module at the weight; None: the weight itself
     edit:Callable|None=None        # ({name: change}, model) -> {name: change}, after training
-    source:Callable|None=None      # (rows, state) -> an object with next(state) -> list of micro-batches; None: the data as given
+    source:Callable|None=None      # (state) -> an object with next(state) -> list of micro-batches; None: the data as given
     view:Callable|None=None        # (batch, state) -> batch
     objective:Callable|None=None   # (state) -> scalar; None: the mean negative log-likelihood
     penalties:tuple[Callable, ...]=() # each (state) -> scalar, added to the objective
     step:Callable|None=None        # (parameters, settings) -> step(state, prices); None: backpropagation and AdamW
     callbacks:tuple[Callable, ...]=() # each () -> an object with methods named after events
     decode:Callable|None=None      # (models, tok, prompts, **options) -> texts; None: greedy, one model
-    stages:tuple[Recipe, ...]=()   # run one after another on the same model, each with its share of the steps
+    learners:Mapping[str, Learner]=field(default_factory=dict) # models that learn beside the first, by name
+    stages:tuple[Recipe|Callable, ...]=() # run one after another on the same model, each with its share of the steps; a function (context) -> Recipe is called when its turn comes
     share:float=1.                 # as a stage: its share of the steps, relative to the other stages
     reference:bool=False           # does an objective or penalty look at the base model, as state.models['reference']?
     lrs:tuple[float, ...]=(1e-4, 3e-4, 1e-3) # learning rates worth trying on small models
@@ -47,6 +58,7 @@ class Recipe:
 
     def __post_init__(self):
         if unknown := set(self.waives) - set(PROMISES): raise ValueError(f'{self.name}: no promise is called {sorted(unknown)}; there are: {", ".join(PROMISES)}')
+        _check_parts(self)
 
     @property
     def promises(self) -> tuple[str, ...]:
@@ -57,30 +69,49 @@ class Recipe:
 
     def __mul__(self, other:Recipe) -> Recipe:
         "Both methods at once; `CannotCompose` where both answer the same question"
-        if self.stages or other.stages: raise CannotCompose(f'{self.name} x {other.name}: a recipe of stages has no single answer to compose with; compose its stages instead')
-        new = {}
-        for q in ('select', 'delta', 'source', 'objective', 'step', 'decode'):
-            a, b = getattr(self, q), getattr(other, q)
-            if a is not None and b is not None and a is not b: raise CannotCompose(f'{self.name} x {other.name}: both answer {q!r}; use one of them, or write a {q} that does both')
-            new[q] = a if a is not None else b
-        for q in ('view', 'edit'): new[q] = _chain(getattr(self, q), getattr(other, q))
-        lead = self if self.delta or self.step else other if other.delta or other.step else self
-        return Recipe(f'{self.name} x {other.name}', **new, penalties=self.penalties + other.penalties, callbacks=self.callbacks + other.callbacks,
-            reference=self.reference or other.reference, lrs=lead.lrs, lr=lead.lr,
-            arguments={self.name: self.arguments, other.name: other.arguments}, waives={**self.waives, **other.waives})
+        return _both(self, other)
 
     def describe(self) -> dict:
         "The answers by name, without what is plain: a record that JSON can hold"
-        out = dict(name=self.name, lr=self.lr)
-        for f in fields(self):
-            v = getattr(self, f.name)
-            if f.name in ('select', 'delta', 'edit', 'source', 'view', 'objective', 'step', 'decode') and v is not None: out[f.name] = _name(v)
-            if f.name in ('penalties', 'callbacks') and v: out[f.name] = [_name(x) for x in v]
-        if self.arguments: out['arguments'] = _plain(self.arguments)
-        if self.stages: out['stages'] = [s.describe() for s in self.stages]
-        return out
+        return _described(self)
 
-# %% ../../nbs/core/recipe.ipynb #00070245
+# %% ../../nbs/core/recipe.ipynb #00080245
+def _check_parts(self:Recipe) -> None:
+    for n, l in self.learners.items():
+        if n in TAKEN or not isinstance(l, Learner): raise ValueError(f'{self.name}: learners has {n!r}: {type(l).__name__}; it must map names other than {", ".join(TAKEN)} to a Learner')
+    for i, s in enumerate(self.stages, 1):
+        if not (callable(s) or isinstance(s, Recipe) and not s.stages): raise ValueError(f'{self.name}: stage {i} is {s.name + ", which has stages of its own" if isinstance(s, Recipe) else type(s).__name__}; a stage is a Recipe without stages, or a function (context) -> Recipe')
+
+def _both(self:Recipe, other:Recipe) -> Recipe:
+    if self.stages or other.stages: raise CannotCompose(f'{self.name} x {other.name}: a recipe of stages has no single answer to compose with; compose its stages instead')
+    new = {}
+    for q in ('select', 'delta', 'source', 'objective', 'step', 'decode'):
+        a, b = getattr(self, q), getattr(other, q)
+        if a is not None and b is not None and a is not b: raise CannotCompose(f'{self.name} x {other.name}: both answer {q!r}; use one of them, or write a {q} that does both')
+        new[q] = a if a is not None else b
+    if both := sorted(n for n in self.learners.keys() & other.learners.keys() if self.learners[n] is not other.learners[n]): raise CannotCompose(f'{self.name} x {other.name}: both have a learner {both[0]!r}; give one of them another name')
+    for q in ('view', 'edit'): new[q] = _chain(getattr(self, q), getattr(other, q))
+    lead = self if self.delta or self.step else other if other.delta or other.step else self
+    return Recipe(f'{self.name} x {other.name}', **new, penalties=self.penalties + other.penalties, callbacks=self.callbacks + other.callbacks,
+        learners={**self.learners, **other.learners}, reference=self.reference or other.reference, lrs=lead.lrs, lr=lead.lr,
+        arguments={self.name: self.arguments, other.name: other.arguments}, waives={**self.waives, **other.waives})
+
+def _described(self:Recipe) -> dict:
+    out = dict(name=self.name, lr=self.lr)
+    for f in fields(self):
+        v = getattr(self, f.name)
+        if f.name in ('select', 'delta', 'edit', 'source', 'view', 'objective', 'step', 'decode') and v is not None: out[f.name] = _name(v)
+        if f.name in ('penalties', 'callbacks') and v: out[f.name] = [_name(x) for x in v]
+    if self.learners: out['learners'] = {n: dict(make=_name(l.make), objective=_name(l.objective), lr=l.lr) for n, l in self.learners.items()}
+    if self.arguments: out['arguments'] = _plain(self.arguments)
+    if self.stages: out['stages'] = [(s.describe() if isinstance(s, Recipe) else dict(made_by=_name(s))) | (dict(share=x) if (x := share_of(s)) != 1 else {}) for s in self.stages]
+    return out
+
+# %% ../../nbs/core/recipe.ipynb #00090245
+def share_of(stage:Recipe|Callable) -> float:
+    "A stage's share of the steps, relative to the others; of a function its attribute `share`, if it has one"
+    return stage.share if isinstance(stage, Recipe) else getattr(stage, 'share', 1.)
+
 def _name(f): return getattr(f, '__name__', None) or getattr(getattr(f, 'func', None), '__name__', None) or type(f).__name__
 
 def _plain(x):

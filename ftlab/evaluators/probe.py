@@ -4,14 +4,15 @@
 
 # %% ../../nbs/evaluators/probe.ipynb #0003bf64
 from __future__ import annotations
-from collections.abc import Mapping
+import copy
+from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
-from ..core.anatomy import UnknownArchitecture, anatomy
+from ..core.anatomy import Anatomy, UnknownArchitecture, anatomy
 from ..trainers.objective import kl, priced
 
 # %% auto #0
-__all__ = ['drift', 'cka', 'moved']
+__all__ = ['drift', 'cka', 'layers', 'pooled', 'anatomy_of', 'places', 'moved', 'each_change']
 
 # %% ../../nbs/evaluators/probe.ipynb #0005bf64
 @torch.no_grad()
@@ -28,8 +29,39 @@ def cka(X:Tensor, Y:Tensor) -> float:
     return float((Y.T @ X).norm()**2/((X.T @ X).norm()*(Y.T @ Y).norm()))
 
 # %% ../../nbs/evaluators/probe.ipynb #000abf64
+@torch.no_grad()
+def layers(model, batch:Mapping[str, Tensor]) -> list[Tensor]:
+    "The mean of each layer's output over the tokens of each row: embeddings first, then one [rows, width] a block"
+    return pooled(model(**{k: v for k, v in batch.items() if k != 'labels'}, output_hidden_states=True).hidden_states, batch['attention_mask'])
+
+def pooled(hidden:tuple[Tensor, ...], mask:Tensor) -> list[Tensor]:
+    "Hidden states [rows, tokens, width] as their means over the tokens that `mask` [rows, tokens] keeps"
+    on = mask[..., None].float() # a change that puts tokens before the text makes the states longer than the mask: the text is at the end
+    return [((h[:, -mask.shape[1]:].float()*on).sum(1)/on.sum(1)).cpu() for h in hidden]
+
+# %% ../../nbs/evaluators/probe.ipynb #000cbf64
+def anatomy_of(model) -> Anatomy:
+    "The anatomy of a model that may carry a change. Raises `UnknownArchitecture` for a model that the table does not describe."
+    with torch.random.fork_rng(devices=[]), torch.device('meta'): twin = type(model)(copy.deepcopy(model.config))
+    return anatomy(twin)
+
+def places(model) -> dict[str, tuple[int|None, str, str]]:
+    "{parameter name: (block or None, part, role)} of a model that may carry a change; empty where the architecture is unknown"
+    try: return anatomy_of(model).places
+    except UnknownArchitecture: return {}
+
 def moved(changes:Mapping[str, Tensor], model) -> list[dict]:
     "One row a changed tensor: its place, the length of its change, and the share of its numbers that moved"
-    try: place = anatomy(model).place
-    except UnknownArchitecture: place = lambda n: (None, 'other', '')
+    at = places(model); place = lambda n: at.get(n, (None, 'other', ''))
     return [dict(name=n, block=place(n)[0], part=place(n)[1], role=place(n)[2], norm=float(c.double().norm()), moved=float((c != 0).float().mean())) for n, c in changes.items()]
+
+# %% ../../nbs/evaluators/probe.ipynb #000ebf64
+@torch.no_grad()
+def each_change(att # the change on a model, as `attach` and `load_delta` return it
+               ) -> Iterator[tuple[str, Tensor, Tensor]]:
+    "(name, base weight, tuned weight) of every weight that a change reaches, one at a time, as the model stores them; deltas on activations have none"
+    own = {n: p for n, p in att.model.named_parameters() if n in att.whole}
+    for n, p in own.items(): yield n, att.before(n).to(p.device), p.detach()
+    for n, d in att.deltas.items():
+        if d.site != 'weight': continue
+        W, turned = att._base(n); yield n, W, (d(W.T).T if turned else d(W)).contiguous()

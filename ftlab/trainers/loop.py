@@ -4,32 +4,37 @@
 
 # %% ../../nbs/trainers/loop.ipynb #0003191a
 from __future__ import annotations
-import copy, hashlib, json, math, sys, tempfile, time
+import copy, hashlib, json, math, shutil, sys, tempfile, time, warnings, zlib
 from collections.abc import Callable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
-from safetensors import safe_open
-from safetensors.torch import save_file
+from accelerate.state import AcceleratorState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from ..adapters.delta import Attached, attach, identity, pack, save_delta, write_atomically, _set
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from ..adapters.delta import Attached, DiskFull, attach, disk_trouble, identity, pack, save_delta, write_tensors, _set
 from ..adapters.edit import write_change
 from ..adapters.select import everything
 from ..core.anatomy import UnknownArchitecture, anatomy
-from ..core.batches import Data, data as as_data, encode_all
+from ..core.batches import Data, collate, data as as_data, encode_all, packing
 from ..core.loading import find_device
-from ..core.recipe import Recipe
+from ..core.recipe import Learner, Recipe, share_of
 from ..core.state import State
 from .objective import mean_nll, priced, token_nll
-from .source import Rows, count_priced
-from .step import Backprop, NotFinite, schedule
+from .source import Rows, count_priced, rows_of, tokens_of
+from .step import Backprop, NotFinite, Processes, placed_like, schedule, _whole
 
 # %% auto #0
-__all__ = ['Run', 'Change', 'export', 'Originals', 'SwitchedOff', 'reference_of', 'PeakMemory', 'Progress', 'save_checkpoint',
-           'load_checkpoint', 'Every', 'validation_nll', 'EarlyStop', 'fit']
+__all__ = ['Run', 'Change', 'load_learners', 'export', 'Originals', 'SwitchedOff', 'reference_of', 'PeakMemory', 'Progress',
+           'save_checkpoint', 'load_checkpoint', 'Every', 'validation_nll', 'EarlyStop', 'Learning', 'Loop', 'fit',
+           'StageContext', 'Sharded', 'Sums', 'tracking']
 
 # %% ../../nbs/trainers/loop.ipynb #0005191a
 @dataclass
@@ -40,12 +45,13 @@ class Run:
     data:Data                   # what it learned from
     recipe:Recipe
     delta:Change                # the change alone
-    log:list[dict]              # one row a step: step, loss, nll (plain, per priced token), lr, tokens
+    log:list[dict]              # one row a step: step, loss, nll (plain, per priced token; None where the batch has no labels), lr, tokens, and the loss of every learner
     cost:dict                   # seconds, tokens, peak_bytes, trainable, head
     settings:dict               # every setting of `fit`, for the record
     path:list[dict] = field(default_factory=list) # what callbacks measured on the way
     interrupted:bool=False      # stopped by hand before its last step?
     folder:Path|None=None       # where it was kept, if anywhere
+    models:dict = field(default_factory=dict) # the recipe's learners, trained, by name
 
     def disabled(self):
         "A context in which the model is the base"
@@ -56,23 +62,42 @@ class Run:
         return export(self.model, self.tok, self.delta.attached, folder)
 
     def __repr__(self):
-        a, b = self.log[0]['nll'] if self.log else math.nan, self.log[-1]['nll'] if self.log else math.nan
-        return f'{self.recipe.name}: {len(self.log)} steps, nll {a:.3f} -> {b:.3f}, {self.cost["trainable"]:,} numbers trained' + (', interrupted' if self.interrupted else '')
+        k = 'loss' if self.log and self.log[0]['nll'] is None else 'nll'; a, b = (r[k] for r in (self.log[0], self.log[-1])) if self.log else (math.nan, math.nan)
+        return f'{self.recipe.name}: {len(self.log)} steps, {k} {a:.3f} -> {b:.3f}, {self.cost["trainable"]:,} numbers trained' + (', interrupted' if self.interrupted else '')
 
+# %% ../../nbs/trainers/loop.ipynb #0006191a
 class Change:
     "The change that a run made, apart from the model"
-    def __init__(self, attached:Attached, base:dict, recipe:Recipe): self.attached, self.base, self.recipe = attached, base, recipe
+    def __init__(self, attached:Attached, base:dict, recipe:Recipe, models:dict|None=None): self.attached, self.base, self.recipe, self.models = attached, base, recipe, models or {}
     def save(self, path:str|Path) -> int:
-        "Save as safetensors, atomically, with the base's identity; returns the size in bytes"
-        return save_delta(path, *pack(self.attached), self.base, self.recipe.describe())
+        "Save as safetensors, atomically, with the base's identity and the recipe's learners; returns the size in bytes"
+        return save_delta(path, *self._packed(), self.base, self.recipe.describe())
+    def _packed(self):
+        tensors, kinds = pack(self.attached); return tensors | {f'learner|{n}|{k}': v for n, m in self.models.items() for k, v in m.state_dict().items()}, kinds
     def tensors(self) -> dict[str, Tensor]:
         "New weight minus base weight, by name"
         return self.attached.changes()
     @property
     def nbytes(self) -> int:
         "Bytes of the tensors that `save` writes"
-        return sum(t.numel()*t.element_size() for t in pack(self.attached)[0].values())
+        return sum(t.numel()*t.element_size() for t in self._packed()[0].values())
 
+# %% ../../nbs/trainers/loop.ipynb #0007191a
+def load_learners(path:str|Path, # what `Change.save` wrote
+                  recipe:Recipe, # the recipe of that run
+                  model,         # the model that the learners belong to
+                  tok=None,      # its tokenizer
+                 ) -> dict:      # name -> module, on the model's device, in evaluation mode
+    "The learners of a saved run: each is made anew (from the model and tokenizer alone) and given its saved numbers; raises `ValueError` where the file has none of that name"
+    device = next(model.parameters()).device; out = {}
+    with safe_open(path, 'pt') as f: tensors = {k: f.get_tensor(k) for k in f.keys() if k.startswith('learner|')}
+    for n, l in recipe.learners.items():
+        mine = {k.removeprefix(f'learner|{n}|'): v for k, v in tensors.items() if k.startswith(f'learner|{n}|')}
+        if not mine: raise ValueError(f'{str(path)!r} holds no learner {n!r}; it has {", ".join(sorted({k.split("|")[1] for k in tensors})) or "none"}')
+        state = State(model, tok); state.device = device; out[n] = l.make(state).to(device).eval(); out[n].load_state_dict(mine)
+    return out
+
+# %% ../../nbs/trainers/loop.ipynb #0008191a
 def export(model, tok, attached:Attached|None, folder:str|Path) -> Path:
     "Write the merged model as a plain Hugging Face folder; the model itself stays as it is"
     folder = Path(folder); tmp = folder.with_name(folder.name + '.tmp')
@@ -89,18 +114,24 @@ def export(model, tok, attached:Attached|None, folder:str|Path) -> Path:
     for n, b in model.named_buffers():
         if '.delta_' not in n and '.parametrizations.' not in n and n not in _transient(model): state[n] = b
     if folder.exists() and any(folder.iterdir()): raise FileExistsError(f'{str(folder)!r} is not empty; export to a new folder')
-    model.save_pretrained(tmp, state_dict={k: v.contiguous() for k, v in state.items()}); tok.save_pretrained(tmp)
-    if folder.exists(): folder.rmdir()
-    tmp.rename(folder)
+    try:
+        model.save_pretrained(tmp, state_dict={k: v.contiguous() for k, v in state.items()})
+        if tok is not None: tok.save_pretrained(tmp)
+        if folder.exists(): folder.rmdir()
+        tmp.rename(folder)
+    except (OSError, SafetensorError) as e:
+        if (full := disk_trouble(e, folder, sum(v.numel()*v.element_size() for v in state.values()))) is e: raise
+        raise full from e
+    finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
 def _transient(model): return {f'{m}.{b}'.lstrip('.') for m, mod in model.named_modules() for b in mod._non_persistent_buffers_set}
 
-# %% ../../nbs/trainers/loop.ipynb #0007191a
+# %% ../../nbs/trainers/loop.ipynb #000a191a
 class Originals(Mapping):
     "Tensors in a safetensors file, read when they are asked for"
     def __init__(self, path:Path, tensors:Mapping[str, Tensor]|None=None): # the tensors are written if they are given
-        if tensors is not None: write_atomically(path, lambda tmp: save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, tmp))
+        if tensors is not None: write_tensors(path, tensors)
         self.path = path; self.file = safe_open(path, 'pt'); self.names = set(self.file.keys())
     def __getitem__(self, n):
         if n not in self.names: raise KeyError(n)
@@ -121,7 +152,7 @@ def reference_of(model, attached) -> Callable:
     "The base beside the policy: switched off where the weights themselves do not move, else a frozen copy"
     return SwitchedOff(attached) if not attached.whole else copy.deepcopy(model).requires_grad_(False).eval()
 
-# %% ../../nbs/trainers/loop.ipynb #0009191a
+# %% ../../nbs/trainers/loop.ipynb #000c191a
 class PeakMemory:
     "Peak bytes while it is open: of the device on a GPU, of the process (above where it began) on a CPU; `None` where the system does not tell"
     def __init__(self, device): self.device = device
@@ -141,6 +172,7 @@ def _status(key):
     try: return next(int(l.split()[1])*1024 for l in Path('/proc/self/status').read_text().splitlines() if l.startswith(key))
     except (OSError, StopIteration): return None
 
+# %% ../../nbs/trainers/loop.ipynb #000d191a
 class Progress:
     "A bar while training, one line when it is over; silent where nobody watches"
     def __init__(self, name, steps, show=True):
@@ -149,11 +181,11 @@ class Progress:
         if self.nb:
             from IPython.display import HTML, display
             self.html = HTML; self.handle = display(HTML(''), display_id=True)
-    def update(self, step, nll, force=False):
+    def update(self, step, row, force=False):
         if not force and time.time() - self.t < .2: return
-        self.t = time.time()
-        if self.handle: self.handle.update(self.html(f'<progress max="{self.steps}" value="{step}"></progress> {self.name}: step {step} of {self.steps}, nll {nll:.3f}'))
-        elif self.tty: print(f'\r{self.name}: step {step} of {self.steps}, nll {nll:.3f}', end='', file=sys.stderr, flush=True)
+        self.t = time.time(); said = f'{self.name}: step {step} of {self.steps}, ' + (f'loss {row["loss"]:.3f}' if row['nll'] is None else f'nll {row["nll"]:.3f}')
+        if self.handle: self.handle.update(self.html(f'<progress max="{self.steps}" value="{step}"></progress> {said}'))
+        elif self.tty: print(f'\r{said}', end='', file=sys.stderr, flush=True)
     def close(self):
         if self.handle: self.handle.update(self.html(''))
         elif self.tty: print('\r' + ' '*70 + '\r', end='', file=sys.stderr, flush=True)
@@ -163,29 +195,43 @@ def _in_notebook():
     except ImportError: return False
     ip = get_ipython(); return ip is not None and hasattr(ip, 'kernel')
 
-# %% ../../nbs/trainers/loop.ipynb #000b191a
-def save_checkpoint(path:Path, params:Mapping[str, Tensor], step, state:State, settings:dict) -> None:
-    "Keep everything that the next step depends on"
-    tensors = {f'param|{n}': p.detach().cpu().contiguous() for n, p in params.items()}
-    tensors |= {f'step|{k}': v.cpu().contiguous() for k, v in step.tensors().items()} | {'rng|cpu': torch.get_rng_state()}
+# %% ../../nbs/trainers/loop.ipynb #000f191a
+def save_checkpoint(path:Path, params:Mapping[str, Tensor], step, state:State, settings:dict, write:bool=True) -> None: # write: False in all processes but one, which must be asked too as they hold parts
+    "Keep everything that the next step depends on; where the disk has no room, warn and leave the last checkpoint as it is"
+    tensors = {f'param|{n}': _whole(p.detach()).cpu() for n, p in params.items()}
+    tensors |= {f'step|{k}': v.cpu() for k, v in step.tensors().items()} | {'rng|cpu': torch.get_rng_state()}
+    for n, own in state.learners.items():
+        tensors |= {f'learner|{n}|{k}': v.cpu() for k, v in own.module.state_dict().items()} | {f'learner step|{n}|{k}': v.cpu() for k, v in own.step.tensors().items()}
     if torch.cuda.is_available(): tensors['rng|cuda'] = torch.cuda.get_rng_state()
     meta = dict(step=str(state.step), log=json.dumps(state.log), path=json.dumps(state.extra.get('path', [])), settings=json.dumps(settings))
-    write_atomically(path, lambda tmp: save_file(tensors, tmp, metadata=meta))
+    if not write: return
+    try: write_tensors(path, tensors, meta)
+    except DiskFull as e: warnings.warn(f'step {state.step} could not be kept, and the run goes on: {e}')
+
+def _check_same_run(path, was, settings) -> None:
+    if diff := [k for k in settings if was.get(k) != settings[k]]:
+        raise ValueError(f'{str(path)!r} is a run with {diff[0]}={was.get(diff[0])!r}, this one has {settings[diff[0]]!r}; use another folder, or the same settings')
+
+def _belongs(path, settings) -> bool:
+    "Is there a checkpoint, and is it this stage's?"
+    if not path.exists(): return False
+    with safe_open(path, 'pt') as f: return 'stage' not in settings or json.loads(f.metadata()['settings']).get('stage') in (None, settings['stage'])
 
 def load_checkpoint(path:Path, params:Mapping[str, Tensor], step, state:State, settings:dict) -> None:
     "Go on from a checkpoint; raises `ValueError` if it belongs to a run with other settings"
     with safe_open(path, 'pt') as f: meta = f.metadata(); tensors = {k: f.get_tensor(k) for k in f.keys()}
-    was = json.loads(meta['settings'])
-    if diff := [k for k in settings if was.get(k) != settings[k]]:
-        raise ValueError(f'{str(path)!r} is a run with {diff[0]}={was.get(diff[0])!r}, this one has {settings[diff[0]]!r}; use another folder, or the same settings')
+    _check_same_run(path, json.loads(meta['settings']), settings)
     with torch.no_grad():
-        for n, p in params.items(): p.copy_(tensors[f'param|{n}'])
+        for n, p in params.items(): p.copy_(placed_like(tensors[f'param|{n}'], p))
     step.load({k[5:]: v for k, v in tensors.items() if k.startswith('step|')})
+    for n, own in state.learners.items():
+        kept = lambda kind: {k.removeprefix(f'{kind}|{n}|'): v for k, v in tensors.items() if k.startswith(f'{kind}|{n}|')}
+        own.module.load_state_dict(kept('learner')); own.step.load(kept('learner step'))
     state.step, state.log = int(meta['step']), json.loads(meta['log']); state.tokens = state.log[-1]['tokens'] if state.log else 0; state.extra['path'] = json.loads(meta['path'])
     torch.set_rng_state(tensors['rng|cpu'])
     if 'rng|cuda' in tensors and torch.cuda.is_available(): torch.cuda.set_rng_state(tensors['rng|cuda'])
 
-# %% ../../nbs/trainers/loop.ipynb #000d191a
+# %% ../../nbs/trainers/loop.ipynb #0011191a
 class Every:
     "Measure something every so many steps (and before the first and after the last) and keep it in the run's path"
     def __init__(self, n:int, measure:Callable): self.n, self.measure = n, measure # measure(state) -> dict
@@ -194,14 +240,17 @@ class Every:
     def after_step(self, state):
         if state.step % self.n == 0 or state.step == state.steps: self._note(state)
     def _note(self, state):
-        training = state.model.training; state.model.eval()
+        modules = {m: m.training for m in state.models.values() if isinstance(m, torch.nn.Module)} # learners too: a decoder may ask them
+        for m in modules: m.eval()
         with torch.no_grad(), torch.random.fork_rng(): row = dict(step=state.step, **self.measure(state))
-        state.model.train(training); state.extra.setdefault('path', []).append(row)
+        for m, training in modules.items(): m.train(training)
+        state.extra.setdefault('path', []).append(row)
 
 def validation_nll(state, rows:int=200) -> dict:
     "Mean negative log-likelihood per priced token on the first `rows` validation rows"
     enc = state.validation[:rows]
     if not enc: raise ValueError('there is no validation row to measure on')
+    if 'labels' not in enc[0]: raise ValueError('the validation rows have no labels, so they have no likelihood; measure something else, with Every')
     total = n = 0
     for i in range(0, len(enc), 50):
         b = _to(Rows(enc[i:i + 50], len(enc[i:i + 50]), pad_id=state.pad_id).next(SimpleNamespace(step=0))[0], state.device)
@@ -218,14 +267,76 @@ class EarlyStop:
         looks = list({r['step']: r['validation_nll'] for r in state.extra['path'] if 'validation_nll' in r}.values())
         state.stop = len(looks) - 1 - looks.index(min(looks)) >= self.patience
 
-# %% ../../nbs/trainers/loop.ipynb #000f191a
-def fit(model,                     # a causal language model, or a classifier for data with labels; changed in place
-        tok,                       # its tokenizer
+# %% ../../nbs/trainers/loop.ipynb #0013191a
+class Learning:
+    "A learner at work: its module and its own AdamW"
+    def __init__(self, name:str, learner:Learner, state:State, settings:SimpleNamespace, processes:Processes): # settings as a step receives them
+        self.name, self.objective, self.processes, self.mark = name, learner.objective, processes, zlib.crc32(name.encode())
+        with self.chance(state): self.module = learner.make(state)
+        if not isinstance(self.module, torch.nn.Module): raise ValueError(f'learner {name!r}: make returned a {type(self.module).__name__}; it must return a module')
+        theirs = {id(p) for p in state.model.parameters()}; params = {n: p for n, p in self.module.to(state.device).train().named_parameters() if p.requires_grad}
+        if not params or any(id(p) in theirs for p in params.values()): raise ValueError(f'learner {name!r} has ' + ('parameters of the policy; leave the policy out of the module and ask state.model in the objective' if params else 'nothing to train'))
+        own = vars(settings) | dict(lr=settings.lr if learner.lr is None else learner.lr, backward=lambda loss: loss.backward(inputs=list(params.values())))
+        self.step, self.params = Backprop(params, SimpleNamespace(**own)), list(params.values()); state.models[name] = self.module
+
+    @contextmanager
+    def chance(self, state, process:int=0):
+        "Random numbers of its own, so that the policy draws the same with and without it"
+        with torch.random.fork_rng(): torch.manual_seed(hash((state.seed, state.step, process, self.mark))); yield
+
+    def __call__(self, state:State, heard:list[tuple]) -> float: # heard: (micro-batch, the policy's logits) for each that this process prices
+        "One step; returns this process's part of the loss"
+        def price(b, logits):
+            state.batch, state.logits = b, logits
+            with state.accelerator.autocast(): return self.processes.price(self.objective(state))
+        quiet = SimpleNamespace(step=state.step, extra={}, emit=lambda event: self.processes.add_gradients(self.params))
+        try:
+            with self.chance(state, self.processes.index): return self.step(quiet, [partial(price, *h) for h in heard])
+        except NotFinite as e: raise NotFinite(f'learner {self.name!r}, after the policy had moved: {e}') from None
+
+# %% ../../nbs/trainers/loop.ipynb #0015191a
+class Loop:
+    "Next, price, step, log"
+    def __init__(self, state:State, recipe:Recipe, step:Callable, processes:Processes):
+        self.state, self.recipe, self.step, self.processes, self.objective = state, recipe, step, processes, recipe.objective or mean_nll
+
+    def run(self, after:Callable) -> None: # after(state): what the caller does after each step
+        "Steps until there are enough, or a callback says stop"
+        state = self.state; state.emit('before_fit')
+        while state.step < state.steps and not state.stop:
+            state.log.append(self.one()); state.step += 1; state.emit('after_step'); after(state)
+
+    def one(self) -> dict:
+        "One step; returns its row of the log"
+        state, group = self.state, self.processes
+        with state.accelerator.autocast(): batches = [_to(b, state.device) for b in state.source.next(state)]
+        if self.recipe.view is not None: batches = [self.recipe.view(b, state) for b in batches]
+        state.batches, state.count = batches, max(1, count_priced(batches)); state.emit('before_batch')
+        if self.recipe.objective is None and 'labels' not in state.batches[0]: raise ValueError('the batches have no labels, so plain fine-tuning has nothing to price; the recipe needs an objective of its own')
+        mine, self.nll, self.heard = group.part(state.batches), {}, {}
+        with group.taking_a_step(): loss = self.step(state, [partial(self.price, i, b) for i, b in enumerate(mine)])
+        own = {f'{l.name}_loss': l(state, [(b, self.heard[i]) for i, b in enumerate(mine)]) for l in state.learners.values()}
+        state.tokens += sum(map(tokens_of, state.batches))
+        nll, whole, *others = group.total(sum(self.nll.values()), float(loss), *own.values()); loss = whole if group.apart else float(loss)
+        return dict(step=state.step, loss=loss, nll=nll/state.count if self.nll else None, lr=state.extra.get('lr'), tokens=state.tokens, **dict(zip(own, others)))
+
+    def price(self, i:int, batch:dict) -> Tensor:
+        "What micro-batch `i` of this process costs; its plain price is noted beside it"
+        state = self.state; state.batch, state.logits = batch, None
+        with self.processes.chance(state, i), state.accelerator.autocast(): loss = self.objective(state) + sum(p(state) for p in self.recipe.penalties)
+        if state.learners: self.heard.setdefault(i, None if state.logits is None else state.logits.detach())
+        if i not in self.nll and 'labels' in batch and state.logits is not None:
+            with torch.no_grad(): self.nll[i] = float(token_nll(state.logits, batch['labels']).sum())
+        return self.processes.price(loss)
+
+# %% ../../nbs/trainers/loop.ipynb #0017191a
+def fit(model,                     # a causal language model, a classifier for data with labels, or any module whose recipe prices its batches; changed in place
+        tok,                       # its tokenizer; None for data that are no text
         data,                      # `Data`, or anything that `ftlab.data` takes
         recipe:Recipe|None=None,   # the method; None: full fine-tuning
         *, steps:int=200,          # optimiser steps
-        batch_size:int=32,         # rows a step
-        accumulate:int=1,          # micro-batches that a step is cut into
+        batch_size:int=32,         # rows a step, over all processes
+        accumulate:int=1,          # micro-batches that each process cuts its part of a step into
         lr:float|None=None,        # peak learning rate; None: the recipe's
         schedule:str='linear',     # 'linear', 'cosine' or 'constant'
         warmup:int=0,              # steps of rising learning rate
@@ -234,110 +345,220 @@ def fit(model,                     # a causal language model, or a classifier fo
         clip:float|None=1.,        # largest gradient norm; None: no clipping
         seed:int=0,                # of the selection, the delta's start, the order of the data, dropout
         max_length:int|None=None,  # tokens a row; None: as many as tokenizer and model take, at most 1024
+        packing:bool=False,        # several rows in one line instead of padding, kept apart by the attention mask: the same loss, fewer places; for architectures that were tested
         device:str|None=None,      # 'cpu', 'cuda', ...; None: where the model is
         precision:str='no',        # 'no' (the model's own) or 'bf16' (mixed)
         out:str|Path|None=None,    # folder for checkpoints and the originals; None: a temporary one
         save_every:int=0,          # steps between checkpoints, which need `out`; 0: none
         resume:bool=False,         # go on from the checkpoint in `out`, if there is one
         callbacks:tuple=(),        # objects with methods named after events
+        trackers:tuple=(),         # names of trackers that accelerate knows ('tensorboard', 'wandb', ...), or `GeneralTracker` objects: each gets every row of the log
+        shard:bool=False,          # with several processes: cut the model's numbers up over them while it trains (FSDP2)
         progress:bool=True         # show a bar
        ) -> Run:
     """Fine-tune `model` in place by `recipe`.
 
     Raises `ValueError` for impossible input, and `NotFinite` for a loss or gradient that is no number: the model then has the last good weights,
-    and the error's `run` is the Run so far. After any other error the model is as it was before the call."""
-    recipe, data = recipe or Recipe(), data if isinstance(data, Data) else as_data(data)
+    and the error's `run` is the Run so far. After any other error the model is as it was before the call. A checkpoint for which the disk has no room
+    is a warning, and the run goes on. Started by torchrun, several processes share the run."""
     if steps < 1: raise ValueError(f'steps is {steps}; it must be at least 1')
     if (resume or save_every) and not out: raise ValueError('resume and save_every need out=, the folder in which checkpoints are kept')
-    _check_kind(model, data); device = _device(device, model); model.to(device)
-    settings = dict(recipe=recipe.describe(), steps=steps, batch_size=batch_size, accumulate=accumulate, lr=lr if lr is not None else recipe.lr, schedule=schedule,
-        warmup=warmup, weight_decay=weight_decay, betas=list(betas), clip=clip, seed=seed, max_length=max_length, precision=precision, data=data.fingerprint)
-    heads = set(_head_names(model)) if data.kind == 'label' else set(); base = {n: v for n, v in identity(model).items() if n not in heads}; settings['model'] = hashlib.blake2s(json.dumps(base).encode()).hexdigest()[:16]
-    holder = None if out else tempfile.TemporaryDirectory(prefix='ftlab-'); folder = Path(out or holder.name); folder.mkdir(parents=True, exist_ok=True)
-    stages = recipe.stages or (recipe,)
-    if resume and len(stages) > 1: raise ValueError(f'{recipe.name} runs in stages and cannot be resumed yet; start it again')
-    shares = _shares(steps, stages); start = Originals(folder/'base.safetensors', {n: p for n, p in model.named_parameters()}) if len(stages) > 1 else None
-    run = trouble = None
+    settings = dict(steps=steps, batch_size=batch_size, accumulate=accumulate, lr=lr, schedule=schedule, warmup=warmup, weight_decay=weight_decay,
+                    betas=list(betas), clip=clip, seed=seed, max_length=max_length, precision=precision, packing=packing)
+    job = _job(model, tok, data, recipe or Recipe(), settings, device, out, trackers)
+    job.save_every, job.resume, job.callbacks, job.progress, job.shard = save_every, resume, callbacks, progress and job.processes.main, shard
+    if shard and job.processes.count == 1: raise ValueError('shard=True cuts a model up over several processes, and this is the only one; start the script with torchrun --nproc_per_node 2')
+    with tracking(job.acc, job.settings): return _stages(job)
+
+# %% ../../nbs/trainers/loop.ipynb #0018191a
+def _job(model, tok, data, recipe, settings, device, out, trackers) -> SimpleNamespace:
+    "What all stages of a run share"
+    data = data if isinstance(data, Data) else as_data(data); _check_kind(model, tok, data)
+    device = _device(device, model); acc = _accelerator(settings['precision'], device, trackers, out); processes = Processes(acc)
+    if processes.count > 1 and device.type == 'cuda': device = acc.device # each process its own
+    model.to(device)
+    heads = set(_head_names(model)) if data.kind == 'label' else set(); base = {n: v for n, v in identity(model).items() if n not in heads}
+    given = settings['lr']; settings = dict(recipe=recipe.describe(), **settings | dict(lr=recipe.lr if given is None else given, accumulate=settings['accumulate']*processes.count),
+        data=data.fingerprint, model=hashlib.blake2s(json.dumps(base).encode()).hexdigest()[:16])
+    holder = None if out and processes.main else tempfile.TemporaryDirectory(prefix='ftlab-'); folder = Path(holder.name if holder else out); folder.mkdir(parents=True, exist_ok=True)
+    return SimpleNamespace(checkpoint=Path(out or folder)/'checkpoint.safetensors', model=model, tok=tok, data=data, recipe=recipe, settings=settings, lr=given, device=device, base=base, folder=folder, holder=holder, acc=acc, processes=processes)
+
+# %% ../../nbs/trainers/loop.ipynb #001a191a
+@dataclass
+class StageContext:
+    "What a stage that is a function can see"
+    model:torch.nn.Module # with the changes of the earlier stages in its weights
+    before:Mapping        # parameter name -> tensor before the first stage, read from disk when it is asked for
+    data:Data
+    tok:object
+    seed:int
+    stage:int             # this stage's number, from 0
+    runs:list[Run]        # the earlier stages: their `log`, `path`, `cost`, `recipe` and `models` (and `delta`, where it acts on activations and so still sits on the model)
+    def reset(self) -> None:
+        "Put every weight back as it was before the first stage, and take off what could not be folded"
+        for r in self.runs: r.delta.attached._release()
+        _set(self.model, self.before)
+
+# %% ../../nbs/trainers/loop.ipynb #001b191a
+def _stages(job) -> Run:
+    "Every stage in turn; of a recipe without stages, itself"
+    recipe, model = job.recipe, job.model; stages = recipe.stages or (recipe,); several = bool(recipe.stages); run = trouble = None; runs = []
+    shares = _shares(job.settings['steps'], stages); start = Originals(job.folder/'base.safetensors', dict(model.named_parameters())) if several else None
     for i, (stage, n) in enumerate(zip(stages, shares)):
-        own = dict(settings, steps=n, recipe=stage.describe(), lr=stage.lr if lr is None else lr)
-        try: run = _after(run, _stage(model, tok, data, stage, own, device, base, folder, save_every, resume, callbacks, progress))
-        except NotFinite as e: run = _after(run, e.run); trouble = e
-        except BaseException:
-            if start is not None: _set(model, start)
+        try:
+            if i: _settle(runs[-1]); _keep_stage(job, i - 1, runs[-1], start)
+            own = dict(job.settings, steps=n) | (dict(stage=i) if several else {})
+            if done := several and _kept_stage(job, i, stage, own, start): runs.append(done); run = _after(run, done); continue
+            if not isinstance(stage, Recipe): stage = _asked(stage, StageContext(model, start, job.data, job.tok, job.settings['seed'], i, list(runs)))
+            if i and runs[-1].delta.attached.deltas: raise ValueError(f'the change of the stage before acts on activations and cannot be folded; a function as stage can look at it and call reset()')
+            runs.append(_stage(job, stage, own | dict(recipe=stage.describe(), lr=stage.lr if job.lr is None else job.lr), (len(run.log), run.cost['tokens']) if run else (0, 0)))
+        except NotFinite as e: trouble = e; runs.append(e.run)
+        except BaseException as e:
+            if several:
+                for r in runs: r.delta.attached._release()
+                _set(model, start); _say_where(e, f'{recipe.name}, stage {i + 1} of {len(stages)} ({_title(stage)})')
             raise
+        run = _after(run, runs[-1])
         if run.interrupted: break
-        if i < len(stages) - 1: run.delta.attached.fold()
-    run.recipe, run.settings, run.folder, run._holder = recipe, settings, None if holder else folder, holder
-    run.delta.recipe = recipe
-    if start is not None: _rebase(run, start)
-    if trouble: trouble.run = run; raise trouble
+    run.recipe, run.settings, run.folder, run._holder = recipe, dict(job.settings, stages=[r.settings['recipe'] for r in runs]) if several else job.settings, None if job.holder else job.folder, job.holder
+    run.delta.recipe, run.delta.models = recipe, run.models
+    if several: _rebase(run, start)
+    if trouble:
+        if several: _say_where(trouble, f'{recipe.name}, stage {len(runs)} of {len(stages)} ({runs[-1].recipe.name})')
+        trouble.run = run; raise trouble
     return run
 
+# %% ../../nbs/trainers/loop.ipynb #001c191a
 def _shares(steps, stages) -> list[int]:
     "The steps of each stage: together `steps`, none of them 0"
-    ends = [round(steps*sum(s.share for s in stages[:i])/sum(s.share for s in stages)) for i in range(len(stages) + 1)]; n = [b - a for a, b in zip(ends, ends[1:])]
-    if min(n) < 1: raise ValueError(f'{steps} steps are too few for {len(stages)} stages with shares {", ".join(f"{s.share:g}" for s in stages)}: each needs one at least')
+    of = [share_of(s) for s in stages]; ends = [round(steps*sum(of[:i])/sum(of)) for i in range(len(of) + 1)]; n = [b - a for a, b in zip(ends, ends[1:])]
+    if min(n) < 1: raise ValueError(f'{steps} steps are too few for {len(of)} stages with shares {", ".join(f"{x:g}" for x in of)}: each needs one at least')
     return n
+
+def _settle(run) -> None:
+    "Fold the change of a stage, if it can be"
+    if all(d.site == 'weight' for d in run.delta.attached.deltas.values()): run.delta.attached.fold()
+
+# %% ../../nbs/trainers/loop.ipynb #001d191a
+def _stage_file(job, i) -> Path: return job.checkpoint.with_name(f'stage-{i}.safetensors')
+
+def _keep_stage(job, i, run, start) -> None:
+    "Keep what a finished stage left, for `resume`; a stage that left more than weights (learners, a source's memory, a change of activations), or was made by a function, is done again instead"
+    own = job.recipe.stages[i]
+    if not job.save_every or not job.processes.main or not isinstance(own, Recipe) or own.source or own.learners or run.delta.attached.deltas or run.settings.get('kept'): return
+    tensors = {n: p for n, p in job.model.named_parameters() if not torch.equal(start[n], p.detach().cpu())}
+    try: write_tensors(_stage_file(job, i), tensors, {k: json.dumps(v) for k, v in dict(log=run.log, path=run.path, cost=run.cost, settings=run.settings).items()})
+    except DiskFull as e: warnings.warn(f'stage {i + 1} could not be kept, and the run goes on: {e}')
+
+def _kept_stage(job, i, stage, own, start) -> Run|None:
+    "A stage that was finished before, with its weights put into the model; `None` if there is none"
+    path = _stage_file(job, i)
+    if not (job.resume and isinstance(stage, Recipe) and path.exists()): return None
+    with safe_open(path, 'pt') as f: meta = {k: json.loads(v) for k, v in f.metadata().items()}; tensors = {k: f.get_tensor(k) for k in f.keys()}
+    own = own | dict(recipe=stage.describe(), lr=stage.lr if job.lr is None else job.lr); _check_same_run(path, meta['settings'], own); _set(job.model, start); _set(job.model, tensors)
+    att = Attached(job.model, dict.fromkeys(tensors, True), {}, {}, start)
+    return Run(job.model, job.tok, job.data, stage, Change(att, job.base, stage), meta['log'], meta['cost'], dict(own, kept=True), meta['path'])
+
+# %% ../../nbs/trainers/loop.ipynb #001e191a
+def _asked(stage, context) -> Recipe:
+    "The recipe that a stage function returns"
+    made = stage(context)
+    if isinstance(made, Recipe) and not made.stages: return made
+    raise ValueError(f'it returned {"a Recipe with stages of its own" if isinstance(made, Recipe) else f"a {type(made).__name__}"}; a stage function returns one Recipe without stages')
+
+def _title(stage) -> str: return stage.name if isinstance(stage, Recipe) else getattr(stage, '__name__', type(stage).__name__)
+
+def _say_where(e, where) -> None:
+    "Put the place before an error's message"
+    if e.args and isinstance(e.args[0], str): e.args = (f'{where}: {e.args[0]}', *e.args[1:])
+    else: e.add_note(f'in {where}')
 
 def _after(earlier, run) -> Run:
     "`run` as the continuation of an earlier stage: steps and tokens count on"
-    if earlier is None: return run
-    n, tokens = len(earlier.log), earlier.cost['tokens']
+    if earlier is None: return copy.copy(run)
+    n, tokens = len(earlier.log), earlier.cost['tokens']; run = copy.copy(run)
     run.log = earlier.log + [dict(r, step=r['step'] + n, tokens=r['tokens'] + tokens) for r in run.log]; run.path = earlier.path + [dict(r, step=r['step'] + n) for r in run.path]
-    run.cost = {k: _add(earlier.cost[k], v, k) for k, v in run.cost.items()}
+    run.cost = {k: _add(earlier.cost.get(k), run.cost.get(k), k) for k in earlier.cost | run.cost}; run.models = earlier.models | run.models
     return run
 
-# %% ../../nbs/trainers/loop.ipynb #0010191a
-def _stage(model, tok, data, recipe, settings, device, base, folder, save_every, resume, callbacks, progress) -> Run:
+@torch.no_grad()
+def _rebase(run, start):
+    "The change of several stages as one: what differs from the very start"
+    att = run.delta.attached; now = dict(run.model.named_parameters())
+    if att.deltas and all(torch.equal(start[n], (att.before(n) if n in att.deltas else now[n]).cpu()) for n in start if n not in att.whole) and all(torch.equal(start[n], att.before(n).cpu()) for n in att.whole): return # nothing but the last stage's change is there, and it knows its base
+    att.fold(); now = dict(run.model.named_parameters())
+    run.delta.attached = Attached(run.model, dict.fromkeys([n for n in start if not torch.equal(start[n], now[n].cpu())], True), {}, {}, start)
+
+# %% ../../nbs/trainers/loop.ipynb #001f191a
+def _stage(job, recipe, settings, earlier=(0, 0)) -> Run: # earlier: steps and tokens of the stages before
     "One fit of one recipe: attach, loop, edit"
+    model, folder = job.model, job.folder
     with torch.random.fork_rng():
         torch.manual_seed(settings['seed'])
-        acc = _accelerator(settings['precision'], device)
         s = SimpleNamespace(lr=settings['lr'], weight_decay=settings['weight_decay'], betas=tuple(settings['betas']), clip=settings['clip'],
-                            factor=schedule(settings['schedule'], settings['steps'], settings['warmup']), backward=acc.backward)
-        att, head = _attach(model, data, recipe, settings, folder); params = att.parameters()
-        checkpoint, trouble = folder/'checkpoint.safetensors', None
+                            factor=schedule(settings['schedule'], settings['steps'], settings['warmup']), backward=job.acc.backward)
+        att, head = _attach(model, job.data, recipe, settings, folder); trouble, interrupted, sharded = None, False, None
         try:
-            step = (recipe.step or Backprop)(params, s)
-            state = _state(model, tok, data, recipe, settings, device, att, callbacks); state.accelerator = acc
-            if resume and checkpoint.exists(): load_checkpoint(checkpoint, params, step, state, settings)
-            def save(): save_checkpoint(checkpoint, params, step, state, settings)
-            bar = Progress(recipe.name, settings['steps'], progress); interrupted = False; t0 = time.time(); model.train()
-            with PeakMemory(device) as memory:
-                try: _loop(state, recipe, step, bar, acc, save if save_every else None, save_every)
-                except KeyboardInterrupt: interrupted = True
+            state = _state(job, recipe, settings, att)
+            if job.shard: sharded = Sharded(state, job.processes)
+            params = state.attached.parameters(); step = (recipe.step or Backprop)(params, s); _supply(job, recipe, state, params, s)
+            if job.resume and _belongs(job.checkpoint, settings): load_checkpoint(job.checkpoint, params, step, state, settings)
+            def save(): save_checkpoint(job.checkpoint, params, step, state, settings, job.processes.main)
+            bar = Progress(recipe.name, settings['steps'], job.progress); t0 = time.time(); state.model.train()
+            def after(state):
+                bar.update(state.step, state.log[-1]); _track(job.acc, state.log[-1], *earlier)
+                if job.save_every and (state.step % job.save_every == 0 or state.step == state.steps): save()
+            with PeakMemory(job.device) as memory:
+                try: Loop(state, recipe, step, job.processes).run(after)
+                except KeyboardInterrupt:
+                    if sharded: raise # the other processes cannot be asked for their parts any more
+                    interrupted = True
                 except NotFinite as e:
-                    if save_every: save()
+                    if job.save_every: save()
                     trouble = NotFinite(f'{e}; the batch holds {_batch_names(state)}. A lower learning rate (it was {s.lr:g}), clipping or float32 usually mends this')
-                finally: bar.close(); model.eval(); state.emit('after_fit')
-        except BaseException: att.detach(); raise # nobody has a handle on the change yet: give the model back as it came
+                finally: bar.close(); _rest(state); state.emit('after_fit')
+            if sharded: sharded.gather(); params = att.parameters()
+        except BaseException:
+            if not sharded: att.detach() # nobody has a handle on the change yet: give the model back as it came
+            raise
         for p in params.values(): p.grad = None
         cost = dict(seconds=time.time() - t0, tokens=state.tokens, peak_bytes=memory.bytes(), trainable=sum(p.numel() for p in params.values()) - head, head=head)
-    run = Run(model, tok, data, recipe, Change(att, base, recipe), state.log, cost, settings, state.extra.get('path', []), interrupted or trouble is not None)
+    models = {n: l.module for n, l in state.learners.items()}
+    if models: cost['learners'] = sum(p.numel() for l in state.learners.values() for p in l.params)
+    run = Run(model, job.tok, job.data, recipe, Change(att, job.base, recipe, models), state.log, cost, settings, state.extra.get('path', []), interrupted or trouble is not None, models=models)
     if trouble: trouble.run = run; raise trouble
     if recipe.edit is not None: _edit(run, recipe, folder)
     return run
 
-def _loop(state, recipe, step, bar, acc, save, save_every):
-    "The for-loop: next, price, step, log"
-    objective = recipe.objective or mean_nll
-    state.emit('before_fit')
-    while state.step < state.steps and not state.stop:
-        with acc.autocast(): batches = [_to(b, state.device) for b in state.source.next(state)]
-        if recipe.view is not None: batches = [recipe.view(b, state) for b in batches]
-        state.batches, state.count = batches, max(1, count_priced(batches)); state.emit('before_batch'); nll = []
-        def price(b):
-            state.batch = b
-            with acc.autocast(): loss = objective(state) + sum(p(state) for p in recipe.penalties)
-            with torch.no_grad(): nll.append(float(token_nll(state.logits, b['labels']).sum()))
-            return loss
-        loss = step(state, [lambda b=b: price(b) for b in state.batches])
-        state.tokens += sum(int(b['attention_mask'].sum()) for b in state.batches)
-        state.log.append(dict(step=state.step, loss=float(loss), nll=sum(nll[:len(batches)])/state.count, lr=state.extra.get('lr'), tokens=state.tokens))
-        bar.update(state.step + 1, state.log[-1]['nll']); state.step += 1; state.emit('after_step')
-        if save and (state.step % save_every == 0 or state.step == state.steps): save()
+# %% ../../nbs/trainers/loop.ipynb #0020191a
+def _rest(state):
+    "Everything in evaluation mode, without gradients"
+    state.model.eval()
+    for l in state.learners.values(): l.module.eval(); l.module.zero_grad(set_to_none=True)
 
-# %% ../../nbs/trainers/loop.ipynb #0011191a
+# %% ../../nbs/trainers/loop.ipynb #0022191a
+class Sharded:
+    "The model of a state, cut up over processes by FSDP2 until `gather`"
+    def __init__(self, state:State, processes:Processes):
+        att, model = state.attached, state.model; memo = {id(p): p for p in model.parameters()} | {id(att.originals): att.originals}
+        self.model = model; self.twin, live = copy.deepcopy((model, att), memo); mesh = init_device_mesh(state.device.type, (processes.count,))
+        try: parts = [self.twin.get_submodule(b.name) for b in anatomy(model).blocks]
+        except UnknownArchitecture: parts = []
+        self.parts = [*parts, self.twin]
+        for m in self.parts:
+            fully_shard(m, mesh=mesh, reshard_after_forward=True); m.set_force_sum_reduction_for_comms(True); m.set_gradient_divide_factor(1.) # prices are shares of a mean already: sum them
+        for p in model.parameters(): p.data = p.data.new_empty(0)
+        if isinstance(ref := state.models.get('reference'), SwitchedOff): ref.attached = live
+        state.model = state.models['policy'] = self.twin; state.attached = live
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        "Give the model its numbers back, whole"
+        for m in self.parts: m.reshard()
+        for p, q in zip(self.model.parameters(), self.twin.parameters(), strict=True): p.data = q.full_tensor()
+        for p, q in zip(self.model.buffers(), self.twin.buffers(), strict=True): p.copy_(q)
+
+# %% ../../nbs/trainers/loop.ipynb #0023191a
 def _attach(model, data, recipe, settings, folder):
     "Choose, keep the originals of what moves itself, attach; returns the change and the size of a fresh head"
     chosen = (recipe.select or everything)(model, None, settings['seed'])
@@ -352,15 +573,30 @@ def _head_names(model) -> list[str]:
     "The parameters of a classifier on top of an encoder"
     base = getattr(model, 'base_model_prefix', ''); return [n for n, _ in model.named_parameters() if base and not n.startswith(base + '.')]
 
-def _state(model, tok, data, recipe, settings, device, att, callbacks) -> State:
-    "The state before the first step, with rows encoded and the source made"
-    state = State(model, tok); state.device, state.steps, state.seed, state.tokens, state.data, state.attached = device, settings['steps'], settings['seed'], 0, data, att
-    state.pad_id = tok.pad_token_id or 0; state.settings, state.callbacks = settings, [c() for c in recipe.callbacks] + list(callbacks)
-    limit = min(1024, tok.model_max_length, getattr(model.config, 'max_position_embeddings', 1024)) if settings['max_length'] is None else settings['max_length']
-    state.rows = encode_all(data.train, tok, data.kind, limit); state.validation = encode_all(data.validation, tok, data.kind, limit) if data.validation else []
+# %% ../../nbs/trainers/loop.ipynb #0024191a
+def _state(job, recipe, settings, att) -> State:
+    "The state of a run, with rows encoded"
+    tok, data, model = job.tok, job.data, job.model; state = State(model, tok); state.device, state.steps, state.seed, state.tokens, state.data, state.attached = job.device, settings['steps'], settings['seed'], 0, data, att
+    state.pad_id = tok and tok.pad_token_id or 0; state.settings, state.accelerator, state.callbacks = settings, job.acc, [c() for c in recipe.callbacks] + list(job.callbacks)
+    limit = settings['max_length'] if tok is None or settings['max_length'] is not None else min(1024, tok.model_max_length, getattr(model.config, 'max_position_embeddings', 1024))
+    state.limit = limit; state.rows = encode_all(data.train, tok, data.kind, limit); state.validation = encode_all(data.validation, tok, data.kind, limit) if data.validation else []
     if recipe.reference: state.models['reference'] = reference_of(model, att)
-    state.source = recipe.source(state) if recipe.source else Rows(state.rows, settings['batch_size'], settings['accumulate'], settings['seed'], state.pad_id)
     return state
+
+def _supply(job, recipe, state, params, s) -> None:
+    "Make the source, then the learners"
+    packed = state.settings['packing']
+    if packed and recipe.source: raise ValueError(f'packing=True packs the data as given, but {recipe.name} has a source of its own; use packing=False')
+    state.source = recipe.source(state) if recipe.source else Rows(state.rows, state.settings['batch_size'], state.settings['accumulate'], state.seed, state.pad_id,
+        packing(job.model, job.data.kind, state.limit) if packed else collate)
+    state.learners = {}
+    for n, l in recipe.learners.items(): state.learners[n] = Learning(n, l, state, s, job.processes)
+    state.callbacks.insert(0, Sums(job.processes, list(params.values())))
+
+class Sums:
+    "The callback that sums gradients over processes before anyone looks at them"
+    def __init__(self, processes, params): self.processes, self.params = processes, params
+    def after_backward(self, state): self.processes.add_gradients(self.params)
 
 @torch.no_grad()
 def _edit(run, recipe, folder):
@@ -369,33 +605,51 @@ def _edit(run, recipe, folder):
     new = recipe.edit(changes, run.model); att.fold(); write_change(run.model, base, {n: new.get(n, torch.zeros_like(changes[n])) for n in changes})
     run.delta.attached = Attached(run.model, dict.fromkeys(changes, True), {}, {}, base)
 
-@torch.no_grad()
-def _rebase(run, start):
-    "The change of several stages as one: what differs from the very start"
-    run.delta.attached.fold(); now = dict(run.model.named_parameters())
-    moved = [n for n in start if not torch.equal(start[n], now[n].cpu())]
-    run.delta.attached = Attached(run.model, dict.fromkeys(moved, True), {}, {}, start)
-
-def _accelerator(precision, device):
+# %% ../../nbs/trainers/loop.ipynb #0025191a
+def _accelerator(precision, device, trackers=(), out=None):
     "A fresh accelerator: its state is shared by the whole process, so the last run's must go first"
     if precision not in ('no', 'bf16'): raise ValueError(f'precision is {precision!r}; it must be no or bf16' + ('; fp16 needs its loss scaled, which this loop does not do' if precision == 'fp16' else ''))
-    AcceleratorState._reset_state(True)
-    return Accelerator(mixed_precision=precision, cpu=device.type == 'cpu')
+    AcceleratorState._reset_state(True); trackers = [trackers] if isinstance(trackers, (str, GeneralTracker)) else list(trackers)
+    for t in trackers: # accelerate leaves out, in silence, what is not installed
+        if not isinstance(t, GeneralTracker) and t not in (there := [str(x) for x in get_available_trackers()]): raise ValueError(f'there is no tracker {t!r} here; give a GeneralTracker object, or one of ' + (', '.join(there) or 'those that accelerate knows, once its package is installed'))
+        if out is None and (t if isinstance(t, GeneralTracker) else LOGGER_TYPE_TO_CLASS[t]).requires_logging_directory: raise ValueError(f'the tracker {getattr(t, "name", t)!r} writes files; give out=, the folder for them')
+    return Accelerator(mixed_precision=precision, cpu=device.type == 'cpu', log_with=trackers or None, project_dir=None if out is None else str(out))
 
+@contextmanager
+def tracking(acc, settings):
+    "Start the accelerator's trackers with the run's settings, and finish them whatever happens"
+    flat = lambda d, at='': {k: v for key, x in d.items() for k, v in (flat(x, f'{at}{key}.') if isinstance(x, dict) else {at + key: x if isinstance(x, (str, int, float, bool)) or x is None else json.dumps(x)}).items()}
+    if acc.log_with: acc.init_trackers('ftlab', config=flat(settings))
+    try: yield
+    finally:
+        for t in acc.trackers: t.finish() # not `end_training`, which ends the processes' talk for good: another run may follow
+
+def _track(acc, row, steps, tokens) -> None:
+    "One row to every tracker; one that fails is left out from then on, with a warning: a lost connection must not cost a run"
+    values, step = {k: v for k, v in row.items() if k != 'step' and v is not None} | dict(tokens=tokens + row['tokens']), steps + row['step']
+    for t in list(acc.trackers):
+        try: t.log(values, step=step)
+        except Exception as e: acc.trackers.remove(t); warnings.warn(f'the tracker {t.name!r} failed at step {step} and gets no more rows: {type(e).__name__}: {e}')
+
+# %% ../../nbs/trainers/loop.ipynb #0026191a
 def _device(device, model) -> torch.device:
     "The device that was asked for; `ValueError` if it is not there"
     return find_device(device) if device else next(model.parameters()).device
 
-def _check_kind(model, data):
-    "A classifier for labels, a language model for text"
+def _check_kind(model, tok, data):
+    "A classifier for labels, a language model for text, anything for pictures; a tokenizer for what is text"
+    if data.kind == 'image': return
+    if tok is None: raise ValueError(f'the data are of kind {data.kind!r}, which needs a tokenizer, and tok is None')
     classes = getattr(model.config, 'num_labels', None) if 'SequenceClassification' in type(model).__name__ else None
     if data.kind == 'label' and classes is None: raise ValueError(f'the data have labels, but {type(model).__name__} has no classifier; load it with ftlab.load(name)')
     if data.kind == 'label' and classes != len(data.labels): raise ValueError(f'the data have {len(data.labels)} labels, the classifier has {classes}; load it with ftlab.load(name)')
     if data.kind != 'label' and not model.can_generate(): raise ValueError(f'the data are text to be continued, but {type(model).__name__} cannot write any; load a causal language model')
 
 def _to(batch, device): return {k: v.to(device) for k, v in batch.items()}
-def _add(a, b, k): return max(a or 0, b or 0) if k in ('peak_bytes', 'trainable', 'head') else a + b
+def _add(a, b, k): return max(a or 0, b or 0) if k in ('peak_bytes', 'trainable', 'head', 'learners') else (a or 0) + (b or 0)
 def _batch_names(state):
     "The first words of a batch, to find it by"
-    ids = state.batches[0]['input_ids']; texts = [state.tok.decode(r[state.batches[0]['attention_mask'][i].bool()])[:60] for i, r in enumerate(ids[:3])]
-    return f'{sum(len(b["input_ids"]) for b in state.batches)} rows, the first: ' + '; '.join(repr(t) for t in texts)
+    first = state.batches[0]; n = sum(map(rows_of, state.batches))
+    if 'input_ids' not in first: return f'{n} rows of {", ".join(first)}'
+    texts = [state.tok.decode(r[:first['tokens'][i]] if 'tokens' in first else r[first['attention_mask'][i].bool()])[:60] for i, r in enumerate(first['input_ids'][:3])]
+    return f'{n} rows, the first: ' + '; '.join(repr(t) for t in texts)

@@ -4,12 +4,13 @@
 
 # %% ../../nbs/trainers/rectified.ipynb #000377c1
 from __future__ import annotations
+from dataclasses import replace
 from ..core.paper import paper
 from ..core.recipe import Recipe
-from .objective import weighted
+from .objective import kl_to_reference, weighted
 
 # %% auto #0
-__all__ = ['probability', 'dft']
+__all__ = ['probability', 'dft', 'asft']
 
 # %% ../../nbs/trainers/rectified.ipynb #000577c1
 def probability(alpha:float=1. # 1 is DFT, 0 is plain fine-tuning
@@ -27,3 +28,13 @@ def dft(alpha:float=1. # the power of the probability: 1 is the paper's, 0 plain
        ) -> Recipe:
     "Dynamic fine-tuning"
     return Recipe('dft', objective=weighted(probability(alpha)), arguments=dict(alpha=alpha))
+
+# %% ../../nbs/trainers/rectified.ipynb #000e77c1
+@paper('Anchored Supervised Fine-Tuning', '2509.23753',
+    'A KL penalty to the base keeps dynamic fine-tuning from drifting, and the two together beat plain fine-tuning and DFT.',
+    'the official training code (zhuchichi56/ASFT, train_v2.py), which gives weight, direction and mean; of the paper the abstract')
+def asft(weight:float=.1, # the price of a nat of KL(base || model), at each priced token
+         alpha:float=1.   # the power of the probability, as in `dft`
+        ) -> Recipe:
+    "Anchored supervised fine-tuning: DFT, and a price for leaving the base"
+    return replace(dft(alpha), name='asft', penalties=(kl_to_reference(weight),), reference=True, arguments=dict(weight=weight, alpha=alpha))

@@ -10,7 +10,7 @@ from ..core.batches import collate, encode_all, indices
 from .objective import priced
 
 # %% auto #0
-__all__ = ['Rows', 'count_priced']
+__all__ = ['Rows', 'count_priced', 'rows_of', 'tokens_of']
 
 # %% ../../nbs/trainers/source.ipynb #0004060d
 class Rows:
@@ -19,15 +19,23 @@ class Rows:
                  batch_size:int,        # rows a step
                  accumulate:int=1,      # micro-batches that a step is cut into
                  seed:int=0,            # of the order
-                 pad_id:int=0):         # what fills short rows
+                 pad_id:int=0,          # what fills short rows
+                 collate:Callable=collate): # (rows, pad_id) -> batch
         if not rows: raise ValueError('there is no row to train on')
         if batch_size < 1 or accumulate < 1 or batch_size % accumulate: raise ValueError(f'batch_size is {batch_size} and accumulate {accumulate}; both must be at least 1 and the first a multiple of the second')
-        self.rows, self.batch_size, self.accumulate, self.seed, self.pad_id = rows, batch_size, accumulate, seed, pad_id
+        self.rows, self.batch_size, self.accumulate, self.seed, self.pad_id, self.collate = rows, batch_size, accumulate, seed, pad_id, collate
     def next(self, state) -> list[dict]:
         "The micro-batches of step `state.step`"
         picked = indices(state.step, self.batch_size, len(self.rows), self.seed); k = self.batch_size//self.accumulate
-        return [collate([self.rows[i] for i in picked[j:j + k]], self.pad_id) for j in range(0, self.batch_size, k)]
+        return [self.collate([self.rows[i] for i in picked[j:j + k]], self.pad_id) for j in range(0, self.batch_size, k)]
 
 def count_priced(batches:list[dict]) -> int:
-    "The number of tokens (or of labelled examples) that carry a price, over all micro-batches"
-    return sum(int(priced(b['labels']).sum()) for b in batches)
+    "The number of tokens (or of labelled examples) that carry a price, over all micro-batches; of rows where there are no labels"
+    return sum(int(priced(b['labels']).sum()) if 'labels' in b else rows_of(b) for b in batches)
+
+def rows_of(batch:dict) -> int: "How many rows a micro-batch holds"; return len(next(iter(batch.values())))
+
+def tokens_of(batch:dict) -> int:
+    "How many tokens the model reads in a micro-batch; of anything that is not text each row counts as one"
+    if 'tokens' in batch: return int(batch['tokens'].sum()) # packed lines
+    return int(batch['attention_mask'].sum()) if 'attention_mask' in batch else rows_of(batch)

@@ -6,12 +6,14 @@
 from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
+from contextlib import contextmanager
 from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 # %% auto #0
-__all__ = ['NotFinite', 'schedule', 'Backprop']
+__all__ = ['NotFinite', 'schedule', 'placed_like', 'Backprop', 'Processes']
 
 # %% ../../nbs/trainers/step.ipynb #0005fac8
 class NotFinite(FloatingPointError): "The loss or its gradient stopped being a number"
@@ -27,6 +29,14 @@ def schedule(kind:str,     # 'linear' or 'cosine' fall to zero, 'constant' does 
     return factor
 
 # %% ../../nbs/trainers/step.ipynb #0007fac8
+def placed_like(v:Tensor, p:Tensor) -> Tensor:
+    "`v` cut up over processes as `p` is, where `p` is and `v` has its shape"
+    return distribute_tensor(v.to(p.device), p.device_mesh, p.placements) if isinstance(p, DTensor) and v.shape == p.shape else v
+
+def _whole(x:Tensor) -> Tensor: # a sharded tensor knows only its own part
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+# %% ../../nbs/trainers/step.ipynb #0008fac8
 class Backprop:
     "Backpropagation and AdamW: the plain step"
     def __init__(self, params:Mapping[str, nn.Parameter], # what trains, by name
@@ -39,7 +49,7 @@ class Backprop:
         total = 0.
         for price in prices: loss = price(); self._check(loss, state); self.s.backward(loss); total += float(loss.detach())
         state.emit('after_backward')
-        size = torch.nn.utils.clip_grad_norm_(self.params, self.s.clip or math.inf)
+        size = _whole(torch.nn.utils.clip_grad_norm_(self.params, self.s.clip or math.inf))
         self._check(size, state, 'gradient'); state.extra['grad_norm'] = float(size)
         state.extra['lr'] = self.s.lr*self.s.factor(state.step)
         for g in self.opt.param_groups: g['lr'] = state.extra['lr']
@@ -53,10 +63,65 @@ class Backprop:
     def tensors(self) -> dict[str, Tensor]:
         "The optimiser's state, by name, for a checkpoint"
         st = self.opt.state_dict()['state']
-        return {f'{self.names[i]}|{k}': torch.as_tensor(v) for i, d in st.items() for k, v in d.items()}
+        return {f'{self.names[i]}|{k}': _whole(torch.as_tensor(v)) for i, d in st.items() for k, v in d.items()}
 
     def load(self, tensors:Mapping[str, Tensor]) -> None:
         "Go on from a checkpoint's tensors"
         sd, where, state = self.opt.state_dict(), {n: i for i, n in enumerate(self.names)}, {}
-        for key, v in tensors.items(): n, _, k = key.rpartition('|'); state.setdefault(where[n], {})[k] = v
+        for key, v in tensors.items(): n, _, k = key.rpartition('|'); state.setdefault(where[n], {})[k] = placed_like(v, self.params[where[n]])
         self.opt.load_state_dict(dict(sd, state=state))
+
+# %% ../../nbs/trainers/step.ipynb #000ffac8
+class Processes:
+    "The processes that share a run (one is the common case): what each prices, and the sums of what they found"
+    def __init__(self, acc=None): # an `accelerate.Accelerator`; None: this process alone
+        self.acc, self.count, self.index = acc, acc.num_processes if acc else 1, acc.process_index if acc else 0
+        self.apart = self.summed = False # did this step take gradients of its own part, and were they summed?
+
+    @property
+    def main(self) -> bool: "Is this the one that writes and reports?"; return self.index == 0
+
+    def part(self, batches:list) -> list:
+        "This process's share of the micro-batches; raises `ValueError` where they cannot be shared equally"
+        if len(batches) % self.count: raise ValueError(f'a step came as {len(batches)} micro-batches, which {self.count} processes cannot share equally; a source must cut its batch into state.settings["accumulate"] of them')
+        return batches[self.index::self.count]
+
+    def total(self, *numbers:float) -> list[float]:
+        "The sum of each number over all processes"
+        if self.count == 1: return list(numbers)
+        return self.acc.reduce(torch.tensor(numbers, dtype=torch.float64, device=self.acc.device), 'sum').tolist()
+
+    @contextmanager
+    def taking_a_step(self):
+        "Notice a step that keeps its gradients to itself; `RuntimeError` then, as the processes would drift apart in silence"
+        self.apart = self.summed = False; yield
+        if self.apart and not self.summed: raise RuntimeError("the recipe's step takes gradients but never calls state.emit('after_backward'), so they were not summed over the processes")
+
+    @contextmanager
+    def chance(self, state, i:int):
+        "Give micro-batch `i` of this process random numbers of its own, and leave those that all processes share where they were"
+        if self.count == 1: yield; return
+        with torch.random.fork_rng(): torch.manual_seed(hash((state.seed, state.step, i*self.count + self.index))); yield
+
+    def price(self, loss:Tensor) -> Tensor:
+        "The price as a step must see it: no number as soon as it is none anywhere, so that all stop together; without gradients, the sum"
+        if self.count == 1: return loss
+        self.apart = self.apart or loss.requires_grad
+        fine, value = self.total(float(torch.isfinite(loss)), float(loss.detach()))
+        if fine < self.count: return loss*math.nan
+        return loss if loss.requires_grad else torch.full_like(loss, value)
+
+    def add_gradients(self, params:list[nn.Parameter]) -> None:
+        "Replace every gradient by its sum over all processes; one that no process has stays `None`, a sharded one was summed already"
+        self.summed = True
+        if self.count > 1: _add_gradients(self, [p for p in params if p.requires_grad and not isinstance(p, DTensor)])
+
+# %% ../../nbs/trainers/step.ipynb #0010fac8
+@torch.no_grad()
+def _add_gradients(processes, params):
+    if not params: return
+    have = processes.total(*(float(p.grad is not None) for p in params)); params = [p for p, n in zip(params, have) if n]
+    for kind in dict.fromkeys(p.dtype for p in params): # in the same order everywhere
+        some = [p for p in params if p.dtype == kind]
+        flat = processes.acc.reduce(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in some]), 'sum')
+        for p, g in zip(some, flat.split([p.numel() for p in some])): p.grad = g.view_as(p).clone()

@@ -1,0 +1,88 @@
+"""No false alarm: the doctor looks at healthy runs of every recipe, every lab skill and ten architectures, before and after.
+
+    python bench/doctor_sweep.py                 # all, about 15 minutes on one core; writes bench/results/doctor_sweep.json
+    python bench/doctor_sweep.py --only opt      # runs whose name contains a word, written nowhere
+
+A run is short (8 steps of 16 rows, one pass), at the recipe's own rate. Whatever the doctor says of it is counted: an alarm here is
+either false or the run is not healthy, and then the table says why."""
+import argparse, dataclasses, json, sys, time
+from pathlib import Path
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT/'tests')]
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+import ftlab
+from ftlab import methods
+from ftlab.core.recipe import Recipe
+from ftlab.lab.world import SKILLS
+from ftlab.diagnosis import CHECKS, doctor
+from ftlab.lab.models import lab_tokenizer
+from test_contract import INSTEAD  # arguments where a method's own would make a toy slow
+
+TOK = lab_tokenizer()
+DECODERS = 'llama qwen2 mistral gemma gpt2 opt gpt_neox phi qwen3'.split()
+ARCHITECTURES = [*DECODERS, 'bert']
+SETTINGS = dict(steps=8, batch_size=16)
+MOST = 60 # runs in all
+
+def random_model(family:str, seed:int=0):
+    "A random model of 2 blocks with the lab's vocabulary and the family's own defaults, dropout included; BERT as a classifier of 2 labels"
+    sizes = dict(vocab_size=len(TOK), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    more = dict(opt=dict(ffn_dim=80, word_embed_proj_dim=32), gpt2={}, bert=dict(intermediate_size=80, num_labels=2)).get(family, dict(intermediate_size=80))
+    if family in ('llama', 'qwen2', 'qwen3', 'mistral', 'gemma'): more |= dict(num_key_value_heads=2)
+    if family in ('gemma', 'qwen3'): more |= dict(head_dim=8)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed); kind = AutoModelForSequenceClassification if family == 'bert' else AutoModelForCausalLM
+        return kind.from_config(AutoConfig.for_model(family, **sizes | more)).eval()
+
+def rows_of(skill:str, labels:bool=False, n:int=128):
+    data = ftlab.data(skill, n=n)
+    if not labels: return data
+    parts = {s: [dict(text=r['prompt'], label=['even', 'odd'][len(r['response'].split()) % 2] if len({len(r['response'].split()) for r in data.train}) > 1 else ['even', 'odd'][i % 2]) for i, r in enumerate(getattr(data, s))] for s in ('train', 'validation', 'test')}
+    return ftlab.data(parts['train'], validation=parts['validation'], test=parts['test'])
+
+UNSURE = dict(grpo='boxes') # where lab-s is always right all answers have one reward, and there is nothing to learn from
+DEFAULTS = ('grpo', 'spin') # a lab model is no toy: these learn from its own answers, so they get their own reward and length
+def recipe_of(name:str) -> Recipe: return getattr(methods, name)(**({} if name in DEFAULTS else INSTEAD.get(name, {})))
+
+def plan() -> list[tuple[str, str, str]]:
+    "(recipe, skill, model), each recipe, skill and architecture at least once: every recipe on lab-s, four plain ones over the architectures, the rest of the skills"
+    skills, names = list(SKILLS), methods.names(); runs = []
+    for i, n in enumerate(names): runs.append((n, UNSURE.get(n, skills[(7*i + 6) % len(skills)]), 'lab-s'))
+    for i, a in enumerate(ARCHITECTURES): runs += [(n, skills[(5*i + j) % len(skills)], a) for j, n in enumerate(('full', 'lora'))]
+    runs += [('full', s, 'lab-s') for s in skills if s not in {r[1] for r in runs}]
+    runs += [(n, 'new-procedure', a) for n, a in (('hft', 'qwen2'), ('dft', 'mistral'), ('hft', 'bert'), ('dft', 'gpt2'))]
+    return runs[:MOST]
+
+def looked(diagnosis, seconds) -> dict:
+    return dict(seconds=round(seconds, 2), ran=len(diagnosis.ran), skipped=diagnosis.skipped, findings=[f'{f.severity} {f.name}: {f.seen}' for f in diagnosis])
+
+def one(recipe:str, skill:str, model:str) -> dict:
+    "One run with the doctor before and after"
+    patient, tok = ftlab.load('lab-s') if model == 'lab-s' else (random_model(model), TOK)
+    data, r = rows_of(skill, model == 'bert'), recipe_of(recipe); row = dict(recipe=recipe, skill=skill, model=model)
+    t = time.process_time(); d = doctor(patient, tok, data, r, **SETTINGS); row['before'] = looked(d, time.process_time() - t)
+    t = time.process_time()
+    try: run = ftlab.fit(patient, tok, data, r, progress=False, **SETTINGS)
+    except ValueError as e: return row | dict(refused=str(e)[:300])
+    row['fit_seconds'] = round(time.process_time() - t, 2)
+    t = time.process_time(); d = doctor(run); row['after'] = looked(d, time.process_time() - t)
+    return row
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__.split('\n')[0]); p.add_argument('--only', default=''); p.add_argument('--out', default=str(ROOT/'bench'/'results'/'doctor_sweep.json')); a = p.parse_args()
+    torch.set_num_threads(1); rows = []
+    for r in [r for r in plan() if a.only in ' '.join(r)]:
+        rows.append(one(*r)); x = rows[-1]
+        print(' x '.join(r), *(f'{w} {x[w]["seconds"]:.1f}s {x[w]["findings"] or "silent"}' for w in ('before', 'after') if w in x), x.get('refused', ''), flush=True)
+    lab = [x for x in rows if x['model'] == 'lab-s' and 'after' in x]; most = lambda w: max((x[w]['seconds'] for x in lab), default=None)
+    patient, tok = ftlab.load('lab-s'); data = ftlab.data('new-procedure'); t = time.process_time(); d = doctor(patient, tok, data, methods.lora(), steps=250)
+    full = dict(train_rows=len(data.train), before=looked(d, time.process_time() - t)); t = time.process_time()
+    run = ftlab.fit(patient, tok, data, methods.lora(), steps=40, lr=1e-3, progress=False); t = time.process_time(); full['after'] = looked(doctor(run), time.process_time() - t)
+    found = [f for x in rows for w in ('before', 'after') for f in x.get(w, {}).get('findings', [])]
+    result = dict(runs=len(rows), recipes=len({x['recipe'] for x in rows}), skills=len({x['skill'] for x in rows}), models=sorted({x['model'] for x in rows}), checks=len(CHECKS), settings=SETTINGS,
+                  findings=len(found), refused=sum('refused' in x for x in rows), most_seconds_on_lab_s=dict(before=most('before'), after=most('after')), on_lab_s_with_all_rows=full, note='seconds are of one core (process time)', table=rows)
+    print(json.dumps({k: v for k, v in result.items() if k != 'table'}, indent=1))
+    if not a.only: Path(a.out).write_text(json.dumps(result, indent=1) + '\n')
+
+if __name__ == '__main__': main()

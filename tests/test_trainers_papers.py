@@ -1,0 +1,157 @@
+"Rectified prices, masked reasoning, forward-only steps, blocks in turn, and saying when one is unsure: what their pages do not say about themselves"
+import copy
+import pytest, torch
+import torch.nn.functional as F
+from ftlab import methods
+from ftlab.core.batches import collate, encode
+from ftlab.core.state import State
+from ftlab.trainers.loop import fit
+from toys import TOK, lab_data, logits, same, toy, weights
+
+def batch(n=6): return collate([encode(r, TOK, 'text') for r in lab_data().train[:n]], TOK.pad_token_id)
+
+def state_of(model, reference=None, b=None):
+    s = State(model, TOK); s.batch = b or batch(); s.count = int((s.batch['labels'][:, 1:] != -100).sum()); s.models['reference'] = reference
+    return s
+
+# ---------- rectified prices
+
+def official_asft(model, reference, b, kl_weight):
+    "The loss as the authors' trainer computes it (zhuchichi56/ASFT, train_v2.py), in its own operations"
+    x, y = model(b['input_ids'], attention_mask=b['attention_mask']).logits[:, :-1].flatten(0, 1), b['labels'][:, 1:].flatten(); on = y != -100
+    with torch.no_grad(): ref = reference(b['input_ids'], attention_mask=b['attention_mask']).logits[:, :-1].flatten(0, 1)
+    ce, p = F.cross_entropy(x, y, reduction='none'), x.softmax(-1).gather(1, y.clamp(min=0)[:, None])[:, 0].detach()
+    kl = F.kl_div(x.log_softmax(-1), ref.softmax(-1), reduction='none').sum(-1)
+    return (p*ce + kl_weight*kl)[on].sum()/on.sum()
+
+@pytest.mark.parametrize('kl_weight', [0., .1, 2.])
+def test_asft_costs_what_its_authors_code_does(kl_weight):
+    model, reference = toy(0), toy(1); s, recipe = state_of(model, reference), methods.asft(weight=kl_weight)
+    ours = recipe.objective(s) + sum(p(s) for p in recipe.penalties); theirs = official_asft(model, reference, s.batch, kl_weight)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+    a, b = (torch.autograd.grad(x, list(model.parameters())) for x in (ours, theirs)); assert sum(g.norm() for g in a) > 0
+    for g, h in zip(a, b): torch.testing.assert_close(g, h, atol=1e-6, rtol=0)
+
+def test_asft_stays_nearer_to_its_base_than_dft():
+    def moved(recipe): m = fit(toy(), TOK, lab_data(), recipe, steps=20, lr=3e-3, batch_size=8, progress=False).model; return (logits(m).softmax(-1) - logits(toy()).softmax(-1)).abs().sum()
+    assert moved(methods.asft(weight=1.)) < .7*moved(methods.dft())
+
+def test_asft_runs_on_low_rank_factors_with_the_base_switched_off():
+    run = fit(toy(), TOK, lab_data(), methods.get('lora * asft'), steps=3, batch_size=8, progress=False); assert run.log[-1]['loss'] > 0
+
+# ---------- masked reasoning
+
+def masked(b, step=10, seed=3, **kw):
+    s = State(toy(), TOK); s.step, s.steps, s.pad_id = step, 10, TOK.pad_token_id; torch.manual_seed(seed)
+    return [methods.masked_thought(**kw).view(x, s)['input_ids'] for x in b]
+
+@pytest.mark.parametrize('noise', ['mask', 'random'])
+def test_the_same_tokens_are_hidden_whatever_the_micro_batches_and_their_padding(noise):
+    rows = [encode(r, TOK, 'text') for r in lab_data().train[:12]]; pad = lambda rs: collate(rs, TOK.pad_token_id)
+    whole, = masked([pad(rows)], noise=noise); parts = masked([pad(rows[:5]), pad(rows[5:])], noise=noise)
+    assert not torch.equal(whole, pad(rows)['input_ids'])
+    for row, x, y in zip(rows, whole, [r for p in parts for r in p]): n = len(row['input_ids']); assert torch.equal(x[:n], y[:n])
+
+def test_random_noise_draws_from_the_whole_vocabulary_and_masks_from_one_word():
+    rows = collate([encode(r, TOK, 'text') for r in lab_data().train], TOK.pad_token_id); hit = {}
+    for noise in ('mask', 'random'): x, = masked([rows], noise=noise, ratio=.8); hit[noise] = x[x != rows['input_ids']]
+    assert set(hit['mask'].tolist()) == {TOK.mask_token_id}
+    assert len(hit['random']) > 300 and abs(float(hit['random'].float().mean())/len(TOK) - .5) < .1 and len(set(hit['random'].tolist())) > 200
+
+def test_the_mask_ratio_rises_and_stays():
+    from ftlab.trainers.views import mask_ratio
+    assert [round(mask_ratio(s, 100, .4, .5), 6) for s in (0, 25, 50, 99)] == [0., .2, .4, .4] and mask_ratio(0, 100, .4, 0.) == .4
+
+@pytest.mark.parametrize('wrong', [dict(ratio=1.), dict(ratio=-.1), dict(warmup=1.1), dict(noise='synonym')])
+def test_masking_refuses_what_it_cannot_do(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))): methods.masked_thought(**wrong)
+
+# ---------- forward passes alone
+
+class Last:
+    "Keeps what the step left in the state"
+    def after_step(self, state): self.moves, self.grads = state.extra['moves'], [p for p in state.model.parameters() if p.grad is not None]
+
+def forward_only(recipe=None, steps=6, **kw): look = Last(); return fit(toy(), TOK, lab_data(), recipe or methods.mezo(), **{**dict(steps=steps, batch_size=8, lr=1e-4, progress=False, callbacks=(look,)), **kw}), look
+
+def replayed(start, log, **settings):
+    from types import SimpleNamespace
+    from ftlab.trainers.zeroth import MeZO
+    p = {n: t.clone() for n, t in start.items()}; MeZO(p, SimpleNamespace(lr=1e-4, weight_decay=settings.get('weight_decay', 0.), factor=None)).replay(log); return p
+
+@pytest.mark.parametrize('decay', [0., .1])
+def test_the_log_of_a_forward_only_run_gives_its_weights_again(decay):
+    run, look = forward_only(weight_decay=decay); now = weights(run.model)
+    assert not look.grads and len(look.moves) == 6 and not same(now, weights(toy())) and same(replayed(weights(toy()), look.moves, weight_decay=decay), now)
+
+def test_a_forward_only_run_resumes_bit_for_bit(tmp_path):
+    whole = weights(forward_only()[0].model)
+    class Stop:
+        def after_step(self, state):
+            if state.step == 3: raise KeyboardInterrupt
+    fit(toy(), TOK, lab_data(), methods.mezo(), steps=6, batch_size=8, lr=1e-4, progress=False, out=tmp_path, save_every=1, callbacks=(Stop(),))
+    run, look = forward_only(out=tmp_path, resume=True, save_every=1); assert len(run.log) == 6 and len(look.moves) == 6 and same(weights(run.model), whole)
+
+def test_half_batches_give_the_same_forward_only_step_to_rounding():
+    # the difference of two prices is divided by 2 eps, so rounding in the price grows five-hundredfold
+    a, b = (forward_only(accumulate=k, steps=1)[1].moves for k in (1, 2)); assert a[0][0] == b[0][0] and abs(a[0][1] - b[0][1]) < 1e-3 < abs(a[0][1])
+
+def test_the_projected_gradient_is_the_gradient_along_the_direction():
+    from ftlab.trainers.zeroth import seed_of
+    run, look = forward_only(steps=1); m, gen = toy(), torch.Generator().manual_seed(seed_of(0, 0)); z = [torch.randn(p.shape, generator=gen) for p in m.parameters()]
+    class First:
+        def after_backward(self, state): self.g = sum((p.grad*z_).sum() for p, z_ in zip(state.model.parameters(), z)); state.stop = True
+    see = First(); fit(m, TOK, lab_data(), steps=1, batch_size=8, progress=False, callbacks=(see,)); assert abs(look.moves[0][1] - float(see.g)) < .02*abs(float(see.g)) + 1e-3
+
+def test_a_price_without_a_gradient_will_do():
+    from dataclasses import replace
+    def wrong(state): x = state.forward()[:, :-1]; y = state.batch['labels'][:, 1:]; return ((x.detach().softmax(-1)**.5).sum(-1)*(y != -100)).sum()/state.count # no graph behind it
+    run, look = forward_only(replace(methods.mezo(), objective=wrong)); assert any(g for _, g, _ in look.moves) and not same(weights(run.model), weights(toy()))
+
+def test_forward_only_refuses_a_price_that_is_no_number():
+    from dataclasses import replace
+    from ftlab.trainers.step import NotFinite
+    with pytest.raises(NotFinite, match='step 0'): forward_only(replace(methods.mezo(), objective=lambda state: state.forward().sum()*float('nan')))
+    with pytest.raises(ValueError, match='eps'): forward_only(methods.mezo(eps=0.))
+
+# ---------- blocks in turn
+
+class Watch:
+    "What moved at each step, which blocks were active, and how much the optimiser remembers"
+    def before_fit(self, state): self.was, self.rows = weights(state.model), []
+    def after_step(self, state):
+        now = weights(state.model); self.rows.append((state.extra['active'], {n for n in now if not torch.equal(now[n], self.was[n])})); self.was = now
+
+def test_only_the_blocks_in_turn_and_both_ends_move():
+    see = Watch(); fit(toy(tied=False), TOK, lab_data(), methods.lisa(gamma=1, period=2), steps=8, batch_size=8, weight_decay=.1, progress=False, callbacks=(see,))
+    assert len({tuple(a) for a, _ in see.rows}) == 2 and all(see.rows[i][0] == see.rows[i + 1][0] for i in (0, 2, 4, 6))
+    for active, moved in see.rows:
+        assert {n for n in moved if '.layers.' in n} == {n for n in weights(toy()) if f'.layers.{active[0]}.' in n}
+        assert {'model.embed_tokens.weight', 'model.norm.weight', 'lm_head.weight'} <= moved
+
+def test_the_optimiser_remembers_only_what_is_active():
+    from ftlab.trainers.schedules import BlocksInTurn
+    sizes = []
+    class Small(BlocksInTurn):
+        def __call__(self, state, prices): out = super().__call__(state, prices); sizes.append({n for n, p in zip(self.names, self.params) if p in self.opt.state}); return out
+    from dataclasses import replace
+    fit(toy(), TOK, lab_data(), replace(methods.lisa(), step=lambda p, s: Small(p, s, gamma=1, period=2)), steps=8, batch_size=8, progress=False)
+    assert len(sizes) == 8 and all(len({n.split('.')[2] for n in s if '.layers.' in n}) == 1 for s in sizes)
+
+def test_blocks_in_turn_resume_inside_a_period_bit_for_bit(tmp_path):
+    kw = dict(steps=8, batch_size=8, progress=False); whole = weights(fit(toy(), TOK, lab_data(), methods.lisa(gamma=1, period=3), **kw).model)
+    class Stop:
+        def after_step(self, state):
+            if state.step == 4: raise KeyboardInterrupt
+    fit(toy(), TOK, lab_data(), methods.lisa(gamma=1, period=3), out=tmp_path, save_every=1, callbacks=(Stop(),), **kw)
+    assert same(weights(fit(toy(), TOK, lab_data(), methods.lisa(gamma=1, period=3), out=tmp_path, save_every=1, resume=True, **kw).model), whole)
+
+def test_all_blocks_at_once_and_never_redrawn_is_full_fine_tuning():
+    a, b = (weights(fit(toy(), TOK, lab_data(), r, steps=5, batch_size=8, progress=False).model) for r in (methods.lisa(gamma=9, period=99), methods.full())); assert same(a, b)
+
+def test_blocks_in_turn_refuses_none_and_takes_deltas_in_turn():
+    with pytest.raises(ValueError, match='gamma'): fit(toy(), TOK, lab_data(), methods.lisa(gamma=0), steps=1, batch_size=8, progress=False)
+    see = []
+    class Moved:
+        def after_step(self, state): see.append((state.extra['active'], {n.split('.')[2] for n, p in state.attached.parameters().items() if p.grad is None and p.requires_grad}))
+    fit(toy(), TOK, lab_data(), methods.get('lora * lisa(gamma=1, period=1)'), steps=4, batch_size=8, progress=False, callbacks=(Moved(),)); assert all({str(i) for i in a} == blocks for a, blocks in see)
