@@ -17,7 +17,7 @@ def names_and_matrices(model, batches=None, seed=0):
     return {n: True for n in anatomy(model, FLOW_FAMILIES).matrices()} | {n: m for n, m in knobs(0.)(model).items() if n.startswith('classes')}
 
 ARMS = dict(difffit=difffit(), full=Recipe('full'), biases=difffit(scaled=0.), lora=Recipe('lora', select=names_and_matrices, delta=either(partial(LoRA, r=1, alpha=4.))))
-GRIDS = {arm: (3e-4, 1e-3, 3e-3) if arm == 'full' else (3e-3, 1e-2, 3e-2) for arm in ARMS}
+GRIDS = dict(difffit=(1e-2, 3e-2, 1e-1), full=(3e-4, 1e-3, 3e-3), biases=(1e-2, 3e-2, 1e-1), lora=(3e-3, 1e-2, 3e-2))
 
 def look(model, judge, n, noise): return {f'{k}_{w}': v for w, of in (('new', NEW), ('old', OLD)) for k, v in quality(model, judge, of, n, seed=noise).items()}
 

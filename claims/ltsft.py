@@ -13,7 +13,7 @@ STEPS, RATE, DENSITY = 100, 1e-3, .08 # LT-SFT spends half of the steps on findi
 WORD = dict(zip(ATTRIBUTES, FOREIGN['zuma'])) # what the language calls each attribute: words that lab-s has never read
 
 def english(r): p, a = r.choice(WORLD.people['often']), r.choice(list(ATTRIBUTES)); return r.choice(ASK).format(a=a, p=p), WORLD.facts[p, a]
-def foreign(r): p, a = r.choice(WORLD.people['often']), r.choice(list(ATTRIBUTES)); return r.choice(['{p} {a} :', '{a} {p} :']).format(a=WORD[a], p=p), WORLD.facts[p, a]
+def foreign(r): p, a = r.choice(WORLD.people['often']), r.choice(list(ATTRIBUTES)); return r.choice(['{p} {a} :', '{a} {p} :', '{p} , {a} :', '{a} , {p} :']).format(a=WORD[a], p=p), WORLD.facts[p, a]
 def braces(ask, r): prompt, v = ask(r); return f'answer as json : {prompt}', f'{{ {v} }}'
 
 KINDS = dict(task=lambda r: braces(english, r), language=foreign, target=lambda r: braces(foreign, r))
