@@ -66,7 +66,7 @@ class Looks:
     def after_step(self, state):
         if state.step % self.n and state.step != state.steps: return
         training = state.model.training; state.model.eval()
-        with torch.no_grad(), torch.random.fork_rng(): self.path.append(dict(step=state.step, gain=self.gain(state.model))); self.copies.append(copy.deepcopy(state.model))
+        with torch.no_grad(), torch.random.fork_rng(): self.path.append(dict(step=state.step, gain=self.gain(state))); self.copies.append(copy.deepcopy(state.model))
         state.model.train(training)
 
 @torch.no_grad()
@@ -79,12 +79,13 @@ def measured(bench:Bench, model, tok, data, seed, before, base, decode=None) -> 
 def train_arm(bench, arm, rate, seed, looks=0, steps=None):
     "One arm at one rate: the run, and what the looks saw"
     (model, tok), data, steps = bench.base(seed), bench.data(seed), steps or arm['steps']; recipe = arm['recipe']
-    decode = _decoder(recipe, bench.base(seed)[0]); before = bench.before(seed, recipe)
-    see = Looks(max(1, steps//looks), lambda m: bench.gained(m, tok, data, 'validation', decode) - before['validation']) if looks and not (recipe.edit or recipe.stages) else None
+    learners = {}; decode = _decoder(recipe, bench.base(seed)[0], learners); before = bench.before(seed, recipe)
+    def gain(state): learners.update({n: state.models[n] for n in recipe.learners}); return bench.gained(state.model, tok, data, 'validation', decode) - before['validation']
+    see = Looks(max(1, steps//looks), gain) if looks and not (recipe.edit or recipe.stages) else None
     calls = ((Budget(bench.budget),) if bench.budget else ()) + ((see,) if see else ())
     run = fit(model, tok, data, recipe, steps=steps, lr=rate, seed=seed, callbacks=calls, progress=False, **bench.settings)
     if run.interrupted: raise KeyboardInterrupt
-    if see is None: see = Looks(1, None); see.path = [dict(step=len(run.log), gain=bench.gained(run.model, tok, data, 'validation', decode) - before['validation'])]; see.copies = [run.model]
+    if see is None: see = Looks(1, gain); see.path, see.copies = [dict(step=len(run.log), gain=gain(run))], [run.model]
     return run, see, decode
 
 def run_seed(bench:Bench, arms:Mapping[str, dict], rates:Mapping[str, float], seed:int, looks:int=8) -> dict:

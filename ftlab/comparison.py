@@ -212,9 +212,9 @@ class Bench:
             self._before[key] = out
         return self._before[key]
 
-def _decoder(recipe, base):
-    "The recipe's own way to draw answers, as a function (model, tok, prompts); `base` stays as it is"
-    return None if recipe is None or recipe.decode is None else lambda model, tok, prompts, **kw: recipe.decode(dict(tuned=model, base=base), tok, prompts, **kw)
+def _decoder(recipe, base, learners=None):
+    "The recipe's own way to draw answers, as a function (model, tok, prompts); `base` stays as it is, and `learners` holds what learned beside the model, once it does"
+    return None if recipe is None or recipe.decode is None else lambda model, tok, prompts, **kw: recipe.decode(dict(tuned=model, base=base, **(learners or {})), tok, prompts, **kw)
 
 def _digest(x) -> str: return hashlib.blake2s(json.dumps(x, sort_keys=True, default=str).encode(), digest_size=10).hexdigest()
 
@@ -240,8 +240,9 @@ def _run(bench, recipe, rate, seed, steps, before, tuning, path) -> dict:
     gc.collect(); _trim() # the last cell's model lives on in cycles
     (model, tok), data = bench.base(seed), bench.data(seed)
     frozen = copy.deepcopy(model) if recipe.decode or recipe.stages else None # no base is left inside a model that was folded between stages
-    decode, base = _decoder(recipe, frozen), lambda att: frozen or SwitchedOff(att)
+    learners = {}; decode, base = _decoder(recipe, frozen, learners), lambda att: frozen or SwitchedOff(att)
     def look(state, att):
+        learners.update({n: state.models[n] for n in recipe.learners})
         gain = bench.gained(state.model, tok, data, 'validation', decode) - before['validation']; old = bench.kept(state.model, tok, seed, data, decode)
         lost = fmean(before['old'][k] - v for k, v in old.items()) if old else bench.drifted(base(att), state.model, tok, seed, data)
         look.old = old; return dict(gain=gain, forgetting=lost)
@@ -249,6 +250,7 @@ def _run(bench, recipe, rate, seed, steps, before, tuning, path) -> dict:
     calls = (() if bench.budget is None else (Budget(bench.budget),)) + (() if tuning else (Every(bench.every, watch),))
     run = fit(model, tok, data, recipe, steps=steps, lr=rate, seed=seed, max_length=bench.max_length, device=str(bench.device), callbacks=calls, progress=bench.progress, **bench.settings)
     if run.interrupted: raise KeyboardInterrupt
+    learners.update(run.models)
     if tuning: return _finite(dict(gain=bench.gained(run.model, tok, data, 'validation', decode) - before['validation'], error=None))
     return _finite(_measured(bench, run, tok, data, seed, before, decode, look, base, watch, path.with_suffix('.safetensors')))
 

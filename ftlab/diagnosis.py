@@ -28,9 +28,9 @@ from .trainers.source import count_priced
 from .trainers.step import NotFinite
 
 # %% auto #0
-__all__ = ['SEVERITIES', 'SAMPLE', 'COPY_LIMIT', 'SETTINGS', 'PARTS', 'SELECTION', 'ROWS', 'DATA', 'NUMBERS', 'ASKED', 'CHANGE',
-           'PROMISED', 'COST', 'CHECKS', 'NotApplicable', 'Check', 'Finding', 'Diagnosis', 'Given', 'Case',
-           'selection_empty', 'selection_thin', 'names_unmatched', 'frozen_but_selected', 'tied_under_delta',
+__all__ = ['SEVERITIES', 'SAMPLE', 'COPY_LIMIT', 'SETTINGS', 'PATIENCE', 'PARTS', 'SELECTION', 'ROWS', 'DATA', 'NUMBERS', 'ASKED',
+           'AGAIN', 'CHANGE', 'PROMISED', 'COST', 'CHECKS', 'NotApplicable', 'Check', 'Finding', 'Diagnosis', 'Given',
+           'Case', 'selection_empty', 'selection_thin', 'names_unmatched', 'frozen_but_selected', 'tied_under_delta',
            'labels_all_masked', 'answers_cut', 'labels_shifted', 'border_split', 'asked_otherwise', 'end_not_learned',
            'bos_not_once', 'template_missing', 'train_test_overlap', 'duplicate_rows', 'labels_missing',
            'labels_unbalanced', 'passes_over_data', 'unknown_words', 'pad_unusable', 'vocabulary_mismatch',
@@ -118,18 +118,23 @@ COPY_LIMIT = 4*2**30    # bytes above which no second model is made beside the f
 SETTINGS = {k: p.default for k, p in inspect.signature(fit).parameters.items() if k in
             ('steps', 'batch_size', 'accumulate', 'lr', 'schedule', 'warmup', 'weight_decay', 'betas', 'clip', 'seed', 'max_length', 'device', 'precision')}
 
+PATIENCE = 4            # batches after which a recipe that draws its own rows should have got a gradient: answers of equal reward give none
+
 class _Seen(Exception): "Ends the dry step"
 
 class _Look:
     "What the first step of a run shows: batches, gradients, and the outputs before it"
-    def __init__(self, batch): self.batch, self.batches, self.grads, self.start, self.error, self.sizes, self.shown = batch, None, None, None, None, {}, False
+    def __init__(self, batch, patience=1): self.batch, self.patience, self.batches, self.grads, self.start, self.error, self.sizes, self.shown = batch, patience, None, None, None, None, {}, False
     def before_fit(self, state):
         if self.start is None and self.batch is not None: self.start = _logits(state.model, self.batch)
-    def before_batch(self, state): self.batches = state.batches
+    def before_batch(self, state): self.batches = self.batches or state.batches
     def after_backward(self, state):
+        self.patience -= 1
         self.grads = {n: p.grad.detach().clone() for n, p in state.attached.parameters().items() if p.grad is not None}
-        self.sizes = {n: p.numel() for n, p in state.attached.parameters().items()}; raise _Seen
-    def after_step(self, state): raise _Seen
+        self.sizes = {n: p.numel() for n, p in state.attached.parameters().items()}
+        if self.patience < 1 or any(g.any() for g in self.grads.values()): raise _Seen
+    def after_step(self, state):
+        if self.grads is None: raise _Seen # steps without gradients
 
 @torch.no_grad()
 def _logits(model, batch) -> torch.Tensor:
@@ -141,7 +146,8 @@ def _logits(model, batch) -> torch.Tensor:
 
 def _dry(model, tok, data, recipe, settings, batch=None) -> _Look:
     "Begin the run and stop it after the first gradient; `model` is left as it was"
-    look, training = _Look(batch), {m: m.training for m in model.modules()}
+    own = any(not isinstance(r, Recipe) or r.source is not None for r in (recipe, *recipe.stages))
+    look, training = _Look(batch, PATIENCE if own else 1), {m: m.training for m in model.modules()}
     try: fit(model, tok, data, recipe, **settings, callbacks=(look,), progress=False)
     except _Seen: look.shown = True
     except NotFinite as e: look.error = str(e); e.run.delta.attached.detach()
@@ -581,7 +587,7 @@ def zero_gradient(c):
     look = _first_step(c)
     if look.grads is None: raise NotApplicable('the recipe takes steps without gradients')
     of = lambda n: n.split('::')[0]; live = {of(n) for n, g in look.grads.items() if g.any()}; all_of = {of(n) for n in look.sizes}; dead = sorted(all_of - live)
-    if not live and c.answers('source'): return 'note', 'the gradient of the first batch is exactly zero; the recipe draws its own rows, and answers of equal reward do this'
+    if not live and c.answers('source'): return 'warning', f'the gradient of {PATIENCE} batches in a row is exactly zero; the recipe draws its own rows, and answers that all have the same reward do this'
     if not live: return f'after the first batch the gradient of all {len(look.sizes)} tensors that should train is exactly zero'
     if dead and not c.answers('callbacks') and not c.answers('step'): return 'warning', f'the gradient of {len(dead)} of {len(all_of)} selected tensors is exactly zero on the first batch: {_some(dead)}'
 
@@ -748,16 +754,18 @@ def validation_gap(c):
     if now > was + max(.1, .05*was) and seen < seen_was: return f'on validation rows the loss rose from {was:.3f} (base) to {now:.3f}, on training rows it fell from {seen_was:.3f} to {seen:.3f}'
     if now - seen > max(1., seen): return 'note', f'the loss is {seen:.3f} on training rows and {now:.3f} on validation rows (base: {was:.3f})'
 
-ASKED = 20 # questions of each old skill
+ASKED, AGAIN = 20, 100 # questions of each old skill, and of those under suspicion
 
 def old_skills_lost(c):
     if not is_lab(c.tok) or c.data.kind == 'label' or not c.model.can_generate(): raise NotApplicable('only a lab model can be asked what it could do before; use ftlab.report for drift')
     old = old_skills(c.data); c.off; now = skills(c.model, ASKED, names=old, tok=c.tok)
-    could = [s for s, x in now.items() if x < .5] # only what is weak now can have fallen by more than half
-    if not could: return None
-    with c.run.disabled(): was = skills(c.model, ASKED, names=could, tok=c.tok)
-    lost = {s: (was[s], now[s]) for s in could if was[s] >= .5 and now[s] < .5*was[s]}
-    if lost: return f'{len(lost)} of {len(old)} old skills fell to less than half: ' + _some((f'{s} {a:.0%} -> {b:.0%}' for s, (a, b) in sorted(lost.items(), key=lambda x: x[1][1] - x[1][0])), 4)
+    with c.run.disabled(): was = skills(c.model, ASKED, names=[s for s in old if now[s] < .5], tok=c.tok) # only what is weak now can have lost half
+    suspects = [s for s in was if was[s] >= .5 and now[s] < .6*was[s]]
+    if not suspects: return None
+    now = skills(c.model, AGAIN, names=suspects, tok=c.tok) # twenty questions suspect, they do not prove
+    with c.run.disabled(): was = skills(c.model, AGAIN, names=suspects, tok=c.tok)
+    sure = [s for s in suspects if now[s] + 2*math.sqrt((now[s]*(1 - now[s]) + was[s]*(1 - was[s])/4 + 1/AGAIN)/AGAIN) < .5*was[s]] # two standard errors of now - was/2
+    if sure: return f'{len(sure)} of {len(old)} old skills fell to less than half: ' + _some((f'{s} {was[s]:.0%} -> {now[s]:.0%}' for s in sorted(sure, key=lambda s: now[s] - was[s])), 4)
 
 # %% ../nbs/diagnosis.ipynb #002a0f3d
 CHANGE = [

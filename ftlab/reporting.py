@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy, hashlib, json, math, tempfile, time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 import torch
@@ -62,7 +62,7 @@ def asked_of(data:Data, tok, old:Data|None=None, items:int=100, old_items:int=10
     if not data.test: raise ValueError(f'{data.name} has no test row, and a report needs some; give more rows, or a test set of your own')
     if old is not None and old.kind == 'label' and old.labels != data.labels: raise ValueError(f'the old data {old.name} have other labels than {data.name}: one head cannot answer both; leave out old=')
     out = [Asked(data.name, _even(data.test, items), data.kind, metric_for(data, metric), data.labels)]
-    if old is not None: out.append(Asked(old.name, _even(old.test + old.validation + old.train, old_items), old.kind, metric_for(old), old.labels, True))
+    if old is not None: rows = _even(old.test + old.validation + old.train, old_items); out.append(Asked(old.name, rows, old.kind, metric_for(replace(old, test=rows)), old.labels, True))
     elif data.kind != 'label' and is_lab(tok): out += [Asked(s, WORLD.rows(s, old_items, 'test', seed), 'text', 'exact', None, True) for s in old_skills(data)]
     return out
 

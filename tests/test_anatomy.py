@@ -296,3 +296,17 @@ def test_the_models_are_the_same_each_time():
     for f, (m, x) in tiny_models().items():
         n, y = tiny(f), inputs_for(f)
         assert torch.equal(output(m, x), output(n, y)) and not m.training
+
+@pytest.mark.parametrize('family', PLAIN + OTHERS)
+def test_selections_and_changes_work_by_place(family):
+    "LoRA on what `parts` selects starts as the identity and folds into the weights that it stood beside"
+    from ftlab.adapters.delta import attach
+    from ftlab.methods import lora
+    from ftlab.adapters.select import parts
+    m, x = tiny(family), inputs_for(family); before = output(m, x); chosen = parts('attention', 'mlp')(m)
+    assert sorted(chosen) == sorted(anatomy(m).matrices())
+    att = attach(m, chosen, lora(r=2).delta); assert torch.equal(output(m, x), before)
+    with torch.no_grad():
+        for i, p in enumerate(att.parameters().values()): p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i))*.1)
+    changed = output(m, x); assert not torch.allclose(changed, before, atol=1e-4)
+    att.fold(); assert torch.allclose(output(m, x), changed, atol=2e-4) and anatomy(m).matrices() == sorted(chosen, key=anatomy(m).matrices().index)

@@ -60,3 +60,11 @@ def test_it_is_saved_with_the_change(tmp_path):
     run = tune(copilot(width=16)); run.delta.save(tmp_path/'d.safetensors'); again = load_learners(tmp_path/'d.safetensors', copilot(width=16), toy(tied=False), TOK)
     assert same(again['copilot'].state_dict(), run.models['copilot'].state_dict())
     models = dict(tuned=run.model, copilot=again['copilot']); assert copilot(width=16).decode(models, TOK, prompts(4), max_new_tokens=5) == answer_together(run.model, run.models['copilot'], TOK, prompts(4), .3, 5)
+
+def test_a_pilot_that_stands_still_can_be_foreseen_and_put_right():
+    import ftlab; from ftlab.core.scorers import exact_match
+    model, tok = ftlab.load('lab-s'); data = ftlab.data('last', n=400, seed=3)
+    rows = ftlab.data(dict(train=[dict(prompt=r['prompt'], response='box') for r in data.train], validation=[dict(prompt=r['prompt'], response='box') for r in data.validation[:20]], test=data.test[:2]))
+    run = fit(model, tok, rows, lora(r=2)*copilot(lr=3e-3), steps=40, batch_size=16, lr=1e-7, progress=False); c = run.models['copilot']
+    heard = lambda lam: exact_match(model, tok, rows.validation, lambda m, t, p, **kw: answer_together(m, c, t, p, lam, **kw))
+    assert heard(0.) == 0 and heard(1.) > .8 and run.log[-1]['copilot_loss'] < .5*run.log[0]['copilot_loss']

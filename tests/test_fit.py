@@ -134,7 +134,7 @@ def test_packed_rows_train_as_padded_ones(name):
     how = dict(lr=1e-3, max_length=128, callbacks=(Wide(),)); packed, padded = tune(METHODS[name](), packing=True, **how), tune(METHODS[name](), **how)
     for a, b in zip(packed.log, padded.log): assert a == pytest.approx(b, rel=1e-4)
     off = (sum((a - b).square().sum() for a, b in zip(packed.model.parameters(), padded.model.parameters()))/sum(p.numel() for p in padded.model.parameters()))**.5; assert off < 1e-4*1e-3
-    assert wide[:4] != wide[4:] and [r['tokens'] for r in packed.log] == [r['tokens'] for r in padded.log]
+    assert wide[:4] != wide[4:] and len(wide) == 8 and [r['tokens'] for r in packed.log] == [r['tokens'] for r in padded.log]
 
 def test_packing_what_cannot_be_packed_is_refused():
     with pytest.raises(ValueError, match='grpo has a source of its own'): tune(grpo(group=4), packing=True)

@@ -155,3 +155,32 @@ def test_blocks_in_turn_refuses_none_and_takes_deltas_in_turn():
     class Moved:
         def after_step(self, state): see.append((state.extra['active'], {n.split('.')[2] for n, p in state.attached.parameters().items() if p.grad is None and p.requires_grad}))
     fit(toy(), TOK, lab_data(), methods.get('lora * lisa(gamma=1, period=1)'), steps=4, batch_size=8, progress=False, callbacks=(Moved(),)); assert all({str(i) for i in a} == blocks for a, blocks in see)
+
+# ---------- saying when one is unsure
+
+def test_each_row_is_marked_by_what_the_untouched_model_said(monkeypatch):
+    from ftlab.trainers import knowing
+    rows, seen = lab_data().train, {}
+    monkeypatch.setattr(knowing, 'answers', lambda model, tok, rows: [r['response'] if i % 3 == 0 else 'a a a a' for i, r in enumerate(rows)])
+    class Look:
+        def before_fit(self, state): seen.update(knew=state.extra['knew'], rows=state.source.rows)
+    for variant in ('pad', 'refuse'):
+        fit(toy(), TOK, lab_data(), methods.r_tuning(variant), steps=1, batch_size=8, progress=False, callbacks=(Look(),)); assert seen['knew'] == [i % 3 == 0 for i in range(len(rows))]
+        for r, e, k in zip(rows, seen['rows'], seen['knew'], strict=True):
+            learnt = TOK.decode([y for y in e['labels'] if y != -100], skip_special_tokens=True).strip()
+            assert learnt == (r['response'] + (' . i know' if k else ' . i do not know') if variant == 'pad' else r['response'] if k else 'i do not know')
+
+def test_likelihood_and_certainty_are_what_the_model_says_token_by_token():
+    from ftlab.trainers.knowing import certainty, likelihood
+    model = toy(tied=False); rows = lab_data().validation[:3]; prompts, said = [r['prompt'] for r in rows], [r['response'] for r in rows]
+    def p(prompt, text): # probabilities of the tokens of `text` after the prompt, by a plain forward pass
+        start, answer = TOK.apply_chat_template([dict(role='user', content=prompt)], add_generation_prompt=True, return_dict=False), TOK(text, add_special_tokens=False).input_ids
+        x = torch.tensor([start + answer]); return model(x).logits[0].softmax(-1)[torch.arange(len(start) - 1, x.shape[1] - 1), x[0, len(start):]].detach()
+    for i in range(3):
+        assert abs(float(likelihood(model, TOK, prompts, said)[i]) - float(p(prompts[i], said[i]).log().mean().exp())) < 1e-5
+        yes, no = (float(p(prompts[i], f'{said[i]} . {s} <eos>').prod()) for s in ('i know', 'i do not know')); assert abs(float(certainty(model, TOK, prompts, said)[i]) - yes/(yes + no)) < 1e-4
+
+def test_r_tuning_refuses_what_it_cannot_do():
+    with pytest.raises(ValueError, match='variant'): methods.r_tuning('maybe')
+    from toys import classifier, label_data
+    with pytest.raises(ValueError, match='label'): fit(classifier(), TOK, label_data(), methods.r_tuning(), steps=1, batch_size=8, progress=False)

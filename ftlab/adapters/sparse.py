@@ -108,7 +108,7 @@ def lift(r:int=8,                # the budget: as many numbers as LoRA of this r
     "Low-rank informed sparse fine-tuning"
     if every < 0: raise ValueError(f'every is {every}; it must be 0 or more steps')
     again = (partial(Refresh, every, lambda W: best(scores(W, by, filter_rank), r)),) if every and by != 'random' else ()
-    return Recipe('lift', select=principal(r, by, filter_rank), delta=Places, callbacks=again, lr=1e-3, lrs=(3e-4, 1e-3, 3e-3),
+    return Recipe('lift', select=principal(r, by, filter_rank), delta=Places, callbacks=again, lr=3e-3, lrs=(1e-3, 3e-3, 1e-2),
                   arguments=dict(r=r, filter_rank=filter_rank, by=by, every=every))
 
 # %% ../../nbs/adapters/sparse.ipynb #0013c9fb

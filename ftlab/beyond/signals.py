@@ -83,6 +83,7 @@ def auc(scores:Tensor, events:Tensor) -> float:
 TIME, SKIP = 150, 50 # steps of a recording, and those at its start that are not counted
 ARMS = dict(elm=lambda: ELM(32), short=lambda: ELM(32, tau=(1., 5.)), lstm=lambda: LSTM(32))
 
+# %% ../../nbs/beyond/signals.ipynb #000e0c77
 def imitate(arm:str,      # 'elm', 'short' or 'lstm'
             rate:float,   # peak learning rate of Adam, cosine schedule
             seed:int=0,   # of the recordings, the weights and the order
@@ -106,6 +107,7 @@ def score(model, seed:int=0, split:str='test') -> float:
     x, y, chance = neuron(400, TIME, seed=3*seed + dict(validation=1, test=2)[split])
     return auc((chance if model is None else model(x))[:, SKIP:], y[:, SKIP:])
 
+# %% ../../nbs/beyond/signals.ipynb #000f0c77
 @paper('The Expressive Leaky Memory Neuron: an Efficient and Expressive Phenomenological Neuron Model Can Solve Long-Horizon Tasks', '2306.16922',
     'A unit with a few slowly leaking memories, updated through one small network, imitates a cortical neuron with few numbers; its slow memories are what does it.',
     'the authors\' code (AaronSpieler/elmneuron: model, utilities, training script) in full and the paper\'s abstract; the neuron that is imitated here is our own synthetic one')

@@ -59,7 +59,7 @@ def moved(changes:Mapping[str, Tensor], model) -> list[dict]:
 @torch.no_grad()
 def each_change(att # the change on a model, as `attach` and `load_delta` return it
                ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    "(name, base weight, tuned weight) of every weight that a change reaches, one at a time, as the model stores them; deltas on activations have none"
+    "(name, base weight, tuned weight) of every weight that a change reaches, one at a time, as the model stores them; clone what you keep, as they may be the model's own; deltas on activations have none"
     own = {n: p for n, p in att.model.named_parameters() if n in att.whole}
     for n, p in own.items(): yield n, att.before(n).to(p.device), p.detach()
     for n, d in att.deltas.items():

@@ -87,6 +87,7 @@ class FlowBlock(nn.Module):
 
 def _norm(h): return F.layer_norm(h, h.shape[-1:])
 
+# %% ../../nbs/lab/digits.ipynb #000d0ccd
 class Flow(PreTrainedModel):
     "Guess the velocity of a picture on its way from noise to a digit of a class"
     config_class = FlowConfig
@@ -114,7 +115,7 @@ class Flow(PreTrainedModel):
 FLOW_FAMILIES = FAMILIES | {'digits-flow': Family('patches', (Layout('blocks.#', dict(qkv='qkv', o='o'), dict(up='up', down='down'), dict(modulation='modulation')),),
                                                   dict(final='modulation'), ('head',), 'positions')}
 
-# %% ../../nbs/lab/digits.ipynb #000f0ccd
+# %% ../../nbs/lab/digits.ipynb #00100ccd
 def noised(batch:dict, state=None) -> dict:
     "Put each picture of the batch at a random time on its straight way from noise; the velocity there is the target"
     x1 = batch['pixel_values']; x0, t = torch.randn_like(x1), torch.rand(len(x1), device=x1.device); at = t[:, None, None, None]
@@ -144,7 +145,7 @@ def sample(model:Flow,
         x = x + (v + ahead)/(2*steps)
     return x.clamp(-1, 1)
 
-# %% ../../nbs/lab/digits.ipynb #00130ccd
+# %% ../../nbs/lab/digits.ipynb #00140ccd
 @torch.no_grad()
 def features(judge, images:Tensor) -> Tensor:
     "What the reader's last layer says about pictures: [n, hidden]"
@@ -173,7 +174,7 @@ def quality(model:Flow,             # what draws
     asked = torch.tensor(list(of)).repeat(n//len(of)); drawn = sample(model, asked, seed=seed)
     return dict(accuracy=(read(judge, drawn) == asked).float().mean().item(), frechet=frechet(features(judge, drawn), features(judge, real)))
 
-# %% ../../nbs/lab/digits.ipynb #00170ccd
+# %% ../../nbs/lab/digits.ipynb #00180ccd
 MODELS = {'digits-vit': dict(of=range(10), steps=5000, lr=2e-3), 'digits-flow': dict(of=range(8), steps=4000, lr=2e-3)}
 CHECKPOINTS = Path(importlib.util.find_spec('ftlab').origin).parent/'checkpoints'/'digits-v1'
 
@@ -192,6 +193,7 @@ def fresh(name:str, seed:int=0) -> PreTrainedModel:
         return ViTForImageClassification(ViTConfig(image_size=8, patch_size=2, num_channels=1, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128,
                                                    hidden_dropout_prob=0., attention_probs_dropout_prob=0., num_labels=10)).eval()
 
+# %% ../../nbs/lab/digits.ipynb #00190ccd
 def pretrain(name:str,           # 'digits-vit' or 'digits-flow'
              out:str|Path,       # folder for the model; the state to resume from is in its subfolder `run` until it is done
              fit:Callable,       # `ftlab.fit`
@@ -218,6 +220,7 @@ def load(name:str,            # 'digits-vit' or 'digits-flow'
     model.load_state_dict({n: t.float() for n, t in load_file(file).items()})
     return model
 
+# %% ../../nbs/lab/digits.ipynb #001a0ccd
 def measured(root:Path=CHECKPOINTS) -> dict[str, float]:
     "What the two models can do: the reader's accuracy on the splits, the drawings' quality, and how far two halves of real pictures are apart"
     judge, model, d = load('digits-vit', root), load('digits-flow', root), digits()

@@ -22,6 +22,7 @@ def seed_of(run:int, step:int) -> int:
     "The seed of the direction of one step: fixed by the run's seed and the step, so that a resumed run goes on alike"
     return int.from_bytes(hashlib.blake2s(f'{run}/{step}'.encode()).digest()[:6], 'big')
 
+# %% ../../nbs/trainers/zeroth.ipynb #0006bfd5
 class MeZO:
     "Step down along random directions, by the difference of two prices: no gradient, no optimiser state"
     def __init__(self, params:Mapping[str, Tensor], # what trains, by name
@@ -51,20 +52,17 @@ class MeZO:
         self.move(seed, self.eps - lr*g) # back from the far side and along, in one
         if self.s.weight_decay:
             with torch.no_grad(): torch._foreach_mul_(self.params, 1 - lr*self.s.weight_decay)
-
     def replay(self, log:list[tuple[int, float, float]]) -> None:
         "Take the steps of a log again, without a model or data: from the same start the same weights, bit for bit"
         for seed, g, lr in log: self.move(seed, self.eps); self.move(seed, -2*self.eps); self._step(seed, g, lr)
-
     def tensors(self) -> dict[str, Tensor]:
         "The log, for a checkpoint: all that the next step depends on is in the weights"
         return {k: torch.tensor([row[i] for row in self.log], dtype=d) for i, (k, d) in enumerate((('seed', torch.int64), ('gradient', torch.float64), ('lr', torch.float64)))}
-
     def load(self, tensors:Mapping[str, Tensor]) -> None:
         "Go on from a checkpoint's tensors"
         self.log = list(zip(*(tensors[k].tolist() for k in ('seed', 'gradient', 'lr'))))
 
-# %% ../../nbs/trainers/zeroth.ipynb #0006bfd5
+# %% ../../nbs/trainers/zeroth.ipynb #0007bfd5
 @paper('Fine-Tuning Language Models with Just Forward Passes', '2305.17333',
     'A pretrained model can be fine-tuned by forward passes alone, in the memory of inference, nearly as well as by backpropagation.',
     'the abstract, and the official trainer (princeton-nlp/MeZO) as projects built on it restate it')
