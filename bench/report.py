@@ -2,15 +2,20 @@
 
     python bench/report.py            # writes bench/results/report.json
 
-Each case runs in a process of its own; the peak is the system's own figure (VmHWM), cleared before the report begins."""
-import json, platform, subprocess, sys, tempfile, time
+Each case runs in a process of its own. `peak_bytes` is the system's own figure (VmHWM), cleared before the report begins; it counts
+pages of memory-mapped files, which the system takes back when it needs them. `peak_own_bytes` is what the process alone holds (RssAnon), looked at every 10 ms."""
+import json, platform, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 
 def _peak(what):
     "Bytes above the start that `what()` took at its highest, its seconds of processor time, and what it gave back"
     from ftlab.trainers.loop import PeakMemory
     import torch
-    with PeakMemory(torch.device('cpu')) as m: t, c = time.time(), time.process_time(); out = what(); return dict(peak_bytes=m.bytes(), start_bytes=m.start, seconds=round(time.time() - t, 1), cpu_seconds=round(time.process_time() - c, 1)), out
+    own = lambda: next(int(l.split()[1])*1024 for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('RssAnon')); seen, stop = [own()], threading.Event()
+    def watch():
+        while not stop.wait(.01): seen.append(own())
+    threading.Thread(target=watch, daemon=True).start()
+    with PeakMemory(torch.device('cpu')) as m: t, c = time.time(), time.process_time(); out = what(); stop.set(); return dict(peak_bytes=m.bytes(), peak_own_bytes=max(seen) - seen[0], start_bytes=m.start, seconds=round(time.time() - t, 1), cpu_seconds=round(time.process_time() - c, 1)), out
 
 def large(folder:Path) -> dict:
     "A random Llama of 100M numbers (12 blocks of 768, 32,000 words), all of them nudged, as a run whose originals are in a file"

@@ -9,14 +9,14 @@ from ftlab.core.scorers import WORLD, exact_match
 from ftlab.lab.world import ASK, ATTRIBUTES, FOREIGN
 from ftlab.trainers.loop import fit
 
-STEPS, RATE, DENSITY = 100, 1e-3, .08 # LT-SFT spends half of the steps on finding, so the dense arms have half as many
+STEPS, RATES, DENSITY = 100, dict(sparse=3e-3, dense=1e-3), .08 # LT-SFT spends half of the steps on finding, so the dense arms have half as many
 WORD = dict(zip(ATTRIBUTES, FOREIGN['zuma'])) # what the language calls each attribute: words that lab-s has never read
 
 def english(r): p, a = r.choice(WORLD.people['often']), r.choice(list(ATTRIBUTES)); return r.choice(ASK).format(a=a, p=p), WORLD.facts[p, a]
 def foreign(r): p, a = r.choice(WORLD.people['often']), r.choice(list(ATTRIBUTES)); return r.choice(['{p} {a} :', '{a} {p} :', '{p} , {a} :', '{a} , {p} :']).format(a=WORD[a], p=p), WORLD.facts[p, a]
-def braces(ask, r): prompt, v = ask(r); return f'answer as json : {prompt}', f'{{ {v} }}'
+def twice(ask, r): prompt, v = ask(r); return f'say and say : {prompt}', f'{v} {v}'
 
-KINDS = dict(task=lambda r: braces(english, r), language=foreign, target=lambda r: braces(foreign, r))
+KINDS = dict(task=lambda r: twice(english, r), language=foreign, target=lambda r: twice(foreign, r))
 
 def rows(kind, split, n, seed):
     "Different questions; those of one split are in no other"
@@ -26,9 +26,9 @@ def rows(kind, split, n, seed):
         if random.Random(prompt).choice(['train']*6 + ['validation', 'test', 'test', 'test']) == split: out[prompt] = dict(prompt=prompt, response=response)
     return list(out.values())
 
-def learned(model, tok, kind, recipe, steps, seed):
+def learned(model, tok, kind, recipe, steps, rate, seed):
     d = data(rows(kind, 'train', 1200, seed), validation=rows(kind, 'validation', 100, seed), test=rows(kind, 'test', 100, seed))
-    run = fit(model, tok, d, recipe, steps=steps, lr=RATE, seed=seed, progress=False)
+    run = fit(model, tok, d, recipe, steps=steps, lr=rate, seed=seed, progress=False)
     change = {n: t.clone() for n, t in run.delta.tensors().items()}; run.delta.attached.detach()
     return change
 
@@ -38,8 +38,8 @@ def run(seed, tuned):
         att = compose(model, changes)
         try: return {k: exact_match(model, tok, t) for k, t in test.items()}
         finally: att.detach()
-    sparse = {k: learned(model, tok, k, lt_sft(DENSITY), STEPS, seed) for k in ('task', 'language')}
-    dense = {k: learned(model, tok, k, Recipe(), STEPS//2, seed) for k in ('task', 'language')}
+    sparse = {k: learned(model, tok, k, lt_sft(DENSITY), STEPS, RATES['sparse'], seed) for k in ('task', 'language')}
+    dense = {k: learned(model, tok, k, Recipe(), STEPS//2, RATES['dense'], seed) for k in ('task', 'language')}
     for name, made in dict(sparse=sparse, dense=dense).items(): out[name], out[f'{name}_task'] = asked(list(made.values())), asked([made['task']])
     out['sparse']['overlap'] = overlap(*sparse.values())
     return out

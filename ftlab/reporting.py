@@ -146,9 +146,8 @@ def as_base(att, folder:str|Path|None=None) -> Iterator:
             yield att.model
         finally:
             att.enabled = was
-            if own:
-                with safe_open(Path(tmp)/'tuned.safetensors', 'pt') as f:
-                    for n, p in own.items(): p.copy_(f.get_tensor(n))
+            for n, p in own.items():
+                with safe_open(Path(tmp)/'tuned.safetensors', 'pt') as f: p.copy_(f.get_tensor(n)) # opened anew each time, so that what was read is let go
 
 def seen_by_base(run:Run, asked:list[Asked], folder:Path, decode:Callable|None, **how) -> list[dict]:
     "What the base says to `asked`: from a file in `folder`, named after base, questions and settings, or by asking it, and then kept there"
@@ -195,14 +194,14 @@ def _text(prompt) -> str: return prompt if isinstance(prompt, str) else '\n'.joi
 def together(asked, seen, old:bool, key:str) -> Tensor|None:
     "One tensor of all new (or all old) sets, rows one after another; None where there is none"
     found = [s['tensors'][key] for q, s in zip(asked, seen) if q.old == old and key in s['tensors']]
-    return torch.cat(found) if found else None
+    return found[0] if len(found) == 1 else torch.cat(found) if found else None
 
 def apart(asked, before, after, old:bool) -> dict|None:
     "Drift, likeness by layer and calibration over all new (or all old) sets; None where there is none"
     if not any(q.old == old for q in asked): return None
     get = lambda s, k: together(asked, s, old, k); n = sum(k.startswith('layer ') for k in before[0]['tensors'])
     logp = get(before, 'logp'), get(after, 'logp'); alike = [cka(get(before, f'layer {i}'), get(after, f'layer {i}')) for i in range(n)]
-    return dict(kl=float(kl(*logp).mean()), places=len(logp[0]), cka=[None if math.isnan(x) else x for x in alike],
+    return dict(kl=sum(float(kl(p, q).sum()) for p, q in zip(logp[0].split(64), logp[1].split(64)))/len(logp[0]), places=len(logp[0]), cka=[None if math.isnan(x) else x for x in alike],
                 before=calibration(get(before, 'sure'), get(before, 'right')), after=calibration(get(after, 'sure'), get(after, 'right')))
 
 # %% ../nbs/reporting.ipynb #0011fa9f

