@@ -47,7 +47,7 @@ readme: $(VENV)/installed-dev
 	$(PY) tests/readme.py
 
 lab-models: $(VENV)/installed-dev
-	$(PY) -c "from ftlab.lab.pretrain import pretrain; [pretrain(m, f'runs/{m}') for m in ('lab-s', 'lab-m')]"
+	$(PY) -c "from ftlab.lab.pretrain import pretrain; [pretrain(m, f'runs/{m}') for m in ('lab-s', 'lab-m', 'lab-e')]"
 
 clean:
 	rm -rf $(VENV) build dist ftlab.egg-info .pytest_cache _proc _docs

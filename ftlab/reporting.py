@@ -69,14 +69,14 @@ def asked_of(data:Data, tok, old:Data|None=None, items:int=100, old_items:int=10
 def _even(rows, n): "`n` of the rows, spread evenly: a file may be sorted by label"; return [rows[i*len(rows)//n] for i in range(n)] if len(rows) > n else list(rows)
 
 # %% ../nbs/reporting.ipynb #0008fa9f
-KEPT = 2**24 # numbers of log-probabilities that are kept of each set: 64 MB, 500 places for a vocabulary of 32,000
+KEPT = 2**23 # numbers of log-probabilities that are kept of each set, and of logits in one batch: 32 MB, 260 places for a vocabulary of 32,000
 
 def _batches(q, tok, rows, limit, words):
-    "The first `rows` questions with their answers, encoded, in batches whose logits stay below 2**26 numbers"
+    "The first `rows` questions with their answers, encoded, in batches whose logits stay below `KEPT` numbers"
     enc = [encode(r, tok, q.kind, limit) for r in q.rows[:rows]]; i = 0
     while i < len(enc):
         n = 25
-        while n > 1 and n*max(len(e['input_ids']) for e in enc[i:i + n])*words > 2**26: n //= 2
+        while n > 1 and n*max(len(e['input_ids']) for e in enc[i:i + n])*words > KEPT: n //= 2
         yield collate(enc[i:i + n], tok.pad_token_id or 0); i += n
 
 @torch.no_grad()

@@ -439,3 +439,7 @@ assert (out/'d').read_bytes() == old and [p.name for p in out.iterdir()] == ['d'
 def test_a_real_limit_on_the_size_of_files(tmp_path):
     r = subprocess.run([sys.executable, '-c', LIMITED.format(root=str(ROOT), tests=str(ROOT/'tests')), tmp_path], capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS='1'))
     assert r.returncode == 0, r.stderr
+
+def test_an_encoder_decoder_is_refused_by_name():
+    from tiny import tiny
+    with pytest.raises(ValueError, match='T5.*reads one text and writes another'): fit(tiny('t5'), TOK, lab_data(), steps=1, progress=False)

@@ -47,6 +47,7 @@ def skills(model='lab-m',            # a lab model's name, or a model (then `tok
     "What a model can do: the score of each skill on held-out questions, by generation"
     if isinstance(model, str): model, tok = load(model)
     if tok is None: raise ValueError('a model was given without its tokenizer; call skills(model, tok=tok)')
+    if decode is None and not model.can_generate(): raise ValueError(f'{type(model).__name__} cannot write answers, and a skill is measured by what is written; take a causal language model, such as lab-s')
     return {s: exact_match(model, tok, _questions(s, n, split, seed, level), decode) for s in (names or OLD)}
 
 # a comparison asks the same questions many times over

@@ -639,6 +639,7 @@ def _device(device, model) -> torch.device:
 def _check_kind(model, tok, data):
     "A classifier for labels, a language model for text, anything for pictures; a tokenizer for what is text"
     if data.kind == 'image': return
+    if getattr(model.config, 'is_encoder_decoder', False): raise ValueError(f'{type(model).__name__} reads one text and writes another, which fit does not train yet; anatomy and selections work on it')
     if tok is None: raise ValueError(f'the data are of kind {data.kind!r}, which needs a tokenizer, and tok is None')
     classes = getattr(model.config, 'num_labels', None) if 'SequenceClassification' in type(model).__name__ else None
     if data.kind == 'label' and classes is None: raise ValueError(f'the data have labels, but {type(model).__name__} has no classifier; load it with ftlab.load(name)')
