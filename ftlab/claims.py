@@ -40,7 +40,9 @@ def arms_of(claim:Claim) -> dict[str, dict]:
 class Ground(Bench):
     "The bench of a claim: each seed draws its own questions, as many as the claim asks for"
     def data(self, seed):
-        d = super().data(seed); return replace(d, test=WORLD.rows(self.skill, self.items, 'test', seed)) if self.skill and self.items > len(d.test) else d
+        if seed not in (drawn := self.__dict__.setdefault('drawn', {})):
+            d = super().data(seed); drawn[seed] = replace(d, test=WORLD.rows(self.skill, self.items, 'test', seed)) if self.skill and self.items > len(d.test) else d
+        return drawn[seed]
     def before(self, seed, recipe=None):
         "Measured once for all claims on the same ground"
         if recipe is not None and recipe.decode is not None: return super().before(seed, recipe)

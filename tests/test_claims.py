@@ -93,6 +93,7 @@ steps = 4
 batch_size = 4
 items = 6
 old_items = 2
+validation_items = 20
 looks = 2
 grid = [1e-3, 2e-3]
 seeds = [0, 1, 2, 3, 4]
