@@ -846,6 +846,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ftlab.reporting._name': ('reporting.html#_name', 'ftlab/reporting.py'),
                                  'ftlab.reporting._own_folder': ('reporting.html#_own_folder', 'ftlab/reporting.py'),
                                  'ftlab.reporting._recipe': ('reporting.html#_recipe', 'ftlab/reporting.py'),
+                                 'ftlab.reporting._sizes': ('reporting.html#_sizes', 'ftlab/reporting.py'),
                                  'ftlab.reporting._text': ('reporting.html#_text', 'ftlab/reporting.py'),
                                  'ftlab.reporting.apart': ('reporting.html#apart', 'ftlab/reporting.py'),
                                  'ftlab.reporting.as_base': ('reporting.html#as_base', 'ftlab/reporting.py'),

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from .adapters.delta import identity, load_delta, write_atomically
-from .comparison import is_lab, metric_for, old_skills, versions
+from .comparison import is_lab, metric_for, old_skills, versions, _trim
 from .core.anatomy import UnknownArchitecture
 from .core.batches import Data, collate, data as as_data, encode, encode_all, prompt_ids
 from .core.generate import generate, left_pad
@@ -119,7 +119,8 @@ def observe(model, tok, asked:list[Asked], decode:Callable|None=None, rows:int=4
             else: said = own_answers(model, tok, q, len(q.rows) if q.metric == 'exact' else examples if q.kind != 'lm' else 0, decode)
             score = prices if q.metric == 'nll' else [(judge(r, a) if q.metric == 'exact' else float(a == r['response']), 1) for r, a in zip(q.questions, said)]
             out.append(dict(score=score, said=said, tensors=tensors))
-    model.train(training); return out
+    model.train(training); _trim() # the C library would keep what the passes took
+    return out
 
 def save_observed(path:Path, seen:list[dict]) -> None:
     "Keep what was observed as safetensors"
@@ -211,14 +212,18 @@ def change_of(run:Run, matrices:int=64, k:int=10, eps:float=.5) -> dict:
     square = [n for n, W0, _ in each_change(att) if W0.ndim == 2 and at.get(n, (None, '', ''))[1] in ('attention', 'mlp')]; step = max(1, math.ceil(len(square)/max(1, matrices))); chosen = set(square[::step]) if matrices else set()
     rows = []
     for n, W0, W1 in _all_weights(att):
-        C = (W1 - W0).float(); block, part, role = at.get(n, (None, 'other', n))
-        row = dict(name=n, block=block, part='fresh head' if n in heads else part, role=role, numbers=C.numel(), moved=int((W1 != W0).sum()), length=float(C.norm()), base=float(W0.float().norm()))
+        block, part, role = at.get(n, (None, 'other', n)); row = dict(name=n, block=block, part='fresh head' if n in heads else part, role=role, numbers=W0.numel(), **_sizes(W0, W1))
         if n in chosen:
-            s = spectrum(C).double(); e = s.square().cumsum(0)/s.square().sum().clamp(min=1e-300)
+            s = spectrum(W1.float() - W0.float()).double(); e = s.square().cumsum(0)/s.square().sum().clamp(min=1e-300)
             row |= dict(stable_rank=float(s.square().sum()/s[0]**2) if s[0] > 0 else 0., top=[float(e[min(i, len(e)) - 1]) for i in (1, 2, 4, 8, 16)], intruders=int(intruders(W0, W1, k, eps).sum()), looked=min(k, *W0.shape))
         rows.append(row)
     other = [dict(name=n, block=at.get(n, (None,))[0], part=at.get(n, (None, 'other'))[1], numbers=sum(p.numel() for p in d.parameters()), site=d.site) for n, d in att.deltas.items() if d.site != 'weight']
     return dict(summed(rows), weights=[r for r in rows if r['moved']], elsewhere=other, blocks=1 + max((b for b, *_ in at.values() if b is not None), default=-1), matrices=dict(looked=len(chosen), of=len(square), k=k, eps=eps), map=heat(rows))
+
+def _sizes(W0, W1) -> dict:
+    "How many numbers moved, and the lengths of change and base; a slice at a time: an embedding is the largest tensor of all"
+    parts = [(int((b != a).sum()), float((b.float() - a.float()).norm())**2, float(a.float().norm())**2) for a, b in zip(W0.split(2048), W1.split(2048))]
+    return dict(moved=sum(m for m, *_ in parts), length=math.sqrt(sum(l for _, l, _ in parts)), base=math.sqrt(sum(b for *_, b in parts)))
 
 def _all_weights(att):
     "(name, base, tuned) of every weight of the model, changed or not"
