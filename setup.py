@@ -26,5 +26,5 @@ setup(
     packages=find_packages(include=['ftlab', 'ftlab.*']), include_package_data=False,
     package_data={'ftlab': ['checkpoints/**', 'data/**', 'csrc/**']},
     exclude_package_data={'ftlab': ['**/state.safetensors', '**/*.tmp']},  # what a pretraining resumes from is no part of its model
-    install_requires=lines('requirements'), extras_require={k: lines(f'{k}_requirements') for k in ('dev', 'test', 'bench')},
+    install_requires=lines('requirements'), extras_require={k: lines(f'{k}_requirements') for k in ('dev', 'test', 'bench', 'docs')},
     entry_points={'console_scripts': lines('console_scripts'), 'nbdev': ['ftlab=ftlab._modidx:d']}, zip_safe=False, **native())

@@ -1,0 +1,59 @@
+"""Build the site: `make docs`. With Quarto where it is on the path, else with Sphinx; both read `_proc` and `_quarto.yml`.
+
+    python docs/build.py [--out _docs] [--sphinx] [--fresh]
+"""
+import argparse, json, re, shutil, subprocess, sys, time
+from pathlib import Path
+from nav import ROOT, heading, sections, website
+from entries import process, stale
+
+def with_quarto(proc:Path, out:Path):
+    subprocess.run(['quarto', 'render', str(proc), '--no-execute', '--output-dir', str(out)], check=True)
+
+def with_sphinx(proc:Path, out:Path):
+    "A warning is an error: a link that leads nowhere, a page outside the navigation, a notebook that cannot be read"
+    from sphinx.cmd.build import main
+    if main(['-c', str(ROOT/'docs'), '-d', str(proc/'.doctrees'), '-q', '-W', '--keep-going', str(proc), str(out)]): sys.exit('the site is not whole: see the warnings above')
+    for left in ('.buildinfo', 'objects.inv'): (out/left).unlink(missing_ok=True)
+    (out/'_sources').is_dir() and (out/'_sources').rmdir()
+
+def text(notebook:Path) -> str:
+    "A notebook as plain Markdown: its prose, its code, and what the code gave where that is text"
+    out = []
+    for c in json.loads(notebook.read_text(encoding='utf-8'))['cells']:
+        source = ''.join(c['source']).strip(); code = re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip()
+        if c['cell_type'] == 'markdown': out.append(source)
+        elif c['cell_type'] == 'code' and code and not re.search(r'^#\| *(hide|default_exp)', source, re.M):
+            if 'echo: false' not in source: out.append(f'```python\n{code}\n```')
+            for o in c.get('outputs', []):
+                data = o.get('data', {}); plain = ''.join(o.get('text', data.get('text/plain', '')))
+                out.append(''.join(data['text/markdown']) if 'text/markdown' in data else f'```\n{plain.rstrip()}\n```' if plain.strip() else '')
+    return '\n\n'.join(filter(None, out)) + '\n'
+
+def extras(out:Path, nbs:Path=ROOT/'nbs'):
+    "Beside every page its notebook and its text; llms.txt, which lists the texts"
+    site, lines = website(), [f'# {website()["title"]}', '', f'> {heading(nbs/"index.ipynb")[1]}']
+    for name, pages in sections():
+        lines += ['', f'## {name or "Start"}', '']
+        for p in pages:
+            title, about = heading(nbs/p); lines.append(f'- [{title}]({site.get("site-url", "")}{p.removesuffix(".ipynb")}.html.md)' + (f': {about}' if about else ''))
+            (out/p).parent.mkdir(parents=True, exist_ok=True); shutil.copyfile(nbs/p, out/p); (out/p).with_suffix('.html.md').write_text(text(nbs/p), encoding='utf-8')
+    (out/'llms.txt').write_text('\n'.join(lines) + '\n', encoding='utf-8')
+
+def weigh(out:Path) -> str:
+    "Total size and the three largest pages"
+    size = {p.relative_to(out).as_posix(): p.stat().st_size for p in out.rglob('*') if p.is_file()}
+    top = sorted((p for p in size if p.endswith('.html')), key=size.get)[:-4:-1]
+    return f'{sum(size.values())/2**20:.1f} MB in {len(size)} files; the largest pages: ' + ', '.join(f'{p} {size[p]/1024:.0f} kB' for p in top)
+
+def build(out:Path, quarto:bool=bool(shutil.which('quarto')), fresh:bool=False) -> str:
+    "Build the site at `out`; what was built, in how many seconds, and how much it weighs"
+    t = time.perf_counter(); fresh = fresh or stale(ROOT/'_proc'); proc = process(fresh); made = time.perf_counter() - t
+    if fresh: shutil.rmtree(out, ignore_errors=True); shutil.rmtree(proc/'.doctrees', ignore_errors=True)
+    (with_quarto if quarto else with_sphinx)(proc, out); extras(out)
+    return f'{out/"index.html"}: {"Quarto" if quarto else "Sphinx"}, {time.perf_counter() - t:.0f} s ({made:.0f} s of them to process notebooks); {weigh(out)}'
+
+if __name__ == '__main__':
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument('--out', type=Path, default=ROOT/'_docs'); p.add_argument('--sphinx', action='store_true', help='not Quarto, even where it is'); p.add_argument('--fresh', action='store_true', help='without the caches')
+    a = p.parse_args(); print(build(a.out.resolve(), not a.sphinx and bool(shutil.which('quarto')), a.fresh))

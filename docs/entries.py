@@ -1,0 +1,100 @@
+"""The notebooks as a site shows them: nbdev's processing, with three differences.
+
+- Lesson cells are never run. nbdev runs every cell that imports something; here an entry is made from the exported module, and only
+  cells marked `#| exec_doc` run, so that what they show (verdicts, contents) is never older than the site.
+- An entry has the signature, the docstring, a table of the parameters, and the source below a fold: no repository need be reachable.
+- Names and files are linked inside the site, and nothing of a page's first text is lost.
+"""
+import importlib, inspect, os, re, shutil
+from collections import Counter
+from functools import lru_cache
+from pathlib import Path
+import nbdev.serve
+from execnb.shell import CaptureShell
+from fastcore.docments import DocmentTbl, MarkdownRenderer
+from fastcore.nbio import mk_cell
+from nbdev.processors import FilterDefaults, Processor, _get_nm, _is_showdoc, add_links, exec_show_docs
+from nbdev.showdoc import show_doc
+from nav import ROOT
+
+class Entry(MarkdownRenderer):
+    "What `show_doc` shows of a function or class"
+    def _repr_markdown_(self):
+        table = DocmentTbl(self.sym)
+        for d in self.dm.dm.values(): d['docment'] = ''
+        lines, start = inspect.getsourcelines(self.sym); file = Path(inspect.getsourcefile(self.sym)).relative_to(ROOT).as_posix()
+        signature = re.sub('^def ', 'class ', str(self.dm)) if inspect.isclass(self.sym) else str(self.dm)
+        return '\n\n'.join(filter(None, [f'{"#"*self.title_level} {self.nm}', f'```python\n{signature}\n```', self.docs, str(table).replace('**Returns**', '*returns*') if table.has_docment else '',
+            f'<details class="source"><summary>Source: {file}, line {start}</summary>\n\n```python\n{"".join(lines).rstrip()}\n```\n\n</details>']))
+
+class split_title(Processor):
+    "nbdev takes the title and the description out of the first text, and drops the rest of it: the rest becomes a text of its own"
+    def begin(self):
+        first = next((i for i, c in enumerate(self.nb.cells) if c.cell_type == 'markdown'), None)
+        if first is None or not (head := re.match(r'# .*\n*(?:> .*)?', self.nb.cells[first].source)) or not (rest := self.nb.cells[first].source[head.end():].strip()): return
+        self.nb.cells[first].source = head[0]; self.nb.cells.insert(first + 1, mk_cell(rest, 'markdown'))
+
+class show_entries(Processor):
+    "Fill the cells that nbdev added for what a page exports, and run what asks for it"
+    def begin(self):
+        module = next((c.directives_['default_exp'] for c in self.nb.cells if c.cell_type == 'code' and 'default_exp' in c.directives_), None)
+        self.names = vars(importlib.import_module(f'ftlab.{module}')) if module else {}; self.shell, self.level = None, 2
+    def __call__(self, cell):
+        if cell.cell_type == 'markdown' and re.search('^## ', cell.source, re.M): self.level = 3  # no level is left out
+        if _is_showdoc(cell):
+            entry = show_doc(eval(_get_nm(cell.parsed_()[0]), dict(self.names)), renderer=Entry, title_level=self.level)
+            cell.outputs = [dict(output_type='display_data', metadata={}, data={'text/markdown': entry._repr_markdown_()})]
+        elif cell.cell_type == 'code' and 'exec_doc' in cell.directives_:
+            self.shell = self.shell or CaptureShell(); self.shell.cell(cell); cell.metadata.pop('execution', None)
+            if self.shell.exc: raise RuntimeError(f'a cell marked exec_doc failed:\n{cell.source}') from self.shell.exc
+
+@lru_cache(1)
+def homes() -> dict[str, str]:
+    "Where a name is explained, `trainers/loop.ipynb#fit`: names of one page alone that are no everyday words, and `ftlab.NAME`"
+    import ftlab
+    from ftlab._modidx import d
+    places = {f'{m}.{n}': page.replace('.html', '.ipynb') for m, syms in d['syms'].items() for full, (page, _) in syms.items() if '.' not in (n := full.removeprefix(f'{m}.')) and n[0] != '_'}
+    short = Counter(full.rpartition('.')[2] for full in places)
+    out = {n: p for full, p in places.items() if short[n := full.rpartition('.')[2]] == 1 and re.search('_|[a-z][A-Z]|^Recipe$', n)}
+    return out | {f'ftlab.{k}': p for k, (m, a) in ftlab._PUBLIC.items() if (p := places.get(f'{m}.{a}'))} | {f'ftlab.methods.{n}': p for full, p in places.items() if (n := full.rpartition('.')[2]) in ftlab.methods.names()}
+
+CODE = re.compile(r'(?<![`\[])`(\w[\w.]*)(\(\))?`(?![`\]])')
+ANCHOR = re.compile(r'(?:(?<=\()|(?<=\.ipynb))#[^)\s]+(?=\))')  # Jupyter's anchors have capitals, a site's have none
+OUTSIDE = re.compile(r'\]\(((?:\.\./)+)([A-Za-z][\w./-]*)(#[\w-]*)?\)')
+
+def linked(text:str, page:str) -> str:
+    "Prose of `page` with known names linked, and files from outside nbs/ linked as copies in `top/`"
+    here, up = Path(page).parent, '../'*page.count('/')
+    def name(m):
+        file, _, anchor = homes().get(m[1], '').partition('#')
+        return f'[`{m[1]}{m[2] or ""}`]({os.path.relpath(file, here)}#{anchor})' if file and file != page else m[0]
+    def outside(m): return f']({up}top/{m[2]}{m[3] or ""})' if len(m[1])//3 > page.count('/') else m[0]
+    parts = re.split(r'(^```.*?^```|^#.*$|\[[^\]]*\]\([^)]*\))', text, flags=re.M | re.S)  # odd ones: code, headings, links
+    text = OUTSIDE.sub(outside, ''.join(p if i % 2 else CODE.sub(name, p) for i, p in enumerate(parts)))
+    return ANCHOR.sub(lambda m: m[0].lower(), text)
+
+class link(Processor):
+    "See `linked`; keys that only nbdev knows go, as notebooks must not have them"
+    def __call__(self, cell):
+        cell.pop('has_sd', None); page = Path(self.nb.path_).resolve().relative_to(ROOT/'nbs').as_posix()
+        if cell.cell_type == 'markdown': cell.source = linked(cell.source, page)
+        for o in cell.get('outputs', []):
+            if 'text/markdown' in o.get('data', {}): o['data']['text/markdown'] = linked(''.join(o['data']['text/markdown']), page)
+
+class Processing(FilterDefaults):
+    def base_procs(self): return [split_title] + [show_entries if p is exec_show_docs else p for p in super().base_procs() if p is not add_links] + [link]
+
+def stale(proc:Path) -> bool:
+    "Has anything changed that every page depends on?"
+    shared = [ROOT/'_quarto.yml', ROOT/'settings.ini', *(p for p in (ROOT/'docs').rglob('*') if p.suffix in ('.py', '.html', '.css', '.js'))]
+    return not proc.exists() or max(p.stat().st_mtime for p in shared) > proc.stat().st_mtime
+
+def process(force:bool=False) -> Path:
+    "The processed notebooks, in `_proc`: those that changed since the last time, and those that ask to be run"
+    os.chdir(ROOT); nbdev.serve.FilterDefaults = Processing; proc, outside = ROOT/'_proc', set()
+    for page in (ROOT/'nbs').rglob('*.ipynb'):
+        text = page.read_text(encoding='utf-8'); outside |= {file for _, file, _ in OUTSIDE.findall(text) if (ROOT/file).is_file() and not (ROOT/'nbs'/file).exists()}
+        if '"#| exec_doc' in text: (proc/page.relative_to(ROOT/'nbs')).unlink(missing_ok=True)
+    nbdev.serve.proc_nbs(n_workers=0, force=force or stale(proc))
+    for file in outside: (to := proc/'top'/file).parent.mkdir(parents=True, exist_ok=True); shutil.copy2(ROOT/file, to)
+    return proc

@@ -1,0 +1,93 @@
+"""The course in a real JupyterLab, in a real browser: the start page, a chapter, an exercise, the quiz.
+
+Needs Playwright (`pip install playwright`) and a Chromium, found on the path, in CHROMIUM, or installed by `playwright install chromium`."""
+import json, os, re, shutil, signal, socket, subprocess, sys, time
+from pathlib import Path
+import pytest
+from pages import copy_project
+
+api = pytest.importorskip('playwright.sync_api', reason='Playwright is not installed')
+CHROMIUM = os.environ.get('CHROMIUM') or next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+TOKEN, SLOW = 'a-token-of-the-test', 120_000  # milliseconds: the machine may be busy
+
+def notebook(*cells:str) -> str:
+    code = [dict(cell_type='code', id=f'c{i}', metadata={}, outputs=[], execution_count=None, source=c) for i, c in enumerate(cells)]
+    return json.dumps(dict(cells=code, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')), nbformat=4, nbformat_minor=5))
+
+@pytest.fixture(scope='module')
+def lab(tmp_path_factory):
+    "JupyterLab as `ftlab lab` starts it, on a copy of the project, behind a token, without a screen, and with its first port taken: (address, folder, what it said)"
+    tmp = tmp_path_factory.mktemp('lab with a space'); root = copy_project(tmp/'project')
+    (root/'nbs'/'course'/'try.ipynb').write_text(notebook("import ftlab\nftlab.chapter('first_light')",
+        'def forgetting(before, after):\n    return sum(after[s] - before[s] for s in before)/len(before)\n\nftlab.check(forgetting)',
+        'def forgetting(before, after):\n    return sum(before[s] - after[s] for s in before)/len(before)\n\nftlab.check(forgetting)'))
+    env = {k: v for k, v in os.environ.items() if k not in ('DISPLAY', 'WAYLAND_DISPLAY', 'JPY_SESSION_NAME')}
+    env |= dict(PYTHONPATH=str(root), FTLAB_HOME=str(tmp/'home'), JUPYTER_TOKEN=TOKEN, JUPYTER_RUNTIME_DIR=str(tmp/'runtime'), JUPYTER_DATA_DIR=str(tmp/'data'),
+                JUPYTER_CONFIG_DIR=str(tmp/'config'), HF_HUB_OFFLINE='1', OMP_NUM_THREADS='1')
+    with socket.socket() as taken, open(tmp/'log', 'w') as log:
+        taken.bind(('127.0.0.1', 0)); taken.listen(); port = taken.getsockname()[1]
+        code = f"import sys; from ftlab.cli import main; sys.exit(main(['lab', '--port', '{port}']))"
+        process = subprocess.Popen([sys.executable, '-c', code], cwd=root, env=env, stdout=log, stderr=log, start_new_session=True)
+        try: yield address(process, tmp/'log'), root, tmp/'log'
+        finally: os.killpg(process.pid, signal.SIGKILL); process.wait()
+
+def address(process, log:Path) -> str:
+    end = time.time() + SLOW/1000
+    while time.time() < end and process.poll() is None:
+        if found := re.search(r'http://127\.0\.0\.1:\d+/', log.read_text()): return found[0]
+        time.sleep(.3)
+    pytest.fail(f'JupyterLab did not start:\n{log.read_text()[-2000:]}')
+
+@pytest.fixture(scope='module')
+def browser():
+    with api.sync_playwright() as p:
+        try: b = p.chromium.launch(executable_path=CHROMIUM, args=['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking'])
+        except api.Error as e: pytest.skip(f'no Chromium: {str(e).splitlines()[0]}')
+        yield b
+        b.close()
+
+@pytest.fixture
+def page(browser, lab):
+    page = browser.new_page(viewport=dict(width=1200, height=900)); page.set_default_timeout(SLOW); page.errors, page.remote = [], []
+    page.on('pageerror', lambda e: page.errors.append(str(e)))
+    page.on('request', lambda r: page.remote.append(r.url) if r.url.startswith('http') and not r.url.startswith(lab[0]) else None)
+    yield page
+    page.close()
+
+def opened(page, lab, path:str=''):
+    page.goto(f'{lab[0]}{path}?token={TOKEN}' + '&reset'*bool(path), wait_until='domcontentloaded')
+
+def run_all(page):
+    page.wait_for_selector('.jp-Notebook .jp-Cell'); page.wait_for_selector('#jp-main-statusbar :text("| Idle")')  # before the kernel is there JupyterLab would ask for one
+    page.click('.lm-MenuBar-itemLabel:text-is("Run")'); page.click('.lm-Menu-itemLabel:text-is("Run All Cells")')
+
+def test_a_taken_port_and_no_screen_are_told_and_survived(lab):
+    said = lab[2].read_text()
+    assert re.search(r'ftlab: port \d+ is taken; using \d+', said) and lab[0].split(':')[-1].strip('/') == re.search(r'using (\d+)', said)[1]
+
+def test_it_opens_on_the_start_page_and_goes_to_a_chapter(page, lab):
+    opened(page, lab); page.wait_for_selector('.jp-MarkdownViewer h1')
+    assert 'Begin with First light' in page.inner_text('.jp-MarkdownViewer') and page.locator('.jp-MarkdownViewer table').count() == 2
+    page.wait_for_function("document.querySelector('.jp-MarkdownViewer img')?.naturalWidth > 0")
+    page.locator('.jp-MarkdownViewer a', has_text='First light').first.click(); page.wait_for_selector('.jp-Notebook .jp-Cell')
+    page.wait_for_function("location.pathname.endsWith('/nbs/course/first_light.ipynb')")
+    assert not page.errors and not page.remote
+
+def test_an_exercise_answers_and_the_start_page_remembers(page, lab):
+    opened(page, lab, 'lab/tree/nbs/course/try.ipynb'); run_all(page); page.wait_for_selector('.jp-OutputArea-output:has-text("Right:")')
+    said = page.locator('.jp-Notebook .jp-OutputArea-output').all_inner_texts()
+    assert 'Chapter 1 of' in said[0] and 'Not yet: forgetting. ' in said[1] and 'The sign is turned round' not in said[2]
+    opened(page, lab, 'lab/tree/start.md'); page.wait_for_selector('.jp-MarkdownViewer h1')
+    assert 'Continue with First light: 3 exercises, 1 solved' in page.inner_text('.jp-MarkdownViewer')
+    page.reload(wait_until='domcontentloaded'); page.wait_for_selector('.jp-MarkdownViewer h1')
+    assert '1 of 3' in page.inner_text('.jp-MarkdownViewer')
+
+def test_the_quiz_says_where_to_begin(page, lab):
+    from ftlab.map import CHAPTERS, QUIZ
+    opened(page, lab, 'lab/tree/nbs/course/start.ipynb'); run_all(page); page.wait_for_selector('.widget-radio-box input')
+    assert page.locator('.widget-radio-box').count() == len(QUIZ)
+    for i, q in enumerate(QUIZ):
+        pick = q.options[0] if i < 1 else q.options[1]
+        page.locator('.widget-radio-box').nth(i).locator('label', has_text=pick).click()
+    page.wait_for_selector(f'.widget-html:has-text("Begin with {CHAPTERS[1].label}")')
+    assert not page.errors and not page.remote

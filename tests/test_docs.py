@@ -1,0 +1,88 @@
+"The site: what `_quarto.yml` lists, what a page becomes, and what either generator must find. tests/browser/test_site.py opens the built site"
+import json, re, shutil, subprocess, sys
+from pathlib import Path
+import pytest
+import yaml
+from pages import NBS, ROOT, cells, ordered, pages
+
+sys.path.insert(0, str(ROOT/'docs'))
+import build, entries, nav
+
+@pytest.fixture(scope='module')
+def processed(tmp_path_factory):
+    "A few pages as `_proc` holds them: a method's, one with mathematics, a chapter, and the two that run when the site is built"
+    from fastcore.nbio import read_nb, write_nb
+    out = tmp_path_factory.mktemp('proc')
+    for page in ('adapters/half.ipynb', 'adapters/lowrank.ipynb', 'course/first_light.ipynb', 'contents.ipynb', 'index.ipynb'):
+        nb = read_nb(NBS/page); entries.Processing()(nb); (out/page).parent.mkdir(exist_ok=True); write_nb(nb, out/page)
+    return out
+
+def said(notebook:Path) -> str: return '\n'.join(''.join(c['source']) + ''.join(''.join(o.get('data', {}).get('text/markdown', '')) for o in c.get('outputs', [])) for c in json.loads(notebook.read_text())['cells'])
+
+def test_the_navigation_is_quartos():
+    "The order that the tests know, the sections that we build, and the file that Quarto reads, are one"
+    assert nav.pages() == ordered() and sorted(nav.pages()) == pages()
+    raw = yaml.safe_load((NBS/'_quarto.yml').read_text())['website']['sidebar']['contents']
+    assert [(o['section'], o['contents']) for o in raw if isinstance(o, dict)] == [(n, ps) for n, ps in nav.sections() if n]
+    conf = subprocess.run([sys.executable, '-c', 'import conf; print("\\n".join(conf.toctrees()))'], cwd=ROOT/'docs', capture_output=True, text=True)
+    if 'No module named' in conf.stderr: pytest.skip('Sphinx is not installed: make docs installs it')
+    assert re.findall(r'^(?![:`])(\S.*)$', conf.stdout, re.M) == [p.removesuffix('.ipynb') for p in nav.pages() if p != 'index.ipynb'], conf.stderr
+    assert re.findall(r':caption: (.+)', conf.stdout) == [n for n, _ in nav.sections() if n]
+
+def test_a_deeper_navigation_is_refused(tmp_path):
+    (tmp_path/'_quarto.yml').write_text('website: {title: x, sidebar: {contents: [{section: A, contents: [{section: B, contents: [c.ipynb]}]}]}}')
+    with pytest.raises(ValueError, match="section 'A'"): nav.sections(tmp_path)
+
+def test_every_page_has_a_title_and_a_description():
+    assert not (bare := [p for p in pages() if not nav.heading(NBS/p)[1]]), f'no "> description" below the title: {bare}'
+
+def test_an_entry_has_signature_parameters_and_source(processed):
+    text = said(processed/'adapters'/'half.ipynb')
+    assert '### hft' in text and 'ratio:float=0.5' in text and '| ratio | float | 0.5 | the share of each category that moves |' in text
+    assert re.search(r'<summary>Source: ftlab/adapters/half.py, line \d+</summary>', text) and '/blob/' not in text
+
+def test_nothing_of_the_first_text_is_lost(processed):
+    "nbdev alone drops what stands below the description"
+    first = next(c['source'] for c in cells('course/first_light.ipynb') if c['cell_type'] == 'markdown'); last = first.strip().splitlines()[-1]
+    assert len(last) > 40 and last[:40] in said(processed/'course'/'first_light.ipynb')
+
+def test_no_lesson_cell_runs_when_the_site_is_built(processed):
+    "Stored results stay as they are, byte for byte"
+    stored = [c['outputs'] for c in cells('course/first_light.ipynb') if c['cell_type'] == 'code' and c['outputs']]
+    kept = [c['outputs'] for c in json.loads((processed/'course'/'first_light.ipynb').read_text())['cells'] if c.get('outputs')]
+    flat = lambda outs: [''.join(o.get('text', '')) or ''.join(o.get('data', {}).get('text/plain', '')) for os in outs for o in os]
+    assert flat(kept) and set(flat(kept)) <= set(flat(stored))
+
+@pytest.mark.parametrize('text, linked', [
+    ('see `load_delta`', 'see [`load_delta`](../adapters/delta.ipynb#load_delta)'), ('`ftlab.fit(x)` and `ftlab.fit`', '`ftlab.fit(x)` and [`ftlab.fit`](loop.ipynb#fit)'),
+    ('a `step` of `full`', 'a `step` of `full`'), ('[`load_delta`](x.ipynb)', '[`load_delta`](x.ipynb)'), ('## `load_delta`', '## `load_delta`'), ('```\n`load_delta`\n```', '```\n`load_delta`\n```'),
+    ('[l](../../LICENSE)', '[l](../top/LICENSE)'), ('[l](../index.ipynb)', '[l](../index.ipynb)'), ('[l](step.ipynb#Several-Processes)', '[l](step.ipynb#several-processes)')])
+def test_links(text, linked): assert entries.linked(text, 'trainers/step.ipynb') == linked
+
+def test_contents_are_made_from_the_navigation(processed):
+    text = said(processed/'contents.ipynb')
+    assert not (left := [p for _, ps in nav.sections() if _ for p in ps if f']({p})' not in text]), left
+
+def test_the_processed_pages_convert_with_pandoc(processed):
+    "As Quarto would: without a warning"
+    try: import pypandoc; pandoc = pypandoc.get_pandoc_path()
+    except (ImportError, OSError): pandoc = shutil.which('pandoc')
+    if not pandoc: pytest.skip('no pandoc: pip install pypandoc_binary')
+    for page in sorted(processed.rglob('*.ipynb')):
+        r = subprocess.run([pandoc, '-f', 'ipynb', '-t', 'html', '--mathml', '--fail-if-warnings', str(page)], capture_output=True, text=True)
+        assert r.returncode == 0 and not r.stderr, f'{page.name}: {r.stderr}'
+
+def test_notebooks_beside_pages_and_llms_txt(tmp_path):
+    build.extras(tmp_path)
+    listed = re.findall(r'\]\((.+?)\)', (tmp_path/'llms.txt').read_text())
+    assert [p.removesuffix('.html.md') + '.ipynb' for p in listed] == nav.pages() and all((tmp_path/p).exists() for p in listed)
+    assert (tmp_path/'adapters'/'half.ipynb').read_bytes() == (NBS/'adapters'/'half.ipynb').read_bytes() and 'def hft' not in (tmp_path/'adapters'/'half.html.md').read_text()[:50]
+
+def test_the_glossary_knows_every_noun():
+    terms = re.findall(r'^### (.+)$', '\n'.join(c['source'] for c in cells('glossary.ipynb')), re.M)
+    assert terms == [t.lower() for t in terms], 'Jupyter, Quarto and Sphinx agree on the anchors of lower case only'
+    assert len(terms) == len(set(terms)) and {'recipe', 'select', 'delta', 'edit', 'source', 'objective', 'step', 'loop', 'decode', 'probe', 'gain', 'forgetting', 'verdict', 'scope', 'budget'} <= set(terms)
+
+def test_the_citation_names_this_version():
+    version = re.search(r'^version *= *(\S+)', (ROOT/'settings.ini').read_text(), re.M)[1]
+    cff = yaml.safe_load((ROOT/'CITATION.cff').read_text()); assert cff['version'] == version and cff['title'] and cff['authors'] and cff['license'] == 'Apache-2.0'
