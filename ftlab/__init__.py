@@ -14,7 +14,8 @@ _PUBLIC = dict(
     fit=('ftlab.trainers.loop', 'fit'), Run=('ftlab.trainers.loop', 'Run'),
     compare=('ftlab.comparison', 'compare'), methods=('ftlab.methods', None),
     report=('ftlab.reporting', 'report'), Report=('ftlab.reporting', 'Report'), doctor=('ftlab.diagnosis', 'doctor'),
-    papers=('ftlab.papers', None), claims=('ftlab.claims', None))
+    papers=('ftlab.papers', None), claims=('ftlab.claims', None),
+    start=('ftlab.map', 'start'), chapter=('ftlab.map', 'chapter'), exercise=('ftlab.exercises', 'exercise'), check=('ftlab.exercises', 'check'))
 
 __all__ = sorted(_PUBLIC)
 
