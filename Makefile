@@ -7,7 +7,7 @@ PYTHON ?= python3
 PORT   ?= 8888
 EXTRAS ?= test
 TORCH  ?= $(shell sed -n 's/^ *\(torch[<>=~!].*\)$$/\1/p' settings.ini)
-PAGE   ?= nbs/course/first_light.ipynb
+PAGE   ?=
 VENV   := .venv
 PY     := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts/python.exe,bin/python)
 
@@ -15,33 +15,36 @@ PY     := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts/python.exe,bin/python)
 export OMP_WAIT_POLICY := passive
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# Where there is no screen to open a browser on, say so to Jupyter; and it refuses to run as root unless told
-JUPYTER_FLAGS = --port=$(PORT) $(shell [ "$$(uname)" != Linux ] || [ -n "$$DISPLAY$$WAYLAND_DISPLAY" ] || echo --no-browser) \
-                $(shell [ "$$(id -u)" != 0 ] || echo --allow-root)
-
-.PHONY: help lab test claims readme lab-models clean FORCE
+.PHONY: help lab test claims docs readme lab-models clean FORCE
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n '1,4s/^# //p' Makefile
 	@echo 'make claims      run the claims that have no evidence, or stale evidence (about ten minutes each; JOBS=2 for two at a time)'
+	@echo 'make docs        the site, into _docs/: open _docs/index.html (with Quarto where it is on the path, else with Sphinx; half a minute)'
 	@echo 'make readme      README.md from nbs/index.ipynb'
 	@echo 'make lab-models  pretrain the lab models again, into runs/ (hours; the shipped ones are frozen)'
 	@echo 'make clean       remove .venv and what building leaves behind'
 
 lab: $(VENV)/installed-dev
-	$(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/$(PAGE) $(JUPYTER_FLAGS)
+	$(PY) -c "import sys; from ftlab.cli import main; sys.exit(main(['lab', '--port', '$(PORT)', *'$(PAGE)'.split()]))"
 
-# Both halves always run, so that one call tells everything that is wrong
+# Both halves always run, so that one call tells everything that is wrong; each process has one thread, and a file's tests share a process
 test: export HF_HUB_OFFLINE := 1
+test: export OMP_NUM_THREADS := 1
 test: $(VENV)/installed-$(EXTRAS)
-	@$(PY) -m pytest; tests=$$?; $(PY) tests/run_notebooks.py; pages=$$?; exit $$((tests || pages))
+	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile; tests=$$?; $(PY) tests/run_notebooks.py; pages=$$?; exit $$((tests || pages))
 
 # Finished seeds are kept in runs/claims: a stopped call goes on where it was
 claims: export OMP_NUM_THREADS := 1
 claims: export HF_HUB_OFFLINE := 1
 claims: $(VENV)/installed-dev
 	$(PY) -c "import sys; from ftlab.cli import main; sys.exit(main(['claims', 'run', '--jobs', '$(or $(JOBS),1)']))"
+
+# From the file system, without a server; a link that leads nowhere, or a page outside _quarto.yml, is an error
+docs: export HF_HUB_OFFLINE := 1
+docs: $(VENV)/installed-docs
+	$(PY) docs/build.py
 
 readme: $(VENV)/installed-dev
 	$(PY) tests/readme.py

@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 import torch
 import ftlab
 from .adapters.delta import write_atomically
@@ -21,8 +22,8 @@ from .trainers.loop import fit
 from .verdicts import DEFAULTS, SCOPES, VERDICTS, Claim, bare, code_hash, contrast, own_source, read_claim, verdict
 
 # %% auto #0
-__all__ = ['arms_of', 'Ground', 'ground_of', 'workplace', 'Looks', 'measured', 'train_arm', 'run_seed', 'own_code', 'core_code',
-           'status', 'script_of', 'Kept', 'run_claim', 'named_claim', 'assemble_claim', 'again', 'explain',
+__all__ = ['arms_of', 'workplace', 'Ground', 'ground_of', 'Looks', 'train_arm', 'measured', 'run_seed', 'own_code', 'core_code',
+           'status', 'named_claim', 'script_of', 'Kept', 'run_claim', 'assemble_claim', 'again', 'explain',
            'run_claims']
 
 # %% ../nbs/claims.ipynb #000513be
@@ -37,16 +38,25 @@ def arms_of(claim:Claim) -> dict[str, dict]:
     if len({len(a['grid']) for a in out.values()}) > 1: raise ValueError(f'{claim.path.name}: every arm needs as many learning rates as the others')
     return out
 
+def workplace() -> Path:
+    "Where finished parts of claims are kept until the whole is done"
+    return Path(os.environ.get('FTLAB_RUNS', claims_folder().parent/'runs' if claims_folder() else 'ftlab-runs'))/'claims'
+
+# %% ../nbs/claims.ipynb #000713be
 class Ground(Bench):
     "The bench of a claim: each seed draws its own questions, as many as the claim asks for"
     def data(self, seed):
-        if seed not in (drawn := self.__dict__.setdefault('drawn', {})):
-            d = super().data(seed); drawn[seed] = replace(d, test=WORLD.rows(self.skill, self.items, 'test', seed)) if self.skill and self.items > len(d.test) else d
+        drawn = self.__dict__.setdefault('drawn', {})
+        if seed not in drawn:
+            d = super().data(seed); more = self.skill and self.items > len(d.test)
+            drawn[seed] = replace(d, test=WORLD.rows(self.skill, self.items, 'test', seed)) if more else d
         return drawn[seed]
+
     def before(self, seed, recipe=None):
         "Measured once for all claims on the same ground"
         if recipe is not None and recipe.decode is not None: return super().before(seed, recipe)
-        path = workplace()/'before'/f'{_digest([self.print_of(seed), self.data(seed).fingerprint, self.old_names, self.items, self.old_items, self.validation_items, str(self.metric), seed])}.json'
+        sizes = [self.items, self.old_items, self.validation_items]
+        path = workplace()/'before'/f'{_digest([self.print_of(seed), self.data(seed).fingerprint, self.old_names, *sizes, str(self.metric), seed])}.json'
         if (seed, None) not in self._before and path.exists(): self._before[seed, None] = json.loads(path.read_text())
         found = super().before(seed, recipe)
         if not path.exists() and 'features' not in found: write_atomically(path, lambda p: p.write_text(json.dumps(found)))
@@ -54,35 +64,27 @@ class Ground(Bench):
 
 def ground_of(claim:Claim) -> Ground:
     "The ground of a claim: model (`name@revision`), data, sizes"
-    s = DEFAULTS | claim.spec; model, _, revision = s['model'].partition('@')
-    return Ground(model, s['data'], items=s['items'], old_items=s['old_items'], validation_items=s['validation_items'], steps=s['steps'], revision=revision or None, budget=s.get('budget'), progress=False, batch_size=s['batch_size'], **s.get('settings', {}))
+    s = DEFAULTS | claim.spec; model, _, revision = s['model'].partition('@'); sizes = ('items', 'old_items', 'validation_items', 'steps', 'batch_size')
+    return Ground(model, s['data'], revision=revision or None, budget=s.get('budget'), progress=False, **{k: s[k] for k in sizes}, **s.get('settings', {}))
 
-def workplace() -> Path:
-    "Where finished parts of claims are kept until the whole is done"
-    return Path(os.environ.get('FTLAB_RUNS', claims_folder().parent/'runs' if claims_folder() else 'ftlab-runs'))/'claims'
-
-# %% ../nbs/claims.ipynb #000713be
+# %% ../nbs/claims.ipynb #000913be
 class Looks:
     "At every look: the validation gain, and a copy of the model"
     def __init__(self, n:int, gain:Callable): self.n, self.gain, self.path, self.copies = n, gain, [], []
     def after_step(self, state):
         if state.step % self.n and state.step != state.steps: return
         training = state.model.training; state.model.eval()
-        with torch.no_grad(), torch.random.fork_rng(): self.path.append(dict(step=state.step, gain=self.gain(state))); self.copies.append(copy.deepcopy(state.model))
+        with torch.no_grad(), torch.random.fork_rng(): self.path.append(dict(step=state.step, gain=self.gain(state)))
+        self.copies.append(copy.deepcopy(state.model))
         state.model.train(training)
 
-@torch.no_grad()
-def measured(bench:Bench, model, tok, data, seed, before, base, decode=None) -> dict:
-    "Gain, forgetting, KL to the base on the new task, NLL of its answers: all on test questions"
-    old = bench.kept(model, tok, seed, data, decode); kl = bench.drifted(base, model, tok, seed, data)
-    return dict(gain=bench.gained(model, tok, data, 'test', decode) - before['test'], forgetting=fmean(before['old'][k] - v for k, v in old.items()) if old else kl,
-                kl=kl, nll=nll(model, tok, data.test[:bench.items], data.kind, data.labels, bench.max_length))
-
 def train_arm(bench, arm, rate, seed, looks=0, steps=None):
-    "One arm at one rate: the run, and what the looks saw"
-    (model, tok), data, steps = bench.base(seed), bench.data(seed), steps or arm['steps']; recipe = arm['recipe']
-    learners = {}; decode = _decoder(recipe, bench.base(seed)[0], learners); before = bench.before(seed, recipe)
-    def gain(state): learners.update({n: state.models[n] for n in recipe.learners}); return bench.gained(state.model, tok, data, 'validation', decode) - before['validation']
+    "One arm at one rate: the run, what the looks saw, and the recipe's own way to draw answers"
+    (model, tok), data, recipe, steps = bench.base(seed), bench.data(seed), arm['recipe'], steps or arm['steps']
+    learners = {}; decode = _decoder(recipe, bench.base(seed)[0], learners); before = bench.before(seed, recipe)['validation']
+    def gain(state):
+        learners.update({n: state.models[n] for n in recipe.learners})
+        return bench.gained(state.model, tok, data, 'validation', decode) - before
     see = Looks(max(1, steps//looks), gain) if looks and not (recipe.edit or recipe.stages) else None
     calls = ((Budget(bench.budget),) if bench.budget else ()) + ((see,) if see else ())
     run = fit(model, tok, data, recipe, steps=steps, lr=rate, seed=seed, callbacks=calls, progress=False, **bench.settings)
@@ -90,25 +92,44 @@ def train_arm(bench, arm, rate, seed, looks=0, steps=None):
     if see is None: see = Looks(1, gain); see.path, see.copies = [dict(step=len(run.log), gain=gain(run))], [run.model]
     return run, see, decode
 
+# %% ../nbs/claims.ipynb #000b13be
+@torch.no_grad()
+def measured(bench:Bench, model, tok, data, seed, before, base, decode=None) -> dict:
+    "Gain, forgetting, KL to the base on the new task, NLL of its answers: all on test questions"
+    old = bench.kept(model, tok, seed, data, decode); kl = bench.drifted(base, model, tok, seed, data)
+    lost = fmean(before['old'][k] - v for k, v in old.items()) if old else kl
+    return dict(gain=bench.gained(model, tok, data, 'test', decode) - before['test'], forgetting=lost, kl=kl,
+                nll=nll(model, tok, data.test[:bench.items], data.kind, data.labels, bench.max_length))
+
+def _broken(bench, before, e, seconds) -> dict:
+    "The worst score there is, at matched gain too"
+    lost = max(0., fmean(before['old'].values())) if before['old'] else bench.farthest
+    worst = _crashed(bench, before, f'{type(e).__name__}: {e}', seconds, 'test')
+    return worst | dict(kl=bench.farthest, gain_matched=0., forgetting_matched=lost, kl_matched=bench.farthest)
+
 def run_seed(bench:Bench, arms:Mapping[str, dict], rates:Mapping[str, float], seed:int, looks:int=8) -> dict:
     "{arm: numbers} of one seed: gain, forgetting, kl, nll at the last step, and gain_matched, forgetting_matched, kl_matched where all arms have learned alike"
     done, cells, base, data = {}, {}, bench.base(seed)[0], bench.data(seed)
+    ask = lambda name, model: measured(bench, model, done[name].tok, data, seed, done[name].before, base, done[name].decode)
     for name, arm in arms.items():
         before, t = bench.before(seed, arm['recipe']), time.process_time()
         try:
-            run, see, decode = train_arm(bench, arm, rates[name], seed, looks)
-            cells[name] = measured(bench, run.model, run.tok, data, seed, before, base, decode) | dict(seconds=time.process_time() - t, tokens=run.cost['tokens'], trainable=run.cost['trainable'], saved_bytes=run.delta.nbytes, path=see.path, error=None)
-            done[name] = (run.tok, see, decode, before)
+            run, see, decode = train_arm(bench, arm, rates[name], seed, looks); done[name] = SimpleNamespace(tok=run.tok, see=see, decode=decode, before=before)
+            cells[name] = ask(name, run.model) | dict(seconds=time.process_time() - t, tokens=run.cost['tokens'], trainable=run.cost['trainable'],
+                                                      saved_bytes=run.delta.nbytes, path=see.path, error=None)
         except (ValueError, TypeError, KeyError, OSError): raise # wrong input is not a result
-        except Exception as e: cells[name] = _crashed(bench, before, f'{type(e).__name__}: {e}', time.process_time() - t, 'test') | dict(kl=bench.farthest, gain_matched=0., forgetting_matched=max(0., fmean(before['old'].values())) if before['old'] else bench.farthest, kl_matched=bench.farthest)
-    target = target_gain([see.path for _, see, *_ in done.values()])
-    for name, (tok, see, decode, before) in done.items():
-        i = next((i for i, row in enumerate(see.path) if target is not None and row['gain'] >= target), None); c = cells[name]
-        last = i is None or i == len(see.path) - 1; at = {k: c[k] for k in ('gain', 'forgetting', 'kl')} if last else measured(bench, see.copies[i], tok, data, seed, before, base, decode)
-        c |= {f'{k}_matched': at[k] for k in ('gain', 'forgetting', 'kl')} | dict(matched_at=None if i is None else see.path[i]['step'])
+        except Exception as e: done.pop(name, None); cells[name] = _broken(bench, before, e, time.process_time() - t)
+    target = target_gain([d.see.path for d in done.values()])
+    for name, d in done.items(): cells[name] |= _at_matched_gain(d.see, target, cells[name], lambda model: ask(name, model)) # noqa: B023
     return cells
 
-# %% ../nbs/claims.ipynb #000c13be
+def _at_matched_gain(see:Looks, target:float|None, last:dict, ask:Callable) -> dict:
+    "What the copy at the first look that reaches the target answers; the end, where that is it or where none does"
+    i = next((i for i, row in enumerate(see.path) if target is not None and row['gain'] >= target), None)
+    at = last if i is None or i == len(see.path) - 1 else ask(see.copies[i])
+    return {f'{k}_matched': at[k] for k in ('gain', 'forgetting', 'kl')} | dict(matched_at=None if i is None else see.path[i]['step'])
+
+# %% ../nbs/claims.ipynb #001013be
 def own_code(claim:Claim) -> str:
     "The hash of the paper's own definitions and of the experiment; the sentence counts, the `why` does not"
     mine, texts = {}, []
@@ -123,7 +144,8 @@ def _source(module) -> str: return Path(importlib.import_module(module).__file__
 
 def core_code() -> str:
     "The hash of the whole package"
-    root = Path(ftlab.__file__).parent; return code_hash(*(bare(p.read_text(encoding='utf-8')) for p in sorted(root.rglob('*.py')) if p.name != '_modidx.py'))
+    files = (p for p in sorted(Path(ftlab.__file__).parent.rglob('*.py')) if p.name != '_modidx.py')
+    return code_hash(*(bare(p.read_text(encoding='utf-8')) for p in files))
 
 def status(claim:Claim) -> str:
     "'missing', 'stale' (the paper's code or the experiment changed), 'core changed' or 'current'"
@@ -131,58 +153,45 @@ def status(claim:Claim) -> str:
     r = json.loads(claim.result.read_text())
     return 'stale' if r['code'] != own_code(claim) else 'core changed' if r['core'] != core_code() else 'current'
 
-def script_of(claim:Claim):
-    "The module of a claim's script"
-    spec = importlib.util.spec_from_file_location(f'claim_{claim.name}', claim.script); m = importlib.util.module_from_spec(spec); sys.modules[spec.name] = m; spec.loader.exec_module(m); return m
-
-class Kept:
-    "Parts of a claim that are finished, as JSON files"
-    def __init__(self, folder:Path): self.folder = folder
-    def __call__(self, name:str, make:Callable):
-        path = self.folder/f'{name}.json'
-        if path.exists(): return json.loads(path.read_text())
-        found = make(); write_atomically(path, lambda p: p.write_text(json.dumps(found, allow_nan=False, default=float))); return json.loads(path.read_text())
-
-def run_claim(claim:Claim|str,         # a claim, or its name
-              say:Callable=lambda s: None, # is told what was finished
-              keep:bool=True           # go on from what is finished
-             ) -> dict:                # the result, also written to claims/results
-    "Tune, run every seed, apply the rule, write the result. Raises `ValueError` for a claim that cannot be run; a run that breaks down counts as the worst score."
-    claim = claim if isinstance(claim, Claim) else named_claim(claim); t, code = time.process_time(), own_code(claim)
-    kept = Kept(workplace()/f'{claim.name}-{code}') if keep else lambda name, make: make(); script = script_of(claim) if claim.script else None
-    seeds, spec = claim.spec['seeds'], claim.spec; cells, tuning, spent = {}, {}, 0.
-    if spec.get('contrast'):
-        one, tuning = _script_seed(claim, script, kept) if claim.runs else _recipe_seed(claim, kept, say)
-        for s in seeds:
-            def timed(s=s): t = time.process_time(); found = one(s); return dict(arms=found, seconds=time.process_time() - t)
-            cells[s] = kept(f'seed-{s}', timed); say(f'{claim.name}: seed {s}: ' + '; '.join(f'{a} ' + ', '.join(f'{k} {v:.3f}' for k, v in c.items() if k in _shown(spec) and isinstance(v, (int, float))) for a, c in cells[s]['arms'].items()))
-    result = assemble_claim(claim, cells, tuning, {k: bool(v) for k, v in script.identities().items()} if hasattr(script, 'identities') else {})
-    result |= dict(code=code, core=core_code(), versions=versions(), seconds=sum(c['seconds'] for c in cells.values()) + (time.process_time() - t if not cells else 0) + _tuning_seconds(tuning))
-    claim.result.parent.mkdir(exist_ok=True); write_atomically(claim.result, lambda p: p.write_text(json.dumps(result, indent=1, allow_nan=False) + '\n'))
-    return result
-
-def _shown(spec): return {c['metric'] for c in spec['contrast']}
-def _tuning_seconds(tuning): return tuning.get('seconds', 0.) if isinstance(tuning, Mapping) else 0.
-
+# %% ../nbs/claims.ipynb #001213be
 def named_claim(name:str) -> Claim:
     "The claim called `name`; raises `ValueError` offering those there are"
     if claims_folder() is None: raise ValueError('the claims are in the repository, not in the installed package; clone it and run there')
     if not (p := claims_folder()/f'{name}.toml').exists(): raise ValueError(f'no claim is called {name!r}; there are: {", ".join(c.name for c in claims())}')
     return read_claim(p)
 
-# %% ../nbs/claims.ipynb #000d13be
+def script_of(claim:Claim):
+    "The module of a claim's script"
+    spec = importlib.util.spec_from_file_location(f'claim_{claim.name}', claim.script); m = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = m; spec.loader.exec_module(m); return m
+
+class Kept:
+    "Parts of a claim that are finished, as JSON files: `kept(name, make)` reads the part, or makes it"
+    def __init__(self, folder:Path): self.folder = folder
+    def __call__(self, name:str, make:Callable):
+        path = self.folder/f'{name}.json'
+        if path.exists(): return json.loads(path.read_text())
+        found = make(); write_atomically(path, lambda p: p.write_text(json.dumps(found, allow_nan=False, default=float)))
+        return json.loads(path.read_text())
+
+# %% ../nbs/claims.ipynb #001413be
 def _recipe_seed(claim, kept, say):
     "How a seed is run where the arms are Recipes, and how they were tuned"
     arms, bench = arms_of(claim), ground_of(claim); outside = tuning_seed(claim.spec['seeds']); t = time.process_time()
     def score(name, rate):
-        def gain():
-            try: run, see, _ = train_arm(bench, arms[name], rate, outside); return see.path[-1]['gain'] if math.isfinite(see.path[-1]['gain']) else -1.
-            except (ValueError, TypeError, KeyError, OSError): raise
-            except Exception: return -1. # it broke down: as bad a rate as any
-        g = kept(f'tune-{name}-{rate:g}', gain); say(f'{claim.name}: {name} at {rate:g}: validation gain {g:.3f}'); return g
-    chosen = kept('tuning', lambda: dict(seed=outside, arms=tune(score, {n: a['grid'] for n, a in arms.items()}), seconds=time.process_time() - t))
-    rates = {n: chosen['arms'][n]['rate'] for n in arms}
-    return lambda seed: run_seed(bench, arms, rates, seed, DEFAULTS['looks'] if 'looks' not in claim.spec else claim.spec['looks']), chosen
+        g = kept(f'tune-{name}-{rate:g}', lambda: _tuning_gain(bench, arms[name], rate, outside))
+        say(f'{claim.name}: {name} at {rate:g}: validation gain {g:.3f}'); return g
+    grids = {n: a['grid'] for n, a in arms.items()}
+    chosen = kept('tuning', lambda: dict(seed=outside, arms=tune(score, grids), seconds=time.process_time() - t))
+    rates = {n: chosen['arms'][n]['rate'] for n in arms}; looks = claim.spec.get('looks', DEFAULTS['looks'])
+    return lambda seed: run_seed(bench, arms, rates, seed, looks), chosen
+
+def _tuning_gain(bench, arm, rate, seed) -> float:
+    "The validation gain at the end; a rate at which the run breaks down is as bad as any"
+    try: gain = train_arm(bench, arm, rate, seed)[1].path[-1]['gain']
+    except (ValueError, TypeError, KeyError, OSError): raise
+    except Exception: return -1.
+    return gain if math.isfinite(gain) else -1.
 
 def _script_seed(claim, script, kept):
     "How a seed is run where a script runs the experiment; the arms of a run that broke down are empty"
@@ -193,52 +202,100 @@ def _script_seed(claim, script, kept):
         except Exception as e: traceback.print_exc(); return {'error': dict(what=f'{type(e).__name__}: {e}')}
     return one, tuned
 
+# %% ../nbs/claims.ipynb #001613be
+def run_claim(claim:Claim|str,         # a claim, or its name
+              say:Callable=lambda s: None, # is told what was finished
+              keep:bool=True           # go on from what is finished
+             ) -> dict:                # the result, also written to claims/results
+    """Tune, run every seed, apply the rule, write the result.
+
+    Raises `ValueError` for a claim that cannot be run. A run that breaks down counts as the worst score."""
+    claim = claim if isinstance(claim, Claim) else named_claim(claim); t, code = time.process_time(), own_code(claim)
+    kept = Kept(workplace()/f'{claim.name}-{code}') if keep else lambda name, make: make()
+    script = script_of(claim) if claim.script else None; cells, tuning = {}, {}
+    if claim.spec.get('contrast'): cells, tuning = _all_seeds(claim, script, kept, say)
+    identities = {k: bool(v) for k, v in script.identities().items()} if hasattr(script, 'identities') else {}
+    result = assemble_claim(claim, cells, tuning, identities)
+    seconds = sum(c['seconds'] for c in cells.values()) + tuning.get('seconds', 0.) if cells else time.process_time() - t
+    result |= dict(code=code, core=core_code(), versions=versions(), seconds=seconds)
+    claim.result.parent.mkdir(exist_ok=True); write_atomically(claim.result, lambda p: p.write_text(json.dumps(result, indent=1, allow_nan=False) + '\n'))
+    return result
+
+def _all_seeds(claim, script, kept, say) -> tuple[dict, dict]:
+    "{seed: its arms and seconds}, and the tuning"
+    one, tuning = _script_seed(claim, script, kept) if claim.runs else _recipe_seed(claim, kept, say); cells = {}
+    def timed(seed): t = time.process_time(); found = one(seed); return dict(arms=found, seconds=time.process_time() - t)
+    for s in claim.spec['seeds']: cells[s] = kept(f'seed-{s}', lambda: timed(s)); say(f'{claim.name}: seed {s}: {_line(claim, cells[s]["arms"])}') # noqa: B023
+    return cells, tuning
+
+def _line(claim, arms) -> str:
+    "The numbers that the contrasts look at, of each arm"
+    shown = {c['metric'] for c in claim.spec['contrast']}
+    return '; '.join(f'{a} ' + ', '.join(f'{k} {v:.3f}' for k, v in c.items() if k in shown and isinstance(v, (int, float))) for a, c in arms.items())
+
+# %% ../nbs/claims.ipynb #001813be
 def assemble_claim(claim:Claim, cells:Mapping[int, dict], tuning:Mapping, identities:Mapping[str, bool]) -> dict:
     "The result file's numbers and verdict, from the cells of the seeds"
-    spec, seeds = claim.spec, claim.spec['seeds']; of = lambda s, arm, metric: float(arm) if isinstance(arm, (int, float)) else float(cells[s]['arms'][arm][metric])
-    def side(c, which, s):
-        if 'error' in cells[s]['arms']: return float(c['worst']) if which == 'treatment' else 0.
-        return of(s, c[which], c['metric'])
-    contrasts = [dict(name=c['name'], kind=c['kind'], margin=c['margin'], metric=c['metric'], arms=[c['treatment'], c['baseline']], treatment=[side(c, 'treatment', s) for s in seeds], baseline=[side(c, 'baseline', s) for s in seeds],
-                      higher_is_better=c.get('higher_is_better', True)) for c in spec.get('contrast', ())]
-    controls = [_control(c, cells, seeds) for c in spec.get('control', ())]
-    if unmatched := [f'{a}, seed {s}' for s in cells for a, x in cells[s]['arms'].items() if isinstance(x, dict) and 'matched_at' in x and x['matched_at'] is None]:
-        if any(c['metric'].endswith('_matched') for c in contrasts): controls.append(dict(name='every arm learned something, so that there was a gain to match', ok=False, values=unmatched))
-    ids = [dict(name=k, passed=v) for k, v in identities.items()]; ok = all(c['ok'] for c in controls)
-    out = dict(claim=claim.name, paper=spec['paper'], sentence=spec['sentence'], contrasts=contrasts, controls=controls, controls_ok=ok, identities=ids, seeds=seeds, scope=spec['scope'], tuning=tuning)
-    return out | dict(verdict=verdict(out), cells={str(s): {a: _small(x) for a, x in c['arms'].items()} for s, c in cells.items()}, seed_seconds={str(s): round(c['seconds'], 1) for s, c in cells.items()})
+    spec, seeds = claim.spec, claim.spec['seeds']; sides = ('treatment', 'baseline')
+    contrasts = [dict({k: c[k] for k in ('name', 'kind', 'margin', 'metric')}, arms=[c[w] for w in sides], higher_is_better=c.get('higher_is_better', True),
+                      **{w: [_side(c, w, cells[s]['arms']) for s in seeds] for w in sides}) for c in spec.get('contrast', ())]
+    controls = [_control(c, cells, seeds) for c in spec.get('control', ())] + _was_matched(contrasts, cells)
+    ids = [dict(name=k, passed=v) for k, v in identities.items()]
+    out = dict(claim=claim.name, paper=spec['paper'], sentence=spec['sentence'], contrasts=contrasts, controls=controls,
+               controls_ok=all(c['ok'] for c in controls), identities=ids, seeds=seeds, scope=spec['scope'], tuning=tuning)
+    small = {str(s): {a: _small(x) for a, x in c['arms'].items()} for s, c in cells.items()}
+    return out | dict(verdict=verdict(out), cells=small, seed_seconds={str(s): round(c['seconds'], 1) for s, c in cells.items()})
 
-def _small(x): return {k: round(v, 6) if isinstance(v, float) else v for k, v in x.items() if k != 'old'} if isinstance(x, Mapping) else x
+def _side(contrast, which, arms) -> float:
+    "One side of a contrast in one seed; of a run that broke down the treatment is the worst there is, and the baseline 0"
+    if 'error' in arms: return float(contrast['worst']) if which == 'treatment' else 0.
+    side = contrast[which]
+    return float(side) if isinstance(side, (int, float)) else float(arms[side][contrast['metric']])
 
 def _control(c, cells, seeds) -> dict:
-    "A control holds if its mean over the seeds does"
     values = [cells[s]['arms'].get(c['arm'], {}).get(c['metric']) for s in seeds]
     mean = fmean(values) if None not in values else math.nan; ok = mean >= c.get('at_least', -math.inf) and mean <= c.get('at_most', math.inf)
     return dict(name=c['name'], ok=ok, values=values, at_least=c.get('at_least'), at_most=c.get('at_most'))
 
-# %% ../nbs/claims.ipynb #001213be
-def again(name:str, seed:int|None=None) -> list[dict]:
-    "Run one seed of a finished claim anew, at its stored learning rates: stored and new effect of each contrast, and whether they differ by more than the margin"
-    claim = named_claim(name); r = json.loads(claim.result.read_text()); seed = r['seeds'][0] if seed is None else seed; i = r['seeds'].index(seed); fresh = lambda n, make: r['tuning'] if n == 'tuning' else make()
-    one, _ = _script_seed(claim, script_of(claim), fresh) if claim.runs else _recipe_seed(claim, fresh, lambda s: None)
-    new = _effects(claim, one(seed))
-    return [dict(name=c['name'], margin=c['margin'], stored=c['treatment'][i] - c['baseline'][i], new=e, same=abs(c['treatment'][i] - c['baseline'][i] - e) <= c['margin']) for c, e in zip(r['contrasts'], new)]
+def _was_matched(contrasts, cells) -> list[dict]:
+    "A failed control where some arm never reached a gain to match, and a contrast needs one"
+    looked = [(a, s, x['matched_at']) for s, c in cells.items() for a, x in c['arms'].items() if isinstance(x, dict) and 'matched_at' in x]
+    without = [f'{a}, seed {s}' for a, s, at in looked if at is None]
+    if not without or not any(c['metric'].endswith('_matched') for c in contrasts): return []
+    return [dict(name='every arm learned something, so that there was a gain to match', ok=False, values=without)]
 
-def _effects(claim, arms) -> list[float]:
-    "Treatment minus baseline of each contrast"
-    of = lambda a, m: float(a) if isinstance(a, (int, float)) else float(arms[a][m])
-    return [of(c['treatment'], c['metric']) - of(c['baseline'], c['metric']) for c in claim.spec['contrast']]
+def _small(x): return {k: round(v, 6) if isinstance(v, float) else v for k, v in x.items() if k != 'old'} if isinstance(x, Mapping) else x
+
+# %% ../nbs/claims.ipynb #001d13be
+def again(name:str, seed:int|None=None) -> list[dict]:
+    "Run one seed of a finished claim anew, at its stored learning rates: stored and new effect of each contrast, and whether they agree to within the margin"
+    claim = named_claim(name); r = json.loads(claim.result.read_text()); seed = r['seeds'][0] if seed is None else seed; i = r['seeds'].index(seed)
+    fresh = lambda n, make: r['tuning'] if n == 'tuning' else make()
+    one, _ = _script_seed(claim, script_of(claim), fresh) if claim.runs else _recipe_seed(claim, fresh, lambda s: None)
+    arms, out = one(seed), []
+    for c, want in zip(r['contrasts'], claim.spec['contrast']):
+        stored, new = c['treatment'][i] - c['baseline'][i], _side(want, 'treatment', arms) - _side(want, 'baseline', arms)
+        out.append(dict(name=c['name'], margin=c['margin'], stored=stored, new=new, same=abs(stored - new) <= c['margin']))
+    return out
 
 def explain(name:str) -> str:
     "A claim in words: the sentence, how it was tested, what came out and what that means"
     c = named_claim(name); s = c.spec; lines = [s['paper'], '', s['sentence'], '', f'Why so: {s["why"]}', '']
-    lines += [f'Arms: {a}: {x if isinstance(x, str) else x["recipe"]}' for a, x in s.get('arms', {}).items()] + [f'Seeds {", ".join(map(str, s["seeds"]))}; scope {s["scope"]}: {SCOPES[s["scope"]]}.']
+    lines += [f'Arms: {a}: {x if isinstance(x, str) else x["recipe"]}' for a, x in s.get('arms', {}).items()]
+    lines.append(f'Seeds {", ".join(map(str, s["seeds"]))}; scope {s["scope"]}: {SCOPES[s["scope"]]}.')
     if not c.result.exists(): return '\n'.join(lines + ['', f'Not yet run: ftlab claims run {name}'])
-    r = json.loads(c.result.read_text())
-    for k in r['contrasts']: f = contrast(k); lines.append(f'{k["name"]}: effect {f["mean"]:+.3f} [{f["low"]:+.3f}, {f["high"]:+.3f}], {"must lie within ±" if k["kind"] == "equivalence" else "must lie above "}{k["margin"]:g}: {f["verdict"]}')
-    lines += [f'control, {k["name"]}: {"passed" if k["ok"] else "FAILED"}' for k in r['controls']] + [f'identity, {k["name"]}: {"passed" if k["passed"] else "FAILED"}' for k in r['identities']]
-    return '\n'.join(lines + ['', f'{verdict(r)}: {VERDICTS[verdict(r)]} ({status(c)}; {r["seconds"]/60:.1f} minutes)'])
+    r = json.loads(c.result.read_text()); v = verdict(r)
+    return '\n'.join([*lines, *_outcome(r), '', f'{v}: {VERDICTS[v]} ({status(c)}; {r["seconds"]/60:.1f} minutes)'])
 
+def _outcome(r:dict) -> list[str]:
+    "What each contrast, control and identity of a result says"
+    def must(k): return f'must lie within ±{k["margin"]:g}' if k['kind'] == 'equivalence' else f'must lie above {k["margin"]:g}'
+    effects = [(k, contrast(k)) for k in r['contrasts']]
+    return ([f'{k["name"]}: effect {f["mean"]:+.3f} [{f["low"]:+.3f}, {f["high"]:+.3f}], {must(k)}: {f["verdict"]}' for k, f in effects]
+            + [f'control, {k["name"]}: {"passed" if k["ok"] else "FAILED"}' for k in r['controls']]
+            + [f'identity, {k["name"]}: {"passed" if k["passed"] else "FAILED"}' for k in r['identities']])
+
+# %% ../nbs/claims.ipynb #001f13be
 def run_claims(names:list[str]|None=None, jobs:int=1, everything:bool=False, say:Callable=print) -> dict[str, str]:
     "Run the claims that are missing or stale (`everything`: all; or those named), `jobs` at a time; {name: verdict, or what went wrong}"
     todo = [named_claim(n) for n in names] if names else [c for c in claims() if everything or status(c) in ('missing', 'stale')]; out = {}
@@ -246,7 +303,8 @@ def run_claims(names:list[str]|None=None, jobs:int=1, everything:bool=False, say
         for c in todo: out[c.name] = _one(c.name); say(f'{c.name}: {out[c.name]}')
         return out
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context('spawn')) as pool:
-        for f in as_completed(jobs_ := {pool.submit(_one, c.name): c.name for c in todo}): out[jobs_[f]] = f.result(); say(f'{jobs_[f]}: {out[jobs_[f]]}')
+        running = {pool.submit(_one, c.name): c.name for c in todo}
+        for f in as_completed(running): out[running[f]] = f.result(); say(f'{running[f]}: {out[running[f]]}')
     return out
 
 def _one(name) -> str:

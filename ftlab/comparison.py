@@ -25,9 +25,10 @@ from .trainers.loop import Every, PeakMemory, SwitchedOff, fit
 from .trainers.objective import priced
 
 # %% auto #0
-__all__ = ['METRICS', 'SEED_KEYS', 'COLORS', 'MARKS', 'PAGE', 'interval', 'target_gain', 'matched', 'best_rate', 'next_rate',
-           'tune', 'metric_for', 'score', 'worst', 'is_lab', 'old_skills', 'features', 'kl_to_base', 'Watch', 'Budget',
-           'Bench', 'run_cell', 'assemble', 'versions', 'Comparison', 'reading', 'in_words', 'plan', 'tuning_seed',
+__all__ = ['METRICS', 'SEED_KEYS', 'COLORS', 'MARKS', 'MEANT', 'PAGE', 'interval', 'target_gain', 'matched', 'best_rate',
+           'next_rate', 'tune', 'metric_for', 'score', 'worst', 'is_lab', 'old_skills', 'features', 'kl_to_base',
+           'Watch', 'Budget', 'Base', 'taught', 'forgetting_is', 'Bench', 'run_cell', 'Trial', 'assemble', 'versions',
+           'titles', 'table_of', 'picture', 'reading', 'in_words', 'Comparison', 'plan', 'tuning_seed', 'run_cells',
            'compare']
 
 # %% ../nbs/comparison.ipynb #0005c6d6
@@ -71,7 +72,8 @@ def tune(score:Callable,   # (name, rate) -> score on validation data, higher is
         ) -> dict[str, dict]: # name -> rate, tried (rate and score, in order), at_edge
     "Choose a rate for every arm, with equal effort for each; raises `ValueError` if the grids differ in size"
     sizes = {n: len(set(g)) for n, g in grids.items()}
-    if len(set(sizes.values())) > 1: raise ValueError(f'every method must get the same number of learning rates; there are {", ".join(f"{k} for {n}" for n, k in sizes.items())}')
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f'every method must get the same number of learning rates; there are {", ".join(f"{k} for {n}" for n, k in sizes.items())}')
     tried = {n: {r: score(n, r) for r in sorted(set(g))} for n, g in grids.items()}
     at_edge = lambda t: len(t) > 1 and best_rate(t) in (min(t), max(t))
     for _ in range(extend):
@@ -85,10 +87,12 @@ METRICS = ('exact', 'accuracy', 'nll')
 def metric_for(data:Data, metric:str|Callable|None=None) -> str|Callable:
     "The metric that fits the data, or the one asked for if it can be had; raises `ValueError` if not"
     if callable(metric): return metric
-    if metric is not None and metric not in METRICS: raise ValueError(f'metric is {metric!r}; it must be {", ".join(METRICS)}, or a function (model, tok, rows) -> number, higher is better')
-    if data.kind == 'label' and metric == 'exact' or data.kind != 'text' and metric == 'exact' or data.kind != 'label' and metric == 'accuracy':
+    if metric is not None and metric not in METRICS:
+        raise ValueError(f'metric is {metric!r}; it must be {", ".join(METRICS)}, or a function (model, tok, rows) -> number, higher is better')
+    if metric == 'exact' and data.kind != 'text' or metric == 'accuracy' and data.kind != 'label':
         raise ValueError(f'metric {metric!r} does not fit data of kind {data.kind!r}: exact needs prompt and response, accuracy needs labels')
-    of_lab = data.kind == 'text' and all(r.get('skill') in SKILLS for r in data.test)
+    known = data.test or data.validation or data.train # a set of old questions may have no test rows of its own
+    of_lab = data.kind == 'text' and bool(known) and all(r.get('skill') in SKILLS for r in known)
     return metric or ('accuracy' if data.kind == 'label' else 'exact' if of_lab else 'nll')
 
 def score(metric, model, tok, rows:list[dict], data:Data, max_length:int|None=None, decode=None) -> float:
@@ -149,121 +153,191 @@ class Budget:
     def __init__(self, tokens:int): self.tokens = tokens
     def after_step(self, state): state.steps = state.step if state.tokens >= self.tokens else state.steps
 
-# %% ../nbs/comparison.ipynb #0015c6d6
+# %% ../nbs/comparison.ipynb #0016c6d6
+class Base:
+    "The model that every cell begins at: `base(seed)` is a fresh copy, and the tokenizer"
+    def __init__(self, model,    # a name or folder as in `ftlab.load`, or (model, tok), which stays as it is
+                 labels=None,    # names of the labels of the data, if they have some
+                 revision=None, dtype=None, device=None): # as in `ftlab.load`; a model that was handed over stays on its own device by default
+        self.source, self.named, self.labels, self.revision, self.dtype = model, isinstance(model, (str, Path)), labels, revision, dtype
+        self.device, self._prints = find_device(device or ('cpu' if self.named else next(model[0].parameters()).device)), {}
+
+    def __call__(self, seed:int):
+        "A copy to be spoilt, and its tokenizer; for data with labels a fresh head drawn from the seed, where the model was given by name"
+        if not self.named: return copy.deepcopy(self.source[0]).to(self.device).eval(), self.source[1]
+        return load(self.source, revision=self.revision, dtype=self.dtype, device=self.device, labels=self.labels, seed=seed)
+
+    def fingerprint(self, seed:int) -> str:
+        "What tells this base from another; with a fresh head it depends on the seed"
+        s = seed if self.labels else 0
+        if s not in self._prints: self._prints[s] = _digest(identity(self(s)[0]))
+        return self._prints[s]
+
+def _digest(x) -> str: return hashlib.blake2s(json.dumps(x, sort_keys=True, default=str).encode(), digest_size=10).hexdigest()
+
+# %% ../nbs/comparison.ipynb #0019c6d6
+def taught(data:Data) -> str|None:
+    "The lab skill that all training rows belong to, so that a seed can draw its questions anew; `None` for other data"
+    return data.name if data.name in SKILLS and {r.get('skill') for r in data.train} == {data.name} else None
+
+def forgetting_is(data:Data, old:Data|None, tok) -> str:
+    "What stands for forgetting: the old data that are given, the old skills of a lab model, or else how far the model drifts"
+    if old is not None: return 'old data'
+    return 'drift (1 - CKA)' if data.kind == 'label' else 'old skills' if is_lab(tok) else 'drift (KL)'
+
+def _check_bench(data:Data, old:Data|None, steps:int, budget:int|None) -> None:
+    for s in ('validation', 'test'):
+        if not getattr(data, s): raise ValueError(f'{data.name} has no {s} row, and a comparison needs some; give more rows, or a {s} set of your own')
+    if steps < 1 or (budget is not None and budget < 1): raise ValueError(f'steps is {steps} and budget {budget}; both must be at least 1')
+    if old is not None and old.kind == 'label' and old.labels != data.labels:
+        raise ValueError(f'the old data {old.name} have other labels than {data.name}: one classifier cannot answer both; '
+                         'leave out old= and forgetting is measured as drift')
+
+# %% ../nbs/comparison.ipynb #001ac6d6
 class Bench:
-    "What all cells share, and how one is run"
-    def __init__(self, model, data, old=None, metric=None, *, items=400, old_items=100, validation_items=200, steps=200, tune_steps=None, evaluate_every=None, max_length=None,
-                 device=None, dtype=None, revision=None, budget=None, progress=True, keep=False, **settings): # as in `compare`; settings go to `fit`
-        self.source, self.revision, self.dtype, self.device = model, revision, dtype, find_device(device or ('cpu' if isinstance(model, (str, Path)) else next(model[0].parameters()).device))
+    "What all cells share: `base(seed)`, `data(seed)`, what the base could do `before(seed)`, and how a model is measured"
+    def __init__(self, model, data, old=None, metric=None, *, items=400, old_items=100, validation_items=200, steps=200, tune_steps=None,
+                 evaluate_every=None, max_length=None, device=None, dtype=None, revision=None, budget=None, progress=True, keep=False,
+                 **settings): # all as in `compare`; settings go to `fit`
         self.given = data if isinstance(data, Data) else as_data(data); self.old = old if old is None or isinstance(old, Data) else as_data(old)
-        self.skill = self.given.name if self.given.name in SKILLS and {r.get('skill') for r in self.given.train} == {self.given.name} else None
-        for s in ('validation', 'test'):
-            if not getattr(self.given, s): raise ValueError(f'{self.given.name} has no {s} row, and a comparison needs some; give more rows, or a {s} set of your own')
-        if steps < 1 or (budget is not None and budget < 1): raise ValueError(f'steps is {steps} and budget {budget}; both must be at least 1')
+        _check_bench(self.given, self.old, steps, budget)
         self.metric, self.items, self.old_items, self.validation_items = metric_for(self.given, metric), items, old_items, validation_items
         self.steps, self.tune_steps, self.every = steps, tune_steps or steps, evaluate_every or max(1, steps//8)
-        self.max_length, self.budget, self.progress, self.keep, self.settings = max_length, budget, progress, keep, settings
-        self._before, self._prints = {}, {}; probe, tok = self.base(0)
-        if self.old is not None and self.old.kind == 'label' and self.old.labels != self.given.labels: raise ValueError(f'the old data {self.old.name} have other labels than {self.given.name}: one classifier cannot answer both; leave out old= and forgetting is measured as drift')
-        self.how = 'old data' if self.old is not None else 'drift (1 - CKA)' if self.given.kind == 'label' else 'old skills' if is_lab(tok) else 'drift (KL)'
-        self.old_names, self.size = old_skills(self.given) if self.how == 'old skills' else [], sum(p.numel() for p in probe.parameters())
+        self.revision, self.dtype, self.max_length, self.budget, self.progress, self.keep = revision, dtype, max_length, budget, progress, keep
+        self.settings, self.skill, self._before = settings, taught(self.given), {}
+        self.base = Base(model, self.given.labels, revision, dtype, device); self.device = self.base.device
+        probe, tok = self.base(0); self.size, self.how = sum(p.numel() for p in probe.parameters()), forgetting_is(self.given, self.old, tok)
+        self.old_names = old_skills(self.given) if self.how == 'old skills' else []
         self.worst, self.worst_old = worst(self.metric, probe, self.given), worst(metric_for(self.old), probe, self.old) if self.old else 0.
         self.farthest = 1. if self.given.kind == 'label' else math.log(probe.config.vocab_size) # the drift of a model that knows nothing
-
-    def base(self, seed:int):
-        "The base and its tokenizer, a copy to be spoilt; for data with labels a fresh head drawn from the seed, where the model was given by name"
-        if not isinstance(self.source, (str, Path)): return copy.deepcopy(self.source[0]).to(self.device).eval(), self.source[1]
-        return load(self.source, revision=self.revision, dtype=self.dtype, device=self.device, labels=self.given.labels, seed=seed)
 
     def data(self, seed:int) -> Data:
         "The data of a seed: a lab skill draws its questions anew"
         return as_data(self.skill, seed=seed, n=len(self.given.train)) if self.skill else self.given
 
-    def print_of(self, seed:int) -> str:
-        "A fingerprint of the base"
-        s = seed if self.given.labels else 0
-        if s not in self._prints: self._prints[s] = _digest(identity(self.base(s)[0]))
-        return self._prints[s]
+    def print_of(self, seed:int) -> str: "A fingerprint of the base"; return self.base.fingerprint(seed)
+
+    def before(self, seed:int, recipe:Recipe|None=None) -> dict:
+        "What the base can do, measured once a seed (and once more for a recipe that draws answers its own way)"
+        own = recipe is not None and recipe.decode is not None and not recipe.learners # before training there is no learner to ask
+        key = (seed, recipe.name if own else None)
+        if key not in self._before: self._before[key] = _base_scores(self, seed, recipe if own else None)
+        return self._before[key]
 
     def gained(self, model, tok, data, split, decode=None) -> float:
-        rows = getattr(data, split)[:self.items if split == 'test' else self.validation_items]
-        return score(self.metric, model, tok, rows, data, self.max_length, decode)
+        "The metric on the rows of a split"
+        return _gained(self, model, tok, data, split, decode)
 
     def kept(self, model, tok, seed, data, decode=None) -> dict:
         "Scores on what the model could do before; empty where that is not known"
-        if self.how == 'old skills': return skills(model, self.old_items, names=self.old_names, tok=tok, seed=seed, decode=decode)
-        if self.old is None: return {}
-        rows = (self.old.test + self.old.validation + self.old.train)[:self.old_items]  # nothing here was trained on: all of it may be asked
-        return {self.old.name: score(metric_for(self.old), model, tok, rows, self.old, self.max_length, decode)}
+        return _kept(self, model, tok, seed, decode)
 
     def drifted(self, base, model, tok, seed, data) -> float:
         "How far the model is from the base: 1 - CKA for classifiers, else KL"
-        if data.kind == 'label': return 1 - cka(self.before(seed)['features'], features(model, tok, data.validation[:self.validation_items], data, self.max_length))
-        return kl_to_base(base, model, tok, data.test[:self.old_items], data, self.max_length)
+        return _drifted(self, base, model, tok, seed, data)
 
-    @torch.no_grad()
-    def before(self, seed:int, recipe:Recipe|None=None) -> dict:
-        "What the base can do, measured once a seed (and once more for a recipe that draws answers its own way)"
-        own = recipe is not None and recipe.decode is not None; key = (seed, recipe.name if own else None)
-        if key not in self._before:
-            model, tok = self.base(seed); data = self.data(seed); d = _decoder(recipe, model) if own else None
-            out = {s: self.gained(model, tok, data, s, d) for s in ('validation', 'test')} | dict(old=self.kept(model, tok, seed, data, d))
-            if data.kind == 'label': out['features'] = features(model, tok, data.validation[:self.validation_items], data, self.max_length)
-            self._before[key] = out
-        return self._before[key]
+# %% ../nbs/comparison.ipynb #001cc6d6
+def _gained(bench, model, tok, data, split, decode) -> float:
+    rows = getattr(data, split)[:bench.items if split == 'test' else bench.validation_items]
+    return score(bench.metric, model, tok, rows, data, bench.max_length, decode)
+
+def _kept(bench, model, tok, seed, decode) -> dict:
+    if bench.how == 'old skills': return skills(model, bench.old_items, names=bench.old_names, tok=tok, seed=seed, decode=decode)
+    if (old := bench.old) is None: return {}
+    rows = (old.test + old.validation + old.train)[:bench.old_items] # nothing here was trained on: all of it may be asked
+    return {old.name: score(metric_for(old), model, tok, rows, old, bench.max_length, decode)}
+
+def _drifted(bench, base, model, tok, seed, data) -> float:
+    if data.kind != 'label': return kl_to_base(base, model, tok, data.test[:bench.old_items], data, bench.max_length)
+    return 1 - cka(bench.before(seed)['features'], features(model, tok, data.validation[:bench.validation_items], data, bench.max_length))
+
+@torch.no_grad()
+def _base_scores(bench, seed, recipe) -> dict:
+    (model, tok), data = bench.base(seed), bench.data(seed); decode = _decoder(recipe, model)
+    out = {s: bench.gained(model, tok, data, s, decode) for s in ('validation', 'test')} | dict(old=bench.kept(model, tok, seed, data, decode))
+    if data.kind == 'label': out['features'] = features(model, tok, data.validation[:bench.validation_items], data, bench.max_length)
+    return out
 
 def _decoder(recipe, base, learners=None):
-    "The recipe's own way to draw answers, as a function (model, tok, prompts); `base` stays as it is, and `learners` holds what learned beside the model, once it does"
-    return None if recipe is None or recipe.decode is None else lambda model, tok, prompts, **kw: recipe.decode(dict(tuned=model, base=base, **(learners or {})), tok, prompts, **kw)
+    "The recipe's own way to draw answers, as a function (model, tok, prompts); `learners` is filled with what learned beside the model once that is known"
+    if recipe is None or recipe.decode is None: return None
+    return lambda model, tok, prompts, **kw: recipe.decode(dict(tuned=model, base=base, **(learners or {})), tok, prompts, **kw)
 
-def _digest(x) -> str: return hashlib.blake2s(json.dumps(x, sort_keys=True, default=str).encode(), digest_size=10).hexdigest()
-
-# %% ../nbs/comparison.ipynb #0017c6d6
+# %% ../nbs/comparison.ipynb #001ec6d6
 def run_cell(bench:Bench, recipe:Recipe, rate:float, seed:int, folder:Path, tuning:bool=False, resume:bool=True) -> dict:
     "The numbers of one method at one rate with one seed, from its file or by running it; `tuning` measures the validation gain alone"
-    steps = bench.tune_steps if tuning else bench.steps
-    key = dict(base=bench.print_of(seed), data=bench.data(seed).fingerprint, old=bench.old and bench.old.fingerprint, how=bench.how, recipe=recipe.describe(), rate=rate, seed=seed, tuning=tuning,
-               metric=_title(bench.metric), steps=steps, every=bench.every, items=[bench.items, bench.old_items, bench.validation_items], max_length=bench.max_length, budget=bench.budget,
-               dtype=str(bench.dtype), device=bench.device.type, settings=bench.settings)
-    path = folder/f'{_digest(key)}.json'
+    key = _key(bench, recipe, rate, seed, tuning); path = folder/f'{_digest(key)}.json'
     if resume and path.exists(): return json.loads(path.read_text())
     t = time.time(); before = bench.before(seed, recipe)
-    try: cell = _run(bench, recipe, rate, seed, steps, before, tuning, path)
+    try: cell = _run(bench, recipe, rate, seed, tuning, path.with_suffix('.safetensors'))
     # wrong input would be wrong for everyone; anything else is this method's own failure, and a result
     except (ValueError, TypeError, KeyError, OSError): raise
-    except Exception as e: cell = _crashed(bench, before, f'{type(e).__name__}: {" ".join(str(e).split())[:300]}', time.time() - t, 'validation' if tuning else 'test')
+    except Exception as e:
+        cell = _crashed(bench, before, f'{type(e).__name__}: {" ".join(str(e).split())[:300]}', time.time() - t, 'validation' if tuning else 'test')
     cell = dict(method=recipe.name, rate=rate, seed=seed, tuning=tuning, **cell, key=key)
     write_atomically(path, lambda p: p.write_text(json.dumps(cell, allow_nan=False)))
     return cell
 
-def _run(bench, recipe, rate, seed, steps, before, tuning, path) -> dict:
-    gc.collect(); _trim() # the last cell's model lives on in cycles
-    (model, tok), data = bench.base(seed), bench.data(seed)
-    frozen = copy.deepcopy(model) if recipe.decode or recipe.stages else None # no base is left inside a model that was folded between stages
-    learners = {}; decode, base = _decoder(recipe, frozen, learners), lambda att: frozen or SwitchedOff(att)
-    def look(state, att):
-        learners.update({n: state.models[n] for n in recipe.learners})
-        gain = bench.gained(state.model, tok, data, 'validation', decode) - before['validation']; old = bench.kept(state.model, tok, seed, data, decode)
-        lost = fmean(before['old'][k] - v for k, v in old.items()) if old else bench.drifted(base(att), state.model, tok, seed, data)
-        look.old = old; return dict(gain=gain, forgetting=lost)
-    watch = Watch(lambda state: look(state, state.attached), bench.device)
-    calls = (() if bench.budget is None else (Budget(bench.budget),)) + (() if tuning else (Every(bench.every, watch),))
-    run = fit(model, tok, data, recipe, steps=steps, lr=rate, seed=seed, max_length=bench.max_length, device=str(bench.device), callbacks=calls, progress=bench.progress, **bench.settings)
-    if run.interrupted: raise KeyboardInterrupt
-    learners.update(run.models)
-    if tuning: return _finite(dict(gain=bench.gained(run.model, tok, data, 'validation', decode) - before['validation'], error=None))
-    return _finite(_measured(bench, run, tok, data, seed, before, decode, look, base, watch, path.with_suffix('.safetensors')))
+def _key(bench, recipe, rate, seed, tuning) -> dict:
+    "All that determines a cell; its digest names the file"
+    return dict(base=bench.print_of(seed), data=bench.data(seed).fingerprint, old=bench.old and bench.old.fingerprint, how=bench.how, recipe=recipe.describe(),
+                rate=rate, seed=seed, tuning=tuning, metric=_title(bench.metric), steps=bench.tune_steps if tuning else bench.steps, every=bench.every,
+                items=[bench.items, bench.old_items, bench.validation_items], max_length=bench.max_length, budget=bench.budget,
+                dtype=str(bench.dtype), device=bench.device.type, settings=bench.settings)
 
+def _title(metric) -> str: return metric if isinstance(metric, str) else getattr(metric, '__name__', 'a function')
+
+def _run(bench, recipe, rate, seed, tuning, file) -> dict:
+    trial = Trial(bench, recipe, seed); run = trial.train(rate, bench.tune_steps if tuning else bench.steps, looks=not tuning)
+    return _finite(dict(gain=trial.gain(run.model, 'validation'), error=None) if tuning else _measured(trial, run, file))
+
+# %% ../nbs/comparison.ipynb #0020c6d6
+class Trial:
+    "One method with one seed, while it trains"
+    def __init__(self, bench:Bench, recipe:Recipe, seed:int):
+        gc.collect(); _trim() # the last cell's model lives on in cycles
+        self.bench, self.recipe, self.seed, self.before = bench, recipe, seed, bench.before(seed, recipe)
+        (self.model, self.tok), self.data, self.old, self.learners = bench.base(seed), bench.data(seed), {}, {}
+        self.frozen = copy.deepcopy(self.model) if recipe.decode or recipe.stages else None # no base is left inside a model that was folded between stages
+        self.decode = _decoder(recipe, self.frozen, self.learners)
+
+    def train(self, rate:float, steps:int, looks:bool=True):
+        "The finished run; raises `KeyboardInterrupt` if it was stopped by hand"
+        bench = self.bench; self.watch = Watch(lambda state: self.look(state, state.attached), bench.device)
+        calls = ((Budget(bench.budget),) if bench.budget is not None else ()) + ((Every(bench.every, self.watch),) if looks else ())
+        run = fit(self.model, self.tok, self.data, self.recipe, steps=steps, lr=rate, seed=self.seed, max_length=bench.max_length, device=str(bench.device),
+                  callbacks=calls, progress=bench.progress, **bench.settings)
+        if run.interrupted: raise KeyboardInterrupt
+        self.learners.update(run.models)
+        return run
+
+    def gain(self, model, split:str) -> float:
+        "After minus before"
+        return self.bench.gained(model, self.tok, self.data, split, self.decode) - self.before[split]
+
+    def drift(self, model, attached) -> float:
+        "From the base"
+        return self.bench.drifted(self.frozen or SwitchedOff(attached), model, self.tok, self.seed, self.data)
+
+    def look(self, seen, attached) -> dict: # seen: a state or a run, with model and models
+        "Gain on validation data, and what is forgotten"
+        self.learners.update({n: seen.models[n] for n in self.recipe.learners}); gain = self.gain(seen.model, 'validation')
+        self.old = self.bench.kept(seen.model, self.tok, self.seed, self.data, self.decode); was = self.before['old']
+        return dict(gain=gain, forgetting=fmean(was[k] - v for k, v in self.old.items()) if self.old else self.drift(seen.model, attached))
+
+# %% ../nbs/comparison.ipynb #0022c6d6
 @torch.no_grad()
-def _measured(bench, run, tok, data, seed, before, decode, look, base, watch, file) -> dict:
+def _measured(trial:Trial, run, file:Path) -> dict:
     "What is known of a finished run, on test data and of its cost"
-    att, path = run.delta.attached, list(run.path)
-    if run.recipe.edit is not None: path.append(dict(step=len(run.log), **look(run, att))) # an edit comes after the loop's last look
-    test = bench.gained(run.model, tok, data, 'test', decode); saved = run.delta.save(file)
+    bench, data, before, path, att = trial.bench, trial.data, trial.before, list(run.path), run.delta.attached
+    if run.recipe.edit is not None: path.append(dict(step=len(run.log), **trial.look(run, att))) # an edit comes after the loop's last look
+    after = bench.gained(run.model, trial.tok, data, 'test', trial.decode); saved = run.delta.save(file)
     if not bench.keep: file.unlink()
-    return dict(gain=test - before['test'], forgetting=path[-1]['forgetting'], nll=nll(run.model, tok, data.test[:bench.items], data.kind, data.labels, bench.max_length),
-        drift=bench.drifted(base(att), run.model, tok, seed, data), before=before['test'], after=test, old={k: dict(before=before['old'][k], after=v) for k, v in look.old.items()},
-        seconds=run.cost['seconds'] - watch.away, peak_bytes=watch.peak, tokens=run.cost['tokens'], trainable=run.cost['trainable'], head=run.cost['head'], saved_bytes=saved, path=path, error=None)
+    return dict(gain=after - before['test'], forgetting=path[-1]['forgetting'],
+        nll=nll(run.model, trial.tok, data.test[:bench.items], data.kind, data.labels, bench.max_length), drift=trial.drift(run.model, att),
+        before=before['test'], after=after, old={k: dict(before=before['old'][k], after=v) for k, v in trial.old.items()},
+        seconds=run.cost['seconds'] - trial.watch.away, peak_bytes=trial.watch.peak, tokens=run.cost['tokens'], trainable=run.cost['trainable'],
+        head=run.cost['head'], saved_bytes=saved, path=path, error=None)
 
 def _crashed(bench, before, error, seconds, split) -> dict:
     "A run that broke down: as good as a model that knows nothing"
@@ -277,19 +351,18 @@ def _finite(cell:dict) -> dict:
         if isinstance(v, float) and not math.isfinite(v): raise FloatingPointError(f'{k} is {v} after training')
     return cell
 
-def _title(metric) -> str: return metric if isinstance(metric, str) else getattr(metric, '__name__', 'a function')
-
-# %% ../nbs/comparison.ipynb #0019c6d6
-SEED_KEYS = ('seed', 'gain', 'forgetting', 'forgetting_matched', 'nll', 'drift', 'seconds', 'peak_bytes', 'trainable', 'saved_bytes', 'path', 'rate', 'head', 'tokens', 'before', 'after', 'old', 'error')
+# %% ../nbs/comparison.ipynb #0024c6d6
+SEED_KEYS = ('seed', 'gain', 'forgetting', 'forgetting_matched', 'nll', 'drift', 'seconds', 'peak_bytes', 'trainable', 'saved_bytes',
+             'path', 'rate', 'head', 'tokens', 'before', 'after', 'old', 'error')
 
 def assemble(arms:Mapping[str, tuple[dict, list[dict]]] # name -> (the recipe described, its cells, one a seed)
             ) -> list[dict]:
     "The methods of a result: per seed and as means with intervals, with forgetting at matched gain"
-    seeds = [c['seed'] for c in next(iter(arms.values()))[1]]
-    targets = {s: target_gain([c['path'] for _, cells in arms.values() for c in cells if c['seed'] == s and not c['error']]) for s in seeds}
+    seeds, cells = [c['seed'] for c in next(iter(arms.values()))[1]], [c for _, own in arms.values() for c in own]
+    targets = {s: target_gain([c['path'] for c in cells if c['seed'] == s and not c['error']]) for s in seeds}
     out = []
-    for name, (recipe, cells) in arms.items():
-        rows = [c | dict(forgetting_matched=c['forgetting'] if c['error'] else matched(c['path'], targets[c['seed']])) for c in cells]
+    for name, (recipe, own) in arms.items():
+        rows = [c | dict(forgetting_matched=c['forgetting'] if c['error'] else matched(c['path'], targets[c['seed']])) for c in own]
         out.append(dict(name=name, recipe=recipe, seeds=[{k: r[k] for k in SEED_KEYS} for r in rows],
                         **{k: interval([r[k] for r in rows]) for k in ('gain', 'forgetting', 'forgetting_matched')}))
     return out
@@ -299,10 +372,125 @@ def versions() -> dict[str, str]:
     def of(p):
         try: return importlib.metadata.version(p)
         except importlib.metadata.PackageNotFoundError: return 'not installed'
-    return dict(python=platform.python_version(), system=f'{platform.system()} {platform.machine()}') | dict(ftlab=__version__) | {p: of(p) for p in ('torch', 'transformers', 'accelerate', 'datasets')}
+    here = dict(python=platform.python_version(), system=f'{platform.system()} {platform.machine()}', ftlab=__version__)
+    return here | {p: of(p) for p in ('torch', 'transformers', 'accelerate', 'datasets')}
 
-# %% ../nbs/comparison.ipynb #001bc6d6
-COLORS, MARKS = ('#0072B2', '#D55E00', '#009E73', '#56B4E9', '#CC79A7', '#E69F00', '#000000'), 'osD^vPX' # Okabe and Ito's colours; the marks tell arms apart in grey print
+# %% ../nbs/comparison.ipynb #0026c6d6
+def titles(result:dict) -> dict[str, str]:
+    "What the columns of gain and forgetting are called: drift is not called forgetting"
+    how = result['protocol']['forgetting']; lost = how if how.startswith('drift') else 'forgetting'
+    return dict(gain='gain', forgetting=lost, forgetting_matched=f'{lost} at matched gain')
+
+def table_of(result:dict) -> pd.DataFrame:
+    "One row a method: means over seeds, intervals, and cost"
+    return pd.DataFrame([_row(m, titles(result)) for m in result['methods']]).set_index('method')
+
+def _row(method:dict, titles:dict[str, str]) -> dict:
+    seeds = method['seeds']; row = dict(method=method['name'], rate=seeds[0]['rate'])
+    for k, title in titles.items(): row |= {title: method[k]['mean'], f'{title}, low': method[k]['low'], f'{title}, high': method[k]['high']}
+    def over(key, f): known = [s[key] for s in seeds if s[key] is not None]; return f(known) if known else None
+    mega, kilo = lambda v: max(v)/1e6, lambda v: max(v)/1e3
+    return row | dict(seconds=over('seconds', fmean), peak_MB=over('peak_bytes', mega), trained=over('trainable', max), head=over('head', max),
+                      saved_KB=over('saved_bytes', kilo), crashed=sum(s['error'] is not None for s in seeds))
+
+def _span(d:dict) -> str:
+    "A mean with its interval, for reading"
+    return '–' if d['mean'] is None else f'{d["mean"]:.3f}' + (f' [{d["low"]:.3f}, {d["high"]:.3f}]' if d['low'] is not None else '')
+
+def _table_html(result:dict) -> str:
+    names = titles(result); head = ['method', 'rate', *names.values(), 'seconds', 'peak MB', 'trained', 'head', 'saved KB']
+    num = lambda x, f: '–' if x is None or pd.isna(x) else format(x, f)
+    def cells(m, r):
+        crashed = f' ({int(r["crashed"])} crashed)' if r['crashed'] else ''
+        cost = [num(r[k], f) for k, f in (('seconds', '.1f'), ('peak_MB', '.0f'), ('trained', ',.0f'), ('head', ',.0f'), ('saved_KB', ',.0f'))]
+        return [html.escape(m['name']) + crashed, f'{r["rate"]:g}', *(_span(m[k]) for k in names), *cost]
+    line = lambda cells, tag: '<tr>' + ''.join(f'<{tag}>{c}</{tag}>' for c in cells) + '</tr>'
+    body = ''.join(line(cells(m, r), 'td') for m, (_, r) in zip(result['methods'], table_of(result).iterrows()))
+    return f'<table>{line(head, "th")}{body}</table>'
+
+# %% ../nbs/comparison.ipynb #0028c6d6
+COLORS = ('#0072B2', '#D55E00', '#009E73', '#56B4E9', '#CC79A7', '#E69F00', '#000000') # Okabe and Ito's, for the colour-blind
+MARKS = 'osD^vPX' # they tell arms apart in grey print
+
+def picture(result:dict) -> Figure:
+    "Gain (right is better) against forgetting (down is better): the mean with its interval, every seed as a faint dot"
+    fig = Figure(figsize=(6, 4), layout='constrained'); FigureCanvasAgg(fig); ax = fig.add_subplot()
+    err = lambda d: [[d['mean'] - d['low']], [d['high'] - d['mean']]] if d['low'] is not None else None
+    for i, m in enumerate(result['methods']):
+        c, g, f = COLORS[i % len(COLORS)], m['gain'], m['forgetting']; mark = MARKS[i % len(MARKS)]
+        ax.plot([s['gain'] for s in m['seeds']], [s['forgetting'] for s in m['seeds']], mark, color=c, alpha=.3, ms=4, mew=0)
+        ax.errorbar([g['mean']], [f['mean']], xerr=err(g), yerr=err(f), fmt=mark, color=c, ms=8, capsize=3, lw=1.2)
+    ax.set(xlabel=f'gain on {result["data"]} ({result["protocol"]["metric"]})', ylabel=titles(result)['forgetting'])
+    ax.spines[['top', 'right']].set_visible(False); ax.margins(.15)
+    ax.axhline(0, color='.8', lw=.8, zorder=0); ax.text(.99, .02, 'better: right and down', transform=ax.transAxes, ha='right', color='.4', fontsize=8)
+    _label(ax, result['methods'])
+    return fig
+
+def _label(ax, methods:list[dict]) -> None:
+    "Each arm's name beside its mark, pushed up where it would cover another"
+    taken = []
+    for i, m in sorted(enumerate(methods), key=lambda x: x[1]['forgetting']['mean']):
+        mark = m['gain']['mean'], m['forgetting']['mean']; at = ax.transData.transform(mark)*72/ax.figure.dpi; y = at[1] + 5
+        while any(abs(y - v) < 12 and abs(at[0] - u) < 80 for u, v in taken): y += 4
+        taken.append((at[0], y)); ax.annotate(m['name'], mark, (8, y - at[1]), textcoords='offset points', color=COLORS[i % len(COLORS)], fontweight='bold')
+
+def _image(result:dict, kind:str) -> bytes:
+    buffer = io.BytesIO(); picture(result).savefig(buffer, format=kind, dpi=150, metadata={'Date': None} if kind == 'svg' else None)
+    return buffer.getvalue()
+
+def _tag(result:dict, kind:str='png') -> str:
+    "The picture as an HTML tag that carries it, and its numbers as alt text"
+    alt = '; '.join(f'{m["name"]}: gain {_span(m["gain"])}, {titles(result)["forgetting"]} {_span(m["forgetting"])}' for m in result['methods'])
+    source = f'data:image/{"svg+xml" if kind == "svg" else kind};base64,{base64.b64encode(_image(result, kind)).decode()}'
+    return f'<img style="max-width:100%" width="640" alt="Gain against forgetting. {html.escape(alt)}" src="{source}">'
+
+# %% ../nbs/comparison.ipynb #002ac6d6
+def reading(r:dict, lost:str) -> list[str]:
+    "How to read the picture and the table of a result"
+    n, methods = len(r['protocol']['seeds']), r['methods']; down = 'has forgotten less.'
+    if lost != 'forgetting': down = (f'has moved less from the base ({lost}): what it could do before is not known, '
+                                     'so how far it moved stands for what it may have broken.')
+    chance = f'The bars are 95% intervals by Student\'s t over {n} seeds; where they overlap widely, the order may be chance.'
+    if n < 3: chance = f'There {"is one seed" if n == 1 else "are two seeds"}: nothing here says how much is chance. Use three or more.'
+    said = [f'Further right has learned more; further down {down}', chance,
+            'A method that learns less usually forgets less. The column "at matched gain" compares them where each first reached '
+            '95% of the weakest method\'s best gain on validation data.']
+    if any(x['forgetting_matched']['mean'] is None for x in methods):
+        said.append('Where it shows a dash, some method gained nothing in some seed, so there was no gain to match.')
+    return said + [f'{x["name"]}, seed {s["seed"]}, broke down and counts as the worst score: {s["error"]}' for x in methods for s in x['seeds'] if s['error']]
+
+MEANT = dict(exact='the score of generated answers', accuracy='the share of right labels',
+             nll='the fall of the negative log-likelihood of held-out responses, in nats a token')
+
+def in_words(r:dict) -> list[str]:
+    "The protocol of a result, as sentences"
+    p = r['protocol']; old, budget = p['forgetting'], f', at most {p["budget"]:,} tokens' if p['budget'] else ''
+    if old == 'old skills': old = f'the mean fall over {len(p["old"])} old skills, {p["old_items"]} held-out questions each, answered by generation'
+    if old == 'old data': old = f'the fall on {", ".join(p["old"])}'
+    redrawn = ' and the questions.' if p['redrawn'] else '.'
+    memory = 'that of the GPU.' if p['device'] == 'cuda' else 'what the process took beyond the loaded model, as the system tells it.'
+    return [f'Model: {r["model"]}, {p["parameters"]:,} numbers. Data: {r["data"]}, {p["train"]} training rows, fingerprint {p["fingerprint"]}.',
+            f'Gain: {MEANT.get(p["metric"], p["metric"])}, after minus before, on {p["items"]} test rows. Forgetting: {old}. Both at the last step.',
+            f'Each method trained for {p["steps"]} steps of {p["batch_size"]} rows{budget}, with seeds {", ".join(map(str, p["seeds"]))}; '
+            f'a seed redraws the order of the data, the initialisation{redrawn}',
+            f'Each method was looked at every {p["evaluate_every"]} steps on {p["validation_items"]} validation rows; time and memory leave these looks out. '
+            f'Peak memory is {memory}']
+
+def _tuning_words(r) -> list[str]:
+    if not (t := r['tuning']): return ['Not tuned: each method ran at the rate in the table.']
+    tried = lambda d: ', '.join(f'{x:g} (gain {s:.3f})' for x, s in d['tried']) + ('; the best lies at the edge of what was tried' if d['at_edge'] else '')
+    return [f'Chosen by validation gain after {t["steps"]} steps with seed {t["seed"]}, which is not among the test seeds; '
+            'the same number of rates for each method.',
+            *(f'{n}: {d["rate"]:g} of {tried(d)}' for n, d in t['methods'].items())]
+
+# %% ../nbs/comparison.ipynb #002cc6d6
+PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body{{font:16px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:#222}}
+table{{border-collapse:collapse;font-size:14px;display:block;overflow-x:auto}}
+td,th{{padding:.3rem .7rem;border-bottom:1px solid #ccc;text-align:right;white-space:nowrap}}
+td:first-child,th:first-child{{text-align:left}}</style></head>
+<body><h1>{title}</h1>{image}{table}<h2>How to read it</h2>{reading}
+<h2>How it was made</h2>{protocol}<h2>Learning rates</h2>{tuning}<h2>Made with</h2>{made}</body></html>'''
 
 class Comparison:
     "Several methods side by side: `.table`, `.plot()`, `.json()`, `.html(path)`, `.save(folder)`"
@@ -310,122 +498,86 @@ class Comparison:
 
     @classmethod
     def read(cls, path:str|Path) -> Comparison: "Show a saved result.json again"; return cls(json.loads(Path(path).read_text()))
-
     def json(self) -> dict: "The whole result, as JSON can hold it"; return self.result
+    def plot(self) -> Figure: "Gain against forgetting"; return picture(self.result)
 
     @property
-    def lost(self) -> str: "What the column of forgetting measures"; how = self.result['protocol']['forgetting']; return how if how.startswith('drift') else 'forgetting'
-
+    def lost(self) -> str: "What the column of forgetting measures"; return titles(self.result)['forgetting']
     @property
-    def table(self) -> pd.DataFrame:
-        "One row a method: means over seeds, intervals, and cost"
-        rows = []
-        for m in self.result['methods']:
-            of = lambda k, f: (lambda v: f(v) if v else None)([s[k] for s in m['seeds'] if s[k] is not None])
-            row = dict(method=m['name'], rate=m['seeds'][0]['rate'])
-            for k, name in (('gain', 'gain'), ('forgetting', self.lost), ('forgetting_matched', f'{self.lost} at matched gain')): row |= {name: m[k]['mean'], f'{name}, low': m[k]['low'], f'{name}, high': m[k]['high']}
-            rows.append(row | dict(seconds=of('seconds', fmean), peak_MB=of('peak_bytes', lambda v: max(v)/1e6), trained=of('trainable', max), head=of('head', max), saved_KB=of('saved_bytes', lambda v: max(v)/1e3), crashed=sum(s['error'] is not None for s in m['seeds'])))
-        return pd.DataFrame(rows).set_index('method')
+    def table(self) -> pd.DataFrame: "One row a method: means over seeds, intervals, and cost"; return table_of(self.result)
 
-    def plot(self) -> Figure:
-        "Gain (right is better) against forgetting (down is better): the mean with its interval, every seed as a faint dot"
-        fig = Figure(figsize=(6, 4), layout='constrained'); FigureCanvasAgg(fig); ax = fig.add_subplot()
-        err = lambda d: [[d['mean'] - d['low']], [d['high'] - d['mean']]] if d['low'] is not None else None
-        for i, m in enumerate(self.result['methods']):
-            c, g, f = COLORS[i % len(COLORS)], m['gain'], m['forgetting']; mark = MARKS[i % len(MARKS)]
-            ax.plot([s['gain'] for s in m['seeds']], [s['forgetting'] for s in m['seeds']], mark, color=c, alpha=.3, ms=4, mew=0)
-            ax.errorbar([g['mean']], [f['mean']], xerr=err(g), yerr=err(f), fmt=mark, color=c, ms=8, capsize=3, lw=1.2)
-        ax.set(xlabel=f'gain on {self.result["data"]} ({self.result["protocol"]["metric"]})', ylabel=self.lost); ax.spines[['top', 'right']].set_visible(False); ax.margins(.15)
-        ax.axhline(0, color='.8', lw=.8, zorder=0); ax.text(.99, .02, 'better: right and down', transform=ax.transAxes, ha='right', color='.4', fontsize=8)
-        self._label(ax)
-        return fig
-
-    def _label(self, ax):
-        "Each arm's name beside its mark, pushed up where it would cover another"
-        taken = []
-        for i, m in sorted(enumerate(self.result['methods']), key=lambda x: x[1]['forgetting']['mean']):
-            at = ax.transData.transform((m['gain']['mean'], m['forgetting']['mean']))*72/ax.figure.dpi; y = at[1] + 5
-            while any(abs(y - v) < 12 and abs(at[0] - u) < 80 for u, v in taken): y += 4
-            taken.append((at[0], y)); ax.annotate(m['name'], (m['gain']['mean'], m['forgetting']['mean']), (8, y - at[1]), textcoords='offset points', color=COLORS[i % len(COLORS)], fontweight='bold')
-
-    def _image(self, kind) -> bytes:
-        buffer = io.BytesIO(); self.plot().savefig(buffer, format=kind, dpi=150, metadata={'Date': None} if kind == 'svg' else None); return buffer.getvalue()
-
-    def _tag(self, kind='png') -> str:
-        alt = '; '.join(f'{m["name"]}: gain {_span(m["gain"])}, {self.lost} {_span(m["forgetting"])}' for m in self.result['methods'])
-        return f'<img style="max-width:100%" width="640" alt="Gain against forgetting. {html.escape(alt)}" src="data:image/{"svg+xml" if kind == "svg" else kind};base64,{base64.b64encode(self._image(kind)).decode()}">'
-
-    def _table_html(self) -> str:
-        t = self.table; head = ['method', 'rate', 'gain', self.lost, f'{self.lost} at matched gain', 'seconds', 'peak MB', 'trained', 'head', 'saved KB']; num = lambda x, f: '–' if x is None or pd.isna(x) else format(x, f)
-        rows = [[html.escape(m['name']) + (f' ({int(r["crashed"])} crashed)' if r['crashed'] else ''), f'{r["rate"]:g}', *(_span(m[k]) for k in ('gain', 'forgetting', 'forgetting_matched')),
-                 num(r['seconds'], '.1f'), num(r['peak_MB'], '.0f'), num(r['trained'], ',.0f'), num(r['head'], ',.0f'), num(r['saved_KB'], ',.0f')] for m, (_, r) in zip(self.result['methods'], t.iterrows())]
-        line = lambda cells, tag: '<tr>' + ''.join(f'<{tag}>{c}</{tag}>' for c in cells) + '</tr>'
-        return f'<table>{line(head, "th")}{"".join(line(r, "td") for r in rows)}</table>'
-
-    def _repr_html_(self) -> str: return self._table_html() + self._tag()
-    def __repr__(self) -> str: return self.table[['rate', 'gain', self.lost, f'{self.lost} at matched gain', 'seconds']].to_string(float_format=lambda x: f'{x:.4g}')
+    def _repr_html_(self) -> str: return _table_html(self.result) + _tag(self.result)
+    def __repr__(self) -> str: return self.table[['rate', *titles(self.result).values(), 'seconds']].to_string(float_format=lambda x: f'{x:.4g}')
 
     def html(self, path:str|Path) -> Path:
         "Write one page that opens by itself: the picture, the table, the protocol in words, how to read it, and what it was made with"
         r = self.result; items = lambda lines: '<ul>' + ''.join(f'<li>{html.escape(x)}</li>' for x in lines) + '</ul>'
-        page = PAGE.format(title=html.escape(f'{r["model"]} on {r["data"]}'), image=self._tag('svg'), table=self._table_html(), protocol=items(in_words(r)), reading=items(reading(r, self.lost)),
-                           tuning=items(_tuning_words(r)), made=items(f'{k}: {v}' for k, v in r['versions'].items()))
+        page = PAGE.format(title=html.escape(f'{r["model"]} on {r["data"]}'), image=_tag(r, 'svg'), table=_table_html(r), protocol=items(in_words(r)),
+                           reading=items(reading(r, self.lost)), tuning=items(_tuning_words(r)), made=items(f'{k}: {v}' for k, v in r['versions'].items()))
         write_atomically(path, lambda p: p.write_text(page, encoding='utf-8')); return Path(path)
 
     def save(self, folder:str|Path) -> Path:
         "Write result.json, tradeoff.png and index.html into `folder`, each whole or not at all"
-        folder = Path(folder); image = self._image('png')
+        folder = Path(folder); image = _image(self.result, 'png')
         write_atomically(folder/'result.json', lambda p: p.write_text(json.dumps(self.result, indent=1, allow_nan=False)))
         write_atomically(folder/'tradeoff.png', lambda p: p.write_bytes(image)); self.html(folder/'index.html')
         return folder
 
-def _span(d) -> str: return '–' if d['mean'] is None else f'{d["mean"]:.3f}' + (f' [{d["low"]:.3f}, {d["high"]:.3f}]' if d['low'] is not None else '')
-
-# %% ../nbs/comparison.ipynb #001dc6d6
-PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>body{{font:16px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:#222}}
-table{{border-collapse:collapse;font-size:14px;display:block;overflow-x:auto}}td,th{{padding:.3rem .7rem;border-bottom:1px solid #ccc;text-align:right;white-space:nowrap}}td:first-child,th:first-child{{text-align:left}}</style></head>
-<body><h1>{title}</h1>{image}{table}<h2>How to read it</h2>{reading}<h2>How it was made</h2>{protocol}<h2>Learning rates</h2>{tuning}<h2>Made with</h2>{made}</body></html>'''
-
-def reading(r:dict, lost:str) -> list[str]:
-    "How to read the picture and the table of a result"
-    n = len(r['protocol']['seeds']); m = r['methods']; unmatched = any(x['forgetting_matched']['mean'] is None for x in m)
-    said = ['Further right has learned more; further down has forgotten less.' if lost == 'forgetting' else f'Further right has learned more; further down has moved less from the base ({lost}): what it could do before is not known, so how far it moved stands for what it may have broken.',
-            f'The bars are 95% intervals by Student\'s t over {n} seeds; where they overlap widely, the order may be chance.' if n >= 3 else f'There {"is one seed" if n == 1 else "are two seeds"}: nothing here says how much is chance. Use three or more.',
-            'A method that learns less usually forgets less. The column "at matched gain" compares them where each first reached 95% of the weakest method\'s best gain on validation data.']
-    if unmatched: said.append('Where it shows a dash, some method gained nothing in some seed, so there was no gain to match.')
-    return said + [f'{x["name"]}, seed {s["seed"]}, broke down and counts as the worst score: {s["error"]}' for x in m for s in x['seeds'] if s['error']]
-
-def in_words(r:dict) -> list[str]:
-    "The protocol of a result, as sentences"
-    p = r['protocol']; metric = dict(exact='the score of generated answers', accuracy='the share of right labels', nll='the fall of the negative log-likelihood of held-out responses, in nats a token').get(p['metric'], p['metric'])
-    what = dict([('old skills', f'the mean fall over {len(p["old"])} old skills, {p["old_items"]} held-out questions each, answered by generation'), ('old data', f'the fall on {", ".join(p["old"])}')]).get(p['forgetting'], p['forgetting'])
-    return [f'Model: {r["model"]}, {p["parameters"]:,} numbers. Data: {r["data"]}, {p["train"]} training rows, fingerprint {p["fingerprint"]}.',
-            f'Gain: {metric}, after minus before, on {p["items"]} test rows. Forgetting: {what}. Both at the last step.',
-            f'Each method trained for {p["steps"]} steps of {p["batch_size"]} rows' + (f', at most {p["budget"]:,} tokens' if p['budget'] else '') + f', with seeds {", ".join(map(str, p["seeds"]))}; a seed redraws the order of the data, the initialisation' + (' and the questions.' if p['redrawn'] else '.'),
-            f'Each method was looked at every {p["evaluate_every"]} steps on {p["validation_items"]} validation rows; time and memory leave these looks out. Peak memory is ' + ('that of the GPU.' if p['device'] == 'cuda' else 'what the process took beyond the loaded model, as the system tells it.')]
-
-def _tuning_words(r) -> list[str]:
-    if not (t := r['tuning']): return ['Not tuned: each method ran at the rate in the table.']
-    lines = [f'{n}: {d["rate"]:g} of ' + ', '.join(f'{x:g} (gain {s:.3f})' for x, s in d['tried']) + ('; the best lies at the edge of what was tried' if d['at_edge'] else '') for n, d in t['methods'].items()]
-    return [f'Chosen by validation gain after {t["steps"]} steps with seed {t["seed"]}, which is not among the test seeds; the same number of rates for each method.', *lines]
-
-# %% ../nbs/comparison.ipynb #001fc6d6
+# %% ../nbs/comparison.ipynb #002ec6d6
 def plan(methods:list, lrs=None, tuned:bool=True) -> dict[str, tuple[Recipe, tuple[float, ...]]]:
     "name -> (Recipe, its learning rates); raises `KeyError` for an unknown method and `ValueError` for one named twice or for no rates"
     out = {}
     for m in [methods] if isinstance(methods, (str, Recipe)) else methods:
-        recipe = get(m); grid = lrs.get(recipe.name) if isinstance(lrs, Mapping) else lrs
+        recipe = get(m)
         if recipe.name in out: raise ValueError(f'method {recipe.name!r} is named twice; name each once, or tell Recipes apart with .named(...)')
-        rates = tuple([grid] if isinstance(grid, (int, float)) else grid) if grid is not None else recipe.lrs if tuned else (recipe.lr,)
-        if not rates or not all(r > 0 for r in rates): raise ValueError(f'the learning rates of {recipe.name} are {list(rates)}; give one or more, each above 0')
-        if not tuned and len(rates) > 1: raise ValueError(f'{recipe.name} has {len(rates)} learning rates and tuning is off; give one rate, or tune=True')
-        out[recipe.name] = (recipe, rates)
+        out[recipe.name] = (recipe, _rates(recipe, lrs.get(recipe.name) if isinstance(lrs, Mapping) else lrs, tuned))
     if not out: raise ValueError('no method was named; name one or more, such as "full,hft,lora"')
-    if isinstance(lrs, Mapping) and (odd := set(lrs) - set(out)): raise ValueError(f'lrs names {", ".join(sorted(odd))}, which is not among the methods {", ".join(out)}')
+    if isinstance(lrs, Mapping) and (odd := set(lrs) - set(out)):
+        raise ValueError(f'lrs names {", ".join(sorted(odd))}, which is not among the methods {", ".join(out)}')
     return out
 
-def tuning_seed(seeds:list[int]) -> int: "A seed outside the test seeds, the same when more of them are added"; return next(s for s in itertools.count(10_000) if s not in seeds)
+def _rates(recipe, given, tuned) -> tuple[float, ...]:
+    "The rates that were given, one or several; else the Recipe's: its grid where it is tuned, its default where it is not"
+    if given is None: rates = recipe.lrs if tuned else (recipe.lr,)
+    else: rates = (given,) if isinstance(given, (int, float)) else tuple(given)
+    if not rates or not all(r > 0 for r in rates): raise ValueError(f'the learning rates of {recipe.name} are {list(rates)}; give one or more, each above 0')
+    if not tuned and len(rates) > 1: raise ValueError(f'{recipe.name} has {len(rates)} learning rates and tuning is off; give one rate, or tune=True')
+    return rates
 
+def tuning_seed(seeds:list[int]) -> int:
+    "A seed outside the test seeds, the same when more of them are added"
+    return next(s for s in itertools.count(10_000) if s not in seeds)
+
+# %% ../nbs/comparison.ipynb #0030c6d6
+def run_cells(bench:Bench, arms:Mapping[str, tuple], seeds:list[int], folder:Path, tuned:bool=True, resume:bool=True) -> tuple[dict, dict]:
+    "(how each arm was tuned, {name: its cells, one a seed}) of arms as `plan` gives them"
+    def cell(name, rate, seed, tuning=False):
+        c = run_cell(bench, arms[name][0], rate, seed, folder, tuning, resume)
+        if bench.progress and not hasattr(sys, 'ps1') and 'ipykernel' not in sys.modules: print(_line(bench, c), file=sys.stderr, flush=True)
+        return c
+    outside = tuning_seed(seeds); grids = {n: rates for n, (_, rates) in arms.items()}
+    chosen = tune(lambda n, r: cell(n, r, outside, True)['gain'], grids) if tuned else {}
+    rates = {n: chosen[n]['rate'] if tuned else g[0] for n, g in grids.items()}; done = {n: [] for n in arms}
+    for s in seeds:
+        for n in arms: done[n].append(cell(n, rates[n], s))
+    return chosen, done
+
+def _line(bench, c) -> str:
+    when, lost = ('tuning', '') if c['tuning'] else (f'seed {c["seed"]}', f', {bench.how} {c["forgetting"]:.3f}')
+    return f'{c["method"]} at {c["rate"]:g}, {when}: gain {c["gain"]:.3f}{lost}' + (f' ({c["error"]})' if c['error'] else '')
+
+def _protocol(bench, seeds) -> dict:
+    "What was done to all methods alike"
+    d = bench.given
+    return dict(metric=_title(bench.metric), forgetting=bench.how, old=bench.old_names or ([bench.old.name] if bench.old else []), seeds=seeds,
+        redrawn=bench.skill is not None, steps=bench.steps, evaluate_every=bench.every, parameters=bench.size, train=len(d.train),
+        items=min(bench.items, len(d.test)), old_items=bench.old_items, validation_items=min(bench.validation_items, len(d.validation)),
+        fingerprint=d.fingerprint, kind=d.kind, max_length=bench.max_length, budget=bench.budget, device=bench.device.type,
+        revision=bench.revision, **bench.settings)
+
+def _model_name(model) -> str: return str(model) if isinstance(model, (str, Path)) else type(model[0]).__name__
+
+# %% ../nbs/comparison.ipynb #0031c6d6
 def compare(methods,                   # names as in `ftlab.methods`, such as 'lora(r=4)' or 'hft * dft', or Recipes
             model,                     # a name or folder as in `ftlab.load`, or (model, tok), which stays as it is
             data,                      # `Data`, or anything that `ftlab.data` takes
@@ -454,26 +606,12 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not seeds or len(set(seeds)) < len(seeds): raise ValueError(f'seeds are {seeds}; give one or more, each once')
     arms = plan(methods, lrs, tune)
-    bench = Bench(model, data, old, metric, items=items, old_items=old_items, validation_items=validation_items, steps=steps, tune_steps=tune_steps, evaluate_every=evaluate_every, max_length=max_length,
-                  device=device, dtype=dtype, revision=revision, budget=budget, progress=progress, keep=keep, batch_size=batch_size, precision=precision, **settings)
-    folder, outside = Path(out)/'cells', tuning_seed(seeds)
-    def cell(name, rate, seed, tuning=False):
-        c = run_cell(bench, arms[name][0], rate, seed, folder, tuning, resume)
-        if progress and not hasattr(sys, 'ps1') and 'ipykernel' not in sys.modules: print(f'{name} at {rate:g}, {"tuning" if tuning else f"seed {seed}"}: gain {c["gain"]:.3f}' + ('' if tuning else f', {bench.how} {c["forgetting"]:.3f}') + (f' ({c["error"]})' if c['error'] else ''), file=sys.stderr, flush=True)
-        return c
-    chosen = _tune(lambda n, r: cell(n, r, outside, True)['gain'], {n: g for n, (_, g) in arms.items()}) if tune else {}
-    rates = {n: chosen[n]['rate'] if tune else g[0] for n, (_, g) in arms.items()}
-    done = {s: {n: cell(n, rates[n], s) for n in arms} for s in seeds} # a seed at a time, so that what is kept of a stopped run compares all arms
-    comparison = Comparison(dict(model=_model_name(model), data=bench.given.name, protocol=_protocol(bench, seeds), methods=assemble({n: (r.describe(), [done[s][n] for s in seeds]) for n, (r, _) in arms.items()}),
-                                 tuning=dict(seed=outside, steps=bench.tune_steps, methods=chosen) if tune else None, versions=versions()))
+    bench = Bench(model, data, old, metric, items=items, old_items=old_items, validation_items=validation_items, steps=steps, tune_steps=tune_steps,
+                  evaluate_every=evaluate_every, max_length=max_length, device=device, dtype=dtype, revision=revision, budget=budget, progress=progress,
+                  keep=keep, batch_size=batch_size, precision=precision, **settings)
+    chosen, done = run_cells(bench, arms, seeds, Path(out)/'cells', tune, resume)
+    tuning = dict(seed=tuning_seed(seeds), steps=bench.tune_steps, methods=chosen) if tune else None
+    comparison = Comparison(dict(model=_model_name(model), data=bench.given.name, protocol=_protocol(bench, seeds),
+        methods=assemble({n: (arms[n][0].describe(), done[n]) for n in arms}), tuning=tuning, versions=versions()))
     comparison.save(out)
     return comparison
-
-_tune = tune # `compare` has an argument of that name
-def _model_name(model) -> str: return str(model) if isinstance(model, (str, Path)) else type(model[0]).__name__
-
-def _protocol(bench, seeds) -> dict:
-    b = bench.settings
-    return dict(metric=_title(bench.metric), forgetting=bench.how, old=bench.old_names or ([bench.old.name] if bench.old else []), seeds=seeds, redrawn=bench.skill is not None, steps=bench.steps, evaluate_every=bench.every,
-        parameters=bench.size, train=len(bench.given.train), items=min(bench.items, len(bench.given.test)), old_items=bench.old_items, validation_items=min(bench.validation_items, len(bench.given.validation)),
-        fingerprint=bench.given.fingerprint, kind=bench.given.kind, max_length=bench.max_length, budget=bench.budget, device=bench.device.type, revision=bench.revision, **b)

@@ -22,24 +22,25 @@ from .core.loading import _quiet
 from .core.recipe import Recipe
 from .core.scorers import nll, skills
 from .core.state import MODEL_INPUTS
+from .reporting import read_run
 from .trainers.loop import Run, export, fit
 from .trainers.objective import IGNORE, priced, token_nll
 from .trainers.source import count_priced
 from .trainers.step import NotFinite
 
 # %% auto #0
-__all__ = ['SEVERITIES', 'SAMPLE', 'COPY_LIMIT', 'SETTINGS', 'PATIENCE', 'PARTS', 'SELECTION', 'ROWS', 'DATA', 'NUMBERS', 'ASKED',
-           'AGAIN', 'CHANGE', 'PROMISED', 'COST', 'CHECKS', 'NotApplicable', 'Check', 'Finding', 'Diagnosis', 'Given',
-           'Case', 'selection_empty', 'selection_thin', 'names_unmatched', 'frozen_but_selected', 'tied_under_delta',
-           'labels_all_masked', 'answers_cut', 'labels_shifted', 'border_split', 'asked_otherwise', 'end_not_learned',
-           'bos_not_once', 'template_missing', 'train_test_overlap', 'duplicate_rows', 'labels_missing',
-           'labels_unbalanced', 'passes_over_data', 'unknown_words', 'pad_unusable', 'vocabulary_mismatch',
-           'too_long_for_positions', 'learning_rate', 'updates_round_away', 'fp16_unscaled', 'nonfinite_weights',
-           'left_in_train_mode', 'dropout_and_accumulation', 'statistics_move', 'padding_changes_answers',
-           'zero_gradient', 'starts_elsewhere', 'refused', 'outputs_unchanged', 'nothing_moved', 'off_is_not_base',
-           'frozen_moved', 'loss_not_finite', 'loss_flat', 'loss_rose', 'reload_differs', 'fold_differs',
-           'export_differs', 'accumulation_changes_result', 'order_changes_result', 'validation_gap', 'old_skills_lost',
-           'doctor', 'checks']
+__all__ = ['SEVERITIES', 'SAMPLE', 'COPY_LIMIT', 'SETTINGS', 'PATIENCE', 'PARTS', 'SELECTION', 'ROWS', 'FEW', 'DATA', 'NUMBERS',
+           'STEP', 'ASKED', 'AGAIN', 'CHANGE', 'PROMISED', 'COST', 'CHECKS', 'NotApplicable', 'Check', 'Finding',
+           'Diagnosis', 'Given', 'Case', 'selection_empty', 'selection_thin', 'names_unmatched', 'frozen_but_selected',
+           'tied_under_delta', 'labels_all_masked', 'answers_cut', 'labels_shifted', 'border_split', 'asked_otherwise',
+           'end_not_learned', 'bos_not_once', 'template_missing', 'train_test_overlap', 'duplicate_rows',
+           'answers_contradict', 'few_test_rows', 'labels_missing', 'labels_unbalanced', 'passes_over_data',
+           'unknown_words', 'pad_unusable', 'vocabulary_mismatch', 'too_long_for_positions', 'learning_rate',
+           'updates_round_away', 'fp16_unscaled', 'nonfinite_weights', 'left_in_train_mode', 'dropout_and_accumulation',
+           'statistics_move', 'padding_changes_answers', 'zero_gradient', 'starts_elsewhere', 'refused',
+           'outputs_unchanged', 'nothing_moved', 'off_is_not_base', 'frozen_moved', 'loss_not_finite', 'loss_flat',
+           'loss_rose', 'reload_differs', 'fold_differs', 'export_differs', 'accumulation_changes_result',
+           'order_changes_result', 'validation_gap', 'old_skills_lost', 'doctor', 'checks']
 
 # %% ../nbs/diagnosis.ipynb #00050f3d
 SEVERITIES = ('error', 'warning', 'note') # worst first
@@ -106,11 +107,15 @@ class Diagnosis(Sequence):
         return '\n'.join([*filter(None, [self.about]), self._head(), *map(str, self), *('did not apply: ' + s for s in self._left_out())])
 
     def _repr_html_(self) -> str:
-        color, e = dict(error='#b00020', warning='#8a5a00', note='#30507a'), html.escape
-        row = lambda f: (f'<tr><td style="text-align:left;color:{color[f.severity]}"><b>{f.severity}</b><br>{e(f.name)}</td><td style="text-align:left"><b>{e(f.seen)}</b><br>{e(f.why)}<br>'
-                         f'<i>mend:</i> {e(f.mend)}<br><small>learned from {e(f.learned)}</small></td></tr>')
-        left = ''.join(f'<li>{e(s)}</li>' for s in self._left_out())
-        return f'<p>{e(self.about)}<br><b>{e(self._head())}</b></p>' + (f'<table>{"".join(map(row, self))}</table>' if self.findings else '') + (f'<details><summary>did not apply</summary><ul>{left}</ul></details>' if left else '')
+        left = ''.join(f'<li>{html.escape(x)}</li>' for x in self._left_out())
+        table = f'<table>{"".join(map(_row_html, self))}</table>' if self.findings else ''
+        more = f'<details><summary>did not apply</summary><ul>{left}</ul></details>' if left else ''
+        return f'<p>{html.escape(self.about)}<br><b>{html.escape(self._head())}</b></p>{table}{more}'
+
+def _row_html(f) -> str:
+    e, color, left = html.escape, dict(error='#b00020', warning='#8a5a00', note='#30507a')[f.severity], 'text-align:left'
+    return (f'<tr><td style="{left};color:{color}"><b>{f.severity}</b><br>{e(f.name)}</td><td style="{left}"><b>{e(f.seen)}</b><br>{e(f.why)}<br>'
+            f'<i>mend:</i> {e(f.mend)}<br><small>learned from {e(f.learned)}</small></td></tr>')
 
 # %% ../nbs/diagnosis.ipynb #00080f3d
 SAMPLE = 300            # training rows that are encoded and looked at
@@ -118,13 +123,17 @@ COPY_LIMIT = 4*2**30    # bytes above which no second model is made beside the f
 SETTINGS = {k: p.default for k, p in inspect.signature(fit).parameters.items() if k in
             ('steps', 'batch_size', 'accumulate', 'lr', 'schedule', 'warmup', 'weight_decay', 'betas', 'clip', 'seed', 'max_length', 'device', 'precision')}
 
+# %% ../nbs/diagnosis.ipynb #000a0f3d
 PATIENCE = 4            # batches after which a recipe that draws its own rows should have got a gradient: answers of equal reward give none
 
 class _Seen(Exception): "Ends the dry step"
 
 class _Look:
     "What the first step of a run shows: batches, gradients, and the outputs before it"
-    def __init__(self, batch, patience=1): self.batch, self.patience, self.batches, self.grads, self.start, self.error, self.sizes, self.shown = batch, patience, None, None, None, None, {}, False
+    def __init__(self, batch, patience=1):
+        self.batch, self.patience, self.sizes, self.shown = batch, patience, {}, False
+        self.batches = self.grads = self.start = self.error = None
+
     def before_fit(self, state):
         if self.start is None and self.batch is not None: self.start = _logits(state.model, self.batch)
     def before_batch(self, state): self.batches = self.batches or state.batches
@@ -135,14 +144,6 @@ class _Look:
         if self.patience < 1 or any(g.any() for g in self.grads.values()): raise _Seen
     def after_step(self, state):
         if self.grads is None: raise _Seen # steps without gradients
-
-@torch.no_grad()
-def _logits(model, batch) -> torch.Tensor:
-    "The model's logits without dropout; its mode is left as it was"
-    modes = {m: m.training for m in model.modules()}; model.eval()
-    try: return model(**{k: v for k, v in batch.items() if k in MODEL_INPUTS}).logits.detach().clone()
-    finally:
-        for m, mode in modes.items(): m.training = mode
 
 def _dry(model, tok, data, recipe, settings, batch=None) -> _Look:
     "Begin the run and stop it after the first gradient; `model` is left as it was"
@@ -156,34 +157,27 @@ def _dry(model, tok, data, recipe, settings, batch=None) -> _Look:
     for p in model.parameters(): p.grad = None
     return look
 
-# %% ../nbs/diagnosis.ipynb #00090f3d
+@torch.no_grad()
+def _logits(model, batch) -> torch.Tensor:
+    "The model's logits without dropout; its mode is left as it was"
+    modes = {m: m.training for m in model.modules()}; model.eval()
+    try: return model(**{k: v for k, v in batch.items() if k in MODEL_INPUTS}).logits.detach().clone()
+    finally:
+        for m, mode in modes.items(): m.training = mode
+
+# %% ../nbs/diagnosis.ipynb #000c0f3d
 class Given:
     "What is known without asking the model anything: the arguments, and rows as tokens; each is made once"
     def __init__(self, model, tok, data:Data, recipe:Recipe, settings:dict, run:Run|None=None, exported=None):
-        self.model, self._tok, self.data, self.recipe, self.settings, self.run, self.exported, self.findings = model, tok, data, recipe, settings, run, exported, []
-        self.gradient = None
-        self.dry, self.lr = None, settings['lr'] if settings['lr'] is not None else recipe.lr
+        self.model, self._tok, self.data, self.recipe, self.settings, self.run, self.exported = model, tok, data, recipe, settings, run, exported
+        self.findings, self.gradient, self.dry = [], None, None
+        self.lr = settings['lr'] if settings['lr'] is not None else recipe.lr
         self.device = next(model.parameters()).device
 
     @property
     def tok(self):
         if self._tok is None: raise NotApplicable('there is no tokenizer')
         return self._tok
-
-    @property
-    def stages(self) -> list[Recipe]:
-        "The recipe's stages that can be looked at before their turn comes"
-        return [s for s in self.recipe.stages or (self.recipe,) if isinstance(s, Recipe)]
-
-    def answers(self, question:str) -> bool:
-        "Does the recipe, or a stage of it, answer `question` ('source', 'view', ...) in its own way? A stage that is made when its turn comes may"
-        own = (self.recipe, *self.stages)
-        return len(self.stages) < len(self.recipe.stages) or any(getattr(r, question) not in (None, ()) for r in own)
-
-    def waives(self, promise:str) -> None:
-        "Raise `NotApplicable` if the recipe, or a stage of it, does not make `promise`"
-        for r in (self.recipe, *self.stages):
-            if promise in r.waives: raise NotApplicable(f'the recipe says so: {r.waives[promise]}')
 
     @cached_property
     def limit(self) -> int:
@@ -209,51 +203,79 @@ class Given:
         cut = lambda v: v[:self.limit] if isinstance(v, list) else v
         return [{k: cut(v) for k, v in r.items()} for r in self.whole]
 
-# %% ../nbs/diagnosis.ipynb #000a0f3d
+# %% ../nbs/diagnosis.ipynb #000e0f3d
 class Case(Given):
     "What the checks look at; everything that costs time is made once"
     @cached_property
     def params(self) -> dict: return _plain(self.model)
 
+    @property
+    def stages(self) -> list[Recipe]:
+        "The recipe's stages that can be looked at before their turn comes"
+        return [s for s in self.recipe.stages or (self.recipe,) if isinstance(s, Recipe)]
+
+    def answers(self, question:str) -> bool:
+        "Does the recipe, or a stage of it, answer `question` ('source', 'view', ...) in its own way? A stage that is made when its turn comes may"
+        own = (self.recipe, *self.stages)
+        return len(self.stages) < len(self.recipe.stages) or any(getattr(r, question) not in (None, ()) for r in own)
+
+    def waives(self, promise:str) -> None:
+        "Raise `NotApplicable` if the recipe, or a stage of it, does not make `promise`"
+        for r in (self.recipe, *self.stages):
+            if promise in r.waives: raise NotApplicable(f'the recipe says so: {r.waives[promise]}')
+
     @cached_property
-    def selections(self) -> list[tuple[Recipe, dict]]:
-        "What each stage selects"
-        bare = self.model if self.run is None else self.fresh()
-        try: found = [(s, (s.select or everything)(bare, None, self.settings['seed'])) for s in self.stages]
-        except UnknownArchitecture as e: raise NotApplicable(f'cannot look: {_short(e)}') from None
-        except Exception as e: raise NotApplicable(f'the selection itself raises {type(e).__name__}: {_short(e)}') from None
-        if not found: raise NotApplicable('every stage is made when its turn comes')
-        return found
+    def selections(self) -> list[tuple[Recipe, dict]]: "What each stage selects"; return _selections(self)
 
     @cached_property
     def chosen(self) -> dict: "All that any stage selects"; return {n: m for _, d in self.selections for n, m in d.items()}
 
     @cached_property
-    def batch(self) -> dict:
-        "Six rows in one batch on the model's device: validation rows if there are any"
-        if getattr(self.data, 'kind', None) == 'image': return {k: v.to(self.device) for k, v in collate((self.data.validation or self.data.train)[:6], 0).items()}
-        self.whole; rows = [encode(r, self.tok, self.data.kind, self.limit) for r in (self.data.validation or self.sample)[:6]]
-        if max(i for r in rows for i in r['input_ids']) >= _vocabulary(self.model): raise NotApplicable('the embedding lacks tokens of the data, so the model cannot be asked')
-        return {k: v.to(self.device) for k, v in collate(rows, _pad(self)).items()}
+    def batch(self) -> dict: "Six rows in one batch on the model's device"; return {k: v.to(self.device) for k, v in _six_rows(self).items()}
 
     @cached_property
-    def now(self) -> torch.Tensor:
-        "Logits on `batch`, of the model as it stands"
-        batch = self.batch
-        try: return _logits(self.model, batch)
-        except TypeError as e: raise NotApplicable(f'the model cannot be asked with its data alone: {_short(e)}') from None
+    def now(self) -> torch.Tensor: "Logits on `batch`, of the model as it stands"; return _asked_now(self)
 
     @cached_property
-    def off(self) -> torch.Tensor:
-        "The same with the change switched off"
-        self.now
-        try:
-            with self.run.disabled(): return _logits(self.model, self.batch)
-        except ValueError as e: raise NotApplicable(f'the change cannot be switched off: {_short(e)}') from None
+    def off(self) -> torch.Tensor: "The same with the change switched off"; self.now; return _switched_off(self, lambda: _logits(self.model, self.batch))
 
-    def fresh(self) -> nn.Module: "A new model with the base's numbers"; return _fresh(self.model, self.run, sum(p.numel()*p.element_size() for p in self.params.values()))
+    @cached_property
+    def learned(self) -> tuple[float, float]:
+        "The loss on a hundred training rows, now and with the change switched off"
+        ask = lambda: nll(self.model, self.tok, self.sample[:100], self.data.kind, max_length=self.limit)
+        self.off; return ask(), _switched_off(self, ask)
 
-# %% ../nbs/diagnosis.ipynb #000b0f3d
+    def fresh(self) -> nn.Module: "A new model with the base's numbers"; return _fresh(self)
+
+# %% ../nbs/diagnosis.ipynb #00100f3d
+def _selections(c) -> list[tuple[Recipe, dict]]:
+    bare = c.model if c.run is None else c.fresh()
+    try: found = [(s, (s.select or everything)(bare, None, c.settings['seed'])) for s in c.stages]
+    except UnknownArchitecture as e: raise NotApplicable(f'cannot look: {_short(e)}') from None
+    except Exception as e: raise NotApplicable(f'the selection itself raises {type(e).__name__}: {_short(e)}') from None
+    if not found: raise NotApplicable('every stage is made when its turn comes')
+    return found
+
+def _six_rows(c) -> dict:
+    "Validation rows if there are any"
+    if getattr(c.data, 'kind', None) == 'image': return collate((c.data.validation or c.data.train)[:6], 0)
+    c.whole; rows = [encode(r, c.tok, c.data.kind, c.limit) for r in (c.data.validation or c.sample)[:6]]
+    if max(i for r in rows for i in r['input_ids']) >= _vocabulary(c.model):
+        raise NotApplicable('the embedding lacks tokens of the data, so the model cannot be asked')
+    return collate(rows, _pad(c))
+
+def _asked_now(c) -> torch.Tensor:
+    batch = c.batch
+    try: return _logits(c.model, batch)
+    except TypeError as e: raise NotApplicable(f'the model cannot be asked with its data alone: {_short(e)}') from None
+
+def _switched_off(c, ask):
+    "What `ask()` finds while the change is switched off"
+    try:
+        with c.run.disabled(): return ask()
+    except ValueError as e: raise NotApplicable(f'the change cannot be switched off: {_short(e)}') from None
+
+# %% ../nbs/diagnosis.ipynb #00120f3d
 def _text_only(c):
     _in_words(c)
     if c.data.kind == 'label': raise NotApplicable('the data have labels, not answers in words')
@@ -269,14 +291,12 @@ def _plain(model) -> dict:
         out[n.replace('.parametrizations.', '.').removesuffix('.original')] = p
     return out
 
-# %% ../nbs/diagnosis.ipynb #000c0f3d
-def _fresh(model, run, size) -> nn.Module:
+# %% ../nbs/diagnosis.ipynb #00130f3d
+def _fresh(c) -> nn.Module:
     "A new model of the same class with the base's numbers, without dropout"
+    model = c.model; size = sum(p.numel()*p.element_size() for p in c.params.values())
     if size > COPY_LIMIT: raise NotApplicable(f'it needs a second model, and this one has {size/2**30:.1f} GiB (limit {COPY_LIMIT/2**30:.0f})')
-    try:
-        with run.disabled(): state = {n: p.detach().clone() for n, p in _plain(model).items()}
-    except ValueError as e: raise NotApplicable(f'the change cannot be switched off: {_short(e)}') from None
-    config = copy.deepcopy(model.config)
+    state = _switched_off(c, lambda: {n: p.detach().clone() for n, p in _plain(model).items()}); config = copy.deepcopy(model.config)
     for k, v in vars(config).items():
         if 'drop' in k and isinstance(v, float): setattr(config, k, 0.)
     state |= {n: b for n, b in model.named_buffers() if '.delta_' not in n and '.parametrizations.' not in n}
@@ -306,7 +326,7 @@ def _first_step(c) -> _Look:
     if not c.dry.shown: raise NotApplicable(f'the run cannot begin: {_short(c.dry.error or "it ended before its first step")}')
     return c.dry
 
-# %% ../nbs/diagnosis.ipynb #000e0f3d
+# %% ../nbs/diagnosis.ipynb #00150f3d
 def selection_empty(c):
     if any(not chosen for _, chosen in c.selections): return f'0 of {len(c.params)} tensors are selected; they are called like {_some(list(c.params)[1:4])}'
 
@@ -336,36 +356,51 @@ def names_unmatched(c):
     if not asked: raise NotApplicable('the selection names nothing: it is everything, or computed')
     try: missing = [k for k, f in asked.items() if not f(c.model)]
     except UnknownArchitecture as e: raise NotApplicable(f'cannot look: {_short(e)}') from None
-    if missing and len(missing) < len(asked): return f'{", ".join(missing)} match{"es" if len(missing) == 1 else ""} nothing in this {type(c.model).__name__}, {len(asked) - len(missing)} of {len(asked)} names do'
+    if missing and len(missing) < len(asked):
+        verb = 'matches' if len(missing) == 1 else 'match'
+        return f'{", ".join(missing)} {verb} nothing in this {type(c.model).__name__}, {len(asked) - len(missing)} of {len(asked)} names do'
 
 def frozen_but_selected(c):
     was = [n for n in c.chosen if n in c.params and not c.params[n].requires_grad]
     if was: return f'{len(was)} of {len(c.chosen)} selected tensors had requires_grad=False before, e.g. {_some(was)}; they will train all the same'
 
 def tied_under_delta(c):
-    bad = [(n, o[0]) for s, chosen in c.selections for n, m in chosen.items() if (s.delta is not None or m is not True) and n in c.params and (o := _shared(c.model, n))]
+    beside = [n for s, chosen in c.selections for n, m in chosen.items() if (s.delta is not None or m is not True) and n in c.params]
+    bad = [(n, o[0]) for n in beside if (o := _shared(c.model, n))]
     if bad: return f'{bad[0][0]} is one tensor with {bad[0][1]}, and the change would be written beside it'
 
-# %% ../nbs/diagnosis.ipynb #000f0f3d
+# %% ../nbs/diagnosis.ipynb #00160f3d
 SELECTION = [
-    Check('selection-empty', 'before', 'error', selection_empty, 'nothing would train, and the loss would stay where it is',
-          'use names that this model has: print(ftlab.anatomy(model)) lists them', 'huggingface/transformers#26334'),
-    Check('selection-thin', 'before', 'warning', selection_thin, 'a change in so few blocks often cannot move what the model says, while optimiser and loss look busy',
-          'select by place, parts("attention", "mlp"), rather than by names from another architecture; ignore this if few blocks are the point', 'huggingface/peft#3554'),
-    Check('names-unmatched', 'before', 'warning', names_unmatched, 'names that match nothing are dropped in silence as long as one of them matches',
-          'take the names from print(ftlab.anatomy(model))', 'bghira/SimpleTuner#766'),
-    Check('frozen-but-selected', 'before', 'warning', frozen_but_selected, 'what you froze by hand is unfrozen by the selection',
-          'leave those names out of the selection; it alone decides what moves', 'huggingface/peft#2250'),
-    Check('tied-under-delta', 'before', 'error', tied_under_delta, 'embedding and head are one tensor here: a change of one pulls them apart, or is merged into both',
-          'leave the tied tensor out, or let the weight itself move', 'huggingface/peft#2018')]
+    Check('selection-empty', 'before', 'error', selection_empty,
+          'nothing would train, and the loss would stay where it is',
+          'use names that this model has: print(ftlab.anatomy(model)) lists them',
+          'huggingface/transformers#26334'),
+    Check('selection-thin', 'before', 'warning', selection_thin,
+          'a change in so few blocks often cannot move what the model says, while optimiser and loss look busy',
+          'select by place, parts("attention", "mlp"), rather than by names from another architecture; ignore this if few blocks are the point',
+          'huggingface/peft#3554'),
+    Check('names-unmatched', 'before', 'warning', names_unmatched,
+          'names that match nothing are dropped in silence as long as one of them matches',
+          'take the names from print(ftlab.anatomy(model))',
+          'bghira/SimpleTuner#766'),
+    Check('frozen-but-selected', 'before', 'warning', frozen_but_selected,
+          'what you froze by hand is unfrozen by the selection',
+          'leave those names out of the selection; it alone decides what moves',
+          'huggingface/peft#2250'),
+    Check('tied-under-delta', 'before', 'error', tied_under_delta,
+          'embedding and head are one tensor here: a change of one pulls them apart, or is merged into both',
+          'leave the tied tensor out, or let the weight itself move',
+          'huggingface/peft#2018')]
 
-# %% ../nbs/diagnosis.ipynb #00110f3d
+# %% ../nbs/diagnosis.ipynb #00180f3d
 def _priced_count(r) -> int: return sum(l != IGNORE for l in r['labels'][1:])
 
 def labels_all_masked(c):
     _text_only(c); blank = sum(not _priced_count(r) for r in c.whole)
-    if blank: return ('error' if blank > len(c.whole)/2 else 'warning'), f'{blank} of {len(c.whole)} rows looked at have no token to learn, whatever the length limit'
-    if (c.dry or _first_step_quietly(c)).shown and not count_priced(c.dry.batches): return f'after the recipe\'s view, 0 of {sum(b["labels"].numel() for b in c.dry.batches)} tokens in the first batch carry a price'
+    if blank:
+        return ('error' if blank > len(c.whole)/2 else 'warning'), f'{blank} of {len(c.whole)} rows looked at have no token to learn, whatever the length limit'
+    if (c.dry or _first_step_quietly(c)).shown and not count_priced(c.dry.batches):
+        return f'after the recipe\'s view, 0 of {sum(b["labels"].numel() for b in c.dry.batches)} tokens in the first batch carry a price'
 
 def _first_step_quietly(c) -> _Look:
     try: _first_step(c)
@@ -376,17 +411,20 @@ def answers_cut(c):
     _text_only(c); full, kept = [_priced_count(r) for r in c.whole], [_priced_count(r) for r in c.rows]
     lost, cut = sum(f > 0 and k == 0 for f, k in zip(full, kept)), sum(k < f for f, k in zip(full, kept))
     if cut <= .01*len(full): return None
-    return ('error' if lost > len(full)/2 else 'warning'), (f'{cut} of {len(full)} rows are longer than {c.limit} tokens and lose part of the answer, {lost} of them all of it; '
-                                                           f'the longest has {max(len(r["input_ids"]) for r in c.whole)}')
+    seen = f'{cut} of {len(full)} rows are longer than {c.limit} tokens and lose part of the answer, {lost} of them all of it'
+    return ('error' if lost > len(full)/2 else 'warning'), f'{seen}; the longest has {max(len(r["input_ids"]) for r in c.whole)}'
 
+# %% ../nbs/diagnosis.ipynb #001a0f3d
 def labels_shifted(c):
-    "Labels must be the input's own tokens at their own place, and the model's own loss must agree with ours"
     _text_only(c); hit = {s: _agreement(c.dry.batches, s) for s in (-1, 0, 1)} if _first_step_quietly(c).shown and not c.answers('source') else {0: 1.}
-    if hit[0] < .5 and max(hit.values()) > .9: return f'labels agree with the tokens one place {"later" if hit.get(1, 0) > .9 else "earlier"} ({max(hit.values()):.0%}), not with their own ({hit[0]:.0%})'
+    if hit[0] < .5 and max(hit.values()) > .9:
+        where = 'later' if hit.get(1, 0) > .9 else 'earlier'
+        return f'labels agree with the tokens one place {where} ({max(hit.values()):.0%}), not with their own ({hit[0]:.0%})'
     b = c.batch
     if not priced(b['labels']).any(): raise NotApplicable('no token of the rows looked at is priced')
     own = _own_loss(c.model, b); ours = float(token_nll(c.now, b['labels']).sum())/int(priced(b['labels']).sum())
-    if abs(own - ours) > (1e-3 if c.now.dtype == torch.float32 else 3e-2)*max(1., abs(ours)): return f'the model\'s own loss on {len(b["labels"])} rows is {own:.4f}, the price of the labels at the next place is {ours:.4f}'
+    if abs(own - ours) > (1e-3 if c.now.dtype == torch.float32 else 3e-2)*max(1., abs(ours)):
+        return f'the model\'s own loss on {len(b["labels"])} rows is {own:.4f}, the price of the labels at the next place is {ours:.4f}'
 
 @torch.no_grad()
 def _own_loss(model, b) -> float:
@@ -396,7 +434,6 @@ def _own_loss(model, b) -> float:
     if loss is None: raise NotApplicable(f'{type(model).__name__} returns no loss of its own to compare with')
     return float(loss)
 
-# %% ../nbs/diagnosis.ipynb #00120f3d
 def _agreement(batches, s) -> float:
     "The share of priced labels that equal the input `s` places later"
     same = total = 0
@@ -405,7 +442,7 @@ def _agreement(batches, s) -> float:
         same += int((x == y)[on].sum()); total += int(on.sum())
     return same/max(1, total)
 
-# %% ../nbs/diagnosis.ipynb #00130f3d
+# %% ../nbs/diagnosis.ipynb #001b0f3d
 def _asks_in_words(c):
     if c.data.kind not in ('text', 'chat'): raise NotApplicable(f'rows of kind {c.data.kind!r} have no prompt and response')
 
@@ -414,16 +451,20 @@ def border_split(c):
     for r in rows:
         pieces, _, _ = _pieces(r, c.tok, c.data.kind); text = ''.join(t for t, _ in pieces)
         whole, cut = c.tok(text, add_special_tokens=False, verbose=False).input_ids, [i for p in _piece_ids(pieces, c.tok) for i in p]
-        if whole != cut: n += 1; at = next((i for i, (a, b) in enumerate(zip(whole, cut)) if a != b), 0); seen = seen or f'{c.tok.decode(whole[at:at + 2])!r} against {c.tok.decode(cut[at:at + 2])!r}'
+        if whole == cut: continue
+        n += 1; at = next((i for i, (a, b) in enumerate(zip(whole, cut)) if a != b), 0)
+        seen = seen or f'{c.tok.decode(whole[at:at + 2])!r} against {c.tok.decode(cut[at:at + 2])!r}'
     if n > .1*len(rows): return f'in {n} of {len(rows)} rows the tokenizer would merge letters across the border of prompt and response ({seen})'
 
 def asked_otherwise(c):
     _asks_in_words(c); c.whole; rows = c.sample[:20]
     ask = lambda r: r['prompt'] if c.data.kind == 'text' else r['messages'][:-1]
-    bad = [(prompt_ids(r, c.tok, c.data.kind), g) for r, g in zip(rows, render([ask(r) for r in rows], c.tok))]; bad = [(a, b) for a, b in bad if a != b]
-    if bad: return f'{len(bad)} of {len(rows)} prompts have other tokens in training than when asked: they end in {c.tok.decode(bad[0][0][-3:])!r} and {c.tok.decode(bad[0][1][-3:])!r}'
+    both = [(prompt_ids(r, c.tok, c.data.kind), g) for r, g in zip(rows, render([ask(r) for r in rows], c.tok))]; bad = [(a, b) for a, b in both if a != b]
+    if not bad: return None
+    ends = [repr(c.tok.decode(ids[-3:])) for ids in bad[0]]
+    return f'{len(bad)} of {len(rows)} prompts have other tokens in training than when asked: they end in {ends[0]} and {ends[1]}'
 
-# %% ../nbs/diagnosis.ipynb #00140f3d
+# %% ../nbs/diagnosis.ipynb #001c0f3d
 def end_not_learned(c):
     _text_only(c); more = getattr(c.model.generation_config, 'eos_token_id', None) if getattr(c.model, 'generation_config', None) else None
     ends = {c.tok.eos_token_id, *(more if isinstance(more, (list, tuple)) else [more])} - {None}
@@ -431,12 +472,14 @@ def end_not_learned(c):
     if _first_step_quietly(c).shown and not c.answers('source'): labels = [row.tolist() for b in c.dry.batches for row in b['labels']]
     else: labels = [r['labels'] for r in c.whole]
     have = sum(any(l in ends for l in y[1:]) for y in labels); same = ' (which also is its padding mark)' if c.tok.pad_token_id in ends else ''
-    if have < .2*len(labels): return f'{have} of {len(labels)} rows price an end mark; it would be {_some(repr(c.tok.convert_ids_to_tokens(e)) for e in ends)}{same}'
+    if have >= .2*len(labels): return None
+    return f'{have} of {len(labels)} rows price an end mark; it would be {_some(repr(c.tok.convert_ids_to_tokens(e)) for e in ends)}{same}'
 
 def bos_not_once(c):
     _text_only(c); bos = c.tok.bos_token_id
     if bos is None: raise NotApplicable('the tokenizer has no mark of the beginning')
-    twice = sum(r['input_ids'][:2] == [bos, bos] for r in c.whole); none = sum(r['input_ids'][:1] != [bos] for r in c.whole) if c.tok('a').input_ids[:1] == [bos] else 0
+    starts = [r['input_ids'][:2] for r in c.whole]; twice = sum(s == [bos, bos] for s in starts)
+    none = sum(s[:1] != [bos] for s in starts) if c.tok('a').input_ids[:1] == [bos] else 0
     if twice: return f'{twice} of {len(c.whole)} rows begin with {c.tok.bos_token!r} twice'
     if none > len(c.whole)/2: return f'{none} of {len(c.whole)} rows begin without {c.tok.bos_token!r}, which the tokenizer puts before every text'
 
@@ -444,24 +487,42 @@ def template_missing(c):
     if c.data.kind != 'chat': raise NotApplicable('the data are not conversations')
     if not c.tok.chat_template: return 'the rows are messages, and the tokenizer has no chat template to write them with'
 
-# %% ../nbs/diagnosis.ipynb #00150f3d
+# %% ../nbs/diagnosis.ipynb #001d0f3d
 ROWS = [
-    Check('labels-all-masked', 'before', 'error', labels_all_masked, 'a batch without a priced token reports a loss of 0 and teaches nothing; the run looks finished',
-          'look at encode(data.train[0], tok, data.kind): labels other than -100 are what is learned', 'huggingface/trl#4201'),
-    Check('answers-cut', 'before', 'warning', answers_cut, 'a limit on tokens cuts the end, and the end is the answer', 'raise max_length, or shorten or leave out the long rows', 'huggingface/trl#6668'),
-    Check('labels-shifted', 'before', 'error', labels_shifted, 'shifted twice, or not at all, a model is taught the word after next, or to repeat the last one; the loss falls in both cases',
-          'give labels at the places of their own tokens; exactly one of model and loss moves them by one', 'huggingface/transformers#44642'),
-    Check('border-split', 'before', 'warning', border_split, 'the answers begin with tokens that the tokenizer would not write there',
-          'let the response begin with a space or a line break, as the text would', 'huggingface/trl#5213'),
-    Check('asked-otherwise', 'before', 'warning', asked_otherwise, 'a model that is asked in another form than it was taught in answers like its base',
-          'use one template for both, and the tokenizer that will be used later', 'EleutherAI/lm-evaluation-harness#1841'),
-    Check('end-not-learned', 'before', 'warning', end_not_learned, 'a model that never sees an end mark priced does not stop', 'end every response with the end mark, and mask padding by place, not by token',
+    Check('labels-all-masked', 'before', 'error', labels_all_masked,
+          'a batch without a priced token reports a loss of 0 and teaches nothing; the run looks finished',
+          'look at encode(data.train[0], tok, data.kind): labels other than -100 are what is learned',
+          'huggingface/trl#4201'),
+    Check('answers-cut', 'before', 'warning', answers_cut,
+          'a limit on tokens cuts the end, and the end is the answer',
+          'raise max_length, or shorten or leave out the long rows',
+          'huggingface/trl#6668'),
+    Check('labels-shifted', 'before', 'error', labels_shifted,
+          'shifted twice, or not at all, a model is taught the word after next, or to repeat the last one; the loss falls in both cases',
+          'give labels at the places of their own tokens; exactly one of model and loss moves them by one',
+          'huggingface/transformers#44642'),
+    Check('border-split', 'before', 'warning', border_split,
+          'the answers begin with tokens that the tokenizer would not write there',
+          'let the response begin with a space or a line break, as the text would',
+          'huggingface/trl#5213'),
+    Check('asked-otherwise', 'before', 'warning', asked_otherwise,
+          'a model that is asked in another form than it was taught in answers like its base',
+          'use one template for both, and the tokenizer that will be used later',
+          'EleutherAI/lm-evaluation-harness#1841'),
+    Check('end-not-learned', 'before', 'warning', end_not_learned,
+          'a model that never sees an end mark priced does not stop',
+          'end every response with the end mark, and mask padding by place, not by token',
           'huggingface/trl#1623'),
-    Check('bos-not-once', 'before', 'warning', bos_not_once, 'templates write the mark of the beginning, and so do tokenizers: twice or never is not what the model grew up with',
-          'tokenise rendered templates with add_special_tokens=False, and take the mark out of the texts', 'OpenRLHF/OpenRLHF#393'),
-    Check('template-missing', 'before', 'error', template_missing, 'without a template it is not known how turns are written', 'set tok.chat_template to the one that will be used later, and save it with the model', 'hiyouga/LlamaFactory#5904')]
+    Check('bos-not-once', 'before', 'warning', bos_not_once,
+          'templates write the mark of the beginning, and so do tokenizers: twice or never is not what the model grew up with',
+          'tokenise rendered templates with add_special_tokens=False, and take the mark out of the texts',
+          'OpenRLHF/OpenRLHF#393'),
+    Check('template-missing', 'before', 'error', template_missing,
+          'without a template it is not known how turns are written',
+          'set tok.chat_template to the one that will be used later, and save it with the model',
+          'hiyouga/LlamaFactory#5904')]
 
-# %% ../nbs/diagnosis.ipynb #00170f3d
+# %% ../nbs/diagnosis.ipynb #001f0f3d
 def _normal(text:str) -> str: return ' '.join(unicodedata.normalize('NFKC', text).casefold().split()).strip(' .,;:!?"\'')
 def _answer(r, kind) -> str: return r['messages'][-1]['content'] if kind == 'chat' else str(r.get('response', r.get('label', '')))
 
@@ -472,15 +533,35 @@ def train_test_overlap(c):
     _in_words(c)
     if not c.data.test: raise NotApplicable('there are no test rows')
     exact = {_question(r, c.data.kind) for r in c.data.train}; near = {_normal(q) for q in exact}; asked = [_question(r, c.data.kind) for r in c.data.test]
-    n, m = sum(q in exact for q in asked), sum(_normal(q) in near for q in asked)
-    if m: return ('error' if m > .1*len(asked) else 'warning'), f'{m} of {len(asked)} test rows ask what a training row asks, {n} of them word for word'
+    both = [q for q in asked if _normal(q) in near]; n = sum(q in exact for q in both)
+    if not both: return None
+    seen = f'{len(both)} of {len(asked)} test rows ask what a training row asks, {n} of them word for word, e.g. {_short(both[0], 60)!r}'
+    return ('error' if len(both) > .1*len(asked) else 'warning'), seen
 
 def duplicate_rows(c):
     _in_words(c)
     rows = Counter((_normal(_question(r, c.data.kind)), _normal(_answer(r, c.data.kind))) for r in c.data.train); n = len(c.data.train); twice = n - len(rows)
     if twice > .05*n: (q, _), k = rows.most_common(1)[0]; return f'{twice} of {n} training rows repeat an earlier one; {_short(q, 40)!r} stands there {k} times'
 
-# %% ../nbs/diagnosis.ipynb #00180f3d
+# %% ../nbs/diagnosis.ipynb #00200f3d
+def answers_contradict(c):
+    _in_words(c)
+    if c.data.kind == 'lm': raise NotApplicable('the data ask no questions')
+    said = {}
+    for r in c.data.train: said.setdefault(_normal(_question(r, c.data.kind)), {})[_normal(_answer(r, c.data.kind))] = _answer(r, c.data.kind)
+    odd = [(q, list(a.values())) for q, a in said.items() if len(a) > 1]; label = c.data.kind == 'label'
+    if len(odd) <= (.01 if label else .05)*len(said): return None # of texts several may be right, of labels hardly
+    q, (a, b, *_) = odd[0]; a, b = (c.data.labels[int(x)] if label else _short(x, 40) for x in (a, b))
+    return ('warning' if label else 'note'), f'{len(odd)} of {len(said)} questions have more than one answer, e.g. {_short(q, 40)!r}: {a!r} and {b!r}'
+
+FEW = 20 # test rows below which a score is mostly luck
+
+def few_test_rows(c):
+    _in_words(c); n = len(c.data.test)
+    if not n: return 'note', 'there is no test row, so nothing will say whether something was learned, and ftlab.report refuses'
+    if n < FEW: return f'there {"is 1 test row" if n == 1 else f"are {n} test rows"}: one answer more or less moves a score by {100/n:.0f} points'
+
+# %% ../nbs/diagnosis.ipynb #00210f3d
 def labels_missing(c):
     if c.data.kind != 'label': raise NotApplicable('the data have no labels')
     known = {r['label'] for r in c.data.train}
@@ -491,7 +572,9 @@ def labels_missing(c):
 def labels_unbalanced(c):
     if c.data.kind != 'label': raise NotApplicable('the data have no labels')
     count = Counter(r['label'] for r in c.data.train); (top, most), (low, least) = count.most_common()[0], count.most_common()[-1]
-    if most > 20*least: return f'label {c.data.labels[top]!r} has {most} training rows, {c.data.labels[low]!r} has {least}; always saying the first is right {most/len(c.data.train):.0%} of the time'
+    if most <= 20*least: return None
+    seen = f'label {c.data.labels[top]!r} has {most} training rows, {c.data.labels[low]!r} has {least}'
+    return f'{seen}; always saying the first is right {most/len(c.data.train):.0%} of the time'
 
 def passes_over_data(c):
     if c.answers('source'): raise NotApplicable('the recipe draws its own rows')
@@ -503,18 +586,45 @@ def unknown_words(c):
     unk = c.tok.unk_token_id
     if unk is None: raise NotApplicable('the tokenizer can write everything')
     ids = [i for r in c.whole for i in r['input_ids']]; n = ids.count(unk)
-    if n > .01*len(ids): return ('error' if n > .2*len(ids) else 'warning'), f'{n/len(ids):.0%} of the tokens are {c.tok.unk_token!r}, words that the tokenizer does not know'
+    if n <= .01*len(ids): return None
+    return ('error' if n > .2*len(ids) else 'warning'), f'{n/len(ids):.0%} of the tokens are {c.tok.unk_token!r}, words that the tokenizer does not know'
 
-# %% ../nbs/diagnosis.ipynb #00190f3d
+# %% ../nbs/diagnosis.ipynb #00220f3d
 DATA = [
-    Check('train-test-overlap', 'before', 'warning', train_test_overlap, 'what was trained on is not a test', 'take those rows out of one of the two; split by question, not by row', 'huggingface/datasets#4261'),
-    Check('duplicate-rows', 'before', 'warning', duplicate_rows, 'rows that stand there often are learned by heart, and weigh more than you meant', 'leave one of each; repeat on purpose by steps', 'instructlab/instructlab#1003'),
-    Check('labels-missing', 'before', 'error', labels_missing, 'a label that was never shown cannot be answered; -1 is how hidden test labels are written', 'give train all labels; take hidden ones out of test', 'huggingface/datasets#5624'),
-    Check('labels-unbalanced', 'before', 'warning', labels_unbalanced, 'accuracy hides it: the commonest label alone scores well', 'look at accuracy by label; draw rare labels more often', 'huggingface/transformers#37636'),
-    Check('passes-over-data', 'before', 'warning', passes_over_data, 'rows that are never seen teach nothing, and rows seen many times are learned by heart', 'steps = passes * rows / batch_size; two or three passes are usual', 'artidoro/qlora#87'),
-    Check('unknown-words', 'before', 'warning', unknown_words, 'all unknown words are one word to the model', 'use a model whose tokenizer knows your language, or add the words and resize the embedding', 'facebookresearch/ParlAI#4135')]
+    Check('train-test-overlap', 'before', 'warning', train_test_overlap,
+          'what was trained on is not a test',
+          'take those rows out of one of the two; split by question, not by row',
+          'huggingface/datasets#4261'),
+    Check('duplicate-rows', 'before', 'warning', duplicate_rows,
+          'rows that stand there often are learned by heart, and weigh more than you meant',
+          'leave one of each; repeat on purpose by steps',
+          'instructlab/instructlab#1003'),
+    Check('answers-contradict', 'before', 'warning', answers_contradict,
+          'of two answers to one question a model learns neither, or the one that stands there more often',
+          'keep the right one; where several answers are right, so that this is meant, let it be',
+          'sebischair/Medical-Abstracts-TC-Corpus#2'),
+    Check('few-test-rows', 'before', 'warning', few_test_rows,
+          'on so few questions a good and a useless model can score alike',
+          'give a test set of your own (test=, or --eval), a hundred rows or more, or more data to split',
+          'dennybritz/cnn-text-classification-tf#27'),
+    Check('labels-missing', 'before', 'error', labels_missing,
+          'a label that was never shown cannot be answered; -1 is how hidden test labels are written',
+          'give train all labels; take hidden ones out of test',
+          'huggingface/datasets#5624'),
+    Check('labels-unbalanced', 'before', 'warning', labels_unbalanced,
+          'accuracy hides it: the commonest label alone scores well',
+          'look at accuracy by label; draw rare labels more often',
+          'huggingface/transformers#37636'),
+    Check('passes-over-data', 'before', 'warning', passes_over_data,
+          'rows that are never seen teach nothing, and rows seen many times are learned by heart',
+          'steps = passes * rows / batch_size; two or three passes are usual',
+          'artidoro/qlora#87'),
+    Check('unknown-words', 'before', 'warning', unknown_words,
+          'all unknown words are one word to the model',
+          'use a model whose tokenizer knows your language, or add the words and resize the embedding',
+          'facebookresearch/ParlAI#4135')]
 
-# %% ../nbs/diagnosis.ipynb #001b0f3d
+# %% ../nbs/diagnosis.ipynb #00240f3d
 def pad_unusable(c):
     pad, n = c.tok.pad_token_id, _vocabulary(c.model)
     if pad is None: return 'warning', f'the tokenizer has no padding token; rows would be padded with token 0, {c.tok.convert_ids_to_tokens(0)!r}'
@@ -529,18 +639,21 @@ def vocabulary_mismatch(c):
 def too_long_for_positions(c):
     most = getattr(c.model.config, 'max_position_embeddings', None)
     if not most: raise NotApplicable('the model has no largest length')
-    if c.model.config.model_type in ('roberta', 'xlm-roberta', 'camembert', 'mpnet', 'longformer'): most -= 1 + (c.model.config.pad_token_id or 1) # they count positions from after the padding's
+    if c.model.config.model_type in ('roberta', 'xlm-roberta', 'camembert', 'mpnet', 'longformer'):
+        most -= 1 + (c.model.config.pad_token_id or 1) # they count positions from after the padding's
     longest = max(len(r['input_ids']) for r in c.rows)
     if longest > most: return f'rows of {longest} tokens are let through, and the model has {most} positions'
     if (c.settings['max_length'] or 0) > most: return 'warning', f'max_length is {c.settings["max_length"]}, and the model has {most} positions'
 
-# %% ../nbs/diagnosis.ipynb #001c0f3d
+# %% ../nbs/diagnosis.ipynb #00250f3d
 def learning_rate(c):
     if c.recipe.stages: raise NotApplicable('every stage has its own rate')
     scale = .1 if sum(p.numel() for p in c.params.values()) > 1e8 else 1. # the known range is that of small models; large ones take a tenth
-    low, high = min(c.recipe.lrs)*scale/10, max(c.recipe.lrs)*scale*2.5; known = f'{min(c.recipe.lrs)*scale:g} to {max(c.recipe.lrs)*scale:g}'
-    if c.lr > high: return ('error' if c.lr > 10*high else 'warning'), f'the rate is {c.lr:g}; {c.recipe.name} is known to learn at {known}'
-    if c.lr < low: return f'the rate is {c.lr:g}; {c.recipe.name} is known to learn at {known}, so it will hardly move'
+    low, high = min(c.recipe.lrs)*scale/10, max(c.recipe.lrs)*scale*2.5
+    known = f'the rate is {c.lr:g}; {c.recipe.name} is known to learn at {min(c.recipe.lrs)*scale:g} to {max(c.recipe.lrs)*scale:g}'
+    if c.lr <= 0: return 'error', f'{known}, and a rate must be above 0'
+    if c.lr > high: return ('error' if c.lr > 10*high else 'warning'), known
+    if c.lr < low: return f'{known}, so it will hardly move'
 
 def _moving(c) -> dict:
     "Weights that will move themselves"
@@ -550,14 +663,16 @@ def updates_round_away(c):
     if c.answers('step'): raise NotApplicable('the recipe takes its own steps')
     half = [p.detach().flatten()[::max(1, p.numel()//20000)] for p in _moving(c).values() if p.dtype in (torch.float16, torch.bfloat16)]
     if not half: raise NotApplicable('no weight of half precision moves itself')
-    same, n = sum(int((w + torch.tensor(c.lr, dtype=torch.float32, device=w.device)).to(w.dtype).eq(w).sum()) if w.dtype == torch.float32 else int((w.float() + c.lr).to(w.dtype).eq(w).sum()) for w in half), sum(map(len, half))
-    if same > .2*n: return ('error' if same > .8*n else 'warning'), f'at the peak rate {c.lr:g}, {same/n:.0%} of the {str(half[0].dtype).removeprefix("torch.")} weights that should move are rounded back to where they were'
+    stays = sum(int((w.float() + c.lr).to(w.dtype).eq(w).sum()) for w in half)/sum(map(len, half)); dtype = str(half[0].dtype).removeprefix('torch.')
+    if stays <= .2: return None
+    seen = f'at the peak rate {c.lr:g}, {stays:.0%} of the {dtype} weights that should move are rounded back to where they were'
+    return ('error' if stays > .8 else 'warning'), seen
 
 def fp16_unscaled(c):
     n = sum(p.dtype == torch.float16 for p in _moving(c).values())
     if n: return f'{n} tensors that train are float16, and the loss is not scaled'
 
-# %% ../nbs/diagnosis.ipynb #001d0f3d
+# %% ../nbs/diagnosis.ipynb #00260f3d
 def nonfinite_weights(c):
     bad = {n: int((~torch.isfinite(p.detach())).sum()) for n, p in c.params.items()}; bad = {n: k for n, k in bad.items() if k}
     if bad: return f'{sum(bad.values())} numbers in {len(bad)} tensors are NaN or infinite, e.g. in {_some(bad)}'
@@ -568,28 +683,34 @@ def left_in_train_mode(c):
 
 def dropout_and_accumulation(c):
     drop = _drops(c.model)
-    if drop > 0 and c.settings['accumulate'] > 1: return f'dropout is up to {drop:g}, and each step is cut into {c.settings["accumulate"]} micro-batches, which draw other numbers than one batch would'
+    if drop <= 0 or c.settings['accumulate'] == 1: return None
+    return f'dropout is up to {drop:g}, and each step is cut into {c.settings["accumulate"]} micro-batches, which draw other numbers than one batch would'
 
 def statistics_move(c):
-    bn = [n for n, m in c.model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats and not any(k.startswith(n + '.') for k in c.chosen)]
+    norms = [n for n, m in c.model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    bn = [n for n in norms if not any(k.startswith(n + '.') for k in c.chosen)]
     if bn: return f'{len(bn)} layers keep running statistics, e.g. {bn[0]}, which move although nothing of them is selected'
 
-# %% ../nbs/diagnosis.ipynb #001f0f3d
+# %% ../nbs/diagnosis.ipynb #00280f3d
 def padding_changes_answers(c):
     c.batch; rows = sorted(c.rows, key=lambda r: len(r['input_ids'])); short, long = rows[0], rows[-1]; k = len(short['input_ids'])
     if k == len(long['input_ids']): raise NotApplicable('all rows are equally long')
     alone, beside = ({n: v.to(c.device) for n, v in collate(rs, _pad(c)).items()} for rs in ([short], [short, long]))
     a, b = _logits(c.model, alone)[0], _logits(c.model, beside)[0]; b = b[:k] if b.ndim == 2 else b
     off, size = float((a - b).abs().max()), float(a.abs().max())
-    if off > 4e3*torch.finfo(a.dtype).eps*max(size, 1e-3): return f'beside a row of {len(long["input_ids"])} tokens, a row of {k} is answered differently: logits differ by {off:.3g} (they are up to {size:.3g})'
+    if off <= 4e3*torch.finfo(a.dtype).eps*max(size, 1e-3): return None
+    return f'beside a row of {len(long["input_ids"])} tokens, a row of {k} is answered differently: logits differ by {off:.3g} (they are up to {size:.3g})'
 
 def zero_gradient(c):
     look = _first_step(c)
     if look.grads is None: raise NotApplicable('the recipe takes steps without gradients')
-    of = lambda n: n.split('::')[0]; live = {of(n) for n, g in look.grads.items() if g.any()}; all_of = {of(n) for n in look.sizes}; dead = sorted(all_of - live)
-    if not live and c.answers('source'): return 'warning', f'the gradient of {PATIENCE} batches in a row is exactly zero; the recipe draws its own rows, and answers that all have the same reward do this'
+    of = lambda n: n.split('::')[0]; every = {of(n) for n in look.sizes}; live = {of(n) for n, g in look.grads.items() if g.any()}; dead = sorted(every - live)
+    if not live and c.answers('source'):
+        return 'warning', (f'the gradient of {PATIENCE} batches in a row is exactly zero; the recipe draws its own rows, '
+                           'and answers that all have the same reward do this')
     if not live: return f'after the first batch the gradient of all {len(look.sizes)} tensors that should train is exactly zero'
-    if dead and not c.answers('callbacks') and not c.answers('step'): return 'warning', f'the gradient of {len(dead)} of {len(all_of)} selected tensors is exactly zero on the first batch: {_some(dead)}'
+    if dead and not c.answers('callbacks') and not c.answers('step'):
+        return 'warning', f'the gradient of {len(dead)} of {len(every)} selected tensors is exactly zero on the first batch: {_some(dead)}'
 
 def starts_elsewhere(c):
     c.waives('starts as the base'); c.now; look = _first_step(c)
@@ -599,26 +720,69 @@ def refused(c):
     if any(f.severity == 'error' for f in c.findings): raise NotApplicable('an error was found already')
     if not _first_step_quietly(c).shown: return _short(c.dry.error or 'the run ended before its first step', 400)
 
-# %% ../nbs/diagnosis.ipynb #00200f3d
+# %% ../nbs/diagnosis.ipynb #00290f3d
 NUMBERS = [
-    Check('pad-unusable', 'before', 'error', pad_unusable, 'padding is looked up in the embedding like any token', 'set tok.pad_token to a token that the model has, or resize the embedding', 'meta-llama/llama-cookbook#189'),
-    Check('vocabulary-mismatch', 'before', 'error', vocabulary_mismatch, 'the tokenizer is not the model\'s, or the embedding was not resized; on some devices this reads other memory instead of failing',
-          'load both from one place, or call model.resize_token_embeddings', 'huggingface/transformers#12842'),
-    Check('too-long-for-positions', 'before', 'error', too_long_for_positions, 'beyond its positions a model fails with an error about something else, or answers noise', 'lower max_length to what the model has', 'huggingface/transformers#10015'),
-    Check('learning-rate', 'before', 'warning', learning_rate, 'the rate moves gain and forgetting more than the method does, and adapters need one that ruins full fine-tuning',
-          'start from the recipe\'s own range, recipe.lrs', 'huggingface/peft#3552'),
-    Check('updates-round-away', 'before', 'warning', updates_round_away, 'the optimiser works, the loss wobbles, and the weights stay where they are', 'train float32 weights with precision="bf16", or an adapter in float32', 'meta-pytorch/torchtune#2254'),
-    Check('fp16-unscaled', 'before', 'warning', fp16_unscaled, 'small gradients vanish and large ones overflow in float16', 'load the model in float32 or bfloat16', 'huggingface/transformers#12225'),
-    Check('nonfinite-weights', 'both', 'error', nonfinite_weights, 'one NaN spreads to every answer', 'load the weights anew; if it came from training, lower the rate', 'haotian-liu/LLaVA#1278'),
-    Check('left-in-train-mode', 'both', 'warning', left_in_train_mode, 'answers that are measured in training mode are drawn with dropout', 'model.eval() before anything is measured', 'huggingface/peft#2438'),
-    Check('dropout-and-accumulation', 'before', 'note', dropout_and_accumulation, 'runs with and without accumulation will then differ, and neither is wrong', 'set dropout to 0 if you mean to compare such runs', 'awslabs/keys_values#43'),
-    Check('statistics-move', 'before', 'warning', statistics_move, 'requires_grad=False does not freeze running statistics', 'put those layers in eval mode', 'pytorch/pytorch#86590'),
-    Check('padding-changes-answers', 'before', 'error', padding_changes_answers, 'answers then depend on which rows happen to share a batch', 'pass attention masks and position_ids that count only real tokens', 'huggingface/trl#469'),
-    Check('zero-gradient', 'before', 'error', zero_gradient, 'what gets no gradient will never move', 'look at the selection and at how the change starts: a product of two zeros has no slope', 'NovaSky-AI/SkyRL#852'),
-    Check('starts-elsewhere', 'before', 'error', starts_elsewhere, 'measured against such a start, forgetting can even look negative', 'let the change start as the identity, or declare that it does not (Recipe.waives)', 'huggingface/peft#3419'),
-    Check('refused', 'before', 'error', refused, 'this is what fit would say', 'do what the message says', 'huggingface/transformers#42489')]
+    Check('pad-unusable', 'before', 'error', pad_unusable,
+          'padding is looked up in the embedding like any token',
+          'set tok.pad_token to a token that the model has, or resize the embedding',
+          'meta-llama/llama-cookbook#189'),
+    Check('vocabulary-mismatch', 'before', 'error', vocabulary_mismatch,
+          'the tokenizer is not the model\'s, or the embedding was not resized; on some devices this reads other memory instead of failing',
+          'load both from one place, or call model.resize_token_embeddings',
+          'huggingface/transformers#12842'),
+    Check('too-long-for-positions', 'before', 'error', too_long_for_positions,
+          'beyond its positions a model fails with an error about something else, or answers noise',
+          'lower max_length to what the model has',
+          'huggingface/transformers#10015'),
+    Check('learning-rate', 'both', 'warning', learning_rate,
+          'the rate moves gain and forgetting more than the method does, and adapters need one that ruins full fine-tuning',
+          'leave lr out, and the recipe\'s own rate is taken; or choose within its range, recipe.lrs',
+          'huggingface/peft#3552'),
+    Check('updates-round-away', 'before', 'warning', updates_round_away,
+          'the optimiser works, the loss wobbles, and the weights stay where they are',
+          'train float32 weights with precision="bf16", or an adapter in float32',
+          'meta-pytorch/torchtune#2254'),
+    Check('fp16-unscaled', 'before', 'warning', fp16_unscaled,
+          'small gradients vanish and large ones overflow in float16',
+          'load the model in float32 or bfloat16',
+          'huggingface/transformers#12225')]
 
-# %% ../nbs/diagnosis.ipynb #00220f3d
+# %% ../nbs/diagnosis.ipynb #002a0f3d
+STEP = [
+    Check('nonfinite-weights', 'both', 'error', nonfinite_weights,
+          'one NaN spreads to every answer',
+          'load the weights anew; if it came from training, lower the rate',
+          'haotian-liu/LLaVA#1278'),
+    Check('left-in-train-mode', 'both', 'warning', left_in_train_mode,
+          'answers that are measured in training mode are drawn with dropout',
+          'model.eval() before anything is measured',
+          'huggingface/peft#2438'),
+    Check('dropout-and-accumulation', 'before', 'note', dropout_and_accumulation,
+          'runs with and without accumulation will then differ, and neither is wrong',
+          'set dropout to 0 if you mean to compare such runs',
+          'awslabs/keys_values#43'),
+    Check('statistics-move', 'before', 'warning', statistics_move,
+          'requires_grad=False does not freeze running statistics',
+          'put those layers in eval mode',
+          'pytorch/pytorch#86590'),
+    Check('padding-changes-answers', 'before', 'error', padding_changes_answers,
+          'answers then depend on which rows happen to share a batch',
+          'pass attention masks and position_ids that count only real tokens',
+          'huggingface/trl#469'),
+    Check('zero-gradient', 'before', 'error', zero_gradient,
+          'what gets no gradient will never move',
+          'look at the selection and at how the change starts: a product of two zeros has no slope',
+          'NovaSky-AI/SkyRL#852'),
+    Check('starts-elsewhere', 'before', 'error', starts_elsewhere,
+          'measured against such a start, forgetting can even look negative',
+          'let the change start as the identity, or declare that it does not (Recipe.waives)',
+          'huggingface/peft#3419'),
+    Check('refused', 'before', 'error', refused,
+          'this is what fit would say',
+          'do what the message says',
+          'huggingface/transformers#42489')]
+
+# %% ../nbs/diagnosis.ipynb #002c0f3d
 def _change(c) -> dict:
     try: return c.run.delta.tensors()
     except ValueError as e: raise NotApplicable(f'the change is not kept apart any more: {_short(e)}') from None
@@ -629,10 +793,11 @@ def outputs_unchanged(c):
 def nothing_moved(c):
     changes = _change(c)
     if not changes: raise NotApplicable('the change acts on activations, not on weights')
-    moved = sum(int((d != 0).sum()) for d in changes.values()); size = lambda n: changes[n].numel() if c.run.delta.attached.chosen.get(n, True) is True else int(c.run.delta.attached.chosen[n].sum())
-    n = sum(map(size, changes))
+    moved = sum(int((d != 0).sum()) for d in changes.values()); masks = {k: m for k, m in c.run.delta.attached.chosen.items() if m is not True}
+    n = sum(int(masks[k].sum()) if k in masks else d.numel() for k, d in changes.items())
     if not moved: return f'0 of {n} numbers differ from the base\'s'
-    if moved < .01*n and not c.recipe.stages and not c.answers('edit'): return 'warning', f'{moved} of {n} selected numbers ({moved/n:.2%}) differ from the base\'s'
+    if moved < .01*n and not c.recipe.stages and not c.answers('edit'):
+        return 'warning', f'{moved} of {n} selected numbers ({moved/n:.2%}) differ from the base\'s'
 
 def off_is_not_base(c):
     c.waives('off is the base'); off = c.off; base = c.run.delta.base
@@ -651,7 +816,7 @@ def frozen_moved(c):
     if masks: d = _change(c); odd = [n for n, m in masks.items() if (d[n][~m] != 0).any()]
     if masks and odd: return f'numbers outside the mask moved in {len(odd)} of {len(masks)} tensors: {_some(odd)}'
 
-# %% ../nbs/diagnosis.ipynb #00230f3d
+# %% ../nbs/diagnosis.ipynb #002d0f3d
 def loss_not_finite(c):
     bad = [r['step'] for r in c.run.log if not math.isfinite(r['loss'])]
     if bad: return f'the loss is no number at {len(bad)} of {len(c.run.log)} steps, first at step {bad[0]}'
@@ -671,15 +836,21 @@ def loss_flat(c):
 def loss_rose(c):
     first, last = _ends(c)
     if last > 1.2*first and last > first + .1: return f'the loss went up from {first:.3f} (first fifth of the steps) to {last:.3f} (last fifth)'
+    if getattr(c.data, 'kind', None) not in KINDS or c.answers('view') or c.answers('edit'): return None # what was learned is not the rows as they stand
+    try: now, was = c.learned # a rate that ruins a model at its first step leaves a log that only falls
+    except NotApplicable: return None
+    if now > 1.2*was + .5: return f'on training rows the loss rose from {was:.3f} (base) to {now:.3f}'
 
-# %% ../nbs/diagnosis.ipynb #00250f3d
+# %% ../nbs/diagnosis.ipynb #002f0f3d
 def _rms(x) -> float: return float(x.float().square().mean().sqrt())
 
 def _apart(now, other, off) -> str|None:
     "What is wrong with `other` as a copy of `now`, beyond rounding; `off` is the base"
     noise = 32*torch.finfo(now.dtype).eps*_rms(now); err, effect = _rms(now - other), _rms(now - off)
-    if effect > noise/8 and _rms(other - off) <= .02*effect: return f'its logits are the base\'s (they differ by {_rms(other - off):.2g}; with the change they would by {effect:.2g})'
-    if err > max(noise, .02*effect) or (err > .5*effect > noise/8): return f'its logits differ from the run\'s by {err:.2g} in the root mean square, where the whole change makes {effect:.2g}'
+    if effect > noise/8 and _rms(other - off) <= .02*effect:
+        return f'its logits are the base\'s (they differ by {_rms(other - off):.2g}; with the change they would by {effect:.2g})'
+    if err > max(noise, .02*effect) or (err > .5*effect > noise/8):
+        return f'its logits differ from the run\'s by {err:.2g} in the root mean square, where the whole change makes {effect:.2g}'
 
 def _reloaded(c):
     "A fresh base with the saved change on it"
@@ -695,7 +866,7 @@ def reload_differs(c):
     got = _logits(new, c.batch)
     if not torch.equal(got, c.now): return f'saved, and loaded onto a fresh base, logits differ by up to {float((got - c.now).abs().max()):.3g}'
 
-# %% ../nbs/diagnosis.ipynb #00260f3d
+# %% ../nbs/diagnosis.ipynb #00300f3d
 def _on_weights(c):
     c.waives('folds')
     if any(d.site != 'weight' for d in c.run.delta.attached.deltas.values()): raise NotApplicable('the change acts on activations and is not folded')
@@ -714,7 +885,7 @@ def export_differs(c):
         got = _logits(type(c.model).from_pretrained(folder, dtype=c.model.dtype).to(c.device), c.batch)
     if said := _apart(c.now, got, c.off): return f'the exported folder{f" {Path(c.exported).name!r}" if c.exported else ""} is not the run: {said}'
 
-# %% ../nbs/diagnosis.ipynb #00270f3d
+# %% ../nbs/diagnosis.ipynb #00310f3d
 def _again(c, accumulate=1, data=None) -> torch.Tensor:
     "The gradient of the run's first step, on a fresh base"
     n = c.settings['batch_size']; keep = {k: v for k, v in c.settings.items() if k in SETTINGS and k not in ('device', 'steps')}
@@ -744,55 +915,100 @@ def order_changes_result(c):
     if len(few.train) < c.settings['batch_size']: raise NotApplicable('there are fewer rows than a batch holds')
     return _steps_alike(c, _again(c, data=replace(few, train=few.train[::-1])), 'with the same rows in another order')
 
-# %% ../nbs/diagnosis.ipynb #00290f3d
+# %% ../nbs/diagnosis.ipynb #00330f3d
 def validation_gap(c):
     if not c.data.validation: raise NotApplicable('there are no validation rows')
     if c.answers('source'): raise NotApplicable('the recipe learns from rows that it draws itself')
-    ask = lambda rows: nll(c.model, c.tok, rows, c.data.kind, max_length=c.limit)
-    few = c.data.validation[:100]; now, seen = ask(few), ask(c.sample[:100]); c.off
-    with c.run.disabled(): was, seen_was = ask(few), ask(c.sample[:100])
-    if now > was + max(.1, .05*was) and seen < seen_was: return f'on validation rows the loss rose from {was:.3f} (base) to {now:.3f}, on training rows it fell from {seen_was:.3f} to {seen:.3f}'
+    ask = lambda: nll(c.model, c.tok, c.data.validation[:100], c.data.kind, max_length=c.limit)
+    seen, seen_was = c.learned; now, was = ask(), _switched_off(c, ask)
+    if now > was + max(.1, .05*was) and seen < seen_was:
+        return f'on validation rows the loss rose from {was:.3f} (base) to {now:.3f}, on training rows it fell from {seen_was:.3f} to {seen:.3f}'
     if now - seen > max(1., seen): return 'note', f'the loss is {seen:.3f} on training rows and {now:.3f} on validation rows (base: {was:.3f})'
 
 ASKED, AGAIN = 20, 100 # questions of each old skill, and of those under suspicion
 
 def old_skills_lost(c):
-    if not is_lab(c.tok) or c.data.kind == 'label' or not c.model.can_generate(): raise NotApplicable('only a lab model can be asked what it could do before; use ftlab.report for drift')
+    if not is_lab(c.tok) or c.data.kind == 'label' or not c.model.can_generate():
+        raise NotApplicable('only a lab model can be asked what it could do before; use ftlab.report for drift')
     old = old_skills(c.data); c.off; now = skills(c.model, ASKED, names=old, tok=c.tok)
     weak = [s for s in old if now[s] < .5] # only what is weak now can have lost half
     if not weak: return None
-    with c.run.disabled(): was = skills(c.model, ASKED, names=weak, tok=c.tok)
-    suspects = [s for s in was if was[s] >= .5 and now[s] < .6*was[s]]
+    was = _switched_off(c, lambda: skills(c.model, ASKED, names=weak, tok=c.tok)); suspects = [s for s in was if was[s] >= .5 and now[s] < .6*was[s]]
     if not suspects: return None
-    now = skills(c.model, AGAIN, names=suspects, tok=c.tok) # twenty questions suspect, they do not prove
-    with c.run.disabled(): was = skills(c.model, AGAIN, names=suspects, tok=c.tok)
-    sure = [s for s in suspects if now[s] + 2*math.sqrt((now[s]*(1 - now[s]) + was[s]*(1 - was[s])/4 + 1/AGAIN)/AGAIN) < .5*was[s]] # two standard errors of now - was/2
-    if sure: return f'{len(sure)} of {len(old)} old skills fell to less than half: ' + _some((f'{s} {was[s]:.0%} -> {now[s]:.0%}' for s in sorted(sure, key=lambda s: now[s] - was[s])), 4)
+    ask = lambda: skills(c.model, AGAIN, names=suspects, tok=c.tok); now, was = ask(), _switched_off(c, ask) # twenty questions suspect, they do not prove
+    sure = sorted((s for s in suspects if _half_lost(was[s], now[s])), key=lambda s: now[s] - was[s])
+    if sure: return f'{len(sure)} of {len(old)} old skills fell to less than half: ' + _some((f'{s} {was[s]:.0%} -> {now[s]:.0%}' for s in sure), 4)
 
-# %% ../nbs/diagnosis.ipynb #002a0f3d
+def _half_lost(was, now) -> bool:
+    "Is `now` below half of `was` by two standard errors of now - was/2, each from `AGAIN` answers?"
+    return now + 2*math.sqrt((now*(1 - now) + was*(1 - was)/4 + 1/AGAIN)/AGAIN) < .5*was
+
+# %% ../nbs/diagnosis.ipynb #00350f3d
 CHANGE = [
-    Check('outputs-unchanged', 'after', 'error', outputs_unchanged, 'the change is not in use, or nothing was learned', 'look at log and learning rate; make sure that the model you ask is the one that carries the change', 'huggingface/peft#515'),
-    Check('nothing-moved', 'after', 'error', nothing_moved, 'a run that moves (almost) nothing has learned (almost) nothing', 'raise the rate; in half precision train float32 weights', 'microsoft/LoRA#59'),
-    Check('off-is-not-base', 'after', 'error', off_is_not_base, 'what is measured against "the base" is then measured against something else', 'do not write to weights outside what was selected; report it', 'huggingface/peft#493'),
-    Check('frozen-moved', 'after', 'error', frozen_moved, 'what was promised to stay has moved, and the saved change does not hold it', 'look for a callback or module that writes to weights itself', 'unslothai/unsloth-zoo#923'),
-    Check('loss-not-finite', 'after', 'error', loss_not_finite, 'after one NaN nothing that follows means anything', 'lower the rate, clip, or use float32', 'openvla/openvla#49'),
-    Check('loss-flat', 'after', 'warning', loss_flat, 'the optimiser stepped, and the loss did not notice', 'look at coverage of the selection and at the rate', 'huggingface/peft#3554'),
-    Check('loss-rose', 'after', 'warning', loss_rose, 'the run went uphill: the model got worse at what it was taught', 'lower the rate, or warm up', 'haotian-liu/LLaVA#1301')]
+    Check('outputs-unchanged', 'after', 'error', outputs_unchanged,
+          'the change is not in use, or nothing was learned',
+          'look at log and learning rate; make sure that the model you ask is the one that carries the change',
+          'huggingface/peft#515'),
+    Check('nothing-moved', 'after', 'error', nothing_moved,
+          'a run that moves (almost) nothing has learned (almost) nothing',
+          'raise the rate; in half precision train float32 weights',
+          'microsoft/LoRA#59'),
+    Check('off-is-not-base', 'after', 'error', off_is_not_base,
+          'what is measured against "the base" is then measured against something else',
+          'do not write to weights outside what was selected; report it',
+          'huggingface/peft#493'),
+    Check('frozen-moved', 'after', 'error', frozen_moved,
+          'what was promised to stay has moved, and the saved change does not hold it',
+          'look for a callback or module that writes to weights itself',
+          'unslothai/unsloth-zoo#923'),
+    Check('loss-not-finite', 'after', 'error', loss_not_finite,
+          'after one NaN nothing that follows means anything',
+          'lower the rate, clip, or use float32',
+          'openvla/openvla#49'),
+    Check('loss-flat', 'after', 'warning', loss_flat,
+          'the optimiser stepped, and the loss did not notice',
+          'look at coverage of the selection and at the rate',
+          'huggingface/peft#3554'),
+    Check('loss-rose', 'after', 'warning', loss_rose,
+          'the run went uphill: the model got worse at what it was taught',
+          'lower the rate, or warm up',
+          'haotian-liu/LLaVA#1301')]
 
-# %% ../nbs/diagnosis.ipynb #002b0f3d
+# %% ../nbs/diagnosis.ipynb #00360f3d
 PROMISED = [
-    Check('reload-differs', 'after', 'error', reload_differs, 'what you measured is not what you saved', 'save again; if it stays so, report it with the recipe', 'huggingface/peft#3306'),
-    Check('fold-differs', 'after', 'error', fold_differs, 'the merged model is another model', 'merge in float32, or keep the change apart', 'huggingface/peft#2502'),
-    Check('export-differs', 'after', 'error', export_differs, 'the folder that is deployed does not hold what was learned', 'export anew, and compare logits with the run before deploying', 'verl-project/verl#7285'),
-    Check('accumulation-changes-result', 'after', 'error', accumulation_changes_result, 'micro-batches that are averaged one by one weigh short rows too much', 'divide by the priced tokens of the whole batch (state.count)', 'huggingface/transformers#37766'),
-    Check('order-changes-result', 'after', 'error', order_changes_result, 'rows then influence each other within a batch', 'look for padding without a mask, or an objective that takes neighbours', 'huggingface/transformers#47394')]
+    Check('reload-differs', 'after', 'error', reload_differs,
+          'what you measured is not what you saved',
+          'save again; if it stays so, report it with the recipe',
+          'huggingface/peft#3306'),
+    Check('fold-differs', 'after', 'error', fold_differs,
+          'the merged model is another model',
+          'merge in float32, or keep the change apart',
+          'huggingface/peft#2502'),
+    Check('export-differs', 'after', 'error', export_differs,
+          'the folder that is deployed does not hold what was learned',
+          'export anew, and compare logits with the run before deploying',
+          'verl-project/verl#7285'),
+    Check('accumulation-changes-result', 'after', 'error', accumulation_changes_result,
+          'micro-batches that are averaged one by one weigh short rows too much',
+          'divide by the priced tokens of the whole batch (state.count)',
+          'huggingface/transformers#37766'),
+    Check('order-changes-result', 'after', 'error', order_changes_result,
+          'rows then influence each other within a batch',
+          'look for padding without a mask, or an objective that takes neighbours',
+          'huggingface/transformers#47394')]
 
 COST = [
-    Check('validation-gap', 'after', 'warning', validation_gap, 'the rows were learned, not what they have in common', 'fewer steps, more rows, or a smaller rate', 'huggingface/transformers#22934'),
-    Check('old-skills-lost', 'after', 'warning', old_skills_lost, 'the new skill was paid for with old ones', 'a smaller rate first; then hft, rehearsal of old rows, or an edit after training', 'hiyouga/LlamaFactory#2611')]
+    Check('validation-gap', 'after', 'warning', validation_gap,
+          'the rows were learned, not what they have in common',
+          'fewer steps, more rows, or a smaller rate',
+          'huggingface/transformers#22934'),
+    Check('old-skills-lost', 'after', 'warning', old_skills_lost,
+          'the new skill was paid for with old ones',
+          'a smaller rate first; then hft, rehearsal of old rows, or an edit after training',
+          'hiyouga/LlamaFactory#2611')]
 
-# %% ../nbs/diagnosis.ipynb #002d0f3d
-CHECKS:list[Check] = [*SELECTION, *ROWS, *DATA, *NUMBERS, *CHANGE, *PROMISED, *COST]
+# %% ../nbs/diagnosis.ipynb #00380f3d
+CHECKS:list[Check] = [*SELECTION, *ROWS, *DATA, *NUMBERS, *STEP, *CHANGE, *PROMISED, *COST]
 
 def _examine(case:Case, when:str, checks:list[Check]) -> Diagnosis:
     "Run every check that belongs here; one that breaks is a finding of its own"
@@ -803,16 +1019,18 @@ def _examine(case:Case, when:str, checks:list[Check]) -> Diagnosis:
         except NotApplicable as e: skipped[k.name] = str(e); continue
         except Exception as e: said = 'warning', f'the check itself broke and saw nothing: {type(e).__name__}: {_short(e)}'
         ran.append(k.name)
-        if said: severity, seen = said if isinstance(said, tuple) else (k.severity, said); case.findings.append(Finding(k.name, severity, seen, k.why, k.mend, k.learned))
+        severity, seen = said if isinstance(said, tuple) else (k.severity, said)
+        if seen: case.findings.append(Finding(k.name, severity, seen, k.why, k.mend, k.learned))
     return Diagnosis(when, case.findings, ran, skipped, _about(case))
 
 def _about(c) -> str:
     try: cover = coverage(c.model if c.run is None else c.fresh(), c.chosen)
     except (NotApplicable, KeyError): return f'{c.recipe.name} on {c.data.name}'
-    return f'{c.recipe.name} on {c.data.name}: {cover["share"]:.1%} of the numbers selected, in {cover["tensors"]} of {cover["of_tensors"]} tensors and {len(cover["blocks"])} blocks'
+    return (f'{c.recipe.name} on {c.data.name}: {cover["share"]:.1%} of the numbers selected, '
+            f'in {cover["tensors"]} of {cover["of_tensors"]} tensors and {len(cover["blocks"])} blocks')
 
-# %% ../nbs/diagnosis.ipynb #002e0f3d
-def doctor(model,                  # a model before its run; or a finished `Run`, and nothing else
+# %% ../nbs/diagnosis.ipynb #00390f3d
+def doctor(model,                  # a model before its run; or a finished `Run`, or the folder that `ftlab fit` wrote, and nothing else
            tok=None,               # its tokenizer
            data=None,              # `Data`, or anything that `ftlab.data` takes
            recipe:Recipe|None=None,# the method; None: full fine-tuning
@@ -823,12 +1041,25 @@ def doctor(model,                  # a model before its run; or a finished `Run`
 
     The model is left as it was. Raises `ValueError` for arguments that do not fit together, `TypeError` for settings that `fit` does not have."""
     if unknown := sorted(set(settings) - set(SETTINGS)): raise TypeError(f'doctor has no setting {unknown[0]!r}; as fit, it takes {", ".join(SETTINGS)}')
-    if isinstance(model, Run):
-        if tok is not None or data is not None or recipe is not None or settings: raise ValueError('a run knows its tokenizer, data, recipe and settings; call doctor(run)')
-        run = model; return _examine(Case(run.model, run.tok, run.data, run.recipe, SETTINGS | run.settings, run, exported), 'after', CHECKS)
-    if data is None or (tok is None and getattr(data, 'kind', 'text') in KINDS): raise ValueError('before a run the doctor needs model, tok and data: doctor(model, tok, data, recipe)')
+    alone = tok is None and data is None and recipe is None and not settings
+    if isinstance(model, (str, Path)): model = _read(model, alone)
+    if isinstance(model, Run): return _after(model, exported, alone)
+    if data is None or (tok is None and getattr(data, 'kind', 'text') in KINDS):
+        raise ValueError('before a run the doctor needs model, tok and data: doctor(model, tok, data, recipe)')
     if exported is not None: raise ValueError('exported= is held against a finished run: doctor(run, exported=folder)')
-    return _examine(Case(model, tok, data if isinstance(data, Data) else as_data(data), recipe or Recipe(), SETTINGS | settings), 'before', CHECKS)
+    if not (recipe is None or isinstance(recipe, Recipe)):
+        raise ValueError(f'recipe is {recipe!r}; give a Recipe, such as ftlab.methods.lora() or ftlab.methods.get("lora")')
+    data = data if isinstance(data, Data) else as_data(data)
+    return _examine(Case(model, tok, data, recipe or Recipe(), SETTINGS | settings), 'before', CHECKS)
+
+def _read(name, alone) -> Run:
+    "The run in that folder; before a run a name is no model"
+    if not alone: raise ValueError(f'model is {str(name)!r}, a name; load it first: model, tok = ftlab.load({str(name)!r})')
+    return read_run(name)
+
+def _after(run, exported, alone) -> Diagnosis:
+    if not alone: raise ValueError('a run knows its tokenizer, data, recipe and settings; call doctor(run)')
+    return _examine(Case(run.model, run.tok, run.data, run.recipe, SETTINGS | run.settings, run, exported), 'after', CHECKS)
 
 def checks() -> list[dict]:
     "All checks as a table: name, when, severity, why, mend, learned from"

@@ -23,13 +23,14 @@ def marked() -> list[tuple[Paper, str, str]]:
     for m in sorted(pkgutil.walk_packages(ftlab.__path__, 'ftlab.'), key=lambda m: m.name):
         if m.ispkg or m.name.rpartition('.')[2].startswith('_'): continue
         module = importlib.import_module(m.name)
-        for name, f in vars(module).items():
-            if (inspect.isfunction(f) or inspect.isclass(f)) and f.__module__ == m.name and isinstance(getattr(f, 'paper', None), Paper): out.append((f.paper, f'{m.name}.{name}', page_of(m.name)))
+        own = ((n, f) for n, f in vars(module).items() if (inspect.isfunction(f) or inspect.isclass(f)) and f.__module__ == m.name)
+        out += [(f.paper, f'{m.name}.{n}', page_of(m.name)) for n, f in own if isinstance(getattr(f, 'paper', None), Paper)]
     return out
 
 def page_of(module:str) -> str:
     "The notebook that a module was exported from, as its header says: 'nbs/adapters/half.ipynb'"
-    found = re.search(r'File to edit: [./]*(nbs/\S+\.ipynb)', Path(importlib.import_module(module).__file__).read_text(encoding='utf-8')); return found[1] if found else ''
+    found = re.search(r'File to edit: [./]*(nbs/\S+\.ipynb)', Path(importlib.import_module(module).__file__).read_text(encoding='utf-8'))
+    return found[1] if found else ''
 
 # %% ../nbs/papers.ipynb #0008603a
 def claims_folder() -> Path|None:
@@ -45,9 +46,12 @@ OUTSIDE = 'no evidence outside a checkout of the repository'
 def index() -> list[dict]:
     "One entry a paper: title, arxiv, symbols, notebook, claims, verdict (recomputed from the numbers), scope, evidence, note"
     papers, by = {}, {}
-    for p, symbol, page in marked(): papers.setdefault(p.title, dict(title=p.title, arxiv=p.arxiv, claim=p.claim, source=p.source, symbols=[], notebook=page))['symbols'].append(symbol)
+    for p, symbol, page in marked():
+        entry = papers.setdefault(p.title, dict(title=p.title, arxiv=p.arxiv, claim=p.claim, source=p.source, symbols=[], notebook=page))
+        entry['symbols'].append(symbol)
     for c in claims(): by.setdefault(c.spec['paper'], []).append(c)
-    if odd := [c.path.name for t, cs in by.items() for c in cs if t not in papers]: raise ValueError(f'{odd[0]} claims something about a paper that no function is marked with; its title must be the mark\'s')
+    if odd := [c.path.name for t, cs in by.items() for c in cs if t not in papers]:
+        raise ValueError(f'{odd[0]} claims something about a paper that no function is marked with; its title must be the mark\'s')
     return [e | _evidence(by.get(t, [])) for t, e in papers.items()]
 
 def _evidence(found:list[Claim]) -> dict:
@@ -56,24 +60,33 @@ def _evidence(found:list[Claim]) -> dict:
     if claims_folder() is None: return none | dict(note=OUTSIDE)
     if not found: return none | dict(note='no claim yet')
     if not found[0].result.exists(): return none | dict(note='claimed, not yet run')
-    return none | dict(verdict=verdict(json.loads(found[0].result.read_text())), scope=found[0].spec['scope'], evidence=f'claims/results/{found[0].result.name}', note='')
+    result = json.loads(found[0].result.read_text())
+    return none | dict(verdict=verdict(result), scope=found[0].spec['scope'], evidence=f'claims/results/{found[0].result.name}', note='')
 
 # %% ../nbs/papers.ipynb #000c603a
 def scoreboard() -> pd.DataFrame:
     "One row a contrast: claim, verdict of the whole, effect with interval, margin, seeds, scope"
-    rows = []
-    for c in claims():
-        if not c.result.exists(): rows.append(dict(claim=c.name, sentence=c.spec['sentence'], verdict='not yet run', scope=c.spec['scope'])); continue
-        r = json.loads(c.result.read_text()); head = dict(claim=c.name, sentence=c.spec['sentence'], verdict=verdict(r), scope=r['scope'])
-        rows += [head | dict(contrast=k['name'], each=f['verdict'], effect=f['mean'], low=f['low'], high=f['high'], margin=k['margin'], kind=k['kind'], seeds=f['n']) for k in r['contrasts'] for f in [contrast(k)]] or [head]
-    return pd.DataFrame(rows)
+    return pd.DataFrame([row for c in claims() for row in _rows(c)])
+
+def _rows(c:Claim) -> list[dict]:
+    head = dict(claim=c.name, sentence=c.spec['sentence'])
+    if not c.result.exists(): return [head | dict(verdict='not yet run', scope=c.spec['scope'])]
+    r = json.loads(c.result.read_text()); head |= dict(verdict=verdict(r), scope=r['scope'])
+    return [head | dict(contrast=k['name'], each=f['verdict'], effect=f['mean'], low=f['low'], high=f['high'], margin=k['margin'], kind=k['kind'], seeds=f['n'])
+            for k in r['contrasts'] for f in [contrast(k)]] or [head]
 
 def scoreboard_html(board:pd.DataFrame) -> str:
     "The scoreboard as a table for a page; each claim named once"
-    cell = lambda x: '' if x is None or (isinstance(x, float) and pd.isna(x)) else f'{x:+.3f}' if isinstance(x, float) else html.escape(str(x)); out, last = [], None
+    head = ('claim', 'what it says', 'verdict', 'contrast', 'effect [interval]', 'needed', 'contrast says', 'scope'); lines, last = [], None
     for r in board.to_dict('records'):
-        own = (r['claim'], r['sentence'], r['verdict'], r['scope']) if r['claim'] != last else ('',)*4; last = r['claim']
-        span = '' if pd.isna(r.get('effect', float('nan'))) else f'{r["effect"]:+.3f} [{r["low"]:+.3f}, {r["high"]:+.3f}]'
-        rule = '' if not span else f'{"within ±" if r["kind"] == "equivalence" else "above "}{r["margin"]:g}'
-        out.append('<tr>' + ''.join(f'<td>{cell(x)}</td>' for x in (own[0], own[1], own[2], r.get('contrast'), span, rule, r.get('each'), own[3])) + '</tr>')
-    return '<table><tr>' + ''.join(f'<th>{h}</th>' for h in ('claim', 'what it says', 'verdict', 'contrast', 'effect [interval]', 'needed', 'contrast says', 'scope')) + '</tr>' + ''.join(out) + '</table>'
+        own = [r[k] for k in ('claim', 'sentence', 'verdict', 'scope')] if r['claim'] != last else ['']*4; last = r['claim']
+        lines.append([*own[:3], *_measured(r), own[3]])
+    cell = lambda x: '' if x is None or isinstance(x, float) and pd.isna(x) else html.escape(str(x))
+    row = lambda cells, tag: '<tr>' + ''.join(f'<{tag}>{x}</{tag}>' for x in cells) + '</tr>'
+    return f'<table>{row(head, "th")}{"".join(row(map(cell, l), "td") for l in lines)}</table>'
+
+def _measured(r:dict) -> list:
+    "Contrast, effect with interval, what was needed, and what came of it; empty where nothing was measured"
+    if pd.isna(r.get('effect', float('nan'))): return [r.get('contrast'), '', '', r.get('each')]
+    needed = f'{"within ±" if r["kind"] == "equivalence" else "above "}{r["margin"]:g}'
+    return [r['contrast'], f'{r["effect"]:+.3f} [{r["low"]:+.3f}, {r["high"]:+.3f}]', needed, r['each']]

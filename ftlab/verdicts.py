@@ -29,8 +29,8 @@ def contrast(c:Mapping # kind, margin, treatment and baseline (one number a seed
     return dict(verdict='holds' if good else 'fails' if bad else 'unclear', mean=mean, low=low, high=high, n=n)
 
 # %% ../nbs/verdicts.ipynb #000c08ff
-VERDICTS = dict(holds='the numbers bear the claim out, here', fails='the numbers contradict the claim, here', unclear='the numbers leave it open, or a control failed',
-                checked='only the mechanism was verified, not an effect')
+VERDICTS = dict(holds='the numbers bear the claim out, here', fails='the numbers contradict the claim, here',
+                unclear='the numbers leave it open, or a control failed', checked='only the mechanism was verified, not an effect')
 
 def verdict(result:Mapping) -> str:
     "The verdict that the numbers of a result give; raises `ValueError` for a result without contrasts or passed identities"
@@ -43,7 +43,8 @@ def verdict(result:Mapping) -> str:
 
 # %% ../nbs/verdicts.ipynb #001108ff
 NEEDED = dict(paper=str, sentence=str, scope=str, seeds=list, why=str)
-SCOPES = dict(identity='only arithmetic was checked', lab='one small base model, trained in this project, on made-up skills', real='a model and data that people use')
+SCOPES = dict(identity='only arithmetic was checked', lab='one small base model, trained in this project, on made-up skills',
+              real='a model and data that people use')
 RUNS = dict(model=str, data=str, steps=int, batch_size=int, budget=int, grid=list, items=int, old_items=int, looks=int, settings=dict)
 DEFAULTS = dict(batch_size=32, items=400, old_items=400, looks=8, validation_items=200)
 
@@ -54,58 +55,71 @@ class Claim:
     spec:dict
     path:Path
     @property
-    def script(self) -> Path|None: p = self.path.with_suffix('.py'); return p if p.exists() else None
+    def script(self) -> Path|None: "The Python file beside it, if there is one"; p = self.path.with_suffix('.py'); return p if p.exists() else None
     @property
     def runs(self) -> bool: "Does the script run the experiment itself?"; return self.script is not None and _defines(self.script, 'run')
     @property
-    def result(self) -> Path: return self.path.parent/'results'/f'{self.name}.json'
+    def result(self) -> Path: "Where its evidence stands, once it has run"; return self.path.parent/'results'/f'{self.name}.json'
 
 def _defines(path, name) -> bool: return any(isinstance(n, ast.FunctionDef) and n.name == name for n in ast.parse(path.read_text(encoding='utf-8')).body)
 
+# %% ../nbs/verdicts.ipynb #001308ff
 def read_claim(path:str|Path) -> Claim:
     "The claim in a file; raises `ValueError` naming the file, what is wrong in it and what would be right"
     path = Path(path)
     try: spec = tomllib.loads(path.read_text(encoding='utf-8'))
     except tomllib.TOMLDecodeError as e: raise ValueError(f'{path.name}: not readable as TOML: {e}') from None
     claim = Claim(path.stem, spec, path); wrong = lambda text: ValueError(f'{path.name}: {text}')
-    for k, kind in {**NEEDED, **({} if claim.runs else dict(model=str, data=str, steps=int, grid=list) if spec.get('contrast') else {})}.items():
+    _check_keys(claim, wrong)
+    for c in spec.get('contrast', ()): _check_contrast(c, spec, claim, wrong)
+    for c in spec.get('control', ()):
+        if c.get('arm') not in spec.get('arms', {}) or 'metric' not in c or not {'at_least', 'at_most'} & set(c):
+            raise wrong(f'control {c.get("name")!r} needs an arm of the claim, a metric, and at_least or at_most')
+    return claim
+
+def _check_keys(claim, wrong):
+    "Keys and their kinds, the scope, and that there is something to verify"
+    spec, own = claim.spec, not claim.runs and claim.spec.get('contrast')
+    for k, kind in {**NEEDED, **(dict(model=str, data=str, steps=int, grid=list) if own else {})}.items():
         if not isinstance(spec.get(k), kind): raise wrong(f'{k} is {spec.get(k)!r}; it must be a {kind.__name__}')
     if spec['scope'] not in SCOPES: raise wrong(f'scope is {spec["scope"]!r}; it must be {", ".join(SCOPES)}')
     if odd := set(spec) - {*NEEDED, *RUNS, *DEFAULTS, 'arms', 'contrast', 'control'}: raise wrong(f'{sorted(odd)[0]!r} is no key of a claim')
     if spec.get('contrast') and len(set(spec['seeds'])) < 5: raise wrong(f'seeds are {spec["seeds"]}; five different ones or more')
-    if not spec.get('contrast') and not (claim.script and _defines(claim.script, 'identities')): raise wrong('neither a [[contrast]] nor a script with identities()')
-    for c in spec.get('contrast', ()): _check_contrast(c, spec, claim, wrong)
-    for c in spec.get('control', ()):
-        if c.get('arm') not in spec.get('arms', {}) or 'metric' not in c or not {'at_least', 'at_most'} & set(c): raise wrong(f'control {c.get("name")!r} needs an arm of the claim, a metric, and at_least or at_most')
-    return claim
+    if not spec.get('contrast') and not (claim.script and _defines(claim.script, 'identities')):
+        raise wrong('neither a [[contrast]] nor a script with identities()')
 
 def _check_contrast(c, spec, claim, wrong):
     "Everything that the rule needs is there"
-    if missing := [k for k in ('name', 'treatment', 'baseline', 'metric', 'kind', 'margin') if k not in c]: raise wrong(f'contrast {c.get("name")!r} lacks {missing[0]}')
+    name, arms = f'contrast {c.get("name")!r}', spec.get('arms', {})
+    if missing := [k for k in ('name', 'treatment', 'baseline', 'metric', 'kind', 'margin') if k not in c]: raise wrong(f'{name} lacks {missing[0]}')
     for side in ('treatment', 'baseline'):
-        if not isinstance(c[side], (int, float)) and c[side] not in spec.get('arms', {}): raise wrong(f'contrast {c["name"]!r}: {side} is {c[side]!r}; the arms are {", ".join(spec.get("arms", {}))}')
-    if c['kind'] not in ('superiority', 'equivalence') or c['margin'] < 0: raise wrong(f'contrast {c["name"]!r}: kind must be superiority or equivalence, and margin at least 0')
-    if claim.runs and 'worst' not in c: raise wrong(f'contrast {c["name"]!r} needs worst: the value that a run which breaks down counts as')
+        if not isinstance(c[side], (int, float)) and c[side] not in arms: raise wrong(f'{name}: {side} is {c[side]!r}; the arms are {", ".join(arms)}')
+    if c['kind'] not in ('superiority', 'equivalence') or c['margin'] < 0:
+        raise wrong(f'{name}: kind must be superiority or equivalence, and margin at least 0')
+    if claim.runs and 'worst' not in c: raise wrong(f'{name} needs worst: the value that a run which breaks down counts as')
 
-# %% ../nbs/verdicts.ipynb #001508ff
+# %% ../nbs/verdicts.ipynb #001708ff
 def bare(source:str) -> str:
     "Source without comments, docstrings, layout and `@paper` marks: what is left decides what the code does"
-    tree = ast.parse(source)
+    tree = ast.parse(source); marked = lambda d: isinstance(d, ast.Call) and getattr(d.func, 'id', '') == 'paper'
+    said = lambda body: body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
     for n in ast.walk(tree):
-        if isinstance(n, (ast.FunctionDef, ast.ClassDef)): n.decorator_list = [d for d in n.decorator_list if not (isinstance(d, ast.Call) and getattr(d.func, 'id', '') == 'paper')]
-        if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.Module)) and n.body and isinstance(n.body[0], ast.Expr) and isinstance(n.body[0].value, ast.Constant): n.body = n.body[1:] or [ast.Pass()]
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef)): n.decorator_list = [d for d in n.decorator_list if not marked(d)]
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.Module)) and said(n.body): n.body = n.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
 
 def own_source(source:str, names:list[str]) -> str:
     "The definitions of `names` in a module's source, and of all that they use there"
-    tree, homes = ast.parse(source), {}
-    for n in tree.body:
-        for name in [n.name] if isinstance(n, (ast.FunctionDef, ast.ClassDef)) else [t.id for t in n.targets if isinstance(t, ast.Name)] if isinstance(n, ast.Assign) else []:
-            if not name.startswith('__'): homes[name] = n
+    homes = {name: node for node in ast.parse(source).body for name in _named(node) if not name.startswith('__')}
     todo, seen = [n for n in names if n in homes], {}
     while todo:
         name = todo.pop(); seen[name] = bare(ast.unparse(homes[name]))
         used = {x.id for x in ast.walk(ast.parse(seen[name])) if isinstance(x, ast.Name)}; todo += [u for u in used if u in homes and u not in seen]
     return '\n'.join(seen[k] for k in sorted(seen))
+
+def _named(node) -> list[str]:
+    "What a statement of a module defines"
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)): return [node.name]
+    return [t.id for t in node.targets if isinstance(t, ast.Name)] if isinstance(node, ast.Assign) else []
 
 def code_hash(*texts:str) -> str: return hashlib.blake2s('\0'.join(texts).encode(), digest_size=8).hexdigest()

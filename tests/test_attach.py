@@ -6,11 +6,12 @@ import pytest, torch
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 from ftlab.adapters import delta as deltas
-from ftlab.adapters.delta import Attached, Entries, Offset, WrongBase, attach, identity, load_delta, pack, save_delta
+from ftlab.adapters.delta import Attached, Entries, Offset, WrongBase, attach, identity, load_delta, pack, save_delta, write_tensors
 from ftlab.adapters.edit import keep, norm, scale, write_change
 from ftlab.adapters.half import half
 from ftlab.adapters.lowrank import LoRA, lora
 from ftlab.adapters.select import check_selection, coverage, everything, named, parts, top
+from ftlab.trainers.loop import Originals
 from ftlab.core.anatomy import anatomy
 from tiny import DECODERS, ENCODERS, example_inputs, tiny
 from toys import same, weights
@@ -75,6 +76,25 @@ def test_saved_and_loaded_is_what_it_was(family, change, tmp_path):
     assert not any(p.requires_grad for p in fresh.parameters())
     with back.disabled(): assert torch.equal(out(fresh), base)
     back.detach(); assert torch.equal(out(fresh), base) and all(p.requires_grad for p in fresh.parameters())
+
+def test_a_loaded_change_takes_the_base_from_a_file_instead_of_memory(tmp_path):
+    m = tiny('llama'); was, home, base = weights(m), identity(m), out(m); att = attach(m, parts('mlp')(m)); shake(att); changed = out(m); save_delta(tmp_path/'d', *pack(att), home)
+    write_tensors(tmp_path/'base', was); fresh = tiny('llama'); back = load_delta(fresh, tmp_path/'d', originals=Originals(tmp_path/'base'))
+    assert isinstance(back.originals, Originals) and torch.equal(out(fresh), changed)
+    with back.disabled(): assert torch.equal(out(fresh), base)
+    back.detach(); assert torch.equal(out(fresh), base)
+    name = next(iter(att.chosen)); lacks, other = {k: v for k, v in was.items() if k != name}, was | {name: was[name] + 1}
+    for originals, error, says in ((lacks, ValueError, f'originals has no {name!r}'), (other, WrongBase, f'1 of {len(att.chosen)} tensors differ, e.g. {name}')):
+        with pytest.raises(error, match=says): load_delta(fresh, tmp_path/'d', originals=originals)
+        assert same(weights(fresh), was) # a refusal leaves the model as it was
+
+def test_originals_may_be_stored_in_a_narrower_kind_of_number(tmp_path):
+    half = {n: w.half() for n, w in weights(tiny('llama')).items()}; m = tiny('llama')
+    with torch.no_grad():
+        for n, p in m.named_parameters(): p.copy_(half[n])
+    home, base = identity(m), out(m); att = attach(m, parts('q')(m)); shake(att); save_delta(tmp_path/'d', *pack(att), home); att.detach()
+    back = load_delta(m, tmp_path/'d', originals=half); assert not torch.equal(out(m), base)
+    back.detach(); assert torch.equal(out(m), base)
 
 def test_a_user_s_frozen_parameters_are_as_the_user_had_them():
     for change in CHANGES.values():

@@ -6,7 +6,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import ftlab
-from ftlab.cli import main, _list
+from ftlab.adapters.merging import by_depth, merge, merge_breadcrumbs, merge_lines, saved
+from ftlab.cli import RULES, main, merged_change, _list
 
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
@@ -159,7 +160,7 @@ WRONG = {
     'labels for a language model': (f'compare {LM} --methods full --metric accuracy', 1, ['accuracy needs labels']),
     'an absent GPU': (f'compare {LM} --methods full --device cuda:99', 1, ['cuda:99', 'cpu']),
     'a delta that is not there': ('merge --model {d}/lm --delta none.safetensors --out x', 1, ['no delta at']),
-    'a delta without its base': ('merge --delta none.safetensors --out x', 1, ['name the base with --model']),
+    'a delta without its base': ('merge --delta {d}/sums.jsonl --out x', 1, ['name the base with --model']),
     'no command': ('', 2, ['required']), 'unknown command': ('comp', 2, ['invalid choice']), 'no data': ('fit --model lab-s', 2, ['--data']),
     'steps that are no number': (f'fit {LM} --steps many', 2, ["'many' must be a whole number above 0"]), 'no seeds': (f'compare {LM} --methods full --seeds 0', 2, ['above 0'])}
 
@@ -172,6 +173,77 @@ def test_a_delta_for_another_base(call, made, tmp_path):
     assert call(f'fit {LM} --out run')[0] == 0
     model, tok = ftlab.load(made/'lm'); model.model.embed_tokens.weight.data += 1; model.save_pretrained(tmp_path/'other'); tok.save_pretrained(tmp_path/'other')
     code, out, err = call('merge --model other --delta run/delta.safetensors --out x'); assert code == 1 and 'another base' in err and 'embed_tokens' in err and not (tmp_path/'x').exists()
+
+# ---- several changes, one model
+
+@pytest.fixture(scope='module')
+def tuned(made, tmp_path_factory):
+    "Folders that ftlab fit wrote: `a` and `b` of one base, `x` and `y` classifiers whose heads begin at different seeds; and another base"
+    d = tmp_path_factory.mktemp('tuned'); sums, big = f'--model {made}/lm --data {made}/sums.jsonl', f'--model {made}/enc --data {made}/big.jsonl'
+    for name, ask in dict(a=sums, b=f'{sums} --method lora(r=2)', x=big, y=f'{big} --seed 1').items(): assert main(f'fit {ask} {FAST} --lr 1e-2 --out {d}/{name}'.split()) == 0
+    model, tok = ftlab.load(made/'lm'); model.model.embed_tokens.weight.data += 1; model.save_pretrained(d/'other'); tok.save_pretrained(d/'other')
+    return d
+
+def base_and_changes(made, tuned):
+    model, _ = ftlab.load(made/'lm'); return model, saved(model, tuned/'a/delta.safetensors', tuned/'b/delta.safetensors')
+
+def holds_base_plus(folder, model, change):
+    "Is the folder's model the base plus this change, number by number, and not the base?"
+    got = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters()); base = dict(model.named_parameters()); assert got.keys() == base.keys()
+    for n in got: assert torch.equal(got[n], base[n] + change[n] if n in change else base[n]), n
+    assert any(not torch.equal(got[n], base[n]) for n in got)
+
+BY_HAND = {'task-arithmetic': lambda cs, model, x: merge(cs, x), 'breadcrumbs': lambda cs, model, x: merge_breadcrumbs(cs, x), 'lines': lambda cs, model, x: merge_lines(cs, model, x)}
+
+@pytest.mark.parametrize('scale', [None, .3])
+@pytest.mark.parametrize('rule', RULES)
+def test_a_merge_of_several_is_that_of_the_python_call(call, made, tuned, tmp_path, rule, scale):
+    code, out, err = call(f'merge {tuned}/a {tuned}/b/delta.safetensors --rule {rule}' + (f' --scale {scale}' if scale else '') + ' --out merged --json'); r = json.loads(out)
+    x = scale or {'task-arithmetic': 1., 'breadcrumbs': .2, 'lines': .5}[rule]; model, changes = base_and_changes(made, tuned)
+    assert code == 0 and (r['rule'], r['scale'], len(r['deltas'])) == (rule, x, 2); holds_base_plus(tmp_path/'merged', model, BY_HAND[rule](changes, model, x))
+
+def test_without_a_rule_several_changes_are_added_up(call, made, tuned, tmp_path):
+    code, out, err = call(f'merge {tuned}/a --delta {tuned}/b --out merged'); model, (a, b) = base_and_changes(made, tuned)
+    assert code == 0 and out.splitlines() == ['2 changes by task-arithmetic, 1', 'merged']; holds_base_plus(tmp_path/'merged', model, merge([b, a])) # the order of the two does not matter
+
+def test_a_rule_works_on_one_change_too(call, made, tuned, tmp_path):
+    model, (a, b) = base_and_changes(made, tuned)
+    assert call(f'merge {tuned}/a --scale .5 --out half')[0] == 0; holds_base_plus(tmp_path/'half', model, {n: .5*t for n, t in a.items()})
+    assert call(f'merge {tuned}/a --rule lines --scale .25 --out sloped')[0] == 0; holds_base_plus(tmp_path/'sloped', model, by_depth(.25, .75)(a, model))
+    with pytest.raises(ValueError, match="rule is 'ties'; it must be task-arithmetic, breadcrumbs, lines"): merged_change([a, b], model, 'ties')
+
+NO_MERGE = {'another base': ('{t}/a {t}/b --model {t}/other', 1, ['another base', 'tensors differ']), 'an unknown rule': ('{t}/a {t}/b --rule sum', 2, ["invalid choice: 'sum'"]), 'a folder that is not there': ('{t}/a {t}/c', 1, ['no delta at', 'c']),
+    'a folder without a change': ('{t}/a {d}/lm', 1, ['no delta at', 'lm/delta.safetensors', 'ftlab fit']), 'a scale that is no number': ('{t}/a {t}/b --scale much', 2, ["'much'"]), 'nothing to merge': ('', 1, ['name a saved change']),
+    'two bases': ('{t}/a {t}/x', 1, ['not made from one base', 'model is']), 'two heads': ('{t}/x {t}/y', 1, ['not made from one base: seed is 0 in', '1 in'])}
+
+@pytest.mark.parametrize('name', NO_MERGE)
+def test_what_cannot_be_merged_leaves_nothing(call, made, tuned, tmp_path, name):
+    line, want, words = NO_MERGE[name]; code, out, err = call('merge ' + line.format(t=tuned, d=made) + ' --out here'); last = err.strip().splitlines()
+    assert code == want and out == '' and len(last) == 1 and all(w in last[0] for w in words), err
+    assert not list(tmp_path.iterdir())
+
+def test_a_merge_never_writes_into_what_is_there(call, tuned, tmp_path):
+    (tmp_path/'full').mkdir(); (tmp_path/'full/mine').write_text('keep'); (tmp_path/'file').write_text('keep')
+    for out in ('full', 'file'):
+        code, said, err = call(f'merge {tuned}/a {tuned}/b --out {out}'); assert code == 1 and f"--out '{out}' is not empty; name a new folder" in err
+    assert sorted(p.name for p in tmp_path.rglob('*')) == ['file', 'full', 'mine'] and 'with --out' in call(f'merge {tuned}/a {tuned}/b')[2]
+
+# ---- what fit can do and the line can say
+
+def test_packing_gives_the_same_losses(call):
+    ask = f'fit {LM} --method full --out run --json'; packed, plain = json.loads(call(ask + ' --packing')[1]), json.loads(call(ask)[1])
+    assert packed['settings']['packing'] is True and plain['settings']['packing'] is False and packed['cost']['tokens'] == plain['cost']['tokens'] and packed['after'] == pytest.approx(plain['after'], abs=1e-4)
+
+def test_trackers_reach_fit(call, monkeypatch):
+    code, out, err = call(f'fit {LM} --trackers nobody --out run'); assert code == 1 and "there is no tracker 'nobody'" in err
+    given = []; monkeypatch.setattr(ftlab, 'fit', lambda *a, trackers, **kw: given.extend(trackers) or (_ for _ in ()).throw(ValueError('enough')), raising=False)
+    call(f'fit {LM} --trackers tensorboard,wandb --out run'); call(f'fit {LM} --out run'); assert given == ['tensorboard', 'wandb']
+
+def test_data_without_test_rows_are_fitted_and_priced_by_their_kind(call, made):
+    "A few rows of one's own, none of which falls among the test rows"
+    (made/'few.jsonl').write_text(''.join(json.dumps(dict(prompt=f'{i} is', response=str(i))) + '\n' for i in range(3))); d = ftlab.data(made/'few.jsonl')
+    code, out, err = call(f'fit --model {{d}}/lm --data {{d}}/few.jsonl {FAST} --out run --json'); r = json.loads(out)
+    assert code == 0 and r['metric'] == 'nll' and (d.test or r['before'] is r['after'] is None)
 
 def test_debug_shows_where(call):
     with pytest.raises(KeyError): call(f'compare {LM} --methods lorra --debug')

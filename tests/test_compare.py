@@ -1,5 +1,5 @@
 "The rules of a comparison on numbers made by hand, and comparisons of tiny models from end to end"
-import json, math
+import dataclasses, json, math
 import pytest, torch
 from scipy import stats
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -8,7 +8,7 @@ import ftlab.comparison as C
 from ftlab.adapters.delta import identity
 from ftlab.comparison import Comparison, assemble, best_rate, compare, interval, matched, metric_for, old_skills, plan, target_gain, tune, tuning_seed
 from ftlab.core.batches import data
-from ftlab.core.recipe import Recipe
+from ftlab.core.recipe import Learner, Recipe
 from ftlab.lab.models import lab_tokenizer
 from ftlab.lab.world import ASPECTS, BAD, GOOD, OLD
 
@@ -215,3 +215,22 @@ def test_data_without_test_rows_and_old_data_with_other_labels_are_refused(plain
 
 def test_metric_fits_the_data(plain, reviews):
     assert [metric_for(d) for d in (plain[1], reviews[1], data('new-facts', n=5))] == ['nll', 'accuracy', 'exact'] and metric_for(plain[1], 'exact') == 'exact'
+
+def test_without_test_rows_the_metric_follows_from_the_rows_there_are(plain, reviews):
+    "No test row is no sign of a lab skill: a set of old questions, or a handful of rows, may have none"
+    bare = lambda d: dataclasses.replace(d, test=[])
+    assert [metric_for(bare(d)) for d in (plain[1], reviews[1], data('new-facts', n=5))] == ['nll', 'accuracy', 'exact']
+    assert metric_for(dataclasses.replace(plain[1], test=[], validation=[])) == 'nll' and metric_for(dataclasses.replace(plain[1], train=[], test=[], validation=[])) == 'nll'
+
+def test_old_data_of_training_rows_alone_are_priced_by_likelihood(plain, tmp_path):
+    (model, tok), sums = plain; old = dataclasses.replace(data([dict(prompt=f'{i} plus', response=str(i)) for i in range(8)]), test=[], validation=[])
+    s = compare('full', (model, tok), sums, old=old, seeds=1, tune=False, out=tmp_path, **FAST).json()['methods'][0]['seeds'][0]
+    assert s['old']['rows']['before'] < 0 and s['old']['rows']['before'] != s['old']['rows']['after'] # minus a negative log-likelihood, not a share of right answers
+
+def test_a_learner_is_asked_only_once_it_is_there(tmp_path):
+    tok, said = lab_tokenizer(), []
+    def decode(models, tok, prompts, **kw): said.append(sorted(models)); return ['a']*len(prompts)
+    watcher = Learner(lambda state: torch.nn.Linear(len(tok), 1), lambda state: state.models['watcher'](state.logits).square().mean()/len(state.batches))
+    few = FAST | dict(evaluate_every=2, steps=2, old_items=2, items=4, validation_items=4)
+    r = compare(Recipe('watched', decode=decode, learners=dict(watcher=watcher)), (llama(tok), tok), data('new-procedure', n=20), seeds=1, tune=False, out=tmp_path, **few).json()
+    assert r['methods'][0]['seeds'][0]['error'] is None and said and all(s == ['base', 'tuned', 'watcher'] for s in said)

@@ -3,7 +3,7 @@ import json
 import datasets, pandas, pytest, torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from ftlab.core.batches import Data, batch_at, collate, data, encode, encode_all, indices, order, prompt_ids
+from ftlab.core.batches import Data, batch_at, collate, data, encode, encode_all, indices, order, prompt_ids, _pieces
 from ftlab.lab.models import lab_tokenizer
 from ftlab.lab.world import LabWorld, split_of
 
@@ -101,6 +101,29 @@ def test_kind_follows_the_columns():
     kinds = [data(splits(r)).kind for r in (dict(messages=talk, prompt='a', response='b'), dict(prompt='a', completion='b', text='t'), dict(text='a', label=1), dict(text='a'))]
     assert kinds == ['chat', 'text', 'label', 'lm']
     assert data(splits(dict(messages=talk, q='a', a='b')), columns=dict(prompt='q', response='a')).train == [dict(prompt='a', response='b', messages=talk)]
+
+PAIRS = [dict(prompt=r['prompt'], chosen=r['response'], rejected='no ' + r['response']) for r in QA]
+
+def test_pairs_are_text_whose_rejected_answers_ride_along(write):
+    d = data(PAIRS); assert d.kind == 'text' and not d.note and d.train[0] == dict(QA[QA.index({k: d.train[0][k] for k in ('prompt', 'response')})], rejected='no ' + d.train[0]['response'])
+    write('p.jsonl', lines(PAIRS)); named = [dict(question=r['prompt'], better=r['chosen'], rejected=r['rejected'], judge=1) for r in PAIRS]
+    assert {data('p.jsonl').fingerprint, data(PAIRS, columns=dict(response='chosen')).fingerprint} == {d.fingerprint}
+    assert data(named, columns=dict(prompt='question', chosen='better')).train[0] == dict(d.train[0], judge=1)
+    assert 'no answer' in repr(d) and 'rejected' in d._repr_html_() and 'rejected' not in data(QA)._repr_html_()
+    both = data([dict(r, response='mine') for r in PAIRS]); assert both.train[0].keys() == {'prompt', 'response', 'chosen', 'rejected'} # an answer that is called response is the response
+    assert 'in 2 of 300 rows the chosen and the rejected answer are the same' in data([dict(r, rejected=r['chosen']) if i < 2 else r for i, r in enumerate(PAIRS)]).note
+
+@pytest.mark.parametrize('row, says', [
+    (dict(rejected=''), ['train row 2: rejected is empty']), (dict(rejected=None), ['row 2: rejected has no value']), (dict(rejected=3), ["rejected is '3', a int"]), (dict(chosen=' '), ['chosen is empty']),
+    (dict(rejected=[dict(role='assistant', content='b')]), ['rejected is a list', 'give prompt, chosen and rejected as text'])])
+def test_broken_pairs_are_refused(row, says):
+    with pytest.raises(ValueError) as e: data([PAIRS[0], PAIRS[1] | row])
+    for s in says: assert s in str(e.value)
+
+def test_what_a_pair_lacks_is_named():
+    for lacks, says in dict(rejected="no 'response'.*columns={'response': 'chosen'}", chosen="no 'chosen'", prompt="no 'prompt'").items(): # without a rejected answer it may be plain fine-tuning that is meant
+        with pytest.raises(ValueError, match=says): data([{k: v for k, v in PAIRS[0].items() if k != lacks}])
+    with pytest.raises(ValueError, match="row 2 has no 'rejected'"): data([PAIRS[0], {k: v for k, v in PAIRS[1].items() if k != 'rejected'}])
 
 def test_renaming_replaces_a_column_that_is_in_the_way():
     assert data(dict(train=[dict(prompt='old', q='new', response='b')]), validation=QA[:1], test=QA[:1], columns=dict(prompt='prompt')).kind == 'text'
@@ -217,6 +240,34 @@ def test_lab_rows_in_every_kind():
 def test_trl_conversational_prompt_and_completion():
     d = data(dict(train=[dict(prompt=TALK[:3], completion=TALK[3:])], validation=[dict(prompt=TALK[:1], completion=TALK[1:2])], test=[dict(prompt=TALK[:1], completion=TALK[1:2])]))
     assert d.kind == 'chat' and learnt(letters(CHATML), encode(d.train[0], letters(CHATML), 'chat')) == 'b</s>\n'
+
+def one_by_one(row, tok, kind):
+    "What `encode` must give, with the tokenizer asked for one text at a time"
+    if kind == 'label': return dict(input_ids=tok(row['text']).input_ids, labels=row['label'])
+    pieces, first, last = _pieces(row, tok, kind); ids = lambda text: tok(text, add_special_tokens=False).input_ids
+    texts = [t for t, _ in pieces]; whole = ids(''.join(texts)); cuts = [len(ids(''.join(texts[:k]))) for k in range(len(texts))] + [len(whole)]
+    crossed = any(ids(''.join(texts[:k])) != whole[:cuts[k]] for k in range(len(texts)))
+    parts = [ids(t) for t in texts] if crossed else [whole[a:b] for a, b in zip(cuts, cuts[1:])]
+    return dict(input_ids=first + sum(parts, []) + last, labels=[-100]*len(first) + [i if l else -100 for p, (_, l) in zip(parts, pieces) for i in p] + last)
+
+def many(kind, n=1203): # more than are asked of the tokenizer at once; every third answer joins a letter with its question
+    said = [(f'{"xyz"[i % 3]}{i} {"a" if i % 3 == 0 else "c"}', f'{"b" if i % 3 == 0 else ""}{i*7}') for i in range(n)]
+    talk = lambda q, a: dict(messages=[dict(role='user', content=q), dict(role='assistant', content=a), dict(role='user', content=a), dict(role='assistant', content=q)])
+    return [dict(text=lambda: dict(prompt=q, response=a), chat=lambda: talk(q, a), lm=lambda: dict(text=q + a), label=lambda: dict(text=q, label=len(a)))[kind]() for q, a in said]
+
+@pytest.mark.parametrize('which, kind', [(w, k) for w in ('lab', 'letters', 'letters with a template') for k in ('text', 'chat', 'lm', 'label') if (w, k) != ('letters', 'chat')]) # messages need a template
+def test_many_rows_are_encoded_as_one_by_one(which, kind):
+    tok = lab_tokenizer() if which == 'lab' else letters(CHATML if 'template' in which else None); rows = many(kind)
+    want = [one_by_one(r, tok, kind) for r in rows]
+    assert list(encode_all(rows, tok, kind)) == want == [encode(r, tok, kind) for r in rows[:40]] + want[40:]
+    if which == 'letters' and kind == 'text': assert sum(tok(r['prompt'] + r['response']).input_ids != w['input_ids'][:-1] for r, w in zip(rows, want)) == 401
+    m = min(len(w['input_ids']) for w in want) - 1; short = encode_all(rows, tok, kind, max_length=m)
+    cut = [dict(input_ids=w['input_ids'][:m], labels=w['labels'] if kind == 'label' else w['labels'][:m]) for w in want]
+    assert list(short) == [c for c in cut if kind == 'label' or any(l != -100 for l in c['labels'][1:])]
+
+def test_nothing_is_remembered_between_two_encodings():
+    tok, rows = letters(CHATML), many('text', 3); first = encode_all(rows, tok, 'text'); rows[0]['response'] = 'other'; tok.chat_template = THINK
+    second = encode_all(rows, tok, 'text'); assert learnt(tok, second[0]) == '<think></think>other</s>\n' and all(a != b for a, b in zip(first, second))
 
 def test_truncation_counts_and_refuses():
     tok = lab_tokenizer(); rows = [dict(prompt='sort c a b =', response='a b c'), dict(prompt='max a b c d e f g =', response='g')]

@@ -86,7 +86,9 @@ def rows(n, start=0): return [dict(prompt=f'reverse {" ".join("abcdefghij"[int(d
 def text_data(train, test=(), validation=()): return Data(list(train), list(validation), list(test), 'text')
 def labelled(train, test): return Data([dict(text=f'sort {"abcdef"[i % 6]} {"ghij"[i % 4]} =', label=l) for i, l in enumerate(train)], [], [dict(text='max a b =', label=l) for l in test], 'label', ['x', 'y', 'z'])
 def sides(): return ftlab.data([dict(text=r['prompt'] + (' red' if i % 2 else ' blue'), label='lr'[i % 2]) for i, r in enumerate(lab_data().train)])
-def chat(n=40): return Data([dict(messages=[dict(role='user', content=r['prompt']), dict(role='assistant', content=r['response'])]) for r in rows(n)], [], [], 'chat')
+def chat(n=40):
+    turns = lambda rs: [dict(messages=[dict(role='user', content=r['prompt']), dict(role='assistant', content=r['response'])]) for r in rs]
+    return Data(turns(rows(n)), [], turns(rows(20, 500)), 'chat')
 
 def frozen_first():
     m = toy(); m.model.layers[0].requires_grad_(False); return m
@@ -105,6 +107,10 @@ def changed_back():
 def hooked():
     run = trained(lora()); run.model.lm_head.register_forward_hook(lambda m, a, out: out*1.01); return run
 def with_nan(): run = trained(); run.log[3]['loss'] = float('nan'); return run
+def ruined_at_once():
+    "A rate of 1 on what lab-s knows: the loss is low on the first batch, enormous on the second, and falls from then on"
+    model, tok = ftlab.load('lab-s'); d = ftlab.data('sort', n=64); run = trained(model=model, tok=tok, data=d, steps=20, lr=1.)
+    nll = [r['nll'] for r in run.log]; assert sum(nll[:4]) > 1.2*sum(nll[-4:]) and nll[0] < .5; return run
 def stopped_early():
     def breaks(state): return mean_nll(state)*(float('nan') if state.step == 5 else 1.)
     with pytest.raises(NotFinite) as e: trained(Recipe('breaks', objective=breaks))
@@ -138,6 +144,10 @@ PLANTED = {
     'template-missing': [(lambda t: before(tok=tokenizer(chat_template=None), data=chat()), 'no chat template')],
     'train-test-overlap': [(lambda t: before(data=text_data(rows(60), [dict(prompt=r['prompt'].upper() + ' .', response='a') for r in rows(1)] + rows(1) + rows(30, 500))), r'2 of 32 test rows ask what a training row asks, 1 of them')],
     'duplicate-rows': [(lambda t: before(data=text_data(rows(40) + rows(1)*10)), r'10 of 50 training rows repeat .* 11 times')],
+    'answers-contradict': [(lambda t: before(data=text_data(rows(8) + [dict(rows(1)[0], response='z')])), r"1 of 8 questions have more than one answer, e.g. .reverse a a a a =.: 'a b' and 'z'"),
+                           (lambda t: before(model=classifier(), data=labelled([0, 1]*12 + [2], [0])), r"1 of 12 questions have more than one answer, e.g. .*: 'x' and 'z'")],
+    'few-test-rows': [(lambda t: before(data=text_data(rows(8), rows(1, 500))), r'1 test row: one answer more or less moves a score by 100 points'),
+                      (lambda t: before(data=text_data(rows(40), rows(10, 500))), r'10 test rows: .* by 10 points'), (lambda t: before(data=text_data(rows(40))), 'no test row, .* report refuses')],
     'labels-missing': [(lambda t: before(model=classifier(), data=labelled([0, 1]*20, [-1, 2])), '2 of 2 test rows have labels that no training row has: -1, 2')],
     'labels-unbalanced': [(lambda t: before(model=classifier(), data=labelled([0]*90 + [1]*30 + [2], [0])), "'x' has 90 training rows, 'z' has 1")],
     'passes-over-data': [(lambda t: before(steps=400), r'each of the \d+ training rows \d\d times'), (lambda t: before(steps=1), r'see 16 of \d+ training rows')],
@@ -145,7 +155,7 @@ PLANTED = {
     'pad-unusable': [(lambda t: before(tok=padded_beyond()), r'padding token is number \d+')],
     'vocabulary-mismatch': [(lambda t: before(model=llama(vocab_size=100)), r'embedding has rows 0 to 99')],
     'too-long-for-positions': [(lambda t: before(model=llama(max_position_embeddings=16), max_length=64), 'the model has 16 positions')],
-    'learning-rate': [(lambda t: before(lr=3e-3), 'the rate is 0.003; full is known to learn at 0.0001 to 0.001'), (lambda t: before(lora(), lr=2e-5), 'hardly move')],
+    'learning-rate': [(lambda t: before(lr=3e-3), 'the rate is 0.003; full is known to learn at 0.0001 to 0.001'), (lambda t: before(lora(), lr=2e-5), 'hardly move'), (lambda t: before(lr=-1.), 'must be above 0'), (lambda t: after(lr=1.), 'the rate is 1;')],
     'updates-round-away': [(lambda t: before(model=toy().bfloat16(), lr=3e-5), r'\d\d% of the bfloat16 weights')],
     'fp16-unscaled': [(lambda t: before(model=toy().half()), r'\d+ tensors that train are float16')],
     'nonfinite-weights': [(lambda t: before(model=broken_weight()), r'1 numbers in 1 tensors are NaN .* model.norm.weight')],
@@ -162,7 +172,7 @@ PLANTED = {
     'frozen-moved': [(lambda t: after(odd(Leaky, r=2)), r'14 of \d+ tensors that were to stay')],
     'loss-not-finite': [(lambda t: doctor(with_nan()), 'at 1 of 13 steps, first at step 3'), (lambda t: doctor(stopped_early()), 'stopped after 5 of 13 steps')],
     'loss-flat': [(lambda t: after(steps=20, lr=1e-7), r'the loss went from 6\.\d+')],
-    'loss-rose': [(lambda t: after(Recipe('uphill', objective=uphill), steps=30, lr=1e-2), 'the loss went up from')],
+    'loss-rose': [(lambda t: after(Recipe('uphill', objective=uphill), steps=30, lr=1e-2), 'the loss went up from'), (lambda t: doctor(ruined_at_once()), r'on training rows the loss rose from 0\.\d+ \(base\) to \d')],
     'reload-differs': [(lambda t: doctor(forgot_scale()), 'logits differ by up to')],
     'fold-differs': [(lambda t: after(odd(TwoFaced, r=2)), "its logits differ from the run's")],
     'export-differs': [(lambda t: doctor(trained(lora()), exported=base_folder(t)), "its logits are the base's")],
@@ -252,6 +262,9 @@ def test_arguments_that_do_not_fit():
     with pytest.raises(ValueError, match='model, tok and data'): doctor(toy())
     with pytest.raises(ValueError, match='held against a finished run'): doctor(toy(), TOK, lab_data(), exported='x')
     with pytest.raises(TypeError, match="no setting 'epochs'"): doctor(toy(), TOK, lab_data(), epochs=3)
+    with pytest.raises(ValueError, match="model is 'lab-s', a name; load it first"): doctor('lab-s', TOK, lab_data())
+    with pytest.raises(ValueError, match="recipe is 'lora'; give a Recipe"): doctor(toy(), TOK, lab_data(), 'lora')
+    with pytest.raises(FileNotFoundError, match="no folder 'nowhere'"): doctor('nowhere')
 
 # ---------- on the command line
 
@@ -266,6 +279,7 @@ def test_command_says_what_it_found_and_ends_with_one_for_an_error(capsys, tmp_p
     code, said = command(capsys, 'doctor --model lab-s'); assert code == 1 and '--model and --data' in said.err
     code, said = command(capsys, f'fit --model lab-s --data new-procedure --method lora --steps 3 --items 2 --out {tmp_path}/run'); assert code == 0
     code, said = command(capsys, f'doctor {tmp_path}/run --json'); found = json.loads(said.out); assert code == 0 and found['when'] == 'after' and not found['findings'] and 'reload-differs' in found['ran']
+    assert doctor(tmp_path/'run').json() == found # the folder will do in Python, too
     ftlab.load('lab-s')[0].save_pretrained(tmp_path/'base')
     code, said = command(capsys, f'doctor {tmp_path}/run --exported {tmp_path}/base'); assert code == 1 and "its logits are the base's" in said.out
 

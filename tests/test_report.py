@@ -15,7 +15,7 @@ from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import label_accuracy, nll, skills
 from ftlab.evaluators.emulated import eft
 from ftlab.evaluators.probe import drift
-from ftlab.evaluators.report import Report, headline, percent
+from ftlab.evaluators.report import Report, headline, layer_lines, percent, signed, spread
 from ftlab.reporting import as_base, asked_of, paired, read_run, report
 from ftlab.trainers.loop import fit
 from toys import TOK, classifier, lab_data, label_data, logits, same, toy, weights
@@ -106,6 +106,24 @@ def test_old_data_of_ones_own():
     with pytest.raises(ValueError, match='no test row'): report(tuned(Recipe('full'), data(d.train[:3])), **SMALL)
     with pytest.raises(ValueError, match='metric is a function'): report(run, metric=lambda *a: 1.)
 
+def test_what_is_no_run_and_no_number_is_refused(monkeypatch):
+    run = tuned(Recipe('full'), steps=1)
+    for thing in (toy(), None, 3):
+        with pytest.raises(ValueError, match='give what ftlab.fit returned, or the folder'): report(thing)
+    for wrong in (dict(items=0), dict(items=2.5), dict(old_items=-1), dict(rows=0), dict(matrices=-1)):
+        with pytest.raises(ValueError, match=f'{[*wrong][0]} is .*; it must be a whole number'): report(run, **wrong)
+    class Small: rows = staticmethod(lambda skill, n, *a: (_ for _ in ()).throw(ValueError(f'skill {skill!r} has only 7 questions')))
+    monkeypatch.setattr(reporting, 'WORLD', Small)
+    with pytest.raises(ValueError, match="old_items is 99: skill 'fact' has only 7"): report(run, items=2, old_items=99)
+    with pytest.raises(ValueError, match="'sortt' is neither a file nor a lab skill; did you mean 'sort'"): report(run, 'sortt')
+
+def test_a_run_whose_folder_is_gone_still_has_its_report(tmp_path):
+    "What is in memory is enough, but for the base's answers, which find no place beside the run"
+    import shutil
+    for recipe in (Recipe('full'), lora(r=2)):
+        run = tuned(recipe, out=tmp_path/'run', steps=2); shutil.rmtree(tmp_path/'run'); r = report(run, **SMALL).json(); assert r['sets'] and r['change']['moved'] > 0
+        shutil.rmtree(tmp_path/'run', ignore_errors=True)
+
 # ---------- intervals
 
 def test_the_interval_covers_a_ratio_of_means_too():
@@ -144,7 +162,7 @@ def test_the_page_stands_alone_and_is_well_made(tmp_path):
     d = lab_data(); evil = '<script>alert(1)</script>'; run = tuned(Recipe('full'), data(dict(train=d.train[:50], test=[dict(prompt=f'sort a b {evil}', response='a b')]*3)))
     rep = report(run, **SMALL); text = rep.html(tmp_path/'page.html').read_text(); p = Page(text)
     assert not p.open and not p.wrong and '<script' not in text and not any(k in a for _, a in p.seen for k in ('src', 'href')) and 'url(' not in text and '@import' not in text and 'http' not in text
-    svgs = [a for t, a in p.seen if t == 'svg']; assert 3 <= len(svgs) <= 4 and all(len(a['aria-label']) > 30 and a['role'] == 'img' for a in svgs)
+    svgs = [a for t, a in p.seen if t == 'svg']; assert 3 <= len(svgs) <= 5 and all(len(a['aria-label']) > 30 and a['role'] == 'img' for a in svgs)
     assert 'prefers-color-scheme:dark' in text and sum(t == 'details' for t, _ in p.seen) == 6 and 'Traceback' not in repr(rep) and len(repr(rep).splitlines()) == 6
 
 def test_the_headline_says_how_sure_it_is():
@@ -154,6 +172,30 @@ def test_the_headline_says_how_sure_it_is():
     assert headline(r(s('a', False, .1, .11), s('b', True, .9, .9))).startswith('Did not learn a') and 'no loss' in headline(r(s('a', False, .1, .11), s('b', True, .9, .895)))
     assert headline(r(s('a', False, 3., 1., .1, 'nll'))) == 'Learned a: surprise at the right answers 3.00 nats → 1.00 nats; it moved 0.50 nats a word away from its base (old data were not given).'
     assert 'Got worse' in headline(r(s('a', False, .9, .1))) and 'lost 0.50 nats a token on b (2.00 nats → 2.50 nats)' in headline(r(s('a', False, .1, .9), s('b', True, 2., 2.5, .1, 'nll')))
+
+def test_scores_and_surprise_never_share_an_axis():
+    "Rows of one's own taught to a lab model: surprise on the new set, right answers on the old skills"
+    d = lab_data(); plain = lambda rs: [dict(prompt=r['prompt'], response=r['response']) for r in rs]
+    rep = report(tuned(Recipe('full'), data(dict(train=plain(d.train[:50]), test=plain(d.test[:5])))), **SMALL); page = Page(rep._repr_html_()); new, *old = rep.json()['sets']
+    alt = [a['aria-label'] for t, a in page.seen if t == 'svg' and 'before and after' in a['aria-label']]; assert new['metric'] == 'nll' and len(alt) == 2
+    assert alt[0].startswith('Surprise') and 'sort' not in alt[0] and alt[1].startswith('Share right') and all(s['name'] in alt[1] for s in old) and 'nats' not in alt[1]
+
+def test_one_question_is_no_verdict():
+    "Neither for nor against: on one question there is no interval, and the page says so"
+    s = lambda name, old, b, a: dict(name=name, old=old, metric='nll', **paired([(b, 1)], [(a, 1)], -1)); sets = [s('a', False, 0., 27.), s('b', True, .1, 9.)]; f = reporting.forgotten(sets)
+    assert f['low'] is None and f['mean'] == pytest.approx(8.9)
+    said = headline(dict(kind='text', sets=sets, forgetting=f, new=None)); assert 'One question is too few' in said and 'too few old questions' in said and 'Did not learn' not in said
+    d = lab_data(); r = report(tuned(Recipe('full'), data(dict(train=d.train[:50], test=d.test[:1]))), items=1, old_items=1, rows=5); assert 'too few' in r.headline and 'too few questions for an interval' in repr(r) and r._repr_html_()
+
+def test_what_was_known_before_is_not_called_a_failure_and_nothing_is_minus_nothing():
+    s = dict(name='a', old=False, metric='nll', before=.004, after=.0041, change=-.0001, low=-.01, high=.01, n=50); r = dict(kind='label', sets=[s], forgetting=None)
+    assert headline(r).startswith('Knew a before: surprise at the right answers 0.00 nats') and spread(s, 1., 2) == '+0.00 [-0.01, +0.01]' and signed(-.0001, 2) == '+0.00' == signed(0., 2)
+    assert headline(dict(r, sets=[dict(s, before=1., after=1.)])).startswith('Did not learn a')
+
+@pytest.mark.parametrize('sets', [1, 2])
+def test_labels_of_lines_do_not_cover_each_other(sets):
+    svg = layer_lines({k: [1., .9, .8] for k in ('new', 'old')[:sets]}); at = [float(dict(a)['y']) for t, a in Page(svg).seen if t == 'text' and dict(a)['class'] in ('good', 'other')]
+    assert len(at) == sets and (sets == 1 or abs(at[0] - at[1]) >= 14)
 
 # ---------- from a folder, and on the command line
 
@@ -183,9 +225,10 @@ def test_the_command_reports_on_the_folder_of_a_fit(call, made, tmp_path):
 
 def test_errors_are_one_line(call, made, tmp_path, capfd):
     other = toy(5); other.save_pretrained(tmp_path/'other'); TOK.save_pretrained(tmp_path/'other'); (tmp_path/'bare').mkdir(); (tmp_path/'bare/delta.safetensors').write_bytes((tmp_path/'run/delta.safetensors').read_bytes()); capfd.readouterr() # the bars of save_pretrained
-    for line, words in {'report': 'name the folder', 'report nowhere': "no folder 'nowhere'", 'report lm': 'no delta at', 'report bare': 'no run.json beside', 'report run --model other': 'another base', 'report run --items 0': 'above 0', 'report run --metric rouge': 'must be exact'}.items():
+    for line, words in {'report': 'name the folder', 'report nowhere': "no folder 'nowhere'", 'report lm': 'no delta at', 'report run/delta.safetensors': "name the folder that it lies in, 'run'", 'report run --model lab-x': 'neither a folder nor a lab model', 'report run --old sortt': "did you mean 'sort'", 'report bare': 'no run.json beside', 'report run --model other': 'another base', 'report run --items 0': 'above 0', 'report run --metric rouge': 'must be exact'}.items():
         code, out, err = call(line); assert code and out == '' and len(err.strip().splitlines()) == 1 and words in err, (line, err)
     (tmp_path/'train.jsonl').write_text((tmp_path/'train.jsonl').read_text() + '{"q": "sort a", "a": "a"}\n'); code, out, err = call('report run'); assert code == 1 and 'no longer those of the run' in err
+    (tmp_path/'train.jsonl').unlink(); code, out, err = call('report run'); assert code == 1 and 'are gone' in err and 'run.json' in err and 'name them with --data' in err and len(err.strip().splitlines()) == 1
 
 def test_a_recipe_whose_decoder_is_lost_is_refused():
     with pytest.raises(ValueError, match='its own way'): reporting._recipe(dict(name='mine', decode='draw'))

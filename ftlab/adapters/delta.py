@@ -62,6 +62,7 @@ class _Weight(nn.Module):
         if not self.owner.enabled: return W
         return self.delta(W.T).T if self.turned else self.delta(W)
 
+# %% ../../nbs/adapters/delta.ipynb #000ad6b1
 def _home(model, name):
     "The module that owns the parameter `name`, and the parameter's own name there"
     path, _, attr = name.rpartition('.')
@@ -71,7 +72,27 @@ def _shared(model, name):
     "Other names under which the same tensor is known"
     p = dict(model.named_parameters(remove_duplicate=False)); return [n for n, q in p.items() if q is p[name] and n != name]
 
-# %% ../../nbs/adapters/delta.ipynb #0009d6b1
+def _turned(model, n): mod, attr = _home(model, n); return isinstance(mod, Conv1D) and attr == 'weight'
+
+def _below(model, n) -> tuple[Tensor, bool]:
+    "The weight `n` below its change, as stored, and whether that is [in, out]"
+    mod, attr = _home(model, n)
+    W = mod.parametrizations[attr].original if parametrize.is_parametrized(mod, attr) else getattr(mod, attr)
+    return W.detach(), isinstance(mod, Conv1D) and W.ndim == 2
+
+def _bare(model, n) -> None:
+    "Give the layer that owns `n` its own weight back"
+    mod, attr = _home(model, n)
+    if parametrize.is_parametrized(mod, attr):
+        W = mod.parametrizations[attr].original; parametrize.remove_parametrizations(mod, attr, leave_parametrized=False); setattr(mod, attr, W)
+    if hasattr(mod, 'delta_' + attr): delattr(mod, 'delta_' + attr)
+
+@torch.no_grad()
+def _set(model, values):
+    params = dict(model.named_parameters())
+    for n, v in values.items(): params[n].copy_(v)
+
+# %% ../../nbs/adapters/delta.ipynb #000cd6b1
 class Attached:
     "A change that sits on a model: what moves, how it is written down, and how to take it off again"
     def __init__(self, model, chosen, deltas, handles, originals):
@@ -93,36 +114,19 @@ class Attached:
     @contextmanager
     def disabled(self):
         "Within this context the model is the base, bit for bit; contexts may be nested"
-        was, moved = self.enabled, {n: p.detach().clone() for n, p in self.parameters().items() if '::' not in n}
-        try:
-            self.enabled = False; _set(self.model, self._kept(moved)); yield self.model
-        finally:
-            self.enabled = was; _set(self.model, moved)
+        with _switched_off(self): yield self.model
 
     def detach(self) -> None:
         "Take the change off: the model is the base again, bit for bit, and this object holds nothing any more"
         _set(self.model, self._kept(self.whole)); self._release(); self.chosen = {}
 
-    def _kept(self, names):
-        "What weights that move themselves were before"
-        if gone := [n for n in names if n not in self.originals]:
-            raise ValueError(f'the change of {gone[0]!r} was folded into the weight, and what the weight was before is not kept; switch off, detach or compare before you fold')
-        return {n: self.originals[n] for n in names}
-
-    @torch.no_grad()
     def fold(self) -> None:
         "Make the change part of the weights and take the modules off; deltas on activations cannot be folded"
-        if held := [n for n, d in self.deltas.items() if d.site != 'weight']:
-            raise ValueError(f'{type(self.deltas[held[0]]).__name__} at {held[0]!r} changes activations, not weights, and cannot be folded into them')
-        new = self.values(); self._release(); _set(self.model, new)
+        _fold(self)
 
-    @torch.no_grad()
     def values(self) -> dict[str, Tensor]:
         "The changed weights, by name, as the model stores them"
-        out = {n: p.detach() for n, p in self.parameters().items() if n in self.whole}
-        for n, d in self.deltas.items():
-            if d.site == 'weight': W, turned = self._base(n); out[n] = (d(W.T).T if turned else d(W)).contiguous()
-        return out
+        return _values(self)
 
     @torch.no_grad()
     def changes(self) -> dict[str, Tensor]:
@@ -133,27 +137,47 @@ class Attached:
         "The base's weight `n`, as the model stores it"
         return self._base(n)[0] if n in self.deltas else self._kept([n])[n]
 
-    def _base(self, n):
-        mod, attr = _home(self.model, n)
-        W = mod.parametrizations[attr].original if parametrize.is_parametrized(mod, attr) else getattr(mod, attr)
-        return W.detach(), isinstance(mod, Conv1D) and W.ndim == 2
+    def _base(self, n): return _below(self.model, n)
+    def _kept(self, names): return _kept(self, names)
+    def _release(self): _release(self)
 
-    def _release(self):
-        for h in self.handles.values(): h.remove()
-        for n in [m for d in self.deltas for m in (d, *self.twins.get(d, ()))]:
-            mod, attr = _home(self.model, n)
-            if parametrize.is_parametrized(mod, attr):
-                W = mod.parametrizations[attr].original; parametrize.remove_parametrizations(mod, attr, leave_parametrized=False); setattr(mod, attr, W)
-            if hasattr(mod, 'delta_' + attr): delattr(mod, 'delta_' + attr)
-        self.model.requires_grad_(True); self.deltas, self.handles = {}, {}
-        for p in self.frozen: p.requires_grad_(False)
+# %% ../../nbs/adapters/delta.ipynb #000ed6b1
+@contextmanager
+def _switched_off(att):
+    was, moved = att.enabled, {n: p.detach().clone() for n, p in att.parameters().items() if '::' not in n}
+    try:
+        att.enabled = False; _set(att.model, att._kept(moved)); yield
+    finally:
+        att.enabled = was; _set(att.model, moved)
+
+def _kept(att, names) -> dict[str, Tensor]:
+    "What weights that move themselves were before"
+    if gone := [n for n in names if n not in att.originals]:
+        raise ValueError(f'the change of {gone[0]!r} was folded into the weight, and what the weight was before is not kept; switch off, detach or compare before you fold')
+    return {n: att.originals[n] for n in names}
+
+# %% ../../nbs/adapters/delta.ipynb #0010d6b1
+@torch.no_grad()
+def _values(att) -> dict[str, Tensor]:
+    out = {n: p.detach() for n, p in att.parameters().items() if n in att.whole}
+    for n, d in att.deltas.items():
+        if d.site == 'weight': W, turned = att._base(n); out[n] = (d(W.T).T if turned else d(W)).contiguous()
+    return out
 
 @torch.no_grad()
-def _set(model, values):
-    params = dict(model.named_parameters())
-    for n, v in values.items(): params[n].copy_(v)
+def _fold(att):
+    if held := [n for n, d in att.deltas.items() if d.site != 'weight']:
+        raise ValueError(f'{type(att.deltas[held[0]]).__name__} at {held[0]!r} changes activations, not weights, and cannot be folded into them')
+    new = att.values(); att._release(); _set(att.model, new)
 
-# %% ../../nbs/adapters/delta.ipynb #000ad6b1
+def _release(att):
+    "Take every delta off, and let train again what trained before"
+    for h in att.handles.values(): h.remove()
+    for n in [m for d in att.deltas for m in (d, *att.twins.get(d, ()))]: _bare(att.model, n)
+    att.model.requires_grad_(True); att.deltas, att.handles = {}, {}
+    for p in att.frozen: p.requires_grad_(False)
+
+# %% ../../nbs/adapters/delta.ipynb #0012d6b1
 def attach(model:nn.Module,       # changed in place: frozen except for what is chosen
            chosen:Mapping,        # {parameter name: True or a boolean mask}, what a selection returns
            delta:Callable|None=None, # (weight [out, in], mask) -> module; None: the weight itself, or `Entries` where there is a mask
@@ -163,17 +187,12 @@ def attach(model:nn.Module,       # changed in place: frozen except for what is 
     "Freeze `model` and let what was chosen move, through `delta`. Raises `ValueError` for an empty or impossible choice."
     _check_bare(model); check_selection(model, chosen); params = dict(model.named_parameters())
     written = {n: m for n, m in chosen.items() if n not in also and (delta is not None or m is not True)}
-    chosen = {**chosen, **dict.fromkeys(also, True)}
-    for n in written:
-        if (others := _shared(model, n)) and not getattr(delta, 'ties', False):
-            raise ValueError(f'{n!r} is tied to {others[0]!r}: a delta on one would pull them apart; leave it out of the selection, or let the weight itself move (delta=None)')
-        if getattr(delta, 'site', 'weight') == 'weight' and params[n].ndim < 2 and delta is not None and not getattr(delta, 'vectors', False):
-            raise ValueError(f'{n!r} is a vector of shape {tuple(params[n].shape)}; {_title(delta)} changes matrices: select matrices only')
-    whole = [n for n in chosen if n not in written]
+    for n in written: _check_delta(model, n, params[n], delta)
     # all deltas are made before the model is touched: one that cannot be made leaves it as it was
     deltas = {n: _made(model, n, params[n].detach(), mask, delta or Entries) for n, mask in written.items()}
+    chosen = {**chosen, **dict.fromkeys(also, True)}; whole = [n for n in chosen if n not in written]
     keep = originals if originals is not None else {n: params[n].detach().clone() for n in whole}
-    att = Attached(model, dict(chosen), deltas, {}, keep); model.requires_grad_(False)
+    att = Attached(model, chosen, deltas, {}, keep); model.requires_grad_(False)
     for n in whole: params[n].requires_grad_(True)
     for n, d in deltas.items(): _place(att, n, d)
     return att
@@ -183,8 +202,16 @@ def _check_bare(model):
     if at := next((n for n, m in model.named_modules() if isinstance(m, _Weight) or n.rpartition('.')[2].startswith('delta_')), None):
         raise ValueError(f'the model carries a change already, at {at!r}; make it part of the weights (fold) or take it off (detach) first: run.delta.attached.fold()')
 
-def _turned(model, n): mod, attr = _home(model, n); return isinstance(mod, Conv1D) and attr == 'weight'
+def _check_delta(model, n, p, delta):
+    "Can `delta` change the parameter `p` called `n`?"
+    if (others := _shared(model, n)) and not getattr(delta, 'ties', False):
+        raise ValueError(f'{n!r} is tied to {others[0]!r}: a delta on one would pull them apart; leave it out of the selection, or let the weight itself move (delta=None)')
+    if delta is not None and p.ndim < 2 and getattr(delta, 'site', 'weight') == 'weight' and not getattr(delta, 'vectors', False):
+        raise ValueError(f'{n!r} is a vector of shape {tuple(p.shape)}; {_title(delta)} changes matrices: select matrices only')
 
+def _title(delta): return getattr(delta, '__name__', None) or getattr(getattr(delta, 'func', None), '__name__', 'the delta')
+
+# %% ../../nbs/adapters/delta.ipynb #0014d6b1
 def _made(model, n, W, mask, delta):
     "The delta of one weight, which it sees as [out, in]"
     turned = _turned(model, n); d = delta(W.T if turned else W, mask.T if turned and mask is not True else mask)
@@ -193,17 +220,18 @@ def _made(model, n, W, mask, delta):
 def _place(att, n, d):
     "Put one delta where it acts, in the mode (training or not) of the layer"
     mod, attr = _home(att.model, n); d.train(mod.training)
-    if d.site == 'input': mod.add_module('delta_' + attr, d); att.handles[n] = mod.register_forward_pre_hook(_Input(att, d))
-    elif d.site == 'activation': mod.add_module('delta_' + attr, d); att.handles[n] = mod.register_forward_hook(_Output(att, d))
-    elif hasattr(d, 'branch') and isinstance(mod, (nn.Linear, Conv1D)): mod.add_module('delta_' + attr, d); att.handles[n] = mod.register_forward_hook(_Branch(att, d))
-    else:
-        att.twins[n] = _shared(att.model, n)
-        for name in (n, *att.twins[n]):
-            mod, attr = _home(att.model, name); parametrize.register_parametrization(mod, attr, _Weight(att, d, _turned(att.model, name))); mod.parametrizations[attr].original.requires_grad_(False)
+    if d.site == 'weight' and not (hasattr(d, 'branch') and isinstance(mod, (nn.Linear, Conv1D))): return _reparametrise(att, n, d)
+    mod.add_module('delta_' + attr, d)
+    att.handles[n] = mod.register_forward_pre_hook(_Input(att, d)) if d.site == 'input' else mod.register_forward_hook((_Output if d.site == 'activation' else _Branch)(att, d))
 
-def _title(delta): return getattr(delta, '__name__', None) or getattr(getattr(delta, 'func', None), '__name__', 'the delta')
+def _reparametrise(att, n, d):
+    "Let the layer see the changed weight, under every name that the tensor has"
+    att.twins[n] = _shared(att.model, n)
+    for name in (n, *att.twins[n]):
+        mod, attr = _home(att.model, name); parametrize.register_parametrization(mod, attr, _Weight(att, d, _turned(att.model, name)))
+        mod.parametrizations[attr].original.requires_grad_(False)
 
-# %% ../../nbs/adapters/delta.ipynb #0010d6b1
+# %% ../../nbs/adapters/delta.ipynb #001ad6b1
 class WrongBase(ValueError): "A delta was made for another base model"
 
 def fingerprint(t:Tensor) -> str:
@@ -216,6 +244,7 @@ def identity(model) -> dict[str, str]:
     "The fingerprint of every parameter, by name"
     return {n: fingerprint(p) for n, p in model.named_parameters()}
 
+# %% ../../nbs/adapters/delta.ipynb #001cd6b1
 class DiskFull(OSError): "There was no room for a file; whatever stood in its place is whole"
 
 def disk_trouble(e:Exception, path, need:int|None=None) -> Exception:
@@ -242,7 +271,7 @@ def write_tensors(path, tensors:Mapping[str, Tensor], metadata:Mapping[str, str]
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     write_atomically(path, lambda tmp: save_file(tensors, tmp, metadata=metadata), sum(t.numel()*t.element_size() for t in tensors.values()))
 
-# %% ../../nbs/adapters/delta.ipynb #0011d6b1
+# %% ../../nbs/adapters/delta.ipynb #001dd6b1
 def save_delta(path:str|Path, tensors:Mapping[str, Tensor], kinds:Mapping, base:Mapping[str, str], recipe:Mapping|None=None) -> int:
     "Save a change as safetensors, atomically; returns its size in bytes"
     meta = dict(format='ftlab-delta-1', kinds=json.dumps(kinds), base=json.dumps(base), recipe=json.dumps(recipe or {}))
@@ -257,28 +286,48 @@ def pack(att:Attached) -> tuple[dict, dict]:
         kinds[n] = [f'{type(d).__module__}:{type(d).__qualname__}', d.config]; tensors |= {f'{n}::{k}': v for k, v in d.state_dict().items()}
     return tensors, kinds
 
+# %% ../../nbs/adapters/delta.ipynb #001fd6b1
+def load_delta(model:nn.Module,         # the base, changed in place
+               path:str|Path,           # what `save_delta` wrote
+               classes:Mapping[str, type]|None=None, # deltas of your own, by the names of their classes
+               originals:Mapping|None=None # {name: tensor} to take the base's weights from instead of keeping copies in memory, such as `Originals(file)` of the loop
+              ) -> Attached:
+    "Attach a saved change to its base. Raises `WrongBase` naming the tensors that differ, `FileNotFoundError`, or `ValueError` for a file of another kind."
+    tensors, kinds, base = _read_delta(path); _check_bare(model); _check_base(model, kinds, base, path)
+    params = dict(model.named_parameters()); made = {n: _class(k[0], classes) for n, k in kinds.items() if k != 'value'}
+    whole = [n for n in kinds if n not in made]
+    if originals is not None: _check_originals(originals, {n: params[n] for n in whole}, base)
+    deltas = {n: _made(model, n, params[n].detach(), True, partial(cls, **kinds[n][1])) for n, cls in made.items()}
+    for n, d in deltas.items(): d.load_state_dict({k.split('::')[1]: v for k, v in tensors.items() if k.startswith(n + '::')}); d.requires_grad_(False)
+    keep = originals if originals is not None else {n: params[n].detach().clone() for n in whole}
+    att = Attached(model, dict.fromkeys(kinds, True), deltas, {}, keep)
+    model.requires_grad_(False); _set(model, {n: tensors[n] for n in whole})
+    for n, d in deltas.items(): _place(att, n, d)
+    return att
+
+# %% ../../nbs/adapters/delta.ipynb #0020d6b1
+def _read_delta(path) -> tuple[dict, dict, dict]:
+    "The tensors of a saved change, how each weight's change is written down, and the identity of its base"
+    if not Path(path).is_file(): raise FileNotFoundError(f'no delta at {str(path)!r}')
+    try:
+        with safe_open(path, 'pt') as f: meta = f.metadata() or {}; tensors = {k: f.get_tensor(k) for k in f.keys()}
+    except SafetensorError as e: raise ValueError(f'{str(path)!r} is not a safetensors file, or is damaged: {e}') from None
+    if meta.get('format') != 'ftlab-delta-1': raise ValueError(f'{str(path)!r} is not a delta saved by ftlab (its format says {meta.get("format")!r})')
+    return tensors, json.loads(meta['kinds']), json.loads(meta['base'])
+
+def _check_base(model, kinds, want, path):
+    have = identity(model)
+    if diff := sorted(n for n in want.keys() | have.keys() if want.get(n) != have.get(n) and (n in want or n not in kinds)): # a fresh head is not part of the base
+        raise WrongBase(f'{str(path)!r} was made for another base: {len(diff)} of {len(want)} tensors differ, e.g. {", ".join(diff[:3])}; load the model that it was trained on')
+
+def _check_originals(originals, params, want):
+    "Are these the base's weights, but perhaps for a kind of number that is widened without loss?"
+    if missing := [n for n in params if n not in originals]: raise ValueError(f'originals has no {missing[0]!r}, which the change overwrites; leave originals out and a copy is kept in memory')
+    if diff := [n for n, p in params.items() if n in want and fingerprint(originals[n].to(p.dtype)) != want[n]]:
+        raise WrongBase(f'originals are not those of the base: {len(diff)} of {len(params)} tensors differ, e.g. {", ".join(diff[:3])}')
+
 def _class(where, classes):
     mod, _, name = where.partition(':')
     if name in (classes or {}): return classes[name]
     if not mod.startswith('ftlab.'): raise ValueError(f'this delta is written as {where}, which is not part of ftlab; pass classes={{{name!r}: the class}}')
     return getattr(importlib.import_module(mod), name)
-
-def load_delta(model:nn.Module, path:str|Path, classes:Mapping[str, type]|None=None) -> Attached:
-    "Attach a saved change to its base. Raises `WrongBase` naming the tensors that differ, `FileNotFoundError`, or `ValueError` for a file of another kind."
-    if not Path(path).is_file(): raise FileNotFoundError(f'no delta at {str(path)!r}')
-    try:
-        with safe_open(path, 'pt') as f: meta = f.metadata() or {}; tensors = {k: f.get_tensor(k) for k in f.keys()}
-    except SafetensorError as e: raise ValueError(f'{str(path)!r} is not a safetensors file, or is damaged: {e}') from None
-    _check_bare(model)
-    if meta.get('format') != 'ftlab-delta-1': raise ValueError(f'{str(path)!r} is not a delta saved by ftlab (its format says {meta.get("format")!r})')
-    kinds, want, have = json.loads(meta['kinds']), json.loads(meta['base']), identity(model)
-    if diff := sorted(n for n in want.keys() | have.keys() if want.get(n) != have.get(n) and (n in want or n not in kinds)): # a fresh head is not part of the base
-        raise WrongBase(f'{str(path)!r} was made for another base: {len(diff)} of {len(want)} tensors differ, e.g. {", ".join(diff[:3])}; load the model that it was trained on')
-    params = dict(model.named_parameters()); made = {n: _class(k[0], classes) for n, k in kinds.items() if k != 'value'}
-    whole = [n for n in kinds if n not in made]
-    deltas = {n: _made(model, n, params[n].detach(), True, partial(cls, **kinds[n][1])) for n, cls in made.items()}
-    for n, d in deltas.items(): d.load_state_dict({k.split('::')[1]: v for k, v in tensors.items() if k.startswith(n + '::')}); d.requires_grad_(False)
-    att = Attached(model, dict.fromkeys(kinds, True), deltas, {}, {n: params[n].detach().clone() for n in whole})
-    model.requires_grad_(False); _set(model, {n: tensors[n] for n in whole})
-    for n, d in deltas.items(): _place(att, n, d)
-    return att

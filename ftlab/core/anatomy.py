@@ -47,6 +47,7 @@ _BERT = Layout('encoder.layer.#',
                dict(q='attention.self.query', k='attention.self.key', v='attention.self.value', o='attention.output.dense'),
                dict(up='intermediate.dense', down='output.dense'), dict(attention='attention.output.LayerNorm', mlp='output.LayerNorm'))
 
+# %% ../../nbs/core/anatomy.ipynb #000debff
 _PHI = Layout('layers.#', _LLAMA.attention | dict(o='self_attn.dense'), dict(up='mlp.fc1', down='mlp.fc2'),
               dict(attention='input_layernorm', q_norm='self_attn.q_layernorm?', k_norm='self_attn.k_layernorm?'))
 _PHI3 = Layout('layers.#', dict(qkv='self_attn.qkv_proj', o='self_attn.o_proj'), dict(gate_up='mlp.gate_up_proj', down='mlp.down_proj'), _NORMS)
@@ -57,10 +58,12 @@ _VIT = Layout('layers.#', {r: f'attention.{r}_proj' for r in 'qkvo'}, dict(up='m
 def _t5(stack, mlp, cross={}, norms={}): # the MLP is the last part of a block: number 1 in the encoder, 2 in the decoder
     dense = f'layer.{mlp}.DenseReluDense'
     return Layout(f'{stack}.block.#' + '?'*(stack == 'decoder'), {r: f'layer.0.SelfAttention.{r}' for r in 'qkvo'} | cross,
-                  dict(gate=f'{dense}.wi_0?', up=f'{dense}.wi|{dense}.wi_1', down=f'{dense}.wo'), dict(attention='layer.0.layer_norm') | norms | dict(mlp=f'layer.{mlp}.layer_norm'),
+                  dict(gate=f'{dense}.wi_0?', up=f'{dense}.wi|{dense}.wi_1', down=f'{dense}.wo'),
+                  dict(attention='layer.0.layer_norm') | norms | dict(mlp=f'layer.{mlp}.layer_norm'),
                   dict(relative='layer.0.SelfAttention.relative_attention_bias?')) # the first block's, which all blocks use
 _T5 = _t5('encoder', 1), _t5('decoder', 2, {f'cross_{r}': f'layer.1.EncDecAttention.{r}' for r in 'qkvo'}, dict(cross='layer.1.layer_norm'))
 
+# %% ../../nbs/core/anatomy.ipynb #000febff
 def _decoder(norms): return Family('embed_tokens', (replace(_LLAMA, norms=norms),), dict(final='norm'), ('lm_head', 'score', 'qa_outputs'))
 def _encoder(*heads): return Family('embeddings.word_embeddings', (_BERT,), dict(embedding='embeddings.LayerNorm'), (*heads, 'classifier', 'qa_outputs'),
                                     'embeddings.position_embeddings')
@@ -79,7 +82,7 @@ FAMILIES = dict( # by the model_type of the configuration
                {'embeddings.cls_token': ('embedding', 'cls'), 'embeddings.mask_token': ('embedding', 'mask')}),
     t5=Family('shared', _T5, dict(encoder_final='encoder.final_layer_norm', final='decoder.final_layer_norm?'), ('lm_head', 'classification_head.out_proj', 'classifier', 'qa_outputs')))
 
-# %% ../../nbs/core/anatomy.ipynb #000eebff
+# %% ../../nbs/core/anatomy.ipynb #0012ebff
 @dataclass(frozen=True)
 class Block:
     "One block of a model. A role names one weight, and its bias has the same role."
@@ -92,7 +95,7 @@ class Block:
     parameters:tuple[str,...]   # every parameter of the block, in the model's order
     positions:dict[str,str] = field(default_factory=dict) # role (relative) -> name of learned positions inside the block
 
-# %% ../../nbs/core/anatomy.ipynb #0010ebff
+# %% ../../nbs/core/anatomy.ipynb #0014ebff
 @dataclass(frozen=True, repr=False)
 class Anatomy:
     "Where everything is in a model; made by `anatomy`"
@@ -112,15 +115,7 @@ class Anatomy:
     @cached_property
     def places(self) -> dict[str,tuple[int|None,str,str]]:
         "Every parameter's (block index or None, part, role), in the model's order"
-        out = {n: (None, 'other', n) for n in self.other} | {n: (None, *p) for n, p in self.around.items()}
-        out |= {n: (None, 'norm', r) for r, n in self.norms.items()} | {n: (None, 'bias', r) for r, n in self.biases.items()}
-        if self.head: out[self.head] = None, 'head', 'head'
-        if self.positions: out[self.positions] = None, 'embedding', 'positions'
-        out[self.embedding] = None, 'embedding', 'tokens' # after the head: a tied tensor is listed once, as the embedding
-        for b in self.blocks:
-            for part, names in dict(attention=b.attention, mlp=b.mlp, norm=b.norms, bias=b.biases, embedding=b.positions).items():
-                out |= {n: (b.index, part, r) for r, n in names.items() if n}
-        return {n: out[n] for n in self.shapes}
+        return _places(self)
 
     def place(self,
               name:str # a parameter's name, as in `named_parameters()`
@@ -138,34 +133,56 @@ class Anatomy:
 
     def rows(self) -> list[dict[str,str]]:
         "What `describe` shows, as data: one row per role, blocks that look alike taken together"
-        def row(where, part, role, name, bias, short=0):
-            shape = ' x '.join(map(str, self.shapes[name])) + (' [in, out]' if name in self.transposed else '')
-            return dict(where=where, part=part, role=role, name=name[short:], shape=shape, bias='bias' if bias else '')
-        def inside(b, where=''):
-            return [row(where, part, r, n, b.biases.get(r), len(b.name) + 1)
-                    for part, names in dict(attention=b.attention, mlp=b.mlp, norm=b.norms, embedding=b.positions).items() for r, n in names.items()]
-        out = [row('', *self.places[n][1:], n, n == self.embedding and 'tokens' in self.biases) for n in (self.embedding, self.positions, *self.around) if n]
-        for _, same in groupby(self.blocks, inside):
-            same = list(same)
-            out += inside(same[0], f'block {same[0].index}' + (f'-{same[-1].index}' if len(same) > 1 else ''))
-        out += [row('', 'norm', r, n, r in self.biases) for r, n in self.norms.items()]
-        if self.head: out.append(row('', 'head', 'tied' if self.tied else 'head', self.head, 'head' in self.biases))
-        return out + [row('', 'other', '', n, False) for n in self.other]
+        return _rows(self)
 
     def describe(self) -> str:
         "A plain table of blocks and roles with names and shapes"
-        rows = [dict(zip(r, r)) for r in self.rows()[:1]] + self.rows()
-        width = {k: max(len(r[k]) for r in rows) for k in rows[0]}
-        return f'{self.family}, {len(self.blocks)} blocks\n' + '\n'.join('  '.join(v.ljust(width[k]) for k, v in r.items()).rstrip() for r in rows)
+        return _table(self)
 
     __repr__ = describe
-    def _repr_html_(self):
-        def line(cells, tag): return '<tr>' + ''.join(f'<{tag} style="text-align:left">{escape(c)}</{tag}>' for c in cells) + '</tr>'
-        rows = self.rows()
-        return (f'<table><caption>{escape(self.family)}, {len(self.blocks)} blocks</caption>' + line(rows[0], 'th')
-                + ''.join(line(r.values(), 'td') for r in rows) + '</table>')
+    def _repr_html_(self): return _html_table(self)
 
-# %% ../../nbs/core/anatomy.ipynb #0012ebff
+# %% ../../nbs/core/anatomy.ipynb #0016ebff
+def _places(a:Anatomy) -> dict[str,tuple[int|None,str,str]]:
+    out = {n: (None, 'other', n) for n in a.other} | {n: (None, *p) for n, p in a.around.items()}
+    out |= {n: (None, 'norm', r) for r, n in a.norms.items()} | {n: (None, 'bias', r) for r, n in a.biases.items()}
+    if a.head: out[a.head] = None, 'head', 'head'
+    if a.positions: out[a.positions] = None, 'embedding', 'positions'
+    out[a.embedding] = None, 'embedding', 'tokens'
+    for b in a.blocks:
+        for part, names in dict(attention=b.attention, mlp=b.mlp, norm=b.norms, bias=b.biases, embedding=b.positions).items():
+            out |= {n: (b.index, part, r) for r, n in names.items() if n}
+    return {n: out[n] for n in a.shapes}
+
+# %% ../../nbs/core/anatomy.ipynb #0018ebff
+def _row(a:Anatomy, where:str, part:str, role:str, name:str, bias, short:int=0) -> dict[str,str]: # short: letters of the name to leave out
+    shape = ' x '.join(map(str, a.shapes[name])) + (' [in, out]' if name in a.transposed else '')
+    return dict(where=where, part=part, role=role, name=name[short:], shape=shape, bias='bias' if bias else '')
+
+def _block_rows(a:Anatomy, b:Block, where:str='') -> list[dict[str,str]]:
+    parts = dict(attention=b.attention, mlp=b.mlp, norm=b.norms, embedding=b.positions)
+    return [_row(a, where, part, r, n, b.biases.get(r), len(b.name) + 1) for part, names in parts.items() for r, n in names.items()]
+
+def _rows(a:Anatomy) -> list[dict[str,str]]:
+    out = [_row(a, '', *a.places[n][1:], n, n == a.embedding and 'tokens' in a.biases) for n in (a.embedding, a.positions, *a.around) if n]
+    for _, same in groupby(a.blocks, lambda b: _block_rows(a, b)):
+        same = list(same); out += _block_rows(a, same[0], f'block {same[0].index}' + (f'-{same[-1].index}' if len(same) > 1 else ''))
+    out += [_row(a, '', 'norm', r, n, r in a.biases) for r, n in a.norms.items()]
+    if a.head: out.append(_row(a, '', 'head', 'tied' if a.tied else 'head', a.head, 'head' in a.biases))
+    return out + [_row(a, '', 'other', '', n, False) for n in a.other]
+
+def _table(a:Anatomy) -> str:
+    rows = [dict(zip(r, r)) for r in a.rows()[:1]] + a.rows()
+    width = {k: max(len(r[k]) for r in rows) for k in rows[0]}
+    return f'{a.family}, {len(a.blocks)} blocks\n' + '\n'.join('  '.join(v.ljust(width[k]) for k, v in r.items()).rstrip() for r in rows)
+
+def _html_table(a:Anatomy) -> str:
+    def line(cells, tag): return '<tr>' + ''.join(f'<{tag} style="text-align:left">{escape(c)}</{tag}>' for c in cells) + '</tr>'
+    rows = a.rows()
+    return (f'<table><caption>{escape(a.family)}, {len(a.blocks)} blocks</caption>' + line(rows[0], 'th')
+            + ''.join(line(r.values(), 'td') for r in rows) + '</table>')
+
+# %% ../../nbs/core/anatomy.ipynb #001aebff
 class UnknownArchitecture(ValueError):
     "The model's parameters cannot all be given their places"
 
@@ -178,9 +195,11 @@ def _named(prefix, modules, there) -> dict[str,str]:
     found = {r: [f'{prefix}{m}.weight' for m in spec.removesuffix('?').split('|')] for r, spec in modules.items()}
     return {r: next((n for n in names if n in there), names[0]) for r, names in found.items() if not modules[r].endswith('?') or set(names) & set(there)}
 
+# %% ../../nbs/core/anatomy.ipynb #001cebff
 def _block(index, name, inside, layout, family) -> Block:
     "The block called `name`, whose parameters are `inside`"
-    parts = [_named(f'{name}.', d, inside) for d in (layout.attention, layout.mlp, layout.norms)]; positions = _named(f'{name}.', layout.positions, inside)
+    parts = [_named(f'{name}.', d, inside) for d in (layout.attention, layout.mlp, layout.norms)]
+    positions = _named(f'{name}.', layout.positions, inside)
     weights = {r: n for d in parts for r, n in d.items()}
     bias = {r: n.removesuffix('weight') + 'bias' for r, n in weights.items()}
     missing = [n for n in weights.values() if n not in inside]
@@ -194,14 +213,15 @@ def _blocks(names, stem, row, family) -> tuple[Block,...]:
     "All blocks of a model with parameters `names`, kind by kind"
     out = []
     for layout in row.layouts:
-        at, found = re.compile(re.escape(stem + layout.block.removesuffix('?')).replace(r'\#', r'\d+') + r'(?=\.)'), {}
+        found, at = {}, re.compile(re.escape(stem + layout.block.removesuffix('?')).replace(r'\#', r'\d+') + r'(?=\.)')
         for n in names:
             if m := at.match(n): found.setdefault(m.group(), []).append(n)
-        if not found and not layout.block.endswith('?'): raise UnknownArchitecture(f'the model is a {family}, but none of its parameters is in a block {stem}{layout.block}. {_WRAPPED}.')
+        if not found and not layout.block.endswith('?'):
+            raise UnknownArchitecture(f'the model is a {family}, but none of its parameters is in a block {stem}{layout.block}. {_WRAPPED}.')
         for name, inside in found.items(): out.append(_block(len(out), name, inside, layout, family))
     return tuple(out)
 
-# %% ../../nbs/core/anatomy.ipynb #0013ebff
+# %% ../../nbs/core/anatomy.ipynb #001eebff
 def _family(model, families) -> tuple[str,Family]:
     "The model type and its row; raises `UnknownArchitecture` if there is none"
     family, kind = getattr(getattr(model, 'config', None), 'model_type', None), type(model).__name__
@@ -211,31 +231,41 @@ def _family(model, families) -> tuple[str,Family]:
                                                          'Another type needs a Family of its own: see anatomy(model, families=...).')
     return family, families[family]
 
+def _weight(module, params) -> str|None:
+    "The parameter that a table's name means: the module's weight, or a bare parameter of that name"
+    return next((n for n in (f'{module}.weight', module) if n in params), None)
+
+def _stem(model, row, params, family) -> str:
+    "What stands before the names of the table in this model"
+    stems = [f'{p}.' if p else '' for p in dict.fromkeys((getattr(model, 'base_model_prefix', ''), ''))]
+    for s in stems:
+        if _weight(s + row.embedding, params): return s
+    raise UnknownArchitecture(f'a {family} model has its embedding in {" or ".join(s + row.embedding for s in stems)}, '
+                              f'but this {type(model).__name__} has neither; it has {_some(params)}. {_WRAPPED}.')
+
+def _outer_norms(stem, row, params, family) -> dict[str,str]:
+    "role -> norm outside the blocks"
+    norms = _named(stem, row.norms, params)
+    absent = [n.removesuffix('.weight') for n in norms.values() if n not in params]
+    if absent: raise UnknownArchitecture(f'the model is a {family}, but has no norm {_some(absent)}. {_WRAPPED}.')
+    return norms
+
+# %% ../../nbs/core/anatomy.ipynb #0020ebff
 def anatomy(model:nn.Module,                      # a plain transformers model, with a head or without
             families:dict[str,Family]=FAMILIES    # model_type -> what it calls its parts
            ) -> Anatomy:
     "Map a model's parameters to blocks, parts and roles. Raises `UnknownArchitecture` for a model that the table does not describe."
     family, row = _family(model, families)
     params = dict(model.named_parameters()); listed = {id(p): n for n, p in params.items()}
-    # every name of every tensor -> the one name under which named_parameters lists it: this is how a tied head is found
-    alias = {n: listed[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
-    def weight(module): return next((n for n in (f'{module}.weight', module) if n in params), None)
-    stems = [f'{p}.' if p else '' for p in dict.fromkeys((getattr(model, 'base_model_prefix', ''), ''))]
-    stem = next((s for s in stems if weight(s + row.embedding)), None)
-    if stem is None:
-        raise UnknownArchitecture(f'a {family} model has its embedding in {" or ".join(s + row.embedding for s in stems)}, '
-                                  f'but this {type(model).__name__} has neither; it has {_some(params)}. {_WRAPPED}.')
-    blocks = _blocks(params, stem, row, family)
-    embedding, positions = weight(stem + row.embedding), weight(stem + row.positions) if row.positions else None
-    norms = _named(stem, row.norms, params)
-    absent = [n.removesuffix('.weight') for n in norms.values() if n not in params]
-    if absent: raise UnknownArchitecture(f'the model is a {family}, but has no norm {_some(absent)}. {_WRAPPED}.')
-    top = next((h for h in row.heads if f'{h}.weight' in alias), None)
-    head = alias[f'{top}.weight'] if top else None
-    around = {weight(stem + m): place for m, place in row.around.items() if weight(stem + m)}
+    alias = {n: listed[id(p)] for n, p in model.named_parameters(remove_duplicate=False)} # every name of every tensor -> the one that is listed
+    stem = _stem(model, row, params, family); blocks = _blocks(params, stem, row, family)
+    embedding, positions = _weight(stem + row.embedding, params), _weight(stem + row.positions, params) if row.positions else None
+    norms = _outer_norms(stem, row, params, family)
+    top = next((h for h in row.heads if f'{h}.weight' in alias), None); head = alias[f'{top}.weight'] if top else None
+    around = {n: place for m, place in row.around.items() if (n := _weight(stem + m, params))}
     beside = {r: n.removesuffix('weight') + 'bias' for r, n in {**norms, 'tokens': embedding}.items()} | ({'head': f'{top}.bias'} if top else {})
     biases = {r: alias[n] for r, n in beside.items() if n in alias and n != embedding}
     named = {embedding, positions, head, *norms.values(), *biases.values(), *around}.union(*(b.parameters for b in blocks))
     conv = frozenset(f'{n}.weight' for n, m in model.named_modules() if isinstance(m, Conv1D))
-    return Anatomy(family, blocks, embedding, positions, norms, head, head == embedding, conv,
-                   tuple(n for n in params if n not in named), biases, {n: tuple(p.shape) for n, p in params.items()}, around)
+    other = tuple(n for n in params if n not in named)
+    return Anatomy(family, blocks, embedding, positions, norms, head, head == embedding, conv, other, biases, {n: tuple(p.shape) for n, p in params.items()}, around)

@@ -5,25 +5,34 @@
 # %% ../../nbs/core/batches.ipynb #000341f0
 from __future__ import annotations
 import csv, difflib, hashlib, html, io, itertools, json, math, random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 import jinja2, torch
 from ..lab.world import LabWorld, SKILLS, split_of
 
 # %% auto #0
-__all__ = ['KINDS', 'ALIASES', 'SYNONYMS', 'READERS', 'SPLITS', 'IGNORE', 'PACKS', 'Data', 'data', 'encode', 'prompt_ids',
-           'Encoded', 'encode_all', 'collate', 'bins', 'pack', 'packing', 'order', 'indices', 'batch_at']
+__all__ = ['KINDS', 'FORMS', 'ALIASES', 'SYNONYMS', 'READERS', 'SPLITS', 'IGNORE', 'PACKS', 'Data', 'data', 'encode',
+           'prompt_ids', 'Encoded', 'encode_all', 'collate', 'bins', 'pack', 'packing', 'order', 'indices', 'batch_at']
 
 # %% ../../nbs/core/batches.ipynb #000641f0
 KINDS = dict(chat=('messages',), text=('prompt', 'response'), label=('text', 'label'), lm=('text',)) # in the order of preference
+FORMS = dict(chat=KINDS['chat'], text=KINDS['text'], pairs=('prompt', 'chosen', 'rejected')) | KINDS  # what may be given: pairs are read as kind 'text'
 ALIASES = dict(completion='response')                                                               # trl's name, accepted as it is
 # what such columns are often called: used only to suggest `columns=`, never to guess
 SYNONYMS = dict(prompt=('question', 'instruction', 'input', 'query', 'source'), response=('answer', 'output', 'target', 'reply', 'chosen'),
                 messages=('conversations', 'conversation', 'dialog', 'chat'), text=('sentence', 'content', 'document', 'review'),
-                label=('category', 'class', 'intent', 'target', 'labels'))
+                label=('category', 'class', 'intent', 'target', 'labels'), chosen=('better', 'preferred', 'winner'), rejected=('worse', 'dispreferred', 'loser'))
 
 # %% ../../nbs/core/batches.ipynb #000841f0
+def _file_text(path:Path) -> str:
+    try: return path.read_bytes().decode('utf-8-sig').replace('\r\n', '\n')
+    except UnicodeDecodeError as e: raise ValueError(f'{path} is not UTF-8 text (byte {e.start}); save it as UTF-8') from None
+
+def _object(row, at:str) -> dict:
+    if isinstance(row, Mapping): return dict(row)
+    raise ValueError(f'{at} is a {type(row).__name__}; it must be an object with named columns, such as {{"prompt": ..., "response": ...}}')
+
 def _read_jsonl(path:Path) -> Iterator[tuple[str, dict]]:
     "Rows of a JSON-lines file with their places"
     lines = _file_text(path).split('\n')
@@ -46,6 +55,7 @@ def _read_json(path:Path) -> Iterator[tuple[str, dict]]:
     if not isinstance(rows, list): raise ValueError(f'{path} holds a JSON {type(rows).__name__}; it must hold a list of objects')
     for i, row in enumerate(rows, 1): yield (at := f'{path}, item {i}'), _object(row, at)
 
+# %% ../../nbs/core/batches.ipynb #000a41f0
 def _read_csv(path:Path) -> Iterator[tuple[str, dict]]:
     "Rows of a CSV file with a header, with their places"
     reader = csv.reader(io.StringIO(_file_text(path)), strict=True); line = 1
@@ -63,6 +73,7 @@ def _read_csv(path:Path) -> Iterator[tuple[str, dict]]:
             yield at, dict(zip(header, cells))
     except csv.Error as e: raise ValueError(f'{path}, line {line} is not CSV: {e}') from None
 
+# %% ../../nbs/core/batches.ipynb #000c41f0
 def _read_parquet(path:Path) -> Iterator[tuple[str, dict]]:
     "Rows of a parquet file with their places"
     import pyarrow.parquet as parquet
@@ -70,17 +81,8 @@ def _read_parquet(path:Path) -> Iterator[tuple[str, dict]]:
     except (OSError, ValueError) as e: raise ValueError(f'{path} is not a parquet file: {str(e).splitlines()[0]}') from None
     for i, row in enumerate(table.to_pylist(), 1): yield f'{path}, row {i}', row
 
-def _file_text(path:Path) -> str:
-    try: return path.read_bytes().decode('utf-8-sig').replace('\r\n', '\n')
-    except UnicodeDecodeError as e: raise ValueError(f'{path} is not UTF-8 text (byte {e.start}); save it as UTF-8') from None
-
-def _object(row, at:str) -> dict:
-    if isinstance(row, Mapping): return dict(row)
-    raise ValueError(f'{at} is a {type(row).__name__}; it must be an object with named columns, such as {{"prompt": ..., "response": ...}}')
-
 READERS = {'.jsonl': _read_jsonl, '.json': _read_json, '.csv': _read_csv, '.parquet': _read_parquet}
 
-# %% ../../nbs/core/batches.ipynb #000941f0
 def _read_file(path:Path) -> list[tuple[str, dict]]:
     if path.suffix.lower() not in READERS:
         raise ValueError(f'{path} ends in {path.suffix!r}; a data file ends in one of {", ".join(READERS)}')
@@ -91,18 +93,19 @@ def _near(word:str, words) -> str:
     near = difflib.get_close_matches(word, list(words), 3, .5)
     return f'; did you mean {" or ".join(map(repr, near))}?' if near else ''
 
-# %% ../../nbs/core/batches.ipynb #000b41f0
+# %% ../../nbs/core/batches.ipynb #000e41f0
 def _kind(names, columns:Mapping[str, str], at:str) -> str:
-    "What kind of row has the columns `names`; raises `ValueError` that says what is missing"
+    "Which of `FORMS` has the columns `names`; raises `ValueError` that says what is missing"
     have = {ALIASES.get(c, c) for c in names} | set(columns)
-    for kind, need in KINDS.items(): # columns that the caller has named outweigh those that happen to be there
-        if set(need) <= have and set(columns) <= set(need): return kind
-    need = max((n for n in KINDS.values()), key=lambda n: (len(set(columns) & set(n)), len(have & set(n)), len(n)))
+    for form, need in FORMS.items(): # columns that the caller has named outweigh those that happen to be there
+        if set(need) <= have and set(columns) <= set(need): return form
+    meant = [need for form, need in FORMS.items() if form != 'pairs' or 'rejected' in have] # nobody who has no rejected answer meant pairs
+    need = max(meant, key=lambda n: (len(set(columns) & set(n)), len(have & set(n)), len(n)))
     missing = [c for c in need if c not in have] if have & set(need) else ['prompt', 'response']
     hints = {c: g for c in missing for g in _guesses(c, names) if g not in have & set(need)}
     say = f'; if those are the ones, say columns={ {c: hints[c] for c in missing} }' if len(hints) == len(missing) else ''
     raise ValueError(f'{at} has the columns {", ".join(map(str, names)) or "(none)"}, but no {" and no ".join(map(repr, missing))}{say}. Rows need prompt and response, '
-                     'or messages, or text and label, or text alone')
+                     'or messages, or text and label, or text alone, or, to compare answers, prompt, chosen and rejected')
 
 def _guesses(column:str, names) -> list[str]:
     names = [str(n) for n in names]; near = difflib.get_close_matches(column, names, 1, .6)
@@ -118,6 +121,7 @@ def _renamed(row:dict, columns:Mapping[str, str], at:str) -> dict:
         if alias in out and ours not in out and ours not in columns: out[ours] = out.pop(alias)
     return {ours: row[theirs] for ours, theirs in columns.items()} | out
 
+# %% ../../nbs/core/batches.ipynb #001041f0
 def _text(value, column:str, at:str) -> str:
     "`value` if it is text with something in it"
     if value is None or isinstance(value, float) and math.isnan(value):
@@ -135,11 +139,12 @@ def _messages(value, at:str, column:str='messages') -> list[dict]:
         _text(m['role'], f'the role of message {i}', at); _text(m['content'], f'the content of message {i}', at)
     return value
 
-# %% ../../nbs/core/batches.ipynb #000c41f0
+# %% ../../nbs/core/batches.ipynb #001141f0
 def _checked(row:dict, kind:str, at:str) -> dict:
-    "`row`, if it is a whole row of that kind; raises `ValueError` that names the place and the mend"
-    missing = [c for c in KINDS[kind] if c not in row]
+    "`row`, if it is a whole row of that form; raises `ValueError` that names the place and the mend"
+    missing = [c for c in FORMS[kind] if c not in row]
     if missing: raise ValueError(f'{at} has no {missing[0]!r}; it has {", ".join(map(str, row)) or "no columns"}{_near(missing[0], map(str, row))}')
+    if kind == 'pairs': return _pair(row, at)
     if kind == 'text' and isinstance(row['prompt'], list): # trl's conversational prompt and completion: `context` turns carry no loss
         first, answer = _messages(row['prompt'], at, 'prompt'), _messages(row['response'], at, 'response')
         row = {k: v for k, v in row.items() if k not in ('prompt', 'response')} | dict(messages=first + answer, context=len(first)); kind = 'chat'
@@ -154,7 +159,14 @@ def _checked(row:dict, kind:str, at:str) -> dict:
         raise ValueError(f'{at}: the last message is from {row["messages"][-1]["role"]!r}; it must be from \'assistant\', as that is what is learnt')
     return row
 
-# %% ../../nbs/core/batches.ipynb #000e41f0
+def _pair(row:dict, at:str) -> dict:
+    "A row with a better and a worse answer as a row of kind 'text': what was chosen is the response"
+    for c in FORMS['pairs']:
+        if isinstance(row[c], list): raise ValueError(f'{at}: {c} is a list; pairs of whole conversations are not read: give prompt, chosen and rejected as text')
+        _text(row[c], c, at)
+    return dict(prompt=row['prompt'], response=row['chosen']) | {k: v for k, v in row.items() if k not in ('prompt', 'chosen')}
+
+# %% ../../nbs/core/batches.ipynb #001341f0
 def _print(x) -> str: # `str` of a tensor leaves most of its numbers out
     return f'{tuple(x.shape)} {hashlib.blake2s(x.contiguous().numpy().tobytes()).hexdigest()}' if isinstance(x, torch.Tensor) else str(x)
 
@@ -178,12 +190,16 @@ class Data:
         many = f', {len(self.labels)} labels' if self.labels else ''
         return f'{self.name}: {len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test rows of kind {self.kind}{many}'
 
+    def _columns(self) -> tuple[str, ...]:
+        "The columns worth showing"
+        return KINDS.get(self.kind, ()) + (('rejected',) if self.kind == 'text' and any(isinstance(r.get('rejected'), str) for r in self.train[:3]) else ())
+
     def _cells(self) -> list[list[str]]:
         "The first three rows as short text, labels by name"
         if self.kind == 'image': return [[f'{k} {tuple(v.shape)}' if isinstance(v, torch.Tensor) else f'{k} {v}' for k, v in r.items()] for r in self.train[:3]]
-        show = lambda r, c: self.labels[r[c]] if c == 'label' else ' / '.join(f'{m["role"]}: {m["content"]}' for m in r[c]) if c == 'messages' else r[c]
+        show = lambda r, c: self.labels[r[c]] if c == 'label' else ' / '.join(f'{m["role"]}: {m["content"]}' for m in r[c]) if c == 'messages' else str(r.get(c, ''))
         clip = lambda s: s if len(s) <= 120 else s[:119] + '…'
-        return [[clip(show(r, c)) for c in KINDS[self.kind]] for r in self.train[:3]]
+        return [[clip(show(r, c)) for c in self._columns()] for r in self.train[:3]]
 
     def __repr__(self) -> str:
         return '\n'.join([self._head()] + ['  ' + ' → '.join(c) for c in self._cells()] + ([f'  note: {self.note}'] if self.note else []))
@@ -191,9 +207,9 @@ class Data:
     def _repr_html_(self) -> str:
         row = lambda cells, tag: '<tr>' + ''.join(f'<{tag} style="text-align:left">{html.escape(c)}</{tag}>' for c in cells) + '</tr>'
         note = f'<p>{html.escape(self.note)}</p>' if self.note else ''
-        return f'<p>{html.escape(self._head())}</p><table>{row(KINDS.get(self.kind, ()), "th")}{"".join(row(c, "td") for c in self._cells())}</table>{note}'
+        return f'<p>{html.escape(self._head())}</p><table>{row(self._columns(), "th")}{"".join(row(c, "td") for c in self._cells())}</table>{note}'
 
-# %% ../../nbs/core/batches.ipynb #001041f0
+# %% ../../nbs/core/batches.ipynb #001541f0
 def _question(row:dict, kind:str) -> str:
     "The part of a row that decides its split"
     if kind == 'chat': return '\n'.join(m['content'] for m in itertools.takewhile(lambda m: m['role'] != 'assistant', row['messages'])) or row['messages'][0]['content']
@@ -223,7 +239,7 @@ def _keep_every_label(out:dict[str, list[dict]], cut:list[str], notes:list[str])
         out['train'] += [r for r in out[s] if r['text'] in texts]; out[s] = [r for r in out[s] if r['text'] not in texts]
     notes.append(f'{len(texts)} rows of rare labels were kept in train')
 
-# %% ../../nbs/core/batches.ipynb #001141f0
+# %% ../../nbs/core/batches.ipynb #001641f0
 def _number_labels(parts:dict[str, list[dict]], names:list[str]|None, places:dict[int, str]) -> list[str]:
     "Replace labels by indices into the returned names, in place; raises `ValueError` for a label that train does not have"
     if names:
@@ -240,7 +256,7 @@ def _number_labels(parts:dict[str, list[dict]], names:list[str]|None, places:dic
         r['label'] = index[label]
     return list(names)
 
-# %% ../../nbs/core/batches.ipynb #001341f0
+# %% ../../nbs/core/batches.ipynb #001841f0
 SPLITS = dict(train='train', validation='validation', valid='validation', val='validation', dev='validation', test='test')
 
 def _folder_parts(path:Path) -> dict[str, Path]:
@@ -276,7 +292,7 @@ def _records(source, columns:Mapping[str, str], what:str) -> tuple[list[tuple[st
     feature = source.features.get(columns.get('label', 'label'))
     return [(f'{what} row {i}', r) for i, r in enumerate(source, 1)], feature.names if isinstance(feature, datasets.ClassLabel) else None
 
-# %% ../../nbs/core/batches.ipynb #001441f0
+# %% ../../nbs/core/batches.ipynb #001941f0
 def _skill_rows(world:LabWorld, skill:str, n:int, split:str, seed:int) -> list[dict]:
     "`n` different rows, or as many as there are"
     try: return world.rows(skill, n, split, seed)
@@ -289,7 +305,7 @@ def _skill_data(skill:str, seed:int, n:int) -> Data:
     short = [f'only {len(rows[s])} different {s} questions were found, {k} were asked for' for s, k in ask.items() if len(rows[s]) < k]
     return Data(**rows, kind='text', name=skill, note='; '.join(short))
 
-# %% ../../nbs/core/batches.ipynb #001541f0
+# %% ../../nbs/core/batches.ipynb #001a41f0
 def data(source,               # a path (.jsonl, .json, .csv, .parquet, or a folder of train/validation/test), a `datasets.Dataset` or `DatasetDict`, a list of dicts, or a lab skill by name
          *,
          validation=None,      # a source of the same sort; None cuts a tenth of train by hash
@@ -300,7 +316,7 @@ def data(source,               # a path (.jsonl, .json, .csv, .parquet, or a fol
         ) -> Data:
     "Read rows, check each, and split them; raises `ValueError` or `FileNotFoundError` that names file, line and mend"
     if n is not None and n < 1: raise ValueError(f'n is {n}; it must be at least 1')
-    columns = dict(columns or {}); known = {c for need in KINDS.values() for c in need}
+    columns = dict(columns or {}); known = {c for need in FORMS.values() for c in need}
     if set(columns) - known: raise ValueError(f'columns= renames to {", ".join(sorted(set(columns) - known))}; the keys are the names ftlab uses ({", ".join(sorted(known))}), the values those in the source')
     if isinstance(source, str) and source in SKILLS:
         if validation is not None or test is not None or columns: raise ValueError(f'{source!r} is a lab skill, which brings its own splits and columns; for a file of that name say ./{source}')
@@ -311,6 +327,7 @@ def data(source,               # a path (.jsonl, .json, .csv, .parquet, or a fol
     name = str(source) if isinstance(source, (str, Path)) else 'rows'
     return _assemble({s: given.get(s) for s in ('train', 'validation', 'test')}, columns, name, seed, n)
 
+# %% ../../nbs/core/batches.ipynb #001c41f0
 def _assemble(given:dict, columns:dict[str, str], name:str, seed:int, n:int|None) -> Data:
     "Read, check, number labels, split, and take `n`"
     parts, places, kind, names, notes = {}, {}, None, None, []
@@ -322,6 +339,7 @@ def _assemble(given:dict, columns:dict[str, str], name:str, seed:int, n:int|None
         kind = kind or _kind(records[0][1], columns, where)
         for at, row in records:
             row = _checked(_renamed(row, columns, at), kind, at); parts[s].append(row); places[id(row)] = at
+    if kind == 'pairs': kind = 'text'; _note_equal_pairs(parts, notes)
     if kind == 'text' and any('messages' in r for p in parts.values() for r in p or []): kind = _all_chat(parts, places)
     labels = _number_labels({s: p for s, p in parts.items() if p is not None}, names, places) if kind == 'label' else None
     parts = _split(parts, kind, notes)
@@ -330,13 +348,18 @@ def _assemble(given:dict, columns:dict[str, str], name:str, seed:int, n:int|None
         parts['train'] = random.Random(seed).sample(parts['train'], min(n, len(parts['train'])))
     return Data(**parts, kind=kind, labels=labels, name=name, note='; '.join(notes))
 
+def _note_equal_pairs(parts:dict, notes:list[str]):
+    "Say how many pairs have nothing to tell apart"
+    rows = list(itertools.chain(*(p or [] for p in parts.values()))); equal = sum(r['response'].strip() == r['rejected'].strip() for r in rows)
+    if equal: notes.append(f'in {equal} of {len(rows)} rows the chosen and the rejected answer are the same, which teaches no preference')
+
 def _all_chat(parts:dict, places:dict[int, str]) -> str:
     "`'chat'`, as prompts are lists of messages; raises `ValueError` if only some are"
     for r in itertools.chain(*(p or [] for p in parts.values())):
         if 'messages' not in r: raise ValueError(f'{places[id(r)]}: prompt is text, but in other rows it is a list of messages; use one form in all rows')
     return 'chat'
 
-# %% ../../nbs/core/batches.ipynb #002441f0
+# %% ../../nbs/core/batches.ipynb #002d41f0
 def _render(tok, messages:list[dict], opening:bool=False) -> str:
     try: return tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening)
     except jinja2.TemplateError as e: raise ValueError(f'the chat template refuses the roles {", ".join(m["role"] for m in messages)}: {e}') from None
@@ -358,6 +381,7 @@ def _chat_pieces(messages:list[dict], tok, context:int=0) -> list[tuple[str, boo
 
 def _turn_end(full:str, start:int, messages:list[dict], i:int, tok) -> int:
     "Where in `full` the assistant's message `i`, which begins at `start`, ends with its end mark"
+    if i == len(messages) - 1: return len(full)
     if full.startswith(upto := _render(tok, messages[:i + 1])): return len(upto)
     # a template that drops thinking marks from earlier turns: look for the words, then for the mark that also ends the last message
     content, last = messages[i]['content'].strip(), messages[-1]['content'].strip()
@@ -365,32 +389,53 @@ def _turn_end(full:str, start:int, messages:list[dict], i:int, tok) -> int:
     if at < start + len(content) or not full.startswith(mark, at): raise ValueError(f'the chat template changes message {i + 1} in a way that hides its end; split the conversation into one row per answer')
     return at + len(mark)
 
-# %% ../../nbs/core/batches.ipynb #002741f0
+# %% ../../nbs/core/batches.ipynb #003041f0
 IGNORE = -100 # the label that PyTorch's cross-entropy and every Hugging Face model leave out
 
-def _piece_ids(pieces:list[tuple[str, bool]], tok) -> list[list[int]]:
-    "The tokens of each piece, such that no token crosses from one piece to the next"
-    ids = lambda text: tok(text, add_special_tokens=False, verbose=False).input_ids
-    whole, cuts = ids(''.join(t for t, _ in pieces)), [0]
-    for k in range(1, len(pieces)):
-        start = ids(''.join(t for t, _ in pieces[:k]))
-        if whole[:len(start)] != start or len(start) < cuts[-1]: return [ids(t) for t, _ in pieces]
+def _token_ids(texts:Iterable[str], tok) -> dict[str, list[int]]:
+    "The tokens of each text, asked for in one call: a call of a tokenizer costs more than a sentence in it"
+    texts = list(dict.fromkeys(texts))
+    return dict(zip(texts, tok(texts, add_special_tokens=False, verbose=False).input_ids)) if texts else {}
+
+def _between(up_to:list[list[int]]) -> list[list[int]]|None:
+    "What each list of tokens adds to the one before; `None` if one does not begin with the one before"
+    whole, cuts = up_to[-1], [0]
+    for start in up_to[:-1]:
+        if whole[:len(start)] != start or len(start) < cuts[-1]: return None
         cuts.append(len(start))
     return [whole[a:b] for a, b in itertools.pairwise([*cuts, len(whole)])]
 
-def _pieces(row:dict, tok, kind:str) -> tuple[list[tuple[str, bool]], list[int], list[int]]:
-    "Pieces of a row of kind text, chat or lm, and the special tokens before and after that no template writes"
+def _all_piece_ids(rows:list[list[tuple[str, bool]]], tok) -> list[list[list[int]]]:
+    "The tokens of each piece of each row, such that no token crosses from one piece to the next"
+    up_to = [list(itertools.accumulate(t for t, _ in pieces)) for pieces in rows]
+    ids = _token_ids(itertools.chain(*up_to), tok); parts = [_between([ids[t] for t in texts]) for texts in up_to]
+    alone = _token_ids((t for pieces, p in zip(rows, parts) if p is None for t, _ in pieces), tok)
+    return [[alone[t] for t, _ in pieces] if p is None else p for pieces, p in zip(rows, parts)]
+
+def _piece_ids(pieces:list[tuple[str, bool]], tok) -> list[list[int]]: return _all_piece_ids([pieces], tok)[0]
+
+# %% ../../nbs/core/batches.ipynb #003241f0
+def _texts(row:dict, tok, kind:str) -> list[tuple[str, bool]]:
+    "Pieces of a row of kind text, chat or lm, without the tokens that `_marks` gives"
     if kind not in ('text', 'chat', 'lm'): raise ValueError(f'kind is {kind!r}; it must be one of {", ".join(KINDS)}')
     if kind == 'chat' and not tok.chat_template:
         raise ValueError('the tokenizer has no chat template, so it is not known how to write `messages`; give prompt and response instead, or set tok.chat_template')
-    if kind != 'lm' and tok.chat_template:
-        talk = row['messages'] if kind == 'chat' else [dict(role='user', content=row['prompt']), dict(role='assistant', content=row['response'])]
-        return _chat_pieces(talk, tok, row.get('context', 0)), [], []
-    first = [tok.bos_token_id] if tok.bos_token_id is not None and tok('a').input_ids[:1] == [tok.bos_token_id] else []
-    last = [] if tok.eos_token_id is None else [tok.eos_token_id]
-    return [(row['text'], True)] if kind == 'lm' else [(row['prompt'], False), (row['response'], True)], first, last
+    if kind == 'lm': return [(row['text'], True)]
+    if not tok.chat_template: return [(row['prompt'], False), (row['response'], True)]
+    talk = row['messages'] if kind == 'chat' else [dict(role='user', content=row['prompt']), dict(role='assistant', content=row['response'])]
+    return _chat_pieces(talk, tok, row.get('context', 0))
 
-# %% ../../nbs/core/batches.ipynb #002841f0
+def _marks(tok, kind:str) -> tuple[list[int], list[int]]:
+    "The special tokens before and after a row that no template writes"
+    if kind != 'lm' and tok.chat_template: return [], []
+    begins = tok.bos_token_id is not None and tok('a').input_ids[:1] == [tok.bos_token_id]
+    return [tok.bos_token_id] if begins else [], [] if tok.eos_token_id is None else [tok.eos_token_id]
+
+def _pieces(row:dict, tok, kind:str) -> tuple[list[tuple[str, bool]], list[int], list[int]]:
+    "Pieces of a row, and the special tokens before and after"
+    return _texts(row, tok, kind), *_marks(tok, kind)
+
+# %% ../../nbs/core/batches.ipynb #003341f0
 def encode(row:dict,          # a row of `Data`
            tok,               # the model's tokenizer
            kind:str,          # the data's kind
@@ -403,15 +448,18 @@ def encode(row:dict,          # a row of `Data`
     if keep not in ('start', 'end'): raise ValueError(f"keep is {keep!r}; it must be 'start' or 'end'")
     if kind == 'label':
         return dict(input_ids=tok(row['text'], truncation=max_length is not None, max_length=max_length, verbose=False).input_ids, labels=row['label'])
-    pieces, first, last = _pieces(row, tok, kind); parts = _piece_ids(pieces, tok)
-    ids = first + [i for part in parts for i in part] + last
+    pieces, first, last = _pieces(row, tok, kind)
+    return _cut(_joined(pieces, _piece_ids(pieces, tok), first, last), max_length, keep)
+
+def _joined(pieces:list[tuple[str, bool]], parts:list[list[int]], first:list[int], last:list[int]) -> dict:
+    "A row's tokens and labels from the tokens of its pieces"
     labels = [IGNORE]*len(first) + [i if learnt else IGNORE for part, (_, learnt) in zip(parts, pieces) for i in part] + last
-    return _cut(dict(input_ids=ids, labels=labels), max_length, keep)
+    return dict(input_ids=[*first, *itertools.chain(*parts), *last], labels=labels)
 
 def _cut(row:dict, max_length:int|None, keep:str) -> dict:
     "`row` with at most `max_length` tokens"
-    kept = slice(None) if max_length is None else slice(max_length) if keep == 'start' else slice(-max_length, None)
-    return {k: v[kept] for k, v in row.items()}
+    if max_length is None or len(row['labels']) <= max_length: return row
+    return {k: v[:max_length] if keep == 'start' else v[-max_length:] for k, v in row.items()}
 
 def prompt_ids(row:dict, # a row of kind 'text' or 'chat'
                tok,      # the model's tokenizer
@@ -422,7 +470,7 @@ def prompt_ids(row:dict, # a row of kind 'text' or 'chat'
     pieces, first, _ = _pieces(row, tok, kind); last = max(i for i, (_, learnt) in enumerate(pieces) if learnt)
     return first + [i for part in _piece_ids(pieces, tok)[:last] for i in part]
 
-# %% ../../nbs/core/batches.ipynb #002f41f0
+# %% ../../nbs/core/batches.ipynb #003a41f0
 class Encoded(list):
     "Encoded rows, with what the length limit cost"
     def __init__(self, rows, dropped:int=0, truncated:int=0): # rows left out as nothing remained to learn; rows kept but shortened
@@ -431,13 +479,25 @@ class Encoded(list):
 def encode_all(rows:list[dict], tok, kind:str, max_length:int|None=None, keep:str='start') -> Encoded:
     "Encode every row; drop and count those without a label left; raise `ValueError` if that is all of them"
     if not rows: raise ValueError('there are no rows to encode')
-    if kind in ('label', 'image'): return Encoded([encode(r, tok, kind, max_length) for r in rows])
-    encode(rows[0], tok, kind, max_length, keep) # refuses what is wrong with max_length and keep
-    whole = [encode(r, tok, kind) for r in rows]; both = [(w, _cut(w, max_length, keep)) for w in whole]
+    encode(rows[0], tok, kind, max_length, keep) # refuses what is wrong with kind, max_length and keep
+    if kind == 'image': return Encoded(rows)
+    some = [rows[i:i + 1000] for i in range(0, len(rows), 1000)] # so that the texts of a large set are not all in memory twice
+    if kind == 'label': return Encoded([e for part in some for e in _encode_labels(part, tok, max_length)])
+    whole = [e for part in some for e in _encode_whole(part, tok, kind)]; both = [(w, _cut(w, max_length, keep)) for w in whole]
     # the first token has nothing before it that could predict it, so a label there teaches nothing
     kept = [(w, e) for w, e in both if any(l != IGNORE for l in e['labels'][1:])]
     if not kept: raise ValueError(_nothing_left(whole, max_length, keep))
     return Encoded([e for _, e in kept], len(rows) - len(kept), sum(len(e['labels']) < len(w['labels']) for w, e in kept))
+
+def _encode_whole(rows:list[dict], tok, kind:str) -> list[dict]:
+    "`encode` of each row without a limit, with the tokenizer asked once"
+    pieces, (first, last) = [_texts(r, tok, kind) for r in rows], _marks(tok, kind)
+    return [_joined(p, parts, first, last) for p, parts in zip(pieces, _all_piece_ids(pieces, tok))]
+
+def _encode_labels(rows:list[dict], tok, max_length:int|None) -> list[dict]:
+    "`encode` of each row of kind label, with the tokenizer asked once"
+    ids = tok([r['text'] for r in rows], truncation=max_length is not None, max_length=max_length, verbose=False).input_ids
+    return [dict(input_ids=i, labels=r['label']) for i, r in zip(ids, rows)]
 
 def _nothing_left(whole:list[dict], max_length:int|None, keep:str) -> str:
     "What to say when no row has a label left"
@@ -447,7 +507,7 @@ def _nothing_left(whole:list[dict], max_length:int|None, keep:str) -> str:
             f'With max_length={max(len(w["labels"]) for w in whole)} every row fits whole, {max(begin)} keeps some of every answer'
             + ("; or say keep='end', which cuts questions instead" if keep == 'start' else ''))
 
-# %% ../../nbs/core/batches.ipynb #003241f0
+# %% ../../nbs/core/batches.ipynb #003d41f0
 def collate(rows:list[dict],    # encoded rows
             pad_id:int,         # what fills the short ones: `tok.pad_token_id`
             side:str='right'    # where it goes: 'right' to train, 'left' to generate
@@ -463,9 +523,7 @@ def collate(rows:list[dict],    # encoded rows
                labels=[r['labels'] if isinstance(r['labels'], int) else padded(r['labels'], IGNORE) for r in rows])
     return {k: torch.tensor(v) for k, v in out.items()}
 
-# %% ../../nbs/core/batches.ipynb #003541f0
-PACKS = ('llama', 'qwen2', 'qwen3', 'mistral', 'gemma', 'gemma3_text', 'gpt2', 'phi', 'phi3', 'gpt_neox', 'opt') # model types that were tested to keep rows apart; Gemma 2 needs another attention
-
+# %% ../../nbs/core/batches.ipynb #004041f0
 def bins(lengths:list[int], # of the rows, in order
          max_length:int     # of a line
         ) -> list[range]:   # which rows share a line: consecutive ones, as many as fit
@@ -492,6 +550,9 @@ def pack(rows:list[dict],   # encoded rows, of a kind that has a label per token
     return dict(input_ids=lay(lambda r: r['input_ids'], pad_id), attention_mask=see[:, None], position_ids=lay(lambda r: range(len(r['input_ids'])), 0),
                 labels=lay(lambda r: [IGNORE] + r['labels'][1:], IGNORE), tokens=torch.tensor(used))
 
+# %% ../../nbs/core/batches.ipynb #004241f0
+PACKS = ('llama', 'qwen2', 'qwen3', 'mistral', 'gemma', 'gemma3_text', 'gpt2', 'phi', 'phi3', 'gpt_neox', 'opt') # the tested `model_type`s
+
 def packing(model,          # that will read the lines
             kind:str,       # of the data
             max_length:int  # tokens a line holds at most
@@ -505,7 +566,7 @@ def packing(model,          # that will read the lines
     if window and window < max_length: raise ValueError(f'this model looks back {window} tokens in some blocks, which a line of {max_length} would exceed; use max_length={window} or packing=False')
     return lambda rows, pad_id: pack(rows, max_length, pad_id)
 
-# %% ../../nbs/core/batches.ipynb #003e41f0
+# %% ../../nbs/core/batches.ipynb #004b41f0
 def order(n:int, epoch:int, seed:int=0) -> torch.Tensor:
     "The order of `n` rows in pass number `epoch`: a permutation [n], fixed by the three numbers"
     mixed = int.from_bytes(hashlib.blake2s(f'{seed}/{epoch}'.encode()).digest()[:7], 'big') # so that seed 1, pass 0 is not seed 0, pass 1

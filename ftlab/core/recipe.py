@@ -57,7 +57,6 @@ class Recipe:
     waives:Mapping[str, str]=field(default_factory=dict) # promise that is not made -> the reason
 
     def __post_init__(self):
-        if unknown := set(self.waives) - set(PROMISES): raise ValueError(f'{self.name}: no promise is called {sorted(unknown)}; there are: {", ".join(PROMISES)}')
         _check_parts(self)
 
     @property
@@ -77,25 +76,32 @@ class Recipe:
 
 # %% ../../nbs/core/recipe.ipynb #00080245
 def _check_parts(self:Recipe) -> None:
+    if unknown := set(self.waives) - set(PROMISES): raise ValueError(f'{self.name}: no promise is called {sorted(unknown)}; there are: {", ".join(PROMISES)}')
     for n, l in self.learners.items():
-        if n in TAKEN or not isinstance(l, Learner): raise ValueError(f'{self.name}: learners has {n!r}: {type(l).__name__}; it must map names other than {", ".join(TAKEN)} to a Learner')
+        if n in TAKEN or not isinstance(l, Learner):
+            raise ValueError(f'{self.name}: learners has {n!r}: {type(l).__name__}; it must map names other than {", ".join(TAKEN)} to a Learner')
     for i, s in enumerate(self.stages, 1):
-        if not (callable(s) or isinstance(s, Recipe) and not s.stages): raise ValueError(f'{self.name}: stage {i} is {s.name + ", which has stages of its own" if isinstance(s, Recipe) else type(s).__name__}; a stage is a Recipe without stages, or a function (context) -> Recipe')
+        if callable(s) or isinstance(s, Recipe) and not s.stages: continue
+        what = s.name + ', which has stages of its own' if isinstance(s, Recipe) else type(s).__name__
+        raise ValueError(f'{self.name}: stage {i} is {what}; a stage is a Recipe without stages, or a function (context) -> Recipe')
 
+# %% ../../nbs/core/recipe.ipynb #000a0245
 def _both(self:Recipe, other:Recipe) -> Recipe:
-    if self.stages or other.stages: raise CannotCompose(f'{self.name} x {other.name}: a recipe of stages has no single answer to compose with; compose its stages instead')
-    new = {}
+    names, new = f'{self.name} x {other.name}', {}
+    if self.stages or other.stages: raise CannotCompose(f'{names}: a recipe of stages has no single answer to compose with; compose its stages instead')
     for q in ('select', 'delta', 'source', 'objective', 'step', 'decode'):
         a, b = getattr(self, q), getattr(other, q)
-        if a is not None and b is not None and a is not b: raise CannotCompose(f'{self.name} x {other.name}: both answer {q!r}; use one of them, or write a {q} that does both')
+        if a is not None and b is not None and a is not b: raise CannotCompose(f'{names}: both answer {q!r}; use one of them, or write a {q} that does both')
         new[q] = a if a is not None else b
-    if both := sorted(n for n in self.learners.keys() & other.learners.keys() if self.learners[n] is not other.learners[n]): raise CannotCompose(f'{self.name} x {other.name}: both have a learner {both[0]!r}; give one of them another name')
+    if both := sorted(n for n in self.learners.keys() & other.learners.keys() if self.learners[n] is not other.learners[n]):
+        raise CannotCompose(f'{names}: both have a learner {both[0]!r}; give one of them another name')
     for q in ('view', 'edit'): new[q] = _chain(getattr(self, q), getattr(other, q))
     lead = self if self.delta or self.step else other if other.delta or other.step else self
-    return Recipe(f'{self.name} x {other.name}', **new, penalties=self.penalties + other.penalties, callbacks=self.callbacks + other.callbacks,
+    return Recipe(names, **new, penalties=self.penalties + other.penalties, callbacks=self.callbacks + other.callbacks,
         learners={**self.learners, **other.learners}, reference=self.reference or other.reference, lrs=lead.lrs, lr=lead.lr,
         arguments={self.name: self.arguments, other.name: other.arguments}, waives={**self.waives, **other.waives})
 
+# %% ../../nbs/core/recipe.ipynb #000c0245
 def _described(self:Recipe) -> dict:
     out = dict(name=self.name, lr=self.lr)
     for f in fields(self):
@@ -104,10 +110,10 @@ def _described(self:Recipe) -> dict:
         if f.name in ('penalties', 'callbacks') and v: out[f.name] = [_name(x) for x in v]
     if self.learners: out['learners'] = {n: dict(make=_name(l.make), objective=_name(l.objective), lr=l.lr) for n, l in self.learners.items()}
     if self.arguments: out['arguments'] = _plain(self.arguments)
-    if self.stages: out['stages'] = [(s.describe() if isinstance(s, Recipe) else dict(made_by=_name(s))) | (dict(share=x) if (x := share_of(s)) != 1 else {}) for s in self.stages]
+    def stage(s): return (s.describe() if isinstance(s, Recipe) else dict(made_by=_name(s))) | (dict(share=x) if (x := share_of(s)) != 1 else {})
+    if self.stages: out['stages'] = [stage(s) for s in self.stages]
     return out
 
-# %% ../../nbs/core/recipe.ipynb #00090245
 def share_of(stage:Recipe|Callable) -> float:
     "A stage's share of the steps, relative to the others; of a function its attribute `share`, if it has one"
     return stage.share if isinstance(stage, Recipe) else getattr(stage, 'share', 1.)

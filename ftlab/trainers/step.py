@@ -28,15 +28,14 @@ def schedule(kind:str,     # 'linear' or 'cosine' fall to zero, 'constant' does 
     def factor(step): return (step + 1)/warmup if step < warmup else shapes[kind]((step - warmup)/max(1, steps - warmup))
     return factor
 
-# %% ../../nbs/trainers/step.ipynb #0007fac8
+# %% ../../nbs/trainers/step.ipynb #000afac8
 def placed_like(v:Tensor, p:Tensor) -> Tensor:
     "`v` cut up over processes as `p` is, where `p` is and `v` has its shape"
     return distribute_tensor(v.to(p.device), p.device_mesh, p.placements) if isinstance(p, DTensor) and v.shape == p.shape else v
 
-def _whole(x:Tensor) -> Tensor: # a sharded tensor knows only its own part
-    return x.full_tensor() if isinstance(x, DTensor) else x
+def _whole(x:Tensor) -> Tensor: return x.full_tensor() if isinstance(x, DTensor) else x
 
-# %% ../../nbs/trainers/step.ipynb #0008fac8
+# %% ../../nbs/trainers/step.ipynb #000cfac8
 class Backprop:
     "Backpropagation and AdamW: the plain step"
     def __init__(self, params:Mapping[str, nn.Parameter], # what trains, by name
@@ -71,7 +70,7 @@ class Backprop:
         for key, v in tensors.items(): n, _, k = key.rpartition('|'); state.setdefault(where[n], {})[k] = placed_like(v, self.params[where[n]])
         self.opt.load_state_dict(dict(sd, state=state))
 
-# %% ../../nbs/trainers/step.ipynb #000ffac8
+# %% ../../nbs/trainers/step.ipynb #0013fac8
 class Processes:
     "The processes that share a run (one is the common case): what each prices, and the sums of what they found"
     def __init__(self, acc=None): # an `accelerate.Accelerator`; None: this process alone
@@ -83,8 +82,9 @@ class Processes:
 
     def part(self, batches:list) -> list:
         "This process's share of the micro-batches; raises `ValueError` where they cannot be shared equally"
-        if len(batches) % self.count: raise ValueError(f'a step came as {len(batches)} micro-batches, which {self.count} processes cannot share equally; a source must cut its batch into state.settings["accumulate"] of them')
-        return batches[self.index::self.count]
+        if len(batches) % self.count == 0: return batches[self.index::self.count]
+        raise ValueError(f'a step came as {len(batches)} micro-batches, which {self.count} processes cannot share equally; '
+                         'a source must cut its batch into state.settings["accumulate"] of them')
 
     def total(self, *numbers:float) -> list[float]:
         "The sum of each number over all processes"
@@ -95,7 +95,8 @@ class Processes:
     def taking_a_step(self):
         "Notice a step that keeps its gradients to itself; `RuntimeError` then, as the processes would drift apart in silence"
         self.apart = self.summed = False; yield
-        if self.apart and not self.summed: raise RuntimeError("the recipe's step takes gradients but never calls state.emit('after_backward'), so they were not summed over the processes")
+        if self.apart and not self.summed:
+            raise RuntimeError("the recipe's step takes gradients but never calls state.emit('after_backward'), so they were not summed over the processes")
 
     @contextmanager
     def chance(self, state, i:int):
@@ -105,18 +106,20 @@ class Processes:
 
     def price(self, loss:Tensor) -> Tensor:
         "The price as a step must see it: no number as soon as it is none anywhere, so that all stop together; without gradients, the sum"
-        if self.count == 1: return loss
-        self.apart = self.apart or loss.requires_grad
-        fine, value = self.total(float(torch.isfinite(loss)), float(loss.detach()))
-        if fine < self.count: return loss*math.nan
-        return loss if loss.requires_grad else torch.full_like(loss, value)
+        return loss if self.count == 1 else _agreed(self, loss)
 
     def add_gradients(self, params:list[nn.Parameter]) -> None:
         "Replace every gradient by its sum over all processes; one that no process has stays `None`, a sharded one was summed already"
         self.summed = True
         if self.count > 1: _add_gradients(self, [p for p in params if p.requires_grad and not isinstance(p, DTensor)])
 
-# %% ../../nbs/trainers/step.ipynb #0010fac8
+# %% ../../nbs/trainers/step.ipynb #0015fac8
+def _agreed(processes, loss:Tensor) -> Tensor:
+    processes.apart = processes.apart or loss.requires_grad
+    fine, value = processes.total(float(torch.isfinite(loss)), float(loss.detach()))
+    if fine < processes.count: return loss*math.nan
+    return loss if loss.requires_grad else torch.full_like(loss, value)
+
 @torch.no_grad()
 def _add_gradients(processes, params):
     if not params: return
