@@ -1,5 +1,6 @@
 "Every check of the doctor finds the failure that was planted for it, by name, and is silent on healthy runs"
 import copy, json, re, sys
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 import pytest, torch
@@ -85,7 +86,9 @@ def by_place(state): nll = token_nll(state.forward(), state.batch['labels']); re
 def rows(n, start=0): return [dict(prompt=f'reverse {" ".join("abcdefghij"[int(d)] for d in str(start + i).zfill(4))} =', response='a b') for i in range(n)]
 def text_data(train, test=(), validation=()): return Data(list(train), list(validation), list(test), 'text')
 def labelled(train, test): return Data([dict(text=f'sort {"abcdef"[i % 6]} {"ghij"[i % 4]} =', label=l) for i, l in enumerate(train)], [], [dict(text='max a b =', label=l) for l in test], 'label', ['x', 'y', 'z'])
-def sides(): return ftlab.data([dict(text=r['prompt'] + (' red' if i % 2 else ' blue'), label='lr'[i % 2]) for i, r in enumerate(lab_data().train)])
+def sides():
+    colour = lambda rs: [dict(text=r['prompt'] + (' red' if i % 2 else ' blue'), label='lr'[i % 2]) for i, r in enumerate(rs)]; d = ftlab.data(colour(lab_data().train))
+    return replace(d, test=[dict(r, label=d.labels.index(r['label'])) for r in colour(lab_data().test[:40])])
 def chat(n=40):
     turns = lambda rs: [dict(messages=[dict(role='user', content=r['prompt']), dict(role='assistant', content=r['response'])]) for r in rs]
     return Data(turns(rows(n)), [], turns(rows(20, 500)), 'chat')
@@ -147,7 +150,7 @@ PLANTED = {
     'answers-contradict': [(lambda t: before(data=text_data(rows(8) + [dict(rows(1)[0], response='z')])), r"1 of 8 questions have more than one answer, e.g. .reverse a a a a =.: 'a b' and 'z'"),
                            (lambda t: before(model=classifier(), data=labelled([0, 1]*12 + [2], [0])), r"1 of 12 questions have more than one answer, e.g. .*: 'x' and 'z'")],
     'few-test-rows': [(lambda t: before(data=text_data(rows(8), rows(1, 500))), r'1 test row: one answer more or less moves a score by 100 points'),
-                      (lambda t: before(data=text_data(rows(40), rows(10, 500))), r'10 test rows: .* by 10 points'), (lambda t: before(data=text_data(rows(40))), 'no test row, .* report refuses')],
+                      (lambda t: before(data=text_data(rows(40), rows(10, 500))), r'10 test rows: .* by 10 points'), (lambda t: before(data=text_data(rows(40))), r'no test row, .*ftlab\.report refuses')],
     'labels-missing': [(lambda t: before(model=classifier(), data=labelled([0, 1]*20, [-1, 2])), '2 of 2 test rows have labels that no training row has: -1, 2')],
     'labels-unbalanced': [(lambda t: before(model=classifier(), data=labelled([0]*90 + [1]*30 + [2], [0])), "'x' has 90 training rows, 'z' has 1")],
     'passes-over-data': [(lambda t: before(steps=400), r'each of the \d+ training rows \d\d times'), (lambda t: before(steps=1), r'see 16 of \d+ training rows')],
