@@ -111,7 +111,7 @@ class Place:
         c = self.chapter; i = CHAPTERS.index(c); start = '[the map](start.ipynb)' if Path('start.ipynb').exists() else 'the map'
         facts = [f'**Chapter {i + 1} of {len(CHAPTERS)}**', f'{c.minutes} minutes', _solved(c, progress()['exercises'])]
         facts += ['read before it: ' + ', '.join(_link(chapter_named(n)) for n in c.needs)]*bool(c.needs)
-        near = [f'← {_link(CHAPTERS[i - 1])}']*(i > 0) + [start] + [f'{_link(CHAPTERS[i + 1])} →']*(i + 1 < len(CHAPTERS))
+        near = [f'← {_link(c)}' for c in CHAPTERS[:i][-1:]] + [start] + [f'{_link(c)} →' for c in CHAPTERS[i + 1:i + 2]]
         return [' · '.join(f for f in facts if f), 'On the map: ' + ' · '.join(f'**{n}**' if n in c.nouns else n for n in QUESTIONS), ' · '.join(near)]
 
     def _repr_markdown_(self): return '\n\n'.join(self._lines())

@@ -75,7 +75,7 @@ def test_teaching_zigzag():
 
 def test_wrong_shapes_and_types_are_told():
     base = {'w': torch.zeros(2, 3)}
-    shape = ftlab.check(named('rescale', lambda base, tuned, alpha: {n: base[n].T for n in base}))
+    shape = ftlab.check(named('rescale', lambda base, tuned, alpha: {n: base[n].movedim(0, -1) for n in base}))
     assert 'shape [3, 2], and shape [2, 3] is wanted' in shape.message
     assert 'a tensor of shape [2, 3] is wanted' in ftlab.check(named('rescale', lambda base, tuned, alpha: {n: base[n].tolist() for n in base})).message
     assert 'a dictionary with the keys' in ftlab.check(named('rescale', lambda base, tuned, alpha: base['w'])).message
@@ -179,7 +179,9 @@ def test_the_drawing_is_the_one_that_is_kept_and_can_be_read_aloud():
 def test_the_first_line_of_a_chapter(tmp_path, monkeypatch):
     "In its own folder with links; copied elsewhere without, as they would lead nowhere"
     monkeypatch.chdir(NBS/'course'); here = ftlab.chapter('what_it_cost')._repr_markdown_()
-    assert '[First light](first_light.ipynb)' in here and '**probe**' in here and 'Chapter 2 of' in here and '3 exercises, 0 solved' in here
+    assert '[First light](first_light.ipynb)' in here and '**probe**' in here and 'Chapter 2 of' in here and '3 exercises' in here
+    for c in CHAPTERS: assert c.title in repr(ftlab.chapter(c.name)) and f'Chapter {CHAPTERS.index(c) + 1} of' in ftlab.chapter(c.name)._repr_markdown_()
+    remember('exercises', 'best_stop'); assert '3 exercises, 1 solved' in ftlab.chapter('what_it_cost')._repr_markdown_()
     for e in course.chapter_named('what_it_cost').exercises: remember('exercises', e)
     assert 'all solved' in ftlab.chapter('what_it_cost')._repr_markdown_()
     monkeypatch.chdir(tmp_path); assert '](' not in ftlab.chapter('what_it_cost')._repr_markdown_()
@@ -284,7 +286,7 @@ def test_the_lab_opens_on_the_start_page(monkeypatch):
     assert ('--no-browser' in command) == sys.platform.startswith('linux')
     assert '--no-browser' not in lab(monkeypatch, DISPLAY=':0')[1] and '--no-browser' in lab(monkeypatch, '--no-browser', DISPLAY=':0')[1]
     assert '--LabApp.default_url=/lab/tree/nbs/course/what_it_cost.ipynb' in lab(monkeypatch, 'nbs/course/what_it_cost.ipynb')[1]
-    code, command, *_, said = lab(monkeypatch, 'nbs/nope.ipynb'); assert code == 1 and not command or "no page 'nbs/nope.ipynb'" in said
+    code, command, *_, said = lab(monkeypatch, 'nbs/nope.ipynb'); assert code == 1 and not command and "no page 'nbs/nope.ipynb'" in said
 
 def test_a_taken_port_gives_way_and_that_is_said(monkeypatch):
     with socket.socket() as taken:

@@ -103,13 +103,10 @@ class Attached:
     def whole(self) -> list[str]:
         "Names of the weights that move themselves"
         return [n for n in self.chosen if n not in self.deltas]
-
     def parameters(self) -> dict[str, nn.Parameter]:
         "Everything that trains, by name: a delta's own numbers are called `weight name::their name`"
         p = dict(self.model.named_parameters()) if self.whole else {}
-        out = {n: p[n] for n in self.whole}
-        for n, d in self.deltas.items(): out |= {f'{n}::{k}': v for k, v in d.named_parameters()}
-        return out
+        return {n: p[n] for n in self.whole} | {f'{n}::{k}': v for n, d in self.deltas.items() for k, v in d.named_parameters()}
 
     @contextmanager
     def disabled(self):
@@ -119,26 +116,21 @@ class Attached:
     def detach(self) -> None:
         "Take the change off: the model is the base again, bit for bit, and this object holds nothing any more"
         _set(self.model, self._kept(self.whole)); self._release(); self.chosen = {}
-
     def fold(self) -> None:
         "Make the change part of the weights and take the modules off; deltas on activations cannot be folded"
         _fold(self)
-
     def values(self) -> dict[str, Tensor]:
         "The changed weights, by name, as the model stores them"
         return _values(self)
-
     @torch.no_grad()
     def changes(self) -> dict[str, Tensor]:
         "New weight minus base weight, by name: what an `edit` works on"
         return {n: v - self.before(n).to(v.device) for n, v in self.values().items()}
-
     def before(self, n:str) -> Tensor:
         "The base's weight `n`, as the model stores it"
         return self._base(n)[0] if n in self.deltas else self._kept([n])[n]
-
-    def _base(self, n): return _below(self.model, n)
     def _kept(self, names): return _kept(self, names)
+    def _base(self, n): return _below(self.model, n)
     def _release(self): _release(self)
 
 # %% ../../nbs/adapters/delta.ipynb #000ed6b1

@@ -117,28 +117,22 @@ class Anatomy:
         "Every parameter's (block index or None, part, role), in the model's order"
         return _places(self)
 
-    def place(self,
-              name:str # a parameter's name, as in `named_parameters()`
-             ) -> tuple[int|None,str,str]: # (block index or None, part, role)
-        "Where a parameter belongs. Parts: attention, mlp, norm, bias, embedding, head, other. Raises `KeyError` for a name that the model does not have."
+    def place(self, name:str) -> tuple[int|None,str,str]:
+        "(block index or None, part, role) of a parameter. Parts: attention, mlp, norm, bias, embedding, head, other. Raises `KeyError` for a name that the model does not have."
         if name not in self.places: raise KeyError(f'this {self.family} model has no parameter called {name!r}; its first is {next(iter(self.shapes))!r}')
         return self.places[name]
 
-    def matrices(self,
-                 part:str|None=None # 'attention', 'mlp', or None for both
-                ) -> list[str]:
-        "The names of the weight matrices inside the blocks, block by block. Raises `ValueError` for another part."
+    def matrices(self, part:str|None=None) -> list[str]:
+        "The names of the weight matrices inside the blocks, block by block, of 'attention', 'mlp' or (None) both. Raises `ValueError` for another part."
         if part not in (None, 'attention', 'mlp'): raise ValueError(f"part is {part!r}; it must be 'attention', 'mlp' or None for both")
         return [n for b in self.blocks for p in ('attention', 'mlp') if part in (None, p) for n in getattr(b, p).values()]
 
     def rows(self) -> list[dict[str,str]]:
         "What `describe` shows, as data: one row per role, blocks that look alike taken together"
         return _rows(self)
-
     def describe(self) -> str:
         "A plain table of blocks and roles with names and shapes"
         return _table(self)
-
     __repr__ = describe
     def _repr_html_(self): return _html_table(self)
 

@@ -167,9 +167,6 @@ def _pair(row:dict, at:str) -> dict:
     return dict(prompt=row['prompt'], response=row['chosen']) | {k: v for k, v in row.items() if k not in ('prompt', 'chosen')}
 
 # %% ../../nbs/core/batches.ipynb #001341f0
-def _print(x) -> str: # `str` of a tensor leaves most of its numbers out
-    return f'{tuple(x.shape)} {hashlib.blake2s(x.contiguous().numpy().tobytes()).hexdigest()}' if isinstance(x, torch.Tensor) else str(x)
-
 @dataclass(repr=False)
 class Data:
     "Rows for training, validation and test, all of one kind"
@@ -182,9 +179,7 @@ class Data:
     note:str=''                # what the reader should know about the split
     fingerprint:str=''         # 16 hex digits of everything above but name and note
 
-    def __post_init__(self):
-        content = json.dumps([self.train, self.validation, self.test, self.kind, self.labels], sort_keys=True, default=_print)
-        self.fingerprint = hashlib.blake2s(content.encode(), digest_size=8).hexdigest()
+    def __post_init__(self): self.fingerprint = _fingerprint([self.train, self.validation, self.test, self.kind, self.labels])
 
     def _head(self) -> str:
         many = f', {len(self.labels)} labels' if self.labels else ''
@@ -210,6 +205,12 @@ class Data:
         return f'<p>{html.escape(self._head())}</p><table>{row(self._columns(), "th")}{"".join(row(c, "td") for c in self._cells())}</table>{note}'
 
 # %% ../../nbs/core/batches.ipynb #001541f0
+def _fingerprint(content:list) -> str:
+    "16 hex digits that change with any character, and with any number of a tensor"
+    def bits(x): return f'{tuple(x.shape)} {hashlib.blake2s(x.contiguous().numpy().tobytes()).hexdigest()}' if isinstance(x, torch.Tensor) else str(x)
+    return hashlib.blake2s(json.dumps(content, sort_keys=True, default=bits).encode(), digest_size=8).hexdigest()
+
+# %% ../../nbs/core/batches.ipynb #001741f0
 def _question(row:dict, kind:str) -> str:
     "The part of a row that decides its split"
     if kind == 'chat': return '\n'.join(m['content'] for m in itertools.takewhile(lambda m: m['role'] != 'assistant', row['messages'])) or row['messages'][0]['content']
@@ -239,7 +240,7 @@ def _keep_every_label(out:dict[str, list[dict]], cut:list[str], notes:list[str])
         out['train'] += [r for r in out[s] if r['text'] in texts]; out[s] = [r for r in out[s] if r['text'] not in texts]
     notes.append(f'{len(texts)} rows of rare labels were kept in train')
 
-# %% ../../nbs/core/batches.ipynb #001641f0
+# %% ../../nbs/core/batches.ipynb #001841f0
 def _number_labels(parts:dict[str, list[dict]], names:list[str]|None, places:dict[int, str]) -> list[str]:
     "Replace labels by indices into the returned names, in place; raises `ValueError` for a label that train does not have"
     if names:
@@ -256,7 +257,7 @@ def _number_labels(parts:dict[str, list[dict]], names:list[str]|None, places:dic
         r['label'] = index[label]
     return list(names)
 
-# %% ../../nbs/core/batches.ipynb #001841f0
+# %% ../../nbs/core/batches.ipynb #001a41f0
 SPLITS = dict(train='train', validation='validation', valid='validation', val='validation', dev='validation', test='test')
 
 def _folder_parts(path:Path) -> dict[str, Path]:
@@ -292,7 +293,7 @@ def _records(source, columns:Mapping[str, str], what:str) -> tuple[list[tuple[st
     feature = source.features.get(columns.get('label', 'label'))
     return [(f'{what} row {i}', r) for i, r in enumerate(source, 1)], feature.names if isinstance(feature, datasets.ClassLabel) else None
 
-# %% ../../nbs/core/batches.ipynb #001941f0
+# %% ../../nbs/core/batches.ipynb #001b41f0
 def _skill_rows(world:LabWorld, skill:str, n:int, split:str, seed:int) -> list[dict]:
     "`n` different rows, or as many as there are"
     try: return world.rows(skill, n, split, seed)
@@ -305,7 +306,7 @@ def _skill_data(skill:str, seed:int, n:int) -> Data:
     short = [f'only {len(rows[s])} different {s} questions were found, {k} were asked for' for s, k in ask.items() if len(rows[s]) < k]
     return Data(**rows, kind='text', name=skill, note='; '.join(short))
 
-# %% ../../nbs/core/batches.ipynb #001a41f0
+# %% ../../nbs/core/batches.ipynb #001c41f0
 def data(source,               # a path (.jsonl, .json, .csv, .parquet, or a folder of train/validation/test), a `datasets.Dataset` or `DatasetDict`, a list of dicts, or a lab skill by name
          *,
          validation=None,      # a source of the same sort; None cuts a tenth of train by hash
@@ -327,7 +328,7 @@ def data(source,               # a path (.jsonl, .json, .csv, .parquet, or a fol
     name = str(source) if isinstance(source, (str, Path)) else 'rows'
     return _assemble({s: given.get(s) for s in ('train', 'validation', 'test')}, columns, name, seed, n)
 
-# %% ../../nbs/core/batches.ipynb #001c41f0
+# %% ../../nbs/core/batches.ipynb #001e41f0
 def _assemble(given:dict, columns:dict[str, str], name:str, seed:int, n:int|None) -> Data:
     "Read, check, number labels, split, and take `n`"
     parts, places, kind, names, notes = {}, {}, None, None, []
@@ -359,7 +360,7 @@ def _all_chat(parts:dict, places:dict[int, str]) -> str:
         if 'messages' not in r: raise ValueError(f'{places[id(r)]}: prompt is text, but in other rows it is a list of messages; use one form in all rows')
     return 'chat'
 
-# %% ../../nbs/core/batches.ipynb #002d41f0
+# %% ../../nbs/core/batches.ipynb #002f41f0
 def _render(tok, messages:list[dict], opening:bool=False) -> str:
     try: return tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening)
     except jinja2.TemplateError as e: raise ValueError(f'the chat template refuses the roles {", ".join(m["role"] for m in messages)}: {e}') from None
@@ -389,7 +390,7 @@ def _turn_end(full:str, start:int, messages:list[dict], i:int, tok) -> int:
     if at < start + len(content) or not full.startswith(mark, at): raise ValueError(f'the chat template changes message {i + 1} in a way that hides its end; split the conversation into one row per answer')
     return at + len(mark)
 
-# %% ../../nbs/core/batches.ipynb #003041f0
+# %% ../../nbs/core/batches.ipynb #003241f0
 IGNORE = -100 # the label that PyTorch's cross-entropy and every Hugging Face model leave out
 
 def _token_ids(texts:Iterable[str], tok) -> dict[str, list[int]]:
@@ -414,7 +415,7 @@ def _all_piece_ids(rows:list[list[tuple[str, bool]]], tok) -> list[list[list[int
 
 def _piece_ids(pieces:list[tuple[str, bool]], tok) -> list[list[int]]: return _all_piece_ids([pieces], tok)[0]
 
-# %% ../../nbs/core/batches.ipynb #003241f0
+# %% ../../nbs/core/batches.ipynb #003441f0
 def _texts(row:dict, tok, kind:str) -> list[tuple[str, bool]]:
     "Pieces of a row of kind text, chat or lm, without the tokens that `_marks` gives"
     if kind not in ('text', 'chat', 'lm'): raise ValueError(f'kind is {kind!r}; it must be one of {", ".join(KINDS)}')
@@ -435,7 +436,7 @@ def _pieces(row:dict, tok, kind:str) -> tuple[list[tuple[str, bool]], list[int],
     "Pieces of a row, and the special tokens before and after"
     return _texts(row, tok, kind), *_marks(tok, kind)
 
-# %% ../../nbs/core/batches.ipynb #003341f0
+# %% ../../nbs/core/batches.ipynb #003541f0
 def encode(row:dict,          # a row of `Data`
            tok,               # the model's tokenizer
            kind:str,          # the data's kind
@@ -470,7 +471,7 @@ def prompt_ids(row:dict, # a row of kind 'text' or 'chat'
     pieces, first, _ = _pieces(row, tok, kind); last = max(i for i, (_, learnt) in enumerate(pieces) if learnt)
     return first + [i for part in _piece_ids(pieces, tok)[:last] for i in part]
 
-# %% ../../nbs/core/batches.ipynb #003a41f0
+# %% ../../nbs/core/batches.ipynb #003c41f0
 class Encoded(list):
     "Encoded rows, with what the length limit cost"
     def __init__(self, rows, dropped:int=0, truncated:int=0): # rows left out as nothing remained to learn; rows kept but shortened
@@ -507,7 +508,7 @@ def _nothing_left(whole:list[dict], max_length:int|None, keep:str) -> str:
             f'With max_length={max(len(w["labels"]) for w in whole)} every row fits whole, {max(begin)} keeps some of every answer'
             + ("; or say keep='end', which cuts questions instead" if keep == 'start' else ''))
 
-# %% ../../nbs/core/batches.ipynb #003d41f0
+# %% ../../nbs/core/batches.ipynb #003f41f0
 def collate(rows:list[dict],    # encoded rows
             pad_id:int,         # what fills the short ones: `tok.pad_token_id`
             side:str='right'    # where it goes: 'right' to train, 'left' to generate
@@ -523,7 +524,7 @@ def collate(rows:list[dict],    # encoded rows
                labels=[r['labels'] if isinstance(r['labels'], int) else padded(r['labels'], IGNORE) for r in rows])
     return {k: torch.tensor(v) for k, v in out.items()}
 
-# %% ../../nbs/core/batches.ipynb #004041f0
+# %% ../../nbs/core/batches.ipynb #004241f0
 def bins(lengths:list[int], # of the rows, in order
          max_length:int     # of a line
         ) -> list[range]:   # which rows share a line: consecutive ones, as many as fit
@@ -550,7 +551,7 @@ def pack(rows:list[dict],   # encoded rows, of a kind that has a label per token
     return dict(input_ids=lay(lambda r: r['input_ids'], pad_id), attention_mask=see[:, None], position_ids=lay(lambda r: range(len(r['input_ids'])), 0),
                 labels=lay(lambda r: [IGNORE] + r['labels'][1:], IGNORE), tokens=torch.tensor(used))
 
-# %% ../../nbs/core/batches.ipynb #004241f0
+# %% ../../nbs/core/batches.ipynb #004441f0
 PACKS = ('llama', 'qwen2', 'qwen3', 'mistral', 'gemma', 'gemma3_text', 'gpt2', 'phi', 'phi3', 'gpt_neox', 'opt') # the tested `model_type`s
 
 def packing(model,          # that will read the lines
@@ -566,7 +567,7 @@ def packing(model,          # that will read the lines
     if window and window < max_length: raise ValueError(f'this model looks back {window} tokens in some blocks, which a line of {max_length} would exceed; use max_length={window} or packing=False')
     return lambda rows, pad_id: pack(rows, max_length, pad_id)
 
-# %% ../../nbs/core/batches.ipynb #004b41f0
+# %% ../../nbs/core/batches.ipynb #004d41f0
 def order(n:int, epoch:int, seed:int=0) -> torch.Tensor:
     "The order of `n` rows in pass number `epoch`: a permutation [n], fixed by the three numbers"
     mixed = int.from_bytes(hashlib.blake2s(f'{seed}/{epoch}'.encode()).digest()[:7], 'big') # so that seed 1, pass 0 is not seed 0, pass 1

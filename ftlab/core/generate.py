@@ -22,6 +22,7 @@ def left_pad(rows:list[list[int]], pad_id:int, device=None) -> dict[str, torch.T
     return dict(input_ids=torch.tensor([[pad_id]*(n - len(r)) + r for r in rows], device=device),
                 attention_mask=torch.tensor([[0]*(n - len(r)) + [1]*len(r) for r in rows], device=device))
 
+# %% ../../nbs/core/generate.ipynb #0008d6cd
 @torch.no_grad()
 def generate(model, tok, prompts:list, # strings, or lists of chat messages
              max_new_tokens:int=64,    # longest answer, in tokens
@@ -30,7 +31,7 @@ def generate(model, tok, prompts:list, # strings, or lists of chat messages
              batch_size:int=200,       # prompts at once
              generator_seed:int|None=None # seed of the draw; None: torch's own state
             ) -> list[str]:            # one answer a prompt, without special tokens
-    "Answer every prompt"
+    "Answer every prompt; the model is put into evaluation mode for it, and back"
     ids = render(prompts, tok); order = sorted(range(len(ids)), key=lambda i: len(ids[i])); out = [None]*len(ids)
     device, training = next(model.parameters()).device, model.training; model.eval()
     if generator_seed is not None: torch.manual_seed(generator_seed)

@@ -63,9 +63,7 @@ class Recipe:
     def promises(self) -> tuple[str, ...]:
         "The promises that this Recipe makes"
         return tuple(p for p in PROMISES if p not in self.waives)
-
     def named(self, name:str) -> Recipe: return replace(self, name=name)
-
     def __mul__(self, other:Recipe) -> Recipe:
         "Both methods at once; `CannotCompose` where both answer the same question"
         return _both(self, other)

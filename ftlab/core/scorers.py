@@ -54,7 +54,7 @@ def skills(model='lab-m',            # a lab model's name, or a model (then `tok
 @lru_cache(200)
 def _questions(*of): return WORLD.rows(*of)
 
-# %% ../../nbs/core/scorers.ipynb #0009f62d
+# %% ../../nbs/core/scorers.ipynb #000df62d
 @torch.no_grad()
 def _logits(model, enc, pad_id, batch_size=100):
     device, training = next(model.parameters()).device, model.training; model.eval()

@@ -28,8 +28,10 @@ def reliability(sure:Tensor,  # confidences in [0, 1]
                ) -> list[dict]: # one row a bin that is not empty: low, high, n, sure (mean confidence), right (share)
     "How often a model is right, by how sure it is. Raises `ValueError` for no numbers or confidences outside [0, 1]."
     sure, right = sure.double().flatten(), right.double().flatten()
-    if not len(sure) or len(sure) != len(right): raise ValueError(f'there are {len(sure)} confidences and {len(right)} outcomes; give as many of each, one at least')
-    if float(sure.min()) < 0 or float(sure.max()) > 1 + 1e-6: raise ValueError(f'confidences run from {float(sure.min()):.3g} to {float(sure.max()):.3g}; they must be probabilities, in [0, 1]')
+    if not len(sure) or len(sure) != len(right):
+        raise ValueError(f'there are {len(sure)} confidences and {len(right)} outcomes; give as many of each, one at least')
+    if float(sure.min()) < 0 or float(sure.max()) > 1 + 1e-6:
+        raise ValueError(f'confidences run from {float(sure.min()):.3g} to {float(sure.max()):.3g}; they must be probabilities, in [0, 1]')
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64); which = torch.bucketize(sure, edges[1:-1])
     return [dict(low=float(edges[i]), high=float(edges[i + 1]), n=int(on.sum()), sure=float(sure[on].mean()), right=float(right[on].mean()))
             for i in range(bins) if (on := which == i).any()]
@@ -46,4 +48,5 @@ def brier(sure:Tensor, right:Tensor) -> float:
 
 def calibration(sure:Tensor, right:Tensor, bins:int=10) -> dict:
     "Everything above in one record that JSON can hold"
-    return dict(n=len(sure), sure=float(sure.double().mean()), right=float(right.double().mean()), ece=ece(sure, right, bins), brier=brier(sure, right), bins=reliability(sure, right, bins))
+    mean = lambda x: float(x.double().mean())
+    return dict(n=len(sure), sure=mean(sure), right=mean(right), ece=ece(sure, right, bins), brier=brier(sure, right), bins=reliability(sure, right, bins))

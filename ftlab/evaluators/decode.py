@@ -24,21 +24,28 @@ def combined(models:Mapping[str, object],  # {role: model}, one vocabulary
     sizes = {k: m.config.vocab_size for k, m in models.items()}
     if len(set(sizes.values())) > 1: raise ValueError(f'the models speak different vocabularies: {sizes}; they must share one tokenizer')
     ids, out = render(prompts, tok), []
-    for j in range(0, len(ids), batch_size): out += _decode(models, tok, ids[j:j + batch_size], rule, max_new_tokens, sample)
+    for j in range(0, len(ids), batch_size): out += _words(_decode(models, tok, ids[j:j + batch_size], rule, max_new_tokens, sample), tok)
     return out
 
-def _decode(models, tok, ids, rule, max_new_tokens, sample):
-    device = next(next(iter(models.values())).parameters()).device; b = left_pad(ids, tok.pad_token_id, device)
-    mask, x = b['attention_mask'], b['input_ids']; cache, said = dict.fromkeys(models), []; done = torch.zeros(len(ids), dtype=torch.bool, device=device)
-    place = (mask.cumsum(1) - 1).clamp(min=0)
+# %% ../../nbs/evaluators/decode.ipynb #0007ef11
+def _decode(models, tok, ids, rule, max_new_tokens, sample) -> torch.Tensor:
+    "The tokens that are drawn, [rows, tokens]"
+    device = next(next(iter(models.values())).parameters()).device; b = left_pad(ids, tok.pad_token_id, device); x, mask = b['input_ids'], b['attention_mask']
+    cache, said, done, place = dict.fromkeys(models), [], torch.zeros(len(ids), dtype=torch.bool, device=device), (mask.cumsum(1) - 1).clamp(min=0)
     for _ in range(max_new_tokens):
-        logp = {}
-        for k, m in models.items():
-            o = m(input_ids=x, attention_mask=mask, position_ids=place, past_key_values=cache[k], use_cache=True)
-            cache[k] = o.past_key_values; logp[k] = o.logits[:, -1].float().log_softmax(-1)
-        score = rule(logp); nxt = torch.multinomial(score.softmax(-1), 1)[:, 0] if sample else score.argmax(-1)
-        nxt = nxt.masked_fill(done, tok.pad_token_id); said.append(nxt); done |= nxt == tok.eos_token_id
+        score = rule({k: _next(m, k, x, mask, place, cache) for k, m in models.items()})
+        drawn = torch.multinomial(score.softmax(-1), 1)[:, 0] if sample else score.argmax(-1)
+        said.append(drawn.masked_fill(done, tok.pad_token_id)); done |= said[-1] == tok.eos_token_id
         if done.all(): break
-        x = nxt[:, None]; mask = torch.cat([mask, mask.new_ones(len(ids), 1)], 1); place = place[:, -1:] + 1
-    said = torch.stack(said, 1); ends = [(row == tok.eos_token_id).nonzero() for row in said]
+        x = said[-1][:, None]; mask = torch.cat([mask, mask.new_ones(len(ids), 1)], 1); place = place[:, -1:] + 1
+    return torch.stack(said, 1)
+
+def _next(model, key, x, mask, place, cache) -> torch.Tensor:
+    "One model's log-probabilities of the next word, [rows, words]; its cache takes in `x`"
+    o = model(input_ids=x, attention_mask=mask, position_ids=place, past_key_values=cache[key], use_cache=True)
+    cache[key] = o.past_key_values; return o.logits[:, -1].float().log_softmax(-1)
+
+def _words(said, tok) -> list[str]:
+    "Tokens as texts, up to the end mark"
+    ends = [(row == tok.eos_token_id).nonzero() for row in said]
     return [tok.decode(row[:int(e[0])] if len(e) else row, skip_special_tokens=True).strip() for row, e in zip(said, ends)]

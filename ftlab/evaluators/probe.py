@@ -28,7 +28,7 @@ def cka(X:Tensor, Y:Tensor) -> float:
     X, Y = X.double() - X.double().mean(0), Y.double() - Y.double().mean(0)
     return float((Y.T @ X).norm()**2/((X.T @ X).norm()*(Y.T @ Y).norm()))
 
-# %% ../../nbs/evaluators/probe.ipynb #000abf64
+# %% ../../nbs/evaluators/probe.ipynb #000bbf64
 @torch.no_grad()
 def layers(model, batch:Mapping[str, Tensor]) -> list[Tensor]:
     "The mean of each layer's output over the tokens of each row: embeddings first, then one [rows, width] a block"
@@ -39,7 +39,7 @@ def pooled(hidden:tuple[Tensor, ...], mask:Tensor) -> list[Tensor]:
     on = mask[..., None].float() # a change that puts tokens before the text makes the states longer than the mask: the text is at the end
     return [((h[:, -mask.shape[1]:].float()*on).sum(1)/on.sum(1)).cpu() for h in hidden]
 
-# %% ../../nbs/evaluators/probe.ipynb #000cbf64
+# %% ../../nbs/evaluators/probe.ipynb #000dbf64
 def anatomy_of(model) -> Anatomy:
     "The anatomy of a model that may carry a change. Raises `UnknownArchitecture` for a model that the table does not describe."
     with torch.random.fork_rng(devices=[]), torch.device('meta'): twin = type(model)(copy.deepcopy(model.config))
@@ -52,14 +52,16 @@ def places(model) -> dict[str, tuple[int|None, str, str]]:
 
 def moved(changes:Mapping[str, Tensor], model) -> list[dict]:
     "One row a changed tensor: its place, the length of its change, and the share of its numbers that moved"
-    at = places(model); place = lambda n: at.get(n, (None, 'other', ''))
-    return [dict(name=n, block=place(n)[0], part=place(n)[1], role=place(n)[2], norm=float(c.double().norm()), moved=float((c != 0).float().mean())) for n, c in changes.items()]
+    at = places(model); place = lambda n: dict(zip(('block', 'part', 'role'), at.get(n, (None, 'other', ''))))
+    return [dict(name=n, **place(n), norm=float(c.double().norm()), moved=float((c != 0).float().mean())) for n, c in changes.items()]
 
-# %% ../../nbs/evaluators/probe.ipynb #000ebf64
+# %% ../../nbs/evaluators/probe.ipynb #000fbf64
 @torch.no_grad()
 def each_change(att # the change on a model, as `attach` and `load_delta` return it
                ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    "(name, base weight, tuned weight) of every weight that a change reaches, one at a time, as the model stores them; clone what you keep, as they may be the model's own; deltas on activations have none"
+    """(name, base weight, tuned weight) of every weight that a change reaches, one at a time, as the model stores them.
+
+    Clone what you keep: they may be the model's own. Deltas on activations have no weights."""
     own = {n: p for n, p in att.model.named_parameters() if n in att.whole}
     for n, p in own.items(): yield n, att.before(n).to(p.device), p.detach()
     for n, d in att.deltas.items():

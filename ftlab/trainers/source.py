@@ -6,13 +6,13 @@
 from __future__ import annotations
 from collections.abc import Callable
 import torch
-from ..core.batches import collate, encode_all, indices
+from ..core.batches import collate, indices
 from .objective import priced
 
 # %% auto #0
 __all__ = ['Rows', 'count_priced', 'rows_of', 'tokens_of']
 
-# %% ../../nbs/trainers/source.ipynb #0004060d
+# %% ../../nbs/trainers/source.ipynb #0005060d
 class Rows:
     "Rows of a data set in a shuffled order that depends on the seed and the step alone, so that a resumed run sees the same"
     def __init__(self, rows:list[dict], # encoded rows
@@ -29,6 +29,7 @@ class Rows:
         picked = indices(state.step, self.batch_size, len(self.rows), self.seed); k = self.batch_size//self.accumulate
         return [self.collate([self.rows[i] for i in picked[j:j + k]], self.pad_id) for j in range(0, self.batch_size, k)]
 
+# %% ../../nbs/trainers/source.ipynb #0007060d
 def count_priced(batches:list[dict]) -> int:
     "The number of tokens (or of labelled examples) that carry a price, over all micro-batches; of rows where there are no labels"
     return sum(int(priced(b['labels']).sum()) if 'labels' in b else rows_of(b) for b in batches)

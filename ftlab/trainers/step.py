@@ -79,7 +79,6 @@ class Processes:
 
     @property
     def main(self) -> bool: "Is this the one that writes and reports?"; return self.index == 0
-
     def part(self, batches:list) -> list:
         "This process's share of the micro-batches; raises `ValueError` where they cannot be shared equally"
         if len(batches) % self.count == 0: return batches[self.index::self.count]
@@ -90,7 +89,6 @@ class Processes:
         "The sum of each number over all processes"
         if self.count == 1: return list(numbers)
         return self.acc.reduce(torch.tensor(numbers, dtype=torch.float64, device=self.acc.device), 'sum').tolist()
-
     @contextmanager
     def taking_a_step(self):
         "Notice a step that keeps its gradients to itself; `RuntimeError` then, as the processes would drift apart in silence"
