@@ -3,6 +3,8 @@ import base64, os, re
 from pathlib import Path
 from pages import NBS, ROOT, cells
 
+def _linked(text:str) -> str: return re.sub(r'(\]\()(?!\w+:|#|/|\.\./)([^)]+)', r'\1nbs/\2', text).replace('](../', '](')
+
 def _output(o:dict, stem:str, images:dict[str, bytes]) -> str:
     data = o.get('data', {'text/plain': o.get('text', '')}); text = lambda k: ''.join(data[k]).strip('\n')
     for kind, ending in (('image/svg+xml', 'svg'), ('image/png', 'png')):
@@ -10,7 +12,7 @@ def _output(o:dict, stem:str, images:dict[str, bytes]) -> str:
             name = f'README_files/{stem}.{ending}'
             images[name] = text(kind).encode() if ending == 'svg' else base64.b64decode(text(kind))
             return f'![{o.get("metadata", {}).get(kind, {}).get("alt", "the figure that this code draws")}]({name})'
-    if 'text/markdown' in data: return text('text/markdown')
+    if 'text/markdown' in data: return _linked(text('text/markdown'))
     if data.get('text/html') == '' or data.get('text/html') == ['']: return '' # where a progress bar was
     return '\n'.join('    ' + l for l in text('text/plain').splitlines())
 
@@ -19,7 +21,7 @@ def readme(cells:list[dict]) -> tuple[str, dict[str, bytes]]:
     parts, images = [], {}
     for i, c in enumerate(cells):
         source, hidden = c['source'].strip(), re.search(r'^#\|\s*(hide|default_exp)\b', c['source'], re.M)
-        if c['cell_type'] == 'markdown': parts.append(re.sub(r'(\]\()(?!\w+:|#|/|\.\./)([^)]+)', r'\1nbs/\2', source).replace('](../', ']('))
+        if c['cell_type'] == 'markdown': parts.append(_linked(source))
         elif c['cell_type'] == 'code' and source and not hidden:
             code = '\n'.join(l for l in source.splitlines() if not l.startswith('#|')).strip()
             if not re.search(r'^#\|\s*echo:\s*false', source, re.M): parts.append(f'```python\n{code}\n```')
