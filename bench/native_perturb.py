@@ -3,6 +3,7 @@
     python bench/native_perturb.py            # writes bench/results/native_perturb.json; about five minutes
 
 In each round every contestant runs once, one after another, so that a busy machine slows them alike; ratios are taken within a round.
+Memory is measured with the usual heap, as a warm one gives none back.
 Once with the usual heap, where large buffers come fresh from the system, and once with a warm one, where freed memory is used again."""
 import json, os, platform, statistics, subprocess, sys, time
 from pathlib import Path
@@ -24,13 +25,16 @@ def contestants():
     def coin_chunks():
         make.manual_seed(7)
         for c in p.split(len(small)): c.add_(small[:len(c)].bernoulli_(.5, generator=make), alpha=2*eps).sub_(eps)
-    normal_ = torch.compile(lambda p: p.add_(torch.randn_like(p), alpha=eps)); sign_ = torch.compile(lambda p: p.add_((torch.rand_like(p) > .5).to(p.dtype)*2 - 1, alpha=eps))
+    normal_ = torch.compile(lambda p: p.add_(torch.randn_like(p), alpha=eps))
+    sign_ = torch.compile(lambda p: p.add_((torch.rand_like(p) > .5).to(p.dtype)*2 - 1, alpha=eps))
     def compiled(): torch.manual_seed(7); normal_(p)
     def coins_compiled(): torch.manual_seed(7); sign_(p)
     whole, part = 4*N, 4*len(small)
-    return {'ours, normal': (lambda: perturb_([p], 7, eps), 0), 'torch, normal: a buffer': (buffer, whole), 'torch, normal: fresh noise (MeZO)': (fresh, 0), 'torch, normal: in chunks': (chunks, part),
-        'torch, normal: compiled': (compiled, 0), 'ours, rademacher': (lambda: perturb_([p], 7, eps, 'rademacher'), 0), 'torch, rademacher: a buffer': (coins, whole),
-        'torch, rademacher: in chunks': (coin_chunks, part), 'torch, rademacher: compiled': (coins_compiled, 0), 'floor: p.mul_(c)': (lambda: p.mul_(1.), 0)}
+    return {'ours, normal': (lambda: perturb_([p], 7, eps), 0), 'torch, normal: a buffer': (buffer, whole),
+        'torch, normal: fresh noise (MeZO)': (fresh, 0), 'torch, normal: in chunks': (chunks, part), 'torch, normal: compiled': (compiled, 0),
+        'ours, rademacher': (lambda: perturb_([p], 7, eps, 'rademacher'), 0), 'torch, rademacher: a buffer': (coins, whole),
+        'torch, rademacher: in chunks': (coin_chunks, part),
+        'torch, rademacher: compiled': (coins_compiled, 0), 'floor: p.mul_(c)': (lambda: p.mul_(1.), 0)}
 
 def status(key): return next(int(l.split()[1])*1024 for l in Path('/proc/self/status').read_text().splitlines() if l.startswith(key + ':'))
 
@@ -51,19 +55,25 @@ def child():
 
 def spread(v, digits=2): q = statistics.quantiles(v, n=4); return dict(low=round(q[0], digits), median=round(q[1], digits), high=round(q[2], digits))
 
+def machine(version):
+    lines = Path('/proc/cpuinfo').read_text().splitlines()
+    cpu = next((l.split(':')[1].strip() for l in lines if l.startswith('model name')), platform.processor())
+    return dict(threads=THREADS, load=[round(o, 1) for o in os.getloadavg()], cpu=cpu, torch=version)
+
 def main():
     rows, ratios = [], {}
     for heap, env in HEAPS.items():
-        r = subprocess.run([sys.executable, __file__, 'child'], env={**os.environ, **env, 'FTLAB_NATIVE': 'cpp', 'OMP_NUM_THREADS': str(THREADS)}, capture_output=True, text=True)
+        env = {**os.environ, **env, 'FTLAB_NATIVE': 'cpp', 'OMP_NUM_THREADS': str(THREADS)}
+        r = subprocess.run([sys.executable, __file__, 'child'], env=env, capture_output=True, text=True)
         if r.returncode: sys.exit(f'{heap} heap: ended with {r.returncode}\n{r.stderr}')
         run = json.loads(r.stdout.splitlines()[-1]); times = run['times']
-        for k, v in times.items(): s = spread(v); rows.append(dict(heap=heap, what=k, median_ms=s['median'], low_ms=s['low'], high_ms=s['high'], extra_bytes=run['extra'][k]))
+        for k, v in times.items():
+            s = spread(v); rows.append(dict(heap=heap, what=k, median_ms=s['median'], low_ms=s['low'], high_ms=s['high'], extra_bytes=run['extra'][k] if heap == 'default' else None))
         for dist in ('normal', 'rademacher'):
-            best = min((k for k in times if k.startswith(f'torch, {dist}')), key=lambda k: statistics.median(times[k])); ours = times[f'ours, {dist}']
+            ours, best = times[f'ours, {dist}'], min((k for k in times if k.startswith(f'torch, {dist}')), key=lambda k: statistics.median(times[k]))
             ratios[f'{dist}: {best.split(": ")[1]} (torch at its best) over ours, {heap} heap'] = spread([a/b for a, b in zip(times[best], ours)])
             ratios[f'{dist}: ours over the floor, {heap} heap'] = spread([a/b for a, b in zip(ours, times['floor: p.mul_(c)'])])
-    cpu = next((l.split(':')[1].strip() for l in Path('/proc/cpuinfo').read_text().splitlines() if l.startswith('model name')), platform.processor())
-    out = dict(numbers=N, rounds=ROUNDS, threads=THREADS, load=[round(o, 1) for o in os.getloadavg()], cpu=cpu, torch=run['torch'], targets=dict(normal=4, rademacher=20, extra_bytes=0), ratios=ratios, rows=rows)
+    out = dict(numbers=N, rounds=ROUNDS, **machine(run['torch']), targets=dict(normal=4, rademacher=20, extra_bytes=0), ratios=ratios, rows=rows)
     Path('bench/results/native_perturb.json').write_text(json.dumps(out, indent=1) + '\n'); print(json.dumps(out['ratios'], indent=1))
 
 if __name__ == '__main__': child() if sys.argv[1:] == ['child'] else main()

@@ -9,7 +9,8 @@ __all__ = []
 import importlib
 
 # %% ../../nbs/native/kernels.ipynb #00054bc2
-_PUBLIC = dict(backend='extension', build='extension', perturb_='perturb', restore_update_='perturb', low_halves='perturb')
+_PUBLIC = dict(backend='extension', build='extension', perturb_='perturb', restore_update_='perturb', low_halves='perturb',
+    kth_magnitude='magnitude', unpack_mask='magnitude')
 
 __all__ = sorted(_PUBLIC)
 

@@ -55,13 +55,13 @@ def extension(work:str|Path # a folder for intermediate files
     from torch.utils.cpp_extension import CppExtension
     sources, more = [os.path.relpath(p) for p in sorted(_SOURCES.glob('*.cpp'))], {}
     if with_cuda():
-        more = dict(extra_objects=[str(p) for p, _ in compile_cuda(work)], define_macros=[('FTLAB_CUDA', None)], library_dirs=[str(Path(nvcc()).resolve().parent.parent/'lib64')],
-            libraries=['cudart_static', 'dl', 'rt', 'pthread'])
-    return CppExtension(f'ftlab._C_{key()}', sources, extra_compile_args={'cxx': _CXX}, py_limited_api=True, depends=[str(p) for p in _SOURCES.glob('*.h')], **more)
+        more = dict(extra_objects=[str(p) for p, _ in compile_cuda(work)], define_macros=[('FTLAB_CUDA', None)],
+            library_dirs=[str(Path(nvcc()).resolve().parent.parent/'lib64')], libraries=['cudart_static', 'dl', 'rt', 'pthread'])
+    return CppExtension(f'ftlab._C_{key()}', sources, extra_compile_args={'cxx': _CXX}, py_limited_api=True, **more)
 
 def compile_cuda(folder:str|Path # where the objects go
                  ) -> list[tuple[Path, str]]:
-    "Compile every .cu file for sm_80, sm_90 and what comes after: (object, nvcc's report of registers and spills) each. Raises `RuntimeError` with its message."
+    "Compile every .cu file for sm_80, sm_90 and later: (object, nvcc's report of registers and spills) each. Raises `RuntimeError` with its message."
     Path(folder).mkdir(parents=True, exist_ok=True); made = []
     for f in sorted(_SOURCES.glob('*.cu')):
         out = Path(folder)/f'{f.stem}_{key()}.o'; report = out.with_suffix('.txt')
@@ -103,12 +103,13 @@ def _loaded():
 
 @cache
 def _warn(why):
-    warnings.warn(f'ftlab.native: torch does the work of the C++ kernels, slower and with more memory, as {why}\nTo mend: see that a C++ compiler and setuptools are installed, '
-        'then call ftlab.native.build(). To keep torch without this warning: FTLAB_NATIVE=torch.', RuntimeWarning, stacklevel=4)
+    warnings.warn(f'ftlab.native: torch does the work of the C++ kernels, slower and with more memory, as {why}\nTo mend: see that a C++ compiler '
+        'and setuptools are installed, then call ftlab.native.build(). To keep torch without this warning: FTLAB_NATIVE=torch.', RuntimeWarning, stacklevel=4)
 
 def backend(device:str|torch.device='cpu' # where the tensors are
             ) -> str:
-    "What runs on tensors of `device`: 'cpp', 'cuda' or 'torch'. Raises `RuntimeError` where FTLAB_NATIVE demands what cannot be had, `ValueError` for a mode it does not know."
+    """What runs on tensors of `device`: 'cpp', 'cuda' or 'torch'.
+    Raises `RuntimeError` where FTLAB_NATIVE demands what cannot be had, `ValueError` for a mode it does not know."""
     mode, kind = os.environ.get('FTLAB_NATIVE') or 'auto', torch.device(device).type
     if mode not in _MODES: raise ValueError(f'FTLAB_NATIVE is {mode!r}; it must be one of {", ".join(_MODES)}')
     if mode == 'torch' or kind not in ('cpu', 'cuda') or (kind, mode) == ('cuda', 'cpp'): return 'torch'

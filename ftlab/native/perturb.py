@@ -98,8 +98,9 @@ def _check(tensors, seed, dist, low, first, **numbers):
     if bad := [f'{k} is {v}' for k, v in numbers.items() if not math.isfinite(v)]: raise ValueError(f'{", ".join(bad)}; it must be a finite number')
     if low and len(low) != len(tensors): raise ValueError(f'{len(low)} tensors in low for {len(tensors)} tensors; give one for each, or none')
     for i, p in enumerate(tensors):
-        if p.dtype not in (torch.float32, torch.bfloat16, torch.float16): raise ValueError(f'tensor {i} is {p.dtype}; float32, bfloat16 and float16 can be perturbed')
-        if not p.is_contiguous(): raise ValueError(f'tensor {i} is not contiguous (shape {tuple(p.shape)}, strides {p.stride()}); perturb it as it is stored, or its .contiguous() copy')
+        if p.dtype not in (torch.float32, torch.bfloat16, torch.float16): raise ValueError(f'tensor {i} is {p.dtype}; it must be float32, bfloat16 or float16')
+        if not p.is_contiguous():
+            raise ValueError(f'tensor {i} is not contiguous (strides {p.stride()}); perturb it as it is stored, or a contiguous copy')
         if low and (p.dtype, low[i].dtype, low[i].shape, low[i].is_contiguous()) != (torch.bfloat16, torch.int16, p.shape, True):
             raise ValueError(f'low[{i}] must be a contiguous int16 tensor of the shape of tensor {i}, and tensor {i} bfloat16; low_halves makes them')
     at = [p.data_ptr() for p in tensors if p.numel()]
