@@ -66,6 +66,15 @@ def test_the_cuda_side_compiles_and_spills_nothing(tmp_path):
         spills = [l for l in report.splitlines() if 'spill stores' in l]
         assert spills and all(' 0 bytes spill stores, 0 bytes spill loads' in l for l in spills)
 
+@pytest.mark.slow
+@pytest.mark.skipif(not (extension.nvcc() and extension.compiler()), reason='there is no nvcc here')
+def test_the_cuda_side_links_and_loads_where_there_is_no_gpu(tmp_path):
+    "Compiled and bound beside any torch, so that a mistake in it shows on machines that cannot run it"
+    out = python("""from ftlab.native import backend, perturb_; import torch
+print(backend('cuda')); perturb_([torch.zeros(4)], 7, 1.); print(torch._C._dispatch_has_kernel_for_dispatch_key('ftlab::perturb_', 'CUDA'))""",
+        FTLAB_NATIVE='cuda', FTLAB_CACHE=str(tmp_path))
+    assert out.split() == ['cuda', 'True']
+
 # --- noise
 
 @pytest.mark.parametrize('dist', DISTS)

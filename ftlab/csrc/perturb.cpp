@@ -7,6 +7,9 @@
 #include <vector>
 #ifdef FTLAB_CUDA
 #include <torch/csrc/stable/accelerator.h>
+#if TORCH_FEATURE_VERSION < TORCH_VERSION_2_13_0
+extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);  // what there was before Stream::nativeHandle
+#endif
 extern "C" int ftlab_perturb(void* p, void* low, int64_t n, int kind, int type, uint64_t seed, uint64_t tensor, float scale, float decay, void* stream);
 #endif
 #include "perturb.h"
@@ -50,7 +53,12 @@ void perturb_cuda(std::vector<Tensor> tensors, std::vector<Tensor> low, int64_t 
   for (size_t i = 0; i < tensors.size(); i++) {
     auto device = tensors[i].get_device_index();
     torch::stable::accelerator::DeviceGuard guard(device);
-    void* stream = torch::stable::accelerator::getCurrentStream(device).nativeHandle();
+    void* stream = nullptr;
+#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_13_0
+    stream = torch::stable::accelerator::getCurrentStream(device).nativeHandle();
+#else
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, "perturb_: no CUDA stream");
+#endif
     int error = ftlab_perturb(tensors[i].data_ptr(), lower(tensors, low, i), tensors[i].numel(), signs, type_of(tensors[i]),
                               (uint64_t)seed, (uint64_t)(first + (int64_t)i), (float)scale, (float)decay, stream);
     STD_TORCH_CHECK(error == 0, "perturb_: CUDA error ", error);

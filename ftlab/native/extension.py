@@ -15,8 +15,7 @@ __all__ = ['compiler', 'nvcc', 'with_cuda', 'key', 'cache_folder', 'find', 'exte
 
 # %% ../../nbs/native/extension.ipynb #00062d70
 _SOURCES = (Path(__file__).resolve().parent.parent if '__file__' in globals() else Path(find_spec('ftlab').origin).parent)/'csrc' # a page has no file
-_CXX = ['-O3', '-ffp-contract=off', '-fno-math-errno', '-fno-trapping-math', '-fopenmp-simd', '-fschedule-insns', '-fsched-pressure',
-        '-DTORCH_TARGET_VERSION=0x020a000000000000'] # what is stable since torch 2.10
+_CXX = ['-O3', '-ffp-contract=off', '-fno-math-errno', '-fno-trapping-math', '-fopenmp-simd', '-fschedule-insns', '-fsched-pressure']
 _NVCC = ['-O3', '-std=c++17', '-fmad=false', '-Xptxas', '-v', '-gencode', 'arch=compute_80,code=sm_80', '-gencode', 'arch=compute_90,code=[sm_90,compute_90]']
 
 def compiler() -> str|None:
@@ -31,6 +30,14 @@ def nvcc() -> str|None:
 def with_cuda() -> bool:
     "Whether a build holds the CUDA side: torch knows CUDA and nvcc is there; FTLAB_NATIVE=cuda demands it of any torch"
     return bool(nvcc()) and (torch.version.cuda is not None or os.environ.get('FTLAB_NATIVE') == 'cuda')
+
+
+def _cuda_libraries(): # nvcc may be a script that lies elsewhere than its toolkit
+    homes = (os.environ.get('CUDA_HOME'), Path(nvcc()).resolve().parent.parent, '/usr/local/cuda')
+    return [str(f.parent) for h in homes if h for f in sorted(Path(h).glob('lib*/libcudart_static.a'))][:1]
+
+def _stable(): # the version of torch whose stable interface is asked for: 2.10, and 2.13 to ask for a GPU's stream, where that is there
+    new = with_cuda() and tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 13); return f'-DTORCH_TARGET_VERSION=0x02{"0d" if new else "0a"}000000000000'
 
 # %% ../../nbs/native/extension.ipynb #00082d70
 def key() -> str:
@@ -56,8 +63,8 @@ def extension(work:str|Path # a folder for intermediate files
     sources, more = [os.path.relpath(p) for p in sorted(_SOURCES.glob('*.cpp'))], {}
     if with_cuda():
         more = dict(extra_objects=[str(p) for p, _ in compile_cuda(work)], define_macros=[('FTLAB_CUDA', None)],
-            library_dirs=[str(Path(nvcc()).resolve().parent.parent/'lib64')], libraries=['cudart_static', 'dl', 'rt', 'pthread'])
-    return CppExtension(f'ftlab._C_{key()}', sources, extra_compile_args={'cxx': _CXX}, py_limited_api=True, **more)
+            library_dirs=_cuda_libraries(), libraries=['cudart_static', 'dl', 'rt', 'pthread'])
+    return CppExtension(f'ftlab._C_{key()}', sources, extra_compile_args={'cxx': _CXX + [_stable()]}, py_limited_api=True, **more)
 
 def compile_cuda(folder:str|Path # where the objects go
                  ) -> list[tuple[Path, str]]:
