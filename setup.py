@@ -3,6 +3,7 @@ import runpy
 from configparser import ConfigParser
 from pathlib import Path
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 config = ConfigParser(delimiters=['=']); config.read(here/'settings.ini', encoding='utf-8'); cfg = config['DEFAULT']
@@ -19,6 +20,15 @@ def native() -> dict:
     except (ImportError, OSError, RuntimeError) as e: print(f'without the C++ operators: {e}'); return {}
     return dict(ext_modules=[ext], cmdclass=dict(build_ext=BuildExtension.with_options(use_ninja=False)))  # ninja's failures are not optional
 
+class BuildPy(build_py):
+    "The installed package knows its verdicts: the claims and their results go in beside the code"
+    def run(self):
+        super().run()
+        for p in [] if self.editable_mode else [p for kind in ('*.toml', '*.py', 'results/*.json') for p in here.glob(f'claims/{kind}')]:
+            to = Path(self.build_lib)/'ftlab'/'data'/p.relative_to(here); self.mkpath(str(to.parent)); self.copy_file(str(p), str(to))
+
+build = native(); build['cmdclass'] = dict(build.get('cmdclass', {}), build_py=BuildPy)
+
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], keywords=cfg['keywords'], author=cfg['author'],
     license=cfg['license'], license_files=['LICENSE'], python_requires=f'>={cfg["min_python"]}',
@@ -27,4 +37,4 @@ setup(
     package_data={'ftlab': ['checkpoints/**', 'data/**', 'csrc/**']},
     exclude_package_data={'ftlab': ['**/state.safetensors', '**/*.tmp']},  # what a pretraining resumes from is no part of its model
     install_requires=lines('requirements'), extras_require={k: lines(f'{k}_requirements') for k in ('dev', 'test', 'bench', 'docs')},
-    entry_points={'console_scripts': lines('console_scripts'), 'nbdev': ['ftlab=ftlab._modidx:d']}, zip_safe=False, **native())
+    entry_points={'console_scripts': lines('console_scripts'), 'nbdev': ['ftlab=ftlab._modidx:d']}, zip_safe=False, **build)

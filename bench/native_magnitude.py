@@ -49,7 +49,8 @@ def main():
         run = json.loads(r.stdout.splitlines()[-1]); times = run['times']
         for k, v in times.items():
             s = spread(v)
-            rows.append(dict(heap=heap, what=k, median_ms=s['median'], low_ms=s['low'], high_ms=s['high'], extra_bytes=run['extra'][k] if heap == 'default' else None))
+            rows.append(dict(heap=heap, what=k, median_ms=s['median'], low_ms=s['low'], high_ms=s['high'],
+                extra_bytes=run['extra'][k] if heap == 'default' else None))
         for a, b in pairs.values(): ratios[f'{a} over {b}, {heap} heap'] = spread([x/y for x, y in zip(times[a], times[b])])
     out = dict(numbers=N, k=K, rounds=ROUNDS, **machine(run['torch']), targets=dict(kthvalue=4, topk=8, extra_bytes=2_000_000), ratios=ratios, rows=rows)
     Path('bench/results/native_magnitude.json').write_text(json.dumps(out, indent=1) + '\n'); print(json.dumps(out['ratios'], indent=1))

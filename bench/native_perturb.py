@@ -69,7 +69,8 @@ def main():
         run = json.loads(r.stdout.splitlines()[-1]); times = run['times']
         for k, v in times.items():
             s = spread(v)
-            rows.append(dict(heap=heap, what=k, median_ms=s['median'], low_ms=s['low'], high_ms=s['high'], extra_bytes=run['extra'][k] if heap == 'default' else None))
+            rows.append(dict(heap=heap, what=k, median_ms=s['median'], low_ms=s['low'], high_ms=s['high'],
+                extra_bytes=run['extra'][k] if heap == 'default' else None))
         for dist in ('normal', 'rademacher'):
             ours, best = times[f'ours, {dist}'], min((k for k in times if k.startswith(f'torch, {dist}')), key=lambda k: statistics.median(times[k]))
             ratios[f'{dist}: {best.split(": ")[1]} (torch at its best) over ours, {heap} heap'] = spread([a/b for a, b in zip(times[best], ours)])

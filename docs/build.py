@@ -7,13 +7,28 @@ from pathlib import Path
 from nav import ROOT, heading, sections, website
 from entries import process, stale
 
+QUARTO = """:root { --color-table-border: #8886; --color-foreground-muted: #767676; --color-foreground-secondary: inherit; --color-brand-content: #2a5adf; --color-foreground-primary: inherit;
+--color-background-primary: transparent; --verdict-holds: #0a5a8f; --verdict-fails: #9c3f00; --verdict-other: inherit }
+.quarto-dark { --verdict-holds: #7cc4f5; --verdict-fails: #ffab70 }"""
+
+def for_quarto(proc:Path):
+    "What Sphinx's theme gets from conf.py: the version in the header, and the tables' style and script in every page"
+    version = re.search(r'^version *= *(\S+)', (ROOT/'settings.ini').read_text(encoding='utf-8'), re.M)[1]; said = (ROOT/'_quarto.yml').read_text(encoding='utf-8')
+    (proc/'_quarto.yml').write_text(said.replace(f'title: {website()["title"]}\n', f'title: {website()["title"]} {version}\n', 1), encoding='utf-8')
+    style, script = QUARTO + (ROOT/'docs'/'static'/'site.css').read_text(encoding='utf-8'), (ROOT/'docs'/'static'/'site.js').read_text(encoding='utf-8')
+    put = {'include-in-header': [dict(text=f'<style>{style}</style>')], 'include-after-body': [dict(text=f'<script>{script}</script>')]}
+    (proc/'_metadata.yml').write_text(json.dumps(dict(format=dict(html=put)), indent=1), encoding='utf-8')  # JSON is YAML
+
 def with_quarto(proc:Path, out:Path):
+    for_quarto(proc)
     subprocess.run(['quarto', 'render', str(proc), '--no-execute', '--output-dir', str(out)], check=True)
 
 def with_sphinx(proc:Path, out:Path):
     "A warning is an error: a link that leads nowhere, a page outside the navigation, a notebook that cannot be read"
     from sphinx.cmd.build import main
     if main(['-c', str(ROOT/'docs'), '-d', str(proc/'.doctrees'), '-q', '-W', '--keep-going', str(proc), str(out)]): sys.exit('the site is not whole: see the warnings above')
+    for page in out.rglob('*.html'):  # the theme leaves its side bars without names
+        html = page.read_text(encoding='utf-8'); page.write_text(html.replace('<aside class="sidebar-drawer"', '<aside aria-label="Pages" class="sidebar-drawer"').replace('<aside class="toc-drawer', '<aside aria-label="On this page" class="toc-drawer'), encoding='utf-8')
     for left in ('.buildinfo', 'objects.inv'): (out/left).unlink(missing_ok=True)
     (out/'_sources').is_dir() and (out/'_sources').rmdir()
 
@@ -30,6 +45,15 @@ def text(notebook:Path) -> str:
                 out.append(''.join(data['text/markdown']) if 'text/markdown' in data else f'```\n{plain.rstrip()}\n```' if plain.strip() else '')
     return '\n\n'.join(filter(None, out)) + '\n'
 
+def downloaded(notebook:Path, page:str) -> bytes:
+    "The notebook as it stands; with a first cell that installs ftlab where it is not, once settings.ini says from where (`git_url`)"
+    from ftlab.map import hosted
+    if not (at := hosted(page)): return notebook.read_bytes()
+    nb = json.loads(notebook.read_text(encoding='utf-8'))
+    source = f'# Where ftlab is not installed, as on Colab: install it\ntry: import ftlab\nexcept ImportError:\n    {at["install"]}'
+    nb['cells'].insert(0, dict(cell_type='code', id='install', metadata={}, execution_count=None, outputs=[], source=source.splitlines(keepends=True)))
+    return (json.dumps(nb, indent=1, ensure_ascii=False) + '\n').encode()
+
 def extras(out:Path, nbs:Path=ROOT/'nbs'):
     "Beside every page its notebook and its text; llms.txt, which lists the texts"
     site, lines = website(), [f'# {website()["title"]}', '', f'> {heading(nbs/"index.ipynb")[1]}']
@@ -37,7 +61,7 @@ def extras(out:Path, nbs:Path=ROOT/'nbs'):
         lines += ['', f'## {name or "Start"}', '']
         for p in pages:
             title, about = heading(nbs/p); lines.append(f'- [{title}]({site.get("site-url", "")}{p.removesuffix(".ipynb")}.html.md)' + (f': {about}' if about else ''))
-            (out/p).parent.mkdir(parents=True, exist_ok=True); shutil.copyfile(nbs/p, out/p); (out/p).with_suffix('.html.md').write_text(text(nbs/p), encoding='utf-8')
+            (out/p).parent.mkdir(parents=True, exist_ok=True); (out/p).write_bytes(downloaded(nbs/p, p)); (out/p).with_suffix('.html.md').write_text(text(nbs/p), encoding='utf-8')
     (out/'llms.txt').write_text('\n'.join(lines) + '\n', encoding='utf-8')
 
 def weigh(out:Path) -> str:

@@ -16,7 +16,10 @@ nb_execution_mode = 'off'; nb_merge_streams = True; nb_render_markdown_format = 
 myst_enable_extensions = ['dollarmath', 'attrs_inline']; myst_heading_anchors = 4
 smartquotes = False; html_title = f'{project} {release}'; html_copy_source = False; html_show_sourcelink = False; html_math_renderer = 'mathml'
 html_sidebars = {'**': ['sidebar/brand.html', 'sidebar/search.html', 'sidebar/scroll-start.html', 'sidebar/navigation.html', 'sidebar/scroll-end.html']}
-html_theme_options = dict(top_of_page_buttons=[]); html_domain_indices = False; html_use_index = False; pygments_style, pygments_dark_style = 'a11y-high-contrast-light', 'a11y-high-contrast-dark'
+html_theme_options = dict(top_of_page_buttons=[],  # colours that keep a contrast of 4.5
+    light_css_variables={'color-foreground-secondary': '#4f5560', 'color-foreground-muted': '#5a606b', 'verdict-holds': '#0a5a8f', 'verdict-fails': '#9c3f00', 'verdict-other': '#50555c'},
+    dark_css_variables={'color-foreground-secondary': '#b0b5bd', 'color-foreground-muted': '#a3a8b0', 'verdict-holds': '#7cc4f5', 'verdict-fails': '#ffab70', 'verdict-other': '#bcc1c8'})
+html_domain_indices = False; html_use_index = False; pygments_style, pygments_dark_style = 'a11y-high-contrast-light', 'a11y-high-contrast-dark'
 html_additional_pages = {'404': '404.html'}; html_context = dict(site_url=website().get('site-url', '/').rstrip('/') + '/')
 
 DIRECTIVE = re.compile(r'^#\| *([\w-]+): *(.*)\n?', re.M)
@@ -39,7 +42,7 @@ def adapted(cell:dict) -> dict:
     if 'code-fold' in say: tags.append('hide-input')
     if alt := say.get('fig-alt', '').strip('"\''): cell['metadata']['mystnb'] = dict(image=dict(alt=alt))
     for o in outputs:
-        if html := o.get('data', {}).get('text/html'): o['data']['text/html'] = re.sub(r'(href="[^":]*)\.ipynb(["#])', r'\1.html\2', ''.join(html))
+        if html := o.get('data', {}).get('text/html'): o['data']['text/html'] = re.sub(r'(href="[^":]*)\.ipynb(["#])', r'\1.html\2', ''.join(html)).replace('<th></th>', '<td></td>')
         o['data'] = {k: v for k, v in o.get('data', {}).items() if 'widget' not in k} if 'data' in o else o.get('data'); o.get('data') or o.pop('data', None)
     return cell
 
@@ -55,9 +58,9 @@ def inline_math(self:SphinxTranslator, node): self.body.append(tex2mathml(node.a
 def block_math(self:SphinxTranslator, node): self.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>'); raise nodes.SkipNode
 
 def page(app, name, template, context, doctree):
-    "What our templates ask: is the page a notebook, and where is it?"
-    context['notebook'] = f'{name}.ipynb' if (ROOT/'nbs'/f'{name}.ipynb').exists() else ''
+    "Headings of the side bar have a level"
+    if 'furo_navigation_tree' in context: context['furo_navigation_tree'] = context['furo_navigation_tree'].replace('role="heading"', 'role="heading" aria-level="2"')
 
 def setup(app):
-    app.connect('source-read', read); app.connect('html-page-context', page)
+    app.connect('source-read', read); app.connect('html-page-context', page, 900)
     app.add_html_math_renderer('mathml', (inline_math, None), (block_math, None))

@@ -11,9 +11,9 @@ _PUBLIC = dict(
     load=('ftlab.core.loading', 'load'), data=('ftlab.core.batches', 'data'), anatomy=('ftlab.core.anatomy', 'anatomy'),
     generate=('ftlab.core.generate', 'generate'), skills=('ftlab.core.scorers', 'skills'), Recipe=('ftlab.core.recipe', 'Recipe'),
     attach=('ftlab.adapters.delta', 'attach'), load_delta=('ftlab.adapters.delta', 'load_delta'),
-    fit=('ftlab.trainers.loop', 'fit'), Run=('ftlab.trainers.loop', 'Run'),
+    fit=('ftlab.trainers.loop', 'fit'), Run=('ftlab.trainers.loop', 'Run'), Monitor=('ftlab.monitor', 'Monitor'),
     compare=('ftlab.comparison', 'compare'), methods=('ftlab.methods', None),
-    report=('ftlab.reporting', 'report'), Report=('ftlab.reporting', 'Report'), doctor=('ftlab.diagnosis', 'doctor'),
+    report=('ftlab.reporting', 'report'), Report=('ftlab.reporting', 'Report'), doctor=('ftlab.diagnosis', 'doctor'), explore=('ftlab.explore', None),
     papers=('ftlab.papers', None), claims=('ftlab.claims', None),
     native=('ftlab.native', None), start=('ftlab.map', 'start'), chapter=('ftlab.map', 'chapter'), exercise=('ftlab.exercises', 'exercise'), check=('ftlab.exercises', 'check'))
 

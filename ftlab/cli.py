@@ -6,14 +6,15 @@
 from __future__ import annotations
 import argparse, inspect, json, math, os, re, socket, subprocess, sys, tempfile, time
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 import ftlab
 
 # %% auto #0
 __all__ = ['PARTS', 'RULES', 'COMMON', 'SAID', 'COMMANDS', 'available', 'kept_bytes', 'training_bytes', 'planned', 'Marks',
            'timed', 'estimate', 'run_compare', 'run_fit', 'merged_change', 'run_merge', 'run_report', 'run_doctor',
-           'run_skills', 'run_methods', 'run_papers', 'free_port', 'lab_settings', 'no_screen', 'run_lab', 'run_claims',
-           'parser', 'main']
+           'run_skills', 'run_methods', 'run_papers', 'free_port', 'lab_settings', 'widgets_folder', 'no_screen',
+           'run_lab', 'run_claims', 'parser', 'main']
 
 # %% ../nbs/cli.ipynb #0005513c
 PARTS = ('weights', 'delta', 'gradients', 'optimizer', 'reference', 'activations')
@@ -82,10 +83,10 @@ def _own_weights(model) -> list:
 def _activations(model, shape, labels, precision) -> int:
     "What one batch of the longest rows leaves behind for the backward pass"
     import torch
-    ids = torch.ones(shape, dtype=torch.long, device=_own_weights(model)[0].device); training = model.training; model.train()
-    with torch.autocast(ids.device.type, torch.bfloat16, enabled=precision == 'bf16'):
-        kept = kept_bytes(model, dict(input_ids=ids), ids[:, 0] if labels else ids)
-    model.train(training); return kept
+    ids = torch.ones(shape, dtype=torch.long, device=_own_weights(model)[0].device); training = model.training
+    try:
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=precision == 'bf16'): return kept_bytes(model.train(), dict(input_ids=ids), ids[:, 0] if labels else ids)
+    finally: model.train(training)
 
 # %% ../nbs/cli.ipynb #000a513c
 def planned(a, recipe, data) -> dict:
@@ -342,6 +343,12 @@ def lab_settings(folder:str|Path) -> Path:
     path.write_text(json.dumps(settings, indent=1), encoding='utf-8')
     return Path(folder)
 
+def widgets_folder() -> Path|None:
+    "Where the widgets' half that runs in the browser lies, if JupyterLab would not look there: an environment on top of another has its own folder"
+    found = next((f for f in metadata.files('jupyterlab_widgets') or () if f.name == 'package.json' and 'labextensions' in f.parts), None)
+    folder = found and found.locate().resolve().parents[2]
+    return folder if folder and folder != Path(sys.prefix).resolve()/'share'/'jupyter'/'labextensions' else None
+
 def no_screen() -> bool:
     "On Linux: is there no display on which a browser could open?"
     return sys.platform.startswith('linux') and not any(map(os.environ.get, ('DISPLAY', 'WAYLAND_DISPLAY')))
@@ -354,6 +361,7 @@ def run_lab(a):
     if (port := free_port(a.port)) != a.port: print(f'ftlab: port {a.port} is taken; using {port}', file=sys.stderr, flush=True)
     env = dict(os.environ, FTLAB_START=str(root/'start.md')); page = a.page or ('start.md' if write_start_page(root/'start.md') else f'nbs/course/{CHAPTERS[0].name}.ipynb')
     flags = [f'--ServerApp.root_dir={root}', f'--LabApp.default_url=/lab/tree/{page}', f'--port={port}', '--ServerApp.port_retries=0']
+    if apart := widgets_folder(): flags.append(f'--LabServerApp.extra_labextensions_path={apart}')
     flags += ['--no-browser']*(a.no_browser or no_screen()) + ['--allow-root']*(os.name == 'posix' and os.geteuid() == 0)
     with tempfile.TemporaryDirectory(prefix='ftlab-lab-') as folder:
         env['JUPYTER_CONFIG_PATH'] = os.pathsep.join(filter(None, (str(lab_settings(folder)), env.get('JUPYTER_CONFIG_PATH'))))
@@ -427,7 +435,7 @@ def _fit(p):
     add('--packing', action='store_true', help='several rows in one line instead of padding: the same loss, fewer places')
     add('--trackers', metavar='NAMES', help='who gets every row of the log: tensorboard,wandb, or whatever accelerate knows and is installed')
     add('--save-every', type=int, default=0, metavar='STEPS', help='keep a checkpoint every so often')
-    add('--resume', action='store_true', help='go on from the checkpoint in --out')
+    add('--resume', action=argparse.BooleanOptionalAction, default=None, help='go on from the checkpoint in --out, or begin anew')
     add('--export', metavar='DIR', help='write the merged model there, as a Hugging Face folder')
 
 def _compare(p):

@@ -149,12 +149,15 @@ def _dry(model, tok, data, recipe, settings, batch=None) -> _Look:
     "Begin the run and stop it after the first gradient; `model` is left as it was"
     own = any(not isinstance(r, Recipe) or r.source is not None for r in (recipe, *recipe.stages))
     look, training = _Look(batch, PATIENCE if own else 1), {m: m.training for m in model.modules()}
-    try: fit(model, tok, data, recipe, **settings, callbacks=(look,), progress=False)
+    try:
+        run = fit(model, tok, data, recipe, **settings, callbacks=(look,), progress=False)
+        if run.interrupted: run.delta.attached.detach(); raise KeyboardInterrupt # fit keeps what an interrupted run has learned, and here nobody asked for it
     except _Seen: look.shown = True
     except NotFinite as e: look.error = str(e); e.run.delta.attached.detach()
     except Exception as e: look.error = f'{type(e).__name__}: {" ".join(str(e).split())}'
-    for m, mode in training.items(): m.training = mode
-    for p in model.parameters(): p.grad = None
+    finally:
+        for m, mode in training.items(): m.training = mode
+        for p in model.parameters(): p.grad = None
     return look
 
 @torch.no_grad()

@@ -150,7 +150,7 @@ def _cut_off(path:Path) -> dict|None:
     settings, step, when = json.loads(meta['settings']), int(meta['step']), path.stat().st_mtime
     kept = path.with_name('run.json') # what `ftlab fit` writes at the end
     ended = kept.exists() and kept.stat().st_mtime >= when and not json.loads(kept.read_text(encoding='utf-8')).get('interrupted')
-    if ended or step >= settings['steps']: return None
+    if ended or step >= settings['steps'] or json.loads(meta.get('ended', 'false')): return None
     return dict(folder=str(path.parent), recipe=settings['recipe'].get('name', 'a recipe'), step=step, steps=settings['steps'], time=when)
 
 # %% ../nbs/map.ipynb #0019aabb

@@ -38,10 +38,11 @@ def claims_folder() -> Path|None:
     folder = Path(ftlab.__file__).resolve().parent.parent/'claims'; return folder if folder.is_dir() else None
 
 def claims(folder:Path|None=None) -> list[Claim]:
-    "Every claim there is, by name; raises `ValueError` for a file that is no claim"
-    folder = folder or claims_folder(); return [read_claim(p) for p in sorted(folder.glob('*.toml'))] if folder else []
+    "Every claim there is, by name: the repository's, or the copies in the installed package. Raises `ValueError` for a file that is no claim"
+    folder = folder or claims_folder() or Path(ftlab.__file__).resolve().parent/'data'/'claims'
+    return [read_claim(p) for p in sorted(folder.glob('*.toml'))]
 
-OUTSIDE = 'no evidence outside a checkout of the repository'
+OUTSIDE = 'no claims here: neither the repository nor an installed package that brought them'
 
 def index() -> list[dict]:
     "One entry a paper: title, arxiv, symbols, notebook, claims, verdict (recomputed from the numbers), scope, evidence, note"
@@ -57,8 +58,7 @@ def index() -> list[dict]:
 def _evidence(found:list[Claim]) -> dict:
     "What the claim of a paper came to"
     none = dict(claims=[f'claims/{c.path.name}' for c in found], verdict=None, scope=None, evidence=None)
-    if claims_folder() is None: return none | dict(note=OUTSIDE)
-    if not found: return none | dict(note='no claim yet')
+    if not found: return none | dict(note='no claim yet' if claims() else OUTSIDE)
     if not found[0].result.exists(): return none | dict(note='claimed, not yet run')
     result = json.loads(found[0].result.read_text())
     return none | dict(verdict=verdict(result), scope=found[0].spec['scope'], evidence=f'claims/results/{found[0].result.name}', note='')
@@ -76,17 +76,21 @@ def _rows(c:Claim) -> list[dict]:
             for k in r['contrasts'] for f in [contrast(k)]] or [head]
 
 def scoreboard_html(board:pd.DataFrame) -> str:
-    "The scoreboard as a table for a page; each claim named once"
-    head = ('claim', 'what it says', 'verdict', 'contrast', 'effect [interval]', 'needed', 'contrast says', 'scope'); lines, last = [], None
-    for r in board.to_dict('records'):
-        own = [r[k] for k in ('claim', 'sentence', 'verdict', 'scope')] if r['claim'] != last else ['']*4; last = r['claim']
-        lines.append([*own[:3], *_measured(r), own[3]])
-    cell = lambda x: '' if x is None or isinstance(x, float) and pd.isna(x) else html.escape(str(x))
-    row = lambda cells, tag: '<tr>' + ''.join(f'<{tag}>{x}</{tag}>' for x in cells) + '</tr>'
-    return f'<table>{row(head, "th")}{"".join(row(map(cell, l), "td") for l in lines)}</table>'
+    "The scoreboard as a table for a page, one row a claim; the site's script lets the reader filter and sort it"
+    heads = ''.join(f'<th scope="col"{" data-filter=one" if h in ("Verdict", "Scope") else ""}>{h}</th>' for h in ('Claim', 'Verdict', 'Scope', 'What was measured'))
+    rows = ''.join(_claim_row(claim, rows.to_dict('records')) for claim, rows in board.groupby('claim', sort=False))
+    return f'<div class="table-wrapper"><table class="filter"><caption>The claims</caption><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
 
-def _measured(r:dict) -> list:
-    "Contrast, effect with interval, what was needed, and what came of it; empty where nothing was measured"
-    if pd.isna(r.get('effect', float('nan'))): return [r.get('contrast'), '', '', r.get('each')]
+def _claim_row(claim:str, contrasts:list[dict]) -> str:
+    "A claim with its sentence, its verdict, and a line for each contrast"
+    text = {k: '' if pd.isna(v := contrasts[0].get(k)) else html.escape(str(v)) for k in ('sentence', 'verdict', 'scope')}
+    verdict = f'<span class="verdict {text["verdict"].split(" ")[0]}">{text["verdict"]}</span>'
+    lines = ''.join(f'<li>{html.escape(m)}</li>' for r in contrasts if (m := _measured(r)))
+    return f'<tr><th scope="row" data-sort="{claim}"><b>{claim}</b><br>{text["sentence"]}</th><td>{verdict}</td><td>{text["scope"]}</td><td><ul>{lines}</ul></td></tr>'
+
+def _measured(r:dict) -> str:
+    "A contrast in a line: what came of it, the effect with its interval, and what was needed; empty where nothing was measured"
+    if pd.isna(r.get('contrast')): return ''
+    if pd.isna(r.get('effect')): return r['contrast']
     needed = f'{"within ±" if r["kind"] == "equivalence" else "above "}{r["margin"]:g}'
-    return [r['contrast'], f'{r["effect"]:+.3f} [{r["low"]:+.3f}, {r["high"]:+.3f}]', needed, r['each']]
+    return f'{r["each"]}: {r["contrast"]}, {r["effect"]:+.3f} [{r["low"]:+.3f}, {r["high"]:+.3f}], needed {needed}'

@@ -18,7 +18,7 @@ from .adapters.delta import identity, load_delta, write_atomically
 from .comparison import is_lab, metric_for, old_skills, versions, _trim
 from .core.anatomy import UnknownArchitecture
 from .core.batches import Data, collate, data as as_data, encode, encode_all, prompt_ids
-from .core.generate import generate, left_pad
+from .core.generate import generate, left_pad, resting
 from .core.loading import load
 from .core.recipe import Recipe
 from .core.scorers import WORLD, answer_length, judge
@@ -126,12 +126,11 @@ def labels_said(model, tok, q:Asked, max_length=None) -> list[str]:
 # %% ../nbs/reporting.ipynb #000efa9f
 def observe(model, tok, asked:list[Asked], decode:Callable|None=None, rows:int=400, examples:int=8, max_length:int|None=None, seed:int=0) -> list[dict]:
     "For every set of questions: answers, score (value and weight of each row), and the tensors of `forced`; the model and the random state stay as they were"
-    training = model.training; model.eval()
-    with torch.random.fork_rng():
+    with resting(model), torch.random.fork_rng():
         torch.manual_seed(seed)
         share = {old: math.ceil(rows/max(1, sum(q.old == old for q in asked))) for old in (False, True)} # new and old sets get `rows` each, shared out evenly
         out = [_observed(model, tok, q, decode, share[q.old], examples, max_length) for q in asked]
-    model.train(training); _trim() # the C library would keep what the passes took
+    _trim() # the C library would keep what the passes took
     return out
 
 def _observed(model, tok, q, decode, share, examples, max_length) -> dict:

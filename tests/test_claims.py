@@ -185,4 +185,4 @@ def test_an_unknown_method_or_an_unequal_grid_is_refused(tmp_path):
 
 def test_outside_a_checkout_there_is_no_evidence(monkeypatch):
     monkeypatch.setattr(papers, 'claims_folder', lambda: None)
-    e = papers.index(); assert e and all(x['verdict'] is None and x['evidence'] is None and 'checkout' in x['note'] for x in e)
+    e = papers.index(); assert e and all(x['verdict'] is None and x['evidence'] is None and 'no claims here' in x['note'] for x in e)

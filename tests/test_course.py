@@ -212,7 +212,8 @@ def test_a_run_that_was_cut_off_is_found_and_goes_on(tmp_path, monkeypatch):
         def after_step(self, state):
             if state.step == 3: raise SystemError
     class Stops:
-        def after_step(self, state): state.stop = state.step == 2
+        def __init__(self, how=True): self.how = how
+        def after_step(self, state): state.stop = state.step == 2 and self.how
     def run(name, *callbacks, **more):
         model, tok = ftlab.load('lab-s'); rows = [dict(prompt=f'add {i}', response=str(i)) for i in range(20)]
         return ftlab.fit(model, tok, rows, steps=4, batch_size=2, out=tmp_path/name, save_every=1, callbacks=callbacks, progress=False, **more)
@@ -222,8 +223,9 @@ def test_a_run_that_was_cut_off_is_found_and_goes_on(tmp_path, monkeypatch):
     row, = unfinished(tmp_path/'runs', tmp_path); assert (Path(row['folder']).name, row['step'] in (2, 3), row['steps']) == ('dead', True, 4)
     monkeypatch.chdir(tmp_path); assert 'runs/dead' in repr(start()) and 'resume=True' in repr(start())
     assert len(run('runs/dead', resume=True).log) == 4 and not unfinished(tmp_path/'runs')
-    run('early', Stops()); assert unfinished(tmp_path) # it stopped before its last step ...
-    (tmp_path/'early'/'run.json').write_text('{"interrupted": false}'); assert not unfinished(tmp_path)  # ... and `ftlab fit` says that it was meant to
+    run('meant', Stops()); assert not unfinished(tmp_path) and len(run('meant', Stops(), resume=True).log) == 2 # a callback found that it was done, and so it is
+    run('early', Stops('by hand')); assert unfinished(tmp_path) # somebody stopped it before its last step ...
+    (tmp_path/'early'/'run.json').write_text('{"interrupted": false}'); assert not unfinished(tmp_path)  # ... and what keeps it says that it was meant to
 
 def test_measurements_come_with_the_package(monkeypatch, tmp_path):
     shipped = sorted((ROOT/'ftlab'/'data'/'results').rglob('*.json')); assert len(shipped) >= 4

@@ -38,7 +38,7 @@ def test_every_page_has_a_title_and_a_description():
 
 def test_an_entry_has_signature_parameters_and_source(processed):
     text = said(processed/'adapters'/'half.ipynb')
-    assert '### hft' in text and 'ratio:float=0.5' in text and '| ratio | float | 0.5 | the share of each category that moves |' in text
+    assert '### hft' in text and 'ratio:float=0.5' in text and '| <code>ratio</code> | float | 0.5 | the share of each category that moves |' in text
     assert re.search(r'<summary>Source: ftlab/adapters/half.py, line \d+</summary>', text) and '/blob/' not in text
 
 def test_nothing_of_the_first_text_is_lost(processed):
@@ -77,6 +77,34 @@ def test_notebooks_beside_pages_and_llms_txt(tmp_path):
     listed = re.findall(r'\]\((.+?)\)', (tmp_path/'llms.txt').read_text())
     assert [p.removesuffix('.html.md') + '.ipynb' for p in listed] == nav.pages() and all((tmp_path/p).exists() for p in listed)
     assert (tmp_path/'adapters'/'half.ipynb').read_bytes() == (NBS/'adapters'/'half.ipynb').read_bytes() and 'def hft' not in (tmp_path/'adapters'/'half.html.md').read_text()[:50]
+
+def test_with_an_address_pages_open_in_colab_and_install(tmp_path, monkeypatch):
+    "Without one, as now, nothing is promised; with `git_url` in settings.ini the links are there, and the downloaded notebook begins by installing"
+    import ftlab.map
+    real = ftlab.map.hosted; assert 'git_url' in (ROOT/'settings.ini').read_text() or 'colab' not in entries.where('adapters/half.ipynb').lower()
+    monkeypatch.setattr(ftlab.map, 'hosted', lambda page: real(page, 'https://github.com/me/mine'))
+    line = entries.where('adapters/half.ipynb'); assert 'href="https://colab.research.google.com/github/me/mine/blob/gh-pages/adapters/half.ipynb"' in line and 'mybinder.org/v2/gh/me/mine/' in line and '<img' not in line
+    nb = json.loads(build.downloaded(NBS/'adapters'/'half.ipynb', 'adapters/half.ipynb')); first = ''.join(nb['cells'][0]['source'])
+    assert 'pip install -q git+https://github.com/me/mine@main' in first and nb['cells'][1:] == json.loads((NBS/'adapters'/'half.ipynb').read_text())['cells']
+    import nbformat; nbformat.validate(nb)
+    from IPython.core.interactiveshell import InteractiveShell
+    shell = InteractiveShell(); ran = []; shell.run_line_magic = lambda *a, **k: ran.append(a); assert shell.run_cell(first).success and not ran  # ftlab is here: nothing is installed
+
+def test_quarto_gets_what_sphinx_gets(tmp_path):
+    "Nothing from elsewhere, mathematics without a script, the version, and the tables' style and script"
+    html = yaml.safe_load((ROOT/'_quarto.yml').read_text())['format']['html']
+    assert html['html-math-method'] == 'mathml' and set(html['theme'].values()) <= {'default', 'slate'}, 'cosmo and most other themes import a font from Google'
+    build.for_quarto(tmp_path); put = yaml.safe_load((tmp_path/'_metadata.yml').read_text())['format']['html']
+    assert 'table.filter' in put['include-in-header'][0]['text'] and (ROOT/'docs'/'static'/'site.js').read_text() in put['include-after-body'][0]['text']
+    version = re.search(r'^version *= *(\S+)', (ROOT/'settings.ini').read_text(), re.M)[1]; assert yaml.safe_load((tmp_path/'_quarto.yml').read_text())['website']['title'].endswith(version)
+
+def test_entries_stand_in_the_order_of_the_source(processed):
+    lines = [list(map(int, re.findall(r'<summary>Source: \S+, line (\d+)', said(p)))) for p in sorted(processed.rglob('*.ipynb'))]
+    assert sum(map(len, lines)) > 7 and all(l == sorted(l) for l in lines), lines
+
+@pytest.mark.parametrize('given, shown', [('def f(\n    a:int=1\n)->dict:', 'def f(a:int=1)->dict'), ('class C(\n    x:list=<factory>\n):', 'class C(x:list=...)'),
+    ('def f(\n    ' + ', '.join(f'longname_{i}:Callable[[int, str], float]=None' for i in range(3)) + '\n):', 'def f(\n    longname_0:Callable[[int, str], float]=None,\n    longname_1:Callable[[int, str], float]=None,\n    longname_2:Callable[[int, str], float]=None\n)')])
+def test_signatures_fit_the_page(given, shown): assert entries.signature(given) == shown
 
 def test_the_glossary_knows_every_noun():
     terms = re.findall(r'^### (.+)$', '\n'.join(c['source'] for c in cells('glossary.ipynb')), re.M)

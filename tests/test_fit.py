@@ -443,3 +443,20 @@ def test_a_real_limit_on_the_size_of_files(tmp_path):
 def test_an_encoder_decoder_is_refused_by_name():
     from tiny import tiny
     with pytest.raises(ValueError, match='T5.*reads one text and writes another'): fit(tiny('t5'), TOK, lab_data(), steps=1, progress=False)
+
+# ---------- the same call after a crash
+
+def test_a_run_that_was_cut_off_is_offered_and_not_replaced(tmp_path):
+    whole = tune(steps=6); part = tune(steps=6, out=tmp_path, save_every=2, callbacks=(At(5, stop),)); assert part.interrupted
+    kept = (tmp_path/'checkpoint.safetensors').read_bytes()
+    with pytest.raises(ValueError, match='holds this run, cut off at step 4 of 6; resume=True .*goes on there, resume=False .*begins anew'): tune(steps=6, out=tmp_path, save_every=2)
+    assert (tmp_path/'checkpoint.safetensors').read_bytes() == kept
+    assert tune(steps=6, out=tmp_path, save_every=2, resume=True).log == whole.log
+    assert len(tune(steps=6, out=tmp_path, save_every=2).log) == 6 # a finished one may be run again
+    tune(steps=6, out=tmp_path, save_every=2, resume=False, callbacks=(At(5, stop),)); assert len(tune(steps=6, out=tmp_path, save_every=2, resume=False).log) == 6
+
+def test_another_run_in_the_place_of_one_that_was_cut_off_is_told(tmp_path):
+    tune(steps=6, out=tmp_path, save_every=2, callbacks=(At(5, stop),))
+    with pytest.warns(UserWarning, match='holds another run, cut off at step 4 of 6 .its lr is .*this one begins anew and replaces it'): tune(steps=6, lr=1e-3, out=tmp_path, save_every=2)
+    two = Recipe('two', stages=(hft(), dft())); tune(two, steps=6, out=tmp_path/'s', save_every=1, callbacks=(At(2, stop),))
+    with pytest.raises(ValueError, match='holds this run, cut off in stage 1 at step 1 of 3'): tune(two, steps=6, out=tmp_path/'s', save_every=1)

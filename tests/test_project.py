@@ -127,6 +127,13 @@ def test_the_wheel_holds_what_the_project_holds(installed):
     missing = sorted(str(p) for p in shipped if not (installed/p).exists() or (installed/p).read_bytes() != (ROOT/p).read_bytes())
     assert not missing, f'not in the wheel, or not as here: {missing}'
 
+def test_the_wheel_knows_the_verdicts(installed, tmp_path):
+    "A chapter that is opened anywhere shows them"
+    code = 'import ftlab; from ftlab.papers import claims, scoreboard; print(claims()[0].path); print(scoreboard().to_json())'
+    where, board = python('-c', code, cwd=tmp_path, PYTHONPATH=str(installed)).splitlines()[-2:]
+    from ftlab.papers import scoreboard
+    assert Path(where).is_relative_to(installed) and board == scoreboard().to_json()
+
 @pytest.mark.slow
 def test_the_wheel_works_from_another_folder(installed, tmp_path):
     "Every module imports, the command starts, and every shipped lab model loads, from the wheel and not from here"

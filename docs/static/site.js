@@ -1,11 +1,11 @@
 // Without a server, and over text that is whole without this script.
 document.documentElement.classList.remove('no-js')
 // A page opened from the file system may not read others: then results are shown without an excerpt
-if (location.protocol === 'file:' && window.DOCUMENTATION_OPTIONS) DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false
+if (location.protocol === 'file:' && typeof DOCUMENTATION_OPTIONS !== 'undefined') DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = false
 
 // What scrolls sideways can be scrolled by keyboard
 const reach = () => { for (const box of document.querySelectorAll('article pre, .cell_output, .table-wrapper, .math'))
-  if (box.scrollWidth > box.clientWidth + 1) { box.tabIndex = 0; box.setAttribute('role', 'region'); box.setAttribute('aria-label', box.querySelector('table') ? 'Table, scrolls sideways' : 'Scrolls sideways') } }
+  if (box.scrollWidth > box.clientWidth + 1) { box.tabIndex = 0; box.setAttribute('role', 'group'); box.setAttribute('aria-label', box.querySelector('table') ? 'Table, scrolls sideways' : 'Scrolls sideways') } }
 addEventListener('load', reach); addEventListener('resize', reach)
 // ... and an open side bar can be closed
 addEventListener('keydown', e => { if (e.key === 'Escape') for (const box of document.querySelectorAll('.sidebar-toggle')) box.checked = false })
@@ -15,16 +15,18 @@ const element = (tag, text, set = {}) => Object.assign(document.createElement(ta
 // table.filter: a search over all cells, a choice for each column with data-filter, sorting by a click on a heading
 for (const table of document.querySelectorAll('table.filter')) {
   const rows = [...table.tBodies[0].rows], heads = [...table.tHead.rows[0].cells], key = (row, i) => row.cells[i].dataset.sort ?? row.cells[i].textContent
+  for (const [what, role] of Object.entries({ 'thead, tbody': 'rowgroup', tr: 'row', td: 'cell', 'tbody th': 'rowheader', 'thead th': 'columnheader' })) for (const e of table.querySelectorAll(what)) e.setAttribute('role', role)
+  table.setAttribute('role', 'table')
   const bar = element('div', '', { className: 'filters', role: 'search', ariaLabel: 'Filter the table' }), count = element('output', ''), tests = []
-  const field = (name, input) => { const label = element('label', name); label.append(input); input.addEventListener('input', show); bar.append(label) }
+  const field = (name, input) => { const box = element('div', ''); input.id = `filter-${name.toLowerCase()}`; box.append(element('label', name, { htmlFor: input.id }), input); input.addEventListener('input', show); bar.append(box) }
   const show = () => { for (const row of rows) row.hidden = !tests.every(test => test(row)); count.textContent = `${rows.filter(r => !r.hidden).length} of ${rows.length}` }
 
   const words = element('input', '', { type: 'search' }); field('Search', words)
   tests.push(row => words.value.toLowerCase().split(/\s+/).every(w => row.textContent.toLowerCase().includes(w)))
   heads.forEach((head, i) => {
     if ('filter' in head.dataset) {
-      const parts = row => head.dataset.filter === 'many' ? key(row, i).split(', ') : [key(row, i)], choice = element('select', '')
-      for (const value of ['', ...new Set(rows.flatMap(parts).filter(Boolean).sort())]) choice.append(element('option', value || 'all', { value }))
+      const parts = row => head.dataset.filter === 'many' ? key(row, i).split(', ') : [row.cells[i].textContent], choice = element('select', '')
+      for (const value of ['', ...new Set(rows.flatMap(parts).filter(Boolean).sort((a, b) => a.localeCompare(b, 'en', { numeric: true })))]) choice.append(element('option', value || 'all', { value }))
       field(head.textContent, choice); tests.push(row => !choice.value || parts(row).includes(choice.value))
     }
     const button = element('button', head.textContent, { type: 'button', title: 'Sort' }); head.replaceChildren(button)

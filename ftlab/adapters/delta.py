@@ -184,9 +184,12 @@ def attach(model:nn.Module,       # changed in place: frozen except for what is 
     deltas = {n: _made(model, n, params[n].detach(), mask, delta or Entries) for n, mask in written.items()}
     chosen = {**chosen, **dict.fromkeys(also, True)}; whole = [n for n in chosen if n not in written]
     keep = originals if originals is not None else {n: params[n].detach().clone() for n in whole}
-    att = Attached(model, chosen, deltas, {}, keep); model.requires_grad_(False)
-    for n in whole: params[n].requires_grad_(True)
-    for n, d in deltas.items(): _place(att, n, d)
+    att = Attached(model, chosen, deltas, {}, keep)
+    try:
+        model.requires_grad_(False)
+        for n in whole: params[n].requires_grad_(True)
+        for n, d in deltas.items(): _place(att, n, d)
+    except BaseException: att._release(); raise # half a change on a model is worse than none
     return att
 
 def _check_bare(model):

@@ -4,10 +4,11 @@
 
 # %% ../../nbs/core/generate.ipynb #0003d6cd
 from __future__ import annotations
+from contextlib import contextmanager
 import torch
 
 # %% auto #0
-__all__ = ['render', 'left_pad', 'generate']
+__all__ = ['render', 'left_pad', 'resting', 'generate']
 
 # %% ../../nbs/core/generate.ipynb #0005d6cd
 def render(prompts:list[str|list], tok) -> list[list[int]]:
@@ -23,6 +24,15 @@ def left_pad(rows:list[list[int]], pad_id:int, device=None) -> dict[str, torch.T
                 attention_mask=torch.tensor([[0]*(n - len(r)) + [1]*len(r) for r in rows], device=device))
 
 # %% ../../nbs/core/generate.ipynb #0008d6cd
+@contextmanager
+def resting(model):
+    "Within it the model is in evaluation mode; afterwards every part is in its own mode again, also when somebody interrupts"
+    modes = {m: m.training for m in model.modules()}
+    try: model.eval(); yield
+    finally:
+        for m, training in modes.items(): m.training = training
+
+# %% ../../nbs/core/generate.ipynb #000ad6cd
 @torch.no_grad()
 def generate(model, tok, prompts:list, # strings, or lists of chat messages
              max_new_tokens:int=64,    # longest answer, in tokens
@@ -33,12 +43,11 @@ def generate(model, tok, prompts:list, # strings, or lists of chat messages
             ) -> list[str]:            # one answer a prompt, without special tokens
     "Answer every prompt; the model is put into evaluation mode for it, and back"
     ids = render(prompts, tok); order = sorted(range(len(ids)), key=lambda i: len(ids[i])); out = [None]*len(ids)
-    device, training = next(model.parameters()).device, model.training; model.eval()
+    device = next(model.parameters()).device
     if generator_seed is not None: torch.manual_seed(generator_seed)
     how = dict(do_sample=sample) | (dict(temperature=temperature, top_k=0, top_p=1.) if sample else {})
     for j in range(0, len(order), batch_size):
         part = order[j:j + batch_size]; b = left_pad([ids[i] for i in part], tok.pad_token_id, device)
-        y = model.generate(**b, max_new_tokens=max_new_tokens, pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id, **how)
+        with resting(model): y = model.generate(**b, max_new_tokens=max_new_tokens, pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id, **how)
         for i, row in zip(part, y[:, b['input_ids'].shape[1]:]): out[i] = tok.decode(row, skip_special_tokens=True).strip()
-    model.train(training)
     return out

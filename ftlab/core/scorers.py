@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from .batches import collate, encode_all
-from .generate import generate
+from .generate import generate, resting
 from .loading import load
 from ..lab.world import LabWorld, OLD, SKILLS
 
@@ -57,11 +57,11 @@ def _questions(*of): return WORLD.rows(*of)
 # %% ../../nbs/core/scorers.ipynb #000df62d
 @torch.no_grad()
 def _logits(model, enc, pad_id, batch_size=100):
-    device, training = next(model.parameters()).device, model.training; model.eval()
+    device = next(model.parameters()).device
     for i in range(0, len(enc), batch_size):
         b = {k: v.to(device) for k, v in collate(enc[i:i + batch_size], pad_id).items()}
-        yield model(**{k: v for k, v in b.items() if k != 'labels'}).logits.float(), b['labels']
-    model.train(training)
+        with resting(model): logits = model(**{k: v for k, v in b.items() if k != 'labels'}).logits.float()
+        yield logits, b['labels']
 
 def nll(model, tok, rows:list[dict], kind:str='text', labels:list|None=None, max_length:int|None=None) -> float:
     "Mean negative log-likelihood in nats, per priced token (per row for labels)"

@@ -33,8 +33,8 @@ from .step import Backprop, NotFinite, Processes, placed_like, schedule, _whole
 
 # %% auto #0
 __all__ = ['Run', 'Change', 'load_learners', 'export', 'Originals', 'SwitchedOff', 'reference_of', 'PeakMemory', 'Progress',
-           'save_checkpoint', 'load_checkpoint', 'Every', 'validation_nll', 'EarlyStop', 'Learning', 'Loop', 'fit',
-           'StageContext', 'Sharded', 'Sums', 'tracking']
+           'save_checkpoint', 'cut_off', 'load_checkpoint', 'Every', 'validation_nll', 'EarlyStop', 'Learning', 'Loop',
+           'fit', 'StageContext', 'Sharded', 'Sums', 'tracking']
 
 # %% ../../nbs/trainers/loop.ipynb #0005191a
 @dataclass
@@ -203,7 +203,8 @@ def save_checkpoint(path:Path, params:Mapping[str, Tensor], step, state:State, s
     for n, own in state.learners.items():
         tensors |= {f'learner|{n}|{k}': v.cpu() for k, v in own.module.state_dict().items()} | {f'learner step|{n}|{k}': v.cpu() for k, v in own.step.tensors().items()}
     if torch.cuda.is_available(): tensors['rng|cuda'] = torch.cuda.get_rng_state()
-    meta = dict(step=str(state.step), log=json.dumps(state.log), path=json.dumps(state.extra.get('path', [])), settings=json.dumps(settings))
+    ended = state.step >= state.steps or state.stop is True # a callback found that the work is done; nobody stopped it by hand
+    meta = dict(step=str(state.step), ended=json.dumps(ended), log=json.dumps(state.log), path=json.dumps(state.extra.get('path', [])), settings=json.dumps(settings))
     if not write: return
     try: write_tensors(path, tensors, meta)
     except DiskFull as e: warnings.warn(f'step {state.step} could not be kept, and the run goes on: {e}')
@@ -217,6 +218,24 @@ def _belongs(path, settings) -> bool:
     if not path.exists(): return False
     with safe_open(path, 'pt') as f: return 'stage' not in settings or json.loads(f.metadata()['settings']).get('stage') in (None, settings['stage'])
 
+def cut_off(path:Path) -> dict|None: # a checkpoint
+    "The settings of the run that left it, the step it had reached, and when that was; `None` if that run came to its end. Raises what safetensors and JSON raise for a file that is none of ours"
+    with safe_open(path, 'pt') as f: meta = f.metadata()
+    settings, step = json.loads(meta['settings']), int(meta['step'])
+    return None if step >= settings['steps'] or json.loads(meta.get('ended', 'false')) else dict(settings=settings, step=step, time=path.stat().st_mtime)
+
+def _refuse_to_replace(job) -> None:
+    "A run that was cut off is not written over by the same call: whoever ran the cell again after a crash wants it back. Another run in its place is told"
+    try: left = cut_off(job.checkpoint) if job.checkpoint.exists() else None
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError): return # not a checkpoint of ours
+    if not left: return
+    was = left['settings']; of_stage = {'recipe', 'lr', 'steps'} if 'stage' in was else set() # those are the stage's own
+    other = [k for k in job.settings if k not in of_stage and was.get(k) != job.settings[k]]
+    at = f'{str(job.folder)!r} holds {"another run" if other else "this run"}, cut off ' + (f'in stage {was["stage"] + 1} ' if of_stage else '') + f'at step {left["step"]} of {was["steps"]}'
+    if not other: raise ValueError(f'{at}; resume=True (--resume) goes on there, resume=False (--no-resume) begins anew')
+    apart = 'it began with other weights' if other[0] == 'model' else f'its {other[0]} is {was.get(other[0])!r}, here {job.settings[other[0]]!r}'
+    warnings.warn(f'{at} ({apart}): this one begins anew and replaces it')
+
 def load_checkpoint(path:Path, params:Mapping[str, Tensor], step, state:State, settings:dict) -> None:
     "Go on from a checkpoint; raises `ValueError` if it belongs to a run with other settings"
     with safe_open(path, 'pt') as f: meta = f.metadata(); tensors = {k: f.get_tensor(k) for k in f.keys()}
@@ -228,6 +247,7 @@ def load_checkpoint(path:Path, params:Mapping[str, Tensor], step, state:State, s
         kept = lambda kind: {k.removeprefix(f'{kind}|{n}|'): v for k, v in tensors.items() if k.startswith(f'{kind}|{n}|')}
         own.module.load_state_dict(kept('learner')); own.step.load(kept('learner step'))
     state.step, state.log = int(meta['step']), json.loads(meta['log']); state.tokens = state.log[-1]['tokens'] if state.log else 0; state.extra['path'] = json.loads(meta['path'])
+    state.stop = json.loads(meta.get('ended', 'false'))
     torch.set_rng_state(tensors['rng|cpu'])
     if 'rng|cuda' in tensors and torch.cuda.is_available(): torch.cuda.set_rng_state(tensors['rng|cuda'])
 
@@ -241,9 +261,11 @@ class Every:
         if state.step % self.n == 0 or state.step == state.steps: self._note(state)
     def _note(self, state):
         modules = {m: m.training for m in state.models.values() if isinstance(m, torch.nn.Module)} # learners too: a decoder may ask them
-        for m in modules: m.eval()
-        with torch.no_grad(), torch.random.fork_rng(): row = dict(step=state.step, **self.measure(state))
-        for m, training in modules.items(): m.train(training)
+        try:
+            for m in modules: m.eval()
+            with torch.no_grad(), torch.random.fork_rng(): row = dict(step=state.step, **self.measure(state))
+        finally:
+            for m, training in modules.items(): m.train(training)
         state.extra.setdefault('path', []).append(row)
 
 def validation_nll(state, rows:int=200) -> dict:
@@ -301,7 +323,7 @@ class Loop:
         self.state, self.recipe, self.step, self.processes, self.objective = state, recipe, step, processes, recipe.objective or mean_nll
 
     def run(self, after:Callable) -> None: # after(state): what the caller does after each step
-        "Steps until there are enough, or a callback says stop"
+        "Steps until there are enough, or a callback sets `state.stop`: True where the work is done, 'by hand' where somebody wants it to end here"
         state = self.state; state.emit('before_fit')
         while state.step < state.steps and not state.stop:
             state.log.append(self.one()); state.step += 1; state.emit('after_step'); after(state)
@@ -350,7 +372,7 @@ def fit(model,                     # a causal language model, a classifier for d
         precision:str='no',        # 'no' (the model's own) or 'bf16' (mixed)
         out:str|Path|None=None,    # folder for checkpoints and the originals; None: a temporary one
         save_every:int=0,          # steps between checkpoints, which need `out`; 0: none
-        resume:bool=False,         # go on from the checkpoint in `out`, if there is one
+        resume:bool|None=None,     # True: go on from the checkpoint in `out`, if there is one; False: begin anew; None: begin, but refuse where `out` holds this very run, cut off
         callbacks:tuple=(),        # objects with methods named after events
         trackers:tuple=(),         # names of trackers that accelerate knows ('tensorboard', 'wandb', ...), or `GeneralTracker` objects: each gets every row of the log
         shard:bool=False,          # with several processes: cut the model's numbers up over them while it trains (FSDP2)
@@ -368,6 +390,7 @@ def fit(model,                     # a causal language model, a classifier for d
     job = _job(model, tok, data, recipe or Recipe(), settings, device, out, trackers)
     job.save_every, job.resume, job.callbacks, job.progress, job.shard = save_every, resume, callbacks, progress and job.processes.main, shard
     if shard and job.processes.count == 1: raise ValueError('shard=True cuts a model up over several processes, and this is the only one; start the script with torchrun --nproc_per_node 2')
+    if out and resume is None: _refuse_to_replace(job)
     with tracking(job.acc, job.settings): return _stages(job)
 
 # %% ../../nbs/trainers/loop.ipynb #0018191a
@@ -414,15 +437,15 @@ def _stages(job) -> Run:
             runs.append(_stage(job, stage, own | dict(recipe=stage.describe(), lr=stage.lr if job.lr is None else job.lr), (len(run.log), run.cost['tokens']) if run else (0, 0)))
         except NotFinite as e: trouble = e; runs.append(e.run)
         except BaseException as e:
-            if several:
-                for r in runs: r.delta.attached._release()
-                _set(model, start); _say_where(e, f'{recipe.name}, stage {i + 1} of {len(stages)} ({_title(stage)})')
+            if several: _give_back(model, runs, start); _say_where(e, f'{recipe.name}, stage {i + 1} of {len(stages)} ({_title(stage)})')
             raise
         run = _after(run, runs[-1])
         if run.interrupted: break
     run.recipe, run.settings, run.folder, run._holder = recipe, dict(job.settings, stages=[r.settings['recipe'] for r in runs]) if several else job.settings, None if job.holder else job.folder, job.holder
     run.delta.recipe, run.delta.models = recipe, run.models
-    if several: _rebase(run, start)
+    if several:
+        try: _rebase(run, start)
+        except BaseException: _give_back(model, runs, start); raise
     if trouble:
         if several: _say_where(trouble, f'{recipe.name}, stage {len(runs)} of {len(stages)} ({runs[-1].recipe.name})')
         trouble.run = run; raise trouble
@@ -434,6 +457,11 @@ def _shares(steps, stages) -> list[int]:
     of = [share_of(s) for s in stages]; ends = [round(steps*sum(of[:i])/sum(of)) for i in range(len(of) + 1)]; n = [b - a for a, b in zip(ends, ends[1:])]
     if min(n) < 1: raise ValueError(f'{steps} steps are too few for {len(of)} stages with shares {", ".join(f"{x:g}" for x in of)}: each needs one at least')
     return n
+
+def _give_back(model, runs, start) -> None:
+    "Every weight as it was before the first stage, and nothing left on the model"
+    for r in runs: r.delta.attached._release()
+    _set(model, start)
 
 def _settle(run) -> None:
     "Fold the change of a stage, if it can be"
@@ -507,9 +535,9 @@ def _stage(job, recipe, settings, earlier=(0, 0)) -> Run: # earlier: steps and t
             bar = Progress(recipe.name, settings['steps'], job.progress); t0 = time.time(); state.model.train()
             def after(state):
                 bar.update(state.step, state.log[-1]); _track(job.acc, state.log[-1], *earlier)
-                if job.save_every and (state.step % job.save_every == 0 or state.step == state.steps): save()
+                if job.save_every and (state.step % job.save_every == 0 or state.step == state.steps or state.stop): save()
             with PeakMemory(job.device) as memory:
-                try: Loop(state, recipe, step, job.processes).run(after)
+                try: Loop(state, recipe, step, job.processes).run(after); interrupted = state.stop == 'by hand'
                 except KeyboardInterrupt:
                     if sharded: raise # the other processes cannot be asked for their parts any more
                     interrupted = True
@@ -601,9 +629,15 @@ class Sums:
 @torch.no_grad()
 def _edit(run, recipe, folder):
     "Replace the change by its edited form, written into the weights themselves"
-    att = run.delta.attached; changes = att.changes(); base = Originals(folder/'edited.safetensors', {n: att.before(n) for n in changes})
-    new = recipe.edit(changes, run.model); att.fold(); write_change(run.model, base, {n: new.get(n, torch.zeros_like(changes[n])) for n in changes})
-    run.delta.attached = Attached(run.model, dict.fromkeys(changes, True), {}, {}, base)
+    att = run.delta.attached; base = None
+    try:
+        changes = att.changes(); base = Originals(folder/'edited.safetensors', {n: att.before(n) for n in changes})
+        new = recipe.edit(changes, run.model); att.fold(); write_change(run.model, base, {n: new.get(n, torch.zeros_like(changes[n])) for n in changes})
+        run.delta.attached = Attached(run.model, dict.fromkeys(changes, True), {}, {}, base)
+    except BaseException: # half edited, the change is nobody's: give the model back as it came
+        if base is None: att.detach()
+        else: att._release(); _set(run.model, base)
+        raise
 
 # %% ../../nbs/trainers/loop.ipynb #0025191a
 def _accelerator(precision, device, trackers=(), out=None):
