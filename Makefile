@@ -57,7 +57,7 @@ clean:
 	rm -rf $(VENV) build dist ftlab.egg-info .pytest_cache _proc _docs
 
 # Torch first, then the package without build isolation: an isolated build could not see torch, which compiles the extension
-$(VENV)/installed-%: $(VENV)/torch settings.ini setup.py
+$(VENV)/installed-%: $(VENV)/torch settings.ini setup.py ftlab/native/extension.py $(wildcard ftlab/csrc/*)
 	$(PY) -m pip install --quiet --no-build-isolation -e ".[$*]"
 	@touch $@
 

@@ -1,7 +1,6 @@
 "The package, described by settings.ini; with the native operators where their sources and a C++ compiler are found"
-import os, shlex, shutil
+import runpy
 from configparser import ConfigParser
-from glob import glob
 from pathlib import Path
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
@@ -13,11 +12,12 @@ readme = here/'README.md'
 
 def native() -> dict:
     "setup()'s arguments for the C++ operators: none without sources, torch or a compiler, for all works without them"
-    sources = sorted(glob('ftlab/csrc/*.cpp')); cxx = shlex.split(os.environ.get('CXX') or 'c++')[0]
-    if not sources or not any(map(shutil.which, (cxx, 'g++', 'clang++', 'cl'))): return {}
-    try: from torch.utils.cpp_extension import BuildExtension, CppExtension
-    except ImportError: return {}
-    ext = CppExtension('ftlab._C', sources); ext.optional = True
+    try:
+        made = runpy.run_path(str(here/'ftlab'/'native'/'extension.py')) # the file alone: the package is not installed yet
+        if not made['compiler'](): return {}
+        from torch.utils.cpp_extension import BuildExtension
+        ext = made['extension']('build/native'); ext.optional = True
+    except (ImportError, OSError, RuntimeError) as e: print(f'without the C++ operators: {e}'); return {}
     return dict(ext_modules=[ext], cmdclass=dict(build_ext=BuildExtension.with_options(use_ninja=False)))  # ninja's failures are not optional
 
 class BuildPy(build_py):

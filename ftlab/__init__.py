@@ -16,7 +16,7 @@ _PUBLIC = dict(
     compare=('ftlab.comparison', 'compare'), methods=('ftlab.methods', None),
     report=('ftlab.reporting', 'report'), Report=('ftlab.reporting', 'Report'), doctor=('ftlab.diagnosis', 'doctor'), explore=('ftlab.explore', None),
     papers=('ftlab.papers', None), claims=('ftlab.claims', None),
-    start=('ftlab.map', 'start'), chapter=('ftlab.map', 'chapter'), exercise=('ftlab.exercises', 'exercise'), check=('ftlab.exercises', 'check'))
+    native=('ftlab.native', None), start=('ftlab.map', 'start'), chapter=('ftlab.map', 'chapter'), exercise=('ftlab.exercises', 'exercise'), check=('ftlab.exercises', 'check'))
 
 __all__ = sorted(_PUBLIC)
 

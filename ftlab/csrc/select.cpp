@@ -1,0 +1,111 @@
+// The operators ftlab::kth_find, kth_count and kth_write_: what Python calls, over torch's own threads
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+#include <mutex>
+#include "select.h"
+
+using torch::stable::Tensor;
+using torch::headeronly::ScalarType;
+using namespace ftlab;
+
+static Select functions(const std::vector<Tensor>& tensors, std::vector<Block>& all) {
+  STD_TORCH_CHECK(!tensors.empty(), "no tensors");
+  auto type = tensors[0].scalar_type();
+  for (auto& t : tensors) {
+    STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == type, "kth_magnitude takes contiguous tensors of one type");
+    all.push_back({t.data_ptr(), t.numel()});
+  }
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, "kth_magnitude takes float32, bfloat16 and float16");
+  return select_of(type == ScalarType::Float ? TYPE_F32 : type == ScalarType::BFloat16 ? TYPE_BF16 : TYPE_F16, isa());
+}
+
+static std::vector<int64_t> numbers(const Tensor& found) {
+  STD_TORCH_CHECK(found.numel() == 4 && found.scalar_type() == ScalarType::Long && found.is_contiguous(), "found is four int64 numbers");
+  auto* v = (const int64_t*)found.data_ptr();
+  return {v, v + 4};
+}
+static Cut cut_of(const Tensor& found) { auto v = numbers(found); return {(uint32_t)v[0], (uint32_t)v[1], v[2], v[3]}; }
+
+// [low key, high key, how many equal to low are taken, how many equal to high are skipped]
+Tensor kth_find(std::vector<Tensor> tensors, int64_t k, int64_t drop) {
+  std::vector<Block> all;
+  Select f = functions(tensors, all);
+  std::mutex lock;
+  auto parallel = [&](int64_t n, int64_t grain, auto body) {
+    torch::stable::parallel_for(0, n, grain, [&](int64_t a, int64_t b) {
+      body(a, b, [&](auto add) { std::lock_guard<std::mutex> hold(lock); add(); });
+    });
+  };
+  Found low = find(all, f, drop + k - 1, parallel), high{0x7fffffffu, 0};
+  if (drop) high = find(all, f, drop - 1, parallel);
+  Tensor out = torch::stable::new_empty(tensors[0], {4}, ScalarType::Long);
+  auto* v = (int64_t*)out.data_ptr();
+  v[0] = low.key; v[1] = high.key; v[2] = drop + k - low.above; v[3] = drop - high.above;
+  return out;
+}
+
+constexpr int64_t PART = 1 << 16;  // a multiple of 8, so that no two parts share a byte of a mask
+
+// Counts of every part of every tensor, turned into what came before each; `first` holds where each tensor's parts begin
+static std::vector<Count> before(const std::vector<Block>& all, const Select& f, const Cut& c, std::vector<int64_t>& first) {
+  std::vector<Count> n;
+  for (auto& t : all) { first.push_back((int64_t)n.size()); n.resize(n.size() + (t.n + PART - 1)/PART); }
+  for (size_t j = 0; j < all.size(); j++)
+    torch::stable::parallel_for(0, (all[j].n + PART - 1)/PART, 8, [&](int64_t a, int64_t b) {
+      for (int64_t i = a; i < b; i++) n[first[j] + i] = f.count(all[j].x, i*PART, std::min(all[j].n, (i + 1)*PART), c);
+    });
+  first.push_back((int64_t)n.size());
+  Count sum{0, 0, 0};
+  n.push_back(sum);
+  for (auto& o : n) { Count here = o; o = sum; sum.between += here.between; sum.low += here.low; sum.high += here.high; }
+  return n;
+}
+// How many are chosen before a part: those between, the equal ones that were taken, those that were not skipped; where both cuts are
+// one key, what is chosen are the equal ones from `skip` to `take`
+static int64_t chosen_before(const Count& n, const Cut& c) {
+  if (c.low == c.high) return std::max<int64_t>(0, std::min(n.low, c.take) - c.skip);
+  return n.between + std::min(n.low, c.take) + std::max<int64_t>(0, n.high - c.skip);
+}
+
+Tensor kth_count(std::vector<Tensor> tensors, Tensor found) {
+  std::vector<Block> all;
+  std::vector<int64_t> first;
+  Select f = functions(tensors, all);
+  Cut c = cut_of(found);
+  auto n = before(all, f, c, first);
+  Tensor out = torch::stable::new_empty(found, {(int64_t)all.size()});
+  for (size_t j = 0; j < all.size(); j++) ((int64_t*)out.data_ptr())[j] = chosen_before(n[first[j + 1]], c) - chosen_before(n[first[j]], c);
+  return out;
+}
+
+void kth_write(std::vector<Tensor> tensors, Tensor found, std::vector<Tensor> out) {
+  std::vector<Block> all;
+  std::vector<int64_t> first;
+  Select f = functions(tensors, all);
+  Cut c = cut_of(found);
+  auto n = before(all, f, c, first);
+  STD_TORCH_CHECK(out.size() == tensors.size(), "one output for each tensor");
+  for (size_t j = 0; j < all.size(); j++) {
+    bool bits = out[j].scalar_type() == ScalarType::Byte;
+    int64_t start = chosen_before(n[first[j]], c), size = chosen_before(n[first[j + 1]], c) - start;
+    STD_TORCH_CHECK(out[j].is_contiguous() && (bits ? out[j].numel() == (all[j].n + 7)/8 : out[j].scalar_type() == ScalarType::Int && out[j].numel() == size),
+        "an output is a byte for each 8 numbers, or an int32 for each chosen one");
+    void* to = out[j].data_ptr();
+    torch::stable::parallel_for(0, (all[j].n + PART - 1)/PART, 8, [&](int64_t a, int64_t b) {
+      for (int64_t i = a; i < b; i++) {
+        Count& o = n[first[j] + i];
+        int64_t end = std::min(all[j].n, (i + 1)*PART), at = chosen_before(o, c) - start;
+        if (bits) f.mask(all[j].x, i*PART, end, c, {o.low, o.high}, (uint8_t*)to);
+        else f.indices(all[j].x, i*PART, end, c, {o.low, o.high}, (int32_t*)to + at);
+      }
+    });
+  }
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ftlab, CPU, m) {
+  m.impl("kth_find", TORCH_BOX(&kth_find));
+  m.impl("kth_count", TORCH_BOX(&kth_count));
+  m.impl("kth_write_", TORCH_BOX(&kth_write));
+}
