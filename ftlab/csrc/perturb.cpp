@@ -1,30 +1,12 @@
 // The operator ftlab::perturb_: checks, then tiles spread over torch's own threads. Bound by torch's stable interface, so that it
 // compiles in seconds and a build outlives a minor version of torch. Python declares the schema (nbs/native/perturb.ipynb).
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
-#include <vector>
-#ifdef FTLAB_CUDA
-#include <torch/csrc/stable/accelerator.h>
-#if TORCH_FEATURE_VERSION < TORCH_VERSION_2_13_0
-extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);  // what there was before Stream::nativeHandle
-#endif
-extern "C" int ftlab_perturb(void* p, void* low, int64_t n, int kind, int type, uint64_t seed, uint64_t tensor, float scale, float decay, void* stream);
-#endif
+#include "torch.h"
 #include "perturb.h"
 
-using torch::stable::Tensor;
-using torch::headeronly::ScalarType;
-
-static int type_of(const Tensor& p) {
-  switch (p.scalar_type()) {
-    case ScalarType::Float: return ftlab::TYPE_F32;
-    case ScalarType::BFloat16: return ftlab::TYPE_BF16;
-    case ScalarType::Half: return ftlab::TYPE_F16;
-    default: STD_TORCH_CHECK(false, "perturb_ takes float32, bfloat16 and float16");
-  }
-}
+using ftlab::type_of;
+#ifdef FTLAB_CUDA
+extern "C" int ftlab_perturb(void* p, void* low, int64_t n, int kind, int type, uint64_t seed, uint64_t tensor, float scale, float decay, void* stream);
+#endif
 
 // `low` holds no tensor, or one int16 tensor for each of `tensors`, which then are bfloat16
 static int16_t* lower(const std::vector<Tensor>& tensors, const std::vector<Tensor>& low, size_t i) {
@@ -53,14 +35,8 @@ void perturb_cuda(std::vector<Tensor> tensors, std::vector<Tensor> low, int64_t 
   for (size_t i = 0; i < tensors.size(); i++) {
     auto device = tensors[i].get_device_index();
     torch::stable::accelerator::DeviceGuard guard(device);
-    void* stream = nullptr;
-#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_13_0
-    stream = torch::stable::accelerator::getCurrentStream(device).nativeHandle();
-#else
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, "perturb_: no CUDA stream");
-#endif
     int error = ftlab_perturb(tensors[i].data_ptr(), lower(tensors, low, i), tensors[i].numel(), signs, type_of(tensors[i]),
-                              (uint64_t)seed, (uint64_t)(first + (int64_t)i), (float)scale, (float)decay, stream);
+                              (uint64_t)seed, (uint64_t)(first + (int64_t)i), (float)scale, (float)decay, ftlab::stream_of(device));
     STD_TORCH_CHECK(error == 0, "perturb_: CUDA error ", error);
   }
 }

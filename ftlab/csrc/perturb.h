@@ -2,18 +2,6 @@
 #pragma once
 #include "philox.h"
 
-// Each loop is compiled for three instruction sets, and the processor chooses when the program runs: one build, portable and fast
-#if defined(__GNUC__) && defined(__x86_64__)
-#include <immintrin.h>
-#define FTLAB_X86 1
-#define FTLAB_AVX2 __attribute__((target("avx2")))
-#define FTLAB_AVX512 __attribute__((target("avx512f,avx512dq,avx512vl,avx512bw")))
-#else
-#define FTLAB_X86 0
-#define FTLAB_AVX2
-#define FTLAB_AVX512
-#endif
-
 namespace ftlab {
 
 struct Move { uint64_t seed, tensor; float scale, decay; };
@@ -105,7 +93,6 @@ template <class T, Words words> FTLAB_HD void sign_range(typename T::type* p, in
 }
 
 enum Kind { NORMAL = 0, RADEMACHER = 1 };
-enum Type { TYPE_F32 = 0, TYPE_BF16 = 1, TYPE_F16 = 2 };
 inline int64_t tiles(int64_t n, int kind) { int64_t size = kind == NORMAL ? NORMALS : SIGNS; return n/size + (n % size != 0); }
 
 typedef void (*Range)(void*, int16_t*, int64_t, int64_t, int64_t, const Move&);
@@ -121,16 +108,6 @@ FTLAB_RANGES(plain, )
 FTLAB_RANGES(avx2, FTLAB_AVX2)
 FTLAB_RANGES(avx512, FTLAB_AVX512)
 
-// What this processor can run: 0 plain, 1 AVX2, 2 AVX-512
-inline int isa() {
-#if FTLAB_X86
-  static const int best = __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") ? 2
-                          : __builtin_cpu_supports("avx2") ? 1 : 0;
-  return best;
-#else
-  return 0;
-#endif
-}
 inline Range range_of(int kind, int type, int set) { return (set == 2 ? avx512 : set == 1 ? avx2 : plain)[kind][type]; }
 
 }  // namespace ftlab

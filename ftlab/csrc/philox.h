@@ -3,14 +3,7 @@
 // No multiply-add is fused anywhere (-ffp-contract=off, -fmad=false): each operation rounds once, on every machine alike,
 // so that torch, C++ and CUDA agree to the last bit, and a run kept as a list of seeds can be replayed elsewhere.
 #pragma once
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#ifdef __CUDACC__
-#define FTLAB_HD __host__ __device__ __forceinline__
-#else
-#define FTLAB_HD inline __attribute__((always_inline))
-#endif
+#include "common.h"
 
 namespace ftlab {
 
@@ -34,9 +27,6 @@ FTLAB_HD void philox(uint64_t seed, uint64_t tensor, uint64_t position, uint32_t
   mix(a, b, c, d, k0, k1); mix(a, b, c, d, k0, k1); mix(a, b, c, d, k0, k1); mix(a, b, c, d, k0, k1); mix(a, b, c, d, k0, k1);
   mix(a, b, c, d, k0, k1); mix(a, b, c, d, k0, k1); mix(a, b, c, d, k0, k1); mix(a, b, c, d, k0, k1); mix(a, b, c, d, k0, k1);
 }
-
-FTLAB_HD uint32_t bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
-FTLAB_HD float number(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
 
 // log(u) for 2^-32 <= u <= 1: the exponent times log 2, and a polynomial for the mantissa (Cephes' logf)
 FTLAB_HD float log_(float u) {
@@ -67,37 +57,11 @@ FTLAB_HD void normals(uint32_t x, uint32_t y, float& z0, float& z1) {
   z0 = radius*cosine; z1 = radius*sine;
 }
 
-// Half-width formats, as bits: to float exactly, and back to the nearest (ties to even), NaN kept
-struct F32 { typedef float type; static FTLAB_HD float in(float v) { return v; } static FTLAB_HD float out(float v) { return v; } };
-struct BF16 {
-  typedef uint16_t type;
-  static FTLAB_HD float in(uint16_t v) { return number((uint32_t)v << 16); }
-  static FTLAB_HD uint16_t out(float v) {
-    uint32_t b = bits(v), nan = (b & 0x7fffffffu) > 0x7f800000u;
-    return (uint16_t)(nan ? 0x7fc0u : (b + 0x7fffu + ((b >> 16) & 1)) >> 16);
-  }
-};
 // bfloat16 and beside it what it leaves of the float32 meant: the upper half rounded (halves away from 0), and the rest, which is signed
 FTLAB_HD float join(uint16_t high, int16_t low) { return number(((uint32_t)high << 16) + (uint32_t)(int32_t)low); }
 FTLAB_HD void split(float v, uint16_t& high, int16_t& low) {
   uint32_t b = v != v ? 0x7fc00000u : bits(v);
   high = (uint16_t)((b + 0x8000u) >> 16); low = (int16_t)b;
 }
-struct F16 {
-  typedef uint16_t type;
-  static FTLAB_HD float in(uint16_t v) {
-    uint32_t w = (uint32_t)v << 16, sign = w & 0x80000000u, two = w + w;   // two: the sign shifted out
-    float normal = number((two >> 4) + (0xE0u << 23))*1.925929944387236e-34f;  // 2^-112: re-biases the exponent, and keeps inf and NaN
-    float tiny = number((two >> 17) | (126u << 23)) - 0.5f;
-    return number(sign | bits(two < (1u << 27) ? tiny : normal));
-  }
-  static FTLAB_HD uint16_t out(float v) {
-    uint32_t b = bits(v), two = b + b, sign = (b >> 16) & 0x8000u, bias = two & 0xFF000000u;
-    float base = (number(b & 0x7fffffffu)*5.192296858534828e+33f)*7.703719777548943e-34f;  // 2^112, 2^-110: what is too large becomes inf
-    bias = bias < 0x71000000u ? 0x71000000u : bias;
-    uint32_t r = bits(number((bias >> 1) + 0x07800000u) + base);
-    return (uint16_t)(sign | (two > 0xFF000000u ? 0x7E00u : ((r >> 13) & 0x7C00u) + (r & 0x0FFFu)));
-  }
-};
 
 }  // namespace ftlab

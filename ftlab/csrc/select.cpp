@@ -1,13 +1,8 @@
 // The operators ftlab::kth_find, kth_count and kth_write_: what Python calls, over torch's own threads
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 #include <mutex>
+#include "torch.h"
 #include "select.h"
 
-using torch::stable::Tensor;
-using torch::headeronly::ScalarType;
 using namespace ftlab;
 
 static Select functions(const std::vector<Tensor>& tensors, std::vector<Block>& all) {
@@ -17,8 +12,7 @@ static Select functions(const std::vector<Tensor>& tensors, std::vector<Block>& 
     STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == type, "kth_magnitude takes contiguous tensors of one type");
     all.push_back({t.data_ptr(), t.numel()});
   }
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half, "kth_magnitude takes float32, bfloat16 and float16");
-  return select_of(type == ScalarType::Float ? TYPE_F32 : type == ScalarType::BFloat16 ? TYPE_BF16 : TYPE_F16, isa());
+  return select_of(type_of(tensors[0]), isa());
 }
 
 static std::vector<int64_t> numbers(const Tensor& found) {

@@ -3,7 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <vector>
-#include "perturb.h"
+#include "common.h"
 
 namespace ftlab {
 
