@@ -290,11 +290,12 @@ def test_a_tensor_of_more_than_two_to_the_31():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not extension.compiler(), reason='there is no C++ compiler here')
-def test_sanitizers_find_nothing_over_fuzzed_shapes(tmp_path):
+@pytest.mark.parametrize('name', sorted(f.stem for f in (ROOT/'tests'/'native').glob('*.cpp')))
+def test_sanitizers_find_nothing_over_fuzzed_shapes(tmp_path, name):
     "Buffers of exactly the needed size, every type, every instruction set that this processor has: no stray access, no undefined step, the same bits"
     exe = tmp_path/'fuzz'; flags = [f for f in extension._CXX if not f.startswith('-D')]
     r = subprocess.run([extension.compiler(), '-std=c++17', *flags, '-O1', '-g', '-fsanitize=address,undefined', '-fno-sanitize-recover=all',
-        f'-I{extension._SOURCES}', str(ROOT/'tests'/'native_fuzz.cpp'), '-o', str(exe)], capture_output=True, text=True)
+        f'-I{extension._SOURCES}', str(ROOT/'tests'/'native'/f'{name}.cpp'), '-o', str(exe)], capture_output=True, text=True)
     if 'cannot find' in r.stderr and 'san' in r.stderr: pytest.skip('this compiler has no sanitizers')
     assert r.returncode == 0, r.stderr
     r = subprocess.run([str(exe)], capture_output=True, text=True); assert r.returncode == 0 and 'ok' in r.stdout, r.stdout + r.stderr

@@ -103,11 +103,11 @@ typedef void (*Range)(void*, int16_t*, int64_t, int64_t, int64_t, const Move&);
   FTLAB_RANGE(normal_f32_##ISA, TARGET, normal_range, F32, ISA) FTLAB_RANGE(sign_f32_##ISA, TARGET, sign_range, F32, ISA) \
   FTLAB_RANGE(normal_bf16_##ISA, TARGET, normal_range, BF16, ISA) FTLAB_RANGE(sign_bf16_##ISA, TARGET, sign_range, BF16, ISA) \
   FTLAB_RANGE(normal_f16_##ISA, TARGET, normal_range, F16, ISA) FTLAB_RANGE(sign_f16_##ISA, TARGET, sign_range, F16, ISA) \
-  static const Range ISA[2][3] = {{normal_f32_##ISA, normal_bf16_##ISA, normal_f16_##ISA}, {sign_f32_##ISA, sign_bf16_##ISA, sign_f16_##ISA}};
+  static const Range ISA##_ranges[2][3] = {{normal_f32_##ISA, normal_bf16_##ISA, normal_f16_##ISA}, {sign_f32_##ISA, sign_bf16_##ISA, sign_f16_##ISA}};
 FTLAB_RANGES(plain, )
 FTLAB_RANGES(avx2, FTLAB_AVX2)
 FTLAB_RANGES(avx512, FTLAB_AVX512)
 
-inline Range range_of(int kind, int type, int set) { return (set == 2 ? avx512 : set == 1 ? avx2 : plain)[kind][type]; }
+inline Range range_of(int kind, int type, int set) { return (set == 2 ? avx512_ranges : set == 1 ? avx2_ranges : plain_ranges)[kind][type]; }
 
 }  // namespace ftlab
