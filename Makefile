@@ -12,6 +12,7 @@ VENV   := .venv
 PY     := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts/python.exe,bin/python)
 
 # Two OpenMP threads that spin while they wait have made a step 10 to 20 times slower; ones that never spin make it half as fast on an idle machine
+# (bench/results/threads.json has both, and what a short spin costs on a machine that is busy throughout)
 export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 20000
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -22,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@sed -n '1,4s/^# //p' Makefile
 	@echo 'make claims      run the claims that have no evidence, or stale evidence (about ten minutes each; JOBS=2 for two at a time)'
-	@echo 'make docs        the site, into _docs/: open _docs/index.html (with Quarto where it is on the path, else with Sphinx; half a minute)'
+	@echo 'make docs        the site, into _docs/: open _docs/index.html (with Quarto where it is on the path, else with Sphinx; a minute or two)'
 	@echo 'make readme      README.md from nbs/index.ipynb'
 	@echo 'make lab-models  pretrain the lab models again, into runs/ (hours; the shipped ones are frozen)'
 	@echo 'make clean       remove .venv and what building leaves behind'

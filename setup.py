@@ -20,12 +20,15 @@ def native() -> dict:
     except (ImportError, OSError, RuntimeError) as e: print(f'without the C++ operators: {e}'); return {}
     return dict(ext_modules=[ext], cmdclass=dict(build_ext=BuildExtension.with_options(use_ninja=False)))  # ninja's failures are not optional
 
+SHIPPED = ('claims/*.toml', 'claims/*.py', 'claims/results/*.json', 'bench/results/*.json', 'bench/results/compare_lab_s/result.json')
+
 class BuildPy(build_py):
-    "The installed package knows its verdicts: the claims and their results go in beside the code"
+    "The installed package knows its verdicts, and what its chapters show: claims and results go into ftlab/data"
     def run(self):
         super().run()
-        for p in [] if self.editable_mode else [p for kind in ('*.toml', '*.py', 'results/*.json') for p in here.glob(f'claims/{kind}')]:
-            to = Path(self.build_lib)/'ftlab'/'data'/p.relative_to(here); self.mkpath(str(to.parent)); self.copy_file(str(p), str(to))
+        for p in [] if self.editable_mode else [p for kind in SHIPPED for p in here.glob(kind)]:
+            to = Path(self.build_lib)/'ftlab'/'data'/p.relative_to(here/'bench' if p.is_relative_to(here/'bench') else here)
+            self.mkpath(str(to.parent)); self.copy_file(str(p), str(to))
 
 build = native(); build['cmdclass'] = dict(build.get('cmdclass', {}), build_py=BuildPy)
 

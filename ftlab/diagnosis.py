@@ -160,6 +160,7 @@ def _dry(model, tok, data, recipe, settings, batch=None) -> _Look:
         for p in model.parameters(): p.grad = None
     return look
 
+# %% ../nbs/diagnosis.ipynb #000b0f3d
 @torch.no_grad()
 def _logits(model, batch) -> torch.Tensor:
     "The model's logits without dropout; its mode is left as it was"
@@ -168,7 +169,7 @@ def _logits(model, batch) -> torch.Tensor:
     finally:
         for m, mode in modes.items(): m.training = mode
 
-# %% ../nbs/diagnosis.ipynb #000c0f3d
+# %% ../nbs/diagnosis.ipynb #000d0f3d
 class Given:
     "What is known without asking the model anything: the arguments, and rows as tokens; each is made once"
     def __init__(self, model, tok, data:Data, recipe:Recipe, settings:dict, run:Run|None=None, exported=None):
@@ -206,7 +207,7 @@ class Given:
         cut = lambda v: v[:self.limit] if isinstance(v, list) else v
         return [{k: cut(v) for k, v in r.items()} for r in self.whole]
 
-# %% ../nbs/diagnosis.ipynb #000e0f3d
+# %% ../nbs/diagnosis.ipynb #000f0f3d
 class Case(Given):
     "What the checks look at; everything that costs time is made once"
     @cached_property
@@ -250,7 +251,7 @@ class Case(Given):
 
     def fresh(self) -> nn.Module: "A new model with the base's numbers"; return _fresh(self)
 
-# %% ../nbs/diagnosis.ipynb #00100f3d
+# %% ../nbs/diagnosis.ipynb #00110f3d
 def _selections(c) -> list[tuple[Recipe, dict]]:
     bare = c.model if c.run is None else c.fresh()
     try: found = [(s, (s.select or everything)(bare, None, c.settings['seed'])) for s in c.stages]
@@ -278,7 +279,7 @@ def _switched_off(c, ask):
         with c.run.disabled(): return ask()
     except ValueError as e: raise NotApplicable(f'the change cannot be switched off: {_short(e)}') from None
 
-# %% ../nbs/diagnosis.ipynb #00120f3d
+# %% ../nbs/diagnosis.ipynb #00130f3d
 def _text_only(c):
     _in_words(c)
     if c.data.kind == 'label': raise NotApplicable('the data have labels, not answers in words')
@@ -294,7 +295,7 @@ def _plain(model) -> dict:
         out[n.replace('.parametrizations.', '.').removesuffix('.original')] = p
     return out
 
-# %% ../nbs/diagnosis.ipynb #00130f3d
+# %% ../nbs/diagnosis.ipynb #00140f3d
 def _fresh(c) -> nn.Module:
     "A new model of the same class with the base's numbers, without dropout"
     model = c.model; size = sum(p.numel()*p.element_size() for p in c.params.values())
@@ -329,7 +330,7 @@ def _first_step(c) -> _Look:
     if not c.dry.shown: raise NotApplicable(f'the run cannot begin: {_short(c.dry.error or "it ended before its first step")}')
     return c.dry
 
-# %% ../nbs/diagnosis.ipynb #00150f3d
+# %% ../nbs/diagnosis.ipynb #00160f3d
 def selection_empty(c):
     if any(not chosen for _, chosen in c.selections): return f'0 of {len(c.params)} tensors are selected; they are called like {_some(list(c.params)[1:4])}'
 
@@ -363,6 +364,7 @@ def names_unmatched(c):
         verb = 'matches' if len(missing) == 1 else 'match'
         return f'{", ".join(missing)} {verb} nothing in this {type(c.model).__name__}, {len(asked) - len(missing)} of {len(asked)} names do'
 
+# %% ../nbs/diagnosis.ipynb #00170f3d
 def frozen_but_selected(c):
     was = [n for n in c.chosen if n in c.params and not c.params[n].requires_grad]
     if was: return f'{len(was)} of {len(c.chosen)} selected tensors had requires_grad=False before, e.g. {_some(was)}; they will train all the same'
@@ -372,7 +374,7 @@ def tied_under_delta(c):
     bad = [(n, o[0]) for n in beside if (o := _shared(c.model, n))]
     if bad: return f'{bad[0][0]} is one tensor with {bad[0][1]}, and the change would be written beside it'
 
-# %% ../nbs/diagnosis.ipynb #00160f3d
+# %% ../nbs/diagnosis.ipynb #00180f3d
 SELECTION = [
     Check('selection-empty', 'before', 'error', selection_empty,
           'nothing would train, and the loss would stay where it is',
@@ -395,7 +397,7 @@ SELECTION = [
           'leave the tied tensor out, or let the weight itself move',
           'huggingface/peft#2018')]
 
-# %% ../nbs/diagnosis.ipynb #00180f3d
+# %% ../nbs/diagnosis.ipynb #001a0f3d
 def _priced_count(r) -> int: return sum(l != IGNORE for l in r['labels'][1:])
 
 def labels_all_masked(c):
@@ -417,7 +419,7 @@ def answers_cut(c):
     seen = f'{cut} of {len(full)} rows are longer than {c.limit} tokens and lose part of the answer, {lost} of them all of it'
     return ('error' if lost > len(full)/2 else 'warning'), f'{seen}; the longest has {max(len(r["input_ids"]) for r in c.whole)}'
 
-# %% ../nbs/diagnosis.ipynb #001a0f3d
+# %% ../nbs/diagnosis.ipynb #001c0f3d
 def labels_shifted(c):
     _text_only(c); hit = {s: _agreement(c.dry.batches, s) for s in (-1, 0, 1)} if _first_step_quietly(c).shown and not c.answers('source') else {0: 1.}
     if hit[0] < .5 and max(hit.values()) > .9:
@@ -445,7 +447,7 @@ def _agreement(batches, s) -> float:
         same += int((x == y)[on].sum()); total += int(on.sum())
     return same/max(1, total)
 
-# %% ../nbs/diagnosis.ipynb #001b0f3d
+# %% ../nbs/diagnosis.ipynb #001d0f3d
 def _asks_in_words(c):
     if c.data.kind not in ('text', 'chat'): raise NotApplicable(f'rows of kind {c.data.kind!r} have no prompt and response')
 
@@ -467,7 +469,7 @@ def asked_otherwise(c):
     ends = [repr(c.tok.decode(ids[-3:])) for ids in bad[0]]
     return f'{len(bad)} of {len(rows)} prompts have other tokens in training than when asked: they end in {ends[0]} and {ends[1]}'
 
-# %% ../nbs/diagnosis.ipynb #001c0f3d
+# %% ../nbs/diagnosis.ipynb #001e0f3d
 def end_not_learned(c):
     _text_only(c); more = getattr(c.model.generation_config, 'eos_token_id', None) if getattr(c.model, 'generation_config', None) else None
     ends = {c.tok.eos_token_id, *(more if isinstance(more, (list, tuple)) else [more])} - {None}
@@ -490,7 +492,7 @@ def template_missing(c):
     if c.data.kind != 'chat': raise NotApplicable('the data are not conversations')
     if not c.tok.chat_template: return 'the rows are messages, and the tokenizer has no chat template to write them with'
 
-# %% ../nbs/diagnosis.ipynb #001d0f3d
+# %% ../nbs/diagnosis.ipynb #001f0f3d
 ROWS = [
     Check('labels-all-masked', 'before', 'error', labels_all_masked,
           'a batch without a priced token reports a loss of 0 and teaches nothing; the run looks finished',
@@ -525,7 +527,7 @@ ROWS = [
           'set tok.chat_template to the one that will be used later, and save it with the model',
           'hiyouga/LlamaFactory#5904')]
 
-# %% ../nbs/diagnosis.ipynb #001f0f3d
+# %% ../nbs/diagnosis.ipynb #00210f3d
 def _normal(text:str) -> str: return ' '.join(unicodedata.normalize('NFKC', text).casefold().split()).strip(' .,;:!?"\'')
 def _answer(r, kind) -> str: return r['messages'][-1]['content'] if kind == 'chat' else str(r.get('response', r.get('label', '')))
 
@@ -546,7 +548,7 @@ def duplicate_rows(c):
     rows = Counter((_normal(_question(r, c.data.kind)), _normal(_answer(r, c.data.kind))) for r in c.data.train); n = len(c.data.train); twice = n - len(rows)
     if twice > .05*n: (q, _), k = rows.most_common(1)[0]; return f'{twice} of {n} training rows repeat an earlier one; {_short(q, 40)!r} stands there {k} times'
 
-# %% ../nbs/diagnosis.ipynb #00200f3d
+# %% ../nbs/diagnosis.ipynb #00220f3d
 def answers_contradict(c):
     _in_words(c)
     if c.data.kind == 'lm': raise NotApplicable('the data ask no questions')
@@ -564,7 +566,7 @@ def few_test_rows(c):
     if not n: return 'note', 'there is no test row, so nothing will say whether something was learned, and ftlab.report refuses'
     if n < FEW: return f'there {"is 1 test row" if n == 1 else f"are {n} test rows"}: one answer more or less moves a score by {100/n:.0f} points'
 
-# %% ../nbs/diagnosis.ipynb #00210f3d
+# %% ../nbs/diagnosis.ipynb #00230f3d
 def labels_missing(c):
     if c.data.kind != 'label': raise NotApplicable('the data have no labels')
     known = {r['label'] for r in c.data.train}
@@ -592,7 +594,7 @@ def unknown_words(c):
     if n <= .01*len(ids): return None
     return ('error' if n > .2*len(ids) else 'warning'), f'{n/len(ids):.0%} of the tokens are {c.tok.unk_token!r}, words that the tokenizer does not know'
 
-# %% ../nbs/diagnosis.ipynb #00220f3d
+# %% ../nbs/diagnosis.ipynb #00240f3d
 DATA = [
     Check('train-test-overlap', 'before', 'warning', train_test_overlap,
           'what was trained on is not a test',
@@ -627,7 +629,7 @@ DATA = [
           'use a model whose tokenizer knows your language, or add the words and resize the embedding',
           'facebookresearch/ParlAI#4135')]
 
-# %% ../nbs/diagnosis.ipynb #00240f3d
+# %% ../nbs/diagnosis.ipynb #00260f3d
 def pad_unusable(c):
     pad, n = c.tok.pad_token_id, _vocabulary(c.model)
     if pad is None: return 'warning', f'the tokenizer has no padding token; rows would be padded with token 0, {c.tok.convert_ids_to_tokens(0)!r}'
@@ -648,7 +650,7 @@ def too_long_for_positions(c):
     if longest > most: return f'rows of {longest} tokens are let through, and the model has {most} positions'
     if (c.settings['max_length'] or 0) > most: return 'warning', f'max_length is {c.settings["max_length"]}, and the model has {most} positions'
 
-# %% ../nbs/diagnosis.ipynb #00250f3d
+# %% ../nbs/diagnosis.ipynb #00270f3d
 def learning_rate(c):
     if c.recipe.stages: raise NotApplicable('every stage has its own rate')
     scale = .1 if sum(p.numel() for p in c.params.values()) > 1e8 else 1. # the known range is that of small models; large ones take a tenth
@@ -675,7 +677,7 @@ def fp16_unscaled(c):
     n = sum(p.dtype == torch.float16 for p in _moving(c).values())
     if n: return f'{n} tensors that train are float16, and the loss is not scaled'
 
-# %% ../nbs/diagnosis.ipynb #00260f3d
+# %% ../nbs/diagnosis.ipynb #00280f3d
 def nonfinite_weights(c):
     bad = {n: int((~torch.isfinite(p.detach())).sum()) for n, p in c.params.items()}; bad = {n: k for n, k in bad.items() if k}
     if bad: return f'{sum(bad.values())} numbers in {len(bad)} tensors are NaN or infinite, e.g. in {_some(bad)}'
@@ -694,7 +696,7 @@ def statistics_move(c):
     bn = [n for n in norms if not any(k.startswith(n + '.') for k in c.chosen)]
     if bn: return f'{len(bn)} layers keep running statistics, e.g. {bn[0]}, which move although nothing of them is selected'
 
-# %% ../nbs/diagnosis.ipynb #00280f3d
+# %% ../nbs/diagnosis.ipynb #002a0f3d
 def padding_changes_answers(c):
     c.batch; rows = sorted(c.rows, key=lambda r: len(r['input_ids'])); short, long = rows[0], rows[-1]; k = len(short['input_ids'])
     if k == len(long['input_ids']): raise NotApplicable('all rows are equally long')
@@ -723,7 +725,7 @@ def refused(c):
     if any(f.severity == 'error' for f in c.findings): raise NotApplicable('an error was found already')
     if not _first_step_quietly(c).shown: return _short(c.dry.error or 'the run ended before its first step', 400)
 
-# %% ../nbs/diagnosis.ipynb #00290f3d
+# %% ../nbs/diagnosis.ipynb #002b0f3d
 NUMBERS = [
     Check('pad-unusable', 'before', 'error', pad_unusable,
           'padding is looked up in the embedding like any token',
@@ -750,7 +752,7 @@ NUMBERS = [
           'load the model in float32 or bfloat16',
           'huggingface/transformers#12225')]
 
-# %% ../nbs/diagnosis.ipynb #002a0f3d
+# %% ../nbs/diagnosis.ipynb #002c0f3d
 STEP = [
     Check('nonfinite-weights', 'both', 'error', nonfinite_weights,
           'one NaN spreads to every answer',
@@ -785,7 +787,7 @@ STEP = [
           'do what the message says',
           'huggingface/transformers#42489')]
 
-# %% ../nbs/diagnosis.ipynb #002c0f3d
+# %% ../nbs/diagnosis.ipynb #002e0f3d
 def _change(c) -> dict:
     try: return c.run.delta.tensors()
     except ValueError as e: raise NotApplicable(f'the change is not kept apart any more: {_short(e)}') from None
@@ -819,7 +821,7 @@ def frozen_moved(c):
     if masks: d = _change(c); odd = [n for n, m in masks.items() if (d[n][~m] != 0).any()]
     if masks and odd: return f'numbers outside the mask moved in {len(odd)} of {len(masks)} tensors: {_some(odd)}'
 
-# %% ../nbs/diagnosis.ipynb #002d0f3d
+# %% ../nbs/diagnosis.ipynb #002f0f3d
 def loss_not_finite(c):
     bad = [r['step'] for r in c.run.log if not math.isfinite(r['loss'])]
     if bad: return f'the loss is no number at {len(bad)} of {len(c.run.log)} steps, first at step {bad[0]}'
@@ -844,7 +846,7 @@ def loss_rose(c):
     except NotApplicable: return None
     if now > 1.2*was + .5: return f'on training rows the loss rose from {was:.3f} (base) to {now:.3f}'
 
-# %% ../nbs/diagnosis.ipynb #002f0f3d
+# %% ../nbs/diagnosis.ipynb #00310f3d
 def _rms(x) -> float: return float(x.float().square().mean().sqrt())
 
 def _apart(now, other, off) -> str|None:
@@ -869,7 +871,7 @@ def reload_differs(c):
     got = _logits(new, c.batch)
     if not torch.equal(got, c.now): return f'saved, and loaded onto a fresh base, logits differ by up to {float((got - c.now).abs().max()):.3g}'
 
-# %% ../nbs/diagnosis.ipynb #00300f3d
+# %% ../nbs/diagnosis.ipynb #00320f3d
 def _on_weights(c):
     c.waives('folds')
     if any(d.site != 'weight' for d in c.run.delta.attached.deltas.values()): raise NotApplicable('the change acts on activations and is not folded')
@@ -888,7 +890,7 @@ def export_differs(c):
         got = _logits(type(c.model).from_pretrained(folder, dtype=c.model.dtype).to(c.device), c.batch)
     if said := _apart(c.now, got, c.off): return f'the exported folder{f" {Path(c.exported).name!r}" if c.exported else ""} is not the run: {said}'
 
-# %% ../nbs/diagnosis.ipynb #00310f3d
+# %% ../nbs/diagnosis.ipynb #00330f3d
 def _again(c, accumulate=1, data=None) -> torch.Tensor:
     "The gradient of the run's first step, on a fresh base"
     n = c.settings['batch_size']; keep = {k: v for k, v in c.settings.items() if k in SETTINGS and k not in ('device', 'steps')}
@@ -918,7 +920,7 @@ def order_changes_result(c):
     if len(few.train) < c.settings['batch_size']: raise NotApplicable('there are fewer rows than a batch holds')
     return _steps_alike(c, _again(c, data=replace(few, train=few.train[::-1])), 'with the same rows in another order')
 
-# %% ../nbs/diagnosis.ipynb #00330f3d
+# %% ../nbs/diagnosis.ipynb #00350f3d
 def validation_gap(c):
     if not c.data.validation: raise NotApplicable('there are no validation rows')
     if c.answers('source'): raise NotApplicable('the recipe learns from rows that it draws itself')
@@ -946,7 +948,7 @@ def _half_lost(was, now) -> bool:
     "Is `now` below half of `was` by two standard errors of now - was/2, each from `AGAIN` answers?"
     return now + 2*math.sqrt((now*(1 - now) + was*(1 - was)/4 + 1/AGAIN)/AGAIN) < .5*was
 
-# %% ../nbs/diagnosis.ipynb #00350f3d
+# %% ../nbs/diagnosis.ipynb #00370f3d
 CHANGE = [
     Check('outputs-unchanged', 'after', 'error', outputs_unchanged,
           'the change is not in use, or nothing was learned',
@@ -977,7 +979,7 @@ CHANGE = [
           'lower the rate, or warm up',
           'haotian-liu/LLaVA#1301')]
 
-# %% ../nbs/diagnosis.ipynb #00360f3d
+# %% ../nbs/diagnosis.ipynb #00380f3d
 PROMISED = [
     Check('reload-differs', 'after', 'error', reload_differs,
           'what you measured is not what you saved',
@@ -1010,7 +1012,7 @@ COST = [
           'a smaller rate first; then hft, rehearsal of old rows, or an edit after training',
           'hiyouga/LlamaFactory#2611')]
 
-# %% ../nbs/diagnosis.ipynb #00380f3d
+# %% ../nbs/diagnosis.ipynb #003a0f3d
 CHECKS:list[Check] = [*SELECTION, *ROWS, *DATA, *NUMBERS, *STEP, *CHANGE, *PROMISED, *COST]
 
 def _examine(case:Case, when:str, checks:list[Check]) -> Diagnosis:
@@ -1032,7 +1034,7 @@ def _about(c) -> str:
     return (f'{c.recipe.name} on {c.data.name}: {cover["share"]:.1%} of the numbers selected, '
             f'in {cover["tensors"]} of {cover["of_tensors"]} tensors and {len(cover["blocks"])} blocks')
 
-# %% ../nbs/diagnosis.ipynb #00390f3d
+# %% ../nbs/diagnosis.ipynb #003b0f3d
 def doctor(model,                  # a model before its run; or a finished `Run`, or the folder that `ftlab fit` wrote, and nothing else
            tok=None,               # its tokenizer
            data=None,              # `Data`, or anything that `ftlab.data` takes

@@ -25,7 +25,7 @@ from .comparison import COLORS, MARKS, Comparison, is_lab
 from .core.anatomy import anatomy
 from .core.batches import collate, encode, encode_all
 from .core.generate import generate
-from .core.scorers import WORLD, judge
+from .core.scorers import WORLD, judge, teacher_forced
 from .evaluators.report import percent
 from .evaluators.spectra import intruders, spectrum as stretches, stable_rank
 from .lab.world import OLD, SKILLS
@@ -37,10 +37,9 @@ from .trainers.views import mask_answers
 # %% auto #0
 __all__ = ['STYLE', 'BLUE', 'RED', 'GREEN', 'GREY', 'CRITERIA', 'RANKED', 'Control', 'slider', 'span', 'choice', 'several',
            'text', 'Html', 'rows_as_html', 'Picture', 'drawn', 'front_end', 'View', 'runs_of', 'recipes_inside',
-           'draw_tradeoff', 'tradeoff', 'teacher_forced', 'question_batches', 'apart', 'Rewind', 'draw_layers',
-           'layers', 'lab_questions', 'gradient_scores', 'entry_scores', 'ranks', 'draw_mask', 'mask', 'decomposed',
-           'draw_spectrum', 'Matrices', 'spectrum', 'token_prices', 'draw_prices', 'prices', 'two_answers',
-           'draw_side_by_side', 'side_by_side']
+           'draw_tradeoff', 'tradeoff', 'question_batches', 'apart', 'Rewind', 'draw_layers', 'layers', 'lab_questions',
+           'gradient_scores', 'entry_scores', 'ranks', 'draw_mask', 'mask', 'decomposed', 'draw_spectrum', 'Matrices',
+           'spectrum', 'token_prices', 'draw_prices', 'prices', 'two_answers', 'draw_side_by_side', 'side_by_side']
 
 # %% ../nbs/explore.ipynb #0007995a
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ STYLE = {'svg.hashsalt': 'ftlab', 'svg.fonttype': 'none', 'font.size': 9, 'axes.
 BLUE, RED, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#8c8c8c'
 
 def _svg(fig:Figure, alt:str) -> str:
-    out = io.StringIO(); fig.savefig(out, format='svg', metadata=dict.fromkeys(('Date', 'Creator', 'Format', 'Type'))); drawn = out.getvalue()
+    out = io.StringIO(); fig.savefig(out, format='svg', metadata=dict.fromkeys(('Date', 'Creator', 'Format', 'Type'))); drawn = re.sub(r'(\d\.\d\d)\d+', r'\1', out.getvalue()) # a hundredth of a point is as fine as anybody sees
     return drawn[drawn.index('<svg'):].replace('<svg', f'<svg role="img" aria-label="{escape(alt)}"', 1)
 
 def _size(svg:str) -> tuple[float, float]: return tuple(float(re.search(rf' {side}="([\d.]+)pt"', svg)[1]) for side in ('width', 'height'))
@@ -292,22 +291,12 @@ def tradeoff(comparison:Comparison) -> View: # as `ftlab.compare` returns it; of
                 forgetting=span(fl, fh, .5, 'forgetting, points'), gain=span(gl, gh, .5, 'gain, points'))
 
 # %% ../nbs/explore.ipynb #0025995a
-@torch.no_grad()
-def teacher_forced(model,  # a causal language model, in evaluation mode
-                   batch:Mapping[str, Tensor] # `input_ids`, `attention_mask`, `labels` [rows, tokens], as `collate` makes them, padded on the right
-                  ) -> Tensor:                # [rows], bool
-    "Would the model, taking the likeliest token each time, write exactly each row's answer and end there? Raises `ValueError` for a row without one."
-    if not (on := priced(batch['labels'])).any(1).all(): raise ValueError('a row of the batch has no token of an answer: its labels are all -100')
-    device = next(model.parameters()).device; x, seen = batch['input_ids'].to(device), batch['attention_mask'].to(device)
-    said = model(input_ids=x, attention_mask=seen).logits[:, :-1].argmax(-1).to(on.device)
-    return ((said == batch['labels'][:, 1:]) | ~on).all(1)
-
 def question_batches(rows:list[dict], tok, parts:int|None=None) -> list[dict[str, Tensor]]: # parts: how many batches; None: of some 25 rows each
     "The rows, encoded as for training, in batches of similar length: padding costs as much as words"
     enc = sorted(encode_all(rows, tok, 'text'), key=lambda e: len(e['labels'])); n = -(-len(enc)//(parts or max(1, len(enc)//25)))
     return [collate(enc[i:i + n], tok.pad_token_id) for i in range(0, len(enc), n)]
 
-# %% ../nbs/explore.ipynb #0029995a
+# %% ../nbs/explore.ipynb #0027995a
 def apart(base,      # a `Run`, an attached change, or the base model
           tuned=None # the tuned model, where `base` is one
          ) -> tuple[nn.Module, dict[str, Tensor]]: # a copy of the base, and {name: tuned minus base} where they differ
@@ -332,7 +321,7 @@ def _difference(model, tuned) -> dict[str, Tensor]:
         raise ValueError(f'{min(wrong)!r} is not in both models in one shape; base and tuned must be the same model before and after')
     return {n: new[n].to(p.device) - p for n, p in old.items()}
 
-# %% ../nbs/explore.ipynb #002b995a
+# %% ../nbs/explore.ipynb #0029995a
 class Rewind:
     "A base, a change and questions: `right(alpha, first)` is the share answered right, of new and of old"
     def __init__(self, model,                    # a copy of the base, which this object keeps for itself
@@ -356,7 +345,7 @@ class Rewind:
         ask = lambda batches: sum(int(teacher_forced(self.model, b).sum()) for b in batches)
         return dict(new=ask(self.new)/self.count['new'], old=ask(self.old)/self.count['old'])
 
-# %% ../nbs/explore.ipynb #002d995a
+# %% ../nbs/explore.ipynb #002b995a
 def draw_layers(rewind:Rewind, alpha:float, first:float) -> Figure: # the last layer's factor; the first layer's share of it
     "The factor of each layer, and what the model then can do, with 95% intervals. Raises `ValueError` for factors below 0."
     if alpha < 0 or first < 0: raise ValueError(f'alpha is {alpha} and first {first}; neither may be below 0')
@@ -381,7 +370,7 @@ def _bar(ax, y, now, was, end, n, color) -> None:
     for at, style in ((was, '-'), (end, ':')): ax.plot([100*at]*2, [y - .4, y + .4], style, color='.15', lw=1.6)
     ax.text(117, y, f'{100*now:.0f}%', va='center', ha='right', color=color, fontweight='bold')
 
-# %% ../nbs/explore.ipynb #002f995a
+# %% ../nbs/explore.ipynb #002d995a
 def layers(base,           # a `Run`, an attached change, or the base model
            tuned=None,     # the tuned model, where `base` is one
            tok=None,       # the tokenizer; of a run its own
@@ -402,7 +391,7 @@ def lab_questions(but:Iterable[str]=(), n:int=4) -> list[dict]:
     out = {*but, *(SKILLS[s].replaces for s in but if s in SKILLS), 'write'}
     return [r for s in OLD if s not in out for r in WORLD.rows(s, n)]
 
-# %% ../nbs/explore.ipynb #0037995a
+# %% ../nbs/explore.ipynb #0035995a
 CRITERIA = {'random': 'random', 'magnitude': 'magnitude', 'gradient': 'gradient', 'LIFT': 'principal'} # what the view calls them -> what `sparse.scores` does
 
 def gradient_scores(model, names:Iterable[str], tok, rows:list[dict]) -> dict[str, Tensor]: # {name: |gradient|}
@@ -420,7 +409,7 @@ def entry_scores(model, tok=None, rows:list[dict]|None=None, seed:int=0) -> dict
     if rows: out['gradient'] = gradient_scores(model, names, tok, rows)
     return {c: out[c] for c in CRITERIA if c in out}
 
-# %% ../nbs/explore.ipynb #0039995a
+# %% ../nbs/explore.ipynb #0037995a
 RANKED = ('all together', 'within each matrix')
 
 def ranks(scores:Mapping[str, Tensor], ranked:str) -> dict[str, Tensor]: # one criterion's scores; one of RANKED
@@ -440,7 +429,7 @@ def _places(model) -> dict[str, tuple[int, str]]:
 
 def _labels(places:Mapping[str, tuple[int, str]]) -> dict[str, str]: return {f'{role} of block {block}': n for n, (block, role) in places.items()}
 
-# %% ../nbs/explore.ipynb #003b995a
+# %% ../nbs/explore.ipynb #0039995a
 def draw_mask(ranked_by:Mapping,  # {(criterion, one of RANKED): what `ranks` returns}
               places:Mapping[str, tuple[int, str]], # {matrix: (block, role)}
               density:int,        # the share of all entries that is chosen, in per cent
@@ -474,7 +463,7 @@ def _shares(ax, share:Mapping[tuple[int, str], float]) -> None:
     ax.xaxis.tick_top(); ax.set(xticks=range(len(roles)), yticks=range(0, len(blocks), max(1, len(blocks)//8))); ax.set_xticklabels(roles)
     ax.tick_params(length=0); ax.spines[:].set_visible(False)
 
-# %% ../nbs/explore.ipynb #003d995a
+# %% ../nbs/explore.ipynb #003b995a
 def mask(model,     # a model, plain
          tok=None,  # its tokenizer, for the gradient
          rows:list[dict]|None=None, # rows {'prompt', 'response'} on which the gradient is taken; None: that criterion is left out
@@ -489,7 +478,7 @@ def mask(model,     # a model, plain
                 density=slider(5, 1, 50, 1, 'density, %'),
                 by=choice(list(scores), 'criterion', 'LIFT'), ranked=choice(RANKED, 'ranked'), matrix=choice(_labels(places), 'matrix'))
 
-# %% ../nbs/explore.ipynb #0044995a
+# %% ../nbs/explore.ipynb #0042995a
 def decomposed(W0:Tensor, C:Tensor, k:int=10, eps:float=.5) -> SimpleNamespace: # base matrix and its change, [out, in]; as in `intruders`
     """What the picture of one matrix needs: `s`, the stretches of the change, the energy `kept` by the first of them and the `stable` rank;
     of the tuned matrix's `top` k directions how much they are `like` the base's and which are `new`, that is intruders."""
@@ -524,7 +513,7 @@ def _intruder_panel(ax, d) -> None:
     ax.set(title=f'tuned matrix: {int(d.new.sum())} intruders of {len(d.top)}', ylabel='likeness to the base', xlabel='direction')
     ax.set(ylim=(0, 1.08), xlim=(.3, len(d.top) + .7))
 
-# %% ../nbs/explore.ipynb #0046995a
+# %% ../nbs/explore.ipynb #0044995a
 class Matrices(dict):
     "{name: (base, change)}, which remembers what was decomposed"
     def __init__(self, *a): super().__init__(*a); self.known = {}
@@ -545,7 +534,7 @@ def spectrum(base,      # a `Run`, an attached change, or the base model
                 matrix=choice(_labels({n: p for n, p in _places(model).items() if n in found}), 'matrix'),
                 rank=slider(8, 1, max(min(c.shape) for _, c in found.values()), 1, 'rank'))
 
-# %% ../nbs/explore.ipynb #004e995a
+# %% ../nbs/explore.ipynb #004c995a
 @torch.no_grad()
 def token_prices(model, tok, prompt:str, answer:str,
                  chance:float=.4, draws:int=16, seed:int=0, # masked thought: of a token to be hidden; how often and with which seed it is drawn
@@ -563,7 +552,7 @@ def token_prices(model, tok, prompt:str, answer:str,
     tokens = tok.convert_ids_to_tokens(b['labels'][0, 1:][on].tolist())
     return tokens, dict(NLL=nll, DFT=dft, ASFT=dft + anchor, masked=token_nll(ask(model, hidden), many['labels'])[:, on])
 
-# %% ../nbs/explore.ipynb #0050995a
+# %% ../nbs/explore.ipynb #004e995a
 def draw_prices(model, tok, base,  # base: None, or the model that ASFT anchors to
                 prompt:str, answer:str,
                 chance:float       # of a token to be hidden in masked thought
@@ -600,7 +589,7 @@ def prices(model, tok,       # a causal language model and its tokenizer
     return View(partial(draw_prices, model, tok, base), 'The price of each token of an answer under four objectives.',
                 prompt=text(prompt, 'prompt'), answer=text(answer, 'answer'), chance=slider(.4, 0., .9, .05, 'chance of hiding'))
 
-# %% ../nbs/explore.ipynb #0059995a
+# %% ../nbs/explore.ipynb #0057995a
 def _marked(a:str, b:str) -> Html:
     "The words of `b`, as HTML, with those marked that are not where they are in `a`"
     x, y = a.split(), b.split(); out = []
@@ -618,7 +607,7 @@ def two_answers(base, tuned, tok, prompt:str, temperature:float=0., seed:int=0, 
     model = base.model; after = answer(model)
     with base.disabled(): return answer(model), after
 
-# %% ../nbs/explore.ipynb #005b995a
+# %% ../nbs/explore.ipynb #0059995a
 def draw_side_by_side(base, tuned, tok, examples:Mapping[str, dict], # {name: row}
                       example:str, prompt:str, temperature:float, seed:int) -> str: # prompt: of your own; empty: the example's
     "Both answers as HTML, with differing words marked. Raises `ValueError` for an example that is not there or a temperature below 0."

@@ -229,10 +229,11 @@ def measured(name:str # below bench/results: 'lab_v1_teach_lab-s.json'
             ) -> Path:
     "Where a file of measurements lies: in the project, or in the installed package; raises `FileNotFoundError` where neither has it"
     here = Path(ftlab.__file__).resolve().parent
-    for folder in (here.parent/'bench'/'results', here/'data'/'results'):
+    folders = here.parent/'bench'/'results', here/'data'/'results'
+    for folder in folders:
         if (folder/name).exists(): return folder/name
-    known = sorted(p.relative_to(here/'data'/'results').as_posix() for p in (here/'data'/'results').rglob('*.json'))
-    raise FileNotFoundError(f'there is no measurement {name!r}; those of the chapters are {", ".join(known)}')
+    known = sorted({p.relative_to(f).as_posix() for f in folders for p in f.rglob('*.json')})
+    raise FileNotFoundError(f'there is no measurement {name!r}; there are {", ".join(known)}')
 
 # %% ../nbs/map.ipynb #0023aabb
 @dataclass(frozen=True)

@@ -4,34 +4,27 @@
 
 # %% ../nbs/monitor.ipynb #00039985
 from __future__ import annotations
-import base64, html, io, math, os, threading, time
+import base64, html, io, math, threading, time
 from collections.abc import Sequence
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from .comparison import is_lab, old_skills
 from .core.batches import Data, collate, data as as_data, encode_all
-from .core.scorers import WORLD
+from .core.scorers import WORLD, teacher_forced
+from .explore import front_end
 from .core.state import State
 from .trainers.loop import Every, validation_nll, _in_notebook
 
 # %% auto #0
 __all__ = ['INK', 'SEEN', 'KEPT', 'given_exactly', 'old_questions', 'thinned', 'seen_in', 'draw_run', 'in_words', 'picture_tag',
-           'Window', 'Still', 'Nowhere', 'watched', 'Monitor']
+           'Window', 'Still', 'Nowhere', 'Monitor']
 
 # %% ../nbs/monitor.ipynb #00069985
-@torch.no_grad()
 def given_exactly(model, enc:Sequence[dict], # rows as `encode_all` makes them
                   pad_id:int=0, batch_size:int=25) -> float:
     "Share of rows, 0 to 1, whose answer the model would give greedily, token for token; of rows with a label, the share whose likeliest label is right"
     if not enc: raise ValueError('there is no row to ask; give one or more')
-    device, right = next(model.parameters()).device, 0
-    for i in range(0, len(enc), batch_size):
-        b = {k: v.to(device) for k, v in collate(enc[i:i + batch_size], pad_id).items()}; y = b.pop('labels')
-        best = model(**b).logits.argmax(-1)
-        hit = best == y if y.ndim == 1 else ((best[:, :-1] == y[:, 1:]) | (y[:, 1:] == -100)).all(1)
-        right += int(hit.sum())
-    return right/len(enc)
+    return sum(int(teacher_forced(model, collate(enc[i:i + batch_size], pad_id)).sum()) for i in range(0, len(enc), batch_size))/len(enc)
 
 # %% ../nbs/monitor.ipynb #000a9985
 def old_questions(data:Data, tok, old=None, # what it could do before: `Data`, or anything that `ftlab.data` takes; None: old skills of a lab model
@@ -153,10 +146,6 @@ class Nowhere:
     def show(self, tag): pass
     def close(self): pass
 
-def watched() -> bool:
-    "Is this a notebook in front of somebody? Jupyter's server says so when it starts the kernel; what runs a notebook to its end by itself does not"
-    return _in_notebook() and 'JPY_SESSION_NAME' in os.environ
-
 # %% ../nbs/monitor.ipynb #00169985
 class Monitor:
     "Watches a run: `fit(callbacks=(Monitor(),))`. In JupyterLab the picture grows and a button stops the run after its current step; elsewhere there is one picture at the end"
@@ -171,7 +160,7 @@ class Monitor:
     def before_fit(self, state:State) -> None:
         self.stop.clear(); self.asked = old_questions(state.data, state.tok, self.old, self.questions, state.limit)
         self.every, self.drawn, self.took = Every(self.n or max(25, state.steps//10), self.look), 0., 0.
-        self.window = (Window if watched() else Still if _in_notebook() else Nowhere)(self.stop)
+        self.window = (Nowhere if not _in_notebook() else Window if front_end() else Still)(self.stop)
         self.every.before_fit(state); self.draw(state)
 
     def after_step(self, state:State) -> None:

@@ -412,6 +412,7 @@ def read_run(folder:str|Path|None=None, # what `ftlab fit` wrote; None: say mode
     settings = dict(known.get('settings', {}), model_name=name)
     return Run(net, tok, data, recipe, change, _log(delta), cost, settings, interrupted=known.get('interrupted', False), folder=delta.parent, models=models)
 
+# %% ../nbs/reporting.ipynb #0029fa9f
 def _saved_change(folder, delta) -> Path:
     "Where the change is"
     if folder is not None and Path(folder).is_file():
@@ -433,7 +434,7 @@ def _rows_of(known, data, record) -> Data:
                          'name those that you mean with --data')
     return rows
 
-# %% ../nbs/reporting.ipynb #002afa9f
+# %% ../nbs/reporting.ipynb #002bfa9f
 def _log(delta) -> list[dict]:
     p = delta.with_name('log.jsonl'); return [json.loads(line) for line in p.read_text().splitlines()] if p.exists() else []
 

@@ -127,8 +127,11 @@ def test_the_wheel_holds_what_the_project_holds(installed):
     missing = sorted(str(p) for p in shipped if not (installed/p).exists() or (installed/p).read_bytes() != (ROOT/p).read_bytes())
     assert not missing, f'not in the wheel, or not as here: {missing}'
 
-def test_the_wheel_knows_the_verdicts(installed, tmp_path):
-    "A chapter that is opened anywhere shows them"
+def test_the_wheel_knows_the_verdicts_and_what_the_chapters_show(installed, tmp_path):
+    "A chapter that is opened anywhere has them"
+    asked = {m for p in NBS.rglob('*.ipynb') for m in re.findall(r"measured\('([\w./-]+\.json)'\)", p.read_text(encoding='utf-8')) if m != 'nope.json'}
+    asked |= {f'lab_v1_skills_{m}.json' for m in ('lab-s', 'lab-m')} # a chapter names these by a variable
+    assert len(asked) >= 4 and all((installed/'ftlab'/'data'/'results'/m).read_bytes() == (ROOT/'bench'/'results'/m).read_bytes() for m in asked)
     code = 'import ftlab; from ftlab.papers import claims, scoreboard; print(claims()[0].path); print(scoreboard().to_json())'
     where, board = python('-c', code, cwd=tmp_path, PYTHONPATH=str(installed)).splitlines()[-2:]
     from ftlab.papers import scoreboard

@@ -4,16 +4,17 @@
 
 # %% ../../nbs/core/scorers.ipynb #0003f62d
 from __future__ import annotations
+from collections.abc import Mapping
 from functools import lru_cache
 import torch
 import torch.nn.functional as F
-from .batches import collate, encode_all
+from .batches import IGNORE, collate, encode_all
 from .generate import generate, resting
 from .loading import load
 from ..lab.world import LabWorld, OLD, SKILLS
 
 # %% auto #0
-__all__ = ['WORLD', 'answer_length', 'answers', 'judge', 'exact_match', 'skills', 'nll', 'label_accuracy']
+__all__ = ['WORLD', 'answer_length', 'answers', 'judge', 'exact_match', 'skills', 'teacher_forced', 'nll', 'label_accuracy']
 
 # %% ../../nbs/core/scorers.ipynb #0005f62d
 WORLD = LabWorld(0)
@@ -55,6 +56,17 @@ def skills(model='lab-m',            # a lab model's name, or a model (then `tok
 def _questions(*of): return WORLD.rows(*of)
 
 # %% ../../nbs/core/scorers.ipynb #000df62d
+@torch.no_grad()
+def teacher_forced(model, # a causal language model or a classifier, in evaluation mode
+                   batch:Mapping[str, torch.Tensor] # as `collate` makes it, padded on the right; labels [rows, tokens] or [rows]
+                  ) -> torch.Tensor: # [rows], bool
+    "Would the model, taking the likeliest token each time, write exactly each row's answer and end there? Where a row has one label: is it the likeliest? Raises `ValueError` for a row without an answer."
+    device = next(model.parameters()).device; b = {k: v.to(device) for k, v in batch.items()}; y = b.pop('labels')
+    if y.ndim > 1 and not (y[:, 1:] != IGNORE).any(1).all(): raise ValueError('a row of the batch has no token of an answer: its labels are all -100')
+    best = model(**b).logits.argmax(-1)
+    return best == y if y.ndim == 1 else ((best[:, :-1] == y[:, 1:]) | (y[:, 1:] == IGNORE)).all(1)
+
+# %% ../../nbs/core/scorers.ipynb #0011f62d
 @torch.no_grad()
 def _logits(model, enc, pad_id, batch_size=100):
     device = next(model.parameters()).device

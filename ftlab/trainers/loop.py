@@ -209,6 +209,7 @@ def save_checkpoint(path:Path, params:Mapping[str, Tensor], step, state:State, s
     try: write_tensors(path, tensors, meta)
     except DiskFull as e: warnings.warn(f'step {state.step} could not be kept, and the run goes on: {e}')
 
+# %% ../../nbs/trainers/loop.ipynb #0011191a
 def _check_same_run(path, was, settings) -> None:
     if diff := [k for k in settings if was.get(k) != settings[k]]:
         raise ValueError(f'{str(path)!r} is a run with {diff[0]}={was.get(diff[0])!r}, this one has {settings[diff[0]]!r}; use another folder, or the same settings')
@@ -236,6 +237,7 @@ def _refuse_to_replace(job) -> None:
     apart = 'it began with other weights' if other[0] == 'model' else f'its {other[0]} is {was.get(other[0])!r}, here {job.settings[other[0]]!r}'
     warnings.warn(f'{at} ({apart}): this one begins anew and replaces it')
 
+# %% ../../nbs/trainers/loop.ipynb #0012191a
 def load_checkpoint(path:Path, params:Mapping[str, Tensor], step, state:State, settings:dict) -> None:
     "Go on from a checkpoint; raises `ValueError` if it belongs to a run with other settings"
     with safe_open(path, 'pt') as f: meta = f.metadata(); tensors = {k: f.get_tensor(k) for k in f.keys()}
@@ -251,7 +253,7 @@ def load_checkpoint(path:Path, params:Mapping[str, Tensor], step, state:State, s
     torch.set_rng_state(tensors['rng|cpu'])
     if 'rng|cuda' in tensors and torch.cuda.is_available(): torch.cuda.set_rng_state(tensors['rng|cuda'])
 
-# %% ../../nbs/trainers/loop.ipynb #0011191a
+# %% ../../nbs/trainers/loop.ipynb #0014191a
 class Every:
     "Measure something every so many steps (and before the first and after the last) and keep it in the run's path"
     def __init__(self, n:int, measure:Callable): self.n, self.measure = n, measure # measure(state) -> dict
@@ -289,7 +291,7 @@ class EarlyStop:
         looks = list({r['step']: r['validation_nll'] for r in state.extra['path'] if 'validation_nll' in r}.values())
         state.stop = len(looks) - 1 - looks.index(min(looks)) >= self.patience
 
-# %% ../../nbs/trainers/loop.ipynb #0013191a
+# %% ../../nbs/trainers/loop.ipynb #0016191a
 class Learning:
     "A learner at work: its module and its own AdamW"
     def __init__(self, name:str, learner:Learner, state:State, settings:SimpleNamespace, processes:Processes): # settings as a step receives them
@@ -316,7 +318,7 @@ class Learning:
             with self.chance(state, self.processes.index): return self.step(quiet, [partial(price, *h) for h in heard])
         except NotFinite as e: raise NotFinite(f'learner {self.name!r}, after the policy had moved: {e}') from None
 
-# %% ../../nbs/trainers/loop.ipynb #0015191a
+# %% ../../nbs/trainers/loop.ipynb #0018191a
 class Loop:
     "Next, price, step, log"
     def __init__(self, state:State, recipe:Recipe, step:Callable, processes:Processes):
@@ -351,7 +353,7 @@ class Loop:
             with torch.no_grad(): self.nll[i] = float(token_nll(state.logits, batch['labels']).sum())
         return self.processes.price(loss)
 
-# %% ../../nbs/trainers/loop.ipynb #0017191a
+# %% ../../nbs/trainers/loop.ipynb #001a191a
 def fit(model,                     # a causal language model, a classifier for data with labels, or any module whose recipe prices its batches; changed in place
         tok,                       # its tokenizer; None for data that are no text
         data,                      # `Data`, or anything that `ftlab.data` takes
@@ -393,7 +395,7 @@ def fit(model,                     # a causal language model, a classifier for d
     if out and resume is None: _refuse_to_replace(job)
     with tracking(job.acc, job.settings): return _stages(job)
 
-# %% ../../nbs/trainers/loop.ipynb #0018191a
+# %% ../../nbs/trainers/loop.ipynb #001b191a
 def _job(model, tok, data, recipe, settings, device, out, trackers) -> SimpleNamespace:
     "What all stages of a run share"
     data = data if isinstance(data, Data) else as_data(data); _check_kind(model, tok, data)
@@ -406,7 +408,7 @@ def _job(model, tok, data, recipe, settings, device, out, trackers) -> SimpleNam
     holder = None if out and processes.main else tempfile.TemporaryDirectory(prefix='ftlab-'); folder = Path(holder.name if holder else out); folder.mkdir(parents=True, exist_ok=True)
     return SimpleNamespace(checkpoint=Path(out or folder)/'checkpoint.safetensors', model=model, tok=tok, data=data, recipe=recipe, settings=settings, lr=given, device=device, base=base, folder=folder, holder=holder, acc=acc, processes=processes)
 
-# %% ../../nbs/trainers/loop.ipynb #001a191a
+# %% ../../nbs/trainers/loop.ipynb #001d191a
 @dataclass
 class StageContext:
     "What a stage that is a function can see"
@@ -422,7 +424,7 @@ class StageContext:
         for r in self.runs: r.delta.attached._release()
         _set(self.model, self.before)
 
-# %% ../../nbs/trainers/loop.ipynb #001b191a
+# %% ../../nbs/trainers/loop.ipynb #001e191a
 def _stages(job) -> Run:
     "Every stage in turn; of a recipe without stages, itself"
     recipe, model = job.recipe, job.model; stages = recipe.stages or (recipe,); several = bool(recipe.stages); run = trouble = None; runs = []
@@ -451,7 +453,7 @@ def _stages(job) -> Run:
         trouble.run = run; raise trouble
     return run
 
-# %% ../../nbs/trainers/loop.ipynb #001c191a
+# %% ../../nbs/trainers/loop.ipynb #001f191a
 def _shares(steps, stages) -> list[int]:
     "The steps of each stage: together `steps`, none of them 0"
     of = [share_of(s) for s in stages]; ends = [round(steps*sum(of[:i])/sum(of)) for i in range(len(of) + 1)]; n = [b - a for a, b in zip(ends, ends[1:])]
@@ -467,7 +469,7 @@ def _settle(run) -> None:
     "Fold the change of a stage, if it can be"
     if all(d.site == 'weight' for d in run.delta.attached.deltas.values()): run.delta.attached.fold()
 
-# %% ../../nbs/trainers/loop.ipynb #001d191a
+# %% ../../nbs/trainers/loop.ipynb #0020191a
 def _stage_file(job, i) -> Path: return job.checkpoint.with_name(f'stage-{i}.safetensors')
 
 def _keep_stage(job, i, run, start) -> None:
@@ -487,7 +489,7 @@ def _kept_stage(job, i, stage, own, start) -> Run|None:
     att = Attached(job.model, dict.fromkeys(tensors, True), {}, {}, start)
     return Run(job.model, job.tok, job.data, stage, Change(att, job.base, stage), meta['log'], meta['cost'], dict(own, kept=True), meta['path'])
 
-# %% ../../nbs/trainers/loop.ipynb #001e191a
+# %% ../../nbs/trainers/loop.ipynb #0021191a
 def _asked(stage, context) -> Recipe:
     "The recipe that a stage function returns"
     made = stage(context)
@@ -517,7 +519,7 @@ def _rebase(run, start):
     att.fold(); now = dict(run.model.named_parameters())
     run.delta.attached = Attached(run.model, dict.fromkeys([n for n in start if not torch.equal(start[n], now[n].cpu())], True), {}, {}, start)
 
-# %% ../../nbs/trainers/loop.ipynb #001f191a
+# %% ../../nbs/trainers/loop.ipynb #0022191a
 def _stage(job, recipe, settings, earlier=(0, 0)) -> Run: # earlier: steps and tokens of the stages before
     "One fit of one recipe: attach, loop, edit"
     model, folder = job.model, job.folder
@@ -558,13 +560,13 @@ def _stage(job, recipe, settings, earlier=(0, 0)) -> Run: # earlier: steps and t
     if recipe.edit is not None: _edit(run, recipe, folder)
     return run
 
-# %% ../../nbs/trainers/loop.ipynb #0020191a
+# %% ../../nbs/trainers/loop.ipynb #0023191a
 def _rest(state):
     "Everything in evaluation mode, without gradients"
     state.model.eval()
     for l in state.learners.values(): l.module.eval(); l.module.zero_grad(set_to_none=True)
 
-# %% ../../nbs/trainers/loop.ipynb #0022191a
+# %% ../../nbs/trainers/loop.ipynb #0025191a
 class Sharded:
     "The model of a state, cut up over processes by FSDP2 until `gather`"
     def __init__(self, state:State, processes:Processes):
@@ -586,7 +588,7 @@ class Sharded:
         for p, q in zip(self.model.parameters(), self.twin.parameters(), strict=True): p.data = q.full_tensor()
         for p, q in zip(self.model.buffers(), self.twin.buffers(), strict=True): p.copy_(q)
 
-# %% ../../nbs/trainers/loop.ipynb #0023191a
+# %% ../../nbs/trainers/loop.ipynb #0026191a
 def _attach(model, data, recipe, settings, folder):
     "Choose, keep the originals of what moves itself, attach; returns the change and the size of a fresh head"
     chosen = (recipe.select or everything)(model, None, settings['seed'])
@@ -601,7 +603,7 @@ def _head_names(model) -> list[str]:
     "The parameters of a classifier on top of an encoder"
     base = getattr(model, 'base_model_prefix', ''); return [n for n, _ in model.named_parameters() if base and not n.startswith(base + '.')]
 
-# %% ../../nbs/trainers/loop.ipynb #0024191a
+# %% ../../nbs/trainers/loop.ipynb #0027191a
 def _state(job, recipe, settings, att) -> State:
     "The state of a run, with rows encoded"
     tok, data, model = job.tok, job.data, job.model; state = State(model, tok); state.device, state.steps, state.seed, state.tokens, state.data, state.attached = job.device, settings['steps'], settings['seed'], 0, data, att
@@ -639,7 +641,7 @@ def _edit(run, recipe, folder):
         else: att._release(); _set(run.model, base)
         raise
 
-# %% ../../nbs/trainers/loop.ipynb #0025191a
+# %% ../../nbs/trainers/loop.ipynb #0028191a
 def _accelerator(precision, device, trackers=(), out=None):
     "A fresh accelerator: its state is shared by the whole process, so the last run's must go first"
     if precision not in ('no', 'bf16'): raise ValueError(f'precision is {precision!r}; it must be no or bf16' + ('; fp16 needs its loss scaled, which this loop does not do' if precision == 'fp16' else ''))
@@ -665,7 +667,7 @@ def _track(acc, row, steps, tokens) -> None:
         try: t.log(values, step=step)
         except Exception as e: acc.trackers.remove(t); warnings.warn(f'the tracker {t.name!r} failed at step {step} and gets no more rows: {type(e).__name__}: {e}')
 
-# %% ../../nbs/trainers/loop.ipynb #0026191a
+# %% ../../nbs/trainers/loop.ipynb #0029191a
 def _device(device, model) -> torch.device:
     "The device that was asked for; `ValueError` if it is not there"
     return find_device(device) if device else next(model.parameters()).device
