@@ -101,3 +101,7 @@ def test_changes_from_disk_are_those_in_memory_and_the_base_stays(tmp_path):
     again, = saved(m, tmp_path/'merged.safetensors'); assert again.keys() == got[0].keys()
     put(m, again); assert torch.equal(logits(m), merged)
     with pytest.raises(WrongBase): saved(toy(seed=1), paths[0])
+
+def test_a_merge_without_the_cpp_is_the_same_to_the_last_bit(monkeypatch):
+    m = toy(); cs = [change(m, s) for s in range(3)]; cs[0] = {n: c.bfloat16() for n, c in cs[0].items()}; ours = merge_breadcrumbs(cs, .3)
+    monkeypatch.setenv('FTLAB_NATIVE', 'torch'); assert same(ours, merge_breadcrumbs(cs, .3)) and any(c.any() for c in ours.values())

@@ -10,7 +10,7 @@ from ftlab.adapters.sparse import Places, Refresh, best, compose, lift, lt_sft, 
 from ftlab.core.anatomy import anatomy
 from ftlab.trainers.loop import fit
 from tiny import DECODERS, ENCODERS, example_inputs, tiny
-from toys import TOK, lab_data, logits, same, toy, weights
+from toys import TOK, lab_data, logits, probe, same, toy, weights
 
 def out(m): return logits(m, example_inputs())
 def tune(recipe, steps=6, model=None, **more): return fit(model or toy(), TOK, lab_data(), recipe, **dict(dict(steps=steps, batch_size=8, progress=False, lr=1e-2), **more))
@@ -161,3 +161,40 @@ def test_impossible_densities_are_refused():
     for d in (0., 1.1):
         with pytest.raises(ValueError, match='density is'): lt_sft(density=d)
     assert moved_most(toy(), weights(toy(1)), ['model.norm.weight', 'model.embed_tokens.weight'], 1e-9)['model.embed_tokens.weight'].sum() == 1
+
+# ---------- no second model in memory
+
+@pytest.mark.parametrize('delta', [Entries, Places])
+@pytest.mark.parametrize('family', DECODERS + ENCODERS)
+def test_a_weight_made_anew_on_the_way_back_gives_the_same_gradients(family, delta):
+    m = tiny(family); att = attach(m, principal(2)(m), delta); shake(att); x = example_inputs()
+    def grads(within): m.zero_grad(); within(lambda: m(**x).logits.float().pow(2).mean()).backward(); return {n: p.grad.clone() for n, p in att.parameters().items()}
+    def lean(price):
+        with att.lean(): return price()
+    a = grads(lambda price: price()); assert same(a, grads(lean)) and any(g.any() for g in a.values())
+
+@pytest.mark.parametrize('lean', [False, True])
+def test_the_way_back_holds_no_second_model(lean, monkeypatch):
+    "Bytes that a price keeps until its gradient, for tensors as large as weights"
+    m = toy(hidden=64); att = attach(m, principal(2)(m), Places); kept = []
+    def pack(t): kept.append((t.untyped_storage().data_ptr(), t.untyped_storage().nbytes())); return t
+    theirs = torch.autograd.graph.saved_tensors_hooks; sizes = {v.numel()*4 for v in att.values().values()}; bases = {att._base(n)[0].data_ptr() for n in att.deltas}
+    if lean:
+        class Both(theirs): # what our hook passes on is what is kept
+            def __init__(self, ours, back): super().__init__(lambda t: pack(o) if isinstance(o := ours(t), torch.Tensor) else o, back)
+        monkeypatch.setattr(torch.autograd.graph, 'saved_tensors_hooks', Both)
+        with att.lean(): loss = m(**probe()).loss
+    else:
+        with theirs(pack, lambda t: t): loss = m(**probe()).loss
+    held = sum(n for at, n in set(kept) if n in sizes and at not in bases); loss.backward()
+    assert (held == 0) == lean and all(p.grad is not None for p in att.parameters().values())
+
+def test_a_change_that_moved_before_its_gradient_was_taken_is_an_error():
+    m = toy(); att = attach(m, principal(2)(m), Places)
+    with att.lean(): loss = m(**probe()).loss
+    shake(att)
+    with pytest.raises(RuntimeError, match='changed between a price and its gradient'): loss.backward()
+
+def test_lift_without_the_cpp_ends_at_the_same_weights(monkeypatch):
+    def changed(): return [tune(r).delta.attached.changes() for r in (lift(r=2, every=3), lift(r=2, every=3, by='magnitude'), lt_sft(.05))]
+    ours = changed(); monkeypatch.setenv('FTLAB_NATIVE', 'torch'); assert all(same(a, b) and any(t.any() for t in a.values()) for a, b in zip(ours, changed()))

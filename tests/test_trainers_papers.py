@@ -98,7 +98,8 @@ def test_half_batches_give_the_same_forward_only_step_to_rounding():
 
 def test_the_projected_gradient_is_the_gradient_along_the_direction():
     from ftlab.trainers.zeroth import seed_of
-    run, look = forward_only(steps=1); m, gen = toy(), torch.Generator().manual_seed(seed_of(0, 0)); z = [torch.randn(p.shape, generator=gen) for p in m.parameters()]
+    from ftlab.native import perturb_
+    run, look = forward_only(steps=1); m = toy(); z = [torch.zeros(p.shape) for p in m.parameters()]; perturb_(z, seed_of(0, 0), 1.)
     class First:
         def after_backward(self, state): self.g = sum((p.grad*z_).sum() for p, z_ in zip(state.model.parameters(), z)); state.stop = True
     see = First(); fit(m, TOK, lab_data(), steps=1, batch_size=8, progress=False, callbacks=(see,)); assert abs(look.moves[0][1] - float(see.g)) < .02*abs(float(see.g)) + 1e-3
@@ -113,6 +114,23 @@ def test_forward_only_refuses_a_price_that_is_no_number():
     from ftlab.trainers.step import NotFinite
     with pytest.raises(NotFinite, match='step 0'): forward_only(replace(methods.mezo(), objective=lambda state: state.forward().sum()*float('nan')))
     with pytest.raises(ValueError, match='eps'): forward_only(methods.mezo(eps=0.))
+
+@pytest.mark.parametrize('dist', ['normal', 'rademacher'])
+def test_forward_only_without_the_cpp_ends_at_the_same_weights(dist, monkeypatch):
+    run, look = forward_only(methods.mezo(dist=dist), steps=20); monkeypatch.setenv('FTLAB_NATIVE', 'torch'); other, log = forward_only(methods.mezo(dist=dist), steps=20)
+    assert same(weights(run.model), weights(other.model)) and look.moves == log.moves and not same(weights(run.model), weights(toy()))
+
+def test_a_step_that_is_interrupted_leaves_the_weights_where_they_were():
+    from dataclasses import replace
+    class Stopped(Exception): pass
+    asked = []
+    def price(state):
+        asked.append(1)
+        if len(asked) == 2: raise Stopped # at the far side
+        return state.forward().sum()*0
+    m = toy(); was = weights(m)
+    with pytest.raises(Stopped): fit(m, TOK, lab_data(), replace(methods.mezo(), objective=price), steps=1, batch_size=8, lr=1e-4, progress=False)
+    assert max((a - b).abs().max() for a, b in zip(weights(m).values(), was.values())) < 1e-6
 
 # ---------- blocks in turn
 

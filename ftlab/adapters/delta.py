@@ -4,7 +4,7 @@
 
 # %% ../../nbs/adapters/delta.ipynb #0003d6b1
 from __future__ import annotations
-import errno, hashlib, importlib, json, os, re, shutil
+import errno, hashlib, importlib, json, os, re, shutil, weakref
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -24,7 +24,7 @@ __all__ = ['Entries', 'Offset', 'Attached', 'attach', 'WrongBase', 'fingerprint'
 # %% ../../nbs/adapters/delta.ipynb #0005d6b1
 class Entries(nn.Module):
     "`W` plus one free number for each selected entry: the plainest sparse change"
-    site = 'weight'
+    site, again = 'weight', True
     def __init__(self, W:Tensor, mask:Tensor|bool=True, count:int|None=None): # the weight, the entries that may move, or their number when loading
         super().__init__()
         idx = torch.zeros(count, dtype=torch.long) if count is not None else (torch.arange(W.numel()) if mask is True else mask.flatten().nonzero().squeeze(1))
@@ -60,9 +60,30 @@ class _Weight(nn.Module):
     def __init__(self, owner, delta, turned): super().__init__(); self.owner, self.delta, self.turned = owner, delta, turned
     def forward(self, W):
         if not self.owner.enabled: return W
-        return self.delta(W.T).T if self.turned else self.delta(W)
+        out = self.changed(W)
+        if self.owner.lent is not None and getattr(self.delta, 'again', False) and type(out) is Tensor: self.owner.lent[out.untyped_storage().data_ptr()] = weakref.ref(out), self, W
+        return out
+    def changed(self, W): return self.delta(W.T).T if self.turned else self.delta(W)
 
 # %% ../../nbs/adapters/delta.ipynb #000ad6b1
+@contextmanager
+def _lean(att):
+    def pack(t):
+        "A note of how to make `t`, if it is a changed weight or a view of one"
+        made, layer, W = att.lent.get(t.untyped_storage().data_ptr(), (lambda: None, None, None)) if type(t) in (Tensor, nn.Parameter) else (lambda: None, None, None)
+        if made() is None: return t
+        return layer, W, [p._version for p in layer.delta.parameters()], (t.shape, t.stride(), t.storage_offset())
+    def unpack(note):
+        if isinstance(note, Tensor): return note
+        layer, W, versions, shape = note
+        if versions != [p._version for p in layer.delta.parameters()]: raise RuntimeError('the change was changed between a price and its gradient; take the gradient first')
+        with torch.no_grad(): return layer.changed(W).as_strided(*shape)
+    was, att.lent = att.lent, {}
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack): yield
+    finally: att.lent = was
+
+# %% ../../nbs/adapters/delta.ipynb #000cd6b1
 def _home(model, name):
     "The module that owns the parameter `name`, and the parameter's own name there"
     path, _, attr = name.rpartition('.')
@@ -92,12 +113,12 @@ def _set(model, values):
     params = dict(model.named_parameters())
     for n, v in values.items(): params[n].copy_(v)
 
-# %% ../../nbs/adapters/delta.ipynb #000cd6b1
+# %% ../../nbs/adapters/delta.ipynb #000ed6b1
 class Attached:
     "A change that sits on a model: what moves, how it is written down, and how to take it off again"
     def __init__(self, model, chosen, deltas, handles, originals):
         self.model, self.chosen, self.deltas, self.handles, self.originals = model, chosen, deltas, handles, originals
-        self.enabled, self.frozen, self.twins = True, [p for p in model.parameters() if not p.requires_grad], {}
+        self.enabled, self.lent, self.frozen, self.twins = True, None, [p for p in model.parameters() if not p.requires_grad], {}
 
     @property
     def whole(self) -> list[str]:
@@ -112,6 +133,10 @@ class Attached:
     def disabled(self):
         "Within this context the model is the base, bit for bit; contexts may be nested"
         with _switched_off(self): yield self.model
+    @contextmanager
+    def lean(self):
+        "Within this context a gradient's graph does not keep sparsely changed weights, but makes them anew on the way back: same numbers, no second model in memory"
+        with _lean(self): yield
 
     def detach(self) -> None:
         "Take the change off: the model is the base again, bit for bit, and this object holds nothing any more"
@@ -133,7 +158,7 @@ class Attached:
     def _base(self, n): return _below(self.model, n)
     def _release(self): _release(self)
 
-# %% ../../nbs/adapters/delta.ipynb #000ed6b1
+# %% ../../nbs/adapters/delta.ipynb #0010d6b1
 @contextmanager
 def _switched_off(att):
     was, moved = att.enabled, {n: p.detach().clone() for n, p in att.parameters().items() if '::' not in n}
@@ -148,7 +173,7 @@ def _kept(att, names) -> dict[str, Tensor]:
         raise ValueError(f'the change of {gone[0]!r} was folded into the weight, and what the weight was before is not kept; switch off, detach or compare before you fold')
     return {n: att.originals[n] for n in names}
 
-# %% ../../nbs/adapters/delta.ipynb #0010d6b1
+# %% ../../nbs/adapters/delta.ipynb #0012d6b1
 @torch.no_grad()
 def _values(att) -> dict[str, Tensor]:
     out = {n: p.detach() for n, p in att.parameters().items() if n in att.whole}
@@ -169,7 +194,7 @@ def _release(att):
     att.model.requires_grad_(True); att.deltas, att.handles = {}, {}
     for p in att.frozen: p.requires_grad_(False)
 
-# %% ../../nbs/adapters/delta.ipynb #0012d6b1
+# %% ../../nbs/adapters/delta.ipynb #0014d6b1
 def attach(model:nn.Module,       # changed in place: frozen except for what is chosen
            chosen:Mapping,        # {parameter name: True or a boolean mask}, what a selection returns
            delta:Callable|None=None, # (weight [out, in], mask) -> module; None: the weight itself, or `Entries` where there is a mask
@@ -206,7 +231,7 @@ def _check_delta(model, n, p, delta):
 
 def _title(delta): return getattr(delta, '__name__', None) or getattr(getattr(delta, 'func', None), '__name__', 'the delta')
 
-# %% ../../nbs/adapters/delta.ipynb #0014d6b1
+# %% ../../nbs/adapters/delta.ipynb #0016d6b1
 def _made(model, n, W, mask, delta):
     "The delta of one weight, which it sees as [out, in]"
     turned = _turned(model, n); d = delta(W.T if turned else W, mask.T if turned and mask is not True else mask)
@@ -226,7 +251,7 @@ def _reparametrise(att, n, d):
         mod, attr = _home(att.model, name); parametrize.register_parametrization(mod, attr, _Weight(att, d, _turned(att.model, name)))
         mod.parametrizations[attr].original.requires_grad_(False)
 
-# %% ../../nbs/adapters/delta.ipynb #001ad6b1
+# %% ../../nbs/adapters/delta.ipynb #001cd6b1
 class WrongBase(ValueError): "A delta was made for another base model"
 
 def fingerprint(t:Tensor) -> str:
@@ -239,7 +264,7 @@ def identity(model) -> dict[str, str]:
     "The fingerprint of every parameter, by name"
     return {n: fingerprint(p) for n, p in model.named_parameters()}
 
-# %% ../../nbs/adapters/delta.ipynb #001cd6b1
+# %% ../../nbs/adapters/delta.ipynb #001ed6b1
 class DiskFull(OSError): "There was no room for a file; whatever stood in its place is whole"
 
 def disk_trouble(e:Exception, path, need:int|None=None) -> Exception:
@@ -266,7 +291,7 @@ def write_tensors(path, tensors:Mapping[str, Tensor], metadata:Mapping[str, str]
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     write_atomically(path, lambda tmp: save_file(tensors, tmp, metadata=metadata), sum(t.numel()*t.element_size() for t in tensors.values()))
 
-# %% ../../nbs/adapters/delta.ipynb #001dd6b1
+# %% ../../nbs/adapters/delta.ipynb #001fd6b1
 def save_delta(path:str|Path, tensors:Mapping[str, Tensor], kinds:Mapping, base:Mapping[str, str], recipe:Mapping|None=None) -> int:
     "Save a change as safetensors, atomically; returns its size in bytes"
     meta = dict(format='ftlab-delta-1', kinds=json.dumps(kinds), base=json.dumps(base), recipe=json.dumps(recipe or {}))
@@ -281,7 +306,7 @@ def pack(att:Attached) -> tuple[dict, dict]:
         kinds[n] = [f'{type(d).__module__}:{type(d).__qualname__}', d.config]; tensors |= {f'{n}::{k}': v for k, v in d.state_dict().items()}
     return tensors, kinds
 
-# %% ../../nbs/adapters/delta.ipynb #001fd6b1
+# %% ../../nbs/adapters/delta.ipynb #0021d6b1
 def load_delta(model:nn.Module,         # the base, changed in place
                path:str|Path,           # what `save_delta` wrote
                classes:Mapping[str, type]|None=None, # deltas of your own, by the names of their classes
@@ -300,7 +325,7 @@ def load_delta(model:nn.Module,         # the base, changed in place
     for n, d in deltas.items(): _place(att, n, d)
     return att
 
-# %% ../../nbs/adapters/delta.ipynb #0020d6b1
+# %% ../../nbs/adapters/delta.ipynb #0022d6b1
 def _read_delta(path) -> tuple[dict, dict, dict]:
     "The tensors of a saved change, how each weight's change is written down, and the identity of its base"
     if not Path(path).is_file(): raise FileNotFoundError(f'no delta at {str(path)!r}')

@@ -12,6 +12,7 @@ from .edit import write_change
 from ..core.anatomy import anatomy
 from ..core.paper import paper
 from ..core.recipe import Recipe
+from ..native.magnitude import kth_magnitude, unpack_mask
 
 # %% auto #0
 __all__ = ['LINES', 'merge', 'saved', 'put', 'depth', 'by_depth', 'lines', 'merge_lines', 'band', 'breadcrumbs',
@@ -91,11 +92,14 @@ def band(beta:float=.85,   # the share of the smallest entries that is set to ze
     "Keep the entries of middle size. Raises `ValueError` for quantiles out of order."
     if not 0 <= beta < gamma <= 1: raise ValueError(f'beta is {beta} and gamma {gamma}; it must be 0 <= beta < gamma <= 1')
     if per not in ('tensor', 'row'): raise ValueError(f'per is {per!r}; it must be tensor or row')
-    def keep(c):
-        rows = c.reshape(-1, c.shape[-1]) if per == 'row' and c.ndim else c.reshape(1, -1)
-        n = rows.shape[1]; at = rows.abs().argsort(dim=1, stable=True)[:, round(beta*n):round(gamma*n)]
+    def keep(c): # by rank: the `drop` largest are passed over, the next `k` are kept
+        n = c.numel(); drop, k = n - round(gamma*n), round(gamma*n) - round(beta*n)
+        return c.where(unpack_mask(kth_magnitude(c.contiguous(), k, 'mask', drop), c), 0) if k else torch.zeros_like(c)
+    def row_by_row(c):
+        rows = c.reshape(-1, c.shape[-1]) if c.ndim else c.reshape(1, 1); n = rows.shape[1]; at = rows.abs().argsort(dim=1, stable=True)[:, round(beta*n):round(gamma*n)]
         return torch.zeros_like(rows).scatter(1, at, rows.gather(1, at)).view_as(c)
-    def edit(changes, model): return {n: keep(c) for n, c in changes.items()}
+    trim = keep if per == 'tensor' else row_by_row
+    def edit(changes, model): return {n: trim(c) for n, c in changes.items()}
     edit.__name__ = f'band({beta}, {gamma})'
     return edit
 

@@ -14,6 +14,7 @@ from .select import parts
 from ..core.anatomy import anatomy
 from ..core.paper import paper
 from ..core.recipe import Recipe
+from ..native.magnitude import kth_magnitude, unpack_mask
 
 # %% auto #0
 __all__ = ['SCORES', 'Places', 'scores', 'best', 'principal', 'Refresh', 'lift', 'short', 'moved_most', 'lt_sft', 'compose',
@@ -22,7 +23,7 @@ __all__ = ['SCORES', 'Places', 'scores', 'best', 'principal', 'Refresh', 'lift',
 # %% ../../nbs/adapters/sparse.ipynb #0006c9fb
 class Places(nn.Module):
     "`W` plus a free number at each chosen place, plus what was learned at places that were left. It also fits vectors, and tied matrices without pulling them apart."
-    site, vectors, ties = 'weight', True, True
+    site, vectors, ties, again = 'weight', True, True, True
     def __init__(self, W:Tensor,          # the weight
                  mask:Tensor|bool=True,   # the places that may move
                  count:int|None=None, left:int=0): # how many places are held and were left, when loading
@@ -31,7 +32,9 @@ class Places(nn.Module):
         self.register_buffer('index', index); self.value = nn.Parameter(torch.zeros(len(index), dtype=W.dtype, **at))
         self.register_buffer('left_index', torch.zeros(left, dtype=torch.long, **at)); self.register_buffer('left_value', torch.zeros(left, dtype=W.dtype, **at))
         self.config = dict(count=len(index), left=left)
-    def forward(self, W): return W.flatten().index_add(0, self.left_index, self.left_value).index_add(0, self.index, self.value).view_as(W)
+    def forward(self, W):
+        start = W.flatten().index_add(0, self.left_index, self.left_value) if len(self.left_index) else W.flatten()
+        return start.index_add(0, self.index, self.value).view_as(W)
 
     @torch.no_grad()
     def move(self, index:Tensor) -> Tensor: # as many places as there are; returns the positions in the list that changed hands
@@ -61,9 +64,9 @@ def scores(W:Tensor,                # a matrix
 
 def best(s:Tensor, # scores of a matrix
          r:int     # the budget of LoRA of this rank: (rows + columns) r entries, or all there are
-        ) -> Tensor: # their places, counted row by row
+        ) -> Tensor: # their places, counted row by row, in that order
     "The places with the highest score; ties go to the first"
-    return s.flatten().argsort(descending=True, stable=True)[:min(sum(s.shape)*r, s.numel())]
+    return kth_magnitude(s.contiguous(), min(sum(s.shape)*r, s.numel()), 'indices').long()
 
 def principal(r:int=8, by:str='principal', filter_rank:int|None=None, where:Callable|None=None) -> Callable: # select(model, batches=None, seed=0) -> {name: mask}
     "Select LIFT's entries in every matrix of `where` (None: attention and MLP), or those of its baselines"
@@ -89,9 +92,8 @@ class Refresh:
     @torch.no_grad()
     def after_step(self, state):
         if state.step % self.every or state.step >= state.steps: return
-        now = state.attached.values()
         for n, d in state.attached.deltas.items():
-            turned = state.attached._base(n)[1]; W = now[n].T if turned else now[n]; new = d.move(self.choose(W))
+            W, turned = state.attached._base(n); new = d.move(self.choose(d(W.T if turned else W)))
             for t in self.opt.state[d.value].values() if self.opt else ():
                 if torch.is_tensor(t) and t.shape == d.value.shape: t[new] = 0.
     def after_fit(self, state):
@@ -127,9 +129,8 @@ def short(weight:float # price of one unit of mean distance from the start, over
 def moved_most(model, before:Mapping, names, density:float) -> dict[str, Tensor]: # {name: mask}; tensors without a place are left out
     "Mark the `density` share of the numbers in `names` that differ most from `before`, all tensors ranked together"
     params = dict(model.named_parameters()); names = list(names)
-    far = torch.cat([(params[n] - before[n].to(params[n].device)).abs().flatten() for n in names])
-    on = torch.zeros(far.numel(), dtype=torch.bool, device=far.device).index_fill_(0, far.topk(max(1, round(density*far.numel()))).indices, True)
-    masks = {n: m.view_as(params[n]) for n, m in zip(names, on.split([params[n].numel() for n in names]))}
+    far = [(params[n] - before[n].to(params[n].device)).contiguous() for n in names]; k = max(1, round(density*sum(f.numel() for f in far)))
+    masks = {n: unpack_mask(m, f) for n, m, f in zip(names, kth_magnitude(far, k, 'mask'), far)}
     return {n: m for n, m in masks.items() if m.any()}
 
 @paper('Composable Sparse Fine-Tuning for Cross-Lingual Transfer', '2110.07560',

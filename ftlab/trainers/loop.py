@@ -347,7 +347,7 @@ class Loop:
     def price(self, i:int, batch:dict) -> Tensor:
         "What micro-batch `i` of this process costs; its plain price is noted beside it"
         state = self.state; state.batch, state.logits = batch, None
-        with self.processes.chance(state, i), state.accelerator.autocast(): loss = self.objective(state) + sum(p(state) for p in self.recipe.penalties)
+        with self.processes.chance(state, i), state.accelerator.autocast(), state.attached.lean(): loss = self.objective(state) + sum(p(state) for p in self.recipe.penalties)
         if state.learners: self.heard.setdefault(i, None if state.logits is None else state.logits.detach())
         if i not in self.nll and 'labels' in batch and state.logits is not None:
             with torch.no_grad(): self.nll[i] = float(token_nll(state.logits, batch['labels']).sum())

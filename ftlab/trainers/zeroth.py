@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from ..core.paper import paper
 from ..core.recipe import Recipe
+from ..native.perturb import perturb_, restore_update_
 from .step import NotFinite
 
 # %% auto #0
@@ -27,34 +28,30 @@ class MeZO:
     "Step down along random directions, by the difference of two prices: no gradient, no optimiser state"
     def __init__(self, params:Mapping[str, Tensor], # what trains, by name
                  settings:SimpleNamespace,          # lr, weight_decay, factor; the rest is AdamW's and is not used
-                 eps:float=1e-3):                   # how far to look to either side, in standard deviations of the direction
+                 eps:float=1e-3,                    # how far to look to either side, in standard deviations of the direction
+                 dist:str='normal'):                # 'normal', or 'rademacher': every number of the direction +1 or -1
         if eps <= 0: raise ValueError(f'eps is {eps}; it must be above 0')
-        self.params, self.s, self.eps, self.log = list(params.values()), settings, eps, [] # log: one (seed, projected gradient, learning rate) a step
-
-    @torch.no_grad()
-    def move(self, seed:int, by:float) -> None:
-        "Add `by` times the direction of `seed` to the weights, in place, one tensor at a time"
-        make = {d: torch.Generator(d).manual_seed(seed) for d in {p.device for p in self.params}}
-        for p in self.params: p.add_(torch.randn(p.shape, generator=make[p.device], device=p.device, dtype=p.dtype), alpha=by)
+        if dist not in ('normal', 'rademacher'): raise ValueError(f"dist is {dist!r}; it must be 'normal' or 'rademacher'")
+        self.params, self.s, self.eps, self.dist, self.log = list(params.values()), settings, eps, dist, [] # log: one (seed, projected gradient, learning rate) a step
 
     @torch.no_grad()
     def __call__(self, state, prices:list[Callable]) -> float:
-        "One step; returns the mean of the two prices. Raises `NotFinite`, back where it began (to rounding), if one is no number."
-        seed, lr, training = seed_of(state.seed, state.step), self.s.lr*self.s.factor(state.step), state.model.training; state.model.eval()
-        self.move(seed, self.eps); up = sum(float(f()) for f in prices)
-        self.move(seed, -2*self.eps); down = sum(float(f()) for f in prices); state.model.train(training)
-        g = (up - down)/(2*self.eps)
-        if not math.isfinite(g): self.move(seed, self.eps); raise NotFinite(f'the loss is {up} and {down} to either side at step {state.step}; nothing was changed by this step')
+        "One step; returns the mean of the two prices. If one is no number (`NotFinite`), or is interrupted, the weights go back to where they were, to rounding."
+        seed, lr, training, at, sides = seed_of(state.seed, state.step), self.s.lr*self.s.factor(state.step), state.model.training, 0., []; state.model.eval()
+        try:
+            for side in (self.eps, -self.eps): perturb_(self.params, seed, side - at, self.dist); at = side; sides.append(sum(float(f()) for f in prices))
+            g = (sides[0] - sides[1])/(2*self.eps)
+            if not math.isfinite(g): raise NotFinite(f'the loss is {sides[0]} and {sides[1]} to either side at step {state.step}; nothing was changed by this step')
+        except BaseException: perturb_(self.params, seed, -at, self.dist); raise
+        finally: state.model.train(training)
         self._step(seed, g, lr); self.log.append((seed, g, lr)); state.extra.update(lr=lr, projected_gradient=g, moves=self.log)
-        return (up + down)/2
+        return sum(sides)/2
 
-    def _step(self, seed, g, lr):
-        self.move(seed, self.eps - lr*g) # back from the far side and along, in one
-        if self.s.weight_decay:
-            with torch.no_grad(): torch._foreach_mul_(self.params, 1 - lr*self.s.weight_decay)
+    def _step(self, seed, g, lr): # back from the far side, along and shrink, in one pass
+        restore_update_(self.params, seed, self.eps, lr, g, self.dist, decay=1 - lr*self.s.weight_decay)
     def replay(self, log:list[tuple[int, float, float]]) -> None:
         "Take the steps of a log again, without a model or data: from the same start the same weights, bit for bit"
-        for seed, g, lr in log: self.move(seed, self.eps); self.move(seed, -2*self.eps); self._step(seed, g, lr)
+        for seed, g, lr in log: perturb_(self.params, seed, self.eps, self.dist); perturb_(self.params, seed, -2*self.eps, self.dist); self._step(seed, g, lr)
     def tensors(self) -> dict[str, Tensor]:
         "The log, for a checkpoint: all that the next step depends on is in the weights"
         return {k: torch.tensor([row[i] for row in self.log], dtype=d) for i, (k, d) in enumerate((('seed', torch.int64), ('gradient', torch.float64), ('lr', torch.float64)))}
@@ -66,8 +63,9 @@ class MeZO:
 @paper('Fine-Tuning Language Models with Just Forward Passes', '2305.17333',
     'A pretrained model can be fine-tuned by forward passes alone, in the memory of inference, nearly as well as by backpropagation.',
     'the abstract, and the official trainer (princeton-nlp/MeZO) as projects built on it restate it')
-def mezo(eps:float=1e-3 # how far to look to either side
+def mezo(eps:float=1e-3,     # how far to look to either side
+         dist:str='normal'   # the direction: 'normal' is the paper's; 'rademacher' is +1 or -1 everywhere, and quicker to make
         ) -> Recipe:
     "Memory-efficient zeroth-order fine-tuning; learning rates are far smaller than AdamW's"
-    return Recipe('mezo', step=partial(MeZO, eps=eps), lr=1e-4, lrs=(3e-5, 1e-4, 3e-4), arguments=dict(eps=eps),
+    return Recipe('mezo', step=partial(MeZO, eps=eps, dist=dist), lr=1e-4, lrs=(3e-5, 1e-4, 3e-4), arguments=dict(eps=eps, dist=dist),
         waives={'accumulates': 'it takes no gradient, which is what that check compares; tests/test_trainers_papers.py compares the weights instead'})
