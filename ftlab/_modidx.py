@@ -14,6 +14,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'ftlab/adapters/delta.py'),
                                       'ftlab.adapters.delta.Attached.changes': ( 'adapters/delta.html#attached.changes',
                                                                                  'ftlab/adapters/delta.py'),
+                                      'ftlab.adapters.delta.Attached.chosen': ( 'adapters/delta.html#attached.chosen',
+                                                                                'ftlab/adapters/delta.py'),
                                       'ftlab.adapters.delta.Attached.detach': ( 'adapters/delta.html#attached.detach',
                                                                                 'ftlab/adapters/delta.py'),
                                       'ftlab.adapters.delta.Attached.disabled': ( 'adapters/delta.html#attached.disabled',

@@ -64,7 +64,7 @@ def test_a_refresh_carries_the_moments_of_what_stays_and_starts_what_is_new_from
     want = best(scores(b["weight"]), 2); assert set(want.tolist()) == set(b['index'].tolist())
     went = a['index'][new]; assert torch.equal(c['weight'].flatten()[went], b['weight'].flatten()[went]) # left places keep what they have
     assert not torch.equal(c['weight'].flatten()[b['index']], b['weight'].flatten()[b['index']])
-    frozen = torch.ones(b['weight'].numel(), dtype=torch.bool); [frozen.index_fill_(0, r['index'], False) for r in look.rows]
+    frozen = torch.ones(b['weight'].numel(), dtype=torch.bool); [frozen.index_fill_(0, r['index'].long(), False) for r in look.rows]
     assert torch.equal(look.rows[-1]['weight'].flatten()[frozen], b['base'].flatten()[frozen])
 
 def test_a_change_whose_places_moved_saves_folds_and_switches_off(tmp_path):
@@ -115,7 +115,7 @@ class Ends:
 def test_what_moves_in_the_second_run_is_what_moved_most_in_the_first():
     ends = Ends(); run = tune(lt_sft(density=.05), steps=10, callbacks=(ends,)); base, first = weights(toy()), ends.found[0]; names = [n for n in base if 'norm' not in n]
     diffs = torch.cat([(first[n] - base[n]).abs().flatten() for n in names]).numpy(); k = round(.05*len(diffs)); thresh = np.partition(diffs, len(diffs) - k)[len(diffs) - k] # unfreeze_k_most_changed_params
-    theirs = {n: (first[n] - base[n]).abs() >= thresh for n in names}; held = {n: torch.zeros_like(base[n], dtype=torch.bool).flatten().index_fill(0, d.index, True).view_as(base[n]) for n, d in run.delta.attached.deltas.items()}
+    theirs = {n: (first[n] - base[n]).abs() >= thresh for n in names}; held = {n: torch.zeros_like(base[n], dtype=torch.bool).flatten().index_fill(0, d.index.long(), True).view_as(base[n]) for n, d in run.delta.attached.deltas.items()}
     assert sum(int(m.sum()) for m in held.values()) == k and all(not (held[n] & ~theirs[n]).any() for n in held) and sum(int(m.sum()) for m in theirs.values()) - k < 10
     assert all(torch.equal(first[n], base[n]) for n in base if 'norm' in n), 'the norms are frozen'
     change = run.delta.tensors(); assert all(not t[~held[n]].any() for n, t in change.items()) and sum(int((t != 0).sum()) for t in change.values()) > .9*k

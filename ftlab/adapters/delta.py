@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -27,8 +28,8 @@ class Entries(nn.Module):
     site, again = 'weight', True
     def __init__(self, W:Tensor, mask:Tensor|bool=True, count:int|None=None): # the weight, the entries that may move, or their number when loading
         super().__init__()
-        idx = torch.zeros(count, dtype=torch.long) if count is not None else (torch.arange(W.numel()) if mask is True else mask.flatten().nonzero().squeeze(1))
-        self.register_buffer('index', idx); self.value = nn.Parameter(torch.zeros(len(idx), dtype=W.dtype, device=W.device))
+        idx = torch.zeros(count) if count is not None else (torch.arange(W.numel()) if mask is True else mask.flatten().nonzero().squeeze(1))
+        self.register_buffer('index', idx.to(torch.int32 if W.numel() < 2**31 else torch.int64)); self.value = nn.Parameter(torch.zeros(len(idx), dtype=W.dtype, device=W.device))
         self.config = dict(count=len(idx))
     def forward(self, W): return W.flatten().index_add(0, self.index, self.value).view_as(W)
 
@@ -117,13 +118,19 @@ def _set(model, values):
 class Attached:
     "A change that sits on a model: what moves, how it is written down, and how to take it off again"
     def __init__(self, model, chosen, deltas, handles, originals):
-        self.model, self.chosen, self.deltas, self.handles, self.originals = model, chosen, deltas, handles, originals
+        self.model, self.deltas, self.handles, self.originals = model, deltas, handles, originals
+        self._chosen = {n: m if m is True else (m.shape, np.packbits(m.cpu().numpy(), bitorder='little')) for n, m in chosen.items()} # a byte for each number would be a quarter of the model
         self.enabled, self.lent, self.frozen, self.twins = True, None, [p for p in model.parameters() if not p.requires_grad], {}
 
     @property
     def whole(self) -> list[str]:
         "Names of the weights that move themselves"
-        return [n for n in self.chosen if n not in self.deltas]
+        return [n for n in self._chosen if n not in self.deltas]
+    @property
+    def chosen(self) -> dict[str, Tensor|bool]:
+        "What was selected, by name: True or a boolean mask"
+        def mask(shape, bits): return torch.from_numpy(np.unpackbits(bits, count=shape.numel(), bitorder='little').view(bool)).view(shape)
+        return {n: m if m is True else mask(*m) for n, m in self._chosen.items()}
     def parameters(self) -> dict[str, nn.Parameter]:
         "Everything that trains, by name: a delta's own numbers are called `weight name::their name`"
         p = dict(self.model.named_parameters()) if self.whole else {}
@@ -140,7 +147,7 @@ class Attached:
 
     def detach(self) -> None:
         "Take the change off: the model is the base again, bit for bit, and this object holds nothing any more"
-        _set(self.model, self._kept(self.whole)); self._release(); self.chosen = {}
+        _set(self.model, self._kept(self.whole)); self._release(); self._chosen = {}
     def fold(self) -> None:
         "Make the change part of the weights and take the modules off; deltas on activations cannot be folded"
         _fold(self)

@@ -28,9 +28,9 @@ class Places(nn.Module):
                  mask:Tensor|bool=True,   # the places that may move
                  count:int|None=None, left:int=0): # how many places are held and were left, when loading
         super().__init__(); at = dict(device=W.device)
-        index = torch.zeros(count, dtype=torch.long) if count is not None else torch.arange(W.numel()) if mask is True else mask.flatten().nonzero().squeeze(1)
-        self.register_buffer('index', index); self.value = nn.Parameter(torch.zeros(len(index), dtype=W.dtype, **at))
-        self.register_buffer('left_index', torch.zeros(left, dtype=torch.long, **at)); self.register_buffer('left_value', torch.zeros(left, dtype=W.dtype, **at))
+        index = torch.zeros(count) if count is not None else torch.arange(W.numel()) if mask is True else mask.flatten().nonzero().squeeze(1)
+        self.register_buffer('index', index.to(kind := torch.int32 if W.numel() < 2**31 else torch.int64)); self.value = nn.Parameter(torch.zeros(len(index), dtype=W.dtype, **at))
+        self.register_buffer('left_index', torch.zeros(left, dtype=kind, **at)); self.register_buffer('left_value', torch.zeros(left, dtype=W.dtype, **at))
         self.config = dict(count=len(index), left=left)
     def forward(self, W):
         start = W.flatten().index_add(0, self.left_index, self.left_value) if len(self.left_index) else W.flatten()
@@ -39,6 +39,7 @@ class Places(nn.Module):
     @torch.no_grad()
     def move(self, index:Tensor) -> Tensor: # as many places as there are; returns the positions in the list that changed hands
         "Hold these places from now on; those that were held already keep their position and their number"
+        index = index.to(self.index.dtype)
         if len(index.unique()) != len(self.index): raise ValueError(f'{len(self.index)} different places are needed; there are {len(index.unique())}')
         went, came = (~torch.isin(self.index, index)).nonzero().squeeze(1), index[~torch.isin(index, self.index)]
         self.left_index, self.left_value = torch.cat([self.left_index, self.index[went]]), torch.cat([self.left_value, self.value[went]])
