@@ -26,7 +26,7 @@ def _prices(logits, labels, other=None, reverse=False):
     "[4, rows], with a reference [7, rows]: nll, entropy, largest logit, sum of e**(logit - largest); KL, the reference's largest and sum"
     def row(x): x = _wide(x); top = x.amax(-1); d = x - top[:, None]; e = d.exp(); return top, d, e, e.sum(-1)
     top, d, e, total = row(logits); own = total.log()
-    known = [own - d.gather(1, labels[:, None])[:, 0], own - _times(e, d).sum(-1)/total, top, total]
+    known = [own - d.gather(1, labels[:, None])[:, 0], own - torch.linalg.vecdot(e, d.clamp(min=-1e4))/total, top, total] # e**-1e4 is 0, and 0*-1e4 too
     if other is not None:
         z, dz, ez, sz = row(other); p, apart, scale = (e, d - dz, total) if reverse else (ez, dz - d, sz)
         known += [_times(p, apart).sum(-1)/scale + (sz.log() - own if reverse else own - sz.log()), z, sz]
@@ -34,8 +34,8 @@ def _prices(logits, labels, other=None, reverse=False):
 
 def _gradient_(logits, labels, prices, weight, other=None, kl=0., reverse=False):
     "logits <- the gradient of weight*nll + kl*KL for them"
-    d = _wide(logits) - prices[_TOP, :, None]; p = d.exp()/prices[_SUM, :, None]; g = weight[:, None]*p
-    g.scatter_add_(1, labels[:, None], -weight[:, None])
+    d = _wide(logits) - prices[_TOP, :, None]; p = d.exp().div_(prices[_SUM, :, None])
+    g = (p.mul_ if other is None else p.mul)(weight[:, None]).scatter_add_(1, labels[:, None], -weight[:, None])
     if other is not None:
         dz = _wide(other) - prices[_OTHER_TOP, :, None]; shift = (prices[_OTHER_SUM].log() - prices[_SUM].log() - prices[_KL])[:, None]
         g += kl*(_times(p, d - dz + shift) if reverse else p - dz.exp()/prices[_OTHER_SUM, :, None])
@@ -58,45 +58,49 @@ _BUDGET = 64 << 20 # bytes of logits held at once
 class WeightedLoss(NamedTuple):
     "What `weighted_linear_cross_entropy` found. Only `loss` carries a gradient; the rest has the labels' shape, with 0 where there is no price."
     loss: Tensor       # scalar: the sum over tokens of weight*nll + kl*KL
-    nll: Tensor        # -log p of the label, in nats; so p is exp(-nll)
-    entropy: Tensor    # of the row's softmax, in nats
-    weight: Tensor     # what each price was multiplied by
+    nll: Tensor|None   # -log p of the label, in nats; so p is exp(-nll)
+    entropy: Tensor|None # of the row's softmax, in nats
+    weight: Tensor|None # what each price was multiplied by
     kl: Tensor|None    # distance to the reference, in nats, where there is one
 
-def _weights(weight, index, nll, entropy):
+def _weights(weight, rows, nll, entropy):
     "The weights of a chunk's rows: ones, or some of those given, or what the function says"
     if weight is None: return torch.ones_like(nll)
-    if isinstance(weight, Tensor): return weight.detach().flatten()[index].to(nll.dtype)
-    w = weight(nll.clone(), entropy.clone())
-    if not isinstance(w, Tensor) or w.shape != nll.shape:
-        raise ValueError(f'the weight function gave {tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__}; it must give a tensor of the shape of nll, {tuple(nll.shape)}')
+    if isinstance(weight, Tensor): return weight.detach().flatten()[rows].to(nll.dtype)
+    w = weight(nll.clone(), entropy.clone()); got = tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__
+    if got != tuple(nll.shape): raise ValueError(f'the weight function gave {got}; it must give a tensor of the shape of nll, {tuple(nll.shape)}')
     return w.detach().to(nll)
 
-def _logits(hidden, head, bias, out): return torch.mm(hidden, head.t(), out=out) if bias is None else torch.addmm(bias, hidden, head.t(), out=out)
+def _chunks(labels, ignore, most):
+    "The rows with a price in even chunks: [(rows, how many)]; as a slice where they lie side by side, which needs no copy"
+    index = (labels != ignore).nonzero().flatten(); n = len(index)
+    if n == 0: return []
+    parts = index.split(-(-n//-(-n//most))); ends = torch.stack([i[[0, -1]] for i in parts]).tolist()
+    return [(slice(a, b + 1) if b - a + 1 == len(i) else i, len(i)) for i, (a, b) in zip(parts, ends)]
 
-def _operators(dtype, device):
-    ops = torch.ops.ftlab
-    return (_prices, _gradient_) if dtype == torch.float64 or backend(device) == 'torch' else (ops.row_prices, ops.row_gradient_)
+def _logits(hidden, head, bias, out):
+    return torch.mm(hidden, head.t(), out=out) if bias is None else torch.addmm(bias, hidden, head.t(), out=out)
+
+def _ours(dtype, device): return dtype != torch.float64 and backend(device) != 'torch' # whether a kernel of ours takes these numbers
 
 # %% ../../nbs/native/crossentropy.ipynb #00105c1c
 def _pass(hidden, labels, own, reference, weight, kl, reverse, ignore, chunk, needs):
-    "All rows, chunk by chunk: what is known of each, [3 or 4, rows] (nll, entropy, weight, KL), and the gradients that `needs` asks for"
-    (head, bias), (n, v) = own, (len(hidden), len(own[0])); dtype, device = hidden.dtype, hidden.device
-    wide = torch.float32 if device.type == 'cpu' and dtype != torch.float64 else dtype # the type of the products
-    head, bias, *ref = (None if t is None else t.detach().to(wide) for t in (head, bias, *(reference or ())[1:])); sums = torch.promote_types(dtype, torch.float32)
-    known = hidden.new_zeros(3 if reference is None else 4, n, dtype=sums); prices, gradient_ = _operators(wide, device)
+    "All rows, chunk by chunk: nll, entropy, weight and KL of each, [3 or 4, rows], and the gradients that `needs` asks for"
+    (n, _), v, dtype, device, ops = hidden.shape, len(own[0]), hidden.dtype, hidden.device, torch.ops.ftlab
+    sums = torch.promote_types(dtype, torch.float32); wide = sums if device.type == 'cpu' else dtype # the type of sums, and of the products
+    head, bias, *theirs = (None if t is None else t.detach().to(wide) for t in (*own, *(reference or ())[1:]))
+    prices, gradient_ = (ops.row_prices, ops.row_gradient_) if _ours(wide, device) else (_prices, _gradient_)
+    known = hidden.new_zeros(4 if theirs else 3, n, dtype=sums)
     grads = [hidden.new_zeros(s, dtype=t) if need else None for s, t, need in zip((hidden.shape, head.shape, (v,)), (dtype, sums, sums), needs)]
-    index = (labels != ignore).nonzero().flatten(); chunk = chunk or max(1, _BUDGET//(v*wide.itemsize))
-    even = -(-len(index)//max(1, -(-len(index)//chunk))) or 1; room = [hidden.new_empty(even, v, dtype=wide) for _ in range(1 if reference is None else 2)]
-    for i in index.split(even):
-        if len(i) == n or i[-1] - i[0] + 1 == len(i): i = slice(int(i[0]), int(i[-1]) + 1) # rows side by side need no copy
-        h, y = hidden[i].to(wide), labels[i]; logits = _logits(h, head, bias, room[0][:len(h)])
-        other = None if reference is None else _logits(reference[0][i].to(wide), *ref, room[1][:len(h)])
+    chunks = _chunks(labels, ignore, chunk or max(1, _BUDGET//(v*wide.itemsize)))
+    room = [hidden.new_empty(max((size for _, size in chunks), default=0), v, dtype=wide) for _ in range(2 if theirs else 1)]
+    for i, size in chunks:
+        h, y = hidden[i].to(wide), labels[i]; logits = _logits(h, head, bias, room[0][:size])
+        other = _logits(reference[0][i].to(wide), *theirs, room[1][:size]) if theirs else None
         found = prices(logits, y, other, reverse); w = _weights(weight, i, found[_NLL], found[_ENTROPY])
         known[:2, i], known[2, i] = found[:2], w
-        if other is not None: known[3, i] = found[_KL]
-        if not any(needs): continue
-        gradient_(logits, y, found, w, other, kl, reverse)
+        if theirs: known[3, i] = found[_KL]
+        if any(needs): gradient_(logits, y, found, w, other, kl, reverse) # from here on, logits holds their gradient
         if needs[0]: grads[0][i] = (logits @ head).to(dtype)
         if needs[1]: grads[1].addmm_(logits.t(), h) if wide == sums else grads[1].add_(logits.t() @ h)
         if needs[2]: grads[2] += logits.sum(0, dtype=sums)
@@ -104,77 +108,101 @@ def _pass(hidden, labels, own, reference, weight, kl, reverse, ignore, chunk, ne
 
 # %% ../../nbs/native/crossentropy.ipynb #00125c1c
 class _Attach(torch.autograd.Function):
-    "loss, with gradients that are known already"
+    "A loss, with gradients that are known already"
     @staticmethod
-    def forward(ctx, loss, grads, *inputs): ctx.grads, ctx.types = grads, [None if t is None else t.dtype for t in inputs]; return loss.clone()
+    def forward(ctx, loss, grads, *inputs):
+        ctx.grads, ctx.types = grads, [None if t is None else t.dtype for t in inputs]; return loss.clone()
     @staticmethod
     def backward(ctx, g):
-        if torch.is_grad_enabled(): raise RuntimeError('weighted_linear_cross_entropy cannot be differentiated twice (create_graph=True): its gradients are plain numbers')
-        if ctx.grads is None: raise RuntimeError('the gradients of this loss are used up; give retain_graph=True to the first backward, or compute the loss again')
-        keep = torch._C._autograd._get_current_graph_task_keep_graph(); grads = ctx.grads; ctx.grads = grads if keep else None
-        return None, None, *(v if v is None else (v*g if keep else v.mul_(g)).to(t) for v, t in zip(grads, ctx.types))
+        if torch.is_grad_enabled(): # create_graph=True
+            raise RuntimeError('weighted_linear_cross_entropy has no second derivative: its gradients are found on the way, as plain numbers')
+        if ctx.grads is None: raise RuntimeError('the gradients of this loss are used up; give retain_graph=True to the first backward')
+        grads, kept = ctx.grads, torch._C._autograd._get_current_graph_task_keep_graph() # whether the caller said retain_graph=True
+        if not kept: ctx.grads = None # they are as large as the head: nobody needs two of them
+        return None, None, *(None if v is None else (v*g if kept else v.mul_(g)).to(t) for v, t in zip(grads, ctx.types))
 
 # %% ../../nbs/native/crossentropy.ipynb #00145c1c
-def _check_head(what, hidden, head, bias, rows):
-    if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise ValueError(f'{what}hidden is {hidden.dtype}; it must be float32, bfloat16, float16 or float64')
-    if hidden.ndim < 1 or hidden.shape[:-1] != rows: raise ValueError(f'{what}hidden has the shape {tuple(hidden.shape)}; it must be {tuple(rows)} (the shape of labels) and a last dimension')
-    if head.ndim != 2 or not len(head) or head.shape[1] != hidden.shape[-1]:
-        raise ValueError(f'{what}head has the shape {tuple(head.shape)}; it must be [words, {hidden.shape[-1]}], with at least one word')
-    if bias is not None and bias.shape != head.shape[:1]: raise ValueError(f'{what}bias has the shape {tuple(bias.shape)}; it must be [{len(head)}]')
-    for name, t in (('head', head), ('bias', bias)):
-        if t is not None and (t.dtype, t.device) != (hidden.dtype, hidden.device):
-            raise ValueError(f'{what}{name} is {t.dtype} on {t.device}, {what}hidden {hidden.dtype} on {hidden.device}; they must be alike')
+_FALLBACK = hasattr(F, 'linear_cross_entropy') # older versions of torch lack it
 
-def _check(hidden, head, labels, weight, bias, ignore, reference, kl, direction, chunk):
+def _torchs(hidden, head, labels, bias, ignore, chunk):
+    "The plain sum of prices by torch's own chunked version, over the rows that have a price"
+    on = (labels != ignore).flatten(); hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.flatten()
+    if not on.all(): hidden, labels = hidden[on], labels[on]
+    size = max(4, head.itemsize) if head.device.type == 'cpu' else head.itemsize; rows = chunk or max(1, _BUDGET//(len(head)*size))
+    if len(labels) == 0: return (hidden.sum() + head.sum() + (0. if bias is None else bias.sum()))*0. # no price, and gradients that say so
+    return F.linear_cross_entropy(hidden, head, labels, linear_bias=bias, reduction='sum',
+        options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows))
+
+# %% ../../nbs/native/crossentropy.ipynb #00165c1c
+_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+def _check_head(whose, hidden, head, bias, rows):
+    def bad(name, t, want): raise ValueError(f'{whose}{name} has the shape {tuple(t.shape)}; it must be {want}')
+    if hidden.dtype not in _TYPES: raise ValueError(f'{whose}hidden is {hidden.dtype}; it must be float32, bfloat16, float16 or float64')
+    if hidden.ndim < 1 or hidden.shape[:-1] != rows: bad('hidden', hidden, f'that of labels, {tuple(rows)}, and one dimension more')
+    if head.ndim != 2 or not len(head) or head.shape[1] != hidden.shape[-1]: bad('head', head, f'[words, {hidden.shape[-1]}], with at least one word')
+    if bias is not None and bias.shape != head.shape[:1]: bad('bias', bias, f'[{len(head)}]')
+    for name, t in dict(head=head, bias=bias).items():
+        if t is not None and (t.dtype, t.device) != (hidden.dtype, hidden.device):
+            raise ValueError(f'{whose}{name} is {t.dtype} on {t.device}, but hidden is {hidden.dtype} on {hidden.device}; they must be alike')
+
+def _check_reference(reference, hidden, head, labels, kl):
+    if reference is None and kl: raise ValueError(f'kl is {kl}, but there is no reference; give reference=(its hidden states, its head)')
+    if reference is None: return
+    if len(reference) not in (2, 3): raise ValueError(f'reference has {len(reference)} parts; it must be (hidden, head) or (hidden, head, bias)')
+    z, other, *_ = reference; _check_head("the reference's ", z, other, reference[2] if len(reference) == 3 else None, labels.shape)
+    if (len(other), z.dtype, z.device) != (len(head), hidden.dtype, hidden.device):
+        raise ValueError(f"the reference's head has {len(other)} words, {z.dtype} on {z.device}, "
+            f'but the head has {len(head)}, {hidden.dtype} on {hidden.device}; they must be alike')
+
+def _check(hidden, head, labels, weight, bias, ignore, kl, direction, chunk):
     if labels.dtype != torch.int64: raise ValueError(f'labels is {labels.dtype}; it must be int64')
     _check_head('', hidden, head, bias, labels.shape)
     if labels.device != hidden.device: raise ValueError(f'labels is on {labels.device}, hidden on {hidden.device}; they must be on one device')
     if ((labels != ignore) & ((labels < 0) | (labels >= len(head)))).any():
         raise ValueError(f'a label is no word of the head; labels must be from 0 to {len(head) - 1}, or {ignore} where there is no price')
-    if isinstance(weight, Tensor) and (weight.shape != labels.shape or weight.device != labels.device):
+    if isinstance(weight, Tensor) and (weight.shape, weight.device) != (labels.shape, labels.device):
         raise ValueError(f'weight has the shape {tuple(weight.shape)} on {weight.device}; it must be that of labels, {tuple(labels.shape)} on {labels.device}')
-    if weight is not None and not isinstance(weight, Tensor) and not callable(weight):
+    if not (weight is None or isinstance(weight, Tensor) or callable(weight)):
         raise ValueError(f'weight is {weight!r}; it must be a tensor, a function (nll, entropy) -> weights, or None')
     if direction not in ('forward', 'reverse'): raise ValueError(f'direction is {direction!r}; it must be forward or reverse')
     if not math.isfinite(kl): raise ValueError(f'kl is {kl}; it must be a finite number')
     if chunk is not None and chunk < 1: raise ValueError(f'chunk is {chunk}; it must be 1 or more rows, or None')
-    if reference is None:
-        if kl: raise ValueError(f'kl is {kl}, but there is no reference; give reference=(its hidden states, its head)')
-        return
-    if len(reference) not in (2, 3): raise ValueError(f'reference has {len(reference)} parts; it must be (hidden, head) or (hidden, head, bias)')
-    _check_head("the reference's ", *reference, *[None][:3 - len(reference)], labels.shape)
-    if (len(reference[1]), reference[0].dtype, reference[0].device) != (len(head), hidden.dtype, hidden.device):
-        raise ValueError("the reference's head must have as many words as the head, and be of its type, on its device")
 
-# %% ../../nbs/native/crossentropy.ipynb #00155c1c
+# %% ../../nbs/native/crossentropy.ipynb #00175c1c
 def weighted_linear_cross_entropy(
-    hidden:Tensor,                       # [..., H]: the states that the head sees, each beside its label (the caller shifts); float32, bfloat16, float16, float64
-    head:Tensor,                         # [V, H]: the head's weight, of the type of hidden
-    labels:Tensor,                       # [...], int64: the word that each state should have said
-    weight:Tensor|Callable|None=None,    # [...], or a function (nll, entropy) -> weights of some rows; taken as constants; None: 1
+    hidden:Tensor,                    # [..., H]: the states that the head sees; float32, bfloat16, float16 or float64
+    head:Tensor,                      # [V, H]: the head's weight, of the type of hidden
+    labels:Tensor,                    # [...], int64: for each state the word it should have said; so it is the caller who shifts
+    weight:Tensor|Callable|None=None, # [...], or a function (nll, entropy) -> weights of some rows; taken as constants; None: 1
     *,
-    bias:Tensor|None=None,               # [V]: the head's, where it has one
-    ignore_index:int=-100,               # the label of what carries no price
-    reference:tuple|None=None,           # another model's (hidden, head) or (hidden, head, bias), to measure the distance to; gets no gradient
-    kl:float=0.,                         # the price of one nat of that distance, at each priced token
-    direction:str='forward',             # 'forward': KL(reference || model); 'reverse': KL(model || reference)
-    chunk:int|None=None                  # rows at a time; None: as many as make 64 MB of logits. Changes nothing but rounding, time and memory
+    bias:Tensor|None=None,            # [V]: the head's, where it has one
+    ignore_index:int=-100,            # the label of what carries no price
+    reference:tuple|None=None,        # another model's (hidden, head) or (hidden, head, bias), to keep near to; gets no gradient
+    kl:float=0.,                      # the price of one nat of distance from it, at each token with a price
+    direction:str='forward',          # 'forward': KL(reference || model); 'reverse': KL(model || reference)
+    chunk:int|None=None,              # rows at a time; None: as many as make 64 MB of logits. Changes rounding, time and memory only
+    prices:bool=True                  # False: only the loss is asked for, the rest is None; see "Where torch's own is better"
     ) -> WeightedLoss:
     """The sum over tokens of `weight*nll + kl*KL`, without ever holding all logits; its gradients are found in the same pass.
-    It is a sum: divide by whatever the mean is to be over (tokens with a price, in the whole batch). A function for `weight` sees the rows of one chunk
-    at a time, flat, and is called without gradient, so it must judge each row by itself. Under autocast everything is of autocast's type.
+    A sum: divide it by what the mean is to be over, usually the number of tokens with a price in all batches of the step.
+    A function as `weight` is given the rows of one chunk, flat, so it must judge each row by itself. Under autocast all is of autocast's type.
     Raises `ValueError` for what does not fit together, `RuntimeError` for a second derivative."""
-    kind = hidden.device.type
+    kind = hidden.device.type; reference = None if reference is None else tuple(reference)
     if cast := torch.is_autocast_enabled(kind):
-        to = torch.get_autocast_dtype(kind); hidden, head, bias = (None if t is None else t.to(to) for t in (hidden, head, bias))
-        reference = reference and tuple(None if t is None else t.detach().to(to) for t in reference)
-    _check(hidden, head, labels, weight, bias, ignore_index, reference, kl, direction, chunk)
+        def to(ts): return ts and tuple(None if t is None else t.to(torch.get_autocast_dtype(kind)) for t in ts)
+        (hidden, head, bias), reference = to((hidden, head, bias)), to(reference)
+    _check(hidden, head, labels, weight, bias, ignore_index, kl, direction, chunk); _check_reference(reference, hidden, head, labels, kl)
     inputs = hidden, head, bias; needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
-    if reference is not None: reference = [reference[0].detach().reshape(-1, reference[0].shape[-1]), reference[1], reference[2] if len(reference) == 3 else None]
-    with torch.no_grad(), torch.autocast(kind, enabled=False) if cast else nullcontext():
-        known, grads = _pass(hidden.detach().reshape(-1, hidden.shape[-1]), labels.reshape(-1), (head, bias), reference, weight, kl, direction == 'reverse', ignore_index, chunk, needs)
-        loss = (known[_NLL]*known[2]).sum() + (kl*known[3].sum() if kl else 0.)
+    with torch.autocast(kind, enabled=False) if cast else nullcontext():
+        if not prices and weight is None and reference is None and _FALLBACK and not _ours(hidden.dtype, hidden.device):
+            return WeightedLoss(_torchs(hidden, head, labels, bias, ignore_index, chunk), None, None, None, None)
+        with torch.no_grad():
+            flat, y = hidden.detach().reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+            if reference: reference = (reference[0].detach().reshape(-1, reference[0].shape[-1]), *reference[1:], None)[:3]
+            known, grads = _pass(flat, y, (head, bias), reference, weight, kl, direction == 'reverse', ignore_index, chunk, needs)
+            loss = (known[_NLL]*known[2]).sum() + (kl*known[3].sum() if kl else 0.)
     if needs[0]: grads[0] = grads[0].view(hidden.shape)
     if any(needs): loss = _Attach.apply(loss, grads, *inputs)
-    nll, entropy, w, *far = (t.view(labels.shape) for t in known); return WeightedLoss(loss, nll, entropy, w, far[0] if far else None)
+    nll, entropy, w, *far = (t.view(labels.shape) for t in known)
+    return WeightedLoss(loss, nll, entropy, w, far[0] if far else None) if prices else WeightedLoss(loss, None, None, None, None)
