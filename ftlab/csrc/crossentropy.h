@@ -20,7 +20,7 @@ FTLAB_HD float times(float e, float d) { return e == 0.f ? 0.f : e*d; }  // noth
 
 // What is known of a row x, and of a row y that it is held against: log-probabilities are x - top - log(sum)
 struct Row { float top, sum, other_top, other_sum; };
-struct Sums { double x, entropy, y, apart; };  // of e^(x - top), of that times (x - top), of e^(y - other_top), of e times the difference
+struct Sums { double x, entropy, y, apart; };  // of e^(x - top), of that times (x - top), of e^(y - other_top), of what KL averages
 
 // d/dx of weight*nll + kl*KL, but for the label's place. `reverse`: KL(x || y), else KL(y || x)
 struct Slope { float weight, kl, apart, x, y, shift; };  // apart: the row's KL; x and y: 1/sum, 1/other_sum; shift: log(other_sum) - log(sum)
@@ -29,10 +29,10 @@ template <bool reverse> FTLAB_HD float slope(float x, float y, const Row& r, con
   float dx = x - r.top, dy = y - r.other_top, p = exp_(dx)*s.x;
   return s.weight*p + s.kl*(reverse ? times(p, (dx - dy + s.shift) - s.apart) : p - exp_(dy)*s.y);
 }
-// What a pair of places adds to Sums::apart, given e^(x - top) or e^(y - other_top), whichever the expectation is over
+// What a word adds to Sums::apart; ey is e^dy
 template <bool reverse> FTLAB_HD float apart(float dx, float dy, float ey) { return reverse ? times(exp_(dx), dx - dy) : times(ey, dy - dx); }
 
-// A row's answers: how surprised it is by the label, its entropy, its KL; `all` doubles once per row
+// A row's answers, in doubles, as they are worked out but once: how surprised it is by the label, its entropy, its KL
 struct Price { float nll, entropy, kl; };
 FTLAB_HD Price price(const Sums& s, const Row& r, float label, bool reverse) {
   double own = log(s.x), other = log(s.y);
