@@ -323,6 +323,7 @@ class Loop:
     "Next, price, step, log"
     def __init__(self, state:State, recipe:Recipe, step:Callable, processes:Processes):
         self.state, self.recipe, self.step, self.processes, self.objective = state, recipe, step, processes, recipe.objective or mean_nll
+        state.asides, state.whole_logits = recipe.penalties, bool(state.learners) or any(getattr(p, 'nats', None) is None for p in recipe.penalties) or len(recipe.penalties) > 1 # who else looks at the logits
 
     def run(self, after:Callable) -> None: # after(state): what the caller does after each step
         "Steps until there are enough, or a callback sets `state.stop`: True where the work is done, 'by hand' where somebody wants it to end here"
@@ -346,11 +347,11 @@ class Loop:
 
     def price(self, i:int, batch:dict) -> Tensor:
         "What micro-batch `i` of this process costs; its plain price is noted beside it"
-        state = self.state; state.batch, state.logits = batch, None
+        state = self.state; state.batch, state.logits, state.nll = batch, None, None
         with self.processes.chance(state, i), state.accelerator.autocast(), state.attached.lean(): loss = self.objective(state) + sum(p(state) for p in self.recipe.penalties)
         if state.learners: self.heard.setdefault(i, None if state.logits is None else state.logits.detach())
-        if i not in self.nll and 'labels' in batch and state.logits is not None:
-            with torch.no_grad(): self.nll[i] = float(token_nll(state.logits, batch['labels']).sum())
+        if i not in self.nll and 'labels' in batch and (state.logits is not None or state.nll is not None):
+            with torch.no_grad(): self.nll[i] = float((token_nll(state.logits, batch['labels']) if state.nll is None else state.nll).sum())
         return self.processes.price(loss)
 
 # %% ../../nbs/trainers/loop.ipynb #001a191a

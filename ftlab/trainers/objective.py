@@ -5,13 +5,16 @@
 # %% ../../nbs/trainers/objective.ipynb #0003b9a2
 from __future__ import annotations
 from collections.abc import Callable
+from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from ..core.state import MODEL_INPUTS
+from ..native.crossentropy import weighted_linear_cross_entropy
 
 # %% auto #0
-__all__ = ['IGNORE', 'mean_nll', 'token_nll', 'priced', 'weighted', 'kl', 'kl_to_reference']
+__all__ = ['IGNORE', 'mean_nll', 'token_nll', 'priced', 'plain_head', 'weighted', 'kl', 'kl_to_reference']
 
 # %% ../../nbs/trainers/objective.ipynb #0004b9a2
 IGNORE = -100 # the label of what carries no price, as everywhere in PyTorch
@@ -28,10 +31,52 @@ def priced(labels:Tensor) -> Tensor:
     return (labels if labels.ndim == 1 else labels[:, 1:]) != IGNORE
 
 # %% ../../nbs/trainers/objective.ipynb #0007b9a2
+_HEAVY = 64 << 20 # bytes of logits, as float32, from which on they are not made whole
+
+def _stopped(call:Callable, head:nn.Module) -> tuple[Tensor, Tensor, Tensor|None]:
+    "What the head would have seen in this call, [batch, tokens, hidden], and its weight and bias as they were then"
+    seen = []
+    def stop(mod, args): seen.append((args[0], mod.weight, mod.bias)); return (args[0][:, :0], *args[1:])
+    hook = head.register_forward_pre_hook(stop)
+    try: call()
+    finally: hook.remove()
+    return seen[0]
+
+def plain_head(model, batch) -> nn.Linear|None:
+    "The last layer of a language model, if the logits are its product and nothing more; else `None`"
+    ask = getattr(model, 'get_output_embeddings', None); head = ask() if ask else None
+    if not isinstance(head, nn.Linear) or head._forward_hooks or head._forward_pre_hooks or isinstance(head.weight, DTensor): return None
+    fed, few = [], {k: v[:1, :2] for k, v in batch.items() if k in MODEL_INPUTS and v.ndim == 2}
+    def feed(mod, args): h = args[0]; fed.append(h*(60/F.linear(h, mod.weight, mod.bias).abs().max().clamp(min=1e-6))); return (fed[0], *args[1:])
+    hook = head.register_forward_pre_hook(feed)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(): got = model(**few).logits; want = F.linear(fed[0], head.weight, head.bias)
+    finally: hook.remove()
+    return head if got.shape == want.shape and torch.allclose(got.float(), want.float(), rtol=1e-2, atol=1e-2) else None
+
+def _head_of(state):
+    if 'plain_head' not in state.extra: state.extra['plain_head'] = (plain_head(state.model, state.batch),)
+    return state.extra['plain_head'][0]
+
+# %% ../../nbs/trainers/objective.ipynb #0009b9a2
+def _in_one_pass(state, weight) -> Tensor|None:
+    labels = state.batch['labels']; words = getattr(getattr(state.model, 'config', None), 'vocab_size', 0)
+    if labels.ndim != 2 or state.whole_logits or 4*words*labels.numel() < _HEAVY or (head := _head_of(state)) is None: return None
+    inputs = {k: v for k, v in state.batch.items() if k in MODEL_INPUTS}; hidden, W, b = _stopped(lambda: state.model(**inputs), head); anchor = {}
+    for aside in state.asides: # one at most: a distance to the base
+        base = state.models['reference']; theirs = getattr(base, 'attached', SimpleNamespace(model=base)).model.get_output_embeddings()
+        with torch.no_grad(): z, *rest = _stopped(lambda: base(**inputs), theirs)
+        anchor = dict(reference=(z[:, :-1], *rest), kl=aside.nats, direction=aside.direction)
+    found = weighted_linear_cross_entropy(hidden[:, :-1], W, labels[:, 1:].contiguous(), weight and (lambda nll, entropy: weight(nll)), bias=b, **anchor)
+    state.nll = found.nll
+    return found.loss/state.count
+
+# %% ../../nbs/trainers/objective.ipynb #000bb9a2
 def weighted(weight:Callable|None=None # (nll) -> weights of the same shape, taken as constants; None: every token weighs 1
             ) -> Callable:             # objective(state) -> scalar
-    "The mean price of a token, each weighed by a function of its own price"
+    "The mean price of a token, each weighed by a function of its own price. Logits that would take over 64 MB are not made whole where nothing else needs them."
     def objective(state):
+        if (price := _in_one_pass(state, weight)) is not None: return price
         nll = token_nll(state.forward(), state.batch['labels'])
         return (nll if weight is None else weight(nll).detach()*nll).sum()/state.count
     objective.__name__ = 'mean_nll' if weight is None else f'weighted({getattr(weight, "__name__", "weight")})'
@@ -39,7 +84,7 @@ def weighted(weight:Callable|None=None # (nll) -> weights of the same shape, tak
 
 mean_nll = weighted()
 
-# %% ../../nbs/trainers/objective.ipynb #000ab9a2
+# %% ../../nbs/trainers/objective.ipynb #0010b9a2
 def kl(p_logits:Tensor, q_logits:Tensor) -> Tensor:
     "KL(p || q) at each place, in nats: how surprised q is by what p says"
     p, q = p_logits.float().log_softmax(-1), q_logits.float().log_softmax(-1)
@@ -51,9 +96,10 @@ def kl_to_reference(weight:float=.1, # price of one nat a token
     "Pay for saying something else than the base model, at every priced token"
     if direction not in ('forward', 'reverse'): raise ValueError(f'direction is {direction!r}; it must be forward or reverse')
     def penalty(state):
+        if state.nll is not None: return 0. # the objective has charged it, in the same pass as the prices
         with torch.no_grad(): ref = state.models['reference'](**{k: v for k, v in state.batch.items() if k in MODEL_INPUTS}).logits
         on, cut = priced(state.batch['labels']), (lambda x: x if x.ndim == 2 else x[:, :-1])
         a, b = (ref, state.logits) if direction == 'forward' else (state.logits, ref)
         return weight*(kl(cut(a), cut(b))*on).sum()/state.count
-    penalty.__name__ = f'kl_to_reference({weight}, {direction})'
+    penalty.__name__, penalty.nats, penalty.direction = f'kl_to_reference({weight}, {direction})', weight, direction
     return penalty
