@@ -10,7 +10,8 @@ import importlib
 
 # %% ../../nbs/native/kernels.ipynb #00054bc2
 _PUBLIC = dict(backend='extension', build='extension', perturb_='perturb', restore_update_='perturb', low_halves='perturb',
-    kth_magnitude='magnitude', unpack_mask='magnitude')
+    kth_magnitude='magnitude', unpack_mask='magnitude',
+    SparseAdamW='adamw', rows='adamw', columns='adamw', blocks='adamw', selected_linear='adamw')
 
 __all__ = sorted(_PUBLIC)
 
