@@ -2,10 +2,11 @@
 
     python bench/native_adamw.py            # writes bench/results/native_adamw.json; about five minutes
 
-The job: a dense gradient is there, 5% or 50% of the numbers (chosen one by one, at random) or 5% of the rows are to be moved. Every contestant but the dense ones
-keeps moments of the chosen numbers only. A second part trains a stack of layers in a process of its own and notes the most memory that it took."""
+The job: a dense gradient is there, 5% or 50% of the numbers (chosen one by one, at random) or 5% of the rows are to be moved. Every contestant but the
+dense ones keeps moments of the chosen numbers only. Rows take so little time that each call makes ten steps. A second part trains a stack of layers in a
+process of its own and notes the most memory that it took."""
 import json, os, subprocess, sys
-from native import THREADS, best, main, peak
+from native import THREADS, best, main, peak, status
 
 R, C = 12208, 4096
 LAYERS, WIDTH, STEPS = 8, 1536, 3
@@ -46,15 +47,50 @@ def contestants():
         who[f'torch, {name}: eager, buffers'] = (eager, 3*m.nbytes)
     mask = selections['5%'].float(); dense, full = torch.optim.AdamW([p], lr=1e-3, weight_decay=0., fused=True), g.clone()
     def masked(): full.copy_(g).mul_(mask); p.grad = full; dense.step(); p.grad = g
-    who |= {'torch, dense: fused AdamW, gradient times mask': (masked, 4*p.numel()), 'torch, dense: fused AdamW alone': (dense.step, 0), 'floor: p.mul_(c)': (lambda: flat.mul_(1.), 0)}
+    who |= {'torch, dense: fused AdamW, gradient times mask': (masked, 4*p.numel()), 'torch, dense: fused AdamW alone': (dense.step, 0),
+        'floor: p.mul_(c)': (lambda: flat.mul_(1.), 0)}
     assert counters['stats']['unique_graphs'] == 6 and not counters['graph_break']
-    return who
+    return {k: (lambda f=f: [f() for _ in range(10)], held) if ', rows' in k else (f, held) for k, (f, held) in who.items()}
 
 def pairs(times):
     out = {}
     for name in ('5%', '50%', 'rows'):
         ours = f'ours, {name}'; compiled, eager = best(times, f'torch, {name}: compiled'), best(times, f'torch, {name}: eager')
         out |= {f'{name}: compiled gather, AdamW, scatter over ours': (compiled, ours), f'{name}: the same in eager torch over ours': (eager, ours),
-            f'{name}: compiled over ours, gathered and then stepped': (compiled, f'{ours}: gathered, then stepped'),
-            f'{name}: fused dense AdamW, gradient times mask, over ours': ('torch, dense: fused AdamW, gradient times mask', ours)}
+            f'{name}: compiled over ours, gathered and then stepped': (compiled, f'{ours}: gathered, then stepped')}
+        if name != 'rows': out |= {f'{name}: fused dense AdamW, gradient times mask, over ours': ('torch, dense: fused AdamW, gradient times mask', ours)}
     return out
+
+def train(way):
+    "The most memory that a few steps took above the parameters, moments and all; the ways are compared in processes of their own"
+    import torch
+    from torch import nn
+    from ftlab.native import SparseAdamW, backend, rows
+    torch.set_num_threads(THREADS); torch.manual_seed(0); assert backend('cpu') == 'cpp'
+    def net(width, layers): return nn.Sequential(*[o for _ in range(layers) for o in (nn.Linear(width, width, bias=False), nn.Tanh())])
+    def make(model, width):
+        ps = list(model.parameters()); some = lambda p: rows(range(0, width, 20)) if 'rows' in way else torch.rand(p.shape) < .05
+        opt = torch.optim.AdamW(ps, fused=True) if way == 'dense' else SparseAdamW((p, some(p)) for p in ps)
+        if 'hook' in way: opt.gather()
+        if 'narrow' in way: [opt.narrow(l) for l in model if isinstance(l, nn.Linear)]
+        return opt
+    def steps(model, opt, width):
+        x = torch.randn(8, width)
+        for _ in range(STEPS): model(x).pow(2).mean().backward(); opt.step(); opt.zero_grad()
+    small = net(64, 2); steps(small, make(small, 64), 64); model = net(WIDTH, LAYERS); model(torch.randn(8, WIDTH)); start = status('VmRSS')
+    opt = make(model, WIDTH); held = status('VmRSS') - start; top = held + peak(lambda: steps(model, opt, WIDTH))
+    state = sum(t.nbytes for s in opt.state.values() for t in s.values() if torch.is_tensor(t) and t.ndim)
+    print(json.dumps(dict(way=way, peak_bytes=top, state_bytes=state, parameter_bytes=4*LAYERS*WIDTH**2, layer_bytes=4*WIDTH**2)))
+
+def memory():
+    "All ways; freed memory goes back to the system at once, so that the mark shows what is held"
+    env, rows = {**os.environ, 'MALLOC_MMAP_THRESHOLD_': '65536', 'FTLAB_NATIVE': 'cpp', 'OMP_NUM_THREADS': str(THREADS)}, []
+    for way in ('dense', '5%', '5%, hook', '5% rows, hook', '5% rows, narrow'):
+        r = subprocess.run([sys.executable, __file__, 'train', way], env=env, capture_output=True, text=True)
+        if r.returncode: sys.exit(f'{way}: ended with {r.returncode}\n{r.stderr}')
+        rows.append(json.loads(r.stdout.splitlines()[-1]))
+    return rows
+
+if __name__ == '__main__':
+    if sys.argv[1:2] == ['train']: train(sys.argv[2])
+    else: main(__file__, contestants, pairs, 9, numbers=R*C, memory=[] if sys.argv[1:] else memory(), targets={'5%': 1.2, '50%': 1., 'rows': 1.5})

@@ -1208,6 +1208,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'ftlab.native.adamw.SparseAdamW': ('native/adamw.html#sparseadamw', 'ftlab/native/adamw.py'),
                                     'ftlab.native.adamw.SparseAdamW.__init__': ( 'native/adamw.html#sparseadamw.__init__',
                                                                                  'ftlab/native/adamw.py'),
+                                    'ftlab.native.adamw.SparseAdamW.__setstate__': ( 'native/adamw.html#sparseadamw.__setstate__',
+                                                                                     'ftlab/native/adamw.py'),
                                     'ftlab.native.adamw.SparseAdamW._move': ( 'native/adamw.html#sparseadamw._move',
                                                                               'ftlab/native/adamw.py'),
                                     'ftlab.native.adamw.SparseAdamW.add_param_group': ( 'native/adamw.html#sparseadamw.add_param_group',

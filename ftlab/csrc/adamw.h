@@ -69,20 +69,27 @@ template <class Body> FTLAB_HD void walk_runs(const Chosen& c, int64_t begin, in
     i += n;
   }
 }
-// Blocks begin to end of a bit mask. A byte's places are stored all eight at once, and only as many as there are count.
+// Blocks begin to end of a bit mask. Eight places are stored at once, of which only as many as there are count: no branch to guess wrong,
+// as a loop over the set bits would be. They are handed on many at a time, so that many lines of memory are waited for together.
 template <class Body> FTLAB_HD void walk_bits(const Chosen& c, int64_t begin, int64_t end, const Body& body) {
   alignas(64) int32_t at[TILE + 8];
   for (int64_t b = begin; b < end; b++) {
-    int64_t entry = c.before[b], stop = c.count - b*BLOCK < BLOCK ? c.count - b*BLOCK : BLOCK;
-    for (int64_t o = 0; o < stop; o += TILE) {
-      int64_t n = 0, last = o + TILE < stop ? o + TILE : stop;
-      for (int64_t k = o; k < last; k += 8) {
-        int mask = c.bits[(b*BLOCK + k) >> 3];
-        for (int j = 0; j < 8; j++) at[n + j] = (int32_t)k + bytes.set[mask][j];
-        n += __builtin_popcount((unsigned)mask);
+    int64_t entry = c.before[b], n = 0, stop = c.count - b*BLOCK < BLOCK ? c.count - b*BLOCK : BLOCK;
+    for (int64_t k = 0; k < stop; k += 64) {
+      uint64_t word = 0;
+      memcpy(&word, c.bits + ((b*BLOCK + k) >> 3), (size_t)(stop - k < 64 ? stop - k + 7 : 64)/8);
+      int many = __builtin_popcountll(word);
+      if (many <= 8) {
+        for (int j = 0; j < 8; j++, word &= word - 1) at[n + j] = (int32_t)k + __builtin_ctzll(word | (uint64_t)1 << 63);
+      } else for (int64_t byte = 0, to = n; byte < 64; byte += 8, word >>= 8) {
+        for (int j = 0; j < 8; j++) at[to + j] = (int32_t)(k + byte) + bytes.set[word & 255][j];
+        to += __builtin_popcountll(word & 255);
       }
-      if (n) body.list(b*BLOCK, at, entry, n);
-      entry += n;
+      n += many;
+      if (n + 64 > TILE || k + 64 >= stop) {
+        if (n) body.list(b*BLOCK, at, entry, n);
+        entry += n; n = 0;
+      }
     }
   }
 }

@@ -80,6 +80,7 @@ def _of_mask(mask):
 # %% ../../nbs/native/adamw.ipynb #000900e1
 def _choose(p, selection):
     "The layout of a selection of `p`; raises `ValueError` for what is no selection of it"
+    if type(p) is not Tensor: raise ValueError(f'the parameter is a {type(p).__name__}; it must be a plain tensor, whole on one device')
     if p.dtype not in (torch.float32, torch.bfloat16, torch.float16): raise ValueError(f'the parameter is {p.dtype}; it must be float32, bfloat16 or float16')
     if not p.is_contiguous(): raise ValueError(f'the parameter is not contiguous (strides {p.stride()}); give it as it is stored')
     if selection is True: return _whole(p.numel(), p.device)
@@ -94,7 +95,8 @@ def _choose(p, selection):
         if n % 8 and s[-1] >> n % 8: raise ValueError(f'the bit mask has bits set beyond the last of {n} numbers')
         s = unpack_mask(s, p)
     if s.dtype in (torch.int32, torch.int64):
-        if s.ndim != 1 or len(s) and (s.min() < 0 or s.max() >= n): raise ValueError(f'indices must be flat and from 0 to {n - 1}; these are of shape {tuple(s.shape)}')
+        if s.ndim != 1 or len(s) and (s.min() < 0 or s.max() >= n):
+            raise ValueError(f'indices must be flat and from 0 to {n - 1}; their shape is {tuple(s.shape)}')
         if (s[1:] <= s[:-1]).any(): raise ValueError('indices must be ascending, each once; sort them')
         s = torch.zeros(n, dtype=torch.bool, device=p.device).index_fill_(0, s.long(), True).view(p.shape)
     if s.dtype != torch.bool: raise ValueError(f'the selection is {s.dtype}; a mask is bool (or uint8, a bit for each number), indices are int32 or int64')
@@ -166,7 +168,8 @@ def _restored(p, s): # a parameter's state from a checkpoint, checked
     types = dict(exp_avg=torch.float32, exp_avg_sq=torch.float32, at=None, before=torch.int64)
     try: s = {k: torch.as_tensor(s[k]).to(p.device, types[k], copy=True) if k in types else int(s[k]) for k in ('step', *types, 'length', 'stride')}
     except KeyError as e: raise ValueError(f'the state has no {e}; it is not of SparseAdamW') from None
-    fits = len(s['at']) == -(-p.numel()//8) if s['at'].dtype == torch.uint8 else not len(s['at']) or int(s['at'].max() + 1)*s['length'] <= (s['stride'] or p.numel())
+    at, end = s['at'], s['stride'] or p.numel()
+    fits = len(at) == -(-p.numel()//8) if at.dtype == torch.uint8 else not len(at) or int(at.max() + 1)*s['length'] <= end
     if not fits or _count(p, s) != len(s['exp_avg']) or s['exp_avg'].shape != s['exp_avg_sq'].shape:
         raise ValueError(f'the state does not fit a parameter of shape {tuple(p.shape)}')
     return s
@@ -237,7 +240,7 @@ class _Narrow(torch.autograd.Function):
 
 def selected_linear(x:Tensor,            # (..., in)
                     weight:Tensor,       # (out, in); gets no gradient itself
-                    part:Tensor,         # gets the gradient of the chosen entries: flat, in ascending order, or of the shape of weight[rows], weight[:, columns]
+                    part:Tensor,         # gets the gradient of the chosen entries: flat and ascending, or shaped as weight[rows] or weight[:, columns]
                     selection:Part|Tensor|bool, # rows(...), columns(...), blocks(...), a mask of such, or True
                     bias:Tensor|None=None# (out,)
                     ) -> Tensor:         # (..., out)
@@ -259,6 +262,10 @@ class SparseAdamW(torch.optim.Optimizer):
         selected = selected if isinstance(selected, Mapping) else list(selected)
         groups = selected if selected and isinstance(selected, list) and isinstance(selected[0], dict) else [dict(selected=selected)]
         super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    def __setstate__(self, state): # a copy has the settings, moments and selection; no gradients and no hooks
+        super().__setstate__(state)
+        if '_lists' not in vars(self): self._lists = _Lists(self)
 
     def add_param_group(self, param_group:dict): # dict(selected={parameter: selection}), and what differs from the defaults
         "Add parameters with settings of their own"
@@ -285,7 +292,8 @@ class SparseAdamW(torch.optim.Optimizer):
         (b1, b2), lr = group['betas'], float(group['lr']); t = [s['step'] + 1 for s in states]; decay = 1 - lr*group['weight_decay']
         first, second = [s['exp_avg'] for s in states], [s['exp_avg_sq'] for s in states]
         do = _step if backend(ps[0].device) == 'torch' else torch.ops.ftlab.sparse_adamw_
-        do([p.detach() for p in ps], first, second, grads, *_which(states), [lr/(1 - b1**k) for k in t], [(1 - b2**k)**-.5 for k in t], b1, b2, group['eps'], decay, dense)
+        do([p.detach() for p in ps], first, second, grads, *_which(states), [lr/(1 - b1**k) for k in t],
+           [(1 - b2**k)**-.5 for k in t], b1, b2, group['eps'], decay, dense)
         for s, k in zip(states, t): s['step'] = k
         torch.autograd.graph.increment_version(ps)
 
@@ -312,11 +320,11 @@ class SparseAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def select(self, parameter:Tensor, selection:Tensor|Part|bool):
-        "Select other entries. The moments of those that stay are kept, new ones begin at zero; the step count goes on. A gradient that was gathered is dropped."
+        "Select other entries. Moments of those that stay are kept, new ones begin at zero; the step count goes on. A gathered gradient is dropped."
         if parameter not in self.state: raise ValueError('this optimiser does not have the parameter; add_param_group adds it')
-        s = self.state[parameter]; c = _choose(parameter.detach(), selection); old, new = _flags(parameter, s), _flags(parameter, c); fresh = _moments(parameter, c)
+        p, s = parameter, self.state[parameter]; c = _choose(p.detach(), selection); old, new, fresh = _flags(p, s), _flags(p, c), _moments(p, c)
         for k, v in fresh.items(): v[old[new]] = s[k][new[old]]
-        s.update(fresh, **c); self._lists.forget(parameter)
+        s.update(fresh, **c); self._lists.forget(p)
 
     def selected(self, parameter:Tensor) -> Tensor: # bool, of the parameter's shape
         "Which entries are selected"
@@ -334,7 +342,8 @@ class SparseAdamW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict:dict):
         "Go on from what `state_dict()` gave: settings, moments, and the selection. Raises `ValueError`, and changes nothing, if it is of other parameters."
         ps = [p for g in self.param_groups for p in g['params']]; ids = [i for g in state_dict['param_groups'] for i in g['params']]
-        if len(ps) != len(ids) or any(i not in state_dict['state'] for i in ids): raise ValueError(f'the state is of {len(ids)} parameters, the optimiser has {len(ps)}')
+        if len(ps) != len(ids) or any(i not in state_dict['state'] for i in ids):
+            raise ValueError(f'the state is of {len(ids)} parameters, the optimiser has {len(ps)}')
         new = {p: _restored(p, state_dict['state'][i]) for p, i in zip(ps, ids)}
         super().load_state_dict(dict(state_dict, state={})); self.state.update(new)
         for p in ps: self._lists.forget(p)
