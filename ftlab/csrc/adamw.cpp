@@ -74,9 +74,9 @@ void sparse_adamw_cpu(Tensors tensors, Tensors first, Tensors second, Tensors gr
   for (auto& t : tensors) loops.push_back(step_of(type_of(t), dense, ftlab::isa()));
   spread(steps_of(tensors, first, second, grads, at, before, lengths, strides, rates, roots, beta1, beta2, eps, decay, dense), loops);
 }
-void gather_cpu(Tensors out, Tensors dense, Tensors at, Tensors before, Ints lengths, Ints strides) {
+void gather_cpu(Tensors out, Tensors dense, Tensors at, Tensors before, Ints lengths, Ints strides, bool add) {
   std::vector<Loop> loops;
-  for (auto& t : dense) loops.push_back(gather_of(type_of(t), ftlab::isa()));
+  for (auto& t : dense) loops.push_back(gather_of(type_of(t), add, ftlab::isa()));
   spread(gathers_of(out, dense, at, before, lengths, strides), loops);
 }
 STABLE_TORCH_LIBRARY_IMPL(ftlab, CPU, m) {
@@ -107,8 +107,8 @@ void sparse_adamw_cuda(Tensors tensors, Tensors first, Tensors second, Tensors g
     Floats rates, Floats roots, double beta1, double beta2, double eps, double decay, bool dense) {
   launch(steps_of(tensors, first, second, grads, at, before, lengths, strides, rates, roots, beta1, beta2, eps, decay, dense), tensors, dense ? DENSE : LISTED);
 }
-void gather_cuda(Tensors out, Tensors dense, Tensors at, Tensors before, Ints lengths, Ints strides) {
-  launch(gathers_of(out, dense, at, before, lengths, strides), dense, GATHER);
+void gather_cuda(Tensors out, Tensors dense, Tensors at, Tensors before, Ints lengths, Ints strides, bool add) {
+  launch(gathers_of(out, dense, at, before, lengths, strides), dense, add ? ADD : LIST);
 }
 STABLE_TORCH_LIBRARY_IMPL(ftlab, CUDA, m) {
   m.impl("sparse_adamw_", TORCH_BOX(&sparse_adamw_cuda));

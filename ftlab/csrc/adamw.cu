@@ -7,7 +7,11 @@ using namespace ftlab::adamw;
 
 template <class T, int what> __device__ void one(const Job& j, int64_t at, int64_t i) {
   typedef typename T::type N;
-  if (what == GATHER) { j.m[i] += T::in(((const N*)j.p)[at]); return; }
+  if (what == LIST || what == ADD) {
+    float g = T::in(((const N*)j.p)[at]);
+    j.m[i] = what == ADD ? j.m[i] + g : g;
+    return;
+  }
   float x = T::in(((N*)j.p)[at]), m = j.m[i], v = j.v[i];
   update(x, what == DENSE ? T::in(((const N*)j.g)[at]) : ((const float*)j.g)[i], m, v, j.rates);
   ((N*)j.p)[at] = T::out(x); j.m[i] = m; j.v[i] = v;
@@ -48,7 +52,8 @@ template <class T, int what> __global__ void __launch_bounds__(256, 4) work(cons
 template <class T> static void launch(const Table& t, int what, cudaStream_t s) {
   int64_t blocks = t.first[t.n];
   int grid = (int)(blocks < 65536 ? blocks : 65536);
-  if (what == GATHER) work<T, GATHER><<<grid, 256, 0, s>>>(t);
+  if (what == LIST) work<T, LIST><<<grid, 256, 0, s>>>(t);
+  else if (what == ADD) work<T, ADD><<<grid, 256, 0, s>>>(t);
   else if (what == DENSE) work<T, DENSE><<<grid, 256, 0, s>>>(t);
   else work<T, LISTED><<<grid, 256, 0, s>>>(t);
 }

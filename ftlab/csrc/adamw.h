@@ -32,7 +32,7 @@ FTLAB_HD int64_t place(const Chosen& c, int64_t i) {
 
 // One tensor's work. For a gather p is the dense gradient, and m the list that it is added to.
 struct Job { Chosen chosen; void* p; const void* g; float *m, *v; Rates rates; };
-enum What { LISTED = 0, DENSE = 1, GATHER = 2 };  // a step on listed gradients, a step on dense ones, or no step
+enum What { LISTED = 0, DENSE = 1, LIST = 2, ADD = 3 };  // a step on listed gradients, or on dense ones; or dense ones are listed, or added to a list
 
 // As many as fit into the 4 kB of a CUDA launch's arguments; first: how many blocks of work come before each
 constexpr int ITEMS = 30;
@@ -125,15 +125,15 @@ template <class T, class G, bool dense> struct Step {
     for (int64_t k = 0; k < n; k++) q[at[k]] = T::out(x[k]);
   }
 };
-// The chosen numbers of a dense gradient, added to a list of them
-template <class T> struct Gather {
+// The chosen numbers of a dense gradient, listed, or added to a list of them
+template <class T, bool add> struct Gather {
   float* out; const typename T::type* g;
   FTLAB_HD void run(int64_t at, int64_t i, int64_t n) const {
 #pragma omp simd
-    for (int64_t k = 0; k < n; k++) out[i + k] += T::in(g[at + k]);
+    for (int64_t k = 0; k < n; k++) out[i + k] = add ? out[i + k] + T::in(g[at + k]) : T::in(g[at + k]);
   }
   FTLAB_HD void list(int64_t base, const int32_t* at, int64_t i, int64_t n) const {
-    for (int64_t k = 0; k < n; k++) out[i + k] += T::in(g[base + at[k]]);
+    for (int64_t k = 0; k < n; k++) out[i + k] = add ? out[i + k] + T::in(g[base + at[k]]) : T::in(g[base + at[k]]);
   }
 };
 
@@ -141,17 +141,18 @@ typedef void (*Loop)(const Job&, int64_t begin, int64_t end);
 #define FTLAB_ADAMW(ISA, TARGET) \
   template <class T, class G, bool dense> TARGET void step_##ISA(const Job& j, int64_t a, int64_t b) { \
     walk(j.chosen, a, b, Step<T, G, dense>{(typename T::type*)j.p, (const typename G::type*)j.g, j.m, j.v, j.rates}); } \
-  template <class T> TARGET void gather_##ISA(const Job& j, int64_t a, int64_t b) { \
-    walk(j.chosen, a, b, Gather<T>{j.m, (const typename T::type*)j.p}); } \
+  template <class T, bool add> TARGET void gather_##ISA(const Job& j, int64_t a, int64_t b) { \
+    walk(j.chosen, a, b, Gather<T, add>{j.m, (const typename T::type*)j.p}); } \
   static const Loop ISA##_steps[2][3] = {{step_##ISA<F32, F32, false>, step_##ISA<BF16, F32, false>, step_##ISA<F16, F32, false>}, \
                                          {step_##ISA<F32, F32, true>, step_##ISA<BF16, BF16, true>, step_##ISA<F16, F16, true>}}; \
-  static const Loop ISA##_gathers[3] = {gather_##ISA<F32>, gather_##ISA<BF16>, gather_##ISA<F16>};
+  static const Loop ISA##_gathers[2][3] = {{gather_##ISA<F32, false>, gather_##ISA<BF16, false>, gather_##ISA<F16, false>}, \
+                                           {gather_##ISA<F32, true>, gather_##ISA<BF16, true>, gather_##ISA<F16, true>}};
 FTLAB_ADAMW(plain, )
 FTLAB_ADAMW(avx2, FTLAB_AVX2)
 FTLAB_ADAMW(avx512, FTLAB_AVX512)
 
 inline Loop step_of(int type, bool dense, int set) { return (set == 2 ? avx512_steps : set == 1 ? avx2_steps : plain_steps)[dense][type]; }
-inline Loop gather_of(int type, int set) { return (set == 2 ? avx512_gathers : set == 1 ? avx2_gathers : plain_gathers)[type]; }
+inline Loop gather_of(int type, bool add, int set) { return (set == 2 ? avx512_gathers : set == 1 ? avx2_gathers : plain_gathers)[add][type]; }
 #endif
 
 }  // namespace ftlab::adamw

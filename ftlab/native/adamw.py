@@ -117,21 +117,24 @@ def _step(tensors, first, second, grads, at, before, lengths, strides, rates, ro
         m.add_((g - m)*(1 - beta1)); v.mul_(beta2).add_(g*(1 - beta2)*g)
         flat[i] = (flat[i].float()*decay - m*rate/(v.double().sqrt().float()*root + eps)).to(p.dtype)
 
-def _gather(out, dense, at, before, lengths, strides):
-    "Add the chosen entries of dense gradients to lists of them, float32"
-    for o, g, a, length, stride in zip(out, dense, at, lengths, strides): o.add_(g.view(-1)[_places(g, a, length, stride)].float())
+def _gather(out, dense, at, before, lengths, strides, add):
+    "List the chosen entries of dense gradients, float32, or add them to what is listed"
+    for o, g, a, length, stride in zip(out, dense, at, lengths, strides):
+        x = g.view(-1)[_places(g, a, length, stride)].float()
+        if add: o.add_(x)
+        else: o.copy_(x)
 
 # %% ../../nbs/native/adamw.ipynb #000e00e1
 _WHICH = 'Tensor[] at, Tensor[] before, int[] lengths, int[] strides'
 for _name, _schema, _plain in (('sparse_adamw_', f'(Tensor(a!)[] tensors, Tensor(b!)[] first, Tensor(c!)[] second, Tensor[] grads, {_WHICH}, '
             'float[] rates, float[] roots, float beta1, float beta2, float eps, float decay, bool dense) -> ()', _step),
-        ('gather_', f'(Tensor(a!)[] out, Tensor[] dense, {_WHICH}) -> ()', _gather)):
+        ('gather_', f'(Tensor(a!)[] out, Tensor[] dense, {_WHICH}, bool add) -> ()', _gather)):
     torch.library.define(f'ftlab::{_name}', _schema); torch.library.impl(f'ftlab::{_name}', 'CompositeExplicitAutograd', _plain)
 
 @torch.library.register_fake('ftlab::sparse_adamw_')
 def _fake_step(tensors, first, second, grads, at, before, lengths, strides, rates, roots, beta1, beta2, eps, decay, dense): return None
 @torch.library.register_fake('ftlab::gather_')
-def _fake_gather(out, dense, at, before, lengths, strides): return None
+def _fake_gather(out, dense, at, before, lengths, strides, add): return None
 
 # %% ../../nbs/native/adamw.ipynb #001600e1
 def _pairs(selected):
@@ -185,10 +188,10 @@ class _Lists:
     def take(self, ps):
         "Move what is chosen of the dense gradients that are there into the lists, and free these"
         ps = [p for p in ps if p.grad is not None]; states = [self.opt.state[p] for p in ps]; grads = [_dense(p, s) for p, s in zip(ps, states)]
-        for device in dict.fromkeys(p.device for p in ps):
-            i = [i for i, p in enumerate(ps) if p.device == device]; some = [states[j] for j in i]
-            out = [self.of[ps[j]] if ps[j] in self.of else torch.zeros_like(states[j]['exp_avg']) for j in i]
-            (_gather if backend(device) == 'torch' else torch.ops.ftlab.gather_)(out, [grads[j] for j in i], *_which(some))
+        for device, add in dict.fromkeys(kinds := [(p.device, p in self.of) for p in ps]):
+            i = [i for i, kind in enumerate(kinds) if kind == (device, add)]
+            out = [self.of[ps[j]] if add else torch.empty_like(states[j]['exp_avg']) for j in i]
+            (_gather if backend(device) == 'torch' else torch.ops.ftlab.gather_)(out, [grads[j] for j in i], *_which([states[j] for j in i]), add)
             self.of.update(zip((ps[j] for j in i), out))
         for p in ps: p.grad = None
 

@@ -44,8 +44,9 @@ template <class T> static bool equal(int type, bool dense, const Layout& l, int6
     auto q = p; auto a = m, b = v, out = sum;
     Job job{l.c, p.data(), dense ? (const void*)g.data() : listed.data(), m.data(), v.data(), rates};
     Job take{l.c, g.data(), nullptr, sum.data(), nullptr, rates};
+    bool add = seed & 1;
     int64_t all = units(l.c), cut = seed % (all + 1);
-    Loop step = step_of(type, dense, set), gather = gather_of(type, set);
+    Loop step = step_of(type, dense, set), gather = gather_of(type, add, set);
     step(job, 0, cut); step(job, cut, all);
     gather(take, 0, cut); gather(take, cut, all);
     for (int64_t i = 0; i < k; i++) {
@@ -53,7 +54,7 @@ template <class T> static bool equal(int type, bool dense, const Layout& l, int6
       if (!l.c.bits && place(l.c, i) != at) return false;  // what the GPU asks for
       float x = T::in(q[at]);
       update(x, dense ? T::in(g[at]) : listed[i], a[i], b[i], rates);
-      q[at] = T::out(x); out[i] += T::in(g[at]);
+      q[at] = T::out(x); out[i] = add ? out[i] + T::in(g[at]) : T::in(g[at]);
     }
     if (p != q || m != a || v != b || sum != out) return false;
   }
