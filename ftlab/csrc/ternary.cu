@@ -3,38 +3,24 @@
 #include "ternary.h"
 using namespace ftlab;
 
-template <class T> struct alignas(16) Eight { typename T::type v[8]; };
-
-// n: how many of the eight there are; a tensor that begins anywhere is read number by number
-template <class T> __device__ Eight<T> load(const typename T::type* x, int64_t n) {
-  Eight<T> e{};
-  if (n >= 8 && (uintptr_t)x % 16 == 0) return *(const Eight<T>*)x;
-  for (int i = 0; i < 8; i++) if (i < n) e.v[i] = x[i];
-  return e;
-}
-template <class T> __device__ void store(typename T::type* x, int64_t n, const Eight<T>& e) {
-  if (n >= 8 && (uintptr_t)x % 16 == 0) *(Eight<T>*)x = e;
-  else for (int i = 0; i < 8; i++) if (i < n) x[i] = e.v[i];
-}
-
 template <class T> __global__ void __launch_bounds__(256) add_ternary(typename T::type* w, int64_t n, const ternary::Sum v) {
   int64_t step = (int64_t)gridDim.x*blockDim.x;
   for (int64_t b = (int64_t)blockIdx.x*blockDim.x + threadIdx.x; b*8 < n; b += step) {
-    Eight<T> e = load<T>(w + b*8, n - b*8);
+    auto e = load(w + b*8, n - b*8);
     float sum[8] = {0, 0, 0, 0, 0, 0, 0, 0};
     for (int64_t j = 0; j < v.count; j++) {
       uint32_t p = v.positive[j][b], m = v.negative[j][b];
       for (int i = 0; i < 8; i++) sum[i] += ternary::term(p << (31 - i), m << (31 - i), v.scale[j]);
     }
     for (int i = 0; i < 8; i++) e.v[i] = T::out(T::in(e.v[i]) + sum[i]);
-    store<T>(w + b*8, n - b*8, e);
+    store(w + b*8, n - b*8, e);
   }
 }
 
 template <class T> __global__ void __launch_bounds__(256) pack_signs(const typename T::type* x, int64_t n, uint8_t* positive, uint8_t* negative) {
   int64_t step = (int64_t)gridDim.x*blockDim.x;
   for (int64_t b = (int64_t)blockIdx.x*blockDim.x + threadIdx.x; b*8 < n; b += step) {
-    Eight<T> e = load<T>(x + b*8, n - b*8);  // beyond the end there are zeros, whose bits are 0
+    auto e = load(x + b*8, n - b*8);  // beyond the end there are zeros, whose bits are 0
     uint32_t p = 0, m = 0;
     for (int i = 0; i < 8; i++) { p |= (uint32_t)ternary::above<T>(e.v[i]) << i; m |= (uint32_t)ternary::below<T>(e.v[i]) << i; }
     positive[b] = (uint8_t)p; negative[b] = (uint8_t)m;

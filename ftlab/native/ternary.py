@@ -69,7 +69,7 @@ def _fake_add(tensors, positive, negative, scales): return None # nothing but wh
 @torch.library.register_fake('ftlab::pack_signs_')
 def _fake_pack(x, positive, negative): return None
 
-# %% ../../nbs/native/ternary.ipynb #0011d9f8
+# %% ../../nbs/native/ternary.ipynb #0012d9f8
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MOST = 128 # vectors in one call
 
@@ -109,7 +109,7 @@ def pack_ternary(x:Tensor|Sequence[Tensor],  # one tensor, or several with one s
     own = _float32(own, 'the size of what is kept'); out = [Ternary(p, n, own if scale is None else scale, tuple(t.shape)) for t, (p, n) in zip(xs, planes)]
     return out[0] if single else out
 
-# %% ../../nbs/native/ternary.ipynb #0013d9f8
+# %% ../../nbs/native/ternary.ipynb #0014d9f8
 def _checked(w, vectors, i, scales):
     "The planes and scales of the vectors for tensor i"
     _readable(w, i)
@@ -120,7 +120,8 @@ def _checked(w, vectors, i, scales):
         for p in (v.positive, v.negative):
             if (p.dtype, p.shape, p.is_contiguous(), p.device) != (torch.uint8, (-(-w.numel()//8),), True, w.device):
                 raise ValueError(f'the planes of vector {j} must be flat contiguous uint8 tensors on {w.device}, a bit for each number of tensor {i}')
-    return [v.positive for v in vectors], [v.negative for v in vectors], [_float32(s*v.scale, f'the scale of vector {j}') for j, (s, v) in enumerate(zip(scales, vectors))]
+    factors = [_float32(s*v.scale, f'the scale of vector {j}') for j, (s, v) in enumerate(zip(scales, vectors))]
+    return [v.positive for v in vectors], [v.negative for v in vectors], factors
 
 @torch.no_grad()
 def add_ternary_(tensors:Tensor|Sequence[Tensor], # one tensor, or several: contiguous; float32, bfloat16 or float16; on any device
