@@ -116,7 +116,8 @@ Tensor kth_find_cuda(std::vector<Tensor> tensors, int64_t k, int64_t drop) {
   auto device = tensors[0].get_device_index();
   torch::stable::accelerator::DeviceGuard guard(device);
   Tensor work = room_for(tensors[0], ftlab_kth_work()), out = room_for(tensors[0], 4*8);
-  int error = ftlab_kth_find(all.data(), (int)all.size(), type_of(tensors[0]), drop + k - 1, drop - 1, work.data_ptr(), (int64_t*)out.data_ptr(), stream_of(device));
+  int error = ftlab_kth_find(all.data(), (int)all.size(), type_of(tensors[0]), drop + k - 1, drop - 1, work.data_ptr(), (int64_t*)out.data_ptr(),
+                             stream_of(device));
   STD_TORCH_CHECK(error == 0, "kth_find: CUDA error ", error);
   return out;
 }
@@ -133,7 +134,8 @@ Tensor kth_count_cuda(std::vector<Tensor> tensors, Tensor found) {
   torch::stable::accelerator::DeviceGuard guard(device);
   auto* f = on_device(found, tensors[0]);
   Tensor counts = room_for(tensors[0], (parts(all) + 1)*(int64_t)sizeof(Count)), out = room_for(tensors[0], 8*(int64_t)tensors.size());
-  int error = ftlab_kth_count(all.data(), (int)all.size(), type_of(tensors[0]), f, (Count*)counts.data_ptr(), (int64_t*)out.data_ptr(), stream_of(device));
+  int error = ftlab_kth_count(all.data(), (int)all.size(), type_of(tensors[0]), f, (Count*)counts.data_ptr(), (int64_t*)out.data_ptr(),
+                              stream_of(device));
   STD_TORCH_CHECK(error == 0, "kth_count: CUDA error ", error);
   return out;
 }
@@ -155,7 +157,8 @@ void kth_write_cuda(std::vector<Tensor> tensors, Tensor found, std::vector<Tenso
     to.push_back(out[j].data_ptr()); room.push_back(bits ? -1 : out[j].numel());
   }
   Tensor counts = room_for(tensors[0], (parts(all) + 1)*(int64_t)sizeof(Count));
-  int error = ftlab_kth_write(all.data(), (int)all.size(), type_of(tensors[0]), f, (Count*)counts.data_ptr(), to.data(), room.data(), stream_of(device));
+  int error = ftlab_kth_write(all.data(), (int)all.size(), type_of(tensors[0]), f, (Count*)counts.data_ptr(), to.data(), room.data(),
+                              stream_of(device));
   STD_TORCH_CHECK(error == 0, "kth_write_: CUDA error ", error);
 }
 

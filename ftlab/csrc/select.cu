@@ -211,7 +211,8 @@ extern "C" int ftlab_kth_count(const Parts* all, int batches, int type, const in
 }
 
 // room: for each tensor -1 for a mask, or how many int32 its output holds
-extern "C" int ftlab_kth_write(const Parts* all, int batches, int type, const int64_t* found, Count* counts, void* const* to, const int64_t* room, void* stream) {
+extern "C" int ftlab_kth_write(const Parts* all, int batches, int type, const int64_t* found, Count* counts, void* const* to, const int64_t* room,
+                               void* stream) {
 #define FTLAB_DO(K) write<K>(all, batches, found, counts, to, room, (cudaStream_t)stream);
   FTLAB_TYPES(FTLAB_DO)
 #undef FTLAB_DO

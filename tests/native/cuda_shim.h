@@ -20,7 +20,7 @@
 #include <thread>
 #include <vector>
 #if defined(__SANITIZE_THREAD__)
-extern "C" { void* __tsan_create_fiber(unsigned); void __tsan_destroy_fiber(void*); void __tsan_switch_to_fiber(void*, unsigned); void* __tsan_get_current_fiber();
+extern "C" { void* __tsan_create_fiber(unsigned); void __tsan_switch_to_fiber(void*, unsigned); void* __tsan_get_current_fiber();
              void __tsan_acquire(void*); void __tsan_release(void*); }
 #define SHIM_UNSEEN __attribute__((no_sanitize("thread")))  // the stand-in's own memory
 #else
@@ -47,6 +47,7 @@ namespace shim {
 
 constexpr size_t STACK = 64 << 10;
 struct Fiber { ucontext_t begin; void* place[5]; char* stack; void* tsan; int line; bool begun, done; unsigned index; };
+struct Pool { std::unique_ptr<char[]> stacks; std::vector<void*> tsan; };  // made once, as it takes long
 struct Worker {
   void* place[5];  // where it went on, as the compiler keeps it: swapcontext would ask the system each time
   void* tsan = nullptr;
@@ -63,7 +64,8 @@ SHIM_UNSEEN __attribute__((noinline)) inline void go(void** to, ucontext_t* begi
   __builtin_longjmp(to, 1);
 }
 // From one place to another, or to a fiber's beginning; what was written before is not thereby known to the other
-SHIM_UNSEEN __attribute__((noinline)) inline void jump(void** from, void** to, ucontext_t* begin, void* tsan, const void* stack, size_t size, bool last = false) {
+SHIM_UNSEEN __attribute__((noinline)) inline void jump(void** from, void** to, ucontext_t* begin, void* tsan, const void* stack, size_t size,
+                                                       bool last = false) {
   (void)tsan; (void)stack; (void)size; (void)last;
 #if defined(__SANITIZE_THREAD__)
   __tsan_switch_to_fiber(tsan, 1);
@@ -139,34 +141,32 @@ SHIM_UNSEEN inline void block(std::vector<Fiber>& fibers, std::mt19937& order) {
   acquire(&w->end);
 }
 
-SHIM_UNSEEN inline void work(unsigned first, unsigned step, unsigned grid, unsigned threads, const std::function<void()>& body, unsigned seed, std::unique_ptr<char[]>& stacks) {
+SHIM_UNSEEN inline void work(unsigned first, unsigned step, unsigned grid, unsigned threads, const std::function<void()>& body, unsigned seed, Pool& pool) {
   Worker mine;
-  if (!stacks) stacks.reset(new char[1024*STACK]);
+  if (!pool.stacks) pool.stacks.reset(new char[1024*STACK]);
   worker = &mine; mine.body = &body;
 #if defined(__SANITIZE_THREAD__)
   mine.tsan = __tsan_get_current_fiber();
 #endif
   std::vector<Fiber> fibers(threads);
-  for (unsigned i = 0; i < threads; i++) { fibers[i].stack = stacks.get() + i*STACK; fibers[i].index = i; fibers[i].tsan = nullptr; }
+  for (unsigned i = 0; i < threads; i++) { fibers[i].stack = pool.stacks.get() + i*STACK; fibers[i].index = i; fibers[i].tsan = nullptr; }
 #if defined(__SANITIZE_THREAD__)
-  for (auto& f : fibers) f.tsan = __tsan_create_fiber(0);
+  while (pool.tsan.size() < threads) pool.tsan.push_back(__tsan_create_fiber(0));
+  for (auto& f : fibers) f.tsan = pool.tsan[f.index];
 #endif
   std::mt19937 order(seed);
   gridDim = {grid, 1, 1}; blockDim = {threads, 1, 1};
   for (unsigned b = first; b < grid; b += step) { blockIdx = {b, 0, 0}; block(fibers, order); }
-#if defined(__SANITIZE_THREAD__)
-  for (auto& f : fibers) __tsan_destroy_fiber(f.tsan);
-#endif
 }
 
 inline void launch(unsigned grid, unsigned threads, std::function<void()> body) {
   static unsigned seed = 0;
-  static std::unique_ptr<char[]> stacks[3];
+  static Pool pools[3];
   if (grid == 0 || threads == 0 || threads > 1024) fail("a launch of no blocks, or of too many threads");
   const unsigned workers = std::min(grid, 3u);
   std::vector<std::thread> all;
   seed++;
-  for (unsigned i = 0; i < workers; i++) all.emplace_back([&, i] { work(i, workers, grid, threads, body, 7*seed + i, stacks[i]); });
+  for (unsigned i = 0; i < workers; i++) all.emplace_back([&, i] { work(i, workers, grid, threads, body, 7*seed + i, pools[i]); });
   for (auto& t : all) t.join();
 }
 

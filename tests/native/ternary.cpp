@@ -40,7 +40,9 @@ int main() {
   for (int i = 0; i < 1500; i++) {
     int64_t n = r() % (i % 3 ? 700 : 5000), cut = (int64_t)(r() >> 40);
     int count = (int)(i % 50 ? r() % 6 : r() % (ternary::MOST + 1)), type = i % 3;
-    bool ok = type == TYPE_F32 ? equal<F32>(type, n, count, r(), cut) : type == TYPE_BF16 ? equal<BF16>(type, n, count, r(), cut) : equal<F16>(type, n, count, r(), cut);
+    uint64_t seed = r();
+    bool ok = type == TYPE_F32 ? equal<F32>(type, n, count, seed, cut) : type == TYPE_BF16 ? equal<BF16>(type, n, count, seed, cut)
+              : equal<F16>(type, n, count, seed, cut);
     if (!ok) { printf("wrong: n %lld, %d vectors, type %d\n", (long long)n, count, type); return 1; }
   }
   puts("ok");
