@@ -5,6 +5,9 @@
 #include <cuda_runtime.h>
 #define FTLAB_LAUNCH(kernel, grid, block, stream, ...) (kernel)<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__)
 #endif
+#ifndef FTLAB_GRID
+#define FTLAB_GRID 65536  // the most blocks that a kernel gets; what is more, they take in turns
+#endif
 #include <cstdint>
 
 namespace ftlab {

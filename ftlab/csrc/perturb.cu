@@ -30,7 +30,7 @@ perturb(typename T::type* p, int16_t* low, int64_t n, uint64_t seed, uint64_t te
 
 template <class T> static void launch(void* p, void* low, int64_t n, int signs, uint64_t seed, uint64_t tensor, float scale, float decay, cudaStream_t s) {
   int64_t size = signs ? SIGNS : NORMALS, lanes = (n + size - 1)/size*LANES, blocks = (lanes + 255)/256;
-  int grid = (int)(blocks < 65536 ? blocks : 65536);
+  int grid = (int)(blocks < FTLAB_GRID ? blocks : FTLAB_GRID);
   auto q = (typename T::type*)p;
   if (signs) FTLAB_LAUNCH((perturb<T, true>), grid, 256, s, q, (int16_t*)low, n, seed, tensor, scale, decay);
   else FTLAB_LAUNCH((perturb<T, false>), grid, 256, s, q, (int16_t*)low, n, seed, tensor, scale, decay);

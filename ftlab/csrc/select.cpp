@@ -101,7 +101,8 @@ STABLE_TORCH_LIBRARY_IMPL(ftlab, CPU, m) {
 extern "C" int64_t ftlab_kth_work();
 extern "C" int ftlab_kth_find(const Parts* all, int batches, int type, int64_t low, int64_t high, void* work, int64_t* found, void* stream);
 extern "C" int ftlab_kth_count(const Parts* all, int batches, int type, const int64_t* found, Count* counts, int64_t* out, void* stream);
-extern "C" int ftlab_kth_write(const Parts* all, int batches, int type, const int64_t* found, Count* counts, void* const* to, const int64_t* room, void* stream);
+extern "C" int ftlab_kth_write(const Parts* all, int batches, int type, const int64_t* found, Count* counts, void* const* to, const int64_t* room,
+                               void* stream);
 
 // Nothing here waits for the GPU: what is found stays there
 static std::vector<Parts> parts_of(const std::vector<Tensor>& tensors) {

@@ -5,7 +5,7 @@
 #include "keys.h"
 using namespace ftlab;
 
-constexpr int THREADS = 256, GROUPS = 1 << 11, GRID = 1056;  // 8 blocks for each of an H100's 132 processors
+constexpr int THREADS = 256, GROUPS = 1 << 11, GRID = FTLAB_GRID < 1056 ? FTLAB_GRID : 1056;  // 8 for each of 132 processors
 
 struct State { int64_t rank; uint32_t prefix; };  // of the keys that begin with `prefix`, the one of this rank is looked for (0: the largest)
 struct Work { State states[2]; unsigned long long groups[3][2][GROUPS]; };

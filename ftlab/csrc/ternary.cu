@@ -27,7 +27,7 @@ template <class T> __global__ void __launch_bounds__(256) pack_signs(const typen
   }
 }
 
-static int blocks(int64_t n) { int64_t need = (n + 2047)/2048; return (int)(need < 65536 ? need : 65536); }
+static int blocks(int64_t n) { int64_t need = (n + 2047)/2048; return (int)(need < FTLAB_GRID ? need : FTLAB_GRID); }
 
 template <class T> static void add_on(void* w, int64_t n, const ternary::Sum& v, cudaStream_t s) {
   FTLAB_LAUNCH(add_ternary<T>, blocks(n), 256, s, (typename T::type*)w, n, v);

@@ -87,8 +87,8 @@ def _planes(x):
     (_pack if backend(x.device) == 'torch' else torch.ops.ftlab.pack_signs_)(x, p, n); return p, n
 
 def _own_scale(xs): # the one magnitude that there is beside 0
-    most = [x.abs().max().item() for x in xs if x.numel()]; s = max(most, default=0.)
-    if any(math.isnan(m) for m in most) or not all(((x == 0) | (x.abs() == s)).all() for x in xs):
+    parts = [q for x in xs if x.numel() for q in x.view(-1).split(1 << 24)]; most = [q.abs().max().item() for q in parts]; s = max(most, default=0.)
+    if any(math.isnan(m) for m in most) or not all(((q == 0) | (q.abs() == s)).all() for q in parts):
         raise ValueError(f'the numbers are not ternary: beside 0 and {s} there are others; say how many to keep (keep=k)')
     return s
 
