@@ -1,6 +1,6 @@
 // The same on a GPU: a thread is a lane, a warp is a tile, so that a warp's 32 numbers lie side by side in memory.
 // Sees the CUDA runtime alone, so it compiles beside any torch; the arithmetic is philox.h, which the CPU tests cover.
-#include <cuda_runtime.h>
+#include "cuda.h"
 #include "philox.h"
 using namespace ftlab;
 
@@ -30,10 +30,10 @@ perturb(typename T::type* p, int16_t* low, int64_t n, uint64_t seed, uint64_t te
 
 template <class T> static void launch(void* p, void* low, int64_t n, int signs, uint64_t seed, uint64_t tensor, float scale, float decay, cudaStream_t s) {
   int64_t size = signs ? SIGNS : NORMALS, lanes = (n + size - 1)/size*LANES, blocks = (lanes + 255)/256;
-  int grid = (int)(blocks < 65536 ? blocks : 65536);
+  int grid = (int)(blocks < FTLAB_GRID ? blocks : FTLAB_GRID);
   auto q = (typename T::type*)p;
-  if (signs) perturb<T, true><<<grid, 256, 0, s>>>(q, (int16_t*)low, n, seed, tensor, scale, decay);
-  else perturb<T, false><<<grid, 256, 0, s>>>(q, (int16_t*)low, n, seed, tensor, scale, decay);
+  if (signs) FTLAB_LAUNCH((perturb<T, true>), grid, 256, s, q, (int16_t*)low, n, seed, tensor, scale, decay);
+  else FTLAB_LAUNCH((perturb<T, false>), grid, 256, s, q, (int16_t*)low, n, seed, tensor, scale, decay);
 }
 
 extern "C" int ftlab_perturb(void* p, void* low, int64_t n, int kind, int type, uint64_t seed, uint64_t tensor, float scale, float decay, void* stream) {

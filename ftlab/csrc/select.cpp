@@ -56,13 +56,6 @@ static std::vector<Count> before(const std::vector<Block>& all, const Select& f,
   for (auto& o : n) { Count here = o; o = sum; sum.between += here.between; sum.low += here.low; sum.high += here.high; }
   return n;
 }
-// How many are chosen before a part: those between, the equal ones that were taken, those that were not skipped; where both cuts are
-// one key, what is chosen are the equal ones from `skip` to `take`
-static int64_t chosen_before(const Count& n, const Cut& c) {
-  if (c.low == c.high) return std::max<int64_t>(0, std::min(n.low, c.take) - c.skip);
-  return n.between + std::min(n.low, c.take) + std::max<int64_t>(0, n.high - c.skip);
-}
-
 Tensor kth_count(std::vector<Tensor> tensors, Tensor found) {
   std::vector<Block> all;
   std::vector<int64_t> first;
@@ -103,3 +96,76 @@ STABLE_TORCH_LIBRARY_IMPL(ftlab, CPU, m) {
   m.impl("kth_count", TORCH_BOX(&kth_count));
   m.impl("kth_write_", TORCH_BOX(&kth_write));
 }
+
+#ifdef FTLAB_CUDA
+extern "C" int64_t ftlab_kth_work();
+extern "C" int ftlab_kth_find(const Parts* all, int batches, int type, int64_t low, int64_t high, void* work, int64_t* found, void* stream);
+extern "C" int ftlab_kth_count(const Parts* all, int batches, int type, const int64_t* found, Count* counts, int64_t* out, void* stream);
+extern "C" int ftlab_kth_write(const Parts* all, int batches, int type, const int64_t* found, Count* counts, void* const* to, const int64_t* room,
+                               void* stream);
+
+// Nothing here waits for the GPU: what is found stays there
+static std::vector<Parts> parts_of(const std::vector<Tensor>& tensors) {
+  std::vector<Block> all;
+  functions(tensors, all);
+  return cut_up(all);
+}
+static Tensor room_for(const Tensor& like, int64_t bytes) { return torch::stable::new_empty(like, {(bytes + 7)/8}, ScalarType::Long); }
+
+Tensor kth_find_cuda(std::vector<Tensor> tensors, int64_t k, int64_t drop) {
+  auto all = parts_of(tensors);
+  auto device = tensors[0].get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(device);
+  Tensor work = room_for(tensors[0], ftlab_kth_work()), out = room_for(tensors[0], 4*8);
+  int error = ftlab_kth_find(all.data(), (int)all.size(), type_of(tensors[0]), drop + k - 1, drop - 1, work.data_ptr(), (int64_t*)out.data_ptr(),
+                             stream_of(device));
+  STD_TORCH_CHECK(error == 0, "kth_find: CUDA error ", error);
+  return out;
+}
+
+static const int64_t* on_device(const Tensor& found, const Tensor& like) {
+  STD_TORCH_CHECK(found.numel() == 4 && found.scalar_type() == ScalarType::Long && found.is_contiguous() && found.get_device_index() == like.get_device_index(),
+      "found is four int64 numbers on the tensors' device");
+  return (const int64_t*)found.data_ptr();
+}
+
+Tensor kth_count_cuda(std::vector<Tensor> tensors, Tensor found) {
+  auto all = parts_of(tensors);
+  auto device = tensors[0].get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(device);
+  auto* f = on_device(found, tensors[0]);
+  Tensor counts = room_for(tensors[0], (parts(all) + 1)*(int64_t)sizeof(Count)), out = room_for(tensors[0], 8*(int64_t)tensors.size());
+  int error = ftlab_kth_count(all.data(), (int)all.size(), type_of(tensors[0]), f, (Count*)counts.data_ptr(), (int64_t*)out.data_ptr(),
+                              stream_of(device));
+  STD_TORCH_CHECK(error == 0, "kth_count: CUDA error ", error);
+  return out;
+}
+
+// How many are chosen is known on the GPU alone, so an output of indices that is too small is filled and no more
+void kth_write_cuda(std::vector<Tensor> tensors, Tensor found, std::vector<Tensor> out) {
+  auto all = parts_of(tensors);
+  auto device = tensors[0].get_device_index();
+  torch::stable::accelerator::DeviceGuard guard(device);
+  auto* f = on_device(found, tensors[0]);
+  STD_TORCH_CHECK(out.size() == tensors.size(), "one output for each tensor");
+  std::vector<void*> to;
+  std::vector<int64_t> room;
+  for (size_t j = 0; j < out.size(); j++) {
+    bool bits = out[j].scalar_type() == ScalarType::Byte;
+    STD_TORCH_CHECK(out[j].is_contiguous() && out[j].get_device_index() == device &&
+        (bits ? out[j].numel() == (tensors[j].numel() + 7)/8 : out[j].scalar_type() == ScalarType::Int),
+        "an output is a byte for each 8 numbers, or an int32 for each chosen one");
+    to.push_back(out[j].data_ptr()); room.push_back(bits ? -1 : out[j].numel());
+  }
+  Tensor counts = room_for(tensors[0], (parts(all) + 1)*(int64_t)sizeof(Count));
+  int error = ftlab_kth_write(all.data(), (int)all.size(), type_of(tensors[0]), f, (Count*)counts.data_ptr(), to.data(), room.data(),
+                              stream_of(device));
+  STD_TORCH_CHECK(error == 0, "kth_write_: CUDA error ", error);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ftlab, CUDA, m) {
+  m.impl("kth_find", TORCH_BOX(&kth_find_cuda));
+  m.impl("kth_count", TORCH_BOX(&kth_count_cuda));
+  m.impl("kth_write_", TORCH_BOX(&kth_write_cuda));
+}
+#endif

@@ -3,18 +3,9 @@
 #pragma once
 #include <algorithm>
 #include <vector>
-#include "common.h"
+#include "keys.h"
 
 namespace ftlab {
-
-// Key of a number: its bits without the sign. All NaN share one key above infinity's, as torch sorts them last.
-struct K32 { typedef uint32_t type; static constexpr uint32_t NAN_ = 0x7f800001u; };
-struct KB16 { typedef uint16_t type; static constexpr uint32_t NAN_ = 0x7f81u; };
-struct KF16 { typedef uint16_t type; static constexpr uint32_t NAN_ = 0x7c01u; };
-template <class K> FTLAB_HD uint32_t key_of(typename K::type v) {
-  uint32_t key = v & (sizeof(v) == 4 ? 0x7fffffffu : 0x7fffu);
-  return key < K::NAN_ ? key : K::NAN_;
-}
 
 constexpr int BINS = 1 << 14, STRIP = 64;  // a strip: as many keys as are compared before asking which of them count
 
@@ -49,20 +40,6 @@ template <class K> FTLAB_HD int64_t tally(const typename K::type* x, int64_t beg
   return above;
 }
 
-// What is chosen: keys above `low`, the first `take` keys (by index) equal to it, and of these not what lies above `high`,
-// nor the first `skip` keys equal to `high`. `seen` counts the equal ones that came before, in all tensors together.
-struct Cut { uint32_t low, high; int64_t take, skip; };
-struct Seen { int64_t low, high; };
-template <class K> FTLAB_HD bool chosen(typename K::type v, const Cut& c, Seen& s) {
-  uint32_t key = key_of<K>(v);
-  bool above = key > c.low, below = key < c.high;
-  if (key == c.low) above = s.low++ < c.take;
-  if (key == c.high) below = s.high++ >= c.skip;
-  return above && below;
-}
-
-// How many numbers are equal to either cut, and how many lie strictly between: what each part must know of those before it
-struct Count { int64_t between, low, high; };
 template <class K> FTLAB_HD Count count(const typename K::type* x, int64_t begin, int64_t end, const Cut& c) {
   Count n{0, 0, 0};
   for (int64_t i = begin; i < end;) {
@@ -140,6 +117,24 @@ inline Select select_of(int type, int set) { return type == TYPE_F32 ? select_of
 
 struct Block { const void* x; int64_t n; };  // a tensor
 struct Found { uint32_t key; int64_t above; };  // the key of a rank, and how many keys are larger
+
+// For a GPU: parts of at least 16 thousand numbers, and few enough that their counts take less than 2 MB. A size is a multiple of 2048,
+// eight numbers for each thread of a block.
+inline std::vector<Parts> cut_up(const std::vector<Block>& all, int64_t least_size = 1 << 14) {
+  int64_t total = 0, parts = 0;
+  for (auto& t : all) total += t.n;
+  int64_t size = std::max(least_size, (total/(1 << 15)/2048 + 1)*2048);
+  std::vector<Parts> out;
+  for (auto& t : all) {
+    if (out.empty() || out.back().count == MANY) { out.push_back(Parts{}); out.back().size = size; out.back().first[0] = parts; }
+    Parts& p = out.back();
+    p.x[p.count] = t.x; p.n[p.count] = t.n;
+    parts += (t.n + size - 1)/size;
+    p.first[++p.count] = parts;
+  }
+  return out;
+}
+inline int64_t parts(const std::vector<Parts>& all) { return all.back().first[all.back().count]; }
 
 // A range of keys that probably holds the rank, from 64 thousand keys: a guess, which the tally confirms or not.
 // Sixteen neighbours at a time, as memory hands them over together.

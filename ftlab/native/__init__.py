@@ -10,7 +10,8 @@ import importlib
 
 # %% ../../nbs/native/kernels.ipynb #00054bc2
 _PUBLIC = dict(backend='extension', build='extension', perturb_='perturb', restore_update_='perturb', low_halves='perturb',
-    kth_magnitude='magnitude', unpack_mask='magnitude', weighted_linear_cross_entropy='crossentropy')
+    kth_magnitude='magnitude', unpack_mask='magnitude', SparseAdamW='adamw', rows='adamw', columns='adamw', blocks='adamw', selected_linear='adamw',
+    weighted_linear_cross_entropy='crossentropy', Ternary='ternary', pack_ternary='ternary', unpack_ternary='ternary', add_ternary_='ternary')
 
 __all__ = sorted(_PUBLIC)
 

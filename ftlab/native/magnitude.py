@@ -60,7 +60,7 @@ def _fake_count(tensors, found): return found.new_empty(len(tensors))
 @torch.library.register_fake('ftlab::kth_write_')
 def _fake_write(tensors, found, out): return None
 
-# %% ../../nbs/native/magnitude.ipynb #000f6d06
+# %% ../../nbs/native/magnitude.ipynb #00116d06
 def _check(tensors, k, drop, give):
     if give not in ('threshold', 'mask', 'indices'): raise ValueError(f"give is {give!r}; it must be 'threshold', 'mask' or 'indices'")
     if not tensors: raise ValueError('there are no tensors to choose from')
