@@ -262,14 +262,14 @@ def test_200_steps_end_alike(monkeypatch, mode):
     assert a[-1] < .3*max(a) and all(abs(i - j) < 1e-4*max(a) for i, j in zip(a, b)) and all(off(q, p) < 1e-3 for p, q in zip(ps, qs))
 
 def test_a_llama_trained_200_steps_ends_alike():
-    "By all logits and by chunks, at a gentle rate: at one some times larger, float32 leaves float64's path by 1% in torch alone"
+    "By all logits and by chunks, at a rate at which the path is stable: at twice that, torch's own float32 and float64 part, too, by 1%"
     ids = example_inputs(batch=4, length=8)['input_ids']
     def train(f):
-        model = tiny('llama').train(); opt, losses = torch.optim.SGD(model.parameters(), .02), []
+        model = tiny('llama').train(); opt, losses = torch.optim.SGD(model.parameters(), .01), []
         for _ in range(200): loss = f(model, ids, ids); opt.zero_grad(); loss.backward(); opt.step(); losses.append(loss.item())
         return losses, [p.detach() for p in model.parameters()]
     (a, ps), (b, qs) = train(by_logits), train(by_chunks)
-    assert a[0] != a[-1] and all(abs(i - j) < 1e-3*max(a) for i, j in zip(a, b)) and all(off(q, p) < 1e-3 for p, q in zip(ps, qs))
+    assert abs(a[0] - a[-1]) > .3*a[0] and all(abs(i - j) < 1e-5*max(a) for i, j in zip(a, b)) and all(off(q, p) < 1e-5 for p, q in zip(ps, qs))
 
 # --- on a GPU, and what was measured
 
