@@ -262,7 +262,7 @@ def test_200_steps_end_alike(monkeypatch, mode):
     assert a[-1] < .3*max(a) and all(abs(i - j) < 1e-4*max(a) for i, j in zip(a, b)) and all(off(q, p) < 1e-3 for p, q in zip(ps, qs))
 
 def test_a_llama_trained_200_steps_ends_alike():
-    "By all logits and by chunks, at a rate at which the path is stable: at twice that, torch's own float32 and float64 part, too, by 1%"
+    "By all logits and by chunks, at a rate at which the path is stable: at twice that, torch's own float32 and float64 part, too, by 0.6%"
     ids = example_inputs(batch=4, length=8)['input_ids']
     def train(f):
         model = tiny('llama').train(); opt, losses = torch.optim.SGD(model.parameters(), .01), []
