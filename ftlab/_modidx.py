@@ -1296,6 +1296,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'ftlab/native/crossentropy.py'),
                                            'ftlab.native.crossentropy._logits': ( 'native/crossentropy.html#_logits',
                                                                                   'ftlab/native/crossentropy.py'),
+                                           'ftlab.native.crossentropy._most': ( 'native/crossentropy.html#_most',
+                                                                                'ftlab/native/crossentropy.py'),
                                            'ftlab.native.crossentropy._ours': ( 'native/crossentropy.html#_ours',
                                                                                 'ftlab/native/crossentropy.py'),
                                            'ftlab.native.crossentropy._pass': ( 'native/crossentropy.html#_pass',

@@ -47,7 +47,8 @@ def test_loss_prices_and_gradients_are_those_of_all_logits(dtype, name):
     for chunk in (None, 1, 4, 100):
         r = priced(hidden, head, labels, weight, bias=bias, chunk=chunk); got = grads(r.loss/7, hidden, head, bias)
         assert all(g.dtype == dtype and g.shape == t.shape for g, t in zip(got, (hidden, head, bias)))
-        errors = [off(a, b) for a, b in zip(got, want)]; assert max(errors) < limit and all(a <= 1.5*b + 2e-7 for a, b in zip(errors, torchs)) or dtype == torch.float64
+        errors = [off(a, b) for a, b in zip(got, want)]; assert max(errors) < limit
+        assert dtype == torch.float64 or all(a <= 1.5*b + 2e-7 for a, b in zip(errors, torchs))
         assert abs(r.loss - exact[0]) <= limit*exact[0].abs() and off(r.nll, exact[1]) < limit and off(r.entropy, exact[2]) < limit and r.kl is None
         assert r.nll.shape == labels.shape and not r.nll[labels == -100].any() and not r.weight[labels == -100].any() and not r.nll.requires_grad
 
@@ -71,7 +72,8 @@ def test_a_model_against_itself_is_no_distance_away():
         r = priced(hidden, head, labels, torch.zeros(3, 13), reference=(hidden, head), kl=1., direction=direction)
         assert r.kl.abs().max() < 1e-5 and max(g.abs().max() for g in grads(r.loss, hidden, head)) < 1e-4
 
-@pytest.mark.parametrize('shape, h, v', [((1,), 1, 1), ((5,), 3, 2), ((2, 3, 2), 5, 31), ((4,), 8, 32), ((4,), 8, 33), ((7,), 4, 2049), ((3,), 16, 70_001), ((1100,), 2, 3)])
+@pytest.mark.parametrize('shape, h, v', [((1,), 1, 1), ((5,), 3, 2), ((2, 3, 2), 5, 31), ((4,), 8, 32), ((4,), 8, 33), ((7,), 4, 2049),
+    ((3,), 16, 70_001), ((1100,), 2, 3)])
 def test_odd_shapes(shape, h, v):
     hidden, head, bias, labels, ref = make(shape=shape, h=h, v=v); exact_in = doubles(hidden, head, bias)
     for r, kl in ((None, 0.), (ref, .5)):
@@ -98,7 +100,8 @@ def test_non_contiguous_and_misaligned_input_is_taken():
 def test_a_sure_token_is_priced_better_than_torch_does():
     "A price close to 0 is a 1 and many small numbers, which float32 loses one by one"
     if backend() != 'cpp': pytest.skip('the plain version adds as torch does')
-    logits = torch.randn(50, 32_768)*1.5; labels = torch.arange(50); logits[labels, labels] = 17.; exact = F.cross_entropy(logits.double(), labels, reduction='none')
+    logits = torch.randn(50, 32_768)*1.5; labels = torch.arange(50); logits[labels, labels] = 17.
+    exact = F.cross_entropy(logits.double(), labels, reduction='none')
     ours = torch.ops.ftlab.row_prices(logits, labels, None, False)[0]; torchs = F.cross_entropy(logits, labels, reduction='none')
     assert (ours - exact).abs().mean() < .2*(torchs - exact).abs().mean() and ((ours - exact).abs() < 2e-6).all()
 
@@ -107,7 +110,7 @@ def test_infinities_and_nan():
     for dtype in (torch.float32, *HALVES):
         for plain in (False, True):
             prices, slopes = (module._prices, module._gradient_) if plain else (torch.ops.ftlab.row_prices, torch.ops.ftlab.row_gradient_)
-            x = torch.randn(4, 70).to(dtype); x[:, 5:20] = -float('inf'); y = torch.randn(4, 70).to(dtype); y[:, 5:20] = -float('inf'); x[1, 30], x[2, 3] = float('nan'), float('inf')
+            x, y = torch.randn(4, 70).to(dtype), torch.randn(4, 70).to(dtype); x[:, 5:20] = y[:, 5:20] = -float('inf'); x[1, 30], x[2, 3] = float('nan'), float('inf')
             labels = torch.tensor([40, 41, 42, 6]); f = prices(x, labels, y, False); p = x.double().log_softmax(-1)
             assert torch.isfinite(f[:, 0]).all() and f[0, 1:3].isnan().all() and f[0, 3] == float('inf') and torch.isfinite(f[1:, 3]).all()
             keep = p[0].exp() > 0; assert abs(f[1, 0] + (p[0].exp()*p[0])[keep].sum()) < 1e-5
@@ -121,7 +124,8 @@ def test_infinities_and_nan():
 def test_gradcheck(direction):
     "In float64, with the weight and the distance, for hidden states, head and bias"
     hidden, head, bias, labels, ref = make(torch.float64, shape=(5,), h=3, v=6); weight = torch.rand(5)
-    torch.autograd.gradcheck(lambda h, w, b: priced(h, w, labels, weight, bias=b, reference=ref, kl=.3, direction=direction, chunk=2).loss, (hidden, head, bias))
+    def loss(h, w, b): return priced(h, w, labels, weight, bias=b, reference=ref, kl=.3, direction=direction, chunk=2).loss
+    torch.autograd.gradcheck(loss, (hidden, head, bias))
 
 def test_only_what_is_asked_for_is_computed(monkeypatch):
     "A frozen head or frozen hidden states cost no product, and without gradients none of them is made"
@@ -142,7 +146,9 @@ def test_used_twice_kept_and_differentiated_twice():
 
 def test_the_weight_is_a_constant_and_sees_each_row_once():
     hidden, head, bias, labels, _ = make(); seen = []
-    def weight(nll, entropy): seen.append(len(nll)); assert not torch.is_grad_enabled() and nll.shape == entropy.shape; nll.zero_(); return torch.ones_like(nll)*2
+    def weight(nll, entropy):
+        seen.append(len(nll)); assert not torch.is_grad_enabled() and nll.shape == entropy.shape
+        nll.zero_(); return torch.ones_like(nll)*2 # what it does to its copy is its own affair
     r = priced(hidden, head, labels, weight, chunk=4); assert sum(seen) == (labels != -100).sum() and max(seen) <= 4 and r.nll.any()
     w = torch.full((3, 13), 2., requires_grad=True); s = priced(hidden, head, labels, w, chunk=4); assert torch.equal(r.loss, s.loss)
     s.loss.backward(); assert w.grad is None and torch.equal(hidden.grad, grads(r.loss, hidden)[0])
@@ -150,7 +156,8 @@ def test_the_weight_is_a_constant_and_sees_each_row_once():
 def test_under_autocast_it_is_as_autocast_would_have_it():
     hidden, head, bias, labels, _ = make()
     with torch.autocast('cpu', torch.bfloat16): got = grads(priced(hidden, head, labels, bias=bias).loss, hidden, head, bias)
-    with torch.autocast('cpu', torch.bfloat16): want = grads(F.cross_entropy(F.linear(hidden, head, bias).flatten(0, 1).float(), labels.flatten(), reduction='sum'), hidden, head, bias)
+    with torch.autocast('cpu', torch.bfloat16): logits = F.linear(hidden, head, bias).flatten(0, 1).float()
+    want = grads(F.cross_entropy(logits, labels.flatten(), reduction='sum'), hidden, head, bias)
     exact_in = doubles(hidden, head, bias); exact = grads(dense(*exact_in, labels)[0], *exact_in)
     assert all(g.dtype == torch.float32 and off(g, e) < 1e-2 and off(g, e) < 1.5*off(w, e) for g, w, e in zip(got, want, exact))
 
@@ -174,10 +181,10 @@ def test_chunks_do_not_matter_and_threads_not_at_all():
 def test_torchs_own_is_used_where_nothing_of_ours_runs(monkeypatch):
     hidden, head, bias, labels, _ = make(); want = grads(priced(hidden, head, labels, bias=bias).loss, hidden, head, bias); calls = []
     keep = module._torchs; monkeypatch.setattr(module, '_torchs', lambda *a: calls.append(1) or keep(*a))
-    r = priced(hidden, head, labels, bias=bias, prices=False); assert r[1:] == (None,)*4 and len(calls) == (backend() == 'torch')
+    if backend() == 'cpp': assert priced(hidden, head, labels, bias=bias, prices=False)[1:] == (None,)*4 and not calls
     monkeypatch.setenv('FTLAB_NATIVE', 'torch'); r = priced(hidden, head, labels, bias=bias, prices=False)
-    assert len(calls) == (module._FALLBACK)*(1 + (backend() == 'torch' and len(calls) == 2)) and all(off(a, b) < 1e-6 for a, b in zip(grads(r.loss, hidden, head, bias), want))
-    before = len(calls); priced(hidden, head, labels, bias=bias); priced(hidden, head, labels, WEIGHTS['dft'], prices=False); assert len(calls) == before
+    assert r[1:] == (None,)*4 and bool(calls) == module._FALLBACK and all(off(a, b) < 1e-6 for a, b in zip(grads(r.loss, hidden, head, bias), want))
+    calls.clear(); priced(hidden, head, labels, bias=bias); priced(hidden, head, labels, WEIGHTS['dft'], prices=False); assert not calls
 
 @pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=cuda)])
 def test_opcheck(device):
@@ -192,8 +199,10 @@ def test_opcheck(device):
 def test_the_operators_are_the_plain_version_to_rounding(dtype, reverse):
     x, y = (3*torch.randn(9, 517)).to(dtype), (3*torch.randn(9, 517)).to(dtype); labels, w = torch.randint(0, 517, (9,)), torch.rand(9)
     for other in (None, y):
-        f, want = torch.ops.ftlab.row_prices(x, labels, other, reverse), module._prices(x, labels, other, reverse); assert torch.allclose(f, want, atol=2e-5, rtol=1e-5)
-        a, b = x.clone(), x.clone(); torch.ops.ftlab.row_gradient_(a, labels, f, w, other, .4, reverse); module._gradient_(b, labels, want, w, other, .4, reverse)
+        f, want = torch.ops.ftlab.row_prices(x, labels, other, reverse), module._prices(x, labels, other, reverse)
+        assert torch.allclose(f, want, atol=2e-5, rtol=1e-5)
+        a, b = x.clone(), x.clone(); torch.ops.ftlab.row_gradient_(a, labels, f, w, other, .4, reverse)
+        module._gradient_(b, labels, want, w, other, .4, reverse)
         assert torch.allclose(a.float(), b.float(), atol=3e-6, rtol=2*torch.finfo(dtype).eps + 1e-5)
     with pytest.raises(RuntimeError): torch.ops.ftlab.row_prices(x, labels + 517, None, False)
 
@@ -202,12 +211,14 @@ def test_the_operators_are_the_plain_version_to_rounding(dtype, reverse):
 @pytest.mark.parametrize('change, say', [
     (dict(labels=torch.zeros(3, 13)), 'labels is torch.float32'), (dict(labels=torch.zeros(3, 12, dtype=torch.int64)), 'hidden has the shape'),
     (dict(labels=torch.full((3, 13), 203)), 'from 0 to 202'), (dict(labels=torch.full((3, 13), -1)), 'no word of the head'),
-    (dict(head=torch.randn(203, 21)), 'head has the shape'), (dict(head=torch.randn(0, 20)), 'at least one word'), (dict(head=torch.randn(203, 20).half()), 'must be alike'),
-    (dict(hidden=torch.zeros(3, 13, 20, dtype=torch.int32)), 'int32'), (dict(bias=torch.zeros(202)), 'bias has the shape'), (dict(weight=torch.ones(39)), 'weight has the shape'),
+    (dict(head=torch.randn(203, 21)), 'head has the shape'), (dict(head=torch.randn(0, 20)), 'at least one word'),
+    (dict(head=torch.randn(203, 20).half()), 'must be alike'), (dict(hidden=torch.zeros(3, 13, 20, dtype=torch.int32)), 'int32'),
+    (dict(bias=torch.zeros(202)), 'bias has the shape'), (dict(weight=torch.ones(39)), 'weight has the shape'),
     (dict(weight=2.), 'weight is 2.0'), (dict(weight=lambda n, e: 1.), 'gave float'), (dict(weight=lambda n, e: n[:2]), r'gave \(2,\)'),
     (dict(kl=.1), 'there is no reference'), (dict(kl=float('nan')), 'kl is nan'), (dict(direction='sideways'), 'direction'), (dict(chunk=0), 'chunk is 0'),
     (dict(reference=(torch.zeros(3, 13, 20),)), '1 parts'), (dict(reference=(torch.zeros(3, 12, 20), torch.zeros(203, 20))), "reference's hidden"),
-    (dict(reference=(torch.zeros(3, 13, 9), torch.zeros(202, 9))), '202 words'), (dict(reference=(torch.zeros(3, 13, 9).double(), torch.zeros(203, 9).double())), 'alike')])
+    (dict(reference=(torch.zeros(3, 13, 9), torch.zeros(202, 9))), '202 words'),
+    (dict(reference=(torch.zeros(3, 13, 9).double(), torch.zeros(203, 9).double())), 'alike')])
 def test_what_does_not_fit_is_refused(change, say):
     hidden, head, bias, labels, _ = make()
     with pytest.raises(ValueError, match=say): priced(**(dict(hidden=hidden, head=head, labels=labels, bias=bias) | change))
@@ -217,7 +228,8 @@ def test_what_does_not_fit_is_refused(change, say):
 def dft(nll, entropy=None): return (-nll).exp()
 
 def by_logits(model, ids, labels):
-    nll = F.cross_entropy(model(ids).logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction='none'); return (dft(nll).detach()*nll).sum()/(labels[:, 1:] != -100).sum()
+    nll = F.cross_entropy(model(ids).logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction='none')
+    return (dft(nll).detach()*nll).sum()/(labels[:, 1:] != -100).sum()
 
 def by_chunks(model, ids, labels):
     "Hidden states from the body, the head's weight from the head: what any plain Hugging Face model offers"
@@ -231,7 +243,8 @@ def test_dft_on_a_model_of_transformers_is_the_same_loss_and_gradient(name):
     else: model, ids = tiny(name), example_inputs(batch=3, length=9)['input_ids']
     model.float(); labels = ids.clone(); labels[:, :3] = -100; losses, found = [], []
     for f in (by_logits, by_chunks):
-        model.zero_grad(); loss = f(model, ids, labels); loss.backward(); losses.append(loss.item()); found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad(); loss = f(model, ids, labels); loss.backward(); losses.append(loss.item())
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert abs(losses[0] - losses[1]) < 1e-6*abs(losses[0]) + 1e-8 and found[0].keys() == found[1].keys()
     scale = max(g.norm() for g in found[0].values()); assert all((found[0][n] - g).norm() < 1e-5*scale for n, g in found[1].items())
 
@@ -249,14 +262,14 @@ def test_200_steps_end_alike(monkeypatch, mode):
     assert a[-1] < .3*max(a) and all(abs(i - j) < 1e-4*max(a) for i, j in zip(a, b)) and all(off(q, p) < 1e-3 for p, q in zip(ps, qs))
 
 def test_a_llama_trained_200_steps_ends_alike():
-    "By all logits and by chunks, at a gentle rate: at one some times larger, float32 leaves float64's path by 1% in torch alone"
+    "By all logits and by chunks, at a rate at which the path is stable: at twice that, torch's own float32 and float64 part, too, by 0.6%"
     ids = example_inputs(batch=4, length=8)['input_ids']
     def train(f):
-        model = tiny('llama').train(); opt, losses = torch.optim.SGD(model.parameters(), .02), []
+        model = tiny('llama').train(); opt, losses = torch.optim.SGD(model.parameters(), .01), []
         for _ in range(200): loss = f(model, ids, ids); opt.zero_grad(); loss.backward(); opt.step(); losses.append(loss.item())
         return losses, [p.detach() for p in model.parameters()]
     (a, ps), (b, qs) = train(by_logits), train(by_chunks)
-    assert a[0] != a[-1] and all(abs(i - j) < 1e-3*max(a) for i, j in zip(a, b)) and all(off(q, p) < 1e-3 for p, q in zip(ps, qs))
+    assert abs(a[0] - a[-1]) > .3*a[0] and all(abs(i - j) < 1e-5*max(a) for i, j in zip(a, b)) and all(off(q, p) < 1e-5 for p, q in zip(ps, qs))
 
 # --- on a GPU, and what was measured
 
@@ -275,11 +288,13 @@ def test_the_gpu_finds_what_float64_finds(dtype, direction):
 def test_the_gpus_rows_are_the_cpus_to_rounding(dtype):
     x, y = (3*torch.randn(9, 5003)).to(dtype), (3*torch.randn(9, 5003)).to(dtype); labels, w = torch.randint(0, 5003, (9,)), torch.rand(9)
     for other in (None, y):
-        f = torch.ops.ftlab.row_prices(x, labels, other, True); g = torch.ops.ftlab.row_prices(x.cuda(), labels.cuda(), other if other is None else other.cuda(), True)
+        f = torch.ops.ftlab.row_prices(x, labels, other, True)
+        g = torch.ops.ftlab.row_prices(x.cuda(), labels.cuda(), other if other is None else other.cuda(), True)
         assert torch.allclose(f, g.cpu(), atol=2e-5, rtol=1e-5); a, b = x.clone(), x.cuda(); torch.ops.ftlab.row_gradient_(a, labels, f, w, other, .4, True)
         torch.ops.ftlab.row_gradient_(b, labels.cuda(), g, w.cuda(), other if other is None else other.cuda(), .4, True)
         assert torch.allclose(a.float(), b.cpu().float(), atol=3e-6, rtol=2*torch.finfo(dtype).eps + 1e-5)
 
 def test_the_kept_result_takes_less_than_half_the_memory():
-    r = json.loads((ROOT/'bench'/'results'/'native_crossentropy.json').read_text()); took = {o['what']: o['extra_bytes'] for o in r['rows'] if o['heap'] == 'default'}
+    r = json.loads((ROOT/'bench'/'results'/'native_crossentropy.json').read_text())
+    took = {o['what']: o['extra_bytes'] for o in r['rows'] if o['heap'] == 'default'}
     assert took['ours'] <= .5*took['torch, all logits: compiled'] and (r['tokens'], r['hidden'], r['words']) == (2048, 512, 32_768)

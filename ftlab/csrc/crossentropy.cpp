@@ -20,7 +20,8 @@ static Rows rows_of(const Tensor& logits, const Tensor& labels, const std::optio
   if (other) check(*other, logits.scalar_type(), rows*n, "the reference's logits are of the shape and type of the logits");
   return {logits.data_ptr(), other ? other->data_ptr() : nullptr, (const int64_t*)labels.data_ptr(), nullptr, n, rows, reverse, nullptr, 0};
 }
-static Rows for_gradient(const Tensor& logits, const Tensor& labels, const Tensor& prices, const Tensor& weight, const std::optional<Tensor>& other, double kl, bool reverse) {
+static Rows for_gradient(const Tensor& logits, const Tensor& labels, const Tensor& prices, const Tensor& weight,
+                         const std::optional<Tensor>& other, double kl, bool reverse) {
   Rows k = rows_of(logits, labels, other, reverse);
   check(prices, ScalarType::Float, (other ? 7 : 4)*k.rows, "prices are what row_prices gave for these rows");
   check(weight, ScalarType::Float, k.rows, "weight is float32, one for each row");

@@ -53,7 +53,9 @@ def _fake_prices(logits, labels, other, reverse):
 def _fake_gradient(logits, labels, prices, weight, other, kl, reverse): return None
 
 # %% ../../nbs/native/crossentropy.ipynb #000f5c1c
-_BUDGET = 64 << 20 # bytes of logits held at once
+_BUDGET, _LEAST = 64 << 20, 256 # bytes of logits held at once, and rows for which the head is worth reading again
+
+def _most(words, size): return max(_LEAST, _BUDGET//(words*size)) # rows of a chunk; size: bytes of a logit
 
 class WeightedLoss(NamedTuple):
     "What `weighted_linear_cross_entropy` found. Only `loss` carries a gradient; the rest has the labels' shape, with 0 where there is no price."
@@ -92,7 +94,7 @@ def _pass(hidden, labels, own, reference, weight, kl, reverse, ignore, chunk, ne
     prices, gradient_ = (ops.row_prices, ops.row_gradient_) if _ours(wide, device) else (_prices, _gradient_)
     known = hidden.new_zeros(4 if theirs else 3, n, dtype=sums)
     grads = [hidden.new_zeros(s, dtype=t) if need else None for s, t, need in zip((hidden.shape, head.shape, (v,)), (dtype, sums, sums), needs)]
-    chunks = _chunks(labels, ignore, chunk or max(1, _BUDGET//(v*wide.itemsize)))
+    chunks = _chunks(labels, ignore, chunk or _most(v, wide.itemsize))
     room = [hidden.new_empty(max((size for _, size in chunks), default=0), v, dtype=wide) for _ in range(2 if theirs else 1)]
     for i, size in chunks:
         h, y = hidden[i].to(wide), labels[i]; logits = _logits(h, head, bias, room[0][:size])
@@ -128,8 +130,7 @@ def _torchs(hidden, head, labels, bias, ignore, chunk):
     "The plain sum of prices by torch's own chunked version, over the rows that have a price"
     on = (labels != ignore).flatten(); hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.flatten()
     if not on.all(): hidden, labels = hidden[on], labels[on]
-    size = max(4, head.itemsize) if head.device.type == 'cpu' else head.itemsize; rows = chunk or max(1, _BUDGET//(len(head)*size))
-    if len(labels) == 0: return (hidden.sum() + head.sum() + (0. if bias is None else bias.sum()))*0. # no price, and gradients that say so
+    rows = chunk or _most(len(head), max(4, head.itemsize) if head.device.type == 'cpu' else head.itemsize)
     return F.linear_cross_entropy(hidden, head, labels, linear_bias=bias, reduction='sum',
         options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows))
 
@@ -181,7 +182,7 @@ def weighted_linear_cross_entropy(
     reference:tuple|None=None,        # another model's (hidden, head) or (hidden, head, bias), to keep near to; gets no gradient
     kl:float=0.,                      # the price of one nat of distance from it, at each token with a price
     direction:str='forward',          # 'forward': KL(reference || model); 'reverse': KL(model || reference)
-    chunk:int|None=None,              # rows at a time; None: as many as make 64 MB of logits. Changes rounding, time and memory only
+    chunk:int|None=None,              # rows at a time; None: as many as make 64 MB of logits, and 256 at least. Changes rounding, time and memory only
     prices:bool=True                  # False: only the loss is asked for, the rest is None; see "Where torch's own is better"
     ) -> WeightedLoss:
     """The sum over tokens of `weight*nll + kl*KL`, without ever holding all logits; its gradients are found in the same pass.
@@ -195,7 +196,8 @@ def weighted_linear_cross_entropy(
     _check(hidden, head, labels, weight, bias, ignore_index, kl, direction, chunk); _check_reference(reference, hidden, head, labels, kl)
     inputs = hidden, head, bias; needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
     with torch.autocast(kind, enabled=False) if cast else nullcontext():
-        if not prices and weight is None and reference is None and _FALLBACK and not _ours(hidden.dtype, hidden.device):
+        plain = not prices and weight is None and reference is None and not _ours(hidden.dtype, hidden.device)
+        if plain and _FALLBACK and (labels != ignore_index).any():
             return WeightedLoss(_torchs(hidden, head, labels, bias, ignore_index, chunk), None, None, None, None)
         with torch.no_grad():
             flat, y = hidden.detach().reshape(-1, hidden.shape[-1]), labels.reshape(-1)
