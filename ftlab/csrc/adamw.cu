@@ -1,6 +1,6 @@
 // The same on a GPU: many tensors in one launch, a block of threads for each 4096 numbers of a list or of a mask.
 // Sees the CUDA runtime alone; which numbers, and what becomes of them, is adamw.h, which the CPU tests cover.
-#include <cuda_runtime.h>
+#include "cuda.h"
 #include "adamw.h"
 using namespace ftlab;
 using namespace ftlab::adamw;
@@ -51,11 +51,11 @@ template <class T, int what> __global__ void __launch_bounds__(256, 4) work(cons
 
 template <class T> static void launch(const Table& t, int what, cudaStream_t s) {
   int64_t blocks = t.first[t.n];
-  int grid = (int)(blocks < 65536 ? blocks : 65536);
-  if (what == LIST) work<T, LIST><<<grid, 256, 0, s>>>(t);
-  else if (what == ADD) work<T, ADD><<<grid, 256, 0, s>>>(t);
-  else if (what == DENSE) work<T, DENSE><<<grid, 256, 0, s>>>(t);
-  else work<T, LISTED><<<grid, 256, 0, s>>>(t);
+  int grid = (int)(blocks < FTLAB_GRID ? blocks : FTLAB_GRID);
+  if (what == LIST) FTLAB_LAUNCH((work<T, LIST>), grid, 256, s, t);
+  else if (what == ADD) FTLAB_LAUNCH((work<T, ADD>), grid, 256, s, t);
+  else if (what == DENSE) FTLAB_LAUNCH((work<T, DENSE>), grid, 256, s, t);
+  else FTLAB_LAUNCH((work<T, LISTED>), grid, 256, s, t);
 }
 
 extern "C" int ftlab_adamw(const Table* t, int type, int what, void* stream) {

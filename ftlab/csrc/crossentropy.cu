@@ -1,5 +1,5 @@
 // The same on a GPU: a block of threads is a row. Its logits are read twice for the price, the second time out of the cache.
-#include <cuda_runtime.h>
+#include "cuda.h"
 #include "crossentropy.h"
 using namespace ftlab;
 using namespace ftlab::crossentropy;
@@ -20,6 +20,7 @@ __device__ float top_of(float m, float* room) { return together(m, room, [](floa
 __device__ double sum_of(double v, double* room) { return together(v, room, [](double a, double b) { return a + b; }); }
 
 template <class T, bool with_y, bool reverse> __global__ void __launch_bounds__(THREADS) prices(Rows k) {
+  __shared__ float tops[WARPS];
   __shared__ double room[WARPS];
   for (int64_t i = blockIdx.x; i < k.rows; i += gridDim.x) {
     auto* x = (const typename T::type*)k.x + i*k.n;
@@ -30,7 +31,7 @@ template <class T, bool with_y, bool reverse> __global__ void __launch_bounds__(
       mx = v > mx ? v : mx;
       if (with_y) { float u = T::in(y[j]); my = u > my ? u : my; }
     }
-    Row r{top_of(mx, (float*)room), 1, with_y ? top_of(my, (float*)room) : 0, 1};
+    Row r{top_of(mx, tops), 1, with_y ? top_of(my, tops) : 0, 1};
     float a = 0, b = 0, c = 0, d = 0;
     for (int64_t j = threadIdx.x; j < k.n; j += THREADS) {
       float dx = T::in(x[j]) - r.top, e = exp_(dx);
@@ -60,13 +61,13 @@ template <class T, bool with_y, bool reverse> __global__ void __launch_bounds__(
 }
 
 template <class T> static void launch(const Rows& k, bool slopes, cudaStream_t s) {
-  int grid = (int)(k.rows < 65536 ? k.rows : 65536);
-  if (slopes && !k.y) gradient<T, false, false><<<grid, THREADS, 0, s>>>(k);
-  else if (slopes && k.reverse) gradient<T, true, true><<<grid, THREADS, 0, s>>>(k);
-  else if (slopes) gradient<T, true, false><<<grid, THREADS, 0, s>>>(k);
-  else if (!k.y) prices<T, false, false><<<grid, THREADS, 0, s>>>(k);
-  else if (k.reverse) prices<T, true, true><<<grid, THREADS, 0, s>>>(k);
-  else prices<T, true, false><<<grid, THREADS, 0, s>>>(k);
+  int grid = (int)(k.rows < FTLAB_GRID ? k.rows : FTLAB_GRID);
+  if (slopes && !k.y) FTLAB_LAUNCH((gradient<T, false, false>), grid, THREADS, s, k);
+  else if (slopes && k.reverse) FTLAB_LAUNCH((gradient<T, true, true>), grid, THREADS, s, k);
+  else if (slopes) FTLAB_LAUNCH((gradient<T, true, false>), grid, THREADS, s, k);
+  else if (!k.y) FTLAB_LAUNCH((prices<T, false, false>), grid, THREADS, s, k);
+  else if (k.reverse) FTLAB_LAUNCH((prices<T, true, true>), grid, THREADS, s, k);
+  else FTLAB_LAUNCH((prices<T, true, false>), grid, THREADS, s, k);
 }
 static int run(const Rows& k, bool slopes, int type, void* stream) {
   if (k.rows == 0) return 0;  // a grid of no blocks is an error

@@ -2,10 +2,18 @@
 #include <cstring>
 #include "cuda_shim.h"
 #define FTLAB_GRID 3  // so few that a block takes several turns
+#include "crossentropy.h"
 #include "cuda.h"
+#include "layouts.h"
 #include "perturb.h"
 #include "select.h"
 #include "ternary.h"
+namespace gpu_adamw {
+#include "adamw.cu"
+}
+namespace gpu_crossentropy {
+#include "crossentropy.cu"
+}
 namespace gpu_perturb {
 #include "perturb.cu"
 }
@@ -129,6 +137,81 @@ static bool before_equal() {
   return same(n.data(), want.data(), n.size()*sizeof(Count));
 }
 
+// Several tensors a launch, of every layout, some of them empty; often more than a launch takes
+template <class T> static bool adamw_equal(int type, bool many) {
+  typedef typename T::type N;
+  struct Mine { std::vector<N> p, g; std::vector<float> m, v, listed; };
+  std::mt19937 normals((unsigned)r());
+  auto normal = [&] { return std::normal_distribution<float>()(normals); };
+  int tensors = many ? adamw::ITEMS + 1 + (int)(r() % 40) : 1 + (int)(r() % 4), what = (int)(r() % 4);
+  std::vector<adamw::Layout> layouts;
+  std::vector<Mine> want, got;
+  for (int j = 0; j < tensors; j++) {
+    int64_t n = r() % 6 ? up_to(many ? 300 : 10000) : 0;
+    layouts.push_back(adamw::layout(r, n, (int)(r() % 4)));
+    size_t k = layouts[j].places.size();
+    Mine t{std::vector<N>(n), std::vector<N>(n), std::vector<float>(k), std::vector<float>(k), std::vector<float>(k)};
+    for (auto* o : {&t.p, &t.g}) for (auto& x : *o) x = T::out(normal());
+    for (auto* o : {&t.m, &t.listed}) for (auto& x : *o) x = normal();
+    for (auto& x : t.v) x = std::fabs(normal());
+    want.push_back(t); got.push_back(t);
+  }
+  auto job = [&](Mine& t, int j) {
+    adamw::Rates rates{.01f*(float)(j + 1), 1.5f, .1f, .999f, .001f, 1e-8f, .99f};
+    if (what == adamw::LIST || what == adamw::ADD) return adamw::Job{layouts[j].c, t.g.data(), nullptr, t.m.data(), nullptr, rates};
+    return adamw::Job{layouts[j].c, t.p.data(), what == adamw::DENSE ? (const void*)t.g.data() : t.listed.data(), t.m.data(), t.v.data(), rates};
+  };
+  bool gather = what == adamw::LIST || what == adamw::ADD;
+  adamw::Loop loop = gather ? adamw::plain_gathers[what == adamw::ADD][type] : adamw::plain_steps[what == adamw::DENSE][type];
+  adamw::Table table{};
+  for (int j = 0; j < tensors; j++) {
+    loop(job(want[j], j), 0, adamw::units(layouts[j].c));
+    table.add(job(got[j], j));
+    if (table.n < adamw::ITEMS && j + 1 < tensors) continue;
+    if (table.first[table.n] && gpu_adamw::ftlab_adamw(&table, type, what, nullptr)) return false;  // a grid of no blocks is an error
+    table = adamw::Table{};
+  }
+  for (int j = 0; j < tensors; j++) if (want[j].p != got[j].p || want[j].g != got[j].g || want[j].m != got[j].m || want[j].v != got[j].v) return false;
+  return true;
+}
+
+static bool alike(float a, float b) { return a == b || (std::isnan(a) && std::isnan(b)); }
+// A float32 of many added is off by its last places, here and there by others. 2^-20 is 16 times what one addition may be off
+static bool near(float a, float b, float size) { return alike(a, b) || std::fabs(a - b) <= std::ldexp(size, -20); }
+
+// Prices: the CPU's bits where each sum is exact, else near them, as the GPU adds in another order. Gradients: the bits, from the same prices
+template <class T> static bool rows_equal(int type) {
+  typedef typename T::type N;
+  int64_t rows = (int64_t)(r() % 9), n = 1 + up_to(r() % 4 ? r() % 3 ? 600 : 3 : 5000), seven = r() % 3 ? 7 : 4;
+  bool with_y = seven == 7, reverse = r() % 2, wild = false, exact = r() % 3 == 0;
+  if (!exact) wild = r() % 2;
+  std::mt19937 normals((unsigned)r());
+  std::normal_distribution<float> normal;
+  std::vector<N> x(rows*n), y(with_y ? rows*n : 0);
+  std::vector<int64_t> labels(rows);
+  std::vector<float> weight(rows), out(seven*rows, 7), ours(out);
+  for (auto* v : {&x, &y}) for (auto& o : *v)
+    o = T::out(exact ? r() % 2 ? 0 : r() % 2 ? -100 : -INFINITY : wild && r() % 9 == 0 ? r() % 99 ? -INFINITY : r() % 2 ? INFINITY : NAN : 3*normal(normals));
+  for (auto& l : labels) l = up_to(n - 1);
+  for (auto& w : weight) w = normal(normals);
+  std::vector<N> z(x);
+  crossentropy::Rows k{x.data(), with_y ? y.data() : nullptr, labels.data(), out.data(), n, rows, reverse, weight.data(), .3f}, g(k);
+  g.x = z.data(); g.out = ours.data();
+  crossentropy::plain_runs[0][type](k, 0, rows);
+  if (gpu_crossentropy::ftlab_row_prices(&g, type, nullptr) || !same(x.data(), z.data(), x.size()*sizeof(N))) return false;
+  for (int64_t i = 0; i < seven*rows; i++) {
+    int64_t what = i/rows;
+    bool sum = what == crossentropy::SUM || what == crossentropy::OTHER_SUM, top = what == crossentropy::TOP || what == crossentropy::OTHER_TOP;
+    float v = std::fabs(out[i]), size = sum ? v : what == crossentropy::KL ? v + 10 : v + 1;  // where numbers are taken from each other, theirs
+    if (exact || top ? !alike(out[i], ours[i]) : !near(out[i], ours[i], size)) { printf("price %d: %a, not %a\n", (int)what, ours[i], out[i]); return false; }
+  }
+  g.out = out.data();
+  crossentropy::plain_runs[1][type](k, 0, rows);
+  if (gpu_crossentropy::ftlab_row_gradient(&g, type, nullptr)) return false;
+  for (int64_t i = 0; i < rows*n; i++) if (x[i] != z[i] && !(std::isnan(T::in(x[i])) && std::isnan(T::in(z[i])))) return false;
+  return true;
+}
+
 int main(int, char** a) {
   int rounds = a[1] ? atoi(a[1]) : 2;
   for (int i = 0; i < 3*rounds; i++) {
@@ -138,6 +221,9 @@ int main(int, char** a) {
     if (wide ? !perturb_equal<uint32_t>(type) : !perturb_equal<uint16_t>(type)) differs = "noise";
     else if (wide ? !ternary_equal<float>(type) : !ternary_equal<uint16_t>(type)) differs = "packed vectors";
     else if (wide ? !select_equal<uint32_t>(type, i % 7 == 2) : !select_equal<uint16_t>(type, i % 7 == 2)) differs = "selection";
+    else if (type == TYPE_F32 ? !adamw_equal<F32>(type, i % 5 == 0) : type == TYPE_BF16 ? !adamw_equal<BF16>(type, i % 5 == 0) : !adamw_equal<F16>(type, i % 5 == 0))
+      differs = "the optimizer";
+    else if (type == TYPE_F32 ? !rows_equal<F32>(type) : type == TYPE_BF16 ? !rows_equal<BF16>(type) : !rows_equal<F16>(type)) differs = "rows of logits";
     else if (!before_equal()) differs = "the sums over parts";
     if (differs) { printf("differs: %s, type %d, round %d\n", differs, type, i); return 1; }
   }

@@ -5,8 +5,11 @@
 // sanitizer, which is told of barriers and of nothing else, reports the race even where the result is right. Blocks run at the same time,
 // on a few real threads; nothing orders one before another, so two blocks that write one place without an atomic are reported, too.
 // Shared memory belongs to the real thread: its next block finds what the last one left in it, as on a GPU.
+// A warp is 32 fibers in a row, which take turns like all others. At a shuffle they wait for each other, and all 32 must come to the same one;
+// it hands on one number and orders nothing else, so whoever takes it for a barrier is reported.
 //
-// What this cannot show: time; a GPU's own memory order and caches (an atomic here is as strong as the processor's); real warps.
+// What this cannot show: time; a GPU's own memory order and caches (an atomic here is as strong as the processor's); real warps, where some
+// lanes take a branch before the others.
 #pragma once
 #include <ucontext.h>
 #include <algorithm>
@@ -14,6 +17,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <random>
@@ -37,16 +41,26 @@ inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 #define __device__ inline
 #define __shared__ static thread_local
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __syncthreads() shim::barrier(__LINE__)
+#define __shfl_xor_sync(mask, v, d) shim::shuffle(__LINE__, mask, v, threadIdx.x % 32 ^ (unsigned)(d))
+#define __shfl_down_sync(mask, v, d) shim::shuffle(__LINE__, mask, v, threadIdx.x % 32 + (unsigned)(d))
 #define FTLAB_LAUNCH(kernel, grid, block, stream, ...) shim::launch((grid), (block), [=] { kernel(__VA_ARGS__); })
 typedef void* cudaStream_t;
 inline int cudaGetLastError() { return 0; }
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
 template <class V> V atomicAdd(V* p, V v) { return __atomic_fetch_add(p, v, __ATOMIC_RELAXED); }
 
 namespace shim {
 
 constexpr size_t STACK = 64 << 10;
-struct Fiber { ucontext_t begin; void* place[5]; char* stack; void* tsan; int line; bool begun, done; unsigned index; };
+struct Fiber {
+  ucontext_t begin; void* place[5]; char* stack; void* tsan;
+  int line;  // of the barrier that it waits at; below 0: of the shuffle; 0: it has ended
+  bool begun, done, goes;
+  unsigned index, from;  // from: the lane whose number a shuffle gives it
+  uint64_t given, got;
+};
 struct Pool { std::unique_ptr<char[]> stacks; std::vector<void*> tsan; };  // made once, as it takes long
 struct Worker {
   void* place[5];  // where it went on, as the compiler keeps it: swapcontext would ask the system each time
@@ -99,6 +113,35 @@ SHIM_UNSEEN inline void barrier(int line) {
   release(&w->meet); back(); acquire(&w->meet);
 }
 
+SHIM_UNSEEN inline void fail(const char* why) { fprintf(stderr, "stand-in: %s\n", why); exit(3); }
+
+SHIM_UNSEEN inline uint64_t trade(int line, uint64_t given, unsigned from) {
+  Fiber* f = worker->now;
+  f->line = -line; f->given = given; f->from = from;
+  back();
+  return f->got;
+}
+template <class V> V shuffle(int line, unsigned mask, V v, unsigned from) {
+  static_assert(sizeof(V) <= 8, "a shuffle takes 4 or 8 bytes");
+  if (mask != 0xffffffffu || blockDim.x % 32) fail("a shuffle is for whole warps");
+  uint64_t bits = 0;
+  memcpy(&bits, &v, sizeof v);
+  bits = trade(line, bits, from < 32 ? from : threadIdx.x % 32);
+  memcpy(&v, &bits, sizeof v);
+  return v;
+}
+// Whether any warp waits at a shuffle; it goes on then, and the others wait
+SHIM_UNSEEN inline bool shuffles(std::vector<Fiber>& fibers) {
+  bool any = false;
+  for (auto& f : fibers) {
+    const Fiber* warp = &fibers[f.index/32*32];
+    if (f.line != warp->line && (f.line < 0 || warp->line < 0)) fail("a shuffle that not all lanes of a warp come to");
+    f.goes = f.line < 0;
+    if (f.goes) { f.got = warp[f.from].given; any = true; }
+  }
+  return any;
+}
+
 SHIM_UNSEEN inline void enter() {
   Worker* w = worker;
 #if defined(__SANITIZE_ADDRESS__)
@@ -107,12 +150,10 @@ SHIM_UNSEEN inline void enter() {
   acquire(&w->start);
   (*w->body)();
   release(&w->end);
-  w->now->done = true;
+  w->now->done = true; w->now->line = 0;
   back(true);
   abort();
 }
-
-SHIM_UNSEEN inline void fail(const char* why) { fprintf(stderr, "stand-in: %s\n", why); exit(3); }
 
 SHIM_UNSEEN inline void block(std::vector<Fiber>& fibers, std::mt19937& order) {
   Worker* w = worker;
@@ -121,21 +162,23 @@ SHIM_UNSEEN inline void block(std::vector<Fiber>& fibers, std::mt19937& order) {
     getcontext(&f.begin);
     f.begin.uc_stack.ss_sp = f.stack; f.begin.uc_stack.ss_size = STACK; f.begin.uc_link = nullptr;
     makecontext(&f.begin, enter, 0);
-    f.begun = f.done = false; turn.push_back(&f);
+    f.begun = f.done = false; f.goes = true; turn.push_back(&f);
   }
   release(&w->start);
   for (bool all = false; !all;) {
     std::shuffle(turn.begin(), turn.end(), order);
-    for (Fiber* f : turn) {
+    for (Fiber* f : turn) if (f->goes) {
       w->now = f; threadIdx = {f->index, 0, 0};
       bool first = !f->begun;
       f->begun = true;
       jump(w->place, f->place, first ? &f->begin : nullptr, f->tsan, f->stack, STACK);
     }
+    if (shuffles(fibers)) continue;
     all = turn[0]->done;
     for (Fiber* f : turn) {
       if (f->done != all) fail("a thread ended while others wait at a barrier");
       if (!all && f->line != turn[0]->line) fail("threads wait at different barriers");
+      f->goes = true;
     }
   }
   acquire(&w->end);

@@ -24,6 +24,14 @@ __global__ void fresh(int* out, int wrong) {  // 5: shared memory that is taken 
   __syncthreads();
   if (threadIdx.x == 0) out[blockIdx.x] = sum;
 }
+__global__ void lanes(int* x, int wrong) {
+  __shared__ int all[64];
+  int v = x[threadIdx.x];
+  all[threadIdx.x] = v;
+  if (wrong != 6 || threadIdx.x % 32 < 16) v = __shfl_xor_sync(0xffffffffu, v, 1);  // 6: a shuffle for half a warp
+  v = __shfl_down_sync(0xffffffffu, v, 2);  // the last two keep what they have
+  x[threadIdx.x] = wrong == 7 ? all[threadIdx.x ^ 1] : v;  // 7: a shuffle taken for a barrier
+}
 
 int main(int, char** a) {
   int wrong = atoi(a[1]), bad = 0;
@@ -38,6 +46,9 @@ int main(int, char** a) {
   FTLAB_LAUNCH(put, 4, 32, 0, q, 100, wrong);
   FTLAB_LAUNCH(fresh, 9, 32, 0, r, wrong);
   for (int n : z) bad |= n != 32;
+  for (int i = 0; i < 64; i++) x[i] = i;
+  FTLAB_LAUNCH(lanes, 1, 64, 0, p, wrong);
+  for (int i = 0; i < 64; i++) bad |= wrong != 7 && x[i] != ((i % 32 < 30 ? i + 2 : i) ^ 1);
   puts(bad ? "wrong" : "ok");
   return bad;
 }
