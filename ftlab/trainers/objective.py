@@ -60,8 +60,10 @@ def _head_of(state):
 
 # %% ../../nbs/trainers/objective.ipynb #0009b9a2
 def _in_one_pass(state, weight) -> Tensor|None:
-    labels = state.batch['labels']; words = getattr(getattr(state.model, 'config', None), 'vocab_size', 0)
-    if labels.ndim != 2 or state.whole_logits or 4*words*labels.numel() < _HEAVY or (head := _head_of(state)) is None: return None
+    labels = state.batch['labels']
+    if labels.ndim != 2 or getattr(state, 'whole_logits', True): return None # a state that does not say so wants them
+    words = getattr(getattr(state.model, 'config', None), 'vocab_size', 0)
+    if 4*words*labels.numel() < _HEAVY or (head := _head_of(state)) is None: return None
     inputs = {k: v for k, v in state.batch.items() if k in MODEL_INPUTS}; hidden, W, b = _stopped(lambda: state.model(**inputs), head); anchor = {}
     for aside in state.asides: # one at most: a distance to the base
         base = state.models['reference']; theirs = getattr(base, 'attached', SimpleNamespace(model=base)).model.get_output_embeddings()
@@ -96,7 +98,7 @@ def kl_to_reference(weight:float=.1, # price of one nat a token
     "Pay for saying something else than the base model, at every priced token"
     if direction not in ('forward', 'reverse'): raise ValueError(f'direction is {direction!r}; it must be forward or reverse')
     def penalty(state):
-        if state.nll is not None: return 0. # the objective has charged it, in the same pass as the prices
+        if getattr(state, 'nll', None) is not None: return 0. # the objective has charged it, in the same pass as the prices
         with torch.no_grad(): ref = state.models['reference'](**{k: v for k, v in state.batch.items() if k in MODEL_INPUTS}).logits
         on, cut = priced(state.batch['labels']), (lambda x: x if x.ndim == 2 else x[:, :-1])
         a, b = (ref, state.logits) if direction == 'forward' else (state.logits, ref)
