@@ -109,6 +109,10 @@ def _bare(model, n) -> None:
         W = mod.parametrizations[attr].original; parametrize.remove_parametrizations(mod, attr, leave_parametrized=False); setattr(mod, attr, W)
     if hasattr(mod, 'delta_' + attr): delattr(mod, 'delta_' + attr)
 
+def _bits(mask:Tensor): # a byte for each number would be a quarter of the model
+    return mask.shape, np.packbits(mask.cpu().numpy(), bitorder='little')
+def _mask(shape, bits): return torch.from_numpy(np.unpackbits(bits, count=shape.numel(), bitorder='little').view(bool)).view(shape)
+
 @torch.no_grad()
 def _set(model, values):
     params = dict(model.named_parameters())
@@ -119,7 +123,7 @@ class Attached:
     "A change that sits on a model: what moves, how it is written down, and how to take it off again"
     def __init__(self, model, chosen, deltas, handles, originals):
         self.model, self.deltas, self.handles, self.originals = model, deltas, handles, originals
-        self._chosen = {n: m if m is True else (m.shape, np.packbits(m.cpu().numpy(), bitorder='little')) for n, m in chosen.items()} # a byte for each number would be a quarter of the model
+        self._chosen = {n: m if m is True else _bits(m) for n, m in chosen.items()}
         self.enabled, self.lent, self.frozen, self.twins = True, None, [p for p in model.parameters() if not p.requires_grad], {}
 
     @property
@@ -129,8 +133,7 @@ class Attached:
     @property
     def chosen(self) -> dict[str, Tensor|bool]:
         "What was selected, by name: True or a boolean mask"
-        def mask(shape, bits): return torch.from_numpy(np.unpackbits(bits, count=shape.numel(), bitorder='little').view(bool)).view(shape)
-        return {n: m if m is True else mask(*m) for n, m in self._chosen.items()}
+        return {n: m if m is True else _mask(*m) for n, m in self._chosen.items()}
     def parameters(self) -> dict[str, nn.Parameter]:
         "Everything that trains, by name: a delta's own numbers are called `weight name::their name`"
         p = dict(self.model.named_parameters()) if self.whole else {}

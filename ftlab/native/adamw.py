@@ -151,6 +151,7 @@ def _check_numbers(lr, betas, eps, weight_decay):
     if not eps >= 0: raise ValueError(f'eps is {eps}; it must be 0 or more')
     if not weight_decay >= 0: raise ValueError(f'weight_decay is {weight_decay}; it must be 0 or more')
 
+# %% ../../nbs/native/adamw.ipynb #001800e1
 def _count(p, c): # how many entries a layout chooses
     if c['at'].dtype == torch.uint8: return int(unpack_mask(c['at'], p).sum())
     return len(c['at'])*c['length']*(p.numel()//c['stride'] if c['stride'] else 1) if p.numel() else 0
@@ -179,7 +180,7 @@ def _restored(p, s): # a parameter's state from a checkpoint, checked
 
 def _which(states): return [[s[k] for s in states] for k in ('at', 'before', 'length', 'stride')]
 
-# %% ../../nbs/native/adamw.ipynb #001800e1
+# %% ../../nbs/native/adamw.ipynb #001a00e1
 class _Lists:
     "The selected entries of gradients, gathered as the dense ones appear"
     def __init__(self, opt): self.opt, self.of, self.hooks, self.leaves = opt, {}, None, {}
@@ -213,7 +214,7 @@ class _Lists:
 
     def forget(self, p): self.of.pop(p, None); self.leaves.pop(p, None)
 
-# %% ../../nbs/native/adamw.ipynb #001a00e1
+# %% ../../nbs/native/adamw.ipynb #001c00e1
 def _rectangles(p, c):
     "The chosen entries of a matrix as rectangles (rows, columns) that, put one after another, list them in order. Raises `ValueError` if they are scattered."
     if p.ndim != 2 or c['at'].dtype == torch.uint8 or c['length'] == 1 and not c['stride'] and p.shape[1] > 1:
@@ -252,7 +253,7 @@ def selected_linear(x:Tensor,            # (..., in)
     if part.numel() != k: raise ValueError(f'part has {part.numel()} numbers for a selection of {k}')
     return _Narrow.apply(x, part.flatten(), weight.detach(), bias, _rectangles(weight, c))
 
-# %% ../../nbs/native/adamw.ipynb #001c00e1
+# %% ../../nbs/native/adamw.ipynb #001e00e1
 class SparseAdamW(torch.optim.Optimizer):
     """AdamW for selected entries: moments, weight decay and gradients for these alone. With everything selected it is torch's AdamW, to rounding.
     Moments are float32. A parameter without a gradient is passed over in that step. Raises `ValueError` for what is no selection."""

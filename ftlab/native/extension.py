@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 # %% auto #0
-__all__ = ['compiler', 'nvcc', 'with_cuda', 'key', 'cache_folder', 'find', 'extension', 'compile_cuda', 'build', 'backend']
+__all__ = ['compiler', 'nvcc', 'with_cuda', 'key', 'cache_folder', 'find', 'extension', 'compile_cuda', 'build', 'backend',
+           'source']
 
 # %% ../../nbs/native/extension.ipynb #00062d70
 _SOURCES = (Path(__file__).resolve().parent.parent if '__file__' in globals() else Path(find_spec('ftlab').origin).parent)/'csrc' # a page has no file
@@ -124,3 +125,12 @@ def backend(device:str|torch.device='cpu' # where the tensors are
     if wanted in can: return wanted
     if mode != 'auto': raise RuntimeError(f'FTLAB_NATIVE is {mode}, but {why or "nvcc was not there when the extension was built"}')
     _warn(why or 'the extension was built without nvcc'); return 'torch'
+
+# %% ../../nbs/native/extension.ipynb #00122d70
+def source(file:str,  # a file of `csrc`
+           first:str, # what stands in the first line to show
+           last:str   # what stands in the last one
+           ) -> None:
+    "Print some lines of a source. Raises `StopIteration` if there are none such."
+    lines = (_SOURCES/file).read_text().splitlines(); i = next(i for i, l in enumerate(lines) if first in l)
+    print('\n'.join(lines[i:next(j for j in range(i, len(lines)) if last in lines[j]) + 1]))

@@ -76,6 +76,7 @@ def _check(tensors, k, drop, give):
     if drop < 0: raise ValueError(f'drop is {drop}; it must be 0 or more')
     if not 1 <= k <= total - drop: raise ValueError(f'k is {k}; it must be from 1 to {total - drop}: there are {total} numbers, and {drop} are dropped')
 
+# %% ../../nbs/native/magnitude.ipynb #00126d06
 @torch.no_grad()
 def kth_magnitude(tensors:Tensor|Sequence[Tensor], # one tensor, or several that are ranked together; contiguous, of one type
                   k:int,                 # how many are chosen

@@ -106,6 +106,7 @@ def _check(tensors, seed, dist, low, first, **numbers):
     at = [p.data_ptr() for p in tensors if p.numel()]
     if len(set(at)) < len(at): raise ValueError('a tensor is in the list twice, and would be moved twice; give tied weights once')
 
+# %% ../../nbs/native/perturb.ipynb #001f8850
 def _move(tensors, seed, scale, decay, dist, low, first):
     "One call for each run of tensors on one device; a tensor's number counts through them all"
     signs = dist == 'rademacher'
@@ -127,6 +128,7 @@ def perturb_(tensors:Sequence[Tensor],    # contiguous; float32, bfloat16 or flo
     tensors, low = list(tensors), list(low); _check(tensors, seed, dist, low, first, scale=scale)
     _move(tensors, seed, float(scale), 1., dist, low, first)
 
+# %% ../../nbs/native/perturb.ipynb #00218850
 @torch.no_grad()
 def restore_update_(tensors:Sequence[Tensor], # as for `perturb_`
                     seed:int,                 # the direction of the two prices
