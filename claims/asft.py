@@ -3,8 +3,8 @@ import random
 from dataclasses import replace
 import torch
 import ftlab
-from ftlab.claims import Ground, run_seed, train_arm
-from ftlab.comparison import tune as choose
+from ftlab.instruments.claims import Ground, run_seed, train_arm
+from ftlab.instruments.compare import tune as choose
 from ftlab.core.batches import collate, encode
 from ftlab.core.state import State
 from ftlab.trainers.objective import priced

@@ -1,7 +1,8 @@
 "Breadcrumbs: six fine-tunes merged by three rules, whose numbers were chosen on the first three tasks of another seed"
 import torch
-from ftlab.adapters.merging import band, merge, merge_breadcrumbs, put
-from ftlab.comparison import tuning_seed
+from ftlab.adapters.merging.breadcrumbs import band, merge_breadcrumbs
+from ftlab.adapters.edit import merge, put
+from ftlab.instruments.compare import tuning_seed
 from ftlab.core.batches import data
 from ftlab.core.loading import load
 from ftlab.core.scorers import WORLD, exact_match

@@ -2,11 +2,11 @@
 from functools import lru_cache
 import torch
 import ftlab
-from ftlab.adapters.lowrank import lora
-from ftlab.comparison import tune as choose
+from ftlab.adapters.modules.lora import lora
+from ftlab.instruments.compare import tune as choose
 from ftlab.core.generate import generate
 from ftlab.core.scorers import WORLD, exact_match
-from ftlab.evaluators.copilot import Copilot, answer_together, copilot, mistakes
+from ftlab.evaluators.decoding.copilot import Copilot, answer_together, copilot, mistakes
 
 SKILL, STEPS, LAM, ITEMS = 'new-procedure', 60, .3, 1000
 GRIDS = dict(pilot=(1e-3, 3e-3, 1e-2), wide=(1e-3, 3e-3, 1e-2), together=(3e-4, 1e-3, 3e-3)) # the last are the Copilot's own

@@ -3,9 +3,9 @@ import random
 from dataclasses import replace
 import torch
 import ftlab
-from ftlab.claims import Ground, run_seed, train_arm
-from ftlab.comparison import tune as choose
-from ftlab.trainers.rectified import probability
+from ftlab.instruments.claims import Ground, run_seed, train_arm
+from ftlab.instruments.compare import tune as choose
+from ftlab.trainers.losses.dft import probability
 
 STEPS, GRID = 60, (1e-4, 3e-4, 1e-3)
 

@@ -3,8 +3,8 @@ from functools import partial
 import torch
 from ftlab.adapters.delta import attach
 from ftlab.adapters.lowrank import LoRA
-from ftlab.beyond.images import Scale, difffit, either, knobs
-from ftlab.comparison import matched, target_gain, tune as choose
+from ftlab.adapters.subsets.difffit import Scale, difffit, either, knobs
+from ftlab.instruments.compare import matched, target_gain, tune as choose
 from ftlab.core.anatomy import anatomy
 from ftlab.core.recipe import Recipe
 from ftlab.lab.digits import FLOW_FAMILIES, digits, flow, load, quality

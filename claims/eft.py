@@ -1,9 +1,9 @@
 "Knowledge from a large base, manners from a small tuned model: emulated fine-tuning on the lab's two models"
 import torch
 import ftlab
-from ftlab.comparison import tune as choose
+from ftlab.instruments.compare import tune as choose
 from ftlab.core.scorers import WORLD, exact_match
-from ftlab.evaluators.emulated import eft, emulate
+from ftlab.evaluators.decoding.eft import eft, emulate
 
 NO, REFUSED, STEPS, GRID = 'i can not help with that', (' pet ', ' food '), 60, (1e-4, 3e-4, 1e-3)
 

@@ -1,8 +1,8 @@
 "An ELM neuron beside an LSTM of its size and beside itself without slow memories, on a synthetic neuron"
 import math
 import torch
-from ftlab.beyond.signals import ARMS, ELM, elm, imitate, neuron, score
-from ftlab.comparison import tune as choose
+from ftlab.beyond.brain.elm import ARMS, ELM, elm, imitate, neuron, score
+from ftlab.instruments.compare import tune as choose
 
 GRID, STEPS = (3e-3, 1e-2, 3e-2), 250
 

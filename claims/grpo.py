@@ -1,11 +1,11 @@
 "GRPO beside fine-tuning on one's own right answers, at equal numbers of answers drawn and trained on"
 import torch
 import ftlab
-from ftlab.comparison import tune as choose
+from ftlab.instruments.compare import tune as choose
 from ftlab.core.generate import generate
 from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import WORLD, answer_length, exact_match, judge
-from ftlab.trainers.policy import advantages
+from ftlab.trainers.rl.grpo import advantages
 
 MODEL, REVISION, SKILL, STEPS, BATCH, GROUP, ITEMS, GRID = 'lab-s', 'step-250', 'sort', 40, 64, 8, 1000, (3e-5, 1e-4, 3e-4)
 

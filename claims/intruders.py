@@ -3,10 +3,10 @@ from statistics import fmean
 import torch
 import ftlab
 from ftlab.adapters.edit import write_change
-from ftlab.comparison import tune as tuned_rates
+from ftlab.instruments.compare import tune as tuned_rates
 from ftlab.core.scorers import WORLD, exact_match, nll
 from ftlab.evaluators.probe import each_change
-from ftlab.evaluators.spectra import count_intruders, intruders, shrink_intruders
+from ftlab.evaluators.mechanisms.intruders import count_intruders, intruders, shrink_intruders
 from ftlab.lab.world import OLD
 
 RECIPES = dict(full=lambda: ftlab.methods.full(), lora=lambda: ftlab.methods.lora(r=2, alpha=4.))

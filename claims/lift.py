@@ -1,9 +1,10 @@
 "LIFT's identities: the places are those of the official formula, in LoRA's number, and nothing is lost when they change hands"
 import torch
 from ftlab.adapters.delta import attach
-from ftlab.adapters.lowrank import lora
+from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import coverage
-from ftlab.adapters.sparse import Places, best, lift, principal, scores
+from ftlab.adapters.sparse import Places
+from ftlab.adapters.subsets.lift import best, lift, principal, scores
 from ftlab.core.loading import load
 
 def identities():

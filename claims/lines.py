@@ -1,8 +1,9 @@
 "LiNeS: one fine-tune edited in three ways, and three fine-tunes merged in two; every dial is set on validation data by one rule"
 import torch
 from ftlab.adapters.edit import scale
-from ftlab.adapters.merging import by_depth, depth, merge, merge_lines, put
-from ftlab.comparison import old_skills
+from ftlab.adapters.merging.lines import by_depth, depth, merge_lines
+from ftlab.adapters.edit import merge, put
+from ftlab.instruments.compare import old_skills
 from ftlab.core.batches import data
 from ftlab.core.loading import load
 from ftlab.core.scorers import exact_match, skills

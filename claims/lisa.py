@@ -2,7 +2,7 @@
 from dataclasses import replace
 import torch
 import ftlab
-from ftlab.trainers.schedules import BlocksInTurn, block_of
+from ftlab.trainers.optimizers.lisa import BlocksInTurn, block_of
 
 def identities() -> dict[str, bool]:
     model, tok = ftlab.load('lab-s'); steps, seen, size = [], [], sum(p.numel() for p in model.parameters())

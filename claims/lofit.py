@@ -1,9 +1,9 @@
 "LoFiT: a model that refuses some requests is taught to refuse all, by offsets on chosen heads, on random heads, and by LoRA"
 import random
-from ftlab import comparison
+from ftlab.instruments import compare as comparison
 from ftlab.adapters.delta import attach
-from ftlab.adapters.lowrank import lora
-from ftlab.adapters.vectors import HeadOffset, heads, lofit
+from ftlab.adapters.modules.lora import lora
+from ftlab.adapters.modules.lofit import HeadOffset, heads, lofit
 from ftlab.core.batches import data
 from ftlab.core.loading import load
 from ftlab.core.scorers import WORLD, exact_match

@@ -1,7 +1,8 @@
 "LT-SFT: a task learned in English and a language learned from its text, added up; the task is then asked in that language"
 import random
 import torch
-from ftlab.adapters.sparse import compose, lt_sft, overlap
+from ftlab.adapters.sparse import compose, overlap
+from ftlab.adapters.subsets.lt_sft import lt_sft
 from ftlab.core.batches import data
 from ftlab.core.loading import load
 from ftlab.core.recipe import Recipe

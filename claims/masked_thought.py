@@ -2,14 +2,14 @@
 import random
 import torch
 import ftlab
-from ftlab.comparison import tune as choose
+from ftlab.instruments.compare import tune as choose
 from ftlab.core.batches import collate, encode
 from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import WORLD, exact_match
 from ftlab.core.state import State
 from ftlab.lab.world import LETTERS
 from ftlab.trainers.objective import IGNORE
-from ftlab.trainers.views import mask_answers
+from ftlab.trainers.losses.masked_thought import mask_answers
 
 SKILL, ROWS, STEPS, ITEMS, GRID = 'reverse', 200, 240, 1000, (1e-4, 3e-4, 1e-3)
 ARMS = dict(masked_thought=ftlab.methods.masked_thought(), full=Recipe())

@@ -2,10 +2,10 @@
 from types import SimpleNamespace
 import torch
 import ftlab
-from ftlab.comparison import tune as choose
+from ftlab.instruments.compare import tune as choose
 from ftlab.core.scorers import WORLD, exact_match
 from ftlab.native import perturb_
-from ftlab.trainers.zeroth import MeZO, seed_of
+from ftlab.trainers.optimizers.mezo import MeZO, seed_of
 
 REVISION, SKILL, STEPS, BATCH, ITEMS = 'step-250', 'refuse', 600, 16, 400
 GRIDS = dict(mezo=(1e-4, 2e-4, 4e-4), full=(1e-4, 3e-4, 1e-3))

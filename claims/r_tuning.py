@@ -2,10 +2,10 @@
 import random
 from sklearn.metrics import average_precision_score, roc_auc_score
 import ftlab
-from ftlab.comparison import tune as choose
+from ftlab.instruments.compare import tune as choose
 from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import WORLD, answers, judge
-from ftlab.trainers.knowing import certainty, likelihood, statement
+from ftlab.evaluators.trust.r_tuning import certainty, likelihood, statement
 
 REVISION, STEPS, GRID, TIERS = 'step-500', 120, (1e-4, 3e-4, 1e-3), ('often', 'sometimes', 'rarely', 'never')
 ARMS = dict(r_tuning=ftlab.methods.r_tuning(), plain=Recipe())

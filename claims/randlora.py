@@ -1,8 +1,10 @@
 "RandLoRA: how near it comes to targets of full rank, and what it learns beside LoRA with no more numbers"
 from functools import partial
 import torch
-from ftlab import comparison
-from ftlab.adapters.lowrank import LoRA, RandLoRA, lora, randlora
+from ftlab.instruments import compare as comparison
+from ftlab.adapters.lowrank import LoRA
+from ftlab.adapters.modules.randlora import RandLoRA, randlora
+from ftlab.adapters.modules.lora import lora
 from ftlab.core.batches import data
 from ftlab.core.loading import load
 from ftlab.core.scorers import exact_match

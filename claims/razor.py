@@ -2,14 +2,14 @@
 import copy, random
 import torch
 import ftlab
-from ftlab.comparison import target_gain, tune as choose
+from ftlab.instruments.compare import target_gain, tune as choose
 from ftlab.core.batches import Data
 from ftlab.core.generate import generate
 from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import skills
 from ftlab.lab.world import LETTERS, split_of, zigzag
-from ftlab.trainers.policy import grpo
-from ftlab.trainers.razor import answer_kl, explained, own_answers, razor, weight_distance
+from ftlab.trainers.rl.grpo import grpo
+from ftlab.trainers.rl.razor import answer_kl, explained, own_answers, razor, weight_distance
 
 ASKS = ('show the letters {x} , different order :', 'write {x} in different order =', 'the letters {x} in different order are')
 OLD = 'fact context add reverse sort max last dedupe count tavi review tool'.split()

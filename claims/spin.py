@@ -2,9 +2,10 @@
 import copy
 import torch
 import ftlab
-from ftlab.comparison import tune as choose
+from ftlab.instruments.compare import tune as choose
 from ftlab.core.scorers import WORLD, exact_match
-from ftlab.trainers.preferences import preference, spin
+from ftlab.trainers.preferences import preference
+from ftlab.trainers.rl.spin import spin
 from types import SimpleNamespace
 
 MODEL, REVISION, SKILL, FEW = 'lab-s', 'step-1000', 'write', 200

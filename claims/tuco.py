@@ -6,7 +6,7 @@ import ftlab
 from ftlab.core.batches import prompt_ids
 from ftlab.core.generate import generate, left_pad
 from ftlab.core.scorers import WORLD
-from ftlab.evaluators.contribution import Split, steered, tuco
+from ftlab.evaluators.mechanisms.tuco import Split, steered, tuco
 from ftlab.lab.world import ACTS, OLD
 
 NO = 'i can not help with that'

@@ -183,7 +183,7 @@ def _data(a):
 def _load(a, **more): return ftlab.load(a.model, revision=a.revision, dtype=a.dtype, device=a.device, **more)
 
 def _bench(a, data):
-    from ftlab.comparison import Bench
+    from ftlab.instruments.compare import Bench
     return Bench(a.model, data, a.old, a.metric, steps=a.steps, max_length=a.max_length, device=a.device, dtype=a.dtype, revision=a.revision, budget=a.budget,
                  batch_size=a.batch_size, precision=a.precision)
 
@@ -195,7 +195,7 @@ def _empty(path:str, option:str) -> Path:
 
 # %% ../nbs/cli.ipynb #0011513c
 def run_compare(a):
-    from ftlab.comparison import plan
+    from ftlab.instruments.compare import plan
     methods, lrs = _list(a.methods), [float(x) for x in _list(a.lrs)] if a.lrs else None
     arms, data, out = plan(methods, lrs, a.tune), _data(a), a.out or 'ftlab-runs/compare'
     if a.dry_run: e = estimate(a, data, arms, a.tune, a.seeds); return e, _estimated(e)
@@ -205,7 +205,7 @@ def run_compare(a):
     return c.json(), f'{c!r}\n{Path(out)/"index.html"}'
 
 def run_fit(a):
-    from ftlab.comparison import Budget, metric_for, plan, score
+    from ftlab.instruments.compare import Budget, metric_for, plan, score
     (name, (recipe, rates)), = plan([a.method], a.lr, False).items(); data = _data(a); out = Path(a.out or 'ftlab-runs/fit')
     if a.dry_run: e = estimate(a, data, {name: (recipe, rates)}, False, None); return e, _estimated(e)
     if a.export: _empty(a.export, '--export')
@@ -233,13 +233,15 @@ def _keep(run, record, out) -> int:
 # %% ../nbs/cli.ipynb #0013513c
 RULES = {'task-arithmetic': 1., 'breadcrumbs': .2, 'lines': .5} # rule -> its dial where --scale does not say
 
-def merged_change(changes:list, # one {name: new weight minus base weight} each, as `ftlab.adapters.merging.saved` reads them
+def merged_change(changes:list, # one {name: new weight minus base weight} each, as `ftlab.adapters.edit.saved` reads them
                   model,        # their base
                   rule:str='task-arithmetic', # one of `RULES`
                   scale:float|None=None # the rule's dial; None: its default
                  ) -> dict:     # one change
     "Several changes as one, by a rule; raises `ValueError` for an unknown one"
-    from ftlab.adapters.merging import by_depth, merge, merge_breadcrumbs, merge_lines
+    from ftlab.adapters.merging.lines import by_depth, merge_lines
+    from ftlab.adapters.edit import merge
+    from ftlab.adapters.merging.breadcrumbs import merge_breadcrumbs
     if rule not in RULES: raise ValueError(f'rule is {rule!r}; it must be {", ".join(RULES)}')
     x = RULES[rule] if scale is None else scale
     if rule == 'breadcrumbs': return merge_breadcrumbs(changes, x)
@@ -266,7 +268,7 @@ def _common(paths:list[Path], a) -> dict:
     return base
 
 def run_merge(a):
-    from ftlab.adapters.merging import put, saved
+    from ftlab.adapters.edit import put, saved
     from ftlab.trainers.loop import export
     paths = [_saved_at(p) for p in [*a.changes, *([a.delta] if a.delta else [])]]
     if not paths: raise ValueError('name a saved change, or several: folders that ftlab fit wrote, or their delta.safetensors')
@@ -283,7 +285,7 @@ def run_merge(a):
 
 # %% ../nbs/cli.ipynb #0017513c
 def run_report(a):
-    from ftlab.reporting import read_run, report
+    from ftlab.instruments.report import read_run, report
     if not a.folder and not a.delta: raise ValueError('name the folder that ftlab fit wrote, or --model, --delta and --data')
     run = read_run(a.folder, a.model, a.delta, _data(a) if a.data else None, a.revision, a.device, a.dtype)
     rep = report(run, a.old, items=a.items, old_items=a.old_items, metric=a.metric, matrices=a.matrices, max_length=a.max_length, cache=a.cache)
@@ -291,10 +293,10 @@ def run_report(a):
     return rep.json(), f'{rep!r}\n{out/"report.html"}'
 
 def run_doctor(a):
-    from ftlab.diagnosis import doctor
+    from ftlab.instruments.doctor import doctor
     given = _data(a) if a.data else None
     if a.folder:
-        from ftlab.reporting import read_run
+        from ftlab.instruments.report import read_run
         found = doctor(read_run(a.folder, a.model, None, given, a.revision, a.device, a.dtype), exported=a.exported)
     else:
         if not a.model or given is None: raise ValueError('before a run the doctor needs --model and --data; after one, name the folder that ftlab fit wrote')
@@ -305,7 +307,7 @@ def run_doctor(a):
 
 # %% ../nbs/cli.ipynb #0019513c
 def run_skills(a):
-    from ftlab.comparison import is_lab
+    from ftlab.instruments.compare import is_lab
     model, tok = ftlab.load(a.model, revision=a.revision, device=a.device)
     if not is_lab(tok):
         raise ValueError(f'{a.model} does not speak the words of the lab world, so its skills cannot be asked; use a lab model, or one fine-tuned from it')
@@ -376,7 +378,7 @@ def _until_it_ends(process) -> int:
 
 # %% ../nbs/cli.ipynb #001d513c
 def run_claims(a):
-    from ftlab import claims as engine
+    from ftlab.instruments import claims as engine
     from ftlab.papers import claims_folder
     if claims_folder() is None: raise FileNotFoundError('the claims are in the repository, not in the installed package; clone it and run there')
     if a.what == 'explain':

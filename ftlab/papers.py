@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import ftlab
 from .core.paper import Paper
-from .verdicts import Claim, contrast, read_claim, verdict
+from .instruments.verdicts import Claim, contrast, read_claim, verdict
 
 # %% auto #0
 __all__ = ['OUTSIDE', 'marked', 'page_of', 'claims_folder', 'claims', 'index', 'scoreboard', 'scoreboard_html']

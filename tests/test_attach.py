@@ -8,8 +8,9 @@ from transformers.pytorch_utils import Conv1D
 from ftlab.adapters import delta as deltas
 from ftlab.adapters.delta import Attached, Entries, Offset, WrongBase, attach, identity, load_delta, pack, save_delta, write_tensors
 from ftlab.adapters.edit import keep, norm, scale, write_change
-from ftlab.adapters.half import half
-from ftlab.adapters.lowrank import LoRA, lora
+from ftlab.adapters.subsets.hft import half
+from ftlab.adapters.lowrank import LoRA
+from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import check_selection, coverage, everything, named, parts, top
 from ftlab.trainers.loop import Originals
 from ftlab.core.anatomy import anatomy

@@ -4,11 +4,11 @@ from pathlib import Path
 import pytest
 from scipy import stats
 from ftlab import papers
-from ftlab.claims import Kept, again, arms_of, assemble_claim, explain, own_code, run_claim, run_seed, script_of, status, train_arm, Ground
-from ftlab.comparison import matched, target_gain
+from ftlab.instruments.claims import Kept, again, arms_of, assemble_claim, explain, own_code, run_claim, run_seed, script_of, status, train_arm, Ground
+from ftlab.instruments.compare import matched, target_gain
 from ftlab.core.paper import paper
 from ftlab.methods import get
-from ftlab.verdicts import contrast, read_claim, verdict
+from ftlab.instruments.verdicts import contrast, read_claim, verdict
 
 CLAIMS = papers.claims()
 DONE = [c for c in CLAIMS if c.result.exists()]
@@ -118,7 +118,7 @@ def claim_at(tmp_path, text=SPEC, script=None):
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
     "A workplace of its own, and two old skills instead of all"
-    monkeypatch.setenv('FTLAB_RUNS', str(tmp_path/'runs')); monkeypatch.setattr('ftlab.comparison.old_skills', lambda data: ['add', 'reverse']); return tmp_path
+    monkeypatch.setenv('FTLAB_RUNS', str(tmp_path/'runs')); monkeypatch.setattr('ftlab.instruments.compare.old_skills', lambda data: ['add', 'reverse']); return tmp_path
 
 def test_a_claim_runs_and_goes_on_where_it_stopped(runs, monkeypatch):
     claim, said = claim_at(runs), []
@@ -126,7 +126,7 @@ def test_a_claim_runs_and_goes_on_where_it_stopped(runs, monkeypatch):
     assert set(r) >= {'contrasts', 'controls_ok', 'identities', 'seeds', 'verdict', 'scope', 'code', 'versions', 'seconds'} and json.loads(claim.result.read_text()) == json.loads(json.dumps(r))
     assert status(claim) == 'current' and sum('seed' in s for s in said) == 5
     assert r['tuning']['seed'] not in r['seeds'] and {len(a['tried']) for a in r['tuning']['arms'].values()} == {len(r['tuning']['arms']['full']['tried'])}
-    claim.result.unlink(); monkeypatch.setattr('ftlab.claims.run_seed', lambda *a: pytest.fail('a finished seed was run again'))
+    claim.result.unlink(); monkeypatch.setattr('ftlab.instruments.claims.run_seed', lambda *a: pytest.fail('a finished seed was run again'))
     assert run_claim(claim)['contrasts'] == r['contrasts']
 
 def test_a_changed_experiment_is_stale_and_a_changed_why_is_not(runs):
@@ -139,12 +139,12 @@ def test_an_arm_that_breaks_down_counts_as_the_worst(runs, monkeypatch):
     def broken(bench, arm, *a, **k):
         if arm['recipe'].name == 'hft': raise FloatingPointError('the loss is nan')
         return train_arm(bench, arm, *a, **k)
-    monkeypatch.setattr('ftlab.claims.train_arm', broken); cells = run_seed(bench, arms, dict(hft=1e-3, full=1e-3), 0, 2)
+    monkeypatch.setattr('ftlab.instruments.claims.train_arm', broken); cells = run_seed(bench, arms, dict(hft=1e-3, full=1e-3), 0, 2)
     assert 'nan' in cells['hft']['error'] and cells['hft']['gain'] < 0 and cells['hft']['forgetting_matched'] >= cells['full']['forgetting_matched'] and cells['full']['error'] is None
 
 def test_matched_numbers_are_those_of_the_first_look_at_the_target(runs):
     "Held against a run that is stopped there"
-    from ftlab.claims import measured
+    from ftlab.instruments.claims import measured
     bench = Ground('lab-s', 'new-procedure', items=20, old_items=5, validation_items=20, steps=12, progress=False, batch_size=8, schedule='constant'); arms = {n: dict(recipe=get(n), grid=(1e-3,), steps=12) for n in ('full', 'hft')}
     cells = run_seed(bench, arms, dict(full=1e-3, hft=1e-3), 0, 4); target = target_gain([c['path'] for c in cells.values()])
     for name, c in cells.items():

@@ -2,8 +2,8 @@
 from types import SimpleNamespace
 import pytest, torch
 from ftlab.core.generate import generate
-from ftlab.evaluators.copilot import Copilot, answer_together, copilot, foresight, mistakes, thoughts
-from ftlab.adapters.lowrank import lora
+from ftlab.evaluators.decoding.copilot import Copilot, answer_together, copilot, foresight, mistakes, thoughts
+from ftlab.adapters.modules.lora import lora
 from ftlab.core.recipe import Recipe
 from ftlab.core.state import State
 from ftlab.trainers.loop import fit, load_learners

@@ -13,7 +13,7 @@ def processed(tmp_path_factory):
     "A few pages as `_proc` holds them: a method's, one with mathematics, a chapter, and the two that run when the site is built"
     from fastcore.nbio import read_nb, write_nb
     out = tmp_path_factory.mktemp('proc')
-    for page in ('adapters/half.ipynb', 'adapters/lowrank.ipynb', 'course/first_light.ipynb', 'contents.ipynb', 'index.ipynb'):
+    for page in ('adapters/subsets/hft.ipynb', 'adapters/modules/lora.ipynb', 'course/first_light.ipynb', 'contents.ipynb', 'index.ipynb'):
         nb = read_nb(NBS/page); entries.Processing()(nb); (out/page).parent.mkdir(exist_ok=True); write_nb(nb, out/page)
     return out
 
@@ -81,10 +81,10 @@ def test_notebooks_beside_pages_and_llms_txt(tmp_path):
 def test_with_an_address_pages_open_in_colab_and_install(tmp_path, monkeypatch):
     "Without one, as now, nothing is promised; with `git_url` in settings.ini the links are there, and the downloaded notebook begins by installing"
     import ftlab.map
-    real = ftlab.map.hosted; assert 'git_url' in (ROOT/'settings.ini').read_text() or 'colab' not in entries.where('adapters/half.ipynb').lower()
+    real = ftlab.map.hosted; assert 'git_url' in (ROOT/'settings.ini').read_text() or 'colab' not in entries.where('adapters/subsets/hft.ipynb').lower()
     monkeypatch.setattr(ftlab.map, 'hosted', lambda page: real(page, 'https://github.com/me/mine'))
-    line = entries.where('adapters/half.ipynb'); assert 'href="https://colab.research.google.com/github/me/mine/blob/gh-pages/adapters/half.ipynb"' in line and 'mybinder.org/v2/gh/me/mine/' in line and '<img' not in line
-    nb = json.loads(build.downloaded(NBS/'adapters'/'half.ipynb', 'adapters/half.ipynb')); first = ''.join(nb['cells'][0]['source'])
+    line = entries.where('adapters/subsets/hft.ipynb'); assert 'href="https://colab.research.google.com/github/me/mine/blob/gh-pages/adapters/subsets/hft.ipynb"' in line and 'mybinder.org/v2/gh/me/mine/' in line and '<img' not in line
+    nb = json.loads(build.downloaded(NBS/'adapters'/'half.ipynb', 'adapters/subsets/hft.ipynb')); first = ''.join(nb['cells'][0]['source'])
     assert 'pip install -q git+https://github.com/me/mine@main' in first and nb['cells'][1:] == json.loads((NBS/'adapters'/'half.ipynb').read_text())['cells']
     import nbformat; nbformat.validate(nb)
     from IPython.core.interactiveshell import InteractiveShell

@@ -6,15 +6,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 import torch.nn.functional as F
 from ftlab.adapters.delta import DiskFull, Offset, load_delta
-from ftlab.adapters.half import hft
-from ftlab.adapters.lowrank import lora
+from ftlab.adapters.subsets.hft import hft
+from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import everything, named, parts, top
 from ftlab.core.batches import batch_at, encode_all
 from ftlab.core.recipe import Recipe
 from ftlab.trainers.loop import EarlyStop, Every, fit, validation_nll
 from ftlab.trainers.objective import kl_to_reference, token_nll
-from ftlab.trainers.policy import advantages, grpo
-from ftlab.trainers.rectified import dft
+from ftlab.trainers.rl.grpo import advantages, grpo
+from ftlab.trainers.losses.dft import dft
 from ftlab.trainers.step import Backprop, NotFinite, schedule
 from tiny import tiny
 from toys import TOK, classifier, lab_data, label_data, logits, probe, same, toy, weights

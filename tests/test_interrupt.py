@@ -2,8 +2,8 @@
 import sys, time
 import pytest
 import ftlab
-from ftlab.adapters.half import hft
-from ftlab.adapters.lowrank import lora
+from ftlab.adapters.subsets.hft import hft
+from ftlab.adapters.modules.lora import lora
 from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import nll
 from ftlab.trainers.loop import fit

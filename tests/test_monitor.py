@@ -2,8 +2,8 @@
 import os, re
 import pytest, torch
 import ftlab, ftlab.monitor as m
-from ftlab.adapters.half import hft
-from ftlab.adapters.lowrank import lora
+from ftlab.adapters.subsets.hft import hft
+from ftlab.adapters.modules.lora import lora
 from ftlab.core.batches import encode_all
 from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import answers

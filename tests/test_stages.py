@@ -3,7 +3,7 @@ import types
 import pytest, torch
 from torch import nn
 from ftlab.adapters.delta import Offset, load_delta
-from ftlab.adapters.lowrank import lora
+from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import parts
 from ftlab.core.batches import Data
 from ftlab.core.recipe import CannotCompose, Learner, Recipe
