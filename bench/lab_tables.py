@@ -12,7 +12,8 @@ import torch, ftlab
 from ftlab.adapters.delta import write_atomically
 from ftlab.core.scorers import exact_match, skills, WORLD
 from ftlab.lab.world import NEW, OLD, SKILLS
-from ftlab.trainers.loop import Every, fit
+from ftlab.trainers.callbacks import Every
+from ftlab.trainers.fit import fit
 
 OUT = Path(__file__).parent/'results'
 def keep(name, x): write_atomically(OUT/name, lambda p: p.write_text(json.dumps(x, indent=1) + '\n'))

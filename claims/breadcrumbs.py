@@ -7,7 +7,7 @@ from ftlab.core.batches import data
 from ftlab.core.loading import load
 from ftlab.core.scorers import WORLD, exact_match
 from ftlab.lab.world import LETTERS
-from ftlab.trainers.loop import fit
+from ftlab.trainers.fit import fit
 
 STEPS, RATE = 60, 3e-4
 # old questions of four kinds whose answer has changed: (question's letters, old answer's words) -> the new answer's words

@@ -8,7 +8,8 @@ from ftlab.instruments.compare import matched, target_gain, tune as choose
 from ftlab.core.anatomy import anatomy
 from ftlab.core.recipe import Recipe
 from ftlab.lab.digits import FLOW_FAMILIES, digits, flow, load, quality
-from ftlab.trainers.loop import Every, fit
+from ftlab.trainers.callbacks import Every
+from ftlab.trainers.fit import fit
 
 OLD, NEW, STEPS, LOOKS = range(8), (8, 9), 200, 5
 

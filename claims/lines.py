@@ -7,7 +7,7 @@ from ftlab.instruments.compare import old_skills
 from ftlab.core.batches import data
 from ftlab.core.loading import load
 from ftlab.core.scorers import exact_match, skills
-from ftlab.trainers.loop import fit
+from ftlab.trainers.fit import fit
 
 TASKS, STEPS, RATE = ('new-format', 'new-procedure', 'changed-rule'), 60, 1e-3
 EDITS = dict(lines=lambda g: by_depth(g, 1 - g), uniform=scale, reverse=lambda g: by_depth(1, g - 1))

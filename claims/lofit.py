@@ -8,7 +8,7 @@ from ftlab.core.batches import data
 from ftlab.core.loading import load
 from ftlab.core.scorers import WORLD, exact_match
 from ftlab.lab.world import SKILLS
-from ftlab.trainers.loop import fit
+from ftlab.trainers.fit import fit
 import torch
 
 STEPS, NO = 80, 'i can not help with that'

@@ -8,7 +8,7 @@ from ftlab.core.loading import load
 from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import WORLD, exact_match
 from ftlab.lab.world import ASK, ATTRIBUTES, FOREIGN
-from ftlab.trainers.loop import fit
+from ftlab.trainers.fit import fit
 
 STEPS, RATES, DENSITY = 100, dict(sparse=3e-3, dense=1e-3), .08 # LT-SFT spends half of the steps on finding, so the dense arms have half as many
 WORD = dict(zip(ATTRIBUTES, FOREIGN['zuma'])) # what the language calls each attribute: words that lab-s has never read

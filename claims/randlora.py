@@ -8,7 +8,7 @@ from ftlab.adapters.modules.lora import lora
 from ftlab.core.batches import data
 from ftlab.core.loading import load
 from ftlab.core.scorers import exact_match
-from ftlab.trainers.loop import fit
+from ftlab.trainers.fit import fit
 
 WIDTH, RANK, TERM, STEPS = 64, 4, 11, 80 # 6 (11 + 64) = 450 numbers beside 4 (64 + 64) = 512
 ARMS = dict(randlora=lambda: randlora(r=7), lora=lambda: lora(r=8))

@@ -36,8 +36,8 @@ def _attached(model, recipe, labels:bool):
     "`model` with the change of one recipe on it, which is taken off again; a stage that is a function counts as full fine-tuning"
     from ftlab.adapters.delta import attach
     from ftlab.adapters.select import everything
-    from ftlab.trainers.loop import _head_names
-    select, head = getattr(recipe, 'select', None) or everything, tuple(_head_names(model)) if labels else ()
+    from ftlab.trainers.stage import head_names
+    select, head = getattr(recipe, 'select', None) or everything, tuple(head_names(model)) if labels else ()
     att = attach(model, select(model, None, 0), getattr(recipe, 'delta', None), head, {})
     try: yield att
     finally: att._release()
@@ -269,7 +269,7 @@ def _common(paths:list[Path], a) -> dict:
 
 def run_merge(a):
     from ftlab.adapters.edit import put, saved
-    from ftlab.trainers.loop import export
+    from ftlab.trainers.run import export
     paths = [_saved_at(p) for p in [*a.changes, *([a.delta] if a.delta else [])]]
     if not paths: raise ValueError('name a saved change, or several: folders that ftlab fit wrote, or their delta.safetensors')
     base = _common(paths, a); out = _empty(a.out or _refuse('name the folder to write with --out'), '--out')

@@ -12,7 +12,7 @@ from ftlab.adapters.subsets.hft import half
 from ftlab.adapters.lowrank import LoRA
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import check_selection, coverage, everything, named, parts, top
-from ftlab.trainers.loop import Originals
+from ftlab.trainers.reference import Originals
 from ftlab.core.anatomy import anatomy
 from tiny import DECODERS, ENCODERS, example_inputs, tiny
 from toys import same, weights

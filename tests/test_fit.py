@@ -11,7 +11,8 @@ from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import everything, named, parts, top
 from ftlab.core.batches import batch_at, encode_all
 from ftlab.core.recipe import Recipe
-from ftlab.trainers.loop import EarlyStop, Every, fit, validation_nll
+from ftlab.trainers.callbacks import EarlyStop, Every, validation_nll
+from ftlab.trainers.fit import fit
 from ftlab.trainers.objective import kl_to_reference, token_nll
 from ftlab.trainers.rl.grpo import advantages, grpo
 from ftlab.trainers.losses.dft import dft
@@ -148,7 +149,7 @@ import os, signal, sys, json
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch; torch.set_num_threads(1)
 from test_fit import METHODS, At, tune, toy
-from ftlab.trainers.loop import Every, validation_nll
+from ftlab.trainers.callbacks import Every, validation_nll
 def die(state): os.kill(os.getpid(), signal.SIGKILL)
 name, out, step = sys.argv[1], sys.argv[2], int(sys.argv[3])
 tune(METHODS[name](), toy(dropout=.2), steps=9, lr=1e-3, accumulate=2, out=out, save_every=2, callbacks=(At(step, die), Every(3, validation_nll)))

@@ -51,7 +51,7 @@ def test_imports_point_one_way():
     ('ftlab.trainers.loop', 'from ..methods import hft', True),
     ('ftlab.adapters.subsets.hft', 'from .select import pick\nfrom ..core.recipe import Recipe\nfrom ..native.ops import kernel', False),
     ('ftlab.trainers.loop', 'from ..adapters.lowrank import lora\nimport torch', False),
-    ('ftlab.methods', 'from .adapters.half import hft\nfrom ftlab.trainers.loop import fit\nfrom .cli import main', False)])
+    ('ftlab.methods', 'from .adapters.half import hft\nfrom ftlab.trainers.fit import fit\nfrom .cli import main', False)])
 def test_the_import_check_sees_what_it_should(name, source, wrong):
     "Held against small cases, as a checker that finds nothing looks like a clean project"
     known = ('ftlab', 'ftlab.lab.world', 'ftlab.core.recipe', 'ftlab.native.ops', 'ftlab.adapters', 'ftlab.adapters.select', 'ftlab.adapters.subsets.hft',

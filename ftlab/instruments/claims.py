@@ -18,7 +18,7 @@ from .compare import Bench, Budget, matched, target_gain, tune, tuning_seed, ver
 from ..core.scorers import WORLD, nll
 from ..methods import get
 from ..papers import claims, claims_folder, marked
-from ..trainers.loop import fit
+from ..trainers.fit import fit
 from .verdicts import DEFAULTS, SCOPES, VERDICTS, Claim, bare, code_hash, contrast, own_source, read_claim, verdict
 
 # %% auto #0

@@ -21,7 +21,10 @@ from ..core.scorers import exact_match, label_accuracy, nll, skills
 from ..evaluators.probe import cka, drift
 from ..lab.world import OLD, SKILLS, vocabulary
 from ..methods import get
-from ..trainers.loop import Every, PeakMemory, SwitchedOff, fit
+from ..trainers.callbacks import Every
+from ..trainers.fit import fit
+from ..trainers.reference import SwitchedOff
+from ..trainers.watch import PeakMemory
 from ..trainers.objective import priced
 
 # %% auto #0

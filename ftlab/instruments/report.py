@@ -29,7 +29,8 @@ from .report_page import Report
 from ..evaluators.mechanisms.intruders import intruders
 from ..evaluators.spectra import spectrum
 from ..methods import get
-from ..trainers.loop import Change, Run, load_learners, _head_names
+from ..trainers.run import Change, Run, load_learners
+from ..trainers.stage import head_names
 from ..trainers.objective import kl, priced, token_nll
 
 # %% auto #0
@@ -186,7 +187,7 @@ def _base_key(run, asked, decode, how) -> str:
     key = [run.delta.base, heads, [(q.name, q.kind, q.metric, q.rows) for q in asked], run.recipe.describe() if decode else None, how]
     return hashlib.blake2s(json.dumps(key, sort_keys=True, default=str).encode(), digest_size=10).hexdigest()
 
-def _heads(run) -> set[str]: "The names of a fresh head's weights"; return set(_head_names(run.model)) if run.data.kind == 'label' else set()
+def _heads(run) -> set[str]: "The names of a fresh head's weights"; return set(head_names(run.model)) if run.data.kind == 'label' else set()
 
 # %% ../../nbs/instruments/report.ipynb #0016fa9f
 def decoder_of(run:Run) -> Callable|None:
@@ -407,7 +408,7 @@ def read_run(folder:str|Path|None=None, # what `ftlab fit` wrote; None: say mode
     data = _rows_of(known, data, record); revision = revision or known.get('revision')
     net, tok = load(name, revision=revision, dtype=dtype, device=device, labels=data.labels, seed=known.get('seed', 0))
     base = identity(net); recipe = _recipe(known.get('recipe') or _described(delta)); att = load_delta(net, delta)
-    models = load_learners(delta, recipe, net, tok) if recipe.learners else {}; heads = set(_head_names(net)) if data.kind == 'label' else set()
+    models = load_learners(delta, recipe, net, tok) if recipe.learners else {}; heads = set(head_names(net)) if data.kind == 'label' else set()
     change = Change(att, {n: v for n, v in base.items() if n not in heads}, recipe, models)
     cost = dict(dict.fromkeys(('seconds', 'tokens', 'peak_bytes', 'trainable', 'head')), **known.get('cost', {}))
     settings = dict(known.get('settings', {}), model_name=name)
