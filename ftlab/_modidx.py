@@ -1097,6 +1097,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ftlab.lab.large.StackedMuon.__init__': ('lab/large.html#stackedmuon.__init__', 'ftlab/lab/large.py'),
                                  'ftlab.lab.large.StackedMuon.step': ('lab/large.html#stackedmuon.step', 'ftlab/lab/large.py'),
                                  'ftlab.lab.large._compiled_block': ('lab/large.html#_compiled_block', 'ftlab/lab/large.py'),
+                                 'ftlab.lab.large._compiler': ('lab/large.html#_compiler', 'ftlab/lab/large.py'),
                                  'ftlab.lab.large._draw_chunks': ('lab/large.html#_draw_chunks', 'ftlab/lab/large.py'),
                                  'ftlab.lab.large._load_state': ('lab/large.html#_load_state', 'ftlab/lab/large.py'),
                                  'ftlab.lab.large._log_entry': ('lab/large.html#_log_entry', 'ftlab/lab/large.py'),

@@ -13,6 +13,7 @@ import random
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 import numpy as np
 import torch
@@ -519,13 +520,17 @@ def _log_entry(model, step, plan, seconds, loss, asked) -> dict:
     print(json.dumps({k: v for k, v in entry.items() if k != 'skills'}), flush=True)
     return entry
 
+@lru_cache(1) # one for all trials, which then share what was compiled
+def _compiler():
+    return torch.compile(block, dynamic=False)
+
 def _compiled_block(model, feed, plan):
     "`block` compiled and tried on one batch; as it is where that fails"
     taken = dict.fromkeys(POOLS, 0)
     raw = rows_of_step(feed, plan, taken, .9)
     plain = loss_of(model, raw, plan).item()
     try:
-        model.block = torch.compile(block, dynamic=False)
+        model.block = _compiler()
         loss = loss_of(model, raw, plan)
         loss.backward()
         fine = abs(loss.item() - plain) < .05
@@ -560,7 +565,7 @@ def race(feed:Feed, asked:dict, out:Path, plan:Plan|None=None, changes:dict=CHAN
         trial = replace(best, **change)
         model, log = train(trial, feed, asked=asked, **how)
         found = log[-1]
-        kept = found['new'] > top + .005
+        kept = found['new'] > top + .01
         if kept:
             best, top = trial, found['new']
         took = time.time() - start
@@ -605,7 +610,7 @@ def pretrain_large(out:str|Path,             # a folder for everything
                    ending:float=35.,         # seconds kept for the last evaluation
                    compiled:bool=False,
                    n:int=400,                # questions a skill at the end
-                   n_quick:int=100,          # and on the way
+                   n_quick:int=200,          # and on the way
                    limit:int=20000,          # chunks of a pool after which it starts over
                    ahead:int=64,
                    until:int|None=None       # stop after this step, to be resumed later
@@ -618,7 +623,8 @@ def pretrain_large(out:str|Path,             # a folder for everything
     helper = ProcessPoolExecutor(1, feed.context)
     later = helper.submit(last_questions, n)
     try:
-        asked = questions(n_quick, 'validation', [*LOOKUP_SKILLS, *OLD, 'atlas'])
+        asked = questions(n_quick, 'validation', LOOKUP_SKILLS)
+        asked |= questions(-(-n_quick//4), 'validation', [*OLD, 'atlas'])
         print(f'questions drawn after {time.time() - begin:.1f} s', flush=True)
         if seconds is None:
             model, log = train(plan or Plan(), feed, steps=steps, device=device, compiled=compiled,

@@ -387,7 +387,7 @@ _add('category', category_sequence, .07, 'Labels of kinds of words, by example. 
 _add('shown', shown_sequence, .12, 'A task on lists, by example. ' + _LISTS)
 for _task in LISTS:
     _add(f'shown-{_task}', _shown(_task), 0., f'The task {_task}, by example. ' + _LISTS)
-_add('line', line_sequence, .12, 'y = w x with noise. ' + _LINE, judge_line)
+_add('line', line_sequence, .15, 'y = w x with noise. ' + _LINE, judge_line)
 _add('line-discrete', discrete_line_sequence, 0., 'The discrete slopes. ' + _LINE, judge_line)
 _add('line-continuous', continuous_line_sequence, 0., 'The normal slopes. ' + _LINE, judge_line)
 _add('chain', chain_scene, .11, 'A chain modulo 10, in steps. ' + _CHAIN, judge_chain)
