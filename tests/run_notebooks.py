@@ -12,10 +12,12 @@ import sys
 import time
 from pathlib import Path
 
+from affected import key_of
 from pages import NBS, pages
 from worker import Workers, plain, preload
 
 # Two pages share the cores: with one thread each they do not wait for one another. Nothing is downloaded.
+MOST = 5  # CPU-seconds that a paper's page should take
 ENV = dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='passive', HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', PYDEVD_DISABLE_FILE_VALIDATION='1')
 
 
@@ -73,6 +75,9 @@ def main(names: list[str], workers: int = 2, timeout: int = 600, kernel: bool = 
     print(f'\n{len(names)} pages in {seconds:.0f} s, {sum(used.values()):.0f} CPU-s and {own:.0f} for imports; {len(failed)} failed; the slowest:')
     for name, cpu in sorted(used.items(), key=lambda o: -o[1])[:10]:
         print(f'{cpu:8.1f} CPU-s  {name}')
+    papers = {n: c for n, c in used.items() if key_of(n)}
+    if long := [n for n, c in papers.items() if c > MOST]:
+        print(f'{len(long)} of {len(papers)} papers\' pages take more than {MOST} CPU-seconds: {", ".join(sorted(long))}')
     return len(failed)
 
 
