@@ -1,11 +1,13 @@
 # make lab    set up, then open the course in JupyterLab         make lab PORT=8899
-# make test   set up, then test everything                       make test EXTRAS=test,bench  (with peft, trl and MiniLM)
+# make test   set up, then test                                  make test EXTRAS=test,bench  (with peft, trl and MiniLM)
+#             everything: make test ALL=1                        what changed since a commit, and the site: make test CHANGED=HEAD~3
 # The first call installs into .venv (a minute or two); later ones start in seconds.
 # Another torch: make lab TORCH="torch==2.13.0 --index-url URL"   Another Python: make lab PYTHON=python3.12
 
 PYTHON ?= python3
 PORT   ?= 8888
-EXTRAS ?= test
+COMMA  := ,
+EXTRAS ?= test$(if $(ALL)$(CHANGED),$(COMMA)docs)
 TORCH  ?= $(shell sed -n 's/^ *\(torch[<>=~!].*\)$$/\1/p' settings.ini)
 PAGE   ?=
 VENV   := .venv
@@ -21,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '1,4s/^# //p' Makefile
+	@sed -n '1,5s/^# //p' Makefile
 	@echo 'make claims      run the claims that have no evidence, or stale evidence (about ten minutes each; JOBS=2 for two at a time)'
 	@echo 'make docs        the site, into _docs/: open _docs/index.html (with Quarto where it is on the path, else with Sphinx; a minute or two)'
 	@echo 'make readme      README.md from nbs/index.ipynb'
@@ -31,11 +33,11 @@ help:
 lab: $(VENV)/installed-dev
 	$(PY) -c "import sys; from ftlab.cli import main; sys.exit(main(['lab', '--port', '$(PORT)', *'$(PAGE)'.split()]))"
 
-# Both halves always run, so that one call tells everything that is wrong; each process has one thread, and a file's tests share a process
+# What runs, and why, is told first; tests, pages and site always run, so that one call tells everything that is wrong
 test: export HF_HUB_OFFLINE := 1
 test: export OMP_NUM_THREADS := 1
 test: $(VENV)/installed-$(EXTRAS)
-	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile; tests=$$?; $(PY) tests/run_notebooks.py; pages=$$?; exit $$((tests || pages))
+	@$(PY) tests/run.py $(if $(ALL),--all) $(if $(CHANGED),--changed '$(CHANGED)')
 
 # Finished seeds are kept in runs/claims: a stopped call goes on where it was
 claims: export OMP_NUM_THREADS := 1
