@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from safetensors import safe_open
-from ..adapters.delta import Attached, DiskFull, _set, write_tensors
+from ..adapters.delta import Attached, _set
+from ..core.io import DiskFull, write_tensors
 from ..core.batches import Data
 from ..core.recipe import Recipe, share_of
 from .checkpoint import check_same_run
