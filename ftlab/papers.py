@@ -15,11 +15,12 @@ from pathlib import Path
 import pandas as pd
 import ftlab
 from .core.paper import Paper
+from .core.recipe import Recipe
 from .instruments.verdicts import Claim, contrast, read_claim, verdict
 
 # %% auto #0
-__all__ = ['PARTS', 'OUTSIDE', 'catalogue', 'Mark', 'modules', 'marked', 'claims_folder', 'claims', 'index', 'scoreboard',
-           'scoreboard_html']
+__all__ = ['PARTS', 'OUTSIDE', 'NOUNS', 'catalogue', 'Mark', 'modules', 'marked', 'claims_folder', 'claims', 'index',
+           'scoreboard', 'scoreboard_html', 'effect_line', 'nouns', 'papers_html']
 
 # %% ../nbs/papers.ipynb #000e603a
 def _beside(name:str) -> Path|None:
@@ -137,10 +138,10 @@ def _claim_row(claim:str, contrasts:list[dict]) -> str:
     verdict = f'<span class="verdict {text["verdict"].split(" ")[0]}">{text["verdict"]}</span>'
     if text['superseded']:
         verdict += f'<br><small>superseded: {text["superseded"]}</small>'
-    lines = ''.join(f'<li>{html.escape(m)}</li>' for r in contrasts if (m := _measured(r)))
+    lines = ''.join(f'<li>{html.escape(m)}</li>' for r in contrasts if (m := effect_line(r)))
     return f'<tr><th scope="row" data-sort="{claim}"><b>{claim}</b><br>{text["sentence"]}</th><td>{verdict}</td><td>{text["scope"]}</td><td><ul>{lines}</ul></td></tr>'
 
-def _measured(r:dict) -> str:
+def effect_line(r:dict) -> str:
     "A contrast in a line: what came of it, the effect with its interval, and what was needed; empty where nothing was measured"
     if pd.isna(r.get('contrast')):
         return ''
@@ -148,3 +149,41 @@ def _measured(r:dict) -> str:
         return r['contrast']
     needed = f'{"within ±" if r["kind"] == "equivalence" else "above "}{r["margin"]:g}'
     return f'{r["each"]}: {r["contrast"]}, {r["effect"]:+.3f} [{r["low"]:+.3f}, {r["high"]:+.3f}], needed {needed}'
+
+# %% ../nbs/papers.ipynb #0012603a
+NOUNS = ('select', 'delta', 'edit', 'source', 'objective', 'step', 'loop', 'decode', 'probe')
+_PART_OF = dict(view='source', penalties='objective', callbacks='loop', stages='loop', learners='loop')
+
+def nouns(entry:dict) -> list[str]:
+    "The nouns that a paper of the index answers. What makes no Recipe is a probe where it lives among the evaluators"
+    module, _, name = entry['symbols'][0].rpartition('.')
+    make = getattr(importlib.import_module(module), name)
+    if not inspect.isfunction(make) or inspect.signature(make).return_annotation not in (Recipe, 'Recipe'):
+        return ['probe'] if entry['home'] == 'evaluators' else []
+    said = make().describe()
+    parts = [p for p in (said, *said.get('stages', ())) if isinstance(p, dict)]
+    found = {_PART_OF.get(k, k) for p in parts for k in p}
+    return [n for n in NOUNS if n in found]
+
+# %% ../nbs/papers.ipynb #0015603a
+def papers_html(entries:list[dict]|None=None) -> str:
+    "The index as a table for a page in `nbs/papers`, one row a paper; the site's script lets the reader filter and sort it"
+    heads = dict(Paper='', Question='many', Part='one', Family='one', Verdict='one', Scope='one', Budget='one')
+    head = ''.join(f'<th scope="col"{f" data-filter={f}" if f else ""}>{h}</th>' for h, f in heads.items())
+    specs = {c.key: c.spec for c in claims()}
+    rows = '\n'.join(_paper_row(e, specs.get(e['key'], {})) for e in (index() if entries is None else entries))
+    return f'<div class="table-wrapper"><table class="filter"><caption>The papers</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+def _paper_row(e:dict, spec:dict) -> str:
+    "A paper as a row: what is shown, and what it is sorted by"
+    verdict, tokens = e['verdict'] or e['note'], spec.get('budget')
+    said, asked = spec.get('sentence') or e['claim'], ', '.join(nouns(e))
+    page = '../' + e['notebook'].removeprefix('nbs/')
+    arxiv = f' (<a href="https://arxiv.org/abs/{e["arxiv"]}">{e["arxiv"]}</a>)' if e['arxiv'] else ''
+    title = f'<a href="{page}">{html.escape(e["title"])}</a>{arxiv}<br><small>{html.escape(said)}</small>'
+    badge = f'<span class="verdict {verdict.split()[0]}">{html.escape(verdict)}</span>'
+    scope = e['scope'] or spec.get('scope', '')
+    budget = f'{tokens/1e6:g}M' if tokens else ''
+    cells = [(asked, asked), (e['home'], e['home']), (e['family'], e['family']), (badge, verdict), (scope, scope), (budget, tokens or 0)]
+    rest = ''.join(f'<td data-sort="{html.escape(str(by))}">{shown}</td>' for shown, by in cells)
+    return f'<tr><th scope="row" data-sort="{html.escape(e["title"])}">{title}</th>{rest}</tr>'

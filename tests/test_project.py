@@ -101,7 +101,7 @@ def test_readme_is_the_index_page():
     if not (NBS/'index.ipynb').exists(): pytest.skip('no index page')
     text, images = readme(cells('index.ipynb'))
     stale = [n for n, data in {'README.md': text.encode(), **images}.items() if not (ROOT/n).exists() or (ROOT/n).read_bytes() != data]
-    assert not stale, f'{stale} differ from nbs/index.ipynb; run make readme'
+    assert not stale, f'{stale} differ from nbs/index.ipynb; run make index'
 
 # --- metadata and the wheel
 
