@@ -80,3 +80,13 @@ def test_without_a_gpu_it_says_so():
 
 def test_quartiles_of_one_number_are_that_number():
     assert gpu_pieces.quartiles([2.]) == dict(low_ms=2., median_ms=2., high_ms=2.)
+
+def test_a_page_reads_what_a_gpu_left(tmp_path, capsys):
+    from ftlab.native import gpu_table
+    assert gpu_table('perturb', tmp_path) is None and 'Not yet run' in capsys.readouterr().out
+    row = dict(what='ours', median_ms=2., low_ms=1., high_ms=3., gb_per_s=1500., extra_bytes=2_000_000)
+    found = dict(card='A', results={'ceilings': dict(ceilings=dict(copy_gb_per_s=3000.)), 'bench, perturb': dict(small=dict(state='passed', rows=[row, dict(what='theirs', error='x')]),
+        large=dict(state='failed', why='x'))})
+    (tmp_path/'gpu_a.json').write_text(json.dumps(found))
+    table = gpu_table('perturb', tmp_path)
+    assert len(table) == 1 and table.loc[('A', 'small', 'ours')].to_dict() == {'ms': 2., 'from': 1., 'to': 3., 'of a copy': .5, 'extra MB': 2.}
