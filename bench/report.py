@@ -9,7 +9,7 @@ from pathlib import Path
 
 def _peak(what):
     "Bytes above the start that `what()` took at its highest, its seconds of processor time, and what it gave back"
-    from ftlab.trainers.loop import PeakMemory
+    from ftlab.trainers.watch import PeakMemory
     import torch
     own = lambda: next(int(l.split()[1])*1024 for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('RssAnon')); seen, stop = [own()], threading.Event()
     def watch():
@@ -27,7 +27,8 @@ def large(folder:Path) -> dict:
     from ftlab.core.recipe import Recipe
     from ftlab.lab.models import lab_tokenizer
     from ftlab.instruments.report import report
-    from ftlab.trainers.loop import Change, Originals, Run
+    from ftlab.trainers.reference import Originals
+    from ftlab.trainers.run import Change, Run
     torch.manual_seed(0); model = LlamaForCausalLM(LlamaConfig(vocab_size=32_000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12, max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval()
     base = identity(model); chosen = everything(model); att = attach(model, chosen, originals=Originals(folder/'originals.safetensors', dict(model.named_parameters())))
     with torch.no_grad():

@@ -13,7 +13,7 @@ from ftlab.adapters.select import everything, parts, top
 from ftlab.core.generate import generate
 from ftlab.core.recipe import PROMISES, Learner, Recipe, share_of
 from ftlab.evaluators.decoding.eft import eft
-from ftlab.trainers.loop import fit
+from ftlab.trainers.fit import fit
 from ftlab.trainers.objective import token_nll, priced
 from ftlab.trainers.rl.grpo import grpo
 from ftlab.trainers.losses.dft import dft

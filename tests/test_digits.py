@@ -8,7 +8,7 @@ from ftlab.adapters.subsets.difffit import Scale, difffit, knobs
 from ftlab.beyond.brain.elm import ARMS, ELM, auc, elm, imitate, neuron, score
 from ftlab.core.recipe import Recipe
 from ftlab.lab import digits as D
-from ftlab.trainers.loop import fit
+from ftlab.trainers.fit import fit
 from toys import TOK, lab_data, logits, same, toy, weights
 
 def small_flow(seed=0):

@@ -16,7 +16,7 @@ from ftlab.adapters.select import named, parts
 from ftlab.core.batches import Data
 from ftlab.core.recipe import Recipe
 from ftlab.instruments.doctor import CHECKS, Case, Check, doctor
-from ftlab.trainers.loop import fit
+from ftlab.trainers.fit import fit
 from ftlab.trainers.objective import mean_nll, token_nll
 from ftlab.trainers.source import Rows
 from ftlab.trainers.step import NotFinite

@@ -7,7 +7,7 @@ from ftlab.adapters.merging.breadcrumbs import band, breadcrumbs, merge_breadcru
 from ftlab.adapters.merging.lines import by_depth, depth, lines, merge_lines
 from ftlab.adapters.edit import merge, put, saved
 from ftlab.core.anatomy import anatomy
-from ftlab.trainers.loop import fit
+from ftlab.trainers.fit import fit
 from tiny import DECODERS, ENCODERS, tiny
 from toys import TOK, lab_data, logits, same, toy, weights
 

@@ -8,7 +8,7 @@ from ftlab.adapters.modules.randlora import RandLoRA
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import parts
 from ftlab.core.batches import batch_at, encode_all
-from ftlab.trainers.loop import fit
+from ftlab.trainers.fit import fit
 from ftlab.trainers.losses.dft import dft
 from tiny import example_inputs, tiny
 from toys import TOK, lab_data, logits, toy

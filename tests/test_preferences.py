@@ -4,7 +4,7 @@ import pytest, torch
 import ftlab.trainers.preferences as preferences
 from ftlab.core.batches import data, encode
 from ftlab.core.recipe import Recipe
-from ftlab.trainers.loop import fit
+from ftlab.trainers.fit import fit
 from ftlab.trainers.preferences import Pairs, answer_logp, judged_pairs, preference
 from ftlab.trainers.rl.spin import SelfPlay, spin
 from ftlab.trainers.rl.dpo import dpo

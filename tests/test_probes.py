@@ -15,7 +15,7 @@ from ftlab.evaluators.mechanisms.tuco import Split, at_token, steered, tuco
 from ftlab.evaluators.probe import anatomy_of, cka, each_change, layers, moved, places
 from ftlab.evaluators.mechanisms.intruders import count_intruders, intruders, shrink_intruders
 from ftlab.evaluators.spectra import spectrum, stable_rank
-from ftlab.trainers.loop import fit
+from ftlab.trainers.fit import fit
 from toys import TOK, lab_data, logits, toy, weights
 
 def changed(model, kind, size=.05):

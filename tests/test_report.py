@@ -17,7 +17,7 @@ from ftlab.evaluators.decoding.eft import eft
 from ftlab.evaluators.probe import drift
 from ftlab.instruments.report_page import Report, headline, layer_lines, percent, signed, spread
 from ftlab.instruments.report import as_base, asked_of, paired, read_run, report
-from ftlab.trainers.loop import fit
+from ftlab.trainers.fit import fit
 from toys import TOK, classifier, lab_data, label_data, logits, same, toy, weights
 import ftlab.reporting as reporting
 

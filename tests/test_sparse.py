@@ -10,7 +10,7 @@ from ftlab.adapters.sparse import Places, compose, overlap
 from ftlab.adapters.subsets.lift import Refresh, best, lift, principal, scores
 from ftlab.adapters.subsets.lt_sft import lt_sft, moved_most, short
 from ftlab.core.anatomy import anatomy
-from ftlab.trainers.loop import fit
+from ftlab.trainers.fit import fit
 from tiny import DECODERS, ENCODERS, example_inputs, tiny
 from toys import TOK, lab_data, logits, probe, same, toy, weights
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from ftlab import methods
 from ftlab.core.batches import collate, encode
 from ftlab.core.state import State
-from ftlab.trainers.loop import fit
+from ftlab.trainers.fit import fit
 from toys import TOK, lab_data, logits, same, toy, weights
 
 def batch(n=6): return collate([encode(r, TOK, 'text') for r in lab_data().train[:n]], TOK.pad_token_id)

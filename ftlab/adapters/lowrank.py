@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-from .delta import Attached, attach, write_atomically, _home
+from .delta import Attached, attach, _home
+from ..core.io import write_atomically
 
 # %% auto #0
 __all__ = ['LoRA', 'to_peft', 'from_peft']

@@ -13,7 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 from .. import __version__
-from ..adapters.delta import identity, write_atomically
+from ..adapters.delta import identity
+from ..core.io import write_atomically
 from ..core.batches import Data, collate, data as as_data, encode_all
 from ..core.loading import find_device, load
 from ..core.recipe import Recipe
@@ -21,7 +22,10 @@ from ..core.scorers import exact_match, label_accuracy, nll, skills
 from ..evaluators.probe import cka, drift
 from ..lab.world import OLD, SKILLS, vocabulary
 from ..methods import get
-from ..trainers.loop import Every, PeakMemory, SwitchedOff, fit
+from ..trainers.callbacks import Every
+from ..trainers.fit import fit
+from ..trainers.reference import SwitchedOff
+from ..trainers.watch import PeakMemory
 from ..trainers.objective import priced
 
 # %% auto #0

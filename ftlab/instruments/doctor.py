@@ -23,7 +23,8 @@ from ..core.recipe import Recipe
 from ..core.scorers import nll, skills
 from ..core.state import MODEL_INPUTS
 from .report import read_run
-from ..trainers.loop import Run, export, fit
+from ..trainers.fit import fit
+from ..trainers.run import Run, export
 from ..trainers.objective import IGNORE, priced, token_nll
 from ..trainers.source import count_priced
 from ..trainers.step import NotFinite

@@ -30,7 +30,7 @@ from .report_page import percent
 from ..evaluators.mechanisms.intruders import intruders
 from ..evaluators.spectra import spectrum as stretches, stable_rank
 from ..lab.world import OLD, SKILLS
-from ..trainers.loop import Run
+from ..trainers.run import Run
 from ..trainers.objective import kl, priced, token_nll
 from ..trainers.losses.dft import probability
 from ..trainers.losses.masked_thought import mask_answers

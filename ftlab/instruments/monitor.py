@@ -13,7 +13,8 @@ from ..core.batches import Data, collate, data as as_data, encode_all
 from ..core.scorers import WORLD, teacher_forced
 from .explore import front_end
 from ..core.state import State
-from ..trainers.loop import Every, validation_nll, _in_notebook
+from ..trainers.callbacks import Every, validation_nll
+from ..trainers.watch import in_notebook
 
 # %% auto #0
 __all__ = ['INK', 'SEEN', 'KEPT', 'given_exactly', 'old_questions', 'thinned', 'seen_in', 'draw_run', 'in_words', 'picture_tag',
@@ -160,7 +161,7 @@ class Monitor:
     def before_fit(self, state:State) -> None:
         self.stop.clear(); self.asked = old_questions(state.data, state.tok, self.old, self.questions, state.limit)
         self.every, self.drawn, self.took = Every(self.n or max(25, state.steps//10), self.look), 0., 0.
-        self.window = (Nowhere if not _in_notebook() else Window if front_end() else Still)(self.stop)
+        self.window = (Nowhere if not in_notebook() else Window if front_end() else Still)(self.stop)
         self.every.before_fit(state); self.draw(state)
 
     def after_step(self, state:State) -> None:

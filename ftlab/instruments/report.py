@@ -14,7 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from ..adapters.delta import identity, load_delta, write_atomically
+from ..adapters.delta import identity, load_delta
+from ..core.io import write_atomically
 from .compare import is_lab, metric_for, old_skills, versions, _trim
 from ..core.anatomy import UnknownArchitecture
 from ..core.batches import Data, collate, data as as_data, encode, encode_all, prompt_ids
@@ -29,7 +30,8 @@ from .report_page import Report
 from ..evaluators.mechanisms.intruders import intruders
 from ..evaluators.spectra import spectrum
 from ..methods import get
-from ..trainers.loop import Change, Run, load_learners, _head_names
+from ..trainers.run import Change, Run, load_learners
+from ..trainers.stage import head_names
 from ..trainers.objective import kl, priced, token_nll
 
 # %% auto #0
@@ -186,7 +188,7 @@ def _base_key(run, asked, decode, how) -> str:
     key = [run.delta.base, heads, [(q.name, q.kind, q.metric, q.rows) for q in asked], run.recipe.describe() if decode else None, how]
     return hashlib.blake2s(json.dumps(key, sort_keys=True, default=str).encode(), digest_size=10).hexdigest()
 
-def _heads(run) -> set[str]: "The names of a fresh head's weights"; return set(_head_names(run.model)) if run.data.kind == 'label' else set()
+def _heads(run) -> set[str]: "The names of a fresh head's weights"; return set(head_names(run.model)) if run.data.kind == 'label' else set()
 
 # %% ../../nbs/instruments/report.ipynb #0016fa9f
 def decoder_of(run:Run) -> Callable|None:
@@ -407,7 +409,7 @@ def read_run(folder:str|Path|None=None, # what `ftlab fit` wrote; None: say mode
     data = _rows_of(known, data, record); revision = revision or known.get('revision')
     net, tok = load(name, revision=revision, dtype=dtype, device=device, labels=data.labels, seed=known.get('seed', 0))
     base = identity(net); recipe = _recipe(known.get('recipe') or _described(delta)); att = load_delta(net, delta)
-    models = load_learners(delta, recipe, net, tok) if recipe.learners else {}; heads = set(_head_names(net)) if data.kind == 'label' else set()
+    models = load_learners(delta, recipe, net, tok) if recipe.learners else {}; heads = set(head_names(net)) if data.kind == 'label' else set()
     change = Change(att, {n: v for n, v in base.items() if n not in heads}, recipe, models)
     cost = dict(dict.fromkeys(('seconds', 'tokens', 'peak_bytes', 'trainable', 'head')), **known.get('cost', {}))
     settings = dict(known.get('settings', {}), model_name=name)

@@ -14,7 +14,8 @@ from ...core.generate import generate
 from ...core.paper import paper
 from ...core.recipe import Recipe
 from ...core.state import MODEL_INPUTS
-from ..loop import Every, fit
+from ..callbacks import Every
+from ..fit import fit
 from ..objective import kl, priced
 
 # %% auto #0
