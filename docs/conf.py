@@ -2,8 +2,10 @@
 import json, re, sys
 from pathlib import Path
 from docutils import nodes
+from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.util.docutils import SphinxTranslator
+from sphinx.util.logging import getLogger
 
 HERE = Path(__file__).resolve().parent; sys.path.insert(0, str(HERE))
 from nav import ROOT, families, sections, website
@@ -61,8 +63,21 @@ def read(app, name, source):
     for i, c in enumerate(nb['cells']): c['id'] = f'cell-{i}'
     source[0] = json.dumps(nb)
 
-def inline_math(self:SphinxTranslator, node): self.body.append(tex2mathml(node.astext())); raise nodes.SkipNode
-def block_math(self:SphinxTranslator, node): self.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>'); raise nodes.SkipNode
+def mathml(node, **kw) -> str:
+    "The formula as MathML; one that cannot be set is a warning with its page, and so an error of the build"
+    try:
+        return tex2mathml(node.astext(), **kw)
+    except (MathError, SyntaxError) as e:
+        getLogger(__name__).warning('this formula cannot be set: %s (%s)', node.astext(), e, location=node)
+        return ''
+
+def inline_math(self:SphinxTranslator, node):
+    self.body.append(mathml(node))
+    raise nodes.SkipNode
+
+def block_math(self:SphinxTranslator, node):
+    self.body.append(f'<div class="math">{mathml(node, as_block=True)}</div>')
+    raise nodes.SkipNode
 
 def page(app, name, template, context, doctree):
     "Headings of the side bar have a level"

@@ -118,3 +118,17 @@ def test_the_glossary_knows_every_noun():
 def test_the_citation_names_this_version():
     version = re.search(r'^version *= *(\S+)', (ROOT/'settings.ini').read_text(), re.M)[1]
     cff = yaml.safe_load((ROOT/'CITATION.cff').read_text()); assert cff['version'] == version and cff['title'] and cff['authors'] and cff['license'] == 'Apache-2.0'
+
+def test_a_formula_that_cannot_be_set_fails_the_build(tmp_path):
+    "With its page and its text; one that can is MathML"
+    pytest.importorskip('sphinx', reason='Sphinx is not installed: make docs installs it')
+    pytest.importorskip('myst_nb', reason='myst-nb is not installed: make docs installs it')
+    for formula, ends in ((r'\frac{a}{b}', 0), (r'\nosuchcommand{a}', 1)):
+        page = tmp_path/'proc'/'index.md'
+        page.parent.mkdir(exist_ok=True)
+        page.write_text(f'# A page\n\nInline ${formula}$, and\n\n$$\n{formula}\n$$\n')
+        run = [sys.executable, '-m', 'sphinx', '-c', str(ROOT/'docs'), '-q', '-W', '--keep-going', '-E', str(page.parent), str(tmp_path/'out')]
+        r = subprocess.run(run, capture_output=True, text=True)
+        assert bool(r.returncode) == bool(ends), r.stdout + r.stderr
+        assert r.stderr.count('this formula cannot be set') == 2*ends and ('index.md' in r.stderr) == bool(ends)
+        assert ends or (tmp_path/'out'/'index.html').read_text().count('<mfrac>') == 2

@@ -5,6 +5,7 @@ from scipy import stats
 from ftlab.native import backend, kth_magnitude, low_halves, perturb_, restore_update_, unpack_mask
 from ftlab.native import extension, magnitude, perturb
 from pages import ROOT
+import shared
 
 TYPES, DISTS = (torch.float32, torch.bfloat16, torch.float16), ('normal', 'rademacher')
 SHAPES = [(1,), (3,), (0,), (127,), (128,), (129, 7), (4095,), (4097,), (64, 128), (2, 3, 5, 7), ()]
@@ -59,8 +60,14 @@ def test_a_change_of_the_sources_is_another_build(tmp_path, monkeypatch):
     monkeypatch.setattr(extension, '_SOURCES', folder); assert extension.key() == old
     (folder/'philox.h').write_text((folder/'philox.h').read_text() + '\n'); assert extension.key() != old and extension.find() is None
 
+@pytest.fixture
+def cuda_build(tmp_path_factory, monkeypatch):
+    "A build for CUDA beside any torch, of objects that the tests share"
+    for name, value in (shared.nvcc_once(shared.folder(tmp_path_factory), extension.nvcc()) | dict(FTLAB_NATIVE='cuda')).items():
+        monkeypatch.setenv(name, value)
+
 @pytest.mark.skipif(not extension.nvcc(), reason='there is no nvcc here')
-def test_the_cuda_side_compiles_and_spills_nothing(tmp_path, monkeypatch):
+def test_the_cuda_side_compiles_and_spills_nothing(tmp_path, cuda_build, monkeypatch):
     monkeypatch.delenv('FTLAB_CUDA_ARCH', raising=False)
     for out, report in extension.compile_cuda(tmp_path):
         assert out.stat().st_size and 'sm_80' in report and 'sm_90' in report
@@ -91,13 +98,13 @@ def test_headers_that_do_not_know_the_newest_version_take_the_old_way_to_a_strea
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (extension.nvcc() and extension.compiler()), reason='there is no nvcc here')
-def test_the_cuda_side_links_and_loads_where_there_is_no_gpu(tmp_path):
+def test_the_cuda_side_links_and_loads_where_there_is_no_gpu(tmp_path, cuda_build):
     "Compiled and bound beside any torch, so that a mistake in it shows on machines that cannot run it"
     out = python("""from ftlab.native import backend, perturb_; import torch
 from ftlab.native import magnitude, ternary
 print(backend('cuda')); perturb_([torch.zeros(4)], 7, 1.)
 print(all(torch._C._dispatch_has_kernel_for_dispatch_key(n, 'CUDA') for n in torch._C._dispatch_get_all_op_names() if n.startswith('ftlab::')))""",
-        FTLAB_NATIVE='cuda', FTLAB_CACHE=str(tmp_path))
+        FTLAB_CACHE=str(tmp_path))
     assert out.split() == ['cuda', 'True']
 
 # --- noise

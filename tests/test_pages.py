@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pages import NBS, ROOT, cells
+from pages import ROOT
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='pages run in kernels where there is no fork')
 
@@ -99,3 +99,21 @@ def test_a_page_stores_what_a_fresh_kernel_gives(tmp_path):
     assert [''.join(o.get('text', o.get('data', {}).get('text/plain'))) for o in cell['outputs']] == ['new\n', repr(tmp_path.name)]
     before = notebook(path, 'print("half"); 1/0').read_bytes()
     assert subprocess.run(run, cwd=ROOT, capture_output=True).returncode == 1 and path.read_bytes() == before
+
+
+def test_a_stored_output_that_restates_data_is_held_against_a_fresh_run(tmp_path):
+    "Only where the cell says so, by `#| data`: streams in pieces, tables and results"
+    table = 'import pandas as pd\n#| data\nprint("a"); print("b")\npd.DataFrame(dict(x=[1, 2]))'
+    path = notebook(tmp_path/'right.ipynb', table, '2')
+    nb = json.loads(path.read_text())
+    nb['cells'][0]['outputs'] = worked(path)['right']['outputs']['0']
+    nb['cells'][0]['outputs'][0]['text'] = ['a\n', 'b\n']
+    nb['cells'][1]['outputs'] = [dict(output_type='execute_result', data={'text/plain': ['3']}, metadata={}, execution_count=1)]
+    path.write_text(json.dumps(nb))
+    nb['cells'][0]['outputs'][1]['data']['text/html'] = nb['cells'][0]['outputs'][1]['data']['text/html'].replace('<td>2</td>', '<td>7</td>')
+    (tmp_path/'wrong.ipynb').write_text(json.dumps(nb))
+    nb['cells'][0]['outputs'] = []
+    (tmp_path/'empty.ipynb').write_text(json.dumps(nb))
+    r = worked(*(tmp_path/f'{n}.ipynb' for n in ('right', 'wrong', 'empty')))
+    assert not r['right']['wrong'], r['right']['wrong']
+    assert all(o in r['wrong']['wrong'] for o in ('cell 0', 'stored: ', '<td>7</td>', '<td>2</td>', '--store')) and 'stored: (nothing)' in r['empty']['wrong']

@@ -6,6 +6,7 @@ import pytest
 from imports import modules, wrong_imports
 from pages import NBS, ROOT, cells, copy_project, exports, ordered, pages, project_files
 from readme import readme
+import shared
 
 SETTINGS = ConfigParser(delimiters=['=']); SETTINGS.read(ROOT/'settings.ini', encoding='utf-8'); SETTINGS = SETTINGS['DEFAULT']
 
@@ -112,13 +113,19 @@ def test_one_version():
 
 @pytest.fixture(scope='session')
 def installed(tmp_path_factory) -> Path:
-    "A folder into which a wheel, built from a copy of the project, was installed"
-    tmp = tmp_path_factory.mktemp('wheel'); copy = copy_project(tmp/'copy'); pip = ('-m', 'pip', '--disable-pip-version-check', '-q')
-    python(*pip, 'wheel', '--no-build-isolation', '--no-deps', '-w', tmp/'dist', copy, cwd=tmp)
+    "A folder into which a wheel, built from a copy of the project, was installed: once for all processes"
+    from ftlab.native import extension
+    home, nvcc = shared.folder(tmp_path_factory), extension.nvcc()
+    env = shared.nvcc_once(home, nvcc) if nvcc else {}
+    return shared.once(home, 'wheel', lambda tmp: install_wheel(tmp, env))/'site'
+
+def install_wheel(tmp:Path, env:dict) -> None:
+    "Build a wheel from a copy of the project, and install it into `tmp/site`"
+    copy, pip = copy_project(tmp/'copy'), ('-m', 'pip', '--disable-pip-version-check', '-q')
+    python(*pip, 'wheel', '--no-build-isolation', '--no-deps', '-w', tmp/'dist', copy, cwd=tmp, **env)
     wheel, = (tmp/'dist').glob('*.whl')
     assert wheel.name.startswith(f'ftlab-{SETTINGS["version"]}-')
     python(*pip, 'install', '--no-deps', '--target', tmp/'site', wheel, cwd=tmp)
-    return tmp/'site'
 
 @pytest.mark.slow
 def test_the_wheel_holds_what_the_project_holds(installed):

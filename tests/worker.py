@@ -7,6 +7,7 @@ import builtins
 import gc
 import importlib
 import io
+import itertools
 import json
 import os
 import random
@@ -173,6 +174,36 @@ def wrong(number: int, source: str, outputs: list[dict]) -> str:
     return f'cell {number}\n{rule}\n{source.strip()}\n{rule}\n{trace}\n{said[-1]["ename"]}: {plain(said[-1]["evalue"])}'
 
 
+DATA = re.compile(r'^#\|\s*data\b', re.M)
+SHOWN = ('text/html', 'text/markdown', 'text/plain')
+
+
+def shown(outputs: list[dict]) -> list[str]:
+    "What a reader sees of outputs, as text: streams joined, of results the richest form"
+    said, streams = [], {}
+    for o in outputs:
+        text = ''.join(o.get('text', ''))
+        if o['output_type'] == 'stream':
+            streams[o['name']] = streams.get(o['name'], '') + text
+        elif kind := next((k for k in SHOWN if k in o.get('data', {})), None):
+            said.append(''.join(o['data'][kind]))
+    return [s.strip() for s in (*streams.values(), *said)]
+
+
+def stale(cells: list[dict], fresh: dict[int, list[dict]]) -> str:
+    """What is wrong with cells marked `#| data`, whose outputs restate what is in files, such as verdicts, counts and tables: '',
+    or the first line in which the stored output differs from the fresh one"""
+    wrong = []
+    for number, cell in enumerate(cells):
+        if cell['cell_type'] != 'code' or number not in fresh or not DATA.search(''.join(cell['source'])):
+            continue
+        old, new = ('\n'.join(shown(o)).splitlines() for o in (cell['outputs'], fresh[number]))
+        if old != new:
+            a, b = next((a, b) for a, b in itertools.zip_longest(old, new, fillvalue='(nothing)') if a != b)
+            wrong.append(f'cell {number} restates data, and what is stored is no longer so:\n  stored: {a[:200]}\n  fresh:  {b[:200]}')
+    return '\n'.join(wrong) and '\n'.join((*wrong, 'to store what is so now: python tests/run_notebooks.py --store PAGE'))
+
+
 def run_cells(page: Page, cells: list[dict], timeout: int) -> tuple[str, dict[int, list[dict]]]:
     "Run the code cells until one fails: (what went wrong or '', {cell number: its outputs})"
     kept = {}
@@ -210,7 +241,7 @@ def in_child(path: Path, timeout: int, result: str) -> None:
         cells = json.loads(path.read_text(encoding='utf-8'))['cells']
         with tempfile.TemporaryDirectory() as home:
             failed, outputs = run_cells(Page(home), cells, timeout)
-        said = {'wrong': failed, 'outputs': outputs}
+        said = {'wrong': failed or stale(cells, outputs), 'outputs': outputs}
     except BaseException:  # whatever it is, the other pages still run
         said = {'wrong': traceback.format_exc()}
     finally:
