@@ -161,7 +161,8 @@ def test_the_wheel_knows_the_verdicts_and_what_the_chapters_show(installed, tmp_
     asked = {m for p in NBS.rglob('*.ipynb') for m in re.findall(r"measured\('([\w./-]+\.json)'\)", p.read_text(encoding='utf-8')) if m != 'nope.json'}
     asked |= {f'lab_v1_skills_{m}.json' for m in ('lab-s', 'lab-m')} # a chapter names these by a variable
     assert len(asked) >= 4 and all((installed/'ftlab'/'data'/'results'/m).read_bytes() == (ROOT/'bench'/'results'/m).read_bytes() for m in asked)
-    code = 'import ftlab; from ftlab.papers import claims, scoreboard; print(claims()[0].path); print(scoreboard().to_json())'
+    assert (installed/'ftlab'/'data'/'papers'/'catalogue.jsonl').read_bytes() == (ROOT/'papers'/'catalogue.jsonl').read_bytes()
+    code = 'import ftlab; from ftlab.papers import catalogue, claims, scoreboard; assert len(catalogue()) == 303; print(claims()[0].path); print(scoreboard().to_json())'
     where, board = python('-c', code, cwd=tmp_path, PYTHONPATH=str(installed)).splitlines()[-2:]
     from ftlab.papers import scoreboard
     assert Path(where).is_relative_to(installed) and board == scoreboard().to_json()
