@@ -2,7 +2,8 @@
 from functools import partial
 import pytest, torch
 from safetensors.torch import load_file
-from ftlab.adapters.delta import Offset, attach
+from ftlab.adapters.attach import attach
+from ftlab.adapters.delta import Offset
 from ftlab.adapters.lowrank import LoRA, from_peft, to_peft
 from ftlab.adapters.modules.randlora import RandLoRA
 from ftlab.adapters.modules.lora import lora

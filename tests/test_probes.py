@@ -4,7 +4,8 @@ import pytest, torch
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss
 from tiny import DECODERS, ENCODERS, example_inputs, tiny
-from ftlab.adapters.delta import Entries, Offset, attach
+from ftlab.adapters.attach import attach
+from ftlab.adapters.delta import Entries, Offset
 from ftlab.adapters.lowrank import LoRA
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import everything, parts
@@ -12,7 +13,7 @@ from ftlab.core.anatomy import anatomy
 from ftlab.core.recipe import Recipe
 from ftlab.evaluators.calibration import brier, calibration, confidence, ece, reliability
 from ftlab.evaluators.mechanisms.tuco import Split, at_token, steered, tuco
-from ftlab.evaluators.probe import anatomy_of, cka, each_change, layers, moved, places
+from ftlab.evaluators.probe import anatomy_of, cka, layers, moved, places
 from ftlab.evaluators.mechanisms.intruders import count_intruders, intruders, shrink_intruders
 from ftlab.evaluators.spectra import spectrum, stable_rank
 from ftlab.trainers.fit import fit
@@ -112,7 +113,7 @@ def test_intruders_are_found_where_they_were_put(shape):
 @pytest.mark.parametrize('lam', [1., .5])
 def test_the_edit_is_what_it_says_for_every_form_of_change(recipe, lam):
     import dataclasses
-    plain = fit(toy(), TOK, lab_data(), recipe, steps=6, lr=3e-2, batch_size=8, progress=False); pairs = {n: (a.clone(), b.clone()) for n, a, b in each_change(plain.delta.attached)}
+    plain = fit(toy(), TOK, lab_data(), recipe, steps=6, lr=3e-2, batch_size=8, progress=False); pairs = {n: (a.clone(), b.clone()) for n, a, b in plain.delta.attached.weights()}
     run = fit(toy(), TOK, lab_data(), dataclasses.replace(recipe, edit=shrink_intruders(lam)), steps=6, lr=3e-2, batch_size=8, progress=False); now = weights(run.model); some = 0
     for n, (W0, W1) in pairs.items():
         want = W1
@@ -128,7 +129,7 @@ def test_the_edit_is_what_it_says_for_every_form_of_change(recipe, lam):
 @pytest.mark.parametrize('family', ['llama', 'gpt2', 'bert'])
 def test_each_change_is_the_change_one_at_a_time(family, kind):
     torch.manual_seed(0); model, base = tiny(family), weights(tiny(family)); att = changed(model, kind); all_of = att.changes(); state = torch.get_rng_state()
-    one = {n: (W0.clone(), W1.clone()) for n, W0, W1 in each_change(att)}
+    one = {n: (W0.clone(), W1.clone()) for n, W0, W1 in att.weights()}
     assert one.keys() == all_of.keys() and all(torch.equal(W0, base[n]) and torch.allclose(W1 - W0, all_of[n], atol=1e-6) for n, (W0, W1) in one.items())
     assert places(model) == anatomy(tiny(family)).places and torch.equal(torch.get_rng_state(), state)
     assert all(r['part'] in ('attention', 'mlp', 'norm', 'bias', 'embedding', 'head', 'other') and (r['block'] is not None or kind == 'whole') for r in moved(all_of, model))

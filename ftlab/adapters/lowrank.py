@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-from .delta import Attached, attach, write_atomically, _home
+from .attach import Attached, attach, is_transposed
+from .delta import write_atomically
 
 # %% auto #0
 __all__ = ['LoRA', 'to_peft', 'from_peft']
@@ -19,7 +20,7 @@ __all__ = ['LoRA', 'to_peft', 'from_peft']
 # %% ../../nbs/adapters/lowrank.ipynb #0005af9e
 class LoRA(nn.Module):
     "`W + (alpha/r) B A`: A [r, in] drawn as in the official code (Kaiming uniform with a=sqrt(5)), B [out, r] zero"
-    site = 'weight'
+    kind, site = 'lowrank', 'weight'
     def __init__(self, W:Tensor,       # the weight, [out, in]
                  mask=True,            # whole weights only
                  r:int=8,              # the rank
@@ -44,7 +45,7 @@ def to_peft(att:Attached, folder:str|Path, base:str='') -> Path:
     if configs: raise ValueError('the layers have different LoRA settings; peft folders written here hold one')
     mods = [n.rpartition('.')[0] for n in att.deltas]; tensors = {}
     for n, d in att.deltas.items(): m = n.rpartition('.')[0]; tensors |= {f'base_model.model.{m}.lora_A.weight': d.A.detach().cpu().contiguous(), f'base_model.model.{m}.lora_B.weight': d.B.detach().cpu().contiguous()}
-    turned = any(isinstance(_home(att.model, n)[0], Conv1D) for n in att.deltas)
+    turned = any(is_transposed(att.model, n) for n in att.deltas)
     cfg = dict(peft_type='LORA', base_model_name_or_path=base, r=c['r'], lora_alpha=c['alpha'], lora_dropout=c['dropout'], use_rslora=c['rs'], target_modules=mods, bias='none', fan_in_fan_out=turned, task_type=None, inference_mode=True)
     folder = Path(folder); write_atomically(folder/'adapter_model.safetensors', lambda p: save_file(tensors, p, metadata={'format': 'pt'}))
     write_atomically(folder/'adapter_config.json', lambda p: p.write_text(json.dumps(cfg, indent=2)))

@@ -15,8 +15,8 @@ from transformers.utils import logging
 from ..lab.models import MODELS
 
 # %% auto #0
-__all__ = ['CHECKPOINTS', 'CLASSES', 'ENDINGS', 'IMAGES', 'lab_folder', 'fresh_head', 'find_device', 'load', 'skeleton',
-           'minilm_folder']
+__all__ = ['CHECKPOINTS', 'CLASSES', 'ENDINGS', 'IMAGES', 'lab_folder', 'head_names', 'fresh_head', 'find_device', 'load',
+           'skeleton', 'minilm_folder']
 
 # %% ../../nbs/core/loading.ipynb #00061c17
 # found, not computed from this file's place, so that the page that you read and the module that it exports agree
@@ -101,6 +101,11 @@ def _labelled(config:PretrainedConfig, labels:list[str]) -> PretrainedConfig:
     config.num_labels = len(labels); config.problem_type = 'single_label_classification'
     config.id2label, config.label2id = dict(enumerate(labels)), {l: i for i, l in enumerate(labels)}
     return config
+
+def head_names(model) -> list[str]:
+    "The parameters of the head on top of a transformers model; none where the model does not say what its body is"
+    body = getattr(model, 'base_model_prefix', '')
+    return [n for n, _ in model.named_parameters() if body and not n.startswith(body + '.')]
 
 @torch.no_grad()
 def fresh_head(model:PreTrainedModel, # a model with a head for labels

@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from ..adapters.delta import Attached, disk_trouble, pack, save_delta
+from ..adapters.attach import Attached, own_buffers, own_weights
+from ..adapters.delta import disk_trouble
+from ..adapters.store import pack, save_delta
 from ..core.batches import Data
 from ..core.recipe import Recipe
 from ..core.state import State
@@ -89,13 +91,9 @@ def export(model, tok, attached:Attached|None, folder:str|Path) -> Path:
         if held := [n for n, d in attached.deltas.items() if d.site != 'weight']: raise ValueError(f'the change at {held[0]!r} acts on activations; a plain folder cannot hold it: save the delta instead')
         merged = attached.values()
     state = {}
-    for n, p in model.named_parameters():
-        if '::' in n or '.delta_' in n: continue
-        plain = n.replace('.parametrizations.', '.').removesuffix('.original') if '.parametrizations.' in n else n
-        if '.parametrizations.' in n and not n.endswith('.original'): continue
-        state[plain] = merged.get(plain, p.detach())
-    for n, b in model.named_buffers():
-        if '.delta_' not in n and '.parametrizations.' not in n and n not in _transient(model): state[n] = b
+    for n, p in own_weights(model).items(): state[n] = merged.get(n, p.detach())
+    for n, b in own_buffers(model).items():
+        if n not in _transient(model): state[n] = b
     if folder.exists() and any(folder.iterdir()): raise FileExistsError(f'{str(folder)!r} is not empty; export to a new folder')
     try:
         model.save_pretrained(tmp, state_dict={k: v.contiguous() for k, v in state.items()})
