@@ -30,6 +30,7 @@ class LoRA(nn.Module):
         super().__init__(); out, inp = W.shape
         if mask is not True: raise ValueError('LoRA changes whole matrices; a mask of entries does not fit it')
         if not 1 <= r <= min(out, inp): raise ValueError(f'rank {r} does not fit a matrix of {out} x {inp}: it must be between 1 and {min(out, inp)}')
+        if not 0 <= dropout <= 1: raise ValueError(f'dropout is {dropout}; it must be between 0 and 1')
         self.A = nn.Parameter(torch.empty(r, inp, dtype=W.dtype, device=W.device)); nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
         self.B = nn.Parameter(torch.zeros(out, r, dtype=W.dtype, device=W.device))
         self.s, self.dropout = alpha/(math.sqrt(r) if rs else r), dropout

@@ -145,6 +145,7 @@ def _read(path) -> _Saved:
         raise ValueError(f'{str(path)!r} is not a safetensors file, or is damaged: {" ".join(str(e).split())[:200]}') from None
     if meta['format'] != FORMATS[0] and meta.get('digest') != _digest(tensors, meta):
         raise ValueError(f'{str(path)!r} is damaged: its content is not what was saved')
+    _parsed(path, meta, 'recipe')
     return _Saved(tensors, _kinds(path, meta), _base(path, meta))
 
 class _Foreign(Exception): "A safetensors file, but no delta"
@@ -159,7 +160,7 @@ def _parsed(path, meta, key) -> dict:
     "One entry of the metadata, which must be a JSON object"
     try: value = json.loads(meta[key])
     except (ValueError, RecursionError): value = None
-    if not isinstance(value, dict): raise ValueError(f'{str(path)!r} is damaged: its {key} are not a JSON object')
+    if not isinstance(value, dict): raise ValueError(f'{str(path)!r} is damaged: its {key} is no JSON object')
     return value
 
 def _kinds(path, meta) -> dict:
@@ -220,7 +221,8 @@ def _check_tensor(name, t, like):
 
 def _check_finite(tensors):
     for n, t in tensors.items():
-        if (t.is_floating_point() or t.is_complex()) and not torch.isfinite(t).all():
+        real = t.is_floating_point() or t.is_complex()
+        if real and not torch.isfinite(t if t.element_size() > 1 else t.float()).all():
             raise ValueError(f'{n[:80]!r} holds values that are NaN or infinite')
 
 # %% ../../nbs/adapters/store.ipynb #04711156
@@ -228,8 +230,10 @@ def _built(model, name, kind, config, tensors, classes) -> nn.Module:
     "One delta, with the tensors that were saved; the model is not touched"
     cls = class_of(kind, classes)
     check_delta(model, name, cls)
-    if wrong := [k for k, v in config.items() if isinstance(v, float) and not math.isfinite(v)]:
-        raise ValueError(f'the configuration of {name!r} says {wrong[0]}={config[wrong[0]]}')
+    for k, v in config.items():
+        if not (v is None or isinstance(v, (bool, int, str)) or isinstance(v, float) and math.isfinite(v)):
+            raise ValueError(f'the configuration of {name!r} says {k[:80]}={str(v)[:80]}; '
+                             'a finite number, text, true, false or null is expected')
     try: d = make_delta(model, name, True, partial(cls, **config))
     except Exception as e: # whatever a constructor says to a configuration that it was never given
         raise ValueError(f'the change of {name!r} cannot be made as {kind} with {str(config)[:120]}: {str(e)[:200]}') from None
