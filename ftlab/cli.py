@@ -225,7 +225,7 @@ def run_fit(a):
 
 def _keep(run, record, out) -> int:
     "Write delta.safetensors, log.jsonl and run.json into `out`; returns the delta's size"
-    from ftlab.adapters.delta import write_atomically
+    from ftlab.core.io import write_atomically
     size = run.delta.save(out/'delta.safetensors')
     write_atomically(out/'log.jsonl', lambda p: p.write_text(''.join(json.dumps(r) + '\n' for r in run.log)))
     write_atomically(out/'run.json', lambda p: p.write_text(json.dumps(record | dict(saved_bytes=size), indent=1)))

@@ -4,16 +4,11 @@
 
 # %% ../../nbs/adapters/delta.ipynb #c44d360a
 from __future__ import annotations
-import errno, os, re, shutil
-from collections.abc import Callable, Mapping
-from pathlib import Path
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['MOVED', 'Entries', 'Offset', 'DiskFull', 'disk_trouble', 'write_atomically', 'write_tensors']
+__all__ = ['MOVED', 'Entries', 'Offset']
 
 # %% ../../nbs/adapters/delta.ipynb #d57b1ec8
 class Entries(nn.Module):
@@ -94,33 +89,6 @@ class Offset(nn.Module):
     def forward(self, h): return h + self.b
 
 # %% ../../nbs/adapters/delta.ipynb #0fd3b6df
-class DiskFull(OSError): "There was no room for a file; whatever stood in its place is whole"
-
-def disk_trouble(e:Exception, path, need:int|None=None) -> Exception:
-    "`e` as a `DiskFull` that says what to do if it came from a disk, a quota or a limit that is full, else `e` itself"
-    code = e.errno if isinstance(e, OSError) else int(m[1]) if (m := re.search(r'(?:os error|code:) (\d+)', str(e))) else None # safetensors tells the system's number in words
-    if code not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): return e
-    free = shutil.disk_usage(next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())).free
-    out = DiskFull(f'there was no room to write {str(path)!r}: ' + (f'it needs {need:,} bytes, and ' if need else '') + f'{free:,} bytes are free there' +
-        (' (a quota or a limit on the size of files holds)' if code != errno.ENOSPC else '') + '. Make room, or save to another folder; nothing was left half written')
-    out.errno = code; return out
-
-def write_atomically(path, write:Callable, need:int|None=None) -> None: # need: the bytes that it takes, for the error
-    "Call `write(temporary path)`, then rename: an interruption leaves the old file or the new one, never half of one. Raises `DiskFull` where there is no room."
-    path = Path(path); tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try: path.parent.mkdir(parents=True, exist_ok=True); write(tmp); os.replace(tmp, path)
-    except (OSError, SafetensorError) as e:
-        if (full := disk_trouble(e, path, need)) is e: raise
-        raise full from e
-    finally:
-        if tmp.exists(): tmp.unlink()
-
-def write_tensors(path, tensors:Mapping[str, Tensor], metadata:Mapping[str, str]|None=None) -> None:
-    "A safetensors file, written atomically"
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    write_atomically(path, lambda tmp: save_file(tensors, tmp, metadata=metadata), sum(t.numel()*t.element_size() for t in tensors.values()))
-
-# %% ../../nbs/adapters/delta.ipynb #ad83966a
 MOVED = dict(attach='attach', Attached='attach',
              WrongBase='store', fingerprint='store', identity='store', pack='store', save_delta='store', load_delta='store')
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from .attach import Attached, attach, is_transposed
-from .delta import write_atomically
+from ..core.io import write_atomically
 
 # %% auto #0
 __all__ = ['LoRA', 'to_peft', 'from_peft']

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from .attach import Attached, check_bare, check_delta, make_delta, place
-from .delta import write_tensors
+from ..core.io import write_tensors
 from ..core.loading import head_names
 
 # %% auto #0

@@ -13,7 +13,7 @@ from statistics import fmean
 from types import SimpleNamespace
 import torch
 import ftlab
-from ..adapters.delta import write_atomically
+from ..core.io import write_atomically
 from .compare import Bench, Budget, matched, target_gain, tune, tuning_seed, versions, _crashed, _decoder, _digest
 from ..core.scorers import WORLD, nll
 from ..methods import get

@@ -14,9 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from ..adapters.delta import write_atomically
 from ..adapters.attach import own_weights
 from ..adapters.store import identity, load_delta
+from ..core.io import write_atomically
 from .compare import is_lab, metric_for, old_skills, versions, _trim
 from ..core.anatomy import UnknownArchitecture
 from ..core.batches import Data, collate, data as as_data, encode, encode_all, prompt_ids

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from ..adapters.attach import Attached, set_weights
-from ..adapters.delta import DiskFull, write_tensors
+from ..core.io import DiskFull, write_tensors
 from ..core.batches import Data
 from ..core.recipe import Recipe, share_of
 from .checkpoint import check_same_run
