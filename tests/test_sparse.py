@@ -92,7 +92,7 @@ def test_the_hook_goes_with_the_run():
 
 def test_places_must_be_as_many():
     p = Entries(torch.zeros(3, 3), torch.eye(3) > 0)
-    with pytest.raises(ValueError, match='3 different places'): p.move(torch.tensor([0, 0, 1]))
+    with pytest.raises(ValueError, match='3 different entries'): p.move(torch.tensor([0, 0, 1]))
     assert Entries(torch.zeros(4)).index.tolist() == [0, 1, 2, 3]
 
 # ---------- a delta on a tied matrix
@@ -197,7 +197,7 @@ def test_a_change_that_moved_before_its_gradient_was_taken_is_an_error():
     m = toy(); att = attach(m, principal(2)(m), Entries)
     with att.lean(): loss = m(**probe()).loss
     shake(att)
-    with pytest.raises(RuntimeError, match='changed between a price and its gradient'): loss.backward()
+    with pytest.raises(RuntimeError, match='changed between a loss and its gradient'): loss.backward()
 
 def test_lift_without_the_cpp_ends_at_the_same_weights(monkeypatch):
     def changed(): return [tune(r).delta.attached.changes() for r in (lift(r=2, every=3), lift(r=2, every=3, by='magnitude'), lt_sft(.05))]
