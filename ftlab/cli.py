@@ -34,13 +34,13 @@ def _size(tensors) -> int: return sum(t.numel()*t.element_size() for t in tensor
 @contextmanager
 def _attached(model, recipe, labels:bool):
     "`model` with the change of one recipe on it, which is taken off again; a stage that is a function counts as full fine-tuning"
-    from ftlab.adapters.delta import attach
+    from ftlab.adapters.attach import attach
     from ftlab.adapters.select import everything
     from ftlab.trainers.stage import head_names
     select, head = getattr(recipe, 'select', None) or everything, tuple(head_names(model)) if labels else ()
     att = attach(model, select(model, None, 0), getattr(recipe, 'delta', None), head, {})
     try: yield att
-    finally: att._release()
+    finally: att.release()
 
 def kept_bytes(model,    # real or fake
                batch:dict, # what goes into it
@@ -78,7 +78,8 @@ def _stage_bytes(model, stage, labels, shape, precision) -> dict:
 
 def _own_weights(model) -> list:
     "The model's own parameters, where a change sits on some of them"
-    return [p for n, p in model.named_parameters() if n.endswith('.original') or '.delta_' not in n and '.parametrizations.' not in n]
+    from ftlab.adapters.attach import own_weights
+    return list(own_weights(model).values())
 
 def _activations(model, shape, labels, precision) -> int:
     "What one batch of the longest rows leaves behind for the backward pass"

@@ -5,7 +5,8 @@ import pytest, torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 import torch.nn.functional as F
-from ftlab.adapters.delta import Offset, load_delta
+from ftlab.adapters.delta import Offset
+from ftlab.adapters.store import load_delta
 from ftlab.core.io import DiskFull
 from ftlab.adapters.subsets.hft import hft
 from ftlab.adapters.modules.lora import lora

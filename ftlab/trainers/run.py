@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from ..adapters.delta import Attached, pack, save_delta
+from ..adapters.attach import Attached, own_buffers, own_weights
+from ..adapters.store import pack, save_delta
 from ..core.io import disk_trouble, flush, staging
 from ..core.batches import Data
 from ..core.recipe import Recipe
@@ -108,19 +109,10 @@ def _merged(model, attached:Attached|None) -> dict[str, Tensor]:
         if held := [n for n, d in attached.deltas.items() if d.site != 'weight']:
             raise ValueError(f'the change at {held[0]!r} acts on activations; a plain folder cannot hold it: save the delta instead')
         merged = attached.values()
-    for n, p in model.named_parameters():
-        if '::' in n or '.delta_' in n:
-            continue
-        if '.parametrizations.' in n:
-            if not n.endswith('.original'):
-                continue
-            n = n.replace('.parametrizations.', '.').removesuffix('.original')
+    for n, p in own_weights(model).items():
         out[n] = merged.get(n, p.detach())
     gone = _transient(model)
-    for n, b in model.named_buffers():
-        if '.delta_' not in n and '.parametrizations.' not in n and n not in gone:
-            out[n] = b
-    return out
+    return out | {n: b for n, b in own_buffers(model).items() if n not in gone}
 
 def _transient(model) -> set[str]:
     "Names of the buffers that are not saved"

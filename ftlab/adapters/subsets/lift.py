@@ -13,7 +13,7 @@ from ..select import parts
 from ...core.paper import paper
 from ...core.recipe import Recipe
 from ...native.magnitude import kth_magnitude
-from ..sparse import Places
+from ..delta import Entries
 
 # %% auto #0
 __all__ = ['SCORES', 'scores', 'best', 'principal', 'Refresh', 'lift']
@@ -65,7 +65,7 @@ class Refresh:
     def after_step(self, state):
         if state.step % self.every or state.step >= state.steps: return
         for n, d in state.attached.deltas.items():
-            W, turned = state.attached._base(n); new = d.move(self.choose(d(W.T if turned else W)))
+            new = d.move(self.choose(state.attached.weight(n)[1]))
             for t in self.opt.state[d.value].values() if self.opt else ():
                 if torch.is_tensor(t) and t.shape == d.value.shape: t[new] = 0.
     def after_fit(self, state):
@@ -82,5 +82,5 @@ def lift(r:int=8,                # the budget: as many numbers as LoRA of this r
     "Low-rank informed sparse fine-tuning"
     if every < 0: raise ValueError(f'every is {every}; it must be 0 or more steps')
     again = (partial(Refresh, every, lambda W: best(scores(W, by, filter_rank), r)),) if every and by != 'random' else ()
-    return Recipe('lift', select=principal(r, by, filter_rank), delta=Places, callbacks=again, lr=3e-3, lrs=(1e-3, 3e-3, 1e-2),
+    return Recipe('lift', select=principal(r, by, filter_rank), delta=Entries, callbacks=again, lr=3e-3, lrs=(1e-3, 3e-3, 1e-2),
                   arguments=dict(r=r, filter_rank=filter_rank, by=by, every=every))

@@ -11,7 +11,7 @@ from ..select import parts
 from ...core.paper import paper
 from ...core.recipe import Recipe
 from ...native.magnitude import kth_magnitude, unpack_mask
-from ..sparse import Places
+from ..delta import Entries
 
 # %% auto #0
 __all__ = ['short', 'moved_most', 'lt_sft']
@@ -47,6 +47,6 @@ def lt_sft(density:float=.08, # the share of the numbers that may move in the se
     pay, movable = (short(l1),) if l1 else (), parts('attention', 'mlp', 'bias', 'embedding', 'head', 'other')
     def tune_what_moved(ctx):
         masks = moved_most(ctx.model, ctx.before, movable(ctx.model), density); ctx.reset()
-        return Recipe('tune what moved', select=lambda model, batches=None, seed=0: masks, delta=Places, penalties=pay)
+        return Recipe('tune what moved', select=lambda model, batches=None, seed=0: masks, delta=Entries, penalties=pay)
     why = {'accumulates': 'a number at the very rank K may be chosen or not by rounding'}
     return Recipe('lt_sft', stages=(Recipe('find what moves', select=movable, penalties=pay, waives=why), tune_what_moved), arguments=dict(density=density, l1=l1), waives=why)

@@ -7,9 +7,8 @@ from __future__ import annotations
 from collections.abc import Callable
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrize
+from ...adapters.attach import base_below, oriented
 from ...core.paper import paper
-from ..probe import each_change
 
 # %% auto #0
 __all__ = ['intruders', 'count_intruders', 'shrink_intruders']
@@ -36,25 +35,23 @@ def _intruders(W0, W1, k, eps):
 # %% ../../../nbs/evaluators/mechanisms/intruders.ipynb #000edec8
 def count_intruders(att, k:int=10, eps:float=.5) -> dict[str, int]:
     "{name of a matrix that a change reaches: its intruders}; vectors are left out"
-    return {n: int(intruders(W0, W1, k, eps).sum()) for n, W0, W1 in each_change(att) if W0.ndim == 2}
+    return {n: int(intruders(W0, W1, k, eps).sum()) for n, W0, W1 in att.weights() if W0.ndim == 2}
 
-def shrink_intruders(lam:float=.7,  # what is left of an intruder's stretch: 0 removes it, 1 leaves it
-                     k:int=10, eps:float=.5 # as in `intruders`
+def shrink_intruders(lam:float=.7,  # what is left of an intruder's singular value: 0 removes it, 1 leaves it
+                     k:int=10,      # as in `intruders`
+                     eps:float=.5   # as in `intruders`
                     ) -> Callable:  # edit(changes, model) -> changes
-    "Shrink every intruder dimension of the tuned weights to `lam` of its stretch"
-    def edit(changes, model): return {n: _shrunk(_base_of(model, n, c), c, lam, k, eps) if c.ndim == 2 else c for n, c in changes.items()}
+    "Multiply the singular value of every intruder dimension of the tuned weights by `lam`"
+    def edit(changes, model):
+        return {n: _shrunk(model, n, C, lam, k, eps) if C.ndim == 2 else C for n, C in changes.items()}
     edit.__name__ = f'shrink_intruders({lam:g})'
     return edit
 
 @torch.no_grad()
-def _shrunk(W0, C, lam, k, eps):
-    "The change `C` of a base matrix with its intruders shrunk"
+def _shrunk(model, name, C, lam, k, eps):
+    "The change `C` of one matrix with its intruders shrunk, as the model stores it"
+    below = base_below(model, name)
+    W0 = model.get_parameter(name).detach() - C if below is None else below # the weight itself moved
+    W0, C = oriented(model, name, W0), oriented(model, name, C)
     on, (U, S, Vh) = _intruders(W0, W0 + C, k, eps)
-    return C + (lam - 1)*((U[:, on]*S[on]) @ Vh[on]).to(C.dtype)
-
-def _base_of(model, name, change):
-    "The base's weight while its change is still on the model, in whichever form"
-    path, _, attr = name.rpartition('.'); mod = model.get_submodule(path)
-    if parametrize.is_parametrized(mod, attr): return mod.parametrizations[attr].original.detach()
-    own = getattr(mod, attr).detach()
-    return own if f'delta_{attr}' in dict(mod.named_children()) else own - change
+    return oriented(model, name, C + (lam - 1)*((U[:, on]*S[on]) @ Vh[on]).to(C.dtype)).contiguous()
