@@ -56,8 +56,8 @@ class Look:
     "Notes the places, the numbers and the moments after every step"
     def __init__(self): self.rows = []
     def after_step(self, state):
-        n, d = next(iter(state.attached.deltas.items())); mover = next((c for c in state.callbacks if isinstance(c, Refresh)), None)
-        s = mover.opt.state[d.value] if mover and mover.opt else {}
+        n, d = next(iter(state.attached.deltas.items())); moving = any(isinstance(c, Refresh) for c in state.callbacks)
+        s = state.optimizer.state[d.value] if moving else {}
         self.rows.append(dict(index=d.index.clone(), value=d.value.detach().clone(), weight=state.attached.values()[n].clone(), base=state.attached.before(n).clone(), m={k: v.clone() for k, v in s.items() if torch.is_tensor(v)}))
 
 def test_a_refresh_carries_the_moments_of_what_stays_and_starts_what_is_new_from_zero():
@@ -84,7 +84,7 @@ def test_no_refresh_no_difference():
 
 def test_a_run_that_chose_anew_is_not_resumed(tmp_path):
     tune(lift(every=2), steps=4, out=tmp_path, save_every=3)
-    with pytest.raises(ValueError, match='chosen its places anew'): tune(lift(every=2), steps=4, out=tmp_path, save_every=3, resume=True)
+    with pytest.raises(ValueError, match='chosen its entries anew'): tune(lift(every=2), steps=4, out=tmp_path, save_every=3, resume=True)
 
 def test_the_hook_goes_with_the_run():
     from torch.optim.optimizer import _global_optimizer_post_hooks as hooks

@@ -15,7 +15,7 @@ __all__ = ['MODEL_INPUTS', 'State']
 class State(SimpleNamespace):
     "Everything that a part of the run may look at"
     def __init__(self, model, tok=None, **kw):
-        super().__init__(model=model, tok=tok, models={'policy': model}, batch=None, logits=None, nll=None, whole_logits=True, asides=(), count=1., step=0, steps=0, seed=0,
+        super().__init__(model=model, tok=tok, models={'policy': model}, batch=None, logits=None, nll=None, whole_logits=True, optimizer=None, count=1., step=0, steps=0, seed=0,
                          log=[], extra={}, callbacks=[], stop=False, **kw)
 
     def forward(self) -> torch.Tensor:

@@ -5,6 +5,7 @@
 # %% ../../nbs/trainers/stage.ipynb #0003e146
 from __future__ import annotations
 import time
+from functools import partial
 from types import SimpleNamespace
 import torch
 from ..adapters.attach import Attached, attach, set_weights
@@ -38,7 +39,8 @@ def run_stage(job, recipe, settings, earlier=(0, 0)) -> Run: # earlier: steps an
         try:
             state = _state(job, recipe, settings, att)
             if job.shard: sharded = Sharded(state, job.processes)
-            params = state.attached.parameters(); step = (recipe.step or Backprop)(params, s); _supply(job, recipe, state, params, s)
+            state.emit('before_load') # who lets buffers grow gives them their sizes again
+            params = state.attached.parameters(); step = (recipe.step or Backprop)(params, s); state.optimizer = getattr(step, 'opt', None); _supply(job, recipe, state, params, s)
             if job.resume and belongs(job.checkpoint, settings): load_checkpoint(job.checkpoint, params, step, state, settings)
             def save(): save_checkpoint(job.checkpoint, params, step, state, settings, job.processes.main)
             bar = Progress(recipe.name, settings['steps'], job.progress); t0 = time.time(); state.model.train()
@@ -62,7 +64,7 @@ def run_stage(job, recipe, settings, earlier=(0, 0)) -> Run: # earlier: steps an
         cost = dict(seconds=time.time() - t0, tokens=state.tokens, peak_bytes=memory.bytes(), trainable=sum(p.numel() for p in params.values()) - head, head=head)
     models = {n: l.module for n, l in state.learners.items()}
     if models: cost['learners'] = sum(p.numel() for l in state.learners.values() for p in l.params)
-    run = Run(model, job.tok, job.data, recipe, Change(att, job.base, recipe, models), state.log, cost, settings, state.extra.get('path', []), interrupted or trouble is not None, models=models)
+    run = Run(model, job.tok, job.data, recipe, Change(att, job.base, recipe, models), state.log, cost, settings, state.extra.get('path', []), interrupted or trouble is not None, models=models, source=state.source)
     if trouble: trouble.run = run; raise trouble
     if recipe.edit is not None: _edit(run, recipe, folder)
     return run
@@ -91,15 +93,16 @@ def _state(job, recipe, settings, att) -> State:
     state.pad_id = tok and tok.pad_token_id or 0; state.settings, state.accelerator, state.callbacks = settings, job.acc, [c() for c in recipe.callbacks] + list(job.callbacks)
     limit = settings['max_length'] if tok is None or settings['max_length'] is not None else min(1024, tok.model_max_length, getattr(model.config, 'max_position_embeddings', 1024))
     state.limit = limit; state.rows = encode_all(data.train, tok, data.kind, limit); state.validation = encode_all(data.validation, tok, data.kind, limit) if data.validation else []
-    if recipe.reference: state.models['reference'] = reference_of(model, att)
+    if 'reference' in recipe.needs: state.models['reference'] = reference_of(model, att)
     return state
 
 def _supply(job, recipe, state, params, s) -> None:
     "Make the source, then the learners"
     packed = state.settings['packing']
-    if packed and recipe.source: raise ValueError(f'packing=True packs the data as given, but {recipe.name} has a source of its own; use packing=False')
-    state.source = recipe.source(state) if recipe.source else Rows(state.rows, state.settings['batch_size'], state.settings['accumulate'], state.seed, state.pad_id,
+    if packed and recipe.own_source: raise ValueError(f'packing=True packs the data as given, but {recipe.name} has a source of its own; use packing=False')
+    state.given = partial(Rows, state.rows, state.settings['batch_size'], state.settings['accumulate'], state.seed, state.pad_id,
         packing(job.model, job.data.kind, state.limit) if packed else collate)
+    state.source = recipe.source(state) if recipe.source else state.given()
     state.learners = {}
     for n, l in recipe.learners.items(): state.learners[n] = Learning(n, l, state, s, job.processes)
     state.callbacks.insert(0, Sums(job.processes, list(params.values())))

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from ..adapters.attach import Attached, set_weights
 from ..core.io import DiskFull, write_tensors
 from ..core.batches import Data
-from ..core.recipe import Recipe, share_of
+from ..core.recipe import Recipe, title_of
 from .checkpoint import check_same_run
 from .reference import Originals
 from .run import Change, Run
@@ -44,8 +44,8 @@ class StageContext:
 # %% ../../nbs/trainers/stages.ipynb #001e191a
 def run_stages(job) -> Run:
     "Every stage in turn; of a recipe without stages, itself"
-    recipe, model = job.recipe, job.model; stages = recipe.stages or (recipe,); several = bool(recipe.stages); run = trouble = None; runs = []
-    shares = _shares(job.settings['steps'], stages); start = Originals(job.folder/'base.safetensors', dict(model.named_parameters())) if several else None
+    recipe, model = job.recipe, job.model; stages = recipe.turns; several = bool(recipe.stages); run = trouble = None; runs = []
+    shares = _shares(job.settings['steps'], recipe.shares); start = Originals(job.folder/'base.safetensors', dict(model.named_parameters())) if several else None
     for i, (stage, n) in enumerate(zip(stages, shares)):
         try:
             if i: _settle(runs[-1]); _keep_stage(job, i - 1, runs[-1], start)
@@ -56,7 +56,7 @@ def run_stages(job) -> Run:
             runs.append(run_stage(job, stage, own | dict(recipe=stage.describe(), lr=stage.lr if job.lr is None else job.lr), (len(run.log), run.cost['tokens']) if run else (0, 0)))
         except NotFinite as e: trouble = e; runs.append(e.run)
         except BaseException as e:
-            if several: _give_back(model, runs, start); _say_where(e, f'{recipe.name}, stage {i + 1} of {len(stages)} ({_title(stage)})')
+            if several: _give_back(model, runs, start); _say_where(e, f'{recipe.name}, stage {i + 1} of {len(stages)} ({title_of(stage)})')
             raise
         run = _after(run, runs[-1])
         if run.interrupted: break
@@ -71,9 +71,9 @@ def run_stages(job) -> Run:
     return run
 
 # %% ../../nbs/trainers/stages.ipynb #001f191a
-def _shares(steps, stages) -> list[int]:
+def _shares(steps, of) -> list[int]:
     "The steps of each stage: together `steps`, none of them 0"
-    of = [share_of(s) for s in stages]; ends = [round(steps*sum(of[:i])/sum(of)) for i in range(len(of) + 1)]; n = [b - a for a, b in zip(ends, ends[1:])]
+    ends = [round(steps*sum(of[:i])/sum(of)) for i in range(len(of) + 1)]; n = [b - a for a, b in zip(ends, ends[1:])]
     if min(n) < 1: raise ValueError(f'{steps} steps are too few for {len(of)} stages with shares {", ".join(f"{x:g}" for x in of)}: each needs one at least')
     return n
 
@@ -92,7 +92,7 @@ def _stage_file(job, i) -> Path: return job.checkpoint.with_name(f'stage-{i}.saf
 def _keep_stage(job, i, run, start) -> None:
     "Keep what a finished stage left, for `resume`; a stage that left more than weights (learners, a source's memory, a change of activations), or was made by a function, is done again instead"
     own = job.recipe.stages[i]
-    if not job.save_every or not job.processes.main or not isinstance(own, Recipe) or own.source or own.learners or run.delta.attached.deltas or run.settings.get('kept'): return
+    if not job.save_every or not job.processes.main or not isinstance(own, Recipe) or own.own_source or own.learners or run.delta.attached.deltas or run.settings.get('kept'): return
     tensors = {n: p for n, p in job.model.named_parameters() if not torch.equal(start[n], p.detach().cpu())}
     try: write_tensors(_stage_file(job, i), tensors, {k: json.dumps(v) for k, v in dict(log=run.log, path=run.path, cost=run.cost, settings=run.settings).items()})
     except DiskFull as e: warnings.warn(f'stage {i + 1} could not be kept, and the run goes on: {e}')
@@ -112,8 +112,6 @@ def _asked(stage, context) -> Recipe:
     made = stage(context)
     if isinstance(made, Recipe) and not made.stages: return made
     raise ValueError(f'it returned {"a Recipe with stages of its own" if isinstance(made, Recipe) else f"a {type(made).__name__}"}; a stage function returns one Recipe without stages')
-
-def _title(stage) -> str: return stage.name if isinstance(stage, Recipe) else getattr(stage, '__name__', type(stage).__name__)
 
 def _say_where(e, where) -> None:
     "Put the place before an error's message"
