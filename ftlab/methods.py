@@ -11,6 +11,7 @@ import inspect
 import re
 from collections.abc import Callable
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from .core.recipe import Recipe
 
@@ -27,7 +28,7 @@ PARTS = ('adapters', 'trainers', 'evaluators', 'beyond') # whose folders hold pa
 def paper_modules(package:Path|None=None # a folder like `ftlab`'s; None: that one
                  ) -> dict[str, Path]:   # key -> file
     "The modules of all papers, by their keys, from the names of the files alone"
-    package = package or Path(__file__).parent
+    package = package or Path(find_spec('ftlab').origin).parent
     found = (f for part in PARTS for f in sorted((package/part).glob('*/*.py')))
     return {f.stem: f for f in found if not f.stem.startswith('_')}
 
