@@ -6,7 +6,7 @@ from scipy import stats
 from ftlab import papers
 from ftlab.instruments.claims import Kept, again, arms_of, assemble_claim, explain, own_code, run_claim, run_seed, script_of, status, train_arm, Ground
 from ftlab.instruments.compare import matched, target_gain
-from ftlab.core.paper import paper
+from ftlab.core.paper import method
 from ftlab.methods import get
 from ftlab.instruments.verdicts import contrast, read_claim, verdict
 
