@@ -9,7 +9,7 @@ import json, os, sys, time
 from pathlib import Path
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 import torch, ftlab
-from ftlab.adapters.delta import write_atomically
+from ftlab.core.io import write_atomically
 from ftlab.core.scorers import exact_match, skills, WORLD
 from ftlab.lab.world import NEW, OLD, SKILLS
 from ftlab.trainers.callbacks import Every

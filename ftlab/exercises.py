@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 import ftlab
-from .adapters.delta import write_atomically
+from .core.io import write_atomically
 
 # %% auto #0
 __all__ = ['FORGETTING', 'RESCALE', 'TEACH_ZIGZAG', 'BEST_STOP', 'MATCHED_FORGETTING', 'AT_THE_EDGE', 'LEARNED_AT', 'HALF_WIDTH',

@@ -4,7 +4,7 @@ from functools import partial
 import pytest, torch
 from transformers import AutoModelForCausalLM
 from ftlab import methods
-from ftlab.adapters.delta import load_delta
+from ftlab.adapters.store import load_delta
 from ftlab.adapters.edit import scale
 from ftlab.adapters.subsets.hft import half
 from ftlab.adapters.lowrank import LoRA

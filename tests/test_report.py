@@ -4,7 +4,8 @@ from functools import partial
 import pytest, torch
 import ftlab
 from ftlab import methods
-from ftlab.adapters.delta import Offset, WrongBase
+from ftlab.adapters.delta import Offset
+from ftlab.adapters.store import WrongBase
 from ftlab.adapters.edit import scale
 from ftlab.adapters.subsets.hft import half
 from ftlab.adapters.modules.lora import lora

@@ -2,7 +2,8 @@
 import types
 import pytest, torch
 from torch import nn
-from ftlab.adapters.delta import Offset, load_delta
+from ftlab.adapters.delta import Offset
+from ftlab.adapters.store import load_delta
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import parts
 from ftlab.core.batches import Data

@@ -4,7 +4,8 @@ import pytest, torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
-from ftlab.adapters.delta import attach, identity, load_delta, pack, save_delta
+from ftlab.adapters.attach import attach
+from ftlab.adapters.store import identity, load_delta, pack, save_delta
 from ftlab.adapters.select import parts
 from ftlab.adapters.modules.lofit import HeadOffset, HeadScale, head_width, heads, lasso, lofit, loudest
 from ftlab.core.anatomy import anatomy

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch import nn
-from .delta import Attached, attach, load_delta
+from .attach import Attached, attach
+from .store import load_delta
 
 # %% auto #0
 __all__ = ['scale', 'keep', 'norm', 'write_change', 'merge', 'saved', 'put']

@@ -13,7 +13,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 from .. import __version__
-from ..adapters.delta import identity, write_atomically
+from ..adapters.store import identity
+from ..core.io import write_atomically
 from ..core.batches import Data, collate, data as as_data, encode_all
 from ..core.loading import find_device, load
 from ..core.recipe import Recipe

@@ -12,7 +12,9 @@ from functools import cached_property
 from pathlib import Path
 import torch
 from torch import nn
-from ..adapters.delta import WrongBase, fingerprint, load_delta, _shared
+from ..adapters.attach import own_buffers, own_weights, pulls_apart
+from ..adapters.delta import Entries
+from ..adapters.store import WrongBase, fingerprint, load_delta
 from ..adapters.select import PARTS, coverage, everything, named, parts
 from .compare import is_lab, old_skills
 from ..core.anatomy import UnknownArchitecture
@@ -290,11 +292,7 @@ def _some(names, n=3) -> str: names = list(names); return ', '.join(names[:n]) +
 
 def _plain(model) -> dict:
     "Parameters under the names that they have without a change on the model, and without the change's own"
-    out = {}
-    for n, p in model.named_parameters():
-        if '.delta_' in n or ('.parametrizations.' in n and not n.endswith('.original')): continue
-        out[n.replace('.parametrizations.', '.').removesuffix('.original')] = p
-    return out
+    return own_weights(model)
 
 # %% ../../nbs/instruments/doctor.ipynb #00140f3d
 def _fresh(c) -> nn.Module:
@@ -304,7 +302,7 @@ def _fresh(c) -> nn.Module:
     state = _switched_off(c, lambda: {n: p.detach().clone() for n, p in _plain(model).items()}); config = copy.deepcopy(model.config)
     for k, v in vars(config).items():
         if 'drop' in k and isinstance(v, float): setattr(config, k, 0.)
-    state |= {n: b for n, b in model.named_buffers() if '.delta_' not in n and '.parametrizations.' not in n}
+    state |= own_buffers(model)
     with torch.random.fork_rng(): new = type(model)(config).to(model.dtype)
     new.load_state_dict(state, strict=False)
     return new.to(next(iter(state.values())).device).eval()
@@ -368,9 +366,11 @@ def frozen_but_selected(c):
     if was: return f'{len(was)} of {len(c.chosen)} selected tensors had requires_grad=False before, e.g. {_some(was)}; they will train all the same'
 
 def tied_under_delta(c):
-    beside = [n for s, chosen in c.selections for n, m in chosen.items() if (s.delta is not None or m is not True) and n in c.params]
-    bad = [(n, o[0]) for n in beside if (o := _shared(c.model, n))]
-    if bad: return f'{bad[0][0]} is one tensor with {bad[0][1]}, and the change would be written beside it'
+    for s, chosen in c.selections:
+        beside = [n for n, m in chosen.items() if (s.delta is not None or m is not True) and n in c.params]
+        for n in beside:
+            if other := pulls_apart(c.model, n, s.delta or Entries):
+                return f'{n} is one tensor with {other}, and the change would be written beside it'
 
 # %% ../../nbs/instruments/doctor.ipynb #00180f3d
 SELECTION = [

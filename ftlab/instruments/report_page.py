@@ -8,7 +8,7 @@ import json, math
 from collections.abc import Callable
 from html import escape
 from pathlib import Path
-from ..adapters.delta import write_atomically
+from ..core.io import write_atomically
 
 # %% auto #0
 __all__ = ['STYLE', 'PAGE', 'HOW', 'percent', 'signed', 'level', 'spread', 'count', 'duration', 'headline', 'tiles', 'table',

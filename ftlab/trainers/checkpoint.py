@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from ..adapters.delta import DiskFull, write_tensors
+from ..core.io import DiskFull, write_tensors
 from ..core.state import State
 from .step import _whole, placed_like
 

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker, LOGGER_TYPE_TO_CLASS, get_available_trackers
-from ..adapters.delta import identity
+from ..adapters.store import identity
 from ..core.batches import Data, data as as_data
 from ..core.loading import find_device
 from ..core.recipe import Recipe

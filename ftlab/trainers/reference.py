@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from ..adapters.delta import write_tensors
+from ..core.io import write_tensors
 
 # %% auto #0
 __all__ = ['Originals', 'SwitchedOff', 'reference_of']

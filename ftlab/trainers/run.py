@@ -5,13 +5,14 @@
 # %% ../../nbs/trainers/run.ipynb #000335a6
 from __future__ import annotations
 import math
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from ..adapters.delta import Attached, disk_trouble, pack, save_delta
+from ..adapters.attach import Attached, own_buffers, own_weights
+from ..adapters.store import pack, save_delta
+from ..core.io import disk_trouble, flush, staging
 from ..core.batches import Data
 from ..core.recipe import Recipe
 from ..core.state import State
@@ -84,29 +85,36 @@ def load_learners(path:str|Path, # what `Change.save` wrote
 # %% ../../nbs/trainers/run.ipynb #0008191a
 def export(model, tok, attached:Attached|None, folder:str|Path) -> Path:
     "Write the merged model as a plain Hugging Face folder; the model itself stays as it is"
-    folder = Path(folder); tmp = folder.with_name(folder.name + '.tmp')
-    merged = {}
-    if attached is not None:
-        if held := [n for n, d in attached.deltas.items() if d.site != 'weight']: raise ValueError(f'the change at {held[0]!r} acts on activations; a plain folder cannot hold it: save the delta instead')
-        merged = attached.values()
-    state = {}
-    for n, p in model.named_parameters():
-        if '::' in n or '.delta_' in n: continue
-        plain = n.replace('.parametrizations.', '.').removesuffix('.original') if '.parametrizations.' in n else n
-        if '.parametrizations.' in n and not n.endswith('.original'): continue
-        state[plain] = merged.get(plain, p.detach())
-    for n, b in model.named_buffers():
-        if '.delta_' not in n and '.parametrizations.' not in n and n not in _transient(model): state[n] = b
-    if folder.exists() and any(folder.iterdir()): raise FileExistsError(f'{str(folder)!r} is not empty; export to a new folder')
+    folder, weights = Path(folder), _merged(model, attached)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f'{str(folder)!r} is not empty; export to a new folder')
     try:
-        model.save_pretrained(tmp, state_dict={k: v.contiguous() for k, v in state.items()})
-        if tok is not None: tok.save_pretrained(tmp)
-        if folder.exists(): folder.rmdir()
-        tmp.rename(folder)
+        with staging(folder) as made:
+            model.save_pretrained(made, state_dict={k: v.contiguous() for k, v in weights.items()})
+            if tok is not None:
+                tok.save_pretrained(made)
+            flush(made)
+            if folder.exists():
+                folder.rmdir()
+            made.rename(folder)
     except (OSError, SafetensorError) as e:
-        if (full := disk_trouble(e, folder, sum(v.numel()*v.element_size() for v in state.values()))) is e: raise
+        if (full := disk_trouble(e, folder, sum(v.numel()*v.element_size() for v in weights.values()))) is e:
+            raise
         raise full from e
-    finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
-def _transient(model): return {f'{m}.{b}'.lstrip('.') for m, mod in model.named_modules() for b in mod._non_persistent_buffers_set}
+def _merged(model, attached:Attached|None) -> dict[str, Tensor]:
+    "Every parameter and buffer by its plain name, with the change in it"
+    merged, out = {}, {}
+    if attached is not None:
+        if held := [n for n, d in attached.deltas.items() if d.site != 'weight']:
+            raise ValueError(f'the change at {held[0]!r} acts on activations; a plain folder cannot hold it: save the delta instead')
+        merged = attached.values()
+    for n, p in own_weights(model).items():
+        out[n] = merged.get(n, p.detach())
+    gone = _transient(model)
+    return out | {n: b for n, b in own_buffers(model).items() if n not in gone}
+
+def _transient(model) -> set[str]:
+    "Names of the buffers that are not saved"
+    return {f'{m}.{b}'.lstrip('.') for m, mod in model.named_modules() for b in mod._non_persistent_buffers_set}

@@ -8,10 +8,11 @@ import time
 from functools import partial
 from types import SimpleNamespace
 import torch
-from ..adapters.delta import Attached, _set, attach
+from ..adapters.attach import Attached, attach, set_weights
 from ..adapters.edit import write_change
 from ..adapters.select import everything
 from ..core.batches import collate, encode_all, packing
+from ..core.loading import head_names
 from ..core.state import State
 from .checkpoint import belongs, load_checkpoint, save_checkpoint
 from .learner import Learning
@@ -24,7 +25,7 @@ from .step import Backprop, NotFinite, schedule
 from .watch import PeakMemory, Progress, track
 
 # %% auto #0
-__all__ = ['run_stage', 'head_names', 'Sums']
+__all__ = ['run_stage', 'Sums']
 
 # %% ../../nbs/trainers/stage.ipynb #0022191a
 def run_stage(job, recipe, settings, earlier=(0, 0)) -> Run: # earlier: steps and tokens of the stages before
@@ -85,10 +86,6 @@ def _attach(model, data, recipe, settings, folder):
     att = attach(model, chosen, recipe.delta, also, originals)
     return att, sum(params[n].numel() for n in also)
 
-def head_names(model) -> list[str]:
-    "The parameters of a classifier on top of an encoder"
-    base = getattr(model, 'base_model_prefix', ''); return [n for n, _ in model.named_parameters() if base and not n.startswith(base + '.')]
-
 # %% ../../nbs/trainers/stage.ipynb #0027191a
 def _state(job, recipe, settings, att) -> State:
     "The state of a run, with rows encoded"
@@ -125,7 +122,7 @@ def _edit(run, recipe, folder):
         run.delta.attached = Attached(run.model, dict.fromkeys(changes, True), {}, {}, base)
     except BaseException: # half edited, the change is nobody's: give the model back as it came
         if base is None: att.detach()
-        else: att._release(); _set(run.model, base)
+        else: att.release(); set_weights(run.model, base)
         raise
 
 # %% ../../nbs/trainers/stage.ipynb #00a2191a

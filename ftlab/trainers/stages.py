@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 from safetensors import safe_open
-from ..adapters.delta import Attached, DiskFull, _set, write_tensors
+from ..adapters.attach import Attached, set_weights
+from ..core.io import DiskFull, write_tensors
 from ..core.batches import Data
 from ..core.recipe import Recipe, title_of
 from .checkpoint import check_same_run
@@ -37,8 +38,8 @@ class StageContext:
     runs:list[Run]        # the earlier stages: their `log`, `path`, `cost`, `recipe` and `models` (and `delta`, where it acts on activations and so still sits on the model)
     def reset(self) -> None:
         "Put every weight back as it was before the first stage, and take off what could not be folded"
-        for r in self.runs: r.delta.attached._release()
-        _set(self.model, self.before)
+        for r in self.runs: r.delta.attached.release()
+        set_weights(self.model, self.before)
 
 # %% ../../nbs/trainers/stages.ipynb #001e191a
 def run_stages(job) -> Run:
@@ -78,8 +79,8 @@ def _shares(steps, of) -> list[int]:
 
 def _give_back(model, runs, start) -> None:
     "Every weight as it was before the first stage, and nothing left on the model"
-    for r in runs: r.delta.attached._release()
-    _set(model, start)
+    for r in runs: r.delta.attached.release()
+    set_weights(model, start)
 
 def _settle(run) -> None:
     "Fold the change of a stage, if it can be"
@@ -101,7 +102,7 @@ def _kept_stage(job, i, stage, own, start) -> Run|None:
     path = _stage_file(job, i)
     if not (job.resume and isinstance(stage, Recipe) and path.exists()): return None
     with safe_open(path, 'pt') as f: meta = {k: json.loads(v) for k, v in f.metadata().items()}; tensors = {k: f.get_tensor(k) for k in f.keys()}
-    own = own | dict(recipe=stage.describe(), lr=stage.lr if job.lr is None else job.lr); check_same_run(path, meta['settings'], own); _set(job.model, start); _set(job.model, tensors)
+    own = own | dict(recipe=stage.describe(), lr=stage.lr if job.lr is None else job.lr); check_same_run(path, meta['settings'], own); set_weights(job.model, start); set_weights(job.model, tensors)
     att = Attached(job.model, dict.fromkeys(tensors, True), {}, {}, start)
     return Run(job.model, job.tok, job.data, stage, Change(att, job.base, stage), meta['log'], meta['cost'], dict(own, kept=True), meta['path'])
 

@@ -50,7 +50,7 @@ class heads:
 # %% ../../../nbs/adapters/modules/lofit.ipynb #0008c9e7
 class HeadScale(nn.Module):
     "`z (1 + A)` on a layer's input, value by value"
-    site = 'input'
+    kind, site = 'lofit.head_scale', 'input'
     def __init__(self, W:Tensor, mask=True, sigma:float=0.): # the weight [out, in]; the size of the noise that A starts from
         super().__init__()
         self.A = nn.Parameter(sigma*torch.randn(W.shape[1], dtype=W.dtype).to(W.device))
@@ -59,14 +59,28 @@ class HeadScale(nn.Module):
 
 class HeadOffset(nn.Module):
     "`z + v` on a layer's input, at the columns of the mask and nowhere else"
-    site = 'input'
-    def __init__(self, W:Tensor, mask:Tensor|bool=True, sigma:float=0., count:int|None=None): # count: how many columns, when loading
+    kind, site = 'lofit.head_offset', 'input'
+    def __init__(self,
+                 W:Tensor,              # the weight, [out, in]
+                 mask:Tensor|bool=True, # the entries that read the columns that move
+                 sigma:float=0.,        # the size of the noise that `v` starts from
+                 count:int|None=None    # how many columns, when loading
+                ):
         super().__init__()
+        self.width = W.shape[1]
+        if count is not None and not 0 <= count <= self.width:
+            raise ValueError(f'count is {count}; a weight of shape {tuple(W.shape)} has {self.width} columns')
         if count is not None: columns = torch.zeros(count, dtype=torch.long)
-        else: columns = torch.arange(W.shape[1]) if mask is True else mask.any(0).nonzero().squeeze(1)
+        elif mask is True: columns = torch.arange(self.width)
+        else: columns = mask.any(0).nonzero().squeeze(1)
         self.register_buffer('columns', columns.to(W.device))
         self.v = nn.Parameter(sigma*torch.randn(len(columns), dtype=W.dtype).to(W.device))
         self.config = dict(count=len(columns))
+    def check(self) -> None:
+        "Raise `ValueError` for a column that the weight does not have, or that is there twice"
+        if len(self.columns) and not 0 <= int(self.columns.min()) <= int(self.columns.max()) < self.width:
+            raise ValueError(f'columns reach from {int(self.columns.min())} to {int(self.columns.max())}; the weight has {self.width}')
+        if len(self.columns.unique()) != len(self.columns): raise ValueError('columns names one twice')
     def forward(self, z): return z + torch.zeros_like(z[..., :1, :]).index_add(-1, self.columns, self.v.expand(*z.shape[:-2], 1, -1))
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def random_bases(long:int, short:int, r:int, seed:int=0, sparse:bool=False) -> t
 
 class RandLoRA(nn.Module):
     "`W + (alpha/r) sum_j B_j diag(lambda_j) A diag(gamma_j)`, the bases on the side that fits: only lambda [r, N] and gamma [N, shorter side] train"
-    site = 'weight'
+    kind, site = 'randlora', 'weight'
     def __init__(self, W:Tensor,       # the weight, [out, in]
                  mask=True,            # whole weights only
                  r:int=32,             # the rank of one term; smaller means more terms and more trained numbers

@@ -23,7 +23,7 @@ CLASSES = r'(^|\.)(classes|y_embed\w*|class_embed\w*)\.' # how class embeddings 
 
 class Scale(nn.Module):
     "`γ ⊙ W`: one factor for each row of a matrix, that is for each channel that its layer writes; starts at 1"
-    site = 'weight'
+    kind, site = 'difffit', 'weight'
     def __init__(self, W:Tensor, mask=True):
         super().__init__()
         self.more = nn.Parameter(torch.zeros(W.shape[0], dtype=W.dtype, device=W.device)) # γ - 1, so that weight decay pulls towards the base

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from ..select import parts
-from ..sparse import Places
+from ..delta import Entries
 from ...core.paper import method
 from ...core.recipe import Loop, Recipe, With
 from ...native.magnitude import kth_magnitude
@@ -82,8 +82,7 @@ class Refresh:
     def after_step(self, state):
         if state.step % self.every or state.step >= state.steps: return
         for n, d in state.attached.deltas.items():
-            W, turned = state.attached._base(n)
-            new = d.move(self.choose(d(W.T if turned else W)))
+            new = d.move(self.choose(state.attached.weight(n)[1]))
             moments = state.optimizer.state[d.value].values() if state.optimizer else ()
             for t in moments:
                 if torch.is_tensor(t) and t.shape == d.value.shape: t[new] = 0.
@@ -112,4 +111,4 @@ def lift(r:int=8,                # the budget: as many parameters as LoRA of thi
     if every < 0: raise ValueError(f'every is {every}; it must be 0 or more steps')
     chosen = principal(r, by, filter_rank)
     again = Loop(callbacks=(With(Refresh, every=every, choose=chosen.indices),)) if every and by != 'random' else None
-    return Recipe(select=chosen, delta=Places, loop=again)
+    return Recipe(select=chosen, delta=Entries, loop=again)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from ..select import parts
-from ..sparse import Places
+from ..delta import Entries
 from ...core.paper import Method, method
 from ...core.recipe import Recipe, Stages
 from ...native.magnitude import kth_magnitude, unpack_mask
@@ -59,7 +59,7 @@ class tune_what_moved:
     def __call__(self, context) -> Recipe:
         masks = moved_most(context.model, context.before, MOVABLE(context.model), self.density)
         context.reset()
-        return Recipe('tune what moved', select=these(masks), delta=Places, objective=_held(self.l1))
+        return Recipe('tune what moved', select=these(masks), delta=Entries, objective=_held(self.l1))
 
 def _held(l1): return nll() + short(l1) if l1 else None
 
