@@ -100,7 +100,7 @@ def other_order(row:dict, answer:str) -> float:
     return float(sorted(answer.split()) == sorted(row['given'].split()) and answer != row['given'])
 
 # %% ../../../nbs/trainers/rl/razor.ipynb #00a2b62b
-def another_order(model, tok, rows:list[dict], held_out:list[dict], draws:int=4, seed:int=0) -> dict: # the arguments of `looks` besides model and tokenizer
+def another_order(model, tok, rows:list[dict], held_out:list[dict], draws:int=4, old_items:int=25, seed:int=0) -> dict: # the arguments of `looks` besides model and tokenizer
     "The task 'any other order will do': by trial, from arbitrary right answers, and from the model's own right answers"
     asked, prompts = [r for r in rows for _ in range(draws)], [r['prompt'] for r in held_out]
     drawn = own_answers(model, tok, [r['prompt'] for r in asked], 8, seed)
@@ -109,7 +109,7 @@ def another_order(model, tok, rows:list[dict], held_out:list[dict], draws:int=4,
     data = lambda train: Data(train=train, validation=held_out[:2], test=held_out[:2], kind='text')
     def learned(m): return sum(map(other_order, held_out, generate(m, tok, prompts, max_new_tokens=8)))/len(held_out)
     def kept(m):
-        s = skills(m, 25, 'validation', ['add', 'reverse', 'sort', 'dedupe', 'count', 'fact'], tok)
+        s = skills(m, old_items, 'validation', ['add', 'reverse', 'sort', 'dedupe', 'count', 'fact'], tok)
         return sum(s.values())/len(s)
     arms = dict(trial=(grpo(beta=0., reward=other_order), data(rows), 3e-4),
                 arbitrary=(Recipe('arbitrary'), data(rows), 1e-3), own=(Recipe('own'), data(own), 1e-3))
@@ -120,18 +120,19 @@ UNITS = dict(step='steps', gain='share of questions', forgetting='share of quest
 @study('RL\'s Razor: Why Online Reinforcement Learning Forgets Less', '2509.04259',
     'At the same new accuracy, learning from one\'s own answers forgets less, and the KL on the new task foretells how much is forgotten.',
     'the abstract, the authors\' summary and others\' of the experiments; the task, the arms and the fit of a quadratic are ours',
-    toy=dict(rows=24, held_out=6, draws=4, steps=1, every=1, batch_size=8))
+    toy=dict(rows=24, held_out=4, steps=1, every=1, batch_size=8, old_items=2))
 def razor(seed:int=0,          # of the questions, the draws and the runs
           model:str='lab-s',   # as in `ftlab.load`: a causal language model of the lab
           rows:int=320, held_out:int=60, # questions to learn from, and to be asked
           draws:int=4,         # answers of its own to each question
           steps:int=24, every:int=8, # of each arm; between evaluations
-          batch_size:int=64
+          batch_size:int=64,
+          old_items:int=25     # questions of each of six old skills
          ) -> Evidence:        # 'arm.metric': one value an evaluation; 'kl.r2' and 'moved.r2' where forgetting varies
     "Learn one task in three ways; what each gains and breaks, and which distance explains it. Raises `ValueError` for a model that writes no text."
     base, tok = load(model)
     if not base.can_generate(): raise ValueError(f'{model!r} writes no text, and the arms learn from answers; name a causal language model such as lab-s')
-    setting = another_order(base, tok, questions(rows, 'train', seed), questions(held_out, 'validation', seed), draws, seed)
+    setting = another_order(base, tok, questions(rows, 'train', seed), questions(held_out, 'validation', seed), draws, old_items, seed)
     points = looks(base, tok, **setting, steps=steps, every=every, seed=seed, batch_size=batch_size)
     values = {f'{arm}.{k}': tuple(p[k] for p in points if p['arm'] == arm)
               for arm in setting['arms'] for k in ('step', 'gain', 'forgetting', 'kl', 'moved')}
