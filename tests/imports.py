@@ -3,6 +3,7 @@ import ast
 from pathlib import Path
 
 RANK = dict(lab=0, core=0, native=1, adapters=2, trainers=3, evaluators=4)  # what is not listed (modules at the top, `ftlab` itself) comes last
+PARTS = {'adapters', 'trainers', 'evaluators', 'beyond'}  # whose folders hold papers
 NOUNS = dict(adapters={'select', 'delta', 'edit', 'attach'}, trainers={'source', 'objective', 'step', 'loop', 'callbacks', 'learner', 'checkpoint', 'reference', 'stage', 'stages', 'fit', 'run', 'watch', 'shard'}, evaluators={'decode', 'probe', 'report'}, beyond=set())
 
 def modules(lib:Path) -> dict[str, str]:
@@ -21,16 +22,37 @@ def imported(name:str, source:str, known:set[str]) -> set[str]:
             if base.split('.')[0] == top: found |= {f'{base}.{a.name}' if f'{base}.{a.name}' in known else base for a in node.names}
     return found
 
+def is_paper(module:str) -> bool:
+    "Does the module build a paper? Those lie in a folder of a part: ftlab.adapters.subsets.hft"
+    path = module.split('.')
+    return len(path) == 4 and path[1] in PARTS
+
 def wrong_imports(sources:dict[str, str]) -> list[str]:
-    "One line for each import that points the wrong way"
-    known, wrong = set(sources), []
-    part = lambda m: m.split('.')[1] if len(m.split('.')) > 2 or '.'.join(m.split('.')[:2]) in packages else ''
+    "One line for each import that points the wrong way, and one for each circle of papers"
+    known, wrong, papers = set(sources), [], {}
     packages = {'.'.join(m.split('.')[:2]) for m in known if m.count('.') > 1}
+    part = lambda m: m.split('.')[1] if len(m.split('.')) > 2 or '.'.join(m.split('.')[:2]) in packages else ''
     for name, source in sources.items():
         if '.' not in name or name.endswith('._modidx'): continue  # the face imports everything, lazily; the index imports nothing
-        for other in sorted(imported(name, source, known) - {name}):
+        found = imported(name, source, known) - {name}
+        if is_paper(name):  # any part's nouns, and other papers
+            papers[name] = {m for m in found if is_paper(m)}
+            wrong += [f'{name} imports {m}: a paper imports library modules and papers' for m in sorted(found) if not is_paper(m) and part(m) not in RANK and part(m) not in PARTS]
+            continue
+        for other in sorted(found):
             a, b = part(name), part(other)
-            if RANK.get(b, 5) > RANK.get(a, 5): wrong.append(f'{name} imports {other}: {b or "the top"} comes after {a}')
+            if is_paper(other) and RANK.get(a, 5) < 5: wrong.append(f'{name} imports {other}: no library module imports a paper')
+            elif RANK.get(b, 5) > RANK.get(a, 5): wrong.append(f'{name} imports {other}: {b or "the top"} comes after {a}')
             elif a == b and a in NOUNS and other.count('.') > 1 and other.split('.')[2] not in NOUNS[a]:
                 wrong.append(f'{name} imports {other}: inside {a} only its nouns ({", ".join(sorted(NOUNS[a]))}) are imported')
-    return wrong
+    return wrong + [f'{c} imports itself, by way of {", ".join(sorted(papers[c]))}' for c in sorted(papers) if c in _reached(papers, c)]
+
+def _reached(edges:dict[str, set[str]], start:str) -> set[str]:
+    "All that is imported by what `start` imports"
+    todo, seen = list(edges[start]), set()
+    while todo:
+        m = todo.pop()
+        if m not in seen:
+            seen.add(m)
+            todo += edges.get(m, ())
+    return seen

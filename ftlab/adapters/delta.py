@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 from .select import check_selection
 from ..core.io import write_tensors
+from ..core.recipe import name_of
 
 # %% auto #0
 __all__ = ['Entries', 'Offset', 'Attached', 'attach', 'WrongBase', 'fingerprint', 'identity', 'save_delta', 'pack', 'load_delta']
@@ -233,12 +234,14 @@ def _check_bare(model):
 
 def _check_delta(model, n, p, delta):
     "Can `delta` change the parameter `p` called `n`?"
-    if (others := _shared(model, n)) and not getattr(delta, 'ties', False):
+    if (others := _shared(model, n)) and not _says(delta, 'ties', False):
         raise ValueError(f'{n!r} is tied to {others[0]!r}: a delta on one would pull them apart; leave it out of the selection, or let the weight itself move (delta=None)')
-    if delta is not None and p.ndim < 2 and getattr(delta, 'site', 'weight') == 'weight' and not getattr(delta, 'vectors', False):
-        raise ValueError(f'{n!r} is a vector of shape {tuple(p.shape)}; {_title(delta)} changes matrices: select matrices only')
+    if delta is not None and p.ndim < 2 and _says(delta, 'site', 'weight') == 'weight' and not _says(delta, 'vectors', False):
+        raise ValueError(f'{n!r} is a vector of shape {tuple(p.shape)}; {name_of(delta)} changes matrices: select matrices only')
 
-def _title(delta): return getattr(delta, '__name__', None) or getattr(getattr(delta, 'func', None), '__name__', 'the delta')
+def _says(delta, what:str, plain):
+    "What a maker of deltas says of itself, or the class behind its options"
+    return getattr(delta, what, getattr(getattr(delta, 'func', None), what, plain))
 
 # %% ../../nbs/adapters/delta.ipynb #0016d6b1
 def _made(model, n, W, mask, delta):

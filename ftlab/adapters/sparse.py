@@ -14,30 +14,45 @@ __all__ = ['Places', 'compose', 'overlap']
 
 # %% ../../nbs/adapters/sparse.ipynb #0006c9fb
 class Places(nn.Module):
-    "`W` plus a free number at each chosen place, plus what was learned at places that were left. It also fits vectors, and tied matrices without pulling them apart."
+    "`W` plus a free value at each chosen entry, plus what was learned at entries that were left. It also fits vectors, and tied matrices without pulling them apart."
     site, vectors, ties, again = 'weight', True, True, True
     def __init__(self, W:Tensor,          # the weight
-                 mask:Tensor|bool=True,   # the places that may move
-                 count:int|None=None, left:int=0): # how many places are held and were left, when loading
-        super().__init__(); at = dict(device=W.device)
-        index = torch.zeros(count) if count is not None else torch.arange(W.numel()) if mask is True else mask.flatten().nonzero().squeeze(1)
-        self.register_buffer('index', index.to(kind := torch.int32 if W.numel() < 2**31 else torch.int64)); self.value = nn.Parameter(torch.zeros(len(index), dtype=W.dtype, **at))
-        self.register_buffer('left_index', torch.zeros(left, dtype=kind, **at)); self.register_buffer('left_value', torch.zeros(left, dtype=W.dtype, **at))
+                 mask:Tensor|bool=True,   # the entries that may move
+                 count:int|None=None, left:int=0): # how many entries are held and were left, when loading
+        super().__init__()
+        at, kind = dict(device=W.device), torch.int32 if W.numel() < 2**31 else torch.int64
+        if count is not None: index = torch.zeros(count)
+        else: index = torch.arange(W.numel()) if mask is True else mask.flatten().nonzero().squeeze(1)
+        self.register_buffer('index', index.to(kind))
+        self.value = nn.Parameter(torch.zeros(len(index), dtype=W.dtype, **at))
+        self.register_buffer('left_index', torch.zeros(left, dtype=kind, **at))
+        self.register_buffer('left_value', torch.zeros(left, dtype=W.dtype, **at))
         self.config = dict(count=len(index), left=left)
+
     def forward(self, W):
-        start = W.flatten().index_add(0, self.left_index, self.left_value) if len(self.left_index) else W.flatten()
+        start = W.flatten()
+        if len(self.left_index): start = start.index_add(0, self.left_index, self.left_value)
         return start.index_add(0, self.index, self.value).view_as(W)
 
     @torch.no_grad()
-    def move(self, index:Tensor) -> Tensor: # as many places as there are; returns the positions in the list that changed hands
-        "Hold these places from now on; those that were held already keep their position and their number"
+    def move(self, index:Tensor) -> Tensor: # as many entries as there are; returns the positions in the list that changed hands
+        "Hold these entries from now on; those that were held already keep their position and their value"
         index = index.to(self.index.dtype)
-        if len(index.unique()) != len(self.index): raise ValueError(f'{len(self.index)} different places are needed; there are {len(index.unique())}')
+        if len(index.unique()) != len(self.index):
+            raise ValueError(f'{len(self.index)} different places are needed; there are {len(index.unique())}')
         went, came = (~torch.isin(self.index, index)).nonzero().squeeze(1), index[~torch.isin(index, self.index)]
-        self.left_index, self.left_value = torch.cat([self.left_index, self.index[went]]), torch.cat([self.left_value, self.value[went]])
+        self.left_index = torch.cat([self.left_index, self.index[went]])
+        self.left_value = torch.cat([self.left_value, self.value[went]])
         self.index[went], self.value[went] = came, 0.
         self.config['left'] = len(self.left_index)
         return went
+
+    @torch.no_grad()
+    def hold(self, index:Tensor, left_index:Tensor, left_value:Tensor) -> None:
+        "Go on with the entries that a checkpoint names; the values held there are the run's parameters"
+        self.index.copy_(index)
+        self.left_index, self.left_value = left_index.to(self.left_index), left_value.to(self.left_value)
+        self.config['left'] = len(self.left_index)
 
 # %% ../../nbs/adapters/sparse.ipynb #0015c9fb
 @torch.no_grad()

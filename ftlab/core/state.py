@@ -44,7 +44,6 @@ class State:
     nll:torch.Tensor|None=None          # each token's negative log-likelihood, where an objective found it without whole logits
     count:float=1.                      # labelled tokens of the whole step (rows, where there are no labels)
     whole_logits:bool=True              # does anyone besides the objective look at the logits?
-    asides:tuple=()                     # terms that are added to the objective
     log:list=field(default_factory=list)  # one row for every step done
     path:list=field(default_factory=list) # what callbacks measured
     extra:dict=field(default_factory=dict) # notes of one part for the log or for callbacks; not kept in checkpoints

@@ -21,6 +21,7 @@ from ..core.anatomy import UnknownArchitecture
 from ..core.batches import Data, collate, data as as_data, encode, encode_all, prompt_ids
 from ..core.generate import generate, left_pad, resting
 from ..core.loading import load
+from ..core.paper import Method
 from ..core.recipe import Recipe
 from ..core.scorers import WORLD, answer_length, judge
 from ..evaluators.calibration import calibration, confidence
@@ -452,4 +453,4 @@ def _recipe(said:Mapping) -> Recipe:
         if said.get('decode'):
             raise ValueError(f'the recipe {name!r} draws answers its own way ({said["decode"]}), and no method of that name is known; '
                              'report on the Run itself') from None
-        return Recipe(name, lr=said.get('lr', 3e-4), arguments=said.get('arguments', {}))
+        return Recipe(Method(name, said.get('lr', 3e-4), arguments=said.get('arguments', {})))

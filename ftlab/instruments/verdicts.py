@@ -12,8 +12,8 @@ from statistics import fmean, stdev
 from scipy import stats
 
 # %% auto #0
-__all__ = ['VERDICTS', 'NEEDED', 'SCOPES', 'RUNS', 'DEFAULTS', 'contrast', 'verdict', 'Claim', 'read_claim', 'bare', 'own_source',
-           'code_hash']
+__all__ = ['VERDICTS', 'NEEDED', 'SCOPES', 'RUNS', 'DEFAULTS', 'MARKS', 'DOES', 'contrast', 'verdict', 'Claim', 'read_claim',
+           'bare', 'own_source', 'code_hash']
 
 # %% ../../nbs/instruments/verdicts.ipynb #000608ff
 def contrast(c:Mapping # kind, margin, treatment and baseline (one number a seed), higher_is_better
@@ -100,13 +100,21 @@ def _check_contrast(c, spec, claim, wrong):
 
 # %% ../../nbs/instruments/verdicts.ipynb #001708ff
 def bare(source:str) -> str:
-    "Source without comments, docstrings, layout and `@paper` marks: what is left decides what the code does"
-    tree = ast.parse(source); marked = lambda d: isinstance(d, ast.Call) and getattr(d.func, 'id', '') == 'paper'
+    "Source without comments, docstrings, layout and what a paper's mark says in words: what is left decides what the code does"
+    tree = ast.parse(source)
     said = lambda body: body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
     for n in ast.walk(tree):
-        if isinstance(n, (ast.FunctionDef, ast.ClassDef)): n.decorator_list = [d for d in n.decorator_list if not marked(d)]
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef)): n.decorator_list = [d for d in map(_without_words, n.decorator_list) if d]
         if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.Module)) and said(n.body): n.body = n.body[1:] or [ast.Pass()]
     return ast.unparse(tree)
+
+MARKS, DOES = ('method', 'probe', 'study'), ('lr', 'lrs', 'waives') # of a mark only these change what the code does
+
+def _without_words(decorator):
+    "A decorator; of a paper's mark what is more than words, or `None`"
+    if not isinstance(decorator, ast.Call) or getattr(decorator.func, 'id', '') not in MARKS: return decorator
+    decorator.args, decorator.keywords = [], [k for k in decorator.keywords if k.arg in DOES]
+    return decorator if decorator.keywords else None
 
 def own_source(source:str, names:list[str]) -> str:
     "The definitions of `names` in a module's source, and of all that they use there"

@@ -36,11 +36,28 @@ def survivors(state:State, # of the run
 def _survives(part) -> bool:
     return hasattr(part, 'state_dict') and hasattr(part, 'load_state_dict')
 
-def _taken_apart(x, at:str, tensors:dict, of:str):
+class _Tensors(dict):
+    "Tensors by name, each once: two parts may keep the same one, and a file cannot hold what shares memory"
+    def __init__(self):
+        self.seen = {}
+
+    def put(self, at:str, x:Tensor) -> str:
+        "Add one tensor; returns the name under which it is kept"
+        x = whole(x.detach()).cpu()
+        if not x.numel():
+            self[at] = x.clone()
+            return at
+        memory = x.untyped_storage().data_ptr()
+        view = (memory, x.storage_offset(), x.dtype, x.shape, x.stride())
+        if view not in self.seen:
+            self[at] = x.clone() if memory in self.seen else x
+            self.seen[view] = self.seen[memory] = at
+        return self.seen[view]
+
+def _taken_apart(x, at:str, tensors:_Tensors, of:str) -> dict:
     "`x` as JSON can hold it, its tensors put into `tensors` under names that begin with `at`"
     if isinstance(x, Tensor):
-        tensors[at] = whole(x.detach()).cpu()
-        return dict(tensor=at)
+        return dict(tensor=tensors.put(at, x))
     if isinstance(x, Mapping):
         return dict(map=[[k, _taken_apart(v, f'{at}|{k}', tensors, of)] for k, v in x.items()])
     if isinstance(x, (list, tuple)):
@@ -96,14 +113,15 @@ def save_checkpoint(path:Path,        # the file
                     write:bool=True   # False in all processes but one, which must be asked too, as they hold shards
                    ) -> None:
     "Keep everything that the next step depends on; where the disk has no room, warn and leave the last checkpoint as it is"
-    tensors = {n: whole(v).cpu() for n, v in _change(state.attached).items()}
+    tensors = _Tensors()
+    change = {n: tensors.put(n, v) for n, v in _change(state.attached).items()} # name -> where it is kept
     kept = {n: _taken_apart(p.state_dict(), n, tensors, n) for n, p in parts.items()}
     tensors['rng|cpu'] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors['rng|cuda'] = torch.cuda.get_rng_state()
     if not write:
         return
-    now = dict(step=state.step, tokens=state.tokens, ended=ended(state), log=state.log, path=state.path, parts=kept)
+    now = dict(step=state.step, change=change, tokens=state.tokens, ended=ended(state), log=state.log, path=state.path, parts=kept)
     try:
         write_tensors(path, tensors, {k: json.dumps(v) for k, v in (header | now).items()})
     except DiskFull as e:
@@ -198,13 +216,13 @@ def load_checkpoint(path:Path, parts:Mapping, state:State, own:dict) -> None: # 
     if odd := sorted(parts.keys() ^ header['parts'].keys()):
         where = 'the checkpoint alone' if odd[0] in header['parts'] else 'this run alone'
         raise ValueError(f'{str(path)!r} is a run with other parts: {odd[0]!r} keeps a state in {where}; give the same recipe and callbacks')
-    lacking = [n for n in _change(state.attached) if n not in tensors]
-    if lacking:
-        raise ValueError(f'{str(path)!r} does not hold {lacking[0].removeprefix("param|")!r}, which this run trains')
-    _load_change(state.attached, tensors)
+    change = {n: tensors[at] for n, at in header['change'].items()}
+    if lacking := sorted(_change(state.attached).keys() ^ change.keys()):
+        raise ValueError(f'{str(path)!r} is a run that trained something else, e.g. {lacking[0].removeprefix("param|")!r}')
+    _load_change(state.attached, change)
     for n, p in parts.items():
         p.load_state_dict(_together(header['parts'][n], tensors))
-    _check_change(path, state.attached, tensors)
+    _check_change(path, state.attached, change)
     state.step, state.log, state.path = header['step'], header['log'], header['path']
     state.tokens, state.stop = header['tokens'], header['ended']
     torch.set_rng_state(tensors['rng|cpu'])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from ..core.recipe import Recipe
 from ..core.state import State
-from .objective import mean_nll, token_nll
+from .objective import nll, token_nll
 from .source import count_priced, to_device, tokens_of
 from .step import Processes
 
@@ -22,8 +22,8 @@ class Loop:
     "Next, loss, step, log"
     def __init__(self, state:State, recipe:Recipe, step:Callable, processes:Processes):
         self.state, self.recipe, self.step, self.processes = state, recipe, step, processes
-        self.objective = recipe.objective or mean_nll
-        state.asides, state.whole_logits = recipe.penalties, bool(state.learners) or not _fusable(recipe.penalties)
+        self.objective = recipe.objective or nll()
+        state.whole_logits = bool(state.learners) # they look at the logits, too
 
     def run(self, after:Callable) -> None: # after(state): what the caller does after each step
         "Step until there are enough, or a callback sets `state.stop`: True where the work is done, 'by hand' where somebody wants it to end here"
@@ -54,11 +54,9 @@ class Loop:
         state = self.state
         with state.accelerator.autocast():
             batches = [to_device(b, state.device) for b in state.source.next(state)]
-        if self.recipe.view is not None:
-            batches = [self.recipe.view(b, state) for b in batches]
         state.batches, state.count = batches, max(1, count_priced(batches))
         state.emit('before_batch')
-        if self.recipe.objective is None and 'labels' not in state.batches[0]:
+        if getattr(self.objective, 'plain', False) and 'labels' not in state.batches[0]:
             raise ValueError('the batches have no labels, so plain fine-tuning has nothing to price; '
                              'the recipe needs an objective of its own')
 
@@ -67,7 +65,7 @@ class Loop:
         state = self.state
         state.batch, state.logits, state.nll = batch, None, None
         with self.processes.chance(state, i), state.accelerator.autocast(), state.attached.lean():
-            loss = self.objective(state) + sum(p(state) for p in self.recipe.penalties)
+            loss = self.objective(state)
         if state.learners:
             self.heard.setdefault(i, None if state.logits is None else state.logits.detach())
         if i not in self.nll and 'labels' in batch:
@@ -81,7 +79,3 @@ class Loop:
             self.nll[i] = float(state.nll.sum())
         elif state.logits is not None:
             self.nll[i] = float(token_nll(state.logits, labels).sum())
-
-def _fusable(penalties) -> bool:
-    "Can the objective charge them itself, in the pass that computes the losses?"
-    return len(penalties) <= 1 and all(getattr(p, 'nats', None) is not None for p in penalties)

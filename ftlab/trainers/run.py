@@ -35,6 +35,7 @@ class Run:
     interrupted:bool=False      # stopped by hand before its last step?
     folder:Path|None=None       # where it was kept, if anywhere
     models:dict = field(default_factory=dict) # the recipe's learners, trained, by name
+    source:object|None=None     # where its batches came from, for a stage that looks back
     holder:object=None          # the temporary folder of a run that was kept nowhere: it goes with the run
 
     def disabled(self):

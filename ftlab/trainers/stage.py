@@ -107,6 +107,7 @@ class _Stage:
         self.parts = survivors(state, self.step, recipe.objective)
         if self.saving and job.processes.main:
             check_room(job.checkpoint.parent, bytes_of_checkpoint(state))
+        state.emit('before_load') # whoever lets buffers grow must find them
         if self.resuming:
             load_checkpoint(job.checkpoint, self.parts, state, self.settings)
 
@@ -161,7 +162,7 @@ class _Stage:
         if models:
             cost['learners'] = sum(p.numel() for l in state.learners.values() for p in l.params)
         return Run(job.model, job.tok, job.data, self.recipe, Change(self.att, job.base, self.recipe, models), state.log, cost,
-                   self.settings, state.path, self.interrupted or self.trouble is not None, models=models)
+                   self.settings, state.path, self.interrupted or self.trouble is not None, models=models, source=state.source)
 
 # %% ../../nbs/trainers/stage.ipynb #0023191a
 def _rest(state:State) -> None:
@@ -202,14 +203,14 @@ def _state(job:Job, recipe:Recipe, settings:dict, att:Attached) -> State:
                   rows=copy.copy(job.rows), validation=copy.copy(job.validation), limit=job.limit, seed=settings['seed'], steps=settings['steps'])
     state.pad_id = job.tok and job.tok.pad_token_id or 0
     state.callbacks = [c() for c in recipe.callbacks] + list(job.callbacks)
-    if recipe.reference:
+    if 'reference' in recipe.needs:
         state.models['reference'] = reference_of(job.model, att)
     return state
 
 def _supply(job:Job, recipe:Recipe, state:State, params:dict, how:SimpleNamespace) -> None:
     "Create the source, then the learners"
     packed, settings = state.settings['packing'], state.settings
-    if packed and recipe.source:
+    if packed and recipe.own_source:
         raise ValueError(f'packing=True packs the data as given, but {recipe.name} has a source of its own; use packing=False')
     together = packing(job.model, job.data.kind, state.limit) if packed else collate
     state.given = partial(Rows, state.rows, settings['batch_size'], settings['accumulate'], state.seed, state.pad_id, together)

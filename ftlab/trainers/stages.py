@@ -14,7 +14,7 @@ import torch
 from ..adapters.delta import Attached, _set
 from ..core.batches import Data
 from ..core.io import DiskFull, read_metadata, read_tensors, write_tensors
-from ..core.recipe import Recipe, share_of
+from ..core.recipe import Recipe, title_of
 from .checkpoint import check_same_run, header_of
 from .reference import Originals
 from .run import Change, Run
@@ -66,7 +66,7 @@ class _Series:
     "The stages of a recipe, one after another"
     def __init__(self, job:Job):
         self.job, self.stages = job, job.recipe.stages
-        self.shares = _shares(job.settings['steps'], [share_of(s) for s in self.stages])
+        self.shares = _shares(job.settings['steps'], job.recipe.shares)
         self.start = Originals(job.folder/'base.safetensors', dict(job.model.named_parameters()))
         self.runs, self.so_far = [], None
 
@@ -83,7 +83,7 @@ class _Series:
                 raise
             except BaseException as e:
                 self._give_back()
-                _say_where(e, f'{title} ({_title(stage)})')
+                _say_where(e, f'{title} ({title_of(stage)})')
                 raise
             if self.so_far.interrupted:
                 break
@@ -148,7 +148,7 @@ def _stage_file(job:Job, i:int) -> Path:
 def _keep_stage(job:Job, i:int, run:Run, start:Mapping) -> None:
     "Keep what a finished stage left, for `resume`; a stage that left more than weights (learners, a source's memory, a change of activations), or was made by a function, is done again instead"
     stage = job.recipe.stages[i]
-    more = not isinstance(stage, Recipe) or stage.source or stage.learners or run.delta.attached.deltas
+    more = not isinstance(stage, Recipe) or stage.own_source or stage.learners or run.delta.attached.deltas
     if more or not job.save_every or not job.processes.main or run.settings.get('kept'):
         return
     tensors = {n: p for n, p in job.model.named_parameters() if not torch.equal(start[n], p.detach().cpu())}
@@ -184,9 +184,6 @@ def _asked(stage, context:StageContext) -> Recipe:
         return made
     what = 'a Recipe with stages of its own' if isinstance(made, Recipe) else f'a {type(made).__name__}'
     raise ValueError(f'it returned {what}; a stage function returns one Recipe without stages')
-
-def _title(stage) -> str:
-    return stage.name if isinstance(stage, Recipe) else getattr(stage, '__name__', type(stage).__name__)
 
 def _say_where(e:BaseException, where:str) -> None:
     "Put the place before an error's message"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from ...core.paper import paper
+from ...core.paper import probe
 from ...core.state import MODEL_INPUTS
 from ..probe import anatomy_of
 
@@ -54,7 +54,7 @@ def _base_block(model, base, name) -> Callable:
     return run
 
 # %% ../../../nbs/evaluators/mechanisms/tuco.ipynb #0006170a
-@paper('TuCo: Measuring the Contribution of Fine-Tuning to Individual Responses of LLMs', '2506.23423',
+@probe('TuCo: Measuring the Contribution of Fine-Tuning to Individual Responses of LLMs', '2506.23423',
     'The share of the fine-tuning component in what a prompt\'s blocks add is low where a model acts like its base, as under a successful attack.',
     'the abstract and Algorithm 1; post-norm blocks and classifiers are our reading')
 @torch.no_grad()
