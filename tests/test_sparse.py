@@ -82,9 +82,16 @@ def test_no_refresh_no_difference():
     a, b = tune(lift(r=2, every=0)), tune(dataclasses.replace(lift(r=2, every=0), delta=Entries)); assert torch.equal(logits(a.model), logits(b.model))
     assert not lift(by='random').callbacks and not lift(every=0).callbacks and len(lift().callbacks) == 1
 
-def test_a_run_that_chose_anew_is_not_resumed(tmp_path):
-    tune(lift(every=2), steps=4, out=tmp_path, save_every=3)
-    with pytest.raises(ValueError, match='chosen its entries anew'): tune(lift(every=2), steps=4, out=tmp_path, save_every=3, resume=True)
+@pytest.mark.parametrize('stop', [3, 4, 5])
+def test_a_run_that_chose_anew_goes_on_bit_for_bit(stop, tmp_path):
+    class Kill:
+        def after_step(self, s):
+            if s.step == stop: raise KeyboardInterrupt
+    how = dict(steps=7, lr=1e-2); whole = tune(lift(every=2), **how); part = tune(lift(every=2), **how, out=tmp_path, save_every=1, callbacks=(Kill(),)); assert part.interrupted
+    again = tune(lift(every=2), **how, out=tmp_path, save_every=1, resume=True); assert again.log == whole.log and torch.equal(logits(again.model), logits(whole.model))
+    for n, d in whole.delta.attached.deltas.items():
+        e = again.delta.attached.deltas[n]; assert len(d.left_index) and all(torch.equal(a, b) for a, b in zip(d.state_dict().values(), e.state_dict().values())) and d.config == e.config
+    again.delta.save(tmp_path/'d'); fresh = toy(); load_delta(fresh, tmp_path/'d'); assert torch.equal(logits(fresh), logits(whole.model))
 
 def test_the_hook_goes_with_the_run():
     from torch.optim.optimizer import _global_optimizer_post_hooks as hooks

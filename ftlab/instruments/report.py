@@ -369,7 +369,7 @@ def _about(run) -> dict:
 def _own_folder(run):
     "The run's folder, or where a run without one keeps its originals, or a new temporary one"
     if run.folder: return nullcontext(run.folder)
-    return nullcontext(run._holder.name) if getattr(run, '_holder', None) else tempfile.TemporaryDirectory()
+    return nullcontext(run.holder.name) if run.holder else tempfile.TemporaryDirectory()
 
 def _name(run) -> str:
     "The model's name; a folder that is called 'model' with the folder above it"

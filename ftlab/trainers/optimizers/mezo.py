@@ -51,10 +51,10 @@ class MeZO:
     def replay(self, log:list[tuple[int, float, float]]) -> None:
         "Take the steps of a log again, without a model or data: from the same start the same weights, bit for bit"
         for seed, g, lr in log: perturb_(self.params, seed, self.eps, self.dist); perturb_(self.params, seed, -2*self.eps, self.dist); self._step(seed, g, lr)
-    def tensors(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         "The log, for a checkpoint: all that the next step depends on is in the weights"
         return {k: torch.tensor([row[i] for row in self.log], dtype=d) for i, (k, d) in enumerate((('seed', torch.int64), ('gradient', torch.float64), ('lr', torch.float64)))}
-    def load(self, tensors:Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, tensors:Mapping[str, Tensor]) -> None:
         "Go on from a checkpoint's tensors"
         self.log = list(zip(*(tensors[k].tolist() for k in ('seed', 'gradient', 'lr'))))
 
