@@ -1,12 +1,13 @@
 """No false alarm: the doctor looks at healthy runs of every recipe, every lab skill and ten architectures, before and after.
 
-    python bench/doctor_sweep.py                 # all, about 15 minutes on one core; writes bench/results/doctor_sweep.json
+    python bench/doctor_sweep.py                 # all, about 20 seconds of one core a run; writes bench/results/doctor_sweep.json
+    python bench/doctor_sweep.py --missing       # what the table lacks, as after a method has joined; adds it to the table
     python bench/doctor_sweep.py --only opt      # runs whose name contains a word, written nowhere
 
 A run is short (8 steps of 16 rows, one pass), at the recipe's own rate. Whatever the doctor says of it counts as a false alarm, with one
 exception: old skills that it says are lost are asked again on 100 other questions each, base and run, and if they really fell the finding
-is confirmed: that run was not healthy. The pairing is shifted (SHIFT) against those sweeps on which checks were mended."""
-import argparse, json, re, sys, time
+is confirmed: that run was not healthy. Who meets whom is drawn from the names alone, so that a new method changes no other's run."""
+import argparse, hashlib, json, re, sys, time
 from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT/'tests')]
@@ -19,13 +20,11 @@ from ftlab.core.recipe import Recipe
 from ftlab.lab.world import SKILLS
 from ftlab.instruments.doctor import CHECKS, doctor
 from ftlab.lab.models import lab_tokenizer
-from test_contract import INSTEAD  # arguments where a method's own would make a toy slow
 
 TOK = lab_tokenizer()
 DECODERS = 'llama qwen2 mistral gemma gpt2 opt gpt_neox phi qwen3'.split()
 ARCHITECTURES = [*DECODERS, 'bert']
 SETTINGS = dict(steps=8, batch_size=16)
-MOST = 60 # runs in all
 
 def random_model(family:str, seed:int=0):
     "A random model of 2 blocks with the lab's vocabulary and the family's own defaults, dropout included; BERT as a classifier of 2 labels"
@@ -45,18 +44,35 @@ def rows_of(skill:str, labels:bool=False, n:int=128):
 
 UNSURE = dict(grpo='boxes') # where lab-s is always right all answers have one reward, and there is nothing to learn from
 DEFAULTS = ('grpo', 'spin') # a lab model is no toy: these learn from its own answers, so they get their own reward and length
-def recipe_of(name:str) -> Recipe: return getattr(methods, name)(**({} if name in DEFAULTS else INSTEAD.get(name, {})))
 
-SHIFT = 5 # pairs recipes and skills anew: on 0 and 3 false alarms were found and the checks mended (on 5 itself a check that broke, no threshold)
+def toy_arguments(name:str) -> dict:
+    "The arguments with which a method's contract makes it small: those of its mark, or of the contract's table while that stands"
+    function = getattr(methods, name)
+    try:
+        from test_contract import INSTEAD
+    except ImportError:
+        INSTEAD = {}
+    toy = getattr(function, 'toy', None) or INSTEAD.get(name, {})
+    return toy() if callable(toy) else toy
+
+def recipe_of(name:str) -> Recipe:
+    "The method as the sweep runs it"
+    return getattr(methods, name)(**({} if name in DEFAULTS else toy_arguments(name)))
+
+DRAW = 1 # another number draws all pairs anew: where a check was fixed for what a sweep found, the next sweep must not be the same
+
+def drawn(name:str, among:list[str]) -> str:
+    "One of `among`, by a hash of `name`: the same whatever other names there are"
+    return among[int(hashlib.sha256(f'{DRAW} {name}'.encode()).hexdigest(), 16) % len(among)]
 
 def plan() -> list[tuple[str, str, str]]:
-    "(recipe, skill, model), each recipe, skill and architecture at least once: every recipe on lab-s, four plain ones over the architectures, the rest of the skills"
-    skills, names = list(SKILLS), methods.names(); runs = []
-    for i, n in enumerate(names): runs.append((n, UNSURE.get(n, skills[(7*i + 6 + SHIFT) % len(skills)]), 'lab-s'))
-    for i, a in enumerate(ARCHITECTURES): runs += [(n, skills[(5*i + j + SHIFT) % len(skills)], a) for j, n in enumerate(('full', 'lora'))]
-    runs += [('full', s, 'lab-s') for s in skills if s not in {r[1] for r in runs}]
+    "(recipe, skill, model): every method once and every skill once on lab-s, two plain methods on every architecture, and four more"
+    skills = list(SKILLS)
+    runs = [(n, UNSURE.get(n) or drawn(n, skills), 'lab-s') for n in methods.names()]
+    runs += [(n, drawn(f'{n} {a}', skills), a) for a in ARCHITECTURES for n in ('full', 'lora')]
+    runs += [('full', s, 'lab-s') for s in skills]
     runs += [(n, 'new-procedure', a) for n, a in (('hft', 'qwen2'), ('dft', 'mistral'), ('hft', 'bert'), ('dft', 'gpt2'))]
-    return runs[:MOST]
+    return list(dict.fromkeys(runs))
 
 def looked(diagnosis, seconds) -> dict:
     return dict(seconds=round(seconds, 2), ran=len(diagnosis.ran), skipped=diagnosis.skipped, findings=[f'{f.severity} {f.name}: {f.seen}' for f in diagnosis])
@@ -81,10 +97,18 @@ def one(recipe:str, skill:str, model:str) -> dict:
     row['confirmed'] = [f.name for f in d if f.name == 'old-skills-lost' and really_lost(run, f)]
     return row
 
+def kept(path:Path, todo:list[tuple[str, str, str]]) -> list[dict]:
+    "The rows of the table at `path` that are in the plan, if it asked with as many checks as there are now; else none"
+    table = json.loads(path.read_text()) if path.exists() else dict(checks=0)
+    if table['checks'] != len(CHECKS):
+        return []
+    return [x for x in table['table'] if (x['recipe'], x['skill'], x['model']) in todo]
+
 def main():
-    p = argparse.ArgumentParser(description=__doc__.split('\n')[0]); p.add_argument('--only', default=''); p.add_argument('--out', default=str(ROOT/'bench'/'results'/'doctor_sweep.json')); a = p.parse_args()
-    torch.set_num_threads(1); rows = []
-    for r in [r for r in plan() if a.only in ' '.join(r)]:
+    p = argparse.ArgumentParser(description=__doc__.split('\n')[0]); p.add_argument('--only', default=''); p.add_argument('--missing', action='store_true'); p.add_argument('--out', default=str(ROOT/'bench'/'results'/'doctor_sweep.json')); a = p.parse_args()
+    torch.set_num_threads(1); todo = [r for r in plan() if a.only in ' '.join(r)]
+    rows = kept(Path(a.out), todo) if a.missing else []
+    for r in [r for r in todo if r not in {(x['recipe'], x['skill'], x['model']) for x in rows}]:
         rows.append(one(*r)); x = rows[-1]
         print(' x '.join(r), *(f'{w} {x[w]["seconds"]:.1f}s {x[w]["findings"] or "silent"}' for w in ('before', 'after') if w in x), x.get('confirmed') or '', x.get('refused', ''), flush=True)
     lab = [x for x in rows if x['model'] == 'lab-s' and 'after' in x]; most = lambda w: max((x[w]['seconds'] for x in lab), default=None)

@@ -379,23 +379,50 @@ def _until_it_ends(process) -> int:
 
 # %% ../nbs/cli.ipynb #001d513c
 def run_claims(a):
-    from ftlab.instruments import claims as engine
     from ftlab.papers import claims_folder
-    if claims_folder() is None: raise FileNotFoundError('the claims are in the repository, not in the installed package; clone it and run there')
-    if a.what == 'explain':
-        if not a.names: _refuse('name the claim to explain: ftlab claims explain hft')
-        said = {n: engine.explain(n) for n in a.names}; return said, '\n\n'.join(said.values())
-    if a.what == 'run':
-        done = engine.run_claims(a.names or None, a.jobs, a.all, say=lambda s: print(s, file=sys.stderr, flush=True))
-        if bad := [n for n, v in done.items() if v.startswith('not run')]: raise RuntimeError(f'{", ".join(bad)} could not be run: {done[bad[0]]}')
-        return done, '' if done else 'every claim has its evidence, and none is stale'
-    if a.names: _refuse(f'ftlab claims list takes no name; ftlab claims explain {a.names[0]} tells about one')
-    return _listed_claims(engine)
+    if claims_folder() is None:
+        raise FileNotFoundError('the claims are in the repository, not in the installed package; clone it and run there')
+    return dict(list=_listed_claims, explain=_explained_claims, run=_run_claims, carry=_carried_claims, supersede=_superseded_claims)[a.what](a)
 
-def _listed_claims(engine):
+def _progress(text:str) -> None: print(text, file=sys.stderr, flush=True)
+
+def _explained_claims(a):
+    from ftlab.instruments.claims import explain
+    if not a.names:
+        _refuse('name the claim to explain: ftlab claims explain hft')
+    said = {n: explain(n) for n in a.names}
+    return said, '\n\n'.join(said.values())
+
+def _run_claims(a):
+    from ftlab.instruments.claims import run_claims
+    done = run_claims(a.names or None, a.jobs, a.all, say=_progress)
+    if bad := [n for n, v in done.items() if v.startswith('not run')]:
+        raise RuntimeError(f'{", ".join(bad)} could not be run: {done[bad[0]]}')
+    return done, '' if done else 'every claim has its evidence, and none is stale'
+
+def _carried_claims(a):
+    from ftlab.instruments.claims import carry_claims
+    if not a.names and not a.all:
+        _refuse('name the claims to carry over, ftlab claims carry hft, or take all: ftlab claims carry --all')
+    done = carry_claims(a.names or None, a.jobs, say=_progress)
+    if bad := [n for n, v in done.items() if v.startswith('not carried')]:
+        raise RuntimeError(f'{len(bad)} of {len(done)} could not be carried over: ' + '; '.join(done[n].removeprefix('not carried: ') for n in bad))
+    return done, '' if done else 'no evidence needs carrying over'
+
+def _superseded_claims(a):
+    from ftlab.instruments.claims import supersede
+    if len(a.names) != 1 or not a.because:
+        _refuse('name one claim and the reason: ftlab claims supersede hft --because "the row limit was off by one"')
+    supersede(a.names[0], a.because)
+    return {a.names[0]: a.because}, f'{a.names[0]} is superseded until it has run again'
+
+def _listed_claims(a):
     "Each claim's verdict, and whether its evidence is that of the code that is here"
+    from ftlab.instruments.claims import status
     from ftlab.papers import claims, scoreboard
-    state = {c.name: engine.status(c) for c in claims()}; board = scoreboard()
+    if a.names:
+        _refuse(f'ftlab claims list takes no name; ftlab claims explain {a.names[0]} tells about one')
+    state, board = {c.key: status(c) for c in claims()}, scoreboard()
     said = board.drop_duplicates('claim').set_index('claim') if len(board) else board
     lines = [f'{n:14} {said.verdict[n]:12} {s:13} {said.sentence[n]}' for n, s in state.items()]
     return {n: dict(verdict=said.verdict[n], scope=said.scope[n], status=s) for n, s in state.items()}, '\n'.join(lines)
@@ -482,9 +509,12 @@ def _skills(p):
     add('--items', type=_positive, default=400); add('--names', help='skills, with commas between')
 
 def _claims(p):
-    add = p.add_argument; add('what', nargs='?', default='list', choices=('list', 'run', 'explain'))
+    add = p.add_argument
+    add('what', nargs='?', default='list', choices=('list', 'run', 'carry', 'supersede', 'explain'))
     add('names', nargs='*', help='which; run without names takes those that are missing or stale')
-    add('--jobs', type=_positive, default=1, help='how many at a time'); add('--all', action='store_true', help='run those too whose evidence is current')
+    add('--jobs', type=_positive, default=1, help='how many at a time')
+    add('--all', action='store_true', help='run: those too whose evidence is current; carry: all whose code changed')
+    add('--because', help='supersede: why the result no longer stands')
 
 COMMANDS = dict( # name -> what runs it, what it takes, what it is about
     lab=(run_lab, _lab, 'open the course in JupyterLab'), fit=(run_fit, _fit, 'fine-tune by one method'),
@@ -493,7 +523,7 @@ COMMANDS = dict( # name -> what runs it, what it takes, what it is about
     report=(run_report, _report, 'what a fine-tune learned, what it broke, and where the change lies: one page'),
     doctor=(run_doctor, _doctor, 'what goes wrong without a word: before a run (--model, --data, --method) or after one (the folder that ftlab fit wrote)'),
     skills=(run_skills, _skills, 'what a lab model can do'), methods=(run_methods, lambda p: None, 'the methods there are'),
-    claims=(run_claims, _claims, 'what became of each paper\'s claim; run them; explain one'),
+    claims=(run_claims, _claims, 'what became of each paper\'s claim; run them, carry their evidence over to changed code, explain one'),
     papers=(run_papers, lambda p: p.add_argument('find', nargs='?', help='words of a title'), 'the papers that are built here'))
 
 def parser() -> argparse.ArgumentParser:

@@ -301,7 +301,20 @@ def test_no_false_alarm_in_a_sample_of_the_sweep(recipe, skill, model):
 def test_the_sweep_covers_everything_and_its_table_is_silent():
     import doctor_sweep
     from ftlab.lab.world import SKILLS
-    runs = doctor_sweep.plan(); assert len(runs) <= 60 and {r[0] for r in runs} == set(methods.names()) and {r[1] for r in runs} == set(SKILLS) and {*doctor_sweep.ARCHITECTURES, 'lab-s'} == {r[2] for r in runs} and len(doctor_sweep.ARCHITECTURES) == 10
+    runs, names = doctor_sweep.plan(), set(methods.names())
+    on_lab = [r for r, s, m in runs if m == 'lab-s']
+    assert set(on_lab) == names and all(on_lab.count(n) == 1 for n in names - {'full'}), 'each method runs once on lab-s'
+    assert len(runs) <= len(names) + len(SKILLS) + 24
+    assert {r[1] for r in runs} == set(SKILLS) and {*doctor_sweep.ARCHITECTURES, 'lab-s'} == {r[2] for r in runs} and len(doctor_sweep.ARCHITECTURES) == 10
     table = json.loads((doctor_sweep.ROOT/'bench'/'results'/'doctor_sweep.json').read_text()); most = table['most_seconds_on_lab_s']
     said = [f for x in table['table'] for w in ('before', 'after') for f in x[w]['findings']]; sure = sum(len(x['confirmed']) for x in table['table'])
-    assert len(said) == sure == table['confirmed'] and table['false_alarms'] == 0 == table['refused'] and table['runs'] == len(table['table']) <= 60 and most['before'] < 5 and most['after'] < 20
+    assert len(said) == sure == table['confirmed'] and table['false_alarms'] == 0 == table['refused'] and table['runs'] == len(table['table']) and most['before'] < 5 and most['after'] < 20
+
+def test_a_new_method_changes_no_other_run_of_the_sweep(monkeypatch):
+    import doctor_sweep
+    before, names = doctor_sweep.plan(), methods.names()
+    monkeypatch.setattr(methods, 'names', lambda: ['aaa', *names, 'zzz'])
+    after = doctor_sweep.plan()
+    assert set(before) < set(after) and {r[0] for r in set(after) - set(before)} == {'aaa', 'zzz'} and len(after) == len(before) + 2
+    monkeypatch.setattr(methods, 'names', lambda: [n for n in names if n != 'hft'])
+    assert set(before) - set(doctor_sweep.plan()) == {next(r for r in before if r[0] == 'hft' and r[2] == 'lab-s')}

@@ -5,6 +5,7 @@ from scipy import stats
 from ftlab.native import backend, kth_magnitude, low_halves, perturb_, restore_update_, unpack_mask
 from ftlab.native import extension, magnitude, perturb
 from pages import ROOT
+import shared
 
 TYPES, DISTS = (torch.float32, torch.bfloat16, torch.float16), ('normal', 'rademacher')
 SHAPES = [(1,), (3,), (0,), (127,), (128,), (129, 7), (4095,), (4097,), (64, 128), (2, 3, 5, 7), ()]
@@ -59,22 +60,51 @@ def test_a_change_of_the_sources_is_another_build(tmp_path, monkeypatch):
     monkeypatch.setattr(extension, '_SOURCES', folder); assert extension.key() == old
     (folder/'philox.h').write_text((folder/'philox.h').read_text() + '\n'); assert extension.key() != old and extension.find() is None
 
+@pytest.fixture
+def cuda_build(tmp_path_factory, monkeypatch):
+    "A build for CUDA beside any torch, of objects that the tests share"
+    for name, value in (shared.nvcc_once(shared.folder(tmp_path_factory), extension.nvcc()) | dict(FTLAB_NATIVE='cuda')).items():
+        monkeypatch.setenv(name, value)
+
 @pytest.mark.skipif(not extension.nvcc(), reason='there is no nvcc here')
-def test_the_cuda_side_compiles_and_spills_nothing(tmp_path):
+def test_the_cuda_side_compiles_and_spills_nothing(tmp_path, cuda_build, monkeypatch):
+    monkeypatch.delenv('FTLAB_CUDA_ARCH', raising=False)
     for out, report in extension.compile_cuda(tmp_path):
         assert out.stat().st_size and 'sm_80' in report and 'sm_90' in report
         spills = [l for l in report.splitlines() if 'spill stores' in l]
         assert spills and all(' 0 bytes spill stores, 0 bytes spill loads' in l for l in spills)
 
+def test_a_build_is_for_the_cards_that_are_named(monkeypatch):
+    monkeypatch.delenv('FTLAB_CUDA_ARCH', raising=False)
+    usual, key = extension.cards(), extension.key()
+    assert 'arch=compute_80,code=sm_80' in usual and 'arch=compute_90,code=[sm_90,compute_90]' in usual
+    monkeypatch.setenv('FTLAB_CUDA_ARCH', '90,120')
+    assert extension.cards() == ['-gencode', 'arch=compute_90,code=sm_90', '-gencode', 'arch=compute_120,code=sm_120'] and extension.key() != key
+    for wrong in ('9.0', 'sm_90', '90;80', 'native'):
+        monkeypatch.setenv('FTLAB_CUDA_ARCH', wrong)
+        with pytest.raises(ValueError, match='FTLAB_CUDA_ARCH'):
+            extension.cards()
+
+@pytest.mark.parametrize('known, asks', [('', '0'), ('#define TORCH_VERSION_2_13_0 213', '0'), ('#define TORCH_VERSION_2_13_0 209', '1')])
+def test_headers_that_do_not_know_the_newest_version_take_the_old_way_to_a_stream(known, asks):
+    "Their preprocessor reads an unknown name as 0, which every version is newer than"
+    text = (extension._SOURCES/'torch.h').read_text()
+    part = text[text.index('#if defined(TORCH_VERSION_2_13_0)'):text.index('#if !FTLAB_ASKS_STREAM')]
+    source = f'#define TORCH_FEATURE_VERSION 210\n{known}\n{part}\n#if FTLAB_ASKS_STREAM\nasks 1\n#else\nasks 0\n#endif\n'
+    if not extension.compiler():
+        pytest.skip('there is no C++ compiler here')
+    r = subprocess.run([extension.compiler(), '-E', '-x', 'c++', '-'], input=source, capture_output=True, text=True)
+    assert f'asks {asks}' in r.stdout, r.stderr
+
 @pytest.mark.slow
 @pytest.mark.skipif(not (extension.nvcc() and extension.compiler()), reason='there is no nvcc here')
-def test_the_cuda_side_links_and_loads_where_there_is_no_gpu(tmp_path):
+def test_the_cuda_side_links_and_loads_where_there_is_no_gpu(tmp_path, cuda_build):
     "Compiled and bound beside any torch, so that a mistake in it shows on machines that cannot run it"
     out = python("""from ftlab.native import backend, perturb_; import torch
 from ftlab.native import magnitude, ternary
 print(backend('cuda')); perturb_([torch.zeros(4)], 7, 1.)
 print(all(torch._C._dispatch_has_kernel_for_dispatch_key(n, 'CUDA') for n in torch._C._dispatch_get_all_op_names() if n.startswith('ftlab::')))""",
-        FTLAB_NATIVE='cuda', FTLAB_CACHE=str(tmp_path))
+        FTLAB_CACHE=str(tmp_path))
     assert out.split() == ['cuda', 'True']
 
 # --- noise

@@ -4,16 +4,19 @@
 
 # %% ../../nbs/instruments/verdicts.ipynb #000308ff
 from __future__ import annotations
-import ast, hashlib, json, math, tomllib
-from collections.abc import Mapping
+import ast
+import hashlib
+import math
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from scipy import stats
 
 # %% auto #0
-__all__ = ['VERDICTS', 'NEEDED', 'SCOPES', 'RUNS', 'DEFAULTS', 'contrast', 'verdict', 'Claim', 'read_claim', 'bare', 'own_source',
-           'code_hash']
+__all__ = ['VERDICTS', 'NEEDED', 'SCOPES', 'RUNS', 'DEFAULTS', 'MARKS', 'contrast', 'verdict', 'Claim', 'read_claim', 'bare',
+           'dumped', 'definitions', 'imports', 'used_by', 'code_hash', 'is_paper', 'closure']
 
 # %% ../../nbs/instruments/verdicts.ipynb #000608ff
 def contrast(c:Mapping # kind, margin, treatment and baseline (one number a seed), higher_is_better
@@ -42,7 +45,7 @@ def verdict(result:Mapping) -> str:
     return v if result.get('controls_ok', True) else 'unclear'
 
 # %% ../../nbs/instruments/verdicts.ipynb #001108ff
-NEEDED = dict(paper=str, sentence=str, scope=str, seeds=list, why=str)
+NEEDED = dict(sentence=str, scope=str, seeds=list, why=str)
 SCOPES = dict(identity='only arithmetic was checked', lab='one small base model, trained in this project, on made-up skills',
               real='a model and data that people use')
 RUNS = dict(model=str, data=str, steps=int, batch_size=int, budget=int, grid=list, items=int, old_items=int, looks=int, settings=dict)
@@ -50,28 +53,50 @@ DEFAULTS = dict(batch_size=32, items=400, old_items=400, looks=8, validation_ite
 
 @dataclass(frozen=True)
 class Claim:
-    "One claim as it stands in its file"
-    name:str
-    spec:dict
-    path:Path
-    @property
-    def script(self) -> Path|None: "The Python file beside it, if there is one"; p = self.path.with_suffix('.py'); return p if p.exists() else None
-    @property
-    def runs(self) -> bool: "Does the script run the experiment itself?"; return self.script is not None and _defines(self.script, 'run')
-    @property
-    def result(self) -> Path: "Where its evidence stands, once it has run"; return self.path.parent/'results'/f'{self.name}.json'
+    "One claim as it stands in its folder"
+    key: str    # the paper's
+    spec: dict  # what `claim.toml` says
+    path: Path  # `claim.toml` itself
 
-def _defines(path, name) -> bool: return any(isinstance(n, ast.FunctionDef) and n.name == name for n in ast.parse(path.read_text(encoding='utf-8')).body)
+    @property
+    def file(self) -> str:
+        "The file's name for messages: `hft/claim.toml`"
+        return f'{self.key}/{self.path.name}'
+
+    @property
+    def script(self) -> Path|None:
+        "The Python file beside it, if there is one"
+        p = self.path.with_name('claim.py')
+        return p if p.exists() else None
+
+    @property
+    def runs(self) -> bool:
+        "Does the script run the experiment itself?"
+        return self.script is not None and _defines(self.script, 'run')
+
+    @property
+    def result(self) -> Path:
+        "Where its evidence stands, once it has run"
+        return self.path.with_name('result.json')
+
+def _defines(path, name) -> bool:
+    body = ast.parse(path.read_text(encoding='utf-8')).body
+    return any(isinstance(n, ast.FunctionDef) and n.name == name for n in body)
 
 # %% ../../nbs/instruments/verdicts.ipynb #001308ff
-def read_claim(path:str|Path) -> Claim:
-    "The claim in a file; raises `ValueError` naming the file, what is wrong in it and what would be right"
-    path = Path(path)
-    try: spec = tomllib.loads(path.read_text(encoding='utf-8'))
-    except tomllib.TOMLDecodeError as e: raise ValueError(f'{path.name}: not readable as TOML: {e}') from None
-    claim = Claim(path.stem, spec, path); wrong = lambda text: ValueError(f'{path.name}: {text}')
+def read_claim(folder:str|Path) -> Claim:
+    "The claim in a folder; raises `ValueError` naming the file, what is wrong in it and what would be right"
+    path = Path(folder)/'claim.toml'
+    name = f'{path.parent.name}/{path.name}'
+    wrong = lambda text: ValueError(f'{name}: {text}')
+    try:
+        spec = tomllib.loads(path.read_text(encoding='utf-8'))
+    except tomllib.TOMLDecodeError as e:
+        raise wrong(f'not readable as TOML: {e}') from None
+    claim = Claim(path.parent.name, spec, path)
     _check_keys(claim, wrong)
-    for c in spec.get('contrast', ()): _check_contrast(c, spec, claim, wrong)
+    for c in spec.get('contrast', ()):
+        _check_contrast(c, spec, claim, wrong)
     for c in spec.get('control', ()):
         if c.get('arm') not in spec.get('arms', {}) or 'metric' not in c or not {'at_least', 'at_most'} & set(c):
             raise wrong(f'control {c.get("name")!r} needs an arm of the claim, a metric, and at_least or at_most')
@@ -79,47 +104,116 @@ def read_claim(path:str|Path) -> Claim:
 
 def _check_keys(claim, wrong):
     "Keys and their kinds, the scope, and that there is something to verify"
-    spec, own = claim.spec, not claim.runs and claim.spec.get('contrast')
+    spec = claim.spec
+    own = not claim.runs and spec.get('contrast')
     for k, kind in {**NEEDED, **(dict(model=str, data=str, steps=int, grid=list) if own else {})}.items():
-        if not isinstance(spec.get(k), kind): raise wrong(f'{k} is {spec.get(k)!r}; it must be a {kind.__name__}')
-    if spec['scope'] not in SCOPES: raise wrong(f'scope is {spec["scope"]!r}; it must be {", ".join(SCOPES)}')
-    if odd := set(spec) - {*NEEDED, *RUNS, *DEFAULTS, 'arms', 'contrast', 'control'}: raise wrong(f'{sorted(odd)[0]!r} is no key of a claim')
-    if spec.get('contrast') and len(set(spec['seeds'])) < 5: raise wrong(f'seeds are {spec["seeds"]}; five different ones or more')
+        if not isinstance(spec.get(k), kind):
+            raise wrong(f'{k} is {spec.get(k)!r}; it must be a {kind.__name__}')
+    if spec['scope'] not in SCOPES:
+        raise wrong(f'scope is {spec["scope"]!r}; it must be {", ".join(SCOPES)}')
+    if odd := set(spec) - {*NEEDED, *RUNS, *DEFAULTS, 'arms', 'contrast', 'control'}:
+        raise wrong(f'{sorted(odd)[0]!r} is no key of a claim')
+    if spec.get('contrast') and len(set(spec['seeds'])) < 5:
+        raise wrong(f'seeds are {spec["seeds"]}; five different ones or more')
     if not spec.get('contrast') and not (claim.script and _defines(claim.script, 'identities')):
         raise wrong('neither a [[contrast]] nor a script with identities()')
 
 def _check_contrast(c, spec, claim, wrong):
     "Everything that the rule needs is there"
     name, arms = f'contrast {c.get("name")!r}', spec.get('arms', {})
-    if missing := [k for k in ('name', 'treatment', 'baseline', 'metric', 'kind', 'margin') if k not in c]: raise wrong(f'{name} lacks {missing[0]}')
+    if missing := [k for k in ('name', 'treatment', 'baseline', 'metric', 'kind', 'margin') if k not in c]:
+        raise wrong(f'{name} lacks {missing[0]}')
     for side in ('treatment', 'baseline'):
-        if not isinstance(c[side], (int, float)) and c[side] not in arms: raise wrong(f'{name}: {side} is {c[side]!r}; the arms are {", ".join(arms)}')
+        if not isinstance(c[side], (int, float)) and c[side] not in arms:
+            raise wrong(f'{name}: {side} is {c[side]!r}; the arms are {", ".join(arms)}')
     if c['kind'] not in ('superiority', 'equivalence') or c['margin'] < 0:
         raise wrong(f'{name}: kind must be superiority or equivalence, and margin at least 0')
-    if claim.runs and 'worst' not in c: raise wrong(f'{name} needs worst: the value that a run which breaks down counts as')
+    if claim.runs and 'worst' not in c:
+        raise wrong(f'{name} needs worst: the value that a run which breaks down counts as')
 
 # %% ../../nbs/instruments/verdicts.ipynb #001708ff
-def bare(source:str) -> str:
-    "Source without comments, docstrings, layout and `@paper` marks: what is left decides what the code does"
-    tree = ast.parse(source); marked = lambda d: isinstance(d, ast.Call) and getattr(d.func, 'id', '') == 'paper'
-    said = lambda body: body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
-    for n in ast.walk(tree):
-        if isinstance(n, (ast.FunctionDef, ast.ClassDef)): n.decorator_list = [d for d in n.decorator_list if not marked(d)]
-        if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.Module)) and said(n.body): n.body = n.body[1:] or [ast.Pass()]
-    return ast.unparse(tree)
+MARKS = {'paper', 'method', 'probe', 'study'}  # the decorators that say where a definition comes from
 
-def own_source(source:str, names:list[str]) -> str:
-    "The definitions of `names` in a module's source, and of all that they use there"
-    homes = {name: node for node in ast.parse(source).body for name in _named(node) if not name.startswith('__')}
-    todo, seen = [n for n in names if n in homes], {}
-    while todo:
-        name = todo.pop(); seen[name] = bare(ast.unparse(homes[name]))
-        used = {x.id for x in ast.walk(ast.parse(seen[name])) if isinstance(x, ast.Name)}; todo += [u for u in used if u in homes and u not in seen]
-    return '\n'.join(seen[k] for k in sorted(seen))
+def bare(node:ast.AST) -> ast.AST:
+    "The same tree without docstrings, marks and annotations of arguments: what is left decides what the code does. Changes `node` itself"
+    for n in ast.walk(node):
+        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            n.decorator_list = [d for d in n.decorator_list if not _is_mark(d)]
+        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            n.returns = None
+        if isinstance(n, ast.arg):
+            n.annotation = None
+        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module)) and _says_something(n.body):
+            n.body = n.body[1:] or [ast.Pass()]
+    return node
+
+def _is_mark(decorator) -> bool:
+    named = decorator.func if isinstance(decorator, ast.Call) else decorator
+    return getattr(named, 'id', '') in MARKS
+
+def _says_something(body) -> bool:
+    return bool(body) and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
+
+def dumped(node:ast.AST) -> str:
+    "A tree as text, without positions. `ast.dump` would do, but writes empty fields in some versions of Python and not in others"
+    if isinstance(node, ast.AST):
+        said = [f'{k}={dumped(v)}' for k, v in ast.iter_fields(node) if v not in (None, []) and k not in ('ctx', 'kind', 'type_comment')]
+        return f'{type(node).__name__}({",".join(said)})'
+    return f'[{",".join(map(dumped, node))}]' if isinstance(node, list) else repr(node)
+
+def definitions(source:str) -> dict[str, ast.AST]:
+    "{name: statement} of what a module defines at its top level, names with two underscores left out"
+    return {name: node for node in ast.parse(source).body for name in _named(node) if not name.startswith('__')}
 
 def _named(node) -> list[str]:
     "What a statement of a module defines"
-    if isinstance(node, (ast.FunctionDef, ast.ClassDef)): return [node.name]
-    return [t.id for t in node.targets if isinstance(t, ast.Name)] if isinstance(node, ast.Assign) else []
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return [t.id for target in targets for t in ast.walk(target) if isinstance(t, ast.Name)]
 
-def code_hash(*texts:str) -> str: return hashlib.blake2s('\0'.join(texts).encode(), digest_size=8).hexdigest()
+def imports(source:str, module:str) -> dict[str, tuple[str, str]]:
+    "{name: (module, its name there)} of what a module of the package imports from others of it; relative imports are resolved"
+    out, top = {}, module.split('.')[0]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            base = module.split('.')[:-node.level] if node.level else []
+            home = '.'.join(base + (node.module.split('.') if node.module else []))
+            if home.split('.')[0] == top:
+                out |= {a.asname or a.name: (home, a.name) for a in node.names}
+    return out
+
+def used_by(node:ast.AST) -> set[str]:
+    "The names that a definition reads"
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+
+def code_hash(*texts:str) -> str:
+    return hashlib.blake2s('\0'.join(texts).encode(), digest_size=8).hexdigest()
+
+# %% ../../nbs/instruments/verdicts.ipynb #001b08ff
+def is_paper(module:str) -> bool:
+    "Is this the module of a paper? It lies in a family's folder: `ftlab.adapters.subsets.hft`"
+    return module.count('.') == 3
+
+def closure(marks:Mapping[str, list[str]],  # {module: names of its marked definitions}
+            read:Callable[[str], str],      # module -> its source
+            recorded:Iterable[str]=(),      # names to follow into the library
+           ) -> dict[str, str]:             # name -> tree as text
+    "What a paper's marked definitions consist of. Two definitions of one name are both kept"
+    todo, seen, recorded = [(m, n) for m, names in marks.items() for n in names], {}, set(recorded)
+    while todo:
+        module, name = todo.pop()
+        if (module, name) in seen:
+            continue
+        source = read(module)
+        home, from_elsewhere = definitions(source), imports(source, module)
+        if name in home:
+            node = bare(home[name])
+            seen[module, name] = dumped(node)
+            todo += [(module, n) for n in used_by(node) if n in home or n in from_elsewhere]
+        elif name in from_elsewhere and (is_paper(from_elsewhere[name][0]) or from_elsewhere[name][1] in recorded):
+            todo.append(from_elsewhere[name])
+    found = {}
+    for (_, name), tree in sorted(seen.items(), key=lambda item: (item[0][1], item[1])):
+        found[name] = f'{found[name]}\0{tree}' if name in found else tree
+    return found
