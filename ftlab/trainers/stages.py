@@ -17,7 +17,7 @@ from ..core.io import DiskFull, write_tensors
 from ..core.batches import Data
 from ..core.recipe import Recipe, share_of
 from .checkpoint import check_same_run
-from .reference import Originals
+from .reference import Originals, Placed
 from .run import Change, Run
 from .stage import run_stage
 from .step import NotFinite
@@ -30,12 +30,13 @@ __all__ = ['StageContext', 'run_stages']
 class StageContext:
     "What a stage that is a function can see"
     model:torch.nn.Module # with the changes of the earlier stages in its weights
-    before:Mapping        # parameter name -> tensor before the first stage, read from disk when it is asked for
+    before:Mapping        # parameter name -> tensor before the first stage, read from disk when it is asked for, on its parameter's device
     data:Data
     tok:object
     seed:int
     stage:int             # this stage's number, from 0
     runs:list[Run]        # the earlier stages: their `log`, `path`, `cost`, `recipe` and `models` (and `delta`, where it acts on activations and so still sits on the model)
+    def __post_init__(self): self.before = Placed(self.before, self.model)
     def reset(self) -> None:
         "Put every weight back as it was before the first stage, and take off what could not be folded"
         for r in self.runs: r.delta.attached._release()
