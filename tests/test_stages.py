@@ -17,6 +17,15 @@ from toys import TOK, lab_data, logits, probe, same, toy, weights
 
 # ---------- stages that are functions
 
+def test_what_was_before_lies_where_the_parameter_lies():
+    "A parameter minus what it was before must work on every device: shown with 'meta', which every machine has"
+    from ftlab.trainers.reference import Placed
+    model, seen = torch.nn.Linear(3, 2, device='meta'), dict(weight=torch.ones(2, 3), bias=torch.ones(2), gone=torch.ones(1))
+    before = Placed(seen, model)
+    assert {n: t.device.type for n, t in before.items()} == dict(weight='meta', bias='meta', gone='cpu') and len(before) == 3
+    with pytest.raises(KeyError):
+        before['other']
+
 def staged(*stages, name='staged'): return Recipe(name, loop=Stages(*stages))
 
 def test_a_stage_function_sees_what_was_done_before_it():

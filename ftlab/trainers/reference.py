@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.io import write_tensors
 
 # %% auto #0
-__all__ = ['Originals', 'SwitchedOff', 'reference_of']
+__all__ = ['Originals', 'Placed', 'SwitchedOff', 'reference_of']
 
 # %% ../../nbs/trainers/reference.ipynb #000a191a
 class Originals(Mapping):
@@ -34,6 +34,21 @@ class Originals(Mapping):
 
     def __len__(self):
         return len(self.names)
+
+class Placed(Mapping):
+    "The same tensors, each on the device of the parameter of its name; without one, where they were"
+    def __init__(self, tensors:Mapping[str, Tensor], model:torch.nn.Module):
+        self.tensors, self.devices = tensors, {n: p.device for n, p in model.named_parameters()}
+
+    def __getitem__(self, name):
+        tensor = self.tensors[name]
+        return tensor.to(self.devices.get(name, tensor.device))
+
+    def __iter__(self):
+        return iter(self.tensors)
+
+    def __len__(self):
+        return len(self.tensors)
 
 class SwitchedOff:
     "The base model as the policy with its change switched off: a reference model that needs no memory"

@@ -16,7 +16,7 @@ from ..core.batches import Data
 from ..core.io import DiskFull, read_metadata, read_tensors, write_tensors
 from ..core.recipe import Recipe, title_of
 from .checkpoint import check_same_run, header_of
-from .reference import Originals
+from .reference import Originals, Placed
 from .run import Change, Run
 from .stage import Job, run_stage
 from .step import NotFinite
@@ -29,12 +29,14 @@ __all__ = ['StageContext', 'run_recipe']
 class StageContext:
     "What a stage that is a function can see"
     model:torch.nn.Module # with the changes of the earlier stages in its weights
-    before:Mapping        # parameter name -> tensor before the first stage, read from disk when it is asked for
+    before:Mapping        # parameter name -> tensor before the first stage, read from disk when it is asked for, on its parameter's device
     data:Data
     tok:object
     seed:int
     stage:int             # this stage's number, from 0
     runs:list[Run]        # the earlier stages: their `log`, `path`, `cost`, `recipe` and `models` (and `delta`, where it acts on activations and so still sits on the model)
+
+    def __post_init__(self): self.before = Placed(self.before, self.model)
 
     def reset(self) -> None:
         "Put every weight back as it was before the first stage, and take off what could not be folded"
