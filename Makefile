@@ -1,11 +1,13 @@
 # make lab    set up, then open the course in JupyterLab         make lab PORT=8899
-# make test   set up, then test everything                       make test EXTRAS=test,bench  (with peft, trl and MiniLM)
+# make test   set up, then test                                  make test EXTRAS=test,bench  (with peft, trl and MiniLM)
+#             everything: make test ALL=1                        what changed since a commit, and the site: make test CHANGED=HEAD~3
 # The first call installs into .venv (a minute or two); later ones start in seconds.
 # Another torch: make lab TORCH="torch==2.13.0 --index-url URL"   Another Python: make lab PYTHON=python3.12
 
 PYTHON ?= python3
 PORT   ?= 8888
-EXTRAS ?= test
+COMMA  := ,
+EXTRAS ?= test$(if $(ALL)$(CHANGED),$(COMMA)docs)
 TORCH  ?= $(shell sed -n 's/^ *\(torch[<>=~!].*\)$$/\1/p' settings.ini)
 PAGE   ?=
 VENV   := .venv
@@ -17,25 +19,28 @@ export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 20000
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help lab test claims docs readme lab-models clean FORCE
+.PHONY: help lab test claims gpu index paper docs readme lab-models clean FORCE
 .DELETE_ON_ERROR:
 
 help:
-	@sed -n '1,4s/^# //p' Makefile
+	@sed -n '1,5s/^# //p' Makefile
 	@echo 'make claims      run the claims that have no evidence, or stale evidence (about ten minutes each; JOBS=2 for two at a time)'
+	@echo 'make gpu         everything that only a GPU can tell, in five minutes: PART=tests, bench or fit alone; REHEARSE=1 on the CPU; PYTHON=python3 WHEELS=dir'
+	@echo '                 takes another Python as it is, with wheels for what it lacks, and no network'
 	@echo 'make docs        the site, into _docs/: open _docs/index.html (with Quarto where it is on the path, else with Sphinx; a minute or two)'
-	@echo 'make readme      README.md from nbs/index.ipynb'
+	@echo 'make index       every generated list: sidebar, contents, tables of papers, verdict counts, README.md'
+	@echo 'make paper KEY=noisefit   page, claim and test of a paper of the catalogue, ready to fill in'
 	@echo 'make lab-models  pretrain the lab models again, into runs/ (hours; the shipped ones are frozen)'
 	@echo 'make clean       remove .venv and what building leaves behind'
 
 lab: $(VENV)/installed-dev
 	$(PY) -c "import sys; from ftlab.cli import main; sys.exit(main(['lab', '--port', '$(PORT)', *'$(PAGE)'.split()]))"
 
-# Both halves always run, so that one call tells everything that is wrong; each process has one thread, and a file's tests share a process
+# What runs, and why, is told first; tests, pages and site always run, so that one call tells everything that is wrong
 test: export HF_HUB_OFFLINE := 1
 test: export OMP_NUM_THREADS := 1
 test: $(VENV)/installed-$(EXTRAS)
-	@$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile; tests=$$?; $(PY) tests/run_notebooks.py; pages=$$?; exit $$((tests || pages))
+	@$(PY) tests/run.py $(if $(ALL),--all) $(if $(CHANGED),--changed '$(CHANGED)')
 
 # Finished seeds are kept in runs/claims: a stopped call goes on where it was
 claims: export OMP_NUM_THREADS := 1
@@ -43,13 +48,26 @@ claims: export HF_HUB_OFFLINE := 1
 claims: $(VENV)/installed-dev
 	$(PY) -c "import sys; from ftlab.cli import main; sys.exit(main(['claims', 'run', '--jobs', '$(or $(JOBS),1)']))"
 
+# With PYTHON=... that Python is taken as it is: no environment is made and nothing is downloaded
+ifeq ($(origin PYTHON),command line)
+GPU_PY := $(PYTHON)
+else
+GPU_PY := $(PY)
+gpu: $(VENV)/installed-test
+endif
+gpu:
+	@$(GPU_PY) bench/gpu.py --part $(or $(PART),all) $(if $(REHEARSE),--rehearse) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(OUT),--out $(OUT))
+
 # From the file system, without a server; a link that leads nowhere, or a page outside _quarto.yml, is an error
 docs: export HF_HUB_OFFLINE := 1
 docs: $(VENV)/installed-docs
 	$(PY) docs/build.py
 
-readme: $(VENV)/installed-dev
-	$(PY) tests/readme.py
+index readme: $(VENV)/installed-dev
+	$(PY) tools/index.py
+
+paper: $(VENV)/installed-dev
+	$(PY) tools/paper.py $(KEY)
 
 lab-models: $(VENV)/installed-dev
 	$(PY) -c "from ftlab.lab.pretrain import pretrain; [pretrain(m, f'runs/{m}') for m in ('lab-s', 'lab-m', 'lab-e')]"

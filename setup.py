@@ -20,10 +20,11 @@ def native() -> dict:
     except (ImportError, OSError, RuntimeError) as e: print(f'without the C++ operators: {e}'); return {}
     return dict(ext_modules=[ext], cmdclass=dict(build_ext=BuildExtension.with_options(use_ninja=False)))  # ninja's failures are not optional
 
-SHIPPED = ('claims/*.toml', 'claims/*.py', 'claims/results/*.json', 'bench/results/*.json', 'bench/results/compare_lab_s/result.json')
+SHIPPED = ('claims/*/claim.toml', 'claims/*/claim.py', 'claims/*/result.json', 'papers/catalogue.jsonl', 'bench/results/*.json',
+           'bench/results/compare_lab_s/result.json')
 
 class BuildPy(build_py):
-    "The installed package knows its verdicts, and what its chapters show: claims and results go into ftlab/data"
+    "The installed package knows its verdicts, and what its chapters show: claims, the catalogue and results go into ftlab/data"
     def run(self):
         super().run()
         for p in [] if self.editable_mode else [p for kind in SHIPPED for p in here.glob(kind)]:

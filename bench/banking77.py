@@ -10,11 +10,11 @@ import hashlib, json, os, platform, statistics, subprocess, sys, time
 from pathlib import Path
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive'); os.environ.setdefault('HF_HUB_OFFLINE', '1')
 import torch, ftlab
-from ftlab.adapters.delta import write_atomically
+from ftlab.core.io import write_atomically
 from ftlab.core.batches import collate, encode_all, indices
 from ftlab.core.loading import minilm_folder
 from ftlab.core.scorers import label_accuracy
-from ftlab.trainers.loop import PeakMemory
+from ftlab.trainers.watch import PeakMemory
 
 OUT = Path(__file__).parent/'results'/'banking77'
 STEPS, BATCH, RANK, LENGTH = 100, 32, 8, 64

@@ -17,7 +17,7 @@ from ftlab import methods
 from ftlab.core import scorers
 from ftlab.core.recipe import Recipe
 from ftlab.lab.world import SKILLS
-from ftlab.diagnosis import CHECKS, doctor
+from ftlab.instruments.doctor import CHECKS, doctor
 from ftlab.lab.models import lab_tokenizer
 from test_contract import INSTEAD  # arguments where a method's own would make a toy slow
 

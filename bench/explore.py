@@ -9,9 +9,9 @@ import json, os, platform, statistics, sys, time
 from pathlib import Path
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive'); os.environ.setdefault('HF_HUB_OFFLINE', '1')
 import matplotlib, torch, transformers, ftlab, ipywidgets
-from ftlab import explore
-from ftlab.adapters.delta import write_atomically
-from ftlab.comparison import Comparison
+from ftlab.instruments import explore
+from ftlab.core.io import write_atomically
+from ftlab.instruments.compare import Comparison
 from ftlab.map import measured
 
 CHANGES, TARGET = 24, .3

@@ -8,8 +8,8 @@ import json, os, random, sys
 from pathlib import Path
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 import torch, ftlab
-from ftlab.adapters.delta import write_atomically
-from ftlab.comparison import score
+from ftlab.core.io import write_atomically
+from ftlab.instruments.compare import score
 from ftlab.core.loading import fresh_head
 from ftlab.core.scorers import WORLD
 from ftlab.lab.pretrain import hide, predictions, to_batches

@@ -9,10 +9,11 @@ import json, os, sys, time
 from pathlib import Path
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 import torch, ftlab
-from ftlab.adapters.delta import write_atomically
+from ftlab.core.io import write_atomically
 from ftlab.core.scorers import exact_match, skills, WORLD
 from ftlab.lab.world import NEW, OLD, SKILLS
-from ftlab.trainers.loop import Every, fit
+from ftlab.trainers.callbacks import Every
+from ftlab.trainers.fit import fit
 
 OUT = Path(__file__).parent/'results'
 def keep(name, x): write_atomically(OUT/name, lambda p: p.write_text(json.dumps(x, indent=1) + '\n'))

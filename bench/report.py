@@ -9,7 +9,7 @@ from pathlib import Path
 
 def _peak(what):
     "Bytes above the start that `what()` took at its highest, its seconds of processor time, and what it gave back"
-    from ftlab.trainers.loop import PeakMemory
+    from ftlab.trainers.watch import PeakMemory
     import torch
     own = lambda: next(int(l.split()[1])*1024 for l in Path('/proc/self/status').read_text().splitlines() if l.startswith('RssAnon')); seen, stop = [own()], threading.Event()
     def watch():
@@ -26,8 +26,9 @@ def large(folder:Path) -> dict:
     from ftlab.core.batches import data
     from ftlab.core.recipe import Recipe
     from ftlab.lab.models import lab_tokenizer
-    from ftlab.reporting import report
-    from ftlab.trainers.loop import Change, Originals, Run
+    from ftlab.instruments.report import report
+    from ftlab.trainers.reference import Originals
+    from ftlab.trainers.run import Change, Run
     torch.manual_seed(0); model = LlamaForCausalLM(LlamaConfig(vocab_size=32_000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12, num_key_value_heads=12, max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval()
     base = identity(model); chosen = everything(model); att = attach(model, chosen, originals=Originals(folder/'originals.safetensors', dict(model.named_parameters())))
     with torch.no_grad():
@@ -40,7 +41,7 @@ def large(folder:Path) -> dict:
 def lab(folder:Path) -> dict:
     "lab-s after 100 steps of new-language, 100 questions of each of 23 skills: a first report and one with the base's answers kept"
     import ftlab
-    from ftlab.reporting import report
+    from ftlab.instruments.report import report
     model, tok = ftlab.load('lab-s'); run = ftlab.fit(model, tok, ftlab.data('new-language'), steps=100, lr=1e-3, progress=False, out=folder)
     (first, _), (again, rep) = _peak(lambda: report(run)), _peak(lambda: report(run))
     return dict(first=first, again=again, parameters=model.num_parameters(), headline=rep.headline)

@@ -87,7 +87,7 @@ class show_entries(Processor):
 
 @lru_cache(1)
 def homes() -> dict[str, str]:
-    "Where a name is explained, `trainers/loop.ipynb#fit`: names of one page alone that are no everyday words, and `ftlab.NAME`"
+    "Where a name is explained, `trainers/fit.ipynb#fit`: names of one page alone that are no everyday words, and `ftlab.NAME`"
     import ftlab
     from ftlab._modidx import d
     places = {f'{m}.{n}': page.replace('.html', '.ipynb') for m, syms in d['syms'].items() for full, (page, _) in syms.items() if '.' not in (n := full.removeprefix(f'{m}.')) and n[0] != '_'}

@@ -12,10 +12,10 @@ _PUBLIC = dict(
     load=('ftlab.core.loading', 'load'), data=('ftlab.core.batches', 'data'), anatomy=('ftlab.core.anatomy', 'anatomy'),
     generate=('ftlab.core.generate', 'generate'), skills=('ftlab.core.scorers', 'skills'), Recipe=('ftlab.core.recipe', 'Recipe'),
     attach=('ftlab.adapters.delta', 'attach'), load_delta=('ftlab.adapters.delta', 'load_delta'),
-    fit=('ftlab.trainers.loop', 'fit'), Run=('ftlab.trainers.loop', 'Run'), Monitor=('ftlab.monitor', 'Monitor'),
-    compare=('ftlab.comparison', 'compare'), methods=('ftlab.methods', None),
-    report=('ftlab.reporting', 'report'), Report=('ftlab.reporting', 'Report'), doctor=('ftlab.diagnosis', 'doctor'), explore=('ftlab.explore', None),
-    papers=('ftlab.papers', None), claims=('ftlab.claims', None),
+    fit=('ftlab.trainers.fit', 'fit'), Run=('ftlab.trainers.run', 'Run'), Monitor=('ftlab.instruments.monitor', 'Monitor'),
+    compare=('ftlab.instruments.compare', 'compare'), methods=('ftlab.methods', None),
+    report=('ftlab.instruments.report', 'report'), Report=('ftlab.instruments.report', 'Report'), doctor=('ftlab.instruments.doctor', 'doctor'), explore=('ftlab.instruments.explore', None),
+    papers=('ftlab.papers', None), claims=('ftlab.instruments.claims', None),
     native=('ftlab.native', None), start=('ftlab.map', 'start'), chapter=('ftlab.map', 'chapter'), exercise=('ftlab.exercises', 'exercise'), check=('ftlab.exercises', 'check'))
 
 __all__ = sorted(_PUBLIC)

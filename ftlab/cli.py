@@ -36,8 +36,8 @@ def _attached(model, recipe, labels:bool):
     "`model` with the change of one recipe on it, which is taken off again; a stage that is a function counts as full fine-tuning"
     from ftlab.adapters.delta import attach
     from ftlab.adapters.select import everything
-    from ftlab.trainers.loop import _head_names
-    select, head = getattr(recipe, 'select', None) or everything, tuple(_head_names(model)) if labels else ()
+    from ftlab.trainers.stage import head_names
+    select, head = getattr(recipe, 'select', None) or everything, tuple(head_names(model)) if labels else ()
     att = attach(model, select(model, None, 0), getattr(recipe, 'delta', None), head, {})
     try: yield att
     finally: att._release()
@@ -183,7 +183,7 @@ def _data(a):
 def _load(a, **more): return ftlab.load(a.model, revision=a.revision, dtype=a.dtype, device=a.device, **more)
 
 def _bench(a, data):
-    from ftlab.comparison import Bench
+    from ftlab.instruments.compare import Bench
     return Bench(a.model, data, a.old, a.metric, steps=a.steps, max_length=a.max_length, device=a.device, dtype=a.dtype, revision=a.revision, budget=a.budget,
                  batch_size=a.batch_size, precision=a.precision)
 
@@ -195,7 +195,7 @@ def _empty(path:str, option:str) -> Path:
 
 # %% ../nbs/cli.ipynb #0011513c
 def run_compare(a):
-    from ftlab.comparison import plan
+    from ftlab.instruments.compare import plan
     methods, lrs = _list(a.methods), [float(x) for x in _list(a.lrs)] if a.lrs else None
     arms, data, out = plan(methods, lrs, a.tune), _data(a), a.out or 'ftlab-runs/compare'
     if a.dry_run: e = estimate(a, data, arms, a.tune, a.seeds); return e, _estimated(e)
@@ -205,7 +205,7 @@ def run_compare(a):
     return c.json(), f'{c!r}\n{Path(out)/"index.html"}'
 
 def run_fit(a):
-    from ftlab.comparison import Budget, metric_for, plan, score
+    from ftlab.instruments.compare import Budget, metric_for, plan, score
     (name, (recipe, rates)), = plan([a.method], a.lr, False).items(); data = _data(a); out = Path(a.out or 'ftlab-runs/fit')
     if a.dry_run: e = estimate(a, data, {name: (recipe, rates)}, False, None); return e, _estimated(e)
     if a.export: _empty(a.export, '--export')
@@ -224,7 +224,7 @@ def run_fit(a):
 
 def _keep(run, record, out) -> int:
     "Write delta.safetensors, log.jsonl and run.json into `out`; returns the delta's size"
-    from ftlab.adapters.delta import write_atomically
+    from ftlab.core.io import write_atomically
     size = run.delta.save(out/'delta.safetensors')
     write_atomically(out/'log.jsonl', lambda p: p.write_text(''.join(json.dumps(r) + '\n' for r in run.log)))
     write_atomically(out/'run.json', lambda p: p.write_text(json.dumps(record | dict(saved_bytes=size), indent=1)))
@@ -233,13 +233,15 @@ def _keep(run, record, out) -> int:
 # %% ../nbs/cli.ipynb #0013513c
 RULES = {'task-arithmetic': 1., 'breadcrumbs': .2, 'lines': .5} # rule -> its dial where --scale does not say
 
-def merged_change(changes:list, # one {name: new weight minus base weight} each, as `ftlab.adapters.merging.saved` reads them
+def merged_change(changes:list, # one {name: new weight minus base weight} each, as `ftlab.adapters.edit.saved` reads them
                   model,        # their base
                   rule:str='task-arithmetic', # one of `RULES`
                   scale:float|None=None # the rule's dial; None: its default
                  ) -> dict:     # one change
     "Several changes as one, by a rule; raises `ValueError` for an unknown one"
-    from ftlab.adapters.merging import by_depth, merge, merge_breadcrumbs, merge_lines
+    from ftlab.adapters.merging.lines import by_depth, merge_lines
+    from ftlab.adapters.edit import merge
+    from ftlab.adapters.merging.breadcrumbs import merge_breadcrumbs
     if rule not in RULES: raise ValueError(f'rule is {rule!r}; it must be {", ".join(RULES)}')
     x = RULES[rule] if scale is None else scale
     if rule == 'breadcrumbs': return merge_breadcrumbs(changes, x)
@@ -266,8 +268,8 @@ def _common(paths:list[Path], a) -> dict:
     return base
 
 def run_merge(a):
-    from ftlab.adapters.merging import put, saved
-    from ftlab.trainers.loop import export
+    from ftlab.adapters.edit import put, saved
+    from ftlab.trainers.run import export
     paths = [_saved_at(p) for p in [*a.changes, *([a.delta] if a.delta else [])]]
     if not paths: raise ValueError('name a saved change, or several: folders that ftlab fit wrote, or their delta.safetensors')
     base = _common(paths, a); out = _empty(a.out or _refuse('name the folder to write with --out'), '--out')
@@ -283,7 +285,7 @@ def run_merge(a):
 
 # %% ../nbs/cli.ipynb #0017513c
 def run_report(a):
-    from ftlab.reporting import read_run, report
+    from ftlab.instruments.report import read_run, report
     if not a.folder and not a.delta: raise ValueError('name the folder that ftlab fit wrote, or --model, --delta and --data')
     run = read_run(a.folder, a.model, a.delta, _data(a) if a.data else None, a.revision, a.device, a.dtype)
     rep = report(run, a.old, items=a.items, old_items=a.old_items, metric=a.metric, matrices=a.matrices, max_length=a.max_length, cache=a.cache)
@@ -291,10 +293,10 @@ def run_report(a):
     return rep.json(), f'{rep!r}\n{out/"report.html"}'
 
 def run_doctor(a):
-    from ftlab.diagnosis import doctor
+    from ftlab.instruments.doctor import doctor
     given = _data(a) if a.data else None
     if a.folder:
-        from ftlab.reporting import read_run
+        from ftlab.instruments.report import read_run
         found = doctor(read_run(a.folder, a.model, None, given, a.revision, a.device, a.dtype), exported=a.exported)
     else:
         if not a.model or given is None: raise ValueError('before a run the doctor needs --model and --data; after one, name the folder that ftlab fit wrote')
@@ -305,7 +307,7 @@ def run_doctor(a):
 
 # %% ../nbs/cli.ipynb #0019513c
 def run_skills(a):
-    from ftlab.comparison import is_lab
+    from ftlab.instruments.compare import is_lab
     model, tok = ftlab.load(a.model, revision=a.revision, device=a.device)
     if not is_lab(tok):
         raise ValueError(f'{a.model} does not speak the words of the lab world, so its skills cannot be asked; use a lab model, or one fine-tuned from it')
@@ -376,23 +378,50 @@ def _until_it_ends(process) -> int:
 
 # %% ../nbs/cli.ipynb #001d513c
 def run_claims(a):
-    from ftlab import claims as engine
     from ftlab.papers import claims_folder
-    if claims_folder() is None: raise FileNotFoundError('the claims are in the repository, not in the installed package; clone it and run there')
-    if a.what == 'explain':
-        if not a.names: _refuse('name the claim to explain: ftlab claims explain hft')
-        said = {n: engine.explain(n) for n in a.names}; return said, '\n\n'.join(said.values())
-    if a.what == 'run':
-        done = engine.run_claims(a.names or None, a.jobs, a.all, say=lambda s: print(s, file=sys.stderr, flush=True))
-        if bad := [n for n, v in done.items() if v.startswith('not run')]: raise RuntimeError(f'{", ".join(bad)} could not be run: {done[bad[0]]}')
-        return done, '' if done else 'every claim has its evidence, and none is stale'
-    if a.names: _refuse(f'ftlab claims list takes no name; ftlab claims explain {a.names[0]} tells about one')
-    return _listed_claims(engine)
+    if claims_folder() is None:
+        raise FileNotFoundError('the claims are in the repository, not in the installed package; clone it and run there')
+    return dict(list=_listed_claims, explain=_explained_claims, run=_run_claims, carry=_carried_claims, supersede=_superseded_claims)[a.what](a)
 
-def _listed_claims(engine):
+def _progress(text:str) -> None: print(text, file=sys.stderr, flush=True)
+
+def _explained_claims(a):
+    from ftlab.instruments.claims import explain
+    if not a.names:
+        _refuse('name the claim to explain: ftlab claims explain hft')
+    said = {n: explain(n) for n in a.names}
+    return said, '\n\n'.join(said.values())
+
+def _run_claims(a):
+    from ftlab.instruments.claims import run_claims
+    done = run_claims(a.names or None, a.jobs, a.all, say=_progress)
+    if bad := [n for n, v in done.items() if v.startswith('not run')]:
+        raise RuntimeError(f'{", ".join(bad)} could not be run: {done[bad[0]]}')
+    return done, '' if done else 'every claim has its evidence, and none is stale'
+
+def _carried_claims(a):
+    from ftlab.instruments.claims import carry_claims
+    if not a.names and not a.all:
+        _refuse('name the claims to carry over, ftlab claims carry hft, or take all: ftlab claims carry --all')
+    done = carry_claims(a.names or None, a.jobs, say=_progress)
+    if bad := [n for n, v in done.items() if v.startswith('not carried')]:
+        raise RuntimeError(f'{len(bad)} of {len(done)} could not be carried over: ' + '; '.join(done[n].removeprefix('not carried: ') for n in bad))
+    return done, '' if done else 'no evidence needs carrying over'
+
+def _superseded_claims(a):
+    from ftlab.instruments.claims import supersede
+    if len(a.names) != 1 or not a.because:
+        _refuse('name one claim and the reason: ftlab claims supersede hft --because "the row limit was off by one"')
+    supersede(a.names[0], a.because)
+    return {a.names[0]: a.because}, f'{a.names[0]} is superseded until it has run again'
+
+def _listed_claims(a):
     "Each claim's verdict, and whether its evidence is that of the code that is here"
+    from ftlab.instruments.claims import status
     from ftlab.papers import claims, scoreboard
-    state = {c.name: engine.status(c) for c in claims()}; board = scoreboard()
+    if a.names:
+        _refuse(f'ftlab claims list takes no name; ftlab claims explain {a.names[0]} tells about one')
+    state, board = {c.key: status(c) for c in claims()}, scoreboard()
     said = board.drop_duplicates('claim').set_index('claim') if len(board) else board
     lines = [f'{n:14} {said.verdict[n]:12} {s:13} {said.sentence[n]}' for n, s in state.items()]
     return {n: dict(verdict=said.verdict[n], scope=said.scope[n], status=s) for n, s in state.items()}, '\n'.join(lines)
@@ -479,9 +508,12 @@ def _skills(p):
     add('--items', type=_positive, default=400); add('--names', help='skills, with commas between')
 
 def _claims(p):
-    add = p.add_argument; add('what', nargs='?', default='list', choices=('list', 'run', 'explain'))
+    add = p.add_argument
+    add('what', nargs='?', default='list', choices=('list', 'run', 'carry', 'supersede', 'explain'))
     add('names', nargs='*', help='which; run without names takes those that are missing or stale')
-    add('--jobs', type=_positive, default=1, help='how many at a time'); add('--all', action='store_true', help='run those too whose evidence is current')
+    add('--jobs', type=_positive, default=1, help='how many at a time')
+    add('--all', action='store_true', help='run: those too whose evidence is current; carry: all whose code changed')
+    add('--because', help='supersede: why the result no longer stands')
 
 COMMANDS = dict( # name -> what runs it, what it takes, what it is about
     lab=(run_lab, _lab, 'open the course in JupyterLab'), fit=(run_fit, _fit, 'fine-tune by one method'),
@@ -490,7 +522,7 @@ COMMANDS = dict( # name -> what runs it, what it takes, what it is about
     report=(run_report, _report, 'what a fine-tune learned, what it broke, and where the change lies: one page'),
     doctor=(run_doctor, _doctor, 'what goes wrong without a word: before a run (--model, --data, --method) or after one (the folder that ftlab fit wrote)'),
     skills=(run_skills, _skills, 'what a lab model can do'), methods=(run_methods, lambda p: None, 'the methods there are'),
-    claims=(run_claims, _claims, 'what became of each paper\'s claim; run them; explain one'),
+    claims=(run_claims, _claims, 'what became of each paper\'s claim; run them, carry their evidence over to changed code, explain one'),
     papers=(run_papers, lambda p: p.add_argument('find', nargs='?', help='words of a title'), 'the papers that are built here'))
 
 def parser() -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import torch
 import ftlab
-from .adapters.delta import write_atomically
+from .core.io import write_atomically
 
 # %% auto #0
 __all__ = ['FORGETTING', 'RESCALE', 'TEACH_ZIGZAG', 'BEST_STOP', 'MATCHED_FORGETTING', 'AT_THE_EDGE', 'LEARNED_AT', 'HALF_WIDTH',
@@ -280,7 +280,7 @@ RESCALE = compared('rescale', 'first_light',
 
 # %% ../nbs/exercises.ipynb #001d4991
 def _test_zigzag(yours):
-    from ftlab.trainers.loop import Run
+    from ftlab.trainers.run import Run
     run = answer(yours)
     if run is None: raise Wrong('`teach_zigzag` gives nothing back yet. Let it return the run, which is what `ftlab.fit` gives.')
     if not isinstance(run, Run): raise Wrong(f'`teach_zigzag` gives {_kind(run)}; let it return the run itself, which is what `ftlab.fit` gives.')

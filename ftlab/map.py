@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from safetensors import SafetensorError, safe_open
 import ftlab
-from .adapters.delta import write_atomically
+from .core.io import write_atomically
 from .exercises import EXERCISES, progress, remember
 
 # %% auto #0

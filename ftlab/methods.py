@@ -6,21 +6,26 @@
 from __future__ import annotations
 import ast, difflib, inspect, sys
 from .core.recipe import Recipe
-from .adapters.half import hft
-from .adapters.lowrank import lora, randlora
-from .adapters.merging import breadcrumbs, lines
-from .adapters.sparse import lift, lt_sft
-from .adapters.vectors import lofit
-from .beyond.images import difffit
-from .evaluators.copilot import copilot
-from .evaluators.emulated import eft
-from .trainers.knowing import r_tuning
-from .trainers.policy import grpo
-from .trainers.preferences import dpo, spin
-from .trainers.rectified import asft, dft
-from .trainers.schedules import lisa
-from .trainers.views import masked_thought
-from .trainers.zeroth import mezo
+from .adapters.subsets.hft import hft
+from .adapters.modules.lora import lora
+from .adapters.modules.randlora import randlora
+from .adapters.merging.breadcrumbs import breadcrumbs
+from .adapters.merging.lines import lines
+from .adapters.subsets.lift import lift
+from .adapters.subsets.lt_sft import lt_sft
+from .adapters.modules.lofit import lofit
+from .adapters.subsets.difffit import difffit
+from .evaluators.decoding.copilot import copilot
+from .evaluators.decoding.eft import eft
+from .evaluators.trust.r_tuning import r_tuning
+from .trainers.rl.grpo import grpo
+from .trainers.rl.dpo import dpo
+from .trainers.rl.spin import spin
+from .trainers.losses.asft import asft
+from .trainers.losses.dft import dft
+from .trainers.optimizers.lisa import lisa
+from .trainers.losses.masked_thought import masked_thought
+from .trainers.optimizers.mezo import mezo
 
 # %% auto #0
 __all__ = ['full', 'names', 'get']

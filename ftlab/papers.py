@@ -4,76 +4,127 @@
 
 # %% ../nbs/papers.ipynb #0003603a
 from __future__ import annotations
-import html, importlib, inspect, json, pkgutil, re
+import html
+import importlib
+import inspect
+import json
+import re
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 import pandas as pd
 import ftlab
 from .core.paper import Paper
-from .verdicts import Claim, contrast, read_claim, verdict
+from .core.recipe import Recipe
+from .instruments.verdicts import Claim, contrast, read_claim, verdict
 
 # %% auto #0
-__all__ = ['OUTSIDE', 'marked', 'page_of', 'claims_folder', 'claims', 'index', 'scoreboard', 'scoreboard_html']
+__all__ = ['PARTS', 'OUTSIDE', 'NOUNS', 'catalogue', 'Mark', 'modules', 'marked', 'claims_folder', 'claims', 'index',
+           'scoreboard', 'scoreboard_html', 'effect_line', 'nouns', 'papers_html']
+
+# %% ../nbs/papers.ipynb #000e603a
+def _beside(name:str) -> Path|None:
+    "A folder of the project that lies beside the package in a checkout, and in `ftlab/data` when it is installed"
+    package = Path(ftlab.__file__).resolve().parent
+    return next((p for p in (package.parent/name, package/'data'/name) if p.is_dir()), None)
+
+@lru_cache(1)
+def catalogue() -> dict[str, dict]:
+    "{key: key, family, title, arxiv, kind, home} of every paper of the catalogue, built or not"
+    if (folder := _beside('papers')) is None:
+        raise FileNotFoundError('papers/catalogue.jsonl is missing: neither the repository nor the installed package has it')
+    rows = map(json.loads, (folder/'catalogue.jsonl').read_text(encoding='utf-8').splitlines())
+    return {r['key']: r for r in rows}
 
 # %% ../nbs/papers.ipynb #0005603a
-@lru_cache(1)
-def marked() -> list[tuple[Paper, str, str]]:
-    "(paper, dotted name of what builds it, page) for every mark in the package, in the order of the modules' names"
-    out = []
-    for m in sorted(pkgutil.walk_packages(ftlab.__path__, 'ftlab.'), key=lambda m: m.name):
-        if m.ispkg or m.name.rpartition('.')[2].startswith('_'): continue
-        module = importlib.import_module(m.name)
-        own = ((n, f) for n, f in vars(module).items() if (inspect.isfunction(f) or inspect.isclass(f)) and f.__module__ == m.name)
-        out += [(f.paper, f'{m.name}.{n}', page_of(m.name)) for n, f in own if isinstance(getattr(f, 'paper', None), Paper)]
-    return out
+PARTS = ('adapters', 'trainers', 'evaluators', 'beyond')  # whose folders are families of papers
 
-def page_of(module:str) -> str:
-    "The notebook that a module was exported from, as its header says: 'nbs/adapters/half.ipynb'"
-    found = re.search(r'File to edit: [./]*(nbs/\S+\.ipynb)', Path(importlib.import_module(module).__file__).read_text(encoding='utf-8'))
-    return found[1] if found else ''
+@dataclass(frozen=True)
+class Mark:
+    "A definition that builds a paper"
+    key: str     # of the paper: the name of its module
+    family: str  # the folder that its module lies in
+    home: str    # the part of the package
+    name: str    # of the definition
+    paper: Paper
+
+    @property
+    def module(self) -> str: return f'ftlab.{self.home}.{self.family}.{self.key}'
+    @property
+    def symbol(self) -> str: return f'{self.module}.{self.name}'
+    @property
+    def page(self) -> str: return f'nbs/{self.home}/{self.family}/{self.key}.ipynb'
+    @property
+    def title(self) -> str: return self.paper.title
+
+def modules() -> list[tuple[str, str, str]]:
+    "(part, family, key) of every paper's module, in the order of their names"
+    package = Path(ftlab.__file__).resolve().parent
+    files = (p.relative_to(package) for part in PARTS for p in (package/part).glob('*/[!_]*.py'))
+    return sorted((p.parts[0], p.parts[1], p.stem) for p in files)
+
+@lru_cache(1)
+def marked() -> tuple[Mark, ...]:
+    "Every mark in the modules of papers, in the order of the modules' names"
+    out = []
+    for home, family, key in modules():
+        module = importlib.import_module(f'ftlab.{home}.{family}.{key}')
+        own = ((n, f) for n, f in vars(module).items() if inspect.isfunction(f) or inspect.isclass(f))
+        out += [Mark(key, family, home, n, f.paper) for n, f in own
+                if f.__module__ == module.__name__ and isinstance(getattr(f, 'paper', None), Paper)]
+    return tuple(out)
 
 # %% ../nbs/papers.ipynb #0008603a
 def claims_folder() -> Path|None:
-    "The folder of claim files, where the package runs from a checkout"
-    folder = Path(ftlab.__file__).resolve().parent.parent/'claims'; return folder if folder.is_dir() else None
+    "The folder of the claims, where the package runs from a checkout"
+    folder = Path(ftlab.__file__).resolve().parent.parent/'claims'
+    return folder if folder.is_dir() else None
 
 def claims(folder:Path|None=None) -> list[Claim]:
-    "Every claim there is, by name: the repository's, or the copies in the installed package. Raises `ValueError` for a file that is no claim"
+    "Every claim there is, by key: the repository's, or the copies in the installed package. Raises `ValueError` for a file that is no claim"
     folder = folder or claims_folder() or Path(ftlab.__file__).resolve().parent/'data'/'claims'
-    return [read_claim(p) for p in sorted(folder.glob('*.toml'))]
+    return [read_claim(p.parent) for p in sorted(folder.glob('*/claim.toml'))]
 
 OUTSIDE = 'no claims here: neither the repository nor an installed package that brought them'
 
 def index() -> list[dict]:
-    "One entry a paper: title, arxiv, symbols, notebook, claims, verdict (recomputed from the numbers), scope, evidence, note"
-    papers, by = {}, {}
-    for p, symbol, page in marked():
-        entry = papers.setdefault(p.title, dict(title=p.title, arxiv=p.arxiv, claim=p.claim, source=p.source, symbols=[], notebook=page))
-        entry['symbols'].append(symbol)
-    for c in claims(): by.setdefault(c.spec['paper'], []).append(c)
-    if odd := [c.path.name for t, cs in by.items() for c in cs if t not in papers]:
-        raise ValueError(f'{odd[0]} claims something about a paper that no function is marked with; its title must be the mark\'s')
-    return [e | _evidence(by.get(t, [])) for t, e in papers.items()]
+    "One entry a paper: key, family, home, title, arxiv, claim, source, symbols, notebook, claims, verdict (recomputed from the numbers), scope, evidence, note"
+    papers = {}
+    for m in marked():
+        about = dict(key=m.key, family=m.family, home=m.home, title=m.title, arxiv=m.paper.arxiv, claim=m.paper.claim, source=m.paper.source)
+        papers.setdefault(m.key, about | dict(symbols=[], notebook=m.page))['symbols'].append(m.symbol)
+    found = {c.key: c for c in claims()}
+    if odd := sorted(set(found) - set(papers)):
+        raise ValueError(f'claims/{odd[0]} is the folder of no paper: no module is called {odd[0]}.py and has a mark')
+    return [e | _evidence(found.get(key), bool(found)) for key, e in papers.items()]
 
-def _evidence(found:list[Claim]) -> dict:
+def _evidence(claim:Claim|None, any_claims:bool) -> dict:
     "What the claim of a paper came to"
-    none = dict(claims=[f'claims/{c.path.name}' for c in found], verdict=None, scope=None, evidence=None)
-    if not found: return none | dict(note='no claim yet' if claims() else OUTSIDE)
-    if not found[0].result.exists(): return none | dict(note='claimed, not yet run')
-    result = json.loads(found[0].result.read_text())
-    return none | dict(verdict=verdict(result), scope=found[0].spec['scope'], evidence=f'claims/results/{found[0].result.name}', note='')
+    none = dict(claims=[f'claims/{claim.file}'] if claim else [], verdict=None, scope=None, evidence=None)
+    if not claim:
+        return none | dict(note='no claim yet' if any_claims else OUTSIDE)
+    if not claim.result.exists():
+        return none | dict(note='claimed, not yet run')
+    result = json.loads(claim.result.read_text(encoding='utf-8'))
+    note = f'superseded: {result["superseded"]}' if result.get('superseded') else ''
+    return none | dict(verdict=verdict(result), scope=claim.spec['scope'], evidence=f'claims/{claim.key}/result.json', note=note)
 
 # %% ../nbs/papers.ipynb #000c603a
 def scoreboard() -> pd.DataFrame:
-    "One row a contrast: claim, verdict of the whole, effect with interval, margin, seeds, scope"
+    "One row a contrast: claim (the paper's key), verdict of the whole, effect with interval, margin, seeds, scope"
     return pd.DataFrame([row for c in claims() for row in _rows(c)])
 
 def _rows(c:Claim) -> list[dict]:
-    head = dict(claim=c.name, sentence=c.spec['sentence'])
-    if not c.result.exists(): return [head | dict(verdict='not yet run', scope=c.spec['scope'])]
-    r = json.loads(c.result.read_text()); head |= dict(verdict=verdict(r), scope=r['scope'])
-    return [head | dict(contrast=k['name'], each=f['verdict'], effect=f['mean'], low=f['low'], high=f['high'], margin=k['margin'], kind=k['kind'], seeds=f['n'])
-            for k in r['contrasts'] for f in [contrast(k)]] or [head]
+    head = dict(claim=c.key, sentence=c.spec['sentence'])
+    if not c.result.exists():
+        return [head | dict(verdict='not yet run', scope=c.spec['scope'])]
+    r = json.loads(c.result.read_text(encoding='utf-8'))
+    head |= dict(verdict=verdict(r), scope=r['scope'])
+    if r.get('superseded'):
+        head |= dict(superseded=r['superseded'])
+    effects = [(k, contrast(k)) for k in r['contrasts']]
+    return [head | dict(contrast=k['name'], each=f['verdict'], effect=f['mean'], low=f['low'], high=f['high'],
+                        margin=k['margin'], kind=k['kind'], seeds=f['n']) for k, f in effects] or [head]
 
 def scoreboard_html(board:pd.DataFrame) -> str:
     "The scoreboard as a table for a page, one row a claim; the site's script lets the reader filter and sort it"
@@ -83,14 +134,56 @@ def scoreboard_html(board:pd.DataFrame) -> str:
 
 def _claim_row(claim:str, contrasts:list[dict]) -> str:
     "A claim with its sentence, its verdict, and a line for each contrast"
-    text = {k: '' if pd.isna(v := contrasts[0].get(k)) else html.escape(str(v)) for k in ('sentence', 'verdict', 'scope')}
+    text = {k: '' if pd.isna(v := contrasts[0].get(k)) else html.escape(str(v)) for k in ('sentence', 'verdict', 'scope', 'superseded')}
     verdict = f'<span class="verdict {text["verdict"].split(" ")[0]}">{text["verdict"]}</span>'
-    lines = ''.join(f'<li>{html.escape(m)}</li>' for r in contrasts if (m := _measured(r)))
+    if text['superseded']:
+        verdict += f'<br><small>superseded: {text["superseded"]}</small>'
+    lines = ''.join(f'<li>{html.escape(m)}</li>' for r in contrasts if (m := effect_line(r)))
     return f'<tr><th scope="row" data-sort="{claim}"><b>{claim}</b><br>{text["sentence"]}</th><td>{verdict}</td><td>{text["scope"]}</td><td><ul>{lines}</ul></td></tr>'
 
-def _measured(r:dict) -> str:
+def effect_line(r:dict) -> str:
     "A contrast in a line: what came of it, the effect with its interval, and what was needed; empty where nothing was measured"
-    if pd.isna(r.get('contrast')): return ''
-    if pd.isna(r.get('effect')): return r['contrast']
+    if pd.isna(r.get('contrast')):
+        return ''
+    if pd.isna(r.get('effect')):
+        return r['contrast']
     needed = f'{"within ±" if r["kind"] == "equivalence" else "above "}{r["margin"]:g}'
     return f'{r["each"]}: {r["contrast"]}, {r["effect"]:+.3f} [{r["low"]:+.3f}, {r["high"]:+.3f}], needed {needed}'
+
+# %% ../nbs/papers.ipynb #0012603a
+NOUNS = ('select', 'delta', 'edit', 'source', 'objective', 'step', 'loop', 'decode', 'probe')
+_PART_OF = dict(view='source', penalties='objective', callbacks='loop', stages='loop', learners='loop')
+
+def nouns(entry:dict) -> list[str]:
+    "The nouns that a paper of the index answers. What makes no Recipe is a probe where it lives among the evaluators"
+    module, _, name = entry['symbols'][0].rpartition('.')
+    make = getattr(importlib.import_module(module), name)
+    if not inspect.isfunction(make) or inspect.signature(make).return_annotation not in (Recipe, 'Recipe'):
+        return ['probe'] if entry['home'] == 'evaluators' else []
+    said = make().describe()
+    parts = [p for p in (said, *said.get('stages', ())) if isinstance(p, dict)]
+    found = {_PART_OF.get(k, k) for p in parts for k in p}
+    return [n for n in NOUNS if n in found]
+
+# %% ../nbs/papers.ipynb #0015603a
+def papers_html(entries:list[dict]|None=None) -> str:
+    "The index as a table for a page in `nbs/papers`, one row a paper; the site's script lets the reader filter and sort it"
+    heads = dict(Paper='', Question='many', Part='one', Family='one', Verdict='one', Scope='one', Budget='one')
+    head = ''.join(f'<th scope="col"{f" data-filter={f}" if f else ""}>{h}</th>' for h, f in heads.items())
+    specs = {c.key: c.spec for c in claims()}
+    rows = '\n'.join(_paper_row(e, specs.get(e['key'], {})) for e in (index() if entries is None else entries))
+    return f'<div class="table-wrapper"><table class="filter"><caption>The papers</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+def _paper_row(e:dict, spec:dict) -> str:
+    "A paper as a row: what is shown, and what it is sorted by"
+    verdict, tokens = e['verdict'] or e['note'], spec.get('budget')
+    said, asked = spec.get('sentence') or e['claim'], ', '.join(nouns(e))
+    page = '../' + e['notebook'].removeprefix('nbs/')
+    arxiv = f' (<a href="https://arxiv.org/abs/{e["arxiv"]}">{e["arxiv"]}</a>)' if e['arxiv'] else ''
+    title = f'<a href="{page}">{html.escape(e["title"])}</a>{arxiv}<br><small>{html.escape(said)}</small>'
+    badge = f'<span class="verdict {verdict.split()[0]}">{html.escape(verdict)}</span>'
+    scope = e['scope'] or spec.get('scope', '')
+    budget = f'{tokens/1e6:g}M' if tokens else ''
+    cells = [(asked, asked), (e['home'], e['home']), (e['family'], e['family']), (badge, verdict), (scope, scope), (budget, tokens or 0)]
+    rest = ''.join(f'<td data-sort="{html.escape(str(by))}">{shown}</td>' for shown, by in cells)
+    return f'<tr><th scope="row" data-sort="{html.escape(e["title"])}">{title}</th>{rest}</tr>'

@@ -3,7 +3,7 @@ import ast
 from pathlib import Path
 
 RANK = dict(lab=0, core=0, native=1, adapters=2, trainers=3, evaluators=4)  # what is not listed (modules at the top, `ftlab` itself) comes last
-NOUNS = dict(adapters={'select', 'delta', 'edit', 'attach'}, trainers={'source', 'objective', 'step', 'loop'}, evaluators={'decode', 'probe', 'report'}, beyond=set())
+NOUNS = dict(adapters={'select', 'delta', 'edit', 'attach'}, trainers={'source', 'objective', 'step', 'loop', 'callbacks', 'learner', 'checkpoint', 'reference', 'stage', 'stages', 'fit', 'run', 'watch', 'shard'}, evaluators={'decode', 'probe', 'report'}, beyond=set())
 
 def modules(lib:Path) -> dict[str, str]:
     "{dotted name: source} of the package at `lib`; a folder's __init__ bears the folder's name"

@@ -13,10 +13,10 @@ def pages(nbs:Path=NBS) -> list[str]:
     return sorted(p.as_posix() for p in found if not any(o[0] in '._' for o in p.parts))
 
 def ordered(node=None) -> list[str]:
-    "The pages that `_quarto.yml` lists, in its order"
+    "The pages that `_quarto.yml` lists, in its order; a family's own page before those below it"
     if node is None: node = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
     if isinstance(node, str): return [node]
-    if isinstance(node, dict): node = node.get('contents', [])
+    if isinstance(node, dict): node = [node[k] for k in ('href',) if k in node] + node.get('contents', [])
     return [page for o in node for page in ordered(o)]
 
 def cells(page:str, nbs:Path=NBS) -> list[dict]:

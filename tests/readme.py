@@ -1,7 +1,7 @@
-"README.md from nbs/index.ipynb: prose as it stands, code fenced, stored results below it. `make readme` runs this file"
-import base64, os, re
-from pathlib import Path
-from pages import NBS, ROOT, cells
+"README.md from nbs/index.ipynb: prose as it stands, code fenced, stored results below it. `make index` writes it"
+import base64, re
+
+MADE = re.compile(r'^<!-- made by `make index`: .+? -->\n*')
 
 def _linked(text:str) -> str: return re.sub(r'(\]\()(?!\w+:|#|/|\.\./)([^)]+)', r'\1nbs/\2', text).replace('](../', '](')
 
@@ -21,16 +21,9 @@ def readme(cells:list[dict]) -> tuple[str, dict[str, bytes]]:
     parts, images = [], {}
     for i, c in enumerate(cells):
         source, hidden = c['source'].strip(), re.search(r'^#\|\s*(hide|default_exp)\b', c['source'], re.M)
-        if c['cell_type'] == 'markdown': parts.append(_linked(source))
+        if c['cell_type'] == 'markdown': parts.append(_linked(MADE.sub('', source)))
         elif c['cell_type'] == 'code' and source and not hidden:
             code = '\n'.join(l for l in source.splitlines() if not l.startswith('#|')).strip()
             if not re.search(r'^#\|\s*echo:\s*false', source, re.M): parts.append(f'```python\n{code}\n```')
             parts += filter(None, (_output(o, f'{i}-{j}', images) for j, o in enumerate(c.get('outputs', []))))
     return '\n\n'.join(p for p in parts if p) + '\n', images
-
-if __name__ == '__main__':
-    text, images = readme(cells('index.ipynb'))
-    for name, data in {'README.md': text.encode(), **images}.items():
-        path = ROOT/name; path.parent.mkdir(exist_ok=True)
-        tmp = path.with_name(path.name + '.tmp'); tmp.write_bytes(data); os.replace(tmp, path)
-    print(f'README.md: {len(text.splitlines())} lines, {len(images)} images')

@@ -1,46 +1,96 @@
-"""Run every page from top to bottom in a fresh kernel, two at a time; nothing is written back.
+"""Run every page from top to bottom in a fresh namespace, two at a time; nothing is written back.
 
-    python tests/run_notebooks.py                    all pages of _quarto.yml
-    python tests/run_notebooks.py lab/world.ipynb    these
+    python tests/run_notebooks.py                            all pages
+    python tests/run_notebooks.py lab/world.ipynb            these
+    python tests/run_notebooks.py --kernel lab/world.ipynb   each in a fresh kernel instead of a forked process
+    python tests/run_notebooks.py --store lab/world.ipynb    in a fresh kernel, and its outputs are stored in the page
 """
-import argparse, os, re, sys, time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+import argparse
+import os
+import resource
+import sys
+import time
 from pathlib import Path
-from pages import NBS, pages
 
-# Two kernels share the cores: with one thread each they do not wait for one another. Nothing is downloaded.
+from affected import key_of
+from pages import NBS, pages
+from worker import Workers, plain, preload
+
+# Two pages share the cores: with one thread each they do not wait for one another. Nothing is downloaded.
+MOST = 5  # CPU-seconds that a paper's page should take
 ENV = dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='passive', HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', PYDEVD_DISABLE_FILE_VALIDATION='1')
 
-def run_page(path:str|Path, timeout:int=600) -> tuple[float, str]:
-    "Execute the notebook at `path` in its own folder, as JupyterLab would: (seconds, what went wrong or '')"
+
+def path_of(name: str) -> Path:
+    "The page that `name` means: a path under nbs/, or one from here. Raises `SystemExit` where there is none"
+    for path in (NBS/name, Path(name).resolve()):
+        if path.suffix == '.ipynb' and path.exists():
+            return path
+    raise SystemExit(f'there is no page {name!r}: neither under {NBS.name}/ nor from this folder')
+
+
+def in_kernel(path: Path, timeout: int, store: bool = False) -> str:
+    "Execute the notebook at `path` in its own folder, as JupyterLab would: what went wrong or ''; `store` keeps the outputs"
     import nbformat
     from nbclient import NotebookClient
-    start, path, wrong = time.perf_counter(), Path(path), ''
-    try: NotebookClient(nbformat.read(path, as_version=4), timeout=timeout, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}},
-                        extra_arguments=['--log-level=ERROR']).execute()
-    except Exception as e: wrong = re.sub(r'\x1b\[[0-9;]*m', '', str(e)).strip() or type(e).__name__  # whatever it is, the other pages still run
-    return time.perf_counter() - start, wrong
+    nb = nbformat.read(path, as_version=4)
+    resources = {'metadata': {'path': str(path.parent)}}
+    try:
+        NotebookClient(nb, timeout=timeout, kernel_name='python3', resources=resources, extra_arguments=['--log-level=ERROR']).execute()
+    except Exception as e:  # whatever it is, the other pages still run
+        return plain(str(e)).strip() or type(e).__name__
+    if store:
+        from nbdev.clean import nbdev_clean
+        nbformat.write(nb, path)
+        nbdev_clean.__wrapped__(str(path))
+    return ''
 
-def main(names:list[str], workers:int=2, timeout:int=600) -> int:
+
+def kernels(todo: list[tuple[str, Path]], timeout: int, store: bool):
+    "Yield (name, result) of pages that run in kernels, one after the other"
+    for name, path in todo:
+        start, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        wrong, now = in_kernel(path, timeout, store), resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+        yield name, dict(wrong=wrong, outputs={}, seconds=time.perf_counter() - start, cpu=cpu)
+
+
+def main(names: list[str], workers: int = 2, timeout: int = 600, kernel: bool = False, store: bool = False) -> int:
     "Run the pages `names`, print each as it ends and the ten slowest at the end; the number that failed"
-    os.environ.update(ENV); start, took, failed = time.perf_counter(), {}, {}
-    with ProcessPoolExecutor(workers, mp_context=get_context('spawn')) as pool:
-        jobs = {pool.submit(run_page, str(NBS/n), timeout): n for n in names}
-        for job in as_completed(jobs):
-            name = jobs[job]; took[name], wrong = job.result()
-            if wrong: failed[name] = wrong
-            print(f'{"FAILED" if wrong else "ok":6} {took[name]:6.1f} s  {name}', flush=True)
-    for name, wrong in failed.items(): print(f'\n--- {name}\n{wrong}')
-    print(f'\n{len(names)} pages in {time.perf_counter() - start:.0f} s, {len(failed)} failed; the slowest:')
-    for name, s in sorted(took.items(), key=lambda o: -o[1])[:10]: print(f'{s:8.1f} s  {name}')
+    os.environ.update(ENV)
+    start, failed, used, todo = time.perf_counter(), {}, {}, [(n, path_of(n)) for n in names]
+    if kernel or store or not hasattr(os, 'fork'):
+        results = kernels(todo, timeout, store)
+    else:
+        preload()
+        results = Workers(workers, timeout).run(todo)
+    for name, result in results:
+        used[name] = result['cpu']
+        if result['wrong']:
+            failed[name] = result['wrong']
+        print(f'{"FAILED" if name in failed else "ok":6} {result["seconds"]:6.1f} s {result["cpu"]:6.1f} CPU-s  {name}', flush=True)
+    for name, wrong in failed.items():
+        print(f'\n--- {name}\n{wrong}')
+    own, seconds = time.process_time(), time.perf_counter() - start
+    print(f'\n{len(names)} pages in {seconds:.0f} s, {sum(used.values()):.0f} CPU-s and {own:.0f} for imports; {len(failed)} failed; the slowest:')
+    for name, cpu in sorted(used.items(), key=lambda o: -o[1])[:10]:
+        print(f'{cpu:8.1f} CPU-s  {name}')
+    papers = {n: c for n, c in used.items() if key_of(n)}
+    if long := [n for n, c in papers.items() if c > MOST]:
+        print(f'{len(long)} of {len(papers)} papers\' pages take more than {MOST} CPU-seconds: {", ".join(sorted(long))}')
     return len(failed)
+
 
 if __name__ == '__main__':
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument('pages', nargs='*', help='paths under nbs/ (all)'); p.add_argument('--workers', type=int, default=2)
+    p.add_argument('pages', nargs='*', help='paths under nbs/ (all)')
+    p.add_argument('--workers', type=int, default=2)
     p.add_argument('--timeout', type=int, default=600, help='seconds that a cell may take')
+    p.add_argument('--kernel', action='store_true', help='a fresh kernel for each page')
+    p.add_argument('--store', action='store_true', help='keep the outputs, as a fresh kernel gives them, in the page')
     a = p.parse_args()
+    if a.store and not a.pages:
+        p.error('--store needs the pages that it may change')
     # the course trains, the rest mostly does not: the long ones first, so that no worker waits for the last of them
     todo = a.pages or sorted(pages(), key=lambda n: not n.startswith('course/'))
-    sys.exit(bool(main(todo, a.workers, a.timeout)))
+    sys.exit(bool(main(todo, a.workers, a.timeout, a.kernel, a.store)))

@@ -6,12 +6,14 @@ import pytest, torch
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 from ftlab.adapters import delta as deltas
-from ftlab.adapters.delta import Attached, Entries, Offset, WrongBase, attach, identity, load_delta, pack, save_delta, write_tensors
+from ftlab.adapters.delta import Attached, Entries, Offset, WrongBase, attach, identity, load_delta, pack, save_delta
+from ftlab.core.io import write_tensors
 from ftlab.adapters.edit import keep, norm, scale, write_change
-from ftlab.adapters.half import half
-from ftlab.adapters.lowrank import LoRA, lora
+from ftlab.adapters.subsets.hft import half
+from ftlab.adapters.lowrank import LoRA
+from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import check_selection, coverage, everything, named, parts, top
-from ftlab.trainers.loop import Originals
+from ftlab.trainers.reference import Originals
 from ftlab.core.anatomy import anatomy
 from tiny import DECODERS, ENCODERS, example_inputs, tiny
 from toys import same, weights
@@ -201,7 +203,7 @@ def test_another_base_is_refused_by_name(saved):
 def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(saved, monkeypatch):
     old, m = saved.read_bytes(), tiny('llama'); att = CHANGES['lora'](m); shake(att, 2)
     def dies(tensors, path, metadata=None): Path(path).write_bytes(b'half of a fi'); raise KeyboardInterrupt
-    monkeypatch.setattr(deltas, 'save_file', dies)
+    monkeypatch.setattr('ftlab.core.io.save_file', dies)
     with pytest.raises(KeyboardInterrupt): save_delta(saved, *pack(att), {})
     assert saved.read_bytes() == old and os.listdir(saved.parent) == [saved.name]
     monkeypatch.undo(); load_delta(tiny('llama'), saved)

@@ -2,7 +2,7 @@
 import random, re
 import pytest, torch
 import ftlab
-from ftlab.adapters.half import half
+from ftlab.adapters.subsets.hft import half
 from ftlab.adapters.lowrank import LoRA
 from ftlab.core.recipe import Recipe
 from ftlab.exercises import HalfUpdate, LowRank, half_of, trained_numbers, training_bytes, truncate

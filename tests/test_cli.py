@@ -6,7 +6,9 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import ftlab
-from ftlab.adapters.merging import by_depth, merge, merge_breadcrumbs, merge_lines, saved
+from ftlab.adapters.merging.lines import by_depth, merge_lines
+from ftlab.adapters.edit import merge, saved
+from ftlab.adapters.merging.breadcrumbs import merge_breadcrumbs
 from ftlab.cli import RULES, main, merged_change, _list
 
 @pytest.fixture(scope='module')
@@ -249,7 +251,7 @@ def test_debug_shows_where(call):
     with pytest.raises(KeyError): call(f'compare {LM} --methods lorra --debug')
 
 def test_stopping_by_hand_is_not_success(call, monkeypatch):
-    monkeypatch.setattr('ftlab.comparison.fit', lambda *a, **kw: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr('ftlab.instruments.compare.fit', lambda *a, **kw: (_ for _ in ()).throw(KeyboardInterrupt()))
     code, out, err = call(f'compare {LM} --methods full --seeds 1 --no-tune --out here'); assert code == 130 and out == '' and 'finished is kept' in err
 
 def test_an_existing_export_folder_is_refused_before_training(call, made, monkeypatch):

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import ftlab.comparison as C
 from ftlab.adapters.delta import identity
-from ftlab.comparison import Comparison, assemble, best_rate, compare, interval, matched, metric_for, old_skills, plan, target_gain, tune, tuning_seed
+from ftlab.instruments.compare import Comparison, assemble, best_rate, compare, interval, matched, metric_for, old_skills, plan, target_gain, tune, tuning_seed
 from ftlab.core.batches import data
 from ftlab.core.recipe import Learner, Recipe
 from ftlab.lab.models import lab_tokenizer

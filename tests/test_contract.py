@@ -6,16 +6,17 @@ from transformers import AutoModelForCausalLM
 from ftlab import methods
 from ftlab.adapters.delta import load_delta
 from ftlab.adapters.edit import scale
-from ftlab.adapters.half import half
-from ftlab.adapters.lowrank import LoRA, lora
+from ftlab.adapters.subsets.hft import half
+from ftlab.adapters.lowrank import LoRA
+from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import everything, parts, top
 from ftlab.core.generate import generate
 from ftlab.core.recipe import PROMISES, Learner, Recipe, share_of
-from ftlab.evaluators.emulated import eft
-from ftlab.trainers.loop import fit
+from ftlab.evaluators.decoding.eft import eft
+from ftlab.trainers.fit import fit
 from ftlab.trainers.objective import token_nll, priced
-from ftlab.trainers.policy import grpo
-from ftlab.trainers.rectified import dft
+from ftlab.trainers.rl.grpo import grpo
+from ftlab.trainers.losses.dft import dft
 from toys import TOK, lab_data, logits, same, toy, weights
 
 def letters(row, answer): return len(answer)/10  # a random model is never right: the judge would reward nothing

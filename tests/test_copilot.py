@@ -2,11 +2,12 @@
 from types import SimpleNamespace
 import pytest, torch
 from ftlab.core.generate import generate
-from ftlab.evaluators.copilot import Copilot, answer_together, copilot, foresight, mistakes, thoughts
-from ftlab.adapters.lowrank import lora
+from ftlab.evaluators.decoding.copilot import Copilot, answer_together, copilot, foresight, mistakes, thoughts
+from ftlab.adapters.modules.lora import lora
 from ftlab.core.recipe import Recipe
 from ftlab.core.state import State
-from ftlab.trainers.loop import fit, load_learners
+from ftlab.trainers.fit import fit
+from ftlab.trainers.run import load_learners
 from toys import TOK, lab_data, logits, probe, same, toy, weights
 
 def tune(recipe, steps=6, **kw): return fit(toy(tied=False), TOK, lab_data(), recipe, steps=steps, batch_size=8, lr=3e-3, progress=False, **kw)

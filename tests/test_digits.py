@@ -4,11 +4,11 @@ from pathlib import Path
 import numpy as np, pytest, scipy.linalg, torch
 import ftlab
 from ftlab.adapters.delta import attach, load_delta
-from ftlab.beyond.images import Scale, difffit, knobs
-from ftlab.beyond.signals import ARMS, ELM, auc, elm, imitate, neuron, score
+from ftlab.adapters.subsets.difffit import Scale, difffit, knobs
+from ftlab.beyond.brain.elm import ARMS, ELM, auc, elm, imitate, neuron, score
 from ftlab.core.recipe import Recipe
 from ftlab.lab import digits as D
-from ftlab.trainers.loop import fit
+from ftlab.trainers.fit import fit
 from toys import TOK, lab_data, logits, same, toy, weights
 
 def small_flow(seed=0):

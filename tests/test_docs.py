@@ -13,8 +13,8 @@ def processed(tmp_path_factory):
     "A few pages as `_proc` holds them: a method's, one with mathematics, a chapter, and the two that run when the site is built"
     from fastcore.nbio import read_nb, write_nb
     out = tmp_path_factory.mktemp('proc')
-    for page in ('adapters/half.ipynb', 'adapters/lowrank.ipynb', 'course/first_light.ipynb', 'contents.ipynb', 'index.ipynb'):
-        nb = read_nb(NBS/page); entries.Processing()(nb); (out/page).parent.mkdir(exist_ok=True); write_nb(nb, out/page)
+    for page in ('adapters/subsets/hft.ipynb', 'adapters/subsets/lift.ipynb', 'adapters/modules/lora.ipynb', 'course/first_light.ipynb', 'contents.ipynb', 'index.ipynb'):
+        nb = read_nb(NBS/page); entries.Processing()(nb); (out/page).parent.mkdir(parents=True, exist_ok=True); write_nb(nb, out/page)
     return out
 
 def said(notebook:Path) -> str: return '\n'.join(''.join(c['source']) + ''.join(''.join(o.get('data', {}).get('text/markdown', '')) for o in c.get('outputs', [])) for c in json.loads(notebook.read_text())['cells'])
@@ -23,23 +23,27 @@ def test_the_navigation_is_quartos():
     "The order that the tests know, the sections that we build, and the file that Quarto reads, are one"
     assert nav.pages() == ordered() and sorted(nav.pages()) == pages()
     raw = yaml.safe_load((NBS/'_quarto.yml').read_text())['website']['sidebar']['contents']
-    assert [(o['section'], o['contents']) for o in raw if isinstance(o, dict)] == [(n, ps) for n, ps in nav.sections() if n]
+    assert [(o['section'], ordered(o)) for o in raw if isinstance(o, dict)] == [(n, ps) for n, ps in nav.sections() if n]
+    assert {f: sorted(p.relative_to(NBS).as_posix() for p in (NBS/f).parent.glob('*.ipynb') if p.name != 'index.ipynb') for f in nav.families()} == nav.families()
     conf = subprocess.run([sys.executable, '-c', 'import conf; print("\\n".join(conf.toctrees()))'], cwd=ROOT/'docs', capture_output=True, text=True)
     if 'No module named' in conf.stderr: pytest.skip('Sphinx is not installed: make docs installs it')
-    assert re.findall(r'^(?![:`])(\S.*)$', conf.stdout, re.M) == [p.removesuffix('.ipynb') for p in nav.pages() if p != 'index.ipynb'], conf.stderr
+    assert re.findall(r'^(?![:`])(\S.*)$', conf.stdout, re.M) == [p.removesuffix('.ipynb') for p in nav.pages() if p != 'index.ipynb' and p not in sum(nav.families().values(), [])], conf.stderr
     assert re.findall(r':caption: (.+)', conf.stdout) == [n for n, _ in nav.sections() if n]
 
 def test_a_deeper_navigation_is_refused(tmp_path):
-    (tmp_path/'_quarto.yml').write_text('website: {title: x, sidebar: {contents: [{section: A, contents: [{section: B, contents: [c.ipynb]}]}]}}')
-    with pytest.raises(ValueError, match="section 'A'"): nav.sections(tmp_path)
+    for inner in ('{section: B, contents: [c.ipynb]}', '{section: B, href: b.ipynb, contents: [{section: C, href: c.ipynb, contents: [d.ipynb]}]}'):
+        (tmp_path/'_quarto.yml').write_text('website: {title: x, sidebar: {contents: [{section: A, contents: [%s]}]}}' % inner)
+        with pytest.raises(ValueError, match="section 'A'"): nav.sections(tmp_path)
+    (tmp_path/'_quarto.yml').write_text('website: {title: x, sidebar: {contents: [{section: A, contents: [a.ipynb, {section: B, href: b.ipynb, contents: [c.ipynb]}]}]}}')
+    assert nav.sections(tmp_path) == [('A', ['a.ipynb', 'b.ipynb', 'c.ipynb'])] and nav.families(tmp_path) == {'b.ipynb': ['c.ipynb']}
 
 def test_every_page_has_a_title_and_a_description():
     assert not (bare := [p for p in pages() if not nav.heading(NBS/p)[1]]), f'no "> description" below the title: {bare}'
 
 def test_an_entry_has_signature_parameters_and_source(processed):
-    text = said(processed/'adapters'/'half.ipynb')
+    text = said(processed/'adapters'/'subsets'/'hft.ipynb')
     assert '### hft' in text and 'ratio:float=0.5' in text and '| <code>ratio</code> | float | 0.5 | the share of each category that moves |' in text
-    assert re.search(r'<summary>Source: ftlab/adapters/half.py, line \d+</summary>', text) and '/blob/' not in text
+    assert re.search(r'<summary>Source: ftlab/adapters/subsets/hft.py, line \d+</summary>', text) and '/blob/' not in text
 
 def test_nothing_of_the_first_text_is_lost(processed):
     "nbdev alone drops what stands below the description"
@@ -76,16 +80,16 @@ def test_notebooks_beside_pages_and_llms_txt(tmp_path):
     build.extras(tmp_path)
     listed = re.findall(r'\]\((.+?)\)', (tmp_path/'llms.txt').read_text())
     assert [p.removesuffix('.html.md') + '.ipynb' for p in listed] == nav.pages() and all((tmp_path/p).exists() for p in listed)
-    assert (tmp_path/'adapters'/'half.ipynb').read_bytes() == (NBS/'adapters'/'half.ipynb').read_bytes() and 'def hft' not in (tmp_path/'adapters'/'half.html.md').read_text()[:50]
+    assert (tmp_path/'adapters'/'subsets'/'hft.ipynb').read_bytes() == (NBS/'adapters'/'subsets'/'hft.ipynb').read_bytes() and 'def hft' not in (tmp_path/'adapters'/'subsets'/'hft.html.md').read_text()[:50]
 
 def test_with_an_address_pages_open_in_colab_and_install(tmp_path, monkeypatch):
     "Without one, as now, nothing is promised; with `git_url` in settings.ini the links are there, and the downloaded notebook begins by installing"
     import ftlab.map
-    real = ftlab.map.hosted; assert 'git_url' in (ROOT/'settings.ini').read_text() or 'colab' not in entries.where('adapters/half.ipynb').lower()
+    real = ftlab.map.hosted; assert 'git_url' in (ROOT/'settings.ini').read_text() or 'colab' not in entries.where('adapters/subsets/hft.ipynb').lower()
     monkeypatch.setattr(ftlab.map, 'hosted', lambda page: real(page, 'https://github.com/me/mine'))
-    line = entries.where('adapters/half.ipynb'); assert 'href="https://colab.research.google.com/github/me/mine/blob/gh-pages/adapters/half.ipynb"' in line and 'mybinder.org/v2/gh/me/mine/' in line and '<img' not in line
-    nb = json.loads(build.downloaded(NBS/'adapters'/'half.ipynb', 'adapters/half.ipynb')); first = ''.join(nb['cells'][0]['source'])
-    assert 'pip install -q git+https://github.com/me/mine@main' in first and nb['cells'][1:] == json.loads((NBS/'adapters'/'half.ipynb').read_text())['cells']
+    line = entries.where('adapters/subsets/hft.ipynb'); assert 'href="https://colab.research.google.com/github/me/mine/blob/gh-pages/adapters/subsets/hft.ipynb"' in line and 'mybinder.org/v2/gh/me/mine/' in line and '<img' not in line
+    nb = json.loads(build.downloaded(NBS/'adapters'/'subsets'/'hft.ipynb', 'adapters/subsets/hft.ipynb')); first = ''.join(nb['cells'][0]['source'])
+    assert 'pip install -q git+https://github.com/me/mine@main' in first and nb['cells'][1:] == json.loads((NBS/'adapters'/'subsets'/'hft.ipynb').read_text())['cells']
     import nbformat; nbformat.validate(nb)
     from IPython.core.interactiveshell import InteractiveShell
     shell = InteractiveShell(); ran = []; shell.run_line_magic = lambda *a, **k: ran.append(a); assert shell.run_cell(first).success and not ran  # ftlab is here: nothing is installed

@@ -8,13 +8,15 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 import ftlab
-from ftlab import diagnosis, methods
-from ftlab.adapters.lowrank import LoRA, lora
+from ftlab import methods
+from ftlab.instruments import doctor as diagnosis
+from ftlab.adapters.lowrank import LoRA
+from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import named, parts
 from ftlab.core.batches import Data
 from ftlab.core.recipe import Recipe
-from ftlab.diagnosis import CHECKS, Case, Check, doctor
-from ftlab.trainers.loop import fit
+from ftlab.instruments.doctor import CHECKS, Case, Check, doctor
+from ftlab.trainers.fit import fit
 from ftlab.trainers.objective import mean_nll, token_nll
 from ftlab.trainers.source import Rows
 from ftlab.trainers.step import NotFinite
@@ -253,7 +255,7 @@ def test_what_it_cannot_look_at_it_says():
     assert 'cannot look' in d.skipped['selection-empty'] and d.names == ['refused'] and 'unheard-of' in d[0].seen
 
 def test_pictures_are_looked_at_without_a_tokenizer():
-    from ftlab.beyond.images import difffit
+    from ftlab.adapters.subsets.difffit import difffit
     from ftlab.lab.digits import digits, flow, load
     for model, data, recipe in ((load('digits-vit'), digits(), Recipe('full')), (load('digits-flow'), digits((8, 9), 'classes'), difffit()*flow())):
         d = doctor(model, None, data, recipe, steps=60, batch_size=32); run = fit(model, None, data, recipe, steps=4, batch_size=32, progress=False); e = doctor(run)

@@ -3,15 +3,16 @@ import copy, json, os, re, subprocess, sys
 import pytest, torch
 import ftlab
 from matplotlib.figure import Figure
-from ftlab.comparison import Comparison
+from ftlab.instruments.compare import Comparison
 from ftlab.core.generate import generate
 from ftlab.core.scorers import WORLD, answer_length
-from ftlab.evaluators.spectra import intruders, stable_rank
+from ftlab.evaluators.mechanisms.intruders import intruders
+from ftlab.evaluators.spectra import stable_rank
 from ftlab.explore import (CRITERIA, RANKED, Picture, View, apart, choice, entry_scores, lab_questions, layers, mask, prices, question_batches, ranks, rows_as_html, several,
                            side_by_side, slider, span, spectrum, teacher_forced, text, token_prices, tradeoff)
 from ftlab.adapters import sparse
 from ftlab.adapters.edit import write_change
-from ftlab.adapters.merging import by_depth
+from ftlab.adapters.merging.lines import by_depth
 from ftlab.lab.world import OLD, SKILLS, exact
 from ftlab.map import measured
 from ftlab.trainers.objective import priced, token_nll
@@ -184,7 +185,7 @@ def test_without_a_reader_a_view_is_a_picture(views):
     assert registry() == was
 
 def test_the_module_loads_and_shows_without_widgets():
-    code = "import sys; sys.modules['ipywidgets'] = None; from ftlab.explore import View, slider; print(sorted(View(lambda x: f'<b>{x}</b>', 'x', x=slider(1, 0, 2, 1, 'x'))._repr_mimebundle_()))"
+    code = "import sys; sys.modules['ipywidgets'] = None; from ftlab.instruments.explore import View, slider; print(sorted(View(lambda x: f'<b>{x}</b>', 'x', x=slider(1, 0, 2, 1, 'x'))._repr_mimebundle_()))"
     env = {k: v for k, v in os.environ.items() if k != 'JPY_SESSION_NAME'}; out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env=env); assert "['text/html', 'text/plain']" in out.stdout, out.stderr
 
 def test_with_a_reader_it_is_alive_and_follows(reader):

@@ -5,16 +5,18 @@ import pytest, torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 import torch.nn.functional as F
-from ftlab.adapters.delta import DiskFull, Offset, load_delta
-from ftlab.adapters.half import hft
-from ftlab.adapters.lowrank import lora
+from ftlab.adapters.delta import Offset, load_delta
+from ftlab.core.io import DiskFull
+from ftlab.adapters.subsets.hft import hft
+from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import everything, named, parts, top
 from ftlab.core.batches import batch_at, encode_all
 from ftlab.core.recipe import Recipe
-from ftlab.trainers.loop import EarlyStop, Every, fit, validation_nll
+from ftlab.trainers.callbacks import EarlyStop, Every, validation_nll
+from ftlab.trainers.fit import fit
 from ftlab.trainers.objective import kl_to_reference, token_nll
-from ftlab.trainers.policy import advantages, grpo
-from ftlab.trainers.rectified import dft
+from ftlab.trainers.rl.grpo import advantages, grpo
+from ftlab.trainers.losses.dft import dft
 from ftlab.trainers.step import Backprop, NotFinite, schedule
 from tiny import tiny
 from toys import TOK, classifier, lab_data, label_data, logits, probe, same, toy, weights
@@ -148,7 +150,7 @@ import os, signal, sys, json
 sys.path[:0] = [{root!r}, {tests!r}]
 import torch; torch.set_num_threads(1)
 from test_fit import METHODS, At, tune, toy
-from ftlab.trainers.loop import Every, validation_nll
+from ftlab.trainers.callbacks import Every, validation_nll
 def die(state): os.kill(os.getpid(), signal.SIGKILL)
 name, out, step = sys.argv[1], sys.argv[2], int(sys.argv[3])
 tune(METHODS[name](), toy(dropout=.2), steps=9, lr=1e-3, accumulate=2, out=out, save_every=2, callbacks=(At(step, die), Every(3, validation_nll)))
@@ -383,15 +385,15 @@ def test_trackers_that_are_not_there_are_refused(tmp_path):
 
 def full_after(n, code=28):
     "A `save_file` for which the disk is full from its n-th call on, after it has written half"
-    import ftlab.adapters.delta as deltas
-    real, calls = deltas.save_file, []
+    import ftlab.core.io as files
+    real, calls = files.save_file, []
     def save(tensors, path, metadata=None):
         calls.append(str(path)); real(tensors, path, metadata)
         if len(calls) > n: b = Path(path).read_bytes(); Path(path).write_bytes(b[:len(b)//2]); raise OSError(code, os.strerror(code))
     return save
 
 def test_a_checkpoint_without_room_is_a_warning_and_costs_nothing(tmp_path, monkeypatch):
-    whole = tune(steps=6); monkeypatch.setattr('ftlab.adapters.delta.save_file', full_after(2)) # the originals and the first checkpoint fit
+    whole = tune(steps=6); monkeypatch.setattr('ftlab.core.io.save_file', full_after(2)) # the originals and the first checkpoint fit
     with pytest.warns(UserWarning, match=r"step 4 could not be kept, and the run goes on: there was no room to write '.*checkpoint.safetensors': it needs [\d,]+ bytes, and [\d,]+ bytes are free there.*Make room"): run = tune(steps=6, out=tmp_path, save_every=2)
     assert run.log == whole.log and same(weights(run.model), weights(whole.model)) and sorted(p.name for p in tmp_path.iterdir()) == ['checkpoint.safetensors', 'originals.safetensors']
     with safe_open(tmp_path/'checkpoint.safetensors', 'pt') as f: assert f.metadata()['step'] == '2'
@@ -399,13 +401,13 @@ def test_a_checkpoint_without_room_is_a_warning_and_costs_nothing(tmp_path, monk
 
 @pytest.mark.parametrize('code', [28, 122, 27])
 def test_a_change_without_room_keeps_the_old_file_and_can_be_saved_elsewhere(code, tmp_path, monkeypatch):
-    run, path = tune(lora(), lr=1e-2), tmp_path/'d.safetensors'; path.write_bytes(b'old'); size = run.delta.nbytes; monkeypatch.setattr('ftlab.adapters.delta.save_file', full_after(0, code))
+    run, path = tune(lora(), lr=1e-2), tmp_path/'d.safetensors'; path.write_bytes(b'old'); size = run.delta.nbytes; monkeypatch.setattr('ftlab.core.io.save_file', full_after(0, code))
     with pytest.raises(DiskFull, match=f'd.safetensors.: it needs {size:,} bytes') as e: run.delta.save(path)
     assert e.value.errno == code and isinstance(e.value, OSError) and ('quota' in str(e.value)) == (code != 28) and path.read_bytes() == b'old' and [p.name for p in tmp_path.iterdir()] == ['d.safetensors']
     monkeypatch.undo(); run.delta.save(path); fresh = toy(); load_delta(fresh, path); assert torch.equal(logits(fresh), logits(run.model))
 
 def test_without_room_for_the_originals_nothing_begins(tmp_path, monkeypatch):
-    monkeypatch.setattr('ftlab.adapters.delta.save_file', full_after(0)); m = toy()
+    monkeypatch.setattr('ftlab.core.io.save_file', full_after(0)); m = toy()
     with pytest.raises(DiskFull, match='originals.safetensors'): tune(model=m, out=tmp_path)
     assert same(weights(m), weights(toy())) and not list(tmp_path.iterdir())
 

@@ -2,11 +2,11 @@
 import sys, time
 import pytest
 import ftlab
-from ftlab.adapters.half import hft
-from ftlab.adapters.lowrank import lora
+from ftlab.adapters.subsets.hft import hft
+from ftlab.adapters.modules.lora import lora
 from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import nll
-from ftlab.trainers.loop import fit
+from ftlab.trainers.fit import fit
 from toys import TOK, lab_data, same, toy, weights
 
 class Interrupts:

@@ -3,9 +3,11 @@ import math
 import pytest, torch
 from ftlab.adapters.delta import WrongBase, identity, pack, save_delta
 from ftlab.adapters.edit import scale
-from ftlab.adapters.merging import band, breadcrumbs, by_depth, depth, lines, merge, merge_breadcrumbs, merge_lines, put, saved
+from ftlab.adapters.merging.breadcrumbs import band, breadcrumbs, merge_breadcrumbs
+from ftlab.adapters.merging.lines import by_depth, depth, lines, merge_lines
+from ftlab.adapters.edit import merge, put, saved
 from ftlab.core.anatomy import anatomy
-from ftlab.trainers.loop import fit
+from ftlab.trainers.fit import fit
 from tiny import DECODERS, ENCODERS, tiny
 from toys import TOK, lab_data, logits, same, toy, weights
 

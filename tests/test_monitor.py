@@ -2,13 +2,14 @@
 import os, re
 import pytest, torch
 import ftlab, ftlab.monitor as m
-from ftlab.adapters.half import hft
-from ftlab.adapters.lowrank import lora
+from ftlab.adapters.subsets.hft import hft
+from ftlab.adapters.modules.lora import lora
 from ftlab.core.batches import encode_all
 from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import answers
 from ftlab.lab.world import OLD
-from ftlab.trainers.loop import EarlyStop, fit
+from ftlab.trainers.callbacks import EarlyStop
+from ftlab.trainers.fit import fit
 from toys import TOK, classifier, lab_data, label_data, same, toy, weights
 
 def tune(recipe=None, steps=6, model=None, data=None, **more): return fit(model or toy(dropout=.2), TOK, data or lab_data(), recipe, **dict(steps=steps, batch_size=8, lr=3e-3, progress=False) | more)

@@ -3,7 +3,7 @@ import pytest, torch
 from ftlab import methods
 from ftlab.core.recipe import Recipe
 from ftlab.trainers import objective
-from ftlab.trainers.loop import fit
+from ftlab.trainers.fit import fit
 from ftlab.trainers.objective import kl_to_reference, mean_nll, plain_head
 from tiny import DECODERS, example_inputs, tiny
 from toys import TOK, lab_data, probe, toy, weights

@@ -3,11 +3,13 @@ from functools import partial
 import pytest, torch
 from safetensors.torch import load_file
 from ftlab.adapters.delta import Offset, attach
-from ftlab.adapters.lowrank import LoRA, RandLoRA, from_peft, lora, to_peft
+from ftlab.adapters.lowrank import LoRA, from_peft, to_peft
+from ftlab.adapters.modules.randlora import RandLoRA
+from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import parts
 from ftlab.core.batches import batch_at, encode_all
-from ftlab.trainers.loop import fit
-from ftlab.trainers.rectified import dft
+from ftlab.trainers.fit import fit
+from ftlab.trainers.losses.dft import dft
 from tiny import example_inputs, tiny
 from toys import TOK, lab_data, logits, toy
 

@@ -5,15 +5,17 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss
 from tiny import DECODERS, ENCODERS, example_inputs, tiny
 from ftlab.adapters.delta import Entries, Offset, attach
-from ftlab.adapters.lowrank import LoRA, lora
+from ftlab.adapters.lowrank import LoRA
+from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import everything, parts
 from ftlab.core.anatomy import anatomy
 from ftlab.core.recipe import Recipe
 from ftlab.evaluators.calibration import brier, calibration, confidence, ece, reliability
-from ftlab.evaluators.contribution import Split, at_token, steered, tuco
+from ftlab.evaluators.mechanisms.tuco import Split, at_token, steered, tuco
 from ftlab.evaluators.probe import anatomy_of, cka, each_change, layers, moved, places
-from ftlab.evaluators.spectra import count_intruders, intruders, shrink_intruders, spectrum, stable_rank
-from ftlab.trainers.loop import fit
+from ftlab.evaluators.mechanisms.intruders import count_intruders, intruders, shrink_intruders
+from ftlab.evaluators.spectra import spectrum, stable_rank
+from ftlab.trainers.fit import fit
 from toys import TOK, lab_data, logits, toy, weights
 
 def changed(model, kind, size=.05):

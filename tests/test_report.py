@@ -6,18 +6,18 @@ import ftlab
 from ftlab import methods
 from ftlab.adapters.delta import Offset, WrongBase
 from ftlab.adapters.edit import scale
-from ftlab.adapters.half import half
-from ftlab.adapters.lowrank import lora
+from ftlab.adapters.subsets.hft import half
+from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import parts, top
 from ftlab.cli import main
 from ftlab.core.batches import collate, data, encode_all
 from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import label_accuracy, nll, skills
-from ftlab.evaluators.emulated import eft
+from ftlab.evaluators.decoding.eft import eft
 from ftlab.evaluators.probe import drift
-from ftlab.evaluators.report import Report, headline, layer_lines, percent, signed, spread
-from ftlab.reporting import as_base, asked_of, paired, read_run, report
-from ftlab.trainers.loop import fit
+from ftlab.instruments.report_page import Report, headline, layer_lines, percent, signed, spread
+from ftlab.instruments.report import as_base, asked_of, paired, read_run, report
+from ftlab.trainers.fit import fit
 from toys import TOK, classifier, lab_data, label_data, logits, same, toy, weights
 import ftlab.reporting as reporting
 

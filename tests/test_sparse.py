@@ -4,11 +4,13 @@ from functools import partial
 import numpy as np, pytest, torch
 from safetensors.torch import load_file
 from ftlab.adapters.delta import Entries, attach, identity, load_delta, pack, save_delta
-from ftlab.adapters.lowrank import lora
+from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import coverage, everything, parts
-from ftlab.adapters.sparse import Places, Refresh, best, compose, lift, lt_sft, moved_most, overlap, principal, scores, short
+from ftlab.adapters.sparse import Places, compose, overlap
+from ftlab.adapters.subsets.lift import Refresh, best, lift, principal, scores
+from ftlab.adapters.subsets.lt_sft import lt_sft, moved_most, short
 from ftlab.core.anatomy import anatomy
-from ftlab.trainers.loop import fit
+from ftlab.trainers.fit import fit
 from tiny import DECODERS, ENCODERS, example_inputs, tiny
 from toys import TOK, lab_data, logits, probe, same, toy, weights
 

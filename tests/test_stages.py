@@ -3,11 +3,12 @@ import types
 import pytest, torch
 from torch import nn
 from ftlab.adapters.delta import Offset, load_delta
-from ftlab.adapters.lowrank import lora
+from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import parts
 from ftlab.core.batches import Data
 from ftlab.core.recipe import CannotCompose, Learner, Recipe
-from ftlab.trainers.loop import fit, load_learners
+from ftlab.trainers.fit import fit
+from ftlab.trainers.run import load_learners
 from ftlab.trainers.step import NotFinite
 from test_fit import At, stop, tune
 from toys import TOK, lab_data, logits, probe, same, toy, weights
@@ -171,7 +172,7 @@ def test_a_learner_is_resumed_saved_and_loaded(tmp_path):
     with pytest.raises(ValueError, match="holds no learner 'head'; it has none"): load_learners(tmp_path/'plain', watched(), fresh, TOK)
 
 def test_a_look_at_a_learner_finds_it_at_rest():
-    from ftlab.trainers.loop import Every
+    from ftlab.trainers.callbacks import Every
     modes = []
     class After:
         def after_step(self, s): modes.append((s.model.training, s.models['head'].training))

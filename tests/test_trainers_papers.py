@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from ftlab import methods
 from ftlab.core.batches import collate, encode
 from ftlab.core.state import State
-from ftlab.trainers.loop import fit
+from ftlab.trainers.fit import fit
 from toys import TOK, lab_data, logits, same, toy, weights
 
 def batch(n=6): return collate([encode(r, TOK, 'text') for r in lab_data().train[:n]], TOK.pad_token_id)
@@ -59,7 +59,7 @@ def test_random_noise_draws_from_the_whole_vocabulary_and_masks_from_one_word():
     assert len(hit['random']) > 300 and abs(float(hit['random'].float().mean())/len(TOK) - .5) < .1 and len(set(hit['random'].tolist())) > 200
 
 def test_the_mask_ratio_rises_and_stays():
-    from ftlab.trainers.views import mask_ratio
+    from ftlab.trainers.losses.masked_thought import mask_ratio
     assert [round(mask_ratio(s, 100, .4, .5), 6) for s in (0, 25, 50, 99)] == [0., .2, .4, .4] and mask_ratio(0, 100, .4, 0.) == .4
 
 @pytest.mark.parametrize('wrong', [dict(ratio=1.), dict(ratio=-.1), dict(warmup=1.1), dict(noise='synonym')])
@@ -76,7 +76,7 @@ def forward_only(recipe=None, steps=6, **kw): look = Last(); return fit(toy(), T
 
 def replayed(start, log, **settings):
     from types import SimpleNamespace
-    from ftlab.trainers.zeroth import MeZO
+    from ftlab.trainers.optimizers.mezo import MeZO
     p = {n: t.clone() for n, t in start.items()}; MeZO(p, SimpleNamespace(lr=1e-4, weight_decay=settings.get('weight_decay', 0.), factor=None)).replay(log); return p
 
 @pytest.mark.parametrize('decay', [0., .1])
@@ -97,7 +97,7 @@ def test_half_batches_give_the_same_forward_only_step_to_rounding():
     a, b = (forward_only(accumulate=k, steps=1)[1].moves for k in (1, 2)); assert a[0][0] == b[0][0] and abs(a[0][1] - b[0][1]) < 1e-3 < abs(a[0][1])
 
 def test_the_projected_gradient_is_the_gradient_along_the_direction():
-    from ftlab.trainers.zeroth import seed_of
+    from ftlab.trainers.optimizers.mezo import seed_of
     from ftlab.native import perturb_
     run, look = forward_only(steps=1); m = toy(); z = [torch.zeros(p.shape) for p in m.parameters()]; perturb_(z, seed_of(0, 0), 1.)
     class First:
@@ -148,7 +148,7 @@ def test_only_the_blocks_in_turn_and_both_ends_move():
         assert {'model.embed_tokens.weight', 'model.norm.weight', 'lm_head.weight'} <= moved
 
 def test_the_optimiser_remembers_only_what_is_active():
-    from ftlab.trainers.schedules import BlocksInTurn
+    from ftlab.trainers.optimizers.lisa import BlocksInTurn
     sizes = []
     class Small(BlocksInTurn):
         def __call__(self, state, prices): out = super().__call__(state, prices); sizes.append({n for n, p in zip(self.names, self.params) if p in self.opt.state}); return out
@@ -189,7 +189,7 @@ def test_each_row_is_marked_by_what_the_untouched_model_said(monkeypatch):
             assert learnt == (r['response'] + (' . i know' if k else ' . i do not know') if variant == 'pad' else r['response'] if k else 'i do not know')
 
 def test_likelihood_and_certainty_are_what_the_model_says_token_by_token():
-    from ftlab.trainers.knowing import certainty, likelihood
+    from ftlab.evaluators.trust.r_tuning import certainty, likelihood
     model = toy(tied=False); rows = lab_data().validation[:3]; prompts, said = [r['prompt'] for r in rows], [r['response'] for r in rows]
     def p(prompt, text): # probabilities of the tokens of `text` after the prompt, by a plain forward pass
         start, answer = TOK.apply_chat_template([dict(role='user', content=prompt)], add_generation_prompt=True, return_dict=False), TOK(text, add_special_tokens=False).input_ids

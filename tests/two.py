@@ -5,12 +5,13 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import torch, torch.distributed as dist
 from safetensors.torch import save_file
 from torch import nn
-from ftlab.adapters.lowrank import lora
+from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import parts, top
 from ftlab.core.recipe import Learner, Recipe
-from ftlab.trainers.loop import Every, fit, validation_nll
+from ftlab.trainers.callbacks import Every, validation_nll
+from ftlab.trainers.fit import fit
 from ftlab.trainers.objective import kl_to_reference
-from ftlab.trainers.policy import grpo
+from ftlab.trainers.rl.grpo import grpo
 from toys import TOK, lab_data, logits, toy
 
 class Forward:

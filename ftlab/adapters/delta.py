@@ -4,7 +4,7 @@
 
 # %% ../../nbs/adapters/delta.ipynb #0003d6b1
 from __future__ import annotations
-import errno, hashlib, importlib, json, os, re, shutil, weakref
+import hashlib, importlib, json, weakref
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -12,15 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 from .select import check_selection
+from ..core.io import write_tensors
 
 # %% auto #0
-__all__ = ['Entries', 'Offset', 'Attached', 'attach', 'WrongBase', 'fingerprint', 'identity', 'DiskFull', 'disk_trouble',
-           'write_atomically', 'write_tensors', 'save_delta', 'pack', 'load_delta']
+__all__ = ['Entries', 'Offset', 'Attached', 'attach', 'WrongBase', 'fingerprint', 'identity', 'save_delta', 'pack', 'load_delta']
 
 # %% ../../nbs/adapters/delta.ipynb #0005d6b1
 class Entries(nn.Module):
@@ -273,33 +272,6 @@ def fingerprint(t:Tensor) -> str:
 def identity(model) -> dict[str, str]:
     "The fingerprint of every parameter, by name"
     return {n: fingerprint(p) for n, p in model.named_parameters()}
-
-# %% ../../nbs/adapters/delta.ipynb #001ed6b1
-class DiskFull(OSError): "There was no room for a file; whatever stood in its place is whole"
-
-def disk_trouble(e:Exception, path, need:int|None=None) -> Exception:
-    "`e` as a `DiskFull` that says what to do if it came from a disk, a quota or a limit that is full, else `e` itself"
-    code = e.errno if isinstance(e, OSError) else int(m[1]) if (m := re.search(r'(?:os error|code:) (\d+)', str(e))) else None # safetensors tells the system's number in words
-    if code not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): return e
-    free = shutil.disk_usage(next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())).free
-    out = DiskFull(f'there was no room to write {str(path)!r}: ' + (f'it needs {need:,} bytes, and ' if need else '') + f'{free:,} bytes are free there' +
-        (' (a quota or a limit on the size of files holds)' if code != errno.ENOSPC else '') + '. Make room, or save to another folder; nothing was left half written')
-    out.errno = code; return out
-
-def write_atomically(path, write:Callable, need:int|None=None) -> None: # need: the bytes that it takes, for the error
-    "Call `write(temporary path)`, then rename: an interruption leaves the old file or the new one, never half of one. Raises `DiskFull` where there is no room."
-    path = Path(path); tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try: path.parent.mkdir(parents=True, exist_ok=True); write(tmp); os.replace(tmp, path)
-    except (OSError, SafetensorError) as e:
-        if (full := disk_trouble(e, path, need)) is e: raise
-        raise full from e
-    finally:
-        if tmp.exists(): tmp.unlink()
-
-def write_tensors(path, tensors:Mapping[str, Tensor], metadata:Mapping[str, str]|None=None) -> None:
-    "A safetensors file, written atomically"
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    write_atomically(path, lambda tmp: save_file(tensors, tmp, metadata=metadata), sum(t.numel()*t.element_size() for t in tensors.values()))
 
 # %% ../../nbs/adapters/delta.ipynb #001fd6b1
 def save_delta(path:str|Path, tensors:Mapping[str, Tensor], kinds:Mapping, base:Mapping[str, str], recipe:Mapping|None=None) -> int:

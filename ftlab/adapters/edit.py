@@ -7,9 +7,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
+from torch import nn
+from .delta import Attached, attach, load_delta
 
 # %% auto #0
-__all__ = ['scale', 'keep', 'norm', 'write_change']
+__all__ = ['scale', 'keep', 'norm', 'write_change', 'merge', 'saved', 'put']
 
 # %% ../../nbs/adapters/edit.ipynb #0004e5f6
 def scale(alpha:float # 0 is the base, 1 the fine-tuned model; more than 1 goes further
@@ -33,3 +35,29 @@ def write_change(model, base:Mapping[str, Tensor], changes:Mapping[str, Tensor])
     params = dict(model.named_parameters())
     if missing := [n for n in changes if n not in params]: raise ValueError(f'the change names {missing[0]!r}, which the model does not have')
     for n, c in changes.items(): params[n].copy_(base[n].to(c.device) + c)
+
+# %% ../../nbs/adapters/edit.ipynb #0006b202
+def merge(changes:list[Mapping], # each {name: new weight minus base weight}, all from one base
+          alpha:float=1.,        # the share of the sum that is taken
+          edit:Callable|None=None, # (change, model) -> change, done to each before they are added
+          model=None             # for edits that look at it
+         ) -> dict[str, Tensor]: # one change, over every tensor that any of them names
+    "`alpha` times the sum of several changes. Raises `ValueError` for no change, or for tensors of one name and two shapes."
+    if not changes: raise ValueError('there is no change to merge; give one at least')
+    out = {}
+    for c in changes:
+        for n, t in (edit(c, model) if edit else c).items():
+            if n in out and out[n].shape != t.shape: raise ValueError(f'{n!r} is {tuple(out[n].shape)} in one change and {tuple(t.shape)} in another; they were not made from one base')
+            out[n] = out[n] + t if n in out else t
+    return {n: alpha*t for n, t in out.items()}
+
+def saved(model:nn.Module, *paths) -> list[dict]:
+    "The changes that were saved in files, as tensors; `model` is their base and stays as it is. Raises `WrongBase` where it is not."
+    out = []
+    for p in paths: att = load_delta(model, p); out.append(att.changes()); att.detach()
+    return out
+
+def put(model:nn.Module, change:Mapping) -> Attached:
+    "Write a change into the weights of its base, in such a way that it can be switched off, saved and taken off again"
+    att = attach(model, dict.fromkeys(change, True)); write_change(model, att.originals, change)
+    return att

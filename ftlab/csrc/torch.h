@@ -7,7 +7,12 @@
 #include <vector>
 #ifdef FTLAB_CUDA
 #include <torch/csrc/stable/accelerator.h>
-#if TORCH_FEATURE_VERSION < TORCH_VERSION_2_13_0
+#if defined(TORCH_VERSION_2_13_0)  // older headers do not know the name, and would take it for 0
+#define FTLAB_ASKS_STREAM (TORCH_FEATURE_VERSION >= TORCH_VERSION_2_13_0)
+#else
+#define FTLAB_ASKS_STREAM 0
+#endif
+#if !FTLAB_ASKS_STREAM
 extern "C" int32_t aoti_torch_get_current_cuda_stream(int32_t device, void** stream);  // what there was before Stream::nativeHandle
 #endif
 #endif
@@ -29,7 +34,7 @@ inline int type_of(const Tensor& p) {
 
 #ifdef FTLAB_CUDA
 inline void* stream_of(int32_t device) {
-#if TORCH_FEATURE_VERSION >= TORCH_VERSION_2_13_0
+#if FTLAB_ASKS_STREAM
   return torch::stable::accelerator::getCurrentStream(device).nativeHandle();
 #else
   void* stream = nullptr;

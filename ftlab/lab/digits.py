@@ -8,11 +8,12 @@ import importlib.util, json, math, random, shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 import torch, torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, ViTConfig, ViTForImageClassification
 from ..core.anatomy import FAMILIES, Family, Layout
 from ..core.batches import Data
+from ..core.io import write_tensors
 from ..core.recipe import Recipe
 from .world import split_of
 
@@ -206,7 +207,7 @@ def pretrain(name:str,           # 'digits-vit' or 'digits-flow'
     run = fit(model, None, data, flow() if drawing else Recipe('reading', view=shifted), steps=steps, batch_size=64, lr=m['lr'], warmup=min(100, steps//2), betas=(.9, .98),
               weight_decay=0. if drawing else .05, seed=seed, out=out/'run', save_every=min(250, steps), resume=True, progress=False)
     half = {n: p.detach().half().contiguous() for n, p in run.model.named_parameters()}
-    save_file(half, out/'model.safetensors', metadata={'format': 'pt'}); run.model.config.save_pretrained(out)
+    write_tensors(out/'model.safetensors', half, {'format': 'pt'}); run.model.config.save_pretrained(out)
     every = max(1, steps//40); log = [dict(step=r['step'] + 1, loss=round(sum(x['loss'] for x in run.log[r['step'] - every + 1:r['step'] + 1])/every, 4)) for r in run.log[every - 1::every]]
     (out/'pretraining.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in log)); shutil.rmtree(out/'run')
     return out

@@ -4,11 +4,12 @@
 
 # %% ../../nbs/lab/pretrain.ipynb #0003eae4
 from __future__ import annotations
-import json, os, random, time
+import json, random, time
 from pathlib import Path
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import BertForMaskedLM, LlamaForCausalLM
+from ..core.io import write_tensors, write_text
 from .models import MODELS, lab_config, lab_tokenizer
 from .world import LabWorld, OLD, SKILLS
 
@@ -99,15 +100,11 @@ def _optimizers(model, rate):
     return [torch.optim.Muon(mats, lr=rate, weight_decay=.05, adjust_lr_fn='match_rms_adamw') if model.can_generate() else FloatMuon(mats, rate, .05),
             torch.optim.AdamW(rest, lr=rate, betas=(.9, .98), weight_decay=0., fused=True)]
 
-def _write(path, write):
-    "Write by `write(tmp)` under a temporary name, then rename: a reader never sees half a file"
-    tmp = path.with_name(path.name + '.tmp'); write(tmp); os.replace(tmp, path)
-
 def _save_state(folder, model, opts, step, log):
     flat = {f'model.{k}': v.detach() for k, v in model.named_parameters()} # a tied head is listed once, as the embedding
     for i, o in enumerate(opts):
         for j, st in o.state_dict()['state'].items(): flat |= {f'opt.{i}.{j}.{k}': torch.as_tensor(v) for k, v in st.items()}
-    _write(folder/'state.safetensors', lambda p: save_file({k: v.contiguous() for k, v in flat.items()}, p, metadata=dict(step=str(step), log=json.dumps(log))))
+    write_tensors(folder/'state.safetensors', flat, dict(step=str(step), log=json.dumps(log)))
 
 def _load_state(folder, model, opts):
     from safetensors import safe_open
@@ -126,7 +123,7 @@ def save_lab(model, tok, folder):
     half = type(model)(model.config); half.load_state_dict(model.state_dict()); half = half.half()
     half.save_pretrained(folder); tok.save_pretrained(folder)
     cfg = json.loads((Path(folder)/'config.json').read_text()); cfg['dtype'] = 'float32'
-    _write(Path(folder)/'config.json', lambda p: p.write_text(json.dumps(cfg, indent=2) + chr(10)))
+    write_text(Path(folder)/'config.json', json.dumps(cfg, indent=2) + '\n')
 
 # %% ../../nbs/lab/pretrain.ipynb #000eeae4
 def pretrain(name:str,          # 'lab-s', 'lab-m' or 'lab-e'
@@ -163,5 +160,5 @@ def pretrain(name:str,          # 'lab-s', 'lab-m' or 'lab-e'
         if done in m['revisions']: save_lab(model, tok, out/f'step-{done}')
     if until and until < steps: return out
     save_lab(model, tok, out)
-    _write(out/'pretraining.jsonl', lambda p: p.write_text(''.join(json.dumps(l) + chr(10) for l in log)))
+    write_text(out/'pretraining.jsonl', ''.join(json.dumps(l) + '\n' for l in log))
     return out

@@ -4,20 +4,22 @@
 
 # %% ../../nbs/native/extension.ipynb #00032d70
 from __future__ import annotations
-import hashlib, os, platform, shlex, shutil, subprocess, sys, tempfile, warnings
+import hashlib, os, platform, re, shlex, shutil, subprocess, sys, tempfile, warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 import torch
 
 # %% auto #0
-__all__ = ['compiler', 'nvcc', 'with_cuda', 'key', 'cache_folder', 'find', 'extension', 'compile_cuda', 'build', 'backend',
-           'source']
+__all__ = ['compiler', 'nvcc', 'with_cuda', 'cards', 'key', 'cache_folder', 'find', 'extension', 'compile_cuda', 'build',
+           'backend', 'source']
 
 # %% ../../nbs/native/extension.ipynb #00062d70
-_SOURCES = (Path(__file__).resolve().parent.parent if '__file__' in globals() else Path(find_spec('ftlab').origin).parent)/'csrc' # a page has no file
+_HERE = Path(__file__).resolve().parent.parent if '__file__' in globals() else Path(find_spec('ftlab').origin).parent  # a page has no file
+_SOURCES = _HERE/'csrc'
 _CXX = ['-O3', '-ffp-contract=off', '-fno-math-errno', '-fno-trapping-math', '-fopenmp-simd', '-fschedule-insns', '-fsched-pressure']
-_NVCC = ['-O3', '-std=c++17', '-fmad=false', '-Xptxas', '-v', '-gencode', 'arch=compute_80,code=sm_80', '-gencode', 'arch=compute_90,code=[sm_90,compute_90]']
+_NVCC = ['-O3', '-std=c++17', '-fmad=false', '-Xptxas', '-v']
 
 def compiler() -> str|None:
     "The C++ compiler's path, or None: $CXX, c++, g++, clang++, the first that is there"
@@ -32,18 +34,31 @@ def with_cuda() -> bool:
     "Whether a build holds the CUDA side: torch knows CUDA and nvcc is there; FTLAB_NATIVE=cuda demands it of any torch"
     return bool(nvcc()) and (torch.version.cuda is not None or os.environ.get('FTLAB_NATIVE') == 'cuda')
 
+def cards() -> list[str]:
+    """nvcc's flags for the cards that a build is for: sm_80, sm_90 and later ones; or those of $FTLAB_CUDA_ARCH, such as 90 or 80,90.
+    Raises `ValueError` for anything else there."""
+    asked = os.environ.get('FTLAB_CUDA_ARCH')
+    if not asked:
+        return ['-gencode', 'arch=compute_80,code=sm_80', '-gencode', 'arch=compute_90,code=[sm_90,compute_90]']
+    if not re.fullmatch(r'\d{2,3}[af]?(,\d{2,3}[af]?)*', asked):
+        raise ValueError(f'FTLAB_CUDA_ARCH is {asked!r}; it must be compute capabilities without their dots, such as 90 or 80,90')
+    return [flag for a in asked.split(',') for flag in ('-gencode', f'arch=compute_{a},code=sm_{a}')]
 
-def _cuda_libraries(): # nvcc may be a script that lies elsewhere than its toolkit
+def _cuda_libraries():  # nvcc may be a script that lies elsewhere than its toolkit
     homes = (os.environ.get('CUDA_HOME'), Path(nvcc()).resolve().parent.parent, '/usr/local/cuda')
-    return [str(f.parent) for h in homes if h for f in sorted(Path(h).glob('lib*/libcudart_static.a'))][:1]
+    places = ('lib*/libcudart_static.a', 'targets/*/lib/libcudart_static.a')
+    return [str(f.parent) for h in homes if h for place in places for f in sorted(Path(h).glob(place))][:1]
 
-def _stable(): # the version of torch whose stable interface is asked for: 2.10, and 2.13 to ask for a GPU's stream, where that is there
-    new = with_cuda() and tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 13); return f'-DTORCH_TARGET_VERSION=0x02{"0d" if new else "0a"}000000000000'
+def _asks_stream():  # from 2.13 on, torch's stable interface gives a GPU's stream
+    return tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 13)
+
+def _stable():  # the version of torch whose stable interface is asked for: 2.10, and 2.13 for a GPU's stream
+    return f'-DTORCH_TARGET_VERSION=0x02{"0d" if with_cuda() and _asks_stream() else "0a"}000000000000'
 
 # %% ../../nbs/native/extension.ipynb #00082d70
 def key() -> str:
     "12 hexadecimal digits that stand for everything a build depends on"
-    parts = [' '.join(_CXX + _NVCC), torch.__version__, str(torch.version.cuda), str(with_cuda()), platform.machine(), sys.platform]
+    parts = [' '.join(_CXX + _NVCC + cards()), torch.__version__, str(torch.version.cuda), str(with_cuda()), platform.machine(), sys.platform]
     h = hashlib.sha256('\0'.join(parts).encode())
     for f in sorted(_SOURCES.glob('*')): h.update(f.name.encode() + b'\0' + f.read_bytes())
     return h.hexdigest()[:12]
@@ -57,47 +72,61 @@ def find() -> Path|None:
     return next((p for folder in (_SOURCES.parent, cache_folder()) for p in folder.glob(f'_C_{key()}*') if p.suffix in ('.so', '.pyd')), None)
 
 # %% ../../nbs/native/extension.ipynb #000a2d70
-def extension(work:str|Path # a folder for intermediate files
+def extension(work:str|Path  # a folder for intermediate files
               ) -> 'setuptools.Extension':
     "What `torch.utils.cpp_extension` is to build; call it in the folder that holds `ftlab`"
     from torch.utils.cpp_extension import CppExtension
     sources, more = [os.path.relpath(p) for p in sorted(_SOURCES.glob('*.cpp'))], {}
     if with_cuda():
+        # before 2.13 the stream is asked of torch's own CUDA library, which a linker that drops the unneeded would not look into
+        torchs = ['torch_cuda'] if torch.version.cuda and not _asks_stream() else []
         more = dict(extra_objects=[str(p) for p, _ in compile_cuda(work)], define_macros=[('FTLAB_CUDA', None)],
-            library_dirs=_cuda_libraries(), libraries=['cudart_static', 'dl', 'rt', 'pthread'])
+            library_dirs=_cuda_libraries(), libraries=[*torchs, 'cudart_static', 'dl', 'rt', 'pthread'])
     return CppExtension(f'ftlab._C_{key()}', sources, extra_compile_args={'cxx': _CXX + [_stable()]}, py_limited_api=True, **more)
 
-def compile_cuda(folder:str|Path # where the objects go
+def _compile_one(f, folder):
+    "Compile one .cu file, unless that is done: an installation asks several times"
+    out = Path(folder)/f'{f.stem}_{key()}.o'
+    report = out.with_suffix('.txt')
+    if not report.exists():
+        command = [nvcc(), *_NVCC, *cards(), '-Xcompiler', '-fPIC', '-c', str(f), '-o', str(out)]
+        r = subprocess.run(command, capture_output=True, text=True)
+        if r.returncode:
+            raise RuntimeError(f'nvcc could not compile {f.name}:\n{r.stderr}')
+        report.write_text(r.stderr)
+    return out, report.read_text()
+
+def compile_cuda(folder:str|Path  # where the objects go
                  ) -> list[tuple[Path, str]]:
-    "Compile every .cu file for sm_80, sm_90 and later: (object, nvcc's report of registers and spills) each. Raises `RuntimeError` with its message."
-    Path(folder).mkdir(parents=True, exist_ok=True); made = []
-    for f in sorted(_SOURCES.glob('*.cu')):
-        out = Path(folder)/f'{f.stem}_{key()}.o'; report = out.with_suffix('.txt')
-        if not report.exists(): # an installation asks several times
-            r = subprocess.run([nvcc(), *_NVCC, '-Xcompiler', '-fPIC', '-c', str(f), '-o', str(out)], capture_output=True, text=True)
-            if r.returncode: raise RuntimeError(f'nvcc could not compile {f.name}:\n{r.stderr}')
-            report.write_text(r.stderr)
-        made.append((out, report.read_text()))
-    return made
+    """Compile every .cu file for the cards of `cards`, as many at once as there are processors: (object, nvcc's report of registers and spills) each.
+    Raises `RuntimeError` with nvcc's message."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda f: _compile_one(f, folder), sorted(_SOURCES.glob('*.cu'))))
 
 # %% ../../nbs/native/extension.ipynb #000c2d70
 def _compile(folder):
     from setuptools import Distribution
-    from torch.utils.cpp_extension import BuildExtension
-    command = BuildExtension.with_options(use_ninja=False)(Distribution(dict(name='ftlab', ext_modules=[extension(folder)])))
+    from torch.utils.cpp_extension import BuildExtension, is_ninja_available
+    make = BuildExtension.with_options(use_ninja=is_ninja_available())  # ninja compiles several files at once
+    command = make(Distribution(dict(name='ftlab', ext_modules=[extension(folder)])))
     command.build_lib, command.build_temp = str(folder), str(Path(folder)/'work')
-    command.ensure_finalized(); command.run()
+    command.ensure_finalized()
+    command.run()
 
 def build() -> Path:
     "Compile the extension into the cache, unless it is there; returns the file. Raises `RuntimeError` with the compiler's message if it cannot be done."
-    if made := find(): return made
-    if not compiler(): raise RuntimeError('there is no C++ compiler on the path; install one (Debian, Ubuntu: apt install g++; macOS: xcode-select --install)')
+    if made := find():
+        return made
+    if not compiler():
+        raise RuntimeError('there is no C++ compiler on the path; install one (Debian, Ubuntu: apt install g++; macOS: xcode-select --install)')
     cache_folder().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_folder()) as tmp:
-        call = f'import runpy; runpy.run_path({str(_SOURCES.parent/"native"/"extension.py")!r})["_compile"]({tmp!r})'
-        r = subprocess.run([sys.executable, '-c', call], cwd=_SOURCES.parent.parent, capture_output=True, text=True)
+        call = f'import runpy; runpy.run_path({str(_HERE/"native"/"extension.py")!r})["_compile"]({tmp!r})'
+        r = subprocess.run([sys.executable, '-c', call], cwd=_HERE.parent, capture_output=True, text=True)
         made = next(Path(tmp).glob(f'ftlab/_C_{key()}*'), None)
-        if r.returncode or made is None: raise RuntimeError(f'the extension did not compile:\n{(r.stdout + r.stderr)[-3000:]}')
+        if r.returncode or made is None:
+            raise RuntimeError(f'the extension did not compile:\n{(r.stdout + r.stderr)[-3000:]}')
         return made.replace(cache_folder()/made.name)
 
 # %% ../../nbs/native/extension.ipynb #000e2d70

@@ -10,7 +10,7 @@ from ..core.batches import collate, indices
 from .objective import priced
 
 # %% auto #0
-__all__ = ['Rows', 'count_priced', 'rows_of', 'tokens_of']
+__all__ = ['Rows', 'count_priced', 'rows_of', 'tokens_of', 'to_device']
 
 # %% ../../nbs/trainers/source.ipynb #0005060d
 class Rows:
@@ -40,3 +40,8 @@ def tokens_of(batch:dict) -> int:
     "How many tokens the model reads in a micro-batch; of anything that is not text each row counts as one"
     if 'tokens' in batch: return int(batch['tokens'].sum()) # packed lines
     return int(batch['attention_mask'].sum()) if 'attention_mask' in batch else rows_of(batch)
+
+# %% ../../nbs/trainers/source.ipynb #0fa0060d
+def to_device(batch:dict, device:torch.device|str) -> dict:
+    "`batch` with every tensor on `device`"
+    return {k: v.to(device) for k, v in batch.items()}

@@ -7,9 +7,9 @@ import pytest
 from test_lab import browser, lab, notebook, opened, page, run_all # the fixtures, and how one opens and runs
 
 SETUP = '''import ftlab
-from ftlab.comparison import Comparison
+from ftlab.instruments.compare import Comparison
 from ftlab.map import measured
-from ftlab import explore
+from ftlab.instruments import explore
 model, tok = ftlab.load('lab-s'); base, _ = ftlab.load('lab-s'); data = ftlab.data('new-procedure', n=400)
 run = ftlab.fit(model, tok, data, steps=40, lr=1e-3, progress=False)'''
 VIEWS = dict(tradeoff="explore.tradeoff(Comparison.read(measured('compare_lab_s/result.json')))", layers='explore.layers(run)', mask='explore.mask(base, tok, data.train[:16])', spectrum='explore.spectrum(run)',

@@ -11,7 +11,7 @@ from pages import ROOT, ordered
 api = pytest.importorskip('playwright.sync_api', reason='Playwright is not installed')
 for needed in ('sphinx', 'myst_nb', 'furo'): pytest.importorskip(needed, reason=f'{needed} is not installed: make docs installs it')
 CHROMIUM = os.environ.get('CHROMIUM') or next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-EIGHT = ('index.html', 'contents.html', 'course/first_light.html', 'adapters/half.html', 'adapters/lowrank.html', 'papers/table.html', 'trainers/loop.html', 'glossary.html')
+EIGHT = ('index.html', 'contents.html', 'course/first_light.html', 'adapters/subsets/hft.html', 'adapters/modules/lora.html', 'papers/table.html', 'trainers/loop.html', 'glossary.html')
 PHONE, DESK = dict(width=360, height=740), dict(width=1280, height=900)
 
 @pytest.fixture(scope='module')
@@ -99,7 +99,7 @@ def test_every_table_with_a_filter_filters(tab, site):
 def test_search_finds(tab, site):
     page = tab(site/'index.html'); page.get_by_label('Search').first.fill('half fine-tuning'); page.keyboard.press('Enter')
     page.wait_for_selector('#search-results li a'); found = page.eval_on_selector_all('#search-results li a', 'as => as.map(a => a.getAttribute("href"))')
-    assert any('adapters/half.html' in f for f in found[:10]), found
+    assert any('adapters/subsets/hft.html' in f for f in found[:10]), found
 
 def test_the_table_of_papers_filters_and_sorts(tab, site):
     page = tab(site/'papers'/'table.html'); shown = lambda: page.locator('table.filter tbody tr:visible').count(); total = shown(); assert total > 20
@@ -139,10 +139,10 @@ def test_a_phone_opens_its_menu_by_keyboard(tab, site):
 def test_each_page_says_what_is_where(tab, site):
     "The version, open in Lab, download, previous and next"
     page = tab(site/'adapters'/'half.html'); version = re.search(r'^version *= *(\S+)', (ROOT/'settings.ini').read_text(), re.M)[1]
-    assert version in page.locator('.sidebar-brand').inner_text() and page.get_by_role('link', name='Open in Lab').get_attribute('href').endswith('/lab/tree/nbs/adapters/half.ipynb')
+    assert version in page.locator('.sidebar-brand').inner_text() and page.get_by_role('link', name='Open in Lab').get_attribute('href').endswith('/lab/tree/nbs/adapters/subsets/hft.ipynb')
     link = page.get_by_role('link', name='Download the notebook'); assert link.get_attribute('download') is not None  # from the file system Chromium shows it instead
     assert (site/'adapters'/link.get_attribute('href')).read_bytes() == (ROOT/'nbs'/'adapters'/'half.ipynb').read_bytes()
-    at = ordered().index('adapters/half.ipynb'); assert page.locator('.next-page').get_attribute('href').split('/')[-1] == Path(ordered()[at + 1]).name.replace('.ipynb', '.html')
+    at = ordered().index('adapters/subsets/hft.ipynb'); assert page.locator('.next-page').get_attribute('href').split('/')[-1] == Path(ordered()[at + 1]).name.replace('.ipynb', '.html')
 
 def test_dark_and_light(tab, site):
     page = tab(site/'index.html'); ground = lambda: page.evaluate('getComputedStyle(document.body).backgroundColor'); seen = {ground()}

@@ -1,0 +1,71 @@
+"Which tests run, in which process, and what these processes share"
+import os
+from pathlib import Path
+
+import pytest
+from affected import Sources, plain
+
+# the parameter by which a test of every paper tells which one it tests
+MOST = 3  # CPU-seconds that a paper's contract should take
+KEYED = {'test_contract.py': 'name', 'test_claims.py': 'claim'}
+
+
+def paper_of(item, keys: dict[str, str]) -> str | None:
+    "The key of the paper that a test is about, or None for the library's: by its parameter, or by its file's name"
+    file = Path(str(item.fspath)).name
+    params = getattr(item, 'callspec', None)
+    value = params and (params.params.get('key') or params.params.get(KEYED.get(file, 'key')))
+    return keys.get(plain(str(getattr(value, 'name', value)))) or keys.get(plain(Path(file).stem.removeprefix('test_')))
+
+
+def pytest_configure(config):
+    config.addinivalue_line('markers', 'xdist_group(name): tests of one group share a process')
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Leave out the papers that FTLAB_TEST_KEYS does not name (unset: none is left out), and say which tests share a process:
+    those of one file, as they share its fixtures; but each paper's contract is a group of its own."""
+    keys = {plain(k): k for k in Sources().papers}
+    wanted = os.environ.get('FTLAB_TEST_KEYS')
+    left = []
+    for item in list(items):
+        key = paper_of(item, keys)
+        item.user_properties.append(('paper', key))
+        if key and wanted is not None and key not in wanted.split():
+            left.append(item)
+            items.remove(item)
+        elif not item.get_closest_marker('xdist_group'):
+            file = Path(str(item.fspath)).name
+            item.add_marker(pytest.mark.xdist_group(f'{file}-{key}' if key and file == 'test_contract.py' else file))
+    if left:
+        config.hook.pytest_deselected(items=left)
+
+
+def used() -> float:
+    "CPU-seconds of this process and of those that it has waited for"
+    return sum(os.times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    start = used()
+    try:
+        return (yield)
+    finally:
+        item.user_properties.append(('cpu', used() - start))
+
+
+def pytest_terminal_summary(terminalreporter):
+    "The contracts that cost most, in CPU-seconds, which a busy machine does not change; --durations prints the slowest tests"
+    cost = {}
+    for report in (r for rs in terminalreporter.stats.values() for r in rs if getattr(r, 'when', '') == 'call'):
+        said = dict(report.user_properties)
+        if said.get('paper') and 'test_contract.py' in report.nodeid:
+            cost[said['paper']] = cost.get(said['paper'], 0) + said.get('cpu', 0)
+    if not cost:
+        return
+    terminalreporter.section('most expensive contracts, CPU-seconds')
+    for key, cpu in sorted(cost.items(), key=lambda o: -o[1])[:10]:
+        terminalreporter.write_line(f'{cpu:6.1f}  {key}')
+    terminalreporter.write_line(f'{sum(cost.values()):6.1f}  {len(cost)} papers, {sum(c > MOST for c in cost.values())} above {MOST}')

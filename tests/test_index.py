@@ -1,0 +1,85 @@
+"Every generated list is what the papers say, and generating again changes nothing"
+import json
+import re
+import sys
+import pytest
+from pages import NBS, ROOT, cells, pages
+from ftlab import papers
+
+sys.path.insert(0, str(ROOT/'tools'))
+import index
+
+MADE = index.made(ROOT)
+FILES = {e['key']: e['notebook'].removeprefix('nbs/') for e in papers.index()}
+
+
+def said(page: str, what: str) -> str:
+    "A generated cell's text"
+    return next(c['source'] for c in cells(page) if c['source'].startswith(f'<!-- made by `make index`: {what} -->'))
+
+
+def test_generating_again_changes_nothing():
+    stale = [f for f, text in MADE.items() if (ROOT/f).read_bytes() != (text if isinstance(text, bytes) else text.encode())]
+    assert not stale, f'{stale} are not what the papers say; run make index'
+
+
+def test_only_generated_cells_and_tables_change(tmp_path):
+    "Of a notebook whose generated cells were emptied, the same comes out again, and its other cells stay as they are"
+    for page in ('methods.ipynb', 'papers/scoreboard.ipynb', 'adapters/subsets/hft.ipynb', 'adapters/subsets/index.ipynb'):
+        ours, new = json.loads((NBS/page).read_text(encoding='utf-8')), json.loads(MADE[f'nbs/{page}'])
+        assert any(index.MARK.match(''.join(c['source'])) for c in ours['cells'])
+        assert [c['id'] for c in ours['cells']] == [c['id'] for c in new['cells']]
+
+
+def test_every_mark_is_filled_by_the_script():
+    "A mark on a page that the script does not know would be a list that nobody keeps"
+    marked = {p for p in pages() if any(index.MARK.match(c['source']) for c in cells(p))}
+    assert marked <= {f.removeprefix('nbs/') for f in MADE}
+    for page in marked:
+        assert all(len(c['source'].splitlines()) > 1 for c in cells(page) if index.MARK.match(c['source'])), page
+
+
+def test_every_paper_is_in_every_list():
+    for key, page in FILES.items():
+        family = f'{page.rpartition("/")[0]}/index.ipynb'
+        assert f'({page})' in said('index.ipynb', 'families') and f'({key}.ipynb)' in said(family, 'papers')
+        assert f'- {page}\n' in MADE['_quarto.yml'] and said(page, 'verdict')
+        assert any(f'({page})' in c['source'] for c in cells('contents.ipynb') if index.MARK.match(c['source']))
+
+
+def test_the_counts_are_those_of_the_files():
+    "Recomputed from the result files, by the rule and not by the index"
+    from ftlab.instruments.verdicts import verdict
+    found = [verdict(json.loads(p.read_text(encoding='utf-8'))) for p in (ROOT/'claims').glob('*/result.json')]
+    for page in ('index.ipynb', 'papers/scoreboard.ipynb'):
+        text = said(page, 'counts')
+        numbers = {v: int(m[1]) if (m := re.search(rf'\*\*(\d+)\*\* {words}', text)) else 0 for v, words in index.WORDS.items()}
+        assert numbers == {v: found.count(v) for v in index.WORDS} and f'Of {len(papers.claims())} claims' in text
+    assert said('index.ipynb', 'counts').splitlines()[-1].split('[')[0] in (ROOT/'README.md').read_text(encoding='utf-8')
+
+
+def test_a_page_that_is_for_an_unknown_need_is_named():
+    page = dict(cells=[dict(source='**Use it when** there are only a few hundred rows (of text); it rains.')])
+    with pytest.raises(ValueError, match=r"nbs/x.ipynb is for 'it rains'; write one of: you try"):
+        index.uses(page, 'x.ipynb')
+    page['cells'][0]['source'] = '**Use it when** there are only a few hundred rows (of text).'
+    assert index.uses(page, 'x.ipynb') == [('there are only a few hundred rows', 'of text')]
+
+
+def test_a_page_without_its_place_is_named(monkeypatch):
+    p = index.Project(ROOT)
+    p.pages['x.ipynb'] = dict(cells=[dict(cell_type='markdown', source='# Title')])
+    with pytest.raises(ValueError, match=r"nbs/x.ipynb: the generated cells are \[\], they should be \['verdict'\]"):
+        p.fill('x.ipynb', dict(verdict='holds'))
+
+
+def test_the_catalogue_has_every_paper_once():
+    rows = [json.loads(line) for line in (ROOT/'papers'/'catalogue.jsonl').read_text(encoding='utf-8').splitlines()]
+    listed = [r for r in rows if r.get('catalogue', True)]
+    assert len(listed) == 300 and len({r['key'] for r in rows}) == len(rows) == len({r['title'] for r in rows})
+    assert {r['key'] for r in rows} - {r['key'] for r in listed} == {'lora', 'dpo', 'grpo'}
+    assert all(set(r) - {'catalogue'} == {'key', 'family', 'title', 'arxiv', 'kind', 'home'} for r in rows)
+    assert all(r[k] for r in rows for k in ('key', 'family', 'title', 'kind', 'home'))
+    assert all(re.fullmatch(r'\d{4}\.\d{4,5}', r['arxiv']) or not r['arxiv'] for r in rows)  # some papers are on no arXiv
+    assert all(re.fullmatch('[a-z][a-z0-9_]*', r['key']) and re.fullmatch('[a-z]+', r['family']) for r in rows)
+    assert {r['home'] for r in rows} == {*papers.PARTS, 'course'}

@@ -1,0 +1,311 @@
+"""Fill every generated list of the project from the papers' modules, pages, claims and results: `make index`.
+
+    python tools/index.py [--check]
+
+Generated are: the papers in `_quarto.yml`; the cells of notebooks that begin with the mark below, and nothing else of
+those notebooks; the stored tables of `nbs/papers`; `README.md`. Whoever adds a paper writes its own page and its own
+claim, and touches none of these by hand. `--check` writes nothing and fails naming what would change.
+"""
+from __future__ import annotations
+import argparse
+import json
+import os
+import re
+import sys
+from functools import cached_property
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT/'tests'), str(ROOT/'docs')]  # the checkout that this file lies in, not one installed
+
+from ftlab.papers import PARTS, index, nouns, papers_html, scoreboard, scoreboard_html, effect_line  # noqa: E402
+from readme import readme  # noqa: E402
+
+MARK = re.compile(r'<!-- made by `make index`: (.+?) -->')
+
+# What a reader lacks, in the order of the table on nbs/methods. A paper's page says `**Use it when** ...` with these words.
+NEEDS = ('you try for the first time', 'gradients and optimizer state do not fit in memory', 'old skills must not be forgotten',
+         'there are only a few hundred rows', 'the model should say when it does not know',
+         'answers can be judged, but there are no model answers', 'the model is too large to train',
+         'several tuned models should become one')
+ASKS = dict(select='which parameters may change', delta='how the change is represented', edit='what is done to the change afterwards',
+            source='what the model sees', objective='what the loss is', step='how a loss becomes an update', loop='in what order',
+            decode='how answers are drawn', probe='what happened')
+
+
+def source(cell: dict) -> str: return ''.join(cell['source'])
+
+
+def head(nb: dict) -> tuple[str, str]:
+    "Title and description of a page: its `# ` line and the `> ` line below it"
+    text = next((source(c) for c in nb['cells'] if c['cell_type'] == 'markdown'), '')
+    found = re.match(r'\s*# +(.+?)\s*(?:\n+> *(.+))?(?:\n|$)', text)
+    if not found:
+        raise ValueError('its first text must begin with "# Title"')
+    return found[1], found[2] or ''
+
+
+def relinked(text: str, folder: str) -> str:
+    "Links of a page in `folder` as seen from the top"
+    def link(m):
+        if re.match(r'\w+:|#', m[1]):
+            return m[0]
+        return f']({os.path.normpath(os.path.join(folder, m[1]))})'
+    return re.sub(r'\]\(([^)]+)\)', link, text)
+
+
+class Project:
+    "The pages and the papers of one checkout; pages are changed here first, and written at the end"
+    def __init__(self, root: Path):
+        self.root, self.pages, self.texts = root, {}, {}
+
+    def page(self, name: str) -> dict:
+        if name not in self.pages:
+            self.pages[name] = json.loads((self.root/'nbs'/name).read_text(encoding='utf-8'))
+        return self.pages[name]
+
+    def text(self, name: str) -> str:
+        return json.dumps(self.page(name), indent=1, ensure_ascii=False) + '\n'
+
+    @cached_property
+    def papers(self) -> list[dict]:
+        return sorted(index(), key=lambda e: (PARTS.index(e['home']), e['family'], e['key']))
+
+    def families(self, part: str) -> list[str]:
+        "The families of a part: folders of `nbs/<part>` that hold pages"
+        folder = self.root/'nbs'/part
+        return sorted(p.name for p in folder.iterdir() if p.is_dir() and any(p.glob('[!.]*.ipynb'))) if folder.is_dir() else []
+
+    def keys(self, part: str, family: str) -> list[str]:
+        "The keys of a family's papers: its pages, by name"
+        return sorted(p.stem for p in (self.root/'nbs'/part/family).glob('[!.]*.ipynb') if p.stem != 'index')
+
+    def fill(self, name: str, made: dict[str, str]) -> None:
+        "Put each text into the page's cell with its mark; raises `ValueError` where a mark is unknown or a text has no place"
+        places = {m[1]: c for c in self.page(name)['cells'] if (m := MARK.match(source(c)))}
+        if odd := set(places) ^ set(made):
+            raise ValueError(f'nbs/{name}: the generated cells are {sorted(places)}, they should be {sorted(made)}')
+        for what, text in made.items():
+            places[what]['source'] = f'<!-- made by `make index`: {what} -->\n\n{text}'.splitlines(keepends=True)
+
+    def store(self, name: str, call: str, html: str) -> None:
+        "Store what the cell that ends in `call` shows"
+        cell = next((c for c in self.page(name)['cells'] if c['cell_type'] == 'code' and source(c).rstrip().endswith(call)), None)
+        if cell is None:
+            raise ValueError(f'nbs/{name} has no cell that ends in {call}')
+        plain = '<IPython.core.display.HTML object>'
+        data = {'text/html': html.splitlines(keepends=True), 'text/plain': [plain]}
+        cell['outputs'] = [dict(output_type='execute_result', data=data, execution_count=None, metadata={})]
+
+
+# ---------- the site
+
+def sidebar(p: Project) -> str:
+    "`_quarto.yml` with each part's families between the marks"
+    text = (p.root/'_quarto.yml').read_text(encoding='utf-8')
+    for part in PARTS:
+        listed = ''
+        for family in p.families(part):
+            title = head(p.page(f'{part}/{family}/index.ipynb'))[0].split(':')[0]
+            listed += f'          - section: {title}\n            href: {part}/{family}/index.ipynb\n            contents:\n'
+            listed += ''.join(f'              - {part}/{family}/{key}.ipynb\n' for key in p.keys(part, family))
+        mark = re.compile(rf'(# papers of {part}: made by `make index`\n).*?( *# end of papers\n)', re.S)
+        if not mark.search(text):
+            raise ValueError(f'_quarto.yml has no place for the papers of {part}; add the two comments that mark it')
+        text = mark.sub(lambda m, listed=listed: m[1] + listed + m[2], text, count=1)
+    return text
+
+
+def contents(p: Project, text: str) -> dict[str, str]:
+    "A table of pages for each section of the sidebar"
+    import yaml
+    out = {}
+    for o in yaml.safe_load(text)['website']['sidebar']['contents']:
+        if isinstance(o, dict):
+            rows = [row for entry in o['contents'] for row in _listed(p, entry)]
+            out[f'contents, {o["section"]}'] = _table('page', 'what it is about', 'minutes', 'before it', rows=rows)
+    return out
+
+
+def _listed(p: Project, entry) -> list[tuple]:
+    "The rows of a page, or of a family: its page first"
+    if isinstance(entry, str):
+        return [_about(p, entry)]
+    first = _about(p, entry['href'])
+    return [(f'**{first[0]}**', *first[1:]), *(_about(p, page) for page in entry['contents'])]
+
+
+def _about(p: Project, page: str) -> tuple:
+    "Link, description, minutes, and the pages that its first lines send you to first"
+    nb, folder = p.page(page), os.path.dirname(page)
+    text = [source(c) for c in nb['cells'] if c['cell_type'] == 'markdown']
+    code = [c for c in nb['cells'] if c['cell_type'] == 'code' and not re.search(r'^#\| *(hide|default_exp)', source(c), re.M)]
+    title, about = head(nb)
+    minutes = 5*max(1, round((sum(len(t.split()) for t in text)/200 + len(code)/4)/5))
+    about = relinked(re.sub(r'\s*\*[^*]*minutes[^*]*\*', '', about), folder)
+    return f'[{title}]({page})', about, minutes, relinked(', '.join(re.findall(r'Read (\[.+?\]\(.+?\))', text[0])), folder)
+
+
+# ---------- tables of papers
+
+def _table(*heads: str, rows) -> str:
+    lines = [f'| {" | ".join(heads)} |', '|' + '---|'*len(heads)]
+    return '\n'.join(lines + [f'| {" | ".join(map(str, row))} |' for row in rows])
+
+
+def _said(e: dict) -> str:
+    "What became of a paper's claim, in a word or two"
+    return f'{e["verdict"]} ({e["note"]})' if e['verdict'] and e['note'] else e['verdict'] or e['note']
+
+
+def _title(e: dict) -> str:
+    "A paper's title, linked where it has an arXiv id (14 of the 300 have none)"
+    return f'[{e["title"]}](https://arxiv.org/abs/{e["arxiv"]})' if e['arxiv'] else e['title']
+
+
+def _code(e: dict, page: str) -> str: return f'[`{e["key"]}`]({page})'
+
+
+def methods(p: Project) -> str:
+    "Every method: what it answers, what its paper claims, what became of that"
+    rows = [('`full`', 'none: plain fine-tuning', '', 'no paper, so no claim')]
+    for e in sorted(_methods(p), key=lambda e: e['key']):
+        asked = '; '.join(ASKS[n] for n in nouns(e))
+        rows.append((_code(e, e['notebook'].removeprefix('nbs/')), asked, e['claim'], _said(e)))
+    return _table('method', 'what it answers', 'what its paper claims', 'here', rows=rows)
+
+
+def _methods(p: Project) -> list[dict]:
+    import ftlab.methods
+    return [e for e in p.papers if e['key'] in ftlab.methods.names()]
+
+
+def which(p: Project) -> str:
+    "What a reader lacks, and the methods whose pages say that they are for it"
+    found = {need: [] for need in NEEDS}
+    for e in p.papers:
+        page = e['notebook'].removeprefix('nbs/')
+        for need, remark in uses(p.page(page), page):
+            found[need].append(_code(e, page) + (f' ({remark})' if remark else ''))
+    found[NEEDS[0]].insert(0, '`full`')
+    rows = [(need, ', '.join(names)) for need, names in found.items() if names]
+    return _table('look there when', 'at', rows=rows)
+
+
+def uses(nb: dict, page: str) -> list[tuple[str, str]]:
+    "(need, remark) of what a page says that its paper is for; raises `ValueError` for words that are none of `NEEDS`"
+    lines = [m[1] for c in nb['cells'] for m in re.finditer(r'^\*\*Use it when\*\* (.+?)\.?$', source(c), re.M)]
+    out = []
+    for said in (s for line in lines for s in line.split(';')):
+        need, remark = re.fullmatch(r'\s*([^(]+?)\s*(?:\((.+)\))?\s*', said).groups()
+        if need not in NEEDS:
+            raise ValueError(f'nbs/{page} is for {need!r}; write one of: {"; ".join(NEEDS)} (or add to NEEDS in tools/index.py)')
+        out.append((need, remark or ''))
+    return out
+
+
+def families(p: Project) -> str:
+    "A row a family: what it is about, and its papers with their verdicts"
+    rows = []
+    for part in PARTS:
+        for family in p.families(part):
+            page = f'{part}/{family}/index.ipynb'
+            title, about = head(p.page(page))
+            of = [e for e in p.papers if (e['home'], e['family']) == (part, family)]
+            names = ', '.join(f'{_code(e, e["notebook"].removeprefix("nbs/"))} {_said(e)}' for e in of)
+            rows.append((f'[{title.split(":")[0]}]({page})', about, names))
+    return _table('family', 'what it is about', 'papers, and what became of each claim here', rows=rows)
+
+
+def family(p: Project, part: str, name: str) -> str:
+    "The papers of a family"
+    rows = [(_code(e, f'{e["key"]}.ipynb'), e['claim'], _title(e), _said(e))
+            for e in p.papers if (e['home'], e['family']) == (part, name)]
+    return _table('paper', 'what it claims', 'title', 'here', rows=rows)
+
+
+# ---------- verdicts
+
+WORDS = dict(holds='hold', fails='fail', unclear='stay unclear', checked='could only be checked')
+
+
+def counts(p: Project) -> str:
+    "How many claims came to what"
+    claimed = [e for e in p.papers if e['claims']]
+    said = [(n, v) for v in WORDS if (n := sum(e['verdict'] == v for e in claimed))]
+    text = ', '.join(f'**{n}** {WORDS[v]}' for n, v in said)
+    if waiting := sum(e['verdict'] is None for e in claimed):
+        text += f', **{waiting}** not yet run'
+    return f'Of {len(claimed)} claims, each written down before its run and put to one rule: {text}.'
+
+
+def verdict(p: Project, e: dict, rows: list[dict]) -> str:
+    "What became of a paper's claim, for its own page"
+    folder = '../../'
+    if not e['claims']:
+        return '**Verdict: none.** No claim has been written down yet.'
+    if not e['verdict']:
+        return f'**Verdict: not yet run.** The claim stands in `{e["claims"][0]}`: `ftlab claims run {e["key"]}`.'
+    lines = '\n'.join(f'- {m}' for r in rows if (m := effect_line(r)))
+    said = f'**Verdict: {_said(e)}** ({e["scope"]}). {rows[0]["sentence"]}\n\n{lines}'.rstrip()
+    return said + f'\n\n[How a verdict is made]({folder}instruments/verdicts.ipynb); [all of them]({folder}papers/scoreboard.ipynb).'
+
+
+def reasons(p: Project) -> str:
+    "The likely reasons that the pages give for what failed or stayed open"
+    out = []
+    for v, title in (('unclear', 'Unclear'), ('fails', 'Failed')):
+        lines = [f'- {_code(e, "../" + e["notebook"].removeprefix("nbs/"))}: {why}' for e in p.papers if e['verdict'] == v
+                 for why in [reason(p.page(e['notebook'].removeprefix('nbs/')))] if why]
+        out += [f'### {title}\n\n' + '\n'.join(lines)] if lines else []
+    return '\n\n'.join(out)
+
+
+def reason(nb: dict) -> str:
+    "What a page says about why its verdict is what it is"
+    found = [m[1].strip() for c in nb['cells'] for m in re.finditer(r'^\*\*Likely reason\.\*\* (.+?)$', source(c), re.M)]
+    return ' '.join(found)
+
+
+# ---------- all of it
+
+def made(root: Path) -> dict[str, str]:
+    "{path: text} of every generated file"
+    p, board = Project(root), scoreboard()
+    rows = {key: part.to_dict('records') for key, part in board.groupby('claim')} if len(board) else {}
+    for e in p.papers:
+        p.fill(e['notebook'].removeprefix('nbs/'), dict(verdict=verdict(p, e, rows.get(e['key'], []))))
+    for part in PARTS:
+        for name in p.families(part):
+            p.fill(f'{part}/{name}/index.ipynb', dict(papers=family(p, part, name)))
+    p.fill('methods.ipynb', dict(which=which(p), methods=methods(p)))
+    p.fill('index.ipynb', dict(families=families(p), counts=counts(p) + ' [The scoreboard](papers/scoreboard.ipynb) has the numbers.'))
+    p.fill('papers/scoreboard.ipynb', dict(counts=counts(p), reasons=reasons(p)))
+    p.store('papers/scoreboard.ipynb', 'HTML(scoreboard_html(board))', scoreboard_html(board))
+    p.store('papers/table.ipynb', 'HTML(papers_html())', papers_html())
+    nav = sidebar(p)
+    p.fill('contents.ipynb', contents(p, nav))  # last: it counts the words of the others
+    text, images = readme([c | dict(source=source(c)) for c in p.page('index.ipynb')['cells']])
+    out = {'_quarto.yml': nav, 'README.md': text} | {f'nbs/{name}': p.text(name) for name in sorted(p.pages)}
+    for name, data in images.items():
+        out[name] = data
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--check', action='store_true', help='write nothing; fail where something would change')
+    check = parser.parse_args().check
+    as_bytes = lambda t: t if isinstance(t, bytes) else t.encode()
+    stale = {f: as_bytes(t) for f, t in made(ROOT).items()
+             if not (ROOT/f).exists() or (ROOT/f).read_bytes() != as_bytes(t)}
+    if check and stale:
+        sys.exit(f'{", ".join(stale)}: not what the papers say; run make index')
+    for file, data in stale.items():
+        (ROOT/file).parent.mkdir(parents=True, exist_ok=True)
+        (ROOT/file).write_bytes(data)
+        print(file)
+
+
+if __name__ == '__main__':
+    main()
