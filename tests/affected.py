@@ -98,6 +98,8 @@ class Sources:
         found = self._named(text, file) | self._results(text)
         if path.suffix != '.toml':
             found |= self._imports(file, text)
+        if path.name == '__init__.py' and 'import_module(' in text and 'ftlab' != path.parent.name:
+            found |= {f for f in self.modules.values() if Path(f).parent.as_posix() == Path(file).parent.as_posix()}  # names imported on first use
         return found - {file}
 
     def _imports(self, file: str, text: str) -> set[str]:
@@ -150,9 +152,10 @@ class Sources:
         "What every paper's contract and claim is tested by, without the papers that these tests use as examples"
         start = {f for f in ('tests/test_contract.py', 'tests/test_claims.py') if f in self.files}
         papers = set(self.by_key.values())
-        return self._closure(start, without=papers)
+        return self.closure_of(start, without=papers)
 
-    def _closure(self, start: set[str], without: Collection = ()) -> set[str]:
+    def closure_of(self, start: set[str], without: Collection = ()) -> set[str]:
+        "`start` and every file that it needs, directly or through others; nothing through `without`"
         seen, todo = set(start), list(start)
         while todo:
             for f in self.needs(todo.pop()) - seen - set(without):
@@ -163,7 +166,7 @@ class Sources:
     @cache
     def closure(self, key: str) -> set[str]:
         "Every file that a paper's page, contract, claim or test needs"
-        return self._closure(self.own(key)) | self.shared
+        return self.closure_of(self.own(key)) | self.shared
 
     def touched(self, changed: list[str]) -> tuple[set[str], str]:
         "The keys that a change of these files touches, and why where it is all of them"
