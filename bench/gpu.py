@@ -21,6 +21,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from gpu_pieces import tail
 
@@ -123,17 +124,19 @@ class Runner:
             stem = f'{re.sub("[^a-z0-9]+", "_", task.name)}_{turn}'
             to, log = self.work/f'{stem}.jsonl', self.work/f'{stem}.log'
             to.touch()
-            done, why = self.one_process(task, todo, to, log)
-            todo = [p for p in todo if p not in done]
-            if todo:  # the first that is left was at work, or never began
-                self.board.put(task.name, todo[0], dict(state='failed', why=f'{why}\n{tail(log.read_text(errors="replace"))}', seconds=0))
-                todo = todo[1:]
+            done, at_work, why = self.one_process(task, todo, to, log)
+            if not done and not at_work:
+                at_work = todo[0]  # it did not even begin: asking again would not help
+            if at_work:
+                said = tail(log.read_text(errors='replace')) if log.exists() else ''
+                self.board.put(task.name, at_work, dict(state='failed', why=f'{said}\n{why}', seconds=0))
+            todo = [p for p in todo if p not in done and p != at_work]
 
-    def one_process(self, task: Task, todo: list, to: Path, log: Path) -> tuple[set, str]:
-        "The pieces that were over when the process ended, and why it ended"
-        done, at = set(), 0
+    def one_process(self, task: Task, todo: list, to: Path, log: Path) -> tuple[set, str | None, str]:
+        "The pieces that were over when the process ended, the one that it ended in, and why it ended"
+        done, at, at_work = set(), 0, None
         if self.left() < 5:
-            return done, 'there was no time left'
+            return done, None, 'there was no time left'
         with log.open('w') as f:
             process = self.begin(task, [*task.command, '--to', to, *todo], f)
             began = time.monotonic()
@@ -144,27 +147,31 @@ class Runner:
                     at += 1
                     began = time.monotonic()
                     row = json.loads(line)
+                    at_work = row.pop('piece')
                     if row['state'] != 'begun':
-                        piece = row.pop('piece')
-                        done.add(piece)
-                        self.board.put(task.name, piece, row)
+                        done.add(at_work)
+                        self.board.put(task.name, at_work, row)
+                        at_work = None
                 if ended:
-                    return done, f'the process ended with {process.returncode}'
+                    return done, at_work, f'the process ended with {process.returncode}'
                 if time.monotonic() - began > task.seconds or self.left() <= 0:
                     stop(process)
-                    return done, f'stopped: more than {task.seconds:.0f} s' if self.left() > 0 else 'stopped: the time was up'
+                    why = f'stopped: more than {task.seconds:.0f} s' if self.left() > 0 else 'stopped: the time was up'
+                    return done, at_work, why
                 time.sleep(.1)
 
 # --- what there is to do
 
-def read_pytest(output: str, code) -> dict:
+def read_pytest(output: str, code, rehearsed: bool = False) -> dict:
     "Counts, and what failed"
     last = next((line for line in reversed(output.splitlines()) if re.search(r'\d+ (passed|failed|skipped|error|deselected)', line)), '')
     counts = {k: int(n) for n, k in re.findall(r'(\d+) (passed|failed|skipped|errors?|deselected)', last)}
     failed = re.findall(r'^(?:FAILED|ERROR) (.*)$', output, re.M)
     row = dict(state='passed' if code == 0 else 'failed', counts=counts, failed=failed)
+    if code == 0 and not counts.get('passed'):
+        row |= dict(state='rehearsed: skipped, needs CUDA') if rehearsed else dict(state='failed', why='no test ran')
     if code != 0:
-        row['why'] = tail(output, 12_000) + '\n' + '; '.join(o.split(' - ')[0] for o in failed)[:300]
+        row['why'] = tail(output, 60_000) + '\n' + '; '.join(o.split(' - ')[0] for o in failed)[:300]
     return row
 
 def read_checker(output: str, code) -> dict:
@@ -195,7 +202,7 @@ def test_tasks(o) -> list[Task]:
     workers = ['-n', str(min(10, os.cpu_count() or 1))] if importlib.util.find_spec('xdist') and not o.rehearse else []
     files = [ROOT/'tests'/f for f in GPU_TESTS]
     command = [sys.executable, '-m', 'pytest', '-p', 'gpu_only', '-p', 'no:cacheprovider', *workers, '--tb=short', *files]
-    tests = Task('tests', command, 130, read=read_pytest, env=dict(FTLAB_LARGE='1'))
+    tests = Task('tests', command, 130, read=partial(read_pytest, rehearsed=o.rehearse), env=dict(FTLAB_LARGE='1'))
     small = child('gpu_small', o)
     if o.rehearse:
         return [tests, Task('small shapes', small, 60, KERNELS)]

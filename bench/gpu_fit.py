@@ -24,7 +24,8 @@ def llama(args, dtype: str = 'float32', seed: int = 0):
     config = LlamaConfig(vocab_size=s['vocab'], hidden_size=s['hidden'], intermediate_size=8*s['hidden']//3, num_hidden_layers=s['layers'],
         num_attention_heads=s['heads'], num_key_value_heads=s['heads'], max_position_embeddings=s['tokens'], tie_word_embeddings=True,
         pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    return LlamaForCausalLM(config).to(getattr(torch, dtype)).to(args.device).eval()
+    with torch.device(args.device):
+        return LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
 
 class Walk:
     "A source of batches: fixed by the step alone"

@@ -90,7 +90,8 @@ def magnitude(args, dtype_name: str = 'float32') -> dict:
         some = b[(b >> 16) == 32767 - group]
         return some.kthvalue(len(some) - (k - int(c[group - 1])) + 1).values
 
-    want, at = float(kthvalue()), kth_magnitude(x, k, 'indices')
+    want = float(torch.kthvalue(x.abs().float(), n - k + 1).values)
+    at = kth_magnitude(x, k, 'indices')
     assert kth_magnitude(x, k) == want, 'another threshold than kthvalue gives'
     assert len(at) == k and float(x[at.long()].abs().min()) == want, 'indices of others than the largest'
     assert bool((unpack_mask(kth_magnitude(x, k, 'mask'), x).nonzero().flatten() == at).all()), 'mask and indices disagree'

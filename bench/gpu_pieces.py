@@ -32,7 +32,8 @@ def run_pieces(
     args: argparse.Namespace,    # as `arguments` gives it
     broken=lambda: False,        # after a failure: is this process of no more use?
 ) -> None:
-    "Run what `args.pieces` names, or all; one that fails is written down, and the next one runs"
+    "Run what `args.pieces` names, or all; one that fails is written down, and the next one runs; ends with 1 if any failed"
+    failed = False
     for name in args.pieces or list(pieces):
         note(args.to, dict(piece=name, state='begun'))
         start = time.perf_counter()
@@ -42,8 +43,10 @@ def run_pieces(
         except Exception:
             row = dict(piece=name, state='failed', why=tail(traceback.format_exc()))
         note(args.to, row | dict(seconds=round(time.perf_counter() - start, 2)))
+        failed = failed or row['state'] == 'failed'
         if row['state'] == 'failed' and broken():
             sys.exit(3)  # an error of the card stays with the process: the rest runs in a fresh one
+    sys.exit(int(failed))
 
 def card_is_broken() -> bool:
     "Does the card still answer this process?"

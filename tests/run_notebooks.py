@@ -33,7 +33,7 @@ def parted(names: list[str]) -> tuple[list[str], list[str]]:
     """The pages whose own module is among those that OURS brings, and the others.
     The first must run before OURS are imported: a page registers what its module registers, and twice is an error."""
     sources = Sources()
-    brought = sources.closure_of({sources.modules[m] for m in OURS if m in sources.modules})
+    brought = sources.closure_of({sources.modules[m] for m in OURS if m in sources.modules}, step=sources.imports)
     first = [n for n in names if {f'ftlab/{m.replace(".", "/")}.py' for m in exports(cells(path_of(n)))} & brought]
     return first, [n for n in names if n not in first]
 

@@ -67,11 +67,34 @@ def cuda_build(tmp_path_factory, monkeypatch):
         monkeypatch.setenv(name, value)
 
 @pytest.mark.skipif(not extension.nvcc(), reason='there is no nvcc here')
-def test_the_cuda_side_compiles_and_spills_nothing(tmp_path, cuda_build):
+def test_the_cuda_side_compiles_and_spills_nothing(tmp_path, cuda_build, monkeypatch):
+    monkeypatch.delenv('FTLAB_CUDA_ARCH', raising=False)
     for out, report in extension.compile_cuda(tmp_path):
         assert out.stat().st_size and 'sm_80' in report and 'sm_90' in report
         spills = [l for l in report.splitlines() if 'spill stores' in l]
         assert spills and all(' 0 bytes spill stores, 0 bytes spill loads' in l for l in spills)
+
+def test_a_build_is_for_the_cards_that_are_named(monkeypatch):
+    monkeypatch.delenv('FTLAB_CUDA_ARCH', raising=False)
+    usual, key = extension.cards(), extension.key()
+    assert 'arch=compute_80,code=sm_80' in usual and 'arch=compute_90,code=[sm_90,compute_90]' in usual
+    monkeypatch.setenv('FTLAB_CUDA_ARCH', '90,120')
+    assert extension.cards() == ['-gencode', 'arch=compute_90,code=sm_90', '-gencode', 'arch=compute_120,code=sm_120'] and extension.key() != key
+    for wrong in ('9.0', 'sm_90', '90;80', 'native'):
+        monkeypatch.setenv('FTLAB_CUDA_ARCH', wrong)
+        with pytest.raises(ValueError, match='FTLAB_CUDA_ARCH'):
+            extension.cards()
+
+@pytest.mark.parametrize('known, asks', [('', '0'), ('#define TORCH_VERSION_2_13_0 213', '0'), ('#define TORCH_VERSION_2_13_0 209', '1')])
+def test_headers_that_do_not_know_the_newest_version_take_the_old_way_to_a_stream(known, asks):
+    "Their preprocessor reads an unknown name as 0, which every version is newer than"
+    text = (extension._SOURCES/'torch.h').read_text()
+    part = text[text.index('#if defined(TORCH_VERSION_2_13_0)'):text.index('#if !FTLAB_ASKS_STREAM')]
+    source = f'#define TORCH_FEATURE_VERSION 210\n{known}\n{part}\n#if FTLAB_ASKS_STREAM\nasks 1\n#else\nasks 0\n#endif\n'
+    if not extension.compiler():
+        pytest.skip('there is no C++ compiler here')
+    r = subprocess.run([extension.compiler(), '-E', '-x', 'c++', '-'], input=source, capture_output=True, text=True)
+    assert f'asks {asks}' in r.stdout, r.stderr
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (extension.nvcc() and extension.compiler()), reason='there is no nvcc here')
