@@ -1,12 +1,12 @@
 "Changes on all ten architectures: put on, silenced, folded, taken off, saved, loaded; and what is refused"
-import copy, os
+import os
 from functools import partial
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 from ftlab.adapters import delta as deltas
-from ftlab.adapters.delta import Attached, Entries, Offset, WrongBase, attach, identity, load_delta, pack, save_delta
+from ftlab.adapters.delta import Entries, Offset, WrongBase, attach, identity, load_delta, pack, save_delta
 from ftlab.core.io import write_tensors
 from ftlab.adapters.edit import keep, norm, scale, write_change
 from ftlab.adapters.subsets.hft import half

@@ -4,7 +4,7 @@ from ftlab import methods
 from ftlab.core.recipe import Recipe
 from ftlab.trainers import objective
 from ftlab.trainers.fit import fit
-from ftlab.trainers.objective import kl_to_reference, mean_nll, plain_head
+from ftlab.trainers.objective import kl_to_reference, plain_head
 from tiny import DECODERS, example_inputs, tiny
 from toys import TOK, lab_data, probe, toy, weights
 

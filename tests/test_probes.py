@@ -1,10 +1,9 @@
 "Probes measure what they say, on every family of models, and leave the model and the random state alone"
-import math
 import pytest, torch
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss
 from tiny import DECODERS, ENCODERS, example_inputs, tiny
-from ftlab.adapters.delta import Entries, Offset, attach
+from ftlab.adapters.delta import Offset, attach
 from ftlab.adapters.lowrank import LoRA
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import everything, parts
@@ -16,7 +15,7 @@ from ftlab.evaluators.probe import anatomy_of, cka, each_change, layers, moved, 
 from ftlab.evaluators.mechanisms.intruders import count_intruders, intruders, shrink_intruders
 from ftlab.evaluators.spectra import spectrum, stable_rank
 from ftlab.trainers.fit import fit
-from toys import TOK, lab_data, logits, toy, weights
+from toys import TOK, lab_data, toy, weights
 
 def changed(model, kind, size=.05):
     "A random change of the model, in one of four forms"

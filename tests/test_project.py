@@ -1,5 +1,5 @@
 "The project as a whole: exports, pages, stored outputs, imports, metadata, the wheel"
-import ast, json, os, re, subprocess, sys
+import json, os, re, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 import pytest

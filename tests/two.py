@@ -8,7 +8,7 @@ from torch import nn
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import parts, top
 from ftlab.core.recipe import Learner, Recipe
-from ftlab.trainers.callbacks import Every, validation_nll
+from ftlab.trainers.callbacks import Every
 from ftlab.trainers.fit import fit
 from ftlab.trainers.objective import kl_to_reference
 from ftlab.trainers.rl.grpo import grpo

@@ -4,7 +4,6 @@
 
 # %% ../../nbs/core/state.ipynb #0003feda
 from __future__ import annotations
-from collections.abc import Callable
 from types import SimpleNamespace
 import torch
 

@@ -52,7 +52,7 @@ def run_stages(job) -> Run:
             own = dict(job.settings, steps=n) | (dict(stage=i) if several else {})
             if done := several and _kept_stage(job, i, stage, own, start): runs.append(done); run = _after(run, done); continue
             if not isinstance(stage, Recipe): stage = _asked(stage, StageContext(model, start, job.data, job.tok, job.settings['seed'], i, list(runs)))
-            if i and runs[-1].delta.attached.deltas: raise ValueError(f'the change of the stage before acts on activations and cannot be folded; a function as stage can look at it and call reset()')
+            if i and runs[-1].delta.attached.deltas: raise ValueError('the change of the stage before acts on activations and cannot be folded; a function as stage can look at it and call reset()')
             runs.append(run_stage(job, stage, own | dict(recipe=stage.describe(), lr=stage.lr if job.lr is None else job.lr), (len(run.log), run.cost['tokens']) if run else (0, 0)))
         except NotFinite as e: trouble = e; runs.append(e.run)
         except BaseException as e:

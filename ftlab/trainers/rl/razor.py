@@ -8,7 +8,6 @@ import copy
 from collections.abc import Callable, Mapping
 import numpy as np
 import torch
-from torch import Tensor
 from ...core.batches import Data, collate, encode
 from ...core.generate import generate
 from ...core.paper import paper
