@@ -67,7 +67,7 @@ index readme: $(VENV)/installed-dev
 	$(PY) tools/index.py
 
 paper: $(VENV)/installed-dev
-	$(PY) tools/paper.py $(KEY)
+	$(PY) tools/paper.py $(KEY) $(if $(KIND),--kind $(KIND))
 
 lab-models: $(VENV)/installed-dev
 	$(PY) -c "from ftlab.lab.pretrain import pretrain; [pretrain(m, f'runs/{m}') for m in ('lab-s', 'lab-m', 'lab-e')]"

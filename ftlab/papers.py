@@ -36,7 +36,7 @@ def catalogue() -> dict[str, dict]:
     return {r['key']: r for r in rows}
 
 # %% ../nbs/papers.ipynb #0005603a
-PARTS = ('adapters', 'trainers', 'evaluators', 'beyond')  # whose folders are families of papers
+PARTS = ('adapters', 'trainers', 'evaluators', 'beyond', 'course')  # whose folders are families of papers
 
 @dataclass(frozen=True)
 class Mark:
@@ -87,10 +87,10 @@ def claims(folder:Path|None=None) -> list[Claim]:
 OUTSIDE = 'no claims here: neither the repository nor an installed package that brought them'
 
 def index() -> list[dict]:
-    "One entry a paper: key, family, home, title, arxiv, claim, source, symbols, notebook, claims, verdict (recomputed from the numbers), scope, evidence, note"
+    "One entry a paper: key, family, home, kind (of its mark), title, arxiv, claim, source, symbols, notebook, claims, verdict (recomputed from the numbers), scope, evidence, note"
     papers = {}
     for m in marked():
-        about = dict(key=m.key, family=m.family, home=m.home, title=m.title, arxiv=m.paper.arxiv, claim=m.paper.claim, source=m.paper.source)
+        about = dict(key=m.key, family=m.family, home=m.home, kind=getattr(m.paper, 'kind', 'method'), title=m.title, arxiv=m.paper.arxiv, claim=m.paper.claim, source=m.paper.source)
         papers.setdefault(m.key, about | dict(symbols=[], notebook=m.page))['symbols'].append(m.symbol)
     found = {c.key: c for c in claims()}
     if odd := sorted(set(found) - set(papers)):

@@ -273,6 +273,8 @@ def run_claim(claim:Claim|str,             # a claim, or its key
 
     Raises `ValueError` for a claim that cannot be run. A run that breaks down counts as the worst score."""
     claim = claim if isinstance(claim, Claim) else named_claim(claim)
+    if blank := [k for k, v in claim.spec.items() if 'FILL IN' in str(v)]:
+        raise ValueError(f'{claim.file}: {blank[0]} is not filled in; a claim is written down before its run')
     t, stamp = time.process_time(), _stamp(claim)
     kept = Kept(workplace()/f'{claim.key}-{stamp["code"]}') if keep else lambda name, make: make()
     script = script_of(claim) if claim.script else None
