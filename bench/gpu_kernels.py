@@ -110,7 +110,6 @@ def magnitude(args, dtype_name: str = 'float32') -> dict:
 
 def compact(p, g, i, m, v, rate, root):
     "Gather, AdamW, scatter, as torch.compile is given it"
-    import torch
     x = g[i]
     m.lerp_(x, .1)
     v.mul_(.999).addcmul_(x, x, value=.001)

@@ -15,7 +15,6 @@ from ftlab.core.recipe import PROMISES, Learner, Loop, Recipe, Share, Stages
 from ftlab.evaluators.decoding.eft import eft
 from ftlab.trainers.fit import fit
 from ftlab.trainers.objective import token_nll, priced
-from ftlab.trainers.rl.grpo import grpo
 from ftlab.trainers.losses.dft import dft
 from toys import TOK, lab_data, logits, same, toy, weights
 

@@ -10,7 +10,7 @@ from ftlab.adapters.store import load_delta
 from ftlab.core.io import DiskFull
 from ftlab.adapters.subsets.hft import hft
 from ftlab.adapters.modules.lora import lora
-from ftlab.adapters.select import everything, named, parts, top
+from ftlab.adapters.select import named, parts, top
 from ftlab.core.batches import batch_at, encode_all
 from ftlab.core.recipe import Recipe, Share, Stages
 from ftlab.trainers.callbacks import EarlyStop, Every, validation_nll

@@ -1,5 +1,5 @@
 "One-pass weighted linear cross-entropy: against all logits in float64, in every type, by chunks of any size, with the C++ and without"
-import json, os
+import json
 import pytest, torch
 import torch.nn.functional as F
 from torch.library import opcheck

@@ -3,12 +3,11 @@ from types import SimpleNamespace
 import pytest, torch
 import ftlab.trainers.rl.spin as spinning
 from ftlab.core.batches import data, encode
-from ftlab.core.recipe import Recipe
 from ftlab.trainers.fit import fit
 from ftlab.trainers.preferences import Pairs, answer_logp, judged_pairs, preference
 from ftlab.trainers.rl.spin import SelfPlay, spin
 from ftlab.trainers.rl.dpo import dpo
-from toys import TOK, lab_data, logits, same, toy, weights
+from toys import TOK, lab_data, same, toy, weights
 
 def backwards(row): return ' '.join(row['response'].split()[::-1]) + ' a'
 def pair_data(n=40): return data([dict(r, rejected=backwards(r)) for r in lab_data().train[:n]])

@@ -1,13 +1,11 @@
 "Sparse changes: LIFT's places against the official formula, places that change hands, tied matrices; LT-SFT's two stages and sums of changes"
 import dataclasses
-from functools import partial
 import numpy as np, pytest, torch
-from safetensors.torch import load_file
 from ftlab.adapters.attach import attach
 from ftlab.adapters.delta import Entries
 from ftlab.adapters.store import identity, load_delta, pack, save_delta
 from ftlab.adapters.modules.lora import lora
-from ftlab.adapters.select import coverage, everything, parts
+from ftlab.adapters.select import coverage, parts
 from ftlab.adapters.sparse import compose, overlap
 from ftlab.adapters.subsets.lift import Refresh, best, lift, principal, scores
 from ftlab.adapters.subsets.lt_sft import lt_sft, moved_most, short

@@ -1,5 +1,4 @@
 "Rectified prices, masked reasoning, forward-only steps, blocks in turn, and saying when one is unsure: what their pages do not say about themselves"
-import copy
 import pytest, torch
 import torch.nn.functional as F
 from ftlab import methods

@@ -9,7 +9,7 @@ from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import parts, top
 from ftlab.core.paper import Method
 from ftlab.core.recipe import Learner, Loop, Recipe, Stages
-from ftlab.trainers.callbacks import Every, validation_nll
+from ftlab.trainers.callbacks import Every
 from ftlab.trainers.fit import fit
 from ftlab.trainers.objective import kl_to_base, nll
 from ftlab.trainers.rl.grpo import grpo

@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import torch
 import ftlab
 from ..core.io import write_atomically
-from .compare import Bench, Budget, matched, target_gain, tune, tuning_seed, versions, _crashed, _decoder, _digest
+from .compare import Bench, Budget, target_gain, tune, tuning_seed, versions, _crashed, _decoder, _digest
 from ..core.scorers import WORLD, nll
 from ..methods import get
 from ..papers import claims, claims_folder, marked

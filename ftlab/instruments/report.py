@@ -19,8 +19,8 @@ from ..adapters.store import identity, load_delta
 from ..core.io import write_atomically
 from .compare import is_lab, metric_for, old_skills, versions, _trim
 from ..core.anatomy import UnknownArchitecture
-from ..core.batches import Data, collate, data as as_data, encode, encode_all, prompt_ids
-from ..core.generate import generate, left_pad, resting
+from ..core.batches import Data, collate, data as as_data, encode, prompt_ids
+from ..core.generate import generate, resting
 from ..core.loading import load
 from ..core.paper import Method
 from ..core.recipe import Recipe

@@ -9,7 +9,6 @@ import random
 from collections.abc import Callable, Mapping
 import numpy as np
 import torch
-from torch import Tensor
 from ...core.batches import Data, collate, encode
 from ...core.generate import generate
 from ...core.loading import load
