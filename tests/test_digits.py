@@ -3,7 +3,8 @@ import ast
 from pathlib import Path
 import numpy as np, pytest, scipy.linalg, torch
 import ftlab
-from ftlab.adapters.delta import attach, load_delta
+from ftlab.adapters.attach import attach
+from ftlab.adapters.store import load_delta
 from ftlab.adapters.subsets.difffit import Scale, difffit, knobs
 from ftlab.beyond.brain.elm import ARMS, ELM, auc, elm, imitate, neuron, score
 from ftlab.lab import digits as D

@@ -223,7 +223,8 @@ def script_of(claim:Claim):
 
 def beside(key:str):
     "The script of another claim, for a claim whose experiment shares its ground; it counts into the hash of both"
-    return script_of(named_claim(key))
+    folder = claims_folder() or Path(ftlab.__file__).resolve().parent/'data'/'claims'  # an installed package has copies
+    return script_of(read_claim(folder/key))
 
 class Kept:
     "Parts of a claim that are finished, as JSON files: `kept(name, make)` reads the part, or makes it"
