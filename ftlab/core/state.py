@@ -7,9 +7,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import SimpleNamespace
 import torch
+from .model import MODEL_INPUTS, model_inputs # MODEL_INPUTS for those who look for it here
 
 # %% auto #0
-__all__ = ['MODEL_INPUTS', 'State']
+__all__ = ['State']
 
 # %% ../../nbs/core/state.ipynb #0005feda
 class State(SimpleNamespace):
@@ -20,12 +21,11 @@ class State(SimpleNamespace):
 
     def forward(self) -> torch.Tensor:
         "Run the model on `state.batch` and keep its logits, [batch, tokens, words] or [batch, classes]"
-        self.logits = self.model(**{k: v for k, v in self.batch.items() if k in MODEL_INPUTS}).logits
+        self.logits = self.model(**model_inputs(self.batch)).logits
         return self.logits
 
     def emit(self, event:str) -> None:
         "Call the method named `event` of every callback that has one"
         for c in self.callbacks: getattr(c, event, _nothing)(self)
 
-MODEL_INPUTS = ('input_ids', 'attention_mask', 'token_type_ids', 'inputs_embeds', 'position_ids', 'pixel_values')
 def _nothing(state): pass

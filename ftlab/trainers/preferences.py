@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.batches import IGNORE, collate, encode, indices
 from ..core.generate import generate
 from ..core.scorers import answer_length, judge
-from ..core.state import MODEL_INPUTS
+from ..core.model import model_inputs
 from .objective import token_nll
 
 # %% auto #0
@@ -26,9 +26,9 @@ class Pairs:
         self.batch_size, self.accumulate = state.settings['batch_size'], state.settings['accumulate']
         if self.batch_size % self.accumulate: raise ValueError(f'batch_size is {self.batch_size} and accumulate {self.accumulate}; the first must be a multiple of the second')
         worse = rejected if callable(rejected) else lambda row: _column(row, rejected)
-        both = [[encode(dict(r, response=t), state.tok, 'text', state.settings['max_length']) for t in (r['response'], worse(r))] for r in rows or state.data.train]
+        both = [[encode(dict(r, response=t), state.tok, 'text', state.limit) for t in (r['response'], worse(r))] for r in rows or state.data.train]
         self.pairs = [p for p in both if all(any(l != IGNORE for l in side['labels'][1:]) for side in p)]
-        if not self.pairs: raise ValueError(f'max_length={state.settings["max_length"]} leaves no answer in any of the {len(both)} pairs; give more')
+        if not self.pairs: raise ValueError(f'a row may have {state.limit} tokens, which leaves no answer in any of the {len(both)} pairs; raise max_length if the model can read more')
     def next(self, state) -> list[dict]:
         "The micro-batches of step `state.step`: the chosen answers of some pairs, then their rejected ones"
         picked = [self.pairs[i] for i in indices(state.step, self.batch_size, len(self.pairs), state.seed)]; k = self.batch_size//self.accumulate
@@ -63,7 +63,7 @@ def answer_logp(logits:Tensor, # [batch, tokens, words]
 def margins(state) -> Tensor: # [pairs]
     "How much more the policy prefers the chosen to the rejected answer than the reference does, in nats"
     y = state.batch['labels']; policy = answer_logp(state.forward(), y)
-    with torch.no_grad(): reference = answer_logp(state.models['reference'](**{k: v for k, v in state.batch.items() if k in MODEL_INPUTS}).logits, y)
+    with torch.no_grad(): reference = answer_logp(state.models['reference'](**model_inputs(state.batch)).logits, y)
     chosen, rejected = (policy - reference).chunk(2)
     return chosen - rejected
 

@@ -12,6 +12,7 @@ from ..adapters.edit import write_change
 from ..adapters.select import everything
 from ..core.batches import collate, encode_all, packing
 from ..core.state import State
+from ..core.model import row_limit
 from .checkpoint import belongs, load_checkpoint, save_checkpoint
 from .learner import Learning
 from .loop import Loop
@@ -92,7 +93,7 @@ def _state(job, recipe, settings, att) -> State:
     "The state of a run, with rows encoded"
     tok, data, model = job.tok, job.data, job.model; state = State(model, tok); state.device, state.steps, state.seed, state.tokens, state.data, state.attached = job.device, settings['steps'], settings['seed'], 0, data, att
     state.pad_id = tok and tok.pad_token_id or 0; state.settings, state.accelerator, state.callbacks = settings, job.acc, [c() for c in recipe.callbacks] + list(job.callbacks)
-    limit = settings['max_length'] if tok is None or settings['max_length'] is not None else min(1024, tok.model_max_length, getattr(model.config, 'max_position_embeddings', 1024))
+    limit = row_limit(model, tok, settings['max_length'])
     state.limit = limit; state.rows = encode_all(data.train, tok, data.kind, limit); state.validation = encode_all(data.validation, tok, data.kind, limit) if data.validation else []
     if recipe.reference: state.models['reference'] = reference_of(model, att)
     return state

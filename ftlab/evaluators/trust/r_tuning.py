@@ -31,7 +31,7 @@ def asked(variant:str='pad', **words # `ask`, `sure`, `unsure`, as in `statement
         rows, s = state.data.train, state.settings; said = answers(state.model, state.tok, rows)
         state.extra['knew'] = knew = [judge(r, a) == 1 for r, a in zip(rows, said)]
         marked = [dict(r, response=statement(r['response'], k, variant, **words)) for r, k in zip(rows, knew)]
-        return Rows(encode_all(marked, state.tok, 'text', s['max_length'] or min(1024, state.tok.model_max_length)), s['batch_size'], s['accumulate'], s['seed'], state.pad_id)
+        return Rows(encode_all(marked, state.tok, 'text', state.limit), s['batch_size'], s['accumulate'], s['seed'], state.pad_id)
     source.__name__ = f'asked({variant})'
     return source
 
