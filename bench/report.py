@@ -21,7 +21,8 @@ def large(folder:Path) -> dict:
     "A random Llama of 100M numbers (12 blocks of 768, 32,000 words), all of them nudged, as a run whose originals are in a file"
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
-    from ftlab.adapters.delta import attach, identity
+    from ftlab.adapters.attach import attach
+    from ftlab.adapters.store import identity
     from ftlab.adapters.select import everything
     from ftlab.core.batches import data
     from ftlab.core.recipe import Recipe

@@ -300,7 +300,7 @@ def test_the_models_are_the_same_each_time():
 @pytest.mark.parametrize('family', PLAIN + OTHERS)
 def test_selections_and_changes_work_by_place(family):
     "LoRA on what `parts` selects starts as the identity and folds into the weights that it stood beside"
-    from ftlab.adapters.delta import attach
+    from ftlab.adapters.attach import attach
     from ftlab.methods import lora
     from ftlab.adapters.select import parts
     m, x = tiny(family), inputs_for(family); before = output(m, x); chosen = parts('attention', 'mlp')(m)

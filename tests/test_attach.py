@@ -1,12 +1,14 @@
 "Changes on all ten architectures: put on, silenced, folded, taken off, saved, loaded; and what is refused"
-import copy, os
+import os
 from functools import partial
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
-from ftlab.adapters import delta as deltas
-from ftlab.adapters.delta import Attached, Entries, Offset, WrongBase, attach, identity, load_delta, pack, save_delta
+from ftlab.adapters import store
+from ftlab.adapters.attach import attach, oriented, owner_of
+from ftlab.adapters.delta import Entries, Offset
+from ftlab.adapters.store import WrongBase, identity, load_delta, pack, save_delta
 from ftlab.core.io import write_tensors
 from ftlab.adapters.edit import keep, norm, scale, write_change
 from ftlab.adapters.subsets.hft import half
@@ -132,7 +134,7 @@ def test_the_branch_is_the_definition_also_where_weights_are_stored_in_by_out(fa
     m = tiny(family); name = next(n for n, p in m.named_parameters() if ('c_fc' in n or 'up_proj' in n) and p.ndim == 2); W = dict(m.named_parameters())[name].detach().clone()
     att = attach(m, {name: True}, lora(r=3).delta); shake(att); d = att.deltas[name]; turned = family == 'gpt2'
     assert (d.B.shape[0], d.A.shape[1]) == (W.shape[::-1] if turned else W.shape) and W.shape[0] != W.shape[1]
-    product = d.s*(d.B @ d.A); x = torch.randn(5, d.A.shape[1]); layer = deltas._home(m, name)[0]; assert isinstance(layer, Conv1D) == turned
+    product = d.s*(d.B @ d.A); x = torch.randn(5, d.A.shape[1]); layer = owner_of(m, name)[0]; assert isinstance(layer, Conv1D) == turned
     with torch.no_grad(): seen = layer(x)
     att.fold(); torch.testing.assert_close(layer.weight, W + (product.T if turned else product)); torch.testing.assert_close(layer(x), seen)
 
@@ -151,8 +153,12 @@ def refused(match, family='llama', make=None):
 @pytest.mark.parametrize('family', [f for f in EVERY if tiny(f).get_output_embeddings().weight is tiny(f).get_input_embeddings().weight or anatomy(tiny(f)).tied])
 def test_a_delta_on_a_tied_matrix_is_refused(family):
     name = anatomy(tiny(family)).embedding
-    for d in (lora().delta, Entries): refused('is tied to .* would pull them apart', family, lambda m: attach(m, {name: True}, d))
-    refused('is tied to', family, lambda m: attach(m, {name: dict(m.named_parameters())[name] > 0}))
+    refused('is tied to .* would pull them apart', family, lambda m: attach(m, {name: True}, lora().delta))
+    # sparse entries go under every name of the tensor, as one module: nothing is pulled apart
+    m = tiny(family); base = out(m); att = attach(m, {name: m.get_parameter(name) > 0}); assert torch.equal(out(m), base)
+    shake(att); changed = out(m); assert not torch.equal(changed, base) and m.get_input_embeddings().weight.equal(m.get_output_embeddings().weight)
+    with att.disabled(): assert torch.equal(out(m), base)
+    att.fold(); assert torch.equal(out(m), changed) and m.get_input_embeddings().weight is m.get_output_embeddings().weight
 
 def test_tied_families_exist(): assert sum(anatomy(tiny(f)).tied for f in EVERY) >= 3
 
@@ -183,6 +189,40 @@ def test_activations_cannot_be_folded():
     m = tiny('llama'); att = CHANGES['offset'](m); shake(att); changed = out(m)
     with pytest.raises(ValueError, match='Offset at .* changes activations'): att.fold()
     assert torch.equal(out(m), changed)
+
+@torch.no_grad()
+def turned_round(conv, linear):
+    "A Conv1D weight's change on a layer that stores the same matrix as [out, in]"
+    linear.weight.copy_(conv.weight.T)
+
+@pytest.mark.parametrize('delta', [None, lora(r=2).delta, Entries])
+def test_a_change_is_the_same_whichever_way_the_layer_stores_it(delta):
+    "GPT-2's Conv1D beside a Linear with the transposed weight, as a Llama has it"
+    class One(torch.nn.Module):
+        def __init__(self, layer): super().__init__(); self.layer = layer
+        def forward(self, x): return self.layer(x)
+    torch.manual_seed(0); a, b = One(Conv1D(12, 7)), One(torch.nn.Linear(7, 12)); turned_round(a.layer, b.layer); x = torch.randn(3, 7)
+    mask = torch.rand(7, 12) < .4 if delta is Entries else True; flip = lambda m: m if m is True else m.T
+    torch.manual_seed(1); one = attach(a, {'layer.weight': mask}, delta); torch.manual_seed(1); two = attach(b, {'layer.weight': flip(mask)}, delta)
+    g = torch.Generator().manual_seed(2); shift = torch.randn(12, 7, generator=g)
+    for att in (one, two):
+        with torch.no_grad():
+            for n, p in att.parameters().items(): p.add_(oriented(att.model, n, shift) if n == 'layer.weight' else shift.flatten()[:p.numel()].view_as(p))
+    (n, W0, W1), (_, V0, V1) = next(one.weights()), next(two.weights()); assert W0.shape == (12, 7) and torch.equal(W0, V0)
+    moved = W1 - W0; assert moved.abs().max() > .1
+    if delta is Entries: assert torch.equal(moved != 0, mask.T)
+    else: assert torch.equal(W1, V1); torch.testing.assert_close(a(x), b(x) - b.layer.bias + a.layer.bias)
+    assert one.changes()['layer.weight'].shape == (7, 12) and torch.equal(one.changes()['layer.weight'].T, moved)
+
+def test_the_base_is_one_call_away_in_memory_on_disk_and_module_by_module(tmp_path):
+    for change in CHANGES:
+        m = tiny('gpt2'); base, x = out(m), torch.randn(1, 3, 32); block = m.transformer.h[0]; says = block(x)[0] if isinstance(block(x), tuple) else block(x); att = CHANGES[change](m); shake(att); changed = out(m)
+        with att.disabled(tmp_path) as same_model: assert same_model is m and torch.equal(out(m), base)
+        assert torch.equal(out(m), changed) and not any(tmp_path.iterdir())
+        now = att.base_module('transformer.h.0')(x); assert torch.equal(now[0] if isinstance(now, tuple) else now, says) and att.enabled
+
+def test_an_offset_behind_an_embedding_is_refused():
+    refused('belongs to an embedding', make=lambda m: attach(m, {'model.embed_tokens.weight': True}, Offset))
 
 # ---------- files
 
@@ -221,7 +261,7 @@ class Doubled(LoRA): "A class of one's own"
 
 def test_a_class_from_outside_is_not_imported_unless_given(tmp_path, monkeypatch):
     m = tiny('llama'); home = identity(m); att = attach(m, parts()(m), partial(Doubled, r=2)); shake(att); changed = out(m); save_delta(tmp_path/'d', *pack(att), home)
-    fresh = tiny('llama'); monkeypatch.setattr(deltas.importlib, 'import_module', lambda name: pytest.fail(f'{name} was imported'))
+    fresh = tiny('llama'); monkeypatch.setattr(store.importlib, 'import_module', lambda name: pytest.fail(f'{name} was imported'))
     with pytest.raises(ValueError, match=r"not part of ftlab; pass classes=\{'Doubled'"): load_delta(fresh, tmp_path/'d')
     assert all(p.requires_grad for p in fresh.parameters())
     load_delta(fresh, tmp_path/'d', classes=dict(Doubled=Doubled)); assert torch.equal(out(fresh), changed)

@@ -44,6 +44,20 @@ WRONG = {
     'not parquet': ('d.parquet', 'hello', ['d.parquet is not a parquet file']),
     'unknown extension': ('d.xlsx', 'hello', ["'.xlsx'", '.jsonl', '.parquet']),
     'not UTF-8': ('d.csv', 'prompt,response\ncaf\u00e9,b\n'.encode('latin-1'), ['d.csv', 'UTF-8']),
+    'deep nesting': ('d.jsonl', GOOD + '{"prompt": "a", "response": "b", "more": ' + '['*5000 + ']'*5000 + '}\n', ['d.jsonl, line 2, column 1', 'nested more than 100 deep']),
+    'deep nesting that Python reads': ('d.jsonl', GOOD + '{"prompt": "a", "response": "b", "more": ' + '['*200 + ']'*200 + '}\n', ['d.jsonl, line 2', 'more is nested more than 100 deep']),
+    'deep nesting in a list': ('d.json', '[\n' + '{"a":'*5000 + '1' + '}'*5000 + ']', ['d.json, line 2, column 496', 'nested more than 100 deep']),
+    'a huge number': ('d.jsonl', GOOD + '{"prompt": "a", "response": "b", "n": ' + '9'*5000 + '}\n', ['d.jsonl, line 2, column 39', 'whole number of more than 4300 digits']),
+    'half an emoji': ('d.jsonl', GOOD + '{"prompt": "a", "response": "fine \\ud83d!"}\n', ['d.jsonl, line 2', 'response has half a surrogate pair (U+D83D) at character 6']),
+    'half an emoji in a message': ('d.jsonl', '{"messages": [{"role": "user", "content": "a\\udc00"}, {"role": "assistant", "content": "b"}]}\n', ['d.jsonl, line 1', 'the content of message 1', 'half a surrogate pair (U+DC00) at character 2']),
+    'half an emoji as a column': ('d.jsonl', GOOD + '{"prompt": "a", "response": "b", "x\\ud800": 1}\n', ['d.jsonl, line 2', 'the name of a column has half']),
+    'NUL': ('d.csv', 'prompt,response\na,b\nc,d\x00e\n', ['d.csv, line 3', 'response has a NUL character at character 2']),
+    'NUL in a column name': ('d.csv', 'pro\x00mpt,response\na,b\n', ['d.csv, line 2', 'the name of a column has a NUL character']),
+    'two files glued together': ('d.jsonl', GOOD + '\ufeff' + GOOD, ['d.jsonl, line 2', 'column 1', 'a byte order mark stands there']),
+    'a byte order mark in text': ('d.csv', 'prompt,response\na,b\n\ufeffc,d\n', ['d.csv, line 3', 'prompt has a byte order mark (U+FEFF) at character 1']),
+    'a key twice': ('d.jsonl', GOOD + '{"prompt": "a", "response": "b", "response": "c"}\n', ['d.jsonl, line 2, column 34', "the key 'response' stands twice"]),
+    'a key twice in a list': ('d.json', '[{"prompt": "a", "response": "b"},\n{"prompt": "a", "label": 1, "label": 2}]', ['d.json, line 2, column 29', "the key 'label' stands twice"]),
+    'bytes that are no UTF-8': ('d.jsonl', GOOD.encode()*2 + b'{"prompt": "a\xff", "response": "b"}', ['d.jsonl, line 3', 'byte 14 of the line', 'UTF-8']),
     'last turn from user': ('d.jsonl', '{"messages": [{"role": "user", "content": "a"}]}\n', ['d.jsonl, line 1', "from 'user'", 'assistant']),
     'empty message': ('d.jsonl', '{"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "b"}]}\n', ['line 1', 'content of message 1', 'empty']),
     'no messages': ('d.jsonl', '{"messages": []}\n', ['line 1', 'messages']),
@@ -317,3 +331,20 @@ def test_a_batch_fits_a_model_and_padding_changes_nothing():
 
 def test_data_can_be_made_by_hand():
     a, b = (Data([QA[0]], [QA[1]], [QA[i]], 'text') for i in (2, 3)); assert a.fingerprint != b.fingerprint and len(a.fingerprint) == 16
+
+# ---- characters, numbers and shapes that no tokenizer and no file could hold
+
+@pytest.mark.parametrize('row, says', [({'prompt': 'a \ud800', 'response': 'b'}, 'train row 2: prompt has half a surrogate pair'), ({'prompt': 'a', 'response': 'b', 3: 'x'}, 'train row 2 has a column called 3, a int'), ({'prompt': 'a', 'response': 'b', 'n': 10**5000}, 'train row 2: n holds a whole number'),
+    ({'prompt': 'a', 'response': 'b', 'deep': (lambda f: f(f, 5000))(lambda f, n: [] if n == 0 else __import__('functools').reduce(lambda x, _: [x], range(n), []))}, 'train row 2: deep is nested')])
+def test_rows_given_as_dicts_are_held_to_the_same(row, says):
+    with pytest.raises(ValueError, match=says): data([dict(prompt='a', response='b'), row])
+
+def test_labels_of_very_many_digits_are_names(): assert data([dict(text=f't{i}', label=l) for i, l in enumerate(['9'*5000, '3', '20']*20)]).labels == ['3', '20', '9'*5000]
+
+def test_a_long_csv_cell_is_read_and_the_limit_of_the_process_stays(tmp_path):
+    import csv; limit = csv.field_size_limit(); (tmp_path/'d.csv').write_text('text\n' + '\n'.join(f'"{"a b "*(40000 if i == 7 else 5)}{i}"' for i in range(40))); assert max(len(r['text']) for r in data(tmp_path/'d.csv').train + data(tmp_path/'d.csv').test + data(tmp_path/'d.csv').validation) > 150_000 and csv.field_size_limit() == limit
+
+def test_a_parquet_row_that_python_cannot_hold_is_named(tmp_path):
+    import pyarrow as pa, pyarrow.parquet as pq
+    pq.write_table(pa.table(dict(text=['a', 'b', 'c'], when=pa.array([0, 2**60, 0], pa.int64()).cast(pa.timestamp('us'), safe=False))), tmp_path/'d.parquet')
+    with pytest.raises(ValueError, match='d.parquet, row 2 cannot be read'): data(tmp_path/'d.parquet')

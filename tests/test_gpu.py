@@ -49,7 +49,7 @@ def test_a_method_trains_in_bf16_on_a_gpu(name):
 
 @cuda
 def test_a_change_is_saved_on_a_gpu_and_loaded_on_a_cpu(tmp_path):
-    from ftlab.adapters.delta import load_delta
+    from ftlab.adapters.store import load_delta
     run = tuned('lora', 'cuda')
     run.delta.save(tmp_path/'delta.safetensors')
     model = toy()

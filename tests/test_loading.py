@@ -117,7 +117,7 @@ def test_a_file_that_lacks_tensors_or_is_cut_short(copy):
     for labels in (None, LABELS):
         with pytest.raises(ValueError, match='have another shape'): load(folder, labels=labels)
     save_file(whole, path, metadata=dict(format='pt')); path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(ValueError, match='cannot be read'): load(folder)
+    with pytest.raises(ValueError, match='model.safetensors is not a safetensors file, or is damaged'): load(folder)
 
 def test_code_that_comes_with_a_model_is_not_run(copy):
     folder = copy('llama'); c = json.loads((folder/'config.json').read_text())
@@ -168,3 +168,48 @@ def test_a_t5_comes_with_both_stacks_and_can_be_selected_from(tmp_path):
     m = T5ForConditionalGeneration(T5Config(vocab_size=len(tok), d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)); m.save_pretrained(tmp_path/'t5'); tok.save_pretrained(tmp_path/'t5')
     n, t = load(tmp_path/'t5'); assert type(n).__name__ == 'T5ForConditionalGeneration' and t.get_vocab() == tok.get_vocab() and all(torch.equal(x, y) for x, y in zip(m.parameters(), n.parameters(), strict=True))
     assert sorted(parts('cross_q', 'cross_v')(n)) == sorted(f'decoder.block.{i}.layer.1.EncDecAttention.{r}.weight' for i in (0, 1) for r in 'qv')
+
+# ---------- folders that ask for more than they may
+
+def edit(folder, **changes):
+    config = json.loads((folder/'config.json').read_text()); config.update(changes); (folder/'config.json').write_text(json.dumps(config)); return folder
+
+def test_an_adapter_beside_whole_weights_is_refused(copy):
+    "A merged model saved where its adapter lay: transformers would put the adapter on a second time, in silence"
+    peft = pytest.importorskip('peft'); folder = copy('llama'); from transformers import AutoModelForCausalLM
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), peft.LoraConfig(r=2, target_modules=['q_proj'], task_type='CAUSAL_LM', init_lora_weights=False))
+    model.save_pretrained(folder); model.merge_and_unload().save_pretrained(folder); assert (folder/'adapter_config.json').exists() and (folder/'model.safetensors').exists()
+    for f in (load, loading.skeleton):
+        with pytest.raises(ValueError, match='an adapter beside it .adapter_config.json.*delete adapter_config.json and adapter_model.safetensors'): f(folder)
+    for f in ('adapter_config.json', 'adapter_model.safetensors'): (folder/f).unlink()
+    merged, _ = load(folder); disk = load_file(folder/'model.safetensors'); assert not any('lora' in n for n, _ in merged.named_parameters()) and all(torch.equal(merged.state_dict()[k], v) for k, v in disk.items())
+
+def test_an_adapter_without_its_model_is_named(tmp_path):
+    (tmp_path/'adapter_config.json').write_text('{}')
+    with pytest.raises(FileNotFoundError, match='an adapter without its model'): load(tmp_path)
+
+@pytest.mark.parametrize('target, says', [('weights.bin', 'no safetensors file; a pickle can run'), ('../other.safetensors', 'outside the folder'), ('/etc/passwd', 'outside the folder'), ('..', 'outside the folder'), ('gone.safetensors', 'is not there')])
+def test_an_index_names_safetensors_of_its_own_folder_or_is_refused(copy, target, says, monkeypatch):
+    folder = copy('llama'); whole = load_file(folder/'model.safetensors'); (folder/'model.safetensors').rename(folder/'stray.safetensors'); torch.save(whole, folder/'weights.bin'); save_file(whole, folder.parent/'other.safetensors')
+    monkeypatch.setattr(torch, 'load', lambda *a, **k: pytest.fail('a pickle was read'))
+    (folder/'model.safetensors.index.json').write_text(json.dumps(dict(metadata={}, weight_map=dict.fromkeys(whole, target))))
+    with pytest.raises(ValueError, match=says): load(folder)
+
+def test_a_model_in_several_files_is_loaded(copy):
+    folder = copy('llama'); model, _ = load(folder); model.save_pretrained(folder/'cut', max_shard_size='20KB'); tok.save_pretrained(folder/'cut'); assert len(list((folder/'cut').glob('*.safetensors'))) > 1
+    again, _ = load(folder/'cut'); assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+
+@pytest.mark.parametrize('changes, says', [
+    (dict(_attn_implementation='evil/kernel'), 'code from the hub'), (dict(attn_implementation={'': 'evil/kernel:x'}), 'code from the hub'), (dict(use_kernels=True), 'kernels of the hub'), (dict(transformers_weights='x.bin'), 'as its weights'),
+    (dict(hidden_size=10**9), 'one of the two is wrong'), (dict(hidden_size=4096), 'one of the two is wrong|another shape'), (dict(num_hidden_layers=10**6), 'one of the two is wrong'), (dict(vocab_size=10**10), 'one of the two is wrong'),
+    (dict(vocab_size=10**5), 'one of the two is wrong|another shape'), (dict(num_labels=10**12), 'one of the two is wrong'), (dict(intermediate_size=-7), 'one of the two is wrong'), (dict(num_attention_heads=0), 'cannot be built|not one that'), (dict(hidden_act='os.system'), 'cannot be built|not one that'),
+    (dict(hidden_size='big'), 'must be a number'), (dict(architectures=5), 'a list of class names')])
+def test_a_config_that_asks_for_what_it_may_not_is_refused_before_memory_is_taken(copy, changes, says, monkeypatch):
+    folder = edit(copy('llama'), **changes)
+    monkeypatch.setattr(LlamaForCausalLM, 'from_pretrained', lambda *a, **k: pytest.fail('weights were made'))
+    with pytest.raises(ValueError, match=says): load(folder)
+
+@pytest.mark.parametrize('name, content', [('config.json', b'['*100000), ('config.json', b'[]'), ('config.json', b''), ('config.json', b'{"x": ' + b'9'*5000 + b'}'), ('model.safetensors', (2**62).to_bytes(8, 'little') + b'{}'), ('model.safetensors', b''), ('tokenizer.json', b'[1]'), ('tokenizer.json', b'['*100000)])
+def test_broken_files_are_named(copy, name, content):
+    folder = copy('llama'); (folder/name).write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match='tokenizer' if name.startswith('tok') else name): load(folder)

@@ -1,7 +1,6 @@
 "Edits and merges of changes: against references written out by hand, over all architectures, from disk and back"
-import math
 import pytest, torch
-from ftlab.adapters.delta import WrongBase, identity, pack, save_delta
+from ftlab.adapters.store import WrongBase, identity, pack, save_delta
 from ftlab.adapters.edit import scale
 from ftlab.adapters.merging.breadcrumbs import band, breadcrumbs, merge_breadcrumbs
 from ftlab.adapters.merging.lines import by_depth, depth, lines, merge_lines

@@ -2,7 +2,8 @@
 from functools import partial
 import pytest, torch
 from safetensors.torch import load_file
-from ftlab.adapters.delta import Offset, attach
+from ftlab.adapters.attach import attach
+from ftlab.adapters.delta import Offset
 from ftlab.adapters.lowrank import LoRA, from_peft, to_peft
 from ftlab.adapters.modules.randlora import RandLoRA
 from ftlab.adapters.modules.lora import lora
@@ -145,3 +146,48 @@ def test_randlora_counts_rank_and_what_it_refuses():
     with pytest.raises(ValueError, match='rank 13 does not fit'): RandLoRA(torch.zeros(12, 20), r=13)
     with pytest.raises(ValueError, match='whole matrices'): RandLoRA(torch.zeros(4, 4), torch.ones(4, 4, dtype=torch.bool))
     assert set(RandLoRA(torch.zeros(64, 64), sparse=True).B.sign().unique().tolist()) == {-1., 0., 1.}
+
+STARTS = dict(plain=True, gaussian='gaussian', orthogonal='orthogonal', pissa='pissa', pissa_niter_4='pissa_niter_4', olora='olora', mica='mica')
+
+@pytest.mark.parametrize('start', STARTS)
+def test_a_start_that_changes_the_base_is_refused_and_every_other_is_read_right(start, tmp_path):
+    "peft 0.21 changes the base under PiSSA and OLoRA: read as plain LoRA they were wrong by more than a tenth in the logits"
+    theirs = peft.get_peft_model(tiny('llama'), peft.LoraConfig(r=4, lora_alpha=8, target_modules=['q_proj', 'v_proj'], init_lora_weights=STARTS[start])); shake(theirs); changed = out(theirs.eval()); theirs.save_pretrained(tmp_path/'a')
+    m = tiny('llama'); base = out(m)
+    if start.startswith(('pissa', 'olora')):
+        with pytest.raises(ValueError, match=f"init_lora_weights='{start}', which changes the base"): from_peft(m, tmp_path/'a')
+        assert torch.equal(out(m), base) and all(p.requires_grad for p in m.parameters())
+        # on the base that peft has changed, and said so, A and B are right
+        import json; c = json.loads((tmp_path/'a'/'adapter_config.json').read_text()); (tmp_path/'a'/'adapter_config.json').write_text(json.dumps(dict(c, init_lora_weights=True)))
+        m.load_state_dict({n.removeprefix('base_model.model.').replace('.base_layer', ''): t for n, t in theirs.state_dict().items() if 'lora_' not in n}); from_peft(m, tmp_path/'a')
+    else: from_peft(m, tmp_path/'a'); assert (changed - base).abs().max() > .01
+    torch.testing.assert_close(out(m), changed, atol=1e-5, rtol=1e-5)
+
+def test_a_pissa_that_peft_has_converted_is_read_right(tmp_path):
+    m = tiny('llama'); theirs = peft.get_peft_model(m, peft.LoraConfig(r=4, lora_alpha=8, target_modules=['q_proj'], init_lora_weights='pissa')); theirs.peft_config['default'].init_lora_weights = True; theirs.save_pretrained(tmp_path/'start'); theirs.peft_config['default'].init_lora_weights = 'pissa'
+    shake(theirs); changed = out(theirs.eval()); theirs.save_pretrained(tmp_path/'a', path_initial_model_for_weight_conversion=str(tmp_path/'start'))
+    m = tiny('llama'); from_peft(m, tmp_path/'a'); torch.testing.assert_close(out(m), changed, atol=1e-4, rtol=1e-4)
+
+@pytest.mark.parametrize('setting', [dict(alora_invocation_tokens=[3]), dict(target_parameters=['a.b']), dict(use_bdlora=dict(x=1)), dict(layer_replication=[[0, 1]]), dict(arrow_config=dict(x=1)), dict(a_setting_of_a_later_peft=1), dict(alpha_pattern={'q_proj': 3})])
+def test_settings_that_change_what_a_and_b_mean_are_refused(setting, tmp_path):
+    import json
+    peft.get_peft_model(tiny('llama'), peft.LoraConfig(r=4, target_modules=['q_proj'])).save_pretrained(tmp_path); file = tmp_path/'adapter_config.json'; c = json.loads(file.read_text()); from_peft(tiny('llama'), tmp_path).detach()
+    file.write_text(json.dumps(dict(c, **setting))); m = tiny('llama')
+    with pytest.raises(ValueError, match=next(iter(setting))): from_peft(m, tmp_path)
+    file.write_text(json.dumps(dict(c, a_setting_of_a_later_peft=None))); from_peft(m, tmp_path) # not set: it means nothing
+
+def test_every_setting_of_this_peft_is_known_or_refused():
+    import dataclasses
+    from ftlab.adapters.lowrank import PLAIN
+    refused = set('use_dora rank_pattern alpha_pattern modules_to_save lora_bias layer_replication velora_config alora_invocation_tokens use_qalora trainable_token_indices monteclora_config target_parameters use_bdlora arrow_config kasa_config megatron_config ensure_weight_tying'.split())
+    assert {f.name for f in dataclasses.fields(peft.LoraConfig)} - set(PLAIN) <= refused, 'a new setting of peft: does it change what A and B mean?'
+
+def test_adapters_that_do_not_fit_are_refused_and_leave_the_model_alone(tmp_path):
+    from safetensors.torch import save_file
+    peft.get_peft_model(tiny('llama'), peft.LoraConfig(r=4, target_modules=['q_proj'])).save_pretrained(tmp_path); file = tmp_path/'adapter_model.safetensors'; good = load_file(file); a, b = sorted(good)[:2]
+    for change, says in (({a: good[a][:1]}, 'it must be .4, 32.'), ({b: good[b].double()/0}, 'NaN or infinite'), ({a: good[a].to(torch.int8)}, 'floating point'), ({a.replace('q_proj', 'nope'): good[a].clone()}, 'no parameter of that name'), ({'x': good[a].clone()}, "also holds 'x'"), ({a: None}, 'has no lora_A')):
+        save_file({k: v.contiguous() for k, v in {**good, **change}.items() if v is not None}, file); m = tiny('llama'); base = out(m)
+        with pytest.raises(ValueError, match=says): from_peft(m, tmp_path)
+        assert torch.equal(out(m), base) and all(p.requires_grad for p in m.parameters())
+    file.write_bytes(b'no tensors')
+    with pytest.raises(ValueError, match='adapter_model.safetensors.*cannot be read'): from_peft(tiny('llama'), tmp_path)

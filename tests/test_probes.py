@@ -1,10 +1,10 @@
 "Probes measure what they say, on every family of models, and leave the model and the random state alone"
-import math
 import pytest, torch
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss
 from tiny import DECODERS, ENCODERS, example_inputs, tiny
-from ftlab.adapters.delta import Entries, Offset, attach
+from ftlab.adapters.attach import attach, is_transposed, oriented
+from ftlab.adapters.delta import Offset
 from ftlab.adapters.lowrank import LoRA
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import everything, parts
@@ -12,11 +12,11 @@ from ftlab.core.anatomy import anatomy
 from ftlab.core.recipe import Recipe
 from ftlab.evaluators.calibration import brier, calibration, confidence, ece, reliability
 from ftlab.evaluators.mechanisms.tuco import Split, at_token, steered, tuco
-from ftlab.evaluators.probe import anatomy_of, cka, each_change, layers, moved, places
+from ftlab.evaluators.probe import anatomy_of, cka, layers, moved, places
 from ftlab.evaluators.mechanisms.intruders import count_intruders, intruders, shrink_intruders
 from ftlab.evaluators.spectra import spectrum, stable_rank
 from ftlab.trainers.fit import fit
-from toys import TOK, lab_data, logits, toy, weights
+from toys import TOK, lab_data, toy, weights
 
 def changed(model, kind, size=.05):
     "A random change of the model, in one of four forms"
@@ -112,7 +112,7 @@ def test_intruders_are_found_where_they_were_put(shape):
 @pytest.mark.parametrize('lam', [1., .5])
 def test_the_edit_is_what_it_says_for_every_form_of_change(recipe, lam):
     import dataclasses
-    plain = fit(toy(), TOK, lab_data(), recipe, steps=6, lr=3e-2, batch_size=8, progress=False); pairs = {n: (a.clone(), b.clone()) for n, a, b in each_change(plain.delta.attached)}
+    plain = fit(toy(), TOK, lab_data(), recipe, steps=6, lr=3e-2, batch_size=8, progress=False); pairs = {n: (a.clone(), b.clone()) for n, a, b in plain.delta.attached.weights()}
     run = fit(toy(), TOK, lab_data(), dataclasses.replace(recipe, edit=shrink_intruders(lam)), steps=6, lr=3e-2, batch_size=8, progress=False); now = weights(run.model); some = 0
     for n, (W0, W1) in pairs.items():
         want = W1
@@ -122,14 +122,37 @@ def test_the_edit_is_what_it_says_for_every_form_of_change(recipe, lam):
         torch.testing.assert_close(now[n], want, atol=1e-4, rtol=1e-4)
     assert some and sum(count_intruders(plain.delta.attached).values()) == some
 
+@pytest.mark.parametrize('way', ['whole', 'lora', 'mask'])
+def test_intruders_are_directions_of_the_output_on_gpt2_too(way):
+    "GPT-2 stores [in, out]: one strong new output direction is one intruder, one new input direction is none, as on a Llama-like layout of the same matrices"
+    def planted(model, name, side):
+        W = oriented(model, name, model.get_parameter(name).detach()); U, S, Vh = torch.linalg.svd(W, full_matrices=False); k = len(S)
+        u, v = (U @ torch.full((k,), k**-.5), Vh[0]) if side == 'output' else (U[:, 0], Vh.T @ torch.full((k,), k**-.5))
+        return 50*S[0]*torch.outer(u, v)
+    for family, name in (('gpt2', 'transformer.h.0.mlp.c_fc.weight'), ('llama', 'model.layers.0.mlp.up_proj.weight')):
+        for side, want in (('output', 1), ('input', 0)):
+            m = tiny(family); C = planted(m, name, side); first = weights(m)[name]
+            mask = {'whole': True, 'lora': True, 'mask': torch.ones_like(m.get_parameter(name), dtype=torch.bool)}[way]
+            att = attach(m, {name: mask}, (lambda W, mask: LoRA(W, r=1, alpha=1.)) if way == 'lora' else None)
+            with torch.no_grad():
+                if way == 'whole': m.get_parameter(name).add_(oriented(m, name, C))
+                elif way == 'mask': att.deltas[name].value.copy_(C.flatten())
+                else: U, S, Vh = torch.linalg.svd(C); att.deltas[name].B.copy_(U[:, :1]*S[0]); att.deltas[name].A.copy_(Vh[:1])
+            assert count_intruders(att, k=1)[name] == want, (family, side)
+            less = shrink_intruders(0., k=1)(att.changes(), m)[name]; assert less.shape == first.shape
+            # without its intruder the matrix has lost that direction; without one nothing is done
+            left = oriented(m, name, first + less); assert (left.norm() < 2*first.norm()) == bool(want)
+
 # ---------- where the change lies
 
 @pytest.mark.parametrize('kind', ['whole', 'lora', 'mask'])
 @pytest.mark.parametrize('family', ['llama', 'gpt2', 'bert'])
 def test_each_change_is_the_change_one_at_a_time(family, kind):
     torch.manual_seed(0); model, base = tiny(family), weights(tiny(family)); att = changed(model, kind); all_of = att.changes(); state = torch.get_rng_state()
-    one = {n: (W0.clone(), W1.clone()) for n, W0, W1 in each_change(att)}
-    assert one.keys() == all_of.keys() and all(torch.equal(W0, base[n]) and torch.allclose(W1 - W0, all_of[n], atol=1e-6) for n, (W0, W1) in one.items())
+    one = {n: (W0.clone(), W1.clone()) for n, W0, W1 in att.weights()}
+    stored = lambda n, t: oriented(model, n, t); turned = [n for n in one if is_transposed(model, n)]; assert bool(turned) == (family == 'gpt2')
+    assert one.keys() == all_of.keys() and all(torch.equal(stored(n, W0), base[n]) and torch.allclose(stored(n, W1 - W0), all_of[n], atol=1e-6) for n, (W0, W1) in one.items())
+    assert all(W0.shape == base[n].shape[::-1] for n, (W0, _) in one.items() if n in turned)
     assert places(model) == anatomy(tiny(family)).places and torch.equal(torch.get_rng_state(), state)
     assert all(r['part'] in ('attention', 'mlp', 'norm', 'bias', 'embedding', 'head', 'other') and (r['block'] is not None or kind == 'whole') for r in moved(all_of, model))
 

@@ -3,7 +3,7 @@ import json, os, subprocess, sys
 from pathlib import Path
 import pytest, torch, torch.distributed as dist
 from safetensors.torch import load_file
-from ftlab.adapters.delta import load_delta
+from ftlab.adapters.store import load_delta
 from ftlab.trainers.fit import fit
 from toys import TOK, lab_data, logits, same, toy, weights
 from two import CASES, HOW, SHARDED, one, weights_of

@@ -1,12 +1,12 @@
 "Sparse changes: LIFT's places against the official formula, places that change hands, tied matrices; LT-SFT's two stages and sums of changes"
 import dataclasses
-from functools import partial
 import numpy as np, pytest, torch
-from safetensors.torch import load_file
-from ftlab.adapters.delta import Entries, attach, identity, load_delta, pack, save_delta
+from ftlab.adapters.attach import attach
+from ftlab.adapters.delta import Entries
+from ftlab.adapters.store import identity, load_delta, pack, save_delta
 from ftlab.adapters.modules.lora import lora
-from ftlab.adapters.select import coverage, everything, parts
-from ftlab.adapters.sparse import Places, compose, overlap
+from ftlab.adapters.select import coverage, parts
+from ftlab.adapters.sparse import compose, overlap
 from ftlab.adapters.subsets.lift import Refresh, best, lift, principal, scores
 from ftlab.adapters.subsets.lt_sft import lt_sft, moved_most, short
 from ftlab.core.anatomy import anatomy
@@ -44,7 +44,7 @@ def test_budget_and_baselines():
 
 @pytest.mark.parametrize('family', ['gpt2', 'gemma2', 'bert'])
 def test_lift_fits_other_families(family):
-    m = tiny(family); base = out(m); att = attach(m, principal(2)(m), Places); assert torch.equal(out(m), base); shake(att); changed = out(m); assert not torch.equal(changed, base)
+    m = tiny(family); base = out(m); att = attach(m, principal(2)(m), Entries); assert torch.equal(out(m), base); shake(att); changed = out(m); assert not torch.equal(changed, base)
     home = {n: m.get_submodule(n.rpartition('.')[0]) for n in att.deltas}; d = next(iter(att.deltas)); values = att.values()[d]
     att.fold(); torch.testing.assert_close(out(m), changed, atol=2e-5, rtol=1e-5); assert torch.equal(m.get_parameter(d), values) and home
 
@@ -54,8 +54,8 @@ class Look:
     "Notes the places, the numbers and the moments after every step"
     def __init__(self): self.rows = []
     def after_step(self, state):
-        n, d = next(iter(state.attached.deltas.items())); mover = next((c for c in state.callbacks if isinstance(c, Refresh)), None)
-        s = mover.opt.state[d.value] if mover and mover.opt else {}
+        n, d = next(iter(state.attached.deltas.items())); moving = any(isinstance(c, Refresh) for c in state.callbacks)
+        s = state.optimizer.state[d.value] if moving else {}
         self.rows.append(dict(index=d.index.clone(), value=d.value.detach().clone(), weight=state.attached.values()[n].clone(), base=state.attached.before(n).clone(), m={k: v.clone() for k, v in s.items() if torch.is_tensor(v)}))
 
 def test_a_refresh_carries_the_moments_of_what_stays_and_starts_what_is_new_from_zero():
@@ -80,18 +80,25 @@ def test_no_refresh_no_difference():
     a, b = tune(lift(r=2, every=0)), tune(dataclasses.replace(lift(r=2, every=0), delta=Entries)); assert torch.equal(logits(a.model), logits(b.model))
     assert not lift(by='random').callbacks and not lift(every=0).callbacks and len(lift().callbacks) == 1
 
-def test_a_run_that_chose_anew_is_not_resumed(tmp_path):
-    tune(lift(every=2), steps=4, out=tmp_path, save_every=3)
-    with pytest.raises(ValueError, match='chosen its places anew'): tune(lift(every=2), steps=4, out=tmp_path, save_every=3, resume=True)
+@pytest.mark.parametrize('stop', [3, 4, 5])
+def test_a_run_that_chose_anew_goes_on_bit_for_bit(stop, tmp_path):
+    class Kill:
+        def after_step(self, s):
+            if s.step == stop: raise KeyboardInterrupt
+    how = dict(steps=7, lr=1e-2); whole = tune(lift(every=2), **how); part = tune(lift(every=2), **how, out=tmp_path, save_every=1, callbacks=(Kill(),)); assert part.interrupted
+    again = tune(lift(every=2), **how, out=tmp_path, save_every=1, resume=True); assert again.log == whole.log and torch.equal(logits(again.model), logits(whole.model))
+    for n, d in whole.delta.attached.deltas.items():
+        e = again.delta.attached.deltas[n]; assert len(d.left_index) and all(torch.equal(a, b) for a, b in zip(d.state_dict().values(), e.state_dict().values())) and d.config == e.config
+    again.delta.save(tmp_path/'d'); fresh = toy(); load_delta(fresh, tmp_path/'d'); assert torch.equal(logits(fresh), logits(whole.model))
 
 def test_the_hook_goes_with_the_run():
     from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
     before = len(hooks); tune(lift(every=2), steps=3); assert len(hooks) == before
 
 def test_places_must_be_as_many():
-    p = Places(torch.zeros(3, 3), torch.eye(3) > 0)
-    with pytest.raises(ValueError, match='3 different places'): p.move(torch.tensor([0, 0, 1]))
-    assert Places(torch.zeros(4)).index.tolist() == [0, 1, 2, 3]
+    p = Entries(torch.zeros(3, 3), torch.eye(3) > 0)
+    with pytest.raises(ValueError, match='3 different entries'): p.move(torch.tensor([0, 0, 1]))
+    assert Entries(torch.zeros(4)).index.tolist() == [0, 1, 2, 3]
 
 # ---------- a delta on a tied matrix
 
@@ -99,13 +106,13 @@ def test_places_must_be_as_many():
 def test_a_tied_matrix_stays_tied(family, tmp_path):
     m = tiny(family); name = anatomy(m).embedding; base, was, home = out(m), weights(m), identity(m); mask = torch.zeros_like(m.get_parameter(name), dtype=torch.bool); mask[5:9] = True
     names = [n for n, _ in m.named_parameters()]; tie = lambda: m.get_input_embeddings().weight is m.get_output_embeddings().weight
-    att = attach(m, {name: mask}, Places); assert torch.equal(out(m), base); shake(att); changed = out(m)
+    att = attach(m, {name: mask}, Entries); assert torch.equal(out(m), base); shake(att); changed = out(m)
     assert torch.equal(m.get_input_embeddings().weight, m.get_output_embeddings().weight) and not torch.equal(changed, base)
     by_hand = tiny(family); by_hand.get_parameter(name).data.copy_(att.values()[name]); assert torch.equal(out(by_hand), changed)
     with att.disabled(): assert torch.equal(out(m), base)
     save_delta(tmp_path/'d.safetensors', *pack(att), home); fresh = tiny(family); load_delta(fresh, tmp_path/'d.safetensors'); assert torch.equal(out(fresh), changed)
     att.detach(); assert tie() and torch.equal(out(m), base) and same(weights(m), was) and [n for n, _ in m.named_parameters()] == names
-    att = attach(m, {name: mask}, Places); shake(att); att.fold(); assert tie() and torch.equal(out(m), changed)
+    att = attach(m, {name: mask}, Entries); shake(att); att.fold(); assert tie() and torch.equal(out(m), changed)
 
 # ---------- LT-SFT
 
@@ -133,7 +140,7 @@ def test_the_price_of_distance():
     m = toy(); total = sum(p.numel() for p in m.parameters()); q = 'model.layers.0.self_attn.q_proj.weight'
     class State: model, device, batches, extra = m, torch.device('cpu'), [0, 1], {}
     for chosen in ({q: True}, {q: m.get_parameter(q) > 0}):
-        State.attached = attach(m, chosen, None if chosen[q] is True else Places); State.extra = {}; price = short(3.); assert float(price(State).detach()) == 0.
+        State.attached = attach(m, chosen, None if chosen[q] is True else Entries); State.extra = {}; price = short(3.); assert float(price(State).detach()) == 0.
         with torch.no_grad(): next(iter(State.attached.parameters().values())).add_(-.5)
         n = next(iter(State.attached.parameters().values())).numel(); torch.testing.assert_close(float(price(State).detach()), 3*.5*n/total/2, atol=1e-6, rtol=1e-5); State.attached.detach()
 
@@ -166,7 +173,7 @@ def test_impossible_densities_are_refused():
 
 # ---------- no second model in memory
 
-@pytest.mark.parametrize('delta', [Entries, Places])
+@pytest.mark.parametrize('delta', [Entries])
 @pytest.mark.parametrize('family', DECODERS + ENCODERS)
 def test_a_weight_made_anew_on_the_way_back_gives_the_same_gradients(family, delta):
     m = tiny(family); att = attach(m, principal(2)(m), delta); shake(att); x = example_inputs()
@@ -178,9 +185,9 @@ def test_a_weight_made_anew_on_the_way_back_gives_the_same_gradients(family, del
 @pytest.mark.parametrize('lean', [False, True])
 def test_the_way_back_holds_no_second_model(lean, monkeypatch):
     "Bytes that a price keeps until its gradient, for tensors as large as weights"
-    m = toy(hidden=64); att = attach(m, principal(2)(m), Places); kept = []
+    m = toy(hidden=64); att = attach(m, principal(2)(m), Entries); kept = []
     def pack(t): kept.append((t.untyped_storage().data_ptr(), t.untyped_storage().nbytes())); return t
-    theirs = torch.autograd.graph.saved_tensors_hooks; sizes = {v.numel()*4 for v in att.values().values()}; bases = {att._base(n)[0].data_ptr() for n in att.deltas}
+    theirs = torch.autograd.graph.saved_tensors_hooks; sizes = {v.numel()*4 for v in att.values().values()}; bases = {att.weight(n)[0].data_ptr() for n in att.deltas}
     if lean:
         class Both(theirs): # what our hook passes on is what is kept
             def __init__(self, ours, back): super().__init__(lambda t: pack(o) if isinstance(o := ours(t), torch.Tensor) else o, back)
@@ -192,10 +199,10 @@ def test_the_way_back_holds_no_second_model(lean, monkeypatch):
     assert (held == 0) == lean and all(p.grad is not None for p in att.parameters().values())
 
 def test_a_change_that_moved_before_its_gradient_was_taken_is_an_error():
-    m = toy(); att = attach(m, principal(2)(m), Places)
+    m = toy(); att = attach(m, principal(2)(m), Entries)
     with att.lean(): loss = m(**probe()).loss
     shake(att)
-    with pytest.raises(RuntimeError, match='changed between a price and its gradient'): loss.backward()
+    with pytest.raises(RuntimeError, match='changed between a loss and its gradient'): loss.backward()
 
 def test_lift_without_the_cpp_ends_at_the_same_weights(monkeypatch):
     def changed(): return [tune(r).delta.attached.changes() for r in (lift(r=2, every=3), lift(r=2, every=3, by='magnitude'), lt_sft(.05))]

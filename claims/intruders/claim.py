@@ -5,7 +5,6 @@ import ftlab
 from ftlab.adapters.edit import write_change
 from ftlab.instruments.compare import tune as tuned_rates
 from ftlab.core.scorers import WORLD, exact_match, nll
-from ftlab.evaluators.probe import each_change
 from ftlab.evaluators.mechanisms.intruders import count_intruders, intruders, shrink_intruders
 from ftlab.lab.world import OLD
 
@@ -37,7 +36,7 @@ def run(seed, tuned) -> dict:
         r, _ = trained(name, tuned[name], seed, 250); att = r.delta.attached; counts = count_intruders(att)
         if name == 'full': counts = {n: k for n, k in counts.items() if '.layers.' in n} # the matrices that LoRA changes too
         out[name] = dict(intruders=fmean(counts.values()), rise=old_surprise(r.model, tok, seed) - before, accuracy=exact_match(r.model, tok, test), steps=len(r.log))
-    first = {n: W0.clone() for n, W0, _ in each_change(att)}; changes = shrink_intruders(.7)(att.changes(), r.model); att.fold(); write_change(r.model, first, changes)
+    first = {n: att.before(n).clone() for n, *_ in att.weights()}; changes = shrink_intruders(.7)(att.changes(), r.model); att.fold(); write_change(r.model, first, changes)
     rise = old_surprise(r.model, tok, seed) - before
     out['shrunk'] = dict(rise=rise, taken_back=1 - rise/max(out['lora']['rise'], 1e-6), accuracy=exact_match(r.model, tok, test))
     return out

@@ -4,16 +4,17 @@
 
 # %% ../../nbs/core/batches.ipynb #000341f0
 from __future__ import annotations
-import csv, difflib, hashlib, html, io, itertools, json, math, random
+import difflib, hashlib, html, itertools, json, math, random
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 import jinja2, torch
+from .rows import DIGITS, READERS, as_row, clean_text, read_rows
 from ..lab.world import LabWorld, SKILLS, split_of
 
 # %% auto #0
-__all__ = ['KINDS', 'FORMS', 'ALIASES', 'SYNONYMS', 'READERS', 'SPLITS', 'IGNORE', 'PACKS', 'Data', 'data', 'encode',
-           'prompt_ids', 'Encoded', 'encode_all', 'collate', 'bins', 'pack', 'packing', 'order', 'indices', 'batch_at']
+__all__ = ['KINDS', 'FORMS', 'ALIASES', 'SYNONYMS', 'SPLITS', 'IGNORE', 'PACKS', 'Data', 'data', 'encode', 'prompt_ids',
+           'Encoded', 'encode_all', 'collate', 'bins', 'pack', 'packing', 'order', 'indices', 'batch_at']
 
 # %% ../../nbs/core/batches.ipynb #000641f0
 KINDS = dict(chat=('messages',), text=('prompt', 'response'), label=('text', 'label'), lm=('text',)) # in the order of preference
@@ -24,70 +25,7 @@ SYNONYMS = dict(prompt=('question', 'instruction', 'input', 'query', 'source'), 
                 messages=('conversations', 'conversation', 'dialog', 'chat'), text=('sentence', 'content', 'document', 'review'),
                 label=('category', 'class', 'intent', 'target', 'labels'), chosen=('better', 'preferred', 'winner'), rejected=('worse', 'dispreferred', 'loser'))
 
-# %% ../../nbs/core/batches.ipynb #000841f0
-def _file_text(path:Path) -> str:
-    try: return path.read_bytes().decode('utf-8-sig').replace('\r\n', '\n')
-    except UnicodeDecodeError as e: raise ValueError(f'{path} is not UTF-8 text (byte {e.start}); save it as UTF-8') from None
-
-def _object(row, at:str) -> dict:
-    if isinstance(row, Mapping): return dict(row)
-    raise ValueError(f'{at} is a {type(row).__name__}; it must be an object with named columns, such as {{"prompt": ..., "response": ...}}')
-
-def _read_jsonl(path:Path) -> Iterator[tuple[str, dict]]:
-    "Rows of a JSON-lines file with their places"
-    lines = _file_text(path).split('\n')
-    while lines and not lines[-1].strip(): lines.pop()
-    for i, line in enumerate(lines, 1):
-        at = f'{path}, line {i}'
-        if not line.strip(): raise ValueError(f'{at} is empty; delete it: every line must hold one JSON object')
-        try: row = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise ValueError(f'{at} is not JSON ({e.msg} at column {e.colno}); every line must hold one whole object, '
-                             'such as {"prompt": "...", "response": "..."}') from None
-        yield at, _object(row, at)
-
-def _read_json(path:Path) -> Iterator[tuple[str, dict]]:
-    "Rows of a JSON list with their places"
-    try: rows = json.loads(_file_text(path))
-    except json.JSONDecodeError as e:
-        raise ValueError(f'{path}, line {e.lineno} is not JSON ({e.msg} at column {e.colno}); the file must hold one list of objects. '
-                         'If it has one object a line, call it .jsonl') from None
-    if not isinstance(rows, list): raise ValueError(f'{path} holds a JSON {type(rows).__name__}; it must hold a list of objects')
-    for i, row in enumerate(rows, 1): yield (at := f'{path}, item {i}'), _object(row, at)
-
-# %% ../../nbs/core/batches.ipynb #000a41f0
-def _read_csv(path:Path) -> Iterator[tuple[str, dict]]:
-    "Rows of a CSV file with a header, with their places"
-    reader = csv.reader(io.StringIO(_file_text(path)), strict=True); line = 1
-    try:
-        header = next(reader, [])
-        if len(set(header)) != len(header): raise ValueError(f'{path}, line 1 names a column twice: {", ".join(header)}')
-        while True:
-            line = reader.line_num + 1 # where the next row starts: a quoted cell may span several lines
-            if (cells := next(reader, None)) is None: return
-            at = f'{path}, line {line}'
-            if not cells: raise ValueError(f'{at} is empty; delete it')
-            if len(cells) != len(header):
-                raise ValueError(f'{at} has {len(cells)} cells, but the header has {len(header)} ({", ".join(header)}); '
-                                 'put a cell that contains a comma or a line break into double quotes')
-            yield at, dict(zip(header, cells))
-    except csv.Error as e: raise ValueError(f'{path}, line {line} is not CSV: {e}') from None
-
 # %% ../../nbs/core/batches.ipynb #000c41f0
-def _read_parquet(path:Path) -> Iterator[tuple[str, dict]]:
-    "Rows of a parquet file with their places"
-    import pyarrow.parquet as parquet
-    try: table = parquet.read_table(path)
-    except (OSError, ValueError) as e: raise ValueError(f'{path} is not a parquet file: {str(e).splitlines()[0]}') from None
-    for i, row in enumerate(table.to_pylist(), 1): yield f'{path}, row {i}', row
-
-READERS = {'.jsonl': _read_jsonl, '.json': _read_json, '.csv': _read_csv, '.parquet': _read_parquet}
-
-def _read_file(path:Path) -> list[tuple[str, dict]]:
-    if path.suffix.lower() not in READERS:
-        raise ValueError(f'{path} ends in {path.suffix!r}; a data file ends in one of {", ".join(READERS)}')
-    return list(READERS[path.suffix.lower()](path))
-
 def _near(word:str, words) -> str:
     "The end of an error message: what was perhaps meant"
     near = difflib.get_close_matches(word, list(words), 3, .5)
@@ -128,7 +66,7 @@ def _text(value, column:str, at:str) -> str:
         raise ValueError(f'{at}: {column} has no value (None or NaN); fill it in or leave the row out')
     if not isinstance(value, str): raise ValueError(f'{at}: {column} is {str(value)[:40]!r}, a {type(value).__name__}; it must be text')
     if not value.strip(): raise ValueError(f'{at}: {column} is empty; fill it in or leave the row out')
-    return value
+    return clean_text(value, column, at)
 
 def _messages(value, at:str, column:str='messages') -> list[dict]:
     "`value` if it is a list of messages"
@@ -249,7 +187,7 @@ def _number_labels(parts:dict[str, list[dict]], names:list[str]|None, places:dic
                 raise ValueError(f'{places[id(r)]}: label is {r["label"]}; the dataset names the labels 0 to {len(names) - 1}')
             if isinstance(r['label'], int): r['label'] = names[r['label']]
     in_train = {str(r['label']) for r in parts['train']}
-    names = names or sorted(in_train, key=lambda s: (0, int(s), s) if s.removeprefix('-').isdecimal() else (1, 0, s))
+    names = names or sorted(in_train, key=lambda s: (0, int(s), s) if s.removeprefix('-').isdecimal() and len(s) <= DIGITS else (1, 0, s))
     index = {name: i for i, name in enumerate(names)}
     for r in itertools.chain(*parts.values()):
         label = str(r['label'])
@@ -282,16 +220,16 @@ def _records(source, columns:Mapping[str, str], what:str) -> tuple[list[tuple[st
     "All rows of one source with their places, and the names of the labels if the source knows them"
     if isinstance(source, (str, Path)):
         path = Path(source)
-        if path.is_file(): return _read_file(path), None
+        if path.is_file(): return read_rows(path), None
         near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise FileNotFoundError(f'there is no file {source}{_near(path.name, near)}')
-    if isinstance(source, (list, tuple)): return [(f'{what} row {i}', _object(r, f'{what} row {i}')) for i, r in enumerate(source, 1)], None
+    if isinstance(source, (list, tuple)): return [(f'{what} row {i}', as_row(r, f'{what} row {i}')) for i, r in enumerate(source, 1)], None
     import datasets
     if not isinstance(source, datasets.Dataset):
         raise ValueError(f'{what} is a {type(source).__name__}; give a path, a list of dicts, a datasets.Dataset, or a lab skill by name '
                          '(a pandas frame: df.to_dict("records"); a streamed dataset: list(ds.take(1000)))')
     feature = source.features.get(columns.get('label', 'label'))
-    return [(f'{what} row {i}', r) for i, r in enumerate(source, 1)], feature.names if isinstance(feature, datasets.ClassLabel) else None
+    return [(f'{what} row {i}', as_row(r, f'{what} row {i}')) for i, r in enumerate(source, 1)], feature.names if isinstance(feature, datasets.ClassLabel) else None
 
 # %% ../../nbs/core/batches.ipynb #001b41f0
 def _skill_rows(world:LabWorld, skill:str, n:int, split:str, seed:int) -> list[dict]:

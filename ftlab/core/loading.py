@@ -12,11 +12,12 @@ from safetensors import SafetensorError, safe_open
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer,
                           PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase)
 from transformers.utils import logging
+from .folder import ROOM, check_folder, tensor_shapes, weight_files
 from ..lab.models import MODELS
 
 # %% auto #0
-__all__ = ['CHECKPOINTS', 'CLASSES', 'ENDINGS', 'IMAGES', 'lab_folder', 'fresh_head', 'find_device', 'load', 'skeleton',
-           'minilm_folder']
+__all__ = ['CHECKPOINTS', 'CLASSES', 'ENDINGS', 'IMAGES', 'UNBUILT', 'lab_folder', 'head_names', 'fresh_head', 'find_device',
+           'load', 'skeleton', 'minilm_folder']
 
 # %% ../../nbs/core/loading.ipynb #00061c17
 # found, not computed from this file's place, so that the page that you read and the module that it exports agree
@@ -44,9 +45,14 @@ def lab_folder(name:str,                  # 'lab-s', 'lab-m' or 'lab-e'
 def _local_folder(folder:Path) -> Path:
     "`folder`, if it holds a model in safetensors; raises an error that names what it lacks and the mend"
     if not (folder/'config.json').exists():
+        if (folder/'adapter_config.json').exists():
+            raise FileNotFoundError(f'the folder {folder} holds an adapter without its model (adapter_config.json, no config.json); '
+                                    'load the model that it was trained on, then ftlab.adapters.lowrank.from_peft(model, folder)')
         inside = [p.parent.name for p in sorted(folder.glob('*/config.json'))][:4]
         raise FileNotFoundError(f'the folder {folder} has no config.json, so it is no Hugging Face model' + (f'; its subfolders {", ".join(inside)} have one' if inside else ''))
-    if any(folder.glob('*.safetensors')): return folder
+    if any(folder.glob('*.safetensors')):
+        check_folder(folder)
+        return folder
     pickled = sorted(p.name for pattern in ('*.bin', '*.pt', '*.pth', '*.ckpt') for p in folder.glob(pattern))
     if pickled: raise ValueError(f'the folder {folder} has only {", ".join(pickled[:3])}: pickled weights, which can run any program when they are read. If you trust them, convert them once: '
                                  f'AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})')
@@ -102,6 +108,11 @@ def _labelled(config:PretrainedConfig, labels:list[str]) -> PretrainedConfig:
     config.id2label, config.label2id = dict(enumerate(labels)), {l: i for i, l in enumerate(labels)}
     return config
 
+def head_names(model) -> list[str]:
+    "The parameters of the head on top of a transformers model; none where the model does not say what its body is"
+    body = getattr(model, 'base_model_prefix', '')
+    return [n for n, _ in model.named_parameters() if body and not n.startswith(body + '.')]
+
 @torch.no_grad()
 def fresh_head(model:PreTrainedModel, # a model with a head for labels
                seed:int=0             # of the weights
@@ -145,7 +156,7 @@ def find_device(device:str|torch.device|None) -> torch.device:
 # %% ../../nbs/core/loading.ipynb #000f1c17
 def _tokenizer(where:str, revision:str|None, name:str) -> PreTrainedTokenizerBase:
     try: tok = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as e:
+    except Exception as e: # tokenizers raises plain ones
         raise FileNotFoundError(f'{name} has no tokenizer that transformers can read; save one beside it with tok.save_pretrained: {" ".join(str(e).split())[:160]}') from None
     if not tok.get_vocab(): raise FileNotFoundError(f'{name} has no tokenizer files; save one beside it with tok.save_pretrained')
     if tok.pad_token is None and tok.eos_token is not None: tok.pad_token = tok.eos_token
@@ -155,24 +166,58 @@ def _tokenizer(where:str, revision:str|None, name:str) -> PreTrainedTokenizerBas
 def _refuse_gaps(info:dict, head:set[str], name:str):
     "Raise `ValueError` if tensors of the model were not in its files, but for a fresh head and a pooler"
     ours = lambda keys: sorted(k for k in (k if isinstance(k, str) else k[0] for k in keys) if k.split('.')[0] not in head)
-    some = lambda keys: ', '.join(keys[:3]) + (', ...' if len(keys) > 3 else '')
     wrong = ours(info['mismatched_keys']); gaps = [k for k in ours(info['missing_keys']) if 'pooler' not in k]
-    if wrong: raise ValueError(f'{len(wrong)} tensors of {name} have another shape than its config.json says: {some(wrong)}')
-    if gaps: raise ValueError(f'the files of {name} lack {len(gaps)} of the model\'s tensors ({some(gaps)}); transformers would fill them with random numbers. '
+    if wrong: raise ValueError(_other_shape(wrong, name))
+    if gaps: raise ValueError(f'the files of {name} lack {len(gaps)} of the model\'s tensors ({_some(gaps)}); transformers would fill them with random numbers. '
                               'The file is damaged, or of another kind: see kind=')
+
+def _check_shapes(sort:str, where:str, config:PretrainedConfig, fresh:bool, name):
+    "Raise `ValueError` if the model, built without memory, has another shape than the folder's files"
+    if not Path(where).is_dir() or getattr(config, 'quantization_config', None): return # packed weights have shapes of their own
+    files = weight_files(Path(where)); stored = {n: s for f in files for n, s in tensor_shapes(f).items()}
+    bones = _bones(sort, config, None, 'meta', name)
+    head, prefix = set(head_names(bones)) if fresh else set(), f'{bones.base_model_prefix}.'
+    known = {n: next((stored[k] for k in (n, prefix + n, n.removeprefix(prefix)) if k in stored), None) for n, _ in bones.named_parameters()}
+    wrong = [n for n, p in bones.named_parameters() if n not in head and known[n] not in (None, tuple(p.shape))]
+    if wrong: raise ValueError(_other_shape(wrong, name))
+    size, there = sum(p.numel() for n, p in bones.named_parameters() if n not in head), sum(f.stat().st_size for f in files)
+    if size > ROOM*there: raise ValueError(f'the config.json of {name} describes {size:,} parameters, and its files hold {there:,} bytes; one of the two is wrong')
+
+def _bones(sort, config, dtype, device, name) -> PreTrainedModel:
+    "The model as names and shapes"
+    with _quiet(), torch.random.fork_rng(devices=[]), torch.device(device):
+        try: return CLASSES[sort].from_config(config, **(dict(dtype=dtype) if dtype else {}))
+        except torch.OutOfMemoryError: raise
+        except UNBUILT as e: raise _unbuilt(name, e) from None
+
+UNBUILT = (ImportError, ArithmeticError, LookupError, TypeError, AttributeError, ValueError, RuntimeError) # what transformers raises at values that it never tried
+
+def _unbuilt(name, e): return ValueError(f'{name} cannot be built as its config.json says: {type(e).__name__}: {" ".join(str(e).split())[:200]}')
+
+def _other_shape(wrong:list[str], name) -> str: return f'{len(wrong)} tensors of {name} have another shape than its config.json says: {_some(wrong)}'
+
+def _some(keys:list[str]) -> str: return ', '.join(keys[:3]) + (', ...' if len(keys) > 3 else '')
 
 def _weights(sort:str, where:str, config:PretrainedConfig, revision:str|None, dtype, seed:int, name) -> tuple[PreTrainedModel, dict]:
     "The model, and what `transformers` says about its tensors. What it fills in by itself is fixed by the seed too, and the caller's random state is left alone."
     with _quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        try: return CLASSES[sort].from_pretrained(where, config=config, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-                                                  output_loading_info=True, ignore_mismatched_sizes=True) # _refuse_gaps looks at them
+        try:
+            model, info = CLASSES[sort].from_pretrained(where, config=config, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+                                                        output_loading_info=True, ignore_mismatched_sizes=True) # _refuse_gaps looks at them
         except (OSError, SafetensorError) as e: raise _weights_error(where, revision, name, e) from None
+        except torch.OutOfMemoryError: raise
+        except UNBUILT as e: raise _unbuilt(name, e) from None
+    if getattr(model, '_hf_peft_config_loaded', False):
+        raise ValueError(f'{name} is an adapter, or holds one beside its weights; load the model that it was trained on, '
+                         'then ftlab.adapters.lowrank.from_peft(model, folder)')
+    return model, info
 
 # %% ../../nbs/core/loading.ipynb #00131c17
 def _config(where:str, revision:str|None, name) -> PretrainedConfig:
     try: return AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as e: raise _config_error(where, revision, name, e) from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError, RecursionError) as e:
+        raise _config_error(where, revision, name, e) from None
 
 def _config_error(where:str, revision:str|None, name, e:Exception) -> Exception:
     if 'trust_remote_code' in str(e) or 'custom code' in str(e): return ValueError(f'{name} needs program code that comes with it, which ftlab does not run')
@@ -203,6 +248,7 @@ def load(name:str|Path,              # 'lab-s', 'lab-m', 'lab-e', a local folder
     known = _own_labels(config)
     if labels is not None: _labelled(config, list(labels))
     fresh = labels is not None and list(labels) != known
+    _check_shapes(sort, where, config, fresh, name)
     model, info = _weights(sort, where, config, revision, dtype, seed, name)
     _refuse_gaps(info, {n for n, _ in model.named_children() if n != model.base_model_prefix} if fresh else set(), str(name))
     if fresh: fresh_head(model, seed)
@@ -218,7 +264,7 @@ def skeleton(name:str|Path, revision:str|None=None, dtype:str|torch.dtype|None=N
     sort = _sort(config, 'auto', labels, str(name)); tok = None if config.model_type in IMAGES else _tokenizer(where, revision, str(name))
     if labels is not None: _labelled(config, list(labels))
     if dtype == 'auto': dtype = config.dtype or _stored(where)
-    with _quiet(), torch.random.fork_rng(devices=[]), torch.device(device): return CLASSES[sort].from_config(config, dtype=dtype), tok
+    return _bones(sort, config, dtype, device, name), tok
 
 def _stored(where:str) -> torch.dtype:
     "The dtype of a folder's weights, from the header of its first safetensors file; float32 where that is not on this disk"

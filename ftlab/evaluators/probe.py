@@ -5,7 +5,7 @@
 # %% ../../nbs/evaluators/probe.ipynb #0003bf64
 from __future__ import annotations
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import torch
 from torch import Tensor
 from ..core.anatomy import Anatomy, UnknownArchitecture, anatomy
@@ -13,7 +13,7 @@ from ..core.model import model_inputs
 from ..trainers.objective import kl, priced
 
 # %% auto #0
-__all__ = ['drift', 'cka', 'layers', 'pooled', 'anatomy_of', 'places', 'moved', 'each_change']
+__all__ = ['drift', 'cka', 'layers', 'pooled', 'anatomy_of', 'places', 'moved']
 
 # %% ../../nbs/evaluators/probe.ipynb #0005bf64
 @torch.no_grad()
@@ -56,16 +56,3 @@ def moved(changes:Mapping[str, Tensor], model) -> list[dict]:
     "One row a changed tensor: its place, the length of its change, and the share of its numbers that moved"
     at = places(model); place = lambda n: dict(zip(('block', 'part', 'role'), at.get(n, (None, 'other', ''))))
     return [dict(name=n, **place(n), norm=float(c.double().norm()), moved=float((c != 0).float().mean())) for n, c in changes.items()]
-
-# %% ../../nbs/evaluators/probe.ipynb #000fbf64
-@torch.no_grad()
-def each_change(att # the change on a model, as `attach` and `load_delta` return it
-               ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, base weight, tuned weight) of every weight that a change reaches, one at a time, as the model stores them.
-
-    Clone what you keep: they may be the model's own. Deltas on activations have no weights."""
-    own = {n: p for n, p in att.model.named_parameters() if n in att.whole}
-    for n, p in own.items(): yield n, att.before(n).to(p.device), p.detach()
-    for n, d in att.deltas.items():
-        if d.site != 'weight': continue
-        W, turned = att._base(n); yield n, W, (d(W.T).T if turned else d(W)).contiguous()

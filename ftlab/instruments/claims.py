@@ -24,7 +24,8 @@ from types import SimpleNamespace
 import torch
 import ftlab
 from ..core.io import write_atomically
-from .compare import Bench, Budget, matched, target_gain, tune, tuning_seed, versions, _crashed, _decoder, _digest
+from ..core.model import evaluating
+from .compare import Bench, Budget, target_gain, tune, tuning_seed, versions, _crashed, _decoder, _digest
 from ..core.scorers import WORLD, nll
 from ..methods import get
 from ..papers import claims, claims_folder, marked
@@ -84,10 +85,9 @@ class Looks:
     def __init__(self, n:int, gain:Callable): self.n, self.gain, self.path, self.copies = n, gain, [], []
     def after_step(self, state):
         if state.step % self.n and state.step != state.steps: return
-        training = state.model.training; state.model.eval()
-        with torch.no_grad(), torch.random.fork_rng(): self.path.append(dict(step=state.step, gain=self.gain(state)))
-        self.copies.append(copy.deepcopy(state.model))
-        state.model.train(training)
+        with evaluating(state.model), torch.no_grad(), torch.random.fork_rng():
+            self.path.append(dict(step=state.step, gain=self.gain(state)))
+            self.copies.append(copy.deepcopy(state.model))
 
 def train_arm(bench, arm, rate, seed, looks=0, steps=None):
     "One arm at one rate: the run, what the looks saw, and the recipe's own way to draw answers"
@@ -223,7 +223,8 @@ def script_of(claim:Claim):
 
 def beside(key:str):
     "The script of another claim, for a claim whose experiment shares its ground; it counts into the hash of both"
-    return script_of(named_claim(key))
+    folder = claims_folder() or Path(ftlab.__file__).resolve().parent/'data'/'claims'  # an installed package has copies
+    return script_of(read_claim(folder/key))
 
 class Kept:
     "Parts of a claim that are finished, as JSON files: `kept(name, make)` reads the part, or makes it"

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 from .. import __version__
-from ..adapters.delta import identity
+from ..adapters.store import identity
 from ..core.io import write_atomically
 from ..core.batches import Data, collate, data as as_data, encode_all
 from ..core.loading import find_device, load
@@ -158,6 +158,7 @@ def _trim():
 class Budget:
     "End the run when so many tokens have been read"
     def __init__(self, tokens:int): self.tokens = tokens
+    def describe(self): return dict(name='Budget', tokens=self.tokens)
     def after_step(self, state): state.steps = state.step if state.tokens >= self.tokens else state.steps
 
 # %% ../../nbs/instruments/compare.ipynb #0016c6d6

@@ -12,8 +12,10 @@ from functools import cached_property
 from pathlib import Path
 import torch
 from torch import nn
-from ..adapters.delta import WrongBase, fingerprint, load_delta, _shared
-from ..adapters.select import coverage, everything, named, parts
+from ..adapters.attach import own_buffers, own_weights, pulls_apart
+from ..adapters.delta import Entries
+from ..adapters.store import WrongBase, fingerprint, load_delta
+from ..adapters.select import PARTS, coverage, everything, named, parts
 from .compare import is_lab, old_skills
 from ..core.anatomy import UnknownArchitecture
 from ..core.batches import KINDS, Data, collate, data as as_data, encode, prompt_ids, _pieces, _piece_ids, _question
@@ -30,9 +32,9 @@ from ..trainers.source import count_priced
 from ..trainers.step import NotFinite
 
 # %% auto #0
-__all__ = ['SEVERITIES', 'SAMPLE', 'COPY_LIMIT', 'SETTINGS', 'PATIENCE', 'PARTS', 'SELECTION', 'ROWS', 'FEW', 'DATA', 'NUMBERS',
-           'STEP', 'ASKED', 'AGAIN', 'CHANGE', 'PROMISED', 'COST', 'CHECKS', 'NotApplicable', 'Check', 'Finding',
-           'Diagnosis', 'Given', 'Case', 'selection_empty', 'selection_thin', 'names_unmatched', 'frozen_but_selected',
+__all__ = ['SEVERITIES', 'SAMPLE', 'COPY_LIMIT', 'SETTINGS', 'PATIENCE', 'SELECTION', 'ROWS', 'FEW', 'DATA', 'NUMBERS', 'STEP',
+           'ASKED', 'AGAIN', 'CHANGE', 'PROMISED', 'COST', 'CHECKS', 'NotApplicable', 'Check', 'Finding', 'Diagnosis',
+           'Given', 'Case', 'selection_empty', 'selection_thin', 'names_unmatched', 'frozen_but_selected',
            'tied_under_delta', 'labels_all_masked', 'answers_cut', 'labels_shifted', 'border_split', 'asked_otherwise',
            'end_not_learned', 'bos_not_once', 'template_missing', 'train_test_overlap', 'duplicate_rows',
            'answers_contradict', 'few_test_rows', 'labels_missing', 'labels_unbalanced', 'passes_over_data',
@@ -148,7 +150,7 @@ class _Look:
 
 def _dry(model, tok, data, recipe, settings, batch=None) -> _Look:
     "Begin the run and stop it after the first gradient; `model` is left as it was"
-    own = any(not isinstance(r, Recipe) or r.source is not None for r in (recipe, *recipe.stages))
+    own = any(not isinstance(r, Recipe) or r.own_source for r in recipe.turns)
     look = _Look(batch, PATIENCE if own else 1)
     try:
         with evaluating(model): # fit trains it, and leaves it in evaluation mode
@@ -213,12 +215,12 @@ class Case(Given):
     @property
     def stages(self) -> list[Recipe]:
         "The recipe's stages that can be looked at before their turn comes"
-        return [s for s in self.recipe.stages or (self.recipe,) if isinstance(s, Recipe)]
+        return [s for s in self.recipe.turns if isinstance(s, Recipe)]
 
     def answers(self, question:str) -> bool:
         "Does the recipe, or a stage of it, answer `question` ('source', 'view', ...) in its own way? A stage that is made when its turn comes may"
         own = (self.recipe, *self.stages)
-        return len(self.stages) < len(self.recipe.stages) or any(getattr(r, question) not in (None, ()) for r in own)
+        return len(self.stages) < len(self.recipe.stages) or any(r.answers(question) for r in own)
 
     def waives(self, promise:str) -> None:
         "Raise `NotApplicable` if the recipe, or a stage of it, does not make `promise`"
@@ -286,11 +288,7 @@ def _some(names, n=3) -> str: names = list(names); return ', '.join(names[:n]) +
 
 def _plain(model) -> dict:
     "Parameters under the names that they have without a change on the model, and without the change's own"
-    out = {}
-    for n, p in model.named_parameters():
-        if '.delta_' in n or ('.parametrizations.' in n and not n.endswith('.original')): continue
-        out[n.replace('.parametrizations.', '.').removesuffix('.original')] = p
-    return out
+    return own_weights(model)
 
 # %% ../../nbs/instruments/doctor.ipynb #00140f3d
 def _fresh(c) -> nn.Module:
@@ -300,7 +298,7 @@ def _fresh(c) -> nn.Module:
     state = _switched_off(c, lambda: {n: p.detach().clone() for n, p in _plain(model).items()}); config = copy.deepcopy(model.config)
     for k, v in vars(config).items():
         if 'drop' in k and isinstance(v, float): setattr(config, k, 0.)
-    state |= {n: b for n, b in model.named_buffers() if '.delta_' not in n and '.parametrizations.' not in n}
+    state |= own_buffers(model)
     with torch.random.fork_rng(): new = type(model)(config).to(model.dtype)
     new.load_state_dict(state, strict=False)
     return new.to(next(iter(state.values())).device).eval()
@@ -337,13 +335,10 @@ def selection_thin(c):
     if len(blocks) >= 4 and 0 < len(found['blocks']) <= len(blocks)/4:
         return f'{len(found["blocks"])} of {len(blocks)} blocks are reached ({_some(map(str, found["blocks"]), 6)}), {found["share"]:.2%} of the numbers'
 
-PARTS = ('attention', 'mlp', 'norm', 'bias', 'embedding', 'head', 'other')
-
 def _asked(select) -> dict[str, Callable]:
     "The single names that a selection asks for, each as a selection of its own"
-    own = inspect.getclosurevars(select).nonlocals if inspect.isfunction(select) else {}
-    if 'pattern' in own: return {p: named(p) for p in _alternatives(own['pattern'])}
-    if 'which' in own: return {w: parts(w, blocks=own.get('blocks')) for w in own['which'] if w not in PARTS} # a model without biases is no mistake
+    if isinstance(select, named): return {p: named(p) for p in _alternatives(select.pattern)}
+    if isinstance(select, parts): return {w: parts(w, blocks=select.blocks) for w in select.which if w not in PARTS} # a model without biases is no mistake
     return {}
 
 def _alternatives(pattern:str) -> list[str]:
@@ -367,9 +362,11 @@ def frozen_but_selected(c):
     if was: return f'{len(was)} of {len(c.chosen)} selected tensors had requires_grad=False before, e.g. {_some(was)}; they will train all the same'
 
 def tied_under_delta(c):
-    beside = [n for s, chosen in c.selections for n, m in chosen.items() if (s.delta is not None or m is not True) and n in c.params]
-    bad = [(n, o[0]) for n in beside if (o := _shared(c.model, n))]
-    if bad: return f'{bad[0][0]} is one tensor with {bad[0][1]}, and the change would be written beside it'
+    for s, chosen in c.selections:
+        beside = [n for n, m in chosen.items() if (s.delta is not None or m is not True) and n in c.params]
+        for n in beside:
+            if other := pulls_apart(c.model, n, s.delta or Entries):
+                return f'{n} is one tensor with {other}, and the change would be written beside it'
 
 # %% ../../nbs/instruments/doctor.ipynb #00180f3d
 SELECTION = [

@@ -18,7 +18,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from ..adapters import sparse
-from ..adapters.delta import Attached
+from ..adapters.attach import Attached, oriented
 from ..adapters.edit import write_change
 from ..adapters.merging.lines import by_depth, depth
 from .compare import COLORS, MARKS, Comparison, is_lab
@@ -530,7 +530,7 @@ def spectrum(base,      # a `Run`, an attached change, or the base model
             ) -> View:
     "The directions of a change, matrix by matrix: `draw_spectrum` with handles. Raises `ValueError` where no matrix changed."
     model, change = apart(base, tuned); params = dict(model.named_parameters())
-    found = Matrices({n: (params[n].detach(), change[n]) for n in anatomy(model).matrices() if n in change})
+    found = Matrices({n: (oriented(model, n, params[n].detach()), oriented(model, n, change[n])) for n in anatomy(model).matrices() if n in change})
     if not found: raise ValueError('no matrix inside the blocks changed; the view shows those of attention and MLP')
     return View(partial(draw_spectrum, found), 'Stretches of a change, the energy that a rank keeps, and intruder dimensions.',
                 matrix=choice(_labels({n: p for n, p in _places(model).items() if n in found}), 'matrix'),

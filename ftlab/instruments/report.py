@@ -14,19 +14,21 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from ..adapters.delta import identity, load_delta
+from ..adapters.attach import own_weights
+from ..adapters.store import identity, load_delta
 from ..core.io import write_atomically
 from .compare import is_lab, metric_for, old_skills, versions, _trim
 from ..core.anatomy import UnknownArchitecture
-from ..core.batches import Data, collate, data as as_data, encode, encode_all, prompt_ids
-from ..core.generate import generate, left_pad
+from ..core.batches import Data, collate, data as as_data, encode, prompt_ids
+from ..core.generate import generate
 from ..core.loading import load
 from ..core.model import device_of, evaluating, model_inputs, pad_id, row_limit, to_device
+from ..core.paper import Method
 from ..core.recipe import Recipe
 from ..core.scorers import WORLD, answer_length, judge
 from ..evaluators.calibration import calibration, confidence
 from ..evaluators.mechanisms.tuco import tuco
-from ..evaluators.probe import cka, each_change, places, pooled
+from ..evaluators.probe import cka, places, pooled
 from .report_page import Report
 from ..evaluators.mechanisms.intruders import intruders
 from ..evaluators.spectra import spectrum
@@ -165,17 +167,7 @@ def load_observed(path:Path) -> list[dict]:
 @contextmanager
 def as_base(att, folder:str|Path|None=None) -> Iterator:
     "Within this context the model is the base, bit for bit, and no second copy of its weights is in memory; `folder` is for a temporary file"
-    own = {n: p for n, p in att.model.named_parameters() if n in att.whole}; was = att.enabled
-    with tempfile.TemporaryDirectory(dir=folder) as tmp, torch.no_grad():
-        if own: save_file({n: p.detach().cpu().contiguous() for n, p in own.items()}, Path(tmp)/'tuned.safetensors')
-        try:
-            att.enabled = False
-            for n, p in own.items(): p.copy_(att.before(n))
-            yield att.model
-        finally:
-            att.enabled = was
-            for n, p in own.items():
-                with safe_open(Path(tmp)/'tuned.safetensors', 'pt') as f: p.copy_(f.get_tensor(n)) # opened anew each time, so that what was read is let go
+    with att.disabled(folder or tempfile.gettempdir()) as model: yield model
 
 # %% ../../nbs/instruments/report.ipynb #0014fa9f
 def seen_by_base(run:Run, asked:list[Asked], folder:Path, decode:Callable|None, **how) -> list[dict]:
@@ -262,7 +254,7 @@ def change_of(run:Run, matrices:int=64, k:int=10, eps:float=.5) -> dict:
 
 def _square(att, at) -> list[str]:
     "The matrices of attention and MLP that a change reaches"
-    return [n for n, W0, _ in each_change(att) if W0.ndim == 2 and at.get(n, (None, '', ''))[1] in ('attention', 'mlp')]
+    return [n for n, W0, _ in att.weights() if W0.ndim == 2 and at.get(n, (None, '', ''))[1] in ('attention', 'mlp')]
 
 def _elsewhere(att, at) -> list[dict]:
     "Parts of the change that act on what flows through the model instead of its weights"
@@ -283,10 +275,10 @@ def _directions(W0, W1, k, eps) -> dict:
 def _all_weights(att):
     "(name, base, tuned) of every weight of the model, changed or not"
     done = set()
-    for n, W0, W1 in each_change(att): done.add(n); yield n, W0, W1
-    for n, p in att.model.named_parameters():
-        if '.parametrizations.' in n and not n.endswith('.original') or any(x.startswith('delta_') for x in n.split('.')): continue # a delta's own numbers
-        n = n.replace('.parametrizations.', '.').removesuffix('.original')
+    for n, W0, W1 in att.weights():
+        done.add(n)
+        yield n, W0, W1
+    for n, p in own_weights(att.model).items():
         if n not in done: yield n, p.detach(), p.detach()
 
 # %% ../../nbs/instruments/report.ipynb #001efa9f
@@ -362,7 +354,7 @@ def report(run:Run|str|Path,        # a run of `fit`, or the folder in which `ft
 # %% ../../nbs/instruments/report.ipynb #0024fa9f
 def _both(run, asked, cache, how) -> tuple[list[dict], list[dict]]:
     "What the base and the tuned model say"
-    run.delta.attached._kept(run.delta.attached.whole); decode = decoder_of(run) # the first raises where the base is gone
+    run.delta.attached.originals_of(run.delta.attached.whole); decode = decoder_of(run) # the first raises where the base is gone
     with nullcontext(cache) if cache else _own_folder(run) as folder: before = seen_by_base(run, asked, Path(folder), decode, **how)
     return before, observe(run.model, run.tok, asked, decode and decode(run.model), **how)
 
@@ -381,7 +373,7 @@ def _about(run) -> dict:
 def _own_folder(run):
     "The run's folder, or where a run without one keeps its originals, or a new temporary one"
     if run.folder: return nullcontext(run.folder)
-    return nullcontext(run._holder.name) if getattr(run, '_holder', None) else tempfile.TemporaryDirectory()
+    return nullcontext(run.holder.name) if run.holder else tempfile.TemporaryDirectory()
 
 def _name(run) -> str:
     "The model's name; a folder that is called 'model' with the folder above it"
@@ -456,4 +448,4 @@ def _recipe(said:Mapping) -> Recipe:
         if said.get('decode'):
             raise ValueError(f'the recipe {name!r} draws answers its own way ({said["decode"]}), and no method of that name is known; '
                              'report on the Run itself') from None
-        return Recipe(name, lr=said.get('lr', 3e-4), arguments=said.get('arguments', {}))
+        return Recipe(Method(name, said.get('lr', 3e-4), arguments=said.get('arguments', {})))

@@ -4,20 +4,20 @@
 
 # %% ../../../nbs/evaluators/mechanisms/intruders.ipynb #000341de
 from __future__ import annotations
-from collections.abc import Callable
+from dataclasses import dataclass
 import torch
 from torch import Tensor
-from torch.nn.utils import parametrize
-from ...core.paper import paper
-from ..probe import each_change
+from ...adapters.attach import base_below, oriented
+from ...core.paper import probe
 
 # %% auto #0
 __all__ = ['intruders', 'count_intruders', 'shrink_intruders']
 
 # %% ../../../nbs/evaluators/mechanisms/intruders.ipynb #0008dec8
-@paper('LoRA vs Full Fine-tuning: An Illusion of Equivalence', '2410.21228',
+@probe('LoRA vs Full Fine-tuning: An Illusion of Equivalence', '2410.21228',
     'At equal task accuracy LoRA has intruder dimensions, full fine-tuning has none, and shrinking them undoes forgetting.',
-    'the abstract, Algorithm 1 and the public reviews; the defaults k=10 and eps=0.5 as reported by others')
+    'the abstract, Algorithm 1 and the public reviews; the defaults k=10 and eps=0.5 as reported by others',
+    ask=lambda model, change, batch: count_intruders(change))
 def intruders(W0:Tensor,    # the base matrix, [out, in]
               W1:Tensor,    # the tuned one
               k:int=10,     # how many of its left singular vectors are looked at
@@ -36,25 +36,24 @@ def _intruders(W0, W1, k, eps):
 # %% ../../../nbs/evaluators/mechanisms/intruders.ipynb #000edec8
 def count_intruders(att, k:int=10, eps:float=.5) -> dict[str, int]:
     "{name of a matrix that a change reaches: its intruders}; vectors are left out"
-    return {n: int(intruders(W0, W1, k, eps).sum()) for n, W0, W1 in each_change(att) if W0.ndim == 2}
+    return {n: int(intruders(W0, W1, k, eps).sum()) for n, W0, W1 in att.weights() if W0.ndim == 2}
 
-def shrink_intruders(lam:float=.7,  # what is left of an intruder's stretch: 0 removes it, 1 leaves it
-                     k:int=10, eps:float=.5 # as in `intruders`
-                    ) -> Callable:  # edit(changes, model) -> changes
-    "Shrink every intruder dimension of the tuned weights to `lam` of its stretch"
-    def edit(changes, model): return {n: _shrunk(_base_of(model, n, c), c, lam, k, eps) if c.ndim == 2 else c for n, c in changes.items()}
-    edit.__name__ = f'shrink_intruders({lam:g})'
-    return edit
+@dataclass(frozen=True)
+class shrink_intruders:
+    "Shrink every intruder dimension of the tuned weights to `lam` of its singular value"
+    lam:float=.7  # what is left of it: 0 removes it, 1 leaves it
+    k:int=10      # as in `intruders`
+    eps:float=.5  # as in `intruders`
+    def __call__(self, changes, model) -> dict:
+        shrunk = lambda n, c: _shrunk(model, n, c, self.lam, self.k, self.eps)
+        return {n: shrunk(n, c) if c.ndim == 2 else c for n, c in changes.items()}
+    def __repr__(self): return f'shrink_intruders({self.lam:g})'
 
 @torch.no_grad()
-def _shrunk(W0, C, lam, k, eps):
-    "The change `C` of a base matrix with its intruders shrunk"
+def _shrunk(model, name, C, lam, k, eps):
+    "The change `C` of one matrix with its intruders shrunk, as the model stores it"
+    below = base_below(model, name)
+    W0 = model.get_parameter(name).detach() - C if below is None else below # the weight itself moved
+    W0, C = oriented(model, name, W0), oriented(model, name, C)
     on, (U, S, Vh) = _intruders(W0, W0 + C, k, eps)
-    return C + (lam - 1)*((U[:, on]*S[on]) @ Vh[on]).to(C.dtype)
-
-def _base_of(model, name, change):
-    "The base's weight while its change is still on the model, in whichever form"
-    path, _, attr = name.rpartition('.'); mod = model.get_submodule(path)
-    if parametrize.is_parametrized(mod, attr): return mod.parametrizations[attr].original.detach()
-    own = getattr(mod, attr).detach()
-    return own if f'delta_{attr}' in dict(mod.named_children()) else own - change
+    return oriented(model, name, C + (lam - 1)*((U[:, on]*S[on]) @ Vh[on]).to(C.dtype)).contiguous()

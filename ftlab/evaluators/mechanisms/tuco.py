@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 import torch
 from torch import Tensor
-from torch.func import functional_call
-from ...core.paper import paper
-from ...core.state import MODEL_INPUTS
+from ...core.paper import probe
+from ...core.model import model_inputs
 from ..probe import anatomy_of
 
 # %% auto #0
@@ -23,7 +22,7 @@ class Split:
                  base,        # the change on it (`run.delta.attached`), or a base model of the same make
                  alpha:float=1.): # what the fine-tuning component is multiplied by
         self.alpha, self.busy, self.start = alpha, False, None
-        self.handles = [model.get_submodule(b.name).register_forward_hook(self._hook(_base_block(model, base, b.name), i == 0), with_kwargs=True) for i, b in enumerate(anatomy_of(model).blocks)]
+        self.handles = [model.get_submodule(b.name).register_forward_hook(self._hook(_base_block(base, b.name), i == 0), with_kwargs=True) for i, b in enumerate(anatomy_of(model).blocks)]
 
     def _hook(self, base_block:Callable, first:bool):
         def hook(block, args, kw, out):
@@ -43,18 +42,12 @@ class Split:
 
 def _state(out): return out[0] if isinstance(out, tuple) else out
 
-def _base_block(model, base, name) -> Callable:
+def _base_block(base, name) -> Callable:
     "The base's block of that name, to be called like the tuned one"
-    if isinstance(base, torch.nn.Module): return base.get_submodule(name)
-    def run(*args, **kw):
-        was, base.enabled = base.enabled, False
-        own = {n[len(name) + 1:]: base.before(n).to(args[0].device if args else kw['hidden_states'].device) for n in base.whole if n.startswith(name + '.')}
-        try: return functional_call(model.get_submodule(name), own, args, kw)
-        finally: base.enabled = was
-    return run
+    return base.get_submodule(name) if isinstance(base, torch.nn.Module) else base.base_module(name)
 
 # %% ../../../nbs/evaluators/mechanisms/tuco.ipynb #0006170a
-@paper('TuCo: Measuring the Contribution of Fine-Tuning to Individual Responses of LLMs', '2506.23423',
+@probe('TuCo: Measuring the Contribution of Fine-Tuning to Individual Responses of LLMs', '2506.23423',
     'The share of the fine-tuning component in what a prompt\'s blocks add is low where a model acts like its base, as under a successful attack.',
     'the abstract and Algorithm 1; post-norm blocks and classifiers are our reading')
 @torch.no_grad()
@@ -66,7 +59,7 @@ def tuco(model,       # the tuned model
     "The tuning contribution of each prompt. Raises `UnknownArchitecture` for a model whose blocks `anatomy` cannot find."
     if at not in ('last', 'first'): raise ValueError(f'at is {at!r}; it must be last or first')
     s = Split(model, base)
-    try: model(**{k: v for k, v in batch.items() if k in MODEL_INPUTS}, use_cache=False)
+    try: model(**model_inputs(batch), use_cache=False)
     finally: s.remove()
     p, f = (at_token(v, batch['attention_mask'], at).float().norm(dim=-1) for v in (s.ptc, s.ftc))
     return f/(p + f).clamp(min=1e-30)

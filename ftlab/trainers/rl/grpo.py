@@ -5,17 +5,20 @@
 # %% ../../../nbs/trainers/rl/grpo.ipynb #00037c68
 from __future__ import annotations
 from collections.abc import Callable
+from dataclasses import dataclass
 import torch
 from torch import Tensor
 from ...core.batches import indices
-from ...core.generate import left_pad, render
-from ...core.paper import paper
+from ...core.generate import left_pad, render_within
+from ...core.model import evaluating, model_inputs
+from ...core.paper import method
 from ...core.recipe import Recipe
 from ...core.scorers import answer_length, judge
 from ..objective import priced, token_nll
+from ..source import micro_size
 
 # %% auto #0
-__all__ = ['advantages', 'Rollouts', 'clipped_policy', 'grpo']
+__all__ = ['advantages', 'Rollouts', 'clipped_policy', 'rollouts', 'grpo']
 
 # %% ../../../nbs/trainers/rl/grpo.ipynb #00057c68
 def advantages(rewards:Tensor,  # [questions, answers of each]
@@ -31,7 +34,7 @@ class Rollouts:
         if state.data.kind != 'text': raise ValueError(f'rollouts need questions with a prompt and a response to judge by; the data are of kind {state.data.kind!r}')
         n = state.settings['batch_size']
         if n % group or group < 2: raise ValueError(f'batch_size is {n} and the group {group}; a group needs at least 2 answers, and the batch whole groups')
-        if n % (k := state.settings['accumulate']): raise ValueError(f'batch_size is {n} and accumulate {k}; the first must be a multiple of the second')
+        self.micro = micro_size(n, state.settings['accumulate'])
         self.group, self.reward, self.temperature, self.questions = group, reward, temperature, n//group
         self.limit = max_new_tokens or answer_length(state.data.train, state.tok)
 
@@ -39,10 +42,11 @@ class Rollouts:
     def next(self, state) -> list[dict]:
         "Draw a group of answers to each question of this step; every micro-batch carries old log-probabilities and advantages"
         rows = [state.data.train[i] for i in indices(state.step, self.questions, len(state.data.train), state.seed)]
-        asked = render([r['prompt'] for r in rows for _ in range(self.group)], state.tok); b = left_pad(asked, state.tok.pad_token_id, state.device)
-        training = state.model.training; state.model.eval()
-        y = state.model.generate(**b, max_new_tokens=self.limit, do_sample=True, temperature=self.temperature, top_k=0, top_p=1.,
-                                 pad_token_id=state.tok.pad_token_id, eos_token_id=state.tok.eos_token_id)
+        asked, longest = render_within([r['prompt'] for r in rows for _ in range(self.group)], state.tok, self.limit, state.model)
+        b = left_pad(asked, state.tok.pad_token_id, state.device)
+        with evaluating(state.model):
+            y = state.model.generate(**b, max_new_tokens=longest, do_sample=True, temperature=self.temperature, top_k=0, top_p=1.,
+                                     pad_token_id=state.tok.pad_token_id, eos_token_id=state.tok.eos_token_id)
         start = b['input_ids'].shape[1]; said = y[:, start:]
         live = (said == state.tok.eos_token_id).cumsum(1) - (said == state.tok.eos_token_id).int() == 0  # up to and with the first end
         texts = state.tok.batch_decode([t[m] for t, m in zip(said, live)], skip_special_tokens=True)
@@ -51,39 +55,58 @@ class Rollouts:
         labels = y.masked_fill(torch.cat([torch.zeros_like(b['attention_mask'], dtype=torch.bool), live], 1).logical_not(), -100)
         mask = torch.cat([b['attention_mask'], live.long()], 1); place = (mask.cumsum(1) - 1).clamp(min=0)
         full = dict(input_ids=y, attention_mask=mask, position_ids=place, labels=labels, advantage=advantages(rewards).flatten().to(state.device))
-        full['old'] = -token_nll(state.model(input_ids=y, attention_mask=mask, position_ids=place).logits, labels); state.model.train(training)
-        k = len(y)//state.settings['accumulate']
-        return [{n: v[i:i + k] for n, v in full.items()} for i in range(0, len(y), k)]
+        with evaluating(state.model): logits = state.model(**model_inputs(full)).logits
+        full['old'] = -token_nll(logits, labels)
+        return [{n: v[i:i + self.micro] for n, v in full.items()} for i in range(0, len(y), self.micro)]
 
 # %% ../../../nbs/trainers/rl/grpo.ipynb #000b7c68
-def clipped_policy(clip:float=.2, # how far the ratio may go from 1 before it stops paying
-                   beta:float=.04 # price of the KL to the reference
-                  ) -> Callable:  # objective(state) -> scalar
+@dataclass(frozen=True)
+class clipped_policy:
     "GRPO's objective (Shao et al. 2024, equation 3), to be minimised"
-    def objective(state):
-        b = state.batch; logp = -token_nll(state.forward(), b['labels']); on = priced(b['labels']); A = b['advantage'][:, None]
-        ratio = (logp - b['old']).exp(); gain = torch.minimum(ratio*A, ratio.clamp(1 - clip, 1 + clip)*A)
-        if beta:
-            with torch.no_grad(): ref = -token_nll(state.models['reference'](**{k: b[k] for k in ('input_ids', 'attention_mask', 'position_ids')}).logits, b['labels'])
-            gain = gain - beta*((ref - logp).exp() - (ref - logp) - 1)
+    clip:float=.2  # how far the ratio may go from 1 before it gains no more
+    beta:float=.04 # weight of the KL to the reference
+
+    @property
+    def needs(self) -> frozenset[str]: return frozenset({'reference'} if self.beta else ())
+
+    def __call__(self, state) -> Tensor:
+        b = state.batch
+        logp = -token_nll(state.forward(), b['labels'])
+        on, A = priced(b['labels']), b['advantage'][:, None]
+        ratio = (logp - b['old']).exp()
+        gain = torch.minimum(ratio*A, ratio.clamp(1 - self.clip, 1 + self.clip)*A)
+        if self.beta:
+            inputs = {k: b[k] for k in ('input_ids', 'attention_mask', 'position_ids')}
+            with torch.no_grad(): ref = -token_nll(state.models['reference'](**inputs).logits, b['labels'])
+            gain = gain - self.beta*((ref - logp).exp() - (ref - logp) - 1)
         return -((gain*on).sum(1)/on.sum(1).clamp(min=1)).sum()/sum(len(x['labels']) for x in state.batches)
-    objective.__name__ = f'clipped_policy({clip}, {beta})'
-    return objective
+
+    def __repr__(self): return f'clipped_policy({self.clip}, {self.beta})'
 
 # %% ../../../nbs/trainers/rl/grpo.ipynb #000e7c68
-@paper('DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models', '2402.03300',
+@dataclass(frozen=True)
+class rollouts:
+    "A source of the policy's own answers; see `Rollouts`"
+    group:int=8
+    reward:Callable=judge
+    temperature:float=1.
+    max_new_tokens:int|None=None
+    def __call__(self, state) -> Rollouts:
+        return Rollouts(state, self.group, self.reward, self.temperature, self.max_new_tokens)
+    def __repr__(self): return f'rollouts(group={self.group})'
+
+def _letters(row, answer) -> float: return len(answer)/10 # a random model is never right: the judge would reward nothing
+
+@method('DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models', '2402.03300',
     'Rewards relative to a group of answers train a policy without a value model.',
-    'the equations as restated in trl, with which the advantages agree')
+    'the equations as restated in trl, with which the advantages agree',
+    lr=1e-4, lrs=(3e-5, 1e-4, 3e-4), toy=dict(group=4, max_new_tokens=4, reward=_letters))
 def grpo(group:int=8,            # answers to each question; the batch must hold whole groups
-         beta:float=.04,         # price of the KL to the base
+         beta:float=.04,         # weight of the KL to the base
          clip:float=.2,          # as in `clipped_policy`
          temperature:float=1.,   # of the draw
          reward:Callable=judge,  # (row, answer) -> number
          max_new_tokens:int|None=None # longest answer; None: as long as the data's longest
         ) -> Recipe:
     "Group relative policy optimisation on questions with a judge"
-    def source(state): return Rollouts(state, group, reward, temperature, max_new_tokens)
-    source.__name__ = f'rollouts(group={group})'
-    return Recipe('grpo', source=source, objective=clipped_policy(clip, beta), reference=beta > 0, lr=1e-4, lrs=(3e-5, 1e-4, 3e-4),
-        arguments=dict(group=group, beta=beta, clip=clip, temperature=temperature, reward=reward, max_new_tokens=max_new_tokens),
-        waives={})
+    return Recipe(source=rollouts(group, reward, temperature, max_new_tokens), objective=clipped_policy(clip, beta))
