@@ -95,10 +95,11 @@ def planned(a, recipe, data) -> dict:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from ftlab.core.batches import encode_all
     from ftlab.core.loading import find_device, skeleton
+    from ftlab.core.model import row_limit
     device = str(find_device(a.device)); free = available(device)
     with (fake := FakeTensorMode()):
         model, tok = skeleton(a.model, a.revision, a.dtype, data.labels, device=device); total = _size(model.parameters())
-    limit = a.max_length or min(1024, tok.model_max_length, getattr(model.config, 'max_position_embeddings', 1024))
+    limit = row_limit(model, tok, a.max_length)
     longest = max(len(r['input_ids']) for r in encode_all(data.train[:2000], tok, data.kind, limit))
     ask = dict(labels=data.kind == 'label', shape=(a.batch_size, longest), precision=a.precision)
     try:

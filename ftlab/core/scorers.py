@@ -9,8 +9,9 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from .batches import IGNORE, collate, encode_all
-from .generate import generate, resting
+from .generate import generate
 from .loading import load
+from .model import device_of, evaluating, model_inputs, pad_id, row_limit, to_device
 from ..lab.world import LabWorld, OLD, SKILLS
 
 # %% auto #0
@@ -61,29 +62,31 @@ def teacher_forced(model, # a causal language model or a classifier, in evaluati
                    batch:Mapping[str, torch.Tensor] # as `collate` makes it, padded on the right; labels [rows, tokens] or [rows]
                   ) -> torch.Tensor: # [rows], bool
     "Would the model, taking the likeliest token each time, write exactly each row's answer and end there? Where a row has one label: is it the likeliest? Raises `ValueError` for a row without an answer."
-    device = next(model.parameters()).device; b = {k: v.to(device) for k, v in batch.items()}; y = b.pop('labels')
+    b = to_device(batch, device_of(model))
+    y = b.pop('labels')
     if y.ndim > 1 and not (y[:, 1:] != IGNORE).any(1).all(): raise ValueError('a row of the batch has no token of an answer: its labels are all -100')
     best = model(**b).logits.argmax(-1)
     return best == y if y.ndim == 1 else ((best[:, :-1] == y[:, 1:]) | (y[:, 1:] == IGNORE)).all(1)
 
 # %% ../../nbs/core/scorers.ipynb #0011f62d
 @torch.no_grad()
-def _logits(model, enc, pad_id, batch_size=100):
-    device = next(model.parameters()).device
+def _logits(model, enc, fill, batch_size=100):
     for i in range(0, len(enc), batch_size):
-        b = {k: v.to(device) for k, v in collate(enc[i:i + batch_size], pad_id).items()}
-        with resting(model): logits = model(**{k: v for k, v in b.items() if k != 'labels'}).logits.float()
+        b = to_device(collate(enc[i:i + batch_size], fill), device_of(model))
+        with evaluating(model): logits = model(**model_inputs(b)).logits.float()
         yield logits, b['labels']
 
 def nll(model, tok, rows:list[dict], kind:str='text', labels:list|None=None, max_length:int|None=None) -> float:
-    "Mean negative log-likelihood in nats, per priced token (per row for labels)"
-    enc = encode_all(rows, tok, kind, max_length or min(1024, tok.model_max_length)); total = n = 0
-    for logits, y in _logits(model, enc, tok.pad_token_id or 0):
+    "Mean negative log-likelihood in nats, per priced token (per row for labels); rows are cut as `row_limit` says"
+    enc = encode_all(rows, tok, kind, row_limit(model, tok, max_length))
+    total = n = 0
+    for logits, y in _logits(model, enc, pad_id(tok)):
         if y.ndim > 1: logits, y = logits[:, :-1].transpose(1, 2), y[:, 1:]
-        total += float(F.cross_entropy(logits, y, reduction='sum')); n += int((y != -100).sum())
+        total += float(F.cross_entropy(logits, y, reduction='sum'))
+        n += int((y != IGNORE).sum())
     return total/n
 
 def label_accuracy(model, tok, rows:list[dict], labels:list, max_length:int|None=None) -> float:
-    "Share of rows whose likeliest label is the right one"
-    enc = encode_all(rows, tok, 'label', max_length or min(1024, tok.model_max_length))
-    return sum(int((lg.argmax(-1) == y).sum()) for lg, y in _logits(model, enc, tok.pad_token_id or 0))/len(enc)
+    "Share of rows whose likeliest label is the right one; rows are cut as `row_limit` says"
+    enc = encode_all(rows, tok, 'label', row_limit(model, tok, max_length))
+    return sum(int((lg.argmax(-1) == y).sum()) for lg, y in _logits(model, enc, pad_id(tok)))/len(enc)

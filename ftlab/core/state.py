@@ -7,13 +7,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 import torch
+from .model import model_inputs
 
 # %% auto #0
-__all__ = ['MODEL_INPUTS', 'State']
+__all__ = ['State']
 
 # %% ../../nbs/core/state.ipynb #0005feda
-MODEL_INPUTS = ('input_ids', 'attention_mask', 'token_type_ids', 'inputs_embeds', 'position_ids', 'pixel_values')
-
 @dataclass(slots=True, eq=False, repr=False)
 class State:
     "Everything that a part of a run may look at; a field that is not declared here cannot be set"
@@ -55,7 +54,7 @@ class State:
 
     def forward(self) -> torch.Tensor:
         "Run the model on `state.batch` and keep its logits, [batch, tokens, words] or [batch, classes]"
-        self.logits = self.model(**{k: v for k, v in self.batch.items() if k in MODEL_INPUTS}).logits
+        self.logits = self.model(**model_inputs(self.batch)).logits
         return self.logits
 
     def emit(self, event:str) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 from ..core.anatomy import Anatomy, UnknownArchitecture, anatomy
+from ..core.model import model_inputs
 from ..trainers.objective import kl, priced
 
 # %% auto #0
@@ -18,7 +19,8 @@ __all__ = ['drift', 'cka', 'layers', 'pooled', 'anatomy_of', 'places', 'moved']
 @torch.no_grad()
 def drift(base, tuned, batch:Mapping[str, Tensor]) -> float:
     "Mean KL(base || tuned) in nats per priced token (per row for a classifier); `base` and `tuned` are models, or callables like them"
-    x = {k: v for k, v in batch.items() if k != 'labels'}; p, q, on = base(**x).logits, tuned(**x).logits, priced(batch['labels'])
+    x, on = model_inputs(batch), priced(batch['labels'])
+    p, q = base(**x).logits, tuned(**x).logits
     if batch['labels'].ndim > 1: p, q = p[:, :-1], q[:, :-1]
     return float((kl(p, q)*on).sum()/on.sum())
 
@@ -32,7 +34,7 @@ def cka(X:Tensor, Y:Tensor) -> float:
 @torch.no_grad()
 def layers(model, batch:Mapping[str, Tensor]) -> list[Tensor]:
     "The mean of each layer's output over the tokens of each row: embeddings first, then one [rows, width] a block"
-    return pooled(model(**{k: v for k, v in batch.items() if k != 'labels'}, output_hidden_states=True).hidden_states, batch['attention_mask'])
+    return pooled(model(**model_inputs(batch), output_hidden_states=True).hidden_states, batch['attention_mask'])
 
 def pooled(hidden:tuple[Tensor, ...], mask:Tensor) -> list[Tensor]:
     "Hidden states [rows, tokens, width] as their means over the tokens that `mask` [rows, tokens] keeps"

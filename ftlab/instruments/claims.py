@@ -24,6 +24,7 @@ from types import SimpleNamespace
 import torch
 import ftlab
 from ..core.io import write_atomically
+from ..core.model import evaluating
 from .compare import Bench, Budget, target_gain, tune, tuning_seed, versions, _crashed, _decoder, _digest
 from ..core.scorers import WORLD, nll
 from ..methods import get
@@ -84,10 +85,9 @@ class Looks:
     def __init__(self, n:int, gain:Callable): self.n, self.gain, self.path, self.copies = n, gain, [], []
     def after_step(self, state):
         if state.step % self.n and state.step != state.steps: return
-        training = state.model.training; state.model.eval()
-        with torch.no_grad(), torch.random.fork_rng(): self.path.append(dict(step=state.step, gain=self.gain(state)))
-        self.copies.append(copy.deepcopy(state.model))
-        state.model.train(training)
+        with evaluating(state.model), torch.no_grad(), torch.random.fork_rng():
+            self.path.append(dict(step=state.step, gain=self.gain(state)))
+            self.copies.append(copy.deepcopy(state.model))
 
 def train_arm(bench, arm, rate, seed, looks=0, steps=None):
     "One arm at one rate: the run, what the looks saw, and the recipe's own way to draw answers"

@@ -17,6 +17,7 @@ from ..adapters.store import identity
 from ..core.io import write_atomically
 from ..core.batches import Data, collate, data as as_data, encode_all
 from ..core.loading import find_device, load
+from ..core.model import device_of, model_inputs, pad_id, row_limit, to_device
 from ..core.recipe import Recipe
 from ..core.scorers import exact_match, label_accuracy, nll, skills
 from ..evaluators.probe import cka, drift
@@ -120,19 +121,21 @@ def old_skills(data:Data) -> list[str]:
 @torch.no_grad()
 def features(model, tok, rows:list[dict], data:Data, max_length:int|None=None) -> torch.Tensor:
     "Mean of the last layer over the tokens of each row, [rows, width]"
-    enc, out, device = encode_all(rows, tok, data.kind, max_length or min(1024, tok.model_max_length)), [], next(model.parameters()).device
+    enc, out = encode_all(rows, tok, data.kind, row_limit(model, tok, max_length)), []
     for i in range(0, len(enc), 50):
-        b = {k: v.to(device) for k, v in collate(enc[i:i + 50], tok.pad_token_id or 0).items() if k != 'labels'}
+        b = to_device(model_inputs(collate(enc[i:i + 50], pad_id(tok))), device_of(model))
         h, on = model.base_model(**b).last_hidden_state.float(), b['attention_mask'][..., None]
         out.append(((h*on).sum(1)/on.sum(1)).cpu())
     return torch.cat(out)
 
 def kl_to_base(base:Callable, model, tok, rows:list[dict], data:Data, max_length:int|None=None) -> float:
     "Mean KL(base || model) in nats per priced token of `rows`"
-    enc, total, n, device = encode_all(rows, tok, data.kind, max_length or min(1024, tok.model_max_length)), 0., 0, next(model.parameters()).device
+    enc, total, n = encode_all(rows, tok, data.kind, row_limit(model, tok, max_length)), 0., 0
     for i in range(0, len(enc), 25):
-        b = {k: v.to(device) for k, v in collate(enc[i:i + 25], tok.pad_token_id or 0).items()}; k = int(priced(b['labels']).sum())
-        total += k*drift(base, model, b); n += k
+        b = to_device(collate(enc[i:i + 25], pad_id(tok)), device_of(model))
+        k = int(priced(b['labels']).sum())
+        total += k*drift(base, model, b)
+        n += k
     return total/n
 
 # %% ../../nbs/instruments/compare.ipynb #0014c6d6
@@ -165,7 +168,7 @@ class Base:
                  labels=None,    # names of the labels of the data, if they have some
                  revision=None, dtype=None, device=None): # as in `ftlab.load`; a model that was handed over stays on its own device by default
         self.source, self.named, self.labels, self.revision, self.dtype = model, isinstance(model, (str, Path)), labels, revision, dtype
-        self.device, self._prints = find_device(device or ('cpu' if self.named else next(model[0].parameters()).device)), {}
+        self.device, self._prints = find_device(device or ('cpu' if self.named else device_of(model[0]))), {}
 
     def __call__(self, seed:int):
         "A copy to be spoilt, and its tokenizer; for data with labels a fresh head drawn from the seed, where the model was given by name"

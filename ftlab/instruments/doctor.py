@@ -23,7 +23,7 @@ from ..core.generate import render
 from ..core.loading import _quiet
 from ..core.recipe import Recipe
 from ..core.scorers import nll, skills
-from ..core.state import MODEL_INPUTS
+from ..core.model import device_of, evaluating, model_inputs, positions, row_limit, to_device
 from .report import read_run
 from ..trainers.fit import fit
 from ..trainers.run import Run, export
@@ -151,15 +151,15 @@ class _Look:
 def _dry(model, tok, data, recipe, settings, batch=None) -> _Look:
     "Begin the run and stop it after the first gradient; `model` is left as it was"
     own = any(not isinstance(r, Recipe) or r.own_source for r in recipe.turns)
-    look, training = _Look(batch, PATIENCE if own else 1), {m: m.training for m in model.modules()}
+    look = _Look(batch, PATIENCE if own else 1)
     try:
-        run = fit(model, tok, data, recipe, **settings, callbacks=(look,), progress=False)
+        with evaluating(model): # fit trains it, and leaves it in evaluation mode
+            run = fit(model, tok, data, recipe, **settings, callbacks=(look,), progress=False)
         if run.interrupted: run.delta.attached.detach(); raise KeyboardInterrupt # fit keeps what an interrupted run has learned, and here nobody asked for it
     except _Seen: look.shown = True
     except NotFinite as e: look.error = str(e); e.run.delta.attached.detach()
     except Exception as e: look.error = f'{type(e).__name__}: {" ".join(str(e).split())}'
     finally:
-        for m, mode in training.items(): m.training = mode
         for p in model.parameters(): p.grad = None
     return look
 
@@ -167,10 +167,7 @@ def _dry(model, tok, data, recipe, settings, batch=None) -> _Look:
 @torch.no_grad()
 def _logits(model, batch) -> torch.Tensor:
     "The model's logits without dropout; its mode is left as it was"
-    modes = {m: m.training for m in model.modules()}; model.eval()
-    try: return model(**{k: v for k, v in batch.items() if k in MODEL_INPUTS}).logits.detach().clone()
-    finally:
-        for m, mode in modes.items(): m.training = mode
+    with evaluating(model): return model(**model_inputs(batch)).logits.detach().clone()
 
 # %% ../../nbs/instruments/doctor.ipynb #000d0f3d
 class Given:
@@ -179,7 +176,7 @@ class Given:
         self.model, self._tok, self.data, self.recipe, self.settings, self.run, self.exported = model, tok, data, recipe, settings, run, exported
         self.findings, self.gradient, self.dry = [], None, None
         self.lr = settings['lr'] if settings['lr'] is not None else recipe.lr
-        self.device = next(model.parameters()).device
+        self.device = device_of(model)
 
     @property
     def tok(self):
@@ -189,8 +186,7 @@ class Given:
     @cached_property
     def limit(self) -> int:
         "Tokens that a row may have, as `fit` takes them"
-        places = getattr(self.model.config, 'max_position_embeddings', None) or 1024
-        return self.settings['max_length'] or min(1024, self.tok.model_max_length, places)
+        return row_limit(self.model, self.tok, self.settings['max_length'])
 
     @cached_property
     def sample(self) -> list[dict]:
@@ -238,7 +234,7 @@ class Case(Given):
     def chosen(self) -> dict: "All that any stage selects"; return {n: m for _, d in self.selections for n, m in d.items()}
 
     @cached_property
-    def batch(self) -> dict: "Six rows in one batch on the model's device"; return {k: v.to(self.device) for k, v in _six_rows(self).items()}
+    def batch(self) -> dict: "Six rows in one batch on the model's device"; return to_device(_six_rows(self), self.device)
 
     @cached_property
     def now(self) -> torch.Tensor: "Logits on `batch`, of the model as it stands"; return _asked_now(self)
@@ -431,9 +427,7 @@ def labels_shifted(c):
 
 @torch.no_grad()
 def _own_loss(model, b) -> float:
-    training = model.training; model.eval()
-    try: loss = getattr(model(**b), 'loss', None)
-    finally: model.train(training)
+    with evaluating(model): loss = getattr(model(**b), 'loss', None)
     if loss is None: raise NotApplicable(f'{type(model).__name__} returns no loss of its own to compare with')
     return float(loss)
 
@@ -640,10 +634,8 @@ def vocabulary_mismatch(c):
     if top >= n and top != c.tok.pad_token_id: return 'warning', f'the tokenizer has tokens up to number {top}, and the embedding rows 0 to {n - 1}'
 
 def too_long_for_positions(c):
-    most = getattr(c.model.config, 'max_position_embeddings', None)
+    most = positions(c.model)
     if not most: raise NotApplicable('the model has no largest length')
-    if c.model.config.model_type in ('roberta', 'xlm-roberta', 'camembert', 'mpnet', 'longformer'):
-        most -= 1 + (c.model.config.pad_token_id or 1) # they count positions from after the padding's
     longest = max(len(r['input_ids']) for r in c.rows)
     if longest > most: return f'rows of {longest} tokens are let through, and the model has {most} positions'
     if (c.settings['max_length'] or 0) > most: return 'warning', f'max_length is {c.settings["max_length"]}, and the model has {most} positions'
@@ -698,7 +690,7 @@ def statistics_move(c):
 def padding_changes_answers(c):
     c.batch; rows = sorted(c.rows, key=lambda r: len(r['input_ids'])); short, long = rows[0], rows[-1]; k = len(short['input_ids'])
     if k == len(long['input_ids']): raise NotApplicable('all rows are equally long')
-    alone, beside = ({n: v.to(c.device) for n, v in collate(rs, _pad(c)).items()} for rs in ([short], [short, long]))
+    alone, beside = (to_device(collate(rs, _pad(c)), c.device) for rs in ([short], [short, long]))
     a, b = _logits(c.model, alone)[0], _logits(c.model, beside)[0]; b = b[:k] if b.ndim == 2 else b
     off, size = float((a - b).abs().max()), float(a.abs().max())
     if off <= 4e3*torch.finfo(a.dtype).eps*max(size, 1e-3): return None

@@ -25,6 +25,7 @@ from .compare import COLORS, MARKS, Comparison, is_lab
 from ..core.anatomy import anatomy
 from ..core.batches import collate, encode, encode_all
 from ..core.generate import generate
+from ..core.model import device_of, pad_id, row_limit, to_device
 from ..core.scorers import WORLD, judge, teacher_forced
 from .report_page import percent
 from ..evaluators.mechanisms.intruders import intruders
@@ -397,7 +398,7 @@ CRITERIA = {'random': 'random', 'magnitude': 'magnitude', 'gradient': 'gradient'
 
 def gradient_scores(model, names:Iterable[str], tok, rows:list[dict]) -> dict[str, Tensor]: # {name: |gradient|}
     "How strongly the mean price of the rows' answers pulls at each entry; the model's own gradients stay as they are"
-    device = next(model.parameters()).device; batch = {k: v.to(device) for k, v in collate(encode_all(rows, tok, 'text'), tok.pad_token_id).items()}
+    batch = to_device(collate(encode_all(rows, tok, 'text', row_limit(model, tok)), pad_id(tok)), device_of(model))
     W = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters() if n in set(names)}
     logits = torch.func.functional_call(model, W, kwargs=dict(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'])).logits
     price = token_nll(logits, batch['labels']).sum()/priced(batch['labels']).sum()
@@ -544,7 +545,7 @@ def token_prices(model, tok, prompt:str, answer:str,
     "The answer's tokens, and for each objective their prices in nats, [tokens]; of masked thought [draws, tokens]. Raises `ValueError` for an empty answer."
     if not answer.strip(): raise ValueError('the answer is empty; write at least one word')
     e = encode(dict(prompt=prompt, response=answer), tok, 'text'); b = collate([e], tok.pad_token_id); on = priced(b['labels'])[0]
-    device = next(model.parameters()).device
+    device = device_of(model)
     ask = lambda m, x: m(input_ids=x.to(device), attention_mask=torch.ones_like(x, device=device)).logits.float().cpu()
     logits = ask(model, b['input_ids']); nll = token_nll(logits, b['labels'])[0][on].abs(); dft = probability()(nll)*nll
     anchor = weight*kl(ask(base, b['input_ids']), logits)[0, :-1][on] if base is not None else torch.zeros_like(nll)

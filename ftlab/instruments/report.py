@@ -20,8 +20,9 @@ from ..core.io import write_atomically
 from .compare import is_lab, metric_for, old_skills, versions, _trim
 from ..core.anatomy import UnknownArchitecture
 from ..core.batches import Data, collate, data as as_data, encode, prompt_ids
-from ..core.generate import generate, resting
+from ..core.generate import generate
 from ..core.loading import load
+from ..core.model import device_of, evaluating, model_inputs, pad_id, row_limit, to_device
 from ..core.paper import Method
 from ..core.recipe import Recipe
 from ..core.scorers import WORLD, answer_length, judge
@@ -86,22 +87,23 @@ def _even(rows, n) -> list: "`n` of the rows, spread evenly"; return [rows[i*len
 # %% ../../nbs/instruments/report.ipynb #000afa9f
 KEPT = 2**23 # numbers of log-probabilities that are kept of each set, and of logits in one batch: 32 MB, 260 places for a vocabulary of 32,000
 
-def _limit(tok, max_length) -> int: "Tokens a row"; return max_length or min(1024, tok.model_max_length)
-
 def _batches(q, tok, rows, limit, words):
     "The first `rows` questions with their answers, encoded, in batches whose logits stay below `KEPT` numbers"
     enc = [encode(r, tok, q.kind, limit) for r in q.rows[:rows]]; i = 0
     while i < len(enc):
         n = 25
         while n > 1 and n*max(len(e['input_ids']) for e in enc[i:i + n])*words > KEPT: n //= 2
-        yield collate(enc[i:i + n], tok.pad_token_id or 0); i += n
+        yield collate(enc[i:i + n], pad_id(tok))
+        i += n
 
 @torch.no_grad()
 def forced(model, tok, q:Asked, rows:int, max_length:int|None=None) -> tuple[list, dict[str, Tensor]]:
     "Hand the model the answers to the first `rows` questions: (surprise and priced tokens of each row), and sure, right, logp, layer 0, layer 1, ..."
-    device, out, prices, room = next(model.parameters()).device, {}, [], KEPT
-    for b in _batches(q, tok, rows, _limit(tok, max_length), 1 if q.kind == 'label' else model.config.vocab_size):
-        b = {k: v.to(device) for k, v in b.items()}; y = b.pop('labels'); o = model(**b, output_hidden_states=True)
+    out, prices, room = {}, [], KEPT
+    for b in _batches(q, tok, rows, row_limit(model, tok, max_length), 1 if q.kind == 'label' else model.config.vocab_size):
+        b = to_device(b, device_of(model))
+        y = b.pop('labels')
+        o = model(**b, output_hidden_states=True)
         prices += [(float(v.sum()), int(k.sum())) for v, k in zip(token_nll(o.logits, y), priced(y))]
         found = _noted(o, y, b['attention_mask'], room); room -= found['logp'].numel() if 'logp' in found else 0
         for k, v in found.items(): out.setdefault(k, []).append(v.cpu())
@@ -122,16 +124,17 @@ def own_answers(model, tok, q:Asked, rows:int, decode:Callable|None=None, longes
 @torch.no_grad()
 def labels_said(model, tok, q:Asked, max_length=None) -> list[str]:
     "The likeliest label of each row"
-    out, device = [], next(model.parameters()).device
+    out, limit = [], row_limit(model, tok, max_length)
     for i in range(0, len(q.rows), 50):
-        b = collate([encode(r, tok, 'label', _limit(tok, max_length)) for r in q.rows[i:i + 50]], tok.pad_token_id or 0)
-        logits = model(**{k: v.to(device) for k, v in b.items() if k != 'labels'}).logits; out += [q.labels[j] for j in logits.argmax(-1).tolist()]
+        b = collate([encode(r, tok, 'label', limit) for r in q.rows[i:i + 50]], pad_id(tok))
+        logits = model(**to_device(model_inputs(b), device_of(model))).logits
+        out += [q.labels[j] for j in logits.argmax(-1).tolist()]
     return out
 
 # %% ../../nbs/instruments/report.ipynb #000efa9f
 def observe(model, tok, asked:list[Asked], decode:Callable|None=None, rows:int=400, examples:int=8, max_length:int|None=None, seed:int=0) -> list[dict]:
     "For every set of questions: answers, score (value and weight of each row), and the tensors of `forced`; the model and the random state stay as they were"
-    with resting(model), torch.random.fork_rng():
+    with evaluating(model), torch.random.fork_rng():
         torch.manual_seed(seed)
         share = {old: math.ceil(rows/max(1, sum(q.old == old for q in asked))) for old in (False, True)} # new and old sets get `rows` each, shared out evenly
         out = [_observed(model, tok, q, decode, share[q.old], examples, max_length) for q in asked]
@@ -299,7 +302,7 @@ def _long(rows, key) -> float: return math.sqrt(sum(r[key]**2 for r in rows))
 # %% ../../nbs/instruments/report.ipynb #0020fa9f
 def contributions(run:Run, asked:list[Asked], rows:int=50, max_length:int|None=None) -> dict:
     "The tuning contribution of up to `rows` new questions, and of as many old ones; or why there is none"
-    out = {}; limit = _limit(run.tok, max_length)
+    out, limit = {}, row_limit(run.model, run.tok, max_length)
     for name, old in (('new', False), ('old', True)):
         every = [(q, i) for i in range(rows) for q in asked if q.old == old and i < len(q.rows)][:rows] # one of each set in turn
         if not every: continue
@@ -316,11 +319,12 @@ def _asked_ids(q, i, tok, limit) -> list[int]:
 
 def _tuco_of(run, ids) -> tuple[list[float], str]:
     "The contribution at the token that answers: the first where a classifier reads that one, else the last"
-    cls, device, values = run.tok.cls_token_id, next(run.model.parameters()).device, []
+    cls, values = run.tok.cls_token_id, []
     token = 'first' if run.data.kind == 'label' and cls is not None and all(i[0] == cls for i in ids) else 'last'
     for j in range(0, len(ids), 10):
-        b = collate([dict(input_ids=i, labels=0) for i in ids[j:j + 10]], run.tok.pad_token_id or 0); b.pop('labels')
-        values += tuco(run.model, run.delta.attached, {k: v.to(device) for k, v in b.items()}, token).tolist()
+        b = collate([dict(input_ids=i, labels=0) for i in ids[j:j + 10]], pad_id(run.tok))
+        batch = to_device(model_inputs(b), device_of(run.model))
+        values += tuco(run.model, run.delta.attached, batch, token).tolist()
     return values, token
 
 # %% ../../nbs/instruments/report.ipynb #0022fa9f

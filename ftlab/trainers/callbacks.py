@@ -7,8 +7,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import SimpleNamespace
 import torch
+from ..core.model import evaluating, model_inputs, to_device
 from .objective import priced, token_nll
-from .source import Rows, to_device
+from .source import Rows
 
 # %% auto #0
 __all__ = ['Every', 'validation_nll', 'EarlyStop']
@@ -30,15 +31,9 @@ class Every:
             self._note(state)
 
     def _note(self, state):
-        modules = {m: m.training for m in state.models.values() if isinstance(m, torch.nn.Module)} # learners too: a decoder may ask them
-        try:
-            for m in modules:
-                m.eval()
-            with torch.no_grad(), torch.random.fork_rng():
-                row = dict(step=state.step, **self.measure(state))
-        finally:
-            for m, training in modules.items():
-                m.train(training)
+        # learners too: a decoder may ask them
+        with evaluating(*state.models.values()), torch.no_grad(), torch.random.fork_rng():
+            row = dict(step=state.step, **self.measure(state))
         state.path.append(row)
 
 def validation_nll(state, rows:int=200) -> dict:
@@ -53,7 +48,7 @@ def validation_nll(state, rows:int=200) -> dict:
         some = enc[i:i + 50]
         batch = Rows(some, len(some), pad_id=state.pad_id).next(SimpleNamespace(step=0))[0]
         batch = to_device(batch, state.device)
-        logits = state.model(**{k: v for k, v in batch.items() if k != 'labels'}).logits
+        logits = state.model(**model_inputs(batch)).logits
         total += float(token_nll(logits, batch['labels']).sum())
         n += int(priced(batch['labels']).sum())
     return dict(validation_nll=total/n)

@@ -18,6 +18,7 @@ from ..adapters.store import identity
 from ..core.batches import Data, data as as_data, encode_all
 from ..core.io import TemporaryFolder, check_room, leftovers, only_writer, remove
 from ..core.loading import find_device
+from ..core.model import device_of, row_limit
 from ..core.recipe import Recipe
 from .checkpoint import refuse_to_replace, resumable
 from .run import Run
@@ -99,7 +100,7 @@ def _job(model, tok, data, recipe, settings, device, out, trackers, callbacks) -
     model.to(device)
     heads = set(head_names(model)) if data.kind == 'label' else ()
     base = {n: v for n, v in identity(model).items() if n not in heads}
-    limit = _row_limit(model, tok, settings['max_length'])
+    limit = row_limit(model, tok, settings['max_length'])
     rows = encode_all(data.train, tok, data.kind, limit)
     validation = encode_all(data.validation, tok, data.kind, limit) if data.validation else []
     lr, settings = settings['lr'], dict(recipe=recipe.describe(), **settings)
@@ -111,12 +112,6 @@ def _job(model, tok, data, recipe, settings, device, out, trackers, callbacks) -
     return Job(model=model, tok=tok, data=data, recipe=recipe, settings=settings, rows=rows, validation=validation, limit=limit, lr=lr, base=base,
                device=device, acc=acc, processes=processes, folder=folder, holder=holder, checkpoint=Path(out or folder)/'checkpoint.safetensors',
                mark=uuid.uuid4().hex, callbacks=callbacks)
-
-def _row_limit(model, tok, max_length:int|None) -> int|None:
-    "The tokens that a row may have"
-    if tok is None or max_length is not None:
-        return max_length
-    return min(1024, tok.model_max_length, getattr(model.config, 'max_position_embeddings', 1024))
 
 def _fingerprint(*sets:list[dict]) -> str:
     "16 hex digits of rows as the model reads them: data, tokenizer, chat template and limit all show in it"
@@ -176,7 +171,7 @@ def _check_tracker(t, out) -> None:
 # %% ../../nbs/trainers/fit.ipynb #0029191a
 def _device(device:str|None, model) -> torch.device:
     "The device that was asked for; `ValueError` if it is not there"
-    return find_device(device) if device else next(model.parameters()).device
+    return find_device(device) if device else device_of(model)
 
 def _check_kind(model, tok, data:Data) -> None:
     "A classifier for labels, a language model for text, anything for pictures; a tokenizer for what is text"

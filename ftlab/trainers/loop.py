@@ -8,10 +8,11 @@ from collections.abc import Callable
 from functools import partial
 import torch
 from torch import Tensor
+from ..core.model import to_device
 from ..core.recipe import Recipe
 from ..core.state import State
 from .objective import nll, token_nll
-from .source import count_priced, to_device, tokens_of
+from .source import count_priced, tokens_of
 from .step import Processes
 
 # %% auto #0

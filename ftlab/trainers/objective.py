@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from ..core.recipe import name_of
-from ..core.state import MODEL_INPUTS
+from ..core.model import model_inputs
 from ..native.crossentropy import weighted_linear_cross_entropy
 
 # %% auto #0
@@ -49,7 +49,7 @@ def plain_head(model, batch) -> nn.Linear|None:
     "The last layer of a language model, if the logits are its product and nothing more; else `None`"
     ask = getattr(model, 'get_output_embeddings', None); head = ask() if ask else None
     if not isinstance(head, nn.Linear) or head._forward_hooks or head._forward_pre_hooks or isinstance(head.weight, DTensor): return None
-    fed, few = [], {k: v[:1, :2] for k, v in batch.items() if k in MODEL_INPUTS and v.ndim == 2}
+    fed, few = [], {k: v[:1, :2] for k, v in model_inputs(batch).items() if v.ndim == 2}
     def feed(mod, args): h = args[0]; fed.append(h*(60/F.linear(h, mod.weight, mod.bias).abs().max().clamp(min=1e-6))); return (fed[0], *args[1:])
     hook = head.register_forward_pre_hook(feed)
     try:
@@ -62,7 +62,7 @@ def _head_of(state):
     return state.extra['plain_head'][0]
 
 # %% ../../nbs/trainers/objective.ipynb #0009b9a2
-def _inputs(state) -> dict: return {k: v for k, v in state.batch.items() if k in MODEL_INPUTS}
+def _inputs(state) -> dict: return model_inputs(state.batch)
 
 def _in_one_pass(state, weight, terms) -> Tensor|None:
     labels = state.batch['labels']

@@ -12,8 +12,9 @@ from torch import Tensor
 from ..core.batches import IGNORE, collate, encode, indices
 from ..core.generate import generate
 from ..core.scorers import answer_length, judge
-from ..core.state import MODEL_INPUTS
+from ..core.model import model_inputs
 from .objective import token_nll
+from .source import micro_size
 
 # %% auto #0
 __all__ = ['Pairs', 'judged_pairs', 'answer_logp', 'margins', 'preference']
@@ -24,16 +25,17 @@ class Pairs:
     def __init__(self, state, rejected:str|Callable='rejected', # the column of the worse answer, or a function (row) -> text
                  rows:list[dict]|None=None):                    # None: the training rows of the data
         if state.data.kind != 'text': raise ValueError(f'pairs need rows with a prompt and a response; the data are of kind {state.data.kind!r}')
-        self.batch_size, self.accumulate = state.settings['batch_size'], state.settings['accumulate']
-        if self.batch_size % self.accumulate: raise ValueError(f'batch_size is {self.batch_size} and accumulate {self.accumulate}; the first must be a multiple of the second')
+        self.batch_size = state.settings['batch_size']
+        self.micro = micro_size(self.batch_size, state.settings['accumulate'])
         worse = rejected if callable(rejected) else lambda row: _column(row, rejected)
-        both = [[encode(dict(r, response=t), state.tok, 'text', state.settings['max_length']) for t in (r['response'], worse(r))] for r in rows or state.data.train]
+        both = [[encode(dict(r, response=t), state.tok, 'text', state.limit) for t in (r['response'], worse(r))] for r in rows or state.data.train]
         self.pairs = [p for p in both if all(any(l != IGNORE for l in side['labels'][1:]) for side in p)]
-        if not self.pairs: raise ValueError(f'max_length={state.settings["max_length"]} leaves no answer in any of the {len(both)} pairs; give more')
+        if not self.pairs: raise ValueError(f'a row may have {state.limit} tokens, which leaves no answer in any of the {len(both)} pairs; raise max_length if the model can read more')
     def next(self, state) -> list[dict]:
         "The micro-batches of step `state.step`: the chosen answers of some pairs, then their rejected ones"
-        picked = [self.pairs[i] for i in indices(state.step, self.batch_size, len(self.pairs), state.seed)]; k = self.batch_size//self.accumulate
-        return [collate([p[side] for side in (0, 1) for p in picked[j:j + k]], state.pad_id) for j in range(0, len(picked), k)]
+        picked = [self.pairs[i] for i in indices(state.step, self.batch_size, len(self.pairs), state.seed)]
+        parts = [picked[j:j + self.micro] for j in range(0, len(picked), self.micro)]
+        return [collate([p[side] for side in (0, 1) for p in part], state.pad_id) for part in parts]
 
 def _column(row, name):
     if isinstance(row.get(name), str): return row[name]
@@ -65,8 +67,7 @@ def margins(state) -> Tensor: # [pairs]
     "How much more the policy prefers the chosen to the rejected answer than the reference does, in nats"
     y = state.batch['labels']
     policy = answer_logp(state.forward(), y)
-    inputs = {k: v for k, v in state.batch.items() if k in MODEL_INPUTS}
-    with torch.no_grad(): reference = answer_logp(state.models['reference'](**inputs).logits, y)
+    with torch.no_grad(): reference = answer_logp(state.models['reference'](**model_inputs(state.batch)).logits, y)
     chosen, rejected = (policy - reference).chunk(2)
     return chosen - rejected
 

@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from ..core.io import write_tensors
+from ..core.model import evaluating
 
 # %% auto #0
 __all__ = ['Originals', 'Placed', 'SwitchedOff', 'reference_of']
@@ -57,13 +58,8 @@ class SwitchedOff:
 
     def __call__(self, **inputs):
         model = self.attached.model
-        training = model.training
-        model.eval() # dropout is for the policy
-        try:
-            with self.attached.disabled(), torch.no_grad():
-                return model(**inputs)
-        finally:
-            model.train(training)
+        with evaluating(model), self.attached.disabled(), torch.no_grad(): # dropout is for the policy
+            return model(**inputs)
 
 def reference_of(model, attached) -> Callable:
     "The base beside the policy: switched off where the weights themselves do not move, else a frozen copy"

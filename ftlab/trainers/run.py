@@ -14,6 +14,7 @@ from ..adapters.attach import Attached, own_buffers, own_weights
 from ..adapters.store import pack, save_delta
 from ..core.io import disk_trouble, flush, read_tensors, staging
 from ..core.batches import Data
+from ..core.model import device_of
 from ..core.recipe import Recipe
 from ..core.state import State
 
@@ -84,7 +85,7 @@ def load_learners(path:str|Path, # what `Change.save` wrote
                   tok=None,      # its tokenizer
                  ) -> dict:      # name -> module, on the model's device, in evaluation mode
     "Load the learners of a saved run: each is made anew (from the model and tokenizer alone) and given its saved parameters. Raises `ValueError` where the file has none of that name."
-    device, out = next(model.parameters()).device, {}
+    device, out = device_of(model), {}
     tensors = {k: v for k, v in read_tensors(path)[0].items() if k.startswith('learner|')}
     for n, l in recipe.learners.items():
         mine = {k.removeprefix(f'learner|{n}|'): v for k, v in tensors.items() if k.startswith(f'learner|{n}|')}

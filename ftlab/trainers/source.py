@@ -10,9 +10,15 @@ from ..core.batches import collate, indices
 from .objective import priced
 
 # %% auto #0
-__all__ = ['Rows', 'count_priced', 'rows_of', 'tokens_of', 'to_device']
+__all__ = ['micro_size', 'Rows', 'count_priced', 'rows_of', 'tokens_of']
 
 # %% ../../nbs/trainers/source.ipynb #0005060d
+def micro_size(batch_size:int, accumulate:int) -> int:
+    "Rows of a micro-batch; raises `ValueError` where a batch does not fall into so many equal parts"
+    if batch_size < 1 or accumulate < 1 or batch_size % accumulate:
+        raise ValueError(f'batch_size is {batch_size} and accumulate {accumulate}; both must be at least 1 and the first a multiple of the second')
+    return batch_size//accumulate
+
 class Rows:
     "Rows of a data set in a shuffled order that depends on the seed and the step alone, so that a resumed run sees the same"
     def __init__(self, rows:list[dict], # encoded rows
@@ -22,11 +28,12 @@ class Rows:
                  pad_id:int=0,          # what fills short rows
                  collate:Callable=collate): # (rows, pad_id) -> batch
         if not rows: raise ValueError('there is no row to train on')
-        if batch_size < 1 or accumulate < 1 or batch_size % accumulate: raise ValueError(f'batch_size is {batch_size} and accumulate {accumulate}; both must be at least 1 and the first a multiple of the second')
+        micro_size(batch_size, accumulate)
         self.rows, self.batch_size, self.accumulate, self.seed, self.pad_id, self.collate = rows, batch_size, accumulate, seed, pad_id, collate
     def next(self, state) -> list[dict]:
         "The micro-batches of step `state.step`"
-        picked = indices(state.step, self.batch_size, len(self.rows), self.seed); k = self.batch_size//self.accumulate
+        picked = indices(state.step, self.batch_size, len(self.rows), self.seed)
+        k = micro_size(self.batch_size, self.accumulate)
         return [self.collate([self.rows[i] for i in picked[j:j + k]], self.pad_id) for j in range(0, self.batch_size, k)]
 
 # %% ../../nbs/trainers/source.ipynb #0007060d
@@ -40,8 +47,3 @@ def tokens_of(batch:dict) -> int:
     "How many tokens the model reads in a micro-batch; of anything that is not text each row counts as one"
     if 'tokens' in batch: return int(batch['tokens'].sum()) # packed lines
     return int(batch['attention_mask'].sum()) if 'attention_mask' in batch else rows_of(batch)
-
-# %% ../../nbs/trainers/source.ipynb #0fa0060d
-def to_device(batch:dict, device:torch.device|str) -> dict:
-    "`batch` with every tensor on `device`"
-    return {k: v.to(device) for k, v in batch.items()}

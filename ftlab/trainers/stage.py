@@ -17,6 +17,7 @@ from ..adapters.select import everything
 from ..core.batches import Data, collate, packing
 from ..core.loading import head_names
 from ..core.io import check_room
+from ..core.model import pad_id
 from ..core.recipe import Recipe
 from ..core.state import State
 from .checkpoint import bytes_of_checkpoint, header_of, load_checkpoint, save_checkpoint, survivors
@@ -197,7 +198,7 @@ def _state(job:Job, recipe:Recipe, settings:dict, att:Attached) -> State:
     "The state of a run before its first step"
     state = State(job.model, job.tok, attached=att, data=job.data, device=job.device, accelerator=job.acc, settings=settings,
                   rows=copy.copy(job.rows), validation=copy.copy(job.validation), limit=job.limit, seed=settings['seed'], steps=settings['steps'])
-    state.pad_id = job.tok and job.tok.pad_token_id or 0
+    state.pad_id = pad_id(job.tok)
     state.callbacks = [c() for c in recipe.callbacks] + list(job.callbacks)
     if 'reference' in recipe.needs:
         state.models['reference'] = reference_of(job.model, att)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...core.generate import left_pad, render
 from ...core.paper import method
 from ...core.recipe import Learner, Loop, Recipe
-from ...core.state import MODEL_INPUTS
+from ...core.model import model_inputs
 from ...trainers.objective import priced
 
 # %% auto #0
@@ -60,7 +60,7 @@ def thoughts(out) -> Tensor: # [batch, tokens, 2 hidden], from a model's output 
 def foresight(state) -> Tensor:
     "How far the Copilot is from the Pilot's mistakes on this micro-batch: the root of the mean squared length of the difference"
     y, pilot = state.batch['labels'], state.models['copilot']; l, on = mistakes(state.logits, y), priced(y)
-    with torch.no_grad(): read = thoughts(state.model(**{k: v for k, v in state.batch.items() if k in MODEL_INPUTS}, output_hidden_states=True))
+    with torch.no_grad(): read = thoughts(state.model(**model_inputs(state.batch), output_hidden_states=True))
     f = pilot(pilot.noted(F.pad(l[:, :-1], (0, 0, 1, 0))), read, state.batch['attention_mask'])
     return (((f - l)[:, :-1].square().sum(-1)*on).sum()/on.sum().clamp(min=1)).sqrt()/len(state.batches)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 from ...core.paper import probe
-from ...core.state import MODEL_INPUTS
+from ...core.model import model_inputs
 from ..probe import anatomy_of
 
 # %% auto #0
@@ -59,7 +59,7 @@ def tuco(model,       # the tuned model
     "The tuning contribution of each prompt. Raises `UnknownArchitecture` for a model whose blocks `anatomy` cannot find."
     if at not in ('last', 'first'): raise ValueError(f'at is {at!r}; it must be last or first')
     s = Split(model, base)
-    try: model(**{k: v for k, v in batch.items() if k in MODEL_INPUTS}, use_cache=False)
+    try: model(**model_inputs(batch), use_cache=False)
     finally: s.remove()
     p, f = (at_token(v, batch['attention_mask'], at).float().norm(dim=-1) for v in (s.ptc, s.ftc))
     return f/(p + f).clamp(min=1e-30)

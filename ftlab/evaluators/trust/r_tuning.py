@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 import torch
 from ...core.batches import collate, encode, encode_all
+from ...core.model import device_of, evaluating, model_inputs, pad_id, row_limit, to_device
 from ...core.paper import method
 from ...core.recipe import Recipe
 from ...core.scorers import answers, judge
@@ -42,8 +43,7 @@ class asked:
         state.extra['knew'] = knew = [judge(r, a) == 1 for r, a in zip(rows, said)]
         words = dict(ask=self.ask, sure=self.sure, unsure=self.unsure)
         marked = [dict(r, response=statement(r['response'], k, self.variant, **words)) for r, k in zip(rows, knew)]
-        limit = s['max_length'] or min(1024, state.tok.model_max_length)
-        return Rows(encode_all(marked, state.tok, 'text', limit), s['batch_size'], s['accumulate'], s['seed'], state.pad_id)
+        return Rows(encode_all(marked, state.tok, 'text', state.limit), s['batch_size'], s['accumulate'], s['seed'], state.pad_id)
 
     def __repr__(self): return f'asked({self.variant})'
 
@@ -51,11 +51,14 @@ class asked:
 @torch.no_grad()
 def answer_nll(model, tok, prompts:list[str], responses:list[str]) -> list[torch.Tensor]: # one tensor a row: [tokens]
     "The price of each token of each response, its end mark last"
-    rows = [encode(dict(prompt=p, response=r), tok, 'text') for p, r in zip(prompts, responses, strict=True)]; out, device, training = [], next(model.parameters()).device, model.training; model.eval()
+    limit = row_limit(model, tok)
+    rows = [encode(dict(prompt=p, response=r), tok, 'text', limit) for p, r in zip(prompts, responses, strict=True)]
+    out = []
     for i in range(0, len(rows), 100):
-        b = {k: v.to(device) for k, v in collate(rows[i:i + 100], tok.pad_token_id or 0).items()}; y = b.pop('labels'); nll = token_nll(model(**b).logits, y)
-        out += [x[on].cpu() for x, on in zip(nll, priced(y))]
-    model.train(training); return out
+        b = to_device(collate(rows[i:i + 100], pad_id(tok)), device_of(model))
+        with evaluating(model): nll = token_nll(model(**model_inputs(b)).logits, b['labels'])
+        out += [x[on].cpu() for x, on in zip(nll, priced(b['labels']))]
+    return out
 
 def likelihood(model, tok, prompts:list[str], said:list[str]) -> torch.Tensor: # [rows], in [0, 1]
     "How likely the model finds each answer that it gave: the geometric mean of the probabilities of its tokens, the end mark left out"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 import torch
 from torch import Tensor
+from ...core.model import evaluating
 from ...core.paper import method
 from ...core.recipe import Recipe, With
 from ...native.perturb import perturb_, restore_update_
@@ -36,13 +37,18 @@ class MeZO:
     @torch.no_grad()
     def __call__(self, state, prices:list[Callable]) -> float:
         "One step; returns the mean of the two prices. If one is no number (`NotFinite`), or is interrupted, the weights go back to where they were, to rounding."
-        seed, lr, training, at, sides = seed_of(state.seed, state.step), self.s.lr*self.s.factor(state.step), state.model.training, 0., []; state.model.eval()
+        seed, lr, at, sides = seed_of(state.seed, state.step), self.s.lr*self.s.factor(state.step), 0., []
         try:
-            for side in (self.eps, -self.eps): perturb_(self.params, seed, side - at, self.dist); at = side; sides.append(sum(float(f()) for f in prices))
+            with evaluating(state.model): # both sides see the same model: dropout would draw another for each
+                for side in (self.eps, -self.eps):
+                    perturb_(self.params, seed, side - at, self.dist)
+                    at = side
+                    sides.append(sum(float(f()) for f in prices))
             g = (sides[0] - sides[1])/(2*self.eps)
             if not math.isfinite(g): raise NotFinite(f'the loss is {sides[0]} and {sides[1]} to either side at step {state.step}; nothing was changed by this step')
-        except BaseException: perturb_(self.params, seed, -at, self.dist); raise
-        finally: state.model.train(training)
+        except BaseException:
+            perturb_(self.params, seed, -at, self.dist)
+            raise
         self._step(seed, g, lr); self.log.append((seed, g, lr)); state.extra.update(lr=lr, projected_gradient=g, moves=self.log)
         return sum(sides)/2
 

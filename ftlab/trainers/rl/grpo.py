@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from ...core.batches import indices
-from ...core.generate import left_pad, render
+from ...core.generate import left_pad, render_within
+from ...core.model import evaluating, model_inputs
 from ...core.paper import method
 from ...core.recipe import Recipe
 from ...core.scorers import answer_length, judge
 from ..objective import priced, token_nll
+from ..source import micro_size
 
 # %% auto #0
 __all__ = ['advantages', 'Rollouts', 'clipped_policy', 'rollouts', 'grpo']
@@ -32,7 +34,7 @@ class Rollouts:
         if state.data.kind != 'text': raise ValueError(f'rollouts need questions with a prompt and a response to judge by; the data are of kind {state.data.kind!r}')
         n = state.settings['batch_size']
         if n % group or group < 2: raise ValueError(f'batch_size is {n} and the group {group}; a group needs at least 2 answers, and the batch whole groups')
-        if n % (k := state.settings['accumulate']): raise ValueError(f'batch_size is {n} and accumulate {k}; the first must be a multiple of the second')
+        self.micro = micro_size(n, state.settings['accumulate'])
         self.group, self.reward, self.temperature, self.questions = group, reward, temperature, n//group
         self.limit = max_new_tokens or answer_length(state.data.train, state.tok)
 
@@ -40,10 +42,11 @@ class Rollouts:
     def next(self, state) -> list[dict]:
         "Draw a group of answers to each question of this step; every micro-batch carries old log-probabilities and advantages"
         rows = [state.data.train[i] for i in indices(state.step, self.questions, len(state.data.train), state.seed)]
-        asked = render([r['prompt'] for r in rows for _ in range(self.group)], state.tok); b = left_pad(asked, state.tok.pad_token_id, state.device)
-        training = state.model.training; state.model.eval()
-        y = state.model.generate(**b, max_new_tokens=self.limit, do_sample=True, temperature=self.temperature, top_k=0, top_p=1.,
-                                 pad_token_id=state.tok.pad_token_id, eos_token_id=state.tok.eos_token_id)
+        asked, longest = render_within([r['prompt'] for r in rows for _ in range(self.group)], state.tok, self.limit, state.model)
+        b = left_pad(asked, state.tok.pad_token_id, state.device)
+        with evaluating(state.model):
+            y = state.model.generate(**b, max_new_tokens=longest, do_sample=True, temperature=self.temperature, top_k=0, top_p=1.,
+                                     pad_token_id=state.tok.pad_token_id, eos_token_id=state.tok.eos_token_id)
         start = b['input_ids'].shape[1]; said = y[:, start:]
         live = (said == state.tok.eos_token_id).cumsum(1) - (said == state.tok.eos_token_id).int() == 0  # up to and with the first end
         texts = state.tok.batch_decode([t[m] for t, m in zip(said, live)], skip_special_tokens=True)
@@ -52,9 +55,9 @@ class Rollouts:
         labels = y.masked_fill(torch.cat([torch.zeros_like(b['attention_mask'], dtype=torch.bool), live], 1).logical_not(), -100)
         mask = torch.cat([b['attention_mask'], live.long()], 1); place = (mask.cumsum(1) - 1).clamp(min=0)
         full = dict(input_ids=y, attention_mask=mask, position_ids=place, labels=labels, advantage=advantages(rewards).flatten().to(state.device))
-        full['old'] = -token_nll(state.model(input_ids=y, attention_mask=mask, position_ids=place).logits, labels); state.model.train(training)
-        k = len(y)//state.settings['accumulate']
-        return [{n: v[i:i + k] for n, v in full.items()} for i in range(0, len(y), k)]
+        with evaluating(state.model): logits = state.model(**model_inputs(full)).logits
+        full['old'] = -token_nll(logits, labels)
+        return [{n: v[i:i + self.micro] for n, v in full.items()} for i in range(0, len(y), self.micro)]
 
 # %% ../../../nbs/trainers/rl/grpo.ipynb #000b7c68
 @dataclass(frozen=True)

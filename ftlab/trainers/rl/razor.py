@@ -15,7 +15,7 @@ from ...core.loading import load
 from ...core.paper import Evidence, study
 from ...core.recipe import Recipe
 from ...core.scorers import skills
-from ...core.state import MODEL_INPUTS
+from ...core.model import device_of, model_inputs, row_limit, to_device
 from ...lab.world import LETTERS, split_of, zigzag
 from ..callbacks import Every
 from ..fit import fit
@@ -37,9 +37,11 @@ def own_answers(model, tok, prompts:list[str], max_new_tokens:int=64, seed:int=0
 def answer_kl(base, tuned, tok, rows:list[dict], # questions of the new task with the base's own answers
               batch_size:int=100) -> float:
     "KL(base || tuned) in nats an answer: the sum over an answer's tokens, mean over `rows`"
-    enc, total, device = [encode(r, tok, 'text') for r in rows], 0., next(tuned.parameters()).device
+    limit = row_limit(tuned, tok)
+    enc, total = [encode(r, tok, 'text', limit) for r in rows], 0.
     for i in range(0, len(enc), batch_size):
-        b = {k: v.to(device) for k, v in collate(enc[i:i + batch_size], tok.pad_token_id).items()}; p, q = (m(**{k: v for k, v in b.items() if k in MODEL_INPUTS}).logits[:, :-1] for m in (base, tuned))
+        b = to_device(collate(enc[i:i + batch_size], tok.pad_token_id), device_of(tuned))
+        p, q = (m(**model_inputs(b)).logits[:, :-1] for m in (base, tuned))
         total += float((kl(p, q)*priced(b['labels'])).sum())
     return total/len(enc)
 
