@@ -71,6 +71,7 @@ paper: $(VENV)/installed-dev
 
 lab-models: $(VENV)/installed-dev
 	$(PY) -c "from ftlab.lab.pretrain import pretrain; [pretrain(m, f'runs/{m}') for m in ('lab-s', 'lab-m', 'lab-e')]"
+	$(PY) -c "from ftlab.lab.large import pretrain_large; pretrain_large('runs/lab-l')"
 
 clean:
 	rm -rf $(VENV) build dist ftlab.egg-info .pytest_cache _proc _docs

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 import jinja2, torch
 from .rows import DIGITS, READERS, as_row, clean_text, read_rows
-from ..lab.world import LabWorld, SKILLS, split_of
+from ..lab.lookup import ALL_SKILLS, LookupWorld
+from ..lab.world import LabWorld, split_of
 
 # %% auto #0
 __all__ = ['KINDS', 'FORMS', 'ALIASES', 'SYNONYMS', 'SPLITS', 'IGNORE', 'PACKS', 'Data', 'data', 'encode', 'prompt_ids',
@@ -239,7 +240,7 @@ def _skill_rows(world:LabWorld, skill:str, n:int, split:str, seed:int) -> list[d
         return list({r['prompt']: r for r in itertools.islice(world.stream(skill, split, seed), 20*n + 1000)}.values())
 
 def _skill_data(skill:str, seed:int, n:int) -> Data:
-    world = LabWorld(0); ask = dict(train=n, validation=400, test=400)
+    world = LookupWorld(0); ask = dict(train=n, validation=400, test=400)
     rows = {s: _skill_rows(world, skill, k, s, seed) for s, k in ask.items()}
     short = [f'only {len(rows[s])} different {s} questions were found, {k} were asked for' for s, k in ask.items() if len(rows[s]) < k]
     return Data(**rows, kind='text', name=skill, note='; '.join(short))
@@ -257,11 +258,11 @@ def data(source,               # a path (.jsonl, .json, .csv, .parquet, or a fol
     if n is not None and n < 1: raise ValueError(f'n is {n}; it must be at least 1')
     columns = dict(columns or {}); known = {c for need in FORMS.values() for c in need}
     if set(columns) - known: raise ValueError(f'columns= renames to {", ".join(sorted(set(columns) - known))}; the keys are the names ftlab uses ({", ".join(sorted(known))}), the values those in the source')
-    if isinstance(source, str) and source in SKILLS:
+    if isinstance(source, str) and source in ALL_SKILLS:
         if validation is not None or test is not None or columns: raise ValueError(f'{source!r} is a lab skill, which brings its own splits and columns; for a file of that name say ./{source}')
         return _skill_data(source, seed, n or 4000)
     if isinstance(source, str) and not Path(source).exists() and not Path(source).suffix and Path(source).name == source:
-        raise ValueError(f'{source!r} is neither a file nor a lab skill{_near(source, SKILLS) or ";"} the skills are {", ".join(SKILLS)}')
+        raise ValueError(f'{source!r} is neither a file nor a lab skill{_near(source, ALL_SKILLS) or ";"} the skills are {", ".join(ALL_SKILLS)}')
     given = _parts(source) | {k: v for k, v in (('validation', validation), ('test', test)) if v is not None}
     name = str(source) if isinstance(source, (str, Path)) else 'rows'
     return _assemble({s: given.get(s) for s in ('train', 'validation', 'test')}, columns, name, seed, n)

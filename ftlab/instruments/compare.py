@@ -21,7 +21,9 @@ from ..core.model import device_of, model_inputs, pad_id, row_limit, to_device
 from ..core.recipe import Recipe
 from ..core.scorers import exact_match, label_accuracy, nll, skills
 from ..evaluators.probe import cka, drift
-from ..lab.world import OLD, SKILLS, vocabulary
+from ..lab.lookup import ALL_SKILLS
+from ..lab.models import skills_of
+from ..lab.world import OLD, vocabulary
 from ..methods import get
 from ..trainers.callbacks import Every
 from ..trainers.fit import fit
@@ -97,7 +99,7 @@ def metric_for(data:Data, metric:str|Callable|None=None) -> str|Callable:
     if metric == 'exact' and data.kind != 'text' or metric == 'accuracy' and data.kind != 'label':
         raise ValueError(f'metric {metric!r} does not fit data of kind {data.kind!r}: exact needs prompt and response, accuracy needs labels')
     known = data.test or data.validation or data.train # a set of old questions may have no test rows of its own
-    of_lab = data.kind == 'text' and bool(known) and all(r.get('skill') in SKILLS for r in known)
+    of_lab = data.kind == 'text' and bool(known) and all(r.get('skill') in ALL_SKILLS for r in known)
     return metric or ('accuracy' if data.kind == 'label' else 'exact' if of_lab else 'nll')
 
 def score(metric, model, tok, rows:list[dict], data:Data, max_length:int|None=None, decode=None) -> float:
@@ -113,10 +115,13 @@ def worst(metric, model, data:Data) -> float:
 # %% ../../nbs/instruments/compare.ipynb #0012c6d6
 def is_lab(tok) -> bool: "Does the tokenizer speak the words of the lab world?"; return tok.get_vocab().keys() >= set(vocabulary())
 
-def old_skills(data:Data) -> list[str]:
+def old_skills(data:Data,
+               tok=None # the model's tokenizer, which knows more skills for `lab-l`; None: those of v1
+              ) -> list[str]:
     "The skills that training on `data` should not harm"
     taught = {r.get('skill') for r in data.train}
-    return [s for s in OLD if s not in taught | {SKILLS[t].replaces for t in taught if t in SKILLS}]
+    taught |= {ALL_SKILLS[t].replaces for t in taught if t in ALL_SKILLS}
+    return [s for s in (skills_of(tok) if tok is not None else OLD) if s not in taught]
 
 @torch.no_grad()
 def features(model, tok, rows:list[dict], data:Data, max_length:int|None=None) -> torch.Tensor:
@@ -186,7 +191,7 @@ def _digest(x) -> str: return hashlib.blake2s(json.dumps(x, sort_keys=True, defa
 # %% ../../nbs/instruments/compare.ipynb #0019c6d6
 def taught(data:Data) -> str|None:
     "The lab skill that all training rows belong to, so that a seed can draw its questions anew; `None` for other data"
-    return data.name if data.name in SKILLS and {r.get('skill') for r in data.train} == {data.name} else None
+    return data.name if data.name in ALL_SKILLS and {r.get('skill') for r in data.train} == {data.name} else None
 
 def forgetting_is(data:Data, old:Data|None, tok) -> str:
     "What stands for forgetting: the old data that are given, the old skills of a lab model, or else how far the model drifts"
@@ -215,7 +220,7 @@ class Bench:
         self.settings, self.skill, self._before = settings, taught(self.given), {}
         self.base = Base(model, self.given.labels, revision, dtype, device); self.device = self.base.device
         probe, tok = self.base(0); self.size, self.how = sum(p.numel() for p in probe.parameters()), forgetting_is(self.given, self.old, tok)
-        self.old_names = old_skills(self.given) if self.how == 'old skills' else []
+        self.old_names = old_skills(self.given, tok) if self.how == 'old skills' else []
         self.worst, self.worst_old = worst(self.metric, probe, self.given), worst(metric_for(self.old), probe, self.old) if self.old else 0.
         self.farthest = 1. if self.given.kind == 'label' else math.log(probe.config.vocab_size) # the drift of a model that knows nothing
 

@@ -925,7 +925,7 @@ ASKED, AGAIN = 20, 100 # questions of each old skill, and of those under suspici
 def old_skills_lost(c):
     if not is_lab(c.tok) or c.data.kind == 'label' or not c.model.can_generate():
         raise NotApplicable('only a lab model can be asked what it could do before; use ftlab.report for drift')
-    old = old_skills(c.data); c.off; now = skills(c.model, ASKED, names=old, tok=c.tok)
+    old = old_skills(c.data, c.tok); c.off; now = skills(c.model, ASKED, names=old, tok=c.tok)
     weak = [s for s in old if now[s] < .5] # only what is weak now can have lost half
     if not weak: return None
     was = _switched_off(c, lambda: skills(c.model, ASKED, names=weak, tok=c.tok)); suspects = [s for s in was if was[s] >= .5 and now[s] < .6*was[s]]

@@ -9,16 +9,18 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, LlamaConfig, PreTrainedTokenizerFast
-from .world import vocabulary
+from .lookup import LEARNED
+from .world import OLD, vocabulary
 
 # %% auto #0
-__all__ = ['CHAT', 'MODELS', 'lab_tokenizer', 'lab_config']
+__all__ = ['CHAT', 'V1', 'V2', 'MODELS', 'lab_tokenizer', 'skills_of', 'lab_config']
 
 # %% ../../nbs/lab/models.ipynb #00056676
 CHAT = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ ' <assistant> ' + m['content'] + ' ' + eos_token }}"
         "{% else %}{{ ' <user> ' + m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ ' <assistant>' }}{% endif %}")
 
-def lab_tokenizer(encoder:bool=False # the encoder's, which opens every text as its pretraining did: `<bos> <user>`
+def lab_tokenizer(encoder:bool=False, # the encoder's, which opens every text as its pretraining did: `<bos> <user>`
+                  version:str='lab-v1' # of the models; 'lab-v2' is noted in the tokenizer's settings
                  ) -> PreTrainedTokenizerFast:
     "The tokenizer of all lab models: one token a word"
     t = Tokenizer(WordLevel({w: i for i, w in enumerate(vocabulary())}, unk_token='<unk>'))
@@ -27,17 +29,34 @@ def lab_tokenizer(encoder:bool=False # the encoder's, which opens every text as 
     tok = PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', bos_token='<bos>', eos_token='<eos>', unk_token='<unk>', mask_token='<mask>',
         extra_special_tokens=['<user>', '<assistant>'], model_max_length=256, padding_side='right', clean_up_tokenization_spaces=False)
     tok.chat_template = CHAT
+    if version != 'lab-v1': tok.init_kwargs['lab'] = version # is saved beside the model, and with every model that is fine-tuned from it
     return tok
 
+def skills_of(tok # of a lab model
+             ) -> list[str]:
+    "The skills that the model of this tokenizer grew up with: those of v1, and for `lab-l` those of looking things up"
+    return OLD + (LEARNED if tok.init_kwargs.get('lab') == 'lab-v2' else [])
+
 # %% ../../nbs/lab/models.ipynb #00086676
+V1 = dict(version='lab-v1', made_by='ftlab.lab.pretrain.pretrain({name!r}, {folder!r})')
+V2 = dict(version='lab-v2', made_by='ftlab.lab.large.pretrain_large(folder), whose lab-l belongs into {folder!r}')
 MODELS = {
-    'lab-s': dict(kind='causal', hidden=128, blocks=4, heads=4, steps=3000, rate=3e-3, skip=('atlas',), revisions=(100, 250, 500, 1000, 1500, 2200)),
-    'lab-m': dict(kind='causal', hidden=160, blocks=8, heads=5, steps=2400, rate=3e-3, skip=(), revisions=()),
-    'lab-e': dict(kind='masked', hidden=128, blocks=4, heads=4, steps=1200, rate=3e-3, skip=('atlas',), revisions=())}
+    'lab-s': dict(V1, kind='causal', hidden=128, blocks=4, heads=4, steps=3000, rate=3e-3,
+                  skip=('atlas',), revisions=(100, 250, 500, 1000, 1500, 2200)),
+    'lab-m': dict(V1, kind='causal', hidden=160, blocks=8, heads=5, steps=2400, rate=3e-3,
+                  skip=(), revisions=()),
+    'lab-e': dict(V1, kind='masked', hidden=128, blocks=4, heads=4, steps=1200, rate=3e-3,
+                  skip=('atlas',), revisions=()),
+    'lab-l': dict(V2, kind='causal', hidden=256, blocks=6, heads=8, steps=5789, rate=3e-3,
+                  skip=(), revisions=(546, 2214))}
 
 def lab_config(name:str, vocab:int) -> LlamaConfig|BertConfig:
     "The configuration of the lab model `name`: a Llama, or for the encoder a BERT, without dropout as its sisters are"
-    m = MODELS[name]; h = m['hidden']
-    shape = dict(vocab_size=vocab, hidden_size=h, num_hidden_layers=m['blocks'], num_attention_heads=m['heads'], max_position_embeddings=256, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    if m['kind'] == 'masked': return BertConfig(**shape, intermediate_size=4*h, type_vocab_size=1, hidden_dropout_prob=0., attention_probs_dropout_prob=0.)
+    m = MODELS[name]
+    h = m['hidden']
+    shape = dict(vocab_size=vocab, hidden_size=h, num_hidden_layers=m['blocks'], num_attention_heads=m['heads'],
+                 max_position_embeddings=256, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    if m['kind'] == 'masked':
+        return BertConfig(**shape, intermediate_size=4*h, type_vocab_size=1, hidden_dropout_prob=0.,
+                          attention_probs_dropout_prob=0.)
     return LlamaConfig(**shape, intermediate_size=5*h//2, num_key_value_heads=m['heads'])
