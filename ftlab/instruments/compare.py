@@ -4,7 +4,7 @@
 
 # %% ../../nbs/instruments/compare.ipynb #0003c6d6
 from __future__ import annotations
-import base64, copy, ctypes, gc, hashlib, html, importlib.metadata, io, itertools, json, math, platform, sys, time
+import base64, copy, ctypes, gc, hashlib, html, importlib.metadata, io, itertools, json, math, platform, sys, time, warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean, stdev
@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from scipy import stats
 from .. import __version__
 from ..adapters.store import identity
-from ..core.io import write_atomically
+from ..core.io import check_room, only_writer, write_atomically
 from ..core.batches import Data, collate, data as as_data, encode_all
 from ..core.loading import find_device, load
 from ..core.model import device_of, model_inputs, pad_id, row_limit, to_device
@@ -280,7 +280,8 @@ def _decoder(recipe, base, learners=None):
 def run_cell(bench:Bench, recipe:Recipe, rate:float, seed:int, folder:Path, tuning:bool=False, resume:bool=True) -> dict:
     "The numbers of one method at one rate with one seed, from its file or by running it; `tuning` measures the validation gain alone"
     key = _key(bench, recipe, rate, seed, tuning); path = folder/f'{_digest(key)}.json'
-    if resume and path.exists(): return json.loads(path.read_text())
+    if resume and (kept := _kept_cell(path, key)):
+        return kept
     t = time.time(); before = bench.before(seed, recipe)
     try: cell = _run(bench, recipe, rate, seed, tuning, path.with_suffix('.safetensors'))
     # wrong input would be wrong for everyone; anything else is this method's own failure, and a result
@@ -290,6 +291,22 @@ def run_cell(bench:Bench, recipe:Recipe, rate:float, seed:int, folder:Path, tuni
     cell = dict(method=recipe.name, rate=rate, seed=seed, tuning=tuning, **cell, key=key)
     write_atomically(path, lambda p: p.write_text(json.dumps(cell, allow_nan=False)))
     return cell
+
+def _kept_cell(path:Path, key:dict) -> dict|None:
+    "A finished cell; `None`, with a warning, for a file that is damaged, so that the cell is done again"
+    if path.is_dir():
+        raise IsADirectoryError(f'{str(path)!r} is a folder, where the file of a cell belongs; move it away')
+    if not path.exists():
+        return None
+    try:
+        cell = json.loads(path.read_text(encoding='utf-8'))
+        if cell['key'] == json.loads(json.dumps(key)):
+            return cell
+        said = 'it is another cell'
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        said = f'{type(e).__name__}: {e}'
+    warnings.warn(f'{str(path)!r} cannot be read and is done again ({said})')
+    return None
 
 def _key(bench, recipe, rate, seed, tuning) -> dict:
     "All that determines a cell; its digest names the file"
@@ -622,7 +639,9 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
     bench = Bench(model, data, old, metric, items=items, old_items=old_items, validation_items=validation_items, steps=steps, tune_steps=tune_steps,
                   evaluate_every=evaluate_every, max_length=max_length, device=device, dtype=dtype, revision=revision, budget=budget, progress=progress,
                   keep=keep, batch_size=batch_size, precision=precision, **settings)
-    chosen, done = run_cells(bench, arms, seeds, Path(out)/'cells', tune, resume)
+    check_room(out) # before the first cell, not after it
+    with only_writer(out):
+        chosen, done = run_cells(bench, arms, seeds, Path(out)/'cells', tune, resume)
     tuning = dict(seed=tuning_seed(seeds), steps=bench.tune_steps, methods=chosen) if tune else None
     comparison = Comparison(dict(model=_model_name(model), data=bench.given.name, protocol=_protocol(bench, seeds),
         methods=assemble({n: (arms[n][0].describe(), done[n]) for n in arms}), tuning=tuning, versions=versions()))

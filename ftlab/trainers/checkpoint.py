@@ -127,13 +127,14 @@ def save_checkpoint(path:Path,        # the file
     except DiskFull as e:
         warnings.warn(f'step {state.step} could not be kept, and the run goes on: {e}')
 
-def header_of(run:str,        # the mark of this run, drawn when it began
-              settings:dict,  # of the whole run
-              own:dict,       # of this stage, where there are several; else the same
-              callbacks:tuple # that the run was given
+def header_of(run:str,         # the mark of this run, drawn when it began
+              settings:dict,   # of the whole run
+              own:dict,        # of this stage, where there are several; else the same
+              callbacks:tuple, # that the run was given
+              short:bool=False # did a stage before this one end before its last step?
              ) -> dict:
     "Say which run a checkpoint belongs to"
-    return dict(format=FORMAT, run=run, whole=settings, settings=own, versions=versions(),
+    return dict(format=FORMAT, run=run, whole=settings, settings=own, versions=versions(), short=short,
                 callbacks=[type(c).__name__ for c in callbacks])
 
 def bytes_of_checkpoint(state:State) -> int:
@@ -201,9 +202,10 @@ def resumable(checkpoint:Path,   # the file
     header = read_header(checkpoint)
     check_same_run(checkpoint, header['whole'], settings)
     given = [type(c).__name__ for c in callbacks]
-    if header['ended'] and header['step'] < header['settings']['steps'] and not settings.get('callbacks') and header['callbacks'] != given:
-        raise ValueError(f'{str(checkpoint)!r} is a run that a callback ended at step {header["step"]} of {header["settings"]["steps"]}; '
-                         f'it had the callbacks {", ".join(header["callbacks"]) or "none"}, this one {", ".join(given) or "none"}. '
+    early = header['short'] or (header['ended'] and header['step'] < header['settings']['steps'])
+    if early and not settings['callbacks'] and header['callbacks'] != given:
+        raise ValueError(f'{str(checkpoint)!r} is a run that one of its callbacks ended early, or a stage of it; it had '
+                         f'{", ".join(header["callbacks"]) or "none"}, this one has {", ".join(given) or "none"}. '
                          'Give the same, or begin anew with resume=False')
     if moved := [f'{k} {v} (now {versions().get(k)})' for k, v in header['versions'].items() if versions().get(k) != v]:
         warnings.warn(f'{str(checkpoint)!r} was written with {", ".join(moved)}: the run goes on, but its last bits may differ')

@@ -55,6 +55,7 @@ class Job:
     checkpoint:Path          # the file
     mark:str                 # of this run, drawn when it began; a resumed run has its checkpoint's
     begun:int|None=None      # the stage of the checkpoint that is gone on from
+    short:bool=False         # did a stage end before its last step?
     save_every:int=0         # steps; 0: no checkpoints
     callbacks:tuple=()       # that `fit` was given
     progress:bool=True
@@ -114,7 +115,7 @@ class _Stage:
             load_checkpoint(job.checkpoint, self.parts, state, self.settings)
 
     def save(self) -> None:
-        header = header_of(self.job.mark, self.job.settings, self.settings, self.job.callbacks)
+        header = header_of(self.job.mark, self.job.settings, self.settings, self.job.callbacks, self.job.short)
         save_checkpoint(self.job.checkpoint, self.parts, self.state, header, self.job.processes.main)
 
     def train(self) -> None:

@@ -109,6 +109,7 @@ class _Series:
         return run_stage(job, stage, _stage_settings(job, stage, settings), earlier)
 
     def _add(self, run:Run) -> None:
+        self.job.short |= len(run.log) < self.shares[len(self.runs)]
         self.runs.append(run)
         self.so_far = _after(self.so_far, run)
 
@@ -154,7 +155,7 @@ def _keep_stage(job:Job, i:int, run:Run, start:Mapping) -> None:
     if more or not job.save_every or not job.processes.main or run.settings.get('kept'):
         return
     tensors = {n: p for n, p in job.model.named_parameters() if not torch.equal(start[n], p.detach().cpu())}
-    header = header_of(job.mark, job.settings, run.settings, job.callbacks) | dict(log=run.log, path=run.path, cost=run.cost)
+    header = header_of(job.mark, job.settings, run.settings, job.callbacks, job.short) | dict(log=run.log, path=run.path, cost=run.cost)
     try:
         write_tensors(_stage_file(job, i), tensors, {k: json.dumps(v) for k, v in header.items()})
     except DiskFull as e:
@@ -170,8 +171,6 @@ def _kept_stage(job:Job, i:int, stage, settings:dict, start:Mapping) -> Run|None
         return None # of a run before this one: it never belongs here, whatever its settings
     own = _stage_settings(job, stage, settings)
     check_same_run(path, header['settings'], own)
-    if len(header['log']) < settings['steps'] and not job.settings['callbacks']:
-        return None # something ended it early that does not belong to the settings: do it again, with what is there now
     tensors = read_tensors(path)[0]
     set_weights(job.model, start)
     set_weights(job.model, tensors)
