@@ -56,7 +56,7 @@ GPU_PY := $(PY)
 gpu: $(VENV)/installed-test
 endif
 gpu:
-	@$(GPU_PY) bench/gpu.py --part $(or $(PART),all) $(if $(REHEARSE),--rehearse) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(OUT),--out $(OUT))
+	@$(GPU_PY) bench/gpu.py --part $(or $(PART),all) $(if $(ONLY),--only '$(ONLY)') $(if $(REHEARSE),--rehearse) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(OUT),--out $(OUT))
 
 # From the file system, without a server; a link that leads nowhere, or a page outside _quarto.yml, is an error
 docs: export HF_HUB_OFFLINE := 1

@@ -1,4 +1,4 @@
-"""How fast the views of ftlab.explore follow a hand, on lab-s.
+"""How fast the views of ftlab.instruments.explore follow a hand, on lab-s.
 
     python bench/explore.py            # about a minute; writes bench/results/explore.json
 

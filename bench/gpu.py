@@ -1,6 +1,7 @@
 """Everything that only a GPU can tell, in one call of at most five minutes: the build, the tests, the kernels' times, `fit`.
 
     make gpu                              # or PART=tests, PART=bench, PART=fit; writes bench/results/gpu_<card>.json
+    make gpu ONLY='tests|adamw|fit: lift' # what matches "task: piece" again; the rest of the card's file stays as it was
     make gpu REHEARSE=1                   # the same code at tiny sizes on the CPU
     make gpu PYTHON=python3 WHEELS=.whl   # with another Python, and wheels for what it lacks; nothing is downloaded
 
@@ -20,7 +21,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from gpu_pieces import tail
@@ -43,14 +44,15 @@ class Task:
 
 class Board:
     "All that was found so far, in a file that is whole at every moment"
-    def __init__(self, path: Path, facts: dict, began: float):
-        self.path, self.began, self.lock = path, began, threading.Lock()
-        self.found = dict(facts, results={})
+    def __init__(self, path: Path, facts: dict, began: float, kept: dict | None = None):
+        self.path, self.began, self.lock, self.ran = path, began, threading.Lock(), []
+        self.found = dict(facts, results=kept or {})  # kept: results of an earlier call that this one does not repeat
 
     def put(self, task: str, piece: str, row: dict) -> None:
         "Note a row, write the file, print a line"
         with self.lock:
             self.found['results'].setdefault(task, {})[piece] = row
+            self.ran.append((task, piece))
             self.found['seconds'] = round(time.monotonic() - self.began, 1)
             self.save()
             why = '' if row['state'] != 'failed' else ': ' + row.get('why', '').strip().splitlines()[-1][:200]
@@ -63,9 +65,9 @@ class Board:
         tmp.replace(self.path)
 
     def rows(self):
-        for task, pieces in self.found['results'].items():
-            for piece, row in pieces.items():
-                yield task, piece, row
+        "Of this call only"
+        for task, piece in self.ran:
+            yield task, piece, self.found['results'][task][piece]
 
 def stop(process: subprocess.Popen) -> None:
     "End a process and all that it started"
@@ -81,8 +83,9 @@ def stop(process: subprocess.Popen) -> None:
 
 class Runner:
     "Runs tasks within the time that is left"
-    def __init__(self, board: Board, end: float, env: dict, work: Path):
+    def __init__(self, board: Board, end: float, env: dict, work: Path, only: str = ''):
         self.board, self.end, self.env, self.work = board, end, env, work
+        self.only = re.compile(f'^machine: |{only}' if only else '')
 
     def left(self) -> float:
         return self.end - time.monotonic()
@@ -92,7 +95,12 @@ class Runner:
         return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
     def run(self, task: Task) -> None:
-        "One task; nothing that happens in it reaches the others"
+        "One task, or those of its pieces that were asked for; nothing that happens in it reaches the others"
+        asked = [p for p in task.pieces or [task.name] if self.only.search(f'{task.name}: {p}')]
+        if not asked:
+            return
+        if task.pieces:
+            task = replace(task, pieces=tuple(asked))
         try:
             self.run_pieces(task) if task.pieces else self.run_command(task)
         except Exception as e:
@@ -209,7 +217,7 @@ def test_tasks(o) -> list[Task]:
     checker = shutil.which('compute-sanitizer') or shutil.which('compute-sanitizer', path='/usr/local/cuda/bin')
     tasks = [tests, Task('small shapes', small, 60, KERNELS)]
     if checker:
-        for tool, more, kernels in (('memcheck', ['--report-api-errors', 'no'], KERNELS), ('racecheck', [], ('magnitude', 'crossentropy'))):
+        for tool, more, kernels in (('memcheck', ['--report-api-errors', 'no'], KERNELS), ('racecheck', [], ('magnitude', 'crossentropy', 'adamw'))):
             for k in kernels:
                 command = [checker, '--tool', tool, *more, '--error-exitcode', '9', *small, '--to', o.work/f'{tool}_{k}.jsonl', k]
                 tasks.append(Task(f'{tool}, {k}', command, 130, read=read_checker, env=dict(PYTORCH_NO_CUDA_MEMORY_CACHING='1')))
@@ -303,9 +311,17 @@ def table(board: Board) -> None:
     bad = [name for name, state in states if state == 'failed']
     print(f'\n{len(states) - len(bad)} of {len(states)} in order' + (f'; failed: {", ".join(bad)}' if bad else ''), flush=True)
 
+def earlier(file: Path) -> dict:
+    "What an earlier call found on this card: in the folder of results, or in the project's"
+    for place in (file, HERE/'results'/file.name):
+        if place.exists():
+            return json.loads(place.read_text())
+    return {}
+
 def options() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--part', choices=PARTS, default='all')
+    p.add_argument('--only', default='', help='a regular expression over "task: piece": what matches is done again')
     p.add_argument('--rehearse', action='store_true', help='tiny sizes, on the CPU')
     p.add_argument('--out', type=Path, default=Path(os.environ.get('FTLAB_GPU_OUT') or HERE/'results'), help='folder of the result')
     p.add_argument('--wheels', type=Path, help='folder of wheels for what this Python lacks')
@@ -323,11 +339,12 @@ def main() -> None:
         o.work = Path(tmp)
         o.out.mkdir(parents=True, exist_ok=True)
         file = (o.work if o.rehearse else o.out)/f'gpu_{re.sub("[^a-z0-9]+", "_", name.lower()).strip("_")}.json'
-        board = Board(file, dict(card=name, capability=o.capability, part=o.part), began)
+        kept = earlier(file) if o.only else {}
+        board = Board(file, dict(card=name, capability=o.capability, part=kept.get('part', o.part)), began, kept.get('results'))
         board.save()
         if o.wheels:
             install(o.wheels, o.work/'site')
-        runner = Runner(board, began + o.limit, surroundings(o, o.work/'site'), o.work)
+        runner = Runner(board, began + o.limit, surroundings(o, o.work/'site'), o.work, o.only)
         everything(runner, o)
         table(board)
         sys.exit(any(row['state'] == 'failed' for _, _, row in board.rows()))

@@ -162,11 +162,10 @@ def resumed(args, name: str) -> dict:
     assert not apart, f'{len(apart)} tensors differ after resuming: {apart[:3]}'
     return dict(steps=len(again.log))
 
-PIECES = {n: (lambda a, n=n: measured(a, n)) for n in ('full', 'lora', 'hft', 'dft', 'mezo')}
-PIECES |= {'peft lora': by_peft}
+PIECES = {n: (lambda a, n=n: measured(a, n)) for n in ('full', 'lora', 'hft', 'dft', 'mezo', 'lift')}
 PIECES |= {f'{n}, resumed': (lambda a, n=n: resumed(a, n)) for n in ('full', 'lora', 'hft', 'dft', 'mezo', 'lift')}
-PIECES |= {f'{n}, bfloat16 weights': (lambda a, n=n: measured(a, n, 'bfloat16')) for n in ('full', 'lora', 'mezo')}
-PIECES |= {'lift': lambda a: measured(a, 'lift'), 'lift, bfloat16 weights': lambda a: measured(a, 'lift', 'bfloat16')}
+PIECES |= {f'{n}, bfloat16 weights': (lambda a, n=n: measured(a, n, 'bfloat16')) for n in ('lift', 'full', 'lora', 'mezo')}
+PIECES |= {'peft lora': by_peft}
 
 if __name__ == '__main__':
     options = arguments()

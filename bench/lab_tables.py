@@ -8,7 +8,7 @@ Results go to bench/results/lab_v1_*.json; what is there is kept, what is missin
 import json, os, sys, time
 from pathlib import Path
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
-import torch, ftlab
+import ftlab
 from ftlab.core.io import write_atomically
 from ftlab.core.scorers import exact_match, skills, WORLD
 from ftlab.lab.world import NEW, OLD, SKILLS

@@ -4,7 +4,7 @@
 
 Both runs are the same to the last bit (tests/test_monitor.py), so the difference is the monitor's. `share` is the median of the seconds that the monitor itself took,
 over the whole run's: looks at old questions and validation rows, pictures and their way to the front end. `wall` compares whole runs, which a busy machine blurs."""
-import json, os, platform, subprocess, sys, time
+import json, os, platform
 from pathlib import Path
 from statistics import median
 

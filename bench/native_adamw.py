@@ -26,7 +26,7 @@ def compact(torch):
 
 def contestants():
     import torch
-    import torch._inductor.config as inductor
+    import torch._inductor.config  # noqa: F401 - not while it is measured
     from torch._dynamo.utils import counters
     from ftlab.native import SparseAdamW
     torch.manual_seed(0); p, g = torch.nn.Parameter(torch.randn(R, C)), torch.randn(R, C)*.01; flat, grad = p.detach().view(-1), g.view(-1); p.grad = g

@@ -63,7 +63,7 @@ def child(name, arm):
     from ftlab import methods
     from ftlab.native import backend
     torch.set_num_threads(THREADS); assert backend() == 'cpp', 'the C++ is not in use'
-    import peft, ftlab.trainers.fit # what is imported is not what training holds
+    import peft, ftlab.trainers.fit # noqa: F401 - what is imported is not what training holds
     model, tok = load(name); size = sum(p.numel() for p in model.parameters()); r = rank(model); chosen = sum(a + b for a, b in matrices(model).values())*r; big = max(p.numel() for p in model.parameters())
     run = dict(mezo=lambda: by_ftlab(model, tok, methods.mezo()), full=lambda: by_ftlab(model, tok, methods.full()), lift=lambda: by_ftlab(model, tok, methods.lift(r=r, every=0)),
         shira=lambda: by_peft(model, tok)).get(arm, lambda: forward(model))

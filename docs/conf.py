@@ -27,9 +27,9 @@ html_additional_pages = {'404': '404.html'}; html_context = dict(site_url=websit
 DIRECTIVE = re.compile(r'^#\| *([\w-]+): *(.*)\n?', re.M)
 
 def toctree(pages:list[str], caption:str='') -> str:
-    "A hidden toctree: what Sphinx makes the navigation from"
+    "A hidden toctree: what Sphinx makes the navigation from. A family's stands in its folder, hence the paths from the top"
     head = f':caption: {caption}' if caption else ''
-    return f'```{{toctree}}\n:hidden:\n{head}\n\n' + '\n'.join(p.removesuffix('.ipynb') for p in pages) + '\n```'
+    return f'```{{toctree}}\n:hidden:\n{head}\n\n' + '\n'.join('/' + p.removesuffix('.ipynb') for p in pages) + '\n```'
 
 def toctrees() -> list[str]:
     "The navigation at the top: one toctree a section; what lies below a family's page is listed there"

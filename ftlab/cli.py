@@ -64,14 +64,14 @@ def training_bytes(model,                        # as `load` or `skeleton` gives
                    precision:str='no'            # 'bf16': mixed precision
                   ) -> dict:
     "Trained numbers, and bytes by `PARTS`; of a recipe in stages, its largest one"
-    return max((_stage_bytes(model, s, labels, shape, precision) for s in recipe.stages or (recipe,)), key=lambda d: sum(d[k] for k in PARTS))
+    return max((_stage_bytes(model, s, labels, shape, precision) for s in recipe.turns), key=lambda d: sum(d[k] for k in PARTS))
 
 def _stage_bytes(model, stage, labels, shape, precision) -> dict:
     with _attached(model, stage, labels) as att:
         moving, weights, cfg = list(att.parameters().values()), _own_weights(model), model.config
         kept = _activations(model, shape, labels, precision); delta = _size(t for d in att.deltas.values() for t in (*d.parameters(), *d.buffers()))
         logits = 4*shape[0]*(cfg.num_labels if labels else shape[1]*cfg.get_text_config().vocab_size)
-        reference = ((_size(weights) if att.whole else 0) + logits) if getattr(stage, 'reference', False) else 0
+        reference = ((_size(weights) if att.whole else 0) + logits) if 'reference' in getattr(stage, 'needs', ()) else 0
         return dict(trainable=sum(p.numel() for p in moving), weights=_size(weights), delta=delta, gradients=_size(moving),
             optimizer=2*_size(moving) + 4*len(moving), # AdamW counts its steps per tensor
             reference=reference, activations=kept + 3*logits) # the gradient of the logits, and two copies on the way through the loss
@@ -121,7 +121,7 @@ def timed(bench, recipe, rate:float, seconds:float=20.) -> dict:
     guess = 6*n*rows*64/(2e10 if bench.device.type == 'cpu' else 2e13) # operations of a step, over what a plain processor does in a second
     used = max(1, min(rows, int(rows*seconds/guess))); marks = Marks()
     run = ftlab.fit(model, tok, bench.given, recipe, lr=rate, max_length=bench.max_length, device=str(bench.device), progress=False, callbacks=(marks,),
-                    **bench.settings | dict(batch_size=used, steps=3*max(1, len(recipe.stages))))
+                    **bench.settings | dict(batch_size=used, steps=3*len(recipe.turns)))
     step = min(b - a for a, b in zip(marks.times, marks.times[1:]))*rows/used
     t = time.time(); bench.gained(model, tok, bench.given, 'validation'); asked = time.time() - t; bench.kept(model, tok, 0, bench.given)
     return dict(seconds_per_step=step, seconds_per_score=asked, seconds_per_look=time.time() - t, rows_timed=used, peak_bytes=run.cost['peak_bytes'],

@@ -82,8 +82,8 @@ def draw_map(here:Iterable[str]=() # nouns to mark, as where the reader is
     "The nine questions and the chapters about them, as one picture"
     if wrong := [n for n in here if n not in QUESTIONS]: raise ValueError(f'there is no question {wrong[0]!r}; the nine are {", ".join(QUESTIONS)}')
     nouns = list(QUESTIONS); tell = '; '.join(f'{i}, {n}: {QUESTIONS[n][1].lower()}' for i, n in enumerate(nouns, 1))
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 880 352" width="880" height="352" role="img" aria-labelledby="map-title map-text" '
-        f'font-family="system-ui, sans-serif">',
+    out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 880 352" width="880" height="352" role="img" aria-labelledby="map-title map-text" '
+        'font-family="system-ui, sans-serif">',
            '<title id="map-title">The nine questions of fine-tuning</title>', f'<desc id="map-text">{html.escape(tell)}</desc>', '<rect width="880" '
            'height="352" rx="10" fill="#fafafa"/>']
     for row, (part, (label, module, color)) in enumerate(_ROWS.items()):
@@ -100,7 +100,7 @@ def _link(c:Chapter, folder:str='', at:str|Path='.') -> str: # folder: of the ch
 def _solved(c:Chapter, done) -> str:
     "How many of its exercises are solved: '3 exercises, 1 solved'"
     n, of = sum(e in done for e in c.exercises), len(c.exercises)
-    return '' if not of else f'{of} exercise{"s"*(of > 1)}' + (f', all solved ✓' if n == of else f', {n} solved' if n else '')
+    return '' if not of else f'{of} exercise{"s"*(of > 1)}' + (', all solved ✓' if n == of else f', {n} solved' if n else '')
 
 @dataclass(frozen=True)
 class Place:

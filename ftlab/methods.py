@@ -4,41 +4,62 @@
 
 # %% ../nbs/methods.ipynb #0003f769
 from __future__ import annotations
-import ast, difflib, inspect, sys
+import ast
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 from .core.recipe import Recipe
-from .adapters.subsets.hft import hft
-from .adapters.modules.lora import lora
-from .adapters.modules.randlora import randlora
-from .adapters.merging.breadcrumbs import breadcrumbs
-from .adapters.merging.lines import lines
-from .adapters.subsets.lift import lift
-from .adapters.subsets.lt_sft import lt_sft
-from .adapters.modules.lofit import lofit
-from .adapters.subsets.difffit import difffit
-from .evaluators.decoding.copilot import copilot
-from .evaluators.decoding.eft import eft
-from .evaluators.trust.r_tuning import r_tuning
-from .trainers.rl.grpo import grpo
-from .trainers.rl.dpo import dpo
-from .trainers.rl.spin import spin
-from .trainers.losses.asft import asft
-from .trainers.losses.dft import dft
-from .trainers.optimizers.lisa import lisa
-from .trainers.losses.masked_thought import masked_thought
-from .trainers.optimizers.mezo import mezo
 
 # %% auto #0
-__all__ = ['full', 'names', 'get']
+__all__ = ['PARTS', 'full', 'paper_modules', 'names', 'make_of', 'get']
 
 # %% ../nbs/methods.ipynb #0006f769
 def full() -> Recipe:
     "Plain full fine-tuning: every question left at its plain answer"
     return Recipe('full')
 
+PARTS = ('adapters', 'trainers', 'evaluators', 'beyond') # whose folders hold papers
+
+def paper_modules(package:Path|None=None # a folder like `ftlab`'s; None: that one
+                 ) -> dict[str, Path]:   # key -> file
+    "The modules of all papers, by their keys, from the names of the files alone"
+    package = package or Path(find_spec('ftlab').origin).parent
+    found = (f for part in PARTS for f in sorted((package/part).glob('*/*.py')))
+    return {f.stem: f for f in found if not f.stem.startswith('_')}
+
+@lru_cache(1)
+def _files() -> dict[str, Path]: return paper_modules()
+
+@lru_cache(1)
+def _marked() -> tuple[str, ...]:
+    "The keys of the papers that are methods, read from the files' text: nothing is imported"
+    is_method = lambda key, file: re.search(rf'^@method\((?:(?!^def ).)*?^def {key}\(', file.read_text(encoding='utf-8'), re.M | re.S)
+    return tuple(sorted(['full', *(key for key, file in _files().items() if is_method(key, file))]))
+
 def names() -> list[str]:
-    "The names of all methods: the functions here that return a Recipe"
-    makes = lambda f: inspect.isfunction(f) and inspect.signature(f).return_annotation in (Recipe, 'Recipe')
-    return sorted(k for k, f in vars(sys.modules[__name__]).items() if makes(f) and k not in ('get', 'one'))
+    "The names of all methods"
+    return list(_marked())
+
+def make_of(name:str) -> Callable:
+    "The function that makes the method's Recipe. Raises `KeyError` offering the nearest names."
+    if name == 'full': return full
+    if name in _marked():
+        file = _files()[name]
+        return getattr(importlib.import_module('.'.join((__package__, *file.parts[-3:-1], name))), name)
+    near = difflib.get_close_matches(name, names(), 3, .4)
+    raise KeyError(f'no method is called {name!r}; ' + (f'did you mean {" or ".join(near)}?' if near else f'there are: {", ".join(names())}'))
+
+def __getattr__(name):
+    if name.startswith('_') or name not in _files(): raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    try: return make_of(name)
+    except KeyError as e: raise AttributeError(f'module {__name__!r} has no attribute {name!r}: {e.args[0]}') from None
+
+def __dir__(): return sorted({*globals(), *names()})
 
 # %% ../nbs/methods.ipynb #000cf769
 def get(text:str|Recipe # 'hft', 'lora(r=4)', 'hft * dft', or a Recipe
@@ -46,17 +67,18 @@ def get(text:str|Recipe # 'hft', 'lora(r=4)', 'hft * dft', or a Recipe
     "The Recipe that `text` names. Raises `KeyError` offering the nearest names, `ValueError` for arguments it cannot take."
     if isinstance(text, Recipe): return text
     try: tree = ast.parse(text, mode='eval').body
-    except SyntaxError: raise ValueError(f"cannot read {text!r} as a method; write a name such as 'lora', with arguments 'lora(r=4)', or several 'hft * dft'") from None
+    except SyntaxError: raise _unreadable(text) from None
     return _build(tree, text).named(text)
+
+def _unreadable(text): return ValueError(f"cannot read {text!r} as a method; write a name such as 'lora', with arguments 'lora(r=4)', or several 'hft * dft'")
 
 def _build(node, text):
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult): return _build(node.left, text)*_build(node.right, text)
     name = node.func if isinstance(node, ast.Call) else node
-    if not isinstance(name, ast.Name): raise ValueError(f"cannot read {text!r} as a method; write a name such as 'lora', with arguments 'lora(r=4)', or several 'hft * dft'")
-    if name.id not in names():
-        near = difflib.get_close_matches(name.id, names(), 3, .4)
-        raise KeyError(f'no method is called {name.id!r}; ' + (f'did you mean {" or ".join(near)}?' if near else f'there are: {", ".join(names())}'))
+    if not isinstance(name, ast.Name): raise _unreadable(text)
+    make = make_of(name.id)
     try:
+        args = [ast.literal_eval(a) for a in node.args] if isinstance(node, ast.Call) else []
         kw = {k.arg: ast.literal_eval(k.value) for k in node.keywords} if isinstance(node, ast.Call) else {}
-        return globals()[name.id](*[ast.literal_eval(a) for a in node.args] if isinstance(node, ast.Call) else [], **kw)
-    except TypeError as e: raise ValueError(f'{text!r}: {e}; {name.id} takes {inspect.signature(globals()[name.id])}') from None
+        return make(*args, **kw)
+    except TypeError as e: raise ValueError(f'{text!r}: {e}; {name.id} takes {inspect.signature(make)}') from None

@@ -8,7 +8,6 @@ import html
 import importlib
 import inspect
 import json
-import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path

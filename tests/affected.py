@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import subprocess
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -95,12 +95,21 @@ class Sources:
         if path.suffix not in ('.py', '.ipynb', '.toml'):
             return set()
         text = code_of(path)
-        found = self._named(text, file) | self._results(text)
-        if path.suffix != '.toml':
-            found |= self._imports(file, text)
+        return (self._named(text, file) | self._results(text) | self.imports(file)) - {file}
+
+    @cache
+    def imports(self, file: str) -> set[str]:
+        "The files that `file` imports at first hand, lazily or not"
+        path = self.root/file
+        if path.suffix not in ('.py', '.ipynb'):
+            return set()
+        text = code_of(path)
+        found = self._imported(file, text)
+        if path.name == '__init__.py' and 'import_module(' in text and path.parent.name != 'ftlab':  # names imported on first use
+            found |= {f for f in self.modules.values() if Path(f).parent == Path(file).parent}
         return found - {file}
 
-    def _imports(self, file: str, text: str) -> set[str]:
+    def _imported(self, file: str, text: str) -> set[str]:
         names = {f: m for m, f in self.modules.items()}
         name = names.get(file, 'page')
         if name in HUBS:
@@ -150,12 +159,14 @@ class Sources:
         "What every paper's contract and claim is tested by, without the papers that these tests use as examples"
         start = {f for f in ('tests/test_contract.py', 'tests/test_claims.py') if f in self.files}
         papers = set(self.by_key.values())
-        return self._closure(start, without=papers)
+        return self.closure_of(start, without=papers)
 
-    def _closure(self, start: set[str], without: Collection = ()) -> set[str]:
+    def closure_of(self, start: set[str], without: Collection = (), step: Callable | None = None) -> set[str]:
+        "`start` and every file that it needs (or `step` leads to), directly or through others; nothing through `without`"
+        step = step or self.needs
         seen, todo = set(start), list(start)
         while todo:
-            for f in self.needs(todo.pop()) - seen - set(without):
+            for f in step(todo.pop()) - seen - set(without):
                 seen.add(f)
                 todo.append(f)
         return seen
@@ -163,7 +174,7 @@ class Sources:
     @cache
     def closure(self, key: str) -> set[str]:
         "Every file that a paper's page, contract, claim or test needs"
-        return self._closure(self.own(key)) | self.shared
+        return self.closure_of(self.own(key)) | self.shared
 
     def touched(self, changed: list[str]) -> tuple[set[str], str]:
         "The keys that a change of these files touches, and why where it is all of them"

@@ -1,9 +1,9 @@
 "Files of saved changes, mutated: what a bit flip, a foreign tool or an ill will may do to them"
-import copy, hashlib, json, random, struct
+import json, random, struct
 import torch
 from safetensors.torch import load, save
 from ftlab.adapters.attach import attach
-from ftlab.adapters.delta import Entries, Offset
+from ftlab.adapters.delta import Offset
 from ftlab.adapters.modules.lofit import HeadOffset, heads
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.modules.randlora import randlora

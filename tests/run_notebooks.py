@@ -12,9 +12,9 @@ import sys
 import time
 from pathlib import Path
 
-from affected import key_of
-from pages import NBS, pages
-from worker import Workers, plain, preload
+from affected import Sources, key_of
+from pages import NBS, cells, exports, pages
+from worker import HEAVY, OURS, Workers, plain, preload
 
 # Two pages share the cores: with one thread each they do not wait for one another. Nothing is downloaded.
 MOST = 5  # CPU-seconds that a paper's page should take
@@ -27,6 +27,15 @@ def path_of(name: str) -> Path:
         if path.suffix == '.ipynb' and path.exists():
             return path
     raise SystemExit(f'there is no page {name!r}: neither under {NBS.name}/ nor from this folder')
+
+
+def parted(names: list[str]) -> tuple[list[str], list[str]]:
+    """The pages whose own module is among those that OURS brings, and the others.
+    The first must run before OURS are imported: a page registers what its module registers, and twice is an error."""
+    sources = Sources()
+    brought = sources.closure_of({sources.modules[m] for m in OURS if m in sources.modules}, step=sources.imports)
+    first = [n for n in names if {f'ftlab/{m.replace(".", "/")}.py' for m in exports(cells(path_of(n)))} & brought]
+    return first, [n for n in names if n not in first]
 
 
 def in_kernel(path: Path, timeout: int, store: bool = False) -> str:
@@ -62,8 +71,11 @@ def main(names: list[str], workers: int = 2, timeout: int = 600, kernel: bool = 
     if kernel or store or not hasattr(os, 'fork'):
         results = kernels(todo, timeout, store)
     else:
-        preload()
-        results = Workers(workers, timeout).run(todo)
+        preload(HEAVY)
+        paths = dict(todo)
+        first, then = parted(names)
+        first, then = ([(n, paths[n]) for n in part] for part in (first, then))
+        results = Workers(workers, timeout).run(first, then, between=lambda: preload(OURS))
     for name, result in results:
         used[name] = result['cpu']
         if result['wrong']:

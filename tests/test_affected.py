@@ -14,8 +14,8 @@ FILES = {
     'ftlab/core/recipe.py': 'import os',
     'ftlab/trainers/loop.py': 'def fit():\n    from ..core.recipe import Recipe',
     'ftlab/trainers/objective.py': '',
-    'ftlab/trainers/unused.py': '',
-    'ftlab/trainers/losses/one.py': 'from ..objective import nll',
+    'ftlab/trainers/unused.py': '', 'ftlab/native/__init__.py': 'import importlib\ndef __getattr__(n): return importlib.import_module(n)', 'ftlab/native/noise.py': '',
+    'ftlab/trainers/losses/one.py': 'from ..objective import nll\nfrom ...native import noise_',
     'ftlab/trainers/losses/two.py': 'from .one import weight',
     'ftlab/adapters/subsets/half_it.py': 'from ...core.recipe import Recipe',
     'tests/test_contract.py': 'import toys\nfrom ftlab.methods import get\nfrom ftlab.trainers.losses.one import one',
@@ -55,7 +55,7 @@ def sources(root: Path) -> Sources:
     ('ftlab/trainers/objective.py', 'one two half_it'),
     ('ftlab/trainers/loop.py', 'one two'),  # by `ftlab.fit` and `from ftlab import fit`
     ('ftlab/core/recipe.py', 'one two half_it'),
-    ('ftlab/trainers/unused.py', ''),
+    ('ftlab/trainers/unused.py', ''), ('ftlab/native/noise.py', 'one two half_it'),  # a package that imports its modules on first use
     ('nbs/trainers/losses/one.ipynb', 'one'),
     ('nbs/trainers/loop.ipynb', ''),
     ('claims/half_it/claim.toml', 'half_it'), ('claims/half_it/result.json', 'half_it'), ('bench/banks.py', 'half_it'),

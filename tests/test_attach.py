@@ -1,12 +1,12 @@
 "Changes on all ten architectures: put on, silenced, folded, taken off, saved, loaded; and what is refused"
-import copy, os
+import os
 from functools import partial
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import save_file
 from transformers.pytorch_utils import Conv1D
 from ftlab.adapters import store
-from ftlab.adapters.attach import Attached, attach, oriented, owner_of
+from ftlab.adapters.attach import attach, oriented, owner_of
 from ftlab.adapters.delta import Entries, Offset
 from ftlab.adapters.store import WrongBase, identity, load_delta, pack, save_delta
 from ftlab.core.io import write_tensors

@@ -4,9 +4,8 @@ from pathlib import Path
 import pytest
 from scipy import stats
 from ftlab import papers
-from ftlab.instruments.claims import Ground, Kept, again, arms_of, carry, explain, own_code, own_definitions, quickest_seed, run_claim, run_seed, script_of, status, supersede, train_arm
-from ftlab.instruments.compare import matched, target_gain
-from ftlab.core.paper import paper
+from ftlab.instruments.claims import Ground, again, arms_of, carry, own_code, own_definitions, quickest_seed, run_claim, run_seed, script_of, status, supersede, train_arm
+from ftlab.instruments.compare import target_gain
 from ftlab.methods import get
 from ftlab.instruments.verdicts import contrast, read_claim, verdict
 

@@ -4,11 +4,12 @@ import pytest, torch
 from scipy import stats
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-import ftlab.comparison as C
+import ftlab.instruments.compare as C
 from ftlab.adapters.store import identity
 from ftlab.instruments.compare import Comparison, assemble, best_rate, compare, interval, matched, metric_for, old_skills, plan, target_gain, tune, tuning_seed
 from ftlab.core.batches import data
-from ftlab.core.recipe import Learner, Recipe
+from ftlab.core.paper import Method
+from ftlab.core.recipe import Learner, Loop, Recipe, Stages
 from ftlab.lab.models import lab_tokenizer
 from ftlab.lab.world import ASPECTS, BAD, GOOD, OLD
 
@@ -80,7 +81,7 @@ def test_plan_refuses(ask, error, words):
     with pytest.raises(error, match=words): plan(**ask)
 
 def test_plan_gives_every_method_its_rates():
-    p = plan('lora(r=4)'), plan(['full', Recipe('mine', lrs=(1., 2.))]), plan(['full'], tuned=False), plan(['full', 'lora'], dict(full=1e-3, lora=[1e-2]))
+    p = plan('lora(r=4)'), plan(['full', Recipe(Method('mine', lrs=(1., 2.)))]), plan(['full'], tuned=False), plan(['full', 'lora'], dict(full=1e-3, lora=[1e-2]))
     assert [{n: r for n, (_, r) in x.items()} for x in p[1:]] == [{'full': Recipe().lrs, 'mine': (1., 2.)}, {'full': (Recipe().lr,)}, {'full': (1e-3,), 'lora': (1e-2,)}]
     assert list(p[0]) == ['lora(r=4)']
 
@@ -184,7 +185,7 @@ def test_old_data_and_a_metric_of_ones_own(plain, tmp_path):
 
 def test_recipes_with_edits_stages_and_their_own_decoding(plain, tmp_path):
     def shrink(changes, model): return {k: v*0 for k, v in changes.items()}
-    none, staged = Recipe('undone', edit=shrink), Recipe('staged', stages=(Recipe('a'), Recipe('b')))
+    none, staged = Recipe('undone', edit=shrink), Recipe('staged', loop=Stages(Recipe('a'), Recipe('b')))
     c = compare([none, staged], *plain, seeds=1, tune=False, lrs=[1e-2], out=tmp_path, **FAST).json()['methods']
     undone, two = (m['seeds'][0] for m in c)
     assert undone['gain'] == pytest.approx(0, abs=1e-6) and undone['forgetting'] == pytest.approx(0, abs=1e-6) and undone['path'][-2]['gain'] != 0 # the edit took all of it back
@@ -232,5 +233,5 @@ def test_a_learner_is_asked_only_once_it_is_there(tmp_path):
     def decode(models, tok, prompts, **kw): said.append(sorted(models)); return ['a']*len(prompts)
     watcher = Learner(lambda state: torch.nn.Linear(len(tok), 1), lambda state: state.models['watcher'](state.logits).square().mean()/len(state.batches))
     few = FAST | dict(evaluate_every=2, steps=2, old_items=2, items=4, validation_items=4)
-    r = compare(Recipe('watched', decode=decode, learners=dict(watcher=watcher)), (llama(tok), tok), data('new-procedure', n=20), seeds=1, tune=False, out=tmp_path, **few).json()
+    r = compare(Recipe('watched', decode=decode, loop=Loop(learners=dict(watcher=watcher))), (llama(tok), tok), data('new-procedure', n=20), seeds=1, tune=False, out=tmp_path, **few).json()
     assert r['methods'][0]['seeds'][0]['error'] is None and said and all(s == ['base', 'tuned', 'watcher'] for s in said)

@@ -11,20 +11,17 @@ from ftlab.adapters.lowrank import LoRA
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import everything, parts, top
 from ftlab.core.generate import generate
-from ftlab.core.recipe import PROMISES, Learner, Recipe, share_of
+from ftlab.core.recipe import PROMISES, Learner, Loop, Recipe, Share, Stages
 from ftlab.evaluators.decoding.eft import eft
 from ftlab.trainers.fit import fit
 from ftlab.trainers.objective import token_nll, priced
-from ftlab.trainers.rl.grpo import grpo
 from ftlab.trainers.losses.dft import dft
 from toys import TOK, lab_data, logits, same, toy, weights
 
-def letters(row, answer): return len(answer)/10  # a random model is never right: the judge would reward nothing
-def backwards(row): return ' '.join(row['response'].split()[::-1]) + ' a'  # a worse answer
-
-# what the default arguments would make slow, empty or impossible on a toy
-INSTEAD = dict(dpo=dict(rejected=backwards), spin=dict(max_new_tokens=4), grpo=dict(group=4, max_new_tokens=4, reward=letters), eft=dict(large=toy(1, hidden=64)), randlora=dict(r=4))
-def made(name): return getattr(methods, name)(**INSTEAD.get(name, {}))
+def made(name):
+    "A method with its toy arguments: those in place of defaults that would be slow, empty or impossible on a toy"
+    make = methods.make_of(name)
+    return make(**make.paper.toy_arguments() if hasattr(make, 'paper') else {})
 
 def looking_back(ctx):
     "Put all back and let the matrix move that moved most"
@@ -37,10 +34,10 @@ RECIPES = {n: partial(made, n) for n in methods.names()} | {
     'lora, scaled': lambda: dataclasses.replace(lora(), edit=scale(.5)),
     'lora with dropout': lambda: lora(dropout=.3), 'lora * grpo': lambda: lora()*made('grpo'),
     'sparse': lambda: Recipe('sparse', select=top(torch.abs, .1)),
-    'two stages': lambda: Recipe('two stages', stages=(lora(), Recipe('norms', select=parts('norm')))),
-    'three stages': lambda: Recipe('three stages', stages=(Recipe('half', select=half(.5), share=2.), dft(), lora(r=2))),
-    'a stage that looks back': lambda: Recipe('a stage that looks back', stages=(Recipe('first'), looking_back)),
-    'watched': lambda: Recipe('watched', learners={'watcher': Learner(lambda state: torch.nn.Linear(len(TOK), 1), lambda state: state.models['watcher'](state.logits).square().mean()/len(state.batches))})}
+    'two stages': lambda: Recipe('two stages', loop=Stages(lora(), Recipe('norms', select=parts('norm')))),
+    'three stages': lambda: Recipe('three stages', loop=Stages(Share(Recipe('half', select=half(.5)), 2.), dft(), lora(r=2))),
+    'a stage that looks back': lambda: Recipe('a stage that looks back', loop=Stages(Recipe('first'), looking_back)),
+    'watched': lambda: Recipe('watched', loop=Loop(learners={'watcher': Learner(lambda state: torch.nn.Linear(len(TOK), 1), lambda state: state.models['watcher'](state.logits).square().mean()/len(state.batches))}))}
 
 SETTINGS = dict(batch_size=8, weight_decay=.1, progress=False)
 def tune(recipe, steps=5, seed=0, model=None, **more): return fit(model or toy(), TOK, lab_data(), recipe, steps=steps, seed=seed, **SETTINGS | more)
@@ -64,8 +61,8 @@ def selecting(recipe, free):
     if not recipe.stages: note(recipe, toy()); return recipe
     def listening(s):
         def stage(ctx): return note(s if isinstance(s, Recipe) else s(ctx), ctx.model)
-        stage.share = share_of(s); return stage
-    return dataclasses.replace(recipe, stages=tuple(map(listening, recipe.stages)))
+        return stage
+    return dataclasses.replace(recipe, loop=Stages(*(Share(listening(s), x) for s, x in zip(recipe.stages, recipe.shares))))
 
 def frozen_stays(recipe, tmp):
     base = toy(); was = weights(base); free = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in base.named_parameters()}; run = tune(selecting(recipe, free))
@@ -167,9 +164,9 @@ class Nudge:
 def unseeded(state): return token_nll(state.forward(), state.batch['labels']).sum()/state.count*(1 + 1e-3*random.SystemRandom().random())
 def mean_in_each_half(state): on = priced(state.batch['labels']); return token_nll(state.forward(), state.batch['labels']).sum()/on.sum()
 
-BROKEN = [('starts as the base', with_delta(Crooked)), ('frozen stays', dataclasses.replace(methods.hft(), callbacks=(Nudge,))), ('frozen stays', with_delta(Leaky)),
-          ('off is the base', dataclasses.replace(lora(), callbacks=(Nudge,))), ('off is the base', with_delta(Leaky)), ('folds', with_delta(TwoFaced)),
-          ('saves', with_delta(Forgetful, alpha=4.)), ('saves', dataclasses.replace(methods.hft(), callbacks=(Nudge,))), ('repeats', Recipe(objective=unseeded)),
+BROKEN = [('starts as the base', with_delta(Crooked)), ('frozen stays', dataclasses.replace(methods.hft(), loop=Loop(callbacks=(Nudge,)))), ('frozen stays', with_delta(Leaky)),
+          ('off is the base', dataclasses.replace(lora(), loop=Loop(callbacks=(Nudge,)))), ('off is the base', with_delta(Leaky)), ('folds', with_delta(TwoFaced)),
+          ('saves', with_delta(Forgetful, alpha=4.)), ('saves', dataclasses.replace(methods.hft(), loop=Loop(callbacks=(Nudge,)))), ('repeats', Recipe(objective=unseeded)),
           ('accumulates', Recipe(objective=mean_in_each_half)), ('accumulates', lora(dropout=.3))]
 
 @pytest.mark.parametrize('promise, recipe', BROKEN, ids=[f'{p}, {i}' for i, (p, _) in enumerate(BROKEN)])

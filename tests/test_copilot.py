@@ -5,7 +5,6 @@ from ftlab.core.generate import generate
 from ftlab.evaluators.decoding.copilot import Copilot, answer_together, copilot, foresight, mistakes, thoughts
 from ftlab.adapters.modules.lora import lora
 from ftlab.core.recipe import Recipe
-from ftlab.core.state import State
 from ftlab.trainers.fit import fit
 from ftlab.trainers.run import load_learners
 from toys import TOK, lab_data, logits, probe, same, toy, weights

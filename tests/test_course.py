@@ -5,7 +5,7 @@ import pytest, torch
 import ftlab
 from ftlab import cli
 from ftlab import map as course
-from ftlab.exercises import EXERCISES, Exercise, Wrong, answer, differs, find, progress, remember, same_as
+from ftlab.exercises import EXERCISES, Wrong, differs, find, progress, remember, same_as
 from ftlab.map import CHAPTERS, QUESTIONS, QUIZ, draw_map, go_on, hosted, measured, start, unfinished, where_to_begin, write_start_page
 from pages import NBS, ROOT, cells, ordered, pages
 

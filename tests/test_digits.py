@@ -1,5 +1,5 @@
 "The digits, the flow model and the reader; DiffFit on pictures and on words; the ELM neuron"
-import ast, math
+import ast
 from pathlib import Path
 import numpy as np, pytest, scipy.linalg, torch
 import ftlab
@@ -7,10 +7,9 @@ from ftlab.adapters.attach import attach
 from ftlab.adapters.store import load_delta
 from ftlab.adapters.subsets.difffit import Scale, difffit, knobs
 from ftlab.beyond.brain.elm import ARMS, ELM, auc, elm, imitate, neuron, score
-from ftlab.core.recipe import Recipe
 from ftlab.lab import digits as D
 from ftlab.trainers.fit import fit
-from toys import TOK, lab_data, logits, same, toy, weights
+from toys import TOK, lab_data, same, toy, weights
 
 def small_flow(seed=0):
     torch.manual_seed(seed); m = D.Flow(D.FlowConfig(hidden=16, blocks=2, heads=2))

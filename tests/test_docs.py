@@ -27,7 +27,7 @@ def test_the_navigation_is_quartos():
     assert {f: sorted(p.relative_to(NBS).as_posix() for p in (NBS/f).parent.glob('*.ipynb') if p.name != 'index.ipynb') for f in nav.families()} == nav.families()
     conf = subprocess.run([sys.executable, '-c', 'import conf; print("\\n".join(conf.toctrees()))'], cwd=ROOT/'docs', capture_output=True, text=True)
     if 'No module named' in conf.stderr: pytest.skip('Sphinx is not installed: make docs installs it')
-    assert re.findall(r'^(?![:`])(\S.*)$', conf.stdout, re.M) == [p.removesuffix('.ipynb') for p in nav.pages() if p != 'index.ipynb' and p not in sum(nav.families().values(), [])], conf.stderr
+    assert re.findall(r'^/(\S.*)$', conf.stdout, re.M) == [p.removesuffix('.ipynb') for p in nav.pages() if p != 'index.ipynb' and p not in sum(nav.families().values(), [])], conf.stderr
     assert re.findall(r':caption: (.+)', conf.stdout) == [n for n, _ in nav.sections() if n]
 
 def test_a_deeper_navigation_is_refused(tmp_path):

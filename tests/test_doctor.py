@@ -14,10 +14,11 @@ from ftlab.adapters.lowrank import LoRA
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import named, parts
 from ftlab.core.batches import Data
-from ftlab.core.recipe import Recipe
+from ftlab.core.paper import Method
+from ftlab.core.recipe import Recipe, Stages, viewed
 from ftlab.instruments.doctor import CHECKS, Case, Check, doctor
 from ftlab.trainers.fit import fit
-from ftlab.trainers.objective import mean_nll, token_nll
+from ftlab.trainers.objective import nll, token_nll
 from ftlab.trainers.source import Rows
 from ftlab.trainers.step import NotFinite
 from toys import TOK, classifier, lab_data, label_data, logits, same, toy, weights
@@ -77,12 +78,12 @@ class Forgetful(LoRA):
     "Its scale is not saved"
     def __init__(self, W, mask=True, scale=1., **kw): super().__init__(W, mask, **kw); self.s *= scale
 def odd(cls, **kw):
-    make = partial(cls, **kw); make.site = 'weight'; return Recipe('odd', select=parts(), delta=make, lr=1e-2, lrs=(1e-3, 1e-2))
+    make = partial(cls, **kw); make.site = 'weight'; return Recipe(Method('odd', lr=1e-2, lrs=(1e-3, 1e-2)), select=parts(), delta=make)
 
 def masked(batch, state): return dict(batch, labels=torch.full_like(batch['labels'], -100))
 def moved_labels(batch, state): return dict(batch, labels=batch['labels'].roll(-1, 1))
 def mean_of_means(state): nll = token_nll(state.forward(), state.batch['labels']); return nll.sum()/(nll != 0).sum()/len(state.batches)
-def uphill(state): return -mean_nll(state)
+def uphill(state): return -nll()(state)
 def by_place(state): nll = token_nll(state.forward(), state.batch['labels']); return (nll*torch.arange(len(nll))[:, None]).sum()/state.count
 
 def rows(n, start=0): return [dict(prompt=f'reverse {" ".join("abcdefghij"[int(d)] for d in str(start + i).zfill(4))} =', response='a b') for i in range(n)]
@@ -117,7 +118,7 @@ def ruined_at_once():
     model, tok = ftlab.load('lab-s'); d = ftlab.data('sort', n=64); run = trained(model=model, tok=tok, data=d, steps=20, lr=1.)
     nll = [r['nll'] for r in run.log]; assert sum(nll[:4]) > 1.2*sum(nll[-4:]) and nll[0] < .5; return run
 def stopped_early():
-    def breaks(state): return mean_nll(state)*(float('nan') if state.step == 5 else 1.)
+    def breaks(state): return nll()(state)*(float('nan') if state.step == 5 else 1.)
     with pytest.raises(NotFinite) as e: trained(Recipe('breaks', objective=breaks))
     return e.value.run
 def forgot_scale():
@@ -138,12 +139,12 @@ PLANTED = {
                         (lambda t: before(Recipe(select=parts('q', 'qkv'))), 'qkv matches nothing in this LlamaForCausalLM, 1 of 2')],
     'frozen-but-selected': [(lambda t: before(model=frozen_first()), r'9 of \d+ selected tensors had requires_grad=False')],
     'tied-under-delta': [(lambda t: before(lora(targets='embed_tokens')), 'one tensor with lm_head.weight')],
-    'labels-all-masked': [(lambda t: before(Recipe(view=masked)), r'after the recipe.s view, 0 of \d+ tokens')],
+    'labels-all-masked': [(lambda t: before(Recipe(source=viewed(masked))), r'after the recipe.s view, 0 of \d+ tokens')],
     'answers-cut': [(lambda t: before(max_length=8), 'longer than 8 tokens and lose part of the answer')],
-    'labels-shifted': [(lambda t: before(model=llama(ShiftsTwice)), r'own loss on 6 rows is'), (lambda t: before(Recipe(view=moved_labels)), 'one place later')],
+    'labels-shifted': [(lambda t: before(model=llama(ShiftsTwice)), r'own loss on 6 rows is'), (lambda t: before(Recipe(source=viewed(moved_labels))), 'one place later')],
     'border-split': [(lambda t: before(model=llama(vocab_size=7), tok=letters_tokenizer(), data=text_data([dict(prompt='c' + 'a'*(i % 5 + 1), response='b') for i in range(20)])), "'ab'")],
     'asked-otherwise': [(lambda t: before(tok=post_processed('$A <eos>')), '20 of 20 prompts')],
-    'end-not-learned': [(lambda t: before(tok=no_end()), r"0 of \d+ rows price an end mark; it would be '<eos>'"), (lambda t: before(Recipe(view=lambda b, s: dict(b, labels=b['labels'].masked_fill(b['labels'] == 2, -100)))), '0 of 16 rows')],
+    'end-not-learned': [(lambda t: before(tok=no_end()), r"0 of \d+ rows price an end mark; it would be '<eos>'"), (lambda t: before(Recipe(source=viewed(lambda b, s: dict(b, labels=b['labels'].masked_fill(b['labels'] == 2, -100))))), '0 of 16 rows')],
     'bos-not-once': [(lambda t: before(tok=tokenizer(chat_template='{{ bos_token + " " }}' + TOK.chat_template)), "'<bos>' twice"),
                      (lambda t: before(tok=(lambda p: (setattr(p, 'chat_template', TOK.chat_template.replace('{{ bos_token }}', '')), p)[1])(post_processed('<bos> $A'))), 'begin without')],
     'template-missing': [(lambda t: before(tok=tokenizer(chat_template=None), data=chat()), 'no chat template')],
@@ -204,7 +205,7 @@ def test_a_recipe_that_draws_its_own_rows_gets_a_few_batches():
     class Late:
         def __init__(self, state, n): self.rows, self.n = Rows(state.rows, 16), n
         def next(self, state): return [dict(b, weight=torch.tensor(float(state.step >= self.n))) for b in self.rows.next(state)]
-    def weighed(state): return mean_nll(state)*state.batch['weight']
+    def weighed(state): return nll()(state)*state.batch['weight']
     late = lambda n: before(Recipe('late', source=lambda s: Late(s, n), objective=weighed))
     assert not late(0) and not late(2)
     d = late(9); assert d.names == ['zero-gradient'] and d[0].severity == 'warning' and '4 batches in a row' in d[0].seen
@@ -215,8 +216,8 @@ def test_a_recipe_that_draws_its_own_rows_gets_a_few_batches():
 def healthy():
     "Diagnoses of healthy patients, before and after, that together let every check run"
     out = {}
-    for name, recipe, model, data, kw in (('full', None, toy, lab_data(), {}), ('lora', lora(targets='(q|v|up)_proj'), lambda: ftlab.load('lab-s')[0], lab_data(), {}), ('labels', Recipe('full', lr=5e-3, lrs=(1e-3, 5e-3)), lambda: classifier(2), sides(), dict(steps=48)), ('chat', lora(), toy, chat(), {}),
-                                          ('bf16', Recipe('full', lr=1e-3), lambda: toy().bfloat16(), lab_data(), {}), ('dropout', None, lambda: toy(dropout=.1), lab_data(), {}), ('blocks', Recipe(select=parts(blocks=(0, 1, 2))), lambda: llama(num_hidden_layers=4), lab_data(), {})):
+    for name, recipe, model, data, kw in (('full', None, toy, lab_data(), {}), ('lora', lora(targets='(q|v|up)_proj'), lambda: ftlab.load('lab-s')[0], lab_data(), {}), ('labels', Recipe(Method('full', lr=5e-3, lrs=(1e-3, 5e-3))), lambda: classifier(2), sides(), dict(steps=48)), ('chat', lora(), toy, chat(), {}),
+                                          ('bf16', Recipe(Method('full', lr=1e-3)), lambda: toy().bfloat16(), lab_data(), {}), ('dropout', None, lambda: toy(dropout=.1), lab_data(), {}), ('blocks', Recipe(select=parts(blocks=(0, 1, 2))), lambda: llama(num_hidden_layers=4), lab_data(), {})):
         m = model(); s = dict(steps=24 if name != 'chat' else 6, batch_size=16) | kw
         out[name, 'before'] = doctor(m, TOK, data, recipe, **s)
         if name in ('full', 'lora', 'labels', 'bf16'): out[name, 'after'] = doctor(fit(m, TOK, data, recipe, progress=False, **s))
@@ -236,7 +237,7 @@ def test_a_finding_is_never_without_its_reasons():
     assert set(fine.ran) | set(fine.skipped) == {k.name for k in CHECKS if k.when != 'after'}
 
 def test_the_patient_is_left_as_it_was():
-    for recipe in (None, lora(), methods.get('hft * dft'), Recipe('two', stages=(lora(), Recipe('norms', select=parts('norm'))))):
+    for recipe in (None, lora(), methods.get('hft * dft'), Recipe('two', loop=Stages(lora(), Recipe('norms', select=parts('norm'))))):
         m = toy(); m.model.norm.weight.requires_grad_(False); was, flags, modes = weights(m), [p.requires_grad for p in m.parameters()], [x.training for x in m.modules()]
         state = torch.get_rng_state(); doctor(m, TOK, lab_data(), recipe, **SHORT)
         assert same(weights(m), was) and flags == [p.requires_grad for p in m.parameters()] and modes == [x.training for x in m.modules()] and torch.equal(state, torch.get_rng_state())

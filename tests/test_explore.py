@@ -8,7 +8,7 @@ from ftlab.core.generate import generate
 from ftlab.core.scorers import WORLD, answer_length
 from ftlab.evaluators.mechanisms.intruders import intruders
 from ftlab.evaluators.spectra import stable_rank
-from ftlab.instruments.explore import (CRITERIA, RANKED, Picture, View, apart, choice, entry_scores, lab_questions, layers, mask, prices, question_batches, ranks, rows_as_html, several,
+from ftlab.instruments.explore import (CRITERIA, RANKED, View, apart, choice, entry_scores, lab_questions, layers, mask, prices, question_batches, ranks, rows_as_html, several,
                            side_by_side, slider, span, spectrum, teacher_forced, text, token_prices, tradeoff)
 from ftlab.adapters.subsets import lift
 from ftlab.adapters.edit import write_change

@@ -10,12 +10,12 @@ from ftlab.adapters.store import load_delta
 from ftlab.core.io import DiskFull
 from ftlab.adapters.subsets.hft import hft
 from ftlab.adapters.modules.lora import lora
-from ftlab.adapters.select import everything, named, parts, top
+from ftlab.adapters.select import named, parts, top
 from ftlab.core.batches import batch_at, encode_all
-from ftlab.core.recipe import Recipe
+from ftlab.core.recipe import Recipe, Share, Stages
 from ftlab.trainers.callbacks import EarlyStop, Every, validation_nll
 from ftlab.trainers.fit import fit
-from ftlab.trainers.objective import kl_to_reference, token_nll
+from ftlab.trainers.objective import kl_to_base, nll, token_nll
 from ftlab.trainers.rl.grpo import advantages, grpo
 from ftlab.trainers.losses.dft import dft
 from ftlab.trainers.step import Backprop, NotFinite, schedule
@@ -50,7 +50,7 @@ def first_nll(model, batch): # written out: the mean over all priced tokens of -
 @pytest.mark.parametrize('accumulate', [1, 4])
 def test_the_plain_nll_is_logged_whatever_is_minimised(accumulate):
     batch = batch_at(encode_all(lab_data().train, TOK, 'text', 256), 0, 8, TOK.pad_token_id); prices = first_nll(toy(), batch).detach(); p = (-prices).exp()
-    plain, dynamic, penalised = (tune(r, accumulate=accumulate).log[0] for r in (None, dft(), Recipe(penalties=(lambda s: 3./len(s.batches),))))
+    plain, dynamic, penalised = (tune(r, accumulate=accumulate).log[0] for r in (None, dft(), Recipe(objective=nll() + (lambda s: 3./len(s.batches)))))
     assert plain['nll'] == pytest.approx(float(prices.mean()), abs=1e-5) and plain['loss'] == pytest.approx(plain['nll'], abs=1e-6)
     assert plain['nll'] == pytest.approx(float(F.cross_entropy(toy()(**{k: batch[k] for k in ('input_ids', 'attention_mask')}).logits[:, :-1].flatten(0, 1), batch['labels'][:, 1:].flatten()).detach()), abs=1e-5)
     # trl's DFT: -(p.detach() * log p), a mean over all priced tokens of the batch
@@ -111,7 +111,7 @@ def test_bf16_rollouts_are_priced_as_they_are_trained():
     (dict(steps=0), 'steps is 0'), (dict(batch_size=8, accumulate=3), 'batch_size is 8 and accumulate 3'), (dict(max_length=4), 'max_length=4'), (dict(max_length=0), 'max_length is 0'),
     (dict(resume=True), 'out='), (dict(save_every=2), 'out='), (dict(recipe=lora(r=99)), 'rank 99'), (dict(recipe=Recipe(select=named('nope'))), 'matches nothing'),
     (dict(recipe=grpo(group=3)), 'batch_size is 8 and the group 3'), (dict(recipe=grpo(group=4), accumulate=3), 'batch_size is 8 and accumulate 3'), (dict(schedule='up'), 'schedule'),
-    (dict(recipe=Recipe('two', stages=(hft(), dft())), steps=1), '1 steps are too few for 2 stages')])
+    (dict(recipe=Recipe('two', loop=Stages(hft(), dft())), steps=1), '1 steps are too few for 2 stages')])
 def test_impossible_settings_are_refused_and_the_model_is_as_it_was(settings, says):
     if settings.get('device') == 'cuda' and torch.cuda.is_available(): pytest.skip('there is a GPU here')
     m = toy(); m.model.norm.weight.requires_grad_(False); was = weights(m)
@@ -185,7 +185,7 @@ def test_resuming_something_else_is_refused(tmp_path):
         with pytest.raises(ValueError, match=says): tune(**{**other, 'model': m}, out=tmp_path, save_every=2, resume=True)
         assert same(weights(m), was) and (tmp_path/'checkpoint.safetensors').read_bytes() == kept
     assert len(tune(out=tmp_path, save_every=2, lr=1e-3, resume=True).log) == 4
-    with pytest.raises(ValueError, match='recipe='): tune(Recipe('two', stages=(hft(), dft())), out=tmp_path, save_every=2, lr=1e-3, resume=True)
+    with pytest.raises(ValueError, match='recipe='): tune(Recipe('two', loop=Stages(hft(), dft())), out=tmp_path, save_every=2, lr=1e-3, resume=True)
 
 def test_resuming_with_the_trained_model_is_refused(tmp_path):
     # it is not the base any more: its weights would be kept as the originals
@@ -219,13 +219,13 @@ def test_what_is_no_number_stops_the_run_before_it_does_harm(name, where, micro,
     run.delta.attached.detach(); assert same(weights(m), weights(toy()))
 
 def test_in_a_later_stage_the_good_state_holds_all_that_was_done():
-    with pytest.raises(NotFinite) as e: tune(Recipe('two', stages=(lora(), Recipe('bad', objective=poisoned(1)))), m := toy(), steps=6)
+    with pytest.raises(NotFinite) as e: tune(Recipe('two', loop=Stages(lora(), Recipe('bad', objective=poisoned(1)))), m := toy(), steps=6)
     run = e.value.run; assert len(run.log) == 4 and not torch.equal(logits(m), logits(toy()))
     with run.disabled(): assert torch.equal(logits(m), logits(toy()))
 
 def test_any_other_error_gives_the_model_back():
     def fail(state): raise RuntimeError('a callback went wrong')
-    for r in (None, lora(), sparse(), Recipe('two', stages=(hft(), lora()))):
+    for r in (None, lora(), sparse(), Recipe('two', loop=Stages(hft(), lora()))):
         m = toy(); m.model.norm.weight.requires_grad_(False); was = weights(m); calls = []
         class Late:
             def after_step(self, state):
@@ -274,7 +274,7 @@ def reloaded(folders, kind, batch, tmp):
     return [load_file(f/'out.safetensors')['logits'] for f in folders]
 
 def test_an_exported_folder_loads_without_ftlab(tmp_path):
-    runs = {n: tune(make(), lr=1e-2) for n, make in METHODS.items()} | {'untied lora': tune(lora(), toy(tied=False), lr=1e-2), 'stages': tune(Recipe('two', stages=(lora(), sparse())), lr=1e-2)}
+    runs = {n: tune(make(), lr=1e-2) for n, make in METHODS.items()} | {'untied lora': tune(lora(), toy(tied=False), lr=1e-2), 'stages': tune(Recipe('two', loop=Stages(lora(), sparse())), lr=1e-2)}
     folders = []
     for n, run in runs.items():
         before = logits(run.model); folders.append(run.export(tmp_path/n.replace(' ', '-'))); assert torch.equal(logits(run.model), before) # the model itself stays as it was
@@ -300,7 +300,7 @@ def test_the_nll_of_labels_is_the_cross_entropy():
     assert run.log[0]['nll'] == pytest.approx(float(F.cross_entropy(logits(classifier(), batch), batch['labels'])), abs=1e-5)
 
 def test_stages_give_one_change():
-    one, two = lora(), Recipe('norms', select=parts('norm')); m = toy(); was = weights(m); run = tune(Recipe('two', stages=(one, two)), m, steps=5, lr=1e-3); now = weights(m)
+    one, two = lora(), Recipe('norms', select=parts('norm')); m = toy(); was = weights(m); run = tune(Recipe('two', loop=Stages(one, two)), m, steps=5, lr=1e-3); now = weights(m)
     moved = {n for n in was if not torch.equal(was[n], now[n])}; assert moved == set(parts()(toy())) | set(parts('norm')(toy())) == set(run.delta.tensors())
     assert all(torch.equal(now[n] - was[n], c) for n, c in run.delta.tensors().items())
     assert [r['step'] for r in run.log] == list(range(5)) and run.cost['tokens'] == run.log[-1]['tokens'] and [r['tokens'] for r in run.log] == sorted(r['tokens'] for r in run.log)
@@ -308,7 +308,7 @@ def test_stages_give_one_change():
     run.delta.attached.detach(); assert same(weights(m), was)
 
 def test_stages_share_the_steps():
-    r = lambda *shares: Recipe('s', stages=tuple(Recipe(f's{i}', share=s) for i, s in enumerate(shares)))
+    r = lambda *shares: Recipe('s', loop=Stages(*(Share(Recipe(f's{i}'), s) for i, s in enumerate(shares))))
     for shares, steps in (((1., 1.), 5), ((1., 1., 1.), 10), ((3., 1.), 9)):
         log = []
         class Count:
@@ -330,13 +330,13 @@ def test_several_fits_one_after_the_other():
 # ---------- penalties and policies
 
 def test_a_penalty_to_the_base_starts_at_nothing_and_composes_with_a_policy():
-    r = Recipe('kl', penalties=(kl_to_reference(1.),), reference=True)
+    r = Recipe('kl', objective=nll() + kl_to_base(1.))
     for recipe in (r, lora()*r):
         log = tune(recipe, toy(dropout=.0), steps=8, lr=1e-2).log; assert abs(log[0]['loss'] - log[0]['nll']) < 1e-6 and log[-1]['loss'] > log[-1]['nll'] + 1e-4
     assert len(tune(grpo(group=4, max_new_tokens=3)*r, steps=2).log) == 2
 
 def test_the_reference_has_no_dropout():
-    r = Recipe('kl', penalties=(kl_to_reference(1.),), reference=True); seen = []
+    r = Recipe('kl', objective=nll() + kl_to_base(1.)); seen = []
     class Look:
         def before_fit(self, s): b = {k: v for k, v in probe().items() if k != 'labels'}; seen.append((s.models['reference'](**b).logits, s.model.training))
     for recipe in (r, lora()*r): tune(recipe, toy(dropout=.5), steps=1, callbacks=(Look(),))
@@ -362,7 +362,7 @@ def tracker(fails=None, files=False):
         def finish(self): self.finished += 1
     return Kept()
 
-@pytest.mark.parametrize('recipe', [Recipe, lambda: Recipe('two', stages=(lora(), Recipe('norms', select=parts('norm'))))])
+@pytest.mark.parametrize('recipe', [Recipe, lambda: Recipe('two', loop=Stages(lora(), Recipe('norms', select=parts('norm'))))])
 def test_a_tracker_gets_every_row_and_the_settings_and_is_finished(recipe):
     kept = tracker(); run = tune(recipe(), steps=5, trackers=(kept,)); assert kept.finished == 1
     assert [s for s, _ in kept.rows] == list(range(5)) and all(v == pytest.approx({k: r[k] for k in v}) for (_, v), r in zip(kept.rows, run.log)) and {'loss', 'nll', 'lr', 'tokens'} == kept.rows[0][1].keys()
@@ -461,5 +461,5 @@ def test_a_run_that_was_cut_off_is_offered_and_not_replaced(tmp_path):
 def test_another_run_in_the_place_of_one_that_was_cut_off_is_told(tmp_path):
     tune(steps=6, out=tmp_path, save_every=2, callbacks=(At(5, stop),))
     with pytest.warns(UserWarning, match='holds another run, cut off at step 4 of 6 .its lr is .*this one begins anew and replaces it'): tune(steps=6, lr=1e-3, out=tmp_path, save_every=2)
-    two = Recipe('two', stages=(hft(), dft())); tune(two, steps=6, out=tmp_path/'s', save_every=1, callbacks=(At(2, stop),))
+    two = Recipe('two', loop=Stages(hft(), dft())); tune(two, steps=6, out=tmp_path/'s', save_every=1, callbacks=(At(2, stop),))
     with pytest.raises(ValueError, match='holds this run, cut off in stage 1 at step 1 of 3'): tune(two, steps=6, out=tmp_path/'s', save_every=1)

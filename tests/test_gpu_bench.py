@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 import pytest
 from pages import ROOT
 
@@ -73,6 +72,20 @@ def test_what_the_checkers_say_is_read(output, code, state):
 def test_every_kernel_has_its_pieces():
     named = {p for k in gpu.KERNELS for p in gpu.kernel_pieces(k)}
     assert named == set(gpu.pieces_of('gpu_kernels')) and set(gpu.KERNELS) == set(gpu.pieces_of('gpu_small'))
+
+def test_only_what_was_asked_for_runs_again_and_the_rest_stays(tmp_path):
+    file = tmp_path/'gpu_test.json'
+    file.write_text(json.dumps(dict(part='all', results=dict(broken=dict(old=dict(state='passed'), good=dict(state='failed', why='x')), other=dict(a=dict(state='passed'))))))
+    board = gpu.Board(file, {}, time.monotonic(), gpu.earlier(file)['results'])
+    runner = gpu.Runner(board, time.monotonic() + 60, {**os.environ, 'PYTHONPATH': str(BENCH)}, tmp_path, 'broken: go|^never')
+    script = tmp_path/'script.py'
+    script.write_text(BROKEN)
+    for name in ('machine', 'broken', 'other'):
+        runner.run(gpu.Task(name, [sys.executable, script], 3, ('good', 'wrong')))
+    runner.run(gpu.Task('checker', [sys.executable, '-c', ''], 3))
+    found = json.loads(file.read_text())['results']
+    assert {t: sorted(p) for t, p in found.items()} == dict(broken=['good', 'old'], other=['a'], machine=['good', 'wrong'])
+    assert found['broken']['good']['state'] == 'passed' and [t for t, _, _ in board.rows()] == ['machine']*2 + ['broken']
 
 def test_without_a_gpu_it_says_so():
     r = python(BENCH/'gpu.py', PATH='')

@@ -4,7 +4,7 @@ import pytest
 import ftlab
 from ftlab.adapters.subsets.hft import hft
 from ftlab.adapters.modules.lora import lora
-from ftlab.core.recipe import Recipe
+from ftlab.core.recipe import Recipe, Stages
 from ftlab.core.scorers import nll
 from ftlab.trainers.fit import fit
 from toys import TOK, lab_data, same, toy, weights
@@ -36,7 +36,7 @@ def interrupted(do, n):
         with Interrupts(n): return do()
     except KeyboardInterrupt: return None
 
-RECIPES = dict(full=Recipe, lora=lambda: lora(dropout=.1), hft=hft, edited=lambda: Recipe('edited', edit=lambda changes, model: {n: v/2 for n, v in changes.items()}), stages=lambda: Recipe('two', stages=(hft(), lora())))
+RECIPES = dict(full=Recipe, lora=lambda: lora(dropout=.1), hft=hft, edited=lambda: Recipe('edited', edit=lambda changes, model: {n: v/2 for n, v in changes.items()}), stages=lambda: Recipe('two', loop=Stages(hft(), lora())))
 
 @pytest.mark.parametrize('name', RECIPES)
 def test_fit(name):

@@ -1,5 +1,4 @@
 "Edits and merges of changes: against references written out by hand, over all architectures, from disk and back"
-import math
 import pytest, torch
 from ftlab.adapters.store import WrongBase, identity, pack, save_delta
 from ftlab.adapters.edit import scale

@@ -1,11 +1,11 @@
 "The monitor: what it measures, what it draws, that it changes nothing, and that its button ends a run"
 import os, re
-import pytest, torch
-import ftlab, ftlab.monitor as m
+import pytest
+import ftlab, ftlab.instruments.monitor as m
 from ftlab.adapters.subsets.hft import hft
 from ftlab.adapters.modules.lora import lora
 from ftlab.core.batches import encode_all
-from ftlab.core.recipe import Recipe
+from ftlab.core.recipe import Recipe, Stages
 from ftlab.core.scorers import answers
 from ftlab.lab.world import OLD
 from ftlab.trainers.callbacks import EarlyStop
@@ -46,7 +46,7 @@ def test_what_is_asked():
     for wrong in (dict(every=0), dict(questions=0), dict(rows=0)):
         with pytest.raises(ValueError, match='at least 1'): ftlab.Monitor(**wrong)
 
-@pytest.mark.parametrize('recipe', [None, Recipe('two', stages=(hft(), lora()))], ids=['full', 'stages'])
+@pytest.mark.parametrize('recipe', [None, Recipe('two', loop=Stages(hft(), lora()))], ids=['full', 'stages'])
 def test_the_button_ends_the_whole_run_and_gives_it_back(recipe, tmp_path):
     whole = tune(recipe, steps=8); monitor = ftlab.Monitor(every=4, questions=22, rows=20)
     part = tune(recipe, steps=8, callbacks=(monitor, Press(monitor, 2)), out=tmp_path, save_every=100)

@@ -1,5 +1,5 @@
 "One-pass weighted linear cross-entropy: against all logits in float64, in every type, by chunks of any size, with the C++ and without"
-import json, os
+import json
 import pytest, torch
 import torch.nn.functional as F
 from torch.library import opcheck
@@ -270,6 +270,16 @@ def test_a_llama_trained_200_steps_ends_alike():
         return losses, [p.detach() for p in model.parameters()]
     (a, ps), (b, qs) = train(by_logits), train(by_chunks)
     assert abs(a[0] - a[-1]) > .3*a[0] and all(abs(i - j) < 1e-5*max(a) for i, j in zip(a, b)) and all(off(q, p) < 1e-5 for p, q in zip(ps, qs))
+
+def test_a_chunk_on_a_gpu_is_larger_and_never_smaller_than_on_a_cpu():
+    from ftlab.native.crossentropy import _gpus_rows, _most
+    cpu, gb = torch.device('cpu'), 1 << 30
+    assert _most(128_256, 2, cpu) == 261 and _most(516, 4, cpu) == 32_513  # by 64 MB alone
+    assert _gpus_rows(2*128_256, 80*gb) == 4096 and _gpus_rows(2*128_256, 16*gb) == 2093  # a 32nd of the card
+    assert _gpus_rows(2*516, 80*gb) == (64 << 20)//(2*516) and _gpus_rows(4*10**6, gb) == 256
+    for words in (32, 516, 32_000, 128_256, 10**6):
+        for memory in (gb, 16*gb, 80*gb):
+            assert _gpus_rows(4*words, memory) >= _most(words, 4, cpu)
 
 # --- on a GPU, and what was measured
 

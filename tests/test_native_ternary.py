@@ -181,4 +181,12 @@ def test_the_gpu_gives_the_cpus_numbers(dtype):
     ws = [torch.randn(s).to(dtype) for s in SHAPES]; flat = torch.randn(1001).to(dtype); ws.append(flat[1:]); gpu = [w.cuda() for w in ws[:-1]] + [flat.cuda()[1:]]
     vs, scales = vectors(ws, 3), [.5, -2., .1]
     assert all(same([p.cpu() for p in ternary._planes(g)], ternary._planes(w)) for g, w in zip(gpu, ws))
-    add_ternary_(gpu, [[o.cuda() for o in v] for v in vs], scales); add_ternary_(ws, vs, scales); assert same([g.cpu() for g in gpu], ws)
+    there = [[o.to('cuda') for o in v] for v in vs]
+    assert all(o.positive.device.type == o.negative.device.type == 'cuda' for v in there for o in v)
+    add_ternary_(gpu, there, scales)
+    add_ternary_(ws, vs, scales)
+    assert same([g.cpu() for g in gpu], ws)
+    for v, w in zip(vs, there):
+        for o, q in zip(v, w):
+            back = q.to('cpu')
+            assert (back.scale, back.shape) == (o.scale, o.shape) and same((back.positive, back.negative), (o.positive, o.negative))

@@ -4,7 +4,7 @@ from ftlab import methods
 from ftlab.core.recipe import Recipe
 from ftlab.trainers import objective
 from ftlab.trainers.fit import fit
-from ftlab.trainers.objective import kl_to_reference, mean_nll, plain_head
+from ftlab.trainers.objective import kl_to_base, nll, plain_head
 from tiny import DECODERS, example_inputs, tiny
 from toys import TOK, lab_data, probe, toy, weights
 
@@ -18,8 +18,7 @@ def test_a_head_is_plain_where_logits_are_its_product(family):
 def test_a_head_that_somebody_listens_to_is_left_alone():
     m = toy(); h = m.lm_head.register_forward_hook(lambda *a: None); assert plain_head(m, probe()) is None; h.remove(); assert plain_head(m, probe()) is m.lm_head
 
-RECIPES = dict(full=Recipe, dft=methods.dft, asft=methods.asft, mezo=methods.mezo, asft_lora=lambda: methods.lora().__class__('asft_lora', select=methods.lora().select, delta=methods.lora().delta,
-    objective=methods.dft().objective, penalties=(kl_to_reference(.3, 'reverse'),), reference=True), lift=lambda: methods.lift(r=2), hft=methods.hft)
+RECIPES = dict(full=Recipe, dft=methods.dft, asft=methods.asft, mezo=methods.mezo, asft_lora=lambda: methods.lora()*methods.dft()*Recipe('held', objective=nll() + kl_to_base(.3, 'reverse')), lift=lambda: methods.lift(r=2), hft=methods.hft)
 
 def trained(recipe, monkeypatch, heavy, steps=200, model=None, **more):
     monkeypatch.setattr(objective, '_HEAVY', heavy); logits = []
@@ -45,8 +44,8 @@ def test_small_logits_are_made_whole_as_ever(monkeypatch):
 
 def test_who_needs_the_logits_has_them(monkeypatch):
     def mine(state): assert state.logits is not None; return 0.*state.logits.sum()
-    assert trained(Recipe('mine', penalties=(mine,)), monkeypatch, 0, 2)[1]
-    assert trained(Recipe('two', penalties=(kl_to_reference(), kl_to_reference(.1, 'reverse')), reference=True), monkeypatch, 0, 2)[1]
+    assert trained(Recipe('mine', objective=nll() + mine), monkeypatch, 0, 2)[1]
+    assert trained(Recipe('two', objective=nll() + kl_to_base() + kl_to_base(.1, 'reverse')), monkeypatch, 0, 2)[1]
     assert trained(methods.copilot(), monkeypatch, 0, 2)[1]
 
 def test_micro_batches_add_up_without_logits(monkeypatch):

@@ -1,14 +1,13 @@
 "Pairs, DPO held against trl's own loss, and self-play that begins anew each round"
 from types import SimpleNamespace
 import pytest, torch
-import ftlab.trainers.preferences as preferences
+import ftlab.trainers.rl.spin as spinning
 from ftlab.core.batches import data, encode
-from ftlab.core.recipe import Recipe
 from ftlab.trainers.fit import fit
 from ftlab.trainers.preferences import Pairs, answer_logp, judged_pairs, preference
 from ftlab.trainers.rl.spin import SelfPlay, spin
 from ftlab.trainers.rl.dpo import dpo
-from toys import TOK, lab_data, logits, same, toy, weights
+from toys import TOK, lab_data, same, toy, weights
 
 def backwards(row): return ' '.join(row['response'].split()[::-1]) + ' a'
 def pair_data(n=40): return data([dict(r, rejected=backwards(r)) for r in lab_data().train[:n]])
@@ -112,11 +111,11 @@ def test_every_round_begins_with_a_new_opponent():
 
 def test_the_chosen_are_the_data_s_answers_and_the_rejected_the_opponent_s_own():
     model = toy(tied=False); torch.manual_seed(5); s = state_of(lab_data(), model=model, steps=2, tokens=0); source = SelfPlay(max_new_tokens=4); pairs = source(s)
-    assert len(source.own) == 8 and len(pairs.pairs) == 8 and s.tokens > 0
+    assert len(pairs.own) == 8 and len(pairs.pairs) == 8 and s.tokens > 0
     data_rows = {r['prompt']: r['response'] for r in lab_data().train}
-    for r, (c, w) in zip(source.own, pairs.pairs):
+    for r, (c, w) in zip(pairs.own, pairs.pairs):
         assert data_rows[r['prompt']] == r['response'] and c['input_ids'] == encode(r, TOK, 'text')['input_ids'] and w['input_ids'] == encode(dict(r, response=r['rejected']), TOK, 'text')['input_ids']
-    assert any(r['rejected'] != r['response'] for r in source.own)
+    assert any(r['rejected'] != r['response'] for r in pairs.own)
 
 def test_the_last_round_s_pairs_come_back_once():
     _, seen = play(spin(rounds=3, max_new_tokens=4)); first, second, third = ([str(p) for p in s['pairs']] for s in seen)
@@ -127,7 +126,7 @@ def test_beta_of_the_last_round():
     run, _ = play(spin(rounds=2, last=5., max_new_tokens=4), steps=6); said = [s['objective'] for s in run.settings['stages']]; assert said == ['preference(0.1)', 'preference(5)']
 
 def test_an_opponent_that_says_what_the_data_say_teaches_nothing(monkeypatch):
-    answers = {r['prompt']: r['response'] for r in lab_data().train}; monkeypatch.setattr(preferences, 'generate', lambda m, t, prompts, **kw: [answers[p] for p in prompts])
+    answers = {r['prompt']: r['response'] for r in lab_data().train}; monkeypatch.setattr(spinning, 'generate', lambda m, t, prompts, **kw: [answers[p] for p in prompts])
     model = toy(); was = weights(model); look = Gradient(); fit(model, TOK, lab_data(), spin(rounds=1), steps=1, batch_size=8, callbacks=(look,), progress=False)
     assert max(float(g.abs().max()) for g in look.all.values()) < 1e-7
     monkeypatch.undo(); look = Gradient(); fit(toy(), TOK, lab_data(), spin(rounds=1, max_new_tokens=4), steps=1, batch_size=8, callbacks=(look,), progress=False)

@@ -1,11 +1,10 @@
 "Probes measure what they say, on every family of models, and leave the model and the random state alone"
-import math
 import pytest, torch
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss
 from tiny import DECODERS, ENCODERS, example_inputs, tiny
 from ftlab.adapters.attach import attach, is_transposed, oriented
-from ftlab.adapters.delta import Entries, Offset
+from ftlab.adapters.delta import Offset
 from ftlab.adapters.lowrank import LoRA
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import everything, parts
@@ -17,7 +16,7 @@ from ftlab.evaluators.probe import anatomy_of, cka, layers, moved, places
 from ftlab.evaluators.mechanisms.intruders import count_intruders, intruders, shrink_intruders
 from ftlab.evaluators.spectra import spectrum, stable_rank
 from ftlab.trainers.fit import fit
-from toys import TOK, lab_data, logits, toy, weights
+from toys import TOK, lab_data, toy, weights
 
 def changed(model, kind, size=.05):
     "A random change of the model, in one of four forms"

@@ -1,29 +1,27 @@
 "What a report says is so: against the scorers, against known models, from a folder, on the command line"
-import copy, html.parser, json, math
-from functools import partial
+import html.parser, json
 import pytest, torch
 import ftlab
 from ftlab import methods
 from ftlab.adapters.delta import Offset
-from ftlab.adapters.store import WrongBase
 from ftlab.adapters.edit import scale
 from ftlab.adapters.subsets.hft import half
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import parts, top
 from ftlab.cli import main
 from ftlab.core.batches import collate, data, encode_all
-from ftlab.core.recipe import Recipe
+from ftlab.core.recipe import Recipe, Stages
 from ftlab.core.scorers import label_accuracy, nll, skills
 from ftlab.evaluators.decoding.eft import eft
 from ftlab.evaluators.probe import drift
-from ftlab.instruments.report_page import Report, headline, layer_lines, percent, signed, spread
-from ftlab.instruments.report import as_base, asked_of, paired, read_run, report
+from ftlab.instruments.report_page import Report, headline, layer_lines, signed, spread
+from ftlab.instruments.report import as_base, paired, read_run, report
 from ftlab.trainers.fit import fit
-from toys import TOK, classifier, lab_data, label_data, logits, same, toy, weights
+from toys import TOK, classifier, lab_data, logits, same, toy, weights
 import ftlab.instruments.report as reporting
 
 RECIPES = dict(full=Recipe('full'), lora=lora(r=2), entries=Recipe('entries', select=top(torch.abs, .1)), half=Recipe('half', select=half(.5)), edited=Recipe('edited', edit=scale(.5)),
-    stages=Recipe('stages', stages=(lora(r=2), Recipe('norms', select=parts('norm')))), output=Recipe('output', select=parts('mlp'), delta=Offset), eft=eft(large=toy(1, hidden=64, tied=False)))
+    stages=Recipe('stages', loop=Stages(lora(r=2), Recipe('norms', select=parts('norm')))), output=Recipe('output', select=parts('mlp'), delta=Offset), eft=eft(large=toy(1, hidden=64, tied=False)))
 SMALL = dict(items=12, old_items=3, rows=30)
 
 def tuned(recipe, rows=None, model=None, **more): return fit(model or toy(), TOK, rows or lab_data(), recipe, **dict(steps=8, lr=1e-2, batch_size=8, progress=False) | more)

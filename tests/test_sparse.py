@@ -1,13 +1,11 @@
 "Sparse changes: LIFT's places against the official formula, places that change hands, tied matrices; LT-SFT's two stages and sums of changes"
 import dataclasses
-from functools import partial
 import numpy as np, pytest, torch
-from safetensors.torch import load_file
 from ftlab.adapters.attach import attach
 from ftlab.adapters.delta import Entries
 from ftlab.adapters.store import identity, load_delta, pack, save_delta
 from ftlab.adapters.modules.lora import lora
-from ftlab.adapters.select import coverage, everything, parts
+from ftlab.adapters.select import coverage, parts
 from ftlab.adapters.sparse import compose, overlap
 from ftlab.adapters.subsets.lift import Refresh, best, lift, principal, scores
 from ftlab.adapters.subsets.lt_sft import lt_sft, moved_most, short
@@ -56,8 +54,8 @@ class Look:
     "Notes the places, the numbers and the moments after every step"
     def __init__(self): self.rows = []
     def after_step(self, state):
-        n, d = next(iter(state.attached.deltas.items())); mover = next((c for c in state.callbacks if isinstance(c, Refresh)), None)
-        s = mover.opt.state[d.value] if mover and mover.opt else {}
+        n, d = next(iter(state.attached.deltas.items())); moving = any(isinstance(c, Refresh) for c in state.callbacks)
+        s = state.optimizer.state[d.value] if moving else {}
         self.rows.append(dict(index=d.index.clone(), value=d.value.detach().clone(), weight=state.attached.values()[n].clone(), base=state.attached.before(n).clone(), m={k: v.clone() for k, v in s.items() if torch.is_tensor(v)}))
 
 def test_a_refresh_carries_the_moments_of_what_stays_and_starts_what_is_new_from_zero():
@@ -82,9 +80,16 @@ def test_no_refresh_no_difference():
     a, b = tune(lift(r=2, every=0)), tune(dataclasses.replace(lift(r=2, every=0), delta=Entries)); assert torch.equal(logits(a.model), logits(b.model))
     assert not lift(by='random').callbacks and not lift(every=0).callbacks and len(lift().callbacks) == 1
 
-def test_a_run_that_chose_anew_is_not_resumed(tmp_path):
-    tune(lift(every=2), steps=4, out=tmp_path, save_every=3)
-    with pytest.raises(ValueError, match='chosen its places anew'): tune(lift(every=2), steps=4, out=tmp_path, save_every=3, resume=True)
+@pytest.mark.parametrize('stop', [3, 4, 5])
+def test_a_run_that_chose_anew_goes_on_bit_for_bit(stop, tmp_path):
+    class Kill:
+        def after_step(self, s):
+            if s.step == stop: raise KeyboardInterrupt
+    how = dict(steps=7, lr=1e-2); whole = tune(lift(every=2), **how); part = tune(lift(every=2), **how, out=tmp_path, save_every=1, callbacks=(Kill(),)); assert part.interrupted
+    again = tune(lift(every=2), **how, out=tmp_path, save_every=1, resume=True); assert again.log == whole.log and torch.equal(logits(again.model), logits(whole.model))
+    for n, d in whole.delta.attached.deltas.items():
+        e = again.delta.attached.deltas[n]; assert len(d.left_index) and all(torch.equal(a, b) for a, b in zip(d.state_dict().values(), e.state_dict().values())) and d.config == e.config
+    again.delta.save(tmp_path/'d'); fresh = toy(); load_delta(fresh, tmp_path/'d'); assert torch.equal(logits(fresh), logits(whole.model))
 
 def test_the_hook_goes_with_the_run():
     from torch.optim.optimizer import _global_optimizer_post_hooks as hooks

@@ -7,7 +7,8 @@ from ftlab.adapters.store import load_delta
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import parts
 from ftlab.core.batches import Data
-from ftlab.core.recipe import CannotCompose, Learner, Recipe
+from ftlab.core.recipe import CannotCompose, Learner, Loop, Recipe, Share, Stages, needing
+from ftlab.trainers.objective import nll
 from ftlab.trainers.fit import fit
 from ftlab.trainers.run import load_learners
 from ftlab.trainers.step import NotFinite
@@ -16,7 +17,16 @@ from toys import TOK, lab_data, logits, probe, same, toy, weights
 
 # ---------- stages that are functions
 
-def staged(*stages, name='staged'): return Recipe(name, stages=stages)
+def test_what_was_before_lies_where_the_parameter_lies():
+    "A parameter minus what it was before must work on every device: shown with 'meta', which every machine has"
+    from ftlab.trainers.reference import Placed
+    model, seen = torch.nn.Linear(3, 2, device='meta'), dict(weight=torch.ones(2, 3), bias=torch.ones(2), gone=torch.ones(1))
+    before = Placed(seen, model)
+    assert {n: t.device.type for n, t in before.items()} == dict(weight='meta', bias='meta', gone='cpu') and len(before) == 3
+    with pytest.raises(KeyError):
+        before['other']
+
+def staged(*stages, name='staged'): return Recipe(name, loop=Stages(*stages))
 
 def test_a_stage_function_sees_what_was_done_before_it():
     seen, m = {}, toy(); was = weights(m)
@@ -57,7 +67,7 @@ def test_reference_is_the_model_at_the_start_of_its_stage():
     seen = []
     class Look:
         def before_fit(self, s): seen.append((s.models['reference'](**{k: v for k, v in probe().items() if k != 'labels'}).logits.clone(), logits(s.model)))
-    tune(staged(Recipe('a', reference=True), lambda ctx: Recipe('b', reference=True), lambda ctx: lora()*Recipe('c', reference=True)), steps=6, lr=1e-2, callbacks=(Look(),))
+    tune(staged(Recipe('a', objective=nll() + needing(lambda s: 0., 'reference')), lambda ctx: Recipe('b', objective=nll() + needing(lambda s: 0., 'reference')), lambda ctx: lora()*Recipe('c', objective=nll() + needing(lambda s: 0., 'reference'))), steps=6, lr=1e-2, callbacks=(Look(),))
     assert all(torch.equal(a, b) for a, b in seen) and not torch.equal(seen[0][0], seen[1][0]) and not torch.equal(seen[1][0], seen[2][0])
 
 def test_the_source_of_a_stage_may_ask_the_model_as_it_is_then():
@@ -69,10 +79,10 @@ def test_the_source_of_a_stage_may_ask_the_model_as_it_is_then():
 
 def test_a_function_s_share_and_name_count():
     def most(ctx): return Recipe('most')
-    most.share = 3.; steps = []
+    steps = []
     class Count:
         def before_fit(self, s): steps.append(s.steps)
-    run = tune(staged(Recipe('a'), most), steps=8, callbacks=(Count(),)); assert steps == [2, 6]
+    run = tune(staged(Recipe('a'), Share(most, 3.)), steps=8, callbacks=(Count(),)); assert steps == [2, 6]
     assert run.recipe.describe()['stages'] == [dict(name='a', lr=3e-4), dict(made_by='most', share=3.)] and [s['name'] for s in run.settings['stages']] == ['a', 'most']
 
 def test_errors_name_the_stage_and_the_model_is_given_back():
@@ -89,7 +99,7 @@ def test_errors_name_the_stage_and_the_model_is_given_back():
     with pytest.raises(NotFinite, match=r'staged, stage 2 of 2 \(bad\): the loss is nan at step 0') as e: tune(staged(Recipe('a'), bad), m := toy(), steps=4, lr=1e-2)
     assert len(e.value.run.log) == 2 and e.value.run.model is m and not same(weights(m), weights(toy()))
     for stages, says in (((staged(lora()),), 'stage 1 is staged, which has stages'), ((3,), 'stage 1 is int')):
-        with pytest.raises(ValueError, match=says): Recipe('x', stages=stages)
+        with pytest.raises(ValueError, match=says): Recipe('x', loop=Stages(*stages))
 
 def moved_most(ctx):
     size = {n: float((p.detach() - ctx.before[n]).norm()) for n, p in ctx.model.named_parameters() if p.ndim == 2}; ctx.reset(); best = max(size, key=size.get)
@@ -133,7 +143,7 @@ def errs(state): # how surprised the policy is by each answer token, told from i
     on = priced(state.batch['labels']); nll = token_nll(state.logits, state.batch['labels'])
     return ((state.models['head'](state.logits[:, :-1]) - nll)[on]**2).sum()/state.count
 
-def watched(**kw): return Recipe('watched', learners={'head': Learner(lambda state: Head(), errs, **kw)})
+def watched(**kw): return Recipe('watched', loop=Loop(learners={'head': Learner(lambda state: Head(), errs, **kw)}))
 
 @pytest.mark.parametrize('make', [Recipe, lora])
 def test_a_learner_learns_and_the_policy_does_not_notice(make):
@@ -147,9 +157,9 @@ def test_a_learner_is_trained_as_by_hand():
     class Keep:
         def after_step(self, s): said.append((s.batches[0], s.logits))
     run = tune(watched(lr=1e-2), steps=3, clip=None, schedule='constant', callbacks=(Keep(),)); seen = {}
-    tune(Recipe('x', learners={'head': Learner(lambda s: seen.setdefault('m', Head()), lambda s: errs(s)*0)}), steps=1) # the same start
+    tune(Recipe('x', loop=Loop(learners={'head': Learner(lambda s: seen.setdefault('m', Head()), lambda s: errs(s)*0)})), steps=1) # the same start
     head = seen['m']; opt = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=0.)
-    fresh = Learner(lambda s: Head(), errs); start = tune(Recipe('x', learners={'head': Learner(fresh.make, lambda s: errs(s)*0.)}), steps=1).models['head']; head.load_state_dict(start.state_dict())
+    fresh = Learner(lambda s: Head(), errs); start = tune(Recipe('x', loop=Loop(learners={'head': Learner(fresh.make, lambda s: errs(s)*0.)})), steps=1).models['head']; head.load_state_dict(start.state_dict())
     for b, x in said:
         state = types.SimpleNamespace(batch=b, logits=x, models=dict(head=head), count=int((b['labels'][:, 1:] != -100).sum())); loss = errs(state); loss.backward(); opt.step(); opt.zero_grad(); assert not x.requires_grad
     assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(head.parameters(), run.models['head'].parameters())) and float(loss.detach()) == pytest.approx(run.log[-1]['head_loss'], rel=1e-5)
@@ -161,7 +171,7 @@ def test_cutting_a_batch_does_not_change_a_learner():
 def test_nothing_flows_back_even_where_the_objective_asks_the_policy():
     def greedy(state): # no no_grad anywhere
         return errs(state) + state.models['head'](state.model(input_ids=state.batch['input_ids']).logits).mean()**2
-    run = tune(Recipe('x', learners={'head': Learner(lambda s: Head(), greedy)}), steps=4, lr=1e-3); assert same(weights(run.model), weights(tune(steps=4, lr=1e-3).model))
+    run = tune(Recipe('x', loop=Loop(learners={'head': Learner(lambda s: Head(), greedy)})), steps=4, lr=1e-3); assert same(weights(run.model), weights(tune(steps=4, lr=1e-3).model))
 
 def test_a_learner_is_resumed_saved_and_loaded(tmp_path):
     how = dict(steps=6, lr=1e-3, save_every=2); whole = tune(watched(), toy(dropout=.2), **how, out=tmp_path/'a')
@@ -180,17 +190,17 @@ def test_a_look_at_a_learner_finds_it_at_rest():
     tune(watched(), steps=2, callbacks=(Every(1, lambda s: modes.append((s.model.training, s.models['head'].training)) or {}), After())); assert modes == [(False, False), (False, False), (True, True), (False, False), (True, True)]
 
 def test_learners_of_stages_are_all_there():
-    def second(ctx): assert set(ctx.runs[0].models) == {'head'}; return Recipe('b', learners={'other': Learner(lambda s: Head(), lambda s: s.models['other'](s.logits).mean()**2)})
+    def second(ctx): assert set(ctx.runs[0].models) == {'head'}; return Recipe('b', loop=Loop(learners={'other': Learner(lambda s: Head(), lambda s: s.models['other'](s.logits).mean()**2)}))
     run = tune(staged(watched(), second), steps=4); assert set(run.models) == {'head', 'other'} and 'head_loss' in run.log[0] and 'other_loss' in run.log[-1] and 'head_loss' not in run.log[-1]
 
 def test_learners_that_cannot_be_are_refused():
     with pytest.raises(CannotCompose, match="both have a learner 'head'"): watched()*watched()
-    with pytest.raises(ValueError, match="'policy'"): Recipe('x', learners={'policy': Learner(Head, errs)})
-    with pytest.raises(ValueError, match='must map names'): Recipe('x', learners={'head': Head})
+    with pytest.raises(ValueError, match="'policy'"): Recipe('x', loop=Loop(learners={'policy': Learner(Head, errs)}))
+    with pytest.raises(ValueError, match='must map names'): Recipe('x', loop=Loop(learners={'head': Head}))
     for make, says in ((lambda s: 3, 'make returned a int'), (lambda s: nn.ReLU(), 'nothing to train'), (lambda s: nn.ModuleList([s.model]), 'parameters of the policy')):
-        with pytest.raises(ValueError, match=says): tune(Recipe('x', learners={'head': Learner(make, errs)}), m := toy())
+        with pytest.raises(ValueError, match=says): tune(Recipe('x', loop=Loop(learners={'head': Learner(make, errs)})), m := toy())
         assert same(weights(m), weights(toy()))
-    with pytest.raises(NotFinite, match="learner 'head', after the policy had moved: the loss is nan at step 0"): tune(Recipe('x', learners={'head': Learner(lambda s: Head(), lambda s: errs(s)*float('nan'))}))
+    with pytest.raises(NotFinite, match="learner 'head', after the policy had moved: the loss is nan at step 0"): tune(Recipe('x', loop=Loop(learners={'head': Learner(lambda s: Head(), lambda s: errs(s)*float('nan'))})))
 
 # ---------- batches that only an objective can price
 

@@ -5,13 +5,12 @@ import pytest, torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
-from ftlab.adapters import store
 from ftlab.adapters.attach import attach
 from ftlab.adapters.delta import Entries, Offset
 from ftlab.adapters.lowrank import LoRA
 from ftlab.adapters.modules.lofit import HeadOffset
-from ftlab.adapters.select import everything, parts
-from ftlab.adapters.store import FORMATS, OLD_KINDS, WrongBase, class_of, identity, kind_of, load_delta, pack, save_delta
+from ftlab.adapters.select import parts
+from ftlab.adapters.store import FORMATS, OLD_KINDS, class_of, identity, kind_of, load_delta, pack, save_delta
 from mutations import mutated, sources, state, differ, verdict
 from tiny import tiny
 

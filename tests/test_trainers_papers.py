@@ -1,5 +1,4 @@
 "Rectified prices, masked reasoning, forward-only steps, blocks in turn, and saying when one is unsure: what their pages do not say about themselves"
-import copy
 import pytest, torch
 import torch.nn.functional as F
 from ftlab import methods
@@ -27,7 +26,7 @@ def official_asft(model, reference, b, kl_weight):
 @pytest.mark.parametrize('kl_weight', [0., .1, 2.])
 def test_asft_costs_what_its_authors_code_does(kl_weight):
     model, reference = toy(0), toy(1); s, recipe = state_of(model, reference), methods.asft(weight=kl_weight)
-    ours = recipe.objective(s) + sum(p(s) for p in recipe.penalties); theirs = official_asft(model, reference, s.batch, kl_weight)
+    ours = recipe.objective(s); theirs = official_asft(model, reference, s.batch, kl_weight)
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
     a, b = (torch.autograd.grad(x, list(model.parameters())) for x in (ours, theirs)); assert sum(g.norm() for g in a) > 0
     for g, h in zip(a, b): torch.testing.assert_close(g, h, atol=1e-6, rtol=0)
@@ -43,7 +42,7 @@ def test_asft_runs_on_low_rank_factors_with_the_base_switched_off():
 
 def masked(b, step=10, seed=3, **kw):
     s = State(toy(), TOK); s.step, s.steps, s.pad_id = step, 10, TOK.pad_token_id; torch.manual_seed(seed)
-    return [methods.masked_thought(**kw).view(x, s)['input_ids'] for x in b]
+    return [methods.masked_thought(**kw).views[0](x, s)['input_ids'] for x in b]
 
 @pytest.mark.parametrize('noise', ['mask', 'random'])
 def test_the_same_tokens_are_hidden_whatever_the_micro_batches_and_their_padding(noise):
@@ -177,7 +176,7 @@ def test_blocks_in_turn_refuses_none_and_takes_deltas_in_turn():
 # ---------- saying when one is unsure
 
 def test_each_row_is_marked_by_what_the_untouched_model_said(monkeypatch):
-    from ftlab.trainers import knowing
+    from ftlab.evaluators.trust import r_tuning as knowing
     rows, seen = lab_data().train, {}
     monkeypatch.setattr(knowing, 'answers', lambda model, tok, rows: [r['response'] if i % 3 == 0 else 'a a a a' for i, r in enumerate(rows)])
     class Look:

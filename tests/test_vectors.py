@@ -1,14 +1,9 @@
 "Offsets on heads: a delta at a layer's input on all architectures, and LoFiT's choice of heads"
-import random
 import pytest, torch
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 from ftlab.adapters.attach import attach
 from ftlab.adapters.store import identity, load_delta, pack, save_delta
-from ftlab.adapters.select import parts
-from ftlab.adapters.modules.lofit import HeadOffset, HeadScale, head_width, heads, lasso, lofit, loudest
-from ftlab.core.anatomy import anatomy
+from ftlab.adapters.modules.lofit import HeadOffset, HeadScale, head_width, heads, lasso, lofit
 from ftlab.trainers.fit import fit
 from tiny import DECODERS, ENCODERS, example_inputs, tiny
 from toys import TOK, lab_data, logits, same, toy, weights

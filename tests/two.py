@@ -7,10 +7,11 @@ from safetensors.torch import save_file
 from torch import nn
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import parts, top
-from ftlab.core.recipe import Learner, Recipe
-from ftlab.trainers.callbacks import Every, validation_nll
+from ftlab.core.paper import Method
+from ftlab.core.recipe import Learner, Loop, Recipe, Stages
+from ftlab.trainers.callbacks import Every
 from ftlab.trainers.fit import fit
-from ftlab.trainers.objective import kl_to_reference
+from ftlab.trainers.objective import kl_to_base, nll
 from ftlab.trainers.rl.grpo import grpo
 from toys import TOK, lab_data, logits, toy
 
@@ -39,11 +40,11 @@ class Secret:
 def head_loss(state): return (state.models['head'](state.logits)**2).sum()/state.count
 def two_stages():
     def second(ctx): ctx.reset(); return lora(r=2)
-    return Recipe('two', stages=(Recipe('norms', select=parts('norm')), second))
+    return Recipe('two', loop=Stages(Recipe('norms', select=parts('norm')), second))
 
-CASES = dict(full=Recipe, lora=lora, entries=lambda: Recipe('entries', select=top(torch.abs, .1)), reference=lambda: lora()*Recipe('kl', penalties=(kl_to_reference(1.),), reference=True),
-             whole_reference=lambda: Recipe('kl', penalties=(kl_to_reference(1.),), reference=True), learner=lambda: Recipe('learner', learners={'head': Learner(lambda s: nn.Linear(len(TOK), 1), head_loss, lr=1e-2)}),
-             forward=lambda: Recipe('forward', select=parts('norm'), step=Forward, lr=1e-3), grpo=lambda: grpo(group=4, max_new_tokens=4, reward=lambda row, answer: len(answer)/10), stages=two_stages)
+CASES = dict(full=Recipe, lora=lora, entries=lambda: Recipe('entries', select=top(torch.abs, .1)), reference=lambda: lora()*Recipe('kl', objective=nll() + kl_to_base(1.)),
+             whole_reference=lambda: Recipe('kl', objective=nll() + kl_to_base(1.)), learner=lambda: Recipe('learner', loop=Loop(learners={'head': Learner(lambda s: nn.Linear(len(TOK), 1), head_loss, lr=1e-2)})),
+             forward=lambda: Recipe(Method('forward', lr=1e-3), select=parts('norm'), step=Forward), grpo=lambda: grpo(group=4, max_new_tokens=4, reward=lambda row, answer: len(answer)/10), stages=two_stages)
 SHARDED = ('full', 'lora', 'entries', 'reference', 'whole_reference', 'learner', 'stages')
 HOW = dict(steps=4, batch_size=8, lr=1e-2, clip=.05, weight_decay=.1, warmup=1, progress=False)
 def one(name, accumulate=1, **more): return fit(toy(), TOK, lab_data(), CASES[name](), **dict(HOW, accumulate=accumulate) | more)

@@ -30,19 +30,20 @@ transformers.generation.utils transformers.trainer_utils datasets accelerate saf
 matplotlib.backends.backend_svg matplotlib_inline.backend_inline IPython.display IPython.core.interactiveshell ipywidgets
 fastcore.all nbdev.showdoc nbformat pytest tomllib'''.split()
 OURS = '''ftlab.core.loading ftlab.core.batches ftlab.core.generate ftlab.core.scorers ftlab.adapters.delta ftlab.trainers.loop
-ftlab.lab.models ftlab.lab.world ftlab.native ftlab.methods ftlab.instruments.report'''.split()
+ftlab.lab.models ftlab.lab.world ftlab.native ftlab.instruments.report'''.split()
 
 
-def preload(ours: bool = True) -> list[str]:
+def preload(names: list[str]) -> list[str]:
     "Import what pages need, and freeze it for the garbage collector; the modules that could not be imported"
     os.environ['MPLBACKEND'] = 'module://matplotlib_inline.backend_inline'
     missing = []
-    for name in HEAVY + OURS*ours:
+    for name in names:
+        before = set(sys.modules)
         try:
             importlib.import_module(name)
         except Exception:  # the page that needs it says what is wrong
             missing.append(name)
-            for half in [m for m in sys.modules if ours and m.startswith('ftlab.') and name in OURS]:
+            for half in [m for m in set(sys.modules) - before if m.startswith('ftlab.')]:
                 del sys.modules[half]
     gc.collect()
     gc.freeze()
@@ -279,10 +280,13 @@ class Workers:
         outputs = {int(k): v for k, v in said.pop('outputs', {}).items()}
         return name, {'outputs': outputs, 'seconds': time.perf_counter() - began, 'cpu': used.ru_utime + used.ru_stime, **said}
 
-    def run(self, todo: list[tuple[str, Path]]):
-        "Yield (name, result) for every page as it ends"
-        todo = list(todo)
-        while todo or self.running:
-            while todo and len(self.running) < self.most:
-                self.start(*todo.pop(0))
+    def run(self, first: list[tuple[str, Path]], then: list[tuple[str, Path]] = (), between=lambda: None):
+        "Yield (name, result) for every page as it ends; `between()` is called when all of `first` have been started"
+        first, then = list(first), list(then)
+        while first or then or self.running:
+            while (first or then) and len(self.running) < self.most:
+                if not first:
+                    between()
+                    first, then, between = then, [], lambda: None
+                self.start(*first.pop(0))
             yield self.wait()

@@ -1,5 +1,4 @@
 "A Pilot, the Pilot with its Copilot, and a wider LoRA with as many numbers as both"
-from functools import lru_cache
 import torch
 import ftlab
 from ftlab.adapters.modules.lora import lora

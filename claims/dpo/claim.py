@@ -1,7 +1,6 @@
 "What DPO's loss is, on five answers and on random logits"
 from types import SimpleNamespace
 import torch
-import torch.nn.functional as F
 from ftlab.trainers.preferences import preference
 
 def one_word(logits, reference, chosen, rejected):

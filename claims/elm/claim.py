@@ -9,7 +9,7 @@ GRID, STEPS = (3e-3, 1e-2, 3e-2), 250
 def tune() -> dict:
     return choose(lambda arm, rate: score(imitate(arm, rate, 10_000, STEPS), 10_000, 'validation'), {arm: GRID for arm in ARMS})
 
-def run(seed, tuned): return elm(seed, {arm: tuned[arm]['rate'] for arm in ARMS}, STEPS)
+def run(seed, tuned): return elm(seed, {arm: tuned[arm]["rate"] for arm in ARMS}, STEPS).arms()
 
 def identities() -> dict[str, bool]:
     torch.manual_seed(0); unit, x = ELM(6, memories=3, tau=(2., 50.)), neuron(2, 60)[0][..., :6]

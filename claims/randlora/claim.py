@@ -1,5 +1,4 @@
 "RandLoRA: how near it comes to targets of full rank, and what it learns beside LoRA with no more numbers"
-from functools import partial
 import torch
 from ftlab.instruments import compare as comparison
 from ftlab.adapters.lowrank import LoRA

@@ -9,7 +9,7 @@ from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import skills
 from ftlab.lab.world import LETTERS, split_of, zigzag
 from ftlab.trainers.rl.grpo import grpo
-from ftlab.trainers.rl.razor import answer_kl, explained, own_answers, razor, weight_distance
+from ftlab.trainers.rl.razor import answer_kl, explained, looks, own_answers, weight_distance
 
 ASKS = ('show the letters {x} , different order :', 'write {x} in different order =', 'the letters {x} in different order are')
 OLD = 'fact context add reverse sort max last dedupe count tavi review tool'.split()
@@ -45,7 +45,7 @@ def tune() -> dict:
 def run(seed, tuned):
     model, tok, few, arms = prepare(seed); said = own_answers(model, tok, [r['prompt'] for r in few], LONGEST, seed)
     both = {f'{n}, {kind}': (*arms[n], tuned[n]['rate']*share) for n in ARMS for kind, share in (('tuned', 1.), ('gentler', 1/3))}
-    points = razor(model, tok, both, lambda m: score(m, tok, few), lambda m: old(m, tok, 25, 'validation', seed), said, steps=STEPS, every=EVERY, seed=seed, keep=True, batch_size=BATCH)
+    points = looks(model, tok, both, lambda m: score(m, tok, few), lambda m: old(m, tok, 25, 'validation', seed), said, steps=STEPS, every=EVERY, seed=seed, keep=True, batch_size=BATCH)
     points = [p for p in points if p['step']]; path = {n: [p for p in points if p['arm'] == f'{n}, tuned'] for n in ARMS}; target = target_gain(list(path.values()))
     test = questions(400, 'test', seed); before = score(model, tok, test), old(model, tok, 400, 'test', seed); out = {}
     for n in ARMS:

@@ -18,10 +18,11 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 from .delta import Entries
 from .select import check_selection
+from ..core.recipe import name_of
 
 # %% auto #0
 __all__ = ['owner_of', 'is_transposed', 'oriented', 'tied_names', 'set_weights', 'own_weights', 'own_buffers', 'base_below',
-           'Attached', 'attach', 'place', 'check_bare', 'pulls_apart', 'check_delta', 'make_delta']
+           'Attached', 'attach', 'place', 'check_bare', 'declared', 'pulls_apart', 'check_delta', 'make_delta']
 
 # %% ../../nbs/adapters/attach.ipynb #2a699f8d
 def owner_of(model:nn.Module, name:str) -> tuple[nn.Module, str]:
@@ -353,19 +354,23 @@ def check_bare(model:nn.Module) -> None:
             raise ValueError(f'the model carries a change already, at {name!r}; make it part of the weights (fold) '
                              'or take it off (detach) first: run.delta.attached.fold()')
 
+def declared(delta:Callable, what:str, default):
+    "What a maker of deltas declares, or the class behind its options"
+    return getattr(delta, what, getattr(getattr(delta, 'func', None), what, default))
+
 def pulls_apart(model:nn.Module, name:str, delta:Callable) -> str|None:
     "Another name of the tensor `name`, if this delta would change it under one of the two alone"
     others = tied_names(model, name)
-    return others[0] if others and not getattr(delta, 'ties', False) else None
+    return others[0] if others and not declared(delta, 'ties', False) else None
 
 def check_delta(model:nn.Module, name:str, delta:Callable) -> None:
     "Raise `ValueError` if `delta` cannot change the parameter `name`"
     if other := pulls_apart(model, name, delta):
         raise ValueError(f'{name!r} is tied to {other!r}: a delta on one would pull them apart; leave it out of the '
                          'selection, or let the weight itself move (delta=None)')
-    title = getattr(delta, '__name__', None) or getattr(getattr(delta, 'func', None), '__name__', 'the delta')
-    shape, site = tuple(model.get_parameter(name).shape), getattr(delta, 'site', 'weight')
-    if len(shape) < 2 and site == 'weight' and not getattr(delta, 'vectors', False):
+    title, site = name_of(delta), declared(delta, 'site', 'weight')
+    shape = tuple(model.get_parameter(name).shape)
+    if len(shape) < 2 and site == 'weight' and not declared(delta, 'vectors', False):
         raise ValueError(f'{name!r} is a vector of shape {shape}; {title} changes matrices: select matrices only')
     if site != 'weight' and isinstance(owner_of(model, name)[0], nn.Embedding):
         raise ValueError(f'{name!r} belongs to an embedding, which looks rows up; {title} changes what flows through '

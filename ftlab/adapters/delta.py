@@ -64,6 +64,14 @@ class Entries(nn.Module):
         self.config['left'] = len(self.left_index)
         return went
 
+    @torch.no_grad()
+    def hold(self, index:Tensor, left_index:Tensor, left_value:Tensor) -> None:
+        "Go on with the entries that a checkpoint names; the values held there are the run's parameters"
+        self.index.copy_(index)
+        self.left_index = left_index.to(self.left_index)
+        self.left_value = left_value.to(self.left_value)
+        self.config['left'] = len(self.left_index)
+
     def check(self) -> None:
         "Raise `ValueError` for an index that the weight does not have, or that is there twice"
         for name, index in (('index', self.index), ('left_index', self.left_index)):

@@ -5,6 +5,7 @@
 # %% ../../nbs/adapters/edit.ipynb #0003e5f6
 from __future__ import annotations
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch import nn
@@ -15,12 +16,12 @@ from .store import load_delta
 __all__ = ['scale', 'keep', 'norm', 'write_change', 'merge', 'saved', 'put']
 
 # %% ../../nbs/adapters/edit.ipynb #0004e5f6
-def scale(alpha:float # 0 is the base, 1 the fine-tuned model; more than 1 goes further
-         ) -> Callable: # edit(changes, model) -> changes
+@dataclass(frozen=True)
+class scale:
     "Walk `alpha` of the way from the base to the fine-tuned model"
-    def edit(changes, model): return {n: alpha*c for n, c in changes.items()}
-    edit.__name__ = f'scale({alpha})'
-    return edit
+    alpha:float # 0 is the base, 1 the fine-tuned model; more than 1 goes further
+    def __call__(self, changes, model) -> dict: return {n: self.alpha*c for n, c in changes.items()}
+    def __repr__(self): return f'scale({self.alpha})'
 
 def keep(changes:Mapping[str, Tensor], model) -> dict:
     "Leave the change as it is"

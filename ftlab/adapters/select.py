@@ -6,56 +6,72 @@
 from __future__ import annotations
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 import torch
 from ..core.anatomy import anatomy
+from ..core.recipe import name_of
 
 # %% auto #0
-__all__ = ['named', 'everything', 'parts', 'top', 'coverage', 'check_selection']
+__all__ = ['PARTS', 'named', 'everything', 'parts', 'top', 'coverage', 'check_selection']
 
 # %% ../../nbs/adapters/select.ipynb #00058e82
-def named(pattern:str='.' # a regular expression, searched in the parameter's name
-         ) -> Callable:   # select(model, batches=None, seed=0) -> {name: True}
+@dataclass(frozen=True)
+class named:
     "Select every parameter whose name matches `pattern`, whole"
-    def select(model, batches=None, seed=0): return {n: True for n, _ in model.named_parameters() if re.search(pattern, n)}
-    select.__name__ = f'named({pattern!r})'
-    return select
+    pattern:str='.' # a regular expression, searched in the parameter's name
+    def __call__(self, model, batches=None, seed=0) -> dict:
+        return {n: True for n, _ in model.named_parameters() if re.search(self.pattern, n)}
+    def __repr__(self): return f'named({self.pattern!r})'
 
 def everything(model, batches=None, seed=0) -> dict:
     "Select every parameter, whole: plain full fine-tuning"
     return {n: True for n, _ in model.named_parameters()}
 
 # %% ../../nbs/adapters/select.ipynb #00088e82
-def parts(*which:str,                  # of 'attention', 'mlp', 'norm', 'bias', 'embedding', 'head', 'other', or roles such as 'q', 'v', 'up'; none: attention and mlp
-          blocks:tuple[int, ...]|None=None # the blocks to take, by index; None: all
-         ) -> Callable:                # select(model, batches=None, seed=0) -> {name: True}
+PARTS = ('attention', 'mlp', 'norm', 'bias', 'embedding', 'head', 'other')
+
+@dataclass(frozen=True, init=False)
+class parts:
     "Select parameters by their place in the model"
-    which = which or ('attention', 'mlp')
-    def select(model, batches=None, seed=0):
+    which:tuple[str, ...]
+    blocks:tuple[int, ...]|None
+    def __init__(self, *which:str,                 # of `PARTS`, or roles such as 'q', 'v', 'up'; none: attention and mlp
+                 blocks:tuple[int, ...]|None=None): # the blocks to take, by index; None: all
+        object.__setattr__(self, 'which', which or ('attention', 'mlp'))
+        object.__setattr__(self, 'blocks', None if blocks is None else tuple(blocks))
+
+    def __call__(self, model, batches=None, seed=0) -> dict:
         a, out = anatomy(model), {}
         for n, _ in model.named_parameters():
             block, part, role = a.place(n)
-            if (part in which or (part in ('attention', 'mlp') and role in which)) and (blocks is None or block in blocks): out[n] = True
+            chosen = part in self.which or (part in ('attention', 'mlp') and role in self.which)
+            if chosen and (self.blocks is None or block in self.blocks): out[n] = True
         return out
-    select.__name__ = f'parts({", ".join(which)})'
-    return select
+
+    def __repr__(self): return f'parts({", ".join(self.which)})'
 
 # %% ../../nbs/adapters/select.ipynb #000b8e82
-def top(score:Callable,       # (weight) -> scores of the same shape
-        density:float,        # the share of each tensor that may move, in (0, 1]
-        where:Callable|None=None # the selection whose tensors are scored; None: matrices of attention and MLP
-       ) -> Callable:         # select(model, batches=None, seed=0) -> {name: mask}
-    "In each tensor, select the `density` share of numbers with the highest score; ties go to the lowest index"
-    if not 0 < density <= 1: raise ValueError(f'density is {density}; it must be above 0 and at most 1')
-    where = where or parts()
-    def select(model, batches=None, seed=0):
+@dataclass(frozen=True)
+class top:
+    "In each tensor, select the `density` share of entries with the highest score; ties go to the lowest index"
+    score:Callable            # (weight) -> scores of the same shape
+    density:float             # the share of each tensor that may move, in (0, 1]
+    where:Callable|None=None  # the selection whose tensors are scored; None: matrices of attention and MLP
+
+    def __post_init__(self):
+        if not 0 < self.density <= 1: raise ValueError(f'density is {self.density}; it must be above 0 and at most 1')
+
+    def __call__(self, model, batches=None, seed=0) -> dict:
         params, out = dict(model.named_parameters()), {}
-        for n in where(model, batches, seed):
-            s = score(params[n].detach()).flatten(); k = max(1, round(density*s.numel()))
+        for n in (self.where or parts())(model, batches, seed):
+            s = self.score(params[n].detach()).flatten()
+            k = max(1, round(self.density*s.numel()))
             best = s.argsort(descending=True, stable=True)[:k]
-            out[n] = torch.zeros(s.numel(), dtype=torch.bool, device=s.device).index_fill_(0, best, True).view_as(params[n])
+            mask = torch.zeros(s.numel(), dtype=torch.bool, device=s.device)
+            out[n] = mask.index_fill_(0, best, True).view_as(params[n])
         return out
-    select.__name__ = f'top({getattr(score, "__name__", "score")}, {density})'
-    return select
+
+    def __repr__(self): return f'top({name_of(self.score)}, {self.density})'
 
 # %% ../../nbs/adapters/select.ipynb #000e8e82
 def coverage(model, chosen:dict) -> dict:

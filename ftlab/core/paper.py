@@ -4,24 +4,123 @@
 
 # %% ../../nbs/core/paper.ipynb #00034c37
 from __future__ import annotations
-from collections.abc import Callable
-from dataclasses import dataclass
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import wraps
 
 # %% auto #0
-__all__ = ['Paper', 'paper']
+__all__ = ['LR', 'LRS', 'Paper', 'Method', 'method', 'probe', 'study', 'Evidence']
 
 # %% ../../nbs/core/paper.ipynb #00044c37
 @dataclass(frozen=True)
 class Paper:
     "Where an idea comes from"
-    title:str          # as printed
-    arxiv:str          # e.g. '2106.09685'
-    claim:str          # what it says, in one sentence
-    source:str         # what was read to build it: the paper, its official code, or what is our reading
-    @property
-    def url(self) -> str: return f'https://arxiv.org/abs/{self.arxiv}'
+    title:str           # as printed
+    arxiv:str           # e.g. '2106.09685'
+    claim:str           # what it says, in one sentence
+    source:str          # what was read to build it: the paper, its official code, or what is our reading
+    kind:str='method'   # 'method', 'probe' or 'study'
+    toy:Mapping|Callable=field(default_factory=dict, repr=False, compare=False) # arguments for a toy setting, or a function that makes them
 
-def paper(title:str, arxiv:str, claim:str, source:str) -> Callable:
-    "Mark a function or class as the build of a paper; it stays the same object"
-    def mark(f): f.paper = Paper(title, arxiv, claim, source); return f
+    @property
+    def url(self) -> str:
+        "The paper's page on arXiv"
+        return f'https://arxiv.org/abs/{self.arxiv}'
+
+    def toy_arguments(self) -> dict:
+        "The arguments for a toy setting, made now where that takes a model or data"
+        return dict(self.toy() if callable(self.toy) else self.toy)
+
+# %% ../../nbs/core/paper.ipynb #00b44c37
+LR, LRS = 3e-4, (1e-4, 3e-4, 1e-3)
+
+@dataclass(frozen=True)
+class Method:
+    "What is known of a method besides its answers"
+    name:str='full'                    # the function's name, which is the paper's key
+    lr:float=LR                        # learning rate where none is given
+    lrs:tuple[float, ...]=LRS          # learning rates worth trying on small models
+    arguments:Mapping=field(default_factory=dict, hash=False) # what the method was called with
+    waives:Mapping[str, str]=field(default_factory=dict, hash=False) # promise that is not made -> the reason
+    paper:Paper|None=field(default=None, repr=False) # where it comes from
+
+# %% ../../nbs/core/paper.ipynb #00b54c37
+def method(title:str,                    # as printed
+           arxiv:str,                    # e.g. '2106.09685'
+           claim:str,                    # what the paper says, in one sentence
+           source:str,                   # what was read to build it
+           *, lr:float=LR,               # learning rate where none is given
+           lrs:tuple[float, ...]=LRS,    # learning rates worth trying on small models
+           waives:Mapping|Callable|None=None, # {promise: why it is not made}, or a function from the arguments to that
+           toy:Mapping|Callable|None=None # arguments for a toy model, or a function that makes them; None: the defaults
+          ) -> Callable:                 # a decorator of a function that returns a Recipe
+    "Mark a function as the build of a paper's method, and bind its name, arguments and rates to the Recipe that it returns"
+    paper = Paper(title, arxiv, claim, source, 'method', toy or {})
+    def bind(f):
+        signature = inspect.signature(f)
+        @wraps(f)
+        def made(*args, **kwargs):
+            recipe = f(*args, **kwargs)
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            known = dict(given.arguments)
+            waived = waives(known) if callable(waives) else waives or {}
+            record = known | dict(recipe.meta.arguments) # a default that depends on another argument, as it was resolved
+            return replace(recipe, meta=Method(f.__name__, lr, lrs, record, dict(waived), paper))
+        made.paper = paper
+        return made
+    return bind
+
+def probe(title:str, arxiv:str, claim:str, source:str, # as in `method`
+          ask:Callable|None=None         # (model, the change on it, batch) -> value, for the contract; None: the function itself takes these
+         ) -> Callable:                  # a decorator; the function stays the same object
+    "Mark a read-only measurement: it leaves model, mode and random state as they were"
+    return _marking(Paper(title, arxiv, claim, source, 'probe', dict(ask=ask)))
+
+def study(title:str, arxiv:str, claim:str, source:str, # as in `method`
+          toy:Mapping|Callable|None=None # arguments besides the seed for a toy setting of at most 5 seconds, or a function that makes them
+         ) -> Callable:                  # a decorator; the function stays the same object
+    "Mark a function `(seed, ...) -> Evidence`: a finding, a benchmark, or a paper without a base model"
+    return _marking(Paper(title, arxiv, claim, source, 'study', toy or {}))
+
+def _marking(paper):
+    def mark(f):
+        f.paper = paper
+        return f
     return mark
+
+# %% ../../nbs/core/paper.ipynb #00b74c37
+@dataclass(frozen=True)
+class Evidence:
+    "What a study found. Raises `ValueError` for a value that is not finite or has no unit."
+    values:Mapping[str, float|tuple[float, ...]] # name -> number or numbers; 'arm.metric' for one of several arms
+    units:Mapping[str, str]                      # name, or the metric alone -> unit
+
+    def __post_init__(self):
+        values = {n: tuple(map(float, v)) if isinstance(v, (list, tuple)) else float(v) for n, v in self.values.items()}
+        for n, v in values.items():
+            if not all(map(math.isfinite, v if isinstance(v, tuple) else (v,))):
+                raise ValueError(f'evidence {n!r} is {v}; every value must be finite')
+            if self.unit(n) is None:
+                raise ValueError(f'evidence {n!r} has no unit; units has {", ".join(self.units) or "none"}')
+        object.__setattr__(self, 'values', values)
+
+    def __getitem__(self, name): return self.values[name]
+
+    def unit(self, name:str) -> str|None:
+        "The unit of a value, given for its full name or for its metric"
+        return self.units.get(name, self.units.get(name.rpartition('.')[2]))
+
+    def arms(self) -> dict[str, dict]:
+        "{arm: {metric: value}}, as verdicts read it, of values that are called 'arm.metric'"
+        out = {}
+        for name, value in self.values.items():
+            arm, _, metric = name.rpartition('.')
+            out.setdefault(arm, {})[metric] = value
+        return out
+
+    def to_dict(self) -> dict:
+        "{name: {value, unit}}: a record that JSON can hold"
+        return {n: dict(value=list(v) if isinstance(v, tuple) else v, unit=self.unit(n)) for n, v in self.values.items()}

@@ -5,15 +5,18 @@
 # %% ../../nbs/core/recipe.ipynb #00030245
 from __future__ import annotations
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
+from .paper import Method
 
 # %% auto #0
-__all__ = ['PROMISES', 'TAKEN', 'CannotCompose', 'Learner', 'Recipe', 'share_of']
+__all__ = ['PROMISES', 'NOUNS', 'TAKEN', 'CannotCompose', 'Recipe', 'Learner', 'Loop', 'Share', 'Stages', 'Viewed', 'viewed',
+           'Viewing', 'With', 'Needing', 'needing', 'Chain', 'name_of', 'title_of']
 
 # %% ../../nbs/core/recipe.ipynb #00050245
 PROMISES = {
     'starts as the base': 'before the first step the model gives bit-equal outputs',
-    'frozen stays': 'numbers that were not selected are bit-equal after training',
+    'frozen stays': 'parameters that were not selected are bit-equal after training',
     'off is the base': 'with the change switched off the model gives the base\'s outputs, bit for bit',
     'folds': 'written into the weights, the change gives the same outputs to rounding',
     'saves': 'saved, loaded onto a fresh base, the change gives bit-equal outputs',
@@ -24,108 +27,295 @@ PROMISES = {
 class CannotCompose(ValueError): "Two recipes answer the same question differently"
 
 @dataclass(frozen=True)
-class Learner:
-    "A second model that learns beside the first, such as one that learns the first one's mistakes"
-    make:Callable        # (state) -> module; called once, when the run's source stands, under the run's seed
-    objective:Callable   # (state) -> scalar, asked for every micro-batch: state.batch is that batch, state.logits what the policy said to it, detached
-    lr:float|None=None   # its own peak learning rate; None: the run's
-
-TAKEN = ('policy', 'reference', 'tuned', 'base') # names in `state.models` and in a decoder's models that no learner may have
-
-# %% ../../nbs/core/recipe.ipynb #00070245
-@dataclass(frozen=True)
 class Recipe:
     "What a method is: at most one answer to each question; `None` is plain fine-tuning"
-    name:str='full'
+    meta:Method|str=Method()       # name, rates, arguments and waived promises; a string is a name
     select:Callable|None=None      # (model, batches=None, seed=0) -> {parameter name: True or a boolean mask}; None: everything
     delta:Callable|None=None       # (weight, mask) -> a module at the weight; None: the weight itself
     edit:Callable|None=None        # ({name: change}, model) -> {name: change}, after training
     source:Callable|None=None      # (state) -> an object with next(state) -> list of micro-batches; None: the data as given
-    view:Callable|None=None        # (batch, state) -> batch
-    objective:Callable|None=None   # (state) -> scalar; None: the mean negative log-likelihood
-    penalties:tuple[Callable, ...]=() # each (state) -> scalar, added to the objective
-    step:Callable|None=None        # (parameters, settings) -> step(state, prices); None: backpropagation and AdamW
-    callbacks:tuple[Callable, ...]=() # each () -> an object with methods named after events
+    objective:Callable|None=None   # (state) -> scalar: a token loss plus terms; None: the mean negative log-likelihood
+    step:Callable|None=None        # (parameters, settings) -> step(state, losses); None: backpropagation and AdamW
+    loop:Loop|Stages|None=None     # callbacks and learners, or stages; None: one stage, nothing beside it
     decode:Callable|None=None      # (models, tok, prompts, **options) -> texts; None: greedy, one model
-    learners:Mapping[str, Learner]=field(default_factory=dict) # models that learn beside the first, by name
-    stages:tuple[Recipe|Callable, ...]=() # run one after another on the same model, each with its share of the steps; a function (context) -> Recipe is called when its turn comes
-    share:float=1.                 # as a stage: its share of the steps, relative to the other stages
-    reference:bool=False           # does an objective or penalty look at the base model, as state.models['reference']?
-    lrs:tuple[float, ...]=(1e-4, 3e-4, 1e-3) # learning rates worth trying on small models
-    lr:float=3e-4                # learning rate where none is given
-    arguments:Mapping=field(default_factory=dict) # what the method was called with, for the record
-    waives:Mapping[str, str]=field(default_factory=dict) # promise that is not made -> the reason
 
     def __post_init__(self):
+        if isinstance(self.meta, str): object.__setattr__(self, 'meta', Method(self.meta))
         _check_parts(self)
 
-    @property
-    def promises(self) -> tuple[str, ...]:
-        "The promises that this Recipe makes"
-        return tuple(p for p in PROMISES if p not in self.waives)
-    def named(self, name:str) -> Recipe: return replace(self, name=name)
+    def named(self, name:str) -> Recipe:
+        "The same answers under another name"
+        return replace(self, meta=replace(self.meta, name=name))
+
     def __mul__(self, other:Recipe) -> Recipe:
         "Both methods at once; `CannotCompose` where both answer the same question"
         return _both(self, other)
+
+    def __repr__(self):
+        said = [repr(self.name)] + [f'{q}={name_of(v)}' for q in NOUNS if (v := getattr(self, q)) is not None]
+        return f'Recipe({", ".join(said)})'
 
     def describe(self) -> dict:
         "The answers by name, without what is plain: a record that JSON can hold"
         return _described(self)
 
-# %% ../../nbs/core/recipe.ipynb #00080245
+    @property
+    def name(self) -> str: return self.meta.name
+    @property
+    def lr(self) -> float: return self.meta.lr
+    @property
+    def lrs(self) -> tuple[float, ...]: return self.meta.lrs
+    @property
+    def arguments(self) -> Mapping: return self.meta.arguments
+    @property
+    def waives(self) -> Mapping[str, str]: return self.meta.waives
+
+    @property
+    def promises(self) -> tuple[str, ...]:
+        "The promises that this Recipe makes"
+        return tuple(p for p in PROMISES if p not in self.waives)
+    @property
+    def callbacks(self) -> tuple[Callable, ...]:
+        "Makers of the callbacks that the method brings; of stages, none"
+        return getattr(self.loop, 'callbacks', ())
+    @property
+    def learners(self) -> Mapping[str, Learner]:
+        "Models that learn beside the first, by name; of stages, none"
+        return getattr(self.loop, 'learners', {})
+    @property
+    def stages(self) -> tuple[Recipe|Callable, ...]:
+        "What runs one after another; empty for a recipe without stages"
+        return getattr(self.loop, 'stages', ())
+    @property
+    def turns(self) -> tuple[Recipe|Callable, ...]:
+        "What runs, in order: the stages, or the recipe itself"
+        return self.stages or (self,)
+    @property
+    def shares(self) -> tuple[float, ...]:
+        "The share of the steps of each turn, relative to the others"
+        return getattr(self.loop, 'shares', (1.,))
+    @property
+    def views(self) -> tuple[Callable, ...]:
+        "What changes a batch on its way to the model"
+        return getattr(self.source, 'views', ())
+    @property
+    def terms(self) -> tuple[Callable, ...]:
+        "What is added to the token loss"
+        return getattr(self.objective, 'terms', ())
+    @property
+    def needs(self) -> frozenset[str]:
+        "What the answers say that they need, such as 'reference': the base model as `state.models['reference']`"
+        return frozenset().union(*(getattr(getattr(self, q), 'needs', ()) for q in NOUNS))
+    def answers(self, question:str) -> bool:
+        "Is `question` ('select', 'view', 'callbacks', ...) answered in its own way? A view of the data as given is no source."
+        if question == 'source': return self.own_source
+        said = dict(view=self.views, penalties=self.terms).get(question)
+        return bool(said) if said is not None else getattr(self, question) not in (None, (), {})
+    @property
+    def own_source(self) -> bool:
+        "Does it bring data of its own, rather than view the data as given?"
+        return self.source is not None and not (isinstance(self.source, Viewed) and self.source.source is None)
+
+NOUNS = tuple(f.name for f in fields(Recipe) if f.name != 'meta')
+
+# %% ../../nbs/core/recipe.ipynb #00070245
 def _check_parts(self:Recipe) -> None:
-    if unknown := set(self.waives) - set(PROMISES): raise ValueError(f'{self.name}: no promise is called {sorted(unknown)}; there are: {", ".join(PROMISES)}')
+    if unknown := set(self.waives) - set(PROMISES):
+        raise ValueError(f'{self.name}: no promise is called {sorted(unknown)}; there are: {", ".join(PROMISES)}')
+    if self.loop is not None and not isinstance(self.loop, (Loop, Stages)):
+        raise ValueError(f'{self.name}: loop is a {type(self.loop).__name__}; it must be Loop(...) or Stages(...)')
+    if getattr(self.objective, 'is_term', False):
+        raise ValueError(f'{self.name}: the objective {name_of(self.objective)} is a term that a loss is added to; '
+                         f'write nll() + {name_of(self.objective)}')
     for n, l in self.learners.items():
         if n in TAKEN or not isinstance(l, Learner):
-            raise ValueError(f'{self.name}: learners has {n!r}: {type(l).__name__}; it must map names other than {", ".join(TAKEN)} to a Learner')
+            raise ValueError(f'{self.name}: learners has {n!r}: {type(l).__name__}; '
+                             f'it must map names other than {", ".join(TAKEN)} to a Learner')
     for i, s in enumerate(self.stages, 1):
-        if callable(s) or isinstance(s, Recipe) and not s.stages: continue
+        if isinstance(s, Recipe) and not s.stages or not isinstance(s, Recipe) and callable(s): continue
         what = s.name + ', which has stages of its own' if isinstance(s, Recipe) else type(s).__name__
-        raise ValueError(f'{self.name}: stage {i} is {what}; a stage is a Recipe without stages, or a function (context) -> Recipe')
+        raise ValueError(f'{self.name}: stage {i} is {what}; '
+                         'a stage is a Recipe without stages, or a function (context) -> Recipe')
+
+# %% ../../nbs/core/recipe.ipynb #00080245
+TAKEN = ('policy', 'reference', 'tuned', 'base') # names in `state.models` and in a decoder's models that no learner may have
+
+@dataclass(frozen=True)
+class Learner:
+    "A second model that learns beside the first, such as one that learns the first one's mistakes"
+    make:Callable        # (state) -> module; called once, when the run's source stands, under the run's seed
+    objective:Callable   # (state) -> scalar for each micro-batch: state.batch is that batch, state.logits what the policy said to it, detached
+    lr:float|None=None   # its own peak learning rate; None: the run's
+
+@dataclass(frozen=True)
+class Loop:
+    "What runs beside the steps"
+    callbacks:tuple[Callable, ...]=() # each () -> an object with methods named after events
+    learners:Mapping[str, Learner]=field(default_factory=dict, hash=False) # models that learn beside the first, by name
+
+    def __mul__(self, other):
+        if not isinstance(other, Loop): return NotImplemented
+        if both := sorted(n for n in self.learners.keys() & other.learners.keys() if self.learners[n] != other.learners[n]):
+            raise CannotCompose(f'both have a learner {both[0]!r}; give one of them another name')
+        return Loop(self.callbacks + other.callbacks, {**self.learners, **other.learners})
+
+    def __repr__(self):
+        said = dict(callbacks=', '.join(map(name_of, self.callbacks)), learners=', '.join(self.learners))
+        return f'Loop({", ".join(f"{k}: {v}" for k, v in said.items() if v)})'
+
+    def describe(self) -> dict:
+        out = dict(callbacks=[name_of(c) for c in self.callbacks]) if self.callbacks else {}
+        if not self.learners: return out
+        said = {n: dict(make=name_of(l.make), objective=name_of(l.objective), lr=l.lr) for n, l in self.learners.items()}
+        return out | dict(learners=said)
+
+# %% ../../nbs/core/recipe.ipynb #00b00245
+@dataclass(frozen=True)
+class Share:
+    "A stage that gets more or fewer of the steps than the others"
+    stage:Recipe|Callable  # as in `Stages`
+    share:float            # of the steps, relative to the other stages, which have 1
+
+@dataclass(frozen=True, init=False)
+class Stages:
+    "Recipes that run one after another on the same model, each with its share of the steps"
+    given:tuple
+    def __init__(self, *stages):  # each a Recipe, a function (context) -> Recipe that is called when its turn comes, or a `Share` of one
+        object.__setattr__(self, 'given', stages)
+
+    @property
+    def stages(self) -> tuple: return tuple(s.stage if isinstance(s, Share) else s for s in self.given)
+    @property
+    def shares(self) -> tuple[float, ...]: return tuple(s.share if isinstance(s, Share) else 1. for s in self.given)
+
+    def __repr__(self):
+        return f'Stages({", ".join(title_of(s) + (f" x {x:g}" if x != 1 else "") for s, x in zip(self.stages, self.shares))})'
+
+    def describe(self) -> dict:
+        told = [s.describe() if isinstance(s, Recipe) else dict(made_by=title_of(s)) for s in self.stages]
+        return dict(stages=[t | (dict(share=x) if x != 1 else {}) for t, x in zip(told, self.shares)])
+
+# %% ../../nbs/core/recipe.ipynb #00b10245
+@dataclass(frozen=True)
+class Viewed:
+    "A source whose batches are changed on their way to the model"
+    views:tuple[Callable, ...]   # each (batch, state) -> batch, one after another
+    source:Callable|None=None    # (state) -> the source that is viewed; None: the data as given
+
+    def __call__(self, state) -> Viewing:
+        return Viewing(self.views, self.source(state) if self.source else state.given())
+
+    def __mul__(self, other):
+        other = other if isinstance(other, Viewed) else Viewed((), other)
+        if None not in (self.source, other.source) and self.source != other.source: return NotImplemented
+        return Viewed(self.views + other.views, other.source if self.source is None else self.source)
+    def __rmul__(self, other): return Viewed((), other)*self
+
+    @property
+    def needs(self) -> frozenset[str]: return frozenset().union(*(getattr(v, 'needs', ()) for v in (*self.views, self.source)))
+
+    def __repr__(self):
+        own = [] if self.source is None else [f'source={name_of(self.source)}']
+        return f'viewed({", ".join([*map(name_of, self.views), *own])})'
+
+    def describe(self) -> dict:
+        own = {} if self.source is None else dict(source=name_of(self.source))
+        return own | dict(view=', '.join(map(name_of, self.views)))
+
+def viewed(*views:Callable,           # each (batch, state) -> batch
+           source:Callable|None=None  # what is viewed; None: the data as given
+          ) -> Viewed:
+    "The data as given, or another source, each batch changed on its way to the model"
+    return Viewed(views, source)
+
+class Viewing:
+    "A source at work, seen through views; what it remembers is the source's"
+    def __init__(self, views, source): self.views, self.source = views, source
+
+    def next(self, state) -> list[dict]:
+        "The micro-batches of this step, on the run's device, changed by every view"
+        batches = [{k: v.to(state.device) for k, v in b.items()} for b in self.source.next(state)]
+        for view in self.views: batches = [view(b, state) for b in batches]
+        return batches
+    def state_dict(self) -> dict:
+        return self.source.state_dict() if hasattr(self.source, 'state_dict') else {}
+    def load_state_dict(self, kept) -> None:
+        if hasattr(self.source, 'load_state_dict'): self.source.load_state_dict(kept)
+
+# %% ../../nbs/core/recipe.ipynb #00b20245
+@dataclass(frozen=True, init=False)
+class With:
+    "A class or function and the options that it is called with: `functools.partial` as a value, which compares and prints"
+    func:Callable
+    options:tuple
+    def __init__(self, func, /, **options):
+        object.__setattr__(self, 'func', func)
+        object.__setattr__(self, 'options', tuple(options.items()))
+    def __call__(self, *args): return self.func(*args, **dict(self.options))
+    def __repr__(self): return f'{name_of(self.func)}({", ".join(f"{k}={name_of(v) if callable(v) else repr(v)}" for k, v in self.options)})'
+
+@dataclass(frozen=True)
+class Needing:
+    "A function of your own, and what it needs"
+    function:Callable
+    needs:frozenset[str]
+    def __call__(self, *args, **kwargs): return self.function(*args, **kwargs)
+    def __repr__(self): return name_of(self.function)
+
+def needing(function:Callable, # an objective, a term, a view, ...
+            *what:str          # such as 'reference': the base model as `state.models['reference']`
+           ) -> Needing:
+    "Say of a plain function what it needs; answers that are classes have an attribute `needs`"
+    return Needing(function, frozenset(what))
+
+@dataclass(frozen=True)
+class Chain:
+    "One edit after another"
+    edits:tuple[Callable, ...]
+    def __call__(self, changes, model):
+        for edit in self.edits: changes = edit(changes, model)
+        return changes
+    def __repr__(self): return ', '.join(map(name_of, self.edits))
 
 # %% ../../nbs/core/recipe.ipynb #000a0245
 def _both(self:Recipe, other:Recipe) -> Recipe:
     names, new = f'{self.name} x {other.name}', {}
-    if self.stages or other.stages: raise CannotCompose(f'{names}: a recipe of stages has no single answer to compose with; compose its stages instead')
-    for q in ('select', 'delta', 'source', 'objective', 'step', 'decode'):
-        a, b = getattr(self, q), getattr(other, q)
-        if a is not None and b is not None and a is not b: raise CannotCompose(f'{names}: both answer {q!r}; use one of them, or write a {q} that does both')
-        new[q] = a if a is not None else b
-    if both := sorted(n for n in self.learners.keys() & other.learners.keys() if self.learners[n] is not other.learners[n]):
-        raise CannotCompose(f'{names}: both have a learner {both[0]!r}; give one of them another name')
-    for q in ('view', 'edit'): new[q] = _chain(getattr(self, q), getattr(other, q))
+    if self.stages or other.stages:
+        raise CannotCompose(f'{names}: a recipe of stages has no single answer to compose with; compose its stages instead')
+    for q in NOUNS:
+        try: new[q] = _product(q, getattr(self, q), getattr(other, q))
+        except CannotCompose as e: raise CannotCompose(f'{names}: {e}') from None
+        except TypeError: raise CannotCompose(f'{names}: both answer {q!r}; use one of them, or write a {q} that does both') from None
     lead = self if self.delta or self.step else other if other.delta or other.step else self
-    return Recipe(names, **new, penalties=self.penalties + other.penalties, callbacks=self.callbacks + other.callbacks,
-        learners={**self.learners, **other.learners}, reference=self.reference or other.reference, lrs=lead.lrs, lr=lead.lr,
-        arguments={self.name: self.arguments, other.name: other.arguments}, waives={**self.waives, **other.waives})
+    return Recipe(Method(names, lead.lr, lead.lrs, {self.name: self.arguments, other.name: other.arguments},
+                         {**self.waives, **other.waives}), **new)
+
+def _product(q, a, b):
+    "Both answers to one question; `TypeError` where they exclude each other"
+    if a is None or b is None: return b if a is None else a
+    if q == 'edit': return Chain((a, b)) # also twice the same: halved and halved again
+    return a if a == b else a*b
 
 # %% ../../nbs/core/recipe.ipynb #000c0245
 def _described(self:Recipe) -> dict:
     out = dict(name=self.name, lr=self.lr)
-    for f in fields(self):
-        v = getattr(self, f.name)
-        if f.name in ('select', 'delta', 'edit', 'source', 'view', 'objective', 'step', 'decode') and v is not None: out[f.name] = _name(v)
-        if f.name in ('penalties', 'callbacks') and v: out[f.name] = [_name(x) for x in v]
-    if self.learners: out['learners'] = {n: dict(make=_name(l.make), objective=_name(l.objective), lr=l.lr) for n, l in self.learners.items()}
+    for q in NOUNS:
+        v = getattr(self, q)
+        if v is not None: out |= v.describe() if hasattr(v, 'describe') else {q: name_of(v)}
     if self.arguments: out['arguments'] = _plain(self.arguments)
-    def stage(s): return (s.describe() if isinstance(s, Recipe) else dict(made_by=_name(s))) | (dict(share=x) if (x := share_of(s)) != 1 else {})
-    if self.stages: out['stages'] = [stage(s) for s in self.stages]
     return out
 
-def share_of(stage:Recipe|Callable) -> float:
-    "A stage's share of the steps, relative to the others; of a function its attribute `share`, if it has one"
-    return stage.share if isinstance(stage, Recipe) else getattr(stage, 'share', 1.)
+def name_of(f) -> str:
+    "What an answer is called in records and errors: a function's name, a value's `repr`"
+    if isinstance(f, (partial, With)): return name_of(f.func)
+    return repr(f) if is_dataclass(f) and not isinstance(f, type) else title_of(f)
 
-def _name(f): return getattr(f, '__name__', None) or getattr(getattr(f, 'func', None), '__name__', None) or type(f).__name__
+def title_of(f) -> str:
+    "The name of a recipe, a function or a class; of an instance that of its class"
+    if isinstance(f, Recipe): return f.name
+    return getattr(f, '__name__', None) or type(f).__name__
 
 def _plain(x):
     if isinstance(x, Mapping): return {str(k): _plain(v) for k, v in x.items()}
     if isinstance(x, (list, tuple)): return [_plain(v) for v in x]
-    return x if isinstance(x, (str, int, float, bool, type(None))) else _name(x)
-
-def _chain(f, g):
-    "First `f`, then `g`; both take (thing, context)"
-    if f is None or g is None: return f or g
-    def both(x, ctx): return g(f(x, ctx), ctx)
-    both.__name__ = f'{_name(f)}, {_name(g)}'
-    return both
+    return x if isinstance(x, (str, int, float, bool, type(None))) else name_of(x)

@@ -5,18 +5,53 @@
 # %% ../../nbs/core/state.ipynb #0003feda
 from __future__ import annotations
 from collections.abc import Callable
-from types import SimpleNamespace
+from dataclasses import dataclass, field
 import torch
 
 # %% auto #0
 __all__ = ['MODEL_INPUTS', 'State']
 
 # %% ../../nbs/core/state.ipynb #0005feda
-class State(SimpleNamespace):
-    "Everything that a part of the run may look at"
-    def __init__(self, model, tok=None, **kw):
-        super().__init__(model=model, tok=tok, models={'policy': model}, batch=None, logits=None, nll=None, whole_logits=True, asides=(), count=1., step=0, steps=0, seed=0,
-                         log=[], extra={}, callbacks=[], stop=False, **kw)
+MODEL_INPUTS = ('input_ids', 'attention_mask', 'token_type_ids', 'inputs_embeds', 'position_ids', 'pixel_values')
+
+@dataclass(slots=True, eq=False, repr=False)
+class State:
+    "Everything that a part of a run may look at; a field that is not declared here cannot be set"
+    model:object                        # what is trained
+    tok:object=None                     # its tokenizer; None for data that are no text
+    models:dict=None                    # by name: 'policy', the model itself; 'reference'; a recipe's learners
+    learners:dict=field(default_factory=dict) # by name: what trains each learner
+    attached:object=None                # the change on the model
+    optimizer:object=None               # the step's optimizer, where it has one
+    source:object=None                  # where batches come from
+    callbacks:list=field(default_factory=list)
+    device:object=None                  # a torch.device
+    accelerator:object=None             # accelerate's, for mixed precision and several processes
+    settings:dict=field(default_factory=dict) # of `fit`
+    data:object=None                    # the `Data` that is learned from
+    rows:list=field(default_factory=list)       # its training rows, encoded
+    validation:list=field(default_factory=list) # its validation rows, encoded
+    given:Callable|None=None            # () -> the source of the data as given
+    limit:int|None=None                 # tokens a row
+    pad_id:int=0                        # the token that fills short rows
+    seed:int=0                          # of the run
+    step:int=0                          # from 0
+    steps:int=0                         # how many there will be
+    tokens:int=0                        # that the model has read
+    batches:list=field(default_factory=list)    # all micro-batches of this step
+    batch:dict|None=None                # the micro-batch at hand
+    logits:torch.Tensor|None=None       # what the model said to it
+    nll:torch.Tensor|None=None          # each token's negative log-likelihood, where an objective found it without whole logits
+    count:float=1.                      # labelled tokens of the whole step (rows, where there are no labels)
+    whole_logits:bool=True              # does anyone besides the objective look at the logits?
+    log:list=field(default_factory=list)  # one row for every step done
+    path:list=field(default_factory=list) # what callbacks measured
+    extra:dict=field(default_factory=dict) # notes of one part for the log or for callbacks; not kept in checkpoints
+    stop:bool|str=False                 # True: the run's work is done; 'by hand': somebody wants it to end here
+
+    def __post_init__(self):
+        if self.models is None:
+            self.models = {'policy': self.model}
 
     def forward(self) -> torch.Tensor:
         "Run the model on `state.batch` and keep its logits, [batch, tokens, words] or [batch, classes]"
@@ -25,7 +60,8 @@ class State(SimpleNamespace):
 
     def emit(self, event:str) -> None:
         "Call the method named `event` of every callback that has one"
-        for c in self.callbacks: getattr(c, event, _nothing)(self)
+        for c in self.callbacks:
+            getattr(c, event, _nothing)(self)
 
-MODEL_INPUTS = ('input_ids', 'attention_mask', 'token_type_ids', 'inputs_embeds', 'position_ids', 'pixel_values')
-def _nothing(state): pass
+def _nothing(state):
+    pass

@@ -23,18 +23,28 @@ __device__ uint32_t word(const Chosen& c, int64_t w) {
   for (int b = 0; b < 4; b++) if (w*32 + b*8 < c.count) bits |= (uint32_t)c.bits[w*4 + b] << 8*b;
   return bits;
 }
-// A warp takes 16 words of the block's 128, a thread one number of each, so that neighbours read neighbours
+// The block's chosen places are listed first, in shared memory; then each thread takes a place, so that none is idle where few
+// numbers are chosen, and many lines of memory are waited for together
 template <class T, int what> __device__ void by_bits(const Job& j, int64_t block) {
+  constexpr int WORDS = BLOCK/32, EACH = WORDS/8;  // a warp of the eight lists 16 words
+  __shared__ uint32_t words[WORDS];
+  __shared__ uint16_t at[BLOCK];
+  __shared__ int all;
   const Chosen& c = j.chosen;
-  int lane = threadIdx.x % 32, w = threadIdx.x/32*16, earlier = 0;
-  for (int k = lane; k < w; k += 32) earlier += __popc(word(c, block*(BLOCK/32) + k));
-  for (int d = 16; d; d /= 2) earlier += __shfl_xor_sync(0xffffffffu, earlier, d);
-  int64_t i = c.before[block] + earlier;
-  for (int k = w; k < w + 16; k++) {
-    uint32_t bits = word(c, block*(BLOCK/32) + k);
-    if (bits >> lane & 1) one<T, what>(j, block*BLOCK + k*32 + lane, i + __popc(bits & ((1u << lane) - 1)));
-    i += __popc(bits);
+  int lane = threadIdx.x % 32, w = threadIdx.x/32*EACH, n = 0;
+  __syncthreads();  // whoever is still at the last block's places
+  if (threadIdx.x < WORDS) words[threadIdx.x] = word(c, block*WORDS + threadIdx.x);
+  __syncthreads();
+  for (int k = lane; k < w; k += 32) n += __popc(words[k]);
+  for (int d = 16; d; d /= 2) n += __shfl_xor_sync(0xffffffffu, n, d);
+  for (int k = w; k < w + EACH; k++) {
+    uint32_t bits = words[k];
+    if (bits >> lane & 1) at[n + __popc(bits & ((1u << lane) - 1))] = (uint16_t)(k*32 + lane);
+    n += __popc(bits);
   }
+  if (threadIdx.x == 255) all = n;
+  __syncthreads();
+  for (int i = threadIdx.x; i < all; i += 256) one<T, what>(j, block*BLOCK + at[i], c.before[block] + i);
 }
 
 template <class T, int what> __global__ void __launch_bounds__(256, 4) work(const __grid_constant__ Table t) {

@@ -6,7 +6,7 @@
 from __future__ import annotations
 from collections.abc import Callable, Mapping
 import torch
-from ..core.generate import generate, left_pad, render
+from ..core.generate import left_pad, render
 
 # %% auto #0
 __all__ = ['combined']

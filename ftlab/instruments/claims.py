@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import torch
 import ftlab
 from ..core.io import write_atomically
-from .compare import Bench, Budget, matched, target_gain, tune, tuning_seed, versions, _crashed, _decoder, _digest
+from .compare import Bench, Budget, target_gain, tune, tuning_seed, versions, _crashed, _decoder, _digest
 from ..core.scorers import WORLD, nll
 from ..methods import get
 from ..papers import claims, claims_folder, marked
@@ -223,7 +223,8 @@ def script_of(claim:Claim):
 
 def beside(key:str):
     "The script of another claim, for a claim whose experiment shares its ground; it counts into the hash of both"
-    return script_of(named_claim(key))
+    folder = claims_folder() or Path(ftlab.__file__).resolve().parent/'data'/'claims'  # an installed package has copies
+    return script_of(read_claim(folder/key))
 
 class Kept:
     "Parts of a claim that are finished, as JSON files: `kept(name, make)` reads the part, or makes it"

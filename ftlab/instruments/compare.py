@@ -155,6 +155,7 @@ def _trim():
 class Budget:
     "End the run when so many tokens have been read"
     def __init__(self, tokens:int): self.tokens = tokens
+    def describe(self): return dict(name='Budget', tokens=self.tokens)
     def after_step(self, state): state.steps = state.step if state.tokens >= self.tokens else state.steps
 
 # %% ../../nbs/instruments/compare.ipynb #0016c6d6

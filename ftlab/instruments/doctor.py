@@ -15,7 +15,7 @@ from torch import nn
 from ..adapters.attach import own_buffers, own_weights, pulls_apart
 from ..adapters.delta import Entries
 from ..adapters.store import WrongBase, fingerprint, load_delta
-from ..adapters.select import coverage, everything, named, parts
+from ..adapters.select import PARTS, coverage, everything, named, parts
 from .compare import is_lab, old_skills
 from ..core.anatomy import UnknownArchitecture
 from ..core.batches import KINDS, Data, collate, data as as_data, encode, prompt_ids, _pieces, _piece_ids, _question
@@ -32,9 +32,9 @@ from ..trainers.source import count_priced
 from ..trainers.step import NotFinite
 
 # %% auto #0
-__all__ = ['SEVERITIES', 'SAMPLE', 'COPY_LIMIT', 'SETTINGS', 'PATIENCE', 'PARTS', 'SELECTION', 'ROWS', 'FEW', 'DATA', 'NUMBERS',
-           'STEP', 'ASKED', 'AGAIN', 'CHANGE', 'PROMISED', 'COST', 'CHECKS', 'NotApplicable', 'Check', 'Finding',
-           'Diagnosis', 'Given', 'Case', 'selection_empty', 'selection_thin', 'names_unmatched', 'frozen_but_selected',
+__all__ = ['SEVERITIES', 'SAMPLE', 'COPY_LIMIT', 'SETTINGS', 'PATIENCE', 'SELECTION', 'ROWS', 'FEW', 'DATA', 'NUMBERS', 'STEP',
+           'ASKED', 'AGAIN', 'CHANGE', 'PROMISED', 'COST', 'CHECKS', 'NotApplicable', 'Check', 'Finding', 'Diagnosis',
+           'Given', 'Case', 'selection_empty', 'selection_thin', 'names_unmatched', 'frozen_but_selected',
            'tied_under_delta', 'labels_all_masked', 'answers_cut', 'labels_shifted', 'border_split', 'asked_otherwise',
            'end_not_learned', 'bos_not_once', 'template_missing', 'train_test_overlap', 'duplicate_rows',
            'answers_contradict', 'few_test_rows', 'labels_missing', 'labels_unbalanced', 'passes_over_data',
@@ -150,7 +150,7 @@ class _Look:
 
 def _dry(model, tok, data, recipe, settings, batch=None) -> _Look:
     "Begin the run and stop it after the first gradient; `model` is left as it was"
-    own = any(not isinstance(r, Recipe) or r.source is not None for r in (recipe, *recipe.stages))
+    own = any(not isinstance(r, Recipe) or r.own_source for r in recipe.turns)
     look, training = _Look(batch, PATIENCE if own else 1), {m: m.training for m in model.modules()}
     try:
         run = fit(model, tok, data, recipe, **settings, callbacks=(look,), progress=False)
@@ -219,12 +219,12 @@ class Case(Given):
     @property
     def stages(self) -> list[Recipe]:
         "The recipe's stages that can be looked at before their turn comes"
-        return [s for s in self.recipe.stages or (self.recipe,) if isinstance(s, Recipe)]
+        return [s for s in self.recipe.turns if isinstance(s, Recipe)]
 
     def answers(self, question:str) -> bool:
         "Does the recipe, or a stage of it, answer `question` ('source', 'view', ...) in its own way? A stage that is made when its turn comes may"
         own = (self.recipe, *self.stages)
-        return len(self.stages) < len(self.recipe.stages) or any(getattr(r, question) not in (None, ()) for r in own)
+        return len(self.stages) < len(self.recipe.stages) or any(r.answers(question) for r in own)
 
     def waives(self, promise:str) -> None:
         "Raise `NotApplicable` if the recipe, or a stage of it, does not make `promise`"
@@ -339,13 +339,10 @@ def selection_thin(c):
     if len(blocks) >= 4 and 0 < len(found['blocks']) <= len(blocks)/4:
         return f'{len(found["blocks"])} of {len(blocks)} blocks are reached ({_some(map(str, found["blocks"]), 6)}), {found["share"]:.2%} of the numbers'
 
-PARTS = ('attention', 'mlp', 'norm', 'bias', 'embedding', 'head', 'other')
-
 def _asked(select) -> dict[str, Callable]:
     "The single names that a selection asks for, each as a selection of its own"
-    own = inspect.getclosurevars(select).nonlocals if inspect.isfunction(select) else {}
-    if 'pattern' in own: return {p: named(p) for p in _alternatives(own['pattern'])}
-    if 'which' in own: return {w: parts(w, blocks=own.get('blocks')) for w in own['which'] if w not in PARTS} # a model without biases is no mistake
+    if isinstance(select, named): return {p: named(p) for p in _alternatives(select.pattern)}
+    if isinstance(select, parts): return {w: parts(w, blocks=select.blocks) for w in select.which if w not in PARTS} # a model without biases is no mistake
     return {}
 
 def _alternatives(pattern:str) -> list[str]:

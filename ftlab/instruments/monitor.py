@@ -180,4 +180,4 @@ class Monitor:
     def draw(self, state:State, dpi:int=100) -> None:
         if isinstance(self.window, Nowhere) or isinstance(self.window, Still) and dpi == 100: return
         t = time.time(); name = state.settings['recipe'].get('name', '') + (f', stage {state.settings["stage"] + 1}' if 'stage' in state.settings else '')
-        self.window.show(picture_tag(state.log, state.extra.get('path', []), state.steps, f'{name}: step {state.step} of {state.steps}', dpi)); self.drawn = time.time(); self.took = self.drawn - t
+        self.window.show(picture_tag(state.log, state.path, state.steps, f'{name}: step {state.step} of {state.steps}', dpi)); self.drawn = time.time(); self.took = self.drawn - t

@@ -19,9 +19,10 @@ from ..adapters.store import identity, load_delta
 from ..core.io import write_atomically
 from .compare import is_lab, metric_for, old_skills, versions, _trim
 from ..core.anatomy import UnknownArchitecture
-from ..core.batches import Data, collate, data as as_data, encode, encode_all, prompt_ids
-from ..core.generate import generate, left_pad, resting
+from ..core.batches import Data, collate, data as as_data, encode, prompt_ids
+from ..core.generate import generate, resting
 from ..core.loading import load
+from ..core.paper import Method
 from ..core.recipe import Recipe
 from ..core.scorers import WORLD, answer_length, judge
 from ..evaluators.calibration import calibration, confidence
@@ -368,7 +369,7 @@ def _about(run) -> dict:
 def _own_folder(run):
     "The run's folder, or where a run without one keeps its originals, or a new temporary one"
     if run.folder: return nullcontext(run.folder)
-    return nullcontext(run._holder.name) if getattr(run, '_holder', None) else tempfile.TemporaryDirectory()
+    return nullcontext(run.holder.name) if run.holder else tempfile.TemporaryDirectory()
 
 def _name(run) -> str:
     "The model's name; a folder that is called 'model' with the folder above it"
@@ -443,4 +444,4 @@ def _recipe(said:Mapping) -> Recipe:
         if said.get('decode'):
             raise ValueError(f'the recipe {name!r} draws answers its own way ({said["decode"]}), and no method of that name is known; '
                              'report on the Run itself') from None
-        return Recipe(name, lr=said.get('lr', 3e-4), arguments=said.get('arguments', {}))
+        return Recipe(Method(name, said.get('lr', 3e-4), arguments=said.get('arguments', {})))

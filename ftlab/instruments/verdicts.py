@@ -15,8 +15,8 @@ from statistics import fmean, stdev
 from scipy import stats
 
 # %% auto #0
-__all__ = ['VERDICTS', 'NEEDED', 'SCOPES', 'RUNS', 'DEFAULTS', 'MARKS', 'contrast', 'verdict', 'Claim', 'read_claim', 'bare',
-           'dumped', 'definitions', 'imports', 'used_by', 'code_hash', 'is_paper', 'closure']
+__all__ = ['VERDICTS', 'NEEDED', 'SCOPES', 'RUNS', 'DEFAULTS', 'MARKS', 'DOES', 'contrast', 'verdict', 'Claim', 'read_claim',
+           'bare', 'dumped', 'definitions', 'imports', 'used_by', 'code_hash', 'is_paper', 'closure']
 
 # %% ../../nbs/instruments/verdicts.ipynb #000608ff
 def contrast(c:Mapping # kind, margin, treatment and baseline (one number a seed), higher_is_better
@@ -138,7 +138,7 @@ def bare(node:ast.AST) -> ast.AST:
     "The same tree without docstrings, marks and annotations of arguments: what is left decides what the code does. Changes `node` itself"
     for n in ast.walk(node):
         if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            n.decorator_list = [d for d in n.decorator_list if not _is_mark(d)]
+            n.decorator_list = [d for d in map(_without_words, n.decorator_list) if d]
         if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)):
             n.returns = None
         if isinstance(n, ast.arg):
@@ -147,9 +147,14 @@ def bare(node:ast.AST) -> ast.AST:
             n.body = n.body[1:] or [ast.Pass()]
     return node
 
-def _is_mark(decorator) -> bool:
-    named = decorator.func if isinstance(decorator, ast.Call) else decorator
-    return getattr(named, 'id', '') in MARKS
+DOES = ('lr', 'lrs', 'waives')  # of a mark only these change what the code does
+
+def _without_words(decorator):
+    "A decorator; of a paper's mark what is more than words, or `None`"
+    if not isinstance(decorator, ast.Call) or getattr(decorator.func, 'id', '') not in MARKS:
+        return decorator
+    decorator.args, decorator.keywords = [], [k for k in decorator.keywords if k.arg in DOES]
+    return decorator if decorator.keywords else None
 
 def _says_something(body) -> bool:
     return bool(body) and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)

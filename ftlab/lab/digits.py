@@ -14,7 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel, ViTConfig, ViTForIma
 from ..core.anatomy import FAMILIES, Family, Layout
 from ..core.batches import Data
 from ..core.io import write_tensors
-from ..core.recipe import Recipe
+from ..core.paper import Method
+from ..core.recipe import Recipe, viewed
 from .world import split_of
 
 # %% auto #0
@@ -129,8 +130,8 @@ def velocity_error(state) -> Tensor:
 
 def flow() -> Recipe:
     "What training a flow asks for, whatever the method: a view and an objective"
-    return Recipe('flow', view=noised, objective=velocity_error,
-                  waives={'accumulates': 'the noise of a batch in two halves is drawn in another order'})
+    return Recipe(Method('flow', waives={'accumulates': 'the noise of a batch in two halves is drawn in another order'}),
+                  source=viewed(noised), objective=velocity_error)
 
 @torch.no_grad()
 def sample(model:Flow,
@@ -204,7 +205,7 @@ def pretrain(name:str,           # 'digits-vit' or 'digits-flow'
     "Train a digits model; called again after an interruption, it resumes"
     model, m, out = fresh(name, seed), MODELS[name], Path(out); drawing = name == 'digits-flow'
     data = digits(m['of'], 'classes' if drawing else 'labels'); steps = steps or m['steps']
-    run = fit(model, None, data, flow() if drawing else Recipe('reading', view=shifted), steps=steps, batch_size=64, lr=m['lr'], warmup=min(100, steps//2), betas=(.9, .98),
+    run = fit(model, None, data, flow() if drawing else Recipe('reading', source=viewed(shifted)), steps=steps, batch_size=64, lr=m['lr'], warmup=min(100, steps//2), betas=(.9, .98),
               weight_decay=0. if drawing else .05, seed=seed, out=out/'run', save_every=min(250, steps), resume=True, progress=False)
     half = {n: p.detach().half().contiguous() for n, p in run.model.named_parameters()}
     write_tensors(out/'model.safetensors', half, {'format': 'pt'}); run.model.config.save_pretrained(out)

@@ -4,8 +4,7 @@
 
 # %% ../../nbs/lab/models.ipynb #00036676
 from __future__ import annotations
-from pathlib import Path
-from tokenizers import Tokenizer, decoders
+from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing

@@ -54,8 +54,17 @@ def _fake_gradient(logits, labels, prices, weight, other, kl, reverse): return N
 
 # %% ../../nbs/native/crossentropy.ipynb #000f5c1c
 _BUDGET, _LEAST = 64 << 20, 256 # bytes of logits held at once, and rows for which the head is worth reading again
+_ON_GPU, _SHARE = 4096, 32       # rows that keep a GPU busy, as long as their logits take no more than this part of its memory
 
-def _most(words, size): return max(_LEAST, _BUDGET//(words*size)) # rows of a chunk; size: bytes of a logit
+def _gpus_rows(line:int, memory:int) -> int:
+    "Rows of a chunk on a GPU with `memory` bytes, where a row of logits takes `line` bytes"
+    return max(_LEAST, _BUDGET//line, min(_ON_GPU, memory//_SHARE//line))
+
+def _most(words:int, size:int, device:torch.device) -> int:
+    "Rows of a chunk; `size`: bytes of a logit. By the card's whole memory, not by what is free: the same run must round alike"
+    if device.type == 'cuda':
+        return _gpus_rows(words*size, torch.cuda.get_device_properties(device).total_memory)
+    return max(_LEAST, _BUDGET//(words*size))
 
 class WeightedLoss(NamedTuple):
     "What `weighted_linear_cross_entropy` found. Only `loss` carries a gradient; the rest has the labels' shape, with 0 where there is no price."
@@ -94,7 +103,7 @@ def _pass(hidden, labels, own, reference, weight, kl, reverse, ignore, chunk, ne
     prices, gradient_ = (ops.row_prices, ops.row_gradient_) if _ours(wide, device) else (_prices, _gradient_)
     known = hidden.new_zeros(4 if theirs else 3, n, dtype=sums)
     grads = [hidden.new_zeros(s, dtype=t) if need else None for s, t, need in zip((hidden.shape, head.shape, (v,)), (dtype, sums, sums), needs)]
-    chunks = _chunks(labels, ignore, chunk or _most(v, wide.itemsize))
+    chunks = _chunks(labels, ignore, chunk or _most(v, wide.itemsize, device))
     room = [hidden.new_empty(max((size for _, size in chunks), default=0), v, dtype=wide) for _ in range(2 if theirs else 1)]
     for i, size in chunks:
         h, y = hidden[i].to(wide), labels[i]; logits = _logits(h, head, bias, room[0][:size])
@@ -130,7 +139,8 @@ def _torchs(hidden, head, labels, bias, ignore, chunk):
     "The plain sum of prices by torch's own chunked version, over the rows that have a price"
     on = (labels != ignore).flatten(); hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.flatten()
     if not on.all(): hidden, labels = hidden[on], labels[on]
-    rows = chunk or _most(len(head), max(4, head.itemsize) if head.device.type == 'cpu' else head.itemsize)
+    size = max(4, head.itemsize) if head.device.type == 'cpu' else head.itemsize
+    rows = chunk or _most(len(head), size, head.device)
     return F.linear_cross_entropy(hidden, head, labels, linear_bias=bias, reduction='sum',
         options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows))
 
@@ -182,7 +192,7 @@ def weighted_linear_cross_entropy(
     reference:tuple|None=None,        # another model's (hidden, head) or (hidden, head, bias), to keep near to; gets no gradient
     kl:float=0.,                      # the price of one nat of distance from it, at each token with a price
     direction:str='forward',          # 'forward': KL(reference || model); 'reverse': KL(model || reference)
-    chunk:int|None=None,              # rows at a time; None: as many as make 64 MB of logits, and 256 at least. Changes rounding, time and memory only
+    chunk:int|None=None,              # rows at a time; None: as many as make 64 MB of logits, and 256 at least; more on a GPU ("Chunk by chunk"). Changes rounding, time and memory only
     prices:bool=True                  # False: only the loss is asked for, the rest is None; see "Where torch's own is better"
     ) -> WeightedLoss:
     """The sum over tokens of `weight*nll + kl*KL`, without ever holding all logits; its gradients are found in the same pass.

@@ -5,7 +5,7 @@
 # %% ../../nbs/native/perturb.ipynb #00038850
 from __future__ import annotations
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 import torch
 from torch import Tensor

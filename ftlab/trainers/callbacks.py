@@ -16,37 +16,65 @@ __all__ = ['Every', 'validation_nll', 'EarlyStop']
 # %% ../../nbs/trainers/callbacks.ipynb #0014191a
 class Every:
     "Measure something every so many steps (and before the first and after the last) and keep it in the run's path"
-    def __init__(self, n:int, measure:Callable): self.n, self.measure = n, measure # measure(state) -> dict
+    def __init__(self, n:int,      # steps between two measurements
+                 measure:Callable  # measure(state) -> dict
+                ):
+        self.n, self.measure = n, measure
+
     def before_fit(self, state):
-        if state.step == 0: self._note(state)
+        if state.step == 0:
+            self._note(state)
+
     def after_step(self, state):
-        if state.step % self.n == 0 or state.step == state.steps: self._note(state)
+        if state.step % self.n == 0 or state.step == state.steps:
+            self._note(state)
+
     def _note(self, state):
         modules = {m: m.training for m in state.models.values() if isinstance(m, torch.nn.Module)} # learners too: a decoder may ask them
         try:
-            for m in modules: m.eval()
-            with torch.no_grad(), torch.random.fork_rng(): row = dict(step=state.step, **self.measure(state))
+            for m in modules:
+                m.eval()
+            with torch.no_grad(), torch.random.fork_rng():
+                row = dict(step=state.step, **self.measure(state))
         finally:
-            for m, training in modules.items(): m.train(training)
-        state.extra.setdefault('path', []).append(row)
+            for m, training in modules.items():
+                m.train(training)
+        state.path.append(row)
 
 def validation_nll(state, rows:int=200) -> dict:
-    "Mean negative log-likelihood per priced token on the first `rows` validation rows"
+    "Mean negative log-likelihood per labelled token on the first `rows` validation rows"
     enc = state.validation[:rows]
-    if not enc: raise ValueError('there is no validation row to measure on')
-    if 'labels' not in enc[0]: raise ValueError('the validation rows have no labels, so they have no likelihood; measure something else, with Every')
+    if not enc:
+        raise ValueError('there is no validation row to measure on')
+    if 'labels' not in enc[0]:
+        raise ValueError('the validation rows have no labels, so they have no likelihood; measure something else, with Every')
     total = n = 0
     for i in range(0, len(enc), 50):
-        b = to_device(Rows(enc[i:i + 50], len(enc[i:i + 50]), pad_id=state.pad_id).next(SimpleNamespace(step=0))[0], state.device)
-        total += float(token_nll(state.model(**{k: v for k, v in b.items() if k != 'labels'}).logits, b['labels']).sum()); n += int(priced(b['labels']).sum())
+        some = enc[i:i + 50]
+        batch = Rows(some, len(some), pad_id=state.pad_id).next(SimpleNamespace(step=0))[0]
+        batch = to_device(batch, state.device)
+        logits = state.model(**{k: v for k, v in batch.items() if k != 'labels'}).logits
+        total += float(token_nll(logits, batch['labels']).sum())
+        n += int(priced(batch['labels']).sum())
     return dict(validation_nll=total/n)
 
 class EarlyStop:
-    "Stop when the validation loss has not fallen for `patience` looks, one every `n` steps; what it saw is in the run's path alone, so that a resumed run stops where it would have"
-    def __init__(self, n:int=50, patience:int=3, rows:int=200): self.every, self.patience = Every(n, lambda s: validation_nll(s, rows)), patience
-    def before_fit(self, state): self.every.before_fit(state)
+    "Stop when the validation loss has not fallen for `patience` evaluations, one every `n` steps; what it saw is in the run's path alone, so that a resumed run stops where it would have"
+    def __init__(self, n:int=50, patience:int=3, rows:int=200):
+        self.n, self.patience, self.rows = n, patience, rows
+        self.every = Every(n, lambda s: validation_nll(s, rows))
+
+    def describe(self) -> dict:
+        "What belongs to the run's settings, as it says where the run ends"
+        return dict(name='EarlyStop', n=self.n, patience=self.patience, rows=self.rows)
+
+    def before_fit(self, state):
+        self.every.before_fit(state)
+
     def after_step(self, state):
-        seen = len(state.extra.get('path', [])); self.every.after_step(state)
-        if len(state.extra.get('path', [])) == seen: return
-        looks = list({r['step']: r['validation_nll'] for r in state.extra['path'] if 'validation_nll' in r}.values())
-        state.stop = len(looks) - 1 - looks.index(min(looks)) >= self.patience
+        seen = len(state.path)
+        self.every.after_step(state)
+        if len(state.path) == seen:
+            return
+        losses = list({r['step']: r['validation_nll'] for r in state.path if 'validation_nll' in r}.values())
+        state.stop = len(losses) - 1 - losses.index(min(losses)) >= self.patience

@@ -5,73 +5,226 @@
 # %% ../../nbs/trainers/checkpoint.ipynb #000378f7
 from __future__ import annotations
 import json
+import platform
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+import accelerate
 import torch
-from safetensors import SafetensorError, safe_open
+import transformers
 from torch import Tensor
-from ..core.io import DiskFull, write_tensors
+from ..core.io import DiskFull, read_metadata, read_tensors, write_tensors
 from ..core.state import State
-from .step import _whole, placed_like
+from .step import placed_like, whole
 
 # %% auto #0
-__all__ = ['save_checkpoint', 'check_same_run', 'belongs', 'cut_off', 'refuse_to_replace', 'load_checkpoint']
+__all__ = ['FORMAT', 'survivors', 'versions', 'ended', 'save_checkpoint', 'header_of', 'bytes_of_checkpoint', 'read_header',
+           'different', 'check_same_run', 'cut_off', 'refuse_to_replace', 'resumable', 'load_checkpoint']
+
+# %% ../../nbs/trainers/checkpoint.ipynb #0fa078f7
+def survivors(state:State, # of the run
+              step,        # what its recipe's `step` made
+              objective    # the recipe's; `None`: the plain one
+             ) -> dict:    # name -> what has `state_dict` and `load_state_dict`
+    "Collect the parts of a run that carry something from one step to the next"
+    parts = dict(step=step, source=state.source, objective=objective)
+    parts |= {f'learner {n}': l for n, l in state.learners.items()}
+    for i, c in enumerate(c for c in state.callbacks if _survives(c)):
+        parts[f'callback {i} {type(c).__name__}'] = c
+    return {n: p for n, p in parts.items() if _survives(p)}
+
+def _survives(part) -> bool:
+    return hasattr(part, 'state_dict') and hasattr(part, 'load_state_dict')
+
+class _Tensors(dict):
+    "Tensors by name, each once: two parts may keep the same one, and a file cannot hold what shares memory"
+    def __init__(self):
+        self.seen = {}
+
+    def put(self, at:str, x:Tensor) -> str:
+        "Add one tensor; returns the name under which it is kept"
+        x = whole(x.detach()).cpu()
+        if not x.numel():
+            self[at] = x.clone()
+            return at
+        memory = x.untyped_storage().data_ptr()
+        view = (memory, x.storage_offset(), x.dtype, x.shape, x.stride())
+        if view not in self.seen:
+            self[at] = x.clone() if memory in self.seen else x
+            self.seen[view] = self.seen[memory] = at
+        return self.seen[view]
+
+def _taken_apart(x, at:str, tensors:_Tensors, of:str) -> dict:
+    "`x` as JSON can hold it, its tensors put into `tensors` under names that begin with `at`"
+    if isinstance(x, Tensor):
+        return dict(tensor=tensors.put(at, x))
+    if isinstance(x, Mapping):
+        return dict(map=[[k, _taken_apart(v, f'{at}|{k}', tensors, of)] for k, v in x.items()])
+    if isinstance(x, (list, tuple)):
+        return dict(list=[_taken_apart(v, f'{at}|{i}', tensors, of) for i, v in enumerate(x)])
+    if x is None or isinstance(x, (bool, int, float, str)):
+        return dict(value=x)
+    raise ValueError(f'the state_dict of {of} holds a {type(x).__name__}; '
+                     'it may hold tensors, numbers, texts, lists and dictionaries of these')
+
+def _together(x:dict, tensors:Mapping[str, Tensor]):
+    "The reverse of `_taken_apart`; tuples come back as lists"
+    (kind, v), = x.items()
+    if kind == 'tensor':
+        return tensors[v]
+    if kind == 'map':
+        return {k: _together(y, tensors) for k, y in v}
+    return [_together(y, tensors) for y in v] if kind == 'list' else v
+
+# %% ../../nbs/trainers/checkpoint.ipynb #0fa378f7
+def _change(attached) -> dict[str, Tensor]:
+    "What a change consists of, by the names of `attached.parameters()` and, likewise, of its deltas' buffers"
+    own = {n: p for n, p in attached.parameters().items() if '::' not in n}
+    own |= {f'{n}::{k}': v for n, d in attached.deltas.items() for k, v in d.state_dict().items()}
+    return {f'param|{n}': v.detach() for n, v in own.items()}
+
+@torch.no_grad()
+def _load_change(attached, tensors:Mapping[str, Tensor]) -> None:
+    "Give a change its tensors back; a buffer of another size is left to whoever let it grow"
+    for n, p in _change(attached).items():
+        if p.shape == tensors[n].shape:
+            p.copy_(placed_like(tensors[n], p))
+
+def _check_change(path:Path, attached, tensors:Mapping[str, Tensor]) -> None:
+    for n, p in _change(attached).items():
+        if p.shape != tensors[n].shape:
+            raise ValueError(f'{str(path)!r} holds {n.removeprefix("param|")!r} with shape {tuple(tensors[n].shape)}; here it has {tuple(p.shape)}')
 
 # %% ../../nbs/trainers/checkpoint.ipynb #000f191a
-def save_checkpoint(path:Path, params:Mapping[str, Tensor], step, state:State, settings:dict, write:bool=True) -> None: # write: False in all processes but one, which must be asked too as they hold parts
+FORMAT = 'ftlab-checkpoint-2'
+
+def versions() -> dict[str, str]:
+    "The versions of what the next bits depend on"
+    return dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, accelerate=accelerate.__version__)
+
+def ended(state:State) -> bool:
+    "Is the work done? A run that somebody stopped by hand is not"
+    return state.step >= state.steps or state.stop is True
+
+def save_checkpoint(path:Path,        # the file
+                    parts:Mapping,    # what `survivors` found
+                    state:State,      # of the run
+                    header:Mapping,   # what `header_of` made
+                    write:bool=True   # False in all processes but one, which must be asked too, as they hold shards
+                   ) -> None:
     "Keep everything that the next step depends on; where the disk has no room, warn and leave the last checkpoint as it is"
-    tensors = {f'param|{n}': _whole(p.detach()).cpu() for n, p in params.items()}
-    tensors |= {f'step|{k}': v.cpu() for k, v in step.tensors().items()} | {'rng|cpu': torch.get_rng_state()}
-    for n, own in state.learners.items():
-        tensors |= {f'learner|{n}|{k}': v.cpu() for k, v in own.module.state_dict().items()} | {f'learner step|{n}|{k}': v.cpu() for k, v in own.step.tensors().items()}
-    if torch.cuda.is_available(): tensors['rng|cuda'] = torch.cuda.get_rng_state()
-    ended = state.step >= state.steps or state.stop is True # a callback found that the work is done; nobody stopped it by hand
-    meta = dict(step=str(state.step), ended=json.dumps(ended), log=json.dumps(state.log), path=json.dumps(state.extra.get('path', [])), settings=json.dumps(settings))
-    if not write: return
-    try: write_tensors(path, tensors, meta)
-    except DiskFull as e: warnings.warn(f'step {state.step} could not be kept, and the run goes on: {e}')
+    tensors = _Tensors()
+    change = {n: tensors.put(n, v) for n, v in _change(state.attached).items()} # name -> where it is kept
+    kept = {n: _taken_apart(p.state_dict(), n, tensors, n) for n, p in parts.items()}
+    tensors['rng|cpu'] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors['rng|cuda'] = torch.cuda.get_rng_state()
+    if not write:
+        return
+    now = dict(step=state.step, change=change, tokens=state.tokens, ended=ended(state), log=state.log, path=state.path, parts=kept)
+    try:
+        write_tensors(path, tensors, {k: json.dumps(v) for k, v in (header | now).items()})
+    except DiskFull as e:
+        warnings.warn(f'step {state.step} could not be kept, and the run goes on: {e}')
+
+def header_of(run:str,        # the mark of this run, drawn when it began
+              settings:dict,  # of the whole run
+              own:dict,       # of this stage, where there are several; else the same
+              callbacks:tuple # that the run was given
+             ) -> dict:
+    "Say which run a checkpoint belongs to"
+    return dict(format=FORMAT, run=run, whole=settings, settings=own, versions=versions(),
+                callbacks=[type(c).__name__ for c in callbacks])
+
+def bytes_of_checkpoint(state:State) -> int:
+    "Estimate how large a checkpoint will be: what trains, and two moments of it where there is an optimizer"
+    trained = sum(p.numel()*p.element_size() for p in state.attached.parameters().values())
+    return trained*(1 if state.optimizer is None else 3)
 
 # %% ../../nbs/trainers/checkpoint.ipynb #0011191a
-def check_same_run(path, was, settings) -> None:
-    if diff := [k for k in settings if was.get(k) != settings[k]]:
-        raise ValueError(f'{str(path)!r} is a run with {diff[0]}={was.get(diff[0])!r}, this one has {settings[diff[0]]!r}; use another folder, or the same settings')
+def read_header(path:Path) -> dict:
+    "Read a checkpoint's header. Raises `ValueError` for a file that is damaged, none of ours, or of a version that kept less."
+    meta = read_metadata(path)
+    if 'settings' not in meta or 'step' not in meta:
+        raise ValueError(f'{str(path)!r} is not a checkpoint of a run; use another folder, or resume=False to replace it')
+    if meta.get('format') != json.dumps(FORMAT):
+        raise ValueError(f'{str(path)!r} was written by an older ftlab, which kept less of a run; finish it there, or begin anew with resume=False')
+    return {k: json.loads(v) for k, v in meta.items()}
 
-def belongs(path, settings) -> bool:
-    "Is there a checkpoint, and is it this stage's?"
-    if not path.exists(): return False
-    with safe_open(path, 'pt') as f: return 'stage' not in settings or json.loads(f.metadata()['settings']).get('stage') in (None, settings['stage'])
+def different(was:Mapping, settings:Mapping) -> list[str]:
+    "Names of the settings in which two runs differ"
+    return [k for k, v in json.loads(json.dumps(settings)).items() if was.get(k) != v] # as JSON gives them back
+
+def check_same_run(path:Path, was:Mapping, settings:Mapping) -> None:
+    "Raise `ValueError` naming the first setting in which the run that left `path` differs from this one"
+    if diff := different(was, settings):
+        raise ValueError(f'{str(path)!r} is a run with {_compared(diff[0], was, settings)}; use another folder, or the same settings')
+
+def _compared(k:str, was:Mapping, settings:Mapping) -> str:
+    hints = dict(model='it began with other weights', encoded='its tokenizer or chat template makes other tokens of the data')
+    return f'{k}={was.get(k)!r}, this one has {settings[k]!r}' + (f' ({hints[k]})' if k in hints else '')
 
 def cut_off(path:Path) -> dict|None: # a checkpoint
-    "The settings of the run that left it, the step it had reached, and when that was; `None` if that run came to its end. Raises what safetensors and JSON raise for a file that is none of ours"
-    with safe_open(path, 'pt') as f: meta = f.metadata()
-    settings, step = json.loads(meta['settings']), int(meta['step'])
-    return None if step >= settings['steps'] or json.loads(meta.get('ended', 'false')) else dict(settings=settings, step=step, time=path.stat().st_mtime)
+    "Read the settings of the run that left it, the step it had reached, and when that was; `None` if that run came to its end. Raises `ValueError` for a file that is none of ours"
+    h = read_header(path)
+    if h['ended'] or h['step'] >= h['settings']['steps']:
+        return None
+    return dict(settings=h['settings'], whole=h['whole'], step=h['step'], time=path.stat().st_mtime)
 
-def refuse_to_replace(job) -> None:
-    "A run that was cut off is not written over by the same call: whoever ran the cell again after a crash wants it back. Another run in its place is told"
-    try: left = cut_off(job.checkpoint) if job.checkpoint.exists() else None
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError): return # not a checkpoint of ours
-    if not left: return
-    was = left['settings']; of_stage = {'recipe', 'lr', 'steps'} if 'stage' in was else set() # those are the stage's own
-    other = [k for k in job.settings if k not in of_stage and was.get(k) != job.settings[k]]
-    at = f'{str(job.folder)!r} holds {"another run" if other else "this run"}, cut off ' + (f'in stage {was["stage"] + 1} ' if of_stage else '') + f'at step {left["step"]} of {was["steps"]}'
-    if not other: raise ValueError(f'{at}; resume=True (--resume) goes on there, resume=False (--no-resume) begins anew')
-    apart = 'it began with other weights' if other[0] == 'model' else f'its {other[0]} is {was.get(other[0])!r}, here {job.settings[other[0]]!r}'
+def refuse_to_replace(checkpoint:Path, settings:dict) -> None:
+    "Raise where `checkpoint` is of this very run, cut off: whoever ran the cell again after a crash wants it back. Warn where another one is replaced."
+    folder = str(checkpoint.parent)
+    try:
+        left = cut_off(checkpoint) if checkpoint.exists() else None
+    except ValueError as e:
+        warnings.warn(f'this run begins anew and replaces a checkpoint that cannot be used: {e}')
+        return
+    if not left:
+        return
+    was, diff = left['settings'], different(left['whole'], settings)
+    stage = f'in stage {was["stage"] + 1} ' if 'stage' in was else ''
+    at = f'{folder!r} holds {"another run" if diff else "this run"}, cut off {stage}at step {left["step"]} of {was["steps"]}'
+    if not diff:
+        raise ValueError(f'{at}; resume=True (--resume) goes on there, resume=False (--no-resume) begins anew')
+    k = diff[0]
+    apart = 'it began with other weights' if k == 'model' else f'its {k} is {left["whole"].get(k)!r}, here {settings[k]!r}'
     warnings.warn(f'{at} ({apart}): this one begins anew and replaces it')
 
 # %% ../../nbs/trainers/checkpoint.ipynb #0012191a
-def load_checkpoint(path:Path, params:Mapping[str, Tensor], step, state:State, settings:dict) -> None:
-    "Go on from a checkpoint; raises `ValueError` if it belongs to a run with other settings"
-    with safe_open(path, 'pt') as f: meta = f.metadata(); tensors = {k: f.get_tensor(k) for k in f.keys()}
-    check_same_run(path, json.loads(meta['settings']), settings)
-    with torch.no_grad():
-        for n, p in params.items(): p.copy_(placed_like(tensors[f'param|{n}'], p))
-    step.load({k[5:]: v for k, v in tensors.items() if k.startswith('step|')})
-    for n, own in state.learners.items():
-        kept = lambda kind: {k.removeprefix(f'{kind}|{n}|'): v for k, v in tensors.items() if k.startswith(f'{kind}|{n}|')}
-        own.module.load_state_dict(kept('learner')); own.step.load(kept('learner step'))
-    state.step, state.log = int(meta['step']), json.loads(meta['log']); state.tokens = state.log[-1]['tokens'] if state.log else 0; state.extra['path'] = json.loads(meta['path'])
-    state.stop = json.loads(meta.get('ended', 'false'))
+def resumable(checkpoint:Path,   # the file
+              settings:dict,     # of the whole run
+              callbacks:tuple    # that it is given now
+             ) -> dict|None:     # its header; `None` where there is no checkpoint
+    "Check, before any work, that a checkpoint can be gone on from. Raises `ValueError` with the reason where it cannot."
+    if not checkpoint.exists():
+        return None
+    header = read_header(checkpoint)
+    check_same_run(checkpoint, header['whole'], settings)
+    given = [type(c).__name__ for c in callbacks]
+    if header['ended'] and header['step'] < header['settings']['steps'] and not settings.get('callbacks') and header['callbacks'] != given:
+        raise ValueError(f'{str(checkpoint)!r} is a run that a callback ended at step {header["step"]} of {header["settings"]["steps"]}; '
+                         f'it had the callbacks {", ".join(header["callbacks"]) or "none"}, this one {", ".join(given) or "none"}. '
+                         'Give the same, or begin anew with resume=False')
+    if moved := [f'{k} {v} (now {versions().get(k)})' for k, v in header['versions'].items() if versions().get(k) != v]:
+        warnings.warn(f'{str(checkpoint)!r} was written with {", ".join(moved)}: the run goes on, but its last bits may differ')
+    return header
+
+def load_checkpoint(path:Path, parts:Mapping, state:State, own:dict) -> None: # as in `save_checkpoint`; own: the settings of this stage
+    "Go on from a checkpoint. Raises `ValueError` if it is damaged, or of a run with other settings or parts."
+    tensors, header = read_tensors(path)[0], read_header(path)
+    check_same_run(path, header['settings'], own)
+    if odd := sorted(parts.keys() ^ header['parts'].keys()):
+        where = 'the checkpoint alone' if odd[0] in header['parts'] else 'this run alone'
+        raise ValueError(f'{str(path)!r} is a run with other parts: {odd[0]!r} keeps a state in {where}; give the same recipe and callbacks')
+    change = {n: tensors[at] for n, at in header['change'].items()}
+    if lacking := sorted(_change(state.attached).keys() ^ change.keys()):
+        raise ValueError(f'{str(path)!r} is a run that trained something else, e.g. {lacking[0].removeprefix("param|")!r}')
+    _load_change(state.attached, change)
+    for n, p in parts.items():
+        p.load_state_dict(_together(header['parts'][n], tensors))
+    _check_change(path, state.attached, change)
+    state.step, state.log, state.path = header['step'], header['log'], header['path']
+    state.tokens, state.stop = header['tokens'], header['ended']
     torch.set_rng_state(tensors['rng|cpu'])
-    if 'rng|cuda' in tensors and torch.cuda.is_available(): torch.cuda.set_rng_state(tensors['rng|cuda'])
+    if 'rng|cuda' in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors['rng|cuda'])

@@ -6,21 +6,23 @@
 from __future__ import annotations
 import hashlib
 import json
-import tempfile
+import uuid
+from array import array
+from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker, LOGGER_TYPE_TO_CLASS, get_available_trackers
 from ..adapters.store import identity
-from ..core.batches import Data, data as as_data
+from ..core.batches import Data, data as as_data, encode_all
+from ..core.io import TemporaryFolder, check_room, leftovers, only_writer, remove
 from ..core.loading import find_device
 from ..core.recipe import Recipe
-from .checkpoint import refuse_to_replace
+from .checkpoint import refuse_to_replace, resumable
 from .run import Run
-from .stage import head_names
-from .stages import run_stages
+from .stage import Job, head_names
+from .stages import run_recipe
 from .step import Processes
 from .watch import tracking
 
@@ -28,11 +30,11 @@ from .watch import tracking
 __all__ = ['fit']
 
 # %% ../../nbs/trainers/fit.ipynb #001a191a
-def fit(model,                     # a causal language model, a classifier for data with labels, or any module whose recipe prices its batches; changed in place
+def fit(model,                     # a causal language model, a classifier for data with labels, or any module whose recipe has an objective for its batches; changed in place
         tok,                       # its tokenizer; None for data that are no text
         data,                      # `Data`, or anything that `ftlab.data` takes
         recipe:Recipe|None=None,   # the method; None: full fine-tuning
-        *, steps:int=200,          # optimiser steps
+        *, steps:int=200,          # optimizer steps
         batch_size:int=32,         # rows a step, over all processes
         accumulate:int=1,          # micro-batches that each process cuts its part of a step into
         lr:float|None=None,        # peak learning rate; None: the recipe's
@@ -51,58 +53,149 @@ def fit(model,                     # a causal language model, a classifier for d
         resume:bool|None=None,     # True: go on from the checkpoint in `out`, if there is one; False: begin anew; None: begin, but refuse where `out` holds this very run, cut off
         callbacks:tuple=(),        # objects with methods named after events
         trackers:tuple=(),         # names of trackers that accelerate knows ('tensorboard', 'wandb', ...), or `GeneralTracker` objects: each gets every row of the log
-        shard:bool=False,          # with several processes: cut the model's numbers up over them while it trains (FSDP2)
+        shard:bool=False,          # with several processes: cut the model's parameters up over them while it trains (FSDP2)
         progress:bool=True         # show a bar
        ) -> Run:
     """Fine-tune `model` in place by `recipe`.
 
-    Raises `ValueError` for impossible input, and `NotFinite` for a loss or gradient that is no number: the model then has the last good weights,
-    and the error's `run` is the Run so far. After any other error the model is as it was before the call. A checkpoint for which the disk has no room
-    is a warning, and the run goes on. Started by torchrun, several processes share the run."""
-    if steps < 1: raise ValueError(f'steps is {steps}; it must be at least 1')
-    if (resume or save_every) and not out: raise ValueError('resume and save_every need out=, the folder in which checkpoints are kept')
+    Raises `ValueError` for impossible input, `Busy` where another run writes into `out`, `DiskFull` where there is no room for what will be written,
+    and `NotFinite` for a loss or gradient that is NaN or infinite: the model then has the last good weights, and the error's `run` is the Run so far.
+    After any other error the model is as it was before the call. A checkpoint for which the disk has no room any more is a warning, and the run
+    goes on. Started by torchrun, several processes share the run."""
     settings = dict(steps=steps, batch_size=batch_size, accumulate=accumulate, lr=lr, schedule=schedule, warmup=warmup, weight_decay=weight_decay,
                     betas=list(betas), clip=clip, seed=seed, max_length=max_length, precision=precision, packing=packing)
-    job = _job(model, tok, data, recipe or Recipe(), settings, device, out, trackers)
-    job.save_every, job.resume, job.callbacks, job.progress, job.shard = save_every, resume, callbacks, progress and job.processes.main, shard
-    if shard and job.processes.count == 1: raise ValueError('shard=True cuts a model up over several processes, and this is the only one; start the script with torchrun --nproc_per_node 2')
-    if out and resume is None: refuse_to_replace(job)
-    with tracking(job.acc, job.settings): return run_stages(job)
+    _check_arguments(steps, save_every, resume, out)
+    job = _job(model, tok, data, recipe or Recipe(), settings, device, out, trackers, tuple(callbacks))
+    job.save_every, job.progress, job.shard = save_every, progress and job.processes.main, shard
+    if shard and job.processes.count == 1:
+        raise ValueError('shard=True cuts a model up over several processes, and this is the only one; '
+                         'start the script with torchrun --nproc_per_node 2')
+    with only_writer(out) if out and job.processes.main else nullcontext():
+        if out:
+            _enter(job, resume)
+        with tracking(job.acc, job.settings):
+            return run_recipe(job)
 
 # %% ../../nbs/trainers/fit.ipynb #001b191a
-def _job(model, tok, data, recipe, settings, device, out, trackers) -> SimpleNamespace:
+def _check_arguments(steps:int, save_every:int, resume:bool|None, out) -> None:
+    if steps < 1:
+        raise ValueError(f'steps is {steps}; it must be at least 1')
+    if save_every < 0:
+        raise ValueError(f'save_every is {save_every}; it must be 0 (no checkpoints) or more steps')
+    if (resume or save_every) and not out:
+        raise ValueError('resume and save_every need out=, the folder in which checkpoints are kept')
+    if out:
+        check_room(out) # before the model is touched
+
+def _job(model, tok, data, recipe, settings, device, out, trackers, callbacks) -> Job:
     "What all stages of a run share"
-    data = data if isinstance(data, Data) else as_data(data); _check_kind(model, tok, data)
-    device = _device(device, model); acc = _accelerator(settings['precision'], device, trackers, out); processes = Processes(acc)
-    if processes.count > 1 and device.type == 'cuda': device = acc.device # each process its own
+    data = data if isinstance(data, Data) else as_data(data)
+    _check_kind(model, tok, data)
+    device = _device(device, model)
+    acc = _accelerator(settings['precision'], device, trackers, out)
+    processes = Processes(acc)
+    if processes.count > 1 and device.type == 'cuda':
+        device = acc.device # each process its own
     model.to(device)
-    heads = set(head_names(model)) if data.kind == 'label' else set(); base = {n: v for n, v in identity(model).items() if n not in heads}
-    given = settings['lr']; settings = dict(recipe=recipe.describe(), **settings | dict(lr=recipe.lr if given is None else given, accumulate=settings['accumulate']*processes.count),
-        data=data.fingerprint, model=hashlib.blake2s(json.dumps(base).encode()).hexdigest()[:16])
-    holder = None if out and processes.main else tempfile.TemporaryDirectory(prefix='ftlab-'); folder = Path(holder.name if holder else out); folder.mkdir(parents=True, exist_ok=True)
-    return SimpleNamespace(checkpoint=Path(out or folder)/'checkpoint.safetensors', model=model, tok=tok, data=data, recipe=recipe, settings=settings, lr=given, device=device, base=base, folder=folder, holder=holder, acc=acc, processes=processes)
+    heads = set(head_names(model)) if data.kind == 'label' else ()
+    base = {n: v for n, v in identity(model).items() if n not in heads}
+    limit = _row_limit(model, tok, settings['max_length'])
+    rows = encode_all(data.train, tok, data.kind, limit)
+    validation = encode_all(data.validation, tok, data.kind, limit) if data.validation else []
+    lr, settings = settings['lr'], dict(recipe=recipe.describe(), **settings)
+    settings |= dict(lr=recipe.lr if lr is None else lr, accumulate=settings['accumulate']*processes.count, data=data.fingerprint,
+                     encoded=_fingerprint(rows, validation), model=hashlib.blake2s(json.dumps(base).encode()).hexdigest()[:16],
+                     callbacks=[c.describe() for c in callbacks if hasattr(c, 'describe')])
+    holder = None if out and processes.main else TemporaryFolder()
+    folder = Path(holder.name if holder else out)
+    return Job(model=model, tok=tok, data=data, recipe=recipe, settings=settings, rows=rows, validation=validation, limit=limit, lr=lr, base=base,
+               device=device, acc=acc, processes=processes, folder=folder, holder=holder, checkpoint=Path(out or folder)/'checkpoint.safetensors',
+               mark=uuid.uuid4().hex, callbacks=callbacks)
+
+def _row_limit(model, tok, max_length:int|None) -> int|None:
+    "The tokens that a row may have"
+    if tok is None or max_length is not None:
+        return max_length
+    return min(1024, tok.model_max_length, getattr(model.config, 'max_position_embeddings', 1024))
+
+def _fingerprint(*sets:list[dict]) -> str:
+    "16 hex digits of rows as the model reads them: data, tokenizer, chat template and limit all show in it"
+    found = hashlib.blake2s()
+    for rows in sets:
+        found.update(f'{len(rows)} rows'.encode())
+        for row in rows:
+            for k in sorted(row):
+                found.update(k.encode() + _bytes(row[k]))
+    return found.hexdigest()[:16]
+
+def _bytes(v) -> bytes:
+    if isinstance(v, torch.Tensor):
+        return v.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if v.ndim else str(v.item()).encode()
+    if isinstance(v, list) and all(type(x) is int for x in v):
+        return array('q', v).tobytes()
+    return json.dumps(v, default=str).encode()
+
+def _enter(job:Job, resume:bool|None) -> None:
+    "Settle what the folder holds: go on from its checkpoint, refuse to replace it, or begin anew"
+    header = resumable(job.checkpoint, job.settings, job.callbacks) if resume else None
+    if header:
+        job.mark, job.begun = header['run'], header['settings'].get('stage', 0)
+    if resume is None:
+        refuse_to_replace(job.checkpoint, job.settings)
+    if job.processes.main:
+        _tidy(job, anew=header is None)
+
+def _tidy(job:Job, anew:bool) -> None:
+    "Remove what killed runs left half written, and the finished stages of a run that is replaced"
+    folder = job.checkpoint.parent
+    old = [p for p in folder.glob('.tmp??????') if p.name[4:].isalnum()] # what safetensors left before files were written in a folder of their own
+    for p in (*leftovers(folder), *old, *(folder.glob('stage-*.safetensors') if anew else ())):
+        remove(p)
 
 # %% ../../nbs/trainers/fit.ipynb #0028191a
-def _accelerator(precision, device, trackers=(), out=None):
+def _accelerator(precision:str, device:torch.device, trackers=(), out=None) -> Accelerator:
     "A fresh accelerator: its state is shared by the whole process, so the last run's must go first"
-    if precision not in ('no', 'bf16'): raise ValueError(f'precision is {precision!r}; it must be no or bf16' + ('; fp16 needs its loss scaled, which this loop does not do' if precision == 'fp16' else ''))
-    AcceleratorState._reset_state(True); trackers = [trackers] if isinstance(trackers, (str, GeneralTracker)) else list(trackers)
-    for t in trackers: # accelerate leaves out, in silence, what is not installed
-        if not isinstance(t, GeneralTracker) and t not in (there := [str(x) for x in get_available_trackers()]): raise ValueError(f'there is no tracker {t!r} here; give a GeneralTracker object, or one of ' + (', '.join(there) or 'those that accelerate knows, once its package is installed'))
-        if out is None and (t if isinstance(t, GeneralTracker) else LOGGER_TYPE_TO_CLASS[t]).requires_logging_directory: raise ValueError(f'the tracker {getattr(t, "name", t)!r} writes files; give out=, the folder for them')
+    if precision not in ('no', 'bf16'):
+        why = '; fp16 needs its loss scaled, which this loop does not do' if precision == 'fp16' else ''
+        raise ValueError(f'precision is {precision!r}; it must be no or bf16{why}')
+    AcceleratorState._reset_state(True)
+    trackers = [trackers] if isinstance(trackers, (str, GeneralTracker)) else list(trackers)
+    for t in trackers:
+        _check_tracker(t, out)
     return Accelerator(mixed_precision=precision, cpu=device.type == 'cpu', log_with=trackers or None, project_dir=None if out is None else str(out))
 
+def _check_tracker(t, out) -> None:
+    "accelerate leaves out, in silence, what is not installed"
+    there = [str(x) for x in get_available_trackers()]
+    if not isinstance(t, GeneralTracker) and t not in there:
+        raise ValueError(f'there is no tracker {t!r} here; give a GeneralTracker object, or one of ' +
+                         (', '.join(there) or 'those that accelerate knows, once its package is installed'))
+    if out is None and (t if isinstance(t, GeneralTracker) else LOGGER_TYPE_TO_CLASS[t]).requires_logging_directory:
+        raise ValueError(f'the tracker {getattr(t, "name", t)!r} writes files; give out=, the folder for them')
+
 # %% ../../nbs/trainers/fit.ipynb #0029191a
-def _device(device, model) -> torch.device:
+def _device(device:str|None, model) -> torch.device:
     "The device that was asked for; `ValueError` if it is not there"
     return find_device(device) if device else next(model.parameters()).device
 
-def _check_kind(model, tok, data):
+def _check_kind(model, tok, data:Data) -> None:
     "A classifier for labels, a language model for text, anything for pictures; a tokenizer for what is text"
-    if data.kind == 'image': return
-    if getattr(model.config, 'is_encoder_decoder', False): raise ValueError(f'{type(model).__name__} reads one text and writes another, which fit does not train yet; anatomy and selections work on it')
-    if tok is None: raise ValueError(f'the data are of kind {data.kind!r}, which needs a tokenizer, and tok is None')
-    classes = getattr(model.config, 'num_labels', None) if 'SequenceClassification' in type(model).__name__ else None
-    if data.kind == 'label' and classes is None: raise ValueError(f'the data have labels, but {type(model).__name__} has no classifier; load it with ftlab.load(name)')
-    if data.kind == 'label' and classes != len(data.labels): raise ValueError(f'the data have {len(data.labels)} labels, the classifier has {classes}; load it with ftlab.load(name)')
-    if data.kind != 'label' and not model.can_generate(): raise ValueError(f'the data are text to be continued, but {type(model).__name__} cannot write any; load a causal language model')
+    if data.kind == 'image':
+        return
+    name = type(model).__name__
+    if getattr(model.config, 'is_encoder_decoder', False):
+        raise ValueError(f'{name} reads one text and writes another, which fit does not train yet; anatomy and selections work on it')
+    if tok is None:
+        raise ValueError(f'the data are of kind {data.kind!r}, which needs a tokenizer, and tok is None')
+    if data.kind == 'label':
+        return _check_classifier(model, data)
+    if not model.can_generate():
+        raise ValueError(f'the data are text to be continued, but {name} cannot write any; load a causal language model')
+
+def _check_classifier(model, data:Data) -> None:
+    name = type(model).__name__
+    classes = getattr(model.config, 'num_labels', None) if 'SequenceClassification' in name else None
+    if classes is None:
+        raise ValueError(f'the data have labels, but {name} has no classifier; load it with ftlab.load(name)')
+    if classes != len(data.labels):
+        raise ValueError(f'the data have {len(data.labels)} labels, the classifier has {classes}; load it with ftlab.load(name)')

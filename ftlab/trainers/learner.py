@@ -19,26 +19,57 @@ __all__ = ['Learning']
 # %% ../../nbs/trainers/learner.ipynb #0016191a
 class Learning:
     "A learner at work: its module and its own AdamW"
-    def __init__(self, name:str, learner:Learner, state:State, settings:SimpleNamespace, processes:Processes): # settings as a step receives them
-        self.name, self.objective, self.processes, self.mark = name, learner.objective, processes, zlib.crc32(name.encode())
-        with self.chance(state): self.module = learner.make(state)
-        if not isinstance(self.module, torch.nn.Module): raise ValueError(f'learner {name!r}: make returned a {type(self.module).__name__}; it must return a module')
-        theirs = {id(p) for p in state.model.parameters()}; params = {n: p for n, p in self.module.to(state.device).train().named_parameters() if p.requires_grad}
-        if not params or any(id(p) in theirs for p in params.values()): raise ValueError(f'learner {name!r} has ' + ('parameters of the policy; leave the policy out of the module and ask state.model in the objective' if params else 'nothing to train'))
-        own = vars(settings) | dict(lr=settings.lr if learner.lr is None else learner.lr, backward=lambda loss: loss.backward(inputs=list(params.values())))
-        self.step, self.params = Backprop(params, SimpleNamespace(**own)), list(params.values()); state.models[name] = self.module
+    def __init__(self, name:str,
+                 learner:Learner,
+                 state:State,               # of the run
+                 settings:SimpleNamespace,  # as a step receives them
+                 processes:Processes):
+        self.name, self.objective, self.processes = name, learner.objective, processes
+        self.mark = zlib.crc32(name.encode())
+        with self.chance(state):
+            self.module = learner.make(state)
+        if not isinstance(self.module, torch.nn.Module):
+            raise ValueError(f'learner {name!r}: make returned a {type(self.module).__name__}; it must return a module')
+        self.module.to(state.device).train()
+        params = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        self._check(params, state)
+        own = dict(lr=settings.lr if learner.lr is None else learner.lr,
+                   backward=lambda loss: loss.backward(inputs=list(params.values())))
+        self.step, self.params = Backprop(params, SimpleNamespace(**vars(settings) | own)), list(params.values())
+        state.models[name] = self.module
+
+    def _check(self, params, state):
+        if not params:
+            raise ValueError(f'learner {self.name!r} has nothing to train')
+        theirs = {id(p) for p in state.model.parameters()}
+        if any(id(p) in theirs for p in params.values()):
+            raise ValueError(f'learner {self.name!r} has parameters of the policy; leave the policy out of the module and ask state.model in the objective')
 
     @contextmanager
     def chance(self, state, process:int=0):
         "Random numbers of its own, so that the policy draws the same with and without it"
-        with torch.random.fork_rng(): torch.manual_seed(hash((state.seed, state.step, process, self.mark))); yield
+        with torch.random.fork_rng():
+            torch.manual_seed(hash((state.seed, state.step, process, self.mark)))
+            yield
 
-    def __call__(self, state:State, heard:list[tuple]) -> float: # heard: (micro-batch, the policy's logits) for each that this process prices
-        "One step; returns this process's part of the loss"
-        def price(b, logits):
-            state.batch, state.logits = b, logits
-            with state.accelerator.autocast(): return self.processes.price(self.objective(state))
+    def __call__(self, state:State, heard:list[tuple]) -> float: # heard: (micro-batch, the policy's logits) for each of this process
+        "Take one step; returns this process's part of the loss"
+        def loss_of(batch, logits):
+            state.batch, state.logits = batch, logits
+            with state.accelerator.autocast():
+                return self.processes.price(self.objective(state))
         quiet = SimpleNamespace(step=state.step, extra={}, emit=lambda event: self.processes.add_gradients(self.params))
         try:
-            with self.chance(state, self.processes.index): return self.step(quiet, [partial(price, *h) for h in heard])
-        except NotFinite as e: raise NotFinite(f'learner {self.name!r}, after the policy had moved: {e}') from None
+            with self.chance(state, self.processes.index):
+                return self.step(quiet, [partial(loss_of, *h) for h in heard])
+        except NotFinite as e:
+            raise NotFinite(f'learner {self.name!r}, after the policy had moved: {e}') from None
+
+    def state_dict(self) -> dict:
+        "The module and its optimizer's state"
+        return dict(module=dict(self.module.state_dict()), step=self.step.state_dict())
+
+    def load_state_dict(self, kept:dict) -> None:
+        "Go on from what `state_dict` gave"
+        self.module.load_state_dict(kept['module'])
+        self.step.load_state_dict(kept['step'])

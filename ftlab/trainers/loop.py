@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from ..core.recipe import Recipe
 from ..core.state import State
-from .objective import mean_nll, token_nll
+from .objective import nll, token_nll
 from .source import count_priced, to_device, tokens_of
 from .step import Processes
 
@@ -19,36 +19,63 @@ __all__ = ['Loop']
 
 # %% ../../nbs/trainers/loop.ipynb #0018191a
 class Loop:
-    "Next, price, step, log"
+    "Next, loss, step, log"
     def __init__(self, state:State, recipe:Recipe, step:Callable, processes:Processes):
-        self.state, self.recipe, self.step, self.processes, self.objective = state, recipe, step, processes, recipe.objective or mean_nll
-        state.asides, state.whole_logits = recipe.penalties, bool(state.learners) or any(getattr(p, 'nats', None) is None for p in recipe.penalties) or len(recipe.penalties) > 1 # who else looks at the logits
+        self.state, self.recipe, self.step, self.processes = state, recipe, step, processes
+        self.objective = recipe.objective or nll()
+        state.whole_logits = bool(state.learners) # they look at the logits, too
 
     def run(self, after:Callable) -> None: # after(state): what the caller does after each step
-        "Steps until there are enough, or a callback sets `state.stop`: True where the work is done, 'by hand' where somebody wants it to end here"
-        state = self.state; state.emit('before_fit')
+        "Step until there are enough, or a callback sets `state.stop`: True where the work is done, 'by hand' where somebody wants it to end here"
+        state = self.state
+        state.emit('before_fit')
         while state.step < state.steps and not state.stop:
-            state.log.append(self.one()); state.step += 1; state.emit('after_step'); after(state)
+            state.log.append(self.one())
+            state.step += 1
+            state.emit('after_step')
+            after(state)
 
     def one(self) -> dict:
-        "One step; returns its row of the log"
+        "Take one step; returns its row of the log"
         state, group = self.state, self.processes
-        with state.accelerator.autocast(): batches = [to_device(b, state.device) for b in state.source.next(state)]
-        if self.recipe.view is not None: batches = [self.recipe.view(b, state) for b in batches]
-        state.batches, state.count = batches, max(1, count_priced(batches)); state.emit('before_batch')
-        if self.recipe.objective is None and 'labels' not in state.batches[0]: raise ValueError('the batches have no labels, so plain fine-tuning has nothing to price; the recipe needs an objective of its own')
+        self._fetch()
         mine, self.nll, self.heard = group.part(state.batches), {}, {}
-        with group.taking_a_step(): loss = self.step(state, [partial(self.price, i, b) for i, b in enumerate(mine)])
-        own = {f'{l.name}_loss': l(state, [(b, self.heard[i]) for i, b in enumerate(mine)]) for l in state.learners.values()}
+        with group.taking_a_step():
+            loss = self.step(state, [partial(self.loss_of, i, b) for i, b in enumerate(mine)])
+        heard = [(b, self.heard[i]) for i, b in enumerate(mine)] if state.learners else []
+        own = {f'{l.name}_loss': l(state, heard) for l in state.learners.values()}
         state.tokens += sum(map(tokens_of, state.batches))
-        nll, whole, *others = group.total(sum(self.nll.values()), float(loss), *own.values()); loss = whole if group.apart else float(loss)
-        return dict(step=state.step, loss=loss, nll=nll/state.count if self.nll else None, lr=state.extra.get('lr'), tokens=state.tokens, **dict(zip(own, others)))
+        nll, whole, *others = group.total(sum(self.nll.values()), float(loss), *own.values())
+        return dict(step=state.step, loss=whole if group.apart else float(loss), nll=nll/state.count if self.nll else None,
+                    lr=state.extra.get('lr'), tokens=state.tokens, **dict(zip(own, others)))
 
-    def price(self, i:int, batch:dict) -> Tensor:
-        "What micro-batch `i` of this process costs; its plain price is noted beside it"
-        state = self.state; state.batch, state.logits, state.nll = batch, None, None
-        with self.processes.chance(state, i), state.accelerator.autocast(), state.attached.lean(): loss = self.objective(state) + sum(p(state) for p in self.recipe.penalties)
-        if state.learners: self.heard.setdefault(i, None if state.logits is None else state.logits.detach())
-        if i not in self.nll and 'labels' in batch and (state.logits is not None or state.nll is not None):
-            with torch.no_grad(): self.nll[i] = float((token_nll(state.logits, batch['labels']) if state.nll is None else state.nll).sum())
+    def _fetch(self) -> None:
+        "Ask the source for this step's micro-batches"
+        state = self.state
+        with state.accelerator.autocast():
+            batches = [to_device(b, state.device) for b in state.source.next(state)]
+        state.batches, state.count = batches, max(1, count_priced(batches))
+        state.emit('before_batch')
+        if getattr(self.objective, 'plain', False) and 'labels' not in state.batches[0]:
+            raise ValueError('the batches have no labels, so plain fine-tuning has nothing to price; '
+                             'the recipe needs an objective of its own')
+
+    def loss_of(self, i:int, batch:dict) -> Tensor:
+        "The loss of micro-batch `i` of this process; its plain negative log-likelihood is noted beside it"
+        state = self.state
+        state.batch, state.logits, state.nll = batch, None, None
+        with self.processes.chance(state, i), state.accelerator.autocast(), state.attached.lean():
+            loss = self.objective(state)
+        if state.learners:
+            self.heard.setdefault(i, None if state.logits is None else state.logits.detach())
+        if i not in self.nll and 'labels' in batch:
+            self._note_nll(i, batch['labels'])
         return self.processes.price(loss)
+
+    @torch.no_grad()
+    def _note_nll(self, i:int, labels:Tensor) -> None:
+        state = self.state
+        if state.nll is not None:
+            self.nll[i] = float(state.nll.sum())
+        elif state.logits is not None:
+            self.nll[i] = float(token_nll(state.logits, labels).sum())

@@ -5,16 +5,19 @@
 # %% ../../nbs/trainers/objective.ipynb #0003b9a2
 from __future__ import annotations
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from ..core.recipe import name_of
 from ..core.state import MODEL_INPUTS
 from ..native.crossentropy import weighted_linear_cross_entropy
 
 # %% auto #0
-__all__ = ['IGNORE', 'mean_nll', 'token_nll', 'priced', 'plain_head', 'weighted', 'kl', 'kl_to_reference']
+__all__ = ['IGNORE', 'PLAIN', 'token_nll', 'priced', 'plain_head', 'token_loss', 'Objective', 'weighted', 'nll', 'kl', 'Term',
+           'kl_to_base']
 
 # %% ../../nbs/trainers/objective.ipynb #0004b9a2
 IGNORE = -100 # the label of what carries no price, as everywhere in PyTorch
@@ -59,49 +62,119 @@ def _head_of(state):
     return state.extra['plain_head'][0]
 
 # %% ../../nbs/trainers/objective.ipynb #0009b9a2
-def _in_one_pass(state, weight) -> Tensor|None:
+def _inputs(state) -> dict: return {k: v for k, v in state.batch.items() if k in MODEL_INPUTS}
+
+def _in_one_pass(state, weight, terms) -> Tensor|None:
     labels = state.batch['labels']
-    if labels.ndim != 2 or getattr(state, 'whole_logits', True): return None # a state that does not say so wants them
+    if labels.ndim != 2: return None
     words = getattr(getattr(state.model, 'config', None), 'vocab_size', 0)
     if 4*words*labels.numel() < _HEAVY or (head := _head_of(state)) is None: return None
-    inputs = {k: v for k, v in state.batch.items() if k in MODEL_INPUTS}; hidden, W, b = _stopped(lambda: state.model(**inputs), head); anchor = {}
-    for aside in state.asides: # one at most: a distance to the base
-        base = state.models['reference']; theirs = getattr(base, 'attached', SimpleNamespace(model=base)).model.get_output_embeddings()
-        with torch.no_grad(): z, *rest = _stopped(lambda: base(**inputs), theirs)
-        anchor = dict(reference=(z[:, :-1], *rest), kl=aside.nats, direction=aside.direction)
-    found = weighted_linear_cross_entropy(hidden[:, :-1], W, labels[:, 1:].contiguous(), weight and (lambda nll, entropy: weight(nll)), bias=b, **anchor)
+    inputs = _inputs(state)
+    hidden, W, b = _stopped(lambda: state.model(**inputs), head)
+    anchor = terms[0].anchor(state, inputs) if terms else {}
+    found = weighted_linear_cross_entropy(hidden[:, :-1], W, labels[:, 1:].contiguous(),
+                                          weight and (lambda nll, entropy: weight(nll)), bias=b, **anchor)
     state.nll = found.nll
     return found.loss/state.count
 
 # %% ../../nbs/trainers/objective.ipynb #000bb9a2
-def weighted(weight:Callable|None=None # (nll) -> weights of the same shape, taken as constants; None: every token weighs 1
-            ) -> Callable:             # objective(state) -> scalar
-    "The mean price of a token, each weighed by a function of its own price. Logits that would take over 64 MB are not made whole where nothing else needs them."
-    def objective(state):
-        if (price := _in_one_pass(state, weight)) is not None: return price
-        nll = token_nll(state.forward(), state.batch['labels'])
-        return (nll if weight is None else weight(nll).detach()*nll).sum()/state.count
-    objective.__name__ = 'mean_nll' if weight is None else f'weighted({getattr(weight, "__name__", "weight")})'
-    return objective
+@dataclass(frozen=True)
+class token_loss:
+    "The mean negative log-likelihood of a token, each weighted by a function of its own"
+    weight:Callable|None=None # (nll) -> weights of the same shape, taken as constants; None: every token weighs 1
 
-mean_nll = weighted()
+    def __call__(self, state) -> Tensor:
+        nll = token_nll(state.forward(), state.batch['labels'])
+        return (nll if self.weight is None else self.weight(nll).detach()*nll).sum()/state.count
+
+    def in_one_pass(self, state, terms:tuple) -> Tensor|None: # terms: one at most, with an `anchor`
+        "The loss and the term without logits; `None` where they are small, or the model's head is not plain"
+        return _in_one_pass(state, self.weight, terms)
+
+    def __repr__(self): return 'mean_nll' if self.weight is None else f'weighted({name_of(self.weight)})'
+
+PLAIN = token_loss()
+
+@dataclass(frozen=True)
+class Objective:
+    "One token loss plus terms. Logits of over 64 MB are not made where nothing else needs them."
+    loss:Callable=PLAIN            # (state) -> scalar
+    terms:tuple[Callable, ...]=()  # each (state) -> scalar, added to the loss
+
+    def __call__(self, state) -> Tensor:
+        if (loss := self.fused(state)) is not None: return loss
+        return self.loss(state) + sum(t(state) for t in self.terms)
+
+    def fused(self, state) -> Tensor|None:
+        "Loss and terms in one pass over the head's weight, or `None` where somebody needs the logits"
+        one_pass = getattr(self.loss, 'in_one_pass', None)
+        if one_pass is None or getattr(state, 'whole_logits', True): return None # a state that does not say so wants them
+        if len(self.terms) > 1 or not all(hasattr(t, 'anchor') for t in self.terms): return None
+        return one_pass(state, self.terms)
+
+    def __add__(self, term:Callable) -> Objective:
+        "The same loss with one more term, or with all those of a term-only objective"
+        return Objective(self.loss, (*self.terms, term))
+
+    def __mul__(self, other):
+        if not isinstance(other, Objective): other = Objective(other)
+        if PLAIN not in (self.loss, other.loss) and self.loss != other.loss: return NotImplemented
+        return Objective(other.loss if self.loss == PLAIN else self.loss, self.terms + other.terms)
+    def __rmul__(self, other): return Objective(other)*self
+
+    @property
+    def plain(self) -> bool: "Is the token loss that of plain fine-tuning?"; return self.loss == PLAIN
+    @property
+    def needs(self) -> frozenset[str]: return frozenset().union(*(getattr(f, 'needs', ()) for f in (self.loss, *self.terms)))
+
+    def describe(self) -> dict:
+        own = {} if self.plain and self.terms else dict(objective=name_of(self.loss))
+        return own | (dict(penalties=[name_of(t) for t in self.terms]) if self.terms else {})
+
+    def __repr__(self): return ' + '.join(map(name_of, (self.loss, *self.terms)))
+
+def weighted(weight:Callable|None=None # (nll) -> weights of the same shape, taken as constants; None: every token weighs 1
+            ) -> Objective:
+    "The mean negative log-likelihood of a token, each weighted by a function of its own"
+    return Objective(token_loss(weight))
+
+def nll() -> Objective:
+    "Plain fine-tuning's objective: the mean negative log-likelihood of a token. Terms are added to it."
+    return Objective()
 
 # %% ../../nbs/trainers/objective.ipynb #0010b9a2
 def kl(p_logits:Tensor, q_logits:Tensor) -> Tensor:
-    "KL(p || q) at each place, in nats: how surprised q is by what p says"
+    "KL(p || q) at each position, in nats"
     p, q = p_logits.float().log_softmax(-1), q_logits.float().log_softmax(-1)
     return (p.exp()*(p - q)).sum(-1)
 
-def kl_to_reference(weight:float=.1, # price of one nat a token
-                    direction:str='forward' # 'forward': KL(base || model); 'reverse': KL(model || base)
-                   ) -> Callable:    # penalty(state) -> scalar; the recipe must set reference=True
-    "Pay for saying something else than the base model, at every priced token"
-    if direction not in ('forward', 'reverse'): raise ValueError(f'direction is {direction!r}; it must be forward or reverse')
-    def penalty(state):
-        if getattr(state, 'nll', None) is not None: return 0. # the objective has charged it, in the same pass as the prices
-        with torch.no_grad(): ref = state.models['reference'](**{k: v for k, v in state.batch.items() if k in MODEL_INPUTS}).logits
+class Term:
+    "What is added to a loss, the reader's own function too: `loss + term`"
+    is_term = True
+    def __radd__(self, loss): return Objective(loss) + self
+
+@dataclass(frozen=True)
+class kl_to_base(Term):
+    "A penalty on saying something else than the base model, at every token that has a label"
+    weight:float=.1          # of one nat a token
+    direction:str='forward'  # 'forward': KL(base || model); 'reverse': KL(model || base)
+    needs = frozenset({'reference'})
+
+    def __post_init__(self):
+        if self.direction not in ('forward', 'reverse'):
+            raise ValueError(f'direction is {self.direction!r}; it must be forward or reverse')
+
+    def __call__(self, state) -> Tensor:
+        with torch.no_grad(): ref = state.models['reference'](**_inputs(state)).logits
         on, cut = priced(state.batch['labels']), (lambda x: x if x.ndim == 2 else x[:, :-1])
-        a, b = (ref, state.logits) if direction == 'forward' else (state.logits, ref)
-        return weight*(kl(cut(a), cut(b))*on).sum()/state.count
-    penalty.__name__, penalty.nats, penalty.direction = f'kl_to_reference({weight}, {direction})', weight, direction
-    return penalty
+        a, b = (ref, state.logits) if self.direction == 'forward' else (state.logits, ref)
+        return self.weight*(kl(cut(a), cut(b))*on).sum()/state.count
+
+    def anchor(self, state, inputs) -> dict:
+        "What `weighted_linear_cross_entropy` needs to add this term in the same pass"
+        base = state.models['reference']
+        head = getattr(base, 'attached', SimpleNamespace(model=base)).model.get_output_embeddings()
+        with torch.no_grad(): hidden, *rest = _stopped(lambda: base(**inputs), head)
+        return dict(reference=(hidden[:, :-1], *rest), kl=self.weight, direction=self.direction)
+
+    def __repr__(self): return f'kl_to_base({self.weight}, {self.direction})'

@@ -5,6 +5,7 @@
 # %% ../../nbs/trainers/preferences.ipynb #000310b5
 from __future__ import annotations
 from collections.abc import Callable
+from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -62,14 +63,18 @@ def answer_logp(logits:Tensor, # [batch, tokens, words]
 
 def margins(state) -> Tensor: # [pairs]
     "How much more the policy prefers the chosen to the rejected answer than the reference does, in nats"
-    y = state.batch['labels']; policy = answer_logp(state.forward(), y)
-    with torch.no_grad(): reference = answer_logp(state.models['reference'](**{k: v for k, v in state.batch.items() if k in MODEL_INPUTS}).logits, y)
+    y = state.batch['labels']
+    policy = answer_logp(state.forward(), y)
+    inputs = {k: v for k, v in state.batch.items() if k in MODEL_INPUTS}
+    with torch.no_grad(): reference = answer_logp(state.models['reference'](**inputs).logits, y)
     chosen, rejected = (policy - reference).chunk(2)
     return chosen - rejected
 
-def preference(beta:float=.1 # how strongly the policy is held to its reference: 0 not at all
-              ) -> Callable: # objective(state) -> scalar; the batches must come from `Pairs`, and the recipe set reference=True
-    "The mean of `-log sigmoid(beta * margin)` over pairs (Rafailov et al. 2023, equation 7)"
-    def objective(state): return -F.logsigmoid(beta*margins(state)).sum()/sum(len(b['labels'])//2 for b in state.batches)
-    objective.__name__ = f'preference({beta:g})'
-    return objective
+@dataclass(frozen=True)
+class preference:
+    "The mean of `-log sigmoid(beta * margin)` over pairs (Rafailov et al. 2023, equation 7); the batches must come from `Pairs`"
+    beta:float=.1 # how strongly the policy is held to its reference: 0 not at all
+    needs = frozenset({'reference'})
+    def __call__(self, state) -> Tensor:
+        return -F.logsigmoid(self.beta*margins(state)).sum()/sum(len(b['labels'])//2 for b in state.batches)
+    def __repr__(self): return f'preference({self.beta:g})'

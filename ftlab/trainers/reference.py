@@ -13,29 +13,60 @@ from torch import Tensor
 from ..core.io import write_tensors
 
 # %% auto #0
-__all__ = ['Originals', 'SwitchedOff', 'reference_of']
+__all__ = ['Originals', 'Placed', 'SwitchedOff', 'reference_of']
 
 # %% ../../nbs/trainers/reference.ipynb #000a191a
 class Originals(Mapping):
     "Tensors in a safetensors file, read when they are asked for"
     def __init__(self, path:Path, tensors:Mapping[str, Tensor]|None=None): # the tensors are written if they are given
-        if tensors is not None: write_tensors(path, tensors)
-        self.path = path; self.file = safe_open(path, 'pt'); self.names = set(self.file.keys())
+        if tensors is not None:
+            write_tensors(path, tensors)
+        self.path, self.file = path, safe_open(path, 'pt')
+        self.names = set(self.file.keys())
+
     def __getitem__(self, n):
-        if n not in self.names: raise KeyError(n)
+        if n not in self.names:
+            raise KeyError(n)
         return self.file.get_tensor(n)
-    def __iter__(self): return iter(sorted(self.names))
-    def __len__(self): return len(self.names)
+
+    def __iter__(self):
+        return iter(sorted(self.names))
+
+    def __len__(self):
+        return len(self.names)
+
+class Placed(Mapping):
+    "The same tensors, each on the device of the parameter of its name; without one, where they were"
+    def __init__(self, tensors:Mapping[str, Tensor], model:torch.nn.Module):
+        self.tensors, self.devices = tensors, {n: p.device for n, p in model.named_parameters()}
+
+    def __getitem__(self, name):
+        tensor = self.tensors[name]
+        return tensor.to(self.devices.get(name, tensor.device))
+
+    def __iter__(self):
+        return iter(self.tensors)
+
+    def __len__(self):
+        return len(self.tensors)
 
 class SwitchedOff:
     "The base model as the policy with its change switched off: a reference model that needs no memory"
-    def __init__(self, attached): self.attached = attached
-    def __call__(self, **kw):
-        model = self.attached.model; training = model.training; model.eval() # dropout is for the policy
+    def __init__(self, attached):
+        self.attached = attached
+
+    def __call__(self, **inputs):
+        model = self.attached.model
+        training = model.training
+        model.eval() # dropout is for the policy
         try:
-            with self.attached.disabled(), torch.no_grad(): return model(**kw)
-        finally: model.train(training)
+            with self.attached.disabled(), torch.no_grad():
+                return model(**inputs)
+        finally:
+            model.train(training)
 
 def reference_of(model, attached) -> Callable:
     "The base beside the policy: switched off where the weights themselves do not move, else a frozen copy"
-    return SwitchedOff(attached) if not attached.whole else copy.deepcopy(model).requires_grad_(False).eval()
+    if not attached.whole:
+        return SwitchedOff(attached)
+    return copy.deepcopy(model).requires_grad_(False).eval()

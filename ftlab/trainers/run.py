@@ -8,11 +8,11 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from ..adapters.attach import Attached, own_buffers, own_weights
 from ..adapters.store import pack, save_delta
-from ..core.io import disk_trouble, flush, staging
+from ..core.io import disk_trouble, flush, read_tensors, staging
 from ..core.batches import Data
 from ..core.recipe import Recipe
 from ..core.state import State
@@ -29,13 +29,15 @@ class Run:
     data:Data                   # what it learned from
     recipe:Recipe
     delta:Change                # the change alone
-    log:list[dict]              # one row a step: step, loss, nll (plain, per priced token; None where the batch has no labels), lr, tokens, and the loss of every learner
+    log:list[dict]              # one row a step: step, loss, nll (plain, per labelled token; None where the batch has no labels), lr, tokens, and the loss of every learner
     cost:dict                   # seconds, tokens, peak_bytes, trainable, head
     settings:dict               # every setting of `fit`, for the record
     path:list[dict] = field(default_factory=list) # what callbacks measured on the way
     interrupted:bool=False      # stopped by hand before its last step?
     folder:Path|None=None       # where it was kept, if anywhere
     models:dict = field(default_factory=dict) # the recipe's learners, trained, by name
+    source:object|None=None     # where its batches came from, for a stage that looks back
+    holder:object=None          # the temporary folder of a run that was kept nowhere: it goes with the run
 
     def disabled(self):
         "A context in which the model is the base"
@@ -46,21 +48,30 @@ class Run:
         return export(self.model, self.tok, self.delta.attached, folder)
 
     def __repr__(self):
-        k = 'loss' if self.log and self.log[0]['nll'] is None else 'nll'; a, b = (r[k] for r in (self.log[0], self.log[-1])) if self.log else (math.nan, math.nan)
-        return f'{self.recipe.name}: {len(self.log)} steps, {k} {a:.3f} -> {b:.3f}, {self.cost["trainable"]:,} numbers trained' + (', interrupted' if self.interrupted else '')
+        kind = 'loss' if self.log and self.log[0]['nll'] is None else 'nll'
+        first, last = (r[kind] for r in (self.log[0], self.log[-1])) if self.log else (math.nan, math.nan)
+        said = f'{self.recipe.name}: {len(self.log)} steps, {kind} {first:.3f} -> {last:.3f}'
+        return f'{said}, {self.cost["trainable"]:,} numbers trained' + (', interrupted' if self.interrupted else '')
 
 # %% ../../nbs/trainers/run.ipynb #0006191a
 class Change:
     "The change that a run made, apart from the model"
-    def __init__(self, attached:Attached, base:dict, recipe:Recipe, models:dict|None=None): self.attached, self.base, self.recipe, self.models = attached, base, recipe, models or {}
+    def __init__(self, attached:Attached, base:dict, recipe:Recipe, models:dict|None=None):
+        self.attached, self.base, self.recipe, self.models = attached, base, recipe, models or {}
+
     def save(self, path:str|Path) -> int:
         "Save as safetensors, atomically, with the base's identity and the recipe's learners; returns the size in bytes"
         return save_delta(path, *self._packed(), self.base, self.recipe.describe())
-    def _packed(self):
-        tensors, kinds = pack(self.attached); return tensors | {f'learner|{n}|{k}': v for n, m in self.models.items() for k, v in m.state_dict().items()}, kinds
+
+    def _packed(self) -> tuple[dict, dict]:
+        tensors, kinds = pack(self.attached)
+        learners = {f'learner|{n}|{k}': v for n, m in self.models.items() for k, v in m.state_dict().items()}
+        return tensors | learners, kinds
+
     def tensors(self) -> dict[str, Tensor]:
         "New weight minus base weight, by name"
         return self.attached.changes()
+
     @property
     def nbytes(self) -> int:
         "Bytes of the tensors that `save` writes"
@@ -72,13 +83,16 @@ def load_learners(path:str|Path, # what `Change.save` wrote
                   model,         # the model that the learners belong to
                   tok=None,      # its tokenizer
                  ) -> dict:      # name -> module, on the model's device, in evaluation mode
-    "The learners of a saved run: each is made anew (from the model and tokenizer alone) and given its saved numbers; raises `ValueError` where the file has none of that name"
-    device = next(model.parameters()).device; out = {}
-    with safe_open(path, 'pt') as f: tensors = {k: f.get_tensor(k) for k in f.keys() if k.startswith('learner|')}
+    "Load the learners of a saved run: each is made anew (from the model and tokenizer alone) and given its saved parameters. Raises `ValueError` where the file has none of that name."
+    device, out = next(model.parameters()).device, {}
+    tensors = {k: v for k, v in read_tensors(path)[0].items() if k.startswith('learner|')}
     for n, l in recipe.learners.items():
         mine = {k.removeprefix(f'learner|{n}|'): v for k, v in tensors.items() if k.startswith(f'learner|{n}|')}
-        if not mine: raise ValueError(f'{str(path)!r} holds no learner {n!r}; it has {", ".join(sorted({k.split("|")[1] for k in tensors})) or "none"}')
-        state = State(model, tok); state.device = device; out[n] = l.make(state).to(device).eval(); out[n].load_state_dict(mine)
+        if not mine:
+            there = ', '.join(sorted({k.split('|')[1] for k in tensors})) or 'none'
+            raise ValueError(f'{str(path)!r} holds no learner {n!r}; it has {there}')
+        out[n] = l.make(State(model, tok, device=device)).to(device).eval()
+        out[n].load_state_dict(mine)
     return out
 
 # %% ../../nbs/trainers/run.ipynb #0008191a

@@ -20,20 +20,35 @@ __all__ = ['Sharded']
 class Sharded:
     "The model of a state, cut up over processes by FSDP2 until `gather`"
     def __init__(self, state:State, processes:Processes):
-        att, model = state.attached, state.model; memo = {id(p): p for p in model.parameters()} | {id(att.originals): att.originals}
-        self.model = model; self.twin, live = copy.deepcopy((model, att), memo); mesh = init_device_mesh(state.device.type, (processes.count,))
-        try: parts = [self.twin.get_submodule(b.name) for b in anatomy(model).blocks]
-        except UnknownArchitecture: parts = []
-        self.parts = [*parts, self.twin]
+        att, model = state.attached, state.model
+        memo = {id(p): p for p in model.parameters()} | {id(att.originals): att.originals}
+        self.model = model
+        self.twin, live = copy.deepcopy((model, att), memo)
+        mesh = init_device_mesh(state.device.type, (processes.count,))
+        self.parts = [*self._blocks(), self.twin]
         for m in self.parts:
-            fully_shard(m, mesh=mesh, reshard_after_forward=True); m.set_force_sum_reduction_for_comms(True); m.set_gradient_divide_factor(1.) # prices are shares of a mean already: sum them
-        for p in model.parameters(): p.data = p.data.new_empty(0)
-        if isinstance(ref := state.models.get('reference'), SwitchedOff): ref.attached = live
-        state.model = state.models['policy'] = self.twin; state.attached = live
+            fully_shard(m, mesh=mesh, reshard_after_forward=True)
+            m.set_force_sum_reduction_for_comms(True)
+            m.set_gradient_divide_factor(1.) # losses are shares of a mean already: sum them
+        for p in model.parameters():
+            p.data = p.data.new_empty(0)
+        if isinstance(reference := state.models.get('reference'), SwitchedOff):
+            reference.attached = live
+        state.model = state.models['policy'] = self.twin
+        state.attached = live
+
+    def _blocks(self) -> list:
+        try:
+            return [self.twin.get_submodule(b.name) for b in anatomy(self.model).blocks]
+        except UnknownArchitecture:
+            return []
 
     @torch.no_grad()
     def gather(self) -> None:
-        "Give the model its numbers back, whole"
-        for m in self.parts: m.reshard()
-        for p, q in zip(self.model.parameters(), self.twin.parameters(), strict=True): p.data = q.full_tensor()
-        for p, q in zip(self.model.buffers(), self.twin.buffers(), strict=True): p.copy_(q)
+        "Give the model its parameters back, whole"
+        for m in self.parts:
+            m.reshard()
+        for p, q in zip(self.model.parameters(), self.twin.parameters(), strict=True):
+            p.data = q.full_tensor()
+        for p, q in zip(self.model.buffers(), self.twin.buffers(), strict=True):
+            p.copy_(q)

@@ -4,128 +4,252 @@
 
 # %% ../../nbs/trainers/stage.ipynb #0003e146
 from __future__ import annotations
+import copy
 import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 import torch
 from ..adapters.attach import Attached, attach, set_weights
 from ..adapters.edit import write_change
 from ..adapters.select import everything
-from ..core.batches import collate, encode_all, packing
+from ..core.batches import Data, collate, packing
 from ..core.loading import head_names
+from ..core.io import check_room
+from ..core.recipe import Recipe
 from ..core.state import State
-from .checkpoint import belongs, load_checkpoint, save_checkpoint
+from .checkpoint import bytes_of_checkpoint, header_of, load_checkpoint, save_checkpoint, survivors
 from .learner import Learning
 from .loop import Loop
 from .reference import Originals, reference_of
 from .run import Change, Run
 from .shard import Sharded
 from .source import Rows, rows_of
-from .step import Backprop, NotFinite, schedule
+from .step import Backprop, NotFinite, Processes, schedule
 from .watch import PeakMemory, Progress, track
 
 # %% auto #0
-__all__ = ['run_stage', 'Sums']
+__all__ = ['Job', 'run_stage', 'Sums']
+
+# %% ../../nbs/trainers/stage.ipynb #0fa0e146
+@dataclass(kw_only=True)
+class Job:
+    "What all stages of one call of `fit` share"
+    model:torch.nn.Module
+    tok:object
+    data:Data
+    recipe:Recipe            # of the whole run
+    settings:dict            # of the whole run
+    rows:list                # the training rows, encoded
+    validation:list          # the validation rows, encoded
+    limit:int|None           # tokens a row
+    lr:float|None            # that was asked for; None: each recipe's own
+    base:dict                # the identity of the base
+    device:torch.device
+    acc:object               # accelerate's
+    processes:Processes
+    folder:Path              # of the originals; a temporary one where the run is kept nowhere
+    holder:object            # that temporary folder, or None
+    checkpoint:Path          # the file
+    mark:str                 # of this run, drawn when it began; a resumed run has its checkpoint's
+    begun:int|None=None      # the stage of the checkpoint that is gone on from
+    save_every:int=0         # steps; 0: no checkpoints
+    callbacks:tuple=()       # that `fit` was given
+    progress:bool=True
+    shard:bool=False
 
 # %% ../../nbs/trainers/stage.ipynb #0022191a
-def run_stage(job, recipe, settings, earlier=(0, 0)) -> Run: # earlier: steps and tokens of the stages before
-    "One fit of one recipe: attach, loop, edit"
-    model, folder = job.model, job.folder
+def run_stage(job:Job,
+              recipe:Recipe,                   # of this stage
+              settings:dict,                   # of this stage
+              earlier:tuple[int, int]=(0, 0)   # steps and tokens of the stages before
+             ) -> Run:
+    "Fit one recipe once. Raises `NotFinite`, whose `run` is what there is so far; any other error leaves the model as it was."
     with torch.random.fork_rng():
         torch.manual_seed(settings['seed'])
-        s = SimpleNamespace(lr=settings['lr'], weight_decay=settings['weight_decay'], betas=tuple(settings['betas']), clip=settings['clip'],
-                            factor=schedule(settings['schedule'], settings['steps'], settings['warmup']), backward=job.acc.backward)
-        att, head = _attach(model, job.data, recipe, settings, folder); trouble, interrupted, sharded = None, False, None
+        att, head = _attach(job, recipe, settings)
+        stage = _Stage(job, recipe, settings, earlier, att)
         try:
-            state = _state(job, recipe, settings, att)
-            if job.shard: sharded = Sharded(state, job.processes)
-            params = state.attached.parameters(); step = (recipe.step or Backprop)(params, s); _supply(job, recipe, state, params, s)
-            if job.resume and belongs(job.checkpoint, settings): load_checkpoint(job.checkpoint, params, step, state, settings)
-            def save(): save_checkpoint(job.checkpoint, params, step, state, settings, job.processes.main)
-            bar = Progress(recipe.name, settings['steps'], job.progress); t0 = time.time(); state.model.train()
-            def after(state):
-                bar.update(state.step, state.log[-1]); track(job.acc, state.log[-1], *earlier)
-                if job.save_every and (state.step % job.save_every == 0 or state.step == state.steps or state.stop): save()
-            with PeakMemory(job.device) as memory:
-                try: Loop(state, recipe, step, job.processes).run(after); interrupted = state.stop == 'by hand'
-                except KeyboardInterrupt:
-                    if sharded: raise # the other processes cannot be asked for their parts any more
-                    interrupted = True
-                except NotFinite as e:
-                    if job.save_every: save()
-                    trouble = NotFinite(f'{e}; the batch holds {_batch_names(state)}. A lower learning rate (it was {s.lr:g}), clipping or float32 usually mends this')
-                finally: bar.close(); _rest(state); state.emit('after_fit')
-            if sharded: sharded.gather(); params = att.parameters()
+            stage.prepare()
+            stage.train()
         except BaseException:
-            if not sharded: att.detach() # nobody has a handle on the change yet: give the model back as it came
+            if not stage.sharded:
+                att.detach() # nobody has a handle on the change yet: give the model back as it came
             raise
-        for p in params.values(): p.grad = None
-        cost = dict(seconds=time.time() - t0, tokens=state.tokens, peak_bytes=memory.bytes(), trainable=sum(p.numel() for p in params.values()) - head, head=head)
-    models = {n: l.module for n, l in state.learners.items()}
-    if models: cost['learners'] = sum(p.numel() for l in state.learners.values() for p in l.params)
-    run = Run(model, job.tok, job.data, recipe, Change(att, job.base, recipe, models), state.log, cost, settings, state.extra.get('path', []), interrupted or trouble is not None, models=models)
-    if trouble: trouble.run = run; raise trouble
-    if recipe.edit is not None: _edit(run, recipe, folder)
+        run = stage.run(head)
+    if stage.trouble:
+        stage.trouble.run = run
+        raise stage.trouble
+    if recipe.edit is not None:
+        _edit(run, recipe, job.folder)
     return run
 
+class _Stage:
+    "A stage at work"
+    def __init__(self, job, recipe, settings, earlier, att):
+        self.job, self.recipe, self.settings, self.earlier, self.att = job, recipe, settings, earlier, att
+        self.trouble, self.interrupted, self.sharded = None, False, None
+        number = settings.get('stage', 0)
+        self.saving = job.save_every > 0 and number >= (job.begun or 0) # a stage that is done again must not replace a later one's checkpoint
+        self.resuming = job.begun == number
+
+    def prepare(self) -> None:
+        "Make everything that the loop needs, and go on from the checkpoint if it is this stage's"
+        job, recipe = self.job, self.recipe
+        self.state = state = _state(job, recipe, self.settings, self.att)
+        if job.shard:
+            self.sharded = Sharded(state, job.processes)
+        self.params = state.attached.parameters()
+        how = _step_settings(self.settings, job.acc)
+        self.step = (recipe.step or Backprop)(self.params, how)
+        state.optimizer = getattr(self.step, 'optimizer', None)
+        _supply(job, recipe, state, self.params, how)
+        self.parts = survivors(state, self.step, recipe.objective)
+        if self.saving and job.processes.main:
+            check_room(job.checkpoint.parent, bytes_of_checkpoint(state))
+        state.emit('before_load') # whoever lets buffers grow must find them
+        if self.resuming:
+            load_checkpoint(job.checkpoint, self.parts, state, self.settings)
+
+    def save(self) -> None:
+        header = header_of(self.job.mark, self.job.settings, self.settings, self.job.callbacks)
+        save_checkpoint(self.job.checkpoint, self.parts, self.state, header, self.job.processes.main)
+
+    def train(self) -> None:
+        "Run the loop to its end, to an interrupt, or to a loss that is NaN or infinite"
+        job, state = self.job, self.state
+        bar = Progress(self.recipe.name, self.settings['steps'], job.progress)
+        self.start = time.time()
+        state.model.train()
+        def after(state):
+            bar.update(state.step, state.log[-1])
+            track(job.acc, state.log[-1], *self.earlier)
+            if self.saving and (state.step % job.save_every == 0 or state.step == state.steps or state.stop):
+                self.save()
+        with PeakMemory(job.device) as self.memory:
+            try:
+                Loop(state, self.recipe, self.step, job.processes).run(after)
+                self.interrupted = state.stop == 'by hand'
+            except KeyboardInterrupt:
+                if self.sharded:
+                    raise # the other processes cannot be asked for their shards any more
+                self.interrupted = True
+            except NotFinite as e:
+                self._break_off(e)
+            finally:
+                bar.close()
+                _rest(state)
+                state.emit('after_fit')
+        if self.sharded:
+            self.sharded.gather()
+            self.params = self.att.parameters()
+
+    def _break_off(self, e) -> None:
+        "Keep what there is, and say which rows did it"
+        if self.saving:
+            self.save()
+        self.trouble = NotFinite(f'{e}; the batch holds {_batch_names(self.state)}. '
+                                 f'A lower learning rate (it was {self.settings["lr"]:g}), clipping or float32 usually mends this')
+
+    def run(self, head:int) -> Run:
+        "What this stage leaves; `head`: the size of a fresh head, counted apart"
+        job, state = self.job, self.state
+        for p in self.params.values():
+            p.grad = None
+        trainable = sum(p.numel() for p in self.params.values()) - head
+        cost = dict(seconds=time.time() - self.start, tokens=state.tokens, peak_bytes=self.memory.bytes(), trainable=trainable, head=head)
+        models = {n: l.module for n, l in state.learners.items()}
+        if models:
+            cost['learners'] = sum(p.numel() for l in state.learners.values() for p in l.params)
+        return Run(job.model, job.tok, job.data, self.recipe, Change(self.att, job.base, self.recipe, models), state.log, cost,
+                   self.settings, state.path, self.interrupted or self.trouble is not None, models=models, source=state.source)
+
 # %% ../../nbs/trainers/stage.ipynb #0023191a
-def _rest(state):
+def _rest(state:State) -> None:
     "Everything in evaluation mode, without gradients"
     state.model.eval()
-    for l in state.learners.values(): l.module.eval(); l.module.zero_grad(set_to_none=True)
+    for l in state.learners.values():
+        l.module.eval()
+        l.module.zero_grad(set_to_none=True)
 
 # %% ../../nbs/trainers/stage.ipynb #0026191a
-def _attach(model, data, recipe, settings, folder):
+def _attach(job:Job, recipe:Recipe, settings:dict) -> tuple[Attached, int]:
     "Choose, keep the originals of what moves itself, attach; returns the change and the size of a fresh head"
+    model = job.model
     chosen = (recipe.select or everything)(model, None, settings['seed'])
-    also = tuple(head_names(model)) if data.kind == 'label' else ()
+    also = tuple(head_names(model)) if job.data.kind == 'label' else ()
     params = dict(model.named_parameters())
-    whole = [n for n in (*chosen, *also) if n in also or (recipe.delta is None and chosen[n] is True)]
-    originals = Originals(folder/'originals.safetensors', {n: params[n] for n in whole if n in params}) if whole else {}
+    moving = [n for n in (*chosen, *also) if n in also or (recipe.delta is None and chosen[n] is True)]
+    originals = {}
+    if moving:
+        originals = Originals(job.folder/'originals.safetensors', {n: params[n] for n in moving if n in params})
     att = attach(model, chosen, recipe.delta, also, originals)
     return att, sum(params[n].numel() for n in also)
 
 # %% ../../nbs/trainers/stage.ipynb #0027191a
-def _state(job, recipe, settings, att) -> State:
-    "The state of a run, with rows encoded"
-    tok, data, model = job.tok, job.data, job.model; state = State(model, tok); state.device, state.steps, state.seed, state.tokens, state.data, state.attached = job.device, settings['steps'], settings['seed'], 0, data, att
-    state.pad_id = tok and tok.pad_token_id or 0; state.settings, state.accelerator, state.callbacks = settings, job.acc, [c() for c in recipe.callbacks] + list(job.callbacks)
-    limit = settings['max_length'] if tok is None or settings['max_length'] is not None else min(1024, tok.model_max_length, getattr(model.config, 'max_position_embeddings', 1024))
-    state.limit = limit; state.rows = encode_all(data.train, tok, data.kind, limit); state.validation = encode_all(data.validation, tok, data.kind, limit) if data.validation else []
-    if recipe.reference: state.models['reference'] = reference_of(model, att)
+def _step_settings(settings:dict, acc) -> SimpleNamespace:
+    "What a step is given beside the parameters"
+    return SimpleNamespace(lr=settings['lr'], weight_decay=settings['weight_decay'], betas=tuple(settings['betas']), clip=settings['clip'],
+                           factor=schedule(settings['schedule'], settings['steps'], settings['warmup']), backward=acc.backward)
+
+def _state(job:Job, recipe:Recipe, settings:dict, att:Attached) -> State:
+    "The state of a run before its first step"
+    state = State(job.model, job.tok, attached=att, data=job.data, device=job.device, accelerator=job.acc, settings=settings,
+                  rows=copy.copy(job.rows), validation=copy.copy(job.validation), limit=job.limit, seed=settings['seed'], steps=settings['steps'])
+    state.pad_id = job.tok and job.tok.pad_token_id or 0
+    state.callbacks = [c() for c in recipe.callbacks] + list(job.callbacks)
+    if 'reference' in recipe.needs:
+        state.models['reference'] = reference_of(job.model, att)
     return state
 
-def _supply(job, recipe, state, params, s) -> None:
-    "Make the source, then the learners"
-    packed = state.settings['packing']
-    if packed and recipe.source: raise ValueError(f'packing=True packs the data as given, but {recipe.name} has a source of its own; use packing=False')
-    state.source = recipe.source(state) if recipe.source else Rows(state.rows, state.settings['batch_size'], state.settings['accumulate'], state.seed, state.pad_id,
-        packing(job.model, job.data.kind, state.limit) if packed else collate)
-    state.learners = {}
-    for n, l in recipe.learners.items(): state.learners[n] = Learning(n, l, state, s, job.processes)
+def _supply(job:Job, recipe:Recipe, state:State, params:dict, how:SimpleNamespace) -> None:
+    "Create the source, then the learners"
+    packed, settings = state.settings['packing'], state.settings
+    if packed and recipe.own_source:
+        raise ValueError(f'packing=True packs the data as given, but {recipe.name} has a source of its own; use packing=False')
+    together = packing(job.model, job.data.kind, state.limit) if packed else collate
+    state.given = partial(Rows, state.rows, settings['batch_size'], settings['accumulate'], state.seed, state.pad_id, together)
+    state.source = recipe.source(state) if recipe.source else state.given()
+    for n, l in recipe.learners.items():
+        state.learners[n] = Learning(n, l, state, how, job.processes)
     state.callbacks.insert(0, Sums(job.processes, list(params.values())))
 
 class Sums:
     "The callback that sums gradients over processes before anyone looks at them"
-    def __init__(self, processes, params): self.processes, self.params = processes, params
-    def after_backward(self, state): self.processes.add_gradients(self.params)
+    def __init__(self, processes:Processes, params:list):
+        self.processes, self.params = processes, params
+
+    def after_backward(self, state):
+        self.processes.add_gradients(self.params)
 
 @torch.no_grad()
-def _edit(run, recipe, folder):
+def _edit(run:Run, recipe:Recipe, folder:Path) -> None:
     "Replace the change by its edited form, written into the weights themselves"
-    att = run.delta.attached; base = None
+    att, base = run.delta.attached, None
     try:
-        changes = att.changes(); base = Originals(folder/'edited.safetensors', {n: att.before(n) for n in changes})
-        new = recipe.edit(changes, run.model); att.fold(); write_change(run.model, base, {n: new.get(n, torch.zeros_like(changes[n])) for n in changes})
+        changes = att.changes()
+        base = Originals(folder/'edited.safetensors', {n: att.before(n) for n in changes})
+        new = recipe.edit(changes, run.model)
+        att.fold()
+        write_change(run.model, base, {n: new.get(n, torch.zeros_like(changes[n])) for n in changes})
         run.delta.attached = Attached(run.model, dict.fromkeys(changes, True), {}, {}, base)
     except BaseException: # half edited, the change is nobody's: give the model back as it came
-        if base is None: att.detach()
-        else: att.release(); set_weights(run.model, base)
+        if base is None:
+            att.detach()
+        else:
+            att.release()
+            set_weights(run.model, base)
         raise
 
 # %% ../../nbs/trainers/stage.ipynb #00a2191a
-def _batch_names(state):
+def _batch_names(state:State) -> str:
     "The first words of a batch, to find it by"
-    first = state.batches[0]; n = sum(map(rows_of, state.batches))
-    if 'input_ids' not in first: return f'{n} rows of {", ".join(first)}'
-    texts = [state.tok.decode(r[:first['tokens'][i]] if 'tokens' in first else r[first['attention_mask'][i].bool()])[:60] for i, r in enumerate(first['input_ids'][:3])]
-    return f'{n} rows, the first: ' + '; '.join(repr(t) for t in texts)
+    first, n = state.batches[0], sum(map(rows_of, state.batches))
+    if 'input_ids' not in first:
+        return f'{n} rows of {", ".join(first)}'
+    texts = []
+    for i, r in enumerate(first['input_ids'][:3]):
+        ids = r[:first['tokens'][i]] if 'tokens' in first else r[first['attention_mask'][i].bool()]
+        texts.append(repr(state.tok.decode(ids)[:60]))
+    return f'{n} rows, the first: ' + '; '.join(texts)

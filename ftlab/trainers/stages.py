@@ -11,130 +11,220 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from safetensors import safe_open
 from ..adapters.attach import Attached, set_weights
-from ..core.io import DiskFull, write_tensors
 from ..core.batches import Data
-from ..core.recipe import Recipe, share_of
-from .checkpoint import check_same_run
-from .reference import Originals
+from ..core.io import DiskFull, read_metadata, read_tensors, write_tensors
+from ..core.recipe import Recipe, title_of
+from .checkpoint import check_same_run, header_of
+from .reference import Originals, Placed
 from .run import Change, Run
-from .stage import run_stage
+from .stage import Job, run_stage
 from .step import NotFinite
 
 # %% auto #0
-__all__ = ['StageContext', 'run_stages']
+__all__ = ['StageContext', 'run_recipe']
 
 # %% ../../nbs/trainers/stages.ipynb #001d191a
 @dataclass
 class StageContext:
     "What a stage that is a function can see"
     model:torch.nn.Module # with the changes of the earlier stages in its weights
-    before:Mapping        # parameter name -> tensor before the first stage, read from disk when it is asked for
+    before:Mapping        # parameter name -> tensor before the first stage, read from disk when it is asked for, on its parameter's device
     data:Data
     tok:object
     seed:int
     stage:int             # this stage's number, from 0
     runs:list[Run]        # the earlier stages: their `log`, `path`, `cost`, `recipe` and `models` (and `delta`, where it acts on activations and so still sits on the model)
+
+    def __post_init__(self): self.before = Placed(self.before, self.model)
+
     def reset(self) -> None:
         "Put every weight back as it was before the first stage, and take off what could not be folded"
-        for r in self.runs: r.delta.attached.release()
+        for r in self.runs:
+            r.delta.attached.release()
         set_weights(self.model, self.before)
 
 # %% ../../nbs/trainers/stages.ipynb #001e191a
-def run_stages(job) -> Run:
-    "Every stage in turn; of a recipe without stages, itself"
-    recipe, model = job.recipe, job.model; stages = recipe.stages or (recipe,); several = bool(recipe.stages); run = trouble = None; runs = []
-    shares = _shares(job.settings['steps'], stages); start = Originals(job.folder/'base.safetensors', dict(model.named_parameters())) if several else None
-    for i, (stage, n) in enumerate(zip(stages, shares)):
-        try:
-            if i: _settle(runs[-1]); _keep_stage(job, i - 1, runs[-1], start)
-            own = dict(job.settings, steps=n) | (dict(stage=i) if several else {})
-            if done := several and _kept_stage(job, i, stage, own, start): runs.append(done); run = _after(run, done); continue
-            if not isinstance(stage, Recipe): stage = _asked(stage, StageContext(model, start, job.data, job.tok, job.settings['seed'], i, list(runs)))
-            if i and runs[-1].delta.attached.deltas: raise ValueError(f'the change of the stage before acts on activations and cannot be folded; a function as stage can look at it and call reset()')
-            runs.append(run_stage(job, stage, own | dict(recipe=stage.describe(), lr=stage.lr if job.lr is None else job.lr), (len(run.log), run.cost['tokens']) if run else (0, 0)))
-        except NotFinite as e: trouble = e; runs.append(e.run)
-        except BaseException as e:
-            if several: _give_back(model, runs, start); _say_where(e, f'{recipe.name}, stage {i + 1} of {len(stages)} ({_title(stage)})')
-            raise
-        run = _after(run, runs[-1])
-        if run.interrupted: break
-    run.recipe, run.settings, run.folder, run._holder = recipe, dict(job.settings, stages=[r.settings['recipe'] for r in runs]) if several else job.settings, None if job.holder else job.folder, job.holder
-    run.delta.recipe, run.delta.models = recipe, run.models
-    if several:
-        try: _rebase(run, start)
-        except BaseException: _give_back(model, runs, start); raise
+def run_recipe(job:Job) -> Run:
+    "Run a recipe: its stages one after another, or itself if it has none"
+    series = _Series(job) if job.recipe.stages else None
+    try:
+        run, trouble = (series.run() if series else run_stage(job, job.recipe, job.settings)), None
+    except NotFinite as e:
+        run, trouble = e.run, e
+    run = copy.copy(run)
+    run.recipe, run.settings = job.recipe, job.settings
+    run.folder, run.holder = None if job.holder else job.folder, job.holder
+    run.delta.recipe, run.delta.models = job.recipe, run.models
+    if series:
+        run.settings = dict(job.settings, stages=[r.settings['recipe'] for r in series.runs])
+        series.as_one(run)
     if trouble:
-        if several: _say_where(trouble, f'{recipe.name}, stage {len(runs)} of {len(stages)} ({runs[-1].recipe.name})')
-        trouble.run = run; raise trouble
+        trouble.run = run
+        raise trouble
     return run
+
+class _Series:
+    "The stages of a recipe, one after another"
+    def __init__(self, job:Job):
+        self.job, self.stages = job, job.recipe.stages
+        self.shares = _shares(job.settings['steps'], job.recipe.shares)
+        self.start = Originals(job.folder/'base.safetensors', dict(job.model.named_parameters()))
+        self.runs, self.so_far = [], None
+
+    def run(self) -> Run:
+        "All of them, as one run"
+        for i, stage in enumerate(self.stages):
+            title = f'{self.job.recipe.name}, stage {i + 1} of {len(self.stages)}'
+            try:
+                self._add(self._one(i, stage))
+            except NotFinite as e:
+                self._add(e.run)
+                e.run = self.so_far
+                _say_where(e, f'{title} ({self.runs[-1].recipe.name})')
+                raise
+            except BaseException as e:
+                self._give_back()
+                _say_where(e, f'{title} ({title_of(stage)})')
+                raise
+            if self.so_far.interrupted:
+                break
+        return self.so_far
+
+    def _one(self, i:int, stage) -> Run:
+        "One stage: taken from its file, or trained"
+        job = self.job
+        if i:
+            _settle(self.runs[-1])
+            _keep_stage(job, i - 1, self.runs[-1], self.start)
+        settings = dict(job.settings, steps=self.shares[i], stage=i)
+        if kept := _kept_stage(job, i, stage, settings, self.start):
+            return kept
+        if not isinstance(stage, Recipe):
+            stage = _asked(stage, StageContext(job.model, self.start, job.data, job.tok, settings['seed'], i, list(self.runs)))
+        if i and self.runs[-1].delta.attached.deltas:
+            raise ValueError('the change of the stage before acts on activations and cannot be folded; '
+                             'a function as stage can look at it and call reset()')
+        earlier = (len(self.so_far.log), self.so_far.cost['tokens']) if i else (0, 0)
+        return run_stage(job, stage, _stage_settings(job, stage, settings), earlier)
+
+    def _add(self, run:Run) -> None:
+        self.runs.append(run)
+        self.so_far = _after(self.so_far, run)
+
+    def as_one(self, run:Run) -> None:
+        "Make the changes of all stages one, measured from the very start"
+        try:
+            _rebase(run, self.start)
+        except BaseException:
+            self._give_back()
+            raise
+
+    def _give_back(self) -> None:
+        "Every weight as it was before the first stage, and nothing left on the model"
+        for r in self.runs:
+            r.delta.attached.release()
+        set_weights(self.job.model, self.start)
 
 # %% ../../nbs/trainers/stages.ipynb #001f191a
-def _shares(steps, stages) -> list[int]:
+def _shares(steps:int, shares:list[float]) -> list[int]:
     "The steps of each stage: together `steps`, none of them 0"
-    of = [share_of(s) for s in stages]; ends = [round(steps*sum(of[:i])/sum(of)) for i in range(len(of) + 1)]; n = [b - a for a, b in zip(ends, ends[1:])]
-    if min(n) < 1: raise ValueError(f'{steps} steps are too few for {len(of)} stages with shares {", ".join(f"{x:g}" for x in of)}: each needs one at least')
+    ends = [round(steps*sum(shares[:i])/sum(shares)) for i in range(len(shares) + 1)]
+    n = [b - a for a, b in zip(ends, ends[1:])]
+    if min(n) < 1:
+        raise ValueError(f'{steps} steps are too few for {len(shares)} stages with shares {", ".join(f"{x:g}" for x in shares)}: each needs one at least')
     return n
 
-def _give_back(model, runs, start) -> None:
-    "Every weight as it was before the first stage, and nothing left on the model"
-    for r in runs: r.delta.attached.release()
-    set_weights(model, start)
+def _stage_settings(job:Job, stage:Recipe, settings:dict) -> dict:
+    return settings | dict(recipe=stage.describe(), lr=stage.lr if job.lr is None else job.lr)
 
-def _settle(run) -> None:
+def _settle(run:Run) -> None:
     "Fold the change of a stage, if it can be"
-    if all(d.site == 'weight' for d in run.delta.attached.deltas.values()): run.delta.attached.fold()
+    if all(d.site == 'weight' for d in run.delta.attached.deltas.values()):
+        run.delta.attached.fold()
 
 # %% ../../nbs/trainers/stages.ipynb #0020191a
-def _stage_file(job, i) -> Path: return job.checkpoint.with_name(f'stage-{i}.safetensors')
+def _stage_file(job:Job, i:int) -> Path:
+    return job.checkpoint.with_name(f'stage-{i}.safetensors')
 
-def _keep_stage(job, i, run, start) -> None:
+def _keep_stage(job:Job, i:int, run:Run, start:Mapping) -> None:
     "Keep what a finished stage left, for `resume`; a stage that left more than weights (learners, a source's memory, a change of activations), or was made by a function, is done again instead"
-    own = job.recipe.stages[i]
-    if not job.save_every or not job.processes.main or not isinstance(own, Recipe) or own.source or own.learners or run.delta.attached.deltas or run.settings.get('kept'): return
+    stage = job.recipe.stages[i]
+    more = not isinstance(stage, Recipe) or stage.own_source or stage.learners or run.delta.attached.deltas
+    if more or not job.save_every or not job.processes.main or run.settings.get('kept'):
+        return
     tensors = {n: p for n, p in job.model.named_parameters() if not torch.equal(start[n], p.detach().cpu())}
-    try: write_tensors(_stage_file(job, i), tensors, {k: json.dumps(v) for k, v in dict(log=run.log, path=run.path, cost=run.cost, settings=run.settings).items()})
-    except DiskFull as e: warnings.warn(f'stage {i + 1} could not be kept, and the run goes on: {e}')
+    header = header_of(job.mark, job.settings, run.settings, job.callbacks) | dict(log=run.log, path=run.path, cost=run.cost)
+    try:
+        write_tensors(_stage_file(job, i), tensors, {k: json.dumps(v) for k, v in header.items()})
+    except DiskFull as e:
+        warnings.warn(f'stage {i + 1} could not be kept, and the run goes on: {e}')
 
-def _kept_stage(job, i, stage, own, start) -> Run|None:
-    "A stage that was finished before, with its weights put into the model; `None` if there is none"
+def _kept_stage(job:Job, i:int, stage, settings:dict, start:Mapping) -> Run|None:
+    "A stage that this run finished before it was cut off, with its weights put into the model; `None` if there is none"
     path = _stage_file(job, i)
-    if not (job.resume and isinstance(stage, Recipe) and path.exists()): return None
-    with safe_open(path, 'pt') as f: meta = {k: json.loads(v) for k, v in f.metadata().items()}; tensors = {k: f.get_tensor(k) for k in f.keys()}
-    own = own | dict(recipe=stage.describe(), lr=stage.lr if job.lr is None else job.lr); check_same_run(path, meta['settings'], own); set_weights(job.model, start); set_weights(job.model, tensors)
+    if job.begun is None or i > job.begun or not isinstance(stage, Recipe) or not path.exists():
+        return None
+    header = {k: json.loads(v) for k, v in read_metadata(path).items()}
+    if header.get('run') != job.mark:
+        return None # of a run before this one: it never belongs here, whatever its settings
+    own = _stage_settings(job, stage, settings)
+    check_same_run(path, header['settings'], own)
+    if len(header['log']) < settings['steps'] and not job.settings['callbacks']:
+        return None # something ended it early that does not belong to the settings: do it again, with what is there now
+    tensors = read_tensors(path)[0]
+    set_weights(job.model, start)
+    set_weights(job.model, tensors)
     att = Attached(job.model, dict.fromkeys(tensors, True), {}, {}, start)
-    return Run(job.model, job.tok, job.data, stage, Change(att, job.base, stage), meta['log'], meta['cost'], dict(own, kept=True), meta['path'])
+    return Run(job.model, job.tok, job.data, stage, Change(att, job.base, stage), header['log'], header['cost'], dict(own, kept=True), header['path'])
 
 # %% ../../nbs/trainers/stages.ipynb #0021191a
-def _asked(stage, context) -> Recipe:
+def _asked(stage, context:StageContext) -> Recipe:
     "The recipe that a stage function returns"
     made = stage(context)
-    if isinstance(made, Recipe) and not made.stages: return made
-    raise ValueError(f'it returned {"a Recipe with stages of its own" if isinstance(made, Recipe) else f"a {type(made).__name__}"}; a stage function returns one Recipe without stages')
+    if isinstance(made, Recipe) and not made.stages:
+        return made
+    what = 'a Recipe with stages of its own' if isinstance(made, Recipe) else f'a {type(made).__name__}'
+    raise ValueError(f'it returned {what}; a stage function returns one Recipe without stages')
 
-def _title(stage) -> str: return stage.name if isinstance(stage, Recipe) else getattr(stage, '__name__', type(stage).__name__)
-
-def _say_where(e, where) -> None:
+def _say_where(e:BaseException, where:str) -> None:
     "Put the place before an error's message"
-    if e.args and isinstance(e.args[0], str): e.args = (f'{where}: {e.args[0]}', *e.args[1:])
-    else: e.add_note(f'in {where}')
+    if e.args and isinstance(e.args[0], str):
+        e.args = (f'{where}: {e.args[0]}', *e.args[1:])
+    else:
+        e.add_note(f'in {where}')
 
-def _after(earlier, run) -> Run:
+def _after(earlier:Run|None, run:Run) -> Run:
     "`run` as the continuation of an earlier stage: steps and tokens count on"
-    if earlier is None: return copy.copy(run)
-    n, tokens = len(earlier.log), earlier.cost['tokens']; run = copy.copy(run)
-    run.log = earlier.log + [dict(r, step=r['step'] + n, tokens=r['tokens'] + tokens) for r in run.log]; run.path = earlier.path + [dict(r, step=r['step'] + n) for r in run.path]
-    run.cost = {k: _add(earlier.cost.get(k), run.cost.get(k), k) for k in earlier.cost | run.cost}; run.models = earlier.models | run.models
+    run = copy.copy(run)
+    if earlier is None:
+        return run
+    n, tokens = len(earlier.log), earlier.cost['tokens']
+    run.log = earlier.log + [dict(r, step=r['step'] + n, tokens=r['tokens'] + tokens) for r in run.log]
+    run.path = earlier.path + [dict(r, step=r['step'] + n) for r in run.path]
+    run.cost = {k: _add(earlier.cost.get(k), run.cost.get(k), k) for k in earlier.cost | run.cost}
+    run.models = earlier.models | run.models
     return run
 
-@torch.no_grad()
-def _rebase(run, start):
-    "The change of several stages as one: what differs from the very start"
-    att = run.delta.attached; now = dict(run.model.named_parameters())
-    if att.deltas and all(torch.equal(start[n], (att.before(n) if n in att.deltas else now[n]).cpu()) for n in start if n not in att.whole) and all(torch.equal(start[n], att.before(n).cpu()) for n in att.whole): return # nothing but the last stage's change is there, and it knows its base
-    att.fold(); now = dict(run.model.named_parameters())
-    run.delta.attached = Attached(run.model, dict.fromkeys([n for n in start if not torch.equal(start[n], now[n].cpu())], True), {}, {}, start)
+def _add(a, b, k:str):
+    "What two stages cost together: sizes do not add up, the rest does"
+    if k in ('peak_bytes', 'trainable', 'head', 'learners'):
+        return max(a or 0, b or 0)
+    return (a or 0) + (b or 0)
 
-# %% ../../nbs/trainers/stages.ipynb #00a1191a
-def _add(a, b, k): return max(a or 0, b or 0) if k in ('peak_bytes', 'trainable', 'head', 'learners') else (a or 0) + (b or 0)
+@torch.no_grad()
+def _rebase(run:Run, start:Mapping) -> None:
+    "The change of several stages as one: what differs from the very start"
+    att = run.delta.attached
+    if att.deltas and _alone(att, run.model, start):
+        return # it knows its base
+    att.fold()
+    now = dict(run.model.named_parameters())
+    moved = [n for n in start if not torch.equal(start[n], now[n].cpu())]
+    run.delta.attached = Attached(run.model, dict.fromkeys(moved, True), {}, {}, start)
+
+def _alone(att:Attached, model, start:Mapping) -> bool:
+    "Is the last stage's change all that there is, below it the weights of the very start?"
+    now = dict(model.named_parameters())
+    own = {*att.deltas, *att.whole}
+    return all(torch.equal(start[n], (att.before(n) if n in own else now[n]).cpu()) for n in start)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 # %% auto #0
-__all__ = ['NotFinite', 'schedule', 'placed_like', 'Backprop', 'Processes']
+__all__ = ['NotFinite', 'schedule', 'placed_like', 'whole', 'Backprop', 'Processes']
 
 # %% ../../nbs/trainers/step.ipynb #0005fac8
-class NotFinite(FloatingPointError): "The loss or its gradient stopped being a number"
+class NotFinite(FloatingPointError):
+    "The loss or its gradient became NaN or infinite"
 
 def schedule(kind:str,     # 'linear' or 'cosine' fall to zero, 'constant' does not
              steps:int,    # how many there will be
@@ -24,16 +25,24 @@ def schedule(kind:str,     # 'linear' or 'cosine' fall to zero, 'constant' does 
             ) -> Callable: # factor(step) -> share of the learning rate
     "The share of the learning rate at each step"
     shapes = dict(linear=lambda x: 1 - x, cosine=lambda x: .5*(1 + math.cos(math.pi*x)), constant=lambda x: 1.)
-    if kind not in shapes: raise ValueError(f'schedule is {kind!r}; it must be {", ".join(shapes)}')
-    def factor(step): return (step + 1)/warmup if step < warmup else shapes[kind]((step - warmup)/max(1, steps - warmup))
+    if kind not in shapes:
+        raise ValueError(f'schedule is {kind!r}; it must be {", ".join(shapes)}')
+    def factor(step):
+        if step < warmup:
+            return (step + 1)/warmup
+        return shapes[kind]((step - warmup)/max(1, steps - warmup))
     return factor
 
 # %% ../../nbs/trainers/step.ipynb #000afac8
 def placed_like(v:Tensor, p:Tensor) -> Tensor:
     "`v` cut up over processes as `p` is, where `p` is and `v` has its shape"
-    return distribute_tensor(v.to(p.device), p.device_mesh, p.placements) if isinstance(p, DTensor) and v.shape == p.shape else v
+    if isinstance(p, DTensor) and v.shape == p.shape:
+        return distribute_tensor(v.to(p.device), p.device_mesh, p.placements)
+    return v
 
-def _whole(x:Tensor) -> Tensor: return x.full_tensor() if isinstance(x, DTensor) else x
+def whole(x:Tensor) -> Tensor:
+    "`x`, brought together from all processes where it is cut up"
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 # %% ../../nbs/trainers/step.ipynb #000cfac8
 class Backprop:
@@ -43,86 +52,118 @@ class Backprop:
         self.names, self.params, self.s = list(params), list(params.values()), settings
         self.opt = torch.optim.AdamW(self.params, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True)
 
-    def __call__(self, state, prices:list[Callable]) -> float:
-        "Take one step down the sum of `prices`; raise `NotFinite` before anything has moved if that is no number"
+    @property
+    def optimizer(self):
+        "What moves the parameters, which a run has as `state.optimizer`"
+        return self.opt
+
+    def __call__(self, state, losses:list[Callable]) -> float:
+        "Take one step down the sum of `losses`; raise `NotFinite` before anything has moved if that is NaN or infinite"
         total = 0.
-        for price in prices: loss = price(); self._check(loss, state); self.s.backward(loss); total += float(loss.detach())
+        for micro in losses:
+            loss = micro()
+            self._check(loss, state)
+            self.s.backward(loss)
+            total += float(loss.detach())
         state.emit('after_backward')
-        size = _whole(torch.nn.utils.clip_grad_norm_(self.params, self.s.clip or math.inf))
-        self._check(size, state, 'gradient'); state.extra['grad_norm'] = float(size)
+        size = whole(torch.nn.utils.clip_grad_norm_(self.params, self.s.clip or math.inf))
+        self._check(size, state, 'gradient')
+        state.extra['grad_norm'] = float(size)
         state.extra['lr'] = self.s.lr*self.s.factor(state.step)
-        for g in self.opt.param_groups: g['lr'] = state.extra['lr']
-        self.opt.step(); self.opt.zero_grad()
+        for g in self.opt.param_groups:
+            g['lr'] = state.extra['lr']
+        self.opt.step()
+        self.opt.zero_grad()
         return total
 
     def _check(self, x, state, what='loss'):
         if not torch.isfinite(x):
-            self.opt.zero_grad(); raise NotFinite(f'the {what} is {float(x.detach())} at step {state.step}; nothing was changed by this step')
+            self.opt.zero_grad()
+            raise NotFinite(f'the {what} is {float(x.detach())} at step {state.step}; nothing was changed by this step')
 
-    def tensors(self) -> dict[str, Tensor]:
-        "The optimiser's state, by name, for a checkpoint"
-        st = self.opt.state_dict()['state']
-        return {f'{self.names[i]}|{k}': _whole(torch.as_tensor(v)) for i, d in st.items() for k, v in d.items()}
+    def state_dict(self) -> dict:
+        "The optimizer's state, {parameter name: {entry: tensor}}"
+        return {self.names[i]: {k: whole(torch.as_tensor(v)) for k, v in entries.items()}
+                for i, entries in self.opt.state_dict()['state'].items()}
 
-    def load(self, tensors:Mapping[str, Tensor]) -> None:
-        "Go on from a checkpoint's tensors"
-        sd, where, state = self.opt.state_dict(), {n: i for i, n in enumerate(self.names)}, {}
-        for key, v in tensors.items(): n, _, k = key.rpartition('|'); state.setdefault(where[n], {})[k] = placed_like(v, self.params[where[n]])
-        self.opt.load_state_dict(dict(sd, state=state))
+    def load_state_dict(self, kept:Mapping[str, Mapping]) -> None:
+        "Go on from what `state_dict` gave"
+        where = {n: i for i, n in enumerate(self.names)}
+        state = {where[n]: {k: placed_like(v, self.params[where[n]]) for k, v in entries.items()} for n, entries in kept.items()}
+        self.opt.load_state_dict(dict(self.opt.state_dict(), state=state))
 
 # %% ../../nbs/trainers/step.ipynb #0013fac8
 class Processes:
-    "The processes that share a run (one is the common case): what each prices, and the sums of what they found"
+    "The processes that share a run (one is the common case): what each computes, and the sums of what they found"
     def __init__(self, acc=None): # an `accelerate.Accelerator`; None: this process alone
-        self.acc, self.count, self.index = acc, acc.num_processes if acc else 1, acc.process_index if acc else 0
+        self.acc = acc
+        self.count, self.index = (acc.num_processes, acc.process_index) if acc else (1, 0)
         self.apart = self.summed = False # did this step take gradients of its own part, and were they summed?
 
     @property
-    def main(self) -> bool: "Is this the one that writes and reports?"; return self.index == 0
+    def main(self) -> bool:
+        "Is this the one that writes and reports?"
+        return self.index == 0
+
     def part(self, batches:list) -> list:
         "This process's share of the micro-batches; raises `ValueError` where they cannot be shared equally"
-        if len(batches) % self.count == 0: return batches[self.index::self.count]
+        if len(batches) % self.count == 0:
+            return batches[self.index::self.count]
         raise ValueError(f'a step came as {len(batches)} micro-batches, which {self.count} processes cannot share equally; '
                          'a source must cut its batch into state.settings["accumulate"] of them')
 
     def total(self, *numbers:float) -> list[float]:
         "The sum of each number over all processes"
-        if self.count == 1: return list(numbers)
+        if self.count == 1:
+            return list(numbers)
         return self.acc.reduce(torch.tensor(numbers, dtype=torch.float64, device=self.acc.device), 'sum').tolist()
+
     @contextmanager
     def taking_a_step(self):
         "Notice a step that keeps its gradients to itself; `RuntimeError` then, as the processes would drift apart in silence"
-        self.apart = self.summed = False; yield
+        self.apart = self.summed = False
+        yield
         if self.apart and not self.summed:
-            raise RuntimeError("the recipe's step takes gradients but never calls state.emit('after_backward'), so they were not summed over the processes")
+            raise RuntimeError("the recipe's step takes gradients but never calls state.emit('after_backward'), "
+                               'so they were not summed over the processes')
 
     @contextmanager
     def chance(self, state, i:int):
         "Give micro-batch `i` of this process random numbers of its own, and leave those that all processes share where they were"
-        if self.count == 1: yield; return
-        with torch.random.fork_rng(): torch.manual_seed(hash((state.seed, state.step, i*self.count + self.index))); yield
+        if self.count == 1:
+            yield
+            return
+        with torch.random.fork_rng():
+            torch.manual_seed(hash((state.seed, state.step, i*self.count + self.index)))
+            yield
 
     def price(self, loss:Tensor) -> Tensor:
-        "The price as a step must see it: no number as soon as it is none anywhere, so that all stop together; without gradients, the sum"
+        "The loss as a step must see it: NaN as soon as it is not finite anywhere, so that all stop together; without gradients, the sum"
         return loss if self.count == 1 else _agreed(self, loss)
 
     def add_gradients(self, params:list[nn.Parameter]) -> None:
         "Replace every gradient by its sum over all processes; one that no process has stays `None`, a sharded one was summed already"
         self.summed = True
-        if self.count > 1: _add_gradients(self, [p for p in params if p.requires_grad and not isinstance(p, DTensor)])
+        if self.count > 1:
+            _add_gradients(self, [p for p in params if p.requires_grad and not isinstance(p, DTensor)])
 
 # %% ../../nbs/trainers/step.ipynb #0015fac8
-def _agreed(processes, loss:Tensor) -> Tensor:
+def _agreed(processes:Processes, loss:Tensor) -> Tensor:
     processes.apart = processes.apart or loss.requires_grad
     fine, value = processes.total(float(torch.isfinite(loss)), float(loss.detach()))
-    if fine < processes.count: return loss*math.nan
+    if fine < processes.count:
+        return loss*math.nan
     return loss if loss.requires_grad else torch.full_like(loss, value)
 
 @torch.no_grad()
-def _add_gradients(processes, params):
-    if not params: return
-    have = processes.total(*(float(p.grad is not None) for p in params)); params = [p for p, n in zip(params, have) if n]
+def _add_gradients(processes:Processes, params:list[nn.Parameter]) -> None:
+    if not params:
+        return
+    have = processes.total(*(float(p.grad is not None) for p in params))
+    params = [p for p, n in zip(params, have) if n]
     for kind in dict.fromkeys(p.dtype for p in params): # in the same order everywhere
         some = [p for p in params if p.dtype == kind]
-        flat = processes.acc.reduce(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in some]), 'sum')
-        for p, g in zip(some, flat.split([p.numel() for p in some])): p.grad = g.view_as(p).clone()
+        own = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in some]
+        flat = processes.acc.reduce(torch.cat(own), 'sum')
+        for p, g in zip(some, flat.split([p.numel() for p in some])):
+            p.grad = g.view_as(p).clone()

@@ -18,59 +18,113 @@ __all__ = ['PeakMemory', 'Progress', 'in_notebook', 'tracking', 'track']
 # %% ../../nbs/trainers/watch.ipynb #000c191a
 class PeakMemory:
     "Peak bytes while it is open: of the device on a GPU, of the process (above where it began) on a CPU; `None` where the system does not tell"
-    def __init__(self, device): self.device = device
-    def __enter__(self):
-        if self.device.type == 'cuda': torch.cuda.reset_peak_memory_stats(self.device)
-        else: self._clear(); self.start = _status('VmRSS')
-        return self
-    def __exit__(self, *a): pass
-    def bytes(self) -> int|None:
-        if self.device.type == 'cuda': return torch.cuda.max_memory_allocated(self.device)
-        top = _status('VmHWM'); return None if top is None or self.start is None else max(0, top - self.start)
-    def _clear(self):
-        try: Path('/proc/self/clear_refs').write_text('5')
-        except OSError: pass
+    def __init__(self, device):
+        self.device = device
 
-def _status(key):
-    try: return next(int(l.split()[1])*1024 for l in Path('/proc/self/status').read_text().splitlines() if l.startswith(key))
-    except (OSError, StopIteration): return None
+    def __enter__(self):
+        if self.device.type == 'cuda':
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            self._clear()
+            self.start = _status('VmRSS')
+        return self
+
+    def __exit__(self, *a):
+        pass
+
+    def bytes(self) -> int|None:
+        "The peak so far"
+        if self.device.type == 'cuda':
+            return torch.cuda.max_memory_allocated(self.device)
+        top = _status('VmHWM')
+        return None if top is None or self.start is None else max(0, top - self.start)
+
+    def _clear(self):
+        try:
+            Path('/proc/self/clear_refs').write_text('5')
+        except OSError:
+            pass
+
+def _status(key:str) -> int|None:
+    "What Linux says about this process, in bytes"
+    try:
+        lines = Path('/proc/self/status').read_text().splitlines()
+        return next(int(l.split()[1])*1024 for l in lines if l.startswith(key))
+    except (OSError, StopIteration):
+        return None
 
 # %% ../../nbs/trainers/watch.ipynb #000d191a
 class Progress:
     "A bar while training, one line when it is over; silent where nobody watches"
-    def __init__(self, name, steps, show=True):
+    def __init__(self, name:str, steps:int, show:bool=True):
         self.name, self.steps, self.t, self.handle = name, steps, 0., None
         self.nb, self.tty = show and in_notebook(), show and sys.stderr.isatty()
         if self.nb:
             from IPython.display import HTML, display
-            self.html = HTML; self.handle = display(HTML(''), display_id=True)
-    def update(self, step, row, force=False):
-        if not force and time.time() - self.t < .2: return
-        self.t = time.time(); said = f'{self.name}: step {step} of {self.steps}, ' + (f'loss {row["loss"]:.3f}' if row['nll'] is None else f'nll {row["nll"]:.3f}')
-        if self.handle: self.handle.update(self.html(f'<progress max="{self.steps}" value="{step}"></progress> {said}'))
-        elif self.tty: print(f'\r{said}', end='', file=sys.stderr, flush=True)
-    def close(self):
-        if self.handle: self.handle.update(self.html(''))
-        elif self.tty: print('\r' + ' '*70 + '\r', end='', file=sys.stderr, flush=True)
+            self.html = HTML
+            self.handle = display(HTML(''), display_id=True)
 
-def in_notebook():
-    try: from IPython import get_ipython
-    except ImportError: return False
-    ip = get_ipython(); return ip is not None and hasattr(ip, 'kernel')
+    def update(self, step:int, row:dict, force:bool=False) -> None:
+        "Show a step's row of the log, at most five times a second"
+        if not force and time.time() - self.t < .2:
+            return
+        self.t = time.time()
+        loss = f'loss {row["loss"]:.3f}' if row['nll'] is None else f'nll {row["nll"]:.3f}'
+        said = f'{self.name}: step {step} of {self.steps}, {loss}'
+        if self.handle:
+            self.handle.update(self.html(f'<progress max="{self.steps}" value="{step}"></progress> {said}'))
+        elif self.tty:
+            print(f'\r{said}', end='', file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        "Leave a clean page"
+        if self.handle:
+            self.handle.update(self.html(''))
+        elif self.tty:
+            print('\r' + ' '*70 + '\r', end='', file=sys.stderr, flush=True)
+
+def in_notebook() -> bool:
+    "Does a Jupyter kernel run this?"
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return False
+    shell = get_ipython()
+    return shell is not None and hasattr(shell, 'kernel')
 
 # %% ../../nbs/trainers/watch.ipynb #00a1191a
 @contextmanager
-def tracking(acc, settings):
+def tracking(acc, settings:dict):
     "Start the accelerator's trackers with the run's settings, and finish them whatever happens"
-    flat = lambda d, at='': {k: v for key, x in d.items() for k, v in (flat(x, f'{at}{key}.') if isinstance(x, dict) else {at + key: x if isinstance(x, (str, int, float, bool)) or x is None else json.dumps(x)}).items()}
-    if acc.log_with: acc.init_trackers('ftlab', config=flat(settings))
-    try: yield
+    if acc.log_with:
+        acc.init_trackers('ftlab', config=_flat(settings))
+    try:
+        yield
     finally:
-        for t in acc.trackers: t.finish() # not `end_training`, which ends the processes' talk for good: another run may follow
+        for t in acc.trackers:
+            t.finish() # not `end_training`, which ends the processes' talk for good: another run may follow
 
-def track(acc, row, steps, tokens) -> None:
-    "One row to every tracker; one that fails is left out from then on, with a warning: a lost connection must not cost a run"
-    values, step = {k: v for k, v in row.items() if k != 'step' and v is not None} | dict(tokens=tokens + row['tokens']), steps + row['step']
+def _flat(settings:dict, at:str='') -> dict:
+    "Nested settings under names with dots, each a text, a number or nothing, as trackers take them"
+    out = {}
+    for k, v in settings.items():
+        if isinstance(v, dict):
+            out |= _flat(v, f'{at}{k}.')
+        else:
+            out[at + k] = v if isinstance(v, (str, int, float, bool)) or v is None else json.dumps(v)
+    return out
+
+def track(acc,
+          row:dict,   # of the log
+          steps:int,  # of the stages before
+          tokens:int  # of the stages before
+         ) -> None:
+    "Give one row to every tracker; one that fails is left out from then on, with a warning: a lost connection must not cost a run"
+    values = {k: v for k, v in row.items() if k != 'step' and v is not None} | dict(tokens=tokens + row['tokens'])
+    step = steps + row['step']
     for t in list(acc.trackers):
-        try: t.log(values, step=step)
-        except Exception as e: acc.trackers.remove(t); warnings.warn(f'the tracker {t.name!r} failed at step {step} and gets no more rows: {type(e).__name__}: {e}')
+        try:
+            t.log(values, step=step)
+        except Exception as e:
+            acc.trackers.remove(t)
+            warnings.warn(f'the tracker {t.name!r} failed at step {step} and gets no more rows: {type(e).__name__}: {e}')

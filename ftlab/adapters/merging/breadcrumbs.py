@@ -4,10 +4,11 @@
 
 # %% ../../../nbs/adapters/merging/breadcrumbs.ipynb #0003506c
 from __future__ import annotations
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 import torch
 from torch import Tensor
-from ...core.paper import paper
+from ...core.paper import method
 from ...core.recipe import Recipe
 from ...native.magnitude import kth_magnitude, unpack_mask
 from ..edit import merge
@@ -16,34 +17,47 @@ from ..edit import merge
 __all__ = ['band', 'breadcrumbs', 'merge_breadcrumbs']
 
 # %% ../../../nbs/adapters/merging/breadcrumbs.ipynb #0011b202
-def band(beta:float=.85,   # the share of the smallest entries that is set to zero
-         gamma:float=.994, # entries above this quantile are set to zero too; 1: none
-         per:str='tensor'  # what entries are ranked within: 'tensor', or 'row' (the last axis, as in the official code)
-        ) -> Callable:     # edit(changes, model) -> changes
+@dataclass(frozen=True)
+class band:
     "Keep the entries of middle size. Raises `ValueError` for quantiles out of order."
-    if not 0 <= beta < gamma <= 1: raise ValueError(f'beta is {beta} and gamma {gamma}; it must be 0 <= beta < gamma <= 1')
-    if per not in ('tensor', 'row'): raise ValueError(f'per is {per!r}; it must be tensor or row')
-    def keep(c): # by rank: the `drop` largest are passed over, the next `k` are kept
-        n = c.numel(); drop, k = n - round(gamma*n), round(gamma*n) - round(beta*n)
-        return c.where(unpack_mask(kth_magnitude(c.contiguous(), k, 'mask', drop), c), 0) if k else torch.zeros_like(c)
-    def row_by_row(c):
-        rows = c.reshape(-1, c.shape[-1]) if c.ndim else c.reshape(1, 1); n = rows.shape[1]; at = rows.abs().argsort(dim=1, stable=True)[:, round(beta*n):round(gamma*n)]
-        return torch.zeros_like(rows).scatter(1, at, rows.gather(1, at)).view_as(c)
-    trim = keep if per == 'tensor' else row_by_row
-    def edit(changes, model): return {n: trim(c) for n, c in changes.items()}
-    edit.__name__ = f'band({beta}, {gamma})'
-    return edit
+    beta:float=.85    # the share of the smallest entries that is set to zero
+    gamma:float=.994  # entries above this quantile are set to zero too; 1: none
+    per:str='tensor'  # what entries are ranked within: 'tensor', or 'row' (the last axis, as in the official code)
 
-@paper('Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks', '2312.06795',
+    def __post_init__(self):
+        if not 0 <= self.beta < self.gamma <= 1:
+            raise ValueError(f'beta is {self.beta} and gamma {self.gamma}; it must be 0 <= beta < gamma <= 1')
+        if self.per not in ('tensor', 'row'): raise ValueError(f'per is {self.per!r}; it must be tensor or row')
+
+    def __call__(self, changes, model) -> dict:
+        trim = self.within_tensor if self.per == 'tensor' else self.within_rows
+        return {n: trim(c) for n, c in changes.items()}
+
+    def within_tensor(self, c:Tensor) -> Tensor:
+        "By rank: the `drop` largest are passed over, the next `k` are kept"
+        n = c.numel()
+        drop, k = n - round(self.gamma*n), round(self.gamma*n) - round(self.beta*n)
+        return c.where(unpack_mask(kth_magnitude(c.contiguous(), k, 'mask', drop), c), 0) if k else torch.zeros_like(c)
+
+    def within_rows(self, c:Tensor) -> Tensor:
+        "The same in each row"
+        rows = c.reshape(-1, c.shape[-1]) if c.ndim else c.reshape(1, 1)
+        n = rows.shape[1]
+        at = rows.abs().argsort(dim=1, stable=True)[:, round(self.beta*n):round(self.gamma*n)]
+        return torch.zeros_like(rows).scatter(1, at, rows.gather(1, at)).view_as(c)
+
+    def __repr__(self): return f'band({self.beta}, {self.gamma})'
+
+@method('Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks', '2312.06795',
     'Adding changes of which only the entries of middle size are kept stays good as tasks are added, with one scale chosen on the first few.',
-    'the abstract, the official code and mergekit\'s; defaults are the starting point of the official search')
+    'the abstract, the official code and mergekit\'s; defaults are the starting point of the official search',
+    waives={'accumulates': 'an entry at the very quantile may fall on either side by rounding'})
 def breadcrumbs(beta:float=.85, # the share of the smallest entries that is dropped
                 gamma:float=.994, # entries above this quantile are dropped
                 per:str='tensor' # rank within each tensor, or each 'row'
                ) -> Recipe:
     "Full fine-tuning of which the breadcrumbs are kept: one task's part of a merge, to be added to others' by `merge`"
-    return Recipe('breadcrumbs', edit=band(beta, gamma, per), arguments=dict(beta=beta, gamma=gamma, per=per),
-                  waives={'accumulates': 'an entry at the very quantile may fall on either side by rounding'})
+    return Recipe(edit=band(beta, gamma, per))
 
 def merge_breadcrumbs(changes:list[Mapping], # one change a task, all from one base
                       alpha:float=.2,   # the share of the sum that is taken, chosen once on a few tasks

@@ -4,11 +4,12 @@
 
 # %% ../../../nbs/adapters/merging/lines.ipynb #00037db1
 from __future__ import annotations
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 import torch
 from torch import Tensor
 from ...core.anatomy import anatomy
-from ...core.paper import paper
+from ...core.paper import Method, method
 from ...core.recipe import Recipe
 from ..edit import merge
 
@@ -18,31 +19,34 @@ __all__ = ['LINES', 'depth', 'by_depth', 'lines', 'merge_lines']
 # %% ../../../nbs/adapters/merging/lines.ipynb #0009b202
 def depth(model) -> dict[str, float]:
     "How deep each parameter lies: 0 in the embedding and the first block, 1 in the last block, the last norm and the head"
-    a = anatomy(model); last = len(a.blocks) - 1; places = a.places
+    a = anatomy(model)
+    last, places = len(a.blocks) - 1, a.places
     def share(block, part, role):
         if block is not None: return block/last if last else 1.
         return float(part == 'head' or role in ('final', 'head'))
     return {n: share(*place) for n, place in places.items()}
 
-def by_depth(alpha:float, # the share of the change that is kept at the shallow end
-             beta:float   # by how much that share grows from the first block to the last
-            ) -> Callable: # edit(changes, model) -> changes
+@dataclass(frozen=True)
+class by_depth:
     "Keep the share `alpha + beta*depth` of each tensor's change"
-    def edit(changes, model): at = depth(model); return {n: (alpha + beta*at[n])*c for n, c in changes.items()}
-    edit.__name__ = f'by_depth({alpha}, {beta})'
-    return edit
+    alpha:float # the share of the change that is kept at the shallow end
+    beta:float  # by how much that share grows from the first block to the last
+    def __call__(self, changes, model) -> dict:
+        at = depth(model)
+        return {n: (self.alpha + self.beta*at[n])*c for n, c in changes.items()}
+    def __repr__(self): return f'by_depth({self.alpha}, {self.beta})'
 
 LINES = dict(title='LiNeS: Post-training Layer Scaling Prevents Forgetting and Enhances Model Merging', arxiv='2410.17146',
     claim='Scaling a change up linearly with depth, after training, keeps the new skill and gives old ones back; it also improves merged models.',
     source='the abstract and the official code (LiNeS_scaling and the norms of aggregation.py); where embedding, last norm and head stand is our reading')
 
-@paper(**LINES)
+@method(**LINES)
 def lines(alpha:float=.5,         # the share kept in the first block; the paper chooses it on validation data, 0.5 is the middle of its sweep
           beta:float|None=None    # the growth from first to last; None: 1 - alpha, so that the last block keeps all
          ) -> Recipe:
     "Full fine-tuning, then LiNeS. `beta=0` scales all layers alike; a negative one is the reverse slope."
-    b = 1 - alpha if beta is None else beta
-    return Recipe('lines', edit=by_depth(alpha, b), arguments=dict(alpha=alpha, beta=b))
+    growth = 1 - alpha if beta is None else beta
+    return Recipe(Method(arguments=dict(beta=growth)), edit=by_depth(alpha, growth))
 
 def merge_lines(changes:list[Mapping], # one change a task, all from one base
                 model,                 # the base, for the depth of its layers
@@ -50,7 +54,8 @@ def merge_lines(changes:list[Mapping], # one change a task, all from one base
                 merged:Mapping|None=None # the sum by another rule (trimmed, with signs elected, ...); None: the plain sum
                ) -> dict[str, Tensor]:
     "LiNeS on a merged change: the first block keeps the average, so that `T` tasks do not add up to `T` times the change"
-    plain = merge(changes); merged = plain if merged is None else merged
+    plain = merge(changes)
+    merged = plain if merged is None else merged
     size = lambda c: float(sum(t.abs().sum(dtype=torch.float64) for t in c.values()))
     if not size(merged): raise ValueError('the merged change is zero everywhere, so it has no scale')
     return by_depth(size(plain)/size(merged)/len(changes), beta)(merged, model)

@@ -5,19 +5,21 @@
 # %% ../../../nbs/adapters/modules/lofit.ipynb #0003c9e7
 from __future__ import annotations
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from ...core.anatomy import anatomy
-from ...core.paper import paper
-from ...core.recipe import Recipe
+from ...core.paper import Method, method
+from ...core.recipe import Recipe, Stages, With
+from ...trainers.objective import Term, nll
 
 # %% auto #0
-__all__ = ['head_width', 'heads', 'HeadScale', 'HeadOffset', 'lasso', 'loudest', 'lofit']
+__all__ = ['head_width', 'heads', 'HeadScale', 'HeadOffset', 'lasso', 'loudest', 'every_head', 'tune', 'lofit']
 
 # %% ../../../nbs/adapters/modules/lofit.ipynb #0006c9e7
 def head_width(model) -> dict[str, int]:
-    "The output projection of each attention, by the name of its weight, and how many numbers one head writes there. Raises `ValueError` for a model whose heads cannot be told."
+    "The output projection of each attention, by the name of its weight, and how many values one head writes there. Raises `ValueError` for a model whose heads cannot be told."
     a, heads, out = anatomy(model), getattr(model.config, 'num_attention_heads', None), {}
     for b in a.blocks:
         n = b.attention['o']; width = a.shapes[n][0 if n in a.transposed else 1]
@@ -25,26 +27,34 @@ def head_width(model) -> dict[str, int]:
         out[n] = width//heads
     return out
 
-def heads(which:Iterable[tuple[int, int]] # (block, head), both counted from 0
-         ) -> Callable: # select(model, batches=None, seed=0) -> {name: mask}
+@dataclass(frozen=True, init=False)
+class heads:
     "Select what these heads say: the columns of the output projection that read it. Raises `ValueError` for a head that is not there."
-    which = sorted(set(map(tuple, which)))
-    def select(model, batches=None, seed=0):
+    which:tuple[tuple[int, int], ...]
+    def __init__(self, which): # (block, head) pairs, both counted from 0
+        object.__setattr__(self, 'which', tuple(sorted(set(map(tuple, which)))))
+
+    def __call__(self, model, batches=None, seed=0) -> dict: # {name: mask}
         widths, params, a, out = head_width(model), dict(model.named_parameters()), anatomy(model), {}
-        for block, head in which:
-            n = list(widths)[block] if block < len(widths) else None; w = widths.get(n)
-            if n is None or not 0 <= head < model.config.num_attention_heads: raise ValueError(f'there is no head {head} in block {block}; the model has {len(widths)} blocks of {model.config.num_attention_heads} heads')
-            mask = out.setdefault(n, torch.zeros_like(params[n], dtype=torch.bool)); (mask.T if n in a.transposed else mask)[:, head*w:(head + 1)*w] = True
+        for block, head in self.which:
+            n = list(widths)[block] if block < len(widths) else None
+            if n is None or not 0 <= head < model.config.num_attention_heads:
+                raise ValueError(f'there is no head {head} in block {block}; '
+                                 f'the model has {len(widths)} blocks of {model.config.num_attention_heads} heads')
+            mask, w = out.setdefault(n, torch.zeros_like(params[n], dtype=torch.bool)), widths[n]
+            (mask.T if n in a.transposed else mask)[:, head*w:(head + 1)*w] = True
         return out
-    select.__name__ = f'heads({len(which)})'
-    return select
+
+    def __repr__(self): return f'heads({len(self.which)})'
 
 # %% ../../../nbs/adapters/modules/lofit.ipynb #0008c9e7
 class HeadScale(nn.Module):
-    "`z (1 + A)` on a layer's input, number by number"
+    "`z (1 + A)` on a layer's input, value by value"
     kind, site = 'lofit.head_scale', 'input'
     def __init__(self, W:Tensor, mask=True, sigma:float=0.): # the weight [out, in]; the size of the noise that A starts from
-        super().__init__(); self.A = nn.Parameter(sigma*torch.randn(W.shape[1], dtype=W.dtype).to(W.device)); self.config = {}
+        super().__init__()
+        self.A = nn.Parameter(sigma*torch.randn(W.shape[1], dtype=W.dtype).to(W.device))
+        self.config = {}
     def forward(self, z): return z*(1 + self.A)
 
 class HeadOffset(nn.Module):
@@ -73,38 +83,59 @@ class HeadOffset(nn.Module):
         if len(self.columns.unique()) != len(self.columns): raise ValueError('columns names one twice')
     def forward(self, z): return z + torch.zeros_like(z[..., :1, :]).index_add(-1, self.columns, self.v.expand(*z.shape[:-2], 1, -1))
 
-def lasso(weight:float) -> Callable: # penalty(state) -> scalar
-    "Pay `weight` for each unit of the sum of the absolute values of everything that trains"
-    def penalty(state): return weight*sum(p.abs().sum() for p in state.attached.parameters().values())/len(state.batches)
-    penalty.__name__ = f'lasso({weight})'
-    return penalty
+@dataclass(frozen=True)
+class lasso(Term):
+    "A penalty on the sum of the absolute values of everything that trains"
+    weight:float # of one unit of it
+    def __call__(self, state) -> Tensor:
+        return self.weight*sum(p.abs().sum() for p in state.attached.parameters().values())/len(state.batches)
+    def __repr__(self): return f'lasso({self.weight})'
 
 def loudest(scales:Mapping[str, Tensor], width:Mapping[str, int], share:float) -> list[tuple[int, int]]: # (block, head), the loudest first
     "The `share` of all heads (one at least) whose learned scales are longest, from the scales at each output projection"
-    size = torch.stack([scales[n].view(-1, w).norm(dim=1) for n, w in width.items()]); k = max(1, round(share*size.numel()))
+    size = torch.stack([scales[n].view(-1, w).norm(dim=1) for n, w in width.items()])
+    k = max(1, round(share*size.numel()))
     return [divmod(int(i), size.shape[1]) for i in size.flatten().argsort(descending=True, stable=True)[:k]]
 
 # %% ../../../nbs/adapters/modules/lofit.ipynb #0009c9e7
-@paper('LoFiT: Localized Fine-tuning on LLM Representations', '2406.01563',
+def every_head(model, batches=None, seed=0) -> dict:
+    "Select all output projections of the attention"
+    return dict.fromkeys(head_width(model), True)
+
+@dataclass(frozen=True)
+class tune:
+    "The second run: an offset on each of the heads that the first one found"
+    share:float
+    by:str
+    sigma:float
+
+    def __call__(self, context) -> Recipe:
+        scales = {n: d.A.detach().clone() for n, d in context.runs[-1].delta.attached.deltas.items()}
+        context.reset()
+        width, model = head_width(context.model), context.model
+        chosen = loudest(scales, width, self.share)
+        if self.by == 'random':
+            all_heads = [(b, h) for b in range(len(width)) for h in range(model.config.num_attention_heads)]
+            chosen = random.Random(context.seed).sample(all_heads, len(chosen))
+        return Recipe(Method('offset heads', arguments=dict(heads=chosen)),
+                      select=heads(chosen), delta=With(HeadOffset, sigma=self.sigma))
+
+def _why(arguments):
+    why = {'folds': 'an offset of what heads say is a bias behind the output projection, and most models have none there'}
+    return why | ({'starts as the base': 'with sigma above 0 it starts from noise'} if arguments['sigma'] else {})
+
+@method('LoFiT: Localized Fine-tuning on LLM Representations', '2406.01563',
     'Offsets on the few attention heads that learned scales point to come close to LoRA with 20 to 200 times fewer numbers.',
-    'the abstract and the official code (lofit_trainer.py, modeling_llama.py, the training scripts); we start from zero, the code from small noise')
+    'the abstract and the official code (lofit_trainer.py, modeling_llama.py, the training scripts); we start from zero, the code from small noise',
+    lr=1e-2, lrs=(3e-3, 1e-2, 3e-2), waives=_why)
 def lofit(share:float=.1,    # the share of heads that get an offset
-          l1:float=5e-4,     # price of the sum of |A| while heads are chosen
+          l1:float=5e-4,     # weight of the sum of |A| while heads are chosen
           by:str='learned',  # 'learned' scales choose the heads, or 'random' (the baseline: same steps, other heads)
           sigma:float=0.     # size of the noise that A and v start from; 0.001 in the official code
          ) -> Recipe:
     "Localized fine-tuning of representations"
     if by not in ('learned', 'random'): raise ValueError(f'by is {by!r}; it must be learned or random')
     if not 0 < share <= 1: raise ValueError(f'share is {share}; it must be above 0 and at most 1')
-    def scale_all(W, mask=True): return HeadScale(W, mask, sigma)
-    def offset(W, mask=True): return HeadOffset(W, mask, sigma)
-    for f in (scale_all, offset): f.site = 'input'
-    def tune(ctx):
-        scales = {n: d.A.detach().clone() for n, d in ctx.runs[-1].delta.attached.deltas.items()}; ctx.reset()
-        width = head_width(ctx.model); chosen = loudest(scales, width, share)
-        if by == 'random': chosen = random.Random(ctx.seed).sample([(b, h) for b in range(len(width)) for h in range(ctx.model.config.num_attention_heads)], len(chosen))
-        return Recipe('offset heads', select=heads(chosen), delta=offset, arguments=dict(heads=chosen))
-    why = {'folds': 'an offset of what heads say is a bias behind the output projection, and most models have none there'} | ({'starts as the base': 'with sigma above 0 it starts from noise'} if sigma else {})
-    every = lambda model, batches=None, seed=0: dict.fromkeys(head_width(model), True)
-    return Recipe('lofit', stages=(Recipe('find heads', select=every, delta=scale_all, penalties=(lasso(l1),) if l1 else (), waives=why), tune),
-                  lr=1e-2, lrs=(3e-3, 1e-2, 3e-2), arguments=dict(share=share, l1=l1, by=by, sigma=sigma), waives=why)
+    first = Recipe(Method('find heads', waives=_why(dict(sigma=sigma))), select=every_head,
+                   delta=With(HeadScale, sigma=sigma), objective=nll() + lasso(l1) if l1 else None)
+    return Recipe(loop=Stages(first, tune(share, by, sigma)))

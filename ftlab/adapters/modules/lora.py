@@ -4,29 +4,40 @@
 
 # %% ../../../nbs/adapters/modules/lora.ipynb #00035be1
 from __future__ import annotations
-from functools import partial
-from ..select import named, parts
-from ...core.paper import paper
-from ...core.recipe import Recipe
+from dataclasses import dataclass
+from torch import nn
 from ..lowrank import LoRA
+from ..select import named, parts
+from ...core.paper import method
+from ...core.recipe import Recipe
 
 # %% auto #0
-__all__ = ['LORA', 'lora']
+__all__ = ['LORA', 'low_rank', 'lora']
 
 # %% ../../../nbs/adapters/modules/lora.ipynb #000aaf9e
 LORA = dict(title='LoRA: Low-Rank Adaptation of Large Language Models', arxiv='2106.09685',
     claim='Training a low-rank change of frozen weights matches full fine-tuning with a small share of its trainable numbers.',
     source='the abstract, and peft\'s implementation, with which the numbers are compared')
 
-@paper(**LORA)
+@dataclass(frozen=True)
+class low_rank:
+    "How `LoRA` is made at each weight; its options"
+    r:int=8
+    alpha:float=16.
+    dropout:float=0.
+    rs:bool=False
+    def __call__(self, W, mask=True) -> nn.Module: return LoRA(W, mask, self.r, self.alpha, self.dropout, self.rs)
+    def __repr__(self): return f'LoRA(r={self.r})'
+
+def _why(arguments): return {'accumulates': 'dropout draws other numbers for micro-batches'} if arguments['dropout'] else {}
+
+@method(**LORA, lr=3e-3, lrs=(1e-3, 3e-3, 1e-2), waives=_why)
 def lora(r:int=8,              # the rank
          alpha:float=16.,      # scale: alpha/r
-         targets:str|tuple=('attention', 'mlp'), # places as `parts` names them, or one regular expression for names
+         targets:str|tuple=('attention', 'mlp'), # parts as `parts` names them, or one regular expression for names
          dropout:float=0.,     # on the branch's input
          rs:bool=False         # scale by alpha/sqrt(r) instead
         ) -> Recipe:
     "LoRA on the matrices in `targets`"
     where = named(targets) if isinstance(targets, str) else parts(*targets)
-    make = partial(LoRA, r=r, alpha=alpha, dropout=dropout, rs=rs); make.site, make.__name__ = 'weight', f'LoRA(r={r})'
-    return Recipe('lora', select=where, delta=make, lr=3e-3, lrs=(1e-3, 3e-3, 1e-2), arguments=dict(r=r, alpha=alpha, targets=targets, dropout=dropout, rs=rs),
-                  waives={} if not dropout else {'accumulates': 'dropout draws other numbers for micro-batches'})
+    return Recipe(select=where, delta=low_rank(r, alpha, dropout, rs))

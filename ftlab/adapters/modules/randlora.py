@@ -5,15 +5,16 @@
 # %% ../../../nbs/adapters/modules/randlora.ipynb #00039920
 from __future__ import annotations
 import math
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import lru_cache
 import torch
 from torch import Tensor, nn
 from ..select import named, parts
-from ...core.paper import paper
+from ...core.paper import method
 from ...core.recipe import Recipe
 
 # %% auto #0
-__all__ = ['random_bases', 'RandLoRA', 'randlora']
+__all__ = ['random_bases', 'RandLoRA', 'mixture', 'randlora']
 
 # %% ../../../nbs/adapters/modules/randlora.ipynb #000caf9e
 @lru_cache(16)
@@ -51,15 +52,24 @@ class RandLoRA(nn.Module):
     def branch(self, x): left, right = self.pair(); return self.s*((x @ right.T) @ left.T)
 
 # %% ../../../nbs/adapters/modules/randlora.ipynb #0011af9e
-@paper('RandLoRA: Full-rank parameter-efficient fine-tuning of large models', '2502.00987',
+@dataclass(frozen=True)
+class mixture:
+    "How `RandLoRA` is made at each weight; its options"
+    r:int=32
+    alpha:float|None=None
+    sparse:bool=False
+    def __call__(self, W, mask=True) -> nn.Module: return RandLoRA(W, mask, self.r, self.alpha, self.sparse)
+    def __repr__(self): return f'RandLoRA(r={self.r})'
+
+@method('RandLoRA: Full-rank parameter-efficient fine-tuning of large models', '2502.00987',
     'A change of full rank, a learned mixture of fixed random low-rank products, closes most of the gap between LoRA and full fine-tuning with as few trained numbers.',
-    'the abstract and peft\'s implementation, with which the numbers are compared')
-def randlora(r:int=32,              # the rank of one random term; smaller means more trained numbers
+    'the abstract and peft\'s implementation, with which the numbers are compared',
+    lr=3e-3, lrs=(1e-3, 3e-3, 1e-2), toy=dict(r=4))
+def randlora(r:int=32,              # the rank of one random term; smaller means more trained parameters
              alpha:float|None=None, # scale: alpha/r; None: 20 r
-             targets:str|tuple=('attention', 'mlp'), # places as `parts` names them, or one regular expression for names
+             targets:str|tuple=('attention', 'mlp'), # parts as `parts` names them, or one regular expression for names
              sparse:bool=False      # ternary bases
             ) -> Recipe:
     "RandLoRA on the matrices in `targets`"
-    make = partial(RandLoRA, r=r, alpha=alpha, sparse=sparse); make.site, make.__name__ = 'weight', f'RandLoRA(r={r})'
-    return Recipe('randlora', select=named(targets) if isinstance(targets, str) else parts(*targets), delta=make, lr=3e-3, lrs=(1e-3, 3e-3, 1e-2),
-                  arguments=dict(r=r, alpha=alpha, targets=targets, sparse=sparse))
+    where = named(targets) if isinstance(targets, str) else parts(*targets)
+    return Recipe(select=where, delta=mixture(r, alpha, sparse))

@@ -6,12 +6,13 @@
 from __future__ import annotations
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from ..delta import Entries
 from ...core.anatomy import anatomy
-from ...core.paper import paper
-from ...core.recipe import Recipe
+from ...core.paper import method
+from ...core.recipe import Recipe, name_of
 from ...lab.digits import FLOW_FAMILIES
 
 # %% auto #0
@@ -24,35 +25,45 @@ class Scale(nn.Module):
     "`γ ⊙ W`: one factor for each row of a matrix, that is for each channel that its layer writes; starts at 1"
     kind, site = 'difffit', 'weight'
     def __init__(self, W:Tensor, mask=True):
-        super().__init__(); self.more = nn.Parameter(torch.zeros(W.shape[0], dtype=W.dtype, device=W.device)); self.config = {} # γ - 1, so that weight decay pulls towards the base
+        super().__init__()
+        self.more = nn.Parameter(torch.zeros(W.shape[0], dtype=W.dtype, device=W.device)) # γ - 1, so that weight decay pulls towards the base
+        self.config = {}
     def forward(self, W): return (1 + self.more)[:, None]*W
 
-def either(delta:Callable # (weight, mask) -> module, for matrices
-          ) -> Callable:  # a delta for selections that hold both
-    "Write the change of a tensor that was selected whole by `delta`, of one that was selected by a mask as free numbers"
-    def written(W, mask=True): return delta(W) if mask is True else Entries(W, mask)
-    written.vectors, written.__name__ = True, f'either({getattr(delta, "__name__", "delta")})'
-    return written
+@dataclass(frozen=True)
+class either:
+    "Write the change of a tensor that was selected whole by `delta`, of one that was selected by a mask as free entries"
+    delta:Callable # (weight, mask) -> module, for matrices
+    vectors = True # masks may be of vectors
+    def __call__(self, W, mask=True) -> nn.Module: return self.delta(W) if mask is True else Entries(W, mask)
+    def __repr__(self): return f'either({name_of(self.delta)})'
 
-def knobs(scaled:float=.5,      # the share of the blocks, from the first, whose two branches get a scale
-          classes:str=CLASSES   # how class embeddings are called
-         ) -> Callable:         # select(model, batches=None, seed=0) -> {name: True for matrices to be scaled, a full mask for what moves itself}
+@dataclass(frozen=True)
+class knobs:
     "Select biases, norms and class embeddings to move, and the last matrices of attention and MLP to be scaled"
-    if not 0 <= scaled <= 1: raise ValueError(f'scaled is {scaled}; it is a share of the blocks, between 0 and 1')
-    def select(model, batches=None, seed=0):
-        a = anatomy(model, FLOW_FAMILIES); first = a.blocks[:round(scaled*len(a.blocks))]
-        small = lambda n, p: n.endswith('bias') or p.ndim == 1 and a.place(n)[1] == 'norm' or re.search(classes, n)
+    scaled:float=.5      # the share of the blocks, from the first, whose two branches get a scale
+    classes:str=CLASSES  # how class embeddings are called
+
+    def __post_init__(self):
+        if not 0 <= self.scaled <= 1:
+            raise ValueError(f'scaled is {self.scaled}; it is a share of the blocks, between 0 and 1')
+
+    def __call__(self, model, batches=None, seed=0) -> dict: # {name: True for matrices to be scaled, a full mask for what moves itself}
+        a = anatomy(model, FLOW_FAMILIES)
+        first = a.blocks[:round(self.scaled*len(a.blocks))]
+        small = lambda n, p: n.endswith('bias') or p.ndim == 1 and a.place(n)[1] == 'norm' or re.search(self.classes, n)
         own = {n: torch.ones_like(p, dtype=torch.bool) for n, p in model.named_parameters() if small(n, p)}
         return own | {n: True for b in first for n in (b.attention['o'], b.mlp['down'])}
-    select.__name__ = f'knobs({scaled})'
-    return select
+
+    def __repr__(self): return f'knobs({self.scaled})'
 
 # %% ../../../nbs/adapters/subsets/difffit.ipynb #0006a3cf
-@paper('DiffFit: Unlocking Transferability of Large Diffusion Models via Simple Parameter-Efficient Fine-Tuning', '2304.06648',
+@method('DiffFit: Unlocking Transferability of Large Diffusion Models via Simple Parameter-Efficient Fine-Tuning', '2304.06648',
     'Training biases, norms, class embedding and new branch scales adapts a diffusion transformer as well as training all of it.',
-    'the abstract; mkshing/DiffFit-pytorch and lawrence-cj/LLaMA-DiffFit; that the first half of the blocks is scaled is our reading of the latter')
+    'the abstract; mkshing/DiffFit-pytorch and lawrence-cj/LLaMA-DiffFit; that the first half of the blocks is scaled is our reading of the latter',
+    lr=1e-2, lrs=(3e-3, 1e-2, 3e-2))
 def difffit(scaled:float=.5,     # the share of the blocks, from the first, that get scales
             classes:str=CLASSES  # how class embeddings are called: a regular expression
            ) -> Recipe:
     "Biases, norms, class embeddings, and a scale on each branch"
-    return Recipe('difffit', select=knobs(scaled, classes), delta=either(Scale), arguments=dict(scaled=scaled, classes=classes), lrs=(3e-3, 1e-2, 3e-2), lr=1e-2)
+    return Recipe(select=knobs(scaled, classes), delta=either(Scale))

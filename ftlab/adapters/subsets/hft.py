@@ -5,29 +5,36 @@
 # %% ../../../nbs/adapters/subsets/hft.ipynb #00037acd
 from __future__ import annotations
 import random
-from collections.abc import Callable
+from dataclasses import dataclass
 from ...core.anatomy import anatomy
-from ...core.paper import paper
+from ...core.paper import method
 from ...core.recipe import Recipe
 
 # %% auto #0
 __all__ = ['half', 'hft']
 
 # %% ../../../nbs/adapters/subsets/hft.ipynb #00057acd
-def half(ratio:float=.5,            # the share of each category that moves
-         granularity:str='matrix'   # what is drawn: 'matrix' (the paper's), 'block' or 'model' (its two weaker variants: whole blocks; matrices of the whole model, whatever their place)
-        ) -> Callable:              # select(model, batches=None, seed=0) -> {name: True}
+@dataclass(frozen=True)
+class half:
     "Select a random `ratio` of the matrices and norms; embeddings, head and everything outside the blocks always move"
-    if not 0 < ratio <= 1: raise ValueError(f'ratio is {ratio}; it must be above 0 and at most 1')
-    if granularity not in ('matrix', 'block', 'model'): raise ValueError(f'granularity is {granularity!r}; it must be matrix, block or model')
-    def select(model, batches=None, seed=0):
-        a, rng = anatomy(model), random.Random(seed); inside = {n for b in a.blocks for n in b.parameters}
+    ratio:float=.5            # the share of each category that moves
+    granularity:str='matrix'  # what is drawn: 'matrix' (the paper's), 'block' or 'model' (its two weaker variants: whole blocks; matrices of the whole model, whatever their place)
+
+    def __post_init__(self):
+        if not 0 < self.ratio <= 1: raise ValueError(f'ratio is {self.ratio}; it must be above 0 and at most 1')
+        if self.granularity not in ('matrix', 'block', 'model'):
+            raise ValueError(f'granularity is {self.granularity!r}; it must be matrix, block or model')
+
+    def __call__(self, model, batches=None, seed=0) -> dict: # {name: True}
+        a, rng = anatomy(model), random.Random(seed)
+        inside = {n for b in a.blocks for n in b.parameters}
         out = {n: True for n, _ in model.named_parameters() if n not in inside}
-        for n in _draw(a, ratio, granularity, rng): out[n] = True
-        biases = {b.biases[r] for b in a.blocks for r, n in {**b.attention, **b.mlp, **b.norms}.items() if n in out and b.biases.get(r)}
+        for n in _draw(a, self.ratio, self.granularity, rng): out[n] = True
+        homes = [(b, r, n) for b in a.blocks for r, n in {**b.attention, **b.mlp, **b.norms}.items()]
+        biases = {b.biases[r] for b, r, n in homes if n in out and b.biases.get(r)}
         return {n: True for n, _ in model.named_parameters() if n in out or n in biases}
-    select.__name__ = f'half({ratio}, {granularity})'
-    return select
+
+    def __repr__(self): return f'half({self.ratio}, {self.granularity})'
 
 def _draw(a, ratio, granularity, rng):
     "The names that move inside the blocks"
@@ -42,11 +49,11 @@ def _draw(a, ratio, granularity, rng):
     return out
 
 # %% ../../../nbs/adapters/subsets/hft.ipynb #000b7acd
-@paper('HFT: Half Fine-Tuning for Large Language Models', '2404.18466',
+@method('HFT: Half Fine-Tuning for Large Language Models', '2404.18466',
     'Fine-tuning a random half of the parameters learns as well as fine-tuning all of them and forgets less.',
     'the abstract and summaries of the paper; how odd groups other than the MLP are split is our reading')
 def hft(ratio:float=.5, # the share of each category that moves
         granularity:str='matrix' # 'matrix' (the paper's), 'block' or 'model'
        ) -> Recipe:
     "Half fine-tuning"
-    return Recipe('hft', select=half(ratio, granularity), arguments=dict(ratio=ratio, granularity=granularity))
+    return Recipe(select=half(ratio, granularity))

@@ -5,18 +5,17 @@
 # %% ../../../nbs/adapters/subsets/lift.ipynb #00034d1a
 from __future__ import annotations
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..select import parts
-from ...core.paper import paper
-from ...core.recipe import Recipe
-from ...native.magnitude import kth_magnitude
 from ..delta import Entries
+from ...core.paper import method
+from ...core.recipe import Loop, Recipe, With
+from ...native.magnitude import kth_magnitude
 
 # %% auto #0
-__all__ = ['SCORES', 'scores', 'best', 'principal', 'Refresh', 'lift']
+__all__ = ['SCORES', 'HELD', 'scores', 'best', 'principal', 'Refresh', 'lift']
 
 # %% ../../../nbs/adapters/subsets/lift.ipynb #0009c9fb
 SCORES = ('principal', 'magnitude', 'random')
@@ -40,47 +39,76 @@ def best(s:Tensor, # scores of a matrix
     "The places with the highest score; ties go to the first"
     return kth_magnitude(s.contiguous(), min(sum(s.shape)*r, s.numel()), 'indices').long()
 
-def principal(r:int=8, by:str='principal', filter_rank:int|None=None, where:Callable|None=None) -> Callable: # select(model, batches=None, seed=0) -> {name: mask}
-    "Select LIFT's entries in every matrix of `where` (None: attention and MLP), or those of its baselines"
-    if by not in SCORES: raise ValueError(f'by is {by!r}; it must be {", ".join(SCORES)}')
-    def select(model, batches=None, seed=0):
+@dataclass(frozen=True)
+class principal:
+    "Select LIFT's entries in every matrix of `where`, or those of its baselines"
+    r:int=8                     # the budget, as in `best`
+    by:str='principal'          # as in `scores`
+    filter_rank:int|None=None   # as in `scores`
+    where:Callable|None=None    # a selection; None: attention and MLP
+
+    def __post_init__(self):
+        if self.by not in SCORES: raise ValueError(f'by is {self.by!r}; it must be {", ".join(SCORES)}')
+
+    def indices(self, W:Tensor, seed:int=0) -> Tensor:
+        "The entries of one matrix, counted row by row"
+        return best(scores(W, self.by, self.filter_rank, seed), self.r)
+
+    def __call__(self, model, batches=None, seed=0) -> dict: # {name: mask}
         params, out = dict(model.named_parameters()), {}
-        for i, n in enumerate((where or parts())(model, batches, seed)):
-            if (W := params[n].detach()).ndim != 2: continue # the bias of a part has no directions
-            out[n] = torch.zeros(W.numel(), dtype=torch.bool, device=W.device).index_fill_(0, best(scores(W, by, filter_rank, seed + i), r), True).view_as(W)
+        for i, n in enumerate((self.where or parts())(model, batches, seed)):
+            W = params[n].detach()
+            if W.ndim != 2: continue # the bias of a part has no directions
+            mask = torch.zeros(W.numel(), dtype=torch.bool, device=W.device)
+            out[n] = mask.index_fill_(0, self.indices(W, seed + i), True).view_as(W)
         return out
-    select.__name__ = f'principal({r}, {by})'
-    return select
+
+    def __repr__(self): return f'principal({self.r}, {self.by})'
 
 # %% ../../../nbs/adapters/subsets/lift.ipynb #000bc9fb
 class Refresh:
-    "Every so many steps, choose the places again from the weights as they are; new ones start without moments"
-    def __init__(self, every:int, choose:Callable): self.every, self.choose, self.opt, self.hook = every, choose, None, None # choose(W) -> places
+    "Every so many steps, choose the entries again from the weights as they are; new ones start without moments"
+    def __init__(self, every:int,          # steps
+                 choose:Callable): # (weight [out, in]) -> indices
+        self.every, self.choose, self.deltas, self.known = every, choose, {}, False
+
+    def before_load(self, state): self.deltas = state.attached.deltas
+
     def before_fit(self, state):
-        if state.step >= self.every: raise ValueError(f'this run has chosen its places anew, at step {self.every} or later, and a checkpoint does not hold them; start it again without resume')
-        self.ours = {id(d.value) for d in state.attached.deltas.values()}; self.hook = register_optimizer_step_post_hook(self.listen)
-    def listen(self, opt, args, kwargs):
-        if any(id(p) in self.ours for g in opt.param_groups for p in g['params']): self.opt = opt
+        if state.step >= self.every and not self.known:
+            raise ValueError(f'this run has chosen its entries anew, at step {self.every} or later, and its checkpoint does not hold them; start it again without resume')
+
     @torch.no_grad()
     def after_step(self, state):
         if state.step % self.every or state.step >= state.steps: return
         for n, d in state.attached.deltas.items():
             new = d.move(self.choose(state.attached.weight(n)[1]))
-            for t in self.opt.state[d.value].values() if self.opt else ():
+            moments = state.optimizer.state[d.value].values() if state.optimizer else ()
+            for t in moments:
                 if torch.is_tensor(t) and t.shape == d.value.shape: t[new] = 0.
-    def after_fit(self, state):
-        if self.hook: self.hook.remove()
 
-@paper('LIFT the Veil for the Truth: Principal Weights Emerge after Rank Reduction for Reasoning-Focused Supervised Fine-Tuning', '2506.00772',
+    def state_dict(self) -> dict:
+        "Which entries each delta holds and has left; their values and moments are the run's parameters and optimizer state"
+        return {n: {k: getattr(d, k) for k in HELD} for n, d in self.deltas.items()}
+
+    def load_state_dict(self, kept) -> None:
+        "Go on with the entries of a checkpoint"
+        for n, d in self.deltas.items(): d.hold(**kept[n])
+        self.known = True
+
+HELD = ('index', 'left_index', 'left_value')
+
+@method('LIFT the Veil for the Truth: Principal Weights Emerge after Rank Reduction for Reasoning-Focused Supervised Fine-Tuning', '2506.00772',
     'Tuning only the entries that are largest after rank reduction learns better than tuning everything and keeps more of the old.',
-    'the abstract and the official code (sparseAdam.py and its settings); filter rank and budget are scaled to small models')
-def lift(r:int=8,                # the budget: as many numbers as LoRA of this rank
+    'the abstract and the official code (sparseAdam.py and its settings); filter rank and budget are scaled to small models',
+    lr=3e-3, lrs=(1e-3, 3e-3, 1e-2))
+def lift(r:int=8,                # the budget: as many parameters as LoRA of this rank
          filter_rank:int|None=None, # directions kept before the size is looked at; None: one in 64
          by:str='principal',     # 'principal' is the paper's; 'magnitude' and 'random' its baselines
-         every:int=400           # steps between two choices of the places; 0: never again. 'random' is drawn once
+         every:int=400           # steps between two choices of the entries; 0: never again. 'random' is drawn once
         ) -> Recipe:
     "Low-rank informed sparse fine-tuning"
     if every < 0: raise ValueError(f'every is {every}; it must be 0 or more steps')
-    again = (partial(Refresh, every, lambda W: best(scores(W, by, filter_rank), r)),) if every and by != 'random' else ()
-    return Recipe('lift', select=principal(r, by, filter_rank), delta=Entries, callbacks=again, lr=3e-3, lrs=(1e-3, 3e-3, 1e-2),
-                  arguments=dict(r=r, filter_rank=filter_rank, by=by, every=every))
+    chosen = principal(r, by, filter_rank)
+    again = Loop(callbacks=(With(Refresh, every=every, choose=chosen.indices),)) if every and by != 'random' else None
+    return Recipe(select=chosen, delta=Entries, loop=again)

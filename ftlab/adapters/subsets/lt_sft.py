@@ -4,49 +4,75 @@
 
 # %% ../../../nbs/adapters/subsets/lt_sft.ipynb #0003950f
 from __future__ import annotations
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 import torch
 from torch import Tensor
 from ..select import parts
-from ...core.paper import paper
-from ...core.recipe import Recipe
-from ...native.magnitude import kth_magnitude, unpack_mask
 from ..delta import Entries
+from ...core.paper import Method, method
+from ...core.recipe import Recipe, Stages
+from ...native.magnitude import kth_magnitude, unpack_mask
+from ...trainers.objective import Term, nll
 
 # %% auto #0
-__all__ = ['short', 'moved_most', 'lt_sft']
+__all__ = ['MOVABLE', 'WHY', 'short', 'moved_most', 'these', 'tune_what_moved', 'lt_sft']
 
 # %% ../../../nbs/adapters/subsets/lt_sft.ipynb #0013c9fb
-def short(weight:float # price of one unit of mean distance from the start, over all numbers of the model
-         ) -> Callable: # penalty(state) -> scalar
-    "Pay for the distance that numbers have moved, |theta - theta0|, summed and divided by the size of the model"
-    def penalty(state):
-        att = state.attached; start = state.extra.setdefault('start', {n: att.before(n).to(state.device) for n in att.whole})
+@dataclass(frozen=True)
+class short(Term):
+    "A penalty on the distance that parameters have moved, |theta - theta0|, summed and divided by the size of the model"
+    weight:float # of one unit of mean distance from the start, over all parameters of the model
+
+    def __call__(self, state) -> Tensor:
+        att = state.attached
+        start = state.extra.setdefault('start', {n: att.before(n).to(state.device) for n in att.whole})
         far = sum((p if '::' in n else p - start[n]).abs().sum() for n, p in att.parameters().items())
         size = sum(p.numel() for p in state.model.parameters()) - sum(p.numel() for d in att.deltas.values() for p in d.parameters())
-        return weight*far/size/len(state.batches)
-    penalty.__name__ = f'short({weight})'
-    return penalty
+        return self.weight*far/size/len(state.batches)
+
+    def __repr__(self): return f'short({self.weight})'
 
 @torch.no_grad()
-def moved_most(model, before:Mapping, names, density:float) -> dict[str, Tensor]: # {name: mask}; tensors without a place are left out
-    "Mark the `density` share of the numbers in `names` that differ most from `before`, all tensors ranked together"
-    params = dict(model.named_parameters()); names = list(names)
-    far = [(params[n] - before[n].to(params[n].device)).contiguous() for n in names]; k = max(1, round(density*sum(f.numel() for f in far)))
+def moved_most(model, before:Mapping, names, density:float) -> dict[str, Tensor]: # {name: mask}; tensors without an entry are left out
+    "Mark the `density` share of the entries in `names` that differ most from `before`, all tensors ranked together"
+    params, names = dict(model.named_parameters()), list(names)
+    far = [(params[n] - before[n].to(params[n].device)).contiguous() for n in names]
+    k = max(1, round(density*sum(f.numel() for f in far)))
     masks = {n: unpack_mask(m, f) for n, m, f in zip(names, kth_magnitude(far, k, 'mask'), far)}
     return {n: m for n, m in masks.items() if m.any()}
 
-@paper('Composable Sparse Fine-Tuning for Cross-Lingual Transfer', '2110.07560',
+@dataclass(frozen=True, eq=False)
+class these:
+    "Select what was found before"
+    masks:Mapping[str, Tensor]
+    def __call__(self, model, batches=None, seed=0) -> Mapping: return self.masks
+    def __repr__(self): return f'these({len(self.masks)})'
+
+MOVABLE = parts('attention', 'mlp', 'bias', 'embedding', 'head', 'other')
+
+@dataclass(frozen=True)
+class tune_what_moved:
+    "The second run: everything put back, and only what moved most is free"
+    density:float
+    l1:float
+    def __call__(self, context) -> Recipe:
+        masks = moved_most(context.model, context.before, MOVABLE(context.model), self.density)
+        context.reset()
+        return Recipe('tune what moved', select=these(masks), delta=Entries, objective=_held(self.l1))
+
+def _held(l1): return nll() + short(l1) if l1 else None
+
+WHY = {'accumulates': 'a parameter at the very rank K may be chosen or not by rounding'}
+
+@method('Composable Sparse Fine-Tuning for Cross-Lingual Transfer', '2110.07560',
     'Sparse changes at the numbers that moved most in a first run can be added: task and language learned apart work together.',
-    'the abstract and the official code (lt_sft.py, trainer.py and the tagging script); exact K instead of a threshold')
-def lt_sft(density:float=.08, # the share of the numbers that may move in the second run
-           l1:float=0.        # price of the mean distance from the start, in both runs
+    'the abstract and the official code (lt_sft.py, trainer.py and the tagging script); exact K instead of a threshold',
+    waives=WHY)
+def lt_sft(density:float=.08, # the share of the parameters that may move in the second run
+           l1:float=0.        # weight of the mean distance from the start, in both runs
           ) -> Recipe:
     "Lottery-ticket sparse fine-tuning: train all, keep what moved most, put back, train that. Half of the steps go to each run."
     if not 0 < density <= 1: raise ValueError(f'density is {density}; it must be above 0 and at most 1')
-    pay, movable = (short(l1),) if l1 else (), parts('attention', 'mlp', 'bias', 'embedding', 'head', 'other')
-    def tune_what_moved(ctx):
-        masks = moved_most(ctx.model, ctx.before, movable(ctx.model), density); ctx.reset()
-        return Recipe('tune what moved', select=lambda model, batches=None, seed=0: masks, delta=Entries, penalties=pay)
-    why = {'accumulates': 'a number at the very rank K may be chosen or not by rounding'}
-    return Recipe('lt_sft', stages=(Recipe('find what moves', select=movable, penalties=pay, waives=why), tune_what_moved), arguments=dict(density=density, l1=l1), waives=why)
+    first = Recipe(Method('find what moves', waives=WHY), select=MOVABLE, objective=_held(l1))
+    return Recipe(loop=Stages(first, tune_what_moved(density, l1)))

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
-from ...core.paper import paper
+from ...core.paper import Evidence, study
 
 # %% auto #0
 __all__ = ['TIME', 'SKIP', 'ARMS', 'ELM', 'neuron', 'LSTM', 'auc', 'imitate', 'score', 'elm']
@@ -108,16 +108,18 @@ def score(model, seed:int=0, split:str='test') -> float:
     return auc((chance if model is None else model(x))[:, SKIP:], y[:, SKIP:])
 
 # %% ../../../nbs/beyond/brain/elm.ipynb #000e0c77
-@paper('The Expressive Leaky Memory Neuron: an Efficient and Expressive Phenomenological Neuron Model Can Solve Long-Horizon Tasks', '2306.16922',
+@study('The Expressive Leaky Memory Neuron: an Efficient and Expressive Phenomenological Neuron Model Can Solve Long-Horizon Tasks', '2306.16922',
     'A unit with a few slowly leaking memories, updated through one small network, imitates a cortical neuron with few numbers; its slow memories are what does it.',
-    'the authors\' code (AaronSpieler/elmneuron: model, utilities, training script) in full and the paper\'s abstract; the neuron that is imitated here is our own synthetic one')
+    'the authors\' code (AaronSpieler/elmneuron: model, utilities, training script) in full and the paper\'s abstract; the neuron that is imitated here is our own synthetic one',
+    toy=dict(steps=2))
 def elm(seed:int=0,        # of the recordings, the weights and the order
         rates:dict|None=None, # arm -> learning rate; None: 0.01 for all
         steps:int=250      # of training
-       ) -> dict[str, dict[str, float]]: # arm -> auc, numbers
-    "Imitate one synthetic neuron by an ELM neuron, by one whose memories are short, and by an LSTM of the same size"
-    out = {}
+       ) -> Evidence:      # auc and numbers (of parameters) of each arm, 'elm.auc'; 'neuron.auc' is the neuron itself
+    "Imitate one synthetic neuron by an ELM neuron, by one whose memories are short, and by an LSTM of the same size. Raises `ValueError` for an arm that is none."
+    if odd := sorted(set(rates or {}) - set(ARMS)): raise ValueError(f'rates has {odd[0]!r}; the arms are {", ".join(ARMS)}')
+    values = {'neuron.auc': score(None, seed)}
     for arm in ARMS:
         model = imitate(arm, (rates or {}).get(arm, 1e-2), seed, steps)
-        out[arm] = dict(auc=score(model, seed), numbers=sum(p.numel() for p in model.parameters()))
-    return out | dict(neuron=dict(auc=score(None, seed)))
+        values |= {f'{arm}.auc': score(model, seed), f'{arm}.numbers': sum(p.numel() for p in model.parameters())}
+    return Evidence(values, dict(auc='area under the curve', numbers='parameters'))

@@ -4,17 +4,18 @@
 
 # %% ../../../nbs/evaluators/decoding/copilot.ipynb #000370e1
 from __future__ import annotations
+from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from ...core.generate import left_pad, render
-from ...core.paper import paper
-from ...core.recipe import Learner, Recipe
+from ...core.paper import method
+from ...core.recipe import Learner, Loop, Recipe
 from ...core.state import MODEL_INPUTS
 from ...trainers.objective import priced
 
 # %% auto #0
-__all__ = ['mistakes', 'Attend', 'Copilot', 'thoughts', 'foresight', 'answer_together', 'copilot']
+__all__ = ['mistakes', 'Attend', 'Copilot', 'thoughts', 'foresight', 'answer_together', 'small_copilot', 'together', 'copilot']
 
 # %% ../../../nbs/evaluators/decoding/copilot.ipynb #000670e1
 def mistakes(logits:Tensor, # [batch, tokens, words]: what the Pilot says of the next token
@@ -86,7 +87,26 @@ def _together(pilot, copilot, tok, b, lam, limit, sample):
     return [tok.decode(r[:r.index(end)] if end in r else r, skip_special_tokens=True).strip() for r in said]
 
 # %% ../../../nbs/evaluators/decoding/copilot.ipynb #000e70e1
-@paper('Transformer Copilot: Learning from The Mistake Log in LLM Fine-tuning', '2505.16270',
+@dataclass(frozen=True)
+class small_copilot:
+    "How the Copilot of a Pilot is made"
+    width:int=64
+    layers:int=2
+    heads:int=4
+    def __call__(self, state) -> nn.Module:
+        c = state.model.config
+        return Copilot(c.hidden_size, c.vocab_size, self.width, self.layers, self.heads)
+    def __repr__(self): return 'make'
+
+@dataclass(frozen=True)
+class together:
+    "A decoder: see `answer_together`"
+    lam:float=.3
+    def __call__(self, models, tok, prompts, **options) -> list[str]:
+        return answer_together(models['tuned'], models['copilot'], tok, prompts, self.lam, **options)
+    def __repr__(self): return f'answer_together({self.lam:g})'
+
+@method('Transformer Copilot: Learning from The Mistake Log in LLM Fine-tuning', '2505.16270',
     'A small second model that learns the log of the first one\'s mistakes corrects its answers better than the same numbers spent on the first would.',
     'the abstract, the project\'s page and summaries; what each layer attends to, the fresh start and the width are our reading')
 def copilot(lam:float=.3,  # how much of the correction is added
@@ -94,7 +114,5 @@ def copilot(lam:float=.3,  # how much of the correction is added
             lr:float|None=1e-3 # the Copilot's own peak learning rate; None: the run's
            ) -> Recipe:
     "Fine-tune as always, with a Copilot that learns the mistakes and corrects the answers"
-    def make(state): return Copilot(state.model.config.hidden_size, state.model.config.vocab_size, width, layers, heads)
-    def decode(models, tok, prompts, **options): return answer_together(models['tuned'], models['copilot'], tok, prompts, lam, **options)
-    decode.__name__ = f'answer_together({lam:g})'
-    return Recipe('copilot', learners=dict(copilot=Learner(make, foresight, lr)), decode=decode, arguments=dict(lam=lam, width=width, layers=layers, heads=heads, lr=lr))
+    learner = Learner(small_copilot(width, layers, heads), foresight, lr)
+    return Recipe(loop=Loop(learners=dict(copilot=learner)), decode=together(lam))

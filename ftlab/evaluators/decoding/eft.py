@@ -4,44 +4,61 @@
 
 # %% ../../../nbs/evaluators/decoding/eft.ipynb #0003ac63
 from __future__ import annotations
-from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
 import torch
+from torch import Tensor
 from ...core.loading import load
-from ...core.paper import paper
+from ...core.paper import method
 from ...core.recipe import Recipe
 from ..decode import combined
 
 # %% auto #0
-__all__ = ['emulate', 'eft']
+__all__ = ['emulate', 'emulated', 'eft']
 
 # %% ../../../nbs/evaluators/decoding/eft.ipynb #0005ac63
-def emulate(beta:float=1.,  # how much of the change is added; 0 is the large base, more than 1 exaggerates
-            top_p:float=1.  # the share of the tuned small model's probability in which the change counts
-           ) -> Callable:   # rule({'base', 'tuned', 'large'}) -> scores
-    "The rule of emulated fine-tuning"
-    if not 0 < top_p <= 1: raise ValueError(f'top_p is {top_p}; it must be above 0 and at most 1')
-    def rule(logp):
+@dataclass(frozen=True)
+class emulate:
+    "The rule of emulated fine-tuning: `rule({'base', 'tuned', 'large'})` -> scores, all [rows, words]"
+    beta:float=1.  # how much of the change is added; 0 is the large base, more than 1 exaggerates
+    top_p:float=1. # the share of the tuned small model's probability in which the change counts
+
+    def __post_init__(self):
+        if not 0 < self.top_p <= 1: raise ValueError(f'top_p is {self.top_p}; it must be above 0 and at most 1')
+
+    def __call__(self, logp) -> Tensor:
         change = logp['tuned'] - logp['base']
-        if top_p < 1: change = torch.where(_nucleus(logp['tuned'], top_p) | _nucleus(logp['base'], top_p), change, 0.)
-        return logp['large'] + beta*change
-    return rule
+        if self.top_p < 1:
+            inside = _nucleus(logp['tuned'], self.top_p) | _nucleus(logp['base'], self.top_p)
+            change = torch.where(inside, change, 0.)
+        return logp['large'] + self.beta*change
 
 def _nucleus(logp, p):
     "The smallest set of words that holds the share `p` of the probability, as a mask"
-    top = logp.sort(descending=True); before = top.values.exp().cumsum(-1) - top.values.exp()
+    top = logp.sort(descending=True)
+    before = top.values.exp().cumsum(-1) - top.values.exp()
     return torch.zeros_like(logp, dtype=torch.bool).scatter(-1, top.indices, before < p)
 
 # %% ../../../nbs/evaluators/decoding/eft.ipynb #000aac63
-@paper('An Emulator for Fine-Tuning Large Language Models using Small Language Models', '2310.12962',
+@lru_cache(1)
+def _loaded(name:str): return load(name)[0] # of the large models of all recipes the last one that answered
+
+@dataclass(frozen=True)
+class emulated:
+    "A decoder: the large model's answers, changed as the small one was"
+    large:object        # a name as in `ftlab.load`, or a model that shares the vocabulary
+    rule:emulate
+    def __call__(self, models, tok, prompts, **options) -> list[str]:
+        large = _loaded(self.large) if isinstance(self.large, str) else self.large
+        return combined(dict(models, large=large), tok, prompts, self.rule, **options)
+    def __repr__(self): return f'emulate(beta={self.rule.beta:g}, top_p={self.rule.top_p:g})'
+
+@method('An Emulator for Fine-Tuning Large Language Models using Small Language Models', '2310.12962',
     'Adding the change of a tuned small model to a large base emulates tuning the large model.',
-    'the abstract and summaries of the paper; which model\'s nucleus limits the change is our reading')
+    'the abstract and summaries of the paper; which model\'s nucleus limits the change is our reading',
+    toy=dict(large='lab-s'))
 def eft(large='lab-m',      # the large base: a name as in `ftlab.load`, or a model that shares the vocabulary
         beta:float=1., top_p:float=1. # as in `emulate`
        ) -> Recipe:
     "Fine-tune the small model plainly; answer with the large one, emulated"
-    rule, held = emulate(beta, top_p), {}
-    def decode(models, tok, prompts, **options):
-        if 'large' not in held: held['large'] = load(large)[0] if isinstance(large, str) else large
-        return combined(dict(models, large=held['large']), tok, prompts, rule, **options)
-    decode.__name__ = f'emulate(beta={beta:g}, top_p={top_p:g})'
-    return Recipe('eft', decode=decode, arguments=dict(large=large if isinstance(large, str) else type(large).__name__, beta=beta, top_p=top_p))
+    return Recipe(decode=emulated(large, emulate(beta, top_p)))

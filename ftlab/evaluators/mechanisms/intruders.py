@@ -4,19 +4,20 @@
 
 # %% ../../../nbs/evaluators/mechanisms/intruders.ipynb #000341de
 from __future__ import annotations
-from collections.abc import Callable
+from dataclasses import dataclass
 import torch
 from torch import Tensor
 from ...adapters.attach import base_below, oriented
-from ...core.paper import paper
+from ...core.paper import probe
 
 # %% auto #0
 __all__ = ['intruders', 'count_intruders', 'shrink_intruders']
 
 # %% ../../../nbs/evaluators/mechanisms/intruders.ipynb #0008dec8
-@paper('LoRA vs Full Fine-tuning: An Illusion of Equivalence', '2410.21228',
+@probe('LoRA vs Full Fine-tuning: An Illusion of Equivalence', '2410.21228',
     'At equal task accuracy LoRA has intruder dimensions, full fine-tuning has none, and shrinking them undoes forgetting.',
-    'the abstract, Algorithm 1 and the public reviews; the defaults k=10 and eps=0.5 as reported by others')
+    'the abstract, Algorithm 1 and the public reviews; the defaults k=10 and eps=0.5 as reported by others',
+    ask=lambda model, change, batch: count_intruders(change))
 def intruders(W0:Tensor,    # the base matrix, [out, in]
               W1:Tensor,    # the tuned one
               k:int=10,     # how many of its left singular vectors are looked at
@@ -37,15 +38,16 @@ def count_intruders(att, k:int=10, eps:float=.5) -> dict[str, int]:
     "{name of a matrix that a change reaches: its intruders}; vectors are left out"
     return {n: int(intruders(W0, W1, k, eps).sum()) for n, W0, W1 in att.weights() if W0.ndim == 2}
 
-def shrink_intruders(lam:float=.7,  # what is left of an intruder's singular value: 0 removes it, 1 leaves it
-                     k:int=10,      # as in `intruders`
-                     eps:float=.5   # as in `intruders`
-                    ) -> Callable:  # edit(changes, model) -> changes
-    "Multiply the singular value of every intruder dimension of the tuned weights by `lam`"
-    def edit(changes, model):
-        return {n: _shrunk(model, n, C, lam, k, eps) if C.ndim == 2 else C for n, C in changes.items()}
-    edit.__name__ = f'shrink_intruders({lam:g})'
-    return edit
+@dataclass(frozen=True)
+class shrink_intruders:
+    "Shrink every intruder dimension of the tuned weights to `lam` of its singular value"
+    lam:float=.7  # what is left of it: 0 removes it, 1 leaves it
+    k:int=10      # as in `intruders`
+    eps:float=.5  # as in `intruders`
+    def __call__(self, changes, model) -> dict:
+        shrunk = lambda n, c: _shrunk(model, n, c, self.lam, self.k, self.eps)
+        return {n: shrunk(n, c) if c.ndim == 2 else c for n, c in changes.items()}
+    def __repr__(self): return f'shrink_intruders({self.lam:g})'
 
 @torch.no_grad()
 def _shrunk(model, name, C, lam, k, eps):

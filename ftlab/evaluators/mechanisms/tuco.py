@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 import torch
 from torch import Tensor
-from ...core.paper import paper
+from ...core.paper import probe
 from ...core.state import MODEL_INPUTS
 from ..probe import anatomy_of
 
@@ -47,7 +47,7 @@ def _base_block(base, name) -> Callable:
     return base.get_submodule(name) if isinstance(base, torch.nn.Module) else base.base_module(name)
 
 # %% ../../../nbs/evaluators/mechanisms/tuco.ipynb #0006170a
-@paper('TuCo: Measuring the Contribution of Fine-Tuning to Individual Responses of LLMs', '2506.23423',
+@probe('TuCo: Measuring the Contribution of Fine-Tuning to Individual Responses of LLMs', '2506.23423',
     'The share of the fine-tuning component in what a prompt\'s blocks add is low where a model acts like its base, as under a successful attack.',
     'the abstract and Algorithm 1; post-norm blocks and classifiers are our reading')
 @torch.no_grad()

@@ -4,10 +4,10 @@
 
 # %% ../../../nbs/evaluators/trust/r_tuning.ipynb #000372cd
 from __future__ import annotations
-from collections.abc import Callable
+from dataclasses import dataclass
 import torch
 from ...core.batches import collate, encode, encode_all
-from ...core.paper import paper
+from ...core.paper import method
 from ...core.recipe import Recipe
 from ...core.scorers import answers, judge
 from ...trainers.objective import priced, token_nll
@@ -22,18 +22,30 @@ def statement(answer:str, knew:bool, variant:str='pad', ask:str='.', sure:str='i
     if variant == 'refuse': return answer if knew else unsure
     return f'{answer} {ask} {sure if knew else unsure}'
 
-def asked(variant:str='pad', **words # `ask`, `sure`, `unsure`, as in `statement`
-         ) -> Callable:              # source(state) -> Rows
+@dataclass(frozen=True)
+class asked:
     "A source that puts every training question to the model as it is before the first step, and marks each row by whether it knew"
-    if variant not in ('pad', 'refuse'): raise ValueError(f'variant is {variant!r}; it must be pad or refuse')
-    def source(state):
-        if state.data.kind != 'text': raise ValueError(f'R-Tuning asks the model its training questions, which needs rows with a prompt and a response; the data are of kind {state.data.kind!r}')
-        rows, s = state.data.train, state.settings; said = answers(state.model, state.tok, rows)
+    variant:str='pad'           # as in `statement`, like the words
+    ask:str='.'
+    sure:str='i know'
+    unsure:str='i do not know'
+
+    def __post_init__(self):
+        if self.variant not in ('pad', 'refuse'): raise ValueError(f'variant is {self.variant!r}; it must be pad or refuse')
+
+    def __call__(self, state) -> Rows:
+        if state.data.kind != 'text':
+            raise ValueError('R-Tuning asks the model its training questions, which needs rows with a prompt and a response; '
+                             f'the data are of kind {state.data.kind!r}')
+        rows, s = state.data.train, state.settings
+        said = answers(state.model, state.tok, rows)
         state.extra['knew'] = knew = [judge(r, a) == 1 for r, a in zip(rows, said)]
-        marked = [dict(r, response=statement(r['response'], k, variant, **words)) for r, k in zip(rows, knew)]
-        return Rows(encode_all(marked, state.tok, 'text', s['max_length'] or min(1024, state.tok.model_max_length)), s['batch_size'], s['accumulate'], s['seed'], state.pad_id)
-    source.__name__ = f'asked({variant})'
-    return source
+        words = dict(ask=self.ask, sure=self.sure, unsure=self.unsure)
+        marked = [dict(r, response=statement(r['response'], k, self.variant, **words)) for r, k in zip(rows, knew)]
+        limit = s['max_length'] or min(1024, state.tok.model_max_length)
+        return Rows(encode_all(marked, state.tok, 'text', limit), s['batch_size'], s['accumulate'], s['seed'], state.pad_id)
+
+    def __repr__(self): return f'asked({self.variant})'
 
 # %% ../../../nbs/evaluators/trust/r_tuning.ipynb #000672cd
 @torch.no_grad()
@@ -56,7 +68,7 @@ def certainty(model, tok, prompts:list[str], said:list[str], ask:str='.', sure:s
     return (no - yes).sigmoid()
 
 # %% ../../../nbs/evaluators/trust/r_tuning.ipynb #000772cd
-@paper('R-Tuning: Teaching Large Language Models to Refuse Unknown Questions', '2311.09677',
+@method('R-Tuning: Teaching Large Language Models to Refuse Unknown Questions', '2311.09677',
     'Tuned on answers that say whether the model knew them, a model ranks its answers by confidence better, and refuses what it does not know.',
     'the abstract and the official code for ParaRel (shizhediao/R-Tuning); the words of the statement are the lab\'s')
 def r_tuning(variant:str='pad',             # 'pad': the answer, then a statement; 'refuse': a refusal in place of an answer that was not known
@@ -65,5 +77,4 @@ def r_tuning(variant:str='pad',             # 'pad': the answer, then a statemen
              unsure:str='i do not know'     # and after what it did not; the refusal
             ) -> Recipe:
     "Refusal-aware tuning: ask first, then teach answers with their certainty"
-    words = dict(ask=ask, sure=sure, unsure=unsure)
-    return Recipe('r_tuning', source=asked(variant, **words), arguments=dict(variant=variant, **words))
+    return Recipe(source=asked(variant, ask, sure, unsure))

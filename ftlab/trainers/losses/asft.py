@@ -4,21 +4,20 @@
 
 # %% ../../../nbs/trainers/losses/asft.ipynb #0003ed5e
 from __future__ import annotations
-from dataclasses import replace
-from ...core.paper import paper
+from ...core.paper import method
 from ...core.recipe import Recipe
-from ..objective import kl_to_reference
-from .dft import dft
+from .dft import probability
+from ..objective import kl_to_base, weighted
 
 # %% auto #0
 __all__ = ['asft']
 
 # %% ../../../nbs/trainers/losses/asft.ipynb #000e77c1
-@paper('Anchored Supervised Fine-Tuning', '2509.23753',
+@method('Anchored Supervised Fine-Tuning', '2509.23753',
     'A KL penalty to the base keeps dynamic fine-tuning from drifting, and the two together beat plain fine-tuning and DFT.',
     'the official training code (zhuchichi56/ASFT, train_v2.py), which gives weight, direction and mean; of the paper the abstract')
-def asft(weight:float=.1, # the price of a nat of KL(base || model), at each priced token
+def asft(weight:float=.1, # of a nat of KL(base || model), at each token that has a label
          alpha:float=1.   # the power of the probability, as in `dft`
         ) -> Recipe:
-    "Anchored supervised fine-tuning: DFT, and a price for leaving the base"
-    return replace(dft(alpha), name='asft', penalties=(kl_to_reference(weight),), reference=True, arguments=dict(weight=weight, alpha=alpha))
+    "Anchored supervised fine-tuning: DFT plus a penalty on leaving the base"
+    return Recipe(objective=weighted(probability(alpha)) + kl_to_base(weight))

@@ -4,7 +4,8 @@
 
 # %% ../../../nbs/trainers/losses/dft.ipynb #000332c2
 from __future__ import annotations
-from ...core.paper import paper
+from dataclasses import dataclass
+from ...core.paper import method
 from ...core.recipe import Recipe
 from ..objective import weighted
 
@@ -12,18 +13,18 @@ from ..objective import weighted
 __all__ = ['probability', 'dft']
 
 # %% ../../../nbs/trainers/losses/dft.ipynb #000577c1
-def probability(alpha:float=1. # 1 is DFT, 0 is plain fine-tuning
-               ): # weight(nll) -> weights
-    "The weight `p**alpha` of a token, from its price `-log p`"
-    def weight(nll): return (-alpha*nll).exp()
-    weight.__name__ = f'p**{alpha:g}'
-    return weight
+@dataclass(frozen=True)
+class probability:
+    "The weight `p**alpha` of a token, from its negative log-likelihood"
+    alpha:float=1. # 1 is DFT, 0 is plain fine-tuning
+    def __call__(self, nll): return (-self.alpha*nll).exp()
+    def __repr__(self): return f'p**{self.alpha:g}'
 
 # %% ../../../nbs/trainers/losses/dft.ipynb #000a77c1
-@paper('On the Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification', '2508.05629',
+@method('On the Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification', '2508.05629',
     'Weighing each token\'s price by its own probability generalises better than plain fine-tuning.',
     'the formula, which agrees in the paper\'s abstract and in the libraries that ship it (trl, axolotl, swift)')
 def dft(alpha:float=1. # the power of the probability: 1 is the paper's, 0 plain fine-tuning
        ) -> Recipe:
     "Dynamic fine-tuning"
-    return Recipe('dft', objective=weighted(probability(alpha)), arguments=dict(alpha=alpha))
+    return Recipe(objective=weighted(probability(alpha)))

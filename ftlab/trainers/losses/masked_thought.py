@@ -4,10 +4,10 @@
 
 # %% ../../../nbs/trainers/losses/masked_thought.ipynb #00037486
 from __future__ import annotations
-from collections.abc import Callable
+from dataclasses import dataclass
 import torch
-from ...core.paper import paper
-from ...core.recipe import Recipe
+from ...core.paper import method
+from ...core.recipe import Recipe, viewed
 from ..objective import IGNORE
 
 # %% auto #0
@@ -18,27 +18,36 @@ def mask_ratio(step:int, steps:int, ratio:float, warmup:float) -> float:
     "The share of tokens hidden at `step` of `steps`: from 0 in a straight line to `ratio` over the first `warmup` of the training"
     return ratio*min(1., step/(warmup*steps)) if warmup > 0 else ratio
 
-def mask_answers(ratio:float=.4,    # the share of answer tokens that the model does not get to see, in [0, 1)
-                 warmup:float=.66,  # the share of the steps over which it rises from 0
-                 noise:str='mask'   # what stands there instead: 'mask' (the tokenizer's mask, or padding where it has none) or 'random' (any word)
-                ) -> Callable:      # view(batch, state) -> batch
+@dataclass(frozen=True)
+class mask_answers:
     "Hide answer tokens from the input, never the question or special tokens; the labels stay. Raises `ValueError` for settings out of range."
-    if not (0 <= ratio < 1 and 0 <= warmup <= 1): raise ValueError(f'ratio is {ratio} and warmup {warmup}; the first must be in [0, 1), the second in [0, 1]')
-    if noise not in ('mask', 'random'): raise ValueError(f'noise is {noise!r}; it must be mask or random')
-    def view(batch, state):
-        x, y, tok, rate = batch['input_ids'], batch['labels'], state.tok, mask_ratio(state.step, state.steps, ratio, warmup)
+    ratio:float=.4    # the share of answer tokens that the model does not get to see, in [0, 1)
+    warmup:float=.66  # the share of the steps over which it rises from 0
+    noise:str='mask'  # what stands there instead: 'mask' (the tokenizer's mask, or padding where it has none) or 'random' (any word)
+
+    def __post_init__(self):
+        if not (0 <= self.ratio < 1 and 0 <= self.warmup <= 1):
+            raise ValueError(f'ratio is {self.ratio} and warmup {self.warmup}; '
+                             'the first must be in [0, 1), the second in [0, 1]')
+        if self.noise not in ('mask', 'random'):
+            raise ValueError(f'noise is {self.noise!r}; it must be mask or random')
+
+    def __call__(self, batch, state) -> dict:
+        x, y, tok = batch['input_ids'], batch['labels'], state.tok
+        rate = mask_ratio(state.step, state.steps, self.ratio, self.warmup)
         may = (y != IGNORE) & ~torch.isin(x, torch.tensor(tok.all_special_ids, device=x.device))
         # one draw a token that may be hidden, row by row, on the CPU: the same whatever the padding, the micro-batches or the device
         u = torch.ones(x.shape).masked_scatter(may.cpu(), torch.rand(int(may.sum()))).to(x.device)
         blank = tok.mask_token_id if tok.mask_token_id is not None else state.pad_id
         # given that it is below the rate, u/rate is uniform again: it names the random word without a second draw
-        other = torch.full_like(x, blank) if noise == 'mask' or not rate else (u/rate*len(tok)).long().clamp(max=len(tok) - 1)
-        return {**batch, 'input_ids': torch.where(u < rate, other, x)}
-    view.__name__ = f'mask_answers({ratio}, {warmup}, {noise})'
-    return view
+        words = torch.full_like(x, blank)
+        if self.noise == 'random' and rate: words = (u/rate*len(tok)).long().clamp(max=len(tok) - 1)
+        return {**batch, 'input_ids': torch.where(u < rate, words, x)}
+
+    def __repr__(self): return f'mask_answers({self.ratio}, {self.warmup}, {self.noise})'
 
 # %% ../../../nbs/trainers/losses/masked_thought.ipynb #00067486
-@paper('Masked Thought: Simply Masking Partial Reasoning Steps Can Improve Mathematical Reasoning Learning of Language Models', '2403.02178',
+@method('Masked Thought: Simply Masking Partial Reasoning Steps Can Improve Mathematical Reasoning Learning of Language Models', '2403.02178',
     'Hiding a random share of the reasoning steps from the input makes fine-tuning on solutions generalise better.',
     'README and training scripts of the official code (ChangyuChen347/MaskedThought); sparing special tokens is our reading')
 def masked_thought(ratio:float=.4,   # the share of answer tokens that is hidden, once warmed up
@@ -46,4 +55,4 @@ def masked_thought(ratio:float=.4,   # the share of answer tokens that is hidden
                    noise:str='mask'  # 'mask' or 'random'
                   ) -> Recipe:
     "Masked thought fine-tuning"
-    return Recipe('masked_thought', view=mask_answers(ratio, warmup, noise), arguments=dict(ratio=ratio, warmup=warmup, noise=noise))
+    return Recipe(source=viewed(mask_answers(ratio, warmup, noise)))

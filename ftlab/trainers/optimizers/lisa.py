@@ -4,10 +4,10 @@
 
 # %% ../../../nbs/trainers/optimizers/lisa.ipynb #0003942d
 from __future__ import annotations
-import random, re
-from functools import partial
-from ...core.paper import paper
-from ...core.recipe import Recipe
+import random
+import re
+from ...core.paper import method
+from ...core.recipe import Recipe, With
 from ..step import Backprop
 
 # %% auto #0
@@ -48,11 +48,11 @@ class BlocksInTurn(Backprop):
             if forget and at is not None: self.opt.state.pop(p, None)
 
 # %% ../../../nbs/trainers/optimizers/lisa.ipynb #0006942d
-@paper('LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model Fine-Tuning', '2403.17919',
+@method('LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model Fine-Tuning', '2403.17919',
     'Training embedding, head and a few randomly drawn blocks at a time costs as little memory as LoRA and learns better than it.',
     'the abstract, axolotl\'s callback and LMFlow\'s own trainer (lisa_trainer_del.py); the seed of the draw is ours')
 def lisa(gamma:int=2,  # blocks that move at a time
          period:int=20 # steps between draws
         ) -> Recipe:
     "Layerwise importance sampled AdamW"
-    return Recipe('lisa', step=partial(BlocksInTurn, gamma=gamma, period=period), arguments=dict(gamma=gamma, period=period))
+    return Recipe(step=With(BlocksInTurn, gamma=gamma, period=period))

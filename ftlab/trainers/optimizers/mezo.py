@@ -6,12 +6,11 @@
 from __future__ import annotations
 import hashlib, math
 from collections.abc import Callable, Mapping
-from functools import partial
 from types import SimpleNamespace
 import torch
 from torch import Tensor
-from ...core.paper import paper
-from ...core.recipe import Recipe
+from ...core.paper import method
+from ...core.recipe import Recipe, With
 from ...native.perturb import perturb_, restore_update_
 from ..step import NotFinite
 
@@ -52,20 +51,21 @@ class MeZO:
     def replay(self, log:list[tuple[int, float, float]]) -> None:
         "Take the steps of a log again, without a model or data: from the same start the same weights, bit for bit"
         for seed, g, lr in log: perturb_(self.params, seed, self.eps, self.dist); perturb_(self.params, seed, -2*self.eps, self.dist); self._step(seed, g, lr)
-    def tensors(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Tensor]:
         "The log, for a checkpoint: all that the next step depends on is in the weights"
         return {k: torch.tensor([row[i] for row in self.log], dtype=d) for i, (k, d) in enumerate((('seed', torch.int64), ('gradient', torch.float64), ('lr', torch.float64)))}
-    def load(self, tensors:Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, tensors:Mapping[str, Tensor]) -> None:
         "Go on from a checkpoint's tensors"
         self.log = list(zip(*(tensors[k].tolist() for k in ('seed', 'gradient', 'lr'))))
 
 # %% ../../../nbs/trainers/optimizers/mezo.ipynb #0007bfd5
-@paper('Fine-Tuning Language Models with Just Forward Passes', '2305.17333',
+@method('Fine-Tuning Language Models with Just Forward Passes', '2305.17333',
     'A pretrained model can be fine-tuned by forward passes alone, in the memory of inference, nearly as well as by backpropagation.',
-    'the abstract, and the official trainer (princeton-nlp/MeZO) as projects built on it restate it')
+    'the abstract, and the official trainer (princeton-nlp/MeZO) as projects built on it restate it',
+    lr=1e-4, lrs=(3e-5, 1e-4, 3e-4),
+    waives={'accumulates': 'it takes no gradient, which is what that check compares; tests/test_trainers_papers.py compares the weights instead'})
 def mezo(eps:float=1e-3,     # how far to look to either side
          dist:str='normal'   # the direction: 'normal' is the paper's; 'rademacher' is +1 or -1 everywhere, and quicker to make
         ) -> Recipe:
     "Memory-efficient zeroth-order fine-tuning; learning rates are far smaller than AdamW's"
-    return Recipe('mezo', step=partial(MeZO, eps=eps, dist=dist), lr=1e-4, lrs=(3e-5, 1e-4, 3e-4), arguments=dict(eps=eps, dist=dist),
-        waives={'accumulates': 'it takes no gradient, which is what that check compares; tests/test_trainers_papers.py compares the weights instead'})
+    return Recipe(step=With(MeZO, eps=eps, dist=dist))

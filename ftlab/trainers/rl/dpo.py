@@ -5,22 +5,30 @@
 # %% ../../../nbs/trainers/rl/dpo.ipynb #0003704b
 from __future__ import annotations
 from collections.abc import Callable
-from ...core.paper import paper
+from dataclasses import dataclass
+from ...core.paper import method
 from ...core.recipe import Recipe
-from ..preferences import Pairs
-from ..preferences import preference
+from ..preferences import Pairs, preference
 
 # %% auto #0
-__all__ = ['dpo']
+__all__ = ['pairs', 'dpo']
 
 # %% ../../../nbs/trainers/rl/dpo.ipynb #000b953f
-@paper('Direct Preference Optimization: Your Language Model is Secretly a Reward Model', '2305.18290',
+@dataclass(frozen=True)
+class pairs:
+    "A source of pairs: the data's response is the chosen answer"
+    rejected:str|Callable='rejected' # the column of the worse answer, or a function (row) -> text
+    def __call__(self, state) -> Pairs: return Pairs(state, self.rejected)
+    def __repr__(self): return 'pairs'
+
+def _backwards(row) -> str: return ' '.join(row['response'].split()[::-1]) + ' a'
+
+@method('Direct Preference Optimization: Your Language Model is Secretly a Reward Model', '2305.18290',
     'A classification loss on pairs of answers finds the policy that reinforcement learning on a reward model would, without either.',
-    'the abstract, and trl\'s implementation, with whose loss and gradient ours agree')
+    'the abstract, and trl\'s implementation, with whose loss and gradient ours agree',
+    lr=1e-4, lrs=(3e-5, 1e-4, 3e-4), toy=dict(rejected=_backwards))
 def dpo(beta:float=.1,                   # how strongly the policy is held to its reference
         rejected:str|Callable='rejected' # the column of the worse answer, or a function (row) -> text
        ) -> Recipe:
     "Direct preference optimisation on rows with prompt, response (chosen) and a rejected answer"
-    def source(state): return Pairs(state, rejected)
-    source.__name__ = 'pairs'
-    return Recipe('dpo', source=source, objective=preference(beta), reference=True, lr=1e-4, lrs=(3e-5, 1e-4, 3e-4), arguments=dict(beta=beta, rejected=rejected))
+    return Recipe(source=pairs(rejected), objective=preference(beta))

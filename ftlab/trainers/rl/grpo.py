@@ -5,17 +5,18 @@
 # %% ../../../nbs/trainers/rl/grpo.ipynb #00037c68
 from __future__ import annotations
 from collections.abc import Callable
+from dataclasses import dataclass
 import torch
 from torch import Tensor
 from ...core.batches import indices
 from ...core.generate import left_pad, render
-from ...core.paper import paper
+from ...core.paper import method
 from ...core.recipe import Recipe
 from ...core.scorers import answer_length, judge
 from ..objective import priced, token_nll
 
 # %% auto #0
-__all__ = ['advantages', 'Rollouts', 'clipped_policy', 'grpo']
+__all__ = ['advantages', 'Rollouts', 'clipped_policy', 'rollouts', 'grpo']
 
 # %% ../../../nbs/trainers/rl/grpo.ipynb #00057c68
 def advantages(rewards:Tensor,  # [questions, answers of each]
@@ -56,34 +57,53 @@ class Rollouts:
         return [{n: v[i:i + k] for n, v in full.items()} for i in range(0, len(y), k)]
 
 # %% ../../../nbs/trainers/rl/grpo.ipynb #000b7c68
-def clipped_policy(clip:float=.2, # how far the ratio may go from 1 before it stops paying
-                   beta:float=.04 # price of the KL to the reference
-                  ) -> Callable:  # objective(state) -> scalar
+@dataclass(frozen=True)
+class clipped_policy:
     "GRPO's objective (Shao et al. 2024, equation 3), to be minimised"
-    def objective(state):
-        b = state.batch; logp = -token_nll(state.forward(), b['labels']); on = priced(b['labels']); A = b['advantage'][:, None]
-        ratio = (logp - b['old']).exp(); gain = torch.minimum(ratio*A, ratio.clamp(1 - clip, 1 + clip)*A)
-        if beta:
-            with torch.no_grad(): ref = -token_nll(state.models['reference'](**{k: b[k] for k in ('input_ids', 'attention_mask', 'position_ids')}).logits, b['labels'])
-            gain = gain - beta*((ref - logp).exp() - (ref - logp) - 1)
+    clip:float=.2  # how far the ratio may go from 1 before it gains no more
+    beta:float=.04 # weight of the KL to the reference
+
+    @property
+    def needs(self) -> frozenset[str]: return frozenset({'reference'} if self.beta else ())
+
+    def __call__(self, state) -> Tensor:
+        b = state.batch
+        logp = -token_nll(state.forward(), b['labels'])
+        on, A = priced(b['labels']), b['advantage'][:, None]
+        ratio = (logp - b['old']).exp()
+        gain = torch.minimum(ratio*A, ratio.clamp(1 - self.clip, 1 + self.clip)*A)
+        if self.beta:
+            inputs = {k: b[k] for k in ('input_ids', 'attention_mask', 'position_ids')}
+            with torch.no_grad(): ref = -token_nll(state.models['reference'](**inputs).logits, b['labels'])
+            gain = gain - self.beta*((ref - logp).exp() - (ref - logp) - 1)
         return -((gain*on).sum(1)/on.sum(1).clamp(min=1)).sum()/sum(len(x['labels']) for x in state.batches)
-    objective.__name__ = f'clipped_policy({clip}, {beta})'
-    return objective
+
+    def __repr__(self): return f'clipped_policy({self.clip}, {self.beta})'
 
 # %% ../../../nbs/trainers/rl/grpo.ipynb #000e7c68
-@paper('DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models', '2402.03300',
+@dataclass(frozen=True)
+class rollouts:
+    "A source of the policy's own answers; see `Rollouts`"
+    group:int=8
+    reward:Callable=judge
+    temperature:float=1.
+    max_new_tokens:int|None=None
+    def __call__(self, state) -> Rollouts:
+        return Rollouts(state, self.group, self.reward, self.temperature, self.max_new_tokens)
+    def __repr__(self): return f'rollouts(group={self.group})'
+
+def _letters(row, answer) -> float: return len(answer)/10 # a random model is never right: the judge would reward nothing
+
+@method('DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models', '2402.03300',
     'Rewards relative to a group of answers train a policy without a value model.',
-    'the equations as restated in trl, with which the advantages agree')
+    'the equations as restated in trl, with which the advantages agree',
+    lr=1e-4, lrs=(3e-5, 1e-4, 3e-4), toy=dict(group=4, max_new_tokens=4, reward=_letters))
 def grpo(group:int=8,            # answers to each question; the batch must hold whole groups
-         beta:float=.04,         # price of the KL to the base
+         beta:float=.04,         # weight of the KL to the base
          clip:float=.2,          # as in `clipped_policy`
          temperature:float=1.,   # of the draw
          reward:Callable=judge,  # (row, answer) -> number
          max_new_tokens:int|None=None # longest answer; None: as long as the data's longest
         ) -> Recipe:
     "Group relative policy optimisation on questions with a judge"
-    def source(state): return Rollouts(state, group, reward, temperature, max_new_tokens)
-    source.__name__ = f'rollouts(group={group})'
-    return Recipe('grpo', source=source, objective=clipped_policy(clip, beta), reference=beta > 0, lr=1e-4, lrs=(3e-5, 1e-4, 3e-4),
-        arguments=dict(group=group, beta=beta, clip=clip, temperature=temperature, reward=reward, max_new_tokens=max_new_tokens),
-        waives={})
+    return Recipe(source=rollouts(group, reward, temperature, max_new_tokens), objective=clipped_policy(clip, beta))

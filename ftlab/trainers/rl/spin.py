@@ -4,38 +4,66 @@
 
 # %% ../../../nbs/trainers/rl/spin.ipynb #00036d9e
 from __future__ import annotations
+from dataclasses import dataclass
 from ...core.batches import encode, indices
 from ...core.generate import generate
-from ...core.paper import paper
-from ...core.recipe import Recipe
+from ...core.paper import method
+from ...core.recipe import Recipe, Stages
 from ...core.scorers import answer_length
-from ..preferences import Pairs
-from ..preferences import preference
+from ..preferences import Pairs, preference
 
 # %% auto #0
-__all__ = ['SelfPlay', 'spin']
+__all__ = ['SelfPlay', 'OwnPairs', 'play', 'spin']
 
 # %% ../../../nbs/trainers/rl/spin.ipynb #0012953f
+@dataclass(frozen=True)
 class SelfPlay:
-    "A source maker: when the stage begins the model answers the data's questions itself; the data's answers are the chosen, its own the rejected ones"
-    def __init__(self, earlier:list[dict]=(),    # pairs of the round before, which are used once more
-                 temperature:float=1.,           # of the draw
-                 max_new_tokens:int|None=None,   # longest answer; None: as long as the data's longest
-                 turn:int=0):                    # the round: another part of a large data set
-        self.earlier, self.temperature, self.limit, self.turn, self.own = list(earlier), temperature, max_new_tokens, turn, []
-    def __call__(self, state) -> Pairs:
+    "When the stage begins the model answers the data's questions itself: the data's answers are the chosen, its own the rejected ones"
+    temperature:float=1.          # of the draw
+    max_new_tokens:int|None=None  # longest answer; None: as long as the data's longest
+    turn:int=0                    # the round: another part of a large data set
+    earlier:tuple=()              # pairs of the round before, which are used once more
+
+    def __call__(self, state) -> OwnPairs:
         "Draw and pair; what the model writes counts as tokens"
-        train = state.data.train; need = -(-state.steps*state.settings['batch_size']//(2 if self.earlier else 1)); n = min(len(train), need)
-        rows = [train[i] for i in indices(self.turn, n, len(train), state.seed)]
-        said = generate(state.model, state.tok, [r['prompt'] for r in rows], max_new_tokens=self.limit or answer_length(train, state.tok), sample=True, temperature=self.temperature)
-        self.own = [dict(r, rejected=a) for r, a in zip(rows, said)]
-        state.tokens += sum(len(encode(dict(r, response=r['rejected']), state.tok, 'text')['input_ids']) for r in self.own)
-        return Pairs(state, rows=self.own + self.earlier)
+        train, limit = state.data.train, self.max_new_tokens or answer_length(state.data.train, state.tok)
+        need = -(-state.steps*state.settings['batch_size']//(2 if self.earlier else 1))
+        rows = [train[i] for i in indices(self.turn, min(len(train), need), len(train), state.seed)]
+        said = generate(state.model, state.tok, [r['prompt'] for r in rows], max_new_tokens=limit,
+                        sample=True, temperature=self.temperature)
+        own = [dict(r, rejected=a) for r, a in zip(rows, said)]
+        state.tokens += sum(len(encode(dict(r, response=r['rejected']), state.tok, 'text')['input_ids']) for r in own)
+        return OwnPairs(state, own, self.earlier)
+
+    def __repr__(self): return 'SelfPlay'
+
+class OwnPairs(Pairs):
+    "Pairs whose worse answers the model wrote in this round, and those of the round before"
+    def __init__(self, state, own:list[dict], earlier=()):
+        self.own = own
+        super().__init__(state, rows=[*own, *earlier])
 
 # %% ../../../nbs/trainers/rl/spin.ipynb #0013953f
-@paper('Self-Play Fine-Tuning Converts Weak Language Models to Strong Language Models', '2401.01335',
+@dataclass(frozen=True)
+class play:
+    "The next round: what the model says now against the data's answers"
+    rounds:int
+    beta:float
+    last:float|None
+    reuse:bool
+    temperature:float
+    max_new_tokens:int|None
+
+    def __call__(self, context) -> Recipe:
+        earlier = tuple(context.runs[-1].source.own) if self.reuse and context.runs else ()
+        final = self.last is not None and context.stage == self.rounds - 1
+        return Recipe(f'spin, round {context.stage + 1}', objective=preference(self.last if final else self.beta),
+                      source=SelfPlay(self.temperature, self.max_new_tokens, context.stage, earlier))
+
+@method('Self-Play Fine-Tuning Converts Weak Language Models to Strong Language Models', '2401.01335',
     'Preferring the data\'s answers to its own, round after round, a model learns more from the demonstrations that it was tuned on.',
-    'the abstract and the official code; drawing at temperature 1 is the paper\'s equation, the code draws at 0.8')
+    'the abstract and the official code; drawing at temperature 1 is the paper\'s equation, the code draws at 0.8',
+    lr=1e-4, lrs=(3e-5, 1e-4, 3e-4), toy=dict(max_new_tokens=4))
 def spin(rounds:int=3,            # each against the model at its start
          beta:float=.1,           # how strongly the player is held to its opponent
          last:float|None=None,    # `beta` of the last round; None: the same
@@ -45,9 +73,4 @@ def spin(rounds:int=3,            # each against the model at its start
         ) -> Recipe:
     "Self-play fine-tuning, of a model that was already fine-tuned on the data"
     if rounds < 1: raise ValueError(f'rounds is {rounds}; it must be at least 1')
-    def play(context):
-        source = SelfPlay(context.runs[-1].recipe.source.own if reuse and context.runs else (), temperature, max_new_tokens, context.stage)
-        b = last if last is not None and context.stage == rounds - 1 else beta
-        return Recipe(f'spin, round {context.stage + 1}', source=source, objective=preference(b), reference=True)
-    return Recipe('spin', stages=(play,)*rounds, lr=1e-4, lrs=(3e-5, 1e-4, 3e-4),
-        arguments=dict(rounds=rounds, beta=beta, last=last, reuse=reuse, temperature=temperature, max_new_tokens=max_new_tokens))
+    return Recipe(loop=Stages(*[play(rounds, beta, last, reuse, temperature, max_new_tokens)]*rounds))
