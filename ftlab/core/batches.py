@@ -5,7 +5,7 @@
 # %% ../../nbs/core/batches.ipynb #000341f0
 from __future__ import annotations
 import difflib, hashlib, html, itertools, json, math, random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 import jinja2, torch
