@@ -12,13 +12,13 @@ from .batches import IGNORE, collate, encode_all
 from .generate import generate
 from .loading import load
 from .model import device_of, evaluating, model_inputs, pad_id, row_limit, to_device
-from ..lab.world import LabWorld, OLD, SKILLS
+from .lab import lab
 
 # %% auto #0
 __all__ = ['WORLD', 'answer_length', 'answers', 'judge', 'exact_match', 'skills', 'teacher_forced', 'nll', 'label_accuracy']
 
 # %% ../../nbs/core/scorers.ipynb #0005f62d
-WORLD = LabWorld(0)
+WORLD = lab('world').LabWorld(0)
 
 def answer_length(rows:list[dict], tok) -> int:
     "Tokens that the longest answer among `rows` needs, and its end"
@@ -31,7 +31,7 @@ def answers(model, tok, rows:list[dict], max_new_tokens:int|None=None, decode=No
 
 def judge(row:dict, output:str) -> float:
     "0 to 1: by the skill's judge for a row of the lab, else 1 for exactly the response"
-    return WORLD.judge(row, output) if row.get('skill') in SKILLS else float(output.split() == row['response'].split())
+    return WORLD.judge(row, output) if row.get('skill') in lab('world').SKILLS else float(output.split() == row['response'].split())
 
 def exact_match(model, tok, rows:list[dict], decode=None) -> float:
     "Mean score of the model's own answers to `rows`"
@@ -50,7 +50,7 @@ def skills(model='lab-m',            # a lab model's name, or a model (then `tok
     if isinstance(model, str): model, tok = load(model)
     if tok is None: raise ValueError('a model was given without its tokenizer; call skills(model, tok=tok)')
     if decode is None and not model.can_generate(): raise ValueError(f'{type(model).__name__} cannot write answers, and a skill is measured by what is written; take a causal language model, such as lab-s')
-    return {s: exact_match(model, tok, _questions(s, n, split, seed, level), decode) for s in (names or OLD)}
+    return {s: exact_match(model, tok, _questions(s, n, split, seed, level), decode) for s in (names or lab('world').OLD)}
 
 # a comparison asks the same questions many times over
 @lru_cache(200)
