@@ -10,7 +10,7 @@ from ftlab.evaluators.mechanisms.intruders import intruders
 from ftlab.evaluators.spectra import stable_rank
 from ftlab.instruments.explore import (CRITERIA, RANKED, View, apart, choice, entry_scores, lab_questions, layers, mask, prices, question_batches, ranks, rows_as_html, several,
                            side_by_side, slider, span, spectrum, teacher_forced, text, token_prices, tradeoff)
-from ftlab.adapters import sparse
+from ftlab.adapters.subsets import lift
 from ftlab.adapters.edit import write_change
 from ftlab.adapters.merging.lines import by_depth
 from ftlab.lab.world import OLD, SKILLS, exact
@@ -135,7 +135,7 @@ def test_masks_are_those_of_the_selections():
     from ftlab.adapters.select import top
     W = {n: p.detach() for n, p in base.named_parameters()}
     for by, name in (('LIFT', 'principal'), ('magnitude', 'magnitude')):
-        want = top(lambda w: sparse.scores(w, name), .07)(base); got = {n: r < round(.07*r.numel())/r.numel() for n, r in ranks(S[by], RANKED[1]).items()}
+        want = top(lambda w: lift.scores(w, name), .07)(base); got = {n: r < round(.07*r.numel())/r.numel() for n, r in ranks(S[by], RANKED[1]).items()}
         assert want.keys() == got.keys() and all(torch.equal(want[n], got[n]) for n in want)
     together = ranks(S['magnitude'], RANKED[0]); low = min(float(W[n].abs()[r < .1].min()) for n, r in together.items() if (r < .1).any()); high = max(float(W[n].abs()[r >= .1].max()) for n, r in together.items())
     assert low >= high

@@ -17,7 +17,7 @@ import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from ..adapters import sparse
+from ..adapters.subsets.lift import scores
 from ..adapters.attach import Attached, oriented
 from ..adapters.edit import write_change
 from ..adapters.merging.lines import by_depth, depth
@@ -394,7 +394,7 @@ def lab_questions(but:Iterable[str]=(), n:int=4) -> list[dict]:
     return [r for s in OLD if s not in out for r in WORLD.rows(s, n)]
 
 # %% ../../nbs/instruments/explore.ipynb #0035995a
-CRITERIA = {'random': 'random', 'magnitude': 'magnitude', 'gradient': 'gradient', 'LIFT': 'principal'} # what the view calls them -> what `sparse.scores` does
+CRITERIA = {'random': 'random', 'magnitude': 'magnitude', 'gradient': 'gradient', 'LIFT': 'principal'} # what the view calls them -> what `scores` does
 
 def gradient_scores(model, names:Iterable[str], tok, rows:list[dict]) -> dict[str, Tensor]: # {name: |gradient|}
     "How strongly the mean price of the rows' answers pulls at each entry; the model's own gradients stay as they are"
@@ -407,7 +407,7 @@ def gradient_scores(model, names:Iterable[str], tok, rows:list[dict]) -> dict[st
 def entry_scores(model, tok=None, rows:list[dict]|None=None, seed:int=0) -> dict[str, dict[str, Tensor]]: # criterion -> {matrix: scores [out, in]}
     "Every criterion's score of every entry of the matrices in the blocks; 'gradient' where there are rows to take it on"
     params = dict(model.named_parameters()); names = anatomy(model).matrices()
-    out = {c: {n: sparse.scores(params[n].detach(), by, seed=seed + i) for i, n in enumerate(names)} for c, by in CRITERIA.items() if c != 'gradient'}
+    out = {c: {n: scores(params[n].detach(), by, seed=seed + i) for i, n in enumerate(names)} for c, by in CRITERIA.items() if c != 'gradient'}
     if rows: out['gradient'] = gradient_scores(model, names, tok, rows)
     return {c: out[c] for c in CRITERIA if c in out}
 

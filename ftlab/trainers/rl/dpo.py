@@ -11,11 +11,11 @@ from ...core.recipe import Recipe
 from ..preferences import Pairs, preference
 
 # %% auto #0
-__all__ = ['pairs', 'dpo']
+__all__ = ['paired', 'dpo']
 
 # %% ../../../nbs/trainers/rl/dpo.ipynb #000b953f
 @dataclass(frozen=True)
-class pairs:
+class paired:
     "A source of pairs: the data's response is the chosen answer"
     rejected:str|Callable='rejected' # the column of the worse answer, or a function (row) -> text
     def __call__(self, state) -> Pairs: return Pairs(state, self.rejected)
@@ -31,4 +31,4 @@ def dpo(beta:float=.1,                   # how strongly the policy is held to it
         rejected:str|Callable='rejected' # the column of the worse answer, or a function (row) -> text
        ) -> Recipe:
     "Direct preference optimisation on rows with prompt, response (chosen) and a rejected answer"
-    return Recipe(source=pairs(rejected), objective=preference(beta))
+    return Recipe(source=paired(rejected), objective=preference(beta))
