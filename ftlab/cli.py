@@ -309,7 +309,7 @@ def run_doctor(a):
 
 # %% ../nbs/cli.ipynb #0019513c
 def run_skills(a):
-    from ftlab.instruments.compare import is_lab
+    from ftlab.lab.world import is_lab
     model, tok = ftlab.load(a.model, revision=a.revision, device=a.device)
     if not is_lab(tok):
         raise ValueError(f'{a.model} does not speak the words of the lab world, so its skills cannot be asked; use a lab model, or one fine-tuned from it')

@@ -4,13 +4,14 @@
 
 # %% ../nbs/exercises.ipynb #00034991
 from __future__ import annotations
-import copy, difflib, inspect, json, math, os, time, traceback, warnings
+import copy, inspect, json, math, os, time, traceback, warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 import torch
 import ftlab
 from .core.io import write_atomically
+from .core.text import near_misses
 
 # %% auto #0
 __all__ = ['FORGETTING', 'RESCALE', 'TEACH_ZIGZAG', 'BEST_STOP', 'MATCHED_FORGETTING', 'AT_THE_EDGE', 'LEARNED_AT', 'HALF_WIDTH',
@@ -183,7 +184,7 @@ def find(name:str) -> Exercise:
     "The exercise called `name`; raises `ValueError` with the nearest names"
     by_name = {e.name: e for e in EXERCISES}
     if name in by_name: return by_name[name]
-    lower = {n.lower(): n for n in by_name}; near = [lower[n] for n in difflib.get_close_matches(str(name).lower(), lower, 3, .5)]
+    near = near_misses(name, by_name)
     raise ValueError(f'no exercise is called {name!r}; ' + (f'did you mean {" or ".join(near)}?' if near else f'there are {", ".join(by_name)}'))
 
 @dataclass(frozen=True)

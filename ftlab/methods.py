@@ -5,7 +5,6 @@
 # %% ../nbs/methods.ipynb #0003f769
 from __future__ import annotations
 import ast
-import difflib
 import importlib
 import inspect
 import re
@@ -14,6 +13,7 @@ from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from .core.recipe import Recipe
+from .core.text import near_misses
 
 # %% auto #0
 __all__ = ['PARTS', 'full', 'paper_modules', 'names', 'make_of', 'get']
@@ -51,7 +51,7 @@ def make_of(name:str) -> Callable:
     if name in _marked():
         file = _files()[name]
         return getattr(importlib.import_module('.'.join((__package__, *file.parts[-3:-1], name))), name)
-    near = difflib.get_close_matches(name, names(), 3, .4)
+    near = near_misses(name, names(), cutoff=.4)
     raise KeyError(f'no method is called {name!r}; ' + (f'did you mean {" or ".join(near)}?' if near else f'there are: {", ".join(names())}'))
 
 def __getattr__(name):

@@ -3,7 +3,7 @@ import json
 import datasets, pandas, pytest, torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from ftlab.core.batches import Data, batch_at, collate, data, encode, encode_all, indices, order, prompt_ids, _pieces
+from ftlab.core.batches import Data, batch_at, collate, data, encode, encode_all, indices, order, pieces_of, prompt_ids
 from ftlab.lab.models import lab_tokenizer
 from ftlab.lab.world import LabWorld, split_of
 
@@ -258,7 +258,7 @@ def test_trl_conversational_prompt_and_completion():
 def one_by_one(row, tok, kind):
     "What `encode` must give, with the tokenizer asked for one text at a time"
     if kind == 'label': return dict(input_ids=tok(row['text']).input_ids, labels=row['label'])
-    pieces, first, last = _pieces(row, tok, kind); ids = lambda text: tok(text, add_special_tokens=False).input_ids
+    pieces, first, last = pieces_of(row, tok, kind); ids = lambda text: tok(text, add_special_tokens=False).input_ids
     texts = [t for t, _ in pieces]; whole = ids(''.join(texts)); cuts = [len(ids(''.join(texts[:k]))) for k in range(len(texts))] + [len(whole)]
     crossed = any(ids(''.join(texts[:k])) != whole[:cuts[k]] for k in range(len(texts)))
     parts = [ids(t) for t in texts] if crossed else [whole[a:b] for a, b in zip(cuts, cuts[1:])]

@@ -4,11 +4,11 @@ import json
 import pytest
 import torch
 from toys import TOK, classifier, toy
-from transformers import BertConfig, GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, RobertaConfig, RobertaModel
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, RobertaConfig, RobertaModel
 
 import ftlab
 from ftlab import cli
-from ftlab.core.batches import collate, data, encode_all
+from ftlab.core.batches import Data, collate, data, encode_all
 from ftlab.core.generate import generate, render_within
 from ftlab.core.model import answer_room, device_of, evaluating, model_inputs, pad_id, position_table, positions, row_limit, to_device
 from ftlab.core.scorers import exact_match, label_accuracy, nll
@@ -30,7 +30,7 @@ def long_rows(n: int = 40, words: int = 120) -> list[dict]:
     return [row(i) | dict(prompt=f'{WORDS[i % 6]} {WORDS[i//6 % 6]} ' + row(i)['prompt']) for i in range(n)]
 
 
-def long_data() -> 'Data':
+def long_data() -> Data:
     rows = long_rows()
     return data(rows[:28], validation=rows[28:34], test=rows[34:])
 

@@ -11,7 +11,7 @@ from toys import TOK, lab_data, same, toy, weights
 
 def backwards(row): return ' '.join(row['response'].split()[::-1]) + ' a'
 def pair_data(n=40): return data([dict(r, rejected=backwards(r)) for r in lab_data().train[:n]])
-def state_of(d, batch_size=4, accumulate=1, max_length=None, **kw): return SimpleNamespace(data=d, tok=TOK, settings=dict(batch_size=batch_size, accumulate=accumulate, max_length=max_length), pad_id=0, seed=0, step=0, **kw)
+def state_of(d, batch_size=4, accumulate=1, max_length=None, **kw): return SimpleNamespace(data=d, tok=TOK, settings=dict(batch_size=batch_size, accumulate=accumulate, max_length=max_length), limit=max_length, pad_id=0, seed=0, step=0, **kw)
 
 class Gradient:
     "Keeps the first step's gradient"

@@ -4,18 +4,19 @@
 
 # %% ../../nbs/core/batches.ipynb #000341f0
 from __future__ import annotations
-import difflib, hashlib, html, itertools, json, math, random
+import hashlib, html, itertools, json, math, random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 import jinja2, torch
+from .lab import lab
 from .rows import DIGITS, READERS, as_row, clean_text, read_rows
-from ..lab.lookup import ALL_SKILLS, LookupWorld
-from ..lab.world import LabWorld, split_of
+from .text import did_you_mean, near_misses, split_of
 
 # %% auto #0
-__all__ = ['KINDS', 'FORMS', 'ALIASES', 'SYNONYMS', 'SPLITS', 'IGNORE', 'PACKS', 'Data', 'data', 'encode', 'prompt_ids',
-           'Encoded', 'encode_all', 'collate', 'bins', 'pack', 'packing', 'order', 'indices', 'batch_at']
+__all__ = ['KINDS', 'FORMS', 'ALIASES', 'SYNONYMS', 'SPLITS', 'IGNORE', 'PACKS', 'Data', 'question_of', 'data', 'piece_ids',
+           'pieces_of', 'encode', 'prompt_ids', 'Encoded', 'encode_all', 'collate', 'bins', 'pack', 'packing', 'order',
+           'indices', 'batch_at']
 
 # %% ../../nbs/core/batches.ipynb #000641f0
 KINDS = dict(chat=('messages',), text=('prompt', 'response'), label=('text', 'label'), lm=('text',)) # in the order of preference
@@ -25,12 +26,6 @@ ALIASES = dict(completion='response')                                           
 SYNONYMS = dict(prompt=('question', 'instruction', 'input', 'query', 'source'), response=('answer', 'output', 'target', 'reply', 'chosen'),
                 messages=('conversations', 'conversation', 'dialog', 'chat'), text=('sentence', 'content', 'document', 'review'),
                 label=('category', 'class', 'intent', 'target', 'labels'), chosen=('better', 'preferred', 'winner'), rejected=('worse', 'dispreferred', 'loser'))
-
-# %% ../../nbs/core/batches.ipynb #000c41f0
-def _near(word:str, words) -> str:
-    "The end of an error message: what was perhaps meant"
-    near = difflib.get_close_matches(word, list(words), 3, .5)
-    return f'; did you mean {" or ".join(map(repr, near))}?' if near else ''
 
 # %% ../../nbs/core/batches.ipynb #000e41f0
 def _kind(names, columns:Mapping[str, str], at:str) -> str:
@@ -47,13 +42,13 @@ def _kind(names, columns:Mapping[str, str], at:str) -> str:
                      'or messages, or text and label, or text alone, or, to compare answers, prompt, chosen and rejected')
 
 def _guesses(column:str, names) -> list[str]:
-    names = [str(n) for n in names]; near = difflib.get_close_matches(column, names, 1, .6)
+    names = [str(n) for n in names]; near = near_misses(column, names, 1, .6)
     return [n for n in names if n.lower() in SYNONYMS[column]][:1] + near
 
 def _renamed(row:dict, columns:Mapping[str, str], at:str) -> dict:
     "`row` with the columns called as ftlab calls them"
     for ours, theirs in columns.items():
-        if theirs not in row: raise ValueError(f'{at} has no column {theirs!r}, which columns= names as {ours!r}; it has {", ".join(map(str, row))}{_near(theirs, map(str, row))}')
+        if theirs not in row: raise ValueError(f'{at} has no column {theirs!r}, which columns= names as {ours!r}; it has {", ".join(map(str, row))}{did_you_mean(theirs, map(str, row))}')
     taken = set(columns.values())
     out = {k: v for k, v in row.items() if k not in taken and k not in columns}
     for alias, ours in ALIASES.items():
@@ -82,7 +77,7 @@ def _messages(value, at:str, column:str='messages') -> list[dict]:
 def _checked(row:dict, kind:str, at:str) -> dict:
     "`row`, if it is a whole row of that form; raises `ValueError` that names the place and the mend"
     missing = [c for c in FORMS[kind] if c not in row]
-    if missing: raise ValueError(f'{at} has no {missing[0]!r}; it has {", ".join(map(str, row)) or "no columns"}{_near(missing[0], map(str, row))}')
+    if missing: raise ValueError(f'{at} has no {missing[0]!r}; it has {", ".join(map(str, row)) or "no columns"}{did_you_mean(missing[0], map(str, row))}')
     if kind == 'pairs': return _pair(row, at)
     if kind == 'text' and isinstance(row['prompt'], list): # trl's conversational prompt and completion: `context` turns carry no loss
         first, answer = _messages(row['prompt'], at, 'prompt'), _messages(row['response'], at, 'response')
@@ -150,7 +145,7 @@ def _fingerprint(content:list) -> str:
     return hashlib.blake2s(json.dumps(content, sort_keys=True, default=bits).encode(), digest_size=8).hexdigest()
 
 # %% ../../nbs/core/batches.ipynb #001741f0
-def _question(row:dict, kind:str) -> str:
+def question_of(row:dict, kind:str) -> str:
     "The part of a row that decides its split"
     if kind == 'chat': return '\n'.join(m['content'] for m in itertools.takewhile(lambda m: m['role'] != 'assistant', row['messages'])) or row['messages'][0]['content']
     return row['prompt'] if kind == 'text' else row['text']
@@ -160,11 +155,11 @@ def _split(parts:dict[str, list[dict]|None], kind:str, notes:list[str]) -> dict[
     cut = [s for s in ('validation', 'test') if parts[s] is None]
     out = dict(train=[], validation=list(parts['validation'] or []), test=list(parts['test'] or []))
     for row in parts['train']:
-        where = split_of(_question(row, kind)); out[where if where in cut else 'train'].append(row)
+        where = split_of(question_of(row, kind)); out[where if where in cut else 'train'].append(row)
     if cut and kind == 'label': _keep_every_label(out, cut, notes)
-    seen = {_question(r, kind) for r in out['train']}
+    seen = {question_of(r, kind) for r in out['train']}
     for s in ('validation', 'test'):
-        both = sum(_question(r, kind) in seen for r in out[s])
+        both = sum(question_of(r, kind) in seen for r in out[s])
         if both: notes.append(f'{both} of {len(out[s])} {s} rows ask what a training row asks')
         if not out[s]: notes.append(f'there is no {s} row: too few rows were given to cut a tenth from')
     if not out['train']: raise ValueError(f'all {len(parts["train"])} rows fell to validation or test; give more rows, or give validation= and test=')
@@ -192,7 +187,7 @@ def _number_labels(parts:dict[str, list[dict]], names:list[str]|None, places:dic
     index = {name: i for i, name in enumerate(names)}
     for r in itertools.chain(*parts.values()):
         label = str(r['label'])
-        if label not in in_train: raise ValueError(f'{places[id(r)]}: no training row has the label {label!r}{_near(label, in_train) or ";"} train has {len(in_train)} labels')
+        if label not in in_train: raise ValueError(f'{places[id(r)]}: no training row has the label {label!r}{did_you_mean(label, in_train) or ";"} train has {len(in_train)} labels')
         r['label'] = index[label]
     return list(names)
 
@@ -223,7 +218,7 @@ def _records(source, columns:Mapping[str, str], what:str) -> tuple[list[tuple[st
         path = Path(source)
         if path.is_file(): return read_rows(path), None
         near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise FileNotFoundError(f'there is no file {source}{_near(path.name, near)}')
+        raise FileNotFoundError(f'there is no file {source}{did_you_mean(path.name, near)}')
     if isinstance(source, (list, tuple)): return [(f'{what} row {i}', as_row(r, f'{what} row {i}')) for i, r in enumerate(source, 1)], None
     import datasets
     if not isinstance(source, datasets.Dataset):
@@ -233,14 +228,15 @@ def _records(source, columns:Mapping[str, str], what:str) -> tuple[list[tuple[st
     return [(f'{what} row {i}', as_row(r, f'{what} row {i}')) for i, r in enumerate(source, 1)], feature.names if isinstance(feature, datasets.ClassLabel) else None
 
 # %% ../../nbs/core/batches.ipynb #001b41f0
-def _skill_rows(world:LabWorld, skill:str, n:int, split:str, seed:int) -> list[dict]:
+def _skill_rows(world, skill:str, n:int, split:str, seed:int) -> list[dict]:
     "`n` different rows, or as many as there are"
     try: return world.rows(skill, n, split, seed)
     except ValueError: # some skills have few different questions: take what as many draws bring up
         return list({r['prompt']: r for r in itertools.islice(world.stream(skill, split, seed), 20*n + 1000)}.values())
 
 def _skill_data(skill:str, seed:int, n:int) -> Data:
-    world = LookupWorld(0); ask = dict(train=n, validation=400, test=400)
+    world = lab('lookup').LookupWorld(0)
+    ask = dict(train=n, validation=400, test=400)
     rows = {s: _skill_rows(world, skill, k, s, seed) for s, k in ask.items()}
     short = [f'only {len(rows[s])} different {s} questions were found, {k} were asked for' for s, k in ask.items() if len(rows[s]) < k]
     return Data(**rows, kind='text', name=skill, note='; '.join(short))
@@ -258,11 +254,12 @@ def data(source,               # a path (.jsonl, .json, .csv, .parquet, or a fol
     if n is not None and n < 1: raise ValueError(f'n is {n}; it must be at least 1')
     columns = dict(columns or {}); known = {c for need in FORMS.values() for c in need}
     if set(columns) - known: raise ValueError(f'columns= renames to {", ".join(sorted(set(columns) - known))}; the keys are the names ftlab uses ({", ".join(sorted(known))}), the values those in the source')
-    if isinstance(source, str) and source in ALL_SKILLS:
+    skills = lab('lookup').ALL_SKILLS
+    if isinstance(source, str) and source in skills:
         if validation is not None or test is not None or columns: raise ValueError(f'{source!r} is a lab skill, which brings its own splits and columns; for a file of that name say ./{source}')
         return _skill_data(source, seed, n or 4000)
     if isinstance(source, str) and not Path(source).exists() and not Path(source).suffix and Path(source).name == source:
-        raise ValueError(f'{source!r} is neither a file nor a lab skill{_near(source, ALL_SKILLS) or ";"} the skills are {", ".join(ALL_SKILLS)}')
+        raise ValueError(f'{source!r} is neither a file nor a lab skill{did_you_mean(source, skills) or ";"} the skills are {", ".join(skills)}')
     given = _parts(source) | {k: v for k, v in (('validation', validation), ('test', test)) if v is not None}
     name = str(source) if isinstance(source, (str, Path)) else 'rows'
     return _assemble({s: given.get(s) for s in ('train', 'validation', 'test')}, columns, name, seed, n)
@@ -352,7 +349,7 @@ def _all_piece_ids(rows:list[list[tuple[str, bool]]], tok) -> list[list[list[int
     alone = _token_ids((t for pieces, p in zip(rows, parts) if p is None for t, _ in pieces), tok)
     return [[alone[t] for t, _ in pieces] if p is None else p for pieces, p in zip(rows, parts)]
 
-def _piece_ids(pieces:list[tuple[str, bool]], tok) -> list[list[int]]: return _all_piece_ids([pieces], tok)[0]
+def piece_ids(pieces:list[tuple[str, bool]], tok) -> list[list[int]]: return _all_piece_ids([pieces], tok)[0]
 
 # %% ../../nbs/core/batches.ipynb #003441f0
 def _texts(row:dict, tok, kind:str) -> list[tuple[str, bool]]:
@@ -371,7 +368,7 @@ def _marks(tok, kind:str) -> tuple[list[int], list[int]]:
     begins = tok.bos_token_id is not None and tok('a').input_ids[:1] == [tok.bos_token_id]
     return [tok.bos_token_id] if begins else [], [] if tok.eos_token_id is None else [tok.eos_token_id]
 
-def _pieces(row:dict, tok, kind:str) -> tuple[list[tuple[str, bool]], list[int], list[int]]:
+def pieces_of(row:dict, tok, kind:str) -> tuple[list[tuple[str, bool]], list[int], list[int]]:
     "Pieces of a row, and the special tokens before and after"
     return _texts(row, tok, kind), *_marks(tok, kind)
 
@@ -388,8 +385,8 @@ def encode(row:dict,          # a row of `Data`
     if keep not in ('start', 'end'): raise ValueError(f"keep is {keep!r}; it must be 'start' or 'end'")
     if kind == 'label':
         return dict(input_ids=tok(row['text'], truncation=max_length is not None, max_length=max_length, verbose=False).input_ids, labels=row['label'])
-    pieces, first, last = _pieces(row, tok, kind)
-    return _cut(_joined(pieces, _piece_ids(pieces, tok), first, last), max_length, keep)
+    pieces, first, last = pieces_of(row, tok, kind)
+    return _cut(_joined(pieces, piece_ids(pieces, tok), first, last), max_length, keep)
 
 def _joined(pieces:list[tuple[str, bool]], parts:list[list[int]], first:list[int], last:list[int]) -> dict:
     "A row's tokens and labels from the tokens of its pieces"
@@ -407,8 +404,8 @@ def prompt_ids(row:dict, # a row of kind 'text' or 'chat'
               ) -> list[int]:  # the tokens up to where the (last) answer begins
     "What the model is given when it is asked for the answer of `row`: the same tokens that stood before the answer in training"
     if kind not in ('text', 'chat'): raise ValueError(f'rows of kind {kind!r} have no prompt')
-    pieces, first, _ = _pieces(row, tok, kind); last = max(i for i, (_, learnt) in enumerate(pieces) if learnt)
-    return first + [i for part in _piece_ids(pieces, tok)[:last] for i in part]
+    pieces, first, _ = pieces_of(row, tok, kind); last = max(i for i, (_, learnt) in enumerate(pieces) if learnt)
+    return first + [i for part in piece_ids(pieces, tok)[:last] for i in part]
 
 # %% ../../nbs/core/batches.ipynb #003c41f0
 class Encoded(list):

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/core/loading.ipynb #00031c17
 from __future__ import annotations
-import difflib, importlib.util
+import importlib.util
 from contextlib import contextmanager
 from pathlib import Path
 import torch
@@ -13,34 +13,33 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModel
                           PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase)
 from transformers.utils import logging
 from .folder import ROOM, check_folder, tensor_shapes, weight_files
-from ..lab.models import MODELS
+from .lab import lab
+from .text import did_you_mean
 
 # %% auto #0
-__all__ = ['CHECKPOINTS', 'CLASSES', 'ENDINGS', 'IMAGES', 'UNBUILT', 'lab_folder', 'head_names', 'fresh_head', 'find_device',
-           'load', 'skeleton', 'minilm_folder']
+__all__ = ['CHECKPOINTS', 'CLASSES', 'ENDINGS', 'IMAGES', 'UNBUILT', 'lab_folder', 'head_names', 'fresh_head', 'quiet',
+           'find_device', 'load', 'skeleton', 'minilm_folder']
 
 # %% ../../nbs/core/loading.ipynb #00061c17
 # found, not computed from this file's place, so that the page that you read and the module that it exports agree
 CHECKPOINTS = Path(importlib.util.find_spec('ftlab').origin).parent/'checkpoints'
 
-def _near(word:str, words) -> str:
-    near = difflib.get_close_matches(word, list(words), 3, .5)
-    return f'; did you mean {" or ".join(map(repr, near))}?' if near else ''
+def _models() -> dict: return lab('models').MODELS
 
 def lab_folder(name:str,                  # 'lab-s', 'lab-m', 'lab-e' or 'lab-l'
                revision:str|None=None,    # 'step-500', or None for the finished model
                root:Path=CHECKPOINTS      # the folder of all checkpoints
               ) -> Path:
     "Find the folder of a lab model; raises `FileNotFoundError` that says which models and revisions there are"
-    if name not in MODELS: raise FileNotFoundError(f'no lab model is called {name!r}; there are {", ".join(MODELS)}')
-    folder = root/MODELS[name]['version']/name
+    if name not in _models(): raise FileNotFoundError(f'no lab model is called {name!r}; there are {", ".join(_models())}')
+    folder = root/_models()[name]['version']/name
     if not (folder/'config.json').exists():
-        how = MODELS[name]['made_by'].format(name=name, folder=str(folder))
+        how = _models()[name]['made_by'].format(name=name, folder=str(folder))
         raise FileNotFoundError(f'the weights of {name} are not beside this installation of ftlab; install a release, which brings them, or make them: {how}')
     if revision is None: return folder
     if (folder/revision/'config.json').exists(): return folder/revision
     there = sorted((p.parent.name for p in folder.glob('step-*/config.json')), key=lambda s: int(s.split('-')[1]))
-    raise FileNotFoundError(f'{name} has no revision {revision!r}; it has {", ".join(there) or "none but the finished model"}{_near(revision, there)}')
+    raise FileNotFoundError(f'{name} has no revision {revision!r}; it has {", ".join(there) or "none but the finished model"}{did_you_mean(revision, there)}')
 
 # %% ../../nbs/core/loading.ipynb #00071c17
 def _local_folder(folder:Path) -> Path:
@@ -61,10 +60,10 @@ def _local_folder(folder:Path) -> Path:
 
 def _find(name:str|Path, revision:str|None) -> tuple[str, str|None]:
     "What to hand to `from_pretrained`: a folder and None, or a hub id and its revision"
-    if name in MODELS: return str(lab_folder(name, revision)), None
+    if name in _models(): return str(lab_folder(name, revision)), None
     if not Path(name).is_dir():
         if str(name).startswith('lab-') or Path(name).is_absolute() or str(name).startswith(('.', '~')):
-            raise FileNotFoundError(f'{name} is neither a folder nor a lab model{_near(str(name), MODELS) or ";"} lab models are {", ".join(MODELS)}')
+            raise FileNotFoundError(f'{name} is neither a folder nor a lab model{did_you_mean(str(name), _models()) or ";"} lab models are {", ".join(_models())}')
         return str(name), revision
     folder = Path(name)/(revision or '')
     if not folder.is_dir(): raise FileNotFoundError(f'the folder {name} has no revision {revision!r}: a revision of a local model is a subfolder')
@@ -76,7 +75,7 @@ def _hub_error(name:str, revision:str|None, e:Exception) -> FileNotFoundError:
     while root.__cause__ is not None: root = root.__cause__
     why = ' '.join(str(root if str(root) else e).split())[:200]
     at = f' at revision {revision!r}' if revision else ''
-    return FileNotFoundError(f'{name!r}{at} is not a lab model ({", ".join(MODELS)}), not a folder, and could not be had from the Hugging Face hub or its cache{_near(name, MODELS) or "."} The hub said: {type(root).__name__}: {why}')
+    return FileNotFoundError(f'{name!r}{at} is not a lab model ({", ".join(_models())}), not a folder, and could not be had from the Hugging Face hub or its cache{did_you_mean(name, _models()) or "."} The hub said: {type(root).__name__}: {why}')
 
 # %% ../../nbs/core/loading.ipynb #00091c17
 CLASSES = dict(causal=AutoModelForCausalLM, masked=AutoModelForMaskedLM, label=AutoModelForSequenceClassification,
@@ -127,7 +126,7 @@ def fresh_head(model:PreTrainedModel, # a model with a head for labels
 
 # %% ../../nbs/core/loading.ipynb #000d1c17
 @contextmanager
-def _quiet():
+def quiet():
     "Without transformers' progress bars and reports of what it loaded: `load` checks that itself"
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error(); logging.disable_progress_bar()
@@ -186,7 +185,7 @@ def _check_shapes(sort:str, where:str, config:PretrainedConfig, fresh:bool, name
 
 def _bones(sort, config, dtype, device, name) -> PreTrainedModel:
     "The model as names and shapes"
-    with _quiet(), torch.random.fork_rng(devices=[]), torch.device(device):
+    with quiet(), torch.random.fork_rng(devices=[]), torch.device(device):
         try: return CLASSES[sort].from_config(config, **(dict(dtype=dtype) if dtype else {}))
         except torch.OutOfMemoryError: raise
         except UNBUILT as e: raise _unbuilt(name, e) from None
@@ -201,7 +200,7 @@ def _some(keys:list[str]) -> str: return ', '.join(keys[:3]) + (', ...' if len(k
 
 def _weights(sort:str, where:str, config:PretrainedConfig, revision:str|None, dtype, seed:int, name) -> tuple[PreTrainedModel, dict]:
     "The model, and what `transformers` says about its tensors. What it fills in by itself is fixed by the seed too, and the caller's random state is left alone."
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             model, info = CLASSES[sort].from_pretrained(where, config=config, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False,

@@ -12,14 +12,13 @@ from .batches import IGNORE, collate, encode_all
 from .generate import generate
 from .loading import load
 from .model import device_of, evaluating, model_inputs, pad_id, row_limit, to_device
-from ..lab.lookup import LookupWorld
-from ..lab.models import skills_of
+from .lab import lab
 
 # %% auto #0
 __all__ = ['WORLD', 'answer_length', 'answers', 'judge', 'exact_match', 'skills', 'teacher_forced', 'nll', 'label_accuracy']
 
 # %% ../../nbs/core/scorers.ipynb #0005f62d
-WORLD = LookupWorld(0)
+WORLD = lab('lookup').LookupWorld(0)
 
 def answer_length(rows:list[dict], tok) -> int:
     "Tokens that the longest answer among `rows` needs, and its end"
@@ -51,7 +50,7 @@ def skills(model='lab-m',            # a lab model's name, or a model (then `tok
     if isinstance(model, str): model, tok = load(model)
     if tok is None: raise ValueError('a model was given without its tokenizer; call skills(model, tok=tok)')
     if decode is None and not model.can_generate(): raise ValueError(f'{type(model).__name__} cannot write answers, and a skill is measured by what is written; take a causal language model, such as lab-s')
-    return {s: exact_match(model, tok, _questions(s, n, split, seed, level), decode) for s in (names or skills_of(tok))}
+    return {s: exact_match(model, tok, _questions(s, n, split, seed, level), decode) for s in (names or lab('models').skills_of(tok))}
 
 # a comparison asks the same questions many times over
 @lru_cache(200)

@@ -25,7 +25,8 @@ import torch
 import ftlab
 from ..core.io import write_atomically
 from ..core.model import evaluating
-from .compare import Bench, Budget, target_gain, tune, tuning_seed, versions, _crashed, _decoder, _digest
+from ..core.record import digest, versions
+from .compare import Bench, Budget, breakdown, decoder_for, target_gain, tune, tuning_seed
 from ..core.scorers import WORLD, nll
 from ..methods import get
 from ..papers import claims, claims_folder, marked
@@ -68,8 +69,8 @@ class Ground(Bench):
         "Measured once for all claims on the same ground"
         if recipe is not None and recipe.decode is not None: return super().before(seed, recipe)
         sizes = [self.items, self.old_items, self.validation_items]
-        path = workplace()/'before'/f'{_digest([self.print_of(seed), self.data(seed).fingerprint, self.old_names, *sizes, str(self.metric), seed])}.json'
-        if (seed, None) not in self._before and path.exists(): self._before[seed, None] = json.loads(path.read_text())
+        path = workplace()/'before'/f'{digest([self.print_of(seed), self.data(seed).fingerprint, self.old_names, *sizes, str(self.metric), seed])}.json'
+        if (seed, None) not in self.known_before and path.exists(): self.known_before[seed, None] = json.loads(path.read_text())
         found = super().before(seed, recipe)
         if not path.exists() and 'features' not in found: write_atomically(path, lambda p: p.write_text(json.dumps(found)))
         return found
@@ -92,7 +93,7 @@ class Looks:
 def train_arm(bench, arm, rate, seed, looks=0, steps=None):
     "One arm at one rate: the run, what the looks saw, and the recipe's own way to draw answers"
     (model, tok), data, recipe, steps = bench.base(seed), bench.data(seed), arm['recipe'], steps or arm['steps']
-    learners = {}; decode = _decoder(recipe, bench.base(seed)[0], learners); before = bench.before(seed, recipe)['validation']
+    learners = {}; decode = decoder_for(recipe, bench.base(seed)[0], learners); before = bench.before(seed, recipe)['validation']
     def gain(state):
         learners.update({n: state.models[n] for n in recipe.learners})
         return bench.gained(state.model, tok, data, 'validation', decode) - before
@@ -115,7 +116,7 @@ def measured(bench:Bench, model, tok, data, seed, before, base, decode=None) -> 
 def _broken(bench, before, e, seconds) -> dict:
     "The worst score there is, at matched gain too"
     lost = max(0., fmean(before['old'].values())) if before['old'] else bench.farthest
-    worst = _crashed(bench, before, f'{type(e).__name__}: {e}', seconds, 'test')
+    worst = breakdown(bench, before, f'{type(e).__name__}: {e}', seconds, 'test')
     return worst | dict(kl=bench.farthest, gain_matched=0., forgetting_matched=lost, kl_matched=bench.farthest)
 
 def run_seed(bench:Bench, arms:Mapping[str, dict], rates:Mapping[str, float], seed:int, looks:int=8) -> dict:

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/instruments/compare.ipynb #0003c6d6
 from __future__ import annotations
-import base64, copy, ctypes, gc, hashlib, html, importlib.metadata, io, itertools, json, math, platform, sys, time, warnings
+import base64, copy, gc, html, io, itertools, json, math, sys, time, warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean, stdev
@@ -12,31 +12,30 @@ import pandas as pd, torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
-from .. import __version__
 from ..adapters.store import identity
 from ..core.io import check_room, only_writer, write_atomically
 from ..core.batches import Data, collate, data as as_data, encode_all
 from ..core.loading import find_device, load
 from ..core.model import device_of, model_inputs, pad_id, row_limit, to_device
 from ..core.recipe import Recipe
+from ..core.record import digest, versions
 from ..core.scorers import exact_match, label_accuracy, nll, skills
 from ..evaluators.probe import cka, drift
 from ..lab.lookup import ALL_SKILLS
-from ..lab.models import skills_of
-from ..lab.world import OLD, vocabulary
+from ..lab.models import old_skills
+from ..lab.world import is_lab
 from ..methods import get
 from ..trainers.callbacks import Every
 from ..trainers.fit import fit
 from ..trainers.reference import SwitchedOff
-from ..trainers.watch import PeakMemory
+from ..trainers.watch import PeakMemory, free_memory
 from ..trainers.objective import priced
 
 # %% auto #0
 __all__ = ['METRICS', 'SEED_KEYS', 'COLORS', 'MARKS', 'MEANT', 'PAGE', 'interval', 'target_gain', 'matched', 'best_rate',
-           'next_rate', 'tune', 'metric_for', 'score', 'worst', 'is_lab', 'old_skills', 'features', 'kl_to_base',
-           'Watch', 'Budget', 'Base', 'taught', 'forgetting_is', 'Bench', 'run_cell', 'Trial', 'assemble', 'versions',
-           'titles', 'table_of', 'picture', 'reading', 'in_words', 'Comparison', 'plan', 'tuning_seed', 'run_cells',
-           'compare']
+           'next_rate', 'tune', 'metric_for', 'score', 'worst', 'features', 'kl_to_base', 'Watch', 'Budget', 'Base',
+           'taught', 'forgetting_is', 'Bench', 'decoder_for', 'run_cell', 'Trial', 'breakdown', 'assemble', 'titles',
+           'table_of', 'picture', 'reading', 'in_words', 'Comparison', 'plan', 'tuning_seed', 'run_cells', 'compare']
 
 # %% ../../nbs/instruments/compare.ipynb #0005c6d6
 def interval(values:list[float|None], # one number a seed
@@ -113,16 +112,6 @@ def worst(metric, model, data:Data) -> float:
     return -math.log(len(data.labels) if data.kind == 'label' else model.config.vocab_size) if metric == 'nll' else 0.
 
 # %% ../../nbs/instruments/compare.ipynb #0012c6d6
-def is_lab(tok) -> bool: "Does the tokenizer speak the words of the lab world?"; return tok.get_vocab().keys() >= set(vocabulary())
-
-def old_skills(data:Data,
-               tok=None # the model's tokenizer, which knows more skills for `lab-l`; None: those of v1
-              ) -> list[str]:
-    "The skills that training on `data` should not harm"
-    taught = {r.get('skill') for r in data.train}
-    taught |= {ALL_SKILLS[t].replaces for t in taught if t in ALL_SKILLS}
-    return [s for s in (skills_of(tok) if tok is not None else OLD) if s not in taught]
-
 @torch.no_grad()
 def features(model, tok, rows:list[dict], data:Data, max_length:int|None=None) -> torch.Tensor:
     "Mean of the last layer over the tokens of each row, [rows, width]"
@@ -150,15 +139,11 @@ class Watch:
         self.measure, self.device, self.away, self.peak, self.memory = measure, device, 0., 0, PeakMemory(device).__enter__()
     def __call__(self, state):
         self.note_peak(); t = time.time(); row = self.measure(state); self.away += time.time() - t
-        _trim(); again = PeakMemory(self.device).__enter__(); again.start = getattr(self.memory, 'start', None); self.memory = again
+        free_memory()
+        again = PeakMemory(self.device).__enter__(); again.start = getattr(self.memory, 'start', None); self.memory = again
         return row
     def note_peak(self):
         now = self.memory.bytes(); self.peak = None if now is None or self.peak is None else max(self.peak, now)
-
-def _trim():
-    "Hand freed memory back to the system, so that what comes next is charged for what it takes: the C library keeps it otherwise"
-    try: ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError): pass # only glibc has it
 
 class Budget:
     "End the run when so many tokens have been read"
@@ -183,10 +168,8 @@ class Base:
     def fingerprint(self, seed:int) -> str:
         "What tells this base from another; with a fresh head it depends on the seed"
         s = seed if self.labels else 0
-        if s not in self._prints: self._prints[s] = _digest(identity(self(s)[0]))
+        if s not in self._prints: self._prints[s] = digest(identity(self(s)[0]))
         return self._prints[s]
-
-def _digest(x) -> str: return hashlib.blake2s(json.dumps(x, sort_keys=True, default=str).encode(), digest_size=10).hexdigest()
 
 # %% ../../nbs/instruments/compare.ipynb #0019c6d6
 def taught(data:Data) -> str|None:
@@ -217,7 +200,7 @@ class Bench:
         self.metric, self.items, self.old_items, self.validation_items = metric_for(self.given, metric), items, old_items, validation_items
         self.steps, self.tune_steps, self.every = steps, tune_steps or steps, evaluate_every or max(1, steps//8)
         self.revision, self.dtype, self.max_length, self.budget, self.progress, self.keep = revision, dtype, max_length, budget, progress, keep
-        self.settings, self.skill, self._before = settings, taught(self.given), {}
+        self.settings, self.skill, self.known_before = settings, taught(self.given), {}
         self.base = Base(model, self.given.labels, revision, dtype, device); self.device = self.base.device
         probe, tok = self.base(0); self.size, self.how = sum(p.numel() for p in probe.parameters()), forgetting_is(self.given, self.old, tok)
         self.old_names = old_skills(self.given, tok) if self.how == 'old skills' else []
@@ -234,8 +217,8 @@ class Bench:
         "What the base can do, measured once a seed (and once more for a recipe that draws answers its own way)"
         own = recipe is not None and recipe.decode is not None and not recipe.learners # before training there is no learner to ask
         key = (seed, recipe.name if own else None)
-        if key not in self._before: self._before[key] = _base_scores(self, seed, recipe if own else None)
-        return self._before[key]
+        if key not in self.known_before: self.known_before[key] = _base_scores(self, seed, recipe if own else None)
+        return self.known_before[key]
 
     def gained(self, model, tok, data, split, decode=None) -> float:
         "The metric on the rows of a split"
@@ -266,12 +249,12 @@ def _drifted(bench, base, model, tok, seed, data) -> float:
 
 @torch.no_grad()
 def _base_scores(bench, seed, recipe) -> dict:
-    (model, tok), data = bench.base(seed), bench.data(seed); decode = _decoder(recipe, model)
+    (model, tok), data = bench.base(seed), bench.data(seed); decode = decoder_for(recipe, model)
     out = {s: bench.gained(model, tok, data, s, decode) for s in ('validation', 'test')} | dict(old=bench.kept(model, tok, seed, data, decode))
     if data.kind == 'label': out['features'] = features(model, tok, data.validation[:bench.validation_items], data, bench.max_length)
     return out
 
-def _decoder(recipe, base, learners=None):
+def decoder_for(recipe, base, learners=None):
     "The recipe's own way to draw answers, as a function (model, tok, prompts); `learners` is filled with what learned beside the model once that is known"
     if recipe is None or recipe.decode is None: return None
     return lambda model, tok, prompts, **kw: recipe.decode(dict(tuned=model, base=base, **(learners or {})), tok, prompts, **kw)
@@ -279,7 +262,7 @@ def _decoder(recipe, base, learners=None):
 # %% ../../nbs/instruments/compare.ipynb #001ec6d6
 def run_cell(bench:Bench, recipe:Recipe, rate:float, seed:int, folder:Path, tuning:bool=False, resume:bool=True) -> dict:
     "The numbers of one method at one rate with one seed, from its file or by running it; `tuning` measures the validation gain alone"
-    key = _key(bench, recipe, rate, seed, tuning); path = folder/f'{_digest(key)}.json'
+    key = _key(bench, recipe, rate, seed, tuning); path = folder/f'{digest(key)}.json'
     if resume and (kept := _kept_cell(path, key)):
         return kept
     t = time.time(); before = bench.before(seed, recipe)
@@ -287,7 +270,7 @@ def run_cell(bench:Bench, recipe:Recipe, rate:float, seed:int, folder:Path, tuni
     # wrong input would be wrong for everyone; anything else is this method's own failure, and a result
     except (ValueError, TypeError, KeyError, OSError): raise
     except Exception as e:
-        cell = _crashed(bench, before, f'{type(e).__name__}: {" ".join(str(e).split())[:300]}', time.time() - t, 'validation' if tuning else 'test')
+        cell = breakdown(bench, before, f'{type(e).__name__}: {" ".join(str(e).split())[:300]}', time.time() - t, 'validation' if tuning else 'test')
     cell = dict(method=recipe.name, rate=rate, seed=seed, tuning=tuning, **cell, key=key)
     write_atomically(path, lambda p: p.write_text(json.dumps(cell, allow_nan=False)))
     return cell
@@ -325,11 +308,12 @@ def _run(bench, recipe, rate, seed, tuning, file) -> dict:
 class Trial:
     "One method with one seed, while it trains"
     def __init__(self, bench:Bench, recipe:Recipe, seed:int):
-        gc.collect(); _trim() # the last cell's model lives on in cycles
+        gc.collect()
+        free_memory() # the last cell's model lives on in cycles
         self.bench, self.recipe, self.seed, self.before = bench, recipe, seed, bench.before(seed, recipe)
         (self.model, self.tok), self.data, self.old, self.learners = bench.base(seed), bench.data(seed), {}, {}
         self.frozen = copy.deepcopy(self.model) if recipe.decode or recipe.stages else None # no base is left inside a model that was folded between stages
-        self.decode = _decoder(recipe, self.frozen, self.learners)
+        self.decode = decoder_for(recipe, self.frozen, self.learners)
 
     def train(self, rate:float, steps:int, looks:bool=True):
         "The finished run; raises `KeyboardInterrupt` if it was stopped by hand"
@@ -369,7 +353,7 @@ def _measured(trial:Trial, run, file:Path) -> dict:
         seconds=run.cost['seconds'] - trial.watch.away, peak_bytes=trial.watch.peak, tokens=run.cost['tokens'], trainable=run.cost['trainable'],
         head=run.cost['head'], saved_bytes=saved, path=path, error=None)
 
-def _crashed(bench, before, error, seconds, split) -> dict:
+def breakdown(bench, before, error, seconds, split) -> dict:
     "A run that broke down: as good as a model that knows nothing"
     gain = min(0., bench.worst - before[split]); lost = max(0., fmean(before['old'].values()) - bench.worst_old) if before['old'] else bench.farthest
     unknown = dict.fromkeys(('nll', 'drift', 'peak_bytes', 'tokens', 'trainable', 'head', 'saved_bytes'))
@@ -396,14 +380,6 @@ def assemble(arms:Mapping[str, tuple[dict, list[dict]]] # name -> (the recipe de
         out.append(dict(name=name, recipe=recipe, seeds=[{k: r[k] for k in SEED_KEYS} for r in rows],
                         **{k: interval([r[k] for r in rows]) for k in ('gain', 'forgetting', 'forgetting_matched')}))
     return out
-
-def versions() -> dict[str, str]:
-    "What the numbers were made with"
-    def of(p):
-        try: return importlib.metadata.version(p)
-        except importlib.metadata.PackageNotFoundError: return 'not installed'
-    here = dict(python=platform.python_version(), system=f'{platform.system()} {platform.machine()}', ftlab=__version__)
-    return here | {p: of(p) for p in ('torch', 'transformers', 'accelerate', 'datasets')}
 
 # %% ../../nbs/instruments/compare.ipynb #0026c6d6
 def titles(result:dict) -> dict[str, str]:

@@ -16,13 +16,15 @@ from ..adapters.attach import own_buffers, own_weights, pulls_apart
 from ..adapters.delta import Entries
 from ..adapters.store import WrongBase, fingerprint, load_delta
 from ..adapters.select import PARTS, coverage, everything, named, parts
-from .compare import is_lab, old_skills
+from ..lab.models import old_skills
+from ..lab.world import is_lab
 from ..core.anatomy import UnknownArchitecture
-from ..core.batches import KINDS, Data, collate, data as as_data, encode, prompt_ids, _pieces, _piece_ids, _question
+from ..core.batches import KINDS, Data, collate, data as as_data, encode, piece_ids, pieces_of, prompt_ids, question_of
 from ..core.generate import render
-from ..core.loading import _quiet
+from ..core.loading import quiet
 from ..core.recipe import Recipe
 from ..core.scorers import nll, skills
+from ..core.text import shortened, some
 from ..core.model import device_of, evaluating, model_inputs, positions, row_limit, to_device
 from .report import read_run
 from ..trainers.fit import fit
@@ -210,7 +212,7 @@ class Given:
 class Case(Given):
     "What the checks look at; everything that costs time is made once"
     @cached_property
-    def params(self) -> dict: return _plain(self.model)
+    def params(self) -> dict: return own_weights(self.model)
 
     @property
     def stages(self) -> list[Recipe]:
@@ -254,8 +256,8 @@ class Case(Given):
 def _selections(c) -> list[tuple[Recipe, dict]]:
     bare = c.model if c.run is None else c.fresh()
     try: found = [(s, (s.select or everything)(bare, None, c.settings['seed'])) for s in c.stages]
-    except UnknownArchitecture as e: raise NotApplicable(f'cannot look: {_short(e)}') from None
-    except Exception as e: raise NotApplicable(f'the selection itself raises {type(e).__name__}: {_short(e)}') from None
+    except UnknownArchitecture as e: raise NotApplicable(f'cannot look: {shortened(e)}') from None
+    except Exception as e: raise NotApplicable(f'the selection itself raises {type(e).__name__}: {shortened(e)}') from None
     if not found: raise NotApplicable('every stage is made when its turn comes')
     return found
 
@@ -270,32 +272,25 @@ def _six_rows(c) -> dict:
 def _asked_now(c) -> torch.Tensor:
     batch = c.batch
     try: return _logits(c.model, batch)
-    except TypeError as e: raise NotApplicable(f'the model cannot be asked with its data alone: {_short(e)}') from None
+    except TypeError as e: raise NotApplicable(f'the model cannot be asked with its data alone: {shortened(e)}') from None
 
 def _switched_off(c, ask):
     "What `ask()` finds while the change is switched off"
     try:
         with c.run.disabled(): return ask()
-    except ValueError as e: raise NotApplicable(f'the change cannot be switched off: {_short(e)}') from None
+    except ValueError as e: raise NotApplicable(f'the change cannot be switched off: {shortened(e)}') from None
 
 # %% ../../nbs/instruments/doctor.ipynb #00130f3d
 def _text_only(c):
     _in_words(c)
     if c.data.kind == 'label': raise NotApplicable('the data have labels, not answers in words')
 
-def _short(e, n=160) -> str: s = ' '.join(str(e).split()); return s if len(s) <= n else s[:n - 1] + '…'
-def _some(names, n=3) -> str: names = list(names); return ', '.join(names[:n]) + (f' and {len(names) - n} more' if len(names) > n else '')
-
-def _plain(model) -> dict:
-    "Parameters under the names that they have without a change on the model, and without the change's own"
-    return own_weights(model)
-
 # %% ../../nbs/instruments/doctor.ipynb #00140f3d
 def _fresh(c) -> nn.Module:
     "A new model of the same class with the base's numbers, without dropout"
     model = c.model; size = sum(p.numel()*p.element_size() for p in c.params.values())
     if size > COPY_LIMIT: raise NotApplicable(f'it needs a second model, and this one has {size/2**30:.1f} GiB (limit {COPY_LIMIT/2**30:.0f})')
-    state = _switched_off(c, lambda: {n: p.detach().clone() for n, p in _plain(model).items()}); config = copy.deepcopy(model.config)
+    state = _switched_off(c, lambda: {n: p.detach().clone() for n, p in own_weights(model).items()}); config = copy.deepcopy(model.config)
     for k, v in vars(config).items():
         if 'drop' in k and isinstance(v, float): setattr(config, k, 0.)
     state |= own_buffers(model)
@@ -322,18 +317,18 @@ def _first_step(c) -> _Look:
         try: batch = c.now is not None and c.batch
         except Exception: batch = None # the checks that look at it say why
         c.dry = _dry(c.model, c._tok, _few(c.data, max(64, 4*c.settings['batch_size'])), c.recipe, dict(c.settings, lr=c.lr), batch)
-    if not c.dry.shown: raise NotApplicable(f'the run cannot begin: {_short(c.dry.error or "it ended before its first step")}')
+    if not c.dry.shown: raise NotApplicable(f'the run cannot begin: {shortened(c.dry.error or "it ended before its first step")}')
     return c.dry
 
 # %% ../../nbs/instruments/doctor.ipynb #00160f3d
 def selection_empty(c):
-    if any(not chosen for _, chosen in c.selections): return f'0 of {len(c.params)} tensors are selected; they are called like {_some(list(c.params)[1:4])}'
+    if any(not chosen for _, chosen in c.selections): return f'0 of {len(c.params)} tensors are selected; they are called like {some(list(c.params)[1:4])}'
 
 def selection_thin(c):
     blocks = coverage(c.model, dict.fromkeys(c.params, True))['blocks'] if c.run is None else []
     found = coverage(c.model, c.chosen)
     if len(blocks) >= 4 and 0 < len(found['blocks']) <= len(blocks)/4:
-        return f'{len(found["blocks"])} of {len(blocks)} blocks are reached ({_some(map(str, found["blocks"]), 6)}), {found["share"]:.2%} of the numbers'
+        return f'{len(found["blocks"])} of {len(blocks)} blocks are reached ({some(map(str, found["blocks"]), 6)}), {found["share"]:.2%} of the numbers'
 
 def _asked(select) -> dict[str, Callable]:
     "The single names that a selection asks for, each as a selection of its own"
@@ -351,7 +346,7 @@ def names_unmatched(c):
     asked = {k: f for s in c.stages for k, f in _asked(s.select).items()}
     if not asked: raise NotApplicable('the selection names nothing: it is everything, or computed')
     try: missing = [k for k, f in asked.items() if not f(c.model)]
-    except UnknownArchitecture as e: raise NotApplicable(f'cannot look: {_short(e)}') from None
+    except UnknownArchitecture as e: raise NotApplicable(f'cannot look: {shortened(e)}') from None
     if missing and len(missing) < len(asked):
         verb = 'matches' if len(missing) == 1 else 'match'
         return f'{", ".join(missing)} {verb} nothing in this {type(c.model).__name__}, {len(asked) - len(missing)} of {len(asked)} names do'
@@ -359,7 +354,7 @@ def names_unmatched(c):
 # %% ../../nbs/instruments/doctor.ipynb #00170f3d
 def frozen_but_selected(c):
     was = [n for n in c.chosen if n in c.params and not c.params[n].requires_grad]
-    if was: return f'{len(was)} of {len(c.chosen)} selected tensors had requires_grad=False before, e.g. {_some(was)}; they will train all the same'
+    if was: return f'{len(was)} of {len(c.chosen)} selected tensors had requires_grad=False before, e.g. {some(was)}; they will train all the same'
 
 def tied_under_delta(c):
     for s, chosen in c.selections:
@@ -446,8 +441,8 @@ def _asks_in_words(c):
 def border_split(c):
     _asks_in_words(c); c.whole; n = 0; rows = c.sample[:100]; seen = ''
     for r in rows:
-        pieces, _, _ = _pieces(r, c.tok, c.data.kind); text = ''.join(t for t, _ in pieces)
-        whole, cut = c.tok(text, add_special_tokens=False, verbose=False).input_ids, [i for p in _piece_ids(pieces, c.tok) for i in p]
+        pieces, _, _ = pieces_of(r, c.tok, c.data.kind); text = ''.join(t for t, _ in pieces)
+        whole, cut = c.tok(text, add_special_tokens=False, verbose=False).input_ids, [i for p in piece_ids(pieces, c.tok) for i in p]
         if whole == cut: continue
         n += 1; at = next((i for i, (a, b) in enumerate(zip(whole, cut)) if a != b), 0)
         seen = seen or f'{c.tok.decode(whole[at:at + 2])!r} against {c.tok.decode(cut[at:at + 2])!r}'
@@ -470,7 +465,7 @@ def end_not_learned(c):
     else: labels = [r['labels'] for r in c.whole]
     have = sum(any(l in ends for l in y[1:]) for y in labels); same = ' (which also is its padding mark)' if c.tok.pad_token_id in ends else ''
     if have >= .2*len(labels): return None
-    return f'{have} of {len(labels)} rows price an end mark; it would be {_some(repr(c.tok.convert_ids_to_tokens(e)) for e in ends)}{same}'
+    return f'{have} of {len(labels)} rows price an end mark; it would be {some(repr(c.tok.convert_ids_to_tokens(e)) for e in ends)}{same}'
 
 def bos_not_once(c):
     _text_only(c); bos = c.tok.bos_token_id
@@ -529,27 +524,27 @@ def _in_words(c):
 def train_test_overlap(c):
     _in_words(c)
     if not c.data.test: raise NotApplicable('there are no test rows')
-    exact = {_question(r, c.data.kind) for r in c.data.train}; near = {_normal(q) for q in exact}; asked = [_question(r, c.data.kind) for r in c.data.test]
+    exact = {question_of(r, c.data.kind) for r in c.data.train}; near = {_normal(q) for q in exact}; asked = [question_of(r, c.data.kind) for r in c.data.test]
     both = [q for q in asked if _normal(q) in near]; n = sum(q in exact for q in both)
     if not both: return None
-    seen = f'{len(both)} of {len(asked)} test rows ask what a training row asks, {n} of them word for word, e.g. {_short(both[0], 60)!r}'
+    seen = f'{len(both)} of {len(asked)} test rows ask what a training row asks, {n} of them word for word, e.g. {shortened(both[0], 60)!r}'
     return ('error' if len(both) > .1*len(asked) else 'warning'), seen
 
 def duplicate_rows(c):
     _in_words(c)
-    rows = Counter((_normal(_question(r, c.data.kind)), _normal(_answer(r, c.data.kind))) for r in c.data.train); n = len(c.data.train); twice = n - len(rows)
-    if twice > .05*n: (q, _), k = rows.most_common(1)[0]; return f'{twice} of {n} training rows repeat an earlier one; {_short(q, 40)!r} stands there {k} times'
+    rows = Counter((_normal(question_of(r, c.data.kind)), _normal(_answer(r, c.data.kind))) for r in c.data.train); n = len(c.data.train); twice = n - len(rows)
+    if twice > .05*n: (q, _), k = rows.most_common(1)[0]; return f'{twice} of {n} training rows repeat an earlier one; {shortened(q, 40)!r} stands there {k} times'
 
 # %% ../../nbs/instruments/doctor.ipynb #00220f3d
 def answers_contradict(c):
     _in_words(c)
     if c.data.kind == 'lm': raise NotApplicable('the data ask no questions')
     said = {}
-    for r in c.data.train: said.setdefault(_normal(_question(r, c.data.kind)), {})[_normal(_answer(r, c.data.kind))] = _answer(r, c.data.kind)
+    for r in c.data.train: said.setdefault(_normal(question_of(r, c.data.kind)), {})[_normal(_answer(r, c.data.kind))] = _answer(r, c.data.kind)
     odd = [(q, list(a.values())) for q, a in said.items() if len(a) > 1]; label = c.data.kind == 'label'
     if len(odd) <= (.01 if label else .05)*len(said): return None # of texts several may be right, of labels hardly
-    q, (a, b, *_) = odd[0]; a, b = (c.data.labels[int(x)] if label else _short(x, 40) for x in (a, b))
-    return ('warning' if label else 'note'), f'{len(odd)} of {len(said)} questions have more than one answer, e.g. {_short(q, 40)!r}: {a!r} and {b!r}'
+    q, (a, b, *_) = odd[0]; a, b = (c.data.labels[int(x)] if label else shortened(x, 40) for x in (a, b))
+    return ('warning' if label else 'note'), f'{len(odd)} of {len(said)} questions have more than one answer, e.g. {shortened(q, 40)!r}: {a!r} and {b!r}'
 
 FEW = 20 # test rows below which a score is mostly luck
 
@@ -564,7 +559,7 @@ def labels_missing(c):
     known = {r['label'] for r in c.data.train}
     for s in ('validation', 'test'):
         rows = getattr(c.data, s); odd = [r['label'] for r in rows if r['label'] not in known]
-        if odd: return f'{len(odd)} of {len(rows)} {s} rows have labels that no training row has: {_some(sorted(map(str, set(odd))))}'
+        if odd: return f'{len(odd)} of {len(rows)} {s} rows have labels that no training row has: {some(sorted(map(str, set(odd))))}'
 
 def labels_unbalanced(c):
     if c.data.kind != 'label': raise NotApplicable('the data have no labels')
@@ -670,7 +665,7 @@ def fp16_unscaled(c):
 # %% ../../nbs/instruments/doctor.ipynb #00280f3d
 def nonfinite_weights(c):
     bad = {n: int((~torch.isfinite(p.detach())).sum()) for n, p in c.params.items()}; bad = {n: k for n, k in bad.items() if k}
-    if bad: return f'{sum(bad.values())} numbers in {len(bad)} tensors are NaN or infinite, e.g. in {_some(bad)}'
+    if bad: return f'{sum(bad.values())} numbers in {len(bad)} tensors are NaN or infinite, e.g. in {some(bad)}'
 
 def left_in_train_mode(c):
     on = [m.training for m in c.model.modules()]; drop = _drops(c.model)
@@ -705,7 +700,7 @@ def zero_gradient(c):
                            'and answers that all have the same reward do this')
     if not live: return f'after the first batch the gradient of all {len(look.sizes)} tensors that should train is exactly zero'
     if dead and not c.answers('callbacks') and not c.answers('step'):
-        return 'warning', f'the gradient of {len(dead)} of {len(every)} selected tensors is exactly zero on the first batch: {_some(dead)}'
+        return 'warning', f'the gradient of {len(dead)} of {len(every)} selected tensors is exactly zero on the first batch: {some(dead)}'
 
 def starts_elsewhere(c):
     c.waives('starts as the base'); c.now; look = _first_step(c)
@@ -713,7 +708,7 @@ def starts_elsewhere(c):
 
 def refused(c):
     if any(f.severity == 'error' for f in c.findings): raise NotApplicable('an error was found already')
-    if not _first_step_quietly(c).shown: return _short(c.dry.error or 'the run ended before its first step', 400)
+    if not _first_step_quietly(c).shown: return shortened(c.dry.error or 'the run ended before its first step', 400)
 
 # %% ../../nbs/instruments/doctor.ipynb #002b0f3d
 NUMBERS = [
@@ -780,7 +775,7 @@ STEP = [
 # %% ../../nbs/instruments/doctor.ipynb #002e0f3d
 def _change(c) -> dict:
     try: return c.run.delta.tensors()
-    except ValueError as e: raise NotApplicable(f'the change is not kept apart any more: {_short(e)}') from None
+    except ValueError as e: raise NotApplicable(f'the change is not kept apart any more: {shortened(e)}') from None
 
 def outputs_unchanged(c):
     if torch.equal(c.now, c.off): return f'on {len(c.now)} rows the logits with and without the change are equal, bit for bit'
@@ -796,8 +791,8 @@ def nothing_moved(c):
 
 def off_is_not_base(c):
     c.waives('off is the base'); off = c.off; base = c.run.delta.base
-    with c.run.disabled(): odd = [n for n, p in _plain(c.model).items() if n in base and fingerprint(p) != base[n]]
-    if odd: return f'with the change switched off, {len(odd)} of {len(base)} tensors are not what they were before the run: {_some(odd)}'
+    with c.run.disabled(): odd = [n for n, p in own_weights(c.model).items() if n in base and fingerprint(p) != base[n]]
+    if odd: return f'with the change switched off, {len(odd)} of {len(base)} tensors are not what they were before the run: {some(odd)}'
     fresh = _logits(c.fresh(), c.batch)
     if not torch.equal(off, fresh): return f'with the change switched off, logits differ from a fresh base\'s by up to {float((off - fresh).abs().max()):.3g}'
 
@@ -806,10 +801,10 @@ def frozen_moved(c):
     if c.recipe.stages and len(c.stages) < len(c.recipe.stages): raise NotApplicable('what a stage may move is known only when its turn comes')
     free = set(att.whole) if not c.recipe.stages and not c.answers('edit') else set(c.chosen)
     odd = [n for n, p in c.params.items() if n in base and n not in free and fingerprint(p) != base[n]]
-    if odd: return f'{len(odd)} of {len(c.params) - len(free)} tensors that were to stay differ from the base\'s: {_some(odd)}'
+    if odd: return f'{len(odd)} of {len(c.params) - len(free)} tensors that were to stay differ from the base\'s: {some(odd)}'
     masks = {n: m for n, m in att.chosen.items() if m is not True} if not c.recipe.stages and not c.answers('edit') else {}
     if masks: d = _change(c); odd = [n for n, m in masks.items() if (d[n][~m] != 0).any()]
-    if masks and odd: return f'numbers outside the mask moved in {len(odd)} of {len(masks)} tensors: {_some(odd)}'
+    if masks and odd: return f'numbers outside the mask moved in {len(odd)} of {len(masks)} tensors: {some(odd)}'
 
 # %% ../../nbs/instruments/doctor.ipynb #002f0f3d
 def loss_not_finite(c):
@@ -857,7 +852,7 @@ def _reloaded(c):
 def reload_differs(c):
     c.waives('saves'); c.off
     try: new, _ = _reloaded(c)
-    except WrongBase as e: return f'the saved change does not know its own base any more: {_short(e)}'
+    except WrongBase as e: return f'the saved change does not know its own base any more: {shortened(e)}'
     got = _logits(new, c.batch)
     if not torch.equal(got, c.now): return f'saved, and loaded onto a fresh base, logits differ by up to {float((got - c.now).abs().max()):.3g}'
 
@@ -875,7 +870,7 @@ def fold_differs(c):
 
 def export_differs(c):
     _on_weights(c)
-    with tempfile.TemporaryDirectory() as tmp, _quiet():
+    with tempfile.TemporaryDirectory() as tmp, quiet():
         folder = Path(c.exported) if c.exported else export(c.model, c.tok, c.run.delta.attached, Path(tmp)/'model')
         got = _logits(type(c.model).from_pretrained(folder, dtype=c.model.dtype).to(c.device), c.batch)
     if said := _apart(c.now, got, c.off): return f'the exported folder{f" {Path(c.exported).name!r}" if c.exported else ""} is not the run: {said}'
@@ -885,7 +880,7 @@ def _again(c, accumulate=1, data=None) -> torch.Tensor:
     "The gradient of the run's first step, on a fresh base"
     n = c.settings['batch_size']; keep = {k: v for k, v in c.settings.items() if k in SETTINGS and k not in ('device', 'steps')}
     look = _dry(c.fresh(), c._tok, data or _few(c.data, n), c.recipe, keep | dict(steps=c.settings['steps'], accumulate=accumulate, lr=c.lr))
-    if look.grads is None: raise NotApplicable(_short(look.error) if look.error else 'the recipe takes steps without gradients')
+    if look.grads is None: raise NotApplicable(shortened(look.error) if look.error else 'the recipe takes steps without gradients')
     return torch.cat([g.flatten().float() for _, g in sorted(look.grads.items())])
 
 def _first_gradient(c):
@@ -932,7 +927,7 @@ def old_skills_lost(c):
     if not suspects: return None
     ask = lambda: skills(c.model, AGAIN, names=suspects, tok=c.tok); now, was = ask(), _switched_off(c, ask) # twenty questions suspect, they do not prove
     sure = sorted((s for s in suspects if _half_lost(was[s], now[s])), key=lambda s: now[s] - was[s])
-    if sure: return f'{len(sure)} of {len(old)} old skills fell to less than half: ' + _some((f'{s} {was[s]:.0%} -> {now[s]:.0%}' for s in sure), 4)
+    if sure: return f'{len(sure)} of {len(old)} old skills fell to less than half: ' + some((f'{s} {was[s]:.0%} -> {now[s]:.0%}' for s in sure), 4)
 
 def _half_lost(was, now) -> bool:
     "Is `now` below half of `was` by two standard errors of now - was/2, each from `AGAIN` answers?"
@@ -1012,7 +1007,7 @@ def _examine(case:Case, when:str, checks:list[Check]) -> Diagnosis:
         if k.when not in (when, 'both'): continue
         try: said = k.look(case)
         except NotApplicable as e: skipped[k.name] = str(e); continue
-        except Exception as e: said = 'warning', f'the check itself broke and saw nothing: {type(e).__name__}: {_short(e)}'
+        except Exception as e: said = 'warning', f'the check itself broke and saw nothing: {type(e).__name__}: {shortened(e)}'
         ran.append(k.name)
         severity, seen = said if isinstance(said, tuple) else (k.severity, said)
         if seen: case.findings.append(Finding(k.name, severity, seen, k.why, k.mend, k.learned))

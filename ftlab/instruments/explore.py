@@ -21,7 +21,7 @@ from ..adapters.subsets.lift import scores
 from ..adapters.attach import Attached, oriented
 from ..adapters.edit import write_change
 from ..adapters.merging.lines import by_depth, depth
-from .compare import COLORS, MARKS, Comparison, is_lab
+from .compare import COLORS, MARKS, Comparison
 from ..core.anatomy import anatomy
 from ..core.batches import collate, encode, encode_all
 from ..core.generate import generate
@@ -30,7 +30,7 @@ from ..core.scorers import WORLD, judge, teacher_forced
 from .report_page import percent
 from ..evaluators.mechanisms.intruders import intruders
 from ..evaluators.spectra import spectrum as stretches, stable_rank
-from ..lab.world import OLD, SKILLS
+from ..lab.world import OLD, SKILLS, is_lab
 from ..trainers.run import Run
 from ..trainers.objective import kl, priced, token_nll
 from ..trainers.losses.dft import probability

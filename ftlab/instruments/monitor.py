@@ -8,7 +8,8 @@ import base64, html, io, math, threading, time
 from collections.abc import Sequence
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from .compare import is_lab, old_skills
+from ..lab.models import old_skills
+from ..lab.world import is_lab
 from ..core.batches import Data, collate, data as as_data, encode_all
 from ..core.scorers import WORLD, teacher_forced
 from .explore import front_end

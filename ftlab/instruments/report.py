@@ -4,7 +4,7 @@
 
 # %% ../../nbs/instruments/report.ipynb #0004fa9f
 from __future__ import annotations
-import copy, hashlib, json, math, tempfile, time
+import copy, json, math, tempfile, time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from torch import Tensor
 from ..adapters.attach import own_weights
 from ..adapters.store import identity, load_delta
 from ..core.io import write_atomically
-from .compare import is_lab, metric_for, old_skills, versions, _trim
+from .compare import metric_for
 from ..core.anatomy import UnknownArchitecture
 from ..core.batches import Data, collate, data as as_data, encode, prompt_ids
 from ..core.generate import generate
@@ -25,6 +25,7 @@ from ..core.loading import load
 from ..core.model import device_of, evaluating, model_inputs, pad_id, row_limit, to_device
 from ..core.paper import Method
 from ..core.recipe import Recipe
+from ..core.record import digest, versions
 from ..core.scorers import WORLD, answer_length, judge
 from ..evaluators.calibration import calibration, confidence
 from ..evaluators.mechanisms.tuco import tuco
@@ -32,9 +33,12 @@ from ..evaluators.probe import cka, places, pooled
 from .report_page import Report
 from ..evaluators.mechanisms.intruders import intruders
 from ..evaluators.spectra import spectrum
+from ..lab.models import old_skills
+from ..lab.world import is_lab
 from ..methods import get
 from ..trainers.run import Change, Run, load_learners
 from ..trainers.stage import head_names
+from ..trainers.watch import free_memory
 from ..trainers.objective import kl, priced, token_nll
 
 # %% auto #0
@@ -138,7 +142,7 @@ def observe(model, tok, asked:list[Asked], decode:Callable|None=None, rows:int=4
         torch.manual_seed(seed)
         share = {old: math.ceil(rows/max(1, sum(q.old == old for q in asked))) for old in (False, True)} # new and old sets get `rows` each, shared out evenly
         out = [_observed(model, tok, q, decode, share[q.old], examples, max_length) for q in asked]
-    _trim() # the C library would keep what the passes took
+    free_memory() # the C library would keep what the passes took
     return out
 
 def _observed(model, tok, q, decode, share, examples, max_length) -> dict:
@@ -181,7 +185,7 @@ def _base_key(run, asked, decode, how) -> str:
     "Base (a fresh head, which its fingerprint leaves out, by its sum), questions, decoder and settings as one hash"
     heads = {n: float(run.delta.attached.before(n).double().sum()) for n in _heads(run)}
     key = [run.delta.base, heads, [(q.name, q.kind, q.metric, q.rows) for q in asked], run.recipe.describe() if decode else None, how]
-    return hashlib.blake2s(json.dumps(key, sort_keys=True, default=str).encode(), digest_size=10).hexdigest()
+    return digest(key)
 
 def _heads(run) -> set[str]: "The names of a fresh head's weights"; return set(head_names(run.model)) if run.data.kind == 'label' else set()
 

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from .lookup import LEARNED, LOOKUP, LOOKUP_SKILLS, LookupWorld, document, line_error
-from .models import lab_config, lab_tokenizer
+from .models import lab_tokenizer
 from .pretrain import save_lab
 from .world import OLD, SKILLS, THINGS, NOUNS, LETTERS, vocabulary
 

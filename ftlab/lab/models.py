@@ -9,11 +9,11 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, LlamaConfig, PreTrainedTokenizerFast
-from .lookup import LEARNED
+from .lookup import ALL_SKILLS, LEARNED
 from .world import OLD, vocabulary
 
 # %% auto #0
-__all__ = ['CHAT', 'V1', 'V2', 'MODELS', 'lab_tokenizer', 'skills_of', 'lab_config']
+__all__ = ['CHAT', 'V1', 'V2', 'MODELS', 'lab_tokenizer', 'skills_of', 'old_skills', 'lab_config']
 
 # %% ../../nbs/lab/models.ipynb #00056676
 CHAT = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ ' <assistant> ' + m['content'] + ' ' + eos_token }}"
@@ -36,6 +36,14 @@ def skills_of(tok # of a lab model
              ) -> list[str]:
     "The skills that the model of this tokenizer grew up with: those of v1, and for `lab-l` those of looking things up"
     return OLD + (LEARNED if tok.init_kwargs.get('lab') == 'lab-v2' else [])
+
+def old_skills(data,    # `Data`; its training rows name the skills that they belong to
+               tok=None # the model's tokenizer, which knows more skills for `lab-l`; None: those of v1
+              ) -> list[str]:
+    "The skills that training on `data` should not harm"
+    taught = {r.get('skill') for r in data.train}
+    gone = taught | {ALL_SKILLS[t].replaces for t in taught if t in ALL_SKILLS}
+    return [s for s in (OLD if tok is None else skills_of(tok)) if s not in gone]
 
 # %% ../../nbs/lab/models.ipynb #00086676
 V1 = dict(version='lab-v1', made_by='ftlab.lab.pretrain.pretrain({name!r}, {folder!r})')

@@ -4,17 +4,18 @@
 
 # %% ../../nbs/lab/world.ipynb #0003ca4a
 from __future__ import annotations
-import hashlib, random
+import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from ..core.text import split_of
 
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'NOUNS', 'VERBS', 'ADJECTIVES', 'THINGS', 'ACTS', 'ASPECTS', 'GOOD', 'BAD', 'LETTERS', 'DIGITS',
            'SPECIAL', 'GRAMMAR', 'TIERS', 'LANGUAGES', 'PEOPLE', 'CITIES', 'FOREIGN', 'ASK', 'LISTS', 'list_skills',
-           'language_skills', 'SKILLS', 'NEW', 'OLD', 'invent', 'vocabulary', 'split_of', 'exact', 'Skill', 'fact',
-           'atlas', 'context', 'digits', 'add', 'add_steps', 'zigzag', 'boxes', 'classify', 'regress', 'sentence',
-           'arrange', 'review', 'summary', 'stack', 'tool', 'refuse', 'write', 'judge_write', 'new_facts',
-           'changed_rule', 'new_format', 'new_procedure', 'longer_arithmetic', 'LabWorld']
+           'language_skills', 'SKILLS', 'NEW', 'OLD', 'invent', 'vocabulary', 'exact', 'Skill', 'fact', 'atlas',
+           'context', 'digits', 'add', 'add_steps', 'zigzag', 'boxes', 'classify', 'regress', 'sentence', 'arrange',
+           'review', 'summary', 'stack', 'tool', 'refuse', 'write', 'judge_write', 'new_facts', 'changed_rule',
+           'new_format', 'new_procedure', 'longer_arithmetic', 'is_lab', 'LabWorld']
 
 # %% ../../nbs/lab/world.ipynb #0005ca4a
 def invent(n:int,             # how many words
@@ -80,12 +81,6 @@ def vocabulary() -> list[str]:
     groups = (SPECIAL, GRAMMAR, DIGITS, LETTERS, PEOPLE, *ATTRIBUTES.values(), NOUNS, VERBS, ADJECTIVES, THINGS, ACTS, ASPECTS, GOOD, BAD,
               list(LANGUAGES), *FOREIGN.values(), ['A', 'B', 'C', 'D', 'E', 'F'])
     return list(dict.fromkeys(w for g in groups for w in g))
-
-# %% ../../nbs/lab/world.ipynb #000bca4a
-def split_of(text:str) -> str:
-    "`'train'` (80%), `'validation'` (10%) or `'test'` (10%), decided by the text alone"
-    bucket = int.from_bytes(hashlib.blake2s(text.encode()).digest()[:4], 'big') % 10
-    return {0: 'test', 1: 'validation'}.get(bucket, 'train')
 
 # %% ../../nbs/lab/world.ipynb #000eca4a
 def exact(prompt:str, answer:str, output:str) -> float:
@@ -311,6 +306,11 @@ SKILLS = {s.name: s for s in [
 
 NEW = ['new-language', 'new-facts', 'changed-rule', 'new-format', 'new-procedure', 'longer-arithmetic']
 OLD = [k for k in SKILLS if k not in NEW and k != 'atlas']
+
+# %% ../../nbs/lab/world.ipynb #177aa302
+def is_lab(tok) -> bool:
+    "Whether a tokenizer knows every word of the lab world"
+    return tok.get_vocab().keys() >= set(vocabulary())
 
 # %% ../../nbs/lab/world.ipynb #0023ca4a
 class LabWorld:

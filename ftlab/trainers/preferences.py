@@ -30,7 +30,7 @@ class Pairs:
         worse = rejected if callable(rejected) else lambda row: _column(row, rejected)
         both = [[encode(dict(r, response=t), state.tok, 'text', state.limit) for t in (r['response'], worse(r))] for r in rows or state.data.train]
         self.pairs = [p for p in both if all(any(l != IGNORE for l in side['labels'][1:]) for side in p)]
-        if not self.pairs: raise ValueError(f'a row may have {state.limit} tokens, which leaves no answer in any of the {len(both)} pairs; raise max_length if the model can read more')
+        if not self.pairs: raise ValueError(f'max_length={state.limit} leaves no answer in any of the {len(both)} pairs; raise it, if the model can read more')
     def next(self, state) -> list[dict]:
         "The micro-batches of step `state.step`: the chosen answers of some pairs, then their rejected ones"
         picked = [self.pairs[i] for i in indices(state.step, self.batch_size, len(self.pairs), state.seed)]

@@ -5,7 +5,6 @@
 # %% ../../nbs/trainers/source.ipynb #0003060d
 from __future__ import annotations
 from collections.abc import Callable
-import torch
 from ..core.batches import collate, indices
 from .objective import priced
 

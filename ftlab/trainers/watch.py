@@ -4,6 +4,7 @@
 
 # %% ../../nbs/trainers/watch.ipynb #0003435e
 from __future__ import annotations
+import ctypes
 import json
 import sys
 import time
@@ -13,9 +14,16 @@ from pathlib import Path
 import torch
 
 # %% auto #0
-__all__ = ['PeakMemory', 'Progress', 'in_notebook', 'tracking', 'track']
+__all__ = ['free_memory', 'PeakMemory', 'Progress', 'in_notebook', 'tracking', 'track']
 
 # %% ../../nbs/trainers/watch.ipynb #000c191a
+def free_memory() -> None:
+    "Hand freed memory back to the system, so that what comes next is charged for what it takes: the C library keeps it otherwise"
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):
+        pass # only glibc has it
+
 class PeakMemory:
     "Peak bytes while it is open: of the device on a GPU, of the process (above where it began) on a CPU; `None` where the system does not tell"
     def __init__(self, device):
