@@ -173,10 +173,12 @@ def asked(name, s, n, solve):
     if s.startswith('line'):
         out[f'{name}, ratio'] = round(line_error(rows, said)['ratio'], 4)
         numbers = [(read_number(x), r) for x, r in zip(said, rows) if read_number(x) is not None]
-        for what, guess in (('Bayes', lambda r: bayes_line(r['prompt'])['median']),
-                            ('least squares', lambda r: read_number(least_squares(r)))):
-            apart = [abs(x - guess(r)) for x, r in numbers]
-            out[f'{name}, mean distance to {what}'] = round(sum(apart)/max(1, len(apart)), 4)
+        out[f'{name}, unreadable'] = 1 - len(numbers)/n
+        if len(numbers) == n:
+            bayes = [abs(x - bayes_line(r['prompt'])['median']) for x, r in numbers]
+            plain = [abs(x - read_number(least_squares(r))) for x, r in numbers]
+            out[f'{name}, mean distance to Bayes'] = round(sum(bayes)/n, 4)
+            out[f'{name}, mean distance to least squares'] = round(sum(plain)/n, 4)
     elif s in LOOKUP:
         right = [solve(s, r['prompt'], r['response']).split() for r in rows]
         last = slice(-1, None) if s == 'chain' else slice(None)
