@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+import ftlab
 from .core.recipe import Recipe
 
 # %% auto #0
@@ -27,7 +28,7 @@ PARTS = ('adapters', 'trainers', 'evaluators', 'beyond') # whose folders hold pa
 def paper_modules(package:Path|None=None # a folder like `ftlab`'s; None: that one
                  ) -> dict[str, Path]:   # key -> file
     "The modules of all papers, by their keys, from the names of the files alone"
-    package = package or Path(__file__).parent
+    package = package or Path(ftlab.__file__).parent
     found = (f for part in PARTS for f in sorted((package/part).glob('*/*.py')))
     return {f.stem: f for f in found if not f.stem.startswith('_')}
 
@@ -49,7 +50,7 @@ def make_of(name:str) -> Callable:
     if name == 'full': return full
     if name in _marked():
         file = _files()[name]
-        return getattr(importlib.import_module('.'.join((__package__, *file.parts[-3:-1], name))), name)
+        return getattr(importlib.import_module('.'.join(('ftlab', *file.parts[-3:-1], name))), name)
     near = difflib.get_close_matches(name, names(), 3, .4)
     raise KeyError(f'no method is called {name!r}; ' + (f'did you mean {" or ".join(near)}?' if near else f'there are: {", ".join(names())}'))
 
