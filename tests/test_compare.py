@@ -4,7 +4,7 @@ import pytest, torch
 from scipy import stats
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-import ftlab.comparison as C
+import ftlab.instruments.compare as C
 from ftlab.adapters.store import identity
 from ftlab.instruments.compare import Comparison, assemble, best_rate, compare, interval, matched, metric_for, old_skills, plan, target_gain, tune, tuning_seed
 from ftlab.core.batches import data

@@ -1,7 +1,7 @@
 "The monitor: what it measures, what it draws, that it changes nothing, and that its button ends a run"
 import os, re
 import pytest, torch
-import ftlab, ftlab.monitor as m
+import ftlab, ftlab.instruments.monitor as m
 from ftlab.adapters.subsets.hft import hft
 from ftlab.adapters.modules.lora import lora
 from ftlab.core.batches import encode_all

@@ -20,7 +20,7 @@ from ftlab.instruments.report_page import Report, headline, layer_lines, percent
 from ftlab.instruments.report import as_base, asked_of, paired, read_run, report
 from ftlab.trainers.fit import fit
 from toys import TOK, classifier, lab_data, label_data, logits, same, toy, weights
-import ftlab.reporting as reporting
+import ftlab.instruments.report as reporting
 
 RECIPES = dict(full=Recipe('full'), lora=lora(r=2), entries=Recipe('entries', select=top(torch.abs, .1)), half=Recipe('half', select=half(.5)), edited=Recipe('edited', edit=scale(.5)),
     stages=Recipe('stages', loop=Stages(lora(r=2), Recipe('norms', select=parts('norm')))), output=Recipe('output', select=parts('mlp'), delta=Offset), eft=eft(large=toy(1, hidden=64, tied=False)))
