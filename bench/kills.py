@@ -33,9 +33,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 import ftlab
 from ftlab import methods
-from ftlab.core.io import LOCK, read_metadata, write_text
-from ftlab.core.recipe import Recipe
-from ftlab.core.state import State
+from ftlab.core.io import read_metadata, write_text
 from ftlab.instruments.compare import Budget
 from ftlab.lab.models import lab_tokenizer
 from ftlab.trainers.callbacks import EarlyStop, Every, validation_nll

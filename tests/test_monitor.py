@@ -1,6 +1,6 @@
 "The monitor: what it measures, what it draws, that it changes nothing, and that its button ends a run"
 import os, re
-import pytest, torch
+import pytest
 import ftlab, ftlab.instruments.monitor as m
 from ftlab.adapters.subsets.hft import hft
 from ftlab.adapters.modules.lora import lora

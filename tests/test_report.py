@@ -17,7 +17,7 @@ from ftlab.evaluators.probe import drift
 from ftlab.instruments.report_page import Report, headline, layer_lines, signed, spread
 from ftlab.instruments.report import as_base, paired, read_run, report
 from ftlab.trainers.fit import fit
-from toys import TOK, classifier, lab_data, label_data, logits, same, toy, weights
+from toys import TOK, classifier, lab_data, logits, same, toy, weights
 import ftlab.instruments.report as reporting
 
 RECIPES = dict(full=Recipe('full'), lora=lora(r=2), entries=Recipe('entries', select=top(torch.abs, .1)), half=Recipe('half', select=half(.5)), edited=Recipe('edited', edit=scale(.5)),

@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ import ftlab.core.io as files
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import parts
 from ftlab.adapters.subsets.lt_sft import lt_sft
-from ftlab.core.io import (Busy, DiskFull, TemporaryFolder, check_room, leftovers, only_writer, read_tensors, staging, sweep, write_atomically,
+from ftlab.core.io import (Busy, DiskFull, TemporaryFolder, check_room, leftovers, only_writer, read_tensors, sweep, write_atomically,
                            write_tensors, write_text)
 from ftlab.core.recipe import Loop, Recipe, Stages
 from ftlab.core.state import State
