@@ -3,13 +3,15 @@
     python bench/kills.py --kills 60            # writes bench/results/kills.json
     nice -n 19 python bench/kills.py --kills 300 --pause 2
 
-One process imports everything once and forks a child for each run, so that a kill costs about as long as the run that it hits.
-SIGKILL falls at a random moment of the run, in the middle of a write (the folder in which a file is written is there), or just after
-the file of a finished stage. A case is killed up to three times. It is resumed in the end, and parameters, learners, log, path and
-tokens must equal those of the uninterrupted run bit for bit. One case in four begins in a folder where an older run with
-other settings was killed or finished; one in four is asked, once, without `resume`, whether it says truly what is there. After each case
-the folder must hold nothing but the run's own files. Results are written after every case, and `--kills` counts those of the file, too:
-the same command goes on."""
+One process imports everything once and forks a child for each run, so that a kill costs about as
+long as the run that it hits. SIGKILL falls at a random moment of the run, in the middle of a write
+(the folder in which a file is written is there), or just after the file of a finished stage. A case
+is killed up to three times. It is resumed in the end, and parameters, learners, log, path and tokens
+must equal those of the uninterrupted run bit for bit. One case in four begins in a folder where an
+older run with other settings was killed or finished; one in four is asked, once, without `resume`,
+whether it says truly what is there. After each case the folder must hold nothing but the run's own
+files. Results are written after every case, and `--kills` counts those of the file, too: the same
+command goes on."""
 import argparse
 import hashlib
 import json
@@ -25,7 +27,8 @@ import traceback
 import warnings
 from pathlib import Path
 
-for name, value in dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='passive', HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false').items():
+for name, value in dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='passive', HF_HUB_OFFLINE='1',
+                        TOKENIZERS_PARALLELISM='false').items():
     os.environ.setdefault(name, value)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -42,12 +45,14 @@ from ftlab.trainers.fit import fit
 
 OUT = Path(__file__).parent/'results'/'kills.json'
 TOK, DATA = lab_tokenizer(), ftlab.data('new-procedure', n=60)
-PAIRS = ftlab.data([dict(prompt=r['prompt'], chosen=r['response'], rejected=r['prompt'].split()[-1]) for r in DATA.train])
+PAIRS = ftlab.data([dict(prompt=r['prompt'], chosen=r['response'], rejected=r['prompt'].split()[-1])
+                    for r in DATA.train])
 HOW = dict(steps=12, batch_size=4, lr=3e-3, save_every=2, progress=False)
-KINDS = { # name -> (recipe, settings of fit besides `HOW`, data, callbacks)
+EARLY = dict(callbacks=(EarlyStop(n=2, patience=2, rows=4),), lr=3e-2)
+KINDS = { # name -> () -> (recipe, arguments of fit that differ from `HOW`)
     'full': lambda: (methods.full(), {}),
     'full, dropout and accumulation': lambda: (methods.full(), dict(accumulate=2)),
-    'full, early stop': lambda: (methods.full(), dict(callbacks=(EarlyStop(n=2, patience=2, rows=4),), lr=3e-2)),
+    'full, early stop': lambda: (methods.full(), EARLY),
     'full, measured': lambda: (methods.full(), dict(callbacks=(Every(3, lambda s: validation_nll(s, 4)),))),
     'full, packing': lambda: (methods.full(), dict(packing=True)),
     'full, bf16': lambda: (methods.full(), dict(precision='bf16')),
@@ -76,17 +81,21 @@ def toy():
     "A Llama of two blocks with dropout, the same every time"
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = LlamaConfig(vocab_size=len(TOK), hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
-                             num_key_value_heads=2, max_position_embeddings=128, attention_dropout=.1, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+        config = LlamaConfig(vocab_size=len(TOK), hidden_size=32, intermediate_size=80,
+                             num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                             max_position_embeddings=128, attention_dropout=.1, pad_token_id=0,
+                             bos_token_id=1, eos_token_id=2)
         return LlamaForCausalLM(config).eval()
 
 def print_of(run) -> str:
     "A hash of everything that a run leaves"
     h = hashlib.blake2s()
     tensors = dict(run.model.state_dict())
-    tensors |= {f'learner {n} {k}': v for n, m in run.models.items() for k, v in m.state_dict().items()}
+    tensors |= {f'learner {n} {k}': v for n, m in run.models.items()
+                for k, v in m.state_dict().items()}
     for n in sorted(tensors):
-        h.update(n.encode() + str(tensors[n].dtype).encode() + tensors[n].detach().contiguous().view(torch.uint8).numpy().tobytes())
+        bits = tensors[n].detach().contiguous().view(torch.uint8).numpy().tobytes()
+        h.update(n.encode() + str(tensors[n].dtype).encode() + bits)
     h.update(json.dumps([run.log, run.path, run.cost['tokens'], run.interrupted, run.settings]).encode())
     return h.hexdigest()
 
@@ -104,10 +113,13 @@ def child(kind:str, folder:Path, resume:bool|None, answer:Path, **other) -> int:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter('always')
             try:
-                said = dict(print=print_of(fit(toy(), TOK, more.pop('data'), recipe, **more, out=folder, resume=resume)))
+                data = more.pop('data')
+                run = fit(toy(), TOK, data, recipe, **more, out=folder, resume=resume)
+                said = dict(print=print_of(run))
             except ValueError as e:
                 said = dict(refused=str(e))
-        said['warnings'] = [str(w.message) for w in told if 'begins anew' in str(w.message) or 'replaces' in str(w.message)]
+        said['warnings'] = [str(w.message) for w in told
+                            if 'begins anew' in str(w.message) or 'replaces' in str(w.message)]
         answer.write_text(json.dumps(said))
         code = 0
     except BaseException:
@@ -126,8 +138,8 @@ def ended(pid:int) -> bool:
 def in_a_write(folder:Path) -> bool:
     return folder.exists() and any(p.name.endswith('.tmp') for p in folder.iterdir())
 
-def kill(kind, folder, resume, answer, where:str, seconds:float, rng, **other) -> str|None: # where it was hit; None: it had ended
-    "Run, and kill it somewhere"
+def kill(kind, folder, resume, answer, where:str, seconds:float, rng, **other) -> str|None:
+    "Run, and kill it somewhere; returns where it was hit, `None` where it had ended"
     pid, start = child(kind, folder, resume, answer, **other), time.time()
     wait = rng.random()*seconds*1.05
     skip = rng.randrange(4) # not always the first write
@@ -137,7 +149,8 @@ def kill(kind, folder, resume, answer, where:str, seconds:float, rng, **other) -
         writing = in_a_write(folder)
         seen += writing and not inside
         inside = writing
-        hit = dict(anywhere=now >= wait, write=writing and seen > skip, stage=any(folder.glob('stage-*.safetensors')) and now >= .3)
+        hit = dict(anywhere=now >= wait, write=writing and seen > skip,
+                   stage=any(folder.glob('stage-*.safetensors')) and now >= .3)
         if hit[where]:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -149,13 +162,16 @@ def kill(kind, folder, resume, answer, where:str, seconds:float, rng, **other) -
 
 def odd_files(folder:Path) -> list[str]:
     "What a finished run should not leave"
-    own = ('checkpoint.safetensors', 'originals.safetensors', 'edited.safetensors', 'base.safetensors')
-    return sorted(p.name for p in folder.iterdir() if p.name not in own and not p.match('stage-?.safetensors'))
+    own = ('checkpoint.safetensors', 'originals.safetensors', 'edited.safetensors',
+           'base.safetensors')
+    return sorted(p.name for p in folder.iterdir()
+                  if p.name not in own and not p.match('stage-?.safetensors'))
 
 def true_refusal(said:dict, folder:Path) -> bool:
     "Asked without `resume`: does it refuse exactly where there is a run that was cut off?"
     left = cut_off(folder/'checkpoint.safetensors')
-    return left is not None and f'at step {left["step"]} of' in said['refused'] and 'holds this run, cut off' in said['refused']
+    said = said['refused']
+    return left is not None and f'at step {left["step"]} of' in said and 'holds this run, cut off' in said
 
 def case(kind:str, base:dict, seconds:float, rng, place:Path) -> dict:
     folder, answer = place/'run', place/'answer'
@@ -178,7 +194,8 @@ def case(kind:str, base:dict, seconds:float, rng, place:Path) -> dict:
         own = folder/'checkpoint.safetensors'
         mine = own.exists() and json.loads(read_metadata(own)['whole'])['seed'] == 0
         if found['older'] and not mine:
-            resume = False # killed before its own first checkpoint: what is there is the other run's
+            # killed before its own first checkpoint: what is there is the other run's
+            resume = False
             continue
         if rng.random() < .25 and mine:
             said = to_the_end_is_refused(kind, folder, answer)
@@ -214,10 +231,41 @@ def summary(cases:list[dict], seconds:float, bases:dict) -> dict:
         row['cases'] += 1
         row['kills'] += len(c['kills'])
         row['equal'] += c['became'] == 'equal'
-    return dict(kills=len(kills), cases=len(cases), where=count('where', kills), became=count('became', [c['became'] for c in cases]),
-                killed_more_than_once=sum(len(c['kills']) > 1 for c in cases), older_run_in_the_folder=count('older', [str(c['older']) for c in cases]),
-                asked_without_resume=count('asked', [str(c['asked']) for c in cases]), leftovers=sum(bool(c['left']) for c in cases),
-                seconds=round(seconds, 1), seconds_a_kill=round(seconds/max(1, len(kills)), 2), by_kind=by_kind, run_seconds=bases)
+    return dict(kills=len(kills), cases=len(cases), where=count('where', kills),
+                became=count('became', [c['became'] for c in cases]),
+                killed_more_than_once=sum(len(c['kills']) > 1 for c in cases),
+                older_run_in_the_folder=count('older', [str(c['older']) for c in cases]),
+                asked_without_resume=count('asked', [str(c['asked']) for c in cases]),
+                leftovers=sum(bool(c['left']) for c in cases), seconds=round(seconds, 1),
+                seconds_a_kill=round(seconds/max(1, len(kills)), 2), by_kind=by_kind,
+                run_seconds=bases)
+
+def run_cases(a, cases:list[dict], before:float, place:Path) -> dict:
+    "Kill until there are enough; returns the summary, which is written after every case"
+    rng, start, bases, kinds = random.Random(len(cases)), time.time(), {}, [a.only] if a.only else list(KINDS)
+    facts = dict(steps=HOW['steps'], save_every=HOW['save_every'], python=platform.python_version(),
+                 torch=torch.__version__, system=platform.system())
+    found = summary(cases, before, {})
+    while found['kills'] < a.kills:
+        kind = kinds[len(cases) % len(kinds)]
+        if kind not in bases:
+            bases[kind] = baseline(kind, place/f'base-{len(bases)}', place/'answer')
+        cases.append(case(kind, bases[kind], bases[kind]['seconds'], rng, place))
+        found = summary(cases, before + time.time() - start, {k: b['seconds'] for k, b in bases.items()})
+        write_text(OUT, json.dumps(dict(summary=found, facts=facts, cases=cases), indent=1) + '\n')
+        c = cases[-1]
+        print(f'{found["kills"]:4} kills, {kind}: {c["became"]} after {c["kills"]}, older {c["older"]}, '
+              f'asked {c["asked"]}, left {c["left"]}', flush=True)
+        time.sleep(a.pause)
+    return found
+
+def baseline(kind:str, folder:Path, answer:Path) -> dict:
+    "The run that nobody kills, and its seconds"
+    start = time.time()
+    base = to_the_end(kind, folder, None, answer)
+    if 'print' not in base:
+        sys.exit(f'{kind} does not run: {base}')
+    return base | dict(seconds=round(time.time() - start, 2))
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -226,31 +274,14 @@ def main():
     p.add_argument('--anew', action='store_true', help='forget the result file')
     p.add_argument('--only', help='one kind of recipe')
     a = p.parse_args()
-    old = json.loads(OUT.read_text()) if OUT.exists() and not a.anew else dict(cases=[], summary=dict(seconds=0.))
-    cases, before = old['cases'], old['summary']['seconds']
-    rng, start, bases = random.Random(len(cases)), time.time(), {}
+    old = dict(cases=[], summary=dict(seconds=0.))
+    if OUT.exists() and not a.anew:
+        old = json.loads(OUT.read_text())
     with tempfile.TemporaryDirectory(prefix='kills-') as place:
-        place = Path(place)
-        os.environ['TMPDIR'] = tempfile.tempdir = str(place)
-        kinds = [a.only] if a.only else list(KINDS)
-        while sum(len(c['kills']) for c in cases) < a.kills:
-            kind = kinds[len(cases) % len(kinds)]
-            if kind not in bases:
-                t = time.time()
-                bases[kind] = to_the_end(kind, place/f'base-{len(bases)}', None, place/'answer')
-                bases[kind]['seconds'] = time.time() - t
-                if 'print' not in bases[kind]:
-                    sys.exit(f'{kind} does not run: {bases[kind]}')
-            cases.append(case(kind, bases[kind], bases[kind]['seconds'], rng, place))
-            found = summary(cases, before + time.time() - start, {k: round(b['seconds'], 2) for k, b in bases.items()})
-            facts = dict(steps=HOW['steps'], save_every=HOW['save_every'], python=platform.python_version(), torch=torch.__version__, system=platform.system())
-            write_text(OUT, json.dumps(dict(summary=found, facts=facts, cases=cases), indent=1) + '\n')
-            c = cases[-1]
-            print(f'{found["kills"]:4} kills, {kind}: {c["became"]} after {c["kills"]}, older {c["older"]}, asked {c["asked"]}, left {c["left"]}', flush=True)
-            time.sleep(a.pause)
-    bad = [c for c in cases if c['became'] != 'equal' or c['left'] or c['asked'] not in (None, 'true')]
+        os.environ['TMPDIR'] = tempfile.tempdir = place
+        found = run_cases(a, old['cases'], old['summary']['seconds'], Path(place))
     print(json.dumps({k: v for k, v in found.items() if k not in ('by_kind', 'run_seconds')}, indent=1))
-    sys.exit(bool(bad))
+    sys.exit(any(c['became'] != 'equal' or c['left'] or c['asked'] not in (None, 'true') for c in old['cases']))
 
 if __name__ == '__main__':
     main()

@@ -2796,6 +2796,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'ftlab/trainers/stage.py'),
                                       'ftlab.trainers.stage._Stage._break_off': ( 'trainers/stage.html#_stage._break_off',
                                                                                   'ftlab/trainers/stage.py'),
+                                      'ftlab.trainers.stage._Stage.after': ('trainers/stage.html#_stage.after', 'ftlab/trainers/stage.py'),
                                       'ftlab.trainers.stage._Stage.prepare': ( 'trainers/stage.html#_stage.prepare',
                                                                                'ftlab/trainers/stage.py'),
                                       'ftlab.trainers.stage._Stage.run': ('trainers/stage.html#_stage.run', 'ftlab/trainers/stage.py'),

@@ -34,22 +34,28 @@ STEPS = dict(steps=6, lr=1e-2)
 
 def python(code, *args, **more):
     "Start Python with this checkout and these tests on its path"
-    env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT/'tests')]), OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1')
-    return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join([str(ROOT), str(ROOT/'tests')]),
+                            OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1')
+    return subprocess.Popen([sys.executable, '-c', code, *map(str, args)], env=env,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
 
 def alike(a, b):
-    return a.log == b.log and a.path == b.path and same(weights(a.model), weights(b.model)) and a.cost['tokens'] == b.cost['tokens']
+    return a.log == b.log and a.path == b.path and same(
+        weights(a.model), weights(b.model)) and a.cost['tokens'] == b.cost['tokens']
 
 # ---------- whose checkpoint is it?
 
-@pytest.mark.parametrize('other', [dict(callbacks=(Budget(150),)), dict(lr=3e-2), dict(seed=1)], ids=['cut short', 'lr', 'seed'])
+OLDER = {'cut short': dict(callbacks=(Budget(150),)), 'lr': dict(lr=3e-2), 'seed': dict(seed=1)}
+
+@pytest.mark.parametrize('other', OLDER.values(), ids=OLDER)
 def test_a_stage_of_an_older_run_is_never_taken_and_never_in_the_way(other, tmp_path):
     whole = tune(lt_sft(), **STEPS)
     tune(lt_sft(), **STEPS | other, out=tmp_path, save_every=1)
     assert (tmp_path/'stage-0.safetensors').exists()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        part = tune(lt_sft(), **STEPS, out=tmp_path, save_every=1, resume=False, callbacks=(At(2, stop),))
+        part = tune(lt_sft(), **STEPS, out=tmp_path, save_every=1, resume=False,
+                    callbacks=(At(2, stop),))
     assert part.interrupted and len(part.log) == 2
     again = tune(lt_sft(), **STEPS, out=tmp_path, save_every=1, resume=True)
     assert alike(again, whole) and torch.equal(logits(again.model), logits(whole.model))
@@ -61,9 +67,10 @@ def test_a_stage_that_something_unnamed_cut_short_is_not_mixed_with_a_whole_one(
     how = dict(**STEPS, out=tmp_path, save_every=1)
     in_the_second = lambda s: stop(s) if s.settings['stage'] else None
     assert len(tune(lt_sft(), **how, callbacks=(Enough(), At(2, in_the_second))).log) == 4
-    with pytest.raises(ValueError, match='one of its callbacks ended early, or a stage of it; it had Enough, At, this one has none'):
+    with pytest.raises(ValueError, match='ended early, or a stage of it; it had Enough, At, this one has none'):
         tune(lt_sft(), **how, resume=True)
-    assert alike(tune(lt_sft(), **how, resume=True, callbacks=(Enough(), At(9, stop))), tune(lt_sft(), **STEPS, callbacks=(Enough(),)))
+    assert alike(tune(lt_sft(), **how, resume=True, callbacks=(Enough(), At(9, stop))),
+                 tune(lt_sft(), **STEPS, callbacks=(Enough(),)))
 
 def test_what_stops_a_run_belongs_to_it(tmp_path):
     stops = (EarlyStop(n=1, patience=1, rows=10),)
@@ -81,7 +88,7 @@ def test_a_run_that_an_unnamed_callback_ended_is_not_taken_for_another(tmp_path)
     tune(**STEPS, out=tmp_path, save_every=1, callbacks=(Enough(),))
     assert cut_off(tmp_path/'checkpoint.safetensors') is None
     assert len(tune(**STEPS, out=tmp_path, save_every=1, resume=True, callbacks=(Enough(),)).log) == 3
-    with pytest.raises(ValueError, match='one of its callbacks ended early, or a stage of it; it had Enough, this one has none'):
+    with pytest.raises(ValueError, match='ended early, or a stage of it; it had Enough, this one has none'):
         tune(**STEPS, out=tmp_path, save_every=1, resume=True)
 
 def test_arguments_of_a_method_and_tokens_of_the_data_belong_to_a_run(tmp_path):
@@ -92,16 +99,19 @@ def test_arguments_of_a_method_and_tokens_of_the_data_belong_to_a_run(tmp_path):
     other = copy.deepcopy(TOK)
     other.model_max_length = 12
     with pytest.raises(ValueError, match='encoded=.*tokenizer or chat template'):
-        fit(toy(), other, lab_data(), lora(r=2), **STEPS, batch_size=8, progress=False, out=tmp_path, save_every=1, resume=True)
+        fit(toy(), other, lab_data(), lora(r=2), **STEPS, batch_size=8, progress=False,
+            out=tmp_path, save_every=1, resume=True)
 
 def test_the_reason_is_known_before_the_stages_that_are_done_again(tmp_path):
     seen = []
     def second(ctx):
         seen.append(1)
         return Recipe('second')
-    two = Recipe('two', loop=Stages(Recipe('first', source=lambda state: Rows(state.rows, 8)), second))
+    two = Recipe('two',
+                 loop=Stages(Recipe('first', source=lambda state: Rows(state.rows, 8)), second))
     how = dict(out=tmp_path, save_every=1)
-    tune(two, **STEPS, **how, callbacks=(At(2, lambda s: stop(s) if s.settings['stage'] else None),))
+    tune(two, **STEPS, **how,
+         callbacks=(At(2, lambda s: stop(s) if s.settings['stage'] else None),))
     seen.clear()
     with pytest.raises(ValueError, match='lr=0.01, this one has 0.02'):
         tune(two, steps=6, lr=2e-2, **how, resume=True)
@@ -112,7 +122,7 @@ def test_other_versions_are_told(tmp_path, monkeypatch):
     import ftlab.trainers.checkpoint as checkpoint
     real = checkpoint.versions()
     monkeypatch.setattr(checkpoint, 'versions', lambda: real | dict(torch='99.0'))
-    with pytest.warns(UserWarning, match=r'written with torch .* \(now 99.0\): the run goes on, but its last bits may differ'):
+    with pytest.warns(UserWarning, match=r'with torch .* \(now 99.0\): the run goes on, but its last bits'):
         assert len(tune(**STEPS, out=tmp_path, save_every=1, resume=True).log) == 6
 
 def damage(path, how):
@@ -136,11 +146,12 @@ def test_a_damaged_checkpoint_is_named(how, tmp_path):
     tune(**STEPS, out=tmp_path, save_every=1, callbacks=(At(3, stop),))
     damage(tmp_path/'checkpoint.safetensors', how)
     m, was = toy(), weights(toy())
-    says = {'no run': 'is not a checkpoint of a run', 'older': 'written by an older ftlab'}.get(how, 'not a safetensors file, or is damaged')
+    says = {'no run': 'is not a checkpoint of a run',
+            'older': 'written by an older ftlab'}.get(how, 'not a safetensors file, or is damaged')
     with pytest.raises(ValueError, match=f'checkpoint.safetensors.*{says}'):
         tune(model=m, **STEPS, out=tmp_path, save_every=1, resume=True)
     assert same(weights(m), was)
-    with pytest.warns(UserWarning, match='begins anew and replaces a checkpoint that cannot be used.*checkpoint.safetensors'):
+    with pytest.warns(UserWarning, match='anew and replaces a checkpoint that cannot be used.*checkpoint.safetensors'):
         assert alike(tune(**STEPS, out=tmp_path, save_every=1), tune(**STEPS))
 
 # ---------- what is in it
@@ -183,11 +194,13 @@ class Slower:
     def state_dict(self):
         return dict(history=self.history, empty={}, nested=dict(a=[torch.arange(3), {1: True}]))
     def load_state_dict(self, kept):
-        assert kept['empty'] == {} and kept['nested']['a'][1] == {1: True} and torch.equal(kept['nested']['a'][0], torch.arange(3))
+        assert kept['empty'] == {} and kept['nested']['a'][1] == {1: True} and torch.equal(
+            kept['nested']['a'][0], torch.arange(3))
         self.history = kept['history']
 
 def remembering(): # a fresh objective for every run
-    return Recipe('remembering', source=Growing, objective=Running(), loop=Loop(callbacks=(Slower,)))
+    return Recipe('remembering', source=Growing, objective=Running(),
+                  loop=Loop(callbacks=(Slower,)))
 
 @pytest.mark.parametrize('step', [1, 2, 3, 4, 5])
 def test_whatever_has_a_state_dict_goes_on(step, tmp_path):
@@ -198,8 +211,10 @@ def test_whatever_has_a_state_dict_goes_on(step, tmp_path):
     assert alike(again, whole)
 
 def test_parts_that_are_missing_are_named(tmp_path):
-    tune(Recipe('same', source=Growing), **STEPS, out=tmp_path, save_every=1, callbacks=(At(3, stop),))
-    forgetful = type('Growing', (), dict(__init__=Growing.__init__, next=Growing.next)) # the settings cannot tell them apart
+    tune(Recipe('same', source=Growing), **STEPS, out=tmp_path, save_every=1,
+         callbacks=(At(3, stop),))
+    # the settings cannot tell them apart
+    forgetful = type('Growing', (), dict(__init__=Growing.__init__, next=Growing.next))
     with pytest.raises(ValueError, match="'source' keeps a state in the checkpoint alone"):
         tune(Recipe('same', source=forgetful), **STEPS, out=tmp_path, save_every=1, resume=True)
 
@@ -223,19 +238,22 @@ def test_one_tensor_in_two_parts_is_kept_once(tmp_path):
     tune(lora(), **STEPS, out=tmp_path, save_every=1, callbacks=(Twin(), At(3, stop)))
     twin = Twin()
     again = tune(lora(), **STEPS, out=tmp_path, save_every=1, resume=True, callbacks=(twin,))
-    assert torch.equal(twin.kept['whole'][0], twin.kept['row']) and alike(again, tune(lora(), **STEPS))
+    assert torch.equal(twin.kept['whole'][0],
+                       twin.kept['row']) and alike(again, tune(lora(), **STEPS))
 
 def test_a_stage_that_is_done_again_leaves_the_later_checkpoint_alone(tmp_path):
     def second(ctx):
         return Recipe('second', select=parts('q', 'v'))
-    two = Recipe('two', loop=Stages(Recipe('first', source=Growing), second)) # the first cannot be kept: its source remembers
+    # the first cannot be kept: its source remembers
+    two = Recipe('two', loop=Stages(Recipe('first', source=Growing), second))
     how = dict(**STEPS, out=tmp_path, save_every=1)
     whole = tune(two, **STEPS)
     at_five = At(2, lambda s: stop(s) if s.settings['stage'] else None)
     tune(two, **how, callbacks=(at_five,))
     kept = (tmp_path/'checkpoint.safetensors').read_bytes()
     assert read_header(tmp_path/'checkpoint.safetensors')['settings']['stage'] == 1
-    tune(two, **how, resume=True, callbacks=(At(2, stop),)) # killed again, while the first stage is done again
+    # killed again, while the first stage is done again
+    tune(two, **how, resume=True, callbacks=(At(2, stop),))
     assert (tmp_path/'checkpoint.safetensors').read_bytes() == kept
     assert alike(tune(two, **how, resume=True), whole)
 
@@ -337,7 +355,8 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'fsync', lambda fd: (seen.append('fsync'), sync(fd))[1])
     monkeypatch.setattr(os, 'replace', lambda a, b: (seen.append('replace'), replace(a, b))[1])
     write_tensors(tmp_path/'x', dict(a=torch.zeros(3)))
-    assert seen[:2] == ['fsync', 'replace'] and (os.name != 'posix' or seen == ['fsync', 'replace', 'fsync'])
+    assert seen[:2] == ['fsync', 'replace'] and (os.name != 'posix'
+                                                 or seen == ['fsync', 'replace', 'fsync'])
     assert read_tensors(tmp_path/'x')[0]['a'].shape == (3,)
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, OSError(5, 'I/O error'), ValueError('no')])
@@ -388,7 +407,8 @@ def test_without_locks_of_the_file_system_the_process_is_looked_for(tmp_path, mo
     monkeypatch.setattr(files, '_lock', lambda at: None)
     lock, ended = tmp_path/files.LOCK, python('')
     ended.wait()
-    for holder, free in ((f'{socket.gethostname()}-{os.getppid()}', False), ('elsewhere-1', False), (f'{socket.gethostname()}-{ended.pid}', True),
+    host = socket.gethostname()
+    for holder, free in ((f'{host}-{os.getppid()}', False), ('elsewhere-1', False), (f'{host}-{ended.pid}', True),
                          ('', True)):
         lock.write_text(holder)
         if free:
@@ -414,7 +434,7 @@ def never(state):
 def test_a_read_only_folder_is_noticed_before_the_first_step(tmp_path, monkeypatch):
     read_only(monkeypatch, tmp_path)
     m, was = toy(), weights(toy())
-    with pytest.raises(OSError, match=f'nothing can be written into .{tmp_path}.: Read-only file system; choose another folder') as e:
+    with pytest.raises(OSError, match=f'be written into .{tmp_path}.: Read-only file system; choose another') as e:
         tune(model=m, out=tmp_path, callbacks=(SimpleNamespace(before_fit=never),))
     assert e.value.errno == 30 and same(weights(m), was)
     (tmp_path.parent/'a file').write_text('x')
@@ -429,7 +449,8 @@ def test_a_full_disk_is_noticed_before_the_first_step(tmp_path, monkeypatch):
     size = sum(p.numel()*4 for p in m.parameters())
     with pytest.raises(DiskFull, match=f'it needs {3*size:,} bytes, and 400,000 bytes are free') as e:
         tune(model=m, out=tmp_path, save_every=2, callbacks=(SimpleNamespace(before_fit=never),))
-    assert e.value.errno == 28 and same(weights(m), was) and all(p.requires_grad for p in m.parameters())
+    assert e.value.errno == 28 and same(weights(m), was) and all(p.requires_grad
+                                                                 for p in m.parameters())
     tune(lora(), m, steps=1, out=tmp_path, save_every=1) # little moves, and there is room for that
 
 def test_check_room_leaves_nothing(tmp_path):
@@ -447,8 +468,9 @@ def test_a_negative_save_every_is_refused(tmp_path):
 def cells(tmp_path, **more):
     import ftlab
     data = ftlab.data('new-procedure', n=40)
-    return ftlab.compare(['full'], (toy(), TOK), data, old=data, seeds=1, steps=2, tune=False, items=4, old_items=4, validation_items=4, batch_size=4,
-                         evaluate_every=2, out=tmp_path, progress=False, **more)
+    return ftlab.compare(['full'], (toy(), TOK), data, old=data, seeds=1, steps=2, tune=False,
+                         items=4, old_items=4, validation_items=4, batch_size=4, evaluate_every=2,
+                         out=tmp_path, progress=False, **more)
 
 def test_compare_has_one_writer_and_notices_first_what_it_cannot_write(tmp_path, monkeypatch):
     with only_writer(tmp_path), pytest.raises(Busy):
@@ -482,7 +504,8 @@ def test_a_closed_pipe_is_no_traceback():
 def test_an_output_that_is_full_is_one_line():
     env = os.environ | dict(PYTHONPATH=str(ROOT))
     with open('/dev/full', 'w') as full:
-        p = subprocess.run([sys.executable, '-c', MAIN, 'methods'], stdout=full, stderr=subprocess.PIPE, text=True, env=env)
+        p = subprocess.run([sys.executable, '-c', MAIN, 'methods'], stdout=full,
+                           stderr=subprocess.PIPE, text=True, env=env)
     assert p.returncode == 1 and p.stderr == 'ftlab: the answer could not be printed: No space left on device\n'
 
 LAB = '''
@@ -493,7 +516,7 @@ with cli._ended_by_signals():
     cli._until_it_ends([sys.executable, '-c', sys.argv[1]], None)
 '''
 WAITS = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'
-STUBBORN = 'import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(os.getpid(), flush=True); time.sleep(60)'
+STUBBORN = 'import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); ' + WAITS
 
 @posix
 @pytest.mark.parametrize('child', [WAITS, STUBBORN], ids=['waits', 'stubborn'])
