@@ -29,7 +29,9 @@ def lab_tokenizer(encoder:bool=False, # the encoder's, which opens every text as
     tok = PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', bos_token='<bos>', eos_token='<eos>', unk_token='<unk>', mask_token='<mask>',
         extra_special_tokens=['<user>', '<assistant>'], model_max_length=256, padding_side='right', clean_up_tokenization_spaces=False)
     tok.chat_template = CHAT
-    if version != 'lab-v1': tok.init_kwargs['lab'] = version # is saved beside the model, and with every model that is fine-tuned from it
+    if version != 'lab-v1':
+        # is saved beside the model, and with every model that is fine-tuned from it
+        tok.init_kwargs['lab'] = version
     return tok
 
 def skills_of(tok # of a lab model
