@@ -411,7 +411,7 @@ def _far_off(d) -> str:
 def _seen(claim, seed) -> list[dict]:
     "What a replay saw, with the difference that is allowed; an identity counts as an effect of 1 that must stay, None stands for NaN"
     found = replay(claim, seed) if claim.spec.get('contrast') else []
-    out = [dict(name=d['name'], stored=d['stored'], new=d['new'] if math.isfinite(d['new']) else None, allowed=d['margin']/10 or max(d['noise'], 1e-6)) for d in found]
+    out = [dict(name=d['name'], stored=d['stored'], new=d['new'] if math.isfinite(d['new']) else None, allowed=max(d['margin']/10, 1e-6)) for d in found]
     ids = _identities(script_of(claim)) if claim.script else {}
     return out + [dict(name=f'identity: {k}', stored=1., new=float(ok), allowed=0.) for k, ok in ids.items()]
 
