@@ -11,7 +11,7 @@ from types import ModuleType
 __all__ = ['lab']
 
 # %% ../../nbs/core/lab.ipynb #000574eb
-def lab(part:str # 'world' or 'models'
+def lab(part:str # 'world', 'lookup' or 'models'
        ) -> ModuleType:
     "A module of the lab, imported when it is asked for"
     return importlib.import_module(f'ftlab.lab.{part}')
