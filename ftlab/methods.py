@@ -50,7 +50,7 @@ def make_of(name:str) -> Callable:
     if name == 'full': return full
     if name in _marked():
         file = _files()[name]
-        return getattr(importlib.import_module('.'.join((__package__, *file.parts[-3:-1], name))), name)
+        return getattr(importlib.import_module('.'.join(('ftlab', *file.parts[-3:-1], name))), name)
     near = near_misses(name, names(), cutoff=.4)
     raise KeyError(f'no method is called {name!r}; ' + (f'did you mean {" or ".join(near)}?' if near else f'there are: {", ".join(names())}'))
 
