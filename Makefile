@@ -30,7 +30,7 @@ help:
 	@echo 'make docs        the site, into _docs/: open _docs/index.html (with Quarto where it is on the path, else with Sphinx; a minute or two)'
 	@echo 'make index       every generated list: sidebar, contents, tables of papers, verdict counts, README.md'
 	@echo 'make paper KEY=noisefit   page, claim and test of a paper of the catalogue, ready to fill in'
-	@echo 'make lab-models  pretrain the lab models again, into runs/ (hours; the shipped ones are frozen)'
+	@echo 'make lab-models  pretrain the lab models again, into runs/ (hours, lab-l a day; the shipped ones are frozen)'
 	@echo 'make clean       remove .venv and what building leaves behind'
 
 lab: $(VENV)/installed-dev
@@ -71,6 +71,7 @@ paper: $(VENV)/installed-dev
 
 lab-models: $(VENV)/installed-dev
 	$(PY) -c "from ftlab.lab.pretrain import pretrain; [pretrain(m, f'runs/{m}') for m in ('lab-s', 'lab-m', 'lab-e')]"
+	$(PY) -c "from ftlab.lab.large import pretrain_large; pretrain_large('runs/lab-l')"
 
 clean:
 	rm -rf $(VENV) build dist ftlab.egg-info .pytest_cache _proc _docs

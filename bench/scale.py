@@ -70,7 +70,7 @@ def measure(copies: int, run: int) -> dict:
             raise RuntimeError(r.stderr)
         pages = json.loads(r.stdout.split('RESULT')[1])
     mean = sum(p['cpu'] for p in pages.values())/len(pages)
-    return dict(measured=dict(papers=len(sources.papers), seconds_to_choose=round(choosing, 2), papers_touched=touched, failed=sum(bool(p['wrong']) for p in pages.values()),
+    return dict(measured=dict(papers=len(sources.papers), seconds_to_choose=round(choosing, 2), papers_touched=touched, failed={n: p['wrong'] for n, p in sorted(pages.items()) if p['wrong']},
                               pages_run=len(pages), cpu_seconds_a_page=round(mean, 2), pages={n: round(p['cpu'], 2) for n, p in sorted(pages.items())}),
                 extrapolated=dict(pages_of_all_copies_cpu_minutes=round(mean*copies/60, 1), on_two_cores_minutes=round(mean*copies/120, 1)))
 

@@ -4,7 +4,7 @@
 
 # %% ../nbs/cli.ipynb #0003513c
 from __future__ import annotations
-import argparse, inspect, json, math, os, re, socket, subprocess, sys, tempfile, time
+import argparse, inspect, json, math, os, re, signal, socket, subprocess, sys, time
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -367,16 +367,43 @@ def run_lab(a):
     flags = [f'--ServerApp.root_dir={root}', f'--LabApp.default_url=/lab/tree/{page}', f'--port={port}', '--ServerApp.port_retries=0']
     if apart := widgets_folder(): flags.append(f'--LabServerApp.extra_labextensions_path={apart}')
     flags += ['--no-browser']*(a.no_browser or no_screen()) + ['--allow-root']*(os.name == 'posix' and os.geteuid() == 0)
-    with tempfile.TemporaryDirectory(prefix='ftlab-lab-') as folder:
+    from ftlab.core.io import TemporaryFolder
+    with _ended_by_signals(), TemporaryFolder('ftlab-lab-') as folder:
         env['JUPYTER_CONFIG_PATH'] = os.pathsep.join(filter(None, (str(lab_settings(folder)), env.get('JUPYTER_CONFIG_PATH'))))
-        if code := _until_it_ends(subprocess.Popen([sys.executable, '-m', 'jupyterlab', *flags], env=env)): raise RuntimeError(f'JupyterLab ended with code {code}')
+        if code := _until_it_ends([sys.executable, '-m', 'jupyterlab', *flags], env):
+            raise RuntimeError(f'JupyterLab ended with code {code}')
     return {}, ''
 
-def _until_it_ends(process) -> int:
-    "Wait; Ctrl-C is JupyterLab's own affair, as it asks back"
-    while True:
-        try: return process.wait()
-        except KeyboardInterrupt: continue
+@contextmanager
+def _ended_by_signals():
+    "Turn the signals that ask a process to end into `SystemExit`, so that what it started and made is put away"
+    def end(number, frame):
+        raise SystemExit(128 + number)
+    asked = [signal.SIGTERM] + [s for s in (getattr(signal, 'SIGHUP', None),) if s and signal.getsignal(s) == signal.SIG_DFL]
+    before = {s: signal.signal(s, end) for s in asked}
+    try:
+        yield
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+def _until_it_ends(command:list[str], env:dict, patience:float=15.) -> int: # patience: seconds that it has to end, once it was asked to
+    "Run a command and wait for it; Ctrl-C is JupyterLab's own affair, as it asks back. Whatever ends us ends it, too."
+    process = subprocess.Popen(command, env=env)
+    try:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                continue
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(patience)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 # %% ../nbs/cli.ipynb #001d513c
 def run_claims(a):
@@ -542,16 +569,30 @@ def main(argv:list[str]|None=None # the arguments; None: those of the process
         ) -> int:                 # 0 when done, 1 for an error or a --dry-run that does not fit, 2 for arguments that cannot be read, 130 when stopped by hand
     "Run one command"
     a = parser().parse_args(argv)
-    try: found, said = a.run(a)
+    try:
+        found, said = a.run(a)
+        _print(json.dumps(found, default=str, allow_nan=False) if a.json else said)
     except KeyboardInterrupt as e:
-        print(f'ftlab: {str(e) or "stopped; what was finished is kept, and the same command goes on"}', file=sys.stderr); return 130
+        print(f'ftlab: {str(e) or "stopped; what was finished is kept, and the same command goes on"}', file=sys.stderr)
+        return 130
     except Exception as e:
-        if a.debug: raise
-        print(f'ftlab: {_message(e)}', file=sys.stderr); return 1
-    if a.json: print(json.dumps(found, default=str, allow_nan=False))
-    elif said: print(said)
-    if a.command == 'doctor' and found['errors']: return 1 # the doctor's errors are its answer, and a script must notice them
+        if a.debug:
+            raise
+        print(f'ftlab: {_message(e)}', file=sys.stderr)
+        return 1
+    if a.command == 'doctor' and found['errors']:
+        return 1 # the doctor's errors are its answer, and a script must notice them
     return 1 if getattr(a, 'dry_run', False) and found['fits'] is False else 0
+
+def _print(text:str) -> None:
+    "Print what a command found, now: an output that takes nothing more is noticed here, and not when Python ends"
+    try:
+        if text:
+            print(text, flush=True)
+    except OSError as e:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # else Python would try once more at its end, and complain
+        if not isinstance(e, BrokenPipeError): # whoever reads may have seen enough: `ftlab methods | head`
+            raise OSError(f'the answer could not be printed: {e.strerror}') from e
 
 def _message(e:Exception) -> str:
     "One line; what we did not foresee names its kind"

@@ -220,7 +220,7 @@ def _start_text(root:Path, at:Path) -> str:
     return '\n\n'.join(['# ftlab: the course', text, '## The map', 'Fine-tuning is nine decisions. Every chapter is about one or two of them.',
         f'![The nine questions: select, delta, edit; source, objective, step, loop; decode, probe]({nbs}/images/map.svg)',
         '| question | noun |\n|---|---|\n' + '\n'.join(f'| {q} | [{n}]({nbs}/{part}/{n}.ipynb) |' for n, (part, q) in QUESTIONS.items()),
-        f'More: [all methods]({nbs}/methods.ipynb), [compare them on your own data]({nbs}/comparison.ipynb), [the scoreboard of the '
+        f'More: [all methods]({nbs}/methods.ipynb), [compare them on your own data]({nbs}/instruments/compare.ipynb), [the scoreboard of the '
         f'papers]({nbs}/papers/scoreboard.ipynb).',
         f'*This page is written anew whenever you open a chapter or solve an exercise ({time.strftime("%H:%M")}); reopen it to see the latest.*', ''])
 

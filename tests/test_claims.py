@@ -124,7 +124,7 @@ def claim_at(tmp_path, text=SPEC, script=None):
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
     "A workplace of its own, and two old skills instead of all"
-    monkeypatch.setenv('FTLAB_RUNS', str(tmp_path/'runs')); monkeypatch.setattr('ftlab.instruments.compare.old_skills', lambda data: ['add', 'reverse']); return tmp_path
+    monkeypatch.setenv('FTLAB_RUNS', str(tmp_path/'runs')); monkeypatch.setattr('ftlab.instruments.compare.old_skills', lambda data, tok=None: ['add', 'reverse']); return tmp_path
 
 def test_a_claim_runs_and_goes_on_where_it_stopped(runs, monkeypatch):
     claim, said = claim_at(runs), []

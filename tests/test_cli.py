@@ -128,7 +128,16 @@ def giant(made, tmp_path_factory):
     "A folder with the config of a model of 70 billion numbers and a weight file that nobody should open"
     d = tmp_path_factory.mktemp('giant'); tok = PreTrainedTokenizerFast.from_pretrained(made/'lm'); tok.save_pretrained(d)
     LlamaConfig(vocab_size=128256, hidden_size=16384, intermediate_size=57344, num_hidden_layers=20, num_attention_heads=128, num_key_value_heads=8, dtype='bfloat16', architectures=['LlamaForCausalLM']).save_pretrained(d)
-    (d/'model.safetensors').write_bytes(b'nothing'); return d
+    write_hollow(d/'model.safetensors'); return d
+
+def write_hollow(path):
+    "A whole safetensors file of half a gigabyte that takes no room on the disk: a header, and a hole"
+    size = 2*8192*1024
+    head = {f'w{i}': dict(dtype='BF16', shape=[8192, 1024], data_offsets=[i*size, (i + 1)*size]) for i in range(30)}
+    text = json.dumps(head).encode()
+    with open(path, 'wb') as f:
+        f.write(len(text).to_bytes(8, 'little') + text)
+        f.truncate(8 + len(text) + 30*size)
 
 def test_what_is_too_large_says_so_and_is_not_opened(call, giant, tmp_path):
     code, out, err = call(f'compare --methods full,lora --model {giant} --data {{d}}/sums.jsonl {FAST} --dry-run --json'); e = json.loads(out); m, lora = e['methods']

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 from tiny import example_inputs, tiny
-from ftlab.adapters.delta import attach
+from ftlab.adapters.attach import attach
 from ftlab.adapters.select import parts
 from ftlab.beyond.brain.elm import elm
 from ftlab.core.anatomy import UnknownArchitecture

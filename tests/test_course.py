@@ -272,6 +272,7 @@ def lab(monkeypatch, *args, **env):
         def __init__(self, command, env):
             folder = Path(env['JUPYTER_CONFIG_PATH'].split(os.pathsep)[0]); got.update(command=command, env=env, settings=json.loads(next(folder.rglob('*.json')).read_text()))
         def wait(self): return 0
+        def poll(self): return 0
     monkeypatch.setattr(cli.subprocess, 'Popen', Started); monkeypatch.setattr('ftlab.map.write_start_page', lambda path=None: path)
     for k in ('DISPLAY', 'WAYLAND_DISPLAY'): monkeypatch.delenv(k, raising=False)
     for k, v in env.items(): monkeypatch.setenv(k, v)

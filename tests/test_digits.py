@@ -1,5 +1,4 @@
 "The digits, the flow model and the reader; DiffFit on pictures and on words; the ELM neuron"
-import ast
 from pathlib import Path
 import numpy as np, pytest, scipy.linalg, torch
 import ftlab
@@ -140,11 +139,3 @@ def test_the_neuron_remembers():
     "Its plateaus outlast its input: long after the last burst it still fires more than one that had no burst"
     x, y, chance = neuron(400, 200, seed=5); recent = torch.stack([x[:, t - 20:t].sum((1, 2)) for t in (150,)], 1)[:, 0]; before = x[:, 60:120].sum((1, 2))
     quiet = recent < recent.median(); assert np.corrcoef(before[quiet], chance[quiet, 150])[0, 1] > .2
-
-# ---------- where they stand
-
-def test_pages_beyond_do_not_import_one_another():
-    folder = Path(ftlab.__file__).parent/'beyond'; files = [f for f in folder.glob('*.py') if f.name != '__init__.py']; assert {'images', 'signals'} <= {f.stem for f in files}
-    for f in files:
-        for node in ast.walk(ast.parse(f.read_text(encoding='utf-8'))):
-            if isinstance(node, ast.ImportFrom): assert node.level != 1 and not (node.module or '').startswith(('beyond', 'ftlab.beyond')), f'{f.name}, line {node.lineno}'

@@ -58,7 +58,7 @@ def test_no_lesson_cell_runs_when_the_site_is_built(processed):
     assert flat(kept) and set(flat(kept)) <= set(flat(stored))
 
 @pytest.mark.parametrize('text, linked', [
-    ('see `load_delta`', 'see [`load_delta`](../adapters/delta.ipynb#load_delta)'), ('`ftlab.fit(x)` and `ftlab.fit`', '`ftlab.fit(x)` and [`ftlab.fit`](loop.ipynb#fit)'),
+    ('see `load_delta`', 'see [`load_delta`](../adapters/store.ipynb#load_delta)'), ('`ftlab.fit(x)` and `ftlab.fit`', '`ftlab.fit(x)` and [`ftlab.fit`](fit.ipynb#fit)'),
     ('a `step` of `full`', 'a `step` of `full`'), ('[`load_delta`](x.ipynb)', '[`load_delta`](x.ipynb)'), ('## `load_delta`', '## `load_delta`'), ('```\n`load_delta`\n```', '```\n`load_delta`\n```'),
     ('[l](../../LICENSE)', '[l](../top/LICENSE)'), ('[l](../index.ipynb)', '[l](../index.ipynb)'), ('[l](step.ipynb#Several-Processes)', '[l](step.ipynb#several-processes)')])
 def test_links(text, linked): assert entries.linked(text, 'trainers/step.ipynb') == linked

@@ -31,7 +31,7 @@ def after(*a, **kw): return doctor(trained(*a, **kw))
 @pytest.fixture(autouse=True)
 def _few_questions(monkeypatch, request):
     "Toys can do nothing, so they are asked little"
-    if 'found[old-skills' not in request.node.name: monkeypatch.setattr(diagnosis, 'ASKED', 4); monkeypatch.setattr(diagnosis, 'old_skills', lambda data: ['max', 'last'])
+    if 'found[old-skills' not in request.node.name: monkeypatch.setattr(diagnosis, 'ASKED', 4); monkeypatch.setattr(diagnosis, 'old_skills', lambda data, tok=None: ['max', 'last'])
 
 # ---------- broken things
 

@@ -79,18 +79,19 @@ def test_config_dtype_decides_over_the_file(copy):
 @pytest.fixture
 def lab(saved, tmp_path, monkeypatch):
     import shutil
-    for where in ('lab-s', 'lab-s/step-500', 'lab-s/step-1000'): shutil.copytree(saved/'llama', tmp_path/where, dirs_exist_ok=True)
+    for where in ('lab-s', 'lab-s/step-500', 'lab-s/step-1000'): shutil.copytree(saved/'llama', tmp_path/'lab-v1'/where, dirs_exist_ok=True)
     monkeypatch.setattr(loading.lab_folder, '__defaults__', (None, tmp_path)); return tmp_path
 
 def test_lab_names_and_revisions(lab):
-    assert lab_folder('lab-s') == lab/'lab-s' and lab_folder('lab-s', 'step-500') == lab/'lab-s'/'step-500'
+    assert lab_folder('lab-s') == lab/'lab-v1'/'lab-s' and lab_folder('lab-s', 'step-500') == lab/'lab-v1'/'lab-s'/'step-500'
     assert type(load('lab-s', revision='step-500')[0]).__name__ == 'LlamaForCausalLM'
     with pytest.raises(FileNotFoundError, match="no revision 'step-50'; it has step-500, step-1000; did you mean 'step-500'"): load('lab-s', revision='step-50')
-    with pytest.raises(FileNotFoundError, match='weights of lab-m are not beside.*pretrain'): load('lab-m')
+    with pytest.raises(FileNotFoundError, match="weights of lab-m are not beside.*pretrain.pretrain\\('lab-m'"): load('lab-m')
+    with pytest.raises(FileNotFoundError, match='weights of lab-l are not beside.*pretrain_large.*lab-v2'): load('lab-l')
     with pytest.raises(FileNotFoundError, match="did you mean 'lab-s'"): load('lab-ss')
     with pytest.raises(FileNotFoundError, match='lab-s, lab-m'): lab_folder('mini')
 
-@pytest.mark.skipif(not (loading.CHECKPOINTS/'lab-s'/'model.safetensors').exists(), reason='the lab weights are not here')
+@pytest.mark.skipif(not (loading.CHECKPOINTS/'lab-v1'/'lab-s'/'model.safetensors').exists(), reason='the lab weights are not here')
 def test_the_shipped_lab_model():
     model, t = load('lab-s'); assert model.dtype == torch.float32 and t.get_vocab() == tok.get_vocab() and model.config.vocab_size == len(tok)
 

@@ -29,4 +29,4 @@ def test_the_readmes_lines_on_a_readers_own_data_and_model(reader):
     result = names['result'].json()
     assert [m['name'] for m in result['methods']] == ['full', 'hft', 'lora'] and all(len(m['seeds']) == 3 for m in result['methods'])
     assert all(s['error'] is None for m in result['methods'] for s in m['seeds'])
-    assert '<html' in (reader/'instruments/compare.html').read_text()[:200].lower()
+    assert '<html' in (reader/'comparison.html').read_text()[:200].lower()

@@ -159,6 +159,7 @@ def install_wheel(tmp:Path, env:dict) -> None:
     python(*pip, 'wheel', '--no-build-isolation', '--no-deps', '-w', tmp/'dist', copy, cwd=tmp, **env)
     wheel, = (tmp/'dist').glob('*.whl')
     assert wheel.name.startswith(f'ftlab-{SETTINGS["version"]}-')
+    assert wheel.stat().st_size < 60e6
     python(*pip, 'install', '--no-deps', '--target', tmp/'site', wheel, cwd=tmp)
 
 @pytest.mark.slow
@@ -172,6 +173,7 @@ def test_the_wheel_knows_the_verdicts_and_what_the_chapters_show(installed, tmp_
     "A chapter that is opened anywhere has them"
     asked = {m for p in NBS.rglob('*.ipynb') for m in re.findall(r"measured\('([\w./-]+\.json)'\)", p.read_text(encoding='utf-8')) if m != 'nope.json'}
     asked |= {f'lab_v1_skills_{m}.json' for m in ('lab-s', 'lab-m')} # a chapter names these by a variable
+    asked |= {f'lab_v2_{x}.json' for x in ('skills_lab-l', 'race', 'log', 'shortcuts', 'checked')}
     assert len(asked) >= 4 and all((installed/'ftlab'/'data'/'results'/m).read_bytes() == (ROOT/'bench'/'results'/m).read_bytes() for m in asked)
     assert (installed/'ftlab'/'data'/'papers'/'catalogue.jsonl').read_bytes() == (ROOT/'papers'/'catalogue.jsonl').read_bytes()
     code = 'import ftlab; from ftlab.papers import catalogue, claims, scoreboard; assert len(catalogue()) == 303; print(claims()[0].path); print(scoreboard().to_json())'
@@ -183,7 +185,8 @@ def test_the_wheel_knows_the_verdicts_and_what_the_chapters_show(installed, tmp_
 def test_the_wheel_works_from_another_folder(installed, tmp_path):
     "Every module imports, the command starts, and every shipped lab model loads, from the wheel and not from here"
     names = sorted(m for m in modules(installed/'ftlab') if not m.endswith('__main__'))
-    models = sorted(p.parent.name for p in (installed/'ftlab'/'checkpoints').glob('*/config.json'))
+    models = sorted(p.parent.name for p in (installed/'ftlab'/'checkpoints').glob('lab-*/*/config.json'))
+    assert models == ['lab-e', 'lab-l', 'lab-m', 'lab-s']
     code = f'''import importlib, ftlab
 for m in {names!r}: importlib.import_module(m)
 for m in {models!r}: assert next(ftlab.load(m)[0].parameters()).dtype.is_floating_point

@@ -30,7 +30,7 @@ def labels(): r = [dict(text=r['prompt'], label='abc'[i % 3]) for i, r in enumer
 @pytest.fixture(autouse=True)
 def fewer(monkeypatch):
     "Three old skills instead of all 22, to be quick"
-    monkeypatch.setattr(reporting, 'old_skills', lambda data: ['fact', 'sort', 'tavi'])
+    monkeypatch.setattr(reporting, 'old_skills', lambda data, tok=None: ['fact', 'sort', 'tavi'])
 
 # ---------- the base is the base
 

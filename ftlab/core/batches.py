@@ -236,7 +236,7 @@ def _skill_rows(world, skill:str, n:int, split:str, seed:int) -> list[dict]:
         return list({r['prompt']: r for r in itertools.islice(world.stream(skill, split, seed), 20*n + 1000)}.values())
 
 def _skill_data(skill:str, seed:int, n:int) -> Data:
-    world = lab('world').LabWorld(0)
+    world = lab('lookup').LookupWorld(0)
     ask = dict(train=n, validation=400, test=400)
     rows = {s: _skill_rows(world, skill, k, s, seed) for s, k in ask.items()}
     short = [f'only {len(rows[s])} different {s} questions were found, {k} were asked for' for s, k in ask.items() if len(rows[s]) < k]
@@ -255,7 +255,7 @@ def data(source,               # a path (.jsonl, .json, .csv, .parquet, or a fol
     if n is not None and n < 1: raise ValueError(f'n is {n}; it must be at least 1')
     columns = dict(columns or {}); known = {c for need in FORMS.values() for c in need}
     if set(columns) - known: raise ValueError(f'columns= renames to {", ".join(sorted(set(columns) - known))}; the keys are the names ftlab uses ({", ".join(sorted(known))}), the values those in the source')
-    skills = lab('world').SKILLS
+    skills = lab('lookup').ALL_SKILLS
     if isinstance(source, str) and source in skills:
         if validation is not None or test is not None or columns: raise ValueError(f'{source!r} is a lab skill, which brings its own splits and columns; for a file of that name say ./{source}')
         return _skill_data(source, seed, n or 4000)

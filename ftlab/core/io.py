@@ -33,7 +33,8 @@ def disk_trouble(e:Exception,       # what a write raised
                  path:str|Path,     # what was to be written
                  need:int|None=None # bytes that it takes, if known
                 ) -> Exception:     # a `DiskFull`, or `e` itself where something else was wrong
-    "Turn the error of a full disk, an exhausted quota or a limit on file sizes into a `DiskFull` that says what to do"
+    """Turn the error of a full disk, an exhausted quota or a limit on file sizes into a `DiskFull`
+    that says what to do"""
     code = _system_code(e)
     if code not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return e
@@ -63,7 +64,8 @@ def _owner() -> str:
     return f'{socket.gethostname()}-{os.getpid()}'
 
 def _alive(pid:int) -> bool:
-    "Does a process of this number run on this machine? Where one cannot ask without harm (Windows), it is taken to"
+    """Does a process of this number run on this machine? Where one cannot ask without harm
+    (Windows), it is taken to"""
     if sys.platform == 'win32':
         return True
     try:
@@ -106,7 +108,8 @@ def remove(path:Path) -> None:
 
 @contextmanager
 def staging(path:str|Path) -> Iterator[Path]:
-    "A fresh folder beside `path` in which it is made, to be renamed when it is whole; removed afterwards, whatever happens"
+    """A fresh folder beside `path` in which it is made, to be renamed when it is whole; removed
+    afterwards, whatever happens"""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in leftovers(path.parent, path.name):
@@ -140,7 +143,8 @@ def write_atomically(path:str|Path,     # the file
                      write:Callable,    # write(temporary path)
                      need:int|None=None # bytes that it takes, for the error
                     ) -> None:
-    "Write a file by `write`: an interruption leaves the old file or the new one. Raises `DiskFull` where there is no room."
+    """Write a file by `write`: an interruption leaves the old file or the new one. Raises `DiskFull`
+    where there is no room."""
     path = Path(path)
     try:
         with staging(path) as folder:
@@ -168,11 +172,13 @@ def write_tensors(path:str|Path,                     # the file
     write_atomically(path, lambda tmp: save_file(tensors, tmp, metadata=metadata), need)
 
 def read_metadata(path:str|Path) -> dict[str, str]:
-    "Read the header of a safetensors file. Raises `FileNotFoundError`, or `ValueError` for a file that is none or is damaged."
+    """Read the header of a safetensors file. Raises `FileNotFoundError`, or `ValueError` for a file
+    that is none or is damaged."""
     return _read(path, lambda f: {})[1]
 
 def read_tensors(path:str|Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    "Read the tensors and the header of a safetensors file. Raises `FileNotFoundError`, or `ValueError` for a file that is none or is damaged."
+    """Read the tensors and the header of a safetensors file. Raises `FileNotFoundError`, or
+    `ValueError` for a file that is none or is damaged."""
     return _read(path, lambda f: {k: f.get_tensor(k) for k in f.keys()})
 
 def _read(path, tensors_of:Callable) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -196,7 +202,8 @@ def _lock(at:int) -> bool|None:
             fcntl.flock(at, fcntl.LOCK_EX | fcntl.LOCK_NB)
         else:
             import msvcrt
-            os.lseek(at, 1 << 30, os.SEEK_SET) # a byte far beyond the text, which others must be able to read
+            # a byte far beyond the text, which others must be able to read
+            os.lseek(at, 1 << 30, os.SEEK_SET)
             msvcrt.locking(at, msvcrt.LK_NBLCK, 1)
         return True
     except OSError as e:
@@ -221,7 +228,8 @@ def _held(path:Path) -> int:
     while True:
         at = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         locked, holder = _lock(at), _named(path)
-        if locked is False or (locked is None and holder is not None and not _abandoned(path, *holder)):
+        if locked is False or (locked is None and holder is not None
+                               and not _abandoned(path, *holder)):
             os.close(at)
             by = f' (process {holder[1]} on {holder[0]})' if holder else ''
             raise Busy(f'another run writes into {str(path.parent)!r}{by}; wait for it, or use another folder')
@@ -247,7 +255,8 @@ LOCK = '.writer'
 
 @contextmanager
 def only_writer(folder:str|Path) -> Iterator[None]:
-    "Hold `folder` for one run. Raises `Busy`, naming the process, where another run holds it; a process that died holds nothing."
+    """Hold `folder` for one run. Raises `Busy`, naming the process, where another run holds it; a
+    process that died holds nothing."""
     path = Path(folder)/LOCK
     at = _held(path)
     try:
@@ -276,7 +285,8 @@ def check_room(folder:str|Path, # made if it is not there
 
 # %% ../../nbs/core/io.ipynb #0016bdb4
 class TemporaryFolder:
-    "A temporary folder that goes when this object does; those of killed processes go when the next one is made"
+    """A temporary folder that goes when this object does; those of killed processes go when the next
+    one is made"""
     def __init__(self, prefix:str='ftlab-'):
         sweep(prefix)
         self.name = tempfile.mkdtemp(prefix=prefix)
@@ -302,7 +312,8 @@ def sweep(prefix:str='ftlab-') -> list[Path]:
         lock = folder/LOCK
         try:
             mine = os.name != 'posix' or folder.lstat().st_uid == os.getuid()
-            fresh = time.time() - folder.lstat().st_mtime < 60 # its maker may not have locked it yet
+            # its maker may not have locked it yet
+            fresh = time.time() - folder.lstat().st_mtime < 60
             if folder.is_symlink() or not mine or fresh or not lock.is_file():
                 continue
             at = _held(lock)

@@ -22,19 +22,20 @@ __all__ = ['CHECKPOINTS', 'CLASSES', 'ENDINGS', 'IMAGES', 'UNBUILT', 'lab_folder
 
 # %% ../../nbs/core/loading.ipynb #00061c17
 # found, not computed from this file's place, so that the page that you read and the module that it exports agree
-CHECKPOINTS = Path(importlib.util.find_spec('ftlab').origin).parent/'checkpoints'/'lab-v1'
+CHECKPOINTS = Path(importlib.util.find_spec('ftlab').origin).parent/'checkpoints'
 
 def _models() -> dict: return lab('models').MODELS
 
-def lab_folder(name:str,                  # 'lab-s', 'lab-m' or 'lab-e'
+def lab_folder(name:str,                  # 'lab-s', 'lab-m', 'lab-e' or 'lab-l'
                revision:str|None=None,    # 'step-500', or None for the finished model
-               root:Path=CHECKPOINTS      # the folder of all lab models
+               root:Path=CHECKPOINTS      # the folder of all checkpoints
               ) -> Path:
     "Find the folder of a lab model; raises `FileNotFoundError` that says which models and revisions there are"
     if name not in _models(): raise FileNotFoundError(f'no lab model is called {name!r}; there are {", ".join(_models())}')
-    folder = root/name
+    folder = root/_models()[name]['version']/name
     if not (folder/'config.json').exists():
-        raise FileNotFoundError(f'the weights of {name} are not beside this installation of ftlab; install a release, which brings them, or make them: ftlab.lab.pretrain.pretrain({name!r}, ftlab.core.loading.CHECKPOINTS/{name!r})')
+        how = _models()[name]['made_by'].format(name=name, folder=str(folder))
+        raise FileNotFoundError(f'the weights of {name} are not beside this installation of ftlab; install a release, which brings them, or make them: {how}')
     if revision is None: return folder
     if (folder/revision/'config.json').exists(): return folder/revision
     there = sorted((p.parent.name for p in folder.glob('step-*/config.json')), key=lambda s: int(s.split('-')[1]))
@@ -229,7 +230,7 @@ def _weights_error(where:str, revision:str|None, name, e:Exception) -> Exception
     return _hub_error(str(name), revision, e)
 
 # %% ../../nbs/core/loading.ipynb #00151c17
-def load(name:str|Path,              # 'lab-s', 'lab-m', 'lab-e', a local folder, or a Hugging Face id
+def load(name:str|Path,              # 'lab-s', 'lab-m', 'lab-e', 'lab-l', a local folder, or a Hugging Face id
          revision:str|None=None,     # 'step-500' of a lab model, a subfolder, or a branch, tag or commit on the hub
          dtype:str|torch.dtype|None=None, # None: what the model's config says; float32 for lab models
          device:str|torch.device|None=None, # None: the CPU; `fit` moves the model where it trains

@@ -18,7 +18,7 @@ from .lab import lab
 __all__ = ['WORLD', 'answer_length', 'answers', 'judge', 'exact_match', 'skills', 'teacher_forced', 'nll', 'label_accuracy']
 
 # %% ../../nbs/core/scorers.ipynb #0005f62d
-WORLD = lab('world').LabWorld(0)
+WORLD = lab('lookup').LookupWorld(0)
 
 def answer_length(rows:list[dict], tok) -> int:
     "Tokens that the longest answer among `rows` needs, and its end"
@@ -31,7 +31,7 @@ def answers(model, tok, rows:list[dict], max_new_tokens:int|None=None, decode=No
 
 def judge(row:dict, output:str) -> float:
     "0 to 1: by the skill's judge for a row of the lab, else 1 for exactly the response"
-    return WORLD.judge(row, output) if row.get('skill') in lab('world').SKILLS else float(output.split() == row['response'].split())
+    return WORLD.judge(row, output) if row.get('skill') in WORLD.skills else float(output.split() == row['response'].split())
 
 def exact_match(model, tok, rows:list[dict], decode=None) -> float:
     "Mean score of the model's own answers to `rows`"
@@ -41,7 +41,7 @@ def exact_match(model, tok, rows:list[dict], decode=None) -> float:
 def skills(model='lab-m',            # a lab model's name, or a model (then `tok` is needed)
            n:int=400,                # questions a skill
            split:str='test',         # 'test', 'validation' or 'train'
-           names:list[str]|None=None,# the skills; None: all old ones
+           names:list[str]|None=None,# the skills; None: all that the model grew up with
            tok=None, seed:int=0,     # of the questions
            decode=None,              # how answers are drawn
            level:int|None=None       # difficulty, as in `LabWorld.rows`
@@ -50,7 +50,7 @@ def skills(model='lab-m',            # a lab model's name, or a model (then `tok
     if isinstance(model, str): model, tok = load(model)
     if tok is None: raise ValueError('a model was given without its tokenizer; call skills(model, tok=tok)')
     if decode is None and not model.can_generate(): raise ValueError(f'{type(model).__name__} cannot write answers, and a skill is measured by what is written; take a causal language model, such as lab-s')
-    return {s: exact_match(model, tok, _questions(s, n, split, seed, level), decode) for s in (names or lab('world').OLD)}
+    return {s: exact_match(model, tok, _questions(s, n, split, seed, level), decode) for s in (names or lab('models').skills_of(tok))}
 
 # a comparison asks the same questions many times over
 @lru_cache(200)

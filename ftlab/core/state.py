@@ -18,7 +18,7 @@ class State:
     "Everything that a part of a run may look at; a field that is not declared here cannot be set"
     model:object                        # what is trained
     tok:object=None                     # its tokenizer; None for data that are no text
-    models:dict=None                    # by name: 'policy', the model itself; 'reference'; a recipe's learners
+    models:dict=None                    # by name: 'policy', 'reference', a recipe's learners
     learners:dict=field(default_factory=dict) # by name: what trains each learner
     attached:object=None                # the change on the model
     optimizer:object=None               # the step's optimizer, where it has one
@@ -40,7 +40,7 @@ class State:
     batches:list=field(default_factory=list)    # all micro-batches of this step
     batch:dict|None=None                # the micro-batch at hand
     logits:torch.Tensor|None=None       # what the model said to it
-    nll:torch.Tensor|None=None          # each token's negative log-likelihood, where an objective found it without whole logits
+    nll:torch.Tensor|None=None          # each token's, where an objective found it without whole logits
     count:float=1.                      # labelled tokens of the whole step (rows, where there are no labels)
     whole_logits:bool=True              # does anyone besides the objective look at the logits?
     log:list=field(default_factory=list)  # one row for every step done

@@ -347,13 +347,15 @@ def _small(x): return {k: round(v, 6) if isinstance(v, float) else v for k, v in
 
 # %% ../../nbs/instruments/claims.ipynb #001d13be
 def again(key:str, seed:int|None=None) -> list[dict]:
-    "Run one seed of a finished claim anew: stored and new effect of each contrast, and whether they agree to within the margin"
+    """Run one seed of a finished claim anew: stored and new effect of each contrast, and whether they agree to within the
+    margin. Where the margin is 0, any difference of rounding would be outside it: there they must agree to within a
+    hundredth of the half-width of the contrast's interval, too little to move a verdict."""
     claim = named_claim(key)
     seed = read_result(claim)['seeds'][0] if seed is None else seed
-    return [d | dict(same=abs(d['stored'] - d['new']) <= d['margin']) for d in replay(claim, seed)]
+    return [d | dict(same=abs(d['stored'] - d['new']) <= (d['margin'] or d['noise'])) for d in replay(claim, seed)]
 
 def replay(claim:Claim, seed:int) -> list[dict]:
-    "(name, margin, stored, new) of each contrast: its effect on `seed`, as it stands in the result and run anew at the stored learning rates"
+    "(name, margin, noise, stored, new) of each contrast: its effect on `seed`, as it stands in the result and run anew at the stored learning rates"
     r = read_result(claim)
     if seed not in r['seeds']:
         raise ValueError(f'{claim.key}: seed {seed} is none of the result\'s; they are {", ".join(map(str, r["seeds"]))}')
@@ -363,7 +365,8 @@ def replay(claim:Claim, seed:int) -> list[dict]:
     out = []
     for c, want in zip(r['contrasts'], claim.spec['contrast'], strict=True):
         new = _side(want, 'treatment', arms) - _side(want, 'baseline', arms)
-        out.append(dict(name=c['name'], margin=c['margin'], stored=c['treatment'][i] - c['baseline'][i], new=new))
+        spread = contrast(c)
+        out.append(dict(name=c['name'], margin=c['margin'], noise=(spread['high'] - spread['low'])/200, stored=c['treatment'][i] - c['baseline'][i], new=new))
     return out
 
 # %% ../../nbs/instruments/claims.ipynb #002313be
@@ -408,7 +411,7 @@ def _far_off(d) -> str:
 def _seen(claim, seed) -> list[dict]:
     "What a replay saw, with the difference that is allowed; an identity counts as an effect of 1 that must stay, None stands for NaN"
     found = replay(claim, seed) if claim.spec.get('contrast') else []
-    out = [dict(name=d['name'], stored=d['stored'], new=d['new'] if math.isfinite(d['new']) else None, allowed=max(d['margin']/10, 1e-6)) for d in found]
+    out = [dict(name=d['name'], stored=d['stored'], new=d['new'] if math.isfinite(d['new']) else None, allowed=d['margin']/10 or max(d['noise'], 1e-6)) for d in found]
     ids = _identities(script_of(claim)) if claim.script else {}
     return out + [dict(name=f'identity: {k}', stored=1., new=float(ok), allowed=0.) for k, ok in ids.items()]
 

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/instruments/compare.ipynb #0003c6d6
 from __future__ import annotations
-import base64, copy, gc, html, io, itertools, json, math, sys, time
+import base64, copy, gc, html, io, itertools, json, math, sys, time, warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean, stdev
@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 from ..adapters.store import identity
-from ..core.io import write_atomically
+from ..core.io import check_room, only_writer, write_atomically
 from ..core.batches import Data, collate, data as as_data, encode_all
 from ..core.loading import find_device, load
 from ..core.model import device_of, model_inputs, pad_id, row_limit, to_device
@@ -22,7 +22,9 @@ from ..core.record import digest, versions
 from ..core.table import html_table
 from ..core.scorers import exact_match, label_accuracy, nll, skills
 from ..evaluators.probe import cka, drift
-from ..lab.world import SKILLS, is_lab, old_skills
+from ..lab.lookup import ALL_SKILLS
+from ..lab.models import old_skills
+from ..lab.world import is_lab
 from ..methods import get
 from ..trainers.callbacks import Every
 from ..trainers.fit import fit
@@ -97,7 +99,7 @@ def metric_for(data:Data, metric:str|Callable|None=None) -> str|Callable:
     if metric == 'exact' and data.kind != 'text' or metric == 'accuracy' and data.kind != 'label':
         raise ValueError(f'metric {metric!r} does not fit data of kind {data.kind!r}: exact needs prompt and response, accuracy needs labels')
     known = data.test or data.validation or data.train # a set of old questions may have no test rows of its own
-    of_lab = data.kind == 'text' and bool(known) and all(r.get('skill') in SKILLS for r in known)
+    of_lab = data.kind == 'text' and bool(known) and all(r.get('skill') in ALL_SKILLS for r in known)
     return metric or ('accuracy' if data.kind == 'label' else 'exact' if of_lab else 'nll')
 
 def score(metric, model, tok, rows:list[dict], data:Data, max_length:int|None=None, decode=None) -> float:
@@ -173,7 +175,7 @@ class Base:
 # %% ../../nbs/instruments/compare.ipynb #0019c6d6
 def taught(data:Data) -> str|None:
     "The lab skill that all training rows belong to, so that a seed can draw its questions anew; `None` for other data"
-    return data.name if data.name in SKILLS and {r.get('skill') for r in data.train} == {data.name} else None
+    return data.name if data.name in ALL_SKILLS and {r.get('skill') for r in data.train} == {data.name} else None
 
 def forgetting_is(data:Data, old:Data|None, tok) -> str:
     "What stands for forgetting: the old data that are given, the old skills of a lab model, or else how far the model drifts"
@@ -202,7 +204,7 @@ class Bench:
         self.settings, self.skill, self.known_before = settings, taught(self.given), {}
         self.base = Base(model, self.given.labels, revision, dtype, device); self.device = self.base.device
         probe, tok = self.base(0); self.size, self.how = sum(p.numel() for p in probe.parameters()), forgetting_is(self.given, self.old, tok)
-        self.old_names = old_skills(self.given) if self.how == 'old skills' else []
+        self.old_names = old_skills(self.given, tok) if self.how == 'old skills' else []
         self.worst, self.worst_old = worst(self.metric, probe, self.given), worst(metric_for(self.old), probe, self.old) if self.old else 0.
         self.farthest = 1. if self.given.kind == 'label' else math.log(probe.config.vocab_size) # the drift of a model that knows nothing
 
@@ -262,7 +264,8 @@ def decoder_for(recipe, base, learners=None):
 def run_cell(bench:Bench, recipe:Recipe, rate:float, seed:int, folder:Path, tuning:bool=False, resume:bool=True) -> dict:
     "The numbers of one method at one rate with one seed, from its file or by running it; `tuning` measures the validation gain alone"
     key = _key(bench, recipe, rate, seed, tuning); path = folder/f'{digest(key)}.json'
-    if resume and path.exists(): return json.loads(path.read_text())
+    if resume and (kept := _kept_cell(path, key)):
+        return kept
     t = time.time(); before = bench.before(seed, recipe)
     try: cell = _run(bench, recipe, rate, seed, tuning, path.with_suffix('.safetensors'))
     # wrong input would be wrong for everyone; anything else is this method's own failure, and a result
@@ -272,6 +275,22 @@ def run_cell(bench:Bench, recipe:Recipe, rate:float, seed:int, folder:Path, tuni
     cell = dict(method=recipe.name, rate=rate, seed=seed, tuning=tuning, **cell, key=key)
     write_atomically(path, lambda p: p.write_text(json.dumps(cell, allow_nan=False)))
     return cell
+
+def _kept_cell(path:Path, key:dict) -> dict|None:
+    "A finished cell; `None`, with a warning, for a file that is damaged, so that the cell is done again"
+    if path.is_dir():
+        raise IsADirectoryError(f'{str(path)!r} is a folder, where the file of a cell belongs; move it away')
+    if not path.exists():
+        return None
+    try:
+        cell = json.loads(path.read_text(encoding='utf-8'))
+        if cell['key'] == json.loads(json.dumps(key)):
+            return cell
+        said = 'it is another cell'
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        said = f'{type(e).__name__}: {e}'
+    warnings.warn(f'{str(path)!r} cannot be read and is done again ({said})')
+    return None
 
 def _key(bench, recipe, rate, seed, tuning) -> dict:
     "All that determines a cell; its digest names the file"
@@ -595,7 +614,9 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
     bench = Bench(model, data, old, metric, items=items, old_items=old_items, validation_items=validation_items, steps=steps, tune_steps=tune_steps,
                   evaluate_every=evaluate_every, max_length=max_length, device=device, dtype=dtype, revision=revision, budget=budget, progress=progress,
                   keep=keep, batch_size=batch_size, precision=precision, **settings)
-    chosen, done = run_cells(bench, arms, seeds, Path(out)/'cells', tune, resume)
+    check_room(out) # before the first cell, not after it
+    with only_writer(out):
+        chosen, done = run_cells(bench, arms, seeds, Path(out)/'cells', tune, resume)
     tuning = dict(seed=tuning_seed(seeds), steps=bench.tune_steps, methods=chosen) if tune else None
     comparison = Comparison(dict(model=_model_name(model), data=bench.given.name, protocol=_protocol(bench, seeds),
         methods=assemble({n: (arms[n][0].describe(), done[n]) for n in arms}), tuning=tuning, versions=versions()))

@@ -16,7 +16,8 @@ from ..adapters.attach import own_buffers, own_weights, pulls_apart
 from ..adapters.delta import Entries
 from ..adapters.store import WrongBase, fingerprint, load_delta
 from ..adapters.select import PARTS, coverage, everything, named, parts
-from ..lab.world import is_lab, old_skills
+from ..lab.models import old_skills
+from ..lab.world import is_lab
 from ..core.anatomy import UnknownArchitecture
 from ..core.batches import KINDS, Data, collate, data as as_data, encode, piece_ids, pieces_of, prompt_ids, question_of
 from ..core.generate import render
@@ -922,7 +923,7 @@ ASKED, AGAIN = 20, 100 # questions of each old skill, and of those under suspici
 def old_skills_lost(c):
     if not is_lab(c.tok) or c.data.kind == 'label' or not c.model.can_generate():
         raise NotApplicable('only a lab model can be asked what it could do before; use ftlab.report for drift')
-    old = old_skills(c.data); c.off; now = skills(c.model, ASKED, names=old, tok=c.tok)
+    old = old_skills(c.data, c.tok); c.off; now = skills(c.model, ASKED, names=old, tok=c.tok)
     weak = [s for s in old if now[s] < .5] # only what is weak now can have lost half
     if not weak: return None
     was = _switched_off(c, lambda: skills(c.model, ASKED, names=weak, tok=c.tok)); suspects = [s for s in was if was[s] >= .5 and now[s] < .6*was[s]]

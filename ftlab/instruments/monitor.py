@@ -8,7 +8,8 @@ import base64, html, io, math, threading, time
 from collections.abc import Sequence
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from ..lab.world import is_lab, old_skills
+from ..lab.models import old_skills
+from ..lab.world import is_lab
 from ..core.batches import Data, collate, data as as_data, encode_all
 from ..core.scorers import WORLD, teacher_forced
 from .explore import front_end
@@ -38,7 +39,7 @@ def old_questions(data:Data, tok, old=None, # what it could do before: `Data`, o
         if old.kind == 'label' and old.labels != data.labels: raise ValueError(f'the old data {old.name} have other labels than {data.name}: one classifier cannot answer both')
         return encode_all((old.validation + old.test + old.train)[:n], tok, old.kind, limit)
     if tok is None or data.kind != 'text' or not is_lab(tok): return []
-    names = old_skills(data); rows = [r for s in names for r in WORLD.rows(s, max(1, n//len(names)), 'validation', 0)]
+    names = old_skills(data, tok); rows = [r for s in names for r in WORLD.rows(s, max(1, n//len(names)), 'validation', 0)]
     return sorted(encode_all(rows, tok, 'text', limit), key=lambda r: len(r['input_ids'])) # neighbours of one length need little padding
 
 # %% ../../nbs/instruments/monitor.ipynb #000d9985

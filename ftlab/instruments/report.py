@@ -33,7 +33,8 @@ from ..evaluators.probe import cka, places, pooled
 from .report_page import Report
 from ..evaluators.mechanisms.intruders import intruders
 from ..evaluators.spectra import spectrum
-from ..lab.world import is_lab, old_skills
+from ..lab.models import old_skills
+from ..lab.world import is_lab
 from ..methods import get
 from ..trainers.run import Change, Run, load_learners
 from ..trainers.stage import head_names
@@ -75,14 +76,14 @@ def asked_of(data:Data, tok, old:Data|None=None, items:int=100, old_items:int=10
 
 def _asked_before(data, tok, old, n, seed) -> list[Asked]:
     "What the model could do before: the old data that were given, else the old skills of a lab model, else nothing"
-    if old is None: return _lab_skills(data, n, seed) if data.kind != 'label' and is_lab(tok) else []
+    if old is None: return _lab_skills(data, tok, n, seed) if data.kind != 'label' and is_lab(tok) else []
     if old.kind == 'label' and old.labels != data.labels:
         raise ValueError(f'the old data {old.name} have other labels than {data.name}: one head cannot answer both; leave out old=')
     rows = _even(old.test + old.validation + old.train, n)
     return [Asked(old.name, rows, old.kind, metric_for(replace(old, test=rows)), old.labels, True)]
 
-def _lab_skills(data, n, seed) -> list[Asked]:
-    try: return [Asked(s, WORLD.rows(s, n, 'test', seed), 'text', 'exact', None, True) for s in old_skills(data)]
+def _lab_skills(data, tok, n, seed) -> list[Asked]:
+    try: return [Asked(s, WORLD.rows(s, n, 'test', seed), 'text', 'exact', None, True) for s in old_skills(data, tok)]
     except ValueError as e: raise ValueError(f'old_items is {n}: {e}') from None # the world has only so many questions
 
 def _even(rows, n) -> list: "`n` of the rows, spread evenly"; return [rows[i*len(rows)//n] for i in range(n)] if len(rows) > n else list(rows)

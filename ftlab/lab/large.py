@@ -20,15 +20,18 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
-from .lookup import LOOKUP, LOOKUP_SKILLS, LookupWorld, document, line_error
+from transformers import LlamaConfig, LlamaForCausalLM
+from .lookup import LEARNED, LOOKUP, LOOKUP_SKILLS, LookupWorld, document, line_error
+from .models import lab_tokenizer
+from .pretrain import save_lab
 from .world import OLD, SKILLS, THINGS, NOUNS, LETTERS, vocabulary
 
 # %% auto #0
-__all__ = ['WIDTH', 'CHUNK', 'PREDICT', 'IN_PROMPT', 'POOLS', 'FACT_TIERS', 'MATRICES', 'RACED', 'CHANGES', 'STEPS',
+__all__ = ['WIDTH', 'CHUNK', 'PREDICT', 'IN_PROMPT', 'POOLS', 'FACT_TIERS', 'MATRICES', 'CHANGES', 'PUBLISHED', 'STEPS',
            'pool_mixture', 'copy_document', 'encode_document', 'packed_rows', 'Feed', 'Plan', 'Stacked', 'rotate',
            'block', 'document_mask', 'llama_config', 'to_llama', 'orthogonal_stack', 'StackedMuon', 'optimizers',
            'rate_at', 'greedy', 'questions', 'scores', 'race_score', 'rows_of_step', 'loss_of', 'save_weights', 'train',
-           'race', 'last_questions', 'finish', 'pretrain_large']
+           'race', 'last_questions', 'finish', 'lab_model', 'pretrain_large']
 
 # %% ../../nbs/lab/large.ipynb #00057b11ca
 WIDTH = 128           # tokens in a row
@@ -368,11 +371,9 @@ def scores(model:Stacked, asked:dict[str, list[dict]]) -> dict[str, float]:
             out[f'{s} ratio'] = line_error(part, answers)['ratio']
     return {k: round(v, 4) for k, v in out.items()}
 
-RACED = [s for s in LOOKUP_SKILLS if s != 'chain-direct']
-
 def race_score(found:dict[str, float]) -> float:
     "What the race goes by: the mean over the new skills, but for sums that nobody should do at once"
-    return sum(found[s] for s in RACED)/len(RACED)
+    return sum(found[s] for s in LEARNED)/len(LEARNED)
 
 # %% ../../nbs/lab/large.ipynb #00167b11ca
 def rows_of_step(feed:Feed, plan:Plan, taken:dict[str, int], done:float) -> np.ndarray:
@@ -549,6 +550,7 @@ CHANGES = dict(
     more_new=dict(new=.75),                # less of what lab-m read
     small_steps=dict(rows=256),            # twice as many steps of half the rows
     every_word=dict(every_word=.05))       # predict random words, too, a little
+PUBLISHED = Plan(**CHANGES['wide'], **CHANGES['answers'], **CHANGES['more_new']) # the winner, from which lab-l was made
 
 def race(feed:Feed, asked:dict, out:Path, plan:Plan|None=None, changes:dict=CHANGES,
          deadline:float=math.inf, **how) -> Plan:
@@ -596,6 +598,26 @@ def finish(model:Stacked, plan:Plan, out:Path, asked:dict[str, list[dict]]) -> d
     _write_json(out/'skills.json', found)
     return found
 
+# %% ../../nbs/lab/large.ipynb #00227b11ca
+def lab_model(made:str|Path, # what a run left: model.safetensors, part-*.safetensors and log.json
+              to:str|Path    # a new folder
+             ) -> Path:      # the same
+    "Make of a run's files what `ftlab.load` opens: the model, its revisions `step-N`, and `pretraining.jsonl`"
+    made, to, tok = Path(made), Path(to), lab_tokenizer(version='lab-v2')
+    for file in (made/'model.safetensors', *sorted(made.glob('part-*.safetensors'))):
+        with safe_open(file, 'pt') as f:
+            about = f.metadata()
+            weights = {k: f.get_tensor(k).float() for k in f.keys()}
+        config = LlamaConfig(**llama_config(Plan(**json.loads(about['plan'])), len(tok)))
+        model = LlamaForCausalLM(config)
+        missing = model.load_state_dict(weights, strict=False).missing_keys
+        if missing != ['lm_head.weight']: # which is the embedding
+            raise ValueError(f'{file} lacks {", ".join(missing)}')
+        save_lab(model, tok, to/f'step-{about["step"]}' if 'step' in about else to)
+    log = json.loads((made/'log.json').read_text())
+    _write(to/'pretraining.jsonl', lambda p: p.write_text(''.join(json.dumps(r) + '\n' for r in log)))
+    return to
+
 # %% ../../nbs/lab/large.ipynb #001d7b11ca
 STEPS = 6000 # of a run by steps
 
@@ -627,7 +649,8 @@ def pretrain_large(out:str|Path,             # a folder for everything
         asked |= questions(-(-n_quick//4), 'validation', [*OLD, 'atlas'])
         print(f'questions drawn after {time.time() - begin:.1f} s', flush=True)
         if seconds is None:
-            model, log = train(plan or Plan(), feed, steps=steps, device=device, compiled=compiled,
+            plan = plan or PUBLISHED
+            model, log = train(plan, feed, steps=steps, device=device, compiled=compiled,
                                asked=asked, evaluations=10, out=out, keep=(.1, .4), state_every=100,
                                until=until)
         else:
@@ -638,11 +661,11 @@ def pretrain_large(out:str|Path,             # a folder for everything
             print(f'{left:.0f} s for {plan}', flush=True)
             model, log = train(plan, feed, seconds=left, device=device, compiled=compiled,
                                asked=asked, evaluations=8, out=out, keep=(.1, .4))
-        plan = plan or Plan()
         _write_json(out/'log.json', log)
         if until is None or until >= steps:
             found = finish(model, plan, out, later.result())
             print(json.dumps(found), flush=True)
+            lab_model(out, out/'lab-l')
     finally:
         feed.close()
         helper.shutdown(cancel_futures=True)

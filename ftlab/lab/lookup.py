@@ -15,12 +15,13 @@ from .world import LabWorld, SKILLS, Skill, split_of
 
 # %% auto #0
 __all__ = ['BOX_NAMES', 'IN_BOX', 'WHERE', 'WORDS', 'NOTES', 'ASK_NOTE', 'MARKS', 'LABELS', 'BASE_WORDS', 'KINDS', 'SLOPES',
-           'SPREAD', 'NOISE', 'LARGEST', 'GRID', 'GRID_WEIGHTS', 'LEVELS', 'SCENES', 'LOOKUP', 'LOOKUP_SKILLS', 'Scene',
-           'Sequence', 'size_of', 'box_scene', 'unnamed_box_scene', 'note_scene', 'story_scene', 'tavi_scene',
-           'oruk_scene', 'label_sequence', 'tavi_label_sequence', 'category_sequence', 'shown_sequence', 'write_number',
-           'read_number', 'line_sequence', 'discrete_line_sequence', 'continuous_line_sequence', 'line_examples',
-           'bayes_line', 'line_error', 'judge_line', 'chain_parts', 'chain_scene', 'direct_scene', 'judge_chain',
-           'LookupWorld', 'to_language', 'from_language', 'scene_document', 'sequence_document', 'document']
+           'SPREAD', 'NOISE', 'LARGEST', 'GRID', 'GRID_WEIGHTS', 'LEVELS', 'SCENES', 'LOOKUP', 'LOOKUP_SKILLS',
+           'LEARNED', 'ALL_SKILLS', 'Scene', 'Sequence', 'size_of', 'box_scene', 'unnamed_box_scene', 'note_scene',
+           'story_scene', 'tavi_scene', 'oruk_scene', 'label_sequence', 'tavi_label_sequence', 'category_sequence',
+           'shown_sequence', 'write_number', 'read_number', 'line_sequence', 'discrete_line_sequence',
+           'continuous_line_sequence', 'line_examples', 'bayes_line', 'line_error', 'judge_line', 'chain_parts',
+           'chain_scene', 'direct_scene', 'judge_chain', 'LookupWorld', 'to_language', 'from_language',
+           'scene_document', 'sequence_document', 'document']
 
 # %% ../../nbs/lab/lookup.ipynb #00057a11ca
 @dataclass(frozen=True)
@@ -394,11 +395,14 @@ _add('chain', chain_scene, .11, 'A chain modulo 10, in steps. ' + _CHAIN, judge_
 _add('chain-direct', direct_scene, .06, 'A chain modulo 10, at once. ' + _CHAIN)
 
 LOOKUP_SKILLS = [k for k, s in LOOKUP.items() if s.weight]
+# what a model that learned them should keep: nobody should do a chain at once
+LEARNED = [s for s in LOOKUP_SKILLS if s != 'chain-direct']
+ALL_SKILLS = SKILLS | LOOKUP
 
 # %% ../../nbs/lab/lookup.ipynb #001b7a11ca
 class LookupWorld(LabWorld):
     "The lab world with the skills of this page beside those of v1, whose questions stay as they are"
-    skills = SKILLS | LOOKUP
+    skills = ALL_SKILLS
 
     def skill(self, name:str) -> Skill:
         "The skill called `name`; raises `KeyError` with the known names"

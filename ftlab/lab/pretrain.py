@@ -134,7 +134,10 @@ def pretrain(name:str,          # 'lab-s', 'lab-m' or 'lab-e'
              until:int|None=None # stop after this step, to be resumed later
             ) -> Path:          # the finished model's folder
     "Pretrain a lab model; called again after an interruption, it resumes"
-    m = MODELS[name]; steps = steps or m['steps']; out = Path(out); out.mkdir(parents=True, exist_ok=True); masked = m['kind'] == 'masked'
+    m = MODELS[name]
+    if m['version'] != 'lab-v1':
+        raise ValueError(f'{name} is made otherwise: see ftlab.lab.large.pretrain_large')
+    steps = steps or m['steps']; out = Path(out); out.mkdir(parents=True, exist_ok=True); masked = m['kind'] == 'masked'
     world, tok = LabWorld(0), lab_tokenizer(masked); torch.manual_seed(seed)
     model = (BertForMaskedLM if masked else LlamaForCausalLM)(lab_config(name, len(tok))); opts = _optimizers(model, m['rate']); start, log = 0, []
     if (out/'state.safetensors').exists(): start, log = _load_state(out, model, opts)

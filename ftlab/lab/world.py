@@ -15,7 +15,7 @@ __all__ = ['ATTRIBUTES', 'NOUNS', 'VERBS', 'ADJECTIVES', 'THINGS', 'ACTS', 'ASPE
            'language_skills', 'SKILLS', 'NEW', 'OLD', 'invent', 'vocabulary', 'exact', 'Skill', 'fact', 'atlas',
            'context', 'digits', 'add', 'add_steps', 'zigzag', 'boxes', 'classify', 'regress', 'sentence', 'arrange',
            'review', 'summary', 'stack', 'tool', 'refuse', 'write', 'judge_write', 'new_facts', 'changed_rule',
-           'new_format', 'new_procedure', 'longer_arithmetic', 'is_lab', 'old_skills', 'LabWorld']
+           'new_format', 'new_procedure', 'longer_arithmetic', 'is_lab', 'LabWorld']
 
 # %% ../../nbs/lab/world.ipynb #0005ca4a
 def invent(n:int,             # how many words
@@ -311,13 +311,6 @@ OLD = [k for k in SKILLS if k not in NEW and k != 'atlas']
 def is_lab(tok) -> bool:
     "Whether a tokenizer knows every word of the lab world"
     return tok.get_vocab().keys() >= set(vocabulary())
-
-def old_skills(data # `Data`; its training rows name the skills that they belong to
-              ) -> list[str]:
-    "The skills that training on `data` should not harm"
-    taught = {r.get('skill') for r in data.train}
-    gone = taught | {SKILLS[t].replaces for t in taught if t in SKILLS}
-    return [s for s in OLD if s not in gone]
 
 # %% ../../nbs/lab/world.ipynb #0023ca4a
 class LabWorld:

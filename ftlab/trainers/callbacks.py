@@ -16,7 +16,8 @@ __all__ = ['Every', 'validation_nll', 'EarlyStop']
 
 # %% ../../nbs/trainers/callbacks.ipynb #0014191a
 class Every:
-    "Measure something every so many steps (and before the first and after the last) and keep it in the run's path"
+    """Measure something every so many steps (and before the first and after the last) and keep it in
+    the run's path"""
     def __init__(self, n:int,      # steps between two measurements
                  measure:Callable  # measure(state) -> dict
                 ):
@@ -42,7 +43,8 @@ def validation_nll(state, rows:int=200) -> dict:
     if not enc:
         raise ValueError('there is no validation row to measure on')
     if 'labels' not in enc[0]:
-        raise ValueError('the validation rows have no labels, so they have no likelihood; measure something else, with Every')
+        raise ValueError('the validation rows have no labels, so they have no likelihood; measure '
+                         'something else, with Every')
     total = n = 0
     for i in range(0, len(enc), 50):
         some = enc[i:i + 50]
@@ -54,7 +56,8 @@ def validation_nll(state, rows:int=200) -> dict:
     return dict(validation_nll=total/n)
 
 class EarlyStop:
-    "Stop when the validation loss has not fallen for `patience` evaluations, one every `n` steps; what it saw is in the run's path alone, so that a resumed run stops where it would have"
+    """Stop when the validation loss has not fallen for `patience` evaluations, one every `n` steps;
+    what it saw is in the run's path alone, so that a resumed run stops where it would have"""
     def __init__(self, n:int=50, patience:int=3, rows:int=200):
         self.n, self.patience, self.rows = n, patience, rows
         self.every = Every(n, lambda s: validation_nll(s, rows))
@@ -67,9 +70,10 @@ class EarlyStop:
         self.every.before_fit(state)
 
     def after_step(self, state):
-        seen = len(state.path)
+        before = len(state.path)
         self.every.after_step(state)
-        if len(state.path) == seen:
+        if len(state.path) == before:
             return
-        losses = list({r['step']: r['validation_nll'] for r in state.path if 'validation_nll' in r}.values())
+        seen = [r for r in state.path if 'validation_nll' in r]
+        losses = list({r['step']: r['validation_nll'] for r in seen}.values())
         state.stop = len(losses) - 1 - losses.index(min(losses)) >= self.patience

@@ -93,14 +93,16 @@ def _load_change(attached, tensors:Mapping[str, Tensor]) -> None:
 def _check_change(path:Path, attached, tensors:Mapping[str, Tensor]) -> None:
     for n, p in _change(attached).items():
         if p.shape != tensors[n].shape:
-            raise ValueError(f'{str(path)!r} holds {n.removeprefix("param|")!r} with shape {tuple(tensors[n].shape)}; here it has {tuple(p.shape)}')
+            raise ValueError(f'{str(path)!r} holds {n.removeprefix("param|")!r} with shape '
+                             f'{tuple(tensors[n].shape)}; here it has {tuple(p.shape)}')
 
 # %% ../../nbs/trainers/checkpoint.ipynb #000f191a
 FORMAT = 'ftlab-checkpoint-2'
 
 def versions() -> dict[str, str]:
     "The versions of what the next bits depend on"
-    return dict(python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__, accelerate=accelerate.__version__)
+    return dict(python=platform.python_version(), torch=torch.__version__,
+                transformers=transformers.__version__, accelerate=accelerate.__version__)
 
 def ended(state:State) -> bool:
     "Is the work done? A run that somebody stopped by hand is not"
@@ -110,31 +112,35 @@ def save_checkpoint(path:Path,        # the file
                     parts:Mapping,    # what `survivors` found
                     state:State,      # of the run
                     header:Mapping,   # what `header_of` made
-                    write:bool=True   # False in all processes but one, which must be asked too, as they hold shards
+                    write:bool=True   # False in all processes but one; all must call, as they hold shards
                    ) -> None:
-    "Keep everything that the next step depends on; where the disk has no room, warn and leave the last checkpoint as it is"
+    """Keep everything that the next step depends on; where the disk has no room, warn and leave the
+    last checkpoint as it is"""
     tensors = _Tensors()
-    change = {n: tensors.put(n, v) for n, v in _change(state.attached).items()} # name -> where it is kept
+    # name -> where it is kept
+    change = {n: tensors.put(n, v) for n, v in _change(state.attached).items()}
     kept = {n: _taken_apart(p.state_dict(), n, tensors, n) for n, p in parts.items()}
     tensors['rng|cpu'] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors['rng|cuda'] = torch.cuda.get_rng_state()
     if not write:
         return
-    now = dict(step=state.step, change=change, tokens=state.tokens, ended=ended(state), log=state.log, path=state.path, parts=kept)
+    now = dict(step=state.step, change=change, tokens=state.tokens, ended=ended(state),
+               log=state.log, path=state.path, parts=kept)
     try:
         write_tensors(path, tensors, {k: json.dumps(v) for k, v in (header | now).items()})
     except DiskFull as e:
         warnings.warn(f'step {state.step} could not be kept, and the run goes on: {e}')
 
-def header_of(run:str,        # the mark of this run, drawn when it began
-              settings:dict,  # of the whole run
-              own:dict,       # of this stage, where there are several; else the same
-              callbacks:tuple # that the run was given
+def header_of(run:str,         # the mark of this run, drawn when it began
+              settings:dict,   # of the whole run
+              own:dict,        # of this stage, where there are several; else the same
+              callbacks:tuple, # that the run was given
+              short:bool=False # did a stage before this one end before its last step?
              ) -> dict:
     "Say which run a checkpoint belongs to"
     return dict(format=FORMAT, run=run, whole=settings, settings=own, versions=versions(),
-                callbacks=[type(c).__name__ for c in callbacks])
+                short=short, callbacks=[type(c).__name__ for c in callbacks])
 
 def bytes_of_checkpoint(state:State) -> int:
     "Estimate how large a checkpoint will be: what trains, and two moments of it where there is an optimizer"
@@ -143,36 +149,44 @@ def bytes_of_checkpoint(state:State) -> int:
 
 # %% ../../nbs/trainers/checkpoint.ipynb #0011191a
 def read_header(path:Path) -> dict:
-    "Read a checkpoint's header. Raises `ValueError` for a file that is damaged, none of ours, or of a version that kept less."
+    """Read a checkpoint's header. Raises `ValueError` for a file that is damaged, none of ours, or
+    of a version that kept less."""
     meta = read_metadata(path)
     if 'settings' not in meta or 'step' not in meta:
-        raise ValueError(f'{str(path)!r} is not a checkpoint of a run; use another folder, or resume=False to replace it')
+        raise ValueError(f'{str(path)!r} is not a checkpoint of a run; use another folder, or '
+                         f'resume=False to replace it')
     if meta.get('format') != json.dumps(FORMAT):
-        raise ValueError(f'{str(path)!r} was written by an older ftlab, which kept less of a run; finish it there, or begin anew with resume=False')
+        raise ValueError(f'{str(path)!r} was written by an older ftlab, which kept less of a run; finish '
+                         f'it there, or begin anew with resume=False')
     return {k: json.loads(v) for k, v in meta.items()}
 
 def different(was:Mapping, settings:Mapping) -> list[str]:
     "Names of the settings in which two runs differ"
-    return [k for k, v in json.loads(json.dumps(settings)).items() if was.get(k) != v] # as JSON gives them back
+    # as JSON gives them back
+    return [k for k, v in json.loads(json.dumps(settings)).items() if was.get(k) != v]
 
 def check_same_run(path:Path, was:Mapping, settings:Mapping) -> None:
     "Raise `ValueError` naming the first setting in which the run that left `path` differs from this one"
     if diff := different(was, settings):
-        raise ValueError(f'{str(path)!r} is a run with {_compared(diff[0], was, settings)}; use another folder, or the same settings')
+        raise ValueError(f'{str(path)!r} is a run with {_compared(diff[0], was, settings)}; use another '
+                         f'folder, or the same settings')
 
 def _compared(k:str, was:Mapping, settings:Mapping) -> str:
-    hints = dict(model='it began with other weights', encoded='its tokenizer or chat template makes other tokens of the data')
+    hints = dict(model='it began with other weights',
+                 encoded='its tokenizer or chat template makes other tokens of the data')
     return f'{k}={was.get(k)!r}, this one has {settings[k]!r}' + (f' ({hints[k]})' if k in hints else '')
 
 def cut_off(path:Path) -> dict|None: # a checkpoint
-    "Read the settings of the run that left it, the step it had reached, and when that was; `None` if that run came to its end. Raises `ValueError` for a file that is none of ours"
+    """Read the settings of the run that left it, the step it had reached, and when that was; `None`
+    if that run came to its end. Raises `ValueError` for a file that is none of ours"""
     h = read_header(path)
     if h['ended'] or h['step'] >= h['settings']['steps']:
         return None
     return dict(settings=h['settings'], whole=h['whole'], step=h['step'], time=path.stat().st_mtime)
 
 def refuse_to_replace(checkpoint:Path, settings:dict) -> None:
-    "Raise where `checkpoint` is of this very run, cut off: whoever ran the cell again after a crash wants it back. Warn where another one is replaced."
+    """Raise where `checkpoint` is of this very run, cut off: whoever ran the cell again after a
+    crash wants it back. Warn where another one is replaced."""
     folder = str(checkpoint.parent)
     try:
         left = cut_off(checkpoint) if checkpoint.exists() else None
@@ -183,11 +197,14 @@ def refuse_to_replace(checkpoint:Path, settings:dict) -> None:
         return
     was, diff = left['settings'], different(left['whole'], settings)
     stage = f'in stage {was["stage"] + 1} ' if 'stage' in was else ''
-    at = f'{folder!r} holds {"another run" if diff else "this run"}, cut off {stage}at step {left["step"]} of {was["steps"]}'
+    whose = 'another run' if diff else 'this run'
+    at = f'{folder!r} holds {whose}, cut off {stage}at step {left["step"]} of {was["steps"]}'
     if not diff:
         raise ValueError(f'{at}; resume=True (--resume) goes on there, resume=False (--no-resume) begins anew')
     k = diff[0]
-    apart = 'it began with other weights' if k == 'model' else f'its {k} is {left["whole"].get(k)!r}, here {settings[k]!r}'
+    apart = f'its {k} is {left["whole"].get(k)!r}, here {settings[k]!r}'
+    if k == 'model':
+        apart = 'it began with other weights'
     warnings.warn(f'{at} ({apart}): this one begins anew and replaces it')
 
 # %% ../../nbs/trainers/checkpoint.ipynb #0012191a
@@ -195,30 +212,41 @@ def resumable(checkpoint:Path,   # the file
               settings:dict,     # of the whole run
               callbacks:tuple    # that it is given now
              ) -> dict|None:     # its header; `None` where there is no checkpoint
-    "Check, before any work, that a checkpoint can be gone on from. Raises `ValueError` with the reason where it cannot."
+    """Check, before any work, that a checkpoint can be gone on from. Raises `ValueError` with the
+    reason where it cannot."""
     if not checkpoint.exists():
         return None
     header = read_header(checkpoint)
     check_same_run(checkpoint, header['whole'], settings)
     given = [type(c).__name__ for c in callbacks]
-    if header['ended'] and header['step'] < header['settings']['steps'] and not settings.get('callbacks') and header['callbacks'] != given:
-        raise ValueError(f'{str(checkpoint)!r} is a run that a callback ended at step {header["step"]} of {header["settings"]["steps"]}; '
-                         f'it had the callbacks {", ".join(header["callbacks"]) or "none"}, this one {", ".join(given) or "none"}. '
+    early = header['short'] or (header['ended'] and header['step'] < header['settings']['steps'])
+    if early and not settings['callbacks'] and header['callbacks'] != given:
+        raise ValueError(f'{str(checkpoint)!r} is a run that one of its callbacks ended early, or a stage of it; '
+                         'it had '
+                         f'{", ".join(header["callbacks"]) or "none"}, this one has {", ".join(given) or "none"}. '
                          'Give the same, or begin anew with resume=False')
-    if moved := [f'{k} {v} (now {versions().get(k)})' for k, v in header['versions'].items() if versions().get(k) != v]:
-        warnings.warn(f'{str(checkpoint)!r} was written with {", ".join(moved)}: the run goes on, but its last bits may differ')
+    if moved := [f'{k} {v} (now {versions().get(k)})' for k, v in header['versions'].items()
+                 if versions().get(k) != v]:
+        warnings.warn(f'{str(checkpoint)!r} was written with {", ".join(moved)}: the run goes on, but '
+                      f'its last bits may differ')
     return header
 
-def load_checkpoint(path:Path, parts:Mapping, state:State, own:dict) -> None: # as in `save_checkpoint`; own: the settings of this stage
+def load_checkpoint(path:Path,     # the file
+                    parts:Mapping, # what `survivors` found
+                    state:State,   # of the run
+                    own:dict       # the settings of this stage
+                   ) -> None:
     "Go on from a checkpoint. Raises `ValueError` if it is damaged, or of a run with other settings or parts."
     tensors, header = read_tensors(path)[0], read_header(path)
     check_same_run(path, header['settings'], own)
     if odd := sorted(parts.keys() ^ header['parts'].keys()):
         where = 'the checkpoint alone' if odd[0] in header['parts'] else 'this run alone'
-        raise ValueError(f'{str(path)!r} is a run with other parts: {odd[0]!r} keeps a state in {where}; give the same recipe and callbacks')
+        raise ValueError(f'{str(path)!r} is a run with other parts: {odd[0]!r} keeps a state in {where}; '
+                         f'give the same recipe and callbacks')
     change = {n: tensors[at] for n, at in header['change'].items()}
     if lacking := sorted(_change(state.attached).keys() ^ change.keys()):
-        raise ValueError(f'{str(path)!r} is a run that trained something else, e.g. {lacking[0].removeprefix("param|")!r}')
+        raise ValueError(f'{str(path)!r} is a run that trained something else, e.g. '
+                         f'{lacking[0].removeprefix("param|")!r}')
     _load_change(state.attached, change)
     for n, p in parts.items():
         p.load_state_dict(_together(header['parts'][n], tensors))

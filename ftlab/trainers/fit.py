@@ -31,7 +31,7 @@ from .watch import tracking
 __all__ = ['fit']
 
 # %% ../../nbs/trainers/fit.ipynb #001a191a
-def fit(model,                     # a causal language model, a classifier for data with labels, or any module whose recipe has an objective for its batches; changed in place
+def fit(model,                     # changed in place: a causal language model, a classifier, any module
         tok,                       # its tokenizer; None for data that are no text
         data,                      # `Data`, or anything that `ftlab.data` takes
         recipe:Recipe|None=None,   # the method; None: full fine-tuning
@@ -46,27 +46,32 @@ def fit(model,                     # a causal language model, a classifier for d
         clip:float|None=1.,        # largest gradient norm; None: no clipping
         seed:int=0,                # of the selection, the delta's start, the order of the data, dropout
         max_length:int|None=None,  # tokens a row; None: as many as tokenizer and model take, at most 1024
-        packing:bool=False,        # several rows in one line instead of padding, kept apart by the attention mask: the same loss, fewer places; for architectures that were tested
+        packing:bool=False,        # several rows in one line instead of padding; the same loss
         device:str|None=None,      # 'cpu', 'cuda', ...; None: where the model is
         precision:str='no',        # 'no' (the model's own) or 'bf16' (mixed)
         out:str|Path|None=None,    # folder for checkpoints and the originals; None: a temporary one
         save_every:int=0,          # steps between checkpoints, which need `out`; 0: none
-        resume:bool|None=None,     # True: go on from the checkpoint in `out`, if there is one; False: begin anew; None: begin, but refuse where `out` holds this very run, cut off
+        resume:bool|None=None,     # True: go on from `out`; False: begin anew; None: not over this very run, cut off
         callbacks:tuple=(),        # objects with methods named after events
-        trackers:tuple=(),         # names of trackers that accelerate knows ('tensorboard', 'wandb', ...), or `GeneralTracker` objects: each gets every row of the log
-        shard:bool=False,          # with several processes: cut the model's parameters up over them while it trains (FSDP2)
+        trackers:tuple=(),         # names that accelerate knows, or `GeneralTracker` objects: they get the log
+        shard:bool=False,          # with several processes: cut the model up over them while it trains (FSDP2)
         progress:bool=True         # show a bar
        ) -> Run:
     """Fine-tune `model` in place by `recipe`.
 
-    Raises `ValueError` for impossible input, `Busy` where another run writes into `out`, `DiskFull` where there is no room for what will be written,
-    and `NotFinite` for a loss or gradient that is NaN or infinite: the model then has the last good weights, and the error's `run` is the Run so far.
-    After any other error the model is as it was before the call. A checkpoint for which the disk has no room any more is a warning, and the run
-    goes on. Started by torchrun, several processes share the run."""
-    settings = dict(steps=steps, batch_size=batch_size, accumulate=accumulate, lr=lr, schedule=schedule, warmup=warmup, weight_decay=weight_decay,
-                    betas=list(betas), clip=clip, seed=seed, max_length=max_length, precision=precision, packing=packing)
+    Raises `ValueError` for impossible input, `Busy` where another run writes into `out`, `DiskFull`
+    where there is no room for what will be written, and `NotFinite` for a loss or gradient that is
+    NaN or infinite: the model then has the last good weights, and the error's `run` is the Run so
+    far. After any other error the model is as it was before the call. A checkpoint for which the
+    disk has no room any more is a warning, and the run goes on. Started by torchrun, several
+    processes share the run."""
+    settings = dict(steps=steps, batch_size=batch_size, accumulate=accumulate, lr=lr,
+                    schedule=schedule, warmup=warmup, weight_decay=weight_decay, betas=list(betas),
+                    clip=clip, seed=seed, max_length=max_length, precision=precision,
+                    packing=packing)
     _check_arguments(steps, save_every, resume, out)
-    job = _job(model, tok, data, recipe or Recipe(), settings, device, out, trackers, tuple(callbacks))
+    job = _job(model, tok, data, recipe or Recipe(), settings, device, out, trackers,
+               tuple(callbacks))
     job.save_every, job.progress, job.shard = save_every, progress and job.processes.main, shard
     if shard and job.processes.count == 1:
         raise ValueError('shard=True cuts a model up over several processes, and this is the only one; '
@@ -104,14 +109,18 @@ def _job(model, tok, data, recipe, settings, device, out, trackers, callbacks) -
     rows = encode_all(data.train, tok, data.kind, limit)
     validation = encode_all(data.validation, tok, data.kind, limit) if data.validation else []
     lr, settings = settings['lr'], dict(recipe=recipe.describe(), **settings)
-    settings |= dict(lr=recipe.lr if lr is None else lr, accumulate=settings['accumulate']*processes.count, data=data.fingerprint,
-                     encoded=_fingerprint(rows, validation), model=hashlib.blake2s(json.dumps(base).encode()).hexdigest()[:16],
+    settings |= dict(lr=recipe.lr if lr is None else lr,
+                     accumulate=settings['accumulate']*processes.count, data=data.fingerprint,
+                     encoded=_fingerprint(rows, validation),
+                     model=hashlib.blake2s(json.dumps(base).encode()).hexdigest()[:16],
                      callbacks=[c.describe() for c in callbacks if hasattr(c, 'describe')])
     holder = None if out and processes.main else TemporaryFolder()
     folder = Path(holder.name if holder else out)
-    return Job(model=model, tok=tok, data=data, recipe=recipe, settings=settings, rows=rows, validation=validation, limit=limit, lr=lr, base=base,
-               device=device, acc=acc, processes=processes, folder=folder, holder=holder, checkpoint=Path(out or folder)/'checkpoint.safetensors',
-               mark=uuid.uuid4().hex, callbacks=callbacks)
+    return Job(model=model, tok=tok, data=data, recipe=recipe, settings=settings, rows=rows,
+               validation=validation, limit=limit, lr=lr, base=base, device=device, acc=acc,
+               processes=processes, folder=folder, holder=holder,
+               checkpoint=Path(out or folder)/'checkpoint.safetensors', mark=uuid.uuid4().hex,
+               callbacks=callbacks)
 
 def _fingerprint(*sets:list[dict]) -> str:
     "16 hex digits of rows as the model reads them: data, tokenizer, chat template and limit all show in it"
@@ -125,7 +134,8 @@ def _fingerprint(*sets:list[dict]) -> str:
 
 def _bytes(v) -> bytes:
     if isinstance(v, torch.Tensor):
-        return v.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if v.ndim else str(v.item()).encode()
+        v = v.detach().cpu().contiguous().reshape(-1)
+        return v.view(torch.uint8).numpy().tobytes()
     if isinstance(v, list) and all(type(x) is int for x in v):
         return array('q', v).tobytes()
     return json.dumps(v, default=str).encode()
@@ -143,7 +153,8 @@ def _enter(job:Job, resume:bool|None) -> None:
 def _tidy(job:Job, anew:bool) -> None:
     "Remove what killed runs left half written, and the finished stages of a run that is replaced"
     folder = job.checkpoint.parent
-    old = [p for p in folder.glob('.tmp??????') if p.name[4:].isalnum()] # what safetensors left before files were written in a folder of their own
+    # what safetensors left before files were written in a folder of their own
+    old = [p for p in folder.glob('.tmp??????') if p.name[4:].isalnum()]
     for p in (*leftovers(folder), *old, *(folder.glob('stage-*.safetensors') if anew else ())):
         remove(p)
 
@@ -157,15 +168,18 @@ def _accelerator(precision:str, device:torch.device, trackers=(), out=None) -> A
     trackers = [trackers] if isinstance(trackers, (str, GeneralTracker)) else list(trackers)
     for t in trackers:
         _check_tracker(t, out)
-    return Accelerator(mixed_precision=precision, cpu=device.type == 'cpu', log_with=trackers or None, project_dir=None if out is None else str(out))
+    return Accelerator(mixed_precision=precision, cpu=device.type == 'cpu',
+                       log_with=trackers or None, project_dir=None if out is None else str(out))
 
 def _check_tracker(t, out) -> None:
     "accelerate leaves out, in silence, what is not installed"
     there = [str(x) for x in get_available_trackers()]
-    if not isinstance(t, GeneralTracker) and t not in there:
+    own = isinstance(t, GeneralTracker)
+    if not own and t not in there:
         raise ValueError(f'there is no tracker {t!r} here; give a GeneralTracker object, or one of ' +
                          (', '.join(there) or 'those that accelerate knows, once its package is installed'))
-    if out is None and (t if isinstance(t, GeneralTracker) else LOGGER_TYPE_TO_CLASS[t]).requires_logging_directory:
+    kind = t if own else LOGGER_TYPE_TO_CLASS[t]
+    if out is None and kind.requires_logging_directory:
         raise ValueError(f'the tracker {getattr(t, "name", t)!r} writes files; give out=, the folder for them')
 
 # %% ../../nbs/trainers/fit.ipynb #0029191a
@@ -179,18 +193,22 @@ def _check_kind(model, tok, data:Data) -> None:
         return
     name = type(model).__name__
     if getattr(model.config, 'is_encoder_decoder', False):
-        raise ValueError(f'{name} reads one text and writes another, which fit does not train yet; anatomy and selections work on it')
+        raise ValueError(f'{name} reads one text and writes another, which fit does not train yet; '
+                         f'anatomy and selections work on it')
     if tok is None:
         raise ValueError(f'the data are of kind {data.kind!r}, which needs a tokenizer, and tok is None')
     if data.kind == 'label':
         return _check_classifier(model, data)
     if not model.can_generate():
-        raise ValueError(f'the data are text to be continued, but {name} cannot write any; load a causal language model')
+        raise ValueError(f'the data are text to be continued, but {name} cannot write any; load a causal '
+                         f'language model')
 
 def _check_classifier(model, data:Data) -> None:
     name = type(model).__name__
-    classes = getattr(model.config, 'num_labels', None) if 'SequenceClassification' in name else None
+    is_classifier = 'SequenceClassification' in name
+    classes = getattr(model.config, 'num_labels', None) if is_classifier else None
     if classes is None:
         raise ValueError(f'the data have labels, but {name} has no classifier; load it with ftlab.load(name)')
     if classes != len(data.labels):
-        raise ValueError(f'the data have {len(data.labels)} labels, the classifier has {classes}; load it with ftlab.load(name)')
+        raise ValueError(f'the data have {len(data.labels)} labels, the classifier has {classes}; load '
+                         f'it with ftlab.load(name)')

@@ -35,7 +35,8 @@ class Learning:
         self._check(params, state)
         own = dict(lr=settings.lr if learner.lr is None else learner.lr,
                    backward=lambda loss: loss.backward(inputs=list(params.values())))
-        self.step, self.params = Backprop(params, SimpleNamespace(**vars(settings) | own)), list(params.values())
+        self.step = Backprop(params, SimpleNamespace(**vars(settings) | own))
+        self.params = list(params.values())
         state.models[name] = self.module
 
     def _check(self, params, state):
@@ -43,7 +44,8 @@ class Learning:
             raise ValueError(f'learner {self.name!r} has nothing to train')
         theirs = {id(p) for p in state.model.parameters()}
         if any(id(p) in theirs for p in params.values()):
-            raise ValueError(f'learner {self.name!r} has parameters of the policy; leave the policy out of the module and ask state.model in the objective')
+            raise ValueError(f'learner {self.name!r} has parameters of the policy; leave the policy out '
+                             f'of the module and ask state.model in the objective')
 
     @contextmanager
     def chance(self, state, process:int=0):
@@ -52,13 +54,14 @@ class Learning:
             torch.manual_seed(hash((state.seed, state.step, process, self.mark)))
             yield
 
-    def __call__(self, state:State, heard:list[tuple]) -> float: # heard: (micro-batch, the policy's logits) for each of this process
+    def __call__(self, state:State, heard:list[tuple]) -> float: # heard: [(micro-batch, the policy's logits)]
         "Take one step; returns this process's part of the loss"
         def loss_of(batch, logits):
             state.batch, state.logits = batch, logits
             with state.accelerator.autocast():
                 return self.processes.price(self.objective(state))
-        quiet = SimpleNamespace(step=state.step, extra={}, emit=lambda event: self.processes.add_gradients(self.params))
+        quiet = SimpleNamespace(step=state.step, extra={},
+                                emit=lambda event: self.processes.add_gradients(self.params))
         try:
             with self.chance(state, self.processes.index):
                 return self.step(quiet, [partial(loss_of, *h) for h in heard])

@@ -27,7 +27,8 @@ class Loop:
         state.whole_logits = bool(state.learners) # they look at the logits, too
 
     def run(self, after:Callable) -> None: # after(state): what the caller does after each step
-        "Step until there are enough, or a callback sets `state.stop`: True where the work is done, 'by hand' where somebody wants it to end here"
+        """Step until there are enough, or a callback sets `state.stop`: True where the work is done,
+        'by hand' where somebody wants it to end here"""
         state = self.state
         state.emit('before_fit')
         while state.step < state.steps and not state.stop:
@@ -47,8 +48,9 @@ class Loop:
         own = {f'{l.name}_loss': l(state, heard) for l in state.learners.values()}
         state.tokens += sum(map(tokens_of, state.batches))
         nll, whole, *others = group.total(sum(self.nll.values()), float(loss), *own.values())
-        return dict(step=state.step, loss=whole if group.apart else float(loss), nll=nll/state.count if self.nll else None,
-                    lr=state.extra.get('lr'), tokens=state.tokens, **dict(zip(own, others)))
+        return dict(step=state.step, loss=whole if group.apart else float(loss),
+                    nll=nll/state.count if self.nll else None, lr=state.extra.get('lr'),
+                    tokens=state.tokens, **dict(zip(own, others)))
 
     def _fetch(self) -> None:
         "Ask the source for this step's micro-batches"

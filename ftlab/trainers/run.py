@@ -30,7 +30,7 @@ class Run:
     data:Data                   # what it learned from
     recipe:Recipe
     delta:Change                # the change alone
-    log:list[dict]              # one row a step: step, loss, nll (plain, per labelled token; None where the batch has no labels), lr, tokens, and the loss of every learner
+    log:list[dict]              # one row a step: step, loss, nll (None without labels), lr, tokens, learners' losses
     cost:dict                   # seconds, tokens, peak_bytes, trainable, head
     settings:dict               # every setting of `fit`, for the record
     path:list[dict] = field(default_factory=list) # what callbacks measured on the way
@@ -50,8 +50,8 @@ class Run:
 
     def __repr__(self):
         kind = 'loss' if self.log and self.log[0]['nll'] is None else 'nll'
-        first, last = (r[kind] for r in (self.log[0], self.log[-1])) if self.log else (math.nan, math.nan)
-        said = f'{self.recipe.name}: {len(self.log)} steps, {kind} {first:.3f} -> {last:.3f}'
+        ends = [self.log[0][kind], self.log[-1][kind]] if self.log else [math.nan]*2
+        said = f'{self.recipe.name}: {len(self.log)} steps, {kind} {ends[0]:.3f} -> {ends[1]:.3f}'
         return f'{said}, {self.cost["trainable"]:,} numbers trained' + (', interrupted' if self.interrupted else '')
 
 # %% ../../nbs/trainers/run.ipynb #0006191a
@@ -61,12 +61,14 @@ class Change:
         self.attached, self.base, self.recipe, self.models = attached, base, recipe, models or {}
 
     def save(self, path:str|Path) -> int:
-        "Save as safetensors, atomically, with the base's identity and the recipe's learners; returns the size in bytes"
+        """Save as safetensors, atomically, with the base's identity and the recipe's learners;
+        returns the size in bytes"""
         return save_delta(path, *self._packed(), self.base, self.recipe.describe())
 
     def _packed(self) -> tuple[dict, dict]:
         tensors, kinds = pack(self.attached)
-        learners = {f'learner|{n}|{k}': v for n, m in self.models.items() for k, v in m.state_dict().items()}
+        learners = {f'learner|{n}|{k}': v for n, m in self.models.items()
+                    for k, v in m.state_dict().items()}
         return tensors | learners, kinds
 
     def tensors(self) -> dict[str, Tensor]:
@@ -88,7 +90,8 @@ def load_learners(path:str|Path, # what `Change.save` wrote
     device, out = device_of(model), {}
     tensors = {k: v for k, v in read_tensors(path)[0].items() if k.startswith('learner|')}
     for n, l in recipe.learners.items():
-        mine = {k.removeprefix(f'learner|{n}|'): v for k, v in tensors.items() if k.startswith(f'learner|{n}|')}
+        mine = {k.removeprefix(f'learner|{n}|'): v for k, v in tensors.items()
+                if k.startswith(f'learner|{n}|')}
         if not mine:
             there = ', '.join(sorted({k.split('|')[1] for k in tensors})) or 'none'
             raise ValueError(f'{str(path)!r} holds no learner {n!r}; it has {there}')
@@ -112,7 +115,8 @@ def export(model, tok, attached:Attached|None, folder:str|Path) -> Path:
                 folder.rmdir()
             made.rename(folder)
     except (OSError, SafetensorError) as e:
-        if (full := disk_trouble(e, folder, sum(v.numel()*v.element_size() for v in weights.values()))) is e:
+        need = sum(v.numel()*v.element_size() for v in weights.values())
+        if (full := disk_trouble(e, folder, need)) is e:
             raise
         raise full from e
     return folder
@@ -122,7 +126,8 @@ def _merged(model, attached:Attached|None) -> dict[str, Tensor]:
     merged, out = {}, {}
     if attached is not None:
         if held := [n for n, d in attached.deltas.items() if d.site != 'weight']:
-            raise ValueError(f'the change at {held[0]!r} acts on activations; a plain folder cannot hold it: save the delta instead')
+            raise ValueError(f'the change at {held[0]!r} acts on activations; a plain folder cannot hold '
+                             f'it: save the delta instead')
         merged = attached.values()
     for n, p in own_weights(model).items():
         out[n] = merged.get(n, p.detach())
@@ -131,4 +136,5 @@ def _merged(model, attached:Attached|None) -> dict[str, Tensor]:
 
 def _transient(model) -> set[str]:
     "Names of the buffers that are not saved"
-    return {f'{m}.{b}'.lstrip('.') for m, mod in model.named_modules() for b in mod._non_persistent_buffers_set}
+    return {f'{m}.{b}'.lstrip('.') for m, mod in model.named_modules()
+            for b in mod._non_persistent_buffers_set}

@@ -55,6 +55,7 @@ class Job:
     checkpoint:Path          # the file
     mark:str                 # of this run, drawn when it began; a resumed run has its checkpoint's
     begun:int|None=None      # the stage of the checkpoint that is gone on from
+    short:bool=False         # did a stage end before its last step?
     save_every:int=0         # steps; 0: no checkpoints
     callbacks:tuple=()       # that `fit` was given
     progress:bool=True
@@ -66,7 +67,8 @@ def run_stage(job:Job,
               settings:dict,                   # of this stage
               earlier:tuple[int, int]=(0, 0)   # steps and tokens of the stages before
              ) -> Run:
-    "Fit one recipe once. Raises `NotFinite`, whose `run` is what there is so far; any other error leaves the model as it was."
+    """Fit one recipe once. Raises `NotFinite`, whose `run` is what there is so far; any other error
+    leaves the model as it was."""
     with torch.random.fork_rng():
         torch.manual_seed(settings['seed'])
         att, head = _attach(job, recipe, settings)
@@ -89,10 +91,12 @@ def run_stage(job:Job,
 class _Stage:
     "A stage at work"
     def __init__(self, job, recipe, settings, earlier, att):
-        self.job, self.recipe, self.settings, self.earlier, self.att = job, recipe, settings, earlier, att
+        self.job, self.recipe, self.settings = job, recipe, settings
+        self.earlier, self.att = earlier, att
         self.trouble, self.interrupted, self.sharded = None, False, None
         number = settings.get('stage', 0)
-        self.saving = job.save_every > 0 and number >= (job.begun or 0) # a stage that is done again must not replace a later one's checkpoint
+        # a stage that is done again must not replace a later one's checkpoint
+        self.saving = job.save_every > 0 and number >= (job.begun or 0)
         self.resuming = job.begun == number
 
     def prepare(self) -> None:
@@ -114,23 +118,20 @@ class _Stage:
             load_checkpoint(job.checkpoint, self.parts, state, self.settings)
 
     def save(self) -> None:
-        header = header_of(self.job.mark, self.job.settings, self.settings, self.job.callbacks)
-        save_checkpoint(self.job.checkpoint, self.parts, self.state, header, self.job.processes.main)
+        header = header_of(self.job.mark, self.job.settings, self.settings, self.job.callbacks,
+                           self.job.short)
+        save_checkpoint(self.job.checkpoint, self.parts, self.state, header,
+                        self.job.processes.main)
 
     def train(self) -> None:
         "Run the loop to its end, to an interrupt, or to a loss that is NaN or infinite"
         job, state = self.job, self.state
-        bar = Progress(self.recipe.name, self.settings['steps'], job.progress)
+        self.bar = Progress(self.recipe.name, self.settings['steps'], job.progress)
         self.start = time.time()
         state.model.train()
-        def after(state):
-            bar.update(state.step, state.log[-1])
-            track(job.acc, state.log[-1], *self.earlier)
-            if self.saving and (state.step % job.save_every == 0 or state.step == state.steps or state.stop):
-                self.save()
         with PeakMemory(job.device) as self.memory:
             try:
-                Loop(state, self.recipe, self.step, job.processes).run(after)
+                Loop(state, self.recipe, self.step, job.processes).run(self.after)
                 self.interrupted = state.stop == 'by hand'
             except KeyboardInterrupt:
                 if self.sharded:
@@ -139,19 +140,28 @@ class _Stage:
             except NotFinite as e:
                 self._break_off(e)
             finally:
-                bar.close()
+                self.bar.close()
                 _rest(state)
                 state.emit('after_fit')
         if self.sharded:
             self.sharded.gather()
             self.params = self.att.parameters()
 
+    def after(self, state:State) -> None:
+        "Show and track a step, and keep a checkpoint where it is time"
+        self.bar.update(state.step, state.log[-1])
+        track(self.job.acc, state.log[-1], *self.earlier)
+        due = state.step % self.job.save_every == 0 if self.saving else False
+        if self.saving and (due or state.step == state.steps or state.stop):
+            self.save()
+
     def _break_off(self, e) -> None:
         "Keep what there is, and say which rows did it"
         if self.saving:
             self.save()
         self.trouble = NotFinite(f'{e}; the batch holds {_batch_names(self.state)}. '
-                                 f'A lower learning rate (it was {self.settings["lr"]:g}), clipping or float32 usually mends this')
+                                 f'A lower learning rate (it was {self.settings["lr"]:g}), clipping or '
+                                 'float32 usually mends this')
 
     def run(self, head:int) -> Run:
         "What this stage leaves; `head`: the size of a fresh head, counted apart"
@@ -159,12 +169,15 @@ class _Stage:
         for p in self.params.values():
             p.grad = None
         trainable = sum(p.numel() for p in self.params.values()) - head
-        cost = dict(seconds=time.time() - self.start, tokens=state.tokens, peak_bytes=self.memory.bytes(), trainable=trainable, head=head)
+        cost = dict(seconds=time.time() - self.start, tokens=state.tokens,
+                    peak_bytes=self.memory.bytes(), trainable=trainable, head=head)
         models = {n: l.module for n, l in state.learners.items()}
         if models:
             cost['learners'] = sum(p.numel() for l in state.learners.values() for p in l.params)
-        return Run(job.model, job.tok, job.data, self.recipe, Change(self.att, job.base, self.recipe, models), state.log, cost,
-                   self.settings, state.path, self.interrupted or self.trouble is not None, models=models, source=state.source)
+        return Run(job.model, job.tok, job.data, self.recipe,
+                   Change(self.att, job.base, self.recipe, models), state.log, cost, self.settings,
+                   state.path, self.interrupted or self.trouble is not None, models=models,
+                   source=state.source)
 
 # %% ../../nbs/trainers/stage.ipynb #0023191a
 def _rest(state:State) -> None:
@@ -181,18 +194,23 @@ def _attach(job:Job, recipe:Recipe, settings:dict) -> tuple[Attached, int]:
     chosen = (recipe.select or everything)(model, None, settings['seed'])
     also = tuple(head_names(model)) if job.data.kind == 'label' else ()
     params = dict(model.named_parameters())
-    moving = [n for n in (*chosen, *also) if n in also or (recipe.delta is None and chosen[n] is True)]
+    moving = [n for n in (*chosen, *also)
+              if n in also or (recipe.delta is None and chosen[n] is True)]
     originals = {}
     if moving:
-        originals = Originals(job.folder/'originals.safetensors', {n: params[n] for n in moving if n in params})
+        originals = Originals(job.folder/'originals.safetensors',
+                              {n: params[n] for n in moving if n in params})
     att = attach(model, chosen, recipe.delta, also, originals)
     return att, sum(params[n].numel() for n in also)
 
 # %% ../../nbs/trainers/stage.ipynb #0027191a
 def _step_settings(settings:dict, acc) -> SimpleNamespace:
     "What a step is given beside the parameters"
-    return SimpleNamespace(lr=settings['lr'], weight_decay=settings['weight_decay'], betas=tuple(settings['betas']), clip=settings['clip'],
-                           factor=schedule(settings['schedule'], settings['steps'], settings['warmup']), backward=acc.backward)
+    return SimpleNamespace(
+        lr=settings['lr'], weight_decay=settings['weight_decay'], betas=tuple(settings['betas']),
+        clip=settings['clip'],
+        factor=schedule(settings['schedule'], settings['steps'], settings['warmup']),
+        backward=acc.backward)
 
 def _state(job:Job, recipe:Recipe, settings:dict, att:Attached) -> State:
     "The state of a run before its first step"
@@ -208,9 +226,11 @@ def _supply(job:Job, recipe:Recipe, state:State, params:dict, how:SimpleNamespac
     "Create the source, then the learners"
     packed, settings = state.settings['packing'], state.settings
     if packed and recipe.own_source:
-        raise ValueError(f'packing=True packs the data as given, but {recipe.name} has a source of its own; use packing=False')
+        raise ValueError(f'packing=True packs the data as given, but {recipe.name} has a source of its '
+                         f'own; use packing=False')
     together = packing(job.model, job.data.kind, state.limit) if packed else collate
-    state.given = partial(Rows, state.rows, settings['batch_size'], settings['accumulate'], state.seed, state.pad_id, together)
+    state.given = partial(Rows, state.rows, settings['batch_size'], settings['accumulate'],
+                          state.seed, state.pad_id, together)
     state.source = recipe.source(state) if recipe.source else state.given()
     for n, l in recipe.learners.items():
         state.learners[n] = Learning(n, l, state, how, job.processes)
@@ -233,7 +253,8 @@ def _edit(run:Run, recipe:Recipe, folder:Path) -> None:
         base = Originals(folder/'edited.safetensors', {n: att.before(n) for n in changes})
         new = recipe.edit(changes, run.model)
         att.fold()
-        write_change(run.model, base, {n: new.get(n, torch.zeros_like(changes[n])) for n in changes})
+        write_change(run.model, base,
+                     {n: new.get(n, torch.zeros_like(changes[n])) for n in changes})
         run.delta.attached = Attached(run.model, dict.fromkeys(changes, True), {}, {}, base)
     except BaseException: # half edited, the change is nobody's: give the model back as it came
         if base is None:

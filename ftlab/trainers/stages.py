@@ -34,7 +34,7 @@ class StageContext:
     tok:object
     seed:int
     stage:int             # this stage's number, from 0
-    runs:list[Run]        # the earlier stages: their `log`, `path`, `cost`, `recipe` and `models` (and `delta`, where it acts on activations and so still sits on the model)
+    runs:list[Run]        # the earlier stages: their `log`, `path`, `cost`, `recipe`, `models`, `source`
 
     def __post_init__(self): self.before = Placed(self.before, self.model)
 
@@ -101,7 +101,9 @@ class _Series:
         if kept := _kept_stage(job, i, stage, settings, self.start):
             return kept
         if not isinstance(stage, Recipe):
-            stage = _asked(stage, StageContext(job.model, self.start, job.data, job.tok, settings['seed'], i, list(self.runs)))
+            context = StageContext(job.model, self.start, job.data, job.tok, settings['seed'], i,
+                                   list(self.runs))
+            stage = _asked(stage, context)
         if i and self.runs[-1].delta.attached.deltas:
             raise ValueError('the change of the stage before acts on activations and cannot be folded; '
                              'a function as stage can look at it and call reset()')
@@ -109,6 +111,7 @@ class _Series:
         return run_stage(job, stage, _stage_settings(job, stage, settings), earlier)
 
     def _add(self, run:Run) -> None:
+        self.job.short |= len(run.log) < self.shares[len(self.runs)]
         self.runs.append(run)
         self.so_far = _after(self.so_far, run)
 
@@ -132,7 +135,8 @@ def _shares(steps:int, shares:list[float]) -> list[int]:
     ends = [round(steps*sum(shares[:i])/sum(shares)) for i in range(len(shares) + 1)]
     n = [b - a for a, b in zip(ends, ends[1:])]
     if min(n) < 1:
-        raise ValueError(f'{steps} steps are too few for {len(shares)} stages with shares {", ".join(f"{x:g}" for x in shares)}: each needs one at least')
+        raise ValueError(f'{steps} steps are too few for {len(shares)} stages with shares '
+                         f'{", ".join(f"{x:g}" for x in shares)}: each needs one at least')
     return n
 
 def _stage_settings(job:Job, stage:Recipe, settings:dict) -> dict:
@@ -148,20 +152,25 @@ def _stage_file(job:Job, i:int) -> Path:
     return job.checkpoint.with_name(f'stage-{i}.safetensors')
 
 def _keep_stage(job:Job, i:int, run:Run, start:Mapping) -> None:
-    "Keep what a finished stage left, for `resume`; a stage that left more than weights (learners, a source's memory, a change of activations), or was made by a function, is done again instead"
+    """Keep what a finished stage left, for `resume`; a stage that left more than weights (learners,
+    a source's memory, a change of activations), or was made by a function, is done again instead"""
     stage = job.recipe.stages[i]
-    more = not isinstance(stage, Recipe) or stage.own_source or stage.learners or run.delta.attached.deltas
+    more = (not isinstance(stage, Recipe) or stage.own_source or stage.learners
+            or run.delta.attached.deltas)
     if more or not job.save_every or not job.processes.main or run.settings.get('kept'):
         return
-    tensors = {n: p for n, p in job.model.named_parameters() if not torch.equal(start[n], p.detach().cpu())}
-    header = header_of(job.mark, job.settings, run.settings, job.callbacks) | dict(log=run.log, path=run.path, cost=run.cost)
+    tensors = {n: p for n, p in job.model.named_parameters()
+               if not torch.equal(start[n], p.detach().cpu())}
+    header = header_of(job.mark, job.settings, run.settings, job.callbacks, job.short)
+    header |= dict(log=run.log, path=run.path, cost=run.cost)
     try:
         write_tensors(_stage_file(job, i), tensors, {k: json.dumps(v) for k, v in header.items()})
     except DiskFull as e:
         warnings.warn(f'stage {i + 1} could not be kept, and the run goes on: {e}')
 
 def _kept_stage(job:Job, i:int, stage, settings:dict, start:Mapping) -> Run|None:
-    "A stage that this run finished before it was cut off, with its weights put into the model; `None` if there is none"
+    """A stage that this run finished before it was cut off, with its weights put into the model;
+    `None` if there is none"""
     path = _stage_file(job, i)
     if job.begun is None or i > job.begun or not isinstance(stage, Recipe) or not path.exists():
         return None
@@ -170,13 +179,12 @@ def _kept_stage(job:Job, i:int, stage, settings:dict, start:Mapping) -> Run|None
         return None # of a run before this one: it never belongs here, whatever its settings
     own = _stage_settings(job, stage, settings)
     check_same_run(path, header['settings'], own)
-    if len(header['log']) < settings['steps'] and not job.settings['callbacks']:
-        return None # something ended it early that does not belong to the settings: do it again, with what is there now
     tensors = read_tensors(path)[0]
     set_weights(job.model, start)
     set_weights(job.model, tensors)
     att = Attached(job.model, dict.fromkeys(tensors, True), {}, {}, start)
-    return Run(job.model, job.tok, job.data, stage, Change(att, job.base, stage), header['log'], header['cost'], dict(own, kept=True), header['path'])
+    return Run(job.model, job.tok, job.data, stage, Change(att, job.base, stage), header['log'],
+               header['cost'], dict(own, kept=True), header['path'])
 
 # %% ../../nbs/trainers/stages.ipynb #0021191a
 def _asked(stage, context:StageContext) -> Recipe:
@@ -184,7 +192,7 @@ def _asked(stage, context:StageContext) -> Recipe:
     made = stage(context)
     if isinstance(made, Recipe) and not made.stages:
         return made
-    what = 'a Recipe with stages of its own' if isinstance(made, Recipe) else f'a {type(made).__name__}'
+    what = f'a {type(made).__name__}' + (' with stages of its own' if isinstance(made, Recipe) else '')
     raise ValueError(f'it returned {what}; a stage function returns one Recipe without stages')
 
 def _say_where(e:BaseException, where:str) -> None:
@@ -200,7 +208,8 @@ def _after(earlier:Run|None, run:Run) -> Run:
     if earlier is None:
         return run
     n, tokens = len(earlier.log), earlier.cost['tokens']
-    run.log = earlier.log + [dict(r, step=r['step'] + n, tokens=r['tokens'] + tokens) for r in run.log]
+    run.log = earlier.log + [dict(r, step=r['step'] + n, tokens=r['tokens'] + tokens)
+                             for r in run.log]
     run.path = earlier.path + [dict(r, step=r['step'] + n) for r in run.path]
     run.cost = {k: _add(earlier.cost.get(k), run.cost.get(k), k) for k in earlier.cost | run.cost}
     run.models = earlier.models | run.models

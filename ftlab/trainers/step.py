@@ -24,7 +24,8 @@ def schedule(kind:str,     # 'linear' or 'cosine' fall to zero, 'constant' does 
              warmup:int=0  # steps of rising from zero first
             ) -> Callable: # factor(step) -> share of the learning rate
     "The share of the learning rate at each step"
-    shapes = dict(linear=lambda x: 1 - x, cosine=lambda x: .5*(1 + math.cos(math.pi*x)), constant=lambda x: 1.)
+    shapes = dict(linear=lambda x: 1 - x, cosine=lambda x: .5*(1 + math.cos(math.pi*x)),
+                  constant=lambda x: 1.)
     if kind not in shapes:
         raise ValueError(f'schedule is {kind!r}; it must be {", ".join(shapes)}')
     def factor(step):
@@ -48,9 +49,10 @@ def whole(x:Tensor) -> Tensor:
 class Backprop:
     "Backpropagation and AdamW: the plain step"
     def __init__(self, params:Mapping[str, nn.Parameter], # what trains, by name
-                 settings:SimpleNamespace):               # lr, weight_decay, betas, clip (largest gradient norm, or None), factor, backward
+                 settings:SimpleNamespace): # lr, weight_decay, betas, clip (or None), factor, backward
         self.names, self.params, self.s = list(params), list(params.values()), settings
-        self.opt = torch.optim.AdamW(self.params, lr=settings.lr, betas=settings.betas, weight_decay=settings.weight_decay, fused=True)
+        self.opt = torch.optim.AdamW(self.params, lr=settings.lr, betas=settings.betas,
+                                     weight_decay=settings.weight_decay, fused=True)
 
     @property
     def optimizer(self):
@@ -58,7 +60,8 @@ class Backprop:
         return self.opt
 
     def __call__(self, state, losses:list[Callable]) -> float:
-        "Take one step down the sum of `losses`; raise `NotFinite` before anything has moved if that is NaN or infinite"
+        """Take one step down the sum of `losses`; raise `NotFinite` before anything has moved if
+        that is NaN or infinite"""
         total = 0.
         for micro in losses:
             loss = micro()
@@ -89,16 +92,19 @@ class Backprop:
     def load_state_dict(self, kept:Mapping[str, Mapping]) -> None:
         "Go on from what `state_dict` gave"
         where = {n: i for i, n in enumerate(self.names)}
-        state = {where[n]: {k: placed_like(v, self.params[where[n]]) for k, v in entries.items()} for n, entries in kept.items()}
+        state = {where[n]: {k: placed_like(v, self.params[where[n]]) for k, v in entries.items()}
+                 for n, entries in kept.items()}
         self.opt.load_state_dict(dict(self.opt.state_dict(), state=state))
 
 # %% ../../nbs/trainers/step.ipynb #0013fac8
 class Processes:
-    "The processes that share a run (one is the common case): what each computes, and the sums of what they found"
+    """The processes that share a run (one is the common case): what each computes, and the sums of
+    what they found"""
     def __init__(self, acc=None): # an `accelerate.Accelerator`; None: this process alone
         self.acc = acc
         self.count, self.index = (acc.num_processes, acc.process_index) if acc else (1, 0)
-        self.apart = self.summed = False # did this step take gradients of its own part, and were they summed?
+        # did this step take gradients of its own part, and were they summed?
+        self.apart = self.summed = False
 
     @property
     def main(self) -> bool:
@@ -109,18 +115,21 @@ class Processes:
         "This process's share of the micro-batches; raises `ValueError` where they cannot be shared equally"
         if len(batches) % self.count == 0:
             return batches[self.index::self.count]
-        raise ValueError(f'a step came as {len(batches)} micro-batches, which {self.count} processes cannot share equally; '
+        raise ValueError(f'a step came as {len(batches)} micro-batches, which {self.count} processes '
+                         'cannot share equally; '
                          'a source must cut its batch into state.settings["accumulate"] of them')
 
     def total(self, *numbers:float) -> list[float]:
         "The sum of each number over all processes"
         if self.count == 1:
             return list(numbers)
-        return self.acc.reduce(torch.tensor(numbers, dtype=torch.float64, device=self.acc.device), 'sum').tolist()
+        return self.acc.reduce(torch.tensor(numbers, dtype=torch.float64, device=self.acc.device),
+                               'sum').tolist()
 
     @contextmanager
     def taking_a_step(self):
-        "Notice a step that keeps its gradients to itself; `RuntimeError` then, as the processes would drift apart in silence"
+        """Notice a step that keeps its gradients to itself; `RuntimeError` then, as the processes
+        would drift apart in silence"""
         self.apart = self.summed = False
         yield
         if self.apart and not self.summed:
@@ -129,7 +138,8 @@ class Processes:
 
     @contextmanager
     def chance(self, state, i:int):
-        "Give micro-batch `i` of this process random numbers of its own, and leave those that all processes share where they were"
+        """Give micro-batch `i` of this process random numbers of its own, and leave those that all
+        processes share where they were"""
         if self.count == 1:
             yield
             return
@@ -138,14 +148,17 @@ class Processes:
             yield
 
     def price(self, loss:Tensor) -> Tensor:
-        "The loss as a step must see it: NaN as soon as it is not finite anywhere, so that all stop together; without gradients, the sum"
+        """The loss as a step must see it: NaN as soon as it is not finite anywhere, so that all stop
+        together; without gradients, the sum"""
         return loss if self.count == 1 else _agreed(self, loss)
 
     def add_gradients(self, params:list[nn.Parameter]) -> None:
-        "Replace every gradient by its sum over all processes; one that no process has stays `None`, a sharded one was summed already"
+        """Replace every gradient by its sum over all processes; one that no process has stays
+        `None`, a sharded one was summed already"""
         self.summed = True
         if self.count > 1:
-            _add_gradients(self, [p for p in params if p.requires_grad and not isinstance(p, DTensor)])
+            _add_gradients(self,
+                           [p for p in params if p.requires_grad and not isinstance(p, DTensor)])
 
 # %% ../../nbs/trainers/step.ipynb #0015fac8
 def _agreed(processes:Processes, loss:Tensor) -> Tensor:

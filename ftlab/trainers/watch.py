@@ -25,7 +25,8 @@ def free_memory() -> None:
         pass # only glibc has it
 
 class PeakMemory:
-    "Peak bytes while it is open: of the device on a GPU, of the process (above where it began) on a CPU; `None` where the system does not tell"
+    """Peak bytes while it is open: of the device on a GPU, of the process (above where it began) on
+    a CPU; `None` where the system does not tell"""
     def __init__(self, device):
         self.device = device
 
@@ -80,7 +81,8 @@ class Progress:
         loss = f'loss {row["loss"]:.3f}' if row['nll'] is None else f'nll {row["nll"]:.3f}'
         said = f'{self.name}: step {step} of {self.steps}, {loss}'
         if self.handle:
-            self.handle.update(self.html(f'<progress max="{self.steps}" value="{step}"></progress> {said}'))
+            bar = f'<progress max="{self.steps}" value="{step}"></progress>'
+            self.handle.update(self.html(f'{bar} {said}'))
         elif self.tty:
             print(f'\r{said}', end='', file=sys.stderr, flush=True)
 
@@ -110,7 +112,8 @@ def tracking(acc, settings:dict):
         yield
     finally:
         for t in acc.trackers:
-            t.finish() # not `end_training`, which ends the processes' talk for good: another run may follow
+            # not `end_training`, which ends the processes' talk for good: another run may follow
+            t.finish()
 
 def _flat(settings:dict, at:str='') -> dict:
     "Nested settings under names with dots, each a text, a number or nothing, as trackers take them"
@@ -119,7 +122,8 @@ def _flat(settings:dict, at:str='') -> dict:
         if isinstance(v, dict):
             out |= _flat(v, f'{at}{k}.')
         else:
-            out[at + k] = v if isinstance(v, (str, int, float, bool)) or v is None else json.dumps(v)
+            plain = v is None or isinstance(v, (str, int, float, bool))
+            out[at + k] = v if plain else json.dumps(v)
     return out
 
 def track(acc,
@@ -127,12 +131,15 @@ def track(acc,
           steps:int,  # of the stages before
           tokens:int  # of the stages before
          ) -> None:
-    "Give one row to every tracker; one that fails is left out from then on, with a warning: a lost connection must not cost a run"
-    values = {k: v for k, v in row.items() if k != 'step' and v is not None} | dict(tokens=tokens + row['tokens'])
+    """Give one row to every tracker; one that fails is left out from then on, with a warning: a lost
+    connection must not cost a run"""
+    values = {k: v for k, v in row.items() if k != 'step' and v is not None}
+    values['tokens'] = tokens + row['tokens']
     step = steps + row['step']
     for t in list(acc.trackers):
         try:
             t.log(values, step=step)
         except Exception as e:
             acc.trackers.remove(t)
-            warnings.warn(f'the tracker {t.name!r} failed at step {step} and gets no more rows: {type(e).__name__}: {e}')
+            warnings.warn(f'the tracker {t.name!r} failed at step {step} and gets no more rows: '
+                          f'{type(e).__name__}: {e}')

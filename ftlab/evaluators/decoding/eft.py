@@ -14,7 +14,7 @@ from ...core.recipe import Recipe
 from ..decode import combined
 
 # %% auto #0
-__all__ = ['emulate', 'emulated', 'eft']
+__all__ = ['emulate', 'by_emulation', 'eft']
 
 # %% ../../../nbs/evaluators/decoding/eft.ipynb #0005ac63
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def _nucleus(logp, p):
 def _loaded(name:str): return load(name)[0] # of the large models of all recipes the last one that answered
 
 @dataclass(frozen=True)
-class emulated:
+class by_emulation:
     "A decoder: the large model's answers, changed as the small one was"
     large:object        # a name as in `ftlab.load`, or a model that shares the vocabulary
     rule:emulate
@@ -61,4 +61,4 @@ def eft(large='lab-m',      # the large base: a name as in `ftlab.load`, or a mo
         beta:float=1., top_p:float=1. # as in `emulate`
        ) -> Recipe:
     "Fine-tune the small model plainly; answer with the large one, emulated"
-    return Recipe(decode=emulated(large, emulate(beta, top_p)))
+    return Recipe(decode=by_emulation(large, emulate(beta, top_p)))
