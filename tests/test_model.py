@@ -12,6 +12,8 @@ from ftlab.core.batches import Data, collate, data, encode_all
 from ftlab.core.generate import generate, render_within
 from ftlab.core.model import answer_room, device_of, evaluating, model_inputs, pad_id, position_table, positions, row_limit, to_device
 from ftlab.core.scorers import exact_match, label_accuracy, nll
+from ftlab.evaluators.decode import combined
+from ftlab.evaluators.decoding.copilot import Copilot, answer_together
 
 WORDS = 'a b c d e f'.split()
 SIZES = dict(vocab_size=len(TOK), n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2, pad_token_id=0)
@@ -64,6 +66,14 @@ def test_room_for_an_answer_does_not_depend_on_the_batch():
     assert new == 32 and max(map(len, ids)) == 32
     together = generate(model, TOK, prompts, max_new_tokens=200)
     assert together == [generate(model, TOK, [p], max_new_tokens=200)[0] for p in prompts]
+
+
+def test_every_decoder_keeps_to_the_room():
+    model, prompts = gpt2(), [r['prompt'] for r in long_rows(4, 150)] + [' '.join(WORDS*20)]
+    said = generate(model, TOK, prompts, max_new_tokens=9)
+    assert combined(dict(one=model), TOK, prompts, lambda p: p['one'], 9) == said
+    assert combined(dict(one=model, two=toy()), TOK, prompts, lambda p: p['one'], 9) == said
+    assert answer_together(model, Copilot(32, len(TOK)), TOK, prompts, 0., 9, batch_size=2) == said
 
 
 # evaluation

@@ -7,10 +7,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from html import escape
 from itertools import groupby
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from .table import html_table, text_table, to_the_left
 
 # %% auto #0
 __all__ = ['FAMILIES', 'Layout', 'Family', 'Block', 'Anatomy', 'UnknownArchitecture', 'anatomy']
@@ -166,15 +166,12 @@ def _rows(a:Anatomy) -> list[dict[str,str]]:
     return out + [_row(a, '', 'other', '', n, False) for n in a.other]
 
 def _table(a:Anatomy) -> str:
-    rows = [dict(zip(r, r)) for r in a.rows()[:1]] + a.rows()
-    width = {k: max(len(r[k]) for r in rows) for k in rows[0]}
-    return f'{a.family}, {len(a.blocks)} blocks\n' + '\n'.join('  '.join(v.ljust(width[k]) for k, v in r.items()).rstrip() for r in rows)
+    rows = a.rows()
+    return f'{a.family}, {len(a.blocks)} blocks\n' + text_table(list(rows[0]), [r.values() for r in rows])
 
 def _html_table(a:Anatomy) -> str:
-    def line(cells, tag): return '<tr>' + ''.join(f'<{tag} style="text-align:left">{escape(c)}</{tag}>' for c in cells) + '</tr>'
     rows = a.rows()
-    return (f'<table><caption>{escape(a.family)}, {len(a.blocks)} blocks</caption>' + line(rows[0], 'th')
-            + ''.join(line(r.values(), 'td') for r in rows) + '</table>')
+    return html_table(list(rows[0]), [r.values() for r in rows], f'{a.family}, {len(a.blocks)} blocks', to_the_left)
 
 # %% ../../nbs/core/anatomy.ipynb #001aebff
 class UnknownArchitecture(ValueError):

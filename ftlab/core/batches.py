@@ -4,13 +4,14 @@
 
 # %% ../../nbs/core/batches.ipynb #000341f0
 from __future__ import annotations
-import hashlib, html, itertools, json, math, random
+import hashlib, itertools, json, math, random
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 import jinja2, torch
 from .lab import lab
 from .rows import DIGITS, READERS, as_row, clean_text, read_rows
+from .table import as_html, html_table, to_the_left
 from .text import did_you_mean, near_misses, split_of
 
 # %% auto #0
@@ -134,9 +135,9 @@ class Data:
         return '\n'.join([self._head()] + ['  ' + ' → '.join(c) for c in self._cells()] + ([f'  note: {self.note}'] if self.note else []))
 
     def _repr_html_(self) -> str:
-        row = lambda cells, tag: '<tr>' + ''.join(f'<{tag} style="text-align:left">{html.escape(c)}</{tag}>' for c in cells) + '</tr>'
-        note = f'<p>{html.escape(self.note)}</p>' if self.note else ''
-        return f'<p>{html.escape(self._head())}</p><table>{row(self._columns(), "th")}{"".join(row(c, "td") for c in self._cells())}</table>{note}'
+        note = f'<p>{as_html(self.note)}</p>' if self.note else ''
+        head, table = as_html(self._head()), html_table(self._columns(), self._cells(), attributes=to_the_left)
+        return f'<p>{head}</p>{table}{note}'
 
 # %% ../../nbs/core/batches.ipynb #001541f0
 def _fingerprint(content:list) -> str:

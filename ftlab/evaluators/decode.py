@@ -4,48 +4,70 @@
 
 # %% ../../nbs/evaluators/decode.ipynb #0003ef11
 from __future__ import annotations
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 import torch
-from ..core.generate import left_pad, render
+from ..core.generate import left_pad, render_within
+from ..core.model import device_of
 
 # %% auto #0
-__all__ = ['combined']
+__all__ = ['decode', 'combined']
 
 # %% ../../nbs/evaluators/decode.ipynb #0005ef11
 @torch.no_grad()
+def decode(models:Sequence,        # all that read; the first one's device is where it happens
+           tok,                    # their tokenizer
+           prompts:list,           # strings, or lists of chat messages
+           begin:Callable,         # () -> read(x, mask, place) -> scores [rows, words] of the next word; called once a batch
+           max_new_tokens:int=64,  # longest answer
+           sample:bool=False,      # draw instead of taking the word with the highest score
+           batch_size:int=200,     # prompts at once
+           weights:Callable=partial(torch.softmax, dim=-1) # scores -> what a word is drawn in proportion to
+          ) -> list[str]:          # one answer a prompt, without special tokens
+    """Decode token by token. `read` is given the new tokens [rows, new], the mask of all so far [rows, tokens] and the places of the new ones
+    [rows, new], and keeps what it needs of the earlier ones. Where positions end, prompts and answers are cut: see `answer_room`."""
+    ids, longest = render_within(prompts, tok, max_new_tokens, *models)
+    out = []
+    for j in range(0, len(ids), batch_size):
+        b = left_pad(ids[j:j + batch_size], tok.pad_token_id, device_of(models[0]))
+        x, mask = b['input_ids'], b['attention_mask']
+        place, read, said = (mask.cumsum(1) - 1).clamp(min=0), begin(), []
+        done = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        for _ in range(longest):
+            scores = read(x, mask, place)
+            drawn = torch.multinomial(weights(scores), 1)[:, 0] if sample else scores.argmax(-1)
+            said.append(drawn.masked_fill(done, tok.pad_token_id))
+            done |= said[-1] == tok.eos_token_id
+            if done.all(): break
+            x, place = said[-1][:, None], place[:, -1:] + 1
+            mask = torch.cat([mask, mask.new_ones(len(x), 1)], 1)
+        out += _words(torch.stack(said, 1), tok)
+    return out
+
+def _words(said, tok) -> list[str]:
+    "Tokens as texts, up to the end mark"
+    ends = [(row == tok.eos_token_id).nonzero() for row in said]
+    return [tok.decode(row[:int(e[0])] if len(e) else row, skip_special_tokens=True).strip() for row, e in zip(said, ends)]
+
+# %% ../../nbs/evaluators/decode.ipynb #0007ef11
 def combined(models:Mapping[str, object],  # {role: model}, one vocabulary
              tok,                          # their tokenizer
              prompts:list,                 # strings, or lists of chat messages
              rule:Callable,                # ({role: log-probabilities [rows, words]}) -> scores [rows, words]
              max_new_tokens:int=64,        # longest answer
              sample:bool=False,            # draw from the combined distribution instead of taking its likeliest token
-             batch_size:int=200) -> list[str]:
+             batch_size:int=200            # prompts at once
+            ) -> list[str]:                # one answer a prompt
     "Decode token by token from a combination of models; raises `ValueError` if their vocabularies differ in size"
     sizes = {k: m.config.vocab_size for k, m in models.items()}
     if len(set(sizes.values())) > 1: raise ValueError(f'the models speak different vocabularies: {sizes}; they must share one tokenizer')
-    ids, out = render(prompts, tok), []
-    for j in range(0, len(ids), batch_size): out += _words(_decode(models, tok, ids[j:j + batch_size], rule, max_new_tokens, sample), tok)
-    return out
-
-# %% ../../nbs/evaluators/decode.ipynb #0007ef11
-def _decode(models, tok, ids, rule, max_new_tokens, sample) -> torch.Tensor:
-    "The tokens that are drawn, [rows, tokens]"
-    device = next(next(iter(models.values())).parameters()).device; b = left_pad(ids, tok.pad_token_id, device); x, mask = b['input_ids'], b['attention_mask']
-    cache, said, done, place = dict.fromkeys(models), [], torch.zeros(len(ids), dtype=torch.bool, device=device), (mask.cumsum(1) - 1).clamp(min=0)
-    for _ in range(max_new_tokens):
-        score = rule({k: _next(m, k, x, mask, place, cache) for k, m in models.items()})
-        drawn = torch.multinomial(score.softmax(-1), 1)[:, 0] if sample else score.argmax(-1)
-        said.append(drawn.masked_fill(done, tok.pad_token_id)); done |= said[-1] == tok.eos_token_id
-        if done.all(): break
-        x = said[-1][:, None]; mask = torch.cat([mask, mask.new_ones(len(ids), 1)], 1); place = place[:, -1:] + 1
-    return torch.stack(said, 1)
+    def begin():
+        cache = dict.fromkeys(models)
+        return lambda x, mask, place: rule({k: _next(m, k, x, mask, place, cache) for k, m in models.items()})
+    return decode(list(models.values()), tok, prompts, begin, max_new_tokens, sample, batch_size)
 
 def _next(model, key, x, mask, place, cache) -> torch.Tensor:
     "One model's log-probabilities of the next word, [rows, words]; its cache takes in `x`"
     o = model(input_ids=x, attention_mask=mask, position_ids=place, past_key_values=cache[key], use_cache=True)
-    cache[key] = o.past_key_values; return o.logits[:, -1].float().log_softmax(-1)
-
-def _words(said, tok) -> list[str]:
-    "Tokens as texts, up to the end mark"
-    ends = [(row == tok.eos_token_id).nonzero() for row in said]
-    return [tok.decode(row[:int(e[0])] if len(e) else row, skip_special_tokens=True).strip() for row, e in zip(said, ends)]
+    cache[key] = o.past_key_values
+    return o.logits[:, -1].float().log_softmax(-1)

@@ -19,6 +19,7 @@ from ..core.loading import find_device, load
 from ..core.model import device_of, model_inputs, pad_id, row_limit, to_device
 from ..core.recipe import Recipe
 from ..core.record import digest, versions
+from ..core.table import html_table
 from ..core.scorers import exact_match, label_accuracy, nll, skills
 from ..evaluators.probe import cka, drift
 from ..lab.lookup import ALL_SKILLS
@@ -409,10 +410,8 @@ def _table_html(result:dict) -> str:
     def cells(m, r):
         crashed = f' ({int(r["crashed"])} crashed)' if r['crashed'] else ''
         cost = [num(r[k], f) for k, f in (('seconds', '.1f'), ('peak_MB', '.0f'), ('trained', ',.0f'), ('head', ',.0f'), ('saved_KB', ',.0f'))]
-        return [html.escape(m['name']) + crashed, f'{r["rate"]:g}', *(_span(m[k]) for k in names), *cost]
-    line = lambda cells, tag: '<tr>' + ''.join(f'<{tag}>{c}</{tag}>' for c in cells) + '</tr>'
-    body = ''.join(line(cells(m, r), 'td') for m, (_, r) in zip(result['methods'], table_of(result).iterrows()))
-    return f'<table>{line(head, "th")}{body}</table>'
+        return [m['name'] + crashed, f'{r["rate"]:g}', *(_span(m[k]) for k in names), *cost]
+    return html_table(head, [cells(m, r) for m, (_, r) in zip(result['methods'], table_of(result).iterrows())])
 
 # %% ../../nbs/instruments/compare.ipynb #0028c6d6
 COLORS = ('#0072B2', '#D55E00', '#009E73', '#56B4E9', '#CC79A7', '#E69F00', '#000000') # Okabe and Ito's, for the colour-blind

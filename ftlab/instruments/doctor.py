@@ -4,7 +4,7 @@
 
 # %% ../../nbs/instruments/doctor.ipynb #00030f3d
 from __future__ import annotations
-import copy, html, inspect, math, re, tempfile, unicodedata
+import copy, inspect, math, re, tempfile, unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +24,7 @@ from ..core.generate import render
 from ..core.loading import quiet
 from ..core.recipe import Recipe
 from ..core.scorers import nll, skills
+from ..core.table import Html, as_html, html_table, to_the_left
 from ..core.text import shortened, some
 from ..core.model import device_of, evaluating, model_inputs, positions, row_limit, to_device
 from .report import read_run
@@ -112,15 +113,17 @@ class Diagnosis(Sequence):
         return '\n'.join([*filter(None, [self.about]), self._head(), *map(str, self), *('did not apply: ' + s for s in self._left_out())])
 
     def _repr_html_(self) -> str:
-        left = ''.join(f'<li>{html.escape(x)}</li>' for x in self._left_out())
-        table = f'<table>{"".join(map(_row_html, self))}</table>' if self.findings else ''
+        left = ''.join(f'<li>{as_html(x)}</li>' for x in self._left_out())
+        table = html_table((), map(_cells, self), attributes=to_the_left) if self.findings else ''
         more = f'<details><summary>did not apply</summary><ul>{left}</ul></details>' if left else ''
-        return f'<p>{html.escape(self.about)}<br><b>{html.escape(self._head())}</b></p>{table}{more}'
+        return f'<p>{as_html(self.about)}<br><b>{as_html(self._head())}</b></p>{table}{more}'
 
-def _row_html(f) -> str:
-    e, color, left = html.escape, dict(error='#b00020', warning='#8a5a00', note='#30507a')[f.severity], 'text-align:left'
-    return (f'<tr><td style="{left};color:{color}"><b>{f.severity}</b><br>{e(f.name)}</td><td style="{left}"><b>{e(f.seen)}</b><br>{e(f.why)}<br>'
-            f'<i>mend:</i> {e(f.mend)}<br><small>learned from {e(f.learned)}</small></td></tr>')
+def _cells(f:Finding) -> tuple[Html, Html]:
+    "A finding as a row: how bad and which check; what was seen, why it matters, and what to do"
+    color = dict(error='#b00020', warning='#8a5a00', note='#30507a')[f.severity]
+    which = f'<span style="color:{color}"><b>{f.severity}</b><br>{as_html(f.name)}</span>'
+    what = f'<b>{as_html(f.seen)}</b><br>{as_html(f.why)}<br><i>mend:</i> {as_html(f.mend)}<br><small>learned from {as_html(f.learned)}</small>'
+    return Html(which), Html(what)
 
 # %% ../../nbs/instruments/doctor.ipynb #00080f3d
 SAMPLE = 300            # training rows that are encoded and looked at

@@ -27,6 +27,7 @@ from ..core.batches import collate, encode, encode_all
 from ..core.generate import generate
 from ..core.model import device_of, pad_id, row_limit, to_device
 from ..core.scorers import WORLD, judge, teacher_forced
+from ..core.table import Html, html_table
 from .report_page import percent
 from ..evaluators.mechanisms.intruders import intruders
 from ..evaluators.spectra import spectrum as stretches, stable_rank
@@ -38,7 +39,7 @@ from ..trainers.losses.masked_thought import mask_answers
 
 # %% auto #0
 __all__ = ['STYLE', 'BLUE', 'RED', 'GREEN', 'GREY', 'CRITERIA', 'RANKED', 'Control', 'slider', 'span', 'choice', 'several',
-           'text', 'Html', 'rows_as_html', 'Picture', 'drawn', 'front_end', 'View', 'runs_of', 'recipes_inside',
+           'text', 'rows_as_html', 'Picture', 'drawn', 'front_end', 'View', 'runs_of', 'recipes_inside',
            'draw_tradeoff', 'tradeoff', 'question_batches', 'apart', 'Rewind', 'draw_layers', 'layers', 'lab_questions',
            'gradient_scores', 'entry_scores', 'ranks', 'draw_mask', 'mask', 'decomposed', 'draw_spectrum', 'Matrices',
            'spectrum', 'token_prices', 'draw_prices', 'prices', 'two_answers', 'draw_side_by_side', 'side_by_side']
@@ -106,16 +107,12 @@ def _beside(svgs:list[str], columns:int, alt:str) -> str:
     size = f'width="{W:g}pt" height="{H:g}pt" viewBox="0 0 {W:g} {H:g}"'
     return f'<svg role="img" aria-label="{escape(alt)}" {size} xmlns="http://www.w3.org/2000/svg">{body}</svg>'
 
-class Html(str): "Text that is HTML already; all other text is escaped"
-
 def rows_as_html(rows:list[list], head:bool=True) -> Html: # head: the first row names the columns; otherwise the first cell of each row names the row
     "A plain table that looks the same in a widget and on a page; cells are escaped, but for those that are `Html`"
     look = 'text-align:left;vertical-align:top;padding:.2em .9em .2em 0;'
-    def cell(v, tag):
-        style = look + 'white-space:nowrap'*(tag == 'th' and not head)
-        return f'<{tag} style="{style}">{v if isinstance(v, Html) else escape(str(v))}</{tag}>'
-    line = lambda i, row: '<tr>' + ''.join(cell(v, 'th' if (i == 0 if head else j == 0) else 'td') for j, v in enumerate(row)) + '</tr>'
-    return Html('<table style="border-collapse:collapse">' + ''.join(line(i, row) for i, row in enumerate(rows)) + '</table>')
+    def style(column, tag): return f'style="{look}{"white-space:nowrap"*(tag == "th" and not head)}"'
+    named, body = (rows[0], rows[1:]) if head else ((), rows)
+    return html_table(named, body, attributes=style, of_table='style="border-collapse:collapse"', named=not head)
 
 # %% ../../nbs/instruments/explore.ipynb #000b995a
 class Picture:

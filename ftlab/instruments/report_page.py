@@ -9,6 +9,7 @@ from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from ..core.io import write_atomically
+from ..core.table import Html, html_table
 
 # %% auto #0
 __all__ = ['STYLE', 'PAGE', 'HOW', 'percent', 'signed', 'level', 'spread', 'count', 'duration', 'headline', 'tiles', 'table',
@@ -141,9 +142,8 @@ body .ftr{{--soft:#9aa1ab;--before:#9aa1ab;--good:#58aee8;--bad:#f0883e;--line:#
 
 def table(head:list[str], rows:list[list], left:int=1, plain:bool=True) -> str:
     "An HTML table; its first `left` columns are aligned left; cells are escaped unless `plain` is False"
-    cell = lambda tag, i, v: f'<{tag}{" class=l" if i < left else ""}>{escape(str(v)) if plain else v}</{tag}>'
-    line = lambda tag, cells: '<tr>' + ''.join(cell(tag, i, v) for i, v in enumerate(cells)) + '</tr>'
-    return f'<table>{line("th", head)}{"".join(line("td", r) for r in rows)}</table>'
+    rows = rows if plain else [[Html(v) for v in r] for r in rows]
+    return html_table(head if plain else list(map(Html, head)), rows, attributes=lambda column, tag: 'class=l' if column < left else '')
 
 def folded(title:str, body:str) -> str: "A heading that opens when it is clicked"; return f'<details><summary>{escape(title)}</summary>{body}</details>'
 def note(text:str) -> str: "A small line of explanation"; return f'<p class="note">{escape(text)}</p>'

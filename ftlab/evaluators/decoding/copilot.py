@@ -5,14 +5,15 @@
 # %% ../../../nbs/evaluators/decoding/copilot.ipynb #000370e1
 from __future__ import annotations
 from dataclasses import dataclass
+from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from ...core.generate import left_pad, render
 from ...core.paper import method
 from ...core.recipe import Learner, Loop, Recipe
 from ...core.model import model_inputs
 from ...trainers.objective import priced
+from ..decode import decode
 
 # %% auto #0
 __all__ = ['mistakes', 'Attend', 'Copilot', 'thoughts', 'foresight', 'answer_together', 'small_copilot', 'together', 'copilot']
@@ -65,26 +66,27 @@ def foresight(state) -> Tensor:
     return (((f - l)[:, :-1].square().sum(-1)*on).sum()/on.sum().clamp(min=1)).sqrt()/len(state.batches)
 
 # %% ../../../nbs/evaluators/decoding/copilot.ipynb #000d70e1
-@torch.no_grad()
 def answer_together(pilot, copilot, tok, prompts:list, lam:float=.3, max_new_tokens:int=64, sample:bool=False, batch_size:int=200) -> list[str]:
     "Answer each prompt with the Pilot's probabilities plus `lam` times the Copilot's corrections"
-    ids, out = render(prompts, tok), []
-    for j in range(0, len(ids), batch_size): out += _together(pilot, copilot, tok, left_pad(ids[j:j + batch_size], tok.pad_token_id, next(pilot.parameters()).device), lam, max_new_tokens, sample)
-    return out
+    begin = partial(_Reader, pilot, copilot, lam)
+    return decode([pilot], tok, prompts, begin, max_new_tokens, sample, batch_size, weights=lambda p: p.clamp(min=0))
 
-def _together(pilot, copilot, tok, b, lam, limit, sample):
-    x, mask = b['input_ids'], b['attention_mask']; place = (mask.cumsum(1) - 1).clamp(min=0); cache = read = None; said = []
-    done = torch.zeros(len(x), dtype=torch.bool, device=x.device); notes = copilot.noted(torch.zeros(*x.shape, copilot.noted.in_features, device=x.device))
-    for _ in range(limit):
-        o = pilot(input_ids=x, attention_mask=mask, position_ids=place, past_key_values=cache, use_cache=True, output_hidden_states=True); cache = o.past_key_values
-        read = thoughts(o) if read is None else torch.cat([read, thoughts(o)], 1); f = copilot(notes, read, mask)[:, -1]
-        p = o.logits[:, -1].float().softmax(-1) + lam*f
-        nxt = torch.multinomial(p.clamp(min=0), 1)[:, 0] if sample else p.argmax(-1)
-        nxt = nxt.masked_fill(done, tok.pad_token_id); said.append(nxt); done |= nxt == tok.eos_token_id
-        if done.all(): break
-        x, notes, mask, place = nxt[:, None], torch.cat([notes, copilot.noted(f)[:, None]], 1), F.pad(mask, (0, 1), value=1), place[:, -1:] + 1
-    said = torch.stack(said, 1).tolist(); end = tok.eos_token_id
-    return [tok.decode(r[:r.index(end)] if end in r else r, skip_special_tokens=True).strip() for r in said]
+class _Reader:
+    "Reads on for one batch: the Pilot's cache, its thoughts so far, and the Copilot's own notes of the mistakes that it foresaw"
+    def __init__(self, pilot, copilot, lam:float):
+        self.pilot, self.copilot, self.lam, self.cache = pilot, copilot, lam, None
+
+    def __call__(self, x, mask, place) -> Tensor: # [rows, words]
+        o = self.pilot(input_ids=x, attention_mask=mask, position_ids=place, past_key_values=self.cache, use_cache=True, output_hidden_states=True)
+        noted = self.copilot.noted
+        if self.cache is None: # nothing is known yet of mistakes in the prompt
+            self.read, self.notes = thoughts(o), noted(torch.zeros(*x.shape, noted.in_features, device=x.device))
+        else:
+            self.read = torch.cat([self.read, thoughts(o)], 1)
+            self.notes = torch.cat([self.notes, noted(self.foreseen)[:, None]], 1)
+        self.cache = o.past_key_values
+        self.foreseen = self.copilot(self.notes, self.read, mask)[:, -1]
+        return o.logits[:, -1].float().softmax(-1) + self.lam*self.foreseen
 
 # %% ../../../nbs/evaluators/decoding/copilot.ipynb #000e70e1
 @dataclass(frozen=True)
