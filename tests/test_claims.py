@@ -269,22 +269,8 @@ def test_matched_numbers_are_those_of_the_first_look_at_the_target(runs):
         m = measured(bench, run.model, run.tok, bench.data(0), 0, bench.before(0, None), bench.base(0)[0]); assert m['forgetting'] == pytest.approx(c['forgetting_matched'], abs=.02) and m['kl'] == pytest.approx(c['kl_matched'], rel=.02)
 
 def test_a_script_claim_and_its_crash(runs):
-    text = '''sentence = "s"
-scope = "lab"
-why = "w"
-seeds = [0, 1, 2, 3, 4]
-arms = {a = "one", b = "other"}
-[[contrast]]
-name = "c"
-treatment = "a"
-baseline = "b"
-metric = "m"
-kind = "superiority"
-margin = 0.1
-worst = -1.0
-'''
     script = 'def tune(): return dict(x=2.)\ndef run(seed, tuned):\n    if seed == 3: raise RuntimeError("out of memory")\n    return dict(a=dict(m=tuned["x"] + seed/10), b=dict(m=seed/20))\ndef identities(): return {"one is one": 1 == 1}\n'
-    r = run_claim(claim_at(runs, text, script))
+    r = run_claim(claim_at(runs, REPLAY, script))
     assert r['contrasts'][0]['treatment'] == [2., 2.1, 2.2, -1., 2.4] and r['verdict'] == 'unclear' and r['identities'][0]['passed']
 
 @pytest.mark.parametrize('change, says', [
