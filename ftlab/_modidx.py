@@ -1056,6 +1056,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                           'ftlab/instruments/checks/change.py'),
                                                  'ftlab.instruments.checks.change._change': ( 'instruments/checks/change.html#_change',
                                                                                               'ftlab/instruments/checks/change.py'),
+                                                 'ftlab.instruments.checks.change._differ': ( 'instruments/checks/change.html#_differ',
+                                                                                              'ftlab/instruments/checks/change.py'),
                                                  'ftlab.instruments.checks.change._ends': ( 'instruments/checks/change.html#_ends',
                                                                                             'ftlab/instruments/checks/change.py'),
                                                  'ftlab.instruments.checks.change._gradient_ascent': ( 'instruments/checks/change.html#_gradient_ascent',

@@ -75,8 +75,8 @@ class Diagnosis(Sequence):
 
     def _head(self) -> str:
         count = Counter(f.severity for f in self)
-        found = ', '.join(f'{count[s]} {s}{"s"*(count[s] > 1)}' for s in SEVERITIES if count[s]) or 'nothing found'
-        return f'{found}; {len(self.ran)} checks ran, {len(self.skipped)} did not apply'
+        each = [f'{count[s]} {s}{"s"*(count[s] > 1)}' for s in SEVERITIES if count[s]]
+        return f'{", ".join(each) or "nothing found"}; {len(self.ran)} checks ran, {len(self.skipped)} did not apply'
 
     def _left_out(self) -> list[str]:
         "Why checks did not apply, those with one reason together"
@@ -125,7 +125,7 @@ def checks() -> list[dict]:
     return [{f: getattr(k, f) for f in fields} for k in CHECKS]
 
 def __getattr__(name):
-    "What stood in this module once: parts of the case, a check's function, the checks of a stage in capitals"
+    "What stood here once: parts of the case, a check's function, the checks of a stage in capitals"
     for module in (import_module('ftlab.instruments.case'), *check_modules()):
         if name in module.__all__:
             return getattr(module, name)
@@ -165,16 +165,17 @@ def _about(case) -> str:
             f'in {cover["tensors"]} of {cover["of_tensors"]} tensors and {len(cover["blocks"])} blocks')
 
 # %% ../../nbs/instruments/doctor.ipynb #000fd3f9
-def doctor(model,                  # a model before its run; or a finished `Run`, or the folder that `ftlab fit` wrote, and nothing else
+def doctor(model,                  # a model; or, alone, a finished `Run` or the folder that `ftlab fit` wrote
            tok=None,               # its tokenizer
            data=None,              # `Data`, or anything that `ftlab.data` takes
            recipe:Recipe|None=None,# the method; None: full fine-tuning
-           *, exported:str|Path|None=None, # after a run: the folder to compare with it; None: one is written and thrown away
+           *, exported:str|Path|None=None, # after a run: the folder to compare with it; None: one is written
            **settings              # as `fit` takes them: steps, batch_size, lr, max_length, ...
           ) -> Diagnosis:
-    """Find what goes wrong without a word: `doctor(model, tok, data, recipe)` before a run, `doctor(run)` after one.
+    """Find what goes wrong without a word: `doctor(model, tok, data, recipe)` before a run, `doctor(run)` after.
 
-    The model is left as it was. Raises `ValueError` for arguments that do not fit together, `TypeError` for settings that `fit` does not have."""
+    The model is left as it was. Raises `ValueError` for arguments that do not fit together,
+    `TypeError` for settings that `fit` does not have."""
     if unknown := sorted(set(settings) - set(SETTINGS)):
         raise TypeError(f'doctor has no setting {unknown[0]!r}; as fit, it takes {", ".join(SETTINGS)}')
     alone = tok is None and data is None and recipe is None and not settings
@@ -195,7 +196,8 @@ def case_before(model, tok, data, recipe:Recipe|None=None, **settings # as in `d
     if data is None or (tok is None and getattr(data, 'kind', 'text') in KINDS):
         raise ValueError('before a run the doctor needs model, tok and data: doctor(model, tok, data, recipe)')
     if not (recipe is None or isinstance(recipe, Recipe)):
-        raise ValueError(f'recipe is {recipe!r}; give a Recipe, such as ftlab.methods.lora() or ftlab.methods.get("lora")')
+        raise ValueError(f'recipe is {recipe!r}; '
+                         'give a Recipe, such as ftlab.methods.lora() or ftlab.methods.get("lora")')
     data = data if isinstance(data, Data) else as_data(data)
     return Case(model, tok, data, recipe or Recipe(), SETTINGS | settings)
 

@@ -27,7 +27,8 @@ def validation_gap(case):
         raise NotApplicable('there are no validation rows')
     if case.answers('source'):
         raise NotApplicable('the recipe learns from rows that it draws itself')
-    ask = lambda: nll(case.model, case.tok, case.data.validation[:100], case.data.kind, max_length=case.limit)
+    rows = case.data.validation[:100]
+    ask = lambda: nll(case.model, case.tok, rows, case.data.kind, max_length=case.limit)
     seen, seen_was = case.learned
     now, was = ask(), case.switched_off(ask)
     if now > was + max(.1, .05*was) and seen < seen_was:
@@ -62,12 +63,14 @@ def old_skills_lost(case):
     suspects = [s for s in was if was[s] >= .5 and now[s] < .6*was[s]]
     if not suspects:
         return None
-    ask = lambda: skills(case.model, AGAIN, names=suspects, tok=case.tok) # twenty questions suspect, they do not prove
+    # twenty questions suspect, they do not prove
+    ask = lambda: skills(case.model, AGAIN, names=suspects, tok=case.tok)
     now, was = ask(), case.switched_off(ask)
-    sure = sorted((s for s in suspects if _half_lost(was[s], now[s])), key=lambda s: now[s] - was[s])
-    if sure:
-        lost = some((f'{s} {was[s]:.0%} -> {now[s]:.0%}' for s in sure), 4)
-        return f'{len(sure)} of {len(old)} old skills fell to less than half: {lost}'
+    lost = [s for s in suspects if _half_lost(was[s], now[s])]
+    if lost:
+        lost.sort(key=lambda s: now[s] - was[s])
+        names = some((f'{s} {was[s]:.0%} -> {now[s]:.0%}' for s in lost), 4)
+        return f'{len(lost)} of {len(old)} old skills fell to less than half: {names}'
 
 def _half_lost(was, now) -> bool:
     "Is `now` below half of `was` by two standard errors of now - was/2, each from `AGAIN` answers?"

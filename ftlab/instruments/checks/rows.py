@@ -36,11 +36,13 @@ def labels_all_masked(case):
         return ('error' if blank > len(case.whole)/2 else 'warning'), seen
     first = case.first_step
     if first.shown and not count_priced(first.batches):
-        return f'after the recipe\'s view, 0 of {sum(b["labels"].numel() for b in first.batches)} tokens in the first batch have a label'
+        tokens = sum(b['labels'].numel() for b in first.batches)
+        return f'after the recipe\'s view, 0 of {tokens} tokens in the first batch have a label'
 
 @planted(labels_all_masked, r'after the recipe.s view, 0 of \d+ tokens')
 def _a_view_that_masks_all():
-    return before(Recipe(source=viewed(lambda b, state: dict(b, labels=torch.full_like(b['labels'], IGNORE)))))
+    view = lambda b, state: dict(b, labels=torch.full_like(b['labels'], IGNORE))
+    return before(Recipe(source=viewed(view)))
 
 @check('before', 'warning',
        why='a limit on tokens cuts the end, and the end is the answer',
@@ -53,7 +55,8 @@ def answers_cut(case):
     cut = sum(k < f for f, k in zip(full, kept))
     if cut <= .01*len(full):
         return None
-    seen = f'{cut} of {len(full)} rows are longer than {case.limit} tokens and lose part of the answer, {lost} of them all of it'
+    seen = (f'{cut} of {len(full)} rows are longer than {case.limit} tokens and lose part of the answer, '
+            f'{lost} of them all of it')
     longest = max(len(r['input_ids']) for r in case.whole)
     return ('error' if lost > len(full)/2 else 'warning'), f'{seen}; the longest has {longest}'
 
@@ -73,14 +76,16 @@ def labels_shifted(case):
     hit = {s: _agreement(case.first_step.batches, s) for s in (-1, 0, 1)} if taken else {0: 1.}
     if hit[0] < .5 and max(hit.values()) > .9:
         where = 'later' if hit.get(1, 0) > .9 else 'earlier'
-        return f'labels agree with the tokens one position {where} ({max(hit.values()):.0%}), not with their own ({hit[0]:.0%})'
+        return (f'labels agree with the tokens one position {where} ({max(hit.values()):.0%}), '
+                f'not with their own ({hit[0]:.0%})')
     labels = case.batch['labels']
     if not priced(labels).any():
         raise NotApplicable('no token of the rows examined has a label')
     own = _own_loss(case.model, case.batch)
     ours = float(token_nll(case.now, labels).sum())/int(priced(labels).sum())
     if abs(own - ours) > (1e-3 if case.now.dtype == torch.float32 else 3e-2)*max(1., abs(ours)):
-        return f'the model\'s own loss on {len(labels)} rows is {own:.4f}, the loss of the labels at the next position is {ours:.4f}'
+        return (f'the model\'s own loss on {len(labels)} rows is {own:.4f}, '
+                f'the loss of the labels at the next position is {ours:.4f}')
 
 @torch.no_grad()
 def _own_loss(model, batch) -> float:
@@ -104,10 +109,10 @@ def _agreement(batches, s) -> float:
 @planted(labels_shifted, r'own loss on 6 rows is')
 def _a_model_that_shifts_again():
     from transformers import LlamaForCausalLM
-    class ShiftsTwice(LlamaForCausalLM):
+    class ShiftsTwiceForCausalLM(LlamaForCausalLM):
         def forward(self, *a, labels=None, **kw):
             return super().forward(*a, labels=None if labels is None else labels.roll(-1, 1), **kw)
-    return before(model=toy_model(ShiftsTwice))
+    return before(model=toy_model(ShiftsTwiceForCausalLM))
 
 @planted(labels_shifted, 'one position later')
 def _a_view_that_shifts():
@@ -128,8 +133,8 @@ def border_split(case):
     rows = case.sample[:100]
     split = [seen for r in rows if (seen := _split_at_border(r, case.tok, case.kind))]
     if len(split) > .1*len(rows):
-        return (f'in {len(split)} of {len(rows)} rows the tokenizer would merge letters across the border of prompt and response '
-                f'({split[0]})')
+        return (f'in {len(split)} of {len(rows)} rows the tokenizer would merge letters '
+                f'across the border of prompt and response ({split[0]})')
 
 def _split_at_border(row, tok, kind) -> str:
     "How the row's tokens differ from those of its whole text; '' where they are the same"
@@ -145,9 +150,10 @@ def _split_at_border(row, tok, kind) -> str:
 def _a_token_across_the_border():
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
-    words = {w: i for i, w in enumerate(['<pad>', '<eos>', 'a', 'b', 'c', 'ab', ' '])} # 'ab' is one token, as 'a' and 'b' are
-    tok = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(words, [('a', 'b')])),
-                                  pad_token='<pad>', eos_token='<eos>', model_max_length=64)
+    listed = ['<pad>', '<eos>', 'a', 'b', 'c', 'ab', ' '] # 'ab' is one token, as 'a' and 'b' are
+    words = {w: i for i, w in enumerate(listed)}
+    pairs = Tokenizer(models.BPE(words, [('a', 'b')]))
+    tok = PreTrainedTokenizerFast(tokenizer_object=pairs, pad_token='<pad>', eos_token='<eos>', model_max_length=64)
     rows = [dict(prompt='c' + 'a'*(i % 5 + 1), response='b') for i in range(20)]
     return before(model=toy_model(vocab_size=7), tok=tok, data=text_data(rows))
 
@@ -159,12 +165,14 @@ def asked_otherwise(case):
     _require_prompts(case)
     case.whole
     rows = case.sample[:20]
-    asked = render([r['prompt'] if case.kind == 'text' else r['messages'][:-1] for r in rows], case.tok)
+    prompts = [r['prompt'] if case.kind == 'text' else r['messages'][:-1] for r in rows]
+    asked = render(prompts, case.tok)
     bad = [(a, b) for r, b in zip(rows, asked) if (a := prompt_ids(r, case.tok, case.kind)) != b]
     if not bad:
         return None
     ends = [repr(case.tok.decode(ids[-3:])) for ids in bad[0]]
-    return f'{len(bad)} of {len(rows)} prompts have other tokens in training than when asked: they end in {ends[0]} and {ends[1]}'
+    return (f'{len(bad)} of {len(rows)} prompts have other tokens in training than when asked: '
+            f'they end in {ends[0]} and {ends[1]}')
 
 def _adds_marks(single:str, **attributes):
     "A tokenizer without a template that adds marks to every text, such as '$A <eos>'"
@@ -213,7 +221,8 @@ def _a_view_that_masks_the_end():
     return before(Recipe(source=viewed(view)))
 
 @check('before', 'warning',
-       why='templates write the mark of the beginning, and so do tokenizers: twice or never is not what the model was trained on',
+       why='templates write the mark of the beginning, and so do tokenizers: '
+           'twice or never is not what the model was trained on',
        fix='tokenise rendered templates with add_special_tokens=False, and take the mark out of the texts',
        source='OpenRLHF/OpenRLHF#393')
 def bos_not_once(case):
@@ -227,11 +236,13 @@ def bos_not_once(case):
     if twice:
         return f'{twice} of {len(starts)} rows begin with {case.tok.bos_token!r} twice'
     if none > len(starts)/2:
-        return f'{none} of {len(starts)} rows begin without {case.tok.bos_token!r}, which the tokenizer puts before every text'
+        return (f'{none} of {len(starts)} rows begin without {case.tok.bos_token!r}, '
+                'which the tokenizer puts before every text')
 
 @planted(bos_not_once, "'<bos>' twice")
 def _a_template_with_two_beginnings():
-    return before(tok=toy_tokenizer(chat_template='{{ bos_token + " " }}' + toy_tokenizer().chat_template))
+    template = '{{ bos_token + " " }}' + toy_tokenizer().chat_template
+    return before(tok=toy_tokenizer(chat_template=template))
 
 @planted(bos_not_once, 'begin without')
 def _a_template_without_a_beginning():
@@ -250,6 +261,7 @@ def template_missing(case):
 
 @planted(template_missing, 'no chat template')
 def _conversations_without_a_template():
-    turns = lambda r: dict(messages=[dict(role='user', content=r['prompt']), dict(role='assistant', content=r['response'])])
+    said = lambda role, text: dict(role=role, content=text)
+    turns = lambda r: dict(messages=[said('user', r['prompt']), said('assistant', r['response'])])
     train, test = [turns(r) for r in toy_rows(40)], [turns(r) for r in toy_rows(20, 500)]
     return before(tok=toy_tokenizer(chat_template=None), data=Data(train, [], test, 'chat'))

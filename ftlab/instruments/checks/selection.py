@@ -38,10 +38,12 @@ def _a_name_of_gpt2():
            'ignore this if few blocks are the point',
        source='huggingface/peft#3554')
 def selection_thin(case):
-    blocks = coverage(case.model, dict.fromkeys(case.params, True))['blocks'] if case.run is None else []
+    every = dict.fromkeys(case.params, True)
+    blocks = coverage(case.model, every)['blocks'] if case.run is None else []
     found = coverage(case.model, case.chosen)
     if len(blocks) >= 4 and 0 < len(found['blocks']) <= len(blocks)/4:
-        return (f'{len(found["blocks"])} of {len(blocks)} blocks are reached ({some(map(str, found["blocks"]), 6)}), '
+        names = some(map(str, found['blocks']), 6)
+        return (f'{len(found["blocks"])} of {len(blocks)} blocks are reached ({names}), '
                 f'{found["share"]:.2%} of the parameters')
 
 @planted(selection_thin, r'1 of 8 blocks')
@@ -117,7 +119,8 @@ def _a_block_frozen_by_hand():
        source='huggingface/peft#2018')
 def tied_under_delta(case):
     for s, chosen in case.selections:
-        beside = [n for n, m in chosen.items() if (s.delta is not None or m is not True) and n in case.params]
+        added = lambda mask: s.delta is not None or mask is not True
+        beside = [n for n, m in chosen.items() if added(m) and n in case.params]
         for n in beside:
             if other := pulls_apart(case.model, n, s.delta or Entries):
                 return f'{n} is one tensor with {other}, and the change would be written beside it'
