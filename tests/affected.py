@@ -26,9 +26,9 @@ APART = re.compile(r'(docs|binder|\.ci|papers|nbs/images)/|tests/(browser|native
 
 
 def key_of(page: str) -> str | None:
-    "The paper's key that a page is filed under, or None: 'adapters/subsets/hft.ipynb' -> 'hft'"
+    "The paper's key that a page is filed under, or None: 'adapters/subsets/hft.ipynb' -> 'hft'. The doctor's checks are library"
     parts = Path(page).parts
-    return Path(page).stem if len(parts) == 3 and Path(page).stem != 'index' else None
+    return Path(page).stem if len(parts) == 3 and parts[0] != 'instruments' and Path(page).stem != 'index' else None
 
 
 def plain(key: str) -> str:

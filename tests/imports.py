@@ -52,7 +52,9 @@ def imported(name: str, source: str, known: set[str]) -> set[str]:
     return {m for m, _ in taken(name, source, known)}
 
 
-def is_paper(module: str) -> bool: return module.count('.') == 3 and not module.split('.')[-1].startswith('_')
+def is_paper(module: str) -> bool:
+    "Does it lie in a family's folder? The doctor's checks lie as deep, and are library"
+    return module.count('.') == 3 and part(module) != 'instruments' and not module.split('.')[-1].startswith('_')
 
 
 def part(module: str) -> str:

@@ -71,7 +71,7 @@ def test_what_a_change_touches(project, file, keys):
 def test_the_papers_here_are_told_apart_from_the_library():
     here = Sources()
     assert len(here.papers) >= 24 and here.papers['hft'] == 'adapters/subsets/hft.ipynb' and set(here.by_key) == {affected.plain(k) for k in here.papers}
-    assert key_of('adapters/delta.ipynb') is key_of('index.ipynb') is key_of('adapters/subsets/index.ipynb') is None
+    assert key_of('adapters/delta.ipynb') is key_of('index.ipynb') is key_of('adapters/subsets/index.ipynb') is key_of('instruments/checks/rows.ipynb') is None
     loop = here.touched(['ftlab/trainers/loop.py'])[0]
     assert loop == set(here.papers), 'every contract trains'
     spin = here.touched(['nbs/trainers/rl/spin.ipynb'])[0]

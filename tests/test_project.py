@@ -47,7 +47,7 @@ def test_imports_keep_the_rules(rule):
 
 PACKAGE = {'ftlab': '', 'ftlab.lab.world': '', 'ftlab.core.recipe': '', 'ftlab.native.ops': '', 'ftlab.adapters': '', 'ftlab.adapters.select': '',
            'ftlab.adapters.lowrank': 'class LoRA:\n    def __init__(self): self._base = 1\ndef _home(): pass', 'ftlab.adapters.subsets': '', 'ftlab.adapters.subsets.hft': '',
-           'ftlab.adapters.subsets.lift': '', 'ftlab.trainers': '', 'ftlab.trainers.loop': '', 'ftlab.instruments.compare': '', 'ftlab.methods': '', 'ftlab.cli': '', 'ftlab.map': ''}
+           'ftlab.adapters.subsets.lift': '', 'ftlab.trainers': '', 'ftlab.trainers.loop': '', 'ftlab.instruments.compare': '', 'ftlab.instruments.checks.rows': '', 'ftlab.methods': '', 'ftlab.cli': '', 'ftlab.map': ''}
 
 @pytest.mark.parametrize('name, source, wrong', [
     ('ftlab.lab.world', 'from ..adapters.select import pick', True),
@@ -62,6 +62,9 @@ PACKAGE = {'ftlab': '', 'ftlab.lab.world': '', 'ftlab.core.recipe': '', 'ftlab.n
     ('ftlab.adapters.lowrank', 'from .subsets.hft import half', True),
     ('ftlab.methods', 'from .adapters.subsets.hft import hft', True),
     ('ftlab.cli', 'import ftlab.adapters.subsets.hft', True),
+    ('ftlab.instruments.checks.rows', 'from ...adapters.subsets.hft import hft', True),
+    ('ftlab.instruments.checks.rows', 'from ...cli import main', True),
+    ('ftlab.instruments.checks.rows', 'from ..compare import compare\nfrom ...methods import get', False),
     ('ftlab.adapters.subsets.hft', 'from ...instruments.compare import compare', True),
     ('ftlab.adapters.subsets.hft', 'from ftlab import fit', True),
     ('ftlab.adapters.subsets.hft', 'from ...trainers.loop import fit\nfrom .lift import lift\nfrom ..lowrank import LoRA\nfrom ...native.ops import kernel', False),
