@@ -17,10 +17,9 @@ import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from ..adapters.subsets.lift import scores
+from ..adapters.select import scores
 from ..adapters.attach import Attached, oriented
-from ..adapters.edit import write_change
-from ..adapters.merging.lines import by_depth, depth
+from ..adapters.edit import depth, write_change
 from .compare import COLORS, MARKS, Comparison
 from ..core.anatomy import anatomy
 from ..core.batches import collate, encode, encode_all
@@ -29,13 +28,10 @@ from ..core.model import device_of, pad_id, row_limit, to_device
 from ..core.scorers import WORLD, judge, teacher_forced
 from ..core.table import Html, html_table
 from .report_page import percent
-from ..evaluators.mechanisms.intruders import intruders
 from ..evaluators.spectra import spectrum as stretches, stable_rank
 from ..lab.world import OLD, SKILLS, is_lab
 from ..trainers.run import Run
-from ..trainers.objective import kl, priced, token_nll
-from ..trainers.losses.dft import probability
-from ..trainers.losses.masked_thought import mask_answers
+from ..trainers.objective import IGNORE, kl, priced, token_nll
 
 # %% auto #0
 __all__ = ['STYLE', 'BLUE', 'RED', 'GREEN', 'GREY', 'CRITERIA', 'RANKED', 'Control', 'slider', 'span', 'choice', 'several',
@@ -329,7 +325,8 @@ class Rewind:
                 ):
         self.model, self.change, self.new, self.old = model, dict(change), new, old
         self.base = {n: p.detach().clone() for n, p in model.named_parameters() if n in change}; self.known = {}
-        at = depth(model); self.depths = [at[b.parameters[0]] for b in anatomy(model).blocks]
+        self.at = depth(model)
+        self.depths = [self.at[b.parameters[0]] for b in anatomy(model).blocks]
         self.count = dict(new=sum(len(b['labels']) for b in new), old=sum(len(b['labels']) for b in old))
 
     def factors(self, alpha:float, first:float) -> list[float]:
@@ -340,7 +337,8 @@ class Rewind:
         if (alpha, first) not in self.known: self.known[alpha, first] = self._asked(alpha, first)
         return self.known[alpha, first]
     def _asked(self, alpha, first):
-        write_change(self.model, self.base, by_depth(alpha*first, alpha*(1 - first))(self.change, self.model))
+        low, rise = alpha*first, alpha*(1 - first)
+        write_change(self.model, self.base, {n: (low + rise*self.at[n])*c for n, c in self.change.items()})
         ask = lambda batches: sum(int(teacher_forced(self.model, b).sum()) for b in batches)
         return dict(new=ask(self.new)/self.count['new'], old=ask(self.old)/self.count['old'])
 
@@ -478,12 +476,19 @@ def mask(model,     # a model, plain
                 by=choice(list(scores), 'criterion', 'LIFT'), ranked=choice(RANKED, 'ranked'), matrix=choice(_labels(places), 'matrix'))
 
 # %% ../../nbs/instruments/explore.ipynb #0042995a
-def decomposed(W0:Tensor, C:Tensor, k:int=10, eps:float=.5) -> SimpleNamespace: # base matrix and its change, [out, in]; as in `intruders`
-    """What the picture of one matrix needs: `s`, the stretches of the change, the energy `kept` by the first of them and the `stable` rank;
+def decomposed(W0:Tensor,    # the base matrix, [out, in]
+               C:Tensor,     # its change
+               k:int=10,     # how many of the tuned matrix's directions are compared with the base's
+               eps:float=.5  # one whose cosines with all of the base's stay below this is an intruder
+              ) -> SimpleNamespace:
+    """What the picture of one matrix needs: `s`, the singular values of the change, the energy `kept` by the first of them and the `stable` rank;
     of the tuned matrix's `top` k directions how much they are `like` the base's and which are `new`, that is intruders."""
-    W1 = W0 + C; U0 = torch.linalg.svd(W0.float(), full_matrices=False).U; U1, S1, _ = torch.linalg.svd(W1.float(), full_matrices=False)
-    s = stretches(C); return SimpleNamespace(s=s, kept=(s.double().square().cumsum(0)/s.double().square().sum()), stable=stable_rank(C),
-                                            top=S1[:k], like=(U0.T @ U1[:, :k]).abs().amax(0), new=intruders(W0, W1, k, eps), eps=eps)
+    U0 = torch.linalg.svd(W0.float(), full_matrices=False).U
+    U1, S1, _ = torch.linalg.svd((W0 + C).float(), full_matrices=False)
+    like = (U0.T @ U1[:, :k]).abs().amax(0)
+    s = stretches(C)
+    energy = s.double().square()
+    return SimpleNamespace(s=s, kept=energy.cumsum(0)/energy.sum(), stable=stable_rank(C), top=S1[:k], like=like, new=like < eps, eps=eps)
 
 def draw_spectrum(matrices:Mapping[str, tuple[Tensor, Tensor]], # name -> (base, change)
                   matrix:str, rank:int) -> Figure: # the one to show, and how many directions to keep
@@ -540,16 +545,28 @@ def token_prices(model, tok, prompt:str, answer:str,
                  base=None, weight:float=.1 # ASFT: the model that it is anchored to, and the price of a nat
                 ) -> tuple[list[str], dict[str, Tensor]]:
     "The answer's tokens, and for each objective their prices in nats, [tokens]; of masked thought [draws, tokens]. Raises `ValueError` for an empty answer."
-    if not answer.strip(): raise ValueError('the answer is empty; write at least one word')
-    e = encode(dict(prompt=prompt, response=answer), tok, 'text'); b = collate([e], tok.pad_token_id); on = priced(b['labels'])[0]
-    device = device_of(model)
+    if not answer.strip():
+        raise ValueError('the answer is empty; write at least one word')
+    if not 0 <= chance < 1:
+        raise ValueError(f'chance is {chance}; it must be in [0, 1)')
+    b = collate([encode(dict(prompt=prompt, response=answer), tok, 'text')], tok.pad_token_id)
+    ids, labels, device = b['input_ids'], b['labels'], device_of(model)
+    on = priced(labels)[0]
     ask = lambda m, x: m(input_ids=x.to(device), attention_mask=torch.ones_like(x, device=device)).logits.float().cpu()
-    logits = ask(model, b['input_ids']); nll = token_nll(logits, b['labels'])[0][on].abs(); dft = probability()(nll)*nll
-    anchor = weight*kl(ask(base, b['input_ids']), logits)[0, :-1][on] if base is not None else torch.zeros_like(nll)
-    many = {k: v.expand(draws, -1) for k, v in b.items()}; state = SimpleNamespace(tok=tok, step=1, steps=1, pad_id=tok.pad_token_id)
-    with torch.random.fork_rng(devices=[]): torch.manual_seed(seed); hidden = mask_answers(chance, 0.)(many, state)['input_ids']
-    tokens = tok.convert_ids_to_tokens(b['labels'][0, 1:][on].tolist())
-    return tokens, dict(NLL=nll, DFT=dft, ASFT=dft + anchor, masked=token_nll(ask(model, hidden), many['labels'])[:, on])
+    logits = ask(model, ids)
+    nll = token_nll(logits, labels)[0][on].abs()
+    dft = (-nll).exp()*nll
+    anchor = weight*kl(ask(base, ids), logits)[0, :-1][on] if base is not None else torch.zeros_like(nll)
+    masked = token_nll(ask(model, _hidden(ids.expand(draws, -1), labels, tok, chance, seed)), labels.expand(draws, -1))[:, on]
+    return tok.convert_ids_to_tokens(labels[0, 1:][on].tolist()), dict(NLL=nll, DFT=dft, ASFT=dft + anchor, masked=masked)
+
+def _hidden(x:Tensor, labels:Tensor, tok, chance:float, seed:int) -> Tensor:
+    "Token ids [draws, tokens] in which each answer token, special ones excepted, is hidden by `chance`"
+    may = ((labels != IGNORE) & ~torch.isin(x, torch.tensor(tok.all_special_ids))).expand_as(x)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        drawn = torch.ones(x.shape).masked_scatter(may, torch.rand(int(may.sum())))
+    return torch.where(drawn < chance, tok.pad_token_id if tok.mask_token_id is None else tok.mask_token_id, x)
 
 # %% ../../nbs/instruments/explore.ipynb #004e995a
 def draw_prices(model, tok, base,  # base: None, or the model that ASFT anchors to
