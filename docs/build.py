@@ -70,11 +70,22 @@ def weigh(out:Path) -> str:
     top = sorted((p for p in size if p.endswith('.html')), key=size.get)[:-4:-1]
     return f'{sum(size.values())/2**20:.1f} MB in {len(size)} files; the largest pages: ' + ', '.join(f'{p} {size[p]/1024:.0f} kB' for p in top)
 
+LIMIT = 300  # kB of a page, as notebook and as HTML: what a reader waits for, and what git keeps for ever
+
+def too_heavy(folder:Path) -> list[str]:
+    "A line for each page and notebook below `folder` of more than `LIMIT` kB"
+    size = {p.relative_to(folder).as_posix(): p.stat().st_size/1024 for p in sorted(folder.rglob('*')) if p.suffix in ('.html', '.ipynb')}
+    return [f'{p} has {kb:.0f} kB, and {LIMIT} are the limit: store fewer or lighter outputs (SVG with fewer points, smaller tables), '
+            'or make two pages of it' for p, kb in size.items() if kb > LIMIT]
+
 def build(out:Path, quarto:bool=bool(shutil.which('quarto')), fresh:bool=False) -> str:
     "Build the site at `out`; what was built, in how many seconds, and how much it weighs"
     t = time.perf_counter(); fresh = fresh or stale(ROOT/'_proc'); proc = process(fresh); made = time.perf_counter() - t
     if fresh: shutil.rmtree(out, ignore_errors=True); shutil.rmtree(proc/'.doctrees', ignore_errors=True)
-    (with_quarto if quarto else with_sphinx)(proc, out); extras(out)
+    (with_quarto if quarto else with_sphinx)(proc, out)
+    extras(out)
+    if heavy := too_heavy(out):
+        sys.exit('\n'.join(heavy))
     return f'{out/"index.html"}: {"Quarto" if quarto else "Sphinx"}, {time.perf_counter() - t:.0f} s ({made:.0f} s of them to process notebooks); {weigh(out)}'
 
 if __name__ == '__main__':
