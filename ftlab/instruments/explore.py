@@ -36,7 +36,7 @@ __all__ = ['runs_of', 'recipes_inside', 'draw_tradeoff', 'tradeoff', 'question_b
 
 # %% ../../nbs/instruments/explore.ipynb #001c995a
 def runs_of(comparison:Comparison) -> list[dict]:
-    "One row for each run that finished: method, rate, steps, seed, and gain and forgetting in points (hundredths, or nats)"
+    "One row a finished run: method, rate, steps, seed, and gain and forgetting in points (hundredths, or nats)"
     r = comparison.json()
     return [dict(method=m['name'], rate=s['rate'], steps=r['protocol'][
         'steps'], seed=s['seed'], gain=100*s['gain'], forgetting=100*s['forgetting'])
@@ -46,7 +46,9 @@ def _inside_frame(runs, methods, forgetting, gain) -> list[dict]:
     return [r for r in runs if r['method'] in methods and forgetting[0] <= r[
         'forgetting'] <= forgetting[1] and gain[0] <= r['gain'] <= gain[1]]
 
-def recipes_inside(runs:list[dict], inside:list[dict]) -> str: # as `runs_of` gives them; those of them that lie in the frame
+def recipes_inside(runs:list[dict],  # as `runs_of` gives them
+                   inside:list[dict] # those of them that lie in the frame
+                  ) -> str:
     "An HTML table of what lies inside: one row a recipe, with mean and standard deviation over its seeds there"
     def over(rows, k):
         v = [r[k] for r in rows]
@@ -69,7 +71,7 @@ def draw_tradeoff(runs:list[dict],       # as `runs_of` gives them
                   forgetting:tuple[float, float], # the frame, from and to, in points
                   gain:tuple[float, float]
                  ) -> tuple[Figure, str]: # the picture, and a table of the recipes inside the frame
-    "Gain against forgetting, one mark a run, faint outside the frame. Raises `ValueError` for a method that is not there."
+    "Gain against forgetting, one mark a run, faint outside the frame. Raises `ValueError` for an unknown method."
     names = list(dict.fromkeys(r['method'] for r in runs))
     if wrong := [m for m in methods if m not in names]:
         raise ValueError(f'no run is of the method {wrong[0]!r}; there are {", ".join(names)}')
@@ -81,7 +83,8 @@ def draw_tradeoff(runs:list[dict],       # as `runs_of` gives them
         _marks(ax, [r for r in runs if r['method'] == m], inside, names.index(m), m)
     x, y = ([r[k] for r in runs] for k in ('forgetting', 'gain'))
     mx, my = .1*(max(x) - min(x)) + 1, .1*(max(y) - min(y)) + 1
-    ax.set(xlabel='forgetting, points', ylabel='gain, points', xlim=(min(x) - mx, max(x) + 2.5*mx), ylim=(min(y) - my, max(y) + 1.5*my))
+    ax.set(xlabel='forgetting, points', ylabel='gain, points')
+    ax.set(xlim=(min(x) - mx, max(x) + 2.5*mx), ylim=(min(y) - my, max(y) + 1.5*my))
     count = {m: sum(r['method'] == m for r in inside) for m in methods}
     frame = f'from {forgetting[0]:g} to {forgetting[1]:g} points forgotten and {gain[0]:g} to {gain[1]:g} gained'
     fig.set_label(f'In the frame {frame}: ' + (', '.join(f'{n} of {m}' for m, n in count.items() if n) or
@@ -100,7 +103,7 @@ def _marks(ax, rows, inside, i, name) -> None:
     ax.annotate(name, at, (7, 3 - 9*(i % 2)), textcoords='offset points', color=c, fontweight='bold')
 
 def tradeoff(comparison:Comparison) -> View: # as `ftlab.compare` returns it; of a stored one: `Comparison.read(path)`
-    "Frame runs of a comparison and read their recipes: `draw_tradeoff` with handles. Raises `ValueError` where no run finished."
+    "Frame runs and read their recipes: `draw_tradeoff` with handles. Raises `ValueError` where no run finished."
     if not (runs := runs_of(comparison)):
         raise ValueError('no run of this comparison finished, so there is nothing to show')
     edge = lambda k: (float(min(r[k] for r in runs)//1 - 1), float(-(-max(r[k] for r in runs)//1) + 1))
@@ -112,7 +115,9 @@ def tradeoff(comparison:Comparison) -> View: # as `ftlab.compare` returns it; of
                 forgetting=span(fl, fh, .5, 'forgetting, points'), gain=span(gl, gh, .5, 'gain, points'))
 
 # %% ../../nbs/instruments/explore.ipynb #0025995a
-def question_batches(rows:list[dict], tok, parts:int|None=None) -> list[dict[str, Tensor]]: # parts: how many batches; None: of some 25 rows each
+def question_batches(rows:list[dict], tok,
+                     parts:int|None=None # how many batches; None: of some 25 rows each
+                    ) -> list[dict[str, Tensor]]:
     "The rows, encoded as for training, in batches of similar length: padding costs as much as words"
     enc = sorted(encode_all(rows, tok, 'text'), key=lambda e: len(e['labels']))
     n = -(-len(enc)//(parts or max(1, len(enc)//25)))
@@ -147,8 +152,11 @@ class Rewind:
         return dict(new=ask(self.new)/self.count['new'], old=ask(self.old)/self.count['old'])
 
 # %% ../../nbs/instruments/explore.ipynb #002b995a
-def draw_layers(rewind:Rewind, alpha:float, first:float) -> Figure: # the last layer's factor; the first layer's share of it
-    "The factor of each layer, and what the model then can do, with 95% intervals. Raises `ValueError` for factors below 0."
+def draw_layers(rewind:Rewind,
+                alpha:float, # the last layer's factor
+                first:float  # the first layer's share of it
+               ) -> Figure:
+    "The factor of each layer, and what the model can do, with 95% intervals. Raises `ValueError` for factors below 0."
     if alpha < 0 or first < 0:
         raise ValueError(f'alpha is {alpha} and first {first}; neither may be below 0')
     fig, (a, b) = panels(7.2, 2.3, (1, 1.5), wspace=.42, left=.08)
@@ -189,9 +197,11 @@ def layers(base,           # a `Run`, an attached change, or the base model
            tuned=None,     # the tuned model, where `base` is one
            tok=None,       # the tokenizer; of a run its own
            new:list[dict]|None=None, # rows {'prompt', 'response'} of what was taught; of a run 40 of its test rows
-           old:list[dict]|None=None  # rows of what it could do before; None: four of each old skill of the lab, for a lab model
+           old:list[dict]|None=None  # rows of what it could do before; None, for a lab model: four of each old skill
           ) -> View:
-    "Turn a change up and down, as a whole and by depth (LiNeS): `draw_layers` with handles. Raises `ValueError` where questions or the change are missing."
+    """Turn a change up and down, as a whole and by depth (LiNeS): `draw_layers` with handles.
+
+    Raises `ValueError` where questions or the change are missing."""
     model, change = apart(base, tuned)
     if isinstance(base, Run):
         tok, new = tok or base.tok, new or base.data.test[:40]
@@ -199,7 +209,7 @@ def layers(base,           # a `Run`, an attached change, or the base model
         raise ValueError('layers needs the tokenizer and new questions: layers(base, tuned, tok, new=rows), or '
                          'layers(run)')
     if old is None and not is_lab(tok):
-        raise ValueError("layers needs old questions, old=rows: what a model of your own could do before is not known here")
+        raise ValueError('layers needs old questions, old=rows: what a model of your own could do before is not known')
     bench = Rewind(model, change, question_batches(new, tok), question_batches(old or lab_questions({r.get(
         'skill') for r in new}), tok))
     return View(partial(draw_layers, bench),
@@ -208,17 +218,20 @@ def layers(base,           # a `Run`, an attached change, or the base model
                     'first layer\'s share'))
 
 def lab_questions(but:Iterable[str]=(), n:int=4) -> list[dict]:
-    "`n` test questions of each old skill of the lab that is judged word for word, but for those named and those that they contradict"
+    "`n` test questions of each old skill that is judged word for word, but for those named and those that they contradict"
     out = {*but, *(SKILLS[s].replaces for s in but if s in SKILLS), 'write'}
     return [r for s in OLD if s not in out for r in WORLD.rows(s, n)]
 
 # %% ../../nbs/instruments/explore.ipynb #004c995a
 @torch.no_grad()
 def token_prices(model, tok, prompt:str, answer:str,
-                 chance:float=.4, draws:int=16, seed:int=0, # masked thought: of a token to be hidden; how often and with which seed it is drawn
+                 chance:float=.4,            # masked thought: of a token to be hidden
+                 draws:int=16, seed:int=0,   # how often and with which seed that is drawn
                  base=None, weight:float=.1 # ASFT: the model that it is anchored to, and the price of a nat
                 ) -> tuple[list[str], dict[str, Tensor]]:
-    "The answer's tokens, and for each objective their prices in nats, [tokens]; of masked thought [draws, tokens]. Raises `ValueError` for an empty answer."
+    """The answer's tokens, and for each objective their losses in nats, [tokens]; of masked thought [draws, tokens].
+
+    Raises `ValueError` for an empty answer, or a chance outside [0, 1)."""
     if not answer.strip():
         raise ValueError('the answer is empty; write at least one word')
     if not 0 <= chance < 1:
@@ -231,8 +244,10 @@ def token_prices(model, tok, prompt:str, answer:str,
     nll = token_nll(logits, labels)[0][on].abs()
     dft = (-nll).exp()*nll
     anchor = weight*kl(ask(base, ids), logits)[0, :-1][on] if base is not None else torch.zeros_like(nll)
-    masked = token_nll(ask(model, _hidden(ids.expand(draws, -1), labels, tok, chance, seed)), labels.expand(draws, -1))[:, on]
-    return tok.convert_ids_to_tokens(labels[0, 1:][on].tolist()), dict(NLL=nll, DFT=dft, ASFT=dft + anchor, masked=masked)
+    hidden = _hidden(ids.expand(draws, -1), labels, tok, chance, seed)
+    masked = token_nll(ask(model, hidden), labels.expand(draws, -1))[:, on]
+    tokens = tok.convert_ids_to_tokens(labels[0, 1:][on].tolist())
+    return tokens, dict(NLL=nll, DFT=dft, ASFT=dft + anchor, masked=masked)
 
 def _hidden(x:Tensor, labels:Tensor, tok, chance:float, seed:int) -> Tensor:
     "Token ids [draws, tokens] in which each answer token, special ones excepted, is hidden by `chance`"
@@ -247,7 +262,7 @@ def draw_prices(model, tok, base,  # base: None, or the model that ASFT anchors 
                 prompt:str, answer:str,
                 chance:float       # of a token to be hidden in masked thought
                ) -> Figure:
-    "What each token of an answer costs under four objectives. Raises `ValueError` for an empty answer or a chance outside [0, 1)."
+    "What each token of an answer costs under four objectives. Raises `ValueError` as `token_prices` does."
     tokens, p = token_prices(model, tok, prompt, answer, chance, base=base)
     n = len(tokens)
     words = ['end' if t == tok.eos_token else t for t in tokens]
@@ -301,7 +316,8 @@ def _marked(a:str, b:str) -> Html:
             out.append(words if op == 'equal' else f'<mark style="background:#ffe0b3;color:#222">{words}</mark>')
     return Html(' '.join(out) or '<i>(nothing)</i>')
 
-def two_answers(base, tuned, tok, prompt:str, temperature:float=0., seed:int=0, max_new_tokens:int=40) -> tuple[str, str]:
+def two_answers(base, tuned, tok, prompt:str,
+                temperature:float=0., seed:int=0, max_new_tokens:int=40) -> tuple[str, str]:
     "What base and tuned model answer; of a `Run` or an attached change, switched off and on (then `tuned` is None)"
     how = dict(sample=True, temperature=temperature, generator_seed=seed) if temperature > 0 else {}
     def answer(model):
@@ -316,8 +332,12 @@ def two_answers(base, tuned, tok, prompt:str, temperature:float=0., seed:int=0, 
 
 # %% ../../nbs/instruments/explore.ipynb #0059995a
 def draw_side_by_side(base, tuned, tok, examples:Mapping[str, dict], # {name: row}
-                      example:str, prompt:str, temperature:float, seed:int) -> str: # prompt: of your own; empty: the example's
-    "Both answers as HTML, with differing words marked. Raises `ValueError` for an example that is not there or a temperature below 0."
+                      example:str,
+                      prompt:str, # of your own; empty: the example's
+                      temperature:float, seed:int) -> str:
+    """Both answers as HTML, with differing words marked.
+
+    Raises `ValueError` for an example that is not there or a temperature below 0."""
     if example not in examples:
         raise ValueError(f'there is no example {example!r}; there are {", ".join(examples)}')
     if temperature < 0:
@@ -333,9 +353,11 @@ def draw_side_by_side(base, tuned, tok, examples:Mapping[str, dict], # {name: ro
 def side_by_side(base,      # a `Run`, an attached change (it is switched off and on again), or the base model
                  tuned=None,# the tuned model, where `base` is one
                  tok=None,  # the tokenizer; of a run its own
-                 examples:Mapping[str, dict]|None=None # {name: row}; None: of a run's data and, for a lab model, of each skill of the lab
+                 examples:Mapping[str, dict]|None=None # {name: row}; None: of the run's data, and each skill of the lab
                 ) -> View:
-    "Ask base and tuned model the same: `draw_side_by_side` with handles. Raises `ValueError` where there is nothing to ask, or not two models."
+    """Ask base and tuned model the same: `draw_side_by_side` with handles.
+
+    Raises `ValueError` where there is nothing to ask, or not two models."""
     if isinstance(base, Run):
         tok = tok or base.tok
         examples = examples or {'what was taught': base.data.test[0]} | _skill_examples(tok)

@@ -29,7 +29,7 @@ __all__ = ['CRITERIA', 'RANKED', 'apart', 'gradient_scores', 'entry_scores', 'ra
 def apart(base,      # a `Run`, an attached change, or the base model
           tuned=None # the tuned model, where `base` is one
          ) -> tuple[nn.Module, dict[str, Tensor]]: # a copy of the base, and {name: tuned minus base} where they differ
-    "Base and change as copies. Raises `ValueError` for anything else, for models of different shape, or where nothing changed."
+    "Base and change as copies. Raises `ValueError` for models of different shape, or where nothing changed."
     if isinstance(base, Run):
         base = base.delta.attached
     if isinstance(base, Attached):
@@ -47,7 +47,8 @@ def apart(base,      # a `Run`, an attached change, or the base model
 
 def _bared(att:Attached) -> tuple[nn.Module, dict[str, Tensor]]:
     "A copy of an attached change's model with the change taken off, and the change"
-    twin = copy.deepcopy(att, {id(att.originals): att.originals}) # what the weights were is only read, often from a file
+    # what the weights were is only read, often from a file
+    twin = copy.deepcopy(att, {id(att.originals): att.originals})
     change = twin.changes()
     twin.detach()
     return twin.model, change
@@ -73,8 +74,9 @@ def gradient_scores(model, names:Iterable[str], tok, rows:list[dict]) -> dict[st
     price = token_nll(logits, batch['labels']).sum()/priced(batch['labels']).sum()
     return {n: g.abs() for n, g in zip(W, torch.autograd.grad(price, list(W.values())))}
 
-def entry_scores(model, tok=None, rows:list[dict]|None=None, seed:int=0) -> dict[str, dict[str, Tensor]]: # criterion -> {matrix: scores [out, in]}
-    "Every criterion's score of every entry of the matrices in the blocks; 'gradient' where there are rows to take it on"
+def entry_scores(model, tok=None, rows:list[dict]|None=None, seed:int=0
+                ) -> dict[str, dict[str, Tensor]]: # criterion -> {matrix: scores [out, in]}
+    "Every criterion's score of every entry of the blocks' matrices; 'gradient' where there are rows to take it on"
     params = dict(model.named_parameters())
     names = anatomy(model).matrices()
     out = {c: {n: scores(params[n].detach(), by, seed=seed + i) for i, n in enumerate(names)} for c, by in CRITERIA.items() if c !=
@@ -157,7 +159,7 @@ def _shares(ax, share:Mapping[tuple[int, str], float]) -> None:
 # %% ../../nbs/instruments/explore_weights.ipynb #003b995a
 def mask(model,     # a model, plain
          tok=None,  # its tokenizer, for the gradient
-         rows:list[dict]|None=None, # rows {'prompt', 'response'} on which the gradient is taken; None: that criterion is left out
+         rows:list[dict]|None=None, # rows {'prompt', 'response'} for the gradient; None: that criterion is left out
          seed:int=0 # of the random choice
         ) -> View:
     """See where a sparse method would put its entries: `draw_mask` with handles. Scores and ranks are computed once.
@@ -179,18 +181,21 @@ def decomposed(W0:Tensor,    # the base matrix, [out, in]
                k:int=10,     # how many of the tuned matrix's directions are compared with the base's
                eps:float=.5  # one whose cosines with all of the base's stay below this is an intruder
               ) -> SimpleNamespace:
-    """What the picture of one matrix needs: `s`, the singular values of the change, the energy `kept` by the first of them and the `stable` rank;
-    of the tuned matrix's `top` k directions how much they are `like` the base's and which are `new`, that is intruders."""
+    """What the picture of one matrix needs.
+
+    Of the change `s`, its singular values, the energy `kept` by the first of them and the `stable` rank; of the tuned
+    matrix's `top` k directions how much they are `like` the base's and which are `new`, that is intruders."""
     U0 = torch.linalg.svd(W0.float(), full_matrices=False).U
     U1, S1, _ = torch.linalg.svd((W0 + C).float(), full_matrices=False)
     like = (U0.T @ U1[:, :k]).abs().amax(0)
     s = stretches(C)
     energy = s.double().square()
-    return SimpleNamespace(s=s, kept=energy.cumsum(0)/energy.sum(), stable=stable_rank(C), top=S1[:k], like=like, new=like < eps, eps=eps)
+    kept = energy.cumsum(0)/energy.sum()
+    return SimpleNamespace(s=s, kept=kept, stable=stable_rank(C), top=S1[:k], like=like, new=like < eps, eps=eps)
 
 def draw_spectrum(matrices:Mapping[str, tuple[Tensor, Tensor]], # name -> (base, change)
                   matrix:str, rank:int) -> Figure: # the one to show, and how many directions to keep
-    """Stretches of the change with the first `rank` marked, the energy they keep, and the tuned matrix's strongest directions.
+    """Singular values of the change with the first `rank` marked, their energy, the tuned matrix's strongest directions.
 
     Raises `ValueError` for a matrix or rank that is not there."""
     if matrix not in matrices:
@@ -243,10 +248,11 @@ def _cached(matrices, name):
 def spectrum(base,      # a `Run`, an attached change, or the base model
              tuned=None # the tuned model, where `base` is one
             ) -> View:
-    "The directions of a change, matrix by matrix: `draw_spectrum` with handles. Raises `ValueError` where no matrix changed."
+    "The directions of a change: `draw_spectrum` with handles. Raises `ValueError` where no matrix changed."
     model, change = apart(base, tuned)
     params = dict(model.named_parameters())
-    found = Matrices({n: (oriented(model, n, params[n].detach()), oriented(model, n, change[n])) for n in anatomy(model).matrices() if n in change})
+    both = lambda n: (oriented(model, n, params[n].detach()), oriented(model, n, change[n]))
+    found = Matrices({n: both(n) for n in anatomy(model).matrices() if n in change})
     if not found:
         raise ValueError('no matrix inside the blocks changed; the view shows those of attention and MLP')
     return View(partial(draw_spectrum, found),

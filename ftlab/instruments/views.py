@@ -110,7 +110,8 @@ def _img(svg:str, alt:str) -> str:
     "An image that holds its place while it is replaced, and is ready when it is shown, so that nothing flickers"
     w, h = (round(4/3*x) for x in _size(svg))
     data = base64.b64encode(svg.encode()).decode()
-    return f'<img decoding="sync" width="{w}" height="{h}" style="max-width:100%;height:auto" alt="{escape(alt)}" src="data:image/svg+xml;base64,{data}">'
+    look = f'width="{w}" height="{h}" style="max-width:100%;height:auto"'
+    return f'<img decoding="sync" {look} alt="{escape(alt)}" src="data:image/svg+xml;base64,{data}">'
 
 def _beside(svgs:list[str], columns:int, alt:str) -> str:
     "Several pictures as one, in rows"
@@ -127,7 +128,9 @@ def _beside(svgs:list[str], columns:int, alt:str) -> str:
     size = f'width="{W:g}pt" height="{H:g}pt" viewBox="0 0 {W:g} {H:g}"'
     return f'<svg role="img" aria-label="{escape(alt)}" {size} xmlns="http://www.w3.org/2000/svg">{body}</svg>'
 
-def rows_as_html(rows:list[list], head:bool=True) -> Html: # head: the first row names the columns; otherwise the first cell of each row names the row
+def rows_as_html(rows:list[list],
+                 head:bool=True # the first row names the columns; otherwise the first cell of each row names the row
+                ) -> Html:
     "A plain table that looks the same in a widget and on a page; cells are escaped, but for those that are `Html`"
     look = 'text-align:left;vertical-align:top;padding:.2em .9em .2em 0;'
     def style(column, tag):
@@ -138,7 +141,8 @@ def rows_as_html(rows:list[list], head:bool=True) -> Html: # head: the first row
 # %% ../../nbs/instruments/views.ipynb #000b995a
 class Picture:
     "What a draw gave: `.svg` (None where there is HTML in it), `.html` and `.alt`; it shows itself in a notebook"
-    def __init__(self, parts:list[tuple[str, str]], columns:int=1): # (SVG or HTML, its words), and how many stand side by side
+    def __init__(self, parts:list[tuple[str, str]], # (SVG or HTML, its words)
+                 columns:int=1):                    # how many stand side by side
         self.parts, self.columns, self.alt = parts, columns, ' '.join(dict.fromkeys(alt for _, alt in parts if alt))
     @property
     def svg(self) -> str|None:
@@ -147,13 +151,15 @@ class Picture:
         return self.parts[0][0] if len(self.parts) == 1 else _beside([p for p, _ in self.parts], self.columns, self.alt)
     @property
     def html(self) -> str:
-        cells = ''.join(f'<div style="overflow-x:auto">{_img(p, alt) if p.startswith("<svg") else p}</div>' for p, alt in self.parts)
-        return f'<div style="display:grid;grid-template-columns:repeat({self.columns},minmax(0,max-content));gap:.4em 2em">{cells}</div>'
+        shown = [_img(p, alt) if p.startswith('<svg') else p for p, alt in self.parts]
+        cells = ''.join(f'<div style="overflow-x:auto">{s}</div>' for s in shown)
+        grid = f'display:grid;grid-template-columns:repeat({self.columns},minmax(0,max-content));gap:.4em 2em'
+        return f'<div style="{grid}">{cells}</div>'
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
         return {'text/plain': self.alt} | ({'image/svg+xml': self.svg} if self.svg else {'text/html': self.html})
 
 def drawn(result, alt:str='') -> list[tuple[str, str]]:
-    "The parts of what a draw gave back: a `Figure`, HTML text, or a tuple of these. Raises `ValueError` for anything else."
+    "The parts of a `Figure`, of HTML text, or of a tuple of these. Raises `ValueError` for anything else."
     if isinstance(result, tuple):
         return [p for r in result for p in drawn(r, alt)]
     if isinstance(result, Figure):
@@ -185,13 +191,15 @@ class View:
         "Where the handles stand"
         return {n: _read(c, self.leaves.get(n)) for n, c in self.controls.items()}
     def picture(self, **settings) -> Picture:
-        "The picture where the handles stand, but for what is given. Raises `ValueError` for a setting that the view does not have, and what the draw raises."
+        """The picture where the handles stand, but for what is given.
+
+        Raises `ValueError` for a setting that the view does not have, and what the draw raises."""
         if wrong := [n for n in settings if n not in self.controls]:
             raise ValueError(f'the view has no setting {wrong[0]!r}; it has {", ".join(self.controls)}')
         with rc_context(STYLE):
             return Picture(drawn(self.draw(**self.settings | settings), self.alt))
-    def still(self, *states:Mapping, columns:int=2) -> Picture: # states: settings that differ from where the handles stand; none: one picture
-        "Several states as one picture, in rows of `columns`"
+    def still(self, *states:Mapping, columns:int=2) -> Picture:
+        "Several states as one picture, in rows of `columns`; a state names the settings that differ from where the handles stand"
         made = [self.picture(**s) for s in states or ({},)]
         if any(p.svg is None for p in made):
             return Picture([(p.html, p.alt) for p in made], min(columns, len(made)))
@@ -209,7 +217,8 @@ class View:
             return self.picture().html
         except Exception as e:
             self.error = e
-            return f'<pre role="alert" style="white-space:pre-wrap;color:{RED}">{escape(f"{type(e).__name__}: {e}")}</pre>'
+            said = escape(f'{type(e).__name__}: {e}')
+            return f'<pre role="alert" style="white-space:pre-wrap;color:{RED}">{said}</pre>'
     def close(self) -> None:
         "End every widget of the view; it can be shown again, from the start"
         for w in _inside(self.box) if self.box else ():
@@ -222,7 +231,9 @@ def _read(c:Control, leaves):
     "A control's value: what its widgets say, or its start where there are none"
     if leaves is None:
         return c.value
-    return tuple(o for o, leaf in zip(c.options['options'], leaves) if leaf.value) if c.kind == 'Checkbox' else leaves[0].value
+    if c.kind != 'Checkbox':
+        return leaves[0].value
+    return tuple(o for o, leaf in zip(c.options['options'], leaves) if leaf.value)
 
 def _handle(c:Control) -> tuple:
     "The widgets of a control, and the box that shows them"
@@ -277,5 +288,6 @@ def panels(width:float, height:float, ratios:tuple=(1,), bottom:float=.2, top:fl
             wspace:float=.3) -> tuple[Figure, list]:
     "A figure with axes side by side, in shares of its width and height"
     fig = Figure(figsize=(width, height))
-    axes = fig.subplots(1, len(ratios), squeeze=False, gridspec_kw=dict(width_ratios=ratios, bottom=bottom, top=top, left=left, right=right, wspace=wspace))
+    places = dict(width_ratios=ratios, bottom=bottom, top=top, left=left, right=right, wspace=wspace)
+    axes = fig.subplots(1, len(ratios), squeeze=False, gridspec_kw=places)
     return fig, list(axes[0])
