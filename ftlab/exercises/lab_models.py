@@ -86,8 +86,10 @@ LEAKED = compared('leaked', 'lab_models',
     ('Put the prompts of `train` into a set: looking something up there takes no time.',
      'A row of `train` may be there several times, and several rows of `test` may ask the same; count rows of '
      '`test`.'),
-    leaked, [([_row('a'), _row('a'), _row('b', 'y'), _row('c'), _row(
-        'ab'), _row('x')], [_row('a'), _row('a', 'z'), _row('b'), _row('d'), _row('e')]), ([_row('a')], [_row('b')]), ([_row('abc')], [_row('b')])],
+    leaked,
+    [([_row('a'), _row('a'), _row('b', 'y'), _row('c'), _row('ab'), _row('x')],
+      [_row('a'), _row('a', 'z'), _row('b'), _row('d'), _row('e')]),
+     ([_row('a')], [_row('b')]), ([_row('abc')], [_row('b')])],
     ((lambda train, test: sum(r in train for r in test)/len(test),
       'You compare whole rows. The same question with another answer has leaked as well: compare the prompts.'),
      (lambda train, test: sum(r['prompt'] in {t['prompt'] for t in train} for r in test),

@@ -218,7 +218,7 @@ def layers(base,           # a `Run`, an attached change, or the base model
                     'first layer\'s share'))
 
 def lab_questions(but:Iterable[str]=(), n:int=4) -> list[dict]:
-    "`n` test questions of each old skill that is judged word for word, but for those named and those that they contradict"
+    "`n` test questions of each old skill that is judged word for word, but for those named and what they contradict"
     out = {*but, *(SKILLS[s].replaces for s in but if s in SKILLS), 'write'}
     return [r for s in OLD if s not in out for r in WORLD.rows(s, n)]
 

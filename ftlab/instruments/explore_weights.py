@@ -79,8 +79,8 @@ def entry_scores(model, tok=None, rows:list[dict]|None=None, seed:int=0
     "Every criterion's score of every entry of the blocks' matrices; 'gradient' where there are rows to take it on"
     params = dict(model.named_parameters())
     names = anatomy(model).matrices()
-    out = {c: {n: scores(params[n].detach(), by, seed=seed + i) for i, n in enumerate(names)} for c, by in CRITERIA.items() if c !=
-        'gradient'}
+    each = lambda by: {n: scores(params[n].detach(), by, seed=seed + i) for i, n in enumerate(names)}
+    out = {c: each(by) for c, by in CRITERIA.items() if c != 'gradient'}
     if rows:
         out['gradient'] = gradient_scores(model, names, tok, rows)
     return {c: out[c] for c in CRITERIA if c in out}
@@ -195,7 +195,7 @@ def decomposed(W0:Tensor,    # the base matrix, [out, in]
 
 def draw_spectrum(matrices:Mapping[str, tuple[Tensor, Tensor]], # name -> (base, change)
                   matrix:str, rank:int) -> Figure: # the one to show, and how many directions to keep
-    """Singular values of the change with the first `rank` marked, their energy, the tuned matrix's strongest directions.
+    """Singular values of the change with the first `rank` marked, and the tuned matrix's strongest directions.
 
     Raises `ValueError` for a matrix or rank that is not there."""
     if matrix not in matrices:
@@ -217,7 +217,8 @@ def draw_spectrum(matrices:Mapping[str, tuple[Tensor, Tensor]], # name -> (base,
     b.plot([r, r, 0], [0, 100*kept, 100*kept], ':', color='.3', lw=1)
     b.set(title=f'rank {r} keeps {100*kept:.0f}% of the energy', xlabel='directions kept', ylim=(0, 104), xlim=(0, n))
     _intruder_panel(c, d)
-    fig.set_label(f'{matrix}: stable rank {d.stable:.1f} of {n}; rank {r} keeps {100*kept:.0f}% of the energy of the change; '
+    fig.set_label(f'{matrix}: stable rank {d.stable:.1f} of {n}; '
+                  f'rank {r} keeps {100*kept:.0f}% of the energy of the change; '
                   f"{int(d.new.sum())} of the tuned matrix's top {len(d.top)} directions are intruders.")
     return fig
 

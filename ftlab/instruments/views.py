@@ -71,7 +71,7 @@ BLUE, RED, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#8c8c8c'
 FONTS = "'DejaVu Sans', Verdana, Arial, sans-serif"
 
 def lighter(svg:str) -> str:
-    "The same picture in a third of the letters: fonts said once, places to a tenth of a point, no idle ids, groups and spaces"
+    "The same picture in a third of the letters: fonts said once, places to a tenth of a point, nothing idle"
     svg = re.sub(r"font-family: [^;\"]+; ?", '', svg).replace('<svg', f'<svg font-family="{FONTS}"', 1)
     svg = re.sub(r' transform="rotate\(-0 [^)]*\)"', '', svg)
     svg = re.sub(r'<g id="[^"]*"', '<g', svg)
@@ -199,7 +199,7 @@ class View:
         with rc_context(STYLE):
             return Picture(drawn(self.draw(**self.settings | settings), self.alt))
     def still(self, *states:Mapping, columns:int=2) -> Picture:
-        "Several states as one picture, in rows of `columns`; a state names the settings that differ from where the handles stand"
+        "Several states as one picture, in rows of `columns`; a state names the settings that differ"
         made = [self.picture(**s) for s in states or ({},)]
         if any(p.svg is None for p in made):
             return Picture([(p.html, p.alt) for p in made], min(columns, len(made)))
