@@ -23,12 +23,18 @@ def with_quarto(proc:Path, out:Path):
     for_quarto(proc)
     subprocess.run(['quarto', 'render', str(proc), '--no-execute', '--output-dir', str(out)], check=True)
 
+def tidied(html:str) -> str:
+    "A page with names for the theme's side bars, and without the colour of names, punctuation and spaces, which is that of all text"
+    for side, name in (('sidebar-drawer"', 'Pages'), ('toc-drawer', 'On this page')):
+        html = html.replace(f'<aside class="{side}', f'<aside aria-label="{name}" class="{side}')
+    return re.sub(r'<span class="[npw]">([^<]*)</span>', r'\1', html)
+
 def with_sphinx(proc:Path, out:Path):
     "A warning is an error: a link that leads nowhere, a page outside the navigation, a notebook that cannot be read"
     from sphinx.cmd.build import main
     if main(['-c', str(ROOT/'docs'), '-d', str(proc/'.doctrees'), '-q', '-W', '--keep-going', str(proc), str(out)]): sys.exit('the site is not whole: see the warnings above')
-    for page in out.rglob('*.html'):  # the theme leaves its side bars without names
-        html = page.read_text(encoding='utf-8'); page.write_text(html.replace('<aside class="sidebar-drawer"', '<aside aria-label="Pages" class="sidebar-drawer"').replace('<aside class="toc-drawer', '<aside aria-label="On this page" class="toc-drawer'), encoding='utf-8')
+    for page in out.rglob('*.html'):
+        page.write_text(tidied(page.read_text(encoding='utf-8')), encoding='utf-8')
     for left in ('.buildinfo', 'objects.inv'): (out/left).unlink(missing_ok=True)
     (out/'_sources').is_dir() and (out/'_sources').rmdir()
 
@@ -70,11 +76,22 @@ def weigh(out:Path) -> str:
     top = sorted((p for p in size if p.endswith('.html')), key=size.get)[:-4:-1]
     return f'{sum(size.values())/2**20:.1f} MB in {len(size)} files; the largest pages: ' + ', '.join(f'{p} {size[p]/1024:.0f} kB' for p in top)
 
+LIMIT = 300  # kB of a page, as notebook and as HTML: what a reader waits for, and what git keeps for ever
+
+def too_heavy(folder:Path) -> list[str]:
+    "A line for each page and notebook below `folder` of more than `LIMIT` kB"
+    size = {p.relative_to(folder).as_posix(): p.stat().st_size/1024 for p in sorted(folder.rglob('*')) if p.suffix in ('.html', '.ipynb')}
+    return [f'{p} has {kb:.0f} kB, and {LIMIT} are the limit: store fewer or lighter outputs (SVG with fewer points, smaller tables), '
+            'or make two pages of it' for p, kb in size.items() if kb > LIMIT]
+
 def build(out:Path, quarto:bool=bool(shutil.which('quarto')), fresh:bool=False) -> str:
     "Build the site at `out`; what was built, in how many seconds, and how much it weighs"
     t = time.perf_counter(); fresh = fresh or stale(ROOT/'_proc'); proc = process(fresh); made = time.perf_counter() - t
     if fresh: shutil.rmtree(out, ignore_errors=True); shutil.rmtree(proc/'.doctrees', ignore_errors=True)
-    (with_quarto if quarto else with_sphinx)(proc, out); extras(out)
+    (with_quarto if quarto else with_sphinx)(proc, out)
+    extras(out)
+    if heavy := [] if quarto else too_heavy(out):  # Quarto gives every line of code an anchor: its pages weigh more
+        sys.exit('\n'.join(heavy))
     return f'{out/"index.html"}: {"Quarto" if quarto else "Sphinx"}, {time.perf_counter() - t:.0f} s ({made:.0f} s of them to process notebooks); {weigh(out)}'
 
 if __name__ == '__main__':

@@ -16,7 +16,7 @@ _PUBLIC = dict(
     compare=('ftlab.instruments.compare', 'compare'), methods=('ftlab.methods', None),
     report=('ftlab.instruments.report', 'report'), Report=('ftlab.instruments.report', 'Report'), doctor=('ftlab.instruments.doctor', 'doctor'), explore=('ftlab.instruments.explore', None),
     papers=('ftlab.papers', None), claims=('ftlab.instruments.claims', None),
-    native=('ftlab.native', None), start=('ftlab.map', 'start'), chapter=('ftlab.map', 'chapter'), exercise=('ftlab.exercises', 'exercise'), check=('ftlab.exercises', 'check'))
+    native=('ftlab.native', None), start=('ftlab.map', 'start'), chapter=('ftlab.map', 'chapter'), exercise=('ftlab.exercises', 'exercise'), check=('ftlab.map', 'check'))
 
 __all__ = sorted(_PUBLIC)
 

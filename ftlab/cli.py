@@ -11,10 +11,10 @@ from pathlib import Path
 import ftlab
 
 # %% auto #0
-__all__ = ['PARTS', 'RULES', 'COMMON', 'SAID', 'COMMANDS', 'available', 'kept_bytes', 'training_bytes', 'planned', 'Marks',
-           'timed', 'estimate', 'run_compare', 'run_fit', 'merged_change', 'run_merge', 'run_report', 'run_doctor',
-           'run_skills', 'run_methods', 'run_papers', 'free_port', 'lab_settings', 'widgets_folder', 'no_screen',
-           'run_lab', 'run_claims', 'parser', 'main']
+__all__ = ['PARTS', 'PLAIN_SUM', 'COMMON', 'SAID', 'COMMANDS', 'available', 'kept_bytes', 'training_bytes', 'planned', 'Marks',
+           'timed', 'estimate', 'run_compare', 'run_fit', 'merge_rules', 'merged_change', 'run_merge', 'run_report',
+           'run_doctor', 'run_skills', 'run_methods', 'run_papers', 'free_port', 'lab_settings', 'widgets_folder',
+           'no_screen', 'run_lab', 'run_claims', 'parser', 'main']
 
 # %% ../nbs/cli.ipynb #0005513c
 PARTS = ('weights', 'delta', 'gradients', 'optimizer', 'reference', 'activations')
@@ -233,22 +233,26 @@ def _keep(run, record, out) -> int:
     return size
 
 # %% ../nbs/cli.ipynb #0013513c
-RULES = {'task-arithmetic': 1., 'breadcrumbs': .2, 'lines': .5} # rule -> its dial where --scale does not say
+PLAIN_SUM = 'task-arithmetic'
+
+def merge_rules() -> dict[str, float]:
+    "{rule: its dial where --scale does not say}: the plain sum, and the rules that papers bring"
+    from ftlab.methods import merging_rules
+    return {PLAIN_SUM: 1., **merging_rules()}
 
 def merged_change(changes:list, # one {name: new weight minus base weight} each, as `ftlab.adapters.edit.saved` reads them
                   model,        # their base
-                  rule:str='task-arithmetic', # one of `RULES`
+                  rule:str=PLAIN_SUM, # one of `merge_rules()`
                   scale:float|None=None # the rule's dial; None: its default
                  ) -> dict:     # one change
     "Several changes as one, by a rule; raises `ValueError` for an unknown one"
-    from ftlab.adapters.merging.lines import by_depth, merge_lines
     from ftlab.adapters.edit import merge
-    from ftlab.adapters.merging.breadcrumbs import merge_breadcrumbs
-    if rule not in RULES: raise ValueError(f'rule is {rule!r}; it must be {", ".join(RULES)}')
-    x = RULES[rule] if scale is None else scale
-    if rule == 'breadcrumbs': return merge_breadcrumbs(changes, x)
-    if rule == 'task-arithmetic': return merge(changes, x)
-    return merge_lines(changes, model, x) if len(changes) > 1 else by_depth(x, 1 - x)(changes[0], model)
+    from ftlab.methods import merging_rule
+    rules = merge_rules()
+    if rule not in rules:
+        raise ValueError(f'rule is {rule!r}; it must be {", ".join(rules)}')
+    x = rules[rule] if scale is None else scale
+    return merge(changes, x) if rule == PLAIN_SUM else merging_rule(rule)(changes, model, x)
 
 # %% ../nbs/cli.ipynb #0015513c
 def _saved_at(path:str) -> Path:
@@ -279,8 +283,10 @@ def run_merge(a):
     record = dict(model=str(base['model']), delta=a.delta or a.changes[0]); said = ''
     if len(paths) == 1 and a.rule is None and a.scale is None: att = ftlab.load_delta(model, paths[0])
     else:
-        rule = a.rule or 'task-arithmetic'; scale = RULES[rule] if a.scale is None else a.scale
-        record = dict(model=str(base['model']), deltas=[str(p) for p in paths], rule=rule, scale=scale); said = f'{len(paths)} changes by {rule}, {scale:g}\n'
+        rule = a.rule or PLAIN_SUM
+        scale = merge_rules()[rule] if a.scale is None else a.scale
+        record = dict(model=str(base['model']), deltas=[str(p) for p in paths], rule=rule, scale=scale)
+        said = f'{len(paths)} changes by {rule}, {scale:g}\n'
         att = put(model, merged_change(saved(model, *paths), model, rule, scale))
     folder = export(model, tok, att, out)
     return record | dict(folder=str(folder)), f'{said}{folder}'
@@ -510,8 +516,9 @@ def _merge(p):
     add = p.add_argument
     add('changes', nargs='*', metavar='CHANGE', help='a folder that ftlab fit wrote, or its delta.safetensors; several of one base become one')
     _take(p, 'model revision dtype out', model=SAID); add('--delta', metavar='CHANGE', help='the same, as an option')
-    add('--rule', choices=tuple(RULES), help='how several become one; left out, task-arithmetic: their sum')
-    add('--scale', type=float, help='the dial of the rule; left out, ' + ', '.join(f'{v:g} for {k}' for k, v in RULES.items()))
+    rules = merge_rules()
+    add('--rule', choices=tuple(rules), help='how several become one; left out, task-arithmetic: their sum')
+    add('--scale', type=float, help='the dial of the rule; left out, ' + ', '.join(f'{v:g} for {k}' for k, v in rules.items()))
 
 def _report(p):
     add = p.add_argument; add('folder', nargs='?', metavar='DIR', help='what ftlab fit wrote'); run = dict(help='the data; left out, as run.json says')

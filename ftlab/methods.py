@@ -16,7 +16,7 @@ from .core.recipe import Recipe
 from .core.text import near_misses
 
 # %% auto #0
-__all__ = ['PARTS', 'full', 'paper_modules', 'names', 'make_of', 'get']
+__all__ = ['PARTS', 'full', 'paper_modules', 'names', 'make_of', 'get', 'merging_rules', 'merging_rule', 'probes']
 
 # %% ../nbs/methods.ipynb #0006f769
 def full() -> Recipe:
@@ -35,11 +35,26 @@ def paper_modules(package:Path|None=None # a folder like `ftlab`'s; None: that o
 @lru_cache(1)
 def _files() -> dict[str, Path]: return paper_modules()
 
+def _keys_marked(mark:str, # the text of a decorator, as a regular expression
+                 name:str='.*?' # of the function below it; '{key}' stands for the paper's key
+                ) -> dict[str, re.Match]:
+    "The papers in whose files a function has that mark, with what matched: nothing is imported"
+    found = {}
+    for key, file in _files().items():
+        pattern = rf'^@{mark}(?:(?!^def ).)*?^def (?P<name>{name.format(key=key)})\('
+        if hit := re.search(pattern, file.read_text(encoding='utf-8'), re.M | re.S):
+            found[key] = hit
+    return found
+
+def _module_of(key:str):
+    "The module of a paper, imported now"
+    file = _files()[key]
+    return importlib.import_module('.'.join(('ftlab', *file.parts[-3:-1], key)))
+
 @lru_cache(1)
 def _marked() -> tuple[str, ...]:
-    "The keys of the papers that are methods, read from the files' text: nothing is imported"
-    is_method = lambda key, file: re.search(rf'^@method\((?:(?!^def ).)*?^def {key}\(', file.read_text(encoding='utf-8'), re.M | re.S)
-    return tuple(sorted(['full', *(key for key, file in _files().items() if is_method(key, file))]))
+    "The keys of the papers that are methods"
+    return tuple(sorted(['full', *_keys_marked(r'method\(', '{key}')]))
 
 def names() -> list[str]:
     "The names of all methods"
@@ -49,8 +64,7 @@ def make_of(name:str) -> Callable:
     "The function that makes the method's Recipe. Raises `KeyError` offering the nearest names."
     if name == 'full': return full
     if name in _marked():
-        file = _files()[name]
-        return getattr(importlib.import_module('.'.join(('ftlab', *file.parts[-3:-1], name))), name)
+        return getattr(_module_of(name), name)
     near = near_misses(name, names(), cutoff=.4)
     raise KeyError(f'no method is called {name!r}; ' + (f'did you mean {" or ".join(near)}?' if near else f'there are: {", ".join(names())}'))
 
@@ -82,3 +96,21 @@ def _build(node, text):
         kw = {k.arg: ast.literal_eval(k.value) for k in node.keywords} if isinstance(node, ast.Call) else {}
         return make(*args, **kw)
     except TypeError as e: raise ValueError(f'{text!r}: {e}; {name.id} takes {inspect.signature(make)}') from None
+
+# %% ../nbs/methods.ipynb #001bf769
+@lru_cache(1)
+def merging_rules() -> dict[str, float]:
+    "{paper's key: the dial where none is given} of every rule to merge changes by; nothing is imported"
+    return {key: float(hit['dial']) for key, hit in sorted(_keys_marked(r'merging\((?P<dial>[\d.]+)\)').items())}
+
+def merging_rule(key:str) -> Callable:
+    "The rule `(changes, model, dial) -> change` of the paper `key`. Raises `ValueError` with those there are."
+    if key not in merging_rules():
+        raise ValueError(f'no paper called {key!r} has a rule to merge by; there are {", ".join(merging_rules())}')
+    return next(f for f in vars(_module_of(key)).values() if inspect.isfunction(f) and hasattr(f, 'dial'))
+
+def probes(on:str # one of `ftlab.core.paper.ASKED_ON`
+          ) -> dict[str, Callable]:
+    "{paper's key: probe} of the probes that the report asks on directions, or on prompts"
+    keys = sorted(_keys_marked(rf"probe\((?:(?!^def ).)*?\bon='{on}'", '{key}'))
+    return {key: getattr(_module_of(key), key) for key in keys}

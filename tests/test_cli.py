@@ -9,7 +9,7 @@ import ftlab
 from ftlab.adapters.merging.lines import by_depth, merge_lines
 from ftlab.adapters.edit import merge, saved
 from ftlab.adapters.merging.breadcrumbs import merge_breadcrumbs
-from ftlab.cli import RULES, main, merged_change, _list
+from ftlab.cli import main, merge_rules, merged_change, _list
 
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
@@ -207,7 +207,7 @@ def holds_base_plus(folder, model, change):
 BY_HAND = {'task-arithmetic': lambda cs, model, x: merge(cs, x), 'breadcrumbs': lambda cs, model, x: merge_breadcrumbs(cs, x), 'lines': lambda cs, model, x: merge_lines(cs, model, x)}
 
 @pytest.mark.parametrize('scale', [None, .3])
-@pytest.mark.parametrize('rule', RULES)
+@pytest.mark.parametrize('rule', merge_rules())
 def test_a_merge_of_several_is_that_of_the_python_call(call, made, tuned, tmp_path, rule, scale):
     code, out, err = call(f'merge {tuned}/a {tuned}/b/delta.safetensors --rule {rule}' + (f' --scale {scale}' if scale else '') + ' --out merged --json'); r = json.loads(out)
     x = scale or {'task-arithmetic': 1., 'breadcrumbs': .2, 'lines': .5}[rule]; model, changes = base_and_changes(made, tuned)

@@ -1,11 +1,12 @@
 "The course's own machinery: exercises and what readers do to them, progress, the map, the start page, the quiz, how JupyterLab is started"
-import contextlib, functools, inspect, io, json, os, re, socket, subprocess, sys, warnings
+import contextlib, functools, importlib, inspect, io, json, os, re, socket, subprocess, sys, warnings
 from pathlib import Path
 import pytest, torch
 import ftlab
+import ftlab.exercises
 from ftlab import cli
 from ftlab import map as course
-from ftlab.exercises import EXERCISES, Wrong, differs, find, progress, remember, same_as
+from ftlab.exercises import EXERCISES, Wrong, chapters, differs, find, progress, remember, same_as
 from ftlab.map import CHAPTERS, QUESTIONS, QUIZ, draw_map, go_on, hosted, measured, start, unfinished, where_to_begin, write_start_page
 from pages import NBS, ROOT, cells, ordered, pages
 
@@ -30,9 +31,29 @@ MISTAKES = [pytest.param(e, *m, id=f'{e.name}-{i}') for e in QUICK for i, m in e
 def test_every_chapter_has_exercises_and_every_exercise_a_chapter():
     assert len({e.name for e in EXERCISES}) == len(EXERCISES)
     order = [c.name for c in CHAPTERS]
-    assert [e.chapter for e in EXERCISES] == sorted((e.chapter for e in EXERCISES), key=order.index), 'not in the order of the chapters'
+    assert sorted(order) == chapters(), 'a chapter has no module of exercises, or a module has no chapter'
+    asked = [e for c in CHAPTERS for e in c.exercises]
+    assert sorted(asked) == sorted(e.name for e in EXERCISES), 'an exercise belongs to no chapter, or to two'
     assert {c.name: len(c.exercises) >= 2 for c in CHAPTERS} == dict.fromkeys(order, True)
     assert all(e.hints and len(e.mistakes) >= 3 for e in QUICK)
+
+@pytest.mark.parametrize('chapter', CHAPTERS, ids=lambda c: c.name)
+def test_exercises_stand_beside_their_chapter(chapter):
+    "In the module of its name, on a page that the chapter does not show, in the order in which the chapter asks them"
+    module = importlib.import_module(f'ftlab.exercises.{chapter.name}')
+    assert [e.name for e in module.EXERCISES] == chapter.exercises
+    for e in module.EXERCISES:
+        assert (e.chapter, e.reference.__module__, e.reference.__name__) == (chapter.name, module.__name__, e.name)
+        assert getattr(ftlab.exercises, e.name) is e.reference, 'not found where it was before'
+    code = '\n'.join(c['source'] for c in cells(f'course/{chapter.name}.ipynb') if c['cell_type'] == 'code')
+    at = [code.index(f"ftlab.exercise('{n}')") for n in chapter.exercises]
+    assert at == sorted(at) and not any(inspect.getsource(e.reference).strip() in code for e in module.EXERCISES)
+
+def test_names_of_before_are_found_and_others_are_not():
+    assert ftlab.exercises.EXERCISES is EXERCISES and ftlab.exercises.FORGETTING is find('forgetting')
+    for name in ('nothing_of_the_kind', '_path'):
+        with pytest.raises(AttributeError, match=name):
+            getattr(ftlab.exercises, name)
 
 @pytest.mark.parametrize('exercise', QUICK, ids=lambda e: e.name)
 def test_our_solution_passes_and_is_remembered(exercise):

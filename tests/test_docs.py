@@ -132,3 +132,18 @@ def test_a_formula_that_cannot_be_set_fails_the_build(tmp_path):
         assert bool(r.returncode) == bool(ends), r.stdout + r.stderr
         assert r.stderr.count('this formula cannot be set') == 2*ends and ('index.md' in r.stderr) == bool(ends)
         assert ends or (tmp_path/'out'/'index.html').read_text().count('<mfrac>') == 2
+
+def test_no_notebook_is_too_heavy(tmp_path):
+    "The built pages are weighed when the site is built"
+    assert not (heavy := build.too_heavy(NBS)), '\n'.join(heavy)
+    for name, size in (('light.html', 300*1024), ('heavy.html', 300*1024 + 600), ('heavy.ipynb', 400*1024), ('heavy.png', 10**6)):
+        (tmp_path/name).write_bytes(b'x'*size)
+    found = build.too_heavy(tmp_path)
+    assert [f.split()[0] for f in found] == ['heavy.html', 'heavy.ipynb'] and '400 kB, and 300 are the limit' in found[1]
+
+def test_a_page_loses_nothing_when_it_is_tidied():
+    code = '<div class="highlight"><pre><span class="k">def</span><span class="w"> </span><span class="nf">f</span><span class="p">(</span><span class="n">x</span><span class="p">)</span></pre></div>'
+    tidy = build.tidied(f'<aside class="sidebar-drawer"></aside><aside class="toc-drawer no-toc"></aside>{code}')
+    assert re.sub('<[^>]+>', '', tidy) == 'def f(x)' and len(tidy) < len(code) + 60
+    assert '<span class="k">def</span> <span class="nf">f</span>(x)' in tidy
+    assert 'aria-label="Pages" class="sidebar-drawer"' in tidy and 'aria-label="On this page" class="toc-drawer no-toc"' in tidy

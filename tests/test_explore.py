@@ -88,7 +88,7 @@ def test_wrong_input_is_named(make, words):
 
 @pytest.mark.parametrize('name, bad, words', [('tradeoff', dict(methods=('magic',)), "'magic'; there are full"), ('layers', dict(alpha=-1.), 'alpha is -1'), ('mask', dict(density=0), 'density is 0'),
     ('mask', dict(by='luck'), "no scores by 'luck'"), ('mask', dict(matrix='x'), "no matrix 'x'"), ('spectrum', dict(matrix='x'), "matrix 'x'"), ('spectrum', dict(rank=0), 'rank is 0'),
-    ('prices', dict(answer=' '), 'answer is empty'), ('prices', dict(chance=1.), 'ratio is 1'), ('side_by_side', dict(temperature=-1.), 'temperature is -1'), ('side_by_side', dict(example='x'), "no example 'x'")])
+    ('prices', dict(answer=' '), 'answer is empty'), ('prices', dict(chance=1.), 'chance is 1'), ('side_by_side', dict(temperature=-1.), 'temperature is -1'), ('side_by_side', dict(example='x'), "no example 'x'")])
 def test_a_wrong_setting_is_named(views, name, bad, words):
     with pytest.raises(ValueError, match=words): views[name][0].picture(**bad)
 
@@ -152,6 +152,25 @@ def test_prices_are_the_objectives(run):
     assert tokens[:-1] == r['response'].split() and torch.allclose(p['DFT'], p['NLL']*(-p['NLL']).exp()) and (p['ASFT'] >= p['DFT']).all() and (p['ASFT'] > p['DFT'] + 1e-4).any()
     assert torch.allclose(p['masked'].mean(0), p['NLL'], atol=1e-4)
     again = token_prices(run.model, tok, r['prompt'], r['response'], .6, base=base)[1]['masked']; assert not torch.allclose(again[:, -1], p['NLL'][-1].expand(16)) and torch.allclose(again[:, 0], p['NLL'][0].expand(16), atol=1e-4)
+
+@pytest.mark.parametrize('chance', [0., .4, .8])
+def test_the_prices_are_those_of_the_papers(run, chance):
+    "The view computes them itself, as it imports no paper"
+    from types import SimpleNamespace
+    from ftlab.core.batches import collate, encode
+    from ftlab.trainers.losses.dft import probability
+    from ftlab.trainers.losses.masked_thought import mask_answers
+    tok, row = run.tok, run.data.test[2]
+    p = token_prices(run.model, tok, row['prompt'], row['response'], chance, draws=5, seed=3)[1]
+    batch = collate([encode(row, tok, 'text')], tok.pad_token_id)
+    many = {k: v.expand(5, -1) for k, v in batch.items()}
+    torch.manual_seed(3)
+    hidden = mask_answers(chance, 0.)(many, SimpleNamespace(tok=tok, step=1, steps=1, pad_id=tok.pad_token_id))
+    with torch.no_grad():
+        logits = run.model(input_ids=hidden['input_ids'], attention_mask=many['attention_mask']).logits
+    on = priced(batch['labels'])[0]
+    assert torch.equal(p['masked'], token_nll(logits, many['labels'])[:, on])
+    assert torch.equal(p['DFT'], probability()(p['NLL'])*p['NLL'])
 
 def test_the_frame_counts_what_lies_in_it(views):
     v = views['tradeoff'][0]; p = v.picture(forgetting=(0., 12.)); r = json.loads(measured('compare_lab_s/result.json').read_text())

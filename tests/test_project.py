@@ -1,6 +1,7 @@
 "The project as a whole: exports, pages, stored outputs, imports, metadata, the wheel"
-import json, os, re, subprocess, sys
+import importlib, json, os, re, subprocess, sys
 from configparser import ConfigParser
+from itertools import takewhile
 from pathlib import Path
 import pytest
 from imports import broken, circular_imports, crossing_privates, known, modules, wrong_imports
@@ -147,6 +148,29 @@ def test_one_version():
     import ftlab
     assert ftlab.__version__ == SETTINGS['version']
     assert f'\n## {SETTINGS["version"]} ' in (ROOT/'CHANGELOG.md').read_text(encoding='utf-8'), 'the changelog does not know this version'
+
+def moved_names() -> list[tuple[str, str]]:
+    "(module, name there) of every name in the changelog's tables of old and new places"
+    text = (ROOT/'CHANGELOG.md').read_text(encoding='utf-8').split('### Where names are now')[1].split('\n## ')[0]
+    rows = [[re.findall(r'`([\w.]+)`', cell) for cell in line.strip('|').split('|')] for line in text.splitlines() if line.startswith('| `')]
+    found = [(new, name) for _, names, (new,) in (r for r in rows if len(r) == 3) for name in names]
+    for _, (new,) in (r for r in rows if len(r) == 2):
+        module = '.'.join(takewhile(str.islower, new.split('.')[:-1]))
+        found.append((module, new.removeprefix(module + '.')))
+    return found
+
+def test_the_changelog_says_where_names_are():
+    "Each new name imports, from the module that the table gives"
+    found = moved_names()
+    assert len(set(found)) > 200
+    wrong = []
+    for module, name in found:
+        at = importlib.import_module(module)
+        for part in name.split('.'):
+            at = getattr(at, part, None)
+        if at is None:
+            wrong.append(f'{module} has no {name}')
+    assert not wrong, '\n'.join(wrong)
 
 @pytest.fixture(scope='session')
 def installed(tmp_path_factory) -> Path:

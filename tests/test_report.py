@@ -232,3 +232,16 @@ def test_errors_are_one_line(call, made, tmp_path, capfd):
 def test_a_recipe_whose_decoder_is_lost_is_refused():
     with pytest.raises(ValueError, match='its own way'): reporting._recipe(dict(name='mine', decode='draw'))
     assert reporting._recipe(dict(name='mine')).name == 'mine' and reporting._recipe(dict(name='lora(r=2)')).delta
+
+# ---------- probes are found by their marks
+
+def test_a_probe_is_asked_because_it_is_marked(monkeypatch):
+    "Not because the report knows its name: one of either kind is added, and what it says stands beside the others'"
+    found = {on: methods.probes(on) for on in ('directions', 'prompts')}
+    assert list(found['directions']) == ['intruders'] and list(found['prompts']) == ['tuco']
+    mine = dict(directions=lambda W0, W1, k, eps: torch.ones(min(k, *W0.shape), dtype=torch.bool),
+                prompts=lambda model, change, batch, at: torch.full((len(batch['input_ids']),), .25))
+    monkeypatch.setattr(reporting, 'probes', lambda on: found[on] | {'mine': mine[on]})
+    r = report(tuned(RECIPES['half']), **SMALL).json()
+    assert r['mine']['new']['mean'] == .25 and r['mine']['old']['least'][0]['mine'] == .25 and r['tuco']['new']['mean'] > 0
+    assert r['change']['mine'] == r['change']['looked'] > 0 and 0 <= r['change']['intruders'] <= r['change']['looked']

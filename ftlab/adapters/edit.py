@@ -11,9 +11,10 @@ from torch import Tensor
 from torch import nn
 from .attach import Attached, attach
 from .store import load_delta
+from ..core.anatomy import anatomy
 
 # %% auto #0
-__all__ = ['scale', 'keep', 'norm', 'write_change', 'merge', 'saved', 'put']
+__all__ = ['scale', 'keep', 'norm', 'write_change', 'depth', 'merge', 'saved', 'put']
 
 # %% ../../nbs/adapters/edit.ipynb #0004e5f6
 @dataclass(frozen=True)
@@ -37,6 +38,16 @@ def write_change(model, base:Mapping[str, Tensor], changes:Mapping[str, Tensor])
     params = dict(model.named_parameters())
     if missing := [n for n in changes if n not in params]: raise ValueError(f'the change names {missing[0]!r}, which the model does not have')
     for n, c in changes.items(): params[n].copy_(base[n].to(c.device) + c)
+
+# %% ../../nbs/adapters/edit.ipynb #0010e5f6
+def depth(model) -> dict[str, float]:
+    "How deep each parameter lies: 0 in the embedding and the first block, 1 in the last block, the last norm and the head"
+    a = anatomy(model)
+    last, places = len(a.blocks) - 1, a.places
+    def share(block, part, role):
+        if block is not None: return block/last if last else 1.
+        return float(part == 'head' or role in ('final', 'head'))
+    return {n: share(*place) for n, place in places.items()}
 
 # %% ../../nbs/adapters/edit.ipynb #0006b202
 def merge(changes:list[Mapping], # each {name: new weight minus base weight}, all from one base

@@ -8,11 +8,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 import torch
+from torch import Tensor
 from ..core.anatomy import anatomy
 from ..core.recipe import name_of
 
 # %% auto #0
-__all__ = ['PARTS', 'named', 'everything', 'parts', 'top', 'coverage', 'check_selection']
+__all__ = ['PARTS', 'SCORES', 'named', 'everything', 'parts', 'top', 'scores', 'coverage', 'check_selection']
 
 # %% ../../nbs/adapters/select.ipynb #00058e82
 @dataclass(frozen=True)
@@ -72,6 +73,22 @@ class top:
         return out
 
     def __repr__(self): return f'top({name_of(self.score)}, {self.density})'
+
+# %% ../../nbs/adapters/select.ipynb #00168e82
+SCORES = ('principal', 'magnitude', 'random')
+
+def scores(W:Tensor,                # a matrix
+           by:str='principal',      # 'principal' (LIFT), or the baselines 'magnitude' and 'random'
+           filter_rank:int|None=None, # directions kept before the size is looked at; None: one in 64 of the shorter side
+           seed:int=0               # for 'random'
+          ) -> Tensor:              # of the shape of `W`; the higher, the sooner it is chosen
+    "How much each entry deserves to move. Raises `ValueError` for a rank that the matrix does not have."
+    if by == 'magnitude': return W.abs()
+    if by == 'random': return torch.rand(W.shape, generator=torch.Generator().manual_seed(seed)).to(W.device)
+    k = filter_rank or max(1, round(min(W.shape)/64))
+    if k > min(W.shape): raise ValueError(f'filter_rank is {k}; a matrix of {W.shape[0]} x {W.shape[1]} has at most {min(W.shape)}')
+    U, S, V = torch.linalg.svd(W.float(), full_matrices=False)
+    return ((U[:, :k]*S[:k]) @ V[:k]).abs()
 
 # %% ../../nbs/adapters/select.ipynb #000e8e82
 def coverage(model, chosen:dict) -> dict:

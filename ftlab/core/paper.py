@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import wraps
 
 # %% auto #0
-__all__ = ['LR', 'LRS', 'Paper', 'Method', 'method', 'probe', 'study', 'Evidence']
+__all__ = ['LR', 'LRS', 'ASKED_ON', 'Paper', 'Method', 'method', 'probe', 'study', 'Evidence', 'merging']
 
 # %% ../../nbs/core/paper.ipynb #00044c37
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Paper:
     source:str          # what was read to build it: the paper, its official code, or what is our reading
     kind:str='method'   # 'method', 'probe' or 'study'
     toy:Mapping|Callable=field(default_factory=dict, repr=False, compare=False) # arguments for a toy setting, or a function that makes them
+    on:str=field(default='', repr=False) # what the report asks a probe on, one of `ASKED_ON`; '': it is not part of the report
 
     @property
     def url(self) -> str:
@@ -73,11 +74,18 @@ def method(title:str,                    # as printed
         return made
     return bind
 
+ASKED_ON = {
+    'directions': '(base matrix, tuned one, k, eps) -> mask [k] of the tuned matrix\'s top k directions',
+    'prompts': '(model, the change on it, batch of prompts, token to read: last or first) -> values [rows]'}
+
 def probe(title:str, arxiv:str, claim:str, source:str, # as in `method`
-          ask:Callable|None=None         # (model, the change on it, batch) -> value, for the contract; None: the function itself takes these
+          ask:Callable|None=None,        # (model, the change on it, batch) -> value, for the contract; None: the function itself takes these
+          on:str=''                      # what the report asks it on, one of `ASKED_ON`; '': nothing
          ) -> Callable:                  # a decorator; the function stays the same object
-    "Mark a read-only measurement: it leaves model, mode and random state as they were"
-    return _marking(Paper(title, arxiv, claim, source, 'probe', dict(ask=ask)))
+    "Mark a read-only measurement: it leaves model, mode and random state as they were. Raises `ValueError` for an unknown `on`."
+    if on and on not in ASKED_ON:
+        raise ValueError(f'on is {on!r}; it must be {" or ".join(ASKED_ON)}, or left out')
+    return _marking(Paper(title, arxiv, claim, source, 'probe', dict(ask=ask), on))
 
 def study(title:str, arxiv:str, claim:str, source:str, # as in `method`
           toy:Mapping|Callable|None=None # arguments besides the seed for a toy setting of at most 5 seconds, or a function that makes them
@@ -124,3 +132,12 @@ class Evidence:
     def to_dict(self) -> dict:
         "{name: {value, unit}}: a record that JSON can hold"
         return {n: dict(value=list(v) if isinstance(v, tuple) else v, unit=self.unit(n)) for n, v in self.values.items()}
+
+# %% ../../nbs/core/paper.ipynb #000c4c37
+def merging(dial:float # the rule's dial where none is given
+           ) -> Callable: # a decorator; the function stays the same object
+    "Mark a function `(changes, model, dial) -> change` that makes one change of several as its paper does"
+    def mark(f):
+        f.dial = dial
+        return f
+    return mark

@@ -4,254 +4,65 @@
 
 # %% ../../nbs/instruments/explore.ipynb #0003995a
 from __future__ import annotations
-import base64, copy, io, os, re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from difflib import SequenceMatcher
 from functools import partial
 from html import escape
-from importlib.util import find_spec
 from statistics import fmean, stdev
 from types import SimpleNamespace
 import torch
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from ..adapters.subsets.lift import scores
-from ..adapters.attach import Attached, oriented
-from ..adapters.edit import write_change
-from ..adapters.merging.lines import by_depth, depth
-from .compare import COLORS, MARKS, Comparison
+from ..adapters.attach import Attached
+from ..adapters.edit import depth, write_change
 from ..core.anatomy import anatomy
 from ..core.batches import collate, encode, encode_all
 from ..core.generate import generate
-from ..core.model import device_of, pad_id, row_limit, to_device
+from ..core.model import device_of
 from ..core.scorers import WORLD, judge, teacher_forced
-from ..core.table import Html, html_table
+from ..core.table import Html
+from .compare import COLORS, MARKS, Comparison
+from .explore_weights import CRITERIA, RANKED, apart, entry_scores, mask, ranks, spectrum
 from .report_page import percent
-from ..evaluators.mechanisms.intruders import intruders
-from ..evaluators.spectra import spectrum as stretches, stable_rank
+from .views import BLUE, GREEN, RED, Picture, View, choice, drawn, front_end, panels
+from .views import rows_as_html, several, slider, span, text
 from ..lab.world import OLD, SKILLS, is_lab
+from ..trainers.objective import IGNORE, kl, priced, token_nll
 from ..trainers.run import Run
-from ..trainers.objective import kl, priced, token_nll
-from ..trainers.losses.dft import probability
-from ..trainers.losses.masked_thought import mask_answers
 
 # %% auto #0
-__all__ = ['STYLE', 'BLUE', 'RED', 'GREEN', 'GREY', 'CRITERIA', 'RANKED', 'Control', 'slider', 'span', 'choice', 'several',
-           'text', 'rows_as_html', 'Picture', 'drawn', 'front_end', 'View', 'runs_of', 'recipes_inside',
-           'draw_tradeoff', 'tradeoff', 'question_batches', 'apart', 'Rewind', 'draw_layers', 'layers', 'lab_questions',
-           'gradient_scores', 'entry_scores', 'ranks', 'draw_mask', 'mask', 'decomposed', 'draw_spectrum', 'Matrices',
-           'spectrum', 'token_prices', 'draw_prices', 'prices', 'two_answers', 'draw_side_by_side', 'side_by_side']
-
-# %% ../../nbs/instruments/explore.ipynb #0007995a
-@dataclass(frozen=True)
-class Control:
-    "One handle of a view; made by `slider`, `span`, `choice`, `several` and `text`"
-    kind:str        # the class in ipywidgets
-    value:object    # where it stands at first
-    name:str        # what stands beside it
-    options:dict = field(default_factory=dict) # further arguments of that class
-
-def slider(value, low, high, step, name:str) -> Control:
-    "A number between `low` and `high`; whole ones where `step` is an int. Raises `ValueError` for a value outside."
-    if not low <= value <= high: raise ValueError(f'{name!r} starts at {value}, which is not between {low} and {high}')
-    return Control('IntSlider' if isinstance(step, int) else 'FloatSlider', value, name, dict(min=low, max=high, step=step))
-
-def span(low:float, high:float, step:float, name:str) -> Control:
-    "A range, (from, to), between `low` and `high`; at first all of it"
-    return Control('FloatRangeSlider', (low, high), name, dict(min=low, max=high, step=step, readout_format='.0f'))
-
-def choice(options:Iterable|Mapping, name:str, value=None) -> Control: # options: values, or {what is shown: value}
-    """One of several, the first at the start or `value`: buttons for five at most, a slider with stops for more.
-
-    Raises `ValueError` where there is nothing to choose from, or the start is not among it."""
-    shown = list(options.items()) if isinstance(options, Mapping) else [(str(o), o) for o in options]; values = [v for _, v in shown]
-    start = values[0] if values and value is None else value
-    if start not in values: raise ValueError(f'{name!r} starts at {start!r}, which is not among {values}')
-    # not a list that drops down: while it has the focus, JupyterLab takes the arrow keys and letters for its own
-    if len(shown) > 5: return Control('SelectionSlider', start, name, dict(options=shown))
-    return Control('RadioButtons', start, name, dict(options=shown, orientation='horizontal'))
-
-def several(options:Iterable, name:str) -> Control:
-    "Any of several, all of them at the start: a box to tick for each. The value is a tuple."
-    options = tuple(options); return Control('Checkbox', options, name, dict(options=options))
-
-def text(value:str, name:str) -> Control:
-    "A line of text, taken over with Enter or on leaving it"
-    return Control('Text', value, name, dict(continuous_update=False))
-
-# %% ../../nbs/instruments/explore.ipynb #0009995a
-STYLE = {'svg.hashsalt': 'ftlab', 'svg.fonttype': 'none', 'font.size': 9, 'axes.titlesize': 9.5, 'axes.spines.top': False, 'axes.spines.right': False}
-BLUE, RED, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#8c8c8c'
-
-def _svg(fig:Figure, alt:str) -> str:
-    out = io.StringIO(); fig.savefig(out, format='svg', metadata=dict.fromkeys(('Date', 'Creator', 'Format', 'Type'))); drawn = re.sub(r'(\d\.\d\d)\d+', r'\1', out.getvalue()) # a hundredth of a point is as fine as anybody sees
-    return drawn[drawn.index('<svg'):].replace('<svg', f'<svg role="img" aria-label="{escape(alt)}"', 1)
-
-def _size(svg:str) -> tuple[float, float]: return tuple(float(re.search(rf' {side}="([\d.]+)pt"', svg)[1]) for side in ('width', 'height'))
-
-def _img(svg:str, alt:str) -> str:
-    "An image that holds its place while it is replaced, and is ready when it is shown, so that nothing flickers"
-    w, h = (round(4/3*x) for x in _size(svg)); data = base64.b64encode(svg.encode()).decode()
-    return f'<img decoding="sync" width="{w}" height="{h}" style="max-width:100%;height:auto" alt="{escape(alt)}" src="data:image/svg+xml;base64,{data}">'
-
-def _beside(svgs:list[str], columns:int, alt:str) -> str:
-    "Several pictures as one, in rows"
-    sizes = [_size(s) for s in svgs]; w, h = (max(x) for x in zip(*sizes)); n = min(columns, len(svgs)); body = ''
-    for i, (s, (sw, sh)) in enumerate(zip(svgs, sizes)):
-        inner = re.sub(r' role="img" aria-label="[^"]*"', '', s, count=1)
-        for side, length in (('width', sw), ('height', sh)): inner = inner.replace(f'{side}="{length:g}pt"', f'{side}="{length:g}"', 1)
-        body += inner.replace('<svg', f'<svg x="{w*(i % n):g}" y="{h*(i//n):g}"', 1)
-    W, H = w*n, h*-(-len(svgs)//n)
-    size = f'width="{W:g}pt" height="{H:g}pt" viewBox="0 0 {W:g} {H:g}"'
-    return f'<svg role="img" aria-label="{escape(alt)}" {size} xmlns="http://www.w3.org/2000/svg">{body}</svg>'
-
-def rows_as_html(rows:list[list], head:bool=True) -> Html: # head: the first row names the columns; otherwise the first cell of each row names the row
-    "A plain table that looks the same in a widget and on a page; cells are escaped, but for those that are `Html`"
-    look = 'text-align:left;vertical-align:top;padding:.2em .9em .2em 0;'
-    def style(column, tag): return f'style="{look}{"white-space:nowrap"*(tag == "th" and not head)}"'
-    named, body = (rows[0], rows[1:]) if head else ((), rows)
-    return html_table(named, body, attributes=style, of_table='style="border-collapse:collapse"', named=not head)
-
-# %% ../../nbs/instruments/explore.ipynb #000b995a
-class Picture:
-    "What a draw gave: `.svg` (None where there is HTML in it), `.html` and `.alt`; it shows itself in a notebook"
-    def __init__(self, parts:list[tuple[str, str]], columns:int=1): # (SVG or HTML, its words), and how many stand side by side
-        self.parts, self.columns, self.alt = parts, columns, ' '.join(dict.fromkeys(alt for _, alt in parts if alt))
-    @property
-    def svg(self) -> str|None:
-        if not all(p.startswith('<svg') for p, _ in self.parts): return None
-        return self.parts[0][0] if len(self.parts) == 1 else _beside([p for p, _ in self.parts], self.columns, self.alt)
-    @property
-    def html(self) -> str:
-        cells = ''.join(f'<div style="overflow-x:auto">{_img(p, alt) if p.startswith("<svg") else p}</div>' for p, alt in self.parts)
-        return f'<div style="display:grid;grid-template-columns:repeat({self.columns},minmax(0,max-content));gap:.4em 2em">{cells}</div>'
-    def _repr_mimebundle_(self, include=None, exclude=None) -> dict:
-        return {'text/plain': self.alt} | ({'image/svg+xml': self.svg} if self.svg else {'text/html': self.html})
-
-def drawn(result, alt:str='') -> list[tuple[str, str]]:
-    "The parts of what a draw gave back: a `Figure`, HTML text, or a tuple of these. Raises `ValueError` for anything else."
-    if isinstance(result, tuple): return [p for r in result for p in drawn(r, alt)]
-    if isinstance(result, Figure): alt = f'{alt} {result.get_label()}'.strip(); return [(_svg(result, alt), alt)]
-    if isinstance(result, str): return [(result, alt)]
-    raise ValueError(f'a draw gave back a {type(result).__name__}; it must be a matplotlib Figure, HTML text, or a tuple of these')
-
-# %% ../../nbs/instruments/explore.ipynb #000d995a
-def front_end() -> bool:
-    "Is somebody there to move a slider? Jupyter says so to the kernels that it starts for a reader."
-    return 'JPY_SESSION_NAME' in os.environ and find_spec('ipywidgets') is not None
-
-# %% ../../nbs/instruments/explore.ipynb #000f995a
-class View:
-    "A picture with handles. `still` shows states side by side, `live` gives the widget, `close` ends it."
-    def __init__(self, draw:Callable, # (settings by name) -> Figure, HTML text, or a tuple of these; pure
-                 alt:str,             # what is seen, in words; a figure's own label is added
-                 **controls:Control   # one for each setting
-                ):
-        if wrong := [n for n, c in controls.items() if not isinstance(c, Control)]:
-            raise ValueError(f'{wrong[0]!r} is no control; make it with slider, span, choice, several or text')
-        self.draw, self.alt, self.controls, self.leaves, self.box, self.error = draw, alt, controls, {}, None, None
-
-    @property
-    def settings(self) -> dict:
-        "Where the handles stand"
-        return {n: _read(c, self.leaves.get(n)) for n, c in self.controls.items()}
-    def picture(self, **settings) -> Picture:
-        "The picture where the handles stand, but for what is given. Raises `ValueError` for a setting that the view does not have, and what the draw raises."
-        if wrong := [n for n in settings if n not in self.controls]:
-            raise ValueError(f'the view has no setting {wrong[0]!r}; it has {", ".join(self.controls)}')
-        with rc_context(STYLE): return Picture(drawn(self.draw(**self.settings | settings), self.alt))
-    def still(self, *states:Mapping, columns:int=2) -> Picture: # states: settings that differ from where the handles stand; none: one picture
-        "Several states as one picture, in rows of `columns`"
-        made = [self.picture(**s) for s in states or ({},)]
-        if any(p.svg is None for p in made): return Picture([(p.html, p.alt) for p in made], min(columns, len(made)))
-        return Picture([part for p in made for part in p.parts], columns)
-    def live(self):
-        "The widget, made once; use it where the reader has a front end that `front_end` does not know of"
-        if self.box is None: _build(self)
-        return self.box
-    def redraw(self, _=None) -> None: self.shown.value = self._words()
-    def _words(self) -> str:
-        try: self.error = None; return self.picture().html
-        except Exception as e: self.error = e; return f'<pre role="alert" style="white-space:pre-wrap;color:{RED}">{escape(f"{type(e).__name__}: {e}")}</pre>'
-    def close(self) -> None:
-        "End every widget of the view; it can be shown again, from the start"
-        for w in _inside(self.box) if self.box else (): w.close()
-        self.box, self.leaves = None, {}
-    def _repr_mimebundle_(self, include=None, exclude=None): return _shown(self)
-
-# %% ../../nbs/instruments/explore.ipynb #0011995a
-def _read(c:Control, leaves):
-    "A control's value: what its widgets say, or its start where there are none"
-    if leaves is None: return c.value
-    return tuple(o for o, leaf in zip(c.options['options'], leaves) if leaf.value) if c.kind == 'Checkbox' else leaves[0].value
-
-def _handle(c:Control) -> tuple:
-    "The widgets of a control, and the box that shows them"
-    import ipywidgets
-    def row(*parts):
-        name = ipywidgets.Label(c.name, layout=dict(width='11em', justify_content='flex-end', margin='0 .6em 0 0'))
-        return ipywidgets.HBox([name, *parts], layout=dict(flex_flow='row wrap'))
-    if c.kind == 'Checkbox':
-        box = lambda o: ipywidgets.Checkbox(value=True, description=str(o), indent=False, layout=dict(width='auto', margin='0 1.2em 0 0'))
-        leaves = [box(o) for o in c.options['options']]; return leaves, row(*leaves)
-    if c.kind == 'RadioButtons':
-        leaf = ipywidgets.RadioButtons(value=c.value, tooltip=c.name, layout=dict(width='auto'), **c.options); return [leaf], row(leaf)
-    look = dict(description=c.name, style=dict(description_width='11em'), layout=dict(width='min(38em, 98%)'))
-    leaf = getattr(ipywidgets, c.kind)(value=c.value, **look, **c.options)
-    return [leaf], leaf
-
-# %% ../../nbs/instruments/explore.ipynb #0013995a
-def _build(view) -> None:
-    import ipywidgets
-    boxes = []
-    for n, c in view.controls.items(): view.leaves[n], box = _handle(c); boxes.append(box)
-    view.shown = ipywidgets.HTML(); view.redraw()
-    for leaf in [l for ls in view.leaves.values() for l in ls]: leaf.observe(view.redraw, 'value')
-    view.box = ipywidgets.VBox([*boxes, view.shown])
-
-def _inside(widget):
-    "A widget and all that it is made of: children, layouts, styles"
-    from ipywidgets import Widget
-    yield widget
-    for name in widget.keys:
-        value = getattr(widget, name)
-        for w in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(w, Widget): yield from _inside(w)
-
-def _shown(view):
-    "Live where a reader is, still elsewhere"
-    if not front_end(): return view.still()._repr_mimebundle_()
-    live = view.live()._repr_mimebundle_(); return live | {'text/plain': view.alt} if isinstance(live, dict) else live
-
-# %% ../../nbs/instruments/explore.ipynb #001a995a
-def _panels(width:float, height:float, ratios:tuple=(1,), bottom:float=.2, top:float=.88, left:float=.1, right:float=.98,
-            wspace:float=.3) -> tuple[Figure, list]:
-    "A figure with axes side by side, in shares of its width and height"
-    fig = Figure(figsize=(width, height))
-    axes = fig.subplots(1, len(ratios), squeeze=False, gridspec_kw=dict(width_ratios=ratios, bottom=bottom, top=top, left=left, right=right, wspace=wspace))
-    return fig, list(axes[0])
+__all__ = ['runs_of', 'recipes_inside', 'draw_tradeoff', 'tradeoff', 'question_batches', 'Rewind', 'draw_layers', 'layers',
+           'lab_questions', 'token_prices', 'draw_prices', 'prices', 'two_answers', 'draw_side_by_side', 'side_by_side']
 
 # %% ../../nbs/instruments/explore.ipynb #001c995a
 def runs_of(comparison:Comparison) -> list[dict]:
-    "One row for each run that finished: method, rate, steps, seed, and gain and forgetting in points (hundredths, or nats)"
+    "One row a finished run: method, rate, steps, seed, and gain and forgetting in points (hundredths, or nats)"
     r = comparison.json()
-    return [dict(method=m['name'], rate=s['rate'], steps=r['protocol']['steps'], seed=s['seed'], gain=100*s['gain'], forgetting=100*s['forgetting'])
+    return [dict(method=m['name'], rate=s['rate'], steps=r['protocol'][
+        'steps'], seed=s['seed'], gain=100*s['gain'], forgetting=100*s['forgetting'])
             for m in r['methods'] for s in m['seeds'] if s['gain'] is not None and s['forgetting'] is not None]
 
 def _inside_frame(runs, methods, forgetting, gain) -> list[dict]:
-    return [r for r in runs if r['method'] in methods and forgetting[0] <= r['forgetting'] <= forgetting[1] and gain[0] <= r['gain'] <= gain[1]]
+    return [r for r in runs if r['method'] in methods and forgetting[0] <= r[
+        'forgetting'] <= forgetting[1] and gain[0] <= r['gain'] <= gain[1]]
 
-def recipes_inside(runs:list[dict], inside:list[dict]) -> str: # as `runs_of` gives them; those of them that lie in the frame
+def recipes_inside(runs:list[dict],  # as `runs_of` gives them
+                   inside:list[dict] # those of them that lie in the frame
+                  ) -> str:
     "An HTML table of what lies inside: one row a recipe, with mean and standard deviation over its seeds there"
-    def over(rows, k): v = [r[k] for r in rows]; return (f'{fmean(v):.1f} ± {stdev(v):.1f}' if len(v) > 1 else f'{v[0]:.1f} (one seed)').replace(' ', '\xa0')
+    def over(rows, k):
+        v = [r[k] for r in rows]
+        return (f'{fmean(v):.1f} ± {stdev(v):.1f}' if len(v) > 1 else f'{v[0]:.1f} (one seed)').replace(' ', '\xa0')
     groups = {}
-    for r in inside: groups.setdefault((r['method'], r['rate'], r['steps']), []).append(r)
+    for r in inside:
+        groups.setdefault((r['method'], r['rate'], r['steps']), []).append(r)
     def seeds(m, rows):
-        n = sum(r['method'] == m for r in runs); return f'all {n}' if len(rows) == n else ', '.join(str(r['seed']) for r in rows) + f' ({len(rows)} of {n})'
-    rows = [[m, f'{rate:g}', steps, seeds(m, rows), over(rows, 'gain'), over(rows, 'forgetting')] for (m, rate, steps), rows in groups.items()]
-    if not rows: return Html('<p>No run lies inside the frame.</p>')
+        n = sum(r['method'] == m for r in runs)
+        return f'all {n}' if len(rows) == n else ', '.join(str(r['seed']) for r in rows) + f' ({len(rows)} of {n})'
+    rows = [[m, f'{rate:g}', steps, seeds(m, rows), over(rows,
+        'gain'), over(rows, 'forgetting')] for (m, rate, steps), rows in groups.items()]
+    if not rows:
+        return Html('<p>No run lies inside the frame.</p>')
     return rows_as_html([['method', 'rate', 'steps', 'seeds inside', 'gain, points', 'forgetting, points'], *rows])
 
 # %% ../../nbs/instruments/explore.ipynb #001e995a
@@ -260,65 +71,57 @@ def draw_tradeoff(runs:list[dict],       # as `runs_of` gives them
                   forgetting:tuple[float, float], # the frame, from and to, in points
                   gain:tuple[float, float]
                  ) -> tuple[Figure, str]: # the picture, and a table of the recipes inside the frame
-    "Gain against forgetting, one mark a run, faint outside the frame. Raises `ValueError` for a method that is not there."
+    "Gain against forgetting, one mark a run, faint outside the frame. Raises `ValueError` for an unknown method."
     names = list(dict.fromkeys(r['method'] for r in runs))
-    if wrong := [m for m in methods if m not in names]: raise ValueError(f'no run is of the method {wrong[0]!r}; there are {", ".join(names)}')
-    inside = _inside_frame(runs, methods, forgetting, gain); fig, (ax,) = _panels(6.4, 3.5, bottom=.14, top=.97)
+    if wrong := [m for m in methods if m not in names]:
+        raise ValueError(f'no run is of the method {wrong[0]!r}; there are {", ".join(names)}')
+    inside = _inside_frame(runs, methods, forgetting, gain)
+    fig, (ax,) = panels(6.4, 3.5, bottom=.14, top=.97)
     ax.fill_between(forgetting, *gain, color='.93', zorder=0)
     ax.plot([forgetting[i] for i in (0, 1, 1, 0, 0)], [gain[i] for i in (0, 0, 1, 1, 0)], color='.55', lw=1)
-    for m in methods: _marks(ax, [r for r in runs if r['method'] == m], inside, names.index(m), m)
-    x, y = ([r[k] for r in runs] for k in ('forgetting', 'gain')); mx, my = .1*(max(x) - min(x)) + 1, .1*(max(y) - min(y)) + 1
-    ax.set(xlabel='forgetting, points', ylabel='gain, points', xlim=(min(x) - mx, max(x) + 2.5*mx), ylim=(min(y) - my, max(y) + 1.5*my))
+    for m in methods:
+        _marks(ax, [r for r in runs if r['method'] == m], inside, names.index(m), m)
+    x, y = ([r[k] for r in runs] for k in ('forgetting', 'gain'))
+    mx, my = .1*(max(x) - min(x)) + 1, .1*(max(y) - min(y)) + 1
+    ax.set(xlabel='forgetting, points', ylabel='gain, points')
+    ax.set(xlim=(min(x) - mx, max(x) + 2.5*mx), ylim=(min(y) - my, max(y) + 1.5*my))
     count = {m: sum(r['method'] == m for r in inside) for m in methods}
     frame = f'from {forgetting[0]:g} to {forgetting[1]:g} points forgotten and {gain[0]:g} to {gain[1]:g} gained'
-    fig.set_label(f'In the frame {frame}: ' + (', '.join(f'{n} of {m}' for m, n in count.items() if n) or 'no run') + '.')
+    fig.set_label(f'In the frame {frame}: ' + (', '.join(f'{n} of {m}' for m, n in count.items() if n) or
+        'no run') + '.')
     return fig, recipes_inside(runs, inside)
 
 def _marks(ax, rows, inside, i, name) -> None:
     "The runs of one method, with its name beside them"
-    c, mark = COLORS[i % len(COLORS)], MARKS[i % len(MARKS)]; ins = [r for r in rows if r in inside]; out = [r for r in rows if r not in inside]
-    for some, alpha in ((ins, 1.), (out, .25)): ax.plot([r['forgetting'] for r in some], [r['gain'] for r in some], mark, color=c, alpha=alpha, ms=7, mew=0)
-    right = max(rows, key=lambda r: r['forgetting']); at = right['forgetting'], right['gain']
+    c, mark = COLORS[i % len(COLORS)], MARKS[i % len(MARKS)]
+    ins = [r for r in rows if r in inside]
+    out = [r for r in rows if r not in inside]
+    for some, alpha in ((ins, 1.), (out, .25)):
+        ax.plot([r['forgetting'] for r in some], [r['gain'] for r in some], mark, color=c, alpha=alpha, ms=7, mew=0)
+    right = max(rows, key=lambda r: r['forgetting'])
+    at = right['forgetting'], right['gain']
     ax.annotate(name, at, (7, 3 - 9*(i % 2)), textcoords='offset points', color=c, fontweight='bold')
 
 def tradeoff(comparison:Comparison) -> View: # as `ftlab.compare` returns it; of a stored one: `Comparison.read(path)`
-    "Frame runs of a comparison and read their recipes: `draw_tradeoff` with handles. Raises `ValueError` where no run finished."
-    if not (runs := runs_of(comparison)): raise ValueError('no run of this comparison finished, so there is nothing to show')
+    "Frame runs and read their recipes: `draw_tradeoff` with handles. Raises `ValueError` where no run finished."
+    if not (runs := runs_of(comparison)):
+        raise ValueError('no run of this comparison finished, so there is nothing to show')
     edge = lambda k: (float(min(r[k] for r in runs)//1 - 1), float(-(-max(r[k] for r in runs)//1) + 1))
-    names = list(dict.fromkeys(r['method'] for r in runs)); fl, fh = edge('forgetting'); gl, gh = edge('gain')
-    return View(partial(draw_tradeoff, runs), 'Gain against forgetting, one mark a run.', methods=several(names, 'methods'),
+    names = list(dict.fromkeys(r['method'] for r in runs))
+    fl, fh = edge('forgetting')
+    gl, gh = edge('gain')
+    return View(partial(draw_tradeoff, runs), 'Gain against forgetting, one mark a run.', methods=several(names,
+        'methods'),
                 forgetting=span(fl, fh, .5, 'forgetting, points'), gain=span(gl, gh, .5, 'gain, points'))
 
 # %% ../../nbs/instruments/explore.ipynb #0025995a
-def question_batches(rows:list[dict], tok, parts:int|None=None) -> list[dict[str, Tensor]]: # parts: how many batches; None: of some 25 rows each
+def question_batches(rows:list[dict], tok,
+                     parts:int|None=None # how many batches; None: of some 25 rows each
+                    ) -> list[dict[str, Tensor]]:
     "The rows, encoded as for training, in batches of similar length: padding costs as much as words"
-    enc = sorted(encode_all(rows, tok, 'text'), key=lambda e: len(e['labels'])); n = -(-len(enc)//(parts or max(1, len(enc)//25)))
+    enc = sorted(encode_all(rows, tok, 'text'), key=lambda e: len(e['labels']))
+    n = -(-len(enc)//(parts or max(1, len(enc)//25)))
     return [collate(enc[i:i + n], tok.pad_token_id) for i in range(0, len(enc), n)]
-
-# %% ../../nbs/instruments/explore.ipynb #0027995a
-def apart(base,      # a `Run`, an attached change, or the base model
-          tuned=None # the tuned model, where `base` is one
-         ) -> tuple[nn.Module, dict[str, Tensor]]: # a copy of the base, and {name: tuned minus base} where they differ
-    "Base and change as copies. Raises `ValueError` for anything else, for models of different shape, or where nothing changed."
-    if isinstance(base, Run): base = base.delta.attached
-    if isinstance(base, Attached): model, change = _bared(base)
-    elif isinstance(base, nn.Module) and isinstance(tuned, nn.Module): model = copy.deepcopy(base); change = _difference(model, tuned)
-    else: raise ValueError(f'base is a {type(base).__name__} and tuned a {type(tuned).__name__}; give a Run, an attached change, or two models')
-    change = {n: c.detach() for n, c in change.items() if c.any()}
-    if not change: raise ValueError('base and tuned are equal in every weight; there is no change to look at')
-    return model.eval().requires_grad_(False), change
-
-def _bared(att:Attached) -> tuple[nn.Module, dict[str, Tensor]]:
-    "A copy of an attached change's model with the change taken off, and the change"
-    twin = copy.deepcopy(att, {id(att.originals): att.originals}) # what the weights were is only read, often from a file
-    change = twin.changes(); twin.detach(); return twin.model, change
-
-@torch.no_grad()
-def _difference(model, tuned) -> dict[str, Tensor]:
-    old, new = dict(model.named_parameters()), dict(tuned.named_parameters())
-    if wrong := [n for n in old.keys() | new.keys() if n not in old or n not in new or old[n].shape != new[n].shape]:
-        raise ValueError(f'{min(wrong)!r} is not in both models in one shape; base and tuned must be the same model before and after')
-    return {n: new[n].to(p.device) - p for n, p in old.items()}
 
 # %% ../../nbs/instruments/explore.ipynb #0029995a
 class Rewind:
@@ -328,8 +131,10 @@ class Rewind:
                  new:list[dict], old:list[dict]  # batches, as `question_batches` makes them
                 ):
         self.model, self.change, self.new, self.old = model, dict(change), new, old
-        self.base = {n: p.detach().clone() for n, p in model.named_parameters() if n in change}; self.known = {}
-        at = depth(model); self.depths = [at[b.parameters[0]] for b in anatomy(model).blocks]
+        self.base = {n: p.detach().clone() for n, p in model.named_parameters() if n in change}
+        self.known = {}
+        self.at = depth(model)
+        self.depths = [self.at[b.parameters[0]] for b in anatomy(model).blocks]
         self.count = dict(new=sum(len(b['labels']) for b in new), old=sum(len(b['labels']) for b in old))
 
     def factors(self, alpha:float, first:float) -> list[float]:
@@ -337,26 +142,40 @@ class Rewind:
         return [alpha*(first + (1 - first)*d) for d in self.depths]
     def right(self, alpha:float, first:float) -> dict[str, float]: # of the last layer; the first layer's share of that
         "Shares of right answers, {'new': ..., 'old': ...}"
-        if (alpha, first) not in self.known: self.known[alpha, first] = self._asked(alpha, first)
+        if (alpha, first) not in self.known:
+            self.known[alpha, first] = self._asked(alpha, first)
         return self.known[alpha, first]
     def _asked(self, alpha, first):
-        write_change(self.model, self.base, by_depth(alpha*first, alpha*(1 - first))(self.change, self.model))
+        low, rise = alpha*first, alpha*(1 - first)
+        write_change(self.model, self.base, {n: (low + rise*self.at[n])*c for n, c in self.change.items()})
         ask = lambda batches: sum(int(teacher_forced(self.model, b).sum()) for b in batches)
         return dict(new=ask(self.new)/self.count['new'], old=ask(self.old)/self.count['old'])
 
 # %% ../../nbs/instruments/explore.ipynb #002b995a
-def draw_layers(rewind:Rewind, alpha:float, first:float) -> Figure: # the last layer's factor; the first layer's share of it
-    "The factor of each layer, and what the model then can do, with 95% intervals. Raises `ValueError` for factors below 0."
-    if alpha < 0 or first < 0: raise ValueError(f'alpha is {alpha} and first {first}; neither may be below 0')
-    fig, (a, b) = _panels(7.2, 2.3, (1, 1.5), wspace=.42, left=.08); f = rewind.factors(alpha, first); n = len(f)
-    a.axhline(1, color='.75', lw=1, ls='--'); a.plot(range(n), f, 'o-', color=BLUE, ms=5)
-    a.set(ylim=(-.1, max(1.6, 1.1*max(f))), xlim=(-.4, n - .6), xticks=range(0, n, max(1, n//8)), xlabel='layer', ylabel='factor')
+def draw_layers(rewind:Rewind,
+                alpha:float, # the last layer's factor
+                first:float  # the first layer's share of it
+               ) -> Figure:
+    "The factor of each layer, and what the model can do, with 95% intervals. Raises `ValueError` for factors below 0."
+    if alpha < 0 or first < 0:
+        raise ValueError(f'alpha is {alpha} and first {first}; neither may be below 0')
+    fig, (a, b) = panels(7.2, 2.3, (1, 1.5), wspace=.42, left=.08)
+    f = rewind.factors(alpha, first)
+    n = len(f)
+    a.axhline(1, color='.75', lw=1, ls='--')
+    a.plot(range(n), f, 'o-', color=BLUE, ms=5)
+    a.set(ylim=(-.1, max(1.6, 1.1*max(f))), xlim=(-.4, n - .6), xticks=range(0, n, max(1, n//8)), xlabel=
+        'layer', ylabel='factor')
     a.set_title(f'alpha {alpha:.2f}, first layer {100*first:.0f}%')
     now, was, end = rewind.right(alpha, first), rewind.right(0., 1.), rewind.right(1., 1.)
-    for y, (k, color) in enumerate((('old', RED), ('new', BLUE))): _bar(b, y, now[k], was[k], end[k], rewind.count[k], color)
-    diff = {k: round(100*(now[k] - was[k])) for k in now}; b.set_title(f'gained {diff["new"]} points, lost {-diff["old"] + 0}')
-    b.set(yticks=(0, 1), xlim=(0, 118), ylim=(-.6, 1.6), xticks=range(0, 101, 25), xlabel='right answers, %   ( | base   ¦ tuned )')
-    b.set_yticklabels([f'{k} ({rewind.count[k]})' for k in ('old', 'new')]); b.tick_params(axis='y', length=0)
+    for y, (k, color) in enumerate((('old', RED), ('new', BLUE))):
+        _bar(b, y, now[k], was[k], end[k], rewind.count[k], color)
+    diff = {k: round(100*(now[k] - was[k])) for k in now}
+    b.set_title(f'gained {diff["new"]} points, lost {-diff["old"] + 0}')
+    b.set(yticks=(0, 1), xlim=(0, 118), ylim=(-.6, 1.6), xticks=range(0, 101, 25), xlabel=
+        'right answers, %   ( | base   ¦ tuned )')
+    b.set_yticklabels([f'{k} ({rewind.count[k]})' for k in ('old', 'new')])
+    b.tick_params(axis='y', length=0)
     both = lambda s: f'{percent(s["new"])} of the new and {percent(s["old"])} of the old'
     fig.set_label(f'At alpha {alpha:g}, the first layer at {100*first:.0f}% of that, {both(now)} questions are right; '
                   f'of the base {both(was)}, of the tuned model {both(end)}.')
@@ -364,9 +183,13 @@ def draw_layers(rewind:Rewind, alpha:float, first:float) -> Figure: # the last l
 
 def _bar(ax, y, now, was, end, n, color) -> None:
     "One share with its 95% interval (Wilson's) and marks where the base and the tuned model stand"
-    z = 1.96**2/n; middle = (now + z/2)/(1 + z); half = (1.96/(1 + z))*(now*(1 - now)/n + z/(4*n))**.5
-    ax.barh(y, 100*now, height=.52, color=color, alpha=.85); ax.plot([100*(middle - half), 100*(middle + half)], [y, y], color='.15', lw=1.2)
-    for at, style in ((was, '-'), (end, ':')): ax.plot([100*at]*2, [y - .4, y + .4], style, color='.15', lw=1.6)
+    z = 1.96**2/n
+    middle = (now + z/2)/(1 + z)
+    half = (1.96/(1 + z))*(now*(1 - now)/n + z/(4*n))**.5
+    ax.barh(y, 100*now, height=.52, color=color, alpha=.85)
+    ax.plot([100*(middle - half), 100*(middle + half)], [y, y], color='.15', lw=1.2)
+    for at, style in ((was, '-'), (end, ':')):
+        ax.plot([100*at]*2, [y - .4, y + .4], style, color='.15', lw=1.6)
     ax.text(117, y, f'{100*now:.0f}%', va='center', ha='right', color=color, fontweight='bold')
 
 # %% ../../nbs/instruments/explore.ipynb #002d995a
@@ -374,190 +197,75 @@ def layers(base,           # a `Run`, an attached change, or the base model
            tuned=None,     # the tuned model, where `base` is one
            tok=None,       # the tokenizer; of a run its own
            new:list[dict]|None=None, # rows {'prompt', 'response'} of what was taught; of a run 40 of its test rows
-           old:list[dict]|None=None  # rows of what it could do before; None: four of each old skill of the lab, for a lab model
+           old:list[dict]|None=None  # rows of what it could do before; None, for a lab model: four of each old skill
           ) -> View:
-    "Turn a change up and down, as a whole and by depth (LiNeS): `draw_layers` with handles. Raises `ValueError` where questions or the change are missing."
+    """Turn a change up and down, as a whole and by depth (LiNeS): `draw_layers` with handles.
+
+    Raises `ValueError` where questions or the change are missing."""
     model, change = apart(base, tuned)
-    if isinstance(base, Run): tok, new = tok or base.tok, new or base.data.test[:40]
-    if tok is None or not new: raise ValueError('layers needs the tokenizer and new questions: layers(base, tuned, tok, new=rows), or layers(run)')
-    if old is None and not is_lab(tok): raise ValueError("layers needs old questions, old=rows: what a model of your own could do before is not known here")
-    bench = Rewind(model, change, question_batches(new, tok), question_batches(old or lab_questions({r.get('skill') for r in new}), tok))
-    return View(partial(draw_layers, bench), 'A change, scaled by layer, and what is left of the new skill and the old ones.',
-                alpha=slider(1., 0., 1.5, .05, 'alpha (last layer)'), first=slider(1., 0., 1.5, .05, 'first layer\'s share'))
+    if isinstance(base, Run):
+        tok, new = tok or base.tok, new or base.data.test[:40]
+    if tok is None or not new:
+        raise ValueError('layers needs the tokenizer and new questions: layers(base, tuned, tok, new=rows), or '
+                         'layers(run)')
+    if old is None and not is_lab(tok):
+        raise ValueError('layers needs old questions, old=rows: what a model of your own could do before is not known')
+    bench = Rewind(model, change, question_batches(new, tok), question_batches(old or lab_questions({r.get(
+        'skill') for r in new}), tok))
+    return View(partial(draw_layers, bench),
+        'A change, scaled by layer, and what is left of the new skill and the old ones.',
+                alpha=slider(1., 0., 1.5, .05, 'alpha (last layer)'), first=slider(1., 0., 1.5, .05,
+                    'first layer\'s share'))
 
 def lab_questions(but:Iterable[str]=(), n:int=4) -> list[dict]:
-    "`n` test questions of each old skill of the lab that is judged word for word, but for those named and those that they contradict"
+    "`n` test questions of each old skill that is judged word for word, but for those named and what they contradict"
     out = {*but, *(SKILLS[s].replaces for s in but if s in SKILLS), 'write'}
     return [r for s in OLD if s not in out for r in WORLD.rows(s, n)]
-
-# %% ../../nbs/instruments/explore.ipynb #0035995a
-CRITERIA = {'random': 'random', 'magnitude': 'magnitude', 'gradient': 'gradient', 'LIFT': 'principal'} # what the view calls them -> what `scores` does
-
-def gradient_scores(model, names:Iterable[str], tok, rows:list[dict]) -> dict[str, Tensor]: # {name: |gradient|}
-    "How strongly the mean price of the rows' answers pulls at each entry; the model's own gradients stay as they are"
-    batch = to_device(collate(encode_all(rows, tok, 'text', row_limit(model, tok)), pad_id(tok)), device_of(model))
-    W = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters() if n in set(names)}
-    logits = torch.func.functional_call(model, W, kwargs=dict(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'])).logits
-    price = token_nll(logits, batch['labels']).sum()/priced(batch['labels']).sum()
-    return {n: g.abs() for n, g in zip(W, torch.autograd.grad(price, list(W.values())))}
-
-def entry_scores(model, tok=None, rows:list[dict]|None=None, seed:int=0) -> dict[str, dict[str, Tensor]]: # criterion -> {matrix: scores [out, in]}
-    "Every criterion's score of every entry of the matrices in the blocks; 'gradient' where there are rows to take it on"
-    params = dict(model.named_parameters()); names = anatomy(model).matrices()
-    out = {c: {n: scores(params[n].detach(), by, seed=seed + i) for i, n in enumerate(names)} for c, by in CRITERIA.items() if c != 'gradient'}
-    if rows: out['gradient'] = gradient_scores(model, names, tok, rows)
-    return {c: out[c] for c in CRITERIA if c in out}
-
-# %% ../../nbs/instruments/explore.ipynb #0037995a
-RANKED = ('all together', 'within each matrix')
-
-def ranks(scores:Mapping[str, Tensor], ranked:str) -> dict[str, Tensor]: # one criterion's scores; one of RANKED
-    "For each entry the share of entries that score higher, in [0, 1): a mask of density d is `rank < d`"
-    if ranked not in RANKED: raise ValueError(f'ranked is {ranked!r}; it must be {" or ".join(map(repr, RANKED))}')
-    def rank(s):
-        order = s.flatten().argsort(descending=True, stable=True).cpu(); r = torch.empty(len(order))
-        r[order] = torch.arange(len(order))/len(order)
-        return r
-    if ranked == RANKED[1]: return {n: rank(s).view(s.shape) for n, s in scores.items()}
-    every = rank(torch.cat([s.flatten() for s in scores.values()])).split([s.numel() for s in scores.values()])
-    return {n: r.view(s.shape) for (n, s), r in zip(scores.items(), every)}
-
-def _places(model) -> dict[str, tuple[int, str]]:
-    "{matrix: (block, role)}"
-    a = anatomy(model); return {n: (a.place(n)[0], a.place(n)[2]) for n in a.matrices()}
-
-def _labels(places:Mapping[str, tuple[int, str]]) -> dict[str, str]: return {f'{role} of block {block}': n for n, (block, role) in places.items()}
-
-# %% ../../nbs/instruments/explore.ipynb #0039995a
-def draw_mask(ranked_by:Mapping,  # {(criterion, one of RANKED): what `ranks` returns}
-              places:Mapping[str, tuple[int, str]], # {matrix: (block, role)}
-              density:int,        # the share of all entries that is chosen, in per cent
-              by:str, ranked:str, # criterion, and what it ranks
-              matrix:str          # the one to show in full
-             ) -> Figure:
-    "Where the chosen entries lie. Raises `ValueError` for a density, criterion or matrix that is not there."
-    if not 0 < density <= 100: raise ValueError(f'density is {density}; it must be above 0 and at most 100 per cent')
-    if (by, ranked) not in ranked_by:
-        known = ', '.join(dict.fromkeys(c for c, _ in ranked_by))
-        raise ValueError(f'there are no scores by {by!r}, ranked {ranked!r}; there are {known}, ranked {" or ".join(RANKED)}')
-    if matrix not in places: raise ValueError(f'there is no matrix {matrix!r}; the first is {next(iter(places))!r}')
-    masks = {n: r < density/100 for n, r in ranked_by[by, ranked].items()}; share = {places[n]: 100*float(m.float().mean()) for n, m in masks.items()}
-    fig, (a, b) = _panels(7.6, 3.1, (1.35, 1), bottom=.06, top=.82, wspace=.16, left=.06, right=.99); _shares(a, share)
-    a.set_title(f'{by}, {density}%: share chosen, by role and block', loc='left', pad=16)
-    b.imshow(masks[matrix].numpy(), cmap='Greys', vmin=0, vmax=1, interpolation='nearest', aspect='auto')
-    block, role = places[matrix]; b.set(xticks=[], yticks=[]); b.spines[:].set_visible(True)
-    b.set_title(f'{role} of block {block}: {share[block, role]:.1f}%, black is chosen', loc='left', pad=16)
-    said = lambda at: f'{at[1]} of block {at[0]} ({share[at]:.1f}%)'
-    fig.set_label(f'By {by}, {density}% ranked {ranked}: {role} of block {block} gets {share[block, role]:.1f}%; '
-                  f'most goes to {said(max(share, key=share.get))}, least to {said(min(share, key=share.get))}.')
-    return fig
-
-def _shares(ax, share:Mapping[tuple[int, str], float]) -> None:
-    "Blocks down, roles across, each cell with its per cent; the darker the more"
-    blocks, roles = sorted({b for b, _ in share}), list(dict.fromkeys(r for _, r in share)); most = max(share.values()) or 1.
-    ax.imshow([[share.get((b, r), 0.) for r in roles] for b in blocks], cmap='Blues', vmin=0, vmax=1.25*most, aspect='auto')
-    for (b, r), v in share.items() if len(share) <= 60 else ():
-        number, color = f'{v:.1f}' if v < 9.95 else f'{v:.0f}', 'w' if v > .75*most else '.15'
-        ax.text(roles.index(r), blocks.index(b), number, ha='center', va='center', color=color, fontsize=8)
-    ax.xaxis.tick_top(); ax.set(xticks=range(len(roles)), yticks=range(0, len(blocks), max(1, len(blocks)//8))); ax.set_xticklabels(roles)
-    ax.tick_params(length=0); ax.spines[:].set_visible(False)
-
-# %% ../../nbs/instruments/explore.ipynb #003b995a
-def mask(model,     # a model, plain
-         tok=None,  # its tokenizer, for the gradient
-         rows:list[dict]|None=None, # rows {'prompt', 'response'} on which the gradient is taken; None: that criterion is left out
-         seed:int=0 # of the random choice
-        ) -> View:
-    """See where a sparse method would put its entries: `draw_mask` with handles. Scores and ranks are computed once.
-
-    Raises `ValueError` for rows without a tokenizer."""
-    if rows and tok is None: raise ValueError('mask was given rows without a tokenizer; call mask(model, tok, rows)')
-    scores, places = entry_scores(model, tok, rows, seed), _places(model); ranked_by = {(c, r): ranks(s, r) for c, s in scores.items() for r in RANKED}
-    return View(partial(draw_mask, ranked_by, places), 'Where the chosen entries lie: their share by block and role, and one matrix.',
-                density=slider(5, 1, 50, 1, 'density, %'),
-                by=choice(list(scores), 'criterion', 'LIFT'), ranked=choice(RANKED, 'ranked'), matrix=choice(_labels(places), 'matrix'))
-
-# %% ../../nbs/instruments/explore.ipynb #0042995a
-def decomposed(W0:Tensor, C:Tensor, k:int=10, eps:float=.5) -> SimpleNamespace: # base matrix and its change, [out, in]; as in `intruders`
-    """What the picture of one matrix needs: `s`, the stretches of the change, the energy `kept` by the first of them and the `stable` rank;
-    of the tuned matrix's `top` k directions how much they are `like` the base's and which are `new`, that is intruders."""
-    W1 = W0 + C; U0 = torch.linalg.svd(W0.float(), full_matrices=False).U; U1, S1, _ = torch.linalg.svd(W1.float(), full_matrices=False)
-    s = stretches(C); return SimpleNamespace(s=s, kept=(s.double().square().cumsum(0)/s.double().square().sum()), stable=stable_rank(C),
-                                            top=S1[:k], like=(U0.T @ U1[:, :k]).abs().amax(0), new=intruders(W0, W1, k, eps), eps=eps)
-
-def draw_spectrum(matrices:Mapping[str, tuple[Tensor, Tensor]], # name -> (base, change)
-                  matrix:str, rank:int) -> Figure: # the one to show, and how many directions to keep
-    """Stretches of the change with the first `rank` marked, the energy they keep, and the tuned matrix's strongest directions.
-
-    Raises `ValueError` for a matrix or rank that is not there."""
-    if matrix not in matrices: raise ValueError(f'no change of the matrix {matrix!r}; there are {", ".join(list(matrices)[:3])}, ...')
-    d = _cached(matrices, matrix); n = len(d.s)
-    if rank < 1: raise ValueError(f'rank is {rank}; it must be at least 1')
-    r = min(rank, n); kept = float(d.kept[r - 1]); fig, (a, b, c) = _panels(9.2, 2.6, (1, 1, 1), wspace=.34, left=.06, right=.985); show = min(n, 64)
-    a.vlines(range(1, show + 1), 0, d.s[:show].tolist(), colors=[RED if i < r else '.8' for i in range(show)], lw=2)
-    a.set_ylim(0); a.set(title='stretches of the change', xlabel='direction', xlim=(0, show + 1))
-    a.text(.97, .86, f'stable rank {d.stable:.1f}\nof {n}', transform=a.transAxes, ha='right')
-    b.plot(range(1, n + 1), (100*d.kept).tolist(), color=RED); b.plot([r], [100*kept], 'o', color=RED)
-    b.plot([r, r, 0], [0, 100*kept, 100*kept], ':', color='.3', lw=1)
-    b.set(title=f'rank {r} keeps {100*kept:.0f}% of the energy', xlabel='directions kept', ylim=(0, 104), xlim=(0, n)); _intruder_panel(c, d)
-    fig.set_label(f'{matrix}: stable rank {d.stable:.1f} of {n}; rank {r} keeps {100*kept:.0f}% of the energy of the change; '
-                  f"{int(d.new.sum())} of the tuned matrix's top {len(d.top)} directions are intruders.")
-    return fig
-
-def _intruder_panel(ax, d) -> None:
-    "For the tuned matrix's strongest directions, how much each resembles its nearest one in the base"
-    at = list(enumerate(zip(d.like.tolist(), d.new.tolist()), 1)); ax.axhline(d.eps, color='.6', lw=1, ls='--')
-    for which, color, mark in ((False, GREY, 'o'), (True, RED, 'X')):
-        some = [(i, y) for i, (y, new) in at if new == which]; ax.plot(*zip(*some) if some else ((), ()), mark, color=color, ms=7, mew=0)
-    ax.set(title=f'tuned matrix: {int(d.new.sum())} intruders of {len(d.top)}', ylabel='likeness to the base', xlabel='direction')
-    ax.set(ylim=(0, 1.08), xlim=(.3, len(d.top) + .7))
-
-# %% ../../nbs/instruments/explore.ipynb #0044995a
-class Matrices(dict):
-    "{name: (base, change)}, which remembers what was decomposed"
-    def __init__(self, *a): super().__init__(*a); self.known = {}
-
-def _cached(matrices, name):
-    known = matrices.known if isinstance(matrices, Matrices) else {}
-    if name not in known: known[name] = decomposed(*matrices[name])
-    return known[name]
-
-def spectrum(base,      # a `Run`, an attached change, or the base model
-             tuned=None # the tuned model, where `base` is one
-            ) -> View:
-    "The directions of a change, matrix by matrix: `draw_spectrum` with handles. Raises `ValueError` where no matrix changed."
-    model, change = apart(base, tuned); params = dict(model.named_parameters())
-    found = Matrices({n: (oriented(model, n, params[n].detach()), oriented(model, n, change[n])) for n in anatomy(model).matrices() if n in change})
-    if not found: raise ValueError('no matrix inside the blocks changed; the view shows those of attention and MLP')
-    return View(partial(draw_spectrum, found), 'Stretches of a change, the energy that a rank keeps, and intruder dimensions.',
-                matrix=choice(_labels({n: p for n, p in _places(model).items() if n in found}), 'matrix'),
-                rank=slider(8, 1, max(min(c.shape) for _, c in found.values()), 1, 'rank'))
 
 # %% ../../nbs/instruments/explore.ipynb #004c995a
 @torch.no_grad()
 def token_prices(model, tok, prompt:str, answer:str,
-                 chance:float=.4, draws:int=16, seed:int=0, # masked thought: of a token to be hidden; how often and with which seed it is drawn
+                 chance:float=.4,            # masked thought: of a token to be hidden
+                 draws:int=16, seed:int=0,   # how often and with which seed that is drawn
                  base=None, weight:float=.1 # ASFT: the model that it is anchored to, and the price of a nat
                 ) -> tuple[list[str], dict[str, Tensor]]:
-    "The answer's tokens, and for each objective their prices in nats, [tokens]; of masked thought [draws, tokens]. Raises `ValueError` for an empty answer."
-    if not answer.strip(): raise ValueError('the answer is empty; write at least one word')
-    e = encode(dict(prompt=prompt, response=answer), tok, 'text'); b = collate([e], tok.pad_token_id); on = priced(b['labels'])[0]
-    device = device_of(model)
+    """The answer's tokens, and for each objective their losses in nats, [tokens]; of masked thought [draws, tokens].
+
+    Raises `ValueError` for an empty answer, or a chance outside [0, 1)."""
+    if not answer.strip():
+        raise ValueError('the answer is empty; write at least one word')
+    if not 0 <= chance < 1:
+        raise ValueError(f'chance is {chance}; it must be in [0, 1)')
+    b = collate([encode(dict(prompt=prompt, response=answer), tok, 'text')], tok.pad_token_id)
+    ids, labels, device = b['input_ids'], b['labels'], device_of(model)
+    on = priced(labels)[0]
     ask = lambda m, x: m(input_ids=x.to(device), attention_mask=torch.ones_like(x, device=device)).logits.float().cpu()
-    logits = ask(model, b['input_ids']); nll = token_nll(logits, b['labels'])[0][on].abs(); dft = probability()(nll)*nll
-    anchor = weight*kl(ask(base, b['input_ids']), logits)[0, :-1][on] if base is not None else torch.zeros_like(nll)
-    many = {k: v.expand(draws, -1) for k, v in b.items()}; state = SimpleNamespace(tok=tok, step=1, steps=1, pad_id=tok.pad_token_id)
-    with torch.random.fork_rng(devices=[]): torch.manual_seed(seed); hidden = mask_answers(chance, 0.)(many, state)['input_ids']
-    tokens = tok.convert_ids_to_tokens(b['labels'][0, 1:][on].tolist())
-    return tokens, dict(NLL=nll, DFT=dft, ASFT=dft + anchor, masked=token_nll(ask(model, hidden), many['labels'])[:, on])
+    logits = ask(model, ids)
+    nll = token_nll(logits, labels)[0][on].abs()
+    dft = (-nll).exp()*nll
+    anchor = weight*kl(ask(base, ids), logits)[0, :-1][on] if base is not None else torch.zeros_like(nll)
+    hidden = _hidden(ids.expand(draws, -1), labels, tok, chance, seed)
+    masked = token_nll(ask(model, hidden), labels.expand(draws, -1))[:, on]
+    tokens = tok.convert_ids_to_tokens(labels[0, 1:][on].tolist())
+    return tokens, dict(NLL=nll, DFT=dft, ASFT=dft + anchor, masked=masked)
+
+def _hidden(x:Tensor, labels:Tensor, tok, chance:float, seed:int) -> Tensor:
+    "Token ids [draws, tokens] in which each answer token, special ones excepted, is hidden by `chance`"
+    may = ((labels != IGNORE) & ~torch.isin(x, torch.tensor(tok.all_special_ids))).expand_as(x)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        drawn = torch.ones(x.shape).masked_scatter(may, torch.rand(int(may.sum())))
+    return torch.where(drawn < chance, tok.pad_token_id if tok.mask_token_id is None else tok.mask_token_id, x)
 
 # %% ../../nbs/instruments/explore.ipynb #004e995a
 def draw_prices(model, tok, base,  # base: None, or the model that ASFT anchors to
                 prompt:str, answer:str,
                 chance:float       # of a token to be hidden in masked thought
                ) -> Figure:
-    "What each token of an answer costs under four objectives. Raises `ValueError` for an empty answer or a chance outside [0, 1)."
-    tokens, p = token_prices(model, tok, prompt, answer, chance, base=base); n = len(tokens); words = ['end' if t == tok.eos_token else t for t in tokens]
+    "What each token of an answer costs under four objectives. Raises `ValueError` as `token_prices` does."
+    tokens, p = token_prices(model, tok, prompt, answer, chance, base=base)
+    n = len(tokens)
+    words = ['end' if t == tok.eos_token else t for t in tokens]
     most = max(float(p['NLL'].max()), float(p['masked'].mean(0).max()), .5)
     spread = torch.quantile(p['masked'], torch.tensor([.05, .95]), dim=0).clamp(max=1.25*most).tolist()
     fig = Figure(figsize=(max(4.6, min(10, 1.6 + .62*n)), 4.2))
@@ -565,18 +273,26 @@ def draw_prices(model, tok, base,  # base: None, or the model that ASFT anchors 
     names = dict(NLL='NLL: plain fine-tuning', DFT='DFT: times the probability', ASFT='ASFT: DFT and an anchor',
                  masked=f'masked thought: {100*chance:.0f}% hidden')
     for ax, (k, title), color in zip(axes, names.items(), ('.45', BLUE, GREEN, RED)):
-        v = (p[k].mean(0) if k == 'masked' else p[k]).tolist(); _price_bars(ax, v, most, f'{title}; mean {fmean(v):.2f} nats', color)
-    axes[-1].vlines([i - .24 for i in range(n)], *spread, color='.25', lw=1); axes[-1].tick_params(length=0)
-    axes[-1].set_xticks(range(n)); axes[-1].set_xticklabels(words, rotation=0 if n <= 14 else 60)
-    dear = int(p['NLL'].argmax()); paid = {k: float((v.mean(0) if k == 'masked' else v)[dear]) for k, v in p.items()}
-    fig.set_label(f'The dearest token of {answer!r} is {tokens[dear]!r}: {paid["NLL"]:.2f} nats by NLL, {paid["DFT"]:.2f} by DFT, '
-                  f'{paid["ASFT"]:.2f} by ASFT, {paid["masked"]:.2f} on average with {100*chance:.0f}% hidden.')
+        v = (p[k].mean(0) if k == 'masked' else p[k]).tolist()
+        _price_bars(ax, v, most, f'{title}; mean {fmean(v):.2f} nats', color)
+    axes[-1].vlines([i - .24 for i in range(n)], *spread, color='.25', lw=1)
+    axes[-1].tick_params(length=0)
+    axes[-1].set_xticks(range(n))
+    axes[-1].set_xticklabels(words, rotation=0 if n <= 14 else 60)
+    dear = int(p['NLL'].argmax())
+    paid = {k: float((v.mean(0) if k == 'masked' else v)[dear]) for k, v in p.items()}
+    fig.set_label(f'The dearest token of {answer!r} is {tokens[dear]!r}: {paid["NLL"]:.2f} nats by NLL, '
+                  f'{paid["DFT"]:.2f} by DFT, {paid["ASFT"]:.2f} by ASFT, {paid["masked"]:.2f} on average with '
+                  f'{100*chance:.0f}% hidden.')
     return fig
 
 def _price_bars(ax, v:list[float], most:float, title:str, color) -> None:
     "One objective's price of each token, with its number above it where there is room"
-    ax.bar(range(len(v)), v, color=color, width=.62); ax.set(ylim=(0, 1.25*most), yticks=[]); ax.spines['left'].set_visible(False)
-    for i, x in enumerate(v) if len(v) <= 24 else (): ax.text(i + .03, x + .05*most, f'{x:.2f}', ha='center', fontsize=8, color='.25')
+    ax.bar(range(len(v)), v, color=color, width=.62)
+    ax.set(ylim=(0, 1.25*most), yticks=[])
+    ax.spines['left'].set_visible(False)
+    for i, x in enumerate(v) if len(v) <= 24 else ():
+        ax.text(i + .03, x + .05*most, f'{x:.2f}', ha='center', fontsize=8, color='.25')
     ax.set_title(title, loc='left', color=color, fontweight='bold', pad=2)
 
 def prices(model, tok,       # a causal language model and its tokenizer
@@ -586,53 +302,77 @@ def prices(model, tok,       # a causal language model and its tokenizer
     "What each token costs under four objectives: `draw_prices` with handles"
     model.eval()
     return View(partial(draw_prices, model, tok, base), 'The price of each token of an answer under four objectives.',
-                prompt=text(prompt, 'prompt'), answer=text(answer, 'answer'), chance=slider(.4, 0., .9, .05, 'chance of hiding'))
+                prompt=text(prompt, 'prompt'), answer=text(answer,
+                    'answer'), chance=slider(.4, 0., .9, .05, 'chance of hiding'))
 
 # %% ../../nbs/instruments/explore.ipynb #0057995a
 def _marked(a:str, b:str) -> Html:
     "The words of `b`, as HTML, with those marked that are not where they are in `a`"
-    x, y = a.split(), b.split(); out = []
+    x, y = a.split(), b.split()
+    out = []
     for op, _, _, i, j in SequenceMatcher(None, x, y, autojunk=False).get_opcodes():
         words = escape(' '.join(y[i:j]))
-        if words: out.append(words if op == 'equal' else f'<mark style="background:#ffe0b3;color:#222">{words}</mark>')
+        if words:
+            out.append(words if op == 'equal' else f'<mark style="background:#ffe0b3;color:#222">{words}</mark>')
     return Html(' '.join(out) or '<i>(nothing)</i>')
 
-def two_answers(base, tuned, tok, prompt:str, temperature:float=0., seed:int=0, max_new_tokens:int=40) -> tuple[str, str]:
+def two_answers(base, tuned, tok, prompt:str,
+                temperature:float=0., seed:int=0, max_new_tokens:int=40) -> tuple[str, str]:
     "What base and tuned model answer; of a `Run` or an attached change, switched off and on (then `tuned` is None)"
     how = dict(sample=True, temperature=temperature, generator_seed=seed) if temperature > 0 else {}
     def answer(model):
-        with torch.random.fork_rng(): return generate(model, tok, [prompt], max_new_tokens, **how)[0]
-    if tuned is not None: return answer(base), answer(tuned)
-    model = base.model; after = answer(model)
-    with base.disabled(): return answer(model), after
+        with torch.random.fork_rng():
+            return generate(model, tok, [prompt], max_new_tokens, **how)[0]
+    if tuned is not None:
+        return answer(base), answer(tuned)
+    model = base.model
+    after = answer(model)
+    with base.disabled():
+        return answer(model), after
 
 # %% ../../nbs/instruments/explore.ipynb #0059995a
 def draw_side_by_side(base, tuned, tok, examples:Mapping[str, dict], # {name: row}
-                      example:str, prompt:str, temperature:float, seed:int) -> str: # prompt: of your own; empty: the example's
-    "Both answers as HTML, with differing words marked. Raises `ValueError` for an example that is not there or a temperature below 0."
-    if example not in examples: raise ValueError(f'there is no example {example!r}; there are {", ".join(examples)}')
-    if temperature < 0: raise ValueError(f'temperature is {temperature}; it must be 0 (the likeliest token) or more')
-    row = None if prompt.strip() else examples[example]; asked = row['prompt'] if row else prompt.strip()
+                      example:str,
+                      prompt:str, # of your own; empty: the example's
+                      temperature:float, seed:int) -> str:
+    """Both answers as HTML, with differing words marked.
+
+    Raises `ValueError` for an example that is not there or a temperature below 0."""
+    if example not in examples:
+        raise ValueError(f'there is no example {example!r}; there are {", ".join(examples)}')
+    if temperature < 0:
+        raise ValueError(f'temperature is {temperature}; it must be 0 (the likeliest token) or more')
+    row = None if prompt.strip() else examples[example]
+    asked = row['prompt'] if row else prompt.strip()
     a, b = two_answers(base, tuned, tok, asked, temperature, seed)
     said = lambda answer: '' if row is None else (' (right)' if judge(row, answer) == 1 else ' (not right)')
-    rows = [['asked', asked], *([['right answer', row['response']]] if row else []), ['base' + said(a), _marked(b, a)], ['tuned' + said(b), _marked(a, b)]]
+    rows = [['asked', asked], *([['right answer', row['response']]] if row else []), [
+        'base' + said(a), _marked(b, a)], ['tuned' + said(b), _marked(a, b)]]
     return rows_as_html(rows, head=False)
 
 def side_by_side(base,      # a `Run`, an attached change (it is switched off and on again), or the base model
                  tuned=None,# the tuned model, where `base` is one
                  tok=None,  # the tokenizer; of a run its own
-                 examples:Mapping[str, dict]|None=None # {name: row}; None: of a run's data and, for a lab model, of each skill of the lab
+                 examples:Mapping[str, dict]|None=None # {name: row}; None: of the run's data, and each skill of the lab
                 ) -> View:
-    "Ask base and tuned model the same: `draw_side_by_side` with handles. Raises `ValueError` where there is nothing to ask, or not two models."
+    """Ask base and tuned model the same: `draw_side_by_side` with handles.
+
+    Raises `ValueError` where there is nothing to ask, or not two models."""
     if isinstance(base, Run):
-        tok = tok or base.tok; examples = examples or {'what was taught': base.data.test[0]} | _skill_examples(tok)
+        tok = tok or base.tok
+        examples = examples or {'what was taught': base.data.test[0]} | _skill_examples(tok)
         base = base.delta.attached
     if not isinstance(base, Attached) and not isinstance(tuned, nn.Module):
         raise ValueError('side_by_side needs a Run, an attached change, or two models: side_by_side(base, tuned, tok)')
-    if tok is None: raise ValueError('side_by_side needs the tokenizer: side_by_side(base, tuned, tok)')
+    if tok is None:
+        raise ValueError('side_by_side needs the tokenizer: side_by_side(base, tuned, tok)')
     examples = dict(examples or _skill_examples(tok))
-    if not examples: raise ValueError("side_by_side needs examples={name: {'prompt': ..., 'response': ...}} for a model of your own")
-    return View(partial(draw_side_by_side, base, tuned, tok, examples), 'What base and tuned model answer.', example=choice(list(examples), 'example'),
-                prompt=text('', 'or your own prompt'), temperature=slider(0., 0., 2., .1, 'temperature'), seed=slider(0, 0, 20, 1, 'seed of the draw'))
+    if not examples:
+        raise ValueError("side_by_side needs examples={name: {'prompt': ..., 'response': ...}} for a model of your own")
+    return View(partial(draw_side_by_side, base, tuned, tok, examples),
+        'What base and tuned model answer.', example=choice(list(examples), 'example'),
+                prompt=text('', 'or your own prompt'), temperature=slider(0., 0., 2., .1,
+                    'temperature'), seed=slider(0, 0, 20, 1, 'seed of the draw'))
 
-def _skill_examples(tok) -> dict[str, dict]: return {s: WORLD.rows(s, 1)[0] for s in SKILLS} if is_lab(tok) else {}
+def _skill_examples(tok) -> dict[str, dict]:
+    return {s: WORLD.rows(s, 1)[0] for s in SKILLS} if is_lab(tok) else {}

@@ -12,7 +12,7 @@ from ..lab.models import old_skills
 from ..lab.world import is_lab
 from ..core.batches import Data, collate, data as as_data, encode_all
 from ..core.scorers import WORLD, teacher_forced
-from .explore import front_end
+from .views import front_end
 from ..core.state import State
 from ..trainers.callbacks import Every, validation_nll
 from ..trainers.watch import in_notebook

@@ -28,14 +28,12 @@ from ..core.recipe import Recipe
 from ..core.record import digest, versions
 from ..core.scorers import WORLD, answer_length, judge
 from ..evaluators.calibration import calibration, confidence
-from ..evaluators.mechanisms.tuco import tuco
 from ..evaluators.probe import cka, places, pooled
 from .report_page import Report
-from ..evaluators.mechanisms.intruders import intruders
 from ..evaluators.spectra import spectrum
 from ..lab.models import old_skills
 from ..lab.world import is_lab
-from ..methods import get
+from ..methods import get, probes
 from ..trainers.run import Change, Run, load_learners
 from ..trainers.stage import head_names
 from ..trainers.watch import free_memory
@@ -246,12 +244,16 @@ def apart(asked, before, after, old:bool) -> dict|None:
 
 # %% ../../nbs/instruments/report.ipynb #001cfa9f
 def change_of(run:Run, matrices:int=64, k:int=10, eps:float=.5) -> dict:
-    "Every changed weight with its place, length and share of numbers that moved; of at most `matrices` of them, spread evenly, the spectrum and the intruders"
-    att, at, heads = run.delta.attached, places(run.model), _heads(run); square = _square(att, at); rows = []
+    """Every changed weight with its place, length and share of numbers that moved.
+
+    Of at most `matrices` of them, spread evenly, also the spectrum and what the probes of directions say of the tuned weights' strongest `k`."""
+    att, at, heads = run.delta.attached, places(run.model), _heads(run)
+    square, asked, rows = _square(att, at), probes('directions'), []
     chosen = set(square[::max(1, math.ceil(len(square)/max(1, matrices)))]) if matrices else set()
     for n, W0, W1 in _all_weights(att):
-        block, part, role = at.get(n, (None, 'other', n)); place = dict(name=n, block=block, part='fresh head' if n in heads else part, role=role)
-        rows.append(place | dict(numbers=W0.numel()) | _sizes(W0, W1) | (_directions(W0, W1, k, eps) if n in chosen else {}))
+        block, part, role = at.get(n, (None, 'other', n))
+        row = dict(name=n, block=block, part='fresh head' if n in heads else part, role=role, numbers=W0.numel()) | _sizes(W0, W1)
+        rows.append(row | (_directions(W0, W1, k, eps, asked) if n in chosen else {}))
     blocks = 1 + max((b for b, *_ in at.values() if b is not None), default=-1)
     return dict(summed(rows), weights=[r for r in rows if r['moved']], elsewhere=_elsewhere(att, at), blocks=blocks,
                 matrices=dict(looked=len(chosen), of=len(square), k=k, eps=eps), map=heat(rows))
@@ -270,11 +272,14 @@ def _sizes(W0, W1) -> dict:
     parts = [(int((b != a).sum()), float((b.float() - a.float()).norm())**2, float(a.float().norm())**2) for a, b in zip(W0.split(2048), W1.split(2048))]
     return dict(moved=sum(m for m, *_ in parts), length=math.sqrt(sum(l for _, l, _ in parts)), base=math.sqrt(sum(b for *_, b in parts)))
 
-def _directions(W0, W1, k, eps) -> dict:
-    "Stable rank, the share of the change in its strongest 1, 2, 4, 8 and 16 directions, and the intruders among the tuned weights' strongest `k`"
-    s = spectrum(W1.float() - W0.float()).double(); energy = s.square(); share = energy.cumsum(0)/energy.sum().clamp(min=1e-300)
-    return dict(stable_rank=float(energy.sum()/energy[0]) if s[0] > 0 else 0., top=[float(share[min(i, len(share)) - 1]) for i in (1, 2, 4, 8, 16)],
-                intruders=int(intruders(W0, W1, k, eps).sum()), looked=min(k, *W0.shape))
+def _directions(W0, W1, k, eps, asked) -> dict:
+    "Stable rank, the share of the change in its strongest 1, 2, 4, 8 and 16 directions, and each probe's count among the tuned weights' strongest `k`"
+    s = spectrum(W1.float() - W0.float()).double()
+    energy = s.square()
+    share = energy.cumsum(0)/energy.sum().clamp(min=1e-300)
+    rank = float(energy.sum()/energy[0]) if s[0] > 0 else 0.
+    counts = {key: int(probe(W0, W1, k, eps).sum()) for key, probe in asked.items()}
+    return dict(stable_rank=rank, top=[float(share[min(i, len(share)) - 1]) for i in (1, 2, 4, 8, 16)], **counts, looked=min(k, *W0.shape))
 
 def _all_weights(att):
     "(name, base, tuned) of every weight of the model, changed or not"
@@ -288,11 +293,14 @@ def _all_weights(att):
 # %% ../../nbs/instruments/report.ipynb #001efa9f
 def summed(rows:list[dict]) -> dict:
     "The change beside the whole model, a fresh head left out"
-    on = [r for r in rows if r['part'] != 'fresh head']; seen = [r for r in on if 'stable_rank' in r and r['length'] > 0]
+    on = [r for r in rows if r['part'] != 'fresh head']
+    seen = [r for r in on if 'stable_rank' in r and r['length'] > 0]
     length, base = _long(on, 'length'), _long(on, 'base')
-    return dict(numbers=sum(r['numbers'] for r in on), moved=sum(r['moved'] for r in on), length=length, relative=length/base if base else 0.,
-                stable_rank=fmean(r['stable_rank'] for r in seen) if seen else None, top=[fmean(r['top'][i] for r in seen) for i in range(5)] if seen else None,
-                intruders=sum(r['intruders'] for r in seen) if seen else None, looked=sum(r['looked'] for r in seen))
+    size = dict(numbers=sum(r['numbers'] for r in on), moved=sum(r['moved'] for r in on), length=length, relative=length/base if base else 0.)
+    rank = fmean(r['stable_rank'] for r in seen) if seen else None
+    top = [fmean(r['top'][i] for r in seen) for i in range(5)] if seen else None
+    counts = {key: sum(r[key] for r in seen) if seen else None for key in probes('directions')}
+    return dict(size, stable_rank=rank, top=top, **counts, looked=sum(r['looked'] for r in seen))
 
 def heat(rows:list[dict]) -> list[dict]:
     "Cells of the map: for each part of each block the length of its change relative to its weights, and the share of its numbers that moved"
@@ -304,31 +312,39 @@ def heat(rows:list[dict]) -> list[dict]:
 def _long(rows, key) -> float: return math.sqrt(sum(r[key]**2 for r in rows))
 
 # %% ../../nbs/instruments/report.ipynb #0020fa9f
-def contributions(run:Run, asked:list[Asked], rows:int=50, max_length:int|None=None) -> dict:
-    "The tuning contribution of up to `rows` new questions, and of as many old ones; or why there is none"
+def contributions(run:Run, asked:list[Asked],
+                  key:str,         # what the value is called: the probe's key
+                  probe:Callable,  # as `ftlab.methods.probes('prompts')` gives it
+                  rows:int=50, max_length:int|None=None) -> dict:
+    "What a probe says of up to `rows` new questions, and of as many old ones; or why there is nothing"
     out, limit = {}, row_limit(run.model, run.tok, max_length)
+    told = lambda v, q, i: dict(set=q.name, question=_text(q.questions[i]['prompt'])) | {key: v}
     for name, old in (('new', False), ('old', True)):
         every = [(q, i) for i in range(rows) for q in asked if q.old == old and i < len(q.rows)][:rows] # one of each set in turn
-        if not every: continue
-        try: values, token = _tuco_of(run, [_asked_ids(q, i, run.tok, limit) for q, i in every])
-        except UnknownArchitecture as e: return dict(why=str(e))
-        ranked = sorted(zip(values, every), key=lambda x: x[0]); told = lambda v, q, i: dict(set=q.name, question=_text(q.questions[i]['prompt']), tuco=v)
+        if not every:
+            continue
+        try:
+            values, token = _asked_of(probe, run, [_asked_ids(q, i, run.tok, limit) for q, i in every])
+        except UnknownArchitecture as e:
+            return dict(why=str(e))
+        ranked = sorted(zip(values, every), key=lambda x: x[0])
         out[name] = dict(mean=fmean(values), values=[round(v, 5) for v in values], token=token,
                          least=[told(v, *e) for v, e in ranked[:3]], most=[told(v, *e) for v, e in ranked[:-4:-1]])
     return out
 
 def _asked_ids(q, i, tok, limit) -> list[int]:
     "Question `i` without its answer, as tokens; the end of it where it is too long"
-    return (prompt_ids(q.rows[i], tok, q.kind) if q.kind in ('text', 'chat') else encode(q.rows[i], tok, q.kind, limit)['input_ids'])[-limit:]
+    ids = prompt_ids(q.rows[i], tok, q.kind) if q.kind in ('text', 'chat') else encode(q.rows[i], tok, q.kind, limit)['input_ids']
+    return ids[-limit:]
 
-def _tuco_of(run, ids) -> tuple[list[float], str]:
-    "The contribution at the token that answers: the first where a classifier reads that one, else the last"
+def _asked_of(probe, run, ids) -> tuple[list[float], str]:
+    "The probe's values at the token that answers: the first where a classifier reads that one, else the last"
     cls, values = run.tok.cls_token_id, []
     token = 'first' if run.data.kind == 'label' and cls is not None and all(i[0] == cls for i in ids) else 'last'
     for j in range(0, len(ids), 10):
         b = collate([dict(input_ids=i, labels=0) for i in ids[j:j + 10]], pad_id(run.tok))
         batch = to_device(model_inputs(b), device_of(run.model))
-        values += tuco(run.model, run.delta.attached, batch, token).tolist()
+        values += probe(run.model, run.delta.attached, batch, token).tolist()
     return values, token
 
 # %% ../../nbs/instruments/report.ipynb #0022fa9f
@@ -346,12 +362,15 @@ def report(run:Run|str|Path,        # a run of `fit`, or the folder in which `ft
     """Ask base and tuned model the same questions and say what was learned, what was lost, and where the change lies.
 
     Raises `ValueError` for a run whose base is gone (folded), one that has no test row, and numbers of questions below 1."""
-    run = _run_of(run); t0 = time.time()
-    for name, n, least in (('items', items, 1), ('old_items', old_items, 1), ('rows', rows, 1), ('matrices', matrices, 0)): _whole(name, n, least)
-    old = old if old is None or isinstance(old, Data) else as_data(old); max_length = max_length or run.settings.get('max_length')
+    run, t0 = _run_of(run), time.time()
+    for name, n, least in (('items', items, 1), ('old_items', old_items, 1), ('rows', rows, 1), ('matrices', matrices, 0)):
+        _whole(name, n, least)
+    old = old if old is None or isinstance(old, Data) else as_data(old)
+    max_length = max_length or run.settings.get('max_length')
     asked = asked_of(run.data, run.tok, old, items, old_items, metric, seed)
     before, after = _both(run, asked, cache, dict(rows=rows, max_length=max_length, seed=seed))
-    found = dict(_about(run), **_compared(asked, before, after), change=change_of(run, matrices), tuco=contributions(run, asked, max_length=max_length),
+    answers = {key: contributions(run, asked, key, probe, max_length=max_length) for key, probe in probes('prompts').items()}
+    found = dict(_about(run), **_compared(asked, before, after), change=change_of(run, matrices), **answers,
                  asked=dict(items=items, old_items=old_items, rows=rows, seed=seed), versions=versions())
     return Report(dict(found, seconds=time.time() - t0))
 

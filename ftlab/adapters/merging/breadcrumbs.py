@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from ...core.paper import method
+from ...core.paper import merging, method
 from ...core.recipe import Recipe
 from ...native.magnitude import kth_magnitude, unpack_mask
 from ..edit import merge
 
 # %% auto #0
-__all__ = ['band', 'breadcrumbs', 'merge_breadcrumbs']
+__all__ = ['band', 'breadcrumbs', 'merge_breadcrumbs', 'by_breadcrumbs']
 
 # %% ../../../nbs/adapters/merging/breadcrumbs.ipynb #0011b202
 @dataclass(frozen=True)
@@ -65,3 +65,8 @@ def merge_breadcrumbs(changes:list[Mapping], # one change a task, all from one b
                      ) -> dict[str, Tensor]:
     "Trim every change to its band and add them up"
     return merge(changes, alpha, band(beta, gamma, per))
+
+@merging(.2)
+def by_breadcrumbs(changes:list[Mapping], model, alpha:float) -> dict[str, Tensor]:
+    "The rule of `ftlab merge`: `alpha` times the sum of what is left of each change"
+    return merge_breadcrumbs(changes, alpha)

@@ -8,24 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from ...core.anatomy import anatomy
-from ...core.paper import Method, method
+from ...core.paper import Method, merging, method
 from ...core.recipe import Recipe
-from ..edit import merge
+from ..edit import depth, merge
 
 # %% auto #0
-__all__ = ['LINES', 'depth', 'by_depth', 'lines', 'merge_lines']
+__all__ = ['LINES', 'by_depth', 'lines', 'merge_lines', 'by_lines']
 
 # %% ../../../nbs/adapters/merging/lines.ipynb #0009b202
-def depth(model) -> dict[str, float]:
-    "How deep each parameter lies: 0 in the embedding and the first block, 1 in the last block, the last norm and the head"
-    a = anatomy(model)
-    last, places = len(a.blocks) - 1, a.places
-    def share(block, part, role):
-        if block is not None: return block/last if last else 1.
-        return float(part == 'head' or role in ('final', 'head'))
-    return {n: share(*place) for n, place in places.items()}
-
 @dataclass(frozen=True)
 class by_depth:
     "Keep the share `alpha + beta*depth` of each tensor's change"
@@ -59,3 +49,10 @@ def merge_lines(changes:list[Mapping], # one change a task, all from one base
     size = lambda c: float(sum(t.abs().sum(dtype=torch.float64) for t in c.values()))
     if not size(merged): raise ValueError('the merged change is zero everywhere, so it has no scale')
     return by_depth(size(plain)/size(merged)/len(changes), beta)(merged, model)
+
+@merging(.5)
+def by_lines(changes:list[Mapping], model, dial:float) -> dict[str, Tensor]:
+    "The rule of `ftlab merge`: of several changes `dial` is the slope; of one, what its first block keeps, and its last block keeps all"
+    if len(changes) > 1:
+        return merge_lines(changes, model, dial)
+    return by_depth(dial, 1 - dial)(changes[0], model)

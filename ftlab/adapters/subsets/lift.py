@@ -8,31 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 import torch
 from torch import Tensor
-from ..select import parts
+from ..select import SCORES, parts, scores
 from ..delta import Entries
 from ...core.paper import method
 from ...core.recipe import Loop, Recipe, With
 from ...native.magnitude import kth_magnitude
 
 # %% auto #0
-__all__ = ['SCORES', 'HELD', 'scores', 'best', 'principal', 'Refresh', 'lift']
+__all__ = ['HELD', 'best', 'principal', 'Refresh', 'lift']
 
 # %% ../../../nbs/adapters/subsets/lift.ipynb #0009c9fb
-SCORES = ('principal', 'magnitude', 'random')
-
-def scores(W:Tensor,                # a matrix
-           by:str='principal',      # 'principal' (LIFT), or the baselines 'magnitude' and 'random'
-           filter_rank:int|None=None, # directions kept before the size is looked at; None: one in 64 of the shorter side
-           seed:int=0               # for 'random'
-          ) -> Tensor:              # of the shape of `W`; the higher, the sooner it is chosen
-    "How much each entry deserves to move. Raises `ValueError` for a rank that the matrix does not have."
-    if by == 'magnitude': return W.abs()
-    if by == 'random': return torch.rand(W.shape, generator=torch.Generator().manual_seed(seed)).to(W.device)
-    k = filter_rank or max(1, round(min(W.shape)/64))
-    if k > min(W.shape): raise ValueError(f'filter_rank is {k}; a matrix of {W.shape[0]} x {W.shape[1]} has at most {min(W.shape)}')
-    U, S, V = torch.linalg.svd(W.float(), full_matrices=False)
-    return ((U[:, :k]*S[:k]) @ V[:k]).abs()
-
 def best(s:Tensor, # scores of a matrix
          r:int     # the budget of LoRA of this rank: (rows + columns) r entries, or all there are
         ) -> Tensor: # their places, counted row by row, in that order

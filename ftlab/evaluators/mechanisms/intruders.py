@@ -17,7 +17,7 @@ __all__ = ['intruders', 'count_intruders', 'shrink_intruders']
 @probe('LoRA vs Full Fine-tuning: An Illusion of Equivalence', '2410.21228',
     'At equal task accuracy LoRA has intruder dimensions, full fine-tuning has none, and shrinking them undoes forgetting.',
     'the abstract, Algorithm 1 and the public reviews; the defaults k=10 and eps=0.5 as reported by others',
-    ask=lambda model, change, batch: count_intruders(change))
+    ask=lambda model, change, batch: count_intruders(change), on='directions')
 def intruders(W0:Tensor,    # the base matrix, [out, in]
               W1:Tensor,    # the tuned one
               k:int=10,     # how many of its left singular vectors are looked at
