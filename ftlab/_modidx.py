@@ -357,6 +357,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'ftlab/adapters/subsets/lt_sft.py'),
                                                'ftlab.adapters.subsets.lt_sft.lt_sft': ( 'adapters/subsets/lt_sft.html#lt_sft',
                                                                                          'ftlab/adapters/subsets/lt_sft.py'),
+                                               'ftlab.adapters.subsets.lt_sft.movable': ( 'adapters/subsets/lt_sft.html#movable',
+                                                                                          'ftlab/adapters/subsets/lt_sft.py'),
                                                'ftlab.adapters.subsets.lt_sft.moved_most': ( 'adapters/subsets/lt_sft.html#moved_most',
                                                                                              'ftlab/adapters/subsets/lt_sft.py'),
                                                'ftlab.adapters.subsets.lt_sft.short': ( 'adapters/subsets/lt_sft.html#short',
