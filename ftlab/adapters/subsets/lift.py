@@ -22,21 +22,24 @@ SCORES = ('principal', 'magnitude', 'random')
 
 def scores(W:Tensor,                # a matrix
            by:str='principal',      # 'principal' (LIFT), or the baselines 'magnitude' and 'random'
-           filter_rank:int|None=None, # directions kept before the size is looked at; None: one in 64 of the shorter side
+           filter_rank:int|None=None, # directions that are kept; None: one in 64 of the shorter side
            seed:int=0               # for 'random'
           ) -> Tensor:              # of the shape of `W`; the higher, the sooner it is chosen
-    "How much each entry deserves to move. Raises `ValueError` for a rank that the matrix does not have."
-    if by == 'magnitude': return W.abs()
-    if by == 'random': return torch.rand(W.shape, generator=torch.Generator().manual_seed(seed)).to(W.device)
+    "The score by which entries are chosen. Raises `ValueError` for a rank that the matrix does not have."
+    if by == 'magnitude':
+        return W.abs()
+    if by == 'random':
+        return torch.rand(W.shape, generator=torch.Generator().manual_seed(seed)).to(W.device)
     k = filter_rank or max(1, round(min(W.shape)/64))
-    if k > min(W.shape): raise ValueError(f'filter_rank is {k}; a matrix of {W.shape[0]} x {W.shape[1]} has at most {min(W.shape)}')
+    if k > min(W.shape):
+        raise ValueError(f'filter_rank is {k}; a matrix of {W.shape[0]} x {W.shape[1]} has at most {min(W.shape)}')
     U, S, V = torch.linalg.svd(W.float(), full_matrices=False)
     return ((U[:, :k]*S[:k]) @ V[:k]).abs()
 
 def best(s:Tensor, # scores of a matrix
          r:int     # the budget of LoRA of this rank: (rows + columns) r entries, or all there are
-        ) -> Tensor: # their places, counted row by row, in that order
-    "The places with the highest score; ties go to the first"
+        ) -> Tensor: # their indices, counted row by row, in that order
+    "The indices of the highest scores; ties go to the first"
     return kth_magnitude(s.contiguous(), min(sum(s.shape)*r, s.numel()), 'indices').long()
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class principal:
     where:Callable|None=None    # a selection; None: attention and MLP
 
     def __post_init__(self):
-        if self.by not in SCORES: raise ValueError(f'by is {self.by!r}; it must be {", ".join(SCORES)}')
+        if self.by not in SCORES:
+            raise ValueError(f'by is {self.by!r}; it must be {", ".join(SCORES)}')
 
     def indices(self, W:Tensor, seed:int=0) -> Tensor:
         "The entries of one matrix, counted row by row"
@@ -58,34 +62,42 @@ class principal:
         params, out = dict(model.named_parameters()), {}
         for i, n in enumerate((self.where or parts())(model, batches, seed)):
             W = params[n].detach()
-            if W.ndim != 2: continue # the bias of a part has no directions
+            if W.ndim != 2:
+                continue # the bias of a part has no directions
             mask = torch.zeros(W.numel(), dtype=torch.bool, device=W.device)
             out[n] = mask.index_fill_(0, self.indices(W, seed + i), True).view_as(W)
         return out
 
-    def __repr__(self): return f'principal({self.r}, {self.by})'
+    def __repr__(self):
+        return f'principal({self.r}, {self.by})'
 
 # %% ../../../nbs/adapters/subsets/lift.ipynb #000bc9fb
 class Refresh:
     "Every so many steps, choose the entries again from the weights as they are; new ones start without moments"
-    def __init__(self, every:int,          # steps
-                 choose:Callable): # (weight [out, in]) -> indices
+    def __init__(self,
+                 every:int,       # steps
+                 choose:Callable  # (weight [out, in]) -> indices
+                ):
         self.every, self.choose, self.deltas, self.known = every, choose, {}, False
 
-    def before_load(self, state): self.deltas = state.attached.deltas
+    def before_load(self, state):
+        self.deltas = state.attached.deltas
 
     def before_fit(self, state):
         if state.step >= self.every and not self.known:
-            raise ValueError(f'this run has chosen its entries anew, at step {self.every} or later, and its checkpoint does not hold them; start it again without resume')
+            raise ValueError(f'this run has chosen its entries anew, at step {self.every} or later, '
+                             'and its checkpoint does not hold them; start it again without resume')
 
     @torch.no_grad()
     def after_step(self, state):
-        if state.step % self.every or state.step >= state.steps: return
+        if state.step % self.every or state.step >= state.steps:
+            return
         for n, d in state.attached.deltas.items():
             new = d.move(self.choose(state.attached.weight(n)[1]))
             moments = state.optimizer.state[d.value].values() if state.optimizer else ()
             for t in moments:
-                if torch.is_tensor(t) and t.shape == d.value.shape: t[new] = 0.
+                if torch.is_tensor(t) and t.shape == d.value.shape:
+                    t[new] = 0.
 
     def state_dict(self) -> dict:
         "Which entries each delta holds and has left; their values and moments are the run's parameters and optimizer state"
@@ -93,7 +105,8 @@ class Refresh:
 
     def load_state_dict(self, kept) -> None:
         "Go on with the entries of a checkpoint"
-        for n, d in self.deltas.items(): d.hold(**kept[n])
+        for n, d in self.deltas.items():
+            d.hold(**kept[n])
         self.known = True
 
 HELD = ('index', 'left_index', 'left_value')
@@ -103,12 +116,13 @@ HELD = ('index', 'left_index', 'left_value')
     'the abstract and the official code (sparseAdam.py and its settings); filter rank and budget are scaled to small models',
     lr=3e-3, lrs=(1e-3, 3e-3, 1e-2))
 def lift(r:int=8,                # the budget: as many parameters as LoRA of this rank
-         filter_rank:int|None=None, # directions kept before the size is looked at; None: one in 64
+         filter_rank:int|None=None, # directions that are kept; None: one in 64
          by:str='principal',     # 'principal' is the paper's; 'magnitude' and 'random' its baselines
          every:int=400           # steps between two choices of the entries; 0: never again. 'random' is drawn once
         ) -> Recipe:
     "Low-rank informed sparse fine-tuning"
-    if every < 0: raise ValueError(f'every is {every}; it must be 0 or more steps')
+    if every < 0:
+        raise ValueError(f'every is {every}; it must be 0 or more steps')
     chosen = principal(r, by, filter_rank)
     again = Loop(callbacks=(With(Refresh, every=every, choose=chosen.indices),)) if every and by != 'random' else None
     return Recipe(select=chosen, delta=Entries, loop=again)
