@@ -22,11 +22,12 @@ class band:
     "Keep the entries of middle size. Raises `ValueError` for quantiles out of order."
     beta:float=.85    # the share of the smallest entries that is set to zero
     gamma:float=.994  # entries above this quantile are set to zero too; 1: none
-    per:str='tensor'  # what entries are ranked within: 'tensor', or 'row' (the last axis, with the counts of the official code)
+    per:str='tensor'  # ranked within each 'tensor', or each 'row' with the official counts
 
     def __post_init__(self):
         if not 0 <= self.beta < self.gamma <= 1:
-            raise ValueError(f'beta is {self.beta} and gamma {self.gamma}; it must be 0 <= beta < gamma <= 1')
+            raise ValueError(f'beta is {self.beta} and gamma {self.gamma}; '
+                             'it must be 0 <= beta < gamma <= 1')
         if self.per not in ('tensor', 'row'):
             raise ValueError(f'per is {self.per!r}; it must be tensor or row')
 
@@ -43,11 +44,13 @@ class band:
         return c.where(unpack_mask(kth_magnitude(c.contiguous(), k, 'mask', drop), c), 0)
 
     def within_rows(self, c:Tensor) -> Tensor:
-        "In each row the official counts: int((1 - gamma) n) largest are removed, then int((1 - beta) n) are kept; a single number stays"
+        "In each row of n drop the int((1 - gamma) n) largest, then keep the int((1 - beta) n) largest"
         if not c.ndim:
             return c
         rows = c.reshape(-1, c.shape[-1])
-        drop, k = (int(share*rows.shape[1] + 1e-9) for share in (1 - self.gamma, 1 - self.beta)) # 1 - .9 is less than .1 in floating point
+        shares = (1 - self.gamma, 1 - self.beta)
+        # 1 - .9 is below .1 in floating point, hence the 1e-9
+        drop, k = (int(share*rows.shape[1] + 1e-9) for share in shares)
         at = rows.abs().argsort(dim=1, descending=True, stable=True)[:, drop:drop + k]
         return torch.zeros_like(rows).scatter(1, at, rows.gather(1, at)).view_as(c)
 
@@ -55,8 +58,10 @@ class band:
         return f'band({self.beta}, {self.gamma}{", row" if self.per == "row" else ""})'
 
 @method('Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks', '2312.06795',
-    'Adding changes of which only the entries of middle size are kept stays good as tasks are added, with one scale chosen on the first few.',
-    'the abstract, the official code and mergekit\'s; defaults are those that the official search script names',
+    'Adding changes of which only the entries of middle size are kept stays good as tasks '
+    'are added, with one scale chosen on the first few.',
+    'the abstract, the official code and mergekit\'s; defaults are those that the '
+    'official search script names',
     waives={'accumulates': 'an entry at the very quantile may fall on either side by rounding'})
 def breadcrumbs(beta:float=.85, # the share of the smallest entries that is dropped
                 gamma:float=.994, # entries above this quantile are dropped
@@ -66,7 +71,7 @@ def breadcrumbs(beta:float=.85, # the share of the smallest entries that is drop
     return Recipe(edit=band(beta, gamma, per))
 
 def merge_breadcrumbs(changes:list[Mapping], # one change a task, all from one base
-                      alpha:float=.2,    # the share of the sum that is taken, chosen once on a few tasks
+                      alpha:float=.2,    # the share of the sum, chosen once on a few tasks
                       beta:float=.85,    # as in `band`
                       gamma:float=.994,  # as in `band`
                       per:str='tensor'   # as in `band`

@@ -17,15 +17,16 @@ __all__ = ['half', 'hft']
 # %% ../../../nbs/adapters/subsets/hft.ipynb #00057acd
 @dataclass(frozen=True)
 class half:
-    "Select a random `ratio` of the matrices and norms; embeddings, head and everything outside the blocks always move"
+    "Select a random `ratio` of the matrices and norms; everything outside the blocks always moves"
     ratio:float=.5            # the share of each category that moves, over the whole model
-    granularity:str='matrix'  # what is drawn: 'matrix' (the paper's), or its two weaker variants: 'block' (whole blocks) or 'model' (matrices, whatever their block)
+    granularity:str='matrix'  # 'matrix' (the paper's), 'block' (whole blocks) or 'model' (any matrices)
 
     def __post_init__(self):
         if not 0 < self.ratio <= 1:
             raise ValueError(f'ratio is {self.ratio}; it must be above 0 and at most 1')
         if self.granularity not in ('matrix', 'block', 'model'):
-            raise ValueError(f'granularity is {self.granularity!r}; it must be matrix, block or model')
+            raise ValueError(f'granularity is {self.granularity!r}; '
+                             'it must be matrix, block or model')
 
     def __call__(self, model, batches=None, seed=0) -> dict: # {name: True}
         a, rng = anatomy(model), random.Random(seed)
@@ -33,7 +34,8 @@ class half:
         out = {n: True for n, _ in model.named_parameters() if n not in inside}
         for n in _draw(a, self.ratio, self.granularity, rng):
             out[n] = True
-        homes = [(b, r, n) for b in a.blocks for r, n in {**b.attention, **b.mlp, **b.norms}.items()]
+        homes = [(b, r, n) for b in a.blocks
+                 for r, n in {**b.attention, **b.mlp, **b.norms}.items()]
         biases = {b.biases[r] for b, r, n in homes if n in out and b.biases.get(r)}
         return {n: True for n, _ in model.named_parameters() if n in out or n in biases}
 
@@ -56,10 +58,11 @@ def _draw(a, ratio, granularity, rng):
     return out
 
 def _counts(groups, ratio, rng):
-    "How many names move in each group, [block][category]: `ratio` of a category over all blocks, to within one"
+    "How many names move, [block][category]: `ratio` of each category over all blocks, to within one"
     first = rng.sample(range(len(groups)), len(groups)//2)
     exact = [[ratio*len(names) for names in block] for block in groups]
-    counts = [[int(x + 1e-9) for x in block] for block in exact] # 3*(1/3) is a whole matrix, whatever rounding says
+    # 10*.3 is three whole matrices, whatever rounding says
+    counts = [[int(x + 1e-9) for x in block] for block in exact]
     for j in range(len(groups[0])):
         odd = [i for i, block in enumerate(exact) if block[j] - counts[i][j] > 1e-9]
         missing = math.ceil(sum(exact[i][j] - counts[i][j] for i in odd) - .5 - 1e-9)
@@ -67,14 +70,16 @@ def _counts(groups, ratio, rng):
         more += rng.sample([i for i in odd if i not in more], missing - len(more))
         for i in more:
             counts[i][j] += 1
-        if odd:
-            first = [] # each category draws its own blocks: one order for all would leave some blocks out
+        if odd: # the next category draws its own blocks: one order for all would leave some blocks out
+            first = []
     return counts
 
 # %% ../../../nbs/adapters/subsets/hft.ipynb #000b7acd
 @method('HFT: Half Fine-Tuning for Large Language Models', '2404.18466',
-    'Fine-tuning a random half of the parameters learns as well as fine-tuning all of them and forgets less.',
-    'the abstract and summaries of the paper; how odd groups other than the MLP are split is our reading')
+    'Fine-tuning a random half of the parameters learns as well as fine-tuning all of '
+    'them and forgets less.',
+    'the abstract and summaries of the paper; how odd groups other than the MLP are split '
+    'is our reading')
 def hft(ratio:float=.5, # the share of each category that moves, over the whole model
         granularity:str='matrix' # 'matrix' (the paper's), 'block' or 'model'
        ) -> Recipe:

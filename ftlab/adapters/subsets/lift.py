@@ -22,17 +22,18 @@ SCORES = ('principal', 'magnitude', 'random')
 
 def scores(W:Tensor,                # a matrix
            by:str='principal',      # 'principal' (LIFT), or the baselines 'magnitude' and 'random'
-           filter_rank:int|None=None, # directions that are kept; None: one in 64 of the shorter side
+           filter_rank:int|None=None, # directions kept; None: one in 64 of the shorter side
            seed:int=0               # for 'random'
           ) -> Tensor:              # of the shape of `W`; the higher, the sooner it is chosen
-    "The score by which entries are chosen. Raises `ValueError` for a rank that the matrix does not have."
+    "The scores by which entries are chosen. Raises `ValueError` for a rank above the matrix's."
     if by == 'magnitude':
         return W.abs()
     if by == 'random':
         return torch.rand(W.shape, generator=torch.Generator().manual_seed(seed)).to(W.device)
     k = filter_rank or max(1, round(min(W.shape)/64))
     if k > min(W.shape):
-        raise ValueError(f'filter_rank is {k}; a matrix of {W.shape[0]} x {W.shape[1]} has at most {min(W.shape)}')
+        raise ValueError(f'filter_rank is {k}; '
+                         f'a matrix of {W.shape[0]} x {W.shape[1]} has at most {min(W.shape)}')
     U, S, V = torch.linalg.svd(W.float(), full_matrices=False)
     return ((U[:, :k]*S[:k]) @ V[:k]).abs()
 
@@ -73,7 +74,7 @@ class principal:
 
 # %% ../../../nbs/adapters/subsets/lift.ipynb #000bc9fb
 class Refresh:
-    "Every so many steps, choose the entries again from the weights as they are; new ones start without moments"
+    "Every so many steps, choose the entries again from the current weights; new ones have no moments"
     def __init__(self,
                  every:int,       # steps
                  choose:Callable  # (weight [out, in]) -> indices
@@ -100,7 +101,7 @@ class Refresh:
                     t[new] = 0.
 
     def state_dict(self) -> dict:
-        "Which entries each delta holds and has left; their values and moments are the run's parameters and optimizer state"
+        "Which entries each delta holds and has left; their values are the run's parameters"
         return {n: {k: getattr(d, k) for k in HELD} for n, d in self.deltas.items()}
 
     def load_state_dict(self, kept) -> None:
@@ -111,18 +112,23 @@ class Refresh:
 
 HELD = ('index', 'left_index', 'left_value')
 
-@method('LIFT the Veil for the Truth: Principal Weights Emerge after Rank Reduction for Reasoning-Focused Supervised Fine-Tuning', '2506.00772',
-    'Tuning only the entries that are largest after rank reduction learns better than tuning everything and keeps more of the old.',
-    'the abstract and the official code (sparseAdam.py and its settings); filter rank and budget are scaled to small models',
+@method(
+    'LIFT the Veil for the Truth: Principal Weights Emerge after Rank Reduction for '
+    'Reasoning-Focused Supervised Fine-Tuning', '2506.00772',
+    'Tuning only the entries that are largest after rank reduction learns better than '
+    'tuning everything and keeps more of the old.',
+    'the abstract and the official code (sparseAdam.py and its settings); filter rank and '
+    'budget are scaled to small models',
     lr=3e-3, lrs=(1e-3, 3e-3, 1e-2))
 def lift(r:int=8,                # the budget: as many parameters as LoRA of this rank
          filter_rank:int|None=None, # directions that are kept; None: one in 64
-         by:str='principal',     # 'principal' is the paper's; 'magnitude' and 'random' its baselines
-         every:int=400           # steps between two choices of the entries; 0: never again. 'random' is drawn once
+         by:str='principal',     # 'principal' (the paper's), or its baselines 'magnitude' and 'random'
+         every:int=400           # steps between two choices; 0: never again. 'random' is drawn once
         ) -> Recipe:
     "Low-rank informed sparse fine-tuning"
     if every < 0:
         raise ValueError(f'every is {every}; it must be 0 or more steps')
     chosen = principal(r, by, filter_rank)
-    again = Loop(callbacks=(With(Refresh, every=every, choose=chosen.indices),)) if every and by != 'random' else None
+    again = (Loop(callbacks=(With(Refresh, every=every, choose=chosen.indices),))
+             if every and by != 'random' else None)
     return Recipe(select=chosen, delta=Entries, loop=again)

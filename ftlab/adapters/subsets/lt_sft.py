@@ -21,13 +21,15 @@ __all__ = ['WHY', 'short', 'moved_most', 'these', 'movable', 'tune_what_moved', 
 # %% ../../../nbs/adapters/subsets/lt_sft.ipynb #0013c9fb
 @dataclass(frozen=True)
 class short(Term):
-    "A penalty on the distance that parameters have moved, |theta - theta0|, summed and divided by the size of the model"
+    "A penalty on the mean distance moved: the sum of |theta - theta0| over the size of the model"
     weight:float # of one unit of mean distance from the start, over all parameters of the model
 
     def __call__(self, state) -> Tensor:
         att = state.attached
-        start = state.extra.setdefault('start', {n: att.before(n).to(state.device) for n in att.whole})
-        far = sum((p if '::' in n else p - start[n]).abs().sum() for n, p in att.parameters().items())
+        start = state.extra.setdefault(
+            'start', {n: att.before(n).to(state.device) for n in att.whole})
+        far = sum((p if '::' in n else p - start[n]).abs().sum()
+                  for n, p in att.parameters().items())
         added = sum(p.numel() for d in att.deltas.values() for p in d.parameters())
         size = sum(p.numel() for p in state.model.parameters()) - added
         return self.weight*far/size/len(state.batches)
@@ -36,8 +38,12 @@ class short(Term):
         return f'short({self.weight})'
 
 @torch.no_grad()
-def moved_most(model, before:Mapping, names, density:float) -> dict[str, Tensor]: # {name: mask}; tensors without an entry are left out
-    "Mark the `density` share of the entries in `names` that differ most from `before`, all tensors ranked together"
+def moved_most(model,
+               before:Mapping,      # {name: tensor} at the start
+               names,               # the tensors that are ranked, all together
+               density:float        # the share of their entries; one entry at least
+              ) -> dict[str, Tensor]: # {name: mask}; tensors without an entry are left out
+    "Mark the entries that differ most from `before`"
     params, names = dict(model.named_parameters()), list(names)
     far = [(params[n] - before[n].to(params[n].device)).contiguous() for n in names]
     k = max(1, round(density*sum(f.numel() for f in far)))
@@ -56,7 +62,7 @@ class these:
         return f'these({len(self.masks)})'
 
 def movable(model, batches=None, seed=0) -> dict[str, bool]:
-    "Select the base model, whole, but for its norms (weights and biases) and an untied head on top of it"
+    "Select the base model without its norms (weights and biases) and without an untied head"
     a = anatomy(model)
     frozen = set() if a.tied else {a.head}
     for part in (a, *a.blocks):
@@ -75,7 +81,8 @@ class tune_what_moved:
     def __call__(self, context) -> Recipe:
         masks = moved_most(context.model, context.before, movable(context.model), self.density)
         context.reset()
-        return Recipe('tune what moved', select=these(masks), delta=Entries, objective=_held(self.l1))
+        return Recipe('tune what moved', select=these(masks), delta=Entries,
+                      objective=_held(self.l1))
 
 def _held(l1):
     return nll() + short(l1) if l1 else None
@@ -83,10 +90,12 @@ def _held(l1):
 WHY = {'accumulates': 'a parameter at the very rank K may be chosen or not by rounding'}
 
 @method('Composable Sparse Fine-Tuning for Cross-Lingual Transfer', '2110.07560',
-    'Sparse changes at the numbers that moved most in a first run can be added: task and language learned apart work together.',
-    'the abstract and the official code (lt_sft.py, trainer.py and the tagging script); exact K instead of a threshold',
+    'Sparse changes at the numbers that moved most in a first run can be added: task and '
+    'language learned apart work together.',
+    'the abstract and the official code (lt_sft.py, trainer.py and the tagging script); '
+    'exact K instead of a threshold',
     waives=WHY)
-def lt_sft(density:float=.08, # the share of the base model's parameters, norms apart, that may move in the second run
+def lt_sft(density:float=.08, # the share of the base model, norms apart, that may move in the second run
            l1:float=0.        # weight of the mean distance from the start, in both runs
           ) -> Recipe:
     "Lottery-ticket sparse fine-tuning: train all, keep what moved most, put back, train that. Half of the steps go to each run."
