@@ -1,4 +1,5 @@
 "Changes on all ten architectures: put on, silenced, folded, taken off, saved, loaded; and what is refused"
+import hashlib
 import os
 from functools import partial
 from pathlib import Path
@@ -276,6 +277,38 @@ def test_half_is_half_everywhere(family):
         check_selection(m, chosen); assert outside <= set(chosen)
         took = [n for n in a.matrices('attention') if n in chosen]; assert len(took) == len(a.matrices('attention'))/2
     assert set(half(1.)(m)) == set(everything(m))
+
+DRAWS = dict(llama='95b59112a702f511', gemma2='feb27c91e5a3269d', qwen3='da12a0f78449d614', gpt2='c2254744b09a649e',
+             phi='4ee927da3fab39d3', bert='70898c7c271f8f40')  # of half(.5), which is the paper's: claims rest on these draws
+
+@pytest.mark.parametrize('family', DRAWS)
+def test_the_half_that_a_seed_draws_stays_the_same(family):
+    m = tiny(family)
+    text = '\n'.join(str(sorted(half(.5)(m, seed=s))) for s in range(20))
+    assert hashlib.blake2s(text.encode(), digest_size=8).hexdigest() == DRAWS[family]
+
+@pytest.mark.parametrize('ratio', [.1, 1/3, .4, .5, .6, .9])
+@pytest.mark.parametrize('family, blocks', [('llama', 2), ('llama', 5), ('llama', 12), ('gpt2', 4), ('gemma2', 3), ('t5', 2)])
+def test_the_share_that_was_asked_for_moves(family, blocks, ratio):
+    m = tiny(family, **({} if family == 't5' else dict(num_hidden_layers=blocks)))
+    a = anatomy(m)
+    for seed in range(3):
+        chosen = half(ratio)(m, seed=seed)
+        for part in ('attention', 'mlp', 'norms'):
+            names = [n for b in a.blocks for n in getattr(b, part).values()]
+            took = sum(n in chosen for n in names)
+            assert abs(took - ratio*len(names)) <= .5 + 1e-6, (part, took, ratio*len(names))
+            for b in a.blocks: # and it is spread over the blocks as evenly as whole matrices can be
+                mine = getattr(b, part).values()
+                assert abs(sum(n in chosen for n in mine) - ratio*len(mine)) < 1
+
+def test_blocks_that_move_more_are_drawn_for_each_category():
+    m = tiny('llama', num_hidden_layers=12)
+    a = anatomy(m)
+    def more(part, chosen): return {b.index for b in a.blocks if any(n in chosen for n in getattr(b, part).values())}
+    picks = [half(.1)(m, seed=s) for s in range(8)]
+    assert any(more('attention', c) & more('mlp', c) != more('mlp', c) for c in picks)
+    assert set.union(*(more('mlp', c) for c in picks)) == set(range(12))
 
 def test_top_takes_the_largest_and_breaks_ties_by_place():
     m = tiny('llama'); n = 'model.layers.0.mlp.up_proj.weight'; p = dict(m.named_parameters())[n]

@@ -70,9 +70,29 @@ def test_the_band_is_mergekit_s():
     c = torch.randn(50, 40, generator=torch.Generator().manual_seed(2))
     assert torch.equal(band(.85, .99)(dict(w=c), None)['w'], mergekit_says(c, .14, .01))
 
+def official_says(c, remove, keep):
+    "src/task_vectors.py: along the last axis, int(remove n) largest go, then int(keep n) largest of what is left stay; a single number stays"
+    if not c.ndim: return c
+    out, rows = torch.zeros_like(c).view(-1, c.shape[-1]), c.reshape(-1, c.shape[-1])
+    for new, row in zip(out, rows):
+        order = sorted(range(len(row)), key=lambda i: -abs(float(row[i])))[int(len(row)*remove):][:int(len(row)*keep)]
+        new[order] = row[order]
+    return out.view_as(c)
+
+@pytest.mark.parametrize('keep, remove', [(.15, .006), (.2, .01), (.05, .001), (.5, .1), (1., 0.)])
+@pytest.mark.parametrize('shape', [(5, 128), (3, 768), (2, 1000), (320,), (4, 3, 200), (6, 10), ()])
+def test_a_row_keeps_the_official_counts(shape, keep, remove):
+    c = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(band(1 - keep, 1 - remove, 'row')(dict(w=c), None)['w'], official_says(c, remove, keep))
+
 def test_a_row_is_ranked_by_itself():
-    c = torch.arange(1., 21).view(2, 10); new = band(.5, .9, 'row')(dict(w=c), None)['w']
-    assert [r.nonzero().flatten().tolist() for r in new] == [[5, 6, 7, 8]]*2 and not torch.equal(new, band(.5, .9)(dict(w=c), None)['w'])
+    c = torch.arange(1., 21).view(2, 10)
+    new = band(.5, .9, 'row')(dict(w=c), None)['w']
+    assert [r.nonzero().flatten().tolist() for r in new] == [[4, 5, 6, 7, 8]]*2  # one of ten removed, five kept
+    assert not torch.equal(new, band(.5, .9)(dict(w=c), None)['w'])
+    defaults = band(per='row')(dict(a=torch.rand(2, 128) + 1, b=torch.rand(2, 768) + 1), None)
+    assert [(t != 0).sum(1).tolist() for t in defaults.values()] == [[19, 19], [115, 115]]
+    assert repr(band(per='row')) != repr(band())
 
 @pytest.mark.parametrize('bad', [dict(beta=.9, gamma=.8), dict(beta=-.1), dict(gamma=1.1), dict(per='layer')])
 def test_what_cannot_be_a_band_is_refused(bad):

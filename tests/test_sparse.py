@@ -8,11 +8,12 @@ from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import coverage, parts
 from ftlab.adapters.sparse import compose, overlap
 from ftlab.adapters.subsets.lift import Refresh, best, lift, principal, scores
-from ftlab.adapters.subsets.lt_sft import lt_sft, moved_most, short
+from ftlab.adapters.subsets.lt_sft import lt_sft, movable, moved_most, short
 from ftlab.core.anatomy import anatomy
+from ftlab.core.loading import load
 from ftlab.trainers.fit import fit
-from tiny import DECODERS, ENCODERS, example_inputs, tiny
-from toys import TOK, lab_data, logits, probe, same, toy, weights
+from tiny import DECODERS, ENCODERS, USUAL, example_inputs, tiny
+from toys import TOK, classifier, lab_data, label_data, logits, probe, same, toy, weights
 
 def out(m): return logits(m, example_inputs())
 def tune(recipe, steps=6, model=None, **more): return fit(model or toy(), TOK, lab_data(), recipe, **dict(dict(steps=steps, batch_size=8, progress=False, lr=1e-2), **more))
@@ -129,6 +130,46 @@ def test_what_moves_in_the_second_run_is_what_moved_most_in_the_first():
     assert all(torch.equal(first[n], base[n]) for n in base if 'norm' in n), 'the norms are frozen'
     change = run.delta.tensors(); assert all(not t[~held[n]].any() for n, t in change.items()) and sum(int((t != 0).sum()) for t in change.values()) > .9*k
     assert len({n for n in names if not theirs[n].any()} & set(held)) == 0 and same(weights(run.model), base)
+
+def norms_of(model) -> set[str]:
+    "The weights and biases of every norm, by the class of its module and not by its name"
+    return {f'{m}.{p}' for m, module in model.named_modules() if 'Norm' in type(module).__name__ for p, _ in module.named_parameters(recurse=False)}
+
+@pytest.mark.parametrize('family', USUAL)
+def test_norms_are_frozen_with_their_biases_and_all_else_of_the_base_model_may_move(family):
+    m = tiny(family)
+    head = {'lm_head.weight', 'lm_head.bias', 'classifier.weight', 'classifier.bias'} | {n for n in weights(m) if n.startswith(('cls.', 'lm_head.'))}
+    assert set(movable(m)) == set(weights(m)) - norms_of(m) - head
+
+@pytest.mark.parametrize('family', ['gpt2', 'bert'])
+def test_a_model_without_a_head_is_all_base(family):
+    m = tiny(family, 'none')
+    assert set(movable(m)) == set(weights(m)) - norms_of(m)
+
+def test_on_a_lab_model_what_may_move_is_what_it_was():
+    m = load('lab-s')[0]
+    assert movable(m) == parts('attention', 'mlp', 'bias', 'embedding', 'head', 'other')(m)
+
+def test_the_norms_of_a_gpt2_stay_in_both_runs():
+    ends, m = Ends(), tiny('gpt2', vocab_size=len(TOK), max_position_embeddings=128)
+    was, norms = weights(m), norms_of(m)
+    assert 'transformer.h.0.ln_1.bias' in norms
+    tune(lt_sft(density=.5), model=m, steps=4, callbacks=(ends,))
+    for after in ends.found:
+        assert all(torch.equal(after[n], was[n]) for n in norms)
+    assert any(not torch.equal(ends.found[0][n], was[n]) for n in was if n.endswith('bias')), 'other biases move'
+
+def test_a_task_head_trains_whole_and_takes_no_part_in_the_ranking():
+    ends, m = Ends(), classifier()
+    was, norms, ranked = weights(m), norms_of(m), set(movable(m))
+    head = {'classifier.weight', 'classifier.bias'}
+    fit(m, TOK, label_data(), lt_sft(density=.05), steps=6, batch_size=8, lr=1e-2, progress=False, callbacks=(ends,))
+    first, second = ends.found
+    assert all(not torch.equal(first[n], was[n]) for n in head) and all((second[n] != was[n]).all() for n in head)
+    assert not ranked & head and not ranked & norms
+    k = round(.05*sum(was[n].numel() for n in ranked))
+    assert sum(len(d.index) for d in ends.attached[-1].deltas.values()) == k
+    assert all(torch.equal(second[n], was[n]) for n in norms)
 
 def test_the_second_run_starts_from_the_base_again():
     class First:

@@ -77,5 +77,35 @@ def test_the_price_of_scales_is_their_sum_and_shrinks_them():
     for l1 in (0., 1.): look = Stages(); tune(lofit(l1=l1), steps=20, callbacks=(look,)); sizes.append(sum(float(s['A'].abs().sum()) for _, s in look.found[0].values()))
     assert sizes[1] < .5*sizes[0]
 
+class Rates:
+    "Notes the learning rate of each stage, as the step and the record have it"
+    def __init__(self): self.found = []
+    def before_fit(self, state): self.found.append(state.settings['lr'])
+
+@pytest.mark.parametrize('recipe, given, want', [
+    (lofit(), None, [5e-3, 1e-2]), # the official scripts of Llama-2-7B
+    (lofit(lr_select=1e-3, lr_offset=2e-2), None, [1e-3, 2e-2]), # of the 13B model
+    (lofit(by='random', lr_select=5e-4), None, [5e-4, 1e-2]),
+    (lofit(lr_select=1e-3, lr_offset=2e-2), .03, [.03, .03])])
+def test_each_stage_has_a_rate_of_its_own_unless_fit_is_given_one(recipe, given, want):
+    look, ends = Rates(), Stages()
+    run = tune(recipe, lr=given, steps=4, callbacks=(look, ends))
+    assert look.found == want
+    assert [s['lr'] for s in run.settings['stages']] == [recipe.arguments['lr_select'], recipe.arguments['lr_offset']]
+
+def test_the_rate_of_a_stage_is_what_its_values_move_by():
+    "Adam's first step moves every value by the rate: 2 stages of 1 step each"
+    ends = Stages()
+    tune(lofit(l1=0., lr_select=1e-3, lr_offset=2e-2), lr=None, steps=2, schedule='constant', callbacks=(ends,))
+    first, second = ends.found
+    for found, key, rate in ((first, 'A', 1e-3), (second, 'v', 2e-2)):
+        moved = torch.cat([s[key] for _, s in found.values()]).abs()
+        assert moved.max() <= rate*1.001 and moved.median() > .9*rate
+
+@pytest.mark.parametrize('kw', [dict(lr_select=0.), dict(lr_offset=-1.), dict(lr_offset=float('nan')), dict(lr_select=float('inf'))])
+def test_a_rate_that_is_none_is_refused(kw):
+    with pytest.raises(ValueError, match=f'{next(iter(kw))} is .*above 0 and finite'):
+        lofit(**kw)
+
 def test_noise_at_the_start_is_declared():
     assert 'starts as the base' in lofit().promises and 'starts as the base' in lofit(sigma=1e-3).waives and tune(lofit(sigma=1e-3), steps=4).log

@@ -22,12 +22,14 @@ class band:
     "Keep the entries of middle size. Raises `ValueError` for quantiles out of order."
     beta:float=.85    # the share of the smallest entries that is set to zero
     gamma:float=.994  # entries above this quantile are set to zero too; 1: none
-    per:str='tensor'  # what entries are ranked within: 'tensor', or 'row' (the last axis, as in the official code)
+    per:str='tensor'  # ranked within each 'tensor', or each 'row' with the official counts
 
     def __post_init__(self):
         if not 0 <= self.beta < self.gamma <= 1:
-            raise ValueError(f'beta is {self.beta} and gamma {self.gamma}; it must be 0 <= beta < gamma <= 1')
-        if self.per not in ('tensor', 'row'): raise ValueError(f'per is {self.per!r}; it must be tensor or row')
+            raise ValueError(f'beta is {self.beta} and gamma {self.gamma}; '
+                             'it must be 0 <= beta < gamma <= 1')
+        if self.per not in ('tensor', 'row'):
+            raise ValueError(f'per is {self.per!r}; it must be tensor or row')
 
     def __call__(self, changes, model) -> dict:
         trim = self.within_tensor if self.per == 'tensor' else self.within_rows
@@ -37,31 +39,42 @@ class band:
         "By rank: the `drop` largest are passed over, the next `k` are kept"
         n = c.numel()
         drop, k = n - round(self.gamma*n), round(self.gamma*n) - round(self.beta*n)
-        return c.where(unpack_mask(kth_magnitude(c.contiguous(), k, 'mask', drop), c), 0) if k else torch.zeros_like(c)
+        if not k:
+            return torch.zeros_like(c)
+        return c.where(unpack_mask(kth_magnitude(c.contiguous(), k, 'mask', drop), c), 0)
 
     def within_rows(self, c:Tensor) -> Tensor:
-        "The same in each row"
-        rows = c.reshape(-1, c.shape[-1]) if c.ndim else c.reshape(1, 1)
-        n = rows.shape[1]
-        at = rows.abs().argsort(dim=1, stable=True)[:, round(self.beta*n):round(self.gamma*n)]
+        "In each row of n drop the int((1 - gamma) n) largest, then keep the int((1 - beta) n) largest"
+        if not c.ndim:
+            return c
+        rows = c.reshape(-1, c.shape[-1])
+        shares = (1 - self.gamma, 1 - self.beta)
+        # 1 - .9 is below .1 in floating point, hence the 1e-9
+        drop, k = (int(share*rows.shape[1] + 1e-9) for share in shares)
+        at = rows.abs().argsort(dim=1, descending=True, stable=True)[:, drop:drop + k]
         return torch.zeros_like(rows).scatter(1, at, rows.gather(1, at)).view_as(c)
 
-    def __repr__(self): return f'band({self.beta}, {self.gamma})'
+    def __repr__(self):
+        return f'band({self.beta}, {self.gamma}{", row" if self.per == "row" else ""})'
 
 @method('Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks', '2312.06795',
-    'Adding changes of which only the entries of middle size are kept stays good as tasks are added, with one scale chosen on the first few.',
-    'the abstract, the official code and mergekit\'s; defaults are the starting point of the official search',
+    'Adding changes of which only the entries of middle size are kept stays good as tasks '
+    'are added, with one scale chosen on the first few.',
+    'the abstract, the official code and mergekit\'s; defaults are those that the '
+    'official search script names',
     waives={'accumulates': 'an entry at the very quantile may fall on either side by rounding'})
 def breadcrumbs(beta:float=.85, # the share of the smallest entries that is dropped
                 gamma:float=.994, # entries above this quantile are dropped
-                per:str='tensor' # rank within each tensor, or each 'row'
+                per:str='tensor' # rank within each tensor, or each 'row' as in the official code
                ) -> Recipe:
     "Full fine-tuning of which the breadcrumbs are kept: one task's part of a merge, to be added to others' by `merge`"
     return Recipe(edit=band(beta, gamma, per))
 
 def merge_breadcrumbs(changes:list[Mapping], # one change a task, all from one base
-                      alpha:float=.2,   # the share of the sum that is taken, chosen once on a few tasks
-                      beta:float=.85, gamma:float=.994, per:str='tensor' # as in `band`
+                      alpha:float=.2,    # the share of the sum, chosen once on a few tasks
+                      beta:float=.85,    # as in `band`
+                      gamma:float=.994,  # as in `band`
+                      per:str='tensor'   # as in `band`
                      ) -> dict[str, Tensor]:
     "Trim every change to its band and add them up"
     return merge(changes, alpha, band(beta, gamma, per))

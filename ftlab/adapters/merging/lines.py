@@ -21,18 +21,25 @@ class by_depth:
     "Keep the share `alpha + beta*depth` of each tensor's change"
     alpha:float # the share of the change that is kept at the shallow end
     beta:float  # by how much that share grows from the first block to the last
+
     def __call__(self, changes, model) -> dict:
         at = depth(model)
         return {n: (self.alpha + self.beta*at[n])*c for n, c in changes.items()}
-    def __repr__(self): return f'by_depth({self.alpha}, {self.beta})'
 
-LINES = dict(title='LiNeS: Post-training Layer Scaling Prevents Forgetting and Enhances Model Merging', arxiv='2410.17146',
-    claim='Scaling a change up linearly with depth, after training, keeps the new skill and gives old ones back; it also improves merged models.',
-    source='the abstract and the official code (LiNeS_scaling and the norms of aggregation.py); where embedding, last norm and head stand is our reading')
+    def __repr__(self):
+        return f'by_depth({self.alpha}, {self.beta})'
+
+LINES = dict(
+    title='LiNeS: Post-training Layer Scaling Prevents Forgetting and Enhances Model Merging',
+    arxiv='2410.17146',
+    claim='Scaling a change up linearly with depth, after training, keeps the new skill and '
+          'gives old ones back; it also improves merged models.',
+    source='the abstract and the official code (LiNeS_scaling and the norms of aggregation.py); '
+           'where embedding, last norm and head stand is our reading')
 
 @method(**LINES)
-def lines(alpha:float=.5,         # the share kept in the first block; the paper chooses it on validation data, 0.5 is the middle of its sweep
-          beta:float|None=None    # the growth from first to last; None: 1 - alpha, so that the last block keeps all
+def lines(alpha:float=.5,      # the share kept in the first block; chosen on validation data in the paper
+          beta:float|None=None # the growth from first to last; None: 1 - alpha, the last block keeps all
          ) -> Recipe:
     "Full fine-tuning, then LiNeS. `beta=0` scales all layers alike; a negative one is the reverse slope."
     growth = 1 - alpha if beta is None else beta
@@ -40,14 +47,15 @@ def lines(alpha:float=.5,         # the share kept in the first block; the paper
 
 def merge_lines(changes:list[Mapping], # one change a task, all from one base
                 model,                 # the base, for the depth of its layers
-                beta:float=.5,         # the one dial: how much more the last block keeps than the first
-                merged:Mapping|None=None # the sum by another rule (trimmed, with signs elected, ...); None: the plain sum
+                beta:float=.5,         # how much more the last block keeps than the first
+                merged:Mapping|None=None # the sum by another rule; None: the plain sum
                ) -> dict[str, Tensor]:
-    "LiNeS on a merged change: the first block keeps the average, so that `T` tasks do not add up to `T` times the change"
+    "LiNeS on a merged change: the first block keeps the average of the tasks' changes"
     plain = merge(changes)
     merged = plain if merged is None else merged
     size = lambda c: float(sum(t.abs().sum(dtype=torch.float64) for t in c.values()))
-    if not size(merged): raise ValueError('the merged change is zero everywhere, so it has no scale')
+    if not size(merged):
+        raise ValueError('the merged change is zero everywhere, so it has no scale')
     return by_depth(size(plain)/size(merged)/len(changes), beta)(merged, model)
 
 @merging(.5)

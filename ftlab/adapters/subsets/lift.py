@@ -20,8 +20,8 @@ __all__ = ['HELD', 'best', 'principal', 'Refresh', 'lift']
 # %% ../../../nbs/adapters/subsets/lift.ipynb #0009c9fb
 def best(s:Tensor, # scores of a matrix
          r:int     # the budget of LoRA of this rank: (rows + columns) r entries, or all there are
-        ) -> Tensor: # their places, counted row by row, in that order
-    "The places with the highest score; ties go to the first"
+        ) -> Tensor: # their indices, counted row by row, in that order
+    "The indices of the highest scores; ties go to the first"
     return kth_magnitude(s.contiguous(), min(sum(s.shape)*r, s.numel()), 'indices').long()
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class principal:
     where:Callable|None=None    # a selection; None: attention and MLP
 
     def __post_init__(self):
-        if self.by not in SCORES: raise ValueError(f'by is {self.by!r}; it must be {", ".join(SCORES)}')
+        if self.by not in SCORES:
+            raise ValueError(f'by is {self.by!r}; it must be {", ".join(SCORES)}')
 
     def indices(self, W:Tensor, seed:int=0) -> Tensor:
         "The entries of one matrix, counted row by row"
@@ -43,57 +44,72 @@ class principal:
         params, out = dict(model.named_parameters()), {}
         for i, n in enumerate((self.where or parts())(model, batches, seed)):
             W = params[n].detach()
-            if W.ndim != 2: continue # the bias of a part has no directions
+            if W.ndim != 2:
+                continue # the bias of a part has no directions
             mask = torch.zeros(W.numel(), dtype=torch.bool, device=W.device)
             out[n] = mask.index_fill_(0, self.indices(W, seed + i), True).view_as(W)
         return out
 
-    def __repr__(self): return f'principal({self.r}, {self.by})'
+    def __repr__(self):
+        return f'principal({self.r}, {self.by})'
 
 # %% ../../../nbs/adapters/subsets/lift.ipynb #000bc9fb
 class Refresh:
-    "Every so many steps, choose the entries again from the weights as they are; new ones start without moments"
-    def __init__(self, every:int,          # steps
-                 choose:Callable): # (weight [out, in]) -> indices
+    "Every so many steps, choose the entries again from the current weights; new ones have no moments"
+    def __init__(self,
+                 every:int,       # steps
+                 choose:Callable  # (weight [out, in]) -> indices
+                ):
         self.every, self.choose, self.deltas, self.known = every, choose, {}, False
 
-    def before_load(self, state): self.deltas = state.attached.deltas
+    def before_load(self, state):
+        self.deltas = state.attached.deltas
 
     def before_fit(self, state):
         if state.step >= self.every and not self.known:
-            raise ValueError(f'this run has chosen its entries anew, at step {self.every} or later, and its checkpoint does not hold them; start it again without resume')
+            raise ValueError(f'this run has chosen its entries anew, at step {self.every} or later, '
+                             'and its checkpoint does not hold them; start it again without resume')
 
     @torch.no_grad()
     def after_step(self, state):
-        if state.step % self.every or state.step >= state.steps: return
+        if state.step % self.every or state.step >= state.steps:
+            return
         for n, d in state.attached.deltas.items():
             new = d.move(self.choose(state.attached.weight(n)[1]))
             moments = state.optimizer.state[d.value].values() if state.optimizer else ()
             for t in moments:
-                if torch.is_tensor(t) and t.shape == d.value.shape: t[new] = 0.
+                if torch.is_tensor(t) and t.shape == d.value.shape:
+                    t[new] = 0.
 
     def state_dict(self) -> dict:
-        "Which entries each delta holds and has left; their values and moments are the run's parameters and optimizer state"
+        "Which entries each delta holds and has left; their values are the run's parameters"
         return {n: {k: getattr(d, k) for k in HELD} for n, d in self.deltas.items()}
 
     def load_state_dict(self, kept) -> None:
         "Go on with the entries of a checkpoint"
-        for n, d in self.deltas.items(): d.hold(**kept[n])
+        for n, d in self.deltas.items():
+            d.hold(**kept[n])
         self.known = True
 
 HELD = ('index', 'left_index', 'left_value')
 
-@method('LIFT the Veil for the Truth: Principal Weights Emerge after Rank Reduction for Reasoning-Focused Supervised Fine-Tuning', '2506.00772',
-    'Tuning only the entries that are largest after rank reduction learns better than tuning everything and keeps more of the old.',
-    'the abstract and the official code (sparseAdam.py and its settings); filter rank and budget are scaled to small models',
+@method(
+    'LIFT the Veil for the Truth: Principal Weights Emerge after Rank Reduction for '
+    'Reasoning-Focused Supervised Fine-Tuning', '2506.00772',
+    'Tuning only the entries that are largest after rank reduction learns better than '
+    'tuning everything and keeps more of the old.',
+    'the abstract and the official code (sparseAdam.py and its settings); filter rank and '
+    'budget are scaled to small models',
     lr=3e-3, lrs=(1e-3, 3e-3, 1e-2))
 def lift(r:int=8,                # the budget: as many parameters as LoRA of this rank
-         filter_rank:int|None=None, # directions kept before the size is looked at; None: one in 64
-         by:str='principal',     # 'principal' is the paper's; 'magnitude' and 'random' its baselines
-         every:int=400           # steps between two choices of the entries; 0: never again. 'random' is drawn once
+         filter_rank:int|None=None, # directions that are kept; None: one in 64
+         by:str='principal',     # 'principal' (the paper's), or its baselines 'magnitude' and 'random'
+         every:int=400           # steps between two choices; 0: never again. 'random' is drawn once
         ) -> Recipe:
     "Low-rank informed sparse fine-tuning"
-    if every < 0: raise ValueError(f'every is {every}; it must be 0 or more steps')
+    if every < 0:
+        raise ValueError(f'every is {every}; it must be 0 or more steps')
     chosen = principal(r, by, filter_rank)
-    again = Loop(callbacks=(With(Refresh, every=every, choose=chosen.indices),)) if every and by != 'random' else None
+    again = (Loop(callbacks=(With(Refresh, every=every, choose=chosen.indices),))
+             if every and by != 'random' else None)
     return Recipe(select=chosen, delta=Entries, loop=again)
