@@ -16,8 +16,9 @@ __all__ = ['LORA', 'low_rank', 'lora']
 
 # %% ../../../nbs/adapters/modules/lora.ipynb #000aaf9e
 LORA = dict(title='LoRA: Low-Rank Adaptation of Large Language Models', arxiv='2106.09685',
-    claim='Training a low-rank change of frozen weights matches full fine-tuning with a small share of its trainable numbers.',
-    source='the abstract, and peft\'s implementation, with which the numbers are compared')
+    claim='Training a low-rank change of frozen weights matches full fine-tuning with a small share of its trainable parameters.',
+    source='the abstract, and peft\'s implementation, with which the numbers are compared; '
+           'the default targets are wider than the paper\'s, which adapts attention only')
 
 @dataclass(frozen=True)
 class low_rank:
@@ -26,15 +27,20 @@ class low_rank:
     alpha:float=16.
     dropout:float=0.
     rs:bool=False
-    def __call__(self, W, mask=True) -> nn.Module: return LoRA(W, mask, self.r, self.alpha, self.dropout, self.rs)
-    def __repr__(self): return f'LoRA(r={self.r})'
 
-def _why(arguments): return {'accumulates': 'dropout draws other numbers for micro-batches'} if arguments['dropout'] else {}
+    def __call__(self, W, mask=True) -> nn.Module:
+        return LoRA(W, mask, self.r, self.alpha, self.dropout, self.rs)
+
+    def __repr__(self):
+        return f'LoRA(r={self.r})'
+
+def _why(arguments):
+    return {'accumulates': 'dropout draws other numbers for micro-batches'} if arguments['dropout'] else {}
 
 @method(**LORA, lr=3e-3, lrs=(1e-3, 3e-3, 1e-2), waives=_why)
 def lora(r:int=8,              # the rank
          alpha:float=16.,      # scale: alpha/r
-         targets:str|tuple=('attention', 'mlp'), # parts as `parts` names them, or one regular expression for names
+         targets:str|tuple=('attention', 'mlp'), # parts as `parts` names them, or one regular expression for names; the paper: ('attention',)
          dropout:float=0.,     # on the branch's input
          rs:bool=False         # scale by alpha/sqrt(r) instead
         ) -> Recipe:

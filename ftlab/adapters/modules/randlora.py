@@ -19,37 +19,59 @@ __all__ = ['random_bases', 'RandLoRA', 'mixture', 'randlora']
 # %% ../../../nbs/adapters/modules/randlora.ipynb #000caf9e
 @lru_cache(16)
 def random_bases(long:int, short:int, r:int, seed:int=0, sparse:bool=False) -> tuple[Tensor, Tensor]:
-    "RandLoRA's fixed random bases: A [r, short] and B [long, N, r], N = ceil(short/r), each of unit spread; the same for the same arguments"
+    """RandLoRA's fixed random bases: A [r, short] and B [long, N, r], N = ceil(short/r), each of unit standard deviation;
+    the same for the same arguments"""
     g, n = torch.Generator().manual_seed(seed), math.ceil(short/r)
     def draw(*shape):
-        if sparse: u = torch.rand(shape, generator=g); return (u > 5/6).float() - (u < 1/6).float()
+        if sparse:
+            u = torch.rand(shape, generator=g)
+            return (u > 5/6).float() - (u < 1/6).float()
         return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=g)
-    A = draw(r, 1, short); B = draw(long, n, r) if sparse else torch.cat([draw(long, 1, r) for _ in range(n)], 1)
-    return (A/A.std()).squeeze(1), (B/B.std()).view(long, r, n).transpose(1, 2).contiguous() # peft pairs the columns in this order
+    A = draw(r, 1, short)
+    B = draw(long, n, r) if sparse else torch.cat([draw(long, 1, r) for _ in range(n)], 1)
+    # peft pairs the columns in this order
+    return (A/A.std()).squeeze(1), (B/B.std()).view(long, r, n).transpose(1, 2).contiguous()
 
 class RandLoRA(nn.Module):
-    "`W + (alpha/r) sum_j B_j diag(lambda_j) A diag(gamma_j)`, the bases on the side that fits: only lambda [r, N] and gamma [N, shorter side] train"
+    """`W + (alpha/r) sum_j B_j diag(lambda_j) A diag(gamma_j)`, the bases on the side that fits:
+    only lambda [r, N] and gamma [N, shorter side] are trained. Raises `ValueError` for a mask or a rank that does not fit."""
     kind, site = 'randlora', 'weight'
+
     def __init__(self, W:Tensor,       # the weight, [out, in]
                  mask=True,            # whole weights only
-                 r:int=32,             # the rank of one term; smaller means more terms and more trained numbers
-                 alpha:float|None=None, # the change is scaled by alpha/r; None: 20 r
+                 r:int=32,             # the rank of one term; smaller means more terms and more trained parameters
+                 alpha:float|None=None, # the change is scaled by alpha/r; None: 20 r, as in peft; the authors' code: 2 r/sqrt(N)
                  sparse:bool=False,    # ternary bases instead of uniform ones
                  seed:int=0):          # of the bases
-        super().__init__(); long, short = max(W.shape), min(W.shape)
-        if mask is not True: raise ValueError('RandLoRA changes whole matrices; a mask of entries does not fit it')
-        if not 1 <= r <= short: raise ValueError(f'rank {r} does not fit a matrix of {W.shape[0]} x {W.shape[1]}: it must be between 1 and {short}')
-        A, B = random_bases(long, short, r, seed, sparse); n = B.shape[1]
-        self.register_buffer('A', A.to(W), persistent=False); self.register_buffer('B', B.to(W), persistent=False)
-        self.lam = nn.Parameter(torch.zeros(r, n, dtype=W.dtype)); self.gamma = nn.Parameter(torch.full((n, short), 1/max(n, short), dtype=W.dtype))
-        self.s, self.turned = (20*r if alpha is None else alpha)/r, W.shape[1] != short # the trained factor is on the shorter side
+        super().__init__()
+        long, short = max(W.shape), min(W.shape)
+        if mask is not True:
+            raise ValueError('RandLoRA changes whole matrices; a mask of entries does not fit it')
+        if not 1 <= r <= short:
+            raise ValueError(f'rank {r} does not fit a matrix of {W.shape[0]} x {W.shape[1]}: '
+                             f'it must be between 1 and {short}')
+        A, B = random_bases(long, short, r, seed, sparse)
+        n = B.shape[1]
+        self.register_buffer('A', A.to(W), persistent=False)
+        self.register_buffer('B', B.to(W), persistent=False)
+        self.lam = nn.Parameter(torch.zeros(r, n, dtype=W.dtype))
+        self.gamma = nn.Parameter(torch.full((n, short), 1/max(n, short), dtype=W.dtype))
+        # the trained factor is on the shorter side
+        self.s, self.turned = (20*r if alpha is None else alpha)/r, W.shape[1] != short
         self.config = dict(r=r, alpha=alpha, sparse=sparse, seed=seed)
+
     def pair(self) -> tuple[Tensor, Tensor]:
         "The change over its scale as a product, left [out, N r] and right [N r, in]"
         left, right = self.B.flatten(1), (self.lam.T[:, :, None]*self.A*self.gamma[:, None]).flatten(0, 1)
         return (right.T, left.T) if self.turned else (left, right)
-    def forward(self, W): left, right = self.pair(); return W + self.s*(left @ right)
-    def branch(self, x): left, right = self.pair(); return self.s*((x @ right.T) @ left.T)
+
+    def forward(self, W):
+        left, right = self.pair()
+        return W + self.s*(left @ right)
+
+    def branch(self, x):
+        left, right = self.pair()
+        return self.s*((x @ right.T) @ left.T)
 
 # %% ../../../nbs/adapters/modules/randlora.ipynb #0011af9e
 @dataclass(frozen=True)
@@ -58,15 +80,20 @@ class mixture:
     r:int=32
     alpha:float|None=None
     sparse:bool=False
-    def __call__(self, W, mask=True) -> nn.Module: return RandLoRA(W, mask, self.r, self.alpha, self.sparse)
-    def __repr__(self): return f'RandLoRA(r={self.r})'
+
+    def __call__(self, W, mask=True) -> nn.Module:
+        return RandLoRA(W, mask, self.r, self.alpha, self.sparse)
+
+    def __repr__(self):
+        return f'RandLoRA(r={self.r})'
 
 @method('RandLoRA: Full-rank parameter-efficient fine-tuning of large models', '2502.00987',
-    'A change of full rank, a learned mixture of fixed random low-rank products, closes most of the gap between LoRA and full fine-tuning with as few trained numbers.',
-    'the abstract and peft\'s implementation, with which the numbers are compared',
+    'A change of full rank, a learned mixture of fixed random low-rank products, closes most of the gap between LoRA and full fine-tuning with as few trained parameters.',
+    'the abstract, the authors\' repository, and peft\'s implementation, with which the numbers are compared; '
+    'the scale is peft\'s, which the author recommends, not the 2/sqrt(N) of paper and repository',
     lr=3e-3, lrs=(1e-3, 3e-3, 1e-2), toy=dict(r=4))
 def randlora(r:int=32,              # the rank of one random term; smaller means more trained parameters
-             alpha:float|None=None, # scale: alpha/r; None: 20 r
+             alpha:float|None=None, # scale: alpha/r; None: 20 r, as in peft; the authors' code: 2 r/sqrt(N)
              targets:str|tuple=('attention', 'mlp'), # parts as `parts` names them, or one regular expression for names
              sparse:bool=False      # ternary bases
             ) -> Recipe:
