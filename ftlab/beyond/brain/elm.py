@@ -27,11 +27,14 @@ class ELM(nn.Module):
         hidden = hidden or 2*memories
         self.lam = lam
         self.w_s = nn.Parameter(torch.full((synapses,), .5))
-        self.from_synapses, self.from_memories = nn.Linear(synapses, hidden), nn.Linear(memories, hidden, bias=False)
+        self.from_synapses, self.from_memories = (
+            nn.Linear(synapses, hidden), nn.Linear(memories, hidden, bias=False))
         for l in (self.from_synapses, self.from_memories): # started as one layer on both
-            nn.init.uniform_(l.weight, -1/math.sqrt(synapses + memories), 1/math.sqrt(synapses + memories))
+            nn.init.uniform_(l.weight, -1/math.sqrt(synapses + memories),
+                             1/math.sqrt(synapses + memories))
         self.propose, self.out = nn.Linear(hidden, memories), nn.Linear(memories, 1)
-        self.register_buffer('kappa_m', torch.exp(-1/torch.logspace(math.log10(tau[0]), math.log10(tau[1]), memories)))
+        self.register_buffer('kappa_m', torch.exp(-1/torch.logspace(
+            math.log10(tau[0]), math.log10(tau[1]), memories)))
         self.kappa_s = math.exp(-1/tau_s)
 
     def traces(self, x:Tensor) -> Tensor:
@@ -59,12 +62,14 @@ def neuron(n:int,          # how many recordings
            time:int=200,   # steps of each
            seed:int=0,     # of the input and the firing
            kind:int=0      # of the wiring: which neuron it is
-          ) -> tuple[Tensor, Tensor, Tensor]: # input spikes [n, time, 32], output spikes [n, time], their probabilities [n, time]
+          ) -> tuple[Tensor, Tensor, Tensor]: # input spikes [n, time, 32]; output spikes; their probabilities
     "Record a synthetic neuron with four non-linear branches, slow plateaus and tiredness"
-    wiring, g = torch.Generator().manual_seed(kind), torch.Generator().manual_seed(1_000_003*kind + seed + 1)
+    wiring, g = (torch.Generator().manual_seed(kind),
+                 torch.Generator().manual_seed(1_000_003*kind + seed + 1))
     w = torch.rand(4, 8, generator=wiring) + .5
     w[:, 6:] *= -1.5 # the last two synapses of each branch inhibit it
-    busy = (torch.rand(n, time//25 + 1, 4, generator=g) < .3).repeat_interleave(25, 1)[:, :time, :, None]
+    busy = (torch.rand(n, time//25 + 1, 4, generator=g)
+            < .3).repeat_interleave(25, 1)[:, :time, :, None]
     x = (torch.rand(n, time, 4, 8, generator=g) < .015 + .15*busy).float()
     luck = torch.rand(n, time, generator=g)
     echo, plateau, tired, out, chance = torch.zeros(n, 4), torch.zeros(n, 4), torch.zeros(n), [], []
@@ -96,7 +101,7 @@ class LSTM(nn.Module):
         return self.out(self.rnn(x)[0]).squeeze(-1)
 
 def auc(scores:Tensor, events:Tensor) -> float:
-    "Compute the area under the ROC curve; ties count half. Raises `ValueError` where there is no event, or nothing else"
+    "Compute the area under the ROC curve; ties count half. Raises `ValueError` where all or none are events"
     s, e = scores.flatten().double(), events.flatten() > 0
     _, place, count = s.unique(return_inverse=True, return_counts=True)
     rank = (count.cumsum(0) - (count.double() - 1)/2)[place]
@@ -146,8 +151,10 @@ def score(model,              # an imitator; None: the neuron's own firing proba
 
 # %% ../../../nbs/beyond/brain/elm.ipynb #000e0c77
 @study('The Expressive Leaky Memory Neuron: an Efficient and Expressive Phenomenological Neuron Model Can Solve Long-Horizon Tasks', '2306.16922',
-    'A unit with a few slowly leaking memories, updated through one small network, imitates a cortical neuron with few numbers; its slow memories are what does it.',
-    'the authors\' code (AaronSpieler/elmneuron: version 1 of the model, utilities, training script) and the paper\'s abstract; the neuron that is imitated here is our own synthetic one',
+    'A unit with a few slowly leaking memories, updated through one small network, imitates a cortical neuron '
+    'with few numbers; its slow memories are what does it.',
+    'the authors\' code (AaronSpieler/elmneuron: version 1 of the model, utilities, training script) '
+    'and the paper\'s abstract; the neuron that is imitated here is our own synthetic one',
     toy=dict(steps=2))
 def elm(seed:int=0,        # of the recordings, the weights and the order
         rates:dict|None=None, # arm -> learning rate; None: 0.01 for all
@@ -160,5 +167,6 @@ def elm(seed:int=0,        # of the recordings, the weights and the order
     values = {'neuron.auc': score(None, seed)}
     for arm in ARMS:
         model = imitate(arm, (rates or {}).get(arm, 1e-2), seed, steps)
-        values |= {f'{arm}.auc': score(model, seed), f'{arm}.numbers': sum(p.numel() for p in model.parameters())}
+        values |= {f'{arm}.auc': score(model, seed),
+                   f'{arm}.numbers': sum(p.numel() for p in model.parameters())}
     return Evidence(values, dict(auc='area under the curve', numbers='parameters'))

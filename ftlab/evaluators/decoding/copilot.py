@@ -43,7 +43,8 @@ class Attend(nn.Module):
         self.heads = heads
         self.q, self.o = (nn.Linear(width, width, bias=False) for _ in range(2))
         self.k, self.v = (nn.Linear(other, width, bias=False) for _ in range(2))
-        self.norm, self.last, self.other = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(other)
+        self.norm, self.last = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.other = nn.LayerNorm(other)
         self.mlp = nn.Sequential(nn.Linear(width, 2*width), nn.GELU(), nn.Linear(2*width, width))
 
     def forward(self,
@@ -52,7 +53,8 @@ class Attend(nn.Module):
                 allowed:Tensor # [batch, 1, tokens, keys]: may this token attend to that key?
                ) -> Tensor:    # [batch, tokens, width]
         q, c = self.q(self.norm(x)), self.other(c)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, self.k(c), self.v(c)))
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for t in (q, self.k(c), self.v(c)))
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
         x = x + self.o(seen.transpose(1, 2).flatten(2))
         return x + self.mlp(self.last(x))
@@ -67,7 +69,8 @@ class Copilot(nn.Module):
                  heads:int=4):
         super().__init__()
         self.noted, self.head = nn.Linear(words, width, bias=False), nn.Linear(width, words)
-        self.layers = nn.ModuleList(Attend(width, heads, hidden if i % 2 else width) for i in range(layers))
+        self.layers = nn.ModuleList(Attend(width, heads, hidden if i % 2 else width)
+                                    for i in range(layers))
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
@@ -120,13 +123,15 @@ class MistakeLog:
         "All examples, joined into few tensors"
         joined = {k: torch.cat([x[k] for x in self.kept]) for k in _PARTS} if self.kept else {}
         lengths = {k: [len(x[k]) for x in self.kept] for k in _PARTS}
-        return dict(seen=self.seen, rounds=[x['round'] for x in self.kept], lengths=lengths, **joined)
+        rounds = [x['round'] for x in self.kept]
+        return dict(seen=self.seen, rounds=rounds, lengths=lengths, **joined)
 
     def load_state_dict(self, kept:dict) -> None:
         "Go on from what `state_dict` gave"
         self.seen = kept['seen']
         parts = {k: kept[k].split(kept['lengths'][k]) for k in _PARTS} if kept['rounds'] else {}
-        self.kept = [dict(round=r, **{k: v[i] for k, v in parts.items()}) for i, r in enumerate(kept['rounds'])]
+        self.kept = [dict(round=r, **{k: v[i] for k, v in parts.items()})
+                     for i, r in enumerate(kept['rounds'])]
 
 _PARTS = ('read', 'at', 'mistake')
 
@@ -148,8 +153,9 @@ def examples_of(batch:dict,    # a micro-batch
                 logits:Tensor, # [batch, tokens, words]: the Pilot's, before its step
                 read:Tensor,   # [batch, tokens, 2, hidden]: see `thoughts`
                 step:int       # the round
-               ) -> list[dict]: # `round`; `read`; `at`: the tokens where something is asked; `mistake`, one per such token
-    "Cut a micro-batch into the entries of the log, on the CPU"
+               ) -> list[dict]: # `round`, `read`, `at`, `mistake`
+    """Cut a micro-batch into the entries of the log, on the CPU; `at` are the tokens where something is asked, and there is
+    one `mistake` for each"""
     y = batch['labels']
     l, on = mistakes(logits, y), F.pad(priced(y), (0, 1))
     out = []
@@ -171,8 +177,8 @@ def _spans(batch) -> list[tuple[int, slice]]:
 
 # %% ../../../nbs/evaluators/decoding/copilot.ipynb #000b70e1
 def foresight(state) -> Tensor:
-    """Put a micro-batch into the log; after the step's last one, return the Copilot's RMSE on examples drawn from the log,
-    as many as the step has. Before that, return 0"""
+    """Put a micro-batch into the log; after the step's last one, return the Copilot's RMSE on as many examples as the
+    step has, drawn from the log. Before that, return 0"""
     log, acc, copilot = state.extra['mistake log'], state.accelerator, state.models['copilot']
     i = next(i for i, b in enumerate(state.batches) if b is state.batch)
     with torch.no_grad():
@@ -182,7 +188,8 @@ def foresight(state) -> Tensor:
         return 0.*copilot.head.bias.sum()
     # every process collects all examples in the order of one process, and draws the same
     rng = torch.Generator().manual_seed(hash((state.seed, state.step, zlib.crc32(b'mistake log'))))
-    fresh = [x for _, some in sorted(gather_object(log.new), key=lambda pair: pair[0]) for x in some]
+    parts = sorted(gather_object(log.new), key=lambda part: part[0])
+    fresh = [x for _, some in parts for x in some]
     log.collect(fresh, rng)
     return rmse(copilot, log.draw(len(fresh), rng))/acc.num_processes
 
@@ -191,8 +198,9 @@ def rmse(copilot:Copilot,
         ) -> Tensor:
     "Compute the root of the mean squared length of the Copilot's errors over all tokens where something is asked"
     device = copilot.head.weight.device
-    read, mask = (pad_sequence(t, batch_first=True).to(device) for t in
-                  ([x['read'] for x in examples], [torch.ones(len(x['read']), dtype=torch.long) for x in examples]))
+    read = [x['read'] for x in examples]
+    real = [torch.ones(len(x), dtype=torch.long) for x in read]
+    read, mask = (pad_sequence(t, batch_first=True).to(device) for t in (read, real))
     l = read.new_zeros(*mask.shape, copilot.head.out_features)
     row = torch.cat([torch.full_like(x['at'], i) for i, x in enumerate(examples)]).to(device)
     at = torch.cat([x['at'] for x in examples]).to(device)
@@ -212,7 +220,8 @@ def answer_together(pilot,
                    ) -> list[str]:
     "Answer each prompt with the Pilot's probabilities plus `lam` times the Copilot's corrections"
     begin = partial(_Reader, pilot, copilot, lam)
-    return decode([pilot], tok, prompts, begin, max_new_tokens, sample, batch_size, weights=lambda p: p.clamp(min=0))
+    return decode([pilot], tok, prompts, begin, max_new_tokens, sample, batch_size,
+                  weights=lambda p: p.clamp(min=0))
 
 class _Reader:
     "Read on for one batch: the Pilot's cache, its thoughts so far, and the mistakes that the Copilot foresaw"
@@ -220,8 +229,8 @@ class _Reader:
         self.pilot, self.copilot, self.lam, self.cache = pilot, copilot, lam, None
 
     def __call__(self, x, mask, place) -> Tensor: # [rows, words]
-        o = self.pilot(input_ids=x, attention_mask=mask, position_ids=place, past_key_values=self.cache,
-                       use_cache=True, output_hidden_states=True)
+        o = self.pilot(input_ids=x, attention_mask=mask, position_ids=place,
+                       past_key_values=self.cache, use_cache=True, output_hidden_states=True)
         noted = self.copilot.noted
         if self.cache is None: # no mistake in the prompt is known
             self.read = thoughts(o)
@@ -252,20 +261,22 @@ class together:
     "A decoder: see `answer_together`"
     lam:float=1.
     def __call__(self, models, tok, prompts, **options) -> list[str]:
-        return answer_together(models['tuned'], models['copilot'], tok, prompts, self.lam, **options)
+        return answer_together(models['tuned'], models['copilot'], tok, prompts, self.lam,
+                               **options)
 
     def __repr__(self):
         return f'answer_together({self.lam:g})'
 
 @method('Transformer Copilot: Learning from The Mistake Log in LLM Fine-tuning', '2505.16270',
-    'A small second model that learns the log of the first one\'s mistakes corrects its answers better than the same numbers spent on the first would.',
+    'A small second model that learns the log of the first one\'s mistakes corrects its answers better than the same number '
+    'of parameters spent on the first would.',
     'the paper (Algorithm 1, Table 17); the width, the fresh start and the bound on the log are ours')
 def copilot(lam:float=1.,  # how much of the correction is added
             width:int=64,  # of the Copilot
             layers:int=2,  # of the Copilot: odd ones attend to the mistakes, even ones to the Pilot
             heads:int=4,   # of the Copilot
             lr:float|None=1e-3, # the Copilot's own peak learning rate; None: the run's
-            log:int=512    # examples that the mistake log holds, evenly drawn from all rounds; about 70 kB each on lab-s
+            log:int=512    # examples in the mistake log, evenly drawn from all rounds; about 70 kB each on lab-s
            ) -> Recipe:
     "Fine-tune as always, with a Copilot that learns the mistakes and corrects the answers"
     learner = Learner(small_copilot(width, layers, heads), foresight, lr)

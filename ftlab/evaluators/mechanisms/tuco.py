@@ -17,7 +17,7 @@ __all__ = ['Split', 'tuco', 'at_token', 'steered']
 
 # %% ../../../nbs/evaluators/mechanisms/tuco.ipynb #0005170a
 class Split:
-    "Hooks that take apart what each block adds; `ptc` and `ftc` are the sums over the blocks so far, [rows, tokens, width]"
+    "Hooks that split what each block adds; `ptc` and `ftc` are the sums over the blocks so far, [rows, tokens, width]"
     def __init__(self, model, # the tuned model
                  base,        # the change on it (`run.delta.attached`), or a base model of the same make
                  alpha:float=1.): # what the fine-tuning component is multiplied by
@@ -60,7 +60,8 @@ def _base_block(base, name) -> Callable:
 
 # %% ../../../nbs/evaluators/mechanisms/tuco.ipynb #0006170a
 @probe('TuCo: Measuring the Contribution of Fine-Tuning to Individual Responses of LLMs', '2506.23423',
-    'The share of the fine-tuning component in what a prompt\'s blocks add is low where a model acts like its base, as under a successful attack.',
+    'The share of the fine-tuning component in what a prompt\'s blocks add is low where a model acts like its base, '
+    'as under a successful attack.',
     'the abstract and Algorithm 1; post-norm blocks and classifiers are our reading')
 @torch.no_grad()
 def tuco(model,       # the tuned model
@@ -68,7 +69,7 @@ def tuco(model,       # the tuned model
          batch:Mapping[str, Tensor], # prompts: input_ids and attention_mask, [rows, tokens], padded on either side
          at:str='last' # the token that is read: 'last' of each prompt, or 'first' (a classifier's mark)
         ) -> Tensor:  # [rows], in [0, 1]
-    "Compute the tuning contribution of each prompt. Raises `UnknownArchitecture` for a model whose blocks `anatomy` cannot find."
+    "Compute each prompt's tuning contribution. Raises `UnknownArchitecture` where `anatomy` cannot find the blocks"
     if at not in ('last', 'first'):
         raise ValueError(f'at is {at!r}; it must be last or first')
     s = Split(model, base)
@@ -80,17 +81,18 @@ def tuco(model,       # the tuned model
     return f/(p + f).clamp(min=1e-30)
 
 def at_token(states:Tensor, mask:Tensor, at:str='last') -> Tensor:
-    """Pick the state [rows, width] of each row's last (or first) real token; states longer than the mask have extra tokens
-    before the text"""
+    """Pick the state [rows, width] of each row's last (or first) real token; states longer than the mask have extra
+    tokens before the text"""
     t = torch.arange(mask.shape[1], device=mask.device)
-    i = torch.where(mask.bool(), t, -1).amax(1) if at == 'last' else torch.where(mask.bool(), t, len(t)).amin(1)
+    i = (torch.where(mask.bool(), t, -1).amax(1) if at == 'last'
+         else torch.where(mask.bool(), t, len(t)).amin(1))
     return states[torch.arange(len(mask), device=mask.device), i + states.shape[1] - mask.shape[1]]
 
 # %% ../../../nbs/evaluators/mechanisms/tuco.ipynb #0008170a
 @contextmanager
 def steered(model, base, alpha:float) -> Iterator: # model and base as in `tuco`
-    """Give a context in which each block of `model` adds the base's part and `alpha` times the fine-tuned one; answers are
-    drawn without a key-value cache, which a replay would fill twice"""
+    """Give a context in which each block of `model` adds the base's part and `alpha` times the fine-tuned one; answers
+    are drawn without a key-value cache, which a replay would fill twice"""
     configs = [c for c in (model.config, model.generation_config if model.can_generate() else None)
                if c is not None and 'use_cache' in vars(c)]
     was = [c.use_cache for c in configs]
