@@ -197,6 +197,36 @@ def test_likelihood_and_certainty_are_what_the_model_says_token_by_token():
         assert abs(float(likelihood(model, TOK, prompts, said)[i]) - float(p(prompts[i], said[i]).log().mean().exp())) < 1e-5
         yes, no = (float(p(prompts[i], f'{said[i]} . {s} <eos>').prod()) for s in ('i know', 'i do not know')); assert abs(float(certainty(model, TOK, prompts, said)[i]) - yes/(yes + no)) < 1e-4
 
+def pieces_tokenizer():
+    "A tokenizer that writes `red` as one token after a space and as three after anything else"
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    merges = [('▁', 'r'), ('▁r', 'e'), ('▁re', 'd')]
+    words = ['<pad>', '</s>', *'▁qred', *map(''.join, merges)]
+    core = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, merges))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme='always', split=False)
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token='</s>', pad_token='<pad>')
+
+@pytest.mark.parametrize('prompt, tokens', [('q', 3), ('q ', 1)]) # split otherwise than alone; one token would cross the border
+def test_likelihood_counts_the_tokens_that_the_answer_has_behind_its_prompt(prompt, tokens):
+    from ftlab.core.batches import encode
+    from ftlab.evaluators.trust.r_tuning import likelihood
+    model, tok = toy(tied=False), pieces_tokenizer()
+    assert len(tok('red', add_special_tokens=False).input_ids) == 1 and len(tok('qred').input_ids) == 5
+    row = encode(dict(prompt=prompt, response='red'), tok, 'text')
+    own = [i for i, y in enumerate(row['labels']) if y not in (-100, tok.eos_token_id)]
+    assert len(own) == tokens
+    with torch.no_grad():
+        logp = model(torch.tensor([row['input_ids']])).logits[0].log_softmax(-1)
+    want = torch.stack([logp[i - 1, row['input_ids'][i]] for i in own]).mean().exp()
+    torch.testing.assert_close(likelihood(model, tok, [prompt], ['red'])[0], want, atol=1e-6, rtol=1e-5)
+
+def test_the_likelihood_of_an_empty_answer_is_that_of_its_end():
+    from ftlab.evaluators.trust.r_tuning import answer_nll, likelihood
+    model, prompts = toy(tied=False), [lab_data().validation[0]['prompt']]
+    nll, = answer_nll(model, TOK, prompts, [''])
+    torch.testing.assert_close(likelihood(model, TOK, prompts, [''])[0], (-nll[0]).exp())
+
 def test_r_tuning_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match='variant'): methods.r_tuning('maybe')
     from toys import classifier, label_data

@@ -7,9 +7,9 @@ from ftlab.core.generate import generate
 from ftlab.core.scorers import WORLD, exact_match
 from ftlab.evaluators.decoding.copilot import Copilot, answer_together, copilot, mistakes
 
-SKILL, STEPS, LAM, ITEMS = 'new-procedure', 60, .3, 1000
+SKILL, STEPS, LAM, ITEMS = 'new-procedure', 60, 1., 1000
 GRIDS = dict(pilot=(1e-3, 3e-3, 1e-2), wide=(1e-3, 3e-3, 1e-2), together=(3e-4, 1e-3, 3e-3)) # the last are the Copilot's own
-WIDE = 31 # 9,472 numbers a rank: 293,632 beside 75,776 + 221,037
+WIDE = 31 # 9,472 numbers a rank: 293,632 beside 75,776 + 212,909
 
 def train(recipe, rate, seed):
     model, tok = ftlab.load('lab-s')
@@ -35,6 +35,6 @@ def identities() -> dict[str, bool]:
     p, q = a.delta.attached.parameters(), b.delta.attached.parameters()
     return {'the Pilot is trained as if alone, bit for bit': p.keys() == q.keys() and all(torch.equal(p[k], q[k]) for k in p),
             'lam 0 is the Pilot': answer_together(b.model, b.models['copilot'], b.tok, asked, 0., 9) == generate(b.model, b.tok, asked, max_new_tokens=9),
-            'an untrained Copilot corrects nothing': answer_together(b.model, Copilot(128, len(b.tok)), b.tok, asked, .3, 9) == generate(b.model, b.tok, asked, max_new_tokens=9),
+            'an untrained Copilot corrects nothing': answer_together(b.model, Copilot(128, len(b.tok)), b.tok, asked, LAM, 9) == generate(b.model, b.tok, asked, max_new_tokens=9),
             'a mistake sums to zero, and is zero where nothing is asked': bool(l.sum(-1).abs().max() < 1e-5 and l[:, 0].abs().max() == 0 and l[:, 1].abs().max() > 0),
             'the wide LoRA has as many numbers, to a twentieth': abs(WIDE*a.cost['trainable']/8/(b.cost['trainable'] + b.cost['learners']) - 1) < .05}

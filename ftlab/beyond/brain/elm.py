@@ -5,7 +5,8 @@
 # %% ../../../nbs/beyond/brain/elm.ipynb #00030c77
 from __future__ import annotations
 import math
-import torch, torch.nn.functional as F
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from ...core.paper import Evidence, study
 
@@ -15,69 +16,98 @@ __all__ = ['TIME', 'SKIP', 'ARMS', 'ELM', 'neuron', 'LSTM', 'auc', 'imitate', 's
 # %% ../../../nbs/beyond/brain/elm.ipynb #00050c77
 class ELM(nn.Module):
     "An expressive leaky memory neuron: spikes [batch, time, synapses] -> outputs [batch, time]"
-    def __init__(self, synapses:int,      # inputs
+    def __init__(self,
+                 synapses:int,            # inputs
                  memories:int=20,         # leaky memories
                  tau:tuple[float, float]=(1., 150.), # their shortest and longest time constant, in steps
                  tau_s:float=5.,          # time constant of a synapse's trace, in steps
                  lam:float=5.,            # how strongly a memory takes up what is proposed
-                 hidden:int|None=None):   # of the network; None: twice the memories
-        super().__init__(); hidden = hidden or 2*memories; self.lam = lam
+                 hidden:int|None=None):   # width of the network's hidden layer; None: twice the memories
+        super().__init__()
+        hidden = hidden or 2*memories
+        self.lam = lam
         self.w_s = nn.Parameter(torch.full((synapses,), .5))
-        self.from_synapses, self.from_memories = nn.Linear(synapses, hidden), nn.Linear(memories, hidden, bias=False)
-        for l in (self.from_synapses, self.from_memories): nn.init.uniform_(l.weight, -1/math.sqrt(synapses + memories), 1/math.sqrt(synapses + memories)) # as one layer on both
+        self.from_synapses, self.from_memories = (
+            nn.Linear(synapses, hidden), nn.Linear(memories, hidden, bias=False))
+        for l in (self.from_synapses, self.from_memories): # started as one layer on both
+            nn.init.uniform_(l.weight, -1/math.sqrt(synapses + memories),
+                             1/math.sqrt(synapses + memories))
         self.propose, self.out = nn.Linear(hidden, memories), nn.Linear(memories, 1)
-        self.register_buffer('kappa_m', torch.exp(-1/torch.logspace(math.log10(tau[0]), math.log10(tau[1]), memories)))
+        self.register_buffer('kappa_m', torch.exp(-1/torch.logspace(
+            math.log10(tau[0]), math.log10(tau[1]), memories)))
         self.kappa_s = math.exp(-1/tau_s)
 
     def traces(self, x:Tensor) -> Tensor:
-        "Every synapse's echo at every step: the sum of its past spikes, each weighed by its age"
-        t = torch.arange(x.shape[1]); age = t[:, None] - t
+        "Sum each synapse's past spikes at every step, each weighted by its age: [batch, time, synapses]"
+        t = torch.arange(x.shape[1])
+        age = t[:, None] - t
         return torch.where(age >= 0, self.kappa_s**age.clamp(min=0), 0.)@(self.w_s.relu()*x)
 
     def memories(self, x:Tensor) -> Tensor:
-        "The memories at every step: [batch, time, memories]"
-        drive = self.from_synapses(self.traces(x)).unbind(1); m, out = x.new_zeros(len(x), len(self.kappa_m)), []
+        "Compute the memories at every step: [batch, time, memories]"
+        drive = self.from_synapses(self.traces(x)).unbind(1)
+        m, out = x.new_zeros(len(x), len(self.kappa_m)), []
         for d in drive:
-            kept = self.kappa_m*m; change = self.propose(F.relu(d + self.from_memories(kept)))
-            m = kept + self.lam*(1 - self.kappa_m)*1.7159*torch.tanh(change*2/3); out.append(m)
+            kept = self.kappa_m*m
+            change = self.propose(F.relu(d + self.from_memories(kept)))
+            m = kept + self.lam*(1 - self.kappa_m)*1.7159*torch.tanh(change*2/3)
+            out.append(m)
         return torch.stack(out, 1)
 
-    def forward(self, x): return self.out(self.memories(x)).squeeze(-1)
+    def forward(self, x):
+        return self.out(self.memories(x)).squeeze(-1)
 
 # %% ../../../nbs/beyond/brain/elm.ipynb #00090c77
 def neuron(n:int,          # how many recordings
            time:int=200,   # steps of each
            seed:int=0,     # of the input and the firing
            kind:int=0      # of the wiring: which neuron it is
-          ) -> tuple[Tensor, Tensor, Tensor]: # input spikes [n, time, 32], output spikes [n, time], and how likely each was [n, time]
+          ) -> tuple[Tensor, Tensor, Tensor]: # input spikes [n, time, 32]; output spikes; their probabilities
     "Record a synthetic neuron with four non-linear branches, slow plateaus and tiredness"
-    wiring, g = torch.Generator().manual_seed(kind), torch.Generator().manual_seed(1_000_003*kind + seed + 1)
-    w = torch.rand(4, 8, generator=wiring) + .5; w[:, 6:] *= -1.5                   # the last two synapses of each branch calm it
-    busy = (torch.rand(n, time//25 + 1, 4, generator=g) < .3).repeat_interleave(25, 1)[:, :time, :, None]
-    x = (torch.rand(n, time, 4, 8, generator=g) < .015 + .15*busy).float(); luck = torch.rand(n, time, generator=g)
+    wiring, g = (torch.Generator().manual_seed(kind),
+                 torch.Generator().manual_seed(1_000_003*kind + seed + 1))
+    w = torch.rand(4, 8, generator=wiring) + .5
+    w[:, 6:] *= -1.5 # the last two synapses of each branch inhibit it
+    busy = (torch.rand(n, time//25 + 1, 4, generator=g)
+            < .3).repeat_interleave(25, 1)[:, :time, :, None]
+    x = (torch.rand(n, time, 4, 8, generator=g) < .015 + .15*busy).float()
+    luck = torch.rand(n, time, generator=g)
     echo, plateau, tired, out, chance = torch.zeros(n, 4), torch.zeros(n, 4), torch.zeros(n), [], []
     for t in range(time):
         echo = math.exp(-1/5)*echo + (x[:, t]*w).sum(-1)
         plateau = math.exp(-1/60)*plateau + (1 - math.exp(-1/60))*torch.sigmoid(4*(echo - 2))
-        p = torch.sigmoid(30*(plateau.sum(-1) - .8) - tired); spike = (luck[:, t] < p).float(); chance.append(p)
-        tired = math.exp(-1/5)*tired + 2*spike; out.append(spike)
+        p = torch.sigmoid(30*(plateau.sum(-1) - .8) - tired)
+        spike = (luck[:, t] < p).float()
+        chance.append(p)
+        tired = math.exp(-1/5)*tired + 2*spike
+        out.append(spike)
     return x.flatten(2), torch.stack(out, 1), torch.stack(chance, 1)
 
 # %% ../../../nbs/beyond/brain/elm.ipynb #000c0c77
 class LSTM(nn.Module):
     "The usual recurrent unit with chrono initialisation: spikes [batch, time, synapses] -> outputs [batch, time]"
-    def __init__(self, synapses:int, hidden:int=15, longest:int=150): # longest: how many steps the gates start out holding for, at most
-        super().__init__(); self.rnn, self.out = nn.LSTM(synapses, hidden, batch_first=True), nn.Linear(hidden, 1)
+    def __init__(self,
+                 synapses:int,
+                 hidden:int=15,
+                 longest:int=150): # how many steps the gates start out holding for, at most
+        super().__init__()
+        self.rnn, self.out = nn.LSTM(synapses, hidden, batch_first=True), nn.Linear(hidden, 1)
         with torch.no_grad():
-            hold = torch.log(torch.empty(hidden).uniform_(1, longest - 1)); self.rnn.bias_hh_l0.zero_(); self.rnn.bias_ih_l0.zero_()
+            hold = torch.log(torch.empty(hidden).uniform_(1, longest - 1))
+            self.rnn.bias_hh_l0.zero_()
+            self.rnn.bias_ih_l0.zero_()
             self.rnn.bias_ih_l0[:hidden], self.rnn.bias_ih_l0[hidden:2*hidden] = -hold, hold
-    def forward(self, x): return self.out(self.rnn(x)[0]).squeeze(-1)
+    def forward(self, x):
+        return self.out(self.rnn(x)[0]).squeeze(-1)
 
 def auc(scores:Tensor, events:Tensor) -> float:
-    "The chance that a place with an event has a higher score than one without; ties count half"
-    s, e = scores.flatten().double(), events.flatten() > 0; _, place, count = s.unique(return_inverse=True, return_counts=True)
-    rank = (count.cumsum(0) - (count.double() - 1)/2)[place]; k = int(e.sum())
-    if k in (0, len(e)): raise ValueError('there must be places with an event and places without')
+    "Compute the area under the ROC curve; ties count half. Raises `ValueError` where all or none are events"
+    s, e = scores.flatten().double(), events.flatten() > 0
+    _, place, count = s.unique(return_inverse=True, return_counts=True)
+    rank = (count.cumsum(0) - (count.double() - 1)/2)[place]
+    k = int(e.sum())
+    if k in (0, len(e)):
+        raise ValueError('there must be places with an event and places without')
     return float((rank[e].sum() - k*(k + 1)/2)/(k*(len(e) - k)))
 
 TIME, SKIP = 150, 50 # steps of a recording, and those at its start that are not counted
@@ -90,36 +120,53 @@ def imitate(arm:str,      # 'elm', 'short' or 'lstm'
             steps:int=250,
             batch_size:int=32 # recordings a step
            ) -> nn.Module:
-    "Train an imitator of the synthetic neuron"
-    if arm not in ARMS: raise ValueError(f'arm is {arm!r}; it must be {", ".join(ARMS)}')
+    "Train an imitator of the synthetic neuron. Raises `ValueError` for an arm that is none"
+    if arm not in ARMS:
+        raise ValueError(f'arm is {arm!r}; it must be {", ".join(ARMS)}')
     x, y, _ = neuron(1000, TIME, seed=3*seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed); model = ARMS[arm](); nn.init.constant_(model.out.bias, -2.) # spikes are rare
-        opt = torch.optim.Adam(model.parameters(), lr=rate); schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
+        torch.manual_seed(seed)
+        model = ARMS[arm]()
+        nn.init.constant_(model.out.bias, -2.) # spikes are rare
+        opt = torch.optim.Adam(model.parameters(), lr=rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
         for _ in range(steps):
-            i = torch.randint(len(x), (batch_size,)); loss = F.binary_cross_entropy_with_logits(model(x[i])[:, SKIP:], y[i][:, SKIP:])
-            opt.zero_grad(); loss.backward(); nn.utils.clip_grad_norm_(model.parameters(), 1.); opt.step(); schedule.step()
+            i = torch.randint(len(x), (batch_size,))
+            loss = F.binary_cross_entropy_with_logits(model(x[i])[:, SKIP:], y[i][:, SKIP:])
+            opt.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.)
+            opt.step()
+            schedule.step()
     return model
 
 @torch.no_grad()
-def score(model, seed:int=0, split:str='test') -> float:
-    "AUC of an imitator on 400 recordings that it was not trained on ('validation' or 'test'); of the neuron's own firing probability if `model` is None"
+def score(model,              # an imitator; None: the neuron's own firing probability
+          seed:int=0,
+          split:str='test'    # or 'validation'
+         ) -> float:
+    "Compute an imitator's AUC on 400 recordings that it was not trained on"
     x, y, chance = neuron(400, TIME, seed=3*seed + dict(validation=1, test=2)[split])
     return auc((chance if model is None else model(x))[:, SKIP:], y[:, SKIP:])
 
 # %% ../../../nbs/beyond/brain/elm.ipynb #000e0c77
 @study('The Expressive Leaky Memory Neuron: an Efficient and Expressive Phenomenological Neuron Model Can Solve Long-Horizon Tasks', '2306.16922',
-    'A unit with a few slowly leaking memories, updated through one small network, imitates a cortical neuron with few numbers; its slow memories are what does it.',
-    'the authors\' code (AaronSpieler/elmneuron: model, utilities, training script) in full and the paper\'s abstract; the neuron that is imitated here is our own synthetic one',
+    'A unit with a few slowly leaking memories, updated through one small network, imitates a cortical neuron '
+    'with few numbers; its slow memories are what does it.',
+    'the authors\' code (AaronSpieler/elmneuron: version 1 of the model, utilities, training script) '
+    'and the paper\'s abstract; the neuron that is imitated here is our own synthetic one',
     toy=dict(steps=2))
 def elm(seed:int=0,        # of the recordings, the weights and the order
         rates:dict|None=None, # arm -> learning rate; None: 0.01 for all
         steps:int=250      # of training
        ) -> Evidence:      # auc and numbers (of parameters) of each arm, 'elm.auc'; 'neuron.auc' is the neuron itself
-    "Imitate one synthetic neuron by an ELM neuron, by one whose memories are short, and by an LSTM of the same size. Raises `ValueError` for an arm that is none."
-    if odd := sorted(set(rates or {}) - set(ARMS)): raise ValueError(f'rates has {odd[0]!r}; the arms are {", ".join(ARMS)}')
+    """Imitate one synthetic neuron by an ELM neuron, by one whose memories are short, and by an LSTM of the same size.
+    Raises `ValueError` for an arm that is none"""
+    if odd := sorted(set(rates or {}) - set(ARMS)):
+        raise ValueError(f'rates has {odd[0]!r}; the arms are {", ".join(ARMS)}')
     values = {'neuron.auc': score(None, seed)}
     for arm in ARMS:
         model = imitate(arm, (rates or {}).get(arm, 1e-2), seed, steps)
-        values |= {f'{arm}.auc': score(model, seed), f'{arm}.numbers': sum(p.numel() for p in model.parameters())}
+        values |= {f'{arm}.auc': score(model, seed),
+                   f'{arm}.numbers': sum(p.numel() for p in model.parameters())}
     return Evidence(values, dict(auc='area under the curve', numbers='parameters'))

@@ -4,11 +4,14 @@
 
 # %% ../../../nbs/evaluators/decoding/copilot.ipynb #000370e1
 from __future__ import annotations
+import zlib
 from dataclasses import dataclass
 from functools import partial
+from accelerate.utils import gather_object
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from ...core.paper import method
 from ...core.recipe import Learner, Loop, Recipe
 from ...core.model import model_inputs
@@ -16,71 +19,222 @@ from ...trainers.objective import priced
 from ..decode import decode
 
 # %% auto #0
-__all__ = ['mistakes', 'Attend', 'Copilot', 'thoughts', 'foresight', 'answer_together', 'small_copilot', 'together', 'copilot']
+__all__ = ['mistakes', 'Attend', 'Copilot', 'thoughts', 'MistakeLog', 'mistake_log', 'examples_of', 'foresight', 'rmse',
+           'answer_together', 'small_copilot', 'together', 'copilot']
 
 # %% ../../../nbs/evaluators/decoding/copilot.ipynb #000670e1
-def mistakes(logits:Tensor, # [batch, tokens, words]: what the Pilot says of the next token
+def mistakes(logits:Tensor, # [batch, tokens, words]: the Pilot's logits of the next token
              labels:Tensor  # [batch, tokens]; -100 outside the answer
-            ) -> Tensor:    # [batch, tokens, words]; 0 where nothing is asked, and at the last place
-    "`p - p̂` at each place: the truth about the next token minus what the Pilot believed"
-    on = F.pad(priced(labels), (0, 1)); truth = F.pad(labels[:, 1:], (0, 1), value=0).clamp(min=0)
+            ) -> Tensor:    # [batch, tokens, words]; 0 where nothing is asked, and at the last token
+    "Compute `p - p̂` at each token: the truth about the next token minus the Pilot's probabilities"
+    on = F.pad(priced(labels), (0, 1))
+    truth = F.pad(labels[:, 1:], (0, 1), value=0).clamp(min=0)
     return (F.one_hot(truth, logits.shape[-1]) - logits.float().softmax(-1))*on[..., None]
 
 # %% ../../../nbs/evaluators/decoding/copilot.ipynb #000970e1
 class Attend(nn.Module):
-    "Attention of one stream over another, then a small feed-forward layer, both added to the stream"
-    def __init__(self, width:int, heads:int):
-        super().__init__(); self.heads = heads; self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.norm, self.other, self.last = (nn.LayerNorm(width) for _ in range(3)); self.mlp = nn.Sequential(nn.Linear(width, 2*width), nn.GELU(), nn.Linear(2*width, width))
-    def forward(self, x, c, allowed): # [batch, tokens, width] twice; [batch, 1, tokens, tokens]: may this place look at that one?
-        split = lambda t: t.unflatten(-1, (self.heads, -1)).transpose(1, 2); c = self.other(c)
-        seen = F.scaled_dot_product_attention(split(self.q(self.norm(x))), split(self.k(c)), split(self.v(c)), attn_mask=allowed)
+    "Attention of a stream to another one, then a small feed-forward layer, both added to the stream"
+    def __init__(self,
+                 width:int, # of the stream
+                 heads:int,
+                 other:int  # width of what is attended to
+                ):
+        super().__init__()
+        self.heads = heads
+        self.q, self.o = (nn.Linear(width, width, bias=False) for _ in range(2))
+        self.k, self.v = (nn.Linear(other, width, bias=False) for _ in range(2))
+        self.norm, self.last = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.other = nn.LayerNorm(other)
+        self.mlp = nn.Sequential(nn.Linear(width, 2*width), nn.GELU(), nn.Linear(2*width, width))
+
+    def forward(self,
+                x:Tensor,      # [batch, tokens, width]
+                c:Tensor,      # [batch, keys, other]
+                allowed:Tensor # [batch, 1, tokens, keys]: may this token attend to that key?
+               ) -> Tensor:    # [batch, tokens, width]
+        q, c = self.q(self.norm(x)), self.other(c)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for t in (q, self.k(c), self.v(c)))
+        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
         x = x + self.o(seen.transpose(1, 2).flatten(2))
         return x + self.mlp(self.last(x))
 
 class Copilot(nn.Module):
-    "Foresees the Pilot's mistake at each place from what the Pilot read and thought, and from its mistakes before"
-    def __init__(self, hidden:int, words:int, # the Pilot's width and vocabulary
-                 width:int=64, layers:int=2, heads:int=4):
-        super().__init__(); self.noted, self.seen = nn.Linear(words, width, bias=False), nn.Linear(2*hidden, width)
-        self.layers, self.head = nn.ModuleList(Attend(width, heads) for _ in range(layers)), nn.Linear(width, words); nn.init.zeros_(self.head.weight); nn.init.zeros_(self.head.bias)
-    def forward(self, notes:Tensor, # [batch, tokens, width]: `noted` of the mistake one place before
-                read:Tensor,        # [batch, tokens, 2 hidden]: the Pilot's embedding and its mean hidden state
-                mask:Tensor         # [batch, tokens]: 0 for padding
-               ) -> Tensor:         # [batch, tokens, words]
-        n, c = mask.shape[1], self.seen(read); allowed = torch.ones(n, n, dtype=torch.bool, device=mask.device).tril() & mask[:, None, None].bool() | torch.eye(n, dtype=torch.bool, device=mask.device)
-        x = notes + c
-        for i, layer in enumerate(self.layers): x = layer(x, c if i % 2 else x, allowed)
+    "Predict the Pilot's mistake at each token from its mistakes before, its embeddings and its hidden states"
+    def __init__(self,
+                 hidden:int, # the Pilot's width
+                 words:int,  # its vocabulary
+                 width:int=64,
+                 layers:int=2,
+                 heads:int=4):
+        super().__init__()
+        self.noted, self.head = nn.Linear(words, width, bias=False), nn.Linear(width, words)
+        self.layers = nn.ModuleList(Attend(width, heads, hidden if i % 2 else width)
+                                    for i in range(layers))
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self,
+                notes:Tensor, # [batch, tokens, width]: `noted` of the mistake one token before
+                read:Tensor,  # [batch, tokens, 2, hidden]: see `thoughts`
+                mask:Tensor   # [batch, tokens]: 0 for padding
+               ) -> Tensor:   # [batch, tokens, words]
+        n = mask.shape[1]
+        # a token of padding attends to itself, as a softmax over nothing is NaN
+        itself = torch.eye(n, dtype=torch.bool, device=mask.device)
+        allowed = itself.new_ones(n, n).tril() & mask[:, None, None].bool() | itself
+        both, x = read.transpose(1, 2).flatten(1, 2), notes # Concat(X~, Pool(h)) along the sequence
+        for i, layer in enumerate(self.layers):
+            x = layer(x, both, allowed.repeat(1, 1, 1, 2)) if i % 2 else layer(x, x, allowed)
         return self.head(x)
 
-def thoughts(out) -> Tensor: # [batch, tokens, 2 hidden], from a model's output with hidden states
-    "What the Pilot read and thought at each place: its embedding, and the mean of its hidden states over the layers"
-    first, *rest = out.hidden_states; return torch.cat([first, torch.stack(rest).mean(0)], -1).detach()
+def thoughts(out # a model's output with hidden states
+            ) -> Tensor: # [batch, tokens, 2, hidden]
+    "Stack the Pilot's embedding of each token, and the mean of its hidden states over the layers"
+    first, *rest = out.hidden_states
+    return torch.stack([first, torch.stack(rest).mean(0)], 2).detach()
+
+# %% ../../../nbs/evaluators/decoding/copilot.ipynb #001a70e1
+class MistakeLog:
+    "Hold at most `size` examples of what the Pilot read, thought and got wrong, evenly drawn from all rounds so far"
+    def __init__(self, size:int):
+        self.size, self.seen, self.kept, self.new = size, 0, [], []
+
+    def before_fit(self, state):
+        state.extra['mistake log'] = self
+
+    def before_batch(self, state):
+        self.new = []
+
+    def collect(self, examples:list, rng:torch.Generator) -> None:
+        "Add examples, so that each one ever added is still there with the same probability"
+        for x in examples:
+            self.seen += 1
+            at = len(self.kept)
+            if at == self.size:
+                at = int(torch.randint(self.seen, (), generator=rng))
+            self.kept[at:at + 1] = [x] if at < self.size else []
+
+    def draw(self, n:int, rng:torch.Generator) -> list:
+        "Draw `n` examples (fewer, if the log holds fewer), each at most once"
+        return [self.kept[i] for i in torch.randperm(len(self.kept), generator=rng)[:n].tolist()]
+
+    def state_dict(self) -> dict:
+        "All examples, joined into few tensors"
+        joined = {k: torch.cat([x[k] for x in self.kept]) for k in _PARTS} if self.kept else {}
+        lengths = {k: [len(x[k]) for x in self.kept] for k in _PARTS}
+        rounds = [x['round'] for x in self.kept]
+        return dict(seen=self.seen, rounds=rounds, lengths=lengths, **joined)
+
+    def load_state_dict(self, kept:dict) -> None:
+        "Go on from what `state_dict` gave"
+        self.seen = kept['seen']
+        parts = {k: kept[k].split(kept['lengths'][k]) for k in _PARTS} if kept['rounds'] else {}
+        self.kept = [dict(round=r, **{k: v[i] for k, v in parts.items()})
+                     for i, r in enumerate(kept['rounds'])]
+
+_PARTS = ('read', 'at', 'mistake')
+
+@dataclass(frozen=True)
+class mistake_log:
+    "How a run's log is made"
+    size:int=512 # examples
+    def __post_init__(self):
+        if self.size < 1:
+            raise ValueError(f'the mistake log has room for {self.size} examples; it needs room for at least 1')
+
+    def __call__(self) -> MistakeLog:
+        return MistakeLog(self.size)
+
+    def __repr__(self):
+        return f'mistake_log({self.size})'
+
+def examples_of(batch:dict,    # a micro-batch
+                logits:Tensor, # [batch, tokens, words]: the Pilot's, before its step
+                read:Tensor,   # [batch, tokens, 2, hidden]: see `thoughts`
+                step:int       # the round
+               ) -> list[dict]: # `round`, `read`, `at`, `mistake`
+    """Cut a micro-batch into the entries of the log, on the CPU; `at` are the tokens where something is asked, and there is
+    one `mistake` for each"""
+    y = batch['labels']
+    l, on = mistakes(logits, y), F.pad(priced(y), (0, 1))
+    out = []
+    for i, part in _spans(batch):
+        at = on[i, part].nonzero()[:, 0]
+        out.append(dict(round=step, read=read[i, part].float().cpu().clone(), at=at.cpu(),
+                        mistake=l[i, part][at].cpu()))
+    return out
+
+def _spans(batch) -> list[tuple[int, slice]]:
+    "Where each example stands: its line and its tokens; a packed line holds several"
+    if 'tokens' not in batch:
+        return [(i, slice(0, n)) for i, n in enumerate(batch['attention_mask'].sum(1).tolist())]
+    out = []
+    for i, (place, n) in enumerate(zip(batch['position_ids'], batch['tokens'].tolist())):
+        starts = (place[:n] == 0).nonzero()[:, 0].tolist()
+        out += [(i, slice(a, b)) for a, b in zip(starts, [*starts[1:], n])]
+    return out
 
 # %% ../../../nbs/evaluators/decoding/copilot.ipynb #000b70e1
 def foresight(state) -> Tensor:
-    "How far the Copilot is from the Pilot's mistakes on this micro-batch: the root of the mean squared length of the difference"
-    y, pilot = state.batch['labels'], state.models['copilot']; l, on = mistakes(state.logits, y), priced(y)
-    with torch.no_grad(): read = thoughts(state.model(**model_inputs(state.batch), output_hidden_states=True))
-    f = pilot(pilot.noted(F.pad(l[:, :-1], (0, 0, 1, 0))), read, state.batch['attention_mask'])
-    return (((f - l)[:, :-1].square().sum(-1)*on).sum()/on.sum().clamp(min=1)).sqrt()/len(state.batches)
+    """Put a micro-batch into the log; after the step's last one, return the Copilot's RMSE on as many examples as the
+    step has, drawn from the log. Before that, return 0"""
+    log, acc, copilot = state.extra['mistake log'], state.accelerator, state.models['copilot']
+    i = next(i for i, b in enumerate(state.batches) if b is state.batch)
+    with torch.no_grad():
+        out = state.model(**model_inputs(state.batch), output_hidden_states=True)
+        log.new.append((i, examples_of(state.batch, state.logits, thoughts(out), state.step)))
+    if i + acc.num_processes < len(state.batches): # this process has another one
+        return 0.*copilot.head.bias.sum()
+    # every process collects all examples in the order of one process, and draws the same
+    rng = torch.Generator().manual_seed(hash((state.seed, state.step, zlib.crc32(b'mistake log'))))
+    parts = sorted(gather_object(log.new), key=lambda part: part[0])
+    fresh = [x for _, some in parts for x in some]
+    log.collect(fresh, rng)
+    return rmse(copilot, log.draw(len(fresh), rng))/acc.num_processes
+
+def rmse(copilot:Copilot,
+         examples:list[dict] # of the log
+        ) -> Tensor:
+    "Compute the root of the mean squared length of the Copilot's errors over all tokens where something is asked"
+    device = copilot.head.weight.device
+    read = [x['read'] for x in examples]
+    real = [torch.ones(len(x), dtype=torch.long) for x in read]
+    read, mask = (pad_sequence(t, batch_first=True).to(device) for t in (read, real))
+    l = read.new_zeros(*mask.shape, copilot.head.out_features)
+    row = torch.cat([torch.full_like(x['at'], i) for i, x in enumerate(examples)]).to(device)
+    at = torch.cat([x['at'] for x in examples]).to(device)
+    l[row, at] = torch.cat([x['mistake'] for x in examples]).to(device)
+    f = copilot(copilot.noted(F.pad(l[:, :-1], (0, 0, 1, 0))), read, mask)
+    return ((f - l)[row, at].square().sum()/max(1, len(at))).sqrt()
 
 # %% ../../../nbs/evaluators/decoding/copilot.ipynb #000d70e1
-def answer_together(pilot, copilot, tok, prompts:list, lam:float=.3, max_new_tokens:int=64, sample:bool=False, batch_size:int=200) -> list[str]:
+def answer_together(pilot,
+                    copilot:Copilot,
+                    tok,          # their tokenizer
+                    prompts:list, # strings, or lists of chat messages
+                    lam:float=1., # how much of the correction is added
+                    max_new_tokens:int=64,
+                    sample:bool=False,
+                    batch_size:int=200 # prompts at once
+                   ) -> list[str]:
     "Answer each prompt with the Pilot's probabilities plus `lam` times the Copilot's corrections"
     begin = partial(_Reader, pilot, copilot, lam)
-    return decode([pilot], tok, prompts, begin, max_new_tokens, sample, batch_size, weights=lambda p: p.clamp(min=0))
+    return decode([pilot], tok, prompts, begin, max_new_tokens, sample, batch_size,
+                  weights=lambda p: p.clamp(min=0))
 
 class _Reader:
-    "Reads on for one batch: the Pilot's cache, its thoughts so far, and the Copilot's own notes of the mistakes that it foresaw"
+    "Read on for one batch: the Pilot's cache, its thoughts so far, and the mistakes that the Copilot foresaw"
     def __init__(self, pilot, copilot, lam:float):
         self.pilot, self.copilot, self.lam, self.cache = pilot, copilot, lam, None
 
     def __call__(self, x, mask, place) -> Tensor: # [rows, words]
-        o = self.pilot(input_ids=x, attention_mask=mask, position_ids=place, past_key_values=self.cache, use_cache=True, output_hidden_states=True)
+        o = self.pilot(input_ids=x, attention_mask=mask, position_ids=place,
+                       past_key_values=self.cache, use_cache=True, output_hidden_states=True)
         noted = self.copilot.noted
-        if self.cache is None: # nothing is known yet of mistakes in the prompt
-            self.read, self.notes = thoughts(o), noted(torch.zeros(*x.shape, noted.in_features, device=x.device))
+        if self.cache is None: # no mistake in the prompt is known
+            self.read = thoughts(o)
+            self.notes = noted(torch.zeros(*x.shape, noted.in_features, device=x.device))
         else:
             self.read = torch.cat([self.read, thoughts(o)], 1)
             self.notes = torch.cat([self.notes, noted(self.foreseen)[:, None]], 1)
@@ -98,23 +252,33 @@ class small_copilot:
     def __call__(self, state) -> nn.Module:
         c = state.model.config
         return Copilot(c.hidden_size, c.vocab_size, self.width, self.layers, self.heads)
-    def __repr__(self): return 'make'
+
+    def __repr__(self):
+        return 'make'
 
 @dataclass(frozen=True)
 class together:
     "A decoder: see `answer_together`"
-    lam:float=.3
+    lam:float=1.
     def __call__(self, models, tok, prompts, **options) -> list[str]:
-        return answer_together(models['tuned'], models['copilot'], tok, prompts, self.lam, **options)
-    def __repr__(self): return f'answer_together({self.lam:g})'
+        return answer_together(models['tuned'], models['copilot'], tok, prompts, self.lam,
+                               **options)
+
+    def __repr__(self):
+        return f'answer_together({self.lam:g})'
 
 @method('Transformer Copilot: Learning from The Mistake Log in LLM Fine-tuning', '2505.16270',
-    'A small second model that learns the log of the first one\'s mistakes corrects its answers better than the same numbers spent on the first would.',
-    'the abstract, the project\'s page and summaries; what each layer attends to, the fresh start and the width are our reading')
-def copilot(lam:float=.3,  # how much of the correction is added
-            width:int=64, layers:int=2, heads:int=4, # of the Copilot
-            lr:float|None=1e-3 # the Copilot's own peak learning rate; None: the run's
+    'A small second model that learns the log of the first one\'s mistakes corrects its answers better than the same number '
+    'of parameters spent on the first would.',
+    'the paper (Algorithm 1, Table 17); the width, the fresh start and the bound on the log are ours')
+def copilot(lam:float=1.,  # how much of the correction is added
+            width:int=64,  # of the Copilot
+            layers:int=2,  # of the Copilot: odd ones attend to the mistakes, even ones to the Pilot
+            heads:int=4,   # of the Copilot
+            lr:float|None=1e-3, # the Copilot's own peak learning rate; None: the run's
+            log:int=512    # examples in the mistake log, evenly drawn from all rounds; about 70 kB each on lab-s
            ) -> Recipe:
     "Fine-tune as always, with a Copilot that learns the mistakes and corrects the answers"
     learner = Learner(small_copilot(width, layers, heads), foresight, lr)
-    return Recipe(loop=Loop(learners=dict(copilot=learner)), decode=together(lam))
+    loop = Loop(callbacks=(mistake_log(log),), learners=dict(copilot=learner))
+    return Recipe(loop=loop, decode=together(lam))

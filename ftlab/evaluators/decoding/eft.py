@@ -21,10 +21,11 @@ __all__ = ['emulate', 'by_emulation', 'eft']
 class emulate:
     "The rule of emulated fine-tuning: `rule({'base', 'tuned', 'large'})` -> scores, all [rows, words]"
     beta:float=1.  # how much of the change is added; 0 is the large base, more than 1 exaggerates
-    top_p:float=1. # the share of the tuned small model's probability in which the change counts
+    top_p:float=1. # the share of a small model's probability in which the change counts; 1: everywhere
 
     def __post_init__(self):
-        if not 0 < self.top_p <= 1: raise ValueError(f'top_p is {self.top_p}; it must be above 0 and at most 1')
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f'top_p is {self.top_p}; it must be above 0 and at most 1')
 
     def __call__(self, logp) -> Tensor:
         change = logp['tuned'] - logp['base']
@@ -41,7 +42,8 @@ def _nucleus(logp, p):
 
 # %% ../../../nbs/evaluators/decoding/eft.ipynb #000aac63
 @lru_cache(1)
-def _loaded(name:str): return load(name)[0] # of the large models of all recipes the last one that answered
+def _loaded(name:str):
+    return load(name)[0] # of the large models of all recipes the last one that answered
 
 @dataclass(frozen=True)
 class by_emulation:
@@ -51,14 +53,16 @@ class by_emulation:
     def __call__(self, models, tok, prompts, **options) -> list[str]:
         large = _loaded(self.large) if isinstance(self.large, str) else self.large
         return combined(dict(models, large=large), tok, prompts, self.rule, **options)
-    def __repr__(self): return f'emulate(beta={self.rule.beta:g}, top_p={self.rule.top_p:g})'
+    def __repr__(self):
+        return f'emulate(beta={self.rule.beta:g}, top_p={self.rule.top_p:g})'
 
 @method('An Emulator for Fine-Tuning Large Language Models using Small Language Models', '2310.12962',
     'Adding the change of a tuned small model to a large base emulates tuning the large model.',
     'the abstract and summaries of the paper; which model\'s nucleus limits the change is our reading',
     toy=dict(large='lab-s'))
-def eft(large='lab-m',      # the large base: a name as in `ftlab.load`, or a model that shares the vocabulary
-        beta:float=1., top_p:float=1. # as in `emulate`
+def eft(large='lab-m',   # the large base: a name as in `ftlab.load`, or a model that shares the vocabulary
+        beta:float=1.,   # as in `emulate`
+        top_p:float=1.   # as in `emulate`; its reading is unverified
        ) -> Recipe:
     "Fine-tune the small model plainly; answer with the large one, emulated"
     return Recipe(decode=by_emulation(large, emulate(beta, top_p)))

@@ -15,27 +15,33 @@ __all__ = ['intruders', 'count_intruders', 'shrink_intruders']
 
 # %% ../../../nbs/evaluators/mechanisms/intruders.ipynb #0008dec8
 @probe('LoRA vs Full Fine-tuning: An Illusion of Equivalence', '2410.21228',
-    'At equal task accuracy LoRA has intruder dimensions, full fine-tuning has none, and shrinking them undoes forgetting.',
-    'the abstract, Algorithm 1 and the public reviews; the defaults k=10 and eps=0.5 as reported by others',
+    'At equal task accuracy LoRA has intruder dimensions, full fine-tuning has none, '
+    'and shrinking them undoes forgetting.',
+    'the abstracts of versions 1 to 3, Algorithm 1, the public reviews and the official counting code; '
+    'the claim tests version 1',
     ask=lambda model, change, batch: count_intruders(change), on='directions')
 def intruders(W0:Tensor,    # the base matrix, [out, in]
               W1:Tensor,    # the tuned one
-              k:int=10,     # how many of its left singular vectors are looked at
+              k:int=10,     # how many of its left singular vectors are compared
               eps:float=.5  # one whose cosines with all of the base's stay below this is an intruder
-             ) -> Tensor:   # mask [k], the largest stretch first; shorter for matrices that have fewer directions
-    "Which of the top `k` directions of the tuned matrix resemble no direction of the base"
+             ) -> Tensor:   # mask [k], the largest singular value first; shorter for matrices of lower rank
+    "Find which of the top `k` directions of the tuned matrix resemble no direction of the base"
     return _intruders(W0, W1, k, eps)[0]
 
 def _intruders(W0, W1, k, eps):
     "The mask, and the tuned matrix's top `k` (U, S, V')"
-    if W0.shape != W1.shape or W0.ndim != 2: raise ValueError(f'the matrices have shapes {tuple(W0.shape)} and {tuple(W1.shape)}; two matrices of one shape are compared')
-    if k < 1 or not 0 < eps <= 1: raise ValueError(f'k is {k} and eps is {eps}; k must be at least 1, eps in (0, 1]')
-    U0 = torch.linalg.svd(W0.float(), full_matrices=False).U; U, S, Vh = torch.linalg.svd(W1.float(), full_matrices=False)
+    if W0.shape != W1.shape or W0.ndim != 2:
+        raise ValueError(f'the matrices have shapes {tuple(W0.shape)} and {tuple(W1.shape)}; '
+                         'two matrices of one shape are compared')
+    if k < 1 or not 0 < eps <= 1:
+        raise ValueError(f'k is {k} and eps is {eps}; k must be at least 1, eps in (0, 1]')
+    U0 = torch.linalg.svd(W0.float(), full_matrices=False).U
+    U, S, Vh = torch.linalg.svd(W1.float(), full_matrices=False)
     return (U0.T @ U[:, :k]).abs().amax(0) < eps, (U[:, :k], S[:k], Vh[:k])
 
 # %% ../../../nbs/evaluators/mechanisms/intruders.ipynb #000edec8
 def count_intruders(att, k:int=10, eps:float=.5) -> dict[str, int]:
-    "{name of a matrix that a change reaches: its intruders}; vectors are left out"
+    "Count the intruders of each matrix that a change reaches, {name: number}; vectors are left out"
     return {n: int(intruders(W0, W1, k, eps).sum()) for n, W0, W1 in att.weights() if W0.ndim == 2}
 
 @dataclass(frozen=True)
@@ -47,7 +53,8 @@ class shrink_intruders:
     def __call__(self, changes, model) -> dict:
         shrunk = lambda n, c: _shrunk(model, n, c, self.lam, self.k, self.eps)
         return {n: shrunk(n, c) if c.ndim == 2 else c for n, c in changes.items()}
-    def __repr__(self): return f'shrink_intruders({self.lam:g})'
+    def __repr__(self):
+        return f'shrink_intruders({self.lam:g})'
 
 @torch.no_grad()
 def _shrunk(model, name, C, lam, k, eps):

@@ -17,30 +17,42 @@ __all__ = ['Split', 'tuco', 'at_token', 'steered']
 
 # %% ../../../nbs/evaluators/mechanisms/tuco.ipynb #0005170a
 class Split:
-    "Hooks that take apart what each block adds; `ptc` and `ftc` are the sums over the blocks so far, [rows, tokens, width]"
+    "Hooks that split what each block adds; `ptc` and `ftc` are the sums over the blocks so far, [rows, tokens, width]"
     def __init__(self, model, # the tuned model
                  base,        # the change on it (`run.delta.attached`), or a base model of the same make
                  alpha:float=1.): # what the fine-tuning component is multiplied by
         self.alpha, self.busy, self.start = alpha, False, None
-        self.handles = [model.get_submodule(b.name).register_forward_hook(self._hook(_base_block(base, b.name), i == 0), with_kwargs=True) for i, b in enumerate(anatomy_of(model).blocks)]
+        self.handles = [
+            model.get_submodule(b.name).register_forward_hook(
+                self._hook(_base_block(base, b.name), i == 0), with_kwargs=True)
+            for i, b in enumerate(anatomy_of(model).blocks)]
 
     def _hook(self, base_block:Callable, first:bool):
         def hook(block, args, kw, out):
-            if self.busy: return None # the replay below runs the same module
-            x, y = args[0] if args else kw['hidden_states'], _state(out); self.busy = True
-            try: ptc = _state(base_block(*args, **kw)) - x
-            finally: self.busy = False
+            if self.busy: # the replay below runs the same module
+                return None
+            x, y = args[0] if args else kw['hidden_states'], _state(out)
+            self.busy = True
+            try:
+                ptc = _state(base_block(*args, **kw)) - x
+            finally:
+                self.busy = False
             ftc = y - x - ptc
-            if first: self.start, self.ptc, self.ftc = x, torch.zeros_like(x), torch.zeros_like(x)
+            if first:
+                self.start, self.ptc, self.ftc = x, torch.zeros_like(x), torch.zeros_like(x)
             self.ptc, self.ftc = self.ptc + ptc, self.ftc + self.alpha*ftc
-            if self.alpha == 1: return None
-            y = x + ptc + self.alpha*ftc; return (y, *out[1:]) if isinstance(out, tuple) else y
+            if self.alpha == 1:
+                return None
+            y = x + ptc + self.alpha*ftc
+            return (y, *out[1:]) if isinstance(out, tuple) else y
         return hook
 
     def remove(self):
-        for h in self.handles: h.remove()
+        for h in self.handles:
+            h.remove()
 
-def _state(out): return out[0] if isinstance(out, tuple) else out
+def _state(out):
+    return out[0] if isinstance(out, tuple) else out
 
 def _base_block(base, name) -> Callable:
     "The base's block of that name, to be called like the tuned one"
@@ -48,7 +60,8 @@ def _base_block(base, name) -> Callable:
 
 # %% ../../../nbs/evaluators/mechanisms/tuco.ipynb #0006170a
 @probe('TuCo: Measuring the Contribution of Fine-Tuning to Individual Responses of LLMs', '2506.23423',
-    'The share of the fine-tuning component in what a prompt\'s blocks add is low where a model acts like its base, as under a successful attack.',
+    'The share of the fine-tuning component in what a prompt\'s blocks add is low where a model acts like its base, '
+    'as under a successful attack.',
     'the abstract and Algorithm 1; post-norm blocks and classifiers are our reading', on='prompts')
 @torch.no_grad()
 def tuco(model,       # the tuned model
@@ -56,27 +69,39 @@ def tuco(model,       # the tuned model
          batch:Mapping[str, Tensor], # prompts: input_ids and attention_mask, [rows, tokens], padded on either side
          at:str='last' # the token that is read: 'last' of each prompt, or 'first' (a classifier's mark)
         ) -> Tensor:  # [rows], in [0, 1]
-    "The tuning contribution of each prompt. Raises `UnknownArchitecture` for a model whose blocks `anatomy` cannot find."
-    if at not in ('last', 'first'): raise ValueError(f'at is {at!r}; it must be last or first')
+    "Compute each prompt's tuning contribution. Raises `UnknownArchitecture` where `anatomy` cannot find the blocks"
+    if at not in ('last', 'first'):
+        raise ValueError(f'at is {at!r}; it must be last or first')
     s = Split(model, base)
-    try: model(**model_inputs(batch), use_cache=False)
-    finally: s.remove()
+    try:
+        model(**model_inputs(batch), use_cache=False)
+    finally:
+        s.remove()
     p, f = (at_token(v, batch['attention_mask'], at).float().norm(dim=-1) for v in (s.ptc, s.ftc))
     return f/(p + f).clamp(min=1e-30)
 
 def at_token(states:Tensor, mask:Tensor, at:str='last') -> Tensor:
-    "The state [rows, width] of each row's last (or first) real token; states longer than the mask have extra tokens before the text"
-    t = torch.arange(mask.shape[1], device=mask.device); i = torch.where(mask.bool(), t, -1).amax(1) if at == 'last' else torch.where(mask.bool(), t, len(t)).amin(1)
+    """Pick the state [rows, width] of each row's last (or first) real token; states longer than the mask have extra
+    tokens before the text"""
+    t = torch.arange(mask.shape[1], device=mask.device)
+    i = (torch.where(mask.bool(), t, -1).amax(1) if at == 'last'
+         else torch.where(mask.bool(), t, len(t)).amin(1))
     return states[torch.arange(len(mask), device=mask.device), i + states.shape[1] - mask.shape[1]]
 
 # %% ../../../nbs/evaluators/mechanisms/tuco.ipynb #0008170a
 @contextmanager
 def steered(model, base, alpha:float) -> Iterator: # model and base as in `tuco`
-    "A context in which each block of `model` adds the base's part and `alpha` times the fine-tuned one; answers are drawn without a key-value cache, which a replay would fill twice"
-    configs = [c for c in (model.config, model.generation_config if model.can_generate() else None) if c is not None and 'use_cache' in vars(c)]; was = [c.use_cache for c in configs]
-    for c in configs: c.use_cache = False
+    """Give a context in which each block of `model` adds the base's part and `alpha` times the fine-tuned one; answers
+    are drawn without a key-value cache, which a replay would fill twice"""
+    configs = [c for c in (model.config, model.generation_config if model.can_generate() else None)
+               if c is not None and 'use_cache' in vars(c)]
+    was = [c.use_cache for c in configs]
+    for c in configs:
+        c.use_cache = False
     s = Split(model, base, alpha)
-    try: yield model
+    try:
+        yield model
     finally:
         s.remove()
-        for c, u in zip(configs, was): c.use_cache = u
+        for c, u in zip(configs, was):
+            c.use_cache = u

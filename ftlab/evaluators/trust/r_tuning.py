@@ -6,7 +6,7 @@
 from __future__ import annotations
 from dataclasses import dataclass
 import torch
-from ...core.batches import collate, encode, encode_all
+from ...core.batches import IGNORE, collate, encode, encode_all
 from ...core.model import device_of, evaluating, model_inputs, pad_id, row_limit, to_device
 from ...core.paper import method
 from ...core.recipe import Recipe
@@ -18,66 +18,98 @@ from ...trainers.source import Rows
 __all__ = ['statement', 'asked', 'answer_nll', 'likelihood', 'certainty', 'r_tuning']
 
 # %% ../../../nbs/evaluators/trust/r_tuning.ipynb #000572cd
-def statement(answer:str, knew:bool, variant:str='pad', ask:str='.', sure:str='i know', unsure:str='i do not know') -> str:
-    "The response to train on: the answer with a statement of certainty, or, in the variant 'refuse', a refusal for what was not known"
-    if variant == 'refuse': return answer if knew else unsure
+def statement(answer:str,
+              knew:bool,         # did the untouched model answer rightly?
+              variant:str='pad', # or 'refuse'
+              ask:str='.',
+              sure:str='i know',
+              unsure:str='i do not know'
+             ) -> str:
+    """Write the response to train on: the answer with a statement of certainty, or, in the variant 'refuse', a refusal
+    for what was not known"""
+    if variant == 'refuse':
+        return answer if knew else unsure
     return f'{answer} {ask} {sure if knew else unsure}'
 
 @dataclass(frozen=True)
 class asked:
-    "A source that puts every training question to the model as it is before the first step, and marks each row by whether it knew"
+    "A source that asks the model every training question before the first step, and marks each row by whether it knew"
     variant:str='pad'           # as in `statement`, like the words
     ask:str='.'
     sure:str='i know'
     unsure:str='i do not know'
 
     def __post_init__(self):
-        if self.variant not in ('pad', 'refuse'): raise ValueError(f'variant is {self.variant!r}; it must be pad or refuse')
+        if self.variant not in ('pad', 'refuse'):
+            raise ValueError(f'variant is {self.variant!r}; it must be pad or refuse')
 
     def __call__(self, state) -> Rows:
         if state.data.kind != 'text':
-            raise ValueError('R-Tuning asks the model its training questions, which needs rows with a prompt and a response; '
-                             f'the data are of kind {state.data.kind!r}')
+            raise ValueError('R-Tuning asks the model its training questions, which needs rows with a prompt and '
+                             f'a response; the data are of kind {state.data.kind!r}')
         rows, s = state.data.train, state.settings
         said = answers(state.model, state.tok, rows)
         state.extra['knew'] = knew = [judge(r, a) == 1 for r, a in zip(rows, said)]
         words = dict(ask=self.ask, sure=self.sure, unsure=self.unsure)
-        marked = [dict(r, response=statement(r['response'], k, self.variant, **words)) for r, k in zip(rows, knew)]
-        return Rows(encode_all(marked, state.tok, 'text', state.limit), s['batch_size'], s['accumulate'], s['seed'], state.pad_id)
+        marked = [dict(r, response=statement(r['response'], k, self.variant, **words))
+                  for r, k in zip(rows, knew)]
+        encoded = encode_all(marked, state.tok, 'text', state.limit)
+        return Rows(encoded, s['batch_size'], s['accumulate'], s['seed'], state.pad_id)
 
-    def __repr__(self): return f'asked({self.variant})'
+    def __repr__(self):
+        return f'asked({self.variant})'
 
 # %% ../../../nbs/evaluators/trust/r_tuning.ipynb #000672cd
 @torch.no_grad()
 def answer_nll(model, tok, prompts:list[str], responses:list[str]) -> list[torch.Tensor]: # one tensor a row: [tokens]
-    "The price of each token of each response, its end mark last"
+    "Compute the negative log-likelihood of each token of each response, its end mark last"
     limit = row_limit(model, tok)
-    rows = [encode(dict(prompt=p, response=r), tok, 'text', limit) for p, r in zip(prompts, responses, strict=True)]
+    rows = [encode(dict(prompt=p, response=r), tok, 'text', limit)
+            for p, r in zip(prompts, responses, strict=True)]
     out = []
     for i in range(0, len(rows), 100):
         b = to_device(collate(rows[i:i + 100], pad_id(tok)), device_of(model))
-        with evaluating(model): nll = token_nll(model(**model_inputs(b)).logits, b['labels'])
+        with evaluating(model):
+            nll = token_nll(model(**model_inputs(b)).logits, b['labels'])
         out += [x[on].cpu() for x, on in zip(nll, priced(b['labels']))]
     return out
 
 def likelihood(model, tok, prompts:list[str], said:list[str]) -> torch.Tensor: # [rows], in [0, 1]
-    "How likely the model finds each answer that it gave: the geometric mean of the probabilities of its tokens, the end mark left out"
-    n = [max(1, len(tok(a, add_special_tokens=False).input_ids)) for a in said]
-    return torch.stack([(-x[:k].mean()).exp() for x, k in zip(answer_nll(model, tok, prompts, said), n)])
+    """Compute how likely the model finds each answer that it gave: the geometric mean of the probabilities of its
+    tokens, without what ends it; of an empty answer, the probability of the end"""
+    n = [max(1, _labelled(tok, p, a) - _labelled(tok, p, ''))
+         for p, a in zip(prompts, said, strict=True)]
+    losses = answer_nll(model, tok, prompts, said)
+    return torch.stack([(-x[:k].mean()).exp() for x, k in zip(losses, n)])
 
-def certainty(model, tok, prompts:list[str], said:list[str], ask:str='.', sure:str='i know', unsure:str='i do not know') -> torch.Tensor: # [rows], in [0, 1]
-    "The probability of the sure statement after each answer, against that of the unsure one"
-    yes, no = (torch.stack([x.sum() for x in answer_nll(model, tok, prompts, [f'{a} {ask} {s}' for a in said])]) for s in (sure, unsure))
+def _labelled(tok, prompt, response) -> int:
+    # counted in the row itself: a tokenizer may split an answer otherwise when it stands alone
+    row = encode(dict(prompt=prompt, response=response), tok, 'text')
+    return sum(y != IGNORE for y in row['labels'][1:])
+
+def certainty(model,
+              tok,
+              prompts:list[str],
+              said:list[str], # the model's own answers
+              ask:str='.',
+              sure:str='i know',
+              unsure:str='i do not know'
+             ) -> torch.Tensor: # [rows], in [0, 1]
+    "Compute the probability of the sure statement after each answer, against that of the unsure one"
+    yes, no = (torch.stack([x.sum() for x in answer_nll(
+        model, tok, prompts, [f'{a} {ask} {s}' for a in said])]) for s in (sure, unsure))
     return (no - yes).sigmoid()
 
 # %% ../../../nbs/evaluators/trust/r_tuning.ipynb #000772cd
 @method('R-Tuning: Teaching Large Language Models to Refuse Unknown Questions', '2311.09677',
-    'Tuned on answers that say whether the model knew them, a model ranks its answers by confidence better, and refuses what it does not know.',
-    'the abstract and the official code for ParaRel (shizhediao/R-Tuning); the words of the statement are the lab\'s')
-def r_tuning(variant:str='pad',             # 'pad': the answer, then a statement; 'refuse': a refusal in place of an answer that was not known
-             ask:str='.',                   # what stands between answer and statement
-             sure:str='i know',             # the statement after what the model knew
-             unsure:str='i do not know'     # and after what it did not; the refusal
+    'Tuned on answers that say whether the model knew them, a model ranks its answers by confidence better, '
+    'and refuses what it does not know.',
+    'the abstract and the official code for ParaRel (shizhediao/R-Tuning); the words of the statement are the lab\'s, '
+    'with one refusal for the official 16')
+def r_tuning(variant:str='pad', # 'pad': the answer, then a statement; 'refuse': a refusal for what was not known
+             ask:str='.',       # what stands between answer and statement
+             sure:str='i know', # the statement after what the model knew
+             unsure:str='i do not know' # and after what it did not; the refusal
             ) -> Recipe:
     "Refusal-aware tuning: ask first, then teach answers with their certainty"
     return Recipe(source=asked(variant, ask, sure, unsure))
