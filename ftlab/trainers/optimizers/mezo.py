@@ -103,5 +103,5 @@ class MeZO:
 def mezo(eps:float=1e-3,     # distance to either side
          dist:str='normal'   # the direction: 'normal' is the paper's; 'rademacher' is +1 or -1 everywhere, and faster
         ) -> Recipe:
-    "Memory-efficient zeroth-order fine-tuning; learning rates are far smaller than AdamW's, and constant"
+    "Memory-efficient zeroth-order fine-tuning; learning rates are far smaller than AdamW's"
     return Recipe(step=With(MeZO, eps=eps, dist=dist))
