@@ -6,12 +6,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 import torch.nn.functional as F
 from ftlab.adapters.delta import Offset
+from ftlab.adapters.edit import scale
 from ftlab.adapters.store import load_delta
 from ftlab.core.io import DiskFull
 from ftlab.adapters.subsets.hft import hft
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import named, parts, top
 from ftlab.core.batches import batch_at, encode_all
+from ftlab.core.paper import Method
 from ftlab.core.recipe import Recipe, Share, Stages
 from ftlab.trainers.callbacks import EarlyStop, Every, validation_nll
 from ftlab.trainers.fit import fit
@@ -67,6 +69,14 @@ def test_the_log_has_a_row_for_every_step():
 def test_the_nll_falls(): run = tune(steps=60, lr=3e-3); assert run.log[-1]['nll'] < .5*run.log[0]['nll']
 
 # ---------- settings
+
+def test_a_recipe_s_own_schedule_holds_where_none_is_asked_for():
+    steady, falling = Recipe(Method('steady', schedule='constant')), Recipe('falling')
+    assert [r['lr'] for r in tune(steady, steps=3, lr=1e-3).log] == [1e-3]*3
+    assert tune(steady, steps=3, schedule='linear').settings['schedule'] == 'linear'
+    both = tune(Recipe('both', loop=Stages(steady, falling)), steps=6, lr=1e-3)
+    assert [r['lr'] for r in both.log] == pytest.approx([1e-3]*3 + [1e-3, 2e-3/3, 1e-3/3])
+    assert (steady*Recipe('edited', edit=scale(.5))).schedule == 'constant'
 
 def test_schedules():
     f = {k: [schedule(k, 10, 2)(s) for s in range(10)] for k in ('linear', 'cosine', 'constant')}

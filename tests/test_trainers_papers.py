@@ -131,6 +131,18 @@ def test_a_step_that_is_interrupted_leaves_the_weights_where_they_were():
     with pytest.raises(Stopped): fit(m, TOK, lab_data(), replace(methods.mezo(), objective=price), steps=1, batch_size=8, lr=1e-4, progress=False)
     assert max((a - b).abs().max() for a, b in zip(weights(m).values(), was.values())) < 1e-6
 
+class Rates:
+    "Keeps the learning rate of every step"
+    def __init__(self): self.seen = []
+    def after_step(self, state): self.seen.append(state.extra['lr'])
+
+def test_mezo_keeps_its_learning_rate_unless_it_is_asked_to_let_it_fall():
+    for asked, falls in ((dict(), False), (dict(schedule='linear'), True)):
+        look = Rates()
+        run, _ = forward_only(callbacks=(look,), **asked)
+        assert (len(set(look.seen)) > 1) == falls and look.seen[0] == 1e-4
+        assert run.settings['schedule'] == ('linear' if falls else 'constant')
+
 # ---------- blocks in turn
 
 class Watch:
@@ -172,6 +184,40 @@ def test_blocks_in_turn_refuses_none_and_takes_deltas_in_turn():
     class Moved:
         def after_step(self, state): see.append((state.extra['active'], {n.split('.')[2] for n, p in state.attached.parameters().items() if p.grad is None and p.requires_grad}))
     fit(toy(), TOK, lab_data(), methods.get('lora * lisa(gamma=1, period=1)'), steps=4, batch_size=8, progress=False, callbacks=(Moved(),)); assert all({str(i) for i in a} == blocks for a, blocks in see)
+
+def trainable(model): return [n for n, p in model.named_parameters() if p.requires_grad]
+
+@pytest.mark.parametrize('ends', ['at its last step', 'by hand', 'by an error'])
+def test_after_blocks_in_turn_all_is_trainable_that_was_before(ends):
+    class Wreck(Exception): pass
+    class End:
+        def after_step(self, state):
+            if ends == 'by hand': raise KeyboardInterrupt
+            if ends == 'by an error': raise Wreck
+    model = toy()
+    model.model.norm.weight.requires_grad_(False)
+    before = trainable(model)
+    assert before and len(before) < len(weights(model))
+    try: fit(model, TOK, lab_data(), methods.lisa(gamma=1, period=2), steps=3, batch_size=8, progress=False, callbacks=(End(),))
+    except Wreck: assert ends == 'by an error'
+    assert set(before) <= set(trainable(model))
+
+def test_blocks_in_turn_can_keep_the_state_of_blocks_that_do_not_train():
+    from dataclasses import replace
+    from ftlab.trainers.optimizers.lisa import BlocksInTurn
+    held, moved = {}, {}
+    for keep in (False, True):
+        seen = held[keep] = set()
+        class Small(BlocksInTurn):
+            def __call__(self, state, losses):
+                out = super().__call__(state, losses)
+                seen.add(len({n.split('.')[2] for n, p in zip(self.names, self.params) if p in self.opt.state and '.layers.' in n}))
+                return out
+        recipe = replace(methods.lisa(), step=lambda p, s: Small(p, s, gamma=1, period=2, keep_state=keep))
+        moved[keep] = weights(fit(toy(), TOK, lab_data(), recipe, steps=8, batch_size=8, progress=False).model)
+    assert held == {False: {1}, True: {1, 2}} and not same(moved[False], moved[True])
+    asked = weights(fit(toy(), TOK, lab_data(), methods.lisa(gamma=1, period=2, keep_state=True), steps=8, batch_size=8, progress=False).model)
+    assert same(asked, moved[True])
 
 # ---------- saying when one is unsure
 

@@ -16,8 +16,8 @@ from .text import did_you_mean, near_misses, split_of
 
 # %% auto #0
 __all__ = ['KINDS', 'FORMS', 'ALIASES', 'SYNONYMS', 'SPLITS', 'IGNORE', 'PACKS', 'Data', 'question_of', 'data', 'piece_ids',
-           'pieces_of', 'encode', 'prompt_ids', 'Encoded', 'encode_all', 'collate', 'bins', 'pack', 'packing', 'order',
-           'indices', 'batch_at']
+           'pieces_of', 'encode', 'prompt_ids', 'Encoded', 'encode_all', 'encode_each', 'collate', 'bins', 'pack',
+           'packing', 'order', 'indices', 'batch_at']
 
 # %% ../../nbs/core/batches.ipynb #000641f0
 KINDS = dict(chat=('messages',), text=('prompt', 'response'), label=('text', 'label'), lm=('text',)) # in the order of preference
@@ -444,6 +444,15 @@ def _nothing_left(whole:list[dict], max_length:int|None, keep:str) -> str:
     return (f'max_length={max_length} leaves no label in any of the {len(whole)} rows: their answers begin at token {min(begin)} to {max(begin)}. '
             f'With max_length={max(len(w["labels"]) for w in whole)} every row fits whole, {max(begin)} keeps some of every answer'
             + ("; or say keep='end', which cuts questions instead" if keep == 'start' else ''))
+
+# %% ../../nbs/core/batches.ipynb #00e041f0
+def encode_each(rows:list[dict],          # of kind 'text', 'chat' or 'lm'
+                tok, kind:str,            # as in `encode`
+                max_length:int|None=None, # at most so many tokens a row; None: all
+                keep:str='start'          # as in `encode`
+               ) -> list[dict]:           # one for each row, also where no label is left
+    "Encode every row as `encode` does, with the tokenizer called once"
+    return [_cut(e, max_length, keep) for e in _encode_whole(rows, tok, kind)]
 
 # %% ../../nbs/core/batches.ipynb #003f41f0
 def collate(rows:list[dict],    # encoded rows

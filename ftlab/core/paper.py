@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import wraps
 
 # %% auto #0
-__all__ = ['LR', 'LRS', 'ASKED_ON', 'Paper', 'Method', 'method', 'probe', 'study', 'Evidence', 'merging']
+__all__ = ['LR', 'LRS', 'SCHEDULE', 'ASKED_ON', 'Paper', 'Method', 'method', 'probe', 'study', 'Evidence', 'merging']
 
 # %% ../../nbs/core/paper.ipynb #00044c37
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Paper:
         return dict(self.toy() if callable(self.toy) else self.toy)
 
 # %% ../../nbs/core/paper.ipynb #00b44c37
-LR, LRS = 3e-4, (1e-4, 3e-4, 1e-3)
+LR, LRS, SCHEDULE = 3e-4, (1e-4, 3e-4, 1e-3), 'linear'
 
 @dataclass(frozen=True)
 class Method:
@@ -46,6 +46,7 @@ class Method:
     arguments:Mapping=field(default_factory=dict, hash=False) # what the method was called with
     waives:Mapping[str, str]=field(default_factory=dict, hash=False) # promise that is not made -> the reason
     paper:Paper|None=field(default=None, repr=False) # where it comes from
+    schedule:str=SCHEDULE              # of the learning rate, where none is given: 'linear', 'cosine' or 'constant'
 
 # %% ../../nbs/core/paper.ipynb #00b54c37
 def method(title:str,                    # as printed
@@ -54,6 +55,7 @@ def method(title:str,                    # as printed
            source:str,                   # what was read to build it
            *, lr:float=LR,               # learning rate where none is given
            lrs:tuple[float, ...]=LRS,    # learning rates worth trying on small models
+           schedule:str=SCHEDULE,        # of the learning rate, where none is given: 'linear', 'cosine' or 'constant'
            waives:Mapping|Callable|None=None, # {promise: why it is not made}, or a function from the arguments to that
            toy:Mapping|Callable|None=None # arguments for a toy model, or a function that makes them; None: the defaults
           ) -> Callable:                 # a decorator of a function that returns a Recipe
@@ -69,7 +71,7 @@ def method(title:str,                    # as printed
             known = dict(given.arguments)
             waived = waives(known) if callable(waives) else waives or {}
             record = known | dict(recipe.meta.arguments) # a default that depends on another argument, as it was resolved
-            return replace(recipe, meta=Method(f.__name__, lr, lrs, record, dict(waived), paper))
+            return replace(recipe, meta=Method(f.__name__, lr, lrs, record, dict(waived), paper, schedule))
         made.paper = paper
         return made
     return bind

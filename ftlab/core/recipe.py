@@ -66,6 +66,8 @@ class Recipe:
     @property
     def lrs(self) -> tuple[float, ...]: return self.meta.lrs
     @property
+    def schedule(self) -> str: return self.meta.schedule
+    @property
     def arguments(self) -> Mapping: return self.meta.arguments
     @property
     def waives(self) -> Mapping[str, str]: return self.meta.waives
@@ -288,7 +290,7 @@ def _both(self:Recipe, other:Recipe) -> Recipe:
         except TypeError: raise CannotCompose(f'{names}: both answer {q!r}; use one of them, or write a {q} that does both') from None
     lead = self if self.delta or self.step else other if other.delta or other.step else self
     return Recipe(Method(names, lead.lr, lead.lrs, {self.name: self.arguments, other.name: other.arguments},
-                         {**self.waives, **other.waives}), **new)
+                         {**self.waives, **other.waives}, schedule=lead.schedule), **new)
 
 def _product(q, a, b):
     "Both answers to one question; `TypeError` where they exclude each other"

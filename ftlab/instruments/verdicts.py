@@ -147,7 +147,7 @@ def bare(node:ast.AST) -> ast.AST:
             n.body = n.body[1:] or [ast.Pass()]
     return node
 
-DOES = ('lr', 'lrs', 'waives')  # of a mark only these change what the code does
+DOES = ('lr', 'lrs', 'schedule', 'waives')  # of a mark only these change what the code does
 
 def _without_words(decorator):
     "A decorator; of a paper's mark what is more than words, or `None`"

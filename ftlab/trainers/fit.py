@@ -22,7 +22,7 @@ from ..core.model import device_of, row_limit
 from ..core.recipe import Recipe
 from .checkpoint import refuse_to_replace, resumable
 from .run import Run
-from .stage import Job, head_names
+from .stage import Job, head_names, rate_settings
 from .stages import run_recipe
 from .step import Processes
 from .watch import tracking
@@ -39,7 +39,7 @@ def fit(model,                     # changed in place: a causal language model, 
         batch_size:int=32,         # rows a step, over all processes
         accumulate:int=1,          # micro-batches that each process cuts its part of a step into
         lr:float|None=None,        # peak learning rate; None: the recipe's
-        schedule:str='linear',     # 'linear', 'cosine' or 'constant'
+        schedule:str|None=None,    # 'linear', 'cosine' or 'constant'; None: the recipe's, mostly 'linear'
         warmup:int=0,              # steps of rising learning rate
         weight_decay:float=0.,     # AdamW's, decoupled
         betas:tuple[float, float]=(.9, .999), # AdamW's
@@ -108,16 +108,17 @@ def _job(model, tok, data, recipe, settings, device, out, trackers, callbacks) -
     limit = row_limit(model, tok, settings['max_length'])
     rows = encode_all(data.train, tok, data.kind, limit)
     validation = encode_all(data.validation, tok, data.kind, limit) if data.validation else []
-    lr, settings = settings['lr'], dict(recipe=recipe.describe(), **settings)
-    settings |= dict(lr=recipe.lr if lr is None else lr,
-                     accumulate=settings['accumulate']*processes.count, data=data.fingerprint,
+    asked = {k: settings[k] for k in ('lr', 'schedule')}
+    settings = dict(recipe=recipe.describe(), **settings)
+    settings |= rate_settings(recipe, **asked)
+    settings |= dict(accumulate=settings['accumulate']*processes.count, data=data.fingerprint,
                      encoded=_fingerprint(rows, validation),
                      model=hashlib.blake2s(json.dumps(base).encode()).hexdigest()[:16],
                      callbacks=[c.describe() for c in callbacks if hasattr(c, 'describe')])
     holder = None if out and processes.main else TemporaryFolder()
     folder = Path(holder.name if holder else out)
     return Job(model=model, tok=tok, data=data, recipe=recipe, settings=settings, rows=rows,
-               validation=validation, limit=limit, lr=lr, base=base, device=device, acc=acc,
+               validation=validation, limit=limit, **asked, base=base, device=device, acc=acc,
                processes=processes, folder=folder, holder=holder,
                checkpoint=Path(out or folder)/'checkpoint.safetensors', mark=uuid.uuid4().hex,
                callbacks=callbacks)

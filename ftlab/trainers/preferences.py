@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..core.batches import IGNORE, collate, encode, indices
+from ..core.batches import IGNORE, collate, encode_each, indices
 from ..core.generate import generate
 from ..core.scorers import answer_length, judge
 from ..core.model import model_inputs
@@ -21,61 +21,89 @@ __all__ = ['Pairs', 'judged_pairs', 'answer_logp', 'margins', 'preference']
 
 # %% ../../nbs/trainers/preferences.ipynb #0006953f
 class Pairs:
-    "Questions with a better and a worse answer, `batch_size` pairs a step, in an order that depends on the seed and the step alone"
-    def __init__(self, state, rejected:str|Callable='rejected', # the column of the worse answer, or a function (row) -> text
-                 rows:list[dict]|None=None):                    # None: the training rows of the data
-        if state.data.kind != 'text': raise ValueError(f'pairs need rows with a prompt and a response; the data are of kind {state.data.kind!r}')
+    """Questions with a better and a worse answer, `batch_size` pairs a step, in an order that depends
+    on the seed and the step alone"""
+    def __init__(self, state,                        # of the run
+                 rejected:str|Callable='rejected',   # the column of the worse answer, or a function (row) -> text
+                 rows:list[dict]|None=None):         # None: the training rows of the data
+        if state.data.kind != 'text':
+            raise ValueError('pairs need rows with a prompt and a response; '
+                             f'the data are of kind {state.data.kind!r}')
         self.batch_size = state.settings['batch_size']
         self.micro = micro_size(self.batch_size, state.settings['accumulate'])
         worse = rejected if callable(rejected) else lambda row: _column(row, rejected)
-        both = [[encode(dict(r, response=t), state.tok, 'text', state.limit) for t in (r['response'], worse(r))] for r in rows or state.data.train]
-        self.pairs = [p for p in both if all(any(l != IGNORE for l in side['labels'][1:]) for side in p)]
-        if not self.pairs: raise ValueError(f'max_length={state.limit} leaves no answer in any of the {len(both)} pairs; raise it, if the model can read more')
+        rows = rows or state.data.train
+        sides = [encode_each([dict(r, response=text(r)) for r in rows], state.tok, 'text', state.limit)
+                 for text in (lambda row: row['response'], worse)]
+        self.pairs = [pair for pair in zip(*sides) if all(map(_teaches, pair))]
+        if not self.pairs:
+            raise ValueError(f'max_length={state.limit} leaves no answer in any of the {len(rows)} pairs; '
+                             'raise it, if the model can read more')
+
     def next(self, state) -> list[dict]:
-        "The micro-batches of step `state.step`: the chosen answers of some pairs, then their rejected ones"
+        """Return the micro-batches of step `state.step`: the chosen answers of some pairs, then their
+        rejected ones"""
         picked = [self.pairs[i] for i in indices(state.step, self.batch_size, len(self.pairs), state.seed)]
         parts = [picked[j:j + self.micro] for j in range(0, len(picked), self.micro)]
         return [collate([p[side] for side in (0, 1) for p in part], state.pad_id) for part in parts]
 
+def _teaches(row:dict) -> bool:
+    "Is any of its answer left? The first token has nothing before it that could predict it"
+    return any(l != IGNORE for l in row['labels'][1:])
+
 def _column(row, name):
-    if isinstance(row.get(name), str): return row[name]
-    raise ValueError(f'a row has no text in the column {name!r}; pairs need prompt, response (the better answer) and {name}. It has {", ".join(row)}. A file that calls the better answer chosen is read with columns={{"response": "chosen"}}')
+    if isinstance(row.get(name), str):
+        return row[name]
+    raise ValueError(f'a row has no text in the column {name!r}; pairs need prompt, response '
+                     f'(the better answer) and {name}. It has {", ".join(row)}. A file that calls the '
+                     'better answer chosen is read with columns={"response": "chosen"}')
 
 # %% ../../nbs/trainers/preferences.ipynb #0008953f
 def judged_pairs(model, tok, rows:list[dict], # questions, with what the judge needs to know
                  score:Callable=judge,        # (row, answer) -> number
                  draws:int=4,                 # answers to each question
-                 temperature:float=1., seed:int=0, # of the draw
+                 temperature:float=1.,        # of the draw
+                 seed:int=0,                  # of the draw
                  max_new_tokens:int|None=None # longest answer; None: as long as the longest response of `rows`
-                ) -> list[dict]:              # rows with `response` the best answer drawn and `rejected` the worst; none for questions whose answers all score alike
-    "Pairs of the model's own answers, told apart by a judge"
-    asked, out = [r for r in rows for _ in range(draws)], []
-    with torch.random.fork_rng(): said = generate(model, tok, [r['prompt'] for r in asked], max_new_tokens=max_new_tokens or answer_length(rows, tok), sample=True, temperature=temperature, generator_seed=seed)
+                ) -> list[dict]:              # rows with `response` the best answer drawn and `rejected` the worst
+    """Make pairs of the model's own answers, told apart by a judge; a question whose answers all score
+    alike gives none"""
+    asked, longest = [r for r in rows for _ in range(draws)], max_new_tokens or answer_length(rows, tok)
+    with torch.random.fork_rng():
+        said = generate(model, tok, [r['prompt'] for r in asked], max_new_tokens=longest, sample=True,
+                        temperature=temperature, generator_seed=seed)
+    out = []
     for i, r in enumerate(rows):
-        best, *_, worst = sorted((a for a in said[i*draws:(i + 1)*draws]), key=lambda a: -score(r, a))
-        if score(r, best) > score(r, worst): out.append(dict(r, response=best, rejected=worst))
+        best, *_, worst = sorted(said[i*draws:(i + 1)*draws], key=lambda a: -score(r, a))
+        if score(r, best) > score(r, worst):
+            out.append(dict(r, response=best, rejected=worst))
     return out
 
 # %% ../../nbs/trainers/preferences.ipynb #000a953f
 def answer_logp(logits:Tensor, # [batch, tokens, words]
                 labels:Tensor  # [batch, tokens]; -100 outside the answer
                ) -> Tensor:    # [batch]
-    "The log-probability of each whole answer, its end included: the sum over its tokens"
+    "Return the log-probability of each whole answer, its end included: the sum over its tokens"
     return -token_nll(logits, labels).sum(1)
 
 def margins(state) -> Tensor: # [pairs]
-    "How much more the policy prefers the chosen to the rejected answer than the reference does, in nats"
+    "Return how much more the policy prefers the chosen answer than the reference does, in nats"
     y = state.batch['labels']
     policy = answer_logp(state.forward(), y)
-    with torch.no_grad(): reference = answer_logp(state.models['reference'](**model_inputs(state.batch)).logits, y)
-    chosen, rejected = (policy - reference).chunk(2)
+    with torch.no_grad():
+        logits = state.models['reference'](**model_inputs(state.batch)).logits
+    chosen, rejected = (policy - answer_logp(logits, y)).chunk(2)
     return chosen - rejected
 
 @dataclass(frozen=True)
 class preference:
-    "The mean of `-log sigmoid(beta * margin)` over pairs (Rafailov et al. 2023, equation 7); the batches must come from `Pairs`"
+    """The mean of `-log sigmoid(beta * margin)` over pairs (Rafailov et al. 2023, equation 7); the
+    batches must come from `Pairs`"""
     beta:float=.1 # how strongly the policy is held to its reference: 0 not at all
     needs = frozenset({'reference'})
+
     def __call__(self, state) -> Tensor:
-        return -F.logsigmoid(self.beta*margins(state)).sum()/sum(len(b['labels'])//2 for b in state.batches)
+        pairs = sum(len(b['labels'])//2 for b in state.batches)
+        return -F.logsigmoid(self.beta*margins(state)).sum()/pairs
+
     def __repr__(self): return f'preference({self.beta:g})'

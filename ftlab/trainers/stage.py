@@ -31,7 +31,7 @@ from .step import Backprop, NotFinite, Processes, schedule
 from .watch import PeakMemory, Progress, track
 
 # %% auto #0
-__all__ = ['Job', 'run_stage', 'Sums']
+__all__ = ['Job', 'run_stage', 'rate_settings', 'Sums']
 
 # %% ../../nbs/trainers/stage.ipynb #0fa0e146
 @dataclass(kw_only=True)
@@ -46,6 +46,7 @@ class Job:
     validation:list          # the validation rows, encoded
     limit:int|None           # tokens a row
     lr:float|None            # that was asked for; None: each recipe's own
+    schedule:str|None        # likewise
     base:dict                # the identity of the base
     device:torch.device
     acc:object               # accelerate's
@@ -204,6 +205,14 @@ def _attach(job:Job, recipe:Recipe, settings:dict) -> tuple[Attached, int]:
     return att, sum(params[n].numel() for n in also)
 
 # %% ../../nbs/trainers/stage.ipynb #0027191a
+def rate_settings(recipe:Recipe,         # of the run, or of one stage
+                  lr:float|None=None,    # that was asked for
+                  schedule:str|None=None # that was asked for
+                 ) -> dict:              # lr and schedule
+    "The learning rate and its schedule: as asked for, else the recipe's own"
+    return dict(lr=recipe.lr if lr is None else lr,
+                schedule=recipe.schedule if schedule is None else schedule)
+
 def _step_settings(settings:dict, acc) -> SimpleNamespace:
     "What a step is given beside the parameters"
     return SimpleNamespace(

@@ -18,7 +18,7 @@ from ..core.recipe import Recipe, title_of
 from .checkpoint import check_same_run, header_of
 from .reference import Originals, Placed
 from .run import Change, Run
-from .stage import Job, run_stage
+from .stage import Job, rate_settings, run_stage
 from .step import NotFinite
 
 # %% auto #0
@@ -140,7 +140,8 @@ def _shares(steps:int, shares:list[float]) -> list[int]:
     return n
 
 def _stage_settings(job:Job, stage:Recipe, settings:dict) -> dict:
-    return settings | dict(recipe=stage.describe(), lr=stage.lr if job.lr is None else job.lr)
+    own = rate_settings(stage, job.lr, job.schedule)
+    return settings | dict(recipe=stage.describe(), **own)
 
 def _settle(run:Run) -> None:
     "Fold the change of a stage, if it can be"

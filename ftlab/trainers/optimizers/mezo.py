@@ -4,7 +4,8 @@
 
 # %% ../../../nbs/trainers/optimizers/mezo.ipynb #0003bfd5
 from __future__ import annotations
-import hashlib, math
+import hashlib
+import math
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 import torch
@@ -19,59 +20,88 @@ from ..step import NotFinite
 __all__ = ['seed_of', 'MeZO', 'mezo']
 
 # %% ../../../nbs/trainers/optimizers/mezo.ipynb #0005bfd5
-def seed_of(run:int, step:int) -> int:
-    "The seed of the direction of one step: fixed by the run's seed and the step, so that a resumed run goes on alike"
+def seed_of(run:int, # the seed of the run
+            step:int # its number, from 0
+           ) -> int:
+    """Return the seed of the direction of one step: fixed by the run's seed and the step, so that a
+    resumed run goes on alike"""
     return int.from_bytes(hashlib.blake2s(f'{run}/{step}'.encode()).digest()[:6], 'big')
 
 # %% ../../../nbs/trainers/optimizers/mezo.ipynb #0006bfd5
 class MeZO:
-    "Step down along random directions, by the difference of two prices: no gradient, no optimiser state"
+    "Step along random directions, by the difference of two losses: no gradient, no optimizer state"
     def __init__(self, params:Mapping[str, Tensor], # what trains, by name
                  settings:SimpleNamespace,          # lr, weight_decay, factor; the rest is AdamW's and is not used
-                 eps:float=1e-3,                    # how far to look to either side, in standard deviations of the direction
-                 dist:str='normal'):                # 'normal', or 'rademacher': every number of the direction +1 or -1
-        if eps <= 0: raise ValueError(f'eps is {eps}; it must be above 0')
-        if dist not in ('normal', 'rademacher'): raise ValueError(f"dist is {dist!r}; it must be 'normal' or 'rademacher'")
-        self.params, self.s, self.eps, self.dist, self.log = list(params.values()), settings, eps, dist, [] # log: one (seed, projected gradient, learning rate) a step
+                 eps:float=1e-3,                    # distance to either side, in standard deviations of the direction
+                 dist:str='normal'):                # 'normal', or 'rademacher': every entry is +1 or -1
+        if eps <= 0:
+            raise ValueError(f'eps is {eps}; it must be above 0')
+        if dist not in ('normal', 'rademacher'):
+            raise ValueError(f"dist is {dist!r}; it must be 'normal' or 'rademacher'")
+        self.params, self.s, self.eps, self.dist = list(params.values()), settings, eps, dist
+        self.log = [] # one (seed, projected gradient, learning rate) a step
 
     @torch.no_grad()
-    def __call__(self, state, prices:list[Callable]) -> float:
-        "One step; returns the mean of the two prices. If one is no number (`NotFinite`), or is interrupted, the weights go back to where they were, to rounding."
-        seed, lr, at, sides = seed_of(state.seed, state.step), self.s.lr*self.s.factor(state.step), 0., []
+    def __call__(self, state, losses:list[Callable]) -> float:
+        """Take one step; returns the mean of the two losses.
+
+        If one is NaN or infinite (`NotFinite`), or the step is interrupted, the weights go back to
+        where they were, to rounding."""
+        seed, lr = seed_of(state.seed, state.step), self.s.lr*self.s.factor(state.step)
+        at, sides = 0., []
         try:
-            with evaluating(state.model): # both sides see the same model: dropout would draw another for each
+            # dropout would draw another mask for each side
+            with evaluating(state.model):
                 for side in (self.eps, -self.eps):
                     perturb_(self.params, seed, side - at, self.dist)
                     at = side
-                    sides.append(sum(float(f()) for f in prices))
+                    sides.append(sum(float(f()) for f in losses))
             g = (sides[0] - sides[1])/(2*self.eps)
-            if not math.isfinite(g): raise NotFinite(f'the loss is {sides[0]} and {sides[1]} to either side at step {state.step}; nothing was changed by this step')
+            if not math.isfinite(g):
+                raise NotFinite(f'the loss is {sides[0]} and {sides[1]} to either side at step {state.step}; '
+                                'nothing was changed by this step')
         except BaseException:
             perturb_(self.params, seed, -at, self.dist)
             raise
-        self._step(seed, g, lr); self.log.append((seed, g, lr)); state.extra.update(lr=lr, projected_gradient=g, moves=self.log)
+        self._step(seed, g, lr)
+        self.log.append((seed, g, lr))
+        state.extra.update(lr=lr, projected_gradient=g, moves=self.log)
         return sum(sides)/2
 
-    def _step(self, seed, g, lr): # back from the far side, along and shrink, in one pass
-        restore_update_(self.params, seed, self.eps, lr, g, self.dist, decay=1 - lr*self.s.weight_decay)
+    def _step(self, seed, g, lr):
+        # back from the far side, along the direction and weight decay, in one pass
+        restore_update_(self.params, seed, self.eps, lr, g, self.dist,
+                        decay=1 - lr*self.s.weight_decay)
+
     def replay(self, log:list[tuple[int, float, float]]) -> None:
-        "Take the steps of a log again, without a model or data: from the same start the same weights, bit for bit"
-        for seed, g, lr in log: perturb_(self.params, seed, self.eps, self.dist); perturb_(self.params, seed, -2*self.eps, self.dist); self._step(seed, g, lr)
+        """Take the steps of a log again, without a model or data: from the same start the same
+        weights, bit for bit"""
+        for seed, g, lr in log:
+            perturb_(self.params, seed, self.eps, self.dist)
+            perturb_(self.params, seed, -2*self.eps, self.dist)
+            self._step(seed, g, lr)
+
     def state_dict(self) -> dict[str, Tensor]:
-        "The log, for a checkpoint: all that the next step depends on is in the weights"
-        return {k: torch.tensor([row[i] for row in self.log], dtype=d) for i, (k, d) in enumerate((('seed', torch.int64), ('gradient', torch.float64), ('lr', torch.float64)))}
+        "Return the log, for a checkpoint: all that the next step depends on is in the weights"
+        columns = dict(seed=torch.int64, gradient=torch.float64, lr=torch.float64)
+        return {k: torch.tensor([row[i] for row in self.log], dtype=d)
+                for i, (k, d) in enumerate(columns.items())}
+
     def load_state_dict(self, tensors:Mapping[str, Tensor]) -> None:
         "Go on from a checkpoint's tensors"
         self.log = list(zip(*(tensors[k].tolist() for k in ('seed', 'gradient', 'lr'))))
 
 # %% ../../../nbs/trainers/optimizers/mezo.ipynb #0007bfd5
 @method('Fine-Tuning Language Models with Just Forward Passes', '2305.17333',
-    'A pretrained model can be fine-tuned by forward passes alone, in the memory of inference, nearly as well as by backpropagation.',
-    'the abstract, and the official trainer (princeton-nlp/MeZO) as projects built on it restate it',
-    lr=1e-4, lrs=(3e-5, 1e-4, 3e-4),
-    waives={'accumulates': 'it takes no gradient, which is what that check compares; tests/test_trainers_papers.py compares the weights instead'})
-def mezo(eps:float=1e-3,     # how far to look to either side
-         dist:str='normal'   # the direction: 'normal' is the paper's; 'rademacher' is +1 or -1 everywhere, and quicker to make
+    'A pretrained model can be fine-tuned by forward passes alone, in the memory of inference, '
+    'nearly as well as by backpropagation.',
+    'the abstract and the official code (princeton-nlp/MeZO); the constant learning rate is that of its '
+    'scripts (large_models/mezo.sh:60, medium_models/mezo.sh:32)',
+    lr=1e-4, lrs=(3e-5, 1e-4, 3e-4), schedule='constant',
+    waives={'accumulates': 'it takes no gradient, which is what that check compares; '
+                           'tests/test_trainers_papers.py compares the weights instead'})
+def mezo(eps:float=1e-3,     # distance to either side
+         dist:str='normal'   # the direction: 'normal' is the paper's; 'rademacher' is +1 or -1 everywhere, and faster
         ) -> Recipe:
     "Memory-efficient zeroth-order fine-tuning; learning rates are far smaller than AdamW's"
     return Recipe(step=With(MeZO, eps=eps, dist=dist))

@@ -18,14 +18,19 @@ __all__ = ['paired', 'dpo']
 class paired:
     "A source of pairs: the data's response is the chosen answer"
     rejected:str|Callable='rejected' # the column of the worse answer, or a function (row) -> text
-    def __call__(self, state) -> Pairs: return Pairs(state, self.rejected)
+
+    def __call__(self, state) -> Pairs:
+        return Pairs(state, self.rejected)
+
     def __repr__(self): return 'pairs'
 
 def _backwards(row) -> str: return ' '.join(row['response'].split()[::-1]) + ' a'
 
 @method('Direct Preference Optimization: Your Language Model is Secretly a Reward Model', '2305.18290',
-    'A classification loss on pairs of answers finds the policy that reinforcement learning on a reward model would, without either.',
-    'the abstract, and trl\'s implementation, with whose loss and gradient ours agree',
+    'A classification loss on pairs of answers finds the policy that reinforcement learning on a reward model '
+    'would, without either.',
+    'the abstract, trl\'s implementation, with whose loss and gradient ours agree, and the official '
+    'configuration, which trains with RMSprop at 5e-7 after a warmup; optimizer and rate are ours',
     lr=1e-4, lrs=(3e-5, 1e-4, 3e-4), toy=dict(rejected=_backwards))
 def dpo(beta:float=.1,                   # how strongly the policy is held to its reference
         rejected:str|Callable='rejected' # the column of the worse answer, or a function (row) -> text

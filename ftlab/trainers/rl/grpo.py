@@ -4,7 +4,7 @@
 
 # %% ../../../nbs/trainers/rl/grpo.ipynb #00037c68
 from __future__ import annotations
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 import torch
 from torch import Tensor
@@ -18,70 +18,135 @@ from ..objective import priced, token_nll
 from ..source import micro_size
 
 # %% auto #0
-__all__ = ['advantages', 'Rollouts', 'clipped_policy', 'rollouts', 'grpo']
+__all__ = ['advantages', 'token_logp', 'Rollouts', 'clipped_policy', 'rollouts', 'grpo']
 
 # %% ../../../nbs/trainers/rl/grpo.ipynb #00057c68
 def advantages(rewards:Tensor,  # [questions, answers of each]
                eps:float=1e-4   # keeps a group of equals at zero
               ) -> Tensor:      # same shape
-    "How much better each answer is than its group, in the group's standard deviations"
+    "Return how much better each answer is than its group, in the group's standard deviations"
     return (rewards - rewards.mean(1, keepdim=True))/(rewards.std(1, keepdim=True) + eps)
 
 # %% ../../../nbs/trainers/rl/grpo.ipynb #00097c68
+def token_logp(logits:Tensor,       # [batch, tokens, words]
+               labels:Tensor,       # [batch, tokens]; -100 outside the answer
+               temperature:float=1. # of the sampler
+              ) -> Tensor:          # [batch, tokens - 1]; 0 outside the answer
+    "Return each answer token's log-probability under the sampler's distribution: logits over temperature"
+    return -token_nll(logits if temperature == 1 else logits/temperature, labels)
+
 class Rollouts:
     "Questions from the data, answers from the policy, rewards from the judge"
-    def __init__(self, state, group:int, reward:Callable, temperature:float, max_new_tokens:int|None):
-        if state.data.kind != 'text': raise ValueError(f'rollouts need questions with a prompt and a response to judge by; the data are of kind {state.data.kind!r}')
+    def __init__(self, state,            # of the run
+                 group:int,              # answers to each question
+                 reward:Callable,        # (row, answer) -> number
+                 temperature:float,      # of the draw
+                 max_new_tokens:int|None, # longest answer; None: as long as the data's longest
+                 updates:int=1):         # steps on each rollout
+        if state.data.kind != 'text':
+            raise ValueError('rollouts need questions with a prompt and a response to judge by; '
+                             f'the data are of kind {state.data.kind!r}')
         n = state.settings['batch_size']
-        if n % group or group < 2: raise ValueError(f'batch_size is {n} and the group {group}; a group needs at least 2 answers, and the batch whole groups')
+        if n % group or group < 2:
+            raise ValueError(f'batch_size is {n} and the group {group}; a group needs at least 2 answers, '
+                             'and the batch whole groups')
+        if updates < 1:
+            raise ValueError(f'updates is {updates}; it must be at least 1')
         self.micro = micro_size(n, state.settings['accumulate'])
-        self.group, self.reward, self.temperature, self.questions = group, reward, temperature, n//group
+        self.group, self.reward, self.temperature = group, reward, temperature
+        self.questions, self.updates, self.drawn = n//group, updates, {}
         self.limit = max_new_tokens or answer_length(state.data.train, state.tok)
 
-    @torch.no_grad()
     def next(self, state) -> list[dict]:
-        "Draw a group of answers to each question of this step; every micro-batch carries old log-probabilities and advantages"
-        rows = [state.data.train[i] for i in indices(state.step, self.questions, len(state.data.train), state.seed)]
-        asked, longest = render_within([r['prompt'] for r in rows for _ in range(self.group)], state.tok, self.limit, state.model)
-        b = left_pad(asked, state.tok.pad_token_id, state.device)
+        "Return the micro-batches of this step, cut from a new rollout on every `updates`-th step"
+        if state.step % self.updates == 0:
+            self.drawn = self.draw(state)
+        rows = len(self.drawn['labels'])
+        return [{n: v[i:i + self.micro] for n, v in self.drawn.items()}
+                for i in range(0, rows, self.micro)]
+
+    @torch.no_grad()
+    def draw(self, state) -> dict:
+        "Draw a group of answers to each question; the batch carries old log-probabilities and advantages"
+        picked = indices(state.step//self.updates, self.questions, len(state.data.train), state.seed)
+        rows = [state.data.train[i] for i in picked]
         with evaluating(state.model):
-            y = state.model.generate(**b, max_new_tokens=longest, do_sample=True, temperature=self.temperature, top_k=0, top_p=1.,
-                                     pad_token_id=state.tok.pad_token_id, eos_token_id=state.tok.eos_token_id)
-        start = b['input_ids'].shape[1]; said = y[:, start:]
-        live = (said == state.tok.eos_token_id).cumsum(1) - (said == state.tok.eos_token_id).int() == 0  # up to and with the first end
-        texts = state.tok.batch_decode([t[m] for t, m in zip(said, live)], skip_special_tokens=True)
-        rewards = torch.tensor([self.reward(rows[i//self.group], t.strip()) for i, t in enumerate(texts)]).view(self.questions, self.group)
+            asked, y = self.answer(state, rows)
+        start = asked['input_ids'].shape[1]
+        said, end = y[:, start:], state.tok.eos_token_id
+        live = (said == end).cumsum(1) - (said == end).int() == 0 # up to and including the first end
+        rewards = self.judged(state, rows, [t[m] for t, m in zip(said, live)])
+        mask = torch.cat([asked['attention_mask'], live.long()], 1)
+        answer = torch.cat([torch.zeros_like(asked['attention_mask'], dtype=torch.bool), live], 1)
+        full = dict(input_ids=y, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                    labels=y.masked_fill(answer.logical_not(), -100),
+                    advantage=advantages(rewards).flatten().to(state.device))
+        with evaluating(state.model):
+            logits = state.model(**model_inputs(full)).logits
+        return full | dict(old=token_logp(logits, full['labels'], self.temperature))
+
+    def answer(self, state, rows:list[dict]) -> tuple[dict, Tensor]:
+        "Ask every question `group` times; returns the questions as a batch, and questions with answers"
+        prompts = [r['prompt'] for r in rows for _ in range(self.group)]
+        asked, longest = render_within(prompts, state.tok, self.limit, state.model)
+        batch = left_pad(asked, state.tok.pad_token_id, state.device)
+        y = state.model.generate(**batch, max_new_tokens=longest, do_sample=True,
+                                 temperature=self.temperature, top_k=0, top_p=1.,
+                                 pad_token_id=state.tok.pad_token_id,
+                                 eos_token_id=state.tok.eos_token_id)
+        return batch, y
+
+    def judged(self, state, rows:list[dict], said:list[Tensor]) -> Tensor:
+        "Return the rewards, [questions, group]; their mean is noted in `state.extra`"
+        texts = state.tok.batch_decode(said, skip_special_tokens=True)
+        found = [self.reward(rows[i//self.group], t.strip()) for i, t in enumerate(texts)]
+        rewards = torch.tensor(found).view(self.questions, self.group)
         state.extra['reward'] = float(rewards.mean())
-        labels = y.masked_fill(torch.cat([torch.zeros_like(b['attention_mask'], dtype=torch.bool), live], 1).logical_not(), -100)
-        mask = torch.cat([b['attention_mask'], live.long()], 1); place = (mask.cumsum(1) - 1).clamp(min=0)
-        full = dict(input_ids=y, attention_mask=mask, position_ids=place, labels=labels, advantage=advantages(rewards).flatten().to(state.device))
-        with evaluating(state.model): logits = state.model(**model_inputs(full)).logits
-        full['old'] = -token_nll(logits, labels)
-        return [{n: v[i:i + self.micro] for n, v in full.items()} for i in range(0, len(y), self.micro)]
+        return rewards
+
+    def state_dict(self) -> dict:
+        "Return the rollout that the next steps train on, if there are such steps"
+        return dict(drawn=self.drawn) if self.updates > 1 else {}
+
+    def load_state_dict(self, kept:Mapping) -> None:
+        "Go on with a checkpoint's rollout"
+        self.drawn = kept.get('drawn', {})
 
 # %% ../../../nbs/trainers/rl/grpo.ipynb #000b7c68
 @dataclass(frozen=True)
 class clipped_policy:
     "GRPO's objective (Shao et al. 2024, equation 3), to be minimised"
-    clip:float=.2  # how far the ratio may go from 1 before it gains no more
-    beta:float=.04 # weight of the KL to the reference
+    clip:float=.2         # how far the ratio may go from 1 before it gains no more
+    beta:float=.04        # weight of the KL to the reference
+    temperature:float=1.  # of the sampler, whose distribution is compared
 
     @property
-    def needs(self) -> frozenset[str]: return frozenset({'reference'} if self.beta else ())
+    def needs(self) -> frozenset[str]:
+        return frozenset({'reference'} if self.beta else ())
 
     def __call__(self, state) -> Tensor:
         b = state.batch
-        logp = -token_nll(state.forward(), b['labels'])
+        logp = token_logp(state.forward(), b['labels'], self.temperature)
         on, A = priced(b['labels']), b['advantage'][:, None]
         ratio = (logp - b['old']).exp()
         gain = torch.minimum(ratio*A, ratio.clamp(1 - self.clip, 1 + self.clip)*A)
         if self.beta:
-            inputs = {k: b[k] for k in ('input_ids', 'attention_mask', 'position_ids')}
-            with torch.no_grad(): ref = -token_nll(state.models['reference'](**inputs).logits, b['labels'])
-            gain = gain - self.beta*((ref - logp).exp() - (ref - logp) - 1)
-        return -((gain*on).sum(1)/on.sum(1).clamp(min=1)).sum()/sum(len(x['labels']) for x in state.batches)
+            gain = gain - self.beta*self.kl(state, logp)
+        mean = (gain*on).sum(1)/on.sum(1).clamp(min=1)
+        return -mean.sum()/sum(len(x['labels']) for x in state.batches)
 
-    def __repr__(self): return f'clipped_policy({self.clip}, {self.beta})'
+    def kl(self, state, logp:Tensor) -> Tensor:
+        "Estimate the KL from the policy to the reference, at each token"
+        b = state.batch
+        inputs = {k: b[k] for k in ('input_ids', 'attention_mask', 'position_ids')}
+        with torch.no_grad():
+            logits = state.models['reference'](**inputs).logits
+        more = token_logp(logits, b['labels'], self.temperature) - logp
+        return more.exp() - more - 1
+
+    def __repr__(self):
+        heat = '' if self.temperature == 1 else f', {self.temperature}'
+        return f'clipped_policy({self.clip}, {self.beta}{heat})'
 
 # %% ../../../nbs/trainers/rl/grpo.ipynb #000e7c68
 @dataclass(frozen=True)
@@ -91,22 +156,32 @@ class rollouts:
     reward:Callable=judge
     temperature:float=1.
     max_new_tokens:int|None=None
-    def __call__(self, state) -> Rollouts:
-        return Rollouts(state, self.group, self.reward, self.temperature, self.max_new_tokens)
-    def __repr__(self): return f'rollouts(group={self.group})'
+    updates:int=1
 
-def _letters(row, answer) -> float: return len(answer)/10 # a random model is never right: the judge would reward nothing
+    def __call__(self, state) -> Rollouts:
+        return Rollouts(state, self.group, self.reward, self.temperature, self.max_new_tokens,
+                        self.updates)
+
+    def __repr__(self):
+        more = '' if self.updates == 1 else f', updates={self.updates}'
+        return f'rollouts(group={self.group}{more})'
+
+# a random model is never right: the judge would reward nothing
+def _letters(row, answer) -> float: return len(answer)/10
 
 @method('DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models', '2402.03300',
     'Rewards relative to a group of answers train a policy without a value model.',
-    'the equations as restated in trl, with which the advantages agree',
+    'the paper\'s equations, also as trl restates them, with which the advantages agree; the paper\'s group '
+    'is 64 answers, ours 8; trl\'s defaults (no KL penalty, the dapo loss) are another loss',
     lr=1e-4, lrs=(3e-5, 1e-4, 3e-4), toy=dict(group=4, max_new_tokens=4, reward=_letters))
 def grpo(group:int=8,            # answers to each question; the batch must hold whole groups
          beta:float=.04,         # weight of the KL to the base
-         clip:float=.2,          # as in `clipped_policy`
+         clip:float=.2,          # as in `clipped_policy`; acts only where `updates` is above 1
          temperature:float=1.,   # of the draw
          reward:Callable=judge,  # (row, answer) -> number
-         max_new_tokens:int|None=None # longest answer; None: as long as the data's longest
+         max_new_tokens:int|None=None, # longest answer; None: as long as the data's longest
+         updates:int=1           # steps on each rollout, the paper's mu
         ) -> Recipe:
     "Group relative policy optimisation on questions with a judge"
-    return Recipe(source=rollouts(group, reward, temperature, max_new_tokens), objective=clipped_policy(clip, beta))
+    return Recipe(source=rollouts(group, reward, temperature, max_new_tokens, updates),
+                  objective=clipped_policy(clip, beta, temperature))

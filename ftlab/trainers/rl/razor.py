@@ -27,16 +27,22 @@ __all__ = ['ASKS', 'UNITS', 'own_answers', 'answer_kl', 'weight_distance', 'look
            'another_order', 'razor']
 
 # %% ../../../nbs/trainers/rl/razor.ipynb #0006b62b
-def own_answers(model, tok, prompts:list[str], max_new_tokens:int=64, seed:int=0 # of the draw
-               ) -> list[dict]: # rows with prompt and response
-    "What `model` answers when it draws from its own distribution: the rows on which `answer_kl` is measured"
-    with torch.random.fork_rng(): said = generate(model, tok, prompts, max_new_tokens=max_new_tokens, sample=True, generator_seed=seed)
+def own_answers(model, tok, prompts:list[str], # what is asked
+                max_new_tokens:int=64,         # longest answer
+                seed:int=0                     # of the draw
+               ) -> list[dict]:                # rows with prompt and response
+    """Answer as `model` does when it draws from its own distribution: the rows on which `answer_kl` is
+    measured"""
+    with torch.random.fork_rng():
+        said = generate(model, tok, prompts, max_new_tokens=max_new_tokens, sample=True,
+                        generator_seed=seed)
     return [dict(prompt=p, response=a) for p, a in zip(prompts, said)]
 
 @torch.no_grad()
 def answer_kl(base, tuned, tok, rows:list[dict], # questions of the new task with the base's own answers
-              batch_size:int=100) -> float:
-    "KL(base || tuned) in nats an answer: the sum over an answer's tokens, mean over `rows`"
+              batch_size:int=100                 # rows at a time
+             ) -> float:                         # nats an answer
+    "Return KL(base || tuned): the sum over an answer's tokens, mean over `rows`"
     limit = row_limit(tuned, tok)
     enc, total = [encode(r, tok, 'text', limit) for r in rows], 0.
     for i in range(0, len(enc), batch_size):
@@ -47,8 +53,9 @@ def answer_kl(base, tuned, tok, rows:list[dict], # questions of the new task wit
 
 @torch.no_grad()
 def weight_distance(base, tuned) -> float:
-    "The length of the change, over all weights together"
-    return float(sum((p.double() - q.double()).square().sum() for p, q in zip(base.parameters(), tuned.parameters())))**.5
+    "Return the length of the change, over all weights together"
+    pairs = zip(base.parameters(), tuned.parameters())
+    return float(sum((p.double() - q.double()).square().sum() for p, q in pairs))**.5
 
 # %% ../../../nbs/trainers/rl/razor.ipynb #000ab62b
 def looks(model, tok,                # the base; stays as it is
@@ -56,19 +63,27 @@ def looks(model, tok,                # the base; stays as it is
           learned:Callable,          # (model) -> score on the new task
           kept:Callable,             # (model) -> score on what the model could do before
           said:list[dict],           # the base's own answers on the new task, from `own_answers`
-          steps:int=60, every:int=10, # of each arm; between evaluations
-          seed:int=0, keep:bool=False, # `keep` puts the weights of every evaluation into its point
+          steps:int=60,              # of each arm
+          every:int=10,              # steps between evaluations
+          seed:int=0,                # of every run
+          keep:bool=False,           # put the weights of every evaluation into its point?
           **settings                 # go to `fit`
          ) -> list[dict]:            # arm, step, gain, forgetting, kl, moved
-    "Learn one task in several ways; what each gains, breaks, and how far it goes. Raises `ValueError` for a model that writes no text."
+    """Learn one task in several ways; what each gains, breaks, and how far it goes.
+
+    Raises `ValueError` for a model that writes no text."""
     if not (hasattr(model, 'can_generate') and model.can_generate()):
-        raise ValueError(f'{type(model).__name__} writes no text, and the arms learn from answers; load a causal language model')
+        raise ValueError(f'{type(model).__name__} writes no text, and the arms learn from answers; '
+                         'load a causal language model')
     points, before = [], (learned(model), kept(model))
     for name, (recipe, data, lr) in arms.items():
         def look(state):
-            row = dict(arm=name, gain=learned(state.model) - before[0], forgetting=before[1] - kept(state.model),
-                       kl=answer_kl(model, state.model, tok, said), moved=weight_distance(model, state.model))
-            if keep: row['weights'] = {n: p.detach().clone() for n, p in state.model.named_parameters()}
+            row = dict(arm=name, gain=learned(state.model) - before[0],
+                       forgetting=before[1] - kept(state.model),
+                       kl=answer_kl(model, state.model, tok, said),
+                       moved=weight_distance(model, state.model))
+            if keep:
+                row['weights'] = {n: p.detach().clone() for n, p in state.model.named_parameters()}
             return row
         run = fit(copy.deepcopy(model), tok, data, recipe, steps=steps, lr=lr, seed=seed,
                   callbacks=(Every(every, look),), progress=False, **settings)
@@ -78,64 +93,95 @@ def looks(model, tok,                # the base; stays as it is
 def explained(points:list[dict], # from `looks`
               by:str             # 'kl', 'moved' or another key of a point
              ) -> float:
-    "The share of the variance of forgetting, over all points, that a quadratic curve in `by` explains (R squared)"
+    """Return the share of the variance of forgetting, over all points, that a quadratic curve in `by`
+    explains (R squared)"""
     x, y = (np.array([p[k] for p in points], dtype=float) for k in (by, 'forgetting'))
     powers = np.vander(x/(np.abs(x).max() or 1.), 3)
     rest = y - powers @ np.linalg.lstsq(powers, y, rcond=None)[0]
     return float(1 - rest.var()/y.var())
 
 # %% ../../../nbs/trainers/rl/razor.ipynb #000eb62b
-ASKS = ('show the letters {x} , different order :', 'write {x} in different order =', 'the letters {x} in different order are')
+ASKS = ('show the letters {x} , different order :', 'write {x} in different order =',
+        'the letters {x} in different order are')
 
-def questions(n:int, split:str, seed:int=3) -> list[dict]:
-    "`n` questions for another order of some letters; the response is the zigzag, which `lab-s` never saw"
+def questions(n:int,      # how many
+              split:str,  # 'train', 'validation' or 'test'
+              seed:int=3  # of the letters
+             ) -> list[dict]:
+    """Ask `n` times for another order of some letters; the response is the zigzag, which `lab-s` never
+    saw"""
     r, out = random.Random(f'{split}/{seed}'), {}
     while len(out) < n:
         x = [r.choice(LETTERS) for _ in range(r.choice((3, 4, 5, 6)))]
         prompt = r.choice(ASKS).format(x=' '.join(x))
-        if split_of(prompt) == split and zigzag(x) != x: out[prompt] = dict(prompt=prompt, response=' '.join(zigzag(x)), given=' '.join(x))
+        if split_of(prompt) == split and zigzag(x) != x:
+            out[prompt] = dict(prompt=prompt, response=' '.join(zigzag(x)), given=' '.join(x))
     return list(out.values())
 
 def other_order(row:dict, answer:str) -> float:
-    "1 for another order of the same letters, else 0"
+    "Return 1 for another order of the same letters, else 0"
     return float(sorted(answer.split()) == sorted(row['given'].split()) and answer != row['given'])
 
 # %% ../../../nbs/trainers/rl/razor.ipynb #00a2b62b
-def another_order(model, tok, rows:list[dict], held_out:list[dict], draws:int=4, old_items:int=25, seed:int=0) -> dict: # the arguments of `looks` besides model and tokenizer
-    "The task 'any other order will do': by trial, from arbitrary right answers, and from the model's own right answers"
+def another_order(model, tok, rows:list[dict], # questions to learn from, from `questions`
+                  held_out:list[dict],         # others, to be asked
+                  draws:int=4,                 # answers of its own to each question
+                  old_items:int=25,            # questions of each of six old skills
+                  seed:int=0                   # of the draws
+                 ) -> dict:                    # the arguments of `looks` besides model and tokenizer
+    """Set up the task 'any other order will do': by trial, from arbitrary right answers, and from the
+    model's own right answers"""
     asked, prompts = [r for r in rows for _ in range(draws)], [r['prompt'] for r in held_out]
     drawn = own_answers(model, tok, [r['prompt'] for r in asked], 8, seed)
     own = [dict(r, response=s['response']) for r, s in zip(asked, drawn) if other_order(r, s['response'])]
-    if not own: raise ValueError(f'none of {len(asked)} answers that the model drew is right, so there is nothing of its own to learn from; give more rows or draws')
-    data = lambda train: Data(train=train, validation=held_out[:2], test=held_out[:2], kind='text')
-    def learned(m): return sum(map(other_order, held_out, generate(m, tok, prompts, max_new_tokens=8)))/len(held_out)
+    if not own:
+        raise ValueError(f'none of {len(asked)} answers that the model drew is right, so there is nothing of '
+                         'its own to learn from; give more rows or draws')
+    def data(train):
+        return Data(train=train, validation=held_out[:2], test=held_out[:2], kind='text')
+    def learned(m):
+        said = generate(m, tok, prompts, max_new_tokens=8)
+        return sum(map(other_order, held_out, said))/len(held_out)
     def kept(m):
-        s = skills(m, old_items, 'validation', ['add', 'reverse', 'sort', 'dedupe', 'count', 'fact'], tok)
+        old = ['add', 'reverse', 'sort', 'dedupe', 'count', 'fact']
+        s = skills(m, old_items, 'validation', old, tok)
         return sum(s.values())/len(s)
     arms = dict(trial=(grpo(beta=0., reward=other_order), data(rows), 3e-4),
-                arbitrary=(Recipe('arbitrary'), data(rows), 1e-3), own=(Recipe('own'), data(own), 1e-3))
+                arbitrary=(Recipe('arbitrary'), data(rows), 1e-3),
+                own=(Recipe('own'), data(own), 1e-3))
     return dict(arms=arms, learned=learned, kept=kept, said=own_answers(model, tok, prompts, 8, seed))
 
-UNITS = dict(step='steps', gain='share of questions', forgetting='share of questions', kl='nats an answer', moved='Euclidean norm', r2='share of the variance')
+UNITS = dict(step='steps', gain='share of questions', forgetting='share of questions',
+             kl='nats an answer', moved='Euclidean norm', r2='share of the variance')
 
 @study('RL\'s Razor: Why Online Reinforcement Learning Forgets Less', '2509.04259',
-    'At the same new accuracy, learning from one\'s own answers forgets less, and the KL on the new task foretells how much is forgotten.',
-    'the abstract, the authors\' summary and others\' of the experiments; the task, the arms and the fit of a quadratic are ours',
+    'At the same new accuracy, learning from one\'s own answers forgets less, and the KL on the new task predicts '
+    'how much is forgotten.',
+    'the abstract, the authors\' summary and the paper\'s sections on the oracle and the protocol; the task, '
+    'the arms, groups of 8 and the pooled oracle are ours, and there is no Pareto frontier',
     toy=dict(rows=24, held_out=4, steps=1, every=1, batch_size=8, old_items=2))
 def razor(seed:int=0,          # of the questions, the draws and the runs
           model:str='lab-s',   # as in `ftlab.load`: a causal language model of the lab
-          rows:int=320, held_out:int=60, # questions to learn from, and to be asked
+          rows:int=320,        # questions to learn from
+          held_out:int=60,     # questions to be asked
           draws:int=4,         # answers of its own to each question
-          steps:int=24, every:int=8, # of each arm; between evaluations
-          batch_size:int=64,
+          steps:int=24,        # of each arm
+          every:int=8,         # steps between evaluations
+          batch_size:int=64,   # rows a step
           old_items:int=25     # questions of each of six old skills
          ) -> Evidence:        # 'arm.metric': one value an evaluation; 'kl.r2' and 'moved.r2' where forgetting varies
-    "Learn one task in three ways; what each gains and breaks, and which distance explains it. Raises `ValueError` for a model that writes no text."
+    """Learn one task in three ways; what each gains and breaks, and which distance explains it.
+
+    Raises `ValueError` for a model that writes no text."""
     base, tok = load(model)
-    if not base.can_generate(): raise ValueError(f'{model!r} writes no text, and the arms learn from answers; name a causal language model such as lab-s')
-    setting = another_order(base, tok, questions(rows, 'train', seed), questions(held_out, 'validation', seed), draws, old_items, seed)
+    if not base.can_generate():
+        raise ValueError(f'{model!r} writes no text, and the arms learn from answers; '
+                         'name a causal language model such as lab-s')
+    setting = another_order(base, tok, questions(rows, 'train', seed),
+                            questions(held_out, 'validation', seed), draws, old_items, seed)
     points = looks(base, tok, **setting, steps=steps, every=every, seed=seed, batch_size=batch_size)
     values = {f'{arm}.{k}': tuple(p[k] for p in points if p['arm'] == arm)
               for arm in setting['arms'] for k in ('step', 'gain', 'forgetting', 'kl', 'moved')}
-    if len({p['forgetting'] for p in points}) > 1: values |= {f'{k}.r2': explained(points, k) for k in ('kl', 'moved')}
+    if len({p['forgetting'] for p in points}) > 1:
+        values |= {f'{k}.r2': explained(points, k) for k in ('kl', 'moved')}
     return Evidence(values, UNITS)

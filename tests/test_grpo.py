@@ -1,0 +1,125 @@
+"GRPO: what is compared is what was drawn from, and what the clip does"
+import pytest
+import torch
+from toys import TOK, lab_data, same, toy, weights
+
+from ftlab.core.model import model_inputs
+from ftlab.trainers.fit import fit
+from ftlab.trainers.rl.grpo import clipped_policy, grpo
+
+
+def letters(row, answer):
+    "A reward that a random model sometimes gets: a longer answer is better"
+    return len(answer)/10
+
+
+def asked(steps=4, callbacks=(), more=None, **kw):
+    recipe = grpo(**dict(group=4, max_new_tokens=4, reward=letters) | kw)
+    return fit(toy(), TOK, lab_data(), recipe, steps=steps, batch_size=8, lr=3e-3, progress=False, callbacks=callbacks, **(more or {}))
+
+
+class Batches:
+    "Keeps the batches, and what the sampler's distribution says of the answers before the step"
+    def __init__(self, temperature=1.):
+        self.temperature, self.seen = temperature, []
+
+    def before_batch(self, state):
+        batch, = state.batches
+        state.model.eval()
+        with torch.no_grad():
+            logits = state.model(**model_inputs(batch)).logits
+        state.model.train()
+        p = (logits/self.temperature).log_softmax(-1)[:, :-1]
+        y = batch['labels'][:, 1:]
+        said = p.gather(2, y.clamp(min=0)[..., None])[..., 0]*(y != -100)
+        self.seen.append(dict(batch, sampler=said))
+
+
+@pytest.mark.parametrize('temperature', [.5, 1., 2.])
+def test_old_log_probabilities_are_those_of_the_sampler(temperature):
+    look = Batches(temperature)
+    asked(steps=1, callbacks=(look,), temperature=temperature)
+    batch, = look.seen
+    assert batch['old'].abs().max() > .1
+    torch.testing.assert_close(batch['old'], batch['sampler'], atol=1e-5, rtol=0)
+
+
+def test_the_sampler_is_what_transformers_draws_from():
+    # with scores as `generate` gives them after its own processing, one answer, no padding
+    model, ids = toy(), torch.tensor([TOK(lab_data().train[0]['prompt']).input_ids])
+    torch.manual_seed(0)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4, do_sample=True, temperature=.5, top_k=0,
+                         top_p=1., output_scores=True, return_dict_in_generate=True, pad_token_id=TOK.pad_token_id)
+    with torch.no_grad():
+        logits = model(out.sequences).logits[0, ids.shape[1] - 1:-1]
+    for score, row in zip(out.scores, logits):
+        open_ = score[0].isfinite()
+        torch.testing.assert_close(score[0][open_].log_softmax(-1), (row/.5)[open_].log_softmax(-1), atol=1e-5, rtol=0)
+
+
+def test_the_gradient_is_the_policy_gradient_of_the_sampler():
+    logits = torch.randn(4, 3, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    y, A = torch.tensor([[-100, 1, 2]]*4), torch.tensor([1., -1., .5, -.5])
+    p = (logits/.5).log_softmax(-1)[:, :-1].gather(2, y[:, 1:, None])[..., 0]
+    batch = dict(labels=y, old=p.detach(), advantage=A)
+    state = type('State', (), dict(batch=batch, batches=[batch], forward=lambda self: logits))()
+    g, = torch.autograd.grad(clipped_policy(beta=0., temperature=.5)(state), logits)
+    want, = torch.autograd.grad(-(p.mean(1)*A).mean(), logits)
+    torch.testing.assert_close(g, want)
+
+
+def test_the_kl_is_to_the_reference_at_the_same_temperature():
+    logits, other = torch.randn(2, 1, 3, 6, generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([[-100, 1, 2]])
+
+    def logp(x): return (x/.5).log_softmax(-1)[:, :-1].gather(2, y[:, 1:, None])[..., 0]
+    batch = dict(labels=y, old=logp(logits), advantage=torch.zeros(1), input_ids=y, attention_mask=y, position_ids=y)
+    reference = lambda **inputs: type('Out', (), dict(logits=other))()
+    state = type('State', (), dict(batch=batch, batches=[batch], models=dict(reference=reference), forward=lambda self: logits))()
+    more = logp(other) - logp(logits)
+    want = float((more.exp() - more - 1).mean())
+    assert want > .1 and float(clipped_policy(beta=.5, temperature=.5)(state)) == pytest.approx(.5*want)
+
+
+@pytest.mark.parametrize('updates, acts', [(1, False), (2, True)])
+def test_the_clip_acts_from_the_second_update_on(updates, acts):
+    tight, loose = (weights(asked(updates=updates, clip=clip, beta=0.).model) for clip in (.2, 1e6))
+    assert same(tight, loose) != acts
+
+
+def test_a_rollout_serves_as_many_updates_as_were_asked_for():
+    look = Batches()
+    run = asked(steps=6, callbacks=(look,), updates=3)
+    ids = [b['input_ids'] for b in look.seen]
+    assert len(run.log) == 6 and ids[0] is not ids[3]
+    for first in (0, 3):
+        assert all(torch.equal(ids[first], ids[first + k]) for k in (1, 2))
+        ratios = [(b['sampler'] - b['old']).abs().max() for b in look.seen[first:first + 3]]
+        assert ratios[0] < 1e-5 < 1e-3 < min(ratios[1:])
+    once = Batches()
+    asked(steps=2, callbacks=(once,))
+    assert ids[0].shape != ids[3].shape or not torch.equal(ids[0], ids[3])
+    assert torch.equal(once.seen[0]['input_ids'], ids[0])
+
+
+def test_a_run_resumes_between_the_updates_of_a_rollout_bit_for_bit(tmp_path):
+    class Stop:
+        def after_step(self, state):
+            if state.step == 2:
+                raise KeyboardInterrupt
+    whole = weights(asked(steps=5, updates=3).model)
+    kept = dict(out=tmp_path, save_every=1)
+    assert asked(steps=5, updates=3, callbacks=(Stop(),), more=kept).interrupted
+    run = asked(steps=5, updates=3, more=kept | dict(resume=True))
+    assert len(run.log) == 5 and same(weights(run.model), whole)
+
+
+def test_accumulated_updates_are_the_same_to_rounding():
+    a, b = (weights(asked(updates=2, more=dict(accumulate=k)).model) for k in (1, 2))
+    off = sum((a[n] - b[n]).square().sum() for n in a)/sum(p.numel() for p in a.values())
+    assert off**.5 < 1e-3*3e-3
+
+
+def test_no_update_at_all_is_an_error():
+    with pytest.raises(ValueError, match='updates is 0; it must be at least 1'):
+        asked(updates=0)
