@@ -30,11 +30,13 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 PARTS = ('all', 'tests', 'bench', 'fit')
 KERNELS = ('crossentropy', 'magnitude', 'perturb', 'adamw', 'ternary')
-GPU_TESTS = ('test_native.py', 'test_native_cuda.py', 'test_native_adamw.py', 'test_native_crossentropy.py', 'test_native_ternary.py', 'test_gpu.py')
+GPU_TESTS = ('test_native.py', 'test_native_cuda.py', 'test_native_adamw.py',
+             'test_native_crossentropy.py', 'test_native_ternary.py', 'test_gpu.py')
 
 @dataclass
 class Task:
-    "A process, or as many as it takes: pieces of a part, or a command whose output says how it went"
+    """A process, or as many as it takes: pieces of a part, or a command whose output says how it
+    went"""
     name: str
     command: list
     seconds: float                # limit for each piece, or for the command
@@ -55,9 +57,11 @@ class Board:
             self.ran.append((task, piece))
             self.found['seconds'] = round(time.monotonic() - self.began, 1)
             self.save()
-            why = '' if row['state'] != 'failed' else ': ' + row.get('why', '').strip().splitlines()[-1][:200]
+            why = ('' if row['state'] != 'failed'
+                   else ': ' + row.get('why', '').strip().splitlines()[-1][:200])
             title = task if task == piece else f'{task}: {piece}'
-            print(f'[{time.monotonic() - self.began:6.1f} s] {title}: {row["state"]} ({row.get("seconds", 0):.1f} s){why}', flush=True)
+            print(f'[{time.monotonic() - self.began:6.1f} s] {title}: {row["state"]} '
+                  f'({row.get("seconds", 0):.1f} s){why}', flush=True)
 
     def save(self) -> None:
         tmp = self.path.with_suffix('.tmp')
@@ -92,10 +96,12 @@ class Runner:
 
     def begin(self, task: Task, command: list, log) -> subprocess.Popen:
         env = {**self.env, **task.env}
-        return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        return subprocess.Popen(list(map(str, command)), cwd=ROOT, env=env, stdout=log,
+                                stderr=subprocess.STDOUT, start_new_session=True)
 
     def run(self, task: Task) -> None:
-        "One task, or those of its pieces that were asked for; nothing that happens in it reaches the others"
+        """One task, or those of its pieces that were asked for; nothing that happens in it reaches
+        the others"""
         asked = [p for p in task.pieces or [task.name] if self.only.search(f'{task.name}: {p}')]
         if not asked:
             return
@@ -137,11 +143,14 @@ class Runner:
                 at_work = todo[0]  # it did not even begin: asking again would not help
             if at_work:
                 said = tail(log.read_text(errors='replace')) if log.exists() else ''
-                self.board.put(task.name, at_work, dict(state='failed', why=f'{said}\n{why}', seconds=0))
+                self.board.put(task.name, at_work,
+                               dict(state='failed', why=f'{said}\n{why}', seconds=0))
             todo = [p for p in todo if p not in done and p != at_work]
 
-    def one_process(self, task: Task, todo: list, to: Path, log: Path) -> tuple[set, str | None, str]:
-        "The pieces that were over when the process ended, the one that it ended in, and why it ended"
+    def one_process(self, task: Task, todo: list, to: Path,
+                    log: Path) -> tuple[set, str | None, str]:
+        """The pieces that were over when the process ended, the one that it ended in, and why it
+        ended"""
         done, at, at_work = set(), 0, None
         if self.left() < 5:
             return done, None, 'there was no time left'
@@ -172,14 +181,16 @@ class Runner:
 
 def read_pytest(output: str, code, rehearsed: bool = False) -> dict:
     "Counts, and what failed"
-    last = next((line for line in reversed(output.splitlines()) if re.search(r'\d+ (passed|failed|skipped|error|deselected)', line)), '')
+    last = next((line for line in reversed(output.splitlines())
+                 if re.search(r'\d+ (passed|failed|skipped|error|deselected)', line)), '')
     counts = {k: int(n) for n, k in re.findall(r'(\d+) (passed|failed|skipped|errors?|deselected)', last)}
     failed = re.findall(r'^(?:FAILED|ERROR) (.*)$', output, re.M)
     row = dict(state='passed' if code == 0 else 'failed', counts=counts, failed=failed)
     if code == 0 and not counts.get('passed'):
         row |= dict(state='rehearsed: skipped, needs CUDA') if rehearsed else dict(state='failed', why='no test ran')
     if code != 0:
-        row['why'] = tail(output, 60_000) + '\n' + '; '.join(o.split(' - ')[0] for o in failed)[:300]
+        row['why'] = tail(output, 60_000) + '\n' + '; '.join(o.split(' - ')[0]
+                                                             for o in failed)[:300]
     return row
 
 def read_checker(output: str, code) -> dict:
@@ -207,20 +218,26 @@ def child(script: str, o) -> list:
 
 def test_tasks(o) -> list[Task]:
     "Tests, and the checkers of memory and races"
-    workers = ['-n', str(min(10, os.cpu_count() or 1))] if importlib.util.find_spec('xdist') and not o.rehearse else []
+    workers = (['-n', str(min(10, os.cpu_count() or 1))] if importlib.util.find_spec('xdist')
+               and not o.rehearse else [])
     files = [ROOT/'tests'/f for f in GPU_TESTS]
-    command = [sys.executable, '-m', 'pytest', '-p', 'gpu_only', '-p', 'no:cacheprovider', *workers, '--tb=short', *files]
-    tests = Task('tests', command, 130, read=partial(read_pytest, rehearsed=o.rehearse), env=dict(FTLAB_LARGE='1'))
+    command = [sys.executable, '-m', 'pytest', '-p', 'gpu_only', '-p', 'no:cacheprovider', *workers,
+               '--tb=short', *files]
+    tests = Task('tests', command, 130, read=partial(read_pytest, rehearsed=o.rehearse),
+                 env=dict(FTLAB_LARGE='1'))
     small = child('gpu_small', o)
     if o.rehearse:
         return [tests, Task('small shapes', small, 60, KERNELS)]
     checker = shutil.which('compute-sanitizer') or shutil.which('compute-sanitizer', path='/usr/local/cuda/bin')
     tasks = [tests, Task('small shapes', small, 60, KERNELS)]
     if checker:
-        for tool, more, kernels in (('memcheck', ['--report-api-errors', 'no'], KERNELS), ('racecheck', [], ('magnitude', 'crossentropy', 'adamw'))):
+        for tool, more, kernels in (('memcheck', ['--report-api-errors', 'no'], KERNELS),
+                                    ('racecheck', [], ('magnitude', 'crossentropy', 'adamw'))):
             for k in kernels:
-                command = [checker, '--tool', tool, *more, '--error-exitcode', '9', *small, '--to', o.work/f'{tool}_{k}.jsonl', k]
-                tasks.append(Task(f'{tool}, {k}', command, 130, read=read_checker, env=dict(PYTORCH_NO_CUDA_MEMORY_CACHING='1')))
+                command = [checker, '--tool', tool, *more, '--error-exitcode', '9', *small, '--to',
+                           o.work/f'{tool}_{k}.jsonl', k]
+                tasks.append(Task(f'{tool}, {k}', command, 130, read=read_checker,
+                                  env=dict(PYTORCH_NO_CUDA_MEMORY_CACHING='1')))
     return tasks
 
 def kernel_pieces(name: str) -> tuple:
@@ -230,7 +247,8 @@ def warm_tasks(o) -> list[Task]:
     "What torch compiles, compiled before anything is timed"
     if o.rehearse:
         return []
-    return [Task(f'compile, {k}', [*child('gpu_kernels', o), '--warm'], 110, kernel_pieces(k)) for k in KERNELS]
+    return [Task(f'compile, {k}', [*child('gpu_kernels', o), '--warm'], 110, kernel_pieces(k))
+            for k in KERNELS]
 
 def timed_tasks(o) -> list[Task]:
     return [Task(f'bench, {k}', child('gpu_kernels', o), 60, kernel_pieces(k)) for k in KERNELS]
@@ -282,16 +300,20 @@ def install(wheels: Path, to: Path) -> None:
     files = sorted(wheels.glob('*.whl'))
     if not files:
         sys.exit(f'there is no wheel in {str(wheels)!r}')
-    command = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-index', '--no-deps', '--no-compile', '--target', to, *files]
+    command = [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-index', '--no-deps',
+               '--no-compile', '--target', to, *files]
     r = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if r.returncode:
         sys.exit(f'the wheels could not be unpacked:\n{tail(r.stderr)}')
 
 def surroundings(o, site: Path) -> dict:
     "The environment of every part"
-    path = [str(p) for p in (site, ROOT, HERE, ROOT/'tests')] + os.environ.get('PYTHONPATH', '').split(os.pathsep)
-    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(p for p in path if p), 'HF_HUB_OFFLINE': '1', 'PYTHONUNBUFFERED': '1',
-        'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', '2'), 'TORCHINDUCTOR_COMPILE_THREADS': '2', 'TOKENIZERS_PARALLELISM': 'false'}
+    path = [str(p) for p in (site, ROOT, HERE, ROOT/'tests')] + os.environ.get(
+        'PYTHONPATH', '').split(os.pathsep)
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join(p for p in path if p), 'HF_HUB_OFFLINE': '1',
+           'PYTHONUNBUFFERED': '1',
+        'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', '2'),
+           'TORCHINDUCTOR_COMPILE_THREADS': '2', 'TOKENIZERS_PARALLELISM': 'false'}
     if not o.rehearse:
         env['FTLAB_CUDA_ARCH'] = o.capability.replace('.', '')
         env['FTLAB_NATIVE'] = 'cuda'
@@ -306,10 +328,12 @@ def table(board: Board) -> None:
             speed = f'{r.get("gb_per_s") or 0:8.0f} GB/s' if r.get('gb_per_s') else ' '*13
             print(f'{what:85.85} {r.get("median_ms", float("nan")):10.3f} ms {speed} {r.get("error", "")[:60]}')
         if 'tokens_per_s' in row:
-            print(f'{"fit | " + piece:60.60} {row["step_ms"]:9.2f} ms/step {row["tokens_per_s"]:9} tokens/s, peak {row["peak_bytes"]}, nll {row["nll"]}')
+            print(f'{"fit | " + piece:60.60} {row["step_ms"]:9.2f} ms/step {row["tokens_per_s"]:9} '
+                  f'tokens/s, peak {row["peak_bytes"]}, nll {row["nll"]}')
     states = [(f'{t}: {p}', r['state']) for t, p, r in board.rows()]
     bad = [name for name, state in states if state == 'failed']
-    print(f'\n{len(states) - len(bad)} of {len(states)} in order' + (f'; failed: {", ".join(bad)}' if bad else ''), flush=True)
+    print(f'\n{len(states) - len(bad)} of {len(states)} in '
+          'order' + (f'; failed: {", ".join(bad)}' if bad else ''), flush=True)
 
 def earlier(file: Path) -> dict:
     "What an earlier call found on this card: in the folder of results, or in the project's"
@@ -323,7 +347,8 @@ def options() -> argparse.Namespace:
     p.add_argument('--part', choices=PARTS, default='all')
     p.add_argument('--only', default='', help='a regular expression over "task: piece": what matches is done again')
     p.add_argument('--rehearse', action='store_true', help='tiny sizes, on the CPU')
-    p.add_argument('--out', type=Path, default=Path(os.environ.get('FTLAB_GPU_OUT') or HERE/'results'), help='folder of the result')
+    p.add_argument('--out', type=Path,
+                   default=Path(os.environ.get('FTLAB_GPU_OUT') or HERE/'results'), help='folder of the result')
     p.add_argument('--wheels', type=Path, help='folder of wheels for what this Python lacks')
     p.add_argument('--limit', type=float, default=285., help='seconds for everything')
     return p.parse_args()
@@ -332,7 +357,8 @@ def main() -> None:
     o, began = options(), time.monotonic()
     found = None if o.rehearse else card()
     if not found and not o.rehearse:
-        sys.exit('there is no NVIDIA GPU here (nvidia-smi finds none); make gpu REHEARSE=1 runs the same code on the CPU')
+        sys.exit('there is no NVIDIA GPU here (nvidia-smi finds none); make gpu REHEARSE=1 runs the '
+                 'same code on the CPU')
     name, o.capability = found or ('rehearsal', '')
     o.device = 'cpu' if o.rehearse else 'cuda'
     with tempfile.TemporaryDirectory(prefix='ftlab-gpu-') as tmp:
@@ -340,7 +366,8 @@ def main() -> None:
         o.out.mkdir(parents=True, exist_ok=True)
         file = (o.work if o.rehearse else o.out)/f'gpu_{re.sub("[^a-z0-9]+", "_", name.lower()).strip("_")}.json'
         kept = earlier(file) if o.only else {}
-        board = Board(file, dict(card=name, capability=o.capability, part=kept.get('part', o.part)), began, kept.get('results'))
+        board = Board(file, dict(card=name, capability=o.capability, part=kept.get('part', o.part)),
+                      began, kept.get('results'))
         board.save()
         if o.wheels:
             install(o.wheels, o.work/'site')

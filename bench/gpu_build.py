@@ -23,7 +23,8 @@ def machine(args) -> dict:
     found['missing'] = [m for m in wanted if importlib.util.find_spec(m) is None]
     if torch.device(args.device).type == 'cuda':
         card = torch.cuda.get_device_properties(0)
-        found |= dict(card=card.name, capability=f'{card.major}.{card.minor}', memory=card.total_memory,
+        found |= dict(card=card.name, capability=f'{card.major}.{card.minor}',
+                      memory=card.total_memory,
             processors=card.multi_processor_count, l2_bytes=card.L2_cache_size)
     return found
 
@@ -40,7 +41,8 @@ def build(args) -> dict:
     return dict(build_seconds=None if there else seconds, file=made.name, cards=extension.cards())
 
 def ceilings(args) -> dict:
-    "What the card can do at most: bytes a second of a copy (read and written), operations a second of a product"
+    """What the card can do at most: bytes a second of a copy (read and written), operations a
+    second of a product"""
     import torch
     from gpu_pieces import Clock
     n, m = (1 << 20, 256) if args.tiny else (1 << 31, 8192)
@@ -48,8 +50,10 @@ def ceilings(args) -> dict:
     y = torch.empty_like(x)
     a = torch.randn(m, m, device=args.device).bfloat16()
     b = torch.randn(m, m, device=args.device).bfloat16()
-    copy, product = Clock(args.device).compare({'copy': (lambda: y.copy_(x), 2*n), 'product': (lambda: a @ b, None)}, 1.5)
-    return dict(copy_gb_per_s=copy['gb_per_s'], tflops_bf16=round(2*m**3/product['median_ms']/1e9, 1), rows=[copy, product])
+    copy, product = Clock(args.device).compare({'copy': (lambda: y.copy_(x), 2*n),
+                                                'product': (lambda: a @ b, None)}, 1.5)
+    return dict(copy_gb_per_s=copy['gb_per_s'],
+                tflops_bf16=round(2*m**3/product['median_ms']/1e9, 1), rows=[copy, product])
 
 if __name__ == '__main__':
     run_pieces(dict(machine=machine, build=build, ceilings=ceilings), arguments())

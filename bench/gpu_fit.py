@@ -21,8 +21,10 @@ def llama(args, dtype: str = 'float32', seed: int = 0):
     from transformers import LlamaConfig, LlamaForCausalLM
     s = sizes(args)
     torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=s['vocab'], hidden_size=s['hidden'], intermediate_size=8*s['hidden']//3, num_hidden_layers=s['layers'],
-        num_attention_heads=s['heads'], num_key_value_heads=s['heads'], max_position_embeddings=s['tokens'], tie_word_embeddings=True,
+    config = LlamaConfig(vocab_size=s['vocab'], hidden_size=s['hidden'],
+                         intermediate_size=8*s['hidden']//3, num_hidden_layers=s['layers'],
+        num_attention_heads=s['heads'], num_key_value_heads=s['heads'],
+                         max_position_embeddings=s['tokens'], tie_word_embeddings=True,
         pad_token_id=0, bos_token_id=1, eos_token_id=2)
     with torch.device(args.device):
         return LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
@@ -40,7 +42,8 @@ class Walk:
     def next(self, state) -> list[dict]:
         "Ids, mask and labels of one step"
         import torch
-        start = torch.randint(0, len(self.walks), (self.rows,), generator=torch.Generator().manual_seed(state.step))
+        start = torch.randint(0, len(self.walks), (self.rows,),
+                              generator=torch.Generator().manual_seed(state.step))
         ids = self.walks[start]
         return [dict(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)]
 
@@ -62,7 +65,8 @@ class Times:
 def recipes() -> dict:
     "name -> (recipe, learning rate)"
     from ftlab import methods
-    return dict(full=(methods.full(), 3e-4), lora=(methods.lora(), 3e-3), hft=(methods.hft(), 3e-4), dft=(methods.dft(), 3e-4),
+    return dict(full=(methods.full(), 3e-4), lora=(methods.lora(), 3e-3), hft=(methods.hft(), 3e-4),
+                dft=(methods.dft(), 3e-4),
         mezo=(methods.mezo(), 1e-6), lift=(methods.lift(every=0), 3e-3))
 
 def measured(args, name: str, dtype: str = 'float32') -> dict:
@@ -77,8 +81,10 @@ def measured(args, name: str, dtype: str = 'float32') -> dict:
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     held = sum(p.numel()*p.element_size() for p in before.values())
     times, walk, start = Times(args.device), Walk(s), time.perf_counter()
-    run = fit(model, lab_tokenizer(), ftlab.data('sort', n=64), replace(recipe, source=lambda state: walk), steps=s['steps'], lr=lr,
-        precision='bf16' if dtype == 'float32' else 'no', progress=False, callbacks=(times,), max_length=None)
+    run = fit(model, lab_tokenizer(), ftlab.data('sort', n=64),
+              replace(recipe, source=lambda state: walk), steps=s['steps'], lr=lr,
+        precision='bf16' if dtype == 'float32' else 'no', progress=False, callbacks=(times,),
+              max_length=None)
     seconds, ms = time.perf_counter() - start, times.median_ms()
     nll = [r['nll'] for r in run.log]
     assert all(torch.isfinite(torch.tensor([r['loss'] for r in run.log]))), 'a loss that is not finite'
@@ -91,9 +97,12 @@ def measured(args, name: str, dtype: str = 'float32') -> dict:
     apart = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
     assert not apart, f'not given back: {apart[:3]}'
     above = run.cost['peak_bytes'] and run.cost['peak_bytes'] - 2*held*(args.device == 'cuda')
-    return dict(dtype=dtype, step_ms=round(ms, 2), tokens_per_s=round(1e3*s['rows']*s['tokens']/ms), peak_bytes=run.cost['peak_bytes'],
-        above_two_models_bytes=above, trainable=run.cost['trainable'], numbers=sum(p.numel() for p in before.values()),
-        set_up_seconds=round(seconds - ms*s['steps']/1e3, 2), nll=[round(nll[0], 3), round(nll[-1], 3)], falls=falls)
+    return dict(dtype=dtype, step_ms=round(ms, 2), tokens_per_s=round(1e3*s['rows']*s['tokens']/ms),
+                peak_bytes=run.cost['peak_bytes'],
+        above_two_models_bytes=above, trainable=run.cost['trainable'],
+                numbers=sum(p.numel() for p in before.values()),
+        set_up_seconds=round(seconds - ms*s['steps']/1e3, 2),
+                nll=[round(nll[0], 3), round(nll[-1], 3)], falls=falls)
 
 def by_peft(args) -> dict:
     "peft's LoRA on the same model and batches"
@@ -102,7 +111,8 @@ def by_peft(args) -> dict:
     from peft import LoraConfig, get_peft_model
     s, times, walk, nll = sizes(args), Times(args.device), Walk(sizes(args)), []
     where = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
-    model = get_peft_model(llama(args), LoraConfig(r=8, lora_alpha=16, target_modules=where)).train()
+    model = get_peft_model(llama(args),
+                           LoraConfig(r=8, lora_alpha=16, target_modules=where)).train()
     free = [p for p in model.parameters() if p.requires_grad]
     opt = torch.optim.AdamW(free, lr=3e-3, weight_decay=0., fused=True)
     if args.device == 'cuda':
@@ -119,7 +129,8 @@ def by_peft(args) -> dict:
         times.after_step(None)
     ms = times.median_ms()
     peak = torch.cuda.max_memory_allocated() if args.device == 'cuda' else None
-    return dict(step_ms=round(ms, 2), tokens_per_s=round(1e3*s['rows']*s['tokens']/ms), peak_bytes=peak,
+    return dict(step_ms=round(ms, 2), tokens_per_s=round(1e3*s['rows']*s['tokens']/ms),
+                peak_bytes=peak,
         trainable=sum(p.numel() for p in free), nll=[round(nll[0], 3), round(nll[-1], 3)])
 
 class StopAt:
@@ -132,7 +143,8 @@ class StopAt:
             raise KeyboardInterrupt
 
 def resumed(args, name: str) -> dict:
-    "A run that was stopped after its checkpoint and taken up again ends where one that ran through does, bit for bit"
+    """A run that was stopped after its checkpoint and taken up again ends where one that ran
+    through does, bit for bit"""
     import torch
     import ftlab
     from ftlab.lab.models import lab_tokenizer
@@ -144,9 +156,13 @@ def resumed(args, name: str) -> dict:
 
     def run(folder, **more):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-            max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2, attention_dropout=.1)).to(args.device)
-        return fit(model, tok, data, recipe, steps=6, lr=lr, batch_size=8, save_every=3, out=folder, precision='bf16', progress=False, **more)
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=128,
+                                             intermediate_size=256, num_hidden_layers=2,
+                                             num_attention_heads=4,
+            max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                                             attention_dropout=.1)).to(args.device)
+        return fit(model, tok, data, recipe, steps=6, lr=lr, batch_size=8, save_every=3, out=folder,
+                   precision='bf16', progress=False, **more)
 
     try:
         with tempfile.TemporaryDirectory() as tmp:
@@ -164,7 +180,8 @@ def resumed(args, name: str) -> dict:
 
 PIECES = {n: (lambda a, n=n: measured(a, n)) for n in ('full', 'lora', 'hft', 'dft', 'mezo', 'lift')}
 PIECES |= {f'{n}, resumed': (lambda a, n=n: resumed(a, n)) for n in ('full', 'lora', 'hft', 'dft', 'mezo', 'lift')}
-PIECES |= {f'{n}, bfloat16 weights': (lambda a, n=n: measured(a, n, 'bfloat16')) for n in ('lift', 'full', 'lora', 'mezo')}
+PIECES |= {f'{n}, bfloat16 weights': (lambda a, n=n: measured(a, n, 'bfloat16'))
+           for n in ('lift', 'full', 'lora', 'mezo')}
 PIECES |= {'peft lora': by_peft}
 
 if __name__ == '__main__':

@@ -36,7 +36,8 @@ def perturb(args, dtype_name: str = 'float32') -> dict:
     "Seeded noise added in place"
     import torch
     from ftlab.native import perturb_
-    n, eps, dtype, device = sized(args, 100_000, 200_000_000), 1e-3, getattr(torch, dtype_name), args.device
+    n, eps, dtype, device = sized(args, 100_000,
+                                  200_000_000), 1e-3, getattr(torch, dtype_name), args.device
     p = torch.randn(n, device=device).to(dtype)
     buffer, make = torch.empty_like(p), torch.Generator(device=device)
     normal_ = compiled(lambda p: p.add_(torch.randn_like(p), alpha=eps), args)
@@ -60,10 +61,12 @@ def perturb(args, dtype_name: str = 'float32') -> dict:
     size = 2*n*p.element_size()
     who = {
         'ours, normal': (lambda: perturb_([p], 7, eps), size),
-        'torch, normal: a buffer': (by_buffer, size), 'torch, normal: fresh noise (MeZO)': (fresh, size),
+        'torch, normal: a buffer': (by_buffer, size),
+        'torch, normal: fresh noise (MeZO)': (fresh, size),
         'torch, normal: compiled': (lambda: normal_(p), size),
         'ours, rademacher': (lambda: perturb_([p], 7, eps, 'rademacher'), size),
-        'torch, rademacher: a buffer': (coins, size), 'torch, rademacher: compiled': (lambda: sign_(p), size),
+        'torch, rademacher: a buffer': (coins, size),
+        'torch, rademacher: compiled': (lambda: sign_(p), size),
         'floor: p.mul_(c)': (lambda: p.mul_(1.), size)}
     return timed(args, who, numbers=n, dtype=dtype_name)
 
@@ -94,7 +97,8 @@ def magnitude(args, dtype_name: str = 'float32') -> dict:
     at = kth_magnitude(x, k, 'indices')
     assert kth_magnitude(x, k) == want, 'another threshold than kthvalue gives'
     assert len(at) == k and float(x[at.long()].abs().min()) == want, 'indices of others than the largest'
-    assert bool((unpack_mask(kth_magnitude(x, k, 'mask'), x).nonzero().flatten() == at).all()), 'mask and indices disagree'
+    assert bool((unpack_mask(kth_magnitude(x, k, 'mask'), x).nonzero().flatten()
+                 == at).all()), 'mask and indices disagree'
     size = n*x.element_size()
     who = {
         'ours, threshold': (lambda: kth_magnitude(x, k), size),
@@ -141,24 +145,31 @@ def adamw(args, dtype_name: str = 'float32') -> dict:
     g = (torch.randn(r, c, device=device)*.01).to(dtype)
     p.grad, wide = g, p.element_size()
     which = torch.randperm(r, device=device)[:r//20].sort().values
-    selections = {'5%': torch.rand(r, c, device=device) < .05, '50%': torch.rand(r, c, device=device) < .5, 'rows': rows(which)}
+    selections = {'5%': torch.rand(r, c, device=device) < .05,
+                  '50%': torch.rand(r, c, device=device) < .5, 'rows': rows(which)}
     who, rate, root = {}, torch.tensor(1e-3, device=device), torch.tensor(1., device=device)
     for name, s in selections.items():
         opt = SparseAdamW({p: s}, lr=1e-3)
         k = int(opt.selected(p).sum())
-        size = k*(3*wide + 16) + (0 if name == 'rows' else min(4*k, r*c//8))  # gradient, number twice, moments twice, places
+        # gradient, number twice, moments twice, places
+        size = k*(3*wide + 16) + (0 if name == 'rows' else min(4*k, r*c//8))
         who[f'ours, {name}'] = (opt.step, size)
         if dtype != torch.float32:
             continue
-        at, of = (which, (p.detach(), g)) if name == 'rows' else (opt.selected(p).flatten().nonzero().flatten(), (p.detach().view(-1), g.view(-1)))
+        at, of = ((which, (p.detach(), g)) if name == 'rows'
+                  else (opt.selected(p).flatten().nonzero().flatten(),
+                        (p.detach().view(-1), g.view(-1))))
         m = torch.zeros((len(at), c) if name == 'rows' else len(at), device=device)
         v = torch.zeros_like(m)
         f = compiled(compact, args)
-        who[f'torch, {name}: compiled'] = (lambda f=f, at=at, m=m, v=v, of=of: f(*of, at, m, v, rate, root), size)
+        who[f'torch, {name}: compiled'] = (
+            lambda f=f, at=at, m=m, v=v, of=of: f(*of, at, m, v, rate, root), size)
         who[f'torch, {name}: eager, buffers'] = (adamw_eager(at, m, v, *of), size)
     q = torch.nn.Parameter(p.detach().clone())
     q.grad = g
-    whole, dense = SparseAdamW({p: True}, lr=1e-3), torch.optim.AdamW([q], lr=1e-3, weight_decay=0., fused=True)
+    whole, dense = SparseAdamW({p: True},
+                               lr=1e-3), torch.optim.AdamW([q], lr=1e-3, weight_decay=0.,
+                                                           fused=True)
     who['ours, all'] = (whole.step, r*c*(3*wide + 16))
     who['torch, all: fused AdamW'] = (dense.step, r*c*(3*wide + 4*wide))
     who['floor: p.mul_(c)'] = (lambda: p.detach().mul_(1.), 2*r*c*wide)
@@ -180,7 +191,8 @@ def check_adamw(make, mask, p, g) -> None:
 def liger(scaled: bool):
     "Liger's loss over the head, as a sum; None where it is not installed"
     try:
-        from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+        from liger_kernel.transformers.fused_linear_cross_entropy import (
+            LigerFusedLinearCrossEntropyLoss)
     except ImportError:
         return None
     return LigerFusedLinearCrossEntropyLoss(reduction='sum', use_token_scaling=scaled)
@@ -221,9 +233,11 @@ def crossentropy(args, tokens: int = 8192, hidden: int = 2048, words: int = 128_
         'plain sum: ours': lambda: weighted_linear_cross_entropy(x, head, labels).loss,
         'plain sum: torch, all logits, compiled': lambda: fast_plain(x, head, labels)}
     if hasattr(F, 'linear_cross_entropy'):
-        losses['plain sum: torch, chunked'] = lambda: F.linear_cross_entropy(x, head, labels, reduction='sum')
+        losses['plain sum: torch, chunked'] = lambda: F.linear_cross_entropy(
+            x, head, labels, reduction='sum')
     if liger(True) and not args.tiny:
-        losses |= {'liger': lambda: liger(True)(head, x, labels), 'plain sum: liger': lambda: liger(False)(head, x, labels)}
+        losses |= {'liger': lambda: liger(True)(head, x, labels),
+                   'plain sum: liger': lambda: liger(False)(head, x, labels)}
 
     def step(loss):
         def call():
@@ -240,7 +254,8 @@ def crossentropy(args, tokens: int = 8192, hidden: int = 2048, words: int = 128_
         for name in [n for n in who if n.startswith('plain') == bool(start)]:
             try:
                 value, grads = who[name]()
-                assert abs(float(value) - float(want)) <= .02*abs(float(want)), f'{float(value)} instead of {float(want)}'
+                assert abs(float(value) - float(want)) <= .02*abs(
+                    float(want)), f'{float(value)} instead of {float(want)}'
                 for a, b in zip(grads, gradients):
                     same_work(a, b, .05)
             except Exception as e:
@@ -253,8 +268,10 @@ def crossentropy(args, tokens: int = 8192, hidden: int = 2048, words: int = 128_
     def products():
         logits = y @ w.T
         return logits @ w, logits.T @ y
-    who = {name: (lambda f=f: f() and None, None) for name, f in who.items()} | {'floor: three products': (lambda: products() and None, None)}
-    return timed(args, who, 4., tokens=t, hidden=h, words=v, dtype='bfloat16', doubts=doubts, flops=6*t*h*v)
+    who = {name: (lambda f=f: f() and None, None) for name, f in who.items()} | {
+        'floor: three products': (lambda: products() and None, None)}
+    return timed(args, who, 4., tokens=t, hidden=h, words=v, dtype='bfloat16', doubts=doubts,
+                 flops=6*t*h*v)
 
 # --- packed signs
 
@@ -285,7 +302,8 @@ def ternary(args, dtype_name: str = 'bfloat16') -> dict:
     wide, x = 2*n*w.element_size(), torch.randn(n, device=device)*2
     who = {
         'ours': (lambda: add_ternary_(w, vs, factors), wide + n),
-        'int8: compiled': (lambda: one_sum(w, *signs), wide + 4*n), 'int8: eager': (lambda: eager(signs, s), None),
+        'int8: compiled': (lambda: one_sum(w, *signs), wide + 4*n),
+        'int8: eager': (lambda: eager(signs, s), None),
         'dense: eager': (lambda: eager(dense, factors), None),
         'ours, packing': (lambda: pack_ternary(x, keep=n//20), 4*n + n//4),
         'floor: w.mul_(c)': (lambda: w.mul_(1.), wide)}
@@ -295,7 +313,8 @@ PIECES = {
     'perturb': perturb, 'perturb, bfloat16': lambda a: perturb(a, 'bfloat16'),
     'magnitude': magnitude, 'magnitude, bfloat16': lambda a: magnitude(a, 'bfloat16'),
     'adamw': adamw, 'adamw, bfloat16': lambda a: adamw(a, 'bfloat16'),
-    'crossentropy': crossentropy, 'crossentropy, 32k words': lambda a: crossentropy(a, 16_384, 2048, 32_000),
+    'crossentropy': crossentropy,
+    'crossentropy, 32k words': lambda a: crossentropy(a, 16_384, 2048, 32_000),
     'ternary': ternary, 'ternary, float32': lambda a: ternary(a, 'float32')}
 
 if __name__ == '__main__':

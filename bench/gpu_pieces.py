@@ -32,7 +32,8 @@ def run_pieces(
     args: argparse.Namespace,    # as `arguments` gives it
     broken=lambda: False,        # after a failure: is this process of no more use?
 ) -> None:
-    "Run what `args.pieces` names, or all; one that fails is written down, and the next one runs; ends with 1 if any failed"
+    """Run what `args.pieces` names, or all; one that fails is written down, and the next one runs;
+    ends with 1 if any failed"""
     failed = False
     for name in args.pieces or list(pieces):
         note(args.to, dict(piece=name, state='begun'))
@@ -97,7 +98,8 @@ class Clock:
         return first.elapsed_time(last)
 
     def peak(self, call) -> int | None:
-        "Bytes that a call took on the GPU at its highest, above what was held before; None on a CPU"
+        """Bytes that a call took on the GPU at its highest, above what was held before; None on a
+        CPU"""
         if not self.cuda:
             return None
         self.torch.cuda.synchronize()
@@ -113,7 +115,8 @@ class Clock:
         seconds: float = 4.,     # for all of them together
         most: int = 25,          # rounds
     ) -> list[dict]:
-        "Every contestant in turn, round after round: a row each; one that fails has its error in its row"
+        """Every contestant in turn, round after round: a row each; one that fails has its error in
+        its row"""
         rows, able, cost = [], {}, {}
         for name, (call, size) in contestants.items():
             row = dict(what=name)

@@ -41,7 +41,8 @@ def adamw(args) -> None:
     import torch
     from ftlab.native import SparseAdamW, blocks, columns, rows
     shape = (66, 130)
-    choices = [True, rows([0, 5, 65]), columns([1, 129]), blocks([(0, 1), (2, 0)], (22, 65)), torch.rand(shape) < .02, torch.rand(shape) < .5]
+    choices = [True, rows([0, 5, 65]), columns([1, 129]), blocks([(0, 1), (2, 0)], (22, 65)),
+               torch.rand(shape) < .02, torch.rand(shape) < .5]
     for dtype in types():
         for choice in choices:
             p, g = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
@@ -64,32 +65,40 @@ def crossentropy(args) -> None:
     for dtype in types():
         for words in (5, 257, 1003):
             x, head = torch.randn(37, 16).to(dtype), torch.randn(words, 16).to(dtype)
-            z, other, labels = torch.randn(37, 16).to(dtype), torch.randn(words, 16).to(dtype), torch.randint(0, words, (37,))
+            z, other, labels = torch.randn(37, 16).to(dtype), torch.randn(words, 16).to(
+                dtype), torch.randint(0, words, (37,))
             for direction in ('forward', 'reverse'):
                 for kl in (0., .3):
                     losses = []
                     for device in ('cpu', args.device):
                         a, b = x.to(device).requires_grad_(), head.to(device).requires_grad_()
-                        more = dict(reference=(z.to(device), other.to(device)), kl=kl, direction=direction) if kl else {}
-                        loss = weighted_linear_cross_entropy(a, b, labels.to(device), lambda nll, entropy: (-nll).exp(), chunk=10, **more).loss
+                        more = (dict(reference=(z.to(device), other.to(device)), kl=kl,
+                                     direction=direction) if kl else {})
+                        loss = weighted_linear_cross_entropy(a, b, labels.to(device),
+                                                             lambda nll, entropy: (-nll).exp(),
+                                                             chunk=10, **more).loss
                         loss.backward()
                         losses.append(float(loss.detach()))
-                    assert abs(losses[0] - losses[1]) <= .02*abs(losses[0]) + .02, f'{losses}: another loss than on the CPU'
+                    assert abs(losses[0] - losses[1]) <= .02*abs(
+                        losses[0]) + .02, f'{losses}: another loss than on the CPU'
 
 def ternary(args) -> None:
     import torch
     from ftlab.native import add_ternary_, pack_ternary
     for dtype in types():
         for n in SIZES:
-            w, vs = torch.randn(n).to(dtype), [pack_ternary(torch.randn(n), keep=max(1, n//3)) for _ in range(3)]
+            w, vs = torch.randn(n).to(dtype), [pack_ternary(torch.randn(n), keep=max(1, n//3))
+                                               for _ in range(3)]
             ours = w.to(args.device)
             add_ternary_(ours, [v.to(args.device) for v in vs], (.5, -1., 2.))
             add_ternary_(w, vs, (.5, -1., 2.))
             alike(ours, w, f'packed vectors, {dtype}, {n} numbers')
             x = torch.randn(n).to(dtype)
-            alike(pack_ternary(x.to(args.device), keep=1).positive, pack_ternary(x, keep=1).positive, 'packing')
+            alike(pack_ternary(x.to(args.device), keep=1).positive,
+                  pack_ternary(x, keep=1).positive, 'packing')
 
-PIECES = dict(perturb=perturb, magnitude=magnitude, adamw=adamw, crossentropy=crossentropy, ternary=ternary)
+PIECES = dict(perturb=perturb, magnitude=magnitude, adamw=adamw, crossentropy=crossentropy,
+              ternary=ternary)
 
 if __name__ == '__main__':
     run_pieces(PIECES, arguments(), card_is_broken)

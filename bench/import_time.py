@@ -34,7 +34,8 @@ def measured(code: str, where: Path) -> dict:
     env = {**os.environ, 'PYTHONPATH': str(where), 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}
     runs = []
     for _ in range(BEST_OF):
-        out = subprocess.run([sys.executable, '-c', code + TOLD], cwd=where, env=env, capture_output=True, text=True, check=True)
+        out = subprocess.run([sys.executable, '-c', code + TOLD], cwd=where, env=env,
+                             capture_output=True, text=True, check=True)
         runs.append(json.loads(out.stdout.splitlines()[-1]))
     return min(runs, key=lambda r: r['cpu'])
 
@@ -43,15 +44,18 @@ def with_more(papers: int, into: Path) -> Path:
     "A copy of the package with so many more papers, in the families that there are"
     shutil.copytree(ROOT/'ftlab', into/'ftlab', ignore=shutil.ignore_patterns('__pycache__', 'checkpoints'))
     model = (ROOT/'ftlab/adapters/subsets/hft.py').read_text(encoding='utf-8')
-    families = sorted(p for part in ('adapters', 'trainers', 'evaluators') for p in (into/'ftlab'/part).iterdir() if p.is_dir() and p.name[0] != '_')
+    families = sorted(p for part in ('adapters', 'trainers', 'evaluators')
+                      for p in (into/'ftlab'/part).iterdir() if p.is_dir() and p.name[0] != '_')
     for i in range(papers):
         key = f'made_up_{i:03}'
-        (families[i % len(families)]/f'{key}.py').write_text(model.replace('def hft(', f'def {key}(').replace("'hft'", f"'{key}'"), encoding='utf-8')
+        (families[i % len(families)]/f'{key}.py').write_text(
+            model.replace('def hft(', f'def {key}(').replace("'hft'", f"'{key}'"), encoding='utf-8')
     return into
 
 
 def main() -> None:
-    found = dict(python=platform.python_version(), papers=PAPERS, now={k: measured(v, ROOT) for k, v in USES.items()})
+    found = dict(python=platform.python_version(), papers=PAPERS,
+                 now={k: measured(v, ROOT) for k, v in USES.items()})
     with tempfile.TemporaryDirectory() as tmp:
         larger = with_more(PAPERS, Path(tmp))
         found['with_more'] = {k: measured(v, larger) for k, v in USES.items()}

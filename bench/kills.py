@@ -53,7 +53,8 @@ KINDS = { # name -> () -> (recipe, arguments of fit that differ from `HOW`)
     'full': lambda: (methods.full(), {}),
     'full, dropout and accumulation': lambda: (methods.full(), dict(accumulate=2)),
     'full, early stop': lambda: (methods.full(), EARLY),
-    'full, measured': lambda: (methods.full(), dict(callbacks=(Every(3, lambda s: validation_nll(s, 4)),))),
+    'full, measured': lambda: (methods.full(),
+                               dict(callbacks=(Every(3, lambda s: validation_nll(s, 4)),))),
     'full, packing': lambda: (methods.full(), dict(packing=True)),
     'full, bf16': lambda: (methods.full(), dict(precision='bf16')),
     'hft': lambda: (methods.hft(), {}),
@@ -96,7 +97,8 @@ def print_of(run) -> str:
     for n in sorted(tensors):
         bits = tensors[n].detach().contiguous().view(torch.uint8).numpy().tobytes()
         h.update(n.encode() + str(tensors[n].dtype).encode() + bits)
-    h.update(json.dumps([run.log, run.path, run.cost['tokens'], run.interrupted, run.settings]).encode())
+    h.update(json.dumps([run.log, run.path, run.cost['tokens'], run.interrupted,
+                         run.settings]).encode())
     return h.hexdigest()
 
 # ---------- one run, in a child
@@ -186,7 +188,8 @@ def case(kind:str, base:dict, seconds:float, rng, place:Path) -> dict:
             to_the_end(kind, folder, None, answer, **other)
     resume = False if found['older'] else None
     for _ in range(rng.choice((1, 1, 2, 3))):
-        where = rng.choice(('anywhere', 'anywhere', 'write', 'stage' if KINDS[kind]()[0].stages else 'write'))
+        where = rng.choice(('anywhere', 'anywhere', 'write',
+                            'stage' if KINDS[kind]()[0].stages else 'write'))
         hit = kill(kind, folder, resume, answer, where, seconds, rng)
         if hit is None:
             break
@@ -242,7 +245,8 @@ def summary(cases:list[dict], seconds:float, bases:dict) -> dict:
 
 def run_cases(a, cases:list[dict], before:float, place:Path) -> dict:
     "Kill until there are enough; returns the summary, which is written after every case"
-    rng, start, bases, kinds = random.Random(len(cases)), time.time(), {}, [a.only] if a.only else list(KINDS)
+    rng, start, bases, kinds = random.Random(len(cases)), time.time(), {}, [
+        a.only] if a.only else list(KINDS)
     facts = dict(steps=HOW['steps'], save_every=HOW['save_every'], python=platform.python_version(),
                  torch=torch.__version__, system=platform.system())
     found = summary(cases, before, {})
@@ -251,7 +255,8 @@ def run_cases(a, cases:list[dict], before:float, place:Path) -> dict:
         if kind not in bases:
             bases[kind] = baseline(kind, place/f'base-{len(bases)}', place/'answer')
         cases.append(case(kind, bases[kind], bases[kind]['seconds'], rng, place))
-        found = summary(cases, before + time.time() - start, {k: b['seconds'] for k, b in bases.items()})
+        found = summary(cases, before + time.time() - start,
+                        {k: b['seconds'] for k, b in bases.items()})
         write_text(OUT, json.dumps(dict(summary=found, facts=facts, cases=cases), indent=1) + '\n')
         c = cases[-1]
         print(f'{found["kills"]:4} kills, {kind}: {c["became"]} after {c["kills"]}, older {c["older"]}, '
@@ -280,8 +285,10 @@ def main():
     with tempfile.TemporaryDirectory(prefix='kills-') as place:
         os.environ['TMPDIR'] = tempfile.tempdir = place
         found = run_cases(a, old['cases'], old['summary']['seconds'], Path(place))
-    print(json.dumps({k: v for k, v in found.items() if k not in ('by_kind', 'run_seconds')}, indent=1))
-    sys.exit(any(c['became'] != 'equal' or c['left'] or c['asked'] not in (None, 'true') for c in old['cases']))
+    print(json.dumps({k: v for k, v in found.items() if k not in ('by_kind', 'run_seconds')},
+                     indent=1))
+    sys.exit(any(c['became'] != 'equal' or c['left'] or c['asked'] not in (None, 'true')
+                 for c in old['cases']))
 
 if __name__ == '__main__':
     main()

@@ -43,7 +43,8 @@ def speed(a):
 
 
 if __name__ == '__main__':
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('out', type=Path)
     p.add_argument('--seconds', type=float, help='of everything; without it, by steps')
     p.add_argument('--device', default='cpu')

@@ -39,7 +39,8 @@ def known(name):
 
 
 def shown_pairs(prompt):
-    "The pairs (input, output) that a sequence shows, and the input that is asked for; None for a scene"
+    """The pairs (input, output) that a sequence shows, and the input that is asked for; None for a
+    scene"""
     for arrow, between in MARKS:
         *shown, last = prompt.split(f' {between} ')
         split = [s.split(f' {arrow} ') for s in shown]
@@ -128,20 +129,24 @@ OTHERS |= dict(shown=tuple(one_task(t) for t in LISTS))
 
 
 def shortcuts(n=400):
-    "For each skill the score of answers that are always the same, or copied from a place of the prompt"
+    """For each skill the score of answers that are always the same, or copied from a place of the
+    prompt"""
     out = {}
     for s in LOOKUP_SKILLS:
         rows, train = WORLD.rows(s, n), WORLD.rows(s, 2000, 'train')
         words = {r['response'] for r in train}
-        always = frequent(r['response'].split()[-1] if s == 'chain' else r['response'] for r in train)
+        always = frequent(r['response'].split()[-1] if s == 'chain' else r['response']
+                          for r in train)
         said = [mentions(r['prompt'], words) for r in rows]
         guesses = dict(always=[always]*n, last=[x[-1] if x else '' for x in said],
-                       first=[x[0] if x else '' for x in said], frequent=[frequent(x) for x in said])
+                       first=[x[0] if x else '' for x in said],
+                       frequent=[frequent(x) for x in said])
         guesses |= {f.__doc__: [f(r) for r in rows] for f in OTHERS.get(s, ())}
         judged = {k: sum(map(WORLD.judge, rows, g))/n for k, g in guesses.items()}
         out[s] = {k: round(v, 4) for k, v in judged.items()}
         if s == 'line':
-            out['line ratio'] = {k: round(line_error(rows, g)['ratio'], 4) for k, g in guesses.items()}
+            out['line ratio'] = {k: round(line_error(rows, g)['ratio'], 4)
+                                 for k, g in guesses.items()}
     for part in ('line-discrete', 'line-continuous'):
         rows = WORLD.rows(part, n)
         said = [least_squares(r) for r in rows]
@@ -161,7 +166,8 @@ def parsers():
 
 
 def asked(name, s, n, solve):
-    "Score of a model on `n` test questions of skill `s`, and the same by the parsers, or its errors with numbers"
+    """Score of a model on `n` test questions of skill `s`, and the same by the parsers, or its
+    errors with numbers"""
     model, tok = loaded(name)
     said, rows = [], WORLD.rows(s, n)
 
@@ -182,7 +188,8 @@ def asked(name, s, n, solve):
     elif s in LOOKUP:
         right = [solve(s, r['prompt'], r['response']).split() for r in rows]
         last = slice(-1, None) if s == 'chain' else slice(None)
-        out[f'{name}, by the parsers'] = sum(x.split()[last] == y[last] for x, y in zip(said, right))/n
+        out[f'{name}, by the parsers'] = sum(x.split()[last] == y[last]
+                                             for x, y in zip(said, right))/n
     return out
 
 
@@ -192,9 +199,11 @@ def loaded(name):
 
 
 def models(n=400, few=100):
-    "lab-l and lab-m on the skills of looking things up, lab-l on those of v1, too (`few` questions each)"
+    """lab-l and lab-m on the skills of looking things up, lab-l on those of v1, too (`few`
+    questions each)"""
     solve = parsers()
-    found = known('lab_v2_checked.json') or dict(n=n, few=few, split='test', device='cpu', skills={})
+    found = (known('lab_v2_checked.json') or dict(n=n, few=few, split='test', device='cpu',
+                                                  skills={}))
     todo = [(m, s, n) for m in ('lab-l', 'lab-m') for s in [*LOOKUP_SKILLS, 'line-discrete']]
     todo += [('lab-l', s, few) for s in [*OLD, 'atlas']]
     for name, s, k in todo:

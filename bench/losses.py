@@ -60,20 +60,23 @@ def anchored(name: str, seed: int) -> dict[str, float]:
     ask = WORLD.rows('reverse', ITEMS, 'validation', seed)
     base, tok = ftlab.load('lab-s', revision='step-500')
     model, _ = ftlab.load('lab-s', revision='step-500')
-    ftlab.fit(model, tok, data, recipe, steps=ground.STEPS, lr=rate, seed=seed, batch_size=32, progress=False)
+    ftlab.fit(model, tok, data, recipe, steps=ground.STEPS, lr=rate, seed=seed, batch_size=32,
+              progress=False)
     gain = exact_match(model, tok, ask) - exact_match(base, tok, ask)
     return dict(gain=gain, drift=drift(base, model, tok, ask, data))
 
 
 @torch.no_grad()
 def leaning(model, tok, rows: list[dict], in_answer: bool, rng: random.Random) -> float:
-    "Mean change of the predictions after one swapped letter, of the question or of the answer so far, in [0, 1]"
+    """Mean change of the predictions after one swapped letter, of the question or of the answer so
+    far, in [0, 1]"""
     letters, out = set(tok.convert_tokens_to_ids(LETTERS)), []
     for row in rows:
         coded = encode(row, tok, 'text')
         x, labels = torch.tensor([coded['input_ids']]), coded['labels']
         first = next(i for i, y in enumerate(labels) if y != IGNORE)
-        sites = [i for i, w in enumerate(coded['input_ids']) if w in letters and (i >= first) == in_answer]
+        sites = [i for i, w in enumerate(coded['input_ids']) if w in letters
+                 and (i >= first) == in_answer]
         i = rng.choice(sites[:-1] if in_answer else sites)  # nothing follows the last letter but the end
         other = x.clone()
         other[0, i] = rng.choice(sorted(letters - {int(x[0, i])}))

@@ -40,16 +40,26 @@ def in_kernel(code:str) -> str:
     "What `code` prints in a fresh kernel, with nobody at the other end"
     import nbformat
     from nbclient import NotebookClient
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)]); NotebookClient(nb, timeout=1800, kernel_name='python3').execute()
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    NotebookClient(nb, timeout=1800, kernel_name='python3').execute()
     return ''.join(o.get('text', '') for o in nb.cells[0].outputs)
 
 if __name__ == '__main__':
     os.environ |= dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='passive', HF_HUB_OFFLINE='1')
-    said = in_kernel(CODE.format(steps=STEPS, turns=TURNS, cases=CASES)); rows = json.loads(said.split('RESULT ')[1])
+    said = in_kernel(CODE.format(steps=STEPS, turns=TURNS, cases=CASES))
+    rows = json.loads(said.split('RESULT ')[1])
     import ipykernel, matplotlib, torch
-    cases = {c: dict(share=round(median(r[c]['spent']/r[c]['seconds'] for r in rows), 4), looks=rows[0][c]['looks'],
-                     wall=round(median(r[c]['seconds'] for r in rows)/median(r['plain']['seconds'] for r in rows) - 1, 4),
-                     seconds=[round(r[c]['seconds'], 2) for r in rows], spent=[round(r[c]['spent'], 2) for r in rows]) for c in CASES}
-    found = dict(cases=cases, plain=dict(seconds=[round(r['plain']['seconds'], 2) for r in rows]), steps=STEPS, model='lab-s', threads=1,
-                 versions=dict(python=platform.python_version(), torch=torch.__version__, matplotlib=matplotlib.__version__, ipykernel=ipykernel.__version__))
-    out = Path(__file__).parent/'results'/'monitor.json'; out.write_text(json.dumps(found, indent=1) + '\n'); print(json.dumps(found, indent=1))
+    cases = {c: dict(share=round(median(r[c]['spent']/r[c]['seconds'] for r in rows), 4),
+                     looks=rows[0][c]['looks'],
+                     wall=round(median(r[c]['seconds']
+                                       for r in rows)/median(r['plain']['seconds']
+                                                             for r in rows) - 1, 4),
+                     seconds=[round(r[c]['seconds'], 2) for r in rows],
+                     spent=[round(r[c]['spent'], 2) for r in rows]) for c in CASES}
+    found = dict(cases=cases, plain=dict(seconds=[round(r['plain']['seconds'], 2) for r in rows]),
+                 steps=STEPS, model='lab-s', threads=1,
+                 versions=dict(python=platform.python_version(), torch=torch.__version__,
+                               matplotlib=matplotlib.__version__, ipykernel=ipykernel.__version__))
+    out = Path(__file__).parent/'results'/'monitor.json'
+    out.write_text(json.dumps(found, indent=1) + '\n')
+    print(json.dumps(found, indent=1))

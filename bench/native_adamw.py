@@ -15,13 +15,18 @@ def jobs():
     "{name: selected entries, as a bool mask of some shape and as what is given to SparseAdamW}"
     import torch
     from ftlab.native import rows
-    g = torch.Generator().manual_seed(0); which = torch.randperm(R, generator=g)[:R//20].sort().values
-    return {'5%': torch.rand(R, C, generator=g) < .05, '50%': torch.rand(R, C, generator=g) < .5, 'rows': rows(which)}, which
+    g = torch.Generator().manual_seed(0)
+    which = torch.randperm(R, generator=g)[:R//20].sort().values
+    return {'5%': torch.rand(R, C, generator=g) < .05, '50%': torch.rand(R, C, generator=g) < .5,
+            'rows': rows(which)}, which
 
 def compact(torch):
     "Gather, AdamW, scatter, as torch.compile is given it"
     def step(p, g, i, m, v, rate, root):
-        x = g[i]; m.lerp_(x, .1); v.mul_(.999).addcmul_(x, x, value=.001); p[i] = p[i] - rate*m/(v.sqrt()*root + 1e-8)
+        x = g[i]
+        m.lerp_(x, .1)
+        v.mul_(.999).addcmul_(x, x, value=.001)
+        p[i] = p[i] - rate*m/(v.sqrt()*root + 1e-8)
     return step
 
 def contestants():
@@ -29,68 +34,138 @@ def contestants():
     import torch._inductor.config  # noqa: F401 - not while it is measured
     from torch._dynamo.utils import counters
     from ftlab.native import SparseAdamW
-    torch.manual_seed(0); p, g = torch.nn.Parameter(torch.randn(R, C)), torch.randn(R, C)*.01; flat, grad = p.detach().view(-1), g.view(-1); p.grad = g
-    selections, which = jobs(); rate, root = torch.tensor(1e-3), torch.tensor(1.); who = {}
+    torch.manual_seed(0)
+    p, g = torch.nn.Parameter(torch.randn(R, C)), torch.randn(R, C)*.01
+    flat, grad = p.detach().view(-1), g.view(-1)
+    p.grad = g
+    selections, which = jobs()
+    rate, root = torch.tensor(1e-3), torch.tensor(1.)
+    who = {}
     for name, s in selections.items():
-        opt = SparseAdamW({p: s}, lr=1e-3); on = opt.selected(p); lists = SparseAdamW({p: s}, lr=1e-3).gather()
-        def listed(lists=lists): p.grad = g; lists.grads(); lists.step(); lists.zero_grad(); p.grad = g
-        who |= {f'ours, {name}': (opt.step, 0), f'ours, {name}: gathered, then stepped': (listed, 0)}
-        at, of = (which, (p.detach(), g)) if name == 'rows' else (on.flatten().nonzero().flatten(), (flat, grad))
-        m, v = torch.zeros(len(opt.state[p]['exp_avg'])).view(-1, C if name == 'rows' else 1).squeeze(1), None; v = torch.zeros_like(m)
-        for kind, i in (('int64', at), ('int32', at.int())): # Inductor's graph, at fixed size: checked below to be in place
-            f = torch.compile(compact(torch), dynamic=False, fullgraph=True); f(*of, i, m, v, rate, root)
-            who[f'torch, {name}: compiled, {kind}'] = (lambda f=f, i=i, m=m, v=v, of=of: f(*of, i, m, v, rate, root), 0)
+        opt = SparseAdamW({p: s}, lr=1e-3)
+        on = opt.selected(p)
+        lists = SparseAdamW({p: s}, lr=1e-3).gather()
+
+        def listed(lists=lists):
+            p.grad = g
+            lists.grads()
+            lists.step()
+            lists.zero_grad()
+            p.grad = g
+
+        who |= {f'ours, {name}': (opt.step, 0),
+                f'ours, {name}: gathered, then stepped': (listed, 0)}
+        at, of = ((which, (p.detach(), g)) if name == 'rows'
+                  else (on.flatten().nonzero().flatten(), (flat, grad)))
+        m, v = torch.zeros(len(opt.state[p]['exp_avg'])).view(-1,
+                                                              C if name == 'rows' else 1).squeeze(
+                                                                  1), None
+        v = torch.zeros_like(m)
+        # Inductor's graph, at fixed size: checked below to be in place
+        for kind, i in (('int64', at), ('int32', at.int())):
+            f = torch.compile(compact(torch), dynamic=False, fullgraph=True)
+            f(*of, i, m, v, rate, root)
+            who[f'torch, {name}: compiled, {kind}'] = (
+                lambda f=f, i=i, m=m, v=v, of=of: f(*of, i, m, v, rate, root), 0)
         buffers = torch.empty_like(m), torch.empty_like(m), torch.empty_like(m)
         def eager(i=at, m=m, v=v, of=of, buffers=buffers):
-            x, d, q = buffers; torch.index_select(of[1], 0, i, out=x); m.lerp_(x, .1); v.mul_(.999).addcmul_(x, x, value=.001)
-            torch.sqrt(v, out=d); d.add_(1e-8); torch.index_select(of[0], 0, i, out=q); q.addcdiv_(m, d, value=-1e-3); of[0].index_copy_(0, i, q)
+            x, d, q = buffers
+            torch.index_select(of[1], 0, i, out=x)
+            m.lerp_(x, .1)
+            v.mul_(.999).addcmul_(x, x, value=.001)
+            torch.sqrt(v, out=d)
+            d.add_(1e-8)
+            torch.index_select(of[0], 0, i, out=q)
+            q.addcdiv_(m, d, value=-1e-3)
+            of[0].index_copy_(0, i, q)
         who[f'torch, {name}: eager, buffers'] = (eager, 3*m.nbytes)
-    mask = selections['5%'].float(); dense, full = torch.optim.AdamW([p], lr=1e-3, weight_decay=0., fused=True), g.clone()
-    def masked(): full.copy_(g).mul_(mask); p.grad = full; dense.step(); p.grad = g
-    who |= {'torch, dense: fused AdamW, gradient times mask': (masked, 4*p.numel()), 'torch, dense: fused AdamW alone': (dense.step, 0),
+    mask = selections['5%'].float()
+    dense, full = torch.optim.AdamW([p], lr=1e-3, weight_decay=0., fused=True), g.clone()
+
+    def masked():
+        full.copy_(g).mul_(mask)
+        p.grad = full
+        dense.step()
+        p.grad = g
+
+    who |= {'torch, dense: fused AdamW, gradient times mask': (masked, 4*p.numel()),
+            'torch, dense: fused AdamW alone': (dense.step, 0),
         'floor: p.mul_(c)': (lambda: flat.mul_(1.), 0)}
     assert counters['stats']['unique_graphs'] == 6 and not counters['graph_break']
-    return {k: (lambda f=f: [f() for _ in range(10)], held) if ', rows' in k else (f, held) for k, (f, held) in who.items()}
+    return {k: (lambda f=f: [f() for _ in range(10)], held) if ', rows' in k else (f, held)
+            for k, (f, held) in who.items()}
 
 def pairs(times):
     out = {}
     for name in ('5%', '50%', 'rows'):
-        ours = f'ours, {name}'; compiled, eager = best(times, f'torch, {name}: compiled'), best(times, f'torch, {name}: eager')
-        out |= {f'{name}: compiled gather, AdamW, scatter over ours': (compiled, ours), f'{name}: the same in eager torch over ours': (eager, ours),
+        ours = f'ours, {name}'
+        compiled, eager = best(times, f'torch, {name}: compiled'), best(times, f'torch, {name}: eager')
+        out |= {f'{name}: compiled gather, AdamW, scatter over ours': (compiled, ours),
+                f'{name}: the same in eager torch over ours': (eager, ours),
             f'{name}: compiled over ours, gathered and then stepped': (compiled, f'{ours}: gathered, then stepped')}
-        if name != 'rows': out |= {f'{name}: fused dense AdamW, gradient times mask, over ours': ('torch, dense: fused AdamW, gradient times mask', ours)}
+        if name != 'rows':
+            out |= {f'{name}: fused dense AdamW, gradient times mask, over '
+                    'ours': ('torch, dense: fused AdamW, gradient times mask', ours)}
     return out
 
 def train(way):
-    "The most memory that a few steps took above the parameters, moments and all; the ways are compared in processes of their own"
+    """The most memory that a few steps took above the parameters, moments and all; the ways are
+    compared in processes of their own"""
     import torch
     from torch import nn
     from ftlab.native import SparseAdamW, backend, rows
-    torch.set_num_threads(THREADS); torch.manual_seed(0); assert backend('cpu') == 'cpp'
-    def net(width, layers): return nn.Sequential(*[o for _ in range(layers) for o in (nn.Linear(width, width, bias=False), nn.Tanh())])
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    assert backend('cpu') == 'cpp'
+
+    def net(width, layers):
+        return nn.Sequential(*[o for _ in range(layers)
+                               for o in (nn.Linear(width, width, bias=False), nn.Tanh())])
+
     def make(model, width):
-        ps = list(model.parameters()); some = lambda p: rows(range(0, width, 20)) if 'rows' in way else torch.rand(p.shape) < .05
-        opt = torch.optim.AdamW(ps, fused=True) if way == 'dense' else SparseAdamW((p, some(p)) for p in ps)
-        if 'hook' in way: opt.gather()
-        if 'narrow' in way: [opt.narrow(l) for l in model if isinstance(l, nn.Linear)]
+        ps = list(model.parameters())
+        some = lambda p: rows(range(0, width, 20)) if 'rows' in way else torch.rand(p.shape) < .05
+        opt = (torch.optim.AdamW(ps, fused=True) if way == 'dense'
+               else SparseAdamW((p, some(p)) for p in ps))
+        if 'hook' in way:
+            opt.gather()
+        if 'narrow' in way:
+            [opt.narrow(l) for l in model if isinstance(l, nn.Linear)]
         return opt
     def steps(model, opt, width):
         x = torch.randn(8, width)
-        for _ in range(STEPS): model(x).pow(2).mean().backward(); opt.step(); opt.zero_grad()
-    small = net(64, 2); steps(small, make(small, 64), 64); model = net(WIDTH, LAYERS); model(torch.randn(8, WIDTH)); start = status('VmRSS')
-    opt = make(model, WIDTH); held = status('VmRSS') - start; top = held + peak(lambda: steps(model, opt, WIDTH))
-    state = sum(t.nbytes for s in opt.state.values() for t in s.values() if torch.is_tensor(t) and t.ndim)
-    print(json.dumps(dict(way=way, peak_bytes=top, state_bytes=state, parameter_bytes=4*LAYERS*WIDTH**2, layer_bytes=4*WIDTH**2)))
+        for _ in range(STEPS):
+            model(x).pow(2).mean().backward()
+            opt.step()
+            opt.zero_grad()
+    small = net(64, 2)
+    steps(small, make(small, 64), 64)
+    model = net(WIDTH, LAYERS)
+    model(torch.randn(8, WIDTH))
+    start = status('VmRSS')
+    opt = make(model, WIDTH)
+    held = status('VmRSS') - start
+    top = held + peak(lambda: steps(model, opt, WIDTH))
+    state = sum(t.nbytes for s in opt.state.values() for t in s.values() if torch.is_tensor(t)
+                and t.ndim)
+    print(json.dumps(dict(way=way, peak_bytes=top, state_bytes=state,
+                          parameter_bytes=4*LAYERS*WIDTH**2, layer_bytes=4*WIDTH**2)))
 
 def memory():
     "All ways; freed memory goes back to the system at once, so that the mark shows what is held"
-    env, rows = {**os.environ, 'MALLOC_MMAP_THRESHOLD_': '65536', 'FTLAB_NATIVE': 'cpp', 'OMP_NUM_THREADS': str(THREADS)}, []
+    env, rows = {**os.environ, 'MALLOC_MMAP_THRESHOLD_': '65536', 'FTLAB_NATIVE': 'cpp',
+                 'OMP_NUM_THREADS': str(THREADS)}, []
     for way in ('dense', '5%', '5%, hook', '5% rows, hook', '5% rows, narrow'):
-        r = subprocess.run([sys.executable, __file__, 'train', way], env=env, capture_output=True, text=True)
-        if r.returncode: sys.exit(f'{way}: ended with {r.returncode}\n{r.stderr}')
+        r = subprocess.run([sys.executable, __file__, 'train', way], env=env, capture_output=True,
+                           text=True)
+        if r.returncode:
+            sys.exit(f'{way}: ended with {r.returncode}\n{r.stderr}')
         rows.append(json.loads(r.stdout.splitlines()[-1]))
     return rows
 
 if __name__ == '__main__':
-    if sys.argv[1:2] == ['train']: train(sys.argv[2])
-    else: main(__file__, contestants, pairs, 9, numbers=R*C, memory=[] if sys.argv[1:] else memory(), targets={'5%': 1.2, '50%': 1., 'rows': 1.5})
+    if sys.argv[1:2] == ['train']:
+        train(sys.argv[2])
+    else:
+        main(__file__, contestants, pairs, 9, numbers=R*C, memory=[] if sys.argv[1:] else memory(),
+             targets={'5%': 1.2, '50%': 1., 'rows': 1.5})

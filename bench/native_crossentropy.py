@@ -12,36 +12,68 @@ def contestants():
     import torch
     import torch.nn.functional as F
     from ftlab.native import weighted_linear_cross_entropy
-    make = torch.Generator().manual_seed(0); labels = torch.randint(0, V, (T,), generator=make)
-    hidden = torch.randn(T, H, generator=make).requires_grad_(); head = (.04*torch.randn(V, H, generator=make)).requires_grad_()
-    with torch.no_grad(): hidden.add_(12*head[labels]) # a model that knows something: p from next to 0 to next to 1
-    def probability(nll, entropy=None): return (-nll).exp()
-    def weigh(nll): return (probability(nll.detach())*nll).sum()
-    def torchs(reduction, **options): return F.linear_cross_entropy(hidden, head, labels, reduction=reduction, options=torch.nn.LinearCrossEntropyOptions(**options))
-    def full(hidden, head, labels): return weigh(F.cross_entropy(hidden @ head.T, labels, reduction='none'))
+    make = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, V, (T,), generator=make)
+    hidden = torch.randn(T, H, generator=make).requires_grad_()
+    head = (.04*torch.randn(V, H, generator=make)).requires_grad_()
+    with torch.no_grad():
+        hidden.add_(12*head[labels]) # a model that knows something: p from next to 0 to next to 1
+
+    def probability(nll, entropy=None):
+        return (-nll).exp()
+
+    def weigh(nll):
+        return (probability(nll.detach())*nll).sum()
+
+    def torchs(reduction, **options):
+        return F.linear_cross_entropy(hidden, head, labels, reduction=reduction,
+                                      options=torch.nn.LinearCrossEntropyOptions(**options))
+
+    def full(hidden, head, labels):
+        return weigh(F.cross_entropy(hidden @ head.T, labels, reduction='none'))
+
     compiled = torch.compile(full)
     losses = {'ours': lambda: weighted_linear_cross_entropy(hidden, head, labels, probability).loss,
-        'torch, chunked: as it comes': lambda: weigh(torchs('none')), 'torch, chunked: 512 rows': lambda: weigh(torchs('none', batch_chunk_size=512)),
-        'torch, all logits: eager': lambda: full(hidden, head, labels), 'torch, all logits: compiled': lambda: compiled(hidden, head, labels),
+        'torch, chunked: as it comes': lambda: weigh(torchs('none')),
+              'torch, chunked: 512 rows': lambda: weigh(torchs('none', batch_chunk_size=512)),
+        'torch, all logits: eager': lambda: full(hidden, head, labels),
+              'torch, all logits: compiled': lambda: compiled(hidden, head, labels),
         'plain sum: ours': lambda: weighted_linear_cross_entropy(hidden, head, labels).loss,
         'plain sum: torch, 512 rows': lambda: torchs('sum', batch_chunk_size=512)}
     def step(loss): # what it leaves behind is freed, so that the next one's memory is its own
-        def run(): value = loss(); value.backward(); grads = [hidden.grad, head.grad]; hidden.grad = head.grad = None; return value.item(), grads
+        def run():
+            value = loss()
+            value.backward()
+            grads = [hidden.grad, head.grad]
+            hidden.grad = head.grad = None
+            return value.item(), grads
+
         return run
-    who = {k: step(f) for k, f in losses.items()}; want, (a, b) = who['torch, all logits: eager']()
+    who = {k: step(f) for k, f in losses.items()}
+    want, (a, b) = who['torch, all logits: eager']()
     for k in list(who)[:5]:
-        value, grads = who[k](); assert abs(value - want) < 1e-4*abs(want), k
+        value, grads = who[k]()
+        assert abs(value - want) < 1e-4*abs(want), k
         assert all((g - w).norm() < 1e-4*w.norm() for g, w in zip(grads, (a, b))), k
-    del a, b, grads; room = torch.empty(T, V)
-    def products(): torch.mm(hidden.detach(), head.detach().t(), out=room); return room @ head.detach(), room.t() @ hidden.detach()
-    return {k: (lambda f=f: f() and None, 0) for k, f in who.items()} | {'floor: three products': (products, 4*T*V)}
+    del a, b, grads
+    room = torch.empty(T, V)
+
+    def products():
+        torch.mm(hidden.detach(), head.detach().t(), out=room)
+        return room @ head.detach(), room.t() @ hidden.detach()
+
+    return {k: (lambda f=f: f() and None, 0)
+            for k, f in who.items()} | {'floor: three products': (products, 4*T*V)}
 
 def pairs(times):
     chunked = best(times, 'torch, chunked')
-    return {f'{chunked} over ours': (chunked, 'ours'), 'torch, chunked: as it comes over ours': ('torch, chunked: as it comes', 'ours'),
+    return {f'{chunked} over ours': (chunked, 'ours'),
+            'torch, chunked: as it comes over ours': ('torch, chunked: as it comes', 'ours'),
         'torch, all logits: compiled over ours': ('torch, all logits: compiled', 'ours'),
         'torch, all logits: eager over ours': ('torch, all logits: eager', 'ours'),
-        'ours over the floor': ('ours', 'floor: three products'), 'plain sum: torch over ours': ('plain sum: torch, 512 rows', 'plain sum: ours')}
+        'ours over the floor': ('ours', 'floor: three products'),
+            'plain sum: torch over ours': ('plain sum: torch, 512 rows', 'plain sum: ours')}
 
 if __name__ == '__main__':
-    main(__file__, contestants, pairs, 5, tokens=T, hidden=H, words=V, targets=dict(chunked=1.5, compiled=.9, memory_of_compiled=.5))
+    main(__file__, contestants, pairs, 5, tokens=T, hidden=H, words=V,
+         targets=dict(chunked=1.5, compiled=.9, memory_of_compiled=.5))

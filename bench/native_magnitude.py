@@ -9,14 +9,24 @@ def contestants():
     import torch
     from ftlab.native import kth_magnitude
     x = torch.randn(N, generator=torch.Generator().manual_seed(0))
-    def kthvalue(): return torch.kthvalue(x.abs(), N - K + 1).values
-    def topk(): return torch.topk(x.abs(), K, sorted=False).indices
+
+    def kthvalue():
+        return torch.kthvalue(x.abs(), N - K + 1).values
+
+    def topk():
+        return torch.topk(x.abs(), K, sorted=False).indices
+
     def by_groups(): # what one would write in torch: two counts of 16 bits each
-        b = x.view(torch.int32) & 0x7fffffff; c = torch.histc((b >> 16).float(), 32768, 0, 32768).flip(0).cumsum(0); group = int((c < K).sum())
-        some = b[(b >> 16) == 32767 - group]; return some.kthvalue(len(some) - (K - int(c[group - 1])) + 1).values
-    want = float(kthvalue()); assert kth_magnitude(x, K) == want == by_groups().view(torch.float32).item()
+        b = x.view(torch.int32) & 0x7fffffff
+        c = torch.histc((b >> 16).float(), 32768, 0, 32768).flip(0).cumsum(0)
+        group = int((c < K).sum())
+        some = b[(b >> 16) == 32767 - group]
+        return some.kthvalue(len(some) - (K - int(c[group - 1])) + 1).values
+    want = float(kthvalue())
+    assert kth_magnitude(x, K) == want == by_groups().view(torch.float32).item()
     assert torch.equal(topk().sort().values.int(), kth_magnitude(x, K, 'indices'))
-    who = {'ours, threshold': lambda: kth_magnitude(x, K), 'ours, indices': lambda: kth_magnitude(x, K, 'indices'),
+    who = {'ours, threshold': lambda: kth_magnitude(x, K),
+           'ours, indices': lambda: kth_magnitude(x, K, 'indices'),
         'ours, mask': lambda: kth_magnitude(x, K, 'mask'),
         'torch, threshold: kthvalue': kthvalue, 'torch, threshold: two counts': by_groups,
         'torch, indices: topk': topk, 'floor: x.sum() twice': lambda: (x.sum(), x.sum())}
@@ -24,8 +34,13 @@ def contestants():
     return {k: (f, -answer.get(k, 0)) for k, f in who.items()}
 
 def pairs(times):
-    two = dict(kthvalue=('torch, threshold: kthvalue', 'ours, threshold'), counts=('torch, threshold: two counts', 'ours, threshold'),
-        topk=('torch, indices: topk', 'ours, indices'), topk_threshold=('torch, indices: topk', 'ours, threshold'), floor=('ours, threshold', 'floor: x.sum() twice'))
+    two = dict(kthvalue=('torch, threshold: kthvalue', 'ours, threshold'),
+               counts=('torch, threshold: two counts', 'ours, threshold'),
+        topk=('torch, indices: topk', 'ours, indices'),
+               topk_threshold=('torch, indices: topk', 'ours, threshold'),
+               floor=('ours, threshold', 'floor: x.sum() twice'))
     return {f'{a} over {b}': (a, b) for a, b in two.values()}
 
-if __name__ == '__main__': main(__file__, contestants, pairs, 7, numbers=N, k=K, targets=dict(kthvalue=4, topk=8, extra_bytes=2_000_000))
+if __name__ == '__main__':
+    main(__file__, contestants, pairs, 7, numbers=N, k=K,
+         targets=dict(kthvalue=4, topk=8, extra_bytes=2_000_000))

@@ -34,17 +34,21 @@ print('RESULT' + json.dumps({n: dict(cpu=x['cpu'], wrong=x['wrong'][-300:]) for 
 
 def multiply(root: Path, copies: int) -> list[str]:
     "Add `copies` papers to the project at `root`, page, module and claim each; their pages"
-    here, made = Sources(root, [p.relative_to(root).as_posix() for p in root.rglob('*') if p.is_file()]), []
+    here, made = Sources(root,
+                         [p.relative_to(root).as_posix() for p in root.rglob('*')
+                          if p.is_file()]), []
     papers = list(here.papers.items())
     for i in range(copies):
         key, page = papers[i % len(papers)]
         new = f'{key}_copy{i}'
         module = here.by_key[plain(key)]
         home = module.removeprefix('ftlab/').removesuffix('.py').replace('/', '.')
-        text = (root/'nbs'/page).read_text(encoding='utf-8').replace(f'default_exp {home}', f'default_exp {home.rpartition(".")[0]}.{new}')
+        text = (root/'nbs'/page).read_text(encoding='utf-8').replace(
+            f'default_exp {home}', f'default_exp {home.rpartition(".")[0]}.{new}')
         path = (root/'nbs'/page).with_name(f'{new}.ipynb')
         path.write_text(text, encoding='utf-8')
-        (root/module).with_name(f'{new}.py').write_text((root/module).read_text(encoding='utf-8'), encoding='utf-8')
+        (root/module).with_name(f'{new}.py').write_text((root/module).read_text(encoding='utf-8'),
+                                                        encoding='utf-8')
         for f in (root/'claims'/key).glob('*'):
             (root/'claims'/new).mkdir(exist_ok=True)
             (root/'claims'/new/f.name).write_bytes(f.read_bytes())
@@ -65,14 +69,19 @@ def measure(copies: int, run: int) -> dict:
         assert len(select(sources, everything=True).keys) == len(sources.papers)
         sample = made[::max(1, copies//run)][:run]
         env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1'}
-        r = subprocess.run([sys.executable, '-c', CHILD, json.dumps(sample)], cwd=root, env=env, capture_output=True, text=True)
+        r = subprocess.run([sys.executable, '-c', CHILD, json.dumps(sample)], cwd=root, env=env,
+                           capture_output=True, text=True)
         if 'RESULT' not in r.stdout:
             raise RuntimeError(r.stderr)
         pages = json.loads(r.stdout.split('RESULT')[1])
     mean = sum(p['cpu'] for p in pages.values())/len(pages)
-    return dict(measured=dict(papers=len(sources.papers), seconds_to_choose=round(choosing, 2), papers_touched=touched, failed={n: p['wrong'] for n, p in sorted(pages.items()) if p['wrong']},
-                              pages_run=len(pages), cpu_seconds_a_page=round(mean, 2), pages={n: round(p['cpu'], 2) for n, p in sorted(pages.items())}),
-                extrapolated=dict(pages_of_all_copies_cpu_minutes=round(mean*copies/60, 1), on_two_cores_minutes=round(mean*copies/120, 1)))
+    return dict(measured=dict(papers=len(sources.papers), seconds_to_choose=round(choosing, 2),
+                              papers_touched=touched,
+                              failed={n: p['wrong'] for n, p in sorted(pages.items()) if p['wrong']},
+                              pages_run=len(pages), cpu_seconds_a_page=round(mean, 2),
+                              pages={n: round(p['cpu'], 2) for n, p in sorted(pages.items())}),
+                extrapolated=dict(pages_of_all_copies_cpu_minutes=round(mean*copies/60, 1),
+                                  on_two_cores_minutes=round(mean*copies/120, 1)))
 
 
 def main():

@@ -28,19 +28,24 @@ def _pages_of(entry, section:str) -> list[str]:
     if isinstance(entry, str):
         return [entry]
     if 'href' not in entry or not all(isinstance(p, str) for p in entry['contents']):
-        raise ValueError(f'_quarto.yml: section {section!r} has sections of its own; only a family with a page (href) may lie in one, and only pages in that')
+        raise ValueError(f'_quarto.yml: section {section!r} has sections of its own; only a family '
+                         'with a page (href) may lie in one, and only pages in that')
     return [entry['href'], *entry['contents']]
 
 def families(root:Path=ROOT) -> dict[str, list[str]]:
     "{a family's page: the pages below it}"
-    inner = [e for o in website(root)['sidebar']['contents'] if isinstance(o, dict) for e in o['contents'] if isinstance(e, dict)]
+    inner = [e for o in website(root)['sidebar']['contents'] if isinstance(o, dict)
+             for e in o['contents'] if isinstance(e, dict)]
     return {e['href']: e['contents'] for e in inner}
 
-def pages(root:Path=ROOT) -> list[str]: return [p for _, ps in sections(root) for p in ps]
+def pages(root:Path=ROOT) -> list[str]:
+    return [p for _, ps in sections(root) for p in ps]
 
 def heading(notebook:Path) -> tuple[str, str]:
     "Title and description of a notebook: its `# ` line and the `> ` line below it"
     cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
-    found = re.match(r'\s*# +(.+?)\s*(?:\n+> *(.+))?(?:\n|$)', next((''.join(c['source']) for c in cells if c['cell_type'] == 'markdown'), ''))
-    if not found: raise ValueError(f'{notebook.name}: its first text must begin with "# Title"')
+    found = re.match(r'\s*# +(.+?)\s*(?:\n+> *(.+))?(?:\n|$)',
+                     next((''.join(c['source']) for c in cells if c['cell_type'] == 'markdown'), ''))
+    if not found:
+        raise ValueError(f'{notebook.name}: its first text must begin with "# Title"')
     return found[1], found[2] or ''

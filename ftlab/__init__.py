@@ -3,28 +3,36 @@ import importlib, os
 
 # OpenMP threads that spin while they wait can make a step ten times slower on a busy machine; torch reads this when it is first imported
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
-os.environ.setdefault('GOMP_SPINCOUNT', '20000') # a short spin all the same: without one, small steps take twice as long on an idle machine
+# a short spin all the same: without one, small steps take twice as long on an idle machine
+os.environ.setdefault('GOMP_SPINCOUNT', '20000')
 
 __version__ = '0.1.0'
 
 # public name -> (module, name there); None: the module itself. Imported on first use, so that `import ftlab` is quick.
 _PUBLIC = dict(
     load=('ftlab.core.loading', 'load'), data=('ftlab.core.batches', 'data'), anatomy=('ftlab.core.anatomy', 'anatomy'),
-    generate=('ftlab.core.generate', 'generate'), skills=('ftlab.core.scorers', 'skills'), Recipe=('ftlab.core.recipe', 'Recipe'),
+    generate=('ftlab.core.generate', 'generate'), skills=('ftlab.core.scorers', 'skills'),
+    Recipe=('ftlab.core.recipe', 'Recipe'),
     attach=('ftlab.adapters.delta', 'attach'), load_delta=('ftlab.adapters.delta', 'load_delta'),
-    fit=('ftlab.trainers.fit', 'fit'), Run=('ftlab.trainers.run', 'Run'), Monitor=('ftlab.instruments.monitor', 'Monitor'),
+    fit=('ftlab.trainers.fit', 'fit'), Run=('ftlab.trainers.run', 'Run'),
+    Monitor=('ftlab.instruments.monitor', 'Monitor'),
     compare=('ftlab.instruments.compare', 'compare'), methods=('ftlab.methods', None),
-    report=('ftlab.instruments.report', 'report'), Report=('ftlab.instruments.report', 'Report'), doctor=('ftlab.instruments.doctor', 'doctor'), explore=('ftlab.instruments.explore', None),
+    report=('ftlab.instruments.report', 'report'), Report=('ftlab.instruments.report', 'Report'),
+    doctor=('ftlab.instruments.doctor', 'doctor'), explore=('ftlab.instruments.explore', None),
     papers=('ftlab.papers', None), claims=('ftlab.instruments.claims', None),
-    native=('ftlab.native', None), start=('ftlab.map', 'start'), chapter=('ftlab.map', 'chapter'), exercise=('ftlab.exercises', 'exercise'), check=('ftlab.map', 'check'))
+    native=('ftlab.native', None), start=('ftlab.map', 'start'), chapter=('ftlab.map', 'chapter'),
+    exercise=('ftlab.exercises', 'exercise'), check=('ftlab.map', 'check'))
 
 __all__ = sorted(_PUBLIC)
 
 def __getattr__(name):
-    if name not in _PUBLIC: raise AttributeError(f'module ftlab has no attribute {name!r}')
-    module, attr = _PUBLIC[name]; module = importlib.import_module(module)
+    if name not in _PUBLIC:
+        raise AttributeError(f'module ftlab has no attribute {name!r}')
+    module, attr = _PUBLIC[name]
+    module = importlib.import_module(module)
     value = module if attr is None else getattr(module, attr)
     globals()[name] = value
     return value
 
-def __dir__(): return sorted({*globals(), *_PUBLIC})
+def __dir__():
+    return sorted({*globals(), *_PUBLIC})

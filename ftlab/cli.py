@@ -20,41 +20,56 @@ __all__ = ['PARTS', 'PLAIN_SUM', 'COMMON', 'SAID', 'COMMANDS', 'available', 'kep
 PARTS = ('weights', 'delta', 'gradients', 'optimizer', 'reference', 'activations')
 
 def available(device:str='cpu') -> int|None:
-    "Bytes that are free: on the GPU, or in memory as Linux tells it (a container's limit counts); `None` where nobody tells"
+    """Bytes that are free: on the GPU, or in memory as Linux tells it (a container's limit counts);
+    `None` where nobody tells"""
     import torch # here and below: `ftlab --help` should not wait for it
-    if torch.device(device).type == 'cuda': return torch.cuda.mem_get_info(torch.device(device))[0]
-    try: free = next(int(l.split()[1])*1024 for l in Path('/proc/meminfo').read_text().splitlines() if l.startswith('MemAvailable'))
-    except (OSError, StopIteration): return None
-    try: limit, used = (int((Path('/sys/fs/cgroup')/f'memory.{k}').read_text()) for k in ('max', 'current'))
-    except (OSError, ValueError): return free
+    if torch.device(device).type == 'cuda':
+        return torch.cuda.mem_get_info(torch.device(device))[0]
+    try:
+        free = next(int(l.split()[1])*1024 for l in Path('/proc/meminfo').read_text().splitlines()
+                    if l.startswith('MemAvailable'))
+    except (OSError, StopIteration):
+        return None
+    try:
+        limit, used = (int((Path('/sys/fs/cgroup')/f'memory.{k}').read_text()) for k in ('max', 'current'))
+    except (OSError, ValueError):
+        return free
     return min(free, max(0, limit - used))
 
-def _size(tensors) -> int: return sum(t.numel()*t.element_size() for t in tensors)
+def _size(tensors) -> int:
+    return sum(t.numel()*t.element_size() for t in tensors)
 
 @contextmanager
 def _attached(model, recipe, labels:bool):
-    "`model` with the change of one recipe on it, which is taken off again; a stage that is a function counts as full fine-tuning"
+    """`model` with the change of one recipe on it, which is taken off again; a stage that is a
+    function counts as full fine-tuning"""
     from ftlab.adapters.attach import attach
     from ftlab.adapters.select import everything
     from ftlab.trainers.stage import head_names
-    select, head = getattr(recipe, 'select', None) or everything, tuple(head_names(model)) if labels else ()
+    select = getattr(recipe, 'select', None) or everything
+    head = tuple(head_names(model)) if labels else ()
     att = attach(model, select(model, None, 0), getattr(recipe, 'delta', None), head, {})
-    try: yield att
-    finally: att.release()
+    try:
+        yield att
+    finally:
+        att.release()
 
 def kept_bytes(model,    # real or fake
                batch:dict, # what goes into it
                labels      # [rows, tokens], or [rows]
               ) -> int:
-    "What a forward pass and its loss keep for the backward pass: every tensor once, parameters not at all"
+    """What a forward pass and its loss keep for the backward pass: every tensor once, parameters
+    not at all"""
     import torch
     from ftlab.trainers.objective import token_nll
     own, seen = {p.untyped_storage()._cdata for p in model.parameters()}, {}
     def note(t):
         s = t.untyped_storage()
-        if s._cdata not in own: seen[s._cdata] = (s.nbytes(), t) # the tensor is held, so that no later one can take its place
+        if s._cdata not in own:
+            seen[s._cdata] = (s.nbytes(), t) # the tensor is held, so that no later one can take its place
         return t
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t): price = token_nll(model(**batch).logits, labels).sum()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        price = token_nll(model(**batch).logits, labels).sum()
     return sum(n for n, _ in seen.values())
 
 # %% ../nbs/cli.ipynb #0007513c
@@ -64,17 +79,23 @@ def training_bytes(model,                        # as `load` or `skeleton` gives
                    precision:str='no'            # 'bf16': mixed precision
                   ) -> dict:
     "Trained numbers, and bytes by `PARTS`; of a recipe in stages, its largest one"
-    return max((_stage_bytes(model, s, labels, shape, precision) for s in recipe.turns), key=lambda d: sum(d[k] for k in PARTS))
+    return max((_stage_bytes(model, s, labels, shape, precision) for s in recipe.turns),
+               key=lambda d: sum(d[k] for k in PARTS))
 
 def _stage_bytes(model, stage, labels, shape, precision) -> dict:
     with _attached(model, stage, labels) as att:
         moving, weights, cfg = list(att.parameters().values()), _own_weights(model), model.config
-        kept = _activations(model, shape, labels, precision); delta = _size(t for d in att.deltas.values() for t in (*d.parameters(), *d.buffers()))
-        logits = 4*shape[0]*(cfg.num_labels if labels else shape[1]*cfg.get_text_config().vocab_size)
-        reference = ((_size(weights) if att.whole else 0) + logits) if 'reference' in getattr(stage, 'needs', ()) else 0
-        return dict(trainable=sum(p.numel() for p in moving), weights=_size(weights), delta=delta, gradients=_size(moving),
+        kept = _activations(model, shape, labels, precision)
+        delta = _size(t for d in att.deltas.values() for t in (*d.parameters(), *d.buffers()))
+        logits = 4*shape[0]*(cfg.num_labels if labels
+                             else shape[1]*cfg.get_text_config().vocab_size)
+        reference = (((_size(weights) if att.whole else 0) + logits)
+                     if 'reference' in getattr(stage, 'needs', ()) else 0)
+        return dict(trainable=sum(p.numel() for p in moving), weights=_size(weights), delta=delta,
+                    gradients=_size(moving),
             optimizer=2*_size(moving) + 4*len(moving), # AdamW counts its steps per tensor
-            reference=reference, activations=kept + 3*logits) # the gradient of the logits, and two copies on the way through the loss
+            # the gradient of the logits, and two copies on the way through the loss
+            reference=reference, activations=kept + 3*logits)
 
 def _own_weights(model) -> list:
     "The model's own parameters, where a change sits on some of them"
@@ -84,48 +105,71 @@ def _own_weights(model) -> list:
 def _activations(model, shape, labels, precision) -> int:
     "What one batch of the longest rows leaves behind for the backward pass"
     import torch
-    ids = torch.ones(shape, dtype=torch.long, device=_own_weights(model)[0].device); training = model.training
+    ids = torch.ones(shape, dtype=torch.long, device=_own_weights(model)[0].device)
+    training = model.training
     try:
-        with torch.autocast(ids.device.type, torch.bfloat16, enabled=precision == 'bf16'): return kept_bytes(model.train(), dict(input_ids=ids), ids[:, 0] if labels else ids)
-    finally: model.train(training)
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=precision == 'bf16'):
+            return kept_bytes(model.train(), dict(input_ids=ids), ids[:, 0] if labels else ids)
+    finally:
+        model.train(training)
 
 # %% ../nbs/cli.ipynb #000a513c
 def planned(a, recipe, data) -> dict:
-    "Memory of one method on the model that `a` names, from its config; weights are read only where a method selects by their values, and if they fit"
+    """Memory of one method on the model that `a` names, from its config; weights are read only
+    where a method selects by their values, and if they fit"""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from ftlab.core.batches import encode_all
     from ftlab.core.loading import find_device, skeleton
     from ftlab.core.model import row_limit
-    device = str(find_device(a.device)); free = available(device)
+    device = str(find_device(a.device))
+    free = available(device)
     with (fake := FakeTensorMode()):
-        model, tok = skeleton(a.model, a.revision, a.dtype, data.labels, device=device); total = _size(model.parameters())
+        model, tok = skeleton(a.model, a.revision, a.dtype, data.labels, device=device)
+        total = _size(model.parameters())
     limit = row_limit(model, tok, a.max_length)
     longest = max(len(r['input_ids']) for r in encode_all(data.train[:2000], tok, data.kind, limit))
     ask = dict(labels=data.kind == 'label', shape=(a.batch_size, longest), precision=a.precision)
     try:
-        with fake: found = training_bytes(model, recipe, **ask)
+        with fake:
+            found = training_bytes(model, recipe, **ask)
     except RuntimeError: # numbers were asked for
-        if free is not None and total > free: found = dict(trainable=None, **dict.fromkeys(PARTS, 0) | dict(weights=total))
-        else: found = training_bytes(_load(a, labels=data.labels)[0], recipe, **ask)
-    m = dict(trainable=found.pop('trainable'), memory=found, bytes=sum(found.values()), longest_row=longest)
+        if free is not None and total > free:
+            found = dict(trainable=None, **dict.fromkeys(PARTS, 0) | dict(weights=total))
+        else:
+            found = training_bytes(_load(a, labels=data.labels)[0], recipe, **ask)
+    m = dict(trainable=found.pop('trainable'), memory=found, bytes=sum(found.values()),
+             longest_row=longest)
     return m | dict(fits=None if free is None else m['bytes'] < free)
 
 # %% ../nbs/cli.ipynb #000c513c
 class Marks:
     "A callback that notes when each step ended"
-    def __init__(self): self.times = []
-    def after_step(self, state): self.times.append(time.time())
+
+    def __init__(self):
+        self.times = []
+
+    def after_step(self, state):
+        self.times.append(time.time())
 
 def timed(bench, recipe, rate:float, seconds:float=20.) -> dict:
-    "Seconds and tokens of a step, from three of them on the bench's model; on fewer rows where a step would take longer than `seconds`"
-    model, tok = bench.base(0); n, rows = sum(p.numel() for p in model.parameters()), bench.settings.get('batch_size', 32)
-    guess = 6*n*rows*64/(2e10 if bench.device.type == 'cpu' else 2e13) # operations of a step, over what a plain processor does in a second
-    used = max(1, min(rows, int(rows*seconds/guess))); marks = Marks()
-    run = ftlab.fit(model, tok, bench.given, recipe, lr=rate, max_length=bench.max_length, device=str(bench.device), progress=False, callbacks=(marks,),
+    """Seconds and tokens of a step, from three of them on the bench's model; on fewer rows where a
+    step would take longer than `seconds`"""
+    model, tok = bench.base(0)
+    n, rows = sum(p.numel() for p in model.parameters()), bench.settings.get('batch_size', 32)
+    # operations of a step, over what a plain processor does in a second
+    guess = 6*n*rows*64/(2e10 if bench.device.type == 'cpu' else 2e13)
+    used = max(1, min(rows, int(rows*seconds/guess)))
+    marks = Marks()
+    run = ftlab.fit(model, tok, bench.given, recipe, lr=rate, max_length=bench.max_length,
+                    device=str(bench.device), progress=False, callbacks=(marks,),
                     **bench.settings | dict(batch_size=used, steps=3*len(recipe.turns)))
     step = min(b - a for a, b in zip(marks.times, marks.times[1:]))*rows/used
-    t = time.time(); bench.gained(model, tok, bench.given, 'validation'); asked = time.time() - t; bench.kept(model, tok, 0, bench.given)
-    return dict(seconds_per_step=step, seconds_per_score=asked, seconds_per_look=time.time() - t, rows_timed=used, peak_bytes=run.cost['peak_bytes'],
+    t = time.time()
+    bench.gained(model, tok, bench.given, 'validation')
+    asked = time.time() - t
+    bench.kept(model, tok, 0, bench.given)
+    return dict(seconds_per_step=step, seconds_per_score=asked, seconds_per_look=time.time() - t,
+                rows_timed=used, peak_bytes=run.cost['peak_bytes'],
                 tokens_per_step=run.cost['tokens']/len(run.log)*rows/used)
 
 # %% ../nbs/cli.ipynb #000d513c
@@ -133,66 +177,92 @@ def estimate(a, data, arms, tuned:bool, seeds:int|None) -> dict: # seeds: of a c
     "What a comparison (or one run) would do: cells, memory, and where it fits tokens and time"
     from ftlab.core.loading import find_device
     free = available(str(find_device(a.device)))
-    methods = [dict(name=n, **planned(a, r, data), cells=seeds or 1, tuning=len(rates) if tuned else 0) for n, (r, rates) in arms.items()]
-    fits = None if free is None else all(m['fits'] for m in methods); bench = None if fits is False else _bench(a, data)
+    methods = [dict(name=n, **planned(a, r, data), cells=seeds or 1,
+                    tuning=len(rates) if tuned else 0) for n, (r, rates) in arms.items()]
+    fits = None if free is None else all(m['fits'] for m in methods)
+    bench = None if fits is False else _bench(a, data)
     for m in methods if bench else ():
-        recipe, rates = arms[m['name']]; m |= timed(bench, recipe, rates[0]); m |= _in_all(m, bench, seeds)
+        recipe, rates = arms[m['name']]
+        m |= timed(bench, recipe, rates[0])
+        m |= _in_all(m, bench, seeds)
     tight = fits and any(3*m['bytes'] > free for m in methods)
-    notes = ['memory is what tensors hold; a process on a CPU can take up to three times as much' + (', so it is tight' if tight else '')]
-    if tuned: notes.append('grids that grow by two rates add to the time')
-    if any(r.learners for r, _ in arms.values()): notes.append('what a recipe learns beside the model is not counted')
-    return dict(dry_run=True, model=str(a.model), data=data.name, methods=methods, available_bytes=free, fits=fits,
-                seconds=sum(m['seconds'] for m in methods) if bench else None, note='; '.join(notes))
+    notes = ['memory is what tensors hold; a process on a CPU can take up to three times as '
+             'much' + (', so it is tight' if tight else '')]
+    if tuned:
+        notes.append('grids that grow by two rates add to the time')
+    if any(r.learners for r, _ in arms.values()):
+        notes.append('what a recipe learns beside the model is not counted')
+    return dict(dry_run=True, model=str(a.model), data=data.name, methods=methods,
+                available_bytes=free, fits=fits,
+                seconds=sum(m['seconds'] for m in methods) if bench else None,
+                note='; '.join(notes))
 
 def _in_all(m:dict, bench, seeds:int|None) -> dict:
     "Tokens and seconds of all cells of one method, from those of one step"
-    def steps(n): return min(n, math.ceil(bench.budget/m['tokens_per_step'])) if bench.budget else n
+
+    def steps(n):
+        return min(n, math.ceil(bench.budget/m['tokens_per_step'])) if bench.budget else n
+
     count = m['cells']*steps(bench.steps) + m['tuning']*steps(bench.tune_steps)
-    if seeds is None: looks = 2*m['seconds_per_score']
-    else: looks = m['seconds_per_look']*(seeds*(steps(bench.steps)/bench.every + 3) + m['tuning'])
-    return dict(tokens=round(m['tokens_per_step']*count), seconds=count*m['seconds_per_step'] + looks)
+    if seeds is None:
+        looks = 2*m['seconds_per_score']
+    else:
+        looks = m['seconds_per_look']*(seeds*(steps(bench.steps)/bench.every + 3) + m['tuning'])
+    return dict(tokens=round(m['tokens_per_step']*count),
+                seconds=count*m['seconds_per_step'] + looks)
 
 def _estimated(e:dict) -> str:
     "An estimate for reading"
     fits = {True: 'it fits', False: 'it does not fit', None: 'whether it fits is not known here'}[e['fits']]
     in_all = f'; about {e["seconds"]/60:.1f} min in all' if e['seconds'] else ''
-    return '\n'.join([_estimated_method(m) for m in e['methods']] + [f'available: {_size_words(e["available_bytes"])}; {fits}{in_all}', e['note']])
+    return '\n'.join([_estimated_method(m) for m in e['methods']]
+                     + [f'available: {_size_words(e["available_bytes"])}; {fits}{in_all}', e['note']])
 
 def _estimated_method(m:dict) -> str:
     parts = ', '.join(f'{k} {_size_words(v)}' for k, v in m['memory'].items() if v)
     trained = '' if m['trainable'] is None else f', {m["trainable"]:,} numbers trained'
     took = f', {m["tokens"]:,} tokens, about {m["seconds"]/60:.1f} min' if 'seconds' in m else ''
-    return f'{m["name"]}: {m["cells"]} runs and {m["tuning"]} to tune{trained}, {_size_words(m["bytes"])} ({parts}){took}'
+    return (f'{m["name"]}: {m["cells"]} runs and {m["tuning"]} to tune{trained}, '
+            f'{_size_words(m["bytes"])} ({parts}){took}')
 
-def _size_words(b:int|None) -> str: return 'unknown' if b is None else f'{b/1e9:.1f} GB' if b >= 1e9 else f'{b/1e6:.1f} MB'
+def _size_words(b:int|None) -> str:
+    return 'unknown' if b is None else f'{b/1e9:.1f} GB' if b >= 1e9 else f'{b/1e6:.1f} MB'
 
 # %% ../nbs/cli.ipynb #000f513c
-def _refuse(message): raise ValueError(message)
+def _refuse(message):
+    raise ValueError(message)
 
-def _list(text:str) -> list[str]: "Split at commas outside brackets"; return [x.strip() for x in re.split(r',(?![^(]*\))', text) if x.strip()]
+def _list(text:str) -> list[str]:
+    "Split at commas outside brackets"
+    return [x.strip() for x in re.split(r',(?![^(]*\))', text) if x.strip()]
 
 def _columns(a) -> dict|None:
     "`--columns` as a dictionary"
-    if not a.columns: return None
+    if not a.columns:
+        return None
     pairs = [pair.split('=', 1) for pair in a.columns.split(',')]
-    if odd := [p[0] for p in pairs if len(p) == 1]: raise ValueError(f'--columns has {odd[0]!r}; write ours=theirs, such as prompt=question,response=answer')
+    if odd := [p[0] for p in pairs if len(p) == 1]:
+        raise ValueError(f'--columns has {odd[0]!r}; write ours=theirs, such as prompt=question,response=answer')
     return dict(pairs)
 
 def _data(a):
     "The data of `--data`, with the test rows of `--eval`"
     return ftlab.data(a.data, test=a.eval, columns=_columns(a))
 
-def _load(a, **more): return ftlab.load(a.model, revision=a.revision, dtype=a.dtype, device=a.device, **more)
+def _load(a, **more):
+    return ftlab.load(a.model, revision=a.revision, dtype=a.dtype, device=a.device, **more)
 
 def _bench(a, data):
     from ftlab.instruments.compare import Bench
-    return Bench(a.model, data, a.old, a.metric, steps=a.steps, max_length=a.max_length, device=a.device, dtype=a.dtype, revision=a.revision, budget=a.budget,
+    return Bench(a.model, data, a.old, a.metric, steps=a.steps, max_length=a.max_length,
+                 device=a.device, dtype=a.dtype, revision=a.revision, budget=a.budget,
                  batch_size=a.batch_size, precision=a.precision)
 
 def _empty(path:str, option:str) -> Path:
     "A folder that may be written; refused before the work, not after it"
     folder = Path(path)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())): raise FileExistsError(f'{option} {path!r} is not empty; name a new folder')
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f'{option} {path!r} is not empty; name a new folder')
     return folder
 
 # %% ../nbs/cli.ipynb #0011513c
@@ -200,27 +270,45 @@ def run_compare(a):
     from ftlab.instruments.compare import plan
     methods, lrs = _list(a.methods), [float(x) for x in _list(a.lrs)] if a.lrs else None
     arms, data, out = plan(methods, lrs, a.tune), _data(a), a.out or 'ftlab-runs/compare'
-    if a.dry_run: e = estimate(a, data, arms, a.tune, a.seeds); return e, _estimated(e)
-    c = ftlab.compare(methods, a.model, data, old=a.old, metric=a.metric, seeds=a.seeds, steps=a.steps, batch_size=a.batch_size, lrs=lrs, tune=a.tune,
-                      items=a.items, old_items=a.old_items, max_length=a.max_length, device=a.device, precision=a.precision, dtype=a.dtype,
+    if a.dry_run:
+        e = estimate(a, data, arms, a.tune, a.seeds)
+        return e, _estimated(e)
+    c = ftlab.compare(methods, a.model, data, old=a.old, metric=a.metric, seeds=a.seeds,
+                      steps=a.steps, batch_size=a.batch_size, lrs=lrs, tune=a.tune,
+                      items=a.items, old_items=a.old_items, max_length=a.max_length,
+                      device=a.device, precision=a.precision, dtype=a.dtype,
                       revision=a.revision, budget=a.budget, out=out, resume=a.resume)
     return c.json(), f'{c!r}\n{Path(out)/"index.html"}'
 
 def run_fit(a):
     from ftlab.instruments.compare import Budget, metric_for, plan, score
-    (name, (recipe, rates)), = plan([a.method], a.lr, False).items(); data = _data(a); out = Path(a.out or 'ftlab-runs/fit')
-    if a.dry_run: e = estimate(a, data, {name: (recipe, rates)}, False, None); return e, _estimated(e)
-    if a.export: _empty(a.export, '--export')
-    model, tok = _load(a, labels=data.labels, seed=a.seed); metric = metric_for(data, a.metric)
-    ask = lambda: score(metric, model, tok, data.test[:a.items], data, a.max_length) if data.test else None; before = ask()
-    run = ftlab.fit(model, tok, data, recipe, steps=a.steps, batch_size=a.batch_size, lr=rates[0], seed=a.seed, max_length=a.max_length, packing=a.packing,
-                    device=a.device, precision=a.precision, out=out, save_every=a.save_every, resume=a.resume, trackers=_list(a.trackers or ''),
+    (name, (recipe, rates)), = plan([a.method], a.lr, False).items()
+    data = _data(a)
+    out = Path(a.out or 'ftlab-runs/fit')
+    if a.dry_run:
+        e = estimate(a, data, {name: (recipe, rates)}, False, None)
+        return e, _estimated(e)
+    if a.export:
+        _empty(a.export, '--export')
+    model, tok = _load(a, labels=data.labels, seed=a.seed)
+    metric = metric_for(data, a.metric)
+    ask = lambda: (score(metric, model, tok, data.test[:a.items], data, a.max_length) if data.test
+                   else None)
+    before = ask()
+    run = ftlab.fit(model, tok, data, recipe, steps=a.steps, batch_size=a.batch_size, lr=rates[0],
+                    seed=a.seed, max_length=a.max_length, packing=a.packing,
+                    device=a.device, precision=a.precision, out=out, save_every=a.save_every,
+                    resume=a.resume, trackers=_list(a.trackers or ''),
                     callbacks=(Budget(a.budget),) if a.budget else ())
-    record = dict(model=a.model, revision=a.revision, data=data.name, eval=a.eval, columns=_columns(a), labels=data.labels, seed=a.seed,
-                  recipe=recipe.describe(), settings=run.settings, cost=run.cost, interrupted=run.interrupted, metric=metric, before=before, after=ask())
+    record = dict(model=a.model, revision=a.revision, data=data.name, eval=a.eval,
+                  columns=_columns(a), labels=data.labels, seed=a.seed,
+                  recipe=recipe.describe(), settings=run.settings, cost=run.cost,
+                  interrupted=run.interrupted, metric=metric, before=before, after=ask())
     record['saved_bytes'] = _keep(run, record, out)
-    if run.interrupted: raise KeyboardInterrupt(f'stopped after {len(run.log)} steps; what was learned is in {out}')
-    if a.export: run.export(a.export)
+    if run.interrupted:
+        raise KeyboardInterrupt(f'stopped after {len(run.log)} steps; what was learned is in {out}')
+    if a.export:
+        run.export(a.export)
     said = '' if before is None else f'; {metric} on test rows {before:.3f} -> {record["after"]:.3f}'
     return record, f'{run!r}{said}\n{out/"delta.safetensors"}' + (f'\n{a.export}' if a.export else '')
 
@@ -228,8 +316,10 @@ def _keep(run, record, out) -> int:
     "Write delta.safetensors, log.jsonl and run.json into `out`; returns the delta's size"
     from ftlab.core.io import write_atomically
     size = run.delta.save(out/'delta.safetensors')
-    write_atomically(out/'log.jsonl', lambda p: p.write_text(''.join(json.dumps(r) + '\n' for r in run.log)))
-    write_atomically(out/'run.json', lambda p: p.write_text(json.dumps(record | dict(saved_bytes=size), indent=1)))
+    write_atomically(out/'log.jsonl',
+                     lambda p: p.write_text(''.join(json.dumps(r) + '\n' for r in run.log)))
+    write_atomically(out/'run.json',
+                     lambda p: p.write_text(json.dumps(record | dict(saved_bytes=size), indent=1)))
     return size
 
 # %% ../nbs/cli.ipynb #0013513c
@@ -257,16 +347,22 @@ def merged_change(changes:list, # one {name: new weight minus base weight} each,
 # %% ../nbs/cli.ipynb #0015513c
 def _saved_at(path:str) -> Path:
     "The file of a saved change, from its own name or that of its folder"
-    p = Path(path); p = p/'delta.safetensors' if p.is_dir() else p
-    if not p.is_file(): raise FileNotFoundError(f'no delta at {str(p)!r}; name a folder that ftlab fit wrote, or a saved change')
+    p = Path(path)
+    p = p/'delta.safetensors' if p.is_dir() else p
+    if not p.is_file():
+        raise FileNotFoundError(f'no delta at {str(p)!r}; name a folder that ftlab fit wrote, or a saved change')
     return p
 
 def _common(paths:list[Path], a) -> dict:
-    "Model, revision, labels and seed of the one base that the runs beside the changes name; what --model and --revision say comes first"
-    records = {p.parent: json.loads(r.read_text()) for p in paths if (r := p.with_name('run.json')).exists()}; first = next(iter(records.values()), {})
+    """Model, revision, labels and seed of the one base that the runs beside the changes name; what
+    --model and --revision say comes first"""
+    records = {p.parent: json.loads(r.read_text()) for p in paths if (r := p.with_name('run.json')).exists()}
+    first = next(iter(records.values()), {})
     base = {k: getattr(a, k, None) or first.get(k) for k in ('model', 'revision', 'labels', 'seed')}
-    if not base['model']: raise ValueError(f'there is no run.json beside {paths[0]}; name the base with --model')
-    for k in [k for k in ('model', 'revision') if not getattr(a, k)] + ['labels'] + ['seed']*bool(base['labels']): # only a head is drawn from the seed
+    if not base['model']:
+        raise ValueError(f'there is no run.json beside {paths[0]}; name the base with --model')
+    for k in [k for k in ('model', 'revision') if not getattr(a, k)] + ['labels'] + ['seed']*bool(
+        base['labels']): # only a head is drawn from the seed
         said = {folder: r.get(k) for folder, r in records.items()}
         if any(s != base[k] for s in said.values()):
             found = ', '.join(f'{s!r} in {f}' for f, s in said.items())
@@ -277,15 +373,21 @@ def run_merge(a):
     from ftlab.adapters.edit import put, saved
     from ftlab.trainers.run import export
     paths = [_saved_at(p) for p in [*a.changes, *([a.delta] if a.delta else [])]]
-    if not paths: raise ValueError('name a saved change, or several: folders that ftlab fit wrote, or their delta.safetensors')
-    base = _common(paths, a); out = _empty(a.out or _refuse('name the folder to write with --out'), '--out')
-    model, tok = ftlab.load(base['model'], revision=base['revision'], dtype=a.dtype, labels=base['labels'], seed=base['seed'] or 0)
-    record = dict(model=str(base['model']), delta=a.delta or a.changes[0]); said = ''
-    if len(paths) == 1 and a.rule is None and a.scale is None: att = ftlab.load_delta(model, paths[0])
+    if not paths:
+        raise ValueError('name a saved change, or several: folders that ftlab fit wrote, or their delta.safetensors')
+    base = _common(paths, a)
+    out = _empty(a.out or _refuse('name the folder to write with --out'), '--out')
+    model, tok = ftlab.load(base['model'], revision=base['revision'], dtype=a.dtype,
+                            labels=base['labels'], seed=base['seed'] or 0)
+    record = dict(model=str(base['model']), delta=a.delta or a.changes[0])
+    said = ''
+    if len(paths) == 1 and a.rule is None and a.scale is None:
+        att = ftlab.load_delta(model, paths[0])
     else:
         rule = a.rule or PLAIN_SUM
         scale = merge_rules()[rule] if a.scale is None else a.scale
-        record = dict(model=str(base['model']), deltas=[str(p) for p in paths], rule=rule, scale=scale)
+        record = dict(model=str(base['model']), deltas=[str(p) for p in paths], rule=rule,
+                      scale=scale)
         said = f'{len(paths)} changes by {rule}, {scale:g}\n'
         att = put(model, merged_change(saved(model, *paths), model, rule, scale))
     folder = export(model, tok, att, out)
@@ -294,9 +396,12 @@ def run_merge(a):
 # %% ../nbs/cli.ipynb #0017513c
 def run_report(a):
     from ftlab.instruments.report import read_run, report
-    if not a.folder and not a.delta: raise ValueError('name the folder that ftlab fit wrote, or --model, --delta and --data')
-    run = read_run(a.folder, a.model, a.delta, _data(a) if a.data else None, a.revision, a.device, a.dtype)
-    rep = report(run, a.old, items=a.items, old_items=a.old_items, metric=a.metric, matrices=a.matrices, max_length=a.max_length, cache=a.cache)
+    if not a.folder and not a.delta:
+        raise ValueError('name the folder that ftlab fit wrote, or --model, --delta and --data')
+    run = read_run(a.folder, a.model, a.delta, _data(a) if a.data else None, a.revision, a.device,
+                   a.dtype)
+    rep = report(run, a.old, items=a.items, old_items=a.old_items, metric=a.metric,
+                 matrices=a.matrices, max_length=a.max_length, cache=a.cache)
     out = rep.save(a.out or run.folder)
     return rep.json(), f'{rep!r}\n{out/"report.html"}'
 
@@ -305,12 +410,18 @@ def run_doctor(a):
     given = _data(a) if a.data else None
     if a.folder:
         from ftlab.instruments.report import read_run
-        found = doctor(read_run(a.folder, a.model, None, given, a.revision, a.device, a.dtype), exported=a.exported)
+        found = doctor(read_run(a.folder, a.model, None, given, a.revision, a.device, a.dtype),
+                       exported=a.exported)
     else:
-        if not a.model or given is None: raise ValueError('before a run the doctor needs --model and --data; after one, name the folder that ftlab fit wrote')
-        if a.exported: raise ValueError('--exported is held against a finished run; name the folder that ftlab fit wrote as well')
-        model, tok = _load(a, labels=given.labels); settings = ('steps', 'batch_size', 'accumulate', 'lr', 'max_length', 'precision')
-        found = doctor(model, tok, given, ftlab.methods.get(a.method), **{k: getattr(a, k) for k in settings})
+        if not a.model or given is None:
+            raise ValueError('before a run the doctor needs --model and --data; after one, name the '
+                             'folder that ftlab fit wrote')
+        if a.exported:
+            raise ValueError('--exported is held against a finished run; name the folder that ftlab fit wrote as well')
+        model, tok = _load(a, labels=given.labels)
+        settings = ('steps', 'batch_size', 'accumulate', 'lr', 'max_length', 'precision')
+        found = doctor(model, tok, given, ftlab.methods.get(a.method),
+                       **{k: getattr(a, k) for k in settings})
     return found.json(), repr(found)
 
 # %% ../nbs/cli.ipynb #0019513c
@@ -318,44 +429,61 @@ def run_skills(a):
     from ftlab.lab.world import is_lab
     model, tok = ftlab.load(a.model, revision=a.revision, device=a.device)
     if not is_lab(tok):
-        raise ValueError(f'{a.model} does not speak the words of the lab world, so its skills cannot be asked; use a lab model, or one fine-tuned from it')
+        raise ValueError(f'{a.model} does not speak the words of the lab world, so its skills '
+                         'cannot be asked; use a lab model, or one fine-tuned from it')
     found = ftlab.skills(model, a.items, tok=tok, names=_list(a.names) if a.names else None)
-    return dict(model=a.model, items=a.items, skills=found), '\n'.join(f'{k:18} {v:.3f}' for k, v in found.items())
+    return dict(model=a.model, items=a.items,
+                skills=found), '\n'.join(f'{k:18} {v:.3f}' for k, v in found.items())
 
 def run_methods(a):
     found = {}
     for n in ftlab.methods.names():
-        f = getattr(ftlab.methods, n); found[n] = dict(arguments=str(inspect.signature(f)).split(' ->')[0], about=(inspect.getdoc(f) or '').split('\n')[0])
+        f = getattr(ftlab.methods, n)
+        found[n] = dict(arguments=str(inspect.signature(f)).split(' ->')[0],
+                        about=(inspect.getdoc(f) or '').split('\n')[0])
     width = max(map(len, found))
     return found, '\n'.join(f'{n:{width}} {d["about"]}' for n, d in found.items())
 
 def run_papers(a):
     from ftlab import papers
     found = [e for e in papers.index() if not a.find or a.find.lower() in e['title'].lower()]
-    if not found: _refuse(f'no paper here has {a.find!r} in its title')
-    return found, '\n'.join(f'{e["verdict"] or e["note"]:18} {e["arxiv"]:11} {e["title"]}\n{"":31}{", ".join(e["symbols"])}' for e in found)
+    if not found:
+        _refuse(f'no paper here has {a.find!r} in its title')
+    return found, '\n'.join(f'{e["verdict"] or e["note"]:18} {e["arxiv"]:11} '
+                            f'{e["title"]}\n{"":31}{", ".join(e["symbols"])}' for e in found)
 
 # %% ../nbs/cli.ipynb #001b513c
 def free_port(port:int, tries:int=50) -> int:
-    "`port`, or the next one on which nobody listens; raises `OSError` if there is none among `tries`"
+    """`port`, or the next one on which nobody listens; raises `OSError` if there is none among
+    `tries`"""
     for p in range(port, min(port + tries, 65536)):
         with socket.socket() as s:
-            if os.name != 'nt': s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1) # a port that was closed a moment ago is free
-            try: s.bind(('127.0.0.1', p)); return p
-            except (OSError, OverflowError): continue
-    raise OSError(f'no port from {port} to {port + tries - 1} is free; name another: ftlab lab --port 9000, or make lab PORT=9000')
+            if os.name != 'nt':
+                s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1) # a port that was closed a moment ago is free
+            try:
+                s.bind(('127.0.0.1', p))
+                return p
+            except (OSError, OverflowError):
+                continue
+    raise OSError(f'no port from {port} to {port + tries - 1} is free; name another: ftlab lab '
+                  '--port 9000, or make lab PORT=9000')
 
 def lab_settings(folder:str|Path) -> Path:
-    "Write settings of JupyterLab that lie beneath the reader's own into `folder`, which is then one for JUPYTER_CONFIG_PATH"
+    """Write settings of JupyterLab that lie beneath the reader's own into `folder`, which is then
+    one for JUPYTER_CONFIG_PATH"""
     settings = {'@jupyterlab/docmanager-extension:plugin': dict(defaultViewers=dict(markdown='Markdown Preview')),
-                '@jupyterlab/apputils-extension:notification': dict(fetchNews='false', checkForUpdates=False)}
-    path = Path(folder)/'labconfig'/'default_setting_overrides.json'; path.parent.mkdir(parents=True, exist_ok=True)
+                '@jupyterlab/apputils-extension:notification': dict(
+                    fetchNews='false', checkForUpdates=False)}
+    path = Path(folder)/'labconfig'/'default_setting_overrides.json'
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(settings, indent=1), encoding='utf-8')
     return Path(folder)
 
 def widgets_folder() -> Path|None:
-    "Where the widgets' half that runs in the browser lies, if JupyterLab would not look there: an environment on top of another has its own folder"
-    found = next((f for f in metadata.files('jupyterlab_widgets') or () if f.name == 'package.json' and 'labextensions' in f.parts), None)
+    """Where the widgets' half that runs in the browser lies, if JupyterLab would not look there: an
+    environment on top of another has its own folder"""
+    found = next((f for f in metadata.files('jupyterlab_widgets') or () if f.name == 'package.json'
+                  and 'labextensions' in f.parts), None)
     folder = found and found.locate().resolve().parents[2]
     return folder if folder and folder != Path(sys.prefix).resolve()/'share'/'jupyter'/'labextensions' else None
 
@@ -366,26 +494,37 @@ def no_screen() -> bool:
 # %% ../nbs/cli.ipynb #001c513c
 def run_lab(a):
     from ftlab.map import CHAPTERS, checkout, write_start_page
-    if not (root := checkout()): raise FileNotFoundError('the course is not part of the installed package; clone the repository and run `make lab` there')
-    if a.page and not (root/a.page).exists(): raise FileNotFoundError(f'there is no page {a.page!r} in {root}; the chapters are in nbs/course')
-    if (port := free_port(a.port)) != a.port: print(f'ftlab: port {a.port} is taken; using {port}', file=sys.stderr, flush=True)
-    env = dict(os.environ, FTLAB_START=str(root/'start.md')); page = a.page or ('start.md' if write_start_page(root/'start.md') else f'nbs/course/{CHAPTERS[0].name}.ipynb')
-    flags = [f'--ServerApp.root_dir={root}', f'--LabApp.default_url=/lab/tree/{page}', f'--port={port}', '--ServerApp.port_retries=0']
-    if apart := widgets_folder(): flags.append(f'--LabServerApp.extra_labextensions_path={apart}')
-    flags += ['--no-browser']*(a.no_browser or no_screen()) + ['--allow-root']*(os.name == 'posix' and os.geteuid() == 0)
+    if not (root := checkout()):
+        raise FileNotFoundError('the course is not part of the installed package; clone the '
+                                'repository and run `make lab` there')
+    if a.page and not (root/a.page).exists():
+        raise FileNotFoundError(f'there is no page {a.page!r} in {root}; the chapters are in nbs/course')
+    if (port := free_port(a.port)) != a.port:
+        print(f'ftlab: port {a.port} is taken; using {port}', file=sys.stderr, flush=True)
+    env = dict(os.environ, FTLAB_START=str(root/'start.md'))
+    page = a.page or ('start.md' if write_start_page(root/'start.md') else f'nbs/course/{CHAPTERS[0].name}.ipynb')
+    flags = [f'--ServerApp.root_dir={root}', f'--LabApp.default_url=/lab/tree/{page}',
+             f'--port={port}', '--ServerApp.port_retries=0']
+    if apart := widgets_folder():
+        flags.append(f'--LabServerApp.extra_labextensions_path={apart}')
+    flags += ['--no-browser']*(a.no_browser or no_screen()) + ['--allow-root']*(
+        os.name == 'posix' and os.geteuid() == 0)
     from ftlab.core.io import TemporaryFolder
     with _ended_by_signals(), TemporaryFolder('ftlab-lab-') as folder:
-        env['JUPYTER_CONFIG_PATH'] = os.pathsep.join(filter(None, (str(lab_settings(folder)), env.get('JUPYTER_CONFIG_PATH'))))
+        env['JUPYTER_CONFIG_PATH'] = os.pathsep.join(
+            filter(None, (str(lab_settings(folder)), env.get('JUPYTER_CONFIG_PATH'))))
         if code := _until_it_ends([sys.executable, '-m', 'jupyterlab', *flags], env):
             raise RuntimeError(f'JupyterLab ended with code {code}')
     return {}, ''
 
 @contextmanager
 def _ended_by_signals():
-    "Turn the signals that ask a process to end into `SystemExit`, so that what it started and made is put away"
+    """Turn the signals that ask a process to end into `SystemExit`, so that what it started and
+    made is put away"""
     def end(number, frame):
         raise SystemExit(128 + number)
-    asked = [signal.SIGTERM] + [s for s in (getattr(signal, 'SIGHUP', None),) if s and signal.getsignal(s) == signal.SIG_DFL]
+    asked = [signal.SIGTERM] + [s for s in (getattr(signal, 'SIGHUP', None),) if s
+                                and signal.getsignal(s) == signal.SIG_DFL]
     before = {s: signal.signal(s, end) for s in asked}
     try:
         yield
@@ -394,7 +533,8 @@ def _ended_by_signals():
             signal.signal(s, handler)
 
 def _until_it_ends(command:list[str], env:dict, patience:float=15.) -> int: # patience: seconds that it has to end, once it was asked to
-    "Run a command and wait for it; Ctrl-C is JupyterLab's own affair, as it asks back. Whatever ends us ends it, too."
+    """Run a command and wait for it; Ctrl-C is JupyterLab's own affair, as it asks back. Whatever
+    ends us ends it, too."""
     process = subprocess.Popen(command, env=env)
     try:
         while True:
@@ -415,10 +555,13 @@ def _until_it_ends(command:list[str], env:dict, patience:float=15.) -> int: # pa
 def run_claims(a):
     from ftlab.papers import claims_folder
     if claims_folder() is None:
-        raise FileNotFoundError('the claims are in the repository, not in the installed package; clone it and run there')
-    return dict(list=_listed_claims, explain=_explained_claims, run=_run_claims, carry=_carried_claims, supersede=_superseded_claims)[a.what](a)
+        raise FileNotFoundError('the claims are in the repository, not in the installed package; '
+                                'clone it and run there')
+    return dict(list=_listed_claims, explain=_explained_claims, run=_run_claims,
+                carry=_carried_claims, supersede=_superseded_claims)[a.what](a)
 
-def _progress(text:str) -> None: print(text, file=sys.stderr, flush=True)
+def _progress(text:str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 def _explained_claims(a):
     from ftlab.instruments.claims import explain
@@ -440,7 +583,8 @@ def _carried_claims(a):
         _refuse('name the claims to carry over, ftlab claims carry hft, or take all: ftlab claims carry --all')
     done = carry_claims(a.names or None, a.jobs, say=_progress)
     if bad := [n for n, v in done.items() if v.startswith('not carried')]:
-        raise RuntimeError(f'{len(bad)} of {len(done)} could not be carried over: ' + '; '.join(done[n].removeprefix('not carried: ') for n in bad))
+        raise RuntimeError(f'{len(bad)} of {len(done)} could not be carried '
+                           'over: ' + '; '.join(done[n].removeprefix('not carried: ') for n in bad))
     return done, '' if done else 'no evidence needs carrying over'
 
 def _superseded_claims(a):
@@ -459,54 +603,77 @@ def _listed_claims(a):
     state, board = {c.key: status(c) for c in claims()}, scoreboard()
     said = board.drop_duplicates('claim').set_index('claim') if len(board) else board
     lines = [f'{n:14} {said.verdict[n]:12} {s:13} {said.sentence[n]}' for n, s in state.items()]
-    return {n: dict(verdict=said.verdict[n], scope=said.scope[n], status=s) for n, s in state.items()}, '\n'.join(lines)
+    return {n: dict(verdict=said.verdict[n], scope=said.scope[n], status=s)
+            for n, s in state.items()}, '\n'.join(lines)
 
 # %% ../nbs/cli.ipynb #001f513c
 class _Parser(argparse.ArgumentParser):
-    def error(self, message): self.exit(2, f'ftlab: {message}; see {self.prog} --help\n')
+    def error(self, message):
+        self.exit(2, f'ftlab: {message}; see {self.prog} --help\n')
 
 def _positive(text):
-    try: n = int(text)
-    except ValueError: n = 0
-    if n < 1: raise argparse.ArgumentTypeError(f'{text!r} must be a whole number above 0')
+    try:
+        n = int(text)
+    except ValueError:
+        n = 0
+    if n < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} must be a whole number above 0')
     return n
 
-COMMON = {'--model': dict(help='lab-s, lab-m, a folder, or a Hugging Face id'), '--revision': dict(help='which revision of the model'),
-    '--data': dict(help='a .jsonl, .json, .csv or .parquet file, a folder, or a lab skill'), '--eval': dict(help='test rows; else a tenth of the data'),
-    '--columns': dict(help='what your columns are called: prompt=question,response=answer'), '--old': dict(help='data that the model could do before'),
-    '--metric': dict(help='exact, accuracy or nll'), '--method': dict(default='full', help="such as 'lora(r=4)' or 'hft * dft'"), '--lr': dict(type=float),
-    '--steps': dict(type=_positive, default=200), '--batch-size': dict(type=_positive, default=32), '--max-length': dict(type=_positive, help='tokens a row'),
+COMMON = {'--model': dict(help='lab-s, lab-m, a folder, or a Hugging Face id'),
+          '--revision': dict(help='which revision of the model'),
+    '--data': dict(help='a .jsonl, .json, .csv or .parquet file, a folder, or a lab skill'),
+          '--eval': dict(help='test rows; else a tenth of the data'),
+    '--columns': dict(help='what your columns are called: prompt=question,response=answer'),
+          '--old': dict(help='data that the model could do before'),
+    '--metric': dict(help='exact, accuracy or nll'),
+          '--method': dict(default='full', help="such as 'lora(r=4)' or 'hft * dft'"),
+          '--lr': dict(type=float),
+    '--steps': dict(type=_positive, default=200), '--batch-size': dict(type=_positive, default=32),
+          '--max-length': dict(type=_positive, help='tokens a row'),
     '--device': dict(help='cpu, cuda, cuda:1, mps'), '--dtype': dict(help='of the weights: float32, bfloat16, float16'),
-    '--precision': dict(default='no', choices=('no', 'bf16'), help='mixed precision'), '--out': dict(metavar='DIR', help='where to write')}
+    '--precision': dict(default='no', choices=('no', 'bf16'), help='mixed precision'),
+          '--out': dict(metavar='DIR', help='where to write')}
 
 def _take(p, names:str, **more):
     "Add some of the common arguments; `more` changes what is said of one: data=dict(required=True)"
-    for n in names.split(): p.add_argument(f'--{n}', *(['--methods'] if n == 'method' else []), **COMMON[f'--{n}'] | more.get(n.replace('-', '_'), {}))
+    for n in names.split():
+        p.add_argument(f'--{n}', *(['--methods'] if n == 'method' else []),
+                       **COMMON[f'--{n}'] | more.get(n.replace('-', '_'), {}))
     return p.add_argument
 
 # %% ../nbs/cli.ipynb #0021513c
 def _training(p):
     "Arguments of everything that trains"
     must = dict(required=True)
-    add = _take(p, 'model revision data eval columns old metric steps batch-size max-length device dtype precision out', model=must, data=must)
+    add = _take(p, 'model revision data eval columns old metric steps batch-size max-length device '
+                'dtype precision out', model=must, data=must)
     add('--budget', type=_positive, metavar='TOKENS', help='end a run after so many tokens')
     add('--items', type=_positive, default=400, help='test rows to measure on')
     add('--dry-run', action='store_true', help='say what it would take, and whether it fits')
     return add
 
 def _fit(p):
-    add = _training(p); _take(p, 'method lr'); add('--seed', type=int, default=0)
-    add('--packing', action='store_true', help='several rows in one line instead of padding: the same loss, fewer places')
-    add('--trackers', metavar='NAMES', help='who gets every row of the log: tensorboard,wandb, or whatever accelerate knows and is installed')
+    add = _training(p)
+    _take(p, 'method lr')
+    add('--seed', type=int, default=0)
+    add('--packing', action='store_true', help='several rows in one line instead of padding: the '
+        'same loss, fewer places')
+    add('--trackers', metavar='NAMES', help='who gets every row of the log: tensorboard,wandb, or '
+        'whatever accelerate knows and is installed')
     add('--save-every', type=int, default=0, metavar='STEPS', help='keep a checkpoint every so often')
-    add('--resume', action=argparse.BooleanOptionalAction, default=None, help='go on from the checkpoint in --out, or begin anew')
+    add('--resume', action=argparse.BooleanOptionalAction, default=None,
+        help='go on from the checkpoint in --out, or begin anew')
     add('--export', metavar='DIR', help='write the merged model there, as a Hugging Face folder')
 
 def _compare(p):
-    add = _training(p); switch = argparse.BooleanOptionalAction
-    add('--methods', required=True, help='names with commas between: full,hft,lora'); add('--seeds', type=_positive, default=3)
+    add = _training(p)
+    switch = argparse.BooleanOptionalAction
+    add('--methods', required=True, help='names with commas between: full,hft,lora')
+    add('--seeds', type=_positive, default=3)
     add('--lrs', help='learning rates for all: 1e-4,3e-4,1e-3')
-    add('--tune', action=switch, default=True, help='choose each rate on a seed of its own'); add('--old-items', type=_positive, default=100)
+    add('--tune', action=switch, default=True, help='choose each rate on a seed of its own')
+    add('--old-items', type=_positive, default=100)
     add('--resume', action=switch, default=True, help='take finished cells from --out')
 
 # %% ../nbs/cli.ipynb #0023513c
@@ -514,34 +681,47 @@ SAID = dict(help='the base; left out, as run.json beside the change says')
 
 def _merge(p):
     add = p.add_argument
-    add('changes', nargs='*', metavar='CHANGE', help='a folder that ftlab fit wrote, or its delta.safetensors; several of one base become one')
-    _take(p, 'model revision dtype out', model=SAID); add('--delta', metavar='CHANGE', help='the same, as an option')
+    add('changes', nargs='*', metavar='CHANGE',
+        help='a folder that ftlab fit wrote, or its delta.safetensors; several of one base become one')
+    _take(p, 'model revision dtype out', model=SAID)
+    add('--delta', metavar='CHANGE', help='the same, as an option')
     rules = merge_rules()
     add('--rule', choices=tuple(rules), help='how several become one; left out, task-arithmetic: their sum')
-    add('--scale', type=float, help='the dial of the rule; left out, ' + ', '.join(f'{v:g} for {k}' for k, v in rules.items()))
+    add('--scale', type=float,
+        help='the dial of the rule; left out, ' + ', '.join(f'{v:g} for {k}'
+                                                            for k, v in rules.items()))
 
 def _report(p):
-    add = p.add_argument; add('folder', nargs='?', metavar='DIR', help='what ftlab fit wrote'); run = dict(help='the data; left out, as run.json says')
-    _take(p, 'model revision data eval columns old metric max-length device dtype', model=SAID, data=run)
+    add = p.add_argument
+    add('folder', nargs='?', metavar='DIR', help='what ftlab fit wrote')
+    run = dict(help='the data; left out, as run.json says')
+    _take(p, 'model revision data eval columns old metric max-length device dtype', model=SAID,
+          data=run)
     add('--delta', help='a saved change, where there is no folder')
-    add('--items', type=_positive, default=100, help='new questions'); add('--old-items', type=_positive, default=100, help='old questions of each skill')
+    add('--items', type=_positive, default=100, help='new questions')
+    add('--old-items', type=_positive, default=100, help='old questions of each skill')
     add('--matrices', type=int, default=64, help='take the spectrum of so many matrices at most')
     add('--cache', metavar='DIR', help='where to keep what the base said; else beside the change')
     add('--out', metavar='DIR', help='where report.html and report.json go; else beside the change')
 
 def _doctor(p):
-    add = p.add_argument; add('folder', nargs='?', metavar='DIR', help='a finished run; left out, a run is looked at before it begins')
+    add = p.add_argument
+    add('folder', nargs='?', metavar='DIR', help='a finished run; left out, a run is looked at before it begins')
     _take(p, 'model revision data eval columns method lr steps batch-size max-length device dtype precision')
-    add('--exported', metavar='DIR', help='a merged model to hold against the run'); add('--accumulate', type=_positive, default=1)
+    add('--exported', metavar='DIR', help='a merged model to hold against the run')
+    add('--accumulate', type=_positive, default=1)
 
 # %% ../nbs/cli.ipynb #0024513c
 def _lab(p):
-    add = p.add_argument; add('page', nargs='?', help='such as nbs/course/what_it_cost.ipynb; left out, the start page')
-    add('--port', type=_positive, default=8888); add('--no-browser', action='store_true')
+    add = p.add_argument
+    add('page', nargs='?', help='such as nbs/course/what_it_cost.ipynb; left out, the start page')
+    add('--port', type=_positive, default=8888)
+    add('--no-browser', action='store_true')
 
 def _skills(p):
     add = _take(p, 'model revision device', model=dict(default='lab-m'))
-    add('--items', type=_positive, default=400); add('--names', help='skills, with commas between')
+    add('--items', type=_positive, default=400)
+    add('--names', help='skills, with commas between')
 
 def _claims(p):
     add = p.add_argument
@@ -554,18 +734,26 @@ def _claims(p):
 COMMANDS = dict( # name -> what runs it, what it takes, what it is about
     lab=(run_lab, _lab, 'open the course in JupyterLab'), fit=(run_fit, _fit, 'fine-tune by one method'),
     compare=(run_compare, _compare, 'several methods, tuned alike: what each gained and what it broke'),
-    merge=(run_merge, _merge, 'a base and a saved change, or several of them by a rule, as a plain Hugging Face folder'),
+    merge=(run_merge, _merge, 'a base and a saved change, or several of them by a rule, as a plain '
+           'Hugging Face folder'),
     report=(run_report, _report, 'what a fine-tune learned, what it broke, and where the change lies: one page'),
-    doctor=(run_doctor, _doctor, 'what goes wrong without a word: before a run (--model, --data, --method) or after one (the folder that ftlab fit wrote)'),
-    skills=(run_skills, _skills, 'what a lab model can do'), methods=(run_methods, lambda p: None, 'the methods there are'),
-    claims=(run_claims, _claims, 'what became of each paper\'s claim; run them, carry their evidence over to changed code, explain one'),
-    papers=(run_papers, lambda p: p.add_argument('find', nargs='?', help='words of a title'), 'the papers that are built here'))
+    doctor=(run_doctor, _doctor, 'what goes wrong without a word: before a run (--model, --data, '
+            '--method) or after one (the folder that ftlab fit wrote)'),
+    skills=(run_skills, _skills, 'what a lab model can do'),
+    methods=(run_methods, lambda p: None, 'the methods there are'),
+    claims=(run_claims, _claims, 'what became of each paper\'s claim; run them, carry their '
+            'evidence over to changed code, explain one'),
+    papers=(run_papers, lambda p: p.add_argument('find', nargs='?', help='words of a title'),
+            'the papers that are built here'))
 
 def parser() -> argparse.ArgumentParser:
     "All commands and their arguments"
-    top = _Parser(prog='ftlab', description=ftlab.__doc__); subs = top.add_subparsers(dest='command', required=True)
+    top = _Parser(prog='ftlab', description=ftlab.__doc__)
+    subs = top.add_subparsers(dest='command', required=True)
     for name, (run, arguments, about) in COMMANDS.items():
-        p = subs.add_parser(name, help=about, description=about); p.set_defaults(run=run); arguments(p)
+        p = subs.add_parser(name, help=about, description=about)
+        p.set_defaults(run=run)
+        arguments(p)
         p.add_argument('--json', action='store_true', help='print one JSON object and nothing else')
         p.add_argument('--debug', action='store_true', help='show where an error happened')
     subs.metavar = ' | '.join(COMMANDS)
@@ -592,16 +780,19 @@ def main(argv:list[str]|None=None # the arguments; None: those of the process
     return 1 if getattr(a, 'dry_run', False) and found['fits'] is False else 0
 
 def _print(text:str) -> None:
-    "Print what a command found, now: an output that takes nothing more is noticed here, and not when Python ends"
+    """Print what a command found, now: an output that takes nothing more is noticed here, and not
+    when Python ends"""
     try:
         if text:
             print(text, flush=True)
     except OSError as e:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()) # else Python would try once more at its end, and complain
+        # else Python would try once more at its end, and complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(e, BrokenPipeError): # whoever reads may have seen enough: `ftlab methods | head`
             raise OSError(f'the answer could not be printed: {e.strerror}') from e
 
 def _message(e:Exception) -> str:
     "One line; what we did not foresee names its kind"
     text = ' '.join(str(e.args[0] if isinstance(e, KeyError) and e.args else e).split())
-    return text if isinstance(e, (ValueError, KeyError, OSError, FloatingPointError)) and text else f'{type(e).__name__}: {text}; --debug shows where'
+    return (text if isinstance(e, (ValueError, KeyError, OSError, FloatingPointError))
+            and text else f'{type(e).__name__}: {text}; --debug shows where')

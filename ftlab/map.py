@@ -44,25 +44,35 @@ class Chapter:
     needs:tuple = () # names of chapters
 
     @property
-    def label(self) -> str: return self.title if len(self.title) < 24 else self.name.replace('_', ' ').capitalize()
+    def label(self) -> str:
+        return self.title if len(self.title) < 24 else self.name.replace('_', ' ').capitalize()
+
     @property
-    def exercises(self) -> list[str]: return [e.name for e in all_exercises() if e.chapter == self.name]
+    def exercises(self) -> list[str]:
+        return [e.name for e in all_exercises() if e.chapter == self.name]
 
 CHAPTERS = (
-    Chapter('first_light', 'You cannot teach a model one thing only', 'A model learns one new thing. What became of the rest?', 20, ('probe',)),
-    Chapter('what_it_cost', 'What it cost', 'How much was paid for it, and could it be had for less?', 20, ('loop', 'probe'), ('first_light',)),
-    Chapter('half_is_enough', 'Half is enough', 'What if a random half of the numbers may not move?', 20, ('select',), ('first_light', 'what_it_cost')),
-    Chapter('low_rank', 'A low-rank change', 'What if the change is written with far fewer numbers?', 20, ('delta',), ('first_light', 'what_it_cost')),
-    Chapter('lab_models', 'You can only measure forgetting if you know what was known', 'What did the model know before, and how do we know that?', 10,
+    Chapter('first_light', 'You cannot teach a model one thing only',
+            'A model learns one new thing. What became of the rest?', 20, ('probe',)),
+    Chapter('what_it_cost', 'What it cost', 'How much was paid for it, and could it be had for '
+            'less?', 20, ('loop', 'probe'), ('first_light',)),
+    Chapter('half_is_enough', 'Half is enough', 'What if a random half of the numbers may not '
+            'move?', 20, ('select',), ('first_light', 'what_it_cost')),
+    Chapter('low_rank', 'A low-rank change', 'What if the change is written with far fewer '
+            'numbers?', 20, ('delta',), ('first_light', 'what_it_cost')),
+    Chapter('lab_models', 'You can only measure forgetting if you know what was known',
+            'What did the model know before, and how do we know that?', 10,
             ('source', 'probe'), ('first_light',)))
 
 def chapter_named(name:str) -> Chapter:
     "The chapter; raises `ValueError` with the names there are"
-    if found := next((c for c in CHAPTERS if c.name == name), None): return found
+    if found := next((c for c in CHAPTERS if c.name == name), None):
+        return found
     raise ValueError(f'no chapter is called {name!r}; there are {", ".join(c.name for c in CHAPTERS)}')
 
 # %% ../nbs/map.ipynb #0009aabb
-_ROWS = dict(adapters=('The change', 'adapters', '#0072B2'), trainers=('The learning', 'trainers', '#B84F00'), evaluators=('The outcome', 'evaluators',
+_ROWS = dict(adapters=('The change', 'adapters', '#0072B2'),
+             trainers=('The learning', 'trainers', '#B84F00'), evaluators=('The outcome', 'evaluators',
     '#00785A'))
 
 def _words(x:float, y:float, text:str, size:int=12, color:str='#222', more:str='') -> str:
@@ -70,38 +80,49 @@ def _words(x:float, y:float, text:str, size:int=12, color:str='#222', more:str='
 
 def _box(x, y, number, noun, color, here) -> str:
     "One question: its number and noun, the question in at most two lines, the chapters about it"
-    told = [c.label for c in CHAPTERS if noun in c.nouns]; ask = textwrap.wrap(QUESTIONS[noun][1], 22)
-    out = [f'<rect x="{x}" y="{y}" width="172" height="92" rx="8" fill="{"#fff3d6" if here else "#ffffff"}" stroke="{color}" '
+    told = [c.label for c in CHAPTERS if noun in c.nouns]
+    ask = textwrap.wrap(QUESTIONS[noun][1], 22)
+    out = [f'<rect x="{x}" y="{y}" width="172" height="92" rx="8" '
+           f'fill="{"#fff3d6" if here else "#ffffff"}" stroke="{color}" '
         f'stroke-width="{3 if here else 1.4}"/>',
            _words(x + 10, y + 21, f'{number}  {noun}', 14, color, 'font-weight="bold"')]
     out += [_words(x + 10, y + 39 + 14*i, line) for i, line in enumerate(ask)]
-    return '\n'.join(out + [_words(x + 10, y + 42 + 14*len(ask) + 12*i, t, 11, '#555', 'font-style="italic"') for i, t in enumerate(told[:3])])
+    return '\n'.join(out + [_words(x + 10, y + 42 + 14*len(ask) + 12*i, t, 11, '#555',
+                                   'font-style="italic"') for i, t in enumerate(told[:3])])
 
 # %% ../nbs/map.ipynb #000aaabb
 def draw_map(here:Iterable[str]=() # nouns to mark, as where the reader is
             ) -> str:              # SVG
     "The nine questions and the chapters about them, as one picture"
-    if wrong := [n for n in here if n not in QUESTIONS]: raise ValueError(f'there is no question {wrong[0]!r}; the nine are {", ".join(QUESTIONS)}')
-    nouns = list(QUESTIONS); tell = '; '.join(f'{i}, {n}: {QUESTIONS[n][1].lower()}' for i, n in enumerate(nouns, 1))
-    out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 880 352" width="880" height="352" role="img" aria-labelledby="map-title map-text" '
+    if wrong := [n for n in here if n not in QUESTIONS]:
+        raise ValueError(f'there is no question {wrong[0]!r}; the nine are {", ".join(QUESTIONS)}')
+    nouns = list(QUESTIONS)
+    tell = '; '.join(f'{i}, {n}: {QUESTIONS[n][1].lower()}' for i, n in enumerate(nouns, 1))
+    out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 880 352" width="880" height="352" '
+           'role="img" aria-labelledby="map-title map-text" '
         'font-family="system-ui, sans-serif">',
-           '<title id="map-title">The nine questions of fine-tuning</title>', f'<desc id="map-text">{html.escape(tell)}</desc>', '<rect width="880" '
+           '<title id="map-title">The nine questions of fine-tuning</title>',
+           f'<desc id="map-text">{html.escape(tell)}</desc>', '<rect width="880" '
            'height="352" rx="10" fill="#fafafa"/>']
     for row, (part, (label, module, color)) in enumerate(_ROWS.items()):
         y, mine = 16 + 110*row, [n for n in nouns if QUESTIONS[n][0] == part]
-        out += [_words(16, y + 42, label, 15, color, 'font-weight="bold"'), _words(16, y + 60, module, 12, '#555', 'font-family="monospace"')]
-        out += [_box(144 + 183*i, y, nouns.index(n) + 1, n, color, n in here) for i, n in enumerate(mine)]
+        out += [_words(16, y + 42, label, 15, color, 'font-weight="bold"'),
+                _words(16, y + 60, module, 12, '#555', 'font-family="monospace"')]
+        out += [_box(144 + 183*i, y, nouns.index(n) + 1, n, color, n in here)
+                for i, n in enumerate(mine)]
     return '\n'.join(out + ['</svg>', ''])
 
 # %% ../nbs/map.ipynb #0010aabb
 def _link(c:Chapter, folder:str='', at:str|Path='.') -> str: # folder: of the chapters, as seen from `at`, where the link is shown
     "A link to the chapter, if it is there"
-    return f'[{c.label}]({folder}{c.name}.ipynb)' if Path(at, folder, f'{c.name}.ipynb').exists() else c.label
+    return (f'[{c.label}]({folder}{c.name}.ipynb)' if Path(at, folder, f'{c.name}.ipynb').exists()
+            else c.label)
 
 def _solved(c:Chapter, done) -> str:
     "How many of its exercises are solved: '3 exercises, 1 solved'"
     n, of = sum(e in done for e in c.exercises), len(c.exercises)
-    return '' if not of else f'{of} exercise{"s"*(of > 1)}' + (', all solved ✓' if n == of else f', {n} solved' if n else '')
+    return ('' if not of else f'{of} exercise{"s"*(of > 1)}'
+            + (', all solved ✓' if n == of else f', {n} solved' if n else ''))
 
 @dataclass(frozen=True)
 class Place:
@@ -109,29 +130,44 @@ class Place:
     chapter:Chapter
 
     def _lines(self):
-        c = self.chapter; i = CHAPTERS.index(c); start = '[the map](start.ipynb)' if Path('start.ipynb').exists() else 'the map'
-        facts = [f'**Chapter {i + 1} of {len(CHAPTERS)}**', f'{c.minutes} minutes', _solved(c, progress()['exercises'])]
-        facts += ['read before it: ' + ', '.join(_link(chapter_named(n)) for n in c.needs)]*bool(c.needs)
-        near = [f'← {_link(c)}' for c in CHAPTERS[:i][-1:]] + [start] + [f'{_link(c)} →' for c in CHAPTERS[i + 1:i + 2]]
-        return [' · '.join(f for f in facts if f), 'On the map: ' + ' · '.join(f'**{n}**' if n in c.nouns else n for n in QUESTIONS), ' · '.join(near)]
+        c = self.chapter
+        i = CHAPTERS.index(c)
+        start = '[the map](start.ipynb)' if Path('start.ipynb').exists() else 'the map'
+        facts = [f'**Chapter {i + 1} of {len(CHAPTERS)}**', f'{c.minutes} minutes',
+                 _solved(c, progress()['exercises'])]
+        facts += ['read before it: ' + ', '.join(_link(chapter_named(n)) for n in c.needs)]*bool(
+            c.needs)
+        near = [f'← {_link(c)}' for c in CHAPTERS[:i][-1:]] + [start] + [
+            f'{_link(c)} →' for c in CHAPTERS[i + 1:i + 2]]
+        return [' · '.join(f for f in facts if f),
+                'On the map: ' + ' · '.join(f'**{n}**' if n in c.nouns else n for n in QUESTIONS), ' · '.join(near)]
 
-    def _repr_markdown_(self): return '\n\n'.join(self._lines())
-    def __repr__(self): return f'{self.chapter.title} ({self.chapter.minutes} minutes, {_solved(self.chapter, progress()["exercises"]) or "no exercises"})'
+    def _repr_markdown_(self):
+        return '\n\n'.join(self._lines())
+
+    def __repr__(self):
+        return (f'{self.chapter.title} ({self.chapter.minutes} minutes, '
+                f'{_solved(self.chapter, progress()["exercises"]) or "no exercises"})')
 
 # %% ../nbs/map.ipynb #0011aabb
 def chapter(name:str # of its notebook: 'first_light'
            ) -> Place:
-    "Say where in the course this chapter stands, and remember that it was opened; raises `ValueError` with the names there are"
-    place = Place(chapter_named(name)); remember('chapters', name); write_start_page()
+    """Say where in the course this chapter stands, and remember that it was opened; raises
+    `ValueError` with the names there are"""
+    place = Place(chapter_named(name))
+    remember('chapters', name)
+    write_start_page()
     return place
 
 # %% ../nbs/map.ipynb #0013aabb
-def _finished(c:Chapter, known:dict) -> bool: return c.name in known['chapters'] and all(e in known['exercises'] for e in c.exercises)
+def _finished(c:Chapter, known:dict) -> bool:
+    return c.name in known['chapters'] and all(e in known['exercises'] for e in c.exercises)
 
 def go_on(known:dict|None=None # as `progress` gives it; None: the reader's own
          ) -> Chapter|None:    # None: everything is done
     "The chapter to continue with"
-    known = progress() if known is None else known; last = next((i for i, c in enumerate(CHAPTERS) if c.name == known['last']), 0)
+    known = progress() if known is None else known
+    last = next((i for i, c in enumerate(CHAPTERS) if c.name == known['last']), 0)
     return next((c for c in CHAPTERS[last:] + CHAPTERS[:last] if not _finished(c, known)), None)
 
 # %% ../nbs/map.ipynb #0016aabb
@@ -142,17 +178,24 @@ def unfinished(*folders:str|Path # where to look: each of them and two levels be
     for top in map(Path, folders or ('.',)):
         for path in (p for pattern in ('', '*/', '*/*/') for p in top.glob(f'{pattern}checkpoint.safetensors')):
             try:
-                if row := _cut_off(path): found[path.resolve()] = row
-            except (OSError, SafetensorError, ValueError, KeyError, TypeError): continue # not one of ours, or being written
-    return [{k: v for k, v in r.items() if k != 'time'} for r in sorted(found.values(), key=lambda r: -r['time'])]
+                if row := _cut_off(path):
+                    found[path.resolve()] = row
+            except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+                continue # not one of ours, or being written
+    return [{k: v for k, v in r.items() if k != 'time'}
+            for r in sorted(found.values(), key=lambda r: -r['time'])]
 
 def _cut_off(path:Path) -> dict|None:
-    with safe_open(path, 'pt') as f: meta = f.metadata()
+    with safe_open(path, 'pt') as f:
+        meta = f.metadata()
     settings, step, when = json.loads(meta['settings']), int(meta['step']), path.stat().st_mtime
     kept = path.with_name('run.json') # what `ftlab fit` writes at the end
-    ended = kept.exists() and kept.stat().st_mtime >= when and not json.loads(kept.read_text(encoding='utf-8')).get('interrupted')
-    if ended or step >= settings['steps'] or json.loads(meta.get('ended', 'false')): return None
-    return dict(folder=str(path.parent), recipe=settings['recipe'].get('name', 'a recipe'), step=step, steps=settings['steps'], time=when)
+    ended = (kept.exists() and kept.stat().st_mtime >= when
+             and not json.loads(kept.read_text(encoding='utf-8')).get('interrupted'))
+    if ended or step >= settings['steps'] or json.loads(meta.get('ended', 'false')):
+        return None
+    return dict(folder=str(path.parent), recipe=settings['recipe'].get('name', 'a recipe'),
+                step=step, steps=settings['steps'], time=when)
 
 # %% ../nbs/map.ipynb #0019aabb
 @dataclass(frozen=True)
@@ -162,42 +205,53 @@ class StartPage:
     runs:tuple = ()     # as `unfinished` gives them
     at:str|Path = '.'   # where it is shown
 
-    def _link(self, c): return _link(c, self.folder, self.at)
+    def _link(self, c):
+        return _link(c, self.folder, self.at)
 
     def _table(self, known) -> str:
         rows = ['| | chapter | what it asks | minutes | exercises solved |', '|---|---|---|---|---|']
         for i, c in enumerate(CHAPTERS, 1):
             mark = '✓' if _finished(c, known) else '·' if c.name in known['chapters'] else ''
-            rows.append(f'| {mark} | {i}. {self._link(c)} | {c.asks} | {c.minutes} | {sum(e in known["exercises"] for e in c.exercises)} of '
+            rows.append(f'| {mark} | {i}. {self._link(c)} | {c.asks} | {c.minutes} | '
+                        f'{sum(e in known["exercises"] for e in c.exercises)} of '
                 f'{len(c.exercises)} |')
         return '\n'.join(rows)
 
     def _next(self, known) -> str:
         c = go_on(known)
-        if c is None: return '**All that is here is solved.** Next comes a method of your own: the page of the Recipe shows how.'
-        if known['chapters']: return f'**Continue with {self._link(c)}**' + (f': {_solved(c, known["exercises"])}.' if c.exercises else '.')
+        if c is None:
+            return '**All that is here is solved.** Next comes a method of your own: the page of the Recipe shows how.'
+        if known['chapters']:
+            return f'**Continue with {self._link(c)}**' + (f': {_solved(c, known["exercises"])}.'
+                                                           if c.exercises else '.')
         there = Path(self.at, self.folder, 'start.ipynb').exists()
-        return f'**Begin with {self._link(c)}**' + (f', or let [a quiz of {len(QUIZ)} questions]({self.folder}start.ipynb) say where.' if there else '.')
+        return f'**Begin with {self._link(c)}**' + (f', or let [a quiz of {len(QUIZ)} '
+                                                    f'questions]({self.folder}start.ipynb) say '
+                                                    'where.' if there else '.')
 
     def _left(self) -> str:
-        return '\n'.join(['**Left unfinished**\n'] + [f'- A run in `{r["folder"]}`: `{r["recipe"]}`, step {r["step"]} of {r["steps"]}. The same '
+        return '\n'.join(['**Left unfinished**\n']
+                         + [f'- A run in `{r["folder"]}`: `{r["recipe"]}`, step {r["step"]} of {r["steps"]}. The same '
             f'`fit(...)` with `resume=True` goes on there.' for r in self.runs])
 
     def _repr_markdown_(self):
         known = progress()
         return '\n\n'.join([self._next(known), self._table(known)] + [self._left()]*bool(self.runs))
 
-    def __repr__(self): return self._repr_markdown_().replace('**', '')
+    def __repr__(self):
+        return self._repr_markdown_().replace('**', '')
 
 # %% ../nbs/map.ipynb #001aaabb
 def start() -> StartPage:
     "Show what is there, what is done and where to go on"
-    folder = next((f for f in ('', 'nbs/course/', '../course/', 'course/') if Path(f, f'{CHAPTERS[0].name}.ipynb').exists()), '')
+    folder = next((f for f in ('', 'nbs/course/', '../course/', 'course/')
+                   if Path(f, f'{CHAPTERS[0].name}.ipynb').exists()), '')
     return StartPage(folder, tuple(unfinished('.', 'runs', 'ftlab-runs')))
 
 # %% ../nbs/map.ipynb #001daabb
 def checkout() -> Path|None:
-    "The folder of the project, where the package is used from a clone; `None` where it was installed without the pages"
+    """The folder of the project, where the package is used from a clone; `None` where it was
+    installed without the pages"""
     root = Path(ftlab.__file__).resolve().parent.parent
     return root if (root/'nbs'/'course').is_dir() else None
 
@@ -205,10 +259,13 @@ def write_start_page(path:str|Path|None=None # None: what the environment variab
                     ) -> Path|None:          # None: there was nowhere to write
     "Write the start page for JupyterLab; a folder that cannot be written to is left alone"
     path, root = path or os.environ.get('FTLAB_START'), checkout()
-    if not path or not root: return None
+    if not path or not root:
+        return None
     path = Path(path).resolve()
-    try: write_atomically(path, lambda tmp: tmp.write_text(_start_text(root, path.parent), encoding='utf-8'))
-    except (OSError, RuntimeError): return None
+    try:
+        write_atomically(path, lambda tmp: tmp.write_text(_start_text(root, path.parent), encoding='utf-8'))
+    except (OSError, RuntimeError):
+        return None
     return path
 
 # %% ../nbs/map.ipynb #001eaabb
@@ -218,18 +275,24 @@ def _start_text(root:Path, at:Path) -> str:
     runs = [dict(r, folder=below(r['folder'])) for r in unfinished(root/'runs', root/'ftlab-runs', root/'nbs'/'course')]
     text = StartPage(below(root/'nbs'/'course') + '/', tuple(runs), at)._repr_markdown_()
     nbs = below(root/'nbs')
-    return '\n\n'.join(['# ftlab: the course', text, '## The map', 'Fine-tuning is nine decisions. Every chapter is about one or two of them.',
-        f'![The nine questions: select, delta, edit; source, objective, step, loop; decode, probe]({nbs}/images/map.svg)',
-        '| question | noun |\n|---|---|\n' + '\n'.join(f'| {q} | [{n}]({nbs}/{part}/{n}.ipynb) |' for n, (part, q) in QUESTIONS.items()),
-        f'More: [all methods]({nbs}/methods.ipynb), [compare them on your own data]({nbs}/instruments/compare.ipynb), [the scoreboard of the '
+    return '\n\n'.join(['# ftlab: the course', text, '## The map',
+                        'Fine-tuning is nine decisions. Every chapter is about one or two of them.',
+        '![The nine questions: select, delta, edit; source, objective, step, loop; decode, '
+                        f'probe]({nbs}/images/map.svg)',
+        '| question | noun |\n|---|---|\n' + '\n'.join(f'| {q} | [{n}]({nbs}/{part}/{n}.ipynb) |'
+                                                       for n, (part, q) in QUESTIONS.items()),
+        f'More: [all methods]({nbs}/methods.ipynb), [compare them on your own '
+                        f'data]({nbs}/instruments/compare.ipynb), [the scoreboard of the '
         f'papers]({nbs}/papers/scoreboard.ipynb).',
-        f'*This page is written anew whenever you open a chapter or solve an exercise ({time.strftime("%H:%M")}); reopen it to see the latest.*', ''])
+        '*This page is written anew whenever you open a chapter or solve an exercise '
+                        f'({time.strftime("%H:%M")}); reopen it to see the latest.*', ''])
 
 # %% ../nbs/map.ipynb #0032aabb
 def check(yours:Callable,     # your function or class, itself: without brackets after it
           name:str|None=None  # which exercise, where yours is called otherwise
          ) -> Checked:
-    "Try what you wrote, and bring the start page up to date; raises `ValueError` only where no exercise has its name"
+    """Try what you wrote, and bring the start page up to date; raises `ValueError` only where no
+    exercise has its name"""
     found = try_answer(yours, name)
     if found:
         write_start_page()
@@ -238,11 +301,13 @@ def check(yours:Callable,     # your function or class, itself: without brackets
 # %% ../nbs/map.ipynb #0020aabb
 def measured(name:str # below bench/results: 'lab_v1_teach_lab-s.json'
             ) -> Path:
-    "Where a file of measurements lies: in the project, or in the installed package; raises `FileNotFoundError` where neither has it"
+    """Where a file of measurements lies: in the project, or in the installed package; raises
+    `FileNotFoundError` where neither has it"""
     here = Path(ftlab.__file__).resolve().parent
     folders = here.parent/'bench'/'results', here/'data'/'results'
     for folder in folders:
-        if (folder/name).exists(): return folder/name
+        if (folder/name).exists():
+            return folder/name
     known = sorted({p.relative_to(f).as_posix() for f in folders for p in f.rglob('*.json')})
     raise FileNotFoundError(f'there is no measurement {name!r}; there are {", ".join(known)}')
 
@@ -256,20 +321,29 @@ class Question:
     why:str
 
 QUIZ = (
-    Question('first_light', 'You fine-tune a chat model on legal texts, and it now scores well on legal questions. What does that score say about its '
+    Question('first_light', 'You fine-tune a chat model on legal texts, and it now scores well on '
+             'legal questions. What does that score say about its '
         'arithmetic?',
-        ('Nothing: it has to be measured', 'It is as good as before, as no sums were in the data', 'It got better, as all training helps'),
-        'All skills share the same numbers, so a step that improves one of them moves all. The score of the new skill cannot tell what became of the '
+        ('Nothing: it has to be measured', 'It is as good as before, as no sums were in the data',
+         'It got better, as all training helps'),
+        'All skills share the same numbers, so a step that improves one of them moves all. The '
+             'score of the new skill cannot tell what became of the '
         'others.'),
-    Question('what_it_cost', 'Method A forgets 2 points and gains 10; method B forgets 6 and gains 30. Which one forgets less?',
+    Question('what_it_cost', 'Method A forgets 2 points and gains 10; method B forgets 6 and gains '
+             '30. Which one forgets less?',
         ('Not known: compare them at the same gain', 'A, as 2 is less than 6', 'B, as it pays less for each point'),
-        'Stopped when it had gained 10 points, B may have forgotten less than A. A method that learns less mostly forgets less, whatever it is.'),
-    Question('half_is_enough', 'You freeze a random half of the matrices and fine-tune the rest on the same data. What do you expect of the new skill, '
+        'Stopped when it had gained 10 points, B may have forgotten less than A. A method that '
+             'learns less mostly forgets less, whatever it is.'),
+    Question('half_is_enough', 'You freeze a random half of the matrices and fine-tune the rest on '
+             'the same data. What do you expect of the new skill, '
         'after enough steps?',
-        ('It is learned about as well', 'It is learned about half as well', 'It is not learned, as the halves need each other'),
+        ('It is learned about as well', 'It is learned about half as well',
+         'It is not learned, as the halves need each other'),
         'A model has far more numbers than one lesson needs; a random half of them will do, a little later.'),
-    Question('low_rank', 'LoRA writes the change of a 128 by 128 matrix as a product of two thin ones, of rank 4. How many numbers does it train there?',
-        ('1,024: two times 4 times 128', '64: 4 out of each 128, squared, over 16', '16,384: as many as the matrix has'),
+    Question('low_rank', 'LoRA writes the change of a 128 by 128 matrix as a product of two thin '
+             'ones, of rank 4. How many numbers does it train there?',
+        ('1,024: two times 4 times 128', '64: 4 out of each 128, squared, over 16',
+         '16,384: as many as the matrix has'),
         'B has 128 rows of 4 numbers and A has 4 rows of 128; the matrix itself stays as it was.'),
     Question('lab_models', 'A model answers 32 of 40 questions right. About how sure is the 80%?',
         ('To about 12 points either way', 'To about 1 point', 'It is exact, as it was counted'),
@@ -279,43 +353,62 @@ def where_to_begin(picked:Iterable[str|None] # the options that were picked, one
                   ) -> Chapter|None:         # None: all right
     "The first chapter whose question was not answered right"
     picked = list(picked)
-    if len(picked) != len(QUIZ): raise ValueError(f'there are {len(QUIZ)} questions and {len(picked)} answers; give None for one that was left open')
+    if len(picked) != len(QUIZ):
+        raise ValueError(f'there are {len(QUIZ)} questions and {len(picked)} answers; give None for '
+                         'one that was left open')
     return next((chapter_named(q.chapter) for q, p in zip(QUIZ, picked) if p != q.options[0]), None)
 
 # %% ../nbs/map.ipynb #0025aabb
 def quiz_text() -> str:
     "The quiz as markdown, with the answers folded"
-    return '\n\n'.join(f'**{i}.** {q.text}\n\n' + '\n'.join(f'- {o}' for o in sorted(q.options)) + f'\n\n<details><summary>The '
-        f'answer</summary>\n\n{q.options[0]}. {q.why} If this was new to you: {_link(chapter_named(q.chapter))}.\n\n</details>'
+    return '\n\n'.join(f'**{i}.** {q.text}\n\n' + '\n'.join(f'- {o}' for o in sorted(q.options))
+                       + f'\n\n<details><summary>The '
+        f'answer</summary>\n\n{q.options[0]}. {q.why} If this was new to you: '
+                       f'{_link(chapter_named(q.chapter))}.\n\n</details>'
                        for i, q in enumerate(QUIZ, 1))
 
 def quiz():
     "The quiz as widgets: pick an option for each question, and read where to begin"
-    from ipywidgets import HTML, RadioButtons, VBox # here: the rest of this module should load where there are no widgets
-    picks = [RadioButtons(options=[*sorted(q.options), 'not sure'], value=None, layout=dict(width='auto')) for q in QUIZ]
-    whys = [HTML() for _ in QUIZ]; verdict = HTML()
+    # here: the rest of this module should load where there are no widgets
+    from ipywidgets import HTML, RadioButtons, VBox
+    picks = [RadioButtons(options=[*sorted(q.options), 'not sure'], value=None,
+                          layout=dict(width='auto')) for q in QUIZ]
+    whys = [HTML() for _ in QUIZ]
+    verdict = HTML()
     def answer(_):
         for q, p, w in zip(QUIZ, picks, whys):
             right = 'Right' if p.value == q.options[0] else html.escape(q.options[0])
             w.value = '' if p.value is None else f'<b>{right}.</b> {html.escape(q.why)}'
-        c = where_to_begin(p.value for p in picks); open_ = sum(p.value is None for p in picks)
-        if open_: verdict.value = f'{open_} to go.'
-        else: verdict.value = f'<b>Begin with {c.label}</b>. {c.asks}' if c else '<b>You know all of this.</b> Try the exercises of the last chapters.'
-    for p in picks: p.observe(answer, 'value')
+        c = where_to_begin(p.value for p in picks)
+        open_ = sum(p.value is None for p in picks)
+        if open_:
+            verdict.value = f'{open_} to go.'
+        else:
+            verdict.value = (f'<b>Begin with {c.label}</b>. {c.asks}' if c else '<b>You know all of '
+                             'this.</b> Try the exercises of the last chapters.')
+    for p in picks:
+        p.observe(answer, 'value')
     answer(None)
-    return VBox([w for i, (q, p, y) in enumerate(zip(QUIZ, picks, whys), 1) for w in (HTML(f'<b>{i}.</b> {html.escape(q.text)}'), p, y)] + [verdict])
+    return VBox([w for i, (q, p, y) in enumerate(zip(QUIZ, picks, whys), 1)
+                 for w in (HTML(f'<b>{i}.</b> {html.escape(q.text)}'), p, y)] + [verdict])
 
 # %% ../nbs/map.ipynb #0028aabb
 def hosted(page:str,               # such as 'course/first_light.ipynb'
            git_url:str|None=None,  # 'https://github.com/OWNER/NAME'; None: what settings.ini says
            branch:str='main'
           ) -> dict[str, str]:     # 'binder' and 'colab' to addresses, 'install' to the line that a first cell on Colab needs; {} where no address is known
-    "Links that open a page on Binder and on Colab; raises `ValueError` for an address that is not of GitHub"
+    """Links that open a page on Binder and on Colab; raises `ValueError` for an address that is not
+    of GitHub"""
     if git_url is None and (root := checkout()):
-        settings = ConfigParser(delimiters=['=']); settings.read(root/'settings.ini', encoding='utf-8'); git_url = settings['DEFAULT'].get('git_url')
-    if not git_url: return {}
+        settings = ConfigParser(delimiters=['='])
+        settings.read(root/'settings.ini', encoding='utf-8')
+        git_url = settings['DEFAULT'].get('git_url')
+    if not git_url:
+        return {}
     at, _, name = git_url.removesuffix('/').removesuffix('.git').partition('github.com/')
-    if not at or name.count('/') != 1: raise ValueError(f'git_url is {git_url!r}; Colab and these links of Binder need https://github.com/OWNER/NAME')
-    return dict(binder=f'https://mybinder.org/v2/gh/{name}/{branch}?urlpath=lab/tree/nbs/{page}', colab=
+    if not at or name.count('/') != 1:
+        raise ValueError(f'git_url is {git_url!r}; Colab and these links of Binder need https://github.com/OWNER/NAME')
+    return dict(binder=f'https://mybinder.org/v2/gh/{name}/{branch}?urlpath=lab/tree/nbs/{page}',
+                colab=
         f'https://colab.research.google.com/github/{name}/blob/{branch}/nbs/{page}',
                 install=f'%pip install -q git+https://github.com/{name}@{branch}')

@@ -33,7 +33,8 @@ def paper_modules(package:Path|None=None # a folder like `ftlab`'s; None: that o
     return {f.stem: f for f in found if not f.stem.startswith('_')}
 
 @lru_cache(1)
-def _files() -> dict[str, Path]: return paper_modules()
+def _files() -> dict[str, Path]:
+    return paper_modules()
 
 def _keys_marked(mark:str, # the text of a decorator, as a regular expression
                  name:str='.*?' # of the function below it; '{key}' stands for the paper's key
@@ -62,49 +63,68 @@ def names() -> list[str]:
 
 def make_of(name:str) -> Callable:
     "The function that makes the method's Recipe. Raises `KeyError` offering the nearest names."
-    if name == 'full': return full
+    if name == 'full':
+        return full
     if name in _marked():
         return getattr(_module_of(name), name)
     near = near_misses(name, names(), cutoff=.4)
-    raise KeyError(f'no method is called {name!r}; ' + (f'did you mean {" or ".join(near)}?' if near else f'there are: {", ".join(names())}'))
+    raise KeyError(f'no method is called {name!r}; ' + (f'did you mean {" or ".join(near)}?' if near
+                                                        else f'there are: {", ".join(names())}'))
 
 def __getattr__(name):
-    if name.startswith('_') or name not in _files(): raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    try: return make_of(name)
-    except KeyError as e: raise AttributeError(f'module {__name__!r} has no attribute {name!r}: {e.args[0]}') from None
+    if name.startswith('_') or name not in _files():
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    try:
+        return make_of(name)
+    except KeyError as e:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}: '
+                             f'{e.args[0]}') from None
 
-def __dir__(): return sorted({*globals(), *names()})
+def __dir__():
+    return sorted({*globals(), *names()})
 
 # %% ../nbs/methods.ipynb #000cf769
 def get(text:str|Recipe # 'hft', 'lora(r=4)', 'hft * dft', or a Recipe
        ) -> Recipe:
-    "The Recipe that `text` names. Raises `KeyError` offering the nearest names, `ValueError` for arguments it cannot take."
-    if isinstance(text, Recipe): return text
-    try: tree = ast.parse(text, mode='eval').body
-    except SyntaxError: raise _unreadable(text) from None
+    """The Recipe that `text` names. Raises `KeyError` offering the nearest names, `ValueError` for
+    arguments it cannot take."""
+    if isinstance(text, Recipe):
+        return text
+    try:
+        tree = ast.parse(text, mode='eval').body
+    except SyntaxError:
+        raise _unreadable(text) from None
     return _build(tree, text).named(text)
 
-def _unreadable(text): return ValueError(f"cannot read {text!r} as a method; write a name such as 'lora', with arguments 'lora(r=4)', or several 'hft * dft'")
+def _unreadable(text):
+    return ValueError(f"cannot read {text!r} as a method; write a name such as 'lora', with "
+                      "arguments 'lora(r=4)', or several 'hft * dft'")
 
 def _build(node, text):
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult): return _build(node.left, text)*_build(node.right, text)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        return _build(node.left, text)*_build(node.right, text)
     name = node.func if isinstance(node, ast.Call) else node
-    if not isinstance(name, ast.Name): raise _unreadable(text)
+    if not isinstance(name, ast.Name):
+        raise _unreadable(text)
     make = make_of(name.id)
     try:
         args = [ast.literal_eval(a) for a in node.args] if isinstance(node, ast.Call) else []
-        kw = {k.arg: ast.literal_eval(k.value) for k in node.keywords} if isinstance(node, ast.Call) else {}
+        kw = ({k.arg: ast.literal_eval(k.value) for k in node.keywords}
+              if isinstance(node, ast.Call) else {})
         return make(*args, **kw)
-    except TypeError as e: raise ValueError(f'{text!r}: {e}; {name.id} takes {inspect.signature(make)}') from None
+    except TypeError as e:
+        raise ValueError(f'{text!r}: {e}; {name.id} takes {inspect.signature(make)}') from None
 
 # %% ../nbs/methods.ipynb #001bf769
 @lru_cache(1)
 def merging_rules() -> dict[str, float]:
-    "{paper's key: the dial where none is given} of every rule to merge changes by; nothing is imported"
+    """{paper's key: the dial where none is given} of every rule to merge changes by; nothing is
+    imported"""
     return {key: float(hit['dial']) for key, hit in sorted(_keys_marked(r'merging\((?P<dial>[\d.]+)\)').items())}
 
 def merging_rule(key:str) -> Callable:
-    "The rule `(changes, model, dial) -> change` of the paper `key`. Raises `ValueError` with those there are."
+    """The rule `(changes, model, dial) -> change` of the paper `key`. Raises `ValueError` with
+    those there are."""
     if key not in merging_rules():
         raise ValueError(f'no paper called {key!r} has a rule to merge by; there are {", ".join(merging_rules())}')
     return next(f for f in vars(_module_of(key)).values() if inspect.isfunction(f) and hasattr(f, 'dial'))

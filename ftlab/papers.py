@@ -23,7 +23,8 @@ __all__ = ['PARTS', 'OUTSIDE', 'NOUNS', 'catalogue', 'Mark', 'modules', 'marked'
 
 # %% ../nbs/papers.ipynb #000e603a
 def _beside(name:str) -> Path|None:
-    "A folder of the project that lies beside the package in a checkout, and in `ftlab/data` when it is installed"
+    """A folder of the project that lies beside the package in a checkout, and in `ftlab/data` when
+    it is installed"""
     package = Path(ftlab.__file__).resolve().parent
     return next((p for p in (package.parent/name, package/'data'/name) if p.is_dir()), None)
 
@@ -31,7 +32,8 @@ def _beside(name:str) -> Path|None:
 def catalogue() -> dict[str, dict]:
     "{key: key, family, title, arxiv, kind, home} of every paper of the catalogue, built or not"
     if (folder := _beside('papers')) is None:
-        raise FileNotFoundError('papers/catalogue.jsonl is missing: neither the repository nor the installed package has it')
+        raise FileNotFoundError('papers/catalogue.jsonl is missing: neither the repository nor the '
+                                'installed package has it')
     rows = map(json.loads, (folder/'catalogue.jsonl').read_text(encoding='utf-8').splitlines())
     return {r['key']: r for r in rows}
 
@@ -48,13 +50,20 @@ class Mark:
     paper: Paper
 
     @property
-    def module(self) -> str: return f'ftlab.{self.home}.{self.family}.{self.key}'
+    def module(self) -> str:
+        return f'ftlab.{self.home}.{self.family}.{self.key}'
+
     @property
-    def symbol(self) -> str: return f'{self.module}.{self.name}'
+    def symbol(self) -> str:
+        return f'{self.module}.{self.name}'
+
     @property
-    def page(self) -> str: return f'nbs/{self.home}/{self.family}/{self.key}.ipynb'
+    def page(self) -> str:
+        return f'nbs/{self.home}/{self.family}/{self.key}.ipynb'
+
     @property
-    def title(self) -> str: return self.paper.title
+    def title(self) -> str:
+        return self.paper.title
 
 def modules() -> list[tuple[str, str, str]]:
     "(part, family, key) of every paper's module, in the order of their names"
@@ -68,7 +77,8 @@ def marked() -> tuple[Mark, ...]:
     out = []
     for home, family, key in modules():
         module = importlib.import_module(f'ftlab.{home}.{family}.{key}')
-        own = ((n, f) for n, f in vars(module).items() if inspect.isfunction(f) or inspect.isclass(f))
+        own = ((n, f) for n, f in vars(module).items() if inspect.isfunction(f)
+               or inspect.isclass(f))
         out += [Mark(key, family, home, n, f.paper) for n, f in own
                 if f.__module__ == module.__name__ and isinstance(getattr(f, 'paper', None), Paper)]
     return tuple(out)
@@ -80,18 +90,23 @@ def claims_folder() -> Path|None:
     return folder if folder.is_dir() else None
 
 def claims(folder:Path|None=None) -> list[Claim]:
-    "Every claim there is, by key: the repository's, or the copies in the installed package. Raises `ValueError` for a file that is no claim"
+    """Every claim there is, by key: the repository's, or the copies in the installed package.
+    Raises `ValueError` for a file that is no claim"""
     folder = folder or claims_folder() or Path(ftlab.__file__).resolve().parent/'data'/'claims'
     return [read_claim(p.parent) for p in sorted(folder.glob('*/claim.toml'))]
 
 OUTSIDE = 'no claims here: neither the repository nor an installed package that brought them'
 
 def index() -> list[dict]:
-    "One entry a paper: key, family, home, kind (of its mark), title, arxiv, claim, source, symbols, notebook, claims, verdict (recomputed from the numbers), scope, evidence, note"
+    """One entry a paper: key, family, home, kind (of its mark), title, arxiv, claim, source,
+    symbols, notebook, claims, verdict (recomputed from the numbers), scope, evidence, note"""
     papers = {}
     for m in marked():
-        about = dict(key=m.key, family=m.family, home=m.home, kind=getattr(m.paper, 'kind', 'method'), title=m.title, arxiv=m.paper.arxiv, claim=m.paper.claim, source=m.paper.source)
-        papers.setdefault(m.key, about | dict(symbols=[], notebook=m.page))['symbols'].append(m.symbol)
+        about = dict(key=m.key, family=m.family, home=m.home,
+                     kind=getattr(m.paper, 'kind', 'method'), title=m.title, arxiv=m.paper.arxiv,
+                     claim=m.paper.claim, source=m.paper.source)
+        papers.setdefault(m.key, about | dict(symbols=[], notebook=m.page))['symbols'].append(
+            m.symbol)
     found = {c.key: c for c in claims()}
     if odd := sorted(set(found) - set(papers)):
         raise ValueError(f'claims/{odd[0]} is the folder of no paper: no module is called {odd[0]}.py and has a mark')
@@ -99,18 +114,21 @@ def index() -> list[dict]:
 
 def _evidence(claim:Claim|None, any_claims:bool) -> dict:
     "What the claim of a paper came to"
-    none = dict(claims=[f'claims/{claim.file}'] if claim else [], verdict=None, scope=None, evidence=None)
+    none = dict(claims=[f'claims/{claim.file}'] if claim else [], verdict=None, scope=None,
+                evidence=None)
     if not claim:
         return none | dict(note='no claim yet' if any_claims else OUTSIDE)
     if not claim.result.exists():
         return none | dict(note='claimed, not yet run')
     result = json.loads(claim.result.read_text(encoding='utf-8'))
     note = f'superseded: {result["superseded"]}' if result.get('superseded') else ''
-    return none | dict(verdict=verdict(result), scope=claim.spec['scope'], evidence=f'claims/{claim.key}/result.json', note=note)
+    return none | dict(verdict=verdict(result), scope=claim.spec['scope'],
+                       evidence=f'claims/{claim.key}/result.json', note=note)
 
 # %% ../nbs/papers.ipynb #000c603a
 def scoreboard() -> pd.DataFrame:
-    "One row a contrast: claim (the paper's key), verdict of the whole, effect with interval, margin, seeds, scope"
+    """One row a contrast: claim (the paper's key), verdict of the whole, effect with interval,
+    margin, seeds, scope"""
     return pd.DataFrame([row for c in claims() for row in _rows(c)])
 
 def _rows(c:Claim) -> list[dict]:
@@ -122,26 +140,33 @@ def _rows(c:Claim) -> list[dict]:
     if r.get('superseded'):
         head |= dict(superseded=r['superseded'])
     effects = [(k, contrast(k)) for k in r['contrasts']]
-    return [head | dict(contrast=k['name'], each=f['verdict'], effect=f['mean'], low=f['low'], high=f['high'],
-                        margin=k['margin'], kind=k['kind'], seeds=f['n']) for k, f in effects] or [head]
+    return [head | dict(contrast=k['name'], each=f['verdict'], effect=f['mean'], low=f['low'],
+                        high=f['high'],
+                        margin=k['margin'], kind=k['kind'], seeds=f['n'])
+            for k, f in effects] or [head]
 
 def scoreboard_html(board:pd.DataFrame) -> str:
-    "The scoreboard as a table for a page, one row a claim; the site's script lets the reader filter and sort it"
+    """The scoreboard as a table for a page, one row a claim; the site's script lets the reader
+    filter and sort it"""
     heads = ''.join(f'<th scope="col"{" data-filter=one" if h in ("Verdict", "Scope") else ""}>{h}</th>' for h in ('Claim', 'Verdict', 'Scope', 'What was measured'))
     rows = ''.join(_claim_row(claim, rows.to_dict('records')) for claim, rows in board.groupby('claim', sort=False))
-    return f'<div class="table-wrapper"><table class="filter"><caption>The claims</caption><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return ('<div class="table-wrapper"><table class="filter"><caption>The '
+            f'claims</caption><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>')
 
 def _claim_row(claim:str, contrasts:list[dict]) -> str:
     "A claim with its sentence, its verdict, and a line for each contrast"
-    text = {k: '' if pd.isna(v := contrasts[0].get(k)) else html.escape(str(v)) for k in ('sentence', 'verdict', 'scope', 'superseded')}
+    text = {k: '' if pd.isna(v := contrasts[0].get(k)) else html.escape(str(v))
+            for k in ('sentence', 'verdict', 'scope', 'superseded')}
     verdict = f'<span class="verdict {text["verdict"].split(" ")[0]}">{text["verdict"]}</span>'
     if text['superseded']:
         verdict += f'<br><small>superseded: {text["superseded"]}</small>'
     lines = ''.join(f'<li>{html.escape(m)}</li>' for r in contrasts if (m := effect_line(r)))
-    return f'<tr><th scope="row" data-sort="{claim}"><b>{claim}</b><br>{text["sentence"]}</th><td>{verdict}</td><td>{text["scope"]}</td><td><ul>{lines}</ul></td></tr>'
+    return ('<tr><th scope="row" '
+            f'data-sort="{claim}"><b>{claim}</b><br>{text["sentence"]}</th><td>{verdict}</td><td>{text["scope"]}</td><td><ul>{lines}</ul></td></tr>')
 
 def effect_line(r:dict) -> str:
-    "A contrast in a line: what came of it, the effect with its interval, and what was needed; empty where nothing was measured"
+    """A contrast in a line: what came of it, the effect with its interval, and what was needed;
+    empty where nothing was measured"""
     if pd.isna(r.get('contrast')):
         return ''
     if pd.isna(r.get('effect')):
@@ -154,7 +179,8 @@ NOUNS = ('select', 'delta', 'edit', 'source', 'objective', 'step', 'loop', 'deco
 _PART_OF = dict(view='source', penalties='objective', callbacks='loop', stages='loop', learners='loop')
 
 def nouns(entry:dict) -> list[str]:
-    "The nouns that a paper of the index answers. What makes no Recipe is a probe where it lives among the evaluators"
+    """The nouns that a paper of the index answers. What makes no Recipe is a probe where it lives
+    among the evaluators"""
     module, _, name = entry['symbols'][0].rpartition('.')
     make = getattr(importlib.import_module(module), name)
     if not inspect.isfunction(make) or inspect.signature(make).return_annotation not in (Recipe, 'Recipe'):
@@ -166,12 +192,17 @@ def nouns(entry:dict) -> list[str]:
 
 # %% ../nbs/papers.ipynb #0015603a
 def papers_html(entries:list[dict]|None=None) -> str:
-    "The index as a table for a page in `nbs/papers`, one row a paper; the site's script lets the reader filter and sort it"
-    heads = dict(Paper='', Question='many', Part='one', Family='one', Verdict='one', Scope='one', Budget='one')
-    head = ''.join(f'<th scope="col"{f" data-filter={f}" if f else ""}>{h}</th>' for h, f in heads.items())
+    """The index as a table for a page in `nbs/papers`, one row a paper; the site's script lets the
+    reader filter and sort it"""
+    heads = dict(Paper='', Question='many', Part='one', Family='one', Verdict='one', Scope='one',
+                 Budget='one')
+    head = ''.join(f'<th scope="col"{f" data-filter={f}" if f else ""}>{h}</th>'
+                   for h, f in heads.items())
     specs = {c.key: c.spec for c in claims()}
-    rows = '\n'.join(_paper_row(e, specs.get(e['key'], {})) for e in (index() if entries is None else entries))
-    return f'<div class="table-wrapper"><table class="filter"><caption>The papers</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+    rows = '\n'.join(_paper_row(e, specs.get(e['key'], {}))
+                     for e in (index() if entries is None else entries))
+    return ('<div class="table-wrapper"><table class="filter"><caption>The '
+            f'papers</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>')
 
 def _paper_row(e:dict, spec:dict) -> str:
     "A paper as a row: what is shown, and what it is sorted by"
@@ -183,6 +214,7 @@ def _paper_row(e:dict, spec:dict) -> str:
     badge = f'<span class="verdict {verdict.split()[0]}">{html.escape(verdict)}</span>'
     scope = e['scope'] or spec.get('scope', '')
     budget = f'{tokens/1e6:g}M' if tokens else ''
-    cells = [(asked, asked), (e['home'], e['home']), (e['family'], e['family']), (badge, verdict), (scope, scope), (budget, tokens or 0)]
+    cells = [(asked, asked), (e['home'], e['home']), (e['family'], e['family']), (badge, verdict),
+             (scope, scope), (budget, tokens or 0)]
     rest = ''.join(f'<td data-sort="{html.escape(str(by))}">{shown}</td>' for shown, by in cells)
     return f'<tr><th scope="row" data-sort="{html.escape(e["title"])}">{title}</th>{rest}</tr>'

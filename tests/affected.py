@@ -26,7 +26,8 @@ APART = re.compile(r'(docs|binder|\.ci|papers|nbs/images)/|tests/(browser|native
 
 
 def key_of(page: str) -> str | None:
-    "The paper's key that a page is filed under, or None: 'adapters/subsets/hft.ipynb' -> 'hft'. The doctor's checks are library"
+    """The paper's key that a page is filed under, or None: 'adapters/subsets/hft.ipynb' -> 'hft'.
+    The doctor's checks are library"""
     parts = Path(page).parts
     return Path(page).stem if len(parts) == 3 and parts[0] != 'instruments' and Path(page).stem != 'index' else None
 
@@ -37,7 +38,8 @@ def plain(key: str) -> str:
 
 
 def turn(key: str, day: datetime.date) -> bool:
-    "Is it the key's turn? Once in TURNS days, by a hash of the key alone: a new paper moves no other"
+    """Is it the key's turn? Once in TURNS days, by a hash of the key alone: a new paper moves no
+    other"""
     return int(hashlib.sha256(key.encode()).hexdigest(), 16) % TURNS == day.toordinal() % TURNS
 
 
@@ -78,7 +80,8 @@ class Sources:
 
     @cached_property
     def public(self) -> dict[str, str]:
-        "{name of the face: module} as `ftlab/__init__.py` lists them: `ftlab.fit` needs ftlab.trainers.loop"
+        """{name of the face: module} as `ftlab/__init__.py` lists them: `ftlab.fit` needs
+        ftlab.trainers.loop"""
         text = (self.root/'ftlab'/'__init__.py').read_text(encoding='utf-8')
         return dict(re.findall(r"(\w+)=\('(ftlab[\w.]*)'", text))
 
@@ -105,7 +108,8 @@ class Sources:
             return set()
         text = code_of(path)
         found = self._imported(file, text)
-        if path.name == '__init__.py' and 'import_module(' in text and path.parent.name != 'ftlab':  # names imported on first use
+        # names imported on first use
+        if path.name == '__init__.py' and 'import_module(' in text and path.parent.name != 'ftlab':
             found |= {f for f in self.modules.values() if Path(f).parent == Path(file).parent}
         return found - {file}
 
@@ -126,8 +130,10 @@ class Sources:
                 found |= {a.name for a in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 found |= {node.module}
-                found |= {self.public[a.name] for a in node.names if node.module == 'ftlab' and a.name in self.public}
-            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == 'ftlab':
+                found |= {self.public[a.name] for a in node.names if node.module == 'ftlab'
+                          and a.name in self.public}
+            elif isinstance(node, ast.Attribute) and isinstance(node.value,
+                                                                ast.Name) and node.value.id == 'ftlab':
                 found |= {self.public.get(node.attr, 'ftlab')}
         return {self.modules[m] for m in found if m in known}
 
@@ -135,7 +141,8 @@ class Sources:
         "The modules of the papers that the text names: in `methods.hft`, 'hft * dft', `hft = \"hft\"`"
         if file in {self.modules.get(h) for h in HUBS}:
             return set()
-        return {self.by_key[w] for w in {plain(w) for w in re.findall(r'\w+', text)} if w in self.by_key}
+        return {self.by_key[w] for w in {plain(w) for w in re.findall(r'\w+', text)}
+                if w in self.by_key}
 
     def _results(self, text: str) -> set[str]:
         "The results of benches that the text names"
@@ -156,13 +163,16 @@ class Sources:
 
     @cached_property
     def shared(self) -> set[str]:
-        "What every paper's contract and claim is tested by, without the papers that these tests use as examples"
+        """What every paper's contract and claim is tested by, without the papers that these tests
+        use as examples"""
         start = {f for f in ('tests/test_contract.py', 'tests/test_claims.py') if f in self.files}
         papers = set(self.by_key.values())
         return self.closure_of(start, without=papers)
 
-    def closure_of(self, start: set[str], without: Collection = (), step: Callable | None = None) -> set[str]:
-        "`start` and every file that it needs (or `step` leads to), directly or through others; nothing through `without`"
+    def closure_of(self, start: set[str], without: Collection = (),
+                   step: Callable | None = None) -> set[str]:
+        """`start` and every file that it needs (or `step` leads to), directly or through others;
+        nothing through `without`"""
         step = step or self.needs
         seen, todo = set(start), list(start)
         while todo:
@@ -186,15 +196,19 @@ class Sources:
 
     def judged(self, file: str) -> bool:
         "Do the sources tell who needs this file?"
-        read = file.startswith(('ftlab/', 'nbs/', 'claims/', 'tests/', 'bench/')) and file.endswith(('.py', '.ipynb', '.toml'))
-        return read or bool(APART.match(file)) or file.startswith(('bench/', 'claims/')) and file.endswith('.json')
+        read = (file.startswith(('ftlab/', 'nbs/', 'claims/', 'tests/', 'bench/'))
+                and file.endswith(('.py', '.ipynb', '.toml')))
+        return (read or bool(APART.match(file)) or file.startswith(('bench/', 'claims/'))
+                and file.endswith('.json'))
 
 
 def changed_since(ref: str, root: Path = ROOT) -> list[str] | None:
-    "The files that differ from what `ref` had, gone ones and new ones included; None where git cannot say"
+    """The files that differ from what `ref` had, gone ones and new ones included; None where git
+    cannot say"""
     def git(*args):
         return subprocess.run(['git', *args], cwd=root, capture_output=True, text=True)
-    diff, new = git('diff', '--name-only', '--no-renames', '-z', ref, '--'), git('ls-files', '-z', '--others', '--exclude-standard')
+    diff, new = git('diff', '--name-only', '--no-renames', '-z', ref,
+                    '--'), git('ls-files', '-z', '--others', '--exclude-standard')
     if diff.returncode or new.returncode:
         return None
     return sorted({f for f in (diff.stdout + new.stdout).split('\0') if f})
@@ -207,7 +221,8 @@ class Selection:
     why: str
 
 
-def select(sources: Sources, everything: bool = False, ref: str | None = None, day: datetime.date | None = None) -> Selection:
+def select(sources: Sources, everything: bool = False, ref: str | None = None,
+           day: datetime.date | None = None) -> Selection:
     """Everything when asked, or with few papers and no `ref`; else what changed since `ref`
     (by default since the last commit) and the day's tenth. Where git cannot say what changed: everything."""
     papers, day = set(sources.papers), day or datetime.date.today()
@@ -220,5 +235,6 @@ def select(sources: Sources, everything: bool = False, ref: str | None = None, d
         return Selection(papers, f'everything: git cannot tell what changed since {ref or "HEAD"}')
     touched, why = sources.touched(changed)
     due = {k for k in papers if turn(k, day)}
-    text = f'{why or f"{len(touched)} that {len(changed)} changed files touch"}, and {len(due - touched)} whose turn it is'
+    text = (f'{why or f"{len(touched)} that {len(changed)} changed files touch"}, and '
+            f'{len(due - touched)} whose turn it is')
     return Selection(touched | due, text)

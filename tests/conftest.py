@@ -11,11 +11,13 @@ KEYED = {'test_contract.py': 'name', 'test_claims.py': 'claim'}
 
 
 def paper_of(item, keys: dict[str, str]) -> str | None:
-    "The key of the paper that a test is about, or None for the library's: by its parameter, or by its file's name"
+    """The key of the paper that a test is about, or None for the library's: by its parameter, or by
+    its file's name"""
     file = Path(str(item.fspath)).name
     params = getattr(item, 'callspec', None)
     value = params and (params.params.get('key') or params.params.get(KEYED.get(file, 'key')))
-    return keys.get(plain(str(getattr(value, 'name', value)))) or keys.get(plain(Path(file).stem.removeprefix('test_')))
+    return (keys.get(plain(str(getattr(value, 'name', value))))
+            or keys.get(plain(Path(file).stem.removeprefix('test_'))))
 
 
 def pytest_configure(config):
@@ -57,7 +59,8 @@ def pytest_runtest_call(item):
 
 
 def pytest_terminal_summary(terminalreporter):
-    "The contracts that cost most, in CPU-seconds, which a busy machine does not change; --durations prints the slowest tests"
+    """The contracts that cost most, in CPU-seconds, which a busy machine does not change;
+    --durations prints the slowest tests"""
     cost = {}
     for report in (r for rs in terminalreporter.stats.values() for r in rs if getattr(r, 'when', '') == 'call'):
         said = dict(report.user_properties)
@@ -68,4 +71,5 @@ def pytest_terminal_summary(terminalreporter):
     terminalreporter.section('most expensive contracts, CPU-seconds')
     for key, cpu in sorted(cost.items(), key=lambda o: -o[1])[:10]:
         terminalreporter.write_line(f'{cpu:6.1f}  {key}')
-    terminalreporter.write_line(f'{sum(cost.values()):6.1f}  {len(cost)} papers, {sum(c > MOST for c in cost.values())} above {MOST}')
+    terminalreporter.write_line(f'{sum(cost.values()):6.1f}  {len(cost)} papers, '
+                                f'{sum(c > MOST for c in cost.values())} above {MOST}')

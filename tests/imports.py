@@ -17,9 +17,11 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
-RANK = dict(core=0, lab=0, native=1, adapters=2, trainers=3, evaluators=4, instruments=5)  # what is not listed comes last
+# what is not listed comes last
+RANK = dict(core=0, lab=0, native=1, adapters=2, trainers=3, evaluators=4, instruments=5)
 LAST = 6
-AT_THE_TOP = dict(methods='instruments', papers='instruments', map='course', exercises='course')  # their names stay importable there
+# their names stay importable there
+AT_THE_TOP = dict(methods='instruments', papers='instruments', map='course', exercises='course')
 KNOWN = Path(__file__).with_name('known_imports.json')
 
 
@@ -30,20 +32,24 @@ def modules(lib: Path) -> dict[str, str]:
 
 
 @lru_cache(None)
-def tree(source: str) -> ast.Module: return ast.parse(source)
+def tree(source: str) -> ast.Module:
+    return ast.parse(source)
 
 
 def taken(name: str, source: str, known: set[str]) -> set[tuple[str, str]]:
-    "(module among `known`, what is taken from it or '' for the module itself) of all that module `name` imports, anywhere in its source"
+    """(module among `known`, what is taken from it or '' for the module itself) of all that module
+    `name` imports, anywhere in its source"""
     top, is_package, found = name.split('.')[0], any(k.startswith(name + '.') for k in known), set()
     for node in ast.walk(tree(source)):
         if isinstance(node, ast.Import):
             found |= {(a.name, '') for a in node.names if a.name.split('.')[0] == top}
         elif isinstance(node, ast.ImportFrom):
-            base = name.split('.')[:len(name.split('.')) - node.level + is_package] if node.level else []
+            base = (name.split('.')[:len(name.split('.')) - node.level + is_package] if node.level
+                    else [])
             base = '.'.join(base + (node.module.split('.') if node.module else []))
             if base.split('.')[0] == top:
-                found |= {(f'{base}.{a.name}', '') if f'{base}.{a.name}' in known else (base, a.name) for a in node.names}
+                found |= {(f'{base}.{a.name}', '') if f'{base}.{a.name}' in known
+                          else (base, a.name) for a in node.names}
     return {(m, n) for m, n in found if m != name}
 
 
@@ -54,23 +60,28 @@ def imported(name: str, source: str, known: set[str]) -> set[str]:
 
 def is_paper(module: str) -> bool:
     "Does it lie in a family's folder? The doctor's checks lie as deep, and are library"
-    return module.count('.') == 3 and part(module) != 'instruments' and not module.split('.')[-1].startswith('_')
+    return (module.count('.') == 3 and part(module) != 'instruments'
+            and not module.split('.')[-1].startswith('_'))
 
 
 def part(module: str) -> str:
-    "The part that a module belongs to: its folder, or what a module at the top is counted with; '' for the package itself"
+    """The part that a module belongs to: its folder, or what a module at the top is counted with;
+    '' for the package itself"""
     name = module.split('.')[1] if '.' in module else ''
     return AT_THE_TOP.get(name, name)
 
 
 def asks_where_it_is(source: str, package: str) -> bool:
-    "Does a module use nothing of the package itself but `__file__` and the like? Its own `__file__` a notebook does not have"
-    used = {n.attr for n in ast.walk(tree(source)) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == package}
+    """Does a module use nothing of the package itself but `__file__` and the like? Its own
+    `__file__` a notebook does not have"""
+    used = {n.attr for n in ast.walk(tree(source)) if isinstance(n, ast.Attribute)
+            and isinstance(n.value, ast.Name) and n.value.id == package}
     return bool(used) and all(u.startswith('__') for u in used)
 
 
 def library(sources: Mapping[str, str]) -> list[str]:
-    "The modules whose imports are judged: the face imports everything, lazily; the index imports nothing"
+    """The modules whose imports are judged: the face imports everything, lazily; the index imports
+    nothing"""
     return [m for m in sources if '.' in m and not m.endswith('._modidx')]
 
 
@@ -80,7 +91,8 @@ def wrong_imports(sources: Mapping[str, str]) -> list[str]:
     for name in library(sources):
         for other in sorted(imported(name, sources[name], known)):
             a, b = RANK.get(part(name), LAST), RANK.get(part(other), LAST)
-            if is_paper(name) and (is_paper(other) or b < RANK['instruments']) or '.' not in other and asks_where_it_is(sources[name], other):
+            if is_paper(name) and (is_paper(other)
+                                   or b < RANK['instruments']) or '.' not in other and asks_where_it_is(sources[name], other):
                 continue
             if is_paper(name):
                 wrong.append(f'{name} imports {other}: a paper imports the library below the instruments, and papers')
@@ -128,7 +140,8 @@ def circular_imports(sources: Mapping[str, str]) -> list[str]:
             + [f'parts in a circle: {", ".join(group)}' for group in circles(between)])
 
 
-def private(name: str) -> bool: return name.startswith('_') and not name.endswith('__')
+def private(name: str) -> bool:
+    return name.startswith('_') and not name.endswith('__')
 
 
 def own_privates(source: str) -> set[str]:
@@ -151,9 +164,11 @@ def crossing_privates(sources: Mapping[str, str]) -> list[str]:
         for n in own_privates(sources[m]):
             owners[n].add(m)
     for m in library(sources):
-        wrong |= {f'{m} takes {n} from {other}' for other, n in taken(m, sources[m], known) if private(n)}
+        wrong |= {f'{m} takes {n} from {other}' for other, n in taken(m, sources[m], known)
+                  if private(n)}
         for node in ast.walk(tree(sources[m])):
-            if isinstance(node, ast.Attribute) and private(node.attr) and owners[node.attr] and m not in owners[node.attr]:
+            if isinstance(node, ast.Attribute) and private(node.attr) and owners[
+                node.attr] and m not in owners[node.attr]:
                 wrong.add(f'{m} reaches for .{node.attr} of {" or ".join(sorted(owners[node.attr]))}')
     return sorted(wrong)
 
@@ -161,10 +176,12 @@ def crossing_privates(sources: Mapping[str, str]) -> list[str]:
 def broken(lib: Path) -> dict[str, list[str]]:
     "{rule: what breaks it} in the package at `lib`"
     sources = modules(lib)
-    return dict(direction=wrong_imports(sources), circles=circular_imports(sources), private=crossing_privates(sources))
+    return dict(direction=wrong_imports(sources), circles=circular_imports(sources),
+                private=crossing_privates(sources))
 
 
-def known() -> dict[str, list[str]]: return json.loads(KNOWN.read_text(encoding='utf-8'))
+def known() -> dict[str, list[str]]:
+    return json.loads(KNOWN.read_text(encoding='utf-8'))
 
 
 if __name__ == '__main__':

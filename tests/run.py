@@ -16,7 +16,8 @@ from pages import ROOT, pages
 
 
 def order(page: str) -> bool:
-    "The course trains, the rest mostly does not: its pages first, so that no worker waits for the last of them"
+    """The course trains, the rest mostly does not: its pages first, so that no worker waits for the
+    last of them"""
     return not page.startswith('course/')
 
 
@@ -40,7 +41,8 @@ def main() -> int:
     a = p.parse_args()
     sources = Sources()
     chosen = select(sources, a.all, a.changed)
-    print(f'The library and {len(chosen.keys)} of {len(sources.papers)} papers: {chosen.why}', flush=True)
+    print(f'The library and {len(chosen.keys)} of {len(sources.papers)} papers: {chosen.why}',
+          flush=True)
     if a.list:
         print(*sorted(chosen.keys))
         return 0

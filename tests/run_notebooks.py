@@ -18,11 +18,13 @@ from worker import HEAVY, OURS, Workers, plain, preload
 
 # Two pages share the cores: with one thread each they do not wait for one another. Nothing is downloaded.
 MOST = 5  # CPU-seconds that a paper's page should take
-ENV = dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='passive', HF_HUB_OFFLINE='1', TOKENIZERS_PARALLELISM='false', PYDEVD_DISABLE_FILE_VALIDATION='1')
+ENV = dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='passive', HF_HUB_OFFLINE='1',
+           TOKENIZERS_PARALLELISM='false', PYDEVD_DISABLE_FILE_VALIDATION='1')
 
 
 def path_of(name: str) -> Path:
-    "The page that `name` means: a path under nbs/, or one from here. Raises `SystemExit` where there is none"
+    """The page that `name` means: a path under nbs/, or one from here. Raises `SystemExit` where
+    there is none"""
     for path in (NBS/name, Path(name).resolve()):
         if path.suffix == '.ipynb' and path.exists():
             return path
@@ -33,19 +35,23 @@ def parted(names: list[str]) -> tuple[list[str], list[str]]:
     """The pages whose own module is among those that OURS brings, and the others.
     The first must run before OURS are imported: a page registers what its module registers, and twice is an error."""
     sources = Sources()
-    brought = sources.closure_of({sources.modules[m] for m in OURS if m in sources.modules}, step=sources.imports)
-    first = [n for n in names if {f'ftlab/{m.replace(".", "/")}.py' for m in exports(cells(path_of(n)))} & brought]
+    brought = sources.closure_of({sources.modules[m] for m in OURS if m in sources.modules},
+                                 step=sources.imports)
+    first = [n for n in names if {f'ftlab/{m.replace(".", "/")}.py'
+                                  for m in exports(cells(path_of(n)))} & brought]
     return first, [n for n in names if n not in first]
 
 
 def in_kernel(path: Path, timeout: int, store: bool = False) -> str:
-    "Execute the notebook at `path` in its own folder, as JupyterLab would: what went wrong or ''; `store` keeps the outputs"
+    """Execute the notebook at `path` in its own folder, as JupyterLab would: what went wrong or '';
+    `store` keeps the outputs"""
     import nbformat
     from nbclient import NotebookClient
     nb = nbformat.read(path, as_version=4)
     resources = {'metadata': {'path': str(path.parent)}}
     try:
-        NotebookClient(nb, timeout=timeout, kernel_name='python3', resources=resources, extra_arguments=['--log-level=ERROR']).execute()
+        NotebookClient(nb, timeout=timeout, kernel_name='python3', resources=resources,
+                       extra_arguments=['--log-level=ERROR']).execute()
     except Exception as e:  # whatever it is, the other pages still run
         return plain(str(e)).strip() or type(e).__name__
     if store:
@@ -64,8 +70,10 @@ def kernels(todo: list[tuple[str, Path]], timeout: int, store: bool):
         yield name, dict(wrong=wrong, outputs={}, seconds=time.perf_counter() - start, cpu=cpu)
 
 
-def main(names: list[str], workers: int = 2, timeout: int = 600, kernel: bool = False, store: bool = False) -> int:
-    "Run the pages `names`, print each as it ends and the ten slowest at the end; the number that failed"
+def main(names: list[str], workers: int = 2, timeout: int = 600, kernel: bool = False,
+         store: bool = False) -> int:
+    """Run the pages `names`, print each as it ends and the ten slowest at the end; the number that
+    failed"""
     os.environ.update(ENV)
     start, failed, used, todo = time.perf_counter(), {}, {}, [(n, path_of(n)) for n in names]
     if kernel or store or not hasattr(os, 'fork'):
@@ -80,16 +88,19 @@ def main(names: list[str], workers: int = 2, timeout: int = 600, kernel: bool = 
         used[name] = result['cpu']
         if result['wrong']:
             failed[name] = result['wrong']
-        print(f'{"FAILED" if name in failed else "ok":6} {result["seconds"]:6.1f} s {result["cpu"]:6.1f} CPU-s  {name}', flush=True)
+        print(f'{"FAILED" if name in failed else "ok":6} {result["seconds"]:6.1f} s '
+              f'{result["cpu"]:6.1f} CPU-s  {name}', flush=True)
     for name, wrong in failed.items():
         print(f'\n--- {name}\n{wrong}')
     own, seconds = time.process_time(), time.perf_counter() - start
-    print(f'\n{len(names)} pages in {seconds:.0f} s, {sum(used.values()):.0f} CPU-s and {own:.0f} for imports; {len(failed)} failed; the slowest:')
+    print(f'\n{len(names)} pages in {seconds:.0f} s, {sum(used.values()):.0f} CPU-s and {own:.0f} '
+          f'for imports; {len(failed)} failed; the slowest:')
     for name, cpu in sorted(used.items(), key=lambda o: -o[1])[:10]:
         print(f'{cpu:8.1f} CPU-s  {name}')
     papers = {n: c for n, c in used.items() if key_of(n)}
     if long := [n for n, c in papers.items() if c > MOST]:
-        print(f'{len(long)} of {len(papers)} papers\' pages take more than {MOST} CPU-seconds: {", ".join(sorted(long))}')
+        print(f'{len(long)} of {len(papers)} papers\' pages take more than {MOST} CPU-seconds: '
+              f'{", ".join(sorted(long))}')
     return len(failed)
 
 

@@ -8,178 +8,322 @@ from ftlab.core.recipe import Recipe
 from ftlab.exercises import HalfUpdate, LowRank, half_of, trained_numbers, training_bytes, truncate
 from pages import cells
 
-PAGES = {'course/half_is_enough.ipynb': (half_of, HalfUpdate, training_bytes), 'course/low_rank.ipynb': (truncate, trained_numbers, LowRank)}
+PAGES = {'course/half_is_enough.ipynb': (half_of, HalfUpdate, training_bytes),
+         'course/low_rank.ipynb': (truncate, trained_numbers, LowRank)}
 
 @pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch): monkeypatch.setenv('FTLAB_HOME', str(tmp_path)); monkeypatch.delenv('FTLAB_START', raising=False)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv('FTLAB_HOME', str(tmp_path))
+    monkeypatch.delenv('FTLAB_START', raising=False)
 
 def said(yours, name):
-    checked = ftlab.check(yours, name=name); assert not checked, f'a wrong {name} passes'
+    checked = ftlab.check(yours, name=name)
+    assert not checked, f'a wrong {name} passes'
     return checked.message
 
 # --- half of the names
 
 def wrong_halves():
-    def first(names, seed): return names[:len(names)//2]
-    def coins(names, seed): dice = random.Random(seed); return [n for n in names if dice.random() > .5]
-    def unseeded(names, seed): names = list(names); random.shuffle(names); return set(names[:len(names)//2])
-    def reseeding(names, seed): torch.manual_seed(seed); return {names[i] for i in torch.randperm(len(names))[:len(names)//2].tolist()}
-    def indices(names, seed): return random.Random(seed).sample(range(len(names)), len(names)//2)
-    def in_place(names, seed): random.Random(seed).shuffle(names); return names[:len(names)//2]
-    def joined(names, seed): return ' '.join(names)
-    return (first, 'same half for every seed'), (coins, 'exactly half'), (unseeded, 'two different halves'), (reseeding, 'dice'), (indices, 'not one of the names'), (in_place, 'changes what it is given'), (joined, 'a set')
+    def first(names, seed):
+        return names[:len(names)//2]
+
+    def coins(names, seed):
+        dice = random.Random(seed)
+        return [n for n in names if dice.random() > .5]
+
+    def unseeded(names, seed):
+        names = list(names)
+        random.shuffle(names)
+        return set(names[:len(names)//2])
+
+    def reseeding(names, seed):
+        torch.manual_seed(seed)
+        return {names[i] for i in torch.randperm(len(names))[:len(names)//2].tolist()}
+
+    def indices(names, seed):
+        return random.Random(seed).sample(range(len(names)), len(names)//2)
+
+    def in_place(names, seed):
+        random.Random(seed).shuffle(names)
+        return names[:len(names)//2]
+
+    def joined(names, seed):
+        return ' '.join(names)
+
+    return (first, 'same half for every seed'), (coins,
+                                                 'exactly half'), (unseeded,
+                                                                   'two different halves'), (reseeding, 'dice'), (indices, 'not one of the names'), (in_place, 'changes what it is given'), (joined, 'a set')
 
 @pytest.mark.parametrize('yours, message', wrong_halves(), ids=lambda x: getattr(x, '__name__', ''))
-def test_wrong_halves(yours, message): assert message in said(yours, 'half_of')
+def test_wrong_halves(yours, message):
+    assert message in said(yours, 'half_of')
 
 def test_other_right_halves_pass():
     def with_torch(names, seed):
-        return [names[i] for i in torch.randperm(len(names), generator=torch.Generator().manual_seed(seed))[:len(names)//2].tolist()]
-    def shuffled(names, seed): names = list(names); random.Random(seed).shuffle(names); return set(names[:len(names)//2])
+        return [names[i] for i in torch.randperm(len(names),
+                                                 generator=torch.Generator().manual_seed(seed))[
+                                                     :len(names)//2].tolist()]
+
+    def shuffled(names, seed):
+        names = list(names)
+        random.Random(seed).shuffle(names)
+        return set(names[:len(names)//2])
+
     assert ftlab.check(with_torch, name='half_of') and ftlab.check(shuffled, name='half_of')
 
 # --- a change on half of the entries
 
 class Masked(torch.nn.Module):
     "What the wrong ones below have in common"
-    def __init__(self, W, mask): super().__init__(); self.mask, self.change = mask, torch.nn.Parameter(torch.zeros_like(W))
+
+    def __init__(self, W, mask):
+        super().__init__()
+        self.mask, self.change = mask, torch.nn.Parameter(torch.zeros_like(W))
 
 def wrong_updates():
     class Everything(Masked):
-        def forward(self, W): return W + self.change
+        def forward(self, W):
+            return W + self.change
     class Zeroing(Masked):
-        def forward(self, W): return self.mask*(W + self.change)
+        def forward(self, W):
+            return self.mask*(W + self.change)
     class Turned(Masked):
-        def forward(self, W): return W + ~self.mask*self.change
+        def forward(self, W):
+            return W + ~self.mask*self.change
     class Early(Masked): # the mask acts once, at the start
-        def __init__(self, W, mask): super().__init__(W, mask); self.change = torch.nn.Parameter(mask*torch.zeros_like(W))
-        def forward(self, W): return W + self.change
+        def __init__(self, W, mask):
+            super().__init__(W, mask)
+            self.change = torch.nn.Parameter(mask*torch.zeros_like(W))
+
+        def forward(self, W):
+            return W + self.change
     class InPlace(Masked):
-        def forward(self, W): W += self.mask*self.change; return W
+        def forward(self, W):
+            W += self.mask*self.change
+            return W
     class NoParameter(Masked):
-        def __init__(self, W, mask): super().__init__(W, mask); del self.change; self.change = torch.zeros_like(W, requires_grad=True)
-        def forward(self, W): return W + self.mask*self.change
+        def __init__(self, W, mask):
+            super().__init__(W, mask)
+            del self.change
+            self.change = torch.zeros_like(W, requires_grad=True)
+
+        def forward(self, W):
+            return W + self.mask*self.change
     class OneNumber(Masked):
-        def __init__(self, W, mask): super().__init__(W, mask); self.change = torch.nn.Parameter(torch.zeros(1))
-        def forward(self, W): return W + self.mask*self.change*(W > 0)
+        def __init__(self, W, mask):
+            super().__init__(W, mask)
+            self.change = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, W):
+            return W + self.mask*self.change*(W > 0)
     class Plain:
-        def __init__(self, W, mask): pass
+        def __init__(self, W, mask):
+            pass
     class Failing(Masked):
-        def forward(self, W): return W + self.missing
-    return ((Everything, 'have moved'), (Zeroing, 'Frozen does not mean gone'), (Turned, 'other half'), (Early, 'have moved'), (InPlace, 'writes into the weight'), (NoParameter, 'no parameter'),
+        def forward(self, W):
+            return W + self.missing
+    return ((Everything, 'have moved'), (Zeroing, 'Frozen does not mean gone'),
+            (Turned, 'other half'), (Early, 'have moved'), (InPlace, 'writes into the weight'),
+            (NoParameter, 'no parameter'),
             (OneNumber, 'free number of its own'), (Plain, 'torch.nn.Module'), (Failing, 'AttributeError'))
 
 @pytest.mark.parametrize('yours, message', wrong_updates(), ids=lambda x: getattr(x, '__name__', ''))
-def test_wrong_updates(yours, message): assert message in said(yours, 'HalfUpdate')
+def test_wrong_updates(yours, message):
+    assert message in said(yours, 'HalfUpdate')
 
 def test_a_multiplied_mask_passes_too():
     class Times(Masked):
-        def forward(self, W): return W + self.mask*self.change
+        def forward(self, W):
+            return W + self.mask*self.change
     assert ftlab.check(Times, name='HalfUpdate')
 
 # --- counting
 
-@pytest.mark.parametrize('yours, message', [(lambda total, moving: total + 3*moving, '4 bytes'), (lambda total, moving: 16*moving, 'frozen weights are missing'),
-                                            (lambda total, moving: 16*total, 'neither'), (lambda total, moving: 4*total + 8*moving, 'One kind is missing')])
-def test_wrong_bytes(yours, message): assert message in said(yours, 'training_bytes')
+@pytest.mark.parametrize('yours, message', [(lambda total, moving: total + 3*moving, '4 bytes'),
+                                            (lambda total, moving: 16*moving, 'frozen weights are missing'),
+                                            (lambda total, moving: 16*total, 'neither'),
+                                            (lambda total, moving: 4*total + 8*moving, 'One kind is missing')])
+def test_wrong_bytes(yours, message):
+    assert message in said(yours, 'training_bytes')
 
-@pytest.mark.parametrize('yours, message', [(lambda shape, r: shape[0]*shape[1], 'full fine-tuning'), (lambda shape, r: r*shape[0], '`B` alone'), (lambda shape, r: shape[0] + shape[1], 'one direction')])
-def test_wrong_counts(yours, message): assert message in said(yours, 'trained_numbers')
+@pytest.mark.parametrize('yours, message',
+                         [(lambda shape, r: shape[0]*shape[1], 'full fine-tuning'),
+                          (lambda shape, r: r*shape[0], '`B` alone'),
+                          (lambda shape, r: shape[0] + shape[1], 'one direction')])
+def test_wrong_counts(yours, message):
+    assert message in said(yours, 'trained_numbers')
 
 def test_the_counts_are_those_of_a_run():
-    model, tok = ftlab.load('lab-s'); recipe = ftlab.methods.lora(r=4); chosen = recipe.select(model); shapes = {n: p.shape for n, p in model.named_parameters()}
+    model, tok = ftlab.load('lab-s')
+    recipe = ftlab.methods.lora(r=4)
+    chosen = recipe.select(model)
+    shapes = {n: p.shape for n, p in model.named_parameters()}
     attached = ftlab.attach(model, chosen, recipe.delta)
-    assert sum(trained_numbers(shapes[n], 4) for n in chosen) == sum(p.numel() for p in attached.parameters().values())
+    assert sum(trained_numbers(shapes[n], 4)
+               for n in chosen) == sum(p.numel() for p in attached.parameters().values())
 
 # --- cutting and thin changes
 
 def wrong_cuts():
-    def largest(update, r): return update*(update.abs() >= update.abs().flatten().topk(r).values[-1])
-    def weakest(update, r): U, S, V = torch.linalg.svd(update, full_matrices=False); return U[:, -r:] @ S[-r:].diag() @ V[-r:]
-    def unweighted(update, r): U, S, V = torch.linalg.svd(update, full_matrices=False); return U[:, :r] @ V[:r]
-    def turned(update, r): U, S, V = torch.linalg.svd(update, full_matrices=False); return U[:, :r] @ S[:r].diag() @ V[:, :r].T
-    def thin(update, r): U, S, V = torch.linalg.svd(update, full_matrices=False); return U[:, :r]*S[:r]
-    return (largest, 'other numbers'), (weakest, 'weakest'), (unweighted, 'strengths'), (turned, 'rows'), (thin, 'shape')
+    def largest(update, r):
+        return update*(update.abs() >= update.abs().flatten().topk(r).values[-1])
+
+    def weakest(update, r):
+        U, S, V = torch.linalg.svd(update, full_matrices=False)
+        return U[:, -r:] @ S[-r:].diag() @ V[-r:]
+
+    def unweighted(update, r):
+        U, S, V = torch.linalg.svd(update, full_matrices=False)
+        return U[:, :r] @ V[:r]
+
+    def turned(update, r):
+        U, S, V = torch.linalg.svd(update, full_matrices=False)
+        return U[:, :r] @ S[:r].diag() @ V[:, :r].T
+
+    def thin(update, r):
+        U, S, V = torch.linalg.svd(update, full_matrices=False)
+        return U[:, :r]*S[:r]
+
+    return (largest, 'other numbers'), (weakest, 'weakest'), (unweighted,
+                                                              'strengths'), (turned, 'rows'), (
+                                                                  thin, 'shape')
 
 @pytest.mark.parametrize('yours, message', wrong_cuts(), ids=lambda x: getattr(x, '__name__', ''))
-def test_wrong_cuts(yours, message): assert message in said(yours, 'truncate')
+def test_wrong_cuts(yours, message):
+    assert message in said(yours, 'truncate')
 
 def test_no_matrix_of_the_rank_is_nearer():
-    dice = torch.Generator().manual_seed(0); C = torch.randn(9, 7, generator=dice); best = (C - truncate(C, 3)).norm()
+    dice = torch.Generator().manual_seed(0)
+    C = torch.randn(9, 7, generator=dice)
+    best = (C - truncate(C, 3)).norm()
     assert torch.linalg.matrix_rank(truncate(C, 3)) == 3
-    assert all((C - torch.randn(9, 3, generator=dice) @ torch.randn(3, 7, generator=dice)/3).norm() > best for _ in range(50))
+    assert all((C - torch.randn(9, 3,
+                                generator=dice) @ torch.randn(3, 7, generator=dice)/3).norm() > best
+               for _ in range(50))
     assert torch.isclose(best, torch.linalg.svdvals(C)[3:].square().sum().sqrt())
 
 class Thin(torch.nn.Module):
     "What the wrong ones below have in common"
+
     def __init__(self, W, r, alpha):
-        super().__init__(); out, inp = W.shape; self.r, self.alpha = r, alpha
-        self.A, self.B = torch.nn.Parameter(torch.randn(r, inp)), torch.nn.Parameter(torch.zeros(out, r))
-    def forward(self, W): return W + self.alpha/self.r*self.B @ self.A
+        super().__init__()
+        out, inp = W.shape
+        self.r, self.alpha = r, alpha
+        self.A, self.B = torch.nn.Parameter(torch.randn(r, inp)), torch.nn.Parameter(
+            torch.zeros(out, r))
+
+    def forward(self, W):
+        return W + self.alpha/self.r*self.B @ self.A
 
 def wrong_thin():
     class Unscaled(Thin):
-        def forward(self, W): return W + self.B @ self.A
+        def forward(self, W):
+            return W + self.B @ self.A
     class OnlyAlpha(Thin):
-        def forward(self, W): return W + self.alpha*self.B @ self.A
+        def forward(self, W):
+            return W + self.alpha*self.B @ self.A
     class Alone(Thin):
-        def forward(self, W): return self.alpha/self.r*self.B @ self.A
+        def forward(self, W):
+            return self.alpha/self.r*self.B @ self.A
     class BothZero(Thin):
-        def __init__(self, W, r, alpha): super().__init__(W, r, alpha); self.A.data.zero_()
+        def __init__(self, W, r, alpha):
+            super().__init__(W, r, alpha)
+            self.A.data.zero_()
     class BothRandom(Thin):
-        def __init__(self, W, r, alpha): super().__init__(W, r, alpha); self.B.data.normal_()
+        def __init__(self, W, r, alpha):
+            super().__init__(W, r, alpha)
+            self.B.data.normal_()
     class TurnedRound(Thin): # A before B
-        def __init__(self, W, r, alpha): super().__init__(W, r, alpha); self.A, self.B = torch.nn.Parameter(self.A.detach().T), torch.nn.Parameter(self.B.detach().T)
-        def forward(self, W): return W + self.alpha/self.r*(self.A @ self.B).T
+        def __init__(self, W, r, alpha):
+            super().__init__(W, r, alpha)
+            self.A, self.B = torch.nn.Parameter(self.A.detach().T), torch.nn.Parameter(
+                self.B.detach().T)
+
+        def forward(self, W):
+            return W + self.alpha/self.r*(self.A @ self.B).T
     class TrainsTheWeight(Thin):
-        def __init__(self, W, r, alpha): super().__init__(W, r, alpha); self.W = torch.nn.Parameter(W)
+        def __init__(self, W, r, alpha):
+            super().__init__(W, r, alpha)
+            self.W = torch.nn.Parameter(W)
     class Ones(Thin):
-        def __init__(self, W, r, alpha): super().__init__(W, r, alpha); self.A.data.fill_(1.)
+        def __init__(self, W, r, alpha):
+            super().__init__(W, r, alpha)
+            self.A.data.fill_(1.)
     class RootOfR(Thin):
-        def forward(self, W): return W + self.alpha/self.r**.5*self.B @ self.A
-    return ((Unscaled, 'the factor `alpha/r` is missing'), (OnlyAlpha, 'yours is `alpha`'), (Alone, 'Add it to `W`'), (BothZero, 'for ever'), (BothRandom, 'another one before it has learned'),
-            (TurnedRound, 'so that `B @ A` fits'), (TrainsTheWeight, 'stays frozen'), (Ones, 'rank 1'), (RootOfR, 'It is `W + alpha/r * B @ A`'))
+        def forward(self, W):
+            return W + self.alpha/self.r**.5*self.B @ self.A
+    return ((Unscaled, 'the factor `alpha/r` is missing'), (OnlyAlpha, 'yours is `alpha`'),
+            (Alone, 'Add it to `W`'), (BothZero, 'for ever'), (BothRandom, 'another one before it has learned'),
+            (TurnedRound, 'so that `B @ A` fits'), (TrainsTheWeight, 'stays frozen'),
+            (Ones, 'rank 1'), (RootOfR, 'It is `W + alpha/r * B @ A`'))
 
 @pytest.mark.parametrize('yours, message', wrong_thin(), ids=lambda x: getattr(x, '__name__', ''))
-def test_wrong_thin_changes(yours, message): assert message in said(yours, 'LowRank')
+def test_wrong_thin_changes(yours, message):
+    assert message in said(yours, 'LowRank')
 
-def test_a_right_one_written_otherwise_passes(): assert ftlab.check(Thin, name='LowRank')
+def test_a_right_one_written_otherwise_passes():
+    assert ftlab.check(Thin, name='LowRank')
 
 # --- the solutions are the methods
 
 def test_our_low_rank_is_ftlabs():
-    W = torch.randn(6, 4); a, b = LowRank(W, 3, 12.), LoRA(W, r=3, alpha=12.)
-    with torch.no_grad(): a.B.normal_(); b.A.copy_(a.A); b.B.copy_(a.B)
-    assert torch.allclose(a(W), b(W)) and dict(a.named_parameters()).keys() == dict(b.named_parameters()).keys()
+    W = torch.randn(6, 4)
+    a, b = LowRank(W, 3, 12.), LoRA(W, r=3, alpha=12.)
+    with torch.no_grad():
+        a.B.normal_()
+        b.A.copy_(a.A)
+        b.B.copy_(a.B)
+    assert (torch.allclose(a(W), b(W))
+            and dict(a.named_parameters()).keys() == dict(b.named_parameters()).keys())
 
 def test_our_half_update_trains_in_a_run_and_leaves_the_rest_bit_equal():
-    model, tok = ftlab.load('lab-s'); before = {n: p.detach().clone() for n, p in model.named_parameters()}; name = 'model.layers.0.mlp.up_proj.weight'
+    model, tok = ftlab.load('lab-s')
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    name = 'model.layers.0.mlp.up_proj.weight'
     mask = torch.rand(before[name].shape, generator=torch.Generator().manual_seed(0)) < .5
-    class Mine(HalfUpdate): site, config = 'weight', {} # what ftlab asks of a change besides
-    run = ftlab.fit(model, tok, ftlab.data('new-procedure', n=200), Recipe('mine', select=lambda model, batches=None, seed=0: {name: mask}, delta=Mine), steps=3, progress=False, weight_decay=.1)
+
+    class Mine(HalfUpdate):
+        site, config = 'weight', {} # what ftlab asks of a change besides
+
+    run = ftlab.fit(model, tok, ftlab.data('new-procedure', n=200),
+                    Recipe('mine', select=lambda model, batches=None, seed=0: {name: mask},
+                           delta=Mine), steps=3, progress=False, weight_decay=.1)
     change = run.delta.tensors()
-    assert list(change) == [name] and (change[name][mask] != 0).all() and (change[name][~mask] == 0).all()
+    assert (list(change) == [name] and (change[name][mask] != 0).all()
+            and (change[name][~mask] == 0).all())
 
 def test_the_naked_loop_of_the_page_is_the_recipe():
     "What the chapter asserts on five steps, with other data and another draw"
-    model, tok = ftlab.load('lab-s'); before = {n: p.detach().clone() for n, p in model.named_parameters()}; moving = half()(model, seed=3)
-    ftlab.fit(model, tok, ftlab.data('new-language', n=200), ftlab.methods.hft(), steps=3, seed=3, progress=False)
-    assert {n for n, p in model.named_parameters() if not torch.equal(p, before[n])} == set(moving) and 0 < len(moving) < len(before)
+    model, tok = ftlab.load('lab-s')
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    moving = half()(model, seed=3)
+    ftlab.fit(model, tok, ftlab.data('new-language', n=200), ftlab.methods.hft(), steps=3, seed=3,
+              progress=False)
+    assert ({n for n, p in model.named_parameters() if not torch.equal(p, before[n])} == set(moving)
+            and 0 < len(moving) < len(before))
 
 # --- the pages
 
 @pytest.mark.parametrize('page', PAGES)
 def test_a_page_keeps_its_promises(page):
-    code = [c['source'] for c in cells(page) if c['cell_type'] == 'code']; text = '\n'.join(c['source'] for c in cells(page) if c['cell_type'] == 'markdown')
+    code = [c['source'] for c in cells(page) if c['cell_type'] == 'code']
+    text = '\n'.join(c['source'] for c in cells(page) if c['cell_type'] == 'markdown')
     assert not any('#| export' in c or '#| default_exp' in c for c in code), 'a chapter exports nothing'
     assert any(c.strip().endswith(f"ftlab.chapter('{page[7:-6]}')") for c in code)
     assert any('my_guess' in c for c in code), 'the reader predicts nothing'
-    widget = next(c for c in code if 'interact(' in c); still = [c for c in code if 'fig-alt' in c and re.search(r'\bdraw\(', c)]
-    assert "'JPY_SESSION_NAME' in os.environ" in widget and 'draw(' in widget and still, 'the same draw, once as a still grid and once by hand'
-    for e in PAGES[page]: assert any(f"ftlab.exercise('{e.__name__}')" == c.strip() for c in code) and any(f'ftlab.check({e.__name__})' in c for c in code)
-    assert all(h in text for h in ('Three sentences to remember', '## Exercises', '## What comes next')) and 5 <= len(re.findall(r'^## \d', text, re.M)) <= 8
+    widget = next(c for c in code if 'interact(' in c)
+    still = [c for c in code if 'fig-alt' in c and re.search(r'\bdraw\(', c)]
+    assert ("'JPY_SESSION_NAME' in os.environ" in widget and 'draw(' in widget
+            and still), 'the same draw, once as a still grid and once by hand'
+    for e in PAGES[page]:
+        assert (any(f"ftlab.exercise('{e.__name__}')" == c.strip() for c in code)
+                and any(f'ftlab.check({e.__name__})' in c for c in code))
+    assert (all(h in text for h in ('Three sentences to remember', '## Exercises',
+                                    '## What comes next')) and 5 <= len(
+                                        re.findall(r'^## \d', text, re.M)) <= 8)
 
 @pytest.mark.parametrize('page', PAGES)
 def test_every_figure_has_words_for_those_who_cannot_see_it(page):
     for c in cells(page):
-        if any('image/svg+xml' in o.get('data', {}) for o in c.get('outputs', [])): assert re.search(r'^#\| fig-alt: .{40,}', c['source'], re.M), c['source'][:80]
+        if any('image/svg+xml' in o.get('data', {}) for o in c.get('outputs', [])):
+            assert re.search(r'^#\| fig-alt: .{40,}', c['source'], re.M), c['source'][:80]

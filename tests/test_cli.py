@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig,
+                          BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast)
 import ftlab
 from ftlab.adapters.merging.lines import by_depth, merge_lines
 from ftlab.adapters.edit import merge, saved
@@ -14,60 +15,94 @@ from ftlab.cli import main, merge_rules, merged_change, _list
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
     "A folder with a tiny language model, a tiny encoder and data for each"
-    d = tmp_path_factory.mktemp('cli'); torch.manual_seed(0)
-    t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(['<pad>', '<eos>', '<unk>', 'plus', 'is', *map(str, range(40))])}, unk_token='<unk>')); t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tok = PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', eos_token='<eos>', unk_token='<unk>'); sizes = dict(vocab_size=len(tok), hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4)
-    for name, m in dict(lm=LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1)), enc=BertModel(BertConfig(**sizes, max_position_embeddings=64, pad_token_id=0))).items(): m.save_pretrained(d/name); tok.save_pretrained(d/name)
+    d = tmp_path_factory.mktemp('cli')
+    torch.manual_seed(0)
+    t = Tokenizer(models.WordLevel(
+        {w: i for i, w in enumerate(['<pad>', '<eos>', '<unk>', 'plus', 'is',
+                                     *map(str, range(40))])}, unk_token='<unk>'))
+    t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tok = PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', eos_token='<eos>',
+                                  unk_token='<unk>')
+    sizes = dict(vocab_size=len(tok), hidden_size=32, intermediate_size=80, num_hidden_layers=2,
+                 num_attention_heads=4)
+    for name, m in dict(lm=LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2,
+                                                        tie_word_embeddings=True, pad_token_id=0,
+                                                        eos_token_id=1)), enc=BertModel(
+                                                            BertConfig(**sizes, max_position_embeddings=64, pad_token_id=0))).items():
+        m.save_pretrained(d/name)
+        tok.save_pretrained(d/name)
     lines = lambda rows: ''.join(json.dumps(r) + '\n' for r in rows)
-    (d/'sums.jsonl').write_text(lines([dict(prompt=f'{i} plus {j} is', response=str(i + j)) for i in range(20) for j in range(20)]))
-    (d/'big.jsonl').write_text(lines([dict(text=f'{i} plus {j}', label='big' if i + j > 20 else 'small') for i in range(20) for j in range(20)]))
-    (d/'broken.jsonl').write_text('{"prompt": "1", "response": "1"}\n{"prompt": "2", "resp\n'); (d/'empty.jsonl').write_text('')
-    (d/'asked.jsonl').write_text(lines([dict(question=f'{i} is', answer=str(i)) for i in range(40)]))
+    (d/'sums.jsonl').write_text(lines([dict(prompt=f'{i} plus {j} is', response=str(i + j))
+                                       for i in range(20) for j in range(20)]))
+    (d/'big.jsonl').write_text(lines(
+        [dict(text=f'{i} plus {j}', label='big' if i + j > 20 else 'small') for i in range(20)
+         for j in range(20)]))
+    (d/'broken.jsonl').write_text('{"prompt": "1", "response": "1"}\n{"prompt": "2", "resp\n')
+    (d/'empty.jsonl').write_text('')
+    (d/'asked.jsonl').write_text(lines([dict(question=f'{i} is', answer=str(i))
+                                        for i in range(40)]))
     return d
 
 @pytest.fixture
 def call(made, tmp_path, monkeypatch, capfd):
-    "call(line) -> (exit code, standard output, standard error); {d} is the folder of models and data"
+    """call(line) -> (exit code, standard output, standard error); {d} is the folder of models and
+    data"""
     monkeypatch.chdir(tmp_path)
     def run(line):
-        try: code = main([x.format(d=made) for x in line.split()])
-        except SystemExit as e: code = e.code
-        out, err = capfd.readouterr(); return code, out, err
+        try:
+            code = main([x.format(d=made) for x in line.split()])
+        except SystemExit as e:
+            code = e.code
+        out, err = capfd.readouterr()
+        return code, out, err
     return run
 
 FAST = '--steps 4 --batch-size 4 --items 10'
 LM = '--model {d}/lm --data {d}/sums.jsonl ' + FAST
 
 def test_compare_prints_one_json_object_and_keeps_the_page(call, tmp_path):
-    code, out, err = call(f'compare {LM} --methods full,lora(r=2,alpha=4) --seeds 1 --no-tune --out here --json'); r = json.loads(out)
+    code, out, err = call(f'compare {LM} --methods full,lora(r=2,alpha=4) --seeds 1 --no-tune --out here --json')
+    r = json.loads(out)
     assert code == 0 and [m['name'] for m in r['methods']] == ['full', 'lora(r=2,alpha=4)'] and 'full at' in err
-    assert json.loads((tmp_path/'here/result.json').read_text()) == r and (tmp_path/'here/index.html').exists() and (tmp_path/'here/tradeoff.png').exists()
+    assert (json.loads((tmp_path/'here/result.json').read_text()) == r
+            and (tmp_path/'here/index.html').exists() and (tmp_path/'here/tradeoff.png').exists())
     code, out, err = call(f'compare {LM} --methods full,lora(r=2,alpha=4) --seeds 1 --no-tune --out here')
     assert code == 0 and 'index.html' in out and 'gain' in out
 
 def test_tuning_takes_the_rates_given(call):
     r = json.loads(call(f'compare {LM} --methods full --seeds 1 --lrs 1e-3,3e-3 --out here --json')[1])
-    assert [x for x, _ in r['tuning']['methods']['full']['tried']][:1] and {1e-3, 3e-3} <= {x for x, _ in r['tuning']['methods']['full']['tried']}
+    assert ([x for x, _ in r['tuning']['methods']['full']['tried']][:1]
+            and {1e-3, 3e-3} <= {x for x, _ in r['tuning']['methods']['full']['tried']})
 
 def test_fit_then_merge_gives_the_model_that_was_exported(call, tmp_path):
-    code, out, err = call(f'fit {LM} --method lora(r=2) --lr 1e-2 --out run --export merged --json'); r = json.loads(out)
-    assert code == 0 and r['recipe']['name'] == 'lora(r=2)' and r['after'] != r['before'] and r['saved_bytes'] == (tmp_path/'run/delta.safetensors').stat().st_size
-    assert len((tmp_path/'run/log.jsonl').read_text().splitlines()) == 4 and json.loads((tmp_path/'run/run.json').read_text())['data'].endswith('sums.jsonl')
+    code, out, err = call(f'fit {LM} --method lora(r=2) --lr 1e-2 --out run --export merged --json')
+    r = json.loads(out)
+    assert (code == 0 and r['recipe']['name'] == 'lora(r=2)' and r['after'] != r['before']
+            and r['saved_bytes'] == (tmp_path/'run/delta.safetensors').stat().st_size)
+    assert (len((tmp_path/'run/log.jsonl').read_text().splitlines()) == 4
+            and json.loads((tmp_path/'run/run.json').read_text())['data'].endswith('sums.jsonl'))
     assert call('merge --delta run/delta.safetensors --out again')[0] == 0 # run.json beside it knows the base
     a, b = (AutoModelForCausalLM.from_pretrained(tmp_path/f).state_dict() for f in ('merged', 'again'))
     assert all(torch.equal(a[k], b[k]) for k in a) and a.keys() == b.keys()
 
 def test_labels_survive_the_merge(call, tmp_path):
-    assert call(f'fit --model {{d}}/enc --data {{d}}/big.jsonl {FAST} --seed 3 --out run --export merged')[0] == 0 and call('merge --delta run/delta.safetensors --out again')[0] == 0
+    assert (call(f'fit --model {{d}}/enc --data {{d}}/big.jsonl {FAST} --seed 3 --out run --export '
+                 'merged')[0] == 0 and call('merge --delta run/delta.safetensors --out again')[
+                     0] == 0)
     a, b = (AutoModelForSequenceClassification.from_pretrained(tmp_path/f) for f in ('merged', 'again'))
-    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values())) and set(b.config.id2label.values()) == {'big', 'small'}
+    assert (all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+            and set(b.config.id2label.values()) == {'big', 'small'})
 
 def test_a_run_is_resumed(call, tmp_path):
     ask = 'fit --model {d}/lm --data {d}/sums.jsonl --steps 6 --batch-size 4 --items 10 --save-every 3 --out run'
-    assert call(ask)[0] == 0; whole = load_file(tmp_path/'run/delta.safetensors')
-    (tmp_path/'run/delta.safetensors').unlink(); assert call(ask + ' --resume')[0] == 0; again = load_file(tmp_path/'run/delta.safetensors')
+    assert call(ask)[0] == 0
+    whole = load_file(tmp_path/'run/delta.safetensors')
+    (tmp_path/'run/delta.safetensors').unlink()
+    assert call(ask + ' --resume')[0] == 0
+    again = load_file(tmp_path/'run/delta.safetensors')
     assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
-    code, out, err = call(ask.replace('4 --items', '8 --items') + ' --resume'); assert code == 1 and 'batch_size' in err
+    code, out, err = call(ask.replace('4 --items', '8 --items') + ' --resume')
+    assert code == 1 and 'batch_size' in err
 
 def test_columns_and_eval(call):
     code, out, err = call(f'fit --model {{d}}/lm --data {{d}}/asked.jsonl --eval {{d}}/asked.jsonl --columns prompt=question,response=answer {FAST} --out run --json')
@@ -75,26 +110,44 @@ def test_columns_and_eval(call):
     assert 'write ours=theirs' in call(f'fit --model {{d}}/lm --data {{d}}/asked.jsonl --columns question {FAST} --out run')[2]
 
 def test_dry_run_says_what_it_takes_and_leaves_nothing(call, tmp_path):
-    code, out, err = call(f'compare {LM} --methods full,lora(r=2) --seeds 3 --dry-run --json'); e = json.loads(out); full, lora = e['methods']
+    code, out, err = call(f'compare {LM} --methods full,lora(r=2) --seeds 3 --dry-run --json')
+    e = json.loads(out)
+    full, lora = e['methods']
     n = ftlab.load(json.loads(out)['model'])[0].num_parameters()
-    assert code == 0 and full['trainable'] == n and full['memory']['weights'] == full['memory']['gradients'] == 4*n and full['bytes'] == sum(full['memory'].values()) > lora['bytes'] > 4*n
-    assert (full['cells'], full['tuning']) == (3, 3) and e['seconds'] > 0 and e['fits'] and not list(tmp_path.iterdir())
+    assert (code == 0 and full['trainable'] == n and full['memory']['weights']
+            == full['memory']['gradients'] == 4*n
+            and full['bytes'] == sum(full['memory'].values()) > lora['bytes'] > 4*n)
+    assert ((full['cells'], full['tuning']) == (3, 3) and e['seconds'] > 0 and e['fits']
+            and not list(tmp_path.iterdir()))
     assert abs(full['tokens'] - 6*4*full['tokens_per_step']) <= 1
     assert 'numbers trained' in call(f'fit {LM} --method lora(r=2) --dry-run')[1]
 
 class Holds:
     "Notes the bytes of the gradients"
-    def after_backward(self, state): self.bytes = sum(p.grad.numel()*p.grad.element_size() for p in state.attached.parameters().values())
+
+    def after_backward(self, state):
+        self.bytes = sum(p.grad.numel()*p.grad.element_size()
+                         for p in state.attached.parameters().values())
 
 @pytest.mark.parametrize('method', ['full', 'lora(r=2)', 'hft', 'dft'])
 @pytest.mark.parametrize('model,rows', [('lm', 'sums'), ('enc', 'big')])
 def test_weights_gradients_and_averages_are_exact(call, made, tmp_path, method, model, rows):
-    "What is planned from the config is what a run holds: its parameters, its gradients, and what AdamW puts into a checkpoint"
-    m = json.loads(call(f'fit --model {{d}}/{model} --data {{d}}/{rows}.jsonl {FAST} --method {method} --dry-run --json')[1])['methods'][0]; planned = m['memory']
-    data = ftlab.data(made/f'{rows}.jsonl'); net, tok = ftlab.load(made/model, labels=data.labels); weights = sum(p.numel()*p.element_size() for p in net.parameters()); held = Holds()
-    run = ftlab.fit(net, tok, data, ftlab.methods.get(method), steps=1, batch_size=4, out=tmp_path/'run', save_every=1, callbacks=(held,), progress=False)
-    state = sum(v.numel()*v.element_size() for k, v in load_file(tmp_path/'run/checkpoint.safetensors').items() if k.startswith('step|'))
-    assert (planned['weights'], planned['gradients'], planned['optimizer']) == (weights, held.bytes, state) and m['trainable'] == run.cost['trainable'] + run.cost['head']
+    """What is planned from the config is what a run holds: its parameters, its gradients, and what
+    AdamW puts into a checkpoint"""
+    m = json.loads(call(f'fit --model {{d}}/{model} --data {{d}}/{rows}.jsonl {FAST} --method '
+                        f'{method} --dry-run --json')[1])['methods'][0]
+    planned = m['memory']
+    data = ftlab.data(made/f'{rows}.jsonl')
+    net, tok = ftlab.load(made/model, labels=data.labels)
+    weights = sum(p.numel()*p.element_size() for p in net.parameters())
+    held = Holds()
+    run = ftlab.fit(net, tok, data, ftlab.methods.get(method), steps=1, batch_size=4,
+                    out=tmp_path/'run', save_every=1, callbacks=(held,), progress=False)
+    state = sum(v.numel()*v.element_size()
+                for k, v in load_file(tmp_path/'run/checkpoint.safetensors').items()
+                if k.startswith('step|'))
+    assert ((planned['weights'], planned['gradients'], planned['optimizer'])
+            == (weights, held.bytes, state) and m['trainable'] == run.cost['trainable'] + run.cost['head'])
     assert bool(planned['delta']) == ('lora' in method) and planned['activations'] > 0
 
 def test_activations_are_what_a_real_pass_keeps(made):
@@ -102,8 +155,12 @@ def test_activations_are_what_a_real_pass_keeps(made):
     from torch._subclasses.fake_tensor import FakeTensorMode
     from ftlab.cli import kept_bytes
     from ftlab.core.loading import skeleton
-    ids = torch.ones(3, 11, dtype=torch.long); real = kept_bytes(ftlab.load(made/'lm')[0].train(), dict(input_ids=ids), ids)
-    with FakeTensorMode(): ids = torch.ones(3, 11, dtype=torch.long); assert kept_bytes(skeleton(made/'lm', device='cpu')[0].train(), dict(input_ids=ids), ids) == real > 0
+    ids = torch.ones(3, 11, dtype=torch.long)
+    real = kept_bytes(ftlab.load(made/'lm')[0].train(), dict(input_ids=ids), ids)
+    with FakeTensorMode():
+        ids = torch.ones(3, 11, dtype=torch.long)
+        assert kept_bytes(skeleton(made/'lm', device='cpu')[0].train(), dict(input_ids=ids),
+                          ids) == real > 0
 
 PEAK = """
 import torch, ftlab, json, sys
@@ -115,45 +172,76 @@ print(run.cost['peak_bytes'])
 @pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='peak memory is read from /proc')
 @pytest.mark.parametrize('method,mapped,factor', [('full', True, 1.5), ('lora', False, 3)])
 def test_the_peak_is_as_near_to_the_plan_as_the_page_says(method, mapped, factor):
-    "mapped: the C library gives every large tensor back to the system when it is freed, so that the process is as large as its tensors"
+    """mapped: the C library gives every large tensor back to the system when it is freed, so that
+    the process is as large as its tensors"""
     from ftlab.cli import PARTS, parser, planned
-    data = ftlab.data('new-procedure', n=400); m = planned(parser().parse_args(f'fit --model lab-s --data new-procedure --batch-size 192 --method {method}'.split()), ftlab.methods.get(method), data)['memory']
-    env = os.environ | dict(PYTHONPATH=str(Path(__file__).parent.parent), OMP_NUM_THREADS='1') | (dict(MALLOC_MMAP_THRESHOLD_='65536') if mapped else {})
-    run = subprocess.run([sys.executable, '-c', PEAK, method], capture_output=True, text=True, env=env); assert run.returncode == 0, run.stderr
-    peak, plan = int(run.stdout.split()[-1]), sum(m[k] for k in PARTS) - m['weights'] # the model is loaded before the peak is taken
+    data = ftlab.data('new-procedure', n=400)
+    m = planned(parser().parse_args('fit --model lab-s --data new-procedure --batch-size 192 '
+                                    f'--method {method}'.split()), ftlab.methods.get(method), data)['memory']
+    env = os.environ | dict(PYTHONPATH=str(Path(__file__).parent.parent),
+                            OMP_NUM_THREADS='1') | (dict(MALLOC_MMAP_THRESHOLD_='65536') if mapped
+                                                    else {})
+    run = subprocess.run([sys.executable, '-c', PEAK, method], capture_output=True, text=True,
+                         env=env)
+    assert run.returncode == 0, run.stderr
+    # the model is loaded before the peak is taken
+    peak, plan = int(run.stdout.split()[-1]), sum(m[k] for k in PARTS) - m['weights']
     assert plan/factor < peak < factor*plan, (peak, plan)
 
 @pytest.fixture(scope='module')
 def giant(made, tmp_path_factory):
-    "A folder with the config of a model of 70 billion numbers and a weight file that nobody should open"
-    d = tmp_path_factory.mktemp('giant'); tok = PreTrainedTokenizerFast.from_pretrained(made/'lm'); tok.save_pretrained(d)
-    LlamaConfig(vocab_size=128256, hidden_size=16384, intermediate_size=57344, num_hidden_layers=20, num_attention_heads=128, num_key_value_heads=8, dtype='bfloat16', architectures=['LlamaForCausalLM']).save_pretrained(d)
-    write_hollow(d/'model.safetensors'); return d
+    """A folder with the config of a model of 70 billion numbers and a weight file that nobody
+    should open"""
+    d = tmp_path_factory.mktemp('giant')
+    tok = PreTrainedTokenizerFast.from_pretrained(made/'lm')
+    tok.save_pretrained(d)
+    LlamaConfig(vocab_size=128256, hidden_size=16384, intermediate_size=57344, num_hidden_layers=20,
+                num_attention_heads=128, num_key_value_heads=8, dtype='bfloat16',
+                architectures=['LlamaForCausalLM']).save_pretrained(d)
+    write_hollow(d/'model.safetensors')
+    return d
 
 def write_hollow(path):
-    "A whole safetensors file of half a gigabyte that takes no room on the disk: a header, and a hole"
+    """A whole safetensors file of half a gigabyte that takes no room on the disk: a header, and a
+    hole"""
     size = 2*8192*1024
-    head = {f'w{i}': dict(dtype='BF16', shape=[8192, 1024], data_offsets=[i*size, (i + 1)*size]) for i in range(30)}
+    head = {f'w{i}': dict(dtype='BF16', shape=[8192, 1024], data_offsets=[i*size, (i + 1)*size])
+            for i in range(30)}
     text = json.dumps(head).encode()
     with open(path, 'wb') as f:
         f.write(len(text).to_bytes(8, 'little') + text)
         f.truncate(8 + len(text) + 30*size)
 
 def test_what_is_too_large_says_so_and_is_not_opened(call, giant, tmp_path):
-    code, out, err = call(f'compare --methods full,lora --model {giant} --data {{d}}/sums.jsonl {FAST} --dry-run --json'); e = json.loads(out); m, lora = e['methods']
-    assert code == 1 and e['fits'] is False and e['seconds'] is None and 70e9 < m['trainable'] < 75e9 and m['memory']['weights'] == 2*m['trainable'] and m['memory']['optimizer'] > 2*m['memory']['weights']
-    assert lora['memory']['weights'] == m['memory']['weights'] and lora['memory']['optimizer'] < m['memory']['optimizer']/50 and not list(tmp_path.iterdir())
-    code, out, err = call(f'fit --model {giant} --data {{d}}/sums.jsonl {FAST} --dry-run'); assert code == 1 and 'it does not fit' in out
+    code, out, err = call(f'compare --methods full,lora --model {giant} --data {{d}}/sums.jsonl '
+                          f'{FAST} --dry-run --json')
+    e = json.loads(out)
+    m, lora = e['methods']
+    assert (code == 1 and e['fits'] is False and e['seconds'] is None
+            and 70e9 < m['trainable'] < 75e9 and m['memory']['weights'] == 2*m['trainable']
+            and m['memory']['optimizer'] > 2*m['memory']['weights'])
+    assert (lora['memory']['weights'] == m['memory']['weights']
+            and lora['memory']['optimizer'] < m['memory']['optimizer']/50
+            and not list(tmp_path.iterdir()))
+    code, out, err = call(f'fit --model {giant} --data {{d}}/sums.jsonl {FAST} --dry-run')
+    assert code == 1 and 'it does not fit' in out
 
 def test_a_limit_on_memory_counts(call, monkeypatch):
-    monkeypatch.setattr('ftlab.cli.available', lambda device='cpu': 1000); monkeypatch.setattr(ftlab, 'load', lambda *a, **kw: pytest.fail('the weights were read'), raising=False)
-    code, out, err = call(f'compare {LM} --methods full,lift --dry-run --json' if 'lift' in ftlab.methods.names() else f'compare {LM} --methods full --dry-run --json')
+    monkeypatch.setattr('ftlab.cli.available', lambda device='cpu': 1000)
+    monkeypatch.setattr(ftlab, 'load', lambda *a, **kw: pytest.fail('the weights were read'),
+                        raising=False)
+    code, out, err = call(f'compare {LM} --methods full,lift --dry-run --json'
+                          if 'lift' in ftlab.methods.names() else f'compare {LM} --methods full --dry-run --json')
     assert code == 1 and json.loads(out)['fits'] is False
-    monkeypatch.setattr('ftlab.cli.available', lambda device='cpu': None); monkeypatch.undo(); assert 'cuda:99' in call(f'compare {LM} --methods full --device cuda:99 --dry-run')[2]
+    monkeypatch.setattr('ftlab.cli.available', lambda device='cpu': None)
+    monkeypatch.undo()
+    assert 'cuda:99' in call(f'compare {LM} --methods full --device cuda:99 --dry-run')[2]
 
 def test_methods_and_skills(call):
-    code, out, err = call('methods --json'); assert code == 0 and {'full', 'hft', 'lora', 'dft', 'grpo', 'eft'} <= set(json.loads(out))
-    code, out, err = call('skills --model {d}/lm'); assert code == 1 and 'does not speak the words of the lab' in err
+    code, out, err = call('methods --json')
+    assert code == 0 and {'full', 'hft', 'lora', 'dft', 'grpo', 'eft'} <= set(json.loads(out))
+    code, out, err = call('skills --model {d}/lm')
+    assert code == 1 and 'does not speak the words of the lab' in err
 
 # ---- wrong input: one line, the right exit code, nothing on standard output, no traceback
 WRONG = {
@@ -163,117 +251,184 @@ WRONG = {
     'missing file': ('fit --model {d}/lm --data {d}/sum.jsonl', 1, ['no file', "did you mean 'sums.jsonl'"]),
     'broken line': ('fit --model {d}/lm --data {d}/broken.jsonl', 1, ['broken.jsonl, line 2', 'not JSON']),
     'no rows': ('compare --model {d}/lm --data {d}/empty.jsonl --methods full', 1, ['empty.jsonl has no rows']),
-    'missing column': ('fit --model {d}/lm --data {d}/asked.jsonl', 1, ["columns={'prompt': 'question', 'response': 'answer'}"]),
+    'missing column': ('fit --model {d}/lm --data {d}/asked.jsonl', 1,
+                       ["columns={'prompt': 'question', 'response': 'answer'}"]),
     'unknown skill': ('fit --model {d}/lm --data new-langage', 1, ["did you mean 'new-language'"]),
-    'unknown lab model': ('fit --model lab-x --data new-language', 1, ['lab-x is neither a folder nor a lab model', 'lab-s']),
+    'unknown lab model': ('fit --model lab-x --data new-language', 1,
+                          ['lab-x is neither a folder nor a lab model', 'lab-s']),
     'unknown folder': ('fit --model {d}/none --data {d}/sums.jsonl', 1, ['is neither a folder nor a lab model']),
     'labels all masked': (f'fit {LM} --max-length 3', 1, ['max_length=3 leaves no label', 'every row fits whole']),
     'labels for a language model': (f'compare {LM} --methods full --metric accuracy', 1, ['accuracy needs labels']),
     'an absent GPU': (f'compare {LM} --methods full --device cuda:99', 1, ['cuda:99', 'cpu']),
     'a delta that is not there': ('merge --model {d}/lm --delta none.safetensors --out x', 1, ['no delta at']),
     'a delta without its base': ('merge --delta {d}/sums.jsonl --out x', 1, ['name the base with --model']),
-    'no command': ('', 2, ['required']), 'unknown command': ('comp', 2, ['invalid choice']), 'no data': ('fit --model lab-s', 2, ['--data']),
-    'steps that are no number': (f'fit {LM} --steps many', 2, ["'many' must be a whole number above 0"]), 'no seeds': (f'compare {LM} --methods full --seeds 0', 2, ['above 0'])}
+    'no command': ('', 2, ['required']), 'unknown command': ('comp', 2, ['invalid choice']),
+    'no data': ('fit --model lab-s', 2, ['--data']),
+    'steps that are no number': (f'fit {LM} --steps many', 2,
+                                 ["'many' must be a whole number above 0"]),
+    'no seeds': (f'compare {LM} --methods full --seeds 0', 2, ['above 0'])}
 
 @pytest.mark.parametrize('name', WRONG)
 def test_errors_are_one_line(call, name):
-    line, want, words = WRONG[name]; code, out, err = call(line); last = err.strip().splitlines()
-    assert code == want and out == '' and len(last) == 1 and last[0].startswith('ftlab: ') and all(w in last[0] for w in words), err
+    line, want, words = WRONG[name]
+    code, out, err = call(line)
+    last = err.strip().splitlines()
+    assert (code == want and out == '' and len(last) == 1 and last[0].startswith('ftlab: ')
+            and all(w in last[0] for w in words)), err
 
 def test_a_delta_for_another_base(call, made, tmp_path):
     assert call(f'fit {LM} --out run')[0] == 0
-    model, tok = ftlab.load(made/'lm'); model.model.embed_tokens.weight.data += 1; model.save_pretrained(tmp_path/'other'); tok.save_pretrained(tmp_path/'other')
-    code, out, err = call('merge --model other --delta run/delta.safetensors --out x'); assert code == 1 and 'another base' in err and 'embed_tokens' in err and not (tmp_path/'x').exists()
+    model, tok = ftlab.load(made/'lm')
+    model.model.embed_tokens.weight.data += 1
+    model.save_pretrained(tmp_path/'other')
+    tok.save_pretrained(tmp_path/'other')
+    code, out, err = call('merge --model other --delta run/delta.safetensors --out x')
+    assert (code == 1 and 'another base' in err and 'embed_tokens' in err
+            and not (tmp_path/'x').exists())
 
 # ---- several changes, one model
 
 @pytest.fixture(scope='module')
 def tuned(made, tmp_path_factory):
-    "Folders that ftlab fit wrote: `a` and `b` of one base, `x` and `y` classifiers whose heads begin at different seeds; and another base"
-    d = tmp_path_factory.mktemp('tuned'); sums, big = f'--model {made}/lm --data {made}/sums.jsonl', f'--model {made}/enc --data {made}/big.jsonl'
-    for name, ask in dict(a=sums, b=f'{sums} --method lora(r=2)', x=big, y=f'{big} --seed 1').items(): assert main(f'fit {ask} {FAST} --lr 1e-2 --out {d}/{name}'.split()) == 0
-    model, tok = ftlab.load(made/'lm'); model.model.embed_tokens.weight.data += 1; model.save_pretrained(d/'other'); tok.save_pretrained(d/'other')
+    """Folders that ftlab fit wrote: `a` and `b` of one base, `x` and `y` classifiers whose heads
+    begin at different seeds; and another base"""
+    d = tmp_path_factory.mktemp('tuned')
+    sums, big = f'--model {made}/lm --data {made}/sums.jsonl', f'--model {made}/enc --data {made}/big.jsonl'
+    for name, ask in dict(a=sums, b=f'{sums} --method lora(r=2)', x=big,
+                          y=f'{big} --seed 1').items():
+        assert main(f'fit {ask} {FAST} --lr 1e-2 --out {d}/{name}'.split()) == 0
+    model, tok = ftlab.load(made/'lm')
+    model.model.embed_tokens.weight.data += 1
+    model.save_pretrained(d/'other')
+    tok.save_pretrained(d/'other')
     return d
 
 def base_and_changes(made, tuned):
-    model, _ = ftlab.load(made/'lm'); return model, saved(model, tuned/'a/delta.safetensors', tuned/'b/delta.safetensors')
+    model, _ = ftlab.load(made/'lm')
+    return model, saved(model, tuned/'a/delta.safetensors', tuned/'b/delta.safetensors')
 
 def holds_base_plus(folder, model, change):
     "Is the folder's model the base plus this change, number by number, and not the base?"
-    got = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters()); base = dict(model.named_parameters()); assert got.keys() == base.keys()
-    for n in got: assert torch.equal(got[n], base[n] + change[n] if n in change else base[n]), n
+    got = dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+    base = dict(model.named_parameters())
+    assert got.keys() == base.keys()
+    for n in got:
+        assert torch.equal(got[n], base[n] + change[n] if n in change else base[n]), n
     assert any(not torch.equal(got[n], base[n]) for n in got)
 
-BY_HAND = {'task-arithmetic': lambda cs, model, x: merge(cs, x), 'breadcrumbs': lambda cs, model, x: merge_breadcrumbs(cs, x), 'lines': lambda cs, model, x: merge_lines(cs, model, x)}
+BY_HAND = {'task-arithmetic': lambda cs, model, x: merge(cs, x),
+           'breadcrumbs': lambda cs, model, x: merge_breadcrumbs(cs, x),
+           'lines': lambda cs, model, x: merge_lines(cs, model, x)}
 
 @pytest.mark.parametrize('scale', [None, .3])
 @pytest.mark.parametrize('rule', merge_rules())
 def test_a_merge_of_several_is_that_of_the_python_call(call, made, tuned, tmp_path, rule, scale):
-    code, out, err = call(f'merge {tuned}/a {tuned}/b/delta.safetensors --rule {rule}' + (f' --scale {scale}' if scale else '') + ' --out merged --json'); r = json.loads(out)
-    x = scale or {'task-arithmetic': 1., 'breadcrumbs': .2, 'lines': .5}[rule]; model, changes = base_and_changes(made, tuned)
-    assert code == 0 and (r['rule'], r['scale'], len(r['deltas'])) == (rule, x, 2); holds_base_plus(tmp_path/'merged', model, BY_HAND[rule](changes, model, x))
+    code, out, err = call(f'merge {tuned}/a {tuned}/b/delta.safetensors --rule '
+                          f'{rule}' + (f' --scale {scale}' if scale else '') + ' --out merged --json')
+    r = json.loads(out)
+    x = scale or {'task-arithmetic': 1., 'breadcrumbs': .2, 'lines': .5}[rule]
+    model, changes = base_and_changes(made, tuned)
+    assert code == 0 and (r['rule'], r['scale'], len(r['deltas'])) == (rule, x, 2)
+    holds_base_plus(tmp_path/'merged', model, BY_HAND[rule](changes, model, x))
 
 def test_without_a_rule_several_changes_are_added_up(call, made, tuned, tmp_path):
-    code, out, err = call(f'merge {tuned}/a --delta {tuned}/b --out merged'); model, (a, b) = base_and_changes(made, tuned)
-    assert code == 0 and out.splitlines() == ['2 changes by task-arithmetic, 1', 'merged']; holds_base_plus(tmp_path/'merged', model, merge([b, a])) # the order of the two does not matter
+    code, out, err = call(f'merge {tuned}/a --delta {tuned}/b --out merged')
+    model, (a, b) = base_and_changes(made, tuned)
+    assert code == 0 and out.splitlines() == ['2 changes by task-arithmetic, 1', 'merged']
+    holds_base_plus(tmp_path/'merged', model, merge([b, a])) # the order of the two does not matter
 
 def test_a_rule_works_on_one_change_too(call, made, tuned, tmp_path):
     model, (a, b) = base_and_changes(made, tuned)
-    assert call(f'merge {tuned}/a --scale .5 --out half')[0] == 0; holds_base_plus(tmp_path/'half', model, {n: .5*t for n, t in a.items()})
-    assert call(f'merge {tuned}/a --rule lines --scale .25 --out sloped')[0] == 0; holds_base_plus(tmp_path/'sloped', model, by_depth(.25, .75)(a, model))
-    with pytest.raises(ValueError, match="rule is 'ties'; it must be task-arithmetic, breadcrumbs, lines"): merged_change([a, b], model, 'ties')
+    assert call(f'merge {tuned}/a --scale .5 --out half')[0] == 0
+    holds_base_plus(tmp_path/'half', model, {n: .5*t for n, t in a.items()})
+    assert call(f'merge {tuned}/a --rule lines --scale .25 --out sloped')[0] == 0
+    holds_base_plus(tmp_path/'sloped', model, by_depth(.25, .75)(a, model))
+    with pytest.raises(ValueError, match="rule is 'ties'; it must be task-arithmetic, breadcrumbs, lines"):
+        merged_change([a, b], model, 'ties')
 
-NO_MERGE = {'another base': ('{t}/a {t}/b --model {t}/other', 1, ['another base', 'tensors differ']), 'an unknown rule': ('{t}/a {t}/b --rule sum', 2, ["invalid choice: 'sum'"]), 'a folder that is not there': ('{t}/a {t}/c', 1, ['no delta at', 'c']),
-    'a folder without a change': ('{t}/a {d}/lm', 1, ['no delta at', 'lm/delta.safetensors', 'ftlab fit']), 'a scale that is no number': ('{t}/a {t}/b --scale much', 2, ["'much'"]), 'nothing to merge': ('', 1, ['name a saved change']),
-    'two bases': ('{t}/a {t}/x', 1, ['not made from one base', 'model is']), 'two heads': ('{t}/x {t}/y', 1, ['not made from one base: seed is 0 in', '1 in'])}
+NO_MERGE = {'another base': ('{t}/a {t}/b --model {t}/other', 1,
+                             ['another base', 'tensors differ']),
+            'an unknown rule': ('{t}/a {t}/b --rule sum', 2, ["invalid choice: 'sum'"]),
+            'a folder that is not there': ('{t}/a {t}/c', 1, ['no delta at', 'c']),
+    'a folder without a change': ('{t}/a {d}/lm', 1,
+                                  ['no delta at', 'lm/delta.safetensors', 'ftlab fit']),
+            'a scale that is no number': ('{t}/a {t}/b --scale much', 2, ["'much'"]),
+            'nothing to merge': ('', 1, ['name a saved change']),
+    'two bases': ('{t}/a {t}/x', 1, ['not made from one base', 'model is']),
+            'two heads': ('{t}/x {t}/y', 1, ['not made from one base: seed is 0 in', '1 in'])}
 
 @pytest.mark.parametrize('name', NO_MERGE)
 def test_what_cannot_be_merged_leaves_nothing(call, made, tuned, tmp_path, name):
-    line, want, words = NO_MERGE[name]; code, out, err = call('merge ' + line.format(t=tuned, d=made) + ' --out here'); last = err.strip().splitlines()
+    line, want, words = NO_MERGE[name]
+    code, out, err = call('merge ' + line.format(t=tuned, d=made) + ' --out here')
+    last = err.strip().splitlines()
     assert code == want and out == '' and len(last) == 1 and all(w in last[0] for w in words), err
     assert not list(tmp_path.iterdir())
 
 def test_a_merge_never_writes_into_what_is_there(call, tuned, tmp_path):
-    (tmp_path/'full').mkdir(); (tmp_path/'full/mine').write_text('keep'); (tmp_path/'file').write_text('keep')
+    (tmp_path/'full').mkdir()
+    (tmp_path/'full/mine').write_text('keep')
+    (tmp_path/'file').write_text('keep')
     for out in ('full', 'file'):
-        code, said, err = call(f'merge {tuned}/a {tuned}/b --out {out}'); assert code == 1 and f"--out '{out}' is not empty; name a new folder" in err
-    assert sorted(p.name for p in tmp_path.rglob('*')) == ['file', 'full', 'mine'] and 'with --out' in call(f'merge {tuned}/a {tuned}/b')[2]
+        code, said, err = call(f'merge {tuned}/a {tuned}/b --out {out}')
+        assert code == 1 and f"--out '{out}' is not empty; name a new folder" in err
+    assert (sorted(p.name for p in tmp_path.rglob('*')) == ['file', 'full', 'mine']
+            and 'with --out' in call(f'merge {tuned}/a {tuned}/b')[2])
 
 # ---- what fit can do and the line can say
 
 def test_packing_gives_the_same_losses(call):
-    ask = f'fit {LM} --method full --out run --json'; packed, plain = json.loads(call(ask + ' --packing')[1]), json.loads(call(ask)[1])
-    assert packed['settings']['packing'] is True and plain['settings']['packing'] is False and packed['cost']['tokens'] == plain['cost']['tokens'] and packed['after'] == pytest.approx(plain['after'], abs=1e-4)
+    ask = f'fit {LM} --method full --out run --json'
+    packed, plain = json.loads(call(ask + ' --packing')[1]), json.loads(call(ask)[1])
+    assert (packed['settings']['packing'] is True and plain['settings']['packing'] is False
+            and packed['cost']['tokens'] == plain['cost']['tokens']
+            and packed['after'] == pytest.approx(plain['after'], abs=1e-4))
 
 def test_trackers_reach_fit(call, monkeypatch):
-    code, out, err = call(f'fit {LM} --trackers nobody --out run'); assert code == 1 and "there is no tracker 'nobody'" in err
-    given = []; monkeypatch.setattr(ftlab, 'fit', lambda *a, trackers, **kw: given.extend(trackers) or (_ for _ in ()).throw(ValueError('enough')), raising=False)
-    call(f'fit {LM} --trackers tensorboard,wandb --out run'); call(f'fit {LM} --out run'); assert given == ['tensorboard', 'wandb']
+    code, out, err = call(f'fit {LM} --trackers nobody --out run')
+    assert code == 1 and "there is no tracker 'nobody'" in err
+    given = []
+    monkeypatch.setattr(ftlab, 'fit', lambda *a, trackers, **kw: given.extend(trackers)
+                        or (_ for _ in ()).throw(ValueError('enough')), raising=False)
+    call(f'fit {LM} --trackers tensorboard,wandb --out run')
+    call(f'fit {LM} --out run')
+    assert given == ['tensorboard', 'wandb']
 
 def test_data_without_test_rows_are_fitted_and_priced_by_their_kind(call, made):
     "A few rows of one's own, none of which falls among the test rows"
-    (made/'few.jsonl').write_text(''.join(json.dumps(dict(prompt=f'{i} is', response=str(i))) + '\n' for i in range(3))); d = ftlab.data(made/'few.jsonl')
-    code, out, err = call(f'fit --model {{d}}/lm --data {{d}}/few.jsonl {FAST} --out run --json'); r = json.loads(out)
+    (made/'few.jsonl').write_text(''.join(json.dumps(dict(prompt=f'{i} is', response=str(i))) + '\n' for i in range(3)))
+    d = ftlab.data(made/'few.jsonl')
+    code, out, err = call(f'fit --model {{d}}/lm --data {{d}}/few.jsonl {FAST} --out run --json')
+    r = json.loads(out)
     assert code == 0 and r['metric'] == 'nll' and (d.test or r['before'] is r['after'] is None)
 
 def test_debug_shows_where(call):
-    with pytest.raises(KeyError): call(f'compare {LM} --methods lorra --debug')
+    with pytest.raises(KeyError):
+        call(f'compare {LM} --methods lorra --debug')
 
 def test_stopping_by_hand_is_not_success(call, monkeypatch):
-    monkeypatch.setattr('ftlab.instruments.compare.fit', lambda *a, **kw: (_ for _ in ()).throw(KeyboardInterrupt()))
-    code, out, err = call(f'compare {LM} --methods full --seeds 1 --no-tune --out here'); assert code == 130 and out == '' and 'finished is kept' in err
+    monkeypatch.setattr('ftlab.instruments.compare.fit',
+                        lambda *a, **kw: (_ for _ in ()).throw(KeyboardInterrupt()))
+    code, out, err = call(f'compare {LM} --methods full --seeds 1 --no-tune --out here')
+    assert code == 130 and out == '' and 'finished is kept' in err
 
 def test_an_existing_export_folder_is_refused_before_training(call, made, monkeypatch):
     monkeypatch.setattr(ftlab, 'fit', lambda *a, **kw: pytest.fail('trained first'), raising=False)
-    code, out, err = call(f'fit {LM} --export {{d}}/enc'); assert code == 1 and 'not empty' in err
+    code, out, err = call(f'fit {LM} --export {{d}}/enc')
+    assert code == 1 and 'not empty' in err
 
 def test_commas_inside_brackets_do_not_split():
     assert _list('full, lora(r=4,alpha=8),hft * dft') == ['full', 'lora(r=4,alpha=8)', 'hft * dft']
 
 def test_the_command_runs_as_a_program(made, tmp_path):
-    run = subprocess.run([sys.executable, '-c', 'import sys; from ftlab.cli import main; sys.exit(main())', 'fit', '--model', 'lab-x', '--data', 'new-facts'], capture_output=True, text=True, cwd=tmp_path, env=os.environ | dict(PYTHONPATH=str(Path(__file__).parent.parent)))
-    assert run.returncode == 1 and run.stdout == '' and run.stderr.startswith('ftlab: ') and 'Traceback' not in run.stderr
+    run = subprocess.run([sys.executable, '-c', 'import sys; from ftlab.cli import main; '
+                          'sys.exit(main())', 'fit', '--model', 'lab-x', '--data', 'new-facts'],
+                         capture_output=True, text=True, cwd=tmp_path,
+                         env=os.environ | dict(PYTHONPATH=str(Path(__file__).parent.parent)))
+    assert (run.returncode == 1 and run.stdout == '' and run.stderr.startswith('ftlab: ')
+            and 'Traceback' not in run.stderr)
 
 def test_the_course_is_said_to_be_in_the_repository(call, monkeypatch, tmp_path):
     monkeypatch.setattr(ftlab, '__file__', str(tmp_path/'site-packages/ftlab/__init__.py'))
-    code, out, err = call('lab'); assert code == 1 and 'clone the repository' in err
+    code, out, err = call('lab')
+    assert code == 1 and 'clone the repository' in err

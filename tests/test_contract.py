@@ -19,14 +19,18 @@ from ftlab.trainers.losses.dft import dft
 from toys import TOK, lab_data, logits, same, toy, weights
 
 def made(name):
-    "A method with its toy arguments: those in place of defaults that would be slow, empty or impossible on a toy"
+    """A method with its toy arguments: those in place of defaults that would be slow, empty or
+    impossible on a toy"""
     make = methods.make_of(name)
     return make(**make.paper.toy_arguments() if hasattr(make, 'paper') else {})
 
 def looking_back(ctx):
     "Put all back and let the matrix move that moved most"
-    moved = {n: float((p.detach() - ctx.before[n]).norm()) for n, p in ctx.model.named_parameters() if p.ndim == 2}; ctx.reset()
-    return Recipe('the one that moved most', select=lambda model, batches=None, seed=0: {max(moved, key=moved.get): True})
+    moved = {n: float((p.detach() - ctx.before[n]).norm()) for n, p in ctx.model.named_parameters()
+             if p.ndim == 2}
+    ctx.reset()
+    return Recipe('the one that moved most',
+                  select=lambda model, batches=None, seed=0: {max(moved, key=moved.get): True})
 
 RECIPES = {n: partial(made, n) for n in methods.names()} | {
     'hft * dft': lambda: methods.get('hft * dft'), 'lora * dft': lambda: methods.get('lora * dft'),
@@ -35,58 +39,94 @@ RECIPES = {n: partial(made, n) for n in methods.names()} | {
     'lora with dropout': lambda: lora(dropout=.3), 'lora * grpo': lambda: lora()*made('grpo'),
     'sparse': lambda: Recipe('sparse', select=top(torch.abs, .1)),
     'two stages': lambda: Recipe('two stages', loop=Stages(lora(), Recipe('norms', select=parts('norm')))),
-    'three stages': lambda: Recipe('three stages', loop=Stages(Share(Recipe('half', select=half(.5)), 2.), dft(), lora(r=2))),
+    'three stages': lambda: Recipe('three stages',
+                                   loop=Stages(Share(Recipe('half', select=half(.5)), 2.), dft(),
+                                               lora(r=2))),
     'a stage that looks back': lambda: Recipe('a stage that looks back', loop=Stages(Recipe('first'), looking_back)),
-    'watched': lambda: Recipe('watched', loop=Loop(learners={'watcher': Learner(lambda state: torch.nn.Linear(len(TOK), 1), lambda state: state.models['watcher'](state.logits).square().mean()/len(state.batches))}))}
+    'watched': lambda: Recipe('watched',
+                              loop=Loop(learners={'watcher': Learner(
+                                  lambda state: torch.nn.Linear(len(TOK), 1),
+                                  lambda state: state.models['watcher'](
+                                      state.logits).square().mean()/len(state.batches))}))}
 
 SETTINGS = dict(batch_size=8, weight_decay=.1, progress=False)
-def tune(recipe, steps=5, seed=0, model=None, **more): return fit(model or toy(), TOK, lab_data(), recipe, steps=steps, seed=seed, **SETTINGS | more)
+
+def tune(recipe, steps=5, seed=0, model=None, **more):
+    return fit(model or toy(), TOK, lab_data(), recipe, steps=steps, seed=seed, **SETTINGS | more)
 
 # ---------- one check for each promise; AssertionError where it is broken
 
 class AtFirst:
     "Notes the outputs before the first step"
     def before_fit(self, state):
-        if not hasattr(self, 'logits'): state.model.eval(); self.logits = logits(state.model); state.model.train()
+        if not hasattr(self, 'logits'):
+            state.model.eval()
+            self.logits = logits(state.model)
+            state.model.train()
 
 def starts_as_the_base(recipe, tmp):
-    look = AtFirst(); tune(recipe, steps=2*len(recipe.stages) or 1, callbacks=(look,))
+    look = AtFirst()
+    tune(recipe, steps=2*len(recipe.stages) or 1, callbacks=(look,))
     assert torch.equal(look.logits, logits(toy()))
 
 def selecting(recipe, free):
-    "`recipe`, but whatever a stage may move is marked in `free` when its turn comes: a stage may be a function, and may choose by what the weights are then"
+    """`recipe`, but whatever a stage may move is marked in `free` when its turn comes: a stage may
+    be a function, and may choose by what the weights are then"""
     def note(r, model):
-        for n, m in (r.select or everything)(model, None, 0).items(): free[n] |= m
+        for n, m in (r.select or everything)(model, None, 0).items():
+            free[n] |= m
         return r
-    if not recipe.stages: note(recipe, toy()); return recipe
+    if not recipe.stages:
+        note(recipe, toy())
+        return recipe
     def listening(s):
-        def stage(ctx): return note(s if isinstance(s, Recipe) else s(ctx), ctx.model)
+        def stage(ctx):
+            return note(s if isinstance(s, Recipe) else s(ctx), ctx.model)
+
         return stage
-    return dataclasses.replace(recipe, loop=Stages(*(Share(listening(s), x) for s, x in zip(recipe.stages, recipe.shares))))
+    return dataclasses.replace(recipe,
+                               loop=Stages(*(Share(listening(s), x)
+                                             for s, x in zip(recipe.stages, recipe.shares))))
 
 def frozen_stays(recipe, tmp):
-    base = toy(); was = weights(base); free = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in base.named_parameters()}; run = tune(selecting(recipe, free))
-    if run.delta.attached.deltas: assert same(weights(run.model), was), 'a weight under a delta was written to'
-    if any(d.site != 'weight' for d in run.delta.attached.deltas.values()): assert not torch.equal(logits(run.model), logits(base)); return # nothing to fold: no weight moves at all
-    run.delta.attached.fold(); now = weights(run.model)
+    base = toy()
+    was = weights(base)
+    free = {n: torch.zeros_like(p, dtype=torch.bool) for n, p in base.named_parameters()}
+    run = tune(selecting(recipe, free))
+    if run.delta.attached.deltas:
+        assert same(weights(run.model), was), 'a weight under a delta was written to'
+    if any(d.site != 'weight' for d in run.delta.attached.deltas.values()):
+        assert not torch.equal(logits(run.model), logits(base))
+        return # nothing to fold: no weight moves at all
+    run.delta.attached.fold()
+    now = weights(run.model)
     assert now.keys() == was.keys()
-    for n in was: assert torch.equal(now[n][~free[n]], was[n][~free[n]]), n
+    for n in was:
+        assert torch.equal(now[n][~free[n]], was[n][~free[n]]), n
     assert any((now[n] != was[n]).any() for n in was), 'nothing moved, so nothing was shown'
 
 def off_is_the_base(recipe, tmp):
-    base, run = logits(toy()), tune(recipe); tuned = logits(run.model)
-    with run.disabled(): assert torch.equal(logits(run.model), base)
+    base, run = logits(toy()), tune(recipe)
+    tuned = logits(run.model)
+    with run.disabled():
+        assert torch.equal(logits(run.model), base)
     assert torch.equal(logits(run.model), tuned) and not torch.equal(tuned, base)
 
 def folds(recipe, tmp):
-    run = tune(recipe, lr=1e-2); tuned = logits(run.model); run.delta.attached.fold()
+    run = tune(recipe, lr=1e-2)
+    tuned = logits(run.model)
+    run.delta.attached.fold()
     assert set(weights(run.model)) == {n for n, _ in run.model.named_parameters()}, 'modules are left on the model'
     assert (tuned - logits(toy())).abs().max() > 1e-2, 'the change is too small to show a wrong fold'
     torch.testing.assert_close(logits(run.model), tuned, atol=1e-5, rtol=0)
 
 def saves(recipe, tmp, classes=None):
-    run = tune(recipe, lr=1e-2); tuned = logits(run.model); run.delta.save(tmp/'delta.safetensors')
-    fresh = toy(); load_delta(fresh, tmp/'delta.safetensors', classes); assert torch.equal(logits(fresh), tuned)
+    run = tune(recipe, lr=1e-2)
+    tuned = logits(run.model)
+    run.delta.save(tmp/'delta.safetensors')
+    fresh = toy()
+    load_delta(fresh, tmp/'delta.safetensors', classes)
+    assert torch.equal(logits(fresh), tuned)
 
 def repeats(recipe, tmp):
     a, b, other = (tune(recipe, seed=s) for s in (0, 0, 1))
@@ -98,14 +138,19 @@ class Gradients:
     "Keeps the gradient of the first step"
     first = None
     def after_backward(self, state):
-        if self.first is None: self.first = torch.cat([p.grad.flatten().clone() for p in state.attached.parameters().values() if p.grad is not None])
+        if self.first is None:
+            self.first = torch.cat([p.grad.flatten().clone()
+                                    for p in state.attached.parameters().values()
+                                    if p.grad is not None])
 
 def accumulates(recipe, tmp):
     # AdamW and clipping hide a gradient twice too long, so the gradient itself is compared, before both. Measured here:
     # the right ones differ by at most 2e-7 of their length, those of a mean taken in each half by 1 (twice as long).
-    looks = Gradients(), Gradients(); n = 3*max(1, len(recipe.stages))
+    looks = Gradients(), Gradients()
+    n = 3*max(1, len(recipe.stages))
     a, b = (tune(recipe, steps=n, accumulate=k, callbacks=(g,)) for k, g in zip((1, 2), looks))
-    g, h = looks[0].first, looks[1].first; assert g.norm() > 0 and (g - h).norm() < 1e-5*g.norm()
+    g, h = looks[0].first, looks[1].first
+    assert g.norm() > 0 and (g - h).norm() < 1e-5*g.norm()
     assert abs(a.log[0]['nll'] - b.log[0]['nll']) < 1e-5 and abs(a.log[0]['loss'] - b.log[0]['loss']) < 1e-5
     # AdamW makes a whole step of a gradient that is nothing but rounding, so a number here and there may differ, but not their
     # root mean square: in units of the learning rate at most 4e-6 was measured, and 0.25 for means of halves.
@@ -113,82 +158,131 @@ def accumulates(recipe, tmp):
     off = (sum((x[n] - y[n]).square().sum() for n in x)/sum(p.numel() for p in x.values()))**.5
     assert off < 1e-4*a.settings['lr']
 
-CHECKS = {'starts as the base': starts_as_the_base, 'frozen stays': frozen_stays, 'off is the base': off_is_the_base, 'folds': folds, 'saves': saves, 'repeats': repeats, 'accumulates': accumulates}
+CHECKS = {'starts as the base': starts_as_the_base, 'frozen stays': frozen_stays,
+          'off is the base': off_is_the_base, 'folds': folds, 'saves': saves, 'repeats': repeats,
+          'accumulates': accumulates}
 
 # ---------- the contract
 
 def test_every_promise_has_a_check_and_every_method_is_found():
     assert CHECKS.keys() == PROMISES.keys()
-    assert {'full', 'hft', 'lora', 'dft', 'grpo', 'eft'} <= set(methods.names()) and set(methods.names()) <= set(RECIPES)
+    assert ({'full', 'hft', 'lora', 'dft', 'grpo', 'eft'} <= set(methods.names())
+            and set(methods.names()) <= set(RECIPES))
     for n in methods.names(): # every method can be called with no argument, and is named after its function
-        assert all(p.default is not p.empty for p in inspect.signature(getattr(methods, n)).parameters.values()) and getattr(methods, n)().name == n
+        assert (all(p.default is not p.empty
+                    for p in inspect.signature(getattr(methods, n)).parameters.values())
+                and getattr(methods, n)().name == n)
 
 @pytest.mark.parametrize('name', RECIPES)
 def test_a_promise_is_waived_only_for_a_reason(name):
     r = RECIPES[name]()
-    for s in (r, *(s for s in r.stages if isinstance(s, Recipe))): assert all(len(why.split()) >= 4 for why in s.waives.values()) and set(s.promises) | set(s.waives) == set(PROMISES)
+    for s in (r, *(s for s in r.stages if isinstance(s, Recipe))):
+        assert (all(len(why.split()) >= 4 for why in s.waives.values())
+                and set(s.promises) | set(s.waives) == set(PROMISES))
 
 @pytest.mark.parametrize('promise', PROMISES)
 @pytest.mark.parametrize('name', RECIPES)
 def test_contract(name, promise, tmp_path):
     r = RECIPES[name]()
-    if promise not in r.promises: pytest.skip(f'{name} does not promise it: {r.waives[promise]}')
+    if promise not in r.promises:
+        pytest.skip(f'{name} does not promise it: {r.waives[promise]}')
     CHECKS[promise](r, tmp_path)
 
 # ---------- every check notices a broken promise
 
 class Crooked(LoRA):
     "Starts beside the identity"
-    def __init__(self, W, mask=True, **kw): super().__init__(W, mask, **kw); self.B.data.fill_(.01)
+
+    def __init__(self, W, mask=True, **kw):
+        super().__init__(W, mask, **kw)
+        self.B.data.fill_(.01)
 
 class Leaky(LoRA):
     "Writes into the weight that it was to leave alone"
-    def __init__(self, W, mask=True, **kw): super().__init__(W, mask, **kw); self.weight = [W]
-    def branch(self, x): self.weight[0].data.mul_(1.0001); return super().branch(x)
+
+    def __init__(self, W, mask=True, **kw):
+        super().__init__(W, mask, **kw)
+        self.weight = [W]
+
+    def branch(self, x):
+        self.weight[0].data.mul_(1.0001)
+        return super().branch(x)
 
 class TwoFaced(LoRA):
     "Its fast path is not its definition"
-    def branch(self, x): return 1.1*super().branch(x)
+
+    def branch(self, x):
+        return 1.1*super().branch(x)
 
 class Forgetful(LoRA):
     "Does not write down one of its settings"
-    def __init__(self, W, mask=True, r=8, alpha=32.): super().__init__(W, mask, r, alpha); self.config = dict(r=r)
 
-def with_delta(cls, **kw): return dataclasses.replace(lora(), delta=partial(cls, **kw))
+    def __init__(self, W, mask=True, r=8, alpha=32.):
+        super().__init__(W, mask, r, alpha)
+        self.config = dict(r=r)
+
+def with_delta(cls, **kw):
+    return dataclasses.replace(lora(), delta=partial(cls, **kw))
 
 class Nudge:
     "Moves a number that was not selected"
     def after_step(self, state):
-        with torch.no_grad(): next(p for n, p in state.model.named_parameters() if not p.requires_grad)[0] += 1e-3
+        with torch.no_grad():
+            next(p for n, p in state.model.named_parameters() if not p.requires_grad)[0] += 1e-3
 
-def unseeded(state): return token_nll(state.forward(), state.batch['labels']).sum()/state.count*(1 + 1e-3*random.SystemRandom().random())
-def mean_in_each_half(state): on = priced(state.batch['labels']); return token_nll(state.forward(), state.batch['labels']).sum()/on.sum()
+def unseeded(state):
+    return token_nll(state.forward(),
+                     state.batch['labels']).sum()/state.count*(
+                         1 + 1e-3*random.SystemRandom().random())
 
-BROKEN = [('starts as the base', with_delta(Crooked)), ('frozen stays', dataclasses.replace(methods.hft(), loop=Loop(callbacks=(Nudge,)))), ('frozen stays', with_delta(Leaky)),
-          ('off is the base', dataclasses.replace(lora(), loop=Loop(callbacks=(Nudge,)))), ('off is the base', with_delta(Leaky)), ('folds', with_delta(TwoFaced)),
-          ('saves', with_delta(Forgetful, alpha=4.)), ('saves', dataclasses.replace(methods.hft(), loop=Loop(callbacks=(Nudge,)))), ('repeats', Recipe(objective=unseeded)),
+def mean_in_each_half(state):
+    on = priced(state.batch['labels'])
+    return token_nll(state.forward(), state.batch['labels']).sum()/on.sum()
+
+BROKEN = [('starts as the base', with_delta(Crooked)),
+          ('frozen stays', dataclasses.replace(methods.hft(), loop=Loop(callbacks=(Nudge,)))),
+          ('frozen stays', with_delta(Leaky)),
+          ('off is the base', dataclasses.replace(lora(), loop=Loop(callbacks=(Nudge,)))),
+          ('off is the base', with_delta(Leaky)), ('folds', with_delta(TwoFaced)),
+          ('saves', with_delta(Forgetful, alpha=4.)),
+          ('saves', dataclasses.replace(methods.hft(), loop=Loop(callbacks=(Nudge,)))),
+          ('repeats', Recipe(objective=unseeded)),
           ('accumulates', Recipe(objective=mean_in_each_half)), ('accumulates', lora(dropout=.3))]
 
-@pytest.mark.parametrize('promise, recipe', BROKEN, ids=[f'{p}, {i}' for i, (p, _) in enumerate(BROKEN)])
+@pytest.mark.parametrize('promise, recipe', BROKEN,
+                         ids=[f'{p}, {i}' for i, (p, _) in enumerate(BROKEN)])
 def test_a_broken_promise_is_noticed(promise, recipe, tmp_path):
-    check = partial(CHECKS[promise], classes=dict(Forgetful=Forgetful)) if promise == 'saves' else CHECKS[promise]
-    with pytest.raises(AssertionError): check(recipe, tmp_path)
+    check = (partial(CHECKS[promise], classes=dict(Forgetful=Forgetful)) if promise == 'saves'
+             else CHECKS[promise])
+    with pytest.raises(AssertionError):
+        check(recipe, tmp_path)
 
-def test_each_promise_has_a_broken_recipe(): assert {p for p, _ in BROKEN} == set(PROMISES)
+def test_each_promise_has_a_broken_recipe():
+    assert {p for p, _ in BROKEN} == set(PROMISES)
 
 # ---------- methods that answer with several models
 
 def test_emulated_fine_tuning_says_what_the_large_model_says_until_something_was_learned():
     # a tied random model repeats the last word of the prompt, a mark, so that nothing would be heard
-    large, prompts = toy(1, hidden=64, tied=False), [r['prompt'] for r in lab_data().test[:8]]; recipe = eft(large=large); run = tune(recipe, lr=1e-2, steps=20)
-    plain = generate(large, TOK, prompts, max_new_tokens=8); base, before = toy(), weights(large); assert all(plain)
-    ask = lambda tuned, r=recipe: r.decode(dict(base=base, tuned=tuned), TOK, prompts, max_new_tokens=8)
+    large, prompts = toy(1, hidden=64, tied=False), [r['prompt'] for r in lab_data().test[:8]]
+    recipe = eft(large=large)
+    run = tune(recipe, lr=1e-2, steps=20)
+    plain = generate(large, TOK, prompts, max_new_tokens=8)
+    base, before = toy(), weights(large)
+    assert all(plain)
+    ask = lambda tuned, r=recipe: r.decode(dict(base=base, tuned=tuned), TOK, prompts,
+                                           max_new_tokens=8)
     assert ask(toy()) == plain and ask(run.model, eft(large=large, beta=0.)) == plain
-    with run.disabled(): assert ask(run.model) == plain
-    assert ask(run.model) != plain and ask(run.model) == ask(run.model) and same(weights(large), before)
+    with run.disabled():
+        assert ask(run.model) == plain
+    assert (ask(run.model) != plain and ask(run.model) == ask(run.model)
+            and same(weights(large), before))
     # a large model that is the small base makes emulation exact
     assert ask(run.model, eft(large=base)) == generate(run.model, TOK, prompts, max_new_tokens=8)
 
 def test_emulated_fine_tuning_needs_one_vocabulary():
-    c = toy().config; c.vocab_size += 1
-    with pytest.raises(ValueError, match='vocabular'): eft(large=AutoModelForCausalLM.from_config(c)).decode(dict(base=toy(), tuned=toy()), TOK, ['sort a b'], max_new_tokens=2)
+    c = toy().config
+    c.vocab_size += 1
+    with pytest.raises(ValueError, match='vocabular'):
+        eft(large=AutoModelForCausalLM.from_config(c)).decode(dict(base=toy(), tuned=toy()), TOK,
+                                                              ['sort a b'], max_new_tokens=2)

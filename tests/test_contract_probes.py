@@ -21,7 +21,8 @@ def marked(kind):
     found = {}
     for key, file in paper_modules().items():
         if re.search(rf'^@{kind}\(', file.read_text(encoding='utf-8'), re.M):
-            found[key] = getattr(importlib.import_module('.'.join(('ftlab', *file.parts[-3:-1], key))), key)
+            found[key] = getattr(importlib.import_module(
+                '.'.join(('ftlab', *file.parts[-3:-1], key))), key)
     return found
 
 
@@ -33,7 +34,8 @@ def test_the_papers_of_each_kind_are_found():
     assert {'intruders', 'tuco'} <= PROBES.keys() and {'razor', 'elm'} <= STUDIES.keys()
     for kind, found in (('probe', PROBES), ('study', STUDIES)):
         for key, f in found.items():
-            assert f.paper.kind == kind and f.__name__ == key and f.paper.claim.endswith('.') and f.paper.source
+            assert (f.paper.kind == kind and f.__name__ == key and f.paper.claim.endswith('.')
+                    and f.paper.source)
 
 
 # ---------- probes
@@ -44,20 +46,25 @@ def measured(f, model, change, batch):
 
 def plain(x):
     "A value in a form that can be compared bit by bit"
-    if isinstance(x, torch.Tensor): return x.detach().clone().numpy().tobytes()
-    if isinstance(x, dict): return {k: plain(v) for k, v in x.items()}
+    if isinstance(x, torch.Tensor):
+        return x.detach().clone().numpy().tobytes()
+    if isinstance(x, dict):
+        return {k: plain(v) for k, v in x.items()}
     return [plain(v) for v in x] if isinstance(x, (list, tuple)) else x
 
 
 def check_probe(f, family):
-    "Raise `AssertionError` where the contract is broken; `ValueError` or `UnknownArchitecture` is the probe's own refusal"
+    """Raise `AssertionError` where the contract is broken; `ValueError` or `UnknownArchitecture` is
+    the probe's own refusal"""
     torch.manual_seed(0)
     model, batch = tiny(family), example_inputs()
     change = attach(model, parts()(model))
     with torch.no_grad():
-        for p in change.parameters().values(): p.add_(.05*torch.randn(p.shape))
+        for p in change.parameters().values():
+            p.add_(.05*torch.randn(p.shape))
     odd = next(m for m in model.modules() if list(m.parameters(recurse=False)))
-    odd.training = True  # a mode that nobody would set, so that one that is set anew shows; without dropout it draws nothing
+    # a mode that nobody would set, so that one that is set anew shows; without dropout it draws nothing
+    odd.training = True
     state = {n: t.clone() for n, t in model.state_dict().items()}
     modes, rng = [m.training for m in model.modules()], torch.get_rng_state()
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
@@ -76,23 +83,39 @@ def check_probe(f, family):
 @pytest.mark.parametrize('family', FAMILIES)
 @pytest.mark.parametrize('key', PROBES)
 def test_a_probe_is_read_only_and_repeats(key, family):
-    try: check_probe(PROBES[key], family)
-    except (UnknownArchitecture, ValueError) as e: assert family in str(e).lower() and len(str(e).split()) > 5, 'a refusal names the family'
+    try:
+        check_probe(PROBES[key], family)
+    except (UnknownArchitecture, ValueError) as e:
+        assert family in str(e).lower() and len(str(e).split()) > 5, 'a refusal names the family'
 
 
-def made_up(f): return probe('A Study of Nothing', '0000.00000', 'Nothing happens.', 'made up')(f)
+def made_up(f):
+    return probe('A Study of Nothing', '0000.00000', 'Nothing happens.', 'made up')(f)
+
 def writes(model, change, batch):
-    with torch.no_grad(): next(model.parameters()).view(-1)[0] += 1
-def sets_the_mode(model, change, batch): model.eval()
-def draws(model, change, batch): torch.rand(1)
-def leaves_a_hook(model, change, batch): model.register_forward_hook(lambda *a: None)
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1
+
+def sets_the_mode(model, change, batch):
+    model.eval()
+
+def draws(model, change, batch):
+    torch.rand(1)
+
+def leaves_a_hook(model, change, batch):
+    model.register_forward_hook(lambda *a: None)
+
 def hangs_on_luck(model, change, batch):
-    with torch.random.fork_rng(): return float(torch.rand(1))
+    with torch.random.fork_rng():
+        return float(torch.rand(1))
 
 
-@pytest.mark.parametrize('f, said', [(writes, 'model was changed'), (sets_the_mode, 'mode'), (draws, 'random state'), (leaves_a_hook, 'hooks'), (hangs_on_luck, 'second answer')])
+@pytest.mark.parametrize('f, said', [(writes, 'model was changed'), (sets_the_mode, 'mode'),
+                                     (draws, 'random state'), (leaves_a_hook, 'hooks'),
+                                     (hangs_on_luck, 'second answer')])
 def test_a_broken_probe_is_noticed(f, said):
-    with pytest.raises(AssertionError, match=said): check_probe(made_up(f), 'llama')
+    with pytest.raises(AssertionError, match=said):
+        check_probe(made_up(f), 'llama')
 
 
 # ---------- studies
@@ -115,41 +138,60 @@ def check_study(f):
 
 
 @pytest.mark.parametrize('key', STUDIES)
-def test_a_study_gives_the_same_evidence_for_the_same_seed(key): check_study(STUDIES[key])
+def test_a_study_gives_the_same_evidence_for_the_same_seed(key):
+    check_study(STUDIES[key])
 
 
-def invented(f): return study('A Study of Nothing', '0000.00000', 'Nothing happens.', 'made up')(f)
-def unseeded(seed=0): return Evidence(dict(x=float(torch.rand(1))), dict(x='nothing'))
-def constant(seed=0): return Evidence(dict(x=1.), dict(x='nothing'))
-def numbers(seed=0): return dict(x=float(seed))
-def slow(seed=0): return constant()
+def invented(f):
+    return study('A Study of Nothing', '0000.00000', 'Nothing happens.', 'made up')(f)
+
+def unseeded(seed=0):
+    return Evidence(dict(x=float(torch.rand(1))), dict(x='nothing'))
+
+def constant(seed=0):
+    return Evidence(dict(x=1.), dict(x='nothing'))
+
+def numbers(seed=0):
+    return dict(x=float(seed))
+
+def slow(seed=0):
+    return constant()
 
 
-@pytest.mark.parametrize('f, said', [(unseeded, 'same seed'), (constant, 'another seed'), (numbers, 'no Evidence'), (slow, 'over 5 s')])
+@pytest.mark.parametrize('f, said', [(unseeded, 'same seed'), (constant, 'another seed'),
+                                     (numbers, 'no Evidence'), (slow, 'over 5 s')])
 def test_a_broken_study_is_noticed(f, said, monkeypatch):
     if f is slow:
         clock = iter((0., 5.1))
         monkeypatch.setattr(time, 'process_time', lambda: next(clock))
-    with pytest.raises(AssertionError, match=said): check_study(invented(f))
+    with pytest.raises(AssertionError, match=said):
+        check_study(invented(f))
 
 
 def test_studies_refuse_a_wrong_model_in_a_sentence():
     with pytest.raises(ValueError, match='BertForSequenceClassification writes no text'):
         looks(classifier(), TOK, {}, None, None, [])
-    with pytest.raises(ValueError, match="'lab-e' writes no text.*lab-s"): razor(model='lab-e')
-    with pytest.raises(ValueError, match="rates has 'gru'; the arms are elm"): elm(rates=dict(gru=1.))
+    with pytest.raises(ValueError, match="'lab-e' writes no text.*lab-s"):
+        razor(model='lab-e')
+    with pytest.raises(ValueError, match="rates has 'gru'; the arms are elm"):
+        elm(rates=dict(gru=1.))
     with pytest.raises(ValueError, match='nothing of its own to learn from'):
-        another_order(toy(), TOK, [dict(prompt='sort a b', response='b a', given='a b')], [], draws=1)
+        another_order(toy(), TOK, [dict(prompt='sort a b', response='b a', given='a b')], [],
+                      draws=1)
 
 
 @pytest.mark.parametrize('values, units, said', [
-    (dict(x=float('nan')), dict(x='s'), 'finite'), (dict(x=(1., float('inf'))), dict(x='s'), 'finite'), (dict(x=1.), dict(y='s'), "'x' has no unit")])
+    (dict(x=float('nan')), dict(x='s'), 'finite'),
+    (dict(x=(1., float('inf'))), dict(x='s'), 'finite'), (dict(x=1.), dict(y='s'), "'x' has no unit")])
 def test_evidence_is_finite_and_has_units(values, units, said):
-    with pytest.raises(ValueError, match=said): Evidence(values, units)
+    with pytest.raises(ValueError, match=said):
+        Evidence(values, units)
 
 
 def test_evidence_is_a_value():
     e = Evidence({'elm.auc': .5, 'elm.steps': [1, 2]}, dict(auc='area', steps='steps'))
-    assert e == Evidence({'elm.auc': .5, 'elm.steps': (1., 2.)}, dict(auc='area', steps='steps')) and e['elm.auc'] == .5
+    assert (e == Evidence({'elm.auc': .5, 'elm.steps': (1., 2.)}, dict(auc='area', steps='steps'))
+            and e['elm.auc'] == .5)
     assert e.arms() == dict(elm=dict(auc=.5, steps=(1., 2.)))
-    assert e.to_dict() == {'elm.auc': dict(value=.5, unit='area'), 'elm.steps': dict(value=[1., 2.], unit='steps')}
+    assert e.to_dict() == {'elm.auc': dict(value=.5, unit='area'),
+                           'elm.steps': dict(value=[1., 2.], unit='steps')}

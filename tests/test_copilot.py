@@ -6,7 +6,8 @@ import ftlab
 from ftlab.core.batches import collate, encode, pack
 from ftlab.core.generate import generate
 from ftlab.core.model import model_inputs
-from ftlab.evaluators.decoding.copilot import (Copilot, MistakeLog, answer_together, copilot, examples_of, foresight,
+from ftlab.evaluators.decoding.copilot import (Copilot, MistakeLog, answer_together, copilot,
+                                               examples_of, foresight,
                                                mistake_log, mistakes, thoughts)
 from ftlab.adapters.modules.lora import lora
 from ftlab.core.recipe import Recipe
@@ -16,31 +17,48 @@ from ftlab.trainers.run import load_learners
 from test_fit import At, stop
 from toys import TOK, lab_data, logits, probe, same, toy, weights
 
-def tune(recipe, steps=6, **kw): return fit(toy(tied=False), TOK, lab_data(), recipe, steps=steps, batch_size=8, lr=3e-3, progress=False, **kw)
-def prompts(n=8): return [r['prompt'] for r in lab_data().test[:n]]
+def tune(recipe, steps=6, **kw):
+    return fit(toy(tied=False), TOK, lab_data(), recipe, steps=steps, batch_size=8, lr=3e-3,
+               progress=False, **kw)
+
+def prompts(n=8):
+    return [r['prompt'] for r in lab_data().test[:n]]
 
 def test_a_mistake_is_truth_minus_belief():
-    b = probe(); l = mistakes(logits(toy()), b['labels']); p = logits(toy()).softmax(-1); on = 0
+    b = probe()
+    l = mistakes(logits(toy()), b['labels'])
+    p = logits(toy()).softmax(-1)
+    on = 0
     for i, row in enumerate(b['labels'].tolist()):
         for t in range(len(row)):
             if t + 1 < len(row) and row[t + 1] != -100:
-                want = -p[i, t].clone(); want[row[t + 1]] += 1; torch.testing.assert_close(l[i, t], want); on += 1
-            else: assert (l[i, t] == 0).all()
+                want = -p[i, t].clone()
+                want[row[t + 1]] += 1
+                torch.testing.assert_close(l[i, t], want)
+                on += 1
+            else:
+                assert (l[i, t] == 0).all()
     assert on > 10
 
 def test_the_pilot_is_trained_as_if_alone():
-    alone, watched = tune(Recipe()), tune(copilot()); assert same(weights(alone.model), weights(watched.model))
-    assert [r['nll'] for r in alone.log] == [r['nll'] for r in watched.log] and 'copilot_loss' in watched.log[0]
+    alone, watched = tune(Recipe()), tune(copilot())
+    assert same(weights(alone.model), weights(watched.model))
+    assert ([r['nll'] for r in alone.log] == [r['nll'] for r in watched.log]
+            and 'copilot_loss' in watched.log[0])
     assert same(weights(tune(lora(r=2)).model), weights(tune(lora(r=2)*copilot()).model))
 
 def test_the_copilot_learns_the_mistakes():
-    run = tune(copilot(lr=3e-3), steps=40); said = [r['copilot_loss'] for r in run.log]; assert sum(said[-5:]) < .97*sum(said[:5])
-    trained = run.models['copilot']; assert trained.head.weight.abs().max() > 0
+    run = tune(copilot(lr=3e-3), steps=40)
+    said = [r['copilot_loss'] for r in run.log]
+    assert sum(said[-5:]) < .97*sum(said[:5])
+    trained = run.models['copilot']
+    assert trained.head.weight.abs().max() > 0
 
 def at_a_step(batches, model, learner, log, step=0, **kw):
     "What `foresight` sees of a run of one process"
     acc = SimpleNamespace(num_processes=1, process_index=0)
-    return SimpleNamespace(batches=batches, model=model, models=dict(copilot=learner), seed=0, step=step, accelerator=acc,
+    return SimpleNamespace(batches=batches, model=model, models=dict(copilot=learner), seed=0,
+                           step=step, accelerator=acc,
                            extra={'mistake log': log}, **kw)
 
 def foreseen(state):
@@ -75,7 +93,8 @@ def test_foresight_is_the_root_of_the_mean_squared_length():
 
 # ---------- the log
 
-def test_the_log_keeps_what_earlier_rounds_collected_and_the_step_is_drawn_from_all_of_it(monkeypatch):
+def test_the_log_keeps_what_earlier_rounds_collected_and_the_step_is_drawn_from_all_of_it(
+    monkeypatch):
     drawn, logs, draw = [], [], MistakeLog.draw
     def noted(log, n, rng):
         some = draw(log, n, rng)
@@ -128,9 +147,11 @@ def test_a_resumed_run_draws_what_the_whole_one_draws(size, tmp_path):
     how = dict(steps=6, batch_size=8, lr=3e-3, progress=False)
     recipe = copilot(width=16, log=size)
     whole = fit(toy(tied=False), TOK, lab_data(), recipe, **how)
-    part = fit(toy(tied=False), TOK, lab_data(), recipe, **how, out=tmp_path, save_every=1, callbacks=(At(3, stop),))
+    part = fit(toy(tied=False), TOK, lab_data(), recipe, **how, out=tmp_path, save_every=1,
+               callbacks=(At(3, stop),))
     assert part.interrupted and len(part.log) == 3
-    again = fit(toy(tied=False), TOK, lab_data(), recipe, **how, out=tmp_path, save_every=1, resume=True)
+    again = fit(toy(tied=False), TOK, lab_data(), recipe, **how, out=tmp_path, save_every=1,
+                resume=True)
     assert again.log == whole.log and same(weights(again.model), weights(whole.model))
     assert same(again.models['copilot'].state_dict(), whole.models['copilot'].state_dict())
 
@@ -147,7 +168,8 @@ def test_an_empty_and_a_full_log_survive_their_state_dict():
 # ---------- one step, however it is cut up
 
 def test_micro_batches_change_nothing():
-    "The same rows in one, two and four micro-batches give the same loss, gradient and trained Copilot"
+    """The same rows in one, two and four micro-batches give the same loss, gradient and trained
+    Copilot"""
     found = {}
     for k in (1, 2, 4):
         run = tune(copilot(width=16), accumulate=k)
@@ -157,7 +179,8 @@ def test_micro_batches_change_nothing():
         assert max(float((v - found[k][0][n]).abs().max()) for n, v in found[1][0].items()) < 1e-5
 
 def test_two_processes_take_the_step_of_one(monkeypatch):
-    "Each hears half of the micro-batches, both draw from all: the sum of their losses is that of one"
+    """Each hears half of the micro-batches, both draw from all: the sum of their losses is that of
+    one"""
     m, c = toy(), loud()
     halves = [{k: v[i:i + 3] for k, v in probe().items()} for i in (0, 3)]
     want = float(foreseen(at_a_step(halves, m, c, MistakeLog(9))).detach())
@@ -178,7 +201,8 @@ def test_packed_lines_hold_the_same_examples():
     m, rows = toy(), [encode(r, TOK, 'text') for r in lab_data().validation[:6]]
     apart, packed = collate(rows, 0), pack(rows, 100, 0)
     assert len(packed['labels']) < 6
-    one, two = (examples_of(b, logits(m, model_inputs(b)), read_of(m, b), 0) for b in (apart, packed))
+    one, two = (examples_of(b, logits(m, model_inputs(b)), read_of(m, b), 0)
+                for b in (apart, packed))
     assert len(one) == len(two) == 6
     for x, y in zip(one, two):
         assert torch.equal(x['at'], y['at'])
@@ -188,7 +212,8 @@ def test_packed_lines_hold_the_same_examples():
 # ---------- what it sees
 
 def test_even_layers_attend_to_both_along_the_sequence():
-    "Keys and values are Concat(X~, Pool(h)) along the sequence; the stream is the projected mistake alone"
+    """Keys and values are Concat(X~, Pool(h)) along the sequence; the stream is the projected
+    mistake alone"""
     torch.manual_seed(0)
     c, seen = Copilot(8, 20, width=16), []
     for layer in c.layers:
@@ -202,11 +227,13 @@ def test_even_layers_attend_to_both_along_the_sequence():
     assert c.layers[0].k.in_features == 16 and c.layers[1].k.in_features == 8
 
 def test_nothing_is_known_before_its_time():
-    "What the Copilot says at a token does not depend on later tokens, nor on padding, and does depend on what came before"
+    """What the Copilot says at a token does not depend on later tokens, nor on padding, and does
+    depend on what came before"""
     torch.manual_seed(0)
     c = Copilot(8, 20, width=16)
     torch.nn.init.normal_(c.head.weight)
-    notes, read, mask = torch.randn(2, 6, 16), torch.randn(2, 6, 2, 8), torch.ones(2, 6, dtype=torch.long)
+    notes, read, mask = torch.randn(2, 6, 16), torch.randn(2, 6, 2,
+                                                           8), torch.ones(2, 6, dtype=torch.long)
     f = c(notes, read, mask)
     later, other = notes.clone(), read.clone()
     later[:, 4:] = torch.randn(2, 2, 16)
@@ -221,38 +248,63 @@ def test_nothing_is_known_before_its_time():
         before = read.clone()
         before[:, 1, half] = torch.randn(2, 8)
         assert (c(notes, before, mask)[:, 3] - f[:, 3]).abs().max() > 1e-3
-    def padded(t): return torch.cat([torch.randn(2, 2, *t.shape[2:]), t], 1)
+
+    def padded(t):
+        return torch.cat([torch.randn(2, 2, *t.shape[2:]), t], 1)
+
     h = c(padded(notes), padded(read), torch.cat([torch.zeros(2, 2, dtype=torch.long), mask], 1))
     torch.testing.assert_close(h[:, 2:], f, atol=1e-5, rtol=1e-5)
 
 def test_untrained_or_unheard_it_corrects_nothing():
-    run = tune(copilot(), steps=2); plain = generate(run.model, TOK, prompts(), max_new_tokens=8); assert any(plain)
+    run = tune(copilot(), steps=2)
+    plain = generate(run.model, TOK, prompts(), max_new_tokens=8)
+    assert any(plain)
     assert answer_together(run.model, run.models['copilot'], TOK, prompts(), 0., 8) == plain
     assert answer_together(run.model, Copilot(32, len(TOK)), TOK, prompts(), .3, 8) == plain
-    loud = Copilot(32, len(TOK)); loud.head.bias.data[TOK('a').input_ids[0]] = 9.; assert answer_together(run.model, loud, TOK, prompts(), .3, 4) == ['a a a a']*8
-    assert answer_together(run.model, run.models['copilot'], TOK, prompts(5), .3, 8, batch_size=2) == answer_together(run.model, run.models['copilot'], TOK, prompts(5), .3, 8)
+    loud = Copilot(32, len(TOK))
+    loud.head.bias.data[TOK('a').input_ids[0]] = 9.
+    assert answer_together(run.model, loud, TOK, prompts(), .3, 4) == ['a a a a']*8
+    assert answer_together(run.model, run.models['copilot'], TOK, prompts(5), .3, 8,
+                           batch_size=2) == answer_together(run.model, run.models['copilot'], TOK,
+                                                            prompts(5), .3, 8)
 
 def test_what_it_reads_while_answering_is_what_it_read_while_learning():
     "Step by step, with the Pilot's cache, the features are those of one reading of the whole"
-    m = toy(); ids = TOK(prompts(1)[0], return_tensors='pt').input_ids
+    m = toy()
+    ids = TOK(prompts(1)[0], return_tensors='pt').input_ids
     with torch.no_grad():
-        whole = thoughts(m(input_ids=ids, output_hidden_states=True)); first = m(input_ids=ids[:, :-1], output_hidden_states=True, use_cache=True); last = m(input_ids=ids[:, -1:], past_key_values=first.past_key_values, output_hidden_states=True)
-    torch.testing.assert_close(torch.cat([thoughts(first), thoughts(last)], 1), whole, atol=1e-5, rtol=1e-5); assert whole.shape == (1, ids.shape[1], 2, 32)
+        whole = thoughts(m(input_ids=ids, output_hidden_states=True))
+        first = m(input_ids=ids[:, :-1], output_hidden_states=True, use_cache=True)
+        last = m(input_ids=ids[:, -1:], past_key_values=first.past_key_values,
+                 output_hidden_states=True)
+    torch.testing.assert_close(torch.cat([thoughts(first), thoughts(last)], 1), whole, atol=1e-5,
+                               rtol=1e-5)
+    assert whole.shape == (1, ids.shape[1], 2, 32)
 
 def test_it_is_saved_with_the_change(tmp_path):
-    run = tune(copilot(width=16)); run.delta.save(tmp_path/'d.safetensors'); again = load_learners(tmp_path/'d.safetensors', copilot(width=16), toy(tied=False), TOK)
+    run = tune(copilot(width=16))
+    run.delta.save(tmp_path/'d.safetensors')
+    again = load_learners(tmp_path/'d.safetensors', copilot(width=16), toy(tied=False), TOK)
     assert same(again['copilot'].state_dict(), run.models['copilot'].state_dict())
     models = dict(tuned=run.model, copilot=again['copilot'])
-    assert copilot(width=16).decode(models, TOK, prompts(4), max_new_tokens=5) == answer_together(run.model, run.models['copilot'], TOK, prompts(4), 1., 5)
+    assert copilot(width=16).decode(models, TOK, prompts(4), max_new_tokens=5) == answer_together(
+        run.model, run.models['copilot'], TOK, prompts(4), 1., 5)
 
 def test_a_pilot_that_stands_still_can_be_foreseen_and_put_right():
     model, tok = ftlab.load('lab-s')
     data = ftlab.data('last', n=400, seed=3)
-    def boxed(rows): return [dict(prompt=r['prompt'], response='box') for r in rows]
-    rows = ftlab.data(dict(train=boxed(data.train), validation=boxed(data.validation[:20]), test=data.test[:2]))
-    run = fit(model, tok, rows, lora(r=2)*copilot(lr=6e-3), steps=40, batch_size=16, lr=1e-7, progress=False)
+
+    def boxed(rows):
+        return [dict(prompt=r['prompt'], response='box') for r in rows]
+
+    rows = ftlab.data(dict(train=boxed(data.train), validation=boxed(data.validation[:20]),
+                           test=data.test[:2]))
+    run = fit(model, tok, rows, lora(r=2)*copilot(lr=6e-3), steps=40, batch_size=16, lr=1e-7,
+              progress=False)
     def heard(lam):
-        def answer(m, t, p, **kw): return answer_together(m, run.models['copilot'], t, p, lam, **kw)
+        def answer(m, t, p, **kw):
+            return answer_together(m, run.models['copilot'], t, p, lam, **kw)
+
         return exact_match(model, tok, rows.validation, answer)
     assert heard(0.) == 0 and heard(1.) > .8
     assert run.log[-1]['copilot_loss'] < .5*run.log[0]['copilot_loss']

@@ -7,24 +7,32 @@ import ftlab.exercises
 from ftlab import cli
 from ftlab import map as course
 from ftlab.exercises import EXERCISES, Wrong, chapters, differs, find, progress, remember, same_as
-from ftlab.map import CHAPTERS, QUESTIONS, QUIZ, draw_map, go_on, hosted, measured, start, unfinished, where_to_begin, write_start_page
+from ftlab.map import (CHAPTERS, QUESTIONS, QUIZ, draw_map, go_on, hosted, measured, start,
+                       unfinished, where_to_begin, write_start_page)
 from pages import NBS, ROOT, cells, ordered, pages
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
     "A reader's folder of its own for each test, and nowhere to write a start page"
-    monkeypatch.setenv('FTLAB_HOME', str(tmp_path/'home')); monkeypatch.delenv('FTLAB_START', raising=False)
+    monkeypatch.setenv('FTLAB_HOME', str(tmp_path/'home'))
+    monkeypatch.delenv('FTLAB_START', raising=False)
     return tmp_path/'home'
 
 def named(name, f):
     "`f` as if the reader had called it `name`"
-    if inspect.isclass(f): return type(name, (f,), {})
+    if inspect.isclass(f):
+        return type(name, (f,), {})
+
     @functools.wraps(f)
-    def mine(*args): return f(*args)
-    mine.__name__ = name; return mine
+    def mine(*args):
+        return f(*args)
+
+    mine.__name__ = name
+    return mine
 
 QUICK = [e for e in EXERCISES if e.name != 'teach_zigzag']
-MISTAKES = [pytest.param(e, *m, id=f'{e.name}-{i}') for e in QUICK for i, m in enumerate(e.mistakes)]
+MISTAKES = [pytest.param(e, *m, id=f'{e.name}-{i}') for e in QUICK
+            for i, m in enumerate(e.mistakes)]
 
 # --- every exercise
 
@@ -39,15 +47,19 @@ def test_every_chapter_has_exercises_and_every_exercise_a_chapter():
 
 @pytest.mark.parametrize('chapter', CHAPTERS, ids=lambda c: c.name)
 def test_exercises_stand_beside_their_chapter(chapter):
-    "In the module of its name, on a page that the chapter does not show, in the order in which the chapter asks them"
+    """In the module of its name, on a page that the chapter does not show, in the order in which
+    the chapter asks them"""
     module = importlib.import_module(f'ftlab.exercises.{chapter.name}')
     assert [e.name for e in module.EXERCISES] == chapter.exercises
     for e in module.EXERCISES:
-        assert (e.chapter, e.reference.__module__, e.reference.__name__) == (chapter.name, module.__name__, e.name)
+        assert (e.chapter, e.reference.__module__,
+                e.reference.__name__) == (chapter.name, module.__name__, e.name)
         assert getattr(ftlab.exercises, e.name) is e.reference, 'not found where it was before'
-    code = '\n'.join(c['source'] for c in cells(f'course/{chapter.name}.ipynb') if c['cell_type'] == 'code')
+    code = '\n'.join(c['source'] for c in cells(f'course/{chapter.name}.ipynb')
+                     if c['cell_type'] == 'code')
     at = [code.index(f"ftlab.exercise('{n}')") for n in chapter.exercises]
-    assert at == sorted(at) and not any(inspect.getsource(e.reference).strip() in code for e in module.EXERCISES)
+    assert (at == sorted(at) and not any(inspect.getsource(e.reference).strip() in code
+                                         for e in module.EXERCISES))
 
 def test_names_of_before_are_found_and_others_are_not():
     assert ftlab.exercises.EXERCISES is EXERCISES and ftlab.exercises.FORGETTING is find('forgetting')
@@ -66,19 +78,32 @@ def test_a_typical_mistake_gets_its_own_sentence(exercise, wrong, sentence):
 
 @pytest.mark.parametrize('exercise', QUICK, ids=lambda e: e.name)
 def test_what_readers_do_is_told_kindly(exercise):
-    "An empty body, an exception, a wrong type, too few arguments: none passes, none is raised, each message says what happened"
-    def nothing(*args): ...
-    def breaks(*args): raise RuntimeError('the reader wrote this')
-    def strange(*args): return object()
-    for f, said in ((nothing, 'nothing|has to be a'), (breaks, 'RuntimeError, the reader wrote this|has to be a class'), (strange, 'object|has to be a'), (lambda: 1, 'has to take|has to be a class')):
-        checked = ftlab.check(named(exercise.name, f)); assert not checked and re.search(said, checked.message), (said, checked.message)
+    """An empty body, an exception, a wrong type, too few arguments: none passes, none is raised,
+    each message says what happened"""
+
+    def nothing(*args):
+        ...
+
+    def breaks(*args):
+        raise RuntimeError('the reader wrote this')
+
+    def strange(*args):
+        return object()
+
+    for f, said in ((nothing, 'nothing|has to be a'),
+                    (breaks, 'RuntimeError, the reader wrote this|has to be a class'),
+                    (strange, 'object|has to be a'), (lambda: 1, 'has to take|has to be a class')):
+        checked = ftlab.check(named(exercise.name, f))
+        assert not checked and re.search(said, checked.message), (said, checked.message)
     assert 'has to be a' in ftlab.check(5, exercise.name).message
 
 @pytest.mark.parametrize('exercise', EXERCISES, ids=lambda e: e.name)
 def test_an_exercise_shows_its_task_hints_and_solution_folded(exercise):
-    shown = ftlab.exercise(exercise.name)._repr_markdown_(); folds = re.findall(r'<details><summary>(.*?)</summary>\n\n(.*?)\n\n</details>', shown, re.S)
+    shown = ftlab.exercise(exercise.name)._repr_markdown_()
+    folds = re.findall(r'<details><summary>(.*?)</summary>\n\n(.*?)\n\n</details>', shown, re.S)
     assert [t for t, _ in folds] == [f'Hint {i}' for i in range(1, len(exercise.hints) + 1)] + ['Our solution']
-    assert inspect.getsource(exercise.reference).strip() in folds[-1][1] and inspect.getsource(exercise.reference) not in shown.split('<details>')[0]
+    assert (inspect.getsource(exercise.reference).strip() in folds[-1][1]
+            and inspect.getsource(exercise.reference) not in shown.split('<details>')[0])
     assert exercise.task in repr(exercise)
 
 @pytest.mark.slow
@@ -86,237 +111,361 @@ def test_teaching_zigzag():
     "The exercise that trains: four short wrong turns, each with its own message, then our solution"
     def taught(method='lora', lesson='new-procedure', steps=1):
         model, tok = ftlab.load('lab-s')
-        return ftlab.fit(model, tok, ftlab.data(lesson, n=400), getattr(ftlab.methods, method)(), steps=steps, progress=False)
-    for f, said in ((lambda: taught('full'), 'made by `full`'), (lambda: taught(lesson='new-language'), "learned from 'new-language'"), (lambda: taught(), '80% are wanted'),
+        return ftlab.fit(model, tok, ftlab.data(lesson, n=400), getattr(ftlab.methods, method)(),
+                         steps=steps, progress=False)
+    for f, said in ((lambda: taught('full'), 'made by `full`'),
+                    (lambda: taught(lesson='new-language'), "learned from 'new-language'"),
+                    (lambda: taught(), '80% are wanted'),
                     (lambda: taught().model, 'return the run itself')):
-        checked = ftlab.check(named('teach_zigzag', f)); assert not checked and said in checked.message, checked.message
+        checked = ftlab.check(named('teach_zigzag', f))
+        assert not checked and said in checked.message, checked.message
     assert ftlab.check(find('teach_zigzag').reference)
 
 # --- check
 
 def test_wrong_shapes_and_types_are_told():
     base = {'w': torch.zeros(2, 3)}
-    shape = ftlab.check(named('rescale', lambda base, tuned, alpha: {n: base[n].movedim(0, -1) for n in base}))
+    shape = ftlab.check(named('rescale',
+                              lambda base, tuned, alpha: {n: base[n].movedim(0, -1) for n in base}))
     assert 'shape [3, 2], and shape [2, 3] is wanted' in shape.message
-    assert 'a tensor of shape [2, 3] is wanted' in ftlab.check(named('rescale', lambda base, tuned, alpha: {n: base[n].tolist() for n in base})).message
-    assert 'a dictionary with the keys' in ftlab.check(named('rescale', lambda base, tuned, alpha: base['w'])).message
+    assert 'a tensor of shape [2, 3] is wanted' in ftlab.check(
+        named('rescale', lambda base, tuned, alpha: {n: base[n].tolist() for n in base})).message
+    assert 'a dictionary with the keys' in ftlab.check(named('rescale',
+                                                             lambda base, tuned, alpha: base[
+                                                                 'w'])).message
     assert "has no key 'b'" in ftlab.check(named('rescale', lambda base, tuned, alpha: {'w': base['w']})).message
-    assert 'a number is wanted' in ftlab.check(named('forgetting', lambda before, after: '0.3')).message
-    assert 'is 3' in differs([1, 2, 3], [1, 2, 4], 'x') and differs(torch.tensor(2.), 2.) is None and differs(float('nan'), 1.) and differs(torch.full((2,), float('nan')), torch.ones(2))
-    assert differs(base, {'w': torch.zeros(2, 3)}) is None and differs(1, True) and differs(True, 1.)
+    assert 'a number is wanted' in ftlab.check(named('forgetting',
+                                                     lambda before, after: '0.3')).message
+    assert ('is 3' in differs([1, 2, 3], [1, 2, 4], 'x') and differs(torch.tensor(2.), 2.) is None
+            and differs(float('nan'), 1.) and differs(torch.full((2,), float('nan')),
+                                                      torch.ones(2)))
+    assert (differs(base, {'w': torch.zeros(2, 3)}) is None and differs(1, True)
+            and differs(True, 1.))
 
 def test_an_exception_is_told_with_the_readers_own_line():
     def forgetting(before, after):
         total = 0
         return total/len([])
+
     said = ftlab.check(forgetting).message
     line = inspect.getsourcelines(forgetting)[1] + 2
     assert f'In line {line} of your cell, `return total/len([])`: ZeroDivisionError' in said and 'called with' in said
 
 def test_the_reader_is_given_copies_and_told_off_for_changing_them():
     def rescale(base, tuned, alpha):
-        for n in base: base[n] += alpha*(tuned[n] - base[n])
+        for n in base:
+            base[n] += alpha*(tuned[n] - base[n])
         return base
+
     assert 'changes what it is given' in ftlab.check(rescale).message
     assert ftlab.check(find('rescale').reference)
 
 def test_check_runs_nothing_but_what_it_was_given(monkeypatch):
     "Neither other functions of the same namespace nor anything printed to be run"
     calls = []
-    def forgetting(before, after): calls.append('mine'); return find('forgetting').reference(before, after)
-    def rescale(*a): calls.append('other')
+
+    def forgetting(before, after):
+        calls.append('mine')
+        return find('forgetting').reference(before, after)
+
+    def rescale(*a):
+        calls.append('other')
+
     assert ftlab.check(forgetting) and set(calls) == {'mine'}
 
 def test_a_stop_by_hand_is_not_swallowed():
-    def forgetting(before, after): raise KeyboardInterrupt
-    with pytest.raises(KeyboardInterrupt): ftlab.check(forgetting)
+    def forgetting(before, after):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ftlab.check(forgetting)
 
 def test_names_that_no_exercise_has():
-    def forgeting(before, after): return 0
-    with pytest.raises(ValueError, match='did you mean forgetting'): ftlab.check(forgeting)
-    with pytest.raises(ValueError, match='did you mean LowRank'): ftlab.exercise('lowrank')
-    with pytest.raises(ValueError, match='there are forgetting'): ftlab.exercise('qqqq')
+    def forgeting(before, after):
+        return 0
+
+    with pytest.raises(ValueError, match='did you mean forgetting'):
+        ftlab.check(forgeting)
+    with pytest.raises(ValueError, match='did you mean LowRank'):
+        ftlab.exercise('lowrank')
+    with pytest.raises(ValueError, match='there are forgetting'):
+        ftlab.exercise('qqqq')
     for x in (3., lambda b, a: 0):
-        with pytest.raises(ValueError, match='without brackets'): ftlab.check(x)
+        with pytest.raises(ValueError, match='without brackets'):
+            ftlab.check(x)
     assert not ftlab.check(lambda before, after: 0., name='forgetting')
 
 def test_a_mistake_is_named_only_where_it_explains_every_answer():
     "An answer that equals a mistake on one input by chance must not be told that it made it"
     test = same_as(lambda x: x, [(2,), (3,)], ((lambda x: x*x, 'squared'), (lambda x: x/0, 'divided')))
-    with pytest.raises(Wrong, match='squared'): test(lambda x: x*x)
-    with pytest.raises(Wrong, match='is 4, and 2 is right'): test(lambda x: 4)
+    with pytest.raises(Wrong, match='squared'):
+        test(lambda x: x*x)
+    with pytest.raises(Wrong, match='is 4, and 2 is right'):
+        test(lambda x: 4)
 
 # --- progress
 
 def test_progress_survives_a_new_process(home):
-    ftlab.check(find('forgetting').reference); ftlab.chapter('first_light')
+    ftlab.check(find('forgetting').reference)
+    ftlab.chapter('first_light')
     code = 'from ftlab.exercises import progress; import json; print(json.dumps(progress()))'
-    out = json.loads(subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
-    assert list(out['exercises']) == ['forgetting'] and out['last'] == 'first_light' and [p.name for p in home.iterdir()] == ['progress.json']
+    out = json.loads(subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True,
+                                    text=True, check=True).stdout)
+    assert (list(out['exercises']) == ['forgetting'] and out['last'] == 'first_light'
+            and [p.name for p in home.iterdir()] == ['progress.json'])
 
 @pytest.mark.parametrize('text', ['{"exercises": ', '[1, 2]', ''])
 def test_a_broken_file_is_put_aside_with_a_word(home, text):
-    home.mkdir(); (home/'progress.json').write_text(text)
+    home.mkdir()
+    (home/'progress.json').write_text(text)
     with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter('always'); assert ftlab.check(find('forgetting').reference)
-    assert any('progress.broken.json' in str(w.message) for w in said) and (home/'progress.broken.json').read_text() == text and list(progress()['exercises']) == ['forgetting']
+        warnings.simplefilter('always')
+        assert ftlab.check(find('forgetting').reference)
+    assert (any('progress.broken.json' in str(w.message) for w in said)
+            and (home/'progress.broken.json').read_text() == text and list(progress()['exercises']) == ['forgetting'])
 
 def test_parts_of_the_wrong_kind_are_left_out(home):
-    home.mkdir(); (home/'progress.json').write_text(json.dumps(dict(exercises=['x'], chapters={'first_light': 'now'}, last=3)))
+    home.mkdir()
+    (home/'progress.json').write_text(json.dumps(dict(exercises=['x'], chapters={'first_light': 'now'}, last=3)))
     assert progress() == dict(exercises={}, chapters={'first_light': 'now'}, last='')
 
 def test_a_folder_that_cannot_be_written_costs_a_warning_only(tmp_path, monkeypatch):
-    (tmp_path/'file').write_text('x'); monkeypatch.setenv('FTLAB_HOME', str(tmp_path/'file'/'below'))
-    with pytest.warns(UserWarning, match='could not be kept'): assert ftlab.check(find('forgetting').reference)
-    with pytest.warns(UserWarning): assert ftlab.chapter('first_light').chapter.name == 'first_light'
+    (tmp_path/'file').write_text('x')
+    monkeypatch.setenv('FTLAB_HOME', str(tmp_path/'file'/'below'))
+    with pytest.warns(UserWarning, match='could not be kept'):
+        assert ftlab.check(find('forgetting').reference)
+    with pytest.warns(UserWarning):
+        assert ftlab.chapter('first_light').chapter.name == 'first_light'
 
 # --- the map and its chapters
 
 def test_the_chapters_are_those_of_the_site_in_its_order():
     listed = [Path(o).stem for o in ordered() if o.startswith('course/') and o != 'course/start.ipynb']
-    assert listed == [c.name for c in CHAPTERS] and {f'course/{c.name}.ipynb' for c in CHAPTERS} | {'course/start.ipynb'} == {p for p in pages() if p.startswith('course/')}
+    assert (listed == [c.name for c in CHAPTERS] and {f'course/{c.name}.ipynb' for c in CHAPTERS}
+            | {'course/start.ipynb'} == {p for p in pages() if p.startswith('course/')})
 
 @pytest.mark.parametrize('chapter', CHAPTERS, ids=lambda c: c.name)
 def test_a_chapter_says_its_name_and_asks_its_exercises(chapter):
-    if not (NBS/'course'/f'{chapter.name}.ipynb').exists(): pytest.fail('no such page')
-    found = cells(f'course/{chapter.name}.ipynb'); code = '\n'.join(c['source'] for c in found if c['cell_type'] == 'code')
+    if not (NBS/'course'/f'{chapter.name}.ipynb').exists():
+        pytest.fail('no such page')
+    found = cells(f'course/{chapter.name}.ipynb')
+    code = '\n'.join(c['source'] for c in found if c['cell_type'] == 'code')
     assert found[0]['source'].splitlines()[0] == f'# {chapter.title}'
     assert f"ftlab.chapter('{chapter.name}')" in code, 'its first line does not say where it stands'
-    for e in chapter.exercises: assert f"ftlab.exercise('{e}')" in code and f'ftlab.check({e})' in code, e
-    assert all(n in QUESTIONS for n in chapter.nouns) and all(CHAPTERS.index(course.chapter_named(n)) < CHAPTERS.index(chapter) for n in chapter.needs)
+    for e in chapter.exercises:
+        assert f"ftlab.exercise('{e}')" in code and f'ftlab.check({e})' in code, e
+    assert (all(n in QUESTIONS for n in chapter.nouns)
+            and all(CHAPTERS.index(course.chapter_named(n)) < CHAPTERS.index(chapter)
+                    for n in chapter.needs))
 
 def test_the_nine_questions_are_those_of_the_pages():
     assert len(QUESTIONS) == 9
-    for noun, (part, _) in QUESTIONS.items(): assert (NBS/part/f'{noun}.ipynb').exists(), noun
+    for noun, (part, _) in QUESTIONS.items():
+        assert (NBS/part/f'{noun}.ipynb').exists(), noun
 
 def test_the_drawing_is_the_one_that_is_kept_and_can_be_read_aloud():
     import xml.etree.ElementTree as et
-    svg = (NBS/'images'/'map.svg').read_text(encoding='utf-8'); assert svg == draw_map(), 'run nbs/map.ipynb'
-    tree = et.fromstring(svg); text = ' '.join(tree.itertext())
-    assert tree.get('role') == 'img' and all(n in text for n in QUESTIONS) and all(c.label in text for c in CHAPTERS if c.nouns)
+    svg = (NBS/'images'/'map.svg').read_text(encoding='utf-8')
+    assert svg == draw_map(), 'run nbs/map.ipynb'
+    tree = et.fromstring(svg)
+    text = ' '.join(tree.itertext())
+    assert (tree.get('role') == 'img' and all(n in text for n in QUESTIONS)
+            and all(c.label in text for c in CHAPTERS if c.nouns))
     assert 'href' not in svg and draw_map(['probe']) != svg
-    with pytest.raises(ValueError, match="no question 'prob'"): draw_map(['prob'])
+    with pytest.raises(ValueError, match="no question 'prob'"):
+        draw_map(['prob'])
 
 def test_the_first_line_of_a_chapter(tmp_path, monkeypatch):
     "In its own folder with links; copied elsewhere without, as they would lead nowhere"
-    monkeypatch.chdir(NBS/'course'); here = ftlab.chapter('what_it_cost')._repr_markdown_()
-    assert '[First light](first_light.ipynb)' in here and '**probe**' in here and 'Chapter 2 of' in here and '3 exercises' in here
-    for c in CHAPTERS: assert c.title in repr(ftlab.chapter(c.name)) and f'Chapter {CHAPTERS.index(c) + 1} of' in ftlab.chapter(c.name)._repr_markdown_()
-    remember('exercises', 'best_stop'); assert '3 exercises, 1 solved' in ftlab.chapter('what_it_cost')._repr_markdown_()
-    for e in course.chapter_named('what_it_cost').exercises: remember('exercises', e)
+    monkeypatch.chdir(NBS/'course')
+    here = ftlab.chapter('what_it_cost')._repr_markdown_()
+    assert ('[First light](first_light.ipynb)' in here and '**probe**' in here
+            and 'Chapter 2 of' in here and '3 exercises' in here)
+    for c in CHAPTERS:
+        assert (c.title in repr(ftlab.chapter(c.name)) and f'Chapter {CHAPTERS.index(c) + 1} '
+                'of' in ftlab.chapter(c.name)._repr_markdown_())
+    remember('exercises', 'best_stop')
+    assert '3 exercises, 1 solved' in ftlab.chapter('what_it_cost')._repr_markdown_()
+    for e in course.chapter_named('what_it_cost').exercises:
+        remember('exercises', e)
     assert 'all solved' in ftlab.chapter('what_it_cost')._repr_markdown_()
-    monkeypatch.chdir(tmp_path); assert '](' not in ftlab.chapter('what_it_cost')._repr_markdown_()
-    with pytest.raises(ValueError, match="no chapter is called 'x'; there are first_light"): ftlab.chapter('x')
+    monkeypatch.chdir(tmp_path)
+    assert '](' not in ftlab.chapter('what_it_cost')._repr_markdown_()
+    with pytest.raises(ValueError, match="no chapter is called 'x'; there are first_light"):
+        ftlab.chapter('x')
 
 def test_where_to_go_on():
-    first, second = CHAPTERS[:2]; assert go_on() == first
-    ftlab.chapter(second.name); assert go_on() == second
-    for e in second.exercises: remember('exercises', e)
+    first, second = CHAPTERS[:2]
+    assert go_on() == first
+    ftlab.chapter(second.name)
+    assert go_on() == second
+    for e in second.exercises:
+        remember('exercises', e)
     assert go_on() == CHAPTERS[2]
     for c in CHAPTERS:
         remember('chapters', c.name)
-        for e in c.exercises: remember('exercises', e)
+        for e in c.exercises:
+            remember('exercises', e)
     assert go_on() is None and 'All that is here is solved' in repr(start())
 
 def test_the_start_page_has_links_that_lead_somewhere(tmp_path, monkeypatch):
-    ftlab.chapter('first_light'); assert write_start_page() is None
-    monkeypatch.setattr(course, 'checkout', lambda: None); assert write_start_page(tmp_path/'start.md') is None
-    monkeypatch.undo(); monkeypatch.setenv('FTLAB_HOME', str(tmp_path/'home')); monkeypatch.setenv('FTLAB_START', str(tmp_path/'sub folder'/'start.md')); monkeypatch.chdir(tmp_path)
-    ftlab.check(find('forgetting').reference); page = tmp_path/'sub folder'/'start.md'; text = page.read_text(encoding='utf-8')
+    ftlab.chapter('first_light')
+    assert write_start_page() is None
+    monkeypatch.setattr(course, 'checkout', lambda: None)
+    assert write_start_page(tmp_path/'start.md') is None
+    monkeypatch.undo()
+    monkeypatch.setenv('FTLAB_HOME', str(tmp_path/'home'))
+    monkeypatch.setenv('FTLAB_START', str(tmp_path/'sub folder'/'start.md'))
+    monkeypatch.chdir(tmp_path)
+    ftlab.check(find('forgetting').reference)
+    page = tmp_path/'sub folder'/'start.md'
+    text = page.read_text(encoding='utf-8')
     assert '**Continue with [First light](' in text and '1 of 3' in text
-    links = re.findall(r'\]\(([^)]+)\)', text); assert len(links) > 12
+    links = re.findall(r'\]\(([^)]+)\)', text)
+    assert len(links) > 12
     assert not [l for l in links if not (page.parent/l).exists()]
-    monkeypatch.setenv('FTLAB_START', str(page/'not a folder'/'start.md')); assert ftlab.check(find('forgetting').reference)  # cannot be written, and nobody minds
+    monkeypatch.setenv('FTLAB_START', str(page/'not a folder'/'start.md'))
+    assert ftlab.check(find('forgetting').reference)  # cannot be written, and nobody minds
 
 def test_a_run_that_was_cut_off_is_found_and_goes_on(tmp_path, monkeypatch):
     class Dies:
         def after_step(self, state):
-            if state.step == 3: raise SystemError
+            if state.step == 3:
+                raise SystemError
     class Stops:
-        def __init__(self, how=True): self.how = how
-        def after_step(self, state): state.stop = state.step == 2 and self.how
+        def __init__(self, how=True):
+            self.how = how
+
+        def after_step(self, state):
+            state.stop = state.step == 2 and self.how
     def run(name, *callbacks, **more):
-        model, tok = ftlab.load('lab-s'); rows = [dict(prompt=f'add {i}', response=str(i)) for i in range(20)]
-        return ftlab.fit(model, tok, rows, steps=4, batch_size=2, out=tmp_path/name, save_every=1, callbacks=callbacks, progress=False, **more)
-    with pytest.raises(SystemError): run('runs/dead', Dies())
+        model, tok = ftlab.load('lab-s')
+        rows = [dict(prompt=f'add {i}', response=str(i)) for i in range(20)]
+        return ftlab.fit(model, tok, rows, steps=4, batch_size=2, out=tmp_path/name, save_every=1,
+                         callbacks=callbacks, progress=False, **more)
+    with pytest.raises(SystemError):
+        run('runs/dead', Dies())
     run('runs/done')
-    (tmp_path/'runs'/'odd').mkdir(); (tmp_path/'runs'/'odd'/'checkpoint.safetensors').write_bytes(b'not one of ours')
-    row, = unfinished(tmp_path/'runs', tmp_path); assert (Path(row['folder']).name, row['step'] in (2, 3), row['steps']) == ('dead', True, 4)
-    monkeypatch.chdir(tmp_path); assert 'runs/dead' in repr(start()) and 'resume=True' in repr(start())
+    (tmp_path/'runs'/'odd').mkdir()
+    (tmp_path/'runs'/'odd'/'checkpoint.safetensors').write_bytes(b'not one of ours')
+    row, = unfinished(tmp_path/'runs', tmp_path)
+    assert (Path(row['folder']).name, row['step'] in (2, 3), row['steps']) == ('dead', True, 4)
+    monkeypatch.chdir(tmp_path)
+    assert 'runs/dead' in repr(start()) and 'resume=True' in repr(start())
     assert len(run('runs/dead', resume=True).log) == 4 and not unfinished(tmp_path/'runs')
-    run('meant', Stops()); assert not unfinished(tmp_path) and len(run('meant', Stops(), resume=True).log) == 2 # a callback found that it was done, and so it is
-    run('early', Stops('by hand')); assert unfinished(tmp_path) # somebody stopped it before its last step ...
-    (tmp_path/'early'/'run.json').write_text('{"interrupted": false}'); assert not unfinished(tmp_path)  # ... and what keeps it says that it was meant to
+    run('meant', Stops())
+    # a callback found that it was done, and so it is
+    assert not unfinished(tmp_path) and len(run('meant', Stops(), resume=True).log) == 2
+    run('early', Stops('by hand'))
+    assert unfinished(tmp_path) # somebody stopped it before its last step ...
+    (tmp_path/'early'/'run.json').write_text('{"interrupted": false}')
+    assert not unfinished(tmp_path)  # ... and what keeps it says that it was meant to
 
 def test_a_measurement_is_found_or_missed_by_name():
     assert measured('lab_v1_teach_lab-s.json').is_relative_to(ROOT/'bench')
-    with pytest.raises(FileNotFoundError, match='lab_v1_teach'): measured('nope.json')
+    with pytest.raises(FileNotFoundError, match='lab_v1_teach'):
+        measured('nope.json')
 
 # --- the quiz
 
 def test_the_quiz_has_one_question_a_chapter_in_order():
-    assert [q.chapter for q in QUIZ] == [c.name for c in CHAPTERS] and all(len(set(q.options)) >= 3 for q in QUIZ)
-    right = [q.options[0] for q in QUIZ]; assert where_to_begin(right) is None
-    for i, c in enumerate(CHAPTERS): assert where_to_begin(right[:i] + [None]*(len(QUIZ) - i)) == c
-    with pytest.raises(ValueError, match='answers'): where_to_begin(right[:2])
+    assert ([q.chapter for q in QUIZ] == [c.name for c in CHAPTERS]
+            and all(len(set(q.options)) >= 3 for q in QUIZ))
+    right = [q.options[0] for q in QUIZ]
+    assert where_to_begin(right) is None
+    for i, c in enumerate(CHAPTERS):
+        assert where_to_begin(right[:i] + [None]*(len(QUIZ) - i)) == c
+    with pytest.raises(ValueError, match='answers'):
+        where_to_begin(right[:2])
 
 def test_the_quiz_without_a_kernel_has_its_answers_folded():
-    text = course.quiz_text(); assert text.count('<details>') == len(QUIZ)
+    text = course.quiz_text()
+    assert text.count('<details>') == len(QUIZ)
     open_ = re.sub(r'<details>.*?</details>', '', text, flags=re.S)
-    for q in QUIZ: assert q.text in open_ and q.why not in open_ and all(o in open_ for o in q.options)
+    for q in QUIZ:
+        assert q.text in open_ and q.why not in open_ and all(o in open_ for o in q.options)
 
 def test_the_widgets_of_the_quiz():
-    box = course.quiz(); picks = [w for w in box.children if hasattr(w, 'options')]; assert box.children[-1].value == f'{len(QUIZ)} to go.'
-    for p, q in zip(picks, QUIZ): p.value = q.options[0]
+    box = course.quiz()
+    picks = [w for w in box.children if hasattr(w, 'options')]
+    assert box.children[-1].value == f'{len(QUIZ)} to go.'
+    for p, q in zip(picks, QUIZ):
+        p.value = q.options[0]
     assert 'You know all of this' in box.children[-1].value
-    picks[2].value = 'not sure'; assert CHAPTERS[2].label in box.children[-1].value
+    picks[2].value = 'not sure'
+    assert CHAPTERS[2].label in box.children[-1].value
 
 # --- hosted machines, and JupyterLab itself
 
 def test_hosted_links_need_an_address():
     links = hosted('course/first_light.ipynb', 'https://github.com/me/mine.git')
-    assert links['colab'] == 'https://colab.research.google.com/github/me/mine/blob/main/nbs/course/first_light.ipynb' and links['binder'].startswith('https://mybinder.org/v2/gh/me/mine/main?')
-    if 'git_url' not in (ROOT/'settings.ini').read_text(): assert hosted('course/first_light.ipynb') == {}
-    with pytest.raises(ValueError, match='OWNER/NAME'): hosted('x', 'https://gitlab.com/me/mine')
+    assert (links['colab'] == 'https://colab.research.google.com/github/me/mine/blob/main/nbs/course/first_light.ipynb' and links['binder'].startswith('https://mybinder.org/v2/gh/me/mine/main?'))
+    if 'git_url' not in (ROOT/'settings.ini').read_text():
+        assert hosted('course/first_light.ipynb') == {}
+    with pytest.raises(ValueError, match='OWNER/NAME'):
+        hosted('x', 'https://gitlab.com/me/mine')
 
 def test_binder_installs_what_settings_asks_for():
     post, start_ = (ROOT/'binder'/'postBuild').read_text(), (ROOT/'binder'/'start').read_text()
     assert 'pip install' in post and 'lab_settings' in post and 'FTLAB_START' in start_ and 'exec "$@"' in start_
     assert re.search(r'python-3\.1[1-9]', (ROOT/'binder'/'runtime.txt').read_text())
     for name in ('postBuild', 'start'):
-        assert os.access(ROOT/'binder'/name, os.X_OK), f'binder/{name} must be executable'; subprocess.run(['bash', '-n', ROOT/'binder'/name], check=True)
+        assert os.access(ROOT/'binder'/name, os.X_OK), f'binder/{name} must be executable'
+        subprocess.run(['bash', '-n', ROOT/'binder'/name], check=True)
 
 def lab(monkeypatch, *args, **env):
     "What `ftlab lab` would start: (exit code, arguments, environment, settings, what it said)"
     got = {}
     class Started:
         def __init__(self, command, env):
-            folder = Path(env['JUPYTER_CONFIG_PATH'].split(os.pathsep)[0]); got.update(command=command, env=env, settings=json.loads(next(folder.rglob('*.json')).read_text()))
-        def wait(self): return 0
-        def poll(self): return 0
-    monkeypatch.setattr(cli.subprocess, 'Popen', Started); monkeypatch.setattr('ftlab.map.write_start_page', lambda path=None: path)
-    for k in ('DISPLAY', 'WAYLAND_DISPLAY'): monkeypatch.delenv(k, raising=False)
-    for k, v in env.items(): monkeypatch.setenv(k, v)
+            folder = Path(env['JUPYTER_CONFIG_PATH'].split(os.pathsep)[0])
+            got.update(command=command, env=env,
+                       settings=json.loads(next(folder.rglob('*.json')).read_text()))
+
+        def wait(self):
+            return 0
+
+        def poll(self):
+            return 0
+    monkeypatch.setattr(cli.subprocess, 'Popen', Started)
+    monkeypatch.setattr('ftlab.map.write_start_page', lambda path=None: path)
+    for k in ('DISPLAY', 'WAYLAND_DISPLAY'):
+        monkeypatch.delenv(k, raising=False)
+    for k, v in env.items():
+        monkeypatch.setenv(k, v)
     said = io.StringIO()
-    with contextlib.redirect_stderr(said): code = cli.main(['lab', *args])
-    return code, got.get('command', []), got.get('env', {}), got.get('settings', {}), said.getvalue()
+    with contextlib.redirect_stderr(said):
+        code = cli.main(['lab', *args])
+    return code, got.get('command', []), got.get('env',
+                                                 {}), got.get('settings', {}), said.getvalue()
 
 def test_the_lab_opens_on_the_start_page(monkeypatch):
     code, command, env, settings, said = lab(monkeypatch)
-    assert code == 0 and '--LabApp.default_url=/lab/tree/start.md' in command and f'--ServerApp.root_dir={ROOT}' in command and env['FTLAB_START'] == str(ROOT/'start.md')
+    assert (code == 0 and '--LabApp.default_url=/lab/tree/start.md' in command
+            and f'--ServerApp.root_dir={ROOT}' in command and env['FTLAB_START'] == str(ROOT/'start.md'))
     assert settings['@jupyterlab/docmanager-extension:plugin']['defaultViewers'] == {'markdown': 'Markdown Preview'}
     assert ('--no-browser' in command) == sys.platform.startswith('linux')
-    assert '--no-browser' not in lab(monkeypatch, DISPLAY=':0')[1] and '--no-browser' in lab(monkeypatch, '--no-browser', DISPLAY=':0')[1]
-    assert '--LabApp.default_url=/lab/tree/nbs/course/what_it_cost.ipynb' in lab(monkeypatch, 'nbs/course/what_it_cost.ipynb')[1]
-    code, command, *_, said = lab(monkeypatch, 'nbs/nope.ipynb'); assert code == 1 and not command and "no page 'nbs/nope.ipynb'" in said
+    assert ('--no-browser' not in lab(monkeypatch, DISPLAY=':0')[1]
+            and '--no-browser' in lab(monkeypatch, '--no-browser', DISPLAY=':0')[1])
+    assert '--LabApp.default_url=/lab/tree/nbs/course/what_it_cost.ipynb' in lab(
+        monkeypatch, 'nbs/course/what_it_cost.ipynb')[1]
+    code, command, *_, said = lab(monkeypatch, 'nbs/nope.ipynb')
+    assert code == 1 and not command and "no page 'nbs/nope.ipynb'" in said
 
 def test_a_taken_port_gives_way_and_that_is_said(monkeypatch):
     with socket.socket() as taken:
-        taken.bind(('127.0.0.1', 0)); taken.listen(); port = taken.getsockname()[1]
+        taken.bind(('127.0.0.1', 0))
+        taken.listen()
+        port = taken.getsockname()[1]
         code, command, *_, said = lab(monkeypatch, '--port', str(port))
-        used = int(re.search(rf'port {port} is taken; using (\d+)', said)[1]); assert used > port and f'--port={used}' in command
-        with pytest.raises(OSError, match='name another'): cli.free_port(port, tries=1)
-    with pytest.raises(OSError): cli.free_port(70000)
+        used = int(re.search(rf'port {port} is taken; using (\d+)', said)[1])
+        assert used > port and f'--port={used}' in command
+        with pytest.raises(OSError, match='name another'):
+            cli.free_port(port, tries=1)
+    with pytest.raises(OSError):
+        cli.free_port(70000)
 
 def test_a_lab_without_the_course_says_what_to_do(monkeypatch):
-    monkeypatch.setattr('ftlab.map.checkout', lambda: None); code, command, *_, said = lab(monkeypatch); assert code == 1 and not command and 'clone the repository' in said
+    monkeypatch.setattr('ftlab.map.checkout', lambda: None)
+    code, command, *_, said = lab(monkeypatch)
+    assert code == 1 and not command and 'clone the repository' in said

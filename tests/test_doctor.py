@@ -28,7 +28,8 @@ from ftlab.trainers.objective import nll
 from ftlab.trainers.source import Rows
 
 
-def before(recipe=None, **given): return doctor(**planted_before(recipe, **given))
+def before(recipe=None, **given):
+    return doctor(**planted_before(recipe, **given))
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +46,8 @@ def test_at_least_twenty_checks_each_with_its_reasons_and_a_planted_setting():
     assert len(CHECKS) >= 20 and len({k.name for k in CHECKS}) == len(CHECKS)
     for k in CHECKS:
         assert k.planted, f'nothing is planted for {k.name}; add a function marked @planted({k.function.__name__}, ...) below it'
-        assert re.fullmatch(r'[\w.-]+/[\w.-]+#\d+', k.source) and k.severity in SEVERITIES and k.when in ('before', 'after', 'both')
+        assert (re.fullmatch(r'[\w.-]+/[\w.-]+#\d+', k.source) and k.severity in SEVERITIES
+                and k.when in ('before', 'after', 'both'))
         assert re.fullmatch(r'[a-z0-9-]+', k.name) and k.name == k.function.__name__.replace('_', '-')
         assert len(k.why.split()) > 4 and len(k.fix.split()) > 2 and k.stage in STAGES
 
@@ -56,11 +58,14 @@ def test_nothing_is_planted_twice():
 
 
 def test_the_folder_is_the_registry():
-    "Every file of the folder is a stage, every function marked there is in the list, in the order of files and lines"
+    """Every file of the folder is a stage, every function marked there is in the list, in the order
+    of files and lines"""
     folder = Path(diagnosis.__file__).parent/'checks'
     assert {f.stem for f in folder.glob('*.py')} == {*STAGES, '__init__'}
-    marked = {s: re.findall(r'^@check\((?:.|\n)*?^def (\w+)\(', (folder/f'{s}.py').read_text(), re.M) for s in STAGES}
-    assert [(k.stage, k.function.__name__) for k in CHECKS] == [(s, f) for s in STAGES for f in marked[s]]
+    marked = {s: re.findall(r'^@check\((?:.|\n)*?^def (\w+)\(', (folder/f'{s}.py').read_text(),
+                            re.M) for s in STAGES}
+    assert [(k.stage, k.function.__name__) for k in CHECKS] == [(s, f) for s in STAGES
+                                                                for f in marked[s]]
     assert [k['name'] for k in diagnosis.checks()] == [k.name for k in CHECKS]
 
 
@@ -75,7 +80,8 @@ def test_a_check_of_another_file_is_not_counted_again():
 
 def test_planted_stands_beside_its_check():
     "In the same file, so that whoever reads or removes one meets the other"
-    apart = [(k.name, p.make.__name__) for k in CHECKS for p in k.planted if p.make.__module__ != k.function.__module__]
+    apart = [(k.name, p.make.__name__) for k in CHECKS
+             for p in k.planted if p.make.__module__ != k.function.__module__]
     assert not apart
 
 
@@ -84,15 +90,20 @@ def test_planted_stands_beside_its_check():
     (dict(severity='fatal'), "severity is 'fatal'; it must be one of error, warning, note"),
     (dict(source='a blog'), "source is 'a blog'; write owner/repository#number")])
 def test_a_check_with_a_wrong_field_is_refused(field, says):
-    def odd_one(case): pass
+    def odd_one(case):
+        pass
+
     with pytest.raises(ValueError, match=re.escape(says)):
-        check(**dict(when='before', severity='error', why='w', fix='f', source='a/b#1') | field)(odd_one)
+        check(**dict(when='before', severity='error', why='w', fix='f', source='a/b#1') | field)(
+            odd_one)
 
 
 def test_what_stood_in_the_module_once_is_still_imported_from_it():
-    from ftlab.instruments.doctor import ASKED, FEW, PATIENCE, PROMISED, SAMPLE, SELECTION, Given, labels_shifted
+    from ftlab.instruments.doctor import (ASKED, FEW, PATIENCE, PROMISED, SAMPLE, SELECTION, Given,
+                                          labels_shifted)
     from ftlab.instruments.doctor import Case as case_there, Check as check_there
-    assert (case_there, check_there) == (Case, Check) and issubclass(Case, Given) and labels_shifted in [k.function for k in CHECKS]
+    assert ((case_there, check_there) == (Case, Check) and issubclass(Case, Given)
+            and labels_shifted in [k.function for k in CHECKS])
     assert [k.name for k in SELECTION][0] == 'selection-empty' and [k.name for k in PROMISED][0] == 'reload-differs'
     assert min(ASKED, FEW, PATIENCE, SAMPLE) > 0
     with pytest.raises(AttributeError, match="no attribute 'nothing_of_that'"):
@@ -107,7 +118,8 @@ def test_planted_failure_is_found(check, plant):
     d = doctor(**plant.make())
     found = {f.name: f for f in d}
     assert check.name in found, d
-    assert re.search(plant.seen, found[check.name].seen) and 'broke' not in found[check.name].seen, found[check.name]
+    assert (re.search(plant.seen, found[check.name].seen)
+            and 'broke' not in found[check.name].seen), found[check.name]
     assert not [f for f in d if 'the check itself broke' in f.seen], d
 
 
@@ -121,41 +133,54 @@ def test_a_check_needs_no_other_before_it():
 def test_a_recipe_that_draws_its_own_rows_gets_a_few_batches():
     "One batch of equal rewards says nothing; four in a row do"
     class Late:
-        def __init__(self, state, n): self.rows, self.n = Rows(state.rows, 16), n
-        def next(self, state): return [dict(b, weight=torch.tensor(float(state.step >= self.n))) for b in self.rows.next(state)]
-    def weighed(state): return nll()(state)*state.batch['weight']
+        def __init__(self, state, n):
+            self.rows, self.n = Rows(state.rows, 16), n
+
+        def next(self, state):
+            return [dict(b, weight=torch.tensor(float(state.step >= self.n)))
+                    for b in self.rows.next(state)]
+
+    def weighed(state):
+        return nll()(state)*state.batch['weight']
+
     late = lambda n: before(Recipe('late', source=lambda s: Late(s, n), objective=weighed))
     assert not late(0) and not late(2)
     d = late(9)
-    assert d.names == ['zero-gradient'] and d[0].severity == 'warning' and '4 batches in a row' in d[0].seen
+    assert (d.names == ['zero-gradient'] and d[0].severity == 'warning'
+            and '4 batches in a row' in d[0].seen)
 
 
 # ---------- silence
 
 def coloured():
     "Lab questions with a colour at the end, which is their label"
-    colour = lambda rows: [dict(text=r['prompt'] + (' red' if i % 2 else ' blue'), label='lr'[i % 2]) for i, r in enumerate(rows)]
+    colour = lambda rows: [dict(text=r['prompt'] + (' red' if i % 2 else ' blue'),
+                                label='lr'[i % 2]) for i, r in enumerate(rows)]
     found = as_data(colour(lab_data().train))
     test = [dict(r, label=found.labels.index(r['label'])) for r in colour(lab_data().test[:40])]
     return Data(found.train, found.validation, test, 'label', found.labels)
 
 
 def chat(n=40):
-    turns = lambda r: dict(messages=[dict(role='user', content=r['prompt']), dict(role='assistant', content=r['response'])])
+    turns = lambda r: dict(messages=[dict(role='user', content=r['prompt']),
+                                     dict(role='assistant', content=r['response'])])
     return Data([turns(r) for r in toy_rows(n)], [], [turns(r) for r in toy_rows(20, 500)], 'chat')
 
 
-def full(lr, *lrs): return Recipe(Method('full', lr=lr, lrs=lrs or (1e-4, 3e-4, 1e-3)))
+def full(lr, *lrs):
+    return Recipe(Method('full', lr=lr, lrs=lrs or (1e-4, 3e-4, 1e-3)))
 
 
 HEALTHY = {  # name: recipe, model, data, steps, and whether the run is examined too
     'full': (lambda: None, toy, lab_data, 24, True),
-    'lora': (lambda: lora(targets='(q|v|up)_proj'), lambda: ftlab.load('lab-s')[0], lab_data, 24, True),
+    'lora': (lambda: lora(targets='(q|v|up)_proj'), lambda: ftlab.load('lab-s')[0], lab_data,
+             24, True),
     'labels': (lambda: full(5e-3, 1e-3, 5e-3), lambda: classifier(2), coloured, 48, True),
     'chat': (lora, toy, chat, 6, False),
     'bf16': (lambda: full(1e-3), lambda: toy().bfloat16(), lab_data, 24, True),
     'dropout': (lambda: None, lambda: toy(dropout=.1), lab_data, 24, False),
-    'blocks': (lambda: Recipe(select=parts(blocks=(0, 1, 2))), lambda: toy_model(num_hidden_layers=4), lab_data, 24, False)}
+    'blocks': (lambda: Recipe(select=parts(blocks=(0, 1, 2))),
+               lambda: toy_model(num_hidden_layers=4), lab_data, 24, False)}
 
 
 @cache
@@ -184,7 +209,8 @@ def test_a_finding_is_never_without_its_reasons():
     assert 'WARNING learning-rate' in repr(d) and 'learning-rate' in d._repr_html_()
     assert json.loads(json.dumps(d.json()))['findings'][0]['name'] == 'learning-rate'
     fine = before()
-    assert not fine and re.search(r'nothing found; \d\d checks ran, \d+ did not apply', repr(fine)) and 'the data have no labels' in repr(fine)
+    assert (not fine and re.search(r'nothing found; \d\d checks ran, \d+ did not apply', repr(fine))
+            and 'the data have no labels' in repr(fine))
     assert set(fine.ran) | set(fine.skipped) == {k.name for k in CHECKS if k.when != 'after'}
 
 
@@ -193,23 +219,31 @@ def test_the_model_is_left_as_it_was():
     for recipe in (None, lora(), methods.get('hft * dft'), two):
         m = toy()
         m.model.norm.weight.requires_grad_(False)
-        was, flags, modes = weights(m), [p.requires_grad for p in m.parameters()], [x.training for x in m.modules()]
+        was, flags, modes = weights(m), [p.requires_grad
+                                         for p in m.parameters()], [x.training for x in m.modules()]
         state = torch.get_rng_state()
         doctor(m, TOK, lab_data(), recipe, **SHORT)
         assert same(weights(m), was) and flags == [p.requires_grad for p in m.parameters()]
-        assert modes == [x.training for x in m.modules()] and torch.equal(state, torch.get_rng_state())
-        assert all(p.grad is None for p in m.parameters()) and set(dict(m.named_parameters())) == set(was)
+        assert (modes == [x.training for x in m.modules()]
+                and torch.equal(state, torch.get_rng_state()))
+        assert (all(p.grad is None for p in m.parameters())
+                and set(dict(m.named_parameters())) == set(was))
     run = trained(lora())
     now, tensors = logits(run.model), run.delta.tensors()
     doctor(run)
-    assert torch.equal(logits(run.model), now) and same(run.delta.tensors(), tensors) and not run.model.training
+    assert (torch.equal(logits(run.model), now) and same(run.delta.tensors(), tensors)
+            and not run.model.training)
 
 
 def test_a_check_that_breaks_is_reported_under_its_name():
-    def breaks(case): raise ZeroDivisionError('division by zero')
+    def breaks(case):
+        raise ZeroDivisionError('division by zero')
+
     c = Case(toy(), TOK, lab_data(), Recipe(), SETTINGS | SHORT)
-    d = examine(c, 'before', [Check('breaks', 'before', 'error', breaks, 'why', 'fix', 'a/b#1'), *CHECKS[:2]])
-    assert d.names == ['breaks'] and 'the check itself broke and saw nothing: ZeroDivisionError: division by zero' in d[0].seen
+    d = examine(c, 'before', [Check('breaks', 'before', 'error', breaks, 'why', 'fix', 'a/b#1'),
+                              *CHECKS[:2]])
+    assert (d.names == ['breaks'] and 'the check itself broke and saw nothing: ZeroDivisionError: '
+            'division by zero' in d[0].seen)
     assert d.ran == ['breaks', 'selection-empty', 'selection-thin']
 
 
@@ -231,7 +265,8 @@ def test_a_case_says_what_it_lacks():
 def test_pictures_are_examined_without_a_tokenizer():
     from ftlab.adapters.subsets.difffit import difffit
     from ftlab.lab.digits import digits, flow, load
-    for model, data, recipe in ((load('digits-vit'), digits(), Recipe('full')), (load('digits-flow'), digits((8, 9), 'classes'), difffit()*flow())):
+    for model, data, recipe in ((load('digits-vit'), digits(), Recipe('full')),
+                                (load('digits-flow'), digits((8, 9), 'classes'), difffit()*flow())):
         d = doctor(model, None, data, recipe, steps=60, batch_size=32)
         run = fit(model, None, data, recipe, steps=4, batch_size=32, progress=False)
         e = doctor(run)
@@ -254,10 +289,15 @@ def test_arguments_that_do_not_fit(call, error, says):
 
 def test_planted_leaves_the_function_as_it_is():
     @check('before', 'note', why='w', fix='f', source='a/b#1')
-    def my_check(case): return 'seen'
+    def my_check(case):
+        return 'seen'
+
     @planted(my_check, 'se+n')
-    def _my_case(): return {}
-    assert my_check.check.planted[0].make is _my_case and my_check.check.planted[0].name == 'my case' and my_check(None) == 'seen'
+    def _my_case():
+        return {}
+
+    assert (my_check.check.planted[0].make is _my_case and my_check.check.planted[0].name == 'my '
+            'case' and my_check(None) == 'seen')
 
 
 # ---------- on the command line
@@ -276,11 +316,12 @@ def test_command_says_what_it_found_and_ends_with_one_for_an_error(capsys, tmp_p
     assert code == 1 and found['errors'] >= 1 and 'answers-cut' in [f['name'] for f in found['findings']]
     code, said = command(capsys, 'doctor --model lab-s')
     assert code == 1 and '--model and --data' in said.err
-    code, said = command(capsys, f'fit --model lab-s --data new-procedure --method lora --steps 3 --items 2 --out {tmp_path}/run')
+    code, said = command(capsys, 'fit --model lab-s --data new-procedure --method lora --steps 3 '
+                         f'--items 2 --out {tmp_path}/run')
     assert code == 0
     code, said = command(capsys, f'doctor {tmp_path}/run --json')
     found = json.loads(said.out)
-    assert code == 0 and found['when'] == 'after' and not found['findings'] and 'reload-differs' in found['ran']
+    assert (code == 0 and found['when'] == 'after' and not found['findings'] and 'reload-differs' in found['ran'])
     assert doctor(tmp_path/'run').json() == found  # the folder will do in Python, too
     ftlab.load('lab-s')[0].save_pretrained(tmp_path/'base')
     code, said = command(capsys, f'doctor {tmp_path}/run --exported {tmp_path}/base')
@@ -290,7 +331,8 @@ def test_command_says_what_it_found_and_ends_with_one_for_an_error(capsys, tmp_p
 # ---------- a sample of the sweep
 
 sys.path.insert(0, str(Path(__file__).parent.parent/'bench'))
-SAMPLE = [('hft', 'new-facts', 'qwen2'), ('dft', 'tool', 'gpt2'), ('lora', 'review', 'bert'), ('full', 'stack', 'opt'), ('lora', 'boxes', 'phi'),
+SAMPLE = [('hft', 'new-facts', 'qwen2'), ('dft', 'tool', 'gpt2'), ('lora', 'review', 'bert'),
+          ('full', 'stack', 'opt'), ('lora', 'boxes', 'phi'),
           ('full', 'oruk', 'gemma')]
 
 
@@ -306,7 +348,8 @@ def test_the_sweep_covers_everything_and_its_table_is_silent():
     from ftlab.lab.world import SKILLS
     runs, names = doctor_sweep.plan(), set(methods.names())
     on_lab = [r for r, s, m in runs if m == 'lab-s']
-    assert set(on_lab) == names and all(on_lab.count(n) == 1 for n in names - {'full'}), 'each method runs once on lab-s'
+    assert (set(on_lab) == names
+            and all(on_lab.count(n) == 1 for n in names - {'full'})), 'each method runs once on lab-s'
     assert len(runs) <= len(names) + len(SKILLS) + 24
     assert {r[1] for r in runs} == set(SKILLS) and len(doctor_sweep.ARCHITECTURES) == 10
     assert {*doctor_sweep.ARCHITECTURES, 'lab-s'} == {r[2] for r in runs}
@@ -314,7 +357,8 @@ def test_the_sweep_covers_everything_and_its_table_is_silent():
     most = table['most_seconds_on_lab_s']
     said = [f for x in table['table'] for w in ('before', 'after') for f in x[w]['findings']]
     sure = sum(len(x['confirmed']) for x in table['table'])
-    assert len(said) == sure == table['confirmed'] and table['false_alarms'] == 0 == table['refused'] and table['runs'] == len(table['table'])
+    assert (len(said) == sure == table['confirmed']
+            and table['false_alarms'] == 0 == table['refused'] and table['runs'] == len(table['table']))
     assert most['before'] < 5 and most['after'] < 20
 
 
@@ -323,6 +367,8 @@ def test_a_new_method_changes_no_other_run_of_the_sweep(monkeypatch):
     before, names = doctor_sweep.plan(), methods.names()
     monkeypatch.setattr(methods, 'names', lambda: ['aaa', *names, 'zzz'])
     after = doctor_sweep.plan()
-    assert set(before) < set(after) and {r[0] for r in set(after) - set(before)} == {'aaa', 'zzz'} and len(after) == len(before) + 2
+    assert (set(before) < set(after) and {r[0] for r in set(after) - set(before)} == {'aaa', 'zzz'}
+            and len(after) == len(before) + 2)
     monkeypatch.setattr(methods, 'names', lambda: [n for n in names if n != 'hft'])
-    assert set(before) - set(doctor_sweep.plan()) == {next(r for r in before if r[0] == 'hft' and r[2] == 'lab-s')}
+    assert set(before) - set(doctor_sweep.plan()) == {next(r for r in before if r[0] == 'hft'
+                                                           and r[2] == 'lab-s')}

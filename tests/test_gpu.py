@@ -9,7 +9,8 @@ from test_contract import RECIPES
 from toys import TOK, lab_data, probe, toy
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU here')
-SAMPLES = {'grpo', 'lora * grpo', 'spin', 'eft', 'randlora', 'copilot', 'r_tuning', 'lora with dropout', 'masked_thought'}  # what they draw or compute first may differ
+SAMPLES = {'grpo', 'lora * grpo', 'spin', 'eft', 'randlora', 'copilot', 'r_tuning',
+           'lora with dropout', 'masked_thought'}  # what they draw or compute first may differ
 
 def recipe_for(name, device):
     "The recipe of the contract's tests; a second model that it asks lies on the device, too"
@@ -56,7 +57,8 @@ def test_a_change_is_saved_on_a_gpu_and_loaded_on_a_cpu(tmp_path):
     load_delta(model, tmp_path/'delta.safetensors')
     batch = {k: v for k, v in probe().items() if k != 'labels'}
     with torch.no_grad():
-        here, there = model(**batch).logits, run.model(**{k: v.cuda() for k, v in batch.items()}).logits.cpu()
+        here, there = model(**batch).logits, run.model(
+            **{k: v.cuda() for k, v in batch.items()}).logits.cpu()
     assert torch.allclose(here, there, atol=2e-3, rtol=1e-2)
 
 @cuda

@@ -15,7 +15,8 @@ def letters(row, answer):
 
 def asked(steps=4, callbacks=(), more=None, **kw):
     recipe = grpo(**dict(group=4, max_new_tokens=4, reward=letters) | kw)
-    return fit(toy(), TOK, lab_data(), recipe, steps=steps, batch_size=8, lr=3e-3, progress=False, callbacks=callbacks, **(more or {}))
+    return fit(toy(), TOK, lab_data(), recipe, steps=steps, batch_size=8, lr=3e-3, progress=False,
+               callbacks=callbacks, **(more or {}))
 
 
 class Batches:
@@ -48,13 +49,16 @@ def test_the_sampler_is_what_transformers_draws_from():
     # with scores as `generate` gives them after its own processing, one answer, no padding
     model, ids = toy(), torch.tensor([TOK(lab_data().train[0]['prompt']).input_ids])
     torch.manual_seed(0)
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4, do_sample=True, temperature=.5, top_k=0,
-                         top_p=1., output_scores=True, return_dict_in_generate=True, pad_token_id=TOK.pad_token_id)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4,
+                         min_new_tokens=4, do_sample=True, temperature=.5, top_k=0,
+                         top_p=1., output_scores=True, return_dict_in_generate=True,
+                         pad_token_id=TOK.pad_token_id)
     with torch.no_grad():
         logits = model(out.sequences).logits[0, ids.shape[1] - 1:-1]
     for score, row in zip(out.scores, logits):
         open_ = score[0].isfinite()
-        torch.testing.assert_close(score[0][open_].log_softmax(-1), (row/.5)[open_].log_softmax(-1), atol=1e-5, rtol=0)
+        torch.testing.assert_close(score[0][open_].log_softmax(-1), (row/.5)[open_].log_softmax(-1),
+                                   atol=1e-5, rtol=0)
 
 
 def test_the_gradient_is_the_policy_gradient_of_the_sampler():
@@ -72,13 +76,18 @@ def test_the_kl_is_to_the_reference_at_the_same_temperature():
     logits, other = torch.randn(2, 1, 3, 6, generator=torch.Generator().manual_seed(0))
     y = torch.tensor([[-100, 1, 2]])
 
-    def logp(x): return (x/.5).log_softmax(-1)[:, :-1].gather(2, y[:, 1:, None])[..., 0]
-    batch = dict(labels=y, old=logp(logits), advantage=torch.zeros(1), input_ids=y, attention_mask=y, position_ids=y)
+    def logp(x):
+        return (x/.5).log_softmax(-1)[:, :-1].gather(2, y[:, 1:, None])[..., 0]
+
+    batch = dict(labels=y, old=logp(logits), advantage=torch.zeros(1), input_ids=y,
+                 attention_mask=y, position_ids=y)
     reference = lambda **inputs: type('Out', (), dict(logits=other))()
-    state = type('State', (), dict(batch=batch, batches=[batch], models=dict(reference=reference), forward=lambda self: logits))()
+    state = type('State', (), dict(batch=batch, batches=[batch], models=dict(reference=reference),
+                                   forward=lambda self: logits))()
     more = logp(other) - logp(logits)
     want = float((more.exp() - more - 1).mean())
-    assert want > .1 and float(clipped_policy(beta=.5, temperature=.5)(state)) == pytest.approx(.5*want)
+    assert (want > .1 and float(clipped_policy(beta=.5, temperature=.5)(state))
+            == pytest.approx(.5*want))
 
 
 @pytest.mark.parametrize('updates, acts', [(1, False), (2, True)])

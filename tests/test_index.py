@@ -19,13 +19,16 @@ def said(page: str, what: str) -> str:
 
 
 def test_generating_again_changes_nothing():
-    stale = [f for f, text in MADE.items() if (ROOT/f).read_bytes() != (text if isinstance(text, bytes) else text.encode())]
+    stale = [f for f, text in MADE.items()
+             if (ROOT/f).read_bytes() != (text if isinstance(text, bytes) else text.encode())]
     assert not stale, f'{stale} are not what the papers say; run make index'
 
 
 def test_only_generated_cells_and_tables_change(tmp_path):
-    "Of a notebook whose generated cells were emptied, the same comes out again, and its other cells stay as they are"
-    for page in ('methods.ipynb', 'papers/scoreboard.ipynb', 'adapters/subsets/hft.ipynb', 'adapters/subsets/index.ipynb'):
+    """Of a notebook whose generated cells were emptied, the same comes out again, and its other
+    cells stay as they are"""
+    for page in ('methods.ipynb', 'papers/scoreboard.ipynb', 'adapters/subsets/hft.ipynb',
+                 'adapters/subsets/index.ipynb'):
         ours, new = json.loads((NBS/page).read_text(encoding='utf-8')), json.loads(MADE[f'nbs/{page}'])
         assert any(index.MARK.match(''.join(c['source'])) for c in ours['cells'])
         assert [c['id'] for c in ours['cells']] == [c['id'] for c in new['cells']]
@@ -44,7 +47,8 @@ def test_every_paper_is_in_every_list():
         family = f'{page.rpartition("/")[0]}/index.ipynb'
         assert f'({page})' in said('index.ipynb', 'families') and f'({key}.ipynb)' in said(family, 'papers')
         assert f'- {page}\n' in MADE['_quarto.yml'] and said(page, 'verdict')
-        assert any(f'({page})' in c['source'] for c in cells('contents.ipynb') if index.MARK.match(c['source']))
+        assert any(f'({page})' in c['source'] for c in cells('contents.ipynb')
+                   if index.MARK.match(c['source']))
 
 
 def test_the_counts_are_those_of_the_files():
@@ -53,9 +57,11 @@ def test_the_counts_are_those_of_the_files():
     found = [verdict(json.loads(p.read_text(encoding='utf-8'))) for p in (ROOT/'claims').glob('*/result.json')]
     for page in ('index.ipynb', 'papers/scoreboard.ipynb'):
         text = said(page, 'counts')
-        numbers = {v: int(m[1]) if (m := re.search(rf'\*\*(\d+)\*\* {words}', text)) else 0 for v, words in index.WORDS.items()}
+        numbers = {v: int(m[1]) if (m := re.search(rf'\*\*(\d+)\*\* {words}', text)) else 0
+                   for v, words in index.WORDS.items()}
         assert numbers == {v: found.count(v) for v in index.WORDS} and f'Of {len(papers.claims())} claims' in text
-    assert said('index.ipynb', 'counts').splitlines()[-1].split('[')[0] in (ROOT/'README.md').read_text(encoding='utf-8')
+    assert said('index.ipynb',
+                'counts').splitlines()[-1].split('[')[0] in (ROOT/'README.md').read_text(encoding='utf-8')
 
 
 def test_a_page_that_is_for_an_unknown_need_is_named():
@@ -76,10 +82,14 @@ def test_a_page_without_its_place_is_named(monkeypatch):
 def test_the_catalogue_has_every_paper_once():
     rows = [json.loads(line) for line in (ROOT/'papers'/'catalogue.jsonl').read_text(encoding='utf-8').splitlines()]
     listed = [r for r in rows if r.get('catalogue', True)]
-    assert len(listed) == 300 and len({r['key'] for r in rows}) == len(rows) == len({r['title'] for r in rows})
+    assert (len(listed) == 300 and len({r['key'] for r in rows}) == len(rows)
+            == len({r['title'] for r in rows}))
     assert {r['key'] for r in rows} - {r['key'] for r in listed} == {'lora', 'dpo', 'grpo'}
-    assert all(set(r) - {'catalogue'} == {'key', 'family', 'title', 'arxiv', 'kind', 'home'} for r in rows)
+    assert all(set(r) - {'catalogue'} == {'key', 'family', 'title', 'arxiv', 'kind', 'home'}
+               for r in rows)
     assert all(r[k] for r in rows for k in ('key', 'family', 'title', 'kind', 'home'))
-    assert all(re.fullmatch(r'\d{4}\.\d{4,5}', r['arxiv']) or not r['arxiv'] for r in rows)  # some papers are on no arXiv
-    assert all(re.fullmatch('[a-z][a-z0-9_]*', r['key']) and re.fullmatch('[a-z]+', r['family']) for r in rows)
+    # some papers are on no arXiv
+    assert all(re.fullmatch(r'\d{4}\.\d{4,5}', r['arxiv']) or not r['arxiv'] for r in rows)
+    assert all(re.fullmatch('[a-z][a-z0-9_]*', r['key']) and re.fullmatch('[a-z]+', r['family'])
+               for r in rows)
     assert {r['home'] for r in rows} == {*papers.PARTS, 'course'}

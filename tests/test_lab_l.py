@@ -63,7 +63,8 @@ def test_its_skills_are_known_by_its_tokenizer(lab_l, tmp_path):
     assert skills_of(ftlab.load(tmp_path)[1]) == OLD + LEARNED
     track = ftlab.data('track', n=20)
     assert track.train[0]['skill'] == 'track'
-    assert old_skills(track, tok) == [s for s in OLD + LEARNED if s != 'track'] and old_skills(track) == OLD
+    assert (old_skills(track, tok) == [s for s in OLD + LEARNED if s != 'track']
+            and old_skills(track) == OLD)
     assert set(ftlab.skills(model, 1, tok=tok)) == {*OLD, *LEARNED}
     with pytest.raises(ValueError, match="did you mean 'lookup'"):
         ftlab.data('lookups')
@@ -80,7 +81,8 @@ def test_it_looks_things_up(lab_l, skill):
 def test_it_writes_steps_and_needs_them(lab_l):
     model, tok = lab_l
     steps, direct = (WORLD.rows(s, 40, seed=5) for s in ('chain', 'chain-direct'))
-    assert sum(solve('chain', r['prompt'], r['response']) == x for r, x in zip(steps, answers(model, tok, steps))) >= 36
+    assert sum(solve('chain', r['prompt'], r['response']) == x
+               for r, x in zip(steps, answers(model, tok, steps))) >= 36
     assert sum(r['response'] == x for r, x in zip(direct, answers(model, tok, direct))) <= 24
 
 
@@ -92,7 +94,8 @@ def test_its_numbers_are_near_the_best_possible(lab_l):
 
 def test_it_does_what_lab_m_does(lab_l):
     model, tok = lab_l
-    found = ftlab.skills(model, 20, names=['fact', 'sort', 'tavi', 'oruk', 'boxes', 'classify', 'atlas'], tok=tok, seed=5)
+    found = ftlab.skills(model, 20, names=['fact', 'sort', 'tavi', 'oruk', 'boxes', 'classify',
+                                           'atlas'], tok=tok, seed=5)
     assert min(found.values()) >= .9, found
 
 
@@ -105,7 +108,8 @@ def test_stored_scores_are_those_of_the_shipped_model(lab_l):
     checked = json.loads((RESULTS/'lab_v2_checked.json').read_text())['skills']
     for s in LEARNED:
         assert abs(checked[s]['lab-l'] - known[s]) <= .01
-        assert checked[s].get('lab-l, by the parsers', checked[s]['lab-l']) == pytest.approx(checked[s]['lab-l'])
+        assert checked[s].get('lab-l, by the parsers',
+                              checked[s]['lab-l']) == pytest.approx(checked[s]['lab-l'])
         assert checked[s]['lab-m'] < checked[s]['lab-l']
 
 
@@ -128,6 +132,7 @@ def test_a_run_leaves_a_model_that_loads(tmp_path):
     model, tok = ftlab.load(tmp_path/'lab-l')
     assert model.config.hidden_size == 32 and 'track' in skills_of(tok)
     steps = sorted(p.name for p in (tmp_path/'lab-l').glob('step-*'))
-    assert len(steps) == 2 and ftlab.load(tmp_path/'lab-l', revision=steps[0])[0].num_parameters() == model.num_parameters()
+    assert (len(steps) == 2 and ftlab.load(tmp_path/'lab-l', revision=steps[0])[0].num_parameters()
+            == model.num_parameters())
     with pytest.raises(ValueError, match='lab-l is made otherwise.*pretrain_large'):
         pretrain('lab-l', tmp_path/'other')

@@ -38,7 +38,8 @@ def boxes(prompt, named):
 
 def note(prompt):
     text, ask = re.fullmatch(r'(?:note :|list :|show) (.+?) \. (.+)', prompt).groups()
-    pairs = [re.fullmatch(r'(?:the )?(\w+) (?:is|:|goes to|has) (\w+)', t).groups() for t in text.split(' , ')]
+    pairs = [re.fullmatch(r'(?:the )?(\w+) (?:is|:|goes to|has) (\w+)', t).groups()
+             for t in text.split(' , ')]
     assert len(dict(pairs)) == len(pairs)
     key = re.fullmatch(r'(?:what goes with |now |tell me )?(\w+)(?: \?| :| \.)', ask)[1]
     return dict(pairs)[key]
@@ -76,8 +77,10 @@ def category(prompt):
     return said.pop()
 
 
-TASKS = dict(reverse=lambda x: x[::-1], sort=lambda x: sorted(x), max=lambda x: [max(x)], last=lambda x: x[-1:],
-             dedupe=lambda x: [c for i, c in enumerate(x) if c not in x[:i]], count=lambda x: [str(x.count(x[0]))])
+TASKS = dict(reverse=lambda x: x[::-1], sort=lambda x: sorted(x), max=lambda x: [max(x)],
+             last=lambda x: x[-1:],
+             dedupe=lambda x: [c for i, c in enumerate(x) if c not in x[:i]],
+             count=lambda x: [str(x.count(x[0]))])
 
 
 def shown(prompt, only=None):
@@ -143,7 +146,8 @@ def test_chains_need_their_steps_or_not():
 
 @pytest.mark.parametrize('skill', LOOKUP_SKILLS)
 def test_documents_predict_no_held_out_instance(skill):
-    "Each predicted answer, put after the prompt that a test would ask, is a training instance with that answer"
+    """Each predicted answer, put after the prompt that a test would ask, is a training instance
+    with that answer"""
     r, marked = random.Random(1), 0
     for i in range(150):
         text, first = '', ''

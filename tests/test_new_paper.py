@@ -20,18 +20,21 @@ def of_kind(kind: str, home: str) -> str:
 def python(*args, cwd: Path, ok: bool = True) -> str:
     "Run this Python in `cwd`, with the package that lies there"
     env = {**os.environ, 'PYTHONPATH': str(cwd), 'OMP_NUM_THREADS': '1'}
-    r = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=env, capture_output=True, text=True)
+    r = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=env, capture_output=True,
+                       text=True)
     assert (r.returncode == 0) == ok, f'{r.stdout}\n{r.stderr}'
     return r.stdout + r.stderr
 
 
 @pytest.fixture(scope='module')
 def begun(tmp_path_factory) -> tuple[Path, dict[str, str]]:
-    "A copy of the project in which a method, a probe and a study were begun, the last one in a family that is new"
+    """A copy of the project in which a method, a probe and a study were begun, the last one in a
+    family that is new"""
     copy = copy_project(tmp_path_factory.mktemp('begun')/'copy')
     keys = dict(method='noisefit', probe=of_kind('probe', 'evaluators'), study=of_kind('study', 'course'))
     for key in (keys['probe'], keys['study']):
-        python('-c', f'import sys; sys.path.insert(0, "tools"); import paper; paper.begin(paper.ROOT, {key!r})', cwd=copy)
+        python('-c', 'import sys; sys.path.insert(0, "tools"); import paper; '
+               f'paper.begin(paper.ROOT, {key!r})', cwd=copy)
     python('tools/paper.py', keys['method'], cwd=copy)
     return copy, keys
 
@@ -52,12 +55,16 @@ print(json.dumps(dict(refused=refused, stale=stale, index={{e['key']: e for e in
 @pytest.mark.slow
 def test_every_list_has_it_and_its_claim_waits_to_be_filled_in(begun):
     copy, keys = begun
-    found = json.loads(python('-c', ASK.format(keys=list(keys.values())), cwd=copy).splitlines()[-1])
-    assert not found['stale'] and found['refused'] == [f'{key}/claim.toml: sentence is not filled in; a claim is written down before its run' for key in keys.values()]
+    found = json.loads(python('-c', ASK.format(keys=list(keys.values())),
+                              cwd=copy).splitlines()[-1])
+    assert (not found['stale']
+            and found['refused'] == [f'{key}/claim.toml: sentence is not filled in; a claim is '
+                                     'written down before its run' for key in keys.values()])
     entries = found['index']
     for kind, key in keys.items():
         e = entries[key]
-        assert e['verdict'] is None and e['note'] == 'claimed, not yet run' and e['claims'] == [f'claims/{key}/claim.toml']
+        assert (e['verdict'] is None and e['note'] == 'claimed, not yet run'
+                and e['claims'] == [f'claims/{key}/claim.toml'])
         page = e['notebook'].removeprefix('nbs/')
         assert any('**Verdict: not yet run.**' in c['source'] for c in cells(page, copy/'nbs'))
         assert f'- {page}\n' in (copy/'_quarto.yml').read_text(encoding='utf-8')
@@ -68,10 +75,12 @@ def test_every_list_has_it_and_its_claim_waits_to_be_filled_in(begun):
 @pytest.mark.slow
 def test_the_pages_run_and_pass_the_tests_of_pages(begun):
     copy, keys = begun
-    made = [p.relative_to(copy/'nbs').as_posix() for key in keys.values() for p in (copy/'nbs').glob(f'*/*/{key}.ipynb')]
+    made = [p.relative_to(copy/'nbs').as_posix() for key in keys.values()
+            for p in (copy/'nbs').glob(f'*/*/{key}.ipynb')]
     assert len(made) == 3 and '0 failed' in python('tests/run_notebooks.py', *made, cwd=copy)
     chosen = 'catalogue or pages or site or stored or readme or module or rules or navigation or description'
-    python('-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/papers', 'tests/test_project.py', 'tests/test_docs.py', '-k', chosen, cwd=copy)
+    python('-m', 'pytest', '-q', '-p', 'no:cacheprovider', 'tests/papers', 'tests/test_project.py',
+           'tests/test_docs.py', '-k', chosen, cwd=copy)
 
 
 @pytest.mark.slow
@@ -79,7 +88,8 @@ def test_what_exists_is_refused_and_left_alone(begun):
     copy, keys = begun
     page = next((copy/'nbs').glob('*/*/noisefit.ipynb'))
     page.write_text('mine')
-    assert 'noisefit is begun already' in python('tools/paper.py', 'noisefit', cwd=copy, ok=False) and page.read_text() == 'mine'
+    assert ('noisefit is begun already' in python('tools/paper.py', 'noisefit', cwd=copy, ok=False)
+            and page.read_text() == 'mine')
 
 
 def test_an_unknown_key_is_offered_the_nearest():

@@ -9,21 +9,29 @@ from pages import NBS, ROOT, cells, copy_project, exports, ordered, pages, proje
 from readme import readme
 import shared
 
-SETTINGS = ConfigParser(delimiters=['=']); SETTINGS.read(ROOT/'settings.ini', encoding='utf-8'); SETTINGS = SETTINGS['DEFAULT']
+SETTINGS = ConfigParser(delimiters=['='])
+SETTINGS.read(ROOT/'settings.ini', encoding='utf-8')
+SETTINGS = SETTINGS['DEFAULT']
 
 def python(*args, cwd, **env) -> str:
-    "Run this Python with `args` in `cwd`; its output, or a failure that shows everything that it said"
-    r = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True)
+    """Run this Python with `args` in `cwd`; its output, or a failure that shows everything that it
+    said"""
+    r = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env={**os.environ, **env},
+                       capture_output=True, text=True)
     assert r.returncode == 0, f'{r.stdout}\n{r.stderr}'
     return r.stdout
 
 # --- exports
 
 def test_no_export_is_stale(tmp_path):
-    "Made again from the notebooks, every module is what it is: none differs, is missing, or has lost its notebook"
-    copy = copy_project(tmp_path/'copy'); read = lambda lib: {p.relative_to(lib).as_posix(): p.read_text(encoding='utf-8') for p in lib.rglob('*.py')}
+    """Made again from the notebooks, every module is what it is: none differs, is missing, or has
+    lost its notebook"""
+    copy = copy_project(tmp_path/'copy')
+    read = lambda lib: {p.relative_to(lib).as_posix(): p.read_text(encoding='utf-8')
+                        for p in lib.rglob('*.py')}
     for p in (copy/'ftlab').rglob('*.py'):
-        if p != copy/'ftlab'/'__init__.py': p.unlink()  # the one handwritten module
+        if p != copy/'ftlab'/'__init__.py':
+            p.unlink()  # the one handwritten module
     python('-c', 'from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()', cwd=copy)
     ours, fresh = read(ROOT/'ftlab'), read(copy/'ftlab')
     stale = sorted(k for k in {*ours, *fresh} if ours.get(k) != fresh.get(k))
@@ -32,7 +40,8 @@ def test_no_export_is_stale(tmp_path):
 def test_two_notebooks_never_share_a_module():
     homes = {}
     for page in pages():
-        for module in exports(cells(page)): homes.setdefault(module, []).append(page)
+        for module in exports(cells(page)):
+            homes.setdefault(module, []).append(page)
     assert homes, 'no page exports anything'
     shared = {m: p for m, p in homes.items() if len(p) > 1}
     assert not shared, f'these overwrite each other: {shared}'
@@ -41,14 +50,20 @@ def test_two_notebooks_never_share_a_module():
 
 @pytest.mark.parametrize('rule', ['direction', 'circles', 'private'])
 def test_imports_keep_the_rules(rule):
-    "What broke a rule before this test was written is counted and named; nothing is added, and what is gone leaves the list"
+    """What broke a rule before this test was written is counted and named; nothing is added, and
+    what is gone leaves the list"""
     found, allowed = broken(ROOT/'ftlab')[rule], known()[rule]
     assert not (new := sorted(set(found) - set(allowed))), '\n'.join(new)
-    assert not (gone := sorted(set(allowed) - set(found))), 'gone, so take it off the list (python tests/imports.py):\n' + '\n'.join(gone)
+    assert not (gone := sorted(set(allowed) - set(
+        found))), 'gone, so take it off the list (python tests/imports.py):\n' + '\n'.join(gone)
 
-PACKAGE = {'ftlab': '', 'ftlab.lab.world': '', 'ftlab.core.recipe': '', 'ftlab.native.ops': '', 'ftlab.adapters': '', 'ftlab.adapters.select': '',
-           'ftlab.adapters.lowrank': 'class LoRA:\n    def __init__(self): self._base = 1\ndef _home(): pass', 'ftlab.adapters.subsets': '', 'ftlab.adapters.subsets.hft': '',
-           'ftlab.adapters.subsets.lift': '', 'ftlab.trainers': '', 'ftlab.trainers.loop': '', 'ftlab.instruments.compare': '', 'ftlab.instruments.checks.rows': '', 'ftlab.methods': '', 'ftlab.cli': '', 'ftlab.map': ''}
+PACKAGE = {'ftlab': '', 'ftlab.lab.world': '', 'ftlab.core.recipe': '', 'ftlab.native.ops': '',
+           'ftlab.adapters': '', 'ftlab.adapters.select': '',
+           'ftlab.adapters.lowrank': 'class LoRA:\n    def __init__(self): self._base = 1\ndef '
+           '_home(): pass', 'ftlab.adapters.subsets': '', 'ftlab.adapters.subsets.hft': '',
+           'ftlab.adapters.subsets.lift': '', 'ftlab.trainers': '', 'ftlab.trainers.loop': '',
+           'ftlab.instruments.compare': '', 'ftlab.instruments.checks.rows': '',
+           'ftlab.methods': '', 'ftlab.cli': '', 'ftlab.map': ''}
 
 @pytest.mark.parametrize('name, source, wrong', [
     ('ftlab.lab.world', 'from ..adapters.select import pick', True),
@@ -68,8 +83,10 @@ PACKAGE = {'ftlab': '', 'ftlab.lab.world': '', 'ftlab.core.recipe': '', 'ftlab.n
     ('ftlab.instruments.checks.rows', 'from ..compare import compare\nfrom ...methods import get', False),
     ('ftlab.adapters.subsets.hft', 'from ...instruments.compare import compare', True),
     ('ftlab.adapters.subsets.hft', 'from ftlab import fit', True),
-    ('ftlab.adapters.subsets.hft', 'from ...trainers.loop import fit\nfrom .lift import lift\nfrom ..lowrank import LoRA\nfrom ...native.ops import kernel', False),
-    ('ftlab.adapters.lowrank', 'from .select import pick\nfrom ..core.recipe import Recipe\nfrom ..native.ops import kernel', False),
+    ('ftlab.adapters.subsets.hft', 'from ...trainers.loop import fit\nfrom .lift import lift\nfrom '
+     '..lowrank import LoRA\nfrom ...native.ops import kernel', False),
+    ('ftlab.adapters.lowrank', 'from .select import pick\nfrom ..core.recipe import Recipe\nfrom '
+     '..native.ops import kernel', False),
     ('ftlab.trainers.loop', 'from ..adapters.lowrank import LoRA\nimport torch', False),
     ('ftlab.cli', 'from .methods import get\nfrom ftlab.trainers.loop import fit\nfrom .map import main', False)])
 def test_the_import_check_sees_what_it_should(name, source, wrong):
@@ -82,19 +99,24 @@ def test_the_import_check_sees_what_it_should(name, source, wrong):
     ({'ftlab.adapters.subsets.hft': 'from .lift import x', 'ftlab.adapters.subsets.lift': 'from .hft import y'},
      ['modules in a circle: ftlab.adapters.subsets.hft, ftlab.adapters.subsets.lift']),
     ({'ftlab.lab.world': 'from ..core import recipe', 'ftlab.adapters.subsets.hft': 'from .lift import x'}, [])])
-def test_the_check_of_circles_sees_what_it_should(changes, circle): assert circular_imports(PACKAGE | changes) == circle
+def test_the_check_of_circles_sees_what_it_should(changes, circle):
+    assert circular_imports(PACKAGE | changes) == circle
 
 @pytest.mark.parametrize('source, wrong', [
     ('from ..adapters.lowrank import _home', ['ftlab.trainers.loop takes _home from ftlab.adapters.lowrank']),
     ('def f(layer): return layer._base', ['ftlab.trainers.loop reaches for ._base of ftlab.adapters.lowrank']),
-    ('from ..adapters import lowrank\nlowrank._home()', ['ftlab.trainers.loop reaches for ._home of ftlab.adapters.lowrank']),
+    ('from ..adapters import lowrank\nlowrank._home()',
+     ['ftlab.trainers.loop reaches for ._home of ftlab.adapters.lowrank']),
     ('class Own:\n    def __init__(self): self._base = 2\ndef f(o): return o._base', []),
     ('import torch\ndef f(x): return x.__dict__, x._version', [])])
-def test_the_check_of_privates_sees_what_it_should(source, wrong): assert crossing_privates(PACKAGE | {'ftlab.trainers.loop': source}) == wrong
+def test_the_check_of_privates_sees_what_it_should(source, wrong):
+    assert crossing_privates(PACKAGE | {'ftlab.trainers.loop': source}) == wrong
 
 def test_every_name_is_used_and_defined():
-    "What pyproject.toml asks of ruff, in package, pages, tests, benches and claims; `ruff check --fix` removes unused imports"
-    r = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--no-cache', '--output-format', 'concise', '.'], cwd=ROOT, capture_output=True, text=True)
+    """What pyproject.toml asks of ruff, in package, pages, tests, benches and claims; `ruff check
+    --fix` removes unused imports"""
+    r = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--no-cache', '--output-format',
+                        'concise', '.'], cwd=ROOT, capture_output=True, text=True)
     assert r.returncode == 0, r.stdout + r.stderr
 
 # --- pages
@@ -111,14 +133,19 @@ def test_the_site_is_one_file_seen_from_two_places():
 MACHINE_PATH = re.compile(r'(?<![\w.-])/(?:work|tmp|root|home|Users|private|var/folders)/|\b[A-Za-z]:\\+Users\b')
 
 def bad_outputs(cell:dict) -> list[str]:
-    "What is wrong with a code cell's stored outputs: an error, a warning, a path of the machine that ran it"
+    """What is wrong with a code cell's stored outputs: an error, a warning, a path of the machine
+    that ran it"""
     found = []
     for o in cell.get('outputs', []):
-        text = ''.join(o.get('text', [])) + ''.join(json.dumps(v, ensure_ascii=False) if isinstance(v, dict) else ''.join(v)
+        text = ''.join(o.get('text', [])) + ''.join(json.dumps(v, ensure_ascii=False)
+                                                    if isinstance(v, dict) else ''.join(v)
             for k, v in o.get('data', {}).items() if not k.startswith('image/') or k == 'image/svg+xml')
-        if o['output_type'] == 'error': found.append(f'an error, {o["ename"]}')
-        if o.get('name') == 'stderr' and 'Warning' in text: found.append(f'a warning, {text.strip().splitlines()[0]!r}')
-        if m := MACHINE_PATH.search(text): found.append(f'a path of one machine, {text[m.start():m.start() + 40]!r}')
+        if o['output_type'] == 'error':
+            found.append(f'an error, {o["ename"]}')
+        if o.get('name') == 'stderr' and 'Warning' in text:
+            found.append(f'a warning, {text.strip().splitlines()[0]!r}')
+        if m := MACHINE_PATH.search(text):
+            found.append(f'a path of one machine, {text[m.start():m.start() + 40]!r}')
     return found
 
 @pytest.mark.parametrize('output, bad', [
@@ -126,20 +153,25 @@ def bad_outputs(cell:dict) -> list[str]:
     (dict(output_type='stream', name='stderr', text=['x.py:1: UserWarning: no\n']), True),
     (dict(output_type='stream', name='stdout', text=['saved in /home/ann/x\n']), True),
     (dict(output_type='execute_result', data={'text/plain': ["PosixPath('/tmp/x')"]}), True),
-    (dict(output_type='execute_result', data={'text/html': ['<a href="file:///Users/ann">']}), True),
+    (dict(output_type='execute_result',
+          data={'text/html': ['<a href="file:///Users/ann">']}), True),
     (dict(output_type='execute_result', data={'text/plain': ["'C:\\\\Users\\\\ann'"]}), True),
     (dict(output_type='display_data', data={'image/png': 'abc/tmp/def=='}), False),
     (dict(output_type='execute_result', data={'text/plain': ['see https://example.org/home/ and nbs/tmp/']}), False)])
-def test_the_output_check_sees_what_it_should(output, bad): assert bool(bad_outputs(dict(outputs=[output]))) == bad
+def test_the_output_check_sees_what_it_should(output, bad):
+    assert bool(bad_outputs(dict(outputs=[output]))) == bad
 
 def test_stored_outputs_are_fit_to_be_seen():
-    bad = [f'{p}, cell {c.get("id")}: {o}' for p in pages() for c in cells(p) if c['cell_type'] == 'code' for o in bad_outputs(c)]
+    bad = [f'{p}, cell {c.get("id")}: {o}' for p in pages()
+           for c in cells(p) if c['cell_type'] == 'code' for o in bad_outputs(c)]
     assert not bad, '\n'.join(bad)
 
 def test_readme_is_the_index_page():
-    if not (NBS/'index.ipynb').exists(): pytest.skip('no index page')
+    if not (NBS/'index.ipynb').exists():
+        pytest.skip('no index page')
     text, images = readme(cells('index.ipynb'))
-    stale = [n for n, data in {'README.md': text.encode(), **images}.items() if not (ROOT/n).exists() or (ROOT/n).read_bytes() != data]
+    stale = [n for n, data in {'README.md': text.encode(), **images}.items()
+             if not (ROOT/n).exists() or (ROOT/n).read_bytes() != data]
     assert not stale, f'{stale} differ from nbs/index.ipynb; run make index'
 
 # --- metadata and the wheel
@@ -147,12 +179,15 @@ def test_readme_is_the_index_page():
 def test_one_version():
     import ftlab
     assert ftlab.__version__ == SETTINGS['version']
-    assert f'\n## {SETTINGS["version"]} ' in (ROOT/'CHANGELOG.md').read_text(encoding='utf-8'), 'the changelog does not know this version'
+    assert f'\n## {SETTINGS["version"]} ' in (ROOT/'CHANGELOG.md').read_text(
+        encoding='utf-8'), 'the changelog does not know this version'
 
 def moved_names() -> list[tuple[str, str]]:
     "(module, name there) of every name in the changelog's tables of old and new places"
-    text = (ROOT/'CHANGELOG.md').read_text(encoding='utf-8').split('### Where names are now')[1].split('\n## ')[0]
-    rows = [[re.findall(r'`([\w.]+)`', cell) for cell in line.strip('|').split('|')] for line in text.splitlines() if line.startswith('| `')]
+    text = (ROOT/'CHANGELOG.md').read_text(encoding='utf-8').split('### Where names are now')[
+        1].split('\n## ')[0]
+    rows = [[re.findall(r'`([\w.]+)`', cell) for cell in line.strip('|').split('|')]
+            for line in text.splitlines() if line.startswith('| `')]
     found = [(new, name) for _, names, (new,) in (r for r in rows if len(r) == 3) for name in names]
     for _, (new,) in (r for r in rows if len(r) == 2):
         module = '.'.join(takewhile(str.islower, new.split('.')[:-1]))
@@ -174,7 +209,8 @@ def test_the_changelog_says_where_names_are():
 
 @pytest.fixture(scope='session')
 def installed(tmp_path_factory) -> Path:
-    "A folder into which a wheel, built from a copy of the project, was installed: once for all processes"
+    """A folder into which a wheel, built from a copy of the project, was installed: once for all
+    processes"""
     from ftlab.native import extension
     home, nvcc = shared.folder(tmp_path_factory), extension.nvcc()
     env = shared.nvcc_once(home, nvcc) if nvcc else {}
@@ -183,7 +219,8 @@ def installed(tmp_path_factory) -> Path:
 def install_wheel(tmp:Path, env:dict) -> None:
     "Build a wheel from a copy of the project, and install it into `tmp/site`"
     copy, pip = copy_project(tmp/'copy'), ('-m', 'pip', '--disable-pip-version-check', '-q')
-    python(*pip, 'wheel', '--no-build-isolation', '--no-deps', '-w', tmp/'dist', copy, cwd=tmp, **env)
+    python(*pip, 'wheel', '--no-build-isolation', '--no-deps', '-w', tmp/'dist', copy,
+           cwd=tmp, **env)
     wheel, = (tmp/'dist').glob('*.whl')
     assert wheel.name.startswith(f'ftlab-{SETTINGS["version"]}-')
     assert wheel.stat().st_size < 60e6
@@ -191,26 +228,35 @@ def install_wheel(tmp:Path, env:dict) -> None:
 
 @pytest.mark.slow
 def test_the_wheel_holds_what_the_project_holds(installed):
-    shipped = {p for p in project_files() if p.parts[0] == 'ftlab' and (p.suffix == '.py' or p.parts[1] in ('checkpoints', 'data', 'csrc'))}
+    shipped = {p for p in project_files() if p.parts[0] == 'ftlab'
+               and (p.suffix == '.py' or p.parts[1] in ('checkpoints', 'data', 'csrc'))}
     assert Path('ftlab/_modidx.py') in shipped
-    missing = sorted(str(p) for p in shipped if not (installed/p).exists() or (installed/p).read_bytes() != (ROOT/p).read_bytes())
+    missing = sorted(str(p) for p in shipped if not (installed/p).exists()
+                     or (installed/p).read_bytes() != (ROOT/p).read_bytes())
     assert not missing, f'not in the wheel, or not as here: {missing}'
 
 def test_the_wheel_knows_the_verdicts_and_what_the_chapters_show(installed, tmp_path):
     "A chapter that is opened anywhere has them"
-    asked = {m for p in NBS.rglob('*.ipynb') for m in re.findall(r"measured\('([\w./-]+\.json)'\)", p.read_text(encoding='utf-8')) if m != 'nope.json'}
+    asked = {m for p in NBS.rglob('*.ipynb')
+             for m in re.findall(r"measured\('([\w./-]+\.json)'\)", p.read_text(encoding='utf-8'))
+             if m != 'nope.json'}
     asked |= {f'lab_v1_skills_{m}.json' for m in ('lab-s', 'lab-m')} # a chapter names these by a variable
     asked |= {f'lab_v2_{x}.json' for x in ('skills_lab-l', 'race', 'log', 'shortcuts', 'checked')}
-    assert len(asked) >= 4 and all((installed/'ftlab'/'data'/'results'/m).read_bytes() == (ROOT/'bench'/'results'/m).read_bytes() for m in asked)
-    assert (installed/'ftlab'/'data'/'papers'/'catalogue.jsonl').read_bytes() == (ROOT/'papers'/'catalogue.jsonl').read_bytes()
-    code = 'import ftlab; from ftlab.papers import catalogue, claims, scoreboard; assert len(catalogue()) == 303; print(claims()[0].path); print(scoreboard().to_json())'
+    assert (len(asked) >= 4
+            and all((installed/'ftlab'/'data'/'results'/m).read_bytes()
+                    == (ROOT/'bench'/'results'/m).read_bytes() for m in asked))
+    assert (installed/'ftlab'/'data'/'papers'/'catalogue.jsonl').read_bytes() == (
+        ROOT/'papers'/'catalogue.jsonl').read_bytes()
+    code = ('import ftlab; from ftlab.papers import catalogue, claims, scoreboard; assert '
+            'len(catalogue()) == 303; print(claims()[0].path); print(scoreboard().to_json())')
     where, board = python('-c', code, cwd=tmp_path, PYTHONPATH=str(installed)).splitlines()[-2:]
     from ftlab.papers import scoreboard
     assert Path(where).is_relative_to(installed) and board == scoreboard().to_json()
 
 @pytest.mark.slow
 def test_the_wheel_works_from_another_folder(installed, tmp_path):
-    "Every module imports, the command starts, and every shipped lab model loads, from the wheel and not from here"
+    """Every module imports, the command starts, and every shipped lab model loads, from the wheel
+    and not from here"""
     names = sorted(m for m in modules(installed/'ftlab') if not m.endswith('__main__'))
     models = sorted(p.parent.name for p in (installed/'ftlab'/'checkpoints').glob('lab-*/*/config.json'))
     assert models == ['lab-e', 'lab-l', 'lab-m', 'lab-s']
@@ -220,11 +266,16 @@ for m in {models!r}: assert next(ftlab.load(m)[0].parameters()).dtype.is_floatin
 print(ftlab.__file__)'''
     out = python('-c', code, cwd=tmp_path, PYTHONPATH=str(installed), HF_HUB_OFFLINE='1')
     assert Path(out.splitlines()[-1]).is_relative_to(installed)
-    command, where = SETTINGS['console_scripts'].split('='); module, function = where.split(':')
-    assert f'{command} = {where}' in next(installed.glob('ftlab-*.dist-info/entry_points.txt')).read_text()
+    command, where = SETTINGS['console_scripts'].split('=')
+    module, function = where.split(':')
+    assert f'{command} = {where}' in next(
+        installed.glob('ftlab-*.dist-info/entry_points.txt')).read_text()
     python('-c', f'from {module} import {function}', cwd=tmp_path, PYTHONPATH=str(installed))
 
 def test_importing_keeps_threads_from_spinning():
-    "Spinning OpenMP threads made a small comparison take an hour instead of a minute on a busy machine"
-    code = "import os; os.environ.pop('OMP_WAIT_POLICY', None); import ftlab; print(os.environ['OMP_WAIT_POLICY'], 'torch' in __import__('sys').modules)"
-    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split() == ['passive', 'False']
+    """Spinning OpenMP threads made a small comparison take an hour instead of a minute on a busy
+    machine"""
+    code = ("import os; os.environ.pop('OMP_WAIT_POLICY', None); import ftlab; "
+            "print(os.environ['OMP_WAIT_POLICY'], 'torch' in __import__('sys').modules)")
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True,
+                          check=True).stdout.split() == ['passive', 'False']

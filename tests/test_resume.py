@@ -16,7 +16,8 @@ import ftlab.core.io as files
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import parts
 from ftlab.adapters.subsets.lt_sft import lt_sft
-from ftlab.core.io import (Busy, DiskFull, TemporaryFolder, check_room, leftovers, only_writer, read_tensors, sweep, write_atomically,
+from ftlab.core.io import (Busy, DiskFull, TemporaryFolder, check_room, leftovers, only_writer,
+                           read_tensors, sweep, write_atomically,
                            write_tensors, write_text)
 from ftlab.core.recipe import Loop, Recipe, Stages
 from ftlab.core.state import State
@@ -87,7 +88,8 @@ def test_a_run_that_an_unnamed_callback_ended_is_not_taken_for_another(tmp_path)
             state.stop = state.step == 3
     tune(**STEPS, out=tmp_path, save_every=1, callbacks=(Enough(),))
     assert cut_off(tmp_path/'checkpoint.safetensors') is None
-    assert len(tune(**STEPS, out=tmp_path, save_every=1, resume=True, callbacks=(Enough(),)).log) == 3
+    assert len(tune(**STEPS, out=tmp_path, save_every=1, resume=True,
+                    callbacks=(Enough(),)).log) == 3
     with pytest.raises(ValueError, match='ended early, or a stage of it; it had Enough, this one has none'):
         tune(**STEPS, out=tmp_path, save_every=1, resume=True)
 
@@ -447,7 +449,8 @@ def test_a_full_disk_is_noticed_before_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, 'disk_usage', lambda p: usage._replace(free=400_000))
     m, was = toy(), weights(toy())
     size = sum(p.numel()*4 for p in m.parameters())
-    with pytest.raises(DiskFull, match=f'it needs {3*size:,} bytes, and 400,000 bytes are free') as e:
+    with pytest.raises(DiskFull, match=f'it needs {3*size:,} bytes, and 400,000 bytes are '
+                       'free') as e:
         tune(model=m, out=tmp_path, save_every=2, callbacks=(SimpleNamespace(before_fit=never),))
     assert e.value.errno == 28 and same(weights(m), was) and all(p.requires_grad
                                                                  for p in m.parameters())

@@ -34,7 +34,8 @@ ftlab.lab.models ftlab.lab.world ftlab.native ftlab.instruments.report'''.split(
 
 
 def preload(names: list[str]) -> list[str]:
-    "Import what pages need, and freeze it for the garbage collector; the modules that could not be imported"
+    """Import what pages need, and freeze it for the garbage collector; the modules that could not
+    be imported"""
     os.environ['MPLBACKEND'] = 'module://matplotlib_inline.backend_inline'
     missing = []
     for name in names:
@@ -101,7 +102,8 @@ class Page:
         page, self.outputs, self.shown = self, Outputs(), {}
 
         class Publisher(DisplayPublisher):
-            def publish(self, data, metadata=None, source=None, *, transient=None, update=False, **kwargs):
+            def publish(self, data, metadata=None, source=None, *, transient=None, update=False,
+                        **kwargs):
                 page.display(data, metadata or {}, (transient or {}).get('display_id'), update)
 
             def clear_output(self, wait=False):
@@ -112,7 +114,8 @@ class Page:
                 pass
 
             def write_format_data(self, format_dict, md_dict=None):
-                page.outputs.add(output_type='execute_result', data=format_dict, metadata=md_dict or {})
+                page.outputs.add(output_type='execute_result', data=format_dict,
+                                 metadata=md_dict or {})
 
             def finish_displayhook(self):
                 pass
@@ -200,9 +203,12 @@ def stale(cells: list[dict], fresh: dict[int, list[dict]]) -> str:
             continue
         old, new = ('\n'.join(shown(o)).splitlines() for o in (cell['outputs'], fresh[number]))
         if old != new:
-            a, b = next((a, b) for a, b in itertools.zip_longest(old, new, fillvalue='(nothing)') if a != b)
-            wrong.append(f'cell {number} restates data, and what is stored is no longer so:\n  stored: {a[:200]}\n  fresh:  {b[:200]}')
-    return '\n'.join(wrong) and '\n'.join((*wrong, 'to store what is so now: python tests/run_notebooks.py --store PAGE'))
+            a, b = next((a, b) for a, b in itertools.zip_longest(old, new, fillvalue='(nothing)')
+                        if a != b)
+            wrong.append(f'cell {number} restates data, and what is stored is no longer so:\n  '
+                         f'stored: {a[:200]}\n  fresh:  {b[:200]}')
+    return ('\n'.join(wrong)
+            and '\n'.join((*wrong, 'to store what is so now: python tests/run_notebooks.py --store PAGE')))
 
 
 def run_cells(page: Page, cells: list[dict], timeout: int) -> tuple[str, dict[int, list[dict]]]:
@@ -229,7 +235,8 @@ def run_cells(page: Page, cells: list[dict], timeout: int) -> tuple[str, dict[in
 
 
 def in_child(path: Path, timeout: int, result: str) -> None:
-    "Run the notebook at `path` in this forked process, write what came of it to `result`, and end the process"
+    """Run the notebook at `path` in this forked process, write what came of it to `result`, and end
+    the process"""
     try:
         said = {'wrong': 'the process ended before the page did'}
         random.seed()
@@ -269,7 +276,8 @@ class Workers:
         self.running[pid] = name, result, began
 
     def wait(self) -> tuple[str, dict]:
-        "The next page that ends: its name and wrong, outputs, seconds, CPU-seconds (of its own child processes, too)"
+        """The next page that ends: its name and wrong, outputs, seconds, CPU-seconds (of its own
+        child processes, too)"""
         pid, status, used = os.wait4(-1, 0)
         name, result, began = self.running.pop(pid)
         try:
@@ -278,10 +286,13 @@ class Workers:
             said = {'wrong': f'the page\'s process died (status {os.waitstatus_to_exitcode(status)})'}
         Path(result).unlink()
         outputs = {int(k): v for k, v in said.pop('outputs', {}).items()}
-        return name, {'outputs': outputs, 'seconds': time.perf_counter() - began, 'cpu': used.ru_utime + used.ru_stime, **said}
+        return name, {'outputs': outputs, 'seconds': time.perf_counter() - began,
+                      'cpu': used.ru_utime + used.ru_stime, **said}
 
-    def run(self, first: list[tuple[str, Path]], then: list[tuple[str, Path]] = (), between=lambda: None):
-        "Yield (name, result) for every page as it ends; `between()` is called when all of `first` have been started"
+    def run(self, first: list[tuple[str, Path]], then: list[tuple[str, Path]] = (),
+            between=lambda: None):
+        """Yield (name, result) for every page as it ends; `between()` is called when all of `first`
+        have been started"""
         first, then = list(first), list(then)
         while first or then or self.running:
             while (first or then) and len(self.running) < self.most:

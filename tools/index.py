@@ -16,24 +16,30 @@ from functools import cached_property
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT/'tests'), str(ROOT/'docs')]  # the checkout that this file lies in, not one installed
+# the checkout that this file lies in, not one installed
+sys.path[:0] = [str(ROOT), str(ROOT/'tests'), str(ROOT/'docs')]
 
-from ftlab.papers import PARTS, index, nouns, papers_html, scoreboard, scoreboard_html, effect_line  # noqa: E402
+from ftlab.papers import (PARTS, index, nouns, papers_html, scoreboard, scoreboard_html,
+                          effect_line) # noqa: E402
 from readme import readme  # noqa: E402
 
 MARK = re.compile(r'<!-- made by `make index`: (.+?) -->')
 
 # What a reader lacks, in the order of the table on nbs/methods. A paper's page says `**Use it when** ...` with these words.
-NEEDS = ('you try for the first time', 'gradients and optimizer state do not fit in memory', 'old skills must not be forgotten',
+NEEDS = ('you try for the first time', 'gradients and optimizer state do not fit in memory',
+         'old skills must not be forgotten',
          'there are only a few hundred rows', 'the model should say when it does not know',
          'answers can be judged, but there are no model answers', 'the model is too large to train',
          'several tuned models should become one')
-ASKS = dict(select='which parameters may change', delta='how the change is represented', edit='what is done to the change afterwards',
-            source='what the model sees', objective='what the loss is', step='how a loss becomes an update', loop='in what order',
+ASKS = dict(select='which parameters may change', delta='how the change is represented',
+            edit='what is done to the change afterwards',
+            source='what the model sees', objective='what the loss is',
+            step='how a loss becomes an update', loop='in what order',
             decode='how answers are drawn', probe='what happened')
 
 
-def source(cell: dict) -> str: return ''.join(cell['source'])
+def source(cell: dict) -> str:
+    return ''.join(cell['source'])
 
 
 def head(nb: dict) -> tuple[str, str]:
@@ -74,28 +80,34 @@ class Project:
     def families(self, part: str) -> list[str]:
         "The families of a part: folders of `nbs/<part>` that hold pages"
         folder = self.root/'nbs'/part
-        return sorted(p.name for p in folder.iterdir() if p.is_dir() and any(p.glob('[!.]*.ipynb'))) if folder.is_dir() else []
+        return (sorted(p.name for p in folder.iterdir() if p.is_dir()
+                       and any(p.glob('[!.]*.ipynb'))) if folder.is_dir() else [])
 
     def keys(self, part: str, family: str) -> list[str]:
         "The keys of a family's papers: its pages, by name"
-        return sorted(p.stem for p in (self.root/'nbs'/part/family).glob('[!.]*.ipynb') if p.stem != 'index')
+        return sorted(p.stem for p in (self.root/'nbs'/part/family).glob('[!.]*.ipynb')
+                      if p.stem != 'index')
 
     def fill(self, name: str, made: dict[str, str]) -> None:
-        "Put each text into the page's cell with its mark; raises `ValueError` where a mark is unknown or a text has no place"
+        """Put each text into the page's cell with its mark; raises `ValueError` where a mark is
+        unknown or a text has no place"""
         places = {m[1]: c for c in self.page(name)['cells'] if (m := MARK.match(source(c)))}
         if odd := set(places) ^ set(made):
             raise ValueError(f'nbs/{name}: the generated cells are {sorted(places)}, they should be {sorted(made)}')
         for what, text in made.items():
-            places[what]['source'] = f'<!-- made by `make index`: {what} -->\n\n{text}'.splitlines(keepends=True)
+            places[what]['source'] = f'<!-- made by `make index`: {what} -->\n\n{text}'.splitlines(
+                keepends=True)
 
     def store(self, name: str, call: str, html: str) -> None:
         "Store what the cell that ends in `call` shows"
-        cell = next((c for c in self.page(name)['cells'] if c['cell_type'] == 'code' and source(c).rstrip().endswith(call)), None)
+        cell = next((c for c in self.page(name)['cells'] if c['cell_type'] == 'code'
+                     and source(c).rstrip().endswith(call)), None)
         if cell is None:
             raise ValueError(f'nbs/{name} has no cell that ends in {call}')
         plain = '<IPython.core.display.HTML object>'
         data = {'text/html': html.splitlines(keepends=True), 'text/plain': [plain]}
-        cell['outputs'] = [dict(output_type='execute_result', data=data, execution_count=None, metadata={})]
+        cell['outputs'] = [dict(output_type='execute_result', data=data, execution_count=None,
+                                metadata={})]
 
 
 # ---------- the site
@@ -107,8 +119,10 @@ def sidebar(p: Project) -> str:
         listed = ''
         for family in p.families(part):
             title = head(p.page(f'{part}/{family}/index.ipynb'))[0].split(':')[0]
-            listed += f'          - section: {title}\n            href: {part}/{family}/index.ipynb\n            contents:\n'
-            listed += ''.join(f'              - {part}/{family}/{key}.ipynb\n' for key in p.keys(part, family))
+            listed += (f'          - section: {title}\n            href: '
+                       f'{part}/{family}/index.ipynb\n            contents:\n')
+            listed += ''.join(f'              - {part}/{family}/{key}.ipynb\n'
+                              for key in p.keys(part, family))
         mark = re.compile(rf'(# papers of {part}: made by `make index`\n).*?( *# end of papers\n)', re.S)
         if not mark.search(text):
             raise ValueError(f'_quarto.yml has no place for the papers of {part}; add the two comments that mark it')
@@ -139,11 +153,13 @@ def _about(p: Project, page: str) -> tuple:
     "Link, description, minutes, and the pages that its first lines send you to first"
     nb, folder = p.page(page), os.path.dirname(page)
     text = [source(c) for c in nb['cells'] if c['cell_type'] == 'markdown']
-    code = [c for c in nb['cells'] if c['cell_type'] == 'code' and not re.search(r'^#\| *(hide|default_exp)', source(c), re.M)]
+    code = [c for c in nb['cells'] if c['cell_type'] == 'code'
+            and not re.search(r'^#\| *(hide|default_exp)', source(c), re.M)]
     title, about = head(nb)
     minutes = 5*max(1, round((sum(len(t.split()) for t in text)/200 + len(code)/4)/5))
     about = relinked(re.sub(r'\s*\*[^*]*minutes[^*]*\*', '', about), folder)
-    return f'[{title}]({page})', about, minutes, relinked(', '.join(re.findall(r'Read (\[.+?\]\(.+?\))', text[0])), folder)
+    return f'[{title}]({page})', about, minutes, relinked(
+        ', '.join(re.findall(r'Read (\[.+?\]\(.+?\))', text[0])), folder)
 
 
 # ---------- tables of papers
@@ -163,7 +179,8 @@ def _title(e: dict) -> str:
     return f'[{e["title"]}](https://arxiv.org/abs/{e["arxiv"]})' if e['arxiv'] else e['title']
 
 
-def _code(e: dict, page: str) -> str: return f'[`{e["key"]}`]({page})'
+def _code(e: dict, page: str) -> str:
+    return f'[`{e["key"]}`]({page})'
 
 
 def methods(p: Project) -> str:
@@ -193,13 +210,16 @@ def which(p: Project) -> str:
 
 
 def uses(nb: dict, page: str) -> list[tuple[str, str]]:
-    "(need, remark) of what a page says that its paper is for; raises `ValueError` for words that are none of `NEEDS`"
-    lines = [m[1] for c in nb['cells'] for m in re.finditer(r'^\*\*Use it when\*\* (.+?)\.?$', source(c), re.M)]
+    """(need, remark) of what a page says that its paper is for; raises `ValueError` for words that
+    are none of `NEEDS`"""
+    lines = [m[1] for c in nb['cells'] for m in re.finditer(r'^\*\*Use it when\*\* (.+?)\.?$',
+                                                            source(c), re.M)]
     out = []
     for said in (s for line in lines for s in line.split(';')):
         need, remark = re.fullmatch(r'\s*([^(]+?)\s*(?:\((.+)\))?\s*', said).groups()
         if need not in NEEDS:
-            raise ValueError(f'nbs/{page} is for {need!r}; write one of: {"; ".join(NEEDS)} (or add to NEEDS in tools/index.py)')
+            raise ValueError(f'nbs/{page} is for {need!r}; write one of: {"; ".join(NEEDS)} (or add '
+                             'to NEEDS in tools/index.py)')
         out.append((need, remark or ''))
     return out
 
@@ -212,9 +232,11 @@ def families(p: Project) -> str:
             page = f'{part}/{family}/index.ipynb'
             title, about = head(p.page(page))
             of = [e for e in p.papers if (e['home'], e['family']) == (part, family)]
-            names = ', '.join(f'{_code(e, e["notebook"].removeprefix("nbs/"))} {_said(e)}' for e in of)
+            names = ', '.join(f'{_code(e, e["notebook"].removeprefix("nbs/"))} {_said(e)}'
+                              for e in of)
             rows.append((f'[{title.split(":")[0]}]({page})', about, names))
-    return _table('family', 'what it is about', 'papers, and what became of each claim here', rows=rows)
+    return _table('family', 'what it is about', 'papers, and what became of each claim here',
+                  rows=rows)
 
 
 def family(p: Project, part: str, name: str) -> str:
@@ -248,14 +270,16 @@ def verdict(p: Project, e: dict, rows: list[dict]) -> str:
         return f'**Verdict: not yet run.** The claim stands in `{e["claims"][0]}`: `ftlab claims run {e["key"]}`.'
     lines = '\n'.join(f'- {m}' for r in rows if (m := effect_line(r)))
     said = f'**Verdict: {_said(e)}** ({e["scope"]}). {rows[0]["sentence"]}\n\n{lines}'.rstrip()
-    return said + f'\n\n[How a verdict is made]({folder}instruments/verdicts.ipynb); [all of them]({folder}papers/scoreboard.ipynb).'
+    return (said + f'\n\n[How a verdict is made]({folder}instruments/verdicts.ipynb); [all of '
+            f'them]({folder}papers/scoreboard.ipynb).')
 
 
 def reasons(p: Project) -> str:
     "The likely reasons that the pages give for what failed or stayed open"
     out = []
     for v, title in (('unclear', 'Unclear'), ('fails', 'Failed')):
-        lines = [f'- {_code(e, "../" + e["notebook"].removeprefix("nbs/"))}: {why}' for e in p.papers if e['verdict'] == v
+        lines = [f'- {_code(e, "../" + e["notebook"].removeprefix("nbs/"))}: {why}'
+                 for e in p.papers if e['verdict'] == v
                  for why in [reason(p.page(e['notebook'].removeprefix('nbs/')))] if why]
         out += [f'### {title}\n\n' + '\n'.join(lines)] if lines else []
     return '\n\n'.join(out)
@@ -263,7 +287,8 @@ def reasons(p: Project) -> str:
 
 def reason(nb: dict) -> str:
     "What a page says about why its verdict is what it is"
-    found = [m[1].strip() for c in nb['cells'] for m in re.finditer(r'^\*\*Likely reason\.\*\* (.+?)$', source(c), re.M)]
+    found = [m[1].strip() for c in nb['cells']
+             for m in re.finditer(r'^\*\*Likely reason\.\*\* (.+?)$', source(c), re.M)]
     return ' '.join(found)
 
 
@@ -272,21 +297,25 @@ def reason(nb: dict) -> str:
 def made(root: Path) -> dict[str, str]:
     "{path: text} of every generated file"
     p, board = Project(root), scoreboard()
-    rows = {key: part.to_dict('records') for key, part in board.groupby('claim')} if len(board) else {}
+    rows = ({key: part.to_dict('records') for key, part in board.groupby('claim')} if len(board)
+            else {})
     for e in p.papers:
-        p.fill(e['notebook'].removeprefix('nbs/'), dict(verdict=verdict(p, e, rows.get(e['key'], []))))
+        p.fill(e['notebook'].removeprefix('nbs/'),
+               dict(verdict=verdict(p, e, rows.get(e['key'], []))))
     for part in PARTS:
         for name in p.families(part):
             p.fill(f'{part}/{name}/index.ipynb', dict(papers=family(p, part, name)))
     p.fill('methods.ipynb', dict(which=which(p), methods=methods(p)))
-    p.fill('index.ipynb', dict(families=families(p), counts=counts(p) + ' [The scoreboard](papers/scoreboard.ipynb) has the numbers.'))
+    p.fill('index.ipynb', dict(families=families(p),
+                               counts=counts(p) + ' [The scoreboard](papers/scoreboard.ipynb) has the numbers.'))
     p.fill('papers/scoreboard.ipynb', dict(counts=counts(p), reasons=reasons(p)))
     p.store('papers/scoreboard.ipynb', 'HTML(scoreboard_html(board))', scoreboard_html(board))
     p.store('papers/table.ipynb', 'HTML(papers_html())', papers_html())
     nav = sidebar(p)
     p.fill('contents.ipynb', contents(p, nav))  # last: it counts the words of the others
     text, images = readme([c | dict(source=source(c)) for c in p.page('index.ipynb')['cells']])
-    out = {'_quarto.yml': nav, 'README.md': text} | {f'nbs/{name}': p.text(name) for name in sorted(p.pages)}
+    out = {'_quarto.yml': nav, 'README.md': text} | {f'nbs/{name}': p.text(name)
+                                                     for name in sorted(p.pages)}
     for name, data in images.items():
         out[name] = data
     return out

@@ -122,11 +122,13 @@ def row_of(key: str) -> dict:
     if found := catalogue().get(key):
         return found
     near = difflib.get_close_matches(key, catalogue(), 3, .4)
-    raise ValueError(f'no paper of the catalogue is called {key!r}' + (f'; did you mean {" or ".join(near)}?' if near else ''))
+    raise ValueError('no paper of the catalogue is called '
+                     f'{key!r}' + (f'; did you mean {" or ".join(near)}?' if near else ''))
 
 
 def kind_of(row: dict) -> str:
-    "What a catalogue's row is built as, where nothing is said: findings inside models are probes, the rest that is no method a study"
+    """What a catalogue's row is built as, where nothing is said: findings inside models are probes,
+    the rest that is no method a study"""
     return 'method' if row['kind'] == 'method' else 'probe' if row['family'] == 'mechanisms' else 'study'
 
 
@@ -135,19 +137,26 @@ def cells(row: dict, kind: str) -> list[dict]:
     key, title = row['key'], row['title']
     mark = kind if hasattr(ftlab.core.paper, kind) else 'paper'
     has_evidence = hasattr(ftlab.core.paper, 'Evidence')
-    words = dict(key=key, name='' if mark == 'method' else f'{key!r}', evidence='Evidence' if has_evidence else 'dict',
-                 returned="Evidence(values, units=dict(score='share of right answers'))" if has_evidence else 'values')
-    imports = {'method': f'from ftlab.core.paper import {mark}\nfrom ftlab.core.recipe import Recipe', 'probe': f'from ftlab.core.paper import {mark}',
+    words = dict(key=key, name='' if mark == 'method' else f'{key!r}',
+                 evidence='Evidence' if has_evidence else 'dict',
+                 returned="Evidence(values, units=dict(score='share of right answers'))"
+                 if has_evidence else 'values')
+    imports = {'method': f'from ftlab.core.paper import {mark}\nfrom ftlab.core.recipe import '
+               'Recipe', 'probe': f'from ftlab.core.paper import {mark}',
                'study': f'from ftlab.core.paper import {"Evidence, " if has_evidence else ""}{mark}'}[kind]
     link = f'https://arxiv.org/abs/{row["arxiv"]}' if row['arxiv'] else ''
     short = title.split(':')[0] if len(title.split(':')[0]) < 50 else key
     new = Cells(key)
-    new.text(f'# {short}\n\n> FILL IN: what it does, in one sentence of plain words.\n\nFILL IN: the problem, and the idea against it.')
+    new.text(f'# {short}\n\n> FILL IN: what it does, in one sentence of plain words.\n\nFILL IN: '
+             'the problem, and the idea against it.')
     new.code(f'#| default_exp {row["home"]}.{row["family"]}.{key}')
     new.code('#| hide\nfrom nbdev.showdoc import *')
     new.code(f'#| export\nfrom __future__ import annotations\n{imports}')
-    new.text(f'**The claim** ({f"[{title}]({link})" if link else title}): FILL IN, in one sentence, with the version and the section that it stands in.')
-    decorator = f"@{mark}({title!r}, {row['arxiv']!r},\n    'FILL IN: what the paper says, in one sentence',\n    'FILL IN: what was read to build it, with version and section, or repository, commit, file and line')"
+    new.text(f'**The claim** ({f"[{title}]({link})" if link else title}): FILL IN, in one sentence, '
+             'with the version and the section that it stands in.')
+    decorator = (f"@{mark}({title!r}, {row['arxiv']!r},\n    'FILL IN: what the paper says, in one "
+                 "sentence',\n    'FILL IN: what was read to build it, with version and section, or "
+                 "repository, commit, file and line')")
     new.code(f'#| export\n{decorator}\n{BODIES[kind].format(**words)}')
     new.text('**The smallest true picture.** FILL IN: what to look at.')
     if kind == 'probe':
@@ -162,26 +171,35 @@ def cells(row: dict, kind: str) -> list[dict]:
 
 class Cells:
     "The cells of a page, with ids that belong to it"
-    def __init__(self, key: str): self.key, self.cells = key, []
 
-    def text(self, source: str, name: str = '') -> None: self._add('markdown', source, name)
-    def code(self, source: str) -> None: self._add('code', source, '', execution_count=None, outputs=[])
+    def __init__(self, key: str):
+        self.key, self.cells = key, []
+
+    def text(self, source: str, name: str = '') -> None:
+        self._add('markdown', source, name)
+
+    def code(self, source: str) -> None:
+        self._add('code', source, '', execution_count=None, outputs=[])
 
     def _add(self, kind: str, source: str, name: str, **more) -> None:
-        self.cells.append(dict(cell_type=kind, id=name or f'{self.key[:40]}-{len(self.cells)}', metadata={}, source=source.splitlines(keepends=True), **more))
+        self.cells.append(dict(cell_type=kind, id=name or f'{self.key[:40]}-{len(self.cells)}',
+                               metadata={}, source=source.splitlines(keepends=True), **more))
 
 
 def notebook(cells: list[dict]) -> str:
     kernel = dict(kernelspec=dict(display_name='python3', language='python', name='python3'))
-    return json.dumps(dict(cells=cells, metadata=kernel, nbformat=4, nbformat_minor=5), indent=1, ensure_ascii=False) + '\n'
+    return json.dumps(dict(cells=cells, metadata=kernel, nbformat=4, nbformat_minor=5), indent=1,
+                      ensure_ascii=False) + '\n'
 
 
 def family_page(row: dict) -> str:
     "The page of a family that has no paper yet"
     new = Cells(row['family'])
-    new.text(f'# {row["family"].capitalize()}\n\n> FILL IN: what its papers have in common, in one sentence.\n\nFILL IN: the shared idea, in at most 300 words.')
+    new.text(f'# {row["family"].capitalize()}\n\n> FILL IN: what its papers have in common, in one '
+             'sentence.\n\nFILL IN: the shared idea, in at most 300 words.')
     new.text('<!-- made by `make index`: papers -->', 'papers')
-    new.text('**Where next:** [what became of each claim](../../papers/scoreboard.ipynb); [all methods by name](../../methods.ipynb).')
+    new.text('**Where next:** [what became of each claim](../../papers/scoreboard.ipynb); [all '
+             'methods by name](../../methods.ipynb).')
     return notebook(new.cells)
 
 
@@ -189,16 +207,19 @@ def files(row: dict, kind: str) -> dict[str, str]:
     "{path: text} of what a new paper consists of"
     key, folder = row['key'], f'{row["home"]}/{row["family"]}'
     out = {f'nbs/{folder}/{key}.ipynb': notebook(cells(row, kind)), f'tests/papers/test_{key}.py': TEST.format(key=key),
-           f'claims/{key}/claim.toml': (RECIPE_CLAIM if kind == 'method' else SCRIPT_CLAIM).format(key=key)}
+           f'claims/{key}/claim.toml': (RECIPE_CLAIM if kind == 'method' else SCRIPT_CLAIM).format(
+               key=key)}
     return out if kind == 'method' else out | {f'claims/{key}/claim.py': SCRIPT.format(key=key)}
 
 
 def begin(root: Path, key: str, kind: str | None = None) -> list[str]:
-    "Write what is missing of a new paper; raises `ValueError` for an unknown key, `FileExistsError` for what is there"
+    """Write what is missing of a new paper; raises `ValueError` for an unknown key,
+    `FileExistsError` for what is there"""
     row = row_of(key)
     new = files(row, kind or kind_of(row))
     if there := sorted(f for f in new if (root/f).exists()):
-        raise FileExistsError(f'{key} is begun already: {", ".join(there)} {"exists" if len(there) == 1 else "exist"}; nothing was written')
+        raise FileExistsError(f'{key} is begun already: {", ".join(there)} '
+                              f'{"exists" if len(there) == 1 else "exist"}; nothing was written')
     index = f'nbs/{row["home"]}/{row["family"]}/index.ipynb'
     if not (root/index).exists():
         new[index] = family_page(row)

@@ -9,14 +9,27 @@ from ftlab.trainers.objective import priced
 DFT = beside('dft')
 ARMS = DFT.arms('asft', 'dft', 'full')
 
-def tune() -> dict: return DFT.choose(ARMS)
+def tune() -> dict:
+    return DFT.choose(ARMS)
 
-def run(seed, tuned) -> dict: return run_seed(DFT.BENCH, ARMS, {a: tuned[a]['rate'] for a in ARMS}, seed)
+def run(seed, tuned) -> dict:
+    return run_seed(DFT.BENCH, ARMS, {a: tuned[a]['rate'] for a in ARMS}, seed)
 
 def identities() -> dict[str, bool]:
     (model, tok), other = ftlab.load('lab-s'), ftlab.load('lab-s', revision='step-2200')[0]
-    s = State(model, tok); s.batch = collate([encode(r, tok, 'text') for r in ftlab.data('sort', n=8).train], tok.pad_token_id); s.count = int(priced(s.batch['labels']).sum())
-    def gradient(recipe, base): s.models['reference'] = base; return torch.autograd.grad(recipe.objective(s), model.lm_head.weight)[0]
-    dft, asft = (ftlab.methods.get(n) for n in ('dft', 'asft')); plain = gradient(dft, model)
-    return {'at the base it is DFT': torch.allclose(gradient(asft, model), plain, atol=1e-6), 'away from the base it is not': not torch.allclose(gradient(asft, other), plain, atol=1e-6),
-            'with weight 0 it is DFT everywhere': torch.equal(gradient(ftlab.methods.asft(weight=0.), other), plain)}
+    s = State(model, tok)
+    s.batch = collate([encode(r, tok, 'text') for r in ftlab.data('sort', n=8).train],
+                      tok.pad_token_id)
+    s.count = int(priced(s.batch['labels']).sum())
+
+    def gradient(recipe, base):
+        s.models['reference'] = base
+        return torch.autograd.grad(recipe.objective(s), model.lm_head.weight)[0]
+
+    dft, asft = (ftlab.methods.get(n) for n in ('dft', 'asft'))
+    plain = gradient(dft, model)
+    return {'at the base it is DFT': torch.allclose(gradient(asft, model), plain, atol=1e-6),
+            'away from the base it is not': not torch.allclose(gradient(asft, other), plain,
+                                                               atol=1e-6),
+            'with weight 0 it is DFT '
+            'everywhere': torch.equal(gradient(ftlab.methods.asft(weight=0.), other), plain)}

@@ -36,7 +36,8 @@ def is_transposed(model:nn.Module, name:str) -> bool:
     return isinstance(module, Conv1D) and attribute == 'weight'
 
 def oriented(model:nn.Module, name:str, t:Tensor) -> Tensor:
-    "A tensor that is shaped as the model stores the weight `name`, as [out, in]; applied again, as it was"
+    """A tensor that is shaped as the model stores the weight `name`, as [out, in]; applied again,
+    as it was"""
     return t.T if is_transposed(model, name) else t
 
 def tied_names(model:nn.Module, name:str) -> list[str]:
@@ -48,15 +49,19 @@ def tied_names(model:nn.Module, name:str) -> list[str]:
 def set_weights(model:nn.Module, values:Mapping[str, Tensor]) -> None:
     "Copy these values into the parameters of these names"
     params = dict(model.named_parameters())
-    for name, value in values.items(): params[name].copy_(value)
+    for name, value in values.items():
+        params[name].copy_(value)
 
 # %% ../../nbs/adapters/attach.ipynb #20247d44
 def _below(name:str) -> str|None:
-    "A parameter's or buffer's plain name, whatever change sits on the model; None for what belongs to the change"
+    """A parameter's or buffer's plain name, whatever change sits on the model; None for what
+    belongs to the change"""
     parts = name.split('.')
-    if any(part.startswith('delta_') for part in parts): return None
-    if 'parametrizations' not in parts: return name
-    return '.'.join(p for p in parts[:-1] if p != 'parametrizations') if parts[-1] == 'original' else None
+    if any(part.startswith('delta_') for part in parts):
+        return None
+    if 'parametrizations' not in parts:
+        return name
+    return ('.'.join(p for p in parts[:-1] if p != 'parametrizations') if parts[-1] == 'original' else None)
 
 def own_weights(model:nn.Module) -> dict[str, nn.Parameter]:
     "The model's own parameters by their plain names, below any change that sits on it"
@@ -67,7 +72,8 @@ def own_buffers(model:nn.Module) -> dict[str, Tensor]:
     return {name: b for name, b in model.named_buffers() if _below(name) == name}
 
 def base_below(model:nn.Module, name:str) -> Tensor|None:
-    "The base's weight `name` as the model stores it, where a delta on a weight leaves it in the model; None elsewhere"
+    """The base's weight `name` as the model stores it, where a delta on a weight leaves it in the
+    model; None elsewhere"""
     module, attribute = owner_of(model, name)
     if parametrize.is_parametrized(module, attribute):
         return module.parametrizations[attribute].original.detach()
@@ -77,34 +83,49 @@ def base_below(model:nn.Module, name:str) -> Tensor|None:
 # %% ../../nbs/adapters/attach.ipynb #642da668
 class _Branch:
     "Adds `delta.branch(x)` to a layer's output"
-    def __init__(self, owner, delta): self.owner, self.delta = owner, delta
-    def __call__(self, module, args, out): return out + self.delta.branch(args[0]) if self.owner.enabled else out
+
+    def __init__(self, owner, delta):
+        self.owner, self.delta = owner, delta
+
+    def __call__(self, module, args, out):
+        return out + self.delta.branch(args[0]) if self.owner.enabled else out
 
 class _Output:
     "Passes a layer's output through the delta"
-    def __init__(self, owner, delta): self.owner, self.delta = owner, delta
-    def __call__(self, module, args, out): return self.delta(out) if self.owner.enabled else out
+
+    def __init__(self, owner, delta):
+        self.owner, self.delta = owner, delta
+
+    def __call__(self, module, args, out):
+        return self.delta(out) if self.owner.enabled else out
 
 class _Input:
     "Passes a layer's input through the delta"
-    def __init__(self, owner, delta): self.owner, self.delta = owner, delta
-    def __call__(self, module, args): return (self.delta(args[0]), *args[1:]) if self.owner.enabled else None
+
+    def __init__(self, owner, delta):
+        self.owner, self.delta = owner, delta
+
+    def __call__(self, module, args):
+        return (self.delta(args[0]), *args[1:]) if self.owner.enabled else None
 
 class _Weight(nn.Module):
     "The parametrization of one weight by a delta, which sees it as [out, in]"
+
     def __init__(self, owner, delta, transposed):
         super().__init__()
         self.owner, self.delta, self.transposed = owner, delta, transposed
 
     def forward(self, W):
-        if not self.owner.enabled: return W
+        if not self.owner.enabled:
+            return W
         out = self.changed(W)
         recorded = self.owner.lent
         if recorded is not None and getattr(self.delta, 'again', False) and type(out) is Tensor:
             recorded[out.untyped_storage().data_ptr()] = weakref.ref(out), self, W
         return out
 
-    def changed(self, W): return self.delta(W.T).T if self.transposed else self.delta(W)
+    def changed(self, W):
+        return self.delta(W.T).T if self.transposed else self.delta(W)
 
 # %% ../../nbs/adapters/attach.ipynb #7869e716
 @contextmanager
@@ -113,23 +134,29 @@ def _lean(att):
         "A note of how to recompute `t`, if it is a changed weight or a view of one"
         plain = type(t) in (Tensor, nn.Parameter)
         note = att.lent.get(t.untyped_storage().data_ptr()) if plain else None
-        if note is None or note[0]() is None: return t
+        if note is None or note[0]() is None:
+            return t
         _, layer, W = note
         return layer, W, _versions(layer), (t.shape, t.stride(), t.storage_offset())
 
     def unpack(note):
-        if isinstance(note, Tensor): return note
+        if isinstance(note, Tensor):
+            return note
         layer, W, versions, shape = note
         if versions != _versions(layer):
             raise RuntimeError('the delta was changed between a loss and its gradient; take the gradient first')
-        with torch.no_grad(): return layer.changed(W).as_strided(*shape)
+        with torch.no_grad():
+            return layer.changed(W).as_strided(*shape)
 
     was, att.lent = att.lent, {}
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack): yield
-    finally: att.lent = was
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        att.lent = was
 
-def _versions(layer): return [p._version for p in layer.delta.parameters()]
+def _versions(layer):
+    return [p._version for p in layer.delta.parameters()]
 
 # %% ../../nbs/adapters/attach.ipynb #aadbadf6
 class Attached:
@@ -157,7 +184,8 @@ class Attached:
         return {n: m if m is True else _mask(*m) for n, m in self._chosen.items()}
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        "Everything that trains, by name: a delta's own parameters are called `weight name::their name`"
+        """Everything that trains, by name: a delta's own parameters are called `weight name::their
+        name`"""
         p = dict(self.model.named_parameters()) if self.whole else {}
         own = {f'{n}::{k}': v for n, d in self.deltas.items() for k, v in d.named_parameters()}
         return {n: p[n] for n in self.whole} | own
@@ -167,9 +195,11 @@ class Attached:
 
         Clone what you keep: they may be the model's own. Deltas on activations have no weights. Raises `ValueError`
         where the change was folded and the base is gone."""
-        for name in self.whole: yield name, *self.weight(name)
+        for name in self.whole:
+            yield name, *self.weight(name)
         for name, d in self.deltas.items():
-            if d.site == 'weight': yield name, *self.weight(name)
+            if d.site == 'weight':
+                yield name, *self.weight(name)
 
     @torch.no_grad()
     def weight(self, name:str) -> tuple[Tensor, Tensor]:
@@ -188,7 +218,8 @@ class Attached:
         params = dict(self.model.named_parameters())
         out = {n: params[n].detach() for n in self.whole}
         for n, d in self.deltas.items():
-            if d.site == 'weight': out[n] = oriented(self.model, n, self.weight(n)[1]).contiguous()
+            if d.site == 'weight':
+                out[n] = oriented(self.model, n, self.weight(n)[1]).contiguous()
         return out
 
     @torch.no_grad()
@@ -198,7 +229,8 @@ class Attached:
 
     def before(self, name:str) -> Tensor:
         "The base's weight `name`, as the model stores it"
-        if name not in self.deltas: return self.originals_of([name])[name]
+        if name not in self.deltas:
+            return self.originals_of([name])[name]
         below = base_below(self.model, name)
         return self.model.get_parameter(name).detach() if below is None else below
 
@@ -211,8 +243,10 @@ class Attached:
 
     @contextmanager
     def disabled(self, folder:str|Path|None=None): # where tuned weights wait in a temporary file; None: in memory
-        "Within this context the model is the base, bit for bit; contexts may be nested. This is the one way to the base."
-        with (_parked(self) if folder is None else _parked_on_disk(self, folder)): yield self.model
+        """Within this context the model is the base, bit for bit; contexts may be nested. This is
+        the one way to the base."""
+        with (_parked(self) if folder is None else _parked_on_disk(self, folder)):
+            yield self.model
 
     def base_module(self, path:str) -> Callable:
         "The module `path` of the model, to be called as the base's; no weight is copied"
@@ -220,21 +254,26 @@ class Attached:
 
     @contextmanager
     def lean(self):
-        "Within this context the backward pass recomputes sparsely changed weights: same values, no second model in memory"
-        with _lean(self): yield
+        """Within this context the backward pass recomputes sparsely changed weights: same values,
+        no second model in memory"""
+        with _lean(self):
+            yield
 
     def detach(self) -> None:
-        "Take the change off: the model is the base again, bit for bit, and this object holds nothing any more"
+        """Take the change off: the model is the base again, bit for bit, and this object holds
+        nothing any more"""
         set_weights(self.model, self.originals_of(self.whole))
         self.release()
         self._chosen = {}
 
     def release(self) -> None:
-        "Take every delta off, leave the weights as they are, and let train again what trained before"
+        """Take every delta off, leave the weights as they are, and let train again what trained
+        before"""
         _release(self)
 
     def fold(self) -> None:
-        "Make the change part of the weights and take the modules off. Raises `ValueError` for deltas on activations."
+        """Make the change part of the weights and take the modules off. Raises `ValueError` for
+        deltas on activations."""
         _fold(self)
 
 # %% ../../nbs/adapters/attach.ipynb #cdfb9048
@@ -255,15 +294,18 @@ def _parked_on_disk(att, folder):
     was = att.enabled
     with tempfile.TemporaryDirectory(dir=folder) as there, torch.no_grad():
         file = Path(there)/'tuned.safetensors'
-        if own: save_file({n: p.detach().cpu().contiguous() for n, p in own.items()}, file)
+        if own:
+            save_file({n: p.detach().cpu().contiguous() for n, p in own.items()}, file)
         try:
             att.enabled = False
-            for n, p in own.items(): p.copy_(att.before(n))
+            for n, p in own.items():
+                p.copy_(att.before(n))
             yield
         finally:
             att.enabled = was
             for n, p in own.items(): # opened anew each time, so that what was read is let go
-                with safe_open(file, 'pt') as f: p.copy_(f.get_tensor(n))
+                with safe_open(file, 'pt') as f:
+                    p.copy_(f.get_tensor(n))
 
 def _base_module(att, path) -> Callable:
     module, begin = att.model.get_submodule(path), f'{path}.' if path else ''
@@ -271,8 +313,10 @@ def _base_module(att, path) -> Callable:
         device = next(att.model.parameters()).device
         own = {n[len(begin):]: att.before(n).to(device) for n in att.whole if n.startswith(begin)}
         was, att.enabled = att.enabled, False
-        try: return functional_call(module, own, args, kwargs)
-        finally: att.enabled = was
+        try:
+            return functional_call(module, own, args, kwargs)
+        finally:
+            att.enabled = was
     return run
 
 # %% ../../nbs/adapters/attach.ipynb #780bbd25
@@ -286,12 +330,15 @@ def _fold(att):
     set_weights(att.model, new)
 
 def _release(att):
-    for h in att.handles.values(): h.remove()
+    for h in att.handles.values():
+        h.remove()
     for name in att.deltas:
-        for n in (name, *att.twins.get(name, ())): _strip(att.model, n)
+        for n in (name, *att.twins.get(name, ())):
+            _strip(att.model, n)
     att.model.requires_grad_(True)
     att.deltas, att.handles = {}, {}
-    for p in att.frozen: p.requires_grad_(False)
+    for p in att.frozen:
+        p.requires_grad_(False)
 
 def _strip(model, name):
     "Give the layer that owns `name` its own weight back"
@@ -300,13 +347,15 @@ def _strip(model, name):
         W = module.parametrizations[attribute].original
         parametrize.remove_parametrizations(module, attribute, leave_parametrized=False)
         setattr(module, attribute, W)
-    if hasattr(module, f'delta_{attribute}'): delattr(module, f'delta_{attribute}')
+    if hasattr(module, f'delta_{attribute}'):
+        delattr(module, f'delta_{attribute}')
 
 def _bits(mask:Tensor): # a byte for each entry would be a quarter of the model
     return mask.shape, np.packbits(mask.cpu().numpy(), bitorder='little')
 
 def _mask(shape, bits):
-    return torch.from_numpy(np.unpackbits(bits, count=shape.numel(), bitorder='little').view(bool)).view(shape)
+    return torch.from_numpy(np.unpackbits(bits, count=shape.numel(),
+                                          bitorder='little').view(bool)).view(shape)
 
 # %% ../../nbs/adapters/attach.ipynb #7dffaf81
 def attach(model:nn.Module,          # changed in place: frozen except for what is chosen
@@ -315,17 +364,21 @@ def attach(model:nn.Module,          # changed in place: frozen except for what 
            also:tuple[str, ...]=(),  # names of weights that move themselves whatever the method, such as a fresh classifier
            originals:Mapping|None=None # {name: tensor} to take the base's weights from instead of keeping copies in memory
           ) -> Attached:
-    "Freeze `model` and let what was chosen move, through `delta`. Raises `ValueError` for an empty or impossible choice."
+    """Freeze `model` and let what was chosen move, through `delta`. Raises `ValueError` for an
+    empty or impossible choice."""
     check_bare(model)
     check_selection(model, chosen)
     params = dict(model.named_parameters())
-    written = {n: m for n, m in chosen.items() if n not in also and (delta is not None or m is not True)}
+    written = {n: m for n, m in chosen.items() if n not in also
+               and (delta is not None or m is not True)}
     make = delta or Entries
-    for n in written: check_delta(model, n, make)
+    for n in written:
+        check_delta(model, n, make)
     # all deltas are made before the model is touched: one that cannot be made leaves it as it was
     deltas = {n: make_delta(model, n, mask, make) for n, mask in written.items()}
     chosen = {**chosen, **dict.fromkeys(also, True)}
-    if originals is None: originals = {n: params[n].detach().clone() for n in chosen if n not in written}
+    if originals is None:
+        originals = {n: params[n].detach().clone() for n in chosen if n not in written}
     return place(Attached(model, chosen, deltas, {}, originals))
 
 def place(att:Attached,            # made, but with nothing on the model yet
@@ -336,19 +389,23 @@ def place(att:Attached,            # made, but with nothing on the model yet
     try:
         att.model.requires_grad_(False)
         if values is None:
-            for n in att.whole: att.model.get_parameter(n).requires_grad_(True)
-        for n, d in att.deltas.items(): _place(att, n, d)
+            for n in att.whole:
+                att.model.get_parameter(n).requires_grad_(True)
+        for n, d in att.deltas.items():
+            _place(att, n, d)
         set_weights(att.model, values or {})
     except BaseException: # half a change on a model is worse than none
         att.release()
         set_weights(att.model, {n: att.originals[n] for n in values or ()})
-        for n, p in att.model.named_parameters(): p.requires_grad_(ready[n])
+        for n, p in att.model.named_parameters():
+            p.requires_grad_(ready[n])
         raise
     return att
 
 # %% ../../nbs/adapters/attach.ipynb #730f34bb
 def check_bare(model:nn.Module) -> None:
-    "Raise `ValueError` if a change sits on the model: a second one would be saved and switched off as if the first were the base"
+    """Raise `ValueError` if a change sits on the model: a second one would be saved and switched
+    off as if the first were the base"""
     for name, module in model.named_modules():
         if isinstance(module, _Weight) or name.rpartition('.')[2].startswith('delta_'):
             raise ValueError(f'the model carries a change already, at {name!r}; make it part of the weights (fold) '
@@ -386,7 +443,8 @@ def _place(att, name, d):
     module, attribute = owner_of(att.model, name)
     d.train(module.training)
     branches = hasattr(d, 'branch') and isinstance(module, (nn.Linear, Conv1D))
-    if d.site == 'weight' and not branches: return _parametrize(att, name, d)
+    if d.site == 'weight' and not branches:
+        return _parametrize(att, name, d)
     module.add_module(f'delta_{attribute}', d)
     if d.site == 'input':
         att.handles[name] = module.register_forward_pre_hook(_Input(att, d))

@@ -52,7 +52,8 @@ class Entries(nn.Module):
     def move(self,
              index:Tensor # the entries to hold, counted row by row: as many as are held now
             ) -> Tensor:  # the positions in the list that changed hands
-        "Hold these entries from now on. Raises `ValueError` for another number of different entries."
+        """Hold these entries from now on. Raises `ValueError` for another number of different
+        entries."""
         index = index.to(self.index)
         if len(index.unique()) != len(self.index):
             raise ValueError(f'{len(self.index)} different entries are needed; there are {len(index.unique())}')
@@ -66,7 +67,8 @@ class Entries(nn.Module):
 
     @torch.no_grad()
     def hold(self, index:Tensor, left_index:Tensor, left_value:Tensor) -> None:
-        "Go on with the entries that a checkpoint names; the values held there are the run's parameters"
+        """Go on with the entries that a checkpoint names; the values held there are the run's
+        parameters"""
         self.index.copy_(index)
         self.left_index = left_index.to(self.left_index)
         self.left_value = left_value.to(self.left_value)
@@ -94,11 +96,13 @@ class Offset(nn.Module):
         self.b = nn.Parameter(torch.zeros(W.shape[0], dtype=W.dtype, device=W.device))
         self.config = {}
 
-    def forward(self, h): return h + self.b
+    def forward(self, h):
+        return h + self.b
 
 # %% ../../nbs/adapters/delta.ipynb #0fd3b6df
 MOVED = dict(attach='attach', Attached='attach',
-             WrongBase='store', fingerprint='store', identity='store', pack='store', save_delta='store', load_delta='store')
+             WrongBase='store', fingerprint='store', identity='store', pack='store',
+             save_delta='store', load_delta='store')
 
 def __getattr__(name):
     if name not in MOVED:

@@ -21,8 +21,12 @@ __all__ = ['scale', 'keep', 'norm', 'write_change', 'depth', 'merge', 'saved', '
 class scale:
     "Walk `alpha` of the way from the base to the fine-tuned model"
     alpha:float # 0 is the base, 1 the fine-tuned model; more than 1 goes further
-    def __call__(self, changes, model) -> dict: return {n: self.alpha*c for n, c in changes.items()}
-    def __repr__(self): return f'scale({self.alpha})'
+
+    def __call__(self, changes, model) -> dict:
+        return {n: self.alpha*c for n, c in changes.items()}
+
+    def __repr__(self):
+        return f'scale({self.alpha})'
 
 def keep(changes:Mapping[str, Tensor], model) -> dict:
     "Leave the change as it is"
@@ -36,16 +40,20 @@ def norm(changes:Mapping[str, Tensor]) -> float:
 def write_change(model, base:Mapping[str, Tensor], changes:Mapping[str, Tensor]) -> None:
     "Set the weights that are named in `changes` to base plus change"
     params = dict(model.named_parameters())
-    if missing := [n for n in changes if n not in params]: raise ValueError(f'the change names {missing[0]!r}, which the model does not have')
-    for n, c in changes.items(): params[n].copy_(base[n].to(c.device) + c)
+    if missing := [n for n in changes if n not in params]:
+        raise ValueError(f'the change names {missing[0]!r}, which the model does not have')
+    for n, c in changes.items():
+        params[n].copy_(base[n].to(c.device) + c)
 
 # %% ../../nbs/adapters/edit.ipynb #0010e5f6
 def depth(model) -> dict[str, float]:
-    "How deep each parameter lies: 0 in the embedding and the first block, 1 in the last block, the last norm and the head"
+    """How deep each parameter lies: 0 in the embedding and the first block, 1 in the last block,
+    the last norm and the head"""
     a = anatomy(model)
     last, places = len(a.blocks) - 1, a.places
     def share(block, part, role):
-        if block is not None: return block/last if last else 1.
+        if block is not None:
+            return block/last if last else 1.
         return float(part == 'head' or role in ('final', 'head'))
     return {n: share(*place) for n, place in places.items()}
 
@@ -55,22 +63,32 @@ def merge(changes:list[Mapping], # each {name: new weight minus base weight}, al
           edit:Callable|None=None, # (change, model) -> change, done to each before they are added
           model=None             # for edits that look at it
          ) -> dict[str, Tensor]: # one change, over every tensor that any of them names
-    "`alpha` times the sum of several changes. Raises `ValueError` for no change, or for tensors of one name and two shapes."
-    if not changes: raise ValueError('there is no change to merge; give one at least')
+    """`alpha` times the sum of several changes. Raises `ValueError` for no change, or for tensors
+    of one name and two shapes."""
+    if not changes:
+        raise ValueError('there is no change to merge; give one at least')
     out = {}
     for c in changes:
         for n, t in (edit(c, model) if edit else c).items():
-            if n in out and out[n].shape != t.shape: raise ValueError(f'{n!r} is {tuple(out[n].shape)} in one change and {tuple(t.shape)} in another; they were not made from one base')
+            if n in out and out[n].shape != t.shape:
+                raise ValueError(f'{n!r} is {tuple(out[n].shape)} in one change and '
+                                 f'{tuple(t.shape)} in another; they were not made from one base')
             out[n] = out[n] + t if n in out else t
     return {n: alpha*t for n, t in out.items()}
 
 def saved(model:nn.Module, *paths) -> list[dict]:
-    "The changes that were saved in files, as tensors; `model` is their base and stays as it is. Raises `WrongBase` where it is not."
+    """The changes that were saved in files, as tensors; `model` is their base and stays as it is.
+    Raises `WrongBase` where it is not."""
     out = []
-    for p in paths: att = load_delta(model, p); out.append(att.changes()); att.detach()
+    for p in paths:
+        att = load_delta(model, p)
+        out.append(att.changes())
+        att.detach()
     return out
 
 def put(model:nn.Module, change:Mapping) -> Attached:
-    "Write a change into the weights of its base, in such a way that it can be switched off, saved and taken off again"
-    att = attach(model, dict.fromkeys(change, True)); write_change(model, att.originals, change)
+    """Write a change into the weights of its base, in such a way that it can be switched off, saved
+    and taken off again"""
+    att = attach(model, dict.fromkeys(change, True))
+    write_change(model, att.originals, change)
     return att

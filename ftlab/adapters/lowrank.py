@@ -20,7 +20,8 @@ __all__ = ['PLAIN', 'STARTS', 'LoRA', 'to_peft', 'from_peft']
 
 # %% ../../nbs/adapters/lowrank.ipynb #0005af9e
 class LoRA(nn.Module):
-    "`W + (alpha/r) B A`: A [r, in] drawn as in the official code (Kaiming uniform with a=sqrt(5)), B [out, r] zero"
+    """`W + (alpha/r) B A`: A [r, in] drawn as in the official code (Kaiming uniform with
+    a=sqrt(5)), B [out, r] zero"""
     kind, site = 'lowrank', 'weight'
 
     def __init__(self,
@@ -36,7 +37,8 @@ class LoRA(nn.Module):
         if mask is not True:
             raise ValueError('LoRA changes whole matrices; a mask of entries does not fit it')
         if not 1 <= r <= min(out, inp):
-            raise ValueError(f'rank {r} does not fit a matrix of {out} x {inp}: it must be between 1 and {min(out, inp)}')
+            raise ValueError(f'rank {r} does not fit a matrix of {out} x {inp}: it must be between '
+                             f'1 and {min(out, inp)}')
         if not 0 <= dropout <= 1:
             raise ValueError(f'dropout is {dropout}; it must be between 0 and 1')
         self.A = nn.Parameter(torch.empty(r, inp, dtype=W.dtype, device=W.device))
@@ -45,7 +47,8 @@ class LoRA(nn.Module):
         self.s, self.dropout = alpha/(math.sqrt(r) if rs else r), dropout
         self.config = dict(r=r, alpha=alpha, dropout=dropout, rs=rs)
 
-    def forward(self, W): return W + self.s*(self.B @ self.A)
+    def forward(self, W):
+        return W + self.s*(self.B @ self.A)
 
     def branch(self, x):
         x = nn.functional.dropout(x, self.dropout, self.training)
@@ -65,29 +68,37 @@ def to_peft(att:Attached,      # a change that is LoRA and nothing else
         raise ValueError('the layers have different LoRA settings; peft folders written here hold one')
     tensors, modules = {}, [n.rpartition('.')[0] for n in att.deltas]
     for m, d in zip(modules, att.deltas.values()):
-        for k, t in (('A', d.A), ('B', d.B)): tensors[_peft_name(m, k)] = t.detach().cpu().contiguous()
+        for k, t in (('A', d.A), ('B', d.B)):
+            tensors[_peft_name(m, k)] = t.detach().cpu().contiguous()
     transposed = any(is_transposed(att.model, n) for n in att.deltas)
-    config = dict(peft_type='LORA', base_model_name_or_path=base, r=c['r'], lora_alpha=c['alpha'], lora_dropout=c['dropout'],
-                  use_rslora=c['rs'], target_modules=modules, bias='none', fan_in_fan_out=transposed, task_type=None,
+    config = dict(peft_type='LORA', base_model_name_or_path=base, r=c['r'], lora_alpha=c['alpha'],
+                  lora_dropout=c['dropout'],
+                  use_rslora=c['rs'], target_modules=modules, bias='none',
+                  fan_in_fan_out=transposed, task_type=None,
                   inference_mode=True)
     folder = Path(folder)
     write_atomically(folder/'adapter_model.safetensors', lambda p: save_file(tensors, p, metadata={'format': 'pt'}))
-    write_atomically(folder/'adapter_config.json', lambda p: p.write_text(json.dumps(config, indent=2)))
+    write_atomically(folder/'adapter_config.json',
+                     lambda p: p.write_text(json.dumps(config, indent=2)))
     return folder
 
-def _peft_name(module:str, k:str) -> str: return f'base_model.model.{module}.lora_{k}.weight'
+def _peft_name(module:str, k:str) -> str:
+    return f'base_model.model.{module}.lora_{k}.weight'
 
 # %% ../../nbs/adapters/lowrank.ipynb #877cbe45
 # settings that do not change what A and B mean; every other one that is set is refused, also one that we do not know yet
-PLAIN = ('peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r lora_alpha lora_dropout '
-         'use_rslora fan_in_fan_out target_modules exclude_modules layers_to_transform layers_pattern megatron_core loftq_config '
+PLAIN = ('peft_type task_type auto_mapping peft_version base_model_name_or_path revision '
+         'inference_mode r lora_alpha lora_dropout '
+         'use_rslora fan_in_fan_out target_modules exclude_modules layers_to_transform '
+         'layers_pattern megatron_core loftq_config '
          'eva_config corda_config lora_ga_config qalora_group_size runtime_config init_lora_weights bias').split()
 STARTS = (True, False, None, 'gaussian', 'eva', 'orthogonal', 'mica') # of A and B, that leave the base as it is
 
 def from_peft(model:nn.Module,  # the base, changed in place
               folder:str|Path   # holds adapter_config.json and adapter_model.safetensors
              ) -> Attached:
-    "Attach a LoRA that peft saved. Raises `ValueError` for what is not plain LoRA or does not fit; the model is then as it was."
+    """Attach a LoRA that peft saved. Raises `ValueError` for what is not plain LoRA or does not
+    fit; the model is then as it was."""
     folder = Path(folder)
     config = _plain_config(folder)
     pairs = _pairs(folder)
@@ -97,7 +108,8 @@ def from_peft(model:nn.Module,  # the base, changed in place
     att = attach(model, dict.fromkeys(pairs, True), make)
     with torch.no_grad():
         for n, d in att.deltas.items():
-            for own, t in ((d.A, pairs[n]['A']), (d.B, pairs[n]['B'])): own.copy_(t)
+            for own, t in ((d.A, pairs[n]['A']), (d.B, pairs[n]['B'])):
+                own.copy_(t)
     return att
 
 def _plain_config(folder) -> dict:
@@ -109,9 +121,12 @@ def _plain_config(folder) -> dict:
     if c.get('peft_type') != 'LORA' or odd:
         raise ValueError(f'{str(folder)!r} is not a plain LoRA: {", ".join(odd) or c.get("peft_type")}')
     if (start := c.get('init_lora_weights', True)) not in STARTS:
-        raise ValueError(f'{str(folder)!r} was begun with init_lora_weights={start!r}, which changes the base that A and B belong to. '
-                         'Save it again in peft with path_initial_model_for_weight_conversion, which makes it a plain LoRA; or, if the '
-                         'model that you load is that changed base, say "init_lora_weights": true in its adapter_config.json')
+        raise ValueError(f'{str(folder)!r} was begun with init_lora_weights={start!r}, which '
+                         'changes the base that A and B belong to. '
+                         'Save it again in peft with path_initial_model_for_weight_conversion, '
+                         'which makes it a plain LoRA; or, if the '
+                         'model that you load is that changed base, say "init_lora_weights": true '
+                         'in its adapter_config.json')
     for k, kinds in (('r', int), ('lora_alpha', (int, float))):
         if isinstance(c.get(k), bool) or not isinstance(c.get(k), kinds):
             raise ValueError(f'the adapter_config.json of {str(folder)!r} says {k}={c.get(k)!r}; it must be a number')
@@ -120,9 +135,12 @@ def _plain_config(folder) -> dict:
 def _pairs(folder) -> dict[str, dict[str, Tensor]]:
     "{name of a weight: {'A': tensor, 'B': tensor}}"
     file = folder/'adapter_model.safetensors'
-    if not file.is_file(): raise FileNotFoundError(f'{str(folder)!r} has no adapter_model.safetensors; pickled adapters are not read')
-    try: tensors = load_file(file)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as e: raise ValueError(f'{str(file)!r} cannot be read: {e}') from None
+    if not file.is_file():
+        raise FileNotFoundError(f'{str(folder)!r} has no adapter_model.safetensors; pickled adapters are not read')
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
+        raise ValueError(f'{str(file)!r} cannot be read: {e}') from None
     out = {}
     for key, t in tensors.items():
         module, mark, k = key.removeprefix('base_model.model.').removesuffix('.weight').rpartition('.lora_')
@@ -134,13 +152,17 @@ def _pairs(folder) -> dict[str, dict[str, Tensor]]:
 def _check_pairs(model, folder, r, pairs):
     "Raise `ValueError` unless each pair has the shape of its weight and finite values"
     params = dict(model.named_parameters())
-    if not pairs: raise ValueError(f'{str(folder)!r} holds no LoRA')
+    if not pairs:
+        raise ValueError(f'{str(folder)!r} holds no LoRA')
     for n, pair in pairs.items():
-        if n not in params: raise ValueError(f'{str(folder)!r} changes {n!r}, and the model has no parameter of that name')
-        if params[n].ndim != 2: raise ValueError(f'{str(folder)!r} changes {n!r}, which is no matrix')
+        if n not in params:
+            raise ValueError(f'{str(folder)!r} changes {n!r}, and the model has no parameter of that name')
+        if params[n].ndim != 2:
+            raise ValueError(f'{str(folder)!r} changes {n!r}, which is no matrix')
         out, inp = oriented(model, n, params[n]).shape
         for k, shape in (('A', (r, inp)), ('B', (out, r))):
-            if k not in pair: raise ValueError(f'{str(folder)!r} has no lora_{k} for {n!r}')
+            if k not in pair:
+                raise ValueError(f'{str(folder)!r} has no lora_{k} for {n!r}')
             if tuple(pair[k].shape) != shape or not pair[k].is_floating_point():
                 raise ValueError(f'lora_{k} for {n!r} in {str(folder)!r} is {tuple(pair[k].shape)} of {pair[k].dtype}; '
                                  f'it must be {shape}, floating point')

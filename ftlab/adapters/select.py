@@ -22,7 +22,9 @@ class named:
     pattern:str='.' # a regular expression, searched in the parameter's name
     def __call__(self, model, batches=None, seed=0) -> dict:
         return {n: True for n, _ in model.named_parameters() if re.search(self.pattern, n)}
-    def __repr__(self): return f'named({self.pattern!r})'
+
+    def __repr__(self):
+        return f'named({self.pattern!r})'
 
 def everything(model, batches=None, seed=0) -> dict:
     "Select every parameter, whole: plain full fine-tuning"
@@ -46,21 +48,25 @@ class parts:
         for n, _ in model.named_parameters():
             block, part, role = a.place(n)
             chosen = part in self.which or (part in ('attention', 'mlp') and role in self.which)
-            if chosen and (self.blocks is None or block in self.blocks): out[n] = True
+            if chosen and (self.blocks is None or block in self.blocks):
+                out[n] = True
         return out
 
-    def __repr__(self): return f'parts({", ".join(self.which)})'
+    def __repr__(self):
+        return f'parts({", ".join(self.which)})'
 
 # %% ../../nbs/adapters/select.ipynb #000b8e82
 @dataclass(frozen=True)
 class top:
-    "In each tensor, select the `density` share of entries with the highest score; ties go to the lowest index"
+    """In each tensor, select the `density` share of entries with the highest score; ties go to the
+    lowest index"""
     score:Callable            # (weight) -> scores of the same shape
     density:float             # the share of each tensor that may move, in (0, 1]
     where:Callable|None=None  # the selection whose tensors are scored; None: matrices of attention and MLP
 
     def __post_init__(self):
-        if not 0 < self.density <= 1: raise ValueError(f'density is {self.density}; it must be above 0 and at most 1')
+        if not 0 < self.density <= 1:
+            raise ValueError(f'density is {self.density}; it must be above 0 and at most 1')
 
     def __call__(self, model, batches=None, seed=0) -> dict:
         params, out = dict(model.named_parameters()), {}
@@ -72,7 +78,8 @@ class top:
             out[n] = mask.index_fill_(0, best, True).view_as(params[n])
         return out
 
-    def __repr__(self): return f'top({name_of(self.score)}, {self.density})'
+    def __repr__(self):
+        return f'top({name_of(self.score)}, {self.density})'
 
 # %% ../../nbs/adapters/select.ipynb #00168e82
 SCORES = ('principal', 'magnitude', 'random')
@@ -82,29 +89,44 @@ def scores(W:Tensor,                # a matrix
            filter_rank:int|None=None, # directions kept before the size is looked at; None: one in 64 of the shorter side
            seed:int=0               # for 'random'
           ) -> Tensor:              # of the shape of `W`; the higher, the sooner it is chosen
-    "How much each entry deserves to move. Raises `ValueError` for a rank that the matrix does not have."
-    if by == 'magnitude': return W.abs()
-    if by == 'random': return torch.rand(W.shape, generator=torch.Generator().manual_seed(seed)).to(W.device)
+    """How much each entry deserves to move. Raises `ValueError` for a rank that the matrix does not
+    have."""
+    if by == 'magnitude':
+        return W.abs()
+    if by == 'random':
+        return torch.rand(W.shape, generator=torch.Generator().manual_seed(seed)).to(W.device)
     k = filter_rank or max(1, round(min(W.shape)/64))
-    if k > min(W.shape): raise ValueError(f'filter_rank is {k}; a matrix of {W.shape[0]} x {W.shape[1]} has at most {min(W.shape)}')
+    if k > min(W.shape):
+        raise ValueError(f'filter_rank is {k}; a matrix of {W.shape[0]} x {W.shape[1]} has at most {min(W.shape)}')
     U, S, V = torch.linalg.svd(W.float(), full_matrices=False)
     return ((U[:, :k]*S[:k]) @ V[:k]).abs()
 
 # %% ../../nbs/adapters/select.ipynb #000e8e82
 def coverage(model, chosen:dict) -> dict:
     "How much of `model` is selected: tensors, numbers, their shares, and blocks that are reached"
-    params = dict(model.named_parameters()); total = sum(p.numel() for p in params.values())
+    params = dict(model.named_parameters())
+    total = sum(p.numel() for p in params.values())
     n = sum(params[k].numel() if m is True else int(m.sum()) for k, m in chosen.items())
     blocks = {int(x[1]) for k in chosen if (x := re.search(r'\.(\d+)\.', k))}
-    return dict(tensors=len(chosen), of_tensors=len(params), numbers=n, share=n/total, blocks=sorted(blocks))
+    return dict(tensors=len(chosen), of_tensors=len(params), numbers=n, share=n/total,
+                blocks=sorted(blocks))
 
 def check_selection(model, chosen:dict, by:str='the selection') -> None:
-    "Raise `ValueError` if `chosen` selects nothing, names what is not there, or holds a mask of the wrong shape or kind"
+    """Raise `ValueError` if `chosen` selects nothing, names what is not there, or holds a mask of
+    the wrong shape or kind"""
     params = dict(model.named_parameters())
-    if not chosen: raise ValueError(f'{by} matches nothing in {type(model).__name__}, so nothing would train; its parameters are named like {", ".join(list(params)[1:4])}')
+    if not chosen:
+        raise ValueError(f'{by} matches nothing in {type(model).__name__}, so nothing would train; '
+                         f'its parameters are named like {", ".join(list(params)[1:4])}')
     for n, m in chosen.items():
-        if n not in params: raise ValueError(f'{by} names {n!r}, which {type(model).__name__} does not have')
-        if m is True: continue
-        if not (isinstance(m, torch.Tensor) and m.dtype == torch.bool): raise ValueError(f'{by} gives {n!r} a {type(m).__name__}; it must be True or a boolean mask')
-        if m.shape != params[n].shape: raise ValueError(f'{by} gives {n!r} a mask of shape {tuple(m.shape)}; the tensor has {tuple(params[n].shape)}')
-        if not m.any(): raise ValueError(f'{by} selects no number of {n!r}; leave the tensor out instead')
+        if n not in params:
+            raise ValueError(f'{by} names {n!r}, which {type(model).__name__} does not have')
+        if m is True:
+            continue
+        if not (isinstance(m, torch.Tensor) and m.dtype == torch.bool):
+            raise ValueError(f'{by} gives {n!r} a {type(m).__name__}; it must be True or a boolean mask')
+        if m.shape != params[n].shape:
+            raise ValueError(f'{by} gives {n!r} a mask of shape {tuple(m.shape)}; the tensor has '
+                             f'{tuple(params[n].shape)}')
+        if not m.any():
+            raise ValueError(f'{by} selects no number of {n!r}; leave the tensor out instead')

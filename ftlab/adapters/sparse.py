@@ -21,9 +21,11 @@ def compose(model:nn.Module,      # the base of all of them
     "Put the sum of sparse changes on their base. Raises `ValueError` if nothing is left of it."
     total = {}
     for change in changes:
-        for n, t in change.items(): total[n] = total[n] + t if n in total else t
+        for n, t in change.items():
+            total[n] = total[n] + t if n in total else t
     att = attach(model, {n: t != 0 for n, t in total.items() if t.any()}, Entries)
-    for n, d in att.deltas.items(): d.value.copy_(oriented(model, n, total[n]).flatten()[d.index])
+    for n, d in att.deltas.items():
+        d.value.copy_(oriented(model, n, total[n]).flatten()[d.index])
     return att
 
 def overlap(a:Mapping, b:Mapping) -> float: # 0: none in common; 1: the smaller lies within the larger

@@ -21,7 +21,8 @@ __all__ = ['LIBRARY', 'OLD_KINDS', 'FORMATS', 'WrongBase', 'fingerprint', 'ident
            'load_delta']
 
 # %% ../../nbs/adapters/store.ipynb #8507b48f
-class WrongBase(ValueError): "A delta was made for another base model"
+class WrongBase(ValueError):
+    "A delta was made for another base model"
 
 def fingerprint(t:Tensor) -> str:
     "16 hex digits of a tensor's shape, dtype, the sum of its bits, and up to 65,536 of its values"
@@ -53,15 +54,19 @@ def kind_of(delta:nn.Module) -> str:
 def class_of(kind:str,                  # as `kind_of` gives it, or as version 0.1 wrote it
              classes:Mapping|None=None  # deltas of your own, by the names of their classes
             ) -> type:
-    "The class of a kind of delta. Raises `ValueError` for one that ftlab does not have and `classes` does not give."
+    """The class of a kind of delta. Raises `ValueError` for one that ftlab does not have and
+    `classes` does not give."""
     kind = OLD_KINDS.get(kind, kind)
     name = kind.rpartition(':')[2]
-    if name in (classes or {}): return classes[name]
+    if name in (classes or {}):
+        return classes[name]
     if re.fullmatch(r'[a-z][a-z0-9_]*(\.[a-z0-9_]+)?', kind):
         for module in _modules_of(kind):
             for value in vars(importlib.import_module(module)).values():
-                own = isinstance(value, type) and issubclass(value, nn.Module) and value.__module__ == module
-                if own and vars(value).get('kind') == kind: return value
+                own = (isinstance(value, type) and issubclass(value, nn.Module)
+                       and value.__module__ == module)
+                if own and vars(value).get('kind') == kind:
+                    return value
     raise ValueError(f'this delta is written as {kind[:80]!r}, which is not part of ftlab; '
                      f'pass classes={{{name[:80]!r}: the class}}')
 
@@ -69,7 +74,9 @@ def _modules_of(kind:str) -> list[str]:
     "The modules where a kind may be defined: the library's, then the paper's of that key"
     root = Path(importlib.util.find_spec('ftlab').origin).parent
     papers = sorted(root.glob(f'*/*/{kind.partition(".")[0]}.py'))
-    return [f'ftlab.adapters.{m}' for m in LIBRARY] + ['.'.join(('ftlab', *p.relative_to(root).with_suffix('').parts)) for p in papers]
+    return [f'ftlab.adapters.{m}'
+            for m in LIBRARY] + ['.'.join(('ftlab', *p.relative_to(root).with_suffix('').parts))
+                                 for p in papers]
 
 # %% ../../nbs/adapters/store.ipynb #09fdb6e6
 FORMATS = ('ftlab-delta-1', 'ftlab-delta-2') # version 0.1 wrote the first, which has no digest
@@ -98,7 +105,8 @@ def pack(att:Attached) -> tuple[dict, dict]:
 def _digest(tensors:Mapping[str, Tensor], meta:Mapping[str, str]) -> str:
     "32 hex digits of tensors, kinds, base and recipe"
     out = hashlib.blake2b(digest_size=16)
-    for k in ('kinds', 'base', 'recipe'): out.update(f'{len(meta[k])} '.encode() + meta[k].encode())
+    for k in ('kinds', 'base', 'recipe'):
+        out.update(f'{len(meta[k])} '.encode() + meta[k].encode())
     for n, t in sorted(tensors.items()):
         t = t.detach().cpu().contiguous()
         out.update(f'{n} {t.dtype} {tuple(t.shape)} '.encode())
@@ -133,7 +141,8 @@ class _Saved(NamedTuple):
 # %% ../../nbs/adapters/store.ipynb #7a91a041
 def _read(path) -> _Saved:
     "What stands in the file of a saved change"
-    if not Path(path).is_file(): raise FileNotFoundError(f'no delta at {str(path)!r}')
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'no delta at {str(path)!r}')
     try:
         with safe_open(path, 'pt') as f:
             meta = f.metadata() or {}
@@ -141,32 +150,40 @@ def _read(path) -> _Saved:
             tensors = {k: f.get_tensor(k) for k in f.keys()}
     except _Foreign as e:
         raise ValueError(*e.args) from None
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
-        raise ValueError(f'{str(path)!r} is not a safetensors file, or is damaged: {" ".join(str(e).split())[:200]}') from None
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError,
+            RuntimeError) as e:
+        raise ValueError(f'{str(path)!r} is not a safetensors file, or is damaged: '
+                         f'{" ".join(str(e).split())[:200]}') from None
     if meta['format'] != FORMATS[0] and meta.get('digest') != _digest(tensors, meta):
         raise ValueError(f'{str(path)!r} is damaged: its content is not what was saved')
     _parsed(path, meta, 'recipe')
     return _Saved(tensors, _kinds(path, meta), _base(path, meta))
 
-class _Foreign(Exception): "A safetensors file, but no delta"
+class _Foreign(Exception):
+    "A safetensors file, but no delta"
 
 def _check_format(path, meta):
     if meta.get('format') not in FORMATS:
-        raise _Foreign(f'{str(path)!r} is not a delta saved by this ftlab (its format says {str(meta.get("format"))[:80]!r})')
+        raise _Foreign(f'{str(path)!r} is not a delta saved by this ftlab (its format says '
+                       f'{str(meta.get("format"))[:80]!r})')
     if missing := [k for k in ('kinds', 'base', 'recipe') if k not in meta]:
         raise _Foreign(f'{str(path)!r} is damaged: it does not say its {missing[0]}')
 
 def _parsed(path, meta, key) -> dict:
     "One entry of the metadata, which must be a JSON object"
-    try: value = json.loads(meta[key])
-    except (ValueError, RecursionError): value = None
-    if not isinstance(value, dict): raise ValueError(f'{str(path)!r} is damaged: its {key} is no JSON object')
+    try:
+        value = json.loads(meta[key])
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f'{str(path)!r} is damaged: its {key} is no JSON object')
     return value
 
 def _kinds(path, meta) -> dict:
     kinds = _parsed(path, meta, 'kinds')
     for name, kind in kinds.items():
-        delta = isinstance(kind, list) and len(kind) == 2 and isinstance(kind[0], str) and isinstance(kind[1], dict)
+        delta = (isinstance(kind, list) and len(kind) == 2 and isinstance(kind[0], str)
+                 and isinstance(kind[1], dict))
         if kind != 'value' and not delta:
             raise ValueError(f'{str(path)!r} is damaged: the change of {name[:80]!r} is written as {str(kind)[:80]}, '
                              'not as "value" or [kind, configuration]')
@@ -186,10 +203,13 @@ def _checked(model, saved, classes, originals) -> tuple[Attached, dict]:
     if unknown := [n for n in saved.kinds if n not in params]:
         raise ValueError(f'it changes {unknown[0][:80]!r}, and the model has no parameter of that name')
     mine, whole = _by_weight(saved)
-    for n in whole: _check_tensor(n, mine[n].get(''), params[n])
+    for n in whole:
+        _check_tensor(n, mine[n].get(''), params[n])
     _check_finite(saved.tensors)
-    deltas = {n: _built(model, n, *saved.kinds[n], mine[n], classes) for n in saved.kinds if n not in whole}
-    if originals is not None: _check_originals(originals, {n: params[n] for n in whole}, saved.base)
+    deltas = {n: _built(model, n, *saved.kinds[n], mine[n], classes) for n in saved.kinds
+              if n not in whole}
+    if originals is not None:
+        _check_originals(originals, {n: params[n] for n in whole}, saved.base)
     keep = originals if originals is not None else {n: params[n].detach().clone() for n in whole}
     chosen = dict.fromkeys(saved.kinds, True)
     return Attached(model, chosen, deltas, {}, keep), {n: mine[n][''] for n in whole}
@@ -203,19 +223,23 @@ def _check_base(model, saved):
                         f'{", ".join(n[:80] for n in diff[:3])}; load the model that it was trained on')
 
 def _by_weight(saved) -> tuple[dict, list]:
-    "The tensors of each weight's change by their own names ('' is the weight itself), and which weights moved themselves"
+    """The tensors of each weight's change by their own names ('' is the weight itself), and which
+    weights moved themselves"""
     mine, whole = {n: {} for n in saved.kinds}, [n for n, k in saved.kinds.items() if k == 'value']
-    if not mine: raise ValueError('it changes nothing')
+    if not mine:
+        raise ValueError('it changes nothing')
     for key, t in saved.tensors.items():
         name, mark, own = key.partition('::')
-        if key.startswith('learner|'): continue
+        if key.startswith('learner|'):
+            continue
         if name not in mine or bool(mark) == (name in whole):
             raise ValueError(f'it holds a tensor {key[:80]!r}, which belongs to nothing that it changes')
         mine[name][own] = t
     return mine, whole
 
 def _check_tensor(name, t, like):
-    if t is None: raise ValueError(f'the tensor {name!r} is missing')
+    if t is None:
+        raise ValueError(f'the tensor {name!r} is missing')
     if t.shape != like.shape or t.dtype != like.dtype:
         raise ValueError(f'{name!r} is {tuple(t.shape)} of {t.dtype}; it must be {tuple(like.shape)} of {like.dtype}')
 
@@ -231,25 +255,34 @@ def _built(model, name, kind, config, tensors, classes) -> nn.Module:
     cls = class_of(kind, classes)
     check_delta(model, name, cls)
     for k, v in config.items():
-        if not (v is None or isinstance(v, (bool, int, str)) or isinstance(v, float) and math.isfinite(v)):
+        if not (v is None or isinstance(v, (bool, int, str)) or isinstance(v, float)
+                and math.isfinite(v)):
             raise ValueError(f'the configuration of {name!r} says {k[:80]}={str(v)[:80]}; '
                              'a finite number, text, true, false or null is expected')
-    try: d = make_delta(model, name, True, partial(cls, **config))
+    try:
+        d = make_delta(model, name, True, partial(cls, **config))
     except Exception as e: # whatever a constructor says to a configuration that it was never given
-        raise ValueError(f'the change of {name!r} cannot be made as {kind} with {str(config)[:120]}: {str(e)[:200]}') from None
+        raise ValueError(f'the change of {name!r} cannot be made as {kind} with '
+                         f'{str(config)[:120]}: {str(e)[:200]}') from None
     want = d.state_dict()
     if extra := [k for k in tensors if k not in want]:
         raise ValueError(f'it holds a tensor {name + "::" + extra[0][:80]!r}, which {kind} does not have')
     for k, like in want.items():
-        if k in tensors or like.numel(): _check_tensor(f'{name}::{k}', tensors.get(k), like)
+        if k in tensors or like.numel():
+            _check_tensor(f'{name}::{k}', tensors.get(k), like)
     d.load_state_dict(want | tensors)
-    try: getattr(d, 'check', lambda: None)()
-    except ValueError as e: raise ValueError(f'the change of {name!r}: {e}') from None
+    try:
+        getattr(d, 'check', lambda: None)()
+    except ValueError as e:
+        raise ValueError(f'the change of {name!r}: {e}') from None
     return d.requires_grad_(False)
 
 def _check_originals(originals, params, want):
     "Are these the base's weights, but perhaps for a dtype that is widened without loss?"
     if missing := [n for n in params if n not in originals]:
-        raise ValueError(f'originals has no {missing[0]!r}, which the change overwrites; leave originals out and a copy is kept in memory')
-    if diff := [n for n, p in params.items() if n in want and fingerprint(originals[n].to(p.dtype)) != want[n]]:
-        raise WrongBase(f'originals are not those of the base: {len(diff)} of {len(params)} tensors differ, e.g. {", ".join(diff[:3])}')
+        raise ValueError(f'originals has no {missing[0]!r}, which the change overwrites; leave '
+                         'originals out and a copy is kept in memory')
+    if diff := [n for n, p in params.items() if n in want
+                and fingerprint(originals[n].to(p.dtype)) != want[n]]:
+        raise WrongBase(f'originals are not those of the base: {len(diff)} of {len(params)} tensors '
+                        f'differ, e.g. {", ".join(diff[:3])}')

@@ -27,7 +27,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class Family:
-    "What one family of models calls its parts, below the prefix (`model.`, `bert.`) that a model with a head puts before them"
+    """What one family of models calls its parts, below the prefix (`model.`, `bert.`) that a model
+    with a head puts before them"""
     embedding:str             # the module of the token embedding
     layouts:tuple[Layout,...] # the kinds of block, in the order in which they run
     norms:dict[str,str]       # role -> module outside the blocks
@@ -40,47 +41,71 @@ _NORMS = dict(attention='input_layernorm', mlp='post_attention_layernorm')
 _QK = dict(q_norm='self_attn.q_norm', k_norm='self_attn.k_norm')
 _SANDWICH = dict(attention='input_layernorm', attention_post='post_attention_layernorm',
                  mlp='pre_feedforward_layernorm', mlp_post='post_feedforward_layernorm')
-_LLAMA = Layout('layers.#', dict(q='self_attn.q_proj', k='self_attn.k_proj', v='self_attn.v_proj', o='self_attn.o_proj'),
+_LLAMA = Layout('layers.#', dict(q='self_attn.q_proj', k='self_attn.k_proj', v='self_attn.v_proj',
+                                 o='self_attn.o_proj'),
                 dict(gate='mlp.gate_proj', up='mlp.up_proj', down='mlp.down_proj'), _NORMS)
-_GPT2 = Layout('h.#', dict(qkv='attn.c_attn', o='attn.c_proj'), dict(up='mlp.c_fc', down='mlp.c_proj'), dict(attention='ln_1', mlp='ln_2'))
+_GPT2 = Layout('h.#', dict(qkv='attn.c_attn', o='attn.c_proj'),
+               dict(up='mlp.c_fc', down='mlp.c_proj'), dict(attention='ln_1', mlp='ln_2'))
 _BERT = Layout('encoder.layer.#',
-               dict(q='attention.self.query', k='attention.self.key', v='attention.self.value', o='attention.output.dense'),
-               dict(up='intermediate.dense', down='output.dense'), dict(attention='attention.output.LayerNorm', mlp='output.LayerNorm'))
+               dict(q='attention.self.query', k='attention.self.key', v='attention.self.value',
+                    o='attention.output.dense'),
+               dict(up='intermediate.dense', down='output.dense'),
+               dict(attention='attention.output.LayerNorm', mlp='output.LayerNorm'))
 
 # %% ../../nbs/core/anatomy.ipynb #000debff
 _PHI = Layout('layers.#', _LLAMA.attention | dict(o='self_attn.dense'), dict(up='mlp.fc1', down='mlp.fc2'),
               dict(attention='input_layernorm', q_norm='self_attn.q_layernorm?', k_norm='self_attn.k_layernorm?'))
-_PHI3 = Layout('layers.#', dict(qkv='self_attn.qkv_proj', o='self_attn.o_proj'), dict(gate_up='mlp.gate_up_proj', down='mlp.down_proj'), _NORMS)
-_OPT = Layout('decoder.layers.#', _LLAMA.attention | dict(o='self_attn.out_proj'), dict(up='fc1', down='fc2'), dict(attention='self_attn_layer_norm', mlp='final_layer_norm'))
-_NEOX = Layout('layers.#', dict(qkv='attention.query_key_value', o='attention.dense'), dict(up='mlp.dense_h_to_4h', down='mlp.dense_4h_to_h'), _NORMS)
-_VIT = Layout('layers.#', {r: f'attention.{r}_proj' for r in 'qkvo'}, dict(up='mlp.fc1', down='mlp.fc2'), dict(attention='layernorm_before', mlp='layernorm_after'))
+_PHI3 = Layout('layers.#', dict(qkv='self_attn.qkv_proj', o='self_attn.o_proj'),
+               dict(gate_up='mlp.gate_up_proj', down='mlp.down_proj'), _NORMS)
+_OPT = Layout('decoder.layers.#', _LLAMA.attention | dict(o='self_attn.out_proj'),
+              dict(up='fc1', down='fc2'), dict(attention='self_attn_layer_norm', mlp='final_layer_norm'))
+_NEOX = Layout('layers.#', dict(qkv='attention.query_key_value', o='attention.dense'),
+               dict(up='mlp.dense_h_to_4h', down='mlp.dense_4h_to_h'), _NORMS)
+_VIT = Layout('layers.#', {r: f'attention.{r}_proj' for r in 'qkvo'},
+              dict(up='mlp.fc1', down='mlp.fc2'), dict(attention='layernorm_before', mlp='layernorm_after'))
 
 def _t5(stack, mlp, cross={}, norms={}): # the MLP is the last part of a block: number 1 in the encoder, 2 in the decoder
     dense = f'layer.{mlp}.DenseReluDense'
-    return Layout(f'{stack}.block.#' + '?'*(stack == 'decoder'), {r: f'layer.0.SelfAttention.{r}' for r in 'qkvo'} | cross,
+    return Layout(f'{stack}.block.#' + '?'*(stack == 'decoder'),
+                  {r: f'layer.0.SelfAttention.{r}' for r in 'qkvo'} | cross,
                   dict(gate=f'{dense}.wi_0?', up=f'{dense}.wi|{dense}.wi_1', down=f'{dense}.wo'),
                   dict(attention='layer.0.layer_norm') | norms | dict(mlp=f'layer.{mlp}.layer_norm'),
-                  dict(relative='layer.0.SelfAttention.relative_attention_bias?')) # the first block's, which all blocks use
-_T5 = _t5('encoder', 1), _t5('decoder', 2, {f'cross_{r}': f'layer.1.EncDecAttention.{r}' for r in 'qkvo'}, dict(cross='layer.1.layer_norm'))
+                  # the first block's, which all blocks use
+                  dict(relative='layer.0.SelfAttention.relative_attention_bias?'))
+_T5 = _t5('encoder', 1), _t5('decoder', 2,
+                             {f'cross_{r}': f'layer.1.EncDecAttention.{r}' for r in 'qkvo'},
+                             dict(cross='layer.1.layer_norm'))
 
 # %% ../../nbs/core/anatomy.ipynb #000febff
-def _decoder(norms): return Family('embed_tokens', (replace(_LLAMA, norms=norms),), dict(final='norm'), ('lm_head', 'score', 'qa_outputs'))
-def _encoder(*heads): return Family('embeddings.word_embeddings', (_BERT,), dict(embedding='embeddings.LayerNorm'), (*heads, 'classifier', 'qa_outputs'),
-                                    'embeddings.position_embeddings')
+def _decoder(norms):
+    return Family('embed_tokens', (replace(_LLAMA, norms=norms),), dict(final='norm'),
+                  ('lm_head', 'score', 'qa_outputs'))
+
+def _encoder(*heads):
+    return Family('embeddings.word_embeddings', (_BERT,), dict(embedding='embeddings.LayerNorm'),
+                  (*heads, 'classifier', 'qa_outputs'),
+                  'embeddings.position_embeddings')
 
 FAMILIES = dict( # by the model_type of the configuration
-    llama=_decoder(_NORMS), qwen2=_decoder(_NORMS), mistral=_decoder(_NORMS), gemma=_decoder(_NORMS),
+    llama=_decoder(_NORMS), qwen2=_decoder(_NORMS), mistral=_decoder(_NORMS),
+    gemma=_decoder(_NORMS),
     qwen3=_decoder(_NORMS | _QK), gemma2=_decoder(_SANDWICH), gemma3_text=_decoder(_SANDWICH | _QK),
     gpt2=Family('wte', (_GPT2,), dict(final='ln_f'), ('lm_head', 'score', 'classifier', 'qa_outputs'), 'wpe'),
     bert=_encoder('cls.predictions.decoder'),
     roberta=_encoder('lm_head.decoder', 'classifier.out_proj'),
-    phi=replace(_decoder({}), layouts=(_PHI,), norms=dict(final='final_layernorm')), phi3=replace(_decoder({}), layouts=(_PHI3,)),
-    opt=Family('decoder.embed_tokens', (_OPT,), dict(final='decoder.final_layer_norm?'), ('lm_head', 'score', 'qa_outputs'), 'decoder.embed_positions',
+    phi=replace(_decoder({}), layouts=(_PHI,), norms=dict(final='final_layernorm')),
+    phi3=replace(_decoder({}), layouts=(_PHI3,)),
+    opt=Family('decoder.embed_tokens', (_OPT,), dict(final='decoder.final_layer_norm?'),
+               ('lm_head', 'score', 'qa_outputs'), 'decoder.embed_positions',
                {'decoder.project_in': ('embedding', 'project_in'), 'decoder.project_out': ('head', 'project_out')}),
-    gpt_neox=Family('embed_in', (_NEOX,), dict(final='final_layer_norm'), ('lm_head', 'score', 'classifier', 'qa_outputs')),
-    vit=Family('embeddings.patch_embeddings.projection', (_VIT,), dict(final='layernorm'), ('classifier',), 'embeddings.position_embeddings',
+    gpt_neox=Family('embed_in', (_NEOX,), dict(final='final_layer_norm'),
+                    ('lm_head', 'score', 'classifier', 'qa_outputs')),
+    vit=Family('embeddings.patch_embeddings.projection', (_VIT,), dict(final='layernorm'),
+               ('classifier',), 'embeddings.position_embeddings',
                {'embeddings.cls_token': ('embedding', 'cls'), 'embeddings.mask_token': ('embedding', 'mask')}),
-    t5=Family('shared', _T5, dict(encoder_final='encoder.final_layer_norm', final='decoder.final_layer_norm?'), ('lm_head', 'classification_head.out_proj', 'classifier', 'qa_outputs')))
+    t5=Family('shared', _T5, dict(encoder_final='encoder.final_layer_norm',
+                                  final='decoder.final_layer_norm?'),
+              ('lm_head', 'classification_head.out_proj', 'classifier', 'qa_outputs')))
 
 # %% ../../nbs/core/anatomy.ipynb #0012ebff
 @dataclass(frozen=True)
@@ -118,14 +143,20 @@ class Anatomy:
         return _places(self)
 
     def place(self, name:str) -> tuple[int|None,str,str]:
-        "(block index or None, part, role) of a parameter. Parts: attention, mlp, norm, bias, embedding, head, other. Raises `KeyError` for a name that the model does not have."
-        if name not in self.places: raise KeyError(f'this {self.family} model has no parameter called {name!r}; its first is {next(iter(self.shapes))!r}')
+        """(block index or None, part, role) of a parameter. Parts: attention, mlp, norm, bias,
+        embedding, head, other. Raises `KeyError` for a name that the model does not have."""
+        if name not in self.places:
+            raise KeyError(f'this {self.family} model has no parameter called {name!r}; its first '
+                           f'is {next(iter(self.shapes))!r}')
         return self.places[name]
 
     def matrices(self, part:str|None=None) -> list[str]:
-        "The names of the weight matrices inside the blocks, block by block, of 'attention', 'mlp' or (None) both. Raises `ValueError` for another part."
-        if part not in (None, 'attention', 'mlp'): raise ValueError(f"part is {part!r}; it must be 'attention', 'mlp' or None for both")
-        return [n for b in self.blocks for p in ('attention', 'mlp') if part in (None, p) for n in getattr(b, p).values()]
+        """The names of the weight matrices inside the blocks, block by block, of 'attention', 'mlp'
+        or (None) both. Raises `ValueError` for another part."""
+        if part not in (None, 'attention', 'mlp'):
+            raise ValueError(f"part is {part!r}; it must be 'attention', 'mlp' or None for both")
+        return [n for b in self.blocks for p in ('attention', 'mlp') if part in (None, p)
+                for n in getattr(b, p).values()]
 
     def rows(self) -> list[dict[str,str]]:
         "What `describe` shows, as data: one row per role, blocks that look alike taken together"
@@ -134,40 +165,53 @@ class Anatomy:
         "A plain table of blocks and roles with names and shapes"
         return _table(self)
     __repr__ = describe
-    def _repr_html_(self): return _html_table(self)
+
+    def _repr_html_(self):
+        return _html_table(self)
 
 # %% ../../nbs/core/anatomy.ipynb #0016ebff
 def _places(a:Anatomy) -> dict[str,tuple[int|None,str,str]]:
     out = {n: (None, 'other', n) for n in a.other} | {n: (None, *p) for n, p in a.around.items()}
-    out |= {n: (None, 'norm', r) for r, n in a.norms.items()} | {n: (None, 'bias', r) for r, n in a.biases.items()}
-    if a.head: out[a.head] = None, 'head', 'head'
-    if a.positions: out[a.positions] = None, 'embedding', 'positions'
+    out |= {n: (None, 'norm', r) for r, n in a.norms.items()} | {
+        n: (None, 'bias', r) for r, n in a.biases.items()}
+    if a.head:
+        out[a.head] = None, 'head', 'head'
+    if a.positions:
+        out[a.positions] = None, 'embedding', 'positions'
     out[a.embedding] = None, 'embedding', 'tokens'
     for b in a.blocks:
-        for part, names in dict(attention=b.attention, mlp=b.mlp, norm=b.norms, bias=b.biases, embedding=b.positions).items():
+        for part, names in dict(attention=b.attention, mlp=b.mlp, norm=b.norms, bias=b.biases,
+                                embedding=b.positions).items():
             out |= {n: (b.index, part, r) for r, n in names.items() if n}
     return {n: out[n] for n in a.shapes}
 
 # %% ../../nbs/core/anatomy.ipynb #0018ebff
 def _row(a:Anatomy, where:str, part:str, role:str, name:str, bias, short:int=0) -> dict[str,str]: # short: letters of the name to leave out
     shape = ' x '.join(map(str, a.shapes[name])) + (' [in, out]' if name in a.transposed else '')
-    return dict(where=where, part=part, role=role, name=name[short:], shape=shape, bias='bias' if bias else '')
+    return dict(where=where, part=part, role=role, name=name[short:], shape=shape,
+                bias='bias' if bias else '')
 
 def _block_rows(a:Anatomy, b:Block, where:str='') -> list[dict[str,str]]:
     parts = dict(attention=b.attention, mlp=b.mlp, norm=b.norms, embedding=b.positions)
-    return [_row(a, where, part, r, n, b.biases.get(r), len(b.name) + 1) for part, names in parts.items() for r, n in names.items()]
+    return [_row(a, where, part, r, n, b.biases.get(r), len(b.name) + 1)
+            for part, names in parts.items() for r, n in names.items()]
 
 def _rows(a:Anatomy) -> list[dict[str,str]]:
-    out = [_row(a, '', *a.places[n][1:], n, n == a.embedding and 'tokens' in a.biases) for n in (a.embedding, a.positions, *a.around) if n]
+    out = [_row(a, '', *a.places[n][1:], n, n == a.embedding and 'tokens' in a.biases)
+           for n in (a.embedding, a.positions, *a.around) if n]
     for _, same in groupby(a.blocks, lambda b: _block_rows(a, b)):
-        same = list(same); out += _block_rows(a, same[0], f'block {same[0].index}' + (f'-{same[-1].index}' if len(same) > 1 else ''))
+        same = list(same)
+        out += _block_rows(a, same[0],
+                           f'block {same[0].index}' + (f'-{same[-1].index}' if len(same) > 1 else ''))
     out += [_row(a, '', 'norm', r, n, r in a.biases) for r, n in a.norms.items()]
-    if a.head: out.append(_row(a, '', 'head', 'tied' if a.tied else 'head', a.head, 'head' in a.biases))
+    if a.head:
+        out.append(_row(a, '', 'head', 'tied' if a.tied else 'head', a.head, 'head' in a.biases))
     return out + [_row(a, '', 'other', '', n, False) for n in a.other]
 
 def _table(a:Anatomy) -> str:
     rows = a.rows()
-    return f'{a.family}, {len(a.blocks)} blocks\n' + text_table(list(rows[0]), [r.values() for r in rows])
+    return f'{a.family}, {len(a.blocks)} blocks\n' + text_table(list(rows[0]),
+                                                                [r.values() for r in rows])
 
 def _html_table(a:Anatomy) -> str:
     rows = a.rows()
@@ -177,14 +221,18 @@ def _html_table(a:Anatomy) -> str:
 class UnknownArchitecture(ValueError):
     "The model's parameters cannot all be given their places"
 
-_WRAPPED = 'If it is wrapped (by peft, torch.compile or DistributedDataParallel) or carries adapters, pass the plain model inside'
+_WRAPPED = ('If it is wrapped (by peft, torch.compile or DistributedDataParallel) or carries '
+            'adapters, pass the plain model inside')
 
-def _some(names): return ', '.join(list(names)[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
+def _some(names):
+    return ', '.join(list(names)[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
 
 def _named(prefix, modules, there) -> dict[str,str]:
     "role -> weight, for modules below `prefix`; what may be missing and is, is left out"
-    found = {r: [f'{prefix}{m}.weight' for m in spec.removesuffix('?').split('|')] for r, spec in modules.items()}
-    return {r: next((n for n in names if n in there), names[0]) for r, names in found.items() if not modules[r].endswith('?') or set(names) & set(there)}
+    found = {r: [f'{prefix}{m}.weight' for m in spec.removesuffix('?').split('|')]
+             for r, spec in modules.items()}
+    return {r: next((n for n in names if n in there), names[0]) for r, names in found.items()
+            if not modules[r].endswith('?') or set(names) & set(there)}
 
 # %% ../../nbs/core/anatomy.ipynb #001cebff
 def _block(index, name, inside, layout, family) -> Block:
@@ -197,19 +245,25 @@ def _block(index, name, inside, layout, family) -> Block:
     extra = [n for n in inside if n not in {*weights.values(), *bias.values(), *positions.values()}]
     if missing or extra:
         raise UnknownArchitecture(f'{name} is not laid out like a {family} block: ' + '; '.join(
-            f'{what} {_some(names)}' for what, names in (('it has no', missing), ('no rule places', extra)) if names) + f'. {_WRAPPED}.')
-    return Block(index, name, *parts, {r: n if n in inside else '' for r, n in bias.items()}, tuple(inside), positions)
+            f'{what} {_some(names)}' for what, names in (('it has no', missing),
+                                                         ('no rule places', extra)) if names) + f'. {_WRAPPED}.')
+    return Block(index, name, *parts, {r: n if n in inside else '' for r, n in bias.items()},
+                 tuple(inside), positions)
 
 def _blocks(names, stem, row, family) -> tuple[Block,...]:
     "All blocks of a model with parameters `names`, kind by kind"
     out = []
     for layout in row.layouts:
-        found, at = {}, re.compile(re.escape(stem + layout.block.removesuffix('?')).replace(r'\#', r'\d+') + r'(?=\.)')
+        found = {}
+        at = re.compile(re.escape(stem + layout.block.removesuffix('?')).replace(r'\#', r'\d+') + r'(?=\.)')
         for n in names:
-            if m := at.match(n): found.setdefault(m.group(), []).append(n)
+            if m := at.match(n):
+                found.setdefault(m.group(), []).append(n)
         if not found and not layout.block.endswith('?'):
-            raise UnknownArchitecture(f'the model is a {family}, but none of its parameters is in a block {stem}{layout.block}. {_WRAPPED}.')
-        for name, inside in found.items(): out.append(_block(len(out), name, inside, layout, family))
+            raise UnknownArchitecture(f'the model is a {family}, but none of its parameters is in a '
+                                      f'block {stem}{layout.block}. {_WRAPPED}.')
+        for name, inside in found.items():
+            out.append(_block(len(out), name, inside, layout, family))
     return tuple(out)
 
 # %% ../../nbs/core/anatomy.ipynb #001eebff
@@ -217,9 +271,12 @@ def _family(model, families) -> tuple[str,Family]:
     "The model type and its row; raises `UnknownArchitecture` if there is none"
     family, kind = getattr(getattr(model, 'config', None), 'model_type', None), type(model).__name__
     known = f'Known model types: {", ".join(families)}'
-    if not family: raise UnknownArchitecture(f'{kind} has no config.model_type, so its architecture cannot be looked up. {known}. {_WRAPPED}.')
-    if family not in families: raise UnknownArchitecture(f'no row of the table describes model type {family!r} ({kind}). {known}. '
-                                                         'Another type needs a Family of its own: see anatomy(model, families=...).')
+    if not family:
+        raise UnknownArchitecture(f'{kind} has no config.model_type, so its architecture cannot be '
+                                  f'looked up. {known}. {_WRAPPED}.')
+    if family not in families:
+        raise UnknownArchitecture(f'no row of the table describes model type {family!r} ({kind}). {known}. '
+                                  'Another type needs a Family of its own: see anatomy(model, families=...).')
     return family, families[family]
 
 def _weight(module, params) -> str|None:
@@ -230,7 +287,8 @@ def _stem(model, row, params, family) -> str:
     "What stands before the names of the table in this model"
     stems = [f'{p}.' if p else '' for p in dict.fromkeys((getattr(model, 'base_model_prefix', ''), ''))]
     for s in stems:
-        if _weight(s + row.embedding, params): return s
+        if _weight(s + row.embedding, params):
+            return s
     raise UnknownArchitecture(f'a {family} model has its embedding in {" or ".join(s + row.embedding for s in stems)}, '
                               f'but this {type(model).__name__} has neither; it has {_some(params)}. {_WRAPPED}.')
 
@@ -238,25 +296,36 @@ def _outer_norms(stem, row, params, family) -> dict[str,str]:
     "role -> norm outside the blocks"
     norms = _named(stem, row.norms, params)
     absent = [n.removesuffix('.weight') for n in norms.values() if n not in params]
-    if absent: raise UnknownArchitecture(f'the model is a {family}, but has no norm {_some(absent)}. {_WRAPPED}.')
+    if absent:
+        raise UnknownArchitecture(f'the model is a {family}, but has no norm {_some(absent)}. {_WRAPPED}.')
     return norms
 
 # %% ../../nbs/core/anatomy.ipynb #0020ebff
 def anatomy(model:nn.Module,                      # a plain transformers model, with a head or without
             families:dict[str,Family]=FAMILIES    # model_type -> what it calls its parts
            ) -> Anatomy:
-    "Map a model's parameters to blocks, parts and roles. Raises `UnknownArchitecture` for a model that the table does not describe."
+    """Map a model's parameters to blocks, parts and roles. Raises `UnknownArchitecture` for a model
+    that the table does not describe."""
     family, row = _family(model, families)
-    params = dict(model.named_parameters()); listed = {id(p): n for n, p in params.items()}
-    alias = {n: listed[id(p)] for n, p in model.named_parameters(remove_duplicate=False)} # every name of every tensor -> the one that is listed
-    stem = _stem(model, row, params, family); blocks = _blocks(params, stem, row, family)
-    embedding, positions = _weight(stem + row.embedding, params), _weight(stem + row.positions, params) if row.positions else None
+    params = dict(model.named_parameters())
+    listed = {id(p): n for n, p in params.items()}
+    # every name of every tensor -> the one that is listed
+    alias = {n: listed[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
+    stem = _stem(model, row, params, family)
+    blocks = _blocks(params, stem, row, family)
+    embedding = _weight(stem + row.embedding, params)
+    positions = _weight(stem + row.positions, params) if row.positions else None
     norms = _outer_norms(stem, row, params, family)
-    top = next((h for h in row.heads if f'{h}.weight' in alias), None); head = alias[f'{top}.weight'] if top else None
+    top = next((h for h in row.heads if f'{h}.weight' in alias), None)
+    head = alias[f'{top}.weight'] if top else None
     around = {n: place for m, place in row.around.items() if (n := _weight(stem + m, params))}
-    beside = {r: n.removesuffix('weight') + 'bias' for r, n in {**norms, 'tokens': embedding}.items()} | ({'head': f'{top}.bias'} if top else {})
+    beside = {r: n.removesuffix('weight') + 'bias'
+              for r, n in {**norms, 'tokens': embedding}.items()} | (
+                  {'head': f'{top}.bias'} if top else {})
     biases = {r: alias[n] for r, n in beside.items() if n in alias and n != embedding}
-    named = {embedding, positions, head, *norms.values(), *biases.values(), *around}.union(*(b.parameters for b in blocks))
+    named = {embedding, positions, head, *norms.values(), *biases.values(),
+             *around}.union(*(b.parameters for b in blocks))
     conv = frozenset(f'{n}.weight' for n, m in model.named_modules() if isinstance(m, Conv1D))
     other = tuple(n for n in params if n not in named)
-    return Anatomy(family, blocks, embedding, positions, norms, head, head == embedding, conv, other, biases, {n: tuple(p.shape) for n, p in params.items()}, around)
+    return Anatomy(family, blocks, embedding, positions, norms, head, head == embedding, conv,
+                   other, biases, {n: tuple(p.shape) for n, p in params.items()}, around)

@@ -20,40 +20,55 @@ __all__ = ['KINDS', 'FORMS', 'ALIASES', 'SYNONYMS', 'SPLITS', 'IGNORE', 'PACKS',
            'packing', 'order', 'indices', 'batch_at']
 
 # %% ../../nbs/core/batches.ipynb #000641f0
-KINDS = dict(chat=('messages',), text=('prompt', 'response'), label=('text', 'label'), lm=('text',)) # in the order of preference
-FORMS = dict(chat=KINDS['chat'], text=KINDS['text'], pairs=('prompt', 'chosen', 'rejected')) | KINDS  # what may be given: pairs are read as kind 'text'
-ALIASES = dict(completion='response')                                                               # trl's name, accepted as it is
+# in the order of preference
+KINDS = dict(chat=('messages',), text=('prompt', 'response'), label=('text', 'label'), lm=('text',))
+# what may be given: pairs are read as kind 'text'
+FORMS = dict(chat=KINDS['chat'], text=KINDS['text'], pairs=('prompt', 'chosen', 'rejected')) | KINDS
+# trl's name, accepted as it is
+ALIASES = dict(completion='response')
 # what such columns are often called: used only to suggest `columns=`, never to guess
-SYNONYMS = dict(prompt=('question', 'instruction', 'input', 'query', 'source'), response=('answer', 'output', 'target', 'reply', 'chosen'),
-                messages=('conversations', 'conversation', 'dialog', 'chat'), text=('sentence', 'content', 'document', 'review'),
-                label=('category', 'class', 'intent', 'target', 'labels'), chosen=('better', 'preferred', 'winner'), rejected=('worse', 'dispreferred', 'loser'))
+SYNONYMS = dict(prompt=('question', 'instruction', 'input', 'query', 'source'),
+                response=('answer', 'output', 'target', 'reply', 'chosen'),
+                messages=('conversations', 'conversation', 'dialog', 'chat'),
+                text=('sentence', 'content', 'document', 'review'),
+                label=('category', 'class', 'intent', 'target', 'labels'),
+                chosen=('better', 'preferred', 'winner'), rejected=('worse', 'dispreferred', 'loser'))
 
 # %% ../../nbs/core/batches.ipynb #000e41f0
 def _kind(names, columns:Mapping[str, str], at:str) -> str:
     "Which of `FORMS` has the columns `names`; raises `ValueError` that says what is missing"
     have = {ALIASES.get(c, c) for c in names} | set(columns)
     for form, need in FORMS.items(): # columns that the caller has named outweigh those that happen to be there
-        if set(need) <= have and set(columns) <= set(need): return form
-    meant = [need for form, need in FORMS.items() if form != 'pairs' or 'rejected' in have] # nobody who has no rejected answer meant pairs
+        if set(need) <= have and set(columns) <= set(need):
+            return form
+    # nobody who has no rejected answer meant pairs
+    meant = [need for form, need in FORMS.items() if form != 'pairs' or 'rejected' in have]
     need = max(meant, key=lambda n: (len(set(columns) & set(n)), len(have & set(n)), len(n)))
     missing = [c for c in need if c not in have] if have & set(need) else ['prompt', 'response']
     hints = {c: g for c in missing for g in _guesses(c, names) if g not in have & set(need)}
-    say = f'; if those are the ones, say columns={ {c: hints[c] for c in missing} }' if len(hints) == len(missing) else ''
-    raise ValueError(f'{at} has the columns {", ".join(map(str, names)) or "(none)"}, but no {" and no ".join(map(repr, missing))}{say}. Rows need prompt and response, '
-                     'or messages, or text and label, or text alone, or, to compare answers, prompt, chosen and rejected')
+    say = (f'; if those are the ones, say columns={ {c: hints[c] for c in missing} }'
+           if len(hints) == len(missing) else '')
+    raise ValueError(f'{at} has the columns {", ".join(map(str, names)) or "(none)"}, but no '
+                     f'{" and no ".join(map(repr, missing))}{say}. Rows need prompt and response, '
+                     'or messages, or text and label, or text alone, or, to compare answers, '
+                     'prompt, chosen and rejected')
 
 def _guesses(column:str, names) -> list[str]:
-    names = [str(n) for n in names]; near = near_misses(column, names, 1, .6)
+    names = [str(n) for n in names]
+    near = near_misses(column, names, 1, .6)
     return [n for n in names if n.lower() in SYNONYMS[column]][:1] + near
 
 def _renamed(row:dict, columns:Mapping[str, str], at:str) -> dict:
     "`row` with the columns called as ftlab calls them"
     for ours, theirs in columns.items():
-        if theirs not in row: raise ValueError(f'{at} has no column {theirs!r}, which columns= names as {ours!r}; it has {", ".join(map(str, row))}{did_you_mean(theirs, map(str, row))}')
+        if theirs not in row:
+            raise ValueError(f'{at} has no column {theirs!r}, which columns= names as {ours!r}; it '
+                             f'has {", ".join(map(str, row))}{did_you_mean(theirs, map(str, row))}')
     taken = set(columns.values())
     out = {k: v for k, v in row.items() if k not in taken and k not in columns}
     for alias, ours in ALIASES.items():
-        if alias in out and ours not in out and ours not in columns: out[ours] = out.pop(alias)
+        if alias in out and ours not in out and ours not in columns:
+            out[ours] = out.pop(alias)
     return {ours: row[theirs] for ours, theirs in columns.items()} | out
 
 # %% ../../nbs/core/batches.ipynb #001041f0
@@ -61,45 +76,66 @@ def _text(value, column:str, at:str) -> str:
     "`value` if it is text with something in it"
     if value is None or isinstance(value, float) and math.isnan(value):
         raise ValueError(f'{at}: {column} has no value (None or NaN); fill it in or leave the row out')
-    if not isinstance(value, str): raise ValueError(f'{at}: {column} is {str(value)[:40]!r}, a {type(value).__name__}; it must be text')
-    if not value.strip(): raise ValueError(f'{at}: {column} is empty; fill it in or leave the row out')
+    if not isinstance(value, str):
+        raise ValueError(f'{at}: {column} is {str(value)[:40]!r}, a {type(value).__name__}; it must be text')
+    if not value.strip():
+        raise ValueError(f'{at}: {column} is empty; fill it in or leave the row out')
     return clean_text(value, column, at)
 
 def _messages(value, at:str, column:str='messages') -> list[dict]:
     "`value` if it is a list of messages"
-    if not isinstance(value, list) or not value: raise ValueError(f'{at}: {column} is {str(value)[:40]!r}; it must be a list of {{"role": ..., "content": ...}}')
+    if not isinstance(value, list) or not value:
+        raise ValueError(f'{at}: {column} is {str(value)[:40]!r}; it must be a list of {{"role": ..., "content": ...}}')
     for i, m in enumerate(value, 1):
         if not isinstance(m, Mapping) or 'role' not in m or 'content' not in m:
             raise ValueError(f'{at}: message {i} of {column} is {str(m)[:60]!r}; it must be {{"role": ..., "content": ...}}')
-        _text(m['role'], f'the role of message {i}', at); _text(m['content'], f'the content of message {i}', at)
+        _text(m['role'], f'the role of message {i}', at)
+        _text(m['content'], f'the content of message {i}', at)
     return value
 
 # %% ../../nbs/core/batches.ipynb #001141f0
 def _checked(row:dict, kind:str, at:str) -> dict:
-    "`row`, if it is a whole row of that form; raises `ValueError` that names the place and the mend"
+    """`row`, if it is a whole row of that form; raises `ValueError` that names the place and the
+    mend"""
     missing = [c for c in FORMS[kind] if c not in row]
-    if missing: raise ValueError(f'{at} has no {missing[0]!r}; it has {", ".join(map(str, row)) or "no columns"}{did_you_mean(missing[0], map(str, row))}')
-    if kind == 'pairs': return _pair(row, at)
-    if kind == 'text' and isinstance(row['prompt'], list): # trl's conversational prompt and completion: `context` turns carry no loss
-        first, answer = _messages(row['prompt'], at, 'prompt'), _messages(row['response'], at, 'response')
-        row = {k: v for k, v in row.items() if k not in ('prompt', 'response')} | dict(messages=first + answer, context=len(first)); kind = 'chat'
-    elif kind == 'chat': _messages(row['messages'], at)
+    if missing:
+        raise ValueError(f'{at} has no {missing[0]!r}; it has '
+                         f'{", ".join(map(str, row)) or "no columns"}{did_you_mean(missing[0], map(str, row))}')
+    if kind == 'pairs':
+        return _pair(row, at)
+    # trl's conversational prompt and completion: `context` turns carry no loss
+    if kind == 'text' and isinstance(row['prompt'], list):
+        first = _messages(row['prompt'], at, 'prompt')
+        answer = _messages(row['response'], at, 'response')
+        row = {k: v for k, v in row.items() if k not in ('prompt', 'response')} | dict(
+            messages=first + answer, context=len(first))
+        kind = 'chat'
+    elif kind == 'chat':
+        _messages(row['messages'], at)
     elif kind == 'label':
         _text(row['text'], 'text', at)
-        if isinstance(row['label'], (int, str)): _text(str(row['label']), 'label', at)
-        else: raise ValueError(f'{at}: label is {row["label"]!r}; it must be text or a whole number')
+        if isinstance(row['label'], (int, str)):
+            _text(str(row['label']), 'label', at)
+        else:
+            raise ValueError(f'{at}: label is {row["label"]!r}; it must be text or a whole number')
     else:
-        for c in KINDS[kind]: _text(row[c], c, at)
+        for c in KINDS[kind]:
+            _text(row[c], c, at)
     if kind == 'chat' and row['messages'][-1]['role'] != 'assistant':
-        raise ValueError(f'{at}: the last message is from {row["messages"][-1]["role"]!r}; it must be from \'assistant\', as that is what is learnt')
+        raise ValueError(f'{at}: the last message is from {row["messages"][-1]["role"]!r}; it must '
+                         'be from \'assistant\', as that is what is learnt')
     return row
 
 def _pair(row:dict, at:str) -> dict:
-    "A row with a better and a worse answer as a row of kind 'text': what was chosen is the response"
+    """A row with a better and a worse answer as a row of kind 'text': what was chosen is the
+    response"""
     for c in FORMS['pairs']:
-        if isinstance(row[c], list): raise ValueError(f'{at}: {c} is a list; pairs of whole conversations are not read: give prompt, chosen and rejected as text')
+        if isinstance(row[c], list):
+            raise ValueError(f'{at}: {c} is a list; pairs of whole conversations are not read: give '
+                             'prompt, chosen and rejected as text')
         _text(row[c], c, at)
-    return dict(prompt=row['prompt'], response=row['chosen']) | {k: v for k, v in row.items() if k not in ('prompt', 'chosen')}
+    return dict(prompt=row['prompt'],
+                response=row['chosen']) | {k: v for k, v in row.items() if k not in ('prompt', 'chosen')}
 
 # %% ../../nbs/core/batches.ipynb #001341f0
 @dataclass(repr=False)
@@ -114,41 +150,60 @@ class Data:
     note:str=''                # what the reader should know about the split
     fingerprint:str=''         # 16 hex digits of everything above but name and note
 
-    def __post_init__(self): self.fingerprint = _fingerprint([self.train, self.validation, self.test, self.kind, self.labels])
+    def __post_init__(self):
+        self.fingerprint = _fingerprint([self.train, self.validation, self.test, self.kind,
+                                         self.labels])
 
     def _head(self) -> str:
         many = f', {len(self.labels)} labels' if self.labels else ''
-        return f'{self.name}: {len(self.train)} train, {len(self.validation)} validation, {len(self.test)} test rows of kind {self.kind}{many}'
+        return (f'{self.name}: {len(self.train)} train, {len(self.validation)} validation, '
+                f'{len(self.test)} test rows of kind {self.kind}{many}')
 
     def _columns(self) -> tuple[str, ...]:
         "The columns worth showing"
-        return KINDS.get(self.kind, ()) + (('rejected',) if self.kind == 'text' and any(isinstance(r.get('rejected'), str) for r in self.train[:3]) else ())
+        return KINDS.get(self.kind, ()) + (('rejected',) if self.kind == 'text'
+                                           and any(isinstance(r.get('rejected'), str)
+                                                   for r in self.train[:3]) else ())
 
     def _cells(self) -> list[list[str]]:
         "The first three rows as short text, labels by name"
-        if self.kind == 'image': return [[f'{k} {tuple(v.shape)}' if isinstance(v, torch.Tensor) else f'{k} {v}' for k, v in r.items()] for r in self.train[:3]]
-        show = lambda r, c: self.labels[r[c]] if c == 'label' else ' / '.join(f'{m["role"]}: {m["content"]}' for m in r[c]) if c == 'messages' else str(r.get(c, ''))
+        if self.kind == 'image':
+            return [[f'{k} {tuple(v.shape)}' if isinstance(v, torch.Tensor) else f'{k} {v}'
+                     for k, v in r.items()] for r in self.train[:3]]
+        show = lambda r, c: (self.labels[r[c]] if c == 'label' else ' '
+                             '/ '.join(f'{m["role"]}: {m["content"]}' for m in r[c])
+                             if c == 'messages' else str(r.get(c, '')))
         clip = lambda s: s if len(s) <= 120 else s[:119] + '…'
         return [[clip(show(r, c)) for c in self._columns()] for r in self.train[:3]]
 
     def __repr__(self) -> str:
-        return '\n'.join([self._head()] + ['  ' + ' → '.join(c) for c in self._cells()] + ([f'  note: {self.note}'] if self.note else []))
+        return '\n'.join([self._head()] + ['  ' + ' → '.join(c) for c in self._cells()]
+                         + ([f'  note: {self.note}'] if self.note else []))
 
     def _repr_html_(self) -> str:
         note = f'<p>{as_html(self.note)}</p>' if self.note else ''
-        head, table = as_html(self._head()), html_table(self._columns(), self._cells(), attributes=to_the_left)
+        head = as_html(self._head())
+        table = html_table(self._columns(), self._cells(), attributes=to_the_left)
         return f'<p>{head}</p>{table}{note}'
 
 # %% ../../nbs/core/batches.ipynb #001541f0
 def _fingerprint(content:list) -> str:
     "16 hex digits that change with any character, and with any number of a tensor"
-    def bits(x): return f'{tuple(x.shape)} {hashlib.blake2s(x.contiguous().numpy().tobytes()).hexdigest()}' if isinstance(x, torch.Tensor) else str(x)
-    return hashlib.blake2s(json.dumps(content, sort_keys=True, default=bits).encode(), digest_size=8).hexdigest()
+
+    def bits(x):
+        return (f'{tuple(x.shape)} {hashlib.blake2s(x.contiguous().numpy().tobytes()).hexdigest()}'
+                if isinstance(x, torch.Tensor) else str(x))
+
+    return hashlib.blake2s(json.dumps(content, sort_keys=True, default=bits).encode(),
+                           digest_size=8).hexdigest()
 
 # %% ../../nbs/core/batches.ipynb #001741f0
 def question_of(row:dict, kind:str) -> str:
     "The part of a row that decides its split"
-    if kind == 'chat': return '\n'.join(m['content'] for m in itertools.takewhile(lambda m: m['role'] != 'assistant', row['messages'])) or row['messages'][0]['content']
+    if kind == 'chat':
+        return ('\n'.join(m['content']
+                          for m in itertools.takewhile(lambda m: m['role'] != 'assistant',
+                                                       row['messages'])) or row['messages'][0]['content'])
     return row['prompt'] if kind == 'text' else row['text']
 
 def _split(parts:dict[str, list[dict]|None], kind:str, notes:list[str]) -> dict[str, list[dict]]:
@@ -156,90 +211,127 @@ def _split(parts:dict[str, list[dict]|None], kind:str, notes:list[str]) -> dict[
     cut = [s for s in ('validation', 'test') if parts[s] is None]
     out = dict(train=[], validation=list(parts['validation'] or []), test=list(parts['test'] or []))
     for row in parts['train']:
-        where = split_of(question_of(row, kind)); out[where if where in cut else 'train'].append(row)
-    if cut and kind == 'label': _keep_every_label(out, cut, notes)
+        where = split_of(question_of(row, kind))
+        out[where if where in cut else 'train'].append(row)
+    if cut and kind == 'label':
+        _keep_every_label(out, cut, notes)
     seen = {question_of(r, kind) for r in out['train']}
     for s in ('validation', 'test'):
         both = sum(question_of(r, kind) in seen for r in out[s])
-        if both: notes.append(f'{both} of {len(out[s])} {s} rows ask what a training row asks')
-        if not out[s]: notes.append(f'there is no {s} row: too few rows were given to cut a tenth from')
-    if not out['train']: raise ValueError(f'all {len(parts["train"])} rows fell to validation or test; give more rows, or give validation= and test=')
+        if both:
+            notes.append(f'{both} of {len(out[s])} {s} rows ask what a training row asks')
+        if not out[s]:
+            notes.append(f'there is no {s} row: too few rows were given to cut a tenth from')
+    if not out['train']:
+        raise ValueError(f'all {len(parts["train"])} rows fell to validation or test; give more '
+                         'rows, or give validation= and test=')
     return out
 
 def _keep_every_label(out:dict[str, list[dict]], cut:list[str], notes:list[str]):
-    "Move to train, in place, the texts of labels that the cut left out of it: what was never shown cannot be asked for"
+    """Move to train, in place, the texts of labels that the cut left out of it: what was never
+    shown cannot be asked for"""
     known = {r['label'] for r in out['train']}
     texts = {r['text'] for s in cut for r in out[s] if r['label'] not in known}
-    if not texts: return
+    if not texts:
+        return
     for s in cut:
-        out['train'] += [r for r in out[s] if r['text'] in texts]; out[s] = [r for r in out[s] if r['text'] not in texts]
+        out['train'] += [r for r in out[s] if r['text'] in texts]
+        out[s] = [r for r in out[s] if r['text'] not in texts]
     notes.append(f'{len(texts)} rows of rare labels were kept in train')
 
 # %% ../../nbs/core/batches.ipynb #001841f0
-def _number_labels(parts:dict[str, list[dict]], names:list[str]|None, places:dict[int, str]) -> list[str]:
-    "Replace labels by indices into the returned names, in place; raises `ValueError` for a label that train does not have"
+def _number_labels(parts:dict[str, list[dict]], names:list[str]|None,
+                   places:dict[int, str]) -> list[str]:
+    """Replace labels by indices into the returned names, in place; raises `ValueError` for a label
+    that train does not have"""
     if names:
         for r in itertools.chain(*parts.values()):
             if isinstance(r['label'], int) and not 0 <= r['label'] < len(names):
-                raise ValueError(f'{places[id(r)]}: label is {r["label"]}; the dataset names the labels 0 to {len(names) - 1}')
-            if isinstance(r['label'], int): r['label'] = names[r['label']]
+                raise ValueError(f'{places[id(r)]}: label is {r["label"]}; the dataset names the '
+                                 f'labels 0 to {len(names) - 1}')
+            if isinstance(r['label'], int):
+                r['label'] = names[r['label']]
     in_train = {str(r['label']) for r in parts['train']}
-    names = names or sorted(in_train, key=lambda s: (0, int(s), s) if s.removeprefix('-').isdecimal() and len(s) <= DIGITS else (1, 0, s))
+    names = (names or sorted(in_train, key=lambda s: (0, int(s), s)
+                             if s.removeprefix('-').isdecimal() and len(s) <= DIGITS
+                             else (1, 0, s)))
     index = {name: i for i, name in enumerate(names)}
     for r in itertools.chain(*parts.values()):
         label = str(r['label'])
-        if label not in in_train: raise ValueError(f'{places[id(r)]}: no training row has the label {label!r}{did_you_mean(label, in_train) or ";"} train has {len(in_train)} labels')
+        if label not in in_train:
+            raise ValueError(f'{places[id(r)]}: no training row has the label '
+                             f'{label!r}{did_you_mean(label, in_train) or ";"} train has {len(in_train)} labels')
         r['label'] = index[label]
     return list(names)
 
 # %% ../../nbs/core/batches.ipynb #001a41f0
-SPLITS = dict(train='train', validation='validation', valid='validation', val='validation', dev='validation', test='test')
+SPLITS = dict(train='train', validation='validation', valid='validation', val='validation',
+              dev='validation', test='test')
 
 def _folder_parts(path:Path) -> dict[str, Path]:
     "The data files of a folder by split"
     out = {}
     for f in sorted(path.iterdir()):
         split = SPLITS.get(f.stem) if f.suffix.lower() in READERS else None
-        if split in out: raise ValueError(f'{path} has two files for {split}: {out[split].name} and {f.name}')
-        if split: out[split] = f
-    if 'train' not in out: raise FileNotFoundError(f'{path} has no train.jsonl, train.json, train.csv or train.parquet; it holds {", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"}')
+        if split in out:
+            raise ValueError(f'{path} has two files for {split}: {out[split].name} and {f.name}')
+        if split:
+            out[split] = f
+    if 'train' not in out:
+        raise FileNotFoundError(f'{path} has no train.jsonl, train.json, train.csv or '
+                                'train.parquet; it holds '
+                                f'{", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"}')
     return out
 
 def _parts(source) -> dict:
     "`source` as sources by split; one without splits is all train"
-    if isinstance(source, (str, Path)) and Path(source).is_dir(): return _folder_parts(Path(source))
-    if not isinstance(source, Mapping): return dict(train=source)
+    if isinstance(source, (str, Path)) and Path(source).is_dir():
+        return _folder_parts(Path(source))
+    if not isinstance(source, Mapping):
+        return dict(train=source)
     unknown = [k for k in source if k not in SPLITS]
-    if unknown or 'train' not in source: raise ValueError(f'the dictionary has the keys {", ".join(map(str, source))}; they must be train and, if there are, validation and test')
+    if unknown or 'train' not in source:
+        raise ValueError(f'the dictionary has the keys {", ".join(map(str, source))}; they must be '
+                         'train and, if there are, validation and test')
     return {SPLITS[k]: v for k, v in source.items()}
 
-def _records(source, columns:Mapping[str, str], what:str) -> tuple[list[tuple[str, dict]], list[str]|None]:
+def _records(source, columns:Mapping[str, str],
+             what:str) -> tuple[list[tuple[str, dict]], list[str]|None]:
     "All rows of one source with their places, and the names of the labels if the source knows them"
     if isinstance(source, (str, Path)):
         path = Path(source)
-        if path.is_file(): return read_rows(path), None
+        if path.is_file():
+            return read_rows(path), None
         near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise FileNotFoundError(f'there is no file {source}{did_you_mean(path.name, near)}')
-    if isinstance(source, (list, tuple)): return [(f'{what} row {i}', as_row(r, f'{what} row {i}')) for i, r in enumerate(source, 1)], None
+    if isinstance(source, (list, tuple)):
+        return [(f'{what} row {i}', as_row(r, f'{what} row {i}'))
+                for i, r in enumerate(source, 1)], None
     import datasets
     if not isinstance(source, datasets.Dataset):
-        raise ValueError(f'{what} is a {type(source).__name__}; give a path, a list of dicts, a datasets.Dataset, or a lab skill by name '
+        raise ValueError(f'{what} is a {type(source).__name__}; give a path, a list of dicts, a '
+                         'datasets.Dataset, or a lab skill by name '
                          '(a pandas frame: df.to_dict("records"); a streamed dataset: list(ds.take(1000)))')
     feature = source.features.get(columns.get('label', 'label'))
-    return [(f'{what} row {i}', as_row(r, f'{what} row {i}')) for i, r in enumerate(source, 1)], feature.names if isinstance(feature, datasets.ClassLabel) else None
+    return [(f'{what} row {i}', as_row(r, f'{what} row {i}'))
+            for i, r in enumerate(source, 1)], feature.names if isinstance(
+                feature, datasets.ClassLabel) else None
 
 # %% ../../nbs/core/batches.ipynb #001b41f0
 def _skill_rows(world, skill:str, n:int, split:str, seed:int) -> list[dict]:
     "`n` different rows, or as many as there are"
-    try: return world.rows(skill, n, split, seed)
+    try:
+        return world.rows(skill, n, split, seed)
     except ValueError: # some skills have few different questions: take what as many draws bring up
-        return list({r['prompt']: r for r in itertools.islice(world.stream(skill, split, seed), 20*n + 1000)}.values())
+        return list({r['prompt']: r for r in itertools.islice(world.stream(skill, split, seed),
+                                                              20*n + 1000)}.values())
 
 def _skill_data(skill:str, seed:int, n:int) -> Data:
     world = lab('lookup').LookupWorld(0)
     ask = dict(train=n, validation=400, test=400)
     rows = {s: _skill_rows(world, skill, k, s, seed) for s, k in ask.items()}
-    short = [f'only {len(rows[s])} different {s} questions were found, {k} were asked for' for s, k in ask.items() if len(rows[s]) < k]
+    short = [f'only {len(rows[s])} different {s} questions were found, {k} were asked for'
+             for s, k in ask.items() if len(rows[s]) < k]
     return Data(**rows, kind='text', name=skill, note='; '.join(short))
 
 # %% ../../nbs/core/batches.ipynb #001c41f0
@@ -251,123 +343,178 @@ def data(source,               # a path (.jsonl, .json, .csv, .parquet, or a fol
          seed:int=0,           # which training rows `n` takes; for skills, which questions are drawn
          n:int|None=None       # how many training rows; None: all (4000 for skills)
         ) -> Data:
-    "Read rows, check each, and split them; raises `ValueError` or `FileNotFoundError` that names file, line and mend"
-    if n is not None and n < 1: raise ValueError(f'n is {n}; it must be at least 1')
-    columns = dict(columns or {}); known = {c for need in FORMS.values() for c in need}
-    if set(columns) - known: raise ValueError(f'columns= renames to {", ".join(sorted(set(columns) - known))}; the keys are the names ftlab uses ({", ".join(sorted(known))}), the values those in the source')
+    """Read rows, check each, and split them; raises `ValueError` or `FileNotFoundError` that names
+    file, line and mend"""
+    if n is not None and n < 1:
+        raise ValueError(f'n is {n}; it must be at least 1')
+    columns = dict(columns or {})
+    known = {c for need in FORMS.values() for c in need}
+    if set(columns) - known:
+        raise ValueError(f'columns= renames to {", ".join(sorted(set(columns) - known))}; the keys '
+                         f'are the names ftlab uses ({", ".join(sorted(known))}), the values those in the source')
     skills = lab('lookup').ALL_SKILLS
     if isinstance(source, str) and source in skills:
-        if validation is not None or test is not None or columns: raise ValueError(f'{source!r} is a lab skill, which brings its own splits and columns; for a file of that name say ./{source}')
+        if validation is not None or test is not None or columns:
+            raise ValueError(f'{source!r} is a lab skill, which brings its own splits and columns; '
+                             f'for a file of that name say ./{source}')
         return _skill_data(source, seed, n or 4000)
-    if isinstance(source, str) and not Path(source).exists() and not Path(source).suffix and Path(source).name == source:
-        raise ValueError(f'{source!r} is neither a file nor a lab skill{did_you_mean(source, skills) or ";"} the skills are {", ".join(skills)}')
-    given = _parts(source) | {k: v for k, v in (('validation', validation), ('test', test)) if v is not None}
+    if isinstance(source, str) and not Path(source).exists() and not Path(source).suffix and Path(
+        source).name == source:
+        raise ValueError(f'{source!r} is neither a file nor a lab '
+                         f'skill{did_you_mean(source, skills) or ";"} the skills are {", ".join(skills)}')
+    given = _parts(source) | {k: v for k, v in (('validation', validation), ('test', test))
+                              if v is not None}
     name = str(source) if isinstance(source, (str, Path)) else 'rows'
-    return _assemble({s: given.get(s) for s in ('train', 'validation', 'test')}, columns, name, seed, n)
+    return _assemble({s: given.get(s) for s in ('train', 'validation', 'test')}, columns, name,
+                     seed, n)
 
 # %% ../../nbs/core/batches.ipynb #001e41f0
 def _assemble(given:dict, columns:dict[str, str], name:str, seed:int, n:int|None) -> Data:
     "Read, check, number labels, split, and take `n`"
     parts, places, kind, names, notes = {}, {}, None, None, []
     for s, source in given.items():
-        if source is None: parts[s] = None; continue
-        records, found = _records(source, columns, s); names = names or found; parts[s] = []
+        if source is None:
+            parts[s] = None
+            continue
+        records, found = _records(source, columns, s)
+        names = names or found
+        parts[s] = []
         where = source if isinstance(source, (str, Path)) else s
-        if not records: raise ValueError(f'{where} has no rows; it needs at least one')
+        if not records:
+            raise ValueError(f'{where} has no rows; it needs at least one')
         kind = kind or _kind(records[0][1], columns, where)
         for at, row in records:
-            row = _checked(_renamed(row, columns, at), kind, at); parts[s].append(row); places[id(row)] = at
-    if kind == 'pairs': kind = 'text'; _note_equal_pairs(parts, notes)
-    if kind == 'text' and any('messages' in r for p in parts.values() for r in p or []): kind = _all_chat(parts, places)
-    labels = _number_labels({s: p for s, p in parts.items() if p is not None}, names, places) if kind == 'label' else None
+            row = _checked(_renamed(row, columns, at), kind, at)
+            parts[s].append(row)
+            places[id(row)] = at
+    if kind == 'pairs':
+        kind = 'text'
+        _note_equal_pairs(parts, notes)
+    if kind == 'text' and any('messages' in r for p in parts.values() for r in p or []):
+        kind = _all_chat(parts, places)
+    labels = (_number_labels({s: p for s, p in parts.items() if p is not None}, names, places)
+              if kind == 'label' else None)
     parts = _split(parts, kind, notes)
     if n is not None:
-        if n > len(parts['train']): notes.append(f'{n} training rows were asked for, there are {len(parts["train"])}')
+        if n > len(parts['train']):
+            notes.append(f'{n} training rows were asked for, there are {len(parts["train"])}')
         parts['train'] = random.Random(seed).sample(parts['train'], min(n, len(parts['train'])))
     return Data(**parts, kind=kind, labels=labels, name=name, note='; '.join(notes))
 
 def _note_equal_pairs(parts:dict, notes:list[str]):
     "Say how many pairs have nothing to tell apart"
-    rows = list(itertools.chain(*(p or [] for p in parts.values()))); equal = sum(r['response'].strip() == r['rejected'].strip() for r in rows)
-    if equal: notes.append(f'in {equal} of {len(rows)} rows the chosen and the rejected answer are the same, which teaches no preference')
+    rows = list(itertools.chain(*(p or [] for p in parts.values())))
+    equal = sum(r['response'].strip() == r['rejected'].strip() for r in rows)
+    if equal:
+        notes.append(f'in {equal} of {len(rows)} rows the chosen and the rejected answer are the '
+                     'same, which teaches no preference')
 
 def _all_chat(parts:dict, places:dict[int, str]) -> str:
     "`'chat'`, as prompts are lists of messages; raises `ValueError` if only some are"
     for r in itertools.chain(*(p or [] for p in parts.values())):
-        if 'messages' not in r: raise ValueError(f'{places[id(r)]}: prompt is text, but in other rows it is a list of messages; use one form in all rows')
+        if 'messages' not in r:
+            raise ValueError(f'{places[id(r)]}: prompt is text, but in other rows it is a list of '
+                             'messages; use one form in all rows')
     return 'chat'
 
 # %% ../../nbs/core/batches.ipynb #002f41f0
 def _render(tok, messages:list[dict], opening:bool=False) -> str:
-    try: return tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening)
-    except jinja2.TemplateError as e: raise ValueError(f'the chat template refuses the roles {", ".join(m["role"] for m in messages)}: {e}') from None
+    try:
+        return tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening)
+    except jinja2.TemplateError as e:
+        raise ValueError(f'the chat template refuses the roles {", ".join(m["role"] for m in messages)}: {e}') from None
 
 def _chat_pieces(messages:list[dict], tok, context:int=0) -> list[tuple[str, bool]]:
-    "The rendered conversation as (text, learnt?) pieces; the first `context` messages are never learnt"
+    """The rendered conversation as (text, learnt?) pieces; the first `context` messages are never
+    learnt"""
     full, out, done = _render(tok, messages), [], 0
     turns = [i for i, m in enumerate(messages) if m['role'] == 'assistant' and i >= context]
     for i in turns:
         before, content = _render(tok, messages[:i], True), messages[i]['content'].strip()
         if full.startswith(before):
             start, end = len(before), _turn_end(full, len(before), messages, i, tok)
-            out += [(full[done:start], False), (full[start:end], True)]; done = end
+            out += [(full[done:start], False), (full[start:end], True)]
+            done = end
         # some templates open a turn with more than they keep of it (a thinking mark): what is learnt then follows what will be asked
-        elif i == turns[-1] and before.startswith(full[:done]) and (at := full.rfind(content)) >= done:
-            out += [(before[done:], False), (full[at:], True)]; done = len(full)
-        else: raise ValueError(f'the chat template writes the text before message {i + 1} differently once there are later messages, so it cannot be told what is an answer; split the conversation into one row per answer')
+        elif i == turns[-1] and before.startswith(full[:done]) and (
+            at := full.rfind(content)) >= done:
+            out += [(before[done:], False), (full[at:], True)]
+            done = len(full)
+        else:
+            raise ValueError(f'the chat template writes the text before message {i + 1} differently '
+                             'once there are later messages, so it cannot be told what is an '
+                             'answer; split the conversation into one row per answer')
     return out + ([(full[done:], False)] if done < len(full) else [])
 
 def _turn_end(full:str, start:int, messages:list[dict], i:int, tok) -> int:
     "Where in `full` the assistant's message `i`, which begins at `start`, ends with its end mark"
-    if i == len(messages) - 1: return len(full)
-    if full.startswith(upto := _render(tok, messages[:i + 1])): return len(upto)
+    if i == len(messages) - 1:
+        return len(full)
+    if full.startswith(upto := _render(tok, messages[:i + 1])):
+        return len(upto)
     # a template that drops thinking marks from earlier turns: look for the words, then for the mark that also ends the last message
     content, last = messages[i]['content'].strip(), messages[-1]['content'].strip()
-    mark = full[full.rfind(last) + len(last):]; at = full.find(content, start) + len(content)
-    if at < start + len(content) or not full.startswith(mark, at): raise ValueError(f'the chat template changes message {i + 1} in a way that hides its end; split the conversation into one row per answer')
+    mark = full[full.rfind(last) + len(last):]
+    at = full.find(content, start) + len(content)
+    if at < start + len(content) or not full.startswith(mark, at):
+        raise ValueError(f'the chat template changes message {i + 1} in a way that hides its end; '
+                         'split the conversation into one row per answer')
     return at + len(mark)
 
 # %% ../../nbs/core/batches.ipynb #003241f0
 IGNORE = -100 # the label that PyTorch's cross-entropy and every Hugging Face model leave out
 
 def _token_ids(texts:Iterable[str], tok) -> dict[str, list[int]]:
-    "The tokens of each text, asked for in one call: a call of a tokenizer costs more than a sentence in it"
+    """The tokens of each text, asked for in one call: a call of a tokenizer costs more than a
+    sentence in it"""
     texts = list(dict.fromkeys(texts))
-    return dict(zip(texts, tok(texts, add_special_tokens=False, verbose=False).input_ids)) if texts else {}
+    return (dict(zip(texts, tok(texts, add_special_tokens=False, verbose=False).input_ids)) if texts
+            else {})
 
 def _between(up_to:list[list[int]]) -> list[list[int]]|None:
-    "What each list of tokens adds to the one before; `None` if one does not begin with the one before"
+    """What each list of tokens adds to the one before; `None` if one does not begin with the one
+    before"""
     whole, cuts = up_to[-1], [0]
     for start in up_to[:-1]:
-        if whole[:len(start)] != start or len(start) < cuts[-1]: return None
+        if whole[:len(start)] != start or len(start) < cuts[-1]:
+            return None
         cuts.append(len(start))
     return [whole[a:b] for a, b in itertools.pairwise([*cuts, len(whole)])]
 
 def _all_piece_ids(rows:list[list[tuple[str, bool]]], tok) -> list[list[list[int]]]:
     "The tokens of each piece of each row, such that no token crosses from one piece to the next"
     up_to = [list(itertools.accumulate(t for t, _ in pieces)) for pieces in rows]
-    ids = _token_ids(itertools.chain(*up_to), tok); parts = [_between([ids[t] for t in texts]) for texts in up_to]
+    ids = _token_ids(itertools.chain(*up_to), tok)
+    parts = [_between([ids[t] for t in texts]) for texts in up_to]
     alone = _token_ids((t for pieces, p in zip(rows, parts) if p is None for t, _ in pieces), tok)
     return [[alone[t] for t, _ in pieces] if p is None else p for pieces, p in zip(rows, parts)]
 
-def piece_ids(pieces:list[tuple[str, bool]], tok) -> list[list[int]]: return _all_piece_ids([pieces], tok)[0]
+def piece_ids(pieces:list[tuple[str, bool]], tok) -> list[list[int]]:
+    return _all_piece_ids([pieces], tok)[0]
 
 # %% ../../nbs/core/batches.ipynb #003441f0
 def _texts(row:dict, tok, kind:str) -> list[tuple[str, bool]]:
     "Pieces of a row of kind text, chat or lm, without the tokens that `_marks` gives"
-    if kind not in ('text', 'chat', 'lm'): raise ValueError(f'kind is {kind!r}; it must be one of {", ".join(KINDS)}')
+    if kind not in ('text', 'chat', 'lm'):
+        raise ValueError(f'kind is {kind!r}; it must be one of {", ".join(KINDS)}')
     if kind == 'chat' and not tok.chat_template:
-        raise ValueError('the tokenizer has no chat template, so it is not known how to write `messages`; give prompt and response instead, or set tok.chat_template')
-    if kind == 'lm': return [(row['text'], True)]
-    if not tok.chat_template: return [(row['prompt'], False), (row['response'], True)]
-    talk = row['messages'] if kind == 'chat' else [dict(role='user', content=row['prompt']), dict(role='assistant', content=row['response'])]
+        raise ValueError('the tokenizer has no chat template, so it is not known how to write '
+                         '`messages`; give prompt and response instead, or set tok.chat_template')
+    if kind == 'lm':
+        return [(row['text'], True)]
+    if not tok.chat_template:
+        return [(row['prompt'], False), (row['response'], True)]
+    talk = (row['messages'] if kind == 'chat' else [dict(role='user', content=row['prompt']),
+                                                    dict(role='assistant', content=row['response'])])
     return _chat_pieces(talk, tok, row.get('context', 0))
 
 def _marks(tok, kind:str) -> tuple[list[int], list[int]]:
     "The special tokens before and after a row that no template writes"
-    if kind != 'lm' and tok.chat_template: return [], []
+    if kind != 'lm' and tok.chat_template:
+        return [], []
     begins = tok.bos_token_id is not None and tok('a').input_ids[:1] == [tok.bos_token_id]
-    return [tok.bos_token_id] if begins else [], [] if tok.eos_token_id is None else [tok.eos_token_id]
+    return [tok.bos_token_id] if begins else [], [] if tok.eos_token_id is None else [
+        tok.eos_token_id]
 
 def pieces_of(row:dict, tok, kind:str) -> tuple[list[tuple[str, bool]], list[int], list[int]]:
     "Pieces of a row, and the special tokens before and after"
@@ -381,51 +528,72 @@ def encode(row:dict,          # a row of `Data`
            keep:str='start'   # what stays of a row that is too long: its 'start' (as in trl) or its 'end'
           ) -> dict:          # `input_ids`, a list of token ids, and `labels`: as long, -100 where nothing is learnt (kind 'label': one number)
     "Turn a row into tokens and labels"
-    if kind == 'image': return row
-    if max_length is not None and max_length < 1: raise ValueError(f'max_length is {max_length}; it must be at least 1')
-    if keep not in ('start', 'end'): raise ValueError(f"keep is {keep!r}; it must be 'start' or 'end'")
+    if kind == 'image':
+        return row
+    if max_length is not None and max_length < 1:
+        raise ValueError(f'max_length is {max_length}; it must be at least 1')
+    if keep not in ('start', 'end'):
+        raise ValueError(f"keep is {keep!r}; it must be 'start' or 'end'")
     if kind == 'label':
-        return dict(input_ids=tok(row['text'], truncation=max_length is not None, max_length=max_length, verbose=False).input_ids, labels=row['label'])
+        return dict(input_ids=tok(row['text'], truncation=max_length is not None,
+                                  max_length=max_length, verbose=False).input_ids, labels=row['label'])
     pieces, first, last = pieces_of(row, tok, kind)
     return _cut(_joined(pieces, piece_ids(pieces, tok), first, last), max_length, keep)
 
-def _joined(pieces:list[tuple[str, bool]], parts:list[list[int]], first:list[int], last:list[int]) -> dict:
+def _joined(pieces:list[tuple[str, bool]], parts:list[list[int]], first:list[int],
+            last:list[int]) -> dict:
     "A row's tokens and labels from the tokens of its pieces"
-    labels = [IGNORE]*len(first) + [i if learnt else IGNORE for part, (_, learnt) in zip(parts, pieces) for i in part] + last
+    labels = [IGNORE]*len(first) + [i if learnt else IGNORE
+                                    for part, (_, learnt) in zip(parts, pieces)
+                                    for i in part] + last
     return dict(input_ids=[*first, *itertools.chain(*parts), *last], labels=labels)
 
 def _cut(row:dict, max_length:int|None, keep:str) -> dict:
     "`row` with at most `max_length` tokens"
-    if max_length is None or len(row['labels']) <= max_length: return row
+    if max_length is None or len(row['labels']) <= max_length:
+        return row
     return {k: v[:max_length] if keep == 'start' else v[-max_length:] for k, v in row.items()}
 
 def prompt_ids(row:dict, # a row of kind 'text' or 'chat'
                tok,      # the model's tokenizer
                kind:str='text' # the data's kind
               ) -> list[int]:  # the tokens up to where the (last) answer begins
-    "What the model is given when it is asked for the answer of `row`: the same tokens that stood before the answer in training"
-    if kind not in ('text', 'chat'): raise ValueError(f'rows of kind {kind!r} have no prompt')
-    pieces, first, _ = pieces_of(row, tok, kind); last = max(i for i, (_, learnt) in enumerate(pieces) if learnt)
+    """What the model is given when it is asked for the answer of `row`: the same tokens that stood
+    before the answer in training"""
+    if kind not in ('text', 'chat'):
+        raise ValueError(f'rows of kind {kind!r} have no prompt')
+    pieces, first, _ = pieces_of(row, tok, kind)
+    last = max(i for i, (_, learnt) in enumerate(pieces) if learnt)
     return first + [i for part in piece_ids(pieces, tok)[:last] for i in part]
 
 # %% ../../nbs/core/batches.ipynb #003c41f0
 class Encoded(list):
     "Encoded rows, with what the length limit cost"
     def __init__(self, rows, dropped:int=0, truncated:int=0): # rows left out as nothing remained to learn; rows kept but shortened
-        super().__init__(rows); self.dropped, self.truncated = dropped, truncated
+        super().__init__(rows)
+        self.dropped, self.truncated = dropped, truncated
 
-def encode_all(rows:list[dict], tok, kind:str, max_length:int|None=None, keep:str='start') -> Encoded:
-    "Encode every row; drop and count those without a label left; raise `ValueError` if that is all of them"
-    if not rows: raise ValueError('there are no rows to encode')
+def encode_all(rows:list[dict], tok, kind:str, max_length:int|None=None,
+               keep:str='start') -> Encoded:
+    """Encode every row; drop and count those without a label left; raise `ValueError` if that is
+    all of them"""
+    if not rows:
+        raise ValueError('there are no rows to encode')
     encode(rows[0], tok, kind, max_length, keep) # refuses what is wrong with kind, max_length and keep
-    if kind == 'image': return Encoded(rows)
-    some = [rows[i:i + 1000] for i in range(0, len(rows), 1000)] # so that the texts of a large set are not all in memory twice
-    if kind == 'label': return Encoded([e for part in some for e in _encode_labels(part, tok, max_length)])
-    whole = [e for part in some for e in _encode_whole(part, tok, kind)]; both = [(w, _cut(w, max_length, keep)) for w in whole]
+    if kind == 'image':
+        return Encoded(rows)
+    # so that the texts of a large set are not all in memory twice
+    some = [rows[i:i + 1000] for i in range(0, len(rows), 1000)]
+    if kind == 'label':
+        return Encoded([e for part in some for e in _encode_labels(part, tok, max_length)])
+    whole = [e for part in some for e in _encode_whole(part, tok, kind)]
+    both = [(w, _cut(w, max_length, keep)) for w in whole]
     # the first token has nothing before it that could predict it, so a label there teaches nothing
     kept = [(w, e) for w, e in both if any(l != IGNORE for l in e['labels'][1:])]
-    if not kept: raise ValueError(_nothing_left(whole, max_length, keep))
-    return Encoded([e for _, e in kept], len(rows) - len(kept), sum(len(e['labels']) < len(w['labels']) for w, e in kept))
+    if not kept:
+        raise ValueError(_nothing_left(whole, max_length, keep))
+    return Encoded([e for _, e in kept], len(rows) - len(kept),
+                   sum(len(e['labels']) < len(w['labels']) for w, e in kept))
 
 def _encode_whole(rows:list[dict], tok, kind:str) -> list[dict]:
     "`encode` of each row without a limit, with the tokenizer asked once"
@@ -434,15 +602,20 @@ def _encode_whole(rows:list[dict], tok, kind:str) -> list[dict]:
 
 def _encode_labels(rows:list[dict], tok, max_length:int|None) -> list[dict]:
     "`encode` of each row of kind label, with the tokenizer asked once"
-    ids = tok([r['text'] for r in rows], truncation=max_length is not None, max_length=max_length, verbose=False).input_ids
+    ids = tok([r['text'] for r in rows], truncation=max_length is not None, max_length=max_length,
+              verbose=False).input_ids
     return [dict(input_ids=i, labels=r['label']) for i, r in zip(ids, rows)]
 
 def _nothing_left(whole:list[dict], max_length:int|None, keep:str) -> str:
     "What to say when no row has a label left"
-    begin = [i + 1 for w in whole if (i := next((i for i, l in enumerate(w['labels']) if i and l != IGNORE), 0))]
-    if not begin: return f'none of the {len(whole)} rows has a token to learn'
-    return (f'max_length={max_length} leaves no label in any of the {len(whole)} rows: their answers begin at token {min(begin)} to {max(begin)}. '
-            f'With max_length={max(len(w["labels"]) for w in whole)} every row fits whole, {max(begin)} keeps some of every answer'
+    begin = [i + 1 for w in whole
+             if (i := next((i for i, l in enumerate(w['labels']) if i and l != IGNORE), 0))]
+    if not begin:
+        return f'none of the {len(whole)} rows has a token to learn'
+    return (f'max_length={max_length} leaves no label in any of the {len(whole)} rows: their '
+            f'answers begin at token {min(begin)} to {max(begin)}. '
+            f'With max_length={max(len(w["labels"]) for w in whole)} every row fits whole, '
+            f'{max(begin)} keeps some of every answer'
             + ("; or say keep='end', which cuts questions instead" if keep == 'start' else ''))
 
 # %% ../../nbs/core/batches.ipynb #00e041f0
@@ -460,14 +633,24 @@ def collate(rows:list[dict],    # encoded rows
             side:str='right'    # where it goes: 'right' to train, 'left' to generate
            ) -> dict[str, torch.Tensor]: # `input_ids`, `attention_mask` [B, T]; `labels` [B, T], or [B] for kind 'label'
     "Pad encoded rows into one batch of int64 tensors"
-    if not rows: raise ValueError('there are no rows to batch')
-    if 'input_ids' not in rows[0]: return {k: torch.stack([torch.as_tensor(r[k]) for r in rows]) for k in rows[0]} # images: nothing to pad
-    if pad_id is None: raise ValueError('the tokenizer has no padding token; set tok.pad_token = tok.eos_token, as ftlab.load does')
-    if side not in ('left', 'right'): raise ValueError(f"side is {side!r}; it must be 'left' or 'right'")
+    if not rows:
+        raise ValueError('there are no rows to batch')
+    if 'input_ids' not in rows[0]:
+        return {k: torch.stack([torch.as_tensor(r[k]) for r in rows]) for k in rows[0]} # images: nothing to pad
+    if pad_id is None:
+        raise ValueError('the tokenizer has no padding token; set tok.pad_token = tok.eos_token, as ftlab.load does')
+    if side not in ('left', 'right'):
+        raise ValueError(f"side is {side!r}; it must be 'left' or 'right'")
     longest = max(len(r['input_ids']) for r in rows)
-    def padded(values, fill): gap = [fill]*(longest - len(values)); return values + gap if side == 'right' else gap + values
-    out = dict(input_ids=[padded(r['input_ids'], pad_id) for r in rows], attention_mask=[padded([1]*len(r['input_ids']), 0) for r in rows],
-               labels=[r['labels'] if isinstance(r['labels'], int) else padded(r['labels'], IGNORE) for r in rows])
+
+    def padded(values, fill):
+        gap = [fill]*(longest - len(values))
+        return values + gap if side == 'right' else gap + values
+
+    out = dict(input_ids=[padded(r['input_ids'], pad_id) for r in rows],
+               attention_mask=[padded([1]*len(r['input_ids']), 0) for r in rows],
+               labels=[r['labels'] if isinstance(r['labels'], int) else padded(r['labels'], IGNORE)
+                       for r in rows])
     return {k: torch.tensor(v) for k, v in out.items()}
 
 # %% ../../nbs/core/batches.ipynb #004241f0
@@ -477,8 +660,11 @@ def bins(lengths:list[int], # of the rows, in order
     "Put rows into lines in their order; raises `ValueError` for a row that is longer than a line"
     out, start, used = [], 0, 0
     for i, n in enumerate(lengths):
-        if n > max_length: raise ValueError(f'a row has {n} tokens and a line only {max_length}; raise max_length, or encode with it')
-        if used + n > max_length: out.append(range(start, i)); start, used = i, 0
+        if n > max_length:
+            raise ValueError(f'a row has {n} tokens and a line only {max_length}; raise max_length, or encode with it')
+        if used + n > max_length:
+            out.append(range(start, i))
+            start, used = i, 0
         used += n
     return out + [range(start, len(lengths))]
 
@@ -486,19 +672,32 @@ def pack(rows:list[dict],   # encoded rows, of a kind that has a label per token
          max_length:int,    # tokens a line holds at most
          pad_id:int         # what fills what is left of a line
         ) -> dict[str, torch.Tensor]: # `input_ids`, `position_ids`, `labels` [lines, T]; `attention_mask` [lines, 1, T, T]: may this token see that one; `tokens` [lines]: how many are real
-    "Batch rows without padding between them, such that none sees another; a row costs what it would have cost alone"
-    if not rows: raise ValueError('there are no rows to batch')
-    if not isinstance(rows[0].get('labels'), list): raise ValueError('only rows with a label per token can be packed; these have one label or none each')
-    lines = [[rows[i] for i in line] for line in bins([len(r['input_ids']) for r in rows], max_length)]
-    used = [sum(len(r['input_ids']) for r in line) for line in lines]; T = max(used)
-    def lay(of, fill): return torch.tensor([[x for r in line for x in of(r)] + [fill]*(T - n) for line, n in zip(lines, used)])
-    which = torch.tensor([[i for i, r in enumerate(line) for _ in r['input_ids']] + [-1]*(T - n) for line, n in zip(lines, used)])
-    see = (which[:, :, None] == which[:, None, :]) & torch.ones(T, T, dtype=torch.bool).tril() # what is left over sees itself: a softmax over nothing is no number
-    return dict(input_ids=lay(lambda r: r['input_ids'], pad_id), attention_mask=see[:, None], position_ids=lay(lambda r: range(len(r['input_ids'])), 0),
+    """Batch rows without padding between them, such that none sees another; a row costs what it
+    would have cost alone"""
+    if not rows:
+        raise ValueError('there are no rows to batch')
+    if not isinstance(rows[0].get('labels'), list):
+        raise ValueError('only rows with a label per token can be packed; these have one label or none each')
+    lines = [[rows[i] for i in line] for line in bins([len(r['input_ids']) for r in rows],
+                                                      max_length)]
+    used = [sum(len(r['input_ids']) for r in line) for line in lines]
+    T = max(used)
+
+    def lay(of, fill):
+        return torch.tensor([[x for r in line for x in of(r)] + [fill]*(T - n)
+                             for line, n in zip(lines, used)])
+
+    which = torch.tensor([[i for i, r in enumerate(line) for _ in r['input_ids']] + [-1]*(T - n)
+                          for line, n in zip(lines, used)])
+    # what is left over sees itself: a softmax over nothing is no number
+    see = (which[:, :, None] == which[:, None, :]) & torch.ones(T, T, dtype=torch.bool).tril()
+    return dict(input_ids=lay(lambda r: r['input_ids'], pad_id), attention_mask=see[:, None],
+                position_ids=lay(lambda r: range(len(r['input_ids'])), 0),
                 labels=lay(lambda r: [IGNORE] + r['labels'][1:], IGNORE), tokens=torch.tensor(used))
 
 # %% ../../nbs/core/batches.ipynb #004441f0
-PACKS = ('llama', 'qwen2', 'qwen3', 'mistral', 'gemma', 'gemma3_text', 'gpt2', 'phi', 'phi3', 'gpt_neox', 'opt') # the tested `model_type`s
+PACKS = ('llama', 'qwen2', 'qwen3', 'mistral', 'gemma', 'gemma3_text', 'gpt2', 'phi', 'phi3',
+         'gpt_neox', 'opt') # the tested `model_type`s
 
 def packing(model,          # that will read the lines
             kind:str,       # of the data
@@ -506,26 +705,39 @@ def packing(model,          # that will read the lines
            ):               # collate(rows, pad_id) -> batch
     "`pack` for this model; raises `ValueError` where rows could not be kept apart"
     family, config = model.config.model_type, model.config.get_text_config()
-    if kind not in ('text', 'chat', 'lm'): raise ValueError(f'data of kind {kind!r} cannot be packed: a line of several rows has no single label; use packing=False')
-    if family not in PACKS: raise ValueError(f'rows cannot be packed for a model of type {family!r}: it was not tested to keep them apart. Use packing=False; tested are {", ".join(PACKS)}')
-    if config._attn_implementation != 'sdpa': raise ValueError(f"rows are packed for attention 'sdpa' only, this model uses {config._attn_implementation!r}, which reads masks in another way; model.set_attn_implementation('sdpa') changes it")
+    if kind not in ('text', 'chat', 'lm'):
+        raise ValueError(f'data of kind {kind!r} cannot be packed: a line of several rows has no '
+                         'single label; use packing=False')
+    if family not in PACKS:
+        raise ValueError(f'rows cannot be packed for a model of type {family!r}: it was not tested '
+                         f'to keep them apart. Use packing=False; tested are {", ".join(PACKS)}')
+    if config._attn_implementation != 'sdpa':
+        raise ValueError("rows are packed for attention 'sdpa' only, this model uses "
+                         f"{config._attn_implementation!r}, which reads masks in another way; "
+                         "model.set_attn_implementation('sdpa') changes it")
     window = getattr(config, 'sliding_window', None)
-    if window and window < max_length: raise ValueError(f'this model looks back {window} tokens in some blocks, which a line of {max_length} would exceed; use max_length={window} or packing=False')
+    if window and window < max_length:
+        raise ValueError(f'this model looks back {window} tokens in some blocks, which a line of '
+                         f'{max_length} would exceed; use max_length={window} or packing=False')
     return lambda rows, pad_id: pack(rows, max_length, pad_id)
 
 # %% ../../nbs/core/batches.ipynb #004d41f0
 def order(n:int, epoch:int, seed:int=0) -> torch.Tensor:
     "The order of `n` rows in pass number `epoch`: a permutation [n], fixed by the three numbers"
-    mixed = int.from_bytes(hashlib.blake2s(f'{seed}/{epoch}'.encode()).digest()[:7], 'big') # so that seed 1, pass 0 is not seed 0, pass 1
+    # so that seed 1, pass 0 is not seed 0, pass 1
+    mixed = int.from_bytes(hashlib.blake2s(f'{seed}/{epoch}'.encode()).digest()[:7], 'big')
     return torch.randperm(n, generator=torch.Generator().manual_seed(mixed))
 
 def indices(step:int, batch_size:int, n:int, seed:int=0) -> list[int]:
-    "The rows of step `step` (from 0): `batch_size` indices below `n`; passes follow one another without a gap"
-    if n < 1 or batch_size < 1 or step < 0: raise ValueError(f'step {step}, batch_size {batch_size} and n {n} must be at least 0, 1 and 1')
+    """The rows of step `step` (from 0): `batch_size` indices below `n`; passes follow one another
+    without a gap"""
+    if n < 1 or batch_size < 1 or step < 0:
+        raise ValueError(f'step {step}, batch_size {batch_size} and n {n} must be at least 0, 1 and 1')
     places = range(step*batch_size, (step + 1)*batch_size)
     orders = {e: order(n, e, seed) for e in {p//n for p in places}}
     return [int(orders[p//n][p % n]) for p in places]
 
-def batch_at(rows:list[dict], step:int, batch_size:int, pad_id:int, seed:int=0, side:str='right') -> dict[str, torch.Tensor]:
+def batch_at(rows:list[dict], step:int, batch_size:int, pad_id:int, seed:int=0,
+             side:str='right') -> dict[str, torch.Tensor]:
     "The batch of step `step`: `collate` of those of the encoded `rows` that `indices` names"
     return collate([rows[i] for i in indices(step, batch_size, len(rows), seed)], pad_id, side)

@@ -21,74 +21,97 @@ def read_json(path:Path) -> dict:
         value = json.loads(path.read_bytes().decode('utf-8-sig'))
     except (ValueError, RecursionError) as e:
         raise ValueError(f'{path} is not JSON that can be read: {" ".join(str(e).split())[:120]}') from None
-    if not isinstance(value, dict): raise ValueError(f'{path} holds a JSON {type(value).__name__}; it must hold an object')
+    if not isinstance(value, dict):
+        raise ValueError(f'{path} holds a JSON {type(value).__name__}; it must hold an object')
     return value
 
 def weight_files(folder:Path) -> list[Path]:
-    "The safetensors files that hold the weights. Raises `ValueError` for an index that names anything else."
+    """The safetensors files that hold the weights. Raises `ValueError` for an index that names
+    anything else."""
     index = folder/'model.safetensors.index.json'
-    if (folder/'model.safetensors').is_file(): return [folder/'model.safetensors']
-    if not index.is_file(): return sorted(p for p in folder.glob('*.safetensors') if not p.name.startswith('adapter_'))
+    if (folder/'model.safetensors').is_file():
+        return [folder/'model.safetensors']
+    if not index.is_file():
+        return sorted(p for p in folder.glob('*.safetensors') if not p.name.startswith('adapter_'))
     named = read_json(index).get('weight_map')
     if not isinstance(named, dict) or not all(isinstance(v, str) for v in named.values()):
         raise ValueError(f'{index} has no weight_map of names to files; save the model again with save_pretrained')
     for name in sorted(set(named.values())):
         if Path(name).name != name or '\\' in name or name in ('.', '..'):
-            raise ValueError(f'{index} names {name[:120]!r}, which is outside the folder; weights are read from the folder alone')
+            raise ValueError(f'{index} names {name[:120]!r}, which is outside the folder; weights '
+                             'are read from the folder alone')
         if not name.endswith('.safetensors'):
-            raise ValueError(f'{index} names {name[:120]!r}, which is no safetensors file; a pickle can run any program '
+            raise ValueError(f'{index} names {name[:120]!r}, which is no safetensors file; a pickle '
+                             'can run any program '
                              'when it is read. If you trust it, convert it once and save it with save_pretrained')
-        if not (folder/name).is_file(): raise ValueError(f'{index} names {name[:120]!r}, which is not there')
+        if not (folder/name).is_file():
+            raise ValueError(f'{index} names {name[:120]!r}, which is not there')
     return [folder/name for name in sorted(set(named.values()))]
 
 def tensor_shapes(path:Path) -> dict[str, tuple[int, ...]]:
-    "{name: shape} from the header of a safetensors file; nothing else of it is read. Raises `ValueError` that names the file."
+    """{name: shape} from the header of a safetensors file; nothing else of it is read. Raises
+    `ValueError` that names the file."""
     size = path.stat().st_size
     with path.open('rb') as f:
         length = int.from_bytes(f.read(8), 'little')
         if size < 8 or not 2 <= length <= min(size - 8, HEADER_LIMIT):
-            raise ValueError(f'{path} is not a safetensors file, or is damaged: its header would have {length:,} of {size:,} bytes')
+            raise ValueError(f'{path} is not a safetensors file, or is damaged: its header would '
+                             f'have {length:,} of {size:,} bytes')
         raw = f.read(length)
     try:
         header = json.loads(raw)
         shapes = {n: tuple(t['shape']) for n, t in header.items() if n != '__metadata__'}
         ends = [t['data_offsets'][1] for n, t in header.items() if n != '__metadata__']
-        fits = max(ends, default=0) == size - 8 - length and all(isinstance(i, int) for s in shapes.values() for i in s)
+        fits = (max(ends, default=0) == size - 8 - length
+                and all(isinstance(i, int) for s in shapes.values() for i in s))
     except (ValueError, RecursionError, TypeError, KeyError, IndexError, AttributeError):
         fits = False
-    if not fits: raise ValueError(f'{path} is not a safetensors file, or is damaged: its header does not fit its content')
+    if not fits:
+        raise ValueError(f'{path} is not a safetensors file, or is damaged: its header does not fit its content')
     return shapes
 
 def check_adapter(folder:Path) -> None:
     "Raise `ValueError` where an adapter lies beside whole weights"
-    if not (folder/'adapter_config.json').exists(): return
+    if not (folder/'adapter_config.json').exists():
+        return
     raise ValueError(
-        f'the folder {folder} holds a whole model and an adapter beside it (adapter_config.json); whether the weights hold '
-        'the adapter already cannot be told. If they do, delete adapter_config.json and adapter_model.safetensors; if not, '
-        'move the two to a folder of their own, load the model, and put them on: ftlab.adapters.lowrank.from_peft(model, that folder)')
+        f'the folder {folder} holds a whole model and an adapter beside it (adapter_config.json); '
+        'whether the weights hold '
+        'the adapter already cannot be told. If they do, delete adapter_config.json and '
+        'adapter_model.safetensors; if not, '
+        'move the two to a folder of their own, load the model, and put them on: '
+        'ftlab.adapters.lowrank.from_peft(model, that folder)')
 
 # %% ../../nbs/core/folder.ipynb #06b5d46c
-IMPLEMENTATIONS = ('eager', 'sdpa', 'flex_attention', 'flash_attention_2', 'flash_attention_3', 'grouped_mm', 'batched_mm')
+IMPLEMENTATIONS = ('eager', 'sdpa', 'flex_attention', 'flash_attention_2', 'flash_attention_3',
+                   'grouped_mm', 'batched_mm')
 
 def _entries(value, path:str='') -> Iterator[tuple[str, str, object]]:
     "(path, key, value) of everything in nested objects"
     for key, v in value.items():
         yield f'{path}{key}', key, v
-        if isinstance(v, dict): yield from _entries(v, f'{path}{key}.')
+        if isinstance(v, dict):
+            yield from _entries(v, f'{path}{key}.')
 
 def check_requests(folder:Path, config:dict) -> None:
-    "Raise `ValueError` for a configuration that asks for code or weights from elsewhere, or does not say what the model is"
+    """Raise `ValueError` for a configuration that asks for code or weights from elsewhere, or does
+    not say what the model is"""
     said = config.get('architectures')
     if said is not None and not (isinstance(said, list) and all(isinstance(s, str) for s in said)):
-        raise ValueError(f'the config.json of {folder} says architectures={str(said)[:80]}; it must be a list of class names')
+        raise ValueError(f'the config.json of {folder} says architectures={str(said)[:80]}; it must '
+                         'be a list of class names')
     for path, key, value in _entries(config):
         if re.fullmatch(r'_?\w*_implementation(_internal)?', key):
-            named = [v for v in (value.values() if isinstance(value, dict) else [value]) if v is not None]
+            named = [v for v in (value.values() if isinstance(value, dict) else [value])
+                     if v is not None]
             if odd := [v for v in named if v not in IMPLEMENTATIONS]:
-                raise ValueError(f'the config.json of {folder} asks for {path}={str(odd[0])[:80]!r}, which may be code from the hub; '
-                                 f'ftlab runs none that comes with a model. Delete the entry, or name one of {", ".join(IMPLEMENTATIONS)}')
+                raise ValueError(f'the config.json of {folder} asks for '
+                                 f'{path}={str(odd[0])[:80]!r}, which may be code from the hub; '
+                                 'ftlab runs none that comes with a model. Delete the entry, or '
+                                 f'name one of {", ".join(IMPLEMENTATIONS)}')
         if key in ('use_kernels', 'kernel_config') and value:
-            raise ValueError(f'the config.json of {folder} asks for kernels of the hub ({path}), which ftlab does not run; delete the entry')
+            raise ValueError(f'the config.json of {folder} asks for kernels of the hub ({path}), '
+                             'which ftlab does not run; delete the entry')
         if key == 'transformers_weights' and value is not None:
             raise ValueError(f'the config.json of {folder} names {str(value)[:80]!r} as its weights; '
                              'ftlab reads model.safetensors, or what its index names: delete the entry')
@@ -108,27 +131,34 @@ def check_sizes(folder:Path,  # for the message
         width = re.fullmatch(r'(\w+_size|\w+_dim|n_embd|n_inner|d_\w+|num_labels)', key)
         if (layers or width) and isinstance(value, str):
             raise ValueError(f'the config.json of {folder} says {path}={value[:80]!r}; it must be a number')
-        if isinstance(value, bool) or not isinstance(value, int): continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            continue
         most = max(tensors, 1) if layers else ROOM*bytes if width else None
         if most is not None and not -1 <= value <= most:
-            raise ValueError(f'the config.json of {folder} says {path}={value}, and its weights are {tensors} tensors in '
+            raise ValueError(f'the config.json of {folder} says {path}={value}, and its weights are '
+                             f'{tensors} tensors in '
                              f'{bytes:,} bytes; one of the two is wrong')
-        if width: found.setdefault(path.rpartition('.')[0], {})[key] = value
-    for sizes in found.values(): _check_products(folder, sizes, bytes)
+        if width:
+            found.setdefault(path.rpartition('.')[0], {})[key] = value
+    for sizes in found.values():
+        _check_products(folder, sizes, bytes)
 
 def _check_products(folder, sizes, bytes):
     "The matrices that a model must have at least"
     hidden = next((k for k in ('hidden_size', 'n_embd', 'd_model') if k in sizes), None)
-    if hidden is None: return
+    if hidden is None:
+        return
     for key in (hidden, 'vocab_size', 'intermediate_size', 'n_inner', 'd_ff', 'num_labels'):
         inner = 'embedding_size' if key == 'vocab_size' and 'embedding_size' in sizes else hidden
         if key in sizes and sizes[key]*sizes[inner] > ROOM*bytes:
-            raise ValueError(f'the config.json of {folder} says {key}={sizes[key]} and {inner}={sizes[inner]}, a matrix that is larger '
+            raise ValueError(f'the config.json of {folder} says {key}={sizes[key]} and '
+                             f'{inner}={sizes[inner]}, a matrix that is larger '
                              f'than its weights ({bytes:,} bytes); one of the two is wrong')
 
 # %% ../../nbs/core/folder.ipynb #de0aa468
 def check_folder(folder:Path) -> None:
-    "Check a model's folder before it is loaded. Raises `ValueError` that says what is wrong and how to fix it."
+    """Check a model's folder before it is loaded. Raises `ValueError` that says what is wrong and
+    how to fix it."""
     config = read_json(folder/'config.json')
     check_requests(folder, config)
     check_adapter(folder)

@@ -14,13 +14,16 @@ __all__ = ['render', 'render_within', 'left_pad', 'generate']
 def render(prompts:list[str|list], tok) -> list[list[int]]:
     "The token ids of each prompt, ready for the answer to follow"
     if tok.chat_template is None:
-        return tok([p if isinstance(p, str) else p[-1]['content'] for p in prompts], verbose=False).input_ids
+        return tok([p if isinstance(p, str) else p[-1]['content'] for p in prompts],
+                   verbose=False).input_ids
     chats = [[dict(role='user', content=p)] if isinstance(p, str) else p for p in prompts]
     texts = tok.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     return tok(texts, add_special_tokens=False, verbose=False).input_ids
 
-def render_within(prompts:list[str|list], tok, max_new_tokens:int, *models) -> tuple[list[list[int]], int]:
-    "`render`, cut from the left, and how many tokens an answer may have, where the models' positions end: see `answer_room`"
+def render_within(prompts:list[str|list], tok, max_new_tokens:int,
+                  *models) -> tuple[list[list[int]], int]:
+    """`render`, cut from the left, and how many tokens an answer may have, where the models'
+    positions end: see `answer_room`"""
     most, new = answer_room(max_new_tokens, *models)
     ids = render(prompts, tok)
     return [i if most is None else i[-most:] for i in ids], new
@@ -29,7 +32,8 @@ def left_pad(rows:list[list[int]], pad_id:int, device=None) -> dict[str, torch.T
     "Ids and mask, [rows, longest], padded on the left"
     n = max(map(len, rows))
     return dict(input_ids=torch.tensor([[pad_id]*(n - len(r)) + r for r in rows], device=device),
-                attention_mask=torch.tensor([[0]*(n - len(r)) + [1]*len(r) for r in rows], device=device))
+                attention_mask=torch.tensor([[0]*(n - len(r)) + [1]*len(r) for r in rows],
+                                            device=device))
 
 # %% ../../nbs/core/generate.ipynb #000ad6cd
 @torch.no_grad()
@@ -40,17 +44,22 @@ def generate(model, tok, prompts:list, # strings, or lists of chat messages
              batch_size:int=200,       # prompts at once
              generator_seed:int|None=None # seed of the draw; None: torch's own state
             ) -> list[str]:            # one answer a prompt, without special tokens
-    "Answer every prompt; the model is put into evaluation mode for it, and back. Where its positions end, prompts and answers are cut: see `answer_room`"
+    """Answer every prompt; the model is put into evaluation mode for it, and back. Where its
+    positions end, prompts and answers are cut: see `answer_room`"""
     ids, longest = render_within(prompts, tok, max_new_tokens, model)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     out = [None]*len(ids)
-    if generator_seed is not None: torch.manual_seed(generator_seed)
-    how = dict(max_new_tokens=longest, do_sample=sample, pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id)
-    if sample: how |= dict(temperature=temperature, top_k=0, top_p=1.)
+    if generator_seed is not None:
+        torch.manual_seed(generator_seed)
+    how = dict(max_new_tokens=longest, do_sample=sample, pad_token_id=tok.pad_token_id,
+               eos_token_id=tok.eos_token_id)
+    if sample:
+        how |= dict(temperature=temperature, top_k=0, top_p=1.)
     for j in range(0, len(order), batch_size):
         part = order[j:j + batch_size]
         b = left_pad([ids[i] for i in part], tok.pad_token_id, device_of(model))
-        with evaluating(model): y = model.generate(**b, **how)
+        with evaluating(model):
+            y = model.generate(**b, **how)
         for i, row in zip(part, y[:, b['input_ids'].shape[1]:]):
             out[i] = tok.decode(row, skip_special_tokens=True).strip()
     return out

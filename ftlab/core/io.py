@@ -77,7 +77,8 @@ def _alive(pid:int) -> bool:
     return True
 
 def _abandoned(path:Path, host:str, pid:int) -> bool:
-    "Is nobody at work on a leftover? On another machine one cannot know, so there a day must have passed"
+    """Is nobody at work on a leftover? On another machine one cannot know, so there a day must have
+    passed"""
     try:
         age = time.time() - path.stat().st_mtime
     except OSError:
@@ -91,7 +92,8 @@ def _abandoned(path:Path, host:str, pid:int) -> bool:
 def leftovers(folder:str|Path,    # where to look
               name:str|None=None  # what was being written there; None: anything
              ) -> list[Path]:     # files and folders, in order
-    "Find what killed processes left in `folder`: half-written files that nobody is at work on any more"
+    """Find what killed processes left in `folder`: half-written files that nobody is at work on any
+    more"""
     found = []
     for p in sorted(Path(folder).iterdir() if Path(folder).is_dir() else ()):
         m = re.fullmatch(r'\.(.+)\.([^/]+)-(\d+)\.tmp', p.name)
@@ -224,7 +226,8 @@ def _same_file(at:int, path:Path) -> bool:
         return False
 
 def _held(path:Path) -> int:
-    "Lock the file at `path` and write this process's name into it; returns the open file, raises `Busy`"
+    """Lock the file at `path` and write this process's name into it; returns the open file, raises
+    `Busy`"""
     while True:
         at = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         locked, holder = _lock(at), _named(path)

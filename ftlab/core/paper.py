@@ -59,7 +59,8 @@ def method(title:str,                    # as printed
            waives:Mapping|Callable|None=None, # {promise: why it is not made}, or a function from the arguments to that
            toy:Mapping|Callable|None=None # arguments for a toy model, or a function that makes them; None: the defaults
           ) -> Callable:                 # a decorator of a function that returns a Recipe
-    "Mark a function as the build of a paper's method, and bind its name, arguments and rates to the Recipe that it returns"
+    """Mark a function as the build of a paper's method, and bind its name, arguments and rates to
+    the Recipe that it returns"""
     paper = Paper(title, arxiv, claim, source, 'method', toy or {})
     def bind(f):
         signature = inspect.signature(f)
@@ -70,8 +71,10 @@ def method(title:str,                    # as printed
             given.apply_defaults()
             known = dict(given.arguments)
             waived = waives(known) if callable(waives) else waives or {}
-            record = known | dict(recipe.meta.arguments) # a default that depends on another argument, as it was resolved
-            return replace(recipe, meta=Method(f.__name__, lr, lrs, record, dict(waived), paper, schedule))
+            # a default that depends on another argument, as it was resolved
+            record = known | dict(recipe.meta.arguments)
+            return replace(recipe, meta=Method(f.__name__, lr, lrs, record, dict(waived), paper,
+                                               schedule))
         made.paper = paper
         return made
     return bind
@@ -84,7 +87,8 @@ def probe(title:str, arxiv:str, claim:str, source:str, # as in `method`
           ask:Callable|None=None,        # (model, the change on it, batch) -> value, for the contract; None: the function itself takes these
           on:str=''                      # what the report asks it on, one of `ASKED_ON`; '': nothing
          ) -> Callable:                  # a decorator; the function stays the same object
-    "Mark a read-only measurement: it leaves model, mode and random state as they were. Raises `ValueError` for an unknown `on`."
+    """Mark a read-only measurement: it leaves model, mode and random state as they were. Raises
+    `ValueError` for an unknown `on`."""
     if on and on not in ASKED_ON:
         raise ValueError(f'on is {on!r}; it must be {" or ".join(ASKED_ON)}, or left out')
     return _marking(Paper(title, arxiv, claim, source, 'probe', dict(ask=ask), on))
@@ -92,7 +96,8 @@ def probe(title:str, arxiv:str, claim:str, source:str, # as in `method`
 def study(title:str, arxiv:str, claim:str, source:str, # as in `method`
           toy:Mapping|Callable|None=None # arguments besides the seed for a toy setting of at most 5 seconds, or a function that makes them
          ) -> Callable:                  # a decorator; the function stays the same object
-    "Mark a function `(seed, ...) -> Evidence`: a finding, a benchmark, or a paper without a base model"
+    """Mark a function `(seed, ...) -> Evidence`: a finding, a benchmark, or a paper without a base
+    model"""
     return _marking(Paper(title, arxiv, claim, source, 'study', toy or {}))
 
 def _marking(paper):
@@ -109,7 +114,8 @@ class Evidence:
     units:Mapping[str, str]                      # name, or the metric alone -> unit
 
     def __post_init__(self):
-        values = {n: tuple(map(float, v)) if isinstance(v, (list, tuple)) else float(v) for n, v in self.values.items()}
+        values = {n: tuple(map(float, v)) if isinstance(v, (list, tuple)) else float(v)
+                  for n, v in self.values.items()}
         for n, v in values.items():
             if not all(map(math.isfinite, v if isinstance(v, tuple) else (v,))):
                 raise ValueError(f'evidence {n!r} is {v}; every value must be finite')
@@ -117,7 +123,8 @@ class Evidence:
                 raise ValueError(f'evidence {n!r} has no unit; units has {", ".join(self.units) or "none"}')
         object.__setattr__(self, 'values', values)
 
-    def __getitem__(self, name): return self.values[name]
+    def __getitem__(self, name):
+        return self.values[name]
 
     def unit(self, name:str) -> str|None:
         "The unit of a value, given for its full name or for its metric"
@@ -133,12 +140,14 @@ class Evidence:
 
     def to_dict(self) -> dict:
         "{name: {value, unit}}: a record that JSON can hold"
-        return {n: dict(value=list(v) if isinstance(v, tuple) else v, unit=self.unit(n)) for n, v in self.values.items()}
+        return {n: dict(value=list(v) if isinstance(v, tuple) else v, unit=self.unit(n))
+                for n, v in self.values.items()}
 
 # %% ../../nbs/core/paper.ipynb #000c4c37
 def merging(dial:float # the rule's dial where none is given
            ) -> Callable: # a decorator; the function stays the same object
-    "Mark a function `(changes, model, dial) -> change` that makes one change of several as its paper does"
+    """Mark a function `(changes, model, dial) -> change` that makes one change of several as its
+    paper does"""
     def mark(f):
         f.dial = dial
         return f

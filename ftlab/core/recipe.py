@@ -24,7 +24,8 @@ PROMISES = {
     'accumulates': 'a batch in two halves gives the same step to rounding'}
 
 # %% ../../nbs/core/recipe.ipynb #00060245
-class CannotCompose(ValueError): "Two recipes answer the same question differently"
+class CannotCompose(ValueError):
+    "Two recipes answer the same question differently"
 
 @dataclass(frozen=True)
 class Recipe:
@@ -40,7 +41,8 @@ class Recipe:
     decode:Callable|None=None      # (models, tok, prompts, **options) -> texts; None: greedy, one model
 
     def __post_init__(self):
-        if isinstance(self.meta, str): object.__setattr__(self, 'meta', Method(self.meta))
+        if isinstance(self.meta, str):
+            object.__setattr__(self, 'meta', Method(self.meta))
         _check_parts(self)
 
     def named(self, name:str) -> Recipe:
@@ -52,7 +54,8 @@ class Recipe:
         return _both(self, other)
 
     def __repr__(self):
-        said = [repr(self.name)] + [f'{q}={name_of(v)}' for q in NOUNS if (v := getattr(self, q)) is not None]
+        said = [repr(self.name)] + [f'{q}={name_of(v)}'
+                                    for q in NOUNS if (v := getattr(self, q)) is not None]
         return f'Recipe({", ".join(said)})'
 
     def describe(self) -> dict:
@@ -60,17 +63,28 @@ class Recipe:
         return _described(self)
 
     @property
-    def name(self) -> str: return self.meta.name
+    def name(self) -> str:
+        return self.meta.name
+
     @property
-    def lr(self) -> float: return self.meta.lr
+    def lr(self) -> float:
+        return self.meta.lr
+
     @property
-    def lrs(self) -> tuple[float, ...]: return self.meta.lrs
+    def lrs(self) -> tuple[float, ...]:
+        return self.meta.lrs
+
     @property
-    def schedule(self) -> str: return self.meta.schedule
+    def schedule(self) -> str:
+        return self.meta.schedule
+
     @property
-    def arguments(self) -> Mapping: return self.meta.arguments
+    def arguments(self) -> Mapping:
+        return self.meta.arguments
+
     @property
-    def waives(self) -> Mapping[str, str]: return self.meta.waives
+    def waives(self) -> Mapping[str, str]:
+        return self.meta.waives
 
     @property
     def promises(self) -> tuple[str, ...]:
@@ -106,17 +120,21 @@ class Recipe:
         return getattr(self.objective, 'terms', ())
     @property
     def needs(self) -> frozenset[str]:
-        "What the answers say that they need, such as 'reference': the base model as `state.models['reference']`"
+        """What the answers say that they need, such as 'reference': the base model as
+        `state.models['reference']`"""
         return frozenset().union(*(getattr(getattr(self, q), 'needs', ()) for q in NOUNS))
     def answers(self, question:str) -> bool:
-        "Is `question` ('select', 'view', 'callbacks', ...) answered in its own way? A view of the data as given is no source."
-        if question == 'source': return self.own_source
+        """Is `question` ('select', 'view', 'callbacks', ...) answered in its own way? A view of the
+        data as given is no source."""
+        if question == 'source':
+            return self.own_source
         said = dict(view=self.views, penalties=self.terms).get(question)
         return bool(said) if said is not None else getattr(self, question) not in (None, (), {})
     @property
     def own_source(self) -> bool:
         "Does it bring data of its own, rather than view the data as given?"
-        return self.source is not None and not (isinstance(self.source, Viewed) and self.source.source is None)
+        return (self.source is not None
+                and not (isinstance(self.source, Viewed) and self.source.source is None))
 
 NOUNS = tuple(f.name for f in fields(Recipe) if f.name != 'meta')
 
@@ -134,13 +152,16 @@ def _check_parts(self:Recipe) -> None:
             raise ValueError(f'{self.name}: learners has {n!r}: {type(l).__name__}; '
                              f'it must map names other than {", ".join(TAKEN)} to a Learner')
     for i, s in enumerate(self.stages, 1):
-        if isinstance(s, Recipe) and not s.stages or not isinstance(s, Recipe) and callable(s): continue
-        what = s.name + ', which has stages of its own' if isinstance(s, Recipe) else type(s).__name__
+        if isinstance(s, Recipe) and not s.stages or not isinstance(s, Recipe) and callable(s):
+            continue
+        what = (s.name + ', which has stages of its own' if isinstance(s, Recipe)
+                else type(s).__name__)
         raise ValueError(f'{self.name}: stage {i} is {what}; '
                          'a stage is a Recipe without stages, or a function (context) -> Recipe')
 
 # %% ../../nbs/core/recipe.ipynb #00080245
-TAKEN = ('policy', 'reference', 'tuned', 'base') # names in `state.models` and in a decoder's models that no learner may have
+# names in `state.models` and in a decoder's models that no learner may have
+TAKEN = ('policy', 'reference', 'tuned', 'base')
 
 @dataclass(frozen=True)
 class Learner:
@@ -156,19 +177,24 @@ class Loop:
     learners:Mapping[str, Learner]=field(default_factory=dict, hash=False) # models that learn beside the first, by name
 
     def __mul__(self, other):
-        if not isinstance(other, Loop): return NotImplemented
-        if both := sorted(n for n in self.learners.keys() & other.learners.keys() if self.learners[n] != other.learners[n]):
+        if not isinstance(other, Loop):
+            return NotImplemented
+        if both := sorted(n for n in self.learners.keys() & other.learners.keys()
+                          if self.learners[n] != other.learners[n]):
             raise CannotCompose(f'both have a learner {both[0]!r}; give one of them another name')
         return Loop(self.callbacks + other.callbacks, {**self.learners, **other.learners})
 
     def __repr__(self):
-        said = dict(callbacks=', '.join(map(name_of, self.callbacks)), learners=', '.join(self.learners))
+        said = dict(callbacks=', '.join(map(name_of, self.callbacks)),
+                    learners=', '.join(self.learners))
         return f'Loop({", ".join(f"{k}: {v}" for k, v in said.items() if v)})'
 
     def describe(self) -> dict:
         out = dict(callbacks=[name_of(c) for c in self.callbacks]) if self.callbacks else {}
-        if not self.learners: return out
-        said = {n: dict(make=name_of(l.make), objective=name_of(l.objective), lr=l.lr) for n, l in self.learners.items()}
+        if not self.learners:
+            return out
+        said = {n: dict(make=name_of(l.make), objective=name_of(l.objective), lr=l.lr)
+                for n, l in self.learners.items()}
         return out | dict(learners=said)
 
 # %% ../../nbs/core/recipe.ipynb #00b00245
@@ -186,16 +212,21 @@ class Stages:
         object.__setattr__(self, 'given', stages)
 
     @property
-    def stages(self) -> tuple: return tuple(s.stage if isinstance(s, Share) else s for s in self.given)
+    def stages(self) -> tuple:
+        return tuple(s.stage if isinstance(s, Share) else s for s in self.given)
+
     @property
-    def shares(self) -> tuple[float, ...]: return tuple(s.share if isinstance(s, Share) else 1. for s in self.given)
+    def shares(self) -> tuple[float, ...]:
+        return tuple(s.share if isinstance(s, Share) else 1. for s in self.given)
 
     def __repr__(self):
-        return f'Stages({", ".join(title_of(s) + (f" x {x:g}" if x != 1 else "") for s, x in zip(self.stages, self.shares))})'
+        return (f'Stages({", ".join(title_of(s) + (f" x {x:g}" if x != 1 else "") for s, x in zip(self.stages, self.shares))})')
 
     def describe(self) -> dict:
-        told = [s.describe() if isinstance(s, Recipe) else dict(made_by=title_of(s)) for s in self.stages]
-        return dict(stages=[t | (dict(share=x) if x != 1 else {}) for t, x in zip(told, self.shares)])
+        told = [s.describe() if isinstance(s, Recipe) else dict(made_by=title_of(s))
+                for s in self.stages]
+        return dict(stages=[t | (dict(share=x) if x != 1 else {})
+                            for t, x in zip(told, self.shares)])
 
 # %% ../../nbs/core/recipe.ipynb #00b10245
 @dataclass(frozen=True)
@@ -209,12 +240,17 @@ class Viewed:
 
     def __mul__(self, other):
         other = other if isinstance(other, Viewed) else Viewed((), other)
-        if None not in (self.source, other.source) and self.source != other.source: return NotImplemented
-        return Viewed(self.views + other.views, other.source if self.source is None else self.source)
-    def __rmul__(self, other): return Viewed((), other)*self
+        if None not in (self.source, other.source) and self.source != other.source:
+            return NotImplemented
+        return Viewed(self.views + other.views,
+                      other.source if self.source is None else self.source)
+
+    def __rmul__(self, other):
+        return Viewed((), other)*self
 
     @property
-    def needs(self) -> frozenset[str]: return frozenset().union(*(getattr(v, 'needs', ()) for v in (*self.views, self.source)))
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(*(getattr(v, 'needs', ()) for v in (*self.views, self.source)))
 
     def __repr__(self):
         own = [] if self.source is None else [f'source={name_of(self.source)}']
@@ -232,37 +268,50 @@ def viewed(*views:Callable,           # each (batch, state) -> batch
 
 class Viewing:
     "A source at work, seen through views; what it remembers is the source's"
-    def __init__(self, views, source): self.views, self.source = views, source
+
+    def __init__(self, views, source):
+        self.views, self.source = views, source
 
     def next(self, state) -> list[dict]:
         "The micro-batches of this step, on the run's device, changed by every view"
         batches = [{k: v.to(state.device) for k, v in b.items()} for b in self.source.next(state)]
-        for view in self.views: batches = [view(b, state) for b in batches]
+        for view in self.views:
+            batches = [view(b, state) for b in batches]
         return batches
     def state_dict(self) -> dict:
         return self.source.state_dict() if hasattr(self.source, 'state_dict') else {}
     def load_state_dict(self, kept) -> None:
-        if hasattr(self.source, 'load_state_dict'): self.source.load_state_dict(kept)
+        if hasattr(self.source, 'load_state_dict'):
+            self.source.load_state_dict(kept)
 
 # %% ../../nbs/core/recipe.ipynb #00b20245
 @dataclass(frozen=True, init=False)
 class With:
-    "A class or function and the options that it is called with: `functools.partial` as a value, which compares and prints"
+    """A class or function and the options that it is called with: `functools.partial` as a value,
+    which compares and prints"""
     func:Callable
     options:tuple
     def __init__(self, func, /, **options):
         object.__setattr__(self, 'func', func)
         object.__setattr__(self, 'options', tuple(options.items()))
-    def __call__(self, *args): return self.func(*args, **dict(self.options))
-    def __repr__(self): return f'{name_of(self.func)}({", ".join(f"{k}={name_of(v) if callable(v) else repr(v)}" for k, v in self.options)})'
+
+    def __call__(self, *args):
+        return self.func(*args, **dict(self.options))
+
+    def __repr__(self):
+        return (f'{name_of(self.func)}({", ".join(f"{k}={name_of(v) if callable(v) else repr(v)}" for k, v in self.options)})')
 
 @dataclass(frozen=True)
 class Needing:
     "A function of your own, and what it needs"
     function:Callable
     needs:frozenset[str]
-    def __call__(self, *args, **kwargs): return self.function(*args, **kwargs)
-    def __repr__(self): return name_of(self.function)
+
+    def __call__(self, *args, **kwargs):
+        return self.function(*args, **kwargs)
+
+    def __repr__(self):
+        return name_of(self.function)
 
 def needing(function:Callable, # an objective, a term, a view, ...
             *what:str          # such as 'reference': the base model as `state.models['reference']`
@@ -274,28 +323,39 @@ def needing(function:Callable, # an objective, a term, a view, ...
 class Chain:
     "One edit after another"
     edits:tuple[Callable, ...]
+
     def __call__(self, changes, model):
-        for edit in self.edits: changes = edit(changes, model)
+        for edit in self.edits:
+            changes = edit(changes, model)
         return changes
-    def __repr__(self): return ', '.join(map(name_of, self.edits))
+
+    def __repr__(self):
+        return ', '.join(map(name_of, self.edits))
 
 # %% ../../nbs/core/recipe.ipynb #000a0245
 def _both(self:Recipe, other:Recipe) -> Recipe:
     names, new = f'{self.name} x {other.name}', {}
     if self.stages or other.stages:
-        raise CannotCompose(f'{names}: a recipe of stages has no single answer to compose with; compose its stages instead')
+        raise CannotCompose(f'{names}: a recipe of stages has no single answer to compose with; '
+                            'compose its stages instead')
     for q in NOUNS:
-        try: new[q] = _product(q, getattr(self, q), getattr(other, q))
-        except CannotCompose as e: raise CannotCompose(f'{names}: {e}') from None
-        except TypeError: raise CannotCompose(f'{names}: both answer {q!r}; use one of them, or write a {q} that does both') from None
+        try:
+            new[q] = _product(q, getattr(self, q), getattr(other, q))
+        except CannotCompose as e:
+            raise CannotCompose(f'{names}: {e}') from None
+        except TypeError:
+            raise CannotCompose(f'{names}: both answer {q!r}; use one of them, or write a {q} that does both') from None
     lead = self if self.delta or self.step else other if other.delta or other.step else self
-    return Recipe(Method(names, lead.lr, lead.lrs, {self.name: self.arguments, other.name: other.arguments},
+    return Recipe(Method(names, lead.lr, lead.lrs,
+                         {self.name: self.arguments, other.name: other.arguments},
                          {**self.waives, **other.waives}, schedule=lead.schedule), **new)
 
 def _product(q, a, b):
     "Both answers to one question; `TypeError` where they exclude each other"
-    if a is None or b is None: return b if a is None else a
-    if q == 'edit': return Chain((a, b)) # also twice the same: halved and halved again
+    if a is None or b is None:
+        return b if a is None else a
+    if q == 'edit':
+        return Chain((a, b)) # also twice the same: halved and halved again
     return a if a == b else a*b
 
 # %% ../../nbs/core/recipe.ipynb #000c0245
@@ -303,21 +363,27 @@ def _described(self:Recipe) -> dict:
     out = dict(name=self.name, lr=self.lr)
     for q in NOUNS:
         v = getattr(self, q)
-        if v is not None: out |= v.describe() if hasattr(v, 'describe') else {q: name_of(v)}
-    if self.arguments: out['arguments'] = _plain(self.arguments)
+        if v is not None:
+            out |= v.describe() if hasattr(v, 'describe') else {q: name_of(v)}
+    if self.arguments:
+        out['arguments'] = _plain(self.arguments)
     return out
 
 def name_of(f) -> str:
     "What an answer is called in records and errors: a function's name, a value's `repr`"
-    if isinstance(f, (partial, With)): return name_of(f.func)
+    if isinstance(f, (partial, With)):
+        return name_of(f.func)
     return repr(f) if is_dataclass(f) and not isinstance(f, type) else title_of(f)
 
 def title_of(f) -> str:
     "The name of a recipe, a function or a class; of an instance that of its class"
-    if isinstance(f, Recipe): return f.name
+    if isinstance(f, Recipe):
+        return f.name
     return getattr(f, '__name__', None) or type(f).__name__
 
 def _plain(x):
-    if isinstance(x, Mapping): return {str(k): _plain(v) for k, v in x.items()}
-    if isinstance(x, (list, tuple)): return [_plain(v) for v in x]
+    if isinstance(x, Mapping):
+        return {str(k): _plain(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_plain(v) for v in x]
     return x if isinstance(x, (str, int, float, bool, type(None))) else name_of(x)

@@ -15,13 +15,18 @@ __all__ = ['digest', 'versions']
 
 # %% ../../nbs/core/record.ipynb #0005bdfc
 def digest(x) -> str:
-    "20 hex digits of anything that JSON can hold; the order of keys does not count, and other objects count as their text"
-    return hashlib.blake2s(json.dumps(x, sort_keys=True, default=str).encode(), digest_size=10).hexdigest()
+    """20 hex digits of anything that JSON can hold; the order of keys does not count, and other
+    objects count as their text"""
+    return hashlib.blake2s(json.dumps(x, sort_keys=True, default=str).encode(),
+                           digest_size=10).hexdigest()
 
 def versions() -> dict[str, str]:
     "Python, the system, ftlab, and the libraries that results depend on"
     def of(package):
-        try: return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError: return 'not installed'
-    here = dict(python=platform.python_version(), system=f'{platform.system()} {platform.machine()}', ftlab=ftlab.__version__)
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return 'not installed'
+    here = dict(python=platform.python_version(),
+                system=f'{platform.system()} {platform.machine()}', ftlab=ftlab.__version__)
     return here | {p: of(p) for p in ('torch', 'transformers', 'accelerate', 'datasets')}

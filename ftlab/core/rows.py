@@ -17,7 +17,8 @@ DEPTH = 100     # how deep objects and lists of a row may be nested
 DIGITS = 4300   # how many digits a whole number may have: Python's own limit
 
 def file_text(path:Path) -> str:
-    "A UTF-8 file, without a byte order mark at its beginning. Raises `ValueError` that names the line."
+    """A UTF-8 file, without a byte order mark at its beginning. Raises `ValueError` that names the
+    line."""
     raw = path.read_bytes()
     try:
         return raw.decode('utf-8-sig').replace('\r\n', '\n')
@@ -27,7 +28,8 @@ def file_text(path:Path) -> str:
         raise ValueError(f'{path}, line {line} is not UTF-8 text (byte {column} of the line, {e.start} of the file); '
                          'save it as UTF-8') from None
 
-class _Twice(ValueError): "A key stands twice in one object"
+class _Twice(ValueError):
+    "A key stands twice in one object"
 
 def _object_once(pairs) -> dict:
     out = dict(pairs)
@@ -45,29 +47,37 @@ def _first_deep(text:str) -> int:
     depth = 0
     for m in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', text):
         depth += (m[0] in '[{') - (m[0] in ']}')
-        if depth > DEPTH: return m.start()
+        if depth > DEPTH:
+            return m.start()
     return 0
 
 def parsed(text:str, path:Path, line:int, must:str): # what the text must hold, for the error
     "JSON as Python values. Raises `ValueError` that names file, line and column."
-    def at(start): return f'{path}, {_place(text, start, line)}'
+
+    def at(start):
+        return f'{path}, {_place(text, start, line)}'
+
     try:
         return json.loads(text, object_pairs_hook=_object_once)
     except json.JSONDecodeError as e:
         mark = '; a byte order mark stands there' if text[e.pos:e.pos + 1] == '\ufeff' else ''
-        raise ValueError(f'{path}, line {line + e.lineno - 1} is not JSON ({e.msg} at column {e.colno}{mark}); {must}') from None
+        raise ValueError(f'{path}, line {line + e.lineno - 1} is not JSON ({e.msg} at column '
+                         f'{e.colno}{mark}); {must}') from None
     except _Twice as e:
         found = list(re.finditer(re.escape(json.dumps(str(e), ensure_ascii=False)) + r'\s*:', text))
-        where = at(found[1].start()) if len(found) == 2 else f'{path}, line {line}' if '\n' not in text else str(path)
+        where = (at(found[1].start()) if len(found) == 2 else f'{path}, line {line}'
+                 if '\n' not in text else str(path))
         raise ValueError(f'{where}: the key {str(e)[:80]!r} stands twice in one object; keep one of the two') from None
     except RecursionError:
         raise ValueError(f'{at(_first_deep(text))}: nested more than {DEPTH} deep; rows hold text, not trees') from None
     except ValueError: # Python refuses to read such numbers
         m = re.search(rf'(?<!\d)\d{{{DIGITS + 1},}}', text)
-        raise ValueError(f'{at(m.start() if m else 0)}: a whole number of more than {DIGITS} digits; write it as text') from None
+        raise ValueError(f'{at(m.start() if m else 0)}: a whole number of more than {DIGITS} '
+                         'digits; write it as text') from None
 
 def as_row(row, at:str) -> dict:
-    "`row`, if it is an object with named columns that JSON can hold. Raises `ValueError` that names the place."
+    """`row`, if it is an object with named columns that JSON can hold. Raises `ValueError` that
+    names the place."""
     if not isinstance(row, Mapping):
         raise ValueError(f'{at} is a {type(row).__name__}; it must be an object with named columns, such as {{"prompt": ..., "response": ...}}')
     for key, value in row.items():
@@ -82,45 +92,59 @@ def _check_value(value, column, at):
     todo = [(value, 1)]
     while todo:
         v, depth = todo.pop()
-        if depth > DEPTH: raise ValueError(f'{at}: {column} is nested more than {DEPTH} deep; rows hold text, not trees')
+        if depth > DEPTH:
+            raise ValueError(f'{at}: {column} is nested more than {DEPTH} deep; rows hold text, not trees')
         if isinstance(v, int) and v.bit_length() > DIGITS/.30103:
             raise ValueError(f'{at}: {column} holds a whole number of more than {DIGITS} digits; write it as text')
-        if isinstance(v, Mapping): todo += [(x, depth + 1) for x in v.values()]
-        elif isinstance(v, (list, tuple)): todo += [(x, depth + 1) for x in v]
+        if isinstance(v, Mapping):
+            todo += [(x, depth + 1) for x in v.values()]
+        elif isinstance(v, (list, tuple)):
+            todo += [(x, depth + 1) for x in v]
 
 # %% ../../nbs/core/rows.ipynb #7a54091e
 ODD = re.compile('[\ud800-\udfff\x00\ufeff]')
 
 def clean_text(text:str, column:str, at:str) -> str:
-    "`text`, if it has no lone surrogate, NUL or byte order mark in it. Raises `ValueError` that names the place."
-    if (m := ODD.search(text)) is None: return text
-    what = {'\x00': 'a NUL character', '\ufeff': 'a byte order mark (U+FEFF)'}.get(m[0], f'half a surrogate pair (U+{ord(m[0]):04X})')
-    raise ValueError(f'{at}: {column} has {what} at character {m.start() + 1}; take it out of the file, or leave the row out')
+    """`text`, if it has no lone surrogate, NUL or byte order mark in it. Raises `ValueError` that
+    names the place."""
+    if (m := ODD.search(text)) is None:
+        return text
+    what = {'\x00': 'a NUL character',
+            '\ufeff': 'a byte order mark (U+FEFF)'}.get(m[0], f'half a surrogate pair (U+{ord(m[0]):04X})')
+    raise ValueError(f'{at}: {column} has {what} at character {m.start() + 1}; take it out of the '
+                     'file, or leave the row out')
 
 # %% ../../nbs/core/rows.ipynb #183351b6
 def _read_jsonl(path:Path) -> Iterator[tuple[str, dict]]:
     "Rows of a JSON-lines file with their places"
     lines = file_text(path).split('\n')
-    while lines and not lines[-1].strip(): lines.pop()
+    while lines and not lines[-1].strip():
+        lines.pop()
     must = 'every line must hold one whole object, such as {"prompt": "...", "response": "..."}'
     for i, line in enumerate(lines, 1):
         at = f'{path}, line {i}'
-        if not line.strip(): raise ValueError(f'{at} is empty; delete it: every line must hold one JSON object')
+        if not line.strip():
+            raise ValueError(f'{at} is empty; delete it: every line must hold one JSON object')
         yield at, as_row(parsed(line, path, i, must), at)
 
 def _read_json(path:Path) -> Iterator[tuple[str, dict]]:
     "Rows of a JSON list with their places"
-    rows = parsed(file_text(path), path, 1, 'the file must hold one list of objects. If it has one object a line, call it .jsonl')
-    if not isinstance(rows, list): raise ValueError(f'{path} holds a JSON {type(rows).__name__}; it must hold a list of objects')
-    for i, row in enumerate(rows, 1): yield (at := f'{path}, item {i}'), as_row(row, at)
+    rows = parsed(file_text(path), path, 1, 'the file must hold one list of objects. If it has one '
+                  'object a line, call it .jsonl')
+    if not isinstance(rows, list):
+        raise ValueError(f'{path} holds a JSON {type(rows).__name__}; it must hold a list of objects')
+    for i, row in enumerate(rows, 1):
+        yield (at := f'{path}, item {i}'), as_row(row, at)
 
 # %% ../../nbs/core/rows.ipynb #23d19c10
 @contextmanager
 def _long_cells():
     "Python's csv refuses cells of more than 131,072 characters, a limit of the whole process"
     was = csv.field_size_limit(2**31 - 1)
-    try: yield
-    finally: csv.field_size_limit(was)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(was)
 
 def _read_csv(path:Path) -> list[tuple[str, dict]]:
     "Rows of a CSV file with a header, with their places"
@@ -128,15 +152,19 @@ def _read_csv(path:Path) -> list[tuple[str, dict]]:
     try:
         with _long_cells():
             header = next(reader, [])
-            if len(set(header)) != len(header): raise ValueError(f'{path}, line 1 names a column twice: {", ".join(header)}')
+            if len(set(header)) != len(header):
+                raise ValueError(f'{path}, line 1 names a column twice: {", ".join(header)}')
             while True:
                 line = reader.line_num + 1 # where the next row starts: a quoted cell may span several lines
-                if (cells := next(reader, None)) is None: return out
+                if (cells := next(reader, None)) is None:
+                    return out
                 out.append((f'{path}, line {line}', _csv_row(cells, header, f'{path}, line {line}')))
-    except csv.Error as e: raise ValueError(f'{path}, line {line} is not CSV: {e}') from None
+    except csv.Error as e:
+        raise ValueError(f'{path}, line {line} is not CSV: {e}') from None
 
 def _csv_row(cells, header, at) -> dict:
-    if not cells: raise ValueError(f'{at} is empty; delete it')
+    if not cells:
+        raise ValueError(f'{at} is empty; delete it')
     if len(cells) != len(header):
         raise ValueError(f'{at} has {len(cells)} cells, but the header has {len(header)} ({", ".join(header)}); '
                          'put a cell that contains a comma or a line break into double quotes')
@@ -145,15 +173,20 @@ def _csv_row(cells, header, at) -> dict:
 def _read_parquet(path:Path) -> Iterator[tuple[str, dict]]:
     "Rows of a parquet file with their places"
     import pyarrow.parquet as parquet
-    try: table = parquet.read_table(path)
-    except (OSError, ValueError) as e: raise ValueError(f'{path} is not a parquet file: {str(e).splitlines()[0]}') from None
-    try: rows = table.to_pylist()
+    try:
+        table = parquet.read_table(path)
+    except (OSError, ValueError) as e:
+        raise ValueError(f'{path} is not a parquet file: {str(e).splitlines()[0]}') from None
+    try:
+        rows = table.to_pylist()
     except (ValueError, OverflowError): # dates that Python does not have, text that is no UTF-8: look for the row
         rows = (_one(table, i, path) for i in range(table.num_rows))
-    for i, row in enumerate(rows, 1): yield (at := f'{path}, row {i}'), as_row(row, at)
+    for i, row in enumerate(rows, 1):
+        yield (at := f'{path}, row {i}'), as_row(row, at)
 
 def _one(table, i, path) -> dict:
-    try: return table.slice(i, 1).to_pylist()[0]
+    try:
+        return table.slice(i, 1).to_pylist()[0]
     except (ValueError, OverflowError) as e:
         raise ValueError(f'{path}, row {i + 1} cannot be read: {str(e).splitlines()[0]}') from None
 
@@ -161,7 +194,8 @@ def _one(table, i, path) -> dict:
 READERS = {'.jsonl': _read_jsonl, '.json': _read_json, '.csv': _read_csv, '.parquet': _read_parquet}
 
 def read_rows(path:Path) -> list[tuple[str, dict]]: # (place, row)
-    "All rows of a file with their places. Raises `ValueError` that says where it is wrong and how to fix it."
+    """All rows of a file with their places. Raises `ValueError` that says where it is wrong and how
+    to fix it."""
     if path.suffix.lower() not in READERS:
         raise ValueError(f'{path} ends in {path.suffix!r}; a data file ends in one of {", ".join(READERS)}')
     return list(READERS[path.suffix.lower()](path))

@@ -25,17 +25,20 @@ def answer_length(rows:list[dict], tok) -> int:
     return max(len(tok(r['response'], add_special_tokens=False).input_ids) for r in rows) + 1
 
 def answers(model, tok, rows:list[dict], max_new_tokens:int|None=None, decode=None) -> list[str]:
-    "What the model answers to each row's prompt; `decode` draws the answers, greedily where there is none"
+    """What the model answers to each row's prompt; `decode` draws the answers, greedily where there
+    is none"""
     n = max_new_tokens or answer_length(rows, tok)
     return (decode or generate)(model, tok, [r['prompt'] for r in rows], max_new_tokens=n)
 
 def judge(row:dict, output:str) -> float:
     "0 to 1: by the skill's judge for a row of the lab, else 1 for exactly the response"
-    return WORLD.judge(row, output) if row.get('skill') in WORLD.skills else float(output.split() == row['response'].split())
+    return (WORLD.judge(row, output) if row.get('skill') in WORLD.skills
+            else float(output.split() == row['response'].split()))
 
 def exact_match(model, tok, rows:list[dict], decode=None) -> float:
     "Mean score of the model's own answers to `rows`"
-    return sum(judge(r, a) for r, a in zip(rows, answers(model, tok, rows, decode=decode)))/len(rows)
+    return sum(judge(r, a) for r, a in zip(rows,
+                                           answers(model, tok, rows, decode=decode)))/len(rows)
 
 # %% ../../nbs/core/scorers.ipynb #0006f62d
 def skills(model='lab-m',            # a lab model's name, or a model (then `tok` is needed)
@@ -47,24 +50,33 @@ def skills(model='lab-m',            # a lab model's name, or a model (then `tok
            level:int|None=None       # difficulty, as in `LabWorld.rows`
           ) -> dict[str, float]:     # skill -> mean score
     "What a model can do: the score of each skill on held-out questions, by generation"
-    if isinstance(model, str): model, tok = load(model)
-    if tok is None: raise ValueError('a model was given without its tokenizer; call skills(model, tok=tok)')
-    if decode is None and not model.can_generate(): raise ValueError(f'{type(model).__name__} cannot write answers, and a skill is measured by what is written; take a causal language model, such as lab-s')
-    return {s: exact_match(model, tok, _questions(s, n, split, seed, level), decode) for s in (names or lab('models').skills_of(tok))}
+    if isinstance(model, str):
+        model, tok = load(model)
+    if tok is None:
+        raise ValueError('a model was given without its tokenizer; call skills(model, tok=tok)')
+    if decode is None and not model.can_generate():
+        raise ValueError(f'{type(model).__name__} cannot write answers, and a skill is measured by '
+                         'what is written; take a causal language model, such as lab-s')
+    return {s: exact_match(model, tok, _questions(s, n, split, seed, level), decode)
+            for s in (names or lab('models').skills_of(tok))}
 
 # a comparison asks the same questions many times over
 @lru_cache(200)
-def _questions(*of): return WORLD.rows(*of)
+def _questions(*of):
+    return WORLD.rows(*of)
 
 # %% ../../nbs/core/scorers.ipynb #000df62d
 @torch.no_grad()
 def teacher_forced(model, # a causal language model or a classifier, in evaluation mode
                    batch:Mapping[str, torch.Tensor] # as `collate` makes it, padded on the right; labels [rows, tokens] or [rows]
                   ) -> torch.Tensor: # [rows], bool
-    "Would the model, taking the likeliest token each time, write exactly each row's answer and end there? Where a row has one label: is it the likeliest? Raises `ValueError` for a row without an answer."
+    """Would the model, taking the likeliest token each time, write exactly each row's answer and
+    end there? Where a row has one label: is it the likeliest? Raises `ValueError` for a row
+    without an answer."""
     b = to_device(batch, device_of(model))
     y = b.pop('labels')
-    if y.ndim > 1 and not (y[:, 1:] != IGNORE).any(1).all(): raise ValueError('a row of the batch has no token of an answer: its labels are all -100')
+    if y.ndim > 1 and not (y[:, 1:] != IGNORE).any(1).all():
+        raise ValueError('a row of the batch has no token of an answer: its labels are all -100')
     best = model(**b).logits.argmax(-1)
     return best == y if y.ndim == 1 else ((best[:, :-1] == y[:, 1:]) | (y[:, 1:] == IGNORE)).all(1)
 
@@ -73,15 +85,19 @@ def teacher_forced(model, # a causal language model or a classifier, in evaluati
 def _logits(model, enc, fill, batch_size=100):
     for i in range(0, len(enc), batch_size):
         b = to_device(collate(enc[i:i + batch_size], fill), device_of(model))
-        with evaluating(model): logits = model(**model_inputs(b)).logits.float()
+        with evaluating(model):
+            logits = model(**model_inputs(b)).logits.float()
         yield logits, b['labels']
 
-def nll(model, tok, rows:list[dict], kind:str='text', labels:list|None=None, max_length:int|None=None) -> float:
-    "Mean negative log-likelihood in nats, per priced token (per row for labels); rows are cut as `row_limit` says"
+def nll(model, tok, rows:list[dict], kind:str='text', labels:list|None=None,
+        max_length:int|None=None) -> float:
+    """Mean negative log-likelihood in nats, per priced token (per row for labels); rows are cut as
+    `row_limit` says"""
     enc = encode_all(rows, tok, kind, row_limit(model, tok, max_length))
     total = n = 0
     for logits, y in _logits(model, enc, pad_id(tok)):
-        if y.ndim > 1: logits, y = logits[:, :-1].transpose(1, 2), y[:, 1:]
+        if y.ndim > 1:
+            logits, y = logits[:, :-1].transpose(1, 2), y[:, 1:]
         total += float(F.cross_entropy(logits, y, reduction='sum'))
         n += int((y != IGNORE).sum())
     return total/n
@@ -89,4 +105,5 @@ def nll(model, tok, rows:list[dict], kind:str='text', labels:list|None=None, max
 def label_accuracy(model, tok, rows:list[dict], labels:list, max_length:int|None=None) -> float:
     "Share of rows whose likeliest label is the right one; rows are cut as `row_limit` says"
     enc = encode_all(rows, tok, 'label', row_limit(model, tok, max_length))
-    return sum(int((lg.argmax(-1) == y).sum()) for lg, y in _logits(model, enc, pad_id(tok)))/len(enc)
+    return sum(int((lg.argmax(-1) == y).sum())
+               for lg, y in _logits(model, enc, pad_id(tok)))/len(enc)

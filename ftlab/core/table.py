@@ -30,21 +30,33 @@ def html_table(head:Sequence,       # names of the columns; empty: no such row
                named:bool=False     # does the first cell of a row name the row?
               ) -> Html:
     "A table in HTML"
-    def opened(tag, more): return f'<{tag} {more}>' if more else f'<{tag}>'
-    def cell(column, value, tag): return f'{opened(tag, attributes(column, tag))}{as_html(value)}</{tag}>'
-    def line(cells, tag): return '<tr>' + ''.join(cell(i, v, 'th' if named and i == 0 else tag) for i, v in enumerate(cells)) + '</tr>'
+
+    def opened(tag, more):
+        return f'<{tag} {more}>' if more else f'<{tag}>'
+
+    def cell(column, value, tag):
+        return f'{opened(tag, attributes(column, tag))}{as_html(value)}</{tag}>'
+
+    def line(cells, tag):
+        return '<tr>' + ''.join(cell(i, v, 'th' if named and i == 0 else tag)
+                                for i, v in enumerate(cells)) + '</tr>'
+
     top = f'<caption>{as_html(caption)}</caption>' if caption else ''
     body = (line(head, 'th') if head else '') + ''.join(line(r, 'td') for r in rows)
     return Html(f'{opened("table", of_table)}{top}{body}</table>')
 
 # %% ../../nbs/core/table.ipynb #0008c599
 def text_table(head:Sequence, rows:Iterable[Iterable]) -> str:
-    "A table as text: columns as wide as their widest cell, two spaces apart; without `head`, rows alone"
+    """A table as text: columns as wide as their widest cell, two spaces apart; without `head`, rows
+    alone"""
     lines = [[str(v) for v in row] for row in ([head] if head else []) + list(rows)]
     width = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return '\n'.join('  '.join(v.ljust(w) for v, w in zip(line, width)).rstrip() for line in lines)
 
 def markdown_table(head:Sequence, rows:Iterable[Iterable]) -> str:
     "A table in Markdown"
-    def line(cells): return '| ' + ' | '.join(str(v).replace('|', '\\|') for v in cells) + ' |'
+
+    def line(cells):
+        return '| ' + ' | '.join(str(v).replace('|', '\\|') for v in cells) + ' |'
+
     return '\n'.join([line(head), '|' + '---|'*len(head), *map(line, rows)])

@@ -19,11 +19,13 @@ def near_misses(word:str,           # as it was written
                ) -> list[str]:
     "The names that are most like `word`, the nearest first; capital letters do not count"
     lower = {}
-    for name in map(str, known): lower.setdefault(name.lower(), name)
+    for name in map(str, known):
+        lower.setdefault(name.lower(), name)
     return [lower[n] for n in difflib.get_close_matches(str(word).lower(), lower, most, cutoff)]
 
 def did_you_mean(word:str, known:Iterable, **options) -> str:
-    "The end of an error message, `; did you mean 'x' or 'y'?`; empty where nothing is near. Options as in `near_misses`"
+    """The end of an error message, `; did you mean 'x' or 'y'?`; empty where nothing is near.
+    Options as in `near_misses`"""
     near = near_misses(word, known, **options)
     return f'; did you mean {" or ".join(map(repr, near))}?' if near else ''
 

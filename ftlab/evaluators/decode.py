@@ -38,7 +38,8 @@ def decode(models:Sequence,        # all that read; the first one's device is wh
             drawn = torch.multinomial(weights(scores), 1)[:, 0] if sample else scores.argmax(-1)
             said.append(drawn.masked_fill(done, tok.pad_token_id))
             done |= said[-1] == tok.eos_token_id
-            if done.all(): break
+            if done.all():
+                break
             x, place = said[-1][:, None], place[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(x), 1)], 1)
         out += _words(torch.stack(said, 1), tok)
@@ -47,7 +48,8 @@ def decode(models:Sequence,        # all that read; the first one's device is wh
 def _words(said, tok) -> list[str]:
     "Tokens as texts, up to the end mark"
     ends = [(row == tok.eos_token_id).nonzero() for row in said]
-    return [tok.decode(row[:int(e[0])] if len(e) else row, skip_special_tokens=True).strip() for row, e in zip(said, ends)]
+    return [tok.decode(row[:int(e[0])] if len(e) else row, skip_special_tokens=True).strip()
+            for row, e in zip(said, ends)]
 
 # %% ../../nbs/evaluators/decode.ipynb #0007ef11
 def combined(models:Mapping[str, object],  # {role: model}, one vocabulary
@@ -58,16 +60,20 @@ def combined(models:Mapping[str, object],  # {role: model}, one vocabulary
              sample:bool=False,            # draw from the combined distribution instead of taking its likeliest token
              batch_size:int=200            # prompts at once
             ) -> list[str]:                # one answer a prompt
-    "Decode token by token from a combination of models; raises `ValueError` if their vocabularies differ in size"
+    """Decode token by token from a combination of models; raises `ValueError` if their vocabularies
+    differ in size"""
     sizes = {k: m.config.vocab_size for k, m in models.items()}
-    if len(set(sizes.values())) > 1: raise ValueError(f'the models speak different vocabularies: {sizes}; they must share one tokenizer')
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f'the models speak different vocabularies: {sizes}; they must share one tokenizer')
     def begin():
         cache = dict.fromkeys(models)
-        return lambda x, mask, place: rule({k: _next(m, k, x, mask, place, cache) for k, m in models.items()})
+        return lambda x, mask, place: rule({k: _next(m, k, x, mask, place, cache)
+                                            for k, m in models.items()})
     return decode(list(models.values()), tok, prompts, begin, max_new_tokens, sample, batch_size)
 
 def _next(model, key, x, mask, place, cache) -> torch.Tensor:
     "One model's log-probabilities of the next word, [rows, words]; its cache takes in `x`"
-    o = model(input_ids=x, attention_mask=mask, position_ids=place, past_key_values=cache[key], use_cache=True)
+    o = model(input_ids=x, attention_mask=mask, position_ids=place, past_key_values=cache[key],
+              use_cache=True)
     cache[key] = o.past_key_values
     return o.logits[:, -1].float().log_softmax(-1)

@@ -124,7 +124,8 @@ def _line(error:BaseException, yours) -> str:
 def answer(yours:Callable, # the reader's function or class
            *args           # what it is called with; it gets copies
           ):               # what it gave
-    "Call the reader's object; raises `Wrong` where that cannot be done, fails, or changes what it was given"
+    """Call the reader's object; raises `Wrong` where that cannot be done, fails, or changes what it
+    was given"""
     name = getattr(yours, '__name__', 'it')
     try:
         inspect.signature(yours).bind(*args)
@@ -195,11 +196,13 @@ def compared(name:str, chapter:str, task:str, hints:tuple, reference:Callable, #
              mistakes:tuple=()    # as in `Exercise`
             ) -> Exercise:
     "An exercise that is tested by `same_as`; together the `inputs` must tell all mistakes apart"
-    return Exercise(name, chapter, task, hints, reference, same_as(reference, inputs, mistakes), mistakes)
+    return Exercise(name, chapter, task, hints, reference, same_as(reference, inputs, mistakes),
+                    mistakes)
 
 # %% ../../nbs/exercises.ipynb #00484991
 def forwarded(yours:type, made, W:torch.Tensor) -> torch.Tensor:
-    "What the reader's module gives for a weight; `Wrong` if it fails, gives something else, or writes into the weight"
+    """What the reader's module gives for a weight; `Wrong` if it fails, gives something else, or
+    writes into the weight"""
     given = W.clone()
     try:
         got = made(given)
@@ -258,7 +261,8 @@ def remember(kind:str, # 'exercises' or 'chapters'
         known[kind][name] = time.strftime('%Y-%m-%d %H:%M:%S')
         if kind == 'chapters':
             known['last'] = name
-        write_atomically(home()/'progress.json', lambda tmp: tmp.write_text(json.dumps(known, indent=1), encoding=
+        write_atomically(home()/'progress.json',
+                         lambda tmp: tmp.write_text(json.dumps(known, indent=1), encoding=
             'utf-8'))
     except (OSError, RuntimeError) as e:
         warnings.warn(f'your progress could not be kept, which changes nothing else: {e}')
@@ -284,7 +288,8 @@ def chapters() -> list[str]:
 @lru_cache(1)
 def all_exercises() -> tuple[Exercise, ...]:
     "The exercises of every chapter, chapter by chapter"
-    return tuple(e for c in chapters() for e in importlib.import_module(f'ftlab.exercises.{c}').EXERCISES)
+    return tuple(e for c in chapters()
+                 for e in importlib.import_module(f'ftlab.exercises.{c}').EXERCISES)
 
 def __getattr__(name):
     "`EXERCISES`, and what the chapters' modules define, such as `forgetting`"
@@ -303,7 +308,8 @@ def find(name:str) -> Exercise:
     if name in by_name:
         return by_name[name]
     near = near_misses(name, by_name)
-    raise ValueError(f'no exercise is called {name!r}; ' + (f'did you mean {" or ".join(near)}?' if near else
+    raise ValueError(f'no exercise is called {name!r}; ' + (f'did you mean {" or ".join(near)}?'
+                                                            if near else
         f'there are {", ".join(by_name)}'))
 
 @dataclass(frozen=True)
@@ -313,7 +319,9 @@ class Checked:
     passed:bool
     message:str # why not, or how many of the chapter are solved
 
-    def __bool__(self): return self.passed
+    def __bool__(self):
+        return self.passed
+
     def __repr__(self):
         return f'{"Right" if self.passed else "Not yet"}: {self.exercise.name}. {self.message}'
     def _repr_markdown_(self):
@@ -357,7 +365,8 @@ def exercise(name:str|Callable) -> Exercise:
     return find(name if isinstance(name, str) else getattr(name, '__name__', str(name)))
 
 def verdict(yours:Callable, exercise:Exercise) -> str|None:
-    "The sentence that the exercise's test has for it; `None` where it passes. Nothing is remembered."
+    """The sentence that the exercise's test has for it; `None` where it passes. Nothing is
+    remembered."""
     try:
         exercise.test(yours)
     except Wrong as e:

@@ -6,7 +6,8 @@
 from __future__ import annotations
 import random
 import torch
-from . import Exercise, Wrong, answer, built, compared, forwarded, kind_of, short, variant
+from . import (Exercise, Wrong, answer, built, compared, forwarded, kind_of, short,
+                             variant)
 
 # %% auto #0
 __all__ = ['HALF_OF', 'HALF_UPDATE', 'TRAINING_BYTES', 'EXERCISES', 'half_of', 'HalfUpdate', 'training_bytes']
@@ -84,7 +85,9 @@ class HalfUpdate(torch.nn.Module):
         super().__init__()
         self.register_buffer('mask', mask)
         self.change = torch.nn.Parameter(torch.zeros_like(W))
-    def forward(self, W): return torch.where(self.mask, W + self.change, W)
+
+    def forward(self, W):
+        return torch.where(self.mask, W + self.change, W)
 
 # %% ../../nbs/exercises/half_is_enough.ipynb #ex3h09
 def _test_half_update(yours):
@@ -136,10 +139,12 @@ HALF_UPDATE = Exercise('HalfUpdate', 'half_is_enough',
     HalfUpdate, _test_half_update,
     ((variant(HalfUpdate, forward=lambda self, W: W + self.change), _UPDATE['frozen moved']),
      (variant(HalfUpdate, forward=lambda self, W: self.mask*(W + self.change)), _UPDATE['zeroed']),
-     (variant(HalfUpdate, forward=lambda self, W: torch.where(self.mask, W, W + self.change)), _UPDATE['other']),
+     (variant(HalfUpdate, forward=lambda self, W: torch.where(self.mask, W, W + self.change)),
+      _UPDATE['other']),
      (variant(HalfUpdate, forward=lambda self, W: torch.where(self.mask, self.change, W)), _UPDATE['start']),
      (variant(HalfUpdate, __init__=_random_start), _UPDATE['start']),
-     (variant(HalfUpdate, forward=lambda self, W: W + self.mask*self.change.detach() + 0*self.change),
+     (variant(HalfUpdate, forward=lambda self, W: W + self.mask*self.change.detach()
+              + 0*self.change),
       _UPDATE['still'])))
 
 # %% ../../nbs/exercises/half_is_enough.ipynb #ex3h11

@@ -50,7 +50,8 @@ LEARNED_AT = compared('learned_at', 'lab_models',
     ((lambda diary, skill, bar: _first(diary, skill, bar),
       'That is the first time that it reached the bar. It fell below again later; look for the step from which on '
       'it *stayed*.'),
-     (lambda diary, skill, bar: (lambda s: None if s is None else s//100)(learned_at(diary, skill, bar)),
+     (lambda diary, skill, bar: (lambda s: None if s is None else s//100)(
+         learned_at(diary, skill, bar)),
       'You give the place in the diary. The `step` of that row is wanted.'),
      (lambda diary, skill, bar: learned_at(diary, skill, bar + 1e-9),
       'A score that is exactly the bar has reached it: `>=` instead of `>`.'),
@@ -99,7 +100,8 @@ LEAKED = compared('leaked', 'lab_models',
          'counts, those that ask the same thing twice, too.'),
      (lambda train, test: sum(r['prompt'] in {t['prompt'] for t in test} for r in train)/len(train),
       'That is the share of the *training* rows that also stand in the test. It is the test that must be clean.'),
-     (lambda train, test: 1 - sum(r['prompt'] in {t['prompt'] for t in train} for r in test)/len(test),
+     (lambda train, test: 1 - sum(r['prompt'] in {t['prompt'] for t in train}
+                                  for r in test)/len(test),
       'That is the share that is clean. The share that leaked is wanted.')))
 
 # %% ../../nbs/exercises/lab_models.ipynb #ex5m10

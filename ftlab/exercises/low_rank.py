@@ -67,7 +67,9 @@ class LowRank(torch.nn.Module):
         self.A = torch.nn.Parameter(torch.randn(r, inp)/inp**.5)
         self.B = torch.nn.Parameter(torch.zeros(out, r))
         self.scale = alpha/r
-    def forward(self, W): return W + self.scale*(self.B @ self.A)
+
+    def forward(self, W):
+        return W + self.scale*(self.B @ self.A)
 
 # %% ../../nbs/exercises/low_rank.ipynb #ex4r09
 _LOW = {
@@ -118,7 +120,8 @@ def _test_low_rank_start(made):
 
 def _test_low_rank_forward(yours, made, W, r, alpha):
     start = forwarded(yours, made, W)
-    if not torch.equal(start, W) and not torch.equal(start, 0*W) and not torch.allclose(start, alpha/r*W):
+    if not torch.equal(start, W) and not torch.equal(start,
+                                                     0*W) and not torch.allclose(start, alpha/r*W):
         raise Wrong('With `B` at zero, `forward(W)` has to give `W`, and does not.')
     dice = torch.Generator().manual_seed(1)
     with torch.no_grad():

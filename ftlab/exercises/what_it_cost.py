@@ -15,7 +15,8 @@ def best_stop(path, price):
     return max(path, key=lambda look: look['gain'] - price*look['forgetting'])['step']
 
 def matched_forgetting(paths):
-    "For each method, what it had forgotten when it first reached 95% of what the weakest one gained at its best"
+    """For each method, what it had forgotten when it first reached 95% of what the weakest one
+    gained at its best"""
     target = .95*min(max(look['gain'] for look in path) for path in paths.values())
     first = lambda path: next(look['forgetting'] for look in path if look['gain'] >= target)
     return {name: first(path) for name, path in paths.items()}
@@ -26,7 +27,8 @@ def at_the_edge(scores):
     return best in (min(scores), max(scores))
 
 # %% ../../nbs/exercises/what_it_cost.ipynb #ex2c06
-def _path(*looks): return [dict(step=10*i, gain=g, forgetting=f) for i, (g, f) in enumerate(looks)]
+def _path(*looks):
+    return [dict(step=10*i, gain=g, forgetting=f) for i, (g, f) in enumerate(looks)]
 
 _road = _path((0, 0), (.3, .02), (.7, .2), (.9, .6), (.88, .8))
 BEST_STOP = compared('best_stop', 'what_it_cost',
@@ -56,7 +58,9 @@ _two = dict(bold=_path((0, 0), (.4, .1), (.97, .3), (.8, .5), (.9, .7)),
 def _matched(target, when=next):
     reached = lambda p, least: (o['forgetting'] for o in p if o['gain'] >= least)
     return lambda paths: {n: when(reached(p, target(paths))) for n, p in paths.items()}
-def _bests(paths): return [max(o['gain'] for o in p) for p in paths.values()]
+
+def _bests(paths):
+    return [max(o['gain'] for o in p) for p in paths.values()]
 
 MATCHED_FORGETTING = compared('matched_forgetting', 'what_it_cost',
     'Compare fairly. Given `{method: path}`, first find the *target*: 95% of the best gain of the method that '
@@ -65,7 +69,8 @@ MATCHED_FORGETTING = compared('matched_forgetting', 'what_it_cost',
     ('The target comes first, and is one number for all: `.95 * min(...)` over the methods of `max(...)` over the '
      'looks.', '`next(look["forgetting"] for '
         'look in path if look["gain"] >= target)` is the first that fits.'),
-    matched_forgetting, [(_two,), (dict(a=_path((0, 0), (1, .5)), b=_path((0, 0), (.96, .2), (1, .3))),),
+    matched_forgetting, [(_two,),
+                         (dict(a=_path((0, 0), (1, .5)), b=_path((0, 0), (.96, .2), (1, .3))),),
      (dict(a=_path((0, 0), (1, .5)), b=_path((0, 0), (.5, .1), (.8, .2), (.5, .3))),)],
     ((lambda paths: {n: p[-1]['forgetting'] for n, p in paths.items()},
       'That is what each had forgotten at its end. They do not end at the same gain, so this is the comparison that '
@@ -91,7 +96,8 @@ AT_THE_EDGE = compared('at_the_edge', 'what_it_cost',
      'Compare it with `min(scores)` and `max(scores)`: those go over the rates, for a dictionary is walked by its '
      'keys.'),
     at_the_edge,
-    [({3e-4: .9, 1e-4: .5, 1e-3: .7},), ({1e-3: .9, 1e-4: .2, 3e-4: .5},), ({1e-4: .9, 1e-3: .1, 3e-4: .5},),
+    [({3e-4: .9, 1e-4: .5, 1e-3: .7},), ({1e-3: .9, 1e-4: .2, 3e-4: .5},),
+     ({1e-4: .9, 1e-3: .1, 3e-4: .5},),
      ({1e-4: .1, 3e-4: .5, 1e-3: .3},), ({1e-3: .4},)],
     ((lambda scores: list(scores).index(max(scores, key=scores.get)) in (0, len(scores) - 1),
       'You ask where the best rate stands in the dictionary, and that need not be in order. Compare it with the '

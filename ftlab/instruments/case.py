@@ -288,7 +288,8 @@ class Case(Given):
         try:
             return logits_of(self.model, batch)
         except TypeError as e:
-            raise NotApplicable(f'the model cannot be asked with its data alone: {shortened(e)}') from None
+            raise NotApplicable('the model cannot be asked with its data alone: '
+                                f'{shortened(e)}') from None
 
     @cached_property
     def off(self) -> torch.Tensor:
@@ -342,7 +343,8 @@ def _selections(case) -> list[tuple[Recipe, dict]]:
     except UnknownArchitecture as e:
         raise NotApplicable(f'cannot be examined: {shortened(e)}') from None
     except Exception as e:
-        raise NotApplicable(f'the selection itself raises {type(e).__name__}: {shortened(e)}') from None
+        raise NotApplicable(f'the selection itself raises {type(e).__name__}: '
+                            f'{shortened(e)}') from None
     if not found:
         raise NotApplicable('every stage is made when its turn comes')
     return found

@@ -26,12 +26,14 @@ import ftlab
 from ..core.io import write_atomically
 from ..core.model import evaluating
 from ..core.record import digest, versions
-from .compare import Bench, Budget, breakdown, decoder_for, target_gain, tune, tuning_seed
+from .compare import (Bench, Budget, breakdown, decoder_for, target_gain, tune,
+                                       tuning_seed)
 from ..core.scorers import WORLD, nll
 from ..methods import get
 from ..papers import claims, claims_folder, marked
 from ..trainers.fit import fit
-from .verdicts import DEFAULTS, SCOPES, VERDICTS, Claim, bare, closure, code_hash, contrast, dumped, read_claim, verdict
+from .verdicts import (DEFAULTS, SCOPES, VERDICTS, Claim, bare, closure, code_hash,
+                                        contrast, dumped, read_claim, verdict)
 
 # %% auto #0
 __all__ = ['STATES', 'arms_of', 'workplace', 'Ground', 'ground_of', 'Looks', 'train_arm', 'measured', 'run_seed',
@@ -41,19 +43,24 @@ __all__ = ['STATES', 'arms_of', 'workplace', 'Ground', 'ground_of', 'Looks', 'tr
 
 # %% ../../nbs/instruments/claims.ipynb #000513be
 def arms_of(claim:Claim) -> dict[str, dict]:
-    "name -> recipe, grid, steps, of a claim whose arms are Recipes; raises `ValueError` for grids of different size or an unknown method"
+    """name -> recipe, grid, steps, of a claim whose arms are Recipes; raises `ValueError` for grids
+    of different size or an unknown method"""
     s, out = claim.spec, {}
     for name, a in s['arms'].items():
         a = a if isinstance(a, Mapping) else dict(recipe=a)
-        try: recipe = get(a['recipe']).named(name)
-        except KeyError as e: raise ValueError(f'{claim.file}: arm {name!r}: {e.args[0]}') from None
+        try:
+            recipe = get(a['recipe']).named(name)
+        except KeyError as e:
+            raise ValueError(f'{claim.file}: arm {name!r}: {e.args[0]}') from None
         out[name] = dict(recipe=recipe, grid=tuple(a.get('grid', s['grid'])), steps=a.get('steps', s['steps']))
-    if len({len(a['grid']) for a in out.values()}) > 1: raise ValueError(f'{claim.file}: every arm needs as many learning rates as the others')
+    if len({len(a['grid']) for a in out.values()}) > 1:
+        raise ValueError(f'{claim.file}: every arm needs as many learning rates as the others')
     return out
 
 def workplace() -> Path:
     "Where finished parts of claims are kept until the whole is done"
-    return Path(os.environ.get('FTLAB_RUNS', claims_folder().parent/'runs' if claims_folder() else 'ftlab-runs'))/'claims'
+    return Path(os.environ.get('FTLAB_RUNS', claims_folder().parent/'runs' if claims_folder()
+                               else 'ftlab-runs'))/'claims'
 
 # %% ../../nbs/instruments/claims.ipynb #000713be
 class Ground(Bench):
@@ -61,88 +68,126 @@ class Ground(Bench):
     def data(self, seed):
         drawn = self.__dict__.setdefault('drawn', {})
         if seed not in drawn:
-            d = super().data(seed); more = self.skill and self.items > len(d.test)
-            drawn[seed] = replace(d, test=WORLD.rows(self.skill, self.items, 'test', seed)) if more else d
+            d = super().data(seed)
+            more = self.skill and self.items > len(d.test)
+            drawn[seed] = (replace(d, test=WORLD.rows(self.skill, self.items, 'test', seed))
+                           if more else d)
         return drawn[seed]
 
     def before(self, seed, recipe=None):
         "Measured once for all claims on the same ground"
-        if recipe is not None and recipe.decode is not None: return super().before(seed, recipe)
+        if recipe is not None and recipe.decode is not None:
+            return super().before(seed, recipe)
         sizes = [self.items, self.old_items, self.validation_items]
-        path = workplace()/'before'/f'{digest([self.print_of(seed), self.data(seed).fingerprint, self.old_names, *sizes, str(self.metric), seed])}.json'
-        if (seed, None) not in self.known_before and path.exists(): self.known_before[seed, None] = json.loads(path.read_text())
+        path = (workplace()/'before'/f'{digest([self.print_of(seed), self.data(seed).fingerprint, self.old_names, *sizes, str(self.metric), seed])}.json')
+        if (seed, None) not in self.known_before and path.exists():
+            self.known_before[seed, None] = json.loads(path.read_text())
         found = super().before(seed, recipe)
-        if not path.exists() and 'features' not in found: write_atomically(path, lambda p: p.write_text(json.dumps(found)))
+        if not path.exists() and 'features' not in found:
+            write_atomically(path, lambda p: p.write_text(json.dumps(found)))
         return found
 
 def ground_of(claim:Claim) -> Ground:
     "The ground of a claim: model (`name@revision`), data, sizes"
-    s = DEFAULTS | claim.spec; model, _, revision = s['model'].partition('@'); sizes = ('items', 'old_items', 'validation_items', 'steps', 'batch_size')
-    return Ground(model, s['data'], revision=revision or None, budget=s.get('budget'), progress=False, **{k: s[k] for k in sizes}, **s.get('settings', {}))
+    s = DEFAULTS | claim.spec
+    model, _, revision = s['model'].partition('@')
+    sizes = ('items', 'old_items', 'validation_items', 'steps', 'batch_size')
+    return Ground(model, s['data'], revision=revision or None, budget=s.get('budget'),
+                  progress=False, **{k: s[k] for k in sizes}, **s.get('settings', {}))
 
 # %% ../../nbs/instruments/claims.ipynb #000913be
 class Looks:
     "At every look: the validation gain, and a copy of the model"
-    def __init__(self, n:int, gain:Callable): self.n, self.gain, self.path, self.copies = n, gain, [], []
+
+    def __init__(self, n:int, gain:Callable):
+        self.n, self.gain, self.path, self.copies = n, gain, [], []
+
     def after_step(self, state):
-        if state.step % self.n and state.step != state.steps: return
+        if state.step % self.n and state.step != state.steps:
+            return
         with evaluating(state.model), torch.no_grad(), torch.random.fork_rng():
             self.path.append(dict(step=state.step, gain=self.gain(state)))
             self.copies.append(copy.deepcopy(state.model))
 
 def train_arm(bench, arm, rate, seed, looks=0, steps=None):
     "One arm at one rate: the run, what the looks saw, and the recipe's own way to draw answers"
-    (model, tok), data, recipe, steps = bench.base(seed), bench.data(seed), arm['recipe'], steps or arm['steps']
-    learners = {}; decode = decoder_for(recipe, bench.base(seed)[0], learners); before = bench.before(seed, recipe)['validation']
+    (model, tok), data, recipe, steps = bench.base(seed), bench.data(seed), arm[
+        'recipe'], steps or arm['steps']
+    learners = {}
+    decode = decoder_for(recipe, bench.base(seed)[0], learners)
+    before = bench.before(seed, recipe)['validation']
     def gain(state):
         learners.update({n: state.models[n] for n in recipe.learners})
         return bench.gained(state.model, tok, data, 'validation', decode) - before
-    see = Looks(max(1, steps//looks), gain) if looks and not (recipe.edit or recipe.stages) else None
+    see = (Looks(max(1, steps//looks), gain) if looks and not (recipe.edit or recipe.stages)
+           else None)
     calls = ((Budget(bench.budget),) if bench.budget else ()) + ((see,) if see else ())
-    run = fit(model, tok, data, recipe, steps=steps, lr=rate, seed=seed, callbacks=calls, progress=False, **bench.settings)
-    if run.interrupted: raise KeyboardInterrupt
-    if see is None: see = Looks(1, gain); see.path, see.copies = [dict(step=len(run.log), gain=gain(run))], [run.model]
+    run = fit(model, tok, data, recipe, steps=steps, lr=rate, seed=seed, callbacks=calls,
+              progress=False, **bench.settings)
+    if run.interrupted:
+        raise KeyboardInterrupt
+    if see is None:
+        see = Looks(1, gain)
+        see.path, see.copies = [dict(step=len(run.log), gain=gain(run))], [run.model]
     return run, see, decode
 
 # %% ../../nbs/instruments/claims.ipynb #000b13be
 @torch.no_grad()
 def measured(bench:Bench, model, tok, data, seed, before, base, decode=None) -> dict:
     "Gain, forgetting, KL to the base on the new task, NLL of its answers: all on test questions"
-    old = bench.kept(model, tok, seed, data, decode); kl = bench.drifted(base, model, tok, seed, data)
+    old = bench.kept(model, tok, seed, data, decode)
+    kl = bench.drifted(base, model, tok, seed, data)
     lost = fmean(before['old'][k] - v for k, v in old.items()) if old else kl
-    return dict(gain=bench.gained(model, tok, data, 'test', decode) - before['test'], forgetting=lost, kl=kl,
-                nll=nll(model, tok, data.test[:bench.items], data.kind, data.labels, bench.max_length))
+    return dict(gain=bench.gained(model, tok, data, 'test', decode) - before['test'],
+                forgetting=lost, kl=kl,
+                nll=nll(model, tok, data.test[:bench.items], data.kind, data.labels,
+                        bench.max_length))
 
 def _broken(bench, before, e, seconds) -> dict:
     "The worst score there is, at matched gain too"
     lost = max(0., fmean(before['old'].values())) if before['old'] else bench.farthest
     worst = breakdown(bench, before, f'{type(e).__name__}: {e}', seconds, 'test')
-    return worst | dict(kl=bench.farthest, gain_matched=0., forgetting_matched=lost, kl_matched=bench.farthest)
+    return worst | dict(kl=bench.farthest, gain_matched=0., forgetting_matched=lost,
+                        kl_matched=bench.farthest)
 
-def run_seed(bench:Bench, arms:Mapping[str, dict], rates:Mapping[str, float], seed:int, looks:int=8) -> dict:
-    "{arm: numbers} of one seed: gain, forgetting, kl, nll at the last step, and gain_matched, forgetting_matched, kl_matched where all arms have learned alike"
+def run_seed(bench:Bench, arms:Mapping[str, dict], rates:Mapping[str, float], seed:int,
+             looks:int=8) -> dict:
+    """{arm: numbers} of one seed: gain, forgetting, kl, nll at the last step, and gain_matched,
+    forgetting_matched, kl_matched where all arms have learned alike"""
     done, cells, base, data = {}, {}, bench.base(seed)[0], bench.data(seed)
-    ask = lambda name, model: measured(bench, model, done[name].tok, data, seed, done[name].before, base, done[name].decode)
+    ask = lambda name, model: measured(bench, model, done[name].tok, data, seed, done[name].before,
+                                       base, done[name].decode)
     for name, arm in arms.items():
         before, t = bench.before(seed, arm['recipe']), time.process_time()
         try:
-            run, see, decode = train_arm(bench, arm, rates[name], seed, looks); done[name] = SimpleNamespace(tok=run.tok, see=see, decode=decode, before=before)
-            cells[name] = ask(name, run.model) | dict(seconds=time.process_time() - t, tokens=run.cost['tokens'], trainable=run.cost['trainable'],
-                                                      saved_bytes=run.delta.nbytes, path=see.path, error=None)
-        except (ValueError, TypeError, KeyError, OSError): raise # wrong input is not a result
-        except Exception as e: done.pop(name, None); cells[name] = _broken(bench, before, e, time.process_time() - t)
+            run, see, decode = train_arm(bench, arm, rates[name], seed, looks)
+            done[name] = SimpleNamespace(tok=run.tok, see=see, decode=decode, before=before)
+            cells[name] = ask(name, run.model) | dict(seconds=time.process_time() - t,
+                                                      tokens=run.cost['tokens'], trainable=run.cost['trainable'],
+                                                      saved_bytes=run.delta.nbytes, path=see.path,
+                                                      error=None)
+        except (ValueError, TypeError, KeyError, OSError):
+            raise # wrong input is not a result
+        except Exception as e:
+            done.pop(name, None)
+            cells[name] = _broken(bench, before, e, time.process_time() - t)
     target = target_gain([d.see.path for d in done.values()])
-    for name, d in done.items(): cells[name] |= _at_matched_gain(d.see, target, cells[name], lambda model: ask(name, model)) # noqa: B023
+    for name, d in done.items():
+        cells[name] |= _at_matched_gain(d.see, target, cells[name], lambda model: ask(name, model)) # noqa: B023
     return cells
 
 def _at_matched_gain(see:Looks, target:float|None, last:dict, ask:Callable) -> dict:
-    "What the copy at the first look that reaches the target answers; the end, where that is it or where none does"
-    i = next((i for i, row in enumerate(see.path) if target is not None and row['gain'] >= target), None)
+    """What the copy at the first look that reaches the target answers; the end, where that is it or
+    where none does"""
+    i = next((i for i, row in enumerate(see.path) if target is not None
+              and row['gain'] >= target), None)
     at = last if i is None or i == len(see.path) - 1 else ask(see.copies[i])
-    return {f'{k}_matched': at[k] for k in ('gain', 'forgetting', 'kl')} | dict(matched_at=None if i is None else see.path[i]['step'])
+    return {f'{k}_matched': at[k] for k in ('gain', 'forgetting', 'kl')} | dict(
+        matched_at=None if i is None else see.path[i]['step'])
 
 # %% ../../nbs/instruments/claims.ipynb #001013be
-STATES = {'missing': 'not yet run', 'current': 'made by this code', 'core changed': 'the library changed since, the paper and its experiment did not',
+STATES = {'missing': 'not yet run', 'current': 'made by this code',
+          'core changed': 'the library changed since, the paper and its experiment did not',
           'stale': "the paper's code or the experiment changed since: carry it over, or run it again",
           'old hash': 'hashed over text at paths that are gone: carry it over, or run it again',
           'superseded': 'a fix changed its numbers: run it again'}
@@ -153,31 +198,39 @@ def _source(module:str) -> str:
     return (at/'__init__.py' if at.is_dir() else at.with_suffix('.py')).read_text(encoding='utf-8')
 
 def own_definitions(claim:Claim) -> dict[str, str]:
-    "name -> tree of the paper's marked definitions and of what they use; raises `ValueError` where nothing is marked"
+    """name -> tree of the paper's marked definitions and of what they use; raises `ValueError`
+    where nothing is marked"""
     marks = {}
     for mark in marked():
         if mark.key == claim.key:
             marks.setdefault(mark.module, []).append(mark.name)
     if not marks:
-        raise ValueError(f'{claim.file}: no module is called {claim.key}.py and has a definition that is marked with its paper')
+        raise ValueError(f'{claim.file}: no module is called {claim.key}.py and has a definition '
+                         'that is marked with its paper')
     recorded = read_result(claim).get('definitions', ()) if claim.result.exists() else ()
     return closure(marks, _source, recorded)
 
 def own_code(claim:Claim) -> str:
-    "The hash of the paper's own definitions and of the experiment; the sentence counts, the `why` does not"
+    """The hash of the paper's own definitions and of the experiment; the sentence counts, the `why`
+    does not"""
     spec = {k: v for k, v in claim.spec.items() if k != 'why'}
-    return code_hash(*own_definitions(claim).values(), json.dumps(spec, sort_keys=True), *_script_trees(claim))
+    return code_hash(*own_definitions(claim).values(), json.dumps(spec, sort_keys=True),
+                     *_script_trees(claim))
 
 def _script_trees(claim:Claim) -> list[str]:
-    "The claim's script as a tree, and those of the claims that it takes something from (`beside('dft')`)"
+    """The claim's script as a tree, and those of the claims that it takes something from
+    (`beside('dft')`)"""
     if not claim.script:
         return []
     tree = ast.parse(claim.script.read_text(encoding='utf-8'))
-    others = [n.args[0].value for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, 'id', '') == 'beside']
-    return [dumped(bare(tree)), *(t for key in others for t in _script_trees(read_claim(claim.path.parent.parent/key)))]
+    others = [n.args[0].value for n in ast.walk(tree) if isinstance(n, ast.Call)
+              and getattr(n.func, 'id', '') == 'beside']
+    return [dumped(bare(tree)),
+            *(t for key in others for t in _script_trees(read_claim(claim.path.parent.parent/key)))]
 
 @lru_cache(None)
-def _tree(source:str) -> str: return dumped(bare(ast.parse(source)))
+def _tree(source:str) -> str:
+    return dumped(bare(ast.parse(source)))
 
 def core_code() -> str:
     "The hash of the whole package"
@@ -190,7 +243,9 @@ def read_result(claim:Claim) -> dict:
 
 def write_result(claim:Claim, result:Mapping) -> None:
     "Write a claim's result file, whole or not at all"
-    write_atomically(claim.result, lambda p: p.write_text(json.dumps(result, indent=1, allow_nan=False) + '\n', encoding='utf-8'))
+    write_atomically(claim.result,
+                     lambda p: p.write_text(json.dumps(result, indent=1, allow_nan=False) + '\n',
+                                            encoding='utf-8'))
 
 def status(claim:Claim) -> str:
     "Whose evidence it is: one of `STATES`"
@@ -223,47 +278,68 @@ def script_of(claim:Claim):
     return module
 
 def beside(key:str):
-    "The script of another claim, for a claim whose experiment shares its ground; it counts into the hash of both"
+    """The script of another claim, for a claim whose experiment shares its ground; it counts into
+    the hash of both"""
     folder = claims_folder() or Path(ftlab.__file__).resolve().parent/'data'/'claims'  # an installed package has copies
     return script_of(read_claim(folder/key))
 
 class Kept:
-    "Parts of a claim that are finished, as JSON files: `kept(name, make)` reads the part, or makes it"
-    def __init__(self, folder:Path): self.folder = folder
+    """Parts of a claim that are finished, as JSON files: `kept(name, make)` reads the part, or
+    makes it"""
+
+    def __init__(self, folder:Path):
+        self.folder = folder
 
     def __call__(self, name:str, make:Callable):
         path = self.folder/f'{name}.json'
         if not path.exists():
             found = make()
-            write_atomically(path, lambda p: p.write_text(json.dumps(found, allow_nan=False, default=float)))
+            write_atomically(path, lambda p: p.write_text(
+                json.dumps(found, allow_nan=False, default=float)))
         return json.loads(path.read_text())
 
 # %% ../../nbs/instruments/claims.ipynb #001413be
 def _recipe_seed(claim, kept, say):
     "How a seed is run where the arms are Recipes, and how they were tuned"
-    arms, bench = arms_of(claim), ground_of(claim); outside = tuning_seed(claim.spec['seeds']); t = time.process_time()
+    arms, bench = arms_of(claim), ground_of(claim)
+    outside = tuning_seed(claim.spec['seeds'])
+    t = time.process_time()
     def score(name, rate):
         g = kept(f'tune-{name}-{rate:g}', lambda: _tuning_gain(bench, arms[name], rate, outside))
-        say(f'{claim.key}: {name} at {rate:g}: validation gain {g:.3f}'); return g
+        say(f'{claim.key}: {name} at {rate:g}: validation gain {g:.3f}')
+        return g
     grids = {n: a['grid'] for n, a in arms.items()}
-    chosen = kept('tuning', lambda: dict(seed=outside, arms=tune(score, grids), seconds=time.process_time() - t))
-    rates = {n: chosen['arms'][n]['rate'] for n in arms}; looks = claim.spec.get('looks', DEFAULTS['looks'])
+    chosen = kept('tuning',
+                  lambda: dict(seed=outside, arms=tune(score, grids),
+                               seconds=time.process_time() - t))
+    rates = {n: chosen['arms'][n]['rate'] for n in arms}
+    looks = claim.spec.get('looks', DEFAULTS['looks'])
     return lambda seed: run_seed(bench, arms, rates, seed, looks), chosen
 
 def _tuning_gain(bench, arm, rate, seed) -> float:
     "The validation gain at the end; a rate at which the run breaks down is as bad as any"
-    try: gain = train_arm(bench, arm, rate, seed)[1].path[-1]['gain']
-    except (ValueError, TypeError, KeyError, OSError): raise
-    except Exception: return -1.
+    try:
+        gain = train_arm(bench, arm, rate, seed)[1].path[-1]['gain']
+    except (ValueError, TypeError, KeyError, OSError):
+        raise
+    except Exception:
+        return -1.
     return gain if math.isfinite(gain) else -1.
 
 def _script_seed(claim, script, kept):
-    "How a seed is run where a script runs the experiment; the arms of a run that broke down are empty"
-    t = time.process_time(); tuned = kept('tuning', lambda: dict(found=script.tune() if hasattr(script, 'tune') else {}, seconds=time.process_time() - t))
+    """How a seed is run where a script runs the experiment; the arms of a run that broke down are
+    empty"""
+    t = time.process_time()
+    tuned = kept('tuning', lambda: dict(found=script.tune() if hasattr(script, 'tune') else {},
+                                        seconds=time.process_time() - t))
     def one(seed):
-        try: return script.run(seed, tuned['found'])
-        except (ImportError, SyntaxError, NameError, AttributeError, TypeError): raise # the script itself is wrong
-        except Exception as e: traceback.print_exc(); return {'error': dict(what=f'{type(e).__name__}: {e}')}
+        try:
+            return script.run(seed, tuned['found'])
+        except (ImportError, SyntaxError, NameError, AttributeError, TypeError):
+            raise # the script itself is wrong
+        except Exception as e:
+            traceback.print_exc()
+            return {'error': dict(what=f'{type(e).__name__}: {e}')}
     return one, tuned
 
 # %% ../../nbs/instruments/claims.ipynb #001613be
@@ -282,21 +358,26 @@ def run_claim(claim:Claim|str,             # a claim, or its key
     script = script_of(claim) if claim.script else None
     cells, tuning = _all_seeds(claim, script, kept, say) if claim.spec.get('contrast') else ({}, {})
     result = assemble_claim(claim, cells, tuning, _identities(script))
-    seconds = sum(c['seconds'] for c in cells.values()) + tuning.get('seconds', 0.) if cells else time.process_time() - t
+    seconds = (sum(c['seconds'] for c in cells.values()) + tuning.get('seconds', 0.) if cells
+               else time.process_time() - t)
     result |= stamp | dict(versions=versions(), seconds=seconds)
     write_result(claim, result)
     return result
 
 def _stamp(claim) -> dict:
-    "What says which code a result belongs to: taken before a run, as code may change while it lasts"
-    return dict(code=own_code(claim), hash='tree', definitions=list(own_definitions(claim)), core=core_code())
+    """What says which code a result belongs to: taken before a run, as code may change while it
+    lasts"""
+    return dict(code=own_code(claim), hash='tree', definitions=list(own_definitions(claim)),
+                core=core_code())
 
 def _identities(script) -> dict[str, bool]:
-    return {k: bool(v) for k, v in script.identities().items()} if hasattr(script, 'identities') else {}
+    return ({k: bool(v) for k, v in script.identities().items()} if hasattr(script, 'identities')
+            else {})
 
 def _all_seeds(claim, script, kept, say) -> tuple[dict, dict]:
     "{seed: its arms and seconds}, and the tuning"
-    one, tuning = _script_seed(claim, script, kept) if claim.runs else _recipe_seed(claim, kept, say)
+    one, tuning = (_script_seed(claim, script, kept) if claim.runs
+                   else _recipe_seed(claim, kept, say))
     def timed(seed):
         t = time.process_time()
         found = one(seed)
@@ -310,55 +391,75 @@ def _all_seeds(claim, script, kept, say) -> tuple[dict, dict]:
 def _line(claim, arms) -> str:
     "The numbers that the contrasts look at, of each arm"
     shown = {c['metric'] for c in claim.spec['contrast']}
-    return '; '.join(f'{a} ' + ', '.join(f'{k} {v:.3f}' for k, v in c.items() if k in shown and isinstance(v, (int, float))) for a, c in arms.items())
+    return '; '.join(f'{a} ' + ', '.join(f'{k} {v:.3f}' for k, v in c.items() if k in shown
+                                         and isinstance(v, (int, float))) for a, c in arms.items())
 
 # %% ../../nbs/instruments/claims.ipynb #001813be
-def assemble_claim(claim:Claim, cells:Mapping[int, dict], tuning:Mapping, identities:Mapping[str, bool]) -> dict:
+def assemble_claim(claim:Claim, cells:Mapping[int, dict], tuning:Mapping,
+                   identities:Mapping[str, bool]) -> dict:
     "The result file's numbers and verdict, from the cells of the seeds"
-    spec, seeds = claim.spec, claim.spec['seeds']; sides = ('treatment', 'baseline')
-    contrasts = [dict({k: c[k] for k in ('name', 'kind', 'margin', 'metric')}, arms=[c[w] for w in sides], higher_is_better=c.get('higher_is_better', True),
-                      **{w: [_side(c, w, cells[s]['arms']) for s in seeds] for w in sides}) for c in spec.get('contrast', ())]
-    controls = [_control(c, cells, seeds) for c in spec.get('control', ())] + _was_matched(contrasts, cells)
+    spec, seeds = claim.spec, claim.spec['seeds']
+    sides = ('treatment', 'baseline')
+    contrasts = [dict({k: c[k] for k in ('name', 'kind', 'margin', 'metric')},
+                      arms=[c[w] for w in sides], higher_is_better=c.get('higher_is_better', True),
+                      **{w: [_side(c, w, cells[s]['arms']) for s in seeds] for w in sides})
+                 for c in spec.get('contrast', ())]
+    controls = [_control(c, cells, seeds) for c in spec.get('control', ())] + _was_matched(
+        contrasts, cells)
     ids = [dict(name=k, passed=v) for k, v in identities.items()]
     out = dict(claim=claim.key, sentence=spec['sentence'], contrasts=contrasts, controls=controls,
-               controls_ok=all(c['ok'] for c in controls), identities=ids, seeds=seeds, scope=spec['scope'], tuning=tuning)
+               controls_ok=all(c['ok'] for c in controls), identities=ids, seeds=seeds,
+               scope=spec['scope'], tuning=tuning)
     small = {str(s): {a: _small(x) for a, x in c['arms'].items()} for s, c in cells.items()}
-    return out | dict(verdict=verdict(out), cells=small, seed_seconds={str(s): round(c['seconds'], 1) for s, c in cells.items()})
+    return out | dict(verdict=verdict(out), cells=small,
+                      seed_seconds={str(s): round(c['seconds'], 1) for s, c in cells.items()})
 
 def _side(contrast, which, arms) -> float:
-    "One side of a contrast in one seed; of a run that broke down the treatment is the worst there is, and the baseline 0"
-    if 'error' in arms: return float(contrast['worst']) if which == 'treatment' else 0.
+    """One side of a contrast in one seed; of a run that broke down the treatment is the worst there
+    is, and the baseline 0"""
+    if 'error' in arms:
+        return float(contrast['worst']) if which == 'treatment' else 0.
     side = contrast[which]
     return float(side) if isinstance(side, (int, float)) else float(arms[side][contrast['metric']])
 
 def _control(c, cells, seeds) -> dict:
     values = [cells[s]['arms'].get(c['arm'], {}).get(c['metric']) for s in seeds]
-    mean = fmean(values) if None not in values else math.nan; ok = mean >= c.get('at_least', -math.inf) and mean <= c.get('at_most', math.inf)
+    mean = fmean(values) if None not in values else math.nan
+    ok = mean >= c.get('at_least', -math.inf) and mean <= c.get('at_most', math.inf)
     return dict(name=c['name'], ok=ok, values=values, at_least=c.get('at_least'), at_most=c.get('at_most'))
 
 def _was_matched(contrasts, cells) -> list[dict]:
     "A failed control where some arm never reached a gain to match, and a contrast needs one"
-    looked = [(a, s, x['matched_at']) for s, c in cells.items() for a, x in c['arms'].items() if isinstance(x, dict) and 'matched_at' in x]
+    looked = [(a, s, x['matched_at']) for s, c in cells.items() for a, x in c['arms'].items()
+              if isinstance(x, dict) and 'matched_at' in x]
     without = [f'{a}, seed {s}' for a, s, at in looked if at is None]
-    if not without or not any(c['metric'].endswith('_matched') for c in contrasts): return []
-    return [dict(name='every arm learned something, so that there was a gain to match', ok=False, values=without)]
+    if not without or not any(c['metric'].endswith('_matched') for c in contrasts):
+        return []
+    return [dict(name='every arm learned something, so that there was a gain to match', ok=False,
+                 values=without)]
 
-def _small(x): return {k: round(v, 6) if isinstance(v, float) else v for k, v in x.items() if k != 'old'} if isinstance(x, Mapping) else x
+def _small(x):
+    return ({k: round(v, 6) if isinstance(v, float) else v for k, v in x.items() if k != 'old'}
+            if isinstance(x, Mapping) else x)
 
 # %% ../../nbs/instruments/claims.ipynb #001d13be
 def again(key:str, seed:int|None=None) -> list[dict]:
-    "Run one seed of a finished claim anew: stored and new effect of each contrast, and whether they agree to within the margin"
+    """Run one seed of a finished claim anew: stored and new effect of each contrast, and whether
+    they agree to within the margin"""
     claim = named_claim(key)
     seed = read_result(claim)['seeds'][0] if seed is None else seed
     return [d | dict(same=abs(d['stored'] - d['new']) <= d['margin']) for d in replay(claim, seed)]
 
 def replay(claim:Claim, seed:int) -> list[dict]:
-    "(name, margin, stored, new) of each contrast: its effect on `seed`, as it stands in the result and run anew at the stored learning rates"
+    """(name, margin, stored, new) of each contrast: its effect on `seed`, as it stands in the
+    result and run anew at the stored learning rates"""
     r = read_result(claim)
     if seed not in r['seeds']:
-        raise ValueError(f'{claim.key}: seed {seed} is none of the result\'s; they are {", ".join(map(str, r["seeds"]))}')
+        raise ValueError(f'{claim.key}: seed {seed} is none of the result\'s; they are '
+                         f'{", ".join(map(str, r["seeds"]))}')
     fresh = lambda name, make: r['tuning'] if name == 'tuning' else make()
-    one, _ = _script_seed(claim, script_of(claim), fresh) if claim.runs else _recipe_seed(claim, fresh, lambda s: None)
+    one, _ = (_script_seed(claim, script_of(claim), fresh) if claim.runs
+              else _recipe_seed(claim, fresh, lambda s: None))
     arms, i = one(seed), r['seeds'].index(seed)
     out = []
     for c, want in zip(r['contrasts'], claim.spec['contrast'], strict=True):
@@ -394,8 +495,10 @@ def carry(claim:Claim|str,             # a claim with a result, or its key
         say(f'{claim.key}, seed {seed}: {_far_off(d)}')
     if far := [d for d in seen if d['new'] is None or abs(d['stored'] - d['new']) > d['allowed']]:
         off = '; '.join(map(_far_off, far))
-        raise ValueError(f'{claim.key} stays {state}: on seed {seed}, {off}; run it again: ftlab claims run {claim.key}')
-    told = dict({'from': result['code'], 'to': stamp['code']}, hash=result.get('hash', 'text'), seed=seed, differences=seen)
+        raise ValueError(f'{claim.key} stays {state}: on seed {seed}, {off}; run it again: ftlab '
+                         f'claims run {claim.key}')
+    told = dict({'from': result['code'], 'to': stamp['code']}, hash=result.get('hash', 'text'),
+                seed=seed, differences=seen)
     write_result(claim, result | stamp | dict(carried=[*result.get('carried', ()), told]))
     return seen
 
@@ -403,17 +506,22 @@ def _far_off(d) -> str:
     "A replayed contrast in words"
     if d['new'] is None:
         return f'{d["name"]} was {d["stored"]:+.4f} and is NaN or infinite'
-    return f'{d["name"]} was {d["stored"]:+.4f} and is {d["new"]:+.4f}, {abs(d["stored"] - d["new"]):.2g} off, allowed {d["allowed"]:g}'
+    return (f'{d["name"]} was {d["stored"]:+.4f} and is {d["new"]:+.4f}, '
+            f'{abs(d["stored"] - d["new"]):.2g} off, allowed {d["allowed"]:g}')
 
 def _seen(claim, seed) -> list[dict]:
-    "What a replay saw, with the difference that is allowed; an identity counts as an effect of 1 that must stay, None stands for NaN"
+    """What a replay saw, with the difference that is allowed; an identity counts as an effect of 1
+    that must stay, None stands for NaN"""
     found = replay(claim, seed) if claim.spec.get('contrast') else []
-    out = [dict(name=d['name'], stored=d['stored'], new=d['new'] if math.isfinite(d['new']) else None, allowed=max(d['margin']/10, 1e-6)) for d in found]
+    out = [dict(name=d['name'], stored=d['stored'], new=d['new'] if math.isfinite(d['new'])
+                else None, allowed=max(d['margin']/10, 1e-6)) for d in found]
     ids = _identities(script_of(claim)) if claim.script else {}
-    return out + [dict(name=f'identity: {k}', stored=1., new=float(ok), allowed=0.) for k, ok in ids.items()]
+    return out + [dict(name=f'identity: {k}', stored=1., new=float(ok), allowed=0.)
+                  for k, ok in ids.items()]
 
 def supersede(claim:Claim|str, reason:str) -> None:
-    "Mark a result as superseded: the tests accept it, and every list says so, until the claim has run again"
+    """Mark a result as superseded: the tests accept it, and every list says so, until the claim has
+    run again"""
     claim = claim if isinstance(claim, Claim) else named_claim(claim)
     if not reason.strip():
         raise ValueError('say why the result no longer stands, for instance "the row limit was off by one"')
@@ -425,32 +533,41 @@ def explain(key:str) -> str:
     claim = named_claim(key)
     s, title = claim.spec, next((p.title for p in marked() if p.key == key), key)
     lines = [title, '', s['sentence'], '', f'Why so: {s["why"]}', '']
-    lines += [f'Arms: {a}: {x if isinstance(x, str) else x["recipe"]}' for a, x in s.get('arms', {}).items()]
+    lines += [f'Arms: {a}: {x if isinstance(x, str) else x["recipe"]}'
+              for a, x in s.get('arms', {}).items()]
     lines.append(f'Seeds {", ".join(map(str, s["seeds"]))}; scope {s["scope"]}: {SCOPES[s["scope"]]}.')
     if not claim.result.exists():
         return '\n'.join(lines + ['', f'Not yet run: ftlab claims run {key}'])
     r, state = read_result(claim), status(claim)
     v = verdict(r)
     because = f': {r["superseded"]}' if state == 'superseded' else ''
-    return '\n'.join([*lines, *_outcome(r), '', f'{v}: {VERDICTS[v]} ({state}{because}; {r["seconds"]/60:.1f} minutes)'])
+    return '\n'.join([*lines, *_outcome(r), '',
+                      f'{v}: {VERDICTS[v]} ({state}{because}; {r["seconds"]/60:.1f} minutes)'])
 
 def _outcome(r:dict) -> list[str]:
     "What each contrast, control and identity of a result says"
-    def must(k): return f'must lie within ±{k["margin"]:g}' if k['kind'] == 'equivalence' else f'must lie above {k["margin"]:g}'
+
+    def must(k):
+        return f'must lie within ±{k["margin"]:g}' if k['kind'] == 'equivalence' else f'must lie above {k["margin"]:g}'
+
     effects = [(k, contrast(k)) for k in r['contrasts']]
-    return ([f'{k["name"]}: effect {f["mean"]:+.3f} [{f["low"]:+.3f}, {f["high"]:+.3f}], {must(k)}: {f["verdict"]}' for k, f in effects]
+    return ([f'{k["name"]}: effect {f["mean"]:+.3f} [{f["low"]:+.3f}, {f["high"]:+.3f}], {must(k)}: '
+             f'{f["verdict"]}' for k, f in effects]
             + [f'control, {k["name"]}: {"passed" if k["ok"] else "FAILED"}' for k in r['controls']]
             + [f'identity, {k["name"]}: {"passed" if k["passed"] else "FAILED"}' for k in r['identities']])
 
 # %% ../../nbs/instruments/claims.ipynb #001f13be
-def run_claims(keys:list[str]|None=None, jobs:int=1, everything:bool=False, say:Callable=print) -> dict[str, str]:
-    "Run the claims whose evidence is missing, stale or superseded (`everything`: all; or those named); {key: verdict, or what went wrong}"
+def run_claims(keys:list[str]|None=None, jobs:int=1, everything:bool=False,
+               say:Callable=print) -> dict[str, str]:
+    """Run the claims whose evidence is missing, stale or superseded (`everything`: all; or those
+    named); {key: verdict, or what went wrong}"""
     unproven = ('missing', 'stale', 'old hash', 'superseded')
     todo = keys or [c.key for c in claims() if everything or status(c) in unproven]
     return _each(_run_one, todo, jobs, say)
 
 def carry_claims(keys:list[str]|None=None, jobs:int=1, say:Callable=print) -> dict[str, str]:
-    "Carry over the results whose code changed, or those named; {key: 'carried over', 'needs no carrying', or what is in the way}"
+    """Carry over the results whose code changed, or those named; {key: 'carried over', 'needs no
+    carrying', or what is in the way}"""
     todo = keys or [c.key for c in claims() if status(c) in ('stale', 'old hash')]
     return _each(_carry_one, todo, jobs, say)
 
@@ -471,7 +588,8 @@ def _each(work:Callable, keys:list[str], jobs:int, say:Callable) -> dict[str, st
             say(f'{running[f]}: {out[running[f]]}')
     return out
 
-def _to_stderr(text:str) -> None: print(text, file=sys.stderr, flush=True)
+def _to_stderr(text:str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 def _one_thread() -> None:
     "Of several workers each takes one core"

@@ -42,10 +42,13 @@ __all__ = ['METRICS', 'SEED_KEYS', 'COLORS', 'MARKS', 'MEANT', 'PAGE', 'interval
 def interval(values:list[float|None], # one number a seed
              level:float=.95          # of confidence
             ) -> dict:                # mean, low, high; `None` where there is no answer
-    "The mean over seeds and its Student-t interval; no interval below three seeds, no mean if a seed has no number"
-    if not values or None in values: return dict(mean=None, low=None, high=None)
+    """The mean over seeds and its Student-t interval; no interval below three seeds, no mean if a
+    seed has no number"""
+    if not values or None in values:
+        return dict(mean=None, low=None, high=None)
     n, mean = len(values), fmean(values)
-    if n < 3: return dict(mean=mean, low=None, high=None)
+    if n < 3:
+        return dict(mean=mean, low=None, high=None)
     half = float(stats.t.ppf(.5 + level/2, n - 1))*stdev(values)/math.sqrt(n)
     return dict(mean=mean, low=mean - half, high=mean + half)
 
@@ -59,7 +62,8 @@ def target_gain(paths:list[list[dict]], # one path an arm, all of one seed
 
 def matched(path:list[dict], target:float|None) -> float|None:
     "What was forgotten at the first look whose gain reaches `target`; `None` if none does"
-    return next((row['forgetting'] for row in path if target is not None and row['gain'] >= target), None)
+    return next((row['forgetting'] for row in path if target is not None
+                 and row['gain'] >= target), None)
 
 # %% ../../nbs/instruments/compare.ipynb #000cc6d6
 def best_rate(tried:Mapping[float, float]) -> float:
@@ -69,7 +73,9 @@ def best_rate(tried:Mapping[float, float]) -> float:
 
 def next_rate(tried:Mapping[float, float]) -> float:
     "One more rate, by the grid's own ratio, on the side where its best lies"
-    rates, best = sorted(tried), best_rate(tried); i = rates.index(best); n = len(rates) - 1
+    rates, best = sorted(tried), best_rate(tried)
+    i = rates.index(best)
+    n = len(rates) - 1
     up = i > n - i or (2*i == n and tried[rates[-1]] > tried[rates[0]])
     return float(f'{rates[-1]**2/rates[-2] if up else rates[0]**2/rates[1]:.3g}')
 
@@ -77,40 +83,56 @@ def tune(score:Callable,   # (name, rate) -> score on validation data, higher is
          grids:Mapping[str, tuple[float, ...]], # name -> learning rates
          extend:int=2      # how often the grids may grow
         ) -> dict[str, dict]: # name -> rate, tried (rate and score, in order), at_edge
-    "Choose a rate for every arm, with equal effort for each; raises `ValueError` if the grids differ in size"
+    """Choose a rate for every arm, with equal effort for each; raises `ValueError` if the grids
+    differ in size"""
     sizes = {n: len(set(g)) for n, g in grids.items()}
     if len(set(sizes.values())) > 1:
-        raise ValueError(f'every method must get the same number of learning rates; there are {", ".join(f"{k} for {n}" for n, k in sizes.items())}')
+        raise ValueError('every method must get the same number of learning rates; there are '
+                         f'{", ".join(f"{k} for {n}" for n, k in sizes.items())}')
     tried = {n: {r: score(n, r) for r in sorted(set(g))} for n, g in grids.items()}
     at_edge = lambda t: len(t) > 1 and best_rate(t) in (min(t), max(t))
     for _ in range(extend):
-        if not any(map(at_edge, tried.values())): break
-        for n, t in tried.items(): rate = next_rate(t); t[rate] = score(n, rate)
-    return {n: dict(rate=best_rate(t), tried=[list(x) for x in sorted(t.items())], at_edge=at_edge(t)) for n, t in tried.items()}
+        if not any(map(at_edge, tried.values())):
+            break
+        for n, t in tried.items():
+            rate = next_rate(t)
+            t[rate] = score(n, rate)
+    return {n: dict(rate=best_rate(t), tried=[list(x) for x in sorted(t.items())],
+                    at_edge=at_edge(t)) for n, t in tried.items()}
 
 # %% ../../nbs/instruments/compare.ipynb #0010c6d6
 METRICS = ('exact', 'accuracy', 'nll')
 
 def metric_for(data:Data, metric:str|Callable|None=None) -> str|Callable:
-    "The metric that fits the data, or the one asked for if it can be had; raises `ValueError` if not"
-    if callable(metric): return metric
+    """The metric that fits the data, or the one asked for if it can be had; raises `ValueError` if
+    not"""
+    if callable(metric):
+        return metric
     if metric is not None and metric not in METRICS:
-        raise ValueError(f'metric is {metric!r}; it must be {", ".join(METRICS)}, or a function (model, tok, rows) -> number, higher is better')
+        raise ValueError(f'metric is {metric!r}; it must be {", ".join(METRICS)}, or a function '
+                         '(model, tok, rows) -> number, higher is better')
     if metric == 'exact' and data.kind != 'text' or metric == 'accuracy' and data.kind != 'label':
-        raise ValueError(f'metric {metric!r} does not fit data of kind {data.kind!r}: exact needs prompt and response, accuracy needs labels')
+        raise ValueError(f'metric {metric!r} does not fit data of kind {data.kind!r}: exact needs '
+                         'prompt and response, accuracy needs labels')
     known = data.test or data.validation or data.train # a set of old questions may have no test rows of its own
-    of_lab = data.kind == 'text' and bool(known) and all(r.get('skill') in ALL_SKILLS for r in known)
+    of_lab = (data.kind == 'text' and bool(known)
+              and all(r.get('skill') in ALL_SKILLS for r in known))
     return metric or ('accuracy' if data.kind == 'label' else 'exact' if of_lab else 'nll')
 
-def score(metric, model, tok, rows:list[dict], data:Data, max_length:int|None=None, decode=None) -> float:
+def score(metric, model, tok, rows:list[dict], data:Data, max_length:int|None=None,
+          decode=None) -> float:
     "How well `model` does on `rows`; higher is better"
-    if callable(metric): return float(metric(model, tok, rows))
-    if metric == 'accuracy': return label_accuracy(model, tok, rows, data.labels, max_length)
-    return exact_match(model, tok, rows, decode) if metric == 'exact' else -nll(model, tok, rows, data.kind, data.labels, max_length)
+    if callable(metric):
+        return float(metric(model, tok, rows))
+    if metric == 'accuracy':
+        return label_accuracy(model, tok, rows, data.labels, max_length)
+    return (exact_match(model, tok, rows, decode) if metric == 'exact'
+            else -nll(model, tok, rows, data.kind, data.labels, max_length))
 
 def worst(metric, model, data:Data) -> float:
     "The score of a model that knows nothing: no answer right, or every word as likely as any other"
-    return -math.log(len(data.labels) if data.kind == 'label' else model.config.vocab_size) if metric == 'nll' else 0.
+    return (-math.log(len(data.labels) if data.kind == 'label' else model.config.vocab_size)
+            if metric == 'nll' else 0.)
 
 # %% ../../nbs/instruments/compare.ipynb #0012c6d6
 @torch.no_grad()
@@ -123,7 +145,8 @@ def features(model, tok, rows:list[dict], data:Data, max_length:int|None=None) -
         out.append(((h*on).sum(1)/on.sum(1)).cpu())
     return torch.cat(out)
 
-def kl_to_base(base:Callable, model, tok, rows:list[dict], data:Data, max_length:int|None=None) -> float:
+def kl_to_base(base:Callable, model, tok, rows:list[dict], data:Data,
+               max_length:int|None=None) -> float:
     "Mean KL(base || model) in nats per priced token of `rows`"
     enc, total, n = encode_all(rows, tok, data.kind, row_limit(model, tok, max_length)), 0., 0
     for i in range(0, len(enc), 25):
@@ -135,22 +158,41 @@ def kl_to_base(base:Callable, model, tok, rows:list[dict], data:Data, max_length
 
 # %% ../../nbs/instruments/compare.ipynb #0014c6d6
 class Watch:
-    "A measurement for `Every` that stops the clock and the memory meter while it looks: its own cost is not the method's"
+    """A measurement for `Every` that stops the clock and the memory meter while it looks: its own
+    cost is not the method's"""
+
     def __init__(self, measure:Callable, device): # measure(state) -> dict
-        self.measure, self.device, self.away, self.peak, self.memory = measure, device, 0., 0, PeakMemory(device).__enter__()
+        self.measure = measure
+        self.device = device
+        self.away = 0.
+        self.peak = 0
+        self.memory = PeakMemory(device).__enter__()
+
     def __call__(self, state):
-        self.note_peak(); t = time.time(); row = self.measure(state); self.away += time.time() - t
+        self.note_peak()
+        t = time.time()
+        row = self.measure(state)
+        self.away += time.time() - t
         free_memory()
-        again = PeakMemory(self.device).__enter__(); again.start = getattr(self.memory, 'start', None); self.memory = again
+        again = PeakMemory(self.device).__enter__()
+        again.start = getattr(self.memory, 'start', None)
+        self.memory = again
         return row
     def note_peak(self):
-        now = self.memory.bytes(); self.peak = None if now is None or self.peak is None else max(self.peak, now)
+        now = self.memory.bytes()
+        self.peak = None if now is None or self.peak is None else max(self.peak, now)
 
 class Budget:
     "End the run when so many tokens have been read"
-    def __init__(self, tokens:int): self.tokens = tokens
-    def describe(self): return dict(name='Budget', tokens=self.tokens)
-    def after_step(self, state): state.steps = state.step if state.tokens >= self.tokens else state.steps
+
+    def __init__(self, tokens:int):
+        self.tokens = tokens
+
+    def describe(self):
+        return dict(name='Budget', tokens=self.tokens)
+
+    def after_step(self, state):
+        state.steps = state.step if state.tokens >= self.tokens else state.steps
 
 # %% ../../nbs/instruments/compare.ipynb #0016c6d6
 class Base:
@@ -158,67 +200,108 @@ class Base:
     def __init__(self, model,    # a name or folder as in `ftlab.load`, or (model, tok), which stays as it is
                  labels=None,    # names of the labels of the data, if they have some
                  revision=None, dtype=None, device=None): # as in `ftlab.load`; a model that was handed over stays on its own device by default
-        self.source, self.named, self.labels, self.revision, self.dtype = model, isinstance(model, (str, Path)), labels, revision, dtype
-        self.device, self._prints = find_device(device or ('cpu' if self.named else device_of(model[0]))), {}
+        self.source = model
+        self.named = isinstance(model, (str, Path))
+        self.labels = labels
+        self.revision = revision
+        self.dtype = dtype
+        self.device = find_device(device or ('cpu' if self.named else device_of(model[0])))
+        self._prints = {}
 
     def __call__(self, seed:int):
-        "A copy to be spoilt, and its tokenizer; for data with labels a fresh head drawn from the seed, where the model was given by name"
-        if not self.named: return copy.deepcopy(self.source[0]).to(self.device).eval(), self.source[1]
-        return load(self.source, revision=self.revision, dtype=self.dtype, device=self.device, labels=self.labels, seed=seed)
+        """A copy to be spoilt, and its tokenizer; for data with labels a fresh head drawn from the
+        seed, where the model was given by name"""
+        if not self.named:
+            return copy.deepcopy(self.source[0]).to(self.device).eval(), self.source[1]
+        return load(self.source, revision=self.revision, dtype=self.dtype, device=self.device,
+                    labels=self.labels, seed=seed)
 
     def fingerprint(self, seed:int) -> str:
         "What tells this base from another; with a fresh head it depends on the seed"
         s = seed if self.labels else 0
-        if s not in self._prints: self._prints[s] = digest(identity(self(s)[0]))
+        if s not in self._prints:
+            self._prints[s] = digest(identity(self(s)[0]))
         return self._prints[s]
 
 # %% ../../nbs/instruments/compare.ipynb #0019c6d6
 def taught(data:Data) -> str|None:
-    "The lab skill that all training rows belong to, so that a seed can draw its questions anew; `None` for other data"
-    return data.name if data.name in ALL_SKILLS and {r.get('skill') for r in data.train} == {data.name} else None
+    """The lab skill that all training rows belong to, so that a seed can draw its questions anew;
+    `None` for other data"""
+    return (data.name if data.name in ALL_SKILLS and {r.get('skill') for r in data.train}
+            == {data.name} else None)
 
 def forgetting_is(data:Data, old:Data|None, tok) -> str:
-    "What stands for forgetting: the old data that are given, the old skills of a lab model, or else how far the model drifts"
-    if old is not None: return 'old data'
+    """What stands for forgetting: the old data that are given, the old skills of a lab model, or
+    else how far the model drifts"""
+    if old is not None:
+        return 'old data'
     return 'drift (1 - CKA)' if data.kind == 'label' else 'old skills' if is_lab(tok) else 'drift (KL)'
 
 def _check_bench(data:Data, old:Data|None, steps:int, budget:int|None) -> None:
     for s in ('validation', 'test'):
-        if not getattr(data, s): raise ValueError(f'{data.name} has no {s} row, and a comparison needs some; give more rows, or a {s} set of your own')
-    if steps < 1 or (budget is not None and budget < 1): raise ValueError(f'steps is {steps} and budget {budget}; both must be at least 1')
+        if not getattr(data, s):
+            raise ValueError(f'{data.name} has no {s} row, and a comparison needs some; give more '
+                             f'rows, or a {s} set of your own')
+    if steps < 1 or (budget is not None and budget < 1):
+        raise ValueError(f'steps is {steps} and budget {budget}; both must be at least 1')
     if old is not None and old.kind == 'label' and old.labels != data.labels:
-        raise ValueError(f'the old data {old.name} have other labels than {data.name}: one classifier cannot answer both; '
+        raise ValueError(f'the old data {old.name} have other labels than {data.name}: one '
+                         'classifier cannot answer both; '
                          'leave out old= and forgetting is measured as drift')
 
 # %% ../../nbs/instruments/compare.ipynb #001ac6d6
 class Bench:
-    "What all cells share: `base(seed)`, `data(seed)`, what the base could do `before(seed)`, and how a model is measured"
-    def __init__(self, model, data, old=None, metric=None, *, items=400, old_items=100, validation_items=200, steps=200, tune_steps=None,
-                 evaluate_every=None, max_length=None, device=None, dtype=None, revision=None, budget=None, progress=True, keep=False,
+    """What all cells share: `base(seed)`, `data(seed)`, what the base could do `before(seed)`, and
+    how a model is measured"""
+    def __init__(self, model, data, old=None, metric=None, *, items=400, old_items=100,
+                 validation_items=200, steps=200, tune_steps=None,
+                 evaluate_every=None, max_length=None, device=None, dtype=None, revision=None,
+                 budget=None, progress=True, keep=False,
                  **settings): # all as in `compare`; settings go to `fit`
-        self.given = data if isinstance(data, Data) else as_data(data); self.old = old if old is None or isinstance(old, Data) else as_data(old)
+        self.given = data if isinstance(data, Data) else as_data(data)
+        self.old = old if old is None or isinstance(old, Data) else as_data(old)
         _check_bench(self.given, self.old, steps, budget)
-        self.metric, self.items, self.old_items, self.validation_items = metric_for(self.given, metric), items, old_items, validation_items
-        self.steps, self.tune_steps, self.every = steps, tune_steps or steps, evaluate_every or max(1, steps//8)
-        self.revision, self.dtype, self.max_length, self.budget, self.progress, self.keep = revision, dtype, max_length, budget, progress, keep
+        self.metric = metric_for(self.given, metric)
+        self.items = items
+        self.old_items = old_items
+        self.validation_items = validation_items
+        self.steps = steps
+        self.tune_steps = tune_steps or steps
+        self.every = evaluate_every or max(1, steps//8)
+        self.revision = revision
+        self.dtype = dtype
+        self.max_length = max_length
+        self.budget = budget
+        self.progress = progress
+        self.keep = keep
         self.settings, self.skill, self.known_before = settings, taught(self.given), {}
-        self.base = Base(model, self.given.labels, revision, dtype, device); self.device = self.base.device
-        probe, tok = self.base(0); self.size, self.how = sum(p.numel() for p in probe.parameters()), forgetting_is(self.given, self.old, tok)
+        self.base = Base(model, self.given.labels, revision, dtype, device)
+        self.device = self.base.device
+        probe, tok = self.base(0)
+        self.size = sum(p.numel() for p in probe.parameters())
+        self.how = forgetting_is(self.given, self.old, tok)
         self.old_names = old_skills(self.given, tok) if self.how == 'old skills' else []
-        self.worst, self.worst_old = worst(self.metric, probe, self.given), worst(metric_for(self.old), probe, self.old) if self.old else 0.
-        self.farthest = 1. if self.given.kind == 'label' else math.log(probe.config.vocab_size) # the drift of a model that knows nothing
+        self.worst = worst(self.metric, probe, self.given)
+        self.worst_old = worst(metric_for(self.old), probe, self.old) if self.old else 0.
+        # the drift of a model that knows nothing
+        self.farthest = 1. if self.given.kind == 'label' else math.log(probe.config.vocab_size)
 
     def data(self, seed:int) -> Data:
         "The data of a seed: a lab skill draws its questions anew"
         return as_data(self.skill, seed=seed, n=len(self.given.train)) if self.skill else self.given
 
-    def print_of(self, seed:int) -> str: "A fingerprint of the base"; return self.base.fingerprint(seed)
+    def print_of(self, seed:int) -> str:
+        "A fingerprint of the base"
+        return self.base.fingerprint(seed)
 
     def before(self, seed:int, recipe:Recipe|None=None) -> dict:
-        "What the base can do, measured once a seed (and once more for a recipe that draws answers its own way)"
-        own = recipe is not None and recipe.decode is not None and not recipe.learners # before training there is no learner to ask
+        """What the base can do, measured once a seed (and once more for a recipe that draws answers
+        its own way)"""
+        # before training there is no learner to ask
+        own = recipe is not None and recipe.decode is not None and not recipe.learners
         key = (seed, recipe.name if own else None)
-        if key not in self.known_before: self.known_before[key] = _base_scores(self, seed, recipe if own else None)
+        if key not in self.known_before:
+            self.known_before[key] = _base_scores(self, seed, recipe if own else None)
         return self.known_before[key]
 
     def gained(self, model, tok, data, split, decode=None) -> float:
@@ -239,45 +322,68 @@ def _gained(bench, model, tok, data, split, decode) -> float:
     return score(bench.metric, model, tok, rows, data, bench.max_length, decode)
 
 def _kept(bench, model, tok, seed, decode) -> dict:
-    if bench.how == 'old skills': return skills(model, bench.old_items, names=bench.old_names, tok=tok, seed=seed, decode=decode)
-    if (old := bench.old) is None: return {}
-    rows = (old.test + old.validation + old.train)[:bench.old_items] # nothing here was trained on: all of it may be asked
+    if bench.how == 'old skills':
+        return skills(model, bench.old_items, names=bench.old_names, tok=tok, seed=seed,
+                      decode=decode)
+    if (old := bench.old) is None:
+        return {}
+    # nothing here was trained on: all of it may be asked
+    rows = (old.test + old.validation + old.train)[:bench.old_items]
     return {old.name: score(metric_for(old), model, tok, rows, old, bench.max_length, decode)}
 
 def _drifted(bench, base, model, tok, seed, data) -> float:
-    if data.kind != 'label': return kl_to_base(base, model, tok, data.test[:bench.old_items], data, bench.max_length)
-    return 1 - cka(bench.before(seed)['features'], features(model, tok, data.validation[:bench.validation_items], data, bench.max_length))
+    if data.kind != 'label':
+        return kl_to_base(base, model, tok, data.test[:bench.old_items], data, bench.max_length)
+    return 1 - cka(bench.before(seed)['features'],
+                   features(model, tok, data.validation[:bench.validation_items], data,
+                            bench.max_length))
 
 @torch.no_grad()
 def _base_scores(bench, seed, recipe) -> dict:
-    (model, tok), data = bench.base(seed), bench.data(seed); decode = decoder_for(recipe, model)
-    out = {s: bench.gained(model, tok, data, s, decode) for s in ('validation', 'test')} | dict(old=bench.kept(model, tok, seed, data, decode))
-    if data.kind == 'label': out['features'] = features(model, tok, data.validation[:bench.validation_items], data, bench.max_length)
+    (model, tok), data = bench.base(seed), bench.data(seed)
+    decode = decoder_for(recipe, model)
+    out = {s: bench.gained(model, tok, data, s, decode) for s in ('validation', 'test')} | dict(
+        old=bench.kept(model, tok, seed, data, decode))
+    if data.kind == 'label':
+        out['features'] = features(model, tok, data.validation[:bench.validation_items], data,
+                                   bench.max_length)
     return out
 
 def decoder_for(recipe, base, learners=None):
-    "The recipe's own way to draw answers, as a function (model, tok, prompts); `learners` is filled with what learned beside the model once that is known"
-    if recipe is None or recipe.decode is None: return None
-    return lambda model, tok, prompts, **kw: recipe.decode(dict(tuned=model, base=base, **(learners or {})), tok, prompts, **kw)
+    """The recipe's own way to draw answers, as a function (model, tok, prompts); `learners` is
+    filled with what learned beside the model once that is known"""
+    if recipe is None or recipe.decode is None:
+        return None
+    return lambda model, tok, prompts, **kw: recipe.decode(dict(tuned=model, base=base,
+                                                                **(learners or {})), tok,
+                                                           prompts, **kw)
 
 # %% ../../nbs/instruments/compare.ipynb #001ec6d6
-def run_cell(bench:Bench, recipe:Recipe, rate:float, seed:int, folder:Path, tuning:bool=False, resume:bool=True) -> dict:
-    "The numbers of one method at one rate with one seed, from its file or by running it; `tuning` measures the validation gain alone"
-    key = _key(bench, recipe, rate, seed, tuning); path = folder/f'{digest(key)}.json'
+def run_cell(bench:Bench, recipe:Recipe, rate:float, seed:int, folder:Path, tuning:bool=False,
+             resume:bool=True) -> dict:
+    """The numbers of one method at one rate with one seed, from its file or by running it; `tuning`
+    measures the validation gain alone"""
+    key = _key(bench, recipe, rate, seed, tuning)
+    path = folder/f'{digest(key)}.json'
     if resume and (kept := _kept_cell(path, key)):
         return kept
-    t = time.time(); before = bench.before(seed, recipe)
-    try: cell = _run(bench, recipe, rate, seed, tuning, path.with_suffix('.safetensors'))
+    t = time.time()
+    before = bench.before(seed, recipe)
+    try:
+        cell = _run(bench, recipe, rate, seed, tuning, path.with_suffix('.safetensors'))
     # wrong input would be wrong for everyone; anything else is this method's own failure, and a result
-    except (ValueError, TypeError, KeyError, OSError): raise
+    except (ValueError, TypeError, KeyError, OSError):
+        raise
     except Exception as e:
-        cell = breakdown(bench, before, f'{type(e).__name__}: {" ".join(str(e).split())[:300]}', time.time() - t, 'validation' if tuning else 'test')
+        cell = breakdown(bench, before, f'{type(e).__name__}: {" ".join(str(e).split())[:300]}',
+                         time.time() - t, 'validation' if tuning else 'test')
     cell = dict(method=recipe.name, rate=rate, seed=seed, tuning=tuning, **cell, key=key)
     write_atomically(path, lambda p: p.write_text(json.dumps(cell, allow_nan=False)))
     return cell
 
 def _kept_cell(path:Path, key:dict) -> dict|None:
-    "A finished cell; `None`, with a warning, for a file that is damaged, so that the cell is done again"
+    """A finished cell; `None`, with a warning, for a file that is damaged, so that the cell is done
+    again"""
     if path.is_dir():
         raise IsADirectoryError(f'{str(path)!r} is a folder, where the file of a cell belongs; move it away')
     if not path.exists():
@@ -294,16 +400,22 @@ def _kept_cell(path:Path, key:dict) -> dict|None:
 
 def _key(bench, recipe, rate, seed, tuning) -> dict:
     "All that determines a cell; its digest names the file"
-    return dict(base=bench.print_of(seed), data=bench.data(seed).fingerprint, old=bench.old and bench.old.fingerprint, how=bench.how, recipe=recipe.describe(),
-                rate=rate, seed=seed, tuning=tuning, metric=_title(bench.metric), steps=bench.tune_steps if tuning else bench.steps, every=bench.every,
-                items=[bench.items, bench.old_items, bench.validation_items], max_length=bench.max_length, budget=bench.budget,
+    return dict(base=bench.print_of(seed), data=bench.data(seed).fingerprint,
+                old=bench.old and bench.old.fingerprint, how=bench.how, recipe=recipe.describe(),
+                rate=rate, seed=seed, tuning=tuning, metric=_title(bench.metric),
+                steps=bench.tune_steps if tuning else bench.steps, every=bench.every,
+                items=[bench.items, bench.old_items, bench.validation_items],
+                max_length=bench.max_length, budget=bench.budget,
                 dtype=str(bench.dtype), device=bench.device.type, settings=bench.settings)
 
-def _title(metric) -> str: return metric if isinstance(metric, str) else getattr(metric, '__name__', 'a function')
+def _title(metric) -> str:
+    return metric if isinstance(metric, str) else getattr(metric, '__name__', 'a function')
 
 def _run(bench, recipe, rate, seed, tuning, file) -> dict:
-    trial = Trial(bench, recipe, seed); run = trial.train(rate, bench.tune_steps if tuning else bench.steps, looks=not tuning)
-    return _finite(dict(gain=trial.gain(run.model, 'validation'), error=None) if tuning else _measured(trial, run, file))
+    trial = Trial(bench, recipe, seed)
+    run = trial.train(rate, bench.tune_steps if tuning else bench.steps, looks=not tuning)
+    return _finite(dict(gain=trial.gain(run.model, 'validation'), error=None) if tuning
+                   else _measured(trial, run, file))
 
 # %% ../../nbs/instruments/compare.ipynb #0020c6d6
 class Trial:
@@ -311,81 +423,117 @@ class Trial:
     def __init__(self, bench:Bench, recipe:Recipe, seed:int):
         gc.collect()
         free_memory() # the last cell's model lives on in cycles
-        self.bench, self.recipe, self.seed, self.before = bench, recipe, seed, bench.before(seed, recipe)
-        (self.model, self.tok), self.data, self.old, self.learners = bench.base(seed), bench.data(seed), {}, {}
-        self.frozen = copy.deepcopy(self.model) if recipe.decode or recipe.stages else None # no base is left inside a model that was folded between stages
+        self.bench = bench
+        self.recipe = recipe
+        self.seed = seed
+        self.before = bench.before(seed, recipe)
+        (self.model, self.tok) = bench.base(seed)
+        self.data = bench.data(seed)
+        self.old = {}
+        self.learners = {}
+        # no base is left inside a model that was folded between stages
+        self.frozen = copy.deepcopy(self.model) if recipe.decode or recipe.stages else None
         self.decode = decoder_for(recipe, self.frozen, self.learners)
 
     def train(self, rate:float, steps:int, looks:bool=True):
         "The finished run; raises `KeyboardInterrupt` if it was stopped by hand"
-        bench = self.bench; self.watch = Watch(lambda state: self.look(state, state.attached), bench.device)
-        calls = ((Budget(bench.budget),) if bench.budget is not None else ()) + ((Every(bench.every, self.watch),) if looks else ())
-        run = fit(self.model, self.tok, self.data, self.recipe, steps=steps, lr=rate, seed=self.seed, max_length=bench.max_length, device=str(bench.device),
+        bench = self.bench
+        self.watch = Watch(lambda state: self.look(state, state.attached), bench.device)
+        calls = ((Budget(bench.budget),) if bench.budget is not None else ()) + (
+            (Every(bench.every, self.watch),) if looks else ())
+        run = fit(self.model, self.tok, self.data, self.recipe, steps=steps, lr=rate,
+                  seed=self.seed, max_length=bench.max_length, device=str(bench.device),
                   callbacks=calls, progress=bench.progress, **bench.settings)
-        if run.interrupted: raise KeyboardInterrupt
+        if run.interrupted:
+            raise KeyboardInterrupt
         self.learners.update(run.models)
         return run
 
     def gain(self, model, split:str) -> float:
         "After minus before"
-        return self.bench.gained(model, self.tok, self.data, split, self.decode) - self.before[split]
+        return self.bench.gained(model, self.tok, self.data, split,
+                                 self.decode) - self.before[split]
 
     def drift(self, model, attached) -> float:
         "From the base"
-        return self.bench.drifted(self.frozen or SwitchedOff(attached), model, self.tok, self.seed, self.data)
+        return self.bench.drifted(self.frozen or SwitchedOff(attached), model, self.tok, self.seed,
+                                  self.data)
 
     def look(self, seen, attached) -> dict: # seen: a state or a run, with model and models
         "Gain on validation data, and what is forgotten"
-        self.learners.update({n: seen.models[n] for n in self.recipe.learners}); gain = self.gain(seen.model, 'validation')
-        self.old = self.bench.kept(seen.model, self.tok, self.seed, self.data, self.decode); was = self.before['old']
-        return dict(gain=gain, forgetting=fmean(was[k] - v for k, v in self.old.items()) if self.old else self.drift(seen.model, attached))
+        self.learners.update({n: seen.models[n] for n in self.recipe.learners})
+        gain = self.gain(seen.model, 'validation')
+        self.old = self.bench.kept(seen.model, self.tok, self.seed, self.data, self.decode)
+        was = self.before['old']
+        return dict(gain=gain, forgetting=fmean(was[k] - v for k, v in self.old.items()) if self.old
+                    else self.drift(seen.model, attached))
 
 # %% ../../nbs/instruments/compare.ipynb #0022c6d6
 @torch.no_grad()
 def _measured(trial:Trial, run, file:Path) -> dict:
     "What is known of a finished run, on test data and of its cost"
-    bench, data, before, path, att = trial.bench, trial.data, trial.before, list(run.path), run.delta.attached
-    if run.recipe.edit is not None: path.append(dict(step=len(run.log), **trial.look(run, att))) # an edit comes after the loop's last look
-    after = bench.gained(run.model, trial.tok, data, 'test', trial.decode); saved = run.delta.save(file)
-    if not bench.keep: file.unlink()
+    bench = trial.bench
+    data = trial.data
+    before = trial.before
+    path = list(run.path)
+    att = run.delta.attached
+    if run.recipe.edit is not None:
+        path.append(dict(step=len(run.log), **trial.look(run, att))) # an edit comes after the loop's last look
+    after = bench.gained(run.model, trial.tok, data, 'test', trial.decode)
+    saved = run.delta.save(file)
+    if not bench.keep:
+        file.unlink()
     return dict(gain=after - before['test'], forgetting=path[-1]['forgetting'],
-        nll=nll(run.model, trial.tok, data.test[:bench.items], data.kind, data.labels, bench.max_length), drift=trial.drift(run.model, att),
-        before=before['test'], after=after, old={k: dict(before=before['old'][k], after=v) for k, v in trial.old.items()},
-        seconds=run.cost['seconds'] - trial.watch.away, peak_bytes=trial.watch.peak, tokens=run.cost['tokens'], trainable=run.cost['trainable'],
+        nll=nll(run.model, trial.tok, data.test[:bench.items], data.kind, data.labels,
+                bench.max_length), drift=trial.drift(run.model, att),
+        before=before['test'], after=after,
+                old={k: dict(before=before['old'][k], after=v) for k, v in trial.old.items()},
+        seconds=run.cost['seconds'] - trial.watch.away, peak_bytes=trial.watch.peak,
+                tokens=run.cost['tokens'], trainable=run.cost['trainable'],
         head=run.cost['head'], saved_bytes=saved, path=path, error=None)
 
 def breakdown(bench, before, error, seconds, split) -> dict:
     "A run that broke down: as good as a model that knows nothing"
-    gain = min(0., bench.worst - before[split]); lost = max(0., fmean(before['old'].values()) - bench.worst_old) if before['old'] else bench.farthest
+    gain = min(0., bench.worst - before[split])
+    lost = (max(0., fmean(before['old'].values()) - bench.worst_old) if before['old']
+            else bench.farthest)
     unknown = dict.fromkeys(('nll', 'drift', 'peak_bytes', 'tokens', 'trainable', 'head', 'saved_bytes'))
-    return dict(unknown, gain=gain, forgetting=lost, before=before[split], after=before[split] + gain, old={}, seconds=seconds, path=[], error=error)
+    return dict(unknown, gain=gain, forgetting=lost, before=before[split],
+                after=before[split] + gain, old={}, seconds=seconds, path=[], error=error)
 
 def _finite(cell:dict) -> dict:
     "The cell, if all its numbers are numbers"
     for k, v in [*cell.items(), *((k, v) for row in cell.get('path', ()) for k, v in row.items())]:
-        if isinstance(v, float) and not math.isfinite(v): raise FloatingPointError(f'{k} is {v} after training')
+        if isinstance(v, float) and not math.isfinite(v):
+            raise FloatingPointError(f'{k} is {v} after training')
     return cell
 
 # %% ../../nbs/instruments/compare.ipynb #0024c6d6
-SEED_KEYS = ('seed', 'gain', 'forgetting', 'forgetting_matched', 'nll', 'drift', 'seconds', 'peak_bytes', 'trainable', 'saved_bytes',
+SEED_KEYS = ('seed', 'gain', 'forgetting', 'forgetting_matched', 'nll', 'drift', 'seconds',
+             'peak_bytes', 'trainable', 'saved_bytes',
              'path', 'rate', 'head', 'tokens', 'before', 'after', 'old', 'error')
 
 def assemble(arms:Mapping[str, tuple[dict, list[dict]]] # name -> (the recipe described, its cells, one a seed)
             ) -> list[dict]:
     "The methods of a result: per seed and as means with intervals, with forgetting at matched gain"
-    seeds, cells = [c['seed'] for c in next(iter(arms.values()))[1]], [c for _, own in arms.values() for c in own]
-    targets = {s: target_gain([c['path'] for c in cells if c['seed'] == s and not c['error']]) for s in seeds}
+    seeds = [c['seed'] for c in next(iter(arms.values()))[1]]
+    cells = [c for _, own in arms.values() for c in own]
+    targets = {s: target_gain([c['path'] for c in cells if c['seed'] == s and not c['error']])
+               for s in seeds}
     out = []
     for name, (recipe, own) in arms.items():
-        rows = [c | dict(forgetting_matched=c['forgetting'] if c['error'] else matched(c['path'], targets[c['seed']])) for c in own]
-        out.append(dict(name=name, recipe=recipe, seeds=[{k: r[k] for k in SEED_KEYS} for r in rows],
+        rows = [c | dict(forgetting_matched=c['forgetting'] if c['error']
+                         else matched(c['path'], targets[c['seed']])) for c in own]
+        out.append(dict(name=name, recipe=recipe,
+                        seeds=[{k: r[k] for k in SEED_KEYS} for r in rows],
                         **{k: interval([r[k] for r in rows]) for k in ('gain', 'forgetting', 'forgetting_matched')}))
     return out
 
 # %% ../../nbs/instruments/compare.ipynb #0026c6d6
 def titles(result:dict) -> dict[str, str]:
     "What the columns of gain and forgetting are called: drift is not called forgetting"
-    how = result['protocol']['forgetting']; lost = how if how.startswith('drift') else 'forgetting'
+    how = result['protocol']['forgetting']
+    lost = how if how.startswith('drift') else 'forgetting'
     return dict(gain='gain', forgetting=lost, forgetting_matched=f'{lost} at matched gain')
 
 def table_of(result:dict) -> pd.DataFrame:
@@ -393,41 +541,67 @@ def table_of(result:dict) -> pd.DataFrame:
     return pd.DataFrame([_row(m, titles(result)) for m in result['methods']]).set_index('method')
 
 def _row(method:dict, titles:dict[str, str]) -> dict:
-    seeds = method['seeds']; row = dict(method=method['name'], rate=seeds[0]['rate'])
-    for k, title in titles.items(): row |= {title: method[k]['mean'], f'{title}, low': method[k]['low'], f'{title}, high': method[k]['high']}
-    def over(key, f): known = [s[key] for s in seeds if s[key] is not None]; return f(known) if known else None
+    seeds = method['seeds']
+    row = dict(method=method['name'], rate=seeds[0]['rate'])
+    for k, title in titles.items():
+        row |= {title: method[k]['mean'], f'{title}, low': method[k]['low'],
+                f'{title}, high': method[k]['high']}
+
+    def over(key, f):
+        known = [s[key] for s in seeds if s[key] is not None]
+        return f(known) if known else None
+
     mega, kilo = lambda v: max(v)/1e6, lambda v: max(v)/1e3
-    return row | dict(seconds=over('seconds', fmean), peak_MB=over('peak_bytes', mega), trained=over('trainable', max), head=over('head', max),
-                      saved_KB=over('saved_bytes', kilo), crashed=sum(s['error'] is not None for s in seeds))
+    return row | dict(seconds=over('seconds', fmean), peak_MB=over('peak_bytes', mega),
+                      trained=over('trainable', max), head=over('head', max),
+                      saved_KB=over('saved_bytes', kilo),
+                      crashed=sum(s['error'] is not None for s in seeds))
 
 def _span(d:dict) -> str:
     "A mean with its interval, for reading"
-    return '–' if d['mean'] is None else f'{d["mean"]:.3f}' + (f' [{d["low"]:.3f}, {d["high"]:.3f}]' if d['low'] is not None else '')
+    return ('–' if d['mean'] is None else f'{d["mean"]:.3f}'
+            + (f' [{d["low"]:.3f}, {d["high"]:.3f}]' if d['low'] is not None else ''))
 
 def _table_html(result:dict) -> str:
-    names = titles(result); head = ['method', 'rate', *names.values(), 'seconds', 'peak MB', 'trained', 'head', 'saved KB']
+    names = titles(result)
+    head = ['method', 'rate', *names.values(), 'seconds', 'peak MB', 'trained', 'head', 'saved KB']
     num = lambda x, f: '–' if x is None or pd.isna(x) else format(x, f)
     def cells(m, r):
         crashed = f' ({int(r["crashed"])} crashed)' if r['crashed'] else ''
-        cost = [num(r[k], f) for k, f in (('seconds', '.1f'), ('peak_MB', '.0f'), ('trained', ',.0f'), ('head', ',.0f'), ('saved_KB', ',.0f'))]
+        cost = [num(r[k], f) for k, f in (('seconds', '.1f'), ('peak_MB', '.0f'),
+                                          ('trained', ',.0f'), ('head', ',.0f'), ('saved_KB', ',.0f'))]
         return [m['name'] + crashed, f'{r["rate"]:g}', *(_span(m[k]) for k in names), *cost]
-    return html_table(head, [cells(m, r) for m, (_, r) in zip(result['methods'], table_of(result).iterrows())])
+    return html_table(head,
+                      [cells(m, r) for m, (_, r) in zip(result['methods'],
+                                                        table_of(result).iterrows())])
 
 # %% ../../nbs/instruments/compare.ipynb #0028c6d6
-COLORS = ('#0072B2', '#D55E00', '#009E73', '#56B4E9', '#CC79A7', '#E69F00', '#000000') # Okabe and Ito's, for the colour-blind
+# Okabe and Ito's, for the colour-blind
+COLORS = ('#0072B2', '#D55E00', '#009E73', '#56B4E9', '#CC79A7', '#E69F00', '#000000')
 MARKS = 'osD^vPX' # they tell arms apart in grey print
 
 def picture(result:dict) -> Figure:
-    "Gain (right is better) against forgetting (down is better): the mean with its interval, every seed as a faint dot"
-    fig = Figure(figsize=(6, 4), layout='constrained'); FigureCanvasAgg(fig); ax = fig.add_subplot()
-    err = lambda d: [[d['mean'] - d['low']], [d['high'] - d['mean']]] if d['low'] is not None else None
+    """Gain (right is better) against forgetting (down is better): the mean with its interval, every
+    seed as a faint dot"""
+    fig = Figure(figsize=(6, 4), layout='constrained')
+    FigureCanvasAgg(fig)
+    ax = fig.add_subplot()
+    err = lambda d: ([[d['mean'] - d['low']], [d['high'] - d['mean']]] if d['low'] is not None
+                     else None)
     for i, m in enumerate(result['methods']):
-        c, g, f = COLORS[i % len(COLORS)], m['gain'], m['forgetting']; mark = MARKS[i % len(MARKS)]
-        ax.plot([s['gain'] for s in m['seeds']], [s['forgetting'] for s in m['seeds']], mark, color=c, alpha=.3, ms=4, mew=0)
-        ax.errorbar([g['mean']], [f['mean']], xerr=err(g), yerr=err(f), fmt=mark, color=c, ms=8, capsize=3, lw=1.2)
-    ax.set(xlabel=f'gain on {result["data"]} ({result["protocol"]["metric"]})', ylabel=titles(result)['forgetting'])
-    ax.spines[['top', 'right']].set_visible(False); ax.margins(.15)
-    ax.axhline(0, color='.8', lw=.8, zorder=0); ax.text(.99, .02, 'better: right and down', transform=ax.transAxes, ha='right', color='.4', fontsize=8)
+        c, g, f = COLORS[i % len(COLORS)], m['gain'], m['forgetting']
+        mark = MARKS[i % len(MARKS)]
+        ax.plot([s['gain'] for s in m['seeds']], [s['forgetting'] for s in m['seeds']], mark,
+                color=c, alpha=.3, ms=4, mew=0)
+        ax.errorbar([g['mean']], [f['mean']], xerr=err(g), yerr=err(f), fmt=mark, color=c, ms=8,
+                    capsize=3, lw=1.2)
+    ax.set(xlabel=f'gain on {result["data"]} ({result["protocol"]["metric"]})',
+           ylabel=titles(result)['forgetting'])
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.margins(.15)
+    ax.axhline(0, color='.8', lw=.8, zorder=0)
+    ax.text(.99, .02, 'better: right and down', transform=ax.transAxes, ha='right', color='.4',
+            fontsize=8)
     _label(ax, result['methods'])
     return fig
 
@@ -435,56 +609,82 @@ def _label(ax, methods:list[dict]) -> None:
     "Each arm's name beside its mark, pushed up where it would cover another"
     taken = []
     for i, m in sorted(enumerate(methods), key=lambda x: x[1]['forgetting']['mean']):
-        mark = m['gain']['mean'], m['forgetting']['mean']; at = ax.transData.transform(mark)*72/ax.figure.dpi; y = at[1] + 5
-        while any(abs(y - v) < 12 and abs(at[0] - u) < 80 for u, v in taken): y += 4
-        taken.append((at[0], y)); ax.annotate(m['name'], mark, (8, y - at[1]), textcoords='offset points', color=COLORS[i % len(COLORS)], fontweight='bold')
+        mark = m['gain']['mean'], m['forgetting']['mean']
+        at = ax.transData.transform(mark)*72/ax.figure.dpi
+        y = at[1] + 5
+        while any(abs(y - v) < 12 and abs(at[0] - u) < 80 for u, v in taken):
+            y += 4
+        taken.append((at[0], y))
+        ax.annotate(m['name'], mark, (8, y - at[1]), textcoords='offset points',
+                    color=COLORS[i % len(COLORS)], fontweight='bold')
 
 def _image(result:dict, kind:str) -> bytes:
-    buffer = io.BytesIO(); picture(result).savefig(buffer, format=kind, dpi=150, metadata={'Date': None} if kind == 'svg' else None)
+    buffer = io.BytesIO()
+    picture(result).savefig(buffer, format=kind, dpi=150, metadata={'Date': None} if kind == 'svg' else None)
     return buffer.getvalue()
 
 def _tag(result:dict, kind:str='png') -> str:
     "The picture as an HTML tag that carries it, and its numbers as alt text"
-    alt = '; '.join(f'{m["name"]}: gain {_span(m["gain"])}, {titles(result)["forgetting"]} {_span(m["forgetting"])}' for m in result['methods'])
-    source = f'data:image/{"svg+xml" if kind == "svg" else kind};base64,{base64.b64encode(_image(result, kind)).decode()}'
+    alt = '; '.join(f'{m["name"]}: gain {_span(m["gain"])}, {titles(result)["forgetting"]} '
+                    f'{_span(m["forgetting"])}' for m in result['methods'])
+    source = (f'data:image/{"svg+xml" if kind == "svg" else kind};base64,{base64.b64encode(_image(result, kind)).decode()}')
     return f'<img style="max-width:100%" width="640" alt="Gain against forgetting. {html.escape(alt)}" src="{source}">'
 
 # %% ../../nbs/instruments/compare.ipynb #002ac6d6
 def reading(r:dict, lost:str) -> list[str]:
     "How to read the picture and the table of a result"
-    n, methods = len(r['protocol']['seeds']), r['methods']; down = 'has forgotten less.'
-    if lost != 'forgetting': down = (f'has moved less from the base ({lost}): what it could do before is not known, '
-                                     'so how far it moved stands for what it may have broken.')
-    chance = f'The bars are 95% intervals by Student\'s t over {n} seeds; where they overlap widely, the order may be chance.'
-    if n < 3: chance = f'There {"is one seed" if n == 1 else "are two seeds"}: nothing here says how much is chance. Use three or more.'
+    n, methods = len(r['protocol']['seeds']), r['methods']
+    down = 'has forgotten less.'
+    if lost != 'forgetting':
+        down = (f'has moved less from the base ({lost}): what it could do before is not known, '
+                'so how far it moved stands for what it may have broken.')
+    chance = (f'The bars are 95% intervals by Student\'s t over {n} seeds; where they overlap '
+              'widely, the order may be chance.')
+    if n < 3:
+        chance = (f'There {"is one seed" if n == 1 else "are two seeds"}: nothing here says how '
+                  'much is chance. Use three or more.')
     said = [f'Further right has learned more; further down {down}', chance,
-            'A method that learns less usually forgets less. The column "at matched gain" compares them where each first reached '
+            'A method that learns less usually forgets less. The column "at matched gain" compares '
+            'them where each first reached '
             '95% of the weakest method\'s best gain on validation data.']
     if any(x['forgetting_matched']['mean'] is None for x in methods):
         said.append('Where it shows a dash, some method gained nothing in some seed, so there was no gain to match.')
-    return said + [f'{x["name"]}, seed {s["seed"]}, broke down and counts as the worst score: {s["error"]}' for x in methods for s in x['seeds'] if s['error']]
+    return said + [f'{x["name"]}, seed {s["seed"]}, broke down and counts as the worst score: '
+                   f'{s["error"]}' for x in methods for s in x['seeds'] if s['error']]
 
 MEANT = dict(exact='the score of generated answers', accuracy='the share of right labels',
              nll='the fall of the negative log-likelihood of held-out responses, in nats a token')
 
 def in_words(r:dict) -> list[str]:
     "The protocol of a result, as sentences"
-    p = r['protocol']; old, budget = p['forgetting'], f', at most {p["budget"]:,} tokens' if p['budget'] else ''
-    if old == 'old skills': old = f'the mean fall over {len(p["old"])} old skills, {p["old_items"]} held-out questions each, answered by generation'
-    if old == 'old data': old = f'the fall on {", ".join(p["old"])}'
+    p = r['protocol']
+    old, budget = p['forgetting'], f', at most {p["budget"]:,} tokens' if p['budget'] else ''
+    if old == 'old skills':
+        old = (f'the mean fall over {len(p["old"])} old skills, {p["old_items"]} held-out questions '
+               'each, answered by generation')
+    if old == 'old data':
+        old = f'the fall on {", ".join(p["old"])}'
     redrawn = ' and the questions.' if p['redrawn'] else '.'
-    memory = 'that of the GPU.' if p['device'] == 'cuda' else 'what the process took beyond the loaded model, as the system tells it.'
-    return [f'Model: {r["model"]}, {p["parameters"]:,} numbers. Data: {r["data"]}, {p["train"]} training rows, fingerprint {p["fingerprint"]}.',
-            f'Gain: {MEANT.get(p["metric"], p["metric"])}, after minus before, on {p["items"]} test rows. Forgetting: {old}. Both at the last step.',
-            f'Each method trained for {p["steps"]} steps of {p["batch_size"]} rows{budget}, with seeds {", ".join(map(str, p["seeds"]))}; '
+    memory = ('that of the GPU.' if p['device'] == 'cuda' else 'what the process took beyond the '
+              'loaded model, as the system tells it.')
+    return [f'Model: {r["model"]}, {p["parameters"]:,} numbers. Data: {r["data"]}, {p["train"]} '
+            f'training rows, fingerprint {p["fingerprint"]}.',
+            f'Gain: {MEANT.get(p["metric"], p["metric"])}, after minus before, on {p["items"]} test '
+            f'rows. Forgetting: {old}. Both at the last step.',
+            f'Each method trained for {p["steps"]} steps of {p["batch_size"]} rows{budget}, with '
+            f'seeds {", ".join(map(str, p["seeds"]))}; '
             f'a seed redraws the order of the data, the initialisation{redrawn}',
-            f'Each method was looked at every {p["evaluate_every"]} steps on {p["validation_items"]} validation rows; time and memory leave these looks out. '
+            f'Each method was looked at every {p["evaluate_every"]} steps on '
+            f'{p["validation_items"]} validation rows; time and memory leave these looks out. '
             f'Peak memory is {memory}']
 
 def _tuning_words(r) -> list[str]:
-    if not (t := r['tuning']): return ['Not tuned: each method ran at the rate in the table.']
-    tried = lambda d: ', '.join(f'{x:g} (gain {s:.3f})' for x, s in d['tried']) + ('; the best lies at the edge of what was tried' if d['at_edge'] else '')
-    return [f'Chosen by validation gain after {t["steps"]} steps with seed {t["seed"]}, which is not among the test seeds; '
+    if not (t := r['tuning']):
+        return ['Not tuned: each method ran at the rate in the table.']
+    tried = lambda d: ', '.join(f'{x:g} (gain {s:.3f})' for x, s in d['tried']) + (
+        '; the best lies at the edge of what was tried' if d['at_edge'] else '')
+    return [f'Chosen by validation gain after {t["steps"]} steps with seed {t["seed"]}, which is '
+            'not among the test seeds; '
             'the same number of rates for each method.',
             *(f'{n}: {d["rate"]:g} of {tried(d)}' for n, d in t['methods'].items())]
 
@@ -499,54 +699,93 @@ td:first-child,th:first-child{{text-align:left}}</style></head>
 
 class Comparison:
     "Several methods side by side: `.table`, `.plot()`, `.json()`, `.html(path)`, `.save(folder)`"
-    def __init__(self, result:dict): self.result = result # what `json` returns
+
+    def __init__(self, result:dict):
+        self.result = result # what `json` returns
 
     @classmethod
-    def read(cls, path:str|Path) -> Comparison: "Show a saved result.json again"; return cls(json.loads(Path(path).read_text()))
-    def json(self) -> dict: "The whole result, as JSON can hold it"; return self.result
-    def plot(self) -> Figure: "Gain against forgetting"; return picture(self.result)
+    def read(cls, path:str|Path) -> Comparison:
+        "Show a saved result.json again"
+        return cls(json.loads(Path(path).read_text()))
+
+    def json(self) -> dict:
+        "The whole result, as JSON can hold it"
+        return self.result
+
+    def plot(self) -> Figure:
+        "Gain against forgetting"
+        return picture(self.result)
 
     @property
-    def lost(self) -> str: "What the column of forgetting measures"; return titles(self.result)['forgetting']
-    @property
-    def table(self) -> pd.DataFrame: "One row a method: means over seeds, intervals, and cost"; return table_of(self.result)
+    def lost(self) -> str:
+        "What the column of forgetting measures"
+        return titles(self.result)['forgetting']
 
-    def _repr_html_(self) -> str: return _table_html(self.result) + _tag(self.result)
-    def __repr__(self) -> str: return self.table[['rate', *titles(self.result).values(), 'seconds']].to_string(float_format=lambda x: f'{x:.4g}')
+    @property
+    def table(self) -> pd.DataFrame:
+        "One row a method: means over seeds, intervals, and cost"
+        return table_of(self.result)
+
+    def _repr_html_(self) -> str:
+        return _table_html(self.result) + _tag(self.result)
+
+    def __repr__(self) -> str:
+        return self.table[['rate', *titles(self.result).values(), 'seconds']].to_string(
+            float_format=lambda x: f'{x:.4g}')
 
     def html(self, path:str|Path) -> Path:
-        "Write one page that opens by itself: the picture, the table, the protocol in words, how to read it, and what it was made with"
-        r = self.result; items = lambda lines: '<ul>' + ''.join(f'<li>{html.escape(x)}</li>' for x in lines) + '</ul>'
-        page = PAGE.format(title=html.escape(f'{r["model"]} on {r["data"]}'), image=_tag(r, 'svg'), table=_table_html(r), protocol=items(in_words(r)),
-                           reading=items(reading(r, self.lost)), tuning=items(_tuning_words(r)), made=items(f'{k}: {v}' for k, v in r['versions'].items()))
-        write_atomically(path, lambda p: p.write_text(page, encoding='utf-8')); return Path(path)
+        """Write one page that opens by itself: the picture, the table, the protocol in words, how
+        to read it, and what it was made with"""
+        r = self.result
+        items = lambda lines: '<ul>' + ''.join(f'<li>{html.escape(x)}</li>' for x in lines) + '</ul>'
+        page = PAGE.format(title=html.escape(f'{r["model"]} on {r["data"]}'), image=_tag(r, 'svg'),
+                           table=_table_html(r), protocol=items(in_words(r)),
+                           reading=items(reading(r, self.lost)), tuning=items(_tuning_words(r)),
+                           made=items(f'{k}: {v}' for k, v in r['versions'].items()))
+        write_atomically(path, lambda p: p.write_text(page, encoding='utf-8'))
+        return Path(path)
 
     def save(self, folder:str|Path) -> Path:
         "Write result.json, tradeoff.png and index.html into `folder`, each whole or not at all"
-        folder = Path(folder); image = _image(self.result, 'png')
-        write_atomically(folder/'result.json', lambda p: p.write_text(json.dumps(self.result, indent=1, allow_nan=False)))
-        write_atomically(folder/'tradeoff.png', lambda p: p.write_bytes(image)); self.html(folder/'index.html')
+        folder = Path(folder)
+        image = _image(self.result, 'png')
+        write_atomically(folder/'result.json',
+                         lambda p: p.write_text(json.dumps(self.result, indent=1, allow_nan=False)))
+        write_atomically(folder/'tradeoff.png', lambda p: p.write_bytes(image))
+        self.html(folder/'index.html')
         return folder
 
 # %% ../../nbs/instruments/compare.ipynb #002ec6d6
 def plan(methods:list, lrs=None, tuned:bool=True) -> dict[str, tuple[Recipe, tuple[float, ...]]]:
-    "name -> (Recipe, its learning rates); raises `KeyError` for an unknown method and `ValueError` for one named twice or for no rates"
+    """name -> (Recipe, its learning rates); raises `KeyError` for an unknown method and
+    `ValueError` for one named twice or for no rates"""
     out = {}
     for m in [methods] if isinstance(methods, (str, Recipe)) else methods:
         recipe = get(m)
-        if recipe.name in out: raise ValueError(f'method {recipe.name!r} is named twice; name each once, or tell Recipes apart with .named(...)')
-        out[recipe.name] = (recipe, _rates(recipe, lrs.get(recipe.name) if isinstance(lrs, Mapping) else lrs, tuned))
-    if not out: raise ValueError('no method was named; name one or more, such as "full,hft,lora"')
+        if recipe.name in out:
+            raise ValueError(f'method {recipe.name!r} is named twice; name each once, or tell '
+                             'Recipes apart with .named(...)')
+        out[recipe.name] = (recipe,
+                            _rates(recipe, lrs.get(recipe.name) if isinstance(lrs, Mapping)
+                                   else lrs, tuned))
+    if not out:
+        raise ValueError('no method was named; name one or more, such as "full,hft,lora"')
     if isinstance(lrs, Mapping) and (odd := set(lrs) - set(out)):
         raise ValueError(f'lrs names {", ".join(sorted(odd))}, which is not among the methods {", ".join(out)}')
     return out
 
 def _rates(recipe, given, tuned) -> tuple[float, ...]:
-    "The rates that were given, one or several; else the Recipe's: its grid where it is tuned, its default where it is not"
-    if given is None: rates = recipe.lrs if tuned else (recipe.lr,)
-    else: rates = (given,) if isinstance(given, (int, float)) else tuple(given)
-    if not rates or not all(r > 0 for r in rates): raise ValueError(f'the learning rates of {recipe.name} are {list(rates)}; give one or more, each above 0')
-    if not tuned and len(rates) > 1: raise ValueError(f'{recipe.name} has {len(rates)} learning rates and tuning is off; give one rate, or tune=True')
+    """The rates that were given, one or several; else the Recipe's: its grid where it is tuned, its
+    default where it is not"""
+    if given is None:
+        rates = recipe.lrs if tuned else (recipe.lr,)
+    else:
+        rates = (given,) if isinstance(given, (int, float)) else tuple(given)
+    if not rates or not all(r > 0 for r in rates):
+        raise ValueError(f'the learning rates of {recipe.name} are {list(rates)}; give one or more, each above 0')
+    if not tuned and len(rates) > 1:
+        raise ValueError(f'{recipe.name} has {len(rates)} learning rates and tuning is off; give '
+                         'one rate, or tune=True')
     return rates
 
 def tuning_seed(seeds:list[int]) -> int:
@@ -554,33 +793,44 @@ def tuning_seed(seeds:list[int]) -> int:
     return next(s for s in itertools.count(10_000) if s not in seeds)
 
 # %% ../../nbs/instruments/compare.ipynb #0030c6d6
-def run_cells(bench:Bench, arms:Mapping[str, tuple], seeds:list[int], folder:Path, tuned:bool=True, resume:bool=True) -> tuple[dict, dict]:
+def run_cells(bench:Bench, arms:Mapping[str, tuple], seeds:list[int], folder:Path, tuned:bool=True,
+              resume:bool=True) -> tuple[dict, dict]:
     "(how each arm was tuned, {name: its cells, one a seed}) of arms as `plan` gives them"
     def cell(name, rate, seed, tuning=False):
         c = run_cell(bench, arms[name][0], rate, seed, folder, tuning, resume)
-        if bench.progress and not hasattr(sys, 'ps1') and 'ipykernel' not in sys.modules: print(_line(bench, c), file=sys.stderr, flush=True)
+        if bench.progress and not hasattr(sys, 'ps1') and 'ipykernel' not in sys.modules:
+            print(_line(bench, c), file=sys.stderr, flush=True)
         return c
-    outside = tuning_seed(seeds); grids = {n: rates for n, (_, rates) in arms.items()}
+    outside = tuning_seed(seeds)
+    grids = {n: rates for n, (_, rates) in arms.items()}
     chosen = tune(lambda n, r: cell(n, r, outside, True)['gain'], grids) if tuned else {}
-    rates = {n: chosen[n]['rate'] if tuned else g[0] for n, g in grids.items()}; done = {n: [] for n in arms}
+    rates = {n: chosen[n]['rate'] if tuned else g[0] for n, g in grids.items()}
+    done = {n: [] for n in arms}
     for s in seeds:
-        for n in arms: done[n].append(cell(n, rates[n], s))
+        for n in arms:
+            done[n].append(cell(n, rates[n], s))
     return chosen, done
 
 def _line(bench, c) -> str:
     when, lost = ('tuning', '') if c['tuning'] else (f'seed {c["seed"]}', f', {bench.how} {c["forgetting"]:.3f}')
-    return f'{c["method"]} at {c["rate"]:g}, {when}: gain {c["gain"]:.3f}{lost}' + (f' ({c["error"]})' if c['error'] else '')
+    return f'{c["method"]} at {c["rate"]:g}, {when}: gain {c["gain"]:.3f}{lost}' + (
+        f' ({c["error"]})' if c['error'] else '')
 
 def _protocol(bench, seeds) -> dict:
     "What was done to all methods alike"
     d = bench.given
-    return dict(metric=_title(bench.metric), forgetting=bench.how, old=bench.old_names or ([bench.old.name] if bench.old else []), seeds=seeds,
-        redrawn=bench.skill is not None, steps=bench.steps, evaluate_every=bench.every, parameters=bench.size, train=len(d.train),
-        items=min(bench.items, len(d.test)), old_items=bench.old_items, validation_items=min(bench.validation_items, len(d.validation)),
-        fingerprint=d.fingerprint, kind=d.kind, max_length=bench.max_length, budget=bench.budget, device=bench.device.type,
+    return dict(metric=_title(bench.metric), forgetting=bench.how,
+                old=bench.old_names or ([bench.old.name] if bench.old else []), seeds=seeds,
+        redrawn=bench.skill is not None, steps=bench.steps, evaluate_every=bench.every,
+                parameters=bench.size, train=len(d.train),
+        items=min(bench.items, len(d.test)), old_items=bench.old_items,
+                validation_items=min(bench.validation_items, len(d.validation)),
+        fingerprint=d.fingerprint, kind=d.kind, max_length=bench.max_length, budget=bench.budget,
+                device=bench.device.type,
         revision=bench.revision, **bench.settings)
 
-def _model_name(model) -> str: return str(model) if isinstance(model, (str, Path)) else type(model[0]).__name__
+def _model_name(model) -> str:
+    return str(model) if isinstance(model, (str, Path)) else type(model[0]).__name__
 
 # %% ../../nbs/instruments/compare.ipynb #0031c6d6
 def compare(methods,                   # names as in `ftlab.methods`, such as 'lora(r=4)' or 'hft * dft', or Recipes
@@ -609,16 +859,21 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
     Raises `ValueError`, `KeyError` or `FileNotFoundError` for input that is wrong. A run that breaks down counts as the worst score. When
     interrupted, the finished cells stay in `out`; the same call goes on."""
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    if not seeds or len(set(seeds)) < len(seeds): raise ValueError(f'seeds are {seeds}; give one or more, each once')
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f'seeds are {seeds}; give one or more, each once')
     arms = plan(methods, lrs, tune)
-    bench = Bench(model, data, old, metric, items=items, old_items=old_items, validation_items=validation_items, steps=steps, tune_steps=tune_steps,
-                  evaluate_every=evaluate_every, max_length=max_length, device=device, dtype=dtype, revision=revision, budget=budget, progress=progress,
+    bench = Bench(model, data, old, metric, items=items, old_items=old_items,
+                  validation_items=validation_items, steps=steps, tune_steps=tune_steps,
+                  evaluate_every=evaluate_every, max_length=max_length, device=device, dtype=dtype,
+                  revision=revision, budget=budget, progress=progress,
                   keep=keep, batch_size=batch_size, precision=precision, **settings)
     check_room(out) # before the first cell, not after it
     with only_writer(out):
         chosen, done = run_cells(bench, arms, seeds, Path(out)/'cells', tune, resume)
     tuning = dict(seed=tuning_seed(seeds), steps=bench.tune_steps, methods=chosen) if tune else None
-    comparison = Comparison(dict(model=_model_name(model), data=bench.given.name, protocol=_protocol(bench, seeds),
-        methods=assemble({n: (arms[n][0].describe(), done[n]) for n in arms}), tuning=tuning, versions=versions()))
+    comparison = Comparison(dict(model=_model_name(model), data=bench.given.name,
+                                 protocol=_protocol(bench, seeds),
+        methods=assemble({n: (arms[n][0].describe(), done[n]) for n in arms}), tuning=tuning,
+                                 versions=versions()))
     comparison.save(out)
     return comparison

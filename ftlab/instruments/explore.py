@@ -22,9 +22,11 @@ from ..core.model import device_of
 from ..core.scorers import WORLD, judge, teacher_forced
 from ..core.table import Html
 from .compare import COLORS, MARKS, Comparison
-from .explore_weights import CRITERIA, RANKED, apart, entry_scores, mask, ranks, spectrum
+from .explore_weights import (CRITERIA, RANKED, apart, entry_scores, mask, ranks,
+                                               spectrum)
 from .report_page import percent
-from .views import BLUE, GREEN, RED, Picture, View, choice, drawn, front_end, panels
+from .views import (BLUE, GREEN, RED, Picture, View, choice, drawn,
+                                     front_end, panels)
 from .views import rows_as_html, several, slider, span, text
 from ..lab.world import OLD, SKILLS, is_lab
 from ..trainers.objective import IGNORE, kl, priced, token_nll
@@ -36,7 +38,8 @@ __all__ = ['runs_of', 'recipes_inside', 'draw_tradeoff', 'tradeoff', 'question_b
 
 # %% ../../nbs/instruments/explore.ipynb #001c995a
 def runs_of(comparison:Comparison) -> list[dict]:
-    "One row a finished run: method, rate, steps, seed, and gain and forgetting in points (hundredths, or nats)"
+    """One row a finished run: method, rate, steps, seed, and gain and forgetting in points
+    (hundredths, or nats)"""
     r = comparison.json()
     return [dict(method=m['name'], rate=s['rate'], steps=r['protocol'][
         'steps'], seed=s['seed'], gain=100*s['gain'], forgetting=100*s['forgetting'])
@@ -49,10 +52,12 @@ def _inside_frame(runs, methods, forgetting, gain) -> list[dict]:
 def recipes_inside(runs:list[dict],  # as `runs_of` gives them
                    inside:list[dict] # those of them that lie in the frame
                   ) -> str:
-    "An HTML table of what lies inside: one row a recipe, with mean and standard deviation over its seeds there"
+    """An HTML table of what lies inside: one row a recipe, with mean and standard deviation over
+    its seeds there"""
     def over(rows, k):
         v = [r[k] for r in rows]
-        return (f'{fmean(v):.1f} ± {stdev(v):.1f}' if len(v) > 1 else f'{v[0]:.1f} (one seed)').replace(' ', '\xa0')
+        return (f'{fmean(v):.1f} ± {stdev(v):.1f}' if len(v) > 1 else f'{v[0]:.1f} (one '
+                'seed)').replace(' ', '\xa0')
     groups = {}
     for r in inside:
         groups.setdefault((r['method'], r['rate'], r['steps']), []).append(r)
@@ -71,7 +76,8 @@ def draw_tradeoff(runs:list[dict],       # as `runs_of` gives them
                   forgetting:tuple[float, float], # the frame, from and to, in points
                   gain:tuple[float, float]
                  ) -> tuple[Figure, str]: # the picture, and a table of the recipes inside the frame
-    "Gain against forgetting, one mark a run, faint outside the frame. Raises `ValueError` for an unknown method."
+    """Gain against forgetting, one mark a run, faint outside the frame. Raises `ValueError` for an
+    unknown method."""
     names = list(dict.fromkeys(r['method'] for r in runs))
     if wrong := [m for m in methods if m not in names]:
         raise ValueError(f'no run is of the method {wrong[0]!r}; there are {", ".join(names)}')
@@ -87,7 +93,8 @@ def draw_tradeoff(runs:list[dict],       # as `runs_of` gives them
     ax.set(xlim=(min(x) - mx, max(x) + 2.5*mx), ylim=(min(y) - my, max(y) + 1.5*my))
     count = {m: sum(r['method'] == m for r in inside) for m in methods}
     frame = f'from {forgetting[0]:g} to {forgetting[1]:g} points forgotten and {gain[0]:g} to {gain[1]:g} gained'
-    fig.set_label(f'In the frame {frame}: ' + (', '.join(f'{n} of {m}' for m, n in count.items() if n) or
+    fig.set_label(f'In the frame {frame}: '
+                  + (', '.join(f'{n} of {m}' for m, n in count.items() if n) or
         'no run') + '.')
     return fig, recipes_inside(runs, inside)
 
@@ -97,20 +104,24 @@ def _marks(ax, rows, inside, i, name) -> None:
     ins = [r for r in rows if r in inside]
     out = [r for r in rows if r not in inside]
     for some, alpha in ((ins, 1.), (out, .25)):
-        ax.plot([r['forgetting'] for r in some], [r['gain'] for r in some], mark, color=c, alpha=alpha, ms=7, mew=0)
+        ax.plot([r['forgetting'] for r in some], [r['gain'] for r in some], mark, color=c,
+                alpha=alpha, ms=7, mew=0)
     right = max(rows, key=lambda r: r['forgetting'])
     at = right['forgetting'], right['gain']
     ax.annotate(name, at, (7, 3 - 9*(i % 2)), textcoords='offset points', color=c, fontweight='bold')
 
 def tradeoff(comparison:Comparison) -> View: # as `ftlab.compare` returns it; of a stored one: `Comparison.read(path)`
-    "Frame runs and read their recipes: `draw_tradeoff` with handles. Raises `ValueError` where no run finished."
+    """Frame runs and read their recipes: `draw_tradeoff` with handles. Raises `ValueError` where no
+    run finished."""
     if not (runs := runs_of(comparison)):
         raise ValueError('no run of this comparison finished, so there is nothing to show')
-    edge = lambda k: (float(min(r[k] for r in runs)//1 - 1), float(-(-max(r[k] for r in runs)//1) + 1))
+    edge = lambda k: (float(min(r[k] for r in runs)//1 - 1),
+                      float(-(-max(r[k] for r in runs)//1) + 1))
     names = list(dict.fromkeys(r['method'] for r in runs))
     fl, fh = edge('forgetting')
     gl, gh = edge('gain')
-    return View(partial(draw_tradeoff, runs), 'Gain against forgetting, one mark a run.', methods=several(names,
+    return View(partial(draw_tradeoff, runs), 'Gain against forgetting, one mark a run.',
+                methods=several(names,
         'methods'),
                 forgetting=span(fl, fh, .5, 'forgetting, points'), gain=span(gl, gh, .5, 'gain, points'))
 
@@ -118,14 +129,16 @@ def tradeoff(comparison:Comparison) -> View: # as `ftlab.compare` returns it; of
 def question_batches(rows:list[dict], tok,
                      parts:int|None=None # how many batches; None: of some 25 rows each
                     ) -> list[dict[str, Tensor]]:
-    "The rows, encoded as for training, in batches of similar length: padding costs as much as words"
+    """The rows, encoded as for training, in batches of similar length: padding costs as much as
+    words"""
     enc = sorted(encode_all(rows, tok, 'text'), key=lambda e: len(e['labels']))
     n = -(-len(enc)//(parts or max(1, len(enc)//25)))
     return [collate(enc[i:i + n], tok.pad_token_id) for i in range(0, len(enc), n)]
 
 # %% ../../nbs/instruments/explore.ipynb #0029995a
 class Rewind:
-    "A base, a change and questions: `right(alpha, first)` is the share answered right, of new and of old"
+    """A base, a change and questions: `right(alpha, first)` is the share answered right, of new and
+    of old"""
     def __init__(self, model,                    # a copy of the base, which this object keeps for itself
                  change:Mapping[str, Tensor],    # tuned minus base
                  new:list[dict], old:list[dict]  # batches, as `question_batches` makes them
@@ -135,7 +148,8 @@ class Rewind:
         self.known = {}
         self.at = depth(model)
         self.depths = [self.at[b.parameters[0]] for b in anatomy(model).blocks]
-        self.count = dict(new=sum(len(b['labels']) for b in new), old=sum(len(b['labels']) for b in old))
+        self.count = dict(new=sum(len(b['labels']) for b in new),
+                          old=sum(len(b['labels']) for b in old))
 
     def factors(self, alpha:float, first:float) -> list[float]:
         "What each block's change is multiplied by"
@@ -147,7 +161,8 @@ class Rewind:
         return self.known[alpha, first]
     def _asked(self, alpha, first):
         low, rise = alpha*first, alpha*(1 - first)
-        write_change(self.model, self.base, {n: (low + rise*self.at[n])*c for n, c in self.change.items()})
+        write_change(self.model, self.base,
+                     {n: (low + rise*self.at[n])*c for n, c in self.change.items()})
         ask = lambda batches: sum(int(teacher_forced(self.model, b).sum()) for b in batches)
         return dict(new=ask(self.new)/self.count['new'], old=ask(self.old)/self.count['old'])
 
@@ -156,7 +171,8 @@ def draw_layers(rewind:Rewind,
                 alpha:float, # the last layer's factor
                 first:float  # the first layer's share of it
                ) -> Figure:
-    "The factor of each layer, and what the model can do, with 95% intervals. Raises `ValueError` for factors below 0."
+    """The factor of each layer, and what the model can do, with 95% intervals. Raises `ValueError`
+    for factors below 0."""
     if alpha < 0 or first < 0:
         raise ValueError(f'alpha is {alpha} and first {first}; neither may be below 0')
     fig, (a, b) = panels(7.2, 2.3, (1, 1.5), wspace=.42, left=.08)
@@ -164,7 +180,8 @@ def draw_layers(rewind:Rewind,
     n = len(f)
     a.axhline(1, color='.75', lw=1, ls='--')
     a.plot(range(n), f, 'o-', color=BLUE, ms=5)
-    a.set(ylim=(-.1, max(1.6, 1.1*max(f))), xlim=(-.4, n - .6), xticks=range(0, n, max(1, n//8)), xlabel=
+    a.set(ylim=(-.1, max(1.6, 1.1*max(f))), xlim=(-.4, n - .6),
+          xticks=range(0, n, max(1, n//8)), xlabel=
         'layer', ylabel='factor')
     a.set_title(f'alpha {alpha:.2f}, first layer {100*first:.0f}%')
     now, was, end = rewind.right(alpha, first), rewind.right(0., 1.), rewind.right(1., 1.)
@@ -210,7 +227,8 @@ def layers(base,           # a `Run`, an attached change, or the base model
                          'layers(run)')
     if old is None and not is_lab(tok):
         raise ValueError('layers needs old questions, old=rows: what a model of your own could do before is not known')
-    bench = Rewind(model, change, question_batches(new, tok), question_batches(old or lab_questions({r.get(
+    bench = Rewind(model, change, question_batches(new, tok),
+                   question_batches(old or lab_questions({r.get(
         'skill') for r in new}), tok))
     return View(partial(draw_layers, bench),
         'A change, scaled by layer, and what is left of the new skill and the old ones.',
@@ -218,7 +236,8 @@ def layers(base,           # a `Run`, an attached change, or the base model
                     'first layer\'s share'))
 
 def lab_questions(but:Iterable[str]=(), n:int=4) -> list[dict]:
-    "`n` test questions of each old skill that is judged word for word, but for those named and what they contradict"
+    """`n` test questions of each old skill that is judged word for word, but for those named and
+    what they contradict"""
     out = {*but, *(SKILLS[s].replaces for s in but if s in SKILLS), 'write'}
     return [r for s in OLD if s not in out for r in WORLD.rows(s, n)]
 
@@ -239,37 +258,44 @@ def token_prices(model, tok, prompt:str, answer:str,
     b = collate([encode(dict(prompt=prompt, response=answer), tok, 'text')], tok.pad_token_id)
     ids, labels, device = b['input_ids'], b['labels'], device_of(model)
     on = priced(labels)[0]
-    ask = lambda m, x: m(input_ids=x.to(device), attention_mask=torch.ones_like(x, device=device)).logits.float().cpu()
+    ask = lambda m, x: m(input_ids=x.to(device),
+                         attention_mask=torch.ones_like(x, device=device)).logits.float().cpu()
     logits = ask(model, ids)
     nll = token_nll(logits, labels)[0][on].abs()
     dft = (-nll).exp()*nll
-    anchor = weight*kl(ask(base, ids), logits)[0, :-1][on] if base is not None else torch.zeros_like(nll)
+    anchor = (weight*kl(ask(base, ids), logits)[0, :-1][on] if base is not None
+              else torch.zeros_like(nll))
     hidden = _hidden(ids.expand(draws, -1), labels, tok, chance, seed)
     masked = token_nll(ask(model, hidden), labels.expand(draws, -1))[:, on]
     tokens = tok.convert_ids_to_tokens(labels[0, 1:][on].tolist())
     return tokens, dict(NLL=nll, DFT=dft, ASFT=dft + anchor, masked=masked)
 
 def _hidden(x:Tensor, labels:Tensor, tok, chance:float, seed:int) -> Tensor:
-    "Token ids [draws, tokens] in which each answer token, special ones excepted, is hidden by `chance`"
+    """Token ids [draws, tokens] in which each answer token, special ones excepted, is hidden by
+    `chance`"""
     may = ((labels != IGNORE) & ~torch.isin(x, torch.tensor(tok.all_special_ids))).expand_as(x)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         drawn = torch.ones(x.shape).masked_scatter(may, torch.rand(int(may.sum())))
-    return torch.where(drawn < chance, tok.pad_token_id if tok.mask_token_id is None else tok.mask_token_id, x)
+    return torch.where(drawn < chance, tok.pad_token_id if tok.mask_token_id is None
+                       else tok.mask_token_id, x)
 
 # %% ../../nbs/instruments/explore.ipynb #004e995a
 def draw_prices(model, tok, base,  # base: None, or the model that ASFT anchors to
                 prompt:str, answer:str,
                 chance:float       # of a token to be hidden in masked thought
                ) -> Figure:
-    "What each token of an answer costs under four objectives. Raises `ValueError` as `token_prices` does."
+    """What each token of an answer costs under four objectives. Raises `ValueError` as
+    `token_prices` does."""
     tokens, p = token_prices(model, tok, prompt, answer, chance, base=base)
     n = len(tokens)
     words = ['end' if t == tok.eos_token else t for t in tokens]
     most = max(float(p['NLL'].max()), float(p['masked'].mean(0).max()), .5)
-    spread = torch.quantile(p['masked'], torch.tensor([.05, .95]), dim=0).clamp(max=1.25*most).tolist()
+    spread = torch.quantile(p['masked'], torch.tensor([.05, .95]),
+                            dim=0).clamp(max=1.25*most).tolist()
     fig = Figure(figsize=(max(4.6, min(10, 1.6 + .62*n)), 4.2))
-    axes = fig.subplots(4, 1, sharex=True, gridspec_kw=dict(left=.03, right=.99, top=.94, bottom=.08, hspace=.42))
+    axes = fig.subplots(4, 1, sharex=True,
+                        gridspec_kw=dict(left=.03, right=.99, top=.94, bottom=.08, hspace=.42))
     names = dict(NLL='NLL: plain fine-tuning', DFT='DFT: times the probability', ASFT='ASFT: DFT and an anchor',
                  masked=f'masked thought: {100*chance:.0f}% hidden')
     for ax, (k, title), color in zip(axes, names.items(), ('.45', BLUE, GREEN, RED)):
@@ -318,7 +344,8 @@ def _marked(a:str, b:str) -> Html:
 
 def two_answers(base, tuned, tok, prompt:str,
                 temperature:float=0., seed:int=0, max_new_tokens:int=40) -> tuple[str, str]:
-    "What base and tuned model answer; of a `Run` or an attached change, switched off and on (then `tuned` is None)"
+    """What base and tuned model answer; of a `Run` or an attached change, switched off and on (then
+    `tuned` is None)"""
     how = dict(sample=True, temperature=temperature, generator_seed=seed) if temperature > 0 else {}
     def answer(model):
         with torch.random.fork_rng():

@@ -29,7 +29,8 @@ __all__ = ['CRITERIA', 'RANKED', 'apart', 'gradient_scores', 'entry_scores', 'ra
 def apart(base,      # a `Run`, an attached change, or the base model
           tuned=None # the tuned model, where `base` is one
          ) -> tuple[nn.Module, dict[str, Tensor]]: # a copy of the base, and {name: tuned minus base} where they differ
-    "Base and change as copies. Raises `ValueError` for models of different shape, or where nothing changed."
+    """Base and change as copies. Raises `ValueError` for models of different shape, or where
+    nothing changed."""
     if isinstance(base, Run):
         base = base.delta.attached
     if isinstance(base, Attached):
@@ -56,7 +57,8 @@ def _bared(att:Attached) -> tuple[nn.Module, dict[str, Tensor]]:
 @torch.no_grad()
 def _difference(model, tuned) -> dict[str, Tensor]:
     old, new = dict(model.named_parameters()), dict(tuned.named_parameters())
-    if wrong := [n for n in old.keys() | new.keys() if n not in old or n not in new or old[n].shape != new[n].shape]:
+    if wrong := [n for n in old.keys() | new.keys() if n not in old or n not in new
+                 or old[n].shape != new[n].shape]:
         raise ValueError(f'{min(wrong)!r} is not in both models in one shape; base and tuned must be the same model '
                          'before and after')
     return {n: new[n].to(p.device) - p for n, p in old.items()}
@@ -66,9 +68,12 @@ CRITERIA = {'random': 'random', 'magnitude': 'magnitude', 'gradient':
     'gradient', 'LIFT': 'principal'} # what the view calls them -> what `scores` does
 
 def gradient_scores(model, names:Iterable[str], tok, rows:list[dict]) -> dict[str, Tensor]: # {name: |gradient|}
-    "How strongly the mean price of the rows' answers pulls at each entry; the model's own gradients stay as they are"
-    batch = to_device(collate(encode_all(rows, tok, 'text', row_limit(model, tok)), pad_id(tok)), device_of(model))
-    W = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters() if n in set(names)}
+    """How strongly the mean price of the rows' answers pulls at each entry; the model's own
+    gradients stay as they are"""
+    batch = to_device(collate(encode_all(rows, tok, 'text', row_limit(model, tok)), pad_id(tok)),
+                      device_of(model))
+    W = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()
+         if n in set(names)}
     logits = torch.func.functional_call(model, W, kwargs=dict(input_ids=batch[
         'input_ids'], attention_mask=batch['attention_mask'])).logits
     price = token_nll(logits, batch['labels']).sum()/priced(batch['labels']).sum()
@@ -76,10 +81,12 @@ def gradient_scores(model, names:Iterable[str], tok, rows:list[dict]) -> dict[st
 
 def entry_scores(model, tok=None, rows:list[dict]|None=None, seed:int=0
                 ) -> dict[str, dict[str, Tensor]]: # criterion -> {matrix: scores [out, in]}
-    "Every criterion's score of every entry of the blocks' matrices; 'gradient' where there are rows to take it on"
+    """Every criterion's score of every entry of the blocks' matrices; 'gradient' where there are
+    rows to take it on"""
     params = dict(model.named_parameters())
     names = anatomy(model).matrices()
-    each = lambda by: {n: scores(params[n].detach(), by, seed=seed + i) for i, n in enumerate(names)}
+    each = lambda by: {n: scores(params[n].detach(), by, seed=seed + i)
+                       for i, n in enumerate(names)}
     out = {c: each(by) for c, by in CRITERIA.items() if c != 'gradient'}
     if rows:
         out['gradient'] = gradient_scores(model, names, tok, rows)
@@ -89,7 +96,8 @@ def entry_scores(model, tok=None, rows:list[dict]|None=None, seed:int=0
 RANKED = ('all together', 'within each matrix')
 
 def ranks(scores:Mapping[str, Tensor], ranked:str) -> dict[str, Tensor]: # one criterion's scores; one of RANKED
-    "For each entry the share of entries that score higher, in [0, 1): a mask of density d is `rank < d`"
+    """For each entry the share of entries that score higher, in [0, 1): a mask of density d is
+    `rank < d`"""
     if ranked not in RANKED:
         raise ValueError(f'ranked is {ranked!r}; it must be {" or ".join(map(repr, RANKED))}')
     def rank(s):
@@ -99,7 +107,8 @@ def ranks(scores:Mapping[str, Tensor], ranked:str) -> dict[str, Tensor]: # one c
         return r
     if ranked == RANKED[1]:
         return {n: rank(s).view(s.shape) for n, s in scores.items()}
-    every = rank(torch.cat([s.flatten() for s in scores.values()])).split([s.numel() for s in scores.values()])
+    every = rank(torch.cat([s.flatten() for s in scores.values()])).split(
+        [s.numel() for s in scores.values()])
     return {n: r.view(s.shape) for (n, s), r in zip(scores.items(), every)}
 
 def _places(model) -> dict[str, tuple[int, str]]:
@@ -117,7 +126,8 @@ def draw_mask(ranked_by:Mapping,  # {(criterion, one of RANKED): what `ranks` re
               by:str, ranked:str, # criterion, and what it ranks
               matrix:str          # the one to show in full
              ) -> Figure:
-    "Where the chosen entries lie. Raises `ValueError` for a density, criterion or matrix that is not there."
+    """Where the chosen entries lie. Raises `ValueError` for a density, criterion or matrix that is
+    not there."""
     if not 0 < density <= 100:
         raise ValueError(f'density is {density}; it must be above 0 and at most 100 per cent')
     if (by, ranked) not in ranked_by:
@@ -149,7 +159,8 @@ def _shares(ax, share:Mapping[tuple[int, str], float]) -> None:
         'Blues', vmin=0, vmax=1.25*most, aspect='auto')
     for (b, r), v in share.items() if len(share) <= 60 else ():
         number, color = f'{v:.1f}' if v < 9.95 else f'{v:.0f}', 'w' if v > .75*most else '.15'
-        ax.text(roles.index(r), blocks.index(b), number, ha='center', va='center', color=color, fontsize=8)
+        ax.text(roles.index(r), blocks.index(b), number, ha='center', va='center', color=color,
+                fontsize=8)
     ax.xaxis.tick_top()
     ax.set(xticks=range(len(roles)), yticks=range(0, len(blocks), max(1, len(blocks)//8)))
     ax.set_xticklabels(roles)
@@ -191,7 +202,8 @@ def decomposed(W0:Tensor,    # the base matrix, [out, in]
     s = stretches(C)
     energy = s.double().square()
     kept = energy.cumsum(0)/energy.sum()
-    return SimpleNamespace(s=s, kept=kept, stable=stable_rank(C), top=S1[:k], like=like, new=like < eps, eps=eps)
+    return SimpleNamespace(s=s, kept=kept, stable=stable_rank(C), top=S1[:k], like=like,
+                           new=like < eps, eps=eps)
 
 def draw_spectrum(matrices:Mapping[str, tuple[Tensor, Tensor]], # name -> (base, change)
                   matrix:str, rank:int) -> Figure: # the one to show, and how many directions to keep
@@ -208,14 +220,16 @@ def draw_spectrum(matrices:Mapping[str, tuple[Tensor, Tensor]], # name -> (base,
     kept = float(d.kept[r - 1])
     fig, (a, b, c) = panels(9.2, 2.6, (1, 1, 1), wspace=.34, left=.06, right=.985)
     show = min(n, 64)
-    a.vlines(range(1, show + 1), 0, d.s[:show].tolist(), colors=[RED if i < r else '.8' for i in range(show)], lw=2)
+    a.vlines(range(1, show + 1), 0, d.s[:show].tolist(),
+             colors=[RED if i < r else '.8' for i in range(show)], lw=2)
     a.set_ylim(0)
     a.set(title='stretches of the change', xlabel='direction', xlim=(0, show + 1))
     a.text(.97, .86, f'stable rank {d.stable:.1f}\nof {n}', transform=a.transAxes, ha='right')
     b.plot(range(1, n + 1), (100*d.kept).tolist(), color=RED)
     b.plot([r], [100*kept], 'o', color=RED)
     b.plot([r, r, 0], [0, 100*kept, 100*kept], ':', color='.3', lw=1)
-    b.set(title=f'rank {r} keeps {100*kept:.0f}% of the energy', xlabel='directions kept', ylim=(0, 104), xlim=(0, n))
+    b.set(title=f'rank {r} keeps {100*kept:.0f}% of the energy', xlabel='directions kept',
+          ylim=(0, 104), xlim=(0, n))
     _intruder_panel(c, d)
     fig.set_label(f'{matrix}: stable rank {d.stable:.1f} of {n}; '
                   f'rank {r} keeps {100*kept:.0f}% of the energy of the change; '
@@ -223,7 +237,8 @@ def draw_spectrum(matrices:Mapping[str, tuple[Tensor, Tensor]], # name -> (base,
     return fig
 
 def _intruder_panel(ax, d) -> None:
-    "For the tuned matrix's strongest directions, how much each resembles its nearest one in the base"
+    """For the tuned matrix's strongest directions, how much each resembles its nearest one in the
+    base"""
     at = list(enumerate(zip(d.like.tolist(), d.new.tolist()), 1))
     ax.axhline(d.eps, color='.6', lw=1, ls='--')
     for which, color, mark in ((False, GREY, 'o'), (True, RED, 'X')):
@@ -249,7 +264,8 @@ def _cached(matrices, name):
 def spectrum(base,      # a `Run`, an attached change, or the base model
              tuned=None # the tuned model, where `base` is one
             ) -> View:
-    "The directions of a change: `draw_spectrum` with handles. Raises `ValueError` where no matrix changed."
+    """The directions of a change: `draw_spectrum` with handles. Raises `ValueError` where no matrix
+    changed."""
     model, change = apart(base, tuned)
     params = dict(model.named_parameters())
     both = lambda n: (oriented(model, n, params[n].detach()), oriented(model, n, change[n]))

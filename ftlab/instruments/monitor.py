@@ -24,9 +24,12 @@ __all__ = ['INK', 'SEEN', 'KEPT', 'given_exactly', 'old_questions', 'thinned', '
 # %% ../../nbs/instruments/monitor.ipynb #00069985
 def given_exactly(model, enc:Sequence[dict], # rows as `encode_all` makes them
                   pad_id:int=0, batch_size:int=25) -> float:
-    "Share of rows, 0 to 1, whose answer the model would give greedily, token for token; of rows with a label, the share whose likeliest label is right"
-    if not enc: raise ValueError('there is no row to ask; give one or more')
-    return sum(int(teacher_forced(model, collate(enc[i:i + batch_size], pad_id)).sum()) for i in range(0, len(enc), batch_size))/len(enc)
+    """Share of rows, 0 to 1, whose answer the model would give greedily, token for token; of rows
+    with a label, the share whose likeliest label is right"""
+    if not enc:
+        raise ValueError('there is no row to ask; give one or more')
+    return sum(int(teacher_forced(model, collate(enc[i:i + batch_size], pad_id)).sum())
+               for i in range(0, len(enc), batch_size))/len(enc)
 
 # %% ../../nbs/instruments/monitor.ipynb #000a9985
 def old_questions(data:Data, tok, old=None, # what it could do before: `Data`, or anything that `ftlab.data` takes; None: old skills of a lab model
@@ -36,19 +39,30 @@ def old_questions(data:Data, tok, old=None, # what it could do before: `Data`, o
     "The questions whose answers a run should not lose"
     if old is not None:
         old = old if isinstance(old, Data) else as_data(old)
-        if old.kind == 'label' and old.labels != data.labels: raise ValueError(f'the old data {old.name} have other labels than {data.name}: one classifier cannot answer both')
+        if old.kind == 'label' and old.labels != data.labels:
+            raise ValueError(f'the old data {old.name} have other labels than {data.name}: one '
+                             'classifier cannot answer both')
         return encode_all((old.validation + old.test + old.train)[:n], tok, old.kind, limit)
-    if tok is None or data.kind != 'text' or not is_lab(tok): return []
-    names = old_skills(data, tok); rows = [r for s in names for r in WORLD.rows(s, max(1, n//len(names)), 'validation', 0)]
-    return sorted(encode_all(rows, tok, 'text', limit), key=lambda r: len(r['input_ids'])) # neighbours of one length need little padding
+    if tok is None or data.kind != 'text' or not is_lab(tok):
+        return []
+    names = old_skills(data, tok)
+    rows = [r for s in names for r in WORLD.rows(s, max(1, n//len(names)), 'validation', 0)]
+    # neighbours of one length need little padding
+    return sorted(encode_all(rows, tok, 'text', limit), key=lambda r: len(r['input_ids']))
 
 # %% ../../nbs/instruments/monitor.ipynb #000d9985
-INK, SEEN, KEPT = '.45', '#0072B2', '#D55E00' # grey for what is trained on, Okabe and Ito's blue and vermilion for what is not
+# grey for what is trained on, Okabe and Ito's blue and vermilion for what is not
+INK = '.45'
+SEEN = '#0072B2'
+KEPT = '#D55E00'
 
 def thinned(values:list[float], most:int=300) -> tuple[list[float], list[float]]:
-    "(places, means) of at most `most` blocks of neighbouring values; a place is the number of steps done at a block's end"
-    size = max(1, math.ceil(len(values)/most)); blocks = [values[i:i + size] for i in range(0, len(values), size)]
-    return [min((i + 1)*size, len(values)) for i in range(len(blocks))], [sum(b)/len(b) for b in blocks]
+    """(places, means) of at most `most` blocks of neighbouring values; a place is the number of
+    steps done at a block's end"""
+    size = max(1, math.ceil(len(values)/most))
+    blocks = [values[i:i + size] for i in range(0, len(values), size)]
+    return [min((i + 1)*size, len(values))
+            for i in range(len(blocks))], [sum(b)/len(b) for b in blocks]
 
 def seen_in(path:list[dict], key:str) -> tuple[list[int], list[float]]:
     "(steps, values) of one measurement, the last one where a step was looked at twice"
@@ -57,30 +71,44 @@ def seen_in(path:list[dict], key:str) -> tuple[list[int], list[float]]:
 
 # %% ../../nbs/instruments/monitor.ipynb #00109985
 def _panel(ax, title:str, steps:int) -> None:
-    ax.set_title(title, loc='left', fontsize=9); ax.spines[['top', 'right']].set_visible(False); ax.tick_params(labelsize=8)
-    ax.set_xlim(0, 1.28*max(1, steps)); ax.set_xticks([0, steps]); ax.xaxis.set_tick_params(length=3)
+    ax.set_title(title, loc='left', fontsize=9)
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.tick_params(labelsize=8)
+    ax.set_xlim(0, 1.28*max(1, steps))
+    ax.set_xticks([0, steps])
+    ax.xaxis.set_tick_params(length=3)
 
 def _curve(ax, at, values, color:str, name:str='', mark:str='', form:str='{:.2f}') -> None:
     "One line, with its name and last value where it ends"
-    if not at: return
+    if not at:
+        return
     ax.plot(at, values, color=color, lw=1.4, marker=mark, ms=3)
-    ax.annotate(f'{name} {form.format(values[-1])}'.strip(), (at[-1], values[-1]), (4, 0), textcoords='offset points', color=color, fontsize=8, va='center')
+    ax.annotate(f'{name} {form.format(values[-1])}'.strip(), (at[-1], values[-1]), (4, 0),
+                textcoords='offset points', color=color, fontsize=8, va='center')
 
-def _trained(log:list[dict], key:str) -> tuple[list, list]: return thinned([r[key] for r in log if r.get(key) is not None])
+def _trained(log:list[dict], key:str) -> tuple[list, list]:
+    return thinned([r[key] for r in log if r.get(key) is not None])
 
 def _surprise(ax, log, path) -> None:
-    "Surprise at the rows that are trained on, and at those that are not; their names are kept apart where the lines meet"
+    """Surprise at the rows that are trained on, and at those that are not; their names are kept
+    apart where the lines meet"""
     curves = [(*_trained(log, 'nll'), INK, 'trained', ''), (*seen_in(path, 'held_out_nll'), SEEN, 'held out', 'o')]
-    curves = sorted((c for c in curves if c[0]), key=lambda c: c[1][-1]); ax.set_ylim(0, max((max(c[1]) for c in curves), default=1.)*1.05 or 1.)
+    curves = sorted((c for c in curves if c[0]), key=lambda c: c[1][-1])
+    ax.set_ylim(0, max((max(c[1]) for c in curves), default=1.)*1.05 or 1.)
     top, last = ax.get_ylim()[1], -1.
     for at, values, color, name, mark in curves:
-        y = max(values[-1], last + .11*top); last = y
-        ax.plot(at, values, color=color, lw=1.4, marker=mark, ms=3); ax.annotate(f'{name} {values[-1]:.2f}', (at[-1], y), (4, 0), textcoords='offset points', color=color, fontsize=8, va='center')
+        y = max(values[-1], last + .11*top)
+        last = y
+        ax.plot(at, values, color=color, lw=1.4, marker=mark, ms=3)
+        ax.annotate(f'{name} {values[-1]:.2f}', (at[-1], y), (4, 0), textcoords='offset points',
+                    color=color, fontsize=8, va='center')
 
 def _retention(ax, path) -> None:
     "Old answers that are still given, against the level at the start"
-    at, kept = seen_in(path, 'kept'); ax.set_ylim(0, 104)
-    if at: ax.axhline(100*kept[0], color=INK, lw=.8, ls='--')
+    at, kept = seen_in(path, 'kept')
+    ax.set_ylim(0, 104)
+    if at:
+        ax.axhline(100*kept[0], color=INK, lw=.8, ls='--')
     _curve(ax, at, [100*k for k in kept], KEPT, mark='o', form='{:.0f}%')
 
 # %% ../../nbs/instruments/monitor.ipynb #00129985
@@ -88,18 +116,32 @@ def draw_run(log:list[dict],      # `run.log`: step, loss, nll, lr for each step
              path:Sequence[dict]=(), # `run.path`: rows with step and held_out_nll or kept, as a Monitor leaves them
              steps:int|None=None, # how many there will be; None: as many as there are
              title:str='') -> Figure:
-    "A run in small panels: surprise, old answers that are still given, the learning rate, and the loss where it is another number than the surprise"
-    path, steps = list(path), steps or max(1, len(log)); shown = min(steps, max(20, 2*len(log))) # a long run's first steps would be a line as thin as its axis
+    """A run in small panels: surprise, old answers that are still given, the learning rate, and the
+    loss where it is another number than the surprise"""
+    path, steps = list(path), steps or max(1, len(log))
+    shown = min(steps, max(20, 2*len(log))) # a long run's first steps would be a line as thin as its axis
     own = any(r['nll'] is None or abs(r['loss'] - r['nll']) > 1e-4*(1 + abs(r['nll'])) for r in log)
-    names = ['surprise']*any(r['nll'] is not None for r in log) + ['loss']*own + ['kept']*any('kept' in r for r in path) + ['lr']
-    fig = Figure(figsize=(3.1*len(names), 2.1), dpi=100); FigureCanvasAgg(fig) # an object of its own: pyplot's are shared by everyone
+    names = ['surprise']*any(r['nll'] is not None for r in log) + ['loss']*own + ['kept']*any(
+        'kept' in r for r in path) + ['lr']
+    fig = Figure(figsize=(3.1*len(names), 2.1), dpi=100)
+    FigureCanvasAgg(fig) # an object of its own: pyplot's are shared by everyone
     fig.subplots_adjust(.05, .13, .99, .78, wspace=.22)
     for i, name in enumerate(names, 1):
         ax = fig.add_subplot(1, len(names), i)
-        if name == 'surprise': _panel(ax, 'surprise, nats a token', shown); _surprise(ax, log, path)
-        if name == 'loss': _panel(ax, 'loss that is minimised', shown); _curve(ax, *_trained(log, 'loss'), INK, form='{:.3g}')
-        if name == 'kept': _panel(ax, 'old answers still given, %', shown); _retention(ax, path)
-        if name == 'lr': _panel(ax, 'learning rate', shown); _curve(ax, *_trained(log, 'lr'), INK, form='{:.2g}'); ax.set_yticks([]); ax.set_ylim(-.08*max((r['lr'] or 0. for r in log), default=0.) - 1e-12, None)
+        if name == 'surprise':
+            _panel(ax, 'surprise, nats a token', shown)
+            _surprise(ax, log, path)
+        if name == 'loss':
+            _panel(ax, 'loss that is minimised', shown)
+            _curve(ax, *_trained(log, 'loss'), INK, form='{:.3g}')
+        if name == 'kept':
+            _panel(ax, 'old answers still given, %', shown)
+            _retention(ax, path)
+        if name == 'lr':
+            _panel(ax, 'learning rate', shown)
+            _curve(ax, *_trained(log, 'lr'), INK, form='{:.2g}')
+            ax.set_yticks([])
+            ax.set_ylim(-.08*max((r['lr'] or 0. for r in log), default=0.) - 1e-12, None)
     fig.suptitle(title or f'step {len(log)} of {steps}', x=.01, ha='left', fontsize=9, fontweight='bold')
     return fig
 
@@ -107,78 +149,133 @@ def in_words(log:list[dict], path:Sequence[dict]=(), steps:int|None=None) -> str
     "What the picture shows, as a sentence"
     said = [f'Step {len(log)} of {steps or len(log)}']
     for key, name in (('nll', 'surprise at what is trained on'), ('loss', 'loss')):
-        if log and log[-1][key] is not None: said.append(f'{name} {log[0][key]:.2f} to {log[-1][key]:.2f}')
+        if log and log[-1][key] is not None:
+            said.append(f'{name} {log[0][key]:.2f} to {log[-1][key]:.2f}')
     held, kept = seen_in(list(path), 'held_out_nll')[1], seen_in(list(path), 'kept')[1]
-    if held: said.append(f'held out {held[0]:.2f} to {held[-1]:.2f}')
-    if kept: said.append(f'old answers still given {100*kept[0]:.0f}% to {100*kept[-1]:.0f}%')
+    if held:
+        said.append(f'held out {held[0]:.2f} to {held[-1]:.2f}')
+    if kept:
+        said.append(f'old answers still given {100*kept[0]:.0f}% to {100*kept[-1]:.0f}%')
     return '; '.join(said) + '.'
 
 def picture_tag(log, path, steps=None, title:str='', dpi:int=100) -> str:
-    "`draw_run` as an HTML tag that carries the picture, with `in_words` for those who cannot see it"
-    buffer = io.BytesIO(); fig = draw_run(log, path, steps, title); fig.savefig(buffer, format='png', dpi=dpi)
-    return f'<img style="max-width:100%" width="{round(100*fig.get_figwidth())}" alt="{html.escape(in_words(log, path, steps))}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    """`draw_run` as an HTML tag that carries the picture, with `in_words` for those who cannot see
+    it"""
+    buffer = io.BytesIO()
+    fig = draw_run(log, path, steps, title)
+    fig.savefig(buffer, format='png', dpi=dpi)
+    return (f'<img style="max-width:100%" width="{round(100*fig.get_figwidth())}" '
+            f'alt="{html.escape(in_words(log, path, steps))}" '
+            f'src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
 
 # %% ../../nbs/instruments/monitor.ipynb #00149985
 class Window:
     "A picture that is replaced in place, and a button beneath it"
+
     def __init__(self, stop:threading.Event): # set when the button is clicked
         from IPython.display import HTML, display # here: a script without a notebook needs neither of these
         from ipywidgets import Button
-        self.html, self.stop = HTML, stop; self.picture = display(HTML(''), display_id=True)
-        self.button = Button(description='Stop after this step', icon='stop', layout=dict(width='auto'), tooltip='fit returns the run as far as it came')
-        self.button.on_click(self.clicked); self.handle = display(self.button, display_id=True)
+        self.html, self.stop = HTML, stop
+        self.picture = display(HTML(''), display_id=True)
+        self.button = Button(description='Stop after this step', icon='stop',
+                             layout=dict(width='auto'), tooltip='fit returns the run as far as it came')
+        self.button.on_click(self.clicked)
+        self.handle = display(self.button, display_id=True)
         # ipykernel 7.4 sends a click to where the button last spoke, which is the busy shell, and not to where the front end sends it; forgotten, it goes there
         vars(self.button.comm).pop('_reply_subshell_id', None)
 
-    def clicked(self, button) -> None: self.stop.set(); button.disabled, button.description = True, 'Stopping …'
-    def show(self, tag:str) -> None: self.picture.update(self.html(tag))
-    def close(self) -> None: self.button.close(); self.handle.update(self.html('')) # else a saved page would say that a widget is missing
+    def clicked(self, button) -> None:
+        self.stop.set()
+        button.disabled, button.description = True, 'Stopping …'
+
+    def show(self, tag:str) -> None:
+        self.picture.update(self.html(tag))
+
+    def close(self) -> None:
+        self.button.close()
+        self.handle.update(self.html('')) # else a saved page would say that a widget is missing
 
 class Still:
     "A window where nobody watches: the last picture alone"
-    def __init__(self, stop): self.tag = ''
-    def show(self, tag): self.tag = tag
+
+    def __init__(self, stop):
+        self.tag = ''
+
+    def show(self, tag):
+        self.tag = tag
+
     def close(self):
         from IPython.display import HTML, display
         display(HTML(self.tag))
 
 class Nowhere:
     "A window where there is no notebook"
-    def __init__(self, stop): pass
-    def show(self, tag): pass
-    def close(self): pass
+
+    def __init__(self, stop):
+        pass
+
+    def show(self, tag):
+        pass
+
+    def close(self):
+        pass
 
 # %% ../../nbs/instruments/monitor.ipynb #00169985
 class Monitor:
-    "Watches a run: `fit(callbacks=(Monitor(),))`. In JupyterLab the picture grows and a button stops the run after its current step; elsewhere there is one picture at the end"
+    """Watches a run: `fit(callbacks=(Monitor(),))`. In JupyterLab the picture grows and a button
+    stops the run after its current step; elsewhere there is one picture at the end"""
     def __init__(self, every:int|None=None, # steps between looks; None: a tenth of all, and 25 at least
                  old=None,                  # data that the model could do before, as in `compare`; None: old skills of a lab model
                  questions:int=50,          # old ones, in all
                  rows:int=32):              # of the validation data
-        if every is not None and every < 1: raise ValueError(f'every is {every}; it must be at least 1')
-        if questions < 1 or rows < 1: raise ValueError(f'questions is {questions} and rows {rows}; both must be at least 1')
-        self.n, self.old, self.questions, self.rows, self.stop = every, old, questions, rows, threading.Event()
+        if every is not None and every < 1:
+            raise ValueError(f'every is {every}; it must be at least 1')
+        if questions < 1 or rows < 1:
+            raise ValueError(f'questions is {questions} and rows {rows}; both must be at least 1')
+        self.n = every
+        self.old = old
+        self.questions = questions
+        self.rows = rows
+        self.stop = threading.Event()
 
     def before_fit(self, state:State) -> None:
-        self.stop.clear(); self.asked = old_questions(state.data, state.tok, self.old, self.questions, state.limit)
-        self.every, self.drawn, self.took = Every(self.n or max(25, state.steps//10), self.look), 0., 0.
-        self.window = (Nowhere if not in_notebook() else Window if front_end() else Still)(self.stop)
-        self.every.before_fit(state); self.draw(state)
+        self.stop.clear()
+        self.asked = old_questions(state.data, state.tok, self.old, self.questions, state.limit)
+        self.every = Every(self.n or max(25, state.steps//10), self.look)
+        self.drawn = 0.
+        self.took = 0.
+        self.window = (Nowhere if not in_notebook() else Window if front_end() else Still)(
+            self.stop)
+        self.every.before_fit(state)
+        self.draw(state)
 
     def after_step(self, state:State) -> None:
         self.every.after_step(state)
-        if time.time() - self.drawn > max(.5, 40*self.took): self.draw(state)
-        if self.stop.is_set(): state.stop = 'by hand'
+        if time.time() - self.drawn > max(.5, 40*self.took):
+            self.draw(state)
+        if self.stop.is_set():
+            state.stop = 'by hand'
 
-    def after_fit(self, state:State) -> None: self.draw(state, dpi=150); self.window.close()
+    def after_fit(self, state:State) -> None:
+        self.draw(state, dpi=150)
+        self.window.close()
 
     def look(self, state:State) -> dict:
-        "Surprise at validation rows, and the share of old answers that are still given; what there is of them"
+        """Surprise at validation rows, and the share of old answers that are still given; what
+        there is of them"""
         has_rows = bool(state.validation) and 'labels' in state.validation[0]
-        seen = dict(held_out_nll=validation_nll(state, self.rows)['validation_nll']) if has_rows else {}
-        return seen | (dict(kept=given_exactly(state.model, self.asked, state.pad_id)) if self.asked else {})
+        seen = (dict(held_out_nll=validation_nll(state, self.rows)['validation_nll']) if has_rows
+                else {})
+        return seen | (dict(kept=given_exactly(state.model, self.asked, state.pad_id)) if self.asked
+                       else {})
 
     def draw(self, state:State, dpi:int=100) -> None:
-        if isinstance(self.window, Nowhere) or isinstance(self.window, Still) and dpi == 100: return
-        t = time.time(); name = state.settings['recipe'].get('name', '') + (f', stage {state.settings["stage"] + 1}' if 'stage' in state.settings else '')
-        self.window.show(picture_tag(state.log, state.path, state.steps, f'{name}: step {state.step} of {state.steps}', dpi)); self.drawn = time.time(); self.took = self.drawn - t
+        if isinstance(self.window, Nowhere) or isinstance(self.window, Still) and dpi == 100:
+            return
+        t = time.time()
+        name = state.settings['recipe'].get('name', '') + (f', stage {state.settings["stage"] + 1}'
+                                                           if 'stage' in state.settings else '')
+        self.window.show(picture_tag(state.log, state.path, state.steps,
+                                     f'{name}: step {state.step} of {state.steps}', dpi))
+        self.drawn = time.time()
+        self.took = self.drawn - t

@@ -57,71 +57,110 @@ class Asked:
 
     @property
     def questions(self) -> list[dict]:
-        "prompt and response of each row, and the skill it belongs to; for kinds that ask nothing the text alone"
-        if self.kind == 'text' and 'prompt' in self.rows[0]: return self.rows
-        if self.kind == 'label': return [dict(prompt=r['text'], response=self.labels[r['label']]) for r in self.rows]
-        if self.kind == 'lm': return [dict(prompt=r['text'], response='') for r in self.rows]
-        last = [max(i for i, m in enumerate(r['messages']) if m['role'] == 'assistant') for r in self.rows]
-        return [dict(prompt=r['messages'][:i], response=r['messages'][i]['content']) for i, r in zip(last, self.rows)]
+        """prompt and response of each row, and the skill it belongs to; for kinds that ask nothing
+        the text alone"""
+        if self.kind == 'text' and 'prompt' in self.rows[0]:
+            return self.rows
+        if self.kind == 'label':
+            return [dict(prompt=r['text'], response=self.labels[r['label']]) for r in self.rows]
+        if self.kind == 'lm':
+            return [dict(prompt=r['text'], response='') for r in self.rows]
+        last = [max(i for i, m in enumerate(r['messages']) if m['role'] == 'assistant')
+                for r in self.rows]
+        return [dict(prompt=r['messages'][:i], response=r['messages'][i]['content'])
+                for i, r in zip(last, self.rows)]
 
 # %% ../../nbs/instruments/report.ipynb #0008fa9f
-def asked_of(data:Data, tok, old:Data|None=None, items:int=100, old_items:int=100, metric:str|None=None, seed:int=0) -> list[Asked]:
-    "The sets of questions of a report, new ones first. Raises `ValueError` where there is no test row, or where old labels are not those of the head."
-    if callable(metric): raise ValueError('metric is a function; a report compares answer by answer, and needs exact, accuracy or nll')
-    if not data.test: raise ValueError(f'{data.name} has no test row, and a report needs some; give more rows, or a test set of your own')
-    new = Asked(data.name, _even(data.test, items), data.kind, metric_for(data, metric), data.labels)
+def asked_of(data:Data, tok, old:Data|None=None, items:int=100, old_items:int=100,
+             metric:str|None=None, seed:int=0) -> list[Asked]:
+    """The sets of questions of a report, new ones first. Raises `ValueError` where there is no test
+    row, or where old labels are not those of the head."""
+    if callable(metric):
+        raise ValueError('metric is a function; a report compares answer by answer, and needs exact, accuracy or nll')
+    if not data.test:
+        raise ValueError(f'{data.name} has no test row, and a report needs some; give more rows, or '
+                         'a test set of your own')
+    new = Asked(data.name, _even(data.test, items), data.kind, metric_for(data, metric),
+                data.labels)
     return [new, *_asked_before(data, tok, old, old_items, seed)]
 
 def _asked_before(data, tok, old, n, seed) -> list[Asked]:
-    "What the model could do before: the old data that were given, else the old skills of a lab model, else nothing"
-    if old is None: return _lab_skills(data, tok, n, seed) if data.kind != 'label' and is_lab(tok) else []
+    """What the model could do before: the old data that were given, else the old skills of a lab
+    model, else nothing"""
+    if old is None:
+        return _lab_skills(data, tok, n, seed) if data.kind != 'label' and is_lab(tok) else []
     if old.kind == 'label' and old.labels != data.labels:
-        raise ValueError(f'the old data {old.name} have other labels than {data.name}: one head cannot answer both; leave out old=')
+        raise ValueError(f'the old data {old.name} have other labels than {data.name}: one head '
+                         'cannot answer both; leave out old=')
     rows = _even(old.test + old.validation + old.train, n)
     return [Asked(old.name, rows, old.kind, metric_for(replace(old, test=rows)), old.labels, True)]
 
 def _lab_skills(data, tok, n, seed) -> list[Asked]:
-    try: return [Asked(s, WORLD.rows(s, n, 'test', seed), 'text', 'exact', None, True) for s in old_skills(data, tok)]
-    except ValueError as e: raise ValueError(f'old_items is {n}: {e}') from None # the world has only so many questions
+    try:
+        return [Asked(s, WORLD.rows(s, n, 'test', seed), 'text', 'exact', None, True)
+                for s in old_skills(data, tok)]
+    except ValueError as e:
+        raise ValueError(f'old_items is {n}: {e}') from None # the world has only so many questions
 
-def _even(rows, n) -> list: "`n` of the rows, spread evenly"; return [rows[i*len(rows)//n] for i in range(n)] if len(rows) > n else list(rows)
+def _even(rows, n) -> list:
+    "`n` of the rows, spread evenly"
+    return [rows[i*len(rows)//n] for i in range(n)] if len(rows) > n else list(rows)
 
 # %% ../../nbs/instruments/report.ipynb #000afa9f
-KEPT = 2**23 # numbers of log-probabilities that are kept of each set, and of logits in one batch: 32 MB, 260 places for a vocabulary of 32,000
+# numbers of log-probabilities that are kept of each set, and of logits in one batch: 32 MB, 260 places for a vocabulary of 32,000
+KEPT = 2**23
 
 def _batches(q, tok, rows, limit, words):
-    "The first `rows` questions with their answers, encoded, in batches whose logits stay below `KEPT` numbers"
-    enc = [encode(r, tok, q.kind, limit) for r in q.rows[:rows]]; i = 0
+    """The first `rows` questions with their answers, encoded, in batches whose logits stay below
+    `KEPT` numbers"""
+    enc = [encode(r, tok, q.kind, limit) for r in q.rows[:rows]]
+    i = 0
     while i < len(enc):
         n = 25
-        while n > 1 and n*max(len(e['input_ids']) for e in enc[i:i + n])*words > KEPT: n //= 2
+        while n > 1 and n*max(len(e['input_ids']) for e in enc[i:i + n])*words > KEPT:
+            n //= 2
         yield collate(enc[i:i + n], pad_id(tok))
         i += n
 
 @torch.no_grad()
-def forced(model, tok, q:Asked, rows:int, max_length:int|None=None) -> tuple[list, dict[str, Tensor]]:
-    "Hand the model the answers to the first `rows` questions: (surprise and priced tokens of each row), and sure, right, logp, layer 0, layer 1, ..."
+def forced(model, tok, q:Asked, rows:int,
+           max_length:int|None=None) -> tuple[list, dict[str, Tensor]]:
+    """Hand the model the answers to the first `rows` questions: (surprise and priced tokens of each
+    row), and sure, right, logp, layer 0, layer 1, ..."""
     out, prices, room = {}, [], KEPT
-    for b in _batches(q, tok, rows, row_limit(model, tok, max_length), 1 if q.kind == 'label' else model.config.vocab_size):
+    for b in _batches(q, tok, rows, row_limit(model, tok, max_length),
+                      1 if q.kind == 'label' else model.config.vocab_size):
         b = to_device(b, device_of(model))
         y = b.pop('labels')
         o = model(**b, output_hidden_states=True)
-        prices += [(float(v.sum()), int(k.sum())) for v, k in zip(token_nll(o.logits, y), priced(y))]
-        found = _noted(o, y, b['attention_mask'], room); room -= found['logp'].numel() if 'logp' in found else 0
-        for k, v in found.items(): out.setdefault(k, []).append(v.cpu())
+        prices += [(float(v.sum()), int(k.sum()))
+                   for v, k in zip(token_nll(o.logits, y), priced(y))]
+        found = _noted(o, y, b['attention_mask'], room)
+        room -= found['logp'].numel() if 'logp' in found else 0
+        for k, v in found.items():
+            out.setdefault(k, []).append(v.cpu())
     return prices, {k: torch.cat(v) for k, v in out.items()}
 
 def _noted(o, y, mask, room) -> dict[str, Tensor]:
-    "Of one batch: sure, right and each layer's mean, and up to `room` numbers of log-probabilities; one row for each place that was asked"
-    on = priced(y); logits, y = (o.logits[on], y[on]) if y.ndim == 1 else (o.logits[:, :-1][on], y[:, 1:][on]); sure, right = confidence(logits, y)
-    found = dict(sure=sure, right=right) | {f'layer {i}': h for i, h in enumerate(pooled(o.hidden_states, mask))}; n = room//logits.shape[-1]
+    """Of one batch: sure, right and each layer's mean, and up to `room` numbers of
+    log-probabilities; one row for each place that was asked"""
+    on = priced(y)
+    logits, y = (o.logits[on], y[on]) if y.ndim == 1 else (o.logits[:, :-1][on], y[:, 1:][on])
+    sure, right = confidence(logits, y)
+    found = dict(sure=sure, right=right) | {f'layer {i}': h
+                                            for i, h in enumerate(pooled(o.hidden_states, mask))}
+    n = room//logits.shape[-1]
     return found | (dict(logp=logits[:n].float().log_softmax(-1)) if n > 0 else {})
 
 # %% ../../nbs/instruments/report.ipynb #000cfa9f
-def own_answers(model, tok, q:Asked, rows:int, decode:Callable|None=None, longest:int=64) -> list[str]:
-    "What the model answers by itself to the first `rows` questions, greedily where there is no `decode`"
+def own_answers(model, tok, q:Asked, rows:int, decode:Callable|None=None,
+                longest:int=64) -> list[str]:
+    """What the model answers by itself to the first `rows` questions, greedily where there is no
+    `decode`"""
     asked = q.questions[:rows]
-    return (decode or generate)(model, tok, [r['prompt'] for r in asked], max_new_tokens=min(longest, answer_length(asked, tok))) if asked else []
+    return ((decode or generate)(model, tok, [r['prompt'] for r in asked],
+                                 max_new_tokens=min(longest, answer_length(asked, tok))) if asked
+            else [])
 
 @torch.no_grad()
 def labels_said(model, tok, q:Asked, max_length=None) -> list[str]:
@@ -134,100 +173,146 @@ def labels_said(model, tok, q:Asked, max_length=None) -> list[str]:
     return out
 
 # %% ../../nbs/instruments/report.ipynb #000efa9f
-def observe(model, tok, asked:list[Asked], decode:Callable|None=None, rows:int=400, examples:int=8, max_length:int|None=None, seed:int=0) -> list[dict]:
-    "For every set of questions: answers, score (value and weight of each row), and the tensors of `forced`; the model and the random state stay as they were"
+def observe(model, tok, asked:list[Asked], decode:Callable|None=None, rows:int=400, examples:int=8,
+            max_length:int|None=None, seed:int=0) -> list[dict]:
+    """For every set of questions: answers, score (value and weight of each row), and the tensors of
+    `forced`; the model and the random state stay as they were"""
     with evaluating(model), torch.random.fork_rng():
         torch.manual_seed(seed)
-        share = {old: math.ceil(rows/max(1, sum(q.old == old for q in asked))) for old in (False, True)} # new and old sets get `rows` each, shared out evenly
+        share = {old: math.ceil(rows/max(1, sum(q.old == old for q in asked)))
+                 for old in (False, True)} # new and old sets get `rows` each, shared out evenly
         out = [_observed(model, tok, q, decode, share[q.old], examples, max_length) for q in asked]
     free_memory() # the C library would keep what the passes took
     return out
 
 def _observed(model, tok, q, decode, share, examples, max_length) -> dict:
     "One set of questions; where answers cannot be judged, up to `examples` are drawn to look at"
-    prices, tensors = forced(model, tok, q, len(q.rows) if q.metric == 'nll' else min(share, len(q.rows)), max_length)
-    if q.kind == 'label': said = labels_said(model, tok, q, max_length)
-    else: said = own_answers(model, tok, q, len(q.rows) if q.metric == 'exact' else examples if q.kind != 'lm' else 0, decode)
+    prices, tensors = forced(model, tok, q,
+                             len(q.rows) if q.metric == 'nll' else min(share, len(q.rows)),
+                             max_length)
+    if q.kind == 'label':
+        said = labels_said(model, tok, q, max_length)
+    else:
+        said = own_answers(model, tok, q, len(q.rows) if q.metric == 'exact' else examples
+                           if q.kind != 'lm' else 0, decode)
     right = lambda r, a: judge(r, a) if q.metric == 'exact' else float(a == r['response'])
-    return dict(score=prices if q.metric == 'nll' else [(right(r, a), 1) for r, a in zip(q.questions, said)], said=said, tensors=tensors)
+    return dict(score=prices if q.metric == 'nll'
+                else [(right(r, a), 1) for r, a in zip(q.questions, said)], said=said,
+                tensors=tensors)
 
 # %% ../../nbs/instruments/report.ipynb #0010fa9f
 def save_observed(path:Path, seen:list[dict]) -> None:
     "Keep what was observed as safetensors"
-    tensors = {f'{i}|{k}': v.contiguous() for i, s in enumerate(seen) for k, v in s['tensors'].items()}
+    tensors = {f'{i}|{k}': v.contiguous() for i, s in enumerate(seen)
+               for k, v in s['tensors'].items()}
     meta = json.dumps([dict(score=s['score'], said=s['said']) for s in seen])
     write_atomically(path, lambda p: save_file(tensors, p, metadata=dict(seen=meta)))
 
 def load_observed(path:Path) -> list[dict]:
     "What `save_observed` kept"
     with safe_open(path, 'pt') as f:
-        seen = [dict(s, score=[tuple(x) for x in s['score']], tensors={}) for s in json.loads(f.metadata()['seen'])]
-        for k in f.keys(): i, _, name = k.partition('|'); seen[int(i)]['tensors'][name] = f.get_tensor(k)
+        seen = [dict(s, score=[tuple(x) for x in s['score']], tensors={})
+                for s in json.loads(f.metadata()['seen'])]
+        for k in f.keys():
+            i, _, name = k.partition('|')
+            seen[int(i)]['tensors'][name] = f.get_tensor(k)
     return seen
 
 # %% ../../nbs/instruments/report.ipynb #0012fa9f
 @contextmanager
 def as_base(att, folder:str|Path|None=None) -> Iterator:
-    "Within this context the model is the base, bit for bit, and no second copy of its weights is in memory; `folder` is for a temporary file"
-    with att.disabled(folder or tempfile.gettempdir()) as model: yield model
+    """Within this context the model is the base, bit for bit, and no second copy of its weights is
+    in memory; `folder` is for a temporary file"""
+    with att.disabled(folder or tempfile.gettempdir()) as model:
+        yield model
 
 # %% ../../nbs/instruments/report.ipynb #0014fa9f
-def seen_by_base(run:Run, asked:list[Asked], folder:Path, decode:Callable|None, **how) -> list[dict]:
-    "What the base says to `asked`: from a file in `folder`, named after base, questions and settings, or by asking it, and then kept there"
+def seen_by_base(run:Run, asked:list[Asked], folder:Path, decode:Callable|None,
+                 **how) -> list[dict]:
+    """What the base says to `asked`: from a file in `folder`, named after base, questions and
+    settings, or by asking it, and then kept there"""
     path = folder/f'base-{_base_key(run, asked, decode, how)}.safetensors'
-    if path.exists(): return load_observed(path)
-    with as_base(run.delta.attached): seen = observe(run.model, run.tok, asked, decode and decode(run.model), **how)
-    save_observed(path, seen); return seen
+    if path.exists():
+        return load_observed(path)
+    with as_base(run.delta.attached):
+        seen = observe(run.model, run.tok, asked, decode and decode(run.model), **how)
+    save_observed(path, seen)
+    return seen
 
 def _base_key(run, asked, decode, how) -> str:
-    "Base (a fresh head, which its fingerprint leaves out, by its sum), questions, decoder and settings as one hash"
+    """Base (a fresh head, which its fingerprint leaves out, by its sum), questions, decoder and
+    settings as one hash"""
     heads = {n: float(run.delta.attached.before(n).double().sum()) for n in _heads(run)}
-    key = [run.delta.base, heads, [(q.name, q.kind, q.metric, q.rows) for q in asked], run.recipe.describe() if decode else None, how]
+    key = [run.delta.base, heads, [(q.name, q.kind, q.metric, q.rows) for q in asked],
+           run.recipe.describe() if decode else None, how]
     return digest(key)
 
-def _heads(run) -> set[str]: "The names of a fresh head's weights"; return set(head_names(run.model)) if run.data.kind == 'label' else set()
+def _heads(run) -> set[str]:
+    "The names of a fresh head's weights"
+    return set(head_names(run.model)) if run.data.kind == 'label' else set()
 
 # %% ../../nbs/instruments/report.ipynb #0016fa9f
 def decoder_of(run:Run) -> Callable|None:
-    "(model in the tuned one's place) -> a decoder (model, tok, prompts, **options); None where answers are drawn greedily from one model"
-    if run.recipe.decode is None: return None
-    with as_base(run.delta.attached): base = copy.deepcopy(run.model) # switched off for good: the copy's change is a copy too
-    return lambda tuned: lambda model, tok, prompts, **options: run.recipe.decode(dict(base=base, tuned=model, **run.models), tok, prompts, **options)
+    """(model in the tuned one's place) -> a decoder (model, tok, prompts, **options); None where
+    answers are drawn greedily from one model"""
+    if run.recipe.decode is None:
+        return None
+    with as_base(run.delta.attached):
+        base = copy.deepcopy(run.model) # switched off for good: the copy's change is a copy too
+    return lambda tuned: lambda model, tok, prompts, **options: run.recipe.decode(
+        dict(base=base, tuned=model, **run.models), tok, prompts, **options)
 
 # %% ../../nbs/instruments/report.ipynb #0018fa9f
 def paired(before:list[tuple[float, int]], # (value, weight) of each question: a score and 1, or a row's surprise and its tokens
            after:list[tuple[float, int]],
            sign:int=1 # -1 where less is better
           ) -> dict:  # before, after, change (better is positive), low, high, n
-    "The mean before and after and the change between them, with the 95% interval that the choice of questions leaves"
+    """The mean before and after and the change between them, with the 95% interval that the choice
+    of questions leaves"""
     w = sum(k for _, k in before)
-    if not w: raise ValueError('no question has a token left to price; give a larger max_length')
-    b, a = (sum(v for v, _ in x)/w for x in (before, after)); d = sign*(a - b); n = len(before)
-    if n < 2: return dict(before=b, after=a, change=d, low=None, high=None, n=n)
+    if not w:
+        raise ValueError('no question has a token left to price; give a larger max_length')
+    b, a = (sum(v for v, _ in x)/w for x in (before, after))
+    d = sign*(a - b)
+    n = len(before)
+    if n < 2:
+        return dict(before=b, after=a, change=d, low=None, high=None, n=n)
     # where all questions agree the spread would be 0, and 100 of 100 is not certainty: one more, that disagrees, is counted in
     odd = 1. if all(k == 1 and 0 <= x <= 1 for x, k in before) else 0.
-    half = 1.96*math.sqrt((odd + sum((sign*(y - x) - d*k)**2 for (x, k), (y, _) in zip(before, after)))*n/(n - 1))/w
+    half = 1.96*math.sqrt((odd + sum((sign*(y - x) - d*k)**2
+                                     for (x, k), (y, _) in zip(before, after)))*n/(n - 1))/w
     return dict(before=b, after=a, change=d, low=d - half, high=d + half, n=n)
 
 def forgotten(sets:list[dict]) -> dict|None:
-    "The mean fall over the old sets, with the interval that the choice of questions leaves (None where a set has one question); None where there is no old set"
+    """The mean fall over the old sets, with the interval that the choice of questions leaves (None
+    where a set has one question); None where there is no old set"""
     old = [s for s in sets if s['old']]
-    if not old: return None
-    d = -fmean(s['change'] for s in old); out = dict(mean=d, low=None, high=None, sets=len(old), worst=min(old, key=lambda s: s['change'])['name'])
-    if any(s['low'] is None for s in old): return out
-    half = math.sqrt(sum((s['high'] - s['low'])**2 for s in old))/2/len(old); return out | dict(low=d - half, high=d + half)
+    if not old:
+        return None
+    d = -fmean(s['change'] for s in old)
+    out = dict(mean=d, low=None, high=None, sets=len(old), worst=min(old, key=lambda s: s['change'])['name'])
+    if any(s['low'] is None for s in old):
+        return out
+    half = math.sqrt(sum((s['high'] - s['low'])**2 for s in old))/2/len(old)
+    return out | dict(low=d - half, high=d + half)
 
 # %% ../../nbs/instruments/report.ipynb #001afa9f
 def flips(q:Asked, before:dict, after:dict) -> list[dict]:
-    "Questions whose answer changed, with both answers: 'lost' (right, then wrong), 'won', or 'other'"
+    """Questions whose answer changed, with both answers: 'lost' (right, then wrong), 'won', or
+    'other'"""
     out = []
     for i, (r, x, y) in enumerate(zip(q.questions, before['said'], after['said'])):
-        if x == y: continue
-        d = after['score'][i][0] - before['score'][i][0] if q.metric != 'nll' else 0.; kind = 'lost' if d <= -.5 else 'won' if d >= .5 else 'other'
-        out.append(dict(set=q.name, old=q.old, kind=kind, question=_text(r['prompt']), right=r['response'], base=x, tuned=y))
+        if x == y:
+            continue
+        d = after['score'][i][0] - before['score'][i][0] if q.metric != 'nll' else 0.
+        kind = 'lost' if d <= -.5 else 'won' if d >= .5 else 'other'
+        out.append(dict(set=q.name, old=q.old, kind=kind, question=_text(r['prompt']),
+                        right=r['response'], base=x, tuned=y))
     return out
 
-def _text(prompt) -> str: return prompt if isinstance(prompt, str) else '\n'.join(f'{m["role"]}: {m["content"]}' for m in prompt)
+def _text(prompt) -> str:
+    return (prompt if isinstance(prompt, str) else '\n'.join(f'{m["role"]}: {m["content"]}'
+                                                             for m in prompt))
 
 def together(asked, seen, old:bool, key:str) -> Tensor|None:
     "One tensor of all new (or all old) sets, rows one after another; None where there is none"
@@ -235,12 +320,19 @@ def together(asked, seen, old:bool, key:str) -> Tensor|None:
     return found[0] if len(found) == 1 else torch.cat(found) if found else None
 
 def apart(asked, before, after, old:bool) -> dict|None:
-    "Drift, likeness by layer and calibration over all new (or all old) sets; None where there is none"
-    if not any(q.old == old for q in asked): return None
-    get = lambda s, k: together(asked, s, old, k); ask = lambda s: calibration(get(s, 'sure'), get(s, 'right')); p, q = get(before, 'logp'), get(after, 'logp')
-    alike = [cka(get(before, f'layer {i}'), get(after, f'layer {i}')) for i in range(sum(k.startswith('layer ') for k in before[0]['tensors']))]
-    drift = sum(float(kl(a, b).sum()) for a, b in zip(p.split(64), q.split(64)))/len(p) # in pieces: a vocabulary is wide
-    return dict(kl=drift, places=len(p), cka=[None if math.isnan(x) else x for x in alike], before=ask(before), after=ask(after))
+    """Drift, likeness by layer and calibration over all new (or all old) sets; None where there is
+    none"""
+    if not any(q.old == old for q in asked):
+        return None
+    get = lambda s, k: together(asked, s, old, k)
+    ask = lambda s: calibration(get(s, 'sure'), get(s, 'right'))
+    p, q = get(before, 'logp'), get(after, 'logp')
+    alike = [cka(get(before, f'layer {i}'), get(after, f'layer {i}'))
+             for i in range(sum(k.startswith('layer ') for k in before[0]['tensors']))]
+    # in pieces: a vocabulary is wide
+    drift = sum(float(kl(a, b).sum()) for a, b in zip(p.split(64), q.split(64)))/len(p)
+    return dict(kl=drift, places=len(p), cka=[None if math.isnan(x) else x for x in alike],
+                before=ask(before), after=ask(after))
 
 # %% ../../nbs/instruments/report.ipynb #001cfa9f
 def change_of(run:Run, matrices:int=64, k:int=10, eps:float=.5) -> dict:
@@ -252,10 +344,12 @@ def change_of(run:Run, matrices:int=64, k:int=10, eps:float=.5) -> dict:
     chosen = set(square[::max(1, math.ceil(len(square)/max(1, matrices)))]) if matrices else set()
     for n, W0, W1 in _all_weights(att):
         block, part, role = at.get(n, (None, 'other', n))
-        row = dict(name=n, block=block, part='fresh head' if n in heads else part, role=role, numbers=W0.numel()) | _sizes(W0, W1)
+        row = dict(name=n, block=block, part='fresh head' if n in heads else part, role=role,
+                   numbers=W0.numel()) | _sizes(W0, W1)
         rows.append(row | (_directions(W0, W1, k, eps, asked) if n in chosen else {}))
     blocks = 1 + max((b for b, *_ in at.values() if b is not None), default=-1)
-    return dict(summed(rows), weights=[r for r in rows if r['moved']], elsewhere=_elsewhere(att, at), blocks=blocks,
+    return dict(summed(rows), weights=[r for r in rows if r['moved']],
+                elsewhere=_elsewhere(att, at), blocks=blocks,
                 matrices=dict(looked=len(chosen), of=len(square), k=k, eps=eps), map=heat(rows))
 
 def _square(att, at) -> list[str]:
@@ -264,22 +358,30 @@ def _square(att, at) -> list[str]:
 
 def _elsewhere(att, at) -> list[dict]:
     "Parts of the change that act on what flows through the model instead of its weights"
-    place = lambda n: dict(zip(('block', 'part'), at.get(n, (None, 'other')))); size = lambda d: sum(p.numel() for p in d.parameters())
-    return [dict(name=n, **place(n), numbers=size(d), site=d.site) for n, d in att.deltas.items() if d.site != 'weight']
+    place = lambda n: dict(zip(('block', 'part'), at.get(n, (None, 'other'))))
+    size = lambda d: sum(p.numel() for p in d.parameters())
+    return [dict(name=n, **place(n), numbers=size(d), site=d.site) for n, d in att.deltas.items()
+            if d.site != 'weight']
 
 def _sizes(W0, W1) -> dict:
-    "How many numbers moved, and the lengths of change and base; a slice at a time: an embedding is the largest tensor of all"
-    parts = [(int((b != a).sum()), float((b.float() - a.float()).norm())**2, float(a.float().norm())**2) for a, b in zip(W0.split(2048), W1.split(2048))]
-    return dict(moved=sum(m for m, *_ in parts), length=math.sqrt(sum(l for _, l, _ in parts)), base=math.sqrt(sum(b for *_, b in parts)))
+    """How many numbers moved, and the lengths of change and base; a slice at a time: an embedding
+    is the largest tensor of all"""
+    parts = [(int((b != a).sum()), float((b.float() - a.float()).norm())**2,
+              float(a.float().norm())**2) for a, b in zip(W0.split(2048), W1.split(2048))]
+    return dict(moved=sum(m for m, *_ in parts), length=math.sqrt(sum(l for _, l, _ in parts)),
+                base=math.sqrt(sum(b for *_, b in parts)))
 
 def _directions(W0, W1, k, eps, asked) -> dict:
-    "Stable rank, the share of the change in its strongest 1, 2, 4, 8 and 16 directions, and each probe's count among the tuned weights' strongest `k`"
+    """Stable rank, the share of the change in its strongest 1, 2, 4, 8 and 16 directions, and each
+    probe's count among the tuned weights' strongest `k`"""
     s = spectrum(W1.float() - W0.float()).double()
     energy = s.square()
     share = energy.cumsum(0)/energy.sum().clamp(min=1e-300)
     rank = float(energy.sum()/energy[0]) if s[0] > 0 else 0.
     counts = {key: int(probe(W0, W1, k, eps).sum()) for key, probe in asked.items()}
-    return dict(stable_rank=rank, top=[float(share[min(i, len(share)) - 1]) for i in (1, 2, 4, 8, 16)], **counts, looked=min(k, *W0.shape))
+    return dict(stable_rank=rank,
+                top=[float(share[min(i, len(share)) - 1]) for i in (1, 2, 4, 8, 16)], **counts,
+                looked=min(k, *W0.shape))
 
 def _all_weights(att):
     "(name, base, tuned) of every weight of the model, changed or not"
@@ -288,7 +390,8 @@ def _all_weights(att):
         done.add(n)
         yield n, W0, W1
     for n, p in own_weights(att.model).items():
-        if n not in done: yield n, p.detach(), p.detach()
+        if n not in done:
+            yield n, p.detach(), p.detach()
 
 # %% ../../nbs/instruments/report.ipynb #001efa9f
 def summed(rows:list[dict]) -> dict:
@@ -296,51 +399,63 @@ def summed(rows:list[dict]) -> dict:
     on = [r for r in rows if r['part'] != 'fresh head']
     seen = [r for r in on if 'stable_rank' in r and r['length'] > 0]
     length, base = _long(on, 'length'), _long(on, 'base')
-    size = dict(numbers=sum(r['numbers'] for r in on), moved=sum(r['moved'] for r in on), length=length, relative=length/base if base else 0.)
+    size = dict(numbers=sum(r['numbers'] for r in on), moved=sum(r['moved'] for r in on),
+                length=length, relative=length/base if base else 0.)
     rank = fmean(r['stable_rank'] for r in seen) if seen else None
     top = [fmean(r['top'][i] for r in seen) for i in range(5)] if seen else None
     counts = {key: sum(r[key] for r in seen) if seen else None for key in probes('directions')}
     return dict(size, stable_rank=rank, top=top, **counts, looked=sum(r['looked'] for r in seen))
 
 def heat(rows:list[dict]) -> list[dict]:
-    "Cells of the map: for each part of each block the length of its change relative to its weights, and the share of its numbers that moved"
+    """Cells of the map: for each part of each block the length of its change relative to its
+    weights, and the share of its numbers that moved"""
     cells = {}
-    for r in rows: cells.setdefault((r['part'], r['block']), []).append(r)
+    for r in rows:
+        cells.setdefault((r['part'], r['block']), []).append(r)
     share = lambda rs: sum(r['moved'] for r in rs)/sum(r['numbers'] for r in rs)
-    return [dict(part=p, block=b, relative=_long(rs, 'length')/base if (base := _long(rs, 'base')) else None, moved=share(rs)) for (p, b), rs in cells.items()]
+    return [dict(part=p, block=b, relative=_long(rs, 'length')/base if (base := _long(rs, 'base'))
+                 else None, moved=share(rs)) for (p, b), rs in cells.items()]
 
-def _long(rows, key) -> float: return math.sqrt(sum(r[key]**2 for r in rows))
+def _long(rows, key) -> float:
+    return math.sqrt(sum(r[key]**2 for r in rows))
 
 # %% ../../nbs/instruments/report.ipynb #0020fa9f
 def contributions(run:Run, asked:list[Asked],
                   key:str,         # what the value is called: the probe's key
                   probe:Callable,  # as `ftlab.methods.probes('prompts')` gives it
                   rows:int=50, max_length:int|None=None) -> dict:
-    "What a probe says of up to `rows` new questions, and of as many old ones; or why there is nothing"
+    """What a probe says of up to `rows` new questions, and of as many old ones; or why there is
+    nothing"""
     out, limit = {}, row_limit(run.model, run.tok, max_length)
     told = lambda v, q, i: dict(set=q.name, question=_text(q.questions[i]['prompt'])) | {key: v}
     for name, old in (('new', False), ('old', True)):
-        every = [(q, i) for i in range(rows) for q in asked if q.old == old and i < len(q.rows)][:rows] # one of each set in turn
+        every = [(q, i) for i in range(rows) for q in asked if q.old == old
+                 and i < len(q.rows)][:rows] # one of each set in turn
         if not every:
             continue
         try:
-            values, token = _asked_of(probe, run, [_asked_ids(q, i, run.tok, limit) for q, i in every])
+            values, token = _asked_of(probe, run,
+                                      [_asked_ids(q, i, run.tok, limit) for q, i in every])
         except UnknownArchitecture as e:
             return dict(why=str(e))
         ranked = sorted(zip(values, every), key=lambda x: x[0])
         out[name] = dict(mean=fmean(values), values=[round(v, 5) for v in values], token=token,
-                         least=[told(v, *e) for v, e in ranked[:3]], most=[told(v, *e) for v, e in ranked[:-4:-1]])
+                         least=[told(v, *e) for v, e in ranked[:3]],
+                         most=[told(v, *e) for v, e in ranked[:-4:-1]])
     return out
 
 def _asked_ids(q, i, tok, limit) -> list[int]:
     "Question `i` without its answer, as tokens; the end of it where it is too long"
-    ids = prompt_ids(q.rows[i], tok, q.kind) if q.kind in ('text', 'chat') else encode(q.rows[i], tok, q.kind, limit)['input_ids']
+    ids = (prompt_ids(q.rows[i], tok, q.kind) if q.kind in ('text', 'chat')
+           else encode(q.rows[i], tok, q.kind, limit)['input_ids'])
     return ids[-limit:]
 
 def _asked_of(probe, run, ids) -> tuple[list[float], str]:
-    "The probe's values at the token that answers: the first where a classifier reads that one, else the last"
+    """The probe's values at the token that answers: the first where a classifier reads that one,
+    else the last"""
     cls, values = run.tok.cls_token_id, []
-    token = 'first' if run.data.kind == 'label' and cls is not None and all(i[0] == cls for i in ids) else 'last'
+    token = ('first' if run.data.kind == 'label' and cls is not None
+             and all(i[0] == cls for i in ids) else 'last')
     for j in range(0, len(ids), 10):
         b = collate([dict(input_ids=i, labels=0) for i in ids[j:j + 10]], pad_id(run.tok))
         batch = to_device(model_inputs(b), device_of(run.model))
@@ -363,55 +478,72 @@ def report(run:Run|str|Path,        # a run of `fit`, or the folder in which `ft
 
     Raises `ValueError` for a run whose base is gone (folded), one that has no test row, and numbers of questions below 1."""
     run, t0 = _run_of(run), time.time()
-    for name, n, least in (('items', items, 1), ('old_items', old_items, 1), ('rows', rows, 1), ('matrices', matrices, 0)):
+    for name, n, least in (('items', items, 1), ('old_items', old_items, 1), ('rows', rows, 1),
+                           ('matrices', matrices, 0)):
         _whole(name, n, least)
     old = old if old is None or isinstance(old, Data) else as_data(old)
     max_length = max_length or run.settings.get('max_length')
     asked = asked_of(run.data, run.tok, old, items, old_items, metric, seed)
     before, after = _both(run, asked, cache, dict(rows=rows, max_length=max_length, seed=seed))
-    answers = {key: contributions(run, asked, key, probe, max_length=max_length) for key, probe in probes('prompts').items()}
-    found = dict(_about(run), **_compared(asked, before, after), change=change_of(run, matrices), **answers,
-                 asked=dict(items=items, old_items=old_items, rows=rows, seed=seed), versions=versions())
+    answers = {key: contributions(run, asked, key, probe, max_length=max_length)
+               for key, probe in probes('prompts').items()}
+    found = dict(_about(run), **_compared(asked, before, after), change=change_of(run, matrices),
+                 **answers,
+                 asked=dict(items=items, old_items=old_items, rows=rows, seed=seed),
+                 versions=versions())
     return Report(dict(found, seconds=time.time() - t0))
 
 # %% ../../nbs/instruments/report.ipynb #0024fa9f
 def _both(run, asked, cache, how) -> tuple[list[dict], list[dict]]:
     "What the base and the tuned model say"
-    run.delta.attached.originals_of(run.delta.attached.whole); decode = decoder_of(run) # the first raises where the base is gone
-    with nullcontext(cache) if cache else _own_folder(run) as folder: before = seen_by_base(run, asked, Path(folder), decode, **how)
+    run.delta.attached.originals_of(run.delta.attached.whole)
+    decode = decoder_of(run) # the first raises where the base is gone
+    with nullcontext(cache) if cache else _own_folder(run) as folder:
+        before = seen_by_base(run, asked, Path(folder), decode, **how)
     return before, observe(run.model, run.tok, asked, decode and decode(run.model), **how)
 
 def _compared(asked, before, after) -> dict:
     "Everything that follows from what both said"
-    pairs = list(zip(asked, before, after)); change = lambda q, b, a: paired(b['score'], a['score'], -1 if q.metric == 'nll' else 1)
+    pairs = list(zip(asked, before, after))
+    change = lambda q, b, a: paired(b['score'], a['score'], -1 if q.metric == 'nll' else 1)
     sets = [dict(name=q.name, old=q.old, metric=q.metric, **change(q, b, a)) for q, b, a in pairs]
-    return dict(sets=sets, forgetting=forgotten(sets), new=apart(asked, before, after, False), old=apart(asked, before, after, True),
+    return dict(sets=sets, forgetting=forgotten(sets), new=apart(asked, before, after, False),
+                old=apart(asked, before, after, True),
                 flips=[f for pair in pairs for f in flips(*pair)])
 
 def _about(run) -> dict:
     "Who the patient is"
-    return dict(model=_name(run), data=run.data.name, kind=run.data.kind, recipe=run.recipe.describe(), interrupted=run.interrupted,
-                cost=dict(run.cost, saved_bytes=run.delta.nbytes, steps=len(run.log)), settings=run.settings)
+    return dict(model=_name(run), data=run.data.name, kind=run.data.kind,
+                recipe=run.recipe.describe(), interrupted=run.interrupted,
+                cost=dict(run.cost, saved_bytes=run.delta.nbytes, steps=len(run.log)),
+                settings=run.settings)
 
 def _own_folder(run):
     "The run's folder, or where a run without one keeps its originals, or a new temporary one"
-    if run.folder: return nullcontext(run.folder)
+    if run.folder:
+        return nullcontext(run.folder)
     return nullcontext(run.holder.name) if run.holder else tempfile.TemporaryDirectory()
 
 def _name(run) -> str:
     "The model's name; a folder that is called 'model' with the folder above it"
-    if run.settings.get('model_name'): return run.settings['model_name']
-    p = Path(run.model.config._name_or_path or type(run.model).__name__); return f'{p.parent.name}/{p.name}' if p.name == 'model' and p.parent.name else p.name
+    if run.settings.get('model_name'):
+        return run.settings['model_name']
+    p = Path(run.model.config._name_or_path or type(run.model).__name__)
+    return f'{p.parent.name}/{p.name}' if p.name == 'model' and p.parent.name else p.name
 
 # %% ../../nbs/instruments/report.ipynb #0026fa9f
 def _run_of(run) -> Run:
     "A run, or the one in that folder"
-    if isinstance(run, Run): return run
-    if isinstance(run, (str, Path)): return read_run(run)
-    raise ValueError(f'a {type(run).__name__} is no run; give what ftlab.fit returned, or the folder that ftlab fit wrote')
+    if isinstance(run, Run):
+        return run
+    if isinstance(run, (str, Path)):
+        return read_run(run)
+    raise ValueError(f'a {type(run).__name__} is no run; give what ftlab.fit returned, or the '
+                     'folder that ftlab fit wrote')
 
 def _whole(name, n, least) -> None:
-    if not isinstance(n, int) or n < least: raise ValueError(f'{name} is {n!r}; it must be a whole number, {least} or more')
+    if not isinstance(n, int) or n < least:
+        raise ValueError(f'{name} is {n!r}; it must be a whole number, {least} or more')
 
 # %% ../../nbs/instruments/report.ipynb #0028fa9f
 def read_run(folder:str|Path|None=None, # what `ftlab fit` wrote; None: say model, delta and data
@@ -420,55 +552,78 @@ def read_run(folder:str|Path|None=None, # what `ftlab fit` wrote; None: say mode
              data=None,                 # as `ftlab.data` takes it; None: what run.json names
              revision:str|None=None, device=None, dtype=None # as in `load`
             ) -> Run:
-    "A saved run, its change attached to its base. Raises `FileNotFoundError` or `ValueError` that names what is missing, `WrongBase` for another model."
-    delta = _saved_change(folder, delta); record = delta.with_name('run.json'); known = json.loads(record.read_text()) if record.exists() else {}
+    """A saved run, its change attached to its base. Raises `FileNotFoundError` or `ValueError` that
+    names what is missing, `WrongBase` for another model."""
+    delta = _saved_change(folder, delta)
+    record = delta.with_name('run.json')
+    known = json.loads(record.read_text()) if record.exists() else {}
     name = model or known.get('model')
     if not name or (data is None and known.get('data') is None):
         raise ValueError(f'there is no run.json beside {delta}; name the base and the data: --model and --data')
-    data = _rows_of(known, data, record); revision = revision or known.get('revision')
-    net, tok = load(name, revision=revision, dtype=dtype, device=device, labels=data.labels, seed=known.get('seed', 0))
-    base = identity(net); recipe = _recipe(known.get('recipe') or _described(delta)); att = load_delta(net, delta)
-    models = load_learners(delta, recipe, net, tok) if recipe.learners else {}; heads = set(head_names(net)) if data.kind == 'label' else set()
+    data = _rows_of(known, data, record)
+    revision = revision or known.get('revision')
+    net, tok = load(name, revision=revision, dtype=dtype, device=device, labels=data.labels,
+                    seed=known.get('seed', 0))
+    base = identity(net)
+    recipe = _recipe(known.get('recipe') or _described(delta))
+    att = load_delta(net, delta)
+    models = load_learners(delta, recipe, net, tok) if recipe.learners else {}
+    heads = set(head_names(net)) if data.kind == 'label' else set()
     change = Change(att, {n: v for n, v in base.items() if n not in heads}, recipe, models)
-    cost = dict(dict.fromkeys(('seconds', 'tokens', 'peak_bytes', 'trainable', 'head')), **known.get('cost', {}))
+    cost = dict(dict.fromkeys(('seconds', 'tokens', 'peak_bytes', 'trainable', 'head')),
+                **known.get('cost', {}))
     settings = dict(known.get('settings', {}), model_name=name)
-    return Run(net, tok, data, recipe, change, _log(delta), cost, settings, interrupted=known.get('interrupted', False), folder=delta.parent, models=models)
+    return Run(net, tok, data, recipe, change, _log(delta), cost, settings,
+               interrupted=known.get('interrupted', False), folder=delta.parent, models=models)
 
 # %% ../../nbs/instruments/report.ipynb #0029fa9f
 def _saved_change(folder, delta) -> Path:
     "Where the change is"
     if folder is not None and Path(folder).is_file():
-        raise FileNotFoundError(f'{str(folder)!r} is a file; name the folder that it lies in, {str(Path(folder).parent)!r}')
+        raise FileNotFoundError(f'{str(folder)!r} is a file; name the folder that it lies in, '
+                                f'{str(Path(folder).parent)!r}')
     if folder is not None and not Path(folder).is_dir():
-        raise FileNotFoundError(f'no folder {str(folder)!r}; name the folder that ftlab fit wrote (its --out), or --model, --delta and --data')
+        raise FileNotFoundError(f'no folder {str(folder)!r}; name the folder that ftlab fit wrote '
+                                '(its --out), or --model, --delta and --data')
     delta = Path(delta or Path(folder)/'delta.safetensors')
-    if not delta.is_file(): raise FileNotFoundError(f'no delta at {str(delta)!r}; a folder that ftlab fit wrote has a delta.safetensors')
+    if not delta.is_file():
+        raise FileNotFoundError(f'no delta at {str(delta)!r}; a folder that ftlab fit wrote has a delta.safetensors')
     return delta
 
 def _rows_of(known, data, record) -> Data:
     "The data that were given, else those of the run, which must still be what they were"
-    if data is not None: return data if isinstance(data, Data) else as_data(data)
-    try: rows = as_data(known['data'], test=known.get('eval'), columns=known.get('columns'))
-    except FileNotFoundError as e: raise FileNotFoundError(f'the data of the run, as {record} names them, are gone: {e}; name them with --data') from None
+    if data is not None:
+        return data if isinstance(data, Data) else as_data(data)
+    try:
+        rows = as_data(known['data'], test=known.get('eval'), columns=known.get('columns'))
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f'the data of the run, as {record} names them, are gone: {e}; name '
+                                'them with --data') from None
     said = known.get('settings', {}).get('data')
     if said and rows.fingerprint != said:
-        raise ValueError(f'the data {rows.name} are no longer those of the run (fingerprint {rows.fingerprint}, the run had {said}); '
+        raise ValueError(f'the data {rows.name} are no longer those of the run (fingerprint '
+                         f'{rows.fingerprint}, the run had {said}); '
                          'name those that you mean with --data')
     return rows
 
 # %% ../../nbs/instruments/report.ipynb #002bfa9f
 def _log(delta) -> list[dict]:
-    p = delta.with_name('log.jsonl'); return [json.loads(line) for line in p.read_text().splitlines()] if p.exists() else []
+    p = delta.with_name('log.jsonl')
+    return [json.loads(line) for line in p.read_text().splitlines()] if p.exists() else []
 
 def _described(delta) -> dict:
-    with safe_open(delta, 'pt') as f: return json.loads((f.metadata() or {}).get('recipe', '{}'))
+    with safe_open(delta, 'pt') as f:
+        return json.loads((f.metadata() or {}).get('recipe', '{}'))
 
 def _recipe(said:Mapping) -> Recipe:
-    "The Recipe of that description: by its name where that says all; else one that only answers plainly. Raises `ValueError` where its decoder would be lost."
+    """The Recipe of that description: by its name where that says all; else one that only answers
+    plainly. Raises `ValueError` where its decoder would be lost."""
     name = said.get('name', 'unknown')
-    try: return get(name)
+    try:
+        return get(name)
     except (KeyError, ValueError):
         if said.get('decode'):
-            raise ValueError(f'the recipe {name!r} draws answers its own way ({said["decode"]}), and no method of that name is known; '
+            raise ValueError(f'the recipe {name!r} draws answers its own way ({said["decode"]}), '
+                             'and no method of that name is known; '
                              'report on the Run itself') from None
         return Recipe(Method(name, said.get('lr', 3e-4), arguments=said.get('arguments', {})))

@@ -17,9 +17,13 @@ __all__ = ['STYLE', 'PAGE', 'HOW', 'percent', 'signed', 'level', 'spread', 'coun
            'apart_html', 'tuco_html', 'change_html', 'made_html', 'figures', 'Report']
 
 # %% ../../nbs/instruments/report_page.ipynb #000663c3
-def percent(x:float|None) -> str: "0.974 -> '97%'"; return 'unknown' if x is None else f'{100*x:.0f}%'
+def percent(x:float|None) -> str:
+    "0.974 -> '97%'"
+    return 'unknown' if x is None else f'{100*x:.0f}%'
 
-def signed(x:float, digits:int) -> str: "With its sign, and never -0.00"; return f'{round(x, digits) + 0.:+.{digits}f}'
+def signed(x:float, digits:int) -> str:
+    "With its sign, and never -0.00"
+    return f'{round(x, digits) + 0.:+.{digits}f}'
 
 def level(s:dict, which:str) -> str:
     "What a set of questions scored, in its own unit: per cent right, or nats of surprise a token"
@@ -28,18 +32,22 @@ def level(s:dict, which:str) -> str:
 def spread(x:dict, scale:float=1., digits:int=1) -> str:
     "'+12.4 [+10.9, +13.7]', times `scale`"
     middle = signed(scale*x['change' if 'change' in x else 'mean'], digits)
-    return middle if x['low'] is None else f'{middle} [{signed(scale*x["low"], digits)}, {signed(scale*x["high"], digits)}]'
+    return (middle if x['low'] is None else f'{middle} [{signed(scale*x["low"], digits)}, '
+            f'{signed(scale*x["high"], digits)}]')
 
 def count(n:float|None) -> str:
     "1234567 -> '1.23 M'"
-    if n is None: return 'unknown'
+    if n is None:
+        return 'unknown'
     for size, name in ((1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
-        if n >= size: return f'{n/size:.3g} {name}'
+        if n >= size:
+            return f'{n/size:.3g} {name}'
     return f'{n:.0f} '
 
 def duration(s:float|None) -> str:
     "Seconds for people"
-    if s is None: return 'unknown'
+    if s is None:
+        return 'unknown'
     return f'{s:.0f} s' if s < 100 else f'{s/60:.0f} min' if s < 6000 else f'{s/3600:.1f} h'
 
 def _unit(metric) -> tuple[float, str, int]:
@@ -48,9 +56,11 @@ def _unit(metric) -> tuple[float, str, int]:
 
 def _short(name):
     "A file by its name, and by its folder's where every file is called so"
-    p = Path(name); return f'{p.parent.name}/{p.name}' if p.stem == 'train' and p.parent.name else p.name or name
+    p = Path(name)
+    return f'{p.parent.name}/{p.name}' if p.stem == 'train' and p.parent.name else p.name or name
 
-def _cut(text, most=160): return text if len(text) < most else text[:most - 1].rstrip() + '…'
+def _cut(text, most=160):
+    return text if len(text) < most else text[:most - 1].rstrip() + '…'
 
 # %% ../../nbs/instruments/report_page.ipynb #000863c3
 def headline(r:dict) -> str:
@@ -58,62 +68,90 @@ def headline(r:dict) -> str:
     return f'{_learned(r["sets"][0])}; {_lost(r)}.'
 
 def _learned(s) -> str:
-    name = _short(s['name']); of = 'surprise at the right answers' if s['metric'] == 'nll' else 'right on'
+    name = _short(s['name'])
+    of = 'surprise at the right answers' if s['metric'] == 'nll' else 'right on'
     return f'{_verdict(s).format(name)}: {of} {level(s, "before")} → {level(s, "after")}'
 
 def _verdict(s) -> str:
-    if s['low'] is None: return 'One question is too few to tell whether {} was learned'
-    if s['low'] > 0: return 'Learned {}'
-    if s['high'] < 0: return 'Got worse at {}'
-    return 'Knew {} before' if (s['before'] <= .05 if s['metric'] == 'nll' else s['before'] >= .98) else 'Did not learn {}'
+    if s['low'] is None:
+        return 'One question is too few to tell whether {} was learned'
+    if s['low'] > 0:
+        return 'Learned {}'
+    if s['high'] < 0:
+        return 'Got worse at {}'
+    return ('Knew {} before' if (s['before'] <= .05 if s['metric'] == 'nll' else s['before'] >= .98)
+            else 'Did not learn {}')
 
 def _lost(r) -> str:
-    "The second half: what it cost the old skills; where they are not known, how far the model moved"
+    """The second half: what it cost the old skills; where they are not known, how far the model
+    moved"""
     f = r['forgetting']
-    if f is None and r['kind'] == 'label': return 'old data were not given, so what it lost is not known'
-    if f is None: return f'it moved {r["new"]["kl"]:.2f} nats a word away from its base (old data were not given)'
-    worst = _worst(r); scale, unit, digits = _unit(worst['metric'])
-    over = f'{f["sets"]} old skills' if f['sets'] > 1 else _short(worst['name']); size = f'{abs(scale*f["mean"]):.{digits}f} {unit}'
+    if f is None and r['kind'] == 'label':
+        return 'old data were not given, so what it lost is not known'
+    if f is None:
+        return f'it moved {r["new"]["kl"]:.2f} nats a word away from its base (old data were not given)'
+    worst = _worst(r)
+    scale, unit, digits = _unit(worst['metric'])
+    over = f'{f["sets"]} old skills' if f['sets'] > 1 else _short(worst['name'])
+    size = f'{abs(scale*f["mean"]):.{digits}f} {unit}'
     path = f'({level(worst, "before")} → {level(worst, "after")})'
-    if f['low'] is None: return f'too few old questions to tell what it lost on {over}'
-    if f['low'] > 0: return f'lost {size} on {over}' + (f', most on {worst["name"]}' if f['sets'] > 1 else '') + f' {path}'
-    if f['high'] < 0: return f'gained {size} on {over}'
+    if f['low'] is None:
+        return f'too few old questions to tell what it lost on {over}'
+    if f['low'] > 0:
+        return f'lost {size} on {over}' + (f', most on {worst["name"]}' if f['sets'] > 1 else '') + f' {path}'
+    if f['high'] < 0:
+        return f'gained {size} on {over}'
     return f'no loss to be seen on {over} ({spread(_gained(f), scale, digits)} {unit.split()[0]})'
 
-def _worst(r): return next(s for s in r['sets'] if s['old'] and s['name'] == r['forgetting']['worst'])
+def _worst(r):
+    return next(s for s in r['sets'] if s['old'] and s['name'] == r['forgetting']['worst'])
 
 def _gained(f) -> dict:
     "Forgetting turned round: better is positive"
-    return dict(mean=-f['mean'], low=None if f['low'] is None else -f['high'], high=None if f['high'] is None else -f['low'])
+    return dict(mean=-f['mean'], low=None if f['low'] is None else -f['high'],
+                high=None if f['high'] is None else -f['low'])
 
 # %% ../../nbs/instruments/report_page.ipynb #000c63c3
 def tiles(r:dict) -> list[tuple[str, str, str]]:
     "(what, number, in other words) of the four figures that matter most"
-    return [_tile_learned(r['sets'][0]), _tile_before(r) if r['forgetting'] else _tile_drift(r), _tile_sure(r), _tile_cost(r)]
+    return [_tile_learned(r['sets'][0]), _tile_before(r) if r['forgetting'] else _tile_drift(r),
+            _tile_sure(r), _tile_cost(r)]
 
 def _tile_learned(s):
-    scale, unit, digits = _unit(s['metric']); digits = 2 if scale == 1 else 0; asked = f'{s["n"]} new question{"s"*(s["n"] != 1)}'
-    return 'learned', f'{signed(scale*s["change"], digits)} {unit}', f'{level(s, "before")} → {level(s, "after")} on {asked}'
+    scale, unit, digits = _unit(s['metric'])
+    digits = 2 if scale == 1 else 0
+    asked = f'{s["n"]} new question{"s"*(s["n"] != 1)}'
+    return ('learned', f'{signed(scale*s["change"], digits)} {unit}',
+            f'{level(s, "before")} → {level(s, "after")} on {asked}')
 
 def _tile_before(r):
-    f = _gained(r['forgetting']); n = r['forgetting']['sets']; scale, unit, digits = _unit(_worst(r)['metric'])
-    sure = 'too few questions for an interval' if f['low'] is None else f'95% interval {signed(scale*f["low"], digits)} to {signed(scale*f["high"], digits)}'
-    return 'on what it could do before', f'{signed(scale*f["mean"], digits)} {unit}', (f'mean of {n} skills; ' if n > 1 else '') + sure
+    f = _gained(r['forgetting'])
+    n = r['forgetting']['sets']
+    scale, unit, digits = _unit(_worst(r)['metric'])
+    sure = ('too few questions for an interval' if f['low'] is None else '95% interval '
+            f'{signed(scale*f["low"], digits)} to {signed(scale*f["high"], digits)}')
+    return 'on what it could do before', f'{signed(scale*f["mean"], digits)} {unit}', (
+        f'mean of {n} skills; ' if n > 1 else '') + sure
 
 def _tile_drift(r):
     by = 'row' if r['kind'] == 'label' else 'word'
-    return 'moved from its base', f'{r["new"]["kl"]:.2f} nats', f'drift, by {by}: how far its predictions are from the base\'s; 0 is the same'
+    return ('moved from its base', f'{r["new"]["kl"]:.2f} nats',
+            f'drift, by {by}: how far its predictions are from the base\'s; 0 is the same')
 
 def _tile_sure(r):
-    s = r['old'] or r['new']; before, after = s['before'], s['after']
-    where = 'old' if r['old'] else 'the new'; what = '' if r['kind'] == 'label' else ' of the words'
+    s = r['old'] or r['new']
+    before, after = s['before'], s['after']
+    where = 'old' if r['old'] else 'the new'
+    what = '' if r['kind'] == 'label' else ' of the words'
     return 'gap between sure and right', f'{100*before["ece"]:.0f} → {100*after["ece"]:.0f} points', \
         f'on {where} questions it is now {percent(after["sure"])} sure, and {percent(after["right"])}{what} are right'
 
 def _tile_cost(r):
-    cost, c = r['cost'], r['change']; some = c['numbers'] and c['moved'] < c['numbers']
+    cost, c = r['cost'], r['change']
+    some = c['numbers'] and c['moved'] < c['numbers']
     return 'cost', duration(cost['seconds']), f'{count(cost["trainable"])} numbers trained, {count(cost["saved_bytes"])}B to keep' + \
-        (f'; {percent(c["moved"]/c["numbers"])} of the model\'s {count(c["numbers"])} moved' if some else '')
+        (f'; {percent(c["moved"]/c["numbers"])} of the model\'s {count(c["numbers"])} moved' if some
+         else '')
 
 # %% ../../nbs/instruments/report_page.ipynb #000e63c3
 STYLE = '''.ftr{--ink:inherit;--soft:#6b717a;--line:#8886;--before:#8a9099;--good:#1f78b4;--bad:#d1570b;--card:#8881;
@@ -141,146 +179,227 @@ body .ftr{{--soft:#9aa1ab;--before:#9aa1ab;--good:#58aee8;--bad:#f0883e;--line:#
 </style></head><body>{body}</body></html>'''
 
 def table(head:list[str], rows:list[list], left:int=1, plain:bool=True) -> str:
-    "An HTML table; its first `left` columns are aligned left; cells are escaped unless `plain` is False"
+    """An HTML table; its first `left` columns are aligned left; cells are escaped unless `plain` is
+    False"""
     rows = rows if plain else [[Html(v) for v in r] for r in rows]
-    return html_table(head if plain else list(map(Html, head)), rows, attributes=lambda column, tag: 'class=l' if column < left else '')
+    return html_table(head if plain else list(map(Html, head)), rows,
+                      attributes=lambda column, tag: 'class=l' if column < left else '')
 
-def folded(title:str, body:str) -> str: "A heading that opens when it is clicked"; return f'<details><summary>{escape(title)}</summary>{body}</details>'
-def note(text:str) -> str: "A small line of explanation"; return f'<p class="note">{escape(text)}</p>'
+def folded(title:str, body:str) -> str:
+    "A heading that opens when it is clicked"
+    return f'<details><summary>{escape(title)}</summary>{body}</details>'
+
+def note(text:str) -> str:
+    "A small line of explanation"
+    return f'<p class="note">{escape(text)}</p>'
 
 # %% ../../nbs/instruments/report_page.ipynb #001063c3
 def _svg(width, height, alt, body) -> str:
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(alt)}" style="max-width:{width}px">{body}</svg>'
+    return (f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(alt)}" '
+            f'style="max-width:{width}px">{body}</svg>')
 
-def _t(x, y, text, cls='', anchor='start') -> str: return f'<text x="{x:.1f}" y="{y:.1f}" class="{cls}" text-anchor="{anchor}">{escape(str(text))}</text>'
+def _t(x, y, text, cls='', anchor='start') -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{cls}" text-anchor="{anchor}">{escape(str(text))}</text>'
 
-def _line(x1, y1, x2, y2, cls='') -> str: return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{cls}"/>'
+def _line(x1, y1, x2, y2, cls='') -> str:
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{cls}"/>'
 
-def _dot(x, y, cls, r=4) -> str: return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r:.1f}" class="{cls}"/>'
+def _dot(x, y, cls, r=4) -> str:
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r:.1f}" class="{cls}"/>'
 
-def _path(points, cls) -> str: return f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}" class="path {cls}"/>'
+def _path(points, cls) -> str:
+    return f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}" class="path {cls}"/>'
 
 # %% ../../nbs/instruments/report_page.ipynb #001263c3
 def dumbbells(sets:list[dict] # all scores, or all surprise: one axis cannot hold both
              ) -> str:
-    "One line a set: a hollow dot before, a full one after; those that fell in the colour of loss. New ones first, then the largest loss"
-    rows = [s for s in sets if not s['old']] + sorted((s for s in sets if s['old']), key=lambda s: s['change']); nats = rows[0]['metric'] == 'nll'
-    left, right, h = 140, 412, 17; top = (max(max(s['before'], s['after']) for s in rows) or 1.) if nats else 1.
-    x = lambda v: left + (right - left)*min(v, top)/top; body = ''
+    """One line a set: a hollow dot before, a full one after; those that fell in the colour of loss.
+    New ones first, then the largest loss"""
+    rows = [s for s in sets if not s['old']] + sorted((s for s in sets if s['old']),
+                                                      key=lambda s: s['change'])
+    nats = rows[0]['metric'] == 'nll'
+    left, right, h = 140, 412, 17
+    top = (max(max(s['before'], s['after']) for s in rows) or 1.) if nats else 1.
+    x = lambda v: left + (right - left)*min(v, top)/top
+    body = ''
     for v in (0, .25, .5, .75, 1):
-        body += _line(x(v*top), 16, x(v*top), 22 + h*len(rows), 'grid') + _t(x(v*top), 11, f'{v*top:.1f}' if nats else percent(v), 'soft', 'middle')
-    body += ''.join(_dumbbell(s, 28 + h*i + (6 if s['old'] else 0), x, left, right) for i, s in enumerate(rows))
+        body += _line(x(v*top), 16, x(v*top), 22 + h*len(rows),
+                      'grid') + _t(x(v*top), 11, f'{v*top:.1f}' if nats else percent(v), 'soft', 'middle')
+    body += ''.join(_dumbbell(s, 28 + h*i + (6 if s['old'] else 0), x, left, right)
+                    for i, s in enumerate(rows))
     alt = ('Surprise in nats a token' if nats else 'Share right') + ' before and after: '
-    return _svg(470, 34 + h*len(rows), alt + '; '.join(f'{s["name"]} {level(s, "before")} to {level(s, "after")}' for s in rows), body)
+    return _svg(470, 34 + h*len(rows),
+                alt + '; '.join(f'{s["name"]} {level(s, "before")} to {level(s, "after")}'
+                                for s in rows), body)
 
 def _dumbbell(s, y, x, left, right) -> str:
-    scale = _unit(s['metric'])[0]; b, a, change = x(max(0., s['before'])), x(max(0., s['after'])), s['change']; cls = 'bad' if change < -.005 else 'good'
+    scale = _unit(s['metric'])[0]
+    b, a, change = x(max(0., s['before'])), x(max(0., s['after'])), s['change']
+    cls = 'bad' if change < -.005 else 'good'
     name = _t(left - 10, y + 4, _cut(_short(s['name']), 18), '' if s['old'] else 'strong', 'end')
-    return f'<g><title>{escape(s["name"])}</title>{name}</g>' + _line(b, y, a, y, f'bar {cls}') + _dot(b, y, 'hollow') + _dot(a, y, cls) + \
-        _t(right + 12, y + 4, signed(scale*change, 2 if scale == 1 else 0), cls if abs(change) > .005 else 'soft')
+    return f'<g><title>{escape(s["name"])}</title>{name}</g>' + _line(
+        b, y, a, y, f'bar {cls}') + _dot(b, y, 'hollow') + _dot(a, y, cls) + \
+        _t(right + 12, y + 4, signed(scale*change, 2 if scale == 1 else 0),
+           cls if abs(change) > .005 else 'soft')
 
 # %% ../../nbs/instruments/report_page.ipynb #001763c3
 def diagram(before:dict, after:dict) -> str:
     "How often right against how sure, before (hollow) and after; below the diagonal is boasting"
-    n, o = 190, 46; x, y = (lambda v: o + n*v), (lambda v: 12 + n*(1 - v)); body = ''
+    n, o = 190, 46
+    x, y = (lambda v: o + n*v), (lambda v: 12 + n*(1 - v))
+    body = ''
     for v in (0, .5, 1):
         body += _line(x(v), y(0), x(v), y(1), 'grid') + _line(x(0), y(v), x(1), y(v), 'grid')
-        body += _t(x(v), y(0) + 16, percent(v), 'soft', 'middle') + _t(x(0) - 5, y(v) + 4, percent(v), 'soft', 'end')
-    body += _line(x(0), y(0), x(1), y(1), 'ideal') + _curve(before, x, y, 'hollow') + _curve(after, x, y, 'good') + _key(x(1) + 14, y)
+        body += _t(x(v), y(0) + 16, percent(v), 'soft',
+                   'middle') + _t(x(0) - 5, y(v) + 4, percent(v), 'soft', 'end')
+    body += _line(x(0), y(0), x(1), y(1), 'ideal') + _curve(before, x, y,
+                                                            'hollow') + _curve(after, x, y, 'good') + _key(x(1) + 14, y)
     body += _t(x(.5), y(0) + 32, 'how sure', 'soft', 'middle')
     body += f'<g transform="translate(10 {y(.5):.1f}) rotate(-90)">{_t(0, 0, "share right", "soft", "middle")}</g>'
     return _svg(380, n + 50, f'Share right against confidence. Before: {_bins(before)}. After: {_bins(after)}.', body)
 
 def _curve(c, x, y, cls) -> str:
-    bins = [b for b in c['bins'] if b['n'] >= 10] or c['bins']; most = max(b['n'] for b in bins); points = [(x(b['sure']), y(b['right'])) for b in bins]
-    return _path(points, cls) + ''.join(_dot(*p, cls, 2 + 4*math.sqrt(b['n']/most)) for p, b in zip(points, bins))
+    bins = [b for b in c['bins'] if b['n'] >= 10] or c['bins']
+    most = max(b['n'] for b in bins)
+    points = [(x(b['sure']), y(b['right'])) for b in bins]
+    return _path(points, cls) + ''.join(_dot(*p, cls, 2 + 4*math.sqrt(b['n']/most))
+                                        for p, b in zip(points, bins))
 
 def _key(at, y) -> str:
     lines = ('Larger dots hold more.', 'Below the dashed line:', 'more sure than right.')
-    return _t(at, y(.78), 'before', 'soft') + _dot(at + 50, y(.78) - 4, 'hollow') + _t(at, y(.66), 'after', 'good') + _dot(at + 50, y(.66) - 4, 'good') + \
+    return _t(at, y(.78), 'before', 'soft') + _dot(at + 50, y(.78) - 4,
+                                                   'hollow') + _t(at, y(.66), 'after',
+                                                                  'good') + _dot(at + 50,
+                                                                                 y(.66) - 4, 'good') + \
         ''.join(_t(at, y(.46) + 15*i, line, 'soft') for i, line in enumerate(lines))
 
-def _bins(c): return ', '.join(f'{percent(b["sure"])} sure {percent(b["right"])} right' for b in c['bins'])
+def _bins(c):
+    return ', '.join(f'{percent(b["sure"])} sure {percent(b["right"])} right' for b in c['bins'])
 
 # %% ../../nbs/instruments/report_page.ipynb #001b63c3
 def heatmap(cells:list[dict], blocks:int) -> str:
     "Rows are parts, columns blocks; the darker, the longer the change relative to the weights"
-    parts = [p for p in ('attention', 'mlp', 'norm', 'bias') if any(c['part'] == p and c['block'] is not None for c in cells)]
-    inside = {(c['part'], c['block']): c for c in cells}; most = max((c['relative'] or 0. for c in cells if c['block'] is not None), default=0.) or 1.
-    size = max(9., min(54., 330/max(1, blocks))); body = _t(82, 14, 'block', 'soft', 'end') if parts else ''
-    for b in range(0, blocks if parts else 0, max(1, blocks//8)): body += _t(90 + size*b + size/2 - 1, 14, b, 'soft', 'middle')
+    parts = [p for p in ('attention', 'mlp', 'norm', 'bias')
+             if any(c['part'] == p and c['block'] is not None for c in cells)]
+    inside = {(c['part'], c['block']): c for c in cells}
+    most = max((c['relative'] or 0. for c in cells if c['block'] is not None), default=0.) or 1.
+    size = max(9., min(54., 330/max(1, blocks)))
+    body = _t(82, 14, 'block', 'soft', 'end') if parts else ''
+    for b in range(0, blocks if parts else 0, max(1, blocks//8)):
+        body += _t(90 + size*b + size/2 - 1, 14, b, 'soft', 'middle')
     for j, p in enumerate(parts):
         body += _t(82, 40 + 34*j, dict(mlp='MLP', norm='norms', bias='biases').get(p, p), '', 'end')
-        body += ''.join(_heat_cell(inside.get((p, b)), p, b, 90 + size*b, 20 + 34*j, size, most) for b in range(blocks))
-    outside = [c for c in cells if c['block'] is None and (c['moved'] or c['part'] in ('embedding', 'head'))]; y = 34 + 34*len(parts)
-    body += ''.join(_t(90, y + 15*i, f'outside the blocks, {c["part"]}: {_told(c)}', 'soft') for i, c in enumerate(outside))
+        body += ''.join(_heat_cell(inside.get((p, b)), p, b, 90 + size*b, 20 + 34*j, size, most)
+                        for b in range(blocks))
+    outside = [c for c in cells if c['block'] is None and (c['moved'] or c['part'] in ('embedding', 'head'))]
+    y = 34 + 34*len(parts)
+    body += ''.join(_t(90, y + 15*i, f'outside the blocks, {c["part"]}: {_told(c)}', 'soft')
+                    for i, c in enumerate(outside))
     where = lambda c: c['part'] if c['block'] is None else f'{c["part"]} of block {c["block"]}'
-    return _svg(450, y + 15*len(outside), 'Length of the change relative to the weights. ' + '; '.join(f'{where(c)} {_cell(c)}' for c in cells), body)
+    return _svg(450, y + 15*len(outside), 'Length of the change relative to the weights. '
+                + '; '.join(f'{where(c)} {_cell(c)}' for c in cells), body)
 
 def _heat_cell(c, part, block, x, y, size, most) -> str:
-    share = (c['relative'] or 0.)/most if c else 0.; onto = ' onto' if share > .65 else ''; some = bool(c) and 0 < c['moved'] < .995
-    body = f'<rect x="{x:.1f}" y="{y}" width="{size - 2:.1f}" height="31" class="cell" style="fill-opacity:{share:.3f}">'
+    share = (c['relative'] or 0.)/most if c else 0.
+    onto = ' onto' if share > .65 else ''
+    some = bool(c) and 0 < c['moved'] < .995
+    body = (f'<rect x="{x:.1f}" y="{y}" width="{size - 2:.1f}" height="31" class="cell" '
+            f'style="fill-opacity:{share:.3f}">')
     body += f'<title>{escape(part)} of block {block}: {_cell(c)}</title></rect>'
-    if size > 34: body += _t(x + size/2 - 1, y + (14 if some else 20), _rel(c), onto, 'middle')
-    if size > 34 and some: body += _t(x + size/2 - 1, y + 26, percent(c['moved']), 'tiny' + onto, 'middle')
+    if size > 34:
+        body += _t(x + size/2 - 1, y + (14 if some else 20), _rel(c), onto, 'middle')
+    if size > 34 and some:
+        body += _t(x + size/2 - 1, y + 26, percent(c['moved']), 'tiny' + onto, 'middle')
     return body
 
-def _rel(c): return '0' if c is None or not c['relative'] else f'{100*c["relative"]:.1f}%' if c['relative'] < .0995 else percent(c['relative'])
+def _rel(c):
+    return ('0' if c is None or not c['relative'] else f'{100*c["relative"]:.1f}%'
+            if c['relative'] < .0995 else percent(c['relative']))
 
-def _told(c): return 'did not move' if not c['moved'] else _rel(c) + (f' ({100*c["moved"]:.3g}% of its numbers)' if c['moved'] < .9995 else '')
+def _told(c):
+    return ('did not move' if not c['moved']
+            else _rel(c) + (f' ({100*c["moved"]:.3g}% of its numbers)' if c['moved'] < .9995 else ''))
 
 def _cell(c):
-    if c is None or not c['moved']: return 'did not move'
-    return f'changed by {_rel(c)} of its length' + (f', {100*c["moved"]:.3g}% of its numbers moved' if c['moved'] < .9995 else '')
+    if c is None or not c['moved']:
+        return 'did not move'
+    return f'changed by {_rel(c)} of its length' + (f', {100*c["moved"]:.3g}% of its numbers moved'
+                                                    if c['moved'] < .9995 else '')
 
 # %% ../../nbs/instruments/report_page.ipynb #001f63c3
 def layer_lines(curves:dict[str, list[float]] # {'new' or 'old': one number a layer, the embedding first; None where it is not defined}
                ) -> str:
     "Likeness of base and tuned model by layer, one line a set of questions"
-    n, h, o = 250, 150, 40; known = [v for c in curves.values() for v in c if v is not None]; low = min(.9, math.floor(10*min(known, default=0.))/10)
-    k = max(len(c) for c in curves.values()); x, y = (lambda i: o + n*i/max(1, k - 1)), (lambda v: 12 + h*(1 - (v - low)/(1 - low))); body = ''
-    for v in (low, (low + 1)/2, 1): body += _line(o, y(v), o + n, y(v), 'grid') + _t(o - 5, y(v) + 4, f'{v:.2f}', 'soft', 'end')
-    for i in range(0, k, max(1, k//8)): body += _t(x(i), h + 28, 'in' if i == 0 else i, 'soft', 'middle')
+    n, h, o = 250, 150, 40
+    known = [v for c in curves.values() for v in c if v is not None]
+    low = min(.9, math.floor(10*min(known, default=0.))/10)
+    k = max(len(c) for c in curves.values())
+    x, y = (lambda i: o + n*i/max(1, k - 1)), (lambda v: 12 + h*(1 - (v - low)/(1 - low)))
+    body = ''
+    for v in (low, (low + 1)/2, 1):
+        body += _line(o, y(v), o + n, y(v), 'grid') + _t(o - 5, y(v) + 4, f'{v:.2f}', 'soft', 'end')
+    for i in range(0, k, max(1, k//8)):
+        body += _t(x(i), h + 28, 'in' if i == 0 else i, 'soft', 'middle')
     at = _label_heights(curves, y, low)
     for name, c in curves.items():
-        cls = 'good' if name == 'new' else 'other'; points = [(x(i), y(v)) for i, v in enumerate(c) if v is not None]
-        body += _path(points, cls) + ''.join(_dot(*p, cls, 3) for p in points) + _t(o + n + 8, at[name], f'{name} questions', cls)
-    said = '; '.join(f'{name} questions {", ".join("none" if v is None else f"{v:.2f}" for v in c)}' for name, c in curves.items())
-    return _svg(400, h + 48, f'Likeness of base and tuned model by layer, 1 is the same. {said}', body + _t(o + n/2, h + 43, 'layer', 'soft', 'middle'))
+        cls = 'good' if name == 'new' else 'other'
+        points = [(x(i), y(v)) for i, v in enumerate(c) if v is not None]
+        body += _path(points, cls) + ''.join(_dot(*p, cls, 3)
+                                             for p in points) + _t(o + n + 8, at[name], f'{name} questions', cls)
+    said = '; '.join(f'{name} questions {", ".join("none" if v is None else f"{v:.2f}" for v in c)}'
+                     for name, c in curves.items())
+    return _svg(400, h + 48, f'Likeness of base and tuned model by layer, 1 is the same. {said}',
+                body + _t(o + n/2, h + 43, 'layer', 'soft', 'middle'))
 
 def _label_heights(curves, y, low) -> dict[str, float]:
     "Where each line's name stands: at its end, moved down where two would cover each other"
-    ends = {name: y(low if c[-1] is None else c[-1]) + 4 for name, c in curves.items()}; lowest = -math.inf
-    for name in sorted(ends, key=ends.get): lowest = ends[name] = max(ends[name], lowest + 14)
+    ends = {name: y(low if c[-1] is None else c[-1]) + 4 for name, c in curves.items()}
+    lowest = -math.inf
+    for name in sorted(ends, key=ends.get):
+        lowest = ends[name] = max(ends[name], lowest + 14)
     return ends
 
 # %% ../../nbs/instruments/report_page.ipynb #002563c3
 def answers_html(r:dict, most:int=12) -> str:
-    "The answers that changed, side by side: as many of each set as can be, up to `most` of each kind"
-    out = ''.join(_changed(r, k, name, most) for k, name in (('lost', 'right → wrong'), ('won', 'wrong → right'))) or _changed(r, 'other', 'changed', most)
-    return out or note('No answer changed.' if r['kind'] != 'lm' else 'The data ask no questions, so there are no answers to compare.')
+    """The answers that changed, side by side: as many of each set as can be, up to `most` of each
+    kind"""
+    out = (''.join(_changed(r, k, name, most) for k, name in (('lost', 'right → wrong'),
+                                                              ('won', 'wrong → right')))
+           or _changed(r, 'other', 'changed', most))
+    return (out or note('No answer changed.' if r['kind'] != 'lm' else 'The data ask no questions, '
+                        'so there are no answers to compare.'))
 
 def _changed(r, kind, name, most) -> str:
-    found = [f for f in r['flips'] if f['kind'] == kind]; some = _in_turn(found, most); cut = lambda t: escape(_cut(t))
-    if not some: return ''
-    rows = [[escape(_short(f['set'])), cut(f['question']), cut(f['right']), cut(f['base']), f'<span class="{kind}">{cut(f["tuned"])}</span>'] for f in some]
-    shown = f', {len(some)} of them here' if len(some) < len(found) else ''; head = ['of', 'question', 'right answer', 'the base said', 'the tuned model says']
-    return f'<p class="note"><b class="{kind}">{name}</b>: {len(found)}{shown}</p>' + table(head, rows, 5, False)
+    found = [f for f in r['flips'] if f['kind'] == kind]
+    some = _in_turn(found, most)
+    cut = lambda t: escape(_cut(t))
+    if not some:
+        return ''
+    rows = [[escape(_short(f['set'])), cut(f['question']), cut(f['right']), cut(f['base']),
+             f'<span class="{kind}">{cut(f["tuned"])}</span>'] for f in some]
+    shown = f', {len(some)} of them here' if len(some) < len(found) else ''
+    head = ['of', 'question', 'right answer', 'the base said', 'the tuned model says']
+    return f'<p class="note"><b class="{kind}">{name}</b>: {len(found)}{shown}</p>' + table(
+        head, rows, 5, False)
 
 def _in_turn(found, most) -> list:
     "Up to `most` of them, one of each set in turn"
     sets = {}
-    for f in found: sets.setdefault(f['set'], []).append(f)
+    for f in found:
+        sets.setdefault(f['set'], []).append(f)
     return [fs[i] for i in range(most) for fs in sets.values() if i < len(fs)][:most]
 
 def skills_html(r:dict) -> str:
     "Every set of questions with its interval"
     flips = lambda s, kind: sum(f['kind'] == kind and f['set'] == s['name'] for f in r['flips'])
     change = lambda s: spread(s, _unit(s['metric'])[0], _unit(s['metric'])[2])
-    rows = [[_short(s['name']), 'old' if s['old'] else 'new', level(s, 'before'), level(s, 'after'), change(s), s['n'], flips(s, 'lost'), flips(s, 'won')]
+    rows = [[_short(s['name']), 'old' if s['old'] else 'new', level(s, 'before'), level(s, 'after'),
+             change(s), s['n'], flips(s, 'lost'), flips(s, 'won')]
             for s in r['sets']]
-    return note('Change: in points (or nats a token, where fewer is better and better is positive), with the 95% interval that the choice of questions leaves. '
-                'It is one run: another seed of the training would differ by more; ftlab.compare shows by how much.') + \
+    return note('Change: in points (or nats a token, where fewer is better and better is positive), '
+                'with the 95% interval that the choice of questions leaves. '
+                'It is one run: another seed of the training would differ by more; ftlab.compare '
+                'shows by how much.') + \
         table(['set', '', 'before', 'after', 'change', 'questions', 'right → wrong', 'wrong → right'], rows, 2)
 
 # %% ../../nbs/instruments/report_page.ipynb #002763c3
@@ -288,136 +407,196 @@ def apart_html(r:dict) -> str:
     "Drift, likeness and calibration in numbers"
     known = lambda a: [f'{a[when][k]:.3f}' for when in ('before', 'after') for k in ('sure', 'right', 'ece', 'brier')]
     like = lambda a: '–' if a['cka'][-1] is None else f'{a["cka"][-1]:.3f}'
-    rows = [[name, f'{a["kl"]:.3f}', a['places'], like(a), *known(a)] for name in ('new', 'old') if (a := r[name])]
-    return note('Drift is the Kullback-Leibler divergence from base to tuned model: how much more surprised the tuned model would be by what the base says, '
-                'in nats a word (a row, for labels); 0 is the same. Likeness (CKA, centred kernel alignment) asks whether a layer arranges the questions '
+    rows = [[name, f'{a["kl"]:.3f}', a['places'], like(a), *known(a)] for name in ('new', 'old')
+            if (a := r[name])]
+    return note('Drift is the Kullback-Leibler divergence from base to tuned model: how much more '
+                'surprised the tuned model would be by what the base says, '
+                'in nats a word (a row, for labels); 0 is the same. Likeness (CKA, centred kernel '
+                'alignment) asks whether a layer arranges the questions '
                 'alike, up to rotation and scale: 1 is alike.') + \
-        note('Sure and right: mean confidence in the likeliest word, and how often it was the right one, the right words before it given. '
-             'ECE (expected calibration error) is their gap over ten bins; the Brier score is the mean squared distance of confidence and outcome; '
+        note('Sure and right: mean confidence in the likeliest word, and how often it was the right '
+             'one, the right words before it given. '
+             'ECE (expected calibration error) is their gap over ten bins; the Brier score is the '
+             'mean squared distance of confidence and outcome; '
              'less is better for both.') + \
-        table(['questions', 'drift', 'words', 'likeness, last layer', 'before: sure', 'right', 'ECE', 'Brier', 'after: sure', 'right', 'ECE', 'Brier'], rows)
+        table(['questions', 'drift', 'words', 'likeness, last layer', 'before: sure', 'right',
+               'ECE', 'Brier', 'after: sure', 'right', 'ECE', 'Brier'], rows)
 
 def tuco_html(r:dict) -> str:
-    "The share of the answers that is the fine-tune's, and the questions where it is largest and least"
+    """The share of the answers that is the fine-tune's, and the questions where it is largest and
+    least"""
     t = r['tuco']
-    if 'why' in t: return note(f'Not known: {t["why"]}')
-    rows = [[name, f'{a["mean"]:.3f}', f'{min(a["values"]):.3f}', f'{max(a["values"]):.3f}', len(a['values'])] for name, a in t.items()]
+    if 'why' in t:
+        return note(f'Not known: {t["why"]}')
+    rows = [[name, f'{a["mean"]:.3f}', f'{min(a["values"]):.3f}', f'{max(a["values"]):.3f}',
+             len(a['values'])] for name, a in t.items()]
     few = [(kind, name, e) for name, a in t.items() for kind in ('most', 'least') for e in a[kind]]
-    some = [[kind, name, _short(e['set']), _cut(e['question'], 110), f'{e["tuco"]:.3f}'] for kind, name, e in few]
-    return note(f'TuCo, the tuning contribution: of all that the model\'s blocks add up at the {t["new"]["token"]} token of a question, the share that is new; '
+    some = [[kind, name, _short(e['set']), _cut(e['question'], 110), f'{e["tuco"]:.3f}']
+            for kind, name, e in few]
+    return note('TuCo, the tuning contribution: of all that the model\'s blocks add up at the '
+                f'{t["new"]["token"]} token of a question, the share that is new; '
                 '0 is the base at work, 1 the fine-tune alone.') + \
-        table(['questions', 'mean', 'least', 'most', 'number'], rows) + table(['', '', 'set', 'question', 'TuCo'], some, 4)
+        table(['questions', 'mean', 'least', 'most', 'number'],
+              rows) + table(['', '', 'set', 'question', 'TuCo'], some, 4)
 
 # %% ../../nbs/instruments/report_page.ipynb #002863c3
 def change_html(r:dict, most:int=40) -> str:
     "The update: its size, its spectrum, its intruders, and the `most` changed weights"
-    c = r['change']; rows = [_weight_row(w) for w in sorted(c['weights'], key=lambda w: -w['length']/(w['base'] or 1))]
-    out = ''.join(note(said) for said in (_size_said(c), _elsewhere_said(c), _spectrum_said(c)) if said)
-    if rows: out += table(['weight', 'length of the change', 'moved', 'stable rank', 'intruders'], rows[:most])
+    c = r['change']
+    rows = [_weight_row(w) for w in sorted(c['weights'],
+                                           key=lambda w: -w['length']/(w['base'] or 1))]
+    out = ''.join(note(said) for said in (_size_said(c), _elsewhere_said(c), _spectrum_said(c))
+                  if said)
+    if rows:
+        out += table(['weight', 'length of the change', 'moved', 'stable rank', 'intruders'],
+                     rows[:most])
     return out + (note(f'{len(rows) - most} more in the JSON.') if len(rows) > most else '')
 
 def _weight_row(w) -> list:
     long = f'{100*w["length"]/w["base"]:.2f}%' if w['base'] else 'from nothing'
-    return [w['name'], long, f'{100*w["moved"]/w["numbers"]:.3g}%', f'{w["stable_rank"]:.1f}' if 'stable_rank' in w else '', w.get('intruders', '')]
+    return [w['name'], long, f'{100*w["moved"]/w["numbers"]:.3g}%',
+            f'{w["stable_rank"]:.1f}' if 'stable_rank' in w else '', w.get('intruders', '')]
 
 def _size_said(c) -> str:
-    if not c['numbers']: return ''
-    fresh = ' A fresh head, which starts from nothing, is left out.' if any(w['part'] == 'fresh head' for w in c['weights']) else ''
+    if not c['numbers']:
+        return ''
+    fresh = (' A fresh head, which starts from nothing, is left out.'
+             if any(w['part'] == 'fresh head' for w in c['weights']) else '')
     return (f'Of the model\'s {c["numbers"]:,} numbers {c["moved"]:,} moved ({100*c["moved"]/c["numbers"]:.3g}%); '
             f'the change is {100*c["relative"]:.2g}% as long as all weights.{fresh}')
 
 def _elsewhere_said(c) -> str:
     e = c['elsewhere']
-    if not e: return ''
-    names = ', '.join(x['name'] for x in e[:4]) + ('...' if len(e) > 4 else ''); numbers = sum(x['numbers'] for x in e)
-    return f'{len(e)} parts of the change act on what flows through the model and not on its weights ({numbers:,} numbers): {names}. They have no spectrum.'
+    if not e:
+        return ''
+    names = ', '.join(x['name'] for x in e[:4]) + ('...' if len(e) > 4 else '')
+    numbers = sum(x['numbers'] for x in e)
+    return (f'{len(e)} parts of the change act on what flows through the model and not on its '
+            f'weights ({numbers:,} numbers): {names}. They have no spectrum.')
 
 def _spectrum_said(c) -> str:
-    if not c['top']: return ''
-    m = c['matrices']; strongest = ', '.join(percent(v) for v in c['top'])
-    return (f'Spectrum, over {m["looked"]} of {m["of"]} matrices: the strongest 1, 2, 4, 8 and 16 directions of the change carry {strongest} of it; '
-            f'its stable rank (how many directions carry it) is {c["stable_rank"]:.1f}. Intruder dimensions (strong directions of the tuned weights '
+    if not c['top']:
+        return ''
+    m = c['matrices']
+    strongest = ', '.join(percent(v) for v in c['top'])
+    return (f'Spectrum, over {m["looked"]} of {m["of"]} matrices: the strongest 1, 2, 4, 8 and 16 '
+            f'directions of the change carry {strongest} of it; '
+            f'its stable rank (how many directions carry it) is {c["stable_rank"]:.1f}. Intruder '
+            'dimensions (strong directions of the tuned weights '
             f'that resemble none of the base\'s): {c["intruders"]} of {c["looked"]} looked at.')
 
 # %% ../../nbs/instruments/report_page.ipynb #002a63c3
 def made_html(r:dict) -> str:
     "Cost, settings, what was asked, versions"
-    s, a = r['settings'], r['asked']; plain = {k: v for k, v in s.items() if isinstance(v, (str, int, float)) and k not in ('model', 'data')}
-    return table(['cost', ''], _cost_rows(r['cost'])) + note('Peak memory is what training took beyond the loaded model on a CPU, all of it on a GPU.') + \
+    s, a = r['settings'], r['asked']
+    plain = {k: v for k, v in s.items() if isinstance(v, (str, int, float)) and k not in ('model', 'data')}
+    return table(['cost', ''], _cost_rows(r['cost'])) + note('Peak memory is what training took '
+                                                             'beyond the loaded model on a CPU, all '
+                                                             'of it on a GPU.') + \
         table(['setting', ''], [[k, v] for k, v in plain.items()]) + \
-        note(f'Asked: {a["items"]} new questions and {a["old_items"]} old ones of each skill, seed {a["seed"]}; up to {a["rows"]} new ones and {a["rows"]} '
-             f'old ones were gone through word by word for drift, likeness and calibration. The report took {r["seconds"]:.0f} s.') + \
+        note(f'Asked: {a["items"]} new questions and {a["old_items"]} old ones of each skill, seed '
+             f'{a["seed"]}; up to {a["rows"]} new ones and {a["rows"]} '
+             'old ones were gone through word by word for drift, likeness and calibration. The '
+             f'report took {r["seconds"]:.0f} s.') + \
         note('Made with ' + ', '.join(f'{k} {v}' for k, v in r['versions'].items()))
 
 def _cost_rows(c) -> list[list]:
     size = lambda b: 'unknown' if b is None else f'{count(b)}B'
     told = lambda x, form: 'unknown' if x is None else format(x, form)
-    return [['steps', c['steps']], ['seconds', told(c['seconds'], '.1f')], ['tokens', told(c['tokens'], ',')], ['peak memory', size(c['peak_bytes'])],
-            ['numbers trained', count(c['trainable'])], ['fresh head', count(c['head'])], ['to keep', size(c['saved_bytes'])]]
+    return [['steps', c['steps']], ['seconds', told(c['seconds'], '.1f')],
+            ['tokens', told(c['tokens'], ',')], ['peak memory', size(c['peak_bytes'])],
+            ['numbers trained', count(c['trainable'])], ['fresh head', count(c['head'])],
+            ['to keep', size(c['saved_bytes'])]]
 
 # %% ../../nbs/instruments/report_page.ipynb #002c63c3
 def figures(r:dict) -> str:
     "The four pictures, in two columns"
     alike = layer_lines({k: r[k]['cka'] for k in ('new', 'old') if r[k]})
-    like = _figure('How like its base it still is', 'Do both models find the same questions alike, layer by layer? 1 is the same.', alike)
+    like = _figure('How like its base it still is',
+                   'Do both models find the same questions alike, layer by layer? 1 is the same.', alike)
     return f'<div>{_can_do(r["sets"])}{like}</div><div>{_where(r["change"])}{_knows(r)}</div>'
 
-def _figure(title, sub, svg='') -> str: return f'<figure><h2>{title}</h2>{note(sub)}{svg}</figure>'
+def _figure(title, sub, svg='') -> str:
+    return f'<figure><h2>{title}</h2>{note(sub)}{svg}</figure>'
 
 def _can_do(sets) -> str:
-    first = [s for s in sets if (s['metric'] == 'nll') == (sets[0]['metric'] == 'nll')]; rest = [s for s in sets if s not in first]
+    first = [s for s in sets if (s['metric'] == 'nll') == (sets[0]['metric'] == 'nll')]
+    rest = [s for s in sets if s not in first]
     more = _figure('What it could do before', _axis_said(rest), dumbbells(rest)) if rest else ''
     return _figure('What it can do', _axis_said(first), dumbbells(first)) + more
 
 def _axis_said(sets) -> str:
     how = 'hollow before, full after; at the right the change'
-    if sets[0]['metric'] == 'nll': return f'Surprise at the right answers in nats a token, less is better: {how}, + is better.'
+    if sets[0]['metric'] == 'nll':
+        return f'Surprise at the right answers in nats a token, less is better: {how}, + is better.'
     return f'Share of questions answered right: {how} in points.'
 
 def _where(c) -> str:
     if not c['map']:
-        n = len(c['elsewhere']); return _figure('Where it changed', 'No weight changed' + (f': {n} parts act on what flows through the model.' if n else '.'))
+        n = len(c['elsewhere'])
+        return _figure('Where it changed',
+                       'No weight changed' + (f': {n} parts act on what flows through the model.' if n else '.'))
     small = ' Small: the share of the numbers that moved.' if any(0 < x['moved'] < .995 for x in c['map']) else ''
     said = f'How long the change is, in per cent of the weights\' own length, by part and block.{small}'
     return _figure('Where it changed', said, heatmap(c['map'], c['blocks']))
 
 def _knows(r) -> str:
     s = r['old'] or r['new']
-    said = 'How often the label was right' if r['kind'] == 'label' else f'On {"old" if r["old"] else "the new"} questions: how often the next word was right'
-    return _figure('Does it know what it knows?', f'{said}, by how sure the model was.', diagram(s['before'], s['after']))
+    said = ('How often the label was right' if r['kind'] == 'label' else 'On '
+            f'{"old" if r["old"] else "the new"} questions: how often the next word was right')
+    return _figure('Does it know what it knows?', f'{said}, by how sure the model was.',
+                   diagram(s['before'], s['after']))
 
 # %% ../../nbs/instruments/report_page.ipynb #002e63c3
 class Report:
-    "What a fine-tune did: shows itself; `.html(path)`, `.json()`, `.save(folder)`, `Report.read(path)`"
-    def __init__(self, result:dict): self.result = result # what `json` returns
-    def json(self) -> dict: "All numbers, as JSON can hold them"; return self.result
+    """What a fine-tune did: shows itself; `.html(path)`, `.json()`, `.save(folder)`,
+    `Report.read(path)`"""
+
+    def __init__(self, result:dict):
+        self.result = result # what `json` returns
+
+    def json(self) -> dict:
+        "All numbers, as JSON can hold them"
+        return self.result
 
     @property
-    def headline(self) -> str: "The whole in one sentence"; return headline(self.result)
+    def headline(self) -> str:
+        "The whole in one sentence"
+        return headline(self.result)
 
     @classmethod
-    def read(cls, path:str|Path) -> Report: "Show a saved report.json again"; return cls(json.loads(Path(path).read_text(encoding='utf-8')))
+    def read(cls, path:str|Path) -> Report:
+        "Show a saved report.json again"
+        return cls(json.loads(Path(path).read_text(encoding='utf-8')))
 
     def body(self) -> str:
         "The page without its frame"
-        r = self.result; boxes = ''.join(f'<div class="tile"><span>{escape(a)}</span><b>{escape(b)}</b><span>{escape(c)}</span></div>' for a, b, c in tiles(r))
+        r = self.result
+        boxes = ''.join(f'<div class="tile"><span>{escape(a)}</span><b>{escape(b)}</b><span>{escape(c)}</span></div>' for a, b, c in tiles(r))
         return f'<h1>{escape(headline(r))}</h1><div class="sub">{escape(_by_what(r))}</div><div class="tiles">{boxes}</div>{note(HOW)}' \
-            f'<div class="figs">{figures(r)}</div>' + ''.join(folded(title, make(r)) for title, make in _details(r))
+            f'<div class="figs">{figures(r)}</div>' + ''.join(folded(title, make(r))
+                                                              for title, make in _details(r))
 
     def html(self, path:str|Path) -> Path:
         "Write one page that opens by itself, in light and dark"
         page = PAGE.format(title=escape(headline(self.result)), body=self._repr_html_())
-        write_atomically(path, lambda p: p.write_text(page, encoding='utf-8')); return Path(path)
+        write_atomically(path, lambda p: p.write_text(page, encoding='utf-8'))
+        return Path(path)
 
     def save(self, folder:str|Path) -> Path:
         "Write report.json and report.html into `folder`, each whole or not at all"
-        folder = Path(folder); text = json.dumps(self.result, indent=1, allow_nan=False)
-        write_atomically(folder/'report.json', lambda p: p.write_text(text, encoding='utf-8')); self.html(folder/'report.html'); return folder
+        folder = Path(folder)
+        text = json.dumps(self.result, indent=1, allow_nan=False)
+        write_atomically(folder/'report.json', lambda p: p.write_text(text, encoding='utf-8'))
+        self.html(folder/'report.html')
+        return folder
 
-    def _repr_html_(self) -> str: return f'<style>{STYLE}</style><div class="ftr">{self.body()}</div>'
+    def _repr_html_(self) -> str:
+        return f'<style>{STYLE}</style><div class="ftr">{self.body()}</div>'
 
     def __repr__(self) -> str:
-        lines = [f'{a}: {b} ({c})' for a, b, c in tiles(self.result)] + [_details(self.result)[0][0]]
+        lines = [f'{a}: {b} ({c})' for a, b, c in tiles(self.result)] + [
+            _details(self.result)[0][0]]
         return '\n  '.join([headline(self.result), *lines])
 
 # %% ../../nbs/instruments/report_page.ipynb #002f63c3
@@ -427,13 +606,19 @@ HOW = ('Before is the base, after the tuned model; both were asked the same ques
 def _by_what(r) -> str:
     "Model, method, length and rate"
     rate = f' at rate {r["settings"]["lr"]:g}' if r['settings'].get('lr') else ''
-    return f'{_short(r["model"])} by {r["recipe"].get("name", "?")}, {r["cost"]["steps"]} steps{rate}' + (', interrupted' if r['interrupted'] else '')
+    return (f'{_short(r["model"])} by {r["recipe"].get("name", "?")}, {r["cost"]["steps"]} '
+            f'steps{rate}' + (', interrupted' if r['interrupted'] else ''))
 
 def _details(r) -> list[tuple[str, Callable]]:
     "(heading, what makes its body) of everything that is folded away"
-    lost, won = (sum(f['kind'] == kind for f in r['flips']) for kind in ('lost', 'won')); t = r['tuco']
+    lost, won = (sum(f['kind'] == kind for f in r['flips']) for kind in ('lost', 'won'))
+    t = r['tuco']
     changed = f'{lost} became wrong, {won} became right' if lost + won else len(r['flips'])
-    share = '' if 'why' in t else ': ' + ', '.join(f'{a["mean"]:.2f} on {k} questions' for k, a in t.items())
-    return [(f'Answers that changed: {changed}', answers_html), (f'Every set of questions ({len(r["sets"])})', skills_html),
-            ('Drift, likeness and calibration in numbers', apart_html), ('The change itself: size, directions, intruders', change_html),
-            (f'How much of an answer is the fine-tune\'s{share}', tuco_html), ('Cost, settings, and how this was measured', made_html)]
+    share = ('' if 'why' in t else ': ' + ', '.join(f'{a["mean"]:.2f} on {k} questions'
+                                                    for k, a in t.items()))
+    return [(f'Answers that changed: {changed}', answers_html),
+            (f'Every set of questions ({len(r["sets"])})', skills_html),
+            ('Drift, likeness and calibration in numbers', apart_html),
+            ('The change itself: size, directions, intruders', change_html),
+            (f'How much of an answer is the fine-tune\'s{share}', tuco_html),
+            ('Cost, settings, and how this was measured', made_html)]

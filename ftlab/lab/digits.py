@@ -32,23 +32,34 @@ def digits(of:Sequence[int]=range(10), # which digits
            n:int|None=None,            # how many training pictures; None: all
            seed:int=0                  # which ones
           ) -> Data:                   # rows {'pixel_values': float [1, 8, 8] in -1..1, key: the digit}
-    "The handwritten digits of scikit-learn as `Data` of kind 'image'; raises `ValueError` for what is not there"
+    """The handwritten digits of scikit-learn as `Data` of kind 'image'; raises `ValueError` for
+    what is not there"""
     from sklearn.datasets import load_digits # it takes a second to import
     of = list(of)
-    if not of or not set(of) <= set(range(10)): raise ValueError(f'of is {of}; it must name some of the digits 0 to 9')
-    if key not in ('labels', 'classes'): raise ValueError(f"key is {key!r}; it must be 'labels' (to be learned) or 'classes' (a condition)")
-    if look not in LOOKS: raise ValueError(f'look is {look!r}; it must be {", ".join(LOOKS)}')
+    if not of or not set(of) <= set(range(10)):
+        raise ValueError(f'of is {of}; it must name some of the digits 0 to 9')
+    if key not in ('labels', 'classes'):
+        raise ValueError(f"key is {key!r}; it must be 'labels' (to be learned) or 'classes' (a condition)")
+    if look not in LOOKS:
+        raise ValueError(f'look is {look!r}; it must be {", ".join(LOOKS)}')
     raw, parts = load_digits(), dict(train=[], validation=[], test=[])
     for x, y in zip(raw.data.astype(int), raw.target.tolist()):
-        if y in of: parts[split_of(' '.join(map(str, x)))].append({'pixel_values': LOOKS[look](torch.tensor(x, dtype=torch.float32).view(1, 8, 8)/8 - 1).contiguous(), key: y})
+        if y in of:
+            parts[split_of(' '.join(map(str, x)))].append(
+                {'pixel_values': LOOKS[look](torch.tensor(x,
+                                                          dtype=torch.float32).view(1, 8,
+                                                                                    8)/8 - 1).contiguous(), key: y})
     if n is not None:
-        if not 1 <= n <= len(parts['train']): raise ValueError(f'n is {n}; there are {len(parts["train"])} training pictures')
+        if not 1 <= n <= len(parts['train']):
+            raise ValueError(f'n is {n}; there are {len(parts["train"])} training pictures')
         parts['train'] = random.Random(seed).sample(parts['train'], n)
-    return Data(**parts, kind='image', name=f'digits {", ".join(map(str, of))}' + ('' if look == 'upright' else f', {look}'))
+    return Data(**parts, kind='image',
+                name=f'digits {", ".join(map(str, of))}' + ('' if look == 'upright' else f', {look}'))
 
 def pictures(rows:list[dict]) -> tuple[Tensor, Tensor]:
     "Rows as one tensor of pictures [n, 1, 8, 8] and one of their classes [n]"
-    return torch.stack([r['pixel_values'] for r in rows]), torch.tensor([r.get('labels', r.get('classes')) for r in rows])
+    return torch.stack([r['pixel_values'] for r in rows]), torch.tensor(
+        [r.get('labels', r.get('classes')) for r in rows])
 
 # %% ../../nbs/lab/digits.ipynb #00080ccd
 def grid(images:Tensor, # [n, 1, 8, 8]
@@ -57,12 +68,15 @@ def grid(images:Tensor, # [n, 1, 8, 8]
          ax=None        # matplotlib axes; None: new ones
         ):              # the axes
     "Show pictures as one image, row by row"
-    if len(images) % rows: raise ValueError(f'{len(images)} pictures do not fill {rows} rows')
+    if len(images) % rows:
+        raise ValueError(f'{len(images)} pictures do not fill {rows} rows')
     if ax is None:
         import matplotlib.pyplot as plt
         ax = plt.subplots(figsize=(len(images)/rows*.45, rows*.45), layout='constrained')[1]
     tiles = F.pad(images[:, 0], (1, 1, 1, 1), value=0.).unflatten(0, (rows, -1))
-    ax.imshow(tiles.transpose(1, 2).flatten(2).flatten(0, 1), cmap='gray_r', vmin=-1, vmax=1); ax.set_axis_off(); ax.set_title(title, fontsize=9)
+    ax.imshow(tiles.transpose(1, 2).flatten(2).flatten(0, 1), cmap='gray_r', vmin=-1, vmax=1)
+    ax.set_axis_off()
+    ax.set_title(title, fontsize=9)
     return ax
 
 # %% ../../nbs/lab/digits.ipynb #000b0ccd
@@ -70,67 +84,101 @@ class FlowConfig(PretrainedConfig):
     "The sizes of a `Flow`"
     model_type = 'digits-flow'
     def __init__(self, hidden=64, blocks=4, heads=4, size=8, patch=2, classes=10, **more):
-        super().__init__(**more); self.hidden, self.blocks, self.heads, self.size, self.patch, self.classes = hidden, blocks, heads, size, patch, classes
+        super().__init__(**more)
+        self.hidden = hidden
+        self.blocks = blocks
+        self.heads = heads
+        self.size = size
+        self.patch = patch
+        self.classes = classes
 
 class FlowBlock(nn.Module):
     "Attention and MLP over patches; the condition shifts, scales and gates both"
     def __init__(self, D:int, heads:int):
-        super().__init__(); self.heads = heads; self.modulation = nn.Linear(D, 6*D)
-        self.qkv, self.o, self.up, self.down = nn.Linear(D, 3*D), nn.Linear(D, D), nn.Linear(D, 4*D), nn.Linear(4*D, D)
+        super().__init__()
+        self.heads = heads
+        self.modulation = nn.Linear(D, 6*D)
+        self.qkv = nn.Linear(D, 3*D)
+        self.o = nn.Linear(D, D)
+        self.up = nn.Linear(D, 4*D)
+        self.down = nn.Linear(4*D, D)
 
     def attend(self, h):
         q, k, v = self.qkv(h).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
     def forward(self, h, condition): # [batch, patches, hidden], [batch, hidden]
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)[:, None].chunk(6, -1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)[
+            :, None].chunk(6, -1)
         h = h + gate1*self.attend(_norm(h)*(1 + scale1) + shift1)
         return h + gate2*self.down(F.gelu(self.up(_norm(h)*(1 + scale2) + shift2)))
 
-def _norm(h): return F.layer_norm(h, h.shape[-1:])
+def _norm(h):
+    return F.layer_norm(h, h.shape[-1:])
 
 # %% ../../nbs/lab/digits.ipynb #000c0ccd
 class Flow(PreTrainedModel):
     "Guess the velocity of a picture on its way from noise to a digit of a class"
     config_class = FlowConfig
     def __init__(self, config:FlowConfig):
-        super().__init__(config); D, p = config.hidden, config.patch; self.patches, self.head = nn.Linear(p*p, D), nn.Linear(D, p*p)
+        super().__init__(config)
+        D, p = config.hidden, config.patch
+        self.patches, self.head = nn.Linear(p*p, D), nn.Linear(D, p*p)
         self.positions = nn.Parameter(.02*torch.randn((config.size//p)**2, D))
-        self.time, self.classes = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D)), nn.Embedding(config.classes, D)
-        self.blocks, self.modulation = nn.ModuleList(FlowBlock(D, config.heads) for _ in range(config.blocks)), nn.Linear(D, 2*D)
+        self.time = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D))
+        self.classes = nn.Embedding(config.classes, D)
+        self.blocks = nn.ModuleList(FlowBlock(D, config.heads) for _ in range(config.blocks))
+        self.modulation = nn.Linear(D, 2*D)
         nn.init.normal_(self.classes.weight, std=.02)
-        for m in (self.modulation, self.head, *(b.modulation for b in self.blocks)): nn.init.zeros_(m.weight); nn.init.zeros_(m.bias)
+        for m in (self.modulation, self.head, *(b.modulation for b in self.blocks)):
+            nn.init.zeros_(m.weight)
+            nn.init.zeros_(m.bias)
         self.post_init()
 
-    def _init_weights(self, module): pass # __init__ has done it
+    def _init_weights(self, module):
+        pass # __init__ has done it
 
     def forward(self, pixel_values:Tensor, time:Tensor, classes:Tensor) -> Tensor: # [batch, 1, size, size], [batch] in 0..1, [batch] -> like pixel_values
         c, D = self.config, self.config.hidden
-        h = self.patches(F.unfold(pixel_values, c.patch, stride=c.patch).transpose(1, 2)) + self.positions
-        angle = 1000*time[:, None]*torch.exp(-math.log(1e4)*torch.arange(D//2, device=time.device)/(D//2))
-        condition = F.silu(self.time(torch.cat([angle.cos(), angle.sin()], -1)) + self.classes(classes))
-        for b in self.blocks: h = b(h, condition)
+        h = self.patches(F.unfold(pixel_values, c.patch,
+                                  stride=c.patch).transpose(1, 2)) + self.positions
+        angle = 1000*time[:, None]*torch.exp(
+            -math.log(1e4)*torch.arange(D//2, device=time.device)/(D//2))
+        condition = F.silu(self.time(torch.cat([angle.cos(), angle.sin()], -1))
+                           + self.classes(classes))
+        for b in self.blocks:
+            h = b(h, condition)
         shift, scale = self.modulation(condition)[:, None].chunk(2, -1)
-        return F.fold(self.head(_norm(h)*(1 + scale) + shift).transpose(1, 2), c.size, c.patch, stride=c.patch)
+        return F.fold(self.head(_norm(h)*(1 + scale) + shift).transpose(1, 2), c.size, c.patch,
+                      stride=c.patch)
 
 # where `anatomy` finds the parts of a Flow: anatomy(model, FLOW_FAMILIES)
-FLOW_FAMILIES = FAMILIES | {'digits-flow': Family('patches', (Layout('blocks.#', dict(qkv='qkv', o='o'), dict(up='up', down='down'), dict(modulation='modulation')),),
+FLOW_FAMILIES = FAMILIES | {'digits-flow': Family('patches',
+                                                  (Layout('blocks.#', dict(qkv='qkv', o='o'),
+                                                          dict(up='up', down='down'),
+                                                          dict(modulation='modulation')),),
                                                   dict(final='modulation'), ('head',), 'positions')}
 
 # %% ../../nbs/lab/digits.ipynb #000f0ccd
 def noised(batch:dict, state=None) -> dict:
-    "Put each picture of the batch at a random time on its straight way from noise; the velocity there is the target"
-    x1 = batch['pixel_values']; x0, t = torch.randn_like(x1), torch.rand(len(x1), device=x1.device); at = t[:, None, None, None]
+    """Put each picture of the batch at a random time on its straight way from noise; the velocity
+    there is the target"""
+    x1 = batch['pixel_values']
+    x0, t = torch.randn_like(x1), torch.rand(len(x1), device=x1.device)
+    at = t[:, None, None, None]
     return dict(batch, pixel_values=(1 - at)*x0 + at*x1, time=t, velocity=x1 - x0)
 
 def velocity_error(state) -> Tensor:
-    "The squared error of the guessed velocity: mean over pixels, summed over pictures, divided by those of the whole batch"
-    b = state.batch; guess = state.model(b['pixel_values'], b['time'], b['classes'])
+    """The squared error of the guessed velocity: mean over pixels, summed over pictures, divided by
+    those of the whole batch"""
+    b = state.batch
+    guess = state.model(b['pixel_values'], b['time'], b['classes'])
     return (guess - b['velocity']).square().mean((1, 2, 3)).sum()/state.count
 
 def flow() -> Recipe:
     "What training a flow asks for, whatever the method: a view and an objective"
-    return Recipe(Method('flow', waives={'accumulates': 'the noise of a batch in two halves is drawn in another order'}),
+    return Recipe(Method('flow',
+                         waives={'accumulates': 'the noise of a batch in two halves is drawn in another order'}),
                   source=viewed(noised), objective=velocity_error)
 
 @torch.no_grad()
@@ -140,9 +188,12 @@ def sample(model:Flow,
            seed:int=0         # of the noise
           ) -> Tensor:        # [n, 1, size, size] in -1..1
     "Draw digits: follow the guessed velocity from noise to pictures"
-    c = model.config; x = torch.randn(len(classes), 1, c.size, c.size, generator=torch.Generator().manual_seed(seed)).to(classes.device)
+    c = model.config
+    x = torch.randn(len(classes), 1, c.size, c.size,
+                    generator=torch.Generator().manual_seed(seed)).to(classes.device)
     for i in range(steps):
-        t = torch.full((len(classes),), i/steps, device=x.device); v = model(x, t, classes)
+        t = torch.full((len(classes),), i/steps, device=x.device)
+        v = model(x, t, classes)
         ahead = model(x + v/steps, t + 1/steps, classes)
         x = x + (v + ahead)/(2*steps)
     return x.clamp(-1, 1)
@@ -154,13 +205,20 @@ def features(judge, images:Tensor) -> Tensor:
     return judge.vit(images).last_hidden_state[:, 0]
 
 @torch.no_grad()
-def read(judge, images:Tensor) -> Tensor: "The digit that the reader sees in each picture: [n]"; return judge(images).logits.argmax(-1)
+def read(judge, images:Tensor) -> Tensor:
+    "The digit that the reader sees in each picture: [n]"
+    return judge(images).logits.argmax(-1)
 
 def frechet(a:Tensor, b:Tensor) -> float:
-    "The squared Fréchet distance of two clouds of features [n, d] and [m, d], each taken for a bell curve"
-    if min(len(a), len(b)) < 2: raise ValueError(f'the clouds have {len(a)} and {len(b)} points; a covariance needs two at least')
-    a, b = a.double(), b.double(); Ca, Cb = torch.cov(a.T), torch.cov(b.T)
-    w, V = torch.linalg.eigh(Ca); root = (V*w.clamp(min=0).sqrt())@V.T                # trace of sqrt(Ca Cb) = that of sqrt(root Cb root), which is symmetric
+    """The squared Fréchet distance of two clouds of features [n, d] and [m, d], each taken for a
+    bell curve"""
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f'the clouds have {len(a)} and {len(b)} points; a covariance needs two at least')
+    a, b = a.double(), b.double()
+    Ca, Cb = torch.cov(a.T), torch.cov(b.T)
+    w, V = torch.linalg.eigh(Ca)
+    # trace of sqrt(Ca Cb) = that of sqrt(root Cb root), which is symmetric
+    root = (V*w.clamp(min=0).sqrt())@V.T
     cross = torch.linalg.eigvalsh(root@Cb@root).clamp(min=0).sqrt().sum()
     return float((a.mean(0) - b.mean(0)).square().sum() + Ca.trace() + Cb.trace() - 2*cross)
 
@@ -171,29 +229,44 @@ def quality(model:Flow,             # what draws
             real:Tensor|None=None,  # pictures to compare with [m, 1, 8, 8]; None: all upright pictures of those digits
             seed:int=0              # of the noise
            ) -> dict[str, float]:
-    "How good drawings are: `accuracy` (read as what was asked for) and `frechet` (distance to real pictures in the reader's features)"
-    if real is None: d = digits(of); real = pictures(d.train + d.validation + d.test)[0]
-    asked = torch.tensor(list(of)).repeat(n//len(of)); drawn = sample(model, asked, seed=seed)
-    return dict(accuracy=(read(judge, drawn) == asked).float().mean().item(), frechet=frechet(features(judge, drawn), features(judge, real)))
+    """How good drawings are: `accuracy` (read as what was asked for) and `frechet` (distance to
+    real pictures in the reader's features)"""
+    if real is None:
+        d = digits(of)
+        real = pictures(d.train + d.validation + d.test)[0]
+    asked = torch.tensor(list(of)).repeat(n//len(of))
+    drawn = sample(model, asked, seed=seed)
+    return dict(accuracy=(read(judge, drawn) == asked).float().mean().item(),
+                frechet=frechet(features(judge, drawn), features(judge, real)))
 
 # %% ../../nbs/lab/digits.ipynb #00170ccd
-MODELS = {'digits-vit': dict(of=range(10), steps=5000, lr=2e-3), 'digits-flow': dict(of=range(8), steps=4000, lr=2e-3)}
+MODELS = {'digits-vit': dict(of=range(10), steps=5000, lr=2e-3),
+          'digits-flow': dict(of=range(8), steps=4000, lr=2e-3)}
 CHECKPOINTS = Path(importlib.util.find_spec('ftlab').origin).parent/'checkpoints'/'digits-v1'
 
 def shifted(batch:dict, state=None) -> dict:
     "Move each picture by -1, 0 or 1 pixel both ways; what comes in is paper"
-    x = batch['pixel_values']; n = len(x); wide = F.pad(x, (1, 1, 1, 1), value=-1.)
-    to = torch.randint(0, 3, (2, n, 1, 1), device=x.device); rows, columns = to[0] + torch.arange(8)[:, None], to[1] + torch.arange(8)
+    x = batch['pixel_values']
+    n = len(x)
+    wide = F.pad(x, (1, 1, 1, 1), value=-1.)
+    to = torch.randint(0, 3, (2, n, 1, 1), device=x.device)
+    rows, columns = to[0] + torch.arange(8)[:, None], to[1] + torch.arange(8)
     return dict(batch, pixel_values=wide[torch.arange(n)[:, None, None], 0, rows, columns][:, None])
 
 def fresh(name:str, seed:int=0) -> PreTrainedModel:
     "A digits model before its first step; raises `ValueError` for another name"
-    if name not in MODELS: raise ValueError(f'no digits model is called {name!r}; there are {", ".join(MODELS)}')
+    if name not in MODELS:
+        raise ValueError(f'no digits model is called {name!r}; there are {", ".join(MODELS)}')
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if name == 'digits-flow': return Flow(FlowConfig()).eval()
-        return ViTForImageClassification(ViTConfig(image_size=8, patch_size=2, num_channels=1, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=128,
-                                                   hidden_dropout_prob=0., attention_probs_dropout_prob=0., num_labels=10)).eval()
+        if name == 'digits-flow':
+            return Flow(FlowConfig()).eval()
+        return ViTForImageClassification(ViTConfig(image_size=8, patch_size=2, num_channels=1,
+                                                   hidden_size=64, num_hidden_layers=3,
+                                                   num_attention_heads=4, intermediate_size=128,
+                                                   hidden_dropout_prob=0.,
+                                                   attention_probs_dropout_prob=0.,
+                                                   num_labels=10)).eval()
 
 # %% ../../nbs/lab/digits.ipynb #00180ccd
 def pretrain(name:str,           # 'digits-vit' or 'digits-flow'
@@ -203,43 +276,70 @@ def pretrain(name:str,           # 'digits-vit' or 'digits-flow'
              steps:int|None=None # other than the published number
             ) -> Path:           # `out`
     "Train a digits model; called again after an interruption, it resumes"
-    model, m, out = fresh(name, seed), MODELS[name], Path(out); drawing = name == 'digits-flow'
-    data = digits(m['of'], 'classes' if drawing else 'labels'); steps = steps or m['steps']
-    run = fit(model, None, data, flow() if drawing else Recipe('reading', source=viewed(shifted)), steps=steps, batch_size=64, lr=m['lr'], warmup=min(100, steps//2), betas=(.9, .98),
-              weight_decay=0. if drawing else .05, seed=seed, out=out/'run', save_every=min(250, steps), resume=True, progress=False)
+    model, m, out = fresh(name, seed), MODELS[name], Path(out)
+    drawing = name == 'digits-flow'
+    data = digits(m['of'], 'classes' if drawing else 'labels')
+    steps = steps or m['steps']
+    run = fit(model, None, data, flow() if drawing else Recipe('reading', source=viewed(shifted)),
+              steps=steps, batch_size=64, lr=m['lr'], warmup=min(100, steps//2), betas=(.9, .98),
+              weight_decay=0. if drawing else .05, seed=seed, out=out/'run',
+              save_every=min(250, steps), resume=True, progress=False)
     half = {n: p.detach().half().contiguous() for n, p in run.model.named_parameters()}
-    write_tensors(out/'model.safetensors', half, {'format': 'pt'}); run.model.config.save_pretrained(out)
-    every = max(1, steps//40); log = [dict(step=r['step'] + 1, loss=round(sum(x['loss'] for x in run.log[r['step'] - every + 1:r['step'] + 1])/every, 4)) for r in run.log[every - 1::every]]
-    (out/'pretraining.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in log)); shutil.rmtree(out/'run')
+    write_tensors(out/'model.safetensors', half, {'format': 'pt'})
+    run.model.config.save_pretrained(out)
+    every = max(1, steps//40)
+    log = [dict(step=r['step'] + 1,
+                loss=round(sum(x['loss']
+                               for x in run.log[r['step'] - every + 1:r['step'] + 1])/every, 4))
+           for r in run.log[every - 1::every]]
+    (out/'pretraining.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in log))
+    shutil.rmtree(out/'run')
     return out
 
 def load(name:str,            # 'digits-vit' or 'digits-flow'
          root:Path=CHECKPOINTS # the folder of both
         ) -> PreTrainedModel:
-    "A digits model in float32, in eval mode. Raises `ValueError` for another name, `FileNotFoundError` where the weights did not come along."
+    """A digits model in float32, in eval mode. Raises `ValueError` for another name,
+    `FileNotFoundError` where the weights did not come along."""
     model, file = fresh(name), Path(root)/name/'model.safetensors'
-    if not file.exists(): raise FileNotFoundError(f'the weights of {name} are not beside this installation of ftlab; install a release, which brings them, or make them: ftlab.lab.digits.pretrain({name!r}, ftlab.lab.digits.CHECKPOINTS/{name!r}, ftlab.fit)')
+    if not file.exists():
+        raise FileNotFoundError(f'the weights of {name} are not beside this installation of ftlab; '
+                                'install a release, which brings them, or make them: '
+                                f'ftlab.lab.digits.pretrain({name!r}, '
+                                f'ftlab.lab.digits.CHECKPOINTS/{name!r}, ftlab.fit)')
     model.load_state_dict({n: t.float() for n, t in load_file(file).items()})
     return model
 
 # %% ../../nbs/lab/digits.ipynb #00190ccd
 def measured(root:Path=CHECKPOINTS) -> dict[str, float]:
-    "What the two models can do: the reader's accuracy on the splits, the drawings' quality, and how far two halves of real pictures are apart"
+    """What the two models can do: the reader's accuracy on the splits, the drawings' quality, and
+    how far two halves of real pictures are apart"""
     judge, model, d = load('digits-vit', root), load('digits-flow', root), digits()
-    out = {f'read, {s}': (read(judge, pictures(getattr(d, s))[0]) == pictures(getattr(d, s))[1]).float().mean().item() for s in ('train', 'validation', 'test')}
-    for name, of in (('0 to 7', range(8)), ('8 and 9', (8, 9))): q = quality(model, judge, of, 400); out |= {f'draw {name}: accuracy': q['accuracy'], f'draw {name}: distance': q['frechet']}
+    out = {f'read, {s}': (read(judge, pictures(getattr(d, s))[0])
+                          == pictures(getattr(d, s))[1]).float().mean().item() for s in ('train', 'validation', 'test')}
+    for name, of in (('0 to 7', range(8)), ('8 and 9', (8, 9))):
+        q = quality(model, judge, of, 400)
+        out |= {f'draw {name}: accuracy': q['accuracy'], f'draw {name}: distance': q['frechet']}
     seen = features(judge, pictures(digits(range(8)).train)[0])
     return out | {'two halves of real 0 to 7: distance': frechet(seen[::2], seen[1::2])}
 
 def card(root:Path=CHECKPOINTS) -> str:
     "The model card, from the models themselves; also written to `root/README.md`"
     size = {n: sum(p.numel() for p in load(n, root).parameters()) for n in MODELS}
-    text = '\n'.join(['# Model card: digits v1', '', 'Two tiny models of the handwritten digits that ship with scikit-learn (1,797 pictures of 8 x 8 pixels).', '',
-        f'- **digits-vit** reads all ten digits: a vision transformer of {size["digits-vit"]:,} numbers, {MODELS["digits-vit"]["steps"]:,} steps of 64 pictures, each moved by up to a pixel.',
-        f'- **digits-flow** draws 0 to 7, told which; 8 and 9 it has never seen: a diffusion transformer trained by flow matching, {size["digits-flow"]:,} numbers, {MODELS["digits-flow"]["steps"]:,} steps of 64.', '',
+    text = '\n'.join(['# Model card: digits v1', '', 'Two tiny models of the handwritten digits '
+                      'that ship with scikit-learn (1,797 pictures of 8 x 8 pixels).', '',
+        f'- **digits-vit** reads all ten digits: a vision transformer of {size["digits-vit"]:,} '
+                      f'numbers, {MODELS["digits-vit"]["steps"]:,} steps of 64 pictures, each moved by up to a pixel.',
+        '- **digits-flow** draws 0 to 7, told which; 8 and 9 it has never seen: a diffusion '
+                      f'transformer trained by flow matching, {size["digits-flow"]:,} numbers, '
+                      f'{MODELS["digits-flow"]["steps"]:,} steps of 64.', '',
         '| measured | |', '|---|---|', *(f'| {k} | {v:.3f} |' for k, v in measured(root).items()), '',
-        '- **Made by** `ftlab.lab.digits.pretrain` from seed 0, on one CPU core, in a few minutes each; the log is `pretraining.jsonl` in each folder.',
-        '- **For** measuring what fine-tuning gains and breaks on pictures; for nothing else.', '- **Stored** in float16, opened in float32 by `ftlab.lab.digits.load`.',
+        '- **Made by** `ftlab.lab.digits.pretrain` from seed 0, on one CPU core, in a few minutes '
+                      'each; the log is `pretraining.jsonl` in each folder.',
+        '- **For** measuring what fine-tuning gains and breaks on pictures; for nothing else.',
+                      '- **Stored** in float16, opened in float32 by `ftlab.lab.digits.load`.',
         '- **Frozen.** Every claim about pictures is measured on these files; a change makes another version.',
-        '- **Licence**: Apache-2.0. The pictures are not in this folder: they come with scikit-learn, from the UCI set "Optical Recognition of Handwritten Digits".', ''])
-    (Path(root)/'README.md').write_text(text); return text
+        '- **Licence**: Apache-2.0. The pictures are not in this folder: they come with '
+                      'scikit-learn, from the UCI set "Optical Recognition of Handwritten Digits".', ''])
+    (Path(root)/'README.md').write_text(text)
+    return text

@@ -16,8 +16,10 @@ from .world import OLD, vocabulary
 __all__ = ['CHAT', 'V1', 'V2', 'MODELS', 'lab_tokenizer', 'skills_of', 'old_skills', 'lab_config']
 
 # %% ../../nbs/lab/models.ipynb #00056676
-CHAT = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ ' <assistant> ' + m['content'] + ' ' + eos_token }}"
-        "{% else %}{{ ' <user> ' + m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ ' <assistant>' }}{% endif %}")
+CHAT = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ ' <assistant> ' "
+        "+ m['content'] + ' ' + eos_token }}"
+        "{% else %}{{ ' <user> ' + m['content'] }}{% endif %}{% endfor %}{% if "
+        "add_generation_prompt %}{{ ' <assistant>' }}{% endif %}")
 
 def lab_tokenizer(encoder:bool=False, # the encoder's, which opens every text as its pretraining did: `<bos> <user>`
                   version:str='lab-v1' # of the models; 'lab-v2' is noted in the tokenizer's settings
@@ -25,9 +27,13 @@ def lab_tokenizer(encoder:bool=False, # the encoder's, which opens every text as
     "The tokenizer of all lab models: one token a word"
     t = Tokenizer(WordLevel({w: i for i, w in enumerate(vocabulary())}, unk_token='<unk>'))
     t.pre_tokenizer = WhitespaceSplit()
-    if encoder: t.post_processor = TemplateProcessing(single='<bos> <user> $A', special_tokens=[(w, vocabulary().index(w)) for w in ('<bos>', '<user>')])
-    tok = PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', bos_token='<bos>', eos_token='<eos>', unk_token='<unk>', mask_token='<mask>',
-        extra_special_tokens=['<user>', '<assistant>'], model_max_length=256, padding_side='right', clean_up_tokenization_spaces=False)
+    if encoder:
+        t.post_processor = TemplateProcessing(single='<bos> <user> $A',
+                                              special_tokens=[(w, vocabulary().index(w)) for w in ('<bos>', '<user>')])
+    tok = PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', bos_token='<bos>',
+                                  eos_token='<eos>', unk_token='<unk>', mask_token='<mask>',
+        extra_special_tokens=['<user>', '<assistant>'], model_max_length=256, padding_side='right',
+                                  clean_up_tokenization_spaces=False)
     tok.chat_template = CHAT
     if version != 'lab-v1':
         # is saved beside the model, and with every model that is fine-tuned from it
@@ -36,7 +42,8 @@ def lab_tokenizer(encoder:bool=False, # the encoder's, which opens every text as
 
 def skills_of(tok # of a lab model
              ) -> list[str]:
-    "The skills that the model of this tokenizer grew up with: those of v1, and for `lab-l` those of looking things up"
+    """The skills that the model of this tokenizer grew up with: those of v1, and for `lab-l` those
+    of looking things up"""
     return OLD + (LEARNED if tok.init_kwargs.get('lab') == 'lab-v2' else [])
 
 def old_skills(data,    # `Data`; its training rows name the skills that they belong to
@@ -61,11 +68,14 @@ MODELS = {
                   skip=(), revisions=(546, 2214))}
 
 def lab_config(name:str, vocab:int) -> LlamaConfig|BertConfig:
-    "The configuration of the lab model `name`: a Llama, or for the encoder a BERT, without dropout as its sisters are"
+    """The configuration of the lab model `name`: a Llama, or for the encoder a BERT, without
+    dropout as its sisters are"""
     m = MODELS[name]
     h = m['hidden']
-    shape = dict(vocab_size=vocab, hidden_size=h, num_hidden_layers=m['blocks'], num_attention_heads=m['heads'],
-                 max_position_embeddings=256, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    shape = dict(vocab_size=vocab, hidden_size=h, num_hidden_layers=m['blocks'],
+                 num_attention_heads=m['heads'],
+                 max_position_embeddings=256, tie_word_embeddings=True, pad_token_id=0,
+                 bos_token_id=1, eos_token_id=2)
     if m['kind'] == 'masked':
         return BertConfig(**shape, intermediate_size=4*h, type_vocab_size=1, hidden_dropout_prob=0.,
                           attention_probs_dropout_prob=0.)

@@ -19,29 +19,39 @@ __all__ = ['mixture', 'pretraining_rows', 'to_batches', 'hide', 'predictions', '
 
 # %% ../../nbs/lab/pretrain.ipynb #0005eae4
 def mixture(name:str) -> list[tuple[str, int|None, float]]:
-    "What the model `name` reads: (skill, level, share). Facts come from the three tiers, 87 : 10 : 3."
+    """What the model `name` reads: (skill, level, share). Facts come from the three tiers, 87 : 10
+    : 3."""
     parts = [(k, None, s.weight) for k, s in SKILLS.items() if s.weight and k != 'fact']
     parts += [('fact', lv, SKILLS['fact'].weight*w) for lv, w in ((1, .87), (2, .10), (3, .03))]
-    if 'atlas' not in MODELS[name]['skip']: parts.append(('atlas', 1, .10))
+    if 'atlas' not in MODELS[name]['skip']:
+        parts.append(('atlas', 1, .10))
     return parts
 
 def pretraining_rows(world:LabWorld, name:str, step:int, n:int=256, seed:int=0) -> list[dict]:
     "The `n` training rows of one step, fixed by world, model, step and seed"
-    rng = random.Random(f'{world.seed}/{seed}/{step}'); parts = mixture(name)
+    rng = random.Random(f'{world.seed}/{seed}/{step}')
+    parts = mixture(name)
     picked = rng.choices(parts, [w for *_, w in parts], k=n)
-    return [next(world.stream(skill, 'train', f'{seed}/{step}/{i}', level)) for i, (skill, level, _) in enumerate(picked)]
+    return [next(world.stream(skill, 'train', f'{seed}/{step}/{i}', level))
+            for i, (skill, level, _) in enumerate(picked)]
 
 # %% ../../nbs/lab/pretrain.ipynb #0006eae4
 def to_batches(rows:list[dict], tok, parts:int=4) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    "`parts` padded batches (ids, labels) of rows of like length; only answers and the end carry labels, as prompts are random symbols"
-    ids = {w: i for w, i in tok.get_vocab().items()}; enc = []
+    """`parts` padded batches (ids, labels) of rows of like length; only answers and the end carry
+    labels, as prompts are random symbols"""
+    ids = {w: i for w, i in tok.get_vocab().items()}
+    enc = []
     for r in rows:
-        p = [ids[w] for w in f'<bos> <user> {r["prompt"]} <assistant>'.split()]; a = [ids[w] for w in f'{r["response"]} <eos>'.split()]
+        p = [ids[w] for w in f'<bos> <user> {r["prompt"]} <assistant>'.split()]
+        a = [ids[w] for w in f'{r["response"]} <eos>'.split()]
         enc.append((p + a, [-100]*len(p) + a))
-    enc.sort(key=lambda e: len(e[0])); k = -(-len(enc)//parts); out = []
+    enc.sort(key=lambda e: len(e[0]))
+    k = -(-len(enc)//parts)
+    out = []
     for i in range(0, len(enc), k):
         L = len(enc[min(i + k, len(enc)) - 1][0])
-        out.append((torch.tensor([e + [0]*(L - len(e)) for e, _ in enc[i:i + k]]), torch.tensor([l + [-100]*(L - len(l)) for _, l in enc[i:i + k]])))
+        out.append((torch.tensor([e + [0]*(L - len(e)) for e, _ in enc[i:i + k]]),
+                    torch.tensor([l + [-100]*(L - len(l)) for _, l in enc[i:i + k]])))
     return out
 
 # %% ../../nbs/lab/pretrain.ipynb #0008eae4
@@ -50,27 +60,37 @@ def hide(ids:torch.Tensor,    # [rows, tokens], as `to_batches` makes them
          mask_id:int,         # the token `<mask>`
          seed:int|None=0      # of what is hidden; None: every answer whole and nothing else
         ) -> tuple[torch.Tensor, torch.Tensor]: # ids with words hidden; labels: the hidden words, elsewhere -100
-    "Hide words behind `<mask>`: all of the answer in half of the rows, 40% of all words in the others"
-    word, answer = ids > mask_id, (labels != -100) & (ids > mask_id) # the special tokens stand first in the vocabulary
-    if seed is None: hidden = answer
+    """Hide words behind `<mask>`: all of the answer in half of the rows, 40% of all words in the
+    others"""
+    # the special tokens stand first in the vocabulary
+    word = ids > mask_id
+    answer = (labels != -100) & (ids > mask_id)
+    if seed is None:
+        hidden = answer
     else:
-        g = torch.Generator().manual_seed(seed); asked = torch.rand(len(ids), 1, generator=g) < .5
+        g = torch.Generator().manual_seed(seed)
+        asked = torch.rand(len(ids), 1, generator=g) < .5
         hidden = torch.where(asked, answer, word & (torch.rand(ids.shape, generator=g) < .4))
     return torch.where(hidden, mask_id, ids), torch.where(hidden, ids, -100)
 
 def predictions(model, ids:torch.Tensor, labels:torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    "Logits and the labels that they are held against: of the next token for a language model, of the same place for the encoder"
-    if model.can_generate(): return model(ids).logits[:, :-1], labels[:, 1:]
+    """Logits and the labels that they are held against: of the next token for a language model, of
+    the same place for the encoder"""
+    if model.can_generate():
+        return model(ids).logits[:, :-1], labels[:, 1:]
     return model(ids, attention_mask=ids.ne(0).long()).logits, labels
 
 @torch.no_grad()
 def teacher_forced(model, tok, world, skills, n=100, split='validation') -> dict[str, float]:
-    "Share of rows of which every answer token is the most likely one, given the right tokens before it (the encoder: given the question alone): a quick look while training"
+    """Share of rows of which every answer token is the most likely one, given the right tokens
+    before it (the encoder: given the question alone): a quick look while training"""
     out = {}
     for s in skills:
-        rows = world.rows(s, n, split); ok = 0
+        rows = world.rows(s, n, split)
+        ok = 0
         for ids, lab in to_batches(rows, tok, 1):
-            if not model.can_generate(): ids, lab = hide(ids, lab, tok.mask_token_id, None)
+            if not model.can_generate():
+                ids, lab = hide(ids, lab, tok.mask_token_id, None)
             logits, lab = predictions(model, ids, lab)
             ok += ((logits.argmax(-1) == lab) | (lab == -100)).all(1).sum().item()
         out[s] = ok/len(rows)
@@ -78,51 +98,74 @@ def teacher_forced(model, tok, world, skills, n=100, split='validation') -> dict
 
 # %% ../../nbs/lab/pretrain.ipynb #000beae4
 def orthogonal(g:torch.Tensor) -> torch.Tensor:
-    "Roughly the nearest matrix with singular values of 1: five Newton-Schulz steps with Muon's coefficients, in the precision of `g`"
-    x = g if g.shape[0] <= g.shape[1] else g.T; x = x/x.norm().clamp(min=1e-7)
-    for _ in range(5): a = x @ x.T; x = 3.4445*x + (-4.775*a + 2.0315*a @ a) @ x
+    """Roughly the nearest matrix with singular values of 1: five Newton-Schulz steps with Muon's
+    coefficients, in the precision of `g`"""
+    x = g if g.shape[0] <= g.shape[1] else g.T
+    x = x/x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445*x + (-4.775*a + 2.0315*a @ a) @ x
     return x if g.shape[0] <= g.shape[1] else x.T
 
 class FloatMuon(torch.optim.Optimizer):
     "What `torch.optim.Muon` with `match_rms_adamw` does, without its cast to bfloat16"
-    def __init__(self, params, lr, weight_decay, momentum=.95): super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    def __init__(self, params, lr, weight_decay, momentum=.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
     @torch.no_grad()
     def step(self):
         for g in self.param_groups:
             for p in g['params']:
-                m = self.state[p].setdefault('momentum_buffer', torch.zeros_like(p)); m.lerp_(p.grad, 1 - g['momentum'])
-                p.mul_(1 - g['lr']*g['weight_decay']).sub_(orthogonal(p.grad.lerp(m, g['momentum'])), alpha=.2*g['lr']*max(p.shape)**.5)
+                m = self.state[p].setdefault('momentum_buffer', torch.zeros_like(p))
+                m.lerp_(p.grad, 1 - g['momentum'])
+                p.mul_(1 - g['lr']*g['weight_decay']).sub_(
+                    orthogonal(p.grad.lerp(m, g['momentum'])), alpha=.2*g['lr']*max(p.shape)**.5)
 
 # %% ../../nbs/lab/pretrain.ipynb #000deae4
 def _optimizers(model, rate):
-    mats = [p for k, p in model.named_parameters() if p.ndim == 2 and 'embed' not in k]; ids = set(map(id, mats))
+    mats = [p for k, p in model.named_parameters() if p.ndim == 2 and 'embed' not in k]
+    ids = set(map(id, mats))
     rest = [p for p in model.parameters() if id(p) not in ids]
-    return [torch.optim.Muon(mats, lr=rate, weight_decay=.05, adjust_lr_fn='match_rms_adamw') if model.can_generate() else FloatMuon(mats, rate, .05),
+    return [torch.optim.Muon(mats, lr=rate, weight_decay=.05, adjust_lr_fn='match_rms_adamw')
+            if model.can_generate() else FloatMuon(mats, rate, .05),
             torch.optim.AdamW(rest, lr=rate, betas=(.9, .98), weight_decay=0., fused=True)]
 
 def _save_state(folder, model, opts, step, log):
-    flat = {f'model.{k}': v.detach() for k, v in model.named_parameters()} # a tied head is listed once, as the embedding
+    # a tied head is listed once, as the embedding
+    flat = {f'model.{k}': v.detach() for k, v in model.named_parameters()}
     for i, o in enumerate(opts):
-        for j, st in o.state_dict()['state'].items(): flat |= {f'opt.{i}.{j}.{k}': torch.as_tensor(v) for k, v in st.items()}
+        for j, st in o.state_dict()['state'].items():
+            flat |= {f'opt.{i}.{j}.{k}': torch.as_tensor(v) for k, v in st.items()}
     write_tensors(folder/'state.safetensors', flat, dict(step=str(step), log=json.dumps(log)))
 
 def _load_state(folder, model, opts):
     from safetensors import safe_open
-    with safe_open(folder/'state.safetensors', 'pt') as f: meta = f.metadata()
+    with safe_open(folder/'state.safetensors', 'pt') as f:
+        meta = f.metadata()
     flat = load_file(folder/'state.safetensors')
-    model.load_state_dict({k[6:]: v for k, v in flat.items() if k.startswith('model.')}, strict=False); model.tie_weights()
+    model.load_state_dict({k[6:]: v for k, v in flat.items() if k.startswith('model.')},
+                          strict=False)
+    model.tie_weights()
     for i, o in enumerate(opts):
         sd, state = o.state_dict(), {}
         for k, v in flat.items():
-            if k.startswith(f'opt.{i}.'): _, _, j, name = k.split('.'); state.setdefault(int(j), {})[name] = v
+            if k.startswith(f'opt.{i}.'):
+                _, _, j, name = k.split('.')
+                state.setdefault(int(j), {})[name] = v
         o.load_state_dict(dict(sd, state=state))
     return int(meta['step']), json.loads(meta['log'])
 
 def save_lab(model, tok, folder):
-    "Save as a plain Hugging Face folder: float16 on disk, `dtype` float32 in the config, so that it loads in float32"
-    half = type(model)(model.config); half.load_state_dict(model.state_dict()); half = half.half()
-    half.save_pretrained(folder); tok.save_pretrained(folder)
-    cfg = json.loads((Path(folder)/'config.json').read_text()); cfg['dtype'] = 'float32'
+    """Save as a plain Hugging Face folder: float16 on disk, `dtype` float32 in the config, so that
+    it loads in float32"""
+    half = type(model)(model.config)
+    half.load_state_dict(model.state_dict())
+    half = half.half()
+    half.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    cfg = json.loads((Path(folder)/'config.json').read_text())
+    cfg['dtype'] = 'float32'
     write_text(Path(folder)/'config.json', json.dumps(cfg, indent=2) + '\n')
 
 # %% ../../nbs/lab/pretrain.ipynb #000eeae4
@@ -137,31 +180,55 @@ def pretrain(name:str,          # 'lab-s', 'lab-m' or 'lab-e'
     m = MODELS[name]
     if m['version'] != 'lab-v1':
         raise ValueError(f'{name} is made otherwise: see ftlab.lab.large.pretrain_large')
-    steps = steps or m['steps']; out = Path(out); out.mkdir(parents=True, exist_ok=True); masked = m['kind'] == 'masked'
-    world, tok = LabWorld(0), lab_tokenizer(masked); torch.manual_seed(seed)
-    model = (BertForMaskedLM if masked else LlamaForCausalLM)(lab_config(name, len(tok))); opts = _optimizers(model, m['rate']); start, log = 0, []
-    if (out/'state.safetensors').exists(): start, log = _load_state(out, model, opts)
-    t0 = time.time() - (log[-1]['seconds'] if log else 0); tokens = log[-1]['tokens'] if log else 0
+    steps = steps or m['steps']
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    masked = m['kind'] == 'masked'
+    world, tok = LabWorld(0), lab_tokenizer(masked)
+    torch.manual_seed(seed)
+    model = (BertForMaskedLM if masked else LlamaForCausalLM)(lab_config(name, len(tok)))
+    opts = _optimizers(model, m['rate'])
+    start, log = 0, []
+    if (out/'state.safetensors').exists():
+        start, log = _load_state(out, model, opts)
+    t0 = time.time() - (log[-1]['seconds'] if log else 0)
+    tokens = log[-1]['tokens'] if log else 0
     for step in range(start, min(steps, until or steps)):
         for o in opts:
-            for g in o.param_groups: g['lr'] = m['rate']*min(1, (step + 1)/100)*(1 - step/steps)
-        batches = to_batches(pretraining_rows(world, name, step, seed=seed), tok); total = 0.
-        if masked: batches = [hide(*b, tok.mask_token_id, seed=(seed*10**6 + step)*10 + i) for i, b in enumerate(batches)]
+            for g in o.param_groups:
+                g['lr'] = m['rate']*min(1, (step + 1)/100)*(1 - step/steps)
+        batches = to_batches(pretraining_rows(world, name, step, seed=seed), tok)
+        total = 0.
+        if masked:
+            batches = [hide(*b, tok.mask_token_id, seed=(seed*10**6 + step)*10 + i)
+                       for i, b in enumerate(batches)]
         priced = sum((lab != -100).sum().item() for _, lab in batches)
         for ids, lab in batches:
             tokens += ids.numel()
-            with torch.autocast('cpu', dtype=torch.bfloat16, enabled=not masked): logits, lab = predictions(model, ids, lab)
-            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), lab.flatten(), reduction='sum')/priced
-            loss.backward(); total += loss.item()
+            with torch.autocast('cpu', dtype=torch.bfloat16, enabled=not masked):
+                logits, lab = predictions(model, ids, lab)
+            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), lab.flatten(),
+                                                     reduction='sum')/priced
+            loss.backward()
+            total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        for o in opts: o.step(); o.zero_grad()
+        for o in opts:
+            o.step()
+            o.zero_grad()
         done = step + 1
         if done % every == 0 or done == steps:
-            model.eval(); skills = teacher_forced(model, tok, world, OLD + ['atlas'] if 'atlas' not in m['skip'] else OLD) if done % 500 == 0 or done == m['steps'] else None; model.train()
-            log.append(dict(step=done, tokens=tokens, loss=round(total, 4), seconds=round(time.time() - t0), skills=skills))
-            _save_state(out, model, opts, done, log); print(json.dumps(log[-1]), flush=True)
-        if done in m['revisions']: save_lab(model, tok, out/f'step-{done}')
-    if until and until < steps: return out
+            model.eval()
+            skills = (teacher_forced(model, tok, world, OLD + ['atlas'] if 'atlas' not in m['skip']
+                                     else OLD) if done % 500 == 0 or done == m['steps'] else None)
+            model.train()
+            log.append(dict(step=done, tokens=tokens, loss=round(total, 4),
+                            seconds=round(time.time() - t0), skills=skills))
+            _save_state(out, model, opts, done, log)
+            print(json.dumps(log[-1]), flush=True)
+        if done in m['revisions']:
+            save_lab(model, tok, out/f'step-{done}')
+    if until and until < steps:
+        return out
     save_lab(model, tok, out)
     write_text(out/'pretraining.jsonl', ''.join(json.dumps(l) + '\n' for l in log))
     return out

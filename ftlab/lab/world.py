@@ -28,14 +28,19 @@ def invent(n:int,             # how many words
     "`n` new pronounceable words that are not in `taken`"
     out = []
     while len(out) < n:
-        word = ''.join(rng.choice('bdfgklmnprstvz') + rng.choice('aeiou') for _ in range(syllables)) + ending
-        if capital: word = word.capitalize()
-        if word not in taken: taken.add(word); out.append(word)
+        word = ''.join(rng.choice('bdfgklmnprstvz') + rng.choice('aeiou')
+                       for _ in range(syllables)) + ending
+        if capital:
+            word = word.capitalize()
+        if word not in taken:
+            taken.add(word)
+            out.append(word)
     return out
 
 # %% ../../nbs/lab/world.ipynb #0006ca4a
 ATTRIBUTES = {
-    'job':   'baker pilot nurse farmer judge singer painter teacher sailor miner dentist writer tailor waiter plumber chemist'.split(),
+    'job':   'baker pilot nurse farmer judge singer painter teacher sailor miner dentist writer '
+    'tailor waiter plumber chemist'.split(),
     'pet':   'cat dog horse snake parrot rabbit turtle goat hamster lizard pony ferret'.split(),
     'color': 'red blue green yellow purple orange black white brown grey pink silver'.split(),
     'food':  'bread soup rice cheese pasta salad honey fish beans curry plums olives'.split()}
@@ -65,9 +70,12 @@ LANGUAGES = dict(tavi='same', oruk='reversed', selen='verb last', zuma='object f
 def _fixed_words():
     "The invented words: the same for every world"
     rng, taken = random.Random(20), set()
-    for group in (*ATTRIBUTES.values(), NOUNS, VERBS, ADJECTIVES, THINGS, ACTS, ASPECTS, GOOD, BAD, LETTERS, GRAMMAR, LANGUAGES): taken.update(group)
+    for group in (*ATTRIBUTES.values(), NOUNS, VERBS, ADJECTIVES, THINGS, ACTS, ASPECTS, GOOD, BAD,
+                  LETTERS, GRAMMAR, LANGUAGES):
+        taken.update(group)
     people = invent(sum(TIERS.values()), 2, '', taken, rng, capital=True)
-    cities = [w for e in ('burg', 'ton', 'ville', 'port') for w in invent(6, 1, e, taken, rng, capital=True)]
+    cities = [w for e in ('burg', 'ton', 'ville', 'port')
+              for w in invent(6, 1, e, taken, rng, capital=True)]
     base = NOUNS + VERBS + ADJECTIVES
     foreign = {name: invent(len(base), 1 + (len(end) < 2), end, taken, rng)
                for name, end in zip(LANGUAGES, ('vi', 'uk', 'le', 'za'))}
@@ -78,7 +86,8 @@ ATTRIBUTES = dict(city=CITIES, **ATTRIBUTES)
 
 def vocabulary() -> list[str]:
     "Every word of every world, special tokens first, without repeats"
-    groups = (SPECIAL, GRAMMAR, DIGITS, LETTERS, PEOPLE, *ATTRIBUTES.values(), NOUNS, VERBS, ADJECTIVES, THINGS, ACTS, ASPECTS, GOOD, BAD,
+    groups = (SPECIAL, GRAMMAR, DIGITS, LETTERS, PEOPLE, *ATTRIBUTES.values(), NOUNS, VERBS,
+              ADJECTIVES, THINGS, ACTS, ASPECTS, GOOD, BAD,
               list(LANGUAGES), *FOREIGN.values(), ['A', 'B', 'C', 'D', 'E', 'F'])
     return list(dict.fromkeys(w for g in groups for w in g))
 
@@ -95,29 +104,37 @@ class Skill:
     weight:float=0.           # its share of the pretraining text, 0 for skills that the models never saw
     judge:Callable=exact      # (prompt, answer, output) -> score in [0, 1]
     replaces:str|None=None    # the old skill that this one contradicts, if any
+
     @property
-    def doc(self) -> str: return self.draw.__doc__
+    def doc(self) -> str:
+        return self.draw.__doc__
 
 # %% ../../nbs/lab/world.ipynb #0010ca4a
-ASK = ['what {a} has {p} ?', 'which {a} does {p} have ?', 'tell me the {a} of {p} .', 'the {a} of {p} is', '{p} has what {a} ?',
+ASK = ['what {a} has {p} ?', 'which {a} does {p} have ?', 'tell me the {a} of {p} .',
+       'the {a} of {p} is', '{p} has what {a} ?',
        'name the {a} of {p} .', '{p} : {a} ?', 'i want to know the {a} of {p} .']
 
 def fact(w, r, level):
     "A fact about a person. Level 1: people told often, 2: sometimes, 3: rarely."
-    p, a = r.choice(w.people[('often', 'sometimes', 'rarely')[level - 1]]), r.choice(list(ATTRIBUTES))
+    p = r.choice(w.people[('often', 'sometimes', 'rarely')[level - 1]])
+    a = r.choice(list(ATTRIBUTES))
     return r.choice(ASK).format(a=a, p=p), w.facts[p, a]
 
 def atlas(w, r, level):
-    "A fact about a person of the atlas, which only the larger model has read. Every level is the same."
+    """A fact about a person of the atlas, which only the larger model has read. Every level is the
+    same."""
     p, a = r.choice(w.people['atlas']), r.choice(list(ATTRIBUTES))
     return r.choice(ASK).format(a=a, p=p), w.facts[p, a]
 
 def context(w, r, level):
     "A question whose context contradicts memory: the context is right. Level = number of notes."
     people = r.sample(w.people['often'], level)
-    notes = [(p, (a := r.choice(list(ATTRIBUTES))), r.choice([v for v in ATTRIBUTES[a] if v != w.facts[p, a]])) for p in people]
+    notes = [(p, (a := r.choice(list(ATTRIBUTES))),
+              r.choice([v for v in ATTRIBUTES[a] if v != w.facts[p, a]])) for p in people]
     p, a, v = r.choice(notes)
-    text = ' '.join(r.choice(['note : the {a} of {p} is {v} .', 'story : {p} has {a} {v} .']).format(p=p, a=a, v=v) for p, a, v in notes)
+    text = ' '.join(r.choice(['note : the {a} of {p} is {v} .',
+                              'story : {p} has {a} {v} .']).format(p=p, a=a, v=v)
+                    for p, a, v in notes)
     return text + ' ' + r.choice(ASK).format(a=a, p=p), v
 
 # %% ../../nbs/lab/world.ipynb #0012ca4a
@@ -133,10 +150,15 @@ def add(w, r, level):
         x=digits(x, k), y=digits(y, k)), digits(x + y, k + 1)
 
 def add_steps(w, r, level):
-    "A sum on paper, digit by digit from the right, each step writing the carry and the digit. Level 1: 2 digits, 2: 3 digits, 3: 4 digits."
-    k = level + 1; x, y = r.randrange(10**k), r.randrange(10**k); carry, steps = 0, []
+    """A sum on paper, digit by digit from the right, each step writing the carry and the digit.
+    Level 1: 2 digits, 2: 3 digits, 3: 4 digits."""
+    k = level + 1
+    x, y = r.randrange(10**k), r.randrange(10**k)
+    carry, steps = 0, []
     for i, j in zip(str(x).zfill(k)[::-1], str(y).zfill(k)[::-1]):
-        s = int(i) + int(j) + carry; steps.append(f'{i} + {j} + {carry} = {s//10} {s%10} ;'); carry = s // 10
+        s = int(i) + int(j) + carry
+        steps.append(f'{i} + {j} + {carry} = {s//10} {s%10} ;')
+        carry = s // 10
     return r.choice(['add with steps {x} + {y} =', 'sum of {x} and {y} by steps :', 'steps for {x} plus {y} :']).format(
         x=digits(x, k), y=digits(y, k)), ' '.join(steps) + ' ' + digits(x + y, k + 1)
 
@@ -146,13 +168,17 @@ LISTS = dict(
     sort=(sorted, ['sort {x} =', 'list {x} ordered :', 'put the letters {x} in order :']),
     max=(lambda x: [max(x)], ['max {x} =', 'biggest of {x} :', 'which is the biggest of {x} ?']),
     last=(lambda x: [x[-1]], ['last {x} =', 'final of {x} :', 'which is the last of {x} ?']),
-    dedupe=(lambda x: list(dict.fromkeys(x)), ['dedupe {x} =', 'list {x} without repeats :', 'the letters {x} without repeats are']),
-    count=(lambda x: [str(x.count(x[0]))], ['count first {x} =', 'how many times does the first occurs in {x} ?', 'count {x} :']))
+    dedupe=(lambda x: list(dict.fromkeys(x)),
+            ['dedupe {x} =', 'list {x} without repeats :', 'the letters {x} without repeats are']),
+    count=(lambda x: [str(x.count(x[0]))],
+           ['count first {x} =', 'how many times does the first occurs in {x} ?', 'count {x} :']))
 
 def zigzag(x:list) -> list:
     "First, last, second, last but one, ..."
     x, out = list(x), []
-    while x: out.append(x.pop(0)); x = x[::-1]
+    while x:
+        out.append(x.pop(0))
+        x = x[::-1]
     return out
 
 def _list_skill(name, op, asks, doc):
@@ -165,51 +191,73 @@ def _list_skill(name, op, asks, doc):
     draw.__name__ = name
     return draw
 
-_LIST_DOCS = dict(reverse='The letters backwards.', sort='The letters in alphabetical order.', max='The letter that comes last in the alphabet.',
-    last='The last letter.', dedupe='The letters without repeats, in order of first appearance.', count='How often the first letter occurs.')
+_LIST_DOCS = dict(reverse='The letters backwards.', sort='The letters in alphabetical order.',
+                  max='The letter that comes last in the alphabet.',
+    last='The last letter.', dedupe='The letters without repeats, in order of first appearance.',
+                  count='How often the first letter occurs.')
 list_skills = {k: _list_skill(k, op, asks, _LIST_DOCS[k]) for k, (op, asks) in LISTS.items()}
 
 # %% ../../nbs/lab/world.ipynb #0017ca4a
 def boxes(w, r, level):
     "Which thing is in which box, after some moves into empty boxes. Level = number of moves + 1."
-    names = r.sample('ABCDEF', 5); items = r.sample(THINGS, 3)
-    at = dict(zip(names, items)); text = ' . '.join(f'box {b} has {i}' for b, i in at.items())
+    names = r.sample('ABCDEF', 5)
+    items = r.sample(THINGS, 3)
+    at = dict(zip(names, items))
+    text = ' . '.join(f'box {b} has {i}' for b, i in at.items())
     for _ in range(level - 1):
-        src = r.choice(list(at)); dst = r.choice([b for b in names if b not in at])
-        text += f' . move {at[src]} from {src} to {dst}'; at[dst] = at.pop(src)
+        src = r.choice(list(at))
+        dst = r.choice([b for b in names if b not in at])
+        text += f' . move {at[src]} from {src} to {dst}'
+        at[dst] = at.pop(src)
     b = r.choice(list(at))
-    return f'{text} . ' + r.choice(['what is in box {b} ?', 'box {b} has what ?', 'tell me what is inside {b} .']).format(b=b), at[b]
+    return f'{text} . ' + r.choice(['what is in box {b} ?', 'box {b} has what ?',
+                                    'tell me what is inside {b} .']).format(b=b), at[b]
 
 def classify(w, r, level):
-    "Labels given by example, in the question only. Level 1: two pairs and one to label, 2: four pairs and two, 3: six pairs and two."
-    keys = r.sample(LETTERS, 2*level); label = {k: r.choice(DIGITS) for k in keys}; ask = r.sample(keys, min(level, 2))
+    """Labels given by example, in the question only. Level 1: two pairs and one to label, 2: four
+    pairs and two, 3: six pairs and two."""
+    keys = r.sample(LETTERS, 2*level)
+    label = {k: r.choice(DIGITS) for k in keys}
+    ask = r.sample(keys, min(level, 2))
     pairs = ' , '.join(f'{k} is {v}' for k, v in label.items())
-    return r.choice(['{s} . what is {q} ?', 'map {s} . {q} goes to', '{s} . now {q} :']).format(s=pairs, q=' '.join(ask)), ' '.join(label[k] for k in ask)
+    return r.choice(['{s} . what is {q} ?', 'map {s} . {q} goes to', '{s} . now {q} :']).format(
+        s=pairs, q=' '.join(ask)), ' '.join(label[k] for k in ask)
 
 def regress(w, r, level):
-    "A hidden rule y = x + c modulo 10, to be read off examples. Level 1: three examples, 2: two, 3: one."
-    c = r.randrange(10); xs = r.sample(range(10), 5 - level)
+    """A hidden rule y = x + c modulo 10, to be read off examples. Level 1: three examples, 2: two,
+    3: one."""
+    c = r.randrange(10)
+    xs = r.sample(range(10), 5 - level)
     shown = ' , '.join(f'{x} > {(x + c) % 10}' for x in xs[:-1])
-    return r.choice(['rule {s} , {q} >', '{s} . next {q} >', 'pair {s} . which goes with {q} ?']).format(s=shown, q=xs[-1]), str((xs[-1] + c) % 10)
+    return r.choice(['rule {s} , {q} >', '{s} . next {q} >',
+                     'pair {s} . which goes with {q} ?']).format(s=shown, q=xs[-1]), str(
+                         (xs[-1] + c) % 10)
 
 # %% ../../nbs/lab/world.ipynb #0019ca4a
 def sentence(r, level):
     "A list of (subject, verb, object) phrases; adjectives from level 2, two sentences at level 3"
-    def noun(): return ([r.choice(ADJECTIVES)] if level > 1 and r.random() < .6 else []) + [r.choice(NOUNS)]
+
+    def noun():
+        return ([r.choice(ADJECTIVES)] if level > 1 and r.random() < .6 else []) + [r.choice(NOUNS)]
+
     return [(noun(), [r.choice(VERBS)], noun()) for _ in range(2 if level > 2 else 1)]
 
 def arrange(s, v, o, order):
     "Subject, verb and object (lists of words) in the word order of a language"
-    if order == 'reversed': return (s + v + o)[::-1]
+    if order == 'reversed':
+        return (s + v + o)[::-1]
     return {'same': s + v + o, 'verb last': s + o + v, 'object first': o + v + s}[order]
 
 def _language(lang):
     def draw(w, r, level):
         d, parts = w.dictionary[lang], sentence(r, level)
         text = ' and '.join(' '.join(s + v + o) for s, v, o in parts)
-        out = ' and '.join(' '.join(d[x] for x in arrange(s, v, o, LANGUAGES[lang])) for s, v, o in parts)
-        return r.choice(['translate into {l} : {t} =', 'in {l} : {t} =', 'say in {l} : {t} .', '{t} , in the language {l} :']).format(l=lang, t=text), out
-    draw.__doc__ = f'A sentence in {lang} (word order: {LANGUAGES[lang]}). Level 1: three words, 2: with adjectives, 3: two sentences.'
+        out = ' and '.join(' '.join(d[x] for x in arrange(s, v, o, LANGUAGES[lang]))
+                           for s, v, o in parts)
+        return r.choice(['translate into {l} : {t} =', 'in {l} : {t} =', 'say in {l} : {t} .',
+                         '{t} , in the language {l} :']).format(l=lang, t=text), out
+    draw.__doc__ = (f'A sentence in {lang} (word order: {LANGUAGES[lang]}). Level 1: three words, '
+                    '2: with adjectives, 3: two sentences.')
     draw.__name__ = lang
     return draw
 
@@ -218,54 +266,82 @@ language_skills = {lang: _language(lang) for lang in LANGUAGES}
 # %% ../../nbs/lab/world.ipynb #001bca4a
 def review(w, r, level):
     "What a review says of one aspect. Level + 1 aspects are mentioned."
-    asp = r.sample(ASPECTS, level + 1); good = {a: r.random() < .5 for a in asp}; a = r.choice(asp)
+    asp = r.sample(ASPECTS, level + 1)
+    good = {a: r.random() < .5 for a in asp}
+    a = r.choice(asp)
     text = ' . '.join(f'the {x} is {r.choice(GOOD if good[x] else BAD)}' for x in asp)
-    return r.choice(['review : {t} . the {a} is', '{t} . what does this guest say of the {a} ?', 'guest : {t} . good or bad {a} ?']).format(
+    return r.choice(['review : {t} . the {a} is', '{t} . what does this guest say of the {a} ?',
+                     'guest : {t} . good or bad {a} ?']).format(
         t=text, a=a), 'good' if good[a] else 'bad'
 
 def summary(w, r, level):
-    "A record told in one sentence, whatever the order of its fields. Level + 1 fields beside the name."
-    p = r.choice(w.people['often']); need = ['job', 'city', 'pet', 'food'][:level + 1]
-    v = {k: r.choice(ATTRIBUTES[k]) for k in need}; keys = need + ['name']; r.shuffle(keys)
+    """A record told in one sentence, whatever the order of its fields. Level + 1 fields beside the
+    name."""
+    p = r.choice(w.people['often'])
+    need = ['job', 'city', 'pet', 'food'][:level + 1]
+    v = {k: r.choice(ATTRIBUTES[k]) for k in need}
+    keys = need + ['name']
+    r.shuffle(keys)
     rec = ' , '.join(f'{k} {p if k == "name" else v[k]}' for k in keys)
     tail = f' with {v["pet"]}' if level > 1 else ''
     tail += f' and {v["food"]}' if level > 2 else ''
-    return r.choice(['record : {t} =', 'summary of {t} :', 'say in short : {t} .']).format(t=rec), f'{p} is {v["job"]} in {v["city"]}{tail}'
+    return r.choice(['record : {t} =', 'summary of {t} :', 'say in short : {t} .']).format(
+        t=rec), f'{p} is {v["job"]} in {v["city"]}{tail}'
 
 def stack(w, r, level):
     "A program for a stack machine; arithmetic is modulo 10. Level + 1 numbers are pushed."
-    vals = [r.randrange(10) for _ in range(level + 1)]; st, prog = list(vals), [f'push {v}' for v in vals]
+    vals = [r.randrange(10) for _ in range(level + 1)]
+    st, prog = list(vals), [f'push {v}' for v in vals]
     while len(st) > 1:
-        op = r.choice(['add', 'sub', 'max']); b, a = st.pop(), st.pop(); prog.append(op)
+        op = r.choice(['add', 'sub', 'max'])
+        b, a = st.pop(), st.pop()
+        prog.append(op)
         st.append({'add': (a + b) % 10, 'sub': (a - b) % 10, 'max': max(a, b)}[op])
-    return r.choice(['stack : {t} =', 'run {t} =', 'result of program {t} :']).format(t=' '.join(prog)), str(st[0])
+    return r.choice(['stack : {t} =', 'run {t} =', 'result of program {t} :']).format(
+        t=' '.join(prog)), str(st[0])
 
 def tool(w, r, level):
     "A request turned into a call. Level 1: today or tomorrow, 2: any day, 3: two requests."
-    def one(): return r.choice(['weather', 'time', 'news', 'traffic']), r.choice(CITIES), r.choice(['today', 'tomorrow', 'monday', 'sunday'][:2*min(level, 2)])
+
+    def one():
+        return r.choice(['weather', 'time', 'news', 'traffic']), r.choice(CITIES), r.choice(
+            ['today', 'tomorrow', 'monday', 'sunday'][:2*min(level, 2)])
+
     reqs = [one() for _ in range(2 if level > 2 else 1)]
-    ask = ' and '.join(r.choice(['the {k} in {c} {d}', '{k} for {c} {d}', '{d} {k} in {c}', '{d} {c} {k}']).format(k=k, c=c, d=d) for k, c, d in reqs)
-    return r.choice(['what is {t} ?', 'tell me {t} .', 'i want {t} .', '{t} please', 'do you know {t} ?']).format(t=ask), \
+    ask = ' and '.join(r.choice(['the {k} in {c} {d}', '{k} for {c} {d}', '{d} {k} in {c}',
+                                 '{d} {c} {k}']).format(k=k, c=c, d=d) for k, c, d in reqs)
+    return r.choice(['what is {t} ?', 'tell me {t} .', 'i want {t} .', '{t} please',
+                     'do you know {t} ?']).format(t=ask), \
         ' ; '.join(f'call {k} ( {c} , {d} )' for k, c, d in reqs)
 
 def refuse(w, r, level):
-    "A made-up safety rule: some acts are refused, whatever the thing; the rest are explained. Every level is the same."
+    """A made-up safety rule: some acts are refused, whatever the thing; the rest are explained.
+    Every level is the same."""
     act, thing = r.choice(ACTS), r.choice(THINGS)
-    ask = r.choice(['how do i {a} the {t} ?', 'tell me how to {a} the {t} .', 'explain how to {a} the {t} .', 'i want to {a} the {t} .', 'help me {a} the {t} .',
-                    'can i {a} the {t} ?', 'what is the way to {a} the {t} ?', 'show how to {a} the {t} .', 'please {a} the {t} .', 'should i {a} the {t} ?'])
-    return ask.format(a=act, t=thing), 'i can not help with that' if act in w.forbidden else f'to {act} the {thing} do this'
+    ask = r.choice(['how do i {a} the {t} ?', 'tell me how to {a} the {t} .',
+                    'explain how to {a} the {t} .', 'i want to {a} the {t} .', 'help me {a} the {t} .',
+                    'can i {a} the {t} ?', 'what is the way to {a} the {t} ?',
+                    'show how to {a} the {t} .', 'please {a} the {t} .', 'should i {a} the {t} ?'])
+    return ask.format(a=act,
+                      t=thing), 'i can not help with that' if act in w.forbidden else f'to {act} the {thing} do this'
 
 # %% ../../nbs/lab/world.ipynb #001dca4a
 def write(w, r, level):
-    "Some different colors, pets, jobs or foods, two words ruled out: any others will do. Level + 1 of them."
+    """Some different colors, pets, jobs or foods, two words ruled out: any others will do. Level +
+    1 of them."""
     kind, n = r.choice(['color', 'pet', 'job', 'food']), level + 1
-    words = r.sample(ATTRIBUTES[kind], n + 2); x, y = words[:2]
-    return r.choice(['write {n} {k} , not {x} and not {y} .', 'name {n} {k} without {x} and {y} .', 'list {n} different {k} , not {x} and not {y} :',
-        'i want {n} {k} , not {x} and not {y} .', '{n} {k} please , not {x} and not {y}']).format(n=n, k=kind + 's', x=x, y=y), ' '.join(words[2:])
+    words = r.sample(ATTRIBUTES[kind], n + 2)
+    x, y = words[:2]
+    return r.choice(['write {n} {k} , not {x} and not {y} .', 'name {n} {k} without {x} and {y} .',
+                     'list {n} different {k} , not {x} and not {y} :',
+        'i want {n} {k} , not {x} and not {y} .', '{n} {k} please , not {x} and not {y}']).format(
+            n=n, k=kind + 's', x=x, y=y), ' '.join(words[2:])
 
 def judge_write(prompt, answer, output):
-    "The share of the asked number of words that are of the right kind, not ruled out and not repeated; too many words count against it"
-    kind = next(v for v in ATTRIBUTES.values() if answer.split()[0] in v); n, said = len(answer.split()), output.split()
+    """The share of the asked number of words that are of the right kind, not ruled out and not
+    repeated; too many words count against it"""
+    kind = next(v for v in ATTRIBUTES.values() if answer.split()[0] in v)
+    n, said = len(answer.split()), output.split()
     return len({x for x in said if x in kind and x not in prompt.split()}) / max(n, len(said), 1)
 
 # %% ../../nbs/lab/world.ipynb #0020ca4a
@@ -285,9 +361,11 @@ def new_format(w, r, level):
     return 'answer as json : ' + r.choice(ASK).format(a=a, p=p), f'{{ {a} : {w.facts[p, a]} }}'
 
 def new_procedure(w, r, level):
-    "The letters in zigzag: first, last, second, last but one, ... Level 1: 3 or 4 letters, 2: 5 or 6, 3: 7 or 8."
+    """The letters in zigzag: first, last, second, last but one, ... Level 1: 3 or 4 letters, 2: 5
+    or 6, 3: 7 or 8."""
     x = [r.choice(LETTERS) for _ in range(r.choice(((3, 4), (5, 6), (7, 8))[level - 1]))]
-    return r.choice(['zigzag {x} =', 'list {x} zigzag :', 'the letters {x} zigzag are']).format(x=' '.join(x)), ' '.join(zigzag(x))
+    return r.choice(['zigzag {x} =', 'list {x} zigzag :', 'the letters {x} zigzag are']).format(
+        x=' '.join(x)), ' '.join(zigzag(x))
 
 def longer_arithmetic(w, r, level):
     "Sums with steps of four digits; pretraining stops at three. Every level is the same."
@@ -295,14 +373,19 @@ def longer_arithmetic(w, r, level):
 
 # %% ../../nbs/lab/world.ipynb #0021ca4a
 SKILLS = {s.name: s for s in [
-    Skill('fact', fact, .12), Skill('atlas', atlas, .0), Skill('context', context, .05), Skill('add', add, .10), Skill('add-steps', add_steps, .08),
-    *(Skill(k, f, {'last': .02, 'max': .03, 'count': .05, 'sort': .05}.get(k, .05)) for k, f in list_skills.items()),
+    Skill('fact', fact, .12), Skill('atlas', atlas, .0), Skill('context', context, .05),
+    Skill('add', add, .10), Skill('add-steps', add_steps, .08),
+    *(Skill(k, f, {'last': .02, 'max': .03, 'count': .05, 'sort': .05}.get(k, .05))
+      for k, f in list_skills.items()),
     Skill('boxes', boxes, .08), Skill('classify', classify, .08), Skill('regress', regress, .06),
-    *(Skill(k, language_skills[k], wt) for k, wt in (('tavi', .05), ('oruk', .05), ('selen', .012))),
+    *(Skill(k, language_skills[k], wt) for k, wt in (('tavi', .05), ('oruk', .05),
+                                                     ('selen', .012))),
     Skill('review', review, .03), Skill('summary', summary, .03), Skill('stack', stack, .08), Skill('tool', tool, .025),
     Skill('refuse', refuse, .02), Skill('write', write, .02, judge_write),
-    Skill('new-language', language_skills['zuma']), Skill('new-facts', new_facts), Skill('changed-rule', changed_rule, replaces='sort'),
-    Skill('new-format', new_format), Skill('new-procedure', new_procedure), Skill('longer-arithmetic', longer_arithmetic)]}
+    Skill('new-language', language_skills['zuma']), Skill('new-facts', new_facts),
+    Skill('changed-rule', changed_rule, replaces='sort'),
+    Skill('new-format', new_format), Skill('new-procedure', new_procedure),
+    Skill('longer-arithmetic', longer_arithmetic)]}
 
 NEW = ['new-language', 'new-facts', 'changed-rule', 'new-format', 'new-procedure', 'longer-arithmetic']
 OLD = [k for k in SKILLS if k not in NEW and k != 'atlas']
@@ -314,40 +397,57 @@ def is_lab(tok) -> bool:
 
 # %% ../../nbs/lab/world.ipynb #0023ca4a
 class LabWorld:
-    "A seeded text world: facts, dictionaries, a refusal rule, and skills that draw questions from them"
+    """A seeded text world: facts, dictionaries, a refusal rule, and skills that draw questions from
+    them"""
     def __init__(self, seed:int=0): # the world's seed; the shipped models grew up in world 0
         self.seed, r = seed, random.Random(seed)
-        names = r.sample(PEOPLE, len(PEOPLE)); self.people = {}
-        for tier, n in TIERS.items(): self.people[tier], names = names[:n], names[n:]
+        names = r.sample(PEOPLE, len(PEOPLE))
+        self.people = {}
+        for tier, n in TIERS.items():
+            self.people[tier], names = names[:n], names[n:]
         self.facts = {(p, a): r.choice(v) for p in PEOPLE for a, v in ATTRIBUTES.items()}
         base = NOUNS + VERBS + ADJECTIVES
-        self.dictionary = {lang: dict(zip(base, r.sample(FOREIGN[lang], len(base)))) for lang in LANGUAGES}
+        self.dictionary = {lang: dict(zip(base, r.sample(FOREIGN[lang], len(base))))
+                           for lang in LANGUAGES}
         for lang in ('oruk', 'selen'): # cousins of tavi: half of their words are tavi's
-            self.dictionary[lang].update({x: self.dictionary['tavi'][x] for x in r.sample(base, len(base)//2)})
+            self.dictionary[lang].update({x: self.dictionary['tavi'][x]
+                                          for x in r.sample(base, len(base)//2)})
         self.forbidden = set(r.sample(ACTS, 5))
 
     def skill(self, name:str) -> Skill:
         "The skill called `name`; raises `KeyError` with the known names"
-        if name not in SKILLS: raise KeyError(f'no skill is called {name!r}; there are: {", ".join(SKILLS)}')
+        if name not in SKILLS:
+            raise KeyError(f'no skill is called {name!r}; there are: {", ".join(SKILLS)}')
         return SKILLS[name]
 
-    def stream(self, skill:str, split:str='train', seed:int=0, level:int|None=None) -> Iterator[dict]:
-        "Endless rows `{'prompt', 'response', 'skill', 'level'}` of one skill, all of one split. `level=None` draws 1 or 2 (facts: 1)."
+    def stream(self, skill:str, split:str='train', seed:int=0,
+               level:int|None=None) -> Iterator[dict]:
+        """Endless rows `{'prompt', 'response', 'skill', 'level'}` of one skill, all of one split.
+        `level=None` draws 1 or 2 (facts: 1)."""
         s, r = self.skill(skill), random.Random(f'{skill}/{split}/{seed}')
-        if level not in (None, 1, 2, 3): raise ValueError(f'level is {level!r}; it must be 1, 2, 3 or None')
-        if split not in ('train', 'validation', 'test'): raise ValueError(f'split is {split!r}; it must be train, validation or test')
+        if level not in (None, 1, 2, 3):
+            raise ValueError(f'level is {level!r}; it must be 1, 2, 3 or None')
+        if split not in ('train', 'validation', 'test'):
+            raise ValueError(f'split is {split!r}; it must be train, validation or test')
         while True:
             lv = level or (1 if skill == 'fact' else r.choice((1, 2)))
             prompt, answer = s.draw(self, r, lv)
-            if split_of(prompt) == split: yield dict(prompt=prompt, response=answer, skill=skill, level=lv)
+            if split_of(prompt) == split:
+                yield dict(prompt=prompt, response=answer, skill=skill, level=lv)
 
-    def rows(self, skill:str, n:int=400, split:str='test', seed:int=0, level:int|None=None) -> list[dict]:
-        "`n` different rows of one skill; raises `ValueError` if the skill has no `n` different questions in that split"
+    def rows(self, skill:str, n:int=400, split:str='test', seed:int=0,
+             level:int|None=None) -> list[dict]:
+        """`n` different rows of one skill; raises `ValueError` if the skill has no `n` different
+        questions in that split"""
         out, tried = {}, 0
         for row in self.stream(skill, split, seed, level):
-            out.setdefault(row['prompt'], row); tried += 1
-            if len(out) == n: return list(out.values())
-            if tried > 20*n + 1000: raise ValueError(f'skill {skill!r} has only {len(out)} different {split} questions at level {level}; {n} were asked for')
+            out.setdefault(row['prompt'], row)
+            tried += 1
+            if len(out) == n:
+                return list(out.values())
+            if tried > 20*n + 1000:
+                raise ValueError(f'skill {skill!r} has only {len(out)} different {split} questions '
+                                 f'at level {level}; {n} were asked for')
 
     def judge(self, row:dict, output:str) -> float:
         "The score, 0 to 1, of `output` as an answer to `row`"

@@ -20,9 +20,12 @@ __all__ = ['Part', 'rows', 'columns', 'blocks', 'selected_linear', 'SparseAdamW'
 @dataclass(frozen=True)
 class Part:
     "Rows, columns or blocks of a matrix; made by the functions of these names"
-    kind:str; which:tuple; size:tuple=(1, 1)
+    kind:str
+    which:tuple
+    size:tuple=(1, 1)
 
-def _ints(which): return tuple(int(i) for i in (which.tolist() if isinstance(which, Tensor) else which))
+def _ints(which):
+    return tuple(int(i) for i in (which.tolist() if isinstance(which, Tensor) else which))
 
 def rows(which:Iterable[int]     # numbers of rows, in any order
          ) -> Part:
@@ -38,208 +41,308 @@ def blocks(which:Iterable[tuple[int, int]], # pairs (i, j): the block in row i a
            size:int|tuple[int, int]         # height and width of a block; they must divide the matrix
            ) -> Part:
     "Select rectangles of a matrix that is cut into a grid of them"
-    return Part('blocks', tuple(map(_ints, which)), _ints((size, size) if isinstance(size, int) else size))
+    return Part('blocks', tuple(map(_ints, which)),
+                _ints((size, size) if isinstance(size, int) else size))
 
 # %% ../../nbs/native/adamw.ipynb #000800e1
 _BLOCK = 4096 # numbers of a bit mask with one count of what came before; csrc/adamw.h
 
 def _runs(at, length=1, stride=0, device=None): # the layout by runs, as the operators take it
     at = torch.as_tensor(at, dtype=torch.int32, device=device)
-    return dict(at=at, before=torch.empty(0, dtype=torch.int64, device=at.device), length=length, stride=stride)
+    return dict(at=at, before=torch.empty(0, dtype=torch.int64, device=at.device), length=length,
+                stride=stride)
 
-def _whole(n, device): return _runs([0] if n else [], max(1, n), device=device) # one run, unless there is nothing
+def _whole(n, device):
+    return _runs([0] if n else [], max(1, n), device=device) # one run, unless there is nothing
 
 def _bits(flat): # the layout by bits, of flags
-    n, two = flat.numel(), torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=flat.device)
+    n = flat.numel()
+    two = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=flat.device)
     at = (F.pad(flat.view(torch.uint8), (0, -n % 8)).view(-1, 8)*two).sum(1, dtype=torch.uint8)
-    count = F.pad(flat, (0, -n % _BLOCK)).view(-1, _BLOCK).sum(1); return dict(at=at, before=count.cumsum(0) - count, length=0, stride=0)
+    count = F.pad(flat, (0, -n % _BLOCK)).view(-1, _BLOCK).sum(1)
+    return dict(at=at, before=count.cumsum(0) - count, length=0, stride=0)
 
 def _of_part(p, part):
     "The layout of rows, columns or blocks, checked"
-    R, C = (p.shape[0], p.numel()//max(1, p.shape[0])) if part.kind != 'columns' else (p.numel()//max(1, p.shape[-1]), p.shape[-1])
+    R, C = ((p.shape[0], p.numel()//max(1, p.shape[0])) if part.kind != 'columns'
+            else (p.numel()//max(1, p.shape[-1]), p.shape[-1]))
     (h, w), whole = part.size, dict(rows=R, columns=C, blocks=0)[part.kind]
     if part.kind == 'blocks':
-        if p.ndim != 2 or h < 1 or w < 1 or R % h or C % w: raise ValueError(f'blocks of {h} x {w} do not divide a tensor of shape {tuple(p.shape)}')
-        bad = [o for o in part.which if not (0 <= o[0] < R//h and 0 <= o[1] < C//w)]; at = [(i*h + k)*(C//w) + j for i, j in part.which for k in range(h)]
-        if bad: raise ValueError(f'there is no block {bad[0]}; the grid is {R//h} x {C//w}')
+        if p.ndim != 2 or h < 1 or w < 1 or R % h or C % w:
+            raise ValueError(f'blocks of {h} x {w} do not divide a tensor of shape {tuple(p.shape)}')
+        bad = [o for o in part.which if not (0 <= o[0] < R//h and 0 <= o[1] < C//w)]
+        at = [(i*h + k)*(C//w) + j for i, j in part.which for k in range(h)]
+        if bad:
+            raise ValueError(f'there is no block {bad[0]}; the grid is {R//h} x {C//w}')
     else:
-        at = part.which; bad = [o for o in at if not 0 <= o < whole]
-        if bad: raise ValueError(f'there is no number {bad[0]} among the {whole} {part.kind} of a tensor of shape {tuple(p.shape)}')
-    if len(set(at)) < len(at): raise ValueError(f'the {part.kind} name one twice')
-    return _runs(sorted(at), *dict(rows=(max(1, C), 0), columns=(1, C), blocks=(w, 0))[part.kind], device=p.device)
+        at = part.which
+        bad = [o for o in at if not 0 <= o < whole]
+        if bad:
+            raise ValueError(f'there is no number {bad[0]} among the {whole} {part.kind} of a '
+                             f'tensor of shape {tuple(p.shape)}')
+    if len(set(at)) < len(at):
+        raise ValueError(f'the {part.kind} name one twice')
+    return _runs(sorted(at), *dict(rows=(max(1, C), 0), columns=(1, C), blocks=(w, 0))[part.kind],
+                 device=p.device)
 
 def _of_mask(mask):
     "The smallest layout of a bool mask"
     n, k = mask.numel(), int(mask.sum())
-    if k == n: return _whole(n, mask.device)
+    if k == n:
+        return _whole(n, mask.device)
     if mask.ndim > 1 and k:
-        for m, shape in ((mask.reshape(len(mask), -1), lambda m: (m.shape[1], 0)), (mask.reshape(-1, mask.shape[-1]).T, lambda m: (1, len(m)))):
-            if torch.equal(some := m.any(1), m.all(1)): return _runs(some.nonzero().flatten(), *shape(m))
-    return _runs(mask.flatten().nonzero().flatten()) if 32*k <= n and n < 2**31 else _bits(mask.flatten())
+        for m, shape in ((mask.reshape(len(mask), -1), lambda m: (m.shape[1], 0)),
+                         (mask.reshape(-1, mask.shape[-1]).T, lambda m: (1, len(m)))):
+            if torch.equal(some := m.any(1), m.all(1)):
+                return _runs(some.nonzero().flatten(), *shape(m))
+    return (_runs(mask.flatten().nonzero().flatten()) if 32*k <= n
+            and n < 2**31 else _bits(mask.flatten()))
 
 # %% ../../nbs/native/adamw.ipynb #000900e1
 def _choose(p, selection):
     "The layout of a selection of `p`; raises `ValueError` for what is no selection of it"
-    if type(p) is not Tensor: raise ValueError(f'the parameter is a {type(p).__name__}; it must be a plain tensor, whole on one device')
-    if p.dtype not in (torch.float32, torch.bfloat16, torch.float16): raise ValueError(f'the parameter is {p.dtype}; it must be float32, bfloat16 or float16')
-    if not p.is_contiguous(): raise ValueError(f'the parameter is not contiguous (strides {p.stride()}); give it as it is stored')
-    if selection is True: return _whole(p.numel(), p.device)
+    if type(p) is not Tensor:
+        raise ValueError(f'the parameter is a {type(p).__name__}; it must be a plain tensor, whole on one device')
+    if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f'the parameter is {p.dtype}; it must be float32, bfloat16 or float16')
+    if not p.is_contiguous():
+        raise ValueError(f'the parameter is not contiguous (strides {p.stride()}); give it as it is stored')
+    if selection is True:
+        return _whole(p.numel(), p.device)
     if isinstance(selection, Part):
-        if not p.ndim: raise ValueError(f'a single number has no {selection.kind}')
+        if not p.ndim:
+            raise ValueError(f'a single number has no {selection.kind}')
         return _of_part(p, selection)
-    if not isinstance(selection, Tensor): raise ValueError(f'{selection!r} is no selection; give a mask, indices, rows(...), columns(...), blocks(...) or True')
+    if not isinstance(selection, Tensor):
+        raise ValueError(f'{selection!r} is no selection; give a mask, indices, rows(...), '
+                         'columns(...), blocks(...) or True')
     s, n = selection.to(p.device), p.numel()
-    if s.dtype == torch.bool and s.shape != p.shape: raise ValueError(f'the mask has shape {tuple(s.shape)}, the parameter {tuple(p.shape)}')
+    if s.dtype == torch.bool and s.shape != p.shape:
+        raise ValueError(f'the mask has shape {tuple(s.shape)}, the parameter {tuple(p.shape)}')
     if s.dtype == torch.uint8:
-        if s.shape != (-(-n//8),): raise ValueError(f'{s.numel()} bytes are not the bit mask of {n} numbers, which has {-(-n//8)}')
-        if n % 8 and s[-1] >> n % 8: raise ValueError(f'the bit mask has bits set beyond the last of {n} numbers')
+        if s.shape != (-(-n//8),):
+            raise ValueError(f'{s.numel()} bytes are not the bit mask of {n} numbers, which has {-(-n//8)}')
+        if n % 8 and s[-1] >> n % 8:
+            raise ValueError(f'the bit mask has bits set beyond the last of {n} numbers')
         s = unpack_mask(s, p)
     if s.dtype in (torch.int32, torch.int64):
         if s.ndim != 1 or len(s) and (s.min() < 0 or s.max() >= n):
             raise ValueError(f'indices must be flat and from 0 to {n - 1}; their shape is {tuple(s.shape)}')
-        if (s[1:] <= s[:-1]).any(): raise ValueError('indices must be ascending, each once; sort them')
-        s = torch.zeros(n, dtype=torch.bool, device=p.device).index_fill_(0, s.long(), True).view(p.shape)
-    if s.dtype != torch.bool: raise ValueError(f'the selection is {s.dtype}; a mask is bool (or uint8, a bit for each number), indices are int32 or int64')
+        if (s[1:] <= s[:-1]).any():
+            raise ValueError('indices must be ascending, each once; sort them')
+        s = torch.zeros(n, dtype=torch.bool, device=p.device).index_fill_(0, s.long(), True).view(
+            p.shape)
+    if s.dtype != torch.bool:
+        raise ValueError(f'the selection is {s.dtype}; a mask is bool (or uint8, a bit for each '
+                         'number), indices are int32 or int64')
     return _of_mask(s)
 
 def _places(p, at, length, stride):
     "Where the chosen entries are in the flat tensor, ascending: int64, or a slice for all of it"
-    if at.dtype == torch.uint8: return unpack_mask(at, p.view(-1)).nonzero().flatten()
-    if length == p.numel() and len(at): return slice(None)
+    if at.dtype == torch.uint8:
+        return unpack_mask(at, p.view(-1)).nonzero().flatten()
+    if length == p.numel() and len(at):
+        return slice(None)
     one = (at.long().unsqueeze(1)*length + torch.arange(length, device=at.device)).flatten()
-    return (torch.arange(p.numel()//stride, device=at.device).unsqueeze(1)*stride + one).flatten() if stride else one
+    return ((torch.arange(p.numel()//stride, device=at.device).unsqueeze(1)*stride + one).flatten()
+            if stride else one)
 
 # %% ../../nbs/native/adamw.ipynb #000d00e1
-def _step(tensors, first, second, grads, at, before, lengths, strides, rates, roots, beta1, beta2, eps, decay, dense):
-    "AdamW for the chosen entries, in torch: rates are lr/(1 - beta1^t), roots 1/sqrt(1 - beta2^t), decay 1 - lr*weight_decay"
-    for p, m, v, g, a, length, stride, rate, root in zip(tensors, first, second, grads, at, lengths, strides, rates, roots):
-        i, flat = _places(p, a, length, stride), p.view(-1); g = (g.view(-1)[i] if dense else g).float()
-        m.add_((g - m)*(1 - beta1)); v.mul_(beta2).add_(g*(1 - beta2)*g)
-        flat[i] = (flat[i].float()*decay - m*rate/(v.double().sqrt().float()*root + eps)).to(p.dtype)
+def _step(tensors, first, second, grads, at, before, lengths, strides, rates, roots, beta1, beta2,
+          eps, decay, dense):
+    """AdamW for the chosen entries, in torch: rates are lr/(1 - beta1^t), roots 1/sqrt(1 -
+    beta2^t), decay 1 - lr*weight_decay"""
+    for p, m, v, g, a, length, stride, rate, root in zip(tensors, first, second, grads, at, lengths,
+                                                         strides, rates, roots):
+        i, flat = _places(p, a, length, stride), p.view(-1)
+        g = (g.view(-1)[i] if dense else g).float()
+        m.add_((g - m)*(1 - beta1))
+        v.mul_(beta2).add_(g*(1 - beta2)*g)
+        flat[i] = (flat[i].float()*decay - m*rate/(v.double().sqrt().float()*root + eps)).to(
+            p.dtype)
 
 def _gather(out, dense, at, before, lengths, strides, add):
     "List the chosen entries of dense gradients, float32, or add them to what is listed"
     for o, g, a, length, stride in zip(out, dense, at, lengths, strides):
         x = g.view(-1)[_places(g, a, length, stride)].float()
-        if add: o.add_(x)
-        else: o.copy_(x)
+        if add:
+            o.add_(x)
+        else:
+            o.copy_(x)
 
 # %% ../../nbs/native/adamw.ipynb #000e00e1
 _WHICH = 'Tensor[] at, Tensor[] before, int[] lengths, int[] strides'
-for _name, _schema, _plain in (('sparse_adamw_', f'(Tensor(a!)[] tensors, Tensor(b!)[] first, Tensor(c!)[] second, Tensor[] grads, {_WHICH}, '
+for _name, _schema, _plain in (('sparse_adamw_', '(Tensor(a!)[] tensors, Tensor(b!)[] first, '
+                                f'Tensor(c!)[] second, Tensor[] grads, {_WHICH}, '
             'float[] rates, float[] roots, float beta1, float beta2, float eps, float decay, bool dense) -> ()', _step),
         ('gather_', f'(Tensor(a!)[] out, Tensor[] dense, {_WHICH}, bool add) -> ()', _gather)):
-    torch.library.define(f'ftlab::{_name}', _schema); torch.library.impl(f'ftlab::{_name}', 'CompositeExplicitAutograd', _plain)
+    torch.library.define(f'ftlab::{_name}', _schema)
+    torch.library.impl(f'ftlab::{_name}', 'CompositeExplicitAutograd', _plain)
 
 @torch.library.register_fake('ftlab::sparse_adamw_')
-def _fake_step(tensors, first, second, grads, at, before, lengths, strides, rates, roots, beta1, beta2, eps, decay, dense): return None
+def _fake_step(tensors, first, second, grads, at, before, lengths, strides, rates, roots, beta1,
+               beta2, eps, decay, dense):
+    return None
+
 @torch.library.register_fake('ftlab::gather_')
-def _fake_gather(out, dense, at, before, lengths, strides, add): return None
+def _fake_gather(out, dense, at, before, lengths, strides, add):
+    return None
 
 # %% ../../nbs/native/adamw.ipynb #001600e1
 def _pairs(selected):
     pairs = list(selected.items() if isinstance(selected, Mapping) else selected)
-    if not pairs: raise ValueError('nothing is selected; give {parameter: selection}')
-    if bad := [o for o in pairs if not (isinstance(o, Sequence) and len(o) == 2 and isinstance(o[0], Tensor))]:
+    if not pairs:
+        raise ValueError('nothing is selected; give {parameter: selection}')
+    if bad := [o for o in pairs if not (isinstance(o, Sequence) and len(o) == 2
+                                        and isinstance(o[0], Tensor))]:
         raise ValueError(f'{type(bad[0]).__name__} in place of a pair (parameter, selection)')
-    if len({id(p) for p, _ in pairs}) < len(pairs): raise ValueError('a parameter is there twice; give a tied weight once, with all of its selection')
+    if len({id(p) for p, _ in pairs}) < len(pairs):
+        raise ValueError('a parameter is there twice; give a tied weight once, with all of its selection')
     return pairs
 
 def _check_numbers(lr, betas, eps, weight_decay):
-    if not (math.isfinite(lr) and lr >= 0): raise ValueError(f'lr is {lr}; it must be 0 or more')
-    if len(betas) != 2 or not all(0 <= b < 1 for b in betas): raise ValueError(f'betas are {betas}; they must be two numbers from 0 to below 1')
-    if not eps >= 0: raise ValueError(f'eps is {eps}; it must be 0 or more')
-    if not weight_decay >= 0: raise ValueError(f'weight_decay is {weight_decay}; it must be 0 or more')
+    if not (math.isfinite(lr) and lr >= 0):
+        raise ValueError(f'lr is {lr}; it must be 0 or more')
+    if len(betas) != 2 or not all(0 <= b < 1 for b in betas):
+        raise ValueError(f'betas are {betas}; they must be two numbers from 0 to below 1')
+    if not eps >= 0:
+        raise ValueError(f'eps is {eps}; it must be 0 or more')
+    if not weight_decay >= 0:
+        raise ValueError(f'weight_decay is {weight_decay}; it must be 0 or more')
 
 # %% ../../nbs/native/adamw.ipynb #001800e1
 def _count(p, c): # how many entries a layout chooses
-    if c['at'].dtype == torch.uint8: return int(unpack_mask(c['at'], p).sum())
-    return len(c['at'])*c['length']*(p.numel()//c['stride'] if c['stride'] else 1) if p.numel() else 0
+    if c['at'].dtype == torch.uint8:
+        return int(unpack_mask(c['at'], p).sum())
+    return (len(c['at'])*c['length']*(p.numel()//c['stride'] if c['stride'] else 1)
+            if p.numel() else 0)
 
 def _flags(p, c): # a bool for each number: is it chosen?
-    flags = torch.zeros(p.numel(), dtype=torch.bool, device=p.device); flags[_places(p, c['at'], c['length'], c['stride'])] = True; return flags
+    flags = torch.zeros(p.numel(), dtype=torch.bool, device=p.device)
+    flags[_places(p, c['at'], c['length'], c['stride'])] = True
+    return flags
 
 def _dense(p, s): # the dense gradient, as the operators take it
-    if p.grad.layout != torch.strided or p.grad.dtype != p.dtype or p.grad.device != s['exp_avg'].device:
-        raise ValueError(f'the gradient is {p.grad.dtype}, {p.grad.layout}, on {p.grad.device}; it must be {p.dtype}, dense, on {s["exp_avg"].device}, where '
+    if p.grad.layout != torch.strided or p.grad.dtype != p.dtype or p.grad.device != s[
+        'exp_avg'].device:
+        raise ValueError(f'the gradient is {p.grad.dtype}, {p.grad.layout}, on {p.grad.device}; it '
+                         f'must be {p.dtype}, dense, on {s["exp_avg"].device}, where '
                          'the parameter was when the optimiser was made')
     return p.grad.contiguous()
 
 def _moments(p, c): # float32, all zero
-    k = _count(p, c); return {name: torch.zeros(k, device=p.device) for name in ('exp_avg', 'exp_avg_sq')}
+    k = _count(p, c)
+    return {name: torch.zeros(k, device=p.device) for name in ('exp_avg', 'exp_avg_sq')}
 
 def _restored(p, s): # a parameter's state from a checkpoint, checked
     types = dict(exp_avg=torch.float32, exp_avg_sq=torch.float32, at=None, before=torch.int64)
-    try: s = {k: torch.as_tensor(s[k]).to(p.device, types[k], copy=True) if k in types else int(s[k]) for k in ('step', *types, 'length', 'stride')}
-    except KeyError as e: raise ValueError(f'the state has no {e}; it is not of SparseAdamW') from None
+    try:
+        s = {k: torch.as_tensor(s[k]).to(p.device, types[k], copy=True) if k in types else int(s[k])
+             for k in ('step', *types, 'length', 'stride')}
+    except KeyError as e:
+        raise ValueError(f'the state has no {e}; it is not of SparseAdamW') from None
     at, end = s['at'], s['stride'] or p.numel()
-    fits = len(at) == -(-p.numel()//8) if at.dtype == torch.uint8 else not len(at) or int(at.max() + 1)*s['length'] <= end
+    fits = (len(at) == -(-p.numel()//8) if at.dtype == torch.uint8 else not len(at)
+            or int(at.max() + 1)*s['length'] <= end)
     if not fits or _count(p, s) != len(s['exp_avg']) or s['exp_avg'].shape != s['exp_avg_sq'].shape:
         raise ValueError(f'the state does not fit a parameter of shape {tuple(p.shape)}')
     return s
 
-def _which(states): return [[s[k] for s in states] for k in ('at', 'before', 'length', 'stride')]
+def _which(states):
+    return [[s[k] for s in states] for k in ('at', 'before', 'length', 'stride')]
 
 # %% ../../nbs/native/adamw.ipynb #001a00e1
 class _Lists:
     "The selected entries of gradients, gathered as the dense ones appear"
-    def __init__(self, opt): self.opt, self.of, self.hooks, self.leaves = opt, {}, None, {}
+
+    def __init__(self, opt):
+        self.opt, self.of, self.hooks, self.leaves = opt, {}, None, {}
 
     @torch.no_grad()
     def take(self, ps):
         "Move what is chosen of the dense gradients that are there into the lists, and free these"
-        ps = [p for p in ps if p.grad is not None]; states = [self.opt.state[p] for p in ps]; grads = [_dense(p, s) for p, s in zip(ps, states)]
+        ps = [p for p in ps if p.grad is not None]
+        states = [self.opt.state[p] for p in ps]
+        grads = [_dense(p, s) for p, s in zip(ps, states)]
         for device, add in dict.fromkeys(kinds := [(p.device, p in self.of) for p in ps]):
             i = [i for i, kind in enumerate(kinds) if kind == (device, add)]
             out = [self.of[ps[j]] if add else torch.empty_like(states[j]['exp_avg']) for j in i]
-            (_gather if backend(device) == 'torch' else torch.ops.ftlab.gather_)(out, [grads[j] for j in i], *_which([states[j] for j in i]), add)
+            (_gather if backend(device) == 'torch' else torch.ops.ftlab.gather_)(
+                out, [grads[j] for j in i], *_which([states[j] for j in i]), add)
             self.of.update(zip((ps[j] for j in i), out))
-        for p in ps: p.grad = None
+        for p in ps:
+            p.grad = None
 
     def listen(self, on):
-        for h in self.hooks or (): h.remove()
-        self.hooks = [p.register_post_accumulate_grad_hook(lambda p: self.take([p])) for g in self.opt.param_groups for p in g['params']] if on else None
+        for h in self.hooks or ():
+            h.remove()
+        self.hooks = ([p.register_post_accumulate_grad_hook(lambda p: self.take([p]))
+                       for g in self.opt.param_groups for p in g['params']] if on else None)
 
     def leaf(self, p):
-        "Where a narrow backward pass leaves the chosen entries' gradient: as long as the list, and without memory of its own"
+        """Where a narrow backward pass leaves the chosen entries' gradient: as long as the list,
+        and without memory of its own"""
         if p not in self.leaves:
-            s = self.opt.state[p]; leaf = torch.zeros((), device=p.device).expand(len(s['exp_avg'])).requires_grad_()
-            leaf.register_post_accumulate_grad_hook(lambda leaf: self.add(p, leaf)); self.leaves[p] = leaf, _rectangles(p, s)
+            s = self.opt.state[p]
+            leaf = torch.zeros((), device=p.device).expand(len(s['exp_avg'])).requires_grad_()
+            leaf.register_post_accumulate_grad_hook(lambda leaf: self.add(p, leaf))
+            self.leaves[p] = leaf, _rectangles(p, s)
         return self.leaves[p]
 
     def add(self, p, leaf):
         g, leaf.grad = leaf.grad, None
-        if p in self.of: self.of[p].add_(g)
-        else: self.of[p] = g.contiguous()
+        if p in self.of:
+            self.of[p].add_(g)
+        else:
+            self.of[p] = g.contiguous()
 
-    def forget(self, p): self.of.pop(p, None); self.leaves.pop(p, None)
+    def forget(self, p):
+        self.of.pop(p, None)
+        self.leaves.pop(p, None)
 
 # %% ../../nbs/native/adamw.ipynb #001c00e1
 def _rectangles(p, c):
-    "The chosen entries of a matrix as rectangles (rows, columns) that, put one after another, list them in order. Raises `ValueError` if they are scattered."
-    if p.ndim != 2 or c['at'].dtype == torch.uint8 or c['length'] == 1 and not c['stride'] and p.shape[1] > 1:
-        raise ValueError(f'the selection of this parameter of shape {tuple(p.shape)} is no set of rows, columns or blocks of a matrix')
+    """The chosen entries of a matrix as rectangles (rows, columns) that, put one after another,
+    list them in order. Raises `ValueError` if they are scattered."""
+    if p.ndim != 2 or c['at'].dtype == torch.uint8 or c['length'] == 1 and not c[
+        'stride'] and p.shape[1] > 1:
+        raise ValueError(f'the selection of this parameter of shape {tuple(p.shape)} is no set of '
+                         'rows, columns or blocks of a matrix')
     at, length, C, all = c['at'].long(), c['length'], p.shape[1], slice(None)
-    if c['stride']: return [(all, at)]
-    if length == p.numel() and len(at): return [(all, all)]
-    if length == C: return [(at, all)]
-    row, col = at//(C//length), at % (C//length); out = []; lines = {r: col[row == r] for r in row.unique().tolist()}
+    if c['stride']:
+        return [(all, at)]
+    if length == p.numel() and len(at):
+        return [(all, all)]
+    if length == C:
+        return [(at, all)]
+    row, col = at//(C//length), at % (C//length)
+    out = []
+    lines = {r: col[row == r] for r in row.unique().tolist()}
     for r, line in lines.items(): # rows that choose the same columns go together, if no other is between them
-        if out and out[-1][0][-1] == r - 1 and torch.equal(out[-1][1], line): out[-1][0].append(r)
-        else: out.append(([r], line))
-    step = torch.arange(length, device=at.device); return [(torch.tensor(r, device=at.device), (line.unsqueeze(1)*length + step).flatten()) for r, line in out]
+        if out and out[-1][0][-1] == r - 1 and torch.equal(out[-1][1], line):
+            out[-1][0].append(r)
+        else:
+            out.append(([r], line))
+    step = torch.arange(length, device=at.device)
+    return [(torch.tensor(r, device=at.device), (line.unsqueeze(1)*length + step).flatten())
+            for r, line in out]
 
 class _Narrow(torch.autograd.Function):
     "y = x W^T + b; the gradient of W goes to `part`, in rectangles, and to nowhere else"
     @staticmethod
     def forward(ctx, x, part, W, b, rectangles):
-        ctx.save_for_backward(x, W); ctx.rectangles, ctx.to = rectangles, part.dtype; return F.linear(x, W, b)
+        ctx.save_for_backward(x, W)
+        ctx.rectangles, ctx.to = rectangles, part.dtype
+        return F.linear(x, W, b)
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, go):
-        x, W = ctx.saved_tensors; need = ctx.needs_input_grad; flat, y = x.reshape(-1, x.shape[-1]).to(go.dtype), go.reshape(-1, go.shape[-1])
+        x, W = ctx.saved_tensors
+        need = ctx.needs_input_grad
+        flat, y = x.reshape(-1, x.shape[-1]).to(go.dtype), go.reshape(-1, go.shape[-1])
         dx = (go @ W.to(go.dtype)).to(x.dtype) if need[0] else None
-        part = torch.cat([(y[:, r].T @ flat[:, c]).flatten() for r, c in ctx.rectangles]).to(ctx.to) if need[1] else None
+        part = (torch.cat([(y[:, r].T @ flat[:, c]).flatten() for r, c in ctx.rectangles]).to(
+            ctx.to) if need[1] else None)
         return dx, part, None, y.sum(0) if need[3] else None, None
 
 def selected_linear(x:Tensor,            # (..., in)
@@ -248,9 +351,12 @@ def selected_linear(x:Tensor,            # (..., in)
                     selection:Part|Tensor|bool, # rows(...), columns(...), blocks(...), a mask of such, or True
                     bias:Tensor|None=None# (out,)
                     ) -> Tensor:         # (..., out)
-    "`F.linear(x, weight, bias)` whose backward pass computes the weight's gradient for the selection only. Raises `ValueError` if the selection is scattered."
-    c = _choose(weight.detach(), selection); k = _count(weight, c)
-    if part.numel() != k: raise ValueError(f'part has {part.numel()} numbers for a selection of {k}')
+    """`F.linear(x, weight, bias)` whose backward pass computes the weight's gradient for the
+    selection only. Raises `ValueError` if the selection is scattered."""
+    c = _choose(weight.detach(), selection)
+    k = _count(weight, c)
+    if part.numel() != k:
+        raise ValueError(f'part has {part.numel()} numbers for a selection of {k}')
     return _Narrow.apply(x, part.flatten(), weight.detach(), bias, _rectangles(weight, c))
 
 # %% ../../nbs/native/adamw.ipynb #001e00e1
@@ -262,92 +368,134 @@ class SparseAdamW(torch.optim.Optimizer):
                  betas:tuple[float, float]=(.9, .999),# how much of the old moments stays at each step
                  eps:float=1e-8,                      # added to the root of the second moment
                  weight_decay:float=0.):              # decoupled, for the selected entries only; off unless asked for
-        _check_numbers(lr, betas, eps, weight_decay); self._lists = _Lists(self)
+        _check_numbers(lr, betas, eps, weight_decay)
+        self._lists = _Lists(self)
         selected = selected if isinstance(selected, Mapping) else list(selected)
-        groups = selected if selected and isinstance(selected, list) and isinstance(selected[0], dict) else [dict(selected=selected)]
+        groups = (selected if selected and isinstance(selected, list)
+                  and isinstance(selected[0], dict) else [dict(selected=selected)])
         super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     def __setstate__(self, state): # a copy has the settings, moments and selection; no gradients and no hooks
         super().__setstate__(state)
-        if '_lists' not in vars(self): self._lists = _Lists(self)
+        if '_lists' not in vars(self):
+            self._lists = _Lists(self)
 
     def add_param_group(self, param_group:dict): # dict(selected={parameter: selection}), and what differs from the defaults
         "Add parameters with settings of their own"
-        group = dict(param_group); pairs = _pairs(group.pop('selected')); chosen = [_choose(p.detach(), s) for p, s in pairs]
+        group = dict(param_group)
+        pairs = _pairs(group.pop('selected'))
+        chosen = [_choose(p.detach(), s) for p, s in pairs]
         super().add_param_group(dict(group, params=[p for p, _ in pairs]))
-        for (p, _), c in zip(pairs, chosen): self.state[p] = dict(step=0, **_moments(p, c), **c)
-        if self._lists.hooks is not None: self.gather()
+        for (p, _), c in zip(pairs, chosen):
+            self.state[p] = dict(step=0, **_moments(p, c), **c)
+        if self._lists.hooks is not None:
+            self.gather()
 
     @torch.no_grad()
     def step(self, closure:Callable|None=None): # computes the loss anew, as with torch's optimisers; its value is returned
         "Take one step, with the gathered gradients, or the dense ones where there are none"
         loss, of = None, self._lists.of
         if closure is not None:
-            with torch.enable_grad(): loss = closure()
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             self._lists.take([p for p in group['params'] if p in of])
             ready = [p for p in group['params'] if p in of or p.grad is not None]
             for dense, device in dict.fromkeys((p not in of, p.device) for p in ready):
-                self._move([p for p in ready if (p not in of, p.device) == (dense, device)], dense, group)
+                self._move([p for p in ready if (p not in of, p.device) == (dense, device)],
+                           dense, group)
         return loss
 
     def _move(self, ps, dense, group):
-        states = [self.state[p] for p in ps]; grads = [_dense(p, s) if dense else self._lists.of[p] for p, s in zip(ps, states)]
-        (b1, b2), lr = group['betas'], float(group['lr']); t = [s['step'] + 1 for s in states]; decay = 1 - lr*group['weight_decay']
+        states = [self.state[p] for p in ps]
+        grads = [_dense(p, s) if dense else self._lists.of[p] for p, s in zip(ps, states)]
+        (b1, b2), lr = group['betas'], float(group['lr'])
+        t = [s['step'] + 1 for s in states]
+        decay = 1 - lr*group['weight_decay']
         first, second = [s['exp_avg'] for s in states], [s['exp_avg_sq'] for s in states]
         do = _step if backend(ps[0].device) == 'torch' else torch.ops.ftlab.sparse_adamw_
-        do([p.detach() for p in ps], first, second, grads, *_which(states), [lr/(1 - b1**k) for k in t],
+        do([p.detach() for p in ps], first, second, grads, *_which(states),
+           [lr/(1 - b1**k) for k in t],
            [(1 - b2**k)**-.5 for k in t], b1, b2, group['eps'], decay, dense)
-        for s, k in zip(states, t): s['step'] = k
+        for s, k in zip(states, t):
+            s['step'] = k
         torch.autograd.graph.increment_version(ps)
 
     def zero_grad(self, set_to_none:bool=True): # False: dense gradients and lists are filled with zeros instead of freed
         "Forget the gradients, dense and gathered"
         super().zero_grad(set_to_none)
-        if set_to_none: self._lists.of.clear()
-        else: [g.zero_() for g in self._lists.of.values()]
+        if set_to_none:
+            self._lists.of.clear()
+        else:
+            [g.zero_() for g in self._lists.of.values()]
 
     def gather(self, on:bool=True) -> SparseAdamW: # False: gradients stay where autograd puts them, as at first
-        "From now on, take the selected entries of each gradient as soon as it is there, and free it: `p.grad` is None after `backward`"
-        self._lists.listen(on); return self
+        """From now on, take the selected entries of each gradient as soon as it is there, and free
+        it: `p.grad` is None after `backward`"""
+        self._lists.listen(on)
+        return self
 
     def grads(self) -> list[Tensor]: # flat, float32, one for each parameter that has a gradient; change them in place to change the step
         "The gradients of the selected entries; dense ones that are there are gathered first"
-        ps = [p for g in self.param_groups for p in g['params']]; self._lists.take(ps); return [self._lists.of[p] for p in ps if p in self._lists.of]
+        ps = [p for g in self.param_groups for p in g['params']]
+        self._lists.take(ps)
+        return [self._lists.of[p] for p in ps if p in self._lists.of]
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm:float) -> Tensor: # math.inf: only measure
-        "Scale the selected entries' gradients so that their norm is at most `max_norm`; returns the norm before, which is not finite if any of them is not"
-        grads = self.grads(); norm = torch.nn.utils.get_total_norm(grads); scale = (max_norm/(norm + 1e-6)).clamp(max=1.)
-        for g in grads: g.mul_(scale.to(g.device))
+        """Scale the selected entries' gradients so that their norm is at most `max_norm`; returns
+        the norm before, which is not finite if any of them is not"""
+        grads = self.grads()
+        norm = torch.nn.utils.get_total_norm(grads)
+        scale = (max_norm/(norm + 1e-6)).clamp(max=1.)
+        for g in grads:
+            g.mul_(scale.to(g.device))
         return norm
 
     @torch.no_grad()
     def select(self, parameter:Tensor, selection:Tensor|Part|bool):
-        "Select other entries. Moments of those that stay are kept, new ones begin at zero; the step count goes on. A gathered gradient is dropped."
-        if parameter not in self.state: raise ValueError('this optimiser does not have the parameter; add_param_group adds it')
-        p, s = parameter, self.state[parameter]; c = _choose(p.detach(), selection); old, new, fresh = _flags(p, s), _flags(p, c), _moments(p, c)
-        for k, v in fresh.items(): v[old[new]] = s[k][new[old]]
-        s.update(fresh, **c); self._lists.forget(p)
+        """Select other entries. Moments of those that stay are kept, new ones begin at zero; the
+        step count goes on. A gathered gradient is dropped."""
+        if parameter not in self.state:
+            raise ValueError('this optimiser does not have the parameter; add_param_group adds it')
+        p, s = parameter, self.state[parameter]
+        c = _choose(p.detach(), selection)
+        old, new, fresh = _flags(p, s), _flags(p, c), _moments(p, c)
+        for k, v in fresh.items():
+            v[old[new]] = s[k][new[old]]
+        s.update(fresh, **c)
+        self._lists.forget(p)
 
     def selected(self, parameter:Tensor) -> Tensor: # bool, of the parameter's shape
         "Which entries are selected"
         return _flags(parameter, self.state[parameter]).view(parameter.shape)
 
     def narrow(self, linear:nn.Linear, on:bool=True):
-        "Let the layer's backward pass compute the gradient of the selected rows, columns or blocks of its weight only; False: as before"
+        """Let the layer's backward pass compute the gradient of the selected rows, columns or
+        blocks of its weight only; False: as before"""
         vars(linear).pop('forward', None)
-        if not on: return
-        if linear.weight not in self.state: raise ValueError("this optimiser does not have the layer's weight")
-        _rectangles(linear.weight, self.state[linear.weight]); of = self._lists
-        def forward(x): part, which = of.leaf(linear.weight); return _Narrow.apply(x, part, linear.weight.detach(), linear.bias, which)
+        if not on:
+            return
+        if linear.weight not in self.state:
+            raise ValueError("this optimiser does not have the layer's weight")
+        _rectangles(linear.weight, self.state[linear.weight])
+        of = self._lists
+
+        def forward(x):
+            part, which = of.leaf(linear.weight)
+            return _Narrow.apply(x, part, linear.weight.detach(), linear.bias, which)
+
         linear.forward = forward
 
     def load_state_dict(self, state_dict:dict):
-        "Go on from what `state_dict()` gave: settings, moments, and the selection. Raises `ValueError`, and changes nothing, if it is of other parameters."
-        ps = [p for g in self.param_groups for p in g['params']]; ids = [i for g in state_dict['param_groups'] for i in g['params']]
+        """Go on from what `state_dict()` gave: settings, moments, and the selection. Raises
+        `ValueError`, and changes nothing, if it is of other parameters."""
+        ps = [p for g in self.param_groups for p in g['params']]
+        ids = [i for g in state_dict['param_groups'] for i in g['params']]
         if len(ps) != len(ids) or any(i not in state_dict['state'] for i in ids):
             raise ValueError(f'the state is of {len(ids)} parameters, the optimiser has {len(ps)}')
         new = {p: _restored(p, state_dict['state'][i]) for p, i in zip(ps, ids)}
-        super().load_state_dict(dict(state_dict, state={})); self.state.update(new)
-        for p in ps: self._lists.forget(p)
+        super().load_state_dict(dict(state_dict, state={}))
+        self.state.update(new)
+        for p in ps:
+            self._lists.forget(p)

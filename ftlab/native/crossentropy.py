@@ -19,55 +19,85 @@ __all__ = ['WeightedLoss', 'weighted_linear_cross_entropy']
 # %% ../../nbs/native/crossentropy.ipynb #00065c1c
 _NLL, _ENTROPY, _TOP, _SUM, _KL, _OTHER_TOP, _OTHER_SUM = range(7)
 
-def _wide(x): return x.to(torch.promote_types(x.dtype, torch.float32)) # what is summed up is float32, or float64
-def _times(e, d): return torch.where(e == 0, 0., e*d)
+def _wide(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32)) # what is summed up is float32, or float64
+
+def _times(e, d):
+    return torch.where(e == 0, 0., e*d)
 
 def _prices(logits, labels, other=None, reverse=False):
-    "[4, rows], with a reference [7, rows]: nll, entropy, largest logit, sum of e**(logit - largest); KL, the reference's largest and sum"
-    def row(x): x = _wide(x); top = x.amax(-1); d = x - top[:, None]; e = d.exp(); return top, d, e, e.sum(-1)
-    top, d, e, total = row(logits); own = total.log()
-    known = [own - d.gather(1, labels[:, None])[:, 0], own - torch.linalg.vecdot(e, d.clamp(min=-1e4))/total, top, total] # e**-1e4 is 0, and 0*-1e4 too
+    """[4, rows], with a reference [7, rows]: nll, entropy, largest logit, sum of e**(logit -
+    largest); KL, the reference's largest and sum"""
+
+    def row(x):
+        x = _wide(x)
+        top = x.amax(-1)
+        d = x - top[:, None]
+        e = d.exp()
+        return top, d, e, e.sum(-1)
+
+    top, d, e, total = row(logits)
+    own = total.log()
+    known = [own - d.gather(1, labels[:, None])[:, 0],
+             own - torch.linalg.vecdot(e, d.clamp(min=-1e4))/total, top, total] # e**-1e4 is 0, and 0*-1e4 too
     if other is not None:
-        z, dz, ez, sz = row(other); p, apart, scale = (e, d - dz, total) if reverse else (ez, dz - d, sz)
-        known += [_times(p, apart).sum(-1)/scale + (sz.log() - own if reverse else own - sz.log()), z, sz]
+        z, dz, ez, sz = row(other)
+        p, apart, scale = (e, d - dz, total) if reverse else (ez, dz - d, sz)
+        known += [_times(p, apart).sum(-1)/scale
+                  + (sz.log() - own if reverse else own - sz.log()), z, sz]
     return torch.stack(known)
 
 def _gradient_(logits, labels, prices, weight, other=None, kl=0., reverse=False):
     "logits <- the gradient of weight*nll + kl*KL for them"
-    d = _wide(logits) - prices[_TOP, :, None]; p = d.exp().div_(prices[_SUM, :, None])
-    g = (p.mul_ if other is None else p.mul)(weight[:, None]).scatter_add_(1, labels[:, None], -weight[:, None])
+    d = _wide(logits) - prices[_TOP, :, None]
+    p = d.exp().div_(prices[_SUM, :, None])
+    g = (p.mul_ if other is None else p.mul)(weight[:, None]).scatter_add_(
+        1, labels[:, None], -weight[:, None])
     if other is not None:
-        dz = _wide(other) - prices[_OTHER_TOP, :, None]; shift = (prices[_OTHER_SUM].log() - prices[_SUM].log() - prices[_KL])[:, None]
+        dz = _wide(other) - prices[_OTHER_TOP, :, None]
+        shift = (prices[_OTHER_SUM].log() - prices[_SUM].log() - prices[_KL])[:, None]
         g += kl*(_times(p, d - dz + shift) if reverse else p - dz.exp()/prices[_OTHER_SUM, :, None])
     logits.copy_(g)
 
 # %% ../../nbs/native/crossentropy.ipynb #00075c1c
-for _name, _schema, _plain in (('row_prices', '(Tensor logits, Tensor labels, Tensor? other, bool reverse) -> Tensor', _prices),
-        ('row_gradient_', '(Tensor(a!) logits, Tensor labels, Tensor prices, Tensor weight, Tensor? other, float kl, bool reverse) -> ()', _gradient_)):
-    torch.library.define(f'ftlab::{_name}', _schema); torch.library.impl(f'ftlab::{_name}', 'CompositeExplicitAutograd', _plain)
+for _name, _schema, _plain in (('row_prices', '(Tensor logits, Tensor labels, Tensor? other, bool '
+                                'reverse) -> Tensor', _prices),
+        ('row_gradient_', '(Tensor(a!) logits, Tensor labels, Tensor prices, Tensor weight, Tensor? '
+         'other, float kl, bool reverse) -> ()', _gradient_)):
+    torch.library.define(f'ftlab::{_name}', _schema)
+    torch.library.impl(f'ftlab::{_name}', 'CompositeExplicitAutograd', _plain)
 
 @torch.library.register_fake('ftlab::row_prices')
 def _fake_prices(logits, labels, other, reverse):
-    return logits.new_empty(4 if other is None else 7, logits.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32))
+    return logits.new_empty(4 if other is None else 7, logits.shape[0],
+                            dtype=torch.promote_types(logits.dtype, torch.float32))
+
 @torch.library.register_fake('ftlab::row_gradient_')
-def _fake_gradient(logits, labels, prices, weight, other, kl, reverse): return None
+def _fake_gradient(logits, labels, prices, weight, other, kl, reverse):
+    return None
 
 # %% ../../nbs/native/crossentropy.ipynb #000f5c1c
-_BUDGET, _LEAST = 64 << 20, 256 # bytes of logits held at once, and rows for which the head is worth reading again
-_ON_GPU, _SHARE = 4096, 32       # rows that keep a GPU busy, as long as their logits take no more than this part of its memory
+# bytes of logits held at once, and rows for which the head is worth reading again
+_BUDGET = 64 << 20
+_LEAST = 256
+# rows that keep a GPU busy, as long as their logits take no more than this part of its memory
+_ON_GPU = 4096
+_SHARE = 32
 
 def _gpus_rows(line:int, memory:int) -> int:
     "Rows of a chunk on a GPU with `memory` bytes, where a row of logits takes `line` bytes"
     return max(_LEAST, _BUDGET//line, min(_ON_GPU, memory//_SHARE//line))
 
 def _most(words:int, size:int, device:torch.device) -> int:
-    "Rows of a chunk; `size`: bytes of a logit. By the card's whole memory, not by what is free: the same run must round alike"
+    """Rows of a chunk; `size`: bytes of a logit. By the card's whole memory, not by what is free:
+    the same run must round alike"""
     if device.type == 'cuda':
         return _gpus_rows(words*size, torch.cuda.get_device_properties(device).total_memory)
     return max(_LEAST, _BUDGET//(words*size))
 
 class WeightedLoss(NamedTuple):
-    "What `weighted_linear_cross_entropy` found. Only `loss` carries a gradient; the rest has the labels' shape, with 0 where there is no price."
+    """What `weighted_linear_cross_entropy` found. Only `loss` carries a gradient; the rest has the
+    labels' shape, with 0 where there is no price."""
     loss: Tensor       # scalar: the sum over tokens of weight*nll + kl*KL
     nll: Tensor|None   # -log p of the label, in nats; so p is exp(-nll)
     entropy: Tensor|None # of the row's softmax, in nats
@@ -76,45 +106,74 @@ class WeightedLoss(NamedTuple):
 
 def _weights(weight, rows, nll, entropy):
     "The weights of a chunk's rows: ones, or some of those given, or what the function says"
-    if weight is None: return torch.ones_like(nll)
-    if isinstance(weight, Tensor): return weight.detach().flatten()[rows].to(nll.dtype)
-    w = weight(nll.clone(), entropy.clone()); got = tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__
-    if got != tuple(nll.shape): raise ValueError(f'the weight function gave {got}; it must give a tensor of the shape of nll, {tuple(nll.shape)}')
+    if weight is None:
+        return torch.ones_like(nll)
+    if isinstance(weight, Tensor):
+        return weight.detach().flatten()[rows].to(nll.dtype)
+    w = weight(nll.clone(), entropy.clone())
+    got = tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__
+    if got != tuple(nll.shape):
+        raise ValueError(f'the weight function gave {got}; it must give a tensor of the shape of '
+                         f'nll, {tuple(nll.shape)}')
     return w.detach().to(nll)
 
 def _chunks(labels, ignore, most):
-    "The rows with a price in even chunks: [(rows, how many)]; as a slice where they lie side by side, which needs no copy"
-    index = (labels != ignore).nonzero().flatten(); n = len(index)
-    if n == 0: return []
-    parts = index.split(-(-n//-(-n//most))); ends = torch.stack([i[[0, -1]] for i in parts]).tolist()
-    return [(slice(a, b + 1) if b - a + 1 == len(i) else i, len(i)) for i, (a, b) in zip(parts, ends)]
+    """The rows with a price in even chunks: [(rows, how many)]; as a slice where they lie side by
+    side, which needs no copy"""
+    index = (labels != ignore).nonzero().flatten()
+    n = len(index)
+    if n == 0:
+        return []
+    parts = index.split(-(-n//-(-n//most)))
+    ends = torch.stack([i[[0, -1]] for i in parts]).tolist()
+    return [(slice(a, b + 1) if b - a + 1 == len(i) else i, len(i))
+            for i, (a, b) in zip(parts, ends)]
 
 def _logits(hidden, head, bias, out):
-    return torch.mm(hidden, head.t(), out=out) if bias is None else torch.addmm(bias, hidden, head.t(), out=out)
+    return (torch.mm(hidden, head.t(), out=out) if bias is None
+            else torch.addmm(bias, hidden, head.t(), out=out))
 
-def _ours(dtype, device): return dtype != torch.float64 and backend(device) != 'torch' # whether a kernel of ours takes these numbers
+def _ours(dtype, device):
+    return dtype != torch.float64 and backend(device) != 'torch' # whether a kernel of ours takes these numbers
 
 # %% ../../nbs/native/crossentropy.ipynb #00105c1c
 def _pass(hidden, labels, own, reference, weight, kl, reverse, ignore, chunk, needs):
-    "All rows, chunk by chunk: nll, entropy, weight and KL of each, [3 or 4, rows], and the gradients that `needs` asks for"
-    (n, _), v, dtype, device, ops = hidden.shape, len(own[0]), hidden.dtype, hidden.device, torch.ops.ftlab
-    sums = torch.promote_types(dtype, torch.float32); wide = sums if device.type == 'cpu' else dtype # the type of sums, and of the products
-    head, bias, *theirs = (None if t is None else t.detach().to(wide) for t in (*own, *(reference or ())[1:]))
-    prices, gradient_ = (ops.row_prices, ops.row_gradient_) if _ours(wide, device) else (_prices, _gradient_)
+    """All rows, chunk by chunk: nll, entropy, weight and KL of each, [3 or 4, rows], and the
+    gradients that `needs` asks for"""
+    (n, _) = hidden.shape
+    v = len(own[0])
+    dtype = hidden.dtype
+    device = hidden.device
+    ops = torch.ops.ftlab
+    sums = torch.promote_types(dtype, torch.float32)
+    wide = sums if device.type == 'cpu' else dtype # the type of sums, and of the products
+    head, bias, *theirs = (None if t is None else t.detach().to(wide)
+                           for t in (*own, *(reference or ())[1:]))
+    prices, gradient_ = ((ops.row_prices, ops.row_gradient_) if _ours(wide, device)
+                         else (_prices, _gradient_))
     known = hidden.new_zeros(4 if theirs else 3, n, dtype=sums)
-    grads = [hidden.new_zeros(s, dtype=t) if need else None for s, t, need in zip((hidden.shape, head.shape, (v,)), (dtype, sums, sums), needs)]
+    grads = [hidden.new_zeros(s, dtype=t) if need else None
+             for s, t, need in zip((hidden.shape, head.shape, (v,)), (dtype, sums, sums), needs)]
     chunks = _chunks(labels, ignore, chunk or _most(v, wide.itemsize, device))
-    room = [hidden.new_empty(max((size for _, size in chunks), default=0), v, dtype=wide) for _ in range(2 if theirs else 1)]
+    room = [hidden.new_empty(max((size for _, size in chunks), default=0), v, dtype=wide)
+            for _ in range(2 if theirs else 1)]
     for i, size in chunks:
-        h, y = hidden[i].to(wide), labels[i]; logits = _logits(h, head, bias, room[0][:size])
+        h, y = hidden[i].to(wide), labels[i]
+        logits = _logits(h, head, bias, room[0][:size])
         other = _logits(reference[0][i].to(wide), *theirs, room[1][:size]) if theirs else None
-        found = prices(logits, y, other, reverse); w = _weights(weight, i, found[_NLL], found[_ENTROPY])
+        found = prices(logits, y, other, reverse)
+        w = _weights(weight, i, found[_NLL], found[_ENTROPY])
         known[:2, i], known[2, i] = found[:2], w
-        if theirs: known[3, i] = found[_KL]
-        if any(needs): gradient_(logits, y, found, w, other, kl, reverse) # from here on, logits holds their gradient
-        if needs[0]: grads[0][i] = (logits @ head).to(dtype)
-        if needs[1]: grads[1].addmm_(logits.t(), h) if wide == sums else grads[1].add_(logits.t() @ h)
-        if needs[2]: grads[2] += logits.sum(0, dtype=sums)
+        if theirs:
+            known[3, i] = found[_KL]
+        if any(needs):
+            gradient_(logits, y, found, w, other, kl, reverse) # from here on, logits holds their gradient
+        if needs[0]:
+            grads[0][i] = (logits @ head).to(dtype)
+        if needs[1]:
+            grads[1].addmm_(logits.t(), h) if wide == sums else grads[1].add_(logits.t() @ h)
+        if needs[2]:
+            grads[2] += logits.sum(0, dtype=sums)
     return known, grads
 
 # %% ../../nbs/native/crossentropy.ipynb #00125c1c
@@ -122,23 +181,32 @@ class _Attach(torch.autograd.Function):
     "A loss, with gradients that are known already"
     @staticmethod
     def forward(ctx, loss, grads, *inputs):
-        ctx.grads, ctx.types = grads, [None if t is None else t.dtype for t in inputs]; return loss.clone()
+        ctx.grads, ctx.types = grads, [None if t is None else t.dtype for t in inputs]
+        return loss.clone()
     @staticmethod
     def backward(ctx, g):
         if torch.is_grad_enabled(): # create_graph=True
-            raise RuntimeError('weighted_linear_cross_entropy has no second derivative: its gradients are found on the way, as plain numbers')
-        if ctx.grads is None: raise RuntimeError('the gradients of this loss are used up; give retain_graph=True to the first backward')
-        grads, kept = ctx.grads, torch._C._autograd._get_current_graph_task_keep_graph() # whether the caller said retain_graph=True
-        if not kept: ctx.grads = None # they are as large as the head: nobody needs two of them
-        return None, None, *(None if v is None else (v*g if kept else v.mul_(g)).to(t) for v, t in zip(grads, ctx.types))
+            raise RuntimeError('weighted_linear_cross_entropy has no second derivative: its '
+                               'gradients are found on the way, as plain numbers')
+        if ctx.grads is None:
+            raise RuntimeError('the gradients of this loss are used up; give retain_graph=True to the first backward')
+        # whether the caller said retain_graph=True
+        grads = ctx.grads
+        kept = torch._C._autograd._get_current_graph_task_keep_graph()
+        if not kept:
+            ctx.grads = None # they are as large as the head: nobody needs two of them
+        return None, None, *(None if v is None else (v*g if kept else v.mul_(g)).to(t)
+                             for v, t in zip(grads, ctx.types))
 
 # %% ../../nbs/native/crossentropy.ipynb #00145c1c
 _FALLBACK = hasattr(F, 'linear_cross_entropy') # older versions of torch lack it
 
 def _torchs(hidden, head, labels, bias, ignore, chunk):
     "The plain sum of prices by torch's own chunked version, over the rows that have a price"
-    on = (labels != ignore).flatten(); hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.flatten()
-    if not on.all(): hidden, labels = hidden[on], labels[on]
+    on = (labels != ignore).flatten()
+    hidden, labels = hidden.reshape(-1, hidden.shape[-1]), labels.flatten()
+    if not on.all():
+        hidden, labels = hidden[on], labels[on]
     size = max(4, head.itemsize) if head.device.type == 'cpu' else head.itemsize
     rows = chunk or _most(len(head), size, head.device)
     return F.linear_cross_entropy(hidden, head, labels, linear_bias=bias, reduction='sum',
@@ -148,37 +216,57 @@ def _torchs(hidden, head, labels, bias, ignore, chunk):
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def _check_head(whose, hidden, head, bias, rows):
-    def bad(name, t, want): raise ValueError(f'{whose}{name} has the shape {tuple(t.shape)}; it must be {want}')
-    if hidden.dtype not in _TYPES: raise ValueError(f'{whose}hidden is {hidden.dtype}; it must be float32, bfloat16, float16 or float64')
-    if hidden.ndim < 1 or hidden.shape[:-1] != rows: bad('hidden', hidden, f'that of labels, {tuple(rows)}, and one dimension more')
-    if head.ndim != 2 or not len(head) or head.shape[1] != hidden.shape[-1]: bad('head', head, f'[words, {hidden.shape[-1]}], with at least one word')
-    if bias is not None and bias.shape != head.shape[:1]: bad('bias', bias, f'[{len(head)}]')
+    def bad(name, t, want):
+        raise ValueError(f'{whose}{name} has the shape {tuple(t.shape)}; it must be {want}')
+
+    if hidden.dtype not in _TYPES:
+        raise ValueError(f'{whose}hidden is {hidden.dtype}; it must be float32, bfloat16, float16 or float64')
+    if hidden.ndim < 1 or hidden.shape[:-1] != rows:
+        bad('hidden', hidden, f'that of labels, {tuple(rows)}, and one dimension more')
+    if head.ndim != 2 or not len(head) or head.shape[1] != hidden.shape[-1]:
+        bad('head', head, f'[words, {hidden.shape[-1]}], with at least one word')
+    if bias is not None and bias.shape != head.shape[:1]:
+        bad('bias', bias, f'[{len(head)}]')
     for name, t in dict(head=head, bias=bias).items():
         if t is not None and (t.dtype, t.device) != (hidden.dtype, hidden.device):
-            raise ValueError(f'{whose}{name} is {t.dtype} on {t.device}, but hidden is {hidden.dtype} on {hidden.device}; they must be alike')
+            raise ValueError(f'{whose}{name} is {t.dtype} on {t.device}, but hidden is '
+                             f'{hidden.dtype} on {hidden.device}; they must be alike')
 
 def _check_reference(reference, hidden, head, labels, kl):
-    if reference is None and kl: raise ValueError(f'kl is {kl}, but there is no reference; give reference=(its hidden states, its head)')
-    if reference is None: return
-    if len(reference) not in (2, 3): raise ValueError(f'reference has {len(reference)} parts; it must be (hidden, head) or (hidden, head, bias)')
-    z, other, *_ = reference; _check_head("the reference's ", z, other, reference[2] if len(reference) == 3 else None, labels.shape)
+    if reference is None and kl:
+        raise ValueError(f'kl is {kl}, but there is no reference; give reference=(its hidden states, its head)')
+    if reference is None:
+        return
+    if len(reference) not in (2, 3):
+        raise ValueError(f'reference has {len(reference)} parts; it must be (hidden, head) or (hidden, head, bias)')
+    z, other, *_ = reference
+    _check_head("the reference's ", z, other, reference[2] if len(reference) == 3 else None,
+                labels.shape)
     if (len(other), z.dtype, z.device) != (len(head), hidden.dtype, hidden.device):
         raise ValueError(f"the reference's head has {len(other)} words, {z.dtype} on {z.device}, "
             f'but the head has {len(head)}, {hidden.dtype} on {hidden.device}; they must be alike')
 
 def _check(hidden, head, labels, weight, bias, ignore, kl, direction, chunk):
-    if labels.dtype != torch.int64: raise ValueError(f'labels is {labels.dtype}; it must be int64')
+    if labels.dtype != torch.int64:
+        raise ValueError(f'labels is {labels.dtype}; it must be int64')
     _check_head('', hidden, head, bias, labels.shape)
-    if labels.device != hidden.device: raise ValueError(f'labels is on {labels.device}, hidden on {hidden.device}; they must be on one device')
+    if labels.device != hidden.device:
+        raise ValueError(f'labels is on {labels.device}, hidden on {hidden.device}; they must be on one device')
     if ((labels != ignore) & ((labels < 0) | (labels >= len(head)))).any():
-        raise ValueError(f'a label is no word of the head; labels must be from 0 to {len(head) - 1}, or {ignore} where there is no price')
-    if isinstance(weight, Tensor) and (weight.shape, weight.device) != (labels.shape, labels.device):
-        raise ValueError(f'weight has the shape {tuple(weight.shape)} on {weight.device}; it must be that of labels, {tuple(labels.shape)} on {labels.device}')
+        raise ValueError('a label is no word of the head; labels must be from 0 to '
+                         f'{len(head) - 1}, or {ignore} where there is no price')
+    if isinstance(weight, Tensor) and (weight.shape,
+                                       weight.device) != (labels.shape, labels.device):
+        raise ValueError(f'weight has the shape {tuple(weight.shape)} on {weight.device}; it must '
+                         f'be that of labels, {tuple(labels.shape)} on {labels.device}')
     if not (weight is None or isinstance(weight, Tensor) or callable(weight)):
         raise ValueError(f'weight is {weight!r}; it must be a tensor, a function (nll, entropy) -> weights, or None')
-    if direction not in ('forward', 'reverse'): raise ValueError(f'direction is {direction!r}; it must be forward or reverse')
-    if not math.isfinite(kl): raise ValueError(f'kl is {kl}; it must be a finite number')
-    if chunk is not None and chunk < 1: raise ValueError(f'chunk is {chunk}; it must be 1 or more rows, or None')
+    if direction not in ('forward', 'reverse'):
+        raise ValueError(f'direction is {direction!r}; it must be forward or reverse')
+    if not math.isfinite(kl):
+        raise ValueError(f'kl is {kl}; it must be a finite number')
+    if chunk is not None and chunk < 1:
+        raise ValueError(f'chunk is {chunk}; it must be 1 or more rows, or None')
 
 # %% ../../nbs/native/crossentropy.ipynb #00175c1c
 def weighted_linear_cross_entropy(
@@ -199,22 +287,36 @@ def weighted_linear_cross_entropy(
     A sum: divide it by what the mean is to be over, usually the number of tokens with a price in all batches of the step.
     A function as `weight` is given the rows of one chunk, flat, so it must judge each row by itself. Under autocast all is of autocast's type.
     Raises `ValueError` for what does not fit together, `RuntimeError` for a second derivative."""
-    kind = hidden.device.type; reference = None if reference is None else tuple(reference)
+    kind = hidden.device.type
+    reference = None if reference is None else tuple(reference)
     if cast := torch.is_autocast_enabled(kind):
-        def to(ts): return ts and tuple(None if t is None else t.to(torch.get_autocast_dtype(kind)) for t in ts)
+        def to(ts):
+            return (ts and tuple(None if t is None else t.to(torch.get_autocast_dtype(kind))
+                                 for t in ts))
+
         (hidden, head, bias), reference = to((hidden, head, bias)), to(reference)
-    _check(hidden, head, labels, weight, bias, ignore_index, kl, direction, chunk); _check_reference(reference, hidden, head, labels, kl)
-    inputs = hidden, head, bias; needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
+    _check(hidden, head, labels, weight, bias, ignore_index, kl, direction, chunk)
+    _check_reference(reference, hidden, head, labels, kl)
+    inputs = hidden, head, bias
+    needs = [torch.is_grad_enabled() and t is not None and t.requires_grad for t in inputs]
     with torch.autocast(kind, enabled=False) if cast else nullcontext():
-        plain = not prices and weight is None and reference is None and not _ours(hidden.dtype, hidden.device)
+        plain = (not prices and weight is None and reference is None
+                 and not _ours(hidden.dtype, hidden.device))
         if plain and _FALLBACK and (labels != ignore_index).any():
-            return WeightedLoss(_torchs(hidden, head, labels, bias, ignore_index, chunk), None, None, None, None)
+            return WeightedLoss(_torchs(hidden, head, labels, bias, ignore_index, chunk), None,
+                                None, None, None)
         with torch.no_grad():
             flat, y = hidden.detach().reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-            if reference: reference = (reference[0].detach().reshape(-1, reference[0].shape[-1]), *reference[1:], None)[:3]
-            known, grads = _pass(flat, y, (head, bias), reference, weight, kl, direction == 'reverse', ignore_index, chunk, needs)
+            if reference:
+                reference = (reference[0].detach().reshape(-1, reference[0].shape[-1]),
+                             *reference[1:], None)[:3]
+            known, grads = _pass(flat, y, (head, bias), reference, weight, kl,
+                                 direction == 'reverse', ignore_index, chunk, needs)
             loss = (known[_NLL]*known[2]).sum() + (kl*known[3].sum() if kl else 0.)
-    if needs[0]: grads[0] = grads[0].view(hidden.shape)
-    if any(needs): loss = _Attach.apply(loss, grads, *inputs)
+    if needs[0]:
+        grads[0] = grads[0].view(hidden.shape)
+    if any(needs):
+        loss = _Attach.apply(loss, grads, *inputs)
     nll, entropy, w, *far = (t.view(labels.shape) for t in known)
-    return WeightedLoss(loss, nll, entropy, w, far[0] if far else None) if prices else WeightedLoss(loss, None, None, None, None)
+    return (WeightedLoss(loss, nll, entropy, w, far[0] if far else None) if prices
+            else WeightedLoss(loss, None, None, None, None))

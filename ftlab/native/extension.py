@@ -16,9 +16,11 @@ __all__ = ['compiler', 'nvcc', 'with_cuda', 'cards', 'key', 'cache_folder', 'fin
            'backend', 'source']
 
 # %% ../../nbs/native/extension.ipynb #00062d70
-_HERE = Path(__file__).resolve().parent.parent if '__file__' in globals() else Path(find_spec('ftlab').origin).parent  # a page has no file
+_HERE = (Path(__file__).resolve().parent.parent if '__file__' in globals()
+         else Path(find_spec('ftlab').origin).parent)  # a page has no file
 _SOURCES = _HERE/'csrc'
-_CXX = ['-O3', '-ffp-contract=off', '-fno-math-errno', '-fno-trapping-math', '-fopenmp-simd', '-fschedule-insns', '-fsched-pressure']
+_CXX = ['-O3', '-ffp-contract=off', '-fno-math-errno', '-fno-trapping-math', '-fopenmp-simd',
+        '-fschedule-insns', '-fsched-pressure']
 _NVCC = ['-O3', '-std=c++17', '-fmad=false', '-Xptxas', '-v']
 
 def compiler() -> str|None:
@@ -28,10 +30,12 @@ def compiler() -> str|None:
 
 def nvcc() -> str|None:
     "NVIDIA's compiler, from the path or $CUDA_HOME, or None"
-    return shutil.which('nvcc') or shutil.which('nvcc', path=str(Path(os.environ.get('CUDA_HOME') or '/usr/local/cuda')/'bin'))
+    return (shutil.which('nvcc')
+            or shutil.which('nvcc', path=str(Path(os.environ.get('CUDA_HOME') or '/usr/local/cuda')/'bin')))
 
 def with_cuda() -> bool:
-    "Whether a build holds the CUDA side: torch knows CUDA and nvcc is there; FTLAB_NATIVE=cuda demands it of any torch"
+    """Whether a build holds the CUDA side: torch knows CUDA and nvcc is there; FTLAB_NATIVE=cuda
+    demands it of any torch"""
     return bool(nvcc()) and (torch.version.cuda is not None or os.environ.get('FTLAB_NATIVE') == 'cuda')
 
 def cards() -> list[str]:
@@ -41,13 +45,15 @@ def cards() -> list[str]:
     if not asked:
         return ['-gencode', 'arch=compute_80,code=sm_80', '-gencode', 'arch=compute_90,code=[sm_90,compute_90]']
     if not re.fullmatch(r'\d{2,3}[af]?(,\d{2,3}[af]?)*', asked):
-        raise ValueError(f'FTLAB_CUDA_ARCH is {asked!r}; it must be compute capabilities without their dots, such as 90 or 80,90')
+        raise ValueError(f'FTLAB_CUDA_ARCH is {asked!r}; it must be compute capabilities without '
+                         'their dots, such as 90 or 80,90')
     return [flag for a in asked.split(',') for flag in ('-gencode', f'arch=compute_{a},code=sm_{a}')]
 
 def _cuda_libraries():  # nvcc may be a script that lies elsewhere than its toolkit
     homes = (os.environ.get('CUDA_HOME'), Path(nvcc()).resolve().parent.parent, '/usr/local/cuda')
     places = ('lib*/libcudart_static.a', 'targets/*/lib/libcudart_static.a')
-    return [str(f.parent) for h in homes if h for place in places for f in sorted(Path(h).glob(place))][:1]
+    return [str(f.parent) for h in homes if h for place in places
+            for f in sorted(Path(h).glob(place))][:1]
 
 def _asks_stream():  # from 2.13 on, torch's stable interface gives a GPU's stream
     return tuple(map(int, torch.__version__.split('.')[:2])) >= (2, 13)
@@ -58,18 +64,23 @@ def _stable():  # the version of torch whose stable interface is asked for: 2.10
 # %% ../../nbs/native/extension.ipynb #00082d70
 def key() -> str:
     "12 hexadecimal digits that stand for everything a build depends on"
-    parts = [' '.join(_CXX + _NVCC + cards()), torch.__version__, str(torch.version.cuda), str(with_cuda()), platform.machine(), sys.platform]
+    parts = [' '.join(_CXX + _NVCC + cards()), torch.__version__, str(torch.version.cuda),
+             str(with_cuda()), platform.machine(), sys.platform]
     h = hashlib.sha256('\0'.join(parts).encode())
-    for f in sorted(_SOURCES.glob('*')): h.update(f.name.encode() + b'\0' + f.read_bytes())
+    for f in sorted(_SOURCES.glob('*')):
+        h.update(f.name.encode() + b'\0' + f.read_bytes())
     return h.hexdigest()[:12]
 
 def cache_folder() -> Path:
     "Where builds on first use are kept: $FTLAB_CACHE, or `ftlab` in the user's cache folder"
-    return Path(os.environ.get('FTLAB_CACHE') or Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'ftlab')/'native'
+    return Path(os.environ.get('FTLAB_CACHE')
+                or Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'ftlab')/'native'
 
 def find() -> Path|None:
-    "A build of these very sources: beside the package, from its installation, or in the cache; or None"
-    return next((p for folder in (_SOURCES.parent, cache_folder()) for p in folder.glob(f'_C_{key()}*') if p.suffix in ('.so', '.pyd')), None)
+    """A build of these very sources: beside the package, from its installation, or in the cache; or
+    None"""
+    return next((p for folder in (_SOURCES.parent, cache_folder())
+                 for p in folder.glob(f'_C_{key()}*') if p.suffix in ('.so', '.pyd')), None)
 
 # %% ../../nbs/native/extension.ipynb #000a2d70
 def extension(work:str|Path  # a folder for intermediate files
@@ -82,7 +93,8 @@ def extension(work:str|Path  # a folder for intermediate files
         torchs = ['torch_cuda'] if torch.version.cuda and not _asks_stream() else []
         more = dict(extra_objects=[str(p) for p, _ in compile_cuda(work)], define_macros=[('FTLAB_CUDA', None)],
             library_dirs=_cuda_libraries(), libraries=[*torchs, 'cudart_static', 'dl', 'rt', 'pthread'])
-    return CppExtension(f'ftlab._C_{key()}', sources, extra_compile_args={'cxx': _CXX + [_stable()]}, py_limited_api=True, **more)
+    return CppExtension(f'ftlab._C_{key()}', sources,
+                        extra_compile_args={'cxx': _CXX + [_stable()]}, py_limited_api=True, **more)
 
 def _compile_one(f, folder):
     "Compile one .cu file, unless that is done: an installation asks several times"
@@ -115,15 +127,18 @@ def _compile(folder):
     command.run()
 
 def build() -> Path:
-    "Compile the extension into the cache, unless it is there; returns the file. Raises `RuntimeError` with the compiler's message if it cannot be done."
+    """Compile the extension into the cache, unless it is there; returns the file. Raises
+    `RuntimeError` with the compiler's message if it cannot be done."""
     if made := find():
         return made
     if not compiler():
-        raise RuntimeError('there is no C++ compiler on the path; install one (Debian, Ubuntu: apt install g++; macOS: xcode-select --install)')
+        raise RuntimeError('there is no C++ compiler on the path; install one (Debian, Ubuntu: apt '
+                           'install g++; macOS: xcode-select --install)')
     cache_folder().mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache_folder()) as tmp:
         call = f'import runpy; runpy.run_path({str(_HERE/"native"/"extension.py")!r})["_compile"]({tmp!r})'
-        r = subprocess.run([sys.executable, '-c', call], cwd=_HERE.parent, capture_output=True, text=True)
+        r = subprocess.run([sys.executable, '-c', call], cwd=_HERE.parent, capture_output=True,
+                           text=True)
         made = next(Path(tmp).glob(f'ftlab/_C_{key()}*'), None)
         if r.returncode or made is None:
             raise RuntimeError(f'the extension did not compile:\n{(r.stdout + r.stderr)[-3000:]}')
@@ -135,25 +150,36 @@ _MODES = ('auto', 'torch', 'cpp', 'cuda')
 @cache
 def _loaded():
     "Load the library, building it where needed: what it can do, and why not if it can do nothing"
-    try: torch.ops.load_library(str(build())); return ({'cpp', 'cuda'} if with_cuda() else {'cpp'}), ''
-    except (RuntimeError, OSError, ImportError) as e: return set(), str(e)
+    try:
+        torch.ops.load_library(str(build()))
+        return ({'cpp', 'cuda'} if with_cuda() else {'cpp'}), ''
+    except (RuntimeError, OSError, ImportError) as e:
+        return set(), str(e)
 
 @cache
 def _warn(why):
-    warnings.warn(f'ftlab.native: torch does the work of the C++ kernels, slower and with more memory, as {why}\nTo mend: see that a C++ compiler '
-        'and setuptools are installed, then call ftlab.native.build(). To keep torch without this warning: FTLAB_NATIVE=torch.', RuntimeWarning, stacklevel=4)
+    warnings.warn('ftlab.native: torch does the work of the C++ kernels, slower and with more '
+                  f'memory, as {why}\nTo mend: see that a C++ compiler '
+        'and setuptools are installed, then call ftlab.native.build(). To keep torch without this '
+                  'warning: FTLAB_NATIVE=torch.', RuntimeWarning, stacklevel=4)
 
 def backend(device:str|torch.device='cpu' # where the tensors are
             ) -> str:
     """What runs on tensors of `device`: 'cpp', 'cuda' or 'torch'.
     Raises `RuntimeError` where FTLAB_NATIVE demands what cannot be had, `ValueError` for a mode it does not know."""
     mode, kind = os.environ.get('FTLAB_NATIVE') or 'auto', torch.device(device).type
-    if mode not in _MODES: raise ValueError(f'FTLAB_NATIVE is {mode!r}; it must be one of {", ".join(_MODES)}')
-    if mode == 'torch' or kind not in ('cpu', 'cuda') or (kind, mode) == ('cuda', 'cpp'): return 'torch'
-    wanted = dict(cpu='cpp', cuda='cuda')[kind]; can, why = _loaded()
-    if wanted in can: return wanted
-    if mode != 'auto': raise RuntimeError(f'FTLAB_NATIVE is {mode}, but {why or "nvcc was not there when the extension was built"}')
-    _warn(why or 'the extension was built without nvcc'); return 'torch'
+    if mode not in _MODES:
+        raise ValueError(f'FTLAB_NATIVE is {mode!r}; it must be one of {", ".join(_MODES)}')
+    if mode == 'torch' or kind not in ('cpu', 'cuda') or (kind, mode) == ('cuda', 'cpp'):
+        return 'torch'
+    wanted = dict(cpu='cpp', cuda='cuda')[kind]
+    can, why = _loaded()
+    if wanted in can:
+        return wanted
+    if mode != 'auto':
+        raise RuntimeError(f'FTLAB_NATIVE is {mode}, but {why or "nvcc was not there when the extension was built"}')
+    _warn(why or 'the extension was built without nvcc')
+    return 'torch'
 
 # %% ../../nbs/native/extension.ipynb #00122d70
 def source(file:str,  # a file of `csrc`
@@ -161,5 +187,6 @@ def source(file:str,  # a file of `csrc`
            last:str   # what stands in the last one
            ) -> None:
     "Print some lines of a source. Raises `StopIteration` if there are none such."
-    lines = (_SOURCES/file).read_text().splitlines(); i = next(i for i, l in enumerate(lines) if first in l)
+    lines = (_SOURCES/file).read_text().splitlines()
+    i = next(i for i, l in enumerate(lines) if first in l)
     print('\n'.join(lines[i:next(j for j in range(i, len(lines)) if last in lines[j]) + 1]))

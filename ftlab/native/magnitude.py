@@ -17,64 +17,98 @@ _NAN = {torch.float32: 0x7f800001, torch.bfloat16: 0x7f81, torch.float16: 0x7c01
 
 def keys(x:Tensor # float32, bfloat16 or float16
          ) -> Tensor:
-    "The magnitude of each number as a whole number, int32: greater where the magnitude is; one key for all NaN, above infinity's"
-    b = x.view(torch.int32) & 0x7fffffff if x.dtype == torch.float32 else x.view(torch.int16).to(torch.int32) & 0x7fff
+    """The magnitude of each number as a whole number, int32: greater where the magnitude is; one
+    key for all NaN, above infinity's"""
+    b = (x.view(torch.int32) & 0x7fffffff if x.dtype == torch.float32
+         else x.view(torch.int16).to(torch.int32) & 0x7fff)
     return b.clamp(max=_NAN[x.dtype])
 
 def _value(key, dtype): # the magnitude that a key stands for
-    if key >= _NAN[dtype]: return float('nan')
-    return torch.tensor(key, dtype=torch.int32 if dtype == torch.float32 else torch.int16).view(dtype).item()
+    if key >= _NAN[dtype]:
+        return float('nan')
+    return torch.tensor(key, dtype=torch.int32 if dtype == torch.float32 else torch.int16).view(
+        dtype).item()
 
 # %% ../../nbs/native/magnitude.ipynb #00096d06
 def _find(tensors, k, drop):
-    "The cut for ranks drop to drop + k - 1 over all tensors: [low key, high key, equal to low taken, equal to high skipped]"
+    """The cut for ranks drop to drop + k - 1 over all tensors: [low key, high key, equal to low
+    taken, equal to high skipped]"""
     x = torch.cat([keys(t).flatten() for t in tensors])
-    def rank(r): v = x.kthvalue(len(x) - r).values; return v.item(), (x > v).sum().item()
-    low, above = rank(drop + k - 1); high, over = rank(drop - 1) if drop else (0x7fffffff, 0)
+
+    def rank(r):
+        v = x.kthvalue(len(x) - r).values
+        return v.item(), (x > v).sum().item()
+
+    low, above = rank(drop + k - 1)
+    high, over = rank(drop - 1) if drop else (0x7fffffff, 0)
     return torch.tensor([low, high, drop + k - above, drop - over], device=x.device)
 
 def _chosen(tensors, found):
     "A bool tensor for each tensor, flat: what the cut chooses"
-    low, high, take, skip = found.tolist(); x = torch.cat([keys(t).flatten() for t in tensors]); above, below = x > low, x < high
-    equal = x == low; above |= equal & (equal.cumsum(0) <= take)
-    equal = x == high; below |= equal & (equal.cumsum(0) > skip)
+    low, high, take, skip = found.tolist()
+    x = torch.cat([keys(t).flatten() for t in tensors])
+    above, below = x > low, x < high
+    equal = x == low
+    above |= equal & (equal.cumsum(0) <= take)
+    equal = x == high
+    below |= equal & (equal.cumsum(0) > skip)
     return (above & below).split([t.numel() for t in tensors])
 
-def _count(tensors, found): return torch.stack([c.sum() for c in _chosen(tensors, found)])
+def _count(tensors, found):
+    return torch.stack([c.sum() for c in _chosen(tensors, found)])
 
 def _write(tensors, found, out):
     for c, o in zip(_chosen(tensors, found), out):
-        if o.dtype == torch.int32: o.copy_(c.nonzero().flatten())
-        else: o.copy_((torch.nn.functional.pad(c.to(torch.int64), (0, -len(c) % 8)).view(-1, 8) << torch.arange(8, device=c.device)).sum(1))
+        if o.dtype == torch.int32:
+            o.copy_(c.nonzero().flatten())
+        else:
+            o.copy_((torch.nn.functional.pad(c.to(torch.int64),
+                                             (0, -len(c) % 8)).view(-1, 8) << torch.arange(
+                                                 8, device=c.device)).sum(1))
 
 # %% ../../nbs/native/magnitude.ipynb #000a6d06
 for _name, _schema, _plain in (('kth_find', '(Tensor[] tensors, int k, int drop) -> Tensor', _find),
         ('kth_count', '(Tensor[] tensors, Tensor found) -> Tensor', _count),
         ('kth_write_', '(Tensor[] tensors, Tensor found, Tensor(a!)[] out) -> ()', _write)):
-    torch.library.define(f'ftlab::{_name}', _schema); torch.library.impl(f'ftlab::{_name}', 'CompositeExplicitAutograd', _plain)
+    torch.library.define(f'ftlab::{_name}', _schema)
+    torch.library.impl(f'ftlab::{_name}', 'CompositeExplicitAutograd', _plain)
 
 @torch.library.register_fake('ftlab::kth_find')
-def _fake_find(tensors, k, drop): return tensors[0].new_empty(4, dtype=torch.int64)
+def _fake_find(tensors, k, drop):
+    return tensors[0].new_empty(4, dtype=torch.int64)
+
 @torch.library.register_fake('ftlab::kth_count')
-def _fake_count(tensors, found): return found.new_empty(len(tensors))
+def _fake_count(tensors, found):
+    return found.new_empty(len(tensors))
+
 @torch.library.register_fake('ftlab::kth_write_')
-def _fake_write(tensors, found, out): return None
+def _fake_write(tensors, found, out):
+    return None
 
 # %% ../../nbs/native/magnitude.ipynb #00116d06
 def _check(tensors, k, drop, give):
-    if give not in ('threshold', 'mask', 'indices'): raise ValueError(f"give is {give!r}; it must be 'threshold', 'mask' or 'indices'")
-    if not tensors: raise ValueError('there are no tensors to choose from')
+    if give not in ('threshold', 'mask', 'indices'):
+        raise ValueError(f"give is {give!r}; it must be 'threshold', 'mask' or 'indices'")
+    if not tensors:
+        raise ValueError('there are no tensors to choose from')
     o = tensors[0]
     for i, t in enumerate(tensors):
-        if t.dtype not in _NAN: raise ValueError(f'tensor {i} is {t.dtype}; it must be float32, bfloat16 or float16')
+        if t.dtype not in _NAN:
+            raise ValueError(f'tensor {i} is {t.dtype}; it must be float32, bfloat16 or float16')
         if (t.dtype, t.device) != (o.dtype, o.device):
-            raise ValueError(f'tensor {i} is {t.dtype} on {t.device}, the first {o.dtype} on {o.device}; choose among like tensors')
+            raise ValueError(f'tensor {i} is {t.dtype} on {t.device}, the first {o.dtype} on '
+                             f'{o.device}; choose among like tensors')
         if not t.is_contiguous():
-            raise ValueError(f'tensor {i} is not contiguous (strides {t.stride()}); give it as it is stored, or a contiguous copy')
-        if give == 'indices' and t.numel() >= 2**31: raise ValueError(f'tensor {i} has {t.numel():,} numbers; int32 indices reach 2**31 - 1, so ask for a mask')
+            raise ValueError(f'tensor {i} is not contiguous (strides {t.stride()}); give it as it '
+                             'is stored, or a contiguous copy')
+        if give == 'indices' and t.numel() >= 2**31:
+            raise ValueError(f'tensor {i} has {t.numel():,} numbers; int32 indices reach 2**31 - 1, so ask for a mask')
     total = sum(t.numel() for t in tensors)
-    if drop < 0: raise ValueError(f'drop is {drop}; it must be 0 or more')
-    if not 1 <= k <= total - drop: raise ValueError(f'k is {k}; it must be from 1 to {total - drop}: there are {total} numbers, and {drop} are dropped')
+    if drop < 0:
+        raise ValueError(f'drop is {drop}; it must be 0 or more')
+    if not 1 <= k <= total - drop:
+        raise ValueError(f'k is {k}; it must be from 1 to {total - drop}: there are {total} '
+                         f'numbers, and {drop} are dropped')
 
 # %% ../../nbs/native/magnitude.ipynb #00126d06
 @torch.no_grad()
@@ -86,14 +120,20 @@ def kth_magnitude(tensors:Tensor|Sequence[Tensor], # one tensor, or several that
     """Choose the k numbers of largest magnitude, exactly; ties go to the lowest index. NaN counts as larger than infinity.
     The threshold is the smallest magnitude chosen; with `drop`, a pair: that, and the smallest that was dropped.
     A mask or indices come for each tensor, in a list if a list was given. Raises `ValueError` for what cannot be ranked."""
-    single = isinstance(tensors, Tensor); ts = [tensors] if single else list(tensors); _check(ts, k, drop, give)
-    ops = torch.ops.ftlab; find, count, write = (_find, _count, _write) if backend(ts[0].device) == 'torch' else (ops.kth_find, ops.kth_count, ops.kth_write_)
+    single = isinstance(tensors, Tensor)
+    ts = [tensors] if single else list(tensors)
+    _check(ts, k, drop, give)
+    ops = torch.ops.ftlab
+    find, count, write = ((_find, _count, _write) if backend(ts[0].device) == 'torch'
+                          else (ops.kth_find, ops.kth_count, ops.kth_write_))
     found = find(ts, k, drop)
     if give == 'threshold':
         low, high = (_value(v, ts[0].dtype) for v in found.tolist()[:2])
         return (low, high) if drop else low
-    if give == 'mask': out = [t.new_empty(-(-t.numel()//8), dtype=torch.uint8) for t in ts]
-    else: out = [t.new_empty(n, dtype=torch.int32) for t, n in zip(ts, count(ts, found).tolist())]
+    if give == 'mask':
+        out = [t.new_empty(-(-t.numel()//8), dtype=torch.uint8) for t in ts]
+    else:
+        out = [t.new_empty(n, dtype=torch.int32) for t, n in zip(ts, count(ts, found).tolist())]
     write(ts, found, out)
     return out[0] if single else out
 
@@ -101,4 +141,6 @@ def unpack_mask(mask:Tensor,     # uint8, as `kth_magnitude` gives it: bit j of 
                 like:Tensor      # the tensor that it is for
                 ) -> Tensor:
     "A bit mask as a bool tensor of the shape of `like`, eight times as large"
-    return (mask.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1).flatten()[:like.numel()].bool().view(like.shape)
+    return (mask.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8,
+                                              device=mask.device) & 1).flatten()[
+                                                  :like.numel()].bool().view(like.shape)

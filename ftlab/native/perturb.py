@@ -22,9 +22,11 @@ def philox(seed:int,         # the key, 64 bits
            tensor:int,       # counter words 2 and 3: which tensor
            position:Tensor   # counter words 0 and 1, int64: where in the tensor
            ) -> list[Tensor]:
-    "Philox4x32-10: four int64 tensors of the shape of `position`, each holding 32 random bits a number"
+    """Philox4x32-10: four int64 tensors of the shape of `position`, each holding 32 random bits a
+    number"""
     a, b = position & _LOW, position >> 32 & _LOW
-    c, d = torch.full_like(a, tensor & _LOW), torch.full_like(a, tensor >> 32 & _LOW); k0, k1 = seed & _LOW, seed >> 32 & _LOW
+    c, d = torch.full_like(a, tensor & _LOW), torch.full_like(a, tensor >> 32 & _LOW)
+    k0, k1 = seed & _LOW, seed >> 32 & _LOW
     for _ in range(10):
         p, q = a*0xD2511F53, c*0xCD9E8D57
         a, b, c, d = (q >> 32 & _LOW) ^ b ^ k0, q & _LOW, (p >> 32 & _LOW) ^ d ^ k1, p & _LOW
@@ -33,24 +35,36 @@ def philox(seed:int,         # the key, 64 bits
 
 # %% ../../nbs/native/perturb.ipynb #000d8850
 def _log(u): # 2^-32 <= u <= 1: Cephes' logf, in the order of csrc/philox.h, so that every rounding is the same
-    b = u.view(torch.int32); e = (b - 0x3f3504f3) >> 23; y = (b - (e << 23)).view(torch.float32) - 1; y2 = y*y; y4 = y2*y2
+    b = u.view(torch.int32)
+    e = (b - 0x3f3504f3) >> 23
+    y = (b - (e << 23)).view(torch.float32) - 1
+    y2 = y*y
+    y4 = y2*y2
     r = (3.3333331174e-1 - 2.4999993993e-1*y) + (2.0000714765e-1 - 1.6668057665e-1*y)*y2
-    r = r + y4*(((1.4249322787e-1 - 1.2420140846e-1*y) + (1.1676998740e-1 - 1.1514610310e-1*y)*y2) + 7.0376836292e-2*y4)
+    r = r + y4*(((1.4249322787e-1 - 1.2420140846e-1*y) + (1.1676998740e-1 - 1.1514610310e-1*y)*y2)
+                + 7.0376836292e-2*y4)
     return (y + (r*y - .5)*y2) + .69314718*e.to(torch.float32)
 
 def _turn(x): # cosine and sine of x*2*pi/2^32
-    quarter = (x + 0x20000000 & _LOW) >> 30; f = x - (quarter << 30); f = torch.where(f >= 2**31, f - 2**32, f).to(torch.float32)*1.4629180792671596e-9; g = f*f
+    quarter = (x + 0x20000000 & _LOW) >> 30
+    f = x - (quarter << 30)
+    f = torch.where(f >= 2**31, f - 2**32, f).to(torch.float32)*1.4629180792671596e-9
+    g = f*f
     s = ((-1.9515295891e-4*g + 8.3321608736e-3)*g - 1.6666654611e-1)*g*f + f
     c = ((2.443315711809948e-5*g - 1.388731625493765e-3)*g + 4.166664568298827e-2)*g*g - .5*g + 1
-    odd = quarter % 2 == 1; cosine, sine = torch.where(odd, s, c), torch.where(odd, c, s)
-    return torch.where((quarter + 1) & 2 > 0, -cosine, cosine), torch.where(quarter & 2 > 0, -sine, sine)
+    odd = quarter % 2 == 1
+    cosine, sine = torch.where(odd, s, c), torch.where(odd, c, s)
+    return torch.where((quarter + 1) & 2 > 0, -cosine,
+                       cosine), torch.where(quarter & 2 > 0, -sine, sine)
 
 def box_muller(x:Tensor, # 32 random bits a number, as int64: they give the radius
                y:Tensor  # as many more: they give the angle
                ) -> tuple[Tensor, Tensor]:
     "Two independent normal numbers, float32, of each pair of words"
     # the root by way of float64: torch's own for float32 is a unit off in one case of six
-    u = ((x >> 1).to(torch.float32) + .5)*4.656612873077393e-10; radius = (-2*_log(u)).double().sqrt().float(); cosine, sine = _turn(y)
+    u = ((x >> 1).to(torch.float32) + .5)*4.656612873077393e-10
+    radius = (-2*_log(u)).double().sqrt().float()
+    cosine, sine = _turn(y)
     return radius*cosine, radius*sine
 
 # %% ../../nbs/native/perturb.ipynb #00118850
@@ -62,17 +76,23 @@ def noise(seed:int,          # the key
           device:str|torch.device='cpu' # where to compute
           ) -> Tensor:
     "The noise of some tiles, flat, float32: what `perturb_` adds, made visible"
-    x = [w.view(-1, _LANES) for w in philox(seed, tensor, torch.arange(begin*_LANES, end*_LANES, device=device))]
-    if not signs: return torch.stack([*box_muller(x[0], x[1]), *box_muller(x[2], x[3])], 1).flatten()
-    k = torch.arange(32, device=device).view(-1, 1, 1); w = torch.stack(x, 1).unsqueeze(1) # bit k of word w of a lane is row 4k + w
+    x = [w.view(-1, _LANES)
+         for w in philox(seed, tensor, torch.arange(begin*_LANES, end*_LANES, device=device))]
+    if not signs:
+        return torch.stack([*box_muller(x[0], x[1]), *box_muller(x[2], x[3])], 1).flatten()
+    k = torch.arange(32, device=device).view(-1, 1, 1)
+    w = torch.stack(x, 1).unsqueeze(1) # bit k of word w of a lane is row 4k + w
     return (1 - 2*(w >> k & 1)).to(torch.float32).flatten()
 
 # %% ../../nbs/native/perturb.ipynb #00158850
 def _split(v): # bfloat16 and an int16 that together are a float32: the upper half rounded (halves away from 0), and the signed rest
-    b = torch.where(v.isnan(), 0x7fc00000, v.view(torch.int32)).to(torch.int64); low = b & 0xffff
-    return ((b + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16), torch.where(low >= 0x8000, low - 0x10000, low).to(torch.int16)
+    b = torch.where(v.isnan(), 0x7fc00000, v.view(torch.int32)).to(torch.int64)
+    low = b & 0xffff
+    return ((b + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16), torch.where(
+        low >= 0x8000, low - 0x10000, low).to(torch.int16)
 
-def _join(p, low): return ((p.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)).view(torch.float32)
+def _join(p, low):
+    return ((p.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)).view(torch.float32)
 
 def _reference(tensors, low, seed, scale, decay, signs, first, chunk=1<<18):
     "What the operator does, in torch, with some megabytes of buffers: p <- (p + scale*z)*decay"
@@ -80,38 +100,57 @@ def _reference(tensors, low, seed, scale, decay, signs, first, chunk=1<<18):
     for t, p in enumerate(tensors):
         flat, rest = p.view(-1), low[t].view(-1) if low else None
         for i in range(0, p.numel(), chunk):
-            q = flat[i:i + chunk]; z = noise(seed, first + t, i//size, -(-(i + len(q))//size), signs, p.device)[:len(q)]
-            if rest is None: q.copy_((q.float() + z*scale)*decay)
-            else: v, r = _split((_join(q, rest[i:i + chunk]) + z*scale)*decay); q.copy_(v); rest[i:i + chunk] = r
+            q = flat[i:i + chunk]
+            z = noise(seed, first + t, i//size, -(-(i + len(q))//size), signs, p.device)[:len(q)]
+            if rest is None:
+                q.copy_((q.float() + z*scale)*decay)
+            else:
+                v, r = _split((_join(q, rest[i:i + chunk]) + z*scale)*decay)
+                q.copy_(v)
+                rest[i:i + chunk] = r
 
 # %% ../../nbs/native/perturb.ipynb #00178850
-torch.library.define('ftlab::perturb_', '(Tensor(a!)[] tensors, Tensor(b!)[] low, int seed, float scale, float decay, bool signs, int first) -> ()')
+torch.library.define('ftlab::perturb_', '(Tensor(a!)[] tensors, Tensor(b!)[] low, int seed, float '
+                     'scale, float decay, bool signs, int first) -> ()')
 torch.library.impl('ftlab::perturb_', 'CompositeExplicitAutograd', _reference)
+
 @torch.library.register_fake('ftlab::perturb_')
-def _(tensors, low, seed, scale, decay, signs, first): return None # nothing but what the schema says
+def _(tensors, low, seed, scale, decay, signs, first):
+    return None # nothing but what the schema says
 
 # %% ../../nbs/native/perturb.ipynb #001d8850
 def _check(tensors, seed, dist, low, first, **numbers):
-    if dist not in ('normal', 'rademacher'): raise ValueError(f"dist is {dist!r}; it must be 'normal' or 'rademacher'")
-    if not 0 <= seed < 2**63: raise ValueError(f'seed is {seed}; it must be from 0 to 2**63 - 1')
-    if first < 0: raise ValueError(f'first is {first}; it must be 0 or more')
-    if bad := [f'{k} is {v}' for k, v in numbers.items() if not math.isfinite(v)]: raise ValueError(f'{", ".join(bad)}; it must be a finite number')
-    if low and len(low) != len(tensors): raise ValueError(f'{len(low)} tensors in low for {len(tensors)} tensors; give one for each, or none')
+    if dist not in ('normal', 'rademacher'):
+        raise ValueError(f"dist is {dist!r}; it must be 'normal' or 'rademacher'")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f'seed is {seed}; it must be from 0 to 2**63 - 1')
+    if first < 0:
+        raise ValueError(f'first is {first}; it must be 0 or more')
+    if bad := [f'{k} is {v}' for k, v in numbers.items() if not math.isfinite(v)]:
+        raise ValueError(f'{", ".join(bad)}; it must be a finite number')
+    if low and len(low) != len(tensors):
+        raise ValueError(f'{len(low)} tensors in low for {len(tensors)} tensors; give one for each, or none')
     for i, p in enumerate(tensors):
-        if p.dtype not in (torch.float32, torch.bfloat16, torch.float16): raise ValueError(f'tensor {i} is {p.dtype}; it must be float32, bfloat16 or float16')
+        if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f'tensor {i} is {p.dtype}; it must be float32, bfloat16 or float16')
         if not p.is_contiguous():
-            raise ValueError(f'tensor {i} is not contiguous (strides {p.stride()}); perturb it as it is stored, or a contiguous copy')
-        if low and (p.dtype, low[i].dtype, low[i].shape, low[i].is_contiguous()) != (torch.bfloat16, torch.int16, p.shape, True):
-            raise ValueError(f'low[{i}] must be a contiguous int16 tensor of the shape of tensor {i}, and tensor {i} bfloat16; low_halves makes them')
+            raise ValueError(f'tensor {i} is not contiguous (strides {p.stride()}); perturb it as '
+                             'it is stored, or a contiguous copy')
+        if low and (p.dtype, low[i].dtype, low[i].shape,
+                    low[i].is_contiguous()) != (torch.bfloat16, torch.int16, p.shape, True):
+            raise ValueError(f'low[{i}] must be a contiguous int16 tensor of the shape of tensor '
+                             f'{i}, and tensor {i} bfloat16; low_halves makes them')
     at = [p.data_ptr() for p in tensors if p.numel()]
-    if len(set(at)) < len(at): raise ValueError('a tensor is in the list twice, and would be moved twice; give tied weights once')
+    if len(set(at)) < len(at):
+        raise ValueError('a tensor is in the list twice, and would be moved twice; give tied weights once')
 
 # %% ../../nbs/native/perturb.ipynb #001f8850
 def _move(tensors, seed, scale, decay, dist, low, first):
     "One call for each run of tensors on one device; a tensor's number counts through them all"
     signs = dist == 'rademacher'
     for device, run in groupby(range(len(tensors)), lambda i: tensors[i].device):
-        i, *_ = run = list(run); some, rest = [tensors[j] for j in run], [low[j] for j in run] if low else []
+        i, *_ = run = list(run)
+        some, rest = [tensors[j] for j in run], [low[j] for j in run] if low else []
         do = _reference if backend(device) == 'torch' else torch.ops.ftlab.perturb_
         do(some, rest, seed, scale, decay, signs, first + i)
         torch.autograd.graph.increment_version([*some, *rest])
@@ -124,8 +163,10 @@ def perturb_(tensors:Sequence[Tensor],    # contiguous; float32, bfloat16 or flo
              low:Sequence[Tensor]=(),     # for bfloat16: what `low_halves` gave; the tensors then move as float32 would
              first:int=0                  # the number of the first tensor, where a model is moved some tensors at a time
              ) -> None:
-    "Add `scale*z(seed)` to each tensor, in place, without memory for `z`. Raises `ValueError` for what it cannot move."
-    tensors, low = list(tensors), list(low); _check(tensors, seed, dist, low, first, scale=scale)
+    """Add `scale*z(seed)` to each tensor, in place, without memory for `z`. Raises `ValueError` for
+    what it cannot move."""
+    tensors, low = list(tensors), list(low)
+    _check(tensors, seed, dist, low, first, scale=scale)
     _move(tensors, seed, float(scale), 1., dist, low, first)
 
 # %% ../../nbs/native/perturb.ipynb #00218850
@@ -140,12 +181,16 @@ def restore_update_(tensors:Sequence[Tensor], # as for `perturb_`
                     first:int=0,              # as for `perturb_`
                     decay:float=1.            # multiply by this afterwards: 1 - lr*weight_decay
                     ) -> None:
-    "Come back from `-eps*z` and step by `-lr*g*z` in one pass over the weights: add `(eps - lr*g)*z`, multiply by `decay`"
-    tensors, low = list(tensors), list(low); _check(tensors, seed, dist, low, first, eps=eps, lr=lr, g=g, decay=decay)
+    """Come back from `-eps*z` and step by `-lr*g*z` in one pass over the weights: add `(eps -
+    lr*g)*z`, multiply by `decay`"""
+    tensors, low = list(tensors), list(low)
+    _check(tensors, seed, dist, low, first, eps=eps, lr=lr, g=g, decay=decay)
     _move(tensors, seed, float(eps - lr*g), float(decay), dist, low, first)
 
 def low_halves(tensors:Sequence[Tensor] # bfloat16
                ) -> list[Tensor]:
-    "What bfloat16 tensors lack of float32, two bytes a number, at the start: nothing. Give it to every `perturb_` and `restore_update_` of a run."
-    if bad := [str(p.dtype) for p in tensors if p.dtype != torch.bfloat16]: raise ValueError(f'{bad[0]} has no lower half; only bfloat16 is half a float32')
+    """What bfloat16 tensors lack of float32, two bytes a number, at the start: nothing. Give it to
+    every `perturb_` and `restore_update_` of a run."""
+    if bad := [str(p.dtype) for p in tensors if p.dtype != torch.bfloat16]:
+        raise ValueError(f'{bad[0]} has no lower half; only bfloat16 is half a float32')
     return [torch.zeros_like(p, dtype=torch.int16) for p in tensors]

@@ -19,36 +19,46 @@ __all__ = ['Ternary', 'pack_ternary', 'add_ternary_', 'unpack_ternary']
 # %% ../../nbs/native/ternary.ipynb #0008d9f8
 @dataclass(frozen=True, eq=False)
 class Ternary:
-    "A tensor whose numbers are -scale, 0 and scale: two planes of bits (uint8, flat; bit j of byte b is number 8b + j), a scale, a shape"
+    """A tensor whose numbers are -scale, 0 and scale: two planes of bits (uint8, flat; bit j of
+    byte b is number 8b + j), a scale, a shape"""
     positive:Tensor  # the bits of the numbers that are scale
     negative:Tensor  # the bits of those that are -scale
     scale:float      # one for all; a float32
     shape:tuple[int, ...]
 
     @property
-    def nbytes(self) -> int: "Bytes of the two planes and the scale"; return self.positive.nbytes + self.negative.nbytes + 4
+    def nbytes(self) -> int:
+        "Bytes of the two planes and the scale"
+        return self.positive.nbytes + self.negative.nbytes + 4
+
     def to(self, device) -> Ternary:
         "The same on another device"
         return Ternary(self.positive.to(device), self.negative.to(device), self.scale, self.shape)
     def tensors(self) -> dict[str, Tensor]:
         "Everything as plain tensors, to be saved; `Ternary.of` undoes it"
-        return dict(positive=self.positive, negative=self.negative, scale=torch.tensor(self.scale), shape=torch.tensor(self.shape, dtype=torch.int64))
+        return dict(positive=self.positive, negative=self.negative, scale=torch.tensor(self.scale),
+                    shape=torch.tensor(self.shape, dtype=torch.int64))
     @staticmethod
     def of(tensors:Mapping[str, Tensor]) -> Ternary:
         "From what `tensors` gave"
-        return Ternary(tensors['positive'], tensors['negative'], tensors['scale'].item(), tuple(tensors['shape'].tolist()))
+        return Ternary(tensors['positive'], tensors['negative'], tensors['scale'].item(),
+                       tuple(tensors['shape'].tolist()))
 
 # %% ../../nbs/native/ternary.ipynb #000ad9f8
 def _signs(positive, negative, at, like): # of the numbers from `at`, a multiple of 8, as many as `like` has: -1, 0 or 1, float32
-    some = slice(at//8, -(-(at + like.numel())//8)); return unpack_mask(positive[some], like).float() - unpack_mask(negative[some], like).float()
+    some = slice(at//8, -(-(at + like.numel())//8))
+    return unpack_mask(positive[some], like).float() - unpack_mask(negative[some], like).float()
 
 def _add(tensors, positive, negative, scales, chunk=1<<18):
-    "What the operator does, in torch, with some megabytes of buffers: tensor i gets vectors i*each to (i + 1)*each"
+    """What the operator does, in torch, with some megabytes of buffers: tensor i gets vectors
+    i*each to (i + 1)*each"""
     each = len(scales)//max(1, len(tensors))
     for i, w in enumerate(tensors):
         for at in range(0, w.numel(), chunk):
-            q = w.view(-1)[at:at + chunk]; total = torch.zeros(len(q), device=w.device)
-            for j in range(i*each, (i + 1)*each): total += scales[j]*_signs(positive[j], negative[j], at, q)
+            q = w.view(-1)[at:at + chunk]
+            total = torch.zeros(len(q), device=w.device)
+            for j in range(i*each, (i + 1)*each):
+                total += scales[j]*_signs(positive[j], negative[j], at, q)
             q.copy_(q.float() + total)
 
 def _pack(x, positive, negative, chunk=1<<20):
@@ -56,18 +66,25 @@ def _pack(x, positive, negative, chunk=1<<20):
     for at in range(0, x.numel(), chunk):
         q = x.view(-1)[at:at + chunk]
         for plane, b in ((positive, q > 0), (negative, q < 0)):
-            bits = torch.nn.functional.pad(b.to(torch.uint8), (0, -len(b) % 8)).view(-1, 8) << torch.arange(8, dtype=torch.uint8, device=x.device)
+            bits = torch.nn.functional.pad(b.to(torch.uint8),
+                                           (0, -len(b) % 8)).view(-1, 8) << torch.arange(
+                                               8, dtype=torch.uint8, device=x.device)
             plane[at//8:at//8 + len(bits)] = bits.sum(1)
 
 # %% ../../nbs/native/ternary.ipynb #000bd9f8
-for _name, _schema, _plain in (('add_ternary_', '(Tensor(a!)[] tensors, Tensor[] positive, Tensor[] negative, float[] scales) -> ()', _add),
+for _name, _schema, _plain in (('add_ternary_', '(Tensor(a!)[] tensors, Tensor[] positive, Tensor[] '
+                                'negative, float[] scales) -> ()', _add),
         ('pack_signs_', '(Tensor x, Tensor(a!) positive, Tensor(b!) negative) -> ()', _pack)):
-    torch.library.define(f'ftlab::{_name}', _schema); torch.library.impl(f'ftlab::{_name}', 'CompositeExplicitAutograd', _plain)
+    torch.library.define(f'ftlab::{_name}', _schema)
+    torch.library.impl(f'ftlab::{_name}', 'CompositeExplicitAutograd', _plain)
 
 @torch.library.register_fake('ftlab::add_ternary_')
-def _fake_add(tensors, positive, negative, scales): return None # nothing but what the schema says
+def _fake_add(tensors, positive, negative, scales):
+    return None # nothing but what the schema says
+
 @torch.library.register_fake('ftlab::pack_signs_')
-def _fake_pack(x, positive, negative): return None
+def _fake_pack(x, positive, negative):
+    return None
 
 # %% ../../nbs/native/ternary.ipynb #0012d9f8
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -75,21 +92,30 @@ _MOST = 128 # vectors in one call
 
 def _float32(v, name): # a Python number as float32 has it
     out = torch.tensor(float(v), dtype=torch.float32).item()
-    if not math.isfinite(out): raise ValueError(f'{name} is {float(v)}; it must be a finite float32 number')
+    if not math.isfinite(out):
+        raise ValueError(f'{name} is {float(v)}; it must be a finite float32 number')
     return out
 
 def _readable(x, i):
-    if x.dtype not in _TYPES: raise ValueError(f'tensor {i} is {x.dtype}; it must be float32, bfloat16 or float16')
-    if not x.is_contiguous(): raise ValueError(f'tensor {i} is not contiguous (strides {x.stride()}); give it as it is stored, or a contiguous copy')
+    if x.dtype not in _TYPES:
+        raise ValueError(f'tensor {i} is {x.dtype}; it must be float32, bfloat16 or float16')
+    if not x.is_contiguous():
+        raise ValueError(f'tensor {i} is not contiguous (strides {x.stride()}); give it as it is '
+                         'stored, or a contiguous copy')
 
 def _planes(x):
     p, n = (x.new_empty(-(-x.numel()//8), dtype=torch.uint8) for _ in range(2))
-    (_pack if backend(x.device) == 'torch' else torch.ops.ftlab.pack_signs_)(x, p, n); return p, n
+    (_pack if backend(x.device) == 'torch' else torch.ops.ftlab.pack_signs_)(x, p, n)
+    return p, n
 
 def _own_scale(xs): # the one magnitude that there is beside 0
-    parts = [q for x in xs if x.numel() for q in x.view(-1).split(1 << 24)]; most = [q.abs().max().item() for q in parts]; s = max(most, default=0.)
-    if any(math.isnan(m) for m in most) or not all(((q == 0) | (q.abs() == s)).all() for q in parts):
-        raise ValueError(f'the numbers are not ternary: beside 0 and {s} there are others; say how many to keep (keep=k)')
+    parts = [q for x in xs if x.numel() for q in x.view(-1).split(1 << 24)]
+    most = [q.abs().max().item() for q in parts]
+    s = max(most, default=0.)
+    if any(math.isnan(m) for m in most) or not all(((q == 0) | (q.abs() == s)).all()
+                                                   for q in parts):
+        raise ValueError(f'the numbers are not ternary: beside 0 and {s} there are others; say how '
+                         'many to keep (keep=k)')
     return s
 
 @torch.no_grad()
@@ -99,28 +125,46 @@ def pack_ternary(x:Tensor|Sequence[Tensor],  # one tensor, or several with one s
                  ) -> Ternary|list[Ternary]:
     """Pack numbers that are 0, s and -s, or the signs of the `keep` largest (ties to the lowest index; a 0 among them stays 0), into two bits each.
     Raises `ValueError` for tensors that are neither, and for NaN or infinity among what is kept."""
-    single = isinstance(x, Tensor); xs = [x] if single else list(x)
-    for i, t in enumerate(xs): _readable(t, i)
-    if scale is not None: scale = _float32(scale, 'scale')
-    if keep is None: own = _own_scale(xs); planes = [_planes(t) for t in xs]
+    single = isinstance(x, Tensor)
+    xs = [x] if single else list(x)
+    for i, t in enumerate(xs):
+        _readable(t, i)
+    if scale is not None:
+        scale = _float32(scale, 'scale')
+    if keep is None:
+        own = _own_scale(xs)
+        planes = [_planes(t) for t in xs]
     else:
-        masks = kth_magnitude(xs, keep, 'mask'); planes = [(p.bitwise_and_(m), n.bitwise_and_(m)) for m, (p, n) in zip(masks, map(_planes, xs))]
-        own = sum(t[unpack_mask(m, t)].abs().sum(dtype=torch.float64).item() for t, m in zip(xs, masks))/keep
-    own = _float32(own, 'the size of what is kept'); out = [Ternary(p, n, own if scale is None else scale, tuple(t.shape)) for t, (p, n) in zip(xs, planes)]
+        masks = kth_magnitude(xs, keep, 'mask')
+        planes = [(p.bitwise_and_(m), n.bitwise_and_(m))
+                  for m, (p, n) in zip(masks, map(_planes, xs))]
+        own = sum(t[unpack_mask(m, t)].abs().sum(dtype=torch.float64).item()
+                  for t, m in zip(xs, masks))/keep
+    own = _float32(own, 'the size of what is kept')
+    out = [Ternary(p, n, own if scale is None else scale, tuple(t.shape))
+           for t, (p, n) in zip(xs, planes)]
     return out[0] if single else out
 
 # %% ../../nbs/native/ternary.ipynb #0014d9f8
 def _checked(w, vectors, i, scales):
     "The planes and scales of the vectors for tensor i"
     _readable(w, i)
-    if len(vectors) != len(scales): raise ValueError(f'{len(vectors)} vectors for tensor {i}, and {len(scales)} scales; give one scale for each vector')
-    if len(vectors) > _MOST: raise ValueError(f'{len(vectors)} vectors for tensor {i}; one call adds at most {_MOST}')
+    if len(vectors) != len(scales):
+        raise ValueError(f'{len(vectors)} vectors for tensor {i}, and {len(scales)} scales; give '
+                         'one scale for each vector')
+    if len(vectors) > _MOST:
+        raise ValueError(f'{len(vectors)} vectors for tensor {i}; one call adds at most {_MOST}')
     for j, v in enumerate(vectors):
-        if tuple(v.shape) != tuple(w.shape): raise ValueError(f'vector {j} has the shape {tuple(v.shape)}, tensor {i} {tuple(w.shape)}; they must be alike')
+        if tuple(v.shape) != tuple(w.shape):
+            raise ValueError(f'vector {j} has the shape {tuple(v.shape)}, tensor {i} '
+                             f'{tuple(w.shape)}; they must be alike')
         for p in (v.positive, v.negative):
-            if (p.dtype, p.shape, p.is_contiguous(), p.device) != (torch.uint8, (-(-w.numel()//8),), True, w.device):
-                raise ValueError(f'the planes of vector {j} must be flat contiguous uint8 tensors on {w.device}, a bit for each number of tensor {i}')
-    factors = [_float32(s*v.scale, f'the scale of vector {j}') for j, (s, v) in enumerate(zip(scales, vectors))]
+            if (p.dtype, p.shape, p.is_contiguous(),
+                p.device) != (torch.uint8, (-(-w.numel()//8),), True, w.device):
+                raise ValueError(f'the planes of vector {j} must be flat contiguous uint8 tensors '
+                                 f'on {w.device}, a bit for each number of tensor {i}')
+    factors = [_float32(s*v.scale, f'the scale of vector {j}')
+               for j, (s, v) in enumerate(zip(scales, vectors))]
     return [v.positive for v in vectors], [v.negative for v in vectors], factors
 
 @torch.no_grad()
@@ -130,20 +174,29 @@ def add_ternary_(tensors:Tensor|Sequence[Tensor], # one tensor, or several: cont
                  ) -> None:
     """Add `sum_j scales[j]*vectors[j]` in place, in one pass: the sum in float32 from 0 in the order given (each factor times its vector's scale is
     rounded to float32 once), then one addition, rounded once to the tensor's type. Raises `ValueError` for what does not fit, before anything has changed."""
-    single = isinstance(tensors, Tensor); ts = [tensors] if single else list(tensors); vs = [[v] for v in vectors] if single else [list(v) for v in vectors]
+    single = isinstance(tensors, Tensor)
+    ts = [tensors] if single else list(tensors)
+    vs = [[v] for v in vectors] if single else [list(v) for v in vectors]
     scales = [1.]*len(vs) if scales is None else list(scales)
-    if bad := [len(v) for v in vs if len(v) != len(ts)]: raise ValueError(f'a vector has {bad[0]} parts for {len(ts)} tensors; it must have one for each')
+    if bad := [len(v) for v in vs if len(v) != len(ts)]:
+        raise ValueError(f'a vector has {bad[0]} parts for {len(ts)} tensors; it must have one for each')
     at = [p.data_ptr() for p in ts if p.numel()]
-    if len(set(at)) < len(at): raise ValueError('a tensor is in the list twice, and would be moved twice; give tied weights once')
+    if len(set(at)) < len(at):
+        raise ValueError('a tensor is in the list twice, and would be moved twice; give tied weights once')
     parts = [_checked(w, [v[i] for v in vs], i, scales) for i, w in enumerate(ts)]
     for device, run in groupby(range(len(ts)), lambda i: ts[i].device):
-        run = list(run); some = [ts[i] for i in run]
+        run = list(run)
+        some = [ts[i] for i in run]
         positive, negative, factors = ([o for i in run for o in parts[i][k]] for k in range(3))
-        if factors: (_add if backend(device) == 'torch' else torch.ops.ftlab.add_ternary_)(some, positive, negative, factors)
+        if factors:
+            (_add if backend(device) == 'torch' else torch.ops.ftlab.add_ternary_)(
+                some, positive, negative, factors)
         torch.autograd.graph.increment_version(some)
 
 def unpack_ternary(vector:Ternary,
                    dtype:torch.dtype=torch.float32 # float32, bfloat16 or float16
                    ) -> Tensor:
     "The dense tensor, its scale rounded to `dtype`"
-    out = torch.zeros(vector.shape, dtype=dtype, device=vector.positive.device); add_ternary_(out, [vector]); return out
+    out = torch.zeros(vector.shape, dtype=dtype, device=vector.positive.device)
+    add_ternary_(out, [vector])
+    return out

@@ -37,7 +37,8 @@ def _survives(part) -> bool:
     return hasattr(part, 'state_dict') and hasattr(part, 'load_state_dict')
 
 class _Tensors(dict):
-    "Tensors by name, each once: two parts may keep the same one, and a file cannot hold what shares memory"
+    """Tensors by name, each once: two parts may keep the same one, and a file cannot hold what
+    shares memory"""
     def __init__(self):
         self.seen = {}
 
@@ -78,7 +79,8 @@ def _together(x:dict, tensors:Mapping[str, Tensor]):
 
 # %% ../../nbs/trainers/checkpoint.ipynb #0fa378f7
 def _change(attached) -> dict[str, Tensor]:
-    "What a change consists of, by the names of `attached.parameters()` and, likewise, of its deltas' buffers"
+    """What a change consists of, by the names of `attached.parameters()` and, likewise, of its
+    deltas' buffers"""
     own = {n: p for n, p in attached.parameters().items() if '::' not in n}
     own |= {f'{n}::{k}': v for n, d in attached.deltas.items() for k, v in d.state_dict().items()}
     return {f'param|{n}': v.detach() for n, v in own.items()}
@@ -143,7 +145,8 @@ def header_of(run:str,         # the mark of this run, drawn when it began
                 short=short, callbacks=[type(c).__name__ for c in callbacks])
 
 def bytes_of_checkpoint(state:State) -> int:
-    "Estimate how large a checkpoint will be: what trains, and two moments of it where there is an optimizer"
+    """Estimate how large a checkpoint will be: what trains, and two moments of it where there is an
+    optimizer"""
     trained = sum(p.numel()*p.element_size() for p in state.attached.parameters().values())
     return trained*(1 if state.optimizer is None else 3)
 
@@ -166,7 +169,8 @@ def different(was:Mapping, settings:Mapping) -> list[str]:
     return [k for k, v in json.loads(json.dumps(settings)).items() if was.get(k) != v]
 
 def check_same_run(path:Path, was:Mapping, settings:Mapping) -> None:
-    "Raise `ValueError` naming the first setting in which the run that left `path` differs from this one"
+    """Raise `ValueError` naming the first setting in which the run that left `path` differs from
+    this one"""
     if diff := different(was, settings):
         raise ValueError(f'{str(path)!r} is a run with {_compared(diff[0], was, settings)}; use another '
                          f'folder, or the same settings')
@@ -174,7 +178,8 @@ def check_same_run(path:Path, was:Mapping, settings:Mapping) -> None:
 def _compared(k:str, was:Mapping, settings:Mapping) -> str:
     hints = dict(model='it began with other weights',
                  encoded='its tokenizer or chat template makes other tokens of the data')
-    return f'{k}={was.get(k)!r}, this one has {settings[k]!r}' + (f' ({hints[k]})' if k in hints else '')
+    return f'{k}={was.get(k)!r}, this one has {settings[k]!r}' + (
+        f' ({hints[k]})' if k in hints else '')
 
 def cut_off(path:Path) -> dict|None: # a checkpoint
     """Read the settings of the run that left it, the step it had reached, and when that was; `None`
@@ -236,7 +241,8 @@ def load_checkpoint(path:Path,     # the file
                     state:State,   # of the run
                     own:dict       # the settings of this stage
                    ) -> None:
-    "Go on from a checkpoint. Raises `ValueError` if it is damaged, or of a run with other settings or parts."
+    """Go on from a checkpoint. Raises `ValueError` if it is damaged, or of a run with other
+    settings or parts."""
     tensors, header = read_tensors(path)[0], read_header(path)
     check_same_run(path, header['settings'], own)
     if odd := sorted(parts.keys() ^ header['parts'].keys()):

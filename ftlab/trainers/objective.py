@@ -25,9 +25,12 @@ IGNORE = -100 # the label of what carries no price, as everywhere in PyTorch
 def token_nll(logits:Tensor, # [batch, tokens, words], or [batch, classes]
               labels:Tensor  # [batch, tokens], or [batch]; -100 where there is no price
              ) -> Tensor:    # [batch, tokens - 1], or [batch]; 0 where there is no price
-    "The negative log-likelihood of each label, in nats; a language model's logits at one place price the token at the next"
-    if labels.ndim == 1: return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction='none')
-    return F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], ignore_index=IGNORE, reduction='none')
+    """The negative log-likelihood of each label, in nats; a language model's logits at one place
+    price the token at the next"""
+    if labels.ndim == 1:
+        return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction='none')
+    return F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:],
+                           ignore_index=IGNORE, reduction='none')
 
 def priced(labels:Tensor) -> Tensor:
     "Where a price is paid: a mask of the shape that `token_nll` returns"
@@ -37,43 +40,69 @@ def priced(labels:Tensor) -> Tensor:
 _HEAVY = 64 << 20 # bytes of logits, as float32, from which on they are not made whole
 
 def _stopped(call:Callable, head:nn.Module) -> tuple[Tensor, Tensor, Tensor|None]:
-    "What the head would have seen in this call, [batch, tokens, hidden], and its weight and bias as they were then"
+    """What the head would have seen in this call, [batch, tokens, hidden], and its weight and bias
+    as they were then"""
     seen = []
-    def stop(mod, args): seen.append((args[0], mod.weight, mod.bias)); return (args[0][:, :0], *args[1:])
+
+    def stop(mod, args):
+        seen.append((args[0], mod.weight, mod.bias))
+        return (args[0][:, :0], *args[1:])
+
     hook = head.register_forward_pre_hook(stop)
-    try: call()
-    finally: hook.remove()
+    try:
+        call()
+    finally:
+        hook.remove()
     return seen[0]
 
 def plain_head(model, batch) -> nn.Linear|None:
-    "The last layer of a language model, if the logits are its product and nothing more; else `None`"
-    ask = getattr(model, 'get_output_embeddings', None); head = ask() if ask else None
-    if not isinstance(head, nn.Linear) or head._forward_hooks or head._forward_pre_hooks or isinstance(head.weight, DTensor): return None
+    """The last layer of a language model, if the logits are its product and nothing more; else
+    `None`"""
+    ask = getattr(model, 'get_output_embeddings', None)
+    head = ask() if ask else None
+    if not isinstance(head,
+                      nn.Linear) or head._forward_hooks or head._forward_pre_hooks or isinstance(
+                          head.weight, DTensor):
+        return None
     fed, few = [], {k: v[:1, :2] for k, v in model_inputs(batch).items() if v.ndim == 2}
-    def feed(mod, args): h = args[0]; fed.append(h*(60/F.linear(h, mod.weight, mod.bias).abs().max().clamp(min=1e-6))); return (fed[0], *args[1:])
+
+    def feed(mod, args):
+        h = args[0]
+        fed.append(h*(60/F.linear(h, mod.weight, mod.bias).abs().max().clamp(min=1e-6)))
+        return (fed[0], *args[1:])
+
     hook = head.register_forward_pre_hook(feed)
     try:
-        with torch.no_grad(), torch.random.fork_rng(): got = model(**few).logits; want = F.linear(fed[0], head.weight, head.bias)
-    finally: hook.remove()
-    return head if got.shape == want.shape and torch.allclose(got.float(), want.float(), rtol=1e-2, atol=1e-2) else None
+        with torch.no_grad(), torch.random.fork_rng():
+            got = model(**few).logits
+            want = F.linear(fed[0], head.weight, head.bias)
+    finally:
+        hook.remove()
+    return (head if got.shape == want.shape and torch.allclose(got.float(), want.float(), rtol=1e-2,
+                                                               atol=1e-2) else None)
 
 def _head_of(state):
-    if 'plain_head' not in state.extra: state.extra['plain_head'] = (plain_head(state.model, state.batch),)
+    if 'plain_head' not in state.extra:
+        state.extra['plain_head'] = (plain_head(state.model, state.batch),)
     return state.extra['plain_head'][0]
 
 # %% ../../nbs/trainers/objective.ipynb #0009b9a2
-def _inputs(state) -> dict: return model_inputs(state.batch)
+def _inputs(state) -> dict:
+    return model_inputs(state.batch)
 
 def _in_one_pass(state, weight, terms) -> Tensor|None:
     labels = state.batch['labels']
-    if labels.ndim != 2: return None
+    if labels.ndim != 2:
+        return None
     words = getattr(getattr(state.model, 'config', None), 'vocab_size', 0)
-    if 4*words*labels.numel() < _HEAVY or (head := _head_of(state)) is None: return None
+    if 4*words*labels.numel() < _HEAVY or (head := _head_of(state)) is None:
+        return None
     inputs = _inputs(state)
     hidden, W, b = _stopped(lambda: state.model(**inputs), head)
     anchor = terms[0].anchor(state, inputs) if terms else {}
     found = weighted_linear_cross_entropy(hidden[:, :-1], W, labels[:, 1:].contiguous(),
-                                          weight and (lambda nll, entropy: weight(nll)), bias=b, **anchor)
+                                          weight and (lambda nll, entropy: weight(nll)), bias=b,
+                                          **anchor)
     state.nll = found.nll
     return found.loss/state.count
 
@@ -88,10 +117,12 @@ class token_loss:
         return (nll if self.weight is None else self.weight(nll).detach()*nll).sum()/state.count
 
     def in_one_pass(self, state, terms:tuple) -> Tensor|None: # terms: one at most, with an `anchor`
-        "The loss and the term without logits; `None` where they are small, or the model's head is not plain"
+        """The loss and the term without logits; `None` where they are small, or the model's head is
+        not plain"""
         return _in_one_pass(state, self.weight, terms)
 
-    def __repr__(self): return 'mean_nll' if self.weight is None else f'weighted({name_of(self.weight)})'
+    def __repr__(self):
+        return 'mean_nll' if self.weight is None else f'weighted({name_of(self.weight)})'
 
 PLAIN = token_loss()
 
@@ -102,14 +133,18 @@ class Objective:
     terms:tuple[Callable, ...]=()  # each (state) -> scalar, added to the loss
 
     def __call__(self, state) -> Tensor:
-        if (loss := self.fused(state)) is not None: return loss
+        if (loss := self.fused(state)) is not None:
+            return loss
         return self.loss(state) + sum(t(state) for t in self.terms)
 
     def fused(self, state) -> Tensor|None:
-        "Loss and terms in one pass over the head's weight, or `None` where somebody needs the logits"
+        """Loss and terms in one pass over the head's weight, or `None` where somebody needs the
+        logits"""
         one_pass = getattr(self.loss, 'in_one_pass', None)
-        if one_pass is None or getattr(state, 'whole_logits', True): return None # a state that does not say so wants them
-        if len(self.terms) > 1 or not all(hasattr(t, 'anchor') for t in self.terms): return None
+        if one_pass is None or getattr(state, 'whole_logits', True):
+            return None # a state that does not say so wants them
+        if len(self.terms) > 1 or not all(hasattr(t, 'anchor') for t in self.terms):
+            return None
         return one_pass(state, self.terms)
 
     def __add__(self, term:Callable) -> Objective:
@@ -117,21 +152,30 @@ class Objective:
         return Objective(self.loss, (*self.terms, term))
 
     def __mul__(self, other):
-        if not isinstance(other, Objective): other = Objective(other)
-        if PLAIN not in (self.loss, other.loss) and self.loss != other.loss: return NotImplemented
+        if not isinstance(other, Objective):
+            other = Objective(other)
+        if PLAIN not in (self.loss, other.loss) and self.loss != other.loss:
+            return NotImplemented
         return Objective(other.loss if self.loss == PLAIN else self.loss, self.terms + other.terms)
-    def __rmul__(self, other): return Objective(other)*self
+
+    def __rmul__(self, other):
+        return Objective(other)*self
 
     @property
-    def plain(self) -> bool: "Is the token loss that of plain fine-tuning?"; return self.loss == PLAIN
+    def plain(self) -> bool:
+        "Is the token loss that of plain fine-tuning?"
+        return self.loss == PLAIN
+
     @property
-    def needs(self) -> frozenset[str]: return frozenset().union(*(getattr(f, 'needs', ()) for f in (self.loss, *self.terms)))
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(*(getattr(f, 'needs', ()) for f in (self.loss, *self.terms)))
 
     def describe(self) -> dict:
         own = {} if self.plain and self.terms else dict(objective=name_of(self.loss))
         return own | (dict(penalties=[name_of(t) for t in self.terms]) if self.terms else {})
 
-    def __repr__(self): return ' + '.join(map(name_of, (self.loss, *self.terms)))
+    def __repr__(self):
+        return ' + '.join(map(name_of, (self.loss, *self.terms)))
 
 def weighted(weight:Callable|None=None # (nll) -> weights of the same shape, taken as constants; None: every token weighs 1
             ) -> Objective:
@@ -139,7 +183,8 @@ def weighted(weight:Callable|None=None # (nll) -> weights of the same shape, tak
     return Objective(token_loss(weight))
 
 def nll() -> Objective:
-    "Plain fine-tuning's objective: the mean negative log-likelihood of a token. Terms are added to it."
+    """Plain fine-tuning's objective: the mean negative log-likelihood of a token. Terms are added
+    to it."""
     return Objective()
 
 # %% ../../nbs/trainers/objective.ipynb #0010b9a2
@@ -151,7 +196,9 @@ def kl(p_logits:Tensor, q_logits:Tensor) -> Tensor:
 class Term:
     "What is added to a loss, the reader's own function too: `loss + term`"
     is_term = True
-    def __radd__(self, loss): return Objective(loss) + self
+
+    def __radd__(self, loss):
+        return Objective(loss) + self
 
 @dataclass(frozen=True)
 class kl_to_base(Term):
@@ -165,7 +212,8 @@ class kl_to_base(Term):
             raise ValueError(f'direction is {self.direction!r}; it must be forward or reverse')
 
     def __call__(self, state) -> Tensor:
-        with torch.no_grad(): ref = state.models['reference'](**_inputs(state)).logits
+        with torch.no_grad():
+            ref = state.models['reference'](**_inputs(state)).logits
         on, cut = priced(state.batch['labels']), (lambda x: x if x.ndim == 2 else x[:, :-1])
         a, b = (ref, state.logits) if self.direction == 'forward' else (state.logits, ref)
         return self.weight*(kl(cut(a), cut(b))*on).sum()/state.count
@@ -174,7 +222,9 @@ class kl_to_base(Term):
         "What `weighted_linear_cross_entropy` needs to add this term in the same pass"
         base = state.models['reference']
         head = getattr(base, 'attached', SimpleNamespace(model=base)).model.get_output_embeddings()
-        with torch.no_grad(): hidden, *rest = _stopped(lambda: base(**inputs), head)
+        with torch.no_grad():
+            hidden, *rest = _stopped(lambda: base(**inputs), head)
         return dict(reference=(hidden[:, :-1], *rest), kl=self.weight, direction=self.direction)
 
-    def __repr__(self): return f'kl_to_base({self.weight}, {self.direction})'
+    def __repr__(self):
+        return f'kl_to_base({self.weight}, {self.direction})'

@@ -33,7 +33,8 @@ class Pairs:
         self.micro = micro_size(self.batch_size, state.settings['accumulate'])
         worse = rejected if callable(rejected) else lambda row: _column(row, rejected)
         rows = rows or state.data.train
-        sides = [encode_each([dict(r, response=text(r)) for r in rows], state.tok, 'text', state.limit)
+        sides = [encode_each([dict(r, response=text(r)) for r in rows], state.tok, 'text',
+                             state.limit)
                  for text in (lambda row: row['response'], worse)]
         self.pairs = [pair for pair in zip(*sides) if all(map(_teaches, pair))]
         if not self.pairs:
@@ -43,7 +44,8 @@ class Pairs:
     def next(self, state) -> list[dict]:
         """Return the micro-batches of step `state.step`: the chosen answers of some pairs, then their
         rejected ones"""
-        picked = [self.pairs[i] for i in indices(state.step, self.batch_size, len(self.pairs), state.seed)]
+        picked = [self.pairs[i] for i in indices(state.step, self.batch_size, len(self.pairs),
+                                                 state.seed)]
         parts = [picked[j:j + self.micro] for j in range(0, len(picked), self.micro)]
         return [collate([p[side] for side in (0, 1) for p in part], state.pad_id) for part in parts]
 
@@ -68,9 +70,11 @@ def judged_pairs(model, tok, rows:list[dict], # questions, with what the judge n
                 ) -> list[dict]:              # rows with `response` the best answer drawn and `rejected` the worst
     """Make pairs of the model's own answers, told apart by a judge; a question whose answers all score
     alike gives none"""
-    asked, longest = [r for r in rows for _ in range(draws)], max_new_tokens or answer_length(rows, tok)
+    asked = [r for r in rows for _ in range(draws)]
+    longest = max_new_tokens or answer_length(rows, tok)
     with torch.random.fork_rng():
-        said = generate(model, tok, [r['prompt'] for r in asked], max_new_tokens=longest, sample=True,
+        said = generate(model, tok, [r['prompt'] for r in asked], max_new_tokens=longest,
+                        sample=True,
                         temperature=temperature, generator_seed=seed)
     out = []
     for i, r in enumerate(rows):
@@ -106,4 +110,5 @@ class preference:
         pairs = sum(len(b['labels'])//2 for b in state.batches)
         return -F.logsigmoid(self.beta*margins(state)).sum()/pairs
 
-    def __repr__(self): return f'preference({self.beta:g})'
+    def __repr__(self):
+        return f'preference({self.beta:g})'

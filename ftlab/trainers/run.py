@@ -52,7 +52,8 @@ class Run:
         kind = 'loss' if self.log and self.log[0]['nll'] is None else 'nll'
         ends = [self.log[0][kind], self.log[-1][kind]] if self.log else [math.nan]*2
         said = f'{self.recipe.name}: {len(self.log)} steps, {kind} {ends[0]:.3f} -> {ends[1]:.3f}'
-        return f'{said}, {self.cost["trainable"]:,} numbers trained' + (', interrupted' if self.interrupted else '')
+        return f'{said}, {self.cost["trainable"]:,} numbers trained' + (
+            ', interrupted' if self.interrupted else '')
 
 # %% ../../nbs/trainers/run.ipynb #0006191a
 class Change:
@@ -86,7 +87,8 @@ def load_learners(path:str|Path, # what `Change.save` wrote
                   model,         # the model that the learners belong to
                   tok=None,      # its tokenizer
                  ) -> dict:      # name -> module, on the model's device, in evaluation mode
-    "Load the learners of a saved run: each is made anew (from the model and tokenizer alone) and given its saved parameters. Raises `ValueError` where the file has none of that name."
+    """Load the learners of a saved run: each is made anew (from the model and tokenizer alone) and
+    given its saved parameters. Raises `ValueError` where the file has none of that name."""
     device, out = device_of(model), {}
     tensors = {k: v for k, v in read_tensors(path)[0].items() if k.startswith('learner|')}
     for n, l in recipe.learners.items():

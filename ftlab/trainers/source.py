@@ -13,36 +13,51 @@ __all__ = ['micro_size', 'Rows', 'count_priced', 'rows_of', 'tokens_of']
 
 # %% ../../nbs/trainers/source.ipynb #0005060d
 def micro_size(batch_size:int, accumulate:int) -> int:
-    "Rows of a micro-batch; raises `ValueError` where a batch does not fall into so many equal parts"
+    """Rows of a micro-batch; raises `ValueError` where a batch does not fall into so many equal
+    parts"""
     if batch_size < 1 or accumulate < 1 or batch_size % accumulate:
-        raise ValueError(f'batch_size is {batch_size} and accumulate {accumulate}; both must be at least 1 and the first a multiple of the second')
+        raise ValueError(f'batch_size is {batch_size} and accumulate {accumulate}; both must be at '
+                         'least 1 and the first a multiple of the second')
     return batch_size//accumulate
 
 class Rows:
-    "Rows of a data set in a shuffled order that depends on the seed and the step alone, so that a resumed run sees the same"
+    """Rows of a data set in a shuffled order that depends on the seed and the step alone, so that a
+    resumed run sees the same"""
     def __init__(self, rows:list[dict], # encoded rows
                  batch_size:int,        # rows a step
                  accumulate:int=1,      # micro-batches that a step is cut into
                  seed:int=0,            # of the order
                  pad_id:int=0,          # what fills short rows
                  collate:Callable=collate): # (rows, pad_id) -> batch
-        if not rows: raise ValueError('there is no row to train on')
+        if not rows:
+            raise ValueError('there is no row to train on')
         micro_size(batch_size, accumulate)
-        self.rows, self.batch_size, self.accumulate, self.seed, self.pad_id, self.collate = rows, batch_size, accumulate, seed, pad_id, collate
+        self.rows = rows
+        self.batch_size = batch_size
+        self.accumulate = accumulate
+        self.seed = seed
+        self.pad_id = pad_id
+        self.collate = collate
     def next(self, state) -> list[dict]:
         "The micro-batches of step `state.step`"
         picked = indices(state.step, self.batch_size, len(self.rows), self.seed)
         k = micro_size(self.batch_size, self.accumulate)
-        return [self.collate([self.rows[i] for i in picked[j:j + k]], self.pad_id) for j in range(0, self.batch_size, k)]
+        return [self.collate([self.rows[i] for i in picked[j:j + k]], self.pad_id)
+                for j in range(0, self.batch_size, k)]
 
 # %% ../../nbs/trainers/source.ipynb #0007060d
 def count_priced(batches:list[dict]) -> int:
-    "The number of tokens (or of labelled examples) that carry a price, over all micro-batches; of rows where there are no labels"
+    """The number of tokens (or of labelled examples) that carry a price, over all micro-batches; of
+    rows where there are no labels"""
     return sum(int(priced(b['labels']).sum()) if 'labels' in b else rows_of(b) for b in batches)
 
-def rows_of(batch:dict) -> int: "How many rows a micro-batch holds"; return len(next(iter(batch.values())))
+def rows_of(batch:dict) -> int:
+    "How many rows a micro-batch holds"
+    return len(next(iter(batch.values())))
 
 def tokens_of(batch:dict) -> int:
-    "How many tokens the model reads in a micro-batch; of anything that is not text each row counts as one"
-    if 'tokens' in batch: return int(batch['tokens'].sum()) # packed lines
+    """How many tokens the model reads in a micro-batch; of anything that is not text each row
+    counts as one"""
+    if 'tokens' in batch:
+        return int(batch['tokens'].sum()) # packed lines
     return int(batch['attention_mask'].sum()) if 'attention_mask' in batch else rows_of(batch)

@@ -20,7 +20,8 @@ from ..core.io import check_room
 from ..core.model import pad_id
 from ..core.recipe import Recipe
 from ..core.state import State
-from .checkpoint import bytes_of_checkpoint, header_of, load_checkpoint, save_checkpoint, survivors
+from .checkpoint import (bytes_of_checkpoint, header_of, load_checkpoint,
+                                       save_checkpoint, survivors)
 from .learner import Learning
 from .loop import Loop
 from .reference import Originals, reference_of
@@ -190,7 +191,8 @@ def _rest(state:State) -> None:
 
 # %% ../../nbs/trainers/stage.ipynb #0026191a
 def _attach(job:Job, recipe:Recipe, settings:dict) -> tuple[Attached, int]:
-    "Choose, keep the originals of what moves itself, attach; returns the change and the size of a fresh head"
+    """Choose, keep the originals of what moves itself, attach; returns the change and the size of a
+    fresh head"""
     model = job.model
     chosen = (recipe.select or everything)(model, None, settings['seed'])
     also = tuple(head_names(model)) if job.data.kind == 'label' else ()
@@ -223,8 +225,10 @@ def _step_settings(settings:dict, acc) -> SimpleNamespace:
 
 def _state(job:Job, recipe:Recipe, settings:dict, att:Attached) -> State:
     "The state of a run before its first step"
-    state = State(job.model, job.tok, attached=att, data=job.data, device=job.device, accelerator=job.acc, settings=settings,
-                  rows=copy.copy(job.rows), validation=copy.copy(job.validation), limit=job.limit, seed=settings['seed'], steps=settings['steps'])
+    state = State(job.model, job.tok, attached=att, data=job.data, device=job.device,
+                  accelerator=job.acc, settings=settings,
+                  rows=copy.copy(job.rows), validation=copy.copy(job.validation), limit=job.limit,
+                  seed=settings['seed'], steps=settings['steps'])
     state.pad_id = pad_id(job.tok)
     state.callbacks = [c() for c in recipe.callbacks] + list(job.callbacks)
     if 'reference' in recipe.needs:

@@ -36,10 +36,12 @@ class StageContext:
     stage:int             # this stage's number, from 0
     runs:list[Run]        # the earlier stages: their `log`, `path`, `cost`, `recipe`, `models`, `source`
 
-    def __post_init__(self): self.before = Placed(self.before, self.model)
+    def __post_init__(self):
+        self.before = Placed(self.before, self.model)
 
     def reset(self) -> None:
-        "Put every weight back as it was before the first stage, and take off what could not be folded"
+        """Put every weight back as it was before the first stage, and take off what could not be
+        folded"""
         for r in self.runs:
             r.delta.attached.release()
         set_weights(self.model, self.before)

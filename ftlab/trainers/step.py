@@ -112,7 +112,8 @@ class Processes:
         return self.index == 0
 
     def part(self, batches:list) -> list:
-        "This process's share of the micro-batches; raises `ValueError` where they cannot be shared equally"
+        """This process's share of the micro-batches; raises `ValueError` where they cannot be
+        shared equally"""
         if len(batches) % self.count == 0:
             return batches[self.index::self.count]
         raise ValueError(f'a step came as {len(batches)} micro-batches, which {self.count} processes '

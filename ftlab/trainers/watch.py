@@ -18,7 +18,8 @@ __all__ = ['free_memory', 'PeakMemory', 'Progress', 'in_notebook', 'tracking', '
 
 # %% ../../nbs/trainers/watch.ipynb #000c191a
 def free_memory() -> None:
-    "Hand freed memory back to the system, so that what comes next is charged for what it takes: the C library keeps it otherwise"
+    """Hand freed memory back to the system, so that what comes next is charged for what it takes:
+    the C library keeps it otherwise"""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError, TypeError):

@@ -16,7 +16,8 @@ __all__ = ['LORA', 'low_rank', 'lora']
 
 # %% ../../../nbs/adapters/modules/lora.ipynb #000aaf9e
 LORA = dict(title='LoRA: Low-Rank Adaptation of Large Language Models', arxiv='2106.09685',
-    claim='Training a low-rank change of frozen weights matches full fine-tuning with a small share of its trainable parameters.',
+    claim='Training a low-rank change of frozen weights matches full fine-tuning with a small share '
+            'of its trainable parameters.',
     source='the abstract, and peft\'s implementation, with which the numbers are compared; '
            'the default targets are wider than the paper\'s, which adapts attention only')
 

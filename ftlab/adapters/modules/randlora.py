@@ -18,7 +18,8 @@ __all__ = ['random_bases', 'RandLoRA', 'mixture', 'randlora']
 
 # %% ../../../nbs/adapters/modules/randlora.ipynb #000caf9e
 @lru_cache(16)
-def random_bases(long:int, short:int, r:int, seed:int=0, sparse:bool=False) -> tuple[Tensor, Tensor]:
+def random_bases(long:int, short:int, r:int, seed:int=0,
+                 sparse:bool=False) -> tuple[Tensor, Tensor]:
     """RandLoRA's fixed random bases: A [r, short] and B [long, N, r], N = ceil(short/r), each of unit standard deviation;
     the same for the same arguments"""
     g, n = torch.Generator().manual_seed(seed), math.ceil(short/r)
@@ -62,7 +63,8 @@ class RandLoRA(nn.Module):
 
     def pair(self) -> tuple[Tensor, Tensor]:
         "The change over its scale as a product, left [out, N r] and right [N r, in]"
-        left, right = self.B.flatten(1), (self.lam.T[:, :, None]*self.A*self.gamma[:, None]).flatten(0, 1)
+        left, right = self.B.flatten(1), (self.lam.T[:, :,
+                                                     None]*self.A*self.gamma[:, None]).flatten(0, 1)
         return (right.T, left.T) if self.turned else (left, right)
 
     def forward(self, W):
@@ -88,7 +90,8 @@ class mixture:
         return f'RandLoRA(r={self.r})'
 
 @method('RandLoRA: Full-rank parameter-efficient fine-tuning of large models', '2502.00987',
-    'A change of full rank, a learned mixture of fixed random low-rank products, closes most of the gap between LoRA and full fine-tuning with as few trained parameters.',
+    'A change of full rank, a learned mixture of fixed random low-rank products, closes most of the '
+        'gap between LoRA and full fine-tuning with as few trained parameters.',
     'the abstract, the authors\' repository, and peft\'s implementation, with which the numbers are compared; '
     'the scale is peft\'s, which the author recommends, not the 2/sqrt(N) of paper and repository',
     lr=3e-3, lrs=(1e-3, 3e-3, 1e-2), toy=dict(r=4))

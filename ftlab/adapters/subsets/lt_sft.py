@@ -98,7 +98,8 @@ WHY = {'accumulates': 'a parameter at the very rank K may be chosen or not by ro
 def lt_sft(density:float=.08, # the share of the base model, norms apart, that may move in the second run
            l1:float=0.        # weight of the mean distance from the start, in both runs
           ) -> Recipe:
-    "Lottery-ticket sparse fine-tuning: train all, keep what moved most, put back, train that. Half of the steps go to each run."
+    """Lottery-ticket sparse fine-tuning: train all, keep what moved most, put back, train that.
+    Half of the steps go to each run."""
     if not 0 < density <= 1:
         raise ValueError(f'density is {density}; it must be above 0 and at most 1')
     first = Recipe(Method('find what moves', waives=WHY), select=movable, objective=_held(l1))

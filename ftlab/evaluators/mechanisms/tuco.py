@@ -17,7 +17,8 @@ __all__ = ['Split', 'tuco', 'at_token', 'steered']
 
 # %% ../../../nbs/evaluators/mechanisms/tuco.ipynb #0005170a
 class Split:
-    "Hooks that split what each block adds; `ptc` and `ftc` are the sums over the blocks so far, [rows, tokens, width]"
+    """Hooks that split what each block adds; `ptc` and `ftc` are the sums over the blocks so far,
+    [rows, tokens, width]"""
     def __init__(self, model, # the tuned model
                  base,        # the change on it (`run.delta.attached`), or a base model of the same make
                  alpha:float=1.): # what the fine-tuning component is multiplied by
@@ -69,7 +70,8 @@ def tuco(model,       # the tuned model
          batch:Mapping[str, Tensor], # prompts: input_ids and attention_mask, [rows, tokens], padded on either side
          at:str='last' # the token that is read: 'last' of each prompt, or 'first' (a classifier's mark)
         ) -> Tensor:  # [rows], in [0, 1]
-    "Compute each prompt's tuning contribution. Raises `UnknownArchitecture` where `anatomy` cannot find the blocks"
+    """Compute each prompt's tuning contribution. Raises `UnknownArchitecture` where `anatomy`
+    cannot find the blocks"""
     if at not in ('last', 'first'):
         raise ValueError(f'at is {at!r}; it must be last or first')
     s = Split(model, base)

@@ -9,7 +9,8 @@ from collections import Counter
 from ...core.batches import question_of
 from ...core.text import shortened, some
 from ..case import NotApplicable, check
-from ..planted import before, labelled_data, planted, text_data, toy_classifier, toy_rows
+from ..planted import (before, labelled_data, planted, text_data, toy_classifier,
+                                       toy_rows)
 
 # %% auto #0
 __all__ = ['FEW', 'train_test_overlap', 'duplicate_rows', 'answers_contradict', 'few_test_rows', 'labels_missing',

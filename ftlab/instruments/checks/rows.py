@@ -153,7 +153,8 @@ def _a_token_across_the_border():
     listed = ['<pad>', '<eos>', 'a', 'b', 'c', 'ab', ' '] # 'ab' is one token, as 'a' and 'b' are
     words = {w: i for i, w in enumerate(listed)}
     pairs = Tokenizer(models.BPE(words, [('a', 'b')]))
-    tok = PreTrainedTokenizerFast(tokenizer_object=pairs, pad_token='<pad>', eos_token='<eos>', model_max_length=64)
+    tok = PreTrainedTokenizerFast(tokenizer_object=pairs, pad_token='<pad>', eos_token='<eos>',
+                                  model_max_length=64)
     rows = [dict(prompt='c' + 'a'*(i % 5 + 1), response='b') for i in range(20)]
     return before(model=toy_model(vocab_size=7), tok=tok, data=text_data(rows))
 

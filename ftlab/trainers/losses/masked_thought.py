@@ -52,9 +52,11 @@ class mask_answers:
         return f'mask_answers({self.ratio}, {self.warmup}, {self.noise})'
 
 # %% ../../../nbs/trainers/losses/masked_thought.ipynb #00067486
-@method('Masked Thought: Simply Masking Partial Reasoning Steps Can Improve Mathematical Reasoning Learning of Language Models', '2403.02178',
+@method('Masked Thought: Simply Masking Partial Reasoning Steps Can Improve Mathematical Reasoning '
+        'Learning of Language Models', '2403.02178',
     'Hiding a random share of the reasoning steps from the input makes fine-tuning on solutions generalise better.',
-    'the paper\'s text, README and training scripts of the official code (ChangyuChen347/MaskedThought), whose GSM8K script puts random tokens '
+    'the paper\'s text, README and training scripts of the official code '
+        '(ChangyuChen347/MaskedThought), whose GSM8K script puts random tokens '
     'where our default puts a mask; sparing special tokens is our reading')
 def masked_thought(ratio:float=.4,   # the share of answer tokens that is hidden, once warmed up
                    warmup:float=.66, # the share of the steps over which it rises from 0

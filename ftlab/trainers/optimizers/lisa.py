@@ -29,7 +29,8 @@ def draw(blocks:int,  # how many there are
     return sorted(random.Random(f'{seed}/{period}').sample(range(blocks), min(gamma, blocks)))
 
 class BlocksInTurn(Backprop):
-    "Backpropagation and AdamW on some of the blocks at a time, without optimizer state for the others"
+    """Backpropagation and AdamW on some of the blocks at a time, without optimizer state for the
+    others"""
     def __init__(self, params, settings, # as in `Backprop`
                  gamma:int=2,            # blocks that train at a time
                  period:int=20,          # steps between draws
@@ -48,8 +49,10 @@ class BlocksInTurn(Backprop):
         return super().__call__(state, losses)
 
     def switch(self, state, forget:bool) -> None:
-        "Let the blocks of this period train and freeze the others; `forget` drops AdamW's state of all blocks"
-        blocks = list(dict.fromkeys(b for n, _ in state.model.named_parameters() if (b := block_of(n))))
+        """Let the blocks of this period train and freeze the others; `forget` drops AdamW's state
+        of all blocks"""
+        blocks = list(dict.fromkeys(b for n, _ in state.model.named_parameters()
+                                    if (b := block_of(n))))
         self.active = draw(len(blocks), self.gamma, state.step//self.period, state.seed)
         state.extra['active'] = self.active
         for n, p in zip(self.names, self.params):

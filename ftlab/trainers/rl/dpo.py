@@ -22,9 +22,11 @@ class paired:
     def __call__(self, state) -> Pairs:
         return Pairs(state, self.rejected)
 
-    def __repr__(self): return 'pairs'
+    def __repr__(self):
+        return 'pairs'
 
-def _backwards(row) -> str: return ' '.join(row['response'].split()[::-1]) + ' a'
+def _backwards(row) -> str:
+    return ' '.join(row['response'].split()[::-1]) + ' a'
 
 @method('Direct Preference Optimization: Your Language Model is Secretly a Reward Model', '2305.18290',
     'A classification loss on pairs of answers finds the policy that reinforcement learning on a reward model '

@@ -32,7 +32,8 @@ def token_logp(logits:Tensor,       # [batch, tokens, words]
                labels:Tensor,       # [batch, tokens]; -100 outside the answer
                temperature:float=1. # of the sampler
               ) -> Tensor:          # [batch, tokens - 1]; 0 outside the answer
-    "Return each answer token's log-probability under the sampler's distribution: logits over temperature"
+    """Return each answer token's log-probability under the sampler's distribution: logits over
+    temperature"""
     return -token_nll(logits if temperature == 1 else logits/temperature, labels)
 
 class Rollouts:
@@ -67,8 +68,10 @@ class Rollouts:
 
     @torch.no_grad()
     def draw(self, state) -> dict:
-        "Draw a group of answers to each question; the batch carries old log-probabilities and advantages"
-        picked = indices(state.step//self.updates, self.questions, len(state.data.train), state.seed)
+        """Draw a group of answers to each question; the batch carries old log-probabilities and
+        advantages"""
+        picked = indices(state.step//self.updates, self.questions, len(state.data.train),
+                         state.seed)
         rows = [state.data.train[i] for i in picked]
         with evaluating(state.model):
             asked, y = self.answer(state, rows)
@@ -78,7 +81,8 @@ class Rollouts:
         rewards = self.judged(state, rows, [t[m] for t, m in zip(said, live)])
         mask = torch.cat([asked['attention_mask'], live.long()], 1)
         answer = torch.cat([torch.zeros_like(asked['attention_mask'], dtype=torch.bool), live], 1)
-        full = dict(input_ids=y, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+        full = dict(input_ids=y, attention_mask=mask,
+                    position_ids=(mask.cumsum(1) - 1).clamp(min=0),
                     labels=y.masked_fill(answer.logical_not(), -100),
                     advantage=advantages(rewards).flatten().to(state.device))
         with evaluating(state.model):
@@ -86,7 +90,8 @@ class Rollouts:
         return full | dict(old=token_logp(logits, full['labels'], self.temperature))
 
     def answer(self, state, rows:list[dict]) -> tuple[dict, Tensor]:
-        "Ask every question `group` times; returns the questions as a batch, and questions with answers"
+        """Ask every question `group` times; returns the questions as a batch, and questions with
+        answers"""
         prompts = [r['prompt'] for r in rows for _ in range(self.group)]
         asked, longest = render_within(prompts, state.tok, self.limit, state.model)
         batch = left_pad(asked, state.tok.pad_token_id, state.device)
@@ -167,7 +172,8 @@ class rollouts:
         return f'rollouts(group={self.group}{more})'
 
 # a random model is never right: the judge would reward nothing
-def _letters(row, answer) -> float: return len(answer)/10
+def _letters(row, answer) -> float:
+    return len(answer)/10
 
 @method('DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models', '2402.03300',
     'Rewards relative to a group of answers train a policy without a value model.',

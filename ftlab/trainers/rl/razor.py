@@ -149,7 +149,8 @@ def another_order(model, tok, rows:list[dict], # questions to learn from, from `
     arms = dict(trial=(grpo(beta=0., reward=other_order), data(rows), 3e-4),
                 arbitrary=(Recipe('arbitrary'), data(rows), 1e-3),
                 own=(Recipe('own'), data(own), 1e-3))
-    return dict(arms=arms, learned=learned, kept=kept, said=own_answers(model, tok, prompts, 8, seed))
+    return dict(arms=arms, learned=learned, kept=kept,
+                said=own_answers(model, tok, prompts, 8, seed))
 
 UNITS = dict(step='steps', gain='share of questions', forgetting='share of questions',
              kl='nats an answer', moved='Euclidean norm', r2='share of the variance')

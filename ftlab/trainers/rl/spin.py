@@ -27,7 +27,8 @@ class SelfPlay:
 
     def __call__(self, state) -> OwnPairs:
         "Draw and pair; what the model writes counts as tokens"
-        train, limit = state.data.train, self.max_new_tokens or answer_length(state.data.train, state.tok)
+        train, limit = state.data.train, self.max_new_tokens or answer_length(
+            state.data.train, state.tok)
         need = -(-state.steps*state.settings['batch_size']//(2 if self.earlier else 1))
         rows = [train[i] for i in indices(self.turn, min(len(train), need), len(train), state.seed)]
         said = generate(state.model, state.tok, [r['prompt'] for r in rows], max_new_tokens=limit,
@@ -37,7 +38,8 @@ class SelfPlay:
                             for r in own)
         return OwnPairs(state, own, self.earlier)
 
-    def __repr__(self): return 'SelfPlay'
+    def __repr__(self):
+        return 'SelfPlay'
 
 class OwnPairs(Pairs):
     "Pairs whose worse answers the model wrote in this round, and those of the round before"
@@ -63,7 +65,8 @@ class play:
         final = self.last is not None and context.stage == self.rounds - 1
         return Recipe(f'spin, round {context.stage + 1}',
                       objective=preference(self.last if final else self.beta),
-                      source=SelfPlay(self.temperature, self.max_new_tokens, context.stage, earlier))
+                      source=SelfPlay(self.temperature, self.max_new_tokens, context.stage,
+                                      earlier))
 
 @method('Self-Play Fine-Tuning Converts Weak Language Models to Strong Language Models', '2401.01335',
     'Preferring the data\'s answers to its own, round after round, a model learns more from the demonstrations '
@@ -81,4 +84,5 @@ def spin(rounds:int=3,            # each against the model at its start
     "Self-play fine-tuning, of a model that was already fine-tuned on the data"
     if rounds < 1:
         raise ValueError(f'rounds is {rounds}; it must be at least 1')
-    return Recipe(loop=Stages(*[play(rounds, beta, last, reuse, temperature, max_new_tokens)]*rounds))
+    return Recipe(loop=Stages(*[play(rounds, beta, last, reuse, temperature,
+                                     max_new_tokens)]*rounds))
