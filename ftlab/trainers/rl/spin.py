@@ -73,7 +73,7 @@ class play:
     'that it was tuned on.',
     'the abstract and the official code, whose temperature 1 and top_p 1 are used here too; its RMSprop at 5e-7, '
     '6 epochs a round and beta 5 in the last of four rounds are not',
-    lr=1e-4, lrs=(3e-5, 1e-4, 3e-4), toy=dict(rounds=2, max_new_tokens=2))
+    lr=1e-4, lrs=(3e-5, 1e-4, 3e-4), toy=dict(rounds=2, max_new_tokens=4))
 def spin(rounds:int=3,            # each against the model at its start
          beta:float=.1,           # how strongly the player is held to its opponent
          last:float|None=None,    # `beta` of the last round, 5 in the official runs; None: the same
