@@ -22,8 +22,8 @@ STEPS, BATCH, RANK, LENGTH = 100, 32, 8, 64
 RATES = dict(full=[1e-4, 3e-4, 1e-3], hft=[1e-4, 3e-4, 1e-3], lora=[1e-3, 3e-3, 1e-2])
 
 def banking(folder, train=2000, validation=500, test=1000):
-    """A fixed subset: the first rows of each split in the order of the split rule's hash, so that
-    it does not depend on the file's order of labels"""
+    """A fixed subset: the first rows of each split in the order of the split rule's hash,
+    so that it does not depend on the file's order of labels"""
     d = ftlab.data(f'{folder}/train.csv', test=f'{folder}/test.csv', columns=dict(label='category'))
     by = lambda r: hashlib.blake2s(r['text'].encode()).hexdigest()
     cut = {k: sorted(getattr(d, k), key=by)[:n]
@@ -48,8 +48,8 @@ def loop_of_ours(d, seed, lr):
                         trainable=run.cost['trainable'] + run.cost['head'])
 
 def loop_of_peft(d, seed, lr):
-    """peft's LoRA in a plain torch loop: the same rows in the same order, AdamW, linear decay and
-    clipping"""
+    """peft's LoRA in a plain torch loop:
+    the same rows in the same order, AdamW, linear decay and clipping"""
     from peft import LoraConfig, get_peft_model
     t0 = time.perf_counter()
     m, tok = ftlab.load(str(minilm_folder()), labels=d.labels, seed=seed)

@@ -27,8 +27,8 @@ ARCHITECTURES = [*DECODERS, 'bert']
 SETTINGS = dict(steps=8, batch_size=16)
 
 def random_model(family:str, seed:int=0):
-    """A random model of 2 blocks with the lab's vocabulary and the family's own defaults, dropout
-    included; BERT as a classifier of 2 labels"""
+    """A random model of 2 blocks with the lab's vocabulary and the family's own defaults,
+    dropout included; BERT as a classifier of 2 labels"""
     sizes = dict(vocab_size=len(TOK), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
                  max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     more = dict(opt=dict(ffn_dim=80, word_embed_proj_dim=32), gpt2={},
@@ -59,8 +59,8 @@ UNSURE = dict(grpo='boxes')
 DEFAULTS = ('grpo', 'spin')
 
 def toy_arguments(name:str) -> dict:
-    """The arguments with which a method's contract makes it small: those of its mark, or of the
-    contract's table while that stands"""
+    """The arguments with which a method's contract makes it small:
+    those of its mark, or of the contract's table while that stands"""
     function = getattr(methods, name)
     try:
         from test_contract import INSTEAD
@@ -81,8 +81,8 @@ def drawn(name:str, among:list[str]) -> str:
     return among[int(hashlib.sha256(f'{DRAW} {name}'.encode()).hexdigest(), 16) % len(among)]
 
 def plan() -> list[tuple[str, str, str]]:
-    """(recipe, skill, model): every method once and every skill once on lab-s, two plain methods on
-    every architecture, and four more"""
+    """(recipe, skill, model): every method once and every skill once on lab-s,
+    two plain methods on every architecture, and four more"""
     skills = list(SKILLS)
     runs = [(n, UNSURE.get(n) or drawn(n, skills), 'lab-s') for n in methods.names()]
     runs += [(n, drawn(f'{n} {a}', skills), a) for a in ARCHITECTURES for n in ('full', 'lora')]
@@ -96,8 +96,7 @@ def looked(diagnosis, seconds) -> dict:
                 findings=[f'{f.severity} {f.name}: {f.seen}' for f in diagnosis])
 
 def really_lost(run, finding) -> bool:
-    """Did all the skills that the doctor names fall by half at least, on 100 validation questions
-    that it has not asked?"""
+    "Did all the skills that the doctor names fall by half at least, on 100 validation questions that it has not asked?"
     names = re.findall(r'([\w-]+) \d+% -> \d+%', finding.seen)
     ask = lambda: scorers.skills(run.model, 100, split='validation', seed=1, names=names,
                                  tok=run.tok)
@@ -127,8 +126,8 @@ def one(recipe:str, skill:str, model:str) -> dict:
     return row
 
 def kept(path:Path, todo:list[tuple[str, str, str]]) -> list[dict]:
-    """The rows of the table at `path` that are in the plan, if it asked with as many checks as
-    there are now; else none"""
+    """The rows of the table at `path` that are in the plan,
+    if it asked with as many checks as there are now; else none"""
     table = json.loads(path.read_text()) if path.exists() else dict(checks=0)
     if table['checks'] != len(CHECKS):
         return []

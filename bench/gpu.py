@@ -35,8 +35,8 @@ GPU_TESTS = ('test_native.py', 'test_native_cuda.py', 'test_native_adamw.py',
 
 @dataclass
 class Task:
-    """A process, or as many as it takes: pieces of a part, or a command whose output says how it
-    went"""
+    """A process, or as many as it takes:
+    pieces of a part, or a command whose output says how it went"""
     name: str
     command: list
     seconds: float                # limit for each piece, or for the command
@@ -100,8 +100,8 @@ class Runner:
                                 stderr=subprocess.STDOUT, start_new_session=True)
 
     def run(self, task: Task) -> None:
-        """One task, or those of its pieces that were asked for; nothing that happens in it reaches
-        the others"""
+        """One task, or those of its pieces that were asked for;
+        nothing that happens in it reaches the others"""
         asked = [p for p in task.pieces or [task.name] if self.only.search(f'{task.name}: {p}')]
         if not asked:
             return
@@ -149,8 +149,7 @@ class Runner:
 
     def one_process(self, task: Task, todo: list, to: Path,
                     log: Path) -> tuple[set, str | None, str]:
-        """The pieces that were over when the process ended, the one that it ended in, and why it
-        ended"""
+        "The pieces that were over when the process ended, the one that it ended in, and why it ended"
         done, at, at_work = set(), 0, None
         if self.left() < 5:
             return done, None, 'there was no time left'

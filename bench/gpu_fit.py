@@ -143,8 +143,7 @@ class StopAt:
             raise KeyboardInterrupt
 
 def resumed(args, name: str) -> dict:
-    """A run that was stopped after its checkpoint and taken up again ends where one that ran
-    through does, bit for bit"""
+    "A run that was stopped after its checkpoint and taken up again ends where one that ran through does, bit for bit"
     import torch
     import ftlab
     from ftlab.lab.models import lab_tokenizer

@@ -98,8 +98,8 @@ class Clock:
         return first.elapsed_time(last)
 
     def peak(self, call) -> int | None:
-        """Bytes that a call took on the GPU at its highest, above what was held before; None on a
-        CPU"""
+        """Bytes that a call took on the GPU at its highest,
+        above what was held before; None on a CPU"""
         if not self.cuda:
             return None
         self.torch.cuda.synchronize()
@@ -115,8 +115,8 @@ class Clock:
         seconds: float = 4.,     # for all of them together
         most: int = 25,          # rounds
     ) -> list[dict]:
-        """Every contestant in turn, round after round: a row each; one that fails has its error in
-        its row"""
+        """Every contestant in turn, round after round: a row each;
+        one that fails has its error in its row"""
         rows, able, cost = [], {}, {}
         for name, (call, size) in contestants.items():
             row = dict(what=name)

@@ -23,8 +23,8 @@ def keep(x):
 
 @torch.no_grad()
 def hidden_words(model, tok, skill, n=400):
-    """Share of answers wholly right and of their words right when the answer is hidden, and of any
-    words right when 40% of all are"""
+    """Share of answers wholly right and of their words right when the answer is hidden,
+    and of any words right when 40% of all are"""
     rows = WORLD.rows(skill, n)
     out = dict(answers=0., answer_words=[0, 0], any_words=[0, 0])
     for i, (ids, labels) in enumerate(to_batches(rows, tok, 4)):
@@ -51,8 +51,8 @@ def apart(things, seed, train=.7):
     return things[:k], things[k:]
 
 def tasks(seed):
-    """Three tasks with labels. In the first two the test is about words and people that the
-    labelled rows never mention, so that only pretraining can know them."""
+    """Three tasks with labels. In the first two the test is about words and people
+    that the labelled rows never mention, so that only pretraining can know them."""
     good, bad = apart(GOOD, seed), apart(BAD, seed)
     said = lambda i: [dict(text=f'guest : the {a} is {w} . good or bad {a} ?', label=l)
                       for l, ws in (('good', good[i]), ('bad', bad[i])) for w in ws
@@ -70,8 +70,7 @@ def tasks(seed):
     yield 'which skill', rows(20, 'train'), rows(50, 'test')
 
 def learn(where, train, test, fresh, seed):
-    """Accuracy on the test rows after 100 steps of 32, for lab-e or for an encoder of its shape
-    that has read nothing"""
+    "Accuracy on the test rows after 100 steps of 32, for lab-e or for an encoder of its shape that has read nothing"
     data = ftlab.data(train, validation=test, test=test)
     model, tok = ftlab.load(where, labels=data.labels, seed=seed)
     if fresh:

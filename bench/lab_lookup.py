@@ -39,8 +39,8 @@ def known(name):
 
 
 def shown_pairs(prompt):
-    """The pairs (input, output) that a sequence shows, and the input that is asked for; None for a
-    scene"""
+    """The pairs (input, output) that a sequence shows, and the input that is asked for;
+    None for a scene"""
     for arrow, between in MARKS:
         *shown, last = prompt.split(f' {between} ')
         split = [s.split(f' {arrow} ') for s in shown]
@@ -129,8 +129,7 @@ OTHERS |= dict(shown=tuple(one_task(t) for t in LISTS))
 
 
 def shortcuts(n=400):
-    """For each skill the score of answers that are always the same, or copied from a place of the
-    prompt"""
+    "For each skill the score of answers that are always the same, or copied from a place of the prompt"
     out = {}
     for s in LOOKUP_SKILLS:
         rows, train = WORLD.rows(s, n), WORLD.rows(s, 2000, 'train')
@@ -166,8 +165,7 @@ def parsers():
 
 
 def asked(name, s, n, solve):
-    """Score of a model on `n` test questions of skill `s`, and the same by the parsers, or its
-    errors with numbers"""
+    "Score of a model on `n` test questions of skill `s`, and the same by the parsers, or its errors with numbers"
     model, tok = loaded(name)
     said, rows = [], WORLD.rows(s, n)
 
@@ -199,8 +197,7 @@ def loaded(name):
 
 
 def models(n=400, few=100):
-    """lab-l and lab-m on the skills of looking things up, lab-l on those of v1, too (`few`
-    questions each)"""
+    "lab-l and lab-m on the skills of looking things up, lab-l on those of v1, too (`few` questions each)"
     solve = parsers()
     found = (known('lab_v2_checked.json') or dict(n=n, few=few, split='test', device='cpu',
                                                   skills={}))

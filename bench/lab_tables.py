@@ -37,8 +37,8 @@ def skill_table(model, n=400):
             keep(f'lab_v1_skills_{model}.json', got)
 
 def teach(model, target=.95):
-    """Full fine-tuning, constant rate, batches of 32 rows of at most 64 tokens, until the
-    validation score reaches the target or 1,000 steps"""
+    """Full fine-tuning, constant rate, batches of 32 rows of at most 64 tokens,
+    until the validation score reaches the target or 1,000 steps"""
     got = known(f'lab_v1_teach_{model}.json')
     for skill in NEW:
         for lr in (3e-4, 1e-3):

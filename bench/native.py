@@ -38,8 +38,8 @@ def save(path:Path, found):
     tmp.replace(path)
 
 def child(contestants, rounds):
-    """Run all and print what was seen; `contestants()` gives {name: (function, bytes to add to what
-    the system sees)}"""
+    """Run all and print what was seen;
+    `contestants()` gives {name: (function, bytes to add to what the system sees)}"""
     import torch
     from ftlab.native import backend
     torch.set_num_threads(THREADS)

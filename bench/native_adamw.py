@@ -109,8 +109,8 @@ def pairs(times):
     return out
 
 def train(way):
-    """The most memory that a few steps took above the parameters, moments and all; the ways are
-    compared in processes of their own"""
+    """The most memory that a few steps took above the parameters, moments and all;
+    the ways are compared in processes of their own"""
     import torch
     from torch import nn
     from ftlab.native import SparseAdamW, backend, rows

@@ -8,8 +8,7 @@ import json, platform, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 
 def _peak(what):
-    """Bytes above the start that `what()` took at its highest, its seconds of processor time, and
-    what it gave back"""
+    "Bytes above the start that `what()` took at its highest, its seconds of processor time, and what it gave back"
     from ftlab.trainers.watch import PeakMemory
     import torch
     own = lambda: next(int(l.split()[1])*1024
@@ -28,8 +27,8 @@ def _peak(what):
                     cpu_seconds=round(time.process_time() - c, 1)), out
 
 def large(folder:Path) -> dict:
-    """A random Llama of 100M numbers (12 blocks of 768, 32,000 words), all of them nudged, as a run
-    whose originals are in a file"""
+    """A random Llama of 100M numbers (12 blocks of 768, 32,000 words), all of them nudged,
+    as a run whose originals are in a file"""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from ftlab.adapters.attach import attach
@@ -68,8 +67,8 @@ def large(folder:Path) -> dict:
                 matrices=rep.json()['change']['matrices'], moved=rep.json()['change']['moved'])
 
 def lab(folder:Path) -> dict:
-    """lab-s after 100 steps of new-language, 100 questions of each of 23 skills: a first report and
-    one with the base's answers kept"""
+    """lab-s after 100 steps of new-language, 100 questions of each of 23 skills:
+    a first report and one with the base's answers kept"""
     import ftlab
     from ftlab.instruments.report import report
     model, tok = ftlab.load('lab-s')

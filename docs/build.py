@@ -12,8 +12,8 @@ QUARTO = """:root { --color-table-border: #8886; --color-foreground-muted: #7676
 .quarto-dark { --verdict-holds: #7cc4f5; --verdict-fails: #ffab70 }"""
 
 def for_quarto(proc:Path):
-    """What Sphinx's theme gets from conf.py: the version in the header, and the tables' style and
-    script in every page"""
+    """What Sphinx's theme gets from conf.py:
+    the version in the header, and the tables' style and script in every page"""
     version = re.search(r'^version *= *(\S+)', (ROOT/'settings.ini').read_text(encoding='utf-8'),
                         re.M)[1]
     said = (ROOT/'_quarto.yml').read_text(encoding='utf-8')
@@ -33,15 +33,15 @@ def with_quarto(proc:Path, out:Path):
                    check=True)
 
 def tidied(html:str) -> str:
-    """A page with names for the theme's side bars, and without the colour of names, punctuation and
-    spaces, which is that of all text"""
+    """A page with names for the theme's side bars, and without the colour of names,
+    punctuation and spaces, which is that of all text"""
     for side, name in (('sidebar-drawer"', 'Pages'), ('toc-drawer', 'On this page')):
         html = html.replace(f'<aside class="{side}', f'<aside aria-label="{name}" class="{side}')
     return re.sub(r'<span class="[npw]">([^<]*)</span>', r'\1', html)
 
 def with_sphinx(proc:Path, out:Path):
-    """A warning is an error: a link that leads nowhere, a page outside the navigation, a notebook
-    that cannot be read"""
+    """A warning is an error:
+    a link that leads nowhere, a page outside the navigation, a notebook that cannot be read"""
     from sphinx.cmd.build import main
     if main(['-c', str(ROOT/'docs'), '-d', str(proc/'.doctrees'), '-q', '-W', '--keep-going',
              str(proc), str(out)]):
@@ -72,8 +72,8 @@ def text(notebook:Path) -> str:
     return '\n\n'.join(filter(None, out)) + '\n'
 
 def downloaded(notebook:Path, page:str) -> bytes:
-    """The notebook as it stands; with a first cell that installs ftlab where it is not, once
-    settings.ini says from where (`git_url`)"""
+    """The notebook as it stands; with a first cell that installs ftlab where it is not,
+    once settings.ini says from where (`git_url`)"""
     from ftlab.map import hosted
     if not (at := hosted(page)):
         return notebook.read_bytes()

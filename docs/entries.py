@@ -22,8 +22,8 @@ from nav import ROOT
 sys.path.insert(0, str(ROOT))  # the pages are about this checkout's ftlab, not about one installed from elsewhere
 
 def signature(text:str, width:int=84) -> str:
-    """A signature in one line where that fits, else with the parameters on lines of their own, none
-    wider than what a page shows"""
+    """A signature in one line where that fits, else with the parameters on lines of their own,
+    none wider than what a page shows"""
     if not (m := re.fullmatch(r'(\w+ [\w.]+)\(\s*(.*?)\s*\)(->.*)?:', text.strip(), re.S)):
         return text
     given, end = re.sub(r'\s*\n\s*', ' ', m[2]).replace('=<factory>', '=...'), ')' + (m[3] or '')
@@ -76,8 +76,8 @@ class split_title(Processor):
         self.nb.cells.insert(first + 1, mk_cell(rest, 'markdown'))
 
 def where(page:str) -> str:
-    """The line below a page's title: where it runs, and the file. Binder and Colab where
-    settings.ini names a public address (`git_url`)"""
+    """The line below a page's title: where it runs, and the file.
+    Binder and Colab where settings.ini names a public address (`git_url`)"""
     from ftlab.map import hosted
     at = hosted(page)
     link = lambda to, text, how='': f'<a href="{to}"{how}>{text}</a>'
@@ -98,8 +98,7 @@ class add_where(Processor):
                                  ROOT/'nbs').as_posix()), 'markdown'))
 
 class show_entries(Processor):
-    """Fill the cells that nbdev added for what a page exports, in the order of the source, and run
-    what asks for it"""
+    "Fill the cells that nbdev added for what a page exports, in the order of the source, and run what asks for it"
     def begin(self):
         module = next((c.directives_['default_exp'] for c in self.nb.cells if c.cell_type == 'code'
                        and 'default_exp' in c.directives_), None)
@@ -130,8 +129,8 @@ class show_entries(Processor):
 
 @lru_cache(1)
 def homes() -> dict[str, str]:
-    """Where a name is explained, `trainers/fit.ipynb#fit`: names of one page alone that are no
-    everyday words, and `ftlab.NAME`"""
+    """Where a name is explained, `trainers/fit.ipynb#fit`:
+    names of one page alone that are no everyday words, and `ftlab.NAME`"""
     import ftlab
     from ftlab._modidx import d
     places = {f'{m}.{n}': page.replace('.html', '.ipynb') for m, syms in d['syms'].items()
@@ -151,8 +150,7 @@ ANCHOR = re.compile(r'(?:(?<=\()|(?<=\.ipynb))#[^)\s]+(?=\))')  # Jupyter's anch
 OUTSIDE = re.compile(r'\]\(((?:\.\./)+)([A-Za-z][\w./-]*)(#[\w-]*)?\)')
 
 def linked(text:str, page:str) -> str:
-    """Prose of `page` with known names linked, and files from outside nbs/ linked as copies in
-    `top/`"""
+    "Prose of `page` with known names linked, and files from outside nbs/ linked as copies in `top/`"
     here, up = Path(page).parent, '../'*page.count('/')
     def name(m):
         file, _, anchor = homes().get(m[1], '').partition('#')
@@ -169,8 +167,8 @@ def linked(text:str, page:str) -> str:
     return ANCHOR.sub(lambda m: m[0].lower(), text)
 
 class link(Processor):
-    """See `linked`; and a page becomes what every reader takes: pandoc wants no result without a
-    number, nbformat no key that only nbdev knows"""
+    """See `linked`; and a page becomes what every reader takes:
+    pandoc wants no result without a number, nbformat no key that only nbdev knows"""
     def __call__(self, cell):
         cell.pop('has_sd', None)
         page = Path(self.nb.path_).resolve().relative_to(ROOT/'nbs').as_posix()
@@ -190,15 +188,14 @@ class Processing(FilterDefaults):
                                     add_where, link]
 
 def stale(proc:Path) -> bool:
-    """Has anything changed that every page depends on? (Sphinx itself sees what changed in
-    templates and static files)"""
+    "Has anything changed that every page depends on? (Sphinx itself sees what changed in templates and static files)"
     shared = [*(ROOT/f for f in ('_quarto.yml', 'settings.ini', 'CHANGELOG.md', 'CITATION.cff')),
               *(ROOT/'docs').glob('*.py')]
     return not proc.exists() or max(p.stat().st_mtime for p in shared) > proc.stat().st_mtime
 
 def process(force:bool=False) -> Path:
-    """The processed notebooks, in `_proc`: those that changed since the last time, and those that
-    ask to be run"""
+    """The processed notebooks, in `_proc`:
+    those that changed since the last time, and those that ask to be run"""
     os.chdir(ROOT)
     nbdev.serve.FilterDefaults = Processing
     proc, outside = ROOT/'_proc', set()

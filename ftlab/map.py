@@ -152,8 +152,8 @@ class Place:
 # %% ../nbs/map.ipynb #0011aabb
 def chapter(name:str # of its notebook: 'first_light'
            ) -> Place:
-    """Say where in the course this chapter stands, and remember that it was opened; raises
-    `ValueError` with the names there are"""
+    """Say where in the course this chapter stands, and remember that it was opened;
+    raises `ValueError` with the names there are"""
     place = Place(chapter_named(name))
     remember('chapters', name)
     write_start_page()
@@ -250,8 +250,8 @@ def start() -> StartPage:
 
 # %% ../nbs/map.ipynb #001daabb
 def checkout() -> Path|None:
-    """The folder of the project, where the package is used from a clone; `None` where it was
-    installed without the pages"""
+    """The folder of the project, where the package is used from a clone;
+    `None` where it was installed without the pages"""
     root = Path(ftlab.__file__).resolve().parent.parent
     return root if (root/'nbs'/'course').is_dir() else None
 
@@ -291,8 +291,8 @@ def _start_text(root:Path, at:Path) -> str:
 def check(yours:Callable,     # your function or class, itself: without brackets after it
           name:str|None=None  # which exercise, where yours is called otherwise
          ) -> Checked:
-    """Try what you wrote, and bring the start page up to date; raises `ValueError` only where no
-    exercise has its name"""
+    """Try what you wrote, and bring the start page up to date;
+    raises `ValueError` only where no exercise has its name"""
     found = try_answer(yours, name)
     if found:
         write_start_page()
@@ -301,8 +301,8 @@ def check(yours:Callable,     # your function or class, itself: without brackets
 # %% ../nbs/map.ipynb #0020aabb
 def measured(name:str # below bench/results: 'lab_v1_teach_lab-s.json'
             ) -> Path:
-    """Where a file of measurements lies: in the project, or in the installed package; raises
-    `FileNotFoundError` where neither has it"""
+    """Where a file of measurements lies: in the project, or in the installed package;
+    raises `FileNotFoundError` where neither has it"""
     here = Path(ftlab.__file__).resolve().parent
     folders = here.parent/'bench'/'results', here/'data'/'results'
     for folder in folders:
@@ -397,8 +397,8 @@ def hosted(page:str,               # such as 'course/first_light.ipynb'
            git_url:str|None=None,  # 'https://github.com/OWNER/NAME'; None: what settings.ini says
            branch:str='main'
           ) -> dict[str, str]:     # 'binder' and 'colab' to addresses, 'install' to the line that a first cell on Colab needs; {} where no address is known
-    """Links that open a page on Binder and on Colab; raises `ValueError` for an address that is not
-    of GitHub"""
+    """Links that open a page on Binder and on Colab;
+    raises `ValueError` for an address that is not of GitHub"""
     if git_url is None and (root := checkout()):
         settings = ConfigParser(delimiters=['='])
         settings.read(root/'settings.ini', encoding='utf-8')

@@ -23,8 +23,7 @@ __all__ = ['PARTS', 'OUTSIDE', 'NOUNS', 'catalogue', 'Mark', 'modules', 'marked'
 
 # %% ../nbs/papers.ipynb #000e603a
 def _beside(name:str) -> Path|None:
-    """A folder of the project that lies beside the package in a checkout, and in `ftlab/data` when
-    it is installed"""
+    "A folder of the project that lies beside the package in a checkout, and in `ftlab/data` when it is installed"
     package = Path(ftlab.__file__).resolve().parent
     return next((p for p in (package.parent/name, package/'data'/name) if p.is_dir()), None)
 
@@ -146,8 +145,8 @@ def _rows(c:Claim) -> list[dict]:
             for k, f in effects] or [head]
 
 def scoreboard_html(board:pd.DataFrame) -> str:
-    """The scoreboard as a table for a page, one row a claim; the site's script lets the reader
-    filter and sort it"""
+    """The scoreboard as a table for a page, one row a claim;
+    the site's script lets the reader filter and sort it"""
     heads = ''.join(f'<th scope="col"{" data-filter=one" if h in ("Verdict", "Scope") else ""}>{h}</th>' for h in ('Claim', 'Verdict', 'Scope', 'What was measured'))
     rows = ''.join(_claim_row(claim, rows.to_dict('records')) for claim, rows in board.groupby('claim', sort=False))
     return ('<div class="table-wrapper"><table class="filter"><caption>The '
@@ -179,8 +178,8 @@ NOUNS = ('select', 'delta', 'edit', 'source', 'objective', 'step', 'loop', 'deco
 _PART_OF = dict(view='source', penalties='objective', callbacks='loop', stages='loop', learners='loop')
 
 def nouns(entry:dict) -> list[str]:
-    """The nouns that a paper of the index answers. What makes no Recipe is a probe where it lives
-    among the evaluators"""
+    """The nouns that a paper of the index answers.
+    What makes no Recipe is a probe where it lives among the evaluators"""
     module, _, name = entry['symbols'][0].rpartition('.')
     make = getattr(importlib.import_module(module), name)
     if not inspect.isfunction(make) or inspect.signature(make).return_annotation not in (Recipe, 'Recipe'):
@@ -192,8 +191,8 @@ def nouns(entry:dict) -> list[str]:
 
 # %% ../nbs/papers.ipynb #0015603a
 def papers_html(entries:list[dict]|None=None) -> str:
-    """The index as a table for a page in `nbs/papers`, one row a paper; the site's script lets the
-    reader filter and sort it"""
+    """The index as a table for a page in `nbs/papers`, one row a paper;
+    the site's script lets the reader filter and sort it"""
     heads = dict(Paper='', Question='many', Part='one', Family='one', Verdict='one', Scope='one',
                  Budget='one')
     head = ''.join(f'<th scope="col"{f" data-filter={f}" if f else ""}>{h}</th>'

@@ -89,8 +89,8 @@ class Project:
                       if p.stem != 'index')
 
     def fill(self, name: str, made: dict[str, str]) -> None:
-        """Put each text into the page's cell with its mark; raises `ValueError` where a mark is
-        unknown or a text has no place"""
+        """Put each text into the page's cell with its mark;
+        raises `ValueError` where a mark is unknown or a text has no place"""
         places = {m[1]: c for c in self.page(name)['cells'] if (m := MARK.match(source(c)))}
         if odd := set(places) ^ set(made):
             raise ValueError(f'nbs/{name}: the generated cells are {sorted(places)}, they should be {sorted(made)}')
@@ -210,8 +210,8 @@ def which(p: Project) -> str:
 
 
 def uses(nb: dict, page: str) -> list[tuple[str, str]]:
-    """(need, remark) of what a page says that its paper is for; raises `ValueError` for words that
-    are none of `NEEDS`"""
+    """(need, remark) of what a page says that its paper is for;
+    raises `ValueError` for words that are none of `NEEDS`"""
     lines = [m[1] for c in nb['cells'] for m in re.finditer(r'^\*\*Use it when\*\* (.+?)\.?$',
                                                             source(c), re.M)]
     out = []

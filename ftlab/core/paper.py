@@ -59,8 +59,8 @@ def method(title:str,                    # as printed
            waives:Mapping|Callable|None=None, # {promise: why it is not made}, or a function from the arguments to that
            toy:Mapping|Callable|None=None # arguments for a toy model, or a function that makes them; None: the defaults
           ) -> Callable:                 # a decorator of a function that returns a Recipe
-    """Mark a function as the build of a paper's method, and bind its name, arguments and rates to
-    the Recipe that it returns"""
+    """Mark a function as the build of a paper's method, and bind its name,
+    arguments and rates to the Recipe that it returns"""
     paper = Paper(title, arxiv, claim, source, 'method', toy or {})
     def bind(f):
         signature = inspect.signature(f)
@@ -87,8 +87,8 @@ def probe(title:str, arxiv:str, claim:str, source:str, # as in `method`
           ask:Callable|None=None,        # (model, the change on it, batch) -> value, for the contract; None: the function itself takes these
           on:str=''                      # what the report asks it on, one of `ASKED_ON`; '': nothing
          ) -> Callable:                  # a decorator; the function stays the same object
-    """Mark a read-only measurement: it leaves model, mode and random state as they were. Raises
-    `ValueError` for an unknown `on`."""
+    """Mark a read-only measurement: it leaves model, mode and random state as they were.
+    Raises `ValueError` for an unknown `on`."""
     if on and on not in ASKED_ON:
         raise ValueError(f'on is {on!r}; it must be {" or ".join(ASKED_ON)}, or left out')
     return _marking(Paper(title, arxiv, claim, source, 'probe', dict(ask=ask), on))
@@ -96,8 +96,8 @@ def probe(title:str, arxiv:str, claim:str, source:str, # as in `method`
 def study(title:str, arxiv:str, claim:str, source:str, # as in `method`
           toy:Mapping|Callable|None=None # arguments besides the seed for a toy setting of at most 5 seconds, or a function that makes them
          ) -> Callable:                  # a decorator; the function stays the same object
-    """Mark a function `(seed, ...) -> Evidence`: a finding, a benchmark, or a paper without a base
-    model"""
+    """Mark a function `(seed, ...) -> Evidence`:
+    a finding, a benchmark, or a paper without a base model"""
     return _marking(Paper(title, arxiv, claim, source, 'study', toy or {}))
 
 def _marking(paper):
@@ -146,8 +146,7 @@ class Evidence:
 # %% ../../nbs/core/paper.ipynb #000c4c37
 def merging(dial:float # the rule's dial where none is given
            ) -> Callable: # a decorator; the function stays the same object
-    """Mark a function `(changes, model, dial) -> change` that makes one change of several as its
-    paper does"""
+    "Mark a function `(changes, model, dial) -> change` that makes one change of several as its paper does"
     def mark(f):
         f.dial = dial
         return f

@@ -120,12 +120,12 @@ class Recipe:
         return getattr(self.objective, 'terms', ())
     @property
     def needs(self) -> frozenset[str]:
-        """What the answers say that they need, such as 'reference': the base model as
-        `state.models['reference']`"""
+        """What the answers say that they need, such as 'reference':
+        the base model as `state.models['reference']`"""
         return frozenset().union(*(getattr(getattr(self, q), 'needs', ()) for q in NOUNS))
     def answers(self, question:str) -> bool:
-        """Is `question` ('select', 'view', 'callbacks', ...) answered in its own way? A view of the
-        data as given is no source."""
+        """Is `question` ('select', 'view', 'callbacks', ...) answered in its own way? A view
+        of the data as given is no source."""
         if question == 'source':
             return self.own_source
         said = dict(view=self.views, penalties=self.terms).get(question)

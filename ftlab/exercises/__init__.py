@@ -124,8 +124,8 @@ def _line(error:BaseException, yours) -> str:
 def answer(yours:Callable, # the reader's function or class
            *args           # what it is called with; it gets copies
           ):               # what it gave
-    """Call the reader's object; raises `Wrong` where that cannot be done, fails, or changes what it
-    was given"""
+    """Call the reader's object;
+    raises `Wrong` where that cannot be done, fails, or changes what it was given"""
     name = getattr(yours, '__name__', 'it')
     try:
         inspect.signature(yours).bind(*args)
@@ -201,8 +201,8 @@ def compared(name:str, chapter:str, task:str, hints:tuple, reference:Callable, #
 
 # %% ../../nbs/exercises.ipynb #00484991
 def forwarded(yours:type, made, W:torch.Tensor) -> torch.Tensor:
-    """What the reader's module gives for a weight; `Wrong` if it fails, gives something else, or
-    writes into the weight"""
+    """What the reader's module gives for a weight;
+    `Wrong` if it fails, gives something else, or writes into the weight"""
     given = W.clone()
     try:
         got = made(given)
@@ -365,8 +365,8 @@ def exercise(name:str|Callable) -> Exercise:
     return find(name if isinstance(name, str) else getattr(name, '__name__', str(name)))
 
 def verdict(yours:Callable, exercise:Exercise) -> str|None:
-    """The sentence that the exercise's test has for it; `None` where it passes. Nothing is
-    remembered."""
+    """The sentence that the exercise's test has for it; `None` where it passes.
+    Nothing is remembered."""
     try:
         exercise.test(yours)
     except Wrong as e:

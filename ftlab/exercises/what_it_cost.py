@@ -15,8 +15,7 @@ def best_stop(path, price):
     return max(path, key=lambda look: look['gain'] - price*look['forgetting'])['step']
 
 def matched_forgetting(paths):
-    """For each method, what it had forgotten when it first reached 95% of what the weakest one
-    gained at its best"""
+    "For each method, what it had forgotten when it first reached 95% of what the weakest one gained at its best"
     target = .95*min(max(look['gain'] for look in path) for path in paths.values())
     first = lambda path: next(look['forgetting'] for look in path if look['gain'] >= target)
     return {name: first(path) for name, path in paths.items()}

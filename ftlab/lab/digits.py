@@ -32,8 +32,8 @@ def digits(of:Sequence[int]=range(10), # which digits
            n:int|None=None,            # how many training pictures; None: all
            seed:int=0                  # which ones
           ) -> Data:                   # rows {'pixel_values': float [1, 8, 8] in -1..1, key: the digit}
-    """The handwritten digits of scikit-learn as `Data` of kind 'image'; raises `ValueError` for
-    what is not there"""
+    """The handwritten digits of scikit-learn as `Data` of kind 'image';
+    raises `ValueError` for what is not there"""
     from sklearn.datasets import load_digits # it takes a second to import
     of = list(of)
     if not of or not set(of) <= set(range(10)):
@@ -161,16 +161,16 @@ FLOW_FAMILIES = FAMILIES | {'digits-flow': Family('patches',
 
 # %% ../../nbs/lab/digits.ipynb #000f0ccd
 def noised(batch:dict, state=None) -> dict:
-    """Put each picture of the batch at a random time on its straight way from noise; the velocity
-    there is the target"""
+    """Put each picture of the batch at a random time on its straight way from noise;
+    the velocity there is the target"""
     x1 = batch['pixel_values']
     x0, t = torch.randn_like(x1), torch.rand(len(x1), device=x1.device)
     at = t[:, None, None, None]
     return dict(batch, pixel_values=(1 - at)*x0 + at*x1, time=t, velocity=x1 - x0)
 
 def velocity_error(state) -> Tensor:
-    """The squared error of the guessed velocity: mean over pixels, summed over pictures, divided by
-    those of the whole batch"""
+    """The squared error of the guessed velocity:
+    mean over pixels, summed over pictures, divided by those of the whole batch"""
     b = state.batch
     guess = state.model(b['pixel_values'], b['time'], b['classes'])
     return (guess - b['velocity']).square().mean((1, 2, 3)).sum()/state.count
@@ -210,8 +210,7 @@ def read(judge, images:Tensor) -> Tensor:
     return judge(images).logits.argmax(-1)
 
 def frechet(a:Tensor, b:Tensor) -> float:
-    """The squared Fréchet distance of two clouds of features [n, d] and [m, d], each taken for a
-    bell curve"""
+    "The squared Fréchet distance of two clouds of features [n, d] and [m, d], each taken for a bell curve"
     if min(len(a), len(b)) < 2:
         raise ValueError(f'the clouds have {len(a)} and {len(b)} points; a covariance needs two at least')
     a, b = a.double(), b.double()
@@ -229,8 +228,8 @@ def quality(model:Flow,             # what draws
             real:Tensor|None=None,  # pictures to compare with [m, 1, 8, 8]; None: all upright pictures of those digits
             seed:int=0              # of the noise
            ) -> dict[str, float]:
-    """How good drawings are: `accuracy` (read as what was asked for) and `frechet` (distance to
-    real pictures in the reader's features)"""
+    """How good drawings are: `accuracy` (read as what was asked for)
+    and `frechet` (distance to real pictures in the reader's features)"""
     if real is None:
         d = digits(of)
         real = pictures(d.train + d.validation + d.test)[0]
@@ -312,8 +311,8 @@ def load(name:str,            # 'digits-vit' or 'digits-flow'
 
 # %% ../../nbs/lab/digits.ipynb #00190ccd
 def measured(root:Path=CHECKPOINTS) -> dict[str, float]:
-    """What the two models can do: the reader's accuracy on the splits, the drawings' quality, and
-    how far two halves of real pictures are apart"""
+    """What the two models can do: the reader's accuracy on the splits, the drawings' quality,
+    and how far two halves of real pictures are apart"""
     judge, model, d = load('digits-vit', root), load('digits-flow', root), digits()
     out = {f'read, {s}': (read(judge, pictures(getattr(d, s))[0])
                           == pictures(getattr(d, s))[1]).float().mean().item() for s in ('train', 'validation', 'test')}

@@ -74,8 +74,8 @@ def packed_rows(world:LookupWorld, # whose skills are drawn
                 chunk:int,         # which chunk; another one is other text
                 seed:int=0         # of everything
                ) -> np.ndarray:    # [CHUNK, WIDTH] of uint16
-    """Draw documents and pack each into the first row with room for it; fixed by pool, chunk and
-    seed"""
+    """Draw documents and pack each into the first row with room for it;
+    fixed by pool, chunk and seed"""
     r = random.Random(f'{world.seed}/{seed}/{pool}/{chunk}')
     ids = {x: i for i, x in enumerate(vocabulary())}
     parts = pool_mixture(pool)
@@ -257,8 +257,8 @@ def block(x, mask, cos, sin, heads, norm_1, q, k, v, o, norm_2, gate, up, down):
     return x + F.linear(F.silu(F.linear(y, gate))*F.linear(y, up), down)
 
 def document_mask(ids:torch.Tensor) -> torch.Tensor:
-    """Who sees whom in packed rows: what stands before, in the same document. [rows, 1, tokens,
-    tokens]"""
+    """Who sees whom in packed rows:
+    what stands before, in the same document. [rows, 1, tokens, tokens]"""
     doc = (ids == 1).cumsum(1)
     t = ids.shape[1]
     before = torch.ones(t, t, dtype=torch.bool, device=ids.device).tril()
@@ -321,8 +321,8 @@ def optimizers(model:Stacked, plan:Plan) -> list[torch.optim.Optimizer]:
             torch.optim.AdamW(rest, lr=plan.rate, betas=(.9, .98), weight_decay=0., fused=fused)]
 
 def rate_at(done:float, plan:Plan) -> float:
-    """The share of the highest rate when the part `done` of the run is over: it rises, stays and
-    falls"""
+    """The share of the highest rate when the part `done` of the run is over:
+    it rises, stays and falls"""
     return max(0., min(1., done/plan.warmup, (1 - done)/plan.decay))
 
 # %% ../../nbs/lab/large.ipynb #00147b11ca
@@ -364,8 +364,8 @@ def questions(n:int, split:str, names:list[str], seed:int=0) -> dict[str, list[d
     return {s: world.rows(s, n, split, seed) for s in names}
 
 def scores(model:Stacked, asked:dict[str, list[dict]]) -> dict[str, float]:
-    """Mean score of each skill; for the numbers also the error over the Bayes predictor's, `line
-    ratio`"""
+    """Mean score of each skill;
+    for the numbers also the error over the Bayes predictor's, `line ratio`"""
     world = LookupWorld(0)
     rows = [r for part in asked.values() for r in part]
     said = iter(greedy(model, rows))
@@ -378,8 +378,8 @@ def scores(model:Stacked, asked:dict[str, list[dict]]) -> dict[str, float]:
     return {k: round(v, 4) for k, v in out.items()}
 
 def race_score(found:dict[str, float]) -> float:
-    """What the race goes by: the mean over the new skills, but for sums that nobody should do at
-    once"""
+    """What the race goes by:
+    the mean over the new skills, but for sums that nobody should do at once"""
     return sum(found[s] for s in LEARNED)/len(LEARNED)
 
 # %% ../../nbs/lab/large.ipynb #00167b11ca
@@ -561,8 +561,7 @@ PUBLISHED = Plan(**CHANGES['wide'], **CHANGES['answers'], **CHANGES['more_new'])
 
 def race(feed:Feed, asked:dict, out:Path, plan:Plan|None=None, changes:dict=CHANGES,
          deadline:float=math.inf, **how) -> Plan:
-    """The best plan found by trying each of `changes` in turn, for as long as the deadline (a time)
-    allows"""
+    "The best plan found by trying each of `changes` in turn, for as long as the deadline (a time) allows"
     best, table = plan or Plan(), []
     trials = dict(base={}) | changes
     top, took = -1., 0.
@@ -610,8 +609,8 @@ def finish(model:Stacked, plan:Plan, out:Path, asked:dict[str, list[dict]]) -> d
 def lab_model(made:str|Path, # what a run left: model.safetensors, part-*.safetensors and log.json
               to:str|Path    # a new folder
              ) -> Path:      # the same
-    """Make of a run's files what `ftlab.load` opens: the model, its revisions `step-N`, and
-    `pretraining.jsonl`"""
+    """Make of a run's files what `ftlab.load` opens:
+    the model, its revisions `step-N`, and `pretraining.jsonl`"""
     made, to, tok = Path(made), Path(to), lab_tokenizer(version='lab-v2')
     for file in (made/'model.safetensors', *sorted(made.glob('part-*.safetensors'))):
         with safe_open(file, 'pt') as f:

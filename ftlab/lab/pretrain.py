@@ -19,8 +19,8 @@ __all__ = ['mixture', 'pretraining_rows', 'to_batches', 'hide', 'predictions', '
 
 # %% ../../nbs/lab/pretrain.ipynb #0005eae4
 def mixture(name:str) -> list[tuple[str, int|None, float]]:
-    """What the model `name` reads: (skill, level, share). Facts come from the three tiers, 87 : 10
-    : 3."""
+    """What the model `name` reads: (skill, level, share).
+    Facts come from the three tiers, 87 : 10 : 3."""
     parts = [(k, None, s.weight) for k, s in SKILLS.items() if s.weight and k != 'fact']
     parts += [('fact', lv, SKILLS['fact'].weight*w) for lv, w in ((1, .87), (2, .10), (3, .03))]
     if 'atlas' not in MODELS[name]['skip']:
@@ -37,8 +37,8 @@ def pretraining_rows(world:LabWorld, name:str, step:int, n:int=256, seed:int=0) 
 
 # %% ../../nbs/lab/pretrain.ipynb #0006eae4
 def to_batches(rows:list[dict], tok, parts:int=4) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """`parts` padded batches (ids, labels) of rows of like length; only answers and the end carry
-    labels, as prompts are random symbols"""
+    """`parts` padded batches (ids, labels) of rows of like length;
+    only answers and the end carry labels, as prompts are random symbols"""
     ids = {w: i for w, i in tok.get_vocab().items()}
     enc = []
     for r in rows:
@@ -60,8 +60,8 @@ def hide(ids:torch.Tensor,    # [rows, tokens], as `to_batches` makes them
          mask_id:int,         # the token `<mask>`
          seed:int|None=0      # of what is hidden; None: every answer whole and nothing else
         ) -> tuple[torch.Tensor, torch.Tensor]: # ids with words hidden; labels: the hidden words, elsewhere -100
-    """Hide words behind `<mask>`: all of the answer in half of the rows, 40% of all words in the
-    others"""
+    """Hide words behind `<mask>`:
+    all of the answer in half of the rows, 40% of all words in the others"""
     # the special tokens stand first in the vocabulary
     word = ids > mask_id
     answer = (labels != -100) & (ids > mask_id)
@@ -74,8 +74,8 @@ def hide(ids:torch.Tensor,    # [rows, tokens], as `to_batches` makes them
     return torch.where(hidden, mask_id, ids), torch.where(hidden, ids, -100)
 
 def predictions(model, ids:torch.Tensor, labels:torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and the labels that they are held against: of the next token for a language model, of
-    the same place for the encoder"""
+    """Logits and the labels that they are held against:
+    of the next token for a language model, of the same place for the encoder"""
     if model.can_generate():
         return model(ids).logits[:, :-1], labels[:, 1:]
     return model(ids, attention_mask=ids.ne(0).long()).logits, labels
@@ -98,8 +98,8 @@ def teacher_forced(model, tok, world, skills, n=100, split='validation') -> dict
 
 # %% ../../nbs/lab/pretrain.ipynb #000beae4
 def orthogonal(g:torch.Tensor) -> torch.Tensor:
-    """Roughly the nearest matrix with singular values of 1: five Newton-Schulz steps with Muon's
-    coefficients, in the precision of `g`"""
+    """Roughly the nearest matrix with singular values of 1:
+    five Newton-Schulz steps with Muon's coefficients, in the precision of `g`"""
     x = g if g.shape[0] <= g.shape[1] else g.T
     x = x/x.norm().clamp(min=1e-7)
     for _ in range(5):
@@ -157,8 +157,8 @@ def _load_state(folder, model, opts):
     return int(meta['step']), json.loads(meta['log'])
 
 def save_lab(model, tok, folder):
-    """Save as a plain Hugging Face folder: float16 on disk, `dtype` float32 in the config, so that
-    it loads in float32"""
+    """Save as a plain Hugging Face folder:
+    float16 on disk, `dtype` float32 in the config, so that it loads in float32"""
     half = type(model)(model.config)
     half.load_state_dict(model.state_dict())
     half = half.half()

@@ -121,8 +121,8 @@ def fact(w, r, level):
     return r.choice(ASK).format(a=a, p=p), w.facts[p, a]
 
 def atlas(w, r, level):
-    """A fact about a person of the atlas, which only the larger model has read. Every level is the
-    same."""
+    """A fact about a person of the atlas, which only the larger model has read.
+    Every level is the same."""
     p, a = r.choice(w.people['atlas']), r.choice(list(ATTRIBUTES))
     return r.choice(ASK).format(a=a, p=p), w.facts[p, a]
 
@@ -214,8 +214,8 @@ def boxes(w, r, level):
                                     'tell me what is inside {b} .']).format(b=b), at[b]
 
 def classify(w, r, level):
-    """Labels given by example, in the question only. Level 1: two pairs and one to label, 2: four
-    pairs and two, 3: six pairs and two."""
+    """Labels given by example, in the question only.
+    Level 1: two pairs and one to label, 2: four pairs and two, 3: six pairs and two."""
     keys = r.sample(LETTERS, 2*level)
     label = {k: r.choice(DIGITS) for k in keys}
     ask = r.sample(keys, min(level, 2))
@@ -224,8 +224,8 @@ def classify(w, r, level):
         s=pairs, q=' '.join(ask)), ' '.join(label[k] for k in ask)
 
 def regress(w, r, level):
-    """A hidden rule y = x + c modulo 10, to be read off examples. Level 1: three examples, 2: two,
-    3: one."""
+    """A hidden rule y = x + c modulo 10, to be read off examples.
+    Level 1: three examples, 2: two, 3: one."""
     c = r.randrange(10)
     xs = r.sample(range(10), 5 - level)
     shown = ' , '.join(f'{x} > {(x + c) % 10}' for x in xs[:-1])
@@ -275,8 +275,8 @@ def review(w, r, level):
         t=text, a=a), 'good' if good[a] else 'bad'
 
 def summary(w, r, level):
-    """A record told in one sentence, whatever the order of its fields. Level + 1 fields beside the
-    name."""
+    """A record told in one sentence, whatever the order of its fields.
+    Level + 1 fields beside the name."""
     p = r.choice(w.people['often'])
     need = ['job', 'city', 'pet', 'food'][:level + 1]
     v = {k: r.choice(ATTRIBUTES[k]) for k in need}
@@ -327,8 +327,8 @@ def refuse(w, r, level):
 
 # %% ../../nbs/lab/world.ipynb #001dca4a
 def write(w, r, level):
-    """Some different colors, pets, jobs or foods, two words ruled out: any others will do. Level +
-    1 of them."""
+    """Some different colors, pets, jobs or foods, two words ruled out: any others will do.
+    Level + 1 of them."""
     kind, n = r.choice(['color', 'pet', 'job', 'food']), level + 1
     words = r.sample(ATTRIBUTES[kind], n + 2)
     x, y = words[:2]
@@ -338,8 +338,8 @@ def write(w, r, level):
             n=n, k=kind + 's', x=x, y=y), ' '.join(words[2:])
 
 def judge_write(prompt, answer, output):
-    """The share of the asked number of words that are of the right kind, not ruled out and not
-    repeated; too many words count against it"""
+    """The share of the asked number of words that are of the right kind,
+    not ruled out and not repeated; too many words count against it"""
     kind = next(v for v in ATTRIBUTES.values() if answer.split()[0] in v)
     n, said = len(answer.split()), output.split()
     return len({x for x in said if x in kind and x not in prompt.split()}) / max(n, len(said), 1)
@@ -361,8 +361,8 @@ def new_format(w, r, level):
     return 'answer as json : ' + r.choice(ASK).format(a=a, p=p), f'{{ {a} : {w.facts[p, a]} }}'
 
 def new_procedure(w, r, level):
-    """The letters in zigzag: first, last, second, last but one, ... Level 1: 3 or 4 letters, 2: 5
-    or 6, 3: 7 or 8."""
+    """The letters in zigzag: first, last, second, last but one, ...
+    Level 1: 3 or 4 letters, 2: 5 or 6, 3: 7 or 8."""
     x = [r.choice(LETTERS) for _ in range(r.choice(((3, 4), (5, 6), (7, 8))[level - 1]))]
     return r.choice(['zigzag {x} =', 'list {x} zigzag :', 'the letters {x} zigzag are']).format(
         x=' '.join(x)), ' '.join(zigzag(x))
@@ -397,8 +397,8 @@ def is_lab(tok) -> bool:
 
 # %% ../../nbs/lab/world.ipynb #0023ca4a
 class LabWorld:
-    """A seeded text world: facts, dictionaries, a refusal rule, and skills that draw questions from
-    them"""
+    """A seeded text world:
+    facts, dictionaries, a refusal rule, and skills that draw questions from them"""
     def __init__(self, seed:int=0): # the world's seed; the shipped models grew up in world 0
         self.seed, r = seed, random.Random(seed)
         names = r.sample(PEOPLE, len(PEOPLE))
@@ -437,8 +437,8 @@ class LabWorld:
 
     def rows(self, skill:str, n:int=400, split:str='test', seed:int=0,
              level:int|None=None) -> list[dict]:
-        """`n` different rows of one skill; raises `ValueError` if the skill has no `n` different
-        questions in that split"""
+        """`n` different rows of one skill;
+        raises `ValueError` if the skill has no `n` different questions in that split"""
         out, tried = {}, 0
         for row in self.stream(skill, split, seed, level):
             out.setdefault(row['prompt'], row)

@@ -41,8 +41,10 @@ def _gpu_results(folder=None):
 def gpu_table(kernel:str,       # 'perturb', 'magnitude', 'adamw', 'crossentropy' or 'ternary'
               folder=None       # where the results are; None: this checkout's `bench/results`, or the package's
               ) -> object: # a pandas.DataFrame, or None
-    """What `make gpu` measured of a kernel: a row for each contestant on each card, with milliseconds (median and quartiles) and, where the bytes
-    that must move are known, the share of the bandwidth that a copy reached. Says so, and returns None, where no GPU has measured it."""
+    """What `make gpu` measured of a kernel: a row for each contestant on each card, with
+    milliseconds (median and quartiles) and, where the bytes that must move are known, the share
+    of the bandwidth that a copy reached. Says so, and returns None, where no GPU has measured
+    it."""
     import pandas as pd
     rows = []
     for result in _gpu_results(folder):

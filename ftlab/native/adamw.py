@@ -150,8 +150,8 @@ def _places(p, at, length, stride):
 # %% ../../nbs/native/adamw.ipynb #000d00e1
 def _step(tensors, first, second, grads, at, before, lengths, strides, rates, roots, beta1, beta2,
           eps, decay, dense):
-    """AdamW for the chosen entries, in torch: rates are lr/(1 - beta1^t), roots 1/sqrt(1 -
-    beta2^t), decay 1 - lr*weight_decay"""
+    """AdamW for the chosen entries, in torch:
+    rates are lr/(1 - beta1^t), roots 1/sqrt(1 - beta2^t), decay 1 - lr*weight_decay"""
     for p, m, v, g, a, length, stride, rate, root in zip(tensors, first, second, grads, at, lengths,
                                                          strides, rates, roots):
         i, flat = _places(p, a, length, stride), p.view(-1)
@@ -351,8 +351,8 @@ def selected_linear(x:Tensor,            # (..., in)
                     selection:Part|Tensor|bool, # rows(...), columns(...), blocks(...), a mask of such, or True
                     bias:Tensor|None=None# (out,)
                     ) -> Tensor:         # (..., out)
-    """`F.linear(x, weight, bias)` whose backward pass computes the weight's gradient for the
-    selection only. Raises `ValueError` if the selection is scattered."""
+    """`F.linear(x, weight, bias)` whose backward pass computes the weight's gradient
+    for the selection only. Raises `ValueError` if the selection is scattered."""
     c = _choose(weight.detach(), selection)
     k = _count(weight, c)
     if part.numel() != k:
@@ -361,8 +361,9 @@ def selected_linear(x:Tensor,            # (..., in)
 
 # %% ../../nbs/native/adamw.ipynb #001e00e1
 class SparseAdamW(torch.optim.Optimizer):
-    """AdamW for selected entries: moments, weight decay and gradients for these alone. With everything selected it is torch's AdamW, to rounding.
-    Moments are float32. A parameter without a gradient is passed over in that step. Raises `ValueError` for what is no selection."""
+    """AdamW for selected entries: moments, weight decay and gradients for these alone.
+    With everything selected it is torch's AdamW, to rounding. Moments are float32. A parameter
+    without a gradient is passed over in that step. Raises `ValueError` for what is no selection."""
     def __init__(self, selected:Mapping|Iterable,     # {parameter: selection}, or pairs of them, or param groups dict(selected=..., lr=...)
                  lr:float=1e-3,                       # learning rate; a schedule sets it in `param_groups`, as with torch
                  betas:tuple[float, float]=(.9, .999),# how much of the old moments stays at each step
@@ -430,8 +431,8 @@ class SparseAdamW(torch.optim.Optimizer):
             [g.zero_() for g in self._lists.of.values()]
 
     def gather(self, on:bool=True) -> SparseAdamW: # False: gradients stay where autograd puts them, as at first
-        """From now on, take the selected entries of each gradient as soon as it is there, and free
-        it: `p.grad` is None after `backward`"""
+        """From now on, take the selected entries of each gradient as soon as it is there,
+        and free it: `p.grad` is None after `backward`"""
         self._lists.listen(on)
         return self
 
@@ -443,8 +444,8 @@ class SparseAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm:float) -> Tensor: # math.inf: only measure
-        """Scale the selected entries' gradients so that their norm is at most `max_norm`; returns
-        the norm before, which is not finite if any of them is not"""
+        """Scale the selected entries' gradients so that their norm is at most `max_norm`;
+        returns the norm before, which is not finite if any of them is not"""
         grads = self.grads()
         norm = torch.nn.utils.get_total_norm(grads)
         scale = (max_norm/(norm + 1e-6)).clamp(max=1.)
@@ -454,8 +455,8 @@ class SparseAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def select(self, parameter:Tensor, selection:Tensor|Part|bool):
-        """Select other entries. Moments of those that stay are kept, new ones begin at zero; the
-        step count goes on. A gathered gradient is dropped."""
+        """Select other entries. Moments of those that stay are kept, new ones begin at zero;
+        the step count goes on. A gathered gradient is dropped."""
         if parameter not in self.state:
             raise ValueError('this optimiser does not have the parameter; add_param_group adds it')
         p, s = parameter, self.state[parameter]
@@ -471,8 +472,8 @@ class SparseAdamW(torch.optim.Optimizer):
         return _flags(parameter, self.state[parameter]).view(parameter.shape)
 
     def narrow(self, linear:nn.Linear, on:bool=True):
-        """Let the layer's backward pass compute the gradient of the selected rows, columns or
-        blocks of its weight only; False: as before"""
+        """Let the layer's backward pass compute the gradient of the selected rows,
+        columns or blocks of its weight only; False: as before"""
         vars(linear).pop('forward', None)
         if not on:
             return
@@ -488,8 +489,8 @@ class SparseAdamW(torch.optim.Optimizer):
         linear.forward = forward
 
     def load_state_dict(self, state_dict:dict):
-        """Go on from what `state_dict()` gave: settings, moments, and the selection. Raises
-        `ValueError`, and changes nothing, if it is of other parameters."""
+        """Go on from what `state_dict()` gave: settings, moments, and the selection.
+        Raises `ValueError`, and changes nothing, if it is of other parameters."""
         ps = [p for g in self.param_groups for p in g['params']]
         ids = [i for g in state_dict['param_groups'] for i in g['params']]
         if len(ps) != len(ids) or any(i not in state_dict['state'] for i in ids):

@@ -26,8 +26,8 @@ def _times(e, d):
     return torch.where(e == 0, 0., e*d)
 
 def _prices(logits, labels, other=None, reverse=False):
-    """[4, rows], with a reference [7, rows]: nll, entropy, largest logit, sum of e**(logit -
-    largest); KL, the reference's largest and sum"""
+    """[4, rows], with a reference [7, rows]:
+    nll, entropy, largest logit, sum of e**(logit - largest); KL, the reference's largest and sum"""
 
     def row(x):
         x = _wide(x)
@@ -96,8 +96,8 @@ def _most(words:int, size:int, device:torch.device) -> int:
     return max(_LEAST, _BUDGET//(words*size))
 
 class WeightedLoss(NamedTuple):
-    """What `weighted_linear_cross_entropy` found. Only `loss` carries a gradient; the rest has the
-    labels' shape, with 0 where there is no price."""
+    """What `weighted_linear_cross_entropy` found. Only `loss` carries a gradient;
+    the rest has the labels' shape, with 0 where there is no price."""
     loss: Tensor       # scalar: the sum over tokens of weight*nll + kl*KL
     nll: Tensor|None   # -log p of the label, in nats; so p is exp(-nll)
     entropy: Tensor|None # of the row's softmax, in nats
@@ -118,8 +118,8 @@ def _weights(weight, rows, nll, entropy):
     return w.detach().to(nll)
 
 def _chunks(labels, ignore, most):
-    """The rows with a price in even chunks: [(rows, how many)]; as a slice where they lie side by
-    side, which needs no copy"""
+    """The rows with a price in even chunks: [(rows, how many)];
+    as a slice where they lie side by side, which needs no copy"""
     index = (labels != ignore).nonzero().flatten()
     n = len(index)
     if n == 0:
@@ -138,8 +138,8 @@ def _ours(dtype, device):
 
 # %% ../../nbs/native/crossentropy.ipynb #00105c1c
 def _pass(hidden, labels, own, reference, weight, kl, reverse, ignore, chunk, needs):
-    """All rows, chunk by chunk: nll, entropy, weight and KL of each, [3 or 4, rows], and the
-    gradients that `needs` asks for"""
+    """All rows, chunk by chunk:
+    nll, entropy, weight and KL of each, [3 or 4, rows], and the gradients that `needs` asks for"""
     (n, _) = hidden.shape
     v = len(own[0])
     dtype = hidden.dtype
@@ -283,10 +283,12 @@ def weighted_linear_cross_entropy(
     chunk:int|None=None,              # rows at a time; None: as many as make 64 MB of logits, and 256 at least; more on a GPU ("Chunk by chunk"). Changes rounding, time and memory only
     prices:bool=True                  # False: only the loss is asked for, the rest is None; see "Where torch's own is better"
     ) -> WeightedLoss:
-    """The sum over tokens of `weight*nll + kl*KL`, without ever holding all logits; its gradients are found in the same pass.
-    A sum: divide it by what the mean is to be over, usually the number of tokens with a price in all batches of the step.
-    A function as `weight` is given the rows of one chunk, flat, so it must judge each row by itself. Under autocast all is of autocast's type.
-    Raises `ValueError` for what does not fit together, `RuntimeError` for a second derivative."""
+    """The sum over tokens of `weight*nll + kl*KL`, without ever holding all logits; its gradients
+    are found in the same pass. A sum: divide it by what the mean is to be over, usually the
+    number of tokens with a price in all batches of the step. A function as `weight` is given the
+    rows of one chunk, flat, so it must judge each row by itself. Under autocast all is of
+    autocast's type. Raises `ValueError` for what does not fit together, `RuntimeError` for a
+    second derivative."""
     kind = hidden.device.type
     reference = None if reference is None else tuple(reference)
     if cast := torch.is_autocast_enabled(kind):

@@ -34,13 +34,13 @@ def nvcc() -> str|None:
             or shutil.which('nvcc', path=str(Path(os.environ.get('CUDA_HOME') or '/usr/local/cuda')/'bin')))
 
 def with_cuda() -> bool:
-    """Whether a build holds the CUDA side: torch knows CUDA and nvcc is there; FTLAB_NATIVE=cuda
-    demands it of any torch"""
+    """Whether a build holds the CUDA side: torch knows CUDA and nvcc is there;
+    FTLAB_NATIVE=cuda demands it of any torch"""
     return bool(nvcc()) and (torch.version.cuda is not None or os.environ.get('FTLAB_NATIVE') == 'cuda')
 
 def cards() -> list[str]:
-    """nvcc's flags for the cards that a build is for: sm_80, sm_90 and later ones; or those of $FTLAB_CUDA_ARCH, such as 90 or 80,90.
-    Raises `ValueError` for anything else there."""
+    """nvcc's flags for the cards that a build is for: sm_80, sm_90 and later ones; or those
+    of $FTLAB_CUDA_ARCH, such as 90 or 80,90. Raises `ValueError` for anything else there."""
     asked = os.environ.get('FTLAB_CUDA_ARCH')
     if not asked:
         return ['-gencode', 'arch=compute_80,code=sm_80', '-gencode', 'arch=compute_90,code=[sm_90,compute_90]']
@@ -77,8 +77,8 @@ def cache_folder() -> Path:
                 or Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'ftlab')/'native'
 
 def find() -> Path|None:
-    """A build of these very sources: beside the package, from its installation, or in the cache; or
-    None"""
+    """A build of these very sources:
+    beside the package, from its installation, or in the cache; or None"""
     return next((p for folder in (_SOURCES.parent, cache_folder())
                  for p in folder.glob(f'_C_{key()}*') if p.suffix in ('.so', '.pyd')), None)
 
@@ -110,8 +110,9 @@ def _compile_one(f, folder):
 
 def compile_cuda(folder:str|Path  # where the objects go
                  ) -> list[tuple[Path, str]]:
-    """Compile every .cu file for the cards of `cards`, as many at once as there are processors: (object, nvcc's report of registers and spills) each.
-    Raises `RuntimeError` with nvcc's message."""
+    """Compile every .cu file for the cards of `cards`, as many at once as there are processors:
+    (object, nvcc's report of registers and spills) each. Raises `RuntimeError` with nvcc's
+    message."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda f: _compile_one(f, folder), sorted(_SOURCES.glob('*.cu'))))
@@ -127,8 +128,8 @@ def _compile(folder):
     command.run()
 
 def build() -> Path:
-    """Compile the extension into the cache, unless it is there; returns the file. Raises
-    `RuntimeError` with the compiler's message if it cannot be done."""
+    """Compile the extension into the cache, unless it is there; returns the file.
+    Raises `RuntimeError` with the compiler's message if it cannot be done."""
     if made := find():
         return made
     if not compiler():

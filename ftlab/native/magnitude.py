@@ -17,8 +17,8 @@ _NAN = {torch.float32: 0x7f800001, torch.bfloat16: 0x7f81, torch.float16: 0x7c01
 
 def keys(x:Tensor # float32, bfloat16 or float16
          ) -> Tensor:
-    """The magnitude of each number as a whole number, int32: greater where the magnitude is; one
-    key for all NaN, above infinity's"""
+    """The magnitude of each number as a whole number, int32: greater where the magnitude is;
+    one key for all NaN, above infinity's"""
     b = (x.view(torch.int32) & 0x7fffffff if x.dtype == torch.float32
          else x.view(torch.int16).to(torch.int32) & 0x7fff)
     return b.clamp(max=_NAN[x.dtype])
@@ -31,8 +31,8 @@ def _value(key, dtype): # the magnitude that a key stands for
 
 # %% ../../nbs/native/magnitude.ipynb #00096d06
 def _find(tensors, k, drop):
-    """The cut for ranks drop to drop + k - 1 over all tensors: [low key, high key, equal to low
-    taken, equal to high skipped]"""
+    """The cut for ranks drop to drop + k - 1 over all tensors:
+    [low key, high key, equal to low taken, equal to high skipped]"""
     x = torch.cat([keys(t).flatten() for t in tensors])
 
     def rank(r):
@@ -117,9 +117,10 @@ def kth_magnitude(tensors:Tensor|Sequence[Tensor], # one tensor, or several that
                   give:str='threshold',  # 'threshold', 'mask' (uint8, a bit for each number) or 'indices' (int32, ascending, into the flat tensor)
                   drop:int=0             # how many of the largest are passed over first
                   ) -> float|tuple[float, float]|Tensor|list[Tensor]:
-    """Choose the k numbers of largest magnitude, exactly; ties go to the lowest index. NaN counts as larger than infinity.
-    The threshold is the smallest magnitude chosen; with `drop`, a pair: that, and the smallest that was dropped.
-    A mask or indices come for each tensor, in a list if a list was given. Raises `ValueError` for what cannot be ranked."""
+    """Choose the k numbers of largest magnitude, exactly; ties go to the lowest index.
+    NaN counts as larger than infinity. The threshold is the smallest magnitude chosen; with `drop`,
+    a pair: that, and the smallest that was dropped. A mask or indices come for each tensor, in a
+    list if a list was given. Raises `ValueError` for what cannot be ranked."""
     single = isinstance(tensors, Tensor)
     ts = [tensors] if single else list(tensors)
     _check(ts, k, drop, give)

@@ -19,8 +19,8 @@ __all__ = ['Ternary', 'pack_ternary', 'add_ternary_', 'unpack_ternary']
 # %% ../../nbs/native/ternary.ipynb #0008d9f8
 @dataclass(frozen=True, eq=False)
 class Ternary:
-    """A tensor whose numbers are -scale, 0 and scale: two planes of bits (uint8, flat; bit j of
-    byte b is number 8b + j), a scale, a shape"""
+    """A tensor whose numbers are -scale, 0 and scale:
+    two planes of bits (uint8, flat; bit j of byte b is number 8b + j), a scale, a shape"""
     positive:Tensor  # the bits of the numbers that are scale
     negative:Tensor  # the bits of those that are -scale
     scale:float      # one for all; a float32
@@ -50,8 +50,8 @@ def _signs(positive, negative, at, like): # of the numbers from `at`, a multiple
     return unpack_mask(positive[some], like).float() - unpack_mask(negative[some], like).float()
 
 def _add(tensors, positive, negative, scales, chunk=1<<18):
-    """What the operator does, in torch, with some megabytes of buffers: tensor i gets vectors
-    i*each to (i + 1)*each"""
+    """What the operator does, in torch, with some megabytes of buffers:
+    tensor i gets vectors i*each to (i + 1)*each"""
     each = len(scales)//max(1, len(tensors))
     for i, w in enumerate(tensors):
         for at in range(0, w.numel(), chunk):
@@ -123,8 +123,9 @@ def pack_ternary(x:Tensor|Sequence[Tensor],  # one tensor, or several with one s
                  keep:int|None=None,         # of any numbers: how many of the largest to keep; of numbers that are 0, s and -s: None
                  scale:float|None=None       # s; None: their own, or the mean magnitude of those kept
                  ) -> Ternary|list[Ternary]:
-    """Pack numbers that are 0, s and -s, or the signs of the `keep` largest (ties to the lowest index; a 0 among them stays 0), into two bits each.
-    Raises `ValueError` for tensors that are neither, and for NaN or infinity among what is kept."""
+    """Pack numbers that are 0, s and -s, or the signs of the `keep` largest (ties to the lowest
+    index; a 0 among them stays 0), into two bits each. Raises `ValueError` for tensors that are
+    neither, and for NaN or infinity among what is kept."""
     single = isinstance(x, Tensor)
     xs = [x] if single else list(x)
     for i, t in enumerate(xs):
@@ -172,8 +173,10 @@ def add_ternary_(tensors:Tensor|Sequence[Tensor], # one tensor, or several: cont
                  vectors:Sequence,                # the vectors, at most 128; where tensors are a list, each a list, too: a `Ternary` for each tensor
                  scales:Sequence[float]|None=None # a factor for each vector, beside its own scale; None: 1
                  ) -> None:
-    """Add `sum_j scales[j]*vectors[j]` in place, in one pass: the sum in float32 from 0 in the order given (each factor times its vector's scale is
-    rounded to float32 once), then one addition, rounded once to the tensor's type. Raises `ValueError` for what does not fit, before anything has changed."""
+    """Add `sum_j scales[j]*vectors[j]` in place, in one pass: the sum in float32 from 0 in the
+    order given (each factor times its vector's scale is rounded to float32 once), then one
+    addition, rounded once to the tensor's type. Raises `ValueError` for what does not fit,
+    before anything has changed."""
     single = isinstance(tensors, Tensor)
     ts = [tensors] if single else list(tensors)
     vs = [[v] for v in vectors] if single else [list(v) for v in vectors]

@@ -25,8 +25,8 @@ IGNORE = -100 # the label of what carries no price, as everywhere in PyTorch
 def token_nll(logits:Tensor, # [batch, tokens, words], or [batch, classes]
               labels:Tensor  # [batch, tokens], or [batch]; -100 where there is no price
              ) -> Tensor:    # [batch, tokens - 1], or [batch]; 0 where there is no price
-    """The negative log-likelihood of each label, in nats; a language model's logits at one place
-    price the token at the next"""
+    """The negative log-likelihood of each label, in nats;
+    a language model's logits at one place price the token at the next"""
     if labels.ndim == 1:
         return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction='none')
     return F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:],
@@ -40,8 +40,7 @@ def priced(labels:Tensor) -> Tensor:
 _HEAVY = 64 << 20 # bytes of logits, as float32, from which on they are not made whole
 
 def _stopped(call:Callable, head:nn.Module) -> tuple[Tensor, Tensor, Tensor|None]:
-    """What the head would have seen in this call, [batch, tokens, hidden], and its weight and bias
-    as they were then"""
+    "What the head would have seen in this call, [batch, tokens, hidden], and its weight and bias as they were then"
     seen = []
 
     def stop(mod, args):
@@ -56,8 +55,8 @@ def _stopped(call:Callable, head:nn.Module) -> tuple[Tensor, Tensor, Tensor|None
     return seen[0]
 
 def plain_head(model, batch) -> nn.Linear|None:
-    """The last layer of a language model, if the logits are its product and nothing more; else
-    `None`"""
+    """The last layer of a language model,
+    if the logits are its product and nothing more; else `None`"""
     ask = getattr(model, 'get_output_embeddings', None)
     head = ask() if ask else None
     if not isinstance(head,
@@ -117,8 +116,8 @@ class token_loss:
         return (nll if self.weight is None else self.weight(nll).detach()*nll).sum()/state.count
 
     def in_one_pass(self, state, terms:tuple) -> Tensor|None: # terms: one at most, with an `anchor`
-        """The loss and the term without logits; `None` where they are small, or the model's head is
-        not plain"""
+        """The loss and the term without logits;
+        `None` where they are small, or the model's head is not plain"""
         return _in_one_pass(state, self.weight, terms)
 
     def __repr__(self):
@@ -138,8 +137,7 @@ class Objective:
         return self.loss(state) + sum(t(state) for t in self.terms)
 
     def fused(self, state) -> Tensor|None:
-        """Loss and terms in one pass over the head's weight, or `None` where somebody needs the
-        logits"""
+        "Loss and terms in one pass over the head's weight, or `None` where somebody needs the logits"
         one_pass = getattr(self.loss, 'in_one_pass', None)
         if one_pass is None or getattr(state, 'whole_logits', True):
             return None # a state that does not say so wants them
@@ -183,8 +181,8 @@ def weighted(weight:Callable|None=None # (nll) -> weights of the same shape, tak
     return Objective(token_loss(weight))
 
 def nll() -> Objective:
-    """Plain fine-tuning's objective: the mean negative log-likelihood of a token. Terms are added
-    to it."""
+    """Plain fine-tuning's objective: the mean negative log-likelihood of a token.
+    Terms are added to it."""
     return Objective()
 
 # %% ../../nbs/trainers/objective.ipynb #0010b9a2

@@ -20,8 +20,8 @@ __all__ = ['random_bases', 'RandLoRA', 'mixture', 'randlora']
 @lru_cache(16)
 def random_bases(long:int, short:int, r:int, seed:int=0,
                  sparse:bool=False) -> tuple[Tensor, Tensor]:
-    """RandLoRA's fixed random bases: A [r, short] and B [long, N, r], N = ceil(short/r), each of unit standard deviation;
-    the same for the same arguments"""
+    """RandLoRA's fixed random bases: A [r, short] and B [long, N, r], N = ceil(short/r),
+    each of unit standard deviation; the same for the same arguments"""
     g, n = torch.Generator().manual_seed(seed), math.ceil(short/r)
     def draw(*shape):
         if sparse:
@@ -35,7 +35,8 @@ def random_bases(long:int, short:int, r:int, seed:int=0,
 
 class RandLoRA(nn.Module):
     """`W + (alpha/r) sum_j B_j diag(lambda_j) A diag(gamma_j)`, the bases on the side that fits:
-    only lambda [r, N] and gamma [N, shorter side] are trained. Raises `ValueError` for a mask or a rank that does not fit."""
+    only lambda [r, N] and gamma [N, shorter side] are trained. Raises `ValueError` for a mask or
+    a rank that does not fit."""
     kind, site = 'randlora', 'weight'
 
     def __init__(self, W:Tensor,       # the weight, [out, in]

@@ -58,8 +58,8 @@ def _draw(a, ratio, granularity, rng):
     return out
 
 def _counts(groups, ratio, rng):
-    """How many names move, [block][category]: `ratio` of each category over all blocks, to within
-    one"""
+    """How many names move, [block][category]:
+    `ratio` of each category over all blocks, to within one"""
     first = rng.sample(range(len(groups)), len(groups)//2)
     exact = [[ratio*len(names) for names in block] for block in groups]
     # 10*.3 is three whole matrices, whatever rounding says

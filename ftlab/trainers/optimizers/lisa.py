@@ -15,8 +15,8 @@ __all__ = ['block_of', 'draw', 'BlocksInTurn', 'AsBefore', 'lisa']
 
 # %% ../../../nbs/trainers/optimizers/lisa.ipynb #0005942d
 def block_of(name:str) -> str|None:
-    """Return the block that a parameter (of the model, or of a change on it) belongs to: its name up to
-    the first number; `None` outside the blocks"""
+    """Return the block that a parameter (of the model, or of a change on it) belongs to:
+    its name up to the first number; `None` outside the blocks"""
     found = re.match(r'(.*?\.\d+)\.', name)
     return found and found[1]
 
@@ -29,8 +29,7 @@ def draw(blocks:int,  # how many there are
     return sorted(random.Random(f'{seed}/{period}').sample(range(blocks), min(gamma, blocks)))
 
 class BlocksInTurn(Backprop):
-    """Backpropagation and AdamW on some of the blocks at a time, without optimizer state for the
-    others"""
+    "Backpropagation and AdamW on some of the blocks at a time, without optimizer state for the others"
     def __init__(self, params, settings, # as in `Backprop`
                  gamma:int=2,            # blocks that train at a time
                  period:int=20,          # steps between draws
@@ -49,8 +48,8 @@ class BlocksInTurn(Backprop):
         return super().__call__(state, losses)
 
     def switch(self, state, forget:bool) -> None:
-        """Let the blocks of this period train and freeze the others; `forget` drops AdamW's state
-        of all blocks"""
+        """Let the blocks of this period train and freeze the others;
+        `forget` drops AdamW's state of all blocks"""
         blocks = list(dict.fromkeys(b for n, _ in state.model.named_parameters()
                                     if (b := block_of(n))))
         self.active = draw(len(blocks), self.gamma, state.step//self.period, state.seed)

@@ -18,8 +18,8 @@ __all__ = ['SelfPlay', 'OwnPairs', 'play', 'spin']
 # %% ../../../nbs/trainers/rl/spin.ipynb #0012953f
 @dataclass(frozen=True)
 class SelfPlay:
-    """The source of one round: when it begins the model answers the data's questions itself; the data's
-    answers are the chosen, its own the rejected ones"""
+    """The source of one round: when it begins the model answers the data's questions itself;
+    the data's answers are the chosen, its own the rejected ones"""
     temperature:float=1.          # of the draw
     max_new_tokens:int|None=None  # longest answer; None: as long as the data's longest
     turn:int=0                    # the round: another part of a large data set
