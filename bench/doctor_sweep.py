@@ -1,12 +1,16 @@
-"""No false alarm: the doctor looks at healthy runs of every recipe, every lab skill and ten architectures, before and after.
+"""No false alarm: the doctor looks at healthy runs, before and after.
 
-    python bench/doctor_sweep.py                 # all, about 20 seconds of one core a run; writes bench/results/doctor_sweep.json
-    python bench/doctor_sweep.py --missing       # what the table lacks, as after a method has joined; adds it to the table
+Of every recipe, every lab skill and ten architectures.
+
+    python bench/doctor_sweep.py                 # all, about 20 seconds of one core a run
+    python bench/doctor_sweep.py --missing       # what the table lacks, as after a method has joined
     python bench/doctor_sweep.py --only opt      # runs whose name contains a word, written nowhere
 
-A run is short (8 steps of 16 rows, one pass), at the recipe's own rate. Whatever the doctor says of it counts as a false alarm, with one
-exception: old skills that it says are lost are asked again on 100 other questions each, base and run, and if they really fell the finding
-is confirmed: that run was not healthy. Who meets whom is drawn from the names alone, so that a new method changes no other's run."""
+A run is short (8 steps of 16 rows, one pass), at the recipe's own rate. Whatever the doctor says of
+it counts as a false alarm, with one exception: old skills that it says are lost are asked again on
+100 other questions each, base and run, and if they really fell the finding is confirmed: that run
+was not healthy. Who meets whom is drawn from the names alone, so that a new method changes no
+other's run."""
 import argparse, hashlib, json, re, sys, time
 from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent

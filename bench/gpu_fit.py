@@ -1,6 +1,9 @@
-"""`fit` on a random Llama of a hundred million numbers: speed, memory, that the loss falls, that the base comes back. A part of `gpu.py`.
+"""`fit` on a random Llama of a hundred million numbers. A part of `gpu.py`.
 
-The text is a walk over 512 words in which each word has one successor, so that there is something to learn at once."""
+Measured and checked: speed, memory, that the loss falls, that the base comes back.
+
+The text is a walk over 512 words in which each word has one successor, so that there is something
+to learn at once."""
 import tempfile
 import time
 from pathlib import Path
@@ -178,7 +181,8 @@ def resumed(args, name: str) -> dict:
     return dict(steps=len(again.log))
 
 PIECES = {n: (lambda a, n=n: measured(a, n)) for n in ('full', 'lora', 'hft', 'dft', 'mezo', 'lift')}
-PIECES |= {f'{n}, resumed': (lambda a, n=n: resumed(a, n)) for n in ('full', 'lora', 'hft', 'dft', 'mezo', 'lift')}
+PIECES |= {f'{n}, resumed': (lambda a, n=n: resumed(a, n))
+           for n in ('full', 'lora', 'hft', 'dft', 'mezo', 'lift')}
 PIECES |= {f'{n}, bfloat16 weights': (lambda a, n=n: measured(a, n, 'bfloat16'))
            for n in ('lift', 'full', 'lora', 'mezo')}
 PIECES |= {'peft lora': by_peft}

@@ -1,7 +1,7 @@
 """Every kernel against eager torch, torch.compile and the peer's kernel where there is one. A part of `gpu.py`.
 
-What is worked on is many times the second-level cache, which is flushed before each call besides. Contestants take turns, and
-before anything is timed it is checked that they do the same work."""
+What is worked on is many times the second-level cache, which is flushed before each call besides.
+Contestants take turns, and before anything is timed it is checked that they do the same work."""
 from gpu_pieces import Clock, arguments, card_is_broken, run_pieces
 
 def sized(args, tiny: int, large: int) -> int:

@@ -1,4 +1,6 @@
-"""What the parts of `gpu.py` share: pieces that run one by one, each written down as soon as it is over, and the clock."""
+"""What the parts of `gpu.py` share: pieces that run one by one, and the clock.
+
+A piece is written down as soon as it is over."""
 import argparse
 import json
 import statistics

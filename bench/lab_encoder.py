@@ -1,6 +1,8 @@
 """What the lab's encoder knows, and what it is good for.
 
-    python bench/lab_encoder.py [folder]       hidden words by skill, n = 400; three tasks with labels, fine-tuned by ftlab.fit, three seeds
+    python bench/lab_encoder.py [folder]
+
+Hidden words by skill, n = 400; three tasks with labels, fine-tuned by ftlab.fit, three seeds.
 
 Results go to bench/results/lab_v1_encoder.json; what is there is kept, what is missing is measured.
 """
@@ -91,8 +93,9 @@ if __name__ == '__main__':
             print(s, got['skills'][s], flush=True)
     for seed in range(3):
         for name, train, test in tasks(seed):
-            kept = got['tasks'].setdefault(name, dict(labels=len({r['label'] for r in train}),
-                                                      train=len(train), test=len(test), **{'lab-e': [], 'fresh': []}))
+            fresh = dict(labels=len({r['label'] for r in train}), train=len(train), test=len(test),
+                         **{'lab-e': [], 'fresh': []})
+            kept = got['tasks'].setdefault(name, fresh)
             for kind in ('lab-e', 'fresh'):
                 if len(kept[kind]) == seed:
                     kept[kind].append(learn(where, train, test, kind == 'fresh', seed))

@@ -1,10 +1,13 @@
-"""AdamW on a part of 50 million float32 numbers: the C++ kernel against the best that torch does with compact moments, and against dense AdamW.
+"""AdamW on a part of 50 million float32 numbers.
+
+The C++ kernel against the best that torch does with compact moments, and against dense AdamW.
 
     python bench/native_adamw.py            # writes bench/results/native_adamw.json; about five minutes
 
-The job: a dense gradient is there, 5% or 50% of the numbers (chosen one by one, at random) or 5% of the rows are to be moved. Every contestant but the
-dense ones keeps moments of the chosen numbers only. Rows take so little time that each call makes ten steps. A second part trains a stack of layers in a
-process of its own and notes the most memory that it took."""
+The job: a dense gradient is there, 5% or 50% of the numbers (chosen one by one, at random) or 5% of
+the rows are to be moved. Every contestant but the dense ones keeps moments of the chosen numbers
+only. Rows take so little time that each call makes ten steps. A second part trains a stack of
+layers in a process of its own and notes the most memory that it took."""
 import json, os, subprocess, sys
 from native import THREADS, best, main, peak, status
 

@@ -1,4 +1,6 @@
-"""The largest 5% of 50 million float32 numbers: the C++ kernel against the best that torch does, and against the time of reading them twice.
+"""The largest 5% of 50 million float32 numbers.
+
+The C++ kernel against the best that torch does, and against the time of reading them twice.
 
     python bench/native_magnitude.py            # writes bench/results/native_magnitude.json; about ten minutes"""
 from native import N, main

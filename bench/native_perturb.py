@@ -1,4 +1,6 @@
-"""Seeded noise on 50 million float32 numbers: the C++ kernel against the best that torch does, and against the time that memory alone takes.
+"""Seeded noise on 50 million float32 numbers.
+
+The C++ kernel against the best that torch does, and against the time that memory alone takes.
 
     python bench/native_perturb.py            # writes bench/results/native_perturb.json; about five minutes"""
 from native import N, best, main

@@ -1,4 +1,6 @@
-"""Four ternary task vectors of 5% each, added to 50 million float32 weights: packed, as int8, as dense vectors, and the time that the weights alone take.
+"""Four ternary task vectors of 5% each, added to 50 million float32 weights.
+
+Packed, as int8, as dense vectors, and the time that the weights alone take.
 
     python bench/native_ternary.py            # writes bench/results/native_ternary.json; about five minutes"""
 from native import N, best, main

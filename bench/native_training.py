@@ -1,10 +1,14 @@
-"""What whole training takes: memory above the loaded model, and seconds a step, of LIFT, full fine-tuning, peft's SHiRA and MeZO, each in a process of its own.
+"""What whole training takes: memory above the loaded model, and seconds a step.
 
-    python bench/native_training.py           # writes bench/results/native_training.json; about ten minutes; needs peft (the bench extra)
+Of LIFT, full fine-tuning, peft's SHiRA and MeZO, each in a process of its own.
 
-lab-m, and a random Llama of 100 million numbers, two rows of 64 tokens a step. LIFT has the budget of LoRA of that rank that makes 5% of the matrices' numbers, SHiRA as
-many; its places are drawn, not looked for. Freed memory goes back to the system at once (MALLOC_MMAP_THRESHOLD_), so that the mark is what was held and not what was kept in store.
-Beside it stands what arithmetic says must be held above the model: gradients, moments and what else a method cannot do without."""
+    python bench/native_training.py           # about ten minutes; needs peft (the bench extra)
+
+lab-m, and a random Llama of 100 million numbers, two rows of 64 tokens a step. LIFT has the budget
+of LoRA of that rank that makes 5% of the matrices' numbers, SHiRA as many; its places are drawn,
+not looked for. Freed memory goes back to the system at once (MALLOC_MMAP_THRESHOLD_), so that the
+mark is what was held and not what was kept in store. Beside it stands what arithmetic says must be
+held above the model: gradients, moments and what else a method cannot do without."""
 import json, os, statistics, subprocess, sys, time
 from pathlib import Path
 from native import THREADS, machine, peak, save

@@ -2,8 +2,9 @@
 
     python bench/report.py            # writes bench/results/report.json
 
-Each case runs in a process of its own. `peak_bytes` is the system's own figure (VmHWM), cleared before the report begins; it counts
-pages of memory-mapped files, which the system takes back when it needs them. `peak_own_bytes` is what the process alone holds (RssAnon), looked at every 10 ms."""
+Each case runs in a process of its own. `peak_bytes` is the system's own figure (VmHWM), cleared
+before the report begins; it counts pages of memory-mapped files, which the system takes back when
+it needs them. `peak_own_bytes` is what the process alone holds (RssAnon), looked at every 10 ms."""
 import json, platform, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 

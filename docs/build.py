@@ -1,4 +1,6 @@
-"""Build the site: `make docs`. With Quarto where it is on the path, else with Sphinx; both read `_proc` and `_quarto.yml`.
+"""Build the site: `make docs`.
+
+With Quarto where it is on the path, else with Sphinx; both read `_proc` and `_quarto.yml`.
 
     python docs/build.py [--out _docs] [--sphinx] [--fresh]
 """
@@ -7,7 +9,9 @@ from pathlib import Path
 from nav import ROOT, heading, sections, website
 from entries import process, stale
 
-QUARTO = """:root { --color-table-border: #8886; --color-foreground-muted: #767676; --color-foreground-secondary: inherit; --color-brand-content: #2a5adf; --color-foreground-primary: inherit;
+QUARTO = """:root { --color-table-border: #8886; --color-foreground-muted: #767676;
+--color-foreground-secondary: inherit; --color-brand-content: #2a5adf;
+--color-foreground-primary: inherit;
 --color-background-primary: transparent; --verdict-holds: #0a5a8f; --verdict-fails: #9c3f00; --verdict-other: inherit }
 .quarto-dark { --verdict-holds: #7cc4f5; --verdict-fails: #ffab70 }"""
 
@@ -91,7 +95,8 @@ def extras(out:Path, nbs:Path=ROOT/'nbs'):
         lines += ['', f'## {name or "Start"}', '']
         for p in pages:
             title, about = heading(nbs/p)
-            lines.append(f'- [{title}]({site.get("site-url", "")}{p.removesuffix(".ipynb")}.html.md)' + (f': {about}' if about else ''))
+            to = f'{site.get("site-url", "")}{p.removesuffix(".ipynb")}.html.md'
+            lines.append(f'- [{title}]({to})' + (f': {about}' if about else ''))
             (out/p).parent.mkdir(parents=True, exist_ok=True)
             (out/p).write_bytes(downloaded(nbs/p, p))
             (out/p).with_suffix('.html.md').write_text(text(nbs/p), encoding='utf-8')

@@ -1,8 +1,10 @@
 """The notebooks as a site shows them: nbdev's processing, with three differences.
 
-- Lesson cells are never run. nbdev runs every cell that imports something; here an entry is made from the exported module, and only
-  cells marked `#| exec_doc` run, so that what they show (verdicts, contents) is never older than the site.
-- An entry has the signature, the docstring, a table of the parameters, and the source below a fold: no repository need be reachable.
+- Lesson cells are never run. nbdev runs every cell that imports something; here an entry is made
+  from the exported module, and only cells marked `#| exec_doc` run, so that what they show
+  (verdicts, contents) is never older than the site.
+- An entry has the signature, the docstring, a table of the parameters, and the source below a
+  fold: no repository need be reachable.
 - Names and files are linked inside the site, and nothing of a page's first text is lost.
 """
 import importlib, inspect, os, re, shutil, sys

@@ -25,7 +25,8 @@ from readme import readme  # noqa: E402
 
 MARK = re.compile(r'<!-- made by `make index`: (.+?) -->')
 
-# What a reader lacks, in the order of the table on nbs/methods. A paper's page says `**Use it when** ...` with these words.
+# What a reader lacks, in the order of the table on nbs/methods.
+# A paper's page says `**Use it when** ...` with these words.
 NEEDS = ('you try for the first time', 'gradients and optimizer state do not fit in memory',
          'old skills must not be forgotten',
          'there are only a few hundred rows', 'the model should say when it does not know',
@@ -123,7 +124,8 @@ def sidebar(p: Project) -> str:
                        f'{part}/{family}/index.ipynb\n            contents:\n')
             listed += ''.join(f'              - {part}/{family}/{key}.ipynb\n'
                               for key in p.keys(part, family))
-        mark = re.compile(rf'(# papers of {part}: made by `make index`\n).*?( *# end of papers\n)', re.S)
+        begin = f'# papers of {part}: made by `make index`'
+        mark = re.compile(rf'({begin}\n).*?( *# end of papers\n)', re.S)
         if not mark.search(text):
             raise ValueError(f'_quarto.yml has no place for the papers of {part}; add the two comments that mark it')
         text = mark.sub(lambda m, listed=listed: m[1] + listed + m[2], text, count=1)
