@@ -100,7 +100,8 @@ def looked(diagnosis, seconds) -> dict:
                 findings=[f'{f.severity} {f.name}: {f.seen}' for f in diagnosis])
 
 def really_lost(run, finding) -> bool:
-    "Did all the skills that the doctor names fall by half at least, on 100 validation questions that it has not asked?"
+    """Did all the skills that the doctor names fall by half at least, on 100 validation questions
+    that it has not asked?"""
     names = re.findall(r'([\w-]+) \d+% -> \d+%', finding.seen)
     ask = lambda: scorers.skills(run.model, 100, split='validation', seed=1, names=names,
                                  tok=run.tok)

@@ -153,7 +153,8 @@ class Runner:
 
     def one_process(self, task: Task, todo: list, to: Path,
                     log: Path) -> tuple[set, str | None, str]:
-        "The pieces that were over when the process ended, the one that it ended in, and why it ended"
+        """The pieces that were over when the process ended, the one that it ended in, and why it
+        ended"""
         done, at, at_work = set(), 0, None
         if self.left() < 5:
             return done, None, 'there was no time left'
@@ -317,7 +318,7 @@ def surroundings(o, site: Path) -> dict:
         'PYTHONPATH', '').split(os.pathsep)
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join(p for p in path if p), 'HF_HUB_OFFLINE': '1',
            'PYTHONUNBUFFERED': '1',
-        'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', '2'),
+           'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', '2'),
            'TORCHINDUCTOR_COMPILE_THREADS': '2', 'TOKENIZERS_PARALLELISM': 'false'}
     if not o.rehearse:
         env['FTLAB_CUDA_ARCH'] = o.capability.replace('.', '')

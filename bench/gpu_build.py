@@ -25,7 +25,7 @@ def machine(args) -> dict:
         card = torch.cuda.get_device_properties(0)
         found |= dict(card=card.name, capability=f'{card.major}.{card.minor}',
                       memory=card.total_memory,
-            processors=card.multi_processor_count, l2_bytes=card.L2_cache_size)
+                      processors=card.multi_processor_count, l2_bytes=card.L2_cache_size)
     return found
 
 def build(args) -> dict:

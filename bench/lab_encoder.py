@@ -72,7 +72,8 @@ def tasks(seed):
     yield 'which skill', rows(20, 'train'), rows(50, 'test')
 
 def learn(where, train, test, fresh, seed):
-    "Accuracy on the test rows after 100 steps of 32, for lab-e or for an encoder of its shape that has read nothing"
+    """Accuracy on the test rows after 100 steps of 32, for lab-e or for an encoder of its shape
+    that has read nothing"""
     data = ftlab.data(train, validation=test, test=test)
     model, tok = ftlab.load(where, labels=data.labels, seed=seed)
     if fresh:

@@ -129,7 +129,8 @@ OTHERS |= dict(shown=tuple(one_task(t) for t in LISTS))
 
 
 def shortcuts(n=400):
-    "For each skill the score of answers that are always the same, or copied from a place of the prompt"
+    """For each skill the score of answers that are always the same, or copied from a place of the
+    prompt"""
     out = {}
     for s in LOOKUP_SKILLS:
         rows, train = WORLD.rows(s, n), WORLD.rows(s, 2000, 'train')
@@ -166,7 +167,8 @@ def parsers():
 
 
 def asked(name, s, n, solve):
-    "Score of a model on `n` test questions of skill `s`, and the same by the parsers, or its errors with numbers"
+    """Score of a model on `n` test questions of skill `s`, and the same by the parsers, or its
+    errors with numbers"""
     model, tok = loaded(name)
     said, rows = [], WORLD.rows(s, n)
 
@@ -198,7 +200,8 @@ def loaded(name):
 
 
 def models(n=400, few=100):
-    "lab-l and lab-m on the skills of looking things up, lab-l on those of v1, too (`few` questions each)"
+    """lab-l and lab-m on the skills of looking things up, lab-l on those of v1, too (`few`
+    questions each)"""
     solve = parsers()
     found = (known('lab_v2_checked.json') or dict(n=n, few=few, split='test', device='cpu',
                                                   skills={}))

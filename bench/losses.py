@@ -69,7 +69,8 @@ def anchored(name: str, seed: int) -> dict[str, float]:
 
 @torch.no_grad()
 def leaning(model, tok, rows: list[dict], in_answer: bool, rng: random.Random) -> float:
-    "Mean change of the predictions after one swapped letter, of the question or of the answer so far, in [0, 1]"
+    """Mean change of the predictions after one swapped letter, of the question or of the answer so
+    far, in [0, 1]"""
     letters, out = set(tok.convert_tokens_to_ids(LETTERS)), []
     for row in rows:
         coded = encode(row, tok, 'text')

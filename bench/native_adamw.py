@@ -93,7 +93,7 @@ def contestants():
 
     who |= {'torch, dense: fused AdamW, gradient times mask': (masked, 4*p.numel()),
             'torch, dense: fused AdamW alone': (dense.step, 0),
-        'floor: p.mul_(c)': (lambda: flat.mul_(1.), 0)}
+            'floor: p.mul_(c)': (lambda: flat.mul_(1.), 0)}
     assert counters['stats']['unique_graphs'] == 6 and not counters['graph_break']
     return {k: (lambda f=f: [f() for _ in range(10)], held) if ', rows' in k else (f, held)
             for k, (f, held) in who.items()}
@@ -105,7 +105,7 @@ def pairs(times):
         compiled, eager = best(times, f'torch, {name}: compiled'), best(times, f'torch, {name}: eager')
         out |= {f'{name}: compiled gather, AdamW, scatter over ours': (compiled, ours),
                 f'{name}: the same in eager torch over ours': (eager, ours),
-            f'{name}: compiled over ours, gathered and then stepped': (compiled, f'{ours}: gathered, then stepped')}
+                f'{name}: compiled over ours, gathered and then stepped': (compiled, f'{ours}: gathered, then stepped')}
         if name != 'rows':
             out |= {f'{name}: fused dense AdamW, gradient times mask, over '
                     'ours': ('torch, dense: fused AdamW, gradient times mask', ours)}

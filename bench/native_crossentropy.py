@@ -35,12 +35,12 @@ def contestants():
 
     compiled = torch.compile(full)
     losses = {'ours': lambda: weighted_linear_cross_entropy(hidden, head, labels, probability).loss,
-        'torch, chunked: as it comes': lambda: weigh(torchs('none')),
+              'torch, chunked: as it comes': lambda: weigh(torchs('none')),
               'torch, chunked: 512 rows': lambda: weigh(torchs('none', batch_chunk_size=512)),
-        'torch, all logits: eager': lambda: full(hidden, head, labels),
+              'torch, all logits: eager': lambda: full(hidden, head, labels),
               'torch, all logits: compiled': lambda: compiled(hidden, head, labels),
-        'plain sum: ours': lambda: weighted_linear_cross_entropy(hidden, head, labels).loss,
-        'plain sum: torch, 512 rows': lambda: torchs('sum', batch_chunk_size=512)}
+              'plain sum: ours': lambda: weighted_linear_cross_entropy(hidden, head, labels).loss,
+              'plain sum: torch, 512 rows': lambda: torchs('sum', batch_chunk_size=512)}
     def step(loss): # what it leaves behind is freed, so that the next one's memory is its own
         def run():
             value = loss()
@@ -70,9 +70,9 @@ def pairs(times):
     chunked = best(times, 'torch, chunked')
     return {f'{chunked} over ours': (chunked, 'ours'),
             'torch, chunked: as it comes over ours': ('torch, chunked: as it comes', 'ours'),
-        'torch, all logits: compiled over ours': ('torch, all logits: compiled', 'ours'),
-        'torch, all logits: eager over ours': ('torch, all logits: eager', 'ours'),
-        'ours over the floor': ('ours', 'floor: three products'),
+            'torch, all logits: compiled over ours': ('torch, all logits: compiled', 'ours'),
+            'torch, all logits: eager over ours': ('torch, all logits: eager', 'ours'),
+            'ours over the floor': ('ours', 'floor: three products'),
             'plain sum: torch over ours': ('plain sum: torch, 512 rows', 'plain sum: ours')}
 
 if __name__ == '__main__':

@@ -48,12 +48,13 @@ def contestants():
     whole, part = 4*N, 4*len(small)
     return {'ours, normal': (lambda: perturb_([p], 7, eps), 0),
             'torch, normal: a buffer': (buffer, whole),
-        'torch, normal: fresh noise (MeZO)': (fresh, 0), 'torch, normal: in chunks': (chunks, part),
+            'torch, normal: fresh noise (MeZO)': (fresh, 0),
+            'torch, normal: in chunks': (chunks, part),
             'torch, normal: compiled': (compiled, 0),
-        'ours, rademacher': (lambda: perturb_([p], 7, eps, 'rademacher'), 0),
+            'ours, rademacher': (lambda: perturb_([p], 7, eps, 'rademacher'), 0),
             'torch, rademacher: a buffer': (coins, whole),
-        'torch, rademacher: in chunks': (coin_chunks, part),
-        'torch, rademacher: compiled': (coins_compiled, 0),
+            'torch, rademacher: in chunks': (coin_chunks, part),
+            'torch, rademacher: compiled': (coins_compiled, 0),
             'floor: p.mul_(c)': (lambda: p.mul_(1.), 0)}
 
 def pairs(times):

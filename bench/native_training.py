@@ -106,7 +106,7 @@ def child(name, arm):
     run = dict(mezo=lambda: by_ftlab(model, tok, methods.mezo()),
                full=lambda: by_ftlab(model, tok, methods.full()),
                lift=lambda: by_ftlab(model, tok, methods.lift(r=r, every=0)),
-        shira=lambda: by_peft(model, tok)).get(arm, lambda: forward(model))
+               shira=lambda: by_peft(model, tok)).get(arm, lambda: forward(model))
     times = []
     extra = peak(lambda: times.extend(run()))
     must = dict(full=12*size, lift=4*big + chosen*(4 + 8 + 4 + 4),
@@ -115,7 +115,7 @@ def child(name, arm):
     print(json.dumps(dict(model=name, arm=arm, numbers=size, model_bytes=4*size,
                           entries=chosen if arm in ('lift', 'shira') else None,
                           rank=r if arm in ('lift', 'shira') else None,
-        above_model_bytes=extra, must_hold_bytes=must,
+                          above_model_bytes=extra, must_hold_bytes=must,
                           seconds_a_step=round(statistics.median(times[1:]), 3),
                           torch=torch.__version__)))
 

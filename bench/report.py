@@ -9,7 +9,8 @@ import json, platform, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 
 def _peak(what):
-    "Bytes above the start that `what()` took at its highest, its seconds of processor time, and what it gave back"
+    """Bytes above the start that `what()` took at its highest, its seconds of processor time, and
+    what it gave back"""
     from ftlab.trainers.watch import PeakMemory
     import torch
     own = lambda: next(int(l.split()[1])*1024

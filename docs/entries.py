@@ -61,7 +61,7 @@ class Entry(MarkdownRenderer):
         return '\n\n'.join(filter(None,
                                   [f'{"#"*self.title_level} {self.nm}', f'```python\n{said}\n```',
                                    self.docs, parameters(str(table)) if table.has_docment else '',
-            f'<details class="source"><summary>Source: {file}, line '
+                                   f'<details class="source"><summary>Source: {file}, line '
                                    f'{start}</summary>\n\n```python\n{"".join(lines).rstrip()}\n```\n\n</details>']))
 
 class split_title(Processor):
@@ -100,7 +100,8 @@ class add_where(Processor):
                                  ROOT/'nbs').as_posix()), 'markdown'))
 
 class show_entries(Processor):
-    "Fill the cells that nbdev added for what a page exports, in the order of the source, and run what asks for it"
+    """Fill the cells that nbdev added for what a page exports, in the order of the source, and run
+    what asks for it"""
     def begin(self):
         module = next((c.directives_['default_exp'] for c in self.nb.cells if c.cell_type == 'code'
                        and 'default_exp' in c.directives_), None)
@@ -152,7 +153,8 @@ ANCHOR = re.compile(r'(?:(?<=\()|(?<=\.ipynb))#[^)\s]+(?=\))')  # Jupyter's anch
 OUTSIDE = re.compile(r'\]\(((?:\.\./)+)([A-Za-z][\w./-]*)(#[\w-]*)?\)')
 
 def linked(text:str, page:str) -> str:
-    "Prose of `page` with known names linked, and files from outside nbs/ linked as copies in `top/`"
+    """Prose of `page` with known names linked, and files from outside nbs/ linked as copies in
+    `top/`"""
     here, up = Path(page).parent, '../'*page.count('/')
     def name(m):
         file, _, anchor = homes().get(m[1], '').partition('#')
@@ -190,7 +192,8 @@ class Processing(FilterDefaults):
                                     add_where, link]
 
 def stale(proc:Path) -> bool:
-    "Has anything changed that every page depends on? (Sphinx itself sees what changed in templates and static files)"
+    """Has anything changed that every page depends on? (Sphinx itself sees what changed in
+    templates and static files)"""
     shared = [*(ROOT/f for f in ('_quarto.yml', 'settings.ini', 'CHANGELOG.md', 'CITATION.cff')),
               *(ROOT/'docs').glob('*.py')]
     return not proc.exists() or max(p.stat().st_mtime for p in shared) > proc.stat().st_mtime
