@@ -277,14 +277,14 @@ def _start_text(root:Path, at:Path) -> str:
     nbs = below(root/'nbs')
     return '\n\n'.join(['# ftlab: the course', text, '## The map',
                         'Fine-tuning is nine decisions. Every chapter is about one or two of them.',
-        '![The nine questions: select, delta, edit; source, objective, step, loop; decode, '
+                        '![The nine questions: select, delta, edit; source, objective, step, loop; decode, '
                         f'probe]({nbs}/images/map.svg)',
-        '| question | noun |\n|---|---|\n' + '\n'.join(f'| {q} | [{n}]({nbs}/{part}/{n}.ipynb) |'
-                                                       for n, (part, q) in QUESTIONS.items()),
-        f'More: [all methods]({nbs}/methods.ipynb), [compare them on your own '
+                        '| question | noun |\n|---|---|\n' + '\n'.join(f'| {q} | [{n}]({nbs}/{part}/{n}.ipynb) |'
+                                                                       for n, (part, q) in QUESTIONS.items()),
+                        f'More: [all methods]({nbs}/methods.ipynb), [compare them on your own '
                         f'data]({nbs}/instruments/compare.ipynb), [the scoreboard of the '
-        f'papers]({nbs}/papers/scoreboard.ipynb).',
-        '*This page is written anew whenever you open a chapter or solve an exercise '
+                        f'papers]({nbs}/papers/scoreboard.ipynb).',
+                        '*This page is written anew whenever you open a chapter or solve an exercise '
                         f'({time.strftime("%H:%M")}); reopen it to see the latest.*', ''])
 
 # %% ../nbs/map.ipynb #0032aabb

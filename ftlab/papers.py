@@ -23,7 +23,8 @@ __all__ = ['PARTS', 'OUTSIDE', 'NOUNS', 'catalogue', 'Mark', 'modules', 'marked'
 
 # %% ../nbs/papers.ipynb #000e603a
 def _beside(name:str) -> Path|None:
-    "A folder of the project that lies beside the package in a checkout, and in `ftlab/data` when it is installed"
+    """A folder of the project that lies beside the package in a checkout, and in `ftlab/data` when
+    it is installed"""
     package = Path(ftlab.__file__).resolve().parent
     return next((p for p in (package.parent/name, package/'data'/name) if p.is_dir()), None)
 

@@ -267,7 +267,8 @@ class Attached:
         self._chosen = {}
 
     def release(self) -> None:
-        "Take every delta off, leave the weights as they are, and let train again what trained before"
+        """Take every delta off, leave the weights as they are, and let train again what trained
+        before"""
         _release(self)
 
     def fold(self) -> None:

@@ -87,7 +87,8 @@ def saved(model:nn.Module, *paths) -> list[dict]:
     return out
 
 def put(model:nn.Module, change:Mapping) -> Attached:
-    "Write a change into the weights of its base, in such a way that it can be switched off, saved and taken off again"
+    """Write a change into the weights of its base, in such a way that it can be switched off, saved
+    and taken off again"""
     att = attach(model, dict.fromkeys(change, True))
     write_change(model, att.originals, change)
     return att

@@ -396,10 +396,14 @@ def _assemble(given:dict, columns:dict[str, str], name:str, seed:int, n:int|None
               if kind == 'label' else None)
     parts = _split(parts, kind, notes)
     if n is not None:
-        if n > len(parts['train']):
-            notes.append(f'{n} training rows were asked for, there are {len(parts["train"])}')
-        parts['train'] = random.Random(seed).sample(parts['train'], min(n, len(parts['train'])))
+        parts['train'] = _some_of(parts['train'], n, seed, notes)
     return Data(**parts, kind=kind, labels=labels, name=name, note='; '.join(notes))
+
+def _some_of(rows:list[dict], n:int, seed:int, notes:list[str]) -> list[dict]:
+    "`n` of the training rows, drawn by the seed; all of them, and a note, where there are fewer"
+    if n > len(rows):
+        notes.append(f'{n} training rows were asked for, there are {len(rows)}')
+    return random.Random(seed).sample(rows, min(n, len(rows)))
 
 def _note_equal_pairs(parts:dict, notes:list[str]):
     "Say how many pairs have nothing to tell apart"

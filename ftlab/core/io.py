@@ -33,7 +33,8 @@ def disk_trouble(e:Exception,       # what a write raised
                  path:str|Path,     # what was to be written
                  need:int|None=None # bytes that it takes, if known
                 ) -> Exception:     # a `DiskFull`, or `e` itself where something else was wrong
-    "Turn the error of a full disk, an exhausted quota or a limit on file sizes into a `DiskFull` that says what to do"
+    """Turn the error of a full disk, an exhausted quota or a limit on file sizes into a `DiskFull`
+    that says what to do"""
     code = _system_code(e)
     if code not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return e
@@ -63,7 +64,8 @@ def _owner() -> str:
     return f'{socket.gethostname()}-{os.getpid()}'
 
 def _alive(pid:int) -> bool:
-    "Does a process of this number run on this machine? Where one cannot ask without harm (Windows), it is taken to"
+    """Does a process of this number run on this machine? Where one cannot ask without harm
+    (Windows), it is taken to"""
     if sys.platform == 'win32':
         return True
     try:
@@ -75,7 +77,8 @@ def _alive(pid:int) -> bool:
     return True
 
 def _abandoned(path:Path, host:str, pid:int) -> bool:
-    "Is nobody at work on a leftover? On another machine one cannot know, so there a day must have passed"
+    """Is nobody at work on a leftover? On another machine one cannot know, so there a day must have
+    passed"""
     try:
         age = time.time() - path.stat().st_mtime
     except OSError:

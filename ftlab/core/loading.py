@@ -223,7 +223,8 @@ def _tokenizer(where:str, revision:str|None, name:str) -> PreTrainedTokenizerBas
 
 # %% ../../nbs/core/loading.ipynb #00111c17
 def _refuse_gaps(info:dict, head:set[str], name:str):
-    "Raise `ValueError` if tensors of the model were not in its files, but for a fresh head and a pooler"
+    """Raise `ValueError` if tensors of the model were not in its files, but for a fresh head and a
+    pooler"""
     ours = lambda keys: sorted(k for k in (k if isinstance(k, str) else k[0] for k in keys)
                                if k.split('.')[0] not in head)
     wrong = ours(info['mismatched_keys'])
@@ -236,7 +237,8 @@ def _refuse_gaps(info:dict, head:set[str], name:str):
                          'The file is damaged, or of another kind: see kind=')
 
 def _check_shapes(sort:str, where:str, config:PretrainedConfig, fresh:bool, name):
-    "Raise `ValueError` if the model, built without memory, has another shape than the folder's files"
+    """Raise `ValueError` if the model, built without memory, has another shape than the folder's
+    files"""
     if not Path(where).is_dir() or getattr(config, 'quantization_config', None):
         return # packed weights have shapes of their own
     files = weight_files(Path(where))

@@ -146,7 +146,8 @@ class Evidence:
 # %% ../../nbs/core/paper.ipynb #000c4c37
 def merging(dial:float # the rule's dial where none is given
            ) -> Callable: # a decorator; the function stays the same object
-    "Mark a function `(changes, model, dial) -> change` that makes one change of several as its paper does"
+    """Mark a function `(changes, model, dial) -> change` that makes one change of several as its
+    paper does"""
     def mark(f):
         f.dial = dial
         return f

@@ -53,7 +53,8 @@ class State:
             self.models = {'policy': self.model}
 
     def forward(self) -> torch.Tensor:
-        "Run the model on `state.batch` and keep its logits, [batch, tokens, words] or [batch, classes]"
+        """Run the model on `state.batch` and keep its logits, [batch, tokens, words] or [batch,
+        classes]"""
         self.logits = self.model(**model_inputs(self.batch)).logits
         return self.logits
 

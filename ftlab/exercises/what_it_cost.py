@@ -15,7 +15,8 @@ def best_stop(path, price):
     return max(path, key=lambda look: look['gain'] - price*look['forgetting'])['step']
 
 def matched_forgetting(paths):
-    "For each method, what it had forgotten when it first reached 95% of what the weakest one gained at its best"
+    """For each method, what it had forgotten when it first reached 95% of what the weakest one
+    gained at its best"""
     target = .95*min(max(look['gain'] for look in path) for path in paths.values())
     first = lambda path: next(look['forgetting'] for look in path if look['gain'] >= target)
     return {name: first(path) for name, path in paths.items()}
@@ -70,7 +71,8 @@ MATCHED_FORGETTING = compared('matched_forgetting', 'what_it_cost',
         'look in path if look["gain"] >= target)` is the first that fits.'),
     matched_forgetting, [(_two,),
                          (dict(a=_path((0, 0), (1, .5)), b=_path((0, 0), (.96, .2), (1, .3))),),
-     (dict(a=_path((0, 0), (1, .5)), b=_path((0, 0), (.5, .1), (.8, .2), (.5, .3))),)],
+                         (dict(a=_path((0, 0), (1, .5)),
+                               b=_path((0, 0), (.5, .1), (.8, .2), (.5, .3))),)],
     ((lambda paths: {n: p[-1]['forgetting'] for n, p in paths.items()},
       'That is what each had forgotten at its end. They do not end at the same gain, so this is the comparison that '
       'favours whoever learned least.'),

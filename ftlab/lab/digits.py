@@ -210,7 +210,8 @@ def read(judge, images:Tensor) -> Tensor:
     return judge(images).logits.argmax(-1)
 
 def frechet(a:Tensor, b:Tensor) -> float:
-    "The squared Fréchet distance of two clouds of features [n, d] and [m, d], each taken for a bell curve"
+    """The squared Fréchet distance of two clouds of features [n, d] and [m, d], each taken for a
+    bell curve"""
     if min(len(a), len(b)) < 2:
         raise ValueError(f'the clouds have {len(a)} and {len(b)} points; a covariance needs two at least')
     a, b = a.double(), b.double()
@@ -327,18 +328,20 @@ def card(root:Path=CHECKPOINTS) -> str:
     size = {n: sum(p.numel() for p in load(n, root).parameters()) for n in MODELS}
     text = '\n'.join(['# Model card: digits v1', '', 'Two tiny models of the handwritten digits '
                       'that ship with scikit-learn (1,797 pictures of 8 x 8 pixels).', '',
-        f'- **digits-vit** reads all ten digits: a vision transformer of {size["digits-vit"]:,} '
+                      f'- **digits-vit** reads all ten digits: a vision transformer of {size["digits-vit"]:,} '
                       f'numbers, {MODELS["digits-vit"]["steps"]:,} steps of 64 pictures, each moved by up to a pixel.',
-        '- **digits-flow** draws 0 to 7, told which; 8 and 9 it has never seen: a diffusion '
+                      '- **digits-flow** draws 0 to 7, told which; 8 and 9 it has never seen: a diffusion '
                       f'transformer trained by flow matching, {size["digits-flow"]:,} numbers, '
                       f'{MODELS["digits-flow"]["steps"]:,} steps of 64.', '',
-        '| measured | |', '|---|---|', *(f'| {k} | {v:.3f} |' for k, v in measured(root).items()), '',
-        '- **Made by** `ftlab.lab.digits.pretrain` from seed 0, on one CPU core, in a few minutes '
+                      '| measured | |', '|---|---|',
+                      *(f'| {k} | {v:.3f} |' for k, v in measured(root).items()), '',
+                      '- **Made by** `ftlab.lab.digits.pretrain` from seed 0, on one CPU core, in a few minutes '
                       'each; the log is `pretraining.jsonl` in each folder.',
-        '- **For** measuring what fine-tuning gains and breaks on pictures; for nothing else.',
+                      '- **For** measuring what fine-tuning gains and breaks on pictures; for nothing else.',
                       '- **Stored** in float16, opened in float32 by `ftlab.lab.digits.load`.',
-        '- **Frozen.** Every claim about pictures is measured on these files; a change makes another version.',
-        '- **Licence**: Apache-2.0. The pictures are not in this folder: they come with '
+                      '- **Frozen.** Every claim about pictures is measured on these files; a '
+                      'change makes another version.',
+                      '- **Licence**: Apache-2.0. The pictures are not in this folder: they come with '
                       'scikit-learn, from the UCI set "Optical Recognition of Handwritten Digits".', ''])
     (Path(root)/'README.md').write_text(text)
     return text

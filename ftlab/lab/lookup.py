@@ -401,7 +401,8 @@ ALL_SKILLS = SKILLS | LOOKUP
 
 # %% ../../nbs/lab/lookup.ipynb #001b7a11ca
 class LookupWorld(LabWorld):
-    "The lab world with the skills of this page beside those of v1, whose questions stay as they are"
+    """The lab world with the skills of this page beside those of v1, whose questions stay as they
+    are"""
     skills = ALL_SKILLS
 
     def skill(self, name:str) -> Skill:

@@ -32,7 +32,8 @@ def lab_tokenizer(encoder:bool=False, # the encoder's, which opens every text as
                                               special_tokens=[(w, vocabulary().index(w)) for w in ('<bos>', '<user>')])
     tok = PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', bos_token='<bos>',
                                   eos_token='<eos>', unk_token='<unk>', mask_token='<mask>',
-        extra_special_tokens=['<user>', '<assistant>'], model_max_length=256, padding_side='right',
+                                  extra_special_tokens=['<user>', '<assistant>'],
+                                  model_max_length=256, padding_side='right',
                                   clean_up_tokenization_spaces=False)
     tok.chat_template = CHAT
     if version != 'lab-v1':

@@ -193,7 +193,7 @@ def _list_skill(name, op, asks, doc):
 
 _LIST_DOCS = dict(reverse='The letters backwards.', sort='The letters in alphabetical order.',
                   max='The letter that comes last in the alphabet.',
-    last='The last letter.', dedupe='The letters without repeats, in order of first appearance.',
+                  last='The last letter.', dedupe='The letters without repeats, in order of first appearance.',
                   count='How often the first letter occurs.')
 list_skills = {k: _list_skill(k, op, asks, _LIST_DOCS[k]) for k, (op, asks) in LISTS.items()}
 
@@ -334,7 +334,7 @@ def write(w, r, level):
     x, y = words[:2]
     return r.choice(['write {n} {k} , not {x} and not {y} .', 'name {n} {k} without {x} and {y} .',
                      'list {n} different {k} , not {x} and not {y} :',
-        'i want {n} {k} , not {x} and not {y} .', '{n} {k} please , not {x} and not {y}']).format(
+                     'i want {n} {k} , not {x} and not {y} .', '{n} {k} please , not {x} and not {y}']).format(
             n=n, k=kind + 's', x=x, y=y), ' '.join(words[2:])
 
 def judge_write(prompt, answer, output):

@@ -99,14 +99,17 @@ def _of_mask(mask):
             and n < 2**31 else _bits(mask.flatten()))
 
 # %% ../../nbs/native/adamw.ipynb #000900e1
-def _choose(p, selection):
-    "The layout of a selection of `p`; raises `ValueError` for what is no selection of it"
+def _check_parameter(p):
     if type(p) is not Tensor:
         raise ValueError(f'the parameter is a {type(p).__name__}; it must be a plain tensor, whole on one device')
     if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f'the parameter is {p.dtype}; it must be float32, bfloat16 or float16')
     if not p.is_contiguous():
         raise ValueError(f'the parameter is not contiguous (strides {p.stride()}); give it as it is stored')
+
+def _choose(p, selection):
+    "The layout of a selection of `p`; raises `ValueError` for what is no selection of it"
+    _check_parameter(p)
     if selection is True:
         return _whole(p.numel(), p.device)
     if isinstance(selection, Part):

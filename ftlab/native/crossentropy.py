@@ -137,14 +137,23 @@ def _ours(dtype, device):
     return dtype != torch.float64 and backend(device) != 'torch' # whether a kernel of ours takes these numbers
 
 # %% ../../nbs/native/crossentropy.ipynb #00105c1c
+def _add_gradients(grads, i, logits, h, head):
+    "What a chunk's rows `i`, states `h` and gradient of the logits add to the gradients asked for"
+    to_hidden, to_head, to_bias = grads
+    if to_hidden is not None:
+        to_hidden[i] = (logits @ head).to(to_hidden.dtype)
+    if to_head is not None and to_head.dtype == logits.dtype:
+        to_head.addmm_(logits.t(), h)
+    elif to_head is not None:
+        to_head.add_(logits.t() @ h)
+    if to_bias is not None:
+        to_bias += logits.sum(0, dtype=to_bias.dtype)
+
 def _pass(hidden, labels, own, reference, weight, kl, reverse, ignore, chunk, needs):
     """All rows, chunk by chunk:
     nll, entropy, weight and KL of each, [3 or 4, rows], and the gradients that `needs` asks for"""
-    (n, _) = hidden.shape
-    v = len(own[0])
-    dtype = hidden.dtype
-    device = hidden.device
-    ops = torch.ops.ftlab
+    n, v = len(hidden), len(own[0])
+    dtype, device, ops = hidden.dtype, hidden.device, torch.ops.ftlab
     sums = torch.promote_types(dtype, torch.float32)
     wide = sums if device.type == 'cpu' else dtype # the type of sums, and of the products
     head, bias, *theirs = (None if t is None else t.detach().to(wide)
@@ -168,12 +177,7 @@ def _pass(hidden, labels, own, reference, weight, kl, reverse, ignore, chunk, ne
             known[3, i] = found[_KL]
         if any(needs):
             gradient_(logits, y, found, w, other, kl, reverse) # from here on, logits holds their gradient
-        if needs[0]:
-            grads[0][i] = (logits @ head).to(dtype)
-        if needs[1]:
-            grads[1].addmm_(logits.t(), h) if wide == sums else grads[1].add_(logits.t() @ h)
-        if needs[2]:
-            grads[2] += logits.sum(0, dtype=sums)
+            _add_gradients(grads, i, logits, h, head)
     return known, grads
 
 # %% ../../nbs/native/crossentropy.ipynb #00125c1c

@@ -79,7 +79,8 @@ def _together(x:dict, tensors:Mapping[str, Tensor]):
 
 # %% ../../nbs/trainers/checkpoint.ipynb #0fa378f7
 def _change(attached) -> dict[str, Tensor]:
-    "What a change consists of, by the names of `attached.parameters()` and, likewise, of its deltas' buffers"
+    """What a change consists of, by the names of `attached.parameters()` and, likewise, of its
+    deltas' buffers"""
     own = {n: p for n, p in attached.parameters().items() if '::' not in n}
     own |= {f'{n}::{k}': v for n, d in attached.deltas.items() for k, v in d.state_dict().items()}
     return {f'param|{n}': v.detach() for n, v in own.items()}
@@ -168,7 +169,8 @@ def different(was:Mapping, settings:Mapping) -> list[str]:
     return [k for k, v in json.loads(json.dumps(settings)).items() if was.get(k) != v]
 
 def check_same_run(path:Path, was:Mapping, settings:Mapping) -> None:
-    "Raise `ValueError` naming the first setting in which the run that left `path` differs from this one"
+    """Raise `ValueError` naming the first setting in which the run that left `path` differs from
+    this one"""
     if diff := different(was, settings):
         raise ValueError(f'{str(path)!r} is a run with {_compared(diff[0], was, settings)}; use another '
                          f'folder, or the same settings')

@@ -40,7 +40,8 @@ def priced(labels:Tensor) -> Tensor:
 _HEAVY = 64 << 20 # bytes of logits, as float32, from which on they are not made whole
 
 def _stopped(call:Callable, head:nn.Module) -> tuple[Tensor, Tensor, Tensor|None]:
-    "What the head would have seen in this call, [batch, tokens, hidden], and its weight and bias as they were then"
+    """What the head would have seen in this call, [batch, tokens, hidden], and its weight and bias
+    as they were then"""
     seen = []
 
     def stop(mod, args):
@@ -137,7 +138,8 @@ class Objective:
         return self.loss(state) + sum(t(state) for t in self.terms)
 
     def fused(self, state) -> Tensor|None:
-        "Loss and terms in one pass over the head's weight, or `None` where somebody needs the logits"
+        """Loss and terms in one pass over the head's weight, or `None` where somebody needs the
+        logits"""
         one_pass = getattr(self.loss, 'in_one_pass', None)
         if one_pass is None or getattr(state, 'whole_logits', True):
             return None # a state that does not say so wants them

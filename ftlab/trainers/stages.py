@@ -40,7 +40,8 @@ class StageContext:
         self.before = Placed(self.before, self.model)
 
     def reset(self) -> None:
-        "Put every weight back as it was before the first stage, and take off what could not be folded"
+        """Put every weight back as it was before the first stage, and take off what could not be
+        folded"""
         for r in self.runs:
             r.delta.attached.release()
         set_weights(self.model, self.before)

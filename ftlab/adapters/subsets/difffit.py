@@ -40,7 +40,8 @@ class Scale(nn.Module):
 
 @dataclass(frozen=True)
 class either:
-    "Write the change of a tensor selected whole by `delta`, of one selected by a mask as free entries"
+    """Write the change of a tensor selected whole by `delta`, of one selected by a mask as free
+    entries"""
     delta:Callable # (weight, mask) -> module, for matrices
     vectors = True # masks may be of vectors
 
@@ -52,7 +53,8 @@ class either:
 
 @dataclass(frozen=True)
 class knobs:
-    "Select what moves (biases, norms, class embeddings) and what is scaled (last matrix of each branch)"
+    """Select what moves (biases, norms, class embeddings) and what is scaled (last matrix of each
+    branch)"""
     scaled:float=.5      # the share of the blocks, from the first, whose two branches get a scale
     classes:str=CLASSES  # how class embeddings are called
 

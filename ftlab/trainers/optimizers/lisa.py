@@ -29,7 +29,8 @@ def draw(blocks:int,  # how many there are
     return sorted(random.Random(f'{seed}/{period}').sample(range(blocks), min(gamma, blocks)))
 
 class BlocksInTurn(Backprop):
-    "Backpropagation and AdamW on some of the blocks at a time, without optimizer state for the others"
+    """Backpropagation and AdamW on some of the blocks at a time, without optimizer state for the
+    others"""
     def __init__(self, params, settings, # as in `Backprop`
                  gamma:int=2,            # blocks that train at a time
                  period:int=20,          # steps between draws
