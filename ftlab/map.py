@@ -113,7 +113,10 @@ def draw_map(here:Iterable[str]=() # nouns to mark, as where the reader is
     return '\n'.join(out + ['</svg>', ''])
 
 # %% ../nbs/map.ipynb #0010aabb
-def _link(c:Chapter, folder:str='', at:str|Path='.') -> str: # folder: of the chapters, as seen from `at`, where the link is shown
+def _link(c:Chapter,
+          folder:str='',    # of the chapters, as seen from `at`
+          at:str|Path='.'   # where the link is shown
+         ) -> str:
     "A link to the chapter, if it is there"
     return (f'[{c.label}]({folder}{c.name}.ipynb)' if Path(at, folder, f'{c.name}.ipynb').exists()
             else c.label)
@@ -272,15 +275,17 @@ def write_start_page(path:str|Path|None=None # None: what the environment variab
 def _start_text(root:Path, at:Path) -> str:
     "What the file says, with links as seen from the folder `at`"
     below = lambda p: Path(os.path.relpath(p, at)).as_posix()
-    runs = [dict(r, folder=below(r['folder'])) for r in unfinished(root/'runs', root/'ftlab-runs', root/'nbs'/'course')]
+    places = (root/'runs', root/'ftlab-runs', root/'nbs'/'course')
+    runs = [dict(r, folder=below(r['folder'])) for r in unfinished(*places)]
     text = StartPage(below(root/'nbs'/'course') + '/', tuple(runs), at)._repr_markdown_()
     nbs = below(root/'nbs')
     return '\n\n'.join(['# ftlab: the course', text, '## The map',
                         'Fine-tuning is nine decisions. Every chapter is about one or two of them.',
                         '![The nine questions: select, delta, edit; source, objective, step, loop; decode, '
                         f'probe]({nbs}/images/map.svg)',
-                        '| question | noun |\n|---|---|\n' + '\n'.join(f'| {q} | [{n}]({nbs}/{part}/{n}.ipynb) |'
-                                                                       for n, (part, q) in QUESTIONS.items()),
+                        '| question | noun |\n|---|---|\n' + '\n'.join(
+                            f'| {q} | [{n}]({nbs}/{part}/{n}.ipynb) |'
+                            for n, (part, q) in QUESTIONS.items()),
                         f'More: [all methods]({nbs}/methods.ipynb), [compare them on your own '
                         f'data]({nbs}/instruments/compare.ipynb), [the scoreboard of the '
                         f'papers]({nbs}/papers/scoreboard.ipynb).',
@@ -347,7 +352,8 @@ QUIZ = (
         'B has 128 rows of 4 numbers and A has 4 rows of 128; the matrix itself stays as it was.'),
     Question('lab_models', 'A model answers 32 of 40 questions right. About how sure is the 80%?',
         ('To about 12 points either way', 'To about 1 point', 'It is exact, as it was counted'),
-        'The standard error of a share is the root of p(1 - p)/n; 1.96 of them are 12 points here.'))
+        'The standard error of a share is the root of p(1 - p)/n; '
+        '1.96 of them are 12 points here.'))
 
 def where_to_begin(picked:Iterable[str|None] # the options that were picked, one for each question; None: not sure
                   ) -> Chapter|None:         # None: all right
@@ -396,8 +402,10 @@ def quiz():
 def hosted(page:str,               # such as 'course/first_light.ipynb'
            git_url:str|None=None,  # 'https://github.com/OWNER/NAME'; None: what settings.ini says
            branch:str='main'
-          ) -> dict[str, str]:     # 'binder' and 'colab' to addresses, 'install' to the line that a first cell on Colab needs; {} where no address is known
-    """Links that open a page on Binder and on Colab;
+          ) -> dict[str, str]:     # 'binder' and 'colab' to addresses, and 'install'
+    """Links that open a page on Binder and on Colab; {} where no address is known.
+
+    'install' is the line that a first cell on Colab needs;
     raises `ValueError` for an address that is not of GitHub"""
     if git_url is None and (root := checkout()):
         settings = ConfigParser(delimiters=['='])

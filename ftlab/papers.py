@@ -148,8 +148,11 @@ def _rows(c:Claim) -> list[dict]:
 def scoreboard_html(board:pd.DataFrame) -> str:
     """The scoreboard as a table for a page, one row a claim;
     the site's script lets the reader filter and sort it"""
-    heads = ''.join(f'<th scope="col"{" data-filter=one" if h in ("Verdict", "Scope") else ""}>{h}</th>' for h in ('Claim', 'Verdict', 'Scope', 'What was measured'))
-    rows = ''.join(_claim_row(claim, rows.to_dict('records')) for claim, rows in board.groupby('claim', sort=False))
+    filtered = ('Verdict', 'Scope')
+    heads = ''.join(f'<th scope="col"{" data-filter=one" if h in filtered else ""}>{h}</th>'
+                    for h in ('Claim', *filtered, 'What was measured'))
+    rows = ''.join(_claim_row(claim, rows.to_dict('records'))
+                   for claim, rows in board.groupby('claim', sort=False))
     return ('<div class="table-wrapper"><table class="filter"><caption>The '
             f'claims</caption><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>')
 
@@ -161,8 +164,8 @@ def _claim_row(claim:str, contrasts:list[dict]) -> str:
     if text['superseded']:
         verdict += f'<br><small>superseded: {text["superseded"]}</small>'
     lines = ''.join(f'<li>{html.escape(m)}</li>' for r in contrasts if (m := effect_line(r)))
-    return ('<tr><th scope="row" '
-            f'data-sort="{claim}"><b>{claim}</b><br>{text["sentence"]}</th><td>{verdict}</td><td>{text["scope"]}</td><td><ul>{lines}</ul></td></tr>')
+    return (f'<tr><th scope="row" data-sort="{claim}"><b>{claim}</b><br>{text["sentence"]}</th>'
+            f'<td>{verdict}</td><td>{text["scope"]}</td><td><ul>{lines}</ul></td></tr>')
 
 def effect_line(r:dict) -> str:
     """A contrast in a line: what came of it, the effect with its interval, and what was needed;

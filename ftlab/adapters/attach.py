@@ -61,7 +61,9 @@ def _below(name:str) -> str|None:
         return None
     if 'parametrizations' not in parts:
         return name
-    return ('.'.join(p for p in parts[:-1] if p != 'parametrizations') if parts[-1] == 'original' else None)
+    if parts[-1] != 'original':
+        return None
+    return '.'.join(p for p in parts[:-1] if p != 'parametrizations')
 
 def own_weights(model:nn.Module) -> dict[str, nn.Parameter]:
     "The model's own parameters by their plain names, below any change that sits on it"
@@ -360,9 +362,9 @@ def _mask(shape, bits):
 # %% ../../nbs/adapters/attach.ipynb #7dffaf81
 def attach(model:nn.Module,          # changed in place: frozen except for what is chosen
            chosen:Mapping,           # {parameter name: True or a boolean mask}, what a selection returns
-           delta:Callable|None=None, # (weight [out, in], mask) -> module; None: the weight itself, or `Entries` where there is a mask
-           also:tuple[str, ...]=(),  # names of weights that move themselves whatever the method, such as a fresh classifier
-           originals:Mapping|None=None # {name: tensor} to take the base's weights from instead of keeping copies in memory
+           delta:Callable|None=None, # (weight [out, in], mask) -> module; None: the weight, or `Entries` for a mask
+           also:tuple[str, ...]=(),  # names of weights that move whatever the method, such as a fresh classifier
+           originals:Mapping|None=None # {name: tensor}: the base's weights, instead of copies in memory
           ) -> Attached:
     """Freeze `model` and let what was chosen move, through `delta`.
     Raises `ValueError` for an empty or impossible choice."""
@@ -382,7 +384,7 @@ def attach(model:nn.Module,          # changed in place: frozen except for what 
     return place(Attached(model, chosen, deltas, {}, originals))
 
 def place(att:Attached,            # made, but with nothing on the model yet
-          values:Mapping|None=None # {name: tensor} for weights that move themselves, of a change that was saved; None: they train
+          values:Mapping|None=None # {name: tensor} of a change that was saved, for weights that move; None: they train
          ) -> Attached:            # the same
     "Put a change on its model, all of it or nothing"
     ready = {n: p.requires_grad for n, p in att.model.named_parameters()}

@@ -38,7 +38,7 @@ class parts:
     "Select parameters by their place in the model"
     which:tuple[str, ...]
     blocks:tuple[int, ...]|None
-    def __init__(self, *which:str,                 # of `PARTS`, or roles such as 'q', 'v', 'up'; none: attention and mlp
+    def __init__(self, *which:str,                 # of `PARTS`, or roles such as 'q', 'up'; none: attention and mlp
                  blocks:tuple[int, ...]|None=None): # the blocks to take, by index; None: all
         object.__setattr__(self, 'which', which or ('attention', 'mlp'))
         object.__setattr__(self, 'blocks', None if blocks is None else tuple(blocks))
@@ -86,7 +86,7 @@ SCORES = ('principal', 'magnitude', 'random')
 
 def scores(W:Tensor,                # a matrix
            by:str='principal',      # 'principal' (LIFT), or the baselines 'magnitude' and 'random'
-           filter_rank:int|None=None, # directions kept before the size is looked at; None: one in 64 of the shorter side
+           filter_rank:int|None=None, # directions kept before sizes are looked at; None: one in 64 of the shorter side
            seed:int=0               # for 'random'
           ) -> Tensor:              # of the shape of `W`; the higher, the sooner it is chosen
     """How much each entry deserves to move.

@@ -117,7 +117,7 @@ def _digest(tensors:Mapping[str, Tensor], meta:Mapping[str, str]) -> str:
 def load_delta(model:nn.Module,         # the base, changed in place
                path:str|Path,           # what `save_delta` wrote
                classes:Mapping[str, type]|None=None, # deltas of your own, by the names of their classes
-               originals:Mapping|None=None # {name: tensor} to take the base's weights from instead of keeping copies in memory, such as `Originals(file)`
+               originals:Mapping|None=None # {name: tensor}: the base's weights, such as `Originals(file)`
               ) -> Attached:
     """Attach a saved change to its base, all of it or nothing.
 

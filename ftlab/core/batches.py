@@ -88,7 +88,8 @@ def _messages(value, at:str, column:str='messages') -> list[dict]:
         raise ValueError(f'{at}: {column} is {str(value)[:40]!r}; it must be a list of {{"role": ..., "content": ...}}')
     for i, m in enumerate(value, 1):
         if not isinstance(m, Mapping) or 'role' not in m or 'content' not in m:
-            raise ValueError(f'{at}: message {i} of {column} is {str(m)[:60]!r}; it must be {{"role": ..., "content": ...}}')
+            raise ValueError(f'{at}: message {i} of {column} is {str(m)[:60]!r}; '
+                             'it must be {"role": ..., "content": ...}')
         _text(m['role'], f'the role of message {i}', at)
         _text(m['content'], f'the content of message {i}', at)
     return value
@@ -140,8 +141,11 @@ def _pair(row:dict, at:str) -> dict:
 # %% ../../nbs/core/batches.ipynb #001341f0
 @dataclass(repr=False)
 class Data:
-    "Rows for training, validation and test, all of one kind"
-    train:list[dict]           # rows `{'prompt', 'response'}`, `{'messages'}`, `{'text', 'label'}` (an index into `labels`), `{'text'}`, or `{'pixel_values'}` and any other tensors and numbers
+    """Rows for training, validation and test, all of one kind.
+
+    A row is `{'prompt', 'response'}`, `{'messages'}`, `{'text', 'label'}` (an index into `labels`),
+    `{'text'}`, or `{'pixel_values'}` and any other tensors and numbers."""
+    train:list[dict]           # rows to learn from
     validation:list[dict]      # to choose by
     test:list[dict]            # to report
     kind:str                   # 'text', 'chat', 'label', 'lm', or 'image'
@@ -335,16 +339,18 @@ def _skill_data(skill:str, seed:int, n:int) -> Data:
     return Data(**rows, kind='text', name=skill, note='; '.join(short))
 
 # %% ../../nbs/core/batches.ipynb #001c41f0
-def data(source,               # a path (.jsonl, .json, .csv, .parquet, or a folder of train/validation/test), a `datasets.Dataset` or `DatasetDict`, a list of dicts, or a lab skill by name
+def data(source,               # a path, a `datasets.Dataset` or `DatasetDict`, a list of dicts, or a lab skill by name
          *,
          validation=None,      # a source of the same sort; None cuts a tenth of train by hash
          test=None,            # likewise
-         columns:Mapping[str, str]|None=None, # what the columns are called in the source: `{'prompt': 'question', 'response': 'answer'}`
+         columns:Mapping[str, str]|None=None, # their names in the source: `{'prompt': 'question'}`
          seed:int=0,           # which training rows `n` takes; for skills, which questions are drawn
          n:int|None=None       # how many training rows; None: all (4000 for skills)
         ) -> Data:
-    """Read rows, check each, and split them;
-    raises `ValueError` or `FileNotFoundError` that names file, line and mend"""
+    """Read rows, check each, and split them.
+
+    A path is one of .jsonl, .json, .csv, .parquet, or a folder of train/validation/test.
+    Raises `ValueError` or `FileNotFoundError` that names file, line and mend."""
     if n is not None and n < 1:
         raise ValueError(f'n is {n}; it must be at least 1')
     columns = dict(columns or {})
@@ -358,8 +364,8 @@ def data(source,               # a path (.jsonl, .json, .csv, .parquet, or a fol
             raise ValueError(f'{source!r} is a lab skill, which brings its own splits and columns; '
                              f'for a file of that name say ./{source}')
         return _skill_data(source, seed, n or 4000)
-    if isinstance(source, str) and not Path(source).exists() and not Path(source).suffix and Path(
-        source).name == source:
+    if isinstance(source, str) and not (Path(source).exists() or Path(source).suffix
+                                        or Path(source).name != source):
         raise ValueError(f'{source!r} is neither a file nor a lab '
                          f'skill{did_you_mean(source, skills) or ";"} the skills are {", ".join(skills)}')
     given = _parts(source) | {k: v for k, v in (('validation', validation), ('test', test))
@@ -439,9 +445,10 @@ def _chat_pieces(messages:list[dict], tok, context:int=0) -> list[tuple[str, boo
             start, end = len(before), _turn_end(full, len(before), messages, i, tok)
             out += [(full[done:start], False), (full[start:end], True)]
             done = end
-        # some templates open a turn with more than they keep of it (a thinking mark): what is learnt then follows what will be asked
-        elif i == turns[-1] and before.startswith(full[:done]) and (
-            at := full.rfind(content)) >= done:
+        # some templates open a turn with more than they keep of it (a thinking mark):
+        # what is learnt then follows what will be asked
+        elif (i == turns[-1] and before.startswith(full[:done])
+              and (at := full.rfind(content)) >= done):
             out += [(before[done:], False), (full[at:], True)]
             done = len(full)
         else:
@@ -456,7 +463,8 @@ def _turn_end(full:str, start:int, messages:list[dict], i:int, tok) -> int:
         return len(full)
     if full.startswith(upto := _render(tok, messages[:i + 1])):
         return len(upto)
-    # a template that drops thinking marks from earlier turns: look for the words, then for the mark that also ends the last message
+    # a template that drops thinking marks from earlier turns:
+    # look for the words, then for the mark that also ends the last message
     content, last = messages[i]['content'].strip(), messages[-1]['content'].strip()
     mark = full[full.rfind(last) + len(last):]
     at = full.find(content, start) + len(content)
@@ -508,8 +516,9 @@ def _texts(row:dict, tok, kind:str) -> list[tuple[str, bool]]:
         return [(row['text'], True)]
     if not tok.chat_template:
         return [(row['prompt'], False), (row['response'], True)]
-    talk = (row['messages'] if kind == 'chat' else [dict(role='user', content=row['prompt']),
-                                                    dict(role='assistant', content=row['response'])])
+    talk = (row['messages'] if kind == 'chat'
+            else [dict(role='user', content=row['prompt']),
+                  dict(role='assistant', content=row['response'])])
     return _chat_pieces(talk, tok, row.get('context', 0))
 
 def _marks(tok, kind:str) -> tuple[list[int], list[int]]:
@@ -517,8 +526,8 @@ def _marks(tok, kind:str) -> tuple[list[int], list[int]]:
     if kind != 'lm' and tok.chat_template:
         return [], []
     begins = tok.bos_token_id is not None and tok('a').input_ids[:1] == [tok.bos_token_id]
-    return [tok.bos_token_id] if begins else [], [] if tok.eos_token_id is None else [
-        tok.eos_token_id]
+    return ([tok.bos_token_id] if begins else [],
+            [] if tok.eos_token_id is None else [tok.eos_token_id])
 
 def pieces_of(row:dict, tok, kind:str) -> tuple[list[tuple[str, bool]], list[int], list[int]]:
     "Pieces of a row, and the special tokens before and after"
@@ -530,8 +539,10 @@ def encode(row:dict,          # a row of `Data`
            kind:str,          # the data's kind
            max_length:int|None=None, # at most so many tokens; None: all
            keep:str='start'   # what stays of a row that is too long: its 'start' (as in trl) or its 'end'
-          ) -> dict:          # `input_ids`, a list of token ids, and `labels`: as long, -100 where nothing is learnt (kind 'label': one number)
-    "Turn a row into tokens and labels"
+          ) -> dict:          # `input_ids`, a list of token ids, and `labels`
+    """Turn a row into tokens and labels.
+
+    Labels are as many as tokens, -100 where nothing is learnt; of kind 'label' one number."""
     if kind == 'image':
         return row
     if max_length is not None and max_length < 1:
@@ -539,8 +550,9 @@ def encode(row:dict,          # a row of `Data`
     if keep not in ('start', 'end'):
         raise ValueError(f"keep is {keep!r}; it must be 'start' or 'end'")
     if kind == 'label':
-        return dict(input_ids=tok(row['text'], truncation=max_length is not None,
-                                  max_length=max_length, verbose=False).input_ids, labels=row['label'])
+        ids = tok(row['text'], truncation=max_length is not None, max_length=max_length,
+                  verbose=False).input_ids
+        return dict(input_ids=ids, labels=row['label'])
     pieces, first, last = pieces_of(row, tok, kind)
     return _cut(_joined(pieces, piece_ids(pieces, tok), first, last), max_length, keep)
 
@@ -573,7 +585,10 @@ def prompt_ids(row:dict, # a row of kind 'text' or 'chat'
 # %% ../../nbs/core/batches.ipynb #003c41f0
 class Encoded(list):
     "Encoded rows, with what the length limit cost"
-    def __init__(self, rows, dropped:int=0, truncated:int=0): # rows left out as nothing remained to learn; rows kept but shortened
+    def __init__(self, rows,
+                 dropped:int=0,   # rows left out as nothing remained to learn
+                 truncated:int=0  # rows kept but shortened
+                ):
         super().__init__(rows)
         self.dropped, self.truncated = dropped, truncated
 
@@ -635,7 +650,7 @@ def encode_each(rows:list[dict],          # of kind 'text', 'chat' or 'lm'
 def collate(rows:list[dict],    # encoded rows
             pad_id:int,         # what fills the short ones: `tok.pad_token_id`
             side:str='right'    # where it goes: 'right' to train, 'left' to generate
-           ) -> dict[str, torch.Tensor]: # `input_ids`, `attention_mask` [B, T]; `labels` [B, T], or [B] for kind 'label'
+           ) -> dict[str, torch.Tensor]: # `input_ids`, `attention_mask` [B, T]; `labels` [B, T] or [B]
     "Pad encoded rows into one batch of int64 tensors"
     if not rows:
         raise ValueError('there are no rows to batch')
@@ -675,9 +690,12 @@ def bins(lengths:list[int], # of the rows, in order
 def pack(rows:list[dict],   # encoded rows, of a kind that has a label per token
          max_length:int,    # tokens a line holds at most
          pad_id:int         # what fills what is left of a line
-        ) -> dict[str, torch.Tensor]: # `input_ids`, `position_ids`, `labels` [lines, T]; `attention_mask` [lines, 1, T, T]: may this token see that one; `tokens` [lines]: how many are real
+        ) -> dict[str, torch.Tensor]: # a batch for the model
     """Batch rows without padding between them, such that none sees another;
-    a row costs what it would have cost alone"""
+    a row costs what it would have cost alone.
+
+    The batch has `input_ids`, `position_ids`, `labels` [lines, T]; `attention_mask`
+    [lines, 1, T, T]: may this token see that one; `tokens` [lines]: how many are real."""
     if not rows:
         raise ValueError('there are no rows to batch')
     if not isinstance(rows[0].get('labels'), list):

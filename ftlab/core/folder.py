@@ -20,7 +20,8 @@ def read_json(path:Path) -> dict:
     try:
         value = json.loads(path.read_bytes().decode('utf-8-sig'))
     except (ValueError, RecursionError) as e:
-        raise ValueError(f'{path} is not JSON that can be read: {" ".join(str(e).split())[:120]}') from None
+        said = ' '.join(str(e).split())[:120]
+        raise ValueError(f'{path} is not JSON that can be read: {said}') from None
     if not isinstance(value, dict):
         raise ValueError(f'{path} holds a JSON {type(value).__name__}; it must hold an object')
     return value

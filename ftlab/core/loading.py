@@ -334,14 +334,15 @@ def load(name:str|Path,              # 'lab-s', 'lab-m', 'lab-e', 'lab-l', a loc
          revision:str|None=None,     # 'step-500' of a lab model, a subfolder, or a branch, tag or commit on the hub
          dtype:str|torch.dtype|None=None, # None: what the model's config says; float32 for lab models
          device:str|torch.device|None=None, # None: the CPU; `fit` moves the model where it trains
-         kind:str='auto',            # 'causal', 'masked', 'label', 'image', 'seq2seq', 'encoder', or as the checkpoint says
+         kind:str='auto',            # 'causal', 'masked', 'label', 'image', 'seq2seq', 'encoder'; else the checkpoint's
          labels:list[str]|None=None, # names of labels: puts a fresh head on the model
          seed:int=0                  # of the fresh head
         ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase|None]:
     """Load a model, in eval mode, and its tokenizer (`None` for a model that reads images).
 
-    Only safetensors are read and no code that comes with a model is run. A tokenizer without a padding token (GPT-2, many Llamas) pads with
-    its end mark. Raises `FileNotFoundError` for what is not there and `ValueError` for what is there but wrong."""
+    Only safetensors are read and no code that comes with a model is run. A tokenizer without a
+    padding token (GPT-2, many Llamas) pads with its end mark. Raises `FileNotFoundError` for what
+    is not there and `ValueError` for what is there but wrong."""
     where, revision = _find(name, revision)
     dtype, device = _dtype(dtype), find_device(device)
     config = _config(where, revision, name)
@@ -362,7 +363,10 @@ def load(name:str|Path,              # 'lab-s', 'lab-m', 'lab-e', 'lab-l', a loc
     return model.to(device).eval(), tok
 
 # %% ../../nbs/core/loading.ipynb #00161c17
-def skeleton(name:str|Path, revision:str|None=None, dtype:str|torch.dtype|None=None, labels:list[str]|None=None, # as in `load`
+def skeleton(name:str|Path,              # as in `load`, like the next three
+             revision:str|None=None,
+             dtype:str|torch.dtype|None=None,
+             labels:list[str]|None=None,
              device:str='meta' # where its tensors claim to be
             ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase|None]:
     """The model as names and shapes without a single number, and its tokenizer: what `load` would

@@ -86,7 +86,7 @@ def row_limit(model:nn.Module,         # that will read the rows
 
 # %% ../../nbs/core/model.ipynb #000e56db
 def answer_room(max_new_tokens:int, # of the longest answer that is asked for
-                *models             # that will read the prompts, and write; what has no table of positions sets no limit
+                *models             # that read the prompts, and write; one without a table of positions sets no limit
                ) -> tuple[int|None, int]:
     """(tokens that a prompt may have, tokens that an answer may have) of models with tables
     of positions; (None, `max_new_tokens`) of others"""

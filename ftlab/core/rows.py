@@ -79,7 +79,8 @@ def as_row(row, at:str) -> dict:
     """`row`, if it is an object with named columns that JSON can hold.
     Raises `ValueError` that names the place."""
     if not isinstance(row, Mapping):
-        raise ValueError(f'{at} is a {type(row).__name__}; it must be an object with named columns, such as {{"prompt": ..., "response": ...}}')
+        raise ValueError(f'{at} is a {type(row).__name__}; it must be an object with named columns, '
+                         'such as {"prompt": ..., "response": ...}')
     for key, value in row.items():
         if not isinstance(key, str):
             raise ValueError(f'{at} has a column called {key!r}, a {type(key).__name__}; names of columns must be text')
@@ -158,7 +159,8 @@ def _read_csv(path:Path) -> list[tuple[str, dict]]:
                 line = reader.line_num + 1 # where the next row starts: a quoted cell may span several lines
                 if (cells := next(reader, None)) is None:
                     return out
-                out.append((f'{path}, line {line}', _csv_row(cells, header, f'{path}, line {line}')))
+                at = f'{path}, line {line}'
+                out.append((at, _csv_row(cells, header, at)))
     except csv.Error as e:
         raise ValueError(f'{path}, line {line} is not CSV: {e}') from None
 

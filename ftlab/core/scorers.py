@@ -68,7 +68,7 @@ def _questions(*of):
 # %% ../../nbs/core/scorers.ipynb #000df62d
 @torch.no_grad()
 def teacher_forced(model, # a causal language model or a classifier, in evaluation mode
-                   batch:Mapping[str, torch.Tensor] # as `collate` makes it, padded on the right; labels [rows, tokens] or [rows]
+                   batch:Mapping[str, torch.Tensor] # of `collate`, padded on the right; labels [rows, tokens] or [rows]
                   ) -> torch.Tensor: # [rows], bool
     """Would the model, taking the likeliest token each time, write exactly each row's answer and
     end there? Where a row has one label: is it the likeliest? Raises `ValueError` for a row

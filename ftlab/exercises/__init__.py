@@ -357,8 +357,8 @@ def _solved(chapter:str) -> str:
     left = [n for n in mine if n not in done]
     if not left:
         return f'That was the last of the {len(mine)} of this chapter.'
-    return f'{len(mine) - len(left)} of the {len(mine)} of this chapter are done; open: ' + ', '.join(
-        f'`{n}`' for n in left) + '.'
+    return (f'{len(mine) - len(left)} of the {len(mine)} of this chapter are done; open: '
+            + ', '.join(f'`{n}`' for n in left) + '.')
 
 def exercise(name:str|Callable) -> Exercise:
     "Show a task, its hints and our solution, folded; raises `ValueError` with the nearest names"

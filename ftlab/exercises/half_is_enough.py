@@ -76,7 +76,8 @@ HALF_OF = Exercise('half_of', 'half_is_enough',
      (lambda names, seed: set(random.sample(names, len(names)//2)), _HALF['unseeded']),
      (lambda names, seed: random.seed(seed) or set(random.sample(names, len(names)//2)), _HALF['global']),
      (lambda names, seed: set(names[seed % 2::2][:len(names)//2]), _HALF['few']),
-     (lambda names, seed: set(random.Random(seed).sample(names, (len(names) + 1)//2)), _HALF['odd'])))
+     (lambda names, seed: set(random.Random(seed).sample(names, (len(names) + 1)//2)),
+      _HALF['odd'])))
 
 # %% ../../nbs/exercises/half_is_enough.ipynb #ex3h08
 class HalfUpdate(torch.nn.Module):

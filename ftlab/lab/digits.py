@@ -27,7 +27,7 @@ __all__ = ['LOOKS', 'FLOW_FAMILIES', 'MODELS', 'CHECKPOINTS', 'digits', 'picture
 LOOKS = dict(upright=lambda x: x, inverted=lambda x: -x, turned=lambda x: x.rot90(1, (-2, -1)))
 
 def digits(of:Sequence[int]=range(10), # which digits
-           key:str='labels',           # what the class is called: 'labels' if it is to be learned, 'classes' if it is a condition
+           key:str='labels',           # name of the class: 'labels' if it is to be learned, 'classes' if a condition
            look:str='upright',         # 'upright', 'inverted' or 'turned'
            n:int|None=None,            # how many training pictures; None: all
            seed:int=0                  # which ones
@@ -45,10 +45,9 @@ def digits(of:Sequence[int]=range(10), # which digits
     raw, parts = load_digits(), dict(train=[], validation=[], test=[])
     for x, y in zip(raw.data.astype(int), raw.target.tolist()):
         if y in of:
-            parts[split_of(' '.join(map(str, x)))].append(
-                {'pixel_values': LOOKS[look](torch.tensor(x,
-                                                          dtype=torch.float32).view(1, 8,
-                                                                                    8)/8 - 1).contiguous(), key: y})
+            picture = LOOKS[look](torch.tensor(x, dtype=torch.float32).view(1, 8, 8)/8 - 1)
+            row = {'pixel_values': picture.contiguous(), key: y}
+            parts[split_of(' '.join(map(str, x)))].append(row)
     if n is not None:
         if not 1 <= n <= len(parts['train']):
             raise ValueError(f'n is {n}; there are {len(parts["train"])} training pictures')
@@ -138,7 +137,11 @@ class Flow(PreTrainedModel):
     def _init_weights(self, module):
         pass # __init__ has done it
 
-    def forward(self, pixel_values:Tensor, time:Tensor, classes:Tensor) -> Tensor: # [batch, 1, size, size], [batch] in 0..1, [batch] -> like pixel_values
+    def forward(self,
+                pixel_values:Tensor, # [batch, 1, size, size]
+                time:Tensor,         # [batch], in 0..1
+                classes:Tensor       # [batch]
+               ) -> Tensor:          # like pixel_values
         c, D = self.config, self.config.hidden
         h = self.patches(F.unfold(pixel_values, c.patch,
                                   stride=c.patch).transpose(1, 2)) + self.positions
@@ -270,7 +273,7 @@ def fresh(name:str, seed:int=0) -> PreTrainedModel:
 
 # %% ../../nbs/lab/digits.ipynb #00180ccd
 def pretrain(name:str,           # 'digits-vit' or 'digits-flow'
-             out:str|Path,       # folder for the model; the state to resume from is in its subfolder `run` until it is done
+             out:str|Path,       # folder for the model; in its subfolder `run` is, until the end, what it resumes from
              fit:Callable,       # `ftlab.fit`
              seed:int=0,         # of the weights, the order of the pictures and the noise
              steps:int|None=None # other than the published number
@@ -342,6 +345,7 @@ def card(root:Path=CHECKPOINTS) -> str:
                       '- **Frozen.** Every claim about pictures is measured on these files; a '
                       'change makes another version.',
                       '- **Licence**: Apache-2.0. The pictures are not in this folder: they come with '
-                      'scikit-learn, from the UCI set "Optical Recognition of Handwritten Digits".', ''])
+                      'scikit-learn, from the UCI set "Optical Recognition of Handwritten Digits".',
+                      ''])
     (Path(root)/'README.md').write_text(text)
     return text

@@ -47,21 +47,27 @@ ATTRIBUTES = {
 NOUNS = 'king child wolf tree river star stone bird ship queen lamp door cloud field'.split()
 VERBS = 'sees finds loves takes breaks follows hides paints sells hears wants guards'.split()
 ADJECTIVES = 'old small bright cold heavy quiet young dark tall strange'.split()
-THINGS = '''book cup key coin hat ring spoon map rope bell knife brush candle mirror bottle basket button ladder pillow shovel
-carpet kettle needle wallet hammer ticket blanket drum flute kite'''.split()
-ACTS = 'open clean carry fix weigh fold polish wrap steal burn poison smash lift mark store trade'.split()
+THINGS = '''book cup key coin hat ring spoon map rope bell knife brush candle mirror bottle basket
+button ladder pillow shovel carpet kettle needle wallet hammer ticket blanket drum flute
+kite'''.split()
+ACTS = '''open clean carry fix weigh fold polish wrap steal burn poison smash lift mark store
+trade'''.split()
 ASPECTS = 'room staff view price garden music bed pool'.split()
 GOOD = 'lovely great superb charming perfect pleasant fresh splendid warm kind'.split()
 BAD = 'awful dirty broken rude noisy dull bitter shabby stale grim'.split()
 LETTERS = list('abcdefghijkl')
 DIGITS = list('0123456789')
 SPECIAL = ['<pad>', '<bos>', '<eos>', '<unk>', '<user>', '<assistant>', '<mask>']
-GRAMMAR = '''. , : ; ? = + - > ( ) [ ] { } the of is in has have does what which who tell me i want name to from and with as for not say
-answer note reverse sort max last dedupe count list items letters biggest final without repeats how many times first occurs ordered backwards
-add sum direct steps by plus box move moved now inside translate into language words put push sub run stack program result call weather
-time news traffic today tomorrow monday sunday please do can that help refuse should know way explain record summary sentence short about
-review liked guest thinks good bad write different map rule next pair goes json format zigzag city person
-job pet color food colors pets jobs foods story listen says here this are or you order show'''.split()
+GRAMMAR = '''. , : ; ? = + - > ( ) [ ] { } the of is in has have does what which who
+tell me i want name to from and with as for not say answer note reverse sort max
+last dedupe count list items letters biggest final without repeats how many times
+first occurs ordered backwards add sum direct steps by plus box move moved now
+inside translate into language words put push sub run stack program result call
+weather time news traffic today tomorrow monday sunday please do can that help
+refuse should know way explain record summary sentence short about review liked
+guest thinks good bad write different map rule next pair goes json format zigzag
+city person job pet color food colors pets jobs foods story listen says here this
+are or you order show'''.split()
 
 # %% ../../nbs/lab/world.ipynb #0008ca4a
 TIERS = dict(often=120, sometimes=110, rarely=110, atlas=110, never=110)
@@ -380,7 +386,8 @@ SKILLS = {s.name: s for s in [
     Skill('boxes', boxes, .08), Skill('classify', classify, .08), Skill('regress', regress, .06),
     *(Skill(k, language_skills[k], wt) for k, wt in (('tavi', .05), ('oruk', .05),
                                                      ('selen', .012))),
-    Skill('review', review, .03), Skill('summary', summary, .03), Skill('stack', stack, .08), Skill('tool', tool, .025),
+    Skill('review', review, .03), Skill('summary', summary, .03), Skill('stack', stack, .08),
+    Skill('tool', tool, .025),
     Skill('refuse', refuse, .02), Skill('write', write, .02, judge_write),
     Skill('new-language', language_skills['zuma']), Skill('new-facts', new_facts),
     Skill('changed-rule', changed_rule, replaces='sort'),

@@ -95,8 +95,8 @@ def _of_mask(mask):
                          (mask.reshape(-1, mask.shape[-1]).T, lambda m: (1, len(m)))):
             if torch.equal(some := m.any(1), m.all(1)):
                 return _runs(some.nonzero().flatten(), *shape(m))
-    return (_runs(mask.flatten().nonzero().flatten()) if 32*k <= n
-            and n < 2**31 else _bits(mask.flatten()))
+    flat = mask.flatten()
+    return _runs(flat.nonzero().flatten()) if 32*k <= n and n < 2**31 else _bits(flat)
 
 # %% ../../nbs/native/adamw.ipynb #000900e1
 def _check_parameter(p):
@@ -175,10 +175,11 @@ def _gather(out, dense, at, before, lengths, strides, add):
 
 # %% ../../nbs/native/adamw.ipynb #000e00e1
 _WHICH = 'Tensor[] at, Tensor[] before, int[] lengths, int[] strides'
-for _name, _schema, _plain in (('sparse_adamw_', '(Tensor(a!)[] tensors, Tensor(b!)[] first, '
-                                f'Tensor(c!)[] second, Tensor[] grads, {_WHICH}, '
-            'float[] rates, float[] roots, float beta1, float beta2, float eps, float decay, bool dense) -> ()', _step),
-        ('gather_', f'(Tensor(a!)[] out, Tensor[] dense, {_WHICH}, bool add) -> ()', _gather)):
+_STEP = ('(Tensor(a!)[] tensors, Tensor(b!)[] first, Tensor(c!)[] second, Tensor[] grads, '
+         f'{_WHICH}, float[] rates, float[] roots, float beta1, float beta2, float eps, '
+         'float decay, bool dense) -> ()')
+_GATHER = f'(Tensor(a!)[] out, Tensor[] dense, {_WHICH}, bool add) -> ()'
+for _name, _schema, _plain in (('sparse_adamw_', _STEP, _step), ('gather_', _GATHER, _gather)):
     torch.library.define(f'ftlab::{_name}', _schema)
     torch.library.impl(f'ftlab::{_name}', 'CompositeExplicitAutograd', _plain)
 
@@ -226,8 +227,8 @@ def _flags(p, c): # a bool for each number: is it chosen?
     return flags
 
 def _dense(p, s): # the dense gradient, as the operators take it
-    if p.grad.layout != torch.strided or p.grad.dtype != p.dtype or p.grad.device != s[
-        'exp_avg'].device:
+    if (p.grad.layout != torch.strided or p.grad.dtype != p.dtype
+            or p.grad.device != s['exp_avg'].device):
         raise ValueError(f'the gradient is {p.grad.dtype}, {p.grad.layout}, on {p.grad.device}; it '
                          f'must be {p.dtype}, dense, on {s["exp_avg"].device}, where '
                          'the parameter was when the optimiser was made')
@@ -350,7 +351,7 @@ class _Narrow(torch.autograd.Function):
 
 def selected_linear(x:Tensor,            # (..., in)
                     weight:Tensor,       # (out, in); gets no gradient itself
-                    part:Tensor,         # gets the gradient of the chosen entries: flat and ascending, or shaped as weight[rows] or weight[:, columns]
+                    part:Tensor,         # gets the gradient: flat, ascending, or as weight[rows] or weight[:, columns]
                     selection:Part|Tensor|bool, # rows(...), columns(...), blocks(...), a mask of such, or True
                     bias:Tensor|None=None# (out,)
                     ) -> Tensor:         # (..., out)
@@ -365,10 +366,12 @@ def selected_linear(x:Tensor,            # (..., in)
 # %% ../../nbs/native/adamw.ipynb #001e00e1
 class SparseAdamW(torch.optim.Optimizer):
     """AdamW for selected entries: moments, weight decay and gradients for these alone.
-    With everything selected it is torch's AdamW, to rounding. Moments are float32. A parameter
-    without a gradient is passed over in that step. Raises `ValueError` for what is no selection."""
-    def __init__(self, selected:Mapping|Iterable,     # {parameter: selection}, or pairs of them, or param groups dict(selected=..., lr=...)
-                 lr:float=1e-3,                       # learning rate; a schedule sets it in `param_groups`, as with torch
+
+    With everything selected it is torch's AdamW, to rounding. A param group is
+    dict(selected=..., lr=...). Moments are float32. A parameter without a gradient is passed over
+    in that step. Raises `ValueError` for what is no selection."""
+    def __init__(self, selected:Mapping|Iterable,     # {parameter: selection}, pairs of them, or param groups
+                 lr:float=1e-3,                       # learning rate; a schedule sets it in `param_groups`
                  betas:tuple[float, float]=(.9, .999),# how much of the old moments stays at each step
                  eps:float=1e-8,                      # added to the root of the second moment
                  weight_decay:float=0.):              # decoupled, for the selected entries only; off unless asked for
@@ -379,12 +382,15 @@ class SparseAdamW(torch.optim.Optimizer):
                   and isinstance(selected[0], dict) else [dict(selected=selected)])
         super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
-    def __setstate__(self, state): # a copy has the settings, moments and selection; no gradients and no hooks
+    # a copy has the settings, moments and selection; no gradients and no hooks
+    def __setstate__(self, state):
         super().__setstate__(state)
         if '_lists' not in vars(self):
             self._lists = _Lists(self)
 
-    def add_param_group(self, param_group:dict): # dict(selected={parameter: selection}), and what differs from the defaults
+    def add_param_group(self,
+                        param_group:dict # dict(selected={parameter: selection}), and what differs
+                       ):
         "Add parameters with settings of their own"
         group = dict(param_group)
         pairs = _pairs(group.pop('selected'))
@@ -396,8 +402,11 @@ class SparseAdamW(torch.optim.Optimizer):
             self.gather()
 
     @torch.no_grad()
-    def step(self, closure:Callable|None=None): # computes the loss anew, as with torch's optimisers; its value is returned
-        "Take one step, with the gathered gradients, or the dense ones where there are none"
+    def step(self,
+             closure:Callable|None=None # computes the loss anew, as with torch's optimisers
+            ):
+        """Take one step, with the gathered gradients, or the dense ones where there are none;
+        returns what the closure does"""
         loss, of = None, self._lists.of
         if closure is not None:
             with torch.enable_grad():
@@ -425,7 +434,9 @@ class SparseAdamW(torch.optim.Optimizer):
             s['step'] = k
         torch.autograd.graph.increment_version(ps)
 
-    def zero_grad(self, set_to_none:bool=True): # False: dense gradients and lists are filled with zeros instead of freed
+    def zero_grad(self,
+                  set_to_none:bool=True # False: gradients are filled with zeros instead of freed
+                 ):
         "Forget the gradients, dense and gathered"
         super().zero_grad(set_to_none)
         if set_to_none:
@@ -433,14 +444,17 @@ class SparseAdamW(torch.optim.Optimizer):
         else:
             [g.zero_() for g in self._lists.of.values()]
 
-    def gather(self, on:bool=True) -> SparseAdamW: # False: gradients stay where autograd puts them, as at first
+    def gather(self,
+               on:bool=True   # False: gradients stay where autograd puts them, as at first
+              ) -> SparseAdamW:
         """From now on, take the selected entries of each gradient as soon as it is there,
         and free it: `p.grad` is None after `backward`"""
         self._lists.listen(on)
         return self
 
-    def grads(self) -> list[Tensor]: # flat, float32, one for each parameter that has a gradient; change them in place to change the step
-        "The gradients of the selected entries; dense ones that are there are gathered first"
+    def grads(self) -> list[Tensor]: # flat, float32, one for each parameter that has a gradient
+        """The gradients of the selected entries; dense ones that are there are gathered first.
+        Change them in place to change the step."""
         ps = [p for g in self.param_groups for p in g['params']]
         self._lists.take(ps)
         return [self._lists.of[p] for p in ps if p in self._lists.of]

@@ -60,10 +60,11 @@ def _gradient_(logits, labels, prices, weight, other=None, kl=0., reverse=False)
     logits.copy_(g)
 
 # %% ../../nbs/native/crossentropy.ipynb #00075c1c
-for _name, _schema, _plain in (('row_prices', '(Tensor logits, Tensor labels, Tensor? other, bool '
-                                'reverse) -> Tensor', _prices),
-        ('row_gradient_', '(Tensor(a!) logits, Tensor labels, Tensor prices, Tensor weight, Tensor? '
-         'other, float kl, bool reverse) -> ()', _gradient_)):
+_PRICES = '(Tensor logits, Tensor labels, Tensor? other, bool reverse) -> Tensor'
+_GRADIENT = ('(Tensor(a!) logits, Tensor labels, Tensor prices, Tensor weight, Tensor? other, '
+             'float kl, bool reverse) -> ()')
+for _name, _schema, _plain in (('row_prices', _PRICES, _prices),
+                               ('row_gradient_', _GRADIENT, _gradient_)):
     torch.library.define(f'ftlab::{_name}', _schema)
     torch.library.impl(f'ftlab::{_name}', 'CompositeExplicitAutograd', _plain)
 
@@ -213,8 +214,9 @@ def _torchs(hidden, head, labels, bias, ignore, chunk):
         hidden, labels = hidden[on], labels[on]
     size = max(4, head.itemsize) if head.device.type == 'cpu' else head.itemsize
     rows = chunk or _most(len(head), size, head.device)
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
     return F.linear_cross_entropy(hidden, head, labels, linear_bias=bias, reduction='sum',
-        options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows))
+                                  options=options)
 
 # %% ../../nbs/native/crossentropy.ipynb #00165c1c
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -248,7 +250,7 @@ def _check_reference(reference, hidden, head, labels, kl):
                 labels.shape)
     if (len(other), z.dtype, z.device) != (len(head), hidden.dtype, hidden.device):
         raise ValueError(f"the reference's head has {len(other)} words, {z.dtype} on {z.device}, "
-            f'but the head has {len(head)}, {hidden.dtype} on {hidden.device}; they must be alike')
+                         f'but the head has {len(head)}, {hidden.dtype} on {hidden.device}; they must be alike')
 
 def _check(hidden, head, labels, weight, bias, ignore, kl, direction, chunk):
     if labels.dtype != torch.int64:
@@ -259,8 +261,8 @@ def _check(hidden, head, labels, weight, bias, ignore, kl, direction, chunk):
     if ((labels != ignore) & ((labels < 0) | (labels >= len(head)))).any():
         raise ValueError('a label is no word of the head; labels must be from 0 to '
                          f'{len(head) - 1}, or {ignore} where there is no price')
-    if isinstance(weight, Tensor) and (weight.shape,
-                                       weight.device) != (labels.shape, labels.device):
+    if isinstance(weight, Tensor) and (weight.shape != labels.shape
+                                       or weight.device != labels.device):
         raise ValueError(f'weight has the shape {tuple(weight.shape)} on {weight.device}; it must '
                          f'be that of labels, {tuple(labels.shape)} on {labels.device}')
     if not (weight is None or isinstance(weight, Tensor) or callable(weight)):
@@ -276,23 +278,25 @@ def _check(hidden, head, labels, weight, bias, ignore, kl, direction, chunk):
 def weighted_linear_cross_entropy(
     hidden:Tensor,                    # [..., H]: the states that the head sees; float32, bfloat16, float16 or float64
     head:Tensor,                      # [V, H]: the head's weight, of the type of hidden
-    labels:Tensor,                    # [...], int64: for each state the word it should have said; so it is the caller who shifts
-    weight:Tensor|Callable|None=None, # [...], or a function (nll, entropy) -> weights of some rows; taken as constants; None: 1
+    labels:Tensor,                    # [...], int64: for each state the word it should have said (the caller shifts)
+    weight:Tensor|Callable|None=None, # [...], or a function (nll, entropy) -> weights, taken as constants; None: 1
     *,
     bias:Tensor|None=None,            # [V]: the head's, where it has one
     ignore_index:int=-100,            # the label of what carries no price
-    reference:tuple|None=None,        # another model's (hidden, head) or (hidden, head, bias), to keep near to; gets no gradient
+    reference:tuple|None=None,        # another model's (hidden, head) or (hidden, head, bias); gets no gradient
     kl:float=0.,                      # the price of one nat of distance from it, at each token with a price
     direction:str='forward',          # 'forward': KL(reference || model); 'reverse': KL(model || reference)
-    chunk:int|None=None,              # rows at a time; None: as many as make 64 MB of logits, and 256 at least; more on a GPU ("Chunk by chunk"). Changes rounding, time and memory only
-    prices:bool=True                  # False: only the loss is asked for, the rest is None; see "Where torch's own is better"
+    chunk:int|None=None,              # rows at a time; None: as many as make 64 MB of logits, 256 at least
+    prices:bool=True                  # False: only the loss is asked for, the rest is None
     ) -> WeightedLoss:
-    """The sum over tokens of `weight*nll + kl*KL`, without ever holding all logits; its gradients
-    are found in the same pass. A sum: divide it by what the mean is to be over, usually the
-    number of tokens with a price in all batches of the step. A function as `weight` is given the
-    rows of one chunk, flat, so it must judge each row by itself. Under autocast all is of
-    autocast's type. Raises `ValueError` for what does not fit together, `RuntimeError` for a
-    second derivative."""
+    """The sum over tokens of `weight*nll + kl*KL`, without ever holding all logits.
+
+    Its gradients are found in the same pass. It is a sum: divide it by what the mean is to be over,
+    usually the number of tokens with a price in all batches of the step. A function as `weight` is
+    given the rows of one chunk, flat, so it must judge each row by itself. `chunk` changes
+    rounding, time and memory only; its default is more on a GPU ("Chunk by chunk"). For
+    `prices=False` see "Where torch's own is better". Under autocast all is of autocast's type.
+    Raises `ValueError` for what does not fit together, `RuntimeError` for a second derivative."""
     kind = hidden.device.type
     reference = None if reference is None else tuple(reference)
     if cast := torch.is_autocast_enabled(kind):

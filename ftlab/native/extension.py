@@ -30,8 +30,8 @@ def compiler() -> str|None:
 
 def nvcc() -> str|None:
     "NVIDIA's compiler, from the path or $CUDA_HOME, or None"
-    return (shutil.which('nvcc')
-            or shutil.which('nvcc', path=str(Path(os.environ.get('CUDA_HOME') or '/usr/local/cuda')/'bin')))
+    toolkit = Path(os.environ.get('CUDA_HOME') or '/usr/local/cuda')
+    return shutil.which('nvcc') or shutil.which('nvcc', path=str(toolkit/'bin'))
 
 def with_cuda() -> bool:
     """Whether a build holds the CUDA side: torch knows CUDA and nvcc is there;
@@ -47,7 +47,8 @@ def cards() -> list[str]:
     if not re.fullmatch(r'\d{2,3}[af]?(,\d{2,3}[af]?)*', asked):
         raise ValueError(f'FTLAB_CUDA_ARCH is {asked!r}; it must be compute capabilities without '
                          'their dots, such as 90 or 80,90')
-    return [flag for a in asked.split(',') for flag in ('-gencode', f'arch=compute_{a},code=sm_{a}')]
+    return [flag for a in asked.split(',')
+            for flag in ('-gencode', f'arch=compute_{a},code=sm_{a}')]
 
 def _cuda_libraries():  # nvcc may be a script that lies elsewhere than its toolkit
     homes = (os.environ.get('CUDA_HOME'), Path(nvcc()).resolve().parent.parent, '/usr/local/cuda')
@@ -89,7 +90,8 @@ def extension(work:str|Path  # a folder for intermediate files
     from torch.utils.cpp_extension import CppExtension
     sources, more = [os.path.relpath(p) for p in sorted(_SOURCES.glob('*.cpp'))], {}
     if with_cuda():
-        # before 2.13 the stream is asked of torch's own CUDA library, which a linker that drops the unneeded would not look into
+        # before 2.13 the stream is asked of torch's own CUDA library,
+        # which a linker that drops the unneeded would not look into
         torchs = ['torch_cuda'] if torch.version.cuda and not _asks_stream() else []
         more = dict(extra_objects=[str(p) for p, _ in compile_cuda(work)], define_macros=[('FTLAB_CUDA', None)],
             library_dirs=_cuda_libraries(), libraries=[*torchs, 'cudart_static', 'dl', 'rt', 'pthread'])

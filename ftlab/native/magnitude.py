@@ -112,15 +112,17 @@ def _check(tensors, k, drop, give):
 
 # %% ../../nbs/native/magnitude.ipynb #00126d06
 @torch.no_grad()
-def kth_magnitude(tensors:Tensor|Sequence[Tensor], # one tensor, or several that are ranked together; contiguous, of one type
+def kth_magnitude(tensors:Tensor|Sequence[Tensor], # one, or several that are ranked together; contiguous, of one type
                   k:int,                 # how many are chosen
-                  give:str='threshold',  # 'threshold', 'mask' (uint8, a bit for each number) or 'indices' (int32, ascending, into the flat tensor)
+                  give:str='threshold',  # 'threshold', 'mask' or 'indices'
                   drop:int=0             # how many of the largest are passed over first
                   ) -> float|tuple[float, float]|Tensor|list[Tensor]:
     """Choose the k numbers of largest magnitude, exactly; ties go to the lowest index.
+
     NaN counts as larger than infinity. The threshold is the smallest magnitude chosen; with `drop`,
-    a pair: that, and the smallest that was dropped. A mask or indices come for each tensor, in a
-    list if a list was given. Raises `ValueError` for what cannot be ranked."""
+    a pair: that, and the smallest that was dropped. A mask (uint8, a bit for each number) or
+    indices (int32, ascending, into the flat tensor) come for each tensor, in a list if a list was
+    given. Raises `ValueError` for what cannot be ranked."""
     single = isinstance(tensors, Tensor)
     ts = [tensors] if single else list(tensors)
     _check(ts, k, drop, give)

@@ -85,7 +85,9 @@ def noise(seed:int,          # the key
     return (1 - 2*(w >> k & 1)).to(torch.float32).flatten()
 
 # %% ../../nbs/native/perturb.ipynb #00158850
-def _split(v): # bfloat16 and an int16 that together are a float32: the upper half rounded (halves away from 0), and the signed rest
+def _split(v):
+    """bfloat16 and an int16 that together are a float32:
+    the upper half rounded (halves away from 0), and the signed rest"""
     b = torch.where(v.isnan(), 0x7fc00000, v.view(torch.int32)).to(torch.int64)
     low = b & 0xffff
     return ((b + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16), torch.where(
@@ -157,13 +159,15 @@ def _move(tensors, seed, scale, decay, dist, low, first):
 
 @torch.no_grad()
 def perturb_(tensors:Sequence[Tensor],    # contiguous; float32, bfloat16 or float16; on any device
-             seed:int,                    # fixes the direction: the same seed, list of tensors and dist give the same numbers everywhere
+             seed:int,                    # fixes the direction
              scale:float,                 # how far, in standard deviations of the direction
              dist:str='normal',           # 'normal' or 'rademacher' (each number +1 or -1)
              low:Sequence[Tensor]=(),     # for bfloat16: what `low_halves` gave; the tensors then move as float32 would
-             first:int=0                  # the number of the first tensor, where a model is moved some tensors at a time
+             first:int=0                  # number of the first tensor, where a model is moved some tensors at a time
              ) -> None:
     """Add `scale*z(seed)` to each tensor, in place, without memory for `z`.
+
+    The same seed, list of tensors and dist give the same numbers everywhere.
     Raises `ValueError` for what it cannot move."""
     tensors, low = list(tensors), list(low)
     _check(tensors, seed, dist, low, first, scale=scale)

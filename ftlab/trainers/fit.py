@@ -164,7 +164,8 @@ def _tidy(job:Job, anew:bool) -> None:
 def _accelerator(precision:str, device:torch.device, trackers=(), out=None) -> Accelerator:
     "A fresh accelerator: its state is shared by the whole process, so the last run's must go first"
     if precision not in ('no', 'bf16'):
-        why = ('; fp16 needs its loss scaled, which this loop does not do' if precision == 'fp16' else '')
+        why = ('; fp16 needs its loss scaled, which this loop does not do'
+               if precision == 'fp16' else '')
         raise ValueError(f'precision is {precision!r}; it must be no or bf16{why}')
     AcceleratorState._reset_state(True)
     trackers = [trackers] if isinstance(trackers, (str, GeneralTracker)) else list(trackers)

@@ -177,7 +177,7 @@ class Objective:
     def __repr__(self):
         return ' + '.join(map(name_of, (self.loss, *self.terms)))
 
-def weighted(weight:Callable|None=None # (nll) -> weights of the same shape, taken as constants; None: every token weighs 1
+def weighted(weight:Callable|None=None # (nll) -> weights of the same shape, as constants; None: every token weighs 1
             ) -> Objective:
     "The mean negative log-likelihood of a token, each weighted by a function of its own"
     return Objective(token_loss(weight))

@@ -42,7 +42,7 @@ class RandLoRA(nn.Module):
     def __init__(self, W:Tensor,       # the weight, [out, in]
                  mask=True,            # whole weights only
                  r:int=32,             # the rank of one term; smaller means more terms and more trained parameters
-                 alpha:float|None=None, # the change is scaled by alpha/r; None: 20 r, as in peft; the authors' code: 2 r/sqrt(N)
+                 alpha:float|None=None, # scale: alpha/r; None: 20 r, as in peft; the authors' code: 2 r/sqrt(N)
                  sparse:bool=False,    # ternary bases instead of uniform ones
                  seed:int=0):          # of the bases
         super().__init__()

@@ -71,7 +71,8 @@ class AsBefore:
             p.requires_grad_(True)
 
 # %% ../../../nbs/trainers/optimizers/lisa.ipynb #0006942d
-@method('LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model Fine-Tuning', '2403.17919',
+@method('LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model Fine-Tuning',
+    '2403.17919',
     'Training embedding, head and a few randomly drawn blocks at a time costs as little memory as LoRA '
     'and learns better than it.',
     'the abstract, LMFlow\'s lisa_trainer.py and axolotl\'s callback; both keep AdamW\'s state of blocks that '
