@@ -77,7 +77,8 @@ def recipe_of(name:str) -> Recipe:
     "The method as the sweep runs it"
     return getattr(methods, name)(**({} if name in DEFAULTS else toy_arguments(name)))
 
-# another number draws all pairs anew: where a check was fixed for what a sweep found, the next sweep must not be the same
+# another number draws all pairs anew: where a check was fixed for what a sweep found,
+# the next sweep must not be the same
 DRAW = 1
 
 def drawn(name:str, among:list[str]) -> str:
@@ -138,6 +139,31 @@ def kept(path:Path, todo:list[tuple[str, str, str]]) -> list[dict]:
         return []
     return [x for x in table['table'] if (x['recipe'], x['skill'], x['model']) in todo]
 
+def with_all_rows() -> dict:
+    "The doctor before and after one run on all rows of a skill"
+    patient, tok = ftlab.load('lab-s')
+    data = ftlab.data('new-procedure')
+    t = time.process_time()
+    d = doctor(patient, tok, data, methods.lora(), steps=250)
+    found = dict(train_rows=len(data.train), before=looked(d, time.process_time() - t))
+    run = ftlab.fit(patient, tok, data, methods.lora(), steps=40, lr=1e-3, progress=False)
+    t = time.process_time()
+    found['after'] = looked(doctor(run), time.process_time() - t)
+    return found
+
+def result_of(rows:list[dict], full:dict) -> dict:
+    "What is written down: the counts, and the rows"
+    lab = [x for x in rows if x['model'] == 'lab-s' and 'after' in x]
+    most = {w: max((x[w]['seconds'] for x in lab), default=None) for w in ('before', 'after')}
+    found = sum(len(x.get(w, {}).get('findings', [])) for x in rows for w in ('before', 'after'))
+    sure = sum(len(x.get('confirmed', [])) for x in rows)
+    return dict(runs=len(rows), recipes=len({x['recipe'] for x in rows}),
+                skills=len({x['skill'] for x in rows}), models=sorted({x['model'] for x in rows}),
+                checks=len(CHECKS), settings=SETTINGS, findings=found, confirmed=sure,
+                false_alarms=found - sure, refused=sum('refused' in x for x in rows),
+                most_seconds_on_lab_s=most, on_lab_s_with_all_rows=full,
+                note='seconds are of one core (process time)', table=rows)
+
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument('--only', default='')
@@ -153,24 +179,7 @@ def main():
         print(' x '.join(r), *(f'{w} {x[w]["seconds"]:.1f}s {x[w]["findings"] or "silent"}'
                                for w in ('before', 'after') if w in x), x.get('confirmed') or '',
               x.get('refused', ''), flush=True)
-    lab = [x for x in rows if x['model'] == 'lab-s' and 'after' in x]
-    most = lambda w: max((x[w]['seconds'] for x in lab), default=None)
-    patient, tok = ftlab.load('lab-s')
-    data = ftlab.data('new-procedure')
-    t = time.process_time()
-    d = doctor(patient, tok, data, methods.lora(), steps=250)
-    full = dict(train_rows=len(data.train), before=looked(d, time.process_time() - t))
-    t = time.process_time()
-    run = ftlab.fit(patient, tok, data, methods.lora(), steps=40, lr=1e-3, progress=False)
-    t = time.process_time()
-    full['after'] = looked(doctor(run), time.process_time() - t)
-    found = [f for x in rows for w in ('before', 'after') for f in x.get(w, {}).get('findings', [])]
-    result = dict(runs=len(rows), recipes=len({x['recipe'] for x in rows}),
-                  skills=len({x['skill'] for x in rows}), models=sorted({x['model'] for x in rows}),
-                  checks=len(CHECKS), settings=SETTINGS,
-                  findings=len(found), confirmed=(sure := sum(len(x.get('confirmed', []))
-                                                              for x in rows)), false_alarms=len(
-                                                                  found) - sure, refused=sum('refused' in x for x in rows), most_seconds_on_lab_s=dict(before=most('before'), after=most('after')), on_lab_s_with_all_rows=full, note='seconds are of one core (process time)', table=rows)
+    result = result_of(rows, with_all_rows())
     print(json.dumps({k: v for k, v in result.items() if k != 'table'}, indent=1))
     if not a.only:
         Path(a.out).write_text(json.dumps(result, indent=1) + '\n')

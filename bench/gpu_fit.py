@@ -182,9 +182,9 @@ def resumed(args, name: str) -> dict:
     assert not apart, f'{len(apart)} tensors differ after resuming: {apart[:3]}'
     return dict(steps=len(again.log))
 
-PIECES = {n: (lambda a, n=n: measured(a, n)) for n in ('full', 'lora', 'hft', 'dft', 'mezo', 'lift')}
-PIECES |= {f'{n}, resumed': (lambda a, n=n: resumed(a, n))
-           for n in ('full', 'lora', 'hft', 'dft', 'mezo', 'lift')}
+NAMES = ('full', 'lora', 'hft', 'dft', 'mezo', 'lift')
+PIECES = {n: (lambda a, n=n: measured(a, n)) for n in NAMES}
+PIECES |= {f'{n}, resumed': (lambda a, n=n: resumed(a, n)) for n in NAMES}
 PIECES |= {f'{n}, bfloat16 weights': (lambda a, n=n: measured(a, n, 'bfloat16'))
            for n in ('lift', 'full', 'lora', 'mezo')}
 PIECES |= {'peft lora': by_peft}
