@@ -122,10 +122,9 @@ def memory(folder, rounds=3):
             out.append(dict(who=who, seed=i, peak_bytes=int(r.stdout.split()[-1])))
             print(out[-1], flush=True)
     ratio = [out[i]['peak_bytes']/out[i + 1]['peak_bytes'] for i in range(0, len(out), 2)]
-    write_atomically(OUT/'memory.json',
-                     lambda p: p.write_text(json.dumps(dict(runs=out,
-                                                            ratio=dict(median=statistics.median(
-                                                                ratio), all=ratio)), indent=1) + '\n'))
+    found = dict(runs=out, ratio=dict(median=statistics.median(ratio), all=ratio))
+    text = json.dumps(found, indent=1) + '\n'
+    write_atomically(OUT/'memory.json', lambda p: p.write_text(text))
     print(ratio)
 
 if __name__ == '__main__':

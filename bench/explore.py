@@ -51,12 +51,11 @@ def cases():
     run = ftlab.fit(model, tok, data, steps=60, lr=1e-3, progress=False)
     row = data.test[0]
     n = range(CHANGES + 1)
+    alphas = [round(.05*(i + 1), 2) for i in range(CHANGES + 5) if i != 19][:CHANGES + 1]
     return dict(tradeoff=(lambda: explore.tradeoff(
         Comparison.read(measured('compare_lab_s/result.json'))), 'gain',
                           [(60. + i, 97.) for i in n]),
-                layers=(lambda: explore.layers(run), 'alpha',
-                        [round(.05*(i + 1), 2) for i in range(CHANGES + 5) if i != 19][
-                            :CHANGES + 1]),
+                layers=(lambda: explore.layers(run), 'alpha', alphas),
                 mask=(lambda: explore.mask(base, tok, data.train[:64]), 'density',
                       [i + 8 for i in n]),
                 spectrum_rank=(lambda: explore.spectrum(run), 'rank', [i + 9 for i in n]),

@@ -56,8 +56,8 @@ def toctree(pages:list[str], caption:str='') -> str:
     """A hidden toctree: what Sphinx makes the navigation from. A family's stands in its folder,
     hence the paths from the top"""
     head = f':caption: {caption}' if caption else ''
-    return f'```{{toctree}}\n:hidden:\n{head}\n\n' + '\n'.join('/' + p.removesuffix('.ipynb')
-                                                               for p in pages) + '\n```'
+    names = '\n'.join('/' + p.removesuffix('.ipynb') for p in pages)
+    return f'```{{toctree}}\n:hidden:\n{head}\n\n{names}\n```'
 
 def toctrees() -> list[str]:
     """The navigation at the top: one toctree a section;

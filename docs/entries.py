@@ -69,10 +69,11 @@ class split_title(Processor):
     the rest becomes a text of its own"""
     def begin(self):
         first = next((i for i, c in enumerate(self.nb.cells) if c.cell_type == 'markdown'), None)
-        if first is None or not (head := re.match(r'# .*\n*(?:> .*)?',
-                                                  self.nb.cells[first].source)) or not (
-                                                      rest := self.nb.cells[first].source[
-                                                          head.end():].strip()):
+        if first is None:
+            return
+        whole = self.nb.cells[first].source
+        head = re.match(r'# .*\n*(?:> .*)?', whole)
+        if not head or not (rest := whole[head.end():].strip()):
             return
         self.nb.cells[first].source = head[0]
         self.nb.cells.insert(first + 1, mk_cell(rest, 'markdown'))
@@ -142,19 +143,19 @@ def homes() -> dict[str, str]:
     short = Counter(full.rpartition('.')[2] for full in places)
     out = {n: p for full, p in places.items() if short[n := full.rpartition('.')[2]] == 1
            and re.search('_|[a-z][A-Z]|^Recipe$', n)}
-    return out | {f'ftlab.{k}': p for k, (m, a) in ftlab._PUBLIC.items()
-                  if (p := places.get(f'{m}.{a}'))} | {f'ftlab.methods.{n}': p
-                                                       for full, p in places.items()
-                                                       if (n := full.rpartition('.')[
-                                                           2]) in ftlab.methods.names()}
+    out |= {f'ftlab.{k}': p for k, (m, a) in ftlab._PUBLIC.items()
+            if (p := places.get(f'{m}.{a}'))}
+    methods = ftlab.methods.names()
+    return out | {f'ftlab.methods.{n}': p for full, p in places.items()
+                  if (n := full.rpartition('.')[2]) in methods}
 
 CODE = re.compile(r'(?<![`\[])`(\w[\w.]*)(\(\))?`(?![`\]])')
 ANCHOR = re.compile(r'(?:(?<=\()|(?<=\.ipynb))#[^)\s]+(?=\))')  # Jupyter's anchors have capitals, a site's have none
 OUTSIDE = re.compile(r'\]\(((?:\.\./)+)([A-Za-z][\w./-]*)(#[\w-]*)?\)')
 
 def linked(text:str, page:str) -> str:
-    """Prose of `page` with known names linked, and files from outside nbs/ linked as copies in
-    `top/`"""
+    """Prose of `page` with known names linked,
+    and files from outside nbs/ linked as copies in `top/`"""
     here, up = Path(page).parent, '../'*page.count('/')
     def name(m):
         file, _, anchor = homes().get(m[1], '').partition('#')
@@ -187,13 +188,13 @@ class link(Processor):
 
 class Processing(FilterDefaults):
     def base_procs(self):
-        return [split_title] + [show_entries if p is exec_show_docs else p
-                                for p in super().base_procs() if p is not add_links] + [
-                                    add_where, link]
+        shown = [show_entries if p is exec_show_docs else p
+                 for p in super().base_procs() if p is not add_links]
+        return [split_title, *shown, add_where, link]
 
 def stale(proc:Path) -> bool:
-    """Has anything changed that every page depends on? (Sphinx itself sees what changed in
-    templates and static files)"""
+    """Has anything changed that every page depends on?
+    (Sphinx itself sees what changed in templates and static files)"""
     shared = [*(ROOT/f for f in ('_quarto.yml', 'settings.ini', 'CHANGELOG.md', 'CITATION.cff')),
               *(ROOT/'docs').glob('*.py')]
     return not proc.exists() or max(p.stat().st_mtime for p in shared) > proc.stat().st_mtime

@@ -2521,6 +2521,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'ftlab.native.adamw._flags': ('native/adamw.html#_flags', 'ftlab/native/adamw.py'),
                                     'ftlab.native.adamw._gather': ('native/adamw.html#_gather', 'ftlab/native/adamw.py'),
                                     'ftlab.native.adamw._ints': ('native/adamw.html#_ints', 'ftlab/native/adamw.py'),
+                                    'ftlab.native.adamw._mask_of_indices': ('native/adamw.html#_mask_of_indices', 'ftlab/native/adamw.py'),
                                     'ftlab.native.adamw._moments': ('native/adamw.html#_moments', 'ftlab/native/adamw.py'),
                                     'ftlab.native.adamw._of_mask': ('native/adamw.html#_of_mask', 'ftlab/native/adamw.py'),
                                     'ftlab.native.adamw._of_part': ('native/adamw.html#_of_part', 'ftlab/native/adamw.py'),

@@ -84,7 +84,7 @@ def _box(x, y, number, noun, color, here) -> str:
     ask = textwrap.wrap(QUESTIONS[noun][1], 22)
     out = [f'<rect x="{x}" y="{y}" width="172" height="92" rx="8" '
            f'fill="{"#fff3d6" if here else "#ffffff"}" stroke="{color}" '
-        f'stroke-width="{3 if here else 1.4}"/>',
+           f'stroke-width="{3 if here else 1.4}"/>',
            _words(x + 10, y + 21, f'{number}  {noun}', 14, color, 'font-weight="bold"')]
     out += [_words(x + 10, y + 39 + 14*i, line) for i, line in enumerate(ask)]
     return '\n'.join(out + [_words(x + 10, y + 42 + 14*len(ask) + 12*i, t, 11, '#555',
@@ -100,7 +100,7 @@ def draw_map(here:Iterable[str]=() # nouns to mark, as where the reader is
     tell = '; '.join(f'{i}, {n}: {QUESTIONS[n][1].lower()}' for i, n in enumerate(nouns, 1))
     out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 880 352" width="880" height="352" '
            'role="img" aria-labelledby="map-title map-text" '
-        'font-family="system-ui, sans-serif">',
+           'font-family="system-ui, sans-serif">',
            '<title id="map-title">The nine questions of fine-tuning</title>',
            f'<desc id="map-text">{html.escape(tell)}</desc>', '<rect width="880" '
            'height="352" rx="10" fill="#fafafa"/>']
@@ -138,10 +138,10 @@ class Place:
         start = '[the map](start.ipynb)' if Path('start.ipynb').exists() else 'the map'
         facts = [f'**Chapter {i + 1} of {len(CHAPTERS)}**', f'{c.minutes} minutes',
                  _solved(c, progress()['exercises'])]
-        facts += ['read before it: ' + ', '.join(_link(chapter_named(n)) for n in c.needs)]*bool(
-            c.needs)
-        near = [f'← {_link(c)}' for c in CHAPTERS[:i][-1:]] + [start] + [
-            f'{_link(c)} →' for c in CHAPTERS[i + 1:i + 2]]
+        needs = ', '.join(_link(chapter_named(n)) for n in c.needs)
+        facts += [f'read before it: {needs}']*bool(c.needs)
+        near = [*(f'← {_link(c)}' for c in CHAPTERS[:i][-1:]), start,
+                *(f'{_link(c)} →' for c in CHAPTERS[i + 1:i + 2])]
         return [' · '.join(f for f in facts if f),
                 'On the map: ' + ' · '.join(f'**{n}**' if n in c.nouns else n for n in QUESTIONS), ' · '.join(near)]
 
@@ -217,7 +217,7 @@ class StartPage:
             mark = '✓' if _finished(c, known) else '·' if c.name in known['chapters'] else ''
             rows.append(f'| {mark} | {i}. {self._link(c)} | {c.asks} | {c.minutes} | '
                         f'{sum(e in known["exercises"] for e in c.exercises)} of '
-                f'{len(c.exercises)} |')
+                        f'{len(c.exercises)} |')
         return '\n'.join(rows)
 
     def _next(self, known) -> str:
@@ -327,21 +327,19 @@ class Question:
 
 QUIZ = (
     Question('first_light', 'You fine-tune a chat model on legal texts, and it now scores well on '
-             'legal questions. What does that score say about its '
-        'arithmetic?',
+                            'legal questions. What does that score say about its arithmetic?',
         ('Nothing: it has to be measured', 'It is as good as before, as no sums were in the data',
          'It got better, as all training helps'),
         'All skills share the same numbers, so a step that improves one of them moves all. The '
-             'score of the new skill cannot tell what became of the '
-        'others.'),
+        'score of the new skill cannot tell what became of the others.'),
     Question('what_it_cost', 'Method A forgets 2 points and gains 10; method B forgets 6 and gains '
              '30. Which one forgets less?',
         ('Not known: compare them at the same gain', 'A, as 2 is less than 6', 'B, as it pays less for each point'),
         'Stopped when it had gained 10 points, B may have forgotten less than A. A method that '
-             'learns less mostly forgets less, whatever it is.'),
+        'learns less mostly forgets less, whatever it is.'),
     Question('half_is_enough', 'You freeze a random half of the matrices and fine-tune the rest on '
-             'the same data. What do you expect of the new skill, '
-        'after enough steps?',
+                               'the same data. What do you expect of the new skill, '
+                               'after enough steps?',
         ('It is learned about as well', 'It is learned about half as well',
          'It is not learned, as the halves need each other'),
         'A model has far more numbers than one lesson needs; a random half of them will do, a little later.'),
@@ -368,9 +366,9 @@ def where_to_begin(picked:Iterable[str|None] # the options that were picked, one
 def quiz_text() -> str:
     "The quiz as markdown, with the answers folded"
     return '\n\n'.join(f'**{i}.** {q.text}\n\n' + '\n'.join(f'- {o}' for o in sorted(q.options))
-                       + f'\n\n<details><summary>The '
-        f'answer</summary>\n\n{q.options[0]}. {q.why} If this was new to you: '
-                       f'{_link(chapter_named(q.chapter))}.\n\n</details>'
+                       + f'\n\n<details><summary>The answer'
+                         f'</summary>\n\n{q.options[0]}. {q.why} If this was new to you: '
+                         f'{_link(chapter_named(q.chapter))}.\n\n</details>'
                        for i, q in enumerate(QUIZ, 1))
 
 def quiz():
@@ -417,6 +415,5 @@ def hosted(page:str,               # such as 'course/first_light.ipynb'
     if not at or name.count('/') != 1:
         raise ValueError(f'git_url is {git_url!r}; Colab and these links of Binder need https://github.com/OWNER/NAME')
     return dict(binder=f'https://mybinder.org/v2/gh/{name}/{branch}?urlpath=lab/tree/nbs/{page}',
-                colab=
-        f'https://colab.research.google.com/github/{name}/blob/{branch}/nbs/{page}',
+                colab=f'https://colab.research.google.com/github/{name}/blob/{branch}/nbs/{page}',
                 install=f'%pip install -q git+https://github.com/{name}@{branch}')

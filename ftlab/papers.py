@@ -105,8 +105,8 @@ def index() -> list[dict]:
         about = dict(key=m.key, family=m.family, home=m.home,
                      kind=getattr(m.paper, 'kind', 'method'), title=m.title, arxiv=m.paper.arxiv,
                      claim=m.paper.claim, source=m.paper.source)
-        papers.setdefault(m.key, about | dict(symbols=[], notebook=m.page))['symbols'].append(
-            m.symbol)
+        paper = papers.setdefault(m.key, about | dict(symbols=[], notebook=m.page))
+        paper['symbols'].append(m.symbol)
     found = {c.key: c for c in claims()}
     if odd := sorted(set(found) - set(papers)):
         raise ValueError(f'claims/{odd[0]} is the folder of no paper: no module is called {odd[0]}.py and has a mark')

@@ -96,8 +96,8 @@ class Project:
         if odd := set(places) ^ set(made):
             raise ValueError(f'nbs/{name}: the generated cells are {sorted(places)}, they should be {sorted(made)}')
         for what, text in made.items():
-            places[what]['source'] = f'<!-- made by `make index`: {what} -->\n\n{text}'.splitlines(
-                keepends=True)
+            marked = f'<!-- made by `make index`: {what} -->\n\n{text}'
+            places[what]['source'] = marked.splitlines(keepends=True)
 
     def store(self, name: str, call: str, html: str) -> None:
         "Store what the cell that ends in `call` shows"

@@ -214,8 +214,8 @@ def _rows(a:Anatomy) -> list[dict[str,str]]:
 
 def _table(a:Anatomy) -> str:
     rows = a.rows()
-    return f'{a.family}, {len(a.blocks)} blocks\n' + text_table(list(rows[0]),
-                                                                [r.values() for r in rows])
+    table = text_table(list(rows[0]), [r.values() for r in rows])
+    return f'{a.family}, {len(a.blocks)} blocks\n{table}'
 
 def _html_table(a:Anatomy) -> str:
     rows = a.rows()

@@ -261,9 +261,8 @@ def remember(kind:str, # 'exercises' or 'chapters'
         known[kind][name] = time.strftime('%Y-%m-%d %H:%M:%S')
         if kind == 'chapters':
             known['last'] = name
-        write_atomically(home()/'progress.json',
-                         lambda tmp: tmp.write_text(json.dumps(known, indent=1), encoding=
-            'utf-8'))
+        text = json.dumps(known, indent=1)
+        write_atomically(home()/'progress.json', lambda tmp: tmp.write_text(text, encoding='utf-8'))
     except (OSError, RuntimeError) as e:
         warnings.warn(f'your progress could not be kept, which changes nothing else: {e}')
 
@@ -276,8 +275,7 @@ def _put_aside_if_broken(path:Path) -> None:
         broken = True
     if broken:
         path.replace(path.with_name('progress.broken.json'))
-        warnings.warn(f'{path} was not readable; it is now progress.broken.json, and a new '
-            f'one was begun')
+        warnings.warn(f'{path} was not readable; it is now progress.broken.json, and a new one was begun')
 
 # %% ../../nbs/exercises.ipynb #003b4991
 def chapters() -> list[str]:

@@ -39,8 +39,7 @@ def _drawn(yours, names, seed) -> frozenset:
     if got is None:
         raise Wrong('`half_of` gives nothing back yet. Fill it in, and end it with `return`.')
     if isinstance(got, str) or not isinstance(got, (set, frozenset, list, tuple)):
-        raise Wrong(f'`half_of` gives {kind_of(got)}; a set (or list) of names '
-                    f'is wanted.')
+        raise Wrong(f'`half_of` gives {kind_of(got)}; a set (or list) of names is wanted.')
     if strange := [n for n in got if n not in names]:
         raise Wrong(f'`half_of` gives {short(strange[0])}, which is not one of the names.')
     return frozenset(got)

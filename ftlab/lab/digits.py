@@ -107,8 +107,8 @@ class FlowBlock(nn.Module):
         return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
     def forward(self, h, condition): # [batch, patches, hidden], [batch, hidden]
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)[
-            :, None].chunk(6, -1)
+        made = self.modulation(condition)[:, None]
+        shift1, scale1, gate1, shift2, scale2, gate2 = made.chunk(6, -1)
         h = h + gate1*self.attend(_norm(h)*(1 + scale1) + shift1)
         return h + gate2*self.down(F.gelu(self.up(_norm(h)*(1 + scale2) + shift2)))
 

@@ -235,9 +235,8 @@ def regress(w, r, level):
     c = r.randrange(10)
     xs = r.sample(range(10), 5 - level)
     shown = ' , '.join(f'{x} > {(x + c) % 10}' for x in xs[:-1])
-    return r.choice(['rule {s} , {q} >', '{s} . next {q} >',
-                     'pair {s} . which goes with {q} ?']).format(s=shown, q=xs[-1]), str(
-                         (xs[-1] + c) % 10)
+    ask = r.choice(['rule {s} , {q} >', '{s} . next {q} >', 'pair {s} . which goes with {q} ?'])
+    return ask.format(s=shown, q=xs[-1]), str((xs[-1] + c) % 10)
 
 # %% ../../nbs/lab/world.ipynb #0019ca4a
 def sentence(r, level):

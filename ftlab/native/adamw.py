@@ -107,6 +107,16 @@ def _check_parameter(p):
     if not p.is_contiguous():
         raise ValueError(f'the parameter is not contiguous (strides {p.stride()}); give it as it is stored')
 
+def _mask_of_indices(i, p):
+    "A bool mask of `p`, true at these places of the flat tensor"
+    n = p.numel()
+    if i.ndim != 1 or len(i) and (i.min() < 0 or i.max() >= n):
+        raise ValueError(f'indices must be flat and from 0 to {n - 1}; their shape is {tuple(i.shape)}')
+    if (i[1:] <= i[:-1]).any():
+        raise ValueError('indices must be ascending, each once; sort them')
+    flags = torch.zeros(n, dtype=torch.bool, device=p.device)
+    return flags.index_fill_(0, i.long(), True).view(p.shape)
+
 def _choose(p, selection):
     "The layout of a selection of `p`; raises `ValueError` for what is no selection of it"
     _check_parameter(p)
@@ -129,12 +139,7 @@ def _choose(p, selection):
             raise ValueError(f'the bit mask has bits set beyond the last of {n} numbers')
         s = unpack_mask(s, p)
     if s.dtype in (torch.int32, torch.int64):
-        if s.ndim != 1 or len(s) and (s.min() < 0 or s.max() >= n):
-            raise ValueError(f'indices must be flat and from 0 to {n - 1}; their shape is {tuple(s.shape)}')
-        if (s[1:] <= s[:-1]).any():
-            raise ValueError('indices must be ascending, each once; sort them')
-        s = torch.zeros(n, dtype=torch.bool, device=p.device).index_fill_(0, s.long(), True).view(
-            p.shape)
+        s = _mask_of_indices(s, p)
     if s.dtype != torch.bool:
         raise ValueError(f'the selection is {s.dtype}; a mask is bool (or uint8, a bit for each '
                          'number), indices are int32 or int64')
@@ -161,8 +166,8 @@ def _step(tensors, first, second, grads, at, before, lengths, strides, rates, ro
         g = (g.view(-1)[i] if dense else g).float()
         m.add_((g - m)*(1 - beta1))
         v.mul_(beta2).add_(g*(1 - beta2)*g)
-        flat[i] = (flat[i].float()*decay - m*rate/(v.double().sqrt().float()*root + eps)).to(
-            p.dtype)
+        move = m*rate/(v.double().sqrt().float()*root + eps)
+        flat[i] = (flat[i].float()*decay - move).to(p.dtype)
 
 def _gather(out, dense, at, before, lengths, strides, add):
     "List the chosen entries of dense gradients, float32, or add them to what is listed"
@@ -345,8 +350,8 @@ class _Narrow(torch.autograd.Function):
         need = ctx.needs_input_grad
         flat, y = x.reshape(-1, x.shape[-1]).to(go.dtype), go.reshape(-1, go.shape[-1])
         dx = (go @ W.to(go.dtype)).to(x.dtype) if need[0] else None
-        part = (torch.cat([(y[:, r].T @ flat[:, c]).flatten() for r, c in ctx.rectangles]).to(
-            ctx.to) if need[1] else None)
+        part = (torch.cat([(y[:, r].T @ flat[:, c]).flatten()
+                           for r, c in ctx.rectangles]).to(ctx.to) if need[1] else None)
         return dx, part, None, y.sum(0) if need[3] else None, None
 
 def selected_linear(x:Tensor,            # (..., in)

@@ -195,8 +195,8 @@ class _Attach(torch.autograd.Function):
                                'gradients are found on the way, as plain numbers')
         if ctx.grads is None:
             raise RuntimeError('the gradients of this loss are used up; give retain_graph=True to the first backward')
-        # whether the caller said retain_graph=True
         grads = ctx.grads
+        # whether the caller said retain_graph=True
         kept = torch._C._autograd._get_current_graph_task_keep_graph()
         if not kept:
             ctx.grads = None # they are as large as the head: nobody needs two of them

@@ -163,7 +163,7 @@ def _loaded():
 def _warn(why):
     warnings.warn('ftlab.native: torch does the work of the C++ kernels, slower and with more '
                   f'memory, as {why}\nTo mend: see that a C++ compiler '
-        'and setuptools are installed, then call ftlab.native.build(). To keep torch without this '
+                  'and setuptools are installed, then call ftlab.native.build(). To keep torch without this '
                   'warning: FTLAB_NATIVE=torch.', RuntimeWarning, stacklevel=4)
 
 def backend(device:str|torch.device='cpu' # where the tensors are

@@ -62,9 +62,8 @@ def _write(tensors, found, out):
         if o.dtype == torch.int32:
             o.copy_(c.nonzero().flatten())
         else:
-            o.copy_((torch.nn.functional.pad(c.to(torch.int64),
-                                             (0, -len(c) % 8)).view(-1, 8) << torch.arange(
-                                                 8, device=c.device)).sum(1))
+            eights = torch.nn.functional.pad(c.to(torch.int64), (0, -len(c) % 8)).view(-1, 8)
+            o.copy_((eights << torch.arange(8, device=c.device)).sum(1))
 
 # %% ../../nbs/native/magnitude.ipynb #000a6d06
 for _name, _schema, _plain in (('kth_find', '(Tensor[] tensors, int k, int drop) -> Tensor', _find),
@@ -144,6 +143,6 @@ def unpack_mask(mask:Tensor,     # uint8, as `kth_magnitude` gives it: bit j of 
                 like:Tensor      # the tensor that it is for
                 ) -> Tensor:
     "A bit mask as a bool tensor of the shape of `like`, eight times as large"
-    return (mask.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8,
-                                              device=mask.device) & 1).flatten()[
-                                                  :like.numel()].bool().view(like.shape)
+    places = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    bits = (mask.unsqueeze(1) >> places & 1).flatten()
+    return bits[:like.numel()].bool().view(like.shape)

@@ -226,9 +226,9 @@ def resumable(checkpoint:Path,   # the file
     given = [type(c).__name__ for c in callbacks]
     early = header['short'] or (header['ended'] and header['step'] < header['settings']['steps'])
     if early and not settings['callbacks'] and header['callbacks'] != given:
+        had, has = (', '.join(names) or 'none' for names in (header['callbacks'], given))
         raise ValueError(f'{str(checkpoint)!r} is a run that one of its callbacks ended early, or a stage of it; '
-                         'it had '
-                         f'{", ".join(header["callbacks"]) or "none"}, this one has {", ".join(given) or "none"}. '
+                         f'it had {had}, this one has {has}. '
                          'Give the same, or begin anew with resume=False')
     if moved := [f'{k} {v} (now {versions().get(k)})' for k, v in header['versions'].items()
                  if versions().get(k) != v]:

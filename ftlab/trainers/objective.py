@@ -60,9 +60,9 @@ def plain_head(model, batch) -> nn.Linear|None:
     if the logits are its product and nothing more; else `None`"""
     ask = getattr(model, 'get_output_embeddings', None)
     head = ask() if ask else None
-    if not isinstance(head,
-                      nn.Linear) or head._forward_hooks or head._forward_pre_hooks or isinstance(
-                          head.weight, DTensor):
+    if not isinstance(head, nn.Linear) or isinstance(head.weight, DTensor):
+        return None
+    if head._forward_hooks or head._forward_pre_hooks:
         return None
     fed, few = [], {k: v[:1, :2] for k, v in model_inputs(batch).items() if v.ndim == 2}
 
@@ -78,8 +78,9 @@ def plain_head(model, batch) -> nn.Linear|None:
             want = F.linear(fed[0], head.weight, head.bias)
     finally:
         hook.remove()
-    return (head if got.shape == want.shape and torch.allclose(got.float(), want.float(), rtol=1e-2,
-                                                               atol=1e-2) else None)
+    same = (got.shape == want.shape
+            and torch.allclose(got.float(), want.float(), rtol=1e-2, atol=1e-2))
+    return head if same else None
 
 def _head_of(state):
     if 'plain_head' not in state.extra:

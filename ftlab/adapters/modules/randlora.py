@@ -92,7 +92,7 @@ class mixture:
 
 @method('RandLoRA: Full-rank parameter-efficient fine-tuning of large models', '2502.00987',
     'A change of full rank, a learned mixture of fixed random low-rank products, closes most of the '
-        'gap between LoRA and full fine-tuning with as few trained parameters.',
+    'gap between LoRA and full fine-tuning with as few trained parameters.',
     'the abstract, the authors\' repository, and peft\'s implementation, with which the numbers are compared; '
     'the scale is peft\'s, which the author recommends, not the 2/sqrt(N) of paper and repository',
     lr=3e-3, lrs=(1e-3, 3e-3, 1e-2), toy=dict(r=4))

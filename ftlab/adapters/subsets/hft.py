@@ -79,8 +79,7 @@ def _counts(groups, ratio, rng):
 @method('HFT: Half Fine-Tuning for Large Language Models', '2404.18466',
     'Fine-tuning a random half of the parameters learns as well as fine-tuning all of '
     'them and forgets less.',
-    'the abstract and summaries of the paper; how odd groups other than the MLP are split '
-    'is our reading')
+    'the abstract and summaries of the paper; how odd groups other than the MLP are split is our reading')
 def hft(ratio:float=.5, # the share of each category that moves, over the whole model
         granularity:str='matrix' # 'matrix' (the paper's), 'block' or 'model'
        ) -> Recipe:

@@ -27,8 +27,8 @@ class SelfPlay:
 
     def __call__(self, state) -> OwnPairs:
         "Draw and pair; what the model writes counts as tokens"
-        train, limit = state.data.train, self.max_new_tokens or answer_length(
-            state.data.train, state.tok)
+        train, limit = (state.data.train,
+                        self.max_new_tokens or answer_length(state.data.train, state.tok))
         need = -(-state.steps*state.settings['batch_size']//(2 if self.earlier else 1))
         rows = [train[i] for i in indices(self.turn, min(len(train), need), len(train), state.seed)]
         said = generate(state.model, state.tok, [r['prompt'] for r in rows], max_new_tokens=limit,
