@@ -84,7 +84,7 @@ def _box(x, y, number, noun, color, here) -> str:
     ask = textwrap.wrap(QUESTIONS[noun][1], 22)
     out = [f'<rect x="{x}" y="{y}" width="172" height="92" rx="8" '
            f'fill="{"#fff3d6" if here else "#ffffff"}" stroke="{color}" '
-           f'stroke-width="{3 if here else 1.4}"/>',
+        f'stroke-width="{3 if here else 1.4}"/>',
            _words(x + 10, y + 21, f'{number}  {noun}', 14, color, 'font-weight="bold"')]
     out += [_words(x + 10, y + 39 + 14*i, line) for i, line in enumerate(ask)]
     return '\n'.join(out + [_words(x + 10, y + 42 + 14*len(ask) + 12*i, t, 11, '#555',
@@ -100,7 +100,7 @@ def draw_map(here:Iterable[str]=() # nouns to mark, as where the reader is
     tell = '; '.join(f'{i}, {n}: {QUESTIONS[n][1].lower()}' for i, n in enumerate(nouns, 1))
     out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 880 352" width="880" height="352" '
            'role="img" aria-labelledby="map-title map-text" '
-           'font-family="system-ui, sans-serif">',
+        'font-family="system-ui, sans-serif">',
            '<title id="map-title">The nine questions of fine-tuning</title>',
            f'<desc id="map-text">{html.escape(tell)}</desc>', '<rect width="880" '
            'height="352" rx="10" fill="#fafafa"/>']
@@ -113,10 +113,7 @@ def draw_map(here:Iterable[str]=() # nouns to mark, as where the reader is
     return '\n'.join(out + ['</svg>', ''])
 
 # %% ../nbs/map.ipynb #0010aabb
-def _link(c:Chapter,
-          folder:str='',    # of the chapters, as seen from `at`
-          at:str|Path='.'   # where the link is shown
-         ) -> str:
+def _link(c:Chapter, folder:str='', at:str|Path='.') -> str: # folder: of the chapters, as seen from `at`, where the link is shown
     "A link to the chapter, if it is there"
     return (f'[{c.label}]({folder}{c.name}.ipynb)' if Path(at, folder, f'{c.name}.ipynb').exists()
             else c.label)
@@ -138,10 +135,10 @@ class Place:
         start = '[the map](start.ipynb)' if Path('start.ipynb').exists() else 'the map'
         facts = [f'**Chapter {i + 1} of {len(CHAPTERS)}**', f'{c.minutes} minutes',
                  _solved(c, progress()['exercises'])]
-        needs = ', '.join(_link(chapter_named(n)) for n in c.needs)
-        facts += [f'read before it: {needs}']*bool(c.needs)
-        near = [*(f'← {_link(c)}' for c in CHAPTERS[:i][-1:]), start,
-                *(f'{_link(c)} →' for c in CHAPTERS[i + 1:i + 2])]
+        facts += ['read before it: ' + ', '.join(_link(chapter_named(n)) for n in c.needs)]*bool(
+            c.needs)
+        near = [f'← {_link(c)}' for c in CHAPTERS[:i][-1:]] + [start] + [
+            f'{_link(c)} →' for c in CHAPTERS[i + 1:i + 2]]
         return [' · '.join(f for f in facts if f),
                 'On the map: ' + ' · '.join(f'**{n}**' if n in c.nouns else n for n in QUESTIONS), ' · '.join(near)]
 
@@ -155,8 +152,8 @@ class Place:
 # %% ../nbs/map.ipynb #0011aabb
 def chapter(name:str # of its notebook: 'first_light'
            ) -> Place:
-    """Say where in the course this chapter stands, and remember that it was opened;
-    raises `ValueError` with the names there are"""
+    """Say where in the course this chapter stands, and remember that it was opened; raises
+    `ValueError` with the names there are"""
     place = Place(chapter_named(name))
     remember('chapters', name)
     write_start_page()
@@ -217,7 +214,7 @@ class StartPage:
             mark = '✓' if _finished(c, known) else '·' if c.name in known['chapters'] else ''
             rows.append(f'| {mark} | {i}. {self._link(c)} | {c.asks} | {c.minutes} | '
                         f'{sum(e in known["exercises"] for e in c.exercises)} of '
-                        f'{len(c.exercises)} |')
+                f'{len(c.exercises)} |')
         return '\n'.join(rows)
 
     def _next(self, known) -> str:
@@ -253,8 +250,8 @@ def start() -> StartPage:
 
 # %% ../nbs/map.ipynb #001daabb
 def checkout() -> Path|None:
-    """The folder of the project, where the package is used from a clone;
-    `None` where it was installed without the pages"""
+    """The folder of the project, where the package is used from a clone; `None` where it was
+    installed without the pages"""
     root = Path(ftlab.__file__).resolve().parent.parent
     return root if (root/'nbs'/'course').is_dir() else None
 
@@ -275,29 +272,27 @@ def write_start_page(path:str|Path|None=None # None: what the environment variab
 def _start_text(root:Path, at:Path) -> str:
     "What the file says, with links as seen from the folder `at`"
     below = lambda p: Path(os.path.relpath(p, at)).as_posix()
-    places = (root/'runs', root/'ftlab-runs', root/'nbs'/'course')
-    runs = [dict(r, folder=below(r['folder'])) for r in unfinished(*places)]
+    runs = [dict(r, folder=below(r['folder'])) for r in unfinished(root/'runs', root/'ftlab-runs', root/'nbs'/'course')]
     text = StartPage(below(root/'nbs'/'course') + '/', tuple(runs), at)._repr_markdown_()
     nbs = below(root/'nbs')
     return '\n\n'.join(['# ftlab: the course', text, '## The map',
                         'Fine-tuning is nine decisions. Every chapter is about one or two of them.',
-                        '![The nine questions: select, delta, edit; source, objective, step, loop; decode, '
+        '![The nine questions: select, delta, edit; source, objective, step, loop; decode, '
                         f'probe]({nbs}/images/map.svg)',
-                        '| question | noun |\n|---|---|\n' + '\n'.join(
-                            f'| {q} | [{n}]({nbs}/{part}/{n}.ipynb) |'
-                            for n, (part, q) in QUESTIONS.items()),
-                        f'More: [all methods]({nbs}/methods.ipynb), [compare them on your own '
+        '| question | noun |\n|---|---|\n' + '\n'.join(f'| {q} | [{n}]({nbs}/{part}/{n}.ipynb) |'
+                                                       for n, (part, q) in QUESTIONS.items()),
+        f'More: [all methods]({nbs}/methods.ipynb), [compare them on your own '
                         f'data]({nbs}/instruments/compare.ipynb), [the scoreboard of the '
-                        f'papers]({nbs}/papers/scoreboard.ipynb).',
-                        '*This page is written anew whenever you open a chapter or solve an exercise '
+        f'papers]({nbs}/papers/scoreboard.ipynb).',
+        '*This page is written anew whenever you open a chapter or solve an exercise '
                         f'({time.strftime("%H:%M")}); reopen it to see the latest.*', ''])
 
 # %% ../nbs/map.ipynb #0032aabb
 def check(yours:Callable,     # your function or class, itself: without brackets after it
           name:str|None=None  # which exercise, where yours is called otherwise
          ) -> Checked:
-    """Try what you wrote, and bring the start page up to date;
-    raises `ValueError` only where no exercise has its name"""
+    """Try what you wrote, and bring the start page up to date; raises `ValueError` only where no
+    exercise has its name"""
     found = try_answer(yours, name)
     if found:
         write_start_page()
@@ -306,8 +301,8 @@ def check(yours:Callable,     # your function or class, itself: without brackets
 # %% ../nbs/map.ipynb #0020aabb
 def measured(name:str # below bench/results: 'lab_v1_teach_lab-s.json'
             ) -> Path:
-    """Where a file of measurements lies: in the project, or in the installed package;
-    raises `FileNotFoundError` where neither has it"""
+    """Where a file of measurements lies: in the project, or in the installed package; raises
+    `FileNotFoundError` where neither has it"""
     here = Path(ftlab.__file__).resolve().parent
     folders = here.parent/'bench'/'results', here/'data'/'results'
     for folder in folders:
@@ -327,19 +322,21 @@ class Question:
 
 QUIZ = (
     Question('first_light', 'You fine-tune a chat model on legal texts, and it now scores well on '
-                            'legal questions. What does that score say about its arithmetic?',
+             'legal questions. What does that score say about its '
+        'arithmetic?',
         ('Nothing: it has to be measured', 'It is as good as before, as no sums were in the data',
          'It got better, as all training helps'),
         'All skills share the same numbers, so a step that improves one of them moves all. The '
-        'score of the new skill cannot tell what became of the others.'),
+             'score of the new skill cannot tell what became of the '
+        'others.'),
     Question('what_it_cost', 'Method A forgets 2 points and gains 10; method B forgets 6 and gains '
              '30. Which one forgets less?',
         ('Not known: compare them at the same gain', 'A, as 2 is less than 6', 'B, as it pays less for each point'),
         'Stopped when it had gained 10 points, B may have forgotten less than A. A method that '
-        'learns less mostly forgets less, whatever it is.'),
+             'learns less mostly forgets less, whatever it is.'),
     Question('half_is_enough', 'You freeze a random half of the matrices and fine-tune the rest on '
-                               'the same data. What do you expect of the new skill, '
-                               'after enough steps?',
+             'the same data. What do you expect of the new skill, '
+        'after enough steps?',
         ('It is learned about as well', 'It is learned about half as well',
          'It is not learned, as the halves need each other'),
         'A model has far more numbers than one lesson needs; a random half of them will do, a little later.'),
@@ -350,8 +347,7 @@ QUIZ = (
         'B has 128 rows of 4 numbers and A has 4 rows of 128; the matrix itself stays as it was.'),
     Question('lab_models', 'A model answers 32 of 40 questions right. About how sure is the 80%?',
         ('To about 12 points either way', 'To about 1 point', 'It is exact, as it was counted'),
-        'The standard error of a share is the root of p(1 - p)/n; '
-        '1.96 of them are 12 points here.'))
+        'The standard error of a share is the root of p(1 - p)/n; 1.96 of them are 12 points here.'))
 
 def where_to_begin(picked:Iterable[str|None] # the options that were picked, one for each question; None: not sure
                   ) -> Chapter|None:         # None: all right
@@ -366,9 +362,9 @@ def where_to_begin(picked:Iterable[str|None] # the options that were picked, one
 def quiz_text() -> str:
     "The quiz as markdown, with the answers folded"
     return '\n\n'.join(f'**{i}.** {q.text}\n\n' + '\n'.join(f'- {o}' for o in sorted(q.options))
-                       + f'\n\n<details><summary>The answer'
-                         f'</summary>\n\n{q.options[0]}. {q.why} If this was new to you: '
-                         f'{_link(chapter_named(q.chapter))}.\n\n</details>'
+                       + f'\n\n<details><summary>The '
+        f'answer</summary>\n\n{q.options[0]}. {q.why} If this was new to you: '
+                       f'{_link(chapter_named(q.chapter))}.\n\n</details>'
                        for i, q in enumerate(QUIZ, 1))
 
 def quiz():
@@ -400,11 +396,9 @@ def quiz():
 def hosted(page:str,               # such as 'course/first_light.ipynb'
            git_url:str|None=None,  # 'https://github.com/OWNER/NAME'; None: what settings.ini says
            branch:str='main'
-          ) -> dict[str, str]:     # 'binder' and 'colab' to addresses, and 'install'
-    """Links that open a page on Binder and on Colab; {} where no address is known.
-
-    'install' is the line that a first cell on Colab needs;
-    raises `ValueError` for an address that is not of GitHub"""
+          ) -> dict[str, str]:     # 'binder' and 'colab' to addresses, 'install' to the line that a first cell on Colab needs; {} where no address is known
+    """Links that open a page on Binder and on Colab; raises `ValueError` for an address that is not
+    of GitHub"""
     if git_url is None and (root := checkout()):
         settings = ConfigParser(delimiters=['='])
         settings.read(root/'settings.ini', encoding='utf-8')
@@ -415,5 +409,6 @@ def hosted(page:str,               # such as 'course/first_light.ipynb'
     if not at or name.count('/') != 1:
         raise ValueError(f'git_url is {git_url!r}; Colab and these links of Binder need https://github.com/OWNER/NAME')
     return dict(binder=f'https://mybinder.org/v2/gh/{name}/{branch}?urlpath=lab/tree/nbs/{page}',
-                colab=f'https://colab.research.google.com/github/{name}/blob/{branch}/nbs/{page}',
+                colab=
+        f'https://colab.research.google.com/github/{name}/blob/{branch}/nbs/{page}',
                 install=f'%pip install -q git+https://github.com/{name}@{branch}')

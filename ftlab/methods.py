@@ -86,8 +86,8 @@ def __dir__():
 # %% ../nbs/methods.ipynb #000cf769
 def get(text:str|Recipe # 'hft', 'lora(r=4)', 'hft * dft', or a Recipe
        ) -> Recipe:
-    """The Recipe that `text` names.
-    Raises `KeyError` offering the nearest names, `ValueError` for arguments it cannot take."""
+    """The Recipe that `text` names. Raises `KeyError` offering the nearest names, `ValueError` for
+    arguments it cannot take."""
     if isinstance(text, Recipe):
         return text
     try:
@@ -118,13 +118,13 @@ def _build(node, text):
 # %% ../nbs/methods.ipynb #001bf769
 @lru_cache(1)
 def merging_rules() -> dict[str, float]:
-    """{paper's key: the dial where none is given} of every rule to merge changes by;
-    nothing is imported"""
+    """{paper's key: the dial where none is given} of every rule to merge changes by; nothing is
+    imported"""
     return {key: float(hit['dial']) for key, hit in sorted(_keys_marked(r'merging\((?P<dial>[\d.]+)\)').items())}
 
 def merging_rule(key:str) -> Callable:
-    """The rule `(changes, model, dial) -> change` of the paper `key`.
-    Raises `ValueError` with those there are."""
+    """The rule `(changes, model, dial) -> change` of the paper `key`. Raises `ValueError` with
+    those there are."""
     if key not in merging_rules():
         raise ValueError(f'no paper called {key!r} has a rule to merge by; there are {", ".join(merging_rules())}')
     return next(f for f in vars(_module_of(key)).values() if inspect.isfunction(f) and hasattr(f, 'dial'))

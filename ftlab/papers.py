@@ -105,8 +105,8 @@ def index() -> list[dict]:
         about = dict(key=m.key, family=m.family, home=m.home,
                      kind=getattr(m.paper, 'kind', 'method'), title=m.title, arxiv=m.paper.arxiv,
                      claim=m.paper.claim, source=m.paper.source)
-        paper = papers.setdefault(m.key, about | dict(symbols=[], notebook=m.page))
-        paper['symbols'].append(m.symbol)
+        papers.setdefault(m.key, about | dict(symbols=[], notebook=m.page))['symbols'].append(
+            m.symbol)
     found = {c.key: c for c in claims()}
     if odd := sorted(set(found) - set(papers)):
         raise ValueError(f'claims/{odd[0]} is the folder of no paper: no module is called {odd[0]}.py and has a mark')
@@ -146,13 +146,10 @@ def _rows(c:Claim) -> list[dict]:
             for k, f in effects] or [head]
 
 def scoreboard_html(board:pd.DataFrame) -> str:
-    """The scoreboard as a table for a page, one row a claim;
-    the site's script lets the reader filter and sort it"""
-    filtered = ('Verdict', 'Scope')
-    heads = ''.join(f'<th scope="col"{" data-filter=one" if h in filtered else ""}>{h}</th>'
-                    for h in ('Claim', *filtered, 'What was measured'))
-    rows = ''.join(_claim_row(claim, rows.to_dict('records'))
-                   for claim, rows in board.groupby('claim', sort=False))
+    """The scoreboard as a table for a page, one row a claim; the site's script lets the reader
+    filter and sort it"""
+    heads = ''.join(f'<th scope="col"{" data-filter=one" if h in ("Verdict", "Scope") else ""}>{h}</th>' for h in ('Claim', 'Verdict', 'Scope', 'What was measured'))
+    rows = ''.join(_claim_row(claim, rows.to_dict('records')) for claim, rows in board.groupby('claim', sort=False))
     return ('<div class="table-wrapper"><table class="filter"><caption>The '
             f'claims</caption><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>')
 
@@ -164,8 +161,8 @@ def _claim_row(claim:str, contrasts:list[dict]) -> str:
     if text['superseded']:
         verdict += f'<br><small>superseded: {text["superseded"]}</small>'
     lines = ''.join(f'<li>{html.escape(m)}</li>' for r in contrasts if (m := effect_line(r)))
-    return (f'<tr><th scope="row" data-sort="{claim}"><b>{claim}</b><br>{text["sentence"]}</th>'
-            f'<td>{verdict}</td><td>{text["scope"]}</td><td><ul>{lines}</ul></td></tr>')
+    return ('<tr><th scope="row" '
+            f'data-sort="{claim}"><b>{claim}</b><br>{text["sentence"]}</th><td>{verdict}</td><td>{text["scope"]}</td><td><ul>{lines}</ul></td></tr>')
 
 def effect_line(r:dict) -> str:
     """A contrast in a line: what came of it, the effect with its interval, and what was needed;
@@ -182,8 +179,8 @@ NOUNS = ('select', 'delta', 'edit', 'source', 'objective', 'step', 'loop', 'deco
 _PART_OF = dict(view='source', penalties='objective', callbacks='loop', stages='loop', learners='loop')
 
 def nouns(entry:dict) -> list[str]:
-    """The nouns that a paper of the index answers.
-    What makes no Recipe is a probe where it lives among the evaluators"""
+    """The nouns that a paper of the index answers. What makes no Recipe is a probe where it lives
+    among the evaluators"""
     module, _, name = entry['symbols'][0].rpartition('.')
     make = getattr(importlib.import_module(module), name)
     if not inspect.isfunction(make) or inspect.signature(make).return_annotation not in (Recipe, 'Recipe'):
@@ -195,8 +192,8 @@ def nouns(entry:dict) -> list[str]:
 
 # %% ../nbs/papers.ipynb #0015603a
 def papers_html(entries:list[dict]|None=None) -> str:
-    """The index as a table for a page in `nbs/papers`, one row a paper;
-    the site's script lets the reader filter and sort it"""
+    """The index as a table for a page in `nbs/papers`, one row a paper; the site's script lets the
+    reader filter and sort it"""
     heads = dict(Paper='', Question='many', Part='one', Family='one', Verdict='one', Scope='one',
                  Budget='one')
     head = ''.join(f'<th scope="col"{f" data-filter={f}" if f else ""}>{h}</th>'

@@ -124,8 +124,8 @@ def _line(error:BaseException, yours) -> str:
 def answer(yours:Callable, # the reader's function or class
            *args           # what it is called with; it gets copies
           ):               # what it gave
-    """Call the reader's object;
-    raises `Wrong` where that cannot be done, fails, or changes what it was given"""
+    """Call the reader's object; raises `Wrong` where that cannot be done, fails, or changes what it
+    was given"""
     name = getattr(yours, '__name__', 'it')
     try:
         inspect.signature(yours).bind(*args)
@@ -201,8 +201,8 @@ def compared(name:str, chapter:str, task:str, hints:tuple, reference:Callable, #
 
 # %% ../../nbs/exercises.ipynb #00484991
 def forwarded(yours:type, made, W:torch.Tensor) -> torch.Tensor:
-    """What the reader's module gives for a weight;
-    `Wrong` if it fails, gives something else, or writes into the weight"""
+    """What the reader's module gives for a weight; `Wrong` if it fails, gives something else, or
+    writes into the weight"""
     given = W.clone()
     try:
         got = made(given)
@@ -261,8 +261,9 @@ def remember(kind:str, # 'exercises' or 'chapters'
         known[kind][name] = time.strftime('%Y-%m-%d %H:%M:%S')
         if kind == 'chapters':
             known['last'] = name
-        text = json.dumps(known, indent=1)
-        write_atomically(home()/'progress.json', lambda tmp: tmp.write_text(text, encoding='utf-8'))
+        write_atomically(home()/'progress.json',
+                         lambda tmp: tmp.write_text(json.dumps(known, indent=1), encoding=
+            'utf-8'))
     except (OSError, RuntimeError) as e:
         warnings.warn(f'your progress could not be kept, which changes nothing else: {e}')
 
@@ -275,7 +276,8 @@ def _put_aside_if_broken(path:Path) -> None:
         broken = True
     if broken:
         path.replace(path.with_name('progress.broken.json'))
-        warnings.warn(f'{path} was not readable; it is now progress.broken.json, and a new one was begun')
+        warnings.warn(f'{path} was not readable; it is now progress.broken.json, and a new '
+            f'one was begun')
 
 # %% ../../nbs/exercises.ipynb #003b4991
 def chapters() -> list[str]:
@@ -355,16 +357,16 @@ def _solved(chapter:str) -> str:
     left = [n for n in mine if n not in done]
     if not left:
         return f'That was the last of the {len(mine)} of this chapter.'
-    return (f'{len(mine) - len(left)} of the {len(mine)} of this chapter are done; open: '
-            + ', '.join(f'`{n}`' for n in left) + '.')
+    return f'{len(mine) - len(left)} of the {len(mine)} of this chapter are done; open: ' + ', '.join(
+        f'`{n}`' for n in left) + '.'
 
 def exercise(name:str|Callable) -> Exercise:
     "Show a task, its hints and our solution, folded; raises `ValueError` with the nearest names"
     return find(name if isinstance(name, str) else getattr(name, '__name__', str(name)))
 
 def verdict(yours:Callable, exercise:Exercise) -> str|None:
-    """The sentence that the exercise's test has for it; `None` where it passes.
-    Nothing is remembered."""
+    """The sentence that the exercise's test has for it; `None` where it passes. Nothing is
+    remembered."""
     try:
         exercise.test(yours)
     except Wrong as e:

@@ -39,7 +39,8 @@ def _drawn(yours, names, seed) -> frozenset:
     if got is None:
         raise Wrong('`half_of` gives nothing back yet. Fill it in, and end it with `return`.')
     if isinstance(got, str) or not isinstance(got, (set, frozenset, list, tuple)):
-        raise Wrong(f'`half_of` gives {kind_of(got)}; a set (or list) of names is wanted.')
+        raise Wrong(f'`half_of` gives {kind_of(got)}; a set (or list) of names '
+                    f'is wanted.')
     if strange := [n for n in got if n not in names]:
         raise Wrong(f'`half_of` gives {short(strange[0])}, which is not one of the names.')
     return frozenset(got)
@@ -75,8 +76,7 @@ HALF_OF = Exercise('half_of', 'half_is_enough',
      (lambda names, seed: set(random.sample(names, len(names)//2)), _HALF['unseeded']),
      (lambda names, seed: random.seed(seed) or set(random.sample(names, len(names)//2)), _HALF['global']),
      (lambda names, seed: set(names[seed % 2::2][:len(names)//2]), _HALF['few']),
-     (lambda names, seed: set(random.Random(seed).sample(names, (len(names) + 1)//2)),
-      _HALF['odd'])))
+     (lambda names, seed: set(random.Random(seed).sample(names, (len(names) + 1)//2)), _HALF['odd'])))
 
 # %% ../../nbs/exercises/half_is_enough.ipynb #ex3h08
 class HalfUpdate(torch.nn.Module):

@@ -85,7 +85,8 @@ LEAKED = compared('leaked', 'lab_models',
     '`prompt` and `response`, return the share of *test* rows whose prompt also stands in `train`, whatever the '
     'response is.',
     ('Put the prompts of `train` into a set: looking something up there takes no time.',
-     'A row of `train` may be there several times, and several rows of `test` may ask the same; count rows of `test`.'),
+     'A row of `train` may be there several times, and several rows of `test` may ask the same; count rows of '
+     '`test`.'),
     leaked,
     [([_row('a'), _row('a'), _row('b', 'y'), _row('c'), _row('ab'), _row('x')],
       [_row('a'), _row('a', 'z'), _row('b'), _row('d'), _row('e')]),

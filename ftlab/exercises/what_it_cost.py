@@ -40,14 +40,17 @@ BEST_STOP = compared('best_stop', 'what_it_cost',
     ((lambda path, price: path[-1]['step'],
       'That is the last step of the run: the habit that this exercise is about. Look for the step where `gain - '
       'price * forgetting` is largest.'),
-     (lambda path, price: max(path, key=lambda o: o['gain'])['step'],
-      'That is where most was gained, whatever it cost. Subtract `price * forgetting` before you choose.'),
-     (lambda path, price: max(path, key=lambda o: o['gain'] + price*o['forgetting'])['step'],
-      'You add the forgetting to the gain. It is a price, so it is subtracted.'),
-     (lambda path, price: path.index(max(path, key=lambda o: o['gain'] - price*o['forgetting'])),
-      'You found the right look, and give its place in the list. Its `step` is wanted.'),
-     (lambda path, price: max(path, key=lambda o: o['gain'] - price*o['forgetting']),
-      'You found the right look, and give all of it. Its `step` is wanted.')))
+     (lambda path, price: max(path, key=lambda o: o['gain'])[
+      'step'], 'That is where most was gained, whatever it cost. Subtract `price * forgetting` '
+         'before you choose.'),
+     (lambda path, price: max(path, key=lambda o: o['gain'] + price*o[
+      'forgetting'])['step'], 'You add the forgetting to the gain. It is a price, so it '
+         'is subtracted.'),
+     (lambda path, price: path.index(max(path, key=lambda o: o[
+      'gain'] - price*o['forgetting'])), 'You found the right look, and give its place in the '
+         'list. Its `step` is wanted.'),
+     (lambda path, price: max(path, key=lambda o: o['gain'] - price*o[
+      'forgetting']), 'You found the right look, and give all of it. Its `step` is wanted.')))
 
 # %% ../../nbs/exercises/what_it_cost.ipynb #ex2c08
 _two = dict(bold=_path((0, 0), (.4, .1), (.97, .3), (.8, .5), (.9, .7)),
@@ -68,8 +71,7 @@ MATCHED_FORGETTING = compared('matched_forgetting', 'what_it_cost',
         'look in path if look["gain"] >= target)` is the first that fits.'),
     matched_forgetting, [(_two,),
                          (dict(a=_path((0, 0), (1, .5)), b=_path((0, 0), (.96, .2), (1, .3))),),
-                         (dict(a=_path((0, 0), (1, .5)),
-                               b=_path((0, 0), (.5, .1), (.8, .2), (.5, .3))),)],
+     (dict(a=_path((0, 0), (1, .5)), b=_path((0, 0), (.5, .1), (.8, .2), (.5, .3))),)],
     ((lambda paths: {n: p[-1]['forgetting'] for n, p in paths.items()},
       'That is what each had forgotten at its end. They do not end at the same gain, so this is the comparison that '
       'favours whoever learned least.'),

@@ -38,8 +38,8 @@ class ELM(nn.Module):
         self.kappa_s = math.exp(-1/tau_s)
 
     def traces(self, x:Tensor) -> Tensor:
-        """Sum each synapse's past spikes at every step, each weighted by its age:
-        [batch, time, synapses]"""
+        """Sum each synapse's past spikes at every step, each weighted by its age: [batch, time,
+        synapses]"""
         t = torch.arange(x.shape[1])
         age = t[:, None] - t
         return torch.where(age >= 0, self.kappa_s**age.clamp(min=0), 0.)@(self.w_s.relu()*x)
@@ -86,8 +86,8 @@ def neuron(n:int,          # how many recordings
 
 # %% ../../../nbs/beyond/brain/elm.ipynb #000c0c77
 class LSTM(nn.Module):
-    """The usual recurrent unit with chrono initialisation:
-    spikes [batch, time, synapses] -> outputs [batch, time]"""
+    """The usual recurrent unit with chrono initialisation: spikes [batch, time, synapses] ->
+    outputs [batch, time]"""
     def __init__(self,
                  synapses:int,
                  hidden:int=15,
@@ -103,8 +103,8 @@ class LSTM(nn.Module):
         return self.out(self.rnn(x)[0]).squeeze(-1)
 
 def auc(scores:Tensor, events:Tensor) -> float:
-    """Compute the area under the ROC curve; ties count half.
-    Raises `ValueError` where all or none are events"""
+    """Compute the area under the ROC curve; ties count half. Raises `ValueError` where all or none
+    are events"""
     s, e = scores.flatten().double(), events.flatten() > 0
     _, place, count = s.unique(return_inverse=True, return_counts=True)
     rank = (count.cumsum(0) - (count.double() - 1)/2)[place]
