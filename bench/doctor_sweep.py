@@ -1,12 +1,16 @@
-"""No false alarm: the doctor looks at healthy runs of every recipe, every lab skill and ten architectures, before and after.
+"""No false alarm: the doctor looks at healthy runs, before and after.
 
-    python bench/doctor_sweep.py                 # all, about 20 seconds of one core a run; writes bench/results/doctor_sweep.json
-    python bench/doctor_sweep.py --missing       # what the table lacks, as after a method has joined; adds it to the table
+Of every recipe, every lab skill and ten architectures.
+
+    python bench/doctor_sweep.py                 # all, about 20 seconds of one core a run
+    python bench/doctor_sweep.py --missing       # what the table lacks, as after a method has joined
     python bench/doctor_sweep.py --only opt      # runs whose name contains a word, written nowhere
 
-A run is short (8 steps of 16 rows, one pass), at the recipe's own rate. Whatever the doctor says of it counts as a false alarm, with one
-exception: old skills that it says are lost are asked again on 100 other questions each, base and run, and if they really fell the finding
-is confirmed: that run was not healthy. Who meets whom is drawn from the names alone, so that a new method changes no other's run."""
+A run is short (8 steps of 16 rows, one pass), at the recipe's own rate. Whatever the doctor says of
+it counts as a false alarm, with one exception: old skills that it says are lost are asked again on
+100 other questions each, base and run, and if they really fell the finding is confirmed: that run
+was not healthy. Who meets whom is drawn from the names alone, so that a new method changes no
+other's run."""
 import argparse, hashlib, json, re, sys, time
 from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,8 +31,8 @@ ARCHITECTURES = [*DECODERS, 'bert']
 SETTINGS = dict(steps=8, batch_size=16)
 
 def random_model(family:str, seed:int=0):
-    """A random model of 2 blocks with the lab's vocabulary and the family's own defaults, dropout
-    included; BERT as a classifier of 2 labels"""
+    """A random model of 2 blocks with the lab's vocabulary and the family's own defaults,
+    dropout included; BERT as a classifier of 2 labels"""
     sizes = dict(vocab_size=len(TOK), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
                  max_position_embeddings=128, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     more = dict(opt=dict(ffn_dim=80, word_embed_proj_dim=32), gpt2={},
@@ -59,8 +63,8 @@ UNSURE = dict(grpo='boxes')
 DEFAULTS = ('grpo', 'spin')
 
 def toy_arguments(name:str) -> dict:
-    """The arguments with which a method's contract makes it small: those of its mark, or of the
-    contract's table while that stands"""
+    """The arguments with which a method's contract makes it small:
+    those of its mark, or of the contract's table while that stands"""
     function = getattr(methods, name)
     try:
         from test_contract import INSTEAD
@@ -73,7 +77,8 @@ def recipe_of(name:str) -> Recipe:
     "The method as the sweep runs it"
     return getattr(methods, name)(**({} if name in DEFAULTS else toy_arguments(name)))
 
-# another number draws all pairs anew: where a check was fixed for what a sweep found, the next sweep must not be the same
+# another number draws all pairs anew: where a check was fixed for what a sweep found,
+# the next sweep must not be the same
 DRAW = 1
 
 def drawn(name:str, among:list[str]) -> str:
@@ -81,8 +86,8 @@ def drawn(name:str, among:list[str]) -> str:
     return among[int(hashlib.sha256(f'{DRAW} {name}'.encode()).hexdigest(), 16) % len(among)]
 
 def plan() -> list[tuple[str, str, str]]:
-    """(recipe, skill, model): every method once and every skill once on lab-s, two plain methods on
-    every architecture, and four more"""
+    """(recipe, skill, model): every method once and every skill once on lab-s,
+    two plain methods on every architecture, and four more"""
     skills = list(SKILLS)
     runs = [(n, UNSURE.get(n) or drawn(n, skills), 'lab-s') for n in methods.names()]
     runs += [(n, drawn(f'{n} {a}', skills), a) for a in ARCHITECTURES for n in ('full', 'lora')]
@@ -127,12 +132,37 @@ def one(recipe:str, skill:str, model:str) -> dict:
     return row
 
 def kept(path:Path, todo:list[tuple[str, str, str]]) -> list[dict]:
-    """The rows of the table at `path` that are in the plan, if it asked with as many checks as
-    there are now; else none"""
+    """The rows of the table at `path` that are in the plan,
+    if it asked with as many checks as there are now; else none"""
     table = json.loads(path.read_text()) if path.exists() else dict(checks=0)
     if table['checks'] != len(CHECKS):
         return []
     return [x for x in table['table'] if (x['recipe'], x['skill'], x['model']) in todo]
+
+def with_all_rows() -> dict:
+    "The doctor before and after one run on all rows of a skill"
+    patient, tok = ftlab.load('lab-s')
+    data = ftlab.data('new-procedure')
+    t = time.process_time()
+    d = doctor(patient, tok, data, methods.lora(), steps=250)
+    found = dict(train_rows=len(data.train), before=looked(d, time.process_time() - t))
+    run = ftlab.fit(patient, tok, data, methods.lora(), steps=40, lr=1e-3, progress=False)
+    t = time.process_time()
+    found['after'] = looked(doctor(run), time.process_time() - t)
+    return found
+
+def result_of(rows:list[dict], full:dict) -> dict:
+    "What is written down: the counts, and the rows"
+    lab = [x for x in rows if x['model'] == 'lab-s' and 'after' in x]
+    most = {w: max((x[w]['seconds'] for x in lab), default=None) for w in ('before', 'after')}
+    found = sum(len(x.get(w, {}).get('findings', [])) for x in rows for w in ('before', 'after'))
+    sure = sum(len(x.get('confirmed', [])) for x in rows)
+    return dict(runs=len(rows), recipes=len({x['recipe'] for x in rows}),
+                skills=len({x['skill'] for x in rows}), models=sorted({x['model'] for x in rows}),
+                checks=len(CHECKS), settings=SETTINGS, findings=found, confirmed=sure,
+                false_alarms=found - sure, refused=sum('refused' in x for x in rows),
+                most_seconds_on_lab_s=most, on_lab_s_with_all_rows=full,
+                note='seconds are of one core (process time)', table=rows)
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
@@ -149,24 +179,7 @@ def main():
         print(' x '.join(r), *(f'{w} {x[w]["seconds"]:.1f}s {x[w]["findings"] or "silent"}'
                                for w in ('before', 'after') if w in x), x.get('confirmed') or '',
               x.get('refused', ''), flush=True)
-    lab = [x for x in rows if x['model'] == 'lab-s' and 'after' in x]
-    most = lambda w: max((x[w]['seconds'] for x in lab), default=None)
-    patient, tok = ftlab.load('lab-s')
-    data = ftlab.data('new-procedure')
-    t = time.process_time()
-    d = doctor(patient, tok, data, methods.lora(), steps=250)
-    full = dict(train_rows=len(data.train), before=looked(d, time.process_time() - t))
-    t = time.process_time()
-    run = ftlab.fit(patient, tok, data, methods.lora(), steps=40, lr=1e-3, progress=False)
-    t = time.process_time()
-    full['after'] = looked(doctor(run), time.process_time() - t)
-    found = [f for x in rows for w in ('before', 'after') for f in x.get(w, {}).get('findings', [])]
-    result = dict(runs=len(rows), recipes=len({x['recipe'] for x in rows}),
-                  skills=len({x['skill'] for x in rows}), models=sorted({x['model'] for x in rows}),
-                  checks=len(CHECKS), settings=SETTINGS,
-                  findings=len(found), confirmed=(sure := sum(len(x.get('confirmed', []))
-                                                              for x in rows)), false_alarms=len(
-                                                                  found) - sure, refused=sum('refused' in x for x in rows), most_seconds_on_lab_s=dict(before=most('before'), after=most('after')), on_lab_s_with_all_rows=full, note='seconds are of one core (process time)', table=rows)
+    result = result_of(rows, with_all_rows())
     print(json.dumps({k: v for k, v in result.items() if k != 'table'}, indent=1))
     if not a.only:
         Path(a.out).write_text(json.dumps(result, indent=1) + '\n')

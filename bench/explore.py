@@ -2,9 +2,11 @@
 
     python bench/explore.py            # about a minute; writes bench/results/explore.json
 
-Each view is made alive, and one of its handles is moved to 24 new places. A response is the time from the change of the handle to the new picture
-in the widget, on the kernel's side: what the model has to compute, the drawing, and the widget's messages. `first` is the time that it took to
-make the view. Seconds of the clock are what a reader waits for; beside them stands the processor time, which a busy machine stretches less."""
+Each view is made alive, and one of its handles is moved to 24 new places. A response is the time
+from the change of the handle to the new picture in the widget, on the kernel's side: what the model
+has to compute, the drawing, and the widget's messages. `first` is the time that it took to make the
+view. Seconds of the clock are what a reader waits for; beside them stands the processor time, which
+a busy machine stretches less."""
 import json, os, platform, statistics, sys, time
 from pathlib import Path
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
@@ -49,20 +51,21 @@ def cases():
     run = ftlab.fit(model, tok, data, steps=60, lr=1e-3, progress=False)
     row = data.test[0]
     n = range(CHANGES + 1)
+    alphas = [round(.05*(i + 1), 2) for i in range(CHANGES + 5) if i != 19][:CHANGES + 1]
     return dict(tradeoff=(lambda: explore.tradeoff(
         Comparison.read(measured('compare_lab_s/result.json'))), 'gain',
                           [(60. + i, 97.) for i in n]),
-        layers=(lambda: explore.layers(run), 'alpha',
-                [round(.05*(i + 1), 2) for i in range(CHANGES + 5) if i != 19][:CHANGES + 1]),
+                layers=(lambda: explore.layers(run), 'alpha', alphas),
                 mask=(lambda: explore.mask(base, tok, data.train[:64]), 'density',
                       [i + 8 for i in n]),
-        spectrum_rank=(lambda: explore.spectrum(run), 'rank', [i + 9 for i in n]),
+                spectrum_rank=(lambda: explore.spectrum(run), 'rank', [i + 9 for i in n]),
                 spectrum_matrix=(lambda: explore.spectrum(run), 'matrix',
                                  base_matrices(base)[1:CHANGES + 2]),
-        prices=(lambda: explore.prices(run.model, tok, row['prompt'], row['response'], base),
-                'chance', [round(.05*(i % 18), 2) for i in n]),
-        side_by_side=(lambda: explore.side_by_side(run), 'example',
-                      list(explore._skill_examples(tok))[:CHANGES + 1]))
+                prices=(lambda: explore.prices(run.model, tok, row['prompt'],
+                                               row['response'], base),
+                        'chance', [round(.05*(i % 18), 2) for i in n]),
+                side_by_side=(lambda: explore.side_by_side(run), 'example',
+                              list(explore._skill_examples(tok))[:CHANGES + 1]))
 
 def base_matrices(model):
     from ftlab.core.anatomy import anatomy
@@ -83,8 +86,8 @@ def main():
     result = dict(views=out, target_seconds=TARGET, low_and_high='the tenth and the ninetieth of a '
                   'hundred', threads=1, cores=os.cpu_count(), machine=platform.processor()
                   or platform.machine(),
-        load=dict(before=round(load, 1), after=round(os.getloadavg()[0], 1),
-                  note='processes that wanted a core, this one among them after'),
+                  load=dict(before=round(load, 1), after=round(os.getloadavg()[0], 1),
+                            note='processes that wanted a core, this one among them after'),
                   versions=dict(python=platform.python_version(), torch=torch.__version__,
                                 transformers=transformers.__version__,
                                 matplotlib=matplotlib.__version__,

@@ -1,13 +1,15 @@
-"""Everything that only a GPU can tell, in one call of at most five minutes: the build, the tests, the kernels' times, `fit`.
+"""Everything that only a GPU can tell, in one call of at most five minutes.
 
-    make gpu                              # or PART=tests, PART=bench, PART=fit; writes bench/results/gpu_<card>.json
-    make gpu ONLY='tests|adamw|fit: lift' # what matches "task: piece" again; the rest of the card's file stays as it was
+The build, the tests, the kernels' times, and `fit`; written to bench/results/gpu_<card>.json.
+
+    make gpu                              # or PART=tests, PART=bench, PART=fit
+    make gpu ONLY='tests|adamw|fit: lift' # what matches "task: piece" again; the rest stays
     make gpu REHEARSE=1                   # the same code at tiny sizes on the CPU
     make gpu PYTHON=python3 WHEELS=.whl   # with another Python, and wheels for what it lacks; nothing is downloaded
 
-What finds mistakes runs first and at once: tests, checkers, and compiling for later. What is timed runs after that, alone. Every
-part is a process of its own with a limit, and what is over is written at once, so that a call which is cut short leaves
-what it had found."""
+What finds mistakes runs first and at once: tests, checkers, and compiling for later. What is timed
+runs after that, alone. Every part is a process of its own with a limit, and what is over is written
+at once, so that a call which is cut short leaves what it had found."""
 import argparse
 import importlib.util
 import json
@@ -35,8 +37,8 @@ GPU_TESTS = ('test_native.py', 'test_native_cuda.py', 'test_native_adamw.py',
 
 @dataclass
 class Task:
-    """A process, or as many as it takes: pieces of a part, or a command whose output says how it
-    went"""
+    """A process, or as many as it takes:
+    pieces of a part, or a command whose output says how it went"""
     name: str
     command: list
     seconds: float                # limit for each piece, or for the command
@@ -100,8 +102,8 @@ class Runner:
                                 stderr=subprocess.STDOUT, start_new_session=True)
 
     def run(self, task: Task) -> None:
-        """One task, or those of its pieces that were asked for; nothing that happens in it reaches
-        the others"""
+        """One task, or those of its pieces that were asked for;
+        nothing that happens in it reaches the others"""
         asked = [p for p in task.pieces or [task.name] if self.only.search(f'{task.name}: {p}')]
         if not asked:
             return
@@ -115,7 +117,8 @@ class Runner:
     def run_command(self, task: Task) -> None:
         start, log = time.monotonic(), self.work/f'{re.sub("[^a-z0-9]+", "_", task.name)}.log'
         if self.left() < 5:
-            self.board.put(task.name, task.name, dict(state='failed', why='there was no time left', seconds=0))
+            row = dict(state='failed', why='there was no time left', seconds=0)
+            self.board.put(task.name, task.name, row)
             return
         with log.open('w') as f:
             process = self.begin(task, task.command, f)
@@ -127,7 +130,8 @@ class Runner:
         output = log.read_text(errors='replace')
         row = task.read(output, code)
         if code is None:
-            row = dict(row, state='failed', why=f'stopped after {time.monotonic() - start:.0f} s\n' + tail(output))
+            why = f'stopped after {time.monotonic() - start:.0f} s\n' + tail(output)
+            row = dict(row, state='failed', why=why)
         self.board.put(task.name, task.name, row | dict(seconds=round(time.monotonic() - start, 1)))
 
     def run_pieces(self, task: Task) -> None:
@@ -183,11 +187,13 @@ def read_pytest(output: str, code, rehearsed: bool = False) -> dict:
     "Counts, and what failed"
     last = next((line for line in reversed(output.splitlines())
                  if re.search(r'\d+ (passed|failed|skipped|error|deselected)', line)), '')
-    counts = {k: int(n) for n, k in re.findall(r'(\d+) (passed|failed|skipped|errors?|deselected)', last)}
+    counts = {k: int(n) for n, k in
+              re.findall(r'(\d+) (passed|failed|skipped|errors?|deselected)', last)}
     failed = re.findall(r'^(?:FAILED|ERROR) (.*)$', output, re.M)
     row = dict(state='passed' if code == 0 else 'failed', counts=counts, failed=failed)
     if code == 0 and not counts.get('passed'):
-        row |= dict(state='rehearsed: skipped, needs CUDA') if rehearsed else dict(state='failed', why='no test ran')
+        row |= (dict(state='rehearsed: skipped, needs CUDA') if rehearsed
+                else dict(state='failed', why='no test ran'))
     if code != 0:
         row['why'] = tail(output, 60_000) + '\n' + '; '.join(o.split(' - ')[0]
                                                              for o in failed)[:300]
@@ -312,7 +318,7 @@ def surroundings(o, site: Path) -> dict:
         'PYTHONPATH', '').split(os.pathsep)
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join(p for p in path if p), 'HF_HUB_OFFLINE': '1',
            'PYTHONUNBUFFERED': '1',
-        'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', '2'),
+           'OMP_NUM_THREADS': os.environ.get('OMP_NUM_THREADS', '2'),
            'TORCHINDUCTOR_COMPILE_THREADS': '2', 'TOKENIZERS_PARALLELISM': 'false'}
     if not o.rehearse:
         env['FTLAB_CUDA_ARCH'] = o.capability.replace('.', '')

@@ -25,7 +25,7 @@ def machine(args) -> dict:
         card = torch.cuda.get_device_properties(0)
         found |= dict(card=card.name, capability=f'{card.major}.{card.minor}',
                       memory=card.total_memory,
-            processors=card.multi_processor_count, l2_bytes=card.L2_cache_size)
+                      processors=card.multi_processor_count, l2_bytes=card.L2_cache_size)
     return found
 
 def build(args) -> dict:
@@ -41,8 +41,8 @@ def build(args) -> dict:
     return dict(build_seconds=None if there else seconds, file=made.name, cards=extension.cards())
 
 def ceilings(args) -> dict:
-    """What the card can do at most: bytes a second of a copy (read and written), operations a
-    second of a product"""
+    """What the card can do at most:
+    bytes a second of a copy (read and written), operations a second of a product"""
     import torch
     from gpu_pieces import Clock
     n, m = (1 << 20, 256) if args.tiny else (1 << 31, 8192)

@@ -1,6 +1,9 @@
-"""`fit` on a random Llama of a hundred million numbers: speed, memory, that the loss falls, that the base comes back. A part of `gpu.py`.
+"""`fit` on a random Llama of a hundred million numbers. A part of `gpu.py`.
 
-The text is a walk over 512 words in which each word has one successor, so that there is something to learn at once."""
+Measured and checked: speed, memory, that the loss falls, that the base comes back.
+
+The text is a walk over 512 words in which each word has one successor, so that there is something
+to learn at once."""
 import tempfile
 import time
 from pathlib import Path
@@ -23,9 +26,9 @@ def llama(args, dtype: str = 'float32', seed: int = 0):
     torch.manual_seed(seed)
     config = LlamaConfig(vocab_size=s['vocab'], hidden_size=s['hidden'],
                          intermediate_size=8*s['hidden']//3, num_hidden_layers=s['layers'],
-        num_attention_heads=s['heads'], num_key_value_heads=s['heads'],
+                         num_attention_heads=s['heads'], num_key_value_heads=s['heads'],
                          max_position_embeddings=s['tokens'], tie_word_embeddings=True,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2)
+                         pad_token_id=0, bos_token_id=1, eos_token_id=2)
     with torch.device(args.device):
         return LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
 
@@ -67,7 +70,7 @@ def recipes() -> dict:
     from ftlab import methods
     return dict(full=(methods.full(), 3e-4), lora=(methods.lora(), 3e-3), hft=(methods.hft(), 3e-4),
                 dft=(methods.dft(), 3e-4),
-        mezo=(methods.mezo(), 1e-6), lift=(methods.lift(every=0), 3e-3))
+                mezo=(methods.mezo(), 1e-6), lift=(methods.lift(every=0), 3e-3))
 
 def measured(args, name: str, dtype: str = 'float32') -> dict:
     "One method: with weights in float32 under bf16 autocast, or with weights in bfloat16"
@@ -83,7 +86,7 @@ def measured(args, name: str, dtype: str = 'float32') -> dict:
     times, walk, start = Times(args.device), Walk(s), time.perf_counter()
     run = fit(model, lab_tokenizer(), ftlab.data('sort', n=64),
               replace(recipe, source=lambda state: walk), steps=s['steps'], lr=lr,
-        precision='bf16' if dtype == 'float32' else 'no', progress=False, callbacks=(times,),
+              precision='bf16' if dtype == 'float32' else 'no', progress=False, callbacks=(times,),
               max_length=None)
     seconds, ms = time.perf_counter() - start, times.median_ms()
     nll = [r['nll'] for r in run.log]
@@ -99,9 +102,9 @@ def measured(args, name: str, dtype: str = 'float32') -> dict:
     above = run.cost['peak_bytes'] and run.cost['peak_bytes'] - 2*held*(args.device == 'cuda')
     return dict(dtype=dtype, step_ms=round(ms, 2), tokens_per_s=round(1e3*s['rows']*s['tokens']/ms),
                 peak_bytes=run.cost['peak_bytes'],
-        above_two_models_bytes=above, trainable=run.cost['trainable'],
+                above_two_models_bytes=above, trainable=run.cost['trainable'],
                 numbers=sum(p.numel() for p in before.values()),
-        set_up_seconds=round(seconds - ms*s['steps']/1e3, 2),
+                set_up_seconds=round(seconds - ms*s['steps']/1e3, 2),
                 nll=[round(nll[0], 3), round(nll[-1], 3)], falls=falls)
 
 def by_peft(args) -> dict:
@@ -131,7 +134,7 @@ def by_peft(args) -> dict:
     peak = torch.cuda.max_memory_allocated() if args.device == 'cuda' else None
     return dict(step_ms=round(ms, 2), tokens_per_s=round(1e3*s['rows']*s['tokens']/ms),
                 peak_bytes=peak,
-        trainable=sum(p.numel() for p in free), nll=[round(nll[0], 3), round(nll[-1], 3)])
+                trainable=sum(p.numel() for p in free), nll=[round(nll[0], 3), round(nll[-1], 3)])
 
 class StopAt:
     "As if somebody pressed Ctrl-C after so many steps"
@@ -159,7 +162,8 @@ def resumed(args, name: str) -> dict:
         model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=128,
                                              intermediate_size=256, num_hidden_layers=2,
                                              num_attention_heads=4,
-            max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                                             max_position_embeddings=256, pad_token_id=0,
+                                             bos_token_id=1, eos_token_id=2,
                                              attention_dropout=.1)).to(args.device)
         return fit(model, tok, data, recipe, steps=6, lr=lr, batch_size=8, save_every=3, out=folder,
                    precision='bf16', progress=False, **more)
@@ -178,8 +182,9 @@ def resumed(args, name: str) -> dict:
     assert not apart, f'{len(apart)} tensors differ after resuming: {apart[:3]}'
     return dict(steps=len(again.log))
 
-PIECES = {n: (lambda a, n=n: measured(a, n)) for n in ('full', 'lora', 'hft', 'dft', 'mezo', 'lift')}
-PIECES |= {f'{n}, resumed': (lambda a, n=n: resumed(a, n)) for n in ('full', 'lora', 'hft', 'dft', 'mezo', 'lift')}
+NAMES = ('full', 'lora', 'hft', 'dft', 'mezo', 'lift')
+PIECES = {n: (lambda a, n=n: measured(a, n)) for n in NAMES}
+PIECES |= {f'{n}, resumed': (lambda a, n=n: resumed(a, n)) for n in NAMES}
 PIECES |= {f'{n}, bfloat16 weights': (lambda a, n=n: measured(a, n, 'bfloat16'))
            for n in ('lift', 'full', 'lora', 'mezo')}
 PIECES |= {'peft lora': by_peft}

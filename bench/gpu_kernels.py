@@ -1,7 +1,7 @@
 """Every kernel against eager torch, torch.compile and the peer's kernel where there is one. A part of `gpu.py`.
 
-What is worked on is many times the second-level cache, which is flushed before each call besides. Contestants take turns, and
-before anything is timed it is checked that they do the same work."""
+What is worked on is many times the second-level cache, which is flushed before each call besides.
+Contestants take turns, and before anything is timed it is checked that they do the same work."""
 from gpu_pieces import Clock, arguments, card_is_broken, run_pieces
 
 def sized(args, tiny: int, large: int) -> int:
@@ -135,44 +135,50 @@ def adamw_eager(i, m, v, p, g):
         p.index_copy_(0, i, q)
     return step
 
+def of_torch(args, name: str, at, p, g, like, size: int) -> dict:
+    "The peers of one selection: `at` are the places in `p` and `g`, `like` is shaped as a moment"
+    import torch
+    rate, root = torch.tensor(1e-3, device=args.device), torch.tensor(1., device=args.device)
+    m, v, f = torch.zeros_like(like), torch.zeros_like(like), compiled(compact, args)
+    return {f'torch, {name}: compiled': (lambda: f(p, g, at, m, v, rate, root), size),
+            f'torch, {name}: eager, buffers': (adamw_eager(at, m, v, p, g), size)}
+
+def adamw_selections(r: int, c: int, device) -> dict:
+    "{name: selection}: scattered entries, half of them, rows; and the numbers of the rows"
+    import torch
+    from ftlab.native import rows
+    which = torch.randperm(r, device=device)[:r//20].sort().values
+    return {'5%': torch.rand(r, c, device=device) < .05,
+            '50%': torch.rand(r, c, device=device) < .5, 'rows': rows(which)}, which
+
 def adamw(args, dtype_name: str = 'float32') -> dict:
     "AdamW on a part of a matrix: scattered entries, half of them, rows; and on all of it"
     import torch
-    from ftlab.native import SparseAdamW, rows
+    from ftlab.native import SparseAdamW
     r, c = (64, 256) if args.tiny else (24_416, 4096)
     dtype, device = getattr(torch, dtype_name), args.device
     p = torch.nn.Parameter(torch.randn(r, c, device=device).to(dtype))
     g = (torch.randn(r, c, device=device)*.01).to(dtype)
     p.grad, wide = g, p.element_size()
-    which = torch.randperm(r, device=device)[:r//20].sort().values
-    selections = {'5%': torch.rand(r, c, device=device) < .05,
-                  '50%': torch.rand(r, c, device=device) < .5, 'rows': rows(which)}
-    who, rate, root = {}, torch.tensor(1e-3, device=device), torch.tensor(1., device=device)
+    selections, which = adamw_selections(r, c, device)
+    who = {}
     for name, s in selections.items():
         opt = SparseAdamW({p: s}, lr=1e-3)
         k = int(opt.selected(p).sum())
         # gradient, number twice, moments twice, places
         size = k*(3*wide + 16) + (0 if name == 'rows' else min(4*k, r*c//8))
         who[f'ours, {name}'] = (opt.step, size)
-        if dtype != torch.float32:
-            continue
-        at, of = ((which, (p.detach(), g)) if name == 'rows'
-                  else (opt.selected(p).flatten().nonzero().flatten(),
-                        (p.detach().view(-1), g.view(-1))))
-        m = torch.zeros((len(at), c) if name == 'rows' else len(at), device=device)
-        v = torch.zeros_like(m)
-        f = compiled(compact, args)
-        who[f'torch, {name}: compiled'] = (
-            lambda f=f, at=at, m=m, v=v, of=of: f(*of, at, m, v, rate, root), size)
-        who[f'torch, {name}: eager, buffers'] = (adamw_eager(at, m, v, *of), size)
+        if dtype == torch.float32 and name == 'rows':
+            who |= of_torch(args, name, which, p.detach(), g, g[which], size)
+        elif dtype == torch.float32:
+            at = opt.selected(p).flatten().nonzero().flatten()
+            who |= of_torch(args, name, at, p.detach().view(-1), g.view(-1), g.view(-1)[at], size)
     q = torch.nn.Parameter(p.detach().clone())
     q.grad = g
-    whole, dense = SparseAdamW({p: True},
-                               lr=1e-3), torch.optim.AdamW([q], lr=1e-3, weight_decay=0.,
-                                                           fused=True)
-    who['ours, all'] = (whole.step, r*c*(3*wide + 16))
-    who['torch, all: fused AdamW'] = (dense.step, r*c*(3*wide + 4*wide))
-    who['floor: p.mul_(c)'] = (lambda: p.detach().mul_(1.), 2*r*c*wide)
+    dense = torch.optim.AdamW([q], lr=1e-3, weight_decay=0., fused=True)
+    who |= {'ours, all': (SparseAdamW({p: True}, lr=1e-3).step, r*c*(3*wide + 16)),
+            'torch, all: fused AdamW': (dense.step, r*c*(3*wide + 4*wide)),
+            'floor: p.mul_(c)': (lambda: p.detach().mul_(1.), 2*r*c*wide)}
     check_adamw(SparseAdamW, selections['5%'], p, g)
     return timed(args, who, numbers=r*c, dtype=dtype_name)
 
@@ -197,40 +203,42 @@ def liger(scaled: bool):
         return None
     return LigerFusedLinearCrossEntropyLoss(reduction='sum', use_token_scaling=scaled)
 
-def crossentropy(args, tokens: int = 8192, hidden: int = 2048, words: int = 128_256) -> dict:
-    "DFT's loss and the plain sum over a large head, forward and backward, bfloat16"
+def head_of_words(args, t: int, h: int, v: int):
+    "States, head and labels of a model that knows something, bfloat16"
     import torch
-    from torch.nn import functional as F
-    from ftlab.native import weighted_linear_cross_entropy
-    t, h, v = (64, 32, 512) if args.tiny else (tokens, hidden, words)
     labels = torch.randint(0, v, (t,), device=args.device)
     x = torch.randn(t, h, device=args.device).bfloat16()
     head = (torch.randn(v, h, device=args.device)/h**.5).bfloat16()
-    x = (x + 6*head[labels]).requires_grad_()  # a model that knows something
-    head.requires_grad_()
+    return (x + 6*head[labels]).requires_grad_(), head.requires_grad_(), labels
 
-    def probability(nll, entropy=None):
-        return (-nll).exp()
+def probability(nll, entropy=None):
+    return (-nll).exp()
 
-    def whole(x, head, labels):
-        nll = F.cross_entropy((x @ head.T).float(), labels, reduction='none')
-        return (probability(nll.detach())*nll).sum()
+def whole(x, head, labels):
+    "DFT's loss over all logits"
+    from torch.nn import functional as F
+    nll = F.cross_entropy((x @ head.T).float(), labels, reduction='none')
+    return (probability(nll.detach())*nll).sum()
 
-    def plain(x, head, labels):
-        return F.cross_entropy((x @ head.T).float(), labels, reduction='sum')
+def plain(x, head, labels):
+    "The plain sum over all logits"
+    from torch.nn import functional as F
+    return F.cross_entropy((x @ head.T).float(), labels, reduction='sum')
 
-    def ours_by(rows):
-        return weighted_linear_cross_entropy(x, head, labels, probability, chunk=rows).loss
-
+def losses_of(args, x, head, labels) -> dict:
+    "{name: function without arguments that gives a loss}"
+    from torch.nn import functional as F
+    from ftlab.native import weighted_linear_cross_entropy as ours
+    by = lambda rows: ours(x, head, labels, probability, chunk=rows).loss
     fast, fast_plain = compiled(whole, args), compiled(plain, args)
     losses = {
-        'ours': lambda: weighted_linear_cross_entropy(x, head, labels, probability).loss,
-        'ours, 64 MB of logits a chunk': lambda: ours_by((64 << 20)//(2*v)),
-        'ours, 1024 rows a chunk': lambda: ours_by(1024),
-        'ours, all rows at once': lambda: ours_by(t),
+        'ours': lambda: ours(x, head, labels, probability).loss,
+        'ours, 64 MB of logits a chunk': lambda: by((64 << 20)//(2*len(head))),
+        'ours, 1024 rows a chunk': lambda: by(1024),
+        'ours, all rows at once': lambda: by(len(x)),
         'torch, all logits: eager': lambda: whole(x, head, labels),
         'torch, all logits: compiled': lambda: fast(x, head, labels),
-        'plain sum: ours': lambda: weighted_linear_cross_entropy(x, head, labels).loss,
+        'plain sum: ours': lambda: ours(x, head, labels).loss,
         'plain sum: torch, all logits, compiled': lambda: fast_plain(x, head, labels)}
     if hasattr(F, 'linear_cross_entropy'):
         losses['plain sum: torch, chunked'] = lambda: F.linear_cross_entropy(
@@ -238,31 +246,43 @@ def crossentropy(args, tokens: int = 8192, hidden: int = 2048, words: int = 128_
     if liger(True) and not args.tiny:
         losses |= {'liger': lambda: liger(True)(head, x, labels),
                    'plain sum: liger': lambda: liger(False)(head, x, labels)}
+    return losses
 
-    def step(loss):
-        def call():
-            value = loss()
-            value.backward()
-            grads = [x.grad, head.grad]
-            x.grad = head.grad = None
-            return value.detach(), grads
-        return call
+def there_and_back(loss, x, head):
+    "Forward and backward as one call, which gives the loss and both gradients and keeps neither"
+    def call():
+        value = loss()
+        value.backward()
+        grads = [x.grad, head.grad]
+        x.grad = head.grad = None
+        return value.detach(), grads
+    return call
 
-    who, doubts = {name: step(f) for name, f in losses.items()}, {}
-    for start in ('', 'plain sum: '):
-        want, gradients = who['torch, all logits: eager' if not start else 'plain sum: ours']()
-        for name in [n for n in who if n.startswith('plain') == bool(start)]:
-            try:
-                value, grads = who[name]()
-                assert abs(float(value) - float(want)) <= .02*abs(
-                    float(want)), f'{float(value)} instead of {float(want)}'
-                for a, b in zip(grads, gradients):
-                    same_work(a, b, .05)
-            except Exception as e:
-                if name.split(': ')[-1] == 'ours':
-                    raise
-                doubts[name] = f'{type(e).__name__}: {e}'[-300:]
-        want = gradients = value = grads = None
+def doubts_about(who: dict, names: list[str], right: str) -> dict:
+    "{name: in which way it does other work than `right`}; an error of our own is raised"
+    doubts, (want, gradients) = {}, who[right]()
+    for name in names:
+        try:
+            value, grads = who[name]()
+            assert abs(float(value) - float(want)) <= .02*abs(float(want)), (
+                f'{float(value)} instead of {float(want)}')
+            for a, b in zip(grads, gradients):
+                same_work(a, b, .05)
+        except Exception as e:
+            if name.split(': ')[-1] == 'ours':
+                raise
+            doubts[name] = f'{type(e).__name__}: {e}'[-300:]
+    return doubts
+
+def crossentropy(args, tokens: int = 8192, hidden: int = 2048, words: int = 128_256) -> dict:
+    "DFT's loss and the plain sum over a large head, forward and backward, bfloat16"
+    t, h, v = (64, 32, 512) if args.tiny else (tokens, hidden, words)
+    x, head, labels = head_of_words(args, t, h, v)
+    who = {name: there_and_back(f, x, head)
+           for name, f in losses_of(args, x, head, labels).items()}
+    sums = [n for n in who if n.startswith('plain')]
+    doubts = doubts_about(who, [n for n in who if n not in sums], 'torch, all logits: eager')
+    doubts |= doubts_about(who, sums, 'plain sum: ours')
     y, w = x.detach(), head.detach()
 
     def products():

@@ -2,7 +2,8 @@
 
 def needs_gpu(item) -> bool:
     "Is it skipped where there is no GPU?"
-    return any(m.kwargs.get('reason') == 'there is no GPU here' for m in item.iter_markers('skipif'))
+    return any(m.kwargs.get('reason') == 'there is no GPU here'
+               for m in item.iter_markers('skipif'))
 
 def pytest_collection_modifyitems(config, items):
     kept = [i for i in items if needs_gpu(i)]

@@ -1,4 +1,6 @@
-"""What the parts of `gpu.py` share: pieces that run one by one, each written down as soon as it is over, and the clock."""
+"""What the parts of `gpu.py` share: pieces that run one by one, and the clock.
+
+A piece is written down as soon as it is over."""
 import argparse
 import json
 import statistics
@@ -98,8 +100,8 @@ class Clock:
         return first.elapsed_time(last)
 
     def peak(self, call) -> int | None:
-        """Bytes that a call took on the GPU at its highest, above what was held before; None on a
-        CPU"""
+        """Bytes that a call took on the GPU at its highest,
+        above what was held before; None on a CPU"""
         if not self.cuda:
             return None
         self.torch.cuda.synchronize()
@@ -115,8 +117,8 @@ class Clock:
         seconds: float = 4.,     # for all of them together
         most: int = 25,          # rounds
     ) -> list[dict]:
-        """Every contestant in turn, round after round: a row each; one that fails has its error in
-        its row"""
+        """Every contestant in turn, round after round: a row each;
+        one that fails has its error in its row"""
         rows, able, cost = [], {}, {}
         for name, (call, size) in contestants.items():
             row = dict(what=name)

@@ -1,4 +1,6 @@
-"""Every kernel on small and awkward shapes against the CPU, for the checkers of memory and races. A part of `gpu.py`."""
+"""Every kernel on small and awkward shapes against the CPU. A part of `gpu.py`.
+
+For the checkers of memory and races."""
 from gpu_pieces import arguments, card_is_broken, run_pieces
 
 SIZES = (1, 7, 129, 4095, 4097, 9001)

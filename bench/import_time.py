@@ -2,8 +2,9 @@
 
     python bench/import_time.py
 
-Each measurement is the CPU time of a fresh process, the best of three. The made-up papers are copies of one paper's
-module under other keys, in a copy of the package in a temporary folder. Writes bench/results/import_time.json."""
+Each measurement is the CPU time of a fresh process, the best of three. The made-up papers are
+copies of one paper's module under other keys, in a copy of the package in a temporary folder.
+Writes bench/results/import_time.json."""
 import json
 import os
 import platform

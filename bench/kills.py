@@ -6,12 +6,12 @@
 One process imports everything once and forks a child for each run, so that a kill costs about as
 long as the run that it hits. SIGKILL falls at a random moment of the run, in the middle of a write
 (the folder in which a file is written is there), or just after the file of a finished stage. A case
-is killed up to three times. It is resumed in the end, and parameters, learners, log, path and tokens
-must equal those of the uninterrupted run bit for bit. One case in four begins in a folder where an
-older run with other settings was killed or finished; one in four is asked, once, without `resume`,
-whether it says truly what is there. After each case the folder must hold nothing but the run's own
-files. Results are written after every case, and `--kills` counts those of the file, too: the same
-command goes on."""
+is killed up to three times. It is resumed in the end, and parameters, learners, log, path and
+tokens must equal those of the uninterrupted run bit for bit. One case in four begins in a folder
+where an older run with other settings was killed or finished; one in four is asked, once, without
+`resume`, whether it says truly what is there. After each case the folder must hold nothing but the
+run's own files. Results are written after every case, and `--kills` counts those of the file, too:
+the same command goes on."""
 import argparse
 import hashlib
 import json
@@ -173,7 +173,8 @@ def true_refusal(said:dict, folder:Path) -> bool:
     "Asked without `resume`: does it refuse exactly where there is a run that was cut off?"
     left = cut_off(folder/'checkpoint.safetensors')
     said = said['refused']
-    return left is not None and f'at step {left["step"]} of' in said and 'holds this run, cut off' in said
+    return (left is not None and f'at step {left["step"]} of' in said
+            and 'holds this run, cut off' in said)
 
 def case(kind:str, base:dict, seconds:float, rng, place:Path) -> dict:
     folder, answer = place/'run', place/'answer'

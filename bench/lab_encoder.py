@@ -1,6 +1,8 @@
 """What the lab's encoder knows, and what it is good for.
 
-    python bench/lab_encoder.py [folder]       hidden words by skill, n = 400; three tasks with labels, fine-tuned by ftlab.fit, three seeds
+    python bench/lab_encoder.py [folder]
+
+Hidden words by skill, n = 400; three tasks with labels, fine-tuned by ftlab.fit, three seeds.
 
 Results go to bench/results/lab_v1_encoder.json; what is there is kept, what is missing is measured.
 """
@@ -23,8 +25,8 @@ def keep(x):
 
 @torch.no_grad()
 def hidden_words(model, tok, skill, n=400):
-    """Share of answers wholly right and of their words right when the answer is hidden, and of any
-    words right when 40% of all are"""
+    """Share of answers wholly right and of their words right when the answer is hidden,
+    and of any words right when 40% of all are"""
     rows = WORLD.rows(skill, n)
     out = dict(answers=0., answer_words=[0, 0], any_words=[0, 0])
     for i, (ids, labels) in enumerate(to_batches(rows, tok, 4)):
@@ -51,8 +53,8 @@ def apart(things, seed, train=.7):
     return things[:k], things[k:]
 
 def tasks(seed):
-    """Three tasks with labels. In the first two the test is about words and people that the
-    labelled rows never mention, so that only pretraining can know them."""
+    """Three tasks with labels. In the first two the test is about words and people
+    that the labelled rows never mention, so that only pretraining can know them."""
     good, bad = apart(GOOD, seed), apart(BAD, seed)
     said = lambda i: [dict(text=f'guest : the {a} is {w} . good or bad {a} ?', label=l)
                       for l, ws in (('good', good[i]), ('bad', bad[i])) for w in ws
@@ -92,8 +94,9 @@ if __name__ == '__main__':
             print(s, got['skills'][s], flush=True)
     for seed in range(3):
         for name, train, test in tasks(seed):
-            kept = got['tasks'].setdefault(name, dict(labels=len({r['label'] for r in train}),
-                                                      train=len(train), test=len(test), **{'lab-e': [], 'fresh': []}))
+            fresh = dict(labels=len({r['label'] for r in train}), train=len(train), test=len(test),
+                         **{'lab-e': [], 'fresh': []})
+            kept = got['tasks'].setdefault(name, fresh)
             for kind in ('lab-e', 'fresh'):
                 if len(kept[kind]) == seed:
                     kept[kind].append(learn(where, train, test, kind == 'fresh', seed))

@@ -5,8 +5,8 @@
     python bench/lab_l.py OUT --seconds 90 --workers 1 --tiny              a rehearsal
     python bench/lab_l.py OUT --check 20 --device cuda --workers 14        how fast text and steps are
 
-Writes race.json, log.json, skills.json, model.safetensors (float16) and two earlier states, part-10 and part-40.
-"""
+Writes race.json, log.json, skills.json, model.safetensors (float16) and two earlier states, part-10
+and part-40. """
 import argparse
 import json
 import os

@@ -3,9 +3,9 @@
     python bench/lab_lookup.py shortcuts       how far guesses get that do not do the task, a few seconds
     python bench/lab_lookup.py models          lab-l and lab-m by generation, n = 400, on the CPU (half an hour)
 
-Results go to bench/results/lab_v2_shortcuts.json and lab_v2_checked.json; what is there is kept, what is missing is
-measured. The scores that come with the weights are in lab_v2_skills_lab-l.json, written by bench/lab_l.py on the GPU.
-"""
+Results go to bench/results/lab_v2_shortcuts.json and lab_v2_checked.json; what is there is kept,
+what is missing is measured. The scores that come with the weights are in lab_v2_skills_lab-l.json,
+written by bench/lab_l.py on the GPU. """
 import importlib.util
 import json
 import os
@@ -39,8 +39,8 @@ def known(name):
 
 
 def shown_pairs(prompt):
-    """The pairs (input, output) that a sequence shows, and the input that is asked for; None for a
-    scene"""
+    """The pairs (input, output) that a sequence shows, and the input that is asked for;
+    None for a scene"""
     for arrow, between in MARKS:
         *shown, last = prompt.split(f' {between} ')
         split = [s.split(f' {arrow} ') for s in shown]
@@ -151,8 +151,9 @@ def shortcuts(n=400):
         rows = WORLD.rows(part, n)
         said = [least_squares(r) for r in rows]
         best = [write_number(bayes_line(r['prompt'])['median']) for r in rows]
-        out[f'{part} ratio'] = {least_squares.__doc__: round(line_error(rows, said)['ratio'], 4),
-                                'The Bayes predictor of both tasks': line_error(rows, best)['ratio']}
+        out[f'{part} ratio'] = {
+            least_squares.__doc__: round(line_error(rows, said)['ratio'], 4),
+            'The Bayes predictor of both tasks': line_error(rows, best)['ratio']}
     keep('lab_v2_shortcuts.json', dict(n=n, split='test', skills=out))
     print(json.dumps(out, indent=1))
 

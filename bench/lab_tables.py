@@ -1,7 +1,9 @@
 """What the lab models can do, and what teaching them something new costs.
 
-    python bench/lab_tables.py skills lab-s lab-m      the skill table, by generation on held-out questions, n = 400
-    python bench/lab_tables.py teach lab-s             each of the six new skills by full fine-tuning, at two learning rates
+    python bench/lab_tables.py skills lab-s lab-m      the skill table, on held-out questions, n = 400
+    python bench/lab_tables.py teach lab-s             the six new skills, at two learning rates
+
+New skills are taught by full fine-tuning, one by one.
 
 Results go to bench/results/lab_v1_*.json; what is there is kept, what is missing is measured.
 """
@@ -37,8 +39,8 @@ def skill_table(model, n=400):
             keep(f'lab_v1_skills_{model}.json', got)
 
 def teach(model, target=.95):
-    """Full fine-tuning, constant rate, batches of 32 rows of at most 64 tokens, until the
-    validation score reaches the target or 1,000 steps"""
+    """Full fine-tuning, constant rate, batches of 32 rows of at most 64 tokens,
+    until the validation score reaches the target or 1,000 steps"""
     got = known(f'lab_v1_teach_{model}.json')
     for skill in NEW:
         for lr in (3e-4, 1e-3):

@@ -2,9 +2,10 @@
 
     python bench/losses.py           # writes bench/results/losses.json; finished runs are kept there
 
-ASFT: would a KL penalty alone do as well (the paper's third baseline), and does the weight of its README differ from
-that of its code? Masked Thought: does the model come to depend more on the question, as the paper finds?
-Both were measured after the claims had run, on validation questions of seeds that no claim uses."""
+ASFT: would a KL penalty alone do as well (the paper's third baseline), and does the weight of its
+README differ from that of its code? Masked Thought: does the model come to depend more on the
+question, as the paper finds? Both were measured after the claims had run, on validation questions
+of seeds that no claim uses."""
 import json
 import platform
 import random

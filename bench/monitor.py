@@ -1,9 +1,13 @@
-"""What watching a run costs: seconds of `ftlab.fit` with a Monitor and without, in turns, in a kernel that believes somebody is watching.
+"""What watching a run costs: seconds of `ftlab.fit` with a Monitor and without.
+
+The two take turns in a kernel that believes somebody is watching.
 
     python bench/monitor.py           # writes bench/results/monitor.json
 
-Both runs are the same to the last bit (tests/test_monitor.py), so the difference is the monitor's. `share` is the median of the seconds that the monitor itself took,
-over the whole run's: looks at old questions and validation rows, pictures and their way to the front end. `wall` compares whole runs, which a busy machine blurs."""
+Both runs are the same to the last bit (tests/test_monitor.py), so the difference is the monitor's.
+`share` is the median of the seconds that the monitor itself took, over the whole run's: looks at
+old questions and validation rows, pictures and their way to the front end. `wall` compares whole
+runs, which a busy machine blurs."""
 import json, os, platform
 from pathlib import Path
 from statistics import median
@@ -18,21 +22,30 @@ import ftlab
 spent = 0.
 class Timed(ftlab.Monitor):
     "Counts its own seconds"
-    def before_fit(self, state): self.count(super().before_fit, state)
-    def after_step(self, state): self.count(super().after_step, state)
-    def after_fit(self, state): self.count(super().after_fit, state)
+    def before_fit(self, state):
+        self.count(super().before_fit, state)
+    def after_step(self, state):
+        self.count(super().after_step, state)
+    def after_fit(self, state):
+        self.count(super().after_fit, state)
     def count(self, what, state):
         global spent
-        t = time.perf_counter(); what(state); spent += time.perf_counter() - t
+        t = time.perf_counter()
+        what(state)
+        spent += time.perf_counter() - t
 
 def go(monitor):
     global spent
-    model, tok = ftlab.load('lab-s'); spent, t = 0., time.perf_counter()
-    run = ftlab.fit(model, tok, data, steps={steps}, lr=1e-3, progress=False, callbacks=() if monitor is None else (monitor,))
+    model, tok = ftlab.load('lab-s')
+    spent, t = 0., time.perf_counter()
+    run = ftlab.fit(model, tok, data, steps={steps}, lr=1e-3, progress=False,
+                    callbacks=() if monitor is None else (monitor,))
     return dict(seconds=time.perf_counter() - t, spent=spent, looks=len(run.path))
 
-data = ftlab.data('new-language'); go(Timed()) # what is imported and read once is not the monitor's daily cost
-rows = [dict(plain=go(None), **{{name: go(Timed(**how)) for name, how in {cases!r}.items()}}) for _ in range({turns})]
+data = ftlab.data('new-language')
+go(Timed()) # what is imported and read once is not the monitor's daily cost
+rows = [dict(plain=go(None), **{{name: go(Timed(**how)) for name, how in {cases!r}.items()}})
+        for _ in range({turns})]
 print('RESULT ' + json.dumps(rows))
 '''
 

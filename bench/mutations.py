@@ -1,6 +1,9 @@
-"""Thousands of mutated files of saved changes through `load_delta`: `python bench/mutations.py [HOW MANY]` (5,000 take about two minutes).
+"""Thousands of mutated files of saved changes through `load_delta`.
 
-No file may end in an error that is not ftlab's own, and a file that is refused must leave the model as it was."""
+    python bench/mutations.py [HOW MANY]     # 5,000 take about two minutes
+
+No file may end in an error that is not ftlab's own, and a file that is refused must leave the model
+as it was."""
 import json, resource, sys, tempfile, time
 from collections import Counter
 from pathlib import Path

@@ -1,8 +1,12 @@
-"""How a kernel is measured: its contestants in turns in one process, ratios within a round, both heaps, memory by the system's own mark.
+"""How a kernel is measured: its contestants in turns in one process.
 
-A benchmark says who runs and which pairs to compare, and calls `main`. In each round every contestant runs once, one after another, so that a busy machine slows
-them alike. Once with the usual heap, where large buffers come fresh from the system, and once with a warm one, where freed memory is used again; memory
-is measured with the usual one, as a warm one gives none back. Nothing is measured if the C++ is not in use."""
+Ratios are taken within a round, with both heaps; memory is the system's own mark.
+
+A benchmark says who runs and which pairs to compare, and calls `main`. In each round every
+contestant runs once, one after another, so that a busy machine slows them alike. Once with the
+usual heap, where large buffers come fresh from the system, and once with a warm one, where freed
+memory is used again; memory is measured with the usual one, as a warm one gives none back. Nothing
+is measured if the C++ is not in use."""
 import json, os, platform, statistics, subprocess, sys, time
 from pathlib import Path
 
@@ -38,8 +42,8 @@ def save(path:Path, found):
     tmp.replace(path)
 
 def child(contestants, rounds):
-    """Run all and print what was seen; `contestants()` gives {name: (function, bytes to add to what
-    the system sees)}"""
+    """Run all and print what was seen;
+    `contestants()` gives {name: (function, bytes to add to what the system sees)}"""
     import torch
     from ftlab.native import backend
     torch.set_num_threads(THREADS)

@@ -1,10 +1,13 @@
-"""AdamW on a part of 50 million float32 numbers: the C++ kernel against the best that torch does with compact moments, and against dense AdamW.
+"""AdamW on a part of 50 million float32 numbers.
+
+The C++ kernel against the best that torch does with compact moments, and against dense AdamW.
 
     python bench/native_adamw.py            # writes bench/results/native_adamw.json; about five minutes
 
-The job: a dense gradient is there, 5% or 50% of the numbers (chosen one by one, at random) or 5% of the rows are to be moved. Every contestant but the
-dense ones keeps moments of the chosen numbers only. Rows take so little time that each call makes ten steps. A second part trains a stack of layers in a
-process of its own and notes the most memory that it took."""
+The job: a dense gradient is there, 5% or 50% of the numbers (chosen one by one, at random) or 5% of
+the rows are to be moved. Every contestant but the dense ones keeps moments of the chosen numbers
+only. Rows take so little time that each call makes ten steps. A second part trains a stack of
+layers in a process of its own and notes the most memory that it took."""
 import json, os, subprocess, sys
 from native import THREADS, best, main, peak, status
 
@@ -29,6 +32,61 @@ def compact(torch):
         p[i] = p[i] - rate*m/(v.sqrt()*root + 1e-8)
     return step
 
+def gathered(opt, p, g):
+    "A step in which the gradient is gathered first, as `gather` does during a backward pass"
+    opt.gather()
+
+    def step():
+        p.grad = g
+        opt.grads()
+        opt.step()
+        opt.zero_grad()
+        p.grad = g
+
+    return step
+
+def eager(i, m, v, p, g):
+    "Gather, AdamW, scatter in eager torch, with buffers that are kept: (function, bytes held)"
+    import torch
+    x, d, q = (torch.empty_like(m) for _ in range(3))
+
+    def step():
+        torch.index_select(g, 0, i, out=x)
+        m.lerp_(x, .1)
+        v.mul_(.999).addcmul_(x, x, value=.001)
+        torch.sqrt(v, out=d)
+        d.add_(1e-8)
+        torch.index_select(p, 0, i, out=q)
+        q.addcdiv_(m, d, value=-1e-3)
+        p.index_copy_(0, i, q)
+
+    return step, 3*m.nbytes
+
+def of_torch(name, at, p, g, like):
+    "The peers of one selection: `at` are the places in `p` and `g`, `like` is shaped as a moment"
+    import torch
+    m, v, who = torch.zeros_like(like), torch.zeros_like(like), {}
+    rate, root = torch.tensor(1e-3), torch.tensor(1.)
+    # Inductor's graph, at fixed size: checked below to be in place
+    for kind, i in (('int64', at), ('int32', at.int())):
+        f = torch.compile(compact(torch), dynamic=False, fullgraph=True)
+        f(p, g, i, m, v, rate, root)
+        who[f'torch, {name}: compiled, {kind}'] = (
+            lambda f=f, i=i: f(p, g, i, m, v, rate, root), 0)
+    return who | {f'torch, {name}: eager, buffers': eager(at, m, v, p, g)}
+
+def masked(opt, p, g, mask):
+    "The dense optimiser's step with the gradient times a mask"
+    full = g.clone()
+
+    def step():
+        full.copy_(g).mul_(mask)
+        p.grad = full
+        opt.step()
+        p.grad = g
+
+    return step
+
 def contestants():
     import torch
     import torch._inductor.config  # noqa: F401 - not while it is measured
@@ -39,58 +97,21 @@ def contestants():
     flat, grad = p.detach().view(-1), g.view(-1)
     p.grad = g
     selections, which = jobs()
-    rate, root = torch.tensor(1e-3), torch.tensor(1.)
     who = {}
     for name, s in selections.items():
         opt = SparseAdamW({p: s}, lr=1e-3)
-        on = opt.selected(p)
-        lists = SparseAdamW({p: s}, lr=1e-3).gather()
-
-        def listed(lists=lists):
-            p.grad = g
-            lists.grads()
-            lists.step()
-            lists.zero_grad()
-            p.grad = g
-
-        who |= {f'ours, {name}': (opt.step, 0),
-                f'ours, {name}: gathered, then stepped': (listed, 0)}
-        at, of = ((which, (p.detach(), g)) if name == 'rows'
-                  else (on.flatten().nonzero().flatten(), (flat, grad)))
-        m, v = torch.zeros(len(opt.state[p]['exp_avg'])).view(-1,
-                                                              C if name == 'rows' else 1).squeeze(
-                                                                  1), None
-        v = torch.zeros_like(m)
-        # Inductor's graph, at fixed size: checked below to be in place
-        for kind, i in (('int64', at), ('int32', at.int())):
-            f = torch.compile(compact(torch), dynamic=False, fullgraph=True)
-            f(*of, i, m, v, rate, root)
-            who[f'torch, {name}: compiled, {kind}'] = (
-                lambda f=f, i=i, m=m, v=v, of=of: f(*of, i, m, v, rate, root), 0)
-        buffers = torch.empty_like(m), torch.empty_like(m), torch.empty_like(m)
-        def eager(i=at, m=m, v=v, of=of, buffers=buffers):
-            x, d, q = buffers
-            torch.index_select(of[1], 0, i, out=x)
-            m.lerp_(x, .1)
-            v.mul_(.999).addcmul_(x, x, value=.001)
-            torch.sqrt(v, out=d)
-            d.add_(1e-8)
-            torch.index_select(of[0], 0, i, out=q)
-            q.addcdiv_(m, d, value=-1e-3)
-            of[0].index_copy_(0, i, q)
-        who[f'torch, {name}: eager, buffers'] = (eager, 3*m.nbytes)
-    mask = selections['5%'].float()
-    dense, full = torch.optim.AdamW([p], lr=1e-3, weight_decay=0., fused=True), g.clone()
-
-    def masked():
-        full.copy_(g).mul_(mask)
-        p.grad = full
-        dense.step()
-        p.grad = g
-
-    who |= {'torch, dense: fused AdamW, gradient times mask': (masked, 4*p.numel()),
+        who |= {f'ours, {name}': (opt.step, 0), f'ours, {name}: gathered, then stepped': (
+            gathered(SparseAdamW({p: s}, lr=1e-3), p, g), 0)}
+        if name == 'rows':
+            who |= of_torch(name, which, p.detach(), g, g[which])
+        else:
+            at = opt.selected(p).flatten().nonzero().flatten()
+            who |= of_torch(name, at, flat, grad, grad[at])
+    dense = torch.optim.AdamW([p], lr=1e-3, weight_decay=0., fused=True)
+    who |= {'torch, dense: fused AdamW, gradient times mask': (
+                masked(dense, p, g, selections['5%'].float()), 4*p.numel()),
             'torch, dense: fused AdamW alone': (dense.step, 0),
-        'floor: p.mul_(c)': (lambda: flat.mul_(1.), 0)}
+            'floor: p.mul_(c)': (lambda: flat.mul_(1.), 0)}
     assert counters['stats']['unique_graphs'] == 6 and not counters['graph_break']
     return {k: (lambda f=f: [f() for _ in range(10)], held) if ', rows' in k else (f, held)
             for k, (f, held) in who.items()}
@@ -102,52 +123,58 @@ def pairs(times):
         compiled, eager = best(times, f'torch, {name}: compiled'), best(times, f'torch, {name}: eager')
         out |= {f'{name}: compiled gather, AdamW, scatter over ours': (compiled, ours),
                 f'{name}: the same in eager torch over ours': (eager, ours),
-            f'{name}: compiled over ours, gathered and then stepped': (compiled, f'{ours}: gathered, then stepped')}
+                f'{name}: compiled over ours, gathered and then stepped': (compiled, f'{ours}: gathered, then stepped')}
         if name != 'rows':
             out |= {f'{name}: fused dense AdamW, gradient times mask, over '
                     'ours': ('torch, dense: fused AdamW, gradient times mask', ours)}
     return out
 
-def train(way):
-    """The most memory that a few steps took above the parameters, moments and all; the ways are
-    compared in processes of their own"""
-    import torch
+def net(width, layers):
     from torch import nn
-    from ftlab.native import SparseAdamW, backend, rows
+    return nn.Sequential(*[o for _ in range(layers)
+                           for o in (nn.Linear(width, width, bias=False), nn.Tanh())])
+
+def optimiser(way, model, width):
+    "The optimiser of a way that `memory` lists, for a model of `net`"
+    import torch
+    from ftlab.native import SparseAdamW, rows
+    ps = list(model.parameters())
+    if way == 'dense':
+        return torch.optim.AdamW(ps, fused=True)
+    some = lambda p: rows(range(0, width, 20)) if 'rows' in way else torch.rand(p.shape) < .05
+    opt = SparseAdamW((p, some(p)) for p in ps)
+    if 'hook' in way:
+        opt.gather()
+    if 'narrow' in way:
+        [opt.narrow(l) for l in model if isinstance(l, torch.nn.Linear)]
+    return opt
+
+def some_steps(model, opt, width):
+    import torch
+    x = torch.randn(8, width)
+    for _ in range(STEPS):
+        model(x).pow(2).mean().backward()
+        opt.step()
+        opt.zero_grad()
+
+def train(way):
+    """The most memory that a few steps took above the parameters, moments and all;
+    the ways are compared in processes of their own"""
+    import torch
+    from ftlab.native import backend
     torch.set_num_threads(THREADS)
     torch.manual_seed(0)
     assert backend('cpu') == 'cpp'
-
-    def net(width, layers):
-        return nn.Sequential(*[o for _ in range(layers)
-                               for o in (nn.Linear(width, width, bias=False), nn.Tanh())])
-
-    def make(model, width):
-        ps = list(model.parameters())
-        some = lambda p: rows(range(0, width, 20)) if 'rows' in way else torch.rand(p.shape) < .05
-        opt = (torch.optim.AdamW(ps, fused=True) if way == 'dense'
-               else SparseAdamW((p, some(p)) for p in ps))
-        if 'hook' in way:
-            opt.gather()
-        if 'narrow' in way:
-            [opt.narrow(l) for l in model if isinstance(l, nn.Linear)]
-        return opt
-    def steps(model, opt, width):
-        x = torch.randn(8, width)
-        for _ in range(STEPS):
-            model(x).pow(2).mean().backward()
-            opt.step()
-            opt.zero_grad()
     small = net(64, 2)
-    steps(small, make(small, 64), 64)
+    some_steps(small, optimiser(way, small, 64), 64)
     model = net(WIDTH, LAYERS)
     model(torch.randn(8, WIDTH))
     start = status('VmRSS')
-    opt = make(model, WIDTH)
+    opt = optimiser(way, model, WIDTH)
     held = status('VmRSS') - start
-    top = held + peak(lambda: steps(model, opt, WIDTH))
-    state = sum(t.nbytes for s in opt.state.values() for t in s.values() if torch.is_tensor(t)
-                and t.ndim)
+    top = held + peak(lambda: some_steps(model, opt, WIDTH))
+    state = sum(t.nbytes for s in opt.state.values() for t in s.values()
+                if torch.is_tensor(t) and t.ndim)
     print(json.dumps(dict(way=way, peak_bytes=top, state_bytes=state,
                           parameter_bytes=4*LAYERS*WIDTH**2, layer_bytes=4*WIDTH**2)))
 

@@ -1,5 +1,6 @@
-"""The loss of DFT over a head of 32,768 words, forward and backward: ours against torch's chunked price for each token with the weight put on
-afterwards, against all logits at once, compiled and not, and against the three products of matrices that nobody can leave out.
+"""The loss of DFT over a head of 32,768 words, forward and backward: ours against torch's chunked
+price for each token with the weight put on afterwards, against all logits at once, compiled and
+not, and against the three products of matrices that nobody can leave out.
 
     python bench/native_crossentropy.py            # writes bench/results/native_crossentropy.json; about six minutes
 
@@ -8,54 +9,64 @@ from native import best, main
 
 T, H, V = 2048, 512, 32_768
 
+def probability(nll, entropy=None):
+    return (-nll).exp()
+
+def weigh(nll):
+    return (probability(nll.detach())*nll).sum()
+
+def full(hidden, head, labels):
+    import torch.nn.functional as F
+    return weigh(F.cross_entropy(hidden @ head.T, labels, reduction='none'))
+
+def losses_of(hidden, head, labels):
+    "{name: function without arguments that gives a loss}; the first five are the same loss"
+    import torch
+    from ftlab.native import weighted_linear_cross_entropy as ours
+    compiled = torch.compile(full)
+
+    def torchs(reduction, **options):
+        return torch.nn.functional.linear_cross_entropy(
+            hidden, head, labels, reduction=reduction,
+            options=torch.nn.LinearCrossEntropyOptions(**options))
+
+    return {'ours': lambda: ours(hidden, head, labels, probability).loss,
+            'torch, chunked: as it comes': lambda: weigh(torchs('none')),
+            'torch, chunked: 512 rows': lambda: weigh(torchs('none', batch_chunk_size=512)),
+            'torch, all logits: eager': lambda: full(hidden, head, labels),
+            'torch, all logits: compiled': lambda: compiled(hidden, head, labels),
+            'plain sum: ours': lambda: ours(hidden, head, labels).loss,
+            'plain sum: torch, 512 rows': lambda: torchs('sum', batch_chunk_size=512)}
+
+def there_and_back(loss, hidden, head):
+    "Forward and backward; what it leaves behind is freed, so that the next one's memory is its own"
+    def run():
+        value = loss()
+        value.backward()
+        grads = [hidden.grad, head.grad]
+        hidden.grad = head.grad = None
+        return value.item(), grads
+
+    return run
+
+def check_same(who, right, names):
+    "They give the same loss and the same gradients as `right`"
+    want, (a, b) = who[right]()
+    for k in names:
+        value, grads = who[k]()
+        assert abs(value - want) < 1e-4*abs(want), k
+        assert all((g - w).norm() < 1e-4*w.norm() for g, w in zip(grads, (a, b))), k
+
 def contestants():
     import torch
-    import torch.nn.functional as F
-    from ftlab.native import weighted_linear_cross_entropy
     make = torch.Generator().manual_seed(0)
     labels = torch.randint(0, V, (T,), generator=make)
     hidden = torch.randn(T, H, generator=make).requires_grad_()
     head = (.04*torch.randn(V, H, generator=make)).requires_grad_()
     with torch.no_grad():
         hidden.add_(12*head[labels]) # a model that knows something: p from next to 0 to next to 1
-
-    def probability(nll, entropy=None):
-        return (-nll).exp()
-
-    def weigh(nll):
-        return (probability(nll.detach())*nll).sum()
-
-    def torchs(reduction, **options):
-        return F.linear_cross_entropy(hidden, head, labels, reduction=reduction,
-                                      options=torch.nn.LinearCrossEntropyOptions(**options))
-
-    def full(hidden, head, labels):
-        return weigh(F.cross_entropy(hidden @ head.T, labels, reduction='none'))
-
-    compiled = torch.compile(full)
-    losses = {'ours': lambda: weighted_linear_cross_entropy(hidden, head, labels, probability).loss,
-        'torch, chunked: as it comes': lambda: weigh(torchs('none')),
-              'torch, chunked: 512 rows': lambda: weigh(torchs('none', batch_chunk_size=512)),
-        'torch, all logits: eager': lambda: full(hidden, head, labels),
-              'torch, all logits: compiled': lambda: compiled(hidden, head, labels),
-        'plain sum: ours': lambda: weighted_linear_cross_entropy(hidden, head, labels).loss,
-        'plain sum: torch, 512 rows': lambda: torchs('sum', batch_chunk_size=512)}
-    def step(loss): # what it leaves behind is freed, so that the next one's memory is its own
-        def run():
-            value = loss()
-            value.backward()
-            grads = [hidden.grad, head.grad]
-            hidden.grad = head.grad = None
-            return value.item(), grads
-
-        return run
-    who = {k: step(f) for k, f in losses.items()}
-    want, (a, b) = who['torch, all logits: eager']()
-    for k in list(who)[:5]:
-        value, grads = who[k]()
-        assert abs(value - want) < 1e-4*abs(want), k
-        assert all((g - w).norm() < 1e-4*w.norm() for g, w in zip(grads, (a, b))), k
-    del a, b, grads
+    who = {k: there_and_back(f, hidden, head) for k, f in losses_of(hidden, head, labels).items()}
+    check_same(who, 'torch, all logits: eager', list(who)[:5])
     room = torch.empty(T, V)
 
     def products():
@@ -69,9 +80,9 @@ def pairs(times):
     chunked = best(times, 'torch, chunked')
     return {f'{chunked} over ours': (chunked, 'ours'),
             'torch, chunked: as it comes over ours': ('torch, chunked: as it comes', 'ours'),
-        'torch, all logits: compiled over ours': ('torch, all logits: compiled', 'ours'),
-        'torch, all logits: eager over ours': ('torch, all logits: eager', 'ours'),
-        'ours over the floor': ('ours', 'floor: three products'),
+            'torch, all logits: compiled over ours': ('torch, all logits: compiled', 'ours'),
+            'torch, all logits: eager over ours': ('torch, all logits: eager', 'ours'),
+            'ours over the floor': ('ours', 'floor: three products'),
             'plain sum: torch over ours': ('plain sum: torch, 512 rows', 'plain sum: ours')}
 
 if __name__ == '__main__':

@@ -1,4 +1,6 @@
-"""The largest 5% of 50 million float32 numbers: the C++ kernel against the best that torch does, and against the time of reading them twice.
+"""The largest 5% of 50 million float32 numbers.
+
+The C++ kernel against the best that torch does, and against the time of reading them twice.
 
     python bench/native_magnitude.py            # writes bench/results/native_magnitude.json; about ten minutes"""
 from native import N, main
@@ -27,16 +29,16 @@ def contestants():
     assert torch.equal(topk().sort().values.int(), kth_magnitude(x, K, 'indices'))
     who = {'ours, threshold': lambda: kth_magnitude(x, K),
            'ours, indices': lambda: kth_magnitude(x, K, 'indices'),
-        'ours, mask': lambda: kth_magnitude(x, K, 'mask'),
-        'torch, threshold: kthvalue': kthvalue, 'torch, threshold: two counts': by_groups,
-        'torch, indices: topk': topk, 'floor: x.sum() twice': lambda: (x.sum(), x.sum())}
+           'ours, mask': lambda: kth_magnitude(x, K, 'mask'),
+           'torch, threshold: kthvalue': kthvalue, 'torch, threshold: two counts': by_groups,
+           'torch, indices: topk': topk, 'floor: x.sum() twice': lambda: (x.sum(), x.sum())}
     answer = {'ours, indices': 4*K, 'ours, mask': N//8, 'torch, indices: topk': 8*K} # what is asked for is not extra
     return {k: (f, -answer.get(k, 0)) for k, f in who.items()}
 
 def pairs(times):
     two = dict(kthvalue=('torch, threshold: kthvalue', 'ours, threshold'),
                counts=('torch, threshold: two counts', 'ours, threshold'),
-        topk=('torch, indices: topk', 'ours, indices'),
+               topk=('torch, indices: topk', 'ours, indices'),
                topk_threshold=('torch, indices: topk', 'ours, threshold'),
                floor=('ours, threshold', 'floor: x.sum() twice'))
     return {f'{a} over {b}': (a, b) for a, b in two.values()}

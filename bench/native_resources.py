@@ -1,4 +1,6 @@
-"""What the CUDA kernels take of a GPU, by nvcc's own account: registers a thread, and bytes spilled because registers ran out.
+"""What the CUDA kernels take of a GPU, by nvcc's own account.
+
+Registers a thread, and bytes spilled because registers ran out.
 
     python bench/native_resources.py            # writes bench/results/native_resources.json; needs nvcc, no GPU"""
 import json, re, subprocess, tempfile

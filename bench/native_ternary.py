@@ -1,4 +1,6 @@
-"""Four ternary task vectors of 5% each, added to 50 million float32 weights: packed, as int8, as dense vectors, and the time that the weights alone take.
+"""Four ternary task vectors of 5% each, added to 50 million float32 weights.
+
+Packed, as int8, as dense vectors, and the time that the weights alone take.
 
     python bench/native_ternary.py            # writes bench/results/native_ternary.json; about five minutes"""
 from native import N, best, main
@@ -44,9 +46,9 @@ def contestants():
     del start, mine
     return {'ours': (ours, 0), 'int8: compiled': (lambda: one_sum_(w, *signs), 0),
             'int8: compiled, to float first': (lambda: floats_(w, *signs), 0),
-        'int8: eager': (int8_eager, 0), 'int8: eager, through a buffer': (int8_buffer, 4*N),
+            'int8: eager': (int8_eager, 0), 'int8: eager, through a buffer': (int8_buffer, 4*N),
             'dense: compiled': (lambda: dense_(w, *dense), 0),
-        'dense: eager': (dense_eager, 0), 'floor: w.mul_(c)': (lambda: w.mul_(1.), 0)}
+            'dense: eager': (dense_eager, 0), 'floor: w.mul_(c)': (lambda: w.mul_(1.), 0)}
 
 def pairs(times):
     fastest, eager, dense = best(times, 'int8: compiled'), best(times, 'int8: eager'), best(times, 'dense')
@@ -56,4 +58,4 @@ def pairs(times):
 if __name__ == '__main__':
     main(__file__, contestants, pairs, 15, numbers=N, vectors=len(FACTORS),
          vector_bytes={k: v*len(FACTORS) for k, v in WIDTH.items()},
-        targets=dict(compiled_int8=1.3, eager_int8=5, extra_bytes=0))
+         targets=dict(compiled_int8=1.3, eager_int8=5, extra_bytes=0))

@@ -1,10 +1,14 @@
-"""What whole training takes: memory above the loaded model, and seconds a step, of LIFT, full fine-tuning, peft's SHiRA and MeZO, each in a process of its own.
+"""What whole training takes: memory above the loaded model, and seconds a step.
 
-    python bench/native_training.py           # writes bench/results/native_training.json; about ten minutes; needs peft (the bench extra)
+Of LIFT, full fine-tuning, peft's SHiRA and MeZO, each in a process of its own.
 
-lab-m, and a random Llama of 100 million numbers, two rows of 64 tokens a step. LIFT has the budget of LoRA of that rank that makes 5% of the matrices' numbers, SHiRA as
-many; its places are drawn, not looked for. Freed memory goes back to the system at once (MALLOC_MMAP_THRESHOLD_), so that the mark is what was held and not what was kept in store.
-Beside it stands what arithmetic says must be held above the model: gradients, moments and what else a method cannot do without."""
+    python bench/native_training.py           # about ten minutes; needs peft (the bench extra)
+
+lab-m, and a random Llama of 100 million numbers, two rows of 64 tokens a step. LIFT has the budget
+of LoRA of that rank that makes 5% of the matrices' numbers, SHiRA as many; its places are drawn,
+not looked for. Freed memory goes back to the system at once (MALLOC_MMAP_THRESHOLD_), so that the
+mark is what was held and not what was kept in store. Beside it stands what arithmetic says must be
+held above the model: gradients, moments and what else a method cannot do without."""
 import json, os, statistics, subprocess, sys, time
 from pathlib import Path
 from native import THREADS, machine, peak, save
@@ -102,7 +106,7 @@ def child(name, arm):
     run = dict(mezo=lambda: by_ftlab(model, tok, methods.mezo()),
                full=lambda: by_ftlab(model, tok, methods.full()),
                lift=lambda: by_ftlab(model, tok, methods.lift(r=r, every=0)),
-        shira=lambda: by_peft(model, tok)).get(arm, lambda: forward(model))
+               shira=lambda: by_peft(model, tok)).get(arm, lambda: forward(model))
     times = []
     extra = peak(lambda: times.extend(run()))
     must = dict(full=12*size, lift=4*big + chosen*(4 + 8 + 4 + 4),
@@ -111,7 +115,7 @@ def child(name, arm):
     print(json.dumps(dict(model=name, arm=arm, numbers=size, model_bytes=4*size,
                           entries=chosen if arm in ('lift', 'shira') else None,
                           rank=r if arm in ('lift', 'shira') else None,
-        above_model_bytes=extra, must_hold_bytes=must,
+                          above_model_bytes=extra, must_hold_bytes=must,
                           seconds_a_step=round(statistics.median(times[1:]), 3),
                           torch=torch.__version__)))
 

@@ -2,8 +2,9 @@
 
     python bench/report.py            # writes bench/results/report.json
 
-Each case runs in a process of its own. `peak_bytes` is the system's own figure (VmHWM), cleared before the report begins; it counts
-pages of memory-mapped files, which the system takes back when it needs them. `peak_own_bytes` is what the process alone holds (RssAnon), looked at every 10 ms."""
+Each case runs in a process of its own. `peak_bytes` is the system's own figure (VmHWM), cleared
+before the report begins; it counts pages of memory-mapped files, which the system takes back when
+it needs them. `peak_own_bytes` is what the process alone holds (RssAnon), looked at every 10 ms."""
 import json, platform, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 
@@ -28,8 +29,8 @@ def _peak(what):
                     cpu_seconds=round(time.process_time() - c, 1)), out
 
 def large(folder:Path) -> dict:
-    """A random Llama of 100M numbers (12 blocks of 768, 32,000 words), all of them nudged, as a run
-    whose originals are in a file"""
+    """A random Llama of 100M numbers (12 blocks of 768, 32,000 words), all of them nudged,
+    as a run whose originals are in a file"""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from ftlab.adapters.attach import attach
@@ -68,8 +69,8 @@ def large(folder:Path) -> dict:
                 matrices=rep.json()['change']['matrices'], moved=rep.json()['change']['moved'])
 
 def lab(folder:Path) -> dict:
-    """lab-s after 100 steps of new-language, 100 questions of each of 23 skills: a first report and
-    one with the base's answers kept"""
+    """lab-s after 100 steps of new-language, 100 questions of each of 23 skills:
+    a first report and one with the base's answers kept"""
     import ftlab
     from ftlab.instruments.report import report
     model, tok = ftlab.load('lab-s')

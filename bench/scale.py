@@ -1,10 +1,11 @@
 """What a run of the tests costs with 300 papers: copies of today's papers under new keys, in a copy of the project.
 
-    python bench/scale.py                    # 300 copies to select among, 20 of them run; writes bench/results/scale.json
+    python bench/scale.py                    # 300 copies to select among, 20 of them run
     python bench/scale.py --copies 50 --run 5
 
-Measured: the time to choose (with all the copies there), the pages that run. Extrapolated: all the copies' pages, at the mean of those
-that ran. A copy is a whole page with its module and claim; the copies that run are drawn evenly from all of today's papers."""
+Measured: the time to choose (with all the copies there), the pages that run. Extrapolated: all the
+copies' pages, at the mean of those that ran. A copy is a whole page with its module and claim; the
+copies that run are drawn evenly from all of today's papers."""
 import argparse
 import json
 import os
@@ -77,7 +78,8 @@ def measure(copies: int, run: int) -> dict:
     mean = sum(p['cpu'] for p in pages.values())/len(pages)
     return dict(measured=dict(papers=len(sources.papers), seconds_to_choose=round(choosing, 2),
                               papers_touched=touched,
-                              failed={n: p['wrong'] for n, p in sorted(pages.items()) if p['wrong']},
+                              failed={n: p['wrong'] for n, p in sorted(pages.items())
+                                      if p['wrong']},
                               pages_run=len(pages), cpu_seconds_a_page=round(mean, 2),
                               pages={n: round(p['cpu'], 2) for n, p in sorted(pages.items())}),
                 extrapolated=dict(pages_of_all_copies_cpu_minutes=round(mean*copies/60, 1),

@@ -1,9 +1,12 @@
-"""How OpenMP's threads should wait: seconds of 50 small steps and of a round of questions, one process a setting, in turns.
+"""How OpenMP's threads should wait: seconds of 50 small steps and of a round of questions.
+
+One process a setting, in turns.
 
     python bench/threads.py           # writes bench/results/threads.json
 
-Threads that sleep at once are slow to wake, and a small step has hundreds of waits; threads that spin for long take the processor from others. So each setting is tried
-on a machine that is idle but for it, and beside as many busy processes as there are processors."""
+Threads that sleep at once are slow to wake, and a small step has hundreds of waits; threads that
+spin for long take the processor from others. So each setting is tried on a machine that is idle but
+for it, and beside as many busy processes as there are processors."""
 import json, os, platform, subprocess, sys
 from pathlib import Path
 from statistics import median
@@ -16,15 +19,23 @@ TURNS = 3
 
 CODE = '''
 import ftlab, time, torch
-model, tok = ftlab.load('lab-s'); data = ftlab.data('new-language', n=500)
-ask = lambda: ftlab.skills(model, 10, tok=tok); train = lambda steps: ftlab.fit(model, tok, data, steps=steps, progress=False)
-train(5); ask(); t = time.perf_counter(); train(50); u = time.perf_counter(); ask()
+model, tok = ftlab.load('lab-s')
+data = ftlab.data('new-language', n=500)
+ask = lambda: ftlab.skills(model, 10, tok=tok)
+train = lambda steps: ftlab.fit(model, tok, data, steps=steps, progress=False)
+train(5)
+ask()
+t = time.perf_counter()
+train(50)
+u = time.perf_counter()
+ask()
 print(torch.get_num_threads(), u - t, time.perf_counter() - u)
 '''
 
 def once(setting:dict) -> tuple[int, float, float]: # threads, seconds to train, seconds to ask
-    env = {k: v for k, v in os.environ.items() if k not in ('OMP_NUM_THREADS', 'OMP_WAIT_POLICY',
-                                                            'GOMP_SPINCOUNT')} | dict(HF_HUB_OFFLINE='1') | setting
+    own = ('OMP_NUM_THREADS', 'OMP_WAIT_POLICY', 'GOMP_SPINCOUNT')
+    env = {k: v for k, v in os.environ.items() if k not in own}
+    env |= dict(HF_HUB_OFFLINE='1') | setting
     out = subprocess.run([sys.executable, '-c', CODE], env=env, capture_output=True, text=True,
                          check=True).stdout.split()
     return int(out[0]), float(out[1]), float(out[2])

@@ -1,4 +1,6 @@
-"""Build the site: `make docs`. With Quarto where it is on the path, else with Sphinx; both read `_proc` and `_quarto.yml`.
+"""Build the site: `make docs`.
+
+With Quarto where it is on the path, else with Sphinx; both read `_proc` and `_quarto.yml`.
 
     python docs/build.py [--out _docs] [--sphinx] [--fresh]
 """
@@ -7,13 +9,15 @@ from pathlib import Path
 from nav import ROOT, heading, sections, website
 from entries import process, stale
 
-QUARTO = """:root { --color-table-border: #8886; --color-foreground-muted: #767676; --color-foreground-secondary: inherit; --color-brand-content: #2a5adf; --color-foreground-primary: inherit;
+QUARTO = """:root { --color-table-border: #8886; --color-foreground-muted: #767676;
+--color-foreground-secondary: inherit; --color-brand-content: #2a5adf;
+--color-foreground-primary: inherit;
 --color-background-primary: transparent; --verdict-holds: #0a5a8f; --verdict-fails: #9c3f00; --verdict-other: inherit }
 .quarto-dark { --verdict-holds: #7cc4f5; --verdict-fails: #ffab70 }"""
 
 def for_quarto(proc:Path):
-    """What Sphinx's theme gets from conf.py: the version in the header, and the tables' style and
-    script in every page"""
+    """What Sphinx's theme gets from conf.py:
+    the version in the header, and the tables' style and script in every page"""
     version = re.search(r'^version *= *(\S+)', (ROOT/'settings.ini').read_text(encoding='utf-8'),
                         re.M)[1]
     said = (ROOT/'_quarto.yml').read_text(encoding='utf-8')
@@ -33,15 +37,15 @@ def with_quarto(proc:Path, out:Path):
                    check=True)
 
 def tidied(html:str) -> str:
-    """A page with names for the theme's side bars, and without the colour of names, punctuation and
-    spaces, which is that of all text"""
+    """A page with names for the theme's side bars, and without the colour of names,
+    punctuation and spaces, which is that of all text"""
     for side, name in (('sidebar-drawer"', 'Pages'), ('toc-drawer', 'On this page')):
         html = html.replace(f'<aside class="{side}', f'<aside aria-label="{name}" class="{side}')
     return re.sub(r'<span class="[npw]">([^<]*)</span>', r'\1', html)
 
 def with_sphinx(proc:Path, out:Path):
-    """A warning is an error: a link that leads nowhere, a page outside the navigation, a notebook
-    that cannot be read"""
+    """A warning is an error:
+    a link that leads nowhere, a page outside the navigation, a notebook that cannot be read"""
     from sphinx.cmd.build import main
     if main(['-c', str(ROOT/'docs'), '-d', str(proc/'.doctrees'), '-q', '-W', '--keep-going',
              str(proc), str(out)]):
@@ -72,8 +76,8 @@ def text(notebook:Path) -> str:
     return '\n\n'.join(filter(None, out)) + '\n'
 
 def downloaded(notebook:Path, page:str) -> bytes:
-    """The notebook as it stands; with a first cell that installs ftlab where it is not, once
-    settings.ini says from where (`git_url`)"""
+    """The notebook as it stands; with a first cell that installs ftlab where it is not,
+    once settings.ini says from where (`git_url`)"""
     from ftlab.map import hosted
     if not (at := hosted(page)):
         return notebook.read_bytes()
@@ -91,7 +95,8 @@ def extras(out:Path, nbs:Path=ROOT/'nbs'):
         lines += ['', f'## {name or "Start"}', '']
         for p in pages:
             title, about = heading(nbs/p)
-            lines.append(f'- [{title}]({site.get("site-url", "")}{p.removesuffix(".ipynb")}.html.md)' + (f': {about}' if about else ''))
+            to = f'{site.get("site-url", "")}{p.removesuffix(".ipynb")}.html.md'
+            lines.append(f'- [{title}]({to})' + (f': {about}' if about else ''))
             (out/p).parent.mkdir(parents=True, exist_ok=True)
             (out/p).write_bytes(downloaded(nbs/p, p))
             (out/p).with_suffix('.html.md').write_text(text(nbs/p), encoding='utf-8')

@@ -56,18 +56,18 @@ def toctree(pages:list[str], caption:str='') -> str:
     """A hidden toctree: what Sphinx makes the navigation from. A family's stands in its folder,
     hence the paths from the top"""
     head = f':caption: {caption}' if caption else ''
-    return f'```{{toctree}}\n:hidden:\n{head}\n\n' + '\n'.join('/' + p.removesuffix('.ipynb')
-                                                               for p in pages) + '\n```'
+    names = '\n'.join('/' + p.removesuffix('.ipynb') for p in pages)
+    return f'```{{toctree}}\n:hidden:\n{head}\n\n{names}\n```'
 
 def toctrees() -> list[str]:
-    """The navigation at the top: one toctree a section; what lies below a family's page is listed
-    there"""
+    """The navigation at the top: one toctree a section;
+    what lies below a family's page is listed there"""
     below = {p for ps in families().values() for p in ps} | {'index.ipynb'}
     return [toctree([p for p in ps if p not in below], name) for name, ps in sections() if ps != ['index.ipynb']]
 
 def adapted(cell:dict) -> dict:
-    """A cell of a processed notebook as myst-nb wants it: Quarto's directives become tags; a shown
-    text becomes a text"""
+    """A cell of a processed notebook as myst-nb wants it: Quarto's directives become tags;
+    a shown text becomes a text"""
     source, outputs = ''.join(cell['source']), cell.get('outputs', [])
     if cell['cell_type'] == 'raw':  # Quarto's front matter
         import yaml
@@ -114,8 +114,8 @@ def read(app, name, source):
     source[0] = json.dumps(nb)
 
 def mathml(node, **kw) -> str:
-    """The formula as MathML; one that cannot be set is a warning with its page, and so an error of
-    the build"""
+    """The formula as MathML;
+    one that cannot be set is a warning with its page, and so an error of the build"""
     try:
         return tex2mathml(node.astext(), **kw)
     except (MathError, SyntaxError) as e:

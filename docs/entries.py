@@ -1,8 +1,10 @@
 """The notebooks as a site shows them: nbdev's processing, with three differences.
 
-- Lesson cells are never run. nbdev runs every cell that imports something; here an entry is made from the exported module, and only
-  cells marked `#| exec_doc` run, so that what they show (verdicts, contents) is never older than the site.
-- An entry has the signature, the docstring, a table of the parameters, and the source below a fold: no repository need be reachable.
+- Lesson cells are never run. nbdev runs every cell that imports something; here an entry is made
+  from the exported module, and only cells marked `#| exec_doc` run, so that what they show
+  (verdicts, contents) is never older than the site.
+- An entry has the signature, the docstring, a table of the parameters, and the source below a
+  fold: no repository need be reachable.
 - Names and files are linked inside the site, and nothing of a page's first text is lost.
 """
 import importlib, inspect, os, re, shutil, sys
@@ -22,8 +24,8 @@ from nav import ROOT
 sys.path.insert(0, str(ROOT))  # the pages are about this checkout's ftlab, not about one installed from elsewhere
 
 def signature(text:str, width:int=84) -> str:
-    """A signature in one line where that fits, else with the parameters on lines of their own, none
-    wider than what a page shows"""
+    """A signature in one line where that fits, else with the parameters on lines of their own,
+    none wider than what a page shows"""
     if not (m := re.fullmatch(r'(\w+ [\w.]+)\(\s*(.*?)\s*\)(->.*)?:', text.strip(), re.S)):
         return text
     given, end = re.sub(r'\s*\n\s*', ' ', m[2]).replace('=<factory>', '=...'), ')' + (m[3] or '')
@@ -59,7 +61,7 @@ class Entry(MarkdownRenderer):
         return '\n\n'.join(filter(None,
                                   [f'{"#"*self.title_level} {self.nm}', f'```python\n{said}\n```',
                                    self.docs, parameters(str(table)) if table.has_docment else '',
-            f'<details class="source"><summary>Source: {file}, line '
+                                   f'<details class="source"><summary>Source: {file}, line '
                                    f'{start}</summary>\n\n```python\n{"".join(lines).rstrip()}\n```\n\n</details>']))
 
 class split_title(Processor):
@@ -67,17 +69,18 @@ class split_title(Processor):
     the rest becomes a text of its own"""
     def begin(self):
         first = next((i for i, c in enumerate(self.nb.cells) if c.cell_type == 'markdown'), None)
-        if first is None or not (head := re.match(r'# .*\n*(?:> .*)?',
-                                                  self.nb.cells[first].source)) or not (
-                                                      rest := self.nb.cells[first].source[
-                                                          head.end():].strip()):
+        if first is None:
+            return
+        whole = self.nb.cells[first].source
+        head = re.match(r'# .*\n*(?:> .*)?', whole)
+        if not head or not (rest := whole[head.end():].strip()):
             return
         self.nb.cells[first].source = head[0]
         self.nb.cells.insert(first + 1, mk_cell(rest, 'markdown'))
 
 def where(page:str) -> str:
-    """The line below a page's title: where it runs, and the file. Binder and Colab where
-    settings.ini names a public address (`git_url`)"""
+    """The line below a page's title: where it runs, and the file.
+    Binder and Colab where settings.ini names a public address (`git_url`)"""
     from ftlab.map import hosted
     at = hosted(page)
     link = lambda to, text, how='': f'<a href="{to}"{how}>{text}</a>'
@@ -130,8 +133,8 @@ class show_entries(Processor):
 
 @lru_cache(1)
 def homes() -> dict[str, str]:
-    """Where a name is explained, `trainers/fit.ipynb#fit`: names of one page alone that are no
-    everyday words, and `ftlab.NAME`"""
+    """Where a name is explained, `trainers/fit.ipynb#fit`:
+    names of one page alone that are no everyday words, and `ftlab.NAME`"""
     import ftlab
     from ftlab._modidx import d
     places = {f'{m}.{n}': page.replace('.html', '.ipynb') for m, syms in d['syms'].items()
@@ -140,19 +143,19 @@ def homes() -> dict[str, str]:
     short = Counter(full.rpartition('.')[2] for full in places)
     out = {n: p for full, p in places.items() if short[n := full.rpartition('.')[2]] == 1
            and re.search('_|[a-z][A-Z]|^Recipe$', n)}
-    return out | {f'ftlab.{k}': p for k, (m, a) in ftlab._PUBLIC.items()
-                  if (p := places.get(f'{m}.{a}'))} | {f'ftlab.methods.{n}': p
-                                                       for full, p in places.items()
-                                                       if (n := full.rpartition('.')[
-                                                           2]) in ftlab.methods.names()}
+    out |= {f'ftlab.{k}': p for k, (m, a) in ftlab._PUBLIC.items()
+            if (p := places.get(f'{m}.{a}'))}
+    methods = ftlab.methods.names()
+    return out | {f'ftlab.methods.{n}': p for full, p in places.items()
+                  if (n := full.rpartition('.')[2]) in methods}
 
 CODE = re.compile(r'(?<![`\[])`(\w[\w.]*)(\(\))?`(?![`\]])')
 ANCHOR = re.compile(r'(?:(?<=\()|(?<=\.ipynb))#[^)\s]+(?=\))')  # Jupyter's anchors have capitals, a site's have none
 OUTSIDE = re.compile(r'\]\(((?:\.\./)+)([A-Za-z][\w./-]*)(#[\w-]*)?\)')
 
 def linked(text:str, page:str) -> str:
-    """Prose of `page` with known names linked, and files from outside nbs/ linked as copies in
-    `top/`"""
+    """Prose of `page` with known names linked,
+    and files from outside nbs/ linked as copies in `top/`"""
     here, up = Path(page).parent, '../'*page.count('/')
     def name(m):
         file, _, anchor = homes().get(m[1], '').partition('#')
@@ -169,8 +172,8 @@ def linked(text:str, page:str) -> str:
     return ANCHOR.sub(lambda m: m[0].lower(), text)
 
 class link(Processor):
-    """See `linked`; and a page becomes what every reader takes: pandoc wants no result without a
-    number, nbformat no key that only nbdev knows"""
+    """See `linked`; and a page becomes what every reader takes:
+    pandoc wants no result without a number, nbformat no key that only nbdev knows"""
     def __call__(self, cell):
         cell.pop('has_sd', None)
         page = Path(self.nb.path_).resolve().relative_to(ROOT/'nbs').as_posix()
@@ -185,20 +188,20 @@ class link(Processor):
 
 class Processing(FilterDefaults):
     def base_procs(self):
-        return [split_title] + [show_entries if p is exec_show_docs else p
-                                for p in super().base_procs() if p is not add_links] + [
-                                    add_where, link]
+        shown = [show_entries if p is exec_show_docs else p
+                 for p in super().base_procs() if p is not add_links]
+        return [split_title, *shown, add_where, link]
 
 def stale(proc:Path) -> bool:
-    """Has anything changed that every page depends on? (Sphinx itself sees what changed in
-    templates and static files)"""
+    """Has anything changed that every page depends on?
+    (Sphinx itself sees what changed in templates and static files)"""
     shared = [*(ROOT/f for f in ('_quarto.yml', 'settings.ini', 'CHANGELOG.md', 'CITATION.cff')),
               *(ROOT/'docs').glob('*.py')]
     return not proc.exists() or max(p.stat().st_mtime for p in shared) > proc.stat().st_mtime
 
 def process(force:bool=False) -> Path:
-    """The processed notebooks, in `_proc`: those that changed since the last time, and those that
-    ask to be run"""
+    """The processed notebooks, in `_proc`:
+    those that changed since the last time, and those that ask to be run"""
     os.chdir(ROOT)
     nbdev.serve.FilterDefaults = Processing
     proc, outside = ROOT/'_proc', set()

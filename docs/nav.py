@@ -12,7 +12,8 @@ def website(root:Path=ROOT) -> dict:
 def sections(root:Path=ROOT) -> list[tuple[str, list[str]]]:
     """(heading, its pages) in the order of the sidebar; pages outside a section have the heading ''.
 
-    The pages of a family follow its own page. Raises `ValueError` for a section inside a section that has no page, and for a deeper tree"""
+    The pages of a family follow its own page.
+    Raises `ValueError` for a section inside a section that has no page, and for a deeper tree."""
     out = []
     for o in website(root)['sidebar']['contents']:
         name, entries = (o['section'], o['contents']) if isinstance(o, dict) else ('', [o])
@@ -44,8 +45,8 @@ def pages(root:Path=ROOT) -> list[str]:
 def heading(notebook:Path) -> tuple[str, str]:
     "Title and description of a notebook: its `# ` line and the `> ` line below it"
     cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
-    found = re.match(r'\s*# +(.+?)\s*(?:\n+> *(.+))?(?:\n|$)',
-                     next((''.join(c['source']) for c in cells if c['cell_type'] == 'markdown'), ''))
+    first = next((''.join(c['source']) for c in cells if c['cell_type'] == 'markdown'), '')
+    found = re.match(r'\s*# +(.+?)\s*(?:\n+> *(.+))?(?:\n|$)', first)
     if not found:
         raise ValueError(f'{notebook.name}: its first text must begin with "# Title"')
     return found[1], found[2] or ''

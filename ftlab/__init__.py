@@ -1,7 +1,8 @@
 "Fine-tune language models by published methods, and see what each gained and what it broke"
 import importlib, os
 
-# OpenMP threads that spin while they wait can make a step ten times slower on a busy machine; torch reads this when it is first imported
+# OpenMP threads that spin while they wait can make a step ten times slower on a busy machine;
+# torch reads this when it is first imported
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 # a short spin all the same: without one, small steps take twice as long on an idle machine
 os.environ.setdefault('GOMP_SPINCOUNT', '20000')

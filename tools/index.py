@@ -25,7 +25,8 @@ from readme import readme  # noqa: E402
 
 MARK = re.compile(r'<!-- made by `make index`: (.+?) -->')
 
-# What a reader lacks, in the order of the table on nbs/methods. A paper's page says `**Use it when** ...` with these words.
+# What a reader lacks, in the order of the table on nbs/methods.
+# A paper's page says `**Use it when** ...` with these words.
 NEEDS = ('you try for the first time', 'gradients and optimizer state do not fit in memory',
          'old skills must not be forgotten',
          'there are only a few hundred rows', 'the model should say when it does not know',
@@ -89,14 +90,14 @@ class Project:
                       if p.stem != 'index')
 
     def fill(self, name: str, made: dict[str, str]) -> None:
-        """Put each text into the page's cell with its mark; raises `ValueError` where a mark is
-        unknown or a text has no place"""
+        """Put each text into the page's cell with its mark;
+        raises `ValueError` where a mark is unknown or a text has no place"""
         places = {m[1]: c for c in self.page(name)['cells'] if (m := MARK.match(source(c)))}
         if odd := set(places) ^ set(made):
             raise ValueError(f'nbs/{name}: the generated cells are {sorted(places)}, they should be {sorted(made)}')
         for what, text in made.items():
-            places[what]['source'] = f'<!-- made by `make index`: {what} -->\n\n{text}'.splitlines(
-                keepends=True)
+            marked = f'<!-- made by `make index`: {what} -->\n\n{text}'
+            places[what]['source'] = marked.splitlines(keepends=True)
 
     def store(self, name: str, call: str, html: str) -> None:
         "Store what the cell that ends in `call` shows"
@@ -123,7 +124,8 @@ def sidebar(p: Project) -> str:
                        f'{part}/{family}/index.ipynb\n            contents:\n')
             listed += ''.join(f'              - {part}/{family}/{key}.ipynb\n'
                               for key in p.keys(part, family))
-        mark = re.compile(rf'(# papers of {part}: made by `make index`\n).*?( *# end of papers\n)', re.S)
+        begin = f'# papers of {part}: made by `make index`'
+        mark = re.compile(rf'({begin}\n).*?( *# end of papers\n)', re.S)
         if not mark.search(text):
             raise ValueError(f'_quarto.yml has no place for the papers of {part}; add the two comments that mark it')
         text = mark.sub(lambda m, listed=listed: m[1] + listed + m[2], text, count=1)
@@ -210,8 +212,8 @@ def which(p: Project) -> str:
 
 
 def uses(nb: dict, page: str) -> list[tuple[str, str]]:
-    """(need, remark) of what a page says that its paper is for; raises `ValueError` for words that
-    are none of `NEEDS`"""
+    """(need, remark) of what a page says that its paper is for;
+    raises `ValueError` for words that are none of `NEEDS`"""
     lines = [m[1] for c in nb['cells'] for m in re.finditer(r'^\*\*Use it when\*\* (.+?)\.?$',
                                                             source(c), re.M)]
     out = []

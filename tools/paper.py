@@ -40,7 +40,8 @@ HOLDS = {'method': '{key}().describe() == {key}().describe()',
          'probe': "{key}(torch.nn.Linear(2, 3), None) == {{'parameters': 9}}",
          'study': '{key}(seed=0) == {key}(seed=0)'}
 
-RECIPE_CLAIM = '''# Written down and committed before the first run on test data. nbs/instruments/verdicts.ipynb explains the keys.
+RECIPE_CLAIM = '''# Written down and committed before the first run on test data.
+# nbs/instruments/verdicts.ipynb explains the keys.
 sentence = "FILL IN: one sentence that could turn out wrong, with its numbers and its step budget"
 scope = "lab"
 model = "lab-s"
@@ -49,7 +50,8 @@ steps = 120
 budget = 1_000_000
 grid = [1e-4, 3e-4, 1e-3]
 seeds = [10, 11, 12, 13, 14]
-why = """FILL IN: the paper's own sentence with version and section; the reason for each margin; what is left out; what was known beforehand."""
+why = """FILL IN: the paper's own sentence with version and section; the reason for each margin;
+what is left out; what was known beforehand."""
 
 [arms]
 {key} = "{key}"
@@ -71,11 +73,13 @@ metric = "gain"
 at_least = 0.5
 '''
 
-SCRIPT_CLAIM = '''# Written down and committed before the first run on test data. nbs/instruments/verdicts.ipynb explains the keys.
+SCRIPT_CLAIM = '''# Written down and committed before the first run on test data.
+# nbs/instruments/verdicts.ipynb explains the keys.
 sentence = "FILL IN: one sentence that could turn out wrong, with its numbers and its step budget"
 scope = "lab"
 seeds = [10, 11, 12, 13, 14]
-why = """FILL IN: the paper's own sentence with version and section; the reason for each margin; what is left out; what was known beforehand."""
+why = """FILL IN: the paper's own sentence with version and section; the reason for each margin;
+what is left out; what was known beforehand."""
 
 [arms]
 treatment = "FILL IN"
@@ -206,9 +210,10 @@ def family_page(row: dict) -> str:
 def files(row: dict, kind: str) -> dict[str, str]:
     "{path: text} of what a new paper consists of"
     key, folder = row['key'], f'{row["home"]}/{row["family"]}'
-    out = {f'nbs/{folder}/{key}.ipynb': notebook(cells(row, kind)), f'tests/papers/test_{key}.py': TEST.format(key=key),
-           f'claims/{key}/claim.toml': (RECIPE_CLAIM if kind == 'method' else SCRIPT_CLAIM).format(
-               key=key)}
+    claim = RECIPE_CLAIM if kind == 'method' else SCRIPT_CLAIM
+    out = {f'nbs/{folder}/{key}.ipynb': notebook(cells(row, kind)),
+           f'tests/papers/test_{key}.py': TEST.format(key=key),
+           f'claims/{key}/claim.toml': claim.format(key=key)}
     return out if kind == 'method' else out | {f'claims/{key}/claim.py': SCRIPT.format(key=key)}
 
 
@@ -240,7 +245,8 @@ def main() -> None:
         print('\n'.join(begin(ROOT, a.key, a.kind)))
     except (ValueError, FileExistsError) as e:
         sys.exit(f'make paper: {e}')
-    for command in (['-c', 'from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()'], ['tools/index.py']):
+    export = 'from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()'
+    for command in (['-c', export], ['tools/index.py']):
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
 
 

@@ -36,8 +36,8 @@ def is_transposed(model:nn.Module, name:str) -> bool:
     return isinstance(module, Conv1D) and attribute == 'weight'
 
 def oriented(model:nn.Module, name:str, t:Tensor) -> Tensor:
-    """A tensor that is shaped as the model stores the weight `name`, as [out, in]; applied again,
-    as it was"""
+    """A tensor that is shaped as the model stores the weight `name`, as [out, in];
+    applied again, as it was"""
     return t.T if is_transposed(model, name) else t
 
 def tied_names(model:nn.Module, name:str) -> list[str]:
@@ -54,14 +54,16 @@ def set_weights(model:nn.Module, values:Mapping[str, Tensor]) -> None:
 
 # %% ../../nbs/adapters/attach.ipynb #20247d44
 def _below(name:str) -> str|None:
-    """A parameter's or buffer's plain name, whatever change sits on the model; None for what
-    belongs to the change"""
+    """A parameter's or buffer's plain name, whatever change sits on the model;
+    None for what belongs to the change"""
     parts = name.split('.')
     if any(part.startswith('delta_') for part in parts):
         return None
     if 'parametrizations' not in parts:
         return name
-    return ('.'.join(p for p in parts[:-1] if p != 'parametrizations') if parts[-1] == 'original' else None)
+    if parts[-1] != 'original':
+        return None
+    return '.'.join(p for p in parts[:-1] if p != 'parametrizations')
 
 def own_weights(model:nn.Module) -> dict[str, nn.Parameter]:
     "The model's own parameters by their plain names, below any change that sits on it"
@@ -72,8 +74,8 @@ def own_buffers(model:nn.Module) -> dict[str, Tensor]:
     return {name: b for name, b in model.named_buffers() if _below(name) == name}
 
 def base_below(model:nn.Module, name:str) -> Tensor|None:
-    """The base's weight `name` as the model stores it, where a delta on a weight leaves it in the
-    model; None elsewhere"""
+    """The base's weight `name` as the model stores it,
+    where a delta on a weight leaves it in the model; None elsewhere"""
     module, attribute = owner_of(model, name)
     if parametrize.is_parametrized(module, attribute):
         return module.parametrizations[attribute].original.detach()
@@ -184,8 +186,8 @@ class Attached:
         return {n: m if m is True else _mask(*m) for n, m in self._chosen.items()}
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Everything that trains, by name: a delta's own parameters are called `weight name::their
-        name`"""
+        """Everything that trains, by name:
+        a delta's own parameters are called `weight name::their name`"""
         p = dict(self.model.named_parameters()) if self.whole else {}
         own = {f'{n}::{k}': v for n, d in self.deltas.items() for k, v in d.named_parameters()}
         return {n: p[n] for n in self.whole} | own
@@ -243,8 +245,8 @@ class Attached:
 
     @contextmanager
     def disabled(self, folder:str|Path|None=None): # where tuned weights wait in a temporary file; None: in memory
-        """Within this context the model is the base, bit for bit; contexts may be nested. This is
-        the one way to the base."""
+        """Within this context the model is the base, bit for bit; contexts may be nested.
+        This is the one way to the base."""
         with (_parked(self) if folder is None else _parked_on_disk(self, folder)):
             yield self.model
 
@@ -260,8 +262,8 @@ class Attached:
             yield
 
     def detach(self) -> None:
-        """Take the change off: the model is the base again, bit for bit, and this object holds
-        nothing any more"""
+        """Take the change off:
+        the model is the base again, bit for bit, and this object holds nothing any more"""
         set_weights(self.model, self.originals_of(self.whole))
         self.release()
         self._chosen = {}
@@ -272,8 +274,8 @@ class Attached:
         _release(self)
 
     def fold(self) -> None:
-        """Make the change part of the weights and take the modules off. Raises `ValueError` for
-        deltas on activations."""
+        """Make the change part of the weights and take the modules off.
+        Raises `ValueError` for deltas on activations."""
         _fold(self)
 
 # %% ../../nbs/adapters/attach.ipynb #cdfb9048
@@ -360,12 +362,12 @@ def _mask(shape, bits):
 # %% ../../nbs/adapters/attach.ipynb #7dffaf81
 def attach(model:nn.Module,          # changed in place: frozen except for what is chosen
            chosen:Mapping,           # {parameter name: True or a boolean mask}, what a selection returns
-           delta:Callable|None=None, # (weight [out, in], mask) -> module; None: the weight itself, or `Entries` where there is a mask
-           also:tuple[str, ...]=(),  # names of weights that move themselves whatever the method, such as a fresh classifier
-           originals:Mapping|None=None # {name: tensor} to take the base's weights from instead of keeping copies in memory
+           delta:Callable|None=None, # (weight [out, in], mask) -> module; None: the weight, or `Entries` for a mask
+           also:tuple[str, ...]=(),  # names of weights that move whatever the method, such as a fresh classifier
+           originals:Mapping|None=None # {name: tensor}: the base's weights, instead of copies in memory
           ) -> Attached:
-    """Freeze `model` and let what was chosen move, through `delta`. Raises `ValueError` for an
-    empty or impossible choice."""
+    """Freeze `model` and let what was chosen move, through `delta`.
+    Raises `ValueError` for an empty or impossible choice."""
     check_bare(model)
     check_selection(model, chosen)
     params = dict(model.named_parameters())
@@ -382,7 +384,7 @@ def attach(model:nn.Module,          # changed in place: frozen except for what 
     return place(Attached(model, chosen, deltas, {}, originals))
 
 def place(att:Attached,            # made, but with nothing on the model yet
-          values:Mapping|None=None # {name: tensor} for weights that move themselves, of a change that was saved; None: they train
+          values:Mapping|None=None # {name: tensor} of a change that was saved, for weights that move; None: they train
          ) -> Attached:            # the same
     "Put a change on its model, all of it or nothing"
     ready = {n: p.requires_grad for n, p in att.model.named_parameters()}
@@ -404,8 +406,8 @@ def place(att:Attached,            # made, but with nothing on the model yet
 
 # %% ../../nbs/adapters/attach.ipynb #730f34bb
 def check_bare(model:nn.Module) -> None:
-    """Raise `ValueError` if a change sits on the model: a second one would be saved and switched
-    off as if the first were the base"""
+    """Raise `ValueError` if a change sits on the model:
+    a second one would be saved and switched off as if the first were the base"""
     for name, module in model.named_modules():
         if isinstance(module, _Weight) or name.rpartition('.')[2].startswith('delta_'):
             raise ValueError(f'the model carries a change already, at {name!r}; make it part of the weights (fold) '

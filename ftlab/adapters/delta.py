@@ -52,8 +52,8 @@ class Entries(nn.Module):
     def move(self,
              index:Tensor # the entries to hold, counted row by row: as many as are held now
             ) -> Tensor:  # the positions in the list that changed hands
-        """Hold these entries from now on. Raises `ValueError` for another number of different
-        entries."""
+        """Hold these entries from now on.
+        Raises `ValueError` for another number of different entries."""
         index = index.to(self.index)
         if len(index.unique()) != len(self.index):
             raise ValueError(f'{len(self.index)} different entries are needed; there are {len(index.unique())}')
@@ -67,8 +67,8 @@ class Entries(nn.Module):
 
     @torch.no_grad()
     def hold(self, index:Tensor, left_index:Tensor, left_value:Tensor) -> None:
-        """Go on with the entries that a checkpoint names; the values held there are the run's
-        parameters"""
+        """Go on with the entries that a checkpoint names;
+        the values held there are the run's parameters"""
         self.index.copy_(index)
         self.left_index = left_index.to(self.left_index)
         self.left_value = left_value.to(self.left_value)

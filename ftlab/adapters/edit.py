@@ -63,8 +63,8 @@ def merge(changes:list[Mapping], # each {name: new weight minus base weight}, al
           edit:Callable|None=None, # (change, model) -> change, done to each before they are added
           model=None             # for edits that look at it
          ) -> dict[str, Tensor]: # one change, over every tensor that any of them names
-    """`alpha` times the sum of several changes. Raises `ValueError` for no change, or for tensors
-    of one name and two shapes."""
+    """`alpha` times the sum of several changes.
+    Raises `ValueError` for no change, or for tensors of one name and two shapes."""
     if not changes:
         raise ValueError('there is no change to merge; give one at least')
     out = {}

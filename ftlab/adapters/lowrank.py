@@ -20,8 +20,8 @@ __all__ = ['PLAIN', 'STARTS', 'LoRA', 'to_peft', 'from_peft']
 
 # %% ../../nbs/adapters/lowrank.ipynb #0005af9e
 class LoRA(nn.Module):
-    """`W + (alpha/r) B A`: A [r, in] drawn as in the official code (Kaiming uniform with
-    a=sqrt(5)), B [out, r] zero"""
+    """`W + (alpha/r) B A`:
+    A [r, in] drawn as in the official code (Kaiming uniform with a=sqrt(5)), B [out, r] zero"""
     kind, site = 'lowrank', 'weight'
 
     def __init__(self,
@@ -86,7 +86,8 @@ def _peft_name(module:str, k:str) -> str:
     return f'base_model.model.{module}.lora_{k}.weight'
 
 # %% ../../nbs/adapters/lowrank.ipynb #877cbe45
-# settings that do not change what A and B mean; every other one that is set is refused, also one that we do not know yet
+# settings that do not change what A and B mean; every other one that is set is refused,
+# also one that we do not know yet
 PLAIN = ('peft_type task_type auto_mapping peft_version base_model_name_or_path revision '
          'inference_mode r lora_alpha lora_dropout '
          'use_rslora fan_in_fan_out target_modules exclude_modules layers_to_transform '
@@ -97,8 +98,8 @@ STARTS = (True, False, None, 'gaussian', 'eva', 'orthogonal', 'mica') # of A and
 def from_peft(model:nn.Module,  # the base, changed in place
               folder:str|Path   # holds adapter_config.json and adapter_model.safetensors
              ) -> Attached:
-    """Attach a LoRA that peft saved. Raises `ValueError` for what is not plain LoRA or does not
-    fit; the model is then as it was."""
+    """Attach a LoRA that peft saved.
+    Raises `ValueError` for what is not plain LoRA or does not fit; the model is then as it was."""
     folder = Path(folder)
     config = _plain_config(folder)
     pairs = _pairs(folder)
@@ -117,7 +118,8 @@ def _plain_config(folder) -> dict:
     if not (folder/'adapter_config.json').is_file():
         raise FileNotFoundError(f'{str(folder)!r} has no adapter_config.json, so it is no adapter that peft saved')
     c = read_json(folder/'adapter_config.json')
-    odd = [k for k, v in c.items() if k not in PLAIN and v] + (['bias'] if c.get('bias', 'none') != 'none' else [])
+    odd = [k for k, v in c.items() if k not in PLAIN and v]
+    odd += ['bias'] if c.get('bias', 'none') != 'none' else []
     if c.get('peft_type') != 'LORA' or odd:
         raise ValueError(f'{str(folder)!r} is not a plain LoRA: {", ".join(odd) or c.get("peft_type")}')
     if (start := c.get('init_lora_weights', True)) not in STARTS:

@@ -38,7 +38,7 @@ class parts:
     "Select parameters by their place in the model"
     which:tuple[str, ...]
     blocks:tuple[int, ...]|None
-    def __init__(self, *which:str,                 # of `PARTS`, or roles such as 'q', 'v', 'up'; none: attention and mlp
+    def __init__(self, *which:str,                 # of `PARTS`, or roles such as 'q', 'up'; none: attention and mlp
                  blocks:tuple[int, ...]|None=None): # the blocks to take, by index; None: all
         object.__setattr__(self, 'which', which or ('attention', 'mlp'))
         object.__setattr__(self, 'blocks', None if blocks is None else tuple(blocks))
@@ -58,8 +58,8 @@ class parts:
 # %% ../../nbs/adapters/select.ipynb #000b8e82
 @dataclass(frozen=True)
 class top:
-    """In each tensor, select the `density` share of entries with the highest score; ties go to the
-    lowest index"""
+    """In each tensor, select the `density` share of entries with the highest score;
+    ties go to the lowest index"""
     score:Callable            # (weight) -> scores of the same shape
     density:float             # the share of each tensor that may move, in (0, 1]
     where:Callable|None=None  # the selection whose tensors are scored; None: matrices of attention and MLP
@@ -86,11 +86,11 @@ SCORES = ('principal', 'magnitude', 'random')
 
 def scores(W:Tensor,                # a matrix
            by:str='principal',      # 'principal' (LIFT), or the baselines 'magnitude' and 'random'
-           filter_rank:int|None=None, # directions kept before the size is looked at; None: one in 64 of the shorter side
+           filter_rank:int|None=None, # directions kept before sizes are looked at; None: one in 64 of the shorter side
            seed:int=0               # for 'random'
           ) -> Tensor:              # of the shape of `W`; the higher, the sooner it is chosen
-    """How much each entry deserves to move. Raises `ValueError` for a rank that the matrix does not
-    have."""
+    """How much each entry deserves to move.
+    Raises `ValueError` for a rank that the matrix does not have."""
     if by == 'magnitude':
         return W.abs()
     if by == 'random':
@@ -112,8 +112,8 @@ def coverage(model, chosen:dict) -> dict:
                 blocks=sorted(blocks))
 
 def check_selection(model, chosen:dict, by:str='the selection') -> None:
-    """Raise `ValueError` if `chosen` selects nothing, names what is not there, or holds a mask of
-    the wrong shape or kind"""
+    """Raise `ValueError` if `chosen` selects nothing, names what is not there,
+    or holds a mask of the wrong shape or kind"""
     params = dict(model.named_parameters())
     if not chosen:
         raise ValueError(f'{by} matches nothing in {type(model).__name__}, so nothing would train; '

@@ -54,8 +54,8 @@ def kind_of(delta:nn.Module) -> str:
 def class_of(kind:str,                  # as `kind_of` gives it, or as version 0.1 wrote it
              classes:Mapping|None=None  # deltas of your own, by the names of their classes
             ) -> type:
-    """The class of a kind of delta. Raises `ValueError` for one that ftlab does not have and
-    `classes` does not give."""
+    """The class of a kind of delta.
+    Raises `ValueError` for one that ftlab does not have and `classes` does not give."""
     kind = OLD_KINDS.get(kind, kind)
     name = kind.rpartition(':')[2]
     if name in (classes or {}):
@@ -117,7 +117,7 @@ def _digest(tensors:Mapping[str, Tensor], meta:Mapping[str, str]) -> str:
 def load_delta(model:nn.Module,         # the base, changed in place
                path:str|Path,           # what `save_delta` wrote
                classes:Mapping[str, type]|None=None, # deltas of your own, by the names of their classes
-               originals:Mapping|None=None # {name: tensor} to take the base's weights from instead of keeping copies in memory, such as `Originals(file)`
+               originals:Mapping|None=None # {name: tensor}: the base's weights, such as `Originals(file)`
               ) -> Attached:
     """Attach a saved change to its base, all of it or nothing.
 
@@ -223,8 +223,8 @@ def _check_base(model, saved):
                         f'{", ".join(n[:80] for n in diff[:3])}; load the model that it was trained on')
 
 def _by_weight(saved) -> tuple[dict, list]:
-    """The tensors of each weight's change by their own names ('' is the weight itself), and which
-    weights moved themselves"""
+    """The tensors of each weight's change by their own names ('' is the weight itself),
+    and which weights moved themselves"""
     mine, whole = {n: {} for n in saved.kinds}, [n for n, k in saved.kinds.items() if k == 'value']
     if not mine:
         raise ValueError('it changes nothing')

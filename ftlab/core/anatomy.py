@@ -23,18 +23,18 @@ class Layout:
     attention:dict[str,str]   # role -> module inside the block
     mlp:dict[str,str]         # role -> module inside the block
     norms:dict[str,str]       # role -> module inside the block
-    positions:dict[str,str] = field(default_factory=dict) # role -> module of what says where a token stands, if a block has that
+    positions:dict[str,str] = field(default_factory=dict) # role -> module that says where a token stands
 
 @dataclass(frozen=True)
 class Family:
-    """What one family of models calls its parts, below the prefix (`model.`, `bert.`) that a model
-    with a head puts before them"""
+    """What one family of models calls its parts,
+    below the prefix (`model.`, `bert.`) that a model with a head puts before them"""
     embedding:str             # the module of the token embedding
     layouts:tuple[Layout,...] # the kinds of block, in the order in which they run
     norms:dict[str,str]       # role -> module outside the blocks
     heads:tuple[str,...]      # modules that may be the head, full names; the first that exists is it
     positions:str|None=None   # the module of the learned positions, if any
-    around:dict[str,tuple[str,str]] = field(default_factory=dict) # other modules outside the blocks that may be there -> (part, role)
+    around:dict[str,tuple[str,str]] = field(default_factory=dict) # other modules outside the blocks -> (part, role)
 
 # %% ../../nbs/core/anatomy.ipynb #000bebff
 _NORMS = dict(attention='input_layernorm', mlp='post_attention_layernorm')
@@ -64,12 +64,13 @@ _NEOX = Layout('layers.#', dict(qkv='attention.query_key_value', o='attention.de
 _VIT = Layout('layers.#', {r: f'attention.{r}_proj' for r in 'qkvo'},
               dict(up='mlp.fc1', down='mlp.fc2'), dict(attention='layernorm_before', mlp='layernorm_after'))
 
-def _t5(stack, mlp, cross={}, norms={}): # the MLP is the last part of a block: number 1 in the encoder, 2 in the decoder
+def _t5(stack, mlp, cross={}, norms={}):
+    "T5's layout; the MLP is the last part of a block: number 1 in the encoder, 2 in the decoder"
     dense = f'layer.{mlp}.DenseReluDense'
     return Layout(f'{stack}.block.#' + '?'*(stack == 'decoder'),
                   {r: f'layer.0.SelfAttention.{r}' for r in 'qkvo'} | cross,
                   dict(gate=f'{dense}.wi_0?', up=f'{dense}.wi|{dense}.wi_1', down=f'{dense}.wo'),
-                  dict(attention='layer.0.layer_norm') | norms | dict(mlp=f'layer.{mlp}.layer_norm'),
+                  dict(attention='layer.0.layer_norm', **norms, mlp=f'layer.{mlp}.layer_norm'),
                   # the first block's, which all blocks use
                   dict(relative='layer.0.SelfAttention.relative_attention_bias?'))
 _T5 = _t5('encoder', 1), _t5('decoder', 2,
@@ -102,7 +103,8 @@ FAMILIES = dict( # by the model_type of the configuration
                     ('lm_head', 'score', 'classifier', 'qa_outputs')),
     vit=Family('embeddings.patch_embeddings.projection', (_VIT,), dict(final='layernorm'),
                ('classifier',), 'embeddings.position_embeddings',
-               {'embeddings.cls_token': ('embedding', 'cls'), 'embeddings.mask_token': ('embedding', 'mask')}),
+               {'embeddings.cls_token': ('embedding', 'cls'),
+                'embeddings.mask_token': ('embedding', 'mask')}),
     t5=Family('shared', _T5, dict(encoder_final='encoder.final_layer_norm',
                                   final='decoder.final_layer_norm?'),
               ('lm_head', 'classification_head.out_proj', 'classifier', 'qa_outputs')))
@@ -118,7 +120,7 @@ class Block:
     norms:dict[str,str]         # role (attention, mlp, q_norm, ...) -> name of the weight
     biases:dict[str,str]        # every role above -> name of its bias, '' where it has none
     parameters:tuple[str,...]   # every parameter of the block, in the model's order
-    positions:dict[str,str] = field(default_factory=dict) # role (relative) -> name of learned positions inside the block
+    positions:dict[str,str] = field(default_factory=dict) # role (relative) -> name of learned positions
 
 # %% ../../nbs/core/anatomy.ipynb #0014ebff
 @dataclass(frozen=True, repr=False)
@@ -133,9 +135,9 @@ class Anatomy:
     tied:bool                         # are head and embedding one tensor?
     transposed:frozenset[str]         # weights stored as [in, out] (Conv1D); all others are [out, in]
     other:tuple[str,...]              # parameters that no rule names (pooler, token types, ...)
-    biases:dict[str,str]              # biases outside the blocks: role of the weight (final, embedding, head, tokens) -> name
+    biases:dict[str,str]              # outside the blocks: role of the weight (final, embedding, head, tokens) -> name
     shapes:dict[str,tuple[int,...]]   # the shape of every parameter, as stored
-    around:dict[str,tuple[str,str]] = field(default_factory=dict) # further parameters outside the blocks -> (part, role)
+    around:dict[str,tuple[str,str]] = field(default_factory=dict) # more parameters outside the blocks -> (part, role)
 
     @cached_property
     def places(self) -> dict[str,tuple[int|None,str,str]]:
@@ -151,8 +153,8 @@ class Anatomy:
         return self.places[name]
 
     def matrices(self, part:str|None=None) -> list[str]:
-        """The names of the weight matrices inside the blocks, block by block, of 'attention', 'mlp'
-        or (None) both. Raises `ValueError` for another part."""
+        """The names of the weight matrices inside the blocks, block by block, of 'attention',
+        'mlp' or (None) both. Raises `ValueError` for another part."""
         if part not in (None, 'attention', 'mlp'):
             raise ValueError(f"part is {part!r}; it must be 'attention', 'mlp' or None for both")
         return [n for b in self.blocks for p in ('attention', 'mlp') if part in (None, p)
@@ -186,7 +188,9 @@ def _places(a:Anatomy) -> dict[str,tuple[int|None,str,str]]:
     return {n: out[n] for n in a.shapes}
 
 # %% ../../nbs/core/anatomy.ipynb #0018ebff
-def _row(a:Anatomy, where:str, part:str, role:str, name:str, bias, short:int=0) -> dict[str,str]: # short: letters of the name to leave out
+def _row(a:Anatomy, where:str, part:str, role:str, name:str, bias,
+         short:int=0 # letters of the name to leave out
+        ) -> dict[str,str]:
     shape = ' x '.join(map(str, a.shapes[name])) + (' [in, out]' if name in a.transposed else '')
     return dict(where=where, part=part, role=role, name=name[short:], shape=shape,
                 bias='bias' if bias else '')
@@ -210,8 +214,8 @@ def _rows(a:Anatomy) -> list[dict[str,str]]:
 
 def _table(a:Anatomy) -> str:
     rows = a.rows()
-    return f'{a.family}, {len(a.blocks)} blocks\n' + text_table(list(rows[0]),
-                                                                [r.values() for r in rows])
+    table = text_table(list(rows[0]), [r.values() for r in rows])
+    return f'{a.family}, {len(a.blocks)} blocks\n{table}'
 
 def _html_table(a:Anatomy) -> str:
     rows = a.rows()
@@ -304,8 +308,8 @@ def _outer_norms(stem, row, params, family) -> dict[str,str]:
 def anatomy(model:nn.Module,                      # a plain transformers model, with a head or without
             families:dict[str,Family]=FAMILIES    # model_type -> what it calls its parts
            ) -> Anatomy:
-    """Map a model's parameters to blocks, parts and roles. Raises `UnknownArchitecture` for a model
-    that the table does not describe."""
+    """Map a model's parameters to blocks, parts and roles.
+    Raises `UnknownArchitecture` for a model that the table does not describe."""
     family, row = _family(model, families)
     params = dict(model.named_parameters())
     listed = {id(p): n for n, p in params.items()}

@@ -88,15 +88,16 @@ def _messages(value, at:str, column:str='messages') -> list[dict]:
         raise ValueError(f'{at}: {column} is {str(value)[:40]!r}; it must be a list of {{"role": ..., "content": ...}}')
     for i, m in enumerate(value, 1):
         if not isinstance(m, Mapping) or 'role' not in m or 'content' not in m:
-            raise ValueError(f'{at}: message {i} of {column} is {str(m)[:60]!r}; it must be {{"role": ..., "content": ...}}')
+            raise ValueError(f'{at}: message {i} of {column} is {str(m)[:60]!r}; '
+                             'it must be {"role": ..., "content": ...}')
         _text(m['role'], f'the role of message {i}', at)
         _text(m['content'], f'the content of message {i}', at)
     return value
 
 # %% ../../nbs/core/batches.ipynb #001141f0
 def _checked(row:dict, kind:str, at:str) -> dict:
-    """`row`, if it is a whole row of that form; raises `ValueError` that names the place and the
-    mend"""
+    """`row`, if it is a whole row of that form;
+    raises `ValueError` that names the place and the mend"""
     missing = [c for c in FORMS[kind] if c not in row]
     if missing:
         raise ValueError(f'{at} has no {missing[0]!r}; it has '
@@ -127,8 +128,8 @@ def _checked(row:dict, kind:str, at:str) -> dict:
     return row
 
 def _pair(row:dict, at:str) -> dict:
-    """A row with a better and a worse answer as a row of kind 'text': what was chosen is the
-    response"""
+    """A row with a better and a worse answer as a row of kind 'text':
+    what was chosen is the response"""
     for c in FORMS['pairs']:
         if isinstance(row[c], list):
             raise ValueError(f'{at}: {c} is a list; pairs of whole conversations are not read: give '
@@ -140,8 +141,11 @@ def _pair(row:dict, at:str) -> dict:
 # %% ../../nbs/core/batches.ipynb #001341f0
 @dataclass(repr=False)
 class Data:
-    "Rows for training, validation and test, all of one kind"
-    train:list[dict]           # rows `{'prompt', 'response'}`, `{'messages'}`, `{'text', 'label'}` (an index into `labels`), `{'text'}`, or `{'pixel_values'}` and any other tensors and numbers
+    """Rows for training, validation and test, all of one kind.
+
+    A row is `{'prompt', 'response'}`, `{'messages'}`, `{'text', 'label'}` (an index into `labels`),
+    `{'text'}`, or `{'pixel_values'}` and any other tensors and numbers."""
+    train:list[dict]           # rows to learn from
     validation:list[dict]      # to choose by
     test:list[dict]            # to report
     kind:str                   # 'text', 'chat', 'label', 'lm', or 'image'
@@ -228,8 +232,8 @@ def _split(parts:dict[str, list[dict]|None], kind:str, notes:list[str]) -> dict[
     return out
 
 def _keep_every_label(out:dict[str, list[dict]], cut:list[str], notes:list[str]):
-    """Move to train, in place, the texts of labels that the cut left out of it: what was never
-    shown cannot be asked for"""
+    """Move to train, in place, the texts of labels that the cut left out of it:
+    what was never shown cannot be asked for"""
     known = {r['label'] for r in out['train']}
     texts = {r['text'] for s in cut for r in out[s] if r['label'] not in known}
     if not texts:
@@ -242,8 +246,8 @@ def _keep_every_label(out:dict[str, list[dict]], cut:list[str], notes:list[str])
 # %% ../../nbs/core/batches.ipynb #001841f0
 def _number_labels(parts:dict[str, list[dict]], names:list[str]|None,
                    places:dict[int, str]) -> list[str]:
-    """Replace labels by indices into the returned names, in place; raises `ValueError` for a label
-    that train does not have"""
+    """Replace labels by indices into the returned names, in place;
+    raises `ValueError` for a label that train does not have"""
     if names:
         for r in itertools.chain(*parts.values()):
             if isinstance(r['label'], int) and not 0 <= r['label'] < len(names):
@@ -335,16 +339,18 @@ def _skill_data(skill:str, seed:int, n:int) -> Data:
     return Data(**rows, kind='text', name=skill, note='; '.join(short))
 
 # %% ../../nbs/core/batches.ipynb #001c41f0
-def data(source,               # a path (.jsonl, .json, .csv, .parquet, or a folder of train/validation/test), a `datasets.Dataset` or `DatasetDict`, a list of dicts, or a lab skill by name
+def data(source,               # a path, a `datasets.Dataset` or `DatasetDict`, a list of dicts, or a lab skill by name
          *,
          validation=None,      # a source of the same sort; None cuts a tenth of train by hash
          test=None,            # likewise
-         columns:Mapping[str, str]|None=None, # what the columns are called in the source: `{'prompt': 'question', 'response': 'answer'}`
+         columns:Mapping[str, str]|None=None, # their names in the source: `{'prompt': 'question'}`
          seed:int=0,           # which training rows `n` takes; for skills, which questions are drawn
          n:int|None=None       # how many training rows; None: all (4000 for skills)
         ) -> Data:
-    """Read rows, check each, and split them; raises `ValueError` or `FileNotFoundError` that names
-    file, line and mend"""
+    """Read rows, check each, and split them.
+
+    A path is one of .jsonl, .json, .csv, .parquet, or a folder of train/validation/test.
+    Raises `ValueError` or `FileNotFoundError` that names file, line and mend."""
     if n is not None and n < 1:
         raise ValueError(f'n is {n}; it must be at least 1')
     columns = dict(columns or {})
@@ -358,8 +364,8 @@ def data(source,               # a path (.jsonl, .json, .csv, .parquet, or a fol
             raise ValueError(f'{source!r} is a lab skill, which brings its own splits and columns; '
                              f'for a file of that name say ./{source}')
         return _skill_data(source, seed, n or 4000)
-    if isinstance(source, str) and not Path(source).exists() and not Path(source).suffix and Path(
-        source).name == source:
+    if isinstance(source, str) and not (Path(source).exists() or Path(source).suffix
+                                        or Path(source).name != source):
         raise ValueError(f'{source!r} is neither a file nor a lab '
                          f'skill{did_you_mean(source, skills) or ";"} the skills are {", ".join(skills)}')
     given = _parts(source) | {k: v for k, v in (('validation', validation), ('test', test))
@@ -396,10 +402,14 @@ def _assemble(given:dict, columns:dict[str, str], name:str, seed:int, n:int|None
               if kind == 'label' else None)
     parts = _split(parts, kind, notes)
     if n is not None:
-        if n > len(parts['train']):
-            notes.append(f'{n} training rows were asked for, there are {len(parts["train"])}')
-        parts['train'] = random.Random(seed).sample(parts['train'], min(n, len(parts['train'])))
+        parts['train'] = _some_of(parts['train'], n, seed, notes)
     return Data(**parts, kind=kind, labels=labels, name=name, note='; '.join(notes))
+
+def _some_of(rows:list[dict], n:int, seed:int, notes:list[str]) -> list[dict]:
+    "`n` of the training rows, drawn by the seed; all of them, and a note, where there are fewer"
+    if n > len(rows):
+        notes.append(f'{n} training rows were asked for, there are {len(rows)}')
+    return random.Random(seed).sample(rows, min(n, len(rows)))
 
 def _note_equal_pairs(parts:dict, notes:list[str]):
     "Say how many pairs have nothing to tell apart"
@@ -425,8 +435,8 @@ def _render(tok, messages:list[dict], opening:bool=False) -> str:
         raise ValueError(f'the chat template refuses the roles {", ".join(m["role"] for m in messages)}: {e}') from None
 
 def _chat_pieces(messages:list[dict], tok, context:int=0) -> list[tuple[str, bool]]:
-    """The rendered conversation as (text, learnt?) pieces; the first `context` messages are never
-    learnt"""
+    """The rendered conversation as (text, learnt?) pieces;
+    the first `context` messages are never learnt"""
     full, out, done = _render(tok, messages), [], 0
     turns = [i for i, m in enumerate(messages) if m['role'] == 'assistant' and i >= context]
     for i in turns:
@@ -435,9 +445,10 @@ def _chat_pieces(messages:list[dict], tok, context:int=0) -> list[tuple[str, boo
             start, end = len(before), _turn_end(full, len(before), messages, i, tok)
             out += [(full[done:start], False), (full[start:end], True)]
             done = end
-        # some templates open a turn with more than they keep of it (a thinking mark): what is learnt then follows what will be asked
-        elif i == turns[-1] and before.startswith(full[:done]) and (
-            at := full.rfind(content)) >= done:
+        # some templates open a turn with more than they keep of it (a thinking mark):
+        # what is learnt then follows what will be asked
+        elif (i == turns[-1] and before.startswith(full[:done])
+              and (at := full.rfind(content)) >= done):
             out += [(before[done:], False), (full[at:], True)]
             done = len(full)
         else:
@@ -452,7 +463,8 @@ def _turn_end(full:str, start:int, messages:list[dict], i:int, tok) -> int:
         return len(full)
     if full.startswith(upto := _render(tok, messages[:i + 1])):
         return len(upto)
-    # a template that drops thinking marks from earlier turns: look for the words, then for the mark that also ends the last message
+    # a template that drops thinking marks from earlier turns:
+    # look for the words, then for the mark that also ends the last message
     content, last = messages[i]['content'].strip(), messages[-1]['content'].strip()
     mark = full[full.rfind(last) + len(last):]
     at = full.find(content, start) + len(content)
@@ -465,15 +477,15 @@ def _turn_end(full:str, start:int, messages:list[dict], i:int, tok) -> int:
 IGNORE = -100 # the label that PyTorch's cross-entropy and every Hugging Face model leave out
 
 def _token_ids(texts:Iterable[str], tok) -> dict[str, list[int]]:
-    """The tokens of each text, asked for in one call: a call of a tokenizer costs more than a
-    sentence in it"""
+    """The tokens of each text, asked for in one call:
+    a call of a tokenizer costs more than a sentence in it"""
     texts = list(dict.fromkeys(texts))
     return (dict(zip(texts, tok(texts, add_special_tokens=False, verbose=False).input_ids)) if texts
             else {})
 
 def _between(up_to:list[list[int]]) -> list[list[int]]|None:
-    """What each list of tokens adds to the one before; `None` if one does not begin with the one
-    before"""
+    """What each list of tokens adds to the one before;
+    `None` if one does not begin with the one before"""
     whole, cuts = up_to[-1], [0]
     for start in up_to[:-1]:
         if whole[:len(start)] != start or len(start) < cuts[-1]:
@@ -504,8 +516,9 @@ def _texts(row:dict, tok, kind:str) -> list[tuple[str, bool]]:
         return [(row['text'], True)]
     if not tok.chat_template:
         return [(row['prompt'], False), (row['response'], True)]
-    talk = (row['messages'] if kind == 'chat' else [dict(role='user', content=row['prompt']),
-                                                    dict(role='assistant', content=row['response'])])
+    talk = (row['messages'] if kind == 'chat'
+            else [dict(role='user', content=row['prompt']),
+                  dict(role='assistant', content=row['response'])])
     return _chat_pieces(talk, tok, row.get('context', 0))
 
 def _marks(tok, kind:str) -> tuple[list[int], list[int]]:
@@ -513,8 +526,8 @@ def _marks(tok, kind:str) -> tuple[list[int], list[int]]:
     if kind != 'lm' and tok.chat_template:
         return [], []
     begins = tok.bos_token_id is not None and tok('a').input_ids[:1] == [tok.bos_token_id]
-    return [tok.bos_token_id] if begins else [], [] if tok.eos_token_id is None else [
-        tok.eos_token_id]
+    return ([tok.bos_token_id] if begins else [],
+            [] if tok.eos_token_id is None else [tok.eos_token_id])
 
 def pieces_of(row:dict, tok, kind:str) -> tuple[list[tuple[str, bool]], list[int], list[int]]:
     "Pieces of a row, and the special tokens before and after"
@@ -526,8 +539,10 @@ def encode(row:dict,          # a row of `Data`
            kind:str,          # the data's kind
            max_length:int|None=None, # at most so many tokens; None: all
            keep:str='start'   # what stays of a row that is too long: its 'start' (as in trl) or its 'end'
-          ) -> dict:          # `input_ids`, a list of token ids, and `labels`: as long, -100 where nothing is learnt (kind 'label': one number)
-    "Turn a row into tokens and labels"
+          ) -> dict:          # `input_ids`, a list of token ids, and `labels`
+    """Turn a row into tokens and labels.
+
+    Labels are as many as tokens, -100 where nothing is learnt; of kind 'label' one number."""
     if kind == 'image':
         return row
     if max_length is not None and max_length < 1:
@@ -535,8 +550,9 @@ def encode(row:dict,          # a row of `Data`
     if keep not in ('start', 'end'):
         raise ValueError(f"keep is {keep!r}; it must be 'start' or 'end'")
     if kind == 'label':
-        return dict(input_ids=tok(row['text'], truncation=max_length is not None,
-                                  max_length=max_length, verbose=False).input_ids, labels=row['label'])
+        ids = tok(row['text'], truncation=max_length is not None, max_length=max_length,
+                  verbose=False).input_ids
+        return dict(input_ids=ids, labels=row['label'])
     pieces, first, last = pieces_of(row, tok, kind)
     return _cut(_joined(pieces, piece_ids(pieces, tok), first, last), max_length, keep)
 
@@ -558,8 +574,8 @@ def prompt_ids(row:dict, # a row of kind 'text' or 'chat'
                tok,      # the model's tokenizer
                kind:str='text' # the data's kind
               ) -> list[int]:  # the tokens up to where the (last) answer begins
-    """What the model is given when it is asked for the answer of `row`: the same tokens that stood
-    before the answer in training"""
+    """What the model is given when it is asked for the answer of `row`:
+    the same tokens that stood before the answer in training"""
     if kind not in ('text', 'chat'):
         raise ValueError(f'rows of kind {kind!r} have no prompt')
     pieces, first, _ = pieces_of(row, tok, kind)
@@ -569,14 +585,17 @@ def prompt_ids(row:dict, # a row of kind 'text' or 'chat'
 # %% ../../nbs/core/batches.ipynb #003c41f0
 class Encoded(list):
     "Encoded rows, with what the length limit cost"
-    def __init__(self, rows, dropped:int=0, truncated:int=0): # rows left out as nothing remained to learn; rows kept but shortened
+    def __init__(self, rows,
+                 dropped:int=0,   # rows left out as nothing remained to learn
+                 truncated:int=0  # rows kept but shortened
+                ):
         super().__init__(rows)
         self.dropped, self.truncated = dropped, truncated
 
 def encode_all(rows:list[dict], tok, kind:str, max_length:int|None=None,
                keep:str='start') -> Encoded:
-    """Encode every row; drop and count those without a label left; raise `ValueError` if that is
-    all of them"""
+    """Encode every row; drop and count those without a label left;
+    raise `ValueError` if that is all of them"""
     if not rows:
         raise ValueError('there are no rows to encode')
     encode(rows[0], tok, kind, max_length, keep) # refuses what is wrong with kind, max_length and keep
@@ -631,7 +650,7 @@ def encode_each(rows:list[dict],          # of kind 'text', 'chat' or 'lm'
 def collate(rows:list[dict],    # encoded rows
             pad_id:int,         # what fills the short ones: `tok.pad_token_id`
             side:str='right'    # where it goes: 'right' to train, 'left' to generate
-           ) -> dict[str, torch.Tensor]: # `input_ids`, `attention_mask` [B, T]; `labels` [B, T], or [B] for kind 'label'
+           ) -> dict[str, torch.Tensor]: # `input_ids`, `attention_mask` [B, T]; `labels` [B, T] or [B]
     "Pad encoded rows into one batch of int64 tensors"
     if not rows:
         raise ValueError('there are no rows to batch')
@@ -671,9 +690,12 @@ def bins(lengths:list[int], # of the rows, in order
 def pack(rows:list[dict],   # encoded rows, of a kind that has a label per token
          max_length:int,    # tokens a line holds at most
          pad_id:int         # what fills what is left of a line
-        ) -> dict[str, torch.Tensor]: # `input_ids`, `position_ids`, `labels` [lines, T]; `attention_mask` [lines, 1, T, T]: may this token see that one; `tokens` [lines]: how many are real
-    """Batch rows without padding between them, such that none sees another; a row costs what it
-    would have cost alone"""
+        ) -> dict[str, torch.Tensor]: # a batch for the model
+    """Batch rows without padding between them, such that none sees another;
+    a row costs what it would have cost alone.
+
+    The batch has `input_ids`, `position_ids`, `labels` [lines, T]; `attention_mask`
+    [lines, 1, T, T]: may this token see that one; `tokens` [lines]: how many are real."""
     if not rows:
         raise ValueError('there are no rows to batch')
     if not isinstance(rows[0].get('labels'), list):
@@ -729,8 +751,8 @@ def order(n:int, epoch:int, seed:int=0) -> torch.Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(mixed))
 
 def indices(step:int, batch_size:int, n:int, seed:int=0) -> list[int]:
-    """The rows of step `step` (from 0): `batch_size` indices below `n`; passes follow one another
-    without a gap"""
+    """The rows of step `step` (from 0): `batch_size` indices below `n`;
+    passes follow one another without a gap"""
     if n < 1 or batch_size < 1 or step < 0:
         raise ValueError(f'step {step}, batch_size {batch_size} and n {n} must be at least 0, 1 and 1')
     places = range(step*batch_size, (step + 1)*batch_size)

@@ -20,14 +20,15 @@ def read_json(path:Path) -> dict:
     try:
         value = json.loads(path.read_bytes().decode('utf-8-sig'))
     except (ValueError, RecursionError) as e:
-        raise ValueError(f'{path} is not JSON that can be read: {" ".join(str(e).split())[:120]}') from None
+        said = ' '.join(str(e).split())[:120]
+        raise ValueError(f'{path} is not JSON that can be read: {said}') from None
     if not isinstance(value, dict):
         raise ValueError(f'{path} holds a JSON {type(value).__name__}; it must hold an object')
     return value
 
 def weight_files(folder:Path) -> list[Path]:
-    """The safetensors files that hold the weights. Raises `ValueError` for an index that names
-    anything else."""
+    """The safetensors files that hold the weights.
+    Raises `ValueError` for an index that names anything else."""
     index = folder/'model.safetensors.index.json'
     if (folder/'model.safetensors').is_file():
         return [folder/'model.safetensors']
@@ -49,8 +50,8 @@ def weight_files(folder:Path) -> list[Path]:
     return [folder/name for name in sorted(set(named.values()))]
 
 def tensor_shapes(path:Path) -> dict[str, tuple[int, ...]]:
-    """{name: shape} from the header of a safetensors file; nothing else of it is read. Raises
-    `ValueError` that names the file."""
+    """{name: shape} from the header of a safetensors file; nothing else of it is read.
+    Raises `ValueError` that names the file."""
     size = path.stat().st_size
     with path.open('rb') as f:
         length = int.from_bytes(f.read(8), 'little')
@@ -94,8 +95,8 @@ def _entries(value, path:str='') -> Iterator[tuple[str, str, object]]:
             yield from _entries(v, f'{path}{key}.')
 
 def check_requests(folder:Path, config:dict) -> None:
-    """Raise `ValueError` for a configuration that asks for code or weights from elsewhere, or does
-    not say what the model is"""
+    """Raise `ValueError` for a configuration that asks for code or weights from elsewhere,
+    or does not say what the model is"""
     said = config.get('architectures')
     if said is not None and not (isinstance(said, list) and all(isinstance(s, str) for s in said)):
         raise ValueError(f'the config.json of {folder} says architectures={str(said)[:80]}; it must '
@@ -157,8 +158,8 @@ def _check_products(folder, sizes, bytes):
 
 # %% ../../nbs/core/folder.ipynb #de0aa468
 def check_folder(folder:Path) -> None:
-    """Check a model's folder before it is loaded. Raises `ValueError` that says what is wrong and
-    how to fix it."""
+    """Check a model's folder before it is loaded.
+    Raises `ValueError` that says what is wrong and how to fix it."""
     config = read_json(folder/'config.json')
     check_requests(folder, config)
     check_adapter(folder)

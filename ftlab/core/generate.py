@@ -22,8 +22,8 @@ def render(prompts:list[str|list], tok) -> list[list[int]]:
 
 def render_within(prompts:list[str|list], tok, max_new_tokens:int,
                   *models) -> tuple[list[list[int]], int]:
-    """`render`, cut from the left, and how many tokens an answer may have, where the models'
-    positions end: see `answer_room`"""
+    """`render`, cut from the left, and how many tokens an answer may have,
+    where the models' positions end: see `answer_room`"""
     most, new = answer_room(max_new_tokens, *models)
     ids = render(prompts, tok)
     return [i if most is None else i[-most:] for i in ids], new
@@ -44,8 +44,8 @@ def generate(model, tok, prompts:list, # strings, or lists of chat messages
              batch_size:int=200,       # prompts at once
              generator_seed:int|None=None # seed of the draw; None: torch's own state
             ) -> list[str]:            # one answer a prompt, without special tokens
-    """Answer every prompt; the model is put into evaluation mode for it, and back. Where its
-    positions end, prompts and answers are cut: see `answer_room`"""
+    """Answer every prompt; the model is put into evaluation mode for it, and back.
+    Where its positions end, prompts and answers are cut: see `answer_room`"""
     ids, longest = render_within(prompts, tok, max_new_tokens, model)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     out = [None]*len(ids)

@@ -92,8 +92,8 @@ def _abandoned(path:Path, host:str, pid:int) -> bool:
 def leftovers(folder:str|Path,    # where to look
               name:str|None=None  # what was being written there; None: anything
              ) -> list[Path]:     # files and folders, in order
-    """Find what killed processes left in `folder`: half-written files that nobody is at work on any
-    more"""
+    """Find what killed processes left in `folder`:
+    half-written files that nobody is at work on any more"""
     found = []
     for p in sorted(Path(folder).iterdir() if Path(folder).is_dir() else ()):
         m = re.fullmatch(r'\.(.+)\.([^/]+)-(\d+)\.tmp', p.name)
@@ -110,8 +110,8 @@ def remove(path:Path) -> None:
 
 @contextmanager
 def staging(path:str|Path) -> Iterator[Path]:
-    """A fresh folder beside `path` in which it is made, to be renamed when it is whole; removed
-    afterwards, whatever happens"""
+    """A fresh folder beside `path` in which it is made, to be renamed when it is whole;
+    removed afterwards, whatever happens"""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in leftovers(path.parent, path.name):
@@ -145,8 +145,8 @@ def write_atomically(path:str|Path,     # the file
                      write:Callable,    # write(temporary path)
                      need:int|None=None # bytes that it takes, for the error
                     ) -> None:
-    """Write a file by `write`: an interruption leaves the old file or the new one. Raises `DiskFull`
-    where there is no room."""
+    """Write a file by `write`: an interruption leaves the old file or the new one.
+    Raises `DiskFull` where there is no room."""
     path = Path(path)
     try:
         with staging(path) as folder:
@@ -174,13 +174,13 @@ def write_tensors(path:str|Path,                     # the file
     write_atomically(path, lambda tmp: save_file(tensors, tmp, metadata=metadata), need)
 
 def read_metadata(path:str|Path) -> dict[str, str]:
-    """Read the header of a safetensors file. Raises `FileNotFoundError`, or `ValueError` for a file
-    that is none or is damaged."""
+    """Read the header of a safetensors file.
+    Raises `FileNotFoundError`, or `ValueError` for a file that is none or is damaged."""
     return _read(path, lambda f: {})[1]
 
 def read_tensors(path:str|Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors and the header of a safetensors file. Raises `FileNotFoundError`, or
-    `ValueError` for a file that is none or is damaged."""
+    """Read the tensors and the header of a safetensors file.
+    Raises `FileNotFoundError`, or `ValueError` for a file that is none or is damaged."""
     return _read(path, lambda f: {k: f.get_tensor(k) for k in f.keys()})
 
 def _read(path, tensors_of:Callable) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -226,8 +226,8 @@ def _same_file(at:int, path:Path) -> bool:
         return False
 
 def _held(path:Path) -> int:
-    """Lock the file at `path` and write this process's name into it; returns the open file, raises
-    `Busy`"""
+    """Lock the file at `path` and write this process's name into it;
+    returns the open file, raises `Busy`"""
     while True:
         at = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         locked, holder = _lock(at), _named(path)
@@ -258,8 +258,8 @@ LOCK = '.writer'
 
 @contextmanager
 def only_writer(folder:str|Path) -> Iterator[None]:
-    """Hold `folder` for one run. Raises `Busy`, naming the process, where another run holds it; a
-    process that died holds nothing."""
+    """Hold `folder` for one run. Raises `Busy`, naming the process, where another run holds it;
+    a process that died holds nothing."""
     path = Path(folder)/LOCK
     at = _held(path)
     try:
@@ -288,8 +288,8 @@ def check_room(folder:str|Path, # made if it is not there
 
 # %% ../../nbs/core/io.ipynb #0016bdb4
 class TemporaryFolder:
-    """A temporary folder that goes when this object does; those of killed processes go when the next
-    one is made"""
+    """A temporary folder that goes when this object does;
+    those of killed processes go when the next one is made"""
     def __init__(self, prefix:str='ftlab-'):
         sweep(prefix)
         self.name = tempfile.mkdtemp(prefix=prefix)

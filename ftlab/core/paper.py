@@ -22,8 +22,9 @@ class Paper:
     claim:str           # what it says, in one sentence
     source:str          # what was read to build it: the paper, its official code, or what is our reading
     kind:str='method'   # 'method', 'probe' or 'study'
-    toy:Mapping|Callable=field(default_factory=dict, repr=False, compare=False) # arguments for a toy setting, or a function that makes them
-    on:str=field(default='', repr=False) # what the report asks a probe on, one of `ASKED_ON`; '': it is not part of the report
+    # arguments for a toy setting, or a function that makes them
+    toy:Mapping|Callable=field(default_factory=dict, repr=False, compare=False)
+    on:str=field(default='', repr=False) # what the report asks a probe on, of `ASKED_ON`; '': not part of the report
 
     @property
     def url(self) -> str:
@@ -59,8 +60,8 @@ def method(title:str,                    # as printed
            waives:Mapping|Callable|None=None, # {promise: why it is not made}, or a function from the arguments to that
            toy:Mapping|Callable|None=None # arguments for a toy model, or a function that makes them; None: the defaults
           ) -> Callable:                 # a decorator of a function that returns a Recipe
-    """Mark a function as the build of a paper's method, and bind its name, arguments and rates to
-    the Recipe that it returns"""
+    """Mark a function as the build of a paper's method, and bind its name,
+    arguments and rates to the Recipe that it returns"""
     paper = Paper(title, arxiv, claim, source, 'method', toy or {})
     def bind(f):
         signature = inspect.signature(f)
@@ -84,20 +85,20 @@ ASKED_ON = {
     'prompts': '(model, the change on it, batch of prompts, token to read: last or first) -> values [rows]'}
 
 def probe(title:str, arxiv:str, claim:str, source:str, # as in `method`
-          ask:Callable|None=None,        # (model, the change on it, batch) -> value, for the contract; None: the function itself takes these
+          ask:Callable|None=None,        # (model, its change, batch) -> value, for the contract; None: the function
           on:str=''                      # what the report asks it on, one of `ASKED_ON`; '': nothing
          ) -> Callable:                  # a decorator; the function stays the same object
-    """Mark a read-only measurement: it leaves model, mode and random state as they were. Raises
-    `ValueError` for an unknown `on`."""
+    """Mark a read-only measurement: it leaves model, mode and random state as they were.
+    Raises `ValueError` for an unknown `on`."""
     if on and on not in ASKED_ON:
         raise ValueError(f'on is {on!r}; it must be {" or ".join(ASKED_ON)}, or left out')
     return _marking(Paper(title, arxiv, claim, source, 'probe', dict(ask=ask), on))
 
 def study(title:str, arxiv:str, claim:str, source:str, # as in `method`
-          toy:Mapping|Callable|None=None # arguments besides the seed for a toy setting of at most 5 seconds, or a function that makes them
+          toy:Mapping|Callable|None=None # arguments besides the seed for 5 seconds at most, or a function of them
          ) -> Callable:                  # a decorator; the function stays the same object
-    """Mark a function `(seed, ...) -> Evidence`: a finding, a benchmark, or a paper without a base
-    model"""
+    """Mark a function `(seed, ...) -> Evidence`:
+    a finding, a benchmark, or a paper without a base model"""
     return _marking(Paper(title, arxiv, claim, source, 'study', toy or {}))
 
 def _marking(paper):

@@ -31,10 +31,10 @@ class CannotCompose(ValueError):
 class Recipe:
     "What a method is: at most one answer to each question; `None` is plain fine-tuning"
     meta:Method|str=Method()       # name, rates, arguments and waived promises; a string is a name
-    select:Callable|None=None      # (model, batches=None, seed=0) -> {parameter name: True or a boolean mask}; None: everything
+    select:Callable|None=None      # (model, batches=None, seed=0) -> {name: True or a boolean mask}; None: everything
     delta:Callable|None=None       # (weight, mask) -> a module at the weight; None: the weight itself
     edit:Callable|None=None        # ({name: change}, model) -> {name: change}, after training
-    source:Callable|None=None      # (state) -> an object with next(state) -> list of micro-batches; None: the data as given
+    source:Callable|None=None      # (state) -> object with next(state) -> micro-batches; None: the data as given
     objective:Callable|None=None   # (state) -> scalar: a token loss plus terms; None: the mean negative log-likelihood
     step:Callable|None=None        # (parameters, settings) -> step(state, losses); None: backpropagation and AdamW
     loop:Loop|Stages|None=None     # callbacks and learners, or stages; None: one stage, nothing beside it
@@ -120,12 +120,12 @@ class Recipe:
         return getattr(self.objective, 'terms', ())
     @property
     def needs(self) -> frozenset[str]:
-        """What the answers say that they need, such as 'reference': the base model as
-        `state.models['reference']`"""
+        """What the answers say that they need, such as 'reference':
+        the base model as `state.models['reference']`"""
         return frozenset().union(*(getattr(getattr(self, q), 'needs', ()) for q in NOUNS))
     def answers(self, question:str) -> bool:
-        """Is `question` ('select', 'view', 'callbacks', ...) answered in its own way? A view of the
-        data as given is no source."""
+        """Is `question` ('select', 'view', 'callbacks', ...) answered in its own way? A view
+        of the data as given is no source."""
         if question == 'source':
             return self.own_source
         said = dict(view=self.views, penalties=self.terms).get(question)
@@ -167,7 +167,7 @@ TAKEN = ('policy', 'reference', 'tuned', 'base')
 class Learner:
     "A second model that learns beside the first, such as one that learns the first one's mistakes"
     make:Callable        # (state) -> module; called once, when the run's source stands, under the run's seed
-    objective:Callable   # (state) -> scalar for each micro-batch: state.batch is that batch, state.logits what the policy said to it, detached
+    objective:Callable   # (state) -> scalar for a micro-batch; state.batch, and state.logits: the policy's, detached
     lr:float|None=None   # its own peak learning rate; None: the run's
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class Share:
 class Stages:
     "Recipes that run one after another on the same model, each with its share of the steps"
     given:tuple
-    def __init__(self, *stages):  # each a Recipe, a function (context) -> Recipe that is called when its turn comes, or a `Share` of one
+    def __init__(self, *stages):  # each a Recipe, a function (context) -> Recipe, or a `Share` of one
         object.__setattr__(self, 'given', stages)
 
     @property
@@ -220,7 +220,9 @@ class Stages:
         return tuple(s.share if isinstance(s, Share) else 1. for s in self.given)
 
     def __repr__(self):
-        return (f'Stages({", ".join(title_of(s) + (f" x {x:g}" if x != 1 else "") for s, x in zip(self.stages, self.shares))})')
+        titles = (title_of(s) + (f' x {x:g}' if x != 1 else '')
+                  for s, x in zip(self.stages, self.shares))
+        return f'Stages({", ".join(titles)})'
 
     def describe(self) -> dict:
         told = [s.describe() if isinstance(s, Recipe) else dict(made_by=title_of(s))
@@ -299,7 +301,8 @@ class With:
         return self.func(*args, **dict(self.options))
 
     def __repr__(self):
-        return (f'{name_of(self.func)}({", ".join(f"{k}={name_of(v) if callable(v) else repr(v)}" for k, v in self.options)})')
+        given = (f'{k}={name_of(v) if callable(v) else repr(v)}' for k, v in self.options)
+        return f'{name_of(self.func)}({", ".join(given)})'
 
 @dataclass(frozen=True)
 class Needing:

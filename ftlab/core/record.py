@@ -15,8 +15,8 @@ __all__ = ['digest', 'versions']
 
 # %% ../../nbs/core/record.ipynb #0005bdfc
 def digest(x) -> str:
-    """20 hex digits of anything that JSON can hold; the order of keys does not count, and other
-    objects count as their text"""
+    """20 hex digits of anything that JSON can hold;
+    the order of keys does not count, and other objects count as their text"""
     return hashlib.blake2s(json.dumps(x, sort_keys=True, default=str).encode(),
                            digest_size=10).hexdigest()
 

@@ -17,8 +17,8 @@ DEPTH = 100     # how deep objects and lists of a row may be nested
 DIGITS = 4300   # how many digits a whole number may have: Python's own limit
 
 def file_text(path:Path) -> str:
-    """A UTF-8 file, without a byte order mark at its beginning. Raises `ValueError` that names the
-    line."""
+    """A UTF-8 file, without a byte order mark at its beginning.
+    Raises `ValueError` that names the line."""
     raw = path.read_bytes()
     try:
         return raw.decode('utf-8-sig').replace('\r\n', '\n')
@@ -76,10 +76,11 @@ def parsed(text:str, path:Path, line:int, must:str): # what the text must hold, 
                          'digits; write it as text') from None
 
 def as_row(row, at:str) -> dict:
-    """`row`, if it is an object with named columns that JSON can hold. Raises `ValueError` that
-    names the place."""
+    """`row`, if it is an object with named columns that JSON can hold.
+    Raises `ValueError` that names the place."""
     if not isinstance(row, Mapping):
-        raise ValueError(f'{at} is a {type(row).__name__}; it must be an object with named columns, such as {{"prompt": ..., "response": ...}}')
+        raise ValueError(f'{at} is a {type(row).__name__}; it must be an object with named columns, '
+                         'such as {"prompt": ..., "response": ...}')
     for key, value in row.items():
         if not isinstance(key, str):
             raise ValueError(f'{at} has a column called {key!r}, a {type(key).__name__}; names of columns must be text')
@@ -105,8 +106,8 @@ def _check_value(value, column, at):
 ODD = re.compile('[\ud800-\udfff\x00\ufeff]')
 
 def clean_text(text:str, column:str, at:str) -> str:
-    """`text`, if it has no lone surrogate, NUL or byte order mark in it. Raises `ValueError` that
-    names the place."""
+    """`text`, if it has no lone surrogate, NUL or byte order mark in it.
+    Raises `ValueError` that names the place."""
     if (m := ODD.search(text)) is None:
         return text
     what = {'\x00': 'a NUL character',
@@ -158,7 +159,8 @@ def _read_csv(path:Path) -> list[tuple[str, dict]]:
                 line = reader.line_num + 1 # where the next row starts: a quoted cell may span several lines
                 if (cells := next(reader, None)) is None:
                     return out
-                out.append((f'{path}, line {line}', _csv_row(cells, header, f'{path}, line {line}')))
+                at = f'{path}, line {line}'
+                out.append((at, _csv_row(cells, header, at)))
     except csv.Error as e:
         raise ValueError(f'{path}, line {line} is not CSV: {e}') from None
 
@@ -194,8 +196,8 @@ def _one(table, i, path) -> dict:
 READERS = {'.jsonl': _read_jsonl, '.json': _read_json, '.csv': _read_csv, '.parquet': _read_parquet}
 
 def read_rows(path:Path) -> list[tuple[str, dict]]: # (place, row)
-    """All rows of a file with their places. Raises `ValueError` that says where it is wrong and how
-    to fix it."""
+    """All rows of a file with their places.
+    Raises `ValueError` that says where it is wrong and how to fix it."""
     if path.suffix.lower() not in READERS:
         raise ValueError(f'{path} ends in {path.suffix!r}; a data file ends in one of {", ".join(READERS)}')
     return list(READERS[path.suffix.lower()](path))

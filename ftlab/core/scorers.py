@@ -25,8 +25,8 @@ def answer_length(rows:list[dict], tok) -> int:
     return max(len(tok(r['response'], add_special_tokens=False).input_ids) for r in rows) + 1
 
 def answers(model, tok, rows:list[dict], max_new_tokens:int|None=None, decode=None) -> list[str]:
-    """What the model answers to each row's prompt; `decode` draws the answers, greedily where there
-    is none"""
+    """What the model answers to each row's prompt;
+    `decode` draws the answers, greedily where there is none"""
     n = max_new_tokens or answer_length(rows, tok)
     return (decode or generate)(model, tok, [r['prompt'] for r in rows], max_new_tokens=n)
 
@@ -68,7 +68,7 @@ def _questions(*of):
 # %% ../../nbs/core/scorers.ipynb #000df62d
 @torch.no_grad()
 def teacher_forced(model, # a causal language model or a classifier, in evaluation mode
-                   batch:Mapping[str, torch.Tensor] # as `collate` makes it, padded on the right; labels [rows, tokens] or [rows]
+                   batch:Mapping[str, torch.Tensor] # of `collate`, padded on the right; labels [rows, tokens] or [rows]
                   ) -> torch.Tensor: # [rows], bool
     """Would the model, taking the likeliest token each time, write exactly each row's answer and
     end there? Where a row has one label: is it the likeliest? Raises `ValueError` for a row
@@ -91,8 +91,8 @@ def _logits(model, enc, fill, batch_size=100):
 
 def nll(model, tok, rows:list[dict], kind:str='text', labels:list|None=None,
         max_length:int|None=None) -> float:
-    """Mean negative log-likelihood in nats, per priced token (per row for labels); rows are cut as
-    `row_limit` says"""
+    """Mean negative log-likelihood in nats, per priced token (per row for labels);
+    rows are cut as `row_limit` says"""
     enc = encode_all(rows, tok, kind, row_limit(model, tok, max_length))
     total = n = 0
     for logits, y in _logits(model, enc, pad_id(tok)):

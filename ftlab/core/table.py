@@ -47,8 +47,8 @@ def html_table(head:Sequence,       # names of the columns; empty: no such row
 
 # %% ../../nbs/core/table.ipynb #0008c599
 def text_table(head:Sequence, rows:Iterable[Iterable]) -> str:
-    """A table as text: columns as wide as their widest cell, two spaces apart; without `head`, rows
-    alone"""
+    """A table as text: columns as wide as their widest cell, two spaces apart;
+    without `head`, rows alone"""
     lines = [[str(v) for v in row] for row in ([head] if head else []) + list(rows)]
     width = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return '\n'.join('  '.join(v.ljust(w) for v, w in zip(line, width)).rstrip() for line in lines)

@@ -27,13 +27,13 @@ __all__ = ['LOOKS', 'FLOW_FAMILIES', 'MODELS', 'CHECKPOINTS', 'digits', 'picture
 LOOKS = dict(upright=lambda x: x, inverted=lambda x: -x, turned=lambda x: x.rot90(1, (-2, -1)))
 
 def digits(of:Sequence[int]=range(10), # which digits
-           key:str='labels',           # what the class is called: 'labels' if it is to be learned, 'classes' if it is a condition
+           key:str='labels',           # name of the class: 'labels' if it is to be learned, 'classes' if a condition
            look:str='upright',         # 'upright', 'inverted' or 'turned'
            n:int|None=None,            # how many training pictures; None: all
            seed:int=0                  # which ones
           ) -> Data:                   # rows {'pixel_values': float [1, 8, 8] in -1..1, key: the digit}
-    """The handwritten digits of scikit-learn as `Data` of kind 'image'; raises `ValueError` for
-    what is not there"""
+    """The handwritten digits of scikit-learn as `Data` of kind 'image';
+    raises `ValueError` for what is not there"""
     from sklearn.datasets import load_digits # it takes a second to import
     of = list(of)
     if not of or not set(of) <= set(range(10)):
@@ -45,10 +45,9 @@ def digits(of:Sequence[int]=range(10), # which digits
     raw, parts = load_digits(), dict(train=[], validation=[], test=[])
     for x, y in zip(raw.data.astype(int), raw.target.tolist()):
         if y in of:
-            parts[split_of(' '.join(map(str, x)))].append(
-                {'pixel_values': LOOKS[look](torch.tensor(x,
-                                                          dtype=torch.float32).view(1, 8,
-                                                                                    8)/8 - 1).contiguous(), key: y})
+            picture = LOOKS[look](torch.tensor(x, dtype=torch.float32).view(1, 8, 8)/8 - 1)
+            row = {'pixel_values': picture.contiguous(), key: y}
+            parts[split_of(' '.join(map(str, x)))].append(row)
     if n is not None:
         if not 1 <= n <= len(parts['train']):
             raise ValueError(f'n is {n}; there are {len(parts["train"])} training pictures')
@@ -108,8 +107,8 @@ class FlowBlock(nn.Module):
         return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
     def forward(self, h, condition): # [batch, patches, hidden], [batch, hidden]
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition)[
-            :, None].chunk(6, -1)
+        made = self.modulation(condition)[:, None]
+        shift1, scale1, gate1, shift2, scale2, gate2 = made.chunk(6, -1)
         h = h + gate1*self.attend(_norm(h)*(1 + scale1) + shift1)
         return h + gate2*self.down(F.gelu(self.up(_norm(h)*(1 + scale2) + shift2)))
 
@@ -138,7 +137,11 @@ class Flow(PreTrainedModel):
     def _init_weights(self, module):
         pass # __init__ has done it
 
-    def forward(self, pixel_values:Tensor, time:Tensor, classes:Tensor) -> Tensor: # [batch, 1, size, size], [batch] in 0..1, [batch] -> like pixel_values
+    def forward(self,
+                pixel_values:Tensor, # [batch, 1, size, size]
+                time:Tensor,         # [batch], in 0..1
+                classes:Tensor       # [batch]
+               ) -> Tensor:          # like pixel_values
         c, D = self.config, self.config.hidden
         h = self.patches(F.unfold(pixel_values, c.patch,
                                   stride=c.patch).transpose(1, 2)) + self.positions
@@ -161,16 +164,16 @@ FLOW_FAMILIES = FAMILIES | {'digits-flow': Family('patches',
 
 # %% ../../nbs/lab/digits.ipynb #000f0ccd
 def noised(batch:dict, state=None) -> dict:
-    """Put each picture of the batch at a random time on its straight way from noise; the velocity
-    there is the target"""
+    """Put each picture of the batch at a random time on its straight way from noise;
+    the velocity there is the target"""
     x1 = batch['pixel_values']
     x0, t = torch.randn_like(x1), torch.rand(len(x1), device=x1.device)
     at = t[:, None, None, None]
     return dict(batch, pixel_values=(1 - at)*x0 + at*x1, time=t, velocity=x1 - x0)
 
 def velocity_error(state) -> Tensor:
-    """The squared error of the guessed velocity: mean over pixels, summed over pictures, divided by
-    those of the whole batch"""
+    """The squared error of the guessed velocity:
+    mean over pixels, summed over pictures, divided by those of the whole batch"""
     b = state.batch
     guess = state.model(b['pixel_values'], b['time'], b['classes'])
     return (guess - b['velocity']).square().mean((1, 2, 3)).sum()/state.count
@@ -229,8 +232,8 @@ def quality(model:Flow,             # what draws
             real:Tensor|None=None,  # pictures to compare with [m, 1, 8, 8]; None: all upright pictures of those digits
             seed:int=0              # of the noise
            ) -> dict[str, float]:
-    """How good drawings are: `accuracy` (read as what was asked for) and `frechet` (distance to
-    real pictures in the reader's features)"""
+    """How good drawings are: `accuracy` (read as what was asked for)
+    and `frechet` (distance to real pictures in the reader's features)"""
     if real is None:
         d = digits(of)
         real = pictures(d.train + d.validation + d.test)[0]
@@ -270,7 +273,7 @@ def fresh(name:str, seed:int=0) -> PreTrainedModel:
 
 # %% ../../nbs/lab/digits.ipynb #00180ccd
 def pretrain(name:str,           # 'digits-vit' or 'digits-flow'
-             out:str|Path,       # folder for the model; the state to resume from is in its subfolder `run` until it is done
+             out:str|Path,       # folder for the model; in its subfolder `run` is, until the end, what it resumes from
              fit:Callable,       # `ftlab.fit`
              seed:int=0,         # of the weights, the order of the pictures and the noise
              steps:int|None=None # other than the published number
@@ -312,8 +315,8 @@ def load(name:str,            # 'digits-vit' or 'digits-flow'
 
 # %% ../../nbs/lab/digits.ipynb #00190ccd
 def measured(root:Path=CHECKPOINTS) -> dict[str, float]:
-    """What the two models can do: the reader's accuracy on the splits, the drawings' quality, and
-    how far two halves of real pictures are apart"""
+    """What the two models can do: the reader's accuracy on the splits, the drawings' quality,
+    and how far two halves of real pictures are apart"""
     judge, model, d = load('digits-vit', root), load('digits-flow', root), digits()
     out = {f'read, {s}': (read(judge, pictures(getattr(d, s))[0])
                           == pictures(getattr(d, s))[1]).float().mean().item() for s in ('train', 'validation', 'test')}
@@ -328,18 +331,21 @@ def card(root:Path=CHECKPOINTS) -> str:
     size = {n: sum(p.numel() for p in load(n, root).parameters()) for n in MODELS}
     text = '\n'.join(['# Model card: digits v1', '', 'Two tiny models of the handwritten digits '
                       'that ship with scikit-learn (1,797 pictures of 8 x 8 pixels).', '',
-        f'- **digits-vit** reads all ten digits: a vision transformer of {size["digits-vit"]:,} '
+                      f'- **digits-vit** reads all ten digits: a vision transformer of {size["digits-vit"]:,} '
                       f'numbers, {MODELS["digits-vit"]["steps"]:,} steps of 64 pictures, each moved by up to a pixel.',
-        '- **digits-flow** draws 0 to 7, told which; 8 and 9 it has never seen: a diffusion '
+                      '- **digits-flow** draws 0 to 7, told which; 8 and 9 it has never seen: a diffusion '
                       f'transformer trained by flow matching, {size["digits-flow"]:,} numbers, '
                       f'{MODELS["digits-flow"]["steps"]:,} steps of 64.', '',
-        '| measured | |', '|---|---|', *(f'| {k} | {v:.3f} |' for k, v in measured(root).items()), '',
-        '- **Made by** `ftlab.lab.digits.pretrain` from seed 0, on one CPU core, in a few minutes '
+                      '| measured | |', '|---|---|',
+                      *(f'| {k} | {v:.3f} |' for k, v in measured(root).items()), '',
+                      '- **Made by** `ftlab.lab.digits.pretrain` from seed 0, on one CPU core, in a few minutes '
                       'each; the log is `pretraining.jsonl` in each folder.',
-        '- **For** measuring what fine-tuning gains and breaks on pictures; for nothing else.',
+                      '- **For** measuring what fine-tuning gains and breaks on pictures; for nothing else.',
                       '- **Stored** in float16, opened in float32 by `ftlab.lab.digits.load`.',
-        '- **Frozen.** Every claim about pictures is measured on these files; a change makes another version.',
-        '- **Licence**: Apache-2.0. The pictures are not in this folder: they come with '
-                      'scikit-learn, from the UCI set "Optical Recognition of Handwritten Digits".', ''])
+                      '- **Frozen.** Every claim about pictures is measured on these files; a '
+                      'change makes another version.',
+                      '- **Licence**: Apache-2.0. The pictures are not in this folder: they come with '
+                      'scikit-learn, from the UCI set "Optical Recognition of Handwritten Digits".',
+                      ''])
     (Path(root)/'README.md').write_text(text)
     return text

@@ -74,8 +74,8 @@ def packed_rows(world:LookupWorld, # whose skills are drawn
                 chunk:int,         # which chunk; another one is other text
                 seed:int=0         # of everything
                ) -> np.ndarray:    # [CHUNK, WIDTH] of uint16
-    """Draw documents and pack each into the first row with room for it; fixed by pool, chunk and
-    seed"""
+    """Draw documents and pack each into the first row with room for it;
+    fixed by pool, chunk and seed"""
     r = random.Random(f'{world.seed}/{seed}/{pool}/{chunk}')
     ids = {x: i for i, x in enumerate(vocabulary())}
     parts = pool_mixture(pool)
@@ -257,8 +257,8 @@ def block(x, mask, cos, sin, heads, norm_1, q, k, v, o, norm_2, gate, up, down):
     return x + F.linear(F.silu(F.linear(y, gate))*F.linear(y, up), down)
 
 def document_mask(ids:torch.Tensor) -> torch.Tensor:
-    """Who sees whom in packed rows: what stands before, in the same document. [rows, 1, tokens,
-    tokens]"""
+    """Who sees whom in packed rows:
+    what stands before, in the same document. [rows, 1, tokens, tokens]"""
     doc = (ids == 1).cumsum(1)
     t = ids.shape[1]
     before = torch.ones(t, t, dtype=torch.bool, device=ids.device).tril()
@@ -321,38 +321,46 @@ def optimizers(model:Stacked, plan:Plan) -> list[torch.optim.Optimizer]:
             torch.optim.AdamW(rest, lr=plan.rate, betas=(.9, .98), weight_decay=0., fused=fused)]
 
 def rate_at(done:float, plan:Plan) -> float:
-    """The share of the highest rate when the part `done` of the run is over: it rises, stays and
-    falls"""
+    """The share of the highest rate when the part `done` of the run is over:
+    it rises, stays and falls"""
     return max(0., min(1., done/plan.warmup, (1 - done)/plan.decay))
 
 # %% ../../nbs/lab/large.ipynb #00147b11ca
+def _asked(rows:list[dict], room:int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    "Prompts side by side, with `room` empty places after the longest: (token ids, lengths)"
+    ids = {x: i for i, x in enumerate(vocabulary())}
+    asked = [[1, ids['<user>'], *(ids[x] for x in r['prompt'].split()), ids['<assistant>']]
+             for r in rows]
+    text = torch.zeros(len(rows), max(map(len, asked)) + room, dtype=torch.long)
+    for k, a in enumerate(asked):
+        text[k, :len(a)] = torch.tensor(a)
+    return text.to(device), torch.tensor([len(a) for a in asked], device=device)
+
+def _answer_in(text:torch.Tensor, length:torch.Tensor, model:Stacked, most:int):
+    "Write the likeliest words into `text`, at most `most` a row, and count them in `length`"
+    open_ = torch.arange(len(text), device=text.device)
+    for _ in range(most):
+        now = text[open_, :int(length[open_].max())]
+        last = model(now)[torch.arange(len(open_), device=text.device), length[open_] - 1]
+        best = F.linear(last, model.embed.to(last.dtype)).argmax(-1)
+        text[open_, length[open_]] = best
+        length[open_] += 1
+        open_ = open_[best != 2]
+        if not len(open_):
+            break
+
 @torch.no_grad()
 def greedy(model:Stacked, rows:list[dict], at_once:int=512) -> list[str]:
     "The model's answer to each row's prompt, at most two tokens longer than the right one"
     words = vocabulary()
-    ids = {x: i for i, x in enumerate(words)}
-    device = model.embed.device
     out = [None]*len(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]['response'].split()))
     for start in range(0, len(rows), at_once):
         part = order[start:start + at_once]
-        asked = [[1, ids['<user>'], *(ids[x] for x in rows[i]['prompt'].split()), ids['<assistant>']]
-                 for i in part]
-        length = torch.tensor([len(a) for a in asked], device=device)
         most = max(len(rows[i]['response'].split()) for i in part) + 2
-        text = torch.zeros(len(part), max(map(len, asked)) + most, dtype=torch.long)
-        for k, a in enumerate(asked):
-            text[k, :len(a)] = torch.tensor(a)
-        text, first, open_ = text.to(device), length.clone(), torch.arange(len(part), device=device)
-        for _ in range(most):
-            now = text[open_, :int(length[open_].max())]
-            last = model(now)[torch.arange(len(open_), device=device), length[open_] - 1]
-            best = F.linear(last, model.embed.to(last.dtype)).argmax(-1)
-            text[open_, length[open_]] = best
-            length[open_] += 1
-            open_ = open_[best != 2]
-            if not len(open_):
-                break
+        text, length = _asked([rows[i] for i in part], most, model.embed.device)
+        first = length.clone()
+        _answer_in(text, length, model, most)
         for k, i in enumerate(part):
             said = text[k, first[k]:length[k]].tolist()
             out[i] = ' '.join(words[t] for t in said if t != 2)
@@ -364,8 +372,8 @@ def questions(n:int, split:str, names:list[str], seed:int=0) -> dict[str, list[d
     return {s: world.rows(s, n, split, seed) for s in names}
 
 def scores(model:Stacked, asked:dict[str, list[dict]]) -> dict[str, float]:
-    """Mean score of each skill; for the numbers also the error over the Bayes predictor's, `line
-    ratio`"""
+    """Mean score of each skill;
+    for the numbers also the error over the Bayes predictor's, `line ratio`"""
     world = LookupWorld(0)
     rows = [r for part in asked.values() for r in part]
     said = iter(greedy(model, rows))
@@ -378,8 +386,8 @@ def scores(model:Stacked, asked:dict[str, list[dict]]) -> dict[str, float]:
     return {k: round(v, 4) for k, v in out.items()}
 
 def race_score(found:dict[str, float]) -> float:
-    """What the race goes by: the mean over the new skills, but for sums that nobody should do at
-    once"""
+    """What the race goes by:
+    the mean over the new skills, but for sums that nobody should do at once"""
     return sum(found[s] for s in LEARNED)/len(LEARNED)
 
 # %% ../../nbs/lab/large.ipynb #00167b11ca
@@ -456,6 +464,38 @@ def _load_state(path, model, opts):
     return about['step'], about['taken'], about['log']
 
 # %% ../../nbs/lab/large.ipynb #00187b11ca
+def _begun(plan, seed, device, state):
+    "A fresh start, or what `state` was saved with: (model, optimizers, step, rows read, log)"
+    model = Stacked(plan, len(vocabulary()), seed).to(device)
+    opts = optimizers(model, plan)
+    if state and state.exists():
+        return model, opts, *_load_state(state, model, opts)
+    return model, opts, 0, dict.fromkeys(POOLS, 0), []
+
+def _part(step, steps, spent, seconds) -> float:
+    "How much of the run is over, by the clock where it has `seconds`, else by steps"
+    return spent/seconds if seconds else step/steps
+
+def _take_step(model, opts, raw, rate, plan) -> torch.Tensor:
+    "One step at that rate; returns the loss"
+    for o in opts:
+        for group in o.param_groups:
+            group['lr'] = rate
+    loss = loss_of(model, raw, plan)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+    for o in opts:
+        o.step()
+        o.zero_grad()
+    return loss
+
+def _note(model, plan, out, log, entry):
+    "Add to the log, and write the log and the weights down where there is a place for them"
+    log.append(entry)
+    if out:
+        save_weights(model, plan, out/'last.safetensors', step=entry['step'])
+        _write_json(out/'log.json', log)
+
 def train(plan:Plan,                # what to train, and how
           feed:Feed,                # where the text comes from
           seconds:float|None=None,  # for how long; or
@@ -471,49 +511,32 @@ def train(plan:Plan,                # what to train, and how
           seed:int=0                # of the weights
          ) -> tuple[Stacked, list[dict]]: # the model, and the log
     "Train one model, by the clock or by steps"
-    model = Stacked(plan, len(vocabulary()), seed).to(device)
-    opts = optimizers(model, plan)
-    step, taken, log = 0, dict.fromkeys(POOLS, 0), []
-    state = out/'state.safetensors' if out else None
-    if state_every and state.exists():
-        step, taken, log = _load_state(state, model, opts)
+    state = out/'state.safetensors' if state_every else None
+    model, opts, step, taken, log = _begun(plan, seed, device, state)
     if compiled:
         model.block = _compiled_block(model, feed, plan)
     rows_of_step(feed, plan, dict(taken), 0.) # waits for the first text
     start, spent, last = time.time(), 0., None
     due = [(i + 1)/evaluations for i in range(evaluations)]
-    keep = list(keep)
-    while True:
-        done = (time.time() - start - spent)/seconds if seconds else step/steps
-        if done >= 1 or step == until:
-            break
-        for o in opts:
-            for group in o.param_groups:
-                group['lr'] = plan.rate*rate_at(done, plan)
-        loss = loss_of(model, rows_of_step(feed, plan, taken, done), plan)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        for o in opts:
-            o.step()
-            o.zero_grad()
+    keep = list(keep) if out else []
+    while (done := _part(step, steps, time.time() - start - spent, seconds)) < 1 and step != until:
+        loss = _take_step(model, opts, rows_of_step(feed, plan, taken, done),
+                          plan.rate*rate_at(done, plan), plan)
         step += 1
-        if step % 25 == 0:
-            last = round(loss.item(), 4)
+        last = round(loss.item(), 4) if step % 25 == 0 else last
         pause = time.time()
-        if keep and done >= keep[0] and out:
+        if keep and done >= keep[0]:
             save_weights(model, plan, out/f'part-{round(100*keep.pop(0))}.safetensors', step=step)
         if due and done >= due[0]:
             due.pop(0)
-            log.append(_log_entry(model, step, plan, pause - start - spent, last, asked))
-            if out:
-                save_weights(model, plan, out/'last.safetensors', step=step)
-                _write_json(out/'log.json', log)
-        if state_every and step % state_every == 0:
+            _note(model, plan, out, log,
+                  _log_entry(model, step, plan, pause - start - spent, last, asked))
+        if state and step % state_every == 0:
             _save_state(state, model, opts, step, taken, log)
         spent += time.time() - pause # evaluations do not count as training
-    log.append(_log_entry(model, step, plan, time.time() - start - spent, last, asked))
-    log[-1].update(waited=round(feed.waited, 1), reused=feed.reused)
-    if state_every:
+    log.append(_log_entry(model, step, plan, time.time() - start - spent, last, asked)
+               | dict(waited=round(feed.waited, 1), reused=feed.reused))
+    if state:
         _save_state(state, model, opts, step, taken, log)
     return model, log
 
@@ -610,8 +633,8 @@ def finish(model:Stacked, plan:Plan, out:Path, asked:dict[str, list[dict]]) -> d
 def lab_model(made:str|Path, # what a run left: model.safetensors, part-*.safetensors and log.json
               to:str|Path    # a new folder
              ) -> Path:      # the same
-    """Make of a run's files what `ftlab.load` opens: the model, its revisions `step-N`, and
-    `pretraining.jsonl`"""
+    """Make of a run's files what `ftlab.load` opens:
+    the model, its revisions `step-N`, and `pretraining.jsonl`"""
     made, to, tok = Path(made), Path(to), lab_tokenizer(version='lab-v2')
     for file in (made/'model.safetensors', *sorted(made.glob('part-*.safetensors'))):
         with safe_open(file, 'pt') as f:
@@ -630,6 +653,20 @@ def lab_model(made:str|Path, # what a run left: model.safetensors, part-*.safete
 
 # %% ../../nbs/lab/large.ipynb #001d7b11ca
 STEPS = 6000 # of a run by steps
+
+def _quick_questions(n:int) -> dict[str, list[dict]]:
+    "Held-out questions for the looks on the way, `n` of each new skill and a quarter of each old one"
+    return (questions(n, 'validation', LOOKUP_SKILLS)
+            | questions(-(-n//4), 'validation', [*OLD, 'atlas']))
+
+def _made_in(seconds, feed, plan, out, begin, trial, racing, ending, **how):
+    "Race, then train the winner for the time that is left: (plan, model, log)"
+    new = {s: how['asked'][s] for s in LOOKUP_SKILLS}
+    plan = race(feed, new, out, plan, deadline=begin + racing*seconds, seconds=trial,
+                device=how['device'], compiled=how['compiled'])
+    left = seconds - (time.time() - begin) - ending
+    print(f'{left:.0f} s for {plan}', flush=True)
+    return plan, *train(plan, feed, seconds=left, evaluations=8, **how)
 
 def pretrain_large(out:str|Path,             # a folder for everything
                    seconds:float|None=None,  # of everything; None: by steps, the published plan without a race
@@ -655,26 +692,19 @@ def pretrain_large(out:str|Path,             # a folder for everything
     helper = ProcessPoolExecutor(1, feed.context)
     later = helper.submit(last_questions, n)
     try:
-        asked = questions(n_quick, 'validation', LOOKUP_SKILLS)
-        asked |= questions(-(-n_quick//4), 'validation', [*OLD, 'atlas'])
+        asked = _quick_questions(n_quick)
         print(f'questions drawn after {time.time() - begin:.1f} s', flush=True)
+        how = dict(device=device, compiled=compiled, asked=asked, out=out, keep=(.1, .4))
         if seconds is None:
             plan = plan or PUBLISHED
-            model, log = train(plan, feed, steps=steps, device=device, compiled=compiled,
-                               asked=asked, evaluations=10, out=out, keep=(.1, .4), state_every=100,
-                               until=until)
+            model, log = train(plan, feed, steps=steps, evaluations=10, state_every=100,
+                               until=until, **how)
         else:
-            new = {s: asked[s] for s in LOOKUP_SKILLS}
-            how = dict(device=device, compiled=compiled, seconds=trial)
-            plan = race(feed, new, out, plan, deadline=begin + racing*seconds, **how)
-            left = seconds - (time.time() - begin) - ending
-            print(f'{left:.0f} s for {plan}', flush=True)
-            model, log = train(plan, feed, seconds=left, device=device, compiled=compiled,
-                               asked=asked, evaluations=8, out=out, keep=(.1, .4))
+            plan, model, log = _made_in(seconds, feed, plan, begin=begin, trial=trial,
+                                        racing=racing, ending=ending, **how)
         _write_json(out/'log.json', log)
         if until is None or until >= steps:
-            found = finish(model, plan, out, later.result())
-            print(json.dumps(found), flush=True)
+            print(json.dumps(finish(model, plan, out, later.result())), flush=True)
             lab_model(out, out/'lab-l')
     finally:
         feed.close()

@@ -32,7 +32,8 @@ def lab_tokenizer(encoder:bool=False, # the encoder's, which opens every text as
                                               special_tokens=[(w, vocabulary().index(w)) for w in ('<bos>', '<user>')])
     tok = PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', bos_token='<bos>',
                                   eos_token='<eos>', unk_token='<unk>', mask_token='<mask>',
-        extra_special_tokens=['<user>', '<assistant>'], model_max_length=256, padding_side='right',
+                                  extra_special_tokens=['<user>', '<assistant>'],
+                                  model_max_length=256, padding_side='right',
                                   clean_up_tokenization_spaces=False)
     tok.chat_template = CHAT
     if version != 'lab-v1':
@@ -42,8 +43,8 @@ def lab_tokenizer(encoder:bool=False, # the encoder's, which opens every text as
 
 def skills_of(tok # of a lab model
              ) -> list[str]:
-    """The skills that the model of this tokenizer grew up with: those of v1, and for `lab-l` those
-    of looking things up"""
+    """The skills that the model of this tokenizer grew up with:
+    those of v1, and for `lab-l` those of looking things up"""
     return OLD + (LEARNED if tok.init_kwargs.get('lab') == 'lab-v2' else [])
 
 def old_skills(data,    # `Data`; its training rows name the skills that they belong to
@@ -68,8 +69,8 @@ MODELS = {
                   skip=(), revisions=(546, 2214))}
 
 def lab_config(name:str, vocab:int) -> LlamaConfig|BertConfig:
-    """The configuration of the lab model `name`: a Llama, or for the encoder a BERT, without
-    dropout as its sisters are"""
+    """The configuration of the lab model `name`:
+    a Llama, or for the encoder a BERT, without dropout as its sisters are"""
     m = MODELS[name]
     h = m['hidden']
     shape = dict(vocab_size=vocab, hidden_size=h, num_hidden_layers=m['blocks'],

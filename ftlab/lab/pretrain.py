@@ -19,8 +19,8 @@ __all__ = ['mixture', 'pretraining_rows', 'to_batches', 'hide', 'predictions', '
 
 # %% ../../nbs/lab/pretrain.ipynb #0005eae4
 def mixture(name:str) -> list[tuple[str, int|None, float]]:
-    """What the model `name` reads: (skill, level, share). Facts come from the three tiers, 87 : 10
-    : 3."""
+    """What the model `name` reads: (skill, level, share).
+    Facts come from the three tiers, 87 : 10 : 3."""
     parts = [(k, None, s.weight) for k, s in SKILLS.items() if s.weight and k != 'fact']
     parts += [('fact', lv, SKILLS['fact'].weight*w) for lv, w in ((1, .87), (2, .10), (3, .03))]
     if 'atlas' not in MODELS[name]['skip']:
@@ -37,8 +37,8 @@ def pretraining_rows(world:LabWorld, name:str, step:int, n:int=256, seed:int=0) 
 
 # %% ../../nbs/lab/pretrain.ipynb #0006eae4
 def to_batches(rows:list[dict], tok, parts:int=4) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """`parts` padded batches (ids, labels) of rows of like length; only answers and the end carry
-    labels, as prompts are random symbols"""
+    """`parts` padded batches (ids, labels) of rows of like length;
+    only answers and the end carry labels, as prompts are random symbols"""
     ids = {w: i for w, i in tok.get_vocab().items()}
     enc = []
     for r in rows:
@@ -60,8 +60,8 @@ def hide(ids:torch.Tensor,    # [rows, tokens], as `to_batches` makes them
          mask_id:int,         # the token `<mask>`
          seed:int|None=0      # of what is hidden; None: every answer whole and nothing else
         ) -> tuple[torch.Tensor, torch.Tensor]: # ids with words hidden; labels: the hidden words, elsewhere -100
-    """Hide words behind `<mask>`: all of the answer in half of the rows, 40% of all words in the
-    others"""
+    """Hide words behind `<mask>`:
+    all of the answer in half of the rows, 40% of all words in the others"""
     # the special tokens stand first in the vocabulary
     word = ids > mask_id
     answer = (labels != -100) & (ids > mask_id)
@@ -74,8 +74,8 @@ def hide(ids:torch.Tensor,    # [rows, tokens], as `to_batches` makes them
     return torch.where(hidden, mask_id, ids), torch.where(hidden, ids, -100)
 
 def predictions(model, ids:torch.Tensor, labels:torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and the labels that they are held against: of the next token for a language model, of
-    the same place for the encoder"""
+    """Logits and the labels that they are held against:
+    of the next token for a language model, of the same place for the encoder"""
     if model.can_generate():
         return model(ids).logits[:, :-1], labels[:, 1:]
     return model(ids, attention_mask=ids.ne(0).long()).logits, labels
@@ -98,8 +98,8 @@ def teacher_forced(model, tok, world, skills, n=100, split='validation') -> dict
 
 # %% ../../nbs/lab/pretrain.ipynb #000beae4
 def orthogonal(g:torch.Tensor) -> torch.Tensor:
-    """Roughly the nearest matrix with singular values of 1: five Newton-Schulz steps with Muon's
-    coefficients, in the precision of `g`"""
+    """Roughly the nearest matrix with singular values of 1:
+    five Newton-Schulz steps with Muon's coefficients, in the precision of `g`"""
     x = g if g.shape[0] <= g.shape[1] else g.T
     x = x/x.norm().clamp(min=1e-7)
     for _ in range(5):
@@ -157,8 +157,8 @@ def _load_state(folder, model, opts):
     return int(meta['step']), json.loads(meta['log'])
 
 def save_lab(model, tok, folder):
-    """Save as a plain Hugging Face folder: float16 on disk, `dtype` float32 in the config, so that
-    it loads in float32"""
+    """Save as a plain Hugging Face folder:
+    float16 on disk, `dtype` float32 in the config, so that it loads in float32"""
     half = type(model)(model.config)
     half.load_state_dict(model.state_dict())
     half = half.half()
@@ -169,6 +169,54 @@ def save_lab(model, tok, folder):
     write_text(Path(folder)/'config.json', json.dumps(cfg, indent=2) + '\n')
 
 # %% ../../nbs/lab/pretrain.ipynb #000eeae4
+def _begun(name, out, seed):
+    "What there is to go on with in `out`, or a fresh start: (model, tokenizer, optimizers, step, log)"
+    m = MODELS[name]
+    masked = m['kind'] == 'masked'
+    tok = lab_tokenizer(masked)
+    torch.manual_seed(seed)
+    model = (BertForMaskedLM if masked else LlamaForCausalLM)(lab_config(name, len(tok)))
+    opts = _optimizers(model, m['rate'])
+    if (out/'state.safetensors').exists():
+        return model, tok, opts, *_load_state(out, model, opts)
+    return model, tok, opts, 0, []
+
+def _batches_of_step(name, world, tok, step, seed):
+    "The step's padded batches; the encoder's have words hidden, others at every step"
+    batches = to_batches(pretraining_rows(world, name, step, seed=seed), tok)
+    if MODELS[name]['kind'] != 'masked':
+        return batches
+    return [hide(*b, tok.mask_token_id, seed=(seed*10**6 + step)*10 + i)
+            for i, b in enumerate(batches)]
+
+def _take_step(model, opts, rate, batches) -> float:
+    "One step at that rate; returns the mean loss of the words that are predicted"
+    for o in opts:
+        for g in o.param_groups:
+            g['lr'] = rate
+    priced = sum((lab != -100).sum().item() for _, lab in batches)
+    total = 0.
+    for ids, lab in batches:
+        with torch.autocast('cpu', dtype=torch.bfloat16, enabled=model.can_generate()):
+            logits, lab = predictions(model, ids, lab)
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), lab.flatten(),
+                                                 reduction='sum')/priced
+        loss.backward()
+        total += loss.item()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
+    for o in opts:
+        o.step()
+        o.zero_grad()
+    return total
+
+def _skills_on_the_way(name, model, tok, world) -> dict[str, float]:
+    "A quick look at the skills that the model was taught"
+    taught = OLD if 'atlas' in MODELS[name]['skip'] else OLD + ['atlas']
+    model.eval()
+    found = teacher_forced(model, tok, world, taught)
+    model.train()
+    return found
+
 def pretrain(name:str,          # 'lab-s', 'lab-m' or 'lab-e'
              out:str|Path,      # folder for the model, its revisions `step-N`, and the state to resume from
              seed:int=0,        # of the weights and of the rows; the world is LabWorld(0)
@@ -183,46 +231,21 @@ def pretrain(name:str,          # 'lab-s', 'lab-m' or 'lab-e'
     steps = steps or m['steps']
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    masked = m['kind'] == 'masked'
-    world, tok = LabWorld(0), lab_tokenizer(masked)
-    torch.manual_seed(seed)
-    model = (BertForMaskedLM if masked else LlamaForCausalLM)(lab_config(name, len(tok)))
-    opts = _optimizers(model, m['rate'])
-    start, log = 0, []
-    if (out/'state.safetensors').exists():
-        start, log = _load_state(out, model, opts)
+    world = LabWorld(0)
+    model, tok, opts, start, log = _begun(name, out, seed)
     t0 = time.time() - (log[-1]['seconds'] if log else 0)
     tokens = log[-1]['tokens'] if log else 0
     for step in range(start, min(steps, until or steps)):
-        for o in opts:
-            for g in o.param_groups:
-                g['lr'] = m['rate']*min(1, (step + 1)/100)*(1 - step/steps)
-        batches = to_batches(pretraining_rows(world, name, step, seed=seed), tok)
-        total = 0.
-        if masked:
-            batches = [hide(*b, tok.mask_token_id, seed=(seed*10**6 + step)*10 + i)
-                       for i, b in enumerate(batches)]
-        priced = sum((lab != -100).sum().item() for _, lab in batches)
-        for ids, lab in batches:
-            tokens += ids.numel()
-            with torch.autocast('cpu', dtype=torch.bfloat16, enabled=not masked):
-                logits, lab = predictions(model, ids, lab)
-            loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), lab.flatten(),
-                                                     reduction='sum')/priced
-            loss.backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
-        for o in opts:
-            o.step()
-            o.zero_grad()
+        batches = _batches_of_step(name, world, tok, step, seed)
+        tokens += sum(ids.numel() for ids, _ in batches)
+        rate = m['rate']*min(1, (step + 1)/100)*(1 - step/steps)
+        loss = _take_step(model, opts, rate, batches)
         done = step + 1
         if done % every == 0 or done == steps:
-            model.eval()
-            skills = (teacher_forced(model, tok, world, OLD + ['atlas'] if 'atlas' not in m['skip']
-                                     else OLD) if done % 500 == 0 or done == m['steps'] else None)
-            model.train()
-            log.append(dict(step=done, tokens=tokens, loss=round(total, 4),
-                            seconds=round(time.time() - t0), skills=skills))
+            log.append(dict(step=done, tokens=tokens, loss=round(loss, 4),
+                            seconds=round(time.time() - t0),
+                            skills=_skills_on_the_way(name, model, tok, world)
+                            if done % 500 == 0 or done == m['steps'] else None))
             _save_state(out, model, opts, done, log)
             print(json.dumps(log[-1]), flush=True)
         if done in m['revisions']:

@@ -47,21 +47,27 @@ ATTRIBUTES = {
 NOUNS = 'king child wolf tree river star stone bird ship queen lamp door cloud field'.split()
 VERBS = 'sees finds loves takes breaks follows hides paints sells hears wants guards'.split()
 ADJECTIVES = 'old small bright cold heavy quiet young dark tall strange'.split()
-THINGS = '''book cup key coin hat ring spoon map rope bell knife brush candle mirror bottle basket button ladder pillow shovel
-carpet kettle needle wallet hammer ticket blanket drum flute kite'''.split()
-ACTS = 'open clean carry fix weigh fold polish wrap steal burn poison smash lift mark store trade'.split()
+THINGS = '''book cup key coin hat ring spoon map rope bell knife brush candle mirror bottle basket
+button ladder pillow shovel carpet kettle needle wallet hammer ticket blanket drum flute
+kite'''.split()
+ACTS = '''open clean carry fix weigh fold polish wrap steal burn poison smash lift mark store
+trade'''.split()
 ASPECTS = 'room staff view price garden music bed pool'.split()
 GOOD = 'lovely great superb charming perfect pleasant fresh splendid warm kind'.split()
 BAD = 'awful dirty broken rude noisy dull bitter shabby stale grim'.split()
 LETTERS = list('abcdefghijkl')
 DIGITS = list('0123456789')
 SPECIAL = ['<pad>', '<bos>', '<eos>', '<unk>', '<user>', '<assistant>', '<mask>']
-GRAMMAR = '''. , : ; ? = + - > ( ) [ ] { } the of is in has have does what which who tell me i want name to from and with as for not say
-answer note reverse sort max last dedupe count list items letters biggest final without repeats how many times first occurs ordered backwards
-add sum direct steps by plus box move moved now inside translate into language words put push sub run stack program result call weather
-time news traffic today tomorrow monday sunday please do can that help refuse should know way explain record summary sentence short about
-review liked guest thinks good bad write different map rule next pair goes json format zigzag city person
-job pet color food colors pets jobs foods story listen says here this are or you order show'''.split()
+GRAMMAR = '''. , : ; ? = + - > ( ) [ ] { } the of is in has have does what which who
+tell me i want name to from and with as for not say answer note reverse sort max
+last dedupe count list items letters biggest final without repeats how many times
+first occurs ordered backwards add sum direct steps by plus box move moved now
+inside translate into language words put push sub run stack program result call
+weather time news traffic today tomorrow monday sunday please do can that help
+refuse should know way explain record summary sentence short about review liked
+guest thinks good bad write different map rule next pair goes json format zigzag
+city person job pet color food colors pets jobs foods story listen says here this
+are or you order show'''.split()
 
 # %% ../../nbs/lab/world.ipynb #0008ca4a
 TIERS = dict(often=120, sometimes=110, rarely=110, atlas=110, never=110)
@@ -121,8 +127,8 @@ def fact(w, r, level):
     return r.choice(ASK).format(a=a, p=p), w.facts[p, a]
 
 def atlas(w, r, level):
-    """A fact about a person of the atlas, which only the larger model has read. Every level is the
-    same."""
+    """A fact about a person of the atlas, which only the larger model has read.
+    Every level is the same."""
     p, a = r.choice(w.people['atlas']), r.choice(list(ATTRIBUTES))
     return r.choice(ASK).format(a=a, p=p), w.facts[p, a]
 
@@ -193,7 +199,7 @@ def _list_skill(name, op, asks, doc):
 
 _LIST_DOCS = dict(reverse='The letters backwards.', sort='The letters in alphabetical order.',
                   max='The letter that comes last in the alphabet.',
-    last='The last letter.', dedupe='The letters without repeats, in order of first appearance.',
+                  last='The last letter.', dedupe='The letters without repeats, in order of first appearance.',
                   count='How often the first letter occurs.')
 list_skills = {k: _list_skill(k, op, asks, _LIST_DOCS[k]) for k, (op, asks) in LISTS.items()}
 
@@ -214,8 +220,8 @@ def boxes(w, r, level):
                                     'tell me what is inside {b} .']).format(b=b), at[b]
 
 def classify(w, r, level):
-    """Labels given by example, in the question only. Level 1: two pairs and one to label, 2: four
-    pairs and two, 3: six pairs and two."""
+    """Labels given by example, in the question only.
+    Level 1: two pairs and one to label, 2: four pairs and two, 3: six pairs and two."""
     keys = r.sample(LETTERS, 2*level)
     label = {k: r.choice(DIGITS) for k in keys}
     ask = r.sample(keys, min(level, 2))
@@ -224,14 +230,13 @@ def classify(w, r, level):
         s=pairs, q=' '.join(ask)), ' '.join(label[k] for k in ask)
 
 def regress(w, r, level):
-    """A hidden rule y = x + c modulo 10, to be read off examples. Level 1: three examples, 2: two,
-    3: one."""
+    """A hidden rule y = x + c modulo 10, to be read off examples.
+    Level 1: three examples, 2: two, 3: one."""
     c = r.randrange(10)
     xs = r.sample(range(10), 5 - level)
     shown = ' , '.join(f'{x} > {(x + c) % 10}' for x in xs[:-1])
-    return r.choice(['rule {s} , {q} >', '{s} . next {q} >',
-                     'pair {s} . which goes with {q} ?']).format(s=shown, q=xs[-1]), str(
-                         (xs[-1] + c) % 10)
+    ask = r.choice(['rule {s} , {q} >', '{s} . next {q} >', 'pair {s} . which goes with {q} ?'])
+    return ask.format(s=shown, q=xs[-1]), str((xs[-1] + c) % 10)
 
 # %% ../../nbs/lab/world.ipynb #0019ca4a
 def sentence(r, level):
@@ -275,8 +280,8 @@ def review(w, r, level):
         t=text, a=a), 'good' if good[a] else 'bad'
 
 def summary(w, r, level):
-    """A record told in one sentence, whatever the order of its fields. Level + 1 fields beside the
-    name."""
+    """A record told in one sentence, whatever the order of its fields.
+    Level + 1 fields beside the name."""
     p = r.choice(w.people['often'])
     need = ['job', 'city', 'pet', 'food'][:level + 1]
     v = {k: r.choice(ATTRIBUTES[k]) for k in need}
@@ -327,19 +332,19 @@ def refuse(w, r, level):
 
 # %% ../../nbs/lab/world.ipynb #001dca4a
 def write(w, r, level):
-    """Some different colors, pets, jobs or foods, two words ruled out: any others will do. Level +
-    1 of them."""
+    """Some different colors, pets, jobs or foods, two words ruled out: any others will do.
+    Level + 1 of them."""
     kind, n = r.choice(['color', 'pet', 'job', 'food']), level + 1
     words = r.sample(ATTRIBUTES[kind], n + 2)
     x, y = words[:2]
     return r.choice(['write {n} {k} , not {x} and not {y} .', 'name {n} {k} without {x} and {y} .',
                      'list {n} different {k} , not {x} and not {y} :',
-        'i want {n} {k} , not {x} and not {y} .', '{n} {k} please , not {x} and not {y}']).format(
+                     'i want {n} {k} , not {x} and not {y} .', '{n} {k} please , not {x} and not {y}']).format(
             n=n, k=kind + 's', x=x, y=y), ' '.join(words[2:])
 
 def judge_write(prompt, answer, output):
-    """The share of the asked number of words that are of the right kind, not ruled out and not
-    repeated; too many words count against it"""
+    """The share of the asked number of words that are of the right kind,
+    not ruled out and not repeated; too many words count against it"""
     kind = next(v for v in ATTRIBUTES.values() if answer.split()[0] in v)
     n, said = len(answer.split()), output.split()
     return len({x for x in said if x in kind and x not in prompt.split()}) / max(n, len(said), 1)
@@ -361,8 +366,8 @@ def new_format(w, r, level):
     return 'answer as json : ' + r.choice(ASK).format(a=a, p=p), f'{{ {a} : {w.facts[p, a]} }}'
 
 def new_procedure(w, r, level):
-    """The letters in zigzag: first, last, second, last but one, ... Level 1: 3 or 4 letters, 2: 5
-    or 6, 3: 7 or 8."""
+    """The letters in zigzag: first, last, second, last but one, ...
+    Level 1: 3 or 4 letters, 2: 5 or 6, 3: 7 or 8."""
     x = [r.choice(LETTERS) for _ in range(r.choice(((3, 4), (5, 6), (7, 8))[level - 1]))]
     return r.choice(['zigzag {x} =', 'list {x} zigzag :', 'the letters {x} zigzag are']).format(
         x=' '.join(x)), ' '.join(zigzag(x))
@@ -380,7 +385,8 @@ SKILLS = {s.name: s for s in [
     Skill('boxes', boxes, .08), Skill('classify', classify, .08), Skill('regress', regress, .06),
     *(Skill(k, language_skills[k], wt) for k, wt in (('tavi', .05), ('oruk', .05),
                                                      ('selen', .012))),
-    Skill('review', review, .03), Skill('summary', summary, .03), Skill('stack', stack, .08), Skill('tool', tool, .025),
+    Skill('review', review, .03), Skill('summary', summary, .03), Skill('stack', stack, .08),
+    Skill('tool', tool, .025),
     Skill('refuse', refuse, .02), Skill('write', write, .02, judge_write),
     Skill('new-language', language_skills['zuma']), Skill('new-facts', new_facts),
     Skill('changed-rule', changed_rule, replaces='sort'),
@@ -397,8 +403,8 @@ def is_lab(tok) -> bool:
 
 # %% ../../nbs/lab/world.ipynb #0023ca4a
 class LabWorld:
-    """A seeded text world: facts, dictionaries, a refusal rule, and skills that draw questions from
-    them"""
+    """A seeded text world:
+    facts, dictionaries, a refusal rule, and skills that draw questions from them"""
     def __init__(self, seed:int=0): # the world's seed; the shipped models grew up in world 0
         self.seed, r = seed, random.Random(seed)
         names = r.sample(PEOPLE, len(PEOPLE))
@@ -437,8 +443,8 @@ class LabWorld:
 
     def rows(self, skill:str, n:int=400, split:str='test', seed:int=0,
              level:int|None=None) -> list[dict]:
-        """`n` different rows of one skill; raises `ValueError` if the skill has no `n` different
-        questions in that split"""
+        """`n` different rows of one skill;
+        raises `ValueError` if the skill has no `n` different questions in that split"""
         out, tried = {}, 0
         for row in self.stream(skill, split, seed, level):
             out.setdefault(row['prompt'], row)

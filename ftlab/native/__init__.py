@@ -13,9 +13,9 @@ from pathlib import Path
 # %% ../../nbs/native/kernels.ipynb #00054bc2
 _PUBLIC = dict(backend='extension', build='extension', perturb_='perturb',
                restore_update_='perturb', low_halves='perturb',
-    kth_magnitude='magnitude', unpack_mask='magnitude', SparseAdamW='adamw', rows='adamw',
+               kth_magnitude='magnitude', unpack_mask='magnitude', SparseAdamW='adamw', rows='adamw',
                columns='adamw', blocks='adamw', selected_linear='adamw',
-    weighted_linear_cross_entropy='crossentropy', Ternary='ternary', pack_ternary='ternary',
+               weighted_linear_cross_entropy='crossentropy', Ternary='ternary', pack_ternary='ternary',
                unpack_ternary='ternary', add_ternary_='ternary')
 
 __all__ = sorted([*_PUBLIC, 'gpu_table'])
@@ -41,8 +41,10 @@ def _gpu_results(folder=None):
 def gpu_table(kernel:str,       # 'perturb', 'magnitude', 'adamw', 'crossentropy' or 'ternary'
               folder=None       # where the results are; None: this checkout's `bench/results`, or the package's
               ) -> object: # a pandas.DataFrame, or None
-    """What `make gpu` measured of a kernel: a row for each contestant on each card, with milliseconds (median and quartiles) and, where the bytes
-    that must move are known, the share of the bandwidth that a copy reached. Says so, and returns None, where no GPU has measured it."""
+    """What `make gpu` measured of a kernel: a row for each contestant on each card, with
+    milliseconds (median and quartiles) and, where the bytes that must move are known, the share
+    of the bandwidth that a copy reached. Says so, and returns None, where no GPU has measured
+    it."""
     import pandas as pd
     rows = []
     for result in _gpu_results(folder):
@@ -55,7 +57,7 @@ def gpu_table(kernel:str,       # 'perturb', 'magnitude', 'adamw', 'crossentropy
                 share = round(r['gb_per_s']/copy, 2) if copy and r.get('gb_per_s') else None
                 rows.append({'card': result['card'], 'of': piece, 'what': r['what'],
                              'ms': r['median_ms'], 'from': r['low_ms'], 'to': r['high_ms'],
-                    'of a copy': share, 'extra MB': None if r.get('extra_bytes') is None
+                             'of a copy': share, 'extra MB': None if r.get('extra_bytes') is None
                              else round(r['extra_bytes']/1e6, 1)})
     if not rows:
         print('Not yet run on a GPU: `make gpu` measures it.')

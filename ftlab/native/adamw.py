@@ -95,18 +95,31 @@ def _of_mask(mask):
                          (mask.reshape(-1, mask.shape[-1]).T, lambda m: (1, len(m)))):
             if torch.equal(some := m.any(1), m.all(1)):
                 return _runs(some.nonzero().flatten(), *shape(m))
-    return (_runs(mask.flatten().nonzero().flatten()) if 32*k <= n
-            and n < 2**31 else _bits(mask.flatten()))
+    flat = mask.flatten()
+    return _runs(flat.nonzero().flatten()) if 32*k <= n and n < 2**31 else _bits(flat)
 
 # %% ../../nbs/native/adamw.ipynb #000900e1
-def _choose(p, selection):
-    "The layout of a selection of `p`; raises `ValueError` for what is no selection of it"
+def _check_parameter(p):
     if type(p) is not Tensor:
         raise ValueError(f'the parameter is a {type(p).__name__}; it must be a plain tensor, whole on one device')
     if p.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f'the parameter is {p.dtype}; it must be float32, bfloat16 or float16')
     if not p.is_contiguous():
         raise ValueError(f'the parameter is not contiguous (strides {p.stride()}); give it as it is stored')
+
+def _mask_of_indices(i, p):
+    "A bool mask of `p`, true at these places of the flat tensor"
+    n = p.numel()
+    if i.ndim != 1 or len(i) and (i.min() < 0 or i.max() >= n):
+        raise ValueError(f'indices must be flat and from 0 to {n - 1}; their shape is {tuple(i.shape)}')
+    if (i[1:] <= i[:-1]).any():
+        raise ValueError('indices must be ascending, each once; sort them')
+    flags = torch.zeros(n, dtype=torch.bool, device=p.device)
+    return flags.index_fill_(0, i.long(), True).view(p.shape)
+
+def _choose(p, selection):
+    "The layout of a selection of `p`; raises `ValueError` for what is no selection of it"
+    _check_parameter(p)
     if selection is True:
         return _whole(p.numel(), p.device)
     if isinstance(selection, Part):
@@ -126,12 +139,7 @@ def _choose(p, selection):
             raise ValueError(f'the bit mask has bits set beyond the last of {n} numbers')
         s = unpack_mask(s, p)
     if s.dtype in (torch.int32, torch.int64):
-        if s.ndim != 1 or len(s) and (s.min() < 0 or s.max() >= n):
-            raise ValueError(f'indices must be flat and from 0 to {n - 1}; their shape is {tuple(s.shape)}')
-        if (s[1:] <= s[:-1]).any():
-            raise ValueError('indices must be ascending, each once; sort them')
-        s = torch.zeros(n, dtype=torch.bool, device=p.device).index_fill_(0, s.long(), True).view(
-            p.shape)
+        s = _mask_of_indices(s, p)
     if s.dtype != torch.bool:
         raise ValueError(f'the selection is {s.dtype}; a mask is bool (or uint8, a bit for each '
                          'number), indices are int32 or int64')
@@ -150,16 +158,16 @@ def _places(p, at, length, stride):
 # %% ../../nbs/native/adamw.ipynb #000d00e1
 def _step(tensors, first, second, grads, at, before, lengths, strides, rates, roots, beta1, beta2,
           eps, decay, dense):
-    """AdamW for the chosen entries, in torch: rates are lr/(1 - beta1^t), roots 1/sqrt(1 -
-    beta2^t), decay 1 - lr*weight_decay"""
+    """AdamW for the chosen entries, in torch:
+    rates are lr/(1 - beta1^t), roots 1/sqrt(1 - beta2^t), decay 1 - lr*weight_decay"""
     for p, m, v, g, a, length, stride, rate, root in zip(tensors, first, second, grads, at, lengths,
                                                          strides, rates, roots):
         i, flat = _places(p, a, length, stride), p.view(-1)
         g = (g.view(-1)[i] if dense else g).float()
         m.add_((g - m)*(1 - beta1))
         v.mul_(beta2).add_(g*(1 - beta2)*g)
-        flat[i] = (flat[i].float()*decay - m*rate/(v.double().sqrt().float()*root + eps)).to(
-            p.dtype)
+        move = m*rate/(v.double().sqrt().float()*root + eps)
+        flat[i] = (flat[i].float()*decay - move).to(p.dtype)
 
 def _gather(out, dense, at, before, lengths, strides, add):
     "List the chosen entries of dense gradients, float32, or add them to what is listed"
@@ -172,10 +180,11 @@ def _gather(out, dense, at, before, lengths, strides, add):
 
 # %% ../../nbs/native/adamw.ipynb #000e00e1
 _WHICH = 'Tensor[] at, Tensor[] before, int[] lengths, int[] strides'
-for _name, _schema, _plain in (('sparse_adamw_', '(Tensor(a!)[] tensors, Tensor(b!)[] first, '
-                                f'Tensor(c!)[] second, Tensor[] grads, {_WHICH}, '
-            'float[] rates, float[] roots, float beta1, float beta2, float eps, float decay, bool dense) -> ()', _step),
-        ('gather_', f'(Tensor(a!)[] out, Tensor[] dense, {_WHICH}, bool add) -> ()', _gather)):
+_STEP = ('(Tensor(a!)[] tensors, Tensor(b!)[] first, Tensor(c!)[] second, Tensor[] grads, '
+         f'{_WHICH}, float[] rates, float[] roots, float beta1, float beta2, float eps, '
+         'float decay, bool dense) -> ()')
+_GATHER = f'(Tensor(a!)[] out, Tensor[] dense, {_WHICH}, bool add) -> ()'
+for _name, _schema, _plain in (('sparse_adamw_', _STEP, _step), ('gather_', _GATHER, _gather)):
     torch.library.define(f'ftlab::{_name}', _schema)
     torch.library.impl(f'ftlab::{_name}', 'CompositeExplicitAutograd', _plain)
 
@@ -223,8 +232,8 @@ def _flags(p, c): # a bool for each number: is it chosen?
     return flags
 
 def _dense(p, s): # the dense gradient, as the operators take it
-    if p.grad.layout != torch.strided or p.grad.dtype != p.dtype or p.grad.device != s[
-        'exp_avg'].device:
+    if (p.grad.layout != torch.strided or p.grad.dtype != p.dtype
+            or p.grad.device != s['exp_avg'].device):
         raise ValueError(f'the gradient is {p.grad.dtype}, {p.grad.layout}, on {p.grad.device}; it '
                          f'must be {p.dtype}, dense, on {s["exp_avg"].device}, where '
                          'the parameter was when the optimiser was made')
@@ -341,18 +350,18 @@ class _Narrow(torch.autograd.Function):
         need = ctx.needs_input_grad
         flat, y = x.reshape(-1, x.shape[-1]).to(go.dtype), go.reshape(-1, go.shape[-1])
         dx = (go @ W.to(go.dtype)).to(x.dtype) if need[0] else None
-        part = (torch.cat([(y[:, r].T @ flat[:, c]).flatten() for r, c in ctx.rectangles]).to(
-            ctx.to) if need[1] else None)
+        part = (torch.cat([(y[:, r].T @ flat[:, c]).flatten()
+                           for r, c in ctx.rectangles]).to(ctx.to) if need[1] else None)
         return dx, part, None, y.sum(0) if need[3] else None, None
 
 def selected_linear(x:Tensor,            # (..., in)
                     weight:Tensor,       # (out, in); gets no gradient itself
-                    part:Tensor,         # gets the gradient of the chosen entries: flat and ascending, or shaped as weight[rows] or weight[:, columns]
+                    part:Tensor,         # gets the gradient: flat, ascending, or as weight[rows] or weight[:, columns]
                     selection:Part|Tensor|bool, # rows(...), columns(...), blocks(...), a mask of such, or True
                     bias:Tensor|None=None# (out,)
                     ) -> Tensor:         # (..., out)
-    """`F.linear(x, weight, bias)` whose backward pass computes the weight's gradient for the
-    selection only. Raises `ValueError` if the selection is scattered."""
+    """`F.linear(x, weight, bias)` whose backward pass computes the weight's gradient
+    for the selection only. Raises `ValueError` if the selection is scattered."""
     c = _choose(weight.detach(), selection)
     k = _count(weight, c)
     if part.numel() != k:
@@ -361,10 +370,13 @@ def selected_linear(x:Tensor,            # (..., in)
 
 # %% ../../nbs/native/adamw.ipynb #001e00e1
 class SparseAdamW(torch.optim.Optimizer):
-    """AdamW for selected entries: moments, weight decay and gradients for these alone. With everything selected it is torch's AdamW, to rounding.
-    Moments are float32. A parameter without a gradient is passed over in that step. Raises `ValueError` for what is no selection."""
-    def __init__(self, selected:Mapping|Iterable,     # {parameter: selection}, or pairs of them, or param groups dict(selected=..., lr=...)
-                 lr:float=1e-3,                       # learning rate; a schedule sets it in `param_groups`, as with torch
+    """AdamW for selected entries: moments, weight decay and gradients for these alone.
+
+    With everything selected it is torch's AdamW, to rounding. A param group is
+    dict(selected=..., lr=...). Moments are float32. A parameter without a gradient is passed over
+    in that step. Raises `ValueError` for what is no selection."""
+    def __init__(self, selected:Mapping|Iterable,     # {parameter: selection}, pairs of them, or param groups
+                 lr:float=1e-3,                       # learning rate; a schedule sets it in `param_groups`
                  betas:tuple[float, float]=(.9, .999),# how much of the old moments stays at each step
                  eps:float=1e-8,                      # added to the root of the second moment
                  weight_decay:float=0.):              # decoupled, for the selected entries only; off unless asked for
@@ -375,12 +387,15 @@ class SparseAdamW(torch.optim.Optimizer):
                   and isinstance(selected[0], dict) else [dict(selected=selected)])
         super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
-    def __setstate__(self, state): # a copy has the settings, moments and selection; no gradients and no hooks
+    # a copy has the settings, moments and selection; no gradients and no hooks
+    def __setstate__(self, state):
         super().__setstate__(state)
         if '_lists' not in vars(self):
             self._lists = _Lists(self)
 
-    def add_param_group(self, param_group:dict): # dict(selected={parameter: selection}), and what differs from the defaults
+    def add_param_group(self,
+                        param_group:dict # dict(selected={parameter: selection}), and what differs
+                       ):
         "Add parameters with settings of their own"
         group = dict(param_group)
         pairs = _pairs(group.pop('selected'))
@@ -392,8 +407,11 @@ class SparseAdamW(torch.optim.Optimizer):
             self.gather()
 
     @torch.no_grad()
-    def step(self, closure:Callable|None=None): # computes the loss anew, as with torch's optimisers; its value is returned
-        "Take one step, with the gathered gradients, or the dense ones where there are none"
+    def step(self,
+             closure:Callable|None=None # computes the loss anew, as with torch's optimisers
+            ):
+        """Take one step, with the gathered gradients, or the dense ones where there are none;
+        returns what the closure does"""
         loss, of = None, self._lists.of
         if closure is not None:
             with torch.enable_grad():
@@ -421,7 +439,9 @@ class SparseAdamW(torch.optim.Optimizer):
             s['step'] = k
         torch.autograd.graph.increment_version(ps)
 
-    def zero_grad(self, set_to_none:bool=True): # False: dense gradients and lists are filled with zeros instead of freed
+    def zero_grad(self,
+                  set_to_none:bool=True # False: gradients are filled with zeros instead of freed
+                 ):
         "Forget the gradients, dense and gathered"
         super().zero_grad(set_to_none)
         if set_to_none:
@@ -429,22 +449,25 @@ class SparseAdamW(torch.optim.Optimizer):
         else:
             [g.zero_() for g in self._lists.of.values()]
 
-    def gather(self, on:bool=True) -> SparseAdamW: # False: gradients stay where autograd puts them, as at first
-        """From now on, take the selected entries of each gradient as soon as it is there, and free
-        it: `p.grad` is None after `backward`"""
+    def gather(self,
+               on:bool=True   # False: gradients stay where autograd puts them, as at first
+              ) -> SparseAdamW:
+        """From now on, take the selected entries of each gradient as soon as it is there,
+        and free it: `p.grad` is None after `backward`"""
         self._lists.listen(on)
         return self
 
-    def grads(self) -> list[Tensor]: # flat, float32, one for each parameter that has a gradient; change them in place to change the step
-        "The gradients of the selected entries; dense ones that are there are gathered first"
+    def grads(self) -> list[Tensor]: # flat, float32, one for each parameter that has a gradient
+        """The gradients of the selected entries; dense ones that are there are gathered first.
+        Change them in place to change the step."""
         ps = [p for g in self.param_groups for p in g['params']]
         self._lists.take(ps)
         return [self._lists.of[p] for p in ps if p in self._lists.of]
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm:float) -> Tensor: # math.inf: only measure
-        """Scale the selected entries' gradients so that their norm is at most `max_norm`; returns
-        the norm before, which is not finite if any of them is not"""
+        """Scale the selected entries' gradients so that their norm is at most `max_norm`;
+        returns the norm before, which is not finite if any of them is not"""
         grads = self.grads()
         norm = torch.nn.utils.get_total_norm(grads)
         scale = (max_norm/(norm + 1e-6)).clamp(max=1.)
@@ -454,8 +477,8 @@ class SparseAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def select(self, parameter:Tensor, selection:Tensor|Part|bool):
-        """Select other entries. Moments of those that stay are kept, new ones begin at zero; the
-        step count goes on. A gathered gradient is dropped."""
+        """Select other entries. Moments of those that stay are kept, new ones begin at zero;
+        the step count goes on. A gathered gradient is dropped."""
         if parameter not in self.state:
             raise ValueError('this optimiser does not have the parameter; add_param_group adds it')
         p, s = parameter, self.state[parameter]
@@ -471,8 +494,8 @@ class SparseAdamW(torch.optim.Optimizer):
         return _flags(parameter, self.state[parameter]).view(parameter.shape)
 
     def narrow(self, linear:nn.Linear, on:bool=True):
-        """Let the layer's backward pass compute the gradient of the selected rows, columns or
-        blocks of its weight only; False: as before"""
+        """Let the layer's backward pass compute the gradient of the selected rows,
+        columns or blocks of its weight only; False: as before"""
         vars(linear).pop('forward', None)
         if not on:
             return
@@ -488,8 +511,8 @@ class SparseAdamW(torch.optim.Optimizer):
         linear.forward = forward
 
     def load_state_dict(self, state_dict:dict):
-        """Go on from what `state_dict()` gave: settings, moments, and the selection. Raises
-        `ValueError`, and changes nothing, if it is of other parameters."""
+        """Go on from what `state_dict()` gave: settings, moments, and the selection.
+        Raises `ValueError`, and changes nothing, if it is of other parameters."""
         ps = [p for g in self.param_groups for p in g['params']]
         ids = [i for g in state_dict['param_groups'] for i in g['params']]
         if len(ps) != len(ids) or any(i not in state_dict['state'] for i in ids):

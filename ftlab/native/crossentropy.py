@@ -26,8 +26,8 @@ def _times(e, d):
     return torch.where(e == 0, 0., e*d)
 
 def _prices(logits, labels, other=None, reverse=False):
-    """[4, rows], with a reference [7, rows]: nll, entropy, largest logit, sum of e**(logit -
-    largest); KL, the reference's largest and sum"""
+    """[4, rows], with a reference [7, rows]:
+    nll, entropy, largest logit, sum of e**(logit - largest); KL, the reference's largest and sum"""
 
     def row(x):
         x = _wide(x)
@@ -60,10 +60,11 @@ def _gradient_(logits, labels, prices, weight, other=None, kl=0., reverse=False)
     logits.copy_(g)
 
 # %% ../../nbs/native/crossentropy.ipynb #00075c1c
-for _name, _schema, _plain in (('row_prices', '(Tensor logits, Tensor labels, Tensor? other, bool '
-                                'reverse) -> Tensor', _prices),
-        ('row_gradient_', '(Tensor(a!) logits, Tensor labels, Tensor prices, Tensor weight, Tensor? '
-         'other, float kl, bool reverse) -> ()', _gradient_)):
+_PRICES = '(Tensor logits, Tensor labels, Tensor? other, bool reverse) -> Tensor'
+_GRADIENT = ('(Tensor(a!) logits, Tensor labels, Tensor prices, Tensor weight, Tensor? other, '
+             'float kl, bool reverse) -> ()')
+for _name, _schema, _plain in (('row_prices', _PRICES, _prices),
+                               ('row_gradient_', _GRADIENT, _gradient_)):
     torch.library.define(f'ftlab::{_name}', _schema)
     torch.library.impl(f'ftlab::{_name}', 'CompositeExplicitAutograd', _plain)
 
@@ -96,8 +97,8 @@ def _most(words:int, size:int, device:torch.device) -> int:
     return max(_LEAST, _BUDGET//(words*size))
 
 class WeightedLoss(NamedTuple):
-    """What `weighted_linear_cross_entropy` found. Only `loss` carries a gradient; the rest has the
-    labels' shape, with 0 where there is no price."""
+    """What `weighted_linear_cross_entropy` found. Only `loss` carries a gradient;
+    the rest has the labels' shape, with 0 where there is no price."""
     loss: Tensor       # scalar: the sum over tokens of weight*nll + kl*KL
     nll: Tensor|None   # -log p of the label, in nats; so p is exp(-nll)
     entropy: Tensor|None # of the row's softmax, in nats
@@ -118,8 +119,8 @@ def _weights(weight, rows, nll, entropy):
     return w.detach().to(nll)
 
 def _chunks(labels, ignore, most):
-    """The rows with a price in even chunks: [(rows, how many)]; as a slice where they lie side by
-    side, which needs no copy"""
+    """The rows with a price in even chunks: [(rows, how many)];
+    as a slice where they lie side by side, which needs no copy"""
     index = (labels != ignore).nonzero().flatten()
     n = len(index)
     if n == 0:
@@ -137,14 +138,23 @@ def _ours(dtype, device):
     return dtype != torch.float64 and backend(device) != 'torch' # whether a kernel of ours takes these numbers
 
 # %% ../../nbs/native/crossentropy.ipynb #00105c1c
+def _add_gradients(grads, i, logits, h, head):
+    "What a chunk's rows `i`, states `h` and gradient of the logits add to the gradients asked for"
+    to_hidden, to_head, to_bias = grads
+    if to_hidden is not None:
+        to_hidden[i] = (logits @ head).to(to_hidden.dtype)
+    if to_head is not None and to_head.dtype == logits.dtype:
+        to_head.addmm_(logits.t(), h)
+    elif to_head is not None:
+        to_head.add_(logits.t() @ h)
+    if to_bias is not None:
+        to_bias += logits.sum(0, dtype=to_bias.dtype)
+
 def _pass(hidden, labels, own, reference, weight, kl, reverse, ignore, chunk, needs):
-    """All rows, chunk by chunk: nll, entropy, weight and KL of each, [3 or 4, rows], and the
-    gradients that `needs` asks for"""
-    (n, _) = hidden.shape
-    v = len(own[0])
-    dtype = hidden.dtype
-    device = hidden.device
-    ops = torch.ops.ftlab
+    """All rows, chunk by chunk:
+    nll, entropy, weight and KL of each, [3 or 4, rows], and the gradients that `needs` asks for"""
+    n, v = len(hidden), len(own[0])
+    dtype, device, ops = hidden.dtype, hidden.device, torch.ops.ftlab
     sums = torch.promote_types(dtype, torch.float32)
     wide = sums if device.type == 'cpu' else dtype # the type of sums, and of the products
     head, bias, *theirs = (None if t is None else t.detach().to(wide)
@@ -168,12 +178,7 @@ def _pass(hidden, labels, own, reference, weight, kl, reverse, ignore, chunk, ne
             known[3, i] = found[_KL]
         if any(needs):
             gradient_(logits, y, found, w, other, kl, reverse) # from here on, logits holds their gradient
-        if needs[0]:
-            grads[0][i] = (logits @ head).to(dtype)
-        if needs[1]:
-            grads[1].addmm_(logits.t(), h) if wide == sums else grads[1].add_(logits.t() @ h)
-        if needs[2]:
-            grads[2] += logits.sum(0, dtype=sums)
+            _add_gradients(grads, i, logits, h, head)
     return known, grads
 
 # %% ../../nbs/native/crossentropy.ipynb #00125c1c
@@ -190,8 +195,8 @@ class _Attach(torch.autograd.Function):
                                'gradients are found on the way, as plain numbers')
         if ctx.grads is None:
             raise RuntimeError('the gradients of this loss are used up; give retain_graph=True to the first backward')
-        # whether the caller said retain_graph=True
         grads = ctx.grads
+        # whether the caller said retain_graph=True
         kept = torch._C._autograd._get_current_graph_task_keep_graph()
         if not kept:
             ctx.grads = None # they are as large as the head: nobody needs two of them
@@ -209,8 +214,9 @@ def _torchs(hidden, head, labels, bias, ignore, chunk):
         hidden, labels = hidden[on], labels[on]
     size = max(4, head.itemsize) if head.device.type == 'cpu' else head.itemsize
     rows = chunk or _most(len(head), size, head.device)
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
     return F.linear_cross_entropy(hidden, head, labels, linear_bias=bias, reduction='sum',
-        options=torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows))
+                                  options=options)
 
 # %% ../../nbs/native/crossentropy.ipynb #00165c1c
 _TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -244,7 +250,7 @@ def _check_reference(reference, hidden, head, labels, kl):
                 labels.shape)
     if (len(other), z.dtype, z.device) != (len(head), hidden.dtype, hidden.device):
         raise ValueError(f"the reference's head has {len(other)} words, {z.dtype} on {z.device}, "
-            f'but the head has {len(head)}, {hidden.dtype} on {hidden.device}; they must be alike')
+                         f'but the head has {len(head)}, {hidden.dtype} on {hidden.device}; they must be alike')
 
 def _check(hidden, head, labels, weight, bias, ignore, kl, direction, chunk):
     if labels.dtype != torch.int64:
@@ -255,8 +261,8 @@ def _check(hidden, head, labels, weight, bias, ignore, kl, direction, chunk):
     if ((labels != ignore) & ((labels < 0) | (labels >= len(head)))).any():
         raise ValueError('a label is no word of the head; labels must be from 0 to '
                          f'{len(head) - 1}, or {ignore} where there is no price')
-    if isinstance(weight, Tensor) and (weight.shape,
-                                       weight.device) != (labels.shape, labels.device):
+    if isinstance(weight, Tensor) and (weight.shape != labels.shape
+                                       or weight.device != labels.device):
         raise ValueError(f'weight has the shape {tuple(weight.shape)} on {weight.device}; it must '
                          f'be that of labels, {tuple(labels.shape)} on {labels.device}')
     if not (weight is None or isinstance(weight, Tensor) or callable(weight)):
@@ -272,20 +278,24 @@ def _check(hidden, head, labels, weight, bias, ignore, kl, direction, chunk):
 def weighted_linear_cross_entropy(
     hidden:Tensor,                    # [..., H]: the states that the head sees; float32, bfloat16, float16 or float64
     head:Tensor,                      # [V, H]: the head's weight, of the type of hidden
-    labels:Tensor,                    # [...], int64: for each state the word it should have said; so it is the caller who shifts
-    weight:Tensor|Callable|None=None, # [...], or a function (nll, entropy) -> weights of some rows; taken as constants; None: 1
+    labels:Tensor,                    # [...], int64: for each state the word it should have said (the caller shifts)
+    weight:Tensor|Callable|None=None, # [...], or a function (nll, entropy) -> weights, taken as constants; None: 1
     *,
     bias:Tensor|None=None,            # [V]: the head's, where it has one
     ignore_index:int=-100,            # the label of what carries no price
-    reference:tuple|None=None,        # another model's (hidden, head) or (hidden, head, bias), to keep near to; gets no gradient
+    reference:tuple|None=None,        # another model's (hidden, head) or (hidden, head, bias); gets no gradient
     kl:float=0.,                      # the price of one nat of distance from it, at each token with a price
     direction:str='forward',          # 'forward': KL(reference || model); 'reverse': KL(model || reference)
-    chunk:int|None=None,              # rows at a time; None: as many as make 64 MB of logits, and 256 at least; more on a GPU ("Chunk by chunk"). Changes rounding, time and memory only
-    prices:bool=True                  # False: only the loss is asked for, the rest is None; see "Where torch's own is better"
+    chunk:int|None=None,              # rows at a time; None: as many as make 64 MB of logits, 256 at least
+    prices:bool=True                  # False: only the loss is asked for, the rest is None
     ) -> WeightedLoss:
-    """The sum over tokens of `weight*nll + kl*KL`, without ever holding all logits; its gradients are found in the same pass.
-    A sum: divide it by what the mean is to be over, usually the number of tokens with a price in all batches of the step.
-    A function as `weight` is given the rows of one chunk, flat, so it must judge each row by itself. Under autocast all is of autocast's type.
+    """The sum over tokens of `weight*nll + kl*KL`, without ever holding all logits.
+
+    Its gradients are found in the same pass. It is a sum: divide it by what the mean is to be over,
+    usually the number of tokens with a price in all batches of the step. A function as `weight` is
+    given the rows of one chunk, flat, so it must judge each row by itself. `chunk` changes
+    rounding, time and memory only; its default is more on a GPU ("Chunk by chunk"). For
+    `prices=False` see "Where torch's own is better". Under autocast all is of autocast's type.
     Raises `ValueError` for what does not fit together, `RuntimeError` for a second derivative."""
     kind = hidden.device.type
     reference = None if reference is None else tuple(reference)

@@ -30,24 +30,25 @@ def compiler() -> str|None:
 
 def nvcc() -> str|None:
     "NVIDIA's compiler, from the path or $CUDA_HOME, or None"
-    return (shutil.which('nvcc')
-            or shutil.which('nvcc', path=str(Path(os.environ.get('CUDA_HOME') or '/usr/local/cuda')/'bin')))
+    toolkit = Path(os.environ.get('CUDA_HOME') or '/usr/local/cuda')
+    return shutil.which('nvcc') or shutil.which('nvcc', path=str(toolkit/'bin'))
 
 def with_cuda() -> bool:
-    """Whether a build holds the CUDA side: torch knows CUDA and nvcc is there; FTLAB_NATIVE=cuda
-    demands it of any torch"""
+    """Whether a build holds the CUDA side: torch knows CUDA and nvcc is there;
+    FTLAB_NATIVE=cuda demands it of any torch"""
     return bool(nvcc()) and (torch.version.cuda is not None or os.environ.get('FTLAB_NATIVE') == 'cuda')
 
 def cards() -> list[str]:
-    """nvcc's flags for the cards that a build is for: sm_80, sm_90 and later ones; or those of $FTLAB_CUDA_ARCH, such as 90 or 80,90.
-    Raises `ValueError` for anything else there."""
+    """nvcc's flags for the cards that a build is for: sm_80, sm_90 and later ones; or those
+    of $FTLAB_CUDA_ARCH, such as 90 or 80,90. Raises `ValueError` for anything else there."""
     asked = os.environ.get('FTLAB_CUDA_ARCH')
     if not asked:
         return ['-gencode', 'arch=compute_80,code=sm_80', '-gencode', 'arch=compute_90,code=[sm_90,compute_90]']
     if not re.fullmatch(r'\d{2,3}[af]?(,\d{2,3}[af]?)*', asked):
         raise ValueError(f'FTLAB_CUDA_ARCH is {asked!r}; it must be compute capabilities without '
                          'their dots, such as 90 or 80,90')
-    return [flag for a in asked.split(',') for flag in ('-gencode', f'arch=compute_{a},code=sm_{a}')]
+    return [flag for a in asked.split(',')
+            for flag in ('-gencode', f'arch=compute_{a},code=sm_{a}')]
 
 def _cuda_libraries():  # nvcc may be a script that lies elsewhere than its toolkit
     homes = (os.environ.get('CUDA_HOME'), Path(nvcc()).resolve().parent.parent, '/usr/local/cuda')
@@ -77,8 +78,8 @@ def cache_folder() -> Path:
                 or Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'ftlab')/'native'
 
 def find() -> Path|None:
-    """A build of these very sources: beside the package, from its installation, or in the cache; or
-    None"""
+    """A build of these very sources:
+    beside the package, from its installation, or in the cache; or None"""
     return next((p for folder in (_SOURCES.parent, cache_folder())
                  for p in folder.glob(f'_C_{key()}*') if p.suffix in ('.so', '.pyd')), None)
 
@@ -89,7 +90,8 @@ def extension(work:str|Path  # a folder for intermediate files
     from torch.utils.cpp_extension import CppExtension
     sources, more = [os.path.relpath(p) for p in sorted(_SOURCES.glob('*.cpp'))], {}
     if with_cuda():
-        # before 2.13 the stream is asked of torch's own CUDA library, which a linker that drops the unneeded would not look into
+        # before 2.13 the stream is asked of torch's own CUDA library,
+        # which a linker that drops the unneeded would not look into
         torchs = ['torch_cuda'] if torch.version.cuda and not _asks_stream() else []
         more = dict(extra_objects=[str(p) for p, _ in compile_cuda(work)], define_macros=[('FTLAB_CUDA', None)],
             library_dirs=_cuda_libraries(), libraries=[*torchs, 'cudart_static', 'dl', 'rt', 'pthread'])
@@ -110,8 +112,9 @@ def _compile_one(f, folder):
 
 def compile_cuda(folder:str|Path  # where the objects go
                  ) -> list[tuple[Path, str]]:
-    """Compile every .cu file for the cards of `cards`, as many at once as there are processors: (object, nvcc's report of registers and spills) each.
-    Raises `RuntimeError` with nvcc's message."""
+    """Compile every .cu file for the cards of `cards`, as many at once as there are processors:
+    (object, nvcc's report of registers and spills) each. Raises `RuntimeError` with nvcc's
+    message."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda f: _compile_one(f, folder), sorted(_SOURCES.glob('*.cu'))))
@@ -127,8 +130,8 @@ def _compile(folder):
     command.run()
 
 def build() -> Path:
-    """Compile the extension into the cache, unless it is there; returns the file. Raises
-    `RuntimeError` with the compiler's message if it cannot be done."""
+    """Compile the extension into the cache, unless it is there; returns the file.
+    Raises `RuntimeError` with the compiler's message if it cannot be done."""
     if made := find():
         return made
     if not compiler():
@@ -160,7 +163,7 @@ def _loaded():
 def _warn(why):
     warnings.warn('ftlab.native: torch does the work of the C++ kernels, slower and with more '
                   f'memory, as {why}\nTo mend: see that a C++ compiler '
-        'and setuptools are installed, then call ftlab.native.build(). To keep torch without this '
+                  'and setuptools are installed, then call ftlab.native.build(). To keep torch without this '
                   'warning: FTLAB_NATIVE=torch.', RuntimeWarning, stacklevel=4)
 
 def backend(device:str|torch.device='cpu' # where the tensors are

@@ -17,8 +17,8 @@ _NAN = {torch.float32: 0x7f800001, torch.bfloat16: 0x7f81, torch.float16: 0x7c01
 
 def keys(x:Tensor # float32, bfloat16 or float16
          ) -> Tensor:
-    """The magnitude of each number as a whole number, int32: greater where the magnitude is; one
-    key for all NaN, above infinity's"""
+    """The magnitude of each number as a whole number, int32: greater where the magnitude is;
+    one key for all NaN, above infinity's"""
     b = (x.view(torch.int32) & 0x7fffffff if x.dtype == torch.float32
          else x.view(torch.int16).to(torch.int32) & 0x7fff)
     return b.clamp(max=_NAN[x.dtype])
@@ -31,8 +31,8 @@ def _value(key, dtype): # the magnitude that a key stands for
 
 # %% ../../nbs/native/magnitude.ipynb #00096d06
 def _find(tensors, k, drop):
-    """The cut for ranks drop to drop + k - 1 over all tensors: [low key, high key, equal to low
-    taken, equal to high skipped]"""
+    """The cut for ranks drop to drop + k - 1 over all tensors:
+    [low key, high key, equal to low taken, equal to high skipped]"""
     x = torch.cat([keys(t).flatten() for t in tensors])
 
     def rank(r):
@@ -62,9 +62,8 @@ def _write(tensors, found, out):
         if o.dtype == torch.int32:
             o.copy_(c.nonzero().flatten())
         else:
-            o.copy_((torch.nn.functional.pad(c.to(torch.int64),
-                                             (0, -len(c) % 8)).view(-1, 8) << torch.arange(
-                                                 8, device=c.device)).sum(1))
+            eights = torch.nn.functional.pad(c.to(torch.int64), (0, -len(c) % 8)).view(-1, 8)
+            o.copy_((eights << torch.arange(8, device=c.device)).sum(1))
 
 # %% ../../nbs/native/magnitude.ipynb #000a6d06
 for _name, _schema, _plain in (('kth_find', '(Tensor[] tensors, int k, int drop) -> Tensor', _find),
@@ -112,14 +111,17 @@ def _check(tensors, k, drop, give):
 
 # %% ../../nbs/native/magnitude.ipynb #00126d06
 @torch.no_grad()
-def kth_magnitude(tensors:Tensor|Sequence[Tensor], # one tensor, or several that are ranked together; contiguous, of one type
+def kth_magnitude(tensors:Tensor|Sequence[Tensor], # one, or several that are ranked together; contiguous, of one type
                   k:int,                 # how many are chosen
-                  give:str='threshold',  # 'threshold', 'mask' (uint8, a bit for each number) or 'indices' (int32, ascending, into the flat tensor)
+                  give:str='threshold',  # 'threshold', 'mask' or 'indices'
                   drop:int=0             # how many of the largest are passed over first
                   ) -> float|tuple[float, float]|Tensor|list[Tensor]:
-    """Choose the k numbers of largest magnitude, exactly; ties go to the lowest index. NaN counts as larger than infinity.
-    The threshold is the smallest magnitude chosen; with `drop`, a pair: that, and the smallest that was dropped.
-    A mask or indices come for each tensor, in a list if a list was given. Raises `ValueError` for what cannot be ranked."""
+    """Choose the k numbers of largest magnitude, exactly; ties go to the lowest index.
+
+    NaN counts as larger than infinity. The threshold is the smallest magnitude chosen; with `drop`,
+    a pair: that, and the smallest that was dropped. A mask (uint8, a bit for each number) or
+    indices (int32, ascending, into the flat tensor) come for each tensor, in a list if a list was
+    given. Raises `ValueError` for what cannot be ranked."""
     single = isinstance(tensors, Tensor)
     ts = [tensors] if single else list(tensors)
     _check(ts, k, drop, give)
@@ -141,6 +143,6 @@ def unpack_mask(mask:Tensor,     # uint8, as `kth_magnitude` gives it: bit j of 
                 like:Tensor      # the tensor that it is for
                 ) -> Tensor:
     "A bit mask as a bool tensor of the shape of `like`, eight times as large"
-    return (mask.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8,
-                                              device=mask.device) & 1).flatten()[
-                                                  :like.numel()].bool().view(like.shape)
+    places = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    bits = (mask.unsqueeze(1) >> places & 1).flatten()
+    return bits[:like.numel()].bool().view(like.shape)

@@ -22,8 +22,8 @@ def philox(seed:int,         # the key, 64 bits
            tensor:int,       # counter words 2 and 3: which tensor
            position:Tensor   # counter words 0 and 1, int64: where in the tensor
            ) -> list[Tensor]:
-    """Philox4x32-10: four int64 tensors of the shape of `position`, each holding 32 random bits a
-    number"""
+    """Philox4x32-10:
+    four int64 tensors of the shape of `position`, each holding 32 random bits a number"""
     a, b = position & _LOW, position >> 32 & _LOW
     c, d = torch.full_like(a, tensor & _LOW), torch.full_like(a, tensor >> 32 & _LOW)
     k0, k1 = seed & _LOW, seed >> 32 & _LOW
@@ -85,7 +85,9 @@ def noise(seed:int,          # the key
     return (1 - 2*(w >> k & 1)).to(torch.float32).flatten()
 
 # %% ../../nbs/native/perturb.ipynb #00158850
-def _split(v): # bfloat16 and an int16 that together are a float32: the upper half rounded (halves away from 0), and the signed rest
+def _split(v):
+    """bfloat16 and an int16 that together are a float32:
+    the upper half rounded (halves away from 0), and the signed rest"""
     b = torch.where(v.isnan(), 0x7fc00000, v.view(torch.int32)).to(torch.int64)
     low = b & 0xffff
     return ((b + 0x8000) >> 16).to(torch.int16).view(torch.bfloat16), torch.where(
@@ -157,14 +159,16 @@ def _move(tensors, seed, scale, decay, dist, low, first):
 
 @torch.no_grad()
 def perturb_(tensors:Sequence[Tensor],    # contiguous; float32, bfloat16 or float16; on any device
-             seed:int,                    # fixes the direction: the same seed, list of tensors and dist give the same numbers everywhere
+             seed:int,                    # fixes the direction
              scale:float,                 # how far, in standard deviations of the direction
              dist:str='normal',           # 'normal' or 'rademacher' (each number +1 or -1)
              low:Sequence[Tensor]=(),     # for bfloat16: what `low_halves` gave; the tensors then move as float32 would
-             first:int=0                  # the number of the first tensor, where a model is moved some tensors at a time
+             first:int=0                  # number of the first tensor, where a model is moved some tensors at a time
              ) -> None:
-    """Add `scale*z(seed)` to each tensor, in place, without memory for `z`. Raises `ValueError` for
-    what it cannot move."""
+    """Add `scale*z(seed)` to each tensor, in place, without memory for `z`.
+
+    The same seed, list of tensors and dist give the same numbers everywhere.
+    Raises `ValueError` for what it cannot move."""
     tensors, low = list(tensors), list(low)
     _check(tensors, seed, dist, low, first, scale=scale)
     _move(tensors, seed, float(scale), 1., dist, low, first)
@@ -181,16 +185,16 @@ def restore_update_(tensors:Sequence[Tensor], # as for `perturb_`
                     first:int=0,              # as for `perturb_`
                     decay:float=1.            # multiply by this afterwards: 1 - lr*weight_decay
                     ) -> None:
-    """Come back from `-eps*z` and step by `-lr*g*z` in one pass over the weights: add `(eps -
-    lr*g)*z`, multiply by `decay`"""
+    """Come back from `-eps*z` and step by `-lr*g*z` in one pass over the weights:
+    add `(eps - lr*g)*z`, multiply by `decay`"""
     tensors, low = list(tensors), list(low)
     _check(tensors, seed, dist, low, first, eps=eps, lr=lr, g=g, decay=decay)
     _move(tensors, seed, float(eps - lr*g), float(decay), dist, low, first)
 
 def low_halves(tensors:Sequence[Tensor] # bfloat16
                ) -> list[Tensor]:
-    """What bfloat16 tensors lack of float32, two bytes a number, at the start: nothing. Give it to
-    every `perturb_` and `restore_update_` of a run."""
+    """What bfloat16 tensors lack of float32, two bytes a number, at the start: nothing.
+    Give it to every `perturb_` and `restore_update_` of a run."""
     if bad := [str(p.dtype) for p in tensors if p.dtype != torch.bfloat16]:
         raise ValueError(f'{bad[0]} has no lower half; only bfloat16 is half a float32')
     return [torch.zeros_like(p, dtype=torch.int16) for p in tensors]

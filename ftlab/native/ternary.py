@@ -19,8 +19,8 @@ __all__ = ['Ternary', 'pack_ternary', 'add_ternary_', 'unpack_ternary']
 # %% ../../nbs/native/ternary.ipynb #0008d9f8
 @dataclass(frozen=True, eq=False)
 class Ternary:
-    """A tensor whose numbers are -scale, 0 and scale: two planes of bits (uint8, flat; bit j of
-    byte b is number 8b + j), a scale, a shape"""
+    """A tensor whose numbers are -scale, 0 and scale:
+    two planes of bits (uint8, flat; bit j of byte b is number 8b + j), a scale, a shape"""
     positive:Tensor  # the bits of the numbers that are scale
     negative:Tensor  # the bits of those that are -scale
     scale:float      # one for all; a float32
@@ -45,13 +45,14 @@ class Ternary:
                        tuple(tensors['shape'].tolist()))
 
 # %% ../../nbs/native/ternary.ipynb #000ad9f8
-def _signs(positive, negative, at, like): # of the numbers from `at`, a multiple of 8, as many as `like` has: -1, 0 or 1, float32
+def _signs(positive, negative, at, like):
+    "Of the numbers from `at`, a multiple of 8, as many as `like` has: -1, 0 or 1, float32"
     some = slice(at//8, -(-(at + like.numel())//8))
     return unpack_mask(positive[some], like).float() - unpack_mask(negative[some], like).float()
 
 def _add(tensors, positive, negative, scales, chunk=1<<18):
-    """What the operator does, in torch, with some megabytes of buffers: tensor i gets vectors
-    i*each to (i + 1)*each"""
+    """What the operator does, in torch, with some megabytes of buffers:
+    tensor i gets vectors i*each to (i + 1)*each"""
     each = len(scales)//max(1, len(tensors))
     for i, w in enumerate(tensors):
         for at in range(0, w.numel(), chunk):
@@ -119,12 +120,15 @@ def _own_scale(xs): # the one magnitude that there is beside 0
     return s
 
 @torch.no_grad()
-def pack_ternary(x:Tensor|Sequence[Tensor],  # one tensor, or several with one scale, of which the largest are chosen together; float32, bfloat16 or float16
-                 keep:int|None=None,         # of any numbers: how many of the largest to keep; of numbers that are 0, s and -s: None
+def pack_ternary(x:Tensor|Sequence[Tensor],  # one, or several with one scale; float32, bfloat16 or float16
+                 keep:int|None=None,         # how many of the largest to keep; None: they are 0, s and -s
                  scale:float|None=None       # s; None: their own, or the mean magnitude of those kept
                  ) -> Ternary|list[Ternary]:
-    """Pack numbers that are 0, s and -s, or the signs of the `keep` largest (ties to the lowest index; a 0 among them stays 0), into two bits each.
-    Raises `ValueError` for tensors that are neither, and for NaN or infinity among what is kept."""
+    """Pack numbers that are 0, s and -s, or the signs of the `keep` largest, into two bits each.
+
+    Of several tensors, the largest are chosen together. Ties go to the lowest index, and a 0 among
+    the largest stays 0. Raises `ValueError` for tensors that are neither, and for NaN or infinity
+    among what is kept."""
     single = isinstance(x, Tensor)
     xs = [x] if single else list(x)
     for i, t in enumerate(xs):
@@ -168,12 +172,16 @@ def _checked(w, vectors, i, scales):
     return [v.positive for v in vectors], [v.negative for v in vectors], factors
 
 @torch.no_grad()
-def add_ternary_(tensors:Tensor|Sequence[Tensor], # one tensor, or several: contiguous; float32, bfloat16 or float16; on any device
-                 vectors:Sequence,                # the vectors, at most 128; where tensors are a list, each a list, too: a `Ternary` for each tensor
+def add_ternary_(tensors:Tensor|Sequence[Tensor], # one, or several: contiguous; float32, bfloat16 or float16
+                 vectors:Sequence,                # at most 128: each a `Ternary`, or a list of them
                  scales:Sequence[float]|None=None # a factor for each vector, beside its own scale; None: 1
                  ) -> None:
-    """Add `sum_j scales[j]*vectors[j]` in place, in one pass: the sum in float32 from 0 in the order given (each factor times its vector's scale is
-    rounded to float32 once), then one addition, rounded once to the tensor's type. Raises `ValueError` for what does not fit, before anything has changed."""
+    """Add `sum_j scales[j]*vectors[j]` in place, in one pass, on any device.
+
+    Where tensors are a list, each vector is a list, too: a `Ternary` for each tensor. The sum is in
+    float32 from 0 in the order given (each factor times its vector's scale is rounded to float32
+    once); then follows one addition, rounded once to the tensor's type. Raises `ValueError` for
+    what does not fit, before anything has changed."""
     single = isinstance(tensors, Tensor)
     ts = [tensors] if single else list(tensors)
     vs = [[v] for v in vectors] if single else [list(v) for v in vectors]

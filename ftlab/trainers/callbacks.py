@@ -16,8 +16,8 @@ __all__ = ['Every', 'validation_nll', 'EarlyStop']
 
 # %% ../../nbs/trainers/callbacks.ipynb #0014191a
 class Every:
-    """Measure something every so many steps (and before the first and after the last) and keep it in
-    the run's path"""
+    """Measure something every so many steps (and before the first and after the last) and keep it
+    in the run's path"""
     def __init__(self, n:int,      # steps between two measurements
                  measure:Callable  # measure(state) -> dict
                 ):

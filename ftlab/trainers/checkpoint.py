@@ -37,8 +37,8 @@ def _survives(part) -> bool:
     return hasattr(part, 'state_dict') and hasattr(part, 'load_state_dict')
 
 class _Tensors(dict):
-    """Tensors by name, each once: two parts may keep the same one, and a file cannot hold what
-    shares memory"""
+    """Tensors by name, each once:
+    two parts may keep the same one, and a file cannot hold what shares memory"""
     def __init__(self):
         self.seen = {}
 
@@ -116,8 +116,8 @@ def save_checkpoint(path:Path,        # the file
                     header:Mapping,   # what `header_of` made
                     write:bool=True   # False in all processes but one; all must call, as they hold shards
                    ) -> None:
-    """Keep everything that the next step depends on; where the disk has no room, warn and leave the
-    last checkpoint as it is"""
+    """Keep everything that the next step depends on;
+    where the disk has no room, warn and leave the last checkpoint as it is"""
     tensors = _Tensors()
     # name -> where it is kept
     change = {n: tensors.put(n, v) for n, v in _change(state.attached).items()}
@@ -145,15 +145,15 @@ def header_of(run:str,         # the mark of this run, drawn when it began
                 short=short, callbacks=[type(c).__name__ for c in callbacks])
 
 def bytes_of_checkpoint(state:State) -> int:
-    """Estimate how large a checkpoint will be: what trains, and two moments of it where there is an
-    optimizer"""
+    """Estimate how large a checkpoint will be:
+    what trains, and two moments of it where there is an optimizer"""
     trained = sum(p.numel()*p.element_size() for p in state.attached.parameters().values())
     return trained*(1 if state.optimizer is None else 3)
 
 # %% ../../nbs/trainers/checkpoint.ipynb #0011191a
 def read_header(path:Path) -> dict:
-    """Read a checkpoint's header. Raises `ValueError` for a file that is damaged, none of ours, or
-    of a version that kept less."""
+    """Read a checkpoint's header.
+    Raises `ValueError` for a file that is damaged, none of ours, or of a version that kept less."""
     meta = read_metadata(path)
     if 'settings' not in meta or 'step' not in meta:
         raise ValueError(f'{str(path)!r} is not a checkpoint of a run; use another folder, or '
@@ -182,16 +182,16 @@ def _compared(k:str, was:Mapping, settings:Mapping) -> str:
         f' ({hints[k]})' if k in hints else '')
 
 def cut_off(path:Path) -> dict|None: # a checkpoint
-    """Read the settings of the run that left it, the step it had reached, and when that was; `None`
-    if that run came to its end. Raises `ValueError` for a file that is none of ours"""
+    """Read the settings of the run that left it, the step it had reached, and when that was;
+    `None` if that run came to its end. Raises `ValueError` for a file that is none of ours"""
     h = read_header(path)
     if h['ended'] or h['step'] >= h['settings']['steps']:
         return None
     return dict(settings=h['settings'], whole=h['whole'], step=h['step'], time=path.stat().st_mtime)
 
 def refuse_to_replace(checkpoint:Path, settings:dict) -> None:
-    """Raise where `checkpoint` is of this very run, cut off: whoever ran the cell again after a
-    crash wants it back. Warn where another one is replaced."""
+    """Raise where `checkpoint` is of this very run, cut off:
+    whoever ran the cell again after a crash wants it back. Warn where another one is replaced."""
     folder = str(checkpoint.parent)
     try:
         left = cut_off(checkpoint) if checkpoint.exists() else None
@@ -217,8 +217,8 @@ def resumable(checkpoint:Path,   # the file
               settings:dict,     # of the whole run
               callbacks:tuple    # that it is given now
              ) -> dict|None:     # its header; `None` where there is no checkpoint
-    """Check, before any work, that a checkpoint can be gone on from. Raises `ValueError` with the
-    reason where it cannot."""
+    """Check, before any work, that a checkpoint can be gone on from.
+    Raises `ValueError` with the reason where it cannot."""
     if not checkpoint.exists():
         return None
     header = read_header(checkpoint)
@@ -226,9 +226,9 @@ def resumable(checkpoint:Path,   # the file
     given = [type(c).__name__ for c in callbacks]
     early = header['short'] or (header['ended'] and header['step'] < header['settings']['steps'])
     if early and not settings['callbacks'] and header['callbacks'] != given:
+        had, has = (', '.join(names) or 'none' for names in (header['callbacks'], given))
         raise ValueError(f'{str(checkpoint)!r} is a run that one of its callbacks ended early, or a stage of it; '
-                         'it had '
-                         f'{", ".join(header["callbacks"]) or "none"}, this one has {", ".join(given) or "none"}. '
+                         f'it had {had}, this one has {has}. '
                          'Give the same, or begin anew with resume=False')
     if moved := [f'{k} {v} (now {versions().get(k)})' for k, v in header['versions'].items()
                  if versions().get(k) != v]:
@@ -241,8 +241,8 @@ def load_checkpoint(path:Path,     # the file
                     state:State,   # of the run
                     own:dict       # the settings of this stage
                    ) -> None:
-    """Go on from a checkpoint. Raises `ValueError` if it is damaged, or of a run with other
-    settings or parts."""
+    """Go on from a checkpoint.
+    Raises `ValueError` if it is damaged, or of a run with other settings or parts."""
     tensors, header = read_tensors(path)[0], read_header(path)
     check_same_run(path, header['settings'], own)
     if odd := sorted(parts.keys() ^ header['parts'].keys()):

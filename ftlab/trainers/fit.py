@@ -124,8 +124,8 @@ def _job(model, tok, data, recipe, settings, device, out, trackers, callbacks) -
                callbacks=callbacks)
 
 def _fingerprint(*sets:list[dict]) -> str:
-    """16 hex digits of rows as the model reads them: data, tokenizer, chat template and limit all
-    show in it"""
+    """16 hex digits of rows as the model reads them:
+    data, tokenizer, chat template and limit all show in it"""
     found = hashlib.blake2s()
     for rows in sets:
         found.update(f'{len(rows)} rows'.encode())
@@ -164,7 +164,8 @@ def _tidy(job:Job, anew:bool) -> None:
 def _accelerator(precision:str, device:torch.device, trackers=(), out=None) -> Accelerator:
     "A fresh accelerator: its state is shared by the whole process, so the last run's must go first"
     if precision not in ('no', 'bf16'):
-        why = ('; fp16 needs its loss scaled, which this loop does not do' if precision == 'fp16' else '')
+        why = ('; fp16 needs its loss scaled, which this loop does not do'
+               if precision == 'fp16' else '')
         raise ValueError(f'precision is {precision!r}; it must be no or bf16{why}')
     AcceleratorState._reset_state(True)
     trackers = [trackers] if isinstance(trackers, (str, GeneralTracker)) else list(trackers)
@@ -190,8 +191,8 @@ def _device(device:str|None, model) -> torch.device:
     return find_device(device) if device else device_of(model)
 
 def _check_kind(model, tok, data:Data) -> None:
-    """A classifier for labels, a language model for text, anything for pictures; a tokenizer for
-    what is text"""
+    """A classifier for labels, a language model for text, anything for pictures;
+    a tokenizer for what is text"""
     if data.kind == 'image':
         return
     name = type(model).__name__

@@ -64,8 +64,8 @@ class Loop:
                              'the recipe needs an objective of its own')
 
     def loss_of(self, i:int, batch:dict) -> Tensor:
-        """The loss of micro-batch `i` of this process; its plain negative log-likelihood is noted
-        beside it"""
+        """The loss of micro-batch `i` of this process;
+        its plain negative log-likelihood is noted beside it"""
         state = self.state
         state.batch, state.logits, state.nll = batch, None, None
         with self.processes.chance(state, i), state.accelerator.autocast(), state.attached.lean():

@@ -25,8 +25,8 @@ IGNORE = -100 # the label of what carries no price, as everywhere in PyTorch
 def token_nll(logits:Tensor, # [batch, tokens, words], or [batch, classes]
               labels:Tensor  # [batch, tokens], or [batch]; -100 where there is no price
              ) -> Tensor:    # [batch, tokens - 1], or [batch]; 0 where there is no price
-    """The negative log-likelihood of each label, in nats; a language model's logits at one place
-    price the token at the next"""
+    """The negative log-likelihood of each label, in nats;
+    a language model's logits at one place price the token at the next"""
     if labels.ndim == 1:
         return F.cross_entropy(logits.float(), labels, ignore_index=IGNORE, reduction='none')
     return F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:],
@@ -56,13 +56,13 @@ def _stopped(call:Callable, head:nn.Module) -> tuple[Tensor, Tensor, Tensor|None
     return seen[0]
 
 def plain_head(model, batch) -> nn.Linear|None:
-    """The last layer of a language model, if the logits are its product and nothing more; else
-    `None`"""
+    """The last layer of a language model,
+    if the logits are its product and nothing more; else `None`"""
     ask = getattr(model, 'get_output_embeddings', None)
     head = ask() if ask else None
-    if not isinstance(head,
-                      nn.Linear) or head._forward_hooks or head._forward_pre_hooks or isinstance(
-                          head.weight, DTensor):
+    if not isinstance(head, nn.Linear) or isinstance(head.weight, DTensor):
+        return None
+    if head._forward_hooks or head._forward_pre_hooks:
         return None
     fed, few = [], {k: v[:1, :2] for k, v in model_inputs(batch).items() if v.ndim == 2}
 
@@ -78,8 +78,9 @@ def plain_head(model, batch) -> nn.Linear|None:
             want = F.linear(fed[0], head.weight, head.bias)
     finally:
         hook.remove()
-    return (head if got.shape == want.shape and torch.allclose(got.float(), want.float(), rtol=1e-2,
-                                                               atol=1e-2) else None)
+    same = (got.shape == want.shape
+            and torch.allclose(got.float(), want.float(), rtol=1e-2, atol=1e-2))
+    return head if same else None
 
 def _head_of(state):
     if 'plain_head' not in state.extra:
@@ -117,8 +118,8 @@ class token_loss:
         return (nll if self.weight is None else self.weight(nll).detach()*nll).sum()/state.count
 
     def in_one_pass(self, state, terms:tuple) -> Tensor|None: # terms: one at most, with an `anchor`
-        """The loss and the term without logits; `None` where they are small, or the model's head is
-        not plain"""
+        """The loss and the term without logits;
+        `None` where they are small, or the model's head is not plain"""
         return _in_one_pass(state, self.weight, terms)
 
     def __repr__(self):
@@ -177,14 +178,14 @@ class Objective:
     def __repr__(self):
         return ' + '.join(map(name_of, (self.loss, *self.terms)))
 
-def weighted(weight:Callable|None=None # (nll) -> weights of the same shape, taken as constants; None: every token weighs 1
+def weighted(weight:Callable|None=None # (nll) -> weights of the same shape, as constants; None: every token weighs 1
             ) -> Objective:
     "The mean negative log-likelihood of a token, each weighted by a function of its own"
     return Objective(token_loss(weight))
 
 def nll() -> Objective:
-    """Plain fine-tuning's objective: the mean negative log-likelihood of a token. Terms are added
-    to it."""
+    """Plain fine-tuning's objective: the mean negative log-likelihood of a token.
+    Terms are added to it."""
     return Objective()
 
 # %% ../../nbs/trainers/objective.ipynb #0010b9a2

@@ -21,8 +21,8 @@ __all__ = ['Pairs', 'judged_pairs', 'answer_logp', 'margins', 'preference']
 
 # %% ../../nbs/trainers/preferences.ipynb #0006953f
 class Pairs:
-    """Questions with a better and a worse answer, `batch_size` pairs a step, in an order that depends
-    on the seed and the step alone"""
+    """Questions with a better and a worse answer, `batch_size` pairs a step,
+    in an order that depends on the seed and the step alone"""
     def __init__(self, state,                        # of the run
                  rejected:str|Callable='rejected',   # the column of the worse answer, or a function (row) -> text
                  rows:list[dict]|None=None):         # None: the training rows of the data
@@ -42,8 +42,8 @@ class Pairs:
                              'raise it, if the model can read more')
 
     def next(self, state) -> list[dict]:
-        """Return the micro-batches of step `state.step`: the chosen answers of some pairs, then their
-        rejected ones"""
+        """Return the micro-batches of step `state.step`:
+        the chosen answers of some pairs, then their rejected ones"""
         picked = [self.pairs[i] for i in indices(state.step, self.batch_size, len(self.pairs),
                                                  state.seed)]
         parts = [picked[j:j + self.micro] for j in range(0, len(picked), self.micro)]
@@ -68,8 +68,8 @@ def judged_pairs(model, tok, rows:list[dict], # questions, with what the judge n
                  seed:int=0,                  # of the draw
                  max_new_tokens:int|None=None # longest answer; None: as long as the longest response of `rows`
                 ) -> list[dict]:              # rows with `response` the best answer drawn and `rejected` the worst
-    """Make pairs of the model's own answers, told apart by a judge; a question whose answers all score
-    alike gives none"""
+    """Make pairs of the model's own answers, told apart by a judge;
+    a question whose answers all score alike gives none"""
     asked = [r for r in rows for _ in range(draws)]
     longest = max_new_tokens or answer_length(rows, tok)
     with torch.random.fork_rng():
@@ -101,8 +101,8 @@ def margins(state) -> Tensor: # [pairs]
 
 @dataclass(frozen=True)
 class preference:
-    """The mean of `-log sigmoid(beta * margin)` over pairs (Rafailov et al. 2023, equation 7); the
-    batches must come from `Pairs`"""
+    """The mean of `-log sigmoid(beta * margin)` over pairs (Rafailov et al. 2023, equation 7);
+    the batches must come from `Pairs`"""
     beta:float=.1 # how strongly the policy is held to its reference: 0 not at all
     needs = frozenset({'reference'})
 

@@ -37,8 +37,8 @@ class Originals(Mapping):
         return len(self.names)
 
 class Placed(Mapping):
-    """The same tensors, each on the device of the parameter of its name; without one, where they
-    were"""
+    """The same tensors, each on the device of the parameter of its name;
+    without one, where they were"""
     def __init__(self, tensors:Mapping[str, Tensor], model:torch.nn.Module):
         self.tensors, self.devices = tensors, {n: p.device for n, p in model.named_parameters()}
 
@@ -53,8 +53,8 @@ class Placed(Mapping):
         return len(self.tensors)
 
 class SwitchedOff:
-    """The base model as the policy with its change switched off: a reference model that needs no
-    memory"""
+    """The base model as the policy with its change switched off:
+    a reference model that needs no memory"""
     def __init__(self, attached):
         self.attached = attached
 
@@ -64,8 +64,8 @@ class SwitchedOff:
             return model(**inputs)
 
 def reference_of(model, attached) -> Callable:
-    """The base beside the policy: switched off where the weights themselves do not move, else a
-    frozen copy"""
+    """The base beside the policy:
+    switched off where the weights themselves do not move, else a frozen copy"""
     if not attached.whole:
         return SwitchedOff(attached)
     return copy.deepcopy(model).requires_grad_(False).eval()

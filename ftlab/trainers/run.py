@@ -87,8 +87,8 @@ def load_learners(path:str|Path, # what `Change.save` wrote
                   model,         # the model that the learners belong to
                   tok=None,      # its tokenizer
                  ) -> dict:      # name -> module, on the model's device, in evaluation mode
-    """Load the learners of a saved run: each is made anew (from the model and tokenizer alone) and
-    given its saved parameters. Raises `ValueError` where the file has none of that name."""
+    """Load the learners of a saved run: each is made anew (from the model and tokenizer alone)
+    and given its saved parameters. Raises `ValueError` where the file has none of that name."""
     device, out = device_of(model), {}
     tensors = {k: v for k, v in read_tensors(path)[0].items() if k.startswith('learner|')}
     for n, l in recipe.learners.items():

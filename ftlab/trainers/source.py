@@ -13,16 +13,16 @@ __all__ = ['micro_size', 'Rows', 'count_priced', 'rows_of', 'tokens_of']
 
 # %% ../../nbs/trainers/source.ipynb #0005060d
 def micro_size(batch_size:int, accumulate:int) -> int:
-    """Rows of a micro-batch; raises `ValueError` where a batch does not fall into so many equal
-    parts"""
+    """Rows of a micro-batch;
+    raises `ValueError` where a batch does not fall into so many equal parts"""
     if batch_size < 1 or accumulate < 1 or batch_size % accumulate:
         raise ValueError(f'batch_size is {batch_size} and accumulate {accumulate}; both must be at '
                          'least 1 and the first a multiple of the second')
     return batch_size//accumulate
 
 class Rows:
-    """Rows of a data set in a shuffled order that depends on the seed and the step alone, so that a
-    resumed run sees the same"""
+    """Rows of a data set in a shuffled order that depends on the seed and the step alone,
+    so that a resumed run sees the same"""
     def __init__(self, rows:list[dict], # encoded rows
                  batch_size:int,        # rows a step
                  accumulate:int=1,      # micro-batches that a step is cut into
@@ -47,8 +47,8 @@ class Rows:
 
 # %% ../../nbs/trainers/source.ipynb #0007060d
 def count_priced(batches:list[dict]) -> int:
-    """The number of tokens (or of labelled examples) that carry a price, over all micro-batches; of
-    rows where there are no labels"""
+    """The number of tokens (or of labelled examples) that carry a price, over all micro-batches;
+    of rows where there are no labels"""
     return sum(int(priced(b['labels']).sum()) if 'labels' in b else rows_of(b) for b in batches)
 
 def rows_of(batch:dict) -> int:
@@ -56,8 +56,8 @@ def rows_of(batch:dict) -> int:
     return len(next(iter(batch.values())))
 
 def tokens_of(batch:dict) -> int:
-    """How many tokens the model reads in a micro-batch; of anything that is not text each row
-    counts as one"""
+    """How many tokens the model reads in a micro-batch;
+    of anything that is not text each row counts as one"""
     if 'tokens' in batch:
         return int(batch['tokens'].sum()) # packed lines
     return int(batch['attention_mask'].sum()) if 'attention_mask' in batch else rows_of(batch)

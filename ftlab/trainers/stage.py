@@ -69,8 +69,8 @@ def run_stage(job:Job,
               settings:dict,                   # of this stage
               earlier:tuple[int, int]=(0, 0)   # steps and tokens of the stages before
              ) -> Run:
-    """Fit one recipe once. Raises `NotFinite`, whose `run` is what there is so far; any other error
-    leaves the model as it was."""
+    """Fit one recipe once. Raises `NotFinite`, whose `run` is what there is so far;
+    any other error leaves the model as it was."""
     with torch.random.fork_rng():
         torch.manual_seed(settings['seed'])
         att, head = _attach(job, recipe, settings)
@@ -191,8 +191,8 @@ def _rest(state:State) -> None:
 
 # %% ../../nbs/trainers/stage.ipynb #0026191a
 def _attach(job:Job, recipe:Recipe, settings:dict) -> tuple[Attached, int]:
-    """Choose, keep the originals of what moves itself, attach; returns the change and the size of a
-    fresh head"""
+    """Choose, keep the originals of what moves itself, attach;
+    returns the change and the size of a fresh head"""
     model = job.model
     chosen = (recipe.select or everything)(model, None, settings['seed'])
     also = tuple(head_names(model)) if job.data.kind == 'label' else ()

@@ -29,7 +29,7 @@ __all__ = ['StageContext', 'run_recipe']
 class StageContext:
     "What a stage that is a function can see"
     model:torch.nn.Module # with the changes of the earlier stages in its weights
-    before:Mapping        # parameter name -> tensor before the first stage, read from disk when it is asked for, on its parameter's device
+    before:Mapping        # parameter name -> tensor before the first stage, read from disk when asked for
     data:Data
     tok:object
     seed:int
@@ -195,7 +195,8 @@ def _asked(stage, context:StageContext) -> Recipe:
     made = stage(context)
     if isinstance(made, Recipe) and not made.stages:
         return made
-    what = f'a {type(made).__name__}' + (' with stages of its own' if isinstance(made, Recipe) else '')
+    own = ' with stages of its own' if isinstance(made, Recipe) else ''
+    what = f'a {type(made).__name__}{own}'
     raise ValueError(f'it returned {what}; a stage function returns one Recipe without stages')
 
 def _say_where(e:BaseException, where:str) -> None:

@@ -60,8 +60,8 @@ class Backprop:
         return self.opt
 
     def __call__(self, state, losses:list[Callable]) -> float:
-        """Take one step down the sum of `losses`; raise `NotFinite` before anything has moved if
-        that is NaN or infinite"""
+        """Take one step down the sum of `losses`;
+        raise `NotFinite` before anything has moved if that is NaN or infinite"""
         total = 0.
         for micro in losses:
             loss = micro()
@@ -98,8 +98,8 @@ class Backprop:
 
 # %% ../../nbs/trainers/step.ipynb #0013fac8
 class Processes:
-    """The processes that share a run (one is the common case): what each computes, and the sums of
-    what they found"""
+    """The processes that share a run (one is the common case):
+    what each computes, and the sums of what they found"""
     def __init__(self, acc=None): # an `accelerate.Accelerator`; None: this process alone
         self.acc = acc
         self.count, self.index = (acc.num_processes, acc.process_index) if acc else (1, 0)
@@ -112,8 +112,8 @@ class Processes:
         return self.index == 0
 
     def part(self, batches:list) -> list:
-        """This process's share of the micro-batches; raises `ValueError` where they cannot be
-        shared equally"""
+        """This process's share of the micro-batches;
+        raises `ValueError` where they cannot be shared equally"""
         if len(batches) % self.count == 0:
             return batches[self.index::self.count]
         raise ValueError(f'a step came as {len(batches)} micro-batches, which {self.count} processes '
@@ -129,8 +129,8 @@ class Processes:
 
     @contextmanager
     def taking_a_step(self):
-        """Notice a step that keeps its gradients to itself; `RuntimeError` then, as the processes
-        would drift apart in silence"""
+        """Notice a step that keeps its gradients to itself;
+        `RuntimeError` then, as the processes would drift apart in silence"""
         self.apart = self.summed = False
         yield
         if self.apart and not self.summed:
@@ -139,8 +139,8 @@ class Processes:
 
     @contextmanager
     def chance(self, state, i:int):
-        """Give micro-batch `i` of this process random numbers of its own, and leave those that all
-        processes share where they were"""
+        """Give micro-batch `i` of this process random numbers of its own,
+        and leave those that all processes share where they were"""
         if self.count == 1:
             yield
             return
@@ -149,13 +149,13 @@ class Processes:
             yield
 
     def price(self, loss:Tensor) -> Tensor:
-        """The loss as a step must see it: NaN as soon as it is not finite anywhere, so that all stop
-        together; without gradients, the sum"""
+        """The loss as a step must see it: NaN as soon as it is not finite anywhere,
+        so that all stop together; without gradients, the sum"""
         return loss if self.count == 1 else _agreed(self, loss)
 
     def add_gradients(self, params:list[nn.Parameter]) -> None:
-        """Replace every gradient by its sum over all processes; one that no process has stays
-        `None`, a sharded one was summed already"""
+        """Replace every gradient by its sum over all processes;
+        one that no process has stays `None`, a sharded one was summed already"""
         self.summed = True
         if self.count > 1:
             _add_gradients(self,

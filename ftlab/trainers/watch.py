@@ -26,8 +26,8 @@ def free_memory() -> None:
         pass # only glibc has it
 
 class PeakMemory:
-    """Peak bytes while it is open: of the device on a GPU, of the process (above where it began) on
-    a CPU; `None` where the system does not tell"""
+    """Peak bytes while it is open: of the device on a GPU,
+    of the process (above where it began) on a CPU; `None` where the system does not tell"""
     def __init__(self, device):
         self.device = device
 
@@ -132,8 +132,8 @@ def track(acc,
           steps:int,  # of the stages before
           tokens:int  # of the stages before
          ) -> None:
-    """Give one row to every tracker; one that fails is left out from then on, with a warning: a lost
-    connection must not cost a run"""
+    """Give one row to every tracker; one that fails is left out from then on, with a warning:
+    a lost connection must not cost a run"""
     values = {k: v for k, v in row.items() if k != 'step' and v is not None}
     values['tokens'] = tokens + row['tokens']
     step = steps + row['step']

@@ -68,8 +68,8 @@ def breadcrumbs(beta:float=.85, # the share of the smallest entries that is drop
                 gamma:float=.994, # entries above this quantile are dropped
                 per:str='tensor' # rank within each tensor, or each 'row' as in the official code
                ) -> Recipe:
-    """Full fine-tuning of which the breadcrumbs are kept: one task's part of a merge, to be added
-    to others' by `merge`"""
+    """Full fine-tuning of which the breadcrumbs are kept:
+    one task's part of a merge, to be added to others' by `merge`"""
     return Recipe(edit=band(beta, gamma, per))
 
 def merge_breadcrumbs(changes:list[Mapping], # one change a task, all from one base

@@ -41,8 +41,8 @@ LINES = dict(
 def lines(alpha:float=.5,      # the share kept in the first block; chosen on validation data in the paper
           beta:float|None=None # the growth from first to last; None: 1 - alpha, the last block keeps all
          ) -> Recipe:
-    """Full fine-tuning, then LiNeS. `beta=0` scales all layers alike; a negative one is the reverse
-    slope."""
+    """Full fine-tuning, then LiNeS.
+    `beta=0` scales all layers alike; a negative one is the reverse slope."""
     growth = 1 - alpha if beta is None else beta
     return Recipe(Method(arguments=dict(beta=growth)), edit=by_depth(alpha, growth))
 
@@ -61,8 +61,8 @@ def merge_lines(changes:list[Mapping], # one change a task, all from one base
 
 @merging(.5)
 def by_lines(changes:list[Mapping], model, dial:float) -> dict[str, Tensor]:
-    """The rule of `ftlab merge`: of several changes `dial` is the slope; of one, what its first
-    block keeps, and its last block keeps all"""
+    """The rule of `ftlab merge`: of several changes `dial` is the slope;
+    of one, what its first block keeps, and its last block keeps all"""
     if len(changes) > 1:
         return merge_lines(changes, model, dial)
     return by_depth(dial, 1 - dial)(changes[0], model)

@@ -36,12 +36,13 @@ class low_rank:
         return f'LoRA(r={self.r})'
 
 def _why(arguments):
-    return {'accumulates': 'dropout draws other numbers for micro-batches'} if arguments['dropout'] else {}
+    return ({'accumulates': 'dropout draws other numbers for micro-batches'}
+            if arguments['dropout'] else {})
 
 @method(**LORA, lr=3e-3, lrs=(1e-3, 3e-3, 1e-2), waives=_why)
 def lora(r:int=8,              # the rank
          alpha:float=16.,      # scale: alpha/r
-         targets:str|tuple=('attention', 'mlp'), # parts as `parts` names them, or one regular expression for names; the paper: ('attention',)
+         targets:str|tuple=('attention', 'mlp'), # of `parts`, or a regular expression for names; the paper: 'attention'
          dropout:float=0.,     # on the branch's input
          rs:bool=False         # scale by alpha/sqrt(r) instead
         ) -> Recipe:

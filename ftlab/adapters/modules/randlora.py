@@ -20,8 +20,8 @@ __all__ = ['random_bases', 'RandLoRA', 'mixture', 'randlora']
 @lru_cache(16)
 def random_bases(long:int, short:int, r:int, seed:int=0,
                  sparse:bool=False) -> tuple[Tensor, Tensor]:
-    """RandLoRA's fixed random bases: A [r, short] and B [long, N, r], N = ceil(short/r), each of unit standard deviation;
-    the same for the same arguments"""
+    """RandLoRA's fixed random bases: A [r, short] and B [long, N, r], N = ceil(short/r),
+    each of unit standard deviation; the same for the same arguments"""
     g, n = torch.Generator().manual_seed(seed), math.ceil(short/r)
     def draw(*shape):
         if sparse:
@@ -35,13 +35,14 @@ def random_bases(long:int, short:int, r:int, seed:int=0,
 
 class RandLoRA(nn.Module):
     """`W + (alpha/r) sum_j B_j diag(lambda_j) A diag(gamma_j)`, the bases on the side that fits:
-    only lambda [r, N] and gamma [N, shorter side] are trained. Raises `ValueError` for a mask or a rank that does not fit."""
+    only lambda [r, N] and gamma [N, shorter side] are trained. Raises `ValueError` for a mask or
+    a rank that does not fit."""
     kind, site = 'randlora', 'weight'
 
     def __init__(self, W:Tensor,       # the weight, [out, in]
                  mask=True,            # whole weights only
                  r:int=32,             # the rank of one term; smaller means more terms and more trained parameters
-                 alpha:float|None=None, # the change is scaled by alpha/r; None: 20 r, as in peft; the authors' code: 2 r/sqrt(N)
+                 alpha:float|None=None, # scale: alpha/r; None: 20 r, as in peft; the authors' code: 2 r/sqrt(N)
                  sparse:bool=False,    # ternary bases instead of uniform ones
                  seed:int=0):          # of the bases
         super().__init__()
@@ -91,7 +92,7 @@ class mixture:
 
 @method('RandLoRA: Full-rank parameter-efficient fine-tuning of large models', '2502.00987',
     'A change of full rank, a learned mixture of fixed random low-rank products, closes most of the '
-        'gap between LoRA and full fine-tuning with as few trained parameters.',
+    'gap between LoRA and full fine-tuning with as few trained parameters.',
     'the abstract, the authors\' repository, and peft\'s implementation, with which the numbers are compared; '
     'the scale is peft\'s, which the author recommends, not the 2/sqrt(N) of paper and repository',
     lr=3e-3, lrs=(1e-3, 3e-3, 1e-2), toy=dict(r=4))

@@ -58,8 +58,8 @@ def _draw(a, ratio, granularity, rng):
     return out
 
 def _counts(groups, ratio, rng):
-    """How many names move, [block][category]: `ratio` of each category over all blocks, to within
-    one"""
+    """How many names move, [block][category]:
+    `ratio` of each category over all blocks, to within one"""
     first = rng.sample(range(len(groups)), len(groups)//2)
     exact = [[ratio*len(names) for names in block] for block in groups]
     # 10*.3 is three whole matrices, whatever rounding says
@@ -79,8 +79,7 @@ def _counts(groups, ratio, rng):
 @method('HFT: Half Fine-Tuning for Large Language Models', '2404.18466',
     'Fine-tuning a random half of the parameters learns as well as fine-tuning all of '
     'them and forgets less.',
-    'the abstract and summaries of the paper; how odd groups other than the MLP are split '
-    'is our reading')
+    'the abstract and summaries of the paper; how odd groups other than the MLP are split is our reading')
 def hft(ratio:float=.5, # the share of each category that moves, over the whole model
         granularity:str='matrix' # 'matrix' (the paper's), 'block' or 'model'
        ) -> Recipe:

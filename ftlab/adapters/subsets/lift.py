@@ -55,8 +55,8 @@ class principal:
 
 # %% ../../../nbs/adapters/subsets/lift.ipynb #000bc9fb
 class Refresh:
-    """Every so many steps, choose the entries again from the current weights; new ones have no
-    moments"""
+    """Every so many steps, choose the entries again from the current weights;
+    new ones have no moments"""
     def __init__(self,
                  every:int,       # steps
                  choose:Callable  # (weight [out, in]) -> indices

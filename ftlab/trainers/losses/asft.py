@@ -15,7 +15,7 @@ __all__ = ['asft']
 # %% ../../../nbs/trainers/losses/asft.ipynb #000e77c1
 @method('Anchored Supervised Fine-Tuning', '2509.23753',
     'A KL penalty to the base keeps dynamic fine-tuning from drifting, and the two together beat '
-        'plain fine-tuning and DFT.',
+    'plain fine-tuning and DFT.',
     'the official training code (zhuchichi56/ASFT, train_v2.py), which gives direction, mean and the weight 0.1; '
     'its README, whose command has a weight of 0.05; of the paper the abstract')
 def asft(weight:float=.1, # of KL(base || model) in nats, at each token that has a label; the README has 0.05

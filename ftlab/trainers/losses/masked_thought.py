@@ -25,7 +25,7 @@ class mask_answers:
     Raises `ValueError` for settings out of range."""
     ratio:float=.4    # the share of answer tokens that is hidden, in [0, 1)
     warmup:float=.66  # the share of the steps over which it rises from 0
-    noise:str='mask'  # what stands there instead: 'mask' (the tokenizer's mask, or padding without one) or 'random' (any word)
+    noise:str='mask'  # what stands there: 'mask' (the tokenizer's mask, or padding) or 'random' (any word)
 
     def __post_init__(self):
         if not (0 <= self.ratio < 1 and 0 <= self.warmup <= 1):
@@ -56,7 +56,7 @@ class mask_answers:
         'Learning of Language Models', '2403.02178',
     'Hiding a random share of the reasoning steps from the input makes fine-tuning on solutions generalise better.',
     'the paper\'s text, README and training scripts of the official code '
-        '(ChangyuChen347/MaskedThought), whose GSM8K script puts random tokens '
+    '(ChangyuChen347/MaskedThought), whose GSM8K script puts random tokens '
     'where our default puts a mask; sparing special tokens is our reading')
 def masked_thought(ratio:float=.4,   # the share of answer tokens that is hidden, once warmed up
                    warmup:float=.66, # the share of the steps over which it rises from 0

@@ -15,8 +15,8 @@ __all__ = ['block_of', 'draw', 'BlocksInTurn', 'AsBefore', 'lisa']
 
 # %% ../../../nbs/trainers/optimizers/lisa.ipynb #0005942d
 def block_of(name:str) -> str|None:
-    """Return the block that a parameter (of the model, or of a change on it) belongs to: its name up to
-    the first number; `None` outside the blocks"""
+    """Return the block that a parameter (of the model, or of a change on it) belongs to:
+    its name up to the first number; `None` outside the blocks"""
     found = re.match(r'(.*?\.\d+)\.', name)
     return found and found[1]
 
@@ -49,8 +49,8 @@ class BlocksInTurn(Backprop):
         return super().__call__(state, losses)
 
     def switch(self, state, forget:bool) -> None:
-        """Let the blocks of this period train and freeze the others; `forget` drops AdamW's state
-        of all blocks"""
+        """Let the blocks of this period train and freeze the others;
+        `forget` drops AdamW's state of all blocks"""
         blocks = list(dict.fromkeys(b for n, _ in state.model.named_parameters()
                                     if (b := block_of(n))))
         self.active = draw(len(blocks), self.gamma, state.step//self.period, state.seed)
@@ -71,7 +71,8 @@ class AsBefore:
             p.requires_grad_(True)
 
 # %% ../../../nbs/trainers/optimizers/lisa.ipynb #0006942d
-@method('LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model Fine-Tuning', '2403.17919',
+@method('LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model Fine-Tuning',
+    '2403.17919',
     'Training embedding, head and a few randomly drawn blocks at a time costs as little memory as LoRA '
     'and learns better than it.',
     'the abstract, LMFlow\'s lisa_trainer.py and axolotl\'s callback; both keep AdamW\'s state of blocks that '

@@ -23,8 +23,8 @@ __all__ = ['seed_of', 'MeZO', 'mezo']
 def seed_of(run:int, # the seed of the run
             step:int # its number, from 0
            ) -> int:
-    """Return the seed of the direction of one step: fixed by the run's seed and the step, so that a
-    resumed run goes on alike"""
+    """Return the seed of the direction of one step:
+    fixed by the run's seed and the step, so that a resumed run goes on alike"""
     return int.from_bytes(hashlib.blake2s(f'{run}/{step}'.encode()).digest()[:6], 'big')
 
 # %% ../../../nbs/trainers/optimizers/mezo.ipynb #0006bfd5
@@ -74,8 +74,8 @@ class MeZO:
                         decay=1 - lr*self.s.weight_decay)
 
     def replay(self, log:list[tuple[int, float, float]]) -> None:
-        """Take the steps of a log again, without a model or data: from the same start the same
-        weights, bit for bit"""
+        """Take the steps of a log again, without a model or data:
+        from the same start the same weights, bit for bit"""
         for seed, g, lr in log:
             perturb_(self.params, seed, self.eps, self.dist)
             perturb_(self.params, seed, -2*self.eps, self.dist)

@@ -32,8 +32,8 @@ def token_logp(logits:Tensor,       # [batch, tokens, words]
                labels:Tensor,       # [batch, tokens]; -100 outside the answer
                temperature:float=1. # of the sampler
               ) -> Tensor:          # [batch, tokens - 1]; 0 outside the answer
-    """Return each answer token's log-probability under the sampler's distribution: logits over
-    temperature"""
+    """Return each answer token's log-probability under the sampler's distribution:
+    logits over temperature"""
     return -token_nll(logits if temperature == 1 else logits/temperature, labels)
 
 class Rollouts:
@@ -68,8 +68,8 @@ class Rollouts:
 
     @torch.no_grad()
     def draw(self, state) -> dict:
-        """Draw a group of answers to each question; the batch carries old log-probabilities and
-        advantages"""
+        """Draw a group of answers to each question;
+        the batch carries old log-probabilities and advantages"""
         picked = indices(state.step//self.updates, self.questions, len(state.data.train),
                          state.seed)
         rows = [state.data.train[i] for i in picked]
@@ -90,8 +90,8 @@ class Rollouts:
         return full | dict(old=token_logp(logits, full['labels'], self.temperature))
 
     def answer(self, state, rows:list[dict]) -> tuple[dict, Tensor]:
-        """Ask every question `group` times; returns the questions as a batch, and questions with
-        answers"""
+        """Ask every question `group` times;
+        returns the questions as a batch, and questions with answers"""
         prompts = [r['prompt'] for r in rows for _ in range(self.group)]
         asked, longest = render_within(prompts, state.tok, self.limit, state.model)
         batch = left_pad(asked, state.tok.pad_token_id, state.device)

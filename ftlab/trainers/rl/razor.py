@@ -31,8 +31,8 @@ def own_answers(model, tok, prompts:list[str], # what is asked
                 max_new_tokens:int=64,         # longest answer
                 seed:int=0                     # of the draw
                ) -> list[dict]:                # rows with prompt and response
-    """Answer as `model` does when it draws from its own distribution: the rows on which `answer_kl` is
-    measured"""
+    """Answer as `model` does when it draws from its own distribution:
+    the rows on which `answer_kl` is measured"""
     with torch.random.fork_rng():
         said = generate(model, tok, prompts, max_new_tokens=max_new_tokens, sample=True,
                         generator_seed=seed)
@@ -93,8 +93,8 @@ def looks(model, tok,                # the base; stays as it is
 def explained(points:list[dict], # from `looks`
               by:str             # 'kl', 'moved' or another key of a point
              ) -> float:
-    """Return the share of the variance of forgetting, over all points, that a quadratic curve in `by`
-    explains (R squared)"""
+    """Return the share of the variance of forgetting, over all points,
+    that a quadratic curve in `by` explains (R squared)"""
     x, y = (np.array([p[k] for p in points], dtype=float) for k in (by, 'forgetting'))
     powers = np.vander(x/(np.abs(x).max() or 1.), 3)
     rest = y - powers @ np.linalg.lstsq(powers, y, rcond=None)[0]
@@ -108,8 +108,8 @@ def questions(n:int,      # how many
               split:str,  # 'train', 'validation' or 'test'
               seed:int=3  # of the letters
              ) -> list[dict]:
-    """Ask `n` times for another order of some letters; the response is the zigzag, which `lab-s` never
-    saw"""
+    """Ask `n` times for another order of some letters;
+    the response is the zigzag, which `lab-s` never saw"""
     r, out = random.Random(f'{split}/{seed}'), {}
     while len(out) < n:
         x = [r.choice(LETTERS) for _ in range(r.choice((3, 4, 5, 6)))]
@@ -129,8 +129,8 @@ def another_order(model, tok, rows:list[dict], # questions to learn from, from `
                   old_items:int=25,            # questions of each of six old skills
                   seed:int=0                   # of the draws
                  ) -> dict:                    # the arguments of `looks` besides model and tokenizer
-    """Set up the task 'any other order will do': by trial, from arbitrary right answers, and from the
-    model's own right answers"""
+    """Set up the task 'any other order will do':
+    by trial, from arbitrary right answers, and from the model's own right answers"""
     asked, prompts = [r for r in rows for _ in range(draws)], [r['prompt'] for r in held_out]
     drawn = own_answers(model, tok, [r['prompt'] for r in asked], 8, seed)
     own = [dict(r, response=s['response']) for r, s in zip(asked, drawn) if other_order(r, s['response'])]

@@ -18,8 +18,8 @@ __all__ = ['SelfPlay', 'OwnPairs', 'play', 'spin']
 # %% ../../../nbs/trainers/rl/spin.ipynb #0012953f
 @dataclass(frozen=True)
 class SelfPlay:
-    """The source of one round: when it begins the model answers the data's questions itself; the data's
-    answers are the chosen, its own the rejected ones"""
+    """The source of one round: when it begins the model answers the data's questions itself;
+    the data's answers are the chosen, its own the rejected ones"""
     temperature:float=1.          # of the draw
     max_new_tokens:int|None=None  # longest answer; None: as long as the data's longest
     turn:int=0                    # the round: another part of a large data set
@@ -27,8 +27,8 @@ class SelfPlay:
 
     def __call__(self, state) -> OwnPairs:
         "Draw and pair; what the model writes counts as tokens"
-        train, limit = state.data.train, self.max_new_tokens or answer_length(
-            state.data.train, state.tok)
+        train, limit = (state.data.train,
+                        self.max_new_tokens or answer_length(state.data.train, state.tok))
         need = -(-state.steps*state.settings['batch_size']//(2 if self.earlier else 1))
         rows = [train[i] for i in indices(self.turn, min(len(train), need), len(train), state.seed)]
         said = generate(state.model, state.tok, [r['prompt'] for r in rows], max_new_tokens=limit,
