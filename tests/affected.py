@@ -132,8 +132,8 @@ class Sources:
                 found |= {node.module}
                 found |= {self.public[a.name] for a in node.names if node.module == 'ftlab'
                           and a.name in self.public}
-            elif isinstance(node, ast.Attribute) and isinstance(node.value,
-                                                                ast.Name) and node.value.id == 'ftlab':
+            elif (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+                  and node.value.id == 'ftlab'):
                 found |= {self.public.get(node.attr, 'ftlab')}
         return {self.modules[m] for m in found if m in known}
 
@@ -141,8 +141,8 @@ class Sources:
         "The modules of the papers that the text names: in `methods.hft`, 'hft * dft', `hft = \"hft\"`"
         if file in {self.modules.get(h) for h in HUBS}:
             return set()
-        return {self.by_key[w] for w in {plain(w) for w in re.findall(r'\w+', text)}
-                if w in self.by_key}
+        return {self.by_key[w]
+                for w in {plain(w) for w in re.findall(r'\w+', text)} if w in self.by_key}
 
     def _results(self, text: str) -> set[str]:
         "The results of benches that the text names"
@@ -207,8 +207,8 @@ def changed_since(ref: str, root: Path = ROOT) -> list[str] | None:
     cannot say"""
     def git(*args):
         return subprocess.run(['git', *args], cwd=root, capture_output=True, text=True)
-    diff, new = git('diff', '--name-only', '--no-renames', '-z', ref,
-                    '--'), git('ls-files', '-z', '--others', '--exclude-standard')
+    diff, new = (git('diff', '--name-only', '--no-renames', '-z', ref, '--'),
+                 git('ls-files', '-z', '--others', '--exclude-standard'))
     if diff.returncode or new.returncode:
         return None
     return sorted({f for f in (diff.stdout + new.stdout).split('\0') if f})
@@ -235,6 +235,6 @@ def select(sources: Sources, everything: bool = False, ref: str | None = None,
         return Selection(papers, f'everything: git cannot tell what changed since {ref or "HEAD"}')
     touched, why = sources.touched(changed)
     due = {k for k in papers if turn(k, day)}
-    text = (f'{why or f"{len(touched)} that {len(changed)} changed files touch"}, and '
-            f'{len(due - touched)} whose turn it is')
+    text = (f'{why or f"{len(touched)} that {len(changed)} changed files touch"}, '
+            f'and {len(due - touched)} whose turn it is')
     return Selection(touched | due, text)

@@ -62,7 +62,8 @@ def pytest_terminal_summary(terminalreporter):
     """The contracts that cost most, in CPU-seconds, which a busy machine does not change;
     --durations prints the slowest tests"""
     cost = {}
-    for report in (r for rs in terminalreporter.stats.values() for r in rs if getattr(r, 'when', '') == 'call'):
+    for report in (r for rs in terminalreporter.stats.values()
+                   for r in rs if getattr(r, 'when', '') == 'call'):
         said = dict(report.user_properties)
         if said.get('paper') and 'test_contract.py' in report.nodeid:
             cost[said['paper']] = cost.get(said['paper'], 0) + said.get('cpu', 0)

@@ -91,8 +91,8 @@ def wrong_imports(sources: Mapping[str, str]) -> list[str]:
     for name in library(sources):
         for other in sorted(imported(name, sources[name], known)):
             a, b = RANK.get(part(name), LAST), RANK.get(part(other), LAST)
-            if is_paper(name) and (is_paper(other)
-                                   or b < RANK['instruments']) or '.' not in other and asks_where_it_is(sources[name], other):
+            if (is_paper(name) and (is_paper(other) or b < RANK['instruments']) or '.' not in other
+                and asks_where_it_is(sources[name], other)):
                 continue
             if is_paper(name):
                 wrong.append(f'{name} imports {other}: a paper imports the library below the instruments, and papers')
@@ -164,11 +164,11 @@ def crossing_privates(sources: Mapping[str, str]) -> list[str]:
         for n in own_privates(sources[m]):
             owners[n].add(m)
     for m in library(sources):
-        wrong |= {f'{m} takes {n} from {other}' for other, n in taken(m, sources[m], known)
-                  if private(n)}
+        wrong |= {f'{m} takes {n} from {other}'
+                  for other, n in taken(m, sources[m], known) if private(n)}
         for node in ast.walk(tree(sources[m])):
-            if isinstance(node, ast.Attribute) and private(node.attr) and owners[
-                node.attr] and m not in owners[node.attr]:
+            if (isinstance(node, ast.Attribute) and private(node.attr) and owners[node.attr]
+                and m not in owners[node.attr]):
                 wrong.add(f'{m} reaches for .{node.attr} of {" or ".join(sorted(owners[node.attr]))}')
     return sorted(wrong)
 

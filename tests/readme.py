@@ -25,7 +25,8 @@ def readme(cells:list[dict]) -> tuple[str, dict[str, bytes]]:
     top/"""
     parts, images = [], {}
     for i, c in enumerate(cells):
-        source, hidden = c['source'].strip(), re.search(r'^#\|\s*(hide|default_exp)\b', c['source'], re.M)
+        source, hidden = (c['source'].strip(),
+                          re.search(r'^#\|\s*(hide|default_exp)\b', c['source'], re.M))
         if c['cell_type'] == 'markdown':
             parts.append(_linked(MADE.sub('', source)))
         elif c['cell_type'] == 'code' and source and not hidden:

@@ -37,8 +37,8 @@ def parted(names: list[str]) -> tuple[list[str], list[str]]:
     sources = Sources()
     brought = sources.closure_of({sources.modules[m] for m in OURS if m in sources.modules},
                                  step=sources.imports)
-    first = [n for n in names if {f'ftlab/{m.replace(".", "/")}.py'
-                                  for m in exports(cells(path_of(n)))} & brought]
+    first = [n for n in names
+             if {f'ftlab/{m.replace(".", "/")}.py' for m in exports(cells(path_of(n)))} & brought]
     return first, [n for n in names if n not in first]
 
 
@@ -88,8 +88,8 @@ def main(names: list[str], workers: int = 2, timeout: int = 600, kernel: bool = 
         used[name] = result['cpu']
         if result['wrong']:
             failed[name] = result['wrong']
-        print(f'{"FAILED" if name in failed else "ok":6} {result["seconds"]:6.1f} s '
-              f'{result["cpu"]:6.1f} CPU-s  {name}', flush=True)
+        print(f'{"FAILED" if name in failed else "ok":6} {result["seconds"]:6.1f} s {result["cpu"]:6.1f} CPU-s  {name}',
+              flush=True)
     for name, wrong in failed.items():
         print(f'\n--- {name}\n{wrong}')
     own, seconds = time.process_time(), time.perf_counter() - start

@@ -261,9 +261,10 @@ def refused(match, family='llama', make=None):
     assert (same(weights(m), was) and torch.equal(out(m), base)
             and {n: p.requires_grad for n, p in m.named_parameters()} == ready)
 
-@pytest.mark.parametrize('family',
-                         [f for f in EVERY if tiny(f).get_output_embeddings().weight is tiny(
-                             f).get_input_embeddings().weight or anatomy(tiny(f)).tied])
+@pytest.mark.parametrize(
+    'family', [f for f in EVERY
+               if tiny(f).get_output_embeddings().weight is tiny(f).get_input_embeddings().weight
+               or anatomy(tiny(f)).tied])
 def test_a_delta_on_a_tied_matrix_is_refused(family):
     name = anatomy(tiny(family)).embedding
     refused('is tied to .* would pull them apart', family,
@@ -290,7 +291,8 @@ def test_impossible_selections_are_refused():
     q = 'model.layers.1.self_attn.q_proj.weight'
     refused('matches nothing in LlamaForCausalLM.*parameters are named like',
             make=lambda m: attach(m, named('no_such_layer')(m)))
-    refused("names 'nope', which LlamaForCausalLM does not have", make=lambda m: attach(m, {'nope': True}))
+    refused("names 'nope', which LlamaForCausalLM does not have",
+            make=lambda m: attach(m, {'nope': True}))
     refused(r'mask of shape \(3, 3\); the tensor has \(32, 32\)',
             make=lambda m: attach(m, {q: torch.ones(3, 3, dtype=torch.bool)}))
     refused('must be True or a boolean mask', make=lambda m: attach(m, {q: torch.ones(32, 32)}))
@@ -315,7 +317,7 @@ def test_a_second_change_on_top_is_refused():
         for second in ('full', 'lora', 'entries'):
             with pytest.raises(ValueError, match='carries a change already'):
                 attach(m, {'model.layers.0.mlp.up_proj.weight': True} if second == 'lora'
-                       else everything(m))
+                          else everything(m))
         assert torch.equal(out(m), changed)
         if change != 'offset':
             att.fold()
@@ -389,8 +391,8 @@ def test_the_base_is_one_call_away_in_memory_on_disk_and_module_by_module(tmp_pa
         assert torch.equal(now[0] if isinstance(now, tuple) else now, says) and att.enabled
 
 def test_an_offset_behind_an_embedding_is_refused():
-    refused('belongs to an embedding', make=lambda m: attach(m, {'model.embed_tokens.weight': True},
-                                                             Offset))
+    refused('belongs to an embedding',
+            make=lambda m: attach(m, {'model.embed_tokens.weight': True}, Offset))
 
 # ---------- files
 
@@ -494,8 +496,9 @@ def test_the_half_that_a_seed_draws_stays_the_same(family):
     assert hashlib.blake2s(text.encode(), digest_size=8).hexdigest() == DRAWS[family]
 
 @pytest.mark.parametrize('ratio', [.1, 1/3, .4, .5, .6, .9])
-@pytest.mark.parametrize('family, blocks', [('llama', 2), ('llama', 5), ('llama', 12), ('gpt2', 4),
-                                            ('gemma2', 3), ('t5', 2)])
+@pytest.mark.parametrize(
+    'family, blocks',
+    [('llama', 2), ('llama', 5), ('llama', 12), ('gpt2', 4), ('gemma2', 3), ('t5', 2)])
 def test_the_share_that_was_asked_for_moves(family, blocks, ratio):
     m = tiny(family, **({} if family == 't5' else dict(num_hidden_layers=blocks)))
     a = anatomy(m)
@@ -534,8 +537,8 @@ def test_top_takes_the_largest_and_breaks_ties_by_place():
 
 def test_edits_by_hand():
     c = dict(a=torch.tensor([3., 0.]), b=torch.tensor([[4.]]))
-    assert (norm(c) == 5 and norm({}) == 0 and torch.equal(scale(.5)(c, None)['a'],
-                                                           torch.tensor([1.5, 0.]))
+    assert (norm(c) == 5 and norm({}) == 0
+            and torch.equal(scale(.5)(c, None)['a'], torch.tensor([1.5, 0.]))
             and keep(c, None) == c)
     m = tiny('llama')
     base = weights(m)

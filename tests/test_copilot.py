@@ -7,8 +7,8 @@ from ftlab.core.batches import collate, encode, pack
 from ftlab.core.generate import generate
 from ftlab.core.model import model_inputs
 from ftlab.evaluators.decoding.copilot import (Copilot, MistakeLog, answer_together, copilot,
-                                               examples_of, foresight,
-                                               mistake_log, mistakes, thoughts)
+                                               examples_of, foresight, mistake_log, mistakes,
+                                               thoughts)
 from ftlab.adapters.modules.lora import lora
 from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import exact_match
@@ -58,8 +58,7 @@ def at_a_step(batches, model, learner, log, step=0, **kw):
     "What `foresight` sees of a run of one process"
     acc = SimpleNamespace(num_processes=1, process_index=0)
     return SimpleNamespace(batches=batches, model=model, models=dict(copilot=learner), seed=0,
-                           step=step, accelerator=acc,
-                           extra={'mistake log': log}, **kw)
+                           step=step, accelerator=acc, extra={'mistake log': log}, **kw)
 
 def foreseen(state):
     "The loss of a whole step: one call a micro-batch, as in a run"
@@ -163,7 +162,8 @@ def test_an_empty_and_a_full_log_survive_their_state_dict():
         other.load_state_dict(log.state_dict())
         assert other.seen == log.seen and len(other.kept) == len(log.kept)
         for x, y in zip(log.kept, other.kept):
-            assert x['round'] == y['round'] and all(torch.equal(x[k], y[k]) for k in ('read', 'at', 'mistake'))
+            assert (x['round'] == y['round']
+                    and all(torch.equal(x[k], y[k]) for k in ('read', 'at', 'mistake')))
 
 # ---------- one step, however it is cut up
 
@@ -232,8 +232,8 @@ def test_nothing_is_known_before_its_time():
     torch.manual_seed(0)
     c = Copilot(8, 20, width=16)
     torch.nn.init.normal_(c.head.weight)
-    notes, read, mask = torch.randn(2, 6, 16), torch.randn(2, 6, 2,
-                                                           8), torch.ones(2, 6, dtype=torch.long)
+    notes, read, mask = (torch.randn(2, 6, 16), torch.randn(2, 6, 2, 8),
+                         torch.ones(2, 6, dtype=torch.long))
     f = c(notes, read, mask)
     later, other = notes.clone(), read.clone()
     later[:, 4:] = torch.randn(2, 2, 16)
@@ -264,9 +264,8 @@ def test_untrained_or_unheard_it_corrects_nothing():
     loud = Copilot(32, len(TOK))
     loud.head.bias.data[TOK('a').input_ids[0]] = 9.
     assert answer_together(run.model, loud, TOK, prompts(), .3, 4) == ['a a a a']*8
-    assert answer_together(run.model, run.models['copilot'], TOK, prompts(5), .3, 8,
-                           batch_size=2) == answer_together(run.model, run.models['copilot'], TOK,
-                                                            prompts(5), .3, 8)
+    assert (answer_together(run.model, run.models['copilot'], TOK, prompts(5), .3, 8, batch_size=2)
+            == answer_together(run.model, run.models['copilot'], TOK, prompts(5), .3, 8))
 
 def test_what_it_reads_while_answering_is_what_it_read_while_learning():
     "Step by step, with the Pilot's cache, the features are those of one reading of the whole"
@@ -297,8 +296,8 @@ def test_a_pilot_that_stands_still_can_be_foreseen_and_put_right():
     def boxed(rows):
         return [dict(prompt=r['prompt'], response='box') for r in rows]
 
-    rows = ftlab.data(dict(train=boxed(data.train), validation=boxed(data.validation[:20]),
-                           test=data.test[:2]))
+    rows = ftlab.data(
+        dict(train=boxed(data.train), validation=boxed(data.validation[:20]), test=data.test[:2]))
     run = fit(model, tok, rows, lora(r=2)*copilot(lr=6e-3), steps=40, batch_size=16, lr=1e-7,
               progress=False)
     def heard(lam):

@@ -78,8 +78,7 @@ def category(prompt):
 
 
 TASKS = dict(reverse=lambda x: x[::-1], sort=lambda x: sorted(x), max=lambda x: [max(x)],
-             last=lambda x: x[-1:],
-             dedupe=lambda x: [c for i, c in enumerate(x) if c not in x[:i]],
+             last=lambda x: x[-1:], dedupe=lambda x: [c for i, c in enumerate(x) if c not in x[:i]],
              count=lambda x: [str(x.count(x[0]))])
 
 
@@ -141,7 +140,8 @@ def test_chains_need_their_steps_or_not():
     rows = WORLD.rows('chain', 20)
     assert all('=' in r['response'] for r in rows)
     assert all(len(r['response'].split()) == 1 for r in WORLD.rows('chain-direct', 20))
-    assert judge_chain('', '1 + 2 = 3 ; 3', '3') == 1 and judge_chain('', '1 + 2 = 3 ; 3', '3 ; 4') == 0
+    assert (judge_chain('', '1 + 2 = 3 ; 3', '3') == 1
+            and judge_chain('', '1 + 2 = 3 ; 3', '3 ; 4') == 0)
 
 
 @pytest.mark.parametrize('skill', LOOKUP_SKILLS)

@@ -51,7 +51,8 @@ def test_the_recipe_edits_what_was_trained_and_nothing_before():
     base = weights(toy())
     for n in want:
         torch.testing.assert_close(base[n] + want[n], base[n] + got[n], atol=1e-7, rtol=1e-6)
-    assert (lines(.25).arguments == dict(alpha=.25, beta=.75) and lines(1., -.5).arguments['beta'] == -.5)
+    assert (lines(.25).arguments == dict(alpha=.25, beta=.75)
+            and lines(1., -.5).arguments['beta'] == -.5)
 
 def test_a_merge_keeps_the_average_in_the_first_block():
     m = toy()
@@ -128,7 +129,8 @@ def test_a_row_is_ranked_by_itself():
     assert [(t != 0).sum(1).tolist() for t in defaults.values()] == [[19, 19], [115, 115]]
     assert repr(band(per='row')) != repr(band())
 
-@pytest.mark.parametrize('bad', [dict(beta=.9, gamma=.8), dict(beta=-.1), dict(gamma=1.1), dict(per='layer')])
+@pytest.mark.parametrize(
+    'bad', [dict(beta=.9, gamma=.8), dict(beta=-.1), dict(gamma=1.1), dict(per='layer')])
 def test_what_cannot_be_a_band_is_refused(bad):
     with pytest.raises(ValueError, match='beta is|per is'):
         breadcrumbs(**bad)

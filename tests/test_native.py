@@ -98,21 +98,22 @@ def test_a_build_is_for_the_cards_that_are_named(monkeypatch):
     assert ('arch=compute_80,code=sm_80' in usual
             and 'arch=compute_90,code=[sm_90,compute_90]' in usual)
     monkeypatch.setenv('FTLAB_CUDA_ARCH', '90,120')
-    assert (extension.cards() == ['-gencode', 'arch=compute_90,code=sm_90', '-gencode',
-                                  'arch=compute_120,code=sm_120'] and extension.key() != key)
+    assert (extension.cards() == ['-gencode', 'arch=compute_90,code=sm_90', '-gencode', 'arch=compute_120,code=sm_120']
+            and extension.key() != key)
     for wrong in ('9.0', 'sm_90', '90;80', 'native'):
         monkeypatch.setenv('FTLAB_CUDA_ARCH', wrong)
         with pytest.raises(ValueError, match='FTLAB_CUDA_ARCH'):
             extension.cards()
 
-@pytest.mark.parametrize('known, asks', [('', '0'), ('#define TORCH_VERSION_2_13_0 213', '0'),
-                                         ('#define TORCH_VERSION_2_13_0 209', '1')])
+@pytest.mark.parametrize(
+    'known, asks', [('', '0'), ('#define TORCH_VERSION_2_13_0 213', '0'), ('#define TORCH_VERSION_2_13_0 209', '1')])
 def test_headers_that_do_not_know_the_newest_version_take_the_old_way_to_a_stream(known, asks):
     "Their preprocessor reads an unknown name as 0, which every version is newer than"
     text = (extension._SOURCES/'torch.h').read_text()
-    part = text[text.index('#if defined(TORCH_VERSION_2_13_0)'):text.index('#if !FTLAB_ASKS_STREAM')]
-    source = (f'#define TORCH_FEATURE_VERSION 210\n{known}\n{part}\n#if FTLAB_ASKS_STREAM\nasks '
-              '1\n#else\nasks 0\n#endif\n')
+    part = text[
+        text.index('#if defined(TORCH_VERSION_2_13_0)'):text.index('#if !FTLAB_ASKS_STREAM')]
+    source = (f'#define TORCH_FEATURE_VERSION 210\n{known}\n{part}\n#if FTLAB_ASKS_STREAM\nasks 1\n'
+              '#else\nasks 0\n#endif\n')
     if not extension.compiler():
         pytest.skip('there is no C++ compiler here')
     r = subprocess.run([extension.compiler(), '-E', '-x', 'c++', '-'], input=source,
@@ -161,8 +162,8 @@ def test_the_lower_halves_make_bfloat16_move_as_float32(dist):
         perturb_(fs, i, 1e-3, dist)
     assert (same(ps, want[0]) and same(low, want[1])
             and same([perturb._join(p, l) for p, l in zip(ps, low)], fs))
-    assert all((p.float() - f).abs().max() <= 2**-8*f.abs().max() for p, f in zip(ps, fs)
-               if f.numel())
+    assert all((p.float() - f).abs().max() <= 2**-8*f.abs().max()
+               for p, f in zip(ps, fs) if f.numel())
 
 @pytest.mark.parametrize('dtype', TYPES)
 def test_the_error_is_a_rounding_and_no_more(dtype):
@@ -271,13 +272,17 @@ def test_misaligned_tensors_are_moved_and_views_of_another_order_refused():
         with pytest.raises(ValueError, match='not contiguous'):
             perturb_([bad], 0, 1.)
 
-@pytest.mark.parametrize('change, say', [
-    (dict(dist='uniform'), 'dist'), (dict(seed=-1), 'seed'), (dict(seed=2**63), 'seed'),
-    (dict(scale=float('nan')), 'scale'), (dict(first=-1), 'first'),
-    (dict(tensors=[torch.zeros(3, dtype=torch.float64)]), 'float64'),
-    (dict(low=[torch.zeros(3, dtype=torch.int16)]), 'low'),
-    (dict(tensors=[torch.zeros(3).bfloat16()], low=[torch.zeros(4, dtype=torch.int16)]), 'low'),
-    (dict(low=[torch.zeros(3)]*2), 'one for each')])
+@pytest.mark.parametrize(
+    'change, say',
+    [(dict(dist='uniform'), 'dist'),
+     (dict(seed=-1), 'seed'),
+     (dict(seed=2**63), 'seed'),
+     (dict(scale=float('nan')), 'scale'),
+     (dict(first=-1), 'first'),
+     (dict(tensors=[torch.zeros(3, dtype=torch.float64)]), 'float64'),
+     (dict(low=[torch.zeros(3, dtype=torch.int16)]), 'low'),
+     (dict(tensors=[torch.zeros(3).bfloat16()], low=[torch.zeros(4, dtype=torch.int16)]), 'low'),
+     (dict(low=[torch.zeros(3)]*2), 'one for each')])
 def test_what_makes_no_sense_is_refused(change, say):
     p = torch.zeros(3)
     call = dict(tensors=[p], seed=0, scale=1.) | change
@@ -360,8 +365,13 @@ def test_the_k_largest_are_those_that_sorting_gives(dtype, values):
             [t[i::7].fill_(v) for t in ts
              for i, v in enumerate((float('nan'), -float('inf'), 0., -0., 1e-7))]
         order = ranked(ts)
-        for k, drop in ((1, 0), (total, 0), (total//2, 0), (total//20, 0), (total//3, total//3),
-                        (1, total - 1), (total//2, 1)):
+        for k, drop in ((1, 0),
+                        (total, 0),
+                        (total//2, 0),
+                        (total//20, 0),
+                        (total//3, total//3),
+                        (1, total - 1),
+                        (total//2, 1)):
             if k < 1 or k + drop > total:
                 continue
             want = order[drop:drop + k].sort().values
@@ -380,11 +390,11 @@ def test_the_k_largest_are_those_that_sorting_gives(dtype, values):
                     and low != low)
             assert torch.equal(torch.ops.ftlab.kth_find(ts, k, drop), magnitude._find(ts, k, drop))
 
-@pytest.mark.parametrize('make', [lambda n: torch.arange(n).float(), lambda n: torch.zeros(n),
-                                  lambda n: torch.cat([torch.zeros(n - 5), torch.ones(5)]),
-    lambda n: torch.randn(n).exp()**20, lambda n: torch.arange(n).remainder(16).float(),
-                                  lambda n: torch.cat([torch.ones(n//2),
-                                                       2 + torch.rand(n - n//2)])])
+@pytest.mark.parametrize(
+    'make', [lambda n: torch.arange(n).float(), lambda n: torch.zeros(n),
+             lambda n: torch.cat([torch.zeros(n - 5), torch.ones(5)]),
+             lambda n: torch.randn(n).exp()**20, lambda n: torch.arange(n).remainder(16).float(),
+             lambda n: torch.cat([torch.ones(n//2), 2 + torch.rand(n - n//2)])])
 def test_a_wrong_guess_costs_time_and_not_the_truth(make):
     "Sorted, constant, rare and periodic numbers, of which a sample tells little"
     x = make(700_000)
@@ -410,14 +420,17 @@ def test_a_misaligned_tensor_and_a_parameter_are_ranked():
     p = torch.nn.Parameter(torch.randn(9, 9))
     assert unpack_mask(kth_magnitude(p, 4, 'mask'), p).sum() == 4 and not kth_magnitude(p, 4, 'mask').requires_grad
 
-@pytest.mark.parametrize('call, say', [
-    (dict(k=0), 'k is 0'), (dict(k=7), 'from 1 to 6'), (dict(k=5, drop=2), 'from 1 to 4'),
-    (dict(k=1, drop=-1), 'drop'), (dict(k=1, give='list'), 'give'),
-    (dict(tensors=[], k=1), 'no tensors'),
-    (dict(tensors=torch.zeros(6, dtype=torch.float64), k=1), 'float64'),
-    (dict(tensors=torch.zeros(4, 6).t(), k=1), 'not contiguous'),
-    (dict(tensors=torch.zeros(0), k=1), 'k is 1'),
-    (dict(tensors=[torch.zeros(3), torch.zeros(3).half()], k=1), 'like tensors')])
+@pytest.mark.parametrize(
+    'call, say', [(dict(k=0), 'k is 0'),
+                  (dict(k=7), 'from 1 to 6'),
+                  (dict(k=5, drop=2), 'from 1 to 4'),
+                  (dict(k=1, drop=-1), 'drop'),
+                  (dict(k=1, give='list'), 'give'),
+                  (dict(tensors=[], k=1), 'no tensors'),
+                  (dict(tensors=torch.zeros(6, dtype=torch.float64), k=1), 'float64'),
+                  (dict(tensors=torch.zeros(4, 6).t(), k=1), 'not contiguous'),
+                  (dict(tensors=torch.zeros(0), k=1), 'k is 1'),
+                  (dict(tensors=[torch.zeros(3), torch.zeros(3).half()], k=1), 'like tensors')])
 def test_what_cannot_be_ranked_is_refused(call, say):
     with pytest.raises(ValueError, match=say):
         kth_magnitude(**(dict(tensors=torch.zeros(6)) | call))
@@ -483,10 +496,11 @@ def test_sanitizers_find_nothing_over_fuzzed_shapes(tmp_path, name):
     has: no stray access, no undefined step, the same bits"""
     exe = tmp_path/'fuzz'
     flags = [f for f in extension._CXX if not f.startswith('-D')]
-    r = subprocess.run([extension.compiler(), '-std=c++17', *flags, '-O1', '-g',
-                        '-fsanitize=address,undefined', '-fno-sanitize-recover=all',
-        f'-I{extension._SOURCES}', str(ROOT/'tests'/'native'/f'{name}.cpp'), '-o', str(exe)],
-                       capture_output=True, text=True)
+    r = subprocess.run(
+        [extension.compiler(), '-std=c++17', *flags, '-O1', '-g', '-fsanitize=address,undefined',
+         '-fno-sanitize-recover=all', f'-I{extension._SOURCES}',
+         str(ROOT/'tests'/'native'/f'{name}.cpp'), '-o', str(exe)],
+        capture_output=True, text=True)
     if 'cannot find' in r.stderr and 'san' in r.stderr:
         pytest.skip('this compiler has no sanitizers')
     assert r.returncode == 0, r.stderr

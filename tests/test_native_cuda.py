@@ -12,7 +12,8 @@ compiled = pytest.mark.skipif(not extension.compiler(), reason='there is no C++ 
 def build(source, exe, sanitizer):
     r = subprocess.run([extension.compiler(), '-std=c++17', *extension._CXX, '-O1', '-g',
                         f'-fsanitize={sanitizer}', '-fno-sanitize-recover=all',
-        f'-I{extension._SOURCES}', str(source), '-o', str(exe)], capture_output=True, text=True)
+                        f'-I{extension._SOURCES}', str(source), '-o', str(exe)],
+                       capture_output=True, text=True)
     if 'cannot find' in r.stderr and 'san' in r.stderr:
         pytest.skip('this compiler has no sanitizers')
     assert r.returncode == 0, r.stderr
@@ -32,11 +33,12 @@ def test_no_two_threads_of_a_kernel_race(tmp_path):
 
 @pytest.mark.slow
 @compiled
-@pytest.mark.parametrize('sanitizer, found', [
-    ('address,undefined', {1: 'wrong', 2: 'a thread ended while others wait',
-                           4: 'heap-buffer-overflow', 5: 'wrong', 6: 'not all lanes'}),
-    ('thread', {1: 'data race', 2: 'a thread ended while others wait', 3: 'data race', 5: 'wrong',
-                6: 'not all lanes', 7: 'data race'})])
+@pytest.mark.parametrize(
+    'sanitizer, found',
+    [('address,undefined', {1: 'wrong', 2: 'a thread ended while others wait',
+                            4: 'heap-buffer-overflow', 5: 'wrong', 6: 'not all lanes'}),
+     ('thread', {1: 'data race', 2: 'a thread ended while others wait', 3: 'data race', 5: 'wrong',
+                 6: 'not all lanes', 7: 'data race'})])
 def test_the_stand_in_finds_a_mistake_that_is_there(tmp_path, sanitizer, found):
     """No barrier, a barrier for some, two blocks at one place, beyond the end, shared memory taken
     to be 0, a shuffle for some: a stand-in that finds nothing proves nothing"""
@@ -58,14 +60,16 @@ def test_the_gpu_chooses_what_the_cpu_chooses(dtype):
         ts = [(torch.randn(n)*4).round().to(dtype) for n in sizes]
         gpu = [t.cuda() for t in ts]
         total = sum(sizes)
-        for k, drop in ((1, 0), (total, 0), (total//20 + 1, 0), (total//3, total//3),
+        for k, drop in ((1, 0),
+                        (total, 0),
+                        (total//20 + 1, 0),
+                        (total//3, total//3),
                         (1, total - 1)):
             assert torch.equal(torch.ops.ftlab.kth_find(gpu, k, drop).cpu(),
                                magnitude._find(ts, k, drop))
             for give in ('mask', 'indices'):
-                assert all(torch.equal(g.cpu(), c)
-                           for g, c in zip(kth_magnitude(gpu, k, give, drop),
-                                           kth_magnitude(ts, k, give, drop)))
+                assert all(torch.equal(g.cpu(), c) for g, c in zip(
+                               kth_magnitude(gpu, k, give, drop), kth_magnitude(ts, k, give, drop)))
     flat = torch.randn(10_001, device='cuda').to(dtype)[1:]
     assert unpack_mask(kth_magnitude(flat, 77, 'mask'), flat).sum() == 77
 

@@ -50,20 +50,21 @@ def test_files_of_version_0_1_load(name, tmp_path):
     for n, (_, config) in kinds.items():
         W = m.get_parameter(n).detach()
         d = OLD[name](W, **config)
-        d.load_state_dict({k.partition('::')[2]: t for k, t in tensors.items()
-                           if k.startswith(n + '::')}, strict=name != 'entries')
+        d.load_state_dict(
+            {k.partition('::')[2]: t for k, t in tensors.items() if k.startswith(n + '::')},
+            strict=name != 'entries')
         if d.site == 'weight':
-            torch.testing.assert_close(d(W),
-                                       load_delta(old_base(), DATA/f'{name}.safetensors').weight(n)[
-                                           1], atol=0, rtol=0)
+            torch.testing.assert_close(
+                d(W), load_delta(old_base(), DATA/f'{name}.safetensors').weight(n)[1], atol=0,
+                rtol=0)
     # saved again it names its kind, and is the same change
     att = load_delta(m, DATA/f'{name}.safetensors')
     save_delta(tmp_path/'new', *pack(att), home)
     att.detach()
     with safe_open(tmp_path/'new', 'pt') as f:
         meta = f.metadata()
-    assert (meta['format'] == FORMATS[1] and {k[0] for k in json.loads(meta['kinds']).values()}
-            == {OLD[name].kind})
+    assert (meta['format'] == FORMATS[1]
+            and {k[0] for k in json.loads(meta['kinds']).values()} == {OLD[name].kind})
     load_delta(m, tmp_path/'new')
     assert torch.equal(logits(m), now)
 
@@ -76,11 +77,11 @@ def test_every_delta_of_ftlab_has_a_kind_by_which_it_is_found():
         if not info.name.startswith(('ftlab.adapters', 'ftlab.beyond', 'ftlab.trainers', 'ftlab.evaluators')):
             continue
         for v in vars(importlib.import_module(info.name)).values():
-            if isinstance(v, type) and issubclass(v,
-                                                  torch.nn.Module) and v.__module__ == info.name and hasattr(v, 'site'):
+            if (isinstance(v, type) and issubclass(v, torch.nn.Module) and v.__module__ == info.name
+                and hasattr(v, 'site')):
                 found[v] = vars(v).get('kind')
-    assert (len(found) >= 7 and all(found.values())), {c.__name__: k for c, k in found.items()
-                                                       if not k}
+    assert (len(found) >= 7 and all(found.values())), {c.__name__: k
+                                                       for c, k in found.items() if not k}
     assert (len(set(found.values())) == len(found)
             and all(class_of(k) is c for c, k in found.items()))
 
@@ -123,18 +124,19 @@ def test_two_hundred_wrong_files(healthy, tmp_path):
             assert name.endswith('0.1') or content == healthy[name], (seed, name, how)
     assert refused > 120
 
-@pytest.mark.parametrize('tensors, kinds, base, says', [
-    ({'model.norm.weight': torch.ones(1)}, {'model.norm.weight': 'value'}, None, 'must be'),
-    ({'model.norm.weight': torch.ones(32).double()}, {'model.norm.weight': 'value'}, None, 'torch.float64'),
-    ({'model.norm.weight': torch.full((32,), float('nan'))}, {'model.norm.weight': 'value'}, None,
-     'NaN or infinite'), ({'model.norm.weight': torch.ones(32), 'x': torch.ones(1)},
-                          {'model.norm.weight': 'value'}, None, "'x', which belongs to nothing"),
-    ({}, {'model.norm.weight': 'value'}, None, 'is missing'),
-    ({'model.norm.weight': torch.ones(32)}, {'model.norm.weight': 'value'}, {}, 'another base'),
-    ({'a': torch.ones(2)}, {'a': 'value'}, None, 'no parameter of that name'),
-    ({'model.norm.weight::index': torch.tensor([40], dtype=torch.int32),
-      'model.norm.weight::value': torch.ones(1)}, {'model.norm.weight': ['entries', dict(count=1)]},
-     None, 'the weight has 32 entries')])
+@pytest.mark.parametrize(
+    'tensors, kinds, base, says',
+    [({'model.norm.weight': torch.ones(1)}, {'model.norm.weight': 'value'}, None, 'must be'),
+     ({'model.norm.weight': torch.ones(32).double()}, {'model.norm.weight': 'value'}, None, 'torch.float64'),
+     ({'model.norm.weight': torch.full((32,), float('nan'))}, {'model.norm.weight': 'value'}, None,
+      'NaN or infinite'),
+     ({'model.norm.weight': torch.ones(32), 'x': torch.ones(1)}, {'model.norm.weight': 'value'},
+      None, "'x', which belongs to nothing"),
+     ({}, {'model.norm.weight': 'value'}, None, 'is missing'),
+     ({'model.norm.weight': torch.ones(32)}, {'model.norm.weight': 'value'}, {}, 'another base'),
+     ({'a': torch.ones(2)}, {'a': 'value'}, None, 'no parameter of that name'),
+     ({'model.norm.weight::index': torch.tensor([40], dtype=torch.int32), 'model.norm.weight::value': torch.ones(1)},
+      {'model.norm.weight': ['entries', dict(count=1)]}, None, 'the weight has 32 entries')])
 def test_what_is_wrong_is_said_with_the_file_s_name(tensors, kinds, base, says, tmp_path):
     m = tiny('llama')
     was = state(m)
@@ -147,7 +149,8 @@ def test_a_change_that_fails_while_it_is_placed_is_taken_back(tmp_path, monkeypa
     from ftlab.adapters import attach as module
     m = tiny('llama')
     home = identity(m)
-    att = attach(m, {**parts('q')(m), 'model.norm.weight': True}, Offset, also=('model.norm.weight',))
+    att = attach(m, {**parts('q')(m), 'model.norm.weight': True}, Offset,
+                 also=('model.norm.weight',))
     save_delta(tmp_path/'d', *pack(att), home)
     att.detach()
     m.lm_head.weight.requires_grad_(False)

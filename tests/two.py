@@ -64,15 +64,16 @@ def two_stages():
 
     return Recipe('two', loop=Stages(Recipe('norms', select=parts('norm')), second))
 
-CASES = dict(full=Recipe, lora=lora, entries=lambda: Recipe('entries', select=top(torch.abs, .1)),
-             reference=lambda: lora()*Recipe('kl', objective=nll() + kl_to_base(1.)),
-             whole_reference=lambda: Recipe('kl', objective=nll() + kl_to_base(1.)),
-             learner=lambda: Recipe('learner',
-                                    loop=Loop(learners={'head': Learner(
-                                        lambda s: nn.Linear(len(TOK), 1), head_loss, lr=1e-2)})),
-             forward=lambda: Recipe(Method('forward', lr=1e-3), select=parts('norm'), step=Forward),
-             grpo=lambda: grpo(group=4, max_new_tokens=4,
-                               reward=lambda row, answer: len(answer)/10), stages=two_stages)
+CASES = dict(
+    full=Recipe, lora=lora, entries=lambda: Recipe('entries', select=top(torch.abs, .1)),
+    reference=lambda: lora()*Recipe('kl', objective=nll() + kl_to_base(1.)),
+    whole_reference=lambda: Recipe('kl', objective=nll() + kl_to_base(1.)),
+    learner=lambda: Recipe(
+        'learner', loop=Loop(
+            learners={'head': Learner(lambda s: nn.Linear(len(TOK), 1), head_loss, lr=1e-2)})),
+    forward=lambda: Recipe(Method('forward', lr=1e-3), select=parts('norm'), step=Forward),
+    grpo=lambda: grpo(group=4, max_new_tokens=4, reward=lambda row, answer: len(answer)/10),
+    stages=two_stages)
 SHARDED = ('full', 'lora', 'entries', 'reference', 'whole_reference', 'learner', 'stages')
 HOW = dict(steps=4, batch_size=8, lr=1e-2, clip=.05, weight_decay=.1, warmup=1, progress=False)
 
@@ -172,12 +173,14 @@ def more(out, told):
         except Exception as e:
             told[key] = f'{type(e).__name__}: {e}'
     refused('uneven', lambda: fit(toy(), TOK, lab_data(), batch_size=7, steps=1, progress=False))
-    refused('one batch', lambda: fit(toy(), TOK, lab_data(),
-                                     Recipe('x', source=lambda s: type(
-                                         'S', (), dict(next=lambda self, st: [
-                                             dict(input_ids=torch.ones(2, 4, dtype=torch.long),
-                                                  labels=torch.ones(2, 4, dtype=torch.long))]))()),
-                                     steps=1, progress=False))
+    refused('one batch',
+            lambda: fit(toy(), TOK, lab_data(),
+                        Recipe('x', source=lambda s: type(
+                                   'S', (),
+                                   dict(next=lambda self, st: [
+                                            dict(input_ids=torch.ones(2, 4, dtype=torch.long),
+                                                 labels=torch.ones(2, 4, dtype=torch.long))]))()),
+                        steps=1, progress=False))
     refused('secret', lambda: fit(toy(), TOK, lab_data(), Recipe('secret', step=Secret), **HOW))
 
     def half_bad(state):

@@ -205,8 +205,8 @@ def stale(cells: list[dict], fresh: dict[int, list[dict]]) -> str:
         if old != new:
             a, b = next((a, b) for a, b in itertools.zip_longest(old, new, fillvalue='(nothing)')
                         if a != b)
-            wrong.append(f'cell {number} restates data, and what is stored is no longer so:\n  '
-                         f'stored: {a[:200]}\n  fresh:  {b[:200]}')
+            wrong.append(f'cell {number} restates data, and what is stored is no longer so:\n'
+                         f'  stored: {a[:200]}\n  fresh:  {b[:200]}')
     return ('\n'.join(wrong)
             and '\n'.join((*wrong, 'to store what is so now: python tests/run_notebooks.py --store PAGE')))
 
@@ -286,8 +286,8 @@ class Workers:
             said = {'wrong': f'the page\'s process died (status {os.waitstatus_to_exitcode(status)})'}
         Path(result).unlink()
         outputs = {int(k): v for k, v in said.pop('outputs', {}).items()}
-        return name, {'outputs': outputs, 'seconds': time.perf_counter() - began,
-                      'cpu': used.ru_utime + used.ru_stime, **said}
+        return (name, {'outputs': outputs, 'seconds': time.perf_counter() - began,
+                       'cpu': used.ru_utime + used.ru_stime, **said})
 
     def run(self, first: list[tuple[str, Path]], then: list[tuple[str, Path]] = (),
             between=lambda: None):

@@ -22,8 +22,9 @@ def identities():
     p.move(best(W.abs(), 8))
     return {'the places are those of the official formula': set(theirs.tolist())
             == set(best(scores(W), 8).tolist()),
-            'as many numbers as LoRA of that rank': coverage(model, lift().select(model))['numbers'] == numbers,
+            'as many numbers as LoRA of that rank': coverage(model, lift().select(model))['numbers']
+            == numbers,
             'what was learned stays when places change hands': bool(torch.equal(p(W), before)),
-            'with all directions kept it is '
-            'magnitude': len(set(best(scores(W, filter_rank=128), 8).tolist()) & set(
-                best(scores(W, 'magnitude'), 8).tolist())) >= .998*sum(W.shape)*8}
+            'with all directions kept it is magnitude': len(
+                set(best(scores(W, filter_rank=128), 8).tolist()) & set(
+                    best(scores(W, 'magnitude'), 8).tolist())) >= .998*sum(W.shape)*8}

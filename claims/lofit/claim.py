@@ -63,7 +63,7 @@ def identities():
     theirs = sum(p.numel() for p in att.parameters().values())
     att.detach()
     return {'it starts as the base': bool(torch.equal(start, base)),
-            'it changes what the model says, and switched off it is the '
-            'base': bool(torch.equal(off, base) and not torch.equal(moved, base)),
+            'it changes what the model says, and switched off it is the base': bool(
+                torch.equal(off, base) and not torch.equal(moved, base)),
             'four heads of 32 numbers, LoRA has more than 500 times as many': numbers == 128
             and theirs > 500*numbers}

@@ -58,4 +58,5 @@ def identities() -> dict[str, bool]:
     return {'the labels are as they were': torch.equal(new['labels'], b['labels']),
             'nothing of the question is hidden': not bool((hidden & (b['labels'] == IGNORE)).any()),
             'something of the answer is': bool(hidden.any()),
-            'at the first step nothing is hidden': torch.equal(mask_answers()(b, s)['input_ids'], b['input_ids'])}
+            'at the first step nothing is hidden': torch.equal(
+                mask_answers()(b, s)['input_ids'], b['input_ids'])}

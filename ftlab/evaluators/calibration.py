@@ -32,11 +32,11 @@ def reliability(sure:Tensor,  # confidences in [0, 1]
     confidences outside [0, 1]."""
     sure, right = sure.double().flatten(), right.double().flatten()
     if not len(sure) or len(sure) != len(right):
-        raise ValueError(f'there are {len(sure)} confidences and {len(right)} outcomes; give as '
-                         'many of each, one at least')
+        raise ValueError(f'there are {len(sure)} confidences and {len(right)} outcomes; '
+                         'give as many of each, one at least')
     if float(sure.min()) < 0 or float(sure.max()) > 1 + 1e-6:
-        raise ValueError(f'confidences run from {float(sure.min()):.3g} to {float(sure.max()):.3g}; '
-                         'they must be probabilities, in [0, 1]')
+        raise ValueError(f'confidences run from {float(sure.min()):.3g} to '
+                         f'{float(sure.max()):.3g}; they must be probabilities, in [0, 1]')
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
     which = torch.bucketize(sure, edges[1:-1])
     return [dict(low=float(edges[i]), high=float(edges[i + 1]), n=int(on.sum()),

@@ -67,8 +67,8 @@ def combined(models:Mapping[str, object],  # {role: model}, one vocabulary
         raise ValueError(f'the models speak different vocabularies: {sizes}; they must share one tokenizer')
     def begin():
         cache = dict.fromkeys(models)
-        return lambda x, mask, place: rule({k: _next(m, k, x, mask, place, cache)
-                                            for k, m in models.items()})
+        return lambda x, mask, place: rule(
+            {k: _next(m, k, x, mask, place, cache) for k, m in models.items()})
     return decode(list(models.values()), tok, prompts, begin, max_new_tokens, sample, batch_size)
 
 def _next(model, key, x, mask, place, cache) -> torch.Tensor:

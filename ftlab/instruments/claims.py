@@ -52,15 +52,16 @@ def arms_of(claim:Claim) -> dict[str, dict]:
             recipe = get(a['recipe']).named(name)
         except KeyError as e:
             raise ValueError(f'{claim.file}: arm {name!r}: {e.args[0]}') from None
-        out[name] = dict(recipe=recipe, grid=tuple(a.get('grid', s['grid'])), steps=a.get('steps', s['steps']))
+        out[name] = dict(recipe=recipe, grid=tuple(a.get('grid', s['grid'])),
+                         steps=a.get('steps', s['steps']))
     if len({len(a['grid']) for a in out.values()}) > 1:
         raise ValueError(f'{claim.file}: every arm needs as many learning rates as the others')
     return out
 
 def workplace() -> Path:
     "Where finished parts of claims are kept until the whole is done"
-    return Path(os.environ.get('FTLAB_RUNS', claims_folder().parent/'runs' if claims_folder()
-                               else 'ftlab-runs'))/'claims'
+    return (
+        Path(os.environ.get('FTLAB_RUNS', claims_folder().parent/'runs' if claims_folder() else 'ftlab-runs'))/'claims')
 
 # %% ../../nbs/instruments/claims.ipynb #000713be
 class Ground(Bench):
@@ -70,8 +71,8 @@ class Ground(Bench):
         if seed not in drawn:
             d = super().data(seed)
             more = self.skill and self.items > len(d.test)
-            drawn[seed] = (replace(d, test=WORLD.rows(self.skill, self.items, 'test', seed))
-                           if more else d)
+            drawn[seed] = (replace(d, test=WORLD.rows(self.skill, self.items, 'test', seed)) if more
+                           else d)
         return drawn[seed]
 
     def before(self, seed, recipe=None):
@@ -111,16 +112,16 @@ class Looks:
 
 def train_arm(bench, arm, rate, seed, looks=0, steps=None):
     "One arm at one rate: the run, what the looks saw, and the recipe's own way to draw answers"
-    (model, tok), data, recipe, steps = bench.base(seed), bench.data(seed), arm[
-        'recipe'], steps or arm['steps']
+    (model, tok), data, recipe, steps = (bench.base(seed), bench.data(seed), arm['recipe'],
+                                         steps or arm['steps'])
     learners = {}
     decode = decoder_for(recipe, bench.base(seed)[0], learners)
     before = bench.before(seed, recipe)['validation']
     def gain(state):
         learners.update({n: state.models[n] for n in recipe.learners})
         return bench.gained(state.model, tok, data, 'validation', decode) - before
-    see = (Looks(max(1, steps//looks), gain) if looks and not (recipe.edit or recipe.stages)
-           else None)
+    see = (Looks(max(1, steps//looks), gain) if looks
+           and not (recipe.edit or recipe.stages) else None)
     calls = ((Budget(bench.budget),) if bench.budget else ()) + ((see,) if see else ())
     run = fit(model, tok, data, recipe, steps=steps, lr=rate, seed=seed, callbacks=calls,
               progress=False, **bench.settings)
@@ -138,10 +139,10 @@ def measured(bench:Bench, model, tok, data, seed, before, base, decode=None) -> 
     old = bench.kept(model, tok, seed, data, decode)
     kl = bench.drifted(base, model, tok, seed, data)
     lost = fmean(before['old'][k] - v for k, v in old.items()) if old else kl
-    return dict(gain=bench.gained(model, tok, data, 'test', decode) - before['test'],
-                forgetting=lost, kl=kl,
-                nll=nll(model, tok, data.test[:bench.items], data.kind, data.labels,
-                        bench.max_length))
+    return dict(
+        gain=bench.gained(model, tok, data, 'test', decode) - before['test'], forgetting=lost,
+        kl=kl,
+        nll=nll(model, tok, data.test[:bench.items], data.kind, data.labels, bench.max_length))
 
 def _broken(bench, before, e, seconds) -> dict:
     "The worst score there is, at matched gain too"
@@ -162,10 +163,10 @@ def run_seed(bench:Bench, arms:Mapping[str, dict], rates:Mapping[str, float], se
         try:
             run, see, decode = train_arm(bench, arm, rates[name], seed, looks)
             done[name] = SimpleNamespace(tok=run.tok, see=see, decode=decode, before=before)
-            cells[name] = ask(name, run.model) | dict(seconds=time.process_time() - t,
-                                                      tokens=run.cost['tokens'], trainable=run.cost['trainable'],
-                                                      saved_bytes=run.delta.nbytes, path=see.path,
-                                                      error=None)
+            cells[name] = ask(name, run.model) | dict(
+                seconds=time.process_time() - t, tokens=run.cost['tokens'],
+                trainable=run.cost['trainable'], saved_bytes=run.delta.nbytes, path=see.path,
+                error=None)
         except (ValueError, TypeError, KeyError, OSError):
             raise # wrong input is not a result
         except Exception as e:
@@ -179,11 +180,11 @@ def run_seed(bench:Bench, arms:Mapping[str, dict], rates:Mapping[str, float], se
 def _at_matched_gain(see:Looks, target:float|None, last:dict, ask:Callable) -> dict:
     """What the copy at the first look that reaches the target answers; the end, where that is it or
     where none does"""
-    i = next((i for i, row in enumerate(see.path) if target is not None
-              and row['gain'] >= target), None)
+    i = next((i for i, row in enumerate(see.path) if target is not None and row['gain'] >= target),
+             None)
     at = last if i is None or i == len(see.path) - 1 else ask(see.copies[i])
-    return {f'{k}_matched': at[k] for k in ('gain', 'forgetting', 'kl')} | dict(
-        matched_at=None if i is None else see.path[i]['step'])
+    return ({f'{k}_matched': at[k] for k in ('gain', 'forgetting', 'kl')}
+            | dict(matched_at=None if i is None else see.path[i]['step']))
 
 # %% ../../nbs/instruments/claims.ipynb #001013be
 STATES = {'missing': 'not yet run', 'current': 'made by this code',
@@ -294,8 +295,8 @@ class Kept:
         path = self.folder/f'{name}.json'
         if not path.exists():
             found = make()
-            write_atomically(path, lambda p: p.write_text(
-                json.dumps(found, allow_nan=False, default=float)))
+            write_atomically(
+                path, lambda p: p.write_text(json.dumps(found, allow_nan=False, default=float)))
         return json.loads(path.read_text())
 
 # %% ../../nbs/instruments/claims.ipynb #001413be
@@ -309,9 +310,9 @@ def _recipe_seed(claim, kept, say):
         say(f'{claim.key}: {name} at {rate:g}: validation gain {g:.3f}')
         return g
     grids = {n: a['grid'] for n, a in arms.items()}
-    chosen = kept('tuning',
-                  lambda: dict(seed=outside, arms=tune(score, grids),
-                               seconds=time.process_time() - t))
+    chosen = kept(
+        'tuning',
+        lambda: dict(seed=outside, arms=tune(score, grids), seconds=time.process_time() - t))
     rates = {n: chosen['arms'][n]['rate'] for n in arms}
     looks = claim.spec.get('looks', DEFAULTS['looks'])
     return lambda seed: run_seed(bench, arms, rates, seed, looks), chosen
@@ -358,8 +359,8 @@ def run_claim(claim:Claim|str,             # a claim, or its key
     script = script_of(claim) if claim.script else None
     cells, tuning = _all_seeds(claim, script, kept, say) if claim.spec.get('contrast') else ({}, {})
     result = assemble_claim(claim, cells, tuning, _identities(script))
-    seconds = (sum(c['seconds'] for c in cells.values()) + tuning.get('seconds', 0.) if cells
-               else time.process_time() - t)
+    seconds = (sum(c['seconds'] for c in cells.values())
+               + tuning.get('seconds', 0.) if cells else time.process_time() - t)
     result |= stamp | dict(versions=versions(), seconds=seconds)
     write_result(claim, result)
     return result
@@ -430,8 +431,8 @@ def _control(c, cells, seeds) -> dict:
 
 def _was_matched(contrasts, cells) -> list[dict]:
     "A failed control where some arm never reached a gain to match, and a contrast needs one"
-    looked = [(a, s, x['matched_at']) for s, c in cells.items() for a, x in c['arms'].items()
-              if isinstance(x, dict) and 'matched_at' in x]
+    looked = [(a, s, x['matched_at']) for s, c in cells.items()
+              for a, x in c['arms'].items() if isinstance(x, dict) and 'matched_at' in x]
     without = [f'{a}, seed {s}' for a, s, at in looked if at is None]
     if not without or not any(c['metric'].endswith('_matched') for c in contrasts):
         return []
@@ -455,8 +456,8 @@ def replay(claim:Claim, seed:int) -> list[dict]:
     result and run anew at the stored learning rates"""
     r = read_result(claim)
     if seed not in r['seeds']:
-        raise ValueError(f'{claim.key}: seed {seed} is none of the result\'s; they are '
-                         f'{", ".join(map(str, r["seeds"]))}')
+        raise ValueError(f'{claim.key}: seed {seed} is none of the result\'s; '
+                         f'they are {", ".join(map(str, r["seeds"]))}')
     fresh = lambda name, make: r['tuning'] if name == 'tuning' else make()
     one, _ = (_script_seed(claim, script_of(claim), fresh) if claim.runs
               else _recipe_seed(claim, fresh, lambda s: None))
@@ -464,7 +465,8 @@ def replay(claim:Claim, seed:int) -> list[dict]:
     out = []
     for c, want in zip(r['contrasts'], claim.spec['contrast'], strict=True):
         new = _side(want, 'treatment', arms) - _side(want, 'baseline', arms)
-        out.append(dict(name=c['name'], margin=c['margin'], stored=c['treatment'][i] - c['baseline'][i], new=new))
+        out.append(dict(name=c['name'], margin=c['margin'],
+                        stored=c['treatment'][i] - c['baseline'][i], new=new))
     return out
 
 # %% ../../nbs/instruments/claims.ipynb #002313be
@@ -495,8 +497,8 @@ def carry(claim:Claim|str,             # a claim with a result, or its key
         say(f'{claim.key}, seed {seed}: {_far_off(d)}')
     if far := [d for d in seen if d['new'] is None or abs(d['stored'] - d['new']) > d['allowed']]:
         off = '; '.join(map(_far_off, far))
-        raise ValueError(f'{claim.key} stays {state}: on seed {seed}, {off}; run it again: ftlab '
-                         f'claims run {claim.key}')
+        raise ValueError(f'{claim.key} stays {state}: on seed {seed}, {off}; run it again: '
+                         f'ftlab claims run {claim.key}')
     told = dict({'from': result['code'], 'to': stamp['code']}, hash=result.get('hash', 'text'),
                 seed=seed, differences=seen)
     write_result(claim, result | stamp | dict(carried=[*result.get('carried', ()), told]))
@@ -513,8 +515,9 @@ def _seen(claim, seed) -> list[dict]:
     """What a replay saw, with the difference that is allowed; an identity counts as an effect of 1
     that must stay, None stands for NaN"""
     found = replay(claim, seed) if claim.spec.get('contrast') else []
-    out = [dict(name=d['name'], stored=d['stored'], new=d['new'] if math.isfinite(d['new'])
-                else None, allowed=max(d['margin']/10, 1e-6)) for d in found]
+    out = [dict(name=d['name'], stored=d['stored'],
+                new=d['new'] if math.isfinite(d['new']) else None,
+                allowed=max(d['margin']/10, 1e-6)) for d in found]
     ids = _identities(script_of(claim)) if claim.script else {}
     return out + [dict(name=f'identity: {k}', stored=1., new=float(ok), allowed=0.)
                   for k, ok in ids.items()]
@@ -551,8 +554,8 @@ def _outcome(r:dict) -> list[str]:
         return f'must lie within ±{k["margin"]:g}' if k['kind'] == 'equivalence' else f'must lie above {k["margin"]:g}'
 
     effects = [(k, contrast(k)) for k in r['contrasts']]
-    return ([f'{k["name"]}: effect {f["mean"]:+.3f} [{f["low"]:+.3f}, {f["high"]:+.3f}], {must(k)}: '
-             f'{f["verdict"]}' for k, f in effects]
+    return ([f'{k["name"]}: effect {f["mean"]:+.3f} [{f["low"]:+.3f}, {f["high"]:+.3f}], {must(k)}: {f["verdict"]}'
+             for k, f in effects]
             + [f'control, {k["name"]}: {"passed" if k["ok"] else "FAILED"}' for k in r['controls']]
             + [f'identity, {k["name"]}: {"passed" if k["passed"] else "FAILED"}' for k in r['identities']])
 

@@ -62,8 +62,8 @@ def target_gain(paths:list[list[dict]], # one path an arm, all of one seed
 
 def matched(path:list[dict], target:float|None) -> float|None:
     "What was forgotten at the first look whose gain reaches `target`; `None` if none does"
-    return next((row['forgetting'] for row in path if target is not None
-                 and row['gain'] >= target), None)
+    return next((row['forgetting'] for row in path if target is not None and row['gain'] >= target),
+                None)
 
 # %% ../../nbs/instruments/compare.ipynb #000cc6d6
 def best_rate(tried:Mapping[float, float]) -> float:
@@ -87,8 +87,8 @@ def tune(score:Callable,   # (name, rate) -> score on validation data, higher is
     differ in size"""
     sizes = {n: len(set(g)) for n, g in grids.items()}
     if len(set(sizes.values())) > 1:
-        raise ValueError('every method must get the same number of learning rates; there are '
-                         f'{", ".join(f"{k} for {n}" for n, k in sizes.items())}')
+        raise ValueError('every method must get the same number of learning rates; '
+                         f'there are {", ".join(f"{k} for {n}" for n, k in sizes.items())}')
     tried = {n: {r: score(n, r) for r in sorted(set(g))} for n, g in grids.items()}
     at_edge = lambda t: len(t) > 1 and best_rate(t) in (min(t), max(t))
     for _ in range(extend):
@@ -109,11 +109,11 @@ def metric_for(data:Data, metric:str|Callable|None=None) -> str|Callable:
     if callable(metric):
         return metric
     if metric is not None and metric not in METRICS:
-        raise ValueError(f'metric is {metric!r}; it must be {", ".join(METRICS)}, or a function '
-                         '(model, tok, rows) -> number, higher is better')
+        raise ValueError(f'metric is {metric!r}; it must be {", ".join(METRICS)}, '
+                         'or a function (model, tok, rows) -> number, higher is better')
     if metric == 'exact' and data.kind != 'text' or metric == 'accuracy' and data.kind != 'label':
-        raise ValueError(f'metric {metric!r} does not fit data of kind {data.kind!r}: exact needs '
-                         'prompt and response, accuracy needs labels')
+        raise ValueError(f'metric {metric!r} does not fit data of kind {data.kind!r}: '
+                         'exact needs prompt and response, accuracy needs labels')
     known = data.test or data.validation or data.train # a set of old questions may have no test rows of its own
     of_lab = (data.kind == 'text' and bool(known)
               and all(r.get('skill') in ALL_SKILLS for r in known))
@@ -227,8 +227,8 @@ class Base:
 def taught(data:Data) -> str|None:
     """The lab skill that all training rows belong to, so that a seed can draw its questions anew;
     `None` for other data"""
-    return (data.name if data.name in ALL_SKILLS and {r.get('skill') for r in data.train}
-            == {data.name} else None)
+    return (data.name if data.name in ALL_SKILLS
+            and {r.get('skill') for r in data.train} == {data.name} else None)
 
 def forgetting_is(data:Data, old:Data|None, tok) -> str:
     """What stands for forgetting: the old data that are given, the old skills of a lab model, or
@@ -240,14 +240,14 @@ def forgetting_is(data:Data, old:Data|None, tok) -> str:
 def _check_bench(data:Data, old:Data|None, steps:int, budget:int|None) -> None:
     for s in ('validation', 'test'):
         if not getattr(data, s):
-            raise ValueError(f'{data.name} has no {s} row, and a comparison needs some; give more '
-                             f'rows, or a {s} set of your own')
+            raise ValueError(f'{data.name} has no {s} row, and a comparison needs some; '
+                             f'give more rows, or a {s} set of your own')
     if steps < 1 or (budget is not None and budget < 1):
         raise ValueError(f'steps is {steps} and budget {budget}; both must be at least 1')
     if old is not None and old.kind == 'label' and old.labels != data.labels:
-        raise ValueError(f'the old data {old.name} have other labels than {data.name}: one '
-                         'classifier cannot answer both; '
-                         'leave out old= and forgetting is measured as drift')
+        raise ValueError(f'the old data {old.name} have other labels than {data.name}: '
+                         'one classifier cannot answer both; leave out old= and forgetting is '
+                         'measured as drift')
 
 # %% ../../nbs/instruments/compare.ipynb #001ac6d6
 class Bench:
@@ -334,9 +334,9 @@ def _kept(bench, model, tok, seed, decode) -> dict:
 def _drifted(bench, base, model, tok, seed, data) -> float:
     if data.kind != 'label':
         return kl_to_base(base, model, tok, data.test[:bench.old_items], data, bench.max_length)
-    return 1 - cka(bench.before(seed)['features'],
-                   features(model, tok, data.validation[:bench.validation_items], data,
-                            bench.max_length))
+    return 1 - cka(
+        bench.before(seed)['features'],
+        features(model, tok, data.validation[:bench.validation_items], data, bench.max_length))
 
 @torch.no_grad()
 def _base_scores(bench, seed, recipe) -> dict:
@@ -354,9 +354,8 @@ def decoder_for(recipe, base, learners=None):
     filled with what learned beside the model once that is known"""
     if recipe is None or recipe.decode is None:
         return None
-    return lambda model, tok, prompts, **kw: recipe.decode(dict(tuned=model, base=base,
-                                                                **(learners or {})), tok,
-                                                           prompts, **kw)
+    return lambda model, tok, prompts, **kw: recipe.decode(
+        dict(tuned=model, base=base, **(learners or {})), tok, prompts, **kw)
 
 # %% ../../nbs/instruments/compare.ipynb #001ec6d6
 def run_cell(bench:Bench, recipe:Recipe, rate:float, seed:int, folder:Path, tuning:bool=False,
@@ -405,8 +404,8 @@ def _key(bench, recipe, rate, seed, tuning) -> dict:
                 rate=rate, seed=seed, tuning=tuning, metric=_title(bench.metric),
                 steps=bench.tune_steps if tuning else bench.steps, every=bench.every,
                 items=[bench.items, bench.old_items, bench.validation_items],
-                max_length=bench.max_length, budget=bench.budget,
-                dtype=str(bench.dtype), device=bench.device.type, settings=bench.settings)
+                max_length=bench.max_length, budget=bench.budget, dtype=str(bench.dtype),
+                device=bench.device.type, settings=bench.settings)
 
 def _title(metric) -> str:
     return metric if isinstance(metric, str) else getattr(metric, '__name__', 'a function')
@@ -439,8 +438,8 @@ class Trial:
         "The finished run; raises `KeyboardInterrupt` if it was stopped by hand"
         bench = self.bench
         self.watch = Watch(lambda state: self.look(state, state.attached), bench.device)
-        calls = ((Budget(bench.budget),) if bench.budget is not None else ()) + (
-            (Every(bench.every, self.watch),) if looks else ())
+        calls = (((Budget(bench.budget),) if bench.budget is not None else ())
+                 + ((Every(bench.every, self.watch),) if looks else ()))
         run = fit(self.model, self.tok, self.data, self.recipe, steps=steps, lr=rate,
                   seed=self.seed, max_length=bench.max_length, device=str(bench.device),
                   callbacks=calls, progress=bench.progress, **bench.settings)
@@ -451,8 +450,8 @@ class Trial:
 
     def gain(self, model, split:str) -> float:
         "After minus before"
-        return self.bench.gained(model, self.tok, self.data, split,
-                                 self.decode) - self.before[split]
+        return (
+            self.bench.gained(model, self.tok, self.data, split, self.decode) - self.before[split])
 
     def drift(self, model, attached) -> float:
         "From the base"
@@ -466,7 +465,7 @@ class Trial:
         self.old = self.bench.kept(seen.model, self.tok, self.seed, self.data, self.decode)
         was = self.before['old']
         return dict(gain=gain, forgetting=fmean(was[k] - v for k, v in self.old.items()) if self.old
-                    else self.drift(seen.model, attached))
+                               else self.drift(seen.model, attached))
 
 # %% ../../nbs/instruments/compare.ipynb #0022c6d6
 @torch.no_grad()
@@ -484,13 +483,13 @@ def _measured(trial:Trial, run, file:Path) -> dict:
     if not bench.keep:
         file.unlink()
     return dict(gain=after - before['test'], forgetting=path[-1]['forgetting'],
-        nll=nll(run.model, trial.tok, data.test[:bench.items], data.kind, data.labels,
-                bench.max_length), drift=trial.drift(run.model, att),
-        before=before['test'], after=after,
+                nll=nll(run.model, trial.tok, data.test[:bench.items], data.kind, data.labels,
+                        bench.max_length),
+                drift=trial.drift(run.model, att), before=before['test'], after=after,
                 old={k: dict(before=before['old'][k], after=v) for k, v in trial.old.items()},
-        seconds=run.cost['seconds'] - trial.watch.away, peak_bytes=trial.watch.peak,
-                tokens=run.cost['tokens'], trainable=run.cost['trainable'],
-        head=run.cost['head'], saved_bytes=saved, path=path, error=None)
+                seconds=run.cost['seconds'] - trial.watch.away, peak_bytes=trial.watch.peak,
+                tokens=run.cost['tokens'], trainable=run.cost['trainable'], head=run.cost['head'],
+                saved_bytes=saved, path=path, error=None)
 
 def breakdown(bench, before, error, seconds, split) -> dict:
     "A run that broke down: as good as a model that knows nothing"
@@ -510,8 +509,8 @@ def _finite(cell:dict) -> dict:
 
 # %% ../../nbs/instruments/compare.ipynb #0024c6d6
 SEED_KEYS = ('seed', 'gain', 'forgetting', 'forgetting_matched', 'nll', 'drift', 'seconds',
-             'peak_bytes', 'trainable', 'saved_bytes',
-             'path', 'rate', 'head', 'tokens', 'before', 'after', 'old', 'error')
+             'peak_bytes', 'trainable', 'saved_bytes', 'path', 'rate', 'head', 'tokens', 'before',
+             'after', 'old', 'error')
 
 def assemble(arms:Mapping[str, tuple[dict, list[dict]]] # name -> (the recipe described, its cells, one a seed)
             ) -> list[dict]:
@@ -524,9 +523,9 @@ def assemble(arms:Mapping[str, tuple[dict, list[dict]]] # name -> (the recipe de
     for name, (recipe, own) in arms.items():
         rows = [c | dict(forgetting_matched=c['forgetting'] if c['error']
                          else matched(c['path'], targets[c['seed']])) for c in own]
-        out.append(dict(name=name, recipe=recipe,
-                        seeds=[{k: r[k] for k in SEED_KEYS} for r in rows],
-                        **{k: interval([r[k] for r in rows]) for k in ('gain', 'forgetting', 'forgetting_matched')}))
+        out.append(
+            dict(name=name, recipe=recipe, seeds=[{k: r[k] for k in SEED_KEYS} for r in rows],
+                 **{k: interval([r[k] for r in rows]) for k in ('gain', 'forgetting', 'forgetting_matched')}))
     return out
 
 # %% ../../nbs/instruments/compare.ipynb #0026c6d6
@@ -568,12 +567,14 @@ def _table_html(result:dict) -> str:
     num = lambda x, f: '–' if x is None or pd.isna(x) else format(x, f)
     def cells(m, r):
         crashed = f' ({int(r["crashed"])} crashed)' if r['crashed'] else ''
-        cost = [num(r[k], f) for k, f in (('seconds', '.1f'), ('peak_MB', '.0f'),
-                                          ('trained', ',.0f'), ('head', ',.0f'), ('saved_KB', ',.0f'))]
+        cost = [num(r[k], f) for k, f in (('seconds', '.1f'),
+                                          ('peak_MB', '.0f'),
+                                          ('trained', ',.0f'),
+                                          ('head', ',.0f'),
+                                          ('saved_KB', ',.0f'))]
         return [m['name'] + crashed, f'{r["rate"]:g}', *(_span(m[k]) for k in names), *cost]
-    return html_table(head,
-                      [cells(m, r) for m, (_, r) in zip(result['methods'],
-                                                        table_of(result).iterrows())])
+    return html_table(
+        head, [cells(m, r) for m, (_, r) in zip(result['methods'], table_of(result).iterrows())])
 
 # %% ../../nbs/instruments/compare.ipynb #0028c6d6
 # Okabe and Ito's, for the colour-blind
@@ -620,14 +621,16 @@ def _label(ax, methods:list[dict]) -> None:
 
 def _image(result:dict, kind:str) -> bytes:
     buffer = io.BytesIO()
-    picture(result).savefig(buffer, format=kind, dpi=150, metadata={'Date': None} if kind == 'svg' else None)
+    picture(result).savefig(buffer, format=kind, dpi=150,
+                            metadata={'Date': None} if kind == 'svg' else None)
     return buffer.getvalue()
 
 def _tag(result:dict, kind:str='png') -> str:
     "The picture as an HTML tag that carries it, and its numbers as alt text"
-    alt = '; '.join(f'{m["name"]}: gain {_span(m["gain"])}, {titles(result)["forgetting"]} '
-                    f'{_span(m["forgetting"])}' for m in result['methods'])
-    source = (f'data:image/{"svg+xml" if kind == "svg" else kind};base64,{base64.b64encode(_image(result, kind)).decode()}')
+    alt = '; '.join(f'{m["name"]}: gain {_span(m["gain"])}, {titles(result)["forgetting"]} {_span(m["forgetting"])}'
+                    for m in result['methods'])
+    source = (
+        f'data:image/{"svg+xml" if kind == "svg" else kind};base64,{base64.b64encode(_image(result, kind)).decode()}')
     return f'<img style="max-width:100%" width="640" alt="Gain against forgetting. {html.escape(alt)}" src="{source}">'
 
 # %% ../../nbs/instruments/compare.ipynb #002ac6d6
@@ -638,19 +641,19 @@ def reading(r:dict, lost:str) -> list[str]:
     if lost != 'forgetting':
         down = (f'has moved less from the base ({lost}): what it could do before is not known, '
                 'so how far it moved stands for what it may have broken.')
-    chance = (f'The bars are 95% intervals by Student\'s t over {n} seeds; where they overlap '
-              'widely, the order may be chance.')
+    chance = (f'The bars are 95% intervals by Student\'s t over {n} seeds; '
+              'where they overlap widely, the order may be chance.')
     if n < 3:
-        chance = (f'There {"is one seed" if n == 1 else "are two seeds"}: nothing here says how '
-                  'much is chance. Use three or more.')
+        chance = (f'There {"is one seed" if n == 1 else "are two seeds"}: '
+                  'nothing here says how much is chance. Use three or more.')
     said = [f'Further right has learned more; further down {down}', chance,
             'A method that learns less usually forgets less. The column "at matched gain" compares '
-            'them where each first reached '
-            '95% of the weakest method\'s best gain on validation data.']
+            'them where each first reached 95% of the weakest method\'s best gain on '
+            'validation data.']
     if any(x['forgetting_matched']['mean'] is None for x in methods):
         said.append('Where it shows a dash, some method gained nothing in some seed, so there was no gain to match.')
-    return said + [f'{x["name"]}, seed {s["seed"]}, broke down and counts as the worst score: '
-                   f'{s["error"]}' for x in methods for s in x['seeds'] if s['error']]
+    return said + [f'{x["name"]}, seed {s["seed"]}, broke down and counts as the worst score: {s["error"]}'
+                   for x in methods for s in x['seeds'] if s['error']]
 
 MEANT = dict(exact='the score of generated answers', accuracy='the share of right labels',
              nll='the fall of the negative log-likelihood of held-out responses, in nats a token')
@@ -660,20 +663,20 @@ def in_words(r:dict) -> list[str]:
     p = r['protocol']
     old, budget = p['forgetting'], f', at most {p["budget"]:,} tokens' if p['budget'] else ''
     if old == 'old skills':
-        old = (f'the mean fall over {len(p["old"])} old skills, {p["old_items"]} held-out questions '
-               'each, answered by generation')
+        old = (f'the mean fall over {len(p["old"])} old skills, {p["old_items"]} held-out '
+               'questions each, answered by generation')
     if old == 'old data':
         old = f'the fall on {", ".join(p["old"])}'
     redrawn = ' and the questions.' if p['redrawn'] else '.'
-    memory = ('that of the GPU.' if p['device'] == 'cuda' else 'what the process took beyond the '
-              'loaded model, as the system tells it.')
-    return [f'Model: {r["model"]}, {p["parameters"]:,} numbers. Data: {r["data"]}, {p["train"]} '
-            f'training rows, fingerprint {p["fingerprint"]}.',
-            f'Gain: {MEANT.get(p["metric"], p["metric"])}, after minus before, on {p["items"]} test '
-            f'rows. Forgetting: {old}. Both at the last step.',
-            f'Each method trained for {p["steps"]} steps of {p["batch_size"]} rows{budget}, with '
-            f'seeds {", ".join(map(str, p["seeds"]))}; '
-            f'a seed redraws the order of the data, the initialisation{redrawn}',
+    memory = ('that of the GPU.' if p['device'] == 'cuda'
+              else 'what the process took beyond the loaded model, as the system tells it.')
+    return [f'Model: {r["model"]}, {p["parameters"]:,} numbers. Data: {r["data"]}, '
+            f'{p["train"]} training rows, fingerprint {p["fingerprint"]}.',
+            f'Gain: {MEANT.get(p["metric"], p["metric"])}, after minus before, '
+            f'on {p["items"]} test rows. Forgetting: {old}. Both at the last step.',
+            f'Each method trained for {p["steps"]} steps of {p["batch_size"]} rows{budget}, '
+            f'with seeds {", ".join(map(str, p["seeds"]))}; a seed redraws the order of the data, '
+            f'the initialisation{redrawn}',
             f'Each method was looked at every {p["evaluate_every"]} steps on '
             f'{p["validation_items"]} validation rows; time and memory leave these looks out. '
             f'Peak memory is {memory}']
@@ -681,11 +684,10 @@ def in_words(r:dict) -> list[str]:
 def _tuning_words(r) -> list[str]:
     if not (t := r['tuning']):
         return ['Not tuned: each method ran at the rate in the table.']
-    tried = lambda d: ', '.join(f'{x:g} (gain {s:.3f})' for x, s in d['tried']) + (
-        '; the best lies at the edge of what was tried' if d['at_edge'] else '')
-    return [f'Chosen by validation gain after {t["steps"]} steps with seed {t["seed"]}, which is '
-            'not among the test seeds; '
-            'the same number of rates for each method.',
+    tried = (lambda d: ', '.join(f'{x:g} (gain {s:.3f})' for x, s in d['tried'])
+             + ('; the best lies at the edge of what was tried' if d['at_edge'] else ''))
+    return [f'Chosen by validation gain after {t["steps"]} steps with seed {t["seed"]}, '
+            'which is not among the test seeds; the same number of rates for each method.',
             *(f'{n}: {d["rate"]:g} of {tried(d)}' for n, d in t['methods'].items())]
 
 # %% ../../nbs/instruments/compare.ipynb #002cc6d6
@@ -763,11 +765,11 @@ def plan(methods:list, lrs=None, tuned:bool=True) -> dict[str, tuple[Recipe, tup
     for m in [methods] if isinstance(methods, (str, Recipe)) else methods:
         recipe = get(m)
         if recipe.name in out:
-            raise ValueError(f'method {recipe.name!r} is named twice; name each once, or tell '
-                             'Recipes apart with .named(...)')
-        out[recipe.name] = (recipe,
-                            _rates(recipe, lrs.get(recipe.name) if isinstance(lrs, Mapping)
-                                   else lrs, tuned))
+            raise ValueError(f'method {recipe.name!r} is named twice; name each once, '
+                             'or tell Recipes apart with .named(...)')
+        out[recipe.name] = (
+            recipe,
+            _rates(recipe, lrs.get(recipe.name) if isinstance(lrs, Mapping) else lrs, tuned))
     if not out:
         raise ValueError('no method was named; name one or more, such as "full,hft,lora"')
     if isinstance(lrs, Mapping) and (odd := set(lrs) - set(out)):
@@ -784,8 +786,8 @@ def _rates(recipe, given, tuned) -> tuple[float, ...]:
     if not rates or not all(r > 0 for r in rates):
         raise ValueError(f'the learning rates of {recipe.name} are {list(rates)}; give one or more, each above 0')
     if not tuned and len(rates) > 1:
-        raise ValueError(f'{recipe.name} has {len(rates)} learning rates and tuning is off; give '
-                         'one rate, or tune=True')
+        raise ValueError(f'{recipe.name} has {len(rates)} learning rates and tuning is off; '
+                         'give one rate, or tune=True')
     return rates
 
 def tuning_seed(seeds:list[int]) -> int:
@@ -813,21 +815,20 @@ def run_cells(bench:Bench, arms:Mapping[str, tuple], seeds:list[int], folder:Pat
 
 def _line(bench, c) -> str:
     when, lost = ('tuning', '') if c['tuning'] else (f'seed {c["seed"]}', f', {bench.how} {c["forgetting"]:.3f}')
-    return f'{c["method"]} at {c["rate"]:g}, {when}: gain {c["gain"]:.3f}{lost}' + (
-        f' ({c["error"]})' if c['error'] else '')
+    return (f'{c["method"]} at {c["rate"]:g}, {when}: gain {c["gain"]:.3f}{lost}'
+            + (f' ({c["error"]})' if c['error'] else ''))
 
 def _protocol(bench, seeds) -> dict:
     "What was done to all methods alike"
     d = bench.given
-    return dict(metric=_title(bench.metric), forgetting=bench.how,
-                old=bench.old_names or ([bench.old.name] if bench.old else []), seeds=seeds,
+    return dict(
+        metric=_title(bench.metric), forgetting=bench.how,
+        old=bench.old_names or ([bench.old.name] if bench.old else []), seeds=seeds,
         redrawn=bench.skill is not None, steps=bench.steps, evaluate_every=bench.every,
-                parameters=bench.size, train=len(d.train),
-        items=min(bench.items, len(d.test)), old_items=bench.old_items,
-                validation_items=min(bench.validation_items, len(d.validation)),
+        parameters=bench.size, train=len(d.train), items=min(bench.items, len(d.test)),
+        old_items=bench.old_items, validation_items=min(bench.validation_items, len(d.validation)),
         fingerprint=d.fingerprint, kind=d.kind, max_length=bench.max_length, budget=bench.budget,
-                device=bench.device.type,
-        revision=bench.revision, **bench.settings)
+        device=bench.device.type, revision=bench.revision, **bench.settings)
 
 def _model_name(model) -> str:
     return str(model) if isinstance(model, (str, Path)) else type(model[0]).__name__
@@ -865,15 +866,15 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
     bench = Bench(model, data, old, metric, items=items, old_items=old_items,
                   validation_items=validation_items, steps=steps, tune_steps=tune_steps,
                   evaluate_every=evaluate_every, max_length=max_length, device=device, dtype=dtype,
-                  revision=revision, budget=budget, progress=progress,
-                  keep=keep, batch_size=batch_size, precision=precision, **settings)
+                  revision=revision, budget=budget, progress=progress, keep=keep,
+                  batch_size=batch_size, precision=precision, **settings)
     check_room(out) # before the first cell, not after it
     with only_writer(out):
         chosen, done = run_cells(bench, arms, seeds, Path(out)/'cells', tune, resume)
     tuning = dict(seed=tuning_seed(seeds), steps=bench.tune_steps, methods=chosen) if tune else None
-    comparison = Comparison(dict(model=_model_name(model), data=bench.given.name,
-                                 protocol=_protocol(bench, seeds),
-        methods=assemble({n: (arms[n][0].describe(), done[n]) for n in arms}), tuning=tuning,
-                                 versions=versions()))
+    comparison = Comparison(
+        dict(model=_model_name(model), data=bench.given.name, protocol=_protocol(bench, seeds),
+             methods=assemble({n: (arms[n][0].describe(), done[n]) for n in arms}), tuning=tuning,
+             versions=versions()))
     comparison.save(out)
     return comparison

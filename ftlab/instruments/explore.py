@@ -25,8 +25,8 @@ from .compare import COLORS, MARKS, Comparison
 from .explore_weights import (CRITERIA, RANKED, apart, entry_scores, mask, ranks,
                                                spectrum)
 from .report_page import percent
-from .views import (BLUE, GREEN, RED, Picture, View, choice, drawn,
-                                     front_end, panels)
+from .views import (BLUE, GREEN, RED, Picture, View, choice, drawn, front_end,
+                                     panels)
 from .views import rows_as_html, several, slider, span, text
 from ..lab.world import OLD, SKILLS, is_lab
 from ..trainers.objective import IGNORE, kl, priced, token_nll
@@ -41,9 +41,9 @@ def runs_of(comparison:Comparison) -> list[dict]:
     """One row a finished run: method, rate, steps, seed, and gain and forgetting in points
     (hundredths, or nats)"""
     r = comparison.json()
-    return [dict(method=m['name'], rate=s['rate'], steps=r['protocol'][
-        'steps'], seed=s['seed'], gain=100*s['gain'], forgetting=100*s['forgetting'])
-            for m in r['methods'] for s in m['seeds'] if s['gain'] is not None and s['forgetting'] is not None]
+    return [dict(method=m['name'], rate=s['rate'], steps=r['protocol']['steps'], seed=s['seed'],
+                 gain=100*s['gain'], forgetting=100*s['forgetting']) for m in r['methods']
+            for s in m['seeds'] if s['gain'] is not None and s['forgetting'] is not None]
 
 def _inside_frame(runs, methods, forgetting, gain) -> list[dict]:
     return [r for r in runs if r['method'] in methods and forgetting[0] <= r[
@@ -56,8 +56,8 @@ def recipes_inside(runs:list[dict],  # as `runs_of` gives them
     its seeds there"""
     def over(rows, k):
         v = [r[k] for r in rows]
-        return (f'{fmean(v):.1f} ± {stdev(v):.1f}' if len(v) > 1 else f'{v[0]:.1f} (one '
-                'seed)').replace(' ', '\xa0')
+        return (f'{fmean(v):.1f} ± {stdev(v):.1f}' if len(v) > 1
+                else f'{v[0]:.1f} (one seed)').replace(' ', '\xa0')
     groups = {}
     for r in inside:
         groups.setdefault((r['method'], r['rate'], r['steps']), []).append(r)
@@ -94,8 +94,7 @@ def draw_tradeoff(runs:list[dict],       # as `runs_of` gives them
     count = {m: sum(r['method'] == m for r in inside) for m in methods}
     frame = f'from {forgetting[0]:g} to {forgetting[1]:g} points forgotten and {gain[0]:g} to {gain[1]:g} gained'
     fig.set_label(f'In the frame {frame}: '
-                  + (', '.join(f'{n} of {m}' for m, n in count.items() if n) or
-        'no run') + '.')
+                  + (', '.join(f'{n} of {m}' for m, n in count.items() if n) or 'no run') + '.')
     return fig, recipes_inside(runs, inside)
 
 def _marks(ax, rows, inside, i, name) -> None:
@@ -121,9 +120,9 @@ def tradeoff(comparison:Comparison) -> View: # as `ftlab.compare` returns it; of
     fl, fh = edge('forgetting')
     gl, gh = edge('gain')
     return View(partial(draw_tradeoff, runs), 'Gain against forgetting, one mark a run.',
-                methods=several(names,
-        'methods'),
-                forgetting=span(fl, fh, .5, 'forgetting, points'), gain=span(gl, gh, .5, 'gain, points'))
+                methods=several(names, 'methods'),
+                forgetting=span(fl, fh, .5, 'forgetting, points'),
+                gain=span(gl, gh, .5, 'gain, points'))
 
 # %% ../../nbs/instruments/explore.ipynb #0025995a
 def question_batches(rows:list[dict], tok,
@@ -180,9 +179,8 @@ def draw_layers(rewind:Rewind,
     n = len(f)
     a.axhline(1, color='.75', lw=1, ls='--')
     a.plot(range(n), f, 'o-', color=BLUE, ms=5)
-    a.set(ylim=(-.1, max(1.6, 1.1*max(f))), xlim=(-.4, n - .6),
-          xticks=range(0, n, max(1, n//8)), xlabel=
-        'layer', ylabel='factor')
+    a.set(ylim=(-.1, max(1.6, 1.1*max(f))), xlim=(-.4, n - .6), xticks=range(0, n, max(1, n//8)),
+          xlabel='layer', ylabel='factor')
     a.set_title(f'alpha {alpha:.2f}, first layer {100*first:.0f}%')
     now, was, end = rewind.right(alpha, first), rewind.right(0., 1.), rewind.right(1., 1.)
     for y, (k, color) in enumerate((('old', RED), ('new', BLUE))):
@@ -194,8 +192,9 @@ def draw_layers(rewind:Rewind,
     b.set_yticklabels([f'{k} ({rewind.count[k]})' for k in ('old', 'new')])
     b.tick_params(axis='y', length=0)
     both = lambda s: f'{percent(s["new"])} of the new and {percent(s["old"])} of the old'
-    fig.set_label(f'At alpha {alpha:g}, the first layer at {100*first:.0f}% of that, {both(now)} questions are right; '
-                  f'of the base {both(was)}, of the tuned model {both(end)}.')
+    fig.set_label(f'At alpha {alpha:g}, the first layer at {100*first:.0f}% of that, '
+                  f'{both(now)} questions are right; of the base {both(was)}, '
+                  f'of the tuned model {both(end)}.')
     return fig
 
 def _bar(ax, y, now, was, end, n, color) -> None:
@@ -223,13 +222,12 @@ def layers(base,           # a `Run`, an attached change, or the base model
     if isinstance(base, Run):
         tok, new = tok or base.tok, new or base.data.test[:40]
     if tok is None or not new:
-        raise ValueError('layers needs the tokenizer and new questions: layers(base, tuned, tok, new=rows), or '
-                         'layers(run)')
+        raise ValueError('layers needs the tokenizer and new questions: '
+                         'layers(base, tuned, tok, new=rows), or layers(run)')
     if old is None and not is_lab(tok):
         raise ValueError('layers needs old questions, old=rows: what a model of your own could do before is not known')
     bench = Rewind(model, change, question_batches(new, tok),
-                   question_batches(old or lab_questions({r.get(
-        'skill') for r in new}), tok))
+                   question_batches(old or lab_questions({r.get('skill') for r in new}), tok))
     return View(partial(draw_layers, bench),
         'A change, scaled by layer, and what is left of the new skill and the old ones.',
                 alpha=slider(1., 0., 1.5, .05, 'alpha (last layer)'), first=slider(1., 0., 1.5, .05,
@@ -277,8 +275,8 @@ def _hidden(x:Tensor, labels:Tensor, tok, chance:float, seed:int) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         drawn = torch.ones(x.shape).masked_scatter(may, torch.rand(int(may.sum())))
-    return torch.where(drawn < chance, tok.pad_token_id if tok.mask_token_id is None
-                       else tok.mask_token_id, x)
+    return torch.where(drawn < chance,
+                       tok.pad_token_id if tok.mask_token_id is None else tok.mask_token_id, x)
 
 # %% ../../nbs/instruments/explore.ipynb #004e995a
 def draw_prices(model, tok, base,  # base: None, or the model that ASFT anchors to
@@ -291,13 +289,13 @@ def draw_prices(model, tok, base,  # base: None, or the model that ASFT anchors 
     n = len(tokens)
     words = ['end' if t == tok.eos_token else t for t in tokens]
     most = max(float(p['NLL'].max()), float(p['masked'].mean(0).max()), .5)
-    spread = torch.quantile(p['masked'], torch.tensor([.05, .95]),
-                            dim=0).clamp(max=1.25*most).tolist()
+    spread = (
+        torch.quantile(p['masked'], torch.tensor([.05, .95]), dim=0).clamp(max=1.25*most).tolist())
     fig = Figure(figsize=(max(4.6, min(10, 1.6 + .62*n)), 4.2))
     axes = fig.subplots(4, 1, sharex=True,
                         gridspec_kw=dict(left=.03, right=.99, top=.94, bottom=.08, hspace=.42))
-    names = dict(NLL='NLL: plain fine-tuning', DFT='DFT: times the probability', ASFT='ASFT: DFT and an anchor',
-                 masked=f'masked thought: {100*chance:.0f}% hidden')
+    names = dict(NLL='NLL: plain fine-tuning', DFT='DFT: times the probability',
+                 ASFT='ASFT: DFT and an anchor', masked=f'masked thought: {100*chance:.0f}% hidden')
     for ax, (k, title), color in zip(axes, names.items(), ('.45', BLUE, GREEN, RED)):
         v = (p[k].mean(0) if k == 'masked' else p[k]).tolist()
         _price_bars(ax, v, most, f'{title}; mean {fmean(v):.2f} nats', color)
@@ -307,8 +305,9 @@ def draw_prices(model, tok, base,  # base: None, or the model that ASFT anchors 
     axes[-1].set_xticklabels(words, rotation=0 if n <= 14 else 60)
     dear = int(p['NLL'].argmax())
     paid = {k: float((v.mean(0) if k == 'masked' else v)[dear]) for k, v in p.items()}
-    fig.set_label(f'The dearest token of {answer!r} is {tokens[dear]!r}: {paid["NLL"]:.2f} nats by NLL, '
-                  f'{paid["DFT"]:.2f} by DFT, {paid["ASFT"]:.2f} by ASFT, {paid["masked"]:.2f} on average with '
+    fig.set_label(f'The dearest token of {answer!r} is {tokens[dear]!r}: '
+                  f'{paid["NLL"]:.2f} nats by NLL, {paid["DFT"]:.2f} by DFT, '
+                  f'{paid["ASFT"]:.2f} by ASFT, {paid["masked"]:.2f} on average with '
                   f'{100*chance:.0f}% hidden.')
     return fig
 
@@ -328,8 +327,8 @@ def prices(model, tok,       # a causal language model and its tokenizer
     "What each token costs under four objectives: `draw_prices` with handles"
     model.eval()
     return View(partial(draw_prices, model, tok, base), 'The price of each token of an answer under four objectives.',
-                prompt=text(prompt, 'prompt'), answer=text(answer,
-                    'answer'), chance=slider(.4, 0., .9, .05, 'chance of hiding'))
+                prompt=text(prompt, 'prompt'), answer=text(answer, 'answer'),
+                chance=slider(.4, 0., .9, .05, 'chance of hiding'))
 
 # %% ../../nbs/instruments/explore.ipynb #0057995a
 def _marked(a:str, b:str) -> Html:

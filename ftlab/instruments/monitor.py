@@ -40,8 +40,8 @@ def old_questions(data:Data, tok, old=None, # what it could do before: `Data`, o
     if old is not None:
         old = old if isinstance(old, Data) else as_data(old)
         if old.kind == 'label' and old.labels != data.labels:
-            raise ValueError(f'the old data {old.name} have other labels than {data.name}: one '
-                             'classifier cannot answer both')
+            raise ValueError(f'the old data {old.name} have other labels than {data.name}: '
+                             'one classifier cannot answer both')
         return encode_all((old.validation + old.test + old.train)[:n], tok, old.kind, limit)
     if tok is None or data.kind != 'text' or not is_lab(tok):
         return []
@@ -61,8 +61,8 @@ def thinned(values:list[float], most:int=300) -> tuple[list[float], list[float]]
     steps done at a block's end"""
     size = max(1, math.ceil(len(values)/most))
     blocks = [values[i:i + size] for i in range(0, len(values), size)]
-    return [min((i + 1)*size, len(values))
-            for i in range(len(blocks))], [sum(b)/len(b) for b in blocks]
+    return ([min((i + 1)*size, len(values)) for i in range(len(blocks))],
+            [sum(b)/len(b) for b in blocks])
 
 def seen_in(path:list[dict], key:str) -> tuple[list[int], list[float]]:
     "(steps, values) of one measurement, the last one where a step was looked at twice"
@@ -121,8 +121,8 @@ def draw_run(log:list[dict],      # `run.log`: step, loss, nll, lr for each step
     path, steps = list(path), steps or max(1, len(log))
     shown = min(steps, max(20, 2*len(log))) # a long run's first steps would be a line as thin as its axis
     own = any(r['nll'] is None or abs(r['loss'] - r['nll']) > 1e-4*(1 + abs(r['nll'])) for r in log)
-    names = ['surprise']*any(r['nll'] is not None for r in log) + ['loss']*own + ['kept']*any(
-        'kept' in r for r in path) + ['lr']
+    names = (['surprise']*any(r['nll'] is not None for r in log) + ['loss']*own
+             + ['kept']*any('kept' in r for r in path) + ['lr'])
     fig = Figure(figsize=(3.1*len(names), 2.1), dpi=100)
     FigureCanvasAgg(fig) # an object of its own: pyplot's are shared by everyone
     fig.subplots_adjust(.05, .13, .99, .78, wspace=.22)
@@ -178,7 +178,8 @@ class Window:
         self.html, self.stop = HTML, stop
         self.picture = display(HTML(''), display_id=True)
         self.button = Button(description='Stop after this step', icon='stop',
-                             layout=dict(width='auto'), tooltip='fit returns the run as far as it came')
+                             layout=dict(width='auto'),
+                             tooltip='fit returns the run as far as it came')
         self.button.on_click(self.clicked)
         self.handle = display(self.button, display_id=True)
         # ipykernel 7.4 sends a click to where the button last spoke, which is the busy shell, and not to where the front end sends it; forgotten, it goes there
@@ -273,8 +274,8 @@ class Monitor:
         if isinstance(self.window, Nowhere) or isinstance(self.window, Still) and dpi == 100:
             return
         t = time.time()
-        name = state.settings['recipe'].get('name', '') + (f', stage {state.settings["stage"] + 1}'
-                                                           if 'stage' in state.settings else '')
+        name = (state.settings['recipe'].get('name', '')
+                + (f', stage {state.settings["stage"] + 1}' if 'stage' in state.settings else ''))
         self.window.show(picture_tag(state.log, state.path, state.steps,
                                      f'{name}: step {state.step} of {state.steps}', dpi))
         self.drawn = time.time()

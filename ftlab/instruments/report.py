@@ -78,8 +78,8 @@ def asked_of(data:Data, tok, old:Data|None=None, items:int=100, old_items:int=10
     if callable(metric):
         raise ValueError('metric is a function; a report compares answer by answer, and needs exact, accuracy or nll')
     if not data.test:
-        raise ValueError(f'{data.name} has no test row, and a report needs some; give more rows, or '
-                         'a test set of your own')
+        raise ValueError(f'{data.name} has no test row, and a report needs some; give more rows, '
+                         'or a test set of your own')
     new = Asked(data.name, _even(data.test, items), data.kind, metric_for(data, metric),
                 data.labels)
     return [new, *_asked_before(data, tok, old, old_items, seed)]
@@ -90,8 +90,8 @@ def _asked_before(data, tok, old, n, seed) -> list[Asked]:
     if old is None:
         return _lab_skills(data, tok, n, seed) if data.kind != 'label' and is_lab(tok) else []
     if old.kind == 'label' and old.labels != data.labels:
-        raise ValueError(f'the old data {old.name} have other labels than {data.name}: one head '
-                         'cannot answer both; leave out old=')
+        raise ValueError(f'the old data {old.name} have other labels than {data.name}: '
+                         'one head cannot answer both; leave out old=')
     rows = _even(old.test + old.validation + old.train, n)
     return [Asked(old.name, rows, old.kind, metric_for(replace(old, test=rows)), old.labels, True)]
 
@@ -187,18 +187,18 @@ def observe(model, tok, asked:list[Asked], decode:Callable|None=None, rows:int=4
 
 def _observed(model, tok, q, decode, share, examples, max_length) -> dict:
     "One set of questions; where answers cannot be judged, up to `examples` are drawn to look at"
-    prices, tensors = forced(model, tok, q,
-                             len(q.rows) if q.metric == 'nll' else min(share, len(q.rows)),
-                             max_length)
+    prices, tensors = forced(
+        model, tok, q, len(q.rows) if q.metric == 'nll' else min(share, len(q.rows)), max_length)
     if q.kind == 'label':
         said = labels_said(model, tok, q, max_length)
     else:
-        said = own_answers(model, tok, q, len(q.rows) if q.metric == 'exact' else examples
-                           if q.kind != 'lm' else 0, decode)
+        said = own_answers(
+            model, tok, q,
+            len(q.rows) if q.metric == 'exact' else examples if q.kind != 'lm' else 0, decode)
     right = lambda r, a: judge(r, a) if q.metric == 'exact' else float(a == r['response'])
     return dict(score=prices if q.metric == 'nll'
-                else [(right(r, a), 1) for r, a in zip(q.questions, said)], said=said,
-                tensors=tensors)
+                else [(right(r, a), 1) for r, a in zip(q.questions, said)],
+                said=said, tensors=tensors)
 
 # %% ../../nbs/instruments/report.ipynb #0010fa9f
 def save_observed(path:Path, seen:list[dict]) -> None:
@@ -279,8 +279,8 @@ def paired(before:list[tuple[float, int]], # (value, weight) of each question: a
         return dict(before=b, after=a, change=d, low=None, high=None, n=n)
     # where all questions agree the spread would be 0, and 100 of 100 is not certainty: one more, that disagrees, is counted in
     odd = 1. if all(k == 1 and 0 <= x <= 1 for x, k in before) else 0.
-    half = 1.96*math.sqrt((odd + sum((sign*(y - x) - d*k)**2
-                                     for (x, k), (y, _) in zip(before, after)))*n/(n - 1))/w
+    half = 1.96*math.sqrt(
+        (odd + sum((sign*(y - x) - d*k)**2 for (x, k), (y, _) in zip(before, after)))*n/(n - 1))/w
     return dict(before=b, after=a, change=d, low=d - half, high=d + half, n=n)
 
 def forgotten(sets:list[dict]) -> dict|None:
@@ -290,7 +290,8 @@ def forgotten(sets:list[dict]) -> dict|None:
     if not old:
         return None
     d = -fmean(s['change'] for s in old)
-    out = dict(mean=d, low=None, high=None, sets=len(old), worst=min(old, key=lambda s: s['change'])['name'])
+    out = dict(mean=d, low=None, high=None, sets=len(old),
+               worst=min(old, key=lambda s: s['change'])['name'])
     if any(s['low'] is None for s in old):
         return out
     half = math.sqrt(sum((s['high'] - s['low'])**2 for s in old))/2/len(old)
@@ -311,8 +312,8 @@ def flips(q:Asked, before:dict, after:dict) -> list[dict]:
     return out
 
 def _text(prompt) -> str:
-    return (prompt if isinstance(prompt, str) else '\n'.join(f'{m["role"]}: {m["content"]}'
-                                                             for m in prompt))
+    return (prompt if isinstance(prompt, str)
+            else '\n'.join(f'{m["role"]}: {m["content"]}' for m in prompt))
 
 def together(asked, seen, old:bool, key:str) -> Tensor|None:
     "One tensor of all new (or all old) sets, rows one after another; None where there is none"
@@ -344,8 +345,8 @@ def change_of(run:Run, matrices:int=64, k:int=10, eps:float=.5) -> dict:
     chosen = set(square[::max(1, math.ceil(len(square)/max(1, matrices)))]) if matrices else set()
     for n, W0, W1 in _all_weights(att):
         block, part, role = at.get(n, (None, 'other', n))
-        row = dict(name=n, block=block, part='fresh head' if n in heads else part, role=role,
-                   numbers=W0.numel()) | _sizes(W0, W1)
+        row = (dict(name=n, block=block, part='fresh head' if n in heads else part, role=role,
+                    numbers=W0.numel()) | _sizes(W0, W1))
         rows.append(row | (_directions(W0, W1, k, eps, asked) if n in chosen else {}))
     blocks = 1 + max((b for b, *_ in at.values() if b is not None), default=-1)
     return dict(summed(rows), weights=[r for r in rows if r['moved']],
@@ -360,8 +361,8 @@ def _elsewhere(att, at) -> list[dict]:
     "Parts of the change that act on what flows through the model instead of its weights"
     place = lambda n: dict(zip(('block', 'part'), at.get(n, (None, 'other'))))
     size = lambda d: sum(p.numel() for p in d.parameters())
-    return [dict(name=n, **place(n), numbers=size(d), site=d.site) for n, d in att.deltas.items()
-            if d.site != 'weight']
+    return [dict(name=n, **place(n), numbers=size(d), site=d.site)
+            for n, d in att.deltas.items() if d.site != 'weight']
 
 def _sizes(W0, W1) -> dict:
     """How many numbers moved, and the lengths of change and base; a slice at a time: an embedding
@@ -413,8 +414,9 @@ def heat(rows:list[dict]) -> list[dict]:
     for r in rows:
         cells.setdefault((r['part'], r['block']), []).append(r)
     share = lambda rs: sum(r['moved'] for r in rs)/sum(r['numbers'] for r in rs)
-    return [dict(part=p, block=b, relative=_long(rs, 'length')/base if (base := _long(rs, 'base'))
-                 else None, moved=share(rs)) for (p, b), rs in cells.items()]
+    return [dict(part=p, block=b,
+                 relative=_long(rs, 'length')/base if (base := _long(rs, 'base')) else None,
+                 moved=share(rs)) for (p, b), rs in cells.items()]
 
 def _long(rows, key) -> float:
     return math.sqrt(sum(r[key]**2 for r in rows))
@@ -478,7 +480,9 @@ def report(run:Run|str|Path,        # a run of `fit`, or the folder in which `ft
 
     Raises `ValueError` for a run whose base is gone (folded), one that has no test row, and numbers of questions below 1."""
     run, t0 = _run_of(run), time.time()
-    for name, n, least in (('items', items, 1), ('old_items', old_items, 1), ('rows', rows, 1),
+    for name, n, least in (('items', items, 1),
+                           ('old_items', old_items, 1),
+                           ('rows', rows, 1),
                            ('matrices', matrices, 0)):
         _whole(name, n, least)
     old = old if old is None or isinstance(old, Data) else as_data(old)
@@ -488,8 +492,7 @@ def report(run:Run|str|Path,        # a run of `fit`, or the folder in which `ft
     answers = {key: contributions(run, asked, key, probe, max_length=max_length)
                for key, probe in probes('prompts').items()}
     found = dict(_about(run), **_compared(asked, before, after), change=change_of(run, matrices),
-                 **answers,
-                 asked=dict(items=items, old_items=old_items, rows=rows, seed=seed),
+                 **answers, asked=dict(items=items, old_items=old_items, rows=rows, seed=seed),
                  versions=versions())
     return Report(dict(found, seconds=time.time() - t0))
 
@@ -538,8 +541,8 @@ def _run_of(run) -> Run:
         return run
     if isinstance(run, (str, Path)):
         return read_run(run)
-    raise ValueError(f'a {type(run).__name__} is no run; give what ftlab.fit returned, or the '
-                     'folder that ftlab fit wrote')
+    raise ValueError(f'a {type(run).__name__} is no run; give what ftlab.fit returned, '
+                     'or the folder that ftlab fit wrote')
 
 def _whole(name, n, least) -> None:
     if not isinstance(n, int) or n < least:
@@ -597,12 +600,12 @@ def _rows_of(known, data, record) -> Data:
     try:
         rows = as_data(known['data'], test=known.get('eval'), columns=known.get('columns'))
     except FileNotFoundError as e:
-        raise FileNotFoundError(f'the data of the run, as {record} names them, are gone: {e}; name '
-                                'them with --data') from None
+        raise FileNotFoundError(f'the data of the run, as {record} names them, are gone: {e}; '
+                                'name them with --data') from None
     said = known.get('settings', {}).get('data')
     if said and rows.fingerprint != said:
-        raise ValueError(f'the data {rows.name} are no longer those of the run (fingerprint '
-                         f'{rows.fingerprint}, the run had {said}); '
+        raise ValueError(f'the data {rows.name} are no longer those of the run '
+                         f'(fingerprint {rows.fingerprint}, the run had {said}); '
                          'name those that you mean with --data')
     return rows
 
@@ -624,6 +627,6 @@ def _recipe(said:Mapping) -> Recipe:
     except (KeyError, ValueError):
         if said.get('decode'):
             raise ValueError(f'the recipe {name!r} draws answers its own way ({said["decode"]}), '
-                             'and no method of that name is known; '
-                             'report on the Run itself') from None
+                             'and no method of that name is known; report on '
+                             'the Run itself') from None
         return Recipe(Method(name, said.get('lr', 3e-4), arguments=said.get('arguments', {})))

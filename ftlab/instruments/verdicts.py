@@ -139,8 +139,8 @@ def _check_keys(claim, wrong):
 def _check_contrast(c, spec, claim, wrong):
     "Everything that the rule needs is there"
     name, arms = f'contrast {c.get("name")!r}', spec.get('arms', {})
-    if missing := [k for k in ('name', 'treatment', 'baseline', 'metric', 'kind', 'margin')
-                   if k not in c]:
+    if missing := [
+            k for k in ('name', 'treatment', 'baseline', 'metric', 'kind', 'margin') if k not in c]:
         raise wrong(f'{name} lacks {missing[0]}')
     for side in ('treatment', 'baseline'):
         if not isinstance(c[side], (int, float)) and c[side] not in arms:
@@ -163,8 +163,8 @@ def bare(node:ast.AST) -> ast.AST:
             n.returns = None
         if isinstance(n, ast.arg):
             n.annotation = None
-        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef,
-                          ast.Module)) and _says_something(n.body):
+        if (isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module))
+            and _says_something(n.body)):
             n.body = n.body[1:] or [ast.Pass()]
     return node
 
@@ -192,8 +192,8 @@ def dumped(node:ast.AST) -> str:
 def definitions(source:str) -> dict[str, ast.AST]:
     """{name: statement} of what a module defines at its top level, names with two underscores left
     out"""
-    return {name: node for node in ast.parse(source).body for name in _named(node)
-            if not name.startswith('__')}
+    return {name: node for node in ast.parse(source).body
+            for name in _named(node) if not name.startswith('__')}
 
 def _named(node) -> list[str]:
     "What a statement of a module defines"
@@ -243,8 +243,8 @@ def closure(marks:Mapping[str, list[str]],  # {module: names of its marked defin
             node = bare(home[name])
             seen[module, name] = dumped(node)
             todo += [(module, n) for n in used_by(node) if n in home or n in from_elsewhere]
-        elif name in from_elsewhere and (is_paper(from_elsewhere[name][0])
-                                         or from_elsewhere[name][1] in recorded):
+        elif (name in from_elsewhere
+              and (is_paper(from_elsewhere[name][0]) or from_elsewhere[name][1] in recorded)):
             todo.append(from_elsewhere[name])
     found = {}
     for (_, name), tree in sorted(seen.items(), key=lambda item: (item[0][1], item[1])):

@@ -76,7 +76,8 @@ FONTS = "'DejaVu Sans', Verdana, Arial, sans-serif"
 def lighter(svg:str) -> str:
     """The same picture in a third of the letters: fonts said once, places to a tenth of a point,
     nothing idle"""
-    svg = re.sub(r"font-family: [^;\"]+; ?", '', svg).replace('<svg', f'<svg font-family="{FONTS}"', 1)
+    svg = re.sub(r"font-family: [^;\"]+; ?", '', svg).replace(
+        '<svg', f'<svg font-family="{FONTS}"', 1)
     svg = re.sub(r' transform="rotate\(-0 [^)]*\)"', '', svg)
     svg = re.sub(r'<g id="[^"]*"', '<g', svg)
     svg = re.sub(r'(?<= )(?:d|x|y|transform)="[^"]*"', _to_a_tenth, svg)
@@ -180,8 +181,8 @@ def drawn(result, alt:str='') -> list[tuple[str, str]]:
         return [(_svg(result, alt), alt)]
     if isinstance(result, str):
         return [(result, alt)]
-    raise ValueError(f'a draw gave back a {type(result).__name__}; it must be a matplotlib Figure, HTML text, or a '
-                     'tuple of these')
+    raise ValueError(f'a draw gave back a {type(result).__name__}; it must be a matplotlib Figure, '
+                     'HTML text, or a tuple of these')
 
 # %% ../../nbs/instruments/views.ipynb #000d995a
 def front_end() -> bool:
@@ -263,13 +264,12 @@ def _handle(c:Control) -> tuple:
     "The widgets of a control, and the box that shows them"
     import ipywidgets
     def row(*parts):
-        name = ipywidgets.Label(c.name, layout=dict(width='11em', justify_content='flex-end',
-                                                    margin='0 .6em 0 0'))
+        name = ipywidgets.Label(
+            c.name, layout=dict(width='11em', justify_content='flex-end', margin='0 .6em 0 0'))
         return ipywidgets.HBox([name, *parts], layout=dict(flex_flow='row wrap'))
     if c.kind == 'Checkbox':
         box = lambda o: ipywidgets.Checkbox(value=True, description=str(o), indent=False,
-                                            layout=dict(width=
-            'auto', margin='0 1.2em 0 0'))
+                                            layout=dict(width='auto', margin='0 1.2em 0 0'))
         leaves = [box(o) for o in c.options['options']]
         return leaves, row(*leaves)
     if c.kind == 'RadioButtons':

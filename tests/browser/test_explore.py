@@ -15,16 +15,15 @@ run = ftlab.fit(model, tok, data, steps=40, lr=1e-3, progress=False)'''
 VIEWS = dict(tradeoff="explore.tradeoff(Comparison.read(measured('compare_lab_s/result.json')))",
              layers='explore.layers(run)', mask='explore.mask(base, tok, data.train[:16])',
              spectrum='explore.spectrum(run)',
-             prices="explore.prices(run.model, tok, data.test[0]['prompt'], "
-             "data.test[0]['response'], base)", side_by_side='explore.side_by_side(run)')
+             prices="explore.prices(run.model, tok, data.test[0]['prompt'], data.test[0]['response'], base)",
+             side_by_side='explore.side_by_side(run)')
 
 @pytest.fixture
 def views(page, lab, request):
     "A notebook with the views that a test names, run; what the console said is kept"
     names = request.param
-    (lab[1]/'nbs'/'course'/'views.ipynb').write_text(notebook(SETUP,
-                                                              *(f'{n} = {VIEWS[n]}\n{n}'
-                                                                for n in names)))
+    (lab[1]/'nbs'/'course'/'views.ipynb').write_text(
+        notebook(SETUP, *(f'{n} = {VIEWS[n]}\n{n}' for n in names)))
     said = []
     page.on('console', lambda m: said.append(m.text) if m.type == 'error' else None)
     page.said = said
@@ -39,8 +38,8 @@ def alt(view) -> str:
     return view.locator('.widget-html-content img').get_attribute('alt')
 
 def settled(page, view, words:str):
-    page.wait_for_function('([e, w]) => e.querySelector(".widget-html-content '
-                           'img")?.alt.includes(w)', arg=[view.element_handle(), words])
+    page.wait_for_function('([e, w]) => e.querySelector(".widget-html-content img")?.alt.includes(w)',
+                           arg=[view.element_handle(), words])
 
 def stop(page, view, name, steps):
     "Move the slider of that name by the right arrow"
@@ -55,7 +54,8 @@ def shot(view, name):
         view.screenshot(path=Path(folder)/f'view_{name}.png')
 
 def quiet(page):
-    return [m for m in page.said if not re.search(r'favicon|WebSocket|Failed to load resource|ERR_', m)]
+    return [m for m in page.said
+            if not re.search(r'favicon|WebSocket|Failed to load resource|ERR_', m)]
 
 @pytest.mark.parametrize('views', [['layers']], indirect=True)
 def test_a_slider_follows_keys_and_mouse_and_the_last_place_wins(page, views):

@@ -9,16 +9,18 @@ from pages import copy_project
 
 api = pytest.importorskip('playwright.sync_api', reason='Playwright is not installed')
 CHROMIUM = (os.environ.get('CHROMIUM')
-            or next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None))
+            or next(
+                filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))),
+                None))
 TOKEN, SLOW = 'a-token-of-the-test', 120_000  # milliseconds: the machine may be busy
 
 def notebook(*cells:str) -> str:
     code = [dict(cell_type='code', id=f'c{i}', metadata={}, outputs=[], execution_count=None,
                  source=c) for i, c in enumerate(cells)]
-    return json.dumps(dict(cells=code,
-                           metadata=dict(kernelspec=dict(name='python3', display_name='python3',
-                                                         language='python')), nbformat=4,
-                           nbformat_minor=5))
+    return json.dumps(
+        dict(cells=code,
+             metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')),
+             nbformat=4, nbformat_minor=5))
 
 LOAD = "import os, time, ftlab\nmodel, tok = ftlab.load('lab-s'); data = ftlab.data('new-language')"
 AFTER = '''print('after:', run.interrupted, len(run.log) > 0, model.training, len(ftlab.generate(model, tok, [data.test[0]['prompt']], max_new_tokens=4)))
@@ -40,11 +42,12 @@ def lab(tmp_path_factory):
     root = copy_project(tmp/'project')
     for name, cells in PAGES.items():
         (root/'nbs'/'course'/f'{name}.ipynb').write_text(notebook(*cells))
-    (root/'nbs'/'course'/'try.ipynb').write_text(notebook("import ftlab\nftlab.chapter('first_light')",
-        'def forgetting(before, after):\n    return sum(after[s] - before[s] for s in '
-                                                          'before)/len(before)\n\nftlab.check(forgetting)',
-        'def forgetting(before, after):\n    return sum(before[s] - after[s] for s in '
-                                                          'before)/len(before)\n\nftlab.check(forgetting)'))
+    (root/'nbs'/'course'/'try.ipynb').write_text(
+        notebook("import ftlab\nftlab.chapter('first_light')",
+                 'def forgetting(before, after):\n    return sum(after[s] - before[s] for s in '
+                 'before)/len(before)\n\nftlab.check(forgetting)',
+                 'def forgetting(before, after):\n    return sum(before[s] - after[s] for s in '
+                 'before)/len(before)\n\nftlab.check(forgetting)'))
     env = {k: v for k, v in os.environ.items() if k not in ('DISPLAY', 'WAYLAND_DISPLAY', 'JPY_SESSION_NAME')}
     env |= dict(PYTHONPATH=str(root), FTLAB_HOME=str(tmp/'home'), JUPYTER_TOKEN=TOKEN,
                 JUPYTER_RUNTIME_DIR=str(tmp/'runtime'), JUPYTER_DATA_DIR=str(tmp/'data'),
@@ -89,7 +92,7 @@ def page(browser, lab):
     page.errors, page.remote = [], []
     page.on('pageerror', lambda e: page.errors.append(str(e)))
     page.on('request', lambda r: page.remote.append(r.url) if r.url.startswith('http')
-            and not r.url.startswith(lab[0]) else None)
+                       and not r.url.startswith(lab[0]) else None)
     yield page
     page.close()
 

@@ -273,10 +273,9 @@ class together:
         return f'answer_together({self.lam:g})'
 
 @method('Transformer Copilot: Learning from The Mistake Log in LLM Fine-tuning', '2505.16270',
-    'A small second model that learns the log of the first one\'s mistakes corrects its answers '
-        'better than the same number '
-    'of parameters spent on the first would.',
-    'the paper (Algorithm 1, Table 17); the width, the fresh start and the bound on the log are ours')
+        'A small second model that learns the log of the first one\'s mistakes corrects its '
+        'answers better than the same number of parameters spent on the first would.',
+        'the paper (Algorithm 1, Table 17); the width, the fresh start and the bound on the log are ours')
 def copilot(lam:float=1.,  # how much of the correction is added
             width:int=64,  # of the Copilot
             layers:int=2,  # of the Copilot: odd ones attend to the mistakes, even ones to the Pilot

@@ -57,10 +57,10 @@ class by_emulation:
     def __repr__(self):
         return f'emulate(beta={self.rule.beta:g}, top_p={self.rule.top_p:g})'
 
-@method('An Emulator for Fine-Tuning Large Language Models using Small Language Models', '2310.12962',
-    'Adding the change of a tuned small model to a large base emulates tuning the large model.',
-    'the abstract and summaries of the paper; which model\'s nucleus limits the change is our reading',
-    toy=dict(large='lab-s'))
+@method('An Emulator for Fine-Tuning Large Language Models using Small Language Models',
+        '2310.12962', 'Adding the change of a tuned small model to a large base emulates tuning the large model.',
+        'the abstract and summaries of the paper; which model\'s nucleus limits the change is our reading',
+        toy=dict(large='lab-s'))
 def eft(large='lab-m',   # the large base: a name as in `ftlab.load`, or a model that shares the vocabulary
         beta:float=1.,   # as in `emulate`
         top_p:float=1.   # as in `emulate`; its reading is unverified

@@ -60,9 +60,10 @@ def _base_block(base, name) -> Callable:
     return base.get_submodule(name) if isinstance(base, torch.nn.Module) else base.base_module(name)
 
 # %% ../../../nbs/evaluators/mechanisms/tuco.ipynb #0006170a
-@probe('TuCo: Measuring the Contribution of Fine-Tuning to Individual Responses of LLMs', '2506.23423',
-    'The share of the fine-tuning component in what a prompt\'s blocks add is low where a model acts like its base, '
-    'as under a successful attack.',
+@probe(
+    'TuCo: Measuring the Contribution of Fine-Tuning to Individual Responses of LLMs', '2506.23423',
+    'The share of the fine-tuning component in what a prompt\'s blocks add is low where a model '
+    'acts like its base, as under a successful attack.',
     'the abstract and Algorithm 1; post-norm blocks and classifiers are our reading', on='prompts')
 @torch.no_grad()
 def tuco(model,       # the tuned model

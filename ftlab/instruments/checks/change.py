@@ -29,8 +29,7 @@ def _change(case) -> dict:
     except ValueError as e:
         raise NotApplicable(f'the change is not kept apart any more: {shortened(e)}') from None
 
-@check('after', 'error',
-       why='the change is not in use, or nothing was learned',
+@check('after', 'error', why='the change is not in use, or nothing was learned',
        fix='check log and learning rate; make sure that the model you ask is the one that carries the change',
        source='huggingface/peft#515')
 def outputs_unchanged(case):
