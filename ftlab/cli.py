@@ -20,8 +20,8 @@ __all__ = ['PARTS', 'PLAIN_SUM', 'COMMON', 'SAID', 'COMMANDS', 'available', 'kep
 PARTS = ('weights', 'delta', 'gradients', 'optimizer', 'reference', 'activations')
 
 def available(device:str='cpu') -> int|None:
-    """Bytes that are free: on the GPU, or in memory as Linux tells it (a container's limit counts);
-    `None` where nobody tells"""
+    """Bytes that are free: on the GPU, or in memory as Linux tells it
+    (a container's limit counts); `None` where nobody tells"""
     import torch # here and below: `ftlab --help` should not wait for it
     if torch.device(device).type == 'cuda':
         return torch.cuda.mem_get_info(torch.device(device))[0]
@@ -41,8 +41,8 @@ def _size(tensors) -> int:
 
 @contextmanager
 def _attached(model, recipe, labels:bool):
-    """`model` with the change of one recipe on it, which is taken off again; a stage that is a
-    function counts as full fine-tuning"""
+    """`model` with the change of one recipe on it, which is taken off again;
+    a stage that is a function counts as full fine-tuning"""
     from ftlab.adapters.attach import attach
     from ftlab.adapters.select import everything
     from ftlab.trainers.stage import head_names
@@ -58,8 +58,8 @@ def kept_bytes(model,    # real or fake
                batch:dict, # what goes into it
                labels      # [rows, tokens], or [rows]
               ) -> int:
-    """What a forward pass and its loss keep for the backward pass: every tensor once, parameters
-    not at all"""
+    """What a forward pass and its loss keep for the backward pass: every tensor once,
+    parameters not at all"""
     import torch
     from ftlab.trainers.objective import token_nll
     own, seen = {p.untyped_storage()._cdata for p in model.parameters()}, {}
@@ -115,8 +115,8 @@ def _activations(model, shape, labels, precision) -> int:
 
 # %% ../nbs/cli.ipynb #000a513c
 def planned(a, recipe, data) -> dict:
-    """Memory of one method on the model that `a` names, from its config; weights are read only
-    where a method selects by their values, and if they fit"""
+    """Memory of one method on the model that `a` names, from its config;
+    weights are read only where a method selects by their values, and if they fit"""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from ftlab.core.batches import encode_all
     from ftlab.core.loading import find_device, skeleton
@@ -152,8 +152,8 @@ class Marks:
         self.times.append(time.time())
 
 def timed(bench, recipe, rate:float, seconds:float=20.) -> dict:
-    """Seconds and tokens of a step, from three of them on the bench's model; on fewer rows where a
-    step would take longer than `seconds`"""
+    """Seconds and tokens of a step, from three of them on the bench's model;
+    on fewer rows where a step would take longer than `seconds`"""
     model, tok = bench.base(0)
     n, rows = sum(p.numel() for p in model.parameters()), bench.settings.get('batch_size', 32)
     # operations of a step, over what a plain processor does in a second
@@ -173,7 +173,9 @@ def timed(bench, recipe, rate:float, seconds:float=20.) -> dict:
                 tokens_per_step=run.cost['tokens']/len(run.log)*rows/used)
 
 # %% ../nbs/cli.ipynb #000d513c
-def estimate(a, data, arms, tuned:bool, seeds:int|None) -> dict: # seeds: of a comparison; None: one run, scored before and after
+def estimate(a, data, arms, tuned:bool,
+             seeds:int|None # of a comparison; None: one run, scored before and after
+            ) -> dict:
     "What a comparison (or one run) would do: cells, memory, and where it fits tokens and time"
     from ftlab.core.loading import find_device
     free = available(str(find_device(a.device)))
@@ -332,7 +334,7 @@ def merge_rules() -> dict[str, float]:
     from ftlab.methods import merging_rules
     return {PLAIN_SUM: 1., **merging_rules()}
 
-def merged_change(changes:list, # one {name: new weight minus base weight} each, as `ftlab.adapters.edit.saved` reads them
+def merged_change(changes:list, # one {name: new weight minus base weight} each; see `ftlab.adapters.edit.saved`
                   model,        # their base
                   rule:str=PLAIN_SUM, # one of `merge_rules()`
                   scale:float|None=None # the rule's dial; None: its default
@@ -356,8 +358,8 @@ def _saved_at(path:str) -> Path:
     return p
 
 def _common(paths:list[Path], a) -> dict:
-    """Model, revision, labels and seed of the one base that the runs beside the changes name; what
-    --model and --revision say comes first"""
+    """Model, revision, labels and seed of the one base that the runs beside the changes name;
+    what --model and --revision say comes first"""
     records = {p.parent: json.loads(r.read_text())
                for p in paths if (r := p.with_name('run.json')).exists()}
     first = next(iter(records.values()), {})
@@ -458,8 +460,8 @@ def run_papers(a):
 
 # %% ../nbs/cli.ipynb #001b513c
 def free_port(port:int, tries:int=50) -> int:
-    """`port`, or the next one on which nobody listens; raises `OSError` if there is none among
-    `tries`"""
+    """`port`, or the next one on which nobody listens;
+    raises `OSError` if there is none among `tries`"""
     for p in range(port, min(port + tries, 65536)):
         with socket.socket() as s:
             if os.name != 'nt':
@@ -473,8 +475,8 @@ def free_port(port:int, tries:int=50) -> int:
                   'ftlab lab --port 9000, or make lab PORT=9000')
 
 def lab_settings(folder:str|Path) -> Path:
-    """Write settings of JupyterLab that lie beneath the reader's own into `folder`, which is then
-    one for JUPYTER_CONFIG_PATH"""
+    """Write settings of JupyterLab that lie beneath the reader's own into `folder`,
+    which is then one for JUPYTER_CONFIG_PATH"""
     settings = {'@jupyterlab/docmanager-extension:plugin': dict(defaultViewers=dict(markdown='Markdown Preview')),
                 '@jupyterlab/apputils-extension:notification': dict(
                     fetchNews='false', checkForUpdates=False)}
@@ -484,8 +486,8 @@ def lab_settings(folder:str|Path) -> Path:
     return Path(folder)
 
 def widgets_folder() -> Path|None:
-    """Where the widgets' half that runs in the browser lies, if JupyterLab would not look there: an
-    environment on top of another has its own folder"""
+    """Where the widgets' half that runs in the browser lies, if JupyterLab would not look there:
+    an environment on top of another has its own folder"""
     found = next((f for f in metadata.files('jupyterlab_widgets') or () if f.name == 'package.json'
                   and 'labextensions' in f.parts),
                  None)
@@ -524,8 +526,8 @@ def run_lab(a):
 
 @contextmanager
 def _ended_by_signals():
-    """Turn the signals that ask a process to end into `SystemExit`, so that what it started and
-    made is put away"""
+    """Turn the signals that ask a process to end into `SystemExit`,
+    so that what it started and made is put away"""
     def end(number, frame):
         raise SystemExit(128 + number)
     asked = [signal.SIGTERM] + [s for s in (getattr(signal, 'SIGHUP', None),) if s
@@ -537,9 +539,11 @@ def _ended_by_signals():
         for s, handler in before.items():
             signal.signal(s, handler)
 
-def _until_it_ends(command:list[str], env:dict, patience:float=15.) -> int: # patience: seconds that it has to end, once it was asked to
-    """Run a command and wait for it; Ctrl-C is JupyterLab's own affair, as it asks back. Whatever
-    ends us ends it, too."""
+def _until_it_ends(command:list[str], env:dict,
+                   patience:float=15. # seconds that it has to end, once it was asked to
+                  ) -> int:
+    """Run a command and wait for it; Ctrl-C is JupyterLab's own affair, as it asks back.
+    Whatever ends us ends it, too."""
     process = subprocess.Popen(command, env=env)
     try:
         while True:
@@ -767,8 +771,11 @@ def parser() -> argparse.ArgumentParser:
 
 # %% ../nbs/cli.ipynb #0026513c
 def main(argv:list[str]|None=None # the arguments; None: those of the process
-        ) -> int:                 # 0 when done, 1 for an error or a --dry-run that does not fit, 2 for arguments that cannot be read, 130 when stopped by hand
-    "Run one command"
+        ) -> int:                 # the exit code
+    """Run one command.
+
+    The exit code is 0 when done, 1 for an error or a --dry-run that does not fit, 2 for arguments
+    that cannot be read, and 130 when stopped by hand."""
     a = parser().parse_args(argv)
     try:
         found, said = a.run(a)
@@ -786,8 +793,8 @@ def main(argv:list[str]|None=None # the arguments; None: those of the process
     return 1 if getattr(a, 'dry_run', False) and found['fits'] is False else 0
 
 def _print(text:str) -> None:
-    """Print what a command found, now: an output that takes nothing more is noticed here, and not
-    when Python ends"""
+    """Print what a command found, now: an output that takes nothing more is noticed here,
+    and not when Python ends"""
     try:
         if text:
             print(text, flush=True)

@@ -111,7 +111,10 @@ def draw_map(here:Iterable[str]=() # nouns to mark, as where the reader is
     return '\n'.join(out + ['</svg>', ''])
 
 # %% ../nbs/map.ipynb #0010aabb
-def _link(c:Chapter, folder:str='', at:str|Path='.') -> str: # folder: of the chapters, as seen from `at`, where the link is shown
+def _link(c:Chapter,
+          folder:str='',   # of the chapters, as seen from `at`
+          at:str|Path='.'  # where the link is shown
+         ) -> str:
     "A link to the chapter, if it is there"
     return (f'[{c.label}]({folder}{c.name}.ipynb)' if Path(at, folder, f'{c.name}.ipynb').exists()
             else c.label)
@@ -401,7 +404,7 @@ def quiz():
 def hosted(page:str,               # such as 'course/first_light.ipynb'
            git_url:str|None=None,  # 'https://github.com/OWNER/NAME'; None: what settings.ini says
            branch:str='main'
-          ) -> dict[str, str]:     # 'binder' and 'colab' to addresses, 'install' to the line that a first cell on Colab needs; {} where no address is known
+          ) -> dict[str, str]:     # 'binder', 'colab': addresses; 'install': what a first cell on Colab needs; or {}
     """Links that open a page on Binder and on Colab; raises `ValueError` for an address that is not
     of GitHub"""
     if git_url is None and (root := checkout()):

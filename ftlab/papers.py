@@ -161,8 +161,8 @@ def _claim_row(claim:str, contrasts:list[dict]) -> str:
     if text['superseded']:
         verdict += f'<br><small>superseded: {text["superseded"]}</small>'
     lines = ''.join(f'<li>{html.escape(m)}</li>' for r in contrasts if (m := effect_line(r)))
-    return ('<tr><th scope="row" '
-            f'data-sort="{claim}"><b>{claim}</b><br>{text["sentence"]}</th><td>{verdict}</td><td>{text["scope"]}</td><td><ul>{lines}</ul></td></tr>')
+    return (f'<tr><th scope="row" data-sort="{claim}"><b>{claim}</b><br>{text["sentence"]}</th>'
+            f'<td>{verdict}</td><td>{text["scope"]}</td><td><ul>{lines}</ul></td></tr>')
 
 def effect_line(r:dict) -> str:
     """A contrast in a line: what came of it, the effect with its interval, and what was needed;

@@ -41,8 +41,8 @@ def join(header, body):
     return struct.pack('<Q', len(j)) + j + body
 
 def sources(folder) -> dict[str, bytes]:
-    """Healthy files, by name: every kind of change, in the format of today and in that of version
-    0.1"""
+    """Healthy files, by name: every kind of change,
+    in the format of today and in that of version 0.1"""
     out = {}
     for name, make in CHANGES.items():
         torch.manual_seed(0)
@@ -180,8 +180,8 @@ def _entry(r, how, header):
              header[r.choice(names)]['data_offsets']])
 
 def _tensors(r, how, b, healthy):
-    """The file written again with other tensors, so that safetensors takes it; where there is a
-    digest it is right half of the time"""
+    """The file written again with other tensors, so that safetensors takes it;
+    where there is a digest it is right half of the time"""
     meta, t = split(b)[0]['__metadata__'], load(b)
     k = r.choice(sorted(t))
     v = t[k]
@@ -224,8 +224,8 @@ def differ(a, b) -> list[str]:
     return out + ([] if same else ['weights'])
 
 def verdict(model, was:dict, path, content:bytes, healthy:bytes) -> dict:
-    """What `load_delta` does with a file. `wrong` says what it should not have done; nothing in a
-    good record."""
+    """What `load_delta` does with a file. `wrong` says what it should not have done;
+    nothing in a good record."""
     path.write_bytes(content)
     out, wrong = {}, []
     try:

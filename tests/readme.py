@@ -21,8 +21,8 @@ def _output(o:dict, stem:str, images:dict[str, bytes]) -> str:
     return '\n'.join('    ' + l for l in text('text/plain').splitlines())
 
 def readme(cells:list[dict]) -> tuple[str, dict[str, bytes]]:
-    """The README's text and the images that it shows ({path: bytes}); links become relative to the
-    top/"""
+    """The README's text and the images that it shows ({path: bytes});
+    links become relative to the top/"""
     parts, images = [], {}
     for i, c in enumerate(cells):
         source, hidden = (c['source'].strip(),

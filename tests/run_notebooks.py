@@ -23,8 +23,8 @@ ENV = dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='passive', HF_HUB_OFFLINE='1',
 
 
 def path_of(name: str) -> Path:
-    """The page that `name` means: a path under nbs/, or one from here. Raises `SystemExit` where
-    there is none"""
+    """The page that `name` means: a path under nbs/, or one from here.
+    Raises `SystemExit` where there is none"""
     for path in (NBS/name, Path(name).resolve()):
         if path.suffix == '.ipynb' and path.exists():
             return path
@@ -43,8 +43,8 @@ def parted(names: list[str]) -> tuple[list[str], list[str]]:
 
 
 def in_kernel(path: Path, timeout: int, store: bool = False) -> str:
-    """Execute the notebook at `path` in its own folder, as JupyterLab would: what went wrong or '';
-    `store` keeps the outputs"""
+    """Execute the notebook at `path` in its own folder, as JupyterLab would:
+    what went wrong or ''; `store` keeps the outputs"""
     import nbformat
     from nbclient import NotebookClient
     nb = nbformat.read(path, as_version=4)
@@ -72,8 +72,8 @@ def kernels(todo: list[tuple[str, Path]], timeout: int, store: bool):
 
 def main(names: list[str], workers: int = 2, timeout: int = 600, kernel: bool = False,
          store: bool = False) -> int:
-    """Run the pages `names`, print each as it ends and the ten slowest at the end; the number that
-    failed"""
+    """Run the pages `names`, print each as it ends and the ten slowest at the end;
+    the number that failed"""
     os.environ.update(ENV)
     start, failed, used, todo = time.perf_counter(), {}, {}, [(n, path_of(n)) for n in names]
     if kernel or store or not hasattr(os, 'fork'):

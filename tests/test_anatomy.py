@@ -1,4 +1,5 @@
-"What the page of `ftlab.core.anatomy` does not show: that the roles are the right ones, judged by what the model computes"
+"""What the page of `ftlab.core.anatomy` does not show: that the roles are the right ones,
+judged by what the model computes"""
 import copy
 from collections import Counter
 import pytest, torch
@@ -167,9 +168,8 @@ def test_a_query_acts_on_its_own_token_and_keys_and_values_on_others(family):
     x = example_inputs()
     noise = torch.Generator().manual_seed(2)
     def mixed(role=None): # what enters block 0's output matrix, when `role` said something else at the first token
-        seen, hooks = (
-            [], [m.get_submodule(b.attention['o'].removesuffix('.weight')).register_forward_pre_hook(
-                     lambda _, i: seen.append(i[0]))])
+        seen, output = [], m.get_submodule(b.attention['o'].removesuffix('.weight'))
+        hooks = [output.register_forward_pre_hook(lambda _, i: seen.append(i[0]))]
 
         def other(_, i, o):
             return torch.cat([o[:, :1] + torch.randn(o[:, :1].shape, generator=noise), o[:, 1:]], 1)
@@ -458,8 +458,7 @@ def test_the_models_are_the_same_each_time():
 
 @pytest.mark.parametrize('family', PLAIN + OTHERS)
 def test_selections_and_changes_work_by_place(family):
-    """LoRA on what `parts` selects starts as the identity and folds into the weights that it stood
-    beside"""
+    "LoRA on what `parts` selects starts as the identity and folds into the weights that it stood beside"
     from ftlab.adapters.attach import attach
     from ftlab.methods import lora
     from ftlab.adapters.select import parts

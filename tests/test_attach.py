@@ -337,16 +337,19 @@ def turned_round(conv, linear):
     "A Conv1D weight's change on a layer that stores the same matrix as [out, in]"
     linear.weight.copy_(conv.weight.T)
 
+class One(torch.nn.Module):
+    "A model of one layer"
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
 @pytest.mark.parametrize('delta', [None, lora(r=2).delta, Entries])
 def test_a_change_is_the_same_whichever_way_the_layer_stores_it(delta):
     "GPT-2's Conv1D beside a Linear with the transposed weight, as a Llama has it"
-    class One(torch.nn.Module):
-        def __init__(self, layer):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x):
-            return self.layer(x)
     torch.manual_seed(0)
     a, b = One(Conv1D(12, 7)), One(torch.nn.Linear(7, 12))
     turned_round(a.layer, b.layer)
@@ -373,7 +376,8 @@ def test_a_change_is_the_same_whichever_way_the_layer_stores_it(delta):
     else:
         assert torch.equal(W1, V1)
         torch.testing.assert_close(a(x), b(x) - b.layer.bias + a.layer.bias)
-    assert one.changes()['layer.weight'].shape == (7, 12) and torch.equal(one.changes()['layer.weight'].T, moved)
+    kept = one.changes()['layer.weight']
+    assert kept.shape == (7, 12) and torch.equal(kept.T, moved)
 
 def test_the_base_is_one_call_away_in_memory_on_disk_and_module_by_module(tmp_path):
     for change in CHANGES:

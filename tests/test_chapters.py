@@ -1,4 +1,5 @@
-"The chapters half_is_enough and low_rank: what readers write in their exercises, their classes in a real fine-tune, and the pages' own promises"
+"""The chapters half_is_enough and low_rank: what readers write in their exercises,
+their classes in a real fine-tune, and the pages' own promises"""
 import random, re
 import pytest, torch
 import ftlab

@@ -1,4 +1,5 @@
-"Every verdict follows from its numbers, every evidence belongs to the code that is here, and one seed of one claim a day comes out again"
+"""Every verdict follows from its numbers, every evidence belongs to the code that is here,
+and one seed of one claim a day comes out again"""
 import datetime, json, os, random
 from pathlib import Path
 import pytest
@@ -196,9 +197,8 @@ def test_evidence_survives_formatting_and_moving_and_no_change(runs, monkeypatch
     sources(monkeypatch, hft=whole)
     code, record = own_code(claim), list(own_definitions(claim))
     assert record == ['half', 'hft', 'shared']
-    sources(monkeypatch,
-            hft=whole.replace('"Twice"\n    return 2*x', '# two\n    return (2 *\n      x)').replace(
-                'def half(x)', 'def half(x: int) -> int'))
+    other = whole.replace('"Twice"\n    return 2*x', '# two\n    return (2 *\n      x)')
+    sources(monkeypatch, hft=other.replace('def half(x)', 'def half(x: int) -> int'))
     assert own_code(claim) == code, 'layout, comments and annotations count'
     claim.result.write_text(json.dumps(dict(definitions=record)))
     for home in ('lift', 'select'):  # into another paper, into the library

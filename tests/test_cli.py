@@ -47,8 +47,8 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def call(made, tmp_path, monkeypatch, capfd):
-    """call(line) -> (exit code, standard output, standard error); {d} is the folder of models and
-    data"""
+    """call(line) -> (exit code, standard output, standard error);
+    {d} is the folder of models and data"""
     monkeypatch.chdir(tmp_path)
     def run(line):
         try:
@@ -107,7 +107,8 @@ def test_a_run_is_resumed(call, tmp_path):
     assert code == 1 and 'batch_size' in err
 
 def test_columns_and_eval(call):
-    code, out, err = call(f'fit --model {{d}}/lm --data {{d}}/asked.jsonl --eval {{d}}/asked.jsonl --columns prompt=question,response=answer {FAST} --out run --json')
+    code, out, err = call('fit --model {d}/lm --data {d}/asked.jsonl --eval {d}/asked.jsonl '
+                          f'--columns prompt=question,response=answer {FAST} --out run --json')
     assert code == 0 and json.loads(out)['metric'] == 'nll'
     assert 'write ours=theirs' in call(
         f'fit --model {{d}}/lm --data {{d}}/asked.jsonl --columns question {FAST} --out run')[2]
@@ -135,8 +136,8 @@ class Holds:
 @pytest.mark.parametrize('method', ['full', 'lora(r=2)', 'hft', 'dft'])
 @pytest.mark.parametrize('model,rows', [('lm', 'sums'), ('enc', 'big')])
 def test_weights_gradients_and_averages_are_exact(call, made, tmp_path, method, model, rows):
-    """What is planned from the config is what a run holds: its parameters, its gradients, and what
-    AdamW puts into a checkpoint"""
+    """What is planned from the config is what a run holds: its parameters, its gradients,
+    and what AdamW puts into a checkpoint"""
     m = json.loads(call(f'fit --model {{d}}/{model} --data {{d}}/{rows}.jsonl {FAST} --method '
                         f'{method} --dry-run --json')[1])['methods'][0]
     planned = m['memory']
@@ -176,8 +177,8 @@ print(run.cost['peak_bytes'])
 @pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='peak memory is read from /proc')
 @pytest.mark.parametrize('method,mapped,factor', [('full', True, 1.5), ('lora', False, 3)])
 def test_the_peak_is_as_near_to_the_plan_as_the_page_says(method, mapped, factor):
-    """mapped: the C library gives every large tensor back to the system when it is freed, so that
-    the process is as large as its tensors"""
+    """mapped: the C library gives every large tensor back to the system when it is freed,
+    so that the process is as large as its tensors"""
     from ftlab.cli import PARTS, parser, planned
     data = ftlab.data('new-procedure', n=400)
     m = planned(
@@ -194,8 +195,7 @@ def test_the_peak_is_as_near_to_the_plan_as_the_page_says(method, mapped, factor
 
 @pytest.fixture(scope='module')
 def giant(made, tmp_path_factory):
-    """A folder with the config of a model of 70 billion numbers and a weight file that nobody
-    should open"""
+    "A folder with the config of a model of 70 billion numbers and a weight file that nobody should open"
     d = tmp_path_factory.mktemp('giant')
     tok = PreTrainedTokenizerFast.from_pretrained(made/'lm')
     tok.save_pretrained(d)
@@ -206,8 +206,8 @@ def giant(made, tmp_path_factory):
     return d
 
 def write_hollow(path):
-    """A whole safetensors file of half a gigabyte that takes no room on the disk: a header, and a
-    hole"""
+    """A whole safetensors file of half a gigabyte that takes no room on the disk: a header,
+    and a hole"""
     size = 2*8192*1024
     head = {f'w{i}': dict(dtype='BF16', shape=[8192, 1024], data_offsets=[i*size, (i + 1)*size])
             for i in range(30)}
@@ -293,8 +293,8 @@ def test_a_delta_for_another_base(call, made, tmp_path):
 
 @pytest.fixture(scope='module')
 def tuned(made, tmp_path_factory):
-    """Folders that ftlab fit wrote: `a` and `b` of one base, `x` and `y` classifiers whose heads
-    begin at different seeds; and another base"""
+    """Folders that ftlab fit wrote: `a` and `b` of one base,
+    `x` and `y` classifiers whose heads begin at different seeds; and another base"""
     d = tmp_path_factory.mktemp('tuned')
     sums, big = f'--model {made}/lm --data {made}/sums.jsonl', f'--model {made}/enc --data {made}/big.jsonl'
     for name, ask in dict(a=sums, b=f'{sums} --method lora(r=2)', x=big,

@@ -357,8 +357,8 @@ def test_metric_fits_the_data(plain, reviews):
             == ['nll', 'accuracy', 'exact'] and metric_for(plain[1], 'exact') == 'exact')
 
 def test_without_test_rows_the_metric_follows_from_the_rows_there_are(plain, reviews):
-    """No test row is no sign of a lab skill: a set of old questions, or a handful of rows, may have
-    none"""
+    """No test row is no sign of a lab skill: a set of old questions, or a handful of rows,
+    may have none"""
     bare = lambda d: dataclasses.replace(d, test=[])
     assert [metric_for(bare(d)) for d in (plain[1], reviews[1], data('new-facts', n=5))] == [
         'nll', 'accuracy', 'exact']

@@ -19,8 +19,8 @@ from ftlab.trainers.losses.dft import dft
 from toys import TOK, lab_data, logits, same, toy, weights
 
 def made(name):
-    """A method with its toy arguments: those in place of defaults that would be slow, empty or
-    impossible on a toy"""
+    """A method with its toy arguments: those in place of defaults that would be slow,
+    empty or impossible on a toy"""
     make = methods.make_of(name)
     return make(**make.paper.toy_arguments() if hasattr(make, 'paper') else {})
 
@@ -70,8 +70,8 @@ def starts_as_the_base(recipe, tmp):
     assert torch.equal(look.logits, logits(toy()))
 
 def selecting(recipe, free):
-    """`recipe`, but whatever a stage may move is marked in `free` when its turn comes: a stage may
-    be a function, and may choose by what the weights are then"""
+    """`recipe`, but whatever a stage may move is marked in `free` when its turn comes:
+    a stage may be a function, and may choose by what the weights are then"""
     def note(r, model):
         for n, m in (r.select or everything)(model, None, 0).items():
             free[n] |= m
@@ -151,10 +151,11 @@ def accumulates(recipe, tmp):
     a, b = (tune(recipe, steps=n, accumulate=k, callbacks=(g,)) for k, g in zip((1, 2), looks))
     g, h = looks[0].first, looks[1].first
     assert g.norm() > 0 and (g - h).norm() < 1e-5*g.norm()
-    assert abs(a.log[0]['nll'] - b.log[0]['nll']) < 1e-5 and abs(
-        a.log[0]['loss'] - b.log[0]['loss']) < 1e-5
-    # AdamW makes a whole step of a gradient that is nothing but rounding, so a number here and there may differ, but not their
-    # root mean square: in units of the learning rate at most 4e-6 was measured, and 0.25 for means of halves.
+    assert (abs(a.log[0]['nll'] - b.log[0]['nll']) < 1e-5
+            and abs(a.log[0]['loss'] - b.log[0]['loss']) < 1e-5)
+    # AdamW makes a whole step of a gradient that is nothing but rounding, so a number here and there
+    # may differ, but not their root mean square: in units of the learning rate at most 4e-6 was
+    # measured, and 0.25 for means of halves.
     x, y = ({n: p.detach() for n, p in m.model.named_parameters()} for m in (a, b))
     off = (sum((x[n] - y[n]).square().sum() for n in x)/sum(p.numel() for p in x.values()))**.5
     assert off < 1e-4*a.settings['lr']

@@ -1,4 +1,6 @@
-"Every probe leaves what it measures as it was and repeats itself; every study gives the same finite evidence for the same seed; and each check notices one that does not"
+"""Every probe leaves what it measures as it was and repeats itself;
+every study gives the same finite evidence for the same seed;
+and each check notices one that does not"""
 import importlib
 import inspect
 import re
@@ -54,8 +56,8 @@ def plain(x):
 
 
 def check_probe(f, family):
-    """Raise `AssertionError` where the contract is broken; `ValueError` or `UnknownArchitecture` is
-    the probe's own refusal"""
+    """Raise `AssertionError` where the contract is broken;
+    `ValueError` or `UnknownArchitecture` is the probe's own refusal"""
     torch.manual_seed(0)
     model, batch = tiny(family), example_inputs()
     change = attach(model, parts()(model))

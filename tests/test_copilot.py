@@ -168,8 +168,8 @@ def test_an_empty_and_a_full_log_survive_their_state_dict():
 # ---------- one step, however it is cut up
 
 def test_micro_batches_change_nothing():
-    """The same rows in one, two and four micro-batches give the same loss, gradient and trained
-    Copilot"""
+    """The same rows in one, two and four micro-batches give the same loss,
+    gradient and trained Copilot"""
     found = {}
     for k in (1, 2, 4):
         run = tune(copilot(width=16), accumulate=k)
@@ -179,8 +179,8 @@ def test_micro_batches_change_nothing():
         assert max(float((v - found[k][0][n]).abs().max()) for n, v in found[1][0].items()) < 1e-5
 
 def test_two_processes_take_the_step_of_one(monkeypatch):
-    """Each hears half of the micro-batches, both draw from all: the sum of their losses is that of
-    one"""
+    """Each hears half of the micro-batches, both draw from all:
+    the sum of their losses is that of one"""
     m, c = toy(), loud()
     halves = [{k: v[i:i + 3] for k, v in probe().items()} for i in (0, 3)]
     want = float(foreseen(at_a_step(halves, m, c, MistakeLog(9))).detach())
@@ -212,8 +212,8 @@ def test_packed_lines_hold_the_same_examples():
 # ---------- what it sees
 
 def test_even_layers_attend_to_both_along_the_sequence():
-    """Keys and values are Concat(X~, Pool(h)) along the sequence; the stream is the projected
-    mistake alone"""
+    """Keys and values are Concat(X~, Pool(h)) along the sequence;
+    the stream is the projected mistake alone"""
     torch.manual_seed(0)
     c, seen = Copilot(8, 20, width=16), []
     for layer in c.layers:
@@ -227,8 +227,8 @@ def test_even_layers_attend_to_both_along_the_sequence():
     assert c.layers[0].k.in_features == 16 and c.layers[1].k.in_features == 8
 
 def test_nothing_is_known_before_its_time():
-    """What the Copilot says at a token does not depend on later tokens, nor on padding, and does
-    depend on what came before"""
+    """What the Copilot says at a token does not depend on later tokens, nor on padding,
+    and does depend on what came before"""
     torch.manual_seed(0)
     c = Copilot(8, 20, width=16)
     torch.nn.init.normal_(c.head.weight)

@@ -1,5 +1,7 @@
-"The course's own machinery: exercises and what readers do to them, progress, the map, the start page, the quiz, how JupyterLab is started"
-import contextlib, functools, importlib, inspect, io, json, os, re, socket, subprocess, sys, warnings
+"""The course's own machinery: exercises and what readers do to them, progress, the map,
+the start page, the quiz, how JupyterLab is started"""
+import contextlib, functools, importlib, inspect, io, json, os, re, socket, subprocess, sys
+import warnings
 from pathlib import Path
 import pytest, torch
 import ftlab
@@ -47,8 +49,8 @@ def test_every_chapter_has_exercises_and_every_exercise_a_chapter():
 
 @pytest.mark.parametrize('chapter', CHAPTERS, ids=lambda c: c.name)
 def test_exercises_stand_beside_their_chapter(chapter):
-    """In the module of its name, on a page that the chapter does not show, in the order in which
-    the chapter asks them"""
+    """In the module of its name, on a page that the chapter does not show,
+    in the order in which the chapter asks them"""
     module = importlib.import_module(f'ftlab.exercises.{chapter.name}')
     assert [e.name for e in module.EXERCISES] == chapter.exercises
     for e in module.EXERCISES:

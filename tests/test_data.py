@@ -399,7 +399,8 @@ def one_by_one(row, tok, kind):
                 labels=[-100]*len(first)
                 + [i if l else -100 for p, (_, l) in zip(parts, pieces) for i in p] + last)
 
-def many(kind, n=1203): # more than are asked of the tokenizer at once; every third answer joins a letter with its question
+def many(kind, n=1203): # more than are asked of the tokenizer at once
+    "Rows of a kind; every third answer joins a letter with its question"
     said = [(f'{"xyz"[i % 3]}{i} {"a" if i % 3 == 0 else "c"}', f'{"b" if i % 3 == 0 else ""}{i*7}')
             for i in range(n)]
     talk = lambda q, a: dict(
@@ -545,8 +546,7 @@ def test_a_long_csv_cell_is_read_and_the_limit_of_the_process_stays(tmp_path):
 
 def test_a_parquet_row_that_python_cannot_hold_is_named(tmp_path):
     import pyarrow as pa, pyarrow.parquet as pq
-    pq.write_table(pa.table(dict(text=['a', 'b', 'c'], when=pa.array([0, 2**60, 0], pa.int64()).cast(
-                                     pa.timestamp('us'), safe=False))),
-                   tmp_path/'d.parquet')
+    when = pa.array([0, 2**60, 0], pa.int64()).cast(pa.timestamp('us'), safe=False)
+    pq.write_table(pa.table(dict(text=['a', 'b', 'c'], when=when)), tmp_path/'d.parquet')
     with pytest.raises(ValueError, match='d.parquet, row 2 cannot be read'):
         data(tmp_path/'d.parquet')

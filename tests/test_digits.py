@@ -231,8 +231,7 @@ def test_the_study_learns_something_and_repeats():
         imitate('gru', 1e-2)
 
 def test_the_neuron_remembers():
-    """Its plateaus outlast its input: long after the last burst it still fires more than one that
-    had no burst"""
+    "Its plateaus outlast its input: long after the last burst it still fires more than one that had no burst"
     x, y, chance = neuron(400, 200, seed=5)
     recent = torch.stack([x[:, t - 20:t].sum((1, 2)) for t in (150,)], 1)[:, 0]
     before = x[:, 60:120].sum((1, 2))

@@ -1,4 +1,5 @@
-"The site: what `_quarto.yml` lists, what a page becomes, and what either generator must find. tests/browser/test_site.py opens the built site"
+"""The site: what `_quarto.yml` lists, what a page becomes, and what either generator must find.
+tests/browser/test_site.py opens the built site"""
 import json, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
@@ -10,8 +11,8 @@ import build, entries, nav
 
 @pytest.fixture(scope='module')
 def processed(tmp_path_factory):
-    """A few pages as `_proc` holds them: a method's, one with mathematics, a chapter, and the two
-    that run when the site is built"""
+    """A few pages as `_proc` holds them: a method's, one with mathematics, a chapter,
+    and the two that run when the site is built"""
     from fastcore.nbio import read_nb, write_nb
     out = tmp_path_factory.mktemp('proc')
     for page in ('adapters/subsets/hft.ipynb', 'adapters/subsets/lift.ipynb',
@@ -29,8 +30,7 @@ def said(notebook:Path) -> str:
                      for c in json.loads(notebook.read_text())['cells'])
 
 def test_the_navigation_is_quartos():
-    """The order that the tests know, the sections that we build, and the file that Quarto reads,
-    are one"""
+    "The order that the tests know, the sections that we build, and the file that Quarto reads, are one"
     assert nav.pages() == ordered() and sorted(nav.pages()) == pages()
     raw = yaml.safe_load((NBS/'_quarto.yml').read_text())['website']['sidebar']['contents']
     assert [(o['section'], ordered(o)) for o in raw if isinstance(o, dict)] == [
@@ -134,8 +134,8 @@ def test_notebooks_beside_pages_and_llms_txt(tmp_path):
             and 'def hft' not in (tmp_path/'adapters'/'subsets'/'hft.html.md').read_text()[:50])
 
 def test_with_an_address_pages_open_in_colab_and_install(tmp_path, monkeypatch):
-    """Without one, as now, nothing is promised; with `git_url` in settings.ini the links are there,
-    and the downloaded notebook begins by installing"""
+    """Without one, as now, nothing is promised; with `git_url` in settings.ini the links are
+    there, and the downloaded notebook begins by installing"""
     import ftlab.map
     real = ftlab.map.hosted
     assert ('git_url' in (ROOT/'settings.ini').read_text()
@@ -157,8 +157,8 @@ def test_with_an_address_pages_open_in_colab_and_install(tmp_path, monkeypatch):
     assert shell.run_cell(first).success and not ran  # ftlab is here: nothing is installed
 
 def test_quarto_gets_what_sphinx_gets(tmp_path):
-    """Nothing from elsewhere, mathematics without a script, the version, and the tables' style and
-    script"""
+    """Nothing from elsewhere, mathematics without a script, the version,
+    and the tables' style and script"""
     html = yaml.safe_load((ROOT/'_quarto.yml').read_text())['format']['html']
     assert (html['html-math-method'] == 'mathml'
             and set(html['theme'].values()) <= {

@@ -59,8 +59,8 @@ def test_nothing_is_planted_twice():
 
 
 def test_the_folder_is_the_registry():
-    """Every file of the folder is a stage, every function marked there is in the list, in the order
-    of files and lines"""
+    """Every file of the folder is a stage, every function marked there is in the list,
+    in the order of files and lines"""
     folder = Path(diagnosis.__file__).parent/'checks'
     assert {f.stem for f in folder.glob('*.py')} == {*STAGES, '__init__'}
     marked = {s: re.findall(r'^@check\((?:.|\n)*?^def (\w+)\(', (folder/f'{s}.py').read_text(),

@@ -77,11 +77,9 @@ def test_the_plain_nll_is_logged_whatever_is_minimised(accumulate):
         for r in (None, dft(), Recipe(objective=nll() + (lambda s: 3./len(s.batches)))))
     assert (plain['nll'] == pytest.approx(float(prices.mean()), abs=1e-5)
             and plain['loss'] == pytest.approx(plain['nll'], abs=1e-6))
-    assert plain['nll'] == pytest.approx(
-        float(F.cross_entropy(toy()(**{k: batch[k] for k in ('input_ids', 'attention_mask')}).logits[
-                                  :, :-1].flatten(0, 1),
-                              batch['labels'][:, 1:].flatten()).detach()),
-        abs=1e-5)
+    logits = toy()(**{k: batch[k] for k in ('input_ids', 'attention_mask')}).logits
+    of_torch = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch['labels'][:, 1:].flatten())
+    assert plain['nll'] == pytest.approx(float(of_torch.detach()), abs=1e-5)
     # trl's DFT: -(p.detach() * log p), a mean over all priced tokens of the batch
     assert (dynamic['nll'] == pytest.approx(plain['nll'], abs=1e-6)
             and dynamic['loss'] == pytest.approx(float((p*prices).mean()), rel=1e-4)
@@ -170,11 +168,9 @@ def test_bf16_runs_and_leaves_float32_weights(name):
 
 def test_bf16_rollouts_are_priced_as_they_are_trained():
     # the ratio of the first step is 1 and the KL 0 only if the old prices were taken in the same precision
-    run = tune(grpo(group=4, max_new_tokens=4, reward=lambda r, a: len(a)/10), precision='bf16',
-               steps=1)
-    assert abs(run.log[0]['loss']) < 1e-6
-    assert (
-        abs(tune(grpo(group=4, max_new_tokens=4, reward=lambda r, a: len(a)/10), steps=1).log[0]['loss']) < 1e-6)
+    recipe = lambda: grpo(group=4, max_new_tokens=4, reward=lambda r, a: len(a)/10)
+    assert abs(tune(recipe(), precision='bf16', steps=1).log[0]['loss']) < 1e-6
+    assert abs(tune(recipe(), steps=1).log[0]['loss']) < 1e-6
 
 @pytest.mark.parametrize(
     'settings, says',
@@ -259,7 +255,8 @@ from test_fit import METHODS, At, tune, toy
 from ftlab.trainers.callbacks import Every, validation_nll
 def die(state): os.kill(os.getpid(), signal.SIGKILL)
 name, out, step = sys.argv[1], sys.argv[2], int(sys.argv[3])
-tune(METHODS[name](), toy(dropout=.2), steps=9, lr=1e-3, accumulate=2, out=out, save_every=2, callbacks=(At(step, die), Every(3, validation_nll)))
+tune(METHODS[name](), toy(dropout=.2), steps=9, lr=1e-3, accumulate=2, out=out, save_every=2,
+     callbacks=(At(step, die), Every(3, validation_nll)))
 '''
 
 @pytest.mark.parametrize('name, step', [('lora', 5), ('full', 7)])
@@ -328,8 +325,8 @@ def test_resuming_with_the_trained_model_is_refused(tmp_path):
 # ---------- what stops a run
 
 def poisoned(at, where='loss', micro=None):
-    """An objective that is no number at step `at`; 'gradient': the number is right, its gradient is
-    not"""
+    """An objective that is no number at step `at`; 'gradient': the number is right,
+    its gradient is not"""
     calls = []
     def objective(state):
         nll = token_nll(state.forward(), state.batch['labels']).sum()/state.count
@@ -438,7 +435,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from safetensors.torch import load_file, save_file
 kind = AutoModelForSequenceClassification if sys.argv[1] == 'label' else AutoModelForCausalLM
 for folder in sys.argv[3:]:
-    m, info = kind.from_pretrained(folder, output_loading_info=True); tok = AutoTokenizer.from_pretrained(folder); b = load_file(sys.argv[2])
+    m, info = kind.from_pretrained(folder, output_loading_info=True)
+    tok = AutoTokenizer.from_pretrained(folder)
+    b = load_file(sys.argv[2])
     assert not info['missing_keys'] and not info['unexpected_keys'] and not info['mismatched_keys'], info
     with torch.no_grad(): save_file(dict(logits=m.eval()(**b).logits), folder + '/out.safetensors')
 assert 'ftlab' not in sys.modules and tok('sort a b').input_ids

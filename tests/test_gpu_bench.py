@@ -1,4 +1,5 @@
-"`make gpu` rehearsed: the parts run on a CPU, a piece that fails or ends its process reaches no other, and a result is whole at every moment"
+"""`make gpu` rehearsed: the parts run on a CPU, a piece that fails or ends its process reaches
+no other, and a result is whole at every moment"""
 import json
 import os
 import subprocess
@@ -35,7 +36,8 @@ BROKEN = """
 import os, sys, time
 from gpu_pieces import arguments, run_pieces
 def wrong(args): raise ValueError('as expected')
-PIECES = dict(good=lambda a: dict(found=1), wrong=wrong, dies=lambda a: os._exit(7), hangs=lambda a: time.sleep(60), last=lambda a: None)
+PIECES = dict(good=lambda a: dict(found=1), wrong=wrong, dies=lambda a: os._exit(7),
+              hangs=lambda a: time.sleep(60), last=lambda a: None)
 run_pieces(PIECES, arguments())
 """
 

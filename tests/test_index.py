@@ -25,8 +25,8 @@ def test_generating_again_changes_nothing():
 
 
 def test_only_generated_cells_and_tables_change(tmp_path):
-    """Of a notebook whose generated cells were emptied, the same comes out again, and its other
-    cells stay as they are"""
+    """Of a notebook whose generated cells were emptied, the same comes out again,
+    and its other cells stay as they are"""
     for page in ('methods.ipynb', 'papers/scoreboard.ipynb', 'adapters/subsets/hft.ipynb',
                  'adapters/subsets/index.ipynb'):
         ours, new = json.loads((NBS/page).read_text(encoding='utf-8')), json.loads(MADE[f'nbs/{page}'])

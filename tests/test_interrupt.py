@@ -1,4 +1,5 @@
-"Ctrl-C at any moment: the model stays usable, in its own mode, with no hook left and no change half on, and the same call works again"
+"""Ctrl-C at any moment: the model stays usable, in its own mode,
+with no hook left and no change half on, and the same call works again"""
 import sys, time
 import pytest
 import ftlab
@@ -10,8 +11,8 @@ from ftlab.trainers.fit import fit
 from toys import TOK, lab_data, same, toy, weights
 
 class Interrupts:
-    """Raises KeyboardInterrupt at the n-th call of a Python function, as a signal would; `None`
-    counts the calls alone"""
+    """Raises KeyboardInterrupt at the n-th call of a Python function, as a signal would;
+    `None` counts the calls alone"""
 
     def __init__(self, n=None):
         self.n, self.seen = n, 0

@@ -146,8 +146,8 @@ def test_chains_need_their_steps_or_not():
 
 @pytest.mark.parametrize('skill', LOOKUP_SKILLS)
 def test_documents_predict_no_held_out_instance(skill):
-    """Each predicted answer, put after the prompt that a test would ask, is a training instance
-    with that answer"""
+    """Each predicted answer, put after the prompt that a test would ask,
+    is a training instance with that answer"""
     r, marked = random.Random(1), 0
     for i in range(150):
         text, first = '', ''

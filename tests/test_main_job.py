@@ -1,4 +1,5 @@
-"The main job as the README tells it: a reader's own JSONL on a model that nobody here trained, by the README's own lines"
+"""The main job as the README tells it: a reader's own JSONL on a model that nobody here trained,
+by the README's own lines"""
 import json, re
 from pathlib import Path
 import pytest, torch

@@ -1,4 +1,5 @@
-"The native kernels: C++ (and CUDA, where there is a GPU) against the plain version in torch, bit for bit, and both against mathematics"
+"""The native kernels: C++ (and CUDA, where there is a GPU) against the plain version in torch,
+bit for bit, and both against mathematics"""
 import json, os, shutil, subprocess, sys
 import pytest, torch
 from scipy import stats
@@ -55,8 +56,11 @@ p = torch.zeros(300); perturb_([p], 3, 1.); perturb_([p], 3, -1.); print(backend
 def test_every_mode_gives_the_same_numbers(mode):
     if mode == 'cpp' and not extension.compiler():
         pytest.skip('there is no C++ compiler here')
-    out = python("""from ftlab.native import backend, perturb_; import torch
-p = torch.zeros(1000, dtype=torch.bfloat16); perturb_([p], 11, .3); print(backend(), p.view(torch.int16).long().sum().item())""", FTLAB_NATIVE=mode)
+    out = python("""import torch
+from ftlab.native import backend, perturb_
+p = torch.zeros(1000, dtype=torch.bfloat16)
+perturb_([p], 11, .3)
+print(backend(), p.view(torch.int16).long().sum().item())""", FTLAB_NATIVE=mode)
     where, total = out.split()
     p, = plain([torch.zeros(1000, dtype=torch.bfloat16)], 11, .3, 'normal')
     assert int(total) == p.view(torch.int16).long().sum() and (where == mode or mode == 'auto')
@@ -123,13 +127,14 @@ def test_headers_that_do_not_know_the_newest_version_take_the_old_way_to_a_strea
 @pytest.mark.slow
 @pytest.mark.skipif(not (extension.nvcc() and extension.compiler()), reason='there is no nvcc here')
 def test_the_cuda_side_links_and_loads_where_there_is_no_gpu(tmp_path, cuda_build):
-    """Compiled and bound beside any torch, so that a mistake in it shows on machines that cannot
-    run it"""
-    out = python("""from ftlab.native import backend, perturb_; import torch
-from ftlab.native import magnitude, ternary
-print(backend('cuda')); perturb_([torch.zeros(4)], 7, 1.)
-print(all(torch._C._dispatch_has_kernel_for_dispatch_key(n, 'CUDA') for n in torch._C._dispatch_get_all_op_names() if n.startswith('ftlab::')))""",
-        FTLAB_CACHE=str(tmp_path))
+    "Compiled and bound beside any torch, so that a mistake in it shows on machines that cannot run it"
+    out = python("""import torch
+from torch._C import _dispatch_get_all_op_names, _dispatch_has_kernel_for_dispatch_key as has_kernel
+from ftlab.native import backend, magnitude, perturb_, ternary
+print(backend('cuda'))
+perturb_([torch.zeros(4)], 7, 1.)
+ours = [n for n in _dispatch_get_all_op_names() if n.startswith('ftlab::')]
+print(all(has_kernel(n, 'CUDA') for n in ours))""", FTLAB_CACHE=str(tmp_path))
     assert out.split() == ['cuda', 'True']
 
 # --- noise
@@ -167,8 +172,8 @@ def test_the_lower_halves_make_bfloat16_move_as_float32(dist):
 
 @pytest.mark.parametrize('dtype', TYPES)
 def test_the_error_is_a_rounding_and_no_more(dtype):
-    """Against p + scale*z in float64, with the z of float32: half a unit in the last place of the
-    result, and of the product in float32"""
+    """Against p + scale*z in float64, with the z of float32:
+    half a unit in the last place of the result, and of the product in float32"""
     p = torch.randn(50_000).to(dtype)
     z = perturb.noise(5, 0, 0, 391, False)[:50_000].double()
     q = [p.clone()]
@@ -323,8 +328,8 @@ def small():
     return net, x, x[:, :1]*x[:, 1:2]
 
 def test_200_steps_without_gradients_end_alike():
-    """A small model trained by MeZO's rule with the kernel and with the plain version: the same
-    losses and the same weights"""
+    """A small model trained by MeZO's rule with the kernel and with the plain version:
+    the same losses and the same weights"""
     def train(move):
         net, x, y = small()
         ps, losses = list(net.parameters()), []
@@ -347,8 +352,8 @@ def test_200_steps_without_gradients_end_alike():
 SIZES = [(5,), (1, 1), (64, 0, 200), (63,), (300_000, 7, 900_001), (65_536, 65_537)]
 
 def ranked(tensors):
-    """Positions in all tensors together by magnitude, largest first, ties by the lowest position:
-    sorting, which nobody doubts"""
+    """Positions in all tensors together by magnitude, largest first,
+    ties by the lowest position: sorting, which nobody doubts"""
     return magnitude.keys(torch.cat([t.flatten() for t in tensors])).sort(
         descending=True, stable=True).indices
 
@@ -448,8 +453,8 @@ def test_opcheck_of_the_ranking(device):
         torch.library.opcheck(torch.ops.ftlab.kth_write_.default, (ts, found, out))
 
 def test_200_steps_on_the_largest_end_alike(monkeypatch):
-    """A small model of which only the 10% largest numbers train, chosen anew every 20 steps, with
-    the kernel and with the plain version"""
+    """A small model of which only the 10% largest numbers train, chosen anew every 20 steps,
+    with the kernel and with the plain version"""
     def train(mode):
         monkeypatch.setenv('FTLAB_NATIVE', mode)
         net, x, y = small()
@@ -470,8 +475,8 @@ def test_200_steps_on_the_largest_end_alike(monkeypatch):
 
 @pytest.mark.skipif(not os.environ.get('FTLAB_LARGE'), reason='takes 12 GB and minutes: set FTLAB_LARGE=1')
 def test_a_tensor_of_more_than_two_to_the_31():
-    """Both ends and the middle are what they should be; a mask reaches the last number, and indices
-    are refused"""
+    """Both ends and the middle are what they should be; a mask reaches the last number,
+    and indices are refused"""
     n = 2**31 + 5000
     p = torch.zeros(n, dtype=torch.bfloat16)
     perturb_([p], 3, 1.)
@@ -492,8 +497,9 @@ def test_a_tensor_of_more_than_two_to_the_31():
 @pytest.mark.skipif(not extension.compiler(), reason='there is no C++ compiler here')
 @pytest.mark.parametrize('name', sorted(f.stem for f in (ROOT/'tests'/'native').glob('*.cpp')))
 def test_sanitizers_find_nothing_over_fuzzed_shapes(tmp_path, name):
-    """Buffers of exactly the needed size, every type, every instruction set that this processor
-    has: no stray access, no undefined step, the same bits"""
+    """Buffers of exactly the needed size, every type,
+    every instruction set that this processor has: no stray access, no undefined step,
+    the same bits"""
     exe = tmp_path/'fuzz'
     flags = [f for f in extension._CXX if not f.startswith('-D')]
     r = subprocess.run(

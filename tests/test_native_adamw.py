@@ -1,4 +1,5 @@
-"Sparse AdamW: C++ against the plain version bit for bit, both against torch's AdamW, the gradients that do not stay, and the narrow backward pass"
+"""Sparse AdamW: C++ against the plain version bit for bit, both against torch's AdamW,
+the gradients that do not stay, and the narrow backward pass"""
 import copy, json, math
 import numpy as np, pytest, torch, torch.utils.checkpoint
 from torch import nn
@@ -66,8 +67,8 @@ def test_gathered_gradients_step_as_dense_ones_do(dtype):
 
 @pytest.mark.parametrize('decay', [0., .1])
 def test_with_everything_selected_it_is_torchs_adamw(decay):
-    """200 steps, float32, against torch's own in float64: no further from it than torch's float32
-    is, within a tenth"""
+    """200 steps, float32, against torch's own in float64:
+    no further from it than torch's float32 is, within a tenth"""
     def run(dtype, make):
         g = torch.Generator().manual_seed(1)
         ps = [nn.Parameter(torch.randn(s, generator=g).to(dtype))
@@ -425,8 +426,8 @@ def _part(W, s):
 
 @pytest.mark.parametrize('s', WAYS)
 def test_gradcheck_of_the_narrow_layer(s):
-    """The part's numbers are put into the weight first, so that the output depends on them as the
-    gradient says"""
+    """The part's numbers are put into the weight first,
+    so that the output depends on them as the gradient says"""
     shape, W = (6, 6), torch.randn(6, 6, dtype=torch.float64)
     c = adamw._choose(torch.zeros(shape), s)
     i = adamw._places(W, c['at'], c['length'], c['stride'])
@@ -509,8 +510,8 @@ def test_narrow_layers_train_as_wide_ones(s):
 
 @pytest.mark.parametrize('hook', [False, True])
 def test_200_steps_with_the_kernel_and_with_the_plain_version_end_alike(hook, monkeypatch):
-    """A tenth of the weights, chosen anew every 50 steps, by hook or dense: the same weights and
-    losses to the last bit"""
+    """A tenth of the weights, chosen anew every 50 steps, by hook or dense:
+    the same weights and losses to the last bit"""
     def go(mode):
         monkeypatch.setenv('FTLAB_NATIVE', mode)
         net, x, y = small()
@@ -627,8 +628,8 @@ def test_the_operators_check_what_they_are_given():
     assert not p.any()
 
 def test_positions_beyond_two_to_the_31():
-    """A tensor that is never touched but at its ends takes no memory: the last entry moves, by bits
-    and by rows"""
+    """A tensor that is never touched but at its ends takes no memory: the last entry moves,
+    by bits and by rows"""
     if backend('cpu') != 'cpp':
         pytest.skip('needs the C++: the plain version goes through all of a mask')
     n = 2**31 + 4096

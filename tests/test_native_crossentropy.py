@@ -1,4 +1,5 @@
-"One-pass weighted linear cross-entropy: against all logits in float64, in every type, by chunks of any size, with the C++ and without"
+"""One-pass weighted linear cross-entropy: against all logits in float64, in every type,
+by chunks of any size, with the C++ and without"""
 import json
 import pytest, torch
 import torch.nn.functional as F
@@ -59,8 +60,8 @@ def off(a, b):
 @pytest.mark.parametrize('name', WEIGHTS)
 @pytest.mark.parametrize('dtype', WIDES + HALVES)
 def test_loss_prices_and_gradients_are_those_of_all_logits(dtype, name):
-    """No further from float64 than torch is with all logits in the same type, with some room for
-    chance"""
+    """No further from float64 than torch is with all logits in the same type,
+    with some room for chance"""
     weight, limit = (WEIGHTS[name], {torch.float64: 1e-13, torch.float32: 1e-6,
                                      torch.bfloat16: 4e-3, torch.float16: 6e-4}[dtype])
     hidden, head, bias, labels, _ = make(dtype)
@@ -208,8 +209,8 @@ def test_gradcheck(direction):
     torch.autograd.gradcheck(loss, (hidden, head, bias))
 
 def test_only_what_is_asked_for_is_computed(monkeypatch):
-    """A frozen head or frozen hidden states cost no product, and without gradients none of them is
-    made"""
+    """A frozen head or frozen hidden states cost no product,
+    and without gradients none of them is made"""
     hidden, head, bias, labels, _ = make()
     seen = []
     full = grads(priced(hidden, head, labels, bias=bias).loss, hidden, head, bias)
@@ -382,8 +383,8 @@ def by_logits(model, ids, labels):
     return (dft(nll).detach()*nll).sum()/(labels[:, 1:] != -100).sum()
 
 def by_chunks(model, ids, labels):
-    """Hidden states from the body, the head's weight from the head: what any plain Hugging Face
-    model offers"""
+    """Hidden states from the body, the head's weight from the head:
+    what any plain Hugging Face model offers"""
     hidden = model.base_model(ids).last_hidden_state[:, :-1]
     head = model.get_output_embeddings()
     return priced(hidden, head.weight, labels[:, 1:], dft, bias=head.bias, chunk=5).loss/(
@@ -414,8 +415,8 @@ def test_dft_on_a_model_of_transformers_is_the_same_loss_and_gradient(name):
 
 @pytest.mark.parametrize('mode', ['auto', 'torch'])
 def test_200_steps_end_alike(monkeypatch, mode):
-    """A small model trained on DFT's price by all logits and by chunks: the same losses and the
-    same weights, to rounding"""
+    """A small model trained on DFT's price by all logits and by chunks:
+    the same losses and the same weights, to rounding"""
     monkeypatch.setenv('FTLAB_NATIVE', mode)
     make = torch.Generator().manual_seed(0)
     x = torch.randint(0, 50, (64,), generator=make)
@@ -445,8 +446,8 @@ def test_200_steps_end_alike(monkeypatch, mode):
             and all(off(q, p) < 1e-3 for p, q in zip(ps, qs)))
 
 def test_a_llama_trained_200_steps_ends_alike():
-    """By all logits and by chunks, at a rate at which the path is stable: at twice that, torch's
-    own float32 and float64 part, too, by 0.6%"""
+    """By all logits and by chunks, at a rate at which the path is stable: at twice that,
+    torch's own float32 and float64 part, too, by 0.6%"""
     ids = example_inputs(batch=4, length=8)['input_ids']
     def train(f):
         model = tiny('llama').train()

@@ -1,5 +1,7 @@
-"""The CUDA kernels where there is no GPU: compiled by the C++ compiler and run by a stand-in for CUDA (tests/native/cuda_shim.h) against the C++ of the CPU.
-Under the address and undefined-behaviour sanitizers they run in test_native.py, with the other fuzzed loops; here under the thread sanitizer. And on a GPU."""
+"""The CUDA kernels where there is no GPU: compiled by the C++ compiler and run by a stand-in for
+CUDA (tests/native/cuda_shim.h) against the C++ of the CPU.
+Under the address and undefined-behaviour sanitizers they run in test_native.py, with the other
+fuzzed loops; here under the thread sanitizer. And on a GPU."""
 import os, subprocess
 import pytest, torch
 from ftlab.native import backend, extension, kth_magnitude, magnitude, unpack_mask
@@ -25,8 +27,8 @@ def run(exe, *args):
 @pytest.mark.slow
 @compiled
 def test_no_two_threads_of_a_kernel_race(tmp_path):
-    """Noise, selection, packed vectors, the optimizer and rows of logits, over fuzzed shapes: the
-    CPU's bits, every barrier where it must be, no place written twice without an atomic"""
+    """Noise, selection, packed vectors, the optimizer and rows of logits, over fuzzed shapes:
+    the CPU's bits, every barrier where it must be, no place written twice without an atomic"""
     build(NATIVE/'cuda.cpp', tmp_path/'race', 'thread')
     r = run(tmp_path/'race', 1)
     assert r.returncode == 0 and 'ok' in r.stdout, r.stdout + r.stderr
@@ -40,8 +42,8 @@ def test_no_two_threads_of_a_kernel_race(tmp_path):
      ('thread', {1: 'data race', 2: 'a thread ended while others wait', 3: 'data race', 5: 'wrong',
                  6: 'not all lanes', 7: 'data race'})])
 def test_the_stand_in_finds_a_mistake_that_is_there(tmp_path, sanitizer, found):
-    """No barrier, a barrier for some, two blocks at one place, beyond the end, shared memory taken
-    to be 0, a shuffle for some: a stand-in that finds nothing proves nothing"""
+    """No barrier, a barrier for some, two blocks at one place, beyond the end,
+    shared memory taken to be 0, a shuffle for some: a stand-in that finds nothing proves nothing"""
     build(NATIVE/'stand_in'/'broken.cpp', tmp_path/'broken', sanitizer)
     r = run(tmp_path/'broken', 0)
     assert r.returncode == 0, r.stdout + r.stderr

@@ -1,4 +1,5 @@
-"Packed ternary vectors: C++ (and CUDA, where there is a GPU) against the plain version in torch, bit for bit, and both against dense vectors in float64"
+"""Packed ternary vectors: C++ (and CUDA, where there is a GPU) against the plain version in
+torch, bit for bit, and both against dense vectors in float64"""
 import json, os
 import pytest, torch
 from safetensors.torch import load_file, save_file
@@ -30,8 +31,8 @@ def plain(tensors, vs, scales, chunk=1 << 18):
     return out
 
 def dense(tensors, vs, scales):
-    """The rule in dense tensors: signs times scales, summed in float32 in order, one addition, one
-    rounding"""
+    """The rule in dense tensors: signs times scales, summed in float32 in order, one addition,
+    one rounding"""
     out = []
     for i, w in enumerate(tensors):
         total = torch.zeros(w.shape)
@@ -261,8 +262,8 @@ def test_it_takes_no_memory_beside_the_weights():
     assert r['numbers'] == 50_000_000 and r['vector_bytes']['ours'] == 4*(12_500_000 + 4)
 
 def test_200_steps_of_ternary_updates_end_alike(monkeypatch):
-    """A small model whose every step is packed to the largest tenth of its gradient, with the
-    kernel and with the plain version"""
+    """A small model whose every step is packed to the largest tenth of its gradient,
+    with the kernel and with the plain version"""
     def train(mode):
         monkeypatch.setenv('FTLAB_NATIVE', mode)
         torch.manual_seed(0)

@@ -28,8 +28,8 @@ def python(*args, cwd: Path, ok: bool = True) -> str:
 
 @pytest.fixture(scope='module')
 def begun(tmp_path_factory) -> tuple[Path, dict[str, str]]:
-    """A copy of the project in which a method, a probe and a study were begun, the last one in a
-    family that is new"""
+    """A copy of the project in which a method, a probe and a study were begun,
+    the last one in a family that is new"""
     copy = copy_project(tmp_path_factory.mktemp('begun')/'copy')
     keys = dict(method='noisefit', probe=of_kind('probe', 'evaluators'), study=of_kind('study', 'course'))
     for key in (keys['probe'], keys['study']):

@@ -42,8 +42,8 @@ def test_the_gradient_is_the_same(family):
         assert torch.allclose(p.grad, q.grad, atol=1e-5*max(1, float(p.grad.abs().max()))), n
 
 def test_leaking_would_show():
-    """The test above has teeth: without the block mask, or without restarting positions, prices
-    differ"""
+    """The test above has teeth: without the block mask, or without restarting positions,
+    prices differ"""
     for family in ('llama', 'gpt2'):
         m, r = tiny(family), rows()
         line = pack(r, 64, 1)

@@ -20,14 +20,15 @@ def notebook(path: Path, *sources: str, tags: dict | None = None) -> Path:
 
 
 def worked(*paths: Path, ours: bool = False, timeout: int = 60, most: int = 2) -> dict[str, dict]:
-    """{page's stem: its result} from a worker in a process of its own, as fork wants a process
-    without threads"""
+    """{page's stem: its result} from a worker in a process of its own,
+    as fork wants a process without threads"""
     code = f'''
 import json, sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT/'tests')!r})
 import worker
-worker.preload(['matplotlib.pyplot', 'matplotlib_inline.backend_inline', 'IPython.core.interactiveshell', 'ipywidgets', 'numpy'] + ['ftlab']*{ours})
+worker.preload(['matplotlib.pyplot', 'matplotlib_inline.backend_inline',
+                'IPython.core.interactiveshell', 'ipywidgets', 'numpy'] + ['ftlab']*{ours})
 done = worker.Workers({most}, {timeout}).run([(Path(p).stem, Path(p)) for p in {[str(p) for p in paths]!r}])
 print('RESULT' + json.dumps(dict(done)))'''
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
@@ -50,8 +51,8 @@ SHOWN = ['print("a"); import sys; print("b", file=sys.stderr); 1 + 1', 'import p
 
 
 def test_a_cell_shows_what_a_kernel_shows(tmp_path):
-    """The same cells in a fork and in a fresh kernel: the same kinds of output with the same text,
-    in the same order"""
+    """The same cells in a fork and in a fresh kernel:
+    the same kinds of output with the same text, in the same order"""
     import nbformat
     from nbclient import NotebookClient
     path = notebook(tmp_path/'shown.ipynb', *SHOWN)
@@ -85,14 +86,19 @@ def test_a_page_that_fails_says_where(tmp_path):
 
 
 def test_nothing_of_one_page_is_seen_by_the_next(tmp_path):
-    """Names, modules' attributes, the environment, the folder, random numbers, figures and option
-    settings: each page finds them fresh"""
+    """Names, modules' attributes, the environment, the folder, random numbers,
+    figures and option settings: each page finds them fresh"""
     source = '''import os, sys, random, builtins, numpy as np, matplotlib, matplotlib.pyplot as plt, ftlab
-seen = ['leak' in globals(), hasattr(ftlab, 'leak'), 'LEAK' in os.environ, hasattr(builtins, 'leak'), 'leak' in sys.modules, matplotlib.rcParams['lines.linewidth'] == 7,
+seen = ['leak' in globals(), hasattr(ftlab, 'leak'), 'LEAK' in os.environ, hasattr(builtins, 'leak'),
+        'leak' in sys.modules, matplotlib.rcParams['lines.linewidth'] == 7,
         len(plt.get_fignums()) > 0, 'run_notebooks' in sys.modules]
 print(seen, os.getcwd(), sys.path[0] == '', random.random(), np.random.rand())
 leak = ftlab.leak = builtins.leak = 1
-os.environ['LEAK'] = '1'; sys.modules['leak'] = sys; matplotlib.rcParams['lines.linewidth'] = 7; plt.figure(); os.chdir('/')'''
+os.environ['LEAK'] = '1'
+sys.modules['leak'] = sys
+matplotlib.rcParams['lines.linewidth'] = 7
+plt.figure()
+os.chdir('/')'''
     a, b = (notebook(tmp_path/f'{n}.ipynb', source) for n in 'ab')
     r = worked(a, b, most=1, ours=True)
     assert not r['a']['wrong'] and not r['b']['wrong']
@@ -135,8 +141,8 @@ def test_a_stored_output_that_restates_data_is_held_against_a_fresh_run(tmp_path
 
 
 def test_a_page_runs_where_its_own_module_has_not_been_imported():
-    """It registers operators and kinds that a second registration would refuse; papers find the
-    library imported"""
+    """It registers operators and kinds that a second registration would refuse;
+    papers find the library imported"""
     import run_notebooks
     first, then = run_notebooks.parted(
         ['native/perturb.ipynb', 'trainers/loop.ipynb', 'adapters/subsets/hft.ipynb',

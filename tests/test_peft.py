@@ -193,8 +193,8 @@ def layer_of(theirs, name):
     return theirs.base_model.model.get_submodule(name.removesuffix('.weight'))
 
 def bases_of(layer, d):
-    """peft's bases A [r, shorter] and B [longer, N, r], cut to the shape of `d` and in the order of
-    ours"""
+    """peft's bases A [r, shorter] and B [longer, N, r],
+    cut to the shape of `d` and in the order of ours"""
     (r, short), (long, n, _) = d.A.shape, d.B.shape
     A = layer.randlora_A['default'][:, 0, :short]
     B = layer.randlora_B['default'][:long, :n].flatten(1).view(long, r, n).transpose(1, 2)
@@ -212,8 +212,8 @@ def copy_all(d, layer):
 @pytest.mark.parametrize('sparse', [False, True])
 @pytest.mark.parametrize('r', [3, 8])
 def test_randlora_draws_the_bases_that_peft_draws_in_full_precision(r, sparse, monkeypatch):
-    """One rule on one generator, so the same bases under any version of torch, once peft draws in
-    our precision"""
+    """One rule on one generator, so the same bases under any version of torch,
+    once peft draws in our precision"""
     def in_full(shape, generator):
         return torch.nn.init.kaiming_uniform_(torch.empty(shape), a=5**.5, generator=generator)
     monkeypatch.setattr('peft.tuners.randlora.model._kaiming_init', in_full)
@@ -228,8 +228,8 @@ def test_randlora_draws_the_bases_that_peft_draws_in_full_precision(r, sparse, m
 @pytest.mark.parametrize('sparse', [False, True])
 @pytest.mark.parametrize('r', [3, 8])
 def test_randlora_says_what_peft_says_with_the_same_bases(r, sparse):
-    """In double precision: the two add up in another order, and what is left must be rounding under
-    any version of torch"""
+    """In double precision: the two add up in another order,
+    and what is left must be rounding under any version of torch"""
     theirs = randlora_of('llama', r, ['q_proj', 'o_proj'], sparse=sparse).double()
     shake(theirs)
     changed, m = out(theirs), tiny('llama').double()
@@ -302,8 +302,8 @@ STARTS = dict(plain=True, gaussian='gaussian', orthogonal='orthogonal', pissa='p
 
 @pytest.mark.parametrize('start', STARTS)
 def test_a_start_that_changes_the_base_is_refused_and_every_other_is_read_right(start, tmp_path):
-    """peft 0.21 changes the base under PiSSA and OLoRA: read as plain LoRA they were wrong by more
-    than a tenth in the logits"""
+    """peft 0.21 changes the base under PiSSA and OLoRA:
+    read as plain LoRA they were wrong by more than a tenth in the logits"""
     theirs = peft.get_peft_model(
         tiny('llama'), peft.LoraConfig(r=4, lora_alpha=8, target_modules=['q_proj', 'v_proj'],
                                        init_lora_weights=STARTS[start]))

@@ -210,8 +210,8 @@ def test_the_edit_is_what_it_says_for_every_form_of_change(recipe, lam):
 
 @pytest.mark.parametrize('way', ['whole', 'lora', 'mask'])
 def test_intruders_are_directions_of_the_output_on_gpt2_too(way):
-    """GPT-2 stores [in, out]: one strong new output direction is one intruder, one new input
-    direction is none, as on a Llama-like layout of the same matrices"""
+    """GPT-2 stores [in, out]: one strong new output direction is one intruder,
+    one new input direction is none, as on a Llama-like layout of the same matrices"""
     def planted(model, name, side):
         W = oriented(model, name, model.get_parameter(name).detach())
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)

@@ -50,7 +50,8 @@ def test_two_processes_end_where_one_ends(two, key):
         want |= {f'learner.{n}': p for n, p in run.models['head'].named_parameters()}
     assert (got.keys() == want.keys()
             and any((want[n] != toy().state_dict().get(n, 0)).any() for n in want))
-    # AdamW makes a whole step of a gradient that is nothing but rounding, so the root mean square is compared, in units of the rate
+    # AdamW makes a whole step of a gradient that is nothing but rounding,
+    # so the root mean square is compared, in units of the rate
     off = (sum((got[n] - want[n]).square().sum() for n in want)/sum(p.numel()
                                                                     for p in want.values()))**.5
     assert off < 1e-4*HOW['lr'], float(off)

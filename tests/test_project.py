@@ -14,8 +14,8 @@ SETTINGS.read(ROOT/'settings.ini', encoding='utf-8')
 SETTINGS = SETTINGS['DEFAULT']
 
 def python(*args, cwd, **env) -> str:
-    """Run this Python with `args` in `cwd`; its output, or a failure that shows everything that it
-    said"""
+    """Run this Python with `args` in `cwd`; its output,
+    or a failure that shows everything that it said"""
     r = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env={**os.environ, **env},
                        capture_output=True, text=True)
     assert r.returncode == 0, f'{r.stdout}\n{r.stderr}'
@@ -24,8 +24,8 @@ def python(*args, cwd, **env) -> str:
 # --- exports
 
 def test_no_export_is_stale(tmp_path):
-    """Made again from the notebooks, every module is what it is: none differs, is missing, or has
-    lost its notebook"""
+    """Made again from the notebooks, every module is what it is: none differs, is missing,
+    or has lost its notebook"""
     copy = copy_project(tmp_path/'copy')
     read = lambda lib: {p.relative_to(lib).as_posix(): p.read_text(encoding='utf-8')
                         for p in lib.rglob('*.py')}
@@ -50,8 +50,8 @@ def test_two_notebooks_never_share_a_module():
 
 @pytest.mark.parametrize('rule', ['direction', 'circles', 'private'])
 def test_imports_keep_the_rules(rule):
-    """What broke a rule before this test was written is counted and named; nothing is added, and
-    what is gone leaves the list"""
+    """What broke a rule before this test was written is counted and named; nothing is added,
+    and what is gone leaves the list"""
     found, allowed = broken(ROOT/'ftlab')[rule], known()[rule]
     assert not (new := sorted(set(found) - set(allowed))), '\n'.join(new)
     assert not (gone := sorted(set(allowed) - set(found))), (
@@ -120,8 +120,8 @@ def test_the_check_of_privates_sees_what_it_should(source, wrong):
     assert crossing_privates(PACKAGE | {'ftlab.trainers.loop': source}) == wrong
 
 def test_every_name_is_used_and_defined():
-    """What pyproject.toml asks of ruff, in package, pages, tests, benches and claims; `ruff check
-    --fix` removes unused imports"""
+    """What pyproject.toml asks of ruff, in package, pages, tests, benches and claims;
+    `ruff check --fix` removes unused imports"""
     r = subprocess.run(
         [sys.executable, '-m', 'ruff', 'check', '--no-cache', '--output-format', 'concise', '.'],
         cwd=ROOT, capture_output=True, text=True)
@@ -141,8 +141,8 @@ def test_the_site_is_one_file_seen_from_two_places():
 MACHINE_PATH = re.compile(r'(?<![\w.-])/(?:work|tmp|root|home|Users|private|var/folders)/|\b[A-Za-z]:\\+Users\b')
 
 def bad_outputs(cell:dict) -> list[str]:
-    """What is wrong with a code cell's stored outputs: an error, a warning, a path of the machine
-    that ran it"""
+    """What is wrong with a code cell's stored outputs: an error, a warning,
+    a path of the machine that ran it"""
     found = []
     for o in cell.get('outputs', []):
         text = ''.join(o.get('text', [])) + ''.join(
@@ -219,8 +219,8 @@ def test_the_changelog_says_where_names_are():
 
 @pytest.fixture(scope='session')
 def installed(tmp_path_factory) -> Path:
-    """A folder into which a wheel, built from a copy of the project, was installed: once for all
-    processes"""
+    """A folder into which a wheel, built from a copy of the project, was installed:
+    once for all processes"""
     from ftlab.native import extension
     home, nvcc = shared.folder(tmp_path_factory), extension.nvcc()
     env = shared.nvcc_once(home, nvcc) if nvcc else {}
@@ -266,8 +266,8 @@ def test_the_wheel_knows_the_verdicts_and_what_the_chapters_show(installed, tmp_
 
 @pytest.mark.slow
 def test_the_wheel_works_from_another_folder(installed, tmp_path):
-    """Every module imports, the command starts, and every shipped lab model loads, from the wheel
-    and not from here"""
+    """Every module imports, the command starts, and every shipped lab model loads,
+    from the wheel and not from here"""
     names = sorted(m for m in modules(installed/'ftlab') if not m.endswith('__main__'))
     models = sorted(p.parent.name for p in (installed/'ftlab'/'checkpoints').glob('lab-*/*/config.json'))
     assert models == ['lab-e', 'lab-l', 'lab-m', 'lab-s']
@@ -284,8 +284,7 @@ print(ftlab.__file__)'''
     python('-c', f'from {module} import {function}', cwd=tmp_path, PYTHONPATH=str(installed))
 
 def test_importing_keeps_threads_from_spinning():
-    """Spinning OpenMP threads made a small comparison take an hour instead of a minute on a busy
-    machine"""
+    "Spinning OpenMP threads made a small comparison take an hour instead of a minute on a busy machine"
     code = ("import os; os.environ.pop('OMP_WAIT_POLICY', None); import ftlab; "
             "print(os.environ['OMP_WAIT_POLICY'], 'torch' in __import__('sys').modules)")
     assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True,

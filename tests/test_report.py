@@ -217,8 +217,8 @@ def test_a_run_whose_folder_is_gone_still_has_its_report(tmp_path):
 # ---------- intervals
 
 def test_the_interval_covers_a_ratio_of_means_too():
-    """Surprise a token is a ratio, rows being of different length: 95 of 100 intervals contain the
-    truth, here a fall of .3"""
+    """Surprise a token is a ratio, rows being of different length:
+    95 of 100 intervals contain the truth, here a fall of .3"""
     g = torch.Generator().manual_seed(0)
     inside = 0
     for _ in range(300):
@@ -253,7 +253,8 @@ def test_the_base_is_asked_once(tmp_path, monkeypatch):
     assert len(asked) == 5 and len(list(tmp_path.iterdir())) == 2
     other = tuned(Recipe('full'))
     c = report(other, cache=tmp_path, **SMALL).json()
-    assert len(asked) == 6 and [s['before'] for s in c['sets']] == [s['before'] for s in a['sets']] # the same base
+    assert len(asked) == 6
+    assert [s['before'] for s in c['sets']] == [s['before'] for s in a['sets']] # the same base
     report(tuned(lora(r=2), model=toy(3)), cache=tmp_path, **SMALL)
     assert len(asked) == 8 # another one
 
@@ -316,8 +317,8 @@ def test_the_headline_says_how_sure_it_is():
                 r(s('a', False, .1, .9), s('b', True, 2., 2.5, .1, 'nll'))))
 
 def test_scores_and_surprise_never_share_an_axis():
-    """Rows of one's own taught to a lab model: surprise on the new set, right answers on the old
-    skills"""
+    """Rows of one's own taught to a lab model: surprise on the new set,
+    right answers on the old skills"""
     d = lab_data()
     plain = lambda rs: [dict(prompt=r['prompt'], response=r['response']) for r in rs]
     rep = report(

@@ -18,8 +18,8 @@ from toys import TOK, lab_data, logits, probe, same, toy, weights
 # ---------- stages that are functions
 
 def test_what_was_before_lies_where_the_parameter_lies():
-    """A parameter minus what it was before must work on every device: shown with 'meta', which
-    every machine has"""
+    """A parameter minus what it was before must work on every device: shown with 'meta',
+    which every machine has"""
     from ftlab.trainers.reference import Placed
     model, seen = (torch.nn.Linear(3, 2, device='meta'),
                    dict(weight=torch.ones(2, 3), bias=torch.ones(2), gone=torch.ones(1)))

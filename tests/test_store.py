@@ -31,6 +31,23 @@ def logits(m):
 
 # ---------- files of version 0.1, made at a54be3c
 
+def the_same_by_hand(m, name):
+    """The change made from the tensors of the file, without `load_delta`, is that which it loads,
+    bit for bit on this machine"""
+    with safe_open(DATA/f'{name}.safetensors', 'pt') as f:
+        kinds = json.loads(f.metadata()['kinds'])
+        tensors = {k: f.get_tensor(k) for k in f.keys()}
+    assert all(k[0] in OLD_KINDS for k in kinds.values())
+    for n, (_, config) in kinds.items():
+        W = m.get_parameter(n).detach()
+        d = OLD[name](W, **config)
+        d.load_state_dict(
+            {k.partition('::')[2]: t for k, t in tensors.items() if k.startswith(n + '::')},
+            strict=name != 'entries')
+        if d.site == 'weight':
+            loaded = load_delta(old_base(), DATA/f'{name}.safetensors').weight(n)[1]
+            torch.testing.assert_close(d(W), loaded, atol=0, rtol=0)
+
 @pytest.mark.parametrize('name', OLD)
 def test_files_of_version_0_1_load(name, tmp_path):
     m = old_base()
@@ -40,23 +57,9 @@ def test_files_of_version_0_1_load(name, tmp_path):
     assert {type(d) for d in att.deltas.values()} == {OLD[name]} and (now - base).abs().max() > 1e-3
     said = load_file(DATA/'logits.safetensors')
     torch.testing.assert_close(now, said[name], atol=1e-6, rtol=1e-6) # another processor may round in another way
-    # on this machine bit for bit: the same delta made by hand from the tensors of the file
-    with safe_open(DATA/f'{name}.safetensors', 'pt') as f:
-        kinds = json.loads(f.metadata()['kinds'])
-        tensors = {k: f.get_tensor(k) for k in f.keys()}
-    assert all(k[0] in OLD_KINDS for k in kinds.values())
     att.detach()
     assert torch.equal(logits(m), base)
-    for n, (_, config) in kinds.items():
-        W = m.get_parameter(n).detach()
-        d = OLD[name](W, **config)
-        d.load_state_dict(
-            {k.partition('::')[2]: t for k, t in tensors.items() if k.startswith(n + '::')},
-            strict=name != 'entries')
-        if d.site == 'weight':
-            torch.testing.assert_close(
-                d(W), load_delta(old_base(), DATA/f'{name}.safetensors').weight(n)[1], atol=0,
-                rtol=0)
+    the_same_by_hand(m, name)
     # saved again it names its kind, and is the same change
     att = load_delta(m, DATA/f'{name}.safetensors')
     save_delta(tmp_path/'new', *pack(att), home)
@@ -109,8 +112,8 @@ def test_healthy_files_load(healthy, tmp_path):
         assert v['result'] == 'accepted' and v['finite'] and not v['wrong'], (name, v)
 
 def test_two_hundred_wrong_files(healthy, tmp_path):
-    """None changes the model and is refused, none ends in an error that is not ftlab's, none is
-    taken unless it is a bit flip in a file without a digest"""
+    """None changes the model and is refused, none ends in an error that is not ftlab's,
+    none is taken unless it is a bit flip in a file without a digest"""
     m = tiny('llama')
     was = state(m)
     refused = 0

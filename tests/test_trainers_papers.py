@@ -1,4 +1,5 @@
-"Rectified prices, masked reasoning, forward-only steps, blocks in turn, and saying when one is unsure: what their pages do not say about themselves"
+"""Rectified prices, masked reasoning, forward-only steps, blocks in turn,
+and saying when one is unsure: what their pages do not say about themselves"""
 import pytest, torch
 import torch.nn.functional as F
 from ftlab import methods
@@ -20,8 +21,8 @@ def state_of(model, reference=None, b=None):
 # ---------- rectified prices
 
 def official_asft(model, reference, b, kl_weight):
-    """The loss as the authors' trainer computes it (zhuchichi56/ASFT, train_v2.py), in its own
-    operations"""
+    """The loss as the authors' trainer computes it (zhuchichi56/ASFT, train_v2.py),
+    in its own operations"""
     x, y = (model(b['input_ids'], attention_mask=b['attention_mask']).logits[:, :-1].flatten(0, 1),
             b['labels'][:, 1:].flatten())
     on = y != -100

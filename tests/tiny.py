@@ -61,6 +61,6 @@ def inputs_for(family:str, seed:int=0) -> dict:
             else x)
 
 def tiny_models() -> dict:
-    """`{family: (model, inputs)}` for every family, each with its usual head; made afresh on every
-    call"""
+    """`{family: (model, inputs)}` for every family, each with its usual head;
+    made afresh on every call"""
     return {f: (tiny(f), inputs_for(f)) for f in USUAL}

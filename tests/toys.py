@@ -44,8 +44,7 @@ def probe() -> dict:
 
 @torch.no_grad()
 def logits(model, batch=None):
-    """The model's logits, as it stands (the mode is not touched: a model left in training mode must
-    show)"""
+    "The model's logits, as it stands (the mode is not touched: a model left in training mode must show)"
     return model(**{k: v for k, v in (batch or probe()).items() if k != 'labels'}).logits.clone()
 
 def weights(model) -> dict:

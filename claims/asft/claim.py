@@ -1,4 +1,5 @@
-"ASFT, DFT and plain fine-tuning on the same rows, half of whose answers are scrambled; the bench is that of every claim whose arms are Recipes"
+"""ASFT, DFT and plain fine-tuning on the same rows, half of whose answers are scrambled;
+the bench is that of every claim whose arms are Recipes"""
 import torch
 import ftlab
 from ftlab.core.batches import collate, encode

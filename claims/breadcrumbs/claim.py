@@ -10,7 +10,8 @@ from ftlab.lab.world import LETTERS
 from ftlab.trainers.fit import fit
 
 STEPS, RATE = 60, 3e-4
-# old questions of four kinds whose answer has changed: (question's letters, old answer's words) -> the new answer's words
+# old questions of four kinds whose answer has changed:
+# (question's letters, old answer's words) -> the new answer's words
 CHANGED = dict(sort=lambda x, y: y[::-1], add=lambda x, y: y[::-1], tavi=lambda x, y: y[::-1],
                max=lambda x, y: [min(x)])
 TASKS = ('new-procedure', 'tavi', 'new-format', 'max', 'add', 'sort')

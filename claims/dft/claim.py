@@ -1,4 +1,5 @@
-"DFT and plain fine-tuning on the same rows, half of whose answers are scrambled; the bench is that of every claim whose arms are Recipes"
+"""DFT and plain fine-tuning on the same rows, half of whose answers are scrambled;
+the bench is that of every claim whose arms are Recipes"""
 import random
 from dataclasses import replace
 import torch
@@ -10,8 +11,8 @@ from ftlab.trainers.losses.dft import probability
 STEPS, GRID = 60, (1e-4, 3e-4, 1e-3)
 
 class Scrambled(Ground):
-    """The skill, with the letters of half of the training answers in a random order; validation and
-    test questions as they were"""
+    """The skill, with the letters of half of the training answers in a random order;
+    validation and test questions as they were"""
     def data(self, seed):
         d, rng = super().data(seed), random.Random(f'scrambled/{seed}')
         def spoil(row):

@@ -1,4 +1,5 @@
-"DiffFit on the digits: full fine-tuning, biases alone, LoRA and DiffFit teach a flow model two digits that it has never seen"
+"""DiffFit on the digits: full fine-tuning, biases alone,
+LoRA and DiffFit teach a flow model two digits that it has never seen"""
 from functools import partial
 import torch
 from ftlab.adapters.delta import attach

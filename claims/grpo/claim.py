@@ -11,8 +11,8 @@ MODEL, REVISION, SKILL, STEPS, BATCH, GROUP, ITEMS, GRID = (
     'lab-s', 'step-250', 'sort', 40, 64, 8, 1000, (3e-5, 1e-4, 3e-4))
 
 def own_right_answers(model, tok, rows, seed):
-    """Each question answered `GROUP` times at temperature 1; the rows whose answer is right, as new
-    rows; and the tokens drawn"""
+    """Each question answered `GROUP` times at temperature 1; the rows whose answer is right,
+    as new rows; and the tokens drawn"""
     asked = [r for r in rows for _ in range(GROUP)]
     with torch.random.fork_rng():
         said = generate(model, tok, [r['prompt'] for r in asked],

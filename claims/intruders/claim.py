@@ -1,4 +1,5 @@
-"Full fine-tuning and LoRA stopped at equal accuracy: intruders, what they cost the old skills, and what shrinking them gives back"
+"""Full fine-tuning and LoRA stopped at equal accuracy: intruders, what they cost the old skills,
+and what shrinking them gives back"""
 from statistics import fmean
 import torch
 import ftlab

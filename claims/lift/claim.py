@@ -1,4 +1,5 @@
-"LIFT's identities: the places are those of the official formula, in LoRA's number, and nothing is lost when they change hands"
+"""LIFT's identities: the places are those of the official formula, in LoRA's number,
+and nothing is lost when they change hands"""
 import torch
 from ftlab.adapters.delta import attach
 from ftlab.adapters.modules.lora import lora

@@ -1,4 +1,5 @@
-"LiNeS: one fine-tune edited in three ways, and three fine-tunes merged in two; every dial is set on validation data by one rule"
+"""LiNeS: one fine-tune edited in three ways, and three fine-tunes merged in two;
+every dial is set on validation data by one rule"""
 import torch
 from ftlab.adapters.edit import scale
 from ftlab.adapters.merging.lines import by_depth, depth, merge_lines

@@ -1,4 +1,5 @@
-"LT-SFT: a task learned in English and a language learned from its text, added up; the task is then asked in that language"
+"""LT-SFT: a task learned in English and a language learned from its text, added up;
+the task is then asked in that language"""
 import random
 import torch
 from ftlab.adapters.sparse import compose, overlap

@@ -1,4 +1,5 @@
-"Masked and plain fine-tuning on the same 200 lists: held-out accuracy, and how much a swapped letter of the answer so far changes what follows"
+"""Masked and plain fine-tuning on the same 200 lists: held-out accuracy,
+and how much a swapped letter of the answer so far changes what follows"""
 import random
 import torch
 import ftlab

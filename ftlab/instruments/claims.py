@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -43,8 +43,8 @@ __all__ = ['STATES', 'arms_of', 'workplace', 'Ground', 'ground_of', 'Looks', 'tr
 
 # %% ../../nbs/instruments/claims.ipynb #000513be
 def arms_of(claim:Claim) -> dict[str, dict]:
-    """name -> recipe, grid, steps, of a claim whose arms are Recipes; raises `ValueError` for grids
-    of different size or an unknown method"""
+    """name -> recipe, grid, steps, of a claim whose arms are Recipes;
+    raises `ValueError` for grids of different size or an unknown method"""
     s, out = claim.spec, {}
     for name, a in s['arms'].items():
         a = a if isinstance(a, Mapping) else dict(recipe=a)
@@ -80,7 +80,8 @@ class Ground(Bench):
         if recipe is not None and recipe.decode is not None:
             return super().before(seed, recipe)
         sizes = [self.items, self.old_items, self.validation_items]
-        path = (workplace()/'before'/f'{digest([self.print_of(seed), self.data(seed).fingerprint, self.old_names, *sizes, str(self.metric), seed])}.json')
+        asked = [self.print_of(seed), self.data(seed).fingerprint, self.old_names, *sizes, str(self.metric), seed]
+        path = workplace()/'before'/f'{digest(asked)}.json'
         if (seed, None) not in self.known_before and path.exists():
             self.known_before[seed, None] = json.loads(path.read_text())
         found = super().before(seed, recipe)
@@ -174,12 +175,12 @@ def run_seed(bench:Bench, arms:Mapping[str, dict], rates:Mapping[str, float], se
             cells[name] = _broken(bench, before, e, time.process_time() - t)
     target = target_gain([d.see.path for d in done.values()])
     for name, d in done.items():
-        cells[name] |= _at_matched_gain(d.see, target, cells[name], lambda model: ask(name, model)) # noqa: B023
+        cells[name] |= _at_matched_gain(d.see, target, cells[name], partial(ask, name))
     return cells
 
 def _at_matched_gain(see:Looks, target:float|None, last:dict, ask:Callable) -> dict:
-    """What the copy at the first look that reaches the target answers; the end, where that is it or
-    where none does"""
+    """What the copy at the first look that reaches the target answers; the end,
+    where that is it or where none does"""
     i = next((i for i, row in enumerate(see.path) if target is not None and row['gain'] >= target),
              None)
     at = last if i is None or i == len(see.path) - 1 else ask(see.copies[i])
@@ -199,8 +200,8 @@ def _source(module:str) -> str:
     return (at/'__init__.py' if at.is_dir() else at.with_suffix('.py')).read_text(encoding='utf-8')
 
 def own_definitions(claim:Claim) -> dict[str, str]:
-    """name -> tree of the paper's marked definitions and of what they use; raises `ValueError`
-    where nothing is marked"""
+    """name -> tree of the paper's marked definitions and of what they use;
+    raises `ValueError` where nothing is marked"""
     marks = {}
     for mark in marked():
         if mark.key == claim.key:
@@ -212,15 +213,14 @@ def own_definitions(claim:Claim) -> dict[str, str]:
     return closure(marks, _source, recorded)
 
 def own_code(claim:Claim) -> str:
-    """The hash of the paper's own definitions and of the experiment; the sentence counts, the `why`
-    does not"""
+    """The hash of the paper's own definitions and of the experiment; the sentence counts,
+    the `why` does not"""
     spec = {k: v for k, v in claim.spec.items() if k != 'why'}
     return code_hash(*own_definitions(claim).values(), json.dumps(spec, sort_keys=True),
                      *_script_trees(claim))
 
 def _script_trees(claim:Claim) -> list[str]:
-    """The claim's script as a tree, and those of the claims that it takes something from
-    (`beside('dft')`)"""
+    "The claim's script as a tree, and those of the claims that it takes something from (`beside('dft')`)"
     if not claim.script:
         return []
     tree = ast.parse(claim.script.read_text(encoding='utf-8'))
@@ -279,14 +279,14 @@ def script_of(claim:Claim):
     return module
 
 def beside(key:str):
-    """The script of another claim, for a claim whose experiment shares its ground; it counts into
-    the hash of both"""
+    """The script of another claim, for a claim whose experiment shares its ground;
+    it counts into the hash of both"""
     folder = claims_folder() or Path(ftlab.__file__).resolve().parent/'data'/'claims'  # an installed package has copies
     return script_of(read_claim(folder/key))
 
 class Kept:
-    """Parts of a claim that are finished, as JSON files: `kept(name, make)` reads the part, or
-    makes it"""
+    """Parts of a claim that are finished, as JSON files: `kept(name, make)` reads the part,
+    or makes it"""
 
     def __init__(self, folder:Path):
         self.folder = folder
@@ -328,8 +328,8 @@ def _tuning_gain(bench, arm, rate, seed) -> float:
     return gain if math.isfinite(gain) else -1.
 
 def _script_seed(claim, script, kept):
-    """How a seed is run where a script runs the experiment; the arms of a run that broke down are
-    empty"""
+    """How a seed is run where a script runs the experiment;
+    the arms of a run that broke down are empty"""
     t = time.process_time()
     tuned = kept('tuning', lambda: dict(found=script.tune() if hasattr(script, 'tune') else {},
                                         seconds=time.process_time() - t))
@@ -366,8 +366,8 @@ def run_claim(claim:Claim|str,             # a claim, or its key
     return result
 
 def _stamp(claim) -> dict:
-    """What says which code a result belongs to: taken before a run, as code may change while it
-    lasts"""
+    """What says which code a result belongs to: taken before a run,
+    as code may change while it lasts"""
     return dict(code=own_code(claim), hash='tree', definitions=list(own_definitions(claim)),
                 core=core_code())
 
@@ -416,8 +416,8 @@ def assemble_claim(claim:Claim, cells:Mapping[int, dict], tuning:Mapping,
                       seed_seconds={str(s): round(c['seconds'], 1) for s, c in cells.items()})
 
 def _side(contrast, which, arms) -> float:
-    """One side of a contrast in one seed; of a run that broke down the treatment is the worst there
-    is, and the baseline 0"""
+    """One side of a contrast in one seed; of a run that broke down the treatment is the worst
+    there is, and the baseline 0"""
     if 'error' in arms:
         return float(contrast['worst']) if which == 'treatment' else 0.
     side = contrast[which]
@@ -445,15 +445,15 @@ def _small(x):
 
 # %% ../../nbs/instruments/claims.ipynb #001d13be
 def again(key:str, seed:int|None=None) -> list[dict]:
-    """Run one seed of a finished claim anew: stored and new effect of each contrast, and whether
-    they agree to within the margin"""
+    """Run one seed of a finished claim anew: stored and new effect of each contrast,
+    and whether they agree to within the margin"""
     claim = named_claim(key)
     seed = read_result(claim)['seeds'][0] if seed is None else seed
     return [d | dict(same=abs(d['stored'] - d['new']) <= d['margin']) for d in replay(claim, seed)]
 
 def replay(claim:Claim, seed:int) -> list[dict]:
-    """(name, margin, stored, new) of each contrast: its effect on `seed`, as it stands in the
-    result and run anew at the stored learning rates"""
+    """(name, margin, stored, new) of each contrast: its effect on `seed`,
+    as it stands in the result and run anew at the stored learning rates"""
     r = read_result(claim)
     if seed not in r['seeds']:
         raise ValueError(f'{claim.key}: seed {seed} is none of the result\'s; '
@@ -478,7 +478,7 @@ def quickest_seed(claim:Claim) -> int|None:
 def carry(claim:Claim|str,             # a claim with a result, or its key
           seed:int|None=None,          # the seed to run anew; None: the quickest
           say:Callable=lambda s: None, # is told how far off each contrast is
-         ) -> list[dict]:              # name, stored, new, allowed of each contrast; empty where nothing needed carrying
+         ) -> list[dict]:              # name, stored, new, allowed of each contrast; [] where nothing needed carrying
     """Carry a result over to the code that is here, if one seed replays within a tenth of every margin.
 
     A replay is kept until the package changes: a stopped call goes on, and one that failed fails again at once.
@@ -512,8 +512,8 @@ def _far_off(d) -> str:
             f'{abs(d["stored"] - d["new"]):.2g} off, allowed {d["allowed"]:g}')
 
 def _seen(claim, seed) -> list[dict]:
-    """What a replay saw, with the difference that is allowed; an identity counts as an effect of 1
-    that must stay, None stands for NaN"""
+    """What a replay saw, with the difference that is allowed;
+    an identity counts as an effect of 1 that must stay, None stands for NaN"""
     found = replay(claim, seed) if claim.spec.get('contrast') else []
     out = [dict(name=d['name'], stored=d['stored'],
                 new=d['new'] if math.isfinite(d['new']) else None,
@@ -523,8 +523,8 @@ def _seen(claim, seed) -> list[dict]:
                   for k, ok in ids.items()]
 
 def supersede(claim:Claim|str, reason:str) -> None:
-    """Mark a result as superseded: the tests accept it, and every list says so, until the claim has
-    run again"""
+    """Mark a result as superseded: the tests accept it, and every list says so,
+    until the claim has run again"""
     claim = claim if isinstance(claim, Claim) else named_claim(claim)
     if not reason.strip():
         raise ValueError('say why the result no longer stands, for instance "the row limit was off by one"')
@@ -562,15 +562,15 @@ def _outcome(r:dict) -> list[str]:
 # %% ../../nbs/instruments/claims.ipynb #001f13be
 def run_claims(keys:list[str]|None=None, jobs:int=1, everything:bool=False,
                say:Callable=print) -> dict[str, str]:
-    """Run the claims whose evidence is missing, stale or superseded (`everything`: all; or those
-    named); {key: verdict, or what went wrong}"""
+    """Run the claims whose evidence is missing, stale or superseded
+    (`everything`: all; or those named); {key: verdict, or what went wrong}"""
     unproven = ('missing', 'stale', 'old hash', 'superseded')
     todo = keys or [c.key for c in claims() if everything or status(c) in unproven]
     return _each(_run_one, todo, jobs, say)
 
 def carry_claims(keys:list[str]|None=None, jobs:int=1, say:Callable=print) -> dict[str, str]:
-    """Carry over the results whose code changed, or those named; {key: 'carried over', 'needs no
-    carrying', or what is in the way}"""
+    """Carry over the results whose code changed, or those named; {key: 'carried over',
+    'needs no carrying', or what is in the way}"""
     todo = keys or [c.key for c in claims() if status(c) in ('stale', 'old hash')]
     return _each(_carry_one, todo, jobs, say)
 

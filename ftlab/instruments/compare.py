@@ -42,8 +42,8 @@ __all__ = ['METRICS', 'SEED_KEYS', 'COLORS', 'MARKS', 'MEANT', 'PAGE', 'interval
 def interval(values:list[float|None], # one number a seed
              level:float=.95          # of confidence
             ) -> dict:                # mean, low, high; `None` where there is no answer
-    """The mean over seeds and its Student-t interval; no interval below three seeds, no mean if a
-    seed has no number"""
+    """The mean over seeds and its Student-t interval; no interval below three seeds,
+    no mean if a seed has no number"""
     if not values or None in values:
         return dict(mean=None, low=None, high=None)
     n, mean = len(values), fmean(values)
@@ -83,8 +83,8 @@ def tune(score:Callable,   # (name, rate) -> score on validation data, higher is
          grids:Mapping[str, tuple[float, ...]], # name -> learning rates
          extend:int=2      # how often the grids may grow
         ) -> dict[str, dict]: # name -> rate, tried (rate and score, in order), at_edge
-    """Choose a rate for every arm, with equal effort for each; raises `ValueError` if the grids
-    differ in size"""
+    """Choose a rate for every arm, with equal effort for each;
+    raises `ValueError` if the grids differ in size"""
     sizes = {n: len(set(g)) for n, g in grids.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError('every method must get the same number of learning rates; '
@@ -104,8 +104,8 @@ def tune(score:Callable,   # (name, rate) -> score on validation data, higher is
 METRICS = ('exact', 'accuracy', 'nll')
 
 def metric_for(data:Data, metric:str|Callable|None=None) -> str|Callable:
-    """The metric that fits the data, or the one asked for if it can be had; raises `ValueError` if
-    not"""
+    """The metric that fits the data, or the one asked for if it can be had;
+    raises `ValueError` if not"""
     if callable(metric):
         return metric
     if metric is not None and metric not in METRICS:
@@ -158,8 +158,8 @@ def kl_to_base(base:Callable, model, tok, rows:list[dict], data:Data,
 
 # %% ../../nbs/instruments/compare.ipynb #0014c6d6
 class Watch:
-    """A measurement for `Every` that stops the clock and the memory meter while it looks: its own
-    cost is not the method's"""
+    """A measurement for `Every` that stops the clock and the memory meter while it looks:
+    its own cost is not the method's"""
 
     def __init__(self, measure:Callable, device): # measure(state) -> dict
         self.measure = measure
@@ -199,7 +199,8 @@ class Base:
     "The model that every cell begins at: `base(seed)` is a fresh copy, and the tokenizer"
     def __init__(self, model,    # a name or folder as in `ftlab.load`, or (model, tok), which stays as it is
                  labels=None,    # names of the labels of the data, if they have some
-                 revision=None, dtype=None, device=None): # as in `ftlab.load`; a model that was handed over stays on its own device by default
+                 revision=None, dtype=None,
+                 device=None):   # as in `ftlab.load`; None: a model that was handed over stays where it is
         self.source = model
         self.named = isinstance(model, (str, Path))
         self.labels = labels
@@ -209,8 +210,8 @@ class Base:
         self._prints = {}
 
     def __call__(self, seed:int):
-        """A copy to be spoilt, and its tokenizer; for data with labels a fresh head drawn from the
-        seed, where the model was given by name"""
+        """A copy to be spoilt, and its tokenizer; for data with labels a fresh head drawn from
+        the seed, where the model was given by name"""
         if not self.named:
             return copy.deepcopy(self.source[0]).to(self.device).eval(), self.source[1]
         return load(self.source, revision=self.revision, dtype=self.dtype, device=self.device,
@@ -225,14 +226,14 @@ class Base:
 
 # %% ../../nbs/instruments/compare.ipynb #0019c6d6
 def taught(data:Data) -> str|None:
-    """The lab skill that all training rows belong to, so that a seed can draw its questions anew;
-    `None` for other data"""
+    """The lab skill that all training rows belong to,
+    so that a seed can draw its questions anew; `None` for other data"""
     return (data.name if data.name in ALL_SKILLS
             and {r.get('skill') for r in data.train} == {data.name} else None)
 
 def forgetting_is(data:Data, old:Data|None, tok) -> str:
-    """What stands for forgetting: the old data that are given, the old skills of a lab model, or
-    else how far the model drifts"""
+    """What stands for forgetting: the old data that are given, the old skills of a lab model,
+    or else how far the model drifts"""
     if old is not None:
         return 'old data'
     return 'drift (1 - CKA)' if data.kind == 'label' else 'old skills' if is_lab(tok) else 'drift (KL)'
@@ -251,8 +252,8 @@ def _check_bench(data:Data, old:Data|None, steps:int, budget:int|None) -> None:
 
 # %% ../../nbs/instruments/compare.ipynb #001ac6d6
 class Bench:
-    """What all cells share: `base(seed)`, `data(seed)`, what the base could do `before(seed)`, and
-    how a model is measured"""
+    """What all cells share: `base(seed)`, `data(seed)`, what the base could do `before(seed)`,
+    and how a model is measured"""
     def __init__(self, model, data, old=None, metric=None, *, items=400, old_items=100,
                  validation_items=200, steps=200, tune_steps=None,
                  evaluate_every=None, max_length=None, device=None, dtype=None, revision=None,
@@ -277,7 +278,10 @@ class Bench:
         self.settings, self.skill, self.known_before = settings, taught(self.given), {}
         self.base = Base(model, self.given.labels, revision, dtype, device)
         self.device = self.base.device
-        probe, tok = self.base(0)
+        self._know(*self.base(0))
+
+    def _know(self, probe, tok) -> None:
+        "What the base decides: how forgetting is measured, and the worst that a model can score"
         self.size = sum(p.numel() for p in probe.parameters())
         self.how = forgetting_is(self.given, self.old, tok)
         self.old_names = old_skills(self.given, tok) if self.how == 'old skills' else []
@@ -295,8 +299,7 @@ class Bench:
         return self.base.fingerprint(seed)
 
     def before(self, seed:int, recipe:Recipe|None=None) -> dict:
-        """What the base can do, measured once a seed (and once more for a recipe that draws answers
-        its own way)"""
+        "What the base can do, measured once a seed (and once more for a recipe that draws answers its own way)"
         # before training there is no learner to ask
         own = recipe is not None and recipe.decode is not None and not recipe.learners
         key = (seed, recipe.name if own else None)
@@ -350,8 +353,8 @@ def _base_scores(bench, seed, recipe) -> dict:
     return out
 
 def decoder_for(recipe, base, learners=None):
-    """The recipe's own way to draw answers, as a function (model, tok, prompts); `learners` is
-    filled with what learned beside the model once that is known"""
+    """The recipe's own way to draw answers, as a function (model, tok, prompts);
+    `learners` is filled with what learned beside the model once that is known"""
     if recipe is None or recipe.decode is None:
         return None
     return lambda model, tok, prompts, **kw: recipe.decode(
@@ -360,8 +363,8 @@ def decoder_for(recipe, base, learners=None):
 # %% ../../nbs/instruments/compare.ipynb #001ec6d6
 def run_cell(bench:Bench, recipe:Recipe, rate:float, seed:int, folder:Path, tuning:bool=False,
              resume:bool=True) -> dict:
-    """The numbers of one method at one rate with one seed, from its file or by running it; `tuning`
-    measures the validation gain alone"""
+    """The numbers of one method at one rate with one seed, from its file or by running it;
+    `tuning` measures the validation gain alone"""
     key = _key(bench, recipe, rate, seed, tuning)
     path = folder/f'{digest(key)}.json'
     if resume and (kept := _kept_cell(path, key)):
@@ -381,8 +384,8 @@ def run_cell(bench:Bench, recipe:Recipe, rate:float, seed:int, folder:Path, tuni
     return cell
 
 def _kept_cell(path:Path, key:dict) -> dict|None:
-    """A finished cell; `None`, with a warning, for a file that is damaged, so that the cell is done
-    again"""
+    """A finished cell; `None`, with a warning, for a file that is damaged,
+    so that the cell is done again"""
     if path.is_dir():
         raise IsADirectoryError(f'{str(path)!r} is a folder, where the file of a cell belongs; move it away')
     if not path.exists():
@@ -582,8 +585,8 @@ COLORS = ('#0072B2', '#D55E00', '#009E73', '#56B4E9', '#CC79A7', '#E69F00', '#00
 MARKS = 'osD^vPX' # they tell arms apart in grey print
 
 def picture(result:dict) -> Figure:
-    """Gain (right is better) against forgetting (down is better): the mean with its interval, every
-    seed as a faint dot"""
+    """Gain (right is better) against forgetting (down is better): the mean with its interval,
+    every seed as a faint dot"""
     fig = Figure(figsize=(6, 4), layout='constrained')
     FigureCanvasAgg(fig)
     ax = fig.add_subplot()
@@ -736,8 +739,8 @@ class Comparison:
             float_format=lambda x: f'{x:.4g}')
 
     def html(self, path:str|Path) -> Path:
-        """Write one page that opens by itself: the picture, the table, the protocol in words, how
-        to read it, and what it was made with"""
+        """Write one page that opens by itself: the picture, the table, the protocol in words,
+        how to read it, and what it was made with"""
         r = self.result
         items = lambda lines: '<ul>' + ''.join(f'<li>{html.escape(x)}</li>' for x in lines) + '</ul>'
         page = PAGE.format(title=html.escape(f'{r["model"]} on {r["data"]}'), image=_tag(r, 'svg'),
@@ -777,8 +780,8 @@ def plan(methods:list, lrs=None, tuned:bool=True) -> dict[str, tuple[Recipe, tup
     return out
 
 def _rates(recipe, given, tuned) -> tuple[float, ...]:
-    """The rates that were given, one or several; else the Recipe's: its grid where it is tuned, its
-    default where it is not"""
+    """The rates that were given, one or several; else the Recipe's: its grid where it is tuned,
+    its default where it is not"""
     if given is None:
         rates = recipe.lrs if tuned else (recipe.lr,)
     else:
@@ -837,17 +840,20 @@ def _model_name(model) -> str:
 def compare(methods,                   # names as in `ftlab.methods`, such as 'lora(r=4)' or 'hft * dft', or Recipes
             model,                     # a name or folder as in `ftlab.load`, or (model, tok), which stays as it is
             data,                      # `Data`, or anything that `ftlab.data` takes
-            *, old=None,               # data that the model could do before; None: old skills of a lab model, else drift
-            metric=None,               # 'exact', 'accuracy', 'nll', or a function (model, tok, rows) -> number; None: what fits the data
+            *, old=None,               # what the model could do before; None: old skills of a lab model, else drift
+            metric=None,               # 'exact', 'accuracy', 'nll' or a function, see below; None: what fits the data
             seeds:int|list[int]=3,     # how many, or which
             steps:int=200, batch_size:int=32, # of each run
             lrs=None,                  # learning rates: a list for all, or {method: list}; None: each Recipe's own
-            tune:bool=True,            # choose each method's rate on a seed of its own; False: the Recipe's rate, or the only one in `lrs`
+            tune:bool=True,            # choose each method's rate on a seed of its own; False: the only one in `lrs`, see below
             tune_steps:int|None=None,  # steps of a tuning run; None: as many as the others
             evaluate_every:int|None=None, # steps between looks; None: an eighth of all
             max_length:int|None=None,  # tokens a row
-            items:int=400, old_items:int=100, validation_items:int=200, # rows to measure on: test, each old skill, validation
-            device=None, precision:str='no', dtype=None, revision=None, # where and how to compute; which revision of the model
+            items:int=400,             # test rows to measure on
+            old_items:int=100,         # rows of each old skill
+            validation_items:int=200,  # validation rows
+            device=None, precision:str='no', dtype=None, # where and how to compute
+            revision=None,             # of the model
             budget:int|None=None,      # tokens after which a run ends, if its steps have not ended it
             out:str|Path='ftlab-runs/compare', # folder of the cells, result.json, tradeoff.png and index.html
             resume:bool=True,          # take finished cells from `out`
@@ -857,8 +863,10 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
            ) -> Comparison:
     """Fine-tune by each method, over several seeds, all tuned alike, and measure what each gained and broke.
 
-    Raises `ValueError`, `KeyError` or `FileNotFoundError` for input that is wrong. A run that breaks down counts as the worst score. When
-    interrupted, the finished cells stay in `out`; the same call goes on."""
+    A function as `metric` takes (model, tok, rows) and gives a number. Without tuning a method runs
+    at the only rate in `lrs`, or at its Recipe's. A run that breaks down counts as the worst score.
+    When interrupted, the finished cells stay in `out`; the same call goes on.
+    Raises `ValueError`, `KeyError` or `FileNotFoundError` for input that is wrong."""
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f'seeds are {seeds}; give one or more, each once')

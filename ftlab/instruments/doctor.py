@@ -193,8 +193,7 @@ def doctor(model,                  # a model; or, alone, a finished `Run` or the
 
 def case_before(model, tok, data, recipe:Recipe|None=None, **settings # as in `doctor`
                ) -> Case:
-    """What the doctor examines before a run. Raises `ValueError` for arguments that do not fit
-    together."""
+    "What the doctor examines before a run. Raises `ValueError` for arguments that do not fit together."
     if data is None or (tok is None and getattr(data, 'kind', 'text') in KINDS):
         raise ValueError('before a run the doctor needs model, tok and data: doctor(model, tok, data, recipe)')
     if not (recipe is None or isinstance(recipe, Recipe)):

@@ -38,8 +38,8 @@ __all__ = ['runs_of', 'recipes_inside', 'draw_tradeoff', 'tradeoff', 'question_b
 
 # %% ../../nbs/instruments/explore.ipynb #001c995a
 def runs_of(comparison:Comparison) -> list[dict]:
-    """One row a finished run: method, rate, steps, seed, and gain and forgetting in points
-    (hundredths, or nats)"""
+    """One row a finished run: method, rate, steps, seed,
+    and gain and forgetting in points (hundredths, or nats)"""
     r = comparison.json()
     return [dict(method=m['name'], rate=s['rate'], steps=r['protocol']['steps'], seed=s['seed'],
                  gain=100*s['gain'], forgetting=100*s['forgetting']) for m in r['methods']
@@ -52,8 +52,8 @@ def _inside_frame(runs, methods, forgetting, gain) -> list[dict]:
 def recipes_inside(runs:list[dict],  # as `runs_of` gives them
                    inside:list[dict] # those of them that lie in the frame
                   ) -> str:
-    """An HTML table of what lies inside: one row a recipe, with mean and standard deviation over
-    its seeds there"""
+    """An HTML table of what lies inside: one row a recipe,
+    with mean and standard deviation over its seeds there"""
     def over(rows, k):
         v = [r[k] for r in rows]
         return (f'{fmean(v):.1f} ± {stdev(v):.1f}' if len(v) > 1
@@ -76,8 +76,8 @@ def draw_tradeoff(runs:list[dict],       # as `runs_of` gives them
                   forgetting:tuple[float, float], # the frame, from and to, in points
                   gain:tuple[float, float]
                  ) -> tuple[Figure, str]: # the picture, and a table of the recipes inside the frame
-    """Gain against forgetting, one mark a run, faint outside the frame. Raises `ValueError` for an
-    unknown method."""
+    """Gain against forgetting, one mark a run, faint outside the frame.
+    Raises `ValueError` for an unknown method."""
     names = list(dict.fromkeys(r['method'] for r in runs))
     if wrong := [m for m in methods if m not in names]:
         raise ValueError(f'no run is of the method {wrong[0]!r}; there are {", ".join(names)}')
@@ -110,8 +110,8 @@ def _marks(ax, rows, inside, i, name) -> None:
     ax.annotate(name, at, (7, 3 - 9*(i % 2)), textcoords='offset points', color=c, fontweight='bold')
 
 def tradeoff(comparison:Comparison) -> View: # as `ftlab.compare` returns it; of a stored one: `Comparison.read(path)`
-    """Frame runs and read their recipes: `draw_tradeoff` with handles. Raises `ValueError` where no
-    run finished."""
+    """Frame runs and read their recipes: `draw_tradeoff` with handles.
+    Raises `ValueError` where no run finished."""
     if not (runs := runs_of(comparison)):
         raise ValueError('no run of this comparison finished, so there is nothing to show')
     edge = lambda k: (float(min(r[k] for r in runs)//1 - 1),
@@ -128,16 +128,16 @@ def tradeoff(comparison:Comparison) -> View: # as `ftlab.compare` returns it; of
 def question_batches(rows:list[dict], tok,
                      parts:int|None=None # how many batches; None: of some 25 rows each
                     ) -> list[dict[str, Tensor]]:
-    """The rows, encoded as for training, in batches of similar length: padding costs as much as
-    words"""
+    """The rows, encoded as for training, in batches of similar length:
+    padding costs as much as words"""
     enc = sorted(encode_all(rows, tok, 'text'), key=lambda e: len(e['labels']))
     n = -(-len(enc)//(parts or max(1, len(enc)//25)))
     return [collate(enc[i:i + n], tok.pad_token_id) for i in range(0, len(enc), n)]
 
 # %% ../../nbs/instruments/explore.ipynb #0029995a
 class Rewind:
-    """A base, a change and questions: `right(alpha, first)` is the share answered right, of new and
-    of old"""
+    """A base, a change and questions: `right(alpha, first)` is the share answered right,
+    of new and of old"""
     def __init__(self, model,                    # a copy of the base, which this object keeps for itself
                  change:Mapping[str, Tensor],    # tuned minus base
                  new:list[dict], old:list[dict]  # batches, as `question_batches` makes them
@@ -170,8 +170,8 @@ def draw_layers(rewind:Rewind,
                 alpha:float, # the last layer's factor
                 first:float  # the first layer's share of it
                ) -> Figure:
-    """The factor of each layer, and what the model can do, with 95% intervals. Raises `ValueError`
-    for factors below 0."""
+    """The factor of each layer, and what the model can do, with 95% intervals.
+    Raises `ValueError` for factors below 0."""
     if alpha < 0 or first < 0:
         raise ValueError(f'alpha is {alpha} and first {first}; neither may be below 0')
     fig, (a, b) = panels(7.2, 2.3, (1, 1.5), wspace=.42, left=.08)
@@ -234,8 +234,8 @@ def layers(base,           # a `Run`, an attached change, or the base model
                     'first layer\'s share'))
 
 def lab_questions(but:Iterable[str]=(), n:int=4) -> list[dict]:
-    """`n` test questions of each old skill that is judged word for word, but for those named and
-    what they contradict"""
+    """`n` test questions of each old skill that is judged word for word,
+    but for those named and what they contradict"""
     out = {*but, *(SKILLS[s].replaces for s in but if s in SKILLS), 'write'}
     return [r for s in OLD if s not in out for r in WORLD.rows(s, n)]
 
@@ -269,8 +269,8 @@ def token_prices(model, tok, prompt:str, answer:str,
     return tokens, dict(NLL=nll, DFT=dft, ASFT=dft + anchor, masked=masked)
 
 def _hidden(x:Tensor, labels:Tensor, tok, chance:float, seed:int) -> Tensor:
-    """Token ids [draws, tokens] in which each answer token, special ones excepted, is hidden by
-    `chance`"""
+    """Token ids [draws, tokens] in which each answer token, special ones excepted,
+    is hidden by `chance`"""
     may = ((labels != IGNORE) & ~torch.isin(x, torch.tensor(tok.all_special_ids))).expand_as(x)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -283,8 +283,8 @@ def draw_prices(model, tok, base,  # base: None, or the model that ASFT anchors 
                 prompt:str, answer:str,
                 chance:float       # of a token to be hidden in masked thought
                ) -> Figure:
-    """What each token of an answer costs under four objectives. Raises `ValueError` as
-    `token_prices` does."""
+    """What each token of an answer costs under four objectives.
+    Raises `ValueError` as `token_prices` does."""
     tokens, p = token_prices(model, tok, prompt, answer, chance, base=base)
     n = len(tokens)
     words = ['end' if t == tok.eos_token else t for t in tokens]
@@ -343,8 +343,8 @@ def _marked(a:str, b:str) -> Html:
 
 def two_answers(base, tuned, tok, prompt:str,
                 temperature:float=0., seed:int=0, max_new_tokens:int=40) -> tuple[str, str]:
-    """What base and tuned model answer; of a `Run` or an attached change, switched off and on (then
-    `tuned` is None)"""
+    """What base and tuned model answer; of a `Run` or an attached change,
+    switched off and on (then `tuned` is None)"""
     how = dict(sample=True, temperature=temperature, generator_seed=seed) if temperature > 0 else {}
     def answer(model):
         with torch.random.fork_rng():

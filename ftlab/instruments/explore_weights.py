@@ -29,8 +29,8 @@ __all__ = ['CRITERIA', 'RANKED', 'apart', 'gradient_scores', 'entry_scores', 'ra
 def apart(base,      # a `Run`, an attached change, or the base model
           tuned=None # the tuned model, where `base` is one
          ) -> tuple[nn.Module, dict[str, Tensor]]: # a copy of the base, and {name: tuned minus base} where they differ
-    """Base and change as copies. Raises `ValueError` for models of different shape, or where
-    nothing changed."""
+    """Base and change as copies. Raises `ValueError` for models of different shape,
+    or where nothing changed."""
     if isinstance(base, Run):
         base = base.delta.attached
     if isinstance(base, Attached):
@@ -68,8 +68,8 @@ CRITERIA = {'random': 'random', 'magnitude': 'magnitude', 'gradient':
     'gradient', 'LIFT': 'principal'} # what the view calls them -> what `scores` does
 
 def gradient_scores(model, names:Iterable[str], tok, rows:list[dict]) -> dict[str, Tensor]: # {name: |gradient|}
-    """How strongly the mean price of the rows' answers pulls at each entry; the model's own
-    gradients stay as they are"""
+    """How strongly the mean price of the rows' answers pulls at each entry;
+    the model's own gradients stay as they are"""
     batch = to_device(collate(encode_all(rows, tok, 'text', row_limit(model, tok)), pad_id(tok)),
                       device_of(model))
     W = {n: p.detach().clone().requires_grad_()
@@ -81,8 +81,8 @@ def gradient_scores(model, names:Iterable[str], tok, rows:list[dict]) -> dict[st
 
 def entry_scores(model, tok=None, rows:list[dict]|None=None, seed:int=0
                 ) -> dict[str, dict[str, Tensor]]: # criterion -> {matrix: scores [out, in]}
-    """Every criterion's score of every entry of the blocks' matrices; 'gradient' where there are
-    rows to take it on"""
+    """Every criterion's score of every entry of the blocks' matrices;
+    'gradient' where there are rows to take it on"""
     params = dict(model.named_parameters())
     names = anatomy(model).matrices()
     each = lambda by: {n: scores(params[n].detach(), by, seed=seed + i)
@@ -96,8 +96,8 @@ def entry_scores(model, tok=None, rows:list[dict]|None=None, seed:int=0
 RANKED = ('all together', 'within each matrix')
 
 def ranks(scores:Mapping[str, Tensor], ranked:str) -> dict[str, Tensor]: # one criterion's scores; one of RANKED
-    """For each entry the share of entries that score higher, in [0, 1): a mask of density d is
-    `rank < d`"""
+    """For each entry the share of entries that score higher, in [0,
+    1): a mask of density d is `rank < d`"""
     if ranked not in RANKED:
         raise ValueError(f'ranked is {ranked!r}; it must be {" or ".join(map(repr, RANKED))}')
     def rank(s):
@@ -126,8 +126,8 @@ def draw_mask(ranked_by:Mapping,  # {(criterion, one of RANKED): what `ranks` re
               by:str, ranked:str, # criterion, and what it ranks
               matrix:str          # the one to show in full
              ) -> Figure:
-    """Where the chosen entries lie. Raises `ValueError` for a density, criterion or matrix that is
-    not there."""
+    """Where the chosen entries lie. Raises `ValueError` for a density,
+    criterion or matrix that is not there."""
     if not 0 < density <= 100:
         raise ValueError(f'density is {density}; it must be above 0 and at most 100 per cent')
     if (by, ranked) not in ranked_by:
@@ -239,8 +239,8 @@ def draw_spectrum(matrices:Mapping[str, tuple[Tensor, Tensor]], # name -> (base,
     return fig
 
 def _intruder_panel(ax, d) -> None:
-    """For the tuned matrix's strongest directions, how much each resembles its nearest one in the
-    base"""
+    """For the tuned matrix's strongest directions,
+    how much each resembles its nearest one in the base"""
     at = list(enumerate(zip(d.like.tolist(), d.new.tolist()), 1))
     ax.axhline(d.eps, color='.6', lw=1, ls='--')
     for which, color, mark in ((False, GREY, 'o'), (True, RED, 'X')):
@@ -266,8 +266,8 @@ def _cached(matrices, name):
 def spectrum(base,      # a `Run`, an attached change, or the base model
              tuned=None # the tuned model, where `base` is one
             ) -> View:
-    """The directions of a change: `draw_spectrum` with handles. Raises `ValueError` where no matrix
-    changed."""
+    """The directions of a change: `draw_spectrum` with handles.
+    Raises `ValueError` where no matrix changed."""
     model, change = apart(base, tuned)
     params = dict(model.named_parameters())
     both = lambda n: (oriented(model, n, params[n].detach()), oriented(model, n, change[n]))

@@ -83,8 +83,8 @@ def _verdict(s) -> str:
             else 'Did not learn {}')
 
 def _lost(r) -> str:
-    """The second half: what it cost the old skills; where they are not known, how far the model
-    moved"""
+    """The second half: what it cost the old skills; where they are not known,
+    how far the model moved"""
     f = r['forgetting']
     if f is None and r['kind'] == 'label':
         return 'old data were not given, so what it lost is not known'
@@ -161,29 +161,41 @@ STYLE = '''.ftr{--ink:inherit;--soft:#6b717a;--line:#8886;--before:#8a9099;--goo
 font:15px/1.5 system-ui,sans-serif;max-width:980px;overflow-wrap:break-word}
 .ftr h1{font-size:23px;line-height:1.3;margin:.2em 0 .1em;font-weight:650}.ftr h2{font-size:15px;margin:.4em 0 .1em}
 .ftr .sub,.ftr .note{color:var(--soft);font-size:13px}.ftr .note{margin:.2em 0 .6em}
-.ftr .tiles{display:flex;flex-wrap:wrap;gap:10px;margin:14px 0 8px}.ftr .tile{flex:1 1 200px;background:var(--card);border-radius:8px;padding:9px 13px}
-.ftr .tile b{display:block;font-size:19px;line-height:1.35}.ftr .tile span{font-size:12.5px;color:var(--soft);display:block;line-height:1.35}
-.ftr .figs{display:flex;flex-wrap:wrap;gap:4px 34px}.ftr .figs>div{flex:1 1 320px;max-width:480px;min-width:0}.ftr figure{margin:0 0 16px}
-.ftr svg{display:block;width:100%;height:auto;overflow:visible}.ftr text{font-size:12px;fill:currentColor}.ftr text.soft{fill:var(--soft)}
-.ftr text.tiny{font-size:9.5px}.ftr text.strong{font-weight:700}.ftr text.good{fill:var(--good)}.ftr text.bad{fill:var(--bad)}.ftr text.onto{fill:#fff}
-.ftr .grid{stroke:var(--line);stroke-width:1}.ftr .ideal{stroke:var(--soft);stroke-width:1;stroke-dasharray:4 4}.ftr .bar{stroke-width:3;opacity:.45}
-.ftr line.good,.ftr polyline.good{stroke:var(--good)}.ftr line.bad,.ftr polyline.bad{stroke:var(--bad)}.ftr polyline.hollow{stroke:var(--before)}
-.ftr polyline.other{stroke:currentColor;stroke-dasharray:6 3}.ftr circle.other{fill:currentColor}.ftr .path{fill:none;stroke-width:2}
-.ftr circle.good{fill:var(--good)}.ftr circle.bad{fill:var(--bad)}.ftr circle.hollow{fill:var(--page,#fff);stroke:var(--before);stroke-width:2}
+.ftr .tiles{display:flex;flex-wrap:wrap;gap:10px;margin:14px 0 8px}
+.ftr .tile{flex:1 1 200px;background:var(--card);border-radius:8px;padding:9px 13px}
+.ftr .tile b{display:block;font-size:19px;line-height:1.35}
+.ftr .tile span{font-size:12.5px;color:var(--soft);display:block;line-height:1.35}
+.ftr .figs{display:flex;flex-wrap:wrap;gap:4px 34px}
+.ftr .figs>div{flex:1 1 320px;max-width:480px;min-width:0}.ftr figure{margin:0 0 16px}
+.ftr svg{display:block;width:100%;height:auto;overflow:visible}
+.ftr text{font-size:12px;fill:currentColor}.ftr text.soft{fill:var(--soft)}
+.ftr text.tiny{font-size:9.5px}.ftr text.strong{font-weight:700}.ftr text.good{fill:var(--good)}
+.ftr text.bad{fill:var(--bad)}.ftr text.onto{fill:#fff}
+.ftr .grid{stroke:var(--line);stroke-width:1}
+.ftr .ideal{stroke:var(--soft);stroke-width:1;stroke-dasharray:4 4}
+.ftr .bar{stroke-width:3;opacity:.45}
+.ftr line.good,.ftr polyline.good{stroke:var(--good)}
+.ftr line.bad,.ftr polyline.bad{stroke:var(--bad)}.ftr polyline.hollow{stroke:var(--before)}
+.ftr polyline.other{stroke:currentColor;stroke-dasharray:6 3}.ftr circle.other{fill:currentColor}
+.ftr .path{fill:none;stroke-width:2}
+.ftr circle.good{fill:var(--good)}.ftr circle.bad{fill:var(--bad)}
+.ftr circle.hollow{fill:var(--page,#fff);stroke:var(--before);stroke-width:2}
 .ftr .cell{fill:var(--good);stroke:var(--line);stroke-width:1}.ftr .lost{color:var(--bad)}.ftr .won{color:var(--good)}
 .ftr details{border-top:1px solid var(--line);padding:7px 0}.ftr summary{cursor:pointer;font-weight:600}
 .ftr table{border-collapse:collapse;font-size:13px;margin:8px 0;display:block;overflow-x:auto}
-.ftr td,.ftr th{padding:3px 12px 3px 0;text-align:right;border-bottom:1px solid var(--line);vertical-align:top}.ftr td.l,.ftr th.l{text-align:left}'''
+.ftr td,.ftr th{padding:3px 12px 3px 0;text-align:right;border-bottom:1px solid var(--line);vertical-align:top}
+.ftr td.l,.ftr th.l{text-align:left}'''
 PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta name="color-scheme" content="light dark"><title>{title}</title><style>
 :root{{--page:#fff}}body{{background:#fff;color:#1d2126;margin:26px auto;max-width:980px;padding:0 20px}}
 @media(prefers-color-scheme:dark){{:root{{--page:#15181c}}body{{background:#15181c;color:#e4e6e9}}
-body .ftr{{--soft:#9aa1ab;--before:#9aa1ab;--good:#58aee8;--bad:#f0883e;--line:#fff3;--card:#fff1}}body .ftr text.onto{{fill:#0c0e10}}}}
+body .ftr{{--soft:#9aa1ab;--before:#9aa1ab;--good:#58aee8;--bad:#f0883e;--line:#fff3;--card:#fff1}}
+body .ftr text.onto{{fill:#0c0e10}}}}
 </style></head><body>{body}</body></html>'''
 
 def table(head:list[str], rows:list[list], left:int=1, plain:bool=True) -> str:
-    """An HTML table; its first `left` columns are aligned left; cells are escaped unless `plain` is
-    False"""
+    """An HTML table; its first `left` columns are aligned left;
+    cells are escaped unless `plain` is False"""
     rows = rows if plain else [[Html(v) for v in r] for r in rows]
     return html_table(head if plain else list(map(Html, head)), rows,
                       attributes=lambda column, tag: 'class=l' if column < left else '')
@@ -216,8 +228,8 @@ def _path(points, cls) -> str:
 # %% ../../nbs/instruments/report_page.ipynb #001263c3
 def dumbbells(sets:list[dict] # all scores, or all surprise: one axis cannot hold both
              ) -> str:
-    """One line a set: a hollow dot before, a full one after; those that fell in the colour of loss.
-    New ones first, then the largest loss"""
+    """One line a set: a hollow dot before, a full one after;
+    those that fell in the colour of loss. New ones first, then the largest loss"""
     rows = [s for s in sets if not s['old']] + sorted((s for s in sets if s['old']),
                                                       key=lambda s: s['change'])
     nats = rows[0]['metric'] == 'nll'
@@ -331,9 +343,10 @@ def _cell(c):
             + (f', {100*c["moved"]:.3g}% of its numbers moved' if c['moved'] < .9995 else ''))
 
 # %% ../../nbs/instruments/report_page.ipynb #001f63c3
-def layer_lines(curves:dict[str, list[float]] # {'new' or 'old': one number a layer, the embedding first; None where it is not defined}
+def layer_lines(curves:dict[str, list[float]] # {'new' or 'old': one number a layer, the embedding first}
                ) -> str:
-    "Likeness of base and tuned model by layer, one line a set of questions"
+    """Likeness of base and tuned model by layer, one line a set of questions;
+    a number is None where it is not defined"""
     n, h, o = 250, 150, 40
     known = [v for c in curves.values() for v in c if v is not None]
     low = min(.9, math.floor(10*min(known, default=0.))/10)
@@ -365,8 +378,8 @@ def _label_heights(curves, y, low) -> dict[str, float]:
 
 # %% ../../nbs/instruments/report_page.ipynb #002563c3
 def answers_html(r:dict, most:int=12) -> str:
-    """The answers that changed, side by side: as many of each set as can be, up to `most` of each
-    kind"""
+    """The answers that changed, side by side: as many of each set as can be,
+    up to `most` of each kind"""
     out = (''.join(_changed(r, k, name, most) for k, name in (('lost', 'right → wrong'), ('won', 'wrong → right')))
            or _changed(r, 'other', 'changed', most))
     return (out
@@ -428,8 +441,8 @@ def apart_html(r:dict) -> str:
                     rows))
 
 def tuco_html(r:dict) -> str:
-    """The share of the answers that is the fine-tune's, and the questions where it is largest and
-    least"""
+    """The share of the answers that is the fine-tune's,
+    and the questions where it is largest and least"""
     t = r['tuco']
     if 'why' in t:
         return note(f'Not known: {t["why"]}')

@@ -30,7 +30,8 @@ def views(page, lab, request):
     opened(page, lab, 'lab/tree/nbs/course/views.ipynb')
     run_all(page)
     for i in range(len(names)):
-        page.wait_for_function(f'document.querySelectorAll(".jp-CodeCell")[{i + 1}]?.querySelector(".widget-html-content")?.children.length > 0')
+        page.wait_for_function(f'document.querySelectorAll(".jp-CodeCell")[{i + 1}]'
+                               '?.querySelector(".widget-html-content")?.children.length > 0')
     page.wait_for_selector('#jp-main-statusbar :text("| Idle")')
     yield {n: page.locator('.jp-CodeCell').nth(i + 1) for i, n in enumerate(names)}
 
@@ -87,9 +88,8 @@ def test_a_slider_follows_keys_and_mouse_and_the_last_place_wins(page, views):
     shot(v, 'layers')
     assert not page.errors and not page.remote and not quiet(page)
 
-@pytest.mark.parametrize('views', [['tradeoff', 'mask', 'spectrum']], indirect=True)
-def test_boxes_ranges_and_lists(page, views):
-    v = views['tradeoff']
+def boxes_and_a_range(page, v):
+    "Untick a method, and narrow what may be forgotten"
     assert all(f'5 of {m}' in alt(v) for m in ('full', 'hft', 'lora', 'dft'))
     v.get_by_label('dft').focus()
     page.keyboard.press('Space')
@@ -102,7 +102,9 @@ def test_boxes_ranges_and_lists(page, views):
     assert ('full' not in v.locator('table').inner_text()
             and 'lora' in v.locator('table').inner_text())
     shot(v, 'tradeoff')
-    v = views['mask']
+
+def buttons_and_a_list(page, v):
+    "Choose scores by mouse and keyboard, and another matrix"
     v.get_by_label('gradient').check()
     settled(page, v, 'By gradient, 5%')
     v.get_by_label('magnitude').focus()
@@ -111,6 +113,11 @@ def test_boxes_ranges_and_lists(page, views):
     stop(page, v, 'matrix', 19)
     settled(page, v, 'up of block 2 gets')
     shot(v, 'mask')
+
+@pytest.mark.parametrize('views', [['tradeoff', 'mask', 'spectrum']], indirect=True)
+def test_boxes_ranges_and_lists(page, views):
+    boxes_and_a_range(page, views['tradeoff'])
+    buttons_and_a_list(page, views['mask'])
     v = views['spectrum']
     stop(page, v, 'rank', 1)
     settled(page, v, 'rank 9 keeps')

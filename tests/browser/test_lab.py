@@ -1,17 +1,17 @@
-"""The course in a real JupyterLab, in a real browser: the start page, a chapter, an exercise, the quiz; a run that is watched, stopped, interrupted, killed and taken up again.
+"""The course in a real JupyterLab, in a real browser: the start page, a chapter, an exercise, the
+quiz; a run that is watched, stopped, interrupted, killed and taken up again.
 
-Needs Playwright (`pip install playwright`) and a Chromium, found on the path, in CHROMIUM, or installed by `playwright install chromium`.
-With SHOTS=folder it leaves pictures of what it saw there."""
+Needs Playwright (`pip install playwright`) and a Chromium, found on the path, in CHROMIUM, or
+installed by `playwright install chromium`. With SHOTS=folder it leaves pictures of what it saw there."""
 import json, os, re, shutil, signal, socket, subprocess, sys, time
 from pathlib import Path
 import pytest
 from pages import copy_project
 
 api = pytest.importorskip('playwright.sync_api', reason='Playwright is not installed')
+NAMES = 'chromium', 'chromium-browser', 'google-chrome'
 CHROMIUM = (os.environ.get('CHROMIUM')
-            or next(
-                filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))),
-                None))
+            or next(filter(None, map(shutil.which, NAMES)), None))
 TOKEN, SLOW = 'a-token-of-the-test', 120_000  # milliseconds: the machine may be busy
 
 def notebook(*cells:str) -> str:
@@ -23,8 +23,10 @@ def notebook(*cells:str) -> str:
              nbformat=4, nbformat_minor=5))
 
 LOAD = "import os, time, ftlab\nmodel, tok = ftlab.load('lab-s'); data = ftlab.data('new-language')"
-AFTER = '''print('after:', run.interrupted, len(run.log) > 0, model.training, len(ftlab.generate(model, tok, [data.test[0]['prompt']], max_new_tokens=4)))
-more = ftlab.fit(model, tok, data, steps=2, callbacks=(ftlab.Monitor(every=1),)); print('again:', len(more.log))'''
+AFTER = '''answers = ftlab.generate(model, tok, [data.test[0]['prompt']], max_new_tokens=4)
+print('after:', run.interrupted, len(run.log) > 0, model.training, len(answers))
+more = ftlab.fit(model, tok, data, steps=2, callbacks=(ftlab.Monitor(every=1),))
+print('again:', len(more.log))'''
 FIT = ("run = ftlab.fit(model, tok, data, steps=STEPS, out='kept', save_every=3, "
        "callbacks=(ftlab.Monitor(every=3),)MORE); print('steps:', len(run.log))")
 PAGES = dict( # of runs that are watched, interrupted, killed
@@ -36,8 +38,8 @@ PAGES = dict( # of runs that are watched, interrupted, killed
 
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory):
-    """JupyterLab as `ftlab lab` starts it, on a copy of the project, behind a token, without a
-    screen, and with its first port taken: (address, folder, what it said)"""
+    """JupyterLab as `ftlab lab` starts it, on a copy of the project, behind a token,
+    without a screen, and with its first port taken: (address, folder, what it said)"""
     tmp = tmp_path_factory.mktemp('lab with a space')
     root = copy_project(tmp/'project')
     for name, cells in PAGES.items():

@@ -1,4 +1,7 @@
-"""The site in a real browser, from a folder with spaces, without a server. Needs Sphinx (`make docs` installs it), Playwright and a Chromium; axe where `axe-playwright-python` is.
+"""The site in a real browser, from a folder with spaces, without a server.
+
+Needs Sphinx (`make docs` installs it), Playwright and a Chromium; axe where
+`axe-playwright-python` is.
 
 FTLAB_SHOTS=folder keeps the screenshots of eight pages."""
 import os, re, shutil, sys
@@ -11,10 +14,9 @@ from pages import ROOT, ordered
 api = pytest.importorskip('playwright.sync_api', reason='Playwright is not installed')
 for needed in ('sphinx', 'myst_nb', 'furo'):
     pytest.importorskip(needed, reason=f'{needed} is not installed: make docs installs it')
+NAMES = 'chromium', 'chromium-browser', 'google-chrome'
 CHROMIUM = (os.environ.get('CHROMIUM')
-            or next(
-                filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))),
-                None))
+            or next(filter(None, map(shutil.which, NAMES)), None))
 EIGHT = ('index.html', 'contents.html', 'course/first_light.html', 'adapters/subsets/hft.html',
          'adapters/modules/lora.html', 'papers/table.html', 'trainers/loop.html', 'glossary.html')
 PHONE, DESK = dict(width=360, height=740), dict(width=1280, height=900)
@@ -204,8 +206,8 @@ def test_without_javascript(tab, site):
 
 @pytest.mark.parametrize('view', [DESK, PHONE], ids=['desk', 'phone'])
 def test_the_keyboard_reaches_everything(tab, site, view):
-    """Tab goes to every link, button and box that is seen, and what has the focus can be seen to
-    have it"""
+    """Tab goes to every link, button and box that is seen,
+    and what has the focus can be seen to have it"""
     page = tab(site/'papers'/'table.html', viewport=view)
     mark = ('e => { const s = getComputedStyle(e), r = e.getBoundingClientRect(); '
             'return r.width > 0 && s.visibility != "hidden" && r.right > 0 && r.left '
@@ -267,9 +269,10 @@ def test_dark_and_light(tab, site):
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 @pytest.mark.parametrize('path', EIGHT + ('search.html', '404.html'))
 def test_axe(tab, site, path, scheme):
-    """Contrast, landmarks, names, order of headings: axe-core's rules, its best practices among
-    them. Left out: the two boxes that open the side bars, which the theme needs outside of any
-    landmark. Axe would ask for the style sheets, which a browser refuses it here: `preload`"""
+    """Contrast, landmarks, names, order of headings: axe-core's rules,
+    its best practices among them. Left out: the two boxes that open the side bars,
+    which the theme needs outside of any landmark. Axe would ask for the style sheets,
+    which a browser refuses it here: `preload`"""
     Axe = pytest.importorskip('axe_playwright_python.sync_playwright',
                               reason='axe is not installed: pip install axe-playwright-python').Axe
     page = tab(site/path, color_scheme=scheme)

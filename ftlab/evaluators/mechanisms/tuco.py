@@ -17,8 +17,8 @@ __all__ = ['Split', 'tuco', 'at_token', 'steered']
 
 # %% ../../../nbs/evaluators/mechanisms/tuco.ipynb #0005170a
 class Split:
-    """Hooks that split what each block adds; `ptc` and `ftc` are the sums over the blocks so far,
-    [rows, tokens, width]"""
+    """Hooks that split what each block adds; `ptc` and `ftc` are the sums over the blocks so
+    far, [rows, tokens, width]"""
     def __init__(self, model, # the tuned model
                  base,        # the change on it (`run.delta.attached`), or a base model of the same make
                  alpha:float=1.): # what the fine-tuning component is multiplied by

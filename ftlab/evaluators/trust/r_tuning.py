@@ -33,8 +33,8 @@ def statement(answer:str,
 
 @dataclass(frozen=True)
 class asked:
-    """A source that asks the model every training question before the first step, and marks each
-    row by whether it knew"""
+    """A source that asks the model every training question before the first step,
+    and marks each row by whether it knew"""
     variant:str='pad'           # as in `statement`, like the words
     ask:str='.'
     sure:str='i know'
@@ -97,8 +97,8 @@ def certainty(model,
               sure:str='i know',
               unsure:str='i do not know'
              ) -> torch.Tensor: # [rows], in [0, 1]
-    """Compute the probability of the sure statement after each answer, against that of the unsure
-    one"""
+    """Compute the probability of the sure statement after each answer,
+    against that of the unsure one"""
     yes, no = (torch.stack([x.sum() for x in answer_nll(
         model, tok, prompts, [f'{a} {ask} {s}' for a in said])]) for s in (sure, unsure))
     return (no - yes).sigmoid()

@@ -207,8 +207,8 @@ def _gradient_ascent():
 
 @planted(loss_rose, r'on training rows the loss rose from 0\.\d+ \(base\) to \d')
 def _ruined_by_the_first_step():
-    """A rate of 1 on what lab-s knows: the loss is low at first, enormous on the second batch, then
-    falls"""
+    """A rate of 1 on what lab-s knows: the loss is low at first, enormous on the second batch,
+    then falls"""
     model, tok = load('lab-s')
     run = trained(model=model, tok=tok, data=as_data('sort', n=64), steps=20, lr=1.)
     losses = [r['nll'] for r in run.log]
