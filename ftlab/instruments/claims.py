@@ -80,7 +80,8 @@ class Ground(Bench):
         if recipe is not None and recipe.decode is not None:
             return super().before(seed, recipe)
         sizes = [self.items, self.old_items, self.validation_items]
-        asked = [self.print_of(seed), self.data(seed).fingerprint, self.old_names, *sizes, str(self.metric), seed]
+        asked = [self.print_of(seed), self.data(seed).fingerprint, self.old_names, *sizes,
+                 str(self.metric), seed]
         path = workplace()/'before'/f'{digest(asked)}.json'
         if (seed, None) not in self.known_before and path.exists():
             self.known_before[seed, None] = json.loads(path.read_text())

@@ -845,7 +845,7 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
             seeds:int|list[int]=3,     # how many, or which
             steps:int=200, batch_size:int=32, # of each run
             lrs=None,                  # learning rates: a list for all, or {method: list}; None: each Recipe's own
-            tune:bool=True,            # choose each method's rate on a seed of its own; False: the only one in `lrs`, see below
+            tune:bool=True,            # choose each method's rate on a seed of its own; False: see below
             tune_steps:int|None=None,  # steps of a tuning run; None: as many as the others
             evaluate_every:int|None=None, # steps between looks; None: an eighth of all
             max_length:int|None=None,  # tokens a row
