@@ -93,9 +93,9 @@ def _stage_bytes(model, stage, labels, shape, precision) -> dict:
                      if 'reference' in getattr(stage, 'needs', ()) else 0)
         return dict(trainable=sum(p.numel() for p in moving), weights=_size(weights), delta=delta,
                     gradients=_size(moving),
-            optimizer=2*_size(moving) + 4*len(moving), # AdamW counts its steps per tensor
-            # the gradient of the logits, and two copies on the way through the loss
-            reference=reference, activations=kept + 3*logits)
+                    optimizer=2*_size(moving) + 4*len(moving), # AdamW counts its steps per tensor
+                    # the gradient of the logits, and two copies on the way through the loss
+                    reference=reference, activations=kept + 3*logits)
 
 def _own_weights(model) -> list:
     "The model's own parameters, where a change sits on some of them"
@@ -742,17 +742,20 @@ def _claims(p):
     add('--because', help='supersede: why the result no longer stands')
 
 COMMANDS = dict( # name -> what runs it, what it takes, what it is about
-    lab=(run_lab, _lab, 'open the course in JupyterLab'), fit=(run_fit, _fit, 'fine-tune by one method'),
+    lab=(run_lab, _lab, 'open the course in JupyterLab'),
+    fit=(run_fit, _fit, 'fine-tune by one method'),
     compare=(run_compare, _compare, 'several methods, tuned alike: what each gained and what it broke'),
-    merge=(run_merge, _merge, 'a base and a saved change, or several of them by a rule, as a plain '
-           'Hugging Face folder'),
+    merge=(run_merge, _merge,
+           'a base and a saved change, or several of them by a rule, as a plain Hugging Face folder'),
     report=(run_report, _report, 'what a fine-tune learned, what it broke, and where the change lies: one page'),
-    doctor=(run_doctor, _doctor, 'what goes wrong without a word: before a run (--model, --data, '
-            '--method) or after one (the folder that ftlab fit wrote)'),
+    doctor=(run_doctor, _doctor,
+            'what goes wrong without a word: before a run (--model, --data, --method) '
+            'or after one (the folder that ftlab fit wrote)'),
     skills=(run_skills, _skills, 'what a lab model can do'),
     methods=(run_methods, lambda p: None, 'the methods there are'),
-    claims=(run_claims, _claims, 'what became of each paper\'s claim; run them, carry their '
-            'evidence over to changed code, explain one'),
+    claims=(run_claims, _claims,
+            'what became of each paper\'s claim; run them, '
+            'carry their evidence over to changed code, explain one'),
     papers=(run_papers, lambda p: p.add_argument('find', nargs='?', help='words of a title'),
             'the papers that are built here'))
 

@@ -227,9 +227,8 @@ class StartPage:
             return (f'**Continue with {self._link(c)}**'
                     + (f': {_solved(c, known["exercises"])}.' if c.exercises else '.'))
         there = Path(self.at, self.folder, 'start.ipynb').exists()
-        return f'**Begin with {self._link(c)}**' + (f', or let [a quiz of {len(QUIZ)} '
-                                                    f'questions]({self.folder}start.ipynb) say '
-                                                    'where.' if there else '.')
+        quiz = f', or let [a quiz of {len(QUIZ)} questions]({self.folder}start.ipynb) say where.'
+        return f'**Begin with {self._link(c)}**' + (quiz if there else '.')
 
     def _left(self) -> str:
         return '\n'.join(['**Left unfinished**\n']

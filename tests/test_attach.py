@@ -55,8 +55,8 @@ def test_a_change_leaves_no_trace(family, change):
     buffers, modules = list(dict(m.named_buffers())), list(dict(m.named_modules()))
     att = CHANGES[change](m)
     assert torch.equal(out(m), base) and att.parameters()
-    assert {id(p) for p in att.parameters().values()} == {id(p) for p in m.parameters()
-                                                          if p.requires_grad}
+    assert ({id(p) for p in att.parameters().values()}
+            == {id(p) for p in m.parameters() if p.requires_grad})
     shake(att)
     changed = out(m)
     assert (changed - base).abs().max() > 1e-3

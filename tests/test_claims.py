@@ -62,9 +62,8 @@ def test_the_index_names_what_can_be_imported():
     assert len({e['title'] for e in entries}) == len({e['key'] for e in entries}) == len(entries)
     for e in entries:
         assert (root/e['notebook']).exists() and e['symbols'] and e['source']
-        assert (
-            {k: e[k] for k in ('key', 'family', 'title', 'arxiv', 'home')}.items() <= known[
-                e['key']].items()), 'the mark is not what the catalogue says'
+        mark = {k: e[k] for k in ('key', 'family', 'title', 'arxiv', 'home')}
+        assert mark.items() <= known[e['key']].items(), 'the mark is not what the catalogue says'
         for s in e['symbols']:
             module, _, name = s.rpartition('.')
             assert getattr(__import__(module, fromlist=[name]), name).paper.title == e['title']

@@ -65,8 +65,8 @@ def test_the_folder_is_the_registry():
     assert {f.stem for f in folder.glob('*.py')} == {*STAGES, '__init__'}
     marked = {s: re.findall(r'^@check\((?:.|\n)*?^def (\w+)\(', (folder/f'{s}.py').read_text(),
                             re.M) for s in STAGES}
-    assert [(k.stage, k.function.__name__) for k in CHECKS] == [(s, f) for s in STAGES
-                                                                for f in marked[s]]
+    assert ([(k.stage, k.function.__name__) for k in CHECKS]
+            == [(s, f) for s in STAGES for f in marked[s]])
     assert [k['name'] for k in diagnosis.checks()] == [k.name for k in CHECKS]
 
 

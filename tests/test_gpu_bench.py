@@ -91,10 +91,9 @@ def test_every_kernel_has_its_pieces():
 
 def test_only_what_was_asked_for_runs_again_and_the_rest_stays(tmp_path):
     file = tmp_path/'gpu_test.json'
-    file.write_text(json.dumps(dict(part='all',
-                                    results=dict(broken=dict(old=dict(state='passed'),
-                                                             good=dict(state='failed', why='x')),
-                                                 other=dict(a=dict(state='passed'))))))
+    results = dict(broken=dict(old=dict(state='passed'), good=dict(state='failed', why='x')),
+                   other=dict(a=dict(state='passed')))
+    file.write_text(json.dumps(dict(part='all', results=results)))
     board = gpu.Board(file, {}, time.monotonic(), gpu.earlier(file)['results'])
     runner = gpu.Runner(board, time.monotonic() + 60, {**os.environ, 'PYTHONPATH': str(BENCH)},
                         tmp_path, 'broken: go|^never')

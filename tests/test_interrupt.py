@@ -10,6 +10,10 @@ from ftlab.core.scorers import nll
 from ftlab.trainers.fit import fit
 from toys import TOK, lab_data, same, toy, weights
 
+# functions of torch's own context managers, and what is interrupted
+LEFT_ALONE = ('<genexpr>', '__setattr__', 'train', 'children', 'named_children', 'modules', 'named_modules')
+WATCHED = '/ftlab/', 'torch/nn/modules', 'transformers/models'
+
 class Interrupts:
     """Raises KeyboardInterrupt at the n-th call of a Python function, as a signal would;
     `None` counts the calls alone"""
@@ -25,11 +29,9 @@ class Interrupts:
         sys.setprofile(None)
 
     def note(self, frame, event, arg):
-        if event != 'call' or frame.f_code.co_name in ('<genexpr>', '__setattr__', 'train',
-                                                       'children', 'named_children', 'modules',
-                                                       'named_modules') or not any(
-                p in frame.f_code.co_filename for p in ('/ftlab/', 'torch/nn/modules', 'transformers/models')):
-            return # not inside torch's own context managers: nobody could mend those
+        if (event != 'call' or frame.f_code.co_name in LEFT_ALONE
+            or not any(p in frame.f_code.co_filename for p in WATCHED)):
+            return # not inside torch's own context managers: nobody could fix those
         self.seen += 1
         if self.seen == self.n:
             raise KeyboardInterrupt

@@ -599,8 +599,9 @@ def test_opcheck(device):
         ps = [torch.randn(40, 30, device=device).to(dtype),
               torch.randn(300, device=device).to(dtype)]
         cs = [adamw._choose(ps[0], rows([1, 5])), adamw._choose(ps[1], torch.rand(300) < .4)]
-        which, m, v, lists = (adamw._which(cs), *([torch.rand(adamw._count(p, c), device=device)
-                                                   for p, c in zip(ps, cs)] for _ in range(3)))
+        which = adamw._which(cs)
+        m, v, lists = ([torch.rand(adamw._count(p, c), device=device) for p, c in zip(ps, cs)]
+                       for _ in range(3))
         grads = [torch.randn_like(p) for p in ps]
         for add in (False, True):
             torch.library.opcheck(torch.ops.ftlab.gather_.default, (lists, grads, *which, add))

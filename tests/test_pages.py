@@ -63,8 +63,8 @@ def test_a_cell_shows_what_a_kernel_shows(tmp_path):
     for i, cell in enumerate(nb.cells):
         ours, theirs = result['outputs'].get(str(i), []), cell.outputs
         assert [o['output_type'] for o in ours] == [o['output_type'] for o in theirs], SHOWN[i]
-        assert [sorted(o.get('data', {})) for o in ours] == [sorted(o.get('data', {}))
-                                                             for o in theirs], SHOWN[i]
+        forms = [[sorted(o.get('data', {})) for o in outputs] for outputs in (ours, theirs)]
+        assert forms[0] == forms[1], SHOWN[i]
         if 'time' not in SHOWN[i]:
             assert text(ours) == text(theirs), SHOWN[i]
 

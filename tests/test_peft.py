@@ -127,8 +127,8 @@ def test_what_is_no_plain_lora_is_refused(tmp_path):
                                       (dict(bias='all'), 'bias'),
                                       (dict(rank_pattern={'q_proj': 2}), 'rank_pattern'),
                                       (dict(modules_to_save=['norm']), 'modules_to_save'))):
-        peft.get_peft_model(tiny('llama'), peft.LoraConfig(r=3, target_modules=['q_proj', 'v_proj'],
-                                                           **more)).save_pretrained(tmp_path/str(i))
+        config = peft.LoraConfig(r=3, target_modules=['q_proj', 'v_proj'], **more)
+        peft.get_peft_model(tiny('llama'), config).save_pretrained(tmp_path/str(i))
         m = tiny('llama')
         with pytest.raises(ValueError, match=says):
             from_peft(m, tmp_path/str(i))

@@ -29,6 +29,11 @@ class Norms(list):
     def after_step(self, state):
         self.append(state.extra.get('grad_norm'))
 
+def distance(got, want) -> float:
+    "Root mean square of the differences of two sets of weights"
+    off = sum((got[n] - want[n]).square().sum() for n in want)
+    return float((off/sum(p.numel() for p in want.values()))**.5)
+
 def test_there_were_two(two):
     _, (a, b) = two
     assert a['collective'] == b['collective'] == 1 + 2
@@ -52,9 +57,8 @@ def test_two_processes_end_where_one_ends(two, key):
             and any((want[n] != toy().state_dict().get(n, 0)).any() for n in want))
     # AdamW makes a whole step of a gradient that is nothing but rounding,
     # so the root mean square is compared, in units of the rate
-    off = (sum((got[n] - want[n]).square().sum() for n in want)/sum(p.numel()
-                                                                    for p in want.values()))**.5
-    assert off < 1e-4*HOW['lr'], float(off)
+    off = distance(got, want)
+    assert off < 1e-4*HOW['lr'], off
     for t in told:
         # both hold the same, to the last bit, as a plain model
         assert t[key]['plain'] and t[key]['off'] and t[key]['sums'][0] == t[key]['sums'][1]
@@ -80,9 +84,7 @@ def test_only_the_first_writes_and_a_killed_run_goes_on(two):
                 or a[f'tracked {shard}'] == ['config', 0, 1, 2, 'finish'])
         assert b[f'tracked {shard}'] == []
         got = load_file(out/f'resumed {shard}.safetensors')
-        off = (sum((got[n] - want[n]).square().sum() for n in want)/sum(p.numel()
-                                                                        for p in want.values()))**.5
-        assert off < 1e-4*HOW['lr']
+        assert distance(got, want) < 1e-4*HOW['lr']
 
 def test_what_two_processes_cannot_do_is_refused_by_both(two):
     for t in two[1]:

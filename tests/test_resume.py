@@ -454,8 +454,8 @@ def test_a_full_disk_is_noticed_before_the_first_step(tmp_path, monkeypatch):
     with pytest.raises(DiskFull,
                        match=f'it needs {3*size:,} bytes, and 400,000 bytes are free') as e:
         tune(model=m, out=tmp_path, save_every=2, callbacks=(SimpleNamespace(before_fit=never),))
-    assert e.value.errno == 28 and same(weights(m), was) and all(p.requires_grad
-                                                                 for p in m.parameters())
+    assert (e.value.errno == 28 and same(weights(m), was)
+            and all(p.requires_grad for p in m.parameters()))
     tune(lora(), m, steps=1, out=tmp_path, save_every=1) # little moves, and there is room for that
 
 def test_check_room_leaves_nothing(tmp_path):

@@ -278,8 +278,8 @@ def test_a_learner_is_trained_as_by_hand():
             said.append((s.batches[0], s.logits))
     run = tune(watched(lr=1e-2), steps=3, clip=None, schedule='constant', callbacks=(Keep(),))
     seen = {}
-    tune(Recipe('x', loop=Loop(learners={'head': Learner(lambda s: seen.setdefault('m', Head()),
-                                                         lambda s: errs(s)*0)})), steps=1) # the same start
+    kept = Learner(lambda s: seen.setdefault('m', Head()), lambda s: errs(s)*0)
+    tune(Recipe('x', loop=Loop(learners={'head': kept})), steps=1) # the same start
     head = seen['m']
     opt = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=0.)
     fresh = Learner(lambda s: Head(), errs)

@@ -171,8 +171,8 @@ def test_each_stage_has_a_rate_of_its_own_unless_fit_is_given_one(recipe, given,
     look, ends = Rates(), Stages()
     run = tune(recipe, lr=given, steps=4, callbacks=(look, ends))
     assert look.found == want
-    assert [s['lr'] for s in run.settings['stages']] == [recipe.arguments['lr_select'],
-                                                         recipe.arguments['lr_offset']]
+    assert ([s['lr'] for s in run.settings['stages']]
+            == [recipe.arguments['lr_select'], recipe.arguments['lr_offset']])
 
 def test_the_rate_of_a_stage_is_what_its_values_move_by():
     "Adam's first step moves every value by the rate: 2 stages of 1 step each"

@@ -49,8 +49,8 @@ def run(seed, tuned):
                    gauss=torch.randn(WIDTH, WIDTH, generator=g)/WIDTH**.5)
     out = {}
     for name, t in targets.items():
-        out[f'randlora_{name}'], out[f'lora_{name}'] = (dict(missing=missing(t, seed)),
-                                                        dict(missing=floor(t)))
+        out[f'randlora_{name}'], out[f'lora_{name}'] = (
+            dict(missing=missing(t, seed)), dict(missing=floor(t)))
     for name, make in ARMS.items():
         out[name] = dict(gain=gained(make(), tuned[name]['rate'], seed, 'test'))
     out['lora_less_5'] = dict(gain=out['lora']['gain'] - .05)

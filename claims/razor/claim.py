@@ -30,9 +30,10 @@ def other_order(row, answer):
     return float(sorted(answer.split()) == sorted(row['given'].split()) and answer != row['given'])
 
 def score(model, tok, rows):
-    return sum(other_order(r, a) for r, a in zip(rows,
-                                                 generate(model, tok, [r['prompt'] for r in rows],
-                                                          max_new_tokens=LONGEST)))/len(rows)
+    return sum(
+        other_order(r, a)
+        for r, a in zip(rows, generate(model, tok, [r['prompt'] for r in rows],
+                                       max_new_tokens=LONGEST)))/len(rows)
 
 def old(model, tok, n, split, seed):
     s = skills(model, n, split, OLD, tok, seed)

@@ -59,12 +59,13 @@ def lesson(seed, rate, steps=100):
     model, tok = ftlab.load('lab-s')
     acts = newly_forbidden(seed)
     train = ruled(questions('train', seed, 2000), WORLD.forbidden | acts)
-    run = ftlab.fit(model, tok,
-                    ftlab.data(dict(train=train,
-                                    validation=ruled(questions('validation', seed, 100),
-                                                     WORLD.forbidden | acts),
-                                    test=train[:1])),
-                    steps=steps, lr=rate, seed=seed, progress=False)
+    run = ftlab.fit(
+        model, tok,
+        ftlab.data(dict(
+            train=train,
+            validation=ruled(questions('validation', seed, 100), WORLD.forbidden | acts),
+            test=train[:1])),
+        steps=steps, lr=rate, seed=seed, progress=False)
     return run, tok, acts
 
 def tune() -> dict:

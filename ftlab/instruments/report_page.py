@@ -230,8 +230,8 @@ def dumbbells(sets:list[dict] # all scores, or all surprise: one axis cannot hol
              ) -> str:
     """One line a set: a hollow dot before, a full one after;
     those that fell in the colour of loss. New ones first, then the largest loss"""
-    rows = [s for s in sets if not s['old']] + sorted((s for s in sets if s['old']),
-                                                      key=lambda s: s['change'])
+    rows = ([s for s in sets if not s['old']]
+            + sorted((s for s in sets if s['old']), key=lambda s: s['change']))
     nats = rows[0]['metric'] == 'nll'
     left, right, h = 140, 412, 17
     top = (max(max(s['before'], s['after']) for s in rows) or 1.) if nats else 1.

@@ -310,8 +310,7 @@ def _shown(view):
 
 # %% ../../nbs/instruments/views.ipynb #001a995a
 def panels(width:float, height:float, ratios:tuple=(1,), bottom:float=.2, top:float=.88,
-           left:float=.1, right:float=.98,
-            wspace:float=.3) -> tuple[Figure, list]:
+           left:float=.1, right:float=.98, wspace:float=.3) -> tuple[Figure, list]:
     "A figure with axes side by side, in shares of its width and height"
     fig = Figure(figsize=(width, height))
     places = dict(width_ratios=ratios, bottom=bottom, top=top, left=left, right=right,

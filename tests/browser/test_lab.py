@@ -238,9 +238,9 @@ def test_the_first_chapter_runs_to_its_end(page, lab):
     page.click('.jp-Dialog button.jp-mod-accept')
     t = time.time()
     page.wait_for_timeout(3000)
-    page.wait_for_function("() => /\\[\\d+\\]/.test([...document.querySelectorAll('.jp-CodeCell "
-                           # the last cell has run; the kernel is idle now and then before
-                           ".jp-InputPrompt')].pop()?.innerText)", timeout=3*SLOW)
+    # the last cell has run; the kernel is idle now and then before
+    page.wait_for_function("() => /\\[\\d+\\]/.test([...document.querySelectorAll("
+                           "'.jp-CodeCell .jp-InputPrompt')].pop()?.innerText)", timeout=3*SLOW)
     print(f'first_light ran to its end in {time.time() - t:.0f} s')
     shot(page, 'chapter_end')
     page.keyboard.press('Control+s')
