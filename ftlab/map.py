@@ -136,8 +136,8 @@ class Place:
         start = '[the map](start.ipynb)' if Path('start.ipynb').exists() else 'the map'
         facts = [f'**Chapter {i + 1} of {len(CHAPTERS)}**', f'{c.minutes} minutes',
                  _solved(c, progress()['exercises'])]
-        facts += ['read before it: ' + ', '.join(_link(chapter_named(n)) for n in c.needs)]*bool(
-            c.needs)
+        if c.needs:
+            facts.append('read before it: ' + ', '.join(_link(chapter_named(n)) for n in c.needs))
         near = ([f'← {_link(c)}' for c in CHAPTERS[:i][-1:]] + [start]
                 + [f'{_link(c)} →' for c in CHAPTERS[i + 1:i + 2]])
         return [' · '.join(f for f in facts if f),

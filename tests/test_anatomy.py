@@ -168,16 +168,15 @@ def test_a_query_acts_on_its_own_token_and_keys_and_values_on_others(family):
     x = example_inputs()
     noise = torch.Generator().manual_seed(2)
     def mixed(role=None): # what enters block 0's output matrix, when `role` said something else at the first token
-        seen, output = [], m.get_submodule(b.attention['o'].removesuffix('.weight'))
-        hooks = [output.register_forward_pre_hook(lambda _, i: seen.append(i[0]))]
+        at = lambda r: m.get_submodule(b.attention[r].removesuffix('.weight'))
+        seen = []
+        hooks = [at('o').register_forward_pre_hook(lambda _, i: seen.append(i[0]))]
 
         def other(_, i, o):
             return torch.cat([o[:, :1] + torch.randn(o[:, :1].shape, generator=noise), o[:, 1:]], 1)
 
         if role:
-            hooks.append(
-                m.get_submodule(b.attention[role].removesuffix('.weight')).register_forward_hook(
-                    other))
+            hooks.append(at(role).register_forward_hook(other))
         output(m, x)
         for h in hooks:
             h.remove()

@@ -29,8 +29,8 @@ def test_a_piece_is_rehearsed_on_the_cpu(tmp_path, script, piece):
                piece)
     assert r.returncode == 0, r.stdout + r.stderr + (tmp_path/'found.jsonl').read_text()
     begun, over = lines(tmp_path/'found.jsonl')
-    assert begun == dict(piece=piece, state='begun') and over['state'] == 'passed' and over[
-        'piece'] == piece
+    assert (begun == dict(piece=piece, state='begun') and over['state'] == 'passed'
+            and over['piece'] == piece)
 
 BROKEN = """
 import os, sys, time

@@ -99,8 +99,8 @@ def test_every_part_gets_its_own_mode_back_after_an_error():
 
 
 def test_inputs_leave_out_what_a_model_does_not_know():
-    batch = collate(encode_all([dict(prompt='a', response='b')], TOK, 'text'), pad_id(TOK)) | dict(
-        tokens=torch.ones(1), old=torch.ones(1))
+    batch = (collate(encode_all([dict(prompt='a', response='b')], TOK, 'text'), pad_id(TOK))
+             | dict(tokens=torch.ones(1), old=torch.ones(1)))
     assert set(model_inputs(batch)) == {'input_ids', 'attention_mask'}
     assert all(v.device == device_of(toy()) for v in to_device(batch, device_of(toy())).values())
     assert pad_id(None) == 0

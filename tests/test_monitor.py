@@ -55,8 +55,8 @@ def test_given_exactly_counts_what_greedy_writing_writes():
 
 def test_what_is_asked():
     data = lab_data()
-    assert len(m.old_questions(data, TOK, n=44)) == 44//len(m.old_skills(data))*len(
-        m.old_skills(data))
+    n = len(m.old_skills(data))
+    assert len(m.old_questions(data, TOK, n=44)) == 44//n*n
     assert (m.old_questions(label_data(), TOK) == []
             and len(m.old_questions(data, TOK, old=lab_data(), n=7)) == 7)
     labels = label_data()

@@ -26,8 +26,8 @@ def test_a_head_that_somebody_listens_to_is_left_alone():
     assert plain_head(m, probe()) is m.lm_head
 
 RECIPES = dict(full=Recipe, dft=methods.dft, asft=methods.asft, mezo=methods.mezo,
-               asft_lora=lambda: methods.lora()*methods.dft()*Recipe(
-                   'held', objective=nll() + kl_to_base(.3, 'reverse')),
+               asft_lora=lambda: (methods.lora()*methods.dft()
+                                  *Recipe('held', objective=nll() + kl_to_base(.3, 'reverse'))),
                lift=lambda: methods.lift(r=2), hft=methods.hft)
 
 def trained(recipe, monkeypatch, heavy, steps=200, model=None, **more):

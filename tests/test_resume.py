@@ -40,8 +40,8 @@ def python(code, *args, **more):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
 
 def alike(a, b):
-    return a.log == b.log and a.path == b.path and same(
-        weights(a.model), weights(b.model)) and a.cost['tokens'] == b.cost['tokens']
+    return (a.log == b.log and a.path == b.path and same(weights(a.model), weights(b.model))
+            and a.cost['tokens'] == b.cost['tokens'])
 
 # ---------- whose checkpoint is it?
 
@@ -195,8 +195,8 @@ class Slower:
     def state_dict(self):
         return dict(history=self.history, empty={}, nested=dict(a=[torch.arange(3), {1: True}]))
     def load_state_dict(self, kept):
-        assert kept['empty'] == {} and kept['nested']['a'][1] == {1: True} and torch.equal(
-            kept['nested']['a'][0], torch.arange(3))
+        assert kept['empty'] == {} and kept['nested']['a'][1] == {1: True}
+        assert torch.equal(kept['nested']['a'][0], torch.arange(3))
         self.history = kept['history']
 
 def remembering(): # a fresh objective for every run

@@ -31,9 +31,9 @@ def tune() -> dict:
     found = choose(lambda arm, rate: alone(train(recipes[arm], rate, 10_000), rows),
                    {a: GRIDS[a] for a in recipes})
     best = found['pilot']['rate']
-    return found | choose(
-        lambda arm, rate: together(train(lora()*copilot(lr=rate), best, 10_000), rows),
-        dict(together=GRIDS['together']))
+    return (found
+            | choose(lambda arm, rate: together(train(lora()*copilot(lr=rate), best, 10_000), rows),
+                     dict(together=GRIDS['together'])))
 
 def run(seed, tuned):
     rows, rate = WORLD.rows(SKILL, ITEMS, 'test', seed), {a: tuned[a]['rate'] for a in GRIDS}

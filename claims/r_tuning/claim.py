@@ -7,8 +7,8 @@ from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import WORLD, answers, judge
 from ftlab.evaluators.trust.r_tuning import certainty, likelihood, statement
 
-REVISION, STEPS, GRID, TIERS = 'step-500', 120, (1e-4, 3e-4, 1e-3), (
-    'often', 'sometimes', 'rarely', 'never')
+REVISION, STEPS, GRID, TIERS = (
+    'step-500', 120, (1e-4, 3e-4, 1e-3), ('often', 'sometimes', 'rarely', 'never'))
 ARMS = dict(r_tuning=ftlab.methods.r_tuning(), plain=Recipe())
 
 def rows(tier, n, split, seed):

@@ -103,8 +103,8 @@ LEAKED = compared(
       'You count different prompts. Every row of `test` counts, those that ask the same thing twice, too.'),
      (lambda train, test: sum(r['prompt'] in {t['prompt'] for t in test} for r in train)/len(train),
       'That is the share of the *training* rows that also stand in the test. It is the test that must be clean.'),
-     (lambda train, test: 1 - sum(r['prompt'] in {t['prompt'] for t in train} for r in test)/len(
-          test),
+     (lambda train, test: 1 - sum(r['prompt'] in {t['prompt'] for t in train}
+                                  for r in test)/len(test),
       'That is the share that is clean. The share that leaked is wanted.')))
 
 # %% ../../nbs/exercises/lab_models.ipynb #ex5m10

@@ -165,10 +165,10 @@ def run_seed(bench:Bench, arms:Mapping[str, dict], rates:Mapping[str, float], se
         try:
             run, see, decode = train_arm(bench, arm, rates[name], seed, looks)
             done[name] = SimpleNamespace(tok=run.tok, see=see, decode=decode, before=before)
-            cells[name] = ask(name, run.model) | dict(
-                seconds=time.process_time() - t, tokens=run.cost['tokens'],
-                trainable=run.cost['trainable'], saved_bytes=run.delta.nbytes, path=see.path,
-                error=None)
+            cells[name] = (ask(name, run.model)
+                           | dict(seconds=time.process_time() - t, tokens=run.cost['tokens'],
+                                  trainable=run.cost['trainable'], saved_bytes=run.delta.nbytes,
+                                  path=see.path, error=None))
         except (ValueError, TypeError, KeyError, OSError):
             raise # wrong input is not a result
         except Exception as e:
@@ -406,8 +406,8 @@ def assemble_claim(claim:Claim, cells:Mapping[int, dict], tuning:Mapping,
                       arms=[c[w] for w in sides], higher_is_better=c.get('higher_is_better', True),
                       **{w: [_side(c, w, cells[s]['arms']) for s in seeds] for w in sides})
                  for c in spec.get('contrast', ())]
-    controls = [_control(c, cells, seeds) for c in spec.get('control', ())] + _was_matched(
-        contrasts, cells)
+    controls = ([_control(c, cells, seeds) for c in spec.get('control', ())]
+                + _was_matched(contrasts, cells))
     ids = [dict(name=k, passed=v) for k, v in identities.items()]
     out = dict(claim=claim.key, sentence=spec['sentence'], contrasts=contrasts, controls=controls,
                controls_ok=all(c['ok'] for c in controls), identities=ids, seeds=seeds,

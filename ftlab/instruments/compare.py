@@ -345,8 +345,8 @@ def _drifted(bench, base, model, tok, seed, data) -> float:
 def _base_scores(bench, seed, recipe) -> dict:
     (model, tok), data = bench.base(seed), bench.data(seed)
     decode = decoder_for(recipe, model)
-    out = {s: bench.gained(model, tok, data, s, decode) for s in ('validation', 'test')} | dict(
-        old=bench.kept(model, tok, seed, data, decode))
+    out = ({s: bench.gained(model, tok, data, s, decode) for s in ('validation', 'test')}
+           | dict(old=bench.kept(model, tok, seed, data, decode)))
     if data.kind == 'label':
         out['features'] = features(model, tok, data.validation[:bench.validation_items], data,
                                    bench.max_length)

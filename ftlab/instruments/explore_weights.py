@@ -74,8 +74,8 @@ def gradient_scores(model, names:Iterable[str], tok, rows:list[dict]) -> dict[st
                       device_of(model))
     W = {n: p.detach().clone().requires_grad_()
          for n, p in model.named_parameters() if n in set(names)}
-    logits = torch.func.functional_call(model, W, kwargs=dict(input_ids=batch[
-        'input_ids'], attention_mask=batch['attention_mask'])).logits
+    given = dict(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'])
+    logits = torch.func.functional_call(model, W, kwargs=given).logits
     price = token_nll(logits, batch['labels']).sum()/priced(batch['labels']).sum()
     return {n: g.abs() for n, g in zip(W, torch.autograd.grad(price, list(W.values())))}
 

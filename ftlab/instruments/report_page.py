@@ -238,8 +238,8 @@ def dumbbells(sets:list[dict] # all scores, or all surprise: one axis cannot hol
     x = lambda v: left + (right - left)*min(v, top)/top
     body = ''
     for v in (0, .25, .5, .75, 1):
-        body += _line(x(v*top), 16, x(v*top), 22 + h*len(rows), 'grid') + _t(
-            x(v*top), 11, f'{v*top:.1f}' if nats else percent(v), 'soft', 'middle')
+        body += (_line(x(v*top), 16, x(v*top), 22 + h*len(rows), 'grid')
+                 + _t(x(v*top), 11, f'{v*top:.1f}' if nats else percent(v), 'soft', 'middle'))
     body += ''.join(_dumbbell(s, 28 + h*i + (6 if s['old'] else 0), x, left, right)
                     for i, s in enumerate(rows))
     alt = ('Surprise in nats a token' if nats else 'Share right') + ' before and after: '
@@ -266,8 +266,8 @@ def diagram(before:dict, after:dict) -> str:
     body = ''
     for v in (0, .5, 1):
         body += _line(x(v), y(0), x(v), y(1), 'grid') + _line(x(0), y(v), x(1), y(v), 'grid')
-        body += _t(x(v), y(0) + 16, percent(v), 'soft', 'middle') + _t(
-            x(0) - 5, y(v) + 4, percent(v), 'soft', 'end')
+        body += (_t(x(v), y(0) + 16, percent(v), 'soft', 'middle')
+                 + _t(x(0) - 5, y(v) + 4, percent(v), 'soft', 'end'))
     body += (_line(x(0), y(0), x(1), y(1), 'ideal') + _curve(before, x, y, 'hollow')
              + _curve(after, x, y, 'good') + _key(x(1) + 14, y))
     body += _t(x(.5), y(0) + 32, 'how sure', 'soft', 'middle')
@@ -361,8 +361,8 @@ def layer_lines(curves:dict[str, list[float]] # {'new' or 'old': one number a la
     for name, c in curves.items():
         cls = 'good' if name == 'new' else 'other'
         points = [(x(i), y(v)) for i, v in enumerate(c) if v is not None]
-        body += _path(points, cls) + ''.join(_dot(*p, cls, 3) for p in points) + _t(
-            o + n + 8, at[name], f'{name} questions', cls)
+        body += (_path(points, cls) + ''.join(_dot(*p, cls, 3) for p in points)
+                 + _t(o + n + 8, at[name], f'{name} questions', cls))
     said = '; '.join(f'{name} questions {", ".join("none" if v is None else f"{v:.2f}" for v in c)}'
                      for name, c in curves.items())
     return _svg(400, h + 48, f'Likeness of base and tuned model by layer, 1 is the same. {said}',
@@ -396,8 +396,8 @@ def _changed(r, kind, name, most) -> str:
              f'<span class="{kind}">{cut(f["tuned"])}</span>'] for f in some]
     shown = f', {len(some)} of them here' if len(some) < len(found) else ''
     head = ['of', 'question', 'right answer', 'the base said', 'the tuned model says']
-    return f'<p class="note"><b class="{kind}">{name}</b>: {len(found)}{shown}</p>' + table(
-        head, rows, 5, False)
+    return (f'<p class="note"><b class="{kind}">{name}</b>: {len(found)}{shown}</p>'
+            + table(head, rows, 5, False))
 
 def _in_turn(found, most) -> list:
     "Up to `most` of them, one of each set in turn"
@@ -412,12 +412,11 @@ def skills_html(r:dict) -> str:
     change = lambda s: spread(s, _unit(s['metric'])[0], _unit(s['metric'])[2])
     rows = [[_short(s['name']), 'old' if s['old'] else 'new', level(s, 'before'), level(s, 'after'),
              change(s), s['n'], flips(s, 'lost'), flips(s, 'won')] for s in r['sets']]
-    return note('Change: in points (or nats a token, where fewer is better and better is '
-                'positive), with the 95% interval that the choice of questions leaves. '
-                'It is one run: another seed of the training would differ by more; '
-                'ftlab.compare shows by how much.') + table(
-        ['set', '', 'before', 'after', 'change', 'questions', 'right → wrong', 'wrong → right'],
-        rows, 2)
+    return (note('Change: in points (or nats a token, where fewer is better and better is '
+                 'positive), with the 95% interval that the choice of questions leaves. '
+                 'It is one run: another seed of the training would differ by more; '
+                 'ftlab.compare shows by how much.')
+            + table(['set', '', 'before', 'after', 'change', 'questions', 'right → wrong', 'wrong → right'], rows, 2))
 
 # %% ../../nbs/instruments/report_page.ipynb #002763c3
 def apart_html(r:dict) -> str:
