@@ -46,8 +46,9 @@ def runs_of(comparison:Comparison) -> list[dict]:
             for s in m['seeds'] if s['gain'] is not None and s['forgetting'] is not None]
 
 def _inside_frame(runs, methods, forgetting, gain) -> list[dict]:
-    return [r for r in runs if r['method'] in methods and forgetting[0] <= r[
-        'forgetting'] <= forgetting[1] and gain[0] <= r['gain'] <= gain[1]]
+    return [r for r in runs if r['method'] in methods
+            and forgetting[0] <= r['forgetting'] <= forgetting[1]
+            and gain[0] <= r['gain'] <= gain[1]]
 
 def recipes_inside(runs:list[dict],  # as `runs_of` gives them
                    inside:list[dict] # those of them that lie in the frame
