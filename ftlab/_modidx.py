@@ -1495,6 +1495,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'ftlab/instruments/compare.py'),
                                            'ftlab.instruments.compare.Bench.__init__': ( 'instruments/compare.html#bench.__init__',
                                                                                          'ftlab/instruments/compare.py'),
+                                           'ftlab.instruments.compare.Bench._know': ( 'instruments/compare.html#bench._know',
+                                                                                      'ftlab/instruments/compare.py'),
                                            'ftlab.instruments.compare.Bench.before': ( 'instruments/compare.html#bench.before',
                                                                                        'ftlab/instruments/compare.py'),
                                            'ftlab.instruments.compare.Bench.data': ( 'instruments/compare.html#bench.data',

@@ -20,8 +20,8 @@ __all__ = ['PARTS', 'PLAIN_SUM', 'COMMON', 'SAID', 'COMMANDS', 'available', 'kep
 PARTS = ('weights', 'delta', 'gradients', 'optimizer', 'reference', 'activations')
 
 def available(device:str='cpu') -> int|None:
-    """Bytes that are free: on the GPU, or in memory as Linux tells it (a container's limit counts);
-    `None` where nobody tells"""
+    """Bytes that are free: on the GPU, or in memory as Linux tells it
+    (a container's limit counts); `None` where nobody tells"""
     import torch # here and below: `ftlab --help` should not wait for it
     if torch.device(device).type == 'cuda':
         return torch.cuda.mem_get_info(torch.device(device))[0]
@@ -41,8 +41,8 @@ def _size(tensors) -> int:
 
 @contextmanager
 def _attached(model, recipe, labels:bool):
-    """`model` with the change of one recipe on it, which is taken off again; a stage that is a
-    function counts as full fine-tuning"""
+    """`model` with the change of one recipe on it, which is taken off again;
+    a stage that is a function counts as full fine-tuning"""
     from ftlab.adapters.attach import attach
     from ftlab.adapters.select import everything
     from ftlab.trainers.stage import head_names
@@ -58,8 +58,8 @@ def kept_bytes(model,    # real or fake
                batch:dict, # what goes into it
                labels      # [rows, tokens], or [rows]
               ) -> int:
-    """What a forward pass and its loss keep for the backward pass: every tensor once, parameters
-    not at all"""
+    """What a forward pass and its loss keep for the backward pass: every tensor once,
+    parameters not at all"""
     import torch
     from ftlab.trainers.objective import token_nll
     own, seen = {p.untyped_storage()._cdata for p in model.parameters()}, {}
@@ -87,15 +87,15 @@ def _stage_bytes(model, stage, labels, shape, precision) -> dict:
         moving, weights, cfg = list(att.parameters().values()), _own_weights(model), model.config
         kept = _activations(model, shape, labels, precision)
         delta = _size(t for d in att.deltas.values() for t in (*d.parameters(), *d.buffers()))
-        logits = 4*shape[0]*(cfg.num_labels if labels
-                             else shape[1]*cfg.get_text_config().vocab_size)
+        logits = (
+            4*shape[0]*(cfg.num_labels if labels else shape[1]*cfg.get_text_config().vocab_size))
         reference = (((_size(weights) if att.whole else 0) + logits)
                      if 'reference' in getattr(stage, 'needs', ()) else 0)
         return dict(trainable=sum(p.numel() for p in moving), weights=_size(weights), delta=delta,
                     gradients=_size(moving),
-            optimizer=2*_size(moving) + 4*len(moving), # AdamW counts its steps per tensor
-            # the gradient of the logits, and two copies on the way through the loss
-            reference=reference, activations=kept + 3*logits)
+                    optimizer=2*_size(moving) + 4*len(moving), # AdamW counts its steps per tensor
+                    # the gradient of the logits, and two copies on the way through the loss
+                    reference=reference, activations=kept + 3*logits)
 
 def _own_weights(model) -> list:
     "The model's own parameters, where a change sits on some of them"
@@ -115,8 +115,8 @@ def _activations(model, shape, labels, precision) -> int:
 
 # %% ../nbs/cli.ipynb #000a513c
 def planned(a, recipe, data) -> dict:
-    """Memory of one method on the model that `a` names, from its config; weights are read only
-    where a method selects by their values, and if they fit"""
+    """Memory of one method on the model that `a` names, from its config;
+    weights are read only where a method selects by their values, and if they fit"""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from ftlab.core.batches import encode_all
     from ftlab.core.loading import find_device, skeleton
@@ -152,8 +152,8 @@ class Marks:
         self.times.append(time.time())
 
 def timed(bench, recipe, rate:float, seconds:float=20.) -> dict:
-    """Seconds and tokens of a step, from three of them on the bench's model; on fewer rows where a
-    step would take longer than `seconds`"""
+    """Seconds and tokens of a step, from three of them on the bench's model;
+    on fewer rows where a step would take longer than `seconds`"""
     model, tok = bench.base(0)
     n, rows = sum(p.numel() for p in model.parameters()), bench.settings.get('batch_size', 32)
     # operations of a step, over what a plain processor does in a second
@@ -173,7 +173,9 @@ def timed(bench, recipe, rate:float, seconds:float=20.) -> dict:
                 tokens_per_step=run.cost['tokens']/len(run.log)*rows/used)
 
 # %% ../nbs/cli.ipynb #000d513c
-def estimate(a, data, arms, tuned:bool, seeds:int|None) -> dict: # seeds: of a comparison; None: one run, scored before and after
+def estimate(a, data, arms, tuned:bool,
+             seeds:int|None # of a comparison; None: one run, scored before and after
+            ) -> dict:
     "What a comparison (or one run) would do: cells, memory, and where it fits tokens and time"
     from ftlab.core.loading import find_device
     free = available(str(find_device(a.device)))
@@ -186,8 +188,8 @@ def estimate(a, data, arms, tuned:bool, seeds:int|None) -> dict: # seeds: of a c
         m |= timed(bench, recipe, rates[0])
         m |= _in_all(m, bench, seeds)
     tight = fits and any(3*m['bytes'] > free for m in methods)
-    notes = ['memory is what tensors hold; a process on a CPU can take up to three times as '
-             'much' + (', so it is tight' if tight else '')]
+    notes = ['memory is what tensors hold; a process on a CPU can take up to three times as much'
+             + (', so it is tight' if tight else '')]
     if tuned:
         notes.append('grids that grow by two rates add to the time')
     if any(r.learners for r, _ in arms.values()):
@@ -213,10 +215,12 @@ def _in_all(m:dict, bench, seeds:int|None) -> dict:
 
 def _estimated(e:dict) -> str:
     "An estimate for reading"
-    fits = {True: 'it fits', False: 'it does not fit', None: 'whether it fits is not known here'}[e['fits']]
+    fits = {True: 'it fits', False: 'it does not fit',
+            None: 'whether it fits is not known here'}[e['fits']]
     in_all = f'; about {e["seconds"]/60:.1f} min in all' if e['seconds'] else ''
     return '\n'.join([_estimated_method(m) for m in e['methods']]
-                     + [f'available: {_size_words(e["available_bytes"])}; {fits}{in_all}', e['note']])
+                     + [f'available: {_size_words(e["available_bytes"])}; {fits}{in_all}',
+                        e['note']])
 
 def _estimated_method(m:dict) -> str:
     parts = ', '.join(f'{k} {_size_words(v)}' for k, v in m['memory'].items() if v)
@@ -274,10 +278,10 @@ def run_compare(a):
         e = estimate(a, data, arms, a.tune, a.seeds)
         return e, _estimated(e)
     c = ftlab.compare(methods, a.model, data, old=a.old, metric=a.metric, seeds=a.seeds,
-                      steps=a.steps, batch_size=a.batch_size, lrs=lrs, tune=a.tune,
-                      items=a.items, old_items=a.old_items, max_length=a.max_length,
-                      device=a.device, precision=a.precision, dtype=a.dtype,
-                      revision=a.revision, budget=a.budget, out=out, resume=a.resume)
+                      steps=a.steps, batch_size=a.batch_size, lrs=lrs, tune=a.tune, items=a.items,
+                      old_items=a.old_items, max_length=a.max_length, device=a.device,
+                      precision=a.precision, dtype=a.dtype, revision=a.revision, budget=a.budget,
+                      out=out, resume=a.resume)
     return c.json(), f'{c!r}\n{Path(out)/"index.html"}'
 
 def run_fit(a):
@@ -296,14 +300,14 @@ def run_fit(a):
                    else None)
     before = ask()
     run = ftlab.fit(model, tok, data, recipe, steps=a.steps, batch_size=a.batch_size, lr=rates[0],
-                    seed=a.seed, max_length=a.max_length, packing=a.packing,
-                    device=a.device, precision=a.precision, out=out, save_every=a.save_every,
-                    resume=a.resume, trackers=_list(a.trackers or ''),
+                    seed=a.seed, max_length=a.max_length, packing=a.packing, device=a.device,
+                    precision=a.precision, out=out, save_every=a.save_every, resume=a.resume,
+                    trackers=_list(a.trackers or ''),
                     callbacks=(Budget(a.budget),) if a.budget else ())
     record = dict(model=a.model, revision=a.revision, data=data.name, eval=a.eval,
-                  columns=_columns(a), labels=data.labels, seed=a.seed,
-                  recipe=recipe.describe(), settings=run.settings, cost=run.cost,
-                  interrupted=run.interrupted, metric=metric, before=before, after=ask())
+                  columns=_columns(a), labels=data.labels, seed=a.seed, recipe=recipe.describe(),
+                  settings=run.settings, cost=run.cost, interrupted=run.interrupted, metric=metric,
+                  before=before, after=ask())
     record['saved_bytes'] = _keep(run, record, out)
     if run.interrupted:
         raise KeyboardInterrupt(f'stopped after {len(run.log)} steps; what was learned is in {out}')
@@ -330,7 +334,7 @@ def merge_rules() -> dict[str, float]:
     from ftlab.methods import merging_rules
     return {PLAIN_SUM: 1., **merging_rules()}
 
-def merged_change(changes:list, # one {name: new weight minus base weight} each, as `ftlab.adapters.edit.saved` reads them
+def merged_change(changes:list, # one {name: new weight minus base weight} each; see `ftlab.adapters.edit.saved`
                   model,        # their base
                   rule:str=PLAIN_SUM, # one of `merge_rules()`
                   scale:float|None=None # the rule's dial; None: its default
@@ -354,9 +358,10 @@ def _saved_at(path:str) -> Path:
     return p
 
 def _common(paths:list[Path], a) -> dict:
-    """Model, revision, labels and seed of the one base that the runs beside the changes name; what
-    --model and --revision say comes first"""
-    records = {p.parent: json.loads(r.read_text()) for p in paths if (r := p.with_name('run.json')).exists()}
+    """Model, revision, labels and seed of the one base that the runs beside the changes name;
+    what --model and --revision say comes first"""
+    records = {p.parent: json.loads(r.read_text())
+               for p in paths if (r := p.with_name('run.json')).exists()}
     first = next(iter(records.values()), {})
     base = {k: getattr(a, k, None) or first.get(k) for k in ('model', 'revision', 'labels', 'seed')}
     if not base['model']:
@@ -414,8 +419,8 @@ def run_doctor(a):
                        exported=a.exported)
     else:
         if not a.model or given is None:
-            raise ValueError('before a run the doctor needs --model and --data; after one, name the '
-                             'folder that ftlab fit wrote')
+            raise ValueError('before a run the doctor needs --model and --data; after one, '
+                             'name the folder that ftlab fit wrote')
         if a.exported:
             raise ValueError('--exported is held against a finished run; name the folder that ftlab fit wrote as well')
         model, tok = _load(a, labels=given.labels)
@@ -429,11 +434,12 @@ def run_skills(a):
     from ftlab.lab.world import is_lab
     model, tok = ftlab.load(a.model, revision=a.revision, device=a.device)
     if not is_lab(tok):
-        raise ValueError(f'{a.model} does not speak the words of the lab world, so its skills '
-                         'cannot be asked; use a lab model, or one fine-tuned from it')
+        raise ValueError(f'{a.model} does not speak the words of the lab world, '
+                         'so its skills cannot be asked; use a lab model, '
+                         'or one fine-tuned from it')
     found = ftlab.skills(model, a.items, tok=tok, names=_list(a.names) if a.names else None)
-    return dict(model=a.model, items=a.items,
-                skills=found), '\n'.join(f'{k:18} {v:.3f}' for k, v in found.items())
+    return (dict(model=a.model, items=a.items, skills=found),
+            '\n'.join(f'{k:18} {v:.3f}' for k, v in found.items()))
 
 def run_methods(a):
     found = {}
@@ -449,13 +455,13 @@ def run_papers(a):
     found = [e for e in papers.index() if not a.find or a.find.lower() in e['title'].lower()]
     if not found:
         _refuse(f'no paper here has {a.find!r} in its title')
-    return found, '\n'.join(f'{e["verdict"] or e["note"]:18} {e["arxiv"]:11} '
-                            f'{e["title"]}\n{"":31}{", ".join(e["symbols"])}' for e in found)
+    return (found, '\n'.join(f'{e["verdict"] or e["note"]:18} {e["arxiv"]:11} {e["title"]}\n'
+                             f'{"":31}{", ".join(e["symbols"])}' for e in found))
 
 # %% ../nbs/cli.ipynb #001b513c
 def free_port(port:int, tries:int=50) -> int:
-    """`port`, or the next one on which nobody listens; raises `OSError` if there is none among
-    `tries`"""
+    """`port`, or the next one on which nobody listens;
+    raises `OSError` if there is none among `tries`"""
     for p in range(port, min(port + tries, 65536)):
         with socket.socket() as s:
             if os.name != 'nt':
@@ -465,12 +471,12 @@ def free_port(port:int, tries:int=50) -> int:
                 return p
             except (OSError, OverflowError):
                 continue
-    raise OSError(f'no port from {port} to {port + tries - 1} is free; name another: ftlab lab '
-                  '--port 9000, or make lab PORT=9000')
+    raise OSError(f'no port from {port} to {port + tries - 1} is free; name another: '
+                  'ftlab lab --port 9000, or make lab PORT=9000')
 
 def lab_settings(folder:str|Path) -> Path:
-    """Write settings of JupyterLab that lie beneath the reader's own into `folder`, which is then
-    one for JUPYTER_CONFIG_PATH"""
+    """Write settings of JupyterLab that lie beneath the reader's own into `folder`,
+    which is then one for JUPYTER_CONFIG_PATH"""
     settings = {'@jupyterlab/docmanager-extension:plugin': dict(defaultViewers=dict(markdown='Markdown Preview')),
                 '@jupyterlab/apputils-extension:notification': dict(
                     fetchNews='false', checkForUpdates=False)}
@@ -480,10 +486,11 @@ def lab_settings(folder:str|Path) -> Path:
     return Path(folder)
 
 def widgets_folder() -> Path|None:
-    """Where the widgets' half that runs in the browser lies, if JupyterLab would not look there: an
-    environment on top of another has its own folder"""
+    """Where the widgets' half that runs in the browser lies, if JupyterLab would not look there:
+    an environment on top of another has its own folder"""
     found = next((f for f in metadata.files('jupyterlab_widgets') or () if f.name == 'package.json'
-                  and 'labextensions' in f.parts), None)
+                  and 'labextensions' in f.parts),
+                 None)
     folder = found and found.locate().resolve().parents[2]
     return folder if folder and folder != Path(sys.prefix).resolve()/'share'/'jupyter'/'labextensions' else None
 
@@ -495,8 +502,8 @@ def no_screen() -> bool:
 def run_lab(a):
     from ftlab.map import CHAPTERS, checkout, write_start_page
     if not (root := checkout()):
-        raise FileNotFoundError('the course is not part of the installed package; clone the '
-                                'repository and run `make lab` there')
+        raise FileNotFoundError('the course is not part of the installed package; '
+                                'clone the repository and run `make lab` there')
     if a.page and not (root/a.page).exists():
         raise FileNotFoundError(f'there is no page {a.page!r} in {root}; the chapters are in nbs/course')
     if (port := free_port(a.port)) != a.port:
@@ -507,8 +514,8 @@ def run_lab(a):
              f'--port={port}', '--ServerApp.port_retries=0']
     if apart := widgets_folder():
         flags.append(f'--LabServerApp.extra_labextensions_path={apart}')
-    flags += ['--no-browser']*(a.no_browser or no_screen()) + ['--allow-root']*(
-        os.name == 'posix' and os.geteuid() == 0)
+    flags += (['--no-browser']*(a.no_browser or no_screen())
+              + ['--allow-root']*(os.name == 'posix' and os.geteuid() == 0))
     from ftlab.core.io import TemporaryFolder
     with _ended_by_signals(), TemporaryFolder('ftlab-lab-') as folder:
         env['JUPYTER_CONFIG_PATH'] = os.pathsep.join(
@@ -519,8 +526,8 @@ def run_lab(a):
 
 @contextmanager
 def _ended_by_signals():
-    """Turn the signals that ask a process to end into `SystemExit`, so that what it started and
-    made is put away"""
+    """Turn the signals that ask a process to end into `SystemExit`,
+    so that what it started and made is put away"""
     def end(number, frame):
         raise SystemExit(128 + number)
     asked = [signal.SIGTERM] + [s for s in (getattr(signal, 'SIGHUP', None),) if s
@@ -532,9 +539,11 @@ def _ended_by_signals():
         for s, handler in before.items():
             signal.signal(s, handler)
 
-def _until_it_ends(command:list[str], env:dict, patience:float=15.) -> int: # patience: seconds that it has to end, once it was asked to
-    """Run a command and wait for it; Ctrl-C is JupyterLab's own affair, as it asks back. Whatever
-    ends us ends it, too."""
+def _until_it_ends(command:list[str], env:dict,
+                   patience:float=15. # seconds that it has to end, once it was asked to
+                  ) -> int:
+    """Run a command and wait for it; Ctrl-C is JupyterLab's own affair, as it asks back.
+    Whatever ends us ends it, too."""
     process = subprocess.Popen(command, env=env)
     try:
         while True:
@@ -583,8 +592,8 @@ def _carried_claims(a):
         _refuse('name the claims to carry over, ftlab claims carry hft, or take all: ftlab claims carry --all')
     done = carry_claims(a.names or None, a.jobs, say=_progress)
     if bad := [n for n, v in done.items() if v.startswith('not carried')]:
-        raise RuntimeError(f'{len(bad)} of {len(done)} could not be carried '
-                           'over: ' + '; '.join(done[n].removeprefix('not carried: ') for n in bad))
+        raise RuntimeError(f'{len(bad)} of {len(done)} could not be carried over: '
+                           + '; '.join(done[n].removeprefix('not carried: ') for n in bad))
     return done, '' if done else 'no evidence needs carrying over'
 
 def _superseded_claims(a):
@@ -603,8 +612,9 @@ def _listed_claims(a):
     state, board = {c.key: status(c) for c in claims()}, scoreboard()
     said = board.drop_duplicates('claim').set_index('claim') if len(board) else board
     lines = [f'{n:14} {said.verdict[n]:12} {s:13} {said.sentence[n]}' for n, s in state.items()]
-    return {n: dict(verdict=said.verdict[n], scope=said.scope[n], status=s)
-            for n, s in state.items()}, '\n'.join(lines)
+    return (
+        {n: dict(verdict=said.verdict[n], scope=said.scope[n], status=s) for n, s in state.items()},
+        '\n'.join(lines))
 
 # %% ../nbs/cli.ipynb #001f513c
 class _Parser(argparse.ArgumentParser):
@@ -622,17 +632,18 @@ def _positive(text):
 
 COMMON = {'--model': dict(help='lab-s, lab-m, a folder, or a Hugging Face id'),
           '--revision': dict(help='which revision of the model'),
-    '--data': dict(help='a .jsonl, .json, .csv or .parquet file, a folder, or a lab skill'),
+          '--data': dict(help='a .jsonl, .json, .csv or .parquet file, a folder, or a lab skill'),
           '--eval': dict(help='test rows; else a tenth of the data'),
-    '--columns': dict(help='what your columns are called: prompt=question,response=answer'),
+          '--columns': dict(help='what your columns are called: prompt=question,response=answer'),
           '--old': dict(help='data that the model could do before'),
-    '--metric': dict(help='exact, accuracy or nll'),
+          '--metric': dict(help='exact, accuracy or nll'),
           '--method': dict(default='full', help="such as 'lora(r=4)' or 'hft * dft'"),
-          '--lr': dict(type=float),
-    '--steps': dict(type=_positive, default=200), '--batch-size': dict(type=_positive, default=32),
+          '--lr': dict(type=float), '--steps': dict(type=_positive, default=200),
+          '--batch-size': dict(type=_positive, default=32),
           '--max-length': dict(type=_positive, help='tokens a row'),
-    '--device': dict(help='cpu, cuda, cuda:1, mps'), '--dtype': dict(help='of the weights: float32, bfloat16, float16'),
-    '--precision': dict(default='no', choices=('no', 'bf16'), help='mixed precision'),
+          '--device': dict(help='cpu, cuda, cuda:1, mps'),
+          '--dtype': dict(help='of the weights: float32, bfloat16, float16'),
+          '--precision': dict(default='no', choices=('no', 'bf16'), help='mixed precision'),
           '--out': dict(metavar='DIR', help='where to write')}
 
 def _take(p, names:str, **more):
@@ -646,8 +657,8 @@ def _take(p, names:str, **more):
 def _training(p):
     "Arguments of everything that trains"
     must = dict(required=True)
-    add = _take(p, 'model revision data eval columns old metric steps batch-size max-length device '
-                'dtype precision out', model=must, data=must)
+    add = _take(p, 'model revision data eval columns old metric steps batch-size max-length device dtype precision out',
+                model=must, data=must)
     add('--budget', type=_positive, metavar='TOKENS', help='end a run after so many tokens')
     add('--items', type=_positive, default=400, help='test rows to measure on')
     add('--dry-run', action='store_true', help='say what it would take, and whether it fits')
@@ -657,10 +668,10 @@ def _fit(p):
     add = _training(p)
     _take(p, 'method lr')
     add('--seed', type=int, default=0)
-    add('--packing', action='store_true', help='several rows in one line instead of padding: the '
-        'same loss, fewer places')
-    add('--trackers', metavar='NAMES', help='who gets every row of the log: tensorboard,wandb, or '
-        'whatever accelerate knows and is installed')
+    add('--packing', action='store_true',
+        help='several rows in one line instead of padding: the same loss, fewer places')
+    add('--trackers', metavar='NAMES',
+        help='who gets every row of the log: tensorboard,wandb, or whatever accelerate knows and is installed')
     add('--save-every', type=int, default=0, metavar='STEPS', help='keep a checkpoint every so often')
     add('--resume', action=argparse.BooleanOptionalAction, default=None,
         help='go on from the checkpoint in --out, or begin anew')
@@ -687,9 +698,8 @@ def _merge(p):
     add('--delta', metavar='CHANGE', help='the same, as an option')
     rules = merge_rules()
     add('--rule', choices=tuple(rules), help='how several become one; left out, task-arithmetic: their sum')
-    add('--scale', type=float,
-        help='the dial of the rule; left out, ' + ', '.join(f'{v:g} for {k}'
-                                                            for k, v in rules.items()))
+    add('--scale', type=float, help='the dial of the rule; left out, '
+                               + ', '.join(f'{v:g} for {k}' for k, v in rules.items()))
 
 def _report(p):
     add = p.add_argument
@@ -732,17 +742,20 @@ def _claims(p):
     add('--because', help='supersede: why the result no longer stands')
 
 COMMANDS = dict( # name -> what runs it, what it takes, what it is about
-    lab=(run_lab, _lab, 'open the course in JupyterLab'), fit=(run_fit, _fit, 'fine-tune by one method'),
+    lab=(run_lab, _lab, 'open the course in JupyterLab'),
+    fit=(run_fit, _fit, 'fine-tune by one method'),
     compare=(run_compare, _compare, 'several methods, tuned alike: what each gained and what it broke'),
-    merge=(run_merge, _merge, 'a base and a saved change, or several of them by a rule, as a plain '
-           'Hugging Face folder'),
+    merge=(run_merge, _merge,
+           'a base and a saved change, or several of them by a rule, as a plain Hugging Face folder'),
     report=(run_report, _report, 'what a fine-tune learned, what it broke, and where the change lies: one page'),
-    doctor=(run_doctor, _doctor, 'what goes wrong without a word: before a run (--model, --data, '
-            '--method) or after one (the folder that ftlab fit wrote)'),
+    doctor=(run_doctor, _doctor,
+            'what goes wrong without a word: before a run (--model, --data, --method) '
+            'or after one (the folder that ftlab fit wrote)'),
     skills=(run_skills, _skills, 'what a lab model can do'),
     methods=(run_methods, lambda p: None, 'the methods there are'),
-    claims=(run_claims, _claims, 'what became of each paper\'s claim; run them, carry their '
-            'evidence over to changed code, explain one'),
+    claims=(run_claims, _claims,
+            'what became of each paper\'s claim; run them, '
+            'carry their evidence over to changed code, explain one'),
     papers=(run_papers, lambda p: p.add_argument('find', nargs='?', help='words of a title'),
             'the papers that are built here'))
 
@@ -761,8 +774,11 @@ def parser() -> argparse.ArgumentParser:
 
 # %% ../nbs/cli.ipynb #0026513c
 def main(argv:list[str]|None=None # the arguments; None: those of the process
-        ) -> int:                 # 0 when done, 1 for an error or a --dry-run that does not fit, 2 for arguments that cannot be read, 130 when stopped by hand
-    "Run one command"
+        ) -> int:                 # the exit code
+    """Run one command.
+
+    The exit code is 0 when done, 1 for an error or a --dry-run that does not fit, 2 for arguments
+    that cannot be read, and 130 when stopped by hand."""
     a = parser().parse_args(argv)
     try:
         found, said = a.run(a)
@@ -780,8 +796,8 @@ def main(argv:list[str]|None=None # the arguments; None: those of the process
     return 1 if getattr(a, 'dry_run', False) and found['fits'] is False else 0
 
 def _print(text:str) -> None:
-    """Print what a command found, now: an output that takes nothing more is noticed here, and not
-    when Python ends"""
+    """Print what a command found, now: an output that takes nothing more is noticed here,
+    and not when Python ends"""
     try:
         if text:
             print(text, flush=True)

@@ -51,18 +51,17 @@ class Chapter:
     def exercises(self) -> list[str]:
         return [e.name for e in all_exercises() if e.chapter == self.name]
 
-CHAPTERS = (
-    Chapter('first_light', 'You cannot teach a model one thing only',
-            'A model learns one new thing. What became of the rest?', 20, ('probe',)),
-    Chapter('what_it_cost', 'What it cost', 'How much was paid for it, and could it be had for '
-            'less?', 20, ('loop', 'probe'), ('first_light',)),
-    Chapter('half_is_enough', 'Half is enough', 'What if a random half of the numbers may not '
-            'move?', 20, ('select',), ('first_light', 'what_it_cost')),
-    Chapter('low_rank', 'A low-rank change', 'What if the change is written with far fewer '
-            'numbers?', 20, ('delta',), ('first_light', 'what_it_cost')),
-    Chapter('lab_models', 'You can only measure forgetting if you know what was known',
-            'What did the model know before, and how do we know that?', 10,
-            ('source', 'probe'), ('first_light',)))
+CHAPTERS = (Chapter('first_light', 'You cannot teach a model one thing only',
+                    'A model learns one new thing. What became of the rest?', 20, ('probe',)),
+            Chapter('what_it_cost', 'What it cost', 'How much was paid for it, and could it be had for less?',
+                    20, ('loop', 'probe'), ('first_light',)),
+            Chapter('half_is_enough', 'Half is enough', 'What if a random half of the numbers may not move?',
+                    20, ('select',), ('first_light', 'what_it_cost')),
+            Chapter('low_rank', 'A low-rank change', 'What if the change is written with far fewer numbers?',
+                    20, ('delta',), ('first_light', 'what_it_cost')),
+            Chapter('lab_models', 'You can only measure forgetting if you know what was known',
+                    'What did the model know before, and how do we know that?', 10,
+                    ('source', 'probe'), ('first_light',)))
 
 def chapter_named(name:str) -> Chapter:
     "The chapter; raises `ValueError` with the names there are"
@@ -72,8 +71,8 @@ def chapter_named(name:str) -> Chapter:
 
 # %% ../nbs/map.ipynb #0009aabb
 _ROWS = dict(adapters=('The change', 'adapters', '#0072B2'),
-             trainers=('The learning', 'trainers', '#B84F00'), evaluators=('The outcome', 'evaluators',
-    '#00785A'))
+             trainers=('The learning', 'trainers', '#B84F00'),
+             evaluators=('The outcome', 'evaluators', '#00785A'))
 
 def _words(x:float, y:float, text:str, size:int=12, color:str='#222', more:str='') -> str:
     return f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{color}" {more}>{html.escape(text)}</text>'
@@ -84,11 +83,12 @@ def _box(x, y, number, noun, color, here) -> str:
     ask = textwrap.wrap(QUESTIONS[noun][1], 22)
     out = [f'<rect x="{x}" y="{y}" width="172" height="92" rx="8" '
            f'fill="{"#fff3d6" if here else "#ffffff"}" stroke="{color}" '
-        f'stroke-width="{3 if here else 1.4}"/>',
+           f'stroke-width="{3 if here else 1.4}"/>',
            _words(x + 10, y + 21, f'{number}  {noun}', 14, color, 'font-weight="bold"')]
     out += [_words(x + 10, y + 39 + 14*i, line) for i, line in enumerate(ask)]
-    return '\n'.join(out + [_words(x + 10, y + 42 + 14*len(ask) + 12*i, t, 11, '#555',
-                                   'font-style="italic"') for i, t in enumerate(told[:3])])
+    return '\n'.join(out
+                     + [_words(x + 10, y + 42 + 14*len(ask) + 12*i, t, 11, '#555', 'font-style="italic"')
+                        for i, t in enumerate(told[:3])])
 
 # %% ../nbs/map.ipynb #000aaabb
 def draw_map(here:Iterable[str]=() # nouns to mark, as where the reader is
@@ -99,11 +99,9 @@ def draw_map(here:Iterable[str]=() # nouns to mark, as where the reader is
     nouns = list(QUESTIONS)
     tell = '; '.join(f'{i}, {n}: {QUESTIONS[n][1].lower()}' for i, n in enumerate(nouns, 1))
     out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 880 352" width="880" height="352" '
-           'role="img" aria-labelledby="map-title map-text" '
-        'font-family="system-ui, sans-serif">',
+           'role="img" aria-labelledby="map-title map-text" font-family="system-ui, sans-serif">',
            '<title id="map-title">The nine questions of fine-tuning</title>',
-           f'<desc id="map-text">{html.escape(tell)}</desc>', '<rect width="880" '
-           'height="352" rx="10" fill="#fafafa"/>']
+           f'<desc id="map-text">{html.escape(tell)}</desc>', '<rect width="880" height="352" rx="10" fill="#fafafa"/>']
     for row, (part, (label, module, color)) in enumerate(_ROWS.items()):
         y, mine = 16 + 110*row, [n for n in nouns if QUESTIONS[n][0] == part]
         out += [_words(16, y + 42, label, 15, color, 'font-weight="bold"'),
@@ -113,7 +111,10 @@ def draw_map(here:Iterable[str]=() # nouns to mark, as where the reader is
     return '\n'.join(out + ['</svg>', ''])
 
 # %% ../nbs/map.ipynb #0010aabb
-def _link(c:Chapter, folder:str='', at:str|Path='.') -> str: # folder: of the chapters, as seen from `at`, where the link is shown
+def _link(c:Chapter,
+          folder:str='',   # of the chapters, as seen from `at`
+          at:str|Path='.'  # where the link is shown
+         ) -> str:
     "A link to the chapter, if it is there"
     return (f'[{c.label}]({folder}{c.name}.ipynb)' if Path(at, folder, f'{c.name}.ipynb').exists()
             else c.label)
@@ -135,12 +136,13 @@ class Place:
         start = '[the map](start.ipynb)' if Path('start.ipynb').exists() else 'the map'
         facts = [f'**Chapter {i + 1} of {len(CHAPTERS)}**', f'{c.minutes} minutes',
                  _solved(c, progress()['exercises'])]
-        facts += ['read before it: ' + ', '.join(_link(chapter_named(n)) for n in c.needs)]*bool(
-            c.needs)
-        near = [f'← {_link(c)}' for c in CHAPTERS[:i][-1:]] + [start] + [
-            f'{_link(c)} →' for c in CHAPTERS[i + 1:i + 2]]
+        if c.needs:
+            facts.append('read before it: ' + ', '.join(_link(chapter_named(n)) for n in c.needs))
+        near = ([f'← {_link(c)}' for c in CHAPTERS[:i][-1:]] + [start]
+                + [f'{_link(c)} →' for c in CHAPTERS[i + 1:i + 2]])
         return [' · '.join(f for f in facts if f),
-                'On the map: ' + ' · '.join(f'**{n}**' if n in c.nouns else n for n in QUESTIONS), ' · '.join(near)]
+                'On the map: ' + ' · '.join(f'**{n}**' if n in c.nouns else n for n in QUESTIONS),
+                ' · '.join(near)]
 
     def _repr_markdown_(self):
         return '\n\n'.join(self._lines())
@@ -214,7 +216,7 @@ class StartPage:
             mark = '✓' if _finished(c, known) else '·' if c.name in known['chapters'] else ''
             rows.append(f'| {mark} | {i}. {self._link(c)} | {c.asks} | {c.minutes} | '
                         f'{sum(e in known["exercises"] for e in c.exercises)} of '
-                f'{len(c.exercises)} |')
+                        f'{len(c.exercises)} |')
         return '\n'.join(rows)
 
     def _next(self, known) -> str:
@@ -222,17 +224,17 @@ class StartPage:
         if c is None:
             return '**All that is here is solved.** Next comes a method of your own: the page of the Recipe shows how.'
         if known['chapters']:
-            return f'**Continue with {self._link(c)}**' + (f': {_solved(c, known["exercises"])}.'
-                                                           if c.exercises else '.')
+            return (f'**Continue with {self._link(c)}**'
+                    + (f': {_solved(c, known["exercises"])}.' if c.exercises else '.'))
         there = Path(self.at, self.folder, 'start.ipynb').exists()
-        return f'**Begin with {self._link(c)}**' + (f', or let [a quiz of {len(QUIZ)} '
-                                                    f'questions]({self.folder}start.ipynb) say '
-                                                    'where.' if there else '.')
+        quiz = f', or let [a quiz of {len(QUIZ)} questions]({self.folder}start.ipynb) say where.'
+        return f'**Begin with {self._link(c)}**' + (quiz if there else '.')
 
     def _left(self) -> str:
         return '\n'.join(['**Left unfinished**\n']
-                         + [f'- A run in `{r["folder"]}`: `{r["recipe"]}`, step {r["step"]} of {r["steps"]}. The same '
-            f'`fit(...)` with `resume=True` goes on there.' for r in self.runs])
+                         + [f'- A run in `{r["folder"]}`: `{r["recipe"]}`, '
+                            f'step {r["step"]} of {r["steps"]}. The same `fit(...)` with '
+                            '`resume=True` goes on there.' for r in self.runs])
 
     def _repr_markdown_(self):
         known = progress()
@@ -245,7 +247,8 @@ class StartPage:
 def start() -> StartPage:
     "Show what is there, what is done and where to go on"
     folder = next((f for f in ('', 'nbs/course/', '../course/', 'course/')
-                   if Path(f, f'{CHAPTERS[0].name}.ipynb').exists()), '')
+                   if Path(f, f'{CHAPTERS[0].name}.ipynb').exists()),
+                  '')
     return StartPage(folder, tuple(unfinished('.', 'runs', 'ftlab-runs')))
 
 # %% ../nbs/map.ipynb #001daabb
@@ -272,20 +275,23 @@ def write_start_page(path:str|Path|None=None # None: what the environment variab
 def _start_text(root:Path, at:Path) -> str:
     "What the file says, with links as seen from the folder `at`"
     below = lambda p: Path(os.path.relpath(p, at)).as_posix()
-    runs = [dict(r, folder=below(r['folder'])) for r in unfinished(root/'runs', root/'ftlab-runs', root/'nbs'/'course')]
+    runs = [dict(r, folder=below(r['folder']))
+            for r in unfinished(root/'runs', root/'ftlab-runs', root/'nbs'/'course')]
     text = StartPage(below(root/'nbs'/'course') + '/', tuple(runs), at)._repr_markdown_()
     nbs = below(root/'nbs')
     return '\n\n'.join(['# ftlab: the course', text, '## The map',
                         'Fine-tuning is nine decisions. Every chapter is about one or two of them.',
-        '![The nine questions: select, delta, edit; source, objective, step, loop; decode, '
-                        f'probe]({nbs}/images/map.svg)',
-        '| question | noun |\n|---|---|\n' + '\n'.join(f'| {q} | [{n}]({nbs}/{part}/{n}.ipynb) |'
-                                                       for n, (part, q) in QUESTIONS.items()),
-        f'More: [all methods]({nbs}/methods.ipynb), [compare them on your own '
+                        '![The nine questions: select, delta, edit; source, objective, step, '
+                        f'loop; decode, probe]({nbs}/images/map.svg)',
+                        '| question | noun |\n|---|---|\n'
+                        + '\n'.join(f'| {q} | [{n}]({nbs}/{part}/{n}.ipynb) |'
+                                    for n, (part, q) in QUESTIONS.items()),
+                        f'More: [all methods]({nbs}/methods.ipynb), [compare them on your own '
                         f'data]({nbs}/instruments/compare.ipynb), [the scoreboard of the '
-        f'papers]({nbs}/papers/scoreboard.ipynb).',
-        '*This page is written anew whenever you open a chapter or solve an exercise '
-                        f'({time.strftime("%H:%M")}); reopen it to see the latest.*', ''])
+                        f'papers]({nbs}/papers/scoreboard.ipynb).',
+                        '*This page is written anew whenever you open a chapter or solve an '
+                        f'exercise ({time.strftime("%H:%M")}); reopen it to see the latest.*',
+                        ''])
 
 # %% ../nbs/map.ipynb #0032aabb
 def check(yours:Callable,     # your function or class, itself: without brackets after it
@@ -320,59 +326,60 @@ class Question:
     options:tuple  # of which the first is right; they are shown in alphabetical order
     why:str
 
-QUIZ = (
-    Question('first_light', 'You fine-tune a chat model on legal texts, and it now scores well on '
-             'legal questions. What does that score say about its '
-        'arithmetic?',
-        ('Nothing: it has to be measured', 'It is as good as before, as no sums were in the data',
-         'It got better, as all training helps'),
-        'All skills share the same numbers, so a step that improves one of them moves all. The '
-             'score of the new skill cannot tell what became of the '
-        'others.'),
-    Question('what_it_cost', 'Method A forgets 2 points and gains 10; method B forgets 6 and gains '
-             '30. Which one forgets less?',
-        ('Not known: compare them at the same gain', 'A, as 2 is less than 6', 'B, as it pays less for each point'),
-        'Stopped when it had gained 10 points, B may have forgotten less than A. A method that '
-             'learns less mostly forgets less, whatever it is.'),
-    Question('half_is_enough', 'You freeze a random half of the matrices and fine-tune the rest on '
-             'the same data. What do you expect of the new skill, '
-        'after enough steps?',
-        ('It is learned about as well', 'It is learned about half as well',
-         'It is not learned, as the halves need each other'),
-        'A model has far more numbers than one lesson needs; a random half of them will do, a little later.'),
-    Question('low_rank', 'LoRA writes the change of a 128 by 128 matrix as a product of two thin '
-             'ones, of rank 4. How many numbers does it train there?',
-        ('1,024: two times 4 times 128', '64: 4 out of each 128, squared, over 16',
-         '16,384: as many as the matrix has'),
-        'B has 128 rows of 4 numbers and A has 4 rows of 128; the matrix itself stays as it was.'),
-    Question('lab_models', 'A model answers 32 of 40 questions right. About how sure is the 80%?',
-        ('To about 12 points either way', 'To about 1 point', 'It is exact, as it was counted'),
-        'The standard error of a share is the root of p(1 - p)/n; 1.96 of them are 12 points here.'))
+QUIZ = (Question('first_light',
+                 'You fine-tune a chat model on legal texts, and it now scores well on legal '
+                 'questions. What does that score say about its arithmetic?',
+                 ('Nothing: it has to be measured', 'It is as good as before, as no sums were in the data',
+                  'It got better, as all training helps'),
+                 'All skills share the same numbers, so a step that improves one of them moves '
+                 'all. The score of the new skill cannot tell what became of the others.'),
+        Question('what_it_cost',
+                 'Method A forgets 2 points and gains 10; method B forgets 6 and gains 30. Which one forgets less?',
+                 ('Not known: compare them at the same gain', 'A, as 2 is less than 6',
+                  'B, as it pays less for each point'),
+                 'Stopped when it had gained 10 points, B may have forgotten less than A. '
+                 'A method that learns less mostly forgets less, whatever it is.'),
+        Question('half_is_enough',
+                 'You freeze a random half of the matrices and fine-tune the rest on the same '
+                 'data. What do you expect of the new skill, after enough steps?',
+                 ('It is learned about as well', 'It is learned about half as well',
+                  'It is not learned, as the halves need each other'),
+                 'A model has far more numbers than one lesson needs; a random half of them will do, a little later.'),
+        Question('low_rank',
+                 'LoRA writes the change of a 128 by 128 matrix as a product of two thin ones, '
+                 'of rank 4. How many numbers does it train there?',
+                 ('1,024: two times 4 times 128', '64: 4 out of each 128, squared, over 16',
+                  '16,384: as many as the matrix has'),
+                 'B has 128 rows of 4 numbers and A has 4 rows of 128; the matrix itself stays as it was.'),
+        Question(
+            'lab_models', 'A model answers 32 of 40 questions right. About how sure is the 80%?',
+            ('To about 12 points either way', 'To about 1 point', 'It is exact, as it was counted'),
+            'The standard error of a share is the root of p(1 - p)/n; 1.96 of them are 12 points here.'))
 
 def where_to_begin(picked:Iterable[str|None] # the options that were picked, one for each question; None: not sure
                   ) -> Chapter|None:         # None: all right
     "The first chapter whose question was not answered right"
     picked = list(picked)
     if len(picked) != len(QUIZ):
-        raise ValueError(f'there are {len(QUIZ)} questions and {len(picked)} answers; give None for '
-                         'one that was left open')
+        raise ValueError(f'there are {len(QUIZ)} questions and {len(picked)} answers; '
+                         'give None for one that was left open')
     return next((chapter_named(q.chapter) for q, p in zip(QUIZ, picked) if p != q.options[0]), None)
 
 # %% ../nbs/map.ipynb #0025aabb
 def quiz_text() -> str:
     "The quiz as markdown, with the answers folded"
     return '\n\n'.join(f'**{i}.** {q.text}\n\n' + '\n'.join(f'- {o}' for o in sorted(q.options))
-                       + f'\n\n<details><summary>The '
-        f'answer</summary>\n\n{q.options[0]}. {q.why} If this was new to you: '
-                       f'{_link(chapter_named(q.chapter))}.\n\n</details>'
+                       + f'\n\n<details><summary>The answer</summary>\n\n{q.options[0]}. '
+                         f'{q.why} If this was new to you: '
+                         f'{_link(chapter_named(q.chapter))}.\n\n</details>'
                        for i, q in enumerate(QUIZ, 1))
 
 def quiz():
     "The quiz as widgets: pick an option for each question, and read where to begin"
     # here: the rest of this module should load where there are no widgets
     from ipywidgets import HTML, RadioButtons, VBox
-    picks = [RadioButtons(options=[*sorted(q.options), 'not sure'], value=None,
-                          layout=dict(width='auto')) for q in QUIZ]
+    picks = [RadioButtons(options=[*sorted(q.options), 'not sure'], value=None, layout=dict(width='auto'))
+             for q in QUIZ]
     whys = [HTML() for _ in QUIZ]
     verdict = HTML()
     def answer(_):
@@ -384,8 +391,8 @@ def quiz():
         if open_:
             verdict.value = f'{open_} to go.'
         else:
-            verdict.value = (f'<b>Begin with {c.label}</b>. {c.asks}' if c else '<b>You know all of '
-                             'this.</b> Try the exercises of the last chapters.')
+            verdict.value = (f'<b>Begin with {c.label}</b>. {c.asks}' if c
+                             else '<b>You know all of this.</b> Try the exercises of the last chapters.')
     for p in picks:
         p.observe(answer, 'value')
     answer(None)
@@ -396,7 +403,7 @@ def quiz():
 def hosted(page:str,               # such as 'course/first_light.ipynb'
            git_url:str|None=None,  # 'https://github.com/OWNER/NAME'; None: what settings.ini says
            branch:str='main'
-          ) -> dict[str, str]:     # 'binder' and 'colab' to addresses, 'install' to the line that a first cell on Colab needs; {} where no address is known
+          ) -> dict[str, str]:     # 'binder', 'colab': addresses; 'install': what a first cell on Colab needs; or {}
     """Links that open a page on Binder and on Colab; raises `ValueError` for an address that is not
     of GitHub"""
     if git_url is None and (root := checkout()):
@@ -409,6 +416,5 @@ def hosted(page:str,               # such as 'course/first_light.ipynb'
     if not at or name.count('/') != 1:
         raise ValueError(f'git_url is {git_url!r}; Colab and these links of Binder need https://github.com/OWNER/NAME')
     return dict(binder=f'https://mybinder.org/v2/gh/{name}/{branch}?urlpath=lab/tree/nbs/{page}',
-                colab=
-        f'https://colab.research.google.com/github/{name}/blob/{branch}/nbs/{page}',
+                colab=f'https://colab.research.google.com/github/{name}/blob/{branch}/nbs/{page}',
                 install=f'%pip install -q git+https://github.com/{name}@{branch}')

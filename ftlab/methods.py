@@ -68,8 +68,8 @@ def make_of(name:str) -> Callable:
     if name in _marked():
         return getattr(_module_of(name), name)
     near = near_misses(name, names(), cutoff=.4)
-    raise KeyError(f'no method is called {name!r}; ' + (f'did you mean {" or ".join(near)}?' if near
-                                                        else f'there are: {", ".join(names())}'))
+    raise KeyError(f'no method is called {name!r}; '
+                   + (f'did you mean {" or ".join(near)}?' if near else f'there are: {", ".join(names())}'))
 
 def __getattr__(name):
     if name.startswith('_') or name not in _files():
@@ -77,8 +77,8 @@ def __getattr__(name):
     try:
         return make_of(name)
     except KeyError as e:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}: '
-                             f'{e.args[0]}') from None
+        raise AttributeError(
+            f'module {__name__!r} has no attribute {name!r}: {e.args[0]}') from None
 
 def __dir__():
     return sorted({*globals(), *names()})
@@ -97,8 +97,8 @@ def get(text:str|Recipe # 'hft', 'lora(r=4)', 'hft * dft', or a Recipe
     return _build(tree, text).named(text)
 
 def _unreadable(text):
-    return ValueError(f"cannot read {text!r} as a method; write a name such as 'lora', with "
-                      "arguments 'lora(r=4)', or several 'hft * dft'")
+    return ValueError(f"cannot read {text!r} as a method; write a name such as 'lora', "
+                      "with arguments 'lora(r=4)', or several 'hft * dft'")
 
 def _build(node, text):
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):

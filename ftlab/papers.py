@@ -140,15 +140,15 @@ def _rows(c:Claim) -> list[dict]:
     if r.get('superseded'):
         head |= dict(superseded=r['superseded'])
     effects = [(k, contrast(k)) for k in r['contrasts']]
-    return [head | dict(contrast=k['name'], each=f['verdict'], effect=f['mean'], low=f['low'],
-                        high=f['high'],
-                        margin=k['margin'], kind=k['kind'], seeds=f['n'])
-            for k, f in effects] or [head]
+    return ([head | dict(contrast=k['name'], each=f['verdict'], effect=f['mean'], low=f['low'],
+                         high=f['high'], margin=k['margin'], kind=k['kind'], seeds=f['n'])
+             for k, f in effects] or [head])
 
 def scoreboard_html(board:pd.DataFrame) -> str:
     """The scoreboard as a table for a page, one row a claim; the site's script lets the reader
     filter and sort it"""
-    heads = ''.join(f'<th scope="col"{" data-filter=one" if h in ("Verdict", "Scope") else ""}>{h}</th>' for h in ('Claim', 'Verdict', 'Scope', 'What was measured'))
+    heads = ''.join(f'<th scope="col"{" data-filter=one" if h in ("Verdict", "Scope") else ""}>{h}</th>'
+                    for h in ('Claim', 'Verdict', 'Scope', 'What was measured'))
     rows = ''.join(_claim_row(claim, rows.to_dict('records')) for claim, rows in board.groupby('claim', sort=False))
     return ('<div class="table-wrapper"><table class="filter"><caption>The '
             f'claims</caption><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>')
@@ -161,8 +161,8 @@ def _claim_row(claim:str, contrasts:list[dict]) -> str:
     if text['superseded']:
         verdict += f'<br><small>superseded: {text["superseded"]}</small>'
     lines = ''.join(f'<li>{html.escape(m)}</li>' for r in contrasts if (m := effect_line(r)))
-    return ('<tr><th scope="row" '
-            f'data-sort="{claim}"><b>{claim}</b><br>{text["sentence"]}</th><td>{verdict}</td><td>{text["scope"]}</td><td><ul>{lines}</ul></td></tr>')
+    return (f'<tr><th scope="row" data-sort="{claim}"><b>{claim}</b><br>{text["sentence"]}</th>'
+            f'<td>{verdict}</td><td>{text["scope"]}</td><td><ul>{lines}</ul></td></tr>')
 
 def effect_line(r:dict) -> str:
     """A contrast in a line: what came of it, the effect with its interval, and what was needed;
@@ -214,7 +214,11 @@ def _paper_row(e:dict, spec:dict) -> str:
     badge = f'<span class="verdict {verdict.split()[0]}">{html.escape(verdict)}</span>'
     scope = e['scope'] or spec.get('scope', '')
     budget = f'{tokens/1e6:g}M' if tokens else ''
-    cells = [(asked, asked), (e['home'], e['home']), (e['family'], e['family']), (badge, verdict),
-             (scope, scope), (budget, tokens or 0)]
+    cells = [(asked, asked),
+             (e['home'], e['home']),
+             (e['family'], e['family']),
+             (badge, verdict),
+             (scope, scope),
+             (budget, tokens or 0)]
     rest = ''.join(f'<td data-sort="{html.escape(str(by))}">{shown}</td>' for shown, by in cells)
     return f'<tr><th scope="row" data-sort="{html.escape(e["title"])}">{title}</th>{rest}</tr>'

@@ -1,8 +1,10 @@
-"""Which papers' pages, contracts and claims a run of the tests covers: all, those that a change touches, a tenth that rotates.
+"""Which papers' pages, contracts and claims a run of the tests covers:
+all, those that a change touches, a tenth that rotates.
 
-A paper is a page in a family's folder, `nbs/<part>/<family>/<key>.ipynb`; its key is the page's name. Everything else is the library,
-and always tested. What a change touches is read from the sources: who imports whom, transitively, who names a paper, who reads
-which result. What cannot be judged from the sources counts as touching everything."""
+A paper is a page in a family's folder, `nbs/<part>/<family>/<key>.ipynb`; its key is the page's
+name. Everything else is the library, and always tested. What a change touches is read from the
+sources: who imports whom, transitively, who names a paper, who reads which result.
+What cannot be judged from the sources counts as touching everything."""
 import ast
 import datetime
 import hashlib
@@ -22,12 +24,13 @@ TURNS = 10  # days until the rotation has seen every paper
 # lists of everything: what they import says nothing about who needs it
 HUBS = {'ftlab', 'ftlab._modidx', 'ftlab.methods', 'ftlab.papers'}
 # what no paper's test reads; the library's tests, which always run, do
-APART = re.compile(r'(docs|binder|\.ci|papers|nbs/images)/|tests/(browser|native)/|tests/test_\w+\.py$|[^/]*\.(md|cff|in)$|LICENSE$|\.git\w+$|(nbs/)?_quarto\.yml$|README_files/')
+APART = re.compile(r'(docs|binder|\.ci|papers|nbs/images)/|tests/(browser|native)/|tests/test_\w+\.py$|'
+                   r'[^/]*\.(md|cff|in)$|LICENSE$|\.git\w+$|(nbs/)?_quarto\.yml$|README_files/')
 
 
 def key_of(page: str) -> str | None:
-    """The paper's key that a page is filed under, or None: 'adapters/subsets/hft.ipynb' -> 'hft'.
-    The doctor's checks are library"""
+    """The paper's key that a page is filed under, or None:
+    'adapters/subsets/hft.ipynb' -> 'hft'. The doctor's checks are library"""
     parts = Path(page).parts
     return Path(page).stem if len(parts) == 3 and parts[0] != 'instruments' and Path(page).stem != 'index' else None
 
@@ -38,8 +41,8 @@ def plain(key: str) -> str:
 
 
 def turn(key: str, day: datetime.date) -> bool:
-    """Is it the key's turn? Once in TURNS days, by a hash of the key alone: a new paper moves no
-    other"""
+    """Is it the key's turn? Once in TURNS days, by a hash of the key alone:
+    a new paper moves no other"""
     return int(hashlib.sha256(key.encode()).hexdigest(), 16) % TURNS == day.toordinal() % TURNS
 
 
@@ -80,8 +83,8 @@ class Sources:
 
     @cached_property
     def public(self) -> dict[str, str]:
-        """{name of the face: module} as `ftlab/__init__.py` lists them: `ftlab.fit` needs
-        ftlab.trainers.loop"""
+        """{name of the face: module} as `ftlab/__init__.py` lists them:
+        `ftlab.fit` needs ftlab.trainers.loop"""
         text = (self.root/'ftlab'/'__init__.py').read_text(encoding='utf-8')
         return dict(re.findall(r"(\w+)=\('(ftlab[\w.]*)'", text))
 
@@ -132,8 +135,8 @@ class Sources:
                 found |= {node.module}
                 found |= {self.public[a.name] for a in node.names if node.module == 'ftlab'
                           and a.name in self.public}
-            elif isinstance(node, ast.Attribute) and isinstance(node.value,
-                                                                ast.Name) and node.value.id == 'ftlab':
+            elif (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)
+                  and node.value.id == 'ftlab'):
                 found |= {self.public.get(node.attr, 'ftlab')}
         return {self.modules[m] for m in found if m in known}
 
@@ -141,8 +144,8 @@ class Sources:
         "The modules of the papers that the text names: in `methods.hft`, 'hft * dft', `hft = \"hft\"`"
         if file in {self.modules.get(h) for h in HUBS}:
             return set()
-        return {self.by_key[w] for w in {plain(w) for w in re.findall(r'\w+', text)}
-                if w in self.by_key}
+        return {self.by_key[w]
+                for w in {plain(w) for w in re.findall(r'\w+', text)} if w in self.by_key}
 
     def _results(self, text: str) -> set[str]:
         "The results of benches that the text names"
@@ -163,8 +166,8 @@ class Sources:
 
     @cached_property
     def shared(self) -> set[str]:
-        """What every paper's contract and claim is tested by, without the papers that these tests
-        use as examples"""
+        """What every paper's contract and claim is tested by,
+        without the papers that these tests use as examples"""
         start = {f for f in ('tests/test_contract.py', 'tests/test_claims.py') if f in self.files}
         papers = set(self.by_key.values())
         return self.closure_of(start, without=papers)
@@ -203,12 +206,12 @@ class Sources:
 
 
 def changed_since(ref: str, root: Path = ROOT) -> list[str] | None:
-    """The files that differ from what `ref` had, gone ones and new ones included; None where git
-    cannot say"""
+    """The files that differ from what `ref` had, gone ones and new ones included;
+    None where git cannot say"""
     def git(*args):
         return subprocess.run(['git', *args], cwd=root, capture_output=True, text=True)
-    diff, new = git('diff', '--name-only', '--no-renames', '-z', ref,
-                    '--'), git('ls-files', '-z', '--others', '--exclude-standard')
+    diff, new = (git('diff', '--name-only', '--no-renames', '-z', ref, '--'),
+                 git('ls-files', '-z', '--others', '--exclude-standard'))
     if diff.returncode or new.returncode:
         return None
     return sorted({f for f in (diff.stdout + new.stdout).split('\0') if f})
@@ -235,6 +238,6 @@ def select(sources: Sources, everything: bool = False, ref: str | None = None,
         return Selection(papers, f'everything: git cannot tell what changed since {ref or "HEAD"}')
     touched, why = sources.touched(changed)
     due = {k for k in papers if turn(k, day)}
-    text = (f'{why or f"{len(touched)} that {len(changed)} changed files touch"}, and '
-            f'{len(due - touched)} whose turn it is')
+    text = (f'{why or f"{len(touched)} that {len(changed)} changed files touch"}, '
+            f'and {len(due - touched)} whose turn it is')
     return Selection(touched | due, text)

@@ -11,8 +11,8 @@ KEYED = {'test_contract.py': 'name', 'test_claims.py': 'claim'}
 
 
 def paper_of(item, keys: dict[str, str]) -> str | None:
-    """The key of the paper that a test is about, or None for the library's: by its parameter, or by
-    its file's name"""
+    """The key of the paper that a test is about, or None for the library's: by its parameter,
+    or by its file's name"""
     file = Path(str(item.fspath)).name
     params = getattr(item, 'callspec', None)
     value = params and (params.params.get('key') or params.params.get(KEYED.get(file, 'key')))
@@ -26,8 +26,9 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Leave out the papers that FTLAB_TEST_KEYS does not name (unset: none is left out), and say which tests share a process:
-    those of one file, as they share its fixtures; but each paper's contract is a group of its own."""
+    """Leave out the papers that FTLAB_TEST_KEYS does not name (unset: none is left out),
+    and say which tests share a process: those of one file, as they share its fixtures;
+    but each paper's contract is a group of its own."""
     keys = {plain(k): k for k in Sources().papers}
     wanted = os.environ.get('FTLAB_TEST_KEYS')
     left = []
@@ -62,7 +63,8 @@ def pytest_terminal_summary(terminalreporter):
     """The contracts that cost most, in CPU-seconds, which a busy machine does not change;
     --durations prints the slowest tests"""
     cost = {}
-    for report in (r for rs in terminalreporter.stats.values() for r in rs if getattr(r, 'when', '') == 'call'):
+    for report in (r for rs in terminalreporter.stats.values()
+                   for r in rs if getattr(r, 'when', '') == 'call'):
         said = dict(report.user_properties)
         if said.get('paper') and 'test_contract.py' in report.nodeid:
             cost[said['paper']] = cost.get(said['paper'], 0) + said.get('cpu', 0)

@@ -1,13 +1,14 @@
 """The rules of imports, read from the modules' source.
 
-- The library points one way: core, lab <- native <- adapters <- trainers <- evaluators <- instruments <- course, cli.
-- A paper's module (`ftlab.<part>.<family>.<key>`) imports what it likes of the library below the instruments, and other papers.
-  No library module imports a paper.
+- The library points one way:
+  core, lab <- native <- adapters <- trainers <- evaluators <- instruments <- course, cli.
+- A paper's module (`ftlab.<part>.<family>.<key>`) imports what it likes of the library below the
+  instruments, and other papers. No library module imports a paper.
 - No cycles: not between modules, not between parts.
 - Nothing private crosses from one module into another: neither an imported name nor an attribute.
 
-Rules that are broken today stand in `known_imports.json`, until they are gone: `python tests/imports.py` writes it anew,
-and refuses to add to it.
+Rules that are broken today stand in `known_imports.json`, until they are gone:
+`python tests/imports.py` writes it anew, and refuses to add to it.
 """
 import ast
 import json
@@ -37,8 +38,8 @@ def tree(source: str) -> ast.Module:
 
 
 def taken(name: str, source: str, known: set[str]) -> set[tuple[str, str]]:
-    """(module among `known`, what is taken from it or '' for the module itself) of all that module
-    `name` imports, anywhere in its source"""
+    """(module among `known`, what is taken from it or '' for the module itself) of all that
+    module `name` imports, anywhere in its source"""
     top, is_package, found = name.split('.')[0], any(k.startswith(name + '.') for k in known), set()
     for node in ast.walk(tree(source)):
         if isinstance(node, ast.Import):
@@ -65,8 +66,8 @@ def is_paper(module: str) -> bool:
 
 
 def part(module: str) -> str:
-    """The part that a module belongs to: its folder, or what a module at the top is counted with;
-    '' for the package itself"""
+    """The part that a module belongs to: its folder,
+    or what a module at the top is counted with; '' for the package itself"""
     name = module.split('.')[1] if '.' in module else ''
     return AT_THE_TOP.get(name, name)
 
@@ -80,8 +81,8 @@ def asks_where_it_is(source: str, package: str) -> bool:
 
 
 def library(sources: Mapping[str, str]) -> list[str]:
-    """The modules whose imports are judged: the face imports everything, lazily; the index imports
-    nothing"""
+    """The modules whose imports are judged: the face imports everything, lazily;
+    the index imports nothing"""
     return [m for m in sources if '.' in m and not m.endswith('._modidx')]
 
 
@@ -91,8 +92,8 @@ def wrong_imports(sources: Mapping[str, str]) -> list[str]:
     for name in library(sources):
         for other in sorted(imported(name, sources[name], known)):
             a, b = RANK.get(part(name), LAST), RANK.get(part(other), LAST)
-            if is_paper(name) and (is_paper(other)
-                                   or b < RANK['instruments']) or '.' not in other and asks_where_it_is(sources[name], other):
+            if (is_paper(name) and (is_paper(other) or b < RANK['instruments']) or '.' not in other
+                and asks_where_it_is(sources[name], other)):
                 continue
             if is_paper(name):
                 wrong.append(f'{name} imports {other}: a paper imports the library below the instruments, and papers')
@@ -164,11 +165,11 @@ def crossing_privates(sources: Mapping[str, str]) -> list[str]:
         for n in own_privates(sources[m]):
             owners[n].add(m)
     for m in library(sources):
-        wrong |= {f'{m} takes {n} from {other}' for other, n in taken(m, sources[m], known)
-                  if private(n)}
+        wrong |= {f'{m} takes {n} from {other}'
+                  for other, n in taken(m, sources[m], known) if private(n)}
         for node in ast.walk(tree(sources[m])):
-            if isinstance(node, ast.Attribute) and private(node.attr) and owners[
-                node.attr] and m not in owners[node.attr]:
+            if (isinstance(node, ast.Attribute) and private(node.attr) and owners[node.attr]
+                and m not in owners[node.attr]):
                 wrong.add(f'{m} reaches for .{node.attr} of {" or ".join(sorted(owners[node.attr]))}')
     return sorted(wrong)
 

@@ -12,12 +12,11 @@ from ftlab.adapters.store import FORMATS, OLD_KINDS, identity, load_delta, pack,
 from tiny import example_inputs, tiny
 
 HOW = ('flip', 'flip_header', 'cut', 'length', 'meta', 'kinds', 'kinds', 'base', 'rename', 'dtype',
-       'shape', 'shape', 'offsets',
-       'drop', 'drop', 'swap', 'extra', 'values', 'values', 'scalar', 'scalar', 'cross')
+       'shape', 'shape', 'offsets', 'drop', 'drop', 'swap', 'extra', 'values', 'values', 'scalar',
+       'scalar', 'cross')
 JUNK = [None, True, 0, -1, 10**18, 1.5, '', 'value', [], {}, [[]], 'x'*100, 5, ['entries', {}],
-        ['entries', {'count': -1}],
-        ['entries', {'count': 10**12}], ['entries', {'left': 10**12}], ['entries', [1]],
-        ['entries'], ['os:system', {}], ['builtins:exec', {}],
+        ['entries', {'count': -1}], ['entries', {'count': 10**12}], ['entries', {'left': 10**12}],
+        ['entries', [1]], ['entries'], ['os:system', {}], ['builtins:exec', {}],
         ['ftlab.cli:main', {}], ['ftlab.adapters.delta:Nope', {}],
         ['ftlab.adapters.delta:Entries', {}], ['cli', {}], ['..', {}], ['', {}], [':', {}],
         ['offset', {'x': 1}], ['offset', {}], ['lowrank', {'r': 10**9}],
@@ -42,8 +41,8 @@ def join(header, body):
     return struct.pack('<Q', len(j)) + j + body
 
 def sources(folder) -> dict[str, bytes]:
-    """Healthy files, by name: every kind of change, in the format of today and in that of version
-    0.1"""
+    """Healthy files, by name: every kind of change,
+    in the format of today and in that of version 0.1"""
     out = {}
     for name, make in CHANGES.items():
         torch.manual_seed(0)
@@ -62,8 +61,8 @@ def sources(folder) -> dict[str, bytes]:
         meta['format'] = FORMATS[0]
         kinds = {n: k if k == 'value' else [OLD[k[0]], k[1]]
                  for n, k in json.loads(meta['kinds']).items()}
-        out[f'{name}, 0.1'] = join(header
-                                   | {'__metadata__': dict(meta, kinds=json.dumps(kinds))}, body)
+        out[f'{name}, 0.1'] = join(header | {'__metadata__': dict(meta, kinds=json.dumps(kinds))},
+                                   body)
     return out
 
 def mutated(seed:int, healthy:dict[str, bytes]) -> tuple[str, str, bytes]:
@@ -95,8 +94,8 @@ def _signed(b):
         tensors = load(b)
     except Exception:
         return b
-    if not isinstance(meta, dict) or 'digest' not in meta or not all(
-        isinstance(meta.get(k), str) for k in ('kinds', 'base', 'recipe')):
+    if (not isinstance(meta, dict) or 'digest' not in meta
+        or not all(isinstance(meta.get(k), str) for k in ('kinds', 'base', 'recipe'))):
         return b
     from ftlab.adapters.store import _digest
     return join(header | {'__metadata__': dict(meta, digest=_digest(tensors, meta))}, body)
@@ -107,8 +106,8 @@ def _bytes(r, how, b):
     if how == 'cut':
         return b[:r.randrange(len(b))] if r.random() < .7 else b[r.randrange(1, 200):]
     if how == 'length':
-        return struct.pack('<Q',
-                           r.choice([0, 1, 2**63, 2**40, len(b), len(b) - 8, 2**64 - 1])) + b[8:]
+        return (struct.pack('<Q', r.choice([0, 1, 2**63, 2**40, len(b), len(b) - 8, 2**64 - 1]))
+                + b[8:])
     for _ in range(r.choice([1, 1, 5, 50])):
         x[r.randrange(8 + n if how == 'flip_header' else len(x))] ^= 1 << r.randrange(8)
     return bytes(x)
@@ -171,17 +170,18 @@ def _entry(r, how, header):
     if how == 'shape':
         s = entry['shape']
         n = torch.Size(s).numel()
-        entry['shape'] = r.choice([[n], [1, n], [n, 1], s[::-1], s + [1], [1] + s, [], [0], [-1],
-                                   [2**40, 2**40], [n*2], ['x'], None,
-                                   [n//2, 2] if n % 2 == 0 else [n, 1, 1]])
+        entry['shape'] = r.choice(
+            [[n], [1, n], [n, 1], s[::-1], s + [1], [1] + s, [], [0], [-1], [2**40, 2**40], [n*2],
+             ['x'], None, [n//2, 2] if n % 2 == 0 else [n, 1, 1]])
     if how == 'offsets':
         a, z = entry['data_offsets']
-        entry['data_offsets'] = r.choice([[0, z], [z, a], [a, z + 8], [a, 2**63], [-1, z], [a],
-                                          None, [0, 0], [a, 10**15], header[r.choice(names)]['data_offsets']])
+        entry['data_offsets'] = r.choice(
+            [[0, z], [z, a], [a, z + 8], [a, 2**63], [-1, z], [a], None, [0, 0], [a, 10**15],
+             header[r.choice(names)]['data_offsets']])
 
 def _tensors(r, how, b, healthy):
-    """The file written again with other tensors, so that safetensors takes it; where there is a
-    digest it is right half of the time"""
+    """The file written again with other tensors, so that safetensors takes it;
+    where there is a digest it is right half of the time"""
     meta, t = split(b)[0]['__metadata__'], load(b)
     k = r.choice(sorted(t))
     v = t[k]
@@ -194,10 +194,10 @@ def _tensors(r, how, b, healthy):
         o = r.choice(sorted(t))
         t[k], t[o] = t[o].clone(), v.clone()
     if how == 'scalar':
-        t[k] = r.choice([torch.tensor(7.), torch.full((1,), 7.), torch.zeros(0),
-                         torch.full((1, 1), 7.), v.flatten()[:3].clone(), v.to(torch.float64),
-                         v.to(torch.int8), torch.zeros(3, 3, 3), v[None].clone(),
-                         v.to(torch.complex64)])
+        t[k] = r.choice(
+            [torch.tensor(7.), torch.full((1,), 7.), torch.zeros(0), torch.full((1, 1), 7.),
+             v.flatten()[:3].clone(), v.to(torch.float64), v.to(torch.int8), torch.zeros(3, 3, 3),
+             v[None].clone(), v.to(torch.complex64)])
     if how == 'values':
         t[k] = r.choice([torch.full_like(v, float('nan') if real else 2**31 - 1),
                          torch.full_like(v, float('inf') if real else -5),
@@ -224,8 +224,8 @@ def differ(a, b) -> list[str]:
     return out + ([] if same else ['weights'])
 
 def verdict(model, was:dict, path, content:bytes, healthy:bytes) -> dict:
-    """What `load_delta` does with a file. `wrong` says what it should not have done; nothing in a
-    good record."""
+    """What `load_delta` does with a file. `wrong` says what it should not have done;
+    nothing in a good record."""
     path.write_bytes(content)
     out, wrong = {}, []
     try:

@@ -34,12 +34,12 @@ def exports(cells:list[dict]) -> list[str]:
             for m in re.findall(r'^#\|\s*default_exp\s+(\S+)', c['source'], re.M)]
 
 def project_files() -> list[Path]:
-    """What belongs to the project, relative to its root: tracked by git or about to be; all that is
-    not ignored where there is no git"""
+    """What belongs to the project, relative to its root: tracked by git or about to be;
+    all that is not ignored where there is no git"""
     if (ROOT/'.git').exists() and shutil.which('git'):
-        out = subprocess.run(['git', 'ls-files', '-z', '--cached', '--others',
-                              '--exclude-standard'], cwd=ROOT, check=True, capture_output=True,
-                             text=True).stdout
+        out = subprocess.run(
+            ['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'], cwd=ROOT,
+            check=True, capture_output=True, text=True).stdout
         return [Path(o) for o in sorted(set(out.split('\0'))) if o and (os.path.lexists(ROOT/o))
                 and not (ROOT/o).is_dir()]
     return [p.relative_to(ROOT) for p in sorted(ROOT.rglob('*')) if not p.is_dir()

@@ -21,11 +21,12 @@ def _output(o:dict, stem:str, images:dict[str, bytes]) -> str:
     return '\n'.join('    ' + l for l in text('text/plain').splitlines())
 
 def readme(cells:list[dict]) -> tuple[str, dict[str, bytes]]:
-    """The README's text and the images that it shows ({path: bytes}); links become relative to the
-    top/"""
+    """The README's text and the images that it shows ({path: bytes});
+    links become relative to the top/"""
     parts, images = [], {}
     for i, c in enumerate(cells):
-        source, hidden = c['source'].strip(), re.search(r'^#\|\s*(hide|default_exp)\b', c['source'], re.M)
+        source, hidden = (c['source'].strip(),
+                          re.search(r'^#\|\s*(hide|default_exp)\b', c['source'], re.M))
         if c['cell_type'] == 'markdown':
             parts.append(_linked(MADE.sub('', source)))
         elif c['cell_type'] == 'code' and source and not hidden:

@@ -1,10 +1,13 @@
 """Test the library, and papers: all, or what changed and a tenth that rotates. `make test` calls this.
 
-    python tests/run.py                 everything with at most 100 papers; above: the library, what is not committed, a tenth of the papers
+    python tests/run.py                 everything with at most 100 papers; above: the library,
+                                        what is not committed, a tenth of the papers
     python tests/run.py --all           everything
-    python tests/run.py --changed REF   the library, what a change since REF touches, a tenth of the other papers, and the site
+    python tests/run.py --changed REF   the library, what a change since REF touches,
+                                        a tenth of the other papers, and the site
 
-The tests, the pages and the site always run one after another, whatever fails, so that one call tells everything that is wrong."""
+The tests, the pages and the site always run one after another, whatever fails,
+so that one call tells everything that is wrong."""
 import argparse
 import os
 import subprocess
@@ -16,8 +19,8 @@ from pages import ROOT, pages
 
 
 def order(page: str) -> bool:
-    """The course trains, the rest mostly does not: its pages first, so that no worker waits for the
-    last of them"""
+    """The course trains, the rest mostly does not: its pages first,
+    so that no worker waits for the last of them"""
     return not page.startswith('course/')
 
 

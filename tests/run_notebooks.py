@@ -23,8 +23,8 @@ ENV = dict(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='passive', HF_HUB_OFFLINE='1',
 
 
 def path_of(name: str) -> Path:
-    """The page that `name` means: a path under nbs/, or one from here. Raises `SystemExit` where
-    there is none"""
+    """The page that `name` means: a path under nbs/, or one from here.
+    Raises `SystemExit` where there is none"""
     for path in (NBS/name, Path(name).resolve()):
         if path.suffix == '.ipynb' and path.exists():
             return path
@@ -37,14 +37,14 @@ def parted(names: list[str]) -> tuple[list[str], list[str]]:
     sources = Sources()
     brought = sources.closure_of({sources.modules[m] for m in OURS if m in sources.modules},
                                  step=sources.imports)
-    first = [n for n in names if {f'ftlab/{m.replace(".", "/")}.py'
-                                  for m in exports(cells(path_of(n)))} & brought]
+    first = [n for n in names
+             if {f'ftlab/{m.replace(".", "/")}.py' for m in exports(cells(path_of(n)))} & brought]
     return first, [n for n in names if n not in first]
 
 
 def in_kernel(path: Path, timeout: int, store: bool = False) -> str:
-    """Execute the notebook at `path` in its own folder, as JupyterLab would: what went wrong or '';
-    `store` keeps the outputs"""
+    """Execute the notebook at `path` in its own folder, as JupyterLab would:
+    what went wrong or ''; `store` keeps the outputs"""
     import nbformat
     from nbclient import NotebookClient
     nb = nbformat.read(path, as_version=4)
@@ -72,8 +72,8 @@ def kernels(todo: list[tuple[str, Path]], timeout: int, store: bool):
 
 def main(names: list[str], workers: int = 2, timeout: int = 600, kernel: bool = False,
          store: bool = False) -> int:
-    """Run the pages `names`, print each as it ends and the ten slowest at the end; the number that
-    failed"""
+    """Run the pages `names`, print each as it ends and the ten slowest at the end;
+    the number that failed"""
     os.environ.update(ENV)
     start, failed, used, todo = time.perf_counter(), {}, {}, [(n, path_of(n)) for n in names]
     if kernel or store or not hasattr(os, 'fork'):
@@ -88,8 +88,8 @@ def main(names: list[str], workers: int = 2, timeout: int = 600, kernel: bool = 
         used[name] = result['cpu']
         if result['wrong']:
             failed[name] = result['wrong']
-        print(f'{"FAILED" if name in failed else "ok":6} {result["seconds"]:6.1f} s '
-              f'{result["cpu"]:6.1f} CPU-s  {name}', flush=True)
+        print(f'{"FAILED" if name in failed else "ok":6} {result["seconds"]:6.1f} s {result["cpu"]:6.1f} CPU-s  {name}',
+              flush=True)
     for name, wrong in failed.items():
         print(f'\n--- {name}\n{wrong}')
     own, seconds = time.process_time(), time.perf_counter() - start

@@ -15,8 +15,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 def once(home: Path, name: str, make: Callable[[Path], None]) -> Path:
-    """The folder `name` in `home` as `make` filled it: by the first process that asks, while the
-    others wait. A failure is made again"""
+    """The folder `name` in `home` as `make` filled it: by the first process that asks,
+    while the others wait. A failure is made again"""
     done, out = home/f'{name}.done', home/name
     home.mkdir(parents=True, exist_ok=True)
     with open(home/f'{name}.lock', 'w') as lock:
@@ -30,8 +30,8 @@ def once(home: Path, name: str, make: Callable[[Path], None]) -> Path:
 
 
 def nvcc_once(home: Path, nvcc: str) -> dict[str, str]:
-    """The environment in which a source that nvcc has compiled, for whichever test, is not compiled
-    again"""
+    """The environment in which a source that nvcc has compiled, for whichever test,
+    is not compiled again"""
     toolkit = os.environ.get('CUDA_HOME') or Path(nvcc).resolve().parent.parent
     path = f'{ROOT/"tests"/"native"/"once"}{os.pathsep}{os.environ["PATH"]}'
     return dict(PATH=path, FTLAB_TEST_NVCC=nvcc, FTLAB_TEST_KEPT=str(home/'nvcc'),

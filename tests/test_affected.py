@@ -11,29 +11,25 @@ from affected import FEW, TURNS, Sources, changed_since, key_of, select, turn
 FILES = {
     'ftlab/__init__.py': "_PUBLIC = dict(\n    fit=('ftlab.trainers.loop', 'fit'), methods=('ftlab.methods', None))",
     'ftlab/methods.py': 'from .trainers.losses.one import one\nfrom .trainers.losses.two import '
-    'two\nfrom .adapters.subsets.half_it import half_it',
-    'ftlab/core/recipe.py': 'import os',
-    'ftlab/trainers/loop.py': 'def fit():\n    from ..core.recipe import Recipe',
-    'ftlab/trainers/objective.py': '',
-    'ftlab/trainers/unused.py': '', 'ftlab/native/__init__.py': 'import importlib\ndef '
-    '__getattr__(n): return importlib.import_module(n)', 'ftlab/native/noise.py': '',
+                        'two\nfrom .adapters.subsets.half_it import half_it',
+    'ftlab/core/recipe.py': 'import os', 'ftlab/trainers/loop.py': 'def fit():\n    from ..core.recipe import Recipe',
+    'ftlab/trainers/objective.py': '', 'ftlab/trainers/unused.py': '',
+    'ftlab/native/__init__.py': 'import importlib\ndef __getattr__(n): return importlib.import_module(n)',
+    'ftlab/native/noise.py': '',
     'ftlab/trainers/losses/one.py': 'from ..objective import nll\nfrom ...native import noise_',
     'ftlab/trainers/losses/two.py': 'from .one import weight',
     'ftlab/adapters/subsets/half_it.py': 'from ...core.recipe import Recipe',
     'tests/test_contract.py': 'import toys\nfrom ftlab.methods import get\nfrom ftlab.trainers.losses.one import one',
     'tests/test_one.py': 'import helper', 'tests/helper.py': '', 'tests/test_fit.py': 'import toys',
     'tests/toys.py': 'from ftlab.core.recipe import Recipe',
-    'claims/half_it/claim.py': 'import banks', 'claims/half_it/claim.toml': 'arms = {a = "half_it", '
-    'b = "two"}', 'claims/half_it/result.json': '{}',
-    'bench/banks.py': '', 'bench/results/speed.json': '{}', 'settings.ini': '', 'README.md': '', 'ftlab/csrc/x.cu': '',
-}
-CELLS = {
-    'nbs/trainers/losses/one.ipynb': ['%matplotlib inline\nimport ftlab', 'ftlab.fit()'],
-    'nbs/trainers/losses/two.ipynb': ['from ftlab import fit', 'json.load(open("bench/results/speed.json"))'],
-    'nbs/adapters/subsets/half_it.ipynb': ['1'],
-    'nbs/adapters/subsets/index.ipynb': ['1'],
-    'nbs/trainers/loop.ipynb': ['1'],
-}
+    'claims/half_it/claim.py': 'import banks',
+    'claims/half_it/claim.toml': 'arms = {a = "half_it", b = "two"}',
+    'claims/half_it/result.json': '{}', 'bench/banks.py': '', 'bench/results/speed.json': '{}',
+    'settings.ini': '', 'README.md': '', 'ftlab/csrc/x.cu': '',}
+CELLS = {'nbs/trainers/losses/one.ipynb': ['%matplotlib inline\nimport ftlab', 'ftlab.fit()'],
+         'nbs/trainers/losses/two.ipynb': ['from ftlab import fit', 'json.load(open("bench/results/speed.json"))'],
+         'nbs/adapters/subsets/half_it.ipynb': ['1'], 'nbs/adapters/subsets/index.ipynb': ['1'],
+         'nbs/trainers/loop.ipynb': ['1'],}
 
 
 @pytest.fixture
@@ -49,8 +45,8 @@ def project(tmp_path) -> Path:
 
 
 def sources(root: Path) -> Sources:
-    return Sources(root, sorted(p.relative_to(root).as_posix() for p in root.rglob('*')
-                                if p.is_file() and '.git' not in p.parts))
+    return Sources(root, sorted(p.relative_to(root).as_posix()
+                                for p in root.rglob('*') if p.is_file() and '.git' not in p.parts))
 
 
 @pytest.mark.parametrize('file, keys', [
@@ -108,7 +104,8 @@ def test_few_papers_all_run_and_many_only_what_changed_and_a_tenth(project, monk
     def ask(*arguments, day=never):
         return select(sources(project), *arguments, day=day).keys
 
-    assert FEW == 100 and ask() == everything and ask(False, 'HEAD') == set() and ask(True, 'HEAD') == everything
+    assert (FEW == 100 and ask() == everything and ask(False, 'HEAD') == set()
+            and ask(True, 'HEAD') == everything)
     monkeypatch.setattr(affected, 'FEW', 2)
     assert ask() == set() and ask(True) == everything and ask(False, 'no-such-commit') == everything
     for d in map(datetime.date.fromordinal, range(1, 11)):

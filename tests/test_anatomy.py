@@ -1,4 +1,5 @@
-"What the page of `ftlab.core.anatomy` does not show: that the roles are the right ones, judged by what the model computes"
+"""What the page of `ftlab.core.anatomy` does not show: that the roles are the right ones,
+judged by what the model computes"""
 import copy
 from collections import Counter
 import pytest, torch
@@ -167,16 +168,15 @@ def test_a_query_acts_on_its_own_token_and_keys_and_values_on_others(family):
     x = example_inputs()
     noise = torch.Generator().manual_seed(2)
     def mixed(role=None): # what enters block 0's output matrix, when `role` said something else at the first token
-        seen, hooks = [], [m.get_submodule(
-            b.attention['o'].removesuffix('.weight')).register_forward_pre_hook(
-                lambda _, i: seen.append(i[0]))]
+        at = lambda r: m.get_submodule(b.attention[r].removesuffix('.weight'))
+        seen = []
+        hooks = [at('o').register_forward_pre_hook(lambda _, i: seen.append(i[0]))]
 
         def other(_, i, o):
             return torch.cat([o[:, :1] + torch.randn(o[:, :1].shape, generator=noise), o[:, 1:]], 1)
 
         if role:
-            hooks.append(m.get_submodule(b.attention[role].removesuffix(
-                '.weight')).register_forward_hook(other))
+            hooks.append(at(role).register_forward_hook(other))
         output(m, x)
         for h in hooks:
             h.remove()
@@ -214,8 +214,9 @@ def test_norms_are_called_where_their_role_says(family):
     output(m, example_inputs())
     at = {r: i for i, r in enumerate(calls)}
     assert sorted(calls) == sorted(roles) # each of them once
-    q, o, up, down, attention, mlp = at.get('q', at.get('qkv')), at['o'], at.get(
-        'up', at.get('gate_up')), at['down'], at['norm attention'], at['norm mlp']
+    q, o, up, down, attention, mlp = (at.get('q', at.get('qkv')), at['o'],
+                                      at.get('up', at.get('gate_up')), at['down'],
+                                      at['norm attention'], at['norm mlp'])
     if family in ENCODERS:
         assert q < o < attention < up < down < mlp
     else:
@@ -243,12 +244,13 @@ def test_the_norms_of_queries_and_keys_get_queries_and_keys(family):
 def test_another_family_is_another_row():
     coder = AutoModelForCausalLM.from_config(
         AutoConfig.for_model('starcoder2', vocab_size=64, hidden_size=32, intermediate_size=80,
-                             num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0,
-                             eos_token_id=0))
+                             num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                             max_position_embeddings=64, bos_token_id=0, eos_token_id=0))
     row = Family('embed_tokens',
-                 (Layout('layers.#', {r: f'self_attn.{r}_proj' for r in 'qkvo'}, dict(up='mlp.c_fc', down='mlp.c_proj'),
-        dict(attention='input_layernorm', mlp='post_attention_layernorm')),), dict(final='norm'), ('lm_head',))
+                 (Layout('layers.#', {r: f'self_attn.{r}_proj' for r in 'qkvo'},
+                         dict(up='mlp.c_fc', down='mlp.c_proj'),
+                         dict(attention='input_layernorm', mlp='post_attention_layernorm')),),
+                 dict(final='norm'), ('lm_head',))
     a = anatomy(coder, FAMILIES | dict(starcoder2=row))
     assert listed(a) == Counter(n for n, _ in coder.named_parameters()) and not a.other
     assert 'starcoder2' not in FAMILIES
@@ -295,11 +297,11 @@ def test_opt_with_a_narrow_embedding(before):
 
 def test_vit_has_patches_for_words():
     a = placed(tiny('vit'))
-    assert (a.place('vit.embeddings.patch_embeddings.projection.weight')
-            == (None, 'embedding', 'tokens')
+    assert (a.place('vit.embeddings.patch_embeddings.projection.weight') == (None, 'embedding', 'tokens')
             and a.place('vit.embeddings.patch_embeddings.projection.bias') == (None, 'bias', 'tokens'))
     assert (a.place('vit.embeddings.cls_token') == (None, 'embedding', 'cls')
-            and a.positions == 'vit.embeddings.position_embeddings' and a.head == 'classifier.weight' and not a.other)
+            and a.positions == 'vit.embeddings.position_embeddings'
+            and a.head == 'classifier.weight' and not a.other)
     bare = placed(tiny('vit', 'none'))
     assert bare.head is None and bare.other == ('pooler.dense.weight', 'pooler.dense.bias')
 
@@ -324,12 +326,12 @@ def test_t5_has_two_stacks():
     a = placed(m)
     inputs = inputs_for('t5')
     params = dict(m.named_parameters())
-    assert ([b.name for b in a.blocks] == [f'encoder.block.{i}' for i in range(2)]
-            + [f'decoder.block.{i}' for i in range(3)]
+    assert ([b.name for b in a.blocks]
+            == [f'encoder.block.{i}' for i in range(2)] + [f'decoder.block.{i}' for i in range(3)]
             and [b.index for b in a.blocks] == list(range(5)))
-    assert ([set(b.positions) for b in a.blocks] == [{'relative'}, set(), {'relative'}, set(),
-                                                     set()] and a.place(a.blocks[2].positions[
-                                                         'relative']) == (2, 'embedding', 'relative'))
+    assert (
+        [set(b.positions) for b in a.blocks] == [{'relative'}, set(), {'relative'}, set(), set()]
+        and a.place(a.blocks[2].positions['relative']) == (2, 'embedding', 'relative'))
     cross = {'cross_q', 'cross_k', 'cross_v', 'cross_o'}
     assert (not any(cross & set(b.attention) for b in a.blocks[:2])
             and all(cross <= set(b.attention) and 'cross' in b.norms for b in a.blocks[2:]))
@@ -362,10 +364,9 @@ def test_t5_gated_and_without_a_decoder():
 # ---------- what cannot be mapped says so
 
 def test_unknown_model_type_is_named_with_the_known_ones():
-    m = AutoModelForCausalLM.from_config(AutoConfig.for_model('gpt_neo', vocab_size=64,
-                                                              hidden_size=32, num_layers=2,
-                                                              num_heads=4,
-        attention_types=[[['global'], 2]], bos_token_id=0, eos_token_id=0))
+    m = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model('gpt_neo', vocab_size=64, hidden_size=32, num_layers=2, num_heads=4,
+                             attention_types=[[['global'], 2]], bos_token_id=0, eos_token_id=0))
     with pytest.raises(UnknownArchitecture) as e:
         anatomy(m)
     assert ("'gpt_neo'" in str(e.value) and all(f in str(e.value) for f in FAMILIES)
@@ -404,9 +405,9 @@ def test_peft_models_are_refused_or_mapped_inside():
             anatomy(x)
     assert anatomy(p.unload()) == before
 
-@pytest.mark.parametrize('family,path',
-                         [('llama', 'model.layers.1.self_attn'), ('gpt2', 'transformer.h.1.attn'),
-                          ('bert', 'bert.encoder.layer.1.output')])
+@pytest.mark.parametrize('family,path', [('llama', 'model.layers.1.self_attn'),
+                                         ('gpt2', 'transformer.h.1.attn'),
+                                         ('bert', 'bert.encoder.layer.1.output')])
 def test_a_parameter_that_no_rule_places_in_a_block_is_named(family, path):
     m = tiny(family)
     m.get_submodule(path).register_parameter('extra', nn.Parameter(torch.zeros(2)))
@@ -456,8 +457,7 @@ def test_the_models_are_the_same_each_time():
 
 @pytest.mark.parametrize('family', PLAIN + OTHERS)
 def test_selections_and_changes_work_by_place(family):
-    """LoRA on what `parts` selects starts as the identity and folds into the weights that it stood
-    beside"""
+    "LoRA on what `parts` selects starts as the identity and folds into the weights that it stood beside"
     from ftlab.adapters.attach import attach
     from ftlab.methods import lora
     from ftlab.adapters.select import parts

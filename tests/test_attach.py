@@ -55,8 +55,8 @@ def test_a_change_leaves_no_trace(family, change):
     buffers, modules = list(dict(m.named_buffers())), list(dict(m.named_modules()))
     att = CHANGES[change](m)
     assert torch.equal(out(m), base) and att.parameters()
-    assert {id(p) for p in att.parameters().values()} == {id(p) for p in m.parameters()
-                                                          if p.requires_grad}
+    assert ({id(p) for p in att.parameters().values()}
+            == {id(p) for p in m.parameters() if p.requires_grad})
     shake(att)
     changed = out(m)
     assert (changed - base).abs().max() > 1e-3
@@ -261,9 +261,10 @@ def refused(match, family='llama', make=None):
     assert (same(weights(m), was) and torch.equal(out(m), base)
             and {n: p.requires_grad for n, p in m.named_parameters()} == ready)
 
-@pytest.mark.parametrize('family',
-                         [f for f in EVERY if tiny(f).get_output_embeddings().weight is tiny(
-                             f).get_input_embeddings().weight or anatomy(tiny(f)).tied])
+@pytest.mark.parametrize(
+    'family', [f for f in EVERY
+               if tiny(f).get_output_embeddings().weight is tiny(f).get_input_embeddings().weight
+               or anatomy(tiny(f)).tied])
 def test_a_delta_on_a_tied_matrix_is_refused(family):
     name = anatomy(tiny(family)).embedding
     refused('is tied to .* would pull them apart', family,
@@ -290,7 +291,8 @@ def test_impossible_selections_are_refused():
     q = 'model.layers.1.self_attn.q_proj.weight'
     refused('matches nothing in LlamaForCausalLM.*parameters are named like',
             make=lambda m: attach(m, named('no_such_layer')(m)))
-    refused("names 'nope', which LlamaForCausalLM does not have", make=lambda m: attach(m, {'nope': True}))
+    refused("names 'nope', which LlamaForCausalLM does not have",
+            make=lambda m: attach(m, {'nope': True}))
     refused(r'mask of shape \(3, 3\); the tensor has \(32, 32\)',
             make=lambda m: attach(m, {q: torch.ones(3, 3, dtype=torch.bool)}))
     refused('must be True or a boolean mask', make=lambda m: attach(m, {q: torch.ones(32, 32)}))
@@ -315,7 +317,7 @@ def test_a_second_change_on_top_is_refused():
         for second in ('full', 'lora', 'entries'):
             with pytest.raises(ValueError, match='carries a change already'):
                 attach(m, {'model.layers.0.mlp.up_proj.weight': True} if second == 'lora'
-                       else everything(m))
+                          else everything(m))
         assert torch.equal(out(m), changed)
         if change != 'offset':
             att.fold()
@@ -335,26 +337,28 @@ def turned_round(conv, linear):
     "A Conv1D weight's change on a layer that stores the same matrix as [out, in]"
     linear.weight.copy_(conv.weight.T)
 
+class One(torch.nn.Module):
+    "A model of one layer"
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
 @pytest.mark.parametrize('delta', [None, lora(r=2).delta, Entries])
 def test_a_change_is_the_same_whichever_way_the_layer_stores_it(delta):
     "GPT-2's Conv1D beside a Linear with the transposed weight, as a Llama has it"
-    class One(torch.nn.Module):
-        def __init__(self, layer):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x):
-            return self.layer(x)
     torch.manual_seed(0)
     a, b = One(Conv1D(12, 7)), One(torch.nn.Linear(7, 12))
     turned_round(a.layer, b.layer)
     x = torch.randn(3, 7)
     mask = torch.rand(7, 12) < .4 if delta is Entries else True
-    flip = lambda m: m if m is True else m.T
     torch.manual_seed(1)
     one = attach(a, {'layer.weight': mask}, delta)
     torch.manual_seed(1)
-    two = attach(b, {'layer.weight': flip(mask)}, delta)
+    two = attach(b, {'layer.weight': mask if mask is True else mask.T}, delta)
     g = torch.Generator().manual_seed(2)
     shift = torch.randn(12, 7, generator=g)
     for att in (one, two):
@@ -371,7 +375,8 @@ def test_a_change_is_the_same_whichever_way_the_layer_stores_it(delta):
     else:
         assert torch.equal(W1, V1)
         torch.testing.assert_close(a(x), b(x) - b.layer.bias + a.layer.bias)
-    assert one.changes()['layer.weight'].shape == (7, 12) and torch.equal(one.changes()['layer.weight'].T, moved)
+    kept = one.changes()['layer.weight']
+    assert kept.shape == (7, 12) and torch.equal(kept.T, moved)
 
 def test_the_base_is_one_call_away_in_memory_on_disk_and_module_by_module(tmp_path):
     for change in CHANGES:
@@ -389,8 +394,8 @@ def test_the_base_is_one_call_away_in_memory_on_disk_and_module_by_module(tmp_pa
         assert torch.equal(now[0] if isinstance(now, tuple) else now, says) and att.enabled
 
 def test_an_offset_behind_an_embedding_is_refused():
-    refused('belongs to an embedding', make=lambda m: attach(m, {'model.embed_tokens.weight': True},
-                                                             Offset))
+    refused('belongs to an embedding',
+            make=lambda m: attach(m, {'model.embed_tokens.weight': True}, Offset))
 
 # ---------- files
 
@@ -494,8 +499,9 @@ def test_the_half_that_a_seed_draws_stays_the_same(family):
     assert hashlib.blake2s(text.encode(), digest_size=8).hexdigest() == DRAWS[family]
 
 @pytest.mark.parametrize('ratio', [.1, 1/3, .4, .5, .6, .9])
-@pytest.mark.parametrize('family, blocks', [('llama', 2), ('llama', 5), ('llama', 12), ('gpt2', 4),
-                                            ('gemma2', 3), ('t5', 2)])
+@pytest.mark.parametrize(
+    'family, blocks',
+    [('llama', 2), ('llama', 5), ('llama', 12), ('gpt2', 4), ('gemma2', 3), ('t5', 2)])
 def test_the_share_that_was_asked_for_moves(family, blocks, ratio):
     m = tiny(family, **({} if family == 't5' else dict(num_hidden_layers=blocks)))
     a = anatomy(m)
@@ -534,8 +540,8 @@ def test_top_takes_the_largest_and_breaks_ties_by_place():
 
 def test_edits_by_hand():
     c = dict(a=torch.tensor([3., 0.]), b=torch.tensor([[4.]]))
-    assert (norm(c) == 5 and norm({}) == 0 and torch.equal(scale(.5)(c, None)['a'],
-                                                           torch.tensor([1.5, 0.]))
+    assert (norm(c) == 5 and norm({}) == 0
+            and torch.equal(scale(.5)(c, None)['a'], torch.tensor([1.5, 0.]))
             and keep(c, None) == c)
     m = tiny('llama')
     base = weights(m)

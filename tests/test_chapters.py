@@ -1,4 +1,5 @@
-"The chapters half_is_enough and low_rank: what readers write in their exercises, their classes in a real fine-tune, and the pages' own promises"
+"""The chapters half_is_enough and low_rank: what readers write in their exercises,
+their classes in a real fine-tune, and the pages' own promises"""
 import random, re
 import pytest, torch
 import ftlab
@@ -50,9 +51,13 @@ def wrong_halves():
     def joined(names, seed):
         return ' '.join(names)
 
-    return (first, 'same half for every seed'), (coins,
-                                                 'exactly half'), (unseeded,
-                                                                   'two different halves'), (reseeding, 'dice'), (indices, 'not one of the names'), (in_place, 'changes what it is given'), (joined, 'a set')
+    return ((first, 'same half for every seed'),
+            (coins, 'exactly half'),
+            (unseeded, 'two different halves'),
+            (reseeding, 'dice'),
+            (indices, 'not one of the names'),
+            (in_place, 'changes what it is given'),
+            (joined, 'a set'))
 
 @pytest.mark.parametrize('yours, message', wrong_halves(), ids=lambda x: getattr(x, '__name__', ''))
 def test_wrong_halves(yours, message):
@@ -60,9 +65,9 @@ def test_wrong_halves(yours, message):
 
 def test_other_right_halves_pass():
     def with_torch(names, seed):
-        return [names[i] for i in torch.randperm(len(names),
-                                                 generator=torch.Generator().manual_seed(seed))[
-                                                     :len(names)//2].tolist()]
+        return [names[i] for i in torch.randperm(
+                    len(names),
+                    generator=torch.Generator().manual_seed(seed))[:len(names)//2].tolist()]
 
     def shuffled(names, seed):
         names = list(names)
@@ -122,12 +127,18 @@ def wrong_updates():
     class Failing(Masked):
         def forward(self, W):
             return W + self.missing
-    return ((Everything, 'have moved'), (Zeroing, 'Frozen does not mean gone'),
-            (Turned, 'other half'), (Early, 'have moved'), (InPlace, 'writes into the weight'),
+    return ((Everything, 'have moved'),
+            (Zeroing, 'Frozen does not mean gone'),
+            (Turned, 'other half'),
+            (Early, 'have moved'),
+            (InPlace, 'writes into the weight'),
             (NoParameter, 'no parameter'),
-            (OneNumber, 'free number of its own'), (Plain, 'torch.nn.Module'), (Failing, 'AttributeError'))
+            (OneNumber, 'free number of its own'),
+            (Plain, 'torch.nn.Module'),
+            (Failing, 'AttributeError'))
 
-@pytest.mark.parametrize('yours, message', wrong_updates(), ids=lambda x: getattr(x, '__name__', ''))
+@pytest.mark.parametrize('yours, message', wrong_updates(),
+                         ids=lambda x: getattr(x, '__name__', ''))
 def test_wrong_updates(yours, message):
     assert message in said(yours, 'HalfUpdate')
 
@@ -139,10 +150,11 @@ def test_a_multiplied_mask_passes_too():
 
 # --- counting
 
-@pytest.mark.parametrize('yours, message', [(lambda total, moving: total + 3*moving, '4 bytes'),
-                                            (lambda total, moving: 16*moving, 'frozen weights are missing'),
-                                            (lambda total, moving: 16*total, 'neither'),
-                                            (lambda total, moving: 4*total + 8*moving, 'One kind is missing')])
+@pytest.mark.parametrize('yours, message',
+                         [(lambda total, moving: total + 3*moving, '4 bytes'),
+                          (lambda total, moving: 16*moving, 'frozen weights are missing'),
+                          (lambda total, moving: 16*total, 'neither'),
+                          (lambda total, moving: 4*total + 8*moving, 'One kind is missing')])
 def test_wrong_bytes(yours, message):
     assert message in said(yours, 'training_bytes')
 
@@ -159,8 +171,8 @@ def test_the_counts_are_those_of_a_run():
     chosen = recipe.select(model)
     shapes = {n: p.shape for n, p in model.named_parameters()}
     attached = ftlab.attach(model, chosen, recipe.delta)
-    assert sum(trained_numbers(shapes[n], 4)
-               for n in chosen) == sum(p.numel() for p in attached.parameters().values())
+    assert sum(trained_numbers(shapes[n], 4) for n in chosen) == sum(
+        p.numel() for p in attached.parameters().values())
 
 # --- cutting and thin changes
 
@@ -184,9 +196,11 @@ def wrong_cuts():
         U, S, V = torch.linalg.svd(update, full_matrices=False)
         return U[:, :r]*S[:r]
 
-    return (largest, 'other numbers'), (weakest, 'weakest'), (unweighted,
-                                                              'strengths'), (turned, 'rows'), (
-                                                                  thin, 'shape')
+    return ((largest, 'other numbers'),
+            (weakest, 'weakest'),
+            (unweighted, 'strengths'),
+            (turned, 'rows'),
+            (thin, 'shape'))
 
 @pytest.mark.parametrize('yours, message', wrong_cuts(), ids=lambda x: getattr(x, '__name__', ''))
 def test_wrong_cuts(yours, message):
@@ -197,9 +211,9 @@ def test_no_matrix_of_the_rank_is_nearer():
     C = torch.randn(9, 7, generator=dice)
     best = (C - truncate(C, 3)).norm()
     assert torch.linalg.matrix_rank(truncate(C, 3)) == 3
-    assert all((C - torch.randn(9, 3,
-                                generator=dice) @ torch.randn(3, 7, generator=dice)/3).norm() > best
-               for _ in range(50))
+    assert all(
+        (C - torch.randn(9, 3, generator=dice) @ torch.randn(3, 7, generator=dice)/3).norm() > best
+        for _ in range(50))
     assert torch.isclose(best, torch.linalg.svdvals(C)[3:].square().sum().sqrt())
 
 class Thin(torch.nn.Module):
@@ -209,8 +223,8 @@ class Thin(torch.nn.Module):
         super().__init__()
         out, inp = W.shape
         self.r, self.alpha = r, alpha
-        self.A, self.B = torch.nn.Parameter(torch.randn(r, inp)), torch.nn.Parameter(
-            torch.zeros(out, r))
+        self.A, self.B = (torch.nn.Parameter(torch.randn(r, inp)),
+                          torch.nn.Parameter(torch.zeros(out, r)))
 
     def forward(self, W):
         return W + self.alpha/self.r*self.B @ self.A
@@ -236,8 +250,8 @@ def wrong_thin():
     class TurnedRound(Thin): # A before B
         def __init__(self, W, r, alpha):
             super().__init__(W, r, alpha)
-            self.A, self.B = torch.nn.Parameter(self.A.detach().T), torch.nn.Parameter(
-                self.B.detach().T)
+            self.A, self.B = (torch.nn.Parameter(self.A.detach().T),
+                              torch.nn.Parameter(self.B.detach().T))
 
         def forward(self, W):
             return W + self.alpha/self.r*(self.A @ self.B).T
@@ -252,10 +266,15 @@ def wrong_thin():
     class RootOfR(Thin):
         def forward(self, W):
             return W + self.alpha/self.r**.5*self.B @ self.A
-    return ((Unscaled, 'the factor `alpha/r` is missing'), (OnlyAlpha, 'yours is `alpha`'),
-            (Alone, 'Add it to `W`'), (BothZero, 'for ever'), (BothRandom, 'another one before it has learned'),
-            (TurnedRound, 'so that `B @ A` fits'), (TrainsTheWeight, 'stays frozen'),
-            (Ones, 'rank 1'), (RootOfR, 'It is `W + alpha/r * B @ A`'))
+    return ((Unscaled, 'the factor `alpha/r` is missing'),
+            (OnlyAlpha, 'yours is `alpha`'),
+            (Alone, 'Add it to `W`'),
+            (BothZero, 'for ever'),
+            (BothRandom, 'another one before it has learned'),
+            (TurnedRound, 'so that `B @ A` fits'),
+            (TrainsTheWeight, 'stays frozen'),
+            (Ones, 'rank 1'),
+            (RootOfR, 'It is `W + alpha/r * B @ A`'))
 
 @pytest.mark.parametrize('yours, message', wrong_thin(), ids=lambda x: getattr(x, '__name__', ''))
 def test_wrong_thin_changes(yours, message):
@@ -285,9 +304,10 @@ def test_our_half_update_trains_in_a_run_and_leaves_the_rest_bit_equal():
     class Mine(HalfUpdate):
         site, config = 'weight', {} # what ftlab asks of a change besides
 
-    run = ftlab.fit(model, tok, ftlab.data('new-procedure', n=200),
-                    Recipe('mine', select=lambda model, batches=None, seed=0: {name: mask},
-                           delta=Mine), steps=3, progress=False, weight_decay=.1)
+    run = ftlab.fit(
+        model, tok, ftlab.data('new-procedure', n=200),
+        Recipe('mine', select=lambda model, batches=None, seed=0: {name: mask}, delta=Mine),
+        steps=3, progress=False, weight_decay=.1)
     change = run.delta.tensors()
     assert (list(change) == [name] and (change[name][mask] != 0).all()
             and (change[name][~mask] == 0).all())
@@ -313,14 +333,13 @@ def test_a_page_keeps_its_promises(page):
     assert any('my_guess' in c for c in code), 'the reader predicts nothing'
     widget = next(c for c in code if 'interact(' in c)
     still = [c for c in code if 'fig-alt' in c and re.search(r'\bdraw\(', c)]
-    assert ("'JPY_SESSION_NAME' in os.environ" in widget and 'draw(' in widget
-            and still), 'the same draw, once as a still grid and once by hand'
+    assert ("'JPY_SESSION_NAME' in os.environ" in widget and 'draw(' in widget and still), (
+        'the same draw, once as a still grid and once by hand')
     for e in PAGES[page]:
         assert (any(f"ftlab.exercise('{e.__name__}')" == c.strip() for c in code)
                 and any(f'ftlab.check({e.__name__})' in c for c in code))
-    assert (all(h in text for h in ('Three sentences to remember', '## Exercises',
-                                    '## What comes next')) and 5 <= len(
-                                        re.findall(r'^## \d', text, re.M)) <= 8)
+    assert (all(h in text for h in ('Three sentences to remember', '## Exercises', '## What comes next'))
+            and 5 <= len(re.findall(r'^## \d', text, re.M)) <= 8)
 
 @pytest.mark.parametrize('page', PAGES)
 def test_every_figure_has_words_for_those_who_cannot_see_it(page):

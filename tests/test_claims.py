@@ -1,4 +1,5 @@
-"Every verdict follows from its numbers, every evidence belongs to the code that is here, and one seed of one claim a day comes out again"
+"""Every verdict follows from its numbers, every evidence belongs to the code that is here,
+and one seed of one claim a day comes out again"""
 import datetime, json, os, random
 from pathlib import Path
 import pytest
@@ -44,8 +45,8 @@ def test_the_numbers_follow_from_the_cells(claim):
 @pytest.mark.parametrize('claim', **named(DONE))
 def test_the_evidence_belongs_to_this_code(claim):
     state = status(claim)
-    assert state not in ('stale',
-                         'old hash'), f'the code of {claim.key} or its experiment changed after its run; run: ftlab claims carry {claim.key}'
+    assert state not in ('stale', 'old hash'), (
+        f'the code of {claim.key} or its experiment changed after its run; run: ftlab claims carry {claim.key}')
 
 @pytest.mark.parametrize('claim', **named(CLAIMS))
 def test_a_claim_can_be_run(claim):
@@ -61,8 +62,8 @@ def test_the_index_names_what_can_be_imported():
     assert len({e['title'] for e in entries}) == len({e['key'] for e in entries}) == len(entries)
     for e in entries:
         assert (root/e['notebook']).exists() and e['symbols'] and e['source']
-        assert {k: e[k] for k in ('key', 'family', 'title', 'arxiv', 'home')}.items() <= known[
-            e['key']].items(), 'the mark is not what the catalogue says'
+        mark = {k: e[k] for k in ('key', 'family', 'title', 'arxiv', 'home')}
+        assert mark.items() <= known[e['key']].items(), 'the mark is not what the catalogue says'
         for s in e['symbols']:
             module, _, name = s.rpartition('.')
             assert getattr(__import__(module, fromlist=[name]), name).paper.title == e['title']
@@ -87,9 +88,8 @@ def test_one_seed_of_one_claim_comes_out_again():
 def test_the_rule_is_the_paired_t_interval():
     rng = random.Random(0)
     for _ in range(200):
-        t, b, m = [rng.gauss(.1, .1) for _ in range(5)], [rng.gauss(0, .05)
-                                                          for _ in range(5)], rng.choice(
-                                                              [0, .02, .1])
+        t, b, m = ([rng.gauss(.1, .1) for _ in range(5)], [rng.gauss(0, .05) for _ in range(5)],
+                   rng.choice([0, .02, .1]))
         c = dict(name='', treatment=t, baseline=b, margin=m)
         d = [x - y for x, y in zip(t, b)]
         low, high = stats.ttest_rel(t, b).confidence_interval(.95)
@@ -165,11 +165,12 @@ def test_a_claim_runs_and_goes_on_where_it_stopped(runs, monkeypatch):
     claim, said = claim_at(runs), []
     r = run_claim(claim, said.append)
     assert (set(r) >= {'contrasts', 'controls_ok', 'identities', 'seeds', 'verdict', 'scope',
-                       'code', 'versions', 'seconds'} and json.loads(claim.result.read_text())
-            == json.loads(json.dumps(r)))
+                       'code', 'versions', 'seconds'}
+            and json.loads(claim.result.read_text()) == json.loads(json.dumps(r)))
     assert status(claim) == 'current' and sum('seed' in s for s in said) == 5
     assert (r['tuning']['seed'] not in r['seeds']
-            and {len(a['tried']) for a in r['tuning']['arms'].values()} == {len(r['tuning']['arms']['full']['tried'])})
+            and {len(a['tried']) for a in r['tuning']['arms'].values()}
+            == {len(r['tuning']['arms']['full']['tried'])})
     claim.result.unlink()
     monkeypatch.setattr('ftlab.instruments.claims.run_seed', lambda *a: pytest.fail('a finished seed was run again'))
     assert run_claim(claim)['contrasts'] == r['contrasts']
@@ -190,19 +191,20 @@ def sources(monkeypatch, **texts):
 def test_evidence_survives_formatting_and_moving_and_no_change(runs, monkeypatch):
     "The same tree gives the same hash wherever it lies; another tree gives another"
     claim = claim_at(runs)
-    whole = ('def shared(x):\n    "Twice"\n    return 2*x\ndef half(x): return '
-             'shared(x)\n@paper("t")\ndef hft(): return half(1)')
+    whole = ('def shared(x):\n    "Twice"\n    return 2*x\ndef half(x): return shared(x)\n'
+             '@paper("t")\ndef hft(): return half(1)')
     sources(monkeypatch, hft=whole)
     code, record = own_code(claim), list(own_definitions(claim))
     assert record == ['half', 'hft', 'shared']
-    sources(monkeypatch, hft=whole.replace('"Twice"\n    return 2*x',
-                                           '# two\n    return (2 *\n      x)').replace(
-                                               'def half(x)', 'def half(x: int) -> int'))
+    other = whole.replace('"Twice"\n    return 2*x', '# two\n    return (2 *\n      x)')
+    sources(monkeypatch, hft=other.replace('def half(x)', 'def half(x: int) -> int'))
     assert own_code(claim) == code, 'layout, comments and annotations count'
     claim.result.write_text(json.dumps(dict(definitions=record)))
     for home in ('lift', 'select'):  # into another paper, into the library
-        there = {'hft': whole.split('def half')[0].replace('def shared(x):\n    "Twice"\n    return '
-                                                           '2*x\n', f'from ftlab.adapters.{"subsets.lift" if home == "lift" else "select"} import shared\n') + 'def half' + whole.split('def half')[1],
+        there = {'hft': whole.split('def half')[0].replace(
+                     'def shared(x):\n    "Twice"\n    return 2*x\n',
+                     f'from ftlab.adapters.{"subsets.lift" if home == "lift" else "select"} import shared\n')
+                 + 'def half' + whole.split('def half')[1],
                  home: 'def other(): pass\ndef shared(x): return 2*x'}
         sources(monkeypatch, **there)
         assert own_code(claim) == code, f'a move into {home} counts'
@@ -235,14 +237,14 @@ kind = "superiority"
 margin = 0.1
 worst = -1.0
 '''
-SCRIPT = ('def run(seed, tuned): return dict(a=dict(m=.5 + seed/10), b=dict(m=.1))\ndef '
-          'identities(): return {"one is one": 1 == 1}\n')
+SCRIPT = ('def run(seed, tuned): return dict(a=dict(m=.5 + seed/10), b=dict(m=.1))\n'
+          'def identities(): return {"one is one": 1 == 1}\n')
 
 def test_a_seed_that_replays_carries_the_evidence_over(runs):
     claim = claim_at(runs, REPLAY, SCRIPT)
     before = run_claim(claim)
-    assert (carry(claim) == []
-            and 'carried' not in json.loads(claim.result.read_text())), 'current evidence needs no carrying'
+    assert (carry(claim) == [] and 'carried' not in json.loads(claim.result.read_text())), (
+        'current evidence needs no carrying')
     claim = claim_at(runs, REPLAY, SCRIPT.replace('.5 +', '.509 +'))
     assert status(claim) == 'stale'
     seed = quickest_seed(claim)
@@ -288,8 +290,9 @@ def test_a_failed_replay_is_kept_and_a_changed_package_replays_anew(runs, monkey
 def test_evidence_of_the_old_hash_is_carried_and_superseded_evidence_is_not(runs):
     claim = claim_at(runs, REPLAY, SCRIPT)
     result = run_claim(claim)
-    claim.result.write_text(json.dumps(
-        {k: v for k, v in result.items() if k not in ('hash', 'definitions')} | dict(code='0'*16)))
+    claim.result.write_text(
+        json.dumps({k: v for k, v in result.items() if k not in ('hash', 'definitions')}
+                   | dict(code='0'*16)))
     assert status(claim) == 'old hash' and carry(claim) and status(claim) == 'current'
     supersede(claim, 'the row limit was off by one')
     assert (status(claim) == 'superseded' and json.loads(claim.result.read_text())['superseded']
@@ -309,8 +312,9 @@ def test_a_margin_of_nothing_allows_rounding_alone(runs):
 
 def test_an_arm_that_breaks_down_counts_as_the_worst(runs, monkeypatch):
     claim = claim_at(runs)
-    arms, bench = arms_of(claim), Ground('lab-s', 'sort', items=6, old_items=2, steps=4,
-                                         progress=False, batch_size=4)
+    arms, bench = (
+        arms_of(claim),
+        Ground('lab-s', 'sort', items=6, old_items=2, steps=4, progress=False, batch_size=4))
     def broken(bench, arm, *a, **k):
         if arm['recipe'].name == 'hft':
             raise FloatingPointError('the loss is nan')
@@ -339,20 +343,23 @@ def test_matched_numbers_are_those_of_the_first_look_at_the_target(runs):
                 and m['kl'] == pytest.approx(c['kl_matched'], rel=.02))
 
 def test_a_script_claim_and_its_crash(runs):
-    script = ('def tune(): return dict(x=2.)\ndef run(seed, tuned):\n    if seed == 3: raise '
-              'RuntimeError("out of memory")\n    return dict(a=dict(m=tuned["x"] + seed/10), '
-              'b=dict(m=seed/20))\ndef identities(): return {"one is one": 1 == 1}\n')
+    script = ('def tune(): return dict(x=2.)\ndef run(seed, tuned):\n    if seed == 3: '
+              'raise RuntimeError("out of memory")\n    return '
+              'dict(a=dict(m=tuned["x"] + seed/10), b=dict(m=seed/20))\ndef identities(): '
+              'return {"one is one": 1 == 1}\n')
     r = run_claim(claim_at(runs, REPLAY, script))
     assert (r['contrasts'][0]['treatment'] == [2., 2.1, 2.2, -1., 2.4] and r['verdict'] == 'unclear'
             and r['identities'][0]['passed'])
 
-@pytest.mark.parametrize('change, says', [
-    (('seeds = [0, 1, 2, 3, 4]', 'seeds = [0, 1, 2, 3, 3]'), 'five different ones'),
-    (('treatment = "hft"', 'treatment = "lora"'), "treatment is 'lora'"),
-    (('scope = "lab"', 'scope = "moon"'), "scope is 'moon'"),
-    (('steps = 4', ''), 'steps is None'),
-    (('kind = "superiority"', 'kind = "better"'), 'superiority or equivalence'),
-    (('margin = 0.5', ''), 'lacks margin'), (('why = "w"', 'y = "w"\nwhy = "w"'), "'y' is no key")])
+@pytest.mark.parametrize(
+    'change, says',
+    [(('seeds = [0, 1, 2, 3, 4]', 'seeds = [0, 1, 2, 3, 3]'), 'five different ones'),
+     (('treatment = "hft"', 'treatment = "lora"'), "treatment is 'lora'"),
+     (('scope = "lab"', 'scope = "moon"'), "scope is 'moon'"),
+     (('steps = 4', ''), 'steps is None'),
+     (('kind = "superiority"', 'kind = "better"'), 'superiority or equivalence'),
+     (('margin = 0.5', ''), 'lacks margin'),
+     (('why = "w"', 'y = "w"\nwhy = "w"'), "'y' is no key")])
 def test_a_wrong_file_is_named_and_mended(tmp_path, change, says):
     with pytest.raises(ValueError, match=says) as e:
         claim_at(tmp_path, SPEC.replace(*change))

@@ -17,36 +17,38 @@ def made(tmp_path_factory):
     "A folder with a tiny language model, a tiny encoder and data for each"
     d = tmp_path_factory.mktemp('cli')
     torch.manual_seed(0)
-    t = Tokenizer(models.WordLevel(
-        {w: i for i, w in enumerate(['<pad>', '<eos>', '<unk>', 'plus', 'is',
-                                     *map(str, range(40))])}, unk_token='<unk>'))
+    t = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(
+                              ['<pad>', '<eos>', '<unk>', 'plus', 'is', *map(str, range(40))])},
+                         unk_token='<unk>'))
     t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tok = PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', eos_token='<eos>',
                                   unk_token='<unk>')
     sizes = dict(vocab_size=len(tok), hidden_size=32, intermediate_size=80, num_hidden_layers=2,
                  num_attention_heads=4)
-    for name, m in dict(lm=LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2,
-                                                        tie_word_embeddings=True, pad_token_id=0,
-                                                        eos_token_id=1)), enc=BertModel(
-                                                            BertConfig(**sizes, max_position_embeddings=64, pad_token_id=0))).items():
+    for name, m in dict(
+            lm=LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=2,
+                                            tie_word_embeddings=True, pad_token_id=0,
+                                            eos_token_id=1)),
+            enc=BertModel(BertConfig(**sizes, max_position_embeddings=64, pad_token_id=0))).items():
         m.save_pretrained(d/name)
         tok.save_pretrained(d/name)
     lines = lambda rows: ''.join(json.dumps(r) + '\n' for r in rows)
     (d/'sums.jsonl').write_text(lines([dict(prompt=f'{i} plus {j} is', response=str(i + j))
                                        for i in range(20) for j in range(20)]))
-    (d/'big.jsonl').write_text(lines(
-        [dict(text=f'{i} plus {j}', label='big' if i + j > 20 else 'small') for i in range(20)
-         for j in range(20)]))
+    (d/'big.jsonl').write_text(
+        lines([dict(text=f'{i} plus {j}', label='big' if i + j > 20 else 'small') for i in range(20)
+               for j in range(20)]))
     (d/'broken.jsonl').write_text('{"prompt": "1", "response": "1"}\n{"prompt": "2", "resp\n')
     (d/'empty.jsonl').write_text('')
-    (d/'asked.jsonl').write_text(lines([dict(question=f'{i} is', answer=str(i))
-                                        for i in range(40)]))
+    (d/'asked.jsonl').write_text(
+        lines([dict(question=f'{i} is', answer=str(i)) for i in range(40)]))
     return d
 
 @pytest.fixture
 def call(made, tmp_path, monkeypatch, capfd):
-    """call(line) -> (exit code, standard output, standard error); {d} is the folder of models and
-    data"""
+    """call(line) -> (exit code, standard output, standard error);
+    {d} is the folder of models and data"""
     monkeypatch.chdir(tmp_path)
     def run(line):
         try:
@@ -70,7 +72,8 @@ def test_compare_prints_one_json_object_and_keeps_the_page(call, tmp_path):
     assert code == 0 and 'index.html' in out and 'gain' in out
 
 def test_tuning_takes_the_rates_given(call):
-    r = json.loads(call(f'compare {LM} --methods full --seeds 1 --lrs 1e-3,3e-3 --out here --json')[1])
+    r = json.loads(
+        call(f'compare {LM} --methods full --seeds 1 --lrs 1e-3,3e-3 --out here --json')[1])
     assert ([x for x, _ in r['tuning']['methods']['full']['tried']][:1]
             and {1e-3, 3e-3} <= {x for x, _ in r['tuning']['methods']['full']['tried']})
 
@@ -86,9 +89,8 @@ def test_fit_then_merge_gives_the_model_that_was_exported(call, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a) and a.keys() == b.keys()
 
 def test_labels_survive_the_merge(call, tmp_path):
-    assert (call(f'fit --model {{d}}/enc --data {{d}}/big.jsonl {FAST} --seed 3 --out run --export '
-                 'merged')[0] == 0 and call('merge --delta run/delta.safetensors --out again')[
-                     0] == 0)
+    assert (call(f'fit --model {{d}}/enc --data {{d}}/big.jsonl {FAST} --seed 3 --out run --export merged')[0]
+            == 0 and call('merge --delta run/delta.safetensors --out again')[0] == 0)
     a, b = (AutoModelForSequenceClassification.from_pretrained(tmp_path/f) for f in ('merged', 'again'))
     assert (all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
             and set(b.config.id2label.values()) == {'big', 'small'})
@@ -105,17 +107,19 @@ def test_a_run_is_resumed(call, tmp_path):
     assert code == 1 and 'batch_size' in err
 
 def test_columns_and_eval(call):
-    code, out, err = call(f'fit --model {{d}}/lm --data {{d}}/asked.jsonl --eval {{d}}/asked.jsonl --columns prompt=question,response=answer {FAST} --out run --json')
+    code, out, err = call('fit --model {d}/lm --data {d}/asked.jsonl --eval {d}/asked.jsonl '
+                          f'--columns prompt=question,response=answer {FAST} --out run --json')
     assert code == 0 and json.loads(out)['metric'] == 'nll'
-    assert 'write ours=theirs' in call(f'fit --model {{d}}/lm --data {{d}}/asked.jsonl --columns question {FAST} --out run')[2]
+    assert 'write ours=theirs' in call(
+        f'fit --model {{d}}/lm --data {{d}}/asked.jsonl --columns question {FAST} --out run')[2]
 
 def test_dry_run_says_what_it_takes_and_leaves_nothing(call, tmp_path):
     code, out, err = call(f'compare {LM} --methods full,lora(r=2) --seeds 3 --dry-run --json')
     e = json.loads(out)
     full, lora = e['methods']
     n = ftlab.load(json.loads(out)['model'])[0].num_parameters()
-    assert (code == 0 and full['trainable'] == n and full['memory']['weights']
-            == full['memory']['gradients'] == 4*n
+    assert (code == 0 and full['trainable'] == n
+            and full['memory']['weights'] == full['memory']['gradients'] == 4*n
             and full['bytes'] == sum(full['memory'].values()) > lora['bytes'] > 4*n)
     assert ((full['cells'], full['tuning']) == (3, 3) and e['seconds'] > 0 and e['fits']
             and not list(tmp_path.iterdir()))
@@ -132,8 +136,8 @@ class Holds:
 @pytest.mark.parametrize('method', ['full', 'lora(r=2)', 'hft', 'dft'])
 @pytest.mark.parametrize('model,rows', [('lm', 'sums'), ('enc', 'big')])
 def test_weights_gradients_and_averages_are_exact(call, made, tmp_path, method, model, rows):
-    """What is planned from the config is what a run holds: its parameters, its gradients, and what
-    AdamW puts into a checkpoint"""
+    """What is planned from the config is what a run holds: its parameters, its gradients,
+    and what AdamW puts into a checkpoint"""
     m = json.loads(call(f'fit --model {{d}}/{model} --data {{d}}/{rows}.jsonl {FAST} --method '
                         f'{method} --dry-run --json')[1])['methods'][0]
     planned = m['memory']
@@ -147,7 +151,8 @@ def test_weights_gradients_and_averages_are_exact(call, made, tmp_path, method, 
                 for k, v in load_file(tmp_path/'run/checkpoint.safetensors').items()
                 if k.startswith('step|'))
     assert ((planned['weights'], planned['gradients'], planned['optimizer'])
-            == (weights, held.bytes, state) and m['trainable'] == run.cost['trainable'] + run.cost['head'])
+            == (weights, held.bytes, state)
+            and m['trainable'] == run.cost['trainable'] + run.cost['head'])
     assert bool(planned['delta']) == ('lora' in method) and planned['activations'] > 0
 
 def test_activations_are_what_a_real_pass_keeps(made):
@@ -172,15 +177,15 @@ print(run.cost['peak_bytes'])
 @pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='peak memory is read from /proc')
 @pytest.mark.parametrize('method,mapped,factor', [('full', True, 1.5), ('lora', False, 3)])
 def test_the_peak_is_as_near_to_the_plan_as_the_page_says(method, mapped, factor):
-    """mapped: the C library gives every large tensor back to the system when it is freed, so that
-    the process is as large as its tensors"""
+    """mapped: the C library gives every large tensor back to the system when it is freed,
+    so that the process is as large as its tensors"""
     from ftlab.cli import PARTS, parser, planned
     data = ftlab.data('new-procedure', n=400)
-    m = planned(parser().parse_args('fit --model lab-s --data new-procedure --batch-size 192 '
-                                    f'--method {method}'.split()), ftlab.methods.get(method), data)['memory']
-    env = os.environ | dict(PYTHONPATH=str(Path(__file__).parent.parent),
-                            OMP_NUM_THREADS='1') | (dict(MALLOC_MMAP_THRESHOLD_='65536') if mapped
-                                                    else {})
+    m = planned(
+        parser().parse_args(f'fit --model lab-s --data new-procedure --batch-size 192 --method {method}'.split()),
+        ftlab.methods.get(method), data)['memory']
+    env = (os.environ | dict(PYTHONPATH=str(Path(__file__).parent.parent), OMP_NUM_THREADS='1')
+           | (dict(MALLOC_MMAP_THRESHOLD_='65536') if mapped else {}))
     run = subprocess.run([sys.executable, '-c', PEAK, method], capture_output=True, text=True,
                          env=env)
     assert run.returncode == 0, run.stderr
@@ -190,8 +195,7 @@ def test_the_peak_is_as_near_to_the_plan_as_the_page_says(method, mapped, factor
 
 @pytest.fixture(scope='module')
 def giant(made, tmp_path_factory):
-    """A folder with the config of a model of 70 billion numbers and a weight file that nobody
-    should open"""
+    "A folder with the config of a model of 70 billion numbers and a weight file that nobody should open"
     d = tmp_path_factory.mktemp('giant')
     tok = PreTrainedTokenizerFast.from_pretrained(made/'lm')
     tok.save_pretrained(d)
@@ -202,8 +206,8 @@ def giant(made, tmp_path_factory):
     return d
 
 def write_hollow(path):
-    """A whole safetensors file of half a gigabyte that takes no room on the disk: a header, and a
-    hole"""
+    """A whole safetensors file of half a gigabyte that takes no room on the disk: a header,
+    and a hole"""
     size = 2*8192*1024
     head = {f'w{i}': dict(dtype='BF16', shape=[8192, 1024], data_offsets=[i*size, (i + 1)*size])
             for i in range(30)}
@@ -264,8 +268,7 @@ WRONG = {
     'a delta without its base': ('merge --delta {d}/sums.jsonl --out x', 1, ['name the base with --model']),
     'no command': ('', 2, ['required']), 'unknown command': ('comp', 2, ['invalid choice']),
     'no data': ('fit --model lab-s', 2, ['--data']),
-    'steps that are no number': (f'fit {LM} --steps many', 2,
-                                 ["'many' must be a whole number above 0"]),
+    'steps that are no number': (f'fit {LM} --steps many', 2, ["'many' must be a whole number above 0"]),
     'no seeds': (f'compare {LM} --methods full --seeds 0', 2, ['above 0'])}
 
 @pytest.mark.parametrize('name', WRONG)
@@ -290,8 +293,8 @@ def test_a_delta_for_another_base(call, made, tmp_path):
 
 @pytest.fixture(scope='module')
 def tuned(made, tmp_path_factory):
-    """Folders that ftlab fit wrote: `a` and `b` of one base, `x` and `y` classifiers whose heads
-    begin at different seeds; and another base"""
+    """Folders that ftlab fit wrote: `a` and `b` of one base,
+    `x` and `y` classifiers whose heads begin at different seeds; and another base"""
     d = tmp_path_factory.mktemp('tuned')
     sums, big = f'--model {made}/lm --data {made}/sums.jsonl', f'--model {made}/enc --data {made}/big.jsonl'
     for name, ask in dict(a=sums, b=f'{sums} --method lora(r=2)', x=big,
@@ -323,8 +326,8 @@ BY_HAND = {'task-arithmetic': lambda cs, model, x: merge(cs, x),
 @pytest.mark.parametrize('scale', [None, .3])
 @pytest.mark.parametrize('rule', merge_rules())
 def test_a_merge_of_several_is_that_of_the_python_call(call, made, tuned, tmp_path, rule, scale):
-    code, out, err = call(f'merge {tuned}/a {tuned}/b/delta.safetensors --rule '
-                          f'{rule}' + (f' --scale {scale}' if scale else '') + ' --out merged --json')
+    code, out, err = call(f'merge {tuned}/a {tuned}/b/delta.safetensors --rule {rule}'
+                          + (f' --scale {scale}' if scale else '') + ' --out merged --json')
     r = json.loads(out)
     x = scale or {'task-arithmetic': 1., 'breadcrumbs': .2, 'lines': .5}[rule]
     model, changes = base_and_changes(made, tuned)
@@ -346,16 +349,15 @@ def test_a_rule_works_on_one_change_too(call, made, tuned, tmp_path):
     with pytest.raises(ValueError, match="rule is 'ties'; it must be task-arithmetic, breadcrumbs, lines"):
         merged_change([a, b], model, 'ties')
 
-NO_MERGE = {'another base': ('{t}/a {t}/b --model {t}/other', 1,
-                             ['another base', 'tensors differ']),
-            'an unknown rule': ('{t}/a {t}/b --rule sum', 2, ["invalid choice: 'sum'"]),
-            'a folder that is not there': ('{t}/a {t}/c', 1, ['no delta at', 'c']),
-    'a folder without a change': ('{t}/a {d}/lm', 1,
-                                  ['no delta at', 'lm/delta.safetensors', 'ftlab fit']),
-            'a scale that is no number': ('{t}/a {t}/b --scale much', 2, ["'much'"]),
-            'nothing to merge': ('', 1, ['name a saved change']),
+NO_MERGE = {
+    'another base': ('{t}/a {t}/b --model {t}/other', 1, ['another base', 'tensors differ']),
+    'an unknown rule': ('{t}/a {t}/b --rule sum', 2, ["invalid choice: 'sum'"]),
+    'a folder that is not there': ('{t}/a {t}/c', 1, ['no delta at', 'c']),
+    'a folder without a change': ('{t}/a {d}/lm', 1, ['no delta at', 'lm/delta.safetensors', 'ftlab fit']),
+    'a scale that is no number': ('{t}/a {t}/b --scale much', 2, ["'much'"]),
+    'nothing to merge': ('', 1, ['name a saved change']),
     'two bases': ('{t}/a {t}/x', 1, ['not made from one base', 'model is']),
-            'two heads': ('{t}/x {t}/y', 1, ['not made from one base: seed is 0 in', '1 in'])}
+    'two heads': ('{t}/x {t}/y', 1, ['not made from one base: seed is 0 in', '1 in'])}
 
 @pytest.mark.parametrize('name', NO_MERGE)
 def test_what_cannot_be_merged_leaves_nothing(call, made, tuned, tmp_path, name):
@@ -388,8 +390,10 @@ def test_trackers_reach_fit(call, monkeypatch):
     code, out, err = call(f'fit {LM} --trackers nobody --out run')
     assert code == 1 and "there is no tracker 'nobody'" in err
     given = []
-    monkeypatch.setattr(ftlab, 'fit', lambda *a, trackers, **kw: given.extend(trackers)
-                        or (_ for _ in ()).throw(ValueError('enough')), raising=False)
+    monkeypatch.setattr(ftlab, 'fit',
+                        lambda *a, trackers, **kw: given.extend(trackers)
+                        or (_ for _ in ()).throw(ValueError('enough')),
+                        raising=False)
     call(f'fit {LM} --trackers tensorboard,wandb --out run')
     call(f'fit {LM} --out run')
     assert given == ['tensorboard', 'wandb']
@@ -421,8 +425,8 @@ def test_commas_inside_brackets_do_not_split():
     assert _list('full, lora(r=4,alpha=8),hft * dft') == ['full', 'lora(r=4,alpha=8)', 'hft * dft']
 
 def test_the_command_runs_as_a_program(made, tmp_path):
-    run = subprocess.run([sys.executable, '-c', 'import sys; from ftlab.cli import main; '
-                          'sys.exit(main())', 'fit', '--model', 'lab-x', '--data', 'new-facts'],
+    run = subprocess.run([sys.executable, '-c', 'import sys; from ftlab.cli import main; sys.exit(main())',
+                          'fit', '--model', 'lab-x', '--data', 'new-facts'],
                          capture_output=True, text=True, cwd=tmp_path,
                          env=os.environ | dict(PYTHONPATH=str(Path(__file__).parent.parent)))
     assert (run.returncode == 1 and run.stdout == '' and run.stderr.startswith('ftlab: ')

@@ -50,8 +50,8 @@ def test_an_edge_extends_all_grids_towards_each_ones_best():
         calls.append((name, rate))
         return {'in': -abs(math.log10(rate) + 2), 'low': -rate, 'high': rate}[name]
 
-    t = tune(score, {'in': (1e-3, 1e-2, 1e-1), 'low': (1e-3, 1e-2, 1e-1),
-                     'high': (1e-3, 1e-2, 1e-1)})
+    t = tune(score,
+             {'in': (1e-3, 1e-2, 1e-1), 'low': (1e-3, 1e-2, 1e-1), 'high': (1e-3, 1e-2, 1e-1)})
     assert ({n: len(d['tried']) for n, d in t.items()} == {'in': 5, 'low': 5, 'high': 5}
             and len(calls) == len(set(calls)) == 15)
     assert (t['low']['rate'] == pytest.approx(1e-5) and t['high']['rate'] == pytest.approx(10)
@@ -82,8 +82,9 @@ def cell(seed, p, gain=.5, forgetting=.2, error=None):
 
 def test_a_crash_is_the_worst_score_and_sets_no_target():
     good, other = path((0, 0., 0.), (1, .5, .1)), path((0, 0., 0.), (1, .6, .3))
-    a, b = assemble(dict(a=({}, [cell(s, good) for s in range(3)]),
-                         b=({}, [cell(0, other), cell(1, other), cell(2, [], -.1, .9, 'NotFinite')])))
+    a, b = assemble(
+        dict(a=({}, [cell(s, good) for s in range(3)]),
+             b=({}, [cell(0, other), cell(1, other), cell(2, [], -.1, .9, 'NotFinite')])))
     assert ([s['forgetting_matched'] for s in b['seeds']] == [.3, .3, .9]
             and [s['forgetting_matched'] for s in a['seeds']] == [.1]*3)
     assert b['gain']['mean'] == pytest.approx(.3) and b['seeds'][2]['error'] == 'NotFinite'
@@ -97,23 +98,25 @@ def test_the_replaced_skill_is_not_among_the_old_ones():
     assert (old_skills(data('changed-rule', n=10)) == [s for s in OLD if s != 'sort']
             and old_skills(data('new-facts', n=10)) == OLD)
 
-@pytest.mark.parametrize('ask, error, words', [
-    (dict(methods=['full', 'lorra']), KeyError, 'did you mean lora'),
-    (dict(methods=['full', 'full']), ValueError, "'full' is named twice"),
-    (dict(methods=[]), ValueError, 'no method was named'),
-    (dict(methods=['full'], lrs=[]), ValueError, 'learning rates of full are'),
-    (dict(methods=['full'], lrs=[0.]), ValueError, 'each above 0'),
-    (dict(methods=['full'], lrs=dict(hft=[1e-3])), ValueError, 'lrs names hft'),
-    (dict(methods=['full'], lrs=[1e-3, 1e-4], tuned=False), ValueError, 'tuning is off')])
+@pytest.mark.parametrize(
+    'ask, error, words',
+    [(dict(methods=['full', 'lorra']), KeyError, 'did you mean lora'),
+     (dict(methods=['full', 'full']), ValueError, "'full' is named twice"),
+     (dict(methods=[]), ValueError, 'no method was named'),
+     (dict(methods=['full'], lrs=[]), ValueError, 'learning rates of full are'),
+     (dict(methods=['full'], lrs=[0.]), ValueError, 'each above 0'),
+     (dict(methods=['full'], lrs=dict(hft=[1e-3])), ValueError, 'lrs names hft'),
+     (dict(methods=['full'], lrs=[1e-3, 1e-4], tuned=False), ValueError, 'tuning is off')])
 def test_plan_refuses(ask, error, words):
     with pytest.raises(error, match=words):
         plan(**ask)
 
 def test_plan_gives_every_method_its_rates():
-    p = plan('lora(r=4)'), plan(['full', Recipe(Method('mine', lrs=(1., 2.)))]), plan(
-        ['full'], tuned=False), plan(['full', 'lora'], dict(full=1e-3, lora=[1e-2]))
+    p = (plan('lora(r=4)'), plan(['full', Recipe(Method('mine', lrs=(1., 2.)))]),
+         plan(['full'], tuned=False), plan(['full', 'lora'], dict(full=1e-3, lora=[1e-2])))
     assert [{n: r for n, (_, r) in x.items()} for x in p[1:]] == [
-        {'full': Recipe().lrs, 'mine': (1., 2.)}, {'full': (Recipe().lr,)}, {'full': (1e-3,), 'lora': (1e-2,)}]
+        {'full': Recipe().lrs, 'mine': (1., 2.)}, {'full': (Recipe().lr,)},
+        {'full': (1e-3,), 'lora': (1e-2,)}]
     assert list(p[0]) == ['lora(r=4)']
 
 # ---- whole comparisons, tiny
@@ -122,34 +125,36 @@ def llama(tok, seed=0):
     torch.manual_seed(seed)
     tie = dict(tie_word_embeddings=True, pad_token_id=tok.pad_token_id,
                bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=80,
-                                        num_hidden_layers=2, num_attention_heads=4,
-                                        num_key_value_heads=2, max_position_embeddings=128,
-                                        **tie)).eval()
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=80, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+                    **tie)).eval()
 
 @pytest.fixture(scope='module')
 def plain():
     "A language model that knows nothing of the lab, and sums as its data"
-    t = Tokenizer(models.WordLevel(
-        {w: i for i, w in enumerate(['<pad>', '<eos>', '<unk>', 'plus', 'is',
-                                     *map(str, range(40))])}, unk_token='<unk>'))
+    t = Tokenizer(
+        models.WordLevel({w: i for i, w in enumerate(
+                              ['<pad>', '<eos>', '<unk>', 'plus', 'is', *map(str, range(40))])},
+                         unk_token='<unk>'))
     t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tok = PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', eos_token='<eos>',
                                   unk_token='<unk>')
-    return (llama(tok), tok), data([dict(prompt=f'{i} plus {j} is', response=str(i + j))
-                                    for i in range(20) for j in range(20)])
+    return ((llama(tok), tok), data([dict(prompt=f'{i} plus {j} is', response=str(i + j))
+                                     for i in range(20) for j in range(20)]))
 
 @pytest.fixture(scope='module')
 def reviews():
     "A classifier of two labels over the words of the lab"
     tok = lab_tokenizer()
     torch.manual_seed(0)
-    model = BertForSequenceClassification(BertConfig(vocab_size=len(tok), hidden_size=32,
-                                                     intermediate_size=64, num_hidden_layers=2,
-                                                     num_attention_heads=4, max_position_embeddings=64, num_labels=2, pad_token_id=0)).eval()
-    return (model, tok), data([dict(text=f'{w} {a}', label=l)
-                               for l, words in dict(good=GOOD, bad=BAD).items() for w in words
-                               for a in ASPECTS])
+    model = BertForSequenceClassification(
+        BertConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                   num_attention_heads=4, max_position_embeddings=64, num_labels=2,
+                   pad_token_id=0)).eval()
+    return ((model, tok),
+            data([dict(text=f'{w} {a}', label=l) for l, words in dict(good=GOOD, bad=BAD).items()
+                  for w in words for a in ASPECTS]))
 
 FAST = dict(steps=6, batch_size=8, items=20, validation_items=20, old_items=5, progress=False)
 
@@ -172,8 +177,7 @@ def test_the_json_has_the_promised_shape(plain, tmp_path):
     for m in r['methods']:
         assert ({'name', 'recipe', 'seeds', 'gain', 'forgetting', 'forgetting_matched'} == set(m)
                 and len(m['seeds']) == 3)
-        assert (all(set(m[k]) == {'mean', 'low', 'high'}
-                    for k in ('gain', 'forgetting', 'forgetting_matched'))
+        assert (all(set(m[k]) == {'mean', 'low', 'high'} for k in ('gain', 'forgetting', 'forgetting_matched'))
                 and m['gain']['low'] < m['gain']['mean'] < m['gain']['high'])
         for s in m['seeds']:
             assert {'seed', 'gain', 'forgetting', 'forgetting_matched', 'nll', 'drift', 'seconds',
@@ -183,10 +187,10 @@ def test_the_json_has_the_promised_shape(plain, tmp_path):
                     and s['saved_bytes'] > 0 and s['seconds'] > 0)
     full, lora = r['methods']
     assert full['seeds'][0]['trainable'] == plain[0][0].num_parameters() > lora['seeds'][0]['trainable'] > 0
-    assert (r['protocol']['forgetting'] == 'drift (KL)' and full['seeds'][0]['forgetting']
-            == pytest.approx(full['seeds'][0]['drift']) and full['seeds'][0]['drift'] > 0)
-    assert (full['seeds'][0]['gain']
-            == pytest.approx(full['seeds'][0]['after'] - full['seeds'][0]['before'])
+    assert (r['protocol']['forgetting'] == 'drift (KL)'
+            and full['seeds'][0]['forgetting'] == pytest.approx(full['seeds'][0]['drift'])
+            and full['seeds'][0]['drift'] > 0)
+    assert (full['seeds'][0]['gain'] == pytest.approx(full['seeds'][0]['after'] - full['seeds'][0]['before'])
             and full['seeds'][0]['nll'] == pytest.approx(-full['seeds'][0]['after']))
     page = (tmp_path/'index.html').read_text()
     assert ('<script' not in page and 'src="data:image' in page and 'http' not in page
@@ -243,7 +247,8 @@ def test_a_method_that_breaks_down_does_not_stop_the_rest(plain, tmp_path):
     assert (all('NotFinite' in s['error'] and 'step 0' in s['error'] for s in bad['seeds'])
             and all(s['error'] is None for s in full['seeds']))
     assert (bad['seeds'][0]['forgetting_matched'] == pytest.approx(math.log(len(plain[0][1])))
-            and bad['gain']['mean'] <= 0 < full['gain']['mean'] and full['forgetting_matched']['mean'] is not None)
+            and bad['gain']['mean'] <= 0 < full['gain']['mean']
+            and full['forgetting_matched']['mean'] is not None)
     assert ('broke down' in (tmp_path/'index.html').read_text()
             and c.table.loc['bad', 'crashed'] == 3)
 
@@ -270,8 +275,8 @@ def test_lab_models_lose_old_skills_skill_by_skill(tmp_path):
     s = r['methods'][0]['seeds'][0]
     assert (r['protocol']['forgetting'] == 'old skills' and r['protocol']['metric'] == 'exact'
             and set(s['old']) == set(OLD) - {'sort'} and r['protocol']['redrawn'])
-    assert s['forgetting'] == pytest.approx(sum(v['before'] - v['after']
-                                                for v in s['old'].values())/len(s['old']))
+    assert s['forgetting'] == pytest.approx(
+        sum(v['before'] - v['after'] for v in s['old'].values())/len(s['old']))
 
 def test_old_data_and_a_metric_of_ones_own(plain, tmp_path):
     (model, tok), sums = plain
@@ -308,10 +313,10 @@ def test_recipes_with_edits_stages_and_their_own_decoding(plain, tmp_path):
         said.append(sorted(models))
         return ['a']*len(prompts)
 
-    r = compare(Recipe('spoken', decode=decode), (llama(tok), tok), data('new-procedure', n=20),
-                seeds=1, tune=False, out=tmp_path,
-                **FAST | dict(evaluate_every=6, steps=2, old_items=2, items=4,
-                              validation_items=4)).json()
+    r = compare(
+        Recipe('spoken', decode=decode), (llama(tok), tok), data('new-procedure', n=20), seeds=1,
+        tune=False, out=tmp_path,
+        **FAST | dict(evaluate_every=6, steps=2, old_items=2, items=4, validation_items=4)).json()
     assert (r['methods'][0]['seeds'][0]['gain'] == 0 and said
             and all(s == ['base', 'tuned'] for s in said))
 
@@ -324,12 +329,13 @@ def test_a_seed_redraws_the_questions_of_a_skill():
     b = C.Bench((llama(t := lab_tokenizer()), t), data('new-procedure', n=30), steps=1)
     assert b.data(0).fingerprint != b.data(1).fingerprint and len(b.data(1).train) == 30
 
-@pytest.mark.parametrize('more, words',
-                         [(dict(device='cuda:7'), 'cuda:7'),
-                          (dict(metric='accuracy'), 'accuracy needs labels'),
-                          (dict(metric='bleu'), "metric is 'bleu'"), (dict(seeds=0), 'one or more'),
-                          (dict(seeds=[1, 1]), 'each once'), (dict(steps=0), 'at least 1'),
-                          (dict(budget=0), 'at least 1')])
+@pytest.mark.parametrize('more, words', [(dict(device='cuda:7'), 'cuda:7'),
+                                         (dict(metric='accuracy'), 'accuracy needs labels'),
+                                         (dict(metric='bleu'), "metric is 'bleu'"),
+                                         (dict(seeds=0), 'one or more'),
+                                         (dict(seeds=[1, 1]), 'each once'),
+                                         (dict(steps=0), 'at least 1'),
+                                         (dict(budget=0), 'at least 1')])
 def test_compare_refuses(plain, tmp_path, more, words):
     with pytest.raises(ValueError, match=words):
         compare('full', *plain, out=tmp_path, **FAST | dict(seeds=1, tune=False) | more)
@@ -351,10 +357,11 @@ def test_metric_fits_the_data(plain, reviews):
             == ['nll', 'accuracy', 'exact'] and metric_for(plain[1], 'exact') == 'exact')
 
 def test_without_test_rows_the_metric_follows_from_the_rows_there_are(plain, reviews):
-    """No test row is no sign of a lab skill: a set of old questions, or a handful of rows, may have
-    none"""
+    """No test row is no sign of a lab skill: a set of old questions, or a handful of rows,
+    may have none"""
     bare = lambda d: dataclasses.replace(d, test=[])
-    assert [metric_for(bare(d)) for d in (plain[1], reviews[1], data('new-facts', n=5))] == ['nll', 'accuracy', 'exact']
+    assert [metric_for(bare(d)) for d in (plain[1], reviews[1], data('new-facts', n=5))] == [
+        'nll', 'accuracy', 'exact']
     assert (metric_for(dataclasses.replace(plain[1], test=[], validation=[])) == 'nll'
             and metric_for(dataclasses.replace(plain[1], train=[], test=[], validation=[])) == 'nll')
 
@@ -375,9 +382,9 @@ def test_a_learner_is_asked_only_once_it_is_there(tmp_path):
         said.append(sorted(models))
         return ['a']*len(prompts)
 
-    watcher = Learner(lambda state: torch.nn.Linear(len(tok), 1),
-                      lambda state: state.models['watcher'](state.logits).square().mean()/len(
-                          state.batches))
+    watcher = Learner(
+        lambda state: torch.nn.Linear(len(tok), 1),
+        lambda state: state.models['watcher'](state.logits).square().mean()/len(state.batches))
     few = FAST | dict(evaluate_every=2, steps=2, old_items=2, items=4, validation_items=4)
     r = compare(Recipe('watched', decode=decode, loop=Loop(learners=dict(watcher=watcher))),
                 (llama(tok), tok), data('new-procedure', n=20), seeds=1, tune=False, out=tmp_path,

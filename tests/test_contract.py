@@ -19,15 +19,15 @@ from ftlab.trainers.losses.dft import dft
 from toys import TOK, lab_data, logits, same, toy, weights
 
 def made(name):
-    """A method with its toy arguments: those in place of defaults that would be slow, empty or
-    impossible on a toy"""
+    """A method with its toy arguments: those in place of defaults that would be slow,
+    empty or impossible on a toy"""
     make = methods.make_of(name)
     return make(**make.paper.toy_arguments() if hasattr(make, 'paper') else {})
 
 def looking_back(ctx):
     "Put all back and let the matrix move that moved most"
-    moved = {n: float((p.detach() - ctx.before[n]).norm()) for n, p in ctx.model.named_parameters()
-             if p.ndim == 2}
+    moved = {n: float((p.detach() - ctx.before[n]).norm())
+             for n, p in ctx.model.named_parameters() if p.ndim == 2}
     ctx.reset()
     return Recipe('the one that moved most',
                   select=lambda model, batches=None, seed=0: {max(moved, key=moved.get): True})
@@ -39,15 +39,15 @@ RECIPES = {n: partial(made, n) for n in methods.names()} | {
     'lora with dropout': lambda: lora(dropout=.3), 'lora * grpo': lambda: lora()*made('grpo'),
     'sparse': lambda: Recipe('sparse', select=top(torch.abs, .1)),
     'two stages': lambda: Recipe('two stages', loop=Stages(lora(), Recipe('norms', select=parts('norm')))),
-    'three stages': lambda: Recipe('three stages',
-                                   loop=Stages(Share(Recipe('half', select=half(.5)), 2.), dft(),
-                                               lora(r=2))),
-    'a stage that looks back': lambda: Recipe('a stage that looks back', loop=Stages(Recipe('first'), looking_back)),
-    'watched': lambda: Recipe('watched',
-                              loop=Loop(learners={'watcher': Learner(
-                                  lambda state: torch.nn.Linear(len(TOK), 1),
-                                  lambda state: state.models['watcher'](
-                                      state.logits).square().mean()/len(state.batches))}))}
+    'three stages': lambda: Recipe(
+        'three stages', loop=Stages(Share(Recipe('half', select=half(.5)), 2.), dft(), lora(r=2))),
+    'a stage that looks back': lambda: Recipe('a stage that looks back',
+                                              loop=Stages(Recipe('first'), looking_back)),
+    'watched': lambda: Recipe(
+        'watched', loop=Loop(
+            learners={'watcher': Learner(lambda state: torch.nn.Linear(len(TOK), 1),
+                                         lambda state: state.models['watcher'](
+                                             state.logits).square().mean()/len(state.batches))}))}
 
 SETTINGS = dict(batch_size=8, weight_decay=.1, progress=False)
 
@@ -70,8 +70,8 @@ def starts_as_the_base(recipe, tmp):
     assert torch.equal(look.logits, logits(toy()))
 
 def selecting(recipe, free):
-    """`recipe`, but whatever a stage may move is marked in `free` when its turn comes: a stage may
-    be a function, and may choose by what the weights are then"""
+    """`recipe`, but whatever a stage may move is marked in `free` when its turn comes:
+    a stage may be a function, and may choose by what the weights are then"""
     def note(r, model):
         for n, m in (r.select or everything)(model, None, 0).items():
             free[n] |= m
@@ -84,9 +84,9 @@ def selecting(recipe, free):
             return note(s if isinstance(s, Recipe) else s(ctx), ctx.model)
 
         return stage
-    return dataclasses.replace(recipe,
-                               loop=Stages(*(Share(listening(s), x)
-                                             for s, x in zip(recipe.stages, recipe.shares))))
+    return dataclasses.replace(
+        recipe,
+        loop=Stages(*(Share(listening(s), x) for s, x in zip(recipe.stages, recipe.shares))))
 
 def frozen_stays(recipe, tmp):
     base = toy()
@@ -139,9 +139,9 @@ class Gradients:
     first = None
     def after_backward(self, state):
         if self.first is None:
-            self.first = torch.cat([p.grad.flatten().clone()
-                                    for p in state.attached.parameters().values()
-                                    if p.grad is not None])
+            self.first = torch.cat(
+                [p.grad.flatten().clone()
+                 for p in state.attached.parameters().values() if p.grad is not None])
 
 def accumulates(recipe, tmp):
     # AdamW and clipping hide a gradient twice too long, so the gradient itself is compared, before both. Measured here:
@@ -151,9 +151,11 @@ def accumulates(recipe, tmp):
     a, b = (tune(recipe, steps=n, accumulate=k, callbacks=(g,)) for k, g in zip((1, 2), looks))
     g, h = looks[0].first, looks[1].first
     assert g.norm() > 0 and (g - h).norm() < 1e-5*g.norm()
-    assert abs(a.log[0]['nll'] - b.log[0]['nll']) < 1e-5 and abs(a.log[0]['loss'] - b.log[0]['loss']) < 1e-5
-    # AdamW makes a whole step of a gradient that is nothing but rounding, so a number here and there may differ, but not their
-    # root mean square: in units of the learning rate at most 4e-6 was measured, and 0.25 for means of halves.
+    assert (abs(a.log[0]['nll'] - b.log[0]['nll']) < 1e-5
+            and abs(a.log[0]['loss'] - b.log[0]['loss']) < 1e-5)
+    # AdamW makes a whole step of a gradient that is nothing but rounding, so a number here and there
+    # may differ, but not their root mean square: in units of the learning rate at most 4e-6 was
+    # measured, and 0.25 for means of halves.
     x, y = ({n: p.detach() for n, p in m.model.named_parameters()} for m in (a, b))
     off = (sum((x[n] - y[n]).square().sum() for n in x)/sum(p.numel() for p in x.values()))**.5
     assert off < 1e-4*a.settings['lr']
@@ -231,9 +233,8 @@ class Nudge:
             next(p for n, p in state.model.named_parameters() if not p.requires_grad)[0] += 1e-3
 
 def unseeded(state):
-    return token_nll(state.forward(),
-                     state.batch['labels']).sum()/state.count*(
-                         1 + 1e-3*random.SystemRandom().random())
+    return token_nll(state.forward(), state.batch['labels']).sum()/state.count*(
+        1 + 1e-3*random.SystemRandom().random())
 
 def mean_in_each_half(state):
     on = priced(state.batch['labels'])
@@ -243,11 +244,13 @@ BROKEN = [('starts as the base', with_delta(Crooked)),
           ('frozen stays', dataclasses.replace(methods.hft(), loop=Loop(callbacks=(Nudge,)))),
           ('frozen stays', with_delta(Leaky)),
           ('off is the base', dataclasses.replace(lora(), loop=Loop(callbacks=(Nudge,)))),
-          ('off is the base', with_delta(Leaky)), ('folds', with_delta(TwoFaced)),
+          ('off is the base', with_delta(Leaky)),
+          ('folds', with_delta(TwoFaced)),
           ('saves', with_delta(Forgetful, alpha=4.)),
           ('saves', dataclasses.replace(methods.hft(), loop=Loop(callbacks=(Nudge,)))),
           ('repeats', Recipe(objective=unseeded)),
-          ('accumulates', Recipe(objective=mean_in_each_half)), ('accumulates', lora(dropout=.3))]
+          ('accumulates', Recipe(objective=mean_in_each_half)),
+          ('accumulates', lora(dropout=.3))]
 
 @pytest.mark.parametrize('promise, recipe', BROKEN,
                          ids=[f'{p}, {i}' for i, (p, _) in enumerate(BROKEN)])
@@ -284,5 +287,5 @@ def test_emulated_fine_tuning_needs_one_vocabulary():
     c = toy().config
     c.vocab_size += 1
     with pytest.raises(ValueError, match='vocabular'):
-        eft(large=AutoModelForCausalLM.from_config(c)).decode(dict(base=toy(), tuned=toy()), TOK,
-                                                              ['sort a b'], max_new_tokens=2)
+        eft(large=AutoModelForCausalLM.from_config(c)).decode(
+            dict(base=toy(), tuned=toy()), TOK, ['sort a b'], max_new_tokens=2)

@@ -1,4 +1,6 @@
-"Every probe leaves what it measures as it was and repeats itself; every study gives the same finite evidence for the same seed; and each check notices one that does not"
+"""Every probe leaves what it measures as it was and repeats itself;
+every study gives the same finite evidence for the same seed;
+and each check notices one that does not"""
 import importlib
 import inspect
 import re
@@ -21,8 +23,8 @@ def marked(kind):
     found = {}
     for key, file in paper_modules().items():
         if re.search(rf'^@{kind}\(', file.read_text(encoding='utf-8'), re.M):
-            found[key] = getattr(importlib.import_module(
-                '.'.join(('ftlab', *file.parts[-3:-1], key))), key)
+            found[key] = getattr(
+                importlib.import_module('.'.join(('ftlab', *file.parts[-3:-1], key))), key)
     return found
 
 
@@ -54,8 +56,8 @@ def plain(x):
 
 
 def check_probe(f, family):
-    """Raise `AssertionError` where the contract is broken; `ValueError` or `UnknownArchitecture` is
-    the probe's own refusal"""
+    """Raise `AssertionError` where the contract is broken;
+    `ValueError` or `UnknownArchitecture` is the probe's own refusal"""
     torch.manual_seed(0)
     model, batch = tiny(family), example_inputs()
     change = attach(model, parts()(model))
@@ -110,8 +112,10 @@ def hangs_on_luck(model, change, batch):
         return float(torch.rand(1))
 
 
-@pytest.mark.parametrize('f, said', [(writes, 'model was changed'), (sets_the_mode, 'mode'),
-                                     (draws, 'random state'), (leaves_a_hook, 'hooks'),
+@pytest.mark.parametrize('f, said', [(writes, 'model was changed'),
+                                     (sets_the_mode, 'mode'),
+                                     (draws, 'random state'),
+                                     (leaves_a_hook, 'hooks'),
                                      (hangs_on_luck, 'second answer')])
 def test_a_broken_probe_is_noticed(f, said):
     with pytest.raises(AssertionError, match=said):
@@ -158,8 +162,9 @@ def slow(seed=0):
     return constant()
 
 
-@pytest.mark.parametrize('f, said', [(unseeded, 'same seed'), (constant, 'another seed'),
-                                     (numbers, 'no Evidence'), (slow, 'over 5 s')])
+@pytest.mark.parametrize(
+    'f, said',
+    [(unseeded, 'same seed'), (constant, 'another seed'), (numbers, 'no Evidence'), (slow, 'over 5 s')])
 def test_a_broken_study_is_noticed(f, said, monkeypatch):
     if f is slow:
         clock = iter((0., 5.1))
@@ -180,9 +185,10 @@ def test_studies_refuse_a_wrong_model_in_a_sentence():
                       draws=1)
 
 
-@pytest.mark.parametrize('values, units, said', [
-    (dict(x=float('nan')), dict(x='s'), 'finite'),
-    (dict(x=(1., float('inf'))), dict(x='s'), 'finite'), (dict(x=1.), dict(y='s'), "'x' has no unit")])
+@pytest.mark.parametrize('values, units, said',
+                         [(dict(x=float('nan')), dict(x='s'), 'finite'),
+                          (dict(x=(1., float('inf'))), dict(x='s'), 'finite'),
+                          (dict(x=1.), dict(y='s'), "'x' has no unit")])
 def test_evidence_is_finite_and_has_units(values, units, said):
     with pytest.raises(ValueError, match=said):
         Evidence(values, units)

@@ -7,8 +7,8 @@ from ftlab.core.batches import collate, encode, pack
 from ftlab.core.generate import generate
 from ftlab.core.model import model_inputs
 from ftlab.evaluators.decoding.copilot import (Copilot, MistakeLog, answer_together, copilot,
-                                               examples_of, foresight,
-                                               mistake_log, mistakes, thoughts)
+                                               examples_of, foresight, mistake_log, mistakes,
+                                               thoughts)
 from ftlab.adapters.modules.lora import lora
 from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import exact_match
@@ -58,8 +58,7 @@ def at_a_step(batches, model, learner, log, step=0, **kw):
     "What `foresight` sees of a run of one process"
     acc = SimpleNamespace(num_processes=1, process_index=0)
     return SimpleNamespace(batches=batches, model=model, models=dict(copilot=learner), seed=0,
-                           step=step, accelerator=acc,
-                           extra={'mistake log': log}, **kw)
+                           step=step, accelerator=acc, extra={'mistake log': log}, **kw)
 
 def foreseen(state):
     "The loss of a whole step: one call a micro-batch, as in a run"
@@ -163,13 +162,14 @@ def test_an_empty_and_a_full_log_survive_their_state_dict():
         other.load_state_dict(log.state_dict())
         assert other.seen == log.seen and len(other.kept) == len(log.kept)
         for x, y in zip(log.kept, other.kept):
-            assert x['round'] == y['round'] and all(torch.equal(x[k], y[k]) for k in ('read', 'at', 'mistake'))
+            assert (x['round'] == y['round']
+                    and all(torch.equal(x[k], y[k]) for k in ('read', 'at', 'mistake')))
 
 # ---------- one step, however it is cut up
 
 def test_micro_batches_change_nothing():
-    """The same rows in one, two and four micro-batches give the same loss, gradient and trained
-    Copilot"""
+    """The same rows in one, two and four micro-batches give the same loss,
+    gradient and trained Copilot"""
     found = {}
     for k in (1, 2, 4):
         run = tune(copilot(width=16), accumulate=k)
@@ -179,8 +179,8 @@ def test_micro_batches_change_nothing():
         assert max(float((v - found[k][0][n]).abs().max()) for n, v in found[1][0].items()) < 1e-5
 
 def test_two_processes_take_the_step_of_one(monkeypatch):
-    """Each hears half of the micro-batches, both draw from all: the sum of their losses is that of
-    one"""
+    """Each hears half of the micro-batches, both draw from all:
+    the sum of their losses is that of one"""
     m, c = toy(), loud()
     halves = [{k: v[i:i + 3] for k, v in probe().items()} for i in (0, 3)]
     want = float(foreseen(at_a_step(halves, m, c, MistakeLog(9))).detach())
@@ -212,8 +212,8 @@ def test_packed_lines_hold_the_same_examples():
 # ---------- what it sees
 
 def test_even_layers_attend_to_both_along_the_sequence():
-    """Keys and values are Concat(X~, Pool(h)) along the sequence; the stream is the projected
-    mistake alone"""
+    """Keys and values are Concat(X~, Pool(h)) along the sequence;
+    the stream is the projected mistake alone"""
     torch.manual_seed(0)
     c, seen = Copilot(8, 20, width=16), []
     for layer in c.layers:
@@ -227,13 +227,13 @@ def test_even_layers_attend_to_both_along_the_sequence():
     assert c.layers[0].k.in_features == 16 and c.layers[1].k.in_features == 8
 
 def test_nothing_is_known_before_its_time():
-    """What the Copilot says at a token does not depend on later tokens, nor on padding, and does
-    depend on what came before"""
+    """What the Copilot says at a token does not depend on later tokens, nor on padding,
+    and does depend on what came before"""
     torch.manual_seed(0)
     c = Copilot(8, 20, width=16)
     torch.nn.init.normal_(c.head.weight)
-    notes, read, mask = torch.randn(2, 6, 16), torch.randn(2, 6, 2,
-                                                           8), torch.ones(2, 6, dtype=torch.long)
+    notes, read, mask = (torch.randn(2, 6, 16), torch.randn(2, 6, 2, 8),
+                         torch.ones(2, 6, dtype=torch.long))
     f = c(notes, read, mask)
     later, other = notes.clone(), read.clone()
     later[:, 4:] = torch.randn(2, 2, 16)
@@ -264,9 +264,8 @@ def test_untrained_or_unheard_it_corrects_nothing():
     loud = Copilot(32, len(TOK))
     loud.head.bias.data[TOK('a').input_ids[0]] = 9.
     assert answer_together(run.model, loud, TOK, prompts(), .3, 4) == ['a a a a']*8
-    assert answer_together(run.model, run.models['copilot'], TOK, prompts(5), .3, 8,
-                           batch_size=2) == answer_together(run.model, run.models['copilot'], TOK,
-                                                            prompts(5), .3, 8)
+    assert (answer_together(run.model, run.models['copilot'], TOK, prompts(5), .3, 8, batch_size=2)
+            == answer_together(run.model, run.models['copilot'], TOK, prompts(5), .3, 8))
 
 def test_what_it_reads_while_answering_is_what_it_read_while_learning():
     "Step by step, with the Pilot's cache, the features are those of one reading of the whole"
@@ -297,8 +296,8 @@ def test_a_pilot_that_stands_still_can_be_foreseen_and_put_right():
     def boxed(rows):
         return [dict(prompt=r['prompt'], response='box') for r in rows]
 
-    rows = ftlab.data(dict(train=boxed(data.train), validation=boxed(data.validation[:20]),
-                           test=data.test[:2]))
+    rows = ftlab.data(
+        dict(train=boxed(data.train), validation=boxed(data.validation[:20]), test=data.test[:2]))
     run = fit(model, tok, rows, lora(r=2)*copilot(lr=6e-3), steps=40, batch_size=16, lr=1e-7,
               progress=False)
     def heard(lam):

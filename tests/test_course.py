@@ -1,5 +1,7 @@
-"The course's own machinery: exercises and what readers do to them, progress, the map, the start page, the quiz, how JupyterLab is started"
-import contextlib, functools, importlib, inspect, io, json, os, re, socket, subprocess, sys, warnings
+"""The course's own machinery: exercises and what readers do to them, progress, the map,
+the start page, the quiz, how JupyterLab is started"""
+import contextlib, functools, importlib, inspect, io, json, os, re, socket, subprocess, sys
+import warnings
 from pathlib import Path
 import pytest, torch
 import ftlab
@@ -47,19 +49,19 @@ def test_every_chapter_has_exercises_and_every_exercise_a_chapter():
 
 @pytest.mark.parametrize('chapter', CHAPTERS, ids=lambda c: c.name)
 def test_exercises_stand_beside_their_chapter(chapter):
-    """In the module of its name, on a page that the chapter does not show, in the order in which
-    the chapter asks them"""
+    """In the module of its name, on a page that the chapter does not show,
+    in the order in which the chapter asks them"""
     module = importlib.import_module(f'ftlab.exercises.{chapter.name}')
     assert [e.name for e in module.EXERCISES] == chapter.exercises
     for e in module.EXERCISES:
-        assert (e.chapter, e.reference.__module__,
-                e.reference.__name__) == (chapter.name, module.__name__, e.name)
+        assert (e.chapter, e.reference.__module__, e.reference.__name__) == (
+            chapter.name, module.__name__, e.name)
         assert getattr(ftlab.exercises, e.name) is e.reference, 'not found where it was before'
-    code = '\n'.join(c['source'] for c in cells(f'course/{chapter.name}.ipynb')
-                     if c['cell_type'] == 'code')
+    code = '\n'.join(c['source']
+                     for c in cells(f'course/{chapter.name}.ipynb') if c['cell_type'] == 'code')
     at = [code.index(f"ftlab.exercise('{n}')") for n in chapter.exercises]
-    assert (at == sorted(at) and not any(inspect.getsource(e.reference).strip() in code
-                                         for e in module.EXERCISES))
+    assert (at == sorted(at)
+            and not any(inspect.getsource(e.reference).strip() in code for e in module.EXERCISES))
 
 def test_names_of_before_are_found_and_others_are_not():
     assert ftlab.exercises.EXERCISES is EXERCISES and ftlab.exercises.FORGETTING is find('forgetting')
@@ -92,7 +94,8 @@ def test_what_readers_do_is_told_kindly(exercise):
 
     for f, said in ((nothing, 'nothing|has to be a'),
                     (breaks, 'RuntimeError, the reader wrote this|has to be a class'),
-                    (strange, 'object|has to be a'), (lambda: 1, 'has to take|has to be a class')):
+                    (strange, 'object|has to be a'),
+                    (lambda: 1, 'has to take|has to be a class')):
         checked = ftlab.check(named(exercise.name, f))
         assert not checked and re.search(said, checked.message), (said, checked.message)
     assert 'has to be a' in ftlab.check(5, exercise.name).message
@@ -125,20 +128,19 @@ def test_teaching_zigzag():
 
 def test_wrong_shapes_and_types_are_told():
     base = {'w': torch.zeros(2, 3)}
-    shape = ftlab.check(named('rescale',
-                              lambda base, tuned, alpha: {n: base[n].movedim(0, -1) for n in base}))
+    shape = ftlab.check(
+        named('rescale', lambda base, tuned, alpha: {n: base[n].movedim(0, -1) for n in base}))
     assert 'shape [3, 2], and shape [2, 3] is wanted' in shape.message
     assert 'a tensor of shape [2, 3] is wanted' in ftlab.check(
         named('rescale', lambda base, tuned, alpha: {n: base[n].tolist() for n in base})).message
-    assert 'a dictionary with the keys' in ftlab.check(named('rescale',
-                                                             lambda base, tuned, alpha: base[
-                                                                 'w'])).message
+    assert 'a dictionary with the keys' in ftlab.check(
+        named('rescale', lambda base, tuned, alpha: base['w'])).message
     assert "has no key 'b'" in ftlab.check(named('rescale', lambda base, tuned, alpha: {'w': base['w']})).message
-    assert 'a number is wanted' in ftlab.check(named('forgetting',
-                                                     lambda before, after: '0.3')).message
+    assert 'a number is wanted' in ftlab.check(
+        named('forgetting', lambda before, after: '0.3')).message
     assert ('is 3' in differs([1, 2, 3], [1, 2, 4], 'x') and differs(torch.tensor(2.), 2.) is None
-            and differs(float('nan'), 1.) and differs(torch.full((2,), float('nan')),
-                                                      torch.ones(2)))
+            and differs(float('nan'), 1.)
+            and differs(torch.full((2,), float('nan')), torch.ones(2)))
     assert (differs(base, {'w': torch.zeros(2, 3)}) is None and differs(1, True)
             and differs(True, 1.))
 
@@ -222,7 +224,8 @@ def test_a_broken_file_is_put_aside_with_a_word(home, text):
         warnings.simplefilter('always')
         assert ftlab.check(find('forgetting').reference)
     assert (any('progress.broken.json' in str(w.message) for w in said)
-            and (home/'progress.broken.json').read_text() == text and list(progress()['exercises']) == ['forgetting'])
+            and (home/'progress.broken.json').read_text() == text
+            and list(progress()['exercises']) == ['forgetting'])
 
 def test_parts_of_the_wrong_kind_are_left_out(home):
     home.mkdir()
@@ -282,8 +285,9 @@ def test_the_first_line_of_a_chapter(tmp_path, monkeypatch):
     assert ('[First light](first_light.ipynb)' in here and '**probe**' in here
             and 'Chapter 2 of' in here and '3 exercises' in here)
     for c in CHAPTERS:
-        assert (c.title in repr(ftlab.chapter(c.name)) and f'Chapter {CHAPTERS.index(c) + 1} '
-                'of' in ftlab.chapter(c.name)._repr_markdown_())
+        assert (
+            c.title in repr(ftlab.chapter(c.name))
+            and f'Chapter {CHAPTERS.index(c) + 1} of' in ftlab.chapter(c.name)._repr_markdown_())
     remember('exercises', 'best_stop')
     assert '3 exercises, 1 solved' in ftlab.chapter('what_it_cost')._repr_markdown_()
     for e in course.chapter_named('what_it_cost').exercises:
@@ -399,7 +403,8 @@ def test_the_widgets_of_the_quiz():
 
 def test_hosted_links_need_an_address():
     links = hosted('course/first_light.ipynb', 'https://github.com/me/mine.git')
-    assert (links['colab'] == 'https://colab.research.google.com/github/me/mine/blob/main/nbs/course/first_light.ipynb' and links['binder'].startswith('https://mybinder.org/v2/gh/me/mine/main?'))
+    assert (links['colab'] == 'https://colab.research.google.com/github/me/mine/blob/main/nbs/course/first_light.ipynb'
+            and links['binder'].startswith('https://mybinder.org/v2/gh/me/mine/main?'))
     if 'git_url' not in (ROOT/'settings.ini').read_text():
         assert hosted('course/first_light.ipynb') == {}
     with pytest.raises(ValueError, match='OWNER/NAME'):
@@ -436,13 +441,14 @@ def lab(monkeypatch, *args, **env):
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         code = cli.main(['lab', *args])
-    return code, got.get('command', []), got.get('env',
-                                                 {}), got.get('settings', {}), said.getvalue()
+    return (code, got.get('command', []), got.get('env', {}), got.get('settings', {}),
+            said.getvalue())
 
 def test_the_lab_opens_on_the_start_page(monkeypatch):
     code, command, env, settings, said = lab(monkeypatch)
     assert (code == 0 and '--LabApp.default_url=/lab/tree/start.md' in command
-            and f'--ServerApp.root_dir={ROOT}' in command and env['FTLAB_START'] == str(ROOT/'start.md'))
+            and f'--ServerApp.root_dir={ROOT}' in command
+            and env['FTLAB_START'] == str(ROOT/'start.md'))
     assert settings['@jupyterlab/docmanager-extension:plugin']['defaultViewers'] == {'markdown': 'Markdown Preview'}
     assert ('--no-browser' in command) == sys.platform.startswith('linux')
     assert ('--no-browser' not in lab(monkeypatch, DISPLAY=':0')[1]

@@ -27,8 +27,9 @@ def lines(rows):
 # ---- wrong input: (file name, content, what the message must say)
 GOOD = '{"prompt": "a", "response": "b"}\n'
 WRONG = {
-    'missing column': ('d.jsonl', '{"prompt": "a", "answer": "b"}\n',
-                       ["d.jsonl", "prompt, answer", "no 'response'", "columns={'response': 'answer'}"]),
+    'missing column': (
+        'd.jsonl', '{"prompt": "a", "answer": "b"}\n',
+        ["d.jsonl", "prompt, answer", "no 'response'", "columns={'response': 'answer'}"]),
     'missing column, misspelt': ('d.jsonl', '{"prompt": "a", "respnse": "b"}\n', ["columns={'response': 'respnse'}"]),
     'missing in a later row': ('d.jsonl', GOOD + '{"prompt": "c"}\n', ['d.jsonl, line 2', "no 'response'"]),
     'empty object': ('d.jsonl', GOOD + '{}\n', ['line 2', 'no columns']),
@@ -46,30 +47,31 @@ WRONG = {
     'ragged csv': ('d.csv', 'prompt,response\n"a\nb",c\nd,e,f\n', ['d.csv, line 4', '3 cells', 'the header has 2']),
     'short csv row': ('d.csv', 'prompt,response\na,b\nc\n', ['d.csv, line 3', '1 cells']),
     'open quote': ('d.csv', 'prompt,response\na,b\nc,"d\n', ['d.csv, line 3', 'not CSV']),
-    'empty csv cell': ('d.csv', 'prompt,response\na,b\nc,\n', ['d.csv, line 3', 'response is empty']),
+    'empty csv cell': ('d.csv', 'prompt,response\na,b\nc,\n',
+                       ['d.csv, line 3', 'response is empty']),
     'json not a list': ('d.json', '{"prompt": "a"}', ['d.json', 'JSON dict', 'list of objects']),
     'broken json': ('d.json', '[{"prompt": "a",\n"response" "b"}]', ['d.json, line 2']),
     'lines in .json': ('d.json', GOOD*2, ['call it .jsonl']),
     'not parquet': ('d.parquet', 'hello', ['d.parquet is not a parquet file']),
     'unknown extension': ('d.xlsx', 'hello', ["'.xlsx'", '.jsonl', '.parquet']),
     'not UTF-8': ('d.csv', 'prompt,response\ncaf\u00e9,b\n'.encode('latin-1'), ['d.csv', 'UTF-8']),
-    'deep nesting': ('d.jsonl', GOOD + '{"prompt": "a", "response": "b", "more": ' + '['*5000
-                     + ']'*5000 + '}\n', ['d.jsonl, line 2, column 1', 'nested more than 100 deep']),
-    'deep nesting that Python reads': ('d.jsonl', GOOD + '{"prompt": "a", "response": "b", "more": '
-                                       + '['*200 + ']'*200 + '}\n',
-                                       ['d.jsonl, line 2', 'more is nested more than 100 deep']),
+    'deep nesting': (
+        'd.jsonl', GOOD + '{"prompt": "a", "response": "b", "more": ' + '['*5000 + ']'*5000 + '}\n',
+        ['d.jsonl, line 2, column 1', 'nested more than 100 deep']),
+    'deep nesting that Python reads': (
+        'd.jsonl', GOOD + '{"prompt": "a", "response": "b", "more": ' + '['*200 + ']'*200 + '}\n',
+        ['d.jsonl, line 2', 'more is nested more than 100 deep']),
     'deep nesting in a list': ('d.json', '[\n' + '{"a":'*5000 + '1' + '}'*5000 + ']',
                                ['d.json, line 2, column 496', 'nested more than 100 deep']),
     'a huge number': ('d.jsonl', GOOD + '{"prompt": "a", "response": "b", "n": ' + '9'*5000 + '}\n',
                       ['d.jsonl, line 2, column 39', 'whole number of more than 4300 digits']),
     'half an emoji': ('d.jsonl', GOOD + '{"prompt": "a", "response": "fine \\ud83d!"}\n',
                       ['d.jsonl, line 2', 'response has half a surrogate pair (U+D83D) at character 6']),
-    'half an emoji in a message': ('d.jsonl', '{"messages": [{"role": "user", "content": '
-                                   '"a\\udc00"}, {"role": "assistant", "content": "b"}]}\n',
-                                   ['d.jsonl, line 1', 'the content of message 1',
-                                    'half a surrogate pair (U+DC00) at character 2']),
-    'half an emoji as a column': ('d.jsonl', GOOD + '{"prompt": "a", "response": "b", "x\\ud800": '
-                                  '1}\n', ['d.jsonl, line 2', 'the name of a column has half']),
+    'half an emoji in a message': (
+        'd.jsonl', '{"messages": [{"role": "user", "content": "a\\udc00"}, {"role": "assistant", "content": "b"}]}\n',
+        ['d.jsonl, line 1', 'the content of message 1', 'half a surrogate pair (U+DC00) at character 2']),
+    'half an emoji as a column': ('d.jsonl', GOOD + '{"prompt": "a", "response": "b", "x\\ud800": 1}\n',
+                                  ['d.jsonl, line 2', 'the name of a column has half']),
     'NUL': ('d.csv', 'prompt,response\na,b\nc,d\x00e\n',
             ['d.csv, line 3', 'response has a NUL character at character 2']),
     'NUL in a column name': ('d.csv', 'pro\x00mpt,response\na,b\n',
@@ -80,20 +82,20 @@ WRONG = {
                                   ['d.csv, line 3', 'prompt has a byte order mark (U+FEFF) at character 1']),
     'a key twice': ('d.jsonl', GOOD + '{"prompt": "a", "response": "b", "response": "c"}\n',
                     ['d.jsonl, line 2, column 34', "the key 'response' stands twice"]),
-    'a key twice in a list': ('d.json', '[{"prompt": "a", "response": "b"},\n{"prompt": "a", '
-                              '"label": 1, "label": 2}]',
+    'a key twice in a list': ('d.json', '[{"prompt": "a", "response": "b"},\n{"prompt": "a", "label": 1, "label": 2}]',
                               ['d.json, line 2, column 29', "the key 'label' stands twice"]),
-    'bytes that are no UTF-8': ('d.jsonl', GOOD.encode()*2 + b'{"prompt": "a\xff", "response": '
-                                b'"b"}', ['d.jsonl, line 3', 'byte 14 of the line', 'UTF-8']),
+    'bytes that are no UTF-8': ('d.jsonl',
+                                GOOD.encode()*2 + b'{"prompt": "a\xff", "response": "b"}',
+                                ['d.jsonl, line 3', 'byte 14 of the line', 'UTF-8']),
     'last turn from user': ('d.jsonl', '{"messages": [{"role": "user", "content": "a"}]}\n',
                             ['d.jsonl, line 1', "from 'user'", 'assistant']),
-    'empty message': ('d.jsonl', '{"messages": [{"role": "user", "content": ""}, {"role": '
-                      '"assistant", "content": "b"}]}\n', ['line 1', 'content of message 1', 'empty']),
+    'empty message': ('d.jsonl',
+                      '{"messages": [{"role": "user", "content": ""}, {"role": "assistant", "content": "b"}]}\n',
+                      ['line 1', 'content of message 1', 'empty']),
     'no messages': ('d.jsonl', '{"messages": []}\n', ['line 1', 'messages']),
     'a message without role': ('d.jsonl', '{"messages": [{"from": "human", "value": "a"}]}\n', ['line 1', 'message 1']),
     'label missing': ('d.jsonl', '{"text": "a", "label": null}\n', ['line 1', 'label is None']),
-    'label a float': ('d.jsonl', '{"text": "a", "label": 0.5}\n', ['line 1', 'label is 0.5']),
-}
+    'label a float': ('d.jsonl', '{"text": "a", "label": 0.5}\n', ['line 1', 'label is 0.5']),}
 
 @pytest.mark.parametrize('name, content, says', WRONG.values(), ids=WRONG.keys())
 def test_wrong_files_are_refused_with_place_and_mend(write, name, content, says):
@@ -112,10 +114,12 @@ def test_unknown_skill_offers_the_near_one(write):
     with pytest.raises(ValueError, match="neither a file nor a lab skill; did you mean 'changed-rule'"):
         data('change-rule')
 
-@pytest.mark.parametrize('kwargs, says', [
-    (dict(columns=dict(question='prompt')), 'the keys are the names ftlab uses'),
-    (dict(columns=dict(prompt='qestion', response='response')), "no column 'qestion'"),
-    (dict(n=0), 'at least 1'), (dict(validation=[]), 'validation has no rows')])
+@pytest.mark.parametrize(
+    'kwargs, says',
+    [(dict(columns=dict(question='prompt')), 'the keys are the names ftlab uses'),
+     (dict(columns=dict(prompt='qestion', response='response')), "no column 'qestion'"),
+     (dict(n=0), 'at least 1'),
+     (dict(validation=[]), 'validation has no rows')])
 def test_wrong_arguments(kwargs, says):
     with pytest.raises(ValueError, match=says):
         data(QA, **kwargs)
@@ -129,7 +133,8 @@ def test_other_wrong_sources():
         data('sort', columns=dict(prompt='x'))
     with pytest.raises(ValueError, match='one form in all rows'):
         data([dict(prompt=[dict(role='user', content='a')],
-                   response=[dict(role='assistant', content='b')]), dict(prompt='a', response='b')])
+                   response=[dict(role='assistant', content='b')]),
+              dict(prompt='a', response='b')])
 
 def test_label_unseen_in_train_is_refused():
     train = [dict(text=f't{i}', label='ab'[i % 2]) for i in range(40)]
@@ -162,15 +167,15 @@ def test_kind_follows_the_columns():
     assert kinds == ['chat', 'text', 'label', 'lm']
     assert data(splits(dict(messages=talk, q='a', a='b')),
                 columns=dict(prompt='q', response='a')).train == [
-                    dict(prompt='a', response='b', messages=talk)]
+        dict(prompt='a', response='b', messages=talk)]
 
 PAIRS = [dict(prompt=r['prompt'], chosen=r['response'], rejected='no ' + r['response']) for r in QA]
 
 def test_pairs_are_text_whose_rejected_answers_ride_along(write):
     d = data(PAIRS)
-    assert (d.kind == 'text' and not d.note
-            and d.train[0] == dict(QA[QA.index({k: d.train[0][k] for k in ('prompt', 'response')})],
-                                   rejected='no ' + d.train[0]['response']))
+    assert (d.kind == 'text' and not d.note and d.train[0]
+            == dict(QA[QA.index({k: d.train[0][k] for k in ('prompt', 'response')})],
+                    rejected='no ' + d.train[0]['response']))
     write('p.jsonl', lines(PAIRS))
     named = [dict(question=r['prompt'], better=r['chosen'], rejected=r['rejected'], judge=1)
              for r in PAIRS]
@@ -186,12 +191,13 @@ def test_pairs_are_text_whose_rejected_answers_ride_along(write):
     assert 'in 2 of 300 rows the chosen and the rejected answer are the same' in data(
         [dict(r, rejected=r['chosen']) if i < 2 else r for i, r in enumerate(PAIRS)]).note
 
-@pytest.mark.parametrize('row, says', [
-    (dict(rejected=''), ['train row 2: rejected is empty']),
-    (dict(rejected=None), ['row 2: rejected has no value']),
-    (dict(rejected=3), ["rejected is '3', a int"]), (dict(chosen=' '), ['chosen is empty']),
-    (dict(rejected=[dict(role='assistant', content='b')]),
-     ['rejected is a list', 'give prompt, chosen and rejected as text'])])
+@pytest.mark.parametrize('row, says',
+                         [(dict(rejected=''), ['train row 2: rejected is empty']),
+                          (dict(rejected=None), ['row 2: rejected has no value']),
+                          (dict(rejected=3), ["rejected is '3', a int"]),
+                          (dict(chosen=' '), ['chosen is empty']),
+                          (dict(rejected=[dict(role='assistant', content='b')]),
+                           ['rejected is a list', 'give prompt, chosen and rejected as text'])])
 def test_broken_pairs_are_refused(row, says):
     with pytest.raises(ValueError) as e:
         data([PAIRS[0], PAIRS[1] | row])
@@ -208,8 +214,8 @@ def test_what_a_pair_lacks_is_named():
         data([PAIRS[0], {k: v for k, v in PAIRS[1].items() if k != 'rejected'}])
 
 def test_renaming_replaces_a_column_that_is_in_the_way():
-    assert data(dict(train=[dict(prompt='old', q='new', response='b')]), validation=QA[:1],
-                test=QA[:1], columns=dict(prompt='prompt')).kind == 'text'
+    assert (data(dict(train=[dict(prompt='old', q='new', response='b')]), validation=QA[:1],
+                 test=QA[:1], columns=dict(prompt='prompt')).kind == 'text')
     d = data([dict(prompt='old', q=r['prompt'], response=r['response']) for r in QA],
              columns=dict(prompt='q'))
     assert ({tuple(r) for r in d.train} == {('prompt', 'response')}
@@ -221,10 +227,10 @@ def test_labels():
     assert d.labels == [str(i) for i in range(12)]                        # numbers in the order of numbers
     assert {r['label'] for r in data([dict(r, label=str(r['label'])) for r in rows]).train} == set(
         range(12))
-    named = datasets.Dataset.from_list(rows,
-                                       features=datasets.Features(text=datasets.Value(
-                                           'string'), label=datasets.ClassLabel(
-                                               names=[f'l{11 - i:02}' for i in range(12)])))
+    named = datasets.Dataset.from_list(
+        rows, features=datasets.Features(
+            text=datasets.Value('string'),
+            label=datasets.ClassLabel(names=[f'l{11 - i:02}' for i in range(12)])))
     d = data(named)
     assert d.labels[0] == 'l11' and all(r['label'] == int(r['text'][1:]) % 12 for r in d.train)
     assert rows[5] == dict(text='t5', label=5) # the caller's rows are not touched
@@ -319,12 +325,12 @@ def test_no_token_crosses_from_prompt_to_response():
     apart = encode(dict(prompt='x', response='aby'), tok, 'text')
     assert apart['input_ids'][:-1] == tok('xaby').input_ids       # and where nothing is joined, the whole it is
 
-CHATML = ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}{% if "
-          "add_generation_prompt %}<|assistant|>\n{% endif %}")
+CHATML = ("{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n"
+          "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
 # as Qwen3 does: only the last assistant turn gets the thinking mark
 THINK = ("{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' and loop.last "
-         "%}<think></think>{% endif %}{{ m.content }}</s>\n{% endfor %}"
-         "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
+         "%}<think></think>{% endif %}{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt "
+         "%}<|assistant|>\n{% endif %}")
 # opens a turn with a mark that the rendered answer does not keep
 OPENS = CHATML.replace("<|assistant|>\n{% endif %}", "<|assistant|>\n<think>{% endif %}")
 # writes the number of messages first, so nothing is a prefix of anything
@@ -366,8 +372,8 @@ def test_lab_rows_in_every_kind():
     assert tok.decode(prompt_ids(row, tok)) == '<bos> <user> sort c a b = <assistant>'
     lm = encode(dict(text='a b'), letters(), 'lm')
     assert lm['input_ids'] == lm['labels'] and letters().decode(lm['input_ids']) == 'a b<e>'
-    assert encode(dict(text='a b c', label=2), tok, 'label',
-                  max_length=2) == dict(input_ids=tok('a b').input_ids, labels=2)
+    assert encode(dict(text='a b c', label=2), tok, 'label', max_length=2) == dict(
+        input_ids=tok('a b').input_ids, labels=2)
     with pytest.raises(ValueError, match="kind is 'sft'"):
         encode(row, tok, 'sft')
 
@@ -375,7 +381,8 @@ def test_trl_conversational_prompt_and_completion():
     d = data(dict(train=[dict(prompt=TALK[:3], completion=TALK[3:])],
                   validation=[dict(prompt=TALK[:1], completion=TALK[1:2])],
                   test=[dict(prompt=TALK[:1], completion=TALK[1:2])]))
-    assert d.kind == 'chat' and learnt(letters(CHATML), encode(d.train[0], letters(CHATML), 'chat')) == 'b</s>\n'
+    assert (d.kind == 'chat'
+            and learnt(letters(CHATML), encode(d.train[0], letters(CHATML), 'chat')) == 'b</s>\n')
 
 def one_by_one(row, tok, kind):
     "What `encode` must give, with the tokenizer asked for one text at a time"
@@ -389,15 +396,16 @@ def one_by_one(row, tok, kind):
     crossed = any(ids(''.join(texts[:k])) != whole[:cuts[k]] for k in range(len(texts)))
     parts = [ids(t) for t in texts] if crossed else [whole[a:b] for a, b in zip(cuts, cuts[1:])]
     return dict(input_ids=first + sum(parts, []) + last,
-                labels=[-100]*len(first) + [i if l else -100 for p, (_, l) in zip(parts, pieces)
-                                            for i in p] + last)
+                labels=[-100]*len(first)
+                + [i if l else -100 for p, (_, l) in zip(parts, pieces) for i in p] + last)
 
-def many(kind, n=1203): # more than are asked of the tokenizer at once; every third answer joins a letter with its question
-    said = [(f'{"xyz"[i % 3]}{i} {"a" if i % 3 == 0 else "c"}', f'{"b" if i % 3 == 0 else ""}{i*7}') for i in range(n)]
-    talk = lambda q, a: dict(messages=[dict(role='user', content=q),
-                                       dict(role='assistant', content=a),
-                                       dict(role='user', content=a),
-                                       dict(role='assistant', content=q)])
+def many(kind, n=1203): # more than are asked of the tokenizer at once
+    "Rows of a kind; every third answer joins a letter with its question"
+    said = [(f'{"xyz"[i % 3]}{i} {"a" if i % 3 == 0 else "c"}', f'{"b" if i % 3 == 0 else ""}{i*7}')
+            for i in range(n)]
+    talk = lambda q, a: dict(
+        messages=[dict(role='user', content=q), dict(role='assistant', content=a),
+                  dict(role='user', content=a), dict(role='assistant', content=q)])
     return [dict(text=lambda: dict(prompt=q, response=a), chat=lambda: talk(q, a),
                  lm=lambda: dict(text=q + a), label=lambda: dict(text=q, label=len(a)))[kind]()
             for q, a in said]
@@ -410,15 +418,17 @@ def test_many_rows_are_encoded_as_one_by_one(which, kind):
     tok = lab_tokenizer() if which == 'lab' else letters(CHATML if 'template' in which else None)
     rows = many(kind)
     want = [one_by_one(r, tok, kind) for r in rows]
-    assert list(encode_all(rows, tok, kind)) == want == [encode(r, tok, kind)
-                                                         for r in rows[:40]] + want[40:]
+    assert (list(encode_all(rows, tok, kind)) == want == [encode(r, tok, kind) for r in rows[:40]]
+            + want[40:])
     if which == 'letters' and kind == 'text':
-        assert sum(tok(r['prompt'] + r['response']).input_ids != w['input_ids'][:-1]
-                   for r, w in zip(rows, want)) == 401
+        assert (sum(tok(r['prompt'] + r['response']).input_ids != w['input_ids'][:-1]
+                    for r, w in zip(rows, want)) == 401)
     m = min(len(w['input_ids']) for w in want) - 1
     short = encode_all(rows, tok, kind, max_length=m)
-    cut = [dict(input_ids=w['input_ids'][:m], labels=w['labels'] if kind == 'label' else w['labels'][:m]) for w in want]
-    assert list(short) == [c for c in cut if kind == 'label' or any(l != -100 for l in c['labels'][1:])]
+    cut = [dict(input_ids=w['input_ids'][:m],
+                labels=w['labels'] if kind == 'label' else w['labels'][:m]) for w in want]
+    assert list(short) == [c for c in cut if kind == 'label'
+                           or any(l != -100 for l in c['labels'][1:])]
 
 def test_nothing_is_remembered_between_two_encodings():
     tok, rows = letters(CHATML), many('text', 3)
@@ -442,8 +452,8 @@ def test_truncation_counts_and_refuses():
     with pytest.raises(ValueError) as e:
         encode_all(rows, tok, 'text', max_length=8)
     whole = max(len(encode(r, tok, 'text')['labels']) for r in rows)
-    assert (f'max_length={whole}' in str(e.value) and 'answers begin at token 9 to '
-            '13' in str(e.value))
+    assert (f'max_length={whole}' in str(e.value)
+            and 'answers begin at token 9 to 13' in str(e.value))
     assert (encode_all(rows, tok, 'text', max_length=13).dropped == 0
             and encode_all(rows, tok, 'text', max_length=whole).truncated == 0)
     for bad in (dict(max_length=0), dict(max_length=5, keep='left')):
@@ -456,11 +466,11 @@ def test_truncation_counts_and_refuses():
 def test_collate():
     rows = [dict(input_ids=[5, 6, 7], labels=[-100, 6, 7]), dict(input_ids=[8], labels=[8])]
     right, left = collate(rows, 0), collate(rows, 0, 'left')
-    assert (right['input_ids'].tolist() == [[5, 6, 7], [8, 0, 0]] and right['labels'].tolist()
-            == [[-100, 6, 7], [8, -100, -100]]
+    assert (right['input_ids'].tolist() == [[5, 6, 7], [8, 0, 0]]
+            and right['labels'].tolist() == [[-100, 6, 7], [8, -100, -100]]
             and right['attention_mask'].tolist() == [[1, 1, 1], [1, 0, 0]])
-    assert (left['input_ids'].tolist() == [[5, 6, 7], [0, 0, 8]] and left['labels'].tolist()
-            == [[-100, 6, 7], [-100, -100, 8]]
+    assert (left['input_ids'].tolist() == [[5, 6, 7], [0, 0, 8]]
+            and left['labels'].tolist() == [[-100, 6, 7], [-100, -100, 8]]
             and left['attention_mask'].tolist() == [[1, 1, 1], [0, 0, 1]])
     assert ({v.dtype for v in right.values()} == {torch.int64}
             and collate([dict(input_ids=[1], labels=3)], 0)['labels'].shape == (1,))
@@ -493,10 +503,10 @@ def test_a_batch_fits_a_model_and_padding_changes_nothing():
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(0)
     tok = lab_tokenizer()
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=80,
-                                         num_hidden_layers=2, num_attention_heads=4,
-                                         num_key_value_heads=2, max_position_embeddings=128,
-                                         tie_word_embeddings=True)).eval()
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=80, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+                    tie_word_embeddings=True)).eval()
     rows = encode_all(data('sort', n=4).train, tok, 'text')
     alone = [model(**collate([r], tok.pad_token_id)).loss.item() for r in rows]
     weight = [sum(l != -100 for l in r['labels'][1:]) for r in rows]
@@ -509,16 +519,15 @@ def test_data_can_be_made_by_hand():
 
 # ---- characters, numbers and shapes that no tokenizer and no file could hold
 
-@pytest.mark.parametrize('row, says',
-                         [({'prompt': 'a \ud800', 'response': 'b'},
-                           'train row 2: prompt has half a surrogate pair'),
-                          ({'prompt': 'a', 'response': 'b', 3: 'x'},
-                           'train row 2 has a column called 3, a int'),
-                          ({'prompt': 'a', 'response': 'b', 'n': 10**5000}, 'train row 2: n holds a whole number'),
-    ({'prompt': 'a', 'response': 'b',
-      'deep': (lambda f: f(f, 5000))(lambda f, n: [] if n == 0
-                                     else __import__('functools').reduce(
-                                         lambda x, _: [x], range(n), []))}, 'train row 2: deep is nested')])
+@pytest.mark.parametrize(
+    'row, says',
+    [({'prompt': 'a \ud800', 'response': 'b'}, 'train row 2: prompt has half a surrogate pair'),
+     ({'prompt': 'a', 'response': 'b', 3: 'x'}, 'train row 2 has a column called 3, a int'),
+     ({'prompt': 'a', 'response': 'b', 'n': 10**5000}, 'train row 2: n holds a whole number'),
+     ({'prompt': 'a', 'response': 'b', 'deep': (lambda f: f(f, 5000))(
+           lambda f, n: [] if n == 0
+           else __import__('functools').reduce(lambda x, _: [x], range(n), []))},
+      'train row 2: deep is nested')])
 def test_rows_given_as_dicts_are_held_to_the_same(row, says):
     with pytest.raises(ValueError, match=says):
         data([dict(prompt='a', response='b'), row])
@@ -530,16 +539,14 @@ def test_labels_of_very_many_digits_are_names():
 def test_a_long_csv_cell_is_read_and_the_limit_of_the_process_stays(tmp_path):
     import csv
     limit = csv.field_size_limit()
-    (tmp_path/'d.csv').write_text('text\n' + '\n'.join(f'"{"a b "*(40000 if i == 7 else 5)}{i}"'
-                                                       for i in range(40)))
+    (tmp_path/'d.csv').write_text(
+        'text\n' + '\n'.join(f'"{"a b "*(40000 if i == 7 else 5)}{i}"' for i in range(40)))
     assert (max(len(r['text']) for r in data(tmp_path/'d.csv').train + data(tmp_path/'d.csv').test
                 + data(tmp_path/'d.csv').validation) > 150_000 and csv.field_size_limit() == limit)
 
 def test_a_parquet_row_that_python_cannot_hold_is_named(tmp_path):
     import pyarrow as pa, pyarrow.parquet as pq
-    pq.write_table(pa.table(dict(text=['a', 'b', 'c'],
-                                 when=pa.array([0, 2**60, 0],
-                                               pa.int64()).cast(pa.timestamp('us'), safe=False))),
-                   tmp_path/'d.parquet')
+    when = pa.array([0, 2**60, 0], pa.int64()).cast(pa.timestamp('us'), safe=False)
+    pq.write_table(pa.table(dict(text=['a', 'b', 'c'], when=when)), tmp_path/'d.parquet')
     with pytest.raises(ValueError, match='d.parquet, row 2 cannot be read'):
         data(tmp_path/'d.parquet')

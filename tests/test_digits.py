@@ -34,12 +34,12 @@ def test_every_picture_is_in_one_split_and_splits_do_not_depend_on_the_rest():
     for s in keys:
         assert (len(getattr(some, s)) == sum(r['labels'] >= 8 for r in getattr(all_ten, s))
                 and all(r['pixel_values'].numpy().tobytes() in keys[s] for r in getattr(some, s)))
-    assert D.digits(n=20, seed=1).fingerprint == D.digits(n=20,
-                                                          seed=1).fingerprint != D.digits(
-                                                              n=20, seed=2).fingerprint
+    assert D.digits(n=20, seed=1).fingerprint == D.digits(n=20, seed=1).fingerprint != D.digits(
+        n=20, seed=2).fingerprint
 
 def test_looks():
-    up, inv, turn = (D.pictures(D.digits(look=l).test)[0] for l in ('upright', 'inverted', 'turned'))
+    up, inv, turn = (D.pictures(D.digits(look=l).test)[0]
+                     for l in ('upright', 'inverted', 'turned'))
     assert (torch.equal(inv, -up) and torch.equal(turn.rot90(-1, (2, 3)), up)
             and not torch.equal(turn, up))
     assert up.min() == -1 and up.max() == 1
@@ -110,8 +110,8 @@ def test_the_models_that_ship():
     reader, drawer = D.load('digits-vit'), D.load('digits-flow')
     x, y = D.pictures(D.digits().test)
     assert (D.read(reader, x) == y).float().mean() > .93
-    assert D.quality(drawer, reader, range(8),
-                     160)['accuracy'] > .85 > .5 > D.quality(drawer, reader, (8, 9), 60)['accuracy']
+    assert D.quality(drawer, reader, range(8), 160)['accuracy'] > .85 > .5 > D.quality(
+        drawer, reader, (8, 9), 60)['accuracy']
     assert (D.CHECKPOINTS.exists()
             and sum(f.stat().st_size for f in D.CHECKPOINTS.rglob('*') if f.is_file()) < 2e6)
     with pytest.raises(ValueError, match='digits-vit, digits-flow'):
@@ -171,10 +171,10 @@ def test_difffit_on_words():
     m = toy()
     chosen = knobs(1.)(m)
     a = ftlab.anatomy(m)
-    assert {n for n, x in chosen.items() if x is True} == {n for b in a.blocks
-                                                           for n in (b.attention['o'], b.mlp['down'])}
-    assert {n for n, x in chosen.items() if x is not True} == {n for n, p in m.named_parameters()
-                                                               if p.ndim == 1}
+    assert {n for n, x in chosen.items() if x is True} == {
+        n for b in a.blocks for n in (b.attention['o'], b.mlp['down'])}
+    assert {n for n, x in chosen.items() if x is not True} == {
+        n for n, p in m.named_parameters() if p.ndim == 1}
     assert not any(x is True for x in knobs(0.)(m).values())
     was = weights(m)
     run = fit(m, TOK, lab_data(), difffit(scaled=1.), steps=5, batch_size=8, progress=False)
@@ -223,15 +223,15 @@ def test_auc():
 def test_the_study_learns_something_and_repeats():
     m = imitate('elm', 1e-2, steps=12, seed=7)
     assert .55 < score(m, 7, 'validation') < score(None, 7, 'validation')
-    assert same(weights(m), weights(imitate('elm', 1e-2, steps=12, seed=7))) and elm.paper.arxiv == '2306.16922'
+    assert (same(weights(m), weights(imitate('elm', 1e-2, steps=12, seed=7)))
+            and elm.paper.arxiv == '2306.16922')
     sizes = [sum(p.numel() for p in make().parameters()) for make in ARMS.values()]
     assert max(sizes) < 1.02*min(sizes)
     with pytest.raises(ValueError, match='elm, short, lstm'):
         imitate('gru', 1e-2)
 
 def test_the_neuron_remembers():
-    """Its plateaus outlast its input: long after the last burst it still fires more than one that
-    had no burst"""
+    "Its plateaus outlast its input: long after the last burst it still fires more than one that had no burst"
     x, y, chance = neuron(400, 200, seed=5)
     recent = torch.stack([x[:, t - 20:t].sum((1, 2)) for t in (150,)], 1)[:, 0]
     before = x[:, 60:120].sum((1, 2))

@@ -1,4 +1,5 @@
-"The site: what `_quarto.yml` lists, what a page becomes, and what either generator must find. tests/browser/test_site.py opens the built site"
+"""The site: what `_quarto.yml` lists, what a page becomes, and what either generator must find.
+tests/browser/test_site.py opens the built site"""
 import json, re, shutil, subprocess, sys
 from pathlib import Path
 import pytest
@@ -10,12 +11,13 @@ import build, entries, nav
 
 @pytest.fixture(scope='module')
 def processed(tmp_path_factory):
-    """A few pages as `_proc` holds them: a method's, one with mathematics, a chapter, and the two
-    that run when the site is built"""
+    """A few pages as `_proc` holds them: a method's, one with mathematics, a chapter,
+    and the two that run when the site is built"""
     from fastcore.nbio import read_nb, write_nb
     out = tmp_path_factory.mktemp('proc')
     for page in ('adapters/subsets/hft.ipynb', 'adapters/subsets/lift.ipynb',
-                 'adapters/modules/lora.ipynb', 'course/first_light.ipynb', 'contents.ipynb', 'index.ipynb'):
+                 'adapters/modules/lora.ipynb', 'course/first_light.ipynb', 'contents.ipynb',
+                 'index.ipynb'):
         nb = read_nb(NBS/page)
         entries.Processing()(nb)
         (out/page).parent.mkdir(parents=True, exist_ok=True)
@@ -24,42 +26,43 @@ def processed(tmp_path_factory):
 
 def said(notebook:Path) -> str:
     return '\n'.join(''.join(c['source'])
-                     + ''.join(''.join(o.get('data', {}).get('text/markdown', ''))
-                               for o in c.get('outputs', []))
+                     + ''.join(''.join(o.get('data', {}).get('text/markdown', '')) for o in c.get('outputs', []))
                      for c in json.loads(notebook.read_text())['cells'])
 
 def test_the_navigation_is_quartos():
-    """The order that the tests know, the sections that we build, and the file that Quarto reads,
-    are one"""
+    "The order that the tests know, the sections that we build, and the file that Quarto reads, are one"
     assert nav.pages() == ordered() and sorted(nav.pages()) == pages()
     raw = yaml.safe_load((NBS/'_quarto.yml').read_text())['website']['sidebar']['contents']
     assert [(o['section'], ordered(o)) for o in raw if isinstance(o, dict)] == [
         (n, ps) for n, ps in nav.sections() if n]
-    assert {f: sorted(p.relative_to(NBS).as_posix() for p in (NBS/f).parent.glob('*.ipynb')
-                      if p.name != 'index.ipynb') for f in nav.families()} == nav.families()
+    assert ({f: sorted(p.relative_to(NBS).as_posix()
+                       for p in (NBS/f).parent.glob('*.ipynb') if p.name != 'index.ipynb')
+             for f in nav.families()} == nav.families())
     conf = subprocess.run([sys.executable, '-c', 'import conf; print("\\n".join(conf.toctrees()))'],
                           cwd=ROOT/'docs', capture_output=True, text=True)
     if 'No module named' in conf.stderr:
         pytest.skip('Sphinx is not installed: make docs installs it')
-    assert re.findall(r'^/(\S.*)$', conf.stdout, re.M) == [p.removesuffix('.ipynb')
-                                                           for p in nav.pages() if p != 'index.ipynb' and p not in sum(nav.families().values(), [])], conf.stderr
+    assert re.findall(r'^/(\S.*)$', conf.stdout, re.M) == [
+        p.removesuffix('.ipynb') for p in nav.pages() if p != 'index.ipynb'
+        and p not in sum(nav.families().values(), [])], conf.stderr
     assert re.findall(r':caption: (.+)', conf.stdout) == [n for n, _ in nav.sections() if n]
 
 def test_a_deeper_navigation_is_refused(tmp_path):
     for inner in ('{section: B, contents: [c.ipynb]}',
                   '{section: B, href: b.ipynb, contents: [{section: C, href: c.ipynb, contents: [d.ipynb]}]}'):
-        (tmp_path/'_quarto.yml').write_text('website: {title: x, sidebar: {contents: [{section: A, '
-                                            'contents: [%s]}]}}' % inner)
+        (tmp_path/'_quarto.yml').write_text(
+            'website: {title: x, sidebar: {contents: [{section: A, contents: [%s]}]}}' % inner)
         with pytest.raises(ValueError, match="section 'A'"):
             nav.sections(tmp_path)
     (tmp_path/'_quarto.yml').write_text('website: {title: x, sidebar: {contents: [{section: A, '
-                                        'contents: [a.ipynb, {section: B, href: b.ipynb, contents: [c.ipynb]}]}]}}')
+                                        'contents: [a.ipynb, {section: B, href: b.ipynb, contents: '
+                                        '[c.ipynb]}]}]}}')
     assert (nav.sections(tmp_path) == [('A', ['a.ipynb', 'b.ipynb', 'c.ipynb'])]
             and nav.families(tmp_path) == {'b.ipynb': ['c.ipynb']})
 
 def test_every_page_has_a_title_and_a_description():
-    assert not (bare := [p for p in pages()
-                         if not nav.heading(NBS/p)[1]]), f'no "> description" below the title: {bare}'
+    assert not (bare := [p for p in pages() if not nav.heading(NBS/p)[1]]), (
+        f'no "> description" below the title: {bare}')
 
 def test_an_entry_has_signature_parameters_and_source(processed):
     text = said(processed/'adapters'/'subsets'/'hft.ipynb')
@@ -76,29 +79,34 @@ def test_nothing_of_the_first_text_is_lost(processed):
 
 def test_no_lesson_cell_runs_when_the_site_is_built(processed):
     "Stored results stay as they are, byte for byte"
-    stored = [c['outputs'] for c in cells('course/first_light.ipynb') if c['cell_type'] == 'code' and c['outputs']]
-    kept = [c['outputs'] for c in json.loads((processed/'course'/'first_light.ipynb').read_text())[
-        'cells'] if c.get('outputs')]
+    stored = [c['outputs'] for c in cells('course/first_light.ipynb') if c['cell_type'] == 'code'
+              and c['outputs']]
+    kept = [c['outputs']
+            for c in json.loads((processed/'course'/'first_light.ipynb').read_text())['cells']
+            if c.get('outputs')]
     flat = lambda outs: [''.join(o.get('text', ''))
                          or ''.join(o.get('data', {}).get('text/plain', '')) for os in outs
                          for o in os]
     assert flat(kept) and set(flat(kept)) <= set(flat(stored))
 
-@pytest.mark.parametrize('text, linked', [
-    ('see `load_delta`', 'see [`load_delta`](../adapters/store.ipynb#load_delta)'),
-    ('`ftlab.fit(x)` and `ftlab.fit`', '`ftlab.fit(x)` and [`ftlab.fit`](fit.ipynb#fit)'),
-    ('a `step` of `full`', 'a `step` of `full`'),
-    ('[`load_delta`](x.ipynb)', '[`load_delta`](x.ipynb)'), ('## `load_delta`', '## `load_delta`'),
-    ('```\n`load_delta`\n```', '```\n`load_delta`\n```'),
-    ('[l](../../LICENSE)', '[l](../top/LICENSE)'), ('[l](../index.ipynb)', '[l](../index.ipynb)'),
-    ('[l](step.ipynb#Several-Processes)', '[l](step.ipynb#several-processes)')])
+@pytest.mark.parametrize(
+    'text, linked',
+    [('see `load_delta`', 'see [`load_delta`](../adapters/store.ipynb#load_delta)'),
+     ('`ftlab.fit(x)` and `ftlab.fit`', '`ftlab.fit(x)` and [`ftlab.fit`](fit.ipynb#fit)'),
+     ('a `step` of `full`', 'a `step` of `full`'),
+     ('[`load_delta`](x.ipynb)', '[`load_delta`](x.ipynb)'),
+     ('## `load_delta`', '## `load_delta`'),
+     ('```\n`load_delta`\n```', '```\n`load_delta`\n```'),
+     ('[l](../../LICENSE)', '[l](../top/LICENSE)'),
+     ('[l](../index.ipynb)', '[l](../index.ipynb)'),
+     ('[l](step.ipynb#Several-Processes)', '[l](step.ipynb#several-processes)')])
 def test_links(text, linked):
     assert entries.linked(text, 'trainers/step.ipynb') == linked
 
 def test_contents_are_made_from_the_navigation(processed):
     text = said(processed/'contents.ipynb')
-    assert not (left := [p for _, ps in nav.sections() if _
-                         for p in ps if f']({p})' not in text]), left
+    assert not (
+        left := [p for _, ps in nav.sections() if _ for p in ps if f']({p})' not in text]), left
 
 def test_the_processed_pages_convert_with_pandoc(processed):
     "As Quarto would: without a warning"
@@ -110,8 +118,9 @@ def test_the_processed_pages_convert_with_pandoc(processed):
     if not pandoc:
         pytest.skip('no pandoc: pip install pypandoc_binary')
     for page in sorted(processed.rglob('*.ipynb')):
-        r = subprocess.run([pandoc, '-f', 'ipynb', '-t', 'html', '--mathml', '--fail-if-warnings',
-                            str(page)], capture_output=True, text=True)
+        r = subprocess.run(
+            [pandoc, '-f', 'ipynb', '-t', 'html', '--mathml', '--fail-if-warnings', str(page)],
+            capture_output=True, text=True)
         assert r.returncode == 0 and not r.stderr, f'{page.name}: {r.stderr}'
 
 def test_notebooks_beside_pages_and_llms_txt(tmp_path):
@@ -124,19 +133,20 @@ def test_notebooks_beside_pages_and_llms_txt(tmp_path):
             and 'def hft' not in (tmp_path/'adapters'/'subsets'/'hft.html.md').read_text()[:50])
 
 def test_with_an_address_pages_open_in_colab_and_install(tmp_path, monkeypatch):
-    """Without one, as now, nothing is promised; with `git_url` in settings.ini the links are there,
-    and the downloaded notebook begins by installing"""
+    """Without one, as now, nothing is promised; with `git_url` in settings.ini the links are
+    there, and the downloaded notebook begins by installing"""
     import ftlab.map
     real = ftlab.map.hosted
     assert ('git_url' in (ROOT/'settings.ini').read_text()
             or 'colab' not in entries.where('adapters/subsets/hft.ipynb').lower())
     monkeypatch.setattr(ftlab.map, 'hosted', lambda page: real(page, 'https://github.com/me/mine'))
     line = entries.where('adapters/subsets/hft.ipynb')
-    assert ('href="https://colab.research.google.com/github/me/mine/blob/gh-pages/adapters/subsets/hft.ipynb"' in line and 'mybinder.org/v2/gh/me/mine/' in line and '<img' not in line)
+    assert ('href="https://colab.research.google.com/github/me/mine/blob/gh-pages/adapters/subsets/hft.ipynb"'
+            in line and 'mybinder.org/v2/gh/me/mine/' in line and '<img' not in line)
     nb = json.loads(build.downloaded(NBS/'adapters'/'subsets'/'hft.ipynb', 'adapters/subsets/hft.ipynb'))
     first = ''.join(nb['cells'][0]['source'])
-    assert ('pip install -q git+https://github.com/me/mine@main' in first
-            and nb['cells'][1:] == json.loads((NBS/'adapters'/'subsets'/'hft.ipynb').read_text())['cells'])
+    assert ('pip install -q git+https://github.com/me/mine@main' in first and nb['cells'][1:]
+            == json.loads((NBS/'adapters'/'subsets'/'hft.ipynb').read_text())['cells'])
     import nbformat
     nbformat.validate(nb)
     from IPython.core.interactiveshell import InteractiveShell
@@ -146,16 +156,17 @@ def test_with_an_address_pages_open_in_colab_and_install(tmp_path, monkeypatch):
     assert shell.run_cell(first).success and not ran  # ftlab is here: nothing is installed
 
 def test_quarto_gets_what_sphinx_gets(tmp_path):
-    """Nothing from elsewhere, mathematics without a script, the version, and the tables' style and
-    script"""
+    """Nothing from elsewhere, mathematics without a script, the version,
+    and the tables' style and script"""
     html = yaml.safe_load((ROOT/'_quarto.yml').read_text())['format']['html']
     assert (html['html-math-method'] == 'mathml'
-            and set(html['theme'].values()) <= {'default',
-                                                'slate'}), 'cosmo and most other themes import a font from Google'
+            and set(html['theme'].values()) <= {
+                'default', 'slate'}), 'cosmo and most other themes import a font from Google'
     build.for_quarto(tmp_path)
     put = yaml.safe_load((tmp_path/'_metadata.yml').read_text())['format']['html']
-    assert ('table.filter' in put['include-in-header'][0]['text']
-            and (ROOT/'docs'/'static'/'site.js').read_text() in put['include-after-body'][0]['text'])
+    assert (
+        'table.filter' in put['include-in-header'][0]['text']
+        and (ROOT/'docs'/'static'/'site.js').read_text() in put['include-after-body'][0]['text'])
     version = re.search(r'^version *= *(\S+)', (ROOT/'settings.ini').read_text(), re.M)[1]
     assert yaml.safe_load((tmp_path/'_quarto.yml').read_text())['website']['title'].endswith(
         version)
@@ -165,20 +176,24 @@ def test_entries_stand_in_the_order_of_the_source(processed):
              for p in sorted(processed.rglob('*.ipynb'))]
     assert sum(map(len, lines)) > 7 and all(l == sorted(l) for l in lines), lines
 
-@pytest.mark.parametrize('given, shown', [('def f(\n    a:int=1\n)->dict:', 'def f(a:int=1)->dict'),
-                                          ('class C(\n    x:list=<factory>\n):', 'class C(x:list=...)'),
-    ('def f(\n    ' + ', '.join(f'longname_{i}:Callable[[int, str], float]=None' for i in range(3))
-     + '\n):', 'def f(\n    longname_0:Callable[[int, str], float]=None,\n    '
-     'longname_1:Callable[[int, str], float]=None,\n    longname_2:Callable[[int, str], float]=None\n)')])
+@pytest.mark.parametrize(
+    'given, shown',
+    [('def f(\n    a:int=1\n)->dict:', 'def f(a:int=1)->dict'),
+     ('class C(\n    x:list=<factory>\n):', 'class C(x:list=...)'),
+     ('def f(\n    ' + ', '.join(f'longname_{i}:Callable[[int, str], float]=None' for i in range(3))
+      + '\n):',
+      'def f(\n    longname_0:Callable[[int, str], float]=None,\n    longname_1:Callable[[int, '
+      'str], float]=None,\n    longname_2:Callable[[int, str], float]=None\n)')])
 def test_signatures_fit_the_page(given, shown):
     assert entries.signature(given) == shown
 
 def test_the_glossary_knows_every_noun():
     terms = re.findall(r'^### (.+)$', '\n'.join(c['source'] for c in cells('glossary.ipynb')), re.M)
     assert terms == [t.lower() for t in terms], 'Jupyter, Quarto and Sphinx agree on the anchors of lower case only'
-    assert (len(terms) == len(set(terms)) and {'recipe', 'select', 'delta', 'edit', 'source',
-                                               'objective', 'step', 'loop', 'decode', 'probe',
-                                               'gain', 'forgetting', 'verdict', 'scope', 'budget'} <= set(terms))
+    assert (len(terms) == len(set(terms))
+            and {'recipe', 'select', 'delta', 'edit', 'source', 'objective', 'step', 'loop',
+                 'decode', 'probe', 'gain', 'forgetting', 'verdict', 'scope',
+                 'budget'} <= set(terms))
 
 def test_the_citation_names_this_version():
     version = re.search(r'^version *= *(\S+)', (ROOT/'settings.ini').read_text(), re.M)[1]
@@ -204,8 +219,10 @@ def test_a_formula_that_cannot_be_set_fails_the_build(tmp_path):
 def test_no_notebook_is_too_heavy(tmp_path):
     "The built pages are weighed when the site is built"
     assert not (heavy := build.too_heavy(NBS)), '\n'.join(heavy)
-    for name, size in (('light.html', 300*1024), ('heavy.html', 300*1024 + 600),
-                       ('heavy.ipynb', 400*1024), ('heavy.png', 10**6)):
+    for name, size in (('light.html', 300*1024),
+                       ('heavy.html', 300*1024 + 600),
+                       ('heavy.ipynb', 400*1024),
+                       ('heavy.png', 10**6)):
         (tmp_path/name).write_bytes(b'x'*size)
     found = build.too_heavy(tmp_path)
     assert ([f.split()[0] for f in found] == ['heavy.html', 'heavy.ipynb']
@@ -213,9 +230,10 @@ def test_no_notebook_is_too_heavy(tmp_path):
 
 def test_a_page_loses_nothing_when_it_is_tidied():
     code = ('<div class="highlight"><pre><span class="k">def</span><span class="w"> </span><span '
-            'class="nf">f</span><span class="p">(</span><span class="n">x</span><span class="p">)</span></pre></div>')
+            'class="nf">f</span><span class="p">(</span><span class="n">x</span><span '
+            'class="p">)</span></pre></div>')
     tidy = build.tidied(f'<aside class="sidebar-drawer"></aside><aside class="toc-drawer no-toc"></aside>{code}')
     assert re.sub('<[^>]+>', '', tidy) == 'def f(x)' and len(tidy) < len(code) + 60
     assert '<span class="k">def</span> <span class="nf">f</span>(x)' in tidy
-    assert ('aria-label="Pages" class="sidebar-drawer"' in tidy and 'aria-label="On this page" '
-            'class="toc-drawer no-toc"' in tidy)
+    assert ('aria-label="Pages" class="sidebar-drawer"' in tidy
+            and 'aria-label="On this page" class="toc-drawer no-toc"' in tidy)

@@ -45,7 +45,8 @@ def _few_questions(monkeypatch, request):
 def test_at_least_twenty_checks_each_with_its_reasons_and_a_planted_setting():
     assert len(CHECKS) >= 20 and len({k.name for k in CHECKS}) == len(CHECKS)
     for k in CHECKS:
-        assert k.planted, f'nothing is planted for {k.name}; add a function marked @planted({k.function.__name__}, ...) below it'
+        assert k.planted, (f'nothing is planted for {k.name}; add a function marked '
+                           f'@planted({k.function.__name__}, ...) below it')
         assert (re.fullmatch(r'[\w.-]+/[\w.-]+#\d+', k.source) and k.severity in SEVERITIES
                 and k.when in ('before', 'after', 'both'))
         assert re.fullmatch(r'[a-z0-9-]+', k.name) and k.name == k.function.__name__.replace('_', '-')
@@ -58,14 +59,14 @@ def test_nothing_is_planted_twice():
 
 
 def test_the_folder_is_the_registry():
-    """Every file of the folder is a stage, every function marked there is in the list, in the order
-    of files and lines"""
+    """Every file of the folder is a stage, every function marked there is in the list,
+    in the order of files and lines"""
     folder = Path(diagnosis.__file__).parent/'checks'
     assert {f.stem for f in folder.glob('*.py')} == {*STAGES, '__init__'}
     marked = {s: re.findall(r'^@check\((?:.|\n)*?^def (\w+)\(', (folder/f'{s}.py').read_text(),
                             re.M) for s in STAGES}
-    assert [(k.stage, k.function.__name__) for k in CHECKS] == [(s, f) for s in STAGES
-                                                                for f in marked[s]]
+    assert ([(k.stage, k.function.__name__) for k in CHECKS]
+            == [(s, f) for s in STAGES for f in marked[s]])
     assert [k['name'] for k in diagnosis.checks()] == [k.name for k in CHECKS]
 
 
@@ -104,7 +105,8 @@ def test_what_stood_in_the_module_once_is_still_imported_from_it():
     from ftlab.instruments.doctor import Case as case_there, Check as check_there
     assert ((case_there, check_there) == (Case, Check) and issubclass(Case, Given)
             and labels_shifted in [k.function for k in CHECKS])
-    assert [k.name for k in SELECTION][0] == 'selection-empty' and [k.name for k in PROMISED][0] == 'reload-differs'
+    assert ([k.name for k in SELECTION][0] == 'selection-empty'
+            and [k.name for k in PROMISED][0] == 'reload-differs')
     assert min(ASKED, FEW, PATIENCE, SAMPLE) > 0
     with pytest.raises(AttributeError, match="no attribute 'nothing_of_that'"):
         diagnosis.nothing_of_that
@@ -219,8 +221,8 @@ def test_the_model_is_left_as_it_was():
     for recipe in (None, lora(), methods.get('hft * dft'), two):
         m = toy()
         m.model.norm.weight.requires_grad_(False)
-        was, flags, modes = weights(m), [p.requires_grad
-                                         for p in m.parameters()], [x.training for x in m.modules()]
+        was, flags, modes = (weights(m), [p.requires_grad for p in m.parameters()],
+                             [x.training for x in m.modules()])
         state = torch.get_rng_state()
         doctor(m, TOK, lab_data(), recipe, **SHORT)
         assert same(weights(m), was) and flags == [p.requires_grad for p in m.parameters()]
@@ -240,10 +242,10 @@ def test_a_check_that_breaks_is_reported_under_its_name():
         raise ZeroDivisionError('division by zero')
 
     c = Case(toy(), TOK, lab_data(), Recipe(), SETTINGS | SHORT)
-    d = examine(c, 'before', [Check('breaks', 'before', 'error', breaks, 'why', 'fix', 'a/b#1'),
-                              *CHECKS[:2]])
-    assert (d.names == ['breaks'] and 'the check itself broke and saw nothing: ZeroDivisionError: '
-            'division by zero' in d[0].seen)
+    d = examine(c, 'before',
+                [Check('breaks', 'before', 'error', breaks, 'why', 'fix', 'a/b#1'), *CHECKS[:2]])
+    assert (d.names == ['breaks'] and 'the check itself broke and saw nothing: ZeroDivisionError: division by zero'
+            in d[0].seen)
     assert d.ran == ['breaks', 'selection-empty', 'selection-thin']
 
 
@@ -274,14 +276,16 @@ def test_pictures_are_examined_without_a_tokenizer():
         assert 'no tokenizer' in ' '.join(d.skipped.values())
 
 
-@pytest.mark.parametrize('call, error, says', [
-    (lambda: doctor(trained(steps=2), TOK), ValueError, r'call doctor\(run\)'),
-    (lambda: doctor(toy()), ValueError, 'model, tok and data'),
-    (lambda: doctor(toy(), TOK, lab_data(), exported='x'), ValueError, 'held against a finished run'),
-    (lambda: doctor(toy(), TOK, lab_data(), epochs=3), TypeError, "no setting 'epochs'"),
-    (lambda: doctor('lab-s', TOK, lab_data()), ValueError, "model is 'lab-s', a name; load it first"),
-    (lambda: doctor(toy(), TOK, lab_data(), 'lora'), ValueError, "recipe is 'lora'; give a Recipe"),
-    (lambda: doctor('nowhere'), FileNotFoundError, "no folder 'nowhere'")])
+@pytest.mark.parametrize(
+    'call, error, says',
+    [(lambda: doctor(trained(steps=2), TOK), ValueError, r'call doctor\(run\)'),
+     (lambda: doctor(toy()), ValueError, 'model, tok and data'),
+     (lambda: doctor(toy(), TOK, lab_data(), exported='x'), ValueError, 'held against a finished run'),
+     (lambda: doctor(toy(), TOK, lab_data(), epochs=3), TypeError, "no setting 'epochs'"),
+     (lambda: doctor('lab-s', TOK, lab_data()), ValueError, "model is 'lab-s', a name; load it first"),
+     (lambda: doctor(toy(), TOK, lab_data(), 'lora'), ValueError,
+      "recipe is 'lora'; give a Recipe"),
+     (lambda: doctor('nowhere'), FileNotFoundError, "no folder 'nowhere'")])
 def test_arguments_that_do_not_fit(call, error, says):
     with pytest.raises(error, match=says):
         call()
@@ -296,8 +300,8 @@ def test_planted_leaves_the_function_as_it_is():
     def _my_case():
         return {}
 
-    assert (my_check.check.planted[0].make is _my_case and my_check.check.planted[0].name == 'my '
-            'case' and my_check(None) == 'seen')
+    assert (my_check.check.planted[0].make is _my_case
+            and my_check.check.planted[0].name == 'my case' and my_check(None) == 'seen')
 
 
 # ---------- on the command line
@@ -316,12 +320,13 @@ def test_command_says_what_it_found_and_ends_with_one_for_an_error(capsys, tmp_p
     assert code == 1 and found['errors'] >= 1 and 'answers-cut' in [f['name'] for f in found['findings']]
     code, said = command(capsys, 'doctor --model lab-s')
     assert code == 1 and '--model and --data' in said.err
-    code, said = command(capsys, 'fit --model lab-s --data new-procedure --method lora --steps 3 '
-                         f'--items 2 --out {tmp_path}/run')
+    code, said = command(
+        capsys, f'fit --model lab-s --data new-procedure --method lora --steps 3 --items 2 --out {tmp_path}/run')
     assert code == 0
     code, said = command(capsys, f'doctor {tmp_path}/run --json')
     found = json.loads(said.out)
-    assert (code == 0 and found['when'] == 'after' and not found['findings'] and 'reload-differs' in found['ran'])
+    assert (code == 0 and found['when'] == 'after' and not found['findings']
+            and 'reload-differs' in found['ran'])
     assert doctor(tmp_path/'run').json() == found  # the folder will do in Python, too
     ftlab.load('lab-s')[0].save_pretrained(tmp_path/'base')
     code, said = command(capsys, f'doctor {tmp_path}/run --exported {tmp_path}/base')
@@ -331,8 +336,11 @@ def test_command_says_what_it_found_and_ends_with_one_for_an_error(capsys, tmp_p
 # ---------- a sample of the sweep
 
 sys.path.insert(0, str(Path(__file__).parent.parent/'bench'))
-SAMPLE = [('hft', 'new-facts', 'qwen2'), ('dft', 'tool', 'gpt2'), ('lora', 'review', 'bert'),
-          ('full', 'stack', 'opt'), ('lora', 'boxes', 'phi'),
+SAMPLE = [('hft', 'new-facts', 'qwen2'),
+          ('dft', 'tool', 'gpt2'),
+          ('lora', 'review', 'bert'),
+          ('full', 'stack', 'opt'),
+          ('lora', 'boxes', 'phi'),
           ('full', 'oruk', 'gemma')]
 
 
@@ -348,8 +356,8 @@ def test_the_sweep_covers_everything_and_its_table_is_silent():
     from ftlab.lab.world import SKILLS
     runs, names = doctor_sweep.plan(), set(methods.names())
     on_lab = [r for r, s, m in runs if m == 'lab-s']
-    assert (set(on_lab) == names
-            and all(on_lab.count(n) == 1 for n in names - {'full'})), 'each method runs once on lab-s'
+    assert (set(on_lab) == names and all(on_lab.count(n) == 1 for n in names - {'full'})), (
+        'each method runs once on lab-s')
     assert len(runs) <= len(names) + len(SKILLS) + 24
     assert {r[1] for r in runs} == set(SKILLS) and len(doctor_sweep.ARCHITECTURES) == 10
     assert {*doctor_sweep.ARCHITECTURES, 'lab-s'} == {r[2] for r in runs}
@@ -358,7 +366,8 @@ def test_the_sweep_covers_everything_and_its_table_is_silent():
     said = [f for x in table['table'] for w in ('before', 'after') for f in x[w]['findings']]
     sure = sum(len(x['confirmed']) for x in table['table'])
     assert (len(said) == sure == table['confirmed']
-            and table['false_alarms'] == 0 == table['refused'] and table['runs'] == len(table['table']))
+            and table['false_alarms'] == 0 == table['refused']
+            and table['runs'] == len(table['table']))
     assert most['before'] < 5 and most['after'] < 20
 
 
@@ -370,5 +379,5 @@ def test_a_new_method_changes_no_other_run_of_the_sweep(monkeypatch):
     assert (set(before) < set(after) and {r[0] for r in set(after) - set(before)} == {'aaa', 'zzz'}
             and len(after) == len(before) + 2)
     monkeypatch.setattr(methods, 'names', lambda: [n for n in names if n != 'hft'])
-    assert set(before) - set(doctor_sweep.plan()) == {next(r for r in before if r[0] == 'hft'
-                                                           and r[2] == 'lab-s')}
+    assert set(before) - set(doctor_sweep.plan()) == {
+        next(r for r in before if r[0] == 'hft' and r[2] == 'lab-s')}

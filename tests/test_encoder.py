@@ -33,9 +33,9 @@ def test_hiding_keeps_marks_and_lengths():
     assert torch.equal(asked_all != -100, answer)
 
 def test_it_is_resumed_bit_for_bit(tmp_path, monkeypatch):
-    monkeypatch.setattr('ftlab.lab.pretrain.pretraining_rows',
-                        lambda world, name, step, seed=0: pretraining_rows(
-                            world, name, step, 16, seed))
+    monkeypatch.setattr(
+        'ftlab.lab.pretrain.pretraining_rows',
+        lambda world, name, step, seed=0: pretraining_rows(world, name, step, 16, seed))
     with contextlib.redirect_stdout(io.StringIO()):
         pretrain('lab-e', tmp_path/'a', steps=4, every=2, until=2)
         a = pretrain('lab-e', tmp_path/'a', steps=4, every=2)
@@ -65,17 +65,18 @@ def test_what_is_shipped():
             and tok.get_vocab() == TOK.get_vocab())
     a, b = ftlab.anatomy(m), ftlab.anatomy(ftlab.load('lab-e', labels=['bad', 'good'])[0])
     assert len(a.blocks) == len(b.blocks) == 4 and a.tied and b.head == 'classifier.weight'
-    log = [json.loads(l) for l in (
-        lab_folder('lab-e')/'pretraining.jsonl').read_text().splitlines()]
+    log = [json.loads(l)
+           for l in (lab_folder('lab-e')/'pretraining.jsonl').read_text().splitlines()]
     assert log[-1]['loss'] < .5*log[0]['loss']
 
 def test_the_package_stays_small():
-    assert sum(f.stat().st_size for f in lab_folder('lab-e').parent.rglob('*')
-               if f.is_file()) < 30e6
+    assert (
+        sum(f.stat().st_size for f in lab_folder('lab-e').parent.rglob('*') if f.is_file()) < 30e6)
 
 def test_the_table_is_what_the_model_does():
     m, tok = ftlab.load('lab-e')
-    known = json.loads((Path(__file__).parent.parent/'bench/results/lab_v1_encoder.json').read_text())['skills']
+    known = json.loads(
+        (Path(__file__).parent.parent/'bench/results/lab_v1_encoder.json').read_text())['skills']
     best = sorted(known, key=lambda s: -known[s]['answers'])[:3]
     now = teacher_forced(m, TOK, WORLD, best, 100, 'test')
     assert (all(abs(now[s] - known[s]['answers']) < .1 for s in best)

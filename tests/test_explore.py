@@ -10,9 +10,8 @@ from ftlab.evaluators.mechanisms.intruders import intruders
 from ftlab.evaluators.spectra import stable_rank
 from ftlab.instruments.explore import (CRITERIA, RANKED, View, apart, choice, entry_scores,
                                        lab_questions, layers, mask, prices, question_batches, ranks,
-                                       rows_as_html, several,
-                           side_by_side, slider, span, spectrum, teacher_forced, text, token_prices,
-                                       tradeoff)
+                                       rows_as_html, several, side_by_side, slider, span, spectrum,
+                                       teacher_forced, text, token_prices, tradeoff)
 from ftlab.adapters.subsets import lift
 from ftlab.adapters.edit import write_change
 from ftlab.adapters.merging.lines import by_depth
@@ -36,14 +35,14 @@ def lora():
 def views(run):
     base, tok = ftlab.load('lab-s')
     r = run.data.test[0]
-    return dict(tradeoff=(tradeoff(Comparison.read(measured('compare_lab_s/result.json'))),
-                          dict(methods=('lora', 'dft'), gain=(60., 97.))),
-                layers=(layers(run, new=run.data.test[:8], old=lab_questions(n=1)),
-                        dict(alpha=.45)),
+    return dict(
+        tradeoff=(tradeoff(Comparison.read(measured('compare_lab_s/result.json'))),
+                  dict(methods=('lora', 'dft'), gain=(60., 97.))),
+        layers=(layers(run, new=run.data.test[:8], old=lab_questions(n=1)), dict(alpha=.45)),
         mask=(mask(base, tok, run.data.train[:8]), dict(by='gradient', density=17)),
-                spectrum=(spectrum(run), dict(rank=3, matrix='model.layers.3.mlp.up_proj.weight')),
+        spectrum=(spectrum(run), dict(rank=3, matrix='model.layers.3.mlp.up_proj.weight')),
         prices=(prices(run.model, tok, r['prompt'], r['response'], base), dict(chance=.7)),
-                side_by_side=(side_by_side(run), dict(temperature=1.5, seed=4)))
+        side_by_side=(side_by_side(run), dict(temperature=1.5, seed=4)))
 
 NAMES = 'tradeoff layers mask spectrum prices side_by_side'.split()
 
@@ -116,31 +115,38 @@ def test_what_is_not_a_picture_is_refused():
 
 @pytest.mark.parametrize('cell', ['<script>', 'x <script>', 'a & b'])
 def test_cells_are_escaped(cell):
-    assert (cell not in rows_as_html([['head'], [cell]]) and cell not in rows_as_html([[cell, 'x']], head=False))
+    assert (cell not in rows_as_html([['head'], [cell]])
+            and cell not in rows_as_html([[cell, 'x']], head=False))
 
 # --- wrong input
 
-@pytest.mark.parametrize('make, words', [
-    (lambda: slider(3, 0, 1, 1, 'share'), "'share' starts at 3"),
-    (lambda: choice([], 'matrix'), "'matrix' starts at None"),
-    (lambda: choice(['a'], 'x', 'b'), "not among"), (lambda: choice({}, 'x', 'b'), "not among"),
-    (lambda: View(curve, '', power=2), "'power' is no control"),
-    (lambda: view().picture(height=2), "no setting 'height'; it has power"),
-    (lambda: apart(3), 'base is a int'),
-    (lambda: apart(torch.nn.Linear(2, 2), torch.nn.Linear(2, 3)), 'is not in both models in one shape'),
-    (lambda: ranks({}, 'sideways'), "ranked is 'sideways'"),
-    (lambda: mask(None, rows=[{}]), 'without a tokenizer'),
-    (lambda: side_by_side(torch.nn.Linear(2, 2)), 'needs a Run')])
+@pytest.mark.parametrize('make, words',
+                         [(lambda: slider(3, 0, 1, 1, 'share'), "'share' starts at 3"),
+                          (lambda: choice([], 'matrix'), "'matrix' starts at None"),
+                          (lambda: choice(['a'], 'x', 'b'), "not among"),
+                          (lambda: choice({}, 'x', 'b'), "not among"),
+                          (lambda: View(curve, '', power=2), "'power' is no control"),
+                          (lambda: view().picture(height=2), "no setting 'height'; it has power"),
+                          (lambda: apart(3), 'base is a int'),
+                          (lambda: apart(torch.nn.Linear(2, 2), torch.nn.Linear(2, 3)),
+                           'is not in both models in one shape'),
+                          (lambda: ranks({}, 'sideways'), "ranked is 'sideways'"),
+                          (lambda: mask(None, rows=[{}]), 'without a tokenizer'),
+                          (lambda: side_by_side(torch.nn.Linear(2, 2)), 'needs a Run')])
 def test_wrong_input_is_named(make, words):
     with pytest.raises(ValueError, match=words):
         make()
 
 @pytest.mark.parametrize('name, bad, words',
                          [('tradeoff', dict(methods=('magic',)), "'magic'; there are full"),
-                          ('layers', dict(alpha=-1.), 'alpha is -1'), ('mask', dict(density=0), 'density is 0'),
-    ('mask', dict(by='luck'), "no scores by 'luck'"), ('mask', dict(matrix='x'), "no matrix 'x'"),
-                          ('spectrum', dict(matrix='x'), "matrix 'x'"), ('spectrum', dict(rank=0), 'rank is 0'),
-    ('prices', dict(answer=' '), 'answer is empty'), ('prices', dict(chance=1.), 'chance is 1'),
+                          ('layers', dict(alpha=-1.), 'alpha is -1'),
+                          ('mask', dict(density=0), 'density is 0'),
+                          ('mask', dict(by='luck'), "no scores by 'luck'"),
+                          ('mask', dict(matrix='x'), "no matrix 'x'"),
+                          ('spectrum', dict(matrix='x'), "matrix 'x'"),
+                          ('spectrum', dict(rank=0), 'rank is 0'),
+                          ('prices', dict(answer=' '), 'answer is empty'),
+                          ('prices', dict(chance=1.), 'chance is 1'),
                           ('side_by_side', dict(temperature=-1.), 'temperature is -1'),
                           ('side_by_side', dict(example='x'), "no example 'x'")])
 def test_a_wrong_setting_is_named(views, name, bad, words):
@@ -208,8 +214,8 @@ def test_settings_do_not_drift(run):
     assert all(torch.equal(p, q) for p, q in zip(fresh.parameters(), bench.model.parameters()))
     assert bench.factors(.7, .3) == pytest.approx([.21, .21 + .49/3, .21 + .98/3, .7])
     bench._asked(1., 1.)
-    assert all(torch.allclose(p, q, atol=1e-6) for p, q in zip(bench.model.parameters(),
-                                                               run.model.parameters()))
+    assert all(torch.allclose(p, q, atol=1e-6)
+               for p, q in zip(bench.model.parameters(), run.model.parameters()))
 
 def test_masks_are_those_of_the_selections():
     base, tok = ftlab.load('lab-s')
@@ -241,8 +247,8 @@ def test_the_spectrum_is_the_evaluators(run):
     d = found.known[name]
     s = torch.linalg.svdvals(C)
     assert (d.stable == stable_rank(C) and torch.equal(d.new, intruders(W0, W0 + C))
-            and float(d.kept[2]) == pytest.approx(float(s[:3].square().sum()/s.square().sum()),
-                                                  rel=1e-4))
+            and float(d.kept[2])
+            == pytest.approx(float(s[:3].square().sum()/s.square().sum()), rel=1e-4))
     assert f'rank 3 keeps {100*float(d.kept[2]):.0f}%' in v.picture(matrix=name, rank=3).alt
 
 def test_prices_are_the_objectives(run):
@@ -269,12 +275,11 @@ def test_the_prices_are_those_of_the_papers(run, chance):
     batch = collate([encode(row, tok, 'text')], tok.pad_token_id)
     many = {k: v.expand(5, -1) for k, v in batch.items()}
     torch.manual_seed(3)
-    hidden = mask_answers(chance, 0.)(many,
-                                      SimpleNamespace(tok=tok, step=1, steps=1,
-                                                      pad_id=tok.pad_token_id))
+    hidden = mask_answers(chance, 0.)(
+        many, SimpleNamespace(tok=tok, step=1, steps=1, pad_id=tok.pad_token_id))
     with torch.no_grad():
-        logits = run.model(input_ids=hidden['input_ids'],
-                           attention_mask=many['attention_mask']).logits
+        logits = (
+            run.model(input_ids=hidden['input_ids'], attention_mask=many['attention_mask']).logits)
     on = priced(batch['labels'])[0]
     assert torch.equal(p['masked'], token_nll(logits, many['labels'])[:, on])
     assert torch.equal(p['DFT'], probability()(p['NLL'])*p['NLL'])

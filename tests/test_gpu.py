@@ -57,8 +57,8 @@ def test_a_change_is_saved_on_a_gpu_and_loaded_on_a_cpu(tmp_path):
     load_delta(model, tmp_path/'delta.safetensors')
     batch = {k: v for k, v in probe().items() if k != 'labels'}
     with torch.no_grad():
-        here, there = model(**batch).logits, run.model(
-            **{k: v.cuda() for k, v in batch.items()}).logits.cpu()
+        here, there = (model(**batch).logits,
+                       run.model(**{k: v.cuda() for k, v in batch.items()}).logits.cpu())
     assert torch.allclose(here, there, atol=2e-3, rtol=1e-2)
 
 @cuda

@@ -1,4 +1,5 @@
-"`make gpu` rehearsed: the parts run on a CPU, a piece that fails or ends its process reaches no other, and a result is whole at every moment"
+"""`make gpu` rehearsed: the parts run on a CPU, a piece that fails or ends its process reaches
+no other, and a result is whole at every moment"""
 import json
 import os
 import subprocess
@@ -20,20 +21,23 @@ def python(*args, **env):
 def lines(path):
     return [json.loads(o) for o in path.read_text().splitlines()]
 
-@pytest.mark.parametrize('script, piece', [('gpu_kernels', 'magnitude'), ('gpu_small', 'ternary'),
-                                           ('gpu_build', 'machine'), ('gpu_fit', 'mezo')])
+@pytest.mark.parametrize(
+    'script, piece',
+    [('gpu_kernels', 'magnitude'), ('gpu_small', 'ternary'), ('gpu_build', 'machine'), ('gpu_fit', 'mezo')])
 def test_a_piece_is_rehearsed_on_the_cpu(tmp_path, script, piece):
-    r = python(BENCH/f'{script}.py', '--device', 'cpu', '--tiny', '--to',
-               tmp_path/'found.jsonl', piece)
+    r = python(BENCH/f'{script}.py', '--device', 'cpu', '--tiny', '--to', tmp_path/'found.jsonl',
+               piece)
     assert r.returncode == 0, r.stdout + r.stderr + (tmp_path/'found.jsonl').read_text()
     begun, over = lines(tmp_path/'found.jsonl')
-    assert begun == dict(piece=piece, state='begun') and over['state'] == 'passed' and over['piece'] == piece
+    assert (begun == dict(piece=piece, state='begun') and over['state'] == 'passed'
+            and over['piece'] == piece)
 
 BROKEN = """
 import os, sys, time
 from gpu_pieces import arguments, run_pieces
 def wrong(args): raise ValueError('as expected')
-PIECES = dict(good=lambda a: dict(found=1), wrong=wrong, dies=lambda a: os._exit(7), hangs=lambda a: time.sleep(60), last=lambda a: None)
+PIECES = dict(good=lambda a: dict(found=1), wrong=wrong, dies=lambda a: os._exit(7),
+              hangs=lambda a: time.sleep(60), last=lambda a: None)
 run_pieces(PIECES, arguments())
 """
 
@@ -65,17 +69,19 @@ def test_no_time_left_is_said(tmp_path, runner):
     runner.run(gpu.Task('late', [sys.executable, '-c', ''], 3, ('a',)))
     assert 'no time left' in runner.board.found['results']['late']['a']['why']
 
-@pytest.mark.parametrize('output, code, state', [
-    ('58 passed, 2 skipped in 3.1s', 0, 'passed'),
-    ('FAILED tests/a.py::b - x\n1 failed, 57 passed in 3.1s', 1, 'failed'), ('60 skipped in 1s', 0, 'failed')])
+@pytest.mark.parametrize('output, code, state',
+                         [('58 passed, 2 skipped in 3.1s', 0, 'passed'),
+                          ('FAILED tests/a.py::b - x\n1 failed, 57 passed in 3.1s', 1, 'failed'),
+                          ('60 skipped in 1s', 0, 'failed')])
 def test_what_pytest_says_is_read(output, code, state):
     assert gpu.read_pytest(output, code)['state'] == state
 
-@pytest.mark.parametrize('output, code, state', [
-    ('========= ERROR SUMMARY: 0 errors', 0, 'passed'),
-    ('========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)', 0, 'passed'),
-    ('========= Invalid __global__ write\n========= ERROR SUMMARY: 10 errors', 9, 'failed'),
-    ('', 0, 'failed')])
+@pytest.mark.parametrize(
+    'output, code, state',
+    [('========= ERROR SUMMARY: 0 errors', 0, 'passed'),
+     ('========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)', 0, 'passed'),
+     ('========= Invalid __global__ write\n========= ERROR SUMMARY: 10 errors', 9, 'failed'),
+     ('', 0, 'failed')])
 def test_what_the_checkers_say_is_read(output, code, state):
     assert gpu.read_checker(output, code)['state'] == state
 
@@ -85,10 +91,9 @@ def test_every_kernel_has_its_pieces():
 
 def test_only_what_was_asked_for_runs_again_and_the_rest_stays(tmp_path):
     file = tmp_path/'gpu_test.json'
-    file.write_text(json.dumps(dict(part='all',
-                                    results=dict(broken=dict(old=dict(state='passed'),
-                                                             good=dict(state='failed', why='x')),
-                                                 other=dict(a=dict(state='passed'))))))
+    results = dict(broken=dict(old=dict(state='passed'), good=dict(state='failed', why='x')),
+                   other=dict(a=dict(state='passed')))
+    file.write_text(json.dumps(dict(part='all', results=results)))
     board = gpu.Board(file, {}, time.monotonic(), gpu.earlier(file)['results'])
     runner = gpu.Runner(board, time.monotonic() + 60, {**os.environ, 'PYTHONPATH': str(BENCH)},
                         tmp_path, 'broken: go|^never')
@@ -98,8 +103,8 @@ def test_only_what_was_asked_for_runs_again_and_the_rest_stays(tmp_path):
         runner.run(gpu.Task(name, [sys.executable, script], 3, ('good', 'wrong')))
     runner.run(gpu.Task('checker', [sys.executable, '-c', ''], 3))
     found = json.loads(file.read_text())['results']
-    assert {t: sorted(p) for t, p in found.items()} == dict(broken=['good', 'old'], other=['a'],
-                                                            machine=['good', 'wrong'])
+    assert {t: sorted(p) for t, p in found.items()} == dict(
+        broken=['good', 'old'], other=['a'], machine=['good', 'wrong'])
     assert (found['broken']['good']['state'] == 'passed'
             and [t for t, _, _ in board.rows()] == ['machine']*2 + ['broken'])
 
@@ -115,10 +120,10 @@ def test_a_page_reads_what_a_gpu_left(tmp_path, capsys):
     assert gpu_table('perturb', tmp_path) is None and 'Not yet run' in capsys.readouterr().out
     row = dict(what='ours', median_ms=2., low_ms=1., high_ms=3., gb_per_s=1500.,
                extra_bytes=2_000_000)
-    found = dict(card='A', results={'ceilings': dict(ceilings=dict(copy_gb_per_s=3000.)),
-                                    'bench, perturb': dict(small=dict(
-                                        state='passed', rows=[row, dict(what='theirs', error='x')]),
-        large=dict(state='failed', why='x'))})
+    found = dict(card='A',
+                 results={'ceilings': dict(ceilings=dict(copy_gb_per_s=3000.)),
+                          'bench, perturb': dict(small=dict(state='passed', rows=[row, dict(what='theirs', error='x')]),
+                                                 large=dict(state='failed', why='x'))})
     (tmp_path/'gpu_a.json').write_text(json.dumps(found))
     table = gpu_table('perturb', tmp_path)
     assert (len(table) == 1 and table.loc[('A', 'small', 'ours')].to_dict()

@@ -50,8 +50,8 @@ def test_the_sampler_is_what_transformers_draws_from():
     model, ids = toy(), torch.tensor([TOK(lab_data().train[0]['prompt']).input_ids])
     torch.manual_seed(0)
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4,
-                         min_new_tokens=4, do_sample=True, temperature=.5, top_k=0,
-                         top_p=1., output_scores=True, return_dict_in_generate=True,
+                         min_new_tokens=4, do_sample=True, temperature=.5, top_k=0, top_p=1.,
+                         output_scores=True, return_dict_in_generate=True,
                          pad_token_id=TOK.pad_token_id)
     with torch.no_grad():
         logits = model(out.sequences).logits[0, ids.shape[1] - 1:-1]
@@ -86,8 +86,8 @@ def test_the_kl_is_to_the_reference_at_the_same_temperature():
                                    forward=lambda self: logits))()
     more = logp(other) - logp(logits)
     want = float((more.exp() - more - 1).mean())
-    assert (want > .1 and float(clipped_policy(beta=.5, temperature=.5)(state))
-            == pytest.approx(.5*want))
+    assert (want > .1
+            and float(clipped_policy(beta=.5, temperature=.5)(state)) == pytest.approx(.5*want))
 
 
 @pytest.mark.parametrize('updates, acts', [(1, False), (2, True)])

@@ -25,8 +25,8 @@ def test_generating_again_changes_nothing():
 
 
 def test_only_generated_cells_and_tables_change(tmp_path):
-    """Of a notebook whose generated cells were emptied, the same comes out again, and its other
-    cells stay as they are"""
+    """Of a notebook whose generated cells were emptied, the same comes out again,
+    and its other cells stay as they are"""
     for page in ('methods.ipynb', 'papers/scoreboard.ipynb', 'adapters/subsets/hft.ipynb',
                  'adapters/subsets/index.ipynb'):
         ours, new = json.loads((NBS/page).read_text(encoding='utf-8')), json.loads(MADE[f'nbs/{page}'])
@@ -47,8 +47,8 @@ def test_every_paper_is_in_every_list():
         family = f'{page.rpartition("/")[0]}/index.ipynb'
         assert f'({page})' in said('index.ipynb', 'families') and f'({key}.ipynb)' in said(family, 'papers')
         assert f'- {page}\n' in MADE['_quarto.yml'] and said(page, 'verdict')
-        assert any(f'({page})' in c['source'] for c in cells('contents.ipynb')
-                   if index.MARK.match(c['source']))
+        assert any(f'({page})' in c['source']
+                   for c in cells('contents.ipynb') if index.MARK.match(c['source']))
 
 
 def test_the_counts_are_those_of_the_files():
@@ -60,8 +60,8 @@ def test_the_counts_are_those_of_the_files():
         numbers = {v: int(m[1]) if (m := re.search(rf'\*\*(\d+)\*\* {words}', text)) else 0
                    for v, words in index.WORDS.items()}
         assert numbers == {v: found.count(v) for v in index.WORDS} and f'Of {len(papers.claims())} claims' in text
-    assert said('index.ipynb',
-                'counts').splitlines()[-1].split('[')[0] in (ROOT/'README.md').read_text(encoding='utf-8')
+    assert said('index.ipynb', 'counts').splitlines()[-1].split('[')[0] in (
+        ROOT/'README.md').read_text(encoding='utf-8')
 
 
 def test_a_page_that_is_for_an_unknown_need_is_named():
@@ -82,8 +82,8 @@ def test_a_page_without_its_place_is_named(monkeypatch):
 def test_the_catalogue_has_every_paper_once():
     rows = [json.loads(line) for line in (ROOT/'papers'/'catalogue.jsonl').read_text(encoding='utf-8').splitlines()]
     listed = [r for r in rows if r.get('catalogue', True)]
-    assert (len(listed) == 300 and len({r['key'] for r in rows}) == len(rows)
-            == len({r['title'] for r in rows}))
+    assert (len(listed) == 300
+            and len({r['key'] for r in rows}) == len(rows) == len({r['title'] for r in rows}))
     assert {r['key'] for r in rows} - {r['key'] for r in listed} == {'lora', 'dpo', 'grpo'}
     assert all(set(r) - {'catalogue'} == {'key', 'family', 'title', 'arxiv', 'kind', 'home'}
                for r in rows)

@@ -1,4 +1,5 @@
-"Ctrl-C at any moment: the model stays usable, in its own mode, with no hook left and no change half on, and the same call works again"
+"""Ctrl-C at any moment: the model stays usable, in its own mode,
+with no hook left and no change half on, and the same call works again"""
 import sys, time
 import pytest
 import ftlab
@@ -9,9 +10,13 @@ from ftlab.core.scorers import nll
 from ftlab.trainers.fit import fit
 from toys import TOK, lab_data, same, toy, weights
 
+# functions of torch's own context managers, and what is interrupted
+LEFT_ALONE = ('<genexpr>', '__setattr__', 'train', 'children', 'named_children', 'modules', 'named_modules')
+WATCHED = '/ftlab/', 'torch/nn/modules', 'transformers/models'
+
 class Interrupts:
-    """Raises KeyboardInterrupt at the n-th call of a Python function, as a signal would; `None`
-    counts the calls alone"""
+    """Raises KeyboardInterrupt at the n-th call of a Python function, as a signal would;
+    `None` counts the calls alone"""
 
     def __init__(self, n=None):
         self.n, self.seen = n, 0
@@ -24,10 +29,9 @@ class Interrupts:
         sys.setprofile(None)
 
     def note(self, frame, event, arg):
-        if event != 'call' or frame.f_code.co_name in ('<genexpr>', '__setattr__', 'train',
-                                                       'children', 'named_children', 'modules',
-                                                       'named_modules') or not any(p in frame.f_code.co_filename for p in ('/ftlab/', 'torch/nn/modules', 'transformers/models')):
-            return # not inside torch's own context managers: nobody could mend those
+        if (event != 'call' or frame.f_code.co_name in LEFT_ALONE
+            or not any(p in frame.f_code.co_filename for p in WATCHED)):
+            return # not inside torch's own context managers: nobody could fix those
         self.seen += 1
         if self.seen == self.n:
             raise KeyboardInterrupt
@@ -43,8 +47,8 @@ def state_of(model):
     "All that an interrupted call must not leave otherwise"
     # transformers puts some of its own on for good
     ours = lambda h: getattr(h, '__module__', type(h).__module__).startswith('ftlab')
-    hooks = sum(map(ours, [h for m in model.modules() for h in (*m._forward_hooks.values(),
-                                                                *m._forward_pre_hooks.values())]))
+    hooks = sum(map(ours, [h for m in model.modules()
+                           for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]))
     return dict(hooks=hooks, names=[n for n, _ in model.named_modules()],
                 trains=[p.requires_grad for p in model.parameters()],
                 modes=[m.training for m in model.modules()])
@@ -58,9 +62,8 @@ def interrupted(do, n):
         return None
 
 RECIPES = dict(full=Recipe, lora=lambda: lora(dropout=.1), hft=hft,
-               edited=lambda: Recipe('edited',
-                                     edit=lambda changes, model: {n: v/2
-                                                                  for n, v in changes.items()}),
+               edited=lambda: Recipe(
+                   'edited', edit=lambda changes, model: {n: v/2 for n, v in changes.items()}),
                stages=lambda: Recipe('two', loop=Stages(hft(), lora())))
 
 @pytest.mark.parametrize('name', RECIPES)
@@ -101,8 +104,8 @@ def same_again(do, model, also=lambda: None, n=3):
 @pytest.mark.parametrize('training', [False, True])
 def test_asking(training):
     model, rows = toy(dropout=.1).train(training), lab_data().test[:20]
-    same_again(lambda: ftlab.generate(model, TOK, [r['prompt'] for r in rows],
-                                      max_new_tokens=4), model)
+    same_again(lambda: ftlab.generate(model, TOK, [r['prompt'] for r in rows], max_new_tokens=4),
+               model)
     same_again(lambda: ftlab.skills(model, 3, names=['reverse', 'sort'], tok=TOK), model)
     same_again(lambda: nll(model, TOK, rows), model)
 
@@ -111,7 +114,8 @@ def test_report_and_doctor_of_a_run(recipe, tmp_path):
     run = fit(toy(), TOK, lab_data(), recipe(), steps=4, batch_size=8, lr=3e-3, progress=False)
     on = lambda: run.delta.attached.enabled or pytest.fail('the change is switched off')
     same_again(lambda: ftlab.report(run, items=4, old_items=1, rows=20, matrices=2,
-                                    cache=tmp_path/'none'/str(time.time())), run.model, on)
+                                    cache=tmp_path/'none'/str(time.time())),
+               run.model, on)
     same_again(lambda: ftlab.doctor(run), run.model, on)
 
 @pytest.mark.parametrize('recipe', [Recipe, lora], ids=['full', 'lora'])
@@ -124,4 +128,5 @@ def test_compare(tmp_path):
     ask = dict(seeds=1, steps=4, batch_size=8, items=4, old_items=1, validation_items=4, tune=False,
                progress=False)
     same_again(lambda: ftlab.compare(['full', 'lora'], (model, TOK), lab_data(),
-                                     out=tmp_path/str(time.time()), **ask), model, n=1)
+                                     out=tmp_path/str(time.time()), **ask),
+               model, n=1)

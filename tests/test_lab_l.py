@@ -94,8 +94,9 @@ def test_its_numbers_are_near_the_best_possible(lab_l):
 
 def test_it_does_what_lab_m_does(lab_l):
     model, tok = lab_l
-    found = ftlab.skills(model, 20, names=['fact', 'sort', 'tavi', 'oruk', 'boxes', 'classify',
-                                           'atlas'], tok=tok, seed=5)
+    found = ftlab.skills(model, 20,
+                         names=['fact', 'sort', 'tavi', 'oruk', 'boxes', 'classify', 'atlas'],
+                         tok=tok, seed=5)
     assert min(found.values()) >= .9, found
 
 
@@ -108,8 +109,8 @@ def test_stored_scores_are_those_of_the_shipped_model(lab_l):
     checked = json.loads((RESULTS/'lab_v2_checked.json').read_text())['skills']
     for s in LEARNED:
         assert abs(checked[s]['lab-l'] - known[s]) <= .01
-        assert checked[s].get('lab-l, by the parsers',
-                              checked[s]['lab-l']) == pytest.approx(checked[s]['lab-l'])
+        assert checked[s].get('lab-l, by the parsers', checked[s]['lab-l']) == pytest.approx(
+            checked[s]['lab-l'])
         assert checked[s]['lab-m'] < checked[s]['lab-l']
 
 

@@ -17,16 +17,15 @@ BERT = dict(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidde
 LABELS = ['a', 'b', 'c']
 
 def llama():
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=80,
-                                        num_hidden_layers=2, num_attention_heads=4,
-                                        num_key_value_heads=2, max_position_embeddings=128,
-                                        tie_word_embeddings=True))
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tok), hidden_size=32, intermediate_size=80, num_hidden_layers=2,
+                    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128,
+                    tie_word_embeddings=True))
 
 MAKE = dict(llama=llama, bert=lambda: BertModel(BertConfig(**BERT)),
             masked=lambda: BertForMaskedLM(BertConfig(**BERT)),
-            roberta=lambda: RobertaModel(RobertaConfig(**BERT)),
-            gpt2=lambda: GPT2LMHeadModel(GPT2Config(vocab_size=len(tok), n_embd=32, n_layer=2,
-                                                    n_head=4, n_positions=64)))
+            roberta=lambda: RobertaModel(RobertaConfig(**BERT)), gpt2=lambda: GPT2LMHeadModel(
+                GPT2Config(vocab_size=len(tok), n_embd=32, n_layer=2, n_head=4, n_positions=64)))
 
 @pytest.fixture(scope='session')
 def saved(tmp_path_factory):
@@ -42,8 +41,10 @@ def copy(saved, tmp_path):
     import shutil
     return lambda name: Path(shutil.copytree(saved/name, tmp_path/name))
 
-@pytest.mark.parametrize('name, cls', [('llama', 'LlamaForCausalLM'), ('gpt2', 'GPT2LMHeadModel'),
-                                       ('bert', 'BertModel'), ('masked', 'BertForMaskedLM'),
+@pytest.mark.parametrize('name, cls', [('llama', 'LlamaForCausalLM'),
+                                       ('gpt2', 'GPT2LMHeadModel'),
+                                       ('bert', 'BertModel'),
+                                       ('masked', 'BertForMaskedLM'),
                                        ('roberta', 'RobertaModel')])
 def test_what_was_saved_is_loaded(saved, name, cls):
     model, t = load(saved/name)
@@ -58,10 +59,10 @@ def test_labels_put_a_seeded_head_on_the_saved_body(saved, name):
     model, t = load(saved/name, labels=LABELS)
     assert torch.equal(before, torch.random.get_rng_state())
     torch.rand(3)
-    again, other = load(str(saved/name),
-                        labels=LABELS)[0], load(saved/name, labels=LABELS, seed=1)[0]
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(),
-                                                 strict=True))
+    again, other = (load(str(saved/name), labels=LABELS)[0],
+                    load(saved/name, labels=LABELS, seed=1)[0])
+    assert all(torch.equal(a, b)
+               for a, b in zip(model.parameters(), again.parameters(), strict=True))
     head = [k for k, _ in model.named_parameters() if not k.startswith(model.base_model_prefix + '.')]
     a, b = model.state_dict(), other.state_dict()
     assert (head and all(not torch.equal(a[k], b[k]) or 'bias' in k for k in head)
@@ -86,10 +87,12 @@ def test_dtype_device_and_kind(saved):
     assert (load(saved/'llama')[0].dtype == torch.float32
             and load(saved/'llama', dtype='bfloat16', device='cpu')[0].dtype == torch.bfloat16)
     assert type(load(saved/'masked', kind='encoder')[0]).__name__ == 'BertModel'
-    for bad, says in ((dict(dtype='int7'), 'dtype'), (dict(device='gpu'), 'device'),
+    for bad, says in ((dict(dtype='int7'), 'dtype'),
+                      (dict(device='gpu'), 'device'),
                       (dict(kind='decoder'), 'kind'),
                       (dict(kind='causal', labels=LABELS), 'labels'),
-                      (dict(labels=['a', 'a']), 'each once'), (dict(kind='masked'), 'kind|lack|class')):
+                      (dict(labels=['a', 'a']), 'each once'),
+                      (dict(kind='masked'), 'kind|lack|class')):
         with pytest.raises(ValueError, match=says):
             load(saved/'llama', **bad)
 
@@ -128,8 +131,8 @@ def test_lab_names_and_revisions(lab):
     assert (lab_folder('lab-s') == lab/'lab-v1'/'lab-s'
             and lab_folder('lab-s', 'step-500') == lab/'lab-v1'/'lab-s'/'step-500')
     assert type(load('lab-s', revision='step-500')[0]).__name__ == 'LlamaForCausalLM'
-    with pytest.raises(FileNotFoundError, match="no revision 'step-50'; it has step-500, step-1000; "
-                       "did you mean 'step-500'"):
+    with pytest.raises(FileNotFoundError,
+                       match="no revision 'step-50'; it has step-500, step-1000; did you mean 'step-500'"):
         load('lab-s', revision='step-50')
     with pytest.raises(FileNotFoundError, match="weights of lab-m are not beside.*pretrain.pretrain\\('lab-m'"):
         load('lab-m')
@@ -184,8 +187,9 @@ def test_a_file_that_lacks_tensors_or_is_cut_short(copy):
         load(folder)
     with pytest.raises(ValueError, match='lack 3 of the model'):
         load(folder, labels=LABELS) # a fresh head excuses the head alone
-    save_file({k: v[:-1].contiguous() if k.endswith('norm.weight') else v
-               for k, v in whole.items()}, path, metadata=dict(format='pt'))
+    save_file(
+        {k: v[:-1].contiguous() if k.endswith('norm.weight') else v for k, v in whole.items()},
+        path, metadata=dict(format='pt'))
     for labels in (None, LABELS):
         with pytest.raises(ValueError, match='have another shape'):
             load(folder, labels=labels)
@@ -198,8 +202,9 @@ def test_code_that_comes_with_a_model_is_not_run(copy):
     folder = copy('llama')
     c = json.loads((folder/'config.json').read_text())
     (folder/'config.json').write_text(
-        json.dumps(dict(c, model_type='mine',
-                        auto_map=dict(AutoConfig='mine.Config', AutoModelForCausalLM='mine.Model'))))
+        json.dumps(
+            dict(c, model_type='mine',
+                 auto_map=dict(AutoConfig='mine.Config', AutoModelForCausalLM='mine.Model'))))
     (folder/'mine.py').write_text('raise SystemExit("it was run")')
     with pytest.raises(ValueError, match='which ftlab does not run'):
         load(folder)
@@ -267,8 +272,8 @@ def test_a_vision_transformer_is_an_image_classifier_without_a_tokenizer(tmp_pat
 def test_a_t5_comes_with_both_stacks_and_can_be_selected_from(tmp_path):
     from transformers import T5Config, T5ForConditionalGeneration
     from ftlab.adapters.select import parts
-    m = T5ForConditionalGeneration(T5Config(vocab_size=len(tok), d_model=32, d_kv=8, d_ff=48,
-                                            num_layers=2, num_heads=4))
+    m = T5ForConditionalGeneration(
+        T5Config(vocab_size=len(tok), d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4))
     m.save_pretrained(tmp_path/'t5')
     tok.save_pretrained(tmp_path/'t5')
     n, t = load(tmp_path/'t5')
@@ -299,7 +304,7 @@ def test_an_adapter_beside_whole_weights_is_refused(copy):
     assert (folder/'adapter_config.json').exists() and (folder/'model.safetensors').exists()
     for f in (load, loading.skeleton):
         with pytest.raises(ValueError, match='an adapter beside it .adapter_config.json.*delete '
-                           'adapter_config.json and adapter_model.safetensors'):
+                                             'adapter_config.json and adapter_model.safetensors'):
             f(folder)
     for f in ('adapter_config.json', 'adapter_model.safetensors'):
         (folder/f).unlink()
@@ -316,7 +321,8 @@ def test_an_adapter_without_its_model_is_named(tmp_path):
 @pytest.mark.parametrize('target, says', [('weights.bin', 'no safetensors file; a pickle can run'),
                                           ('../other.safetensors', 'outside the folder'),
                                           ('/etc/passwd', 'outside the folder'),
-                                          ('..', 'outside the folder'), ('gone.safetensors', 'is not there')])
+                                          ('..', 'outside the folder'),
+                                          ('gone.safetensors', 'is not there')])
 def test_an_index_names_safetensors_of_its_own_folder_or_is_refused(
     copy, target, says, monkeypatch):
     folder = copy('llama')
@@ -337,22 +343,25 @@ def test_a_model_in_several_files_is_loaded(copy):
     tok.save_pretrained(folder/'cut')
     assert len(list((folder/'cut').glob('*.safetensors'))) > 1
     again, _ = load(folder/'cut')
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(),
-                                                 strict=True))
+    assert all(torch.equal(a, b)
+               for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
-@pytest.mark.parametrize('changes, says', [
-    (dict(_attn_implementation='evil/kernel'), 'code from the hub'),
-    (dict(attn_implementation={'': 'evil/kernel:x'}), 'code from the hub'),
-    (dict(use_kernels=True), 'kernels of the hub'), (dict(transformers_weights='x.bin'), 'as its weights'),
-    (dict(hidden_size=10**9), 'one of the two is wrong'),
-    (dict(hidden_size=4096), 'one of the two is wrong|another shape'),
-    (dict(num_hidden_layers=10**6), 'one of the two is wrong'), (dict(vocab_size=10**10), 'one of the two is wrong'),
-    (dict(vocab_size=10**5), 'one of the two is wrong|another shape'),
-    (dict(num_labels=10**12), 'one of the two is wrong'),
-    (dict(intermediate_size=-7), 'one of the two is wrong'),
-    (dict(num_attention_heads=0), 'cannot be built|not one that'),
-    (dict(hidden_act='os.system'), 'cannot be built|not one that'),
-    (dict(hidden_size='big'), 'must be a number'), (dict(architectures=5), 'a list of class names')])
+@pytest.mark.parametrize('changes, says',
+                         [(dict(_attn_implementation='evil/kernel'), 'code from the hub'),
+                          (dict(attn_implementation={'': 'evil/kernel:x'}), 'code from the hub'),
+                          (dict(use_kernels=True), 'kernels of the hub'),
+                          (dict(transformers_weights='x.bin'), 'as its weights'),
+                          (dict(hidden_size=10**9), 'one of the two is wrong'),
+                          (dict(hidden_size=4096), 'one of the two is wrong|another shape'),
+                          (dict(num_hidden_layers=10**6), 'one of the two is wrong'),
+                          (dict(vocab_size=10**10), 'one of the two is wrong'),
+                          (dict(vocab_size=10**5), 'one of the two is wrong|another shape'),
+                          (dict(num_labels=10**12), 'one of the two is wrong'),
+                          (dict(intermediate_size=-7), 'one of the two is wrong'),
+                          (dict(num_attention_heads=0), 'cannot be built|not one that'),
+                          (dict(hidden_act='os.system'), 'cannot be built|not one that'),
+                          (dict(hidden_size='big'), 'must be a number'),
+                          (dict(architectures=5), 'a list of class names')])
 def test_a_config_that_asks_for_what_it_may_not_is_refused_before_memory_is_taken(
     copy, changes, says, monkeypatch):
     folder = edit(copy('llama'), **changes)
@@ -360,15 +369,18 @@ def test_a_config_that_asks_for_what_it_may_not_is_refused_before_memory_is_take
     with pytest.raises(ValueError, match=says):
         load(folder)
 
-@pytest.mark.parametrize('name, content', [('config.json', b'['*100000), ('config.json', b'[]'),
-                                           ('config.json', b''), ('config.json',
-                                                                  b'{"x": ' + b'9'*5000 + b'}'),
-                                           ('model.safetensors', (2**62).to_bytes(8, 'little')
-                                            + b'{}'), ('model.safetensors', b''),
-                                           ('tokenizer.json', b'[1]'),
-                                           ('tokenizer.json', b'['*100000)])
+@pytest.mark.parametrize('name, content',
+                         [('config.json', b'['*100000),
+                          ('config.json', b'[]'),
+                          ('config.json', b''),
+                          ('config.json', b'{"x": ' + b'9'*5000 + b'}'),
+                          ('model.safetensors', (2**62).to_bytes(8, 'little') + b'{}'),
+                          ('model.safetensors', b''),
+                          ('tokenizer.json', b'[1]'),
+                          ('tokenizer.json', b'['*100000)])
 def test_broken_files_are_named(copy, name, content):
     folder = copy('llama')
     (folder/name).write_bytes(content)
-    with pytest.raises((ValueError, FileNotFoundError), match='tokenizer' if name.startswith('tok') else name):
+    with pytest.raises((ValueError, FileNotFoundError),
+                       match='tokenizer' if name.startswith('tok') else name):
         load(folder)

@@ -78,8 +78,7 @@ def category(prompt):
 
 
 TASKS = dict(reverse=lambda x: x[::-1], sort=lambda x: sorted(x), max=lambda x: [max(x)],
-             last=lambda x: x[-1:],
-             dedupe=lambda x: [c for i, c in enumerate(x) if c not in x[:i]],
+             last=lambda x: x[-1:], dedupe=lambda x: [c for i, c in enumerate(x) if c not in x[:i]],
              count=lambda x: [str(x.count(x[0]))])
 
 
@@ -141,13 +140,14 @@ def test_chains_need_their_steps_or_not():
     rows = WORLD.rows('chain', 20)
     assert all('=' in r['response'] for r in rows)
     assert all(len(r['response'].split()) == 1 for r in WORLD.rows('chain-direct', 20))
-    assert judge_chain('', '1 + 2 = 3 ; 3', '3') == 1 and judge_chain('', '1 + 2 = 3 ; 3', '3 ; 4') == 0
+    assert (judge_chain('', '1 + 2 = 3 ; 3', '3') == 1
+            and judge_chain('', '1 + 2 = 3 ; 3', '3 ; 4') == 0)
 
 
 @pytest.mark.parametrize('skill', LOOKUP_SKILLS)
 def test_documents_predict_no_held_out_instance(skill):
-    """Each predicted answer, put after the prompt that a test would ask, is a training instance
-    with that answer"""
+    """Each predicted answer, put after the prompt that a test would ask,
+    is a training instance with that answer"""
     r, marked = random.Random(1), 0
     for i in range(150):
         text, first = '', ''

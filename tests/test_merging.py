@@ -17,8 +17,8 @@ def change(model, seed=0):
 # ---------- LiNeS
 
 def by_hand(name, alpha, beta, blocks):
-    """The rule as the official code has it: the number in the name is the block; everything else is
-    shallow"""
+    """The rule as the official code has it: the number in the name is the block;
+    everything else is shallow"""
     l = next((int(x) for x in name.split('.') if x.isdigit()), None)
     return alpha + beta*l/(blocks - 1) if l is not None else alpha
 
@@ -51,7 +51,8 @@ def test_the_recipe_edits_what_was_trained_and_nothing_before():
     base = weights(toy())
     for n in want:
         torch.testing.assert_close(base[n] + want[n], base[n] + got[n], atol=1e-7, rtol=1e-6)
-    assert (lines(.25).arguments == dict(alpha=.25, beta=.75) and lines(1., -.5).arguments['beta'] == -.5)
+    assert (lines(.25).arguments == dict(alpha=.25, beta=.75)
+            and lines(1., -.5).arguments['beta'] == -.5)
 
 def test_a_merge_keeps_the_average_in_the_first_block():
     m = toy()
@@ -62,7 +63,8 @@ def test_a_merge_keeps_the_average_in_the_first_block():
     got = merge_lines(cs, m, .4)
     torch.testing.assert_close(got[first], plain[first]/3)
     torch.testing.assert_close(got[last], plain[last]*(1/3 + .4))
-    # a merge of half the size by another rule comes back to the size of the average: the formula of the official code, norm_summed/norm_mtv/T
+    # a merge of half the size by another rule comes back to the size of the average:
+    # the formula of the official code, norm_summed/norm_mtv/T
     half = merge_lines(cs, m, 0., merged=scale(.5)(plain, m))
     torch.testing.assert_close(half[first], plain[first]/3)
     with pytest.raises(ValueError, match='zero everywhere'):
@@ -81,8 +83,8 @@ def reference(c, beta, gamma):
     return torch.tensor(out).view_as(c)
 
 def mergekit_says(c, density, gamma):
-    """The counts that mergekit's magnitude_outliers takes: the largest gamma go first, then as many
-    small ones as leave `density`"""
+    """The counts that mergekit's magnitude_outliers takes: the largest gamma go first,
+    then as many small ones as leave `density`"""
     n = c.numel()
     top = int(gamma*n)
     bottom = n - int(density*n) - top
@@ -101,8 +103,8 @@ def test_the_band_is_mergekit_s():
     assert torch.equal(band(.85, .99)(dict(w=c), None)['w'], mergekit_says(c, .14, .01))
 
 def official_says(c, remove, keep):
-    """src/task_vectors.py: along the last axis, int(remove n) largest go, then int(keep n) largest
-    of what is left stay; a single number stays"""
+    """src/task_vectors.py: along the last axis, int(remove n) largest go,
+    then int(keep n) largest of what is left stay; a single number stays"""
     if not c.ndim:
         return c
     out, rows = torch.zeros_like(c).view(-1, c.shape[-1]), c.reshape(-1, c.shape[-1])
@@ -128,7 +130,8 @@ def test_a_row_is_ranked_by_itself():
     assert [(t != 0).sum(1).tolist() for t in defaults.values()] == [[19, 19], [115, 115]]
     assert repr(band(per='row')) != repr(band())
 
-@pytest.mark.parametrize('bad', [dict(beta=.9, gamma=.8), dict(beta=-.1), dict(gamma=1.1), dict(per='layer')])
+@pytest.mark.parametrize(
+    'bad', [dict(beta=.9, gamma=.8), dict(beta=-.1), dict(gamma=1.1), dict(per='layer')])
 def test_what_cannot_be_a_band_is_refused(bad):
     with pytest.raises(ValueError, match='beta is|per is'):
         breadcrumbs(**bad)

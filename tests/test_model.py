@@ -45,11 +45,11 @@ def long_data() -> Data:
 # the rule itself
 
 def test_a_table_is_told_from_computed_positions():
-    roberta = RobertaModel(RobertaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1,
-                                         num_attention_heads=2, intermediate_size=16,
-                                         max_position_embeddings=66, pad_token_id=1))
-    assert (position_table(gpt2()), position_table(classifier()), position_table(toy()),
-            position_table(roberta)) == (64, 64, None, 64)
+    roberta = RobertaModel(
+        RobertaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                      intermediate_size=16, max_position_embeddings=66, pad_token_id=1))
+    assert ((position_table(gpt2()), position_table(classifier()), position_table(toy()),
+             position_table(roberta)) == (64, 64, None, 64))
     assert positions(toy()) == 128
     roberta(torch.full((1, 64), 5))  # the offset: 64 tokens fit, 65 do not
     with pytest.raises((IndexError, RuntimeError)):
@@ -99,8 +99,8 @@ def test_every_part_gets_its_own_mode_back_after_an_error():
 
 
 def test_inputs_leave_out_what_a_model_does_not_know():
-    batch = collate(encode_all([dict(prompt='a', response='b')], TOK, 'text'),
-                    pad_id(TOK)) | dict(tokens=torch.ones(1), old=torch.ones(1))
+    batch = (collate(encode_all([dict(prompt='a', response='b')], TOK, 'text'), pad_id(TOK))
+             | dict(tokens=torch.ones(1), old=torch.ones(1)))
     assert set(model_inputs(batch)) == {'input_ids', 'attention_mask'}
     assert all(v.device == device_of(toy()) for v in to_device(batch, device_of(toy())).values())
     assert pad_id(None) == 0
@@ -112,8 +112,8 @@ def test_scores():
     model, rows = gpt2(), long_rows(6)
     cut = encode_all(rows, TOK, 'text', 64)
     assert cut.truncated == 6
-    assert nll(model, TOK, rows) == nll(model, TOK, rows,
-                                        max_length=64) == nll(model, TOK, rows, max_length=500)
+    assert nll(model, TOK, rows) == nll(model, TOK, rows, max_length=64) == nll(
+        model, TOK, rows, max_length=500)
     assert exact_match(model, TOK, rows) == 0.
 
 
@@ -151,8 +151,8 @@ def test_no_pair_is_longer_than_a_row_may_be():
 def test_instruments(tmp_path):
     old = data(long_rows(12, 100))
     c = ftlab.compare(['full'], (gpt2(), TOK), long_data(), old=old, metric='exact', seeds=1,
-                      steps=2, batch_size=4, tune=False, old_items=4,
-                      out=tmp_path/'compare', progress=False)
+                      steps=2, batch_size=4, tune=False, old_items=4, out=tmp_path/'compare',
+                      progress=False)
     assert c.json()['methods'][0]['seeds'][0]['error'] is None
     run = ftlab.fit(gpt2(), TOK, long_data(), steps=2, batch_size=4, progress=False)
     assert ftlab.report(run, old, items=4, old_items=4).json()

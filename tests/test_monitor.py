@@ -37,8 +37,8 @@ def test_a_watched_run_is_the_same_run(recipe):
 def test_early_stopping_does_not_mistake_the_monitor_s_looks_for_its_own():
     how = dict(steps=40, lr=3e-2)
     plain = tune(callbacks=(EarlyStop(2, 2, 20),), **how)
-    watched = tune(callbacks=(ftlab.Monitor(every=1, questions=22, rows=20),
-                              EarlyStop(2, 2, 20)), **how)
+    watched = tune(callbacks=(ftlab.Monitor(every=1, questions=22, rows=20), EarlyStop(2, 2, 20)),
+                   **how)
     assert len(plain.log) == len(watched.log) < 40 and not plain.interrupted
 
 def test_given_exactly_counts_what_greedy_writing_writes():
@@ -47,15 +47,16 @@ def test_given_exactly_counts_what_greedy_writing_writes():
     assert len(rows) > 20
     wrote = answers(model, tok, rows)
     right = sum(a.split() == r['response'].split() for a, r in zip(wrote, rows))
-    assert (0 < right < len(rows) and m.given_exactly(model, encode_all(rows, tok, 'text', 256),
-                                                      tok.pad_token_id) == right/len(rows))
+    assert (0 < right < len(rows)
+            and m.given_exactly(model, encode_all(rows, tok, 'text', 256), tok.pad_token_id)
+            == right/len(rows))
     with pytest.raises(ValueError, match='no row to ask'):
         m.given_exactly(model, [])
 
 def test_what_is_asked():
     data = lab_data()
-    assert len(m.old_questions(data, TOK, n=44)) == 44//len(m.old_skills(data))*len(
-        m.old_skills(data))
+    n = len(m.old_skills(data))
+    assert len(m.old_questions(data, TOK, n=44)) == 44//n*n
     assert (m.old_questions(label_data(), TOK) == []
             and len(m.old_questions(data, TOK, old=lab_data(), n=7)) == 7)
     labels = label_data()
@@ -85,8 +86,8 @@ def test_pictures():
     log = [dict(step=i, loss=2. - i/100, nll=2. - i/100, lr=1e-3, tokens=i) for i in range(100)]
     path = [dict(step=s, held_out_nll=2.1, kept=k) for s, k in ((0, .9), (100, .4))]
     titles = lambda *a: [ax.get_title(loc='left') for ax in m.draw_run(*a).axes]
-    assert (titles(log, path) == ['surprise, nats a token', 'old answers still given, %',
-                                  'learning rate'] and titles([]) == ['learning rate'])
+    assert (titles(log, path) == ['surprise, nats a token', 'old answers still given, %', 'learning rate']
+            and titles([]) == ['learning rate'])
     assert (titles([dict(r, loss=9.) for r in log])[1] == 'loss that is minimised'
             and titles([dict(r, nll=None) for r in log])[0] == 'loss that is minimised')
     tag = m.picture_tag(log, path, 200, '<b>')
@@ -107,8 +108,8 @@ def in_kernel(code):
 
 def test_in_a_notebook_that_nobody_watches_there_is_one_picture_and_no_widget(monkeypatch):
     monkeypatch.delenv('JPY_SESSION_NAME', raising=False)
-    out = in_kernel(f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\nfrom "
-                    "test_monitor import *\ntune(steps=3, callbacks=(ftlab.Monitor(every=1, "
+    out = in_kernel(f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+                    "from test_monitor import *\ntune(steps=3, callbacks=(ftlab.Monitor(every=1, "
                     "questions=22, rows=20),), progress=True); None")
     shown = [d['text/html'] for _, d in out if d.get('text/html')]
     assert (len(shown) == 1 and shown[0].startswith('<img')
@@ -116,8 +117,8 @@ def test_in_a_notebook_that_nobody_watches_there_is_one_picture_and_no_widget(mo
 
 def test_where_somebody_watches_the_widget_is_gone_in_the_end(monkeypatch):
     monkeypatch.setenv('JPY_SESSION_NAME', 'x.ipynb')
-    out = in_kernel(f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\nfrom "
-                    "test_monitor import *\ntune(steps=3, callbacks=(ftlab.Monitor(every=1, "
+    out = in_kernel(f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+                    "from test_monitor import *\ntune(steps=3, callbacks=(ftlab.Monitor(every=1, "
                     "questions=22, rows=20),), progress=True); None")
     shown = [d['text/html'] for _, d in out if d.get('text/html')]
     assert (len(shown) == 1 and shown[0].startswith('<img')

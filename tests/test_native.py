@@ -1,4 +1,5 @@
-"The native kernels: C++ (and CUDA, where there is a GPU) against the plain version in torch, bit for bit, and both against mathematics"
+"""The native kernels: C++ (and CUDA, where there is a GPU) against the plain version in torch,
+bit for bit, and both against mathematics"""
 import json, os, shutil, subprocess, sys
 import pytest, torch
 from scipy import stats
@@ -55,8 +56,11 @@ p = torch.zeros(300); perturb_([p], 3, 1.); perturb_([p], 3, -1.); print(backend
 def test_every_mode_gives_the_same_numbers(mode):
     if mode == 'cpp' and not extension.compiler():
         pytest.skip('there is no C++ compiler here')
-    out = python("""from ftlab.native import backend, perturb_; import torch
-p = torch.zeros(1000, dtype=torch.bfloat16); perturb_([p], 11, .3); print(backend(), p.view(torch.int16).long().sum().item())""", FTLAB_NATIVE=mode)
+    out = python("""import torch
+from ftlab.native import backend, perturb_
+p = torch.zeros(1000, dtype=torch.bfloat16)
+perturb_([p], 11, .3)
+print(backend(), p.view(torch.int16).long().sum().item())""", FTLAB_NATIVE=mode)
     where, total = out.split()
     p, = plain([torch.zeros(1000, dtype=torch.bfloat16)], 11, .3, 'normal')
     assert int(total) == p.view(torch.int16).long().sum() and (where == mode or mode == 'auto')
@@ -98,21 +102,22 @@ def test_a_build_is_for_the_cards_that_are_named(monkeypatch):
     assert ('arch=compute_80,code=sm_80' in usual
             and 'arch=compute_90,code=[sm_90,compute_90]' in usual)
     monkeypatch.setenv('FTLAB_CUDA_ARCH', '90,120')
-    assert (extension.cards() == ['-gencode', 'arch=compute_90,code=sm_90', '-gencode',
-                                  'arch=compute_120,code=sm_120'] and extension.key() != key)
+    assert (extension.cards() == ['-gencode', 'arch=compute_90,code=sm_90', '-gencode', 'arch=compute_120,code=sm_120']
+            and extension.key() != key)
     for wrong in ('9.0', 'sm_90', '90;80', 'native'):
         monkeypatch.setenv('FTLAB_CUDA_ARCH', wrong)
         with pytest.raises(ValueError, match='FTLAB_CUDA_ARCH'):
             extension.cards()
 
-@pytest.mark.parametrize('known, asks', [('', '0'), ('#define TORCH_VERSION_2_13_0 213', '0'),
-                                         ('#define TORCH_VERSION_2_13_0 209', '1')])
+@pytest.mark.parametrize(
+    'known, asks', [('', '0'), ('#define TORCH_VERSION_2_13_0 213', '0'), ('#define TORCH_VERSION_2_13_0 209', '1')])
 def test_headers_that_do_not_know_the_newest_version_take_the_old_way_to_a_stream(known, asks):
     "Their preprocessor reads an unknown name as 0, which every version is newer than"
     text = (extension._SOURCES/'torch.h').read_text()
-    part = text[text.index('#if defined(TORCH_VERSION_2_13_0)'):text.index('#if !FTLAB_ASKS_STREAM')]
-    source = (f'#define TORCH_FEATURE_VERSION 210\n{known}\n{part}\n#if FTLAB_ASKS_STREAM\nasks '
-              '1\n#else\nasks 0\n#endif\n')
+    part = text[
+        text.index('#if defined(TORCH_VERSION_2_13_0)'):text.index('#if !FTLAB_ASKS_STREAM')]
+    source = (f'#define TORCH_FEATURE_VERSION 210\n{known}\n{part}\n#if FTLAB_ASKS_STREAM\nasks 1\n'
+              '#else\nasks 0\n#endif\n')
     if not extension.compiler():
         pytest.skip('there is no C++ compiler here')
     r = subprocess.run([extension.compiler(), '-E', '-x', 'c++', '-'], input=source,
@@ -122,13 +127,14 @@ def test_headers_that_do_not_know_the_newest_version_take_the_old_way_to_a_strea
 @pytest.mark.slow
 @pytest.mark.skipif(not (extension.nvcc() and extension.compiler()), reason='there is no nvcc here')
 def test_the_cuda_side_links_and_loads_where_there_is_no_gpu(tmp_path, cuda_build):
-    """Compiled and bound beside any torch, so that a mistake in it shows on machines that cannot
-    run it"""
-    out = python("""from ftlab.native import backend, perturb_; import torch
-from ftlab.native import magnitude, ternary
-print(backend('cuda')); perturb_([torch.zeros(4)], 7, 1.)
-print(all(torch._C._dispatch_has_kernel_for_dispatch_key(n, 'CUDA') for n in torch._C._dispatch_get_all_op_names() if n.startswith('ftlab::')))""",
-        FTLAB_CACHE=str(tmp_path))
+    "Compiled and bound beside any torch, so that a mistake in it shows on machines that cannot run it"
+    out = python("""import torch
+from torch._C import _dispatch_get_all_op_names, _dispatch_has_kernel_for_dispatch_key as has_kernel
+from ftlab.native import backend, magnitude, perturb_, ternary
+print(backend('cuda'))
+perturb_([torch.zeros(4)], 7, 1.)
+ours = [n for n in _dispatch_get_all_op_names() if n.startswith('ftlab::')]
+print(all(has_kernel(n, 'CUDA') for n in ours))""", FTLAB_CACHE=str(tmp_path))
     assert out.split() == ['cuda', 'True']
 
 # --- noise
@@ -161,13 +167,13 @@ def test_the_lower_halves_make_bfloat16_move_as_float32(dist):
         perturb_(fs, i, 1e-3, dist)
     assert (same(ps, want[0]) and same(low, want[1])
             and same([perturb._join(p, l) for p, l in zip(ps, low)], fs))
-    assert all((p.float() - f).abs().max() <= 2**-8*f.abs().max() for p, f in zip(ps, fs)
-               if f.numel())
+    assert all((p.float() - f).abs().max() <= 2**-8*f.abs().max()
+               for p, f in zip(ps, fs) if f.numel())
 
 @pytest.mark.parametrize('dtype', TYPES)
 def test_the_error_is_a_rounding_and_no_more(dtype):
-    """Against p + scale*z in float64, with the z of float32: half a unit in the last place of the
-    result, and of the product in float32"""
+    """Against p + scale*z in float64, with the z of float32:
+    half a unit in the last place of the result, and of the product in float32"""
     p = torch.randn(50_000).to(dtype)
     z = perturb.noise(5, 0, 0, 391, False)[:50_000].double()
     q = [p.clone()]
@@ -271,13 +277,17 @@ def test_misaligned_tensors_are_moved_and_views_of_another_order_refused():
         with pytest.raises(ValueError, match='not contiguous'):
             perturb_([bad], 0, 1.)
 
-@pytest.mark.parametrize('change, say', [
-    (dict(dist='uniform'), 'dist'), (dict(seed=-1), 'seed'), (dict(seed=2**63), 'seed'),
-    (dict(scale=float('nan')), 'scale'), (dict(first=-1), 'first'),
-    (dict(tensors=[torch.zeros(3, dtype=torch.float64)]), 'float64'),
-    (dict(low=[torch.zeros(3, dtype=torch.int16)]), 'low'),
-    (dict(tensors=[torch.zeros(3).bfloat16()], low=[torch.zeros(4, dtype=torch.int16)]), 'low'),
-    (dict(low=[torch.zeros(3)]*2), 'one for each')])
+@pytest.mark.parametrize(
+    'change, say',
+    [(dict(dist='uniform'), 'dist'),
+     (dict(seed=-1), 'seed'),
+     (dict(seed=2**63), 'seed'),
+     (dict(scale=float('nan')), 'scale'),
+     (dict(first=-1), 'first'),
+     (dict(tensors=[torch.zeros(3, dtype=torch.float64)]), 'float64'),
+     (dict(low=[torch.zeros(3, dtype=torch.int16)]), 'low'),
+     (dict(tensors=[torch.zeros(3).bfloat16()], low=[torch.zeros(4, dtype=torch.int16)]), 'low'),
+     (dict(low=[torch.zeros(3)]*2), 'one for each')])
 def test_what_makes_no_sense_is_refused(change, say):
     p = torch.zeros(3)
     call = dict(tensors=[p], seed=0, scale=1.) | change
@@ -318,8 +328,8 @@ def small():
     return net, x, x[:, :1]*x[:, 1:2]
 
 def test_200_steps_without_gradients_end_alike():
-    """A small model trained by MeZO's rule with the kernel and with the plain version: the same
-    losses and the same weights"""
+    """A small model trained by MeZO's rule with the kernel and with the plain version:
+    the same losses and the same weights"""
     def train(move):
         net, x, y = small()
         ps, losses = list(net.parameters()), []
@@ -342,8 +352,8 @@ def test_200_steps_without_gradients_end_alike():
 SIZES = [(5,), (1, 1), (64, 0, 200), (63,), (300_000, 7, 900_001), (65_536, 65_537)]
 
 def ranked(tensors):
-    """Positions in all tensors together by magnitude, largest first, ties by the lowest position:
-    sorting, which nobody doubts"""
+    """Positions in all tensors together by magnitude, largest first,
+    ties by the lowest position: sorting, which nobody doubts"""
     return magnitude.keys(torch.cat([t.flatten() for t in tensors])).sort(
         descending=True, stable=True).indices
 
@@ -360,8 +370,13 @@ def test_the_k_largest_are_those_that_sorting_gives(dtype, values):
             [t[i::7].fill_(v) for t in ts
              for i, v in enumerate((float('nan'), -float('inf'), 0., -0., 1e-7))]
         order = ranked(ts)
-        for k, drop in ((1, 0), (total, 0), (total//2, 0), (total//20, 0), (total//3, total//3),
-                        (1, total - 1), (total//2, 1)):
+        for k, drop in ((1, 0),
+                        (total, 0),
+                        (total//2, 0),
+                        (total//20, 0),
+                        (total//3, total//3),
+                        (1, total - 1),
+                        (total//2, 1)):
             if k < 1 or k + drop > total:
                 continue
             want = order[drop:drop + k].sort().values
@@ -380,11 +395,11 @@ def test_the_k_largest_are_those_that_sorting_gives(dtype, values):
                     and low != low)
             assert torch.equal(torch.ops.ftlab.kth_find(ts, k, drop), magnitude._find(ts, k, drop))
 
-@pytest.mark.parametrize('make', [lambda n: torch.arange(n).float(), lambda n: torch.zeros(n),
-                                  lambda n: torch.cat([torch.zeros(n - 5), torch.ones(5)]),
-    lambda n: torch.randn(n).exp()**20, lambda n: torch.arange(n).remainder(16).float(),
-                                  lambda n: torch.cat([torch.ones(n//2),
-                                                       2 + torch.rand(n - n//2)])])
+@pytest.mark.parametrize(
+    'make', [lambda n: torch.arange(n).float(), lambda n: torch.zeros(n),
+             lambda n: torch.cat([torch.zeros(n - 5), torch.ones(5)]),
+             lambda n: torch.randn(n).exp()**20, lambda n: torch.arange(n).remainder(16).float(),
+             lambda n: torch.cat([torch.ones(n//2), 2 + torch.rand(n - n//2)])])
 def test_a_wrong_guess_costs_time_and_not_the_truth(make):
     "Sorted, constant, rare and periodic numbers, of which a sample tells little"
     x = make(700_000)
@@ -410,14 +425,17 @@ def test_a_misaligned_tensor_and_a_parameter_are_ranked():
     p = torch.nn.Parameter(torch.randn(9, 9))
     assert unpack_mask(kth_magnitude(p, 4, 'mask'), p).sum() == 4 and not kth_magnitude(p, 4, 'mask').requires_grad
 
-@pytest.mark.parametrize('call, say', [
-    (dict(k=0), 'k is 0'), (dict(k=7), 'from 1 to 6'), (dict(k=5, drop=2), 'from 1 to 4'),
-    (dict(k=1, drop=-1), 'drop'), (dict(k=1, give='list'), 'give'),
-    (dict(tensors=[], k=1), 'no tensors'),
-    (dict(tensors=torch.zeros(6, dtype=torch.float64), k=1), 'float64'),
-    (dict(tensors=torch.zeros(4, 6).t(), k=1), 'not contiguous'),
-    (dict(tensors=torch.zeros(0), k=1), 'k is 1'),
-    (dict(tensors=[torch.zeros(3), torch.zeros(3).half()], k=1), 'like tensors')])
+@pytest.mark.parametrize(
+    'call, say', [(dict(k=0), 'k is 0'),
+                  (dict(k=7), 'from 1 to 6'),
+                  (dict(k=5, drop=2), 'from 1 to 4'),
+                  (dict(k=1, drop=-1), 'drop'),
+                  (dict(k=1, give='list'), 'give'),
+                  (dict(tensors=[], k=1), 'no tensors'),
+                  (dict(tensors=torch.zeros(6, dtype=torch.float64), k=1), 'float64'),
+                  (dict(tensors=torch.zeros(4, 6).t(), k=1), 'not contiguous'),
+                  (dict(tensors=torch.zeros(0), k=1), 'k is 1'),
+                  (dict(tensors=[torch.zeros(3), torch.zeros(3).half()], k=1), 'like tensors')])
 def test_what_cannot_be_ranked_is_refused(call, say):
     with pytest.raises(ValueError, match=say):
         kth_magnitude(**(dict(tensors=torch.zeros(6)) | call))
@@ -435,8 +453,8 @@ def test_opcheck_of_the_ranking(device):
         torch.library.opcheck(torch.ops.ftlab.kth_write_.default, (ts, found, out))
 
 def test_200_steps_on_the_largest_end_alike(monkeypatch):
-    """A small model of which only the 10% largest numbers train, chosen anew every 20 steps, with
-    the kernel and with the plain version"""
+    """A small model of which only the 10% largest numbers train, chosen anew every 20 steps,
+    with the kernel and with the plain version"""
     def train(mode):
         monkeypatch.setenv('FTLAB_NATIVE', mode)
         net, x, y = small()
@@ -457,8 +475,8 @@ def test_200_steps_on_the_largest_end_alike(monkeypatch):
 
 @pytest.mark.skipif(not os.environ.get('FTLAB_LARGE'), reason='takes 12 GB and minutes: set FTLAB_LARGE=1')
 def test_a_tensor_of_more_than_two_to_the_31():
-    """Both ends and the middle are what they should be; a mask reaches the last number, and indices
-    are refused"""
+    """Both ends and the middle are what they should be; a mask reaches the last number,
+    and indices are refused"""
     n = 2**31 + 5000
     p = torch.zeros(n, dtype=torch.bfloat16)
     perturb_([p], 3, 1.)
@@ -479,14 +497,16 @@ def test_a_tensor_of_more_than_two_to_the_31():
 @pytest.mark.skipif(not extension.compiler(), reason='there is no C++ compiler here')
 @pytest.mark.parametrize('name', sorted(f.stem for f in (ROOT/'tests'/'native').glob('*.cpp')))
 def test_sanitizers_find_nothing_over_fuzzed_shapes(tmp_path, name):
-    """Buffers of exactly the needed size, every type, every instruction set that this processor
-    has: no stray access, no undefined step, the same bits"""
+    """Buffers of exactly the needed size, every type,
+    every instruction set that this processor has: no stray access, no undefined step,
+    the same bits"""
     exe = tmp_path/'fuzz'
     flags = [f for f in extension._CXX if not f.startswith('-D')]
-    r = subprocess.run([extension.compiler(), '-std=c++17', *flags, '-O1', '-g',
-                        '-fsanitize=address,undefined', '-fno-sanitize-recover=all',
-        f'-I{extension._SOURCES}', str(ROOT/'tests'/'native'/f'{name}.cpp'), '-o', str(exe)],
-                       capture_output=True, text=True)
+    r = subprocess.run(
+        [extension.compiler(), '-std=c++17', *flags, '-O1', '-g', '-fsanitize=address,undefined',
+         '-fno-sanitize-recover=all', f'-I{extension._SOURCES}',
+         str(ROOT/'tests'/'native'/f'{name}.cpp'), '-o', str(exe)],
+        capture_output=True, text=True)
     if 'cannot find' in r.stderr and 'san' in r.stderr:
         pytest.skip('this compiler has no sanitizers')
     assert r.returncode == 0, r.stderr

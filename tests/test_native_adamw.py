@@ -1,4 +1,5 @@
-"Sparse AdamW: C++ against the plain version bit for bit, both against torch's AdamW, the gradients that do not stay, and the narrow backward pass"
+"""Sparse AdamW: C++ against the plain version bit for bit, both against torch's AdamW,
+the gradients that do not stay, and the narrow backward pass"""
 import copy, json, math
 import numpy as np, pytest, torch, torch.utils.checkpoint
 from torch import nn
@@ -22,14 +23,13 @@ def selections():
     "(shape, selection) of every kind, odd sizes among them"
     r = lambda shape, share: (shape, torch.rand(shape) < share)
     return [((5,), True), ((), True), ((0,), True), ((0, 3), torch.zeros(0, 3, dtype=torch.bool)),
-            ((9, 7), torch.zeros(9, 7, dtype=torch.bool)),
-        r((4097,), .01), r((4095,), .5), r((70, 130), .05), r((129, 64), .9), r((12289, 3), .2),
-            ((), torch.tensor(True)),
-        ((300,), torch.tensor([0, 7, 299], dtype=torch.int32)), ((300,), torch.arange(3, 203)),
-        ((12, 5), rows([0, 11, 3])), ((3, 4, 5), rows([1])), ((6, 1), rows([2, 5])),
-        ((12, 5), columns([4, 1])), ((3, 4, 5), columns([0, 4])),
+            ((9, 7), torch.zeros(9, 7, dtype=torch.bool)), r((4097,), .01), r((4095,), .5),
+            r((70, 130), .05), r((129, 64), .9), r((12289, 3), .2), ((), torch.tensor(True)),
+            ((300,), torch.tensor([0, 7, 299], dtype=torch.int32)), ((300,), torch.arange(3, 203)),
+            ((12, 5), rows([0, 11, 3])), ((3, 4, 5), rows([1])), ((6, 1), rows([2, 5])),
+            ((12, 5), columns([4, 1])), ((3, 4, 5), columns([0, 4])),
             ((1, 8193), columns(range(0, 8193, 3))),
-        ((12, 10), blocks([(1, 0), (0, 1), (2, 1)], (4, 5))), ((12, 10), blocks([(3, 4)], 2))]
+            ((12, 10), blocks([(1, 0), (0, 1), (2, 1)], (4, 5))), ((12, 10), blocks([(3, 4)], 2))]
 
 def flat(p, s):
     return p.detach().view(-1)[adamw._places(p, *(adamw._choose(p.detach(), s)[k] for k in ('at', 'length', 'stride')))]
@@ -67,8 +67,8 @@ def test_gathered_gradients_step_as_dense_ones_do(dtype):
 
 @pytest.mark.parametrize('decay', [0., .1])
 def test_with_everything_selected_it_is_torchs_adamw(decay):
-    """200 steps, float32, against torch's own in float64: no further from it than torch's float32
-    is, within a tenth"""
+    """200 steps, float32, against torch's own in float64:
+    no further from it than torch's float32 is, within a tenth"""
     def run(dtype, make):
         g = torch.Generator().manual_seed(1)
         ps = [nn.Parameter(torch.randn(s, generator=g).to(dtype))
@@ -80,9 +80,9 @@ def test_with_everything_selected_it_is_torchs_adamw(decay):
             opt.step()
         return torch.cat([p.detach().flatten().double() for p in ps])
     torchs = lambda ps: torch.optim.AdamW(ps, lr=1e-2, weight_decay=decay)
-    exact, theirs, ours = run(torch.float64, torchs), run(torch.float32,
-                                                          torchs), run(torch.float32, lambda ps:
-        SparseAdamW({p: True for p in ps}, lr=1e-2, weight_decay=decay))
+    exact, theirs = run(torch.float64, torchs), run(torch.float32, torchs)
+    ours = run(torch.float32,
+               lambda ps: SparseAdamW({p: True for p in ps}, lr=1e-2, weight_decay=decay))
     error = lambda x: (x - exact).pow(2).mean().sqrt()
     assert error(ours) <= 1.1*error(theirs) + 1e-9 and (ours - theirs).abs().max() < 2e-5
 
@@ -93,9 +93,8 @@ def test_it_is_a_dense_adamw_with_masked_gradients_whose_other_weights_stay(case
     p = nn.Parameter(torch.randn(shape))
     q = nn.Parameter(p.detach().clone())
     start = p.detach().clone()
-    ours, theirs = SparseAdamW({p: s}, lr=.01,
-                               weight_decay=decay), torch.optim.AdamW(
-                                   [q], lr=.01, weight_decay=decay)
+    ours, theirs = (SparseAdamW({p: s}, lr=.01, weight_decay=decay),
+                    torch.optim.AdamW([q], lr=.01, weight_decay=decay))
     on = ours.selected(p)
     for _ in range(20):
         g = torch.randn(shape)
@@ -111,8 +110,8 @@ def test_it_is_a_dense_adamw_with_masked_gradients_whose_other_weights_stay(case
 @pytest.mark.parametrize('dtype', TYPES)
 def test_one_step_errs_no_more_than_torch(dtype):
     "Against float64, from the same moments: the weights' error is one rounding"
-    p0, m0, v0, g = torch.randn(5000).to(dtype), torch.randn(5000)*.1, torch.rand(
-        5000), torch.randn(5000).to(dtype)
+    p0, m0, v0, g = (torch.randn(5000).to(dtype), torch.randn(5000)*.1, torch.rand(5000),
+                     torch.randn(5000).to(dtype))
     p = nn.Parameter(p0.clone())
     opt = SparseAdamW({p: True}, lr=.1, weight_decay=.1)
     opt.state[p].update(step=9, exp_avg=m0.clone(), exp_avg_sq=v0.clone())
@@ -126,9 +125,11 @@ def test_one_step_errs_no_more_than_torch(dtype):
             and torch.allclose(opt.state[p]['exp_avg_sq'].double(), v, rtol=1e-6))
 
 def test_threads_and_cuts_do_not_matter():
-    cases = [((300_001,), torch.rand(300_001) < .3), ((5,), True),
-             ((700, 400), rows(range(0, 700, 9))), ((400, 700), columns(range(0, 700, 9))),
-        ((90_000,), torch.rand(90_000) < .02)]
+    cases = [((300_001,), torch.rand(300_001) < .3),
+             ((5,), True),
+             ((700, 400), rows(range(0, 700, 9))),
+             ((400, 700), columns(range(0, 700, 9))),
+             ((90_000,), torch.rand(90_000) < .02)]
     threads, out = torch.get_num_threads(), []
     try:
         for t in (1, 2, 3):
@@ -232,14 +233,14 @@ def test_every_way_of_saying_it_selects_the_same():
 def test_another_selection_keeps_the_moments_of_what_stays(kinds):
     ways = [torch.rand(24, 20) < .5, rows([1, 5, 9]), columns([0, 3]),
             blocks([(0, 0), (2, 1)], (4, 10)), torch.tensor([0, 21, 479]),
-        torch.zeros(24, 20, dtype=torch.bool)]
+            torch.zeros(24, 20, dtype=torch.bool)]
     p = nn.Parameter(torch.randn(24, 20))
     opt = SparseAdamW({p: ways[kinds[0]]})
     p.grad = torch.randn(24, 20)
     opt.step()
-    old, before = opt.selected(p), {k: torch.zeros(24,
-                                                   20).masked_scatter(opt.selected(p), opt.state[p][
-                                                       k]) for k in ('exp_avg', 'exp_avg_sq')}
+    old, before = (opt.selected(p),
+                   {k: torch.zeros(24, 20).masked_scatter(opt.selected(p), opt.state[p][k])
+                    for k in ('exp_avg', 'exp_avg_sq')})
     opt.select(p, ways[kinds[1]])
     new = opt.selected(p)
     for k, v in before.items():
@@ -272,7 +273,8 @@ def test_a_checkpoint_goes_on_to_the_last_bit(dtype):
     assert all(other.state[q]['exp_avg'].dtype == torch.float32 for q in qs)
     go(ps, opt, 3, 1)
     go(qs, other, 3, 1)
-    assert same([p.detach() for p in ps], [q.detach() for q in qs]) and other.param_groups[0]['lr'] == .1
+    assert (same([p.detach() for p in ps], [q.detach() for q in qs])
+            and other.param_groups[0]['lr'] == .1)
 
 def test_a_checkpoint_of_other_parameters_changes_nothing():
     p, q = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(3, 5))
@@ -316,8 +318,8 @@ def test_accumulation_clipping_and_the_hook_are_what_torch_does_with_masks():
     twin = copy.deepcopy(net)
     ps, qs = list(net.parameters()), list(twin.parameters())
     masks = [torch.rand(p.shape) < .4 for p in ps]
-    ours, theirs = SparseAdamW(zip(ps, masks),
-                               lr=.01).gather(), torch.optim.AdamW(qs, lr=.01, weight_decay=0.)
+    ours, theirs = (SparseAdamW(zip(ps, masks), lr=.01).gather(),
+                    torch.optim.AdamW(qs, lr=.01, weight_decay=0.))
     for _ in range(20):
         for half in (slice(0, 32), slice(32, 64)):
             (net(x[half]) - y[half]).pow(2).mean().backward()
@@ -405,8 +407,8 @@ def test_autocast_and_checkpointing_leave_the_narrow_layer_right():
     with torch.autocast('cpu', torch.bfloat16):
         net(x).float().sum().backward()
     half, = opt.grads()
-    assert (half.dtype == torch.float32 and torch.allclose(half.view(2, 6), x.sum(0).expand(2, 6),
-                                                           rtol=2e-2, atol=5e-2))
+    assert (half.dtype == torch.float32
+            and torch.allclose(half.view(2, 6), x.sum(0).expand(2, 6), rtol=2e-2, atol=5e-2))
     opt.zero_grad()
     torch.utils.checkpoint.checkpoint(lambda x: net(net(x)).pow(2).sum(), x.requires_grad_(),
                                       use_reentrant=False).backward()
@@ -425,8 +427,8 @@ def _part(W, s):
 
 @pytest.mark.parametrize('s', WAYS)
 def test_gradcheck_of_the_narrow_layer(s):
-    """The part's numbers are put into the weight first, so that the output depends on them as the
-    gradient says"""
+    """The part's numbers are put into the weight first,
+    so that the output depends on them as the gradient says"""
     shape, W = (6, 6), torch.randn(6, 6, dtype=torch.float64)
     c = adamw._choose(torch.zeros(shape), s)
     i = adamw._places(W, c['at'], c['length'], c['stride'])
@@ -437,15 +439,15 @@ def test_gradcheck_of_the_narrow_layer(s):
         return adamw._Narrow.apply(x, part, V, b, adamw._rectangles(W, c))
 
     part = W.view(-1)[i].clone().requires_grad_()
-    x, b = torch.randn(2, 3, 6, dtype=torch.float64,
-                       requires_grad=True), torch.randn(6, dtype=torch.float64, requires_grad=True)
+    x, b = (torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True),
+            torch.randn(6, dtype=torch.float64, requires_grad=True))
     assert torch.autograd.gradcheck(f, (x, part, b))
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('s', WAYS)
 def test_the_narrow_gradient_is_the_dense_ones_part(s, dtype):
-    W, b, x = nn.Parameter(torch.randn(6, 6).to(dtype)), nn.Parameter(
-        torch.randn(6).to(dtype)), torch.randn(2, 3, 6).to(dtype).requires_grad_()
+    W, b, x = (nn.Parameter(torch.randn(6, 6).to(dtype)), nn.Parameter(torch.randn(6).to(dtype)),
+               torch.randn(2, 3, 6).to(dtype).requires_grad_())
     go = torch.randn(2, 3, 6).to(dtype)
     y = nn.functional.linear(x, W, b)
     y.backward(go)
@@ -509,8 +511,8 @@ def test_narrow_layers_train_as_wide_ones(s):
 
 @pytest.mark.parametrize('hook', [False, True])
 def test_200_steps_with_the_kernel_and_with_the_plain_version_end_alike(hook, monkeypatch):
-    """A tenth of the weights, chosen anew every 50 steps, by hook or dense: the same weights and
-    losses to the last bit"""
+    """A tenth of the weights, chosen anew every 50 steps, by hook or dense:
+    the same weights and losses to the last bit"""
     def go(mode):
         monkeypatch.setenv('FTLAB_NATIVE', mode)
         net, x, y = small()
@@ -533,15 +535,22 @@ def test_200_steps_with_the_kernel_and_with_the_plain_version_end_alike(hook, mo
 
 # --- what is refused
 
-@pytest.mark.parametrize('s, say', [
-    (torch.ones(3, dtype=torch.bool), 'shape'), (torch.ones(2, dtype=torch.uint8), 'bytes'),
-    (torch.ones(5, 6), 'float32'),
-    (torch.tensor([255, 255, 255, 255], dtype=torch.uint8), 'beyond the last'),
-    (torch.tensor([1, 1]), 'ascending'), (torch.tensor([5, 1]), 'ascending'),
-    (torch.tensor([0, 30]), '0 to 29'), (torch.tensor([-1]), '0 to 29'), (None, 'no selection'),
-    (False, 'no selection'),
-    (rows([5]), 'number 5'), (columns([-1]), 'number -1'), (rows([1, 1]), 'twice'),
-    (blocks([(0, 0)], 4), 'divide'), (blocks([(0, 2)], (5, 3)), 'no block')])
+@pytest.mark.parametrize(
+    's, say', [(torch.ones(3, dtype=torch.bool), 'shape'),
+               (torch.ones(2, dtype=torch.uint8), 'bytes'),
+               (torch.ones(5, 6), 'float32'),
+               (torch.tensor([255, 255, 255, 255], dtype=torch.uint8), 'beyond the last'),
+               (torch.tensor([1, 1]), 'ascending'),
+               (torch.tensor([5, 1]), 'ascending'),
+               (torch.tensor([0, 30]), '0 to 29'),
+               (torch.tensor([-1]), '0 to 29'),
+               (None, 'no selection'),
+               (False, 'no selection'),
+               (rows([5]), 'number 5'),
+               (columns([-1]), 'number -1'),
+               (rows([1, 1]), 'twice'),
+               (blocks([(0, 0)], 4), 'divide'),
+               (blocks([(0, 2)], (5, 3)), 'no block')])
 def test_what_is_no_selection_is_refused(s, say):
     p = nn.Parameter(torch.zeros(5, 6))
     with pytest.raises(ValueError, match=say):
@@ -551,13 +560,16 @@ def test_what_is_no_selection_is_refused(s, say):
         opt.select(p, s)
     assert opt.selected(p).all()
 
-@pytest.mark.parametrize('change, say', [(dict(lr=-1.), 'lr'), (dict(lr=math.nan), 'lr'),
-                                         (dict(betas=(1., .9)), 'betas'), (dict(eps=-1.), 'eps'),
-    (dict(weight_decay=-1.), 'weight_decay'),
-    (dict(selected={}), 'nothing'), (dict(selected=[torch.zeros(2)]), 'pair'),
-                                         (dict(selected={nn.Parameter(torch.zeros(
-                                             2).double()): True}), 'float64'),
-    (dict(selected={nn.Parameter(torch.zeros(4, 6).t()): True}), 'not contiguous')])
+@pytest.mark.parametrize(
+    'change, say', [(dict(lr=-1.), 'lr'),
+                    (dict(lr=math.nan), 'lr'),
+                    (dict(betas=(1., .9)), 'betas'),
+                    (dict(eps=-1.), 'eps'),
+                    (dict(weight_decay=-1.), 'weight_decay'),
+                    (dict(selected={}), 'nothing'),
+                    (dict(selected=[torch.zeros(2)]), 'pair'),
+                    (dict(selected={nn.Parameter(torch.zeros(2).double()): True}), 'float64'),
+                    (dict(selected={nn.Parameter(torch.zeros(4, 6).t()): True}), 'not contiguous')])
 def test_settings_that_make_no_sense_are_refused(change, say):
     with pytest.raises(ValueError, match=say):
         SparseAdamW(**(dict(selected={nn.Parameter(torch.zeros(3)): True}) | change))
@@ -588,14 +600,16 @@ def test_opcheck(device):
         ps = [torch.randn(40, 30, device=device).to(dtype),
               torch.randn(300, device=device).to(dtype)]
         cs = [adamw._choose(ps[0], rows([1, 5])), adamw._choose(ps[1], torch.rand(300) < .4)]
-        which, m, v, lists = adamw._which(cs), *([torch.rand(adamw._count(p, c), device=device)
-                                                  for p, c in zip(ps, cs)] for _ in range(3))
+        which = adamw._which(cs)
+        m, v, lists = ([torch.rand(adamw._count(p, c), device=device) for p, c in zip(ps, cs)]
+                       for _ in range(3))
         grads = [torch.randn_like(p) for p in ps]
         for add in (False, True):
             torch.library.opcheck(torch.ops.ftlab.gather_.default, (lists, grads, *which, add))
         for g, dense in ((grads, True), (lists, False)):
-            torch.library.opcheck(torch.ops.ftlab.sparse_adamw_.default, (ps, m, v, g, *which,
-[.1, .2], [1.5, 1.], .9, .999, 1e-8, .99, dense))
+            torch.library.opcheck(
+                torch.ops.ftlab.sparse_adamw_.default,
+                (ps, m, v, g, *which, [.1, .2], [1.5, 1.], .9, .999, 1e-8, .99, dense))
 
 def test_the_operators_check_what_they_are_given():
     if backend('cpu') != 'cpp':
@@ -604,13 +618,11 @@ def test_the_operators_check_what_they_are_given():
     at, none = torch.tensor([3, 4], dtype=torch.int32), torch.zeros(0, dtype=torch.int64)
     op = torch.ops.ftlab.sparse_adamw_
     good = dict(tensors=[p], first=[m], second=[m.clone()], grads=[g], at=[at], before=[none],
-                lengths=[1], strides=[0], rates=[.1], roots=[1.], beta1=.9,
-        beta2=.999,
-        eps=1e-8, decay=1., dense=False)
+                lengths=[1], strides=[0], rates=[.1], roots=[1.], beta1=.9, beta2=.999, eps=1e-8,
+                decay=1., dense=False)
     for bad in (dict(grads=[torch.zeros(3)]), dict(dense=True), dict(grads=[]), dict(rates=[]),
-                dict(at=[at.long()]), dict(at=[torch.zeros(1,
-        dtype=torch.uint8)]),
-            dict(lengths=[0]), dict(lengths=[3]), dict(first=[torch.zeros(3)]),
+                dict(at=[at.long()]), dict(at=[torch.zeros(1, dtype=torch.uint8)]),
+                dict(lengths=[0]), dict(lengths=[3]), dict(first=[torch.zeros(3)]),
                 dict(first=[m.double()])):
         with pytest.raises(RuntimeError):
             op(**(good | bad))
@@ -618,8 +630,8 @@ def test_the_operators_check_what_they_are_given():
     assert not p.any()
 
 def test_positions_beyond_two_to_the_31():
-    """A tensor that is never touched but at its ends takes no memory: the last entry moves, by bits
-    and by rows"""
+    """A tensor that is never touched but at its ends takes no memory: the last entry moves,
+    by bits and by rows"""
     if backend('cpu') != 'cpp':
         pytest.skip('needs the C++: the plain version goes through all of a mask')
     n = 2**31 + 4096
@@ -628,8 +640,8 @@ def test_positions_beyond_two_to_the_31():
         p = torch.from_numpy(np.zeros(n, np.int16)).view(torch.bfloat16)
     except MemoryError:
         pytest.skip('this system does not promise memory that is not used')
-    bits, before = torch.from_numpy(np.zeros(n//8, np.uint8)), torch.ones(
-        n//4096, dtype=torch.int64)
+    bits, before = (torch.from_numpy(np.zeros(n//8, np.uint8)),
+                    torch.ones(n//4096, dtype=torch.int64))
     bits[0], bits[-1], before[0] = 1, 128, 0
     def move(k, at, before, length): # the gradients are 1, so the first step is minus the rate
         m, v, g = torch.zeros(k), torch.zeros(k), torch.ones(k)

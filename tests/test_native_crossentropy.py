@@ -1,4 +1,5 @@
-"One-pass weighted linear cross-entropy: against all logits in float64, in every type, by chunks of any size, with the C++ and without"
+"""One-pass weighted linear cross-entropy: against all logits in float64, in every type,
+by chunks of any size, with the C++ and without"""
 import json
 import pytest, torch
 import torch.nn.functional as F
@@ -12,8 +13,7 @@ from tiny import example_inputs, tiny
 HALVES, WIDES = (torch.bfloat16, torch.float16), (torch.float32, torch.float64)
 WEIGHTS = dict(plain=None, dft=lambda nll, entropy: (-nll).exp(),
                focal=lambda nll, entropy: (1 - (-nll).exp())**2,
-               entropy=lambda nll, entropy: entropy/9,
-    tensor=torch.linspace(0, 2, 39).view(3, 13))
+               entropy=lambda nll, entropy: entropy/9, tensor=torch.linspace(0, 2, 39).view(3, 13))
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU here')
 
 @pytest.fixture(autouse=True)
@@ -26,11 +26,10 @@ def make(dtype=torch.float32, shape=(3, 13), h=20, v=203, device='cpu', ref=None
     labels.view(-1)[::5] = -100
     head = torch.randn(v, h)
     hidden = torch.randn(*shape, h) + .5*head[labels.clamp(min=0)]
-    reference = torch.randn(*shape, 7).to(device,
-                                          dtype), torch.randn(v, 7).to(device, dtype), torch.randn(
-                                              v).to(device, dtype)
-    return *(t.to(device, dtype).requires_grad_()
-             for t in (hidden, head, torch.randn(v))), labels.to(device), reference
+    reference = (torch.randn(*shape, 7).to(device, dtype), torch.randn(v, 7).to(device, dtype),
+                 torch.randn(v).to(device, dtype))
+    return (*(t.to(device, dtype).requires_grad_() for t in (hidden, head, torch.randn(v))),
+            labels.to(device), reference)
 
 def dense(hidden, head, bias, labels, weight=None, reference=None, kl=0., direction='forward',
           ignore=-100):
@@ -61,16 +60,16 @@ def off(a, b):
 @pytest.mark.parametrize('name', WEIGHTS)
 @pytest.mark.parametrize('dtype', WIDES + HALVES)
 def test_loss_prices_and_gradients_are_those_of_all_logits(dtype, name):
-    """No further from float64 than torch is with all logits in the same type, with some room for
-    chance"""
-    weight, limit = WEIGHTS[name], {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 4e-3,
-                                    torch.float16: 6e-4}[dtype]
+    """No further from float64 than torch is with all logits in the same type,
+    with some room for chance"""
+    weight, limit = (WEIGHTS[name], {torch.float64: 1e-13, torch.float32: 1e-6,
+                                     torch.bfloat16: 4e-3, torch.float16: 6e-4}[dtype])
     hidden, head, bias, labels, _ = make(dtype)
     exact_in = doubles(hidden, head, bias)
     exact = dense(*exact_in, labels, weight)
     want = grads(exact[0]/7, *exact_in)
-    torchs = [off(a, b) for a, b in zip(grads(dense(hidden, head, bias, labels, weight)[0]/7,
-                                              hidden, head, bias), want)]
+    torchs = [off(a, b) for a, b in zip(
+                  grads(dense(hidden, head, bias, labels, weight)[0]/7, hidden, head, bias), want)]
     for chunk in (None, 1, 4, 100):
         r = priced(hidden, head, labels, weight, bias=bias, chunk=chunk)
         got = grads(r.loss/7, hidden, head, bias)
@@ -98,9 +97,9 @@ def test_the_distance_to_a_reference_and_its_gradient(dtype, direction):
         for chunk in (None, 5):
             found = priced(hidden, head, labels, weight, bias=bias, reference=r, kl=.3,
                            direction=direction, chunk=chunk)
-            assert (max(off(a, b) for a, b in zip(grads(found.loss, hidden, head, bias),
-                                                  want)) < limit and off(found.kl, exact[
-                                                      3]) < limit)
+            assert (
+                max(off(a, b) for a, b in zip(grads(found.loss, hidden, head, bias), want)) < limit
+                and off(found.kl, exact[3]) < limit)
             assert abs(found.loss - exact[0]) < limit*exact[0].abs()
         told = priced(hidden, head, labels, weight, bias=bias, reference=r, direction=direction,
                       chunk=5) # kl=0: told, not paid
@@ -114,9 +113,14 @@ def test_a_model_against_itself_is_no_distance_away():
         assert (r.kl.abs().max() < 1e-5
                 and max(g.abs().max() for g in grads(r.loss, hidden, head)) < 1e-4)
 
-@pytest.mark.parametrize('shape, h, v', [((1,), 1, 1), ((5,), 3, 2), ((2, 3, 2), 5, 31),
-                                         ((4,), 8, 32), ((4,), 8, 33), ((7,), 4, 2049),
-    ((3,), 16, 70_001), ((1100,), 2, 3)])
+@pytest.mark.parametrize('shape, h, v', [((1,), 1, 1),
+                                         ((5,), 3, 2),
+                                         ((2, 3, 2), 5, 31),
+                                         ((4,), 8, 32),
+                                         ((4,), 8, 33),
+                                         ((7,), 4, 2049),
+                                         ((3,), 16, 70_001),
+                                         ((1100,), 2, 3)])
 def test_odd_shapes(shape, h, v):
     hidden, head, bias, labels, ref = make(shape=shape, h=h, v=v)
     exact_in = doubles(hidden, head, bias)
@@ -125,9 +129,9 @@ def test_odd_shapes(shape, h, v):
         found = priced(hidden, head, labels, WEIGHTS['dft'], bias=bias, reference=r, kl=kl)
         assert (torch.allclose(found.nll.double(), exact[1], atol=3e-6, rtol=1e-5)
                 and torch.allclose(found.entropy.double(), exact[2], atol=2e-5, rtol=1e-5))
-        assert all(torch.allclose(a.double(), b, atol=1e-4, rtol=1e-4)
-                   for a, b in zip(grads(found.loss, hidden, head, bias),
-                                   grads(exact[0], *exact_in)))
+        assert all(
+            torch.allclose(a.double(), b, atol=1e-4, rtol=1e-4)
+            for a, b in zip(grads(found.loss, hidden, head, bias), grads(exact[0], *exact_in)))
 
 def test_one_token_no_tokens_and_no_prices():
     hidden, head, bias, labels, _ = make()
@@ -143,8 +147,8 @@ def test_one_token_no_tokens_and_no_prices():
 def test_non_contiguous_and_misaligned_input_is_taken():
     hidden, head, bias, labels, _ = make()
     want = grads(priced(hidden, head, labels, bias=bias).loss, hidden, head, bias)
-    other = torch.empty(13, 20, 3).permute(2, 0,
-                                           1).copy_(hidden.detach()).requires_grad_(), head.detach().t().contiguous().t().requires_grad_()
+    other = (torch.empty(13, 20, 3).permute(2, 0, 1).copy_(hidden.detach()).requires_grad_(),
+             head.detach().t().contiguous().t().requires_grad_())
     odd = torch.empty(len(bias)*2 + 1)[1::2].copy_(bias.detach()).requires_grad_()
     assert not any(t.is_contiguous() for t in (*other, odd))
     got = grads(priced(*other, labels.t().contiguous().t(), bias=odd).loss, *other, odd)
@@ -205,8 +209,8 @@ def test_gradcheck(direction):
     torch.autograd.gradcheck(loss, (hidden, head, bias))
 
 def test_only_what_is_asked_for_is_computed(monkeypatch):
-    """A frozen head or frozen hidden states cost no product, and without gradients none of them is
-    made"""
+    """A frozen head or frozen hidden states cost no product,
+    and without gradients none of them is made"""
     hidden, head, bias, labels, _ = make()
     seen = []
     full = grads(priced(hidden, head, labels, bias=bias).loss, hidden, head, bias)
@@ -313,8 +317,8 @@ def test_torchs_own_is_used_where_nothing_of_ours_runs(monkeypatch):
 @pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=cuda)])
 def test_opcheck(device):
     for dtype in (torch.float32, torch.bfloat16):
-        x, y = torch.randn(5, 40,
-                           device=device).to(dtype), torch.randn(5, 40, device=device).to(dtype)
+        x, y = (torch.randn(5, 40, device=device).to(dtype),
+                torch.randn(5, 40, device=device).to(dtype))
         labels = torch.arange(5, device=device)
         for other in (None, y):
             opcheck(torch.ops.ftlab.row_prices.default, (x, labels, other, True))
@@ -328,8 +332,8 @@ def test_the_operators_are_the_plain_version_to_rounding(dtype, reverse):
     x, y = (3*torch.randn(9, 517)).to(dtype), (3*torch.randn(9, 517)).to(dtype)
     labels, w = torch.randint(0, 517, (9,)), torch.rand(9)
     for other in (None, y):
-        f, want = torch.ops.ftlab.row_prices(x, labels, other,
-                                             reverse), module._prices(x, labels, other, reverse)
+        f, want = (torch.ops.ftlab.row_prices(x, labels, other, reverse),
+                   module._prices(x, labels, other, reverse))
         assert torch.allclose(f, want, atol=2e-5, rtol=1e-5)
         a, b = x.clone(), x.clone()
         torch.ops.ftlab.row_gradient_(a, labels, f, w, other, .4, reverse)
@@ -340,23 +344,29 @@ def test_the_operators_are_the_plain_version_to_rounding(dtype, reverse):
 
 # --- what does not fit
 
-@pytest.mark.parametrize('change, say', [
-    (dict(labels=torch.zeros(3, 13)), 'labels is torch.float32'),
-    (dict(labels=torch.zeros(3, 12, dtype=torch.int64)), 'hidden has the shape'),
-    (dict(labels=torch.full((3, 13), 203)), 'from 0 to 202'),
-    (dict(labels=torch.full((3, 13), -1)), 'no word of the head'),
-    (dict(head=torch.randn(203, 21)), 'head has the shape'), (dict(head=torch.randn(0, 20)), 'at least one word'),
-    (dict(head=torch.randn(203, 20).half()), 'must be alike'),
-    (dict(hidden=torch.zeros(3, 13, 20, dtype=torch.int32)), 'int32'),
-    (dict(bias=torch.zeros(202)), 'bias has the shape'), (dict(weight=torch.ones(39)), 'weight has the shape'),
-    (dict(weight=2.), 'weight is 2.0'), (dict(weight=lambda n, e: 1.), 'gave float'),
-    (dict(weight=lambda n, e: n[:2]), r'gave \(2,\)'),
-    (dict(kl=.1), 'there is no reference'), (dict(kl=float('nan')), 'kl is nan'),
-    (dict(direction='sideways'), 'direction'), (dict(chunk=0), 'chunk is 0'),
-    (dict(reference=(torch.zeros(3, 13, 20),)), '1 parts'),
-    (dict(reference=(torch.zeros(3, 12, 20), torch.zeros(203, 20))), "reference's hidden"),
-    (dict(reference=(torch.zeros(3, 13, 9), torch.zeros(202, 9))), '202 words'),
-    (dict(reference=(torch.zeros(3, 13, 9).double(), torch.zeros(203, 9).double())), 'alike')])
+@pytest.mark.parametrize(
+    'change, say',
+    [(dict(labels=torch.zeros(3, 13)), 'labels is torch.float32'),
+     (dict(labels=torch.zeros(3, 12, dtype=torch.int64)), 'hidden has the shape'),
+     (dict(labels=torch.full((3, 13), 203)), 'from 0 to 202'),
+     (dict(labels=torch.full((3, 13), -1)), 'no word of the head'),
+     (dict(head=torch.randn(203, 21)), 'head has the shape'),
+     (dict(head=torch.randn(0, 20)), 'at least one word'),
+     (dict(head=torch.randn(203, 20).half()), 'must be alike'),
+     (dict(hidden=torch.zeros(3, 13, 20, dtype=torch.int32)), 'int32'),
+     (dict(bias=torch.zeros(202)), 'bias has the shape'),
+     (dict(weight=torch.ones(39)), 'weight has the shape'),
+     (dict(weight=2.), 'weight is 2.0'),
+     (dict(weight=lambda n, e: 1.), 'gave float'),
+     (dict(weight=lambda n, e: n[:2]), r'gave \(2,\)'),
+     (dict(kl=.1), 'there is no reference'),
+     (dict(kl=float('nan')), 'kl is nan'),
+     (dict(direction='sideways'), 'direction'),
+     (dict(chunk=0), 'chunk is 0'),
+     (dict(reference=(torch.zeros(3, 13, 20),)), '1 parts'),
+     (dict(reference=(torch.zeros(3, 12, 20), torch.zeros(203, 20))), "reference's hidden"),
+     (dict(reference=(torch.zeros(3, 13, 9), torch.zeros(202, 9))), '202 words'),
+     (dict(reference=(torch.zeros(3, 13, 9).double(), torch.zeros(203, 9).double())), 'alike')])
 def test_what_does_not_fit_is_refused(change, say):
     hidden, head, bias, labels, _ = make()
     with pytest.raises(ValueError, match=say):
@@ -373,12 +383,12 @@ def by_logits(model, ids, labels):
     return (dft(nll).detach()*nll).sum()/(labels[:, 1:] != -100).sum()
 
 def by_chunks(model, ids, labels):
-    """Hidden states from the body, the head's weight from the head: what any plain Hugging Face
-    model offers"""
+    """Hidden states from the body, the head's weight from the head:
+    what any plain Hugging Face model offers"""
     hidden = model.base_model(ids).last_hidden_state[:, :-1]
     head = model.get_output_embeddings()
-    return priced(hidden, head.weight, labels[:, 1:], dft, bias=head.bias,
-                  chunk=5).loss/(labels[:, 1:] != -100).sum()
+    return priced(hidden, head.weight, labels[:, 1:], dft, bias=head.bias, chunk=5).loss/(
+        labels[:, 1:] != -100).sum()
 
 @pytest.mark.parametrize('name', ['lab-s', 'llama', 'qwen2', 'gpt2', 'phi'])
 def test_dft_on_a_model_of_transformers_is_the_same_loss_and_gradient(name):
@@ -405,8 +415,8 @@ def test_dft_on_a_model_of_transformers_is_the_same_loss_and_gradient(name):
 
 @pytest.mark.parametrize('mode', ['auto', 'torch'])
 def test_200_steps_end_alike(monkeypatch, mode):
-    """A small model trained on DFT's price by all logits and by chunks: the same losses and the
-    same weights, to rounding"""
+    """A small model trained on DFT's price by all logits and by chunks:
+    the same losses and the same weights, to rounding"""
     monkeypatch.setenv('FTLAB_NATIVE', mode)
     make = torch.Generator().manual_seed(0)
     x = torch.randint(0, 50, (64,), generator=make)
@@ -429,14 +439,15 @@ def test_200_steps_end_alike(monkeypatch, mode):
         nll = F.cross_entropy(head(h), y, reduction='none')
         return (dft(nll).detach()*nll).mean()
 
-    (a, ps), (b, qs) = train(logits), train(
-        lambda h, head: priced(h, head.weight, y, dft, bias=head.bias, chunk=10).loss/64)
+    (a, ps), (b, qs) = (
+        train(logits),
+        train(lambda h, head: priced(h, head.weight, y, dft, bias=head.bias, chunk=10).loss/64))
     assert (a[-1] < .3*max(a) and all(abs(i - j) < 1e-4*max(a) for i, j in zip(a, b))
             and all(off(q, p) < 1e-3 for p, q in zip(ps, qs)))
 
 def test_a_llama_trained_200_steps_ends_alike():
-    """By all logits and by chunks, at a rate at which the path is stable: at twice that, torch's
-    own float32 and float64 part, too, by 0.6%"""
+    """By all logits and by chunks, at a rate at which the path is stable: at twice that,
+    torch's own float32 and float64 part, too, by 0.6%"""
     ids = example_inputs(batch=4, length=8)['input_ids']
     def train(f):
         model = tiny('llama').train()
@@ -476,8 +487,8 @@ def test_the_gpu_finds_what_float64_finds(dtype, direction):
     exact = dense(*exact_in, labels, dft, [t.double() for t in ref], .3, direction)
     found = priced(hidden, head, labels, dft, bias=bias, reference=ref, kl=.3, direction=direction,
                    chunk=7)
-    assert (all(off(a, b) < limit for a, b in zip(grads(found.loss, hidden, head, bias),
-                                                  grads(exact[0], *exact_in)))
+    assert (all(off(a, b) < limit
+                for a, b in zip(grads(found.loss, hidden, head, bias), grads(exact[0], *exact_in)))
             and off(found.kl, exact[3]) < limit)
 
 @cuda

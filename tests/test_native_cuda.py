@@ -1,5 +1,7 @@
-"""The CUDA kernels where there is no GPU: compiled by the C++ compiler and run by a stand-in for CUDA (tests/native/cuda_shim.h) against the C++ of the CPU.
-Under the address and undefined-behaviour sanitizers they run in test_native.py, with the other fuzzed loops; here under the thread sanitizer. And on a GPU."""
+"""The CUDA kernels where there is no GPU: compiled by the C++ compiler and run by a stand-in for
+CUDA (tests/native/cuda_shim.h) against the C++ of the CPU.
+Under the address and undefined-behaviour sanitizers they run in test_native.py, with the other
+fuzzed loops; here under the thread sanitizer. And on a GPU."""
 import os, subprocess
 import pytest, torch
 from ftlab.native import backend, extension, kth_magnitude, magnitude, unpack_mask
@@ -12,7 +14,8 @@ compiled = pytest.mark.skipif(not extension.compiler(), reason='there is no C++ 
 def build(source, exe, sanitizer):
     r = subprocess.run([extension.compiler(), '-std=c++17', *extension._CXX, '-O1', '-g',
                         f'-fsanitize={sanitizer}', '-fno-sanitize-recover=all',
-        f'-I{extension._SOURCES}', str(source), '-o', str(exe)], capture_output=True, text=True)
+                        f'-I{extension._SOURCES}', str(source), '-o', str(exe)],
+                       capture_output=True, text=True)
     if 'cannot find' in r.stderr and 'san' in r.stderr:
         pytest.skip('this compiler has no sanitizers')
     assert r.returncode == 0, r.stderr
@@ -24,22 +27,23 @@ def run(exe, *args):
 @pytest.mark.slow
 @compiled
 def test_no_two_threads_of_a_kernel_race(tmp_path):
-    """Noise, selection, packed vectors, the optimizer and rows of logits, over fuzzed shapes: the
-    CPU's bits, every barrier where it must be, no place written twice without an atomic"""
+    """Noise, selection, packed vectors, the optimizer and rows of logits, over fuzzed shapes:
+    the CPU's bits, every barrier where it must be, no place written twice without an atomic"""
     build(NATIVE/'cuda.cpp', tmp_path/'race', 'thread')
     r = run(tmp_path/'race', 1)
     assert r.returncode == 0 and 'ok' in r.stdout, r.stdout + r.stderr
 
 @pytest.mark.slow
 @compiled
-@pytest.mark.parametrize('sanitizer, found', [
-    ('address,undefined', {1: 'wrong', 2: 'a thread ended while others wait',
-                           4: 'heap-buffer-overflow', 5: 'wrong', 6: 'not all lanes'}),
-    ('thread', {1: 'data race', 2: 'a thread ended while others wait', 3: 'data race', 5: 'wrong',
-                6: 'not all lanes', 7: 'data race'})])
+@pytest.mark.parametrize(
+    'sanitizer, found',
+    [('address,undefined', {1: 'wrong', 2: 'a thread ended while others wait',
+                            4: 'heap-buffer-overflow', 5: 'wrong', 6: 'not all lanes'}),
+     ('thread', {1: 'data race', 2: 'a thread ended while others wait', 3: 'data race', 5: 'wrong',
+                 6: 'not all lanes', 7: 'data race'})])
 def test_the_stand_in_finds_a_mistake_that_is_there(tmp_path, sanitizer, found):
-    """No barrier, a barrier for some, two blocks at one place, beyond the end, shared memory taken
-    to be 0, a shuffle for some: a stand-in that finds nothing proves nothing"""
+    """No barrier, a barrier for some, two blocks at one place, beyond the end,
+    shared memory taken to be 0, a shuffle for some: a stand-in that finds nothing proves nothing"""
     build(NATIVE/'stand_in'/'broken.cpp', tmp_path/'broken', sanitizer)
     r = run(tmp_path/'broken', 0)
     assert r.returncode == 0, r.stdout + r.stderr
@@ -58,14 +62,16 @@ def test_the_gpu_chooses_what_the_cpu_chooses(dtype):
         ts = [(torch.randn(n)*4).round().to(dtype) for n in sizes]
         gpu = [t.cuda() for t in ts]
         total = sum(sizes)
-        for k, drop in ((1, 0), (total, 0), (total//20 + 1, 0), (total//3, total//3),
+        for k, drop in ((1, 0),
+                        (total, 0),
+                        (total//20 + 1, 0),
+                        (total//3, total//3),
                         (1, total - 1)):
             assert torch.equal(torch.ops.ftlab.kth_find(gpu, k, drop).cpu(),
                                magnitude._find(ts, k, drop))
             for give in ('mask', 'indices'):
-                assert all(torch.equal(g.cpu(), c)
-                           for g, c in zip(kth_magnitude(gpu, k, give, drop),
-                                           kth_magnitude(ts, k, give, drop)))
+                assert all(torch.equal(g.cpu(), c) for g, c in zip(
+                               kth_magnitude(gpu, k, give, drop), kth_magnitude(ts, k, give, drop)))
     flat = torch.randn(10_001, device='cuda').to(dtype)[1:]
     assert unpack_mask(kth_magnitude(flat, 77, 'mask'), flat).sum() == 77
 

@@ -1,4 +1,5 @@
-"Packed ternary vectors: C++ (and CUDA, where there is a GPU) against the plain version in torch, bit for bit, and both against dense vectors in float64"
+"""Packed ternary vectors: C++ (and CUDA, where there is a GPU) against the plain version in
+torch, bit for bit, and both against dense vectors in float64"""
 import json, os
 import pytest, torch
 from safetensors.torch import load_file, save_file
@@ -30,8 +31,8 @@ def plain(tensors, vs, scales, chunk=1 << 18):
     return out
 
 def dense(tensors, vs, scales):
-    """The rule in dense tensors: signs times scales, summed in float32 in order, one addition, one
-    rounding"""
+    """The rule in dense tensors: signs times scales, summed in float32 in order, one addition,
+    one rounding"""
     out = []
     for i, w in enumerate(tensors):
         total = torch.zeros(w.shape)
@@ -69,8 +70,8 @@ def test_the_error_is_no_more_than_torchs(dtype):
     add_ternary_(ours, vs, scales)
     terms = [torch.tensor(s*v.scale)*unpack_ternary(v).sign() for v, s in zip(vs, scales)]
     exact = w.double() + sum(t.double() for t in terms)
-    a, b = (ours.double() - exact).abs(), (
-        (w + sum(t.to(dtype) for t in terms)).double() - exact).abs()
+    a, b = ((ours.double() - exact).abs(),
+            ((w + sum(t.to(dtype) for t in terms)).double() - exact).abs())
     unit = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     assert (a <= unit*exact.abs() + 4e-7).all() and a.mean() <= b.mean()
 
@@ -205,31 +206,34 @@ def test_it_is_saved_and_loaded_whole(tmp_path):
 
 # --- what is refused
 
-@pytest.mark.parametrize('call, say', [
-    (dict(x=torch.tensor([1., -2.])), 'not ternary'),
-    (dict(x=torch.tensor([1., float('nan')])), 'not ternary'),
-    (dict(x=torch.tensor([float('inf'), 0.])), 'finite'),
-    (dict(x=torch.tensor([1., float('nan')]), keep=1), 'finite'),
-    (dict(x=torch.randn(3, dtype=torch.float64)), 'float64'),
-    (dict(x=torch.zeros(4, 6).t()), 'not contiguous'), (dict(x=torch.randn(5), keep=6), 'from 1 to 5'),
-    (dict(x=torch.randn(5), keep=2, scale=float('nan')), 'scale is nan'),
-    (dict(x=torch.ones(5), scale=1e60), 'scale')])
+@pytest.mark.parametrize('call, say',
+                         [(dict(x=torch.tensor([1., -2.])), 'not ternary'),
+                          (dict(x=torch.tensor([1., float('nan')])), 'not ternary'),
+                          (dict(x=torch.tensor([float('inf'), 0.])), 'finite'),
+                          (dict(x=torch.tensor([1., float('nan')]), keep=1), 'finite'),
+                          (dict(x=torch.randn(3, dtype=torch.float64)), 'float64'),
+                          (dict(x=torch.zeros(4, 6).t()), 'not contiguous'),
+                          (dict(x=torch.randn(5), keep=6), 'from 1 to 5'),
+                          (dict(x=torch.randn(5), keep=2, scale=float('nan')), 'scale is nan'),
+                          (dict(x=torch.ones(5), scale=1e60), 'scale')])
 def test_what_cannot_be_packed_is_refused(call, say):
     with pytest.raises(ValueError, match=say):
         pack_ternary(**call)
 
 one = Ternary(torch.tensor([3], dtype=torch.uint8), torch.tensor([4], dtype=torch.uint8), 1., (6,))
-@pytest.mark.parametrize('call, say', [
-    (dict(scales=[1., 2.]), 'one scale for each'),
-    (dict(scales=[float('inf')]), 'scale of vector 0'), (dict(vectors=[one]*129), 'at most 128'),
-    (dict(tensors=torch.zeros(2, 3)), 'must be alike'),
-    (dict(tensors=torch.zeros(6, dtype=torch.float64)), 'float64'),
-    (dict(tensors=torch.zeros(12)[::2]), 'not contiguous'),
-    (dict(tensors=[torch.zeros(6)]*2, vectors=[[one, one]]), 'twice'),
-    (dict(tensors=[torch.zeros(6)], vectors=[[one, one]]), '2 parts for 1 tensors'),
-    (dict(vectors=[Ternary(one.positive, one.negative.float(), 1., (6,))]), 'uint8'),
-    (dict(vectors=[Ternary(one.positive, torch.zeros(2, dtype=torch.uint8), 1., (6,))]), 'planes'),
-    (dict(tensors=[torch.zeros(6), torch.zeros(6).t(), torch.zeros(7)], vectors=[[one]*3]), 'must be alike')])
+@pytest.mark.parametrize(
+    'call, say',
+    [(dict(scales=[1., 2.]), 'one scale for each'),
+     (dict(scales=[float('inf')]), 'scale of vector 0'),
+     (dict(vectors=[one]*129), 'at most 128'),
+     (dict(tensors=torch.zeros(2, 3)), 'must be alike'),
+     (dict(tensors=torch.zeros(6, dtype=torch.float64)), 'float64'),
+     (dict(tensors=torch.zeros(12)[::2]), 'not contiguous'),
+     (dict(tensors=[torch.zeros(6)]*2, vectors=[[one, one]]), 'twice'),
+     (dict(tensors=[torch.zeros(6)], vectors=[[one, one]]), '2 parts for 1 tensors'),
+     (dict(vectors=[Ternary(one.positive, one.negative.float(), 1., (6,))]), 'uint8'),
+     (dict(vectors=[Ternary(one.positive, torch.zeros(2, dtype=torch.uint8), 1., (6,))]), 'planes'),
+     (dict(tensors=[torch.zeros(6), torch.zeros(6).t(), torch.zeros(7)], vectors=[[one]*3]), 'must be alike')])
 def test_what_does_not_fit_is_refused_and_nothing_has_changed(call, say):
     call = dict(tensors=torch.zeros(6), vectors=[one]) | call
     ws = call['tensors']
@@ -245,9 +249,9 @@ def test_opcheck(device):
     vs = [[v.to(device) for v in o] for o in vectors(ws, 2)]
     planes = [[getattr(v[i], k) for i in range(2) for v in vs] for k in ('positive', 'negative')]
     torch.library.opcheck(torch.ops.ftlab.add_ternary_.default, (ws, *planes, [.5, 1., .5, 1.]))
-    torch.library.opcheck(torch.ops.ftlab.pack_signs_.default,
-                          (ws[0], *(torch.zeros(38, dtype=torch.uint8, device=device)
-                                    for _ in range(2))))
+    torch.library.opcheck(
+        torch.ops.ftlab.pack_signs_.default,
+        (ws[0], *(torch.zeros(38, dtype=torch.uint8, device=device) for _ in range(2))))
 
 def test_it_takes_no_memory_beside_the_weights():
     if backend('cpu') != 'cpp':
@@ -258,8 +262,8 @@ def test_it_takes_no_memory_beside_the_weights():
     assert r['numbers'] == 50_000_000 and r['vector_bytes']['ours'] == 4*(12_500_000 + 4)
 
 def test_200_steps_of_ternary_updates_end_alike(monkeypatch):
-    """A small model whose every step is packed to the largest tenth of its gradient, with the
-    kernel and with the plain version"""
+    """A small model whose every step is packed to the largest tenth of its gradient,
+    with the kernel and with the plain version"""
     def train(mode):
         monkeypatch.setenv('FTLAB_NATIVE', mode)
         torch.manual_seed(0)

@@ -28,13 +28,13 @@ def python(*args, cwd: Path, ok: bool = True) -> str:
 
 @pytest.fixture(scope='module')
 def begun(tmp_path_factory) -> tuple[Path, dict[str, str]]:
-    """A copy of the project in which a method, a probe and a study were begun, the last one in a
-    family that is new"""
+    """A copy of the project in which a method, a probe and a study were begun,
+    the last one in a family that is new"""
     copy = copy_project(tmp_path_factory.mktemp('begun')/'copy')
     keys = dict(method='noisefit', probe=of_kind('probe', 'evaluators'), study=of_kind('study', 'course'))
     for key in (keys['probe'], keys['study']):
-        python('-c', 'import sys; sys.path.insert(0, "tools"); import paper; '
-               f'paper.begin(paper.ROOT, {key!r})', cwd=copy)
+        python('-c', f'import sys; sys.path.insert(0, "tools"); import paper; paper.begin(paper.ROOT, {key!r})',
+               cwd=copy)
     python('tools/paper.py', keys['method'], cwd=copy)
     return copy, keys
 
@@ -55,11 +55,11 @@ print(json.dumps(dict(refused=refused, stale=stale, index={{e['key']: e for e in
 @pytest.mark.slow
 def test_every_list_has_it_and_its_claim_waits_to_be_filled_in(begun):
     copy, keys = begun
-    found = json.loads(python('-c', ASK.format(keys=list(keys.values())),
-                              cwd=copy).splitlines()[-1])
-    assert (not found['stale']
-            and found['refused'] == [f'{key}/claim.toml: sentence is not filled in; a claim is '
-                                     'written down before its run' for key in keys.values()])
+    found = json.loads(
+        python('-c', ASK.format(keys=list(keys.values())), cwd=copy).splitlines()[-1])
+    assert (not found['stale'] and found['refused']
+            == [f'{key}/claim.toml: sentence is not filled in; a claim is written down before its run'
+                for key in keys.values()])
     entries = found['index']
     for kind, key in keys.items():
         e = entries[key]

@@ -26,8 +26,8 @@ def test_a_head_that_somebody_listens_to_is_left_alone():
     assert plain_head(m, probe()) is m.lm_head
 
 RECIPES = dict(full=Recipe, dft=methods.dft, asft=methods.asft, mezo=methods.mezo,
-               asft_lora=lambda: methods.lora()*methods.dft()*Recipe(
-                   'held', objective=nll() + kl_to_base(.3, 'reverse')),
+               asft_lora=lambda: (methods.lora()*methods.dft()
+                                  *Recipe('held', objective=nll() + kl_to_base(.3, 'reverse'))),
                lift=lambda: methods.lift(r=2), hft=methods.hft)
 
 def trained(recipe, monkeypatch, heavy, steps=200, model=None, **more):
@@ -38,7 +38,8 @@ def trained(recipe, monkeypatch, heavy, steps=200, model=None, **more):
             logits.append(state.logits is not None)
     run = fit(model or toy(), TOK, lab_data(), recipe,
               **dict(dict(steps=steps, batch_size=8, lr=1e-3, seed=1, progress=False,
-                          callbacks=(Look(),)), **more))
+                          callbacks=(Look(),)),
+                     **more))
     return run, any(logits)
 
 @pytest.mark.parametrize('name', RECIPES)
@@ -62,8 +63,8 @@ def test_a_whole_run_without_the_cpp_ends_alike(monkeypatch):
     b, _ = trained(methods.asft(), monkeypatch, 0, 50)
     for (n, x), y in zip(weights(a.model).items(), weights(b.model).values()):
         torch.testing.assert_close(x, y, atol=2e-4, rtol=1e-3)
-    assert any(not torch.equal(x, y) for x, y in zip(weights(a.model).values(),
-                                                     weights(toy()).values()))
+    assert any(not torch.equal(x, y)
+               for x, y in zip(weights(a.model).values(), weights(toy()).values()))
 
 def test_small_logits_are_made_whole_as_ever(monkeypatch):
     run, whole = trained(Recipe(), monkeypatch, objective._HEAVY, 2)

@@ -12,14 +12,15 @@ def rows(kind='text'):
     out = []
     for n in (5, 17, 3, 9, 2, 12, 7, 4, 21, 6):
         ids = torch.randint(4, 64, (n,), generator=g).tolist()
-        out.append(dict(input_ids=ids,
-                        labels=ids if kind == 'lm' else [IGNORE]*(n//2) + ids[n//2:]))
+        out.append(
+            dict(input_ids=ids, labels=ids if kind == 'lm' else [IGNORE]*(n//2) + ids[n//2:]))
     return out
 
 def prices(model, batch):
     "What each priced token costs, in the order of the rows"
-    nll = token_nll(model(**{k: v for k, v in batch.items()
-                             if k not in ('labels', 'tokens')}).logits, batch['labels'])
+    nll = token_nll(
+        model(**{k: v for k, v in batch.items() if k not in ('labels', 'tokens')}).logits,
+        batch['labels'])
     return nll[batch['labels'][:, 1:] != IGNORE]
 
 @pytest.mark.parametrize('kind', ['text', 'lm'])
@@ -41,8 +42,8 @@ def test_the_gradient_is_the_same(family):
         assert torch.allclose(p.grad, q.grad, atol=1e-5*max(1, float(p.grad.abs().max()))), n
 
 def test_leaking_would_show():
-    """The test above has teeth: without the block mask, or without restarting positions, prices
-    differ"""
+    """The test above has teeth: without the block mask, or without restarting positions,
+    prices differ"""
     for family in ('llama', 'gpt2'):
         m, r = tiny(family), rows()
         line = pack(r, 64, 1)
@@ -72,8 +73,9 @@ def test_nothing_is_lost_and_the_order_stays():
     assert int((b['labels'][:, 1:] != IGNORE).sum()) == sum(l != IGNORE for x in r for l in x['labels'][1:])
     assert ([len(x) for x in bins([5, 5, 5, 11, 2], 11)] == [2, 1, 1, 1]
             and [list(x) for x in bins([3], 3)] == [[0]])
-    assert all(torch.isfinite(tiny('gpt2')(
-        **{k: v for k, v in b.items() if k not in ('labels', 'tokens')}).logits).flatten().tolist())
+    assert all(torch.isfinite(
+                   tiny('gpt2')(**{k: v for k, v in b.items()
+                                   if k not in ('labels', 'tokens')}).logits).flatten().tolist())
 
 def test_real_rows_of_the_lab():
     enc = encode_all(data('new-procedure', n=64).train, TOK, 'text')

@@ -53,7 +53,8 @@ def test_peft_reads_ours(family, scale, tmp_path):
 def test_we_read_peft_s(family, scale, tmp_path):
     s = SCALE[scale]
     cfg = peft.LoraConfig(r=3, lora_alpha=s['alpha'], use_rslora=s.get('rs', False),
-                          target_modules=TARGETS[family], lora_dropout=.5, fan_in_fan_out=family == 'gpt2')
+                          target_modules=TARGETS[family], lora_dropout=.5,
+                          fan_in_fan_out=family == 'gpt2')
     theirs = peft.get_peft_model(tiny(family), cfg)
     shake(theirs)
     changed = out(theirs.eval())
@@ -82,8 +83,9 @@ def test_the_two_train_alike(rs):
     run = fit(toy(), TOK, lab_data(), lora(r=4, alpha=8., rs=rs), steps=steps, batch_size=8, lr=lr,
               clip=None, schedule='constant', callbacks=(Start(),), progress=False)
     names = sorted({n.split('.')[-2] for n in run.delta.attached.deltas})
-    theirs = peft.get_peft_model(toy(), peft.LoraConfig(r=4, lora_alpha=8, use_rslora=rs,
-                                                        target_modules=names, lora_dropout=0.))
+    theirs = peft.get_peft_model(
+        toy(),
+        peft.LoraConfig(r=4, lora_alpha=8, use_rslora=rs, target_modules=names, lora_dropout=0.))
     params = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
 
     def name(n, k):
@@ -95,8 +97,8 @@ def test_the_two_train_alike(rs):
     with torch.no_grad():
         for k, n in pairs.items():
             params[n].copy_(start[k])
-    opt, rows, nlls = torch.optim.AdamW(params.values(), lr=lr, betas=(.9, .999),
-                                        weight_decay=0.), encode_all(lab_data().train, TOK, 'text', 256), []
+    opt, rows, nlls = (torch.optim.AdamW(params.values(), lr=lr, betas=(.9, .999), weight_decay=0.),
+                       encode_all(lab_data().train, TOK, 'text', 256), [])
     theirs.train()
     for s in range(steps):
         loss = theirs(**batch_at(rows, s, 8, TOK.pad_token_id)).loss
@@ -115,24 +117,26 @@ def test_what_is_no_plain_lora_is_refused(tmp_path):
     att = attach(m, parts()(m), Offset)
     with pytest.raises(ValueError, match='only a change that is LoRA'):
         to_peft(att, tmp_path/'x')
-    mixed = attach(tiny('llama'), {'model.layers.0.mlp.up_proj.weight': True,
-                                   'model.norm.weight': True}, lora().delta, also=('model.norm.weight',))
+    mixed = attach(tiny('llama'),
+                   {'model.layers.0.mlp.up_proj.weight': True, 'model.norm.weight': True},
+                   lora().delta, also=('model.norm.weight',))
     with pytest.raises(ValueError, match='only a change that is LoRA'):
         to_peft(mixed, tmp_path/'x')
     assert not (tmp_path/'x').exists()
-    for i, (more, says) in enumerate(((dict(use_dora=True), 'use_dora'), (dict(bias='all'), 'bias'),
+    for i, (more, says) in enumerate(((dict(use_dora=True), 'use_dora'),
+                                      (dict(bias='all'), 'bias'),
                                       (dict(rank_pattern={'q_proj': 2}), 'rank_pattern'),
                                       (dict(modules_to_save=['norm']), 'modules_to_save'))):
-        peft.get_peft_model(tiny('llama'), peft.LoraConfig(r=3, target_modules=['q_proj', 'v_proj'],
-                                                           **more)).save_pretrained(tmp_path/str(i))
+        config = peft.LoraConfig(r=3, target_modules=['q_proj', 'v_proj'], **more)
+        peft.get_peft_model(tiny('llama'), config).save_pretrained(tmp_path/str(i))
         m = tiny('llama')
         with pytest.raises(ValueError, match=says):
             from_peft(m, tmp_path/str(i))
         assert all(p.requires_grad for p in m.parameters())
     # tensors that no setting tells of: an embedding's adapter would be lost without a word
-    peft.get_peft_model(tiny('gpt2'), peft.LoraConfig(r=3, target_modules=['wpe', 'c_attn'],
-                                                      fan_in_fan_out=True)).save_pretrained(
-                                                          tmp_path/'e')
+    peft.get_peft_model(tiny('gpt2'),
+                        peft.LoraConfig(r=3, target_modules=['wpe', 'c_attn'],
+                                        fan_in_fan_out=True)).save_pretrained(tmp_path/'e')
     with pytest.raises(ValueError, match='also holds .*lora_embedding'):
         from_peft(tiny('gpt2'), tmp_path/'e')
 
@@ -167,8 +171,8 @@ def test_dft_is_trl_s(whose, tmp_path):
     run = fit(toy(), TOK, lab_data(), dft(), steps=1, batch_size=8, callbacks=(look,),
               progress=False)
     assert run.log[0]['loss'] == pytest.approx(float(theirs.detach()), rel=1e-4)
-    a, b = (torch.cat([g.flatten() for g in gs]) for gs in ([p.grad for p in m.parameters()],
-                                                            look.all.values()))
+    a, b = (torch.cat([g.flatten() for g in gs])
+            for gs in ([p.grad for p in m.parameters()], look.all.values()))
     assert a.norm() > 0 and (a - b).norm() < 1e-5*a.norm()
 
 class Gradient:
@@ -189,8 +193,8 @@ def layer_of(theirs, name):
     return theirs.base_model.model.get_submodule(name.removesuffix('.weight'))
 
 def bases_of(layer, d):
-    """peft's bases A [r, shorter] and B [longer, N, r], cut to the shape of `d` and in the order of
-    ours"""
+    """peft's bases A [r, shorter] and B [longer, N, r],
+    cut to the shape of `d` and in the order of ours"""
     (r, short), (long, n, _) = d.A.shape, d.B.shape
     A = layer.randlora_A['default'][:, 0, :short]
     B = layer.randlora_B['default'][:long, :n].flatten(1).view(long, r, n).transpose(1, 2)
@@ -208,8 +212,8 @@ def copy_all(d, layer):
 @pytest.mark.parametrize('sparse', [False, True])
 @pytest.mark.parametrize('r', [3, 8])
 def test_randlora_draws_the_bases_that_peft_draws_in_full_precision(r, sparse, monkeypatch):
-    """One rule on one generator, so the same bases under any version of torch, once peft draws in
-    our precision"""
+    """One rule on one generator, so the same bases under any version of torch,
+    once peft draws in our precision"""
     def in_full(shape, generator):
         return torch.nn.init.kaiming_uniform_(torch.empty(shape), a=5**.5, generator=generator)
     monkeypatch.setattr('peft.tuners.randlora.model._kaiming_init', in_full)
@@ -224,8 +228,8 @@ def test_randlora_draws_the_bases_that_peft_draws_in_full_precision(r, sparse, m
 @pytest.mark.parametrize('sparse', [False, True])
 @pytest.mark.parametrize('r', [3, 8])
 def test_randlora_says_what_peft_says_with_the_same_bases(r, sparse):
-    """In double precision: the two add up in another order, and what is left must be rounding under
-    any version of torch"""
+    """In double precision: the two add up in another order,
+    and what is left must be rounding under any version of torch"""
     theirs = randlora_of('llama', r, ['q_proj', 'o_proj'], sparse=sparse).double()
     shake(theirs)
     changed, m = out(theirs), tiny('llama').double()
@@ -298,19 +302,19 @@ STARTS = dict(plain=True, gaussian='gaussian', orthogonal='orthogonal', pissa='p
 
 @pytest.mark.parametrize('start', STARTS)
 def test_a_start_that_changes_the_base_is_refused_and_every_other_is_read_right(start, tmp_path):
-    """peft 0.21 changes the base under PiSSA and OLoRA: read as plain LoRA they were wrong by more
-    than a tenth in the logits"""
-    theirs = peft.get_peft_model(tiny('llama'),
-                                 peft.LoraConfig(r=4, lora_alpha=8,
-                                                 target_modules=['q_proj', 'v_proj'],
-                                                 init_lora_weights=STARTS[start]))
+    """peft 0.21 changes the base under PiSSA and OLoRA:
+    read as plain LoRA they were wrong by more than a tenth in the logits"""
+    theirs = peft.get_peft_model(
+        tiny('llama'), peft.LoraConfig(r=4, lora_alpha=8, target_modules=['q_proj', 'v_proj'],
+                                       init_lora_weights=STARTS[start]))
     shake(theirs)
     changed = out(theirs.eval())
     theirs.save_pretrained(tmp_path/'a')
     m = tiny('llama')
     base = out(m)
     if start.startswith(('pissa', 'olora')):
-        with pytest.raises(ValueError, match=f"init_lora_weights='{start}', which changes the base"):
+        with pytest.raises(ValueError,
+                           match=f"init_lora_weights='{start}', which changes the base"):
             from_peft(m, tmp_path/'a')
         assert torch.equal(out(m), base) and all(p.requires_grad for p in m.parameters())
         # on the base that peft has changed, and said so, A and B are right
@@ -327,8 +331,8 @@ def test_a_start_that_changes_the_base_is_refused_and_every_other_is_read_right(
 
 def test_a_pissa_that_peft_has_converted_is_read_right(tmp_path):
     m = tiny('llama')
-    theirs = peft.get_peft_model(m, peft.LoraConfig(r=4, lora_alpha=8, target_modules=['q_proj'],
-                                                    init_lora_weights='pissa'))
+    theirs = peft.get_peft_model(
+        m, peft.LoraConfig(r=4, lora_alpha=8, target_modules=['q_proj'], init_lora_weights='pissa'))
     theirs.peft_config['default'].init_lora_weights = True
     theirs.save_pretrained(tmp_path/'start')
     theirs.peft_config['default'].init_lora_weights = 'pissa'
@@ -339,11 +343,11 @@ def test_a_pissa_that_peft_has_converted_is_read_right(tmp_path):
     from_peft(m, tmp_path/'a')
     torch.testing.assert_close(out(m), changed, atol=1e-4, rtol=1e-4)
 
-@pytest.mark.parametrize('setting',
-                         [dict(alora_invocation_tokens=[3]), dict(target_parameters=['a.b']),
-                          dict(use_bdlora=dict(x=1)), dict(layer_replication=[[0, 1]]),
-                          dict(arrow_config=dict(x=1)), dict(a_setting_of_a_later_peft=1),
-                          dict(alpha_pattern={'q_proj': 3})])
+@pytest.mark.parametrize(
+    'setting',
+    [dict(alora_invocation_tokens=[3]), dict(target_parameters=['a.b']), dict(use_bdlora=dict(x=1)),
+     dict(layer_replication=[[0, 1]]), dict(arrow_config=dict(x=1)),
+     dict(a_setting_of_a_later_peft=1), dict(alpha_pattern={'q_proj': 3})])
 def test_settings_that_change_what_a_and_b_mean_are_refused(setting, tmp_path):
     import json
     peft.get_peft_model(tiny('llama'),
@@ -365,8 +369,8 @@ def test_every_setting_of_this_peft_is_known_or_refused():
                   'velora_config alora_invocation_tokens use_qalora trainable_token_indices '
                   'monteclora_config target_parameters use_bdlora arrow_config kasa_config '
                   'megatron_config ensure_weight_tying'.split())
-    assert {f.name for f in dataclasses.fields(peft.LoraConfig)} - set(
-        PLAIN) <= refused, 'a new setting of peft: does it change what A and B mean?'
+    assert {f.name for f in dataclasses.fields(peft.LoraConfig)} - set(PLAIN) <= refused, (
+        'a new setting of peft: does it change what A and B mean?')
 
 def test_adapters_that_do_not_fit_are_refused_and_leave_the_model_alone(tmp_path):
     from safetensors.torch import save_file
@@ -375,12 +379,13 @@ def test_adapters_that_do_not_fit_are_refused_and_leave_the_model_alone(tmp_path
     file = tmp_path/'adapter_model.safetensors'
     good = load_file(file)
     a, b = sorted(good)[:2]
-    for change, says in (({a: good[a][:1]}, 'it must be .4, 32.'),
-                         ({b: good[b].double()/0}, 'NaN or infinite'),
-                         ({a: good[a].to(torch.int8)}, 'floating point'),
-                         ({a.replace('q_proj', 'nope'): good[a].clone()},
-                          'no parameter of that name'), ({'x': good[a].clone()}, "also holds 'x'"),
-                         ({a: None}, 'has no lora_A')):
+    for change, says in (
+            ({a: good[a][:1]}, 'it must be .4, 32.'),
+            ({b: good[b].double()/0}, 'NaN or infinite'),
+            ({a: good[a].to(torch.int8)}, 'floating point'),
+            ({a.replace('q_proj', 'nope'): good[a].clone()}, 'no parameter of that name'),
+            ({'x': good[a].clone()}, "also holds 'x'"),
+            ({a: None}, 'has no lora_A')):
         save_file({k: v.contiguous() for k, v in {**good, **change}.items() if v is not None}, file)
         m = tiny('llama')
         base = out(m)

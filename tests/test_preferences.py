@@ -16,10 +16,10 @@ def pair_data(n=40):
     return data([dict(r, rejected=backwards(r)) for r in lab_data().train[:n]])
 
 def state_of(d, batch_size=4, accumulate=1, max_length=None, **kw):
-    return SimpleNamespace(data=d, tok=TOK,
-                           settings=dict(batch_size=batch_size, accumulate=accumulate,
-                                         max_length=max_length), limit=max_length, pad_id=0, seed=0,
-                           step=0, **kw)
+    return SimpleNamespace(
+        data=d, tok=TOK,
+        settings=dict(batch_size=batch_size, accumulate=accumulate, max_length=max_length),
+        limit=max_length, pad_id=0, seed=0, step=0, **kw)
 
 class Gradient:
     "Keeps the first step's gradient"
@@ -60,7 +60,8 @@ def test_the_order_depends_on_seed_and_step_alone():
     s.step = 3
     a.next(s)
     s.step = 0
-    assert torch.equal(a.next(s)[0]['input_ids'], first) and torch.equal(b.next(s)[0]['input_ids'], first)
+    assert (torch.equal(a.next(s)[0]['input_ids'], first)
+            and torch.equal(b.next(s)[0]['input_ids'], first))
     s.step = 1
     assert not torch.equal(b.next(s)[0]['input_ids'], first)
 
@@ -75,7 +76,8 @@ def test_rows_without_a_worse_answer_are_refused_with_the_mend():
         Pairs(state_of(data([dict(text='a b c')]*30)))
 
 def test_a_preference_set_is_read_by_naming_its_columns(tmp_path):
-    rows = [dict(prompt=f'sort {x} a =', chosen=f'a {x}', rejected=f'{x} a') for x in 'bcdefghijkl']*3
+    rows = [dict(prompt=f'sort {x} a =', chosen=f'a {x}', rejected=f'{x} a')
+            for x in 'bcdefghijkl']*3
     d = data(rows, columns=dict(response='chosen'))
     assert d.kind == 'text' and all(set(r) == {'prompt', 'response', 'rejected'} for r in d.train)
     run = fit(toy(), TOK, d, dpo(), steps=1, batch_size=4, progress=False)
@@ -108,15 +110,13 @@ def trl_loss(policy, reference, d, batch, beta, folder):
     import datasets
     args = trl.DPOConfig(output_dir=str(folder), beta=beta, use_cpu=True, bf16=False, report_to=[],
                          max_length=None, gradient_checkpointing=False, disable_tqdm=True)
-    rows = datasets.Dataset.from_list(
-        [dict(prompt=r['prompt'], chosen=' ' + r['response'], rejected=' ' + r['rejected'])
-         for r in d.train])
+    rows = datasets.Dataset.from_list([dict(prompt=r['prompt'], chosen=' ' + r['response'],
+                                            rejected=' ' + r['rejected']) for r in d.train])
     trainer = trl.DPOTrainer(model=policy, ref_model=reference, args=args, processing_class=TOK,
                              train_dataset=rows)
-    return trainer.compute_loss(policy,
-                                dict(input_ids=batch['input_ids'],
-                                     attention_mask=batch['attention_mask'],
-                                     completion_mask=(batch['labels'] != -100).long()))
+    return trainer.compute_loss(
+        policy, dict(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'],
+                     completion_mask=(batch['labels'] != -100).long()))
 
 @pytest.mark.filterwarnings('ignore:`gradient_checkpointing`:FutureWarning',
                             'ignore:`is_gradient_checkpointing`:FutureWarning')
@@ -154,8 +154,8 @@ def test_dpo_learns_to_prefer():
 def margin(model, base, d):
     s = state_of(d, len(d.train))
     b = Pairs(s).next(s)[0]
-    lp = lambda m: answer_logp(m(input_ids=b['input_ids'],
-                                 attention_mask=b['attention_mask']).logits, b['labels'])
+    lp = lambda m: answer_logp(
+        m(input_ids=b['input_ids'], attention_mask=b['attention_mask']).logits, b['labels'])
     with torch.no_grad():
         c, w = (lp(model) - lp(base)).chunk(2)
     return float((c - w).mean())
@@ -170,8 +170,8 @@ class Rounds:
 
     def before_fit(self, state):
         ref = state.models['reference']
-        self.seen.append(dict(now=weights(state.model), reference=weights(ref),
-                              pairs=state.source.pairs))
+        self.seen.append(
+            dict(now=weights(state.model), reference=weights(ref), pairs=state.source.pairs))
 
 def play(recipe, steps=9, **kw):
     look = Rounds()
@@ -185,7 +185,8 @@ def test_every_round_begins_with_a_new_opponent():
     for s in seen:
         assert same(s['now'], s['reference'])
     assert (same(seen[0]['now'], weights(toy(tied=False)))
-            and not same(seen[1]['now'], seen[0]['now']) and not same(seen[2]['now'], seen[1]['now']))
+            and not same(seen[1]['now'], seen[0]['now'])
+            and not same(seen[2]['now'], seen[1]['now']))
     for k in (0, 3, 6):
         assert run.log[k]['loss'] == pytest.approx(.693147, abs=1e-5) # player and opponent are one
     assert run.log[2]['loss'] < .69
@@ -200,8 +201,8 @@ def test_the_chosen_are_the_data_s_answers_and_the_rejected_the_opponent_s_own()
     data_rows = {r['prompt']: r['response'] for r in lab_data().train}
     for r, (c, w) in zip(pairs.own, pairs.pairs):
         assert (data_rows[r['prompt']] == r['response']
-                and c['input_ids'] == encode(r, TOK, 'text')['input_ids']
-                and w['input_ids'] == encode(dict(r, response=r['rejected']), TOK, 'text')['input_ids'])
+                and c['input_ids'] == encode(r, TOK, 'text')['input_ids'] and w['input_ids']
+                == encode(dict(r, response=r['rejected']), TOK, 'text')['input_ids'])
     assert any(r['rejected'] != r['response'] for r in pairs.own)
 
 def test_the_last_round_s_pairs_come_back_once():

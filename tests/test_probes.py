@@ -58,8 +58,9 @@ def test_confidence_reads_the_place_before_the_word():
     sure, right = confidence(torch.tensor([[0., 2.], [3., 0.]]), torch.tensor([1, 1]))
     assert right.tolist() == [1., 0.]
 
-@pytest.mark.parametrize('sure, right, word',
-                         [([], [], 'one at least'), ([.5], [1., 0.], 'as many'), ([1.5], [1.], 'probabilities')])
+@pytest.mark.parametrize(
+    'sure, right, word',
+    [([], [], 'one at least'), ([.5], [1., 0.], 'as many'), ([1.5], [1.], 'probabilities')])
 def test_calibration_refuses_what_it_cannot_use(sure, right, word):
     with pytest.raises(ValueError, match=word):
         calibration(torch.tensor(sure), torch.tensor(right))
@@ -169,8 +170,8 @@ def test_intruders_are_found_where_they_were_put(shape):
     # spread evenly over the base's: cosine 1/sqrt(24) with each
     new[:, 1] = U @ torch.cat([torch.full((k//2,), k**-.5), -torch.full((k - k//2,), k**-.5)])
     for n in (1, 2):
-        assert intruders(W, W + new[:, :n] @ (torch.diag(torch.tensor([90., 60.])[:n]) @ Vh[:n]))[
-            :n].all()
+        assert intruders(
+            W, W + new[:, :n] @ (torch.diag(torch.tensor([90., 60.])[:n]) @ Vh[:n]))[:n].all()
     one = intruders(W, W + 90*new[:, :1] @ Vh[:1])
     assert one.sum() == 1 and one[0] and intruders(W, W + 90*new[:, :1] @ Vh[:1], eps=.1).sum() == 0
     assert len(intruders(W, W, k=100)) == k
@@ -180,9 +181,13 @@ def test_intruders_are_found_where_they_were_put(shape):
     with pytest.raises(ValueError, match='one shape'):
         intruders(W, W[:5])
 
-@pytest.mark.parametrize('recipe', [Recipe('full'), lora(r=2), lora(r=2, alpha=64.),
-                                    Recipe('entries', select=lambda m, b=None, s=0: {
-                                        n: torch.rand(p.shape, generator=torch.Generator().manual_seed(0)) < .5 for n, p in m.named_parameters() if p.ndim > 1 and 'layers' in n})], ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    'recipe',
+    [Recipe('full'), lora(r=2), lora(r=2, alpha=64.),
+     Recipe('entries', select=lambda m, b=None, s=0: {
+                n: torch.rand(p.shape, generator=torch.Generator().manual_seed(0)) < .5
+                for n, p in m.named_parameters() if p.ndim > 1 and 'layers' in n})],
+    ids=lambda r: r.name)
 @pytest.mark.parametrize('lam', [1., .5])
 def test_the_edit_is_what_it_says_for_every_form_of_change(recipe, lam):
     import dataclasses
@@ -205,8 +210,8 @@ def test_the_edit_is_what_it_says_for_every_form_of_change(recipe, lam):
 
 @pytest.mark.parametrize('way', ['whole', 'lora', 'mask'])
 def test_intruders_are_directions_of_the_output_on_gpt2_too(way):
-    """GPT-2 stores [in, out]: one strong new output direction is one intruder, one new input
-    direction is none, as on a Llama-like layout of the same matrices"""
+    """GPT-2 stores [in, out]: one strong new output direction is one intruder,
+    one new input direction is none, as on a Llama-like layout of the same matrices"""
     def planted(model, name, side):
         W = oriented(model, name, model.get_parameter(name).detach())
         U, S, Vh = torch.linalg.svd(W, full_matrices=False)
@@ -221,7 +226,8 @@ def test_intruders_are_directions_of_the_output_on_gpt2_too(way):
             first = weights(m)[name]
             mask = {'whole': True, 'lora': True,
                     'mask': torch.ones_like(m.get_parameter(name), dtype=torch.bool)}[way]
-            att = attach(m, {name: mask}, (lambda W, mask: LoRA(W, r=1, alpha=1.)) if way == 'lora' else None)
+            att = attach(m, {name: mask},
+                         (lambda W, mask: LoRA(W, r=1, alpha=1.)) if way == 'lora' else None)
             with torch.no_grad():
                 if way == 'whole':
                     m.get_parameter(name).add_(oriented(m, name, C))
@@ -267,8 +273,9 @@ def test_places_of_an_unknown_model_are_empty():
 
 def _unknown():
     from transformers import ViTConfig, ViTModel
-    return ViTModel(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                              intermediate_size=16, image_size=8, patch_size=4, model_type='unknown'))
+    return ViTModel(
+        ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                  image_size=8, patch_size=4, model_type='unknown'))
 
 def test_layers_are_means_over_real_tokens_and_alike_to_themselves():
     m, x = tiny('llama'), example_inputs(batch=6)

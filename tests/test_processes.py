@@ -17,11 +17,11 @@ def two(tmp_path_factory):
     "What two processes left behind: (folder, what the first and the second told)"
     out = tmp_path_factory.mktemp('two')
     script = Path(__file__).with_name('two.py')
-    r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone',
-                        '--nproc_per_node', '2', script, out], capture_output=True, text=True,
-                       timeout=560,
-                       env=os.environ | dict(ACCELERATE_USE_CPU='1', OMP_NUM_THREADS='1',
-                                             HF_HUB_OFFLINE='1'))
+    r = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
+         script, out],
+        capture_output=True, text=True, timeout=560,
+        env=os.environ | dict(ACCELERATE_USE_CPU='1', OMP_NUM_THREADS='1', HF_HUB_OFFLINE='1'))
     assert r.returncode == 0, r.stderr[-4000:]
     return out, [json.loads((out/f'told-{i}.json').read_text()) for i in range(2)]
 
@@ -29,12 +29,18 @@ class Norms(list):
     def after_step(self, state):
         self.append(state.extra.get('grad_norm'))
 
+def distance(got, want) -> float:
+    "Root mean square of the differences of two sets of weights"
+    off = sum((got[n] - want[n]).square().sum() for n in want)
+    return float((off/sum(p.numel() for p in want.values()))**.5)
+
 def test_there_were_two(two):
     _, (a, b) = two
     assert a['collective'] == b['collective'] == 1 + 2
     for k in KEYS:
         x, y = a[k], b[k]
-        assert x['world'] == y['world'] == 2 and x['all'] == 8 and len(x['rows']) == len(y['rows']) > 0
+        assert (x['world'] == y['world'] == 2 and x['all'] == 8
+                and len(x['rows']) == len(y['rows']) > 0)
         if k != 'grpo':
             # different rows, as the data have no row twice in four steps
             assert not {tuple(r) for r in x['rows']} & {tuple(r) for r in y['rows']}
@@ -49,10 +55,10 @@ def test_two_processes_end_where_one_ends(two, key):
         want |= {f'learner.{n}': p for n, p in run.models['head'].named_parameters()}
     assert (got.keys() == want.keys()
             and any((want[n] != toy().state_dict().get(n, 0)).any() for n in want))
-    # AdamW makes a whole step of a gradient that is nothing but rounding, so the root mean square is compared, in units of the rate
-    off = (sum((got[n] - want[n]).square().sum()
-               for n in want)/sum(p.numel() for p in want.values()))**.5
-    assert off < 1e-4*HOW['lr'], float(off)
+    # AdamW makes a whole step of a gradient that is nothing but rounding,
+    # so the root mean square is compared, in units of the rate
+    off = distance(got, want)
+    assert off < 1e-4*HOW['lr'], off
     for t in told:
         # both hold the same, to the last bit, as a plain model
         assert t[key]['plain'] and t[key]['off'] and t[key]['sums'][0] == t[key]['sums'][1]
@@ -78,14 +84,12 @@ def test_only_the_first_writes_and_a_killed_run_goes_on(two):
                 or a[f'tracked {shard}'] == ['config', 0, 1, 2, 'finish'])
         assert b[f'tracked {shard}'] == []
         got = load_file(out/f'resumed {shard}.safetensors')
-        off = (sum((got[n] - want[n]).square().sum()
-                   for n in want)/sum(p.numel() for p in want.values()))**.5
-        assert off < 1e-4*HOW['lr']
+        assert distance(got, want) < 1e-4*HOW['lr']
 
 def test_what_two_processes_cannot_do_is_refused_by_both(two):
     for t in two[1]:
-        assert ('batch_size is 7 and accumulate 2' in t['uneven'] and '1 micro-batches, which 2 '
-                'processes cannot share' in t['one batch']
+        assert ('batch_size is 7 and accumulate 2' in t['uneven']
+                and '1 micro-batches, which 2 processes cannot share' in t['one batch']
                 and "never calls state.emit('after_backward')" in t['secret'])
         for shard in (False, True):
             # in one process only, but both stop

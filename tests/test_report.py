@@ -20,12 +20,12 @@ from ftlab.trainers.fit import fit
 from toys import TOK, classifier, lab_data, logits, same, toy, weights
 import ftlab.instruments.report as reporting
 
-RECIPES = dict(full=Recipe('full'), lora=lora(r=2),
-               entries=Recipe('entries', select=top(torch.abs, .1)),
-               half=Recipe('half', select=half(.5)), edited=Recipe('edited', edit=scale(.5)),
+RECIPES = dict(
+    full=Recipe('full'), lora=lora(r=2), entries=Recipe('entries', select=top(torch.abs, .1)),
+    half=Recipe('half', select=half(.5)), edited=Recipe('edited', edit=scale(.5)),
     stages=Recipe('stages', loop=Stages(lora(r=2), Recipe('norms', select=parts('norm')))),
-               output=Recipe('output', select=parts('mlp'), delta=Offset),
-               eft=eft(large=toy(1, hidden=64, tied=False)))
+    output=Recipe('output', select=parts('mlp'), delta=Offset),
+    eft=eft(large=toy(1, hidden=64, tied=False)))
 SMALL = dict(items=12, old_items=3, rows=30)
 
 def tuned(recipe, rows=None, model=None, **more):
@@ -79,9 +79,9 @@ def test_every_kind_of_change_has_a_report(name, tmp_path):
     if name == 'output':
         assert r['change']['moved'] == 0 and len(r['change']['elsewhere']) == 6
     elif not run.delta.attached.deltas or name == 'full':
-        assert (r['change']['moved'] == sum(moved.values())
-                and {w['name'] for w in r['change']['weights']}
-                == {n for n, k in moved.items() if k})
+        assert (
+            r['change']['moved'] == sum(moved.values())
+            and {w['name'] for w in r['change']['weights']} == {n for n, k in moved.items() if k})
     assert (r['change']['numbers'] == sum(p.numel() for p in toy().parameters())
             and headline(r) in rep._repr_html_().replace('&#x27;', "'"))
     again = Report.read(rep.save(tmp_path)/'report.json')
@@ -96,17 +96,18 @@ def test_the_kinds_of_data():
     chat = report(tuned(Recipe(),
                         split([dict(messages=[dict(role='user', content=r['prompt']),
                                               dict(role='assistant', content=r['response'])])
-                               for r in rows])), **SMALL).json()
-    text = report(tuned(Recipe(),
-                        split([dict(prompt=r['prompt'], response=r['response']) for r in rows])),
+                               for r in rows])),
                   **SMALL).json()
+    text = report(
+        tuned(Recipe(), split([dict(prompt=r['prompt'], response=r['response']) for r in rows])),
+        **SMALL).json()
     # the lab's template writes both alike, so that both runs are one
-    assert (chat['kind'] == 'chat' and text['kind'] == 'text' and chat['sets'][0]['after']
-            == pytest.approx(text['sets'][0]['after'], abs=1e-5)
+    assert (chat['kind'] == 'chat' and text['kind'] == 'text'
+            and chat['sets'][0]['after'] == pytest.approx(text['sets'][0]['after'], abs=1e-5)
             and [f['tuned'] for f in chat['flips']] == [f['tuned'] for f in text['flips']])
-    asked = report(tuned(Recipe(),
-                         split([dict(prompt=r['prompt'], response=r['response']) for r in rows])),
-                   metric='exact', **SMALL).json()
+    asked = report(
+        tuned(Recipe(), split([dict(prompt=r['prompt'], response=r['response']) for r in rows])),
+        metric='exact', **SMALL).json()
     assert asked['sets'][0]['metric'] == 'exact' and asked['sets'][0]['n'] == 12
 
 @pytest.mark.parametrize('recipe', [Recipe('full'), lora(r=2)], ids=lambda r: r.name)
@@ -122,8 +123,9 @@ def test_labels(recipe):
     assert (r['new']['after']['right'] == pytest.approx(s['after'], abs=1e-6)
             and r['tuco']['new']['token'] in ('first', 'last')
             and any(w['part'] == 'fresh head' for w in r['change']['weights']))
-    assert (r['change']['numbers'] == sum(p.numel() for n, p in classifier().named_parameters()
-                                          if n.startswith('bert.')) and 'not known' in rep.headline)
+    assert (r['change']['numbers']
+            == sum(p.numel() for n, p in classifier().named_parameters() if n.startswith('bert.'))
+            and 'not known' in rep.headline)
 
 # ---------- the numbers are those of the scorers
 
@@ -136,12 +138,12 @@ def test_scores_and_drift_are_those_of_the_scorers():
     assert (s['after'] == pytest.approx(nll(run.model, TOK, rows), abs=1e-5)
             and s['before'] == pytest.approx(nll(toy(), TOK, rows), abs=1e-5)
             and s['change'] == pytest.approx(s['before'] - s['after']))
-    assert r['new']['kl'] == pytest.approx(drift(toy(), run.model,
-                                                 collate(encode_all(rows, TOK, 'text'),
-                                                         TOK.pad_token_id)), rel=1e-4)
+    assert r['new']['kl'] == pytest.approx(
+        drift(toy(), run.model, collate(encode_all(rows, TOK, 'text'), TOK.pad_token_id)), rel=1e-4)
     found = skills(run.model, 4, names=[x['name'] for x in r['sets'][1:]], tok=TOK)
     assert {x['name']: x['after'] for x in r['sets'][1:]} == pytest.approx(found)
-    assert r['forgetting']['mean'] == pytest.approx(sum(x['before'] - x['after'] for x in r['sets'][1:])/3)
+    assert r['forgetting']['mean'] == pytest.approx(
+        sum(x['before'] - x['after'] for x in r['sets'][1:])/3)
 
 def test_a_change_of_nothing_changes_nothing():
     run = tuned(lora(r=2))
@@ -193,9 +195,8 @@ def test_what_is_no_run_and_no_number_is_refused(monkeypatch):
             report(run, **wrong)
 
     class Small:
-        rows = staticmethod(lambda skill, n, *a: (_
-                                                  for _ in ()).throw(ValueError(
-                                                      f'skill {skill!r} has only 7 questions')))
+        rows = staticmethod(lambda skill, n, *a: (_ for _ in ()).throw(
+                                ValueError(f'skill {skill!r} has only 7 questions')))
 
     monkeypatch.setattr(reporting, 'WORLD', Small)
     with pytest.raises(ValueError, match="old_items is 99: skill 'fact' has only 7"):
@@ -216,8 +217,8 @@ def test_a_run_whose_folder_is_gone_still_has_its_report(tmp_path):
 # ---------- intervals
 
 def test_the_interval_covers_a_ratio_of_means_too():
-    """Surprise a token is a ratio, rows being of different length: 95 of 100 intervals contain the
-    truth, here a fall of .3"""
+    """Surprise a token is a ratio, rows being of different length:
+    95 of 100 intervals contain the truth, here a fall of .3"""
     g = torch.Generator().manual_seed(0)
     inside = 0
     for _ in range(300):
@@ -252,7 +253,8 @@ def test_the_base_is_asked_once(tmp_path, monkeypatch):
     assert len(asked) == 5 and len(list(tmp_path.iterdir())) == 2
     other = tuned(Recipe('full'))
     c = report(other, cache=tmp_path, **SMALL).json()
-    assert len(asked) == 6 and [s['before'] for s in c['sets']] == [s['before'] for s in a['sets']] # the same base
+    assert len(asked) == 6
+    assert [s['before'] for s in c['sets']] == [s['before'] for s in a['sets']] # the same base
     report(tuned(lora(r=2), model=toy(3)), cache=tmp_path, **SMALL)
     assert len(asked) == 8 # another one
 
@@ -281,8 +283,9 @@ class Page(html.parser.HTMLParser):
 def test_the_page_stands_alone_and_is_well_made(tmp_path):
     d = lab_data()
     evil = '<script>alert(1)</script>'
-    run = tuned(Recipe('full'),
-                data(dict(train=d.train[:50], test=[dict(prompt=f'sort a b {evil}', response='a b')]*3)))
+    run = tuned(
+        Recipe('full'),
+        data(dict(train=d.train[:50], test=[dict(prompt=f'sort a b {evil}', response='a b')]*3)))
     rep = report(run, **SMALL)
     text = rep.html(tmp_path/'page.html').read_text()
     p = Page(text)
@@ -290,42 +293,44 @@ def test_the_page_stands_alone_and_is_well_made(tmp_path):
             and not any(k in a for _, a in p.seen for k in ('src', 'href')) and 'url(' not in text
             and '@import' not in text and 'http' not in text)
     svgs = [a for t, a in p.seen if t == 'svg']
-    assert (3 <= len(svgs) <= 5 and all(len(a['aria-label']) > 30 and a['role'] == 'img'
-                                        for a in svgs))
+    assert (3 <= len(svgs) <= 5
+            and all(len(a['aria-label']) > 30 and a['role'] == 'img' for a in svgs))
     assert ('prefers-color-scheme:dark' in text and sum(t == 'details' for t, _ in p.seen) == 6
             and 'Traceback' not in repr(rep) and len(repr(rep).splitlines()) == 6)
 
 def test_the_headline_says_how_sure_it_is():
-    s = lambda name, old, b, a, h=.02, m='exact': dict(name=name, old=old, metric=m, before=b,
-                                                       after=a, change=a - b if m == 'exact'
-                                                       else b - a, low=(a - b if m == 'exact'
-                                                                        else b - a) - h, high=(a - b
-                                                                                               if m == 'exact' else b - a) + h, n=100)
+    s = lambda name, old, b, a, h=.02, m='exact': dict(
+        name=name, old=old, metric=m, before=b, after=a, change=a - b if m == 'exact' else b - a,
+        low=(a - b if m == 'exact' else b - a) - h, high=(a - b if m == 'exact' else b - a) + h,
+        n=100)
     r = lambda new, *old: dict(kind='text', new=dict(kl=.5), sets=[new, *old],
                                forgetting=reporting.forgotten([new, *old]))
-    assert headline(r(s('a', False, .1, .9), s('b', True, .9, .5),
-                      s('c', True, .9, .8))) == 'Learned a: right on 10% → 90%; lost 25.0 points on 2 old skills, most on b (90% → 50%).'
+    assert (headline(r(s('a', False, .1, .9), s('b', True, .9, .5), s('c', True, .9, .8)))
+            == 'Learned a: right on 10% → 90%; lost 25.0 points on 2 old skills, most on b (90% → 50%).')
     assert (headline(r(s('a', False, .1, .11), s('b', True, .9, .9))).startswith('Did not learn a')
             and 'no loss' in headline(r(s('a', False, .1, .11), s('b', True, .9, .895))))
-    assert headline(r(s('a', False, 3., 1., .1,
-                        'nll'))) == 'Learned a: surprise at the right answers 3.00 nats → 1.00 nats; it moved 0.50 nats a word away from its base (old data were not given).'
-    assert ('Got worse' in headline(r(s('a', False, .9, .1))) and 'lost 0.50 nats a token on b '
-            '(2.00 nats → 2.50 nats)' in headline(r(s('a', False, .1, .9),
-                                                    s('b', True, 2., 2.5, .1, 'nll'))))
+    assert (headline(r(s('a', False, 3., 1., .1, 'nll')))
+            == 'Learned a: surprise at the right answers 3.00 nats → 1.00 nats; '
+               'it moved 0.50 nats a word away from its base (old data were not given).')
+    assert ('Got worse' in headline(r(s('a', False, .9, .1)))
+            and 'lost 0.50 nats a token on b (2.00 nats → 2.50 nats)' in headline(
+                r(s('a', False, .1, .9), s('b', True, 2., 2.5, .1, 'nll'))))
 
 def test_scores_and_surprise_never_share_an_axis():
-    """Rows of one's own taught to a lab model: surprise on the new set, right answers on the old
-    skills"""
+    """Rows of one's own taught to a lab model: surprise on the new set,
+    right answers on the old skills"""
     d = lab_data()
     plain = lambda rs: [dict(prompt=r['prompt'], response=r['response']) for r in rs]
-    rep = report(tuned(Recipe('full'),
-                       data(dict(train=plain(d.train[:50]), test=plain(d.test[:5])))), **SMALL)
+    rep = report(
+        tuned(Recipe('full'), data(dict(train=plain(d.train[:50]), test=plain(d.test[:5])))),
+        **SMALL)
     page = Page(rep._repr_html_())
     new, *old = rep.json()['sets']
     alt = [a['aria-label'] for t, a in page.seen if t == 'svg' and 'before and after' in a['aria-label']]
     assert new['metric'] == 'nll' and len(alt) == 2
     assert (alt[0].startswith('Surprise') and 'sort' not in alt[0]
-            and alt[1].startswith('Share right') and all(s['name'] in alt[1] for s in old) and 'nats' not in alt[1])
+            and alt[1].startswith('Share right') and all(s['name'] in alt[1] for s in old)
+            and 'nats' not in alt[1])
 
 def test_one_question_is_no_verdict():
     "Neither for nor against: on one question there is no interval, and the page says so"
@@ -381,9 +386,9 @@ def made(call, tmp_path):
     rows = lambda rs: ''.join(json.dumps(dict(q=r['prompt'], a=r['response'])) + '\n' for r in rs)
     (tmp_path/'train.jsonl').write_text(rows(d.train[:80]))
     (tmp_path/'test.jsonl').write_text(rows(d.test[:20]))
-    assert call('fit --model lm --data train.jsonl --eval test.jsonl --columns prompt=q,response=a '
-                '--method lora(r=2) --lr 1e-2 --steps 6 --batch-size 8 --items 10 --out '
-                'run')[0] == 0
+    assert (call('fit --model lm --data train.jsonl --eval test.jsonl --columns '
+                 'prompt=q,response=a --method lora(r=2) --lr 1e-2 --steps 6 --batch-size 8 '
+                 '--items 10 --out run')[0] == 0)
 
 def test_the_command_reports_on_the_folder_of_a_fit(call, made, tmp_path):
     code, out, err = call('report run --items 10 --old-items 2 --json')
@@ -394,8 +399,8 @@ def test_the_command_reports_on_the_folder_of_a_fit(call, made, tmp_path):
     run = read_run('run')
     assert report(run, items=10, old_items=2).json()['sets'] == r['sets'] # a Run says what its folder says
     code, out, err = call('report --delta run/delta.safetensors --model lm --data train.jsonl '
-                          '--eval test.jsonl --columns prompt=q,response=a --items 10 --old-items 2 '
-                          '--matrices 0 --out there')
+                          '--eval test.jsonl --columns prompt=q,response=a --items 10 --old-items '
+                          '2 --matrices 0 --out there')
     assert (code == 0 and 'there/report.html' in out
             and json.loads((tmp_path/'there/report.json').read_text())['sets'] == r['sets']
             and json.loads((tmp_path/'there/report.json').read_text())['change']['top'] is None)
@@ -409,16 +414,16 @@ def test_errors_are_one_line(call, made, tmp_path, capfd):
     (tmp_path/'bare').mkdir()
     (tmp_path/'bare/delta.safetensors').write_bytes((tmp_path/'run/delta.safetensors').read_bytes())
     capfd.readouterr() # the bars of save_pretrained
-    for line, words in {'report': 'name the folder', 'report nowhere': "no folder 'nowhere'",
-                        'report lm': 'no delta at', 'report run/delta.safetensors': "name the "
-                        "folder that it lies in, 'run'", 'report run --model lab-x': 'neither a '
-                        'folder nor a lab model', 'report run --old sortt': "did you mean 'sort'",
-                        'report bare': 'no run.json beside', 'report run --model other': 'another '
-                        'base', 'report run --items 0': 'above 0',
-                        'report run --metric rouge': 'must be exact'}.items():
+    for line, words in {
+            'report': 'name the folder', 'report nowhere': "no folder 'nowhere'",
+            'report lm': 'no delta at', 'report run/delta.safetensors': "name the folder that it lies in, 'run'",
+            'report run --model lab-x': 'neither a folder nor a lab model',
+            'report run --old sortt': "did you mean 'sort'", 'report bare': 'no run.json beside',
+            'report run --model other': 'another base', 'report run --items 0': 'above 0',
+            'report run --metric rouge': 'must be exact'}.items():
         code, out, err = call(line)
-        assert (code and out == '' and len(err.strip().splitlines()) == 1
-                and words in err), (line, err)
+        assert (code and out == '' and len(err.strip().splitlines()) == 1 and words in err), (
+            line, err)
     (tmp_path/'train.jsonl').write_text((tmp_path/'train.jsonl').read_text() + '{"q": "sort a", "a": "a"}\n')
     code, out, err = call('report run')
     assert code == 1 and 'no longer those of the run' in err
@@ -439,9 +444,9 @@ def test_a_probe_is_asked_because_it_is_marked(monkeypatch):
     beside the others'"""
     found = {on: methods.probes(on) for on in ('directions', 'prompts')}
     assert list(found['directions']) == ['intruders'] and list(found['prompts']) == ['tuco']
-    mine = dict(directions=lambda W0, W1, k, eps: torch.ones(min(k, *W0.shape), dtype=torch.bool),
-                prompts=lambda model, change, batch, at: torch.full(
-                    (len(batch['input_ids']),), .25))
+    mine = dict(
+        directions=lambda W0, W1, k, eps: torch.ones(min(k, *W0.shape), dtype=torch.bool),
+        prompts=lambda model, change, batch, at: torch.full((len(batch['input_ids']),), .25))
     monkeypatch.setattr(reporting, 'probes', lambda on: found[on] | {'mine': mine[on]})
     r = report(tuned(RECIPES['half']), **SMALL).json()
     assert (r['mine']['new']['mean'] == .25 and r['mine']['old']['least'][0]['mine'] == .25

@@ -17,8 +17,7 @@ from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import parts
 from ftlab.adapters.subsets.lt_sft import lt_sft
 from ftlab.core.io import (Busy, DiskFull, TemporaryFolder, check_room, leftovers, only_writer,
-                           read_tensors, sweep, write_atomically,
-                           write_tensors, write_text)
+                           read_tensors, sweep, write_atomically, write_tensors, write_text)
 from ftlab.core.recipe import Loop, Recipe, Stages
 from ftlab.core.state import State
 from ftlab.instruments.compare import Budget
@@ -41,8 +40,8 @@ def python(code, *args, **more):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
 
 def alike(a, b):
-    return a.log == b.log and a.path == b.path and same(
-        weights(a.model), weights(b.model)) and a.cost['tokens'] == b.cost['tokens']
+    return (a.log == b.log and a.path == b.path and same(weights(a.model), weights(b.model))
+            and a.cost['tokens'] == b.cost['tokens'])
 
 # ---------- whose checkpoint is it?
 
@@ -88,8 +87,8 @@ def test_a_run_that_an_unnamed_callback_ended_is_not_taken_for_another(tmp_path)
             state.stop = state.step == 3
     tune(**STEPS, out=tmp_path, save_every=1, callbacks=(Enough(),))
     assert cut_off(tmp_path/'checkpoint.safetensors') is None
-    assert len(tune(**STEPS, out=tmp_path, save_every=1, resume=True,
-                    callbacks=(Enough(),)).log) == 3
+    assert len(
+        tune(**STEPS, out=tmp_path, save_every=1, resume=True, callbacks=(Enough(),)).log) == 3
     with pytest.raises(ValueError, match='ended early, or a stage of it; it had Enough, this one has none'):
         tune(**STEPS, out=tmp_path, save_every=1, resume=True)
 
@@ -196,8 +195,8 @@ class Slower:
     def state_dict(self):
         return dict(history=self.history, empty={}, nested=dict(a=[torch.arange(3), {1: True}]))
     def load_state_dict(self, kept):
-        assert kept['empty'] == {} and kept['nested']['a'][1] == {1: True} and torch.equal(
-            kept['nested']['a'][0], torch.arange(3))
+        assert kept['empty'] == {} and kept['nested']['a'][1] == {1: True}
+        assert torch.equal(kept['nested']['a'][0], torch.arange(3))
         self.history = kept['history']
 
 def remembering(): # a fresh objective for every run
@@ -331,8 +330,9 @@ def test_a_temporary_folder_of_a_killed_run_goes_with_the_next(tmp_path, monkeyp
 def test_half_written_files_of_the_living_are_left_alone(tmp_path):
     host, ended = socket.gethostname(), python('')
     ended.wait()
-    cases = {f'.a.{host}-{os.getppid()}.tmp': False, f'.a.{host}-{ended.pid}.tmp': True, '.a.elsewhere-1.tmp': False,
-             f'.b.{host}-{ended.pid}.tmp': False, '.a.tmp': False, 'a': False}
+    cases = {f'.a.{host}-{os.getppid()}.tmp': False, f'.a.{host}-{ended.pid}.tmp': True,
+             '.a.elsewhere-1.tmp': False, f'.b.{host}-{ended.pid}.tmp': False, '.a.tmp': False,
+             'a': False}
     for name in cases:
         (tmp_path/name).mkdir()
     assert {p.name for p in leftovers(tmp_path, 'a')} == {n for n, dead in cases.items() if dead}
@@ -410,7 +410,9 @@ def test_without_locks_of_the_file_system_the_process_is_looked_for(tmp_path, mo
     lock, ended = tmp_path/files.LOCK, python('')
     ended.wait()
     host = socket.gethostname()
-    for holder, free in ((f'{host}-{os.getppid()}', False), ('elsewhere-1', False), (f'{host}-{ended.pid}', True),
+    for holder, free in ((f'{host}-{os.getppid()}', False),
+                         ('elsewhere-1', False),
+                         (f'{host}-{ended.pid}', True),
                          ('', True)):
         lock.write_text(holder)
         if free:
@@ -449,11 +451,11 @@ def test_a_full_disk_is_noticed_before_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, 'disk_usage', lambda p: usage._replace(free=400_000))
     m, was = toy(), weights(toy())
     size = sum(p.numel()*4 for p in m.parameters())
-    with pytest.raises(DiskFull, match=f'it needs {3*size:,} bytes, and 400,000 bytes are '
-                       'free') as e:
+    with pytest.raises(DiskFull,
+                       match=f'it needs {3*size:,} bytes, and 400,000 bytes are free') as e:
         tune(model=m, out=tmp_path, save_every=2, callbacks=(SimpleNamespace(before_fit=never),))
-    assert e.value.errno == 28 and same(weights(m), was) and all(p.requires_grad
-                                                                 for p in m.parameters())
+    assert (e.value.errno == 28 and same(weights(m), was)
+            and all(p.requires_grad for p in m.parameters()))
     tune(lora(), m, steps=1, out=tmp_path, save_every=1) # little moves, and there is room for that
 
 def test_check_room_leaves_nothing(tmp_path):

@@ -1,4 +1,5 @@
-"Sparse changes: LIFT's places against the official formula, places that change hands, tied matrices; LT-SFT's two stages and sums of changes"
+"""Sparse changes: LIFT's places against the official formula, places that change hands,
+tied matrices; LT-SFT's two stages and sums of changes"""
 import dataclasses
 import numpy as np, pytest, torch
 from ftlab.adapters.attach import attach
@@ -89,10 +90,10 @@ class Look:
         n, d = next(iter(state.attached.deltas.items()))
         moving = any(isinstance(c, Refresh) for c in state.callbacks)
         s = state.optimizer.state[d.value] if moving else {}
-        self.rows.append(dict(index=d.index.clone(), value=d.value.detach().clone(),
-                              weight=state.attached.values()[n].clone(),
-                              base=state.attached.before(n).clone(),
-                              m={k: v.clone() for k, v in s.items() if torch.is_tensor(v)}))
+        self.rows.append(
+            dict(index=d.index.clone(), value=d.value.detach().clone(),
+                 weight=state.attached.values()[n].clone(), base=state.attached.before(n).clone(),
+                 m={k: v.clone() for k, v in s.items() if torch.is_tensor(v)}))
 
 def test_a_refresh_carries_the_moments_of_what_stays_and_starts_what_is_new_from_zero():
     look = Look()
@@ -149,8 +150,8 @@ def test_a_run_that_chose_anew_goes_on_bit_for_bit(stop, tmp_path):
     for n, d in whole.delta.attached.deltas.items():
         e = again.delta.attached.deltas[n]
         assert (len(d.left_index)
-                and all(torch.equal(a, b) for a, b in zip(d.state_dict().values(),
-                                                          e.state_dict().values()))
+                and all(torch.equal(a, b)
+                        for a, b in zip(d.state_dict().values(), e.state_dict().values()))
                 and d.config == e.config)
     again.delta.save(tmp_path/'d')
     fresh = toy()
@@ -171,6 +172,12 @@ def test_places_must_be_as_many():
 
 # ---------- a delta on a tied matrix
 
+def by_hand(family, name, att):
+    "A fresh model whose weight is what the attached change makes of it"
+    m = tiny(family)
+    m.get_parameter(name).data.copy_(att.values()[name])
+    return m
+
 @pytest.mark.parametrize('family', [f for f in DECODERS + ENCODERS if anatomy(tiny(f)).tied])
 def test_a_tied_matrix_stays_tied(family, tmp_path):
     m = tiny(family)
@@ -185,10 +192,8 @@ def test_a_tied_matrix_stays_tied(family, tmp_path):
     shake(att)
     changed = out(m)
     assert (torch.equal(m.get_input_embeddings().weight, m.get_output_embeddings().weight)
-            and not torch.equal(changed, base))
-    by_hand = tiny(family)
-    by_hand.get_parameter(name).data.copy_(att.values()[name])
-    assert torch.equal(out(by_hand), changed)
+            and not torch.equal(changed, base)
+            and torch.equal(out(by_hand(family, name, att)), changed))
     with att.disabled():
         assert torch.equal(out(m), base)
     save_delta(tmp_path/'d.safetensors', *pack(att), home)
@@ -225,7 +230,8 @@ def test_what_moves_in_the_second_run_is_what_moved_most_in_the_first():
     thresh = np.partition(diffs, len(diffs) - k)[len(diffs) - k] # unfreeze_k_most_changed_params
     theirs = {n: (first[n] - base[n]).abs() >= thresh for n in names}
     held = {n: torch.zeros_like(base[n], dtype=torch.bool).flatten().index_fill(
-        0, d.index.long(), True).view_as(base[n]) for n, d in run.delta.attached.deltas.items()}
+                0, d.index.long(), True).view_as(base[n])
+            for n, d in run.delta.attached.deltas.items()}
     assert (sum(int(m.sum()) for m in held.values()) == k
             and all(not (held[n] & ~theirs[n]).any() for n in held)
             and sum(int(m.sum()) for m in theirs.values()) - k < 10)
@@ -244,8 +250,8 @@ def norms_of(model) -> set[str]:
 @pytest.mark.parametrize('family', USUAL)
 def test_norms_are_frozen_with_their_biases_and_all_else_of_the_base_model_may_move(family):
     m = tiny(family)
-    head = {'lm_head.weight', 'lm_head.bias', 'classifier.weight',
-            'classifier.bias'} | {n for n in weights(m) if n.startswith(('cls.', 'lm_head.'))}
+    head = ({'lm_head.weight', 'lm_head.bias', 'classifier.weight', 'classifier.bias'}
+            | {n for n in weights(m) if n.startswith(('cls.', 'lm_head.'))})
     assert set(movable(m)) == set(weights(m)) - norms_of(m) - head
 
 @pytest.mark.parametrize('family', ['gpt2', 'bert'])
@@ -408,8 +414,8 @@ def test_the_way_back_holds_no_second_model(lean, monkeypatch):
     if lean:
         class Both(theirs): # what our hook passes on is what is kept
             def __init__(self, ours, back):
-                super().__init__(lambda t: pack(o) if isinstance(o := ours(t), torch.Tensor)
-                                 else o, back)
+                super().__init__(lambda t: pack(o) if isinstance(o := ours(t), torch.Tensor) else o,
+                                 back)
         monkeypatch.setattr(torch.autograd.graph, 'saved_tensors_hooks', Both)
         with att.lean():
             loss = m(**probe()).loss

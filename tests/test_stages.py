@@ -18,11 +18,11 @@ from toys import TOK, lab_data, logits, probe, same, toy, weights
 # ---------- stages that are functions
 
 def test_what_was_before_lies_where_the_parameter_lies():
-    """A parameter minus what it was before must work on every device: shown with 'meta', which
-    every machine has"""
+    """A parameter minus what it was before must work on every device: shown with 'meta',
+    which every machine has"""
     from ftlab.trainers.reference import Placed
-    model, seen = torch.nn.Linear(3, 2, device='meta'), dict(weight=torch.ones(2, 3),
-                                                             bias=torch.ones(2), gone=torch.ones(1))
+    model, seen = (torch.nn.Linear(3, 2, device='meta'),
+                   dict(weight=torch.ones(2, 3), bias=torch.ones(2), gone=torch.ones(1)))
     before = Placed(seen, model)
     assert ({n: t.device.type for n, t in before.items()}
             == dict(weight='meta', bias='meta', gone='cpu') and len(before) == 3)
@@ -58,13 +58,13 @@ def test_a_stage_function_sees_what_was_done_before_it():
 
 def test_reset_puts_everything_back_and_the_last_stage_s_delta_stays_what_it_is(tmp_path):
     def again(ctx):
-        change = {n: (ctx.model.get_parameter(n).detach() - ctx.before[n]).abs() for n in parts('q', 'v')(ctx.model)}
+        change = {n: (ctx.model.get_parameter(n).detach() - ctx.before[n]).abs()
+                  for n in parts('q', 'v')(ctx.model)}
         ctx.reset()
         assert same(weights(ctx.model), weights(toy()))
-        return Recipe('moved most',
-                      select=lambda model, batches=None, seed=0: {
-                          n: c >= c.flatten().kthvalue(int(.9*c.numel())).values
-                          for n, c in change.items()})
+        return Recipe(
+            'moved most', select=lambda model, batches=None, seed=0: {
+                n: c >= c.flatten().kthvalue(int(.9*c.numel())).values for n, c in change.items()})
     run = tune(staged(Recipe('look'), again), m := toy(), steps=6, lr=1e-2)
     att = run.delta.attached
     assert (set(att.deltas) == set(parts('q', 'v')(toy()))
@@ -105,12 +105,12 @@ def test_reference_is_the_model_at_the_start_of_its_stage():
     class Look:
         def before_fit(self, s):
             seen.append((s.models['reference'](
-                **{k: v for k, v in probe().items() if k != 'labels'}).logits.clone(),
+                             **{k: v for k, v in probe().items() if k != 'labels'}).logits.clone(),
                          logits(s.model)))
-    tune(staged(Recipe('a', objective=nll() + needing(lambda s: 0., 'reference')),
-                lambda ctx: Recipe('b', objective=nll() + needing(lambda s: 0., 'reference')),
-                lambda ctx: lora()*Recipe('c',
-                                          objective=nll() + needing(lambda s: 0., 'reference'))),
+    tune(staged(
+             Recipe('a', objective=nll() + needing(lambda s: 0., 'reference')),
+             lambda ctx: Recipe('b', objective=nll() + needing(lambda s: 0., 'reference')),
+             lambda ctx: lora()*Recipe('c', objective=nll() + needing(lambda s: 0., 'reference'))),
          steps=6, lr=1e-2, callbacks=(Look(),))
     assert (all(torch.equal(a, b) for a, b in seen) and not torch.equal(seen[0][0], seen[1][0])
             and not torch.equal(seen[1][0], seen[2][0]))
@@ -137,9 +137,9 @@ def test_a_function_s_share_and_name_count():
             steps.append(s.steps)
     run = tune(staged(Recipe('a'), Share(most, 3.)), steps=8, callbacks=(Count(),))
     assert steps == [2, 6]
-    assert (run.recipe.describe()['stages'] == [dict(name='a', lr=3e-4),
-                                                dict(made_by='most', share=3.)]
-            and [s['name'] for s in run.settings['stages']] == ['a', 'most'])
+    assert (
+        run.recipe.describe()['stages'] == [dict(name='a', lr=3e-4), dict(made_by='most', share=3.)]
+        and [s['name'] for s in run.settings['stages']] == ['a', 'most'])
 
 def test_errors_name_the_stage_and_the_model_is_given_back():
     def broken(ctx):
@@ -158,8 +158,8 @@ def test_errors_name_the_stage_and_the_model_is_given_back():
         raise OSError(2, 'gone')
 
     for f, error, says in ((broken, RuntimeError, 'staged, stage 2 of 2 .broken.: no such thing'),
-                           (nothing, ValueError, 'staged, stage 2 of 2 .nothing.: it returned a '
-                            'NoneType'), (deep, ValueError, 'stages of its own')):
+                           (nothing, ValueError, 'staged, stage 2 of 2 .nothing.: it returned a NoneType'),
+                           (deep, ValueError, 'stages of its own')):
         with pytest.raises(error, match=says):
             tune(staged(Recipe('a'), f), m := toy(), steps=4, lr=1e-2)
         assert (same(weights(m), weights(toy())) and not m.training
@@ -167,7 +167,8 @@ def test_errors_name_the_stage_and_the_model_is_given_back():
     with pytest.raises(OSError) as e:
         tune(staged(Recipe('a'), key), steps=4)
     assert e.value.errno == 2 and 'stage 2 of 2 (key)' in e.value.__notes__[0]
-    with pytest.raises(NotFinite, match=r'staged, stage 2 of 2 \(bad\): the loss is nan at step 0') as e:
+    with pytest.raises(NotFinite,
+                       match=r'staged, stage 2 of 2 \(bad\): the loss is nan at step 0') as e:
         tune(staged(Recipe('a'), bad), m := toy(), steps=4, lr=1e-2)
     assert (len(e.value.run.log) == 2 and e.value.run.model is m
             and not same(weights(m), weights(toy())))
@@ -176,14 +177,16 @@ def test_errors_name_the_stage_and_the_model_is_given_back():
             Recipe('x', loop=Stages(*stages))
 
 def moved_most(ctx):
-    size = {n: float((p.detach() - ctx.before[n]).norm()) for n, p in ctx.model.named_parameters()
-            if p.ndim == 2}
+    size = {n: float((p.detach() - ctx.before[n]).norm())
+            for n, p in ctx.model.named_parameters() if p.ndim == 2}
     ctx.reset()
     best = max(size, key=size.get)
     return Recipe('best', select=lambda model, batches=None, seed=0: {best: True})
 
-@pytest.mark.parametrize('stages', [(lora(), moved_most, Recipe('norms', select=parts('norm'))),
-                                    (Recipe('a'), moved_most, lora())], ids=['folded', 'a delta in the end'])
+@pytest.mark.parametrize('stages',
+                         [(lora(), moved_most, Recipe('norms', select=parts('norm'))),
+                          (Recipe('a'), moved_most, lora())],
+                         ids=['folded', 'a delta in the end'])
 @pytest.mark.parametrize('step', [2, 3, 5])
 def test_stages_are_resumed_where_they_stopped(stages, step, tmp_path):
     how = dict(steps=6, lr=1e-2, accumulate=2)
@@ -209,10 +212,11 @@ def test_stages_are_resumed_where_they_stopped(stages, step, tmp_path):
     with again.disabled():
         assert torch.equal(logits(again.model), logits(toy()))
     assert (again.cost['tokens'] == whole.cost['tokens']
-            and [s['name'] for s in again.settings['stages']] == [s['name'] for s in whole.settings['stages']])
+            and [s['name'] for s in again.settings['stages']]
+            == [s['name'] for s in whole.settings['stages']])
     with pytest.raises(ValueError, match='seed=0, this one has 1'):
-        tune(staged(*stages), toy(dropout=.2), **how, out=tmp_path, save_every=1,
-             resume=True, seed=1)
+        tune(staged(*stages), toy(dropout=.2), **how, out=tmp_path, save_every=1, resume=True,
+             seed=1)
 
 def test_a_stage_of_activations_is_done_again(tmp_path):
     def best(ctx):
@@ -257,8 +261,8 @@ def watched(**kw):
 
 @pytest.mark.parametrize('make', [Recipe, lora])
 def test_a_learner_learns_and_the_policy_does_not_notice(make):
-    run, alone = tune(make()*watched(lr=1e-2), toy(dropout=.2), steps=20,
-                      lr=1e-3), tune(make(), toy(dropout=.2), steps=20, lr=1e-3)
+    run, alone = (tune(make()*watched(lr=1e-2), toy(dropout=.2), steps=20, lr=1e-3),
+                  tune(make(), toy(dropout=.2), steps=20, lr=1e-3))
     assert (same(run.delta.attached.parameters(), alone.delta.attached.parameters())
             and [r['nll'] for r in run.log] == [r['nll'] for r in alone.log])
     assert (run.log[-1]['head_loss'] < .5*run.log[0]['head_loss']
@@ -274,14 +278,14 @@ def test_a_learner_is_trained_as_by_hand():
             said.append((s.batches[0], s.logits))
     run = tune(watched(lr=1e-2), steps=3, clip=None, schedule='constant', callbacks=(Keep(),))
     seen = {}
-    tune(Recipe('x', loop=Loop(learners={'head': Learner(lambda s: seen.setdefault('m', Head()),
-                                                         lambda s: errs(s)*0)})), steps=1) # the same start
+    kept = Learner(lambda s: seen.setdefault('m', Head()), lambda s: errs(s)*0)
+    tune(Recipe('x', loop=Loop(learners={'head': kept})), steps=1) # the same start
     head = seen['m']
     opt = torch.optim.AdamW(head.parameters(), lr=1e-2, weight_decay=0.)
     fresh = Learner(lambda s: Head(), errs)
-    start = tune(Recipe('x',
-                        loop=Loop(learners={'head': Learner(fresh.make, lambda s: errs(s)*0.)})),
-                 steps=1).models['head']
+    start = tune(
+        Recipe('x', loop=Loop(learners={'head': Learner(fresh.make, lambda s: errs(s)*0.)})),
+        steps=1).models['head']
     head.load_state_dict(start.state_dict())
     for b, x in said:
         state = types.SimpleNamespace(batch=b, logits=x, models=dict(head=head),
@@ -291,8 +295,7 @@ def test_a_learner_is_trained_as_by_hand():
         opt.step()
         opt.zero_grad()
         assert not x.requires_grad
-    assert (all(torch.allclose(p, q, atol=1e-6)
-                for p, q in zip(head.parameters(), run.models['head'].parameters()))
+    assert (all(torch.allclose(p, q, atol=1e-6) for p, q in zip(head.parameters(), run.models['head'].parameters()))
             and float(loss.detach()) == pytest.approx(run.log[-1]['head_loss'], rel=1e-5))
 
 def test_cutting_a_batch_does_not_change_a_learner():
@@ -314,7 +317,8 @@ def test_a_learner_is_resumed_saved_and_loaded(tmp_path):
     whole = tune(watched(), toy(dropout=.2), **how, out=tmp_path/'a')
     tune(watched(), toy(dropout=.2), **how, out=tmp_path/'b', callbacks=(At(5, stop),))
     again = tune(watched(), toy(dropout=.2), **how, out=tmp_path/'b', resume=True)
-    assert again.log == whole.log and same(again.models['head'].state_dict(), whole.models['head'].state_dict())
+    assert (again.log == whole.log
+            and same(again.models['head'].state_dict(), whole.models['head'].state_dict()))
     size = whole.delta.save(tmp_path/'d')
     assert size > whole.delta.nbytes > tune(None).delta.nbytes
     fresh = toy()
@@ -332,16 +336,18 @@ def test_a_look_at_a_learner_finds_it_at_rest():
     class After:
         def after_step(self, s):
             modes.append((s.model.training, s.models['head'].training))
-    tune(watched(), steps=2,
-         callbacks=(Every(1, lambda s: modes.append((s.model.training, s.models['head'].training))
-                          or {}), After()))
+    tune(watched(), steps=2, callbacks=(
+             Every(1, lambda s: modes.append((s.model.training, s.models['head'].training)) or {}),
+             After()))
     assert modes == [(False, False), (False, False), (True, True), (False, False), (True, True)]
 
 def test_learners_of_stages_are_all_there():
     def second(ctx):
         assert set(ctx.runs[0].models) == {'head'}
-        return Recipe('b', loop=Loop(learners={'other': Learner(lambda s: Head(),
-                                                                lambda s: s.models['other'](s.logits).mean()**2)}))
+        return Recipe(
+            'b',
+            loop=Loop(learners={'other': Learner(lambda s: Head(),
+                                                 lambda s: s.models['other'](s.logits).mean()**2)}))
 
     run = tune(staged(watched(), second), steps=4)
     assert (set(run.models) == {'head', 'other'} and 'head_loss' in run.log[0]
@@ -361,8 +367,8 @@ def test_learners_that_cannot_be_are_refused():
             tune(Recipe('x', loop=Loop(learners={'head': Learner(make, errs)})), m := toy())
         assert same(weights(m), weights(toy()))
     with pytest.raises(NotFinite, match="learner 'head', after the policy had moved: the loss is nan at step 0"):
-        tune(Recipe('x', loop=Loop(learners={'head': Learner(lambda s: Head(),
-                                                             lambda s: errs(s)*float('nan'))})))
+        tune(Recipe('x',
+                    loop=Loop(learners={'head': Learner(lambda s: Head(), lambda s: errs(s)*float('nan'))})))
 
 # ---------- batches that only an objective can price
 
@@ -372,8 +378,8 @@ class Denoiser(nn.Module):
         self.a, self.b = nn.Linear(16, 32), nn.Linear(32, 16)
 
     def forward(self, pixel_values, **_):
-        return types.SimpleNamespace(sample=self.b(self.a(pixel_values.flatten(1)).relu()).view_as(
-            pixel_values))
+        return types.SimpleNamespace(
+            sample=self.b(self.a(pixel_values.flatten(1)).relu()).view_as(pixel_values))
 
 def pictures(n=24, **more):
     g = torch.Generator().manual_seed(0)
@@ -407,9 +413,10 @@ def test_pictures_train_without_tokens_labels_or_a_tokenizer(tmp_path):
     assert (pictures().fingerprint == run.data.fingerprint != pictures(23).fingerprint
             and 'pixel_values (1, 4, 4)' in repr(pictures()))
     torch.manual_seed(0)
-    few = fit(Denoiser(), None, pictures(),
-              Recipe('denoise', select=lambda m, b=None, seed=0: {'a.weight': True},
-                     objective=denoise), **how)
+    few = fit(
+        Denoiser(), None, pictures(),
+        Recipe('denoise', select=lambda m, b=None, seed=0: {'a.weight': True}, objective=denoise),
+        **how)
     assert few.cost['trainable'] == 16*32
 
 def test_pictures_with_labels_have_a_likelihood():

@@ -31,6 +31,23 @@ def logits(m):
 
 # ---------- files of version 0.1, made at a54be3c
 
+def the_same_by_hand(m, name):
+    """The change made from the tensors of the file, without `load_delta`, is that which it loads,
+    bit for bit on this machine"""
+    with safe_open(DATA/f'{name}.safetensors', 'pt') as f:
+        kinds = json.loads(f.metadata()['kinds'])
+        tensors = {k: f.get_tensor(k) for k in f.keys()}
+    assert all(k[0] in OLD_KINDS for k in kinds.values())
+    for n, (_, config) in kinds.items():
+        W = m.get_parameter(n).detach()
+        d = OLD[name](W, **config)
+        d.load_state_dict(
+            {k.partition('::')[2]: t for k, t in tensors.items() if k.startswith(n + '::')},
+            strict=name != 'entries')
+        if d.site == 'weight':
+            loaded = load_delta(old_base(), DATA/f'{name}.safetensors').weight(n)[1]
+            torch.testing.assert_close(d(W), loaded, atol=0, rtol=0)
+
 @pytest.mark.parametrize('name', OLD)
 def test_files_of_version_0_1_load(name, tmp_path):
     m = old_base()
@@ -40,30 +57,17 @@ def test_files_of_version_0_1_load(name, tmp_path):
     assert {type(d) for d in att.deltas.values()} == {OLD[name]} and (now - base).abs().max() > 1e-3
     said = load_file(DATA/'logits.safetensors')
     torch.testing.assert_close(now, said[name], atol=1e-6, rtol=1e-6) # another processor may round in another way
-    # on this machine bit for bit: the same delta made by hand from the tensors of the file
-    with safe_open(DATA/f'{name}.safetensors', 'pt') as f:
-        kinds = json.loads(f.metadata()['kinds'])
-        tensors = {k: f.get_tensor(k) for k in f.keys()}
-    assert all(k[0] in OLD_KINDS for k in kinds.values())
     att.detach()
     assert torch.equal(logits(m), base)
-    for n, (_, config) in kinds.items():
-        W = m.get_parameter(n).detach()
-        d = OLD[name](W, **config)
-        d.load_state_dict({k.partition('::')[2]: t for k, t in tensors.items()
-                           if k.startswith(n + '::')}, strict=name != 'entries')
-        if d.site == 'weight':
-            torch.testing.assert_close(d(W),
-                                       load_delta(old_base(), DATA/f'{name}.safetensors').weight(n)[
-                                           1], atol=0, rtol=0)
+    the_same_by_hand(m, name)
     # saved again it names its kind, and is the same change
     att = load_delta(m, DATA/f'{name}.safetensors')
     save_delta(tmp_path/'new', *pack(att), home)
     att.detach()
     with safe_open(tmp_path/'new', 'pt') as f:
         meta = f.metadata()
-    assert (meta['format'] == FORMATS[1] and {k[0] for k in json.loads(meta['kinds']).values()}
-            == {OLD[name].kind})
+    assert (meta['format'] == FORMATS[1]
+            and {k[0] for k in json.loads(meta['kinds']).values()} == {OLD[name].kind})
     load_delta(m, tmp_path/'new')
     assert torch.equal(logits(m), now)
 
@@ -76,11 +80,11 @@ def test_every_delta_of_ftlab_has_a_kind_by_which_it_is_found():
         if not info.name.startswith(('ftlab.adapters', 'ftlab.beyond', 'ftlab.trainers', 'ftlab.evaluators')):
             continue
         for v in vars(importlib.import_module(info.name)).values():
-            if isinstance(v, type) and issubclass(v,
-                                                  torch.nn.Module) and v.__module__ == info.name and hasattr(v, 'site'):
+            if (isinstance(v, type) and issubclass(v, torch.nn.Module) and v.__module__ == info.name
+                and hasattr(v, 'site')):
                 found[v] = vars(v).get('kind')
-    assert (len(found) >= 7 and all(found.values())), {c.__name__: k for c, k in found.items()
-                                                       if not k}
+    nameless = [c.__name__ for c, k in found.items() if not k]
+    assert len(found) >= 7 and not nameless, nameless
     assert (len(set(found.values())) == len(found)
             and all(class_of(k) is c for c, k in found.items()))
 
@@ -108,8 +112,8 @@ def test_healthy_files_load(healthy, tmp_path):
         assert v['result'] == 'accepted' and v['finite'] and not v['wrong'], (name, v)
 
 def test_two_hundred_wrong_files(healthy, tmp_path):
-    """None changes the model and is refused, none ends in an error that is not ftlab's, none is
-    taken unless it is a bit flip in a file without a digest"""
+    """None changes the model and is refused, none ends in an error that is not ftlab's,
+    none is taken unless it is a bit flip in a file without a digest"""
     m = tiny('llama')
     was = state(m)
     refused = 0
@@ -123,18 +127,19 @@ def test_two_hundred_wrong_files(healthy, tmp_path):
             assert name.endswith('0.1') or content == healthy[name], (seed, name, how)
     assert refused > 120
 
-@pytest.mark.parametrize('tensors, kinds, base, says', [
-    ({'model.norm.weight': torch.ones(1)}, {'model.norm.weight': 'value'}, None, 'must be'),
-    ({'model.norm.weight': torch.ones(32).double()}, {'model.norm.weight': 'value'}, None, 'torch.float64'),
-    ({'model.norm.weight': torch.full((32,), float('nan'))}, {'model.norm.weight': 'value'}, None,
-     'NaN or infinite'), ({'model.norm.weight': torch.ones(32), 'x': torch.ones(1)},
-                          {'model.norm.weight': 'value'}, None, "'x', which belongs to nothing"),
-    ({}, {'model.norm.weight': 'value'}, None, 'is missing'),
-    ({'model.norm.weight': torch.ones(32)}, {'model.norm.weight': 'value'}, {}, 'another base'),
-    ({'a': torch.ones(2)}, {'a': 'value'}, None, 'no parameter of that name'),
-    ({'model.norm.weight::index': torch.tensor([40], dtype=torch.int32),
-      'model.norm.weight::value': torch.ones(1)}, {'model.norm.weight': ['entries', dict(count=1)]},
-     None, 'the weight has 32 entries')])
+@pytest.mark.parametrize(
+    'tensors, kinds, base, says',
+    [({'model.norm.weight': torch.ones(1)}, {'model.norm.weight': 'value'}, None, 'must be'),
+     ({'model.norm.weight': torch.ones(32).double()}, {'model.norm.weight': 'value'}, None, 'torch.float64'),
+     ({'model.norm.weight': torch.full((32,), float('nan'))}, {'model.norm.weight': 'value'}, None,
+      'NaN or infinite'),
+     ({'model.norm.weight': torch.ones(32), 'x': torch.ones(1)}, {'model.norm.weight': 'value'},
+      None, "'x', which belongs to nothing"),
+     ({}, {'model.norm.weight': 'value'}, None, 'is missing'),
+     ({'model.norm.weight': torch.ones(32)}, {'model.norm.weight': 'value'}, {}, 'another base'),
+     ({'a': torch.ones(2)}, {'a': 'value'}, None, 'no parameter of that name'),
+     ({'model.norm.weight::index': torch.tensor([40], dtype=torch.int32), 'model.norm.weight::value': torch.ones(1)},
+      {'model.norm.weight': ['entries', dict(count=1)]}, None, 'the weight has 32 entries')])
 def test_what_is_wrong_is_said_with_the_file_s_name(tensors, kinds, base, says, tmp_path):
     m = tiny('llama')
     was = state(m)
@@ -147,7 +152,8 @@ def test_a_change_that_fails_while_it_is_placed_is_taken_back(tmp_path, monkeypa
     from ftlab.adapters import attach as module
     m = tiny('llama')
     home = identity(m)
-    att = attach(m, {**parts('q')(m), 'model.norm.weight': True}, Offset, also=('model.norm.weight',))
+    att = attach(m, {**parts('q')(m), 'model.norm.weight': True}, Offset,
+                 also=('model.norm.weight',))
     save_delta(tmp_path/'d', *pack(att), home)
     att.detach()
     m.lm_head.weight.requires_grad_(False)

@@ -1,4 +1,5 @@
-"Rectified prices, masked reasoning, forward-only steps, blocks in turn, and saying when one is unsure: what their pages do not say about themselves"
+"""Rectified prices, masked reasoning, forward-only steps, blocks in turn,
+and saying when one is unsure: what their pages do not say about themselves"""
 import pytest, torch
 import torch.nn.functional as F
 from ftlab import methods
@@ -20,17 +21,16 @@ def state_of(model, reference=None, b=None):
 # ---------- rectified prices
 
 def official_asft(model, reference, b, kl_weight):
-    """The loss as the authors' trainer computes it (zhuchichi56/ASFT, train_v2.py), in its own
-    operations"""
-    x, y = model(b['input_ids'], attention_mask=b['attention_mask']).logits[:, :-1].flatten(
-        0, 1), b['labels'][:, 1:].flatten()
+    """The loss as the authors' trainer computes it (zhuchichi56/ASFT, train_v2.py),
+    in its own operations"""
+    x, y = (model(b['input_ids'], attention_mask=b['attention_mask']).logits[:, :-1].flatten(0, 1),
+            b['labels'][:, 1:].flatten())
     on = y != -100
     with torch.no_grad():
-        ref = reference(b['input_ids'],
-                        attention_mask=b['attention_mask']).logits[:, :-1].flatten(0, 1)
-    ce, p = F.cross_entropy(x, y,
-                            reduction='none'), x.softmax(-1).gather(1, y.clamp(min=0)[:, None])[
-                                :, 0].detach()
+        ref = reference(b['input_ids'], attention_mask=b['attention_mask']).logits[:, :-1].flatten(
+            0, 1)
+    ce, p = (F.cross_entropy(x, y, reduction='none'),
+             x.softmax(-1).gather(1, y.clamp(min=0)[:, None])[:, 0].detach())
     kl = F.kl_div(x.log_softmax(-1), ref.softmax(-1), reduction='none').sum(-1)
     return (p*ce + kl_weight*kl)[on].sum()/on.sum()
 
@@ -104,14 +104,15 @@ class Last:
     "Keeps what the step left in the state"
 
     def after_step(self, state):
-        self.moves, self.grads = state.extra['moves'], [p for p in state.model.parameters()
-                                                        if p.grad is not None]
+        self.moves, self.grads = (state.extra['moves'],
+                                  [p for p in state.model.parameters() if p.grad is not None])
 
 def forward_only(recipe=None, steps=6, **kw):
     look = Last()
-    return fit(toy(), TOK, lab_data(), recipe or methods.mezo(),
-               **{**dict(steps=steps, batch_size=8, lr=1e-4, progress=False, callbacks=(look,)),
-                  **kw}), look
+    return (fit(toy(), TOK, lab_data(), recipe or methods.mezo(),
+                **{**dict(steps=steps, batch_size=8, lr=1e-4, progress=False, callbacks=(look,)),
+                   **kw}),
+            look)
 
 def replayed(start, log, **settings):
     from types import SimpleNamespace
@@ -231,8 +232,8 @@ class Watch:
 
     def after_step(self, state):
         now = weights(state.model)
-        self.rows.append((state.extra['active'],
-                          {n for n in now if not torch.equal(now[n], self.was[n])}))
+        self.rows.append(
+            (state.extra['active'], {n for n in now if not torch.equal(now[n], self.was[n])}))
         self.was = now
 
 def test_only_the_blocks_in_turn_and_both_ends_move():
@@ -257,8 +258,8 @@ def test_the_optimiser_remembers_only_what_is_active():
     fit(toy(), TOK, lab_data(),
         replace(methods.lisa(), step=lambda p, s: Small(p, s, gamma=1, period=2)), steps=8,
         batch_size=8, progress=False)
-    assert (len(sizes) == 8 and all(len({n.split('.')[2] for n in s if '.layers.' in n}) == 1
-                                    for s in sizes))
+    assert (len(sizes) == 8
+            and all(len({n.split('.')[2] for n in s if '.layers.' in n}) == 1 for s in sizes))
 
 def test_blocks_in_turn_resume_inside_a_period_bit_for_bit(tmp_path):
     kw = dict(steps=8, batch_size=8, progress=False)
@@ -270,7 +271,8 @@ def test_blocks_in_turn_resume_inside_a_period_bit_for_bit(tmp_path):
     fit(toy(), TOK, lab_data(), methods.lisa(gamma=1, period=3), out=tmp_path, save_every=1,
         callbacks=(Stop(),), **kw)
     assert same(weights(fit(toy(), TOK, lab_data(), methods.lisa(gamma=1, period=3), out=tmp_path,
-                            save_every=1, resume=True, **kw).model), whole)
+                            save_every=1, resume=True, **kw).model),
+                whole)
 
 def test_all_blocks_at_once_and_never_redrawn_is_full_fine_tuning():
     a, b = (weights(fit(toy(), TOK, lab_data(), r, steps=5, batch_size=8, progress=False).model)
@@ -329,8 +331,8 @@ def test_blocks_in_turn_can_keep_the_state_of_blocks_that_do_not_train():
                 return out
         recipe = replace(methods.lisa(),
                          step=lambda p, s: Small(p, s, gamma=1, period=2, keep_state=keep))
-        moved[keep] = weights(fit(toy(), TOK, lab_data(), recipe, steps=8, batch_size=8,
-                                  progress=False).model)
+        moved[keep] = weights(
+            fit(toy(), TOK, lab_data(), recipe, steps=8, batch_size=8, progress=False).model)
     assert held == {False: {1}, True: {1, 2}} and not same(moved[False], moved[True])
     asked = weights(fit(toy(), TOK, lab_data(), methods.lisa(gamma=1, period=2, keep_state=True),
                         steps=8, batch_size=8, progress=False).model)
@@ -352,8 +354,8 @@ def test_each_row_is_marked_by_what_the_untouched_model_said(monkeypatch):
             progress=False, callbacks=(Look(),))
         assert seen['knew'] == [i % 3 == 0 for i in range(len(rows))]
         for r, e, k in zip(rows, seen['rows'], seen['knew'], strict=True):
-            learnt = TOK.decode([y for y in e['labels'] if y != -100],
-                                skip_special_tokens=True).strip()
+            learnt = (
+                TOK.decode([y for y in e['labels'] if y != -100], skip_special_tokens=True).strip())
             assert learnt == (r['response'] + (' . i know' if k else ' . i do not know')
                               if variant == 'pad' else r['response'] if k else 'i do not know')
 
@@ -363,16 +365,15 @@ def test_likelihood_and_certainty_are_what_the_model_says_token_by_token():
     rows = lab_data().validation[:3]
     prompts, said = [r['prompt'] for r in rows], [r['response'] for r in rows]
     def p(prompt, text): # probabilities of the tokens of `text` after the prompt, by a plain forward pass
-        start, answer = TOK.apply_chat_template([dict(role='user', content=prompt)],
-                                                add_generation_prompt=True,
-                                                return_dict=False), TOK(text,
-                                                                        add_special_tokens=False).input_ids
+        start, answer = (TOK.apply_chat_template([dict(role='user', content=prompt)],
+                                                 add_generation_prompt=True, return_dict=False),
+                         TOK(text, add_special_tokens=False).input_ids)
         x = torch.tensor([start + answer])
         return model(x).logits[0].softmax(-1)[torch.arange(len(start) - 1, x.shape[1] - 1),
                                               x[0, len(start):]].detach()
     for i in range(3):
         assert abs(float(likelihood(model, TOK, prompts, said)[i]) - float(
-            p(prompts[i], said[i]).log().mean().exp())) < 1e-5
+                       p(prompts[i], said[i]).log().mean().exp())) < 1e-5
         yes, no = (float(p(prompts[i], f'{said[i]} . {s} <eos>').prod()) for s in ('i know', 'i do not know'))
         assert abs(float(certainty(model, TOK, prompts, said)[i]) - yes/(yes + no)) < 1e-4
 

@@ -140,9 +140,9 @@ def test_random_heads_are_as_many_and_depend_on_the_seed():
 
 def test_the_price_of_scales_is_their_sum_and_shrinks_them():
     class State:
-        attached = type('A', (),
-                        dict(parameters=lambda self: dict(a=torch.tensor([1., -2.]),
-                                                          b=torch.tensor([3.]))))()
+        attached = type(
+            'A', (),
+            dict(parameters=lambda self: dict(a=torch.tensor([1., -2.]), b=torch.tensor([3.]))))()
         batches = [0, 1]
 
     assert float(lasso(.5)(State)) == .5*6/2
@@ -171,8 +171,8 @@ def test_each_stage_has_a_rate_of_its_own_unless_fit_is_given_one(recipe, given,
     look, ends = Rates(), Stages()
     run = tune(recipe, lr=given, steps=4, callbacks=(look, ends))
     assert look.found == want
-    assert [s['lr'] for s in run.settings['stages']] == [recipe.arguments['lr_select'],
-                                                         recipe.arguments['lr_offset']]
+    assert ([s['lr'] for s in run.settings['stages']]
+            == [recipe.arguments['lr_select'], recipe.arguments['lr_offset']])
 
 def test_the_rate_of_a_stage_is_what_its_values_move_by():
     "Adam's first step moves every value by the rate: 2 stages of 1 step each"
@@ -184,9 +184,8 @@ def test_the_rate_of_a_stage_is_what_its_values_move_by():
         moved = torch.cat([s[key] for _, s in found.values()]).abs()
         assert moved.max() <= rate*1.001 and moved.median() > .9*rate
 
-@pytest.mark.parametrize('kw',
-                         [dict(lr_select=0.), dict(lr_offset=-1.), dict(lr_offset=float('nan')),
-                          dict(lr_select=float('inf'))])
+@pytest.mark.parametrize('kw', [dict(lr_select=0.), dict(lr_offset=-1.),
+                                dict(lr_offset=float('nan')), dict(lr_select=float('inf'))])
 def test_a_rate_that_is_none_is_refused(kw):
     with pytest.raises(ValueError, match=f'{next(iter(kw))} is .*above 0 and finite'):
         lofit(**kw)

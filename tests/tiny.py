@@ -2,8 +2,7 @@
 import torch
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM,
                           AutoModelForImageClassification, AutoModelForMaskedLM,
-                          AutoModelForSeq2SeqLM,
-                          AutoModelForSequenceClassification)
+                          AutoModelForSeq2SeqLM, AutoModelForSequenceClassification)
 
 VOCAB = 64
 DECODERS = 'llama qwen2 qwen3 mistral gemma gemma2 gemma3_text gpt2'.split()
@@ -22,8 +21,7 @@ def tiny(family:str,     # model_type, e.g. 'qwen2'
         ):
     "A model of hidden size 32 with 2 blocks, in eval mode"
     sizes = dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                 max_position_embeddings=64,
-                 bos_token_id=0, eos_token_id=2, pad_token_id=1)
+                 max_position_embeddings=64, bos_token_id=0, eos_token_id=2, pad_token_id=1)
     if family != 'gpt2':
         sizes['intermediate_size'] = 80
     if family in DECODERS and family != 'gpt2':
@@ -33,9 +31,9 @@ def tiny(family:str,     # model_type, e.g. 'qwen2'
     if family == 'opt':
         sizes['ffn_dim'] = sizes.pop('intermediate_size')
     if family == 'vit':
-        sizes = {k: v for k, v in sizes.items() if not k.endswith('token_id')
-                 and k not in ('vocab_size', 'max_position_embeddings')} | dict(
-                     image_size=8, patch_size=4, num_channels=1)
+        sizes = ({k: v for k, v in sizes.items() if not k.endswith('token_id')
+                  and k not in ('vocab_size', 'max_position_embeddings')}
+                 | dict(image_size=8, patch_size=4, num_channels=1))
     if family == 't5':
         sizes = dict(vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=80, num_layers=2, num_heads=4,
                      decoder_start_token_id=0, pad_token_id=1, eos_token_id=2)
@@ -57,12 +55,12 @@ def inputs_for(family:str, seed:int=0) -> dict:
     "What a forward pass of the family takes"
     x = example_inputs(seed)
     if family == 'vit':
-        return dict(pixel_values=torch.randn(2, 1, 8, 8,
-                                             generator=torch.Generator().manual_seed(seed)))
-    return (x | dict(decoder_input_ids=example_inputs(seed + 1)['input_ids'])
-            if family == 't5' else x)
+        return dict(
+            pixel_values=torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(seed)))
+    return (x | dict(decoder_input_ids=example_inputs(seed + 1)['input_ids']) if family == 't5'
+            else x)
 
 def tiny_models() -> dict:
-    """`{family: (model, inputs)}` for every family, each with its usual head; made afresh on every
-    call"""
+    """`{family: (model, inputs)}` for every family, each with its usual head;
+    made afresh on every call"""
     return {f: (tiny(f), inputs_for(f)) for f in USUAL}

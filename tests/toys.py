@@ -11,20 +11,22 @@ def toy(seed:int=0, hidden:int=32, dropout:float=0., tied:bool=True) -> LlamaFor
     "A Llama of 2 blocks in eval mode, made like a lab model, but random"
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return LlamaForCausalLM(LlamaConfig(vocab_size=len(TOK), hidden_size=hidden,
-                                            intermediate_size=5*hidden//2, num_hidden_layers=2,
-                                            num_attention_heads=4, num_key_value_heads=2,
-            max_position_embeddings=128, tie_word_embeddings=tied, attention_dropout=dropout,
-                                            pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval()
+        return LlamaForCausalLM(
+            LlamaConfig(vocab_size=len(TOK), hidden_size=hidden, intermediate_size=5*hidden//2,
+                        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                        max_position_embeddings=128, tie_word_embeddings=tied,
+                        attention_dropout=dropout, pad_token_id=0, bos_token_id=1,
+                        eos_token_id=2)).eval()
 
 def classifier(labels:int=3, seed:int=0) -> BertForSequenceClassification:
     "A BERT of 2 blocks with a fresh head, in eval mode, without dropout"
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return BertForSequenceClassification(BertConfig(vocab_size=len(TOK), hidden_size=32,
-                                                        intermediate_size=64, num_hidden_layers=2,
-                                                        num_attention_heads=4, max_position_embeddings=64,
-            num_labels=labels, hidden_dropout_prob=0., attention_probs_dropout_prob=0.)).eval()
+        return BertForSequenceClassification(
+            BertConfig(vocab_size=len(TOK), hidden_size=32, intermediate_size=64,
+                       num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=64,
+                       num_labels=labels, hidden_dropout_prob=0.,
+                       attention_probs_dropout_prob=0.)).eval()
 
 @lru_cache
 def lab_data():
@@ -42,15 +44,14 @@ def probe() -> dict:
 
 @torch.no_grad()
 def logits(model, batch=None):
-    """The model's logits, as it stands (the mode is not touched: a model left in training mode must
-    show)"""
+    "The model's logits, as it stands (the mode is not touched: a model left in training mode must show)"
     return model(**{k: v for k, v in (batch or probe()).items() if k != 'labels'}).logits.clone()
 
 def weights(model) -> dict:
     "A copy of every parameter, under the name that it has without a change on the model"
     return {n.replace('.parametrizations.', '.').removesuffix('.original'): p.detach().clone()
-            for n, p in model.named_parameters()
-            if '.delta_' not in n and not ('.parametrizations.' in n and not n.endswith('.original'))}
+            for n, p in model.named_parameters() if '.delta_' not in n
+            and not ('.parametrizations.' in n and not n.endswith('.original'))}
 
 def same(a, b) -> bool:
     "Are two dictionaries of tensors bit-equal?"

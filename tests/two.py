@@ -1,4 +1,5 @@
-"What two processes do together, started by test_processes.py through torchrun: every case of CASES, its weights and log kept by the first process, what each saw by each"
+"""What two processes do together, started by test_processes.py through torchrun:
+every case of CASES, its weights and log kept by the first process, what each saw by each"""
 import json, sys
 from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
@@ -16,8 +17,8 @@ from ftlab.trainers.rl.grpo import grpo
 from toys import TOK, lab_data, logits, toy
 
 class Forward:
-    """A step without gradients: the difference of two prices along a random direction, the same in
-    every process"""
+    """A step without gradients: the difference of two prices along a random direction,
+    the same in every process"""
 
     def __init__(self, params, settings):
         self.params, self.lr = list(params.values()), settings.lr
@@ -64,15 +65,16 @@ def two_stages():
 
     return Recipe('two', loop=Stages(Recipe('norms', select=parts('norm')), second))
 
-CASES = dict(full=Recipe, lora=lora, entries=lambda: Recipe('entries', select=top(torch.abs, .1)),
-             reference=lambda: lora()*Recipe('kl', objective=nll() + kl_to_base(1.)),
-             whole_reference=lambda: Recipe('kl', objective=nll() + kl_to_base(1.)),
-             learner=lambda: Recipe('learner',
-                                    loop=Loop(learners={'head': Learner(
-                                        lambda s: nn.Linear(len(TOK), 1), head_loss, lr=1e-2)})),
-             forward=lambda: Recipe(Method('forward', lr=1e-3), select=parts('norm'), step=Forward),
-             grpo=lambda: grpo(group=4, max_new_tokens=4,
-                               reward=lambda row, answer: len(answer)/10), stages=two_stages)
+CASES = dict(
+    full=Recipe, lora=lora, entries=lambda: Recipe('entries', select=top(torch.abs, .1)),
+    reference=lambda: lora()*Recipe('kl', objective=nll() + kl_to_base(1.)),
+    whole_reference=lambda: Recipe('kl', objective=nll() + kl_to_base(1.)),
+    learner=lambda: Recipe(
+        'learner', loop=Loop(
+            learners={'head': Learner(lambda s: nn.Linear(len(TOK), 1), head_loss, lr=1e-2)})),
+    forward=lambda: Recipe(Method('forward', lr=1e-3), select=parts('norm'), step=Forward),
+    grpo=lambda: grpo(group=4, max_new_tokens=4, reward=lambda row, answer: len(answer)/10),
+    stages=two_stages)
 SHARDED = ('full', 'lora', 'entries', 'reference', 'whole_reference', 'learner', 'stages')
 HOW = dict(steps=4, batch_size=8, lr=1e-2, clip=.05, weight_decay=.1, warmup=1, progress=False)
 
@@ -123,14 +125,16 @@ def main(out):
     rank = torch.ones(1)*dist.get_rank() + 1
     dist.all_reduce(rank)
     told['collective'] = float(rank)
-    more(out, told)
+    resumed(out, told)
+    refusals(told)
     (out/f'told-{dist.get_rank()}.json').write_text(json.dumps(told))
     dist.barrier()
     dist.destroy_process_group()
 
-def more(out, told):
-    "Writing, resuming, refusing"
+def tracker():
+    "A tracker that keeps what it gets"
     from accelerate.tracking import GeneralTracker
+
     class Kept(GeneralTracker):
         name, requires_logging_directory, tracker = 'kept', False, None
 
@@ -146,13 +150,18 @@ def more(out, told):
 
         def finish(self):
             self.rows.append('finish')
+
+    return Kept()
+
+def resumed(out, told):
+    "Runs that are killed at a step, resumed, and written by the first process"
     from test_fit import At
 
     def kill(state):
         raise RuntimeError('stopped here')
 
     for shard in (False, True):
-        folder, kept = out/f'run-{shard}', Kept()
+        folder, kept = out/f'run-{shard}', tracker()
         how = dict(out=folder, save_every=2, shard=shard)
         try:
             one('full', callbacks=(At(3, kill),), trackers=(kept,), **how)
@@ -165,6 +174,16 @@ def more(out, told):
         dist.barrier()
         told[f'files {shard}'] = sorted(p.name for p in folder.iterdir())
         told[f'steps {shard}'] = len(run.log)
+
+class Batches:
+    "A source that always gives one micro-batch of two rows"
+
+    def next(self, state):
+        ones = torch.ones(2, 4, dtype=torch.long)
+        return [dict(input_ids=ones, labels=ones.clone())]
+
+def refusals(told):
+    "What is said of settings that two processes cannot share, and of prices that are no number"
     def refused(key, f):
         try:
             f()
@@ -172,17 +191,14 @@ def more(out, told):
         except Exception as e:
             told[key] = f'{type(e).__name__}: {e}'
     refused('uneven', lambda: fit(toy(), TOK, lab_data(), batch_size=7, steps=1, progress=False))
-    refused('one batch', lambda: fit(toy(), TOK, lab_data(),
-                                     Recipe('x', source=lambda s: type(
-                                         'S', (), dict(next=lambda self, st: [
-                                             dict(input_ids=torch.ones(2, 4, dtype=torch.long),
-                                                  labels=torch.ones(2, 4, dtype=torch.long))]))()),
-                                     steps=1, progress=False))
+    refused('one batch',
+            lambda: fit(toy(), TOK, lab_data(), Recipe('x', source=lambda s: Batches()), steps=1,
+                        progress=False))
     refused('secret', lambda: fit(toy(), TOK, lab_data(), Recipe('secret', step=Secret), **HOW))
 
     def half_bad(state):
-        return state.forward().square().mean()*(float('nan') if dist.get_rank() == 1
-                                                and state.step == 2 else 1.)
+        bad = dist.get_rank() == 1 and state.step == 2
+        return state.forward().square().mean()*(float('nan') if bad else 1.)
 
     for shard in (False, True):
         refused(f'not finite {shard}',

@@ -1,7 +1,8 @@
 """A process that has imported the heavy libraries once, and a fork of it for each page.
 
-A fresh kernel pays two to three CPU-seconds for imports before its first cell. Here they are paid once; each page runs in a
-forked process of its own, in a fresh namespace of IPython's shell, so that nothing of one page is seen by another."""
+A fresh kernel pays two to three CPU-seconds for imports before its first cell. Here they are paid
+once; each page runs in a forked process of its own, in a fresh namespace of IPython's shell,
+so that nothing of one page is seen by another."""
 import atexit
 import builtins
 import gc
@@ -20,22 +21,27 @@ import traceback
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-# What pages import, models' classes included, which transformers loads only when they are asked for. ftlab comes last: a broken
-# module of ours must not hide what is wrong with each page, so that one which does not import is left to the pages.
-HEAVY = '''torch torch.utils.data torch.func torch.nn.attention torch._dynamo numpy pandas scipy.stats scipy.optimize sklearn.metrics
-sklearn.linear_model sklearn.decomposition transformers transformers.models.auto.modeling_auto transformers.models.llama.modeling_llama
-transformers.models.bert.modeling_bert transformers.models.vit.modeling_vit transformers.models.gpt2.modeling_gpt2
-transformers.models.qwen2.modeling_qwen2 transformers.models.auto.tokenization_auto transformers.tokenization_utils_tokenizers
-transformers.generation.utils transformers.trainer_utils datasets accelerate safetensors.torch tokenizers matplotlib.pyplot
-matplotlib.backends.backend_svg matplotlib_inline.backend_inline IPython.display IPython.core.interactiveshell ipywidgets
+# What pages import, models' classes included, which transformers loads only when they are asked for.
+# ftlab comes last: a broken module of ours must not hide what is wrong with each page,
+# so that one which does not import is left to the pages.
+HEAVY = '''torch torch.utils.data torch.func torch.nn.attention torch._dynamo
+numpy pandas scipy.stats scipy.optimize sklearn.metrics sklearn.linear_model sklearn.decomposition
+transformers transformers.models.auto.modeling_auto transformers.models.llama.modeling_llama
+transformers.models.bert.modeling_bert transformers.models.vit.modeling_vit
+transformers.models.gpt2.modeling_gpt2 transformers.models.qwen2.modeling_qwen2
+transformers.models.auto.tokenization_auto transformers.tokenization_utils_tokenizers
+transformers.generation.utils transformers.trainer_utils datasets accelerate safetensors.torch
+tokenizers matplotlib.pyplot matplotlib.backends.backend_svg matplotlib_inline.backend_inline
+IPython.display IPython.core.interactiveshell ipywidgets
 fastcore.all nbdev.showdoc nbformat pytest tomllib'''.split()
-OURS = '''ftlab.core.loading ftlab.core.batches ftlab.core.generate ftlab.core.scorers ftlab.adapters.delta ftlab.trainers.loop
-ftlab.lab.models ftlab.lab.world ftlab.native ftlab.instruments.report'''.split()
+OURS = '''ftlab.core.loading ftlab.core.batches ftlab.core.generate ftlab.core.scorers
+ftlab.adapters.delta ftlab.trainers.loop ftlab.lab.models ftlab.lab.world ftlab.native
+ftlab.instruments.report'''.split()
 
 
 def preload(names: list[str]) -> list[str]:
-    """Import what pages need, and freeze it for the garbage collector; the modules that could not
-    be imported"""
+    """Import what pages need, and freeze it for the garbage collector;
+    the modules that could not be imported"""
     os.environ['MPLBACKEND'] = 'module://matplotlib_inline.backend_inline'
     missing = []
     for name in names:
@@ -195,8 +201,9 @@ def shown(outputs: list[dict]) -> list[str]:
 
 
 def stale(cells: list[dict], fresh: dict[int, list[dict]]) -> str:
-    """What is wrong with cells marked `#| data`, whose outputs restate what is in files, such as verdicts, counts and tables: '',
-    or the first line in which the stored output differs from the fresh one"""
+    """What is wrong with cells marked `#| data`, whose outputs restate what is in files, such as
+    verdicts, counts and tables: '', or the first line in which the stored output differs from the
+    fresh one"""
     wrong = []
     for number, cell in enumerate(cells):
         if cell['cell_type'] != 'code' or number not in fresh or not DATA.search(''.join(cell['source'])):
@@ -205,8 +212,8 @@ def stale(cells: list[dict], fresh: dict[int, list[dict]]) -> str:
         if old != new:
             a, b = next((a, b) for a, b in itertools.zip_longest(old, new, fillvalue='(nothing)')
                         if a != b)
-            wrong.append(f'cell {number} restates data, and what is stored is no longer so:\n  '
-                         f'stored: {a[:200]}\n  fresh:  {b[:200]}')
+            wrong.append(f'cell {number} restates data, and what is stored is no longer so:\n'
+                         f'  stored: {a[:200]}\n  fresh:  {b[:200]}')
     return ('\n'.join(wrong)
             and '\n'.join((*wrong, 'to store what is so now: python tests/run_notebooks.py --store PAGE')))
 
@@ -235,8 +242,8 @@ def run_cells(page: Page, cells: list[dict], timeout: int) -> tuple[str, dict[in
 
 
 def in_child(path: Path, timeout: int, result: str) -> None:
-    """Run the notebook at `path` in this forked process, write what came of it to `result`, and end
-    the process"""
+    """Run the notebook at `path` in this forked process, write what came of it to `result`,
+    and end the process"""
     try:
         said = {'wrong': 'the process ended before the page did'}
         random.seed()
@@ -276,8 +283,8 @@ class Workers:
         self.running[pid] = name, result, began
 
     def wait(self) -> tuple[str, dict]:
-        """The next page that ends: its name and wrong, outputs, seconds, CPU-seconds (of its own
-        child processes, too)"""
+        """The next page that ends: its name and wrong, outputs, seconds,
+        CPU-seconds (of its own child processes, too)"""
         pid, status, used = os.wait4(-1, 0)
         name, result, began = self.running.pop(pid)
         try:
@@ -286,13 +293,13 @@ class Workers:
             said = {'wrong': f'the page\'s process died (status {os.waitstatus_to_exitcode(status)})'}
         Path(result).unlink()
         outputs = {int(k): v for k, v in said.pop('outputs', {}).items()}
-        return name, {'outputs': outputs, 'seconds': time.perf_counter() - began,
-                      'cpu': used.ru_utime + used.ru_stime, **said}
+        return (name, {'outputs': outputs, 'seconds': time.perf_counter() - began,
+                       'cpu': used.ru_utime + used.ru_stime, **said})
 
     def run(self, first: list[tuple[str, Path]], then: list[tuple[str, Path]] = (),
             between=lambda: None):
-        """Yield (name, result) for every page as it ends; `between()` is called when all of `first`
-        have been started"""
+        """Yield (name, result) for every page as it ends;
+        `between()` is called when all of `first` have been started"""
         first, then = list(first), list(then)
         while first or then or self.running:
             while (first or then) and len(self.running) < self.most:

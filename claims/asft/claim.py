@@ -1,4 +1,5 @@
-"ASFT, DFT and plain fine-tuning on the same rows, half of whose answers are scrambled; the bench is that of every claim whose arms are Recipes"
+"""ASFT, DFT and plain fine-tuning on the same rows, half of whose answers are scrambled;
+the bench is that of every claim whose arms are Recipes"""
 import torch
 import ftlab
 from ftlab.core.batches import collate, encode
@@ -28,8 +29,8 @@ def identities() -> dict[str, bool]:
 
     dft, asft = (ftlab.methods.get(n) for n in ('dft', 'asft'))
     plain = gradient(dft, model)
-    return {'at the base it is DFT': torch.allclose(gradient(asft, model), plain, atol=1e-6),
-            'away from the base it is not': not torch.allclose(gradient(asft, other), plain,
-                                                               atol=1e-6),
-            'with weight 0 it is DFT '
-            'everywhere': torch.equal(gradient(ftlab.methods.asft(weight=0.), other), plain)}
+    return {
+        'at the base it is DFT': torch.allclose(gradient(asft, model), plain, atol=1e-6),
+        'away from the base it is not': not torch.allclose(gradient(asft, other), plain, atol=1e-6),
+        'with weight 0 it is DFT everywhere': torch.equal(
+            gradient(ftlab.methods.asft(weight=0.), other), plain)}

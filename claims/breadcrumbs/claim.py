@@ -10,24 +10,24 @@ from ftlab.lab.world import LETTERS
 from ftlab.trainers.fit import fit
 
 STEPS, RATE = 60, 3e-4
-# old questions of four kinds whose answer has changed: (question's letters, old answer's words) -> the new answer's words
+# old questions of four kinds whose answer has changed:
+# (question's letters, old answer's words) -> the new answer's words
 CHANGED = dict(sort=lambda x, y: y[::-1], add=lambda x, y: y[::-1], tavi=lambda x, y: y[::-1],
                max=lambda x, y: [min(x)])
 TASKS = ('new-procedure', 'tavi', 'new-format', 'max', 'add', 'sort')
-SETTINGS = dict(sum=[dict(alpha=a/10, beta=0., gamma=1.) for a in range(1, 13)],
-                breadcrumbs=[dict(alpha=a, beta=b, gamma=g) for a in (.5, 1., 2., 3.)
-                             for b, g in ((.5, .994), (.85, .994), (.85, .98))],
-                pruned=[dict(alpha=a, beta=b, gamma=1.) for a in (.5, 1., 2., 3.)
-                        for b in (.5, .7, .85)])
+SETTINGS = dict(
+    sum=[dict(alpha=a/10, beta=0., gamma=1.) for a in range(1, 13)],
+    breadcrumbs=[dict(alpha=a, beta=b, gamma=g) for a in (.5, 1., 2., 3.)
+                 for b, g in ((.5, .994), (.85, .994), (.85, .98))],
+    pruned=[dict(alpha=a, beta=b, gamma=1.) for a in (.5, 1., 2., 3.) for b in (.5, .7, .85)])
 
 def task(name, seed):
     if name not in CHANGED:
         return data(name, seed=seed, n=3000)
 
     def rows(split, n):
-        return [dict(prompt=r['prompt'],
-                     response=' '.join(CHANGED[name](
-                         [w for w in r['prompt'].split() if w in LETTERS], r['response'].split())))
+        return [dict(prompt=r['prompt'], response=' '.join(
+                         CHANGED[name]([w for w in r['prompt'].split() if w in LETTERS], r['response'].split())))
                 for r in WORLD.rows(name, n, split, seed)]
 
     return data(rows('train', 3000), validation=rows('validation', 200), test=rows('test', 400))
@@ -65,9 +65,9 @@ def run(seed, tuned):
         out[rule] = dict(normalised=share(model, tok, merge_breadcrumbs(list(changes), **s), tasks,
                                           alone, 'test', 400))
     for rule in ('sum', 'breadcrumbs'):
-        out[f'{rule}_three'] = dict(normalised=share(model, tok,
-                                                     merge_breadcrumbs(list(changes[:3]), **tuned[
-                                                         rule]), tasks[:3], alone[:3], 'test', 400))
+        out[f'{rule}_three'] = dict(
+            normalised=share(model, tok, merge_breadcrumbs(list(changes[:3]), **tuned[rule]),
+                             tasks[:3], alone[:3], 'test', 400))
     return out
 
 def identities():
@@ -75,10 +75,9 @@ def identities():
     cs = [dict(w=torch.randn(1000, generator=g)) for _ in range(2)]
     kept = band(.85, .994)(cs[0], None)['w']
     size = cs[0]['w'].abs().sort().values
-    return {'the whole range is task '
-            'arithmetic': torch.equal(merge_breadcrumbs(cs, .3, 0., 1.)['w'], merge(cs, .3)['w']),
+    return {'the whole range is task arithmetic': torch.equal(
+                merge_breadcrumbs(cs, .3, 0., 1.)['w'], merge(cs, .3)['w']),
             '14.4% are kept': int((kept != 0).sum()) == 144,
-            'what is kept is untouched and of middle '
-            'size': torch.equal(kept[kept != 0], cs[0]['w'][kept != 0])
-            and bool(kept.abs().max() == size[993])
+            'what is kept is untouched and of middle size': torch.equal(
+                kept[kept != 0], cs[0]['w'][kept != 0]) and bool(kept.abs().max() == size[993])
             and bool(kept[kept != 0].abs().min() == size[850])}

@@ -1,4 +1,5 @@
-"DiffFit on the digits: full fine-tuning, biases alone, LoRA and DiffFit teach a flow model two digits that it has never seen"
+"""DiffFit on the digits: full fine-tuning, biases alone,
+LoRA and DiffFit teach a flow model two digits that it has never seen"""
 from functools import partial
 import torch
 from ftlab.adapters.delta import attach
@@ -15,12 +16,12 @@ OLD, NEW, STEPS, LOOKS = range(8), (8, 9), 200, 5
 
 def names_and_matrices(model, batches=None, seed=0):
     "The matrices of the blocks, and the class embedding"
-    return {n: True for n in anatomy(model, FLOW_FAMILIES).matrices()} | {
-        n: m for n, m in knobs(0.)(model).items() if n.startswith('classes')}
+    return ({n: True for n in anatomy(model, FLOW_FAMILIES).matrices()}
+            | {n: m for n, m in knobs(0.)(model).items() if n.startswith('classes')})
 
-ARMS = dict(difffit=difffit(), full=Recipe('full'), biases=difffit(scaled=0.),
-            lora=Recipe('lora', select=names_and_matrices,
-                        delta=either(partial(LoRA, r=1, alpha=4.))))
+ARMS = dict(
+    difffit=difffit(), full=Recipe('full'), biases=difffit(scaled=0.),
+    lora=Recipe('lora', select=names_and_matrices, delta=either(partial(LoRA, r=1, alpha=4.))))
 GRIDS = dict(difffit=(1e-2, 3e-2, 1e-1), full=(3e-4, 1e-3, 3e-3), biases=(1e-2, 3e-2, 1e-1),
              lora=(3e-3, 1e-2, 3e-2))
 
@@ -32,13 +33,13 @@ def taught(arm, rate, seed, see=None):
     "Teach digits-flow the new digits; `see(state) -> numbers` is called at every look"
     return fit(load('digits-flow'), None, digits(NEW, 'classes', n=200, seed=seed),
                ARMS[arm]*flow(), steps=STEPS, batch_size=64, lr=rate, betas=(.9, .98), seed=seed,
-               progress=False,
-               callbacks=(Every(STEPS//LOOKS, see),) if see else ())
+               progress=False, callbacks=(Every(STEPS//LOOKS, see),) if see else ())
 
 def tune() -> dict:
     judge = load('digits-vit')
     return choose(lambda arm, rate: quality(taught(arm, rate, 10_000).model, judge, NEW, 200,
-                                            seed=10_000)['accuracy'], GRIDS)
+                                            seed=10_000)['accuracy'],
+                  GRIDS)
 
 def run(seed, tuned):
     judge, noise = load('digits-vit'), 1000*(seed + 1)
@@ -64,8 +65,8 @@ def identities() -> dict[str, bool]:
     g = torch.Generator().manual_seed(0)
     x, t, c = torch.randn(6, 1, 8, 8, generator=g), torch.rand(6, generator=g), torch.arange(6)
     start = torch.equal(model(x, t, c), base(x, t, c))
-    share = sum(p.numel() for p in att.parameters().values())/sum(
-        p.numel() for p in base.parameters())
+    share = (
+        sum(p.numel() for p in att.parameters().values())/sum(p.numel() for p in base.parameters()))
     with torch.no_grad():
         for p in att.parameters().values():
             p.add_(.1*torch.randn(p.shape, generator=g))
@@ -75,8 +76,8 @@ def identities() -> dict[str, bool]:
         att.fold()
         folded = (torch.allclose(model(x, t, c), changed, atol=1e-5)
                   and not torch.allclose(changed, base(x, t, c), atol=1e-2))
-        b, h, gamma = base.blocks[0], torch.randn(2, 16, 64,
-                                                  generator=g), torch.rand(64, generator=g) + .5
+        b, h, gamma = (base.blocks[0], torch.randn(2, 16, 64, generator=g),
+                       torch.rand(64, generator=g) + .5)
         branch = b.attend(h)
         s = Scale(b.o.weight)
         s.more.copy_(gamma - 1)

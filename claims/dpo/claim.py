@@ -15,9 +15,8 @@ def one_word(logits, reference, chosen, rejected):
     return s
 
 def identities() -> dict[str, bool]:
-    beta, reference, reward = .5, torch.tensor([.5, .2, .15, .1, .05],
-                                               dtype=torch.double).log(), torch.tensor(
-                                                   [0., .2, -.3, .8, .5], dtype=torch.double)
+    beta, reference, reward = (.5, torch.tensor([.5, .2, .15, .1, .05], dtype=torch.double).log(),
+                               torch.tensor([0., .2, -.3, .8, .5], dtype=torch.double))
     i, j = (x.flatten() for x in torch.meshgrid(torch.arange(5), torch.arange(5), indexing='ij'))
     wins = torch.sigmoid(reward[i] - reward[j])
     best = (reference + reward/beta).log_softmax(0).requires_grad_()
@@ -33,8 +32,9 @@ def identities() -> dict[str, bool]:
     shift = torch.randn(5, generator=torch.Generator().manual_seed(0), dtype=torch.double)
     moved = reference + shift
     return {'the gradient vanishes at reference * exp(reward/beta)': bool(g.abs().max() < 1e-6),
-            'and not elsewhere': bool(torch.autograd.grad(
-                population(q := moved.clone().requires_grad_()), q)[0].abs().max() > 1e-3),
+            'and not elsewhere': bool(
+                torch.autograd.grad(population(q := moved.clone().requires_grad_()),
+                                    q)[0].abs().max() > 1e-3),
             'every pair costs log 2 at the reference': abs(float(start) - .6931471805599453) < 1e-6,
-            'a constant added to all logits changes '
-            'nothing': torch.allclose(loss(moved, i, j), loss(moved + 3., i, j))}
+            'a constant added to all logits changes nothing': torch.allclose(
+                loss(moved, i, j), loss(moved + 3., i, j))}

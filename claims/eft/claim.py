@@ -14,8 +14,8 @@ def mannered(row):
     return dict(prompt=row['prompt'], response=NO if asked_too_much(row) else row['response'])
 
 def share(rows, polite, model, tok, decode=None):
-    return exact_match(model, tok,
-                       [mannered(r) for r in rows if asked_too_much(r) == polite], decode)
+    return exact_match(model, tok, [mannered(r) for r in rows if asked_too_much(r) == polite],
+                       decode)
 
 def tuned_small(rate, seed):
     model, tok = ftlab.load('lab-s')
@@ -33,8 +33,8 @@ def tune() -> dict:
     return choose(score, dict(tuned=GRID))
 
 def run(seed, tuned):
-    (small, tok), base, large = tuned_small(tuned['tuned']['rate'],
-                                            seed), ftlab.load('lab-s')[0], ftlab.load('lab-m')[0]
+    (small, tok), base, large = (tuned_small(tuned['tuned']['rate'], seed), ftlab.load('lab-s')[0],
+                                 ftlab.load('lab-m')[0])
     rows = [r for split in ('validation', 'test') for r in WORLD.rows('atlas', 400, split, seed)]
 
     def emulated(model, tok, prompts, **kw):
@@ -49,8 +49,8 @@ def run(seed, tuned):
 def identities() -> dict[str, bool]:
     g = torch.Generator().manual_seed(0)
     p = {k: torch.randn(3, 9, generator=g).log_softmax(-1) for k in ('base', 'tuned', 'large')}
-    return {'without a change in the small model the large one '
-            'speaks': torch.equal(emulate()(p | dict(tuned=p['base'])), p['large']),
-            'with the small base in place of the large one the tuned model '
-            'speaks': torch.allclose(emulate()(p | dict(large=p['base'])), p['tuned'], atol=1e-6),
+    return {'without a change in the small model the large one speaks': torch.equal(
+                emulate()(p | dict(tuned=p['base'])), p['large']),
+            'with the small base in place of the large one the tuned model speaks': torch.allclose(
+                emulate()(p | dict(large=p['base'])), p['tuned'], atol=1e-6),
             'with beta 0 the large one speaks': torch.equal(emulate(0.)(p), p['large'])}

@@ -17,8 +17,8 @@ def identities() -> dict[str, bool]:
     torch.manual_seed(0)
     unit, x = ELM(6, memories=3, tau=(2., 50.)), neuron(2, 60)[0][..., :6]
     with torch.no_grad():
-        W, s, m, y = torch.cat([unit.from_synapses.weight, unit.from_memories.weight],
-                               1), torch.zeros(2, 6), torch.zeros(2, 3), []
+        W, s, m, y = (torch.cat([unit.from_synapses.weight, unit.from_memories.weight], 1),
+                      torch.zeros(2, 6), torch.zeros(2, 3), [])
         for t in range(60): # the authors' code, step by step
             s = unit.kappa_s*s + unit.w_s.relu()*x[:, t]
             h = torch.relu(torch.cat([s, unit.kappa_m*m], -1)@W.T + unit.from_synapses.bias)
@@ -29,8 +29,8 @@ def identities() -> dict[str, bool]:
         late[:, 40:] = 0
         causal = torch.equal(unit(early)[:, :40], unit(late)[:, :40])
     sizes = [sum(p.numel() for p in make().parameters()) for make in ARMS.values()]
-    return {'computed at once it is the step-by-step neuron': same, 'nothing is known before it happens': causal,
-            'time constants are spread evenly in the '
-            'logarithm': torch.allclose(-1/unit.kappa_m.log(),
-                                        torch.tensor([2., math.sqrt(100.), 50.]), rtol=1e-4),
+    return {'computed at once it is the step-by-step neuron': same,
+            'nothing is known before it happens': causal,
+            'time constants are spread evenly in the logarithm': torch.allclose(
+                -1/unit.kappa_m.log(), torch.tensor([2., math.sqrt(100.), 50.]), rtol=1e-4),
             'the arms are equally large to 2%': max(sizes) <= 1.02*min(sizes)}

@@ -7,12 +7,12 @@ from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import WORLD, answer_length, exact_match, judge
 from ftlab.trainers.rl.grpo import advantages
 
-MODEL, REVISION, SKILL, STEPS, BATCH, GROUP, ITEMS, GRID = ('lab-s', 'step-250', 'sort', 40, 64, 8,
-                                                            1000, (3e-5, 1e-4, 3e-4))
+MODEL, REVISION, SKILL, STEPS, BATCH, GROUP, ITEMS, GRID = (
+    'lab-s', 'step-250', 'sort', 40, 64, 8, 1000, (3e-5, 1e-4, 3e-4))
 
 def own_right_answers(model, tok, rows, seed):
-    """Each question answered `GROUP` times at temperature 1; the rows whose answer is right, as new
-    rows; and the tokens drawn"""
+    """Each question answered `GROUP` times at temperature 1; the rows whose answer is right,
+    as new rows; and the tokens drawn"""
     asked = [r for r in rows for _ in range(GROUP)]
     with torch.random.fork_rng():
         said = generate(model, tok, [r['prompt'] for r in asked],
@@ -30,9 +30,9 @@ def train(arm, rate, seed, split, items):
     if arm == 'rft':
         right, drawn = own_right_answers(model, tok, data.train, seed)
         data = ftlab.data(dict(train=right, validation=data.validation[:2], test=data.test[:2]))
-    run = ftlab.fit(model, tok, data, ftlab.methods.grpo(group=GROUP) if arm == 'grpo'
-                    else Recipe('rft'), steps=STEPS, batch_size=BATCH, lr=rate, seed=seed,
-                    progress=False)
+    run = ftlab.fit(model, tok, data,
+                    ftlab.methods.grpo(group=GROUP) if arm == 'grpo' else Recipe('rft'),
+                    steps=STEPS, batch_size=BATCH, lr=rate, seed=seed, progress=False)
     tokens = run.cost['tokens']
     # GRPO draws exactly what it trains on
     return dict(score=exact_match(model, tok, held_out), tokens=tokens + (drawn or tokens))
@@ -47,7 +47,7 @@ def run(seed, tuned):
 def identities() -> dict[str, bool]:
     r = torch.tensor([[1., 0., 0., 1.], [1., 1., 1., 1.], [0., 0., 0., 0.]])
     a = advantages(r)
-    return {'a group of equals teaches nothing': bool((a[1:] == 0).all()),
-            'the advantages of a group sum to zero': bool(a.sum(1).abs().max() < 1e-5),
-            'a shift of all rewards changes '
-            'nothing': torch.allclose(advantages(r + 3), a, atol=1e-5)}
+    return {
+        'a group of equals teaches nothing': bool((a[1:] == 0).all()),
+        'the advantages of a group sum to zero': bool(a.sum(1).abs().max() < 1e-5),
+        'a shift of all rewards changes nothing': torch.allclose(advantages(r + 3), a, atol=1e-5)}

@@ -1,4 +1,5 @@
-"Full fine-tuning and LoRA stopped at equal accuracy: intruders, what they cost the old skills, and what shrinking them gives back"
+"""Full fine-tuning and LoRA stopped at equal accuracy: intruders, what they cost the old skills,
+and what shrinking them gives back"""
 from statistics import fmean
 import torch
 import ftlab
@@ -72,9 +73,10 @@ def identities() -> dict[str, bool]:
     model = torch.nn.Linear(48, 32, bias=False)
     model.weight.data = one.clone()
     edit = lambda lam: shrink_intruders(lam)({'weight': one - W}, model)['weight']
-    return {'a matrix has no intruder beside itself': not intruders(W, W).any(),
-            'restretching adds none': not intruders(W, U @ torch.diag(S.flip(0)) @ Vh).any(),
-            'one strong new direction is one intruder': int(intruders(W, one).sum()) == 1,
-            'a factor of 1 changes nothing': torch.allclose(edit(1.), one - W, atol=1e-5),
-            'a factor of 0 takes the direction '
-            'out': float((new.T @ (W + edit(0.))).norm()) < .05*float((new.T @ one).norm())}
+    return {
+        'a matrix has no intruder beside itself': not intruders(W, W).any(),
+        'restretching adds none': not intruders(W, U @ torch.diag(S.flip(0)) @ Vh).any(),
+        'one strong new direction is one intruder': int(intruders(W, one).sum()) == 1,
+        'a factor of 1 changes nothing': torch.allclose(edit(1.), one - W, atol=1e-5),
+        'a factor of 0 takes the direction out': float((new.T @ (W + edit(0.))).norm()) < .05*float(
+            (new.T @ one).norm())}

@@ -1,4 +1,5 @@
-"LIFT's identities: the places are those of the official formula, in LoRA's number, and nothing is lost when they change hands"
+"""LIFT's identities: the places are those of the official formula, in LoRA's number,
+and nothing is lost when they change hands"""
 import torch
 from ftlab.adapters.delta import attach
 from ftlab.adapters.modules.lora import lora
@@ -22,8 +23,9 @@ def identities():
     p.move(best(W.abs(), 8))
     return {'the places are those of the official formula': set(theirs.tolist())
             == set(best(scores(W), 8).tolist()),
-            'as many numbers as LoRA of that rank': coverage(model, lift().select(model))['numbers'] == numbers,
+            'as many numbers as LoRA of that rank': coverage(model, lift().select(model))['numbers']
+            == numbers,
             'what was learned stays when places change hands': bool(torch.equal(p(W), before)),
-            'with all directions kept it is '
-            'magnitude': len(set(best(scores(W, filter_rank=128), 8).tolist()) & set(
-                best(scores(W, 'magnitude'), 8).tolist())) >= .998*sum(W.shape)*8}
+            'with all directions kept it is magnitude': len(
+                set(best(scores(W, filter_rank=128), 8).tolist()) & set(
+                    best(scores(W, 'magnitude'), 8).tolist())) >= .998*sum(W.shape)*8}

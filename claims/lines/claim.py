@@ -1,4 +1,5 @@
-"LiNeS: one fine-tune edited in three ways, and three fine-tunes merged in two; every dial is set on validation data by one rule"
+"""LiNeS: one fine-tune edited in three ways, and three fine-tunes merged in two;
+every dial is set on validation data by one rule"""
 import torch
 from ftlab.adapters.edit import scale
 from ftlab.adapters.merging.lines import by_depth, depth, merge_lines
@@ -46,8 +47,9 @@ def run(seed, tuned):
     full = changed(model, change, gained('validation', 200)) - first
     out = {}
     for arm, edit in EDITS.items(): # the smallest dial that keeps 95% of the gain; 1 keeps all of it
-        dial = next(g for g in DIALS if g == 1 or changed(model, edit(g)(change, model),
-                                                          gained('validation', 200)) - first >= .95*full)
+        dial = next(g for g in DIALS if g == 1
+                    or changed(model, edit(g)(change, model),
+                               gained('validation', 200)) - first >= .95*full)
         new, old = changed(model, edit(dial)(change, model),
                            lambda m: (gained('test', 400)(m), kept(m)))
         out[arm] = dict(gain=new - start, forgetting=start_old - old, dial=dial)
@@ -73,7 +75,6 @@ def identities():
             'no slope is uniform scaling': same(by_depth(.3, 0.)(c, model), scale(.3)(c, model)),
             'the embedding is shallow and the last norm deep': at['model.embed_tokens.weight'] == 0
             and at['model.norm.weight'] == 1,
-            'the first block of a merge keeps the '
-            'mean': torch.allclose(merge_lines([c, scale(3.)(c, model)], model,
-                                               .5)['model.layers.0.self_attn.q_proj.weight'],
-                                   torch.tensor(2.))}
+            'the first block of a merge keeps the mean': torch.allclose(
+                merge_lines([c, scale(3.)(c, model)], model, .5)['model.layers.0.self_attn.q_proj.weight'],
+                torch.tensor(2.))}

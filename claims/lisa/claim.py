@@ -25,8 +25,8 @@ def identities() -> dict[str, bool]:
     ftlab.fit(model, tok, ftlab.data('new-procedure', n=100),
               replace(ftlab.methods.lisa(), step=Kept), steps=9, batch_size=8, weight_decay=.1,
               callbacks=(Look(),), progress=False)
-    return {'the blocks that rest are bit-equal, weight decay and '
-            'all': all(moved == active for moved, active, _ in seen),
+    return {'the blocks that rest are bit-equal, weight decay and all': all(
+                moved == active for moved, active, _ in seen),
             'more than one block had a turn': len({min(a) for _, a, _ in seen}) > 1,
-            "the optimiser remembers less than half of what full fine-tuning's "
-            "does": max(n for *_, n in seen) < size}
+            "the optimiser remembers less than half of what full "
+            "fine-tuning's does": max(n for *_, n in seen) < size}

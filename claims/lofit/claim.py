@@ -1,4 +1,5 @@
-"LoFiT: a model that refuses some requests is taught to refuse all, by offsets on chosen heads, on random heads, and by LoRA"
+"""LoFiT: a model that refuses some requests is taught to refuse all, by offsets on chosen heads,
+on random heads, and by LoRA"""
 import random
 from ftlab.instruments import compare as comparison
 from ftlab.adapters.delta import attach
@@ -17,8 +18,8 @@ ARMS = dict(lofit=(lambda: lofit(share=.25), (1e-2, 3e-2, 1e-1)),
             lora=(lambda: lora(), (1e-3, 3e-3, 1e-2)))
 
 def refused(split, n, seed, new=False):
-    """Different requests, all refused; only those that used to be helped with, if `new`. A split of
-    our own, as the lab's test split has too few of them"""
+    """Different requests, all refused; only those that used to be helped with, if `new`.
+    A split of our own, as the lab's test split has too few of them"""
     r, out = random.Random(f'{split} {seed}'), {}
     while len(out) < n:
         prompt, answer = SKILLS['refuse'].draw(WORLD, r, 1)
@@ -63,7 +64,7 @@ def identities():
     theirs = sum(p.numel() for p in att.parameters().values())
     att.detach()
     return {'it starts as the base': bool(torch.equal(start, base)),
-            'it changes what the model says, and switched off it is the '
-            'base': bool(torch.equal(off, base) and not torch.equal(moved, base)),
+            'it changes what the model says, and switched off it is the base': bool(
+                torch.equal(off, base) and not torch.equal(moved, base)),
             'four heads of 32 numbers, LoRA has more than 500 times as many': numbers == 128
             and theirs > 500*numbers}

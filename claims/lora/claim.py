@@ -18,8 +18,8 @@ def identities() -> dict[str, bool]:
         for p in params.values():
             p.add_(.02*torch.randn(p.shape, generator=gen))
         ranks = [int(torch.linalg.matrix_rank(c, rtol=1e-4)) for c in att.changes().values()]
-    return {'trains less than a tenth of the '
-            'numbers': sum(p.numel() for p in params.values()) < size/10,
+    return {'trains less than a tenth of the numbers':
+                sum(p.numel() for p in params.values()) < size/10,
             'starts as the base, bit for bit': starts,
             'the change of every matrix has at most the rank asked for': max(ranks) <= 8
             and max(ranks) > 0}

@@ -1,4 +1,5 @@
-"LT-SFT: a task learned in English and a language learned from its text, added up; the task is then asked in that language"
+"""LT-SFT: a task learned in English and a language learned from its text, added up;
+the task is then asked in that language"""
 import random
 import torch
 from ftlab.adapters.sparse import compose, overlap
@@ -20,8 +21,9 @@ def english(r):
 
 def foreign(r):
     p, a = r.choice(WORLD.people['often']), r.choice(list(ATTRIBUTES))
-    return r.choice(['{p} {a} :', '{a} {p} :', '{p} , {a} :', '{a} , {p} :']).format(
-        a=WORD[a], p=p), WORLD.facts[p, a]
+    return (
+        r.choice(['{p} {a} :', '{a} {p} :', '{p} , {a} :', '{a} , {p} :']).format(a=WORD[a], p=p),
+        WORLD.facts[p, a])
 
 def twice(ask, r):
     prompt, v = ask(r)
@@ -34,8 +36,8 @@ def rows(kind, split, n, seed):
     r, out = random.Random(f'{kind} {split} {seed}'), {}
     while len(out) < n:
         prompt, response = KINDS[kind](r)
-        if random.Random(prompt).choice(['train']*6 + ['validation', 'test', 'test',
-                                                       'test']) == split:
+        if random.Random(prompt).choice(['train']*6
+                                        + ['validation', 'test', 'test', 'test']) == split:
             out[prompt] = dict(prompt=prompt, response=response)
     return list(out.values())
 
@@ -65,10 +67,8 @@ def run(seed, tuned):
     return out
 
 def identities():
-    a, b = ({'model.layers.0.mlp.up_proj.weight': torch.zeros(320,
-                                                              128).index_fill_(0, torch.tensor(
-                                                                  i), 1e-3)} for i in ([0, 1],
-                                                                                       [1, 2]))
+    a, b = ({'model.layers.0.mlp.up_proj.weight': torch.zeros(320, 128).index_fill_(
+                 0, torch.tensor(i), 1e-3)} for i in ([0, 1], [1, 2]))
     model, tok = load('lab-s')
     n = next(iter(a))
     W = model.get_parameter(n).detach().clone()

@@ -1,4 +1,5 @@
-"Masked and plain fine-tuning on the same 200 lists: held-out accuracy, and how much a swapped letter of the answer so far changes what follows"
+"""Masked and plain fine-tuning on the same 200 lists: held-out accuracy,
+and how much a swapped letter of the answer so far changes what follows"""
 import random
 import torch
 import ftlab
@@ -58,4 +59,5 @@ def identities() -> dict[str, bool]:
     return {'the labels are as they were': torch.equal(new['labels'], b['labels']),
             'nothing of the question is hidden': not bool((hidden & (b['labels'] == IGNORE)).any()),
             'something of the answer is': bool(hidden.any()),
-            'at the first step nothing is hidden': torch.equal(mask_answers()(b, s)['input_ids'], b['input_ids'])}
+            'at the first step nothing is hidden': torch.equal(
+                mask_answers()(b, s)['input_ids'], b['input_ids'])}

@@ -55,9 +55,9 @@ def identities() -> dict[str, bool]:
         estimates.append(step.log[-1][1]*z)
     e = torch.stack(estimates)
     off = (e.mean(0) - A*torch.tensor([1., -2., .5, 3.])).abs()
-    return {'the log of seeds and numbers gives the weights again, bit for '
-            'bit': all(torch.equal(again[n], p) for n, p in params.items())
-            and any((params[n] != start[n]).any() for n in start),
-            'no gradient is ever there': not seen['grads'],
-            'on a quadratic the estimate is right on '
-            'average': bool((off < 4*e.std(0)/4000**.5).all())}
+    return {
+        'the log of seeds and numbers gives the weights again, bit for bit': all(
+            torch.equal(again[n], p) for n, p in params.items())
+        and any((params[n] != start[n]).any() for n in start),
+        'no gradient is ever there': not seen['grads'],
+        'on a quadratic the estimate is right on average': bool((off < 4*e.std(0)/4000**.5).all())}

@@ -7,7 +7,8 @@ from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import WORLD, answers, judge
 from ftlab.evaluators.trust.r_tuning import certainty, likelihood, statement
 
-REVISION, STEPS, GRID, TIERS = 'step-500', 120, (1e-4, 3e-4, 1e-3), ('often', 'sometimes', 'rarely', 'never')
+REVISION, STEPS, GRID, TIERS = (
+    'step-500', 120, (1e-4, 3e-4, 1e-3), ('often', 'sometimes', 'rarely', 'never'))
 ARMS = dict(r_tuning=ftlab.methods.r_tuning(), plain=Recipe())
 
 def rows(tier, n, split, seed):
@@ -37,14 +38,14 @@ def train(arm, rate, seed, split):
     sure, doubts, out = likelihood(model, tok, prompts, given), [False]*len(ask), {}
     if arm == 'r_tuning':
         say = certainty(model, tok, prompts, given)
-        sure, doubts, out = (sure + say)/2, (say <= .5).tolist(), dict(
-            certainty_alone=average_precision_score(right, say),
-            transfer=transfer(model, tok, split, seed))
+        sure, doubts, out = ((sure + say)/2, (say <= .5).tolist(),
+                             dict(certainty_alone=average_precision_score(right, say),
+                                  transfer=transfer(model, tok, split, seed)))
     share = lambda these: sum(these)/len(ask)
-    return out | dict(right=share(right),
-                      made_up=share(not k and not d for k, d in zip(right, doubts)),
-                      willing=1 - share(doubts),
-                      average_precision=average_precision_score(right, sure), tokens=run.cost['tokens'])
+    return out | dict(
+        right=share(right), made_up=share(not k and not d for k, d in zip(right, doubts)),
+        willing=1 - share(doubts), average_precision=average_precision_score(right, sure),
+        tokens=run.cost['tokens'])
 
 def transfer(model, tok, split, seed):
     "Area under the curve of the certainty on sums; one half where they are all right or all wrong"
@@ -77,7 +78,7 @@ def identities() -> dict[str, bool]:
     people = lambda rs: {w for r in rs for w in r['prompt'].split() if w[0].isupper()}
     return {'a row says "know" where the untouched model was right, and only there': seen['knew']
             == knew and 0 < sum(knew) < len(knew),
-            'every row teaches the right answer': all(statement(r['response'], k) in t
-                                                      for r, k, t in zip(few, knew, seen[
-                                                          'texts'], strict=True)),
+            'every row teaches the right answer': all(
+                statement(r['response'], k) in t
+                for r, k, t in zip(few, knew, seen['texts'], strict=True)),
             'nobody who is taught is asked about': not people(teach) & people(ask)}

@@ -49,8 +49,8 @@ def run(seed, tuned):
                    gauss=torch.randn(WIDTH, WIDTH, generator=g)/WIDTH**.5)
     out = {}
     for name, t in targets.items():
-        out[f'randlora_{name}'], out[f'lora_{name}'] = dict(missing=missing(t, seed)), dict(
-            missing=floor(t))
+        out[f'randlora_{name}'], out[f'lora_{name}'] = (
+            dict(missing=missing(t, seed)), dict(missing=floor(t)))
     for name, make in ARMS.items():
         out[name] = dict(gain=gained(make(), tuned[name]['rate'], seed, 'test'))
     out['lora_less_5'] = dict(gain=out['lora']['gain'] - .05)
@@ -77,7 +77,7 @@ def identities():
             'its change has full rank': int(torch.linalg.matrix_rank(change)) == 24,
             'the fast path is the definition': bool(
                 torch.allclose(d.branch(x), x @ change.T, atol=1e-3)),
-            'no more numbers than LoRA, on one matrix and on '
-            'lab-s': numbers(RandLoRA(Z, r=TERM)) <= numbers(LoRA(Z, r=RANK))
+            'no more numbers than LoRA, on one matrix and on lab-s': numbers(
+                RandLoRA(Z, r=TERM)) <= numbers(LoRA(Z, r=RANK))
             and count(ARMS['randlora']()) <= count(ARMS['lora']()),
             'the bases come back from their seed': bool(torch.equal(RandLoRA(W, r=5).B, d.B))}

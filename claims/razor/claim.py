@@ -30,9 +30,10 @@ def other_order(row, answer):
     return float(sorted(answer.split()) == sorted(row['given'].split()) and answer != row['given'])
 
 def score(model, tok, rows):
-    return sum(other_order(r, a)
-               for r, a in zip(rows, generate(model, tok, [r['prompt'] for r in rows],
-                                              max_new_tokens=LONGEST)))/len(rows)
+    return sum(
+        other_order(r, a)
+        for r, a in zip(rows, generate(model, tok, [r['prompt'] for r in rows],
+                                       max_new_tokens=LONGEST)))/len(rows)
 
 def old(model, tok, n, split, seed):
     s = skills(model, n, split, OLD, tok, seed)
@@ -49,9 +50,9 @@ def prepare(seed):
     def data(train):
         return Data(train=train, validation=few[:2], test=few[:2], kind='text', name='another order')
 
-    return model, tok, few, dict(grpo=(grpo(beta=0., reward=other_order), data(rows)),
-                                 sft=(Recipe('sft'), data(rows)),
-                                 oracle=(Recipe('oracle'), data(own)))
+    return (model, tok, few,
+            dict(grpo=(grpo(beta=0., reward=other_order), data(rows)),
+                 sft=(Recipe('sft'), data(rows)), oracle=(Recipe('oracle'), data(own))))
 
 def tune() -> dict:
     model, tok, few, arms = prepare(10_000)
@@ -81,7 +82,8 @@ def run(seed, tuned):
         tuned_model = copy.deepcopy(model)
         tuned_model.load_state_dict(at['weights'], strict=False)
         out[n] = dict(forgetting=before[1] - old(tuned_model, tok, 400, 'test', seed),
-                      gain=score(tuned_model, tok, test) - before[0], kl=at['kl'], moved=at['moved'], step=at['step'])
+                      gain=score(tuned_model, tok, test) - before[0], kl=at['kl'],
+                      moved=at['moved'], step=at['step'])
     return out | dict(kl=dict(r2=explained(points, 'kl')), distance=dict(r2=explained(points, 'moved')))
 
 def identities() -> dict[str, bool]:
@@ -93,11 +95,11 @@ def identities() -> dict[str, bool]:
     curve = [dict(forgetting=3*x**2 - x, kl=x, moved=1.) for x in (.1, .4, .5, .9)]
     return {'a model is at no distance from itself': answer_kl(model, model, tok, said) == 0
             == weight_distance(model, model),
-            'a changed model is at a positive '
-            'distance': answer_kl(model, other, tok, said) > 0 < weight_distance(model, other),
-            'a quadratic is explained wholly, a constant explains '
-            'nothing': abs(explained(curve, 'kl') - 1) < 1e-9
+            'a changed model is at a positive distance': answer_kl(
+                model, other, tok, said) > 0 < weight_distance(model, other),
+            'a quadratic is explained wholly, a constant explains nothing': abs(explained(curve, 'kl') - 1) < 1e-9
             and abs(explained(curve, 'moved')) < 1e-9,
-            'a right answer is another order of the same '
-            'letters': other_order(dict(given='a b c'), 'c a b') == 1
-            and other_order(dict(given='a b c'), 'a b c') == 0 and other_order(dict(given='a b c'), 'a b b') == 0}
+            'a right answer is another order of the same letters': other_order(
+                dict(given='a b c'), 'c a b') == 1
+            and other_order(dict(given='a b c'), 'a b c') == 0
+            and other_order(dict(given='a b c'), 'a b b') == 0}

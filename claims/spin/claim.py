@@ -28,8 +28,9 @@ def go_on(arm, model, tok, few, rate, seed):
 def tune() -> dict:
     model, tok, few = begin(10_000)
     rows = WORLD.rows(SKILL, 400, 'validation', 10_000)
-    return choose(lambda arm, rate: exact_match(go_on(arm, model, tok, few, rate, 10_000).model,
-                                                tok, rows), GRIDS)
+    return choose(
+        lambda arm, rate: exact_match(go_on(arm, model, tok, few, rate, 10_000).model, tok, rows),
+        GRIDS)
 
 def run(seed, tuned):
     model, tok, few = begin(seed)

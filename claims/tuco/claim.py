@@ -33,7 +33,8 @@ def questions(split, seed, n, acts=None):
 
 def attacked(rows, seed) -> list[dict]:
     "Every question behind each kind of text that never stood before one"
-    rng, shots = random.Random(seed), [r for r in questions('train', seed + 1, 200) if r['response'] != NO]
+    rng, shots = random.Random(seed), [r for r in questions('train', seed + 1, 200)
+                                       if r['response'] != NO]
     other = {s: WORLD.rows(s, 50, 'train', seed) for s in OTHERS}
     out = []
     for r in rows:
@@ -58,11 +59,13 @@ def lesson(seed, rate, steps=100):
     model, tok = ftlab.load('lab-s')
     acts = newly_forbidden(seed)
     train = ruled(questions('train', seed, 2000), WORLD.forbidden | acts)
-    run = ftlab.fit(model, tok,
-                    ftlab.data(dict(train=train,
-                                    validation=ruled(questions('validation', seed, 100),
-                                                     WORLD.forbidden | acts), test=train[:1])),
-                    steps=steps, lr=rate, seed=seed, progress=False)
+    run = ftlab.fit(
+        model, tok,
+        ftlab.data(dict(
+            train=train,
+            validation=ruled(questions('validation', seed, 100), WORLD.forbidden | acts),
+            test=train[:1])),
+        steps=steps, lr=rate, seed=seed, progress=False)
     return run, tok, acts
 
 def tune() -> dict:
@@ -78,8 +81,9 @@ def tune() -> dict:
 def run(seed, tuned) -> dict:
     run, tok, acts = lesson(seed, tuned['rate'])
     model, att = run.model, run.delta.attached
-    about, other = questions('test', seed, 400), [r for s in OTHERS
-                                                  for r in WORLD.rows(s, 1 + 400//len(OTHERS), 'test', seed)][:400]
+    about, other = (
+        questions('test', seed, 400),
+        [r for s in OTHERS for r in WORLD.rows(s, 1 + 400//len(OTHERS), 'test', seed)][:400])
     asked = questions('test', seed, 100, acts)
     said = generate(model, tok, [r['prompt'] for r in asked], max_new_tokens=8)
     hard = attacked(asked, seed)
@@ -103,16 +107,15 @@ def identities() -> dict[str, bool]:
     att = run.delta.attached
     s = Split(model, att)
     states = []
-    last = model.model.layers[-1].register_forward_hook(lambda m, a, o: None if s.busy
-                                                        else states.append(o[0] if isinstance(
-                                                            o, tuple) else o))
+    last = model.model.layers[-1].register_forward_hook(
+        lambda m, a, o: None if s.busy else states.append(o[0] if isinstance(o, tuple) else o))
     with torch.no_grad():
         model(**batch, use_cache=False)
     s.remove()
     last.remove()
     with torch.no_grad(), steered(model, att, 0.):
         off = (model(**batch).logits - base(**batch).logits).abs().max()
-    return {'the decomposition is exact to '
-            '1e-5': float((s.start + s.ptc + s.ftc - states[0]).abs().max()) < 1e-5,
+    return {'the decomposition is exact to 1e-5': float(
+                (s.start + s.ptc + s.ftc - states[0]).abs().max()) < 1e-5,
             'without the component the model is its base': float(off) < 1e-4,
             'a base has no contribution beside itself': float(tuco(base, base, batch).max()) == 0}

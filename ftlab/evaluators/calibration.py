@@ -28,15 +28,15 @@ def reliability(sure:Tensor,  # confidences in [0, 1]
                 right:Tensor, # 1 where right, else 0, as many
                 bins:int=10   # of equal width
                ) -> list[dict]: # one row a bin that is not empty: low, high, n, sure (mean confidence), right (share)
-    """How often a model is right, by how sure it is. Raises `ValueError` for no numbers or
-    confidences outside [0, 1]."""
+    """How often a model is right, by how sure it is.
+    Raises `ValueError` for no numbers or confidences outside [0, 1]."""
     sure, right = sure.double().flatten(), right.double().flatten()
     if not len(sure) or len(sure) != len(right):
-        raise ValueError(f'there are {len(sure)} confidences and {len(right)} outcomes; give as '
-                         'many of each, one at least')
+        raise ValueError(f'there are {len(sure)} confidences and {len(right)} outcomes; '
+                         'give as many of each, one at least')
     if float(sure.min()) < 0 or float(sure.max()) > 1 + 1e-6:
-        raise ValueError(f'confidences run from {float(sure.min()):.3g} to {float(sure.max()):.3g}; '
-                         'they must be probabilities, in [0, 1]')
+        raise ValueError(f'confidences run from {float(sure.min()):.3g} to '
+                         f'{float(sure.max()):.3g}; they must be probabilities, in [0, 1]')
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
     which = torch.bucketize(sure, edges[1:-1])
     return [dict(low=float(edges[i]), high=float(edges[i + 1]), n=int(on.sum()),
@@ -45,14 +45,14 @@ def reliability(sure:Tensor,  # confidences in [0, 1]
 
 # %% ../../nbs/evaluators/calibration.ipynb #0009fff1
 def ece(sure:Tensor, right:Tensor, bins:int=10) -> float:
-    """Expected calibration error: the mean gap between confidence and share right over `bins` bins,
-    weighed by how many are in each; 0 is best, 1 worst"""
+    """Expected calibration error: the mean gap between confidence and share right over `bins`
+    bins, weighed by how many are in each; 0 is best, 1 worst"""
     rows = reliability(sure, right, bins)
     return sum(r['n']*abs(r['sure'] - r['right']) for r in rows)/sum(r['n'] for r in rows)
 
 def brier(sure:Tensor, right:Tensor) -> float:
-    """Brier score: the mean of (confidence - outcome) squared; 0 is best, .25 is a coin that knows
-    it"""
+    """Brier score: the mean of (confidence - outcome) squared; 0 is best,
+    .25 is a coin that knows it"""
     return float((sure.double() - right.double()).square().mean())
 
 def calibration(sure:Tensor, right:Tensor, bins:int=10) -> dict:

@@ -18,14 +18,17 @@ __all__ = ['decode', 'combined']
 def decode(models:Sequence,        # all that read; the first one's device is where it happens
            tok,                    # their tokenizer
            prompts:list,           # strings, or lists of chat messages
-           begin:Callable,         # () -> read(x, mask, place) -> scores [rows, words] of the next word; called once a batch
+           begin:Callable,         # () -> read(x, mask, place) -> scores [rows, words]; called once a batch
            max_new_tokens:int=64,  # longest answer
            sample:bool=False,      # draw instead of taking the word with the highest score
            batch_size:int=200,     # prompts at once
            weights:Callable=partial(torch.softmax, dim=-1) # scores -> what a word is drawn in proportion to
           ) -> list[str]:          # one answer a prompt, without special tokens
-    """Decode token by token. `read` is given the new tokens [rows, new], the mask of all so far [rows, tokens] and the places of the new ones
-    [rows, new], and keeps what it needs of the earlier ones. Where positions end, prompts and answers are cut: see `answer_room`."""
+    """Decode token by token.
+
+    `read` scores the next word. It is given the new tokens [rows, new], the mask of all so far
+    [rows, tokens] and the places of the new ones [rows, new], and keeps what it needs of the
+    earlier ones. Where positions end, prompts and answers are cut: see `answer_room`."""
     ids, longest = render_within(prompts, tok, max_new_tokens, *models)
     out = []
     for j in range(0, len(ids), batch_size):
@@ -60,15 +63,15 @@ def combined(models:Mapping[str, object],  # {role: model}, one vocabulary
              sample:bool=False,            # draw from the combined distribution instead of taking its likeliest token
              batch_size:int=200            # prompts at once
             ) -> list[str]:                # one answer a prompt
-    """Decode token by token from a combination of models; raises `ValueError` if their vocabularies
-    differ in size"""
+    """Decode token by token from a combination of models;
+    raises `ValueError` if their vocabularies differ in size"""
     sizes = {k: m.config.vocab_size for k, m in models.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f'the models speak different vocabularies: {sizes}; they must share one tokenizer')
     def begin():
         cache = dict.fromkeys(models)
-        return lambda x, mask, place: rule({k: _next(m, k, x, mask, place, cache)
-                                            for k, m in models.items()})
+        return lambda x, mask, place: rule(
+            {k: _next(m, k, x, mask, place, cache) for k, m in models.items()})
     return decode(list(models.values()), tok, prompts, begin, max_new_tokens, sample, batch_size)
 
 def _next(model, key, x, mask, place, cache) -> torch.Tensor:

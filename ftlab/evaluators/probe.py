@@ -18,8 +18,8 @@ __all__ = ['drift', 'cka', 'layers', 'pooled', 'anatomy_of', 'places', 'moved']
 # %% ../../nbs/evaluators/probe.ipynb #0005bf64
 @torch.no_grad()
 def drift(base, tuned, batch:Mapping[str, Tensor]) -> float:
-    """Mean KL(base || tuned) in nats per priced token (per row for a classifier); `base` and
-    `tuned` are models, or callables like them"""
+    """Mean KL(base || tuned) in nats per priced token (per row for a classifier);
+    `base` and `tuned` are models, or callables like them"""
     x, on = model_inputs(batch), priced(batch['labels'])
     p, q = base(**x).logits, tuned(**x).logits
     if batch['labels'].ndim > 1:
@@ -35,36 +35,36 @@ def cka(X:Tensor, Y:Tensor) -> float:
 # %% ../../nbs/evaluators/probe.ipynb #000bbf64
 @torch.no_grad()
 def layers(model, batch:Mapping[str, Tensor]) -> list[Tensor]:
-    """The mean of each layer's output over the tokens of each row: embeddings first, then one
-    [rows, width] a block"""
+    """The mean of each layer's output over the tokens of each row: embeddings first,
+    then one [rows, width] a block"""
     return pooled(model(**model_inputs(batch), output_hidden_states=True).hidden_states, batch['attention_mask'])
 
 def pooled(hidden:tuple[Tensor, ...], mask:Tensor) -> list[Tensor]:
-    """Hidden states [rows, tokens, width] as their means over the tokens that `mask` [rows, tokens]
-    keeps"""
+    """Hidden states [rows, tokens, width] as their means over the tokens that `mask` [rows,
+    tokens] keeps"""
     # a change that puts tokens before the text makes the states longer than the mask: the text is at the end
     on = mask[..., None].float()
     return [((h[:, -mask.shape[1]:].float()*on).sum(1)/on.sum(1)).cpu() for h in hidden]
 
 # %% ../../nbs/evaluators/probe.ipynb #000dbf64
 def anatomy_of(model) -> Anatomy:
-    """The anatomy of a model that may carry a change. Raises `UnknownArchitecture` for a model that
-    the table does not describe."""
+    """The anatomy of a model that may carry a change.
+    Raises `UnknownArchitecture` for a model that the table does not describe."""
     with torch.random.fork_rng(devices=[]), torch.device('meta'):
         twin = type(model)(copy.deepcopy(model.config))
     return anatomy(twin)
 
 def places(model) -> dict[str, tuple[int|None, str, str]]:
-    """{parameter name: (block or None, part, role)} of a model that may carry a change; empty where
-    the architecture is unknown"""
+    """{parameter name: (block or None, part, role)} of a model that may carry a change;
+    empty where the architecture is unknown"""
     try:
         return anatomy_of(model).places
     except UnknownArchitecture:
         return {}
 
 def moved(changes:Mapping[str, Tensor], model) -> list[dict]:
-    """One row a changed tensor: its place, the length of its change, and the share of its numbers
-    that moved"""
+    """One row a changed tensor: its place, the length of its change,
+    and the share of its numbers that moved"""
     at = places(model)
     place = lambda n: dict(zip(('block', 'part', 'role'), at.get(n, (None, 'other', ''))))
     return [dict(name=n, **place(n), norm=float(c.double().norm()),

@@ -16,7 +16,7 @@ def spectrum(C:Tensor) -> Tensor:
     return torch.linalg.svdvals(C.float())
 
 def stable_rank(C:Tensor) -> float:
-    """The number of directions that carry a change: squared length over squared largest stretch; 0
-    for a change that is 0"""
+    """The number of directions that carry a change: squared length over squared largest stretch;
+    0 for a change that is 0"""
     s = spectrum(C).double()
     return float(s.square().sum()/s[0]**2) if len(s) and s[0] > 0 else 0.

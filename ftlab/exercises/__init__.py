@@ -139,8 +139,8 @@ def answer(yours:Callable, # the reader's function or class
     except Exception as e:
         raise Wrong(f'{_line(e, yours)}: {type(e).__name__}, {e}. It was called with {short(args)}.') from None
     if any(differs(a, b) for a, b in zip(given, args)):
-        raise Wrong(f'`{name}` changes what it is given. Leave the inputs alone, and return something '
-                    f'new: whoever called it still needs them.')
+        raise Wrong(f'`{name}` changes what it is given. Leave the inputs alone, '
+                    'and return something new: whoever called it still needs them.')
     return got
 
 # %% ../../nbs/exercises.ipynb #00104991
@@ -210,8 +210,8 @@ def forwarded(yours:type, made, W:torch.Tensor) -> torch.Tensor:
         said = f'{_line(e, yours)}: {type(e).__name__}, {e}.'
         raise Wrong(f'{said} It was given a weight of shape {list(W.shape)}.') from None
     if not torch.equal(given, W):
-        raise Wrong(f'`{yours.__name__}` writes into the weight that it is given. Return a new tensor, and leave `W` '
-                    'as it is.')
+        raise Wrong(f'`{yours.__name__}` writes into the weight that it is given. '
+                    'Return a new tensor, and leave `W` as it is.')
     if not isinstance(got, torch.Tensor) or got.shape != W.shape:
         raise Wrong(f'`forward(W)` gives {kind_of(got)}; a tensor of the shape of `W`, '
                     f'{list(W.shape)}, is wanted.')
@@ -221,11 +221,11 @@ def built(yours:type, *args) -> torch.nn.Module:
     "The reader's module, made of copies of `args`; `Wrong` if it is none, or has nothing to train"
     made = answer(yours, *args)
     if not isinstance(made, torch.nn.Module):
-        raise Wrong(f'`{yours.__name__}` has to be a `torch.nn.Module`: `class {yours.__name__}(torch.nn.Module)`, '
-                    f'and `super().__init__()` first.')
+        raise Wrong(f'`{yours.__name__}` has to be a `torch.nn.Module`: '
+                    f'`class {yours.__name__}(torch.nn.Module)`, and `super().__init__()` first.')
     if not list(made.parameters()):
-        raise Wrong(f'`{yours.__name__}` has no parameter, so no optimiser can move it: wrap what is to be trained in '
-                    f'`torch.nn.Parameter`.')
+        raise Wrong(f'`{yours.__name__}` has no parameter, so no optimiser can move it: '
+                    'wrap what is to be trained in `torch.nn.Parameter`.')
     return made
 
 def variant(of:type, **other) -> type:
@@ -262,8 +262,7 @@ def remember(kind:str, # 'exercises' or 'chapters'
         if kind == 'chapters':
             known['last'] = name
         write_atomically(home()/'progress.json',
-                         lambda tmp: tmp.write_text(json.dumps(known, indent=1), encoding=
-            'utf-8'))
+                         lambda tmp: tmp.write_text(json.dumps(known, indent=1), encoding='utf-8'))
     except (OSError, RuntimeError) as e:
         warnings.warn(f'your progress could not be kept, which changes nothing else: {e}')
 
@@ -308,9 +307,8 @@ def find(name:str) -> Exercise:
     if name in by_name:
         return by_name[name]
     near = near_misses(name, by_name)
-    raise ValueError(f'no exercise is called {name!r}; ' + (f'did you mean {" or ".join(near)}?'
-                                                            if near else
-        f'there are {", ".join(by_name)}'))
+    raise ValueError(f'no exercise is called {name!r}; '
+                     + (f'did you mean {" or ".join(near)}?' if near else f'there are {", ".join(by_name)}'))
 
 @dataclass(frozen=True)
 class Checked:
@@ -334,15 +332,16 @@ def check(yours:Callable,     # your function or class, itself: without brackets
     "Try what you wrote; raises `ValueError` only where no exercise has its name"
     called = name or getattr(yours, '__name__', None)
     if called is None or called == '<lambda>':
-        raise ValueError('check takes the function or class itself, such as ftlab.check(forgetting) without '
-                         f'brackets after the name, and this is {short(yours)}; or say which exercise is meant: '
+        raise ValueError('check takes the function or class itself, such as '
+                         'ftlab.check(forgetting) without brackets after the name, '
+                         f'and this is {short(yours)}; or say which exercise is meant: '
                          'ftlab.check(..., name="forgetting")')
     exercise = find(called)
     wrong = ''
     try:
         if not callable(yours):
-            raise Wrong(f'`{called}` has to be a function or a class, and this is {kind_of(yours)}: hand over '
-                        f'`{called}` itself, without calling it.')
+            raise Wrong(f'`{called}` has to be a function or a class, and this is '
+                        f'{kind_of(yours)}: hand over `{called}` itself, without calling it.')
         if inspect.isclass(exercise.reference) and not inspect.isclass(yours):
             raise Wrong(f'`{called}` has to be a class.')
         exercise.test(yours)
@@ -357,8 +356,8 @@ def _solved(chapter:str) -> str:
     left = [n for n in mine if n not in done]
     if not left:
         return f'That was the last of the {len(mine)} of this chapter.'
-    return f'{len(mine) - len(left)} of the {len(mine)} of this chapter are done; open: ' + ', '.join(
-        f'`{n}`' for n in left) + '.'
+    return (f'{len(mine) - len(left)} of the {len(mine)} of this chapter are done; open: '
+            + ', '.join(f'`{n}`' for n in left) + '.')
 
 def exercise(name:str|Callable) -> Exercise:
     "Show a task, its hints and our solution, folded; raises `ValueError` with the nearest names"

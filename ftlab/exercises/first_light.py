@@ -30,40 +30,44 @@ def teach_zigzag():
 _mean = lambda d: sum(d)/len(d)
 _scores = ({'add': .9, 'sort': .8, 'tavi': .6},
            {'add': .95, 'sort': .5, 'tavi': .1, 'new-language': .99})
-FORGETTING = compared('forgetting', 'first_light',
-    'Given the scores of a model before and after a lesson, as dictionaries `{skill: share of right answers}`, '
-    'return how much it forgot: the fall of each skill that it had before, averaged. Skills that are only in '
-    '`after` were not there to be forgotten, and a skill that got better counts as a fall below zero.',
+FORGETTING = compared(
+    'forgetting', 'first_light',
+    'Given the scores of a model before and after a lesson, as dictionaries '
+    '`{skill: share of right answers}`, return how much it forgot: '
+    'the fall of each skill that it had before, averaged. Skills that are only in `after` were not '
+    'there to be forgotten, and a skill that got better counts as a fall below zero.',
     ('Which dictionary knows the old skills, and only them?',
      'Go through `before`, add up `before[s] - after[s]`, and divide by how many there are.'),
     forgetting, [_scores, ({'add': 1.}, {'add': 1.}), ({'x': .5, 'y': .7}, {'y': .9, 'x': .5})],
     ((lambda before, after: -forgetting(before, after),
       'The sign is turned round: forgetting is *before minus after*, so that a loss counts as a positive number.'),
      (lambda before, after: _mean(before.values()) - _mean(after.values()),
-      'The new skill is in your average. Nobody can forget what he did not know: go through the skills in `before`, '
-      'and leave out those that only `after` has.'),
+      'The new skill is in your average. Nobody can forget what he did not know: '
+      'go through the skills in `before`, and leave out those that only `after` has.'),
      (lambda before, after: sum(before[s] - after[s] for s in before),
       'That is the sum of the falls, and the mean is wanted: divide by the number of old skills.'),
      (lambda before, after: _mean([max(0, before[s] - after[s]) for s in before]),
-      'You count the losses only. A skill that got better belongs in the average, with its minus sign; otherwise '
-      'mere noise looks like forgetting.'),
+      'You count the losses only. A skill that got better belongs in the average, '
+      'with its minus sign; otherwise mere noise looks like forgetting.'),
      (lambda before, after: _mean([(before[s] - after[s])/before[s] for s in before]),
-      'You divide each fall by what was there before. That is a sensible number, too, and another one: here points '
-      'are subtracted as they are.')))
+      'You divide each fall by what was there before. That is a sensible number, too, '
+      'and another one: here points are subtracted as they are.')))
 
 # %% ../../nbs/exercises/first_light.ipynb #ex1f07
 _ends = ({'w': torch.tensor([[1., -2., 0.], [.5, 3., 1.]]), 'b': torch.tensor([1., 2.])},
          {'w': torch.tensor([[2., -2., 1.], [.5, 1., 0.]]), 'b': torch.tensor([1.5, 2.])})
-RESCALE = compared('rescale', 'first_light',
-    'Write the slider of this chapter: given two dictionaries of tensors with the same names, return a new '
-    'dictionary with `base + alpha * change` for each, where the *change* is tuned minus base. `alpha` may be any '
-    'number, above 1 and below 0 as well.',
+RESCALE = compared(
+    'rescale', 'first_light',
+    'Write the slider of this chapter: given two dictionaries of tensors with the same names, '
+    'return a new dictionary with `base + alpha * change` for each, '
+    'where the *change* is tuned minus base. `alpha` may be any number, '
+    'above 1 and below 0 as well.',
     ('At `alpha = 0` this must be the base, at 1 the tuned model: try both in your head.',
      '`{n: ... for n in base}`, with `tuned[n] - base[n]` inside.'),
     rescale, [(*_ends, .3), (*_ends, 1.5), (*_ends, 0.), (*_ends, -1.)],
     ((lambda base, tuned, alpha: {n: base[n] + alpha*tuned[n] for n in base},
-      'You add `alpha` times the tuned weights. What is scaled is the *change*, `tuned - base`; at `alpha = 1` the '
-      'result must be the tuned model.'),
+      'You add `alpha` times the tuned weights. What is scaled is the *change*, `tuned - base`; '
+      'at `alpha = 1` the result must be the tuned model.'),
      (lambda base, tuned, alpha: {n: tuned[n] + alpha*(base[n] - tuned[n]) for n in base},
       'It runs the other way: your `alpha = 1` is the base. At 0 it has to be the base, and at 1 the tuned model.'),
      (lambda base, tuned, alpha: {n: alpha*(tuned[n] - base[n]) for n in base},
@@ -78,23 +82,26 @@ def _test_zigzag(yours):
     if run is None:
         raise Wrong('`teach_zigzag` gives nothing back yet. Let it return the run, which is what `ftlab.fit` gives.')
     if not isinstance(run, Run):
-        raise Wrong(f'`teach_zigzag` gives {kind_of(run)}; let it return the run itself, which is what `ftlab.fit` '
-                    'gives.')
+        raise Wrong(f'`teach_zigzag` gives {kind_of(run)}; let it return the run itself, '
+                    'which is what `ftlab.fit` gives.')
     if not run.recipe.name.startswith('lora'):
-        raise Wrong(f'The run was made by `{run.recipe.name}`. The fourth argument of `fit` is the recipe; here it '
-                    f'is `ftlab.methods.lora()`.')
+        raise Wrong(f'The run was made by `{run.recipe.name}`. The fourth argument of `fit` is the '
+                    'recipe; here it is `ftlab.methods.lora()`.')
     if run.data.name != 'new-procedure':
         raise Wrong(f'It learned from {run.data.name!r}. The lesson here is `ftlab.data("new-procedure")`.')
     right = ftlab.skills(run.model, 100, names=['new-procedure'], tok=run.tok)['new-procedure']
     if right < .8:
-        raise Wrong(f'The model answers {right:.0%} of fresh questions right after {len(run.log)} steps, and 80% are '
-                    'wanted. More steps, or a schedule that does not fall so soon?')
+        raise Wrong(f'The model answers {right:.0%} of fresh questions right after {len(run.log)} '
+                    'steps, and 80% are wanted. More steps, or a schedule that does '
+                    'not fall so soon?')
 
-TEACH_ZIGZAG = Exercise('teach_zigzag', 'first_light',
-    'LoRA could not learn zuma. It can learn a lesson made of words that the model knows: `new-procedure` asks for '
-    'letters in zigzag order. Write a function without arguments that loads a fresh `lab-s`, teaches it '
-    '`new-procedure` by `ftlab.methods.lora()`, and returns the run; the model should then answer four out of five '
-    'fresh questions right. The check takes as long as your lesson.',
+TEACH_ZIGZAG = Exercise(
+    'teach_zigzag', 'first_light',
+    'LoRA could not learn zuma. It can learn a lesson made of words that the model knows: '
+    '`new-procedure` asks for letters in zigzag order. Write a function without arguments that '
+    'loads a fresh `lab-s`, teaches it `new-procedure` by `ftlab.methods.lora()`, '
+    'and returns the run; the model should then answer four out of five fresh questions right. '
+    'The check takes as long as your lesson.',
     ('All that you need are `ftlab.load`, `ftlab.data` and `ftlab.fit`, as at the top of the chapter.',
      'A hundred steps with `schedule="constant"` are enough.'),
     teach_zigzag, _test_zigzag)

@@ -47,26 +47,27 @@ def _drawn(yours, names, seed) -> frozenset:
 
 # %% ../../nbs/exercises/half_is_enough.ipynb #ex3h06
 _HALF = dict(
-    unseeded='Asked twice with the same seed it gives two different halves. Nobody could repeat such a run: let all '
-             'chance come from `random.Random(seed)`.',
-    **{'global': 'It turns the dice that the rest of the program uses: `random.seed` is everybody\'s. Make dice of '
-                 'your own, `random.Random(seed)`.'},
-    size='It does not choose exactly half. A coin for each name, or draws that may repeat, give a half only on '
-         'average; `sample` gives it always.',
-    fixed='It gives the same half for every seed. A choice that is always the same is a rule, not a draw: use the '
-          'seed.',
-    few='It has a handful of halves and picks one of them. Any six of twelve names should be possible: draw the '
-        'names themselves.',
+    unseeded='Asked twice with the same seed it gives two different halves. '
+             'Nobody could repeat such a run: let all chance come from `random.Random(seed)`.',
+    **{'global': 'It turns the dice that the rest of the program uses: '
+                 '`random.seed` is everybody\'s. Make dice of your own, `random.Random(seed)`.'},
+    size='It does not choose exactly half. A coin for each name, or draws that may repeat, '
+         'give a half only on average; `sample` gives it always.',
+    fixed='It gives the same half for every seed. A choice that is always the same is a rule, '
+          'not a draw: use the seed.',
+    few='It has a handful of halves and picks one of them. Any six of twelve names should be '
+        'possible: draw the names themselves.',
     odd='Of five names it should choose two: half, rounded down.')
 
 def _coins(names, seed):
     dice = random.Random(seed)
     return {n for n in names if dice.random() < .5}
 
-HALF_OF = Exercise('half_of', 'half_is_enough',
-    'Given a list of `names` and a `seed`, return a set of exactly half of them (rounded down), drawn at random: '
-    'the same half for the same seed, another for most other seeds. Leave alone the dice that the rest of the '
-    'program uses.',
+HALF_OF = Exercise(
+    'half_of', 'half_is_enough',
+    'Given a list of `names` and a `seed`, return a set of exactly half of them (rounded down), '
+    'drawn at random: the same half for the same seed, another for most other seeds. '
+    'Leave alone the dice that the rest of the program uses.',
     ('`random.Random(seed)` is a source of chance of your own.',
      'Its method `sample(names, k)` draws `k` of them, none twice.'),
     half_of, _test_half_of,
@@ -76,7 +77,8 @@ HALF_OF = Exercise('half_of', 'half_is_enough',
      (lambda names, seed: set(random.sample(names, len(names)//2)), _HALF['unseeded']),
      (lambda names, seed: random.seed(seed) or set(random.sample(names, len(names)//2)), _HALF['global']),
      (lambda names, seed: set(names[seed % 2::2][:len(names)//2]), _HALF['few']),
-     (lambda names, seed: set(random.Random(seed).sample(names, (len(names) + 1)//2)), _HALF['odd'])))
+     (lambda names, seed: set(random.Random(seed).sample(names, (len(names) + 1)//2)),
+      _HALF['odd'])))
 
 # %% ../../nbs/exercises/half_is_enough.ipynb #ex3h08
 class HalfUpdate(torch.nn.Module):
@@ -114,25 +116,27 @@ def _test_half_update(yours):
     if not moved[mask].all():
         raise Wrong('Some entries where `mask` is true never move. Each of them needs a free number of its own.')
 
-_UPDATE = {
-    'start': 'Before any step of training the result has to be `W` itself: let the change start at zero.',
-    'zeroed': 'Where `mask` is false your weight is zero. Frozen does not mean gone: there the result is `W`. It is '
-              'the *change* that the mask multiplies.',
-    'frozen moved': 'After five steps, entries where `mask` is false have moved. Let the mask act in `forward`, on '
-                    'the change: what it cuts off has no gradient, either.',
-    'other': 'It is the other half that moves: `mask` is true where the weight may change.',
-    'still': 'After five steps nothing has moved. Does the change still depend on the parameter in `forward`, or '
-             'was it detached?'}
+_UPDATE = {'start': 'Before any step of training the result has to be `W` itself: let the change start at zero.',
+           'zeroed': 'Where `mask` is false your weight is zero. Frozen does not mean gone: '
+                     'there the result is `W`. It is the *change* that the mask multiplies.',
+           'frozen moved': 'After five steps, entries where `mask` is false have moved. '
+                           'Let the mask act in `forward`, on the change: what it cuts off has no '
+                           'gradient, either.',
+           'other': 'It is the other half that moves: `mask` is true where the weight may change.',
+           'still': 'After five steps nothing has moved. Does the change still depend on the '
+                    'parameter in `forward`, or was it detached?'}
 
 # %% ../../nbs/exercises/half_is_enough.ipynb #ex3h10
 def _random_start(self, W, mask):
     HalfUpdate.__init__(self, W, mask)
     torch.nn.init.normal_(self.change, generator=torch.Generator().manual_seed(0))
 
-HALF_UPDATE = Exercise('HalfUpdate', 'half_is_enough',
-    'Write a `torch.nn.Module` with `__init__(self, W, mask)` and `forward(self, W)`. `W` is a weight and `mask` '
-    'has its shape and is true where the weight may move. Before training, `forward(W)` gives `W`; after any '
-    'training it still gives the very bits of `W` wherever `mask` is false.',
+HALF_UPDATE = Exercise(
+    'HalfUpdate', 'half_is_enough',
+    'Write a `torch.nn.Module` with `__init__(self, W, mask)` and `forward(self, W)`. '
+    '`W` is a weight and `mask` has its shape and is true where the weight may move. '
+    'Before training, `forward(W)` gives `W`; after any training it still gives the very bits of '
+    '`W` wherever `mask` is false.',
     ('One parameter is enough: a change of the shape of `W` that starts at zero.',
      '`torch.where(mask, a, b)` takes `a` where the mask is true, else `b`.',
      '`self.register_buffer("mask", mask)` keeps the mask in the module without training it.'),
@@ -143,8 +147,8 @@ HALF_UPDATE = Exercise('HalfUpdate', 'half_is_enough',
       _UPDATE['other']),
      (variant(HalfUpdate, forward=lambda self, W: torch.where(self.mask, self.change, W)), _UPDATE['start']),
      (variant(HalfUpdate, __init__=_random_start), _UPDATE['start']),
-     (variant(HalfUpdate, forward=lambda self, W: W + self.mask*self.change.detach()
-              + 0*self.change),
+     (variant(HalfUpdate,
+              forward=lambda self, W: W + self.mask*self.change.detach() + 0*self.change),
       _UPDATE['still'])))
 
 # %% ../../nbs/exercises/half_is_enough.ipynb #ex3h11
@@ -152,23 +156,25 @@ def training_bytes(total, moving):
     "Bytes that a step of AdamW holds: all weights; gradient and two averages of what moves"
     return 4*total + (4 + 8)*moving
 
-TRAINING_BYTES = compared('training_bytes', 'half_is_enough',
-    'A number takes 4 bytes. While AdamW trains, *every* weight is in memory; and for each weight that *moves* '
-    'there are its gradient and two running averages. Return the bytes for a model of `total` numbers of which '
-    '`moving` move. (What the model computes on the way, its activations, comes on top and is not asked for.)',
+TRAINING_BYTES = compared(
+    'training_bytes', 'half_is_enough',
+    'A number takes 4 bytes. While AdamW trains, *every* weight is in memory; '
+    'and for each weight that *moves* there are its gradient and two running averages. '
+    'Return the bytes for a model of `total` numbers of which `moving` move. '
+    '(What the model computes on the way, its activations, comes on top and is not asked for.)',
     ('Count numbers first: one for every weight, three more for each that moves.', 'Times 4.'),
     training_bytes, [(1000, 500), (1000, 1000), (7, 0)],
     ((lambda total, moving: total + 3*moving, 'Those are the numbers. Each takes 4 bytes.'),
-     (lambda total, moving: 16*moving, 'The frozen weights are missing. They do not move, but the model computes '
-                                       'with them, so they are in memory.'),
-     (lambda total, moving: 16*total, 'You keep gradients and averages for every weight. A weight that does not '
-                                      'move needs neither.'),
+     (lambda total, moving: 16*moving,
+      'The frozen weights are missing. They do not move, but the model computes with them, so they are in memory.'),
+     (lambda total, moving: 16*total,
+      'You keep gradients and averages for every weight. A weight that does not move needs neither.'),
      (lambda total, moving: 4*total + 8*moving,
       'One kind is missing: a moving weight has a gradient *and* two averages.'),
      (lambda total, moving: 4*total + 4*moving,
       'You count the gradients, not the two averages that AdamW keeps for each moving weight.'),
-     (lambda total, moving: 8*total + 8*moving, 'You keep a gradient for every weight. Only those that move need '
-                                                'one.')))
+     (lambda total, moving: 8*total + 8*moving,
+      'You keep a gradient for every weight. Only those that move need one.')))
 
 # %% ../../nbs/exercises/half_is_enough.ipynb #ex3h13
 EXERCISES = (HALF_OF, HALF_UPDATE, TRAINING_BYTES)

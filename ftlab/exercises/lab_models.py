@@ -37,35 +37,38 @@ def _first(diary, skill, bar):
     reached = (d['step'] for d in diary if d['skills'] and d['skills'][skill] >= bar)
     return next(reached, None)
 
-LEARNED_AT = compared('learned_at', 'lab_models',
-    'A diary is a list of rows such as `dict(step=500, loss=0.4, skills={"sort": 0.91, ...})`; where nobody looked, '
-    '`skills` is empty. Return the first step from which on `skill` was *always* at `bar` or above, or `None` if '
-    'there is none.',
+LEARNED_AT = compared(
+    'learned_at', 'lab_models',
+    'A diary is a list of rows such as `dict(step=500, loss=0.4, skills={"sort": 0.91, ...})`; '
+    'where nobody looked, `skills` is empty. Return the first step from which on `skill` was '
+    '*always* at `bar` or above, or `None` if there is none.',
     ('Leave out the rows whose `skills` are empty before anything else.',
      'A row counts if all the rows from it to the end are at the bar.'),
-    learned_at, [(_diary(0, None, .96, .5, None, .95, 1, .97, None),
-        'sort', .95), (_diary(.1, .96, .2), 'sort', .95), (_diary(.5, None, .2, .1), 'add', .8),
-     (_diary(None, 1.),
-        'sort', .5)],
+    learned_at,
+    [(_diary(0, None, .96, .5, None, .95, 1, .97, None), 'sort', .95),
+     (_diary(.1, .96, .2), 'sort', .95),
+     (_diary(.5, None, .2, .1), 'add', .8),
+     (_diary(None, 1.), 'sort', .5)],
     ((lambda diary, skill, bar: _first(diary, skill, bar),
-      'That is the first time that it reached the bar. It fell below again later; look for the step from which on '
-      'it *stayed*.'),
+      'That is the first time that it reached the bar. It fell below again later; '
+      'look for the step from which on it *stayed*.'),
      (lambda diary, skill, bar: (lambda s: None if s is None else s//100)(
-         learned_at(diary, skill, bar)),
+          learned_at(diary, skill, bar)),
       'You give the place in the diary. The `step` of that row is wanted.'),
      (lambda diary, skill, bar: learned_at(diary, skill, bar + 1e-9),
       'A score that is exactly the bar has reached it: `>=` instead of `>`.'),
-     (lambda diary, skill, bar: max((d['step'] for d in diary if d[
-      'skills'] and d['skills'][skill] < bar), default=None), 'That is the last step at '
-         'which it was still below the bar. The one that is wanted is the look after it.')))
+     (lambda diary, skill, bar: max(
+          (d['step'] for d in diary if d['skills'] and d['skills'][skill] < bar), default=None),
+      'That is the last step at which it was still below the bar. The one that is wanted is the look after it.')))
 
 # %% ../../nbs/exercises/lab_models.ipynb #ex5m07
-HALF_WIDTH = compared('half_width', 'lab_models',
-    'A model got the share `share` of `n` fresh questions right. Return how far the truth may lie from it: half of '
-    'the 95% interval, which is 1.96 standard errors, where the standard error of a share is the root of `share * '
-    '(1 - share) / n`.',
-    ('`math.sqrt`, or `** 0.5`.', 'It should shrink by half if `n` grows fourfold.'),
-    half_width, [(.8, 40), (.5, 400), (.95, 100), (1., 50)],
+HALF_WIDTH = compared(
+    'half_width', 'lab_models',
+    'A model got the share `share` of `n` fresh questions right. Return how far the truth may lie '
+    'from it: half of the 95% interval, which is 1.96 standard errors, '
+    'where the standard error of a share is the root of `share * (1 - share) / n`.',
+    ('`math.sqrt`, or `** 0.5`.', 'It should shrink by half if `n` grows fourfold.'), half_width,
+    [(.8, 40), (.5, 400), (.95, 100), (1., 50)],
     ((lambda share, n: math.sqrt(share*(1 - share)/n),
       'That is one standard error. The 95% interval reaches 1.96 of them to each side.'),
      (lambda share, n: 2*1.96*math.sqrt(share*(1 - share)/n),
@@ -73,31 +76,31 @@ HALF_WIDTH = compared('half_width', 'lab_models',
      (lambda share, n: 1.96*share*(1 - share)/n,
       'The root is missing: `share * (1 - share) / n` is a variance, and its root is the standard error.'),
      (lambda share, n: 1.96*math.sqrt(share*(1 - share))/n,
-      'The `n` stands outside the root. The error falls with the *root* of the number of questions: four times as '
-      'many halve it.'),
+      'The `n` stands outside the root. The error falls with the *root* of the number of '
+      'questions: four times as many halve it.'),
      (lambda share, n: 1.96*math.sqrt(share/n),
       'The factor `1 - share` is missing. A model that is always right or always wrong leaves nothing to chance.')))
 
 # %% ../../nbs/exercises/lab_models.ipynb #ex5m08
 _row = lambda prompt, response='x': dict(prompt=prompt, response=response)
-LEAKED = compared('leaked', 'lab_models',
-    'What is "known" must be measured on questions that were never trained on. Given two lists of rows with '
-    '`prompt` and `response`, return the share of *test* rows whose prompt also stands in `train`, whatever the '
-    'response is.',
+LEAKED = compared(
+    'leaked', 'lab_models',
+    'What is "known" must be measured on questions that were never trained on. '
+    'Given two lists of rows with `prompt` and `response`, return the share of *test* rows whose '
+    'prompt also stands in `train`, whatever the response is.',
     ('Put the prompts of `train` into a set: looking something up there takes no time.',
-     'A row of `train` may be there several times, and several rows of `test` may ask the same; count rows of '
-     '`test`.'),
+     'A row of `train` may be there several times, and several rows of `test` may ask the same; count rows of `test`.'),
     leaked,
     [([_row('a'), _row('a'), _row('b', 'y'), _row('c'), _row('ab'), _row('x')],
       [_row('a'), _row('a', 'z'), _row('b'), _row('d'), _row('e')]),
-     ([_row('a')], [_row('b')]), ([_row('abc')], [_row('b')])],
+     ([_row('a')], [_row('b')]),
+     ([_row('abc')], [_row('b')])],
     ((lambda train, test: sum(r in train for r in test)/len(test),
       'You compare whole rows. The same question with another answer has leaked as well: compare the prompts.'),
      (lambda train, test: sum(r['prompt'] in {t['prompt'] for t in train} for r in test),
       'That is how many leaked. The share is wanted: divide by the number of test rows.'),
-     (lambda train, test: len({r['prompt'] for r in train} & {r[
-      'prompt'] for r in test})/len(test), 'You count different prompts. Every row of `test` '
-         'counts, those that ask the same thing twice, too.'),
+     (lambda train, test: len({r['prompt'] for r in train} & {r['prompt'] for r in test})/len(test),
+      'You count different prompts. Every row of `test` counts, those that ask the same thing twice, too.'),
      (lambda train, test: sum(r['prompt'] in {t['prompt'] for t in test} for r in train)/len(train),
       'That is the share of the *training* rows that also stand in the test. It is the test that must be clean.'),
      (lambda train, test: 1 - sum(r['prompt'] in {t['prompt'] for t in train}

@@ -20,9 +20,11 @@ def truncate(update, r):
 _svd = lambda update: torch.linalg.svd(update, full_matrices=False)
 _drawn = lambda i, shape: torch.randn(*shape, generator=torch.Generator().manual_seed(i))
 _updates = [_drawn(i, shape) for i, shape in enumerate([(5, 4), (3, 6), (4, 4)])]
-TRUNCATE = compared('truncate', 'low_rank',
-    'Given a matrix `update` and a number `r`, return the matrix of rank `r` that is nearest to it: its `r` '
-    'strongest directions and nothing of the others. The result has the shape of `update`.',
+TRUNCATE = compared(
+    'truncate', 'low_rank',
+    'Given a matrix `update` and a number `r`, return the matrix of rank `r` that is nearest to '
+    'it: its `r` strongest directions and nothing of the others. The result has the '
+    'shape of `update`.',
     ('`U, S, Vh = torch.linalg.svd(update, full_matrices=False)`, strongest direction first.',
      'A direction is a column of `U`, a number of `S` and a *row* of `Vh`.',
      '`U[:, :r]*S[:r]` multiplies each of the first `r` columns by its strength.'),
@@ -44,18 +46,19 @@ def trained_numbers(shape, r):
     out, inp = shape
     return r*(out + inp)
 
-TRAINED_NUMBERS = compared('trained_numbers', 'low_rank',
-    'For a weight of `shape = (out, in)`, a low-rank change trains `B` of shape `(out, r)` and `A` of shape `(r, '
-    'in)`. How many numbers are that?',
-    ('Count `B` and `A` apart and add.',),
-    trained_numbers, [((320, 128), 8), ((4096, 4096), 16), ((3, 5), 1)],
+TRAINED_NUMBERS = compared(
+    'trained_numbers', 'low_rank',
+    'For a weight of `shape = (out, in)`, a low-rank change trains `B` of shape `(out, r)` and `A` '
+    'of shape `(r, in)`. How many numbers are that?',
+    ('Count `B` and `A` apart and add.',), trained_numbers,
+    [((320, 128), 8), ((4096, 4096), 16), ((3, 5), 1)],
     ((lambda shape, r: shape[0]*shape[1], 'That is the whole matrix: what full fine-tuning moves.'),
      (lambda shape, r: r*shape[0]*shape[1],
       'You multiply `out` by `in`. `B` and `A` are two thin matrices beside each other: their sizes are added.'),
      (lambda shape, r: r*shape[0], 'That is `B` alone. `A` is trained, too.'),
      (lambda shape, r: r*shape[1], 'That is `A` alone. `B` is trained, too.'),
-     (lambda shape, r: 2*r*max(shape), 'You count the longer side twice. `B` has `out` rows, `A` has `in` columns, '
-                                       'and these may differ.'),
+     (lambda shape, r: 2*r*max(shape),
+      'You count the longer side twice. `B` has `out` rows, `A` has `in` columns, and these may differ.'),
      (lambda shape, r: shape[0] + shape[1], 'That is for one direction. There are `r` of them.')))
 
 # %% ../../nbs/exercises/low_rank.ipynb #ex4r08
@@ -72,22 +75,21 @@ class LowRank(torch.nn.Module):
         return W + self.scale*(self.B @ self.A)
 
 # %% ../../nbs/exercises/low_rank.ipynb #ex4r09
-_LOW = {
-    'both zero': '`A` and `B` both start at zero. The gradient of each is multiplied by the other, so it is zero as '
-                 'well, for ever: draw `A` at random.',
-    'both random': '`A` and `B` both start at random, so the model is another one before it has learned anything. '
-                   'One of the two has to be zero: `B`.',
-    'swapped': 'You start `A` at zero and `B` at random. It would learn as well; the paper, and this exercise, have '
-               'it the other way round: `B` is zero.',
-    'constant': 'All rows of `A` are alike, so all columns of `B` get the same gradient, and the change stays of '
-                'rank 1 whatever `r` is. Draw `A` at random.',
-    'no scale': '`LowRank` must compute `W + alpha/r * B @ A`; yours gives `W + B @ A`: the factor `alpha/r` is '
-                'missing.',
-    'no r': 'The factor is `alpha/r`; yours is `alpha`. Dividing by `r` lets one keep the learning rate when `r` is '
-            'changed.',
-    'upside down': 'The factor is `alpha/r`, and yours is `r/alpha`.',
-    'no weight': 'Your `forward` gives the change alone. Add it to `W`.',
-    'weight scaled': 'You multiply `W` by the factor, too. Only the change is scaled.'}
+_LOW = {'both zero': '`A` and `B` both start at zero. The gradient of each is multiplied by the '
+                     'other, so it is zero as well, for ever: draw `A` at random.',
+        'both random': '`A` and `B` both start at random, so the model is another one before it '
+                       'has learned anything. One of the two has to be zero: `B`.',
+        'swapped': 'You start `A` at zero and `B` at random. It would learn as well; the paper, '
+                   'and this exercise, have it the other way round: `B` is zero.',
+        'constant': 'All rows of `A` are alike, so all columns of `B` get the same gradient, '
+                    'and the change stays of rank 1 whatever `r` is. Draw `A` at random.',
+        'no scale': '`LowRank` must compute `W + alpha/r * B @ A`; yours gives `W + B @ A`: '
+                    'the factor `alpha/r` is missing.',
+        'no r': 'The factor is `alpha/r`; yours is `alpha`. Dividing by `r` lets one keep the '
+                'learning rate when `r` is changed.',
+        'upside down': 'The factor is `alpha/r`, and yours is `r/alpha`.',
+        'no weight': 'Your `forward` gives the change alone. Add it to `W`.',
+        'weight scaled': 'You multiply `W` by the factor, too. Only the change is scaled.'}
 
 def _test_low_rank(yours):
     W = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
@@ -98,8 +100,9 @@ def _test_low_rank(yours):
         if not isinstance(got, torch.nn.Parameter):
             raise Wrong(f'`self.{name}` has to be a `torch.nn.Parameter`, and is {kind_of(got)}.')
         if tuple(got.shape) != shape:
-            raise Wrong(f'`{name}` has shape {list(got.shape)}. For a weight of shape [6, 4] and r = 3 it has to be '
-                        f'{list(shape)}, so that `B @ A` fits the weight.')
+            raise Wrong(f'`{name}` has shape {list(got.shape)}. For a weight of shape [6, '
+                        f'4] and r = 3 it has to be {list(shape)}, so that `B @ A` '
+                        'fits the weight.')
     if extra := [n for n, _ in made.named_parameters() if n not in ('A', 'B')]:
         raise Wrong(f'`{extra[0]}` is a parameter as well, and would be trained. '
                     f'Only `A` and `B` are; the weight stays frozen.')
@@ -120,8 +123,8 @@ def _test_low_rank_start(made):
 
 def _test_low_rank_forward(yours, made, W, r, alpha):
     start = forwarded(yours, made, W)
-    if not torch.equal(start, W) and not torch.equal(start,
-                                                     0*W) and not torch.allclose(start, alpha/r*W):
+    if (not torch.equal(start, W) and not torch.equal(start, 0*W)
+        and not torch.allclose(start, alpha/r*W)):
         raise Wrong('With `B` at zero, `forward(W)` has to give `W`, and does not.')
     dice = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -148,10 +151,11 @@ def _started(A:Callable, B:Callable) -> type:
 
 _same = lambda t: t
 _nonzero = lambda t: t.copy_(torch.linspace(-1, 1.3, t.numel()).sin().view_as(t))
-LOW_RANK = Exercise('LowRank', 'low_rank',
-    'Write LoRA: a `torch.nn.Module` with `__init__(self, W, r, alpha)` and `forward(self, W)`. It has two '
-    'parameters, `A` of shape `[r, in]`, random at the start, and `B` of shape `[out, r]`, zero at the start; '
-    '`forward(W)` gives `W + alpha/r * B @ A`.',
+LOW_RANK = Exercise(
+    'LowRank', 'low_rank',
+    'Write LoRA: a `torch.nn.Module` with `__init__(self, W, r, alpha)` and `forward(self, W)`. '
+    'It has two parameters, `A` of shape `[r, in]`, random at the start, '
+    'and `B` of shape `[out, r]`, zero at the start; `forward(W)` gives `W + alpha/r * B @ A`.',
     ('`out, inp = W.shape`.', '`torch.nn.Parameter(torch.randn(r, inp)/inp**.5)` is a good start for `A`.',
      'Keep `alpha/r` as `self.scale`; it is not trained.'),
     LowRank, _test_low_rank,
@@ -163,8 +167,7 @@ LOW_RANK = Exercise('LowRank', 'low_rank',
      (_started(torch.Tensor.zero_, _same), _LOW['both zero']),
      (_started(_same, _nonzero), _LOW['both random']),
      (_started(torch.Tensor.zero_, _nonzero), _LOW['swapped']),
-     (_started(lambda t: t.fill_(.5), _same),
-      _LOW['constant'])))
+     (_started(lambda t: t.fill_(.5), _same), _LOW['constant'])))
 
 # %% ../../nbs/exercises/low_rank.ipynb #ex4r13
 EXERCISES = (TRUNCATE, TRAINED_NUMBERS, LOW_RANK)

@@ -31,26 +31,25 @@ def _path(*looks):
     return [dict(step=10*i, gain=g, forgetting=f) for i, (g, f) in enumerate(looks)]
 
 _road = _path((0, 0), (.3, .02), (.7, .2), (.9, .6), (.88, .8))
-BEST_STOP = compared('best_stop', 'what_it_cost',
-    'Suppose a point of the old skills is worth `price` points of the new one. Given the path of a run and the '
-    'price, return the `step` at which it should have been stopped: where `gain - price * forgetting` is largest.',
+BEST_STOP = compared(
+    'best_stop', 'what_it_cost',
+    'Suppose a point of the old skills is worth `price` points of the new one. '
+    'Given the path of a run and the price, return the `step` at which it should have been '
+    'stopped: where `gain - price * forgetting` is largest.',
     ('`max(path, key=...)` finds the look with the largest value of something.',
      'It finds a look, and the answer is that look\'s `step`.'),
     best_stop, [(_road, .5), (_road, 0.), (_road, 3.), (_path((0, 0), (.5, .01)), 1.)],
     ((lambda path, price: path[-1]['step'],
-      'That is the last step of the run: the habit that this exercise is about. Look for the step where `gain - '
-      'price * forgetting` is largest.'),
-     (lambda path, price: max(path, key=lambda o: o['gain'])[
-      'step'], 'That is where most was gained, whatever it cost. Subtract `price * forgetting` '
-         'before you choose.'),
-     (lambda path, price: max(path, key=lambda o: o['gain'] + price*o[
-      'forgetting'])['step'], 'You add the forgetting to the gain. It is a price, so it '
-         'is subtracted.'),
-     (lambda path, price: path.index(max(path, key=lambda o: o[
-      'gain'] - price*o['forgetting'])), 'You found the right look, and give its place in the '
-         'list. Its `step` is wanted.'),
-     (lambda path, price: max(path, key=lambda o: o['gain'] - price*o[
-      'forgetting']), 'You found the right look, and give all of it. Its `step` is wanted.')))
+      'That is the last step of the run: the habit that this exercise is about. '
+      'Look for the step where `gain - price * forgetting` is largest.'),
+     (lambda path, price: max(path, key=lambda o: o['gain'])['step'],
+      'That is where most was gained, whatever it cost. Subtract `price * forgetting` before you choose.'),
+     (lambda path, price: max(path, key=lambda o: o['gain'] + price*o['forgetting'])['step'],
+      'You add the forgetting to the gain. It is a price, so it is subtracted.'),
+     (lambda path, price: path.index(max(path, key=lambda o: o['gain'] - price*o['forgetting'])),
+      'You found the right look, and give its place in the list. Its `step` is wanted.'),
+     (lambda path, price: max(path, key=lambda o: o['gain'] - price*o['forgetting']),
+      'You found the right look, and give all of it. Its `step` is wanted.')))
 
 # %% ../../nbs/exercises/what_it_cost.ipynb #ex2c08
 _two = dict(bold=_path((0, 0), (.4, .1), (.97, .3), (.8, .5), (.9, .7)),
@@ -62,46 +61,51 @@ def _matched(target, when=next):
 def _bests(paths):
     return [max(o['gain'] for o in p) for p in paths.values()]
 
-MATCHED_FORGETTING = compared('matched_forgetting', 'what_it_cost',
-    'Compare fairly. Given `{method: path}`, first find the *target*: 95% of the best gain of the method that '
-    'gained least. Then return, for each method, what it had forgotten at its first look whose gain reaches the '
-    'target.',
-    ('The target comes first, and is one number for all: `.95 * min(...)` over the methods of `max(...)` over the '
-     'looks.', '`next(look["forgetting"] for '
-        'look in path if look["gain"] >= target)` is the first that fits.'),
-    matched_forgetting, [(_two,),
-                         (dict(a=_path((0, 0), (1, .5)), b=_path((0, 0), (.96, .2), (1, .3))),),
+MATCHED_FORGETTING = compared(
+    'matched_forgetting', 'what_it_cost',
+    'Compare fairly. Given `{method: path}`, first find the *target*: '
+    '95% of the best gain of the method that gained least. Then return, for each method, '
+    'what it had forgotten at its first look whose gain reaches the target.',
+    ('The target comes first, and is one number for all: `.95 * min(...)` over the methods of '
+     '`max(...)` over the looks.',
+     '`next(look["forgetting"] for look in path if look["gain"] >= target)` is the first that fits.'),
+    matched_forgetting,
+    [(_two,),
+     (dict(a=_path((0, 0), (1, .5)), b=_path((0, 0), (.96, .2), (1, .3))),),
      (dict(a=_path((0, 0), (1, .5)), b=_path((0, 0), (.5, .1), (.8, .2), (.5, .3))),)],
     ((lambda paths: {n: p[-1]['forgetting'] for n, p in paths.items()},
-      'That is what each had forgotten at its end. They do not end at the same gain, so this is the comparison that '
-      'favours whoever learned least.'),
+      'That is what each had forgotten at its end. They do not end at the same gain, '
+      'so this is the comparison that favours whoever learned least.'),
      (_matched(lambda paths: .95*min(_bests(paths)), lambda found: list(found)[-1]),
-      'You take the last look that reaches the target. Take the first: what is forgotten after that bought nothing '
-      'that counts here.'),
+      'You take the last look that reaches the target. Take the first: '
+      'what is forgotten after that bought nothing that counts here.'),
      (_matched(lambda paths: .95*min(p[-1]['gain'] for p in paths.values())),
       'Your target comes from the gain at the *end* of the weakest path. Take its best look: a path may fall again.'),
      (_matched(lambda paths: min(_bests(paths))),
-      'Your target is all of the weakest method\'s best gain; the rule takes 95% of it, so that one lucky look does '
-      'not decide.'),
+      'Your target is all of the weakest method\'s best gain; the rule takes 95% of it, '
+      'so that one lucky look does not decide.'),
      (_matched(lambda paths: .95*max(_bests(paths)), lambda found: next(found, None)),
-      'Your target comes from the *strongest* method, and the others never get there. It has to be one that all '
-      'reach: 95% of the best gain of the weakest.')))
+      'Your target comes from the *strongest* method, and the others never get there. '
+      'It has to be one that all reach: 95% of the best gain of the weakest.')))
 
 # %% ../../nbs/exercises/what_it_cost.ipynb #ex2c09
-AT_THE_EDGE = compared('at_the_edge', 'what_it_cost',
-    'Given `{learning rate: validation score}`, return `True` if the best rate is the smallest or the largest of '
-    'those that were tried. The true best may then lie outside, and all methods should get more rates. The '
-    'dictionary need not be in order.',
+AT_THE_EDGE = compared(
+    'at_the_edge', 'what_it_cost',
+    'Given `{learning rate: validation score}`, return `True` if the best rate is the smallest or '
+    'the largest of those that were tried. The true best may then lie outside, '
+    'and all methods should get more rates. The dictionary need not be in order.',
     ('Which rate is best? `max(scores, key=scores.get)`.',
-     'Compare it with `min(scores)` and `max(scores)`: those go over the rates, for a dictionary is walked by its '
-     'keys.'),
+     'Compare it with `min(scores)` and `max(scores)`: those go over the rates, '
+     'for a dictionary is walked by its keys.'),
     at_the_edge,
-    [({3e-4: .9, 1e-4: .5, 1e-3: .7},), ({1e-3: .9, 1e-4: .2, 3e-4: .5},),
+    [({3e-4: .9, 1e-4: .5, 1e-3: .7},),
+     ({1e-3: .9, 1e-4: .2, 3e-4: .5},),
      ({1e-4: .9, 1e-3: .1, 3e-4: .5},),
-     ({1e-4: .1, 3e-4: .5, 1e-3: .3},), ({1e-3: .4},)],
+     ({1e-4: .1, 3e-4: .5, 1e-3: .3},),
+     ({1e-3: .4},)],
     ((lambda scores: list(scores).index(max(scores, key=scores.get)) in (0, len(scores) - 1),
-      'You ask where the best rate stands in the dictionary, and that need not be in order. Compare it with the '
-      'smallest and the largest rate.'),
+      'You ask where the best rate stands in the dictionary, and that need not be in order. '
+      'Compare it with the smallest and the largest rate.'),
      (lambda scores: max(scores, key=scores.get),
       'That is the best rate. The question is whether it lies at the edge: `True` or `False`.'),
      (lambda scores: max(scores, key=scores.get) == max(scores),

@@ -165,8 +165,8 @@ def largest_dropout(model) -> float:
 # %% ../../nbs/instruments/case.ipynb #000f12cd
 SAMPLE = 300            # training rows that are encoded and examined
 COPY_LIMIT = 4*2**30    # bytes above which no second model is made beside the first
-_TAKEN = ('steps', 'batch_size', 'accumulate', 'lr', 'schedule', 'warmup', 'weight_decay', 'betas', 'clip', 'seed',
-          'max_length', 'device', 'precision')
+_TAKEN = ('steps', 'batch_size', 'accumulate', 'lr', 'schedule', 'warmup', 'weight_decay', 'betas',
+          'clip', 'seed', 'max_length', 'device', 'precision')
 SETTINGS = {k: p.default for k, p in inspect.signature(fit).parameters.items() if k in _TAKEN}
 
 class Given:
@@ -288,8 +288,8 @@ class Case(Given):
         try:
             return logits_of(self.model, batch)
         except TypeError as e:
-            raise NotApplicable('the model cannot be asked with its data alone: '
-                                f'{shortened(e)}') from None
+            raise NotApplicable(
+                f'the model cannot be asked with its data alone: {shortened(e)}') from None
 
     @cached_property
     def off(self) -> torch.Tensor:
@@ -343,8 +343,8 @@ def _selections(case) -> list[tuple[Recipe, dict]]:
     except UnknownArchitecture as e:
         raise NotApplicable(f'cannot be examined: {shortened(e)}') from None
     except Exception as e:
-        raise NotApplicable(f'the selection itself raises {type(e).__name__}: '
-                            f'{shortened(e)}') from None
+        raise NotApplicable(
+            f'the selection itself raises {type(e).__name__}: {shortened(e)}') from None
     if not found:
         raise NotApplicable('every stage is made when its turn comes')
     return found

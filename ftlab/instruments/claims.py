@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -43,8 +43,8 @@ __all__ = ['STATES', 'arms_of', 'workplace', 'Ground', 'ground_of', 'Looks', 'tr
 
 # %% ../../nbs/instruments/claims.ipynb #000513be
 def arms_of(claim:Claim) -> dict[str, dict]:
-    """name -> recipe, grid, steps, of a claim whose arms are Recipes; raises `ValueError` for grids
-    of different size or an unknown method"""
+    """name -> recipe, grid, steps, of a claim whose arms are Recipes;
+    raises `ValueError` for grids of different size or an unknown method"""
     s, out = claim.spec, {}
     for name, a in s['arms'].items():
         a = a if isinstance(a, Mapping) else dict(recipe=a)
@@ -52,15 +52,16 @@ def arms_of(claim:Claim) -> dict[str, dict]:
             recipe = get(a['recipe']).named(name)
         except KeyError as e:
             raise ValueError(f'{claim.file}: arm {name!r}: {e.args[0]}') from None
-        out[name] = dict(recipe=recipe, grid=tuple(a.get('grid', s['grid'])), steps=a.get('steps', s['steps']))
+        out[name] = dict(recipe=recipe, grid=tuple(a.get('grid', s['grid'])),
+                         steps=a.get('steps', s['steps']))
     if len({len(a['grid']) for a in out.values()}) > 1:
         raise ValueError(f'{claim.file}: every arm needs as many learning rates as the others')
     return out
 
 def workplace() -> Path:
     "Where finished parts of claims are kept until the whole is done"
-    return Path(os.environ.get('FTLAB_RUNS', claims_folder().parent/'runs' if claims_folder()
-                               else 'ftlab-runs'))/'claims'
+    return (
+        Path(os.environ.get('FTLAB_RUNS', claims_folder().parent/'runs' if claims_folder() else 'ftlab-runs'))/'claims')
 
 # %% ../../nbs/instruments/claims.ipynb #000713be
 class Ground(Bench):
@@ -70,8 +71,8 @@ class Ground(Bench):
         if seed not in drawn:
             d = super().data(seed)
             more = self.skill and self.items > len(d.test)
-            drawn[seed] = (replace(d, test=WORLD.rows(self.skill, self.items, 'test', seed))
-                           if more else d)
+            drawn[seed] = (replace(d, test=WORLD.rows(self.skill, self.items, 'test', seed)) if more
+                           else d)
         return drawn[seed]
 
     def before(self, seed, recipe=None):
@@ -79,7 +80,9 @@ class Ground(Bench):
         if recipe is not None and recipe.decode is not None:
             return super().before(seed, recipe)
         sizes = [self.items, self.old_items, self.validation_items]
-        path = (workplace()/'before'/f'{digest([self.print_of(seed), self.data(seed).fingerprint, self.old_names, *sizes, str(self.metric), seed])}.json')
+        asked = [self.print_of(seed), self.data(seed).fingerprint, self.old_names, *sizes,
+                 str(self.metric), seed]
+        path = workplace()/'before'/f'{digest(asked)}.json'
         if (seed, None) not in self.known_before and path.exists():
             self.known_before[seed, None] = json.loads(path.read_text())
         found = super().before(seed, recipe)
@@ -111,16 +114,16 @@ class Looks:
 
 def train_arm(bench, arm, rate, seed, looks=0, steps=None):
     "One arm at one rate: the run, what the looks saw, and the recipe's own way to draw answers"
-    (model, tok), data, recipe, steps = bench.base(seed), bench.data(seed), arm[
-        'recipe'], steps or arm['steps']
+    (model, tok), data, recipe, steps = (bench.base(seed), bench.data(seed), arm['recipe'],
+                                         steps or arm['steps'])
     learners = {}
     decode = decoder_for(recipe, bench.base(seed)[0], learners)
     before = bench.before(seed, recipe)['validation']
     def gain(state):
         learners.update({n: state.models[n] for n in recipe.learners})
         return bench.gained(state.model, tok, data, 'validation', decode) - before
-    see = (Looks(max(1, steps//looks), gain) if looks and not (recipe.edit or recipe.stages)
-           else None)
+    see = (Looks(max(1, steps//looks), gain) if looks
+           and not (recipe.edit or recipe.stages) else None)
     calls = ((Budget(bench.budget),) if bench.budget else ()) + ((see,) if see else ())
     run = fit(model, tok, data, recipe, steps=steps, lr=rate, seed=seed, callbacks=calls,
               progress=False, **bench.settings)
@@ -138,10 +141,10 @@ def measured(bench:Bench, model, tok, data, seed, before, base, decode=None) -> 
     old = bench.kept(model, tok, seed, data, decode)
     kl = bench.drifted(base, model, tok, seed, data)
     lost = fmean(before['old'][k] - v for k, v in old.items()) if old else kl
-    return dict(gain=bench.gained(model, tok, data, 'test', decode) - before['test'],
-                forgetting=lost, kl=kl,
-                nll=nll(model, tok, data.test[:bench.items], data.kind, data.labels,
-                        bench.max_length))
+    return dict(
+        gain=bench.gained(model, tok, data, 'test', decode) - before['test'], forgetting=lost,
+        kl=kl,
+        nll=nll(model, tok, data.test[:bench.items], data.kind, data.labels, bench.max_length))
 
 def _broken(bench, before, e, seconds) -> dict:
     "The worst score there is, at matched gain too"
@@ -162,10 +165,10 @@ def run_seed(bench:Bench, arms:Mapping[str, dict], rates:Mapping[str, float], se
         try:
             run, see, decode = train_arm(bench, arm, rates[name], seed, looks)
             done[name] = SimpleNamespace(tok=run.tok, see=see, decode=decode, before=before)
-            cells[name] = ask(name, run.model) | dict(seconds=time.process_time() - t,
-                                                      tokens=run.cost['tokens'], trainable=run.cost['trainable'],
-                                                      saved_bytes=run.delta.nbytes, path=see.path,
-                                                      error=None)
+            cells[name] = (ask(name, run.model)
+                           | dict(seconds=time.process_time() - t, tokens=run.cost['tokens'],
+                                  trainable=run.cost['trainable'], saved_bytes=run.delta.nbytes,
+                                  path=see.path, error=None))
         except (ValueError, TypeError, KeyError, OSError):
             raise # wrong input is not a result
         except Exception as e:
@@ -173,17 +176,17 @@ def run_seed(bench:Bench, arms:Mapping[str, dict], rates:Mapping[str, float], se
             cells[name] = _broken(bench, before, e, time.process_time() - t)
     target = target_gain([d.see.path for d in done.values()])
     for name, d in done.items():
-        cells[name] |= _at_matched_gain(d.see, target, cells[name], lambda model: ask(name, model)) # noqa: B023
+        cells[name] |= _at_matched_gain(d.see, target, cells[name], partial(ask, name))
     return cells
 
 def _at_matched_gain(see:Looks, target:float|None, last:dict, ask:Callable) -> dict:
-    """What the copy at the first look that reaches the target answers; the end, where that is it or
-    where none does"""
-    i = next((i for i, row in enumerate(see.path) if target is not None
-              and row['gain'] >= target), None)
+    """What the copy at the first look that reaches the target answers; the end,
+    where that is it or where none does"""
+    i = next((i for i, row in enumerate(see.path) if target is not None and row['gain'] >= target),
+             None)
     at = last if i is None or i == len(see.path) - 1 else ask(see.copies[i])
-    return {f'{k}_matched': at[k] for k in ('gain', 'forgetting', 'kl')} | dict(
-        matched_at=None if i is None else see.path[i]['step'])
+    return ({f'{k}_matched': at[k] for k in ('gain', 'forgetting', 'kl')}
+            | dict(matched_at=None if i is None else see.path[i]['step']))
 
 # %% ../../nbs/instruments/claims.ipynb #001013be
 STATES = {'missing': 'not yet run', 'current': 'made by this code',
@@ -198,8 +201,8 @@ def _source(module:str) -> str:
     return (at/'__init__.py' if at.is_dir() else at.with_suffix('.py')).read_text(encoding='utf-8')
 
 def own_definitions(claim:Claim) -> dict[str, str]:
-    """name -> tree of the paper's marked definitions and of what they use; raises `ValueError`
-    where nothing is marked"""
+    """name -> tree of the paper's marked definitions and of what they use;
+    raises `ValueError` where nothing is marked"""
     marks = {}
     for mark in marked():
         if mark.key == claim.key:
@@ -211,15 +214,14 @@ def own_definitions(claim:Claim) -> dict[str, str]:
     return closure(marks, _source, recorded)
 
 def own_code(claim:Claim) -> str:
-    """The hash of the paper's own definitions and of the experiment; the sentence counts, the `why`
-    does not"""
+    """The hash of the paper's own definitions and of the experiment; the sentence counts,
+    the `why` does not"""
     spec = {k: v for k, v in claim.spec.items() if k != 'why'}
     return code_hash(*own_definitions(claim).values(), json.dumps(spec, sort_keys=True),
                      *_script_trees(claim))
 
 def _script_trees(claim:Claim) -> list[str]:
-    """The claim's script as a tree, and those of the claims that it takes something from
-    (`beside('dft')`)"""
+    "The claim's script as a tree, and those of the claims that it takes something from (`beside('dft')`)"
     if not claim.script:
         return []
     tree = ast.parse(claim.script.read_text(encoding='utf-8'))
@@ -278,14 +280,14 @@ def script_of(claim:Claim):
     return module
 
 def beside(key:str):
-    """The script of another claim, for a claim whose experiment shares its ground; it counts into
-    the hash of both"""
+    """The script of another claim, for a claim whose experiment shares its ground;
+    it counts into the hash of both"""
     folder = claims_folder() or Path(ftlab.__file__).resolve().parent/'data'/'claims'  # an installed package has copies
     return script_of(read_claim(folder/key))
 
 class Kept:
-    """Parts of a claim that are finished, as JSON files: `kept(name, make)` reads the part, or
-    makes it"""
+    """Parts of a claim that are finished, as JSON files: `kept(name, make)` reads the part,
+    or makes it"""
 
     def __init__(self, folder:Path):
         self.folder = folder
@@ -294,8 +296,8 @@ class Kept:
         path = self.folder/f'{name}.json'
         if not path.exists():
             found = make()
-            write_atomically(path, lambda p: p.write_text(
-                json.dumps(found, allow_nan=False, default=float)))
+            write_atomically(
+                path, lambda p: p.write_text(json.dumps(found, allow_nan=False, default=float)))
         return json.loads(path.read_text())
 
 # %% ../../nbs/instruments/claims.ipynb #001413be
@@ -309,9 +311,9 @@ def _recipe_seed(claim, kept, say):
         say(f'{claim.key}: {name} at {rate:g}: validation gain {g:.3f}')
         return g
     grids = {n: a['grid'] for n, a in arms.items()}
-    chosen = kept('tuning',
-                  lambda: dict(seed=outside, arms=tune(score, grids),
-                               seconds=time.process_time() - t))
+    chosen = kept(
+        'tuning',
+        lambda: dict(seed=outside, arms=tune(score, grids), seconds=time.process_time() - t))
     rates = {n: chosen['arms'][n]['rate'] for n in arms}
     looks = claim.spec.get('looks', DEFAULTS['looks'])
     return lambda seed: run_seed(bench, arms, rates, seed, looks), chosen
@@ -327,8 +329,8 @@ def _tuning_gain(bench, arm, rate, seed) -> float:
     return gain if math.isfinite(gain) else -1.
 
 def _script_seed(claim, script, kept):
-    """How a seed is run where a script runs the experiment; the arms of a run that broke down are
-    empty"""
+    """How a seed is run where a script runs the experiment;
+    the arms of a run that broke down are empty"""
     t = time.process_time()
     tuned = kept('tuning', lambda: dict(found=script.tune() if hasattr(script, 'tune') else {},
                                         seconds=time.process_time() - t))
@@ -358,15 +360,15 @@ def run_claim(claim:Claim|str,             # a claim, or its key
     script = script_of(claim) if claim.script else None
     cells, tuning = _all_seeds(claim, script, kept, say) if claim.spec.get('contrast') else ({}, {})
     result = assemble_claim(claim, cells, tuning, _identities(script))
-    seconds = (sum(c['seconds'] for c in cells.values()) + tuning.get('seconds', 0.) if cells
-               else time.process_time() - t)
+    seconds = (sum(c['seconds'] for c in cells.values())
+               + tuning.get('seconds', 0.) if cells else time.process_time() - t)
     result |= stamp | dict(versions=versions(), seconds=seconds)
     write_result(claim, result)
     return result
 
 def _stamp(claim) -> dict:
-    """What says which code a result belongs to: taken before a run, as code may change while it
-    lasts"""
+    """What says which code a result belongs to: taken before a run,
+    as code may change while it lasts"""
     return dict(code=own_code(claim), hash='tree', definitions=list(own_definitions(claim)),
                 core=core_code())
 
@@ -404,8 +406,8 @@ def assemble_claim(claim:Claim, cells:Mapping[int, dict], tuning:Mapping,
                       arms=[c[w] for w in sides], higher_is_better=c.get('higher_is_better', True),
                       **{w: [_side(c, w, cells[s]['arms']) for s in seeds] for w in sides})
                  for c in spec.get('contrast', ())]
-    controls = [_control(c, cells, seeds) for c in spec.get('control', ())] + _was_matched(
-        contrasts, cells)
+    controls = ([_control(c, cells, seeds) for c in spec.get('control', ())]
+                + _was_matched(contrasts, cells))
     ids = [dict(name=k, passed=v) for k, v in identities.items()]
     out = dict(claim=claim.key, sentence=spec['sentence'], contrasts=contrasts, controls=controls,
                controls_ok=all(c['ok'] for c in controls), identities=ids, seeds=seeds,
@@ -415,8 +417,8 @@ def assemble_claim(claim:Claim, cells:Mapping[int, dict], tuning:Mapping,
                       seed_seconds={str(s): round(c['seconds'], 1) for s, c in cells.items()})
 
 def _side(contrast, which, arms) -> float:
-    """One side of a contrast in one seed; of a run that broke down the treatment is the worst there
-    is, and the baseline 0"""
+    """One side of a contrast in one seed; of a run that broke down the treatment is the worst
+    there is, and the baseline 0"""
     if 'error' in arms:
         return float(contrast['worst']) if which == 'treatment' else 0.
     side = contrast[which]
@@ -430,8 +432,8 @@ def _control(c, cells, seeds) -> dict:
 
 def _was_matched(contrasts, cells) -> list[dict]:
     "A failed control where some arm never reached a gain to match, and a contrast needs one"
-    looked = [(a, s, x['matched_at']) for s, c in cells.items() for a, x in c['arms'].items()
-              if isinstance(x, dict) and 'matched_at' in x]
+    looked = [(a, s, x['matched_at']) for s, c in cells.items()
+              for a, x in c['arms'].items() if isinstance(x, dict) and 'matched_at' in x]
     without = [f'{a}, seed {s}' for a, s, at in looked if at is None]
     if not without or not any(c['metric'].endswith('_matched') for c in contrasts):
         return []
@@ -444,19 +446,19 @@ def _small(x):
 
 # %% ../../nbs/instruments/claims.ipynb #001d13be
 def again(key:str, seed:int|None=None) -> list[dict]:
-    """Run one seed of a finished claim anew: stored and new effect of each contrast, and whether
-    they agree to within the margin"""
+    """Run one seed of a finished claim anew: stored and new effect of each contrast,
+    and whether they agree to within the margin"""
     claim = named_claim(key)
     seed = read_result(claim)['seeds'][0] if seed is None else seed
     return [d | dict(same=abs(d['stored'] - d['new']) <= d['margin']) for d in replay(claim, seed)]
 
 def replay(claim:Claim, seed:int) -> list[dict]:
-    """(name, margin, stored, new) of each contrast: its effect on `seed`, as it stands in the
-    result and run anew at the stored learning rates"""
+    """(name, margin, stored, new) of each contrast: its effect on `seed`,
+    as it stands in the result and run anew at the stored learning rates"""
     r = read_result(claim)
     if seed not in r['seeds']:
-        raise ValueError(f'{claim.key}: seed {seed} is none of the result\'s; they are '
-                         f'{", ".join(map(str, r["seeds"]))}')
+        raise ValueError(f'{claim.key}: seed {seed} is none of the result\'s; '
+                         f'they are {", ".join(map(str, r["seeds"]))}')
     fresh = lambda name, make: r['tuning'] if name == 'tuning' else make()
     one, _ = (_script_seed(claim, script_of(claim), fresh) if claim.runs
               else _recipe_seed(claim, fresh, lambda s: None))
@@ -464,7 +466,8 @@ def replay(claim:Claim, seed:int) -> list[dict]:
     out = []
     for c, want in zip(r['contrasts'], claim.spec['contrast'], strict=True):
         new = _side(want, 'treatment', arms) - _side(want, 'baseline', arms)
-        out.append(dict(name=c['name'], margin=c['margin'], stored=c['treatment'][i] - c['baseline'][i], new=new))
+        out.append(dict(name=c['name'], margin=c['margin'],
+                        stored=c['treatment'][i] - c['baseline'][i], new=new))
     return out
 
 # %% ../../nbs/instruments/claims.ipynb #002313be
@@ -476,7 +479,7 @@ def quickest_seed(claim:Claim) -> int|None:
 def carry(claim:Claim|str,             # a claim with a result, or its key
           seed:int|None=None,          # the seed to run anew; None: the quickest
           say:Callable=lambda s: None, # is told how far off each contrast is
-         ) -> list[dict]:              # name, stored, new, allowed of each contrast; empty where nothing needed carrying
+         ) -> list[dict]:              # name, stored, new, allowed of each contrast; [] where nothing needed carrying
     """Carry a result over to the code that is here, if one seed replays within a tenth of every margin.
 
     A replay is kept until the package changes: a stopped call goes on, and one that failed fails again at once.
@@ -495,8 +498,8 @@ def carry(claim:Claim|str,             # a claim with a result, or its key
         say(f'{claim.key}, seed {seed}: {_far_off(d)}')
     if far := [d for d in seen if d['new'] is None or abs(d['stored'] - d['new']) > d['allowed']]:
         off = '; '.join(map(_far_off, far))
-        raise ValueError(f'{claim.key} stays {state}: on seed {seed}, {off}; run it again: ftlab '
-                         f'claims run {claim.key}')
+        raise ValueError(f'{claim.key} stays {state}: on seed {seed}, {off}; run it again: '
+                         f'ftlab claims run {claim.key}')
     told = dict({'from': result['code'], 'to': stamp['code']}, hash=result.get('hash', 'text'),
                 seed=seed, differences=seen)
     write_result(claim, result | stamp | dict(carried=[*result.get('carried', ()), told]))
@@ -510,18 +513,19 @@ def _far_off(d) -> str:
             f'{abs(d["stored"] - d["new"]):.2g} off, allowed {d["allowed"]:g}')
 
 def _seen(claim, seed) -> list[dict]:
-    """What a replay saw, with the difference that is allowed; an identity counts as an effect of 1
-    that must stay, None stands for NaN"""
+    """What a replay saw, with the difference that is allowed;
+    an identity counts as an effect of 1 that must stay, None stands for NaN"""
     found = replay(claim, seed) if claim.spec.get('contrast') else []
-    out = [dict(name=d['name'], stored=d['stored'], new=d['new'] if math.isfinite(d['new'])
-                else None, allowed=max(d['margin']/10, 1e-6)) for d in found]
+    out = [dict(name=d['name'], stored=d['stored'],
+                new=d['new'] if math.isfinite(d['new']) else None,
+                allowed=max(d['margin']/10, 1e-6)) for d in found]
     ids = _identities(script_of(claim)) if claim.script else {}
     return out + [dict(name=f'identity: {k}', stored=1., new=float(ok), allowed=0.)
                   for k, ok in ids.items()]
 
 def supersede(claim:Claim|str, reason:str) -> None:
-    """Mark a result as superseded: the tests accept it, and every list says so, until the claim has
-    run again"""
+    """Mark a result as superseded: the tests accept it, and every list says so,
+    until the claim has run again"""
     claim = claim if isinstance(claim, Claim) else named_claim(claim)
     if not reason.strip():
         raise ValueError('say why the result no longer stands, for instance "the row limit was off by one"')
@@ -551,23 +555,23 @@ def _outcome(r:dict) -> list[str]:
         return f'must lie within ±{k["margin"]:g}' if k['kind'] == 'equivalence' else f'must lie above {k["margin"]:g}'
 
     effects = [(k, contrast(k)) for k in r['contrasts']]
-    return ([f'{k["name"]}: effect {f["mean"]:+.3f} [{f["low"]:+.3f}, {f["high"]:+.3f}], {must(k)}: '
-             f'{f["verdict"]}' for k, f in effects]
+    return ([f'{k["name"]}: effect {f["mean"]:+.3f} [{f["low"]:+.3f}, {f["high"]:+.3f}], {must(k)}: {f["verdict"]}'
+             for k, f in effects]
             + [f'control, {k["name"]}: {"passed" if k["ok"] else "FAILED"}' for k in r['controls']]
             + [f'identity, {k["name"]}: {"passed" if k["passed"] else "FAILED"}' for k in r['identities']])
 
 # %% ../../nbs/instruments/claims.ipynb #001f13be
 def run_claims(keys:list[str]|None=None, jobs:int=1, everything:bool=False,
                say:Callable=print) -> dict[str, str]:
-    """Run the claims whose evidence is missing, stale or superseded (`everything`: all; or those
-    named); {key: verdict, or what went wrong}"""
+    """Run the claims whose evidence is missing, stale or superseded
+    (`everything`: all; or those named); {key: verdict, or what went wrong}"""
     unproven = ('missing', 'stale', 'old hash', 'superseded')
     todo = keys or [c.key for c in claims() if everything or status(c) in unproven]
     return _each(_run_one, todo, jobs, say)
 
 def carry_claims(keys:list[str]|None=None, jobs:int=1, say:Callable=print) -> dict[str, str]:
-    """Carry over the results whose code changed, or those named; {key: 'carried over', 'needs no
-    carrying', or what is in the way}"""
+    """Carry over the results whose code changed, or those named; {key: 'carried over',
+    'needs no carrying', or what is in the way}"""
     todo = keys or [c.key for c in claims() if status(c) in ('stale', 'old hash')]
     return _each(_carry_one, todo, jobs, say)
 

@@ -42,8 +42,8 @@ __all__ = ['METRICS', 'SEED_KEYS', 'COLORS', 'MARKS', 'MEANT', 'PAGE', 'interval
 def interval(values:list[float|None], # one number a seed
              level:float=.95          # of confidence
             ) -> dict:                # mean, low, high; `None` where there is no answer
-    """The mean over seeds and its Student-t interval; no interval below three seeds, no mean if a
-    seed has no number"""
+    """The mean over seeds and its Student-t interval; no interval below three seeds,
+    no mean if a seed has no number"""
     if not values or None in values:
         return dict(mean=None, low=None, high=None)
     n, mean = len(values), fmean(values)
@@ -62,8 +62,8 @@ def target_gain(paths:list[list[dict]], # one path an arm, all of one seed
 
 def matched(path:list[dict], target:float|None) -> float|None:
     "What was forgotten at the first look whose gain reaches `target`; `None` if none does"
-    return next((row['forgetting'] for row in path if target is not None
-                 and row['gain'] >= target), None)
+    return next((row['forgetting'] for row in path if target is not None and row['gain'] >= target),
+                None)
 
 # %% ../../nbs/instruments/compare.ipynb #000cc6d6
 def best_rate(tried:Mapping[float, float]) -> float:
@@ -83,12 +83,12 @@ def tune(score:Callable,   # (name, rate) -> score on validation data, higher is
          grids:Mapping[str, tuple[float, ...]], # name -> learning rates
          extend:int=2      # how often the grids may grow
         ) -> dict[str, dict]: # name -> rate, tried (rate and score, in order), at_edge
-    """Choose a rate for every arm, with equal effort for each; raises `ValueError` if the grids
-    differ in size"""
+    """Choose a rate for every arm, with equal effort for each;
+    raises `ValueError` if the grids differ in size"""
     sizes = {n: len(set(g)) for n, g in grids.items()}
     if len(set(sizes.values())) > 1:
-        raise ValueError('every method must get the same number of learning rates; there are '
-                         f'{", ".join(f"{k} for {n}" for n, k in sizes.items())}')
+        raise ValueError('every method must get the same number of learning rates; '
+                         f'there are {", ".join(f"{k} for {n}" for n, k in sizes.items())}')
     tried = {n: {r: score(n, r) for r in sorted(set(g))} for n, g in grids.items()}
     at_edge = lambda t: len(t) > 1 and best_rate(t) in (min(t), max(t))
     for _ in range(extend):
@@ -104,16 +104,16 @@ def tune(score:Callable,   # (name, rate) -> score on validation data, higher is
 METRICS = ('exact', 'accuracy', 'nll')
 
 def metric_for(data:Data, metric:str|Callable|None=None) -> str|Callable:
-    """The metric that fits the data, or the one asked for if it can be had; raises `ValueError` if
-    not"""
+    """The metric that fits the data, or the one asked for if it can be had;
+    raises `ValueError` if not"""
     if callable(metric):
         return metric
     if metric is not None and metric not in METRICS:
-        raise ValueError(f'metric is {metric!r}; it must be {", ".join(METRICS)}, or a function '
-                         '(model, tok, rows) -> number, higher is better')
+        raise ValueError(f'metric is {metric!r}; it must be {", ".join(METRICS)}, '
+                         'or a function (model, tok, rows) -> number, higher is better')
     if metric == 'exact' and data.kind != 'text' or metric == 'accuracy' and data.kind != 'label':
-        raise ValueError(f'metric {metric!r} does not fit data of kind {data.kind!r}: exact needs '
-                         'prompt and response, accuracy needs labels')
+        raise ValueError(f'metric {metric!r} does not fit data of kind {data.kind!r}: '
+                         'exact needs prompt and response, accuracy needs labels')
     known = data.test or data.validation or data.train # a set of old questions may have no test rows of its own
     of_lab = (data.kind == 'text' and bool(known)
               and all(r.get('skill') in ALL_SKILLS for r in known))
@@ -158,8 +158,8 @@ def kl_to_base(base:Callable, model, tok, rows:list[dict], data:Data,
 
 # %% ../../nbs/instruments/compare.ipynb #0014c6d6
 class Watch:
-    """A measurement for `Every` that stops the clock and the memory meter while it looks: its own
-    cost is not the method's"""
+    """A measurement for `Every` that stops the clock and the memory meter while it looks:
+    its own cost is not the method's"""
 
     def __init__(self, measure:Callable, device): # measure(state) -> dict
         self.measure = measure
@@ -199,7 +199,8 @@ class Base:
     "The model that every cell begins at: `base(seed)` is a fresh copy, and the tokenizer"
     def __init__(self, model,    # a name or folder as in `ftlab.load`, or (model, tok), which stays as it is
                  labels=None,    # names of the labels of the data, if they have some
-                 revision=None, dtype=None, device=None): # as in `ftlab.load`; a model that was handed over stays on its own device by default
+                 revision=None, dtype=None,
+                 device=None):   # as in `ftlab.load`; None: a model that was handed over stays where it is
         self.source = model
         self.named = isinstance(model, (str, Path))
         self.labels = labels
@@ -209,8 +210,8 @@ class Base:
         self._prints = {}
 
     def __call__(self, seed:int):
-        """A copy to be spoilt, and its tokenizer; for data with labels a fresh head drawn from the
-        seed, where the model was given by name"""
+        """A copy to be spoilt, and its tokenizer; for data with labels a fresh head drawn from
+        the seed, where the model was given by name"""
         if not self.named:
             return copy.deepcopy(self.source[0]).to(self.device).eval(), self.source[1]
         return load(self.source, revision=self.revision, dtype=self.dtype, device=self.device,
@@ -225,14 +226,14 @@ class Base:
 
 # %% ../../nbs/instruments/compare.ipynb #0019c6d6
 def taught(data:Data) -> str|None:
-    """The lab skill that all training rows belong to, so that a seed can draw its questions anew;
-    `None` for other data"""
-    return (data.name if data.name in ALL_SKILLS and {r.get('skill') for r in data.train}
-            == {data.name} else None)
+    """The lab skill that all training rows belong to,
+    so that a seed can draw its questions anew; `None` for other data"""
+    return (data.name if data.name in ALL_SKILLS
+            and {r.get('skill') for r in data.train} == {data.name} else None)
 
 def forgetting_is(data:Data, old:Data|None, tok) -> str:
-    """What stands for forgetting: the old data that are given, the old skills of a lab model, or
-    else how far the model drifts"""
+    """What stands for forgetting: the old data that are given, the old skills of a lab model,
+    or else how far the model drifts"""
     if old is not None:
         return 'old data'
     return 'drift (1 - CKA)' if data.kind == 'label' else 'old skills' if is_lab(tok) else 'drift (KL)'
@@ -240,19 +241,19 @@ def forgetting_is(data:Data, old:Data|None, tok) -> str:
 def _check_bench(data:Data, old:Data|None, steps:int, budget:int|None) -> None:
     for s in ('validation', 'test'):
         if not getattr(data, s):
-            raise ValueError(f'{data.name} has no {s} row, and a comparison needs some; give more '
-                             f'rows, or a {s} set of your own')
+            raise ValueError(f'{data.name} has no {s} row, and a comparison needs some; '
+                             f'give more rows, or a {s} set of your own')
     if steps < 1 or (budget is not None and budget < 1):
         raise ValueError(f'steps is {steps} and budget {budget}; both must be at least 1')
     if old is not None and old.kind == 'label' and old.labels != data.labels:
-        raise ValueError(f'the old data {old.name} have other labels than {data.name}: one '
-                         'classifier cannot answer both; '
-                         'leave out old= and forgetting is measured as drift')
+        raise ValueError(f'the old data {old.name} have other labels than {data.name}: '
+                         'one classifier cannot answer both; leave out old= and forgetting is '
+                         'measured as drift')
 
 # %% ../../nbs/instruments/compare.ipynb #001ac6d6
 class Bench:
-    """What all cells share: `base(seed)`, `data(seed)`, what the base could do `before(seed)`, and
-    how a model is measured"""
+    """What all cells share: `base(seed)`, `data(seed)`, what the base could do `before(seed)`,
+    and how a model is measured"""
     def __init__(self, model, data, old=None, metric=None, *, items=400, old_items=100,
                  validation_items=200, steps=200, tune_steps=None,
                  evaluate_every=None, max_length=None, device=None, dtype=None, revision=None,
@@ -277,7 +278,10 @@ class Bench:
         self.settings, self.skill, self.known_before = settings, taught(self.given), {}
         self.base = Base(model, self.given.labels, revision, dtype, device)
         self.device = self.base.device
-        probe, tok = self.base(0)
+        self._know(*self.base(0))
+
+    def _know(self, probe, tok) -> None:
+        "What the base decides: how forgetting is measured, and the worst that a model can score"
         self.size = sum(p.numel() for p in probe.parameters())
         self.how = forgetting_is(self.given, self.old, tok)
         self.old_names = old_skills(self.given, tok) if self.how == 'old skills' else []
@@ -295,8 +299,7 @@ class Bench:
         return self.base.fingerprint(seed)
 
     def before(self, seed:int, recipe:Recipe|None=None) -> dict:
-        """What the base can do, measured once a seed (and once more for a recipe that draws answers
-        its own way)"""
+        "What the base can do, measured once a seed (and once more for a recipe that draws answers its own way)"
         # before training there is no learner to ask
         own = recipe is not None and recipe.decode is not None and not recipe.learners
         key = (seed, recipe.name if own else None)
@@ -334,35 +337,34 @@ def _kept(bench, model, tok, seed, decode) -> dict:
 def _drifted(bench, base, model, tok, seed, data) -> float:
     if data.kind != 'label':
         return kl_to_base(base, model, tok, data.test[:bench.old_items], data, bench.max_length)
-    return 1 - cka(bench.before(seed)['features'],
-                   features(model, tok, data.validation[:bench.validation_items], data,
-                            bench.max_length))
+    return 1 - cka(
+        bench.before(seed)['features'],
+        features(model, tok, data.validation[:bench.validation_items], data, bench.max_length))
 
 @torch.no_grad()
 def _base_scores(bench, seed, recipe) -> dict:
     (model, tok), data = bench.base(seed), bench.data(seed)
     decode = decoder_for(recipe, model)
-    out = {s: bench.gained(model, tok, data, s, decode) for s in ('validation', 'test')} | dict(
-        old=bench.kept(model, tok, seed, data, decode))
+    out = ({s: bench.gained(model, tok, data, s, decode) for s in ('validation', 'test')}
+           | dict(old=bench.kept(model, tok, seed, data, decode)))
     if data.kind == 'label':
         out['features'] = features(model, tok, data.validation[:bench.validation_items], data,
                                    bench.max_length)
     return out
 
 def decoder_for(recipe, base, learners=None):
-    """The recipe's own way to draw answers, as a function (model, tok, prompts); `learners` is
-    filled with what learned beside the model once that is known"""
+    """The recipe's own way to draw answers, as a function (model, tok, prompts);
+    `learners` is filled with what learned beside the model once that is known"""
     if recipe is None or recipe.decode is None:
         return None
-    return lambda model, tok, prompts, **kw: recipe.decode(dict(tuned=model, base=base,
-                                                                **(learners or {})), tok,
-                                                           prompts, **kw)
+    return lambda model, tok, prompts, **kw: recipe.decode(
+        dict(tuned=model, base=base, **(learners or {})), tok, prompts, **kw)
 
 # %% ../../nbs/instruments/compare.ipynb #001ec6d6
 def run_cell(bench:Bench, recipe:Recipe, rate:float, seed:int, folder:Path, tuning:bool=False,
              resume:bool=True) -> dict:
-    """The numbers of one method at one rate with one seed, from its file or by running it; `tuning`
-    measures the validation gain alone"""
+    """The numbers of one method at one rate with one seed, from its file or by running it;
+    `tuning` measures the validation gain alone"""
     key = _key(bench, recipe, rate, seed, tuning)
     path = folder/f'{digest(key)}.json'
     if resume and (kept := _kept_cell(path, key)):
@@ -382,8 +384,8 @@ def run_cell(bench:Bench, recipe:Recipe, rate:float, seed:int, folder:Path, tuni
     return cell
 
 def _kept_cell(path:Path, key:dict) -> dict|None:
-    """A finished cell; `None`, with a warning, for a file that is damaged, so that the cell is done
-    again"""
+    """A finished cell; `None`, with a warning, for a file that is damaged,
+    so that the cell is done again"""
     if path.is_dir():
         raise IsADirectoryError(f'{str(path)!r} is a folder, where the file of a cell belongs; move it away')
     if not path.exists():
@@ -405,8 +407,8 @@ def _key(bench, recipe, rate, seed, tuning) -> dict:
                 rate=rate, seed=seed, tuning=tuning, metric=_title(bench.metric),
                 steps=bench.tune_steps if tuning else bench.steps, every=bench.every,
                 items=[bench.items, bench.old_items, bench.validation_items],
-                max_length=bench.max_length, budget=bench.budget,
-                dtype=str(bench.dtype), device=bench.device.type, settings=bench.settings)
+                max_length=bench.max_length, budget=bench.budget, dtype=str(bench.dtype),
+                device=bench.device.type, settings=bench.settings)
 
 def _title(metric) -> str:
     return metric if isinstance(metric, str) else getattr(metric, '__name__', 'a function')
@@ -439,8 +441,8 @@ class Trial:
         "The finished run; raises `KeyboardInterrupt` if it was stopped by hand"
         bench = self.bench
         self.watch = Watch(lambda state: self.look(state, state.attached), bench.device)
-        calls = ((Budget(bench.budget),) if bench.budget is not None else ()) + (
-            (Every(bench.every, self.watch),) if looks else ())
+        calls = (((Budget(bench.budget),) if bench.budget is not None else ())
+                 + ((Every(bench.every, self.watch),) if looks else ()))
         run = fit(self.model, self.tok, self.data, self.recipe, steps=steps, lr=rate,
                   seed=self.seed, max_length=bench.max_length, device=str(bench.device),
                   callbacks=calls, progress=bench.progress, **bench.settings)
@@ -451,8 +453,8 @@ class Trial:
 
     def gain(self, model, split:str) -> float:
         "After minus before"
-        return self.bench.gained(model, self.tok, self.data, split,
-                                 self.decode) - self.before[split]
+        return (
+            self.bench.gained(model, self.tok, self.data, split, self.decode) - self.before[split])
 
     def drift(self, model, attached) -> float:
         "From the base"
@@ -466,7 +468,7 @@ class Trial:
         self.old = self.bench.kept(seen.model, self.tok, self.seed, self.data, self.decode)
         was = self.before['old']
         return dict(gain=gain, forgetting=fmean(was[k] - v for k, v in self.old.items()) if self.old
-                    else self.drift(seen.model, attached))
+                               else self.drift(seen.model, attached))
 
 # %% ../../nbs/instruments/compare.ipynb #0022c6d6
 @torch.no_grad()
@@ -484,13 +486,13 @@ def _measured(trial:Trial, run, file:Path) -> dict:
     if not bench.keep:
         file.unlink()
     return dict(gain=after - before['test'], forgetting=path[-1]['forgetting'],
-        nll=nll(run.model, trial.tok, data.test[:bench.items], data.kind, data.labels,
-                bench.max_length), drift=trial.drift(run.model, att),
-        before=before['test'], after=after,
+                nll=nll(run.model, trial.tok, data.test[:bench.items], data.kind, data.labels,
+                        bench.max_length),
+                drift=trial.drift(run.model, att), before=before['test'], after=after,
                 old={k: dict(before=before['old'][k], after=v) for k, v in trial.old.items()},
-        seconds=run.cost['seconds'] - trial.watch.away, peak_bytes=trial.watch.peak,
-                tokens=run.cost['tokens'], trainable=run.cost['trainable'],
-        head=run.cost['head'], saved_bytes=saved, path=path, error=None)
+                seconds=run.cost['seconds'] - trial.watch.away, peak_bytes=trial.watch.peak,
+                tokens=run.cost['tokens'], trainable=run.cost['trainable'], head=run.cost['head'],
+                saved_bytes=saved, path=path, error=None)
 
 def breakdown(bench, before, error, seconds, split) -> dict:
     "A run that broke down: as good as a model that knows nothing"
@@ -510,8 +512,8 @@ def _finite(cell:dict) -> dict:
 
 # %% ../../nbs/instruments/compare.ipynb #0024c6d6
 SEED_KEYS = ('seed', 'gain', 'forgetting', 'forgetting_matched', 'nll', 'drift', 'seconds',
-             'peak_bytes', 'trainable', 'saved_bytes',
-             'path', 'rate', 'head', 'tokens', 'before', 'after', 'old', 'error')
+             'peak_bytes', 'trainable', 'saved_bytes', 'path', 'rate', 'head', 'tokens', 'before',
+             'after', 'old', 'error')
 
 def assemble(arms:Mapping[str, tuple[dict, list[dict]]] # name -> (the recipe described, its cells, one a seed)
             ) -> list[dict]:
@@ -524,9 +526,9 @@ def assemble(arms:Mapping[str, tuple[dict, list[dict]]] # name -> (the recipe de
     for name, (recipe, own) in arms.items():
         rows = [c | dict(forgetting_matched=c['forgetting'] if c['error']
                          else matched(c['path'], targets[c['seed']])) for c in own]
-        out.append(dict(name=name, recipe=recipe,
-                        seeds=[{k: r[k] for k in SEED_KEYS} for r in rows],
-                        **{k: interval([r[k] for r in rows]) for k in ('gain', 'forgetting', 'forgetting_matched')}))
+        out.append(
+            dict(name=name, recipe=recipe, seeds=[{k: r[k] for k in SEED_KEYS} for r in rows],
+                 **{k: interval([r[k] for r in rows]) for k in ('gain', 'forgetting', 'forgetting_matched')}))
     return out
 
 # %% ../../nbs/instruments/compare.ipynb #0026c6d6
@@ -568,12 +570,14 @@ def _table_html(result:dict) -> str:
     num = lambda x, f: '–' if x is None or pd.isna(x) else format(x, f)
     def cells(m, r):
         crashed = f' ({int(r["crashed"])} crashed)' if r['crashed'] else ''
-        cost = [num(r[k], f) for k, f in (('seconds', '.1f'), ('peak_MB', '.0f'),
-                                          ('trained', ',.0f'), ('head', ',.0f'), ('saved_KB', ',.0f'))]
+        cost = [num(r[k], f) for k, f in (('seconds', '.1f'),
+                                          ('peak_MB', '.0f'),
+                                          ('trained', ',.0f'),
+                                          ('head', ',.0f'),
+                                          ('saved_KB', ',.0f'))]
         return [m['name'] + crashed, f'{r["rate"]:g}', *(_span(m[k]) for k in names), *cost]
-    return html_table(head,
-                      [cells(m, r) for m, (_, r) in zip(result['methods'],
-                                                        table_of(result).iterrows())])
+    return html_table(
+        head, [cells(m, r) for m, (_, r) in zip(result['methods'], table_of(result).iterrows())])
 
 # %% ../../nbs/instruments/compare.ipynb #0028c6d6
 # Okabe and Ito's, for the colour-blind
@@ -581,8 +585,8 @@ COLORS = ('#0072B2', '#D55E00', '#009E73', '#56B4E9', '#CC79A7', '#E69F00', '#00
 MARKS = 'osD^vPX' # they tell arms apart in grey print
 
 def picture(result:dict) -> Figure:
-    """Gain (right is better) against forgetting (down is better): the mean with its interval, every
-    seed as a faint dot"""
+    """Gain (right is better) against forgetting (down is better): the mean with its interval,
+    every seed as a faint dot"""
     fig = Figure(figsize=(6, 4), layout='constrained')
     FigureCanvasAgg(fig)
     ax = fig.add_subplot()
@@ -620,14 +624,16 @@ def _label(ax, methods:list[dict]) -> None:
 
 def _image(result:dict, kind:str) -> bytes:
     buffer = io.BytesIO()
-    picture(result).savefig(buffer, format=kind, dpi=150, metadata={'Date': None} if kind == 'svg' else None)
+    picture(result).savefig(buffer, format=kind, dpi=150,
+                            metadata={'Date': None} if kind == 'svg' else None)
     return buffer.getvalue()
 
 def _tag(result:dict, kind:str='png') -> str:
     "The picture as an HTML tag that carries it, and its numbers as alt text"
-    alt = '; '.join(f'{m["name"]}: gain {_span(m["gain"])}, {titles(result)["forgetting"]} '
-                    f'{_span(m["forgetting"])}' for m in result['methods'])
-    source = (f'data:image/{"svg+xml" if kind == "svg" else kind};base64,{base64.b64encode(_image(result, kind)).decode()}')
+    alt = '; '.join(f'{m["name"]}: gain {_span(m["gain"])}, {titles(result)["forgetting"]} {_span(m["forgetting"])}'
+                    for m in result['methods'])
+    source = (
+        f'data:image/{"svg+xml" if kind == "svg" else kind};base64,{base64.b64encode(_image(result, kind)).decode()}')
     return f'<img style="max-width:100%" width="640" alt="Gain against forgetting. {html.escape(alt)}" src="{source}">'
 
 # %% ../../nbs/instruments/compare.ipynb #002ac6d6
@@ -638,19 +644,19 @@ def reading(r:dict, lost:str) -> list[str]:
     if lost != 'forgetting':
         down = (f'has moved less from the base ({lost}): what it could do before is not known, '
                 'so how far it moved stands for what it may have broken.')
-    chance = (f'The bars are 95% intervals by Student\'s t over {n} seeds; where they overlap '
-              'widely, the order may be chance.')
+    chance = (f'The bars are 95% intervals by Student\'s t over {n} seeds; '
+              'where they overlap widely, the order may be chance.')
     if n < 3:
-        chance = (f'There {"is one seed" if n == 1 else "are two seeds"}: nothing here says how '
-                  'much is chance. Use three or more.')
+        chance = (f'There {"is one seed" if n == 1 else "are two seeds"}: '
+                  'nothing here says how much is chance. Use three or more.')
     said = [f'Further right has learned more; further down {down}', chance,
             'A method that learns less usually forgets less. The column "at matched gain" compares '
-            'them where each first reached '
-            '95% of the weakest method\'s best gain on validation data.']
+            'them where each first reached 95% of the weakest method\'s best gain on '
+            'validation data.']
     if any(x['forgetting_matched']['mean'] is None for x in methods):
         said.append('Where it shows a dash, some method gained nothing in some seed, so there was no gain to match.')
-    return said + [f'{x["name"]}, seed {s["seed"]}, broke down and counts as the worst score: '
-                   f'{s["error"]}' for x in methods for s in x['seeds'] if s['error']]
+    return said + [f'{x["name"]}, seed {s["seed"]}, broke down and counts as the worst score: {s["error"]}'
+                   for x in methods for s in x['seeds'] if s['error']]
 
 MEANT = dict(exact='the score of generated answers', accuracy='the share of right labels',
              nll='the fall of the negative log-likelihood of held-out responses, in nats a token')
@@ -660,20 +666,20 @@ def in_words(r:dict) -> list[str]:
     p = r['protocol']
     old, budget = p['forgetting'], f', at most {p["budget"]:,} tokens' if p['budget'] else ''
     if old == 'old skills':
-        old = (f'the mean fall over {len(p["old"])} old skills, {p["old_items"]} held-out questions '
-               'each, answered by generation')
+        old = (f'the mean fall over {len(p["old"])} old skills, {p["old_items"]} held-out '
+               'questions each, answered by generation')
     if old == 'old data':
         old = f'the fall on {", ".join(p["old"])}'
     redrawn = ' and the questions.' if p['redrawn'] else '.'
-    memory = ('that of the GPU.' if p['device'] == 'cuda' else 'what the process took beyond the '
-              'loaded model, as the system tells it.')
-    return [f'Model: {r["model"]}, {p["parameters"]:,} numbers. Data: {r["data"]}, {p["train"]} '
-            f'training rows, fingerprint {p["fingerprint"]}.',
-            f'Gain: {MEANT.get(p["metric"], p["metric"])}, after minus before, on {p["items"]} test '
-            f'rows. Forgetting: {old}. Both at the last step.',
-            f'Each method trained for {p["steps"]} steps of {p["batch_size"]} rows{budget}, with '
-            f'seeds {", ".join(map(str, p["seeds"]))}; '
-            f'a seed redraws the order of the data, the initialisation{redrawn}',
+    memory = ('that of the GPU.' if p['device'] == 'cuda'
+              else 'what the process took beyond the loaded model, as the system tells it.')
+    return [f'Model: {r["model"]}, {p["parameters"]:,} numbers. Data: {r["data"]}, '
+            f'{p["train"]} training rows, fingerprint {p["fingerprint"]}.',
+            f'Gain: {MEANT.get(p["metric"], p["metric"])}, after minus before, '
+            f'on {p["items"]} test rows. Forgetting: {old}. Both at the last step.',
+            f'Each method trained for {p["steps"]} steps of {p["batch_size"]} rows{budget}, '
+            f'with seeds {", ".join(map(str, p["seeds"]))}; a seed redraws the order of the data, '
+            f'the initialisation{redrawn}',
             f'Each method was looked at every {p["evaluate_every"]} steps on '
             f'{p["validation_items"]} validation rows; time and memory leave these looks out. '
             f'Peak memory is {memory}']
@@ -681,11 +687,10 @@ def in_words(r:dict) -> list[str]:
 def _tuning_words(r) -> list[str]:
     if not (t := r['tuning']):
         return ['Not tuned: each method ran at the rate in the table.']
-    tried = lambda d: ', '.join(f'{x:g} (gain {s:.3f})' for x, s in d['tried']) + (
-        '; the best lies at the edge of what was tried' if d['at_edge'] else '')
-    return [f'Chosen by validation gain after {t["steps"]} steps with seed {t["seed"]}, which is '
-            'not among the test seeds; '
-            'the same number of rates for each method.',
+    tried = (lambda d: ', '.join(f'{x:g} (gain {s:.3f})' for x, s in d['tried'])
+             + ('; the best lies at the edge of what was tried' if d['at_edge'] else ''))
+    return [f'Chosen by validation gain after {t["steps"]} steps with seed {t["seed"]}, '
+            'which is not among the test seeds; the same number of rates for each method.',
             *(f'{n}: {d["rate"]:g} of {tried(d)}' for n, d in t['methods'].items())]
 
 # %% ../../nbs/instruments/compare.ipynb #002cc6d6
@@ -734,8 +739,8 @@ class Comparison:
             float_format=lambda x: f'{x:.4g}')
 
     def html(self, path:str|Path) -> Path:
-        """Write one page that opens by itself: the picture, the table, the protocol in words, how
-        to read it, and what it was made with"""
+        """Write one page that opens by itself: the picture, the table, the protocol in words,
+        how to read it, and what it was made with"""
         r = self.result
         items = lambda lines: '<ul>' + ''.join(f'<li>{html.escape(x)}</li>' for x in lines) + '</ul>'
         page = PAGE.format(title=html.escape(f'{r["model"]} on {r["data"]}'), image=_tag(r, 'svg'),
@@ -763,11 +768,11 @@ def plan(methods:list, lrs=None, tuned:bool=True) -> dict[str, tuple[Recipe, tup
     for m in [methods] if isinstance(methods, (str, Recipe)) else methods:
         recipe = get(m)
         if recipe.name in out:
-            raise ValueError(f'method {recipe.name!r} is named twice; name each once, or tell '
-                             'Recipes apart with .named(...)')
-        out[recipe.name] = (recipe,
-                            _rates(recipe, lrs.get(recipe.name) if isinstance(lrs, Mapping)
-                                   else lrs, tuned))
+            raise ValueError(f'method {recipe.name!r} is named twice; name each once, '
+                             'or tell Recipes apart with .named(...)')
+        out[recipe.name] = (
+            recipe,
+            _rates(recipe, lrs.get(recipe.name) if isinstance(lrs, Mapping) else lrs, tuned))
     if not out:
         raise ValueError('no method was named; name one or more, such as "full,hft,lora"')
     if isinstance(lrs, Mapping) and (odd := set(lrs) - set(out)):
@@ -775,8 +780,8 @@ def plan(methods:list, lrs=None, tuned:bool=True) -> dict[str, tuple[Recipe, tup
     return out
 
 def _rates(recipe, given, tuned) -> tuple[float, ...]:
-    """The rates that were given, one or several; else the Recipe's: its grid where it is tuned, its
-    default where it is not"""
+    """The rates that were given, one or several; else the Recipe's: its grid where it is tuned,
+    its default where it is not"""
     if given is None:
         rates = recipe.lrs if tuned else (recipe.lr,)
     else:
@@ -784,8 +789,8 @@ def _rates(recipe, given, tuned) -> tuple[float, ...]:
     if not rates or not all(r > 0 for r in rates):
         raise ValueError(f'the learning rates of {recipe.name} are {list(rates)}; give one or more, each above 0')
     if not tuned and len(rates) > 1:
-        raise ValueError(f'{recipe.name} has {len(rates)} learning rates and tuning is off; give '
-                         'one rate, or tune=True')
+        raise ValueError(f'{recipe.name} has {len(rates)} learning rates and tuning is off; '
+                         'give one rate, or tune=True')
     return rates
 
 def tuning_seed(seeds:list[int]) -> int:
@@ -813,21 +818,20 @@ def run_cells(bench:Bench, arms:Mapping[str, tuple], seeds:list[int], folder:Pat
 
 def _line(bench, c) -> str:
     when, lost = ('tuning', '') if c['tuning'] else (f'seed {c["seed"]}', f', {bench.how} {c["forgetting"]:.3f}')
-    return f'{c["method"]} at {c["rate"]:g}, {when}: gain {c["gain"]:.3f}{lost}' + (
-        f' ({c["error"]})' if c['error'] else '')
+    return (f'{c["method"]} at {c["rate"]:g}, {when}: gain {c["gain"]:.3f}{lost}'
+            + (f' ({c["error"]})' if c['error'] else ''))
 
 def _protocol(bench, seeds) -> dict:
     "What was done to all methods alike"
     d = bench.given
-    return dict(metric=_title(bench.metric), forgetting=bench.how,
-                old=bench.old_names or ([bench.old.name] if bench.old else []), seeds=seeds,
+    return dict(
+        metric=_title(bench.metric), forgetting=bench.how,
+        old=bench.old_names or ([bench.old.name] if bench.old else []), seeds=seeds,
         redrawn=bench.skill is not None, steps=bench.steps, evaluate_every=bench.every,
-                parameters=bench.size, train=len(d.train),
-        items=min(bench.items, len(d.test)), old_items=bench.old_items,
-                validation_items=min(bench.validation_items, len(d.validation)),
+        parameters=bench.size, train=len(d.train), items=min(bench.items, len(d.test)),
+        old_items=bench.old_items, validation_items=min(bench.validation_items, len(d.validation)),
         fingerprint=d.fingerprint, kind=d.kind, max_length=bench.max_length, budget=bench.budget,
-                device=bench.device.type,
-        revision=bench.revision, **bench.settings)
+        device=bench.device.type, revision=bench.revision, **bench.settings)
 
 def _model_name(model) -> str:
     return str(model) if isinstance(model, (str, Path)) else type(model[0]).__name__
@@ -836,17 +840,20 @@ def _model_name(model) -> str:
 def compare(methods,                   # names as in `ftlab.methods`, such as 'lora(r=4)' or 'hft * dft', or Recipes
             model,                     # a name or folder as in `ftlab.load`, or (model, tok), which stays as it is
             data,                      # `Data`, or anything that `ftlab.data` takes
-            *, old=None,               # data that the model could do before; None: old skills of a lab model, else drift
-            metric=None,               # 'exact', 'accuracy', 'nll', or a function (model, tok, rows) -> number; None: what fits the data
+            *, old=None,               # what the model could do before; None: old skills of a lab model, else drift
+            metric=None,               # 'exact', 'accuracy', 'nll' or a function, see below; None: what fits the data
             seeds:int|list[int]=3,     # how many, or which
             steps:int=200, batch_size:int=32, # of each run
             lrs=None,                  # learning rates: a list for all, or {method: list}; None: each Recipe's own
-            tune:bool=True,            # choose each method's rate on a seed of its own; False: the Recipe's rate, or the only one in `lrs`
+            tune:bool=True,            # choose each method's rate on a seed of its own; False: see below
             tune_steps:int|None=None,  # steps of a tuning run; None: as many as the others
             evaluate_every:int|None=None, # steps between looks; None: an eighth of all
             max_length:int|None=None,  # tokens a row
-            items:int=400, old_items:int=100, validation_items:int=200, # rows to measure on: test, each old skill, validation
-            device=None, precision:str='no', dtype=None, revision=None, # where and how to compute; which revision of the model
+            items:int=400,             # test rows to measure on
+            old_items:int=100,         # rows of each old skill
+            validation_items:int=200,  # validation rows
+            device=None, precision:str='no', dtype=None, # where and how to compute
+            revision=None,             # of the model
             budget:int|None=None,      # tokens after which a run ends, if its steps have not ended it
             out:str|Path='ftlab-runs/compare', # folder of the cells, result.json, tradeoff.png and index.html
             resume:bool=True,          # take finished cells from `out`
@@ -856,8 +863,10 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
            ) -> Comparison:
     """Fine-tune by each method, over several seeds, all tuned alike, and measure what each gained and broke.
 
-    Raises `ValueError`, `KeyError` or `FileNotFoundError` for input that is wrong. A run that breaks down counts as the worst score. When
-    interrupted, the finished cells stay in `out`; the same call goes on."""
+    A function as `metric` takes (model, tok, rows) and gives a number. Without tuning a method runs
+    at the only rate in `lrs`, or at its Recipe's. A run that breaks down counts as the worst score.
+    When interrupted, the finished cells stay in `out`; the same call goes on.
+    Raises `ValueError`, `KeyError` or `FileNotFoundError` for input that is wrong."""
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f'seeds are {seeds}; give one or more, each once')
@@ -865,15 +874,15 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
     bench = Bench(model, data, old, metric, items=items, old_items=old_items,
                   validation_items=validation_items, steps=steps, tune_steps=tune_steps,
                   evaluate_every=evaluate_every, max_length=max_length, device=device, dtype=dtype,
-                  revision=revision, budget=budget, progress=progress,
-                  keep=keep, batch_size=batch_size, precision=precision, **settings)
+                  revision=revision, budget=budget, progress=progress, keep=keep,
+                  batch_size=batch_size, precision=precision, **settings)
     check_room(out) # before the first cell, not after it
     with only_writer(out):
         chosen, done = run_cells(bench, arms, seeds, Path(out)/'cells', tune, resume)
     tuning = dict(seed=tuning_seed(seeds), steps=bench.tune_steps, methods=chosen) if tune else None
-    comparison = Comparison(dict(model=_model_name(model), data=bench.given.name,
-                                 protocol=_protocol(bench, seeds),
-        methods=assemble({n: (arms[n][0].describe(), done[n]) for n in arms}), tuning=tuning,
-                                 versions=versions()))
+    comparison = Comparison(
+        dict(model=_model_name(model), data=bench.given.name, protocol=_protocol(bench, seeds),
+             methods=assemble({n: (arms[n][0].describe(), done[n]) for n in arms}), tuning=tuning,
+             versions=versions()))
     comparison.save(out)
     return comparison

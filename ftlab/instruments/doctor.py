@@ -37,8 +37,8 @@ class Finding:
     source:str        # the public failure that the check was learned from
 
     def __repr__(self) -> str:
-        return (f'{self.severity.upper()} {self.name}: {self.seen}\n   why: {self.why}\n   fix: {self.fix}\n'
-                f'   source: {self.source}')
+        return (f'{self.severity.upper()} {self.name}: {self.seen}\n   why: {self.why}\n   '
+                f'fix: {self.fix}\n' f'   source: {self.source}')
 
 class Diagnosis(Sequence):
     "Findings, worst first, with what was examined and what could not be"
@@ -71,8 +71,7 @@ class Diagnosis(Sequence):
     def json(self) -> dict:
         "Everything, as JSON can hold it"
         return dict(when=self.when, about=self.about, errors=self.errors,
-                    findings=[asdict(f) for f in self],
-                    ran=self.ran, skipped=self.skipped)
+                    findings=[asdict(f) for f in self], ran=self.ran, skipped=self.skipped)
 
     def _head(self) -> str:
         count = Counter(f.severity for f in self)
@@ -162,8 +161,9 @@ def _about(case) -> str:
         cover = coverage(case.model if case.run is None else case.fresh(), case.chosen)
     except (NotApplicable, KeyError):
         return f'{case.recipe.name} on {case.data.name}'
-    return (f'{case.recipe.name} on {case.data.name}: {cover["share"]:.1%} of the parameters selected, '
-            f'in {cover["tensors"]} of {cover["of_tensors"]} tensors and {len(cover["blocks"])} blocks')
+    return (f'{case.recipe.name} on {case.data.name}: {cover["share"]:.1%} of the parameters '
+            f'selected, in {cover["tensors"]} of {cover["of_tensors"]} tensors and '
+            f'{len(cover["blocks"])} blocks')
 
 # %% ../../nbs/instruments/doctor.ipynb #000fd3f9
 def doctor(model,                  # a model; or, alone, a finished `Run` or the folder that `ftlab fit` wrote
@@ -193,8 +193,7 @@ def doctor(model,                  # a model; or, alone, a finished `Run` or the
 
 def case_before(model, tok, data, recipe:Recipe|None=None, **settings # as in `doctor`
                ) -> Case:
-    """What the doctor examines before a run. Raises `ValueError` for arguments that do not fit
-    together."""
+    "What the doctor examines before a run. Raises `ValueError` for arguments that do not fit together."
     if data is None or (tok is None and getattr(data, 'kind', 'text') in KINDS):
         raise ValueError('before a run the doctor needs model, tok and data: doctor(model, tok, data, recipe)')
     if not (recipe is None or isinstance(recipe, Recipe)):

@@ -25,8 +25,8 @@ from .compare import COLORS, MARKS, Comparison
 from .explore_weights import (CRITERIA, RANKED, apart, entry_scores, mask, ranks,
                                                spectrum)
 from .report_page import percent
-from .views import (BLUE, GREEN, RED, Picture, View, choice, drawn,
-                                     front_end, panels)
+from .views import (BLUE, GREEN, RED, Picture, View, choice, drawn, front_end,
+                                     panels)
 from .views import rows_as_html, several, slider, span, text
 from ..lab.world import OLD, SKILLS, is_lab
 from ..trainers.objective import IGNORE, kl, priced, token_nll
@@ -38,26 +38,27 @@ __all__ = ['runs_of', 'recipes_inside', 'draw_tradeoff', 'tradeoff', 'question_b
 
 # %% ../../nbs/instruments/explore.ipynb #001c995a
 def runs_of(comparison:Comparison) -> list[dict]:
-    """One row a finished run: method, rate, steps, seed, and gain and forgetting in points
-    (hundredths, or nats)"""
+    """One row a finished run: method, rate, steps, seed,
+    and gain and forgetting in points (hundredths, or nats)"""
     r = comparison.json()
-    return [dict(method=m['name'], rate=s['rate'], steps=r['protocol'][
-        'steps'], seed=s['seed'], gain=100*s['gain'], forgetting=100*s['forgetting'])
-            for m in r['methods'] for s in m['seeds'] if s['gain'] is not None and s['forgetting'] is not None]
+    return [dict(method=m['name'], rate=s['rate'], steps=r['protocol']['steps'], seed=s['seed'],
+                 gain=100*s['gain'], forgetting=100*s['forgetting']) for m in r['methods']
+            for s in m['seeds'] if s['gain'] is not None and s['forgetting'] is not None]
 
 def _inside_frame(runs, methods, forgetting, gain) -> list[dict]:
-    return [r for r in runs if r['method'] in methods and forgetting[0] <= r[
-        'forgetting'] <= forgetting[1] and gain[0] <= r['gain'] <= gain[1]]
+    return [r for r in runs if r['method'] in methods
+            and forgetting[0] <= r['forgetting'] <= forgetting[1]
+            and gain[0] <= r['gain'] <= gain[1]]
 
 def recipes_inside(runs:list[dict],  # as `runs_of` gives them
                    inside:list[dict] # those of them that lie in the frame
                   ) -> str:
-    """An HTML table of what lies inside: one row a recipe, with mean and standard deviation over
-    its seeds there"""
+    """An HTML table of what lies inside: one row a recipe,
+    with mean and standard deviation over its seeds there"""
     def over(rows, k):
         v = [r[k] for r in rows]
-        return (f'{fmean(v):.1f} ± {stdev(v):.1f}' if len(v) > 1 else f'{v[0]:.1f} (one '
-                'seed)').replace(' ', '\xa0')
+        return (f'{fmean(v):.1f} ± {stdev(v):.1f}' if len(v) > 1
+                else f'{v[0]:.1f} (one seed)').replace(' ', '\xa0')
     groups = {}
     for r in inside:
         groups.setdefault((r['method'], r['rate'], r['steps']), []).append(r)
@@ -76,8 +77,8 @@ def draw_tradeoff(runs:list[dict],       # as `runs_of` gives them
                   forgetting:tuple[float, float], # the frame, from and to, in points
                   gain:tuple[float, float]
                  ) -> tuple[Figure, str]: # the picture, and a table of the recipes inside the frame
-    """Gain against forgetting, one mark a run, faint outside the frame. Raises `ValueError` for an
-    unknown method."""
+    """Gain against forgetting, one mark a run, faint outside the frame.
+    Raises `ValueError` for an unknown method."""
     names = list(dict.fromkeys(r['method'] for r in runs))
     if wrong := [m for m in methods if m not in names]:
         raise ValueError(f'no run is of the method {wrong[0]!r}; there are {", ".join(names)}')
@@ -94,8 +95,7 @@ def draw_tradeoff(runs:list[dict],       # as `runs_of` gives them
     count = {m: sum(r['method'] == m for r in inside) for m in methods}
     frame = f'from {forgetting[0]:g} to {forgetting[1]:g} points forgotten and {gain[0]:g} to {gain[1]:g} gained'
     fig.set_label(f'In the frame {frame}: '
-                  + (', '.join(f'{n} of {m}' for m, n in count.items() if n) or
-        'no run') + '.')
+                  + (', '.join(f'{n} of {m}' for m, n in count.items() if n) or 'no run') + '.')
     return fig, recipes_inside(runs, inside)
 
 def _marks(ax, rows, inside, i, name) -> None:
@@ -111,8 +111,8 @@ def _marks(ax, rows, inside, i, name) -> None:
     ax.annotate(name, at, (7, 3 - 9*(i % 2)), textcoords='offset points', color=c, fontweight='bold')
 
 def tradeoff(comparison:Comparison) -> View: # as `ftlab.compare` returns it; of a stored one: `Comparison.read(path)`
-    """Frame runs and read their recipes: `draw_tradeoff` with handles. Raises `ValueError` where no
-    run finished."""
+    """Frame runs and read their recipes: `draw_tradeoff` with handles.
+    Raises `ValueError` where no run finished."""
     if not (runs := runs_of(comparison)):
         raise ValueError('no run of this comparison finished, so there is nothing to show')
     edge = lambda k: (float(min(r[k] for r in runs)//1 - 1),
@@ -121,24 +121,24 @@ def tradeoff(comparison:Comparison) -> View: # as `ftlab.compare` returns it; of
     fl, fh = edge('forgetting')
     gl, gh = edge('gain')
     return View(partial(draw_tradeoff, runs), 'Gain against forgetting, one mark a run.',
-                methods=several(names,
-        'methods'),
-                forgetting=span(fl, fh, .5, 'forgetting, points'), gain=span(gl, gh, .5, 'gain, points'))
+                methods=several(names, 'methods'),
+                forgetting=span(fl, fh, .5, 'forgetting, points'),
+                gain=span(gl, gh, .5, 'gain, points'))
 
 # %% ../../nbs/instruments/explore.ipynb #0025995a
 def question_batches(rows:list[dict], tok,
                      parts:int|None=None # how many batches; None: of some 25 rows each
                     ) -> list[dict[str, Tensor]]:
-    """The rows, encoded as for training, in batches of similar length: padding costs as much as
-    words"""
+    """The rows, encoded as for training, in batches of similar length:
+    padding costs as much as words"""
     enc = sorted(encode_all(rows, tok, 'text'), key=lambda e: len(e['labels']))
     n = -(-len(enc)//(parts or max(1, len(enc)//25)))
     return [collate(enc[i:i + n], tok.pad_token_id) for i in range(0, len(enc), n)]
 
 # %% ../../nbs/instruments/explore.ipynb #0029995a
 class Rewind:
-    """A base, a change and questions: `right(alpha, first)` is the share answered right, of new and
-    of old"""
+    """A base, a change and questions: `right(alpha, first)` is the share answered right,
+    of new and of old"""
     def __init__(self, model,                    # a copy of the base, which this object keeps for itself
                  change:Mapping[str, Tensor],    # tuned minus base
                  new:list[dict], old:list[dict]  # batches, as `question_batches` makes them
@@ -171,8 +171,8 @@ def draw_layers(rewind:Rewind,
                 alpha:float, # the last layer's factor
                 first:float  # the first layer's share of it
                ) -> Figure:
-    """The factor of each layer, and what the model can do, with 95% intervals. Raises `ValueError`
-    for factors below 0."""
+    """The factor of each layer, and what the model can do, with 95% intervals.
+    Raises `ValueError` for factors below 0."""
     if alpha < 0 or first < 0:
         raise ValueError(f'alpha is {alpha} and first {first}; neither may be below 0')
     fig, (a, b) = panels(7.2, 2.3, (1, 1.5), wspace=.42, left=.08)
@@ -180,9 +180,8 @@ def draw_layers(rewind:Rewind,
     n = len(f)
     a.axhline(1, color='.75', lw=1, ls='--')
     a.plot(range(n), f, 'o-', color=BLUE, ms=5)
-    a.set(ylim=(-.1, max(1.6, 1.1*max(f))), xlim=(-.4, n - .6),
-          xticks=range(0, n, max(1, n//8)), xlabel=
-        'layer', ylabel='factor')
+    a.set(ylim=(-.1, max(1.6, 1.1*max(f))), xlim=(-.4, n - .6), xticks=range(0, n, max(1, n//8)),
+          xlabel='layer', ylabel='factor')
     a.set_title(f'alpha {alpha:.2f}, first layer {100*first:.0f}%')
     now, was, end = rewind.right(alpha, first), rewind.right(0., 1.), rewind.right(1., 1.)
     for y, (k, color) in enumerate((('old', RED), ('new', BLUE))):
@@ -194,8 +193,9 @@ def draw_layers(rewind:Rewind,
     b.set_yticklabels([f'{k} ({rewind.count[k]})' for k in ('old', 'new')])
     b.tick_params(axis='y', length=0)
     both = lambda s: f'{percent(s["new"])} of the new and {percent(s["old"])} of the old'
-    fig.set_label(f'At alpha {alpha:g}, the first layer at {100*first:.0f}% of that, {both(now)} questions are right; '
-                  f'of the base {both(was)}, of the tuned model {both(end)}.')
+    fig.set_label(f'At alpha {alpha:g}, the first layer at {100*first:.0f}% of that, '
+                  f'{both(now)} questions are right; of the base {both(was)}, '
+                  f'of the tuned model {both(end)}.')
     return fig
 
 def _bar(ax, y, now, was, end, n, color) -> None:
@@ -223,21 +223,20 @@ def layers(base,           # a `Run`, an attached change, or the base model
     if isinstance(base, Run):
         tok, new = tok or base.tok, new or base.data.test[:40]
     if tok is None or not new:
-        raise ValueError('layers needs the tokenizer and new questions: layers(base, tuned, tok, new=rows), or '
-                         'layers(run)')
+        raise ValueError('layers needs the tokenizer and new questions: '
+                         'layers(base, tuned, tok, new=rows), or layers(run)')
     if old is None and not is_lab(tok):
         raise ValueError('layers needs old questions, old=rows: what a model of your own could do before is not known')
     bench = Rewind(model, change, question_batches(new, tok),
-                   question_batches(old or lab_questions({r.get(
-        'skill') for r in new}), tok))
+                   question_batches(old or lab_questions({r.get('skill') for r in new}), tok))
     return View(partial(draw_layers, bench),
         'A change, scaled by layer, and what is left of the new skill and the old ones.',
                 alpha=slider(1., 0., 1.5, .05, 'alpha (last layer)'), first=slider(1., 0., 1.5, .05,
                     'first layer\'s share'))
 
 def lab_questions(but:Iterable[str]=(), n:int=4) -> list[dict]:
-    """`n` test questions of each old skill that is judged word for word, but for those named and
-    what they contradict"""
+    """`n` test questions of each old skill that is judged word for word,
+    but for those named and what they contradict"""
     out = {*but, *(SKILLS[s].replaces for s in but if s in SKILLS), 'write'}
     return [r for s in OLD if s not in out for r in WORLD.rows(s, n)]
 
@@ -271,33 +270,33 @@ def token_prices(model, tok, prompt:str, answer:str,
     return tokens, dict(NLL=nll, DFT=dft, ASFT=dft + anchor, masked=masked)
 
 def _hidden(x:Tensor, labels:Tensor, tok, chance:float, seed:int) -> Tensor:
-    """Token ids [draws, tokens] in which each answer token, special ones excepted, is hidden by
-    `chance`"""
+    """Token ids [draws, tokens] in which each answer token, special ones excepted,
+    is hidden by `chance`"""
     may = ((labels != IGNORE) & ~torch.isin(x, torch.tensor(tok.all_special_ids))).expand_as(x)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         drawn = torch.ones(x.shape).masked_scatter(may, torch.rand(int(may.sum())))
-    return torch.where(drawn < chance, tok.pad_token_id if tok.mask_token_id is None
-                       else tok.mask_token_id, x)
+    return torch.where(drawn < chance,
+                       tok.pad_token_id if tok.mask_token_id is None else tok.mask_token_id, x)
 
 # %% ../../nbs/instruments/explore.ipynb #004e995a
 def draw_prices(model, tok, base,  # base: None, or the model that ASFT anchors to
                 prompt:str, answer:str,
                 chance:float       # of a token to be hidden in masked thought
                ) -> Figure:
-    """What each token of an answer costs under four objectives. Raises `ValueError` as
-    `token_prices` does."""
+    """What each token of an answer costs under four objectives.
+    Raises `ValueError` as `token_prices` does."""
     tokens, p = token_prices(model, tok, prompt, answer, chance, base=base)
     n = len(tokens)
     words = ['end' if t == tok.eos_token else t for t in tokens]
     most = max(float(p['NLL'].max()), float(p['masked'].mean(0).max()), .5)
-    spread = torch.quantile(p['masked'], torch.tensor([.05, .95]),
-                            dim=0).clamp(max=1.25*most).tolist()
+    spread = (
+        torch.quantile(p['masked'], torch.tensor([.05, .95]), dim=0).clamp(max=1.25*most).tolist())
     fig = Figure(figsize=(max(4.6, min(10, 1.6 + .62*n)), 4.2))
     axes = fig.subplots(4, 1, sharex=True,
                         gridspec_kw=dict(left=.03, right=.99, top=.94, bottom=.08, hspace=.42))
-    names = dict(NLL='NLL: plain fine-tuning', DFT='DFT: times the probability', ASFT='ASFT: DFT and an anchor',
-                 masked=f'masked thought: {100*chance:.0f}% hidden')
+    names = dict(NLL='NLL: plain fine-tuning', DFT='DFT: times the probability',
+                 ASFT='ASFT: DFT and an anchor', masked=f'masked thought: {100*chance:.0f}% hidden')
     for ax, (k, title), color in zip(axes, names.items(), ('.45', BLUE, GREEN, RED)):
         v = (p[k].mean(0) if k == 'masked' else p[k]).tolist()
         _price_bars(ax, v, most, f'{title}; mean {fmean(v):.2f} nats', color)
@@ -307,8 +306,9 @@ def draw_prices(model, tok, base,  # base: None, or the model that ASFT anchors 
     axes[-1].set_xticklabels(words, rotation=0 if n <= 14 else 60)
     dear = int(p['NLL'].argmax())
     paid = {k: float((v.mean(0) if k == 'masked' else v)[dear]) for k, v in p.items()}
-    fig.set_label(f'The dearest token of {answer!r} is {tokens[dear]!r}: {paid["NLL"]:.2f} nats by NLL, '
-                  f'{paid["DFT"]:.2f} by DFT, {paid["ASFT"]:.2f} by ASFT, {paid["masked"]:.2f} on average with '
+    fig.set_label(f'The dearest token of {answer!r} is {tokens[dear]!r}: '
+                  f'{paid["NLL"]:.2f} nats by NLL, {paid["DFT"]:.2f} by DFT, '
+                  f'{paid["ASFT"]:.2f} by ASFT, {paid["masked"]:.2f} on average with '
                   f'{100*chance:.0f}% hidden.')
     return fig
 
@@ -328,8 +328,8 @@ def prices(model, tok,       # a causal language model and its tokenizer
     "What each token costs under four objectives: `draw_prices` with handles"
     model.eval()
     return View(partial(draw_prices, model, tok, base), 'The price of each token of an answer under four objectives.',
-                prompt=text(prompt, 'prompt'), answer=text(answer,
-                    'answer'), chance=slider(.4, 0., .9, .05, 'chance of hiding'))
+                prompt=text(prompt, 'prompt'), answer=text(answer, 'answer'),
+                chance=slider(.4, 0., .9, .05, 'chance of hiding'))
 
 # %% ../../nbs/instruments/explore.ipynb #0057995a
 def _marked(a:str, b:str) -> Html:
@@ -344,8 +344,8 @@ def _marked(a:str, b:str) -> Html:
 
 def two_answers(base, tuned, tok, prompt:str,
                 temperature:float=0., seed:int=0, max_new_tokens:int=40) -> tuple[str, str]:
-    """What base and tuned model answer; of a `Run` or an attached change, switched off and on (then
-    `tuned` is None)"""
+    """What base and tuned model answer; of a `Run` or an attached change,
+    switched off and on (then `tuned` is None)"""
     how = dict(sample=True, temperature=temperature, generator_seed=seed) if temperature > 0 else {}
     def answer(model):
         with torch.random.fork_rng():

@@ -29,8 +29,8 @@ __all__ = ['CRITERIA', 'RANKED', 'apart', 'gradient_scores', 'entry_scores', 'ra
 def apart(base,      # a `Run`, an attached change, or the base model
           tuned=None # the tuned model, where `base` is one
          ) -> tuple[nn.Module, dict[str, Tensor]]: # a copy of the base, and {name: tuned minus base} where they differ
-    """Base and change as copies. Raises `ValueError` for models of different shape, or where
-    nothing changed."""
+    """Base and change as copies. Raises `ValueError` for models of different shape,
+    or where nothing changed."""
     if isinstance(base, Run):
         base = base.delta.attached
     if isinstance(base, Attached):
@@ -39,8 +39,8 @@ def apart(base,      # a `Run`, an attached change, or the base model
         model = copy.deepcopy(base)
         change = _difference(model, tuned)
     else:
-        raise ValueError(f'base is a {type(base).__name__} and tuned a {type(tuned).__name__}; give a Run, an '
-                         'attached change, or two models')
+        raise ValueError(f'base is a {type(base).__name__} and tuned a {type(tuned).__name__}; '
+                         'give a Run, an attached change, or two models')
     change = {n: c.detach() for n, c in change.items() if c.any()}
     if not change:
         raise ValueError('base and tuned are equal in every weight; there is no change to look at')
@@ -59,8 +59,8 @@ def _difference(model, tuned) -> dict[str, Tensor]:
     old, new = dict(model.named_parameters()), dict(tuned.named_parameters())
     if wrong := [n for n in old.keys() | new.keys() if n not in old or n not in new
                  or old[n].shape != new[n].shape]:
-        raise ValueError(f'{min(wrong)!r} is not in both models in one shape; base and tuned must be the same model '
-                         'before and after')
+        raise ValueError(f'{min(wrong)!r} is not in both models in one shape; '
+                         'base and tuned must be the same model before and after')
     return {n: new[n].to(p.device) - p for n, p in old.items()}
 
 # %% ../../nbs/instruments/explore_weights.ipynb #0035995a
@@ -68,21 +68,21 @@ CRITERIA = {'random': 'random', 'magnitude': 'magnitude', 'gradient':
     'gradient', 'LIFT': 'principal'} # what the view calls them -> what `scores` does
 
 def gradient_scores(model, names:Iterable[str], tok, rows:list[dict]) -> dict[str, Tensor]: # {name: |gradient|}
-    """How strongly the mean price of the rows' answers pulls at each entry; the model's own
-    gradients stay as they are"""
+    """How strongly the mean price of the rows' answers pulls at each entry;
+    the model's own gradients stay as they are"""
     batch = to_device(collate(encode_all(rows, tok, 'text', row_limit(model, tok)), pad_id(tok)),
                       device_of(model))
-    W = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()
-         if n in set(names)}
-    logits = torch.func.functional_call(model, W, kwargs=dict(input_ids=batch[
-        'input_ids'], attention_mask=batch['attention_mask'])).logits
+    W = {n: p.detach().clone().requires_grad_()
+         for n, p in model.named_parameters() if n in set(names)}
+    given = dict(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'])
+    logits = torch.func.functional_call(model, W, kwargs=given).logits
     price = token_nll(logits, batch['labels']).sum()/priced(batch['labels']).sum()
     return {n: g.abs() for n, g in zip(W, torch.autograd.grad(price, list(W.values())))}
 
 def entry_scores(model, tok=None, rows:list[dict]|None=None, seed:int=0
                 ) -> dict[str, dict[str, Tensor]]: # criterion -> {matrix: scores [out, in]}
-    """Every criterion's score of every entry of the blocks' matrices; 'gradient' where there are
-    rows to take it on"""
+    """Every criterion's score of every entry of the blocks' matrices;
+    'gradient' where there are rows to take it on"""
     params = dict(model.named_parameters())
     names = anatomy(model).matrices()
     each = lambda by: {n: scores(params[n].detach(), by, seed=seed + i)
@@ -96,8 +96,8 @@ def entry_scores(model, tok=None, rows:list[dict]|None=None, seed:int=0
 RANKED = ('all together', 'within each matrix')
 
 def ranks(scores:Mapping[str, Tensor], ranked:str) -> dict[str, Tensor]: # one criterion's scores; one of RANKED
-    """For each entry the share of entries that score higher, in [0, 1): a mask of density d is
-    `rank < d`"""
+    """For each entry the share of entries that score higher, in [0,
+    1): a mask of density d is `rank < d`"""
     if ranked not in RANKED:
         raise ValueError(f'ranked is {ranked!r}; it must be {" or ".join(map(repr, RANKED))}')
     def rank(s):
@@ -126,14 +126,14 @@ def draw_mask(ranked_by:Mapping,  # {(criterion, one of RANKED): what `ranks` re
               by:str, ranked:str, # criterion, and what it ranks
               matrix:str          # the one to show in full
              ) -> Figure:
-    """Where the chosen entries lie. Raises `ValueError` for a density, criterion or matrix that is
-    not there."""
+    """Where the chosen entries lie. Raises `ValueError` for a density,
+    criterion or matrix that is not there."""
     if not 0 < density <= 100:
         raise ValueError(f'density is {density}; it must be above 0 and at most 100 per cent')
     if (by, ranked) not in ranked_by:
         known = ', '.join(dict.fromkeys(c for c, _ in ranked_by))
-        raise ValueError(f'there are no scores by {by!r}, ranked {ranked!r}; there are {known}, ranked '
-                         f'{" or ".join(RANKED)}')
+        raise ValueError(f'there are no scores by {by!r}, ranked {ranked!r}; there are {known}, '
+                         f'ranked {" or ".join(RANKED)}')
     if matrix not in places:
         raise ValueError(f'there is no matrix {matrix!r}; the first is {next(iter(places))!r}')
     masks = {n: r < density/100 for n, r in ranked_by[by, ranked].items()}
@@ -145,10 +145,12 @@ def draw_mask(ranked_by:Mapping,  # {(criterion, one of RANKED): what `ranks` re
     block, role = places[matrix]
     b.set(xticks=[], yticks=[])
     b.spines[:].set_visible(True)
-    b.set_title(f'{role} of block {block}: {share[block, role]:.1f}%, black is chosen', loc='left', pad=16)
+    b.set_title(f'{role} of block {block}: {share[block, role]:.1f}%, black is chosen', loc='left',
+                pad=16)
     said = lambda at: f'{at[1]} of block {at[0]} ({share[at]:.1f}%)'
-    fig.set_label(f'By {by}, {density}% ranked {ranked}: {role} of block {block} gets {share[block, role]:.1f}%; '
-                  f'most goes to {said(max(share, key=share.get))}, least to {said(min(share, key=share.get))}.')
+    fig.set_label(f'By {by}, {density}% ranked {ranked}: {role} of block {block} gets '
+                  f'{share[block, role]:.1f}%; most goes to {said(max(share, key=share.get))}, '
+                  f'least to {said(min(share, key=share.get))}.')
     return fig
 
 def _shares(ax, share:Mapping[tuple[int, str], float]) -> None:
@@ -237,8 +239,8 @@ def draw_spectrum(matrices:Mapping[str, tuple[Tensor, Tensor]], # name -> (base,
     return fig
 
 def _intruder_panel(ax, d) -> None:
-    """For the tuned matrix's strongest directions, how much each resembles its nearest one in the
-    base"""
+    """For the tuned matrix's strongest directions,
+    how much each resembles its nearest one in the base"""
     at = list(enumerate(zip(d.like.tolist(), d.new.tolist()), 1))
     ax.axhline(d.eps, color='.6', lw=1, ls='--')
     for which, color, mark in ((False, GREY, 'o'), (True, RED, 'X')):
@@ -264,15 +266,15 @@ def _cached(matrices, name):
 def spectrum(base,      # a `Run`, an attached change, or the base model
              tuned=None # the tuned model, where `base` is one
             ) -> View:
-    """The directions of a change: `draw_spectrum` with handles. Raises `ValueError` where no matrix
-    changed."""
+    """The directions of a change: `draw_spectrum` with handles.
+    Raises `ValueError` where no matrix changed."""
     model, change = apart(base, tuned)
     params = dict(model.named_parameters())
     both = lambda n: (oriented(model, n, params[n].detach()), oriented(model, n, change[n]))
     found = Matrices({n: both(n) for n in anatomy(model).matrices() if n in change})
     if not found:
         raise ValueError('no matrix inside the blocks changed; the view shows those of attention and MLP')
-    return View(partial(draw_spectrum, found),
-        'Stretches of a change, the energy that a rank keeps, and intruder dimensions.',
-                matrix=choice(_labels({n: p for n, p in _places(model).items() if n in found}), 'matrix'),
-                rank=slider(8, 1, max(min(c.shape) for _, c in found.values()), 1, 'rank'))
+    return View(
+        partial(draw_spectrum, found), 'Stretches of a change, the energy that a rank keeps, and intruder dimensions.',
+        matrix=choice(_labels({n: p for n, p in _places(model).items() if n in found}), 'matrix'),
+        rank=slider(8, 1, max(min(c.shape) for _, c in found.values()), 1, 'rank'))

@@ -24,24 +24,25 @@ __all__ = ['INK', 'SEEN', 'KEPT', 'given_exactly', 'old_questions', 'thinned', '
 # %% ../../nbs/instruments/monitor.ipynb #00069985
 def given_exactly(model, enc:Sequence[dict], # rows as `encode_all` makes them
                   pad_id:int=0, batch_size:int=25) -> float:
-    """Share of rows, 0 to 1, whose answer the model would give greedily, token for token; of rows
-    with a label, the share whose likeliest label is right"""
+    """Share of rows, 0 to 1, whose answer the model would give greedily, token for token;
+    of rows with a label, the share whose likeliest label is right"""
     if not enc:
         raise ValueError('there is no row to ask; give one or more')
     return sum(int(teacher_forced(model, collate(enc[i:i + batch_size], pad_id)).sum())
                for i in range(0, len(enc), batch_size))/len(enc)
 
 # %% ../../nbs/instruments/monitor.ipynb #000a9985
-def old_questions(data:Data, tok, old=None, # what it could do before: `Data`, or anything that `ftlab.data` takes; None: old skills of a lab model
-                  n:int=50,                 # questions in all
-                  limit:int=1024            # tokens a row
-                 ) -> list[dict]:           # encoded; [] where it is not known what the model could do
+def old_questions(data:Data, tok,
+                  old=None,       # what it could do before, as `ftlab.data` takes it; None: old skills of a lab model
+                  n:int=50,       # questions in all
+                  limit:int=1024  # tokens a row
+                 ) -> list[dict]: # encoded; [] where it is not known what the model could do
     "The questions whose answers a run should not lose"
     if old is not None:
         old = old if isinstance(old, Data) else as_data(old)
         if old.kind == 'label' and old.labels != data.labels:
-            raise ValueError(f'the old data {old.name} have other labels than {data.name}: one '
-                             'classifier cannot answer both')
+            raise ValueError(f'the old data {old.name} have other labels than {data.name}: '
+                             'one classifier cannot answer both')
         return encode_all((old.validation + old.test + old.train)[:n], tok, old.kind, limit)
     if tok is None or data.kind != 'text' or not is_lab(tok):
         return []
@@ -57,12 +58,12 @@ SEEN = '#0072B2'
 KEPT = '#D55E00'
 
 def thinned(values:list[float], most:int=300) -> tuple[list[float], list[float]]:
-    """(places, means) of at most `most` blocks of neighbouring values; a place is the number of
-    steps done at a block's end"""
+    """(places, means) of at most `most` blocks of neighbouring values;
+    a place is the number of steps done at a block's end"""
     size = max(1, math.ceil(len(values)/most))
     blocks = [values[i:i + size] for i in range(0, len(values), size)]
-    return [min((i + 1)*size, len(values))
-            for i in range(len(blocks))], [sum(b)/len(b) for b in blocks]
+    return ([min((i + 1)*size, len(values)) for i in range(len(blocks))],
+            [sum(b)/len(b) for b in blocks])
 
 def seen_in(path:list[dict], key:str) -> tuple[list[int], list[float]]:
     "(steps, values) of one measurement, the last one where a step was looked at twice"
@@ -90,8 +91,8 @@ def _trained(log:list[dict], key:str) -> tuple[list, list]:
     return thinned([r[key] for r in log if r.get(key) is not None])
 
 def _surprise(ax, log, path) -> None:
-    """Surprise at the rows that are trained on, and at those that are not; their names are kept
-    apart where the lines meet"""
+    """Surprise at the rows that are trained on, and at those that are not;
+    their names are kept apart where the lines meet"""
     curves = [(*_trained(log, 'nll'), INK, 'trained', ''), (*seen_in(path, 'held_out_nll'), SEEN, 'held out', 'o')]
     curves = sorted((c for c in curves if c[0]), key=lambda c: c[1][-1])
     ax.set_ylim(0, max((max(c[1]) for c in curves), default=1.)*1.05 or 1.)
@@ -116,13 +117,13 @@ def draw_run(log:list[dict],      # `run.log`: step, loss, nll, lr for each step
              path:Sequence[dict]=(), # `run.path`: rows with step and held_out_nll or kept, as a Monitor leaves them
              steps:int|None=None, # how many there will be; None: as many as there are
              title:str='') -> Figure:
-    """A run in small panels: surprise, old answers that are still given, the learning rate, and the
-    loss where it is another number than the surprise"""
+    """A run in small panels: surprise, old answers that are still given, the learning rate,
+    and the loss where it is another number than the surprise"""
     path, steps = list(path), steps or max(1, len(log))
     shown = min(steps, max(20, 2*len(log))) # a long run's first steps would be a line as thin as its axis
     own = any(r['nll'] is None or abs(r['loss'] - r['nll']) > 1e-4*(1 + abs(r['nll'])) for r in log)
-    names = ['surprise']*any(r['nll'] is not None for r in log) + ['loss']*own + ['kept']*any(
-        'kept' in r for r in path) + ['lr']
+    names = (['surprise']*any(r['nll'] is not None for r in log) + ['loss']*own
+             + ['kept']*any('kept' in r for r in path) + ['lr'])
     fig = Figure(figsize=(3.1*len(names), 2.1), dpi=100)
     FigureCanvasAgg(fig) # an object of its own: pyplot's are shared by everyone
     fig.subplots_adjust(.05, .13, .99, .78, wspace=.22)
@@ -159,8 +160,8 @@ def in_words(log:list[dict], path:Sequence[dict]=(), steps:int|None=None) -> str
     return '; '.join(said) + '.'
 
 def picture_tag(log, path, steps=None, title:str='', dpi:int=100) -> str:
-    """`draw_run` as an HTML tag that carries the picture, with `in_words` for those who cannot see
-    it"""
+    """`draw_run` as an HTML tag that carries the picture,
+    with `in_words` for those who cannot see it"""
     buffer = io.BytesIO()
     fig = draw_run(log, path, steps, title)
     fig.savefig(buffer, format='png', dpi=dpi)
@@ -178,10 +179,12 @@ class Window:
         self.html, self.stop = HTML, stop
         self.picture = display(HTML(''), display_id=True)
         self.button = Button(description='Stop after this step', icon='stop',
-                             layout=dict(width='auto'), tooltip='fit returns the run as far as it came')
+                             layout=dict(width='auto'),
+                             tooltip='fit returns the run as far as it came')
         self.button.on_click(self.clicked)
         self.handle = display(self.button, display_id=True)
-        # ipykernel 7.4 sends a click to where the button last spoke, which is the busy shell, and not to where the front end sends it; forgotten, it goes there
+        # ipykernel 7.4 sends a click to where the button last spoke, which is the busy shell,
+        # and not to where the front end sends it; forgotten, it goes there
         vars(self.button.comm).pop('_reply_subshell_id', None)
 
     def clicked(self, button) -> None:
@@ -222,10 +225,11 @@ class Nowhere:
 
 # %% ../../nbs/instruments/monitor.ipynb #00169985
 class Monitor:
-    """Watches a run: `fit(callbacks=(Monitor(),))`. In JupyterLab the picture grows and a button
-    stops the run after its current step; elsewhere there is one picture at the end"""
+    """Watches a run: `fit(callbacks=(Monitor(),))`.
+    In JupyterLab the picture grows and a button stops the run after its current step;
+    elsewhere there is one picture at the end"""
     def __init__(self, every:int|None=None, # steps between looks; None: a tenth of all, and 25 at least
-                 old=None,                  # data that the model could do before, as in `compare`; None: old skills of a lab model
+                 old=None,                  # what the model could do before; None: old skills of a lab model
                  questions:int=50,          # old ones, in all
                  rows:int=32):              # of the validation data
         if every is not None and every < 1:
@@ -261,8 +265,8 @@ class Monitor:
         self.window.close()
 
     def look(self, state:State) -> dict:
-        """Surprise at validation rows, and the share of old answers that are still given; what
-        there is of them"""
+        """Surprise at validation rows, and the share of old answers that are still given;
+        what there is of them"""
         has_rows = bool(state.validation) and 'labels' in state.validation[0]
         seen = (dict(held_out_nll=validation_nll(state, self.rows)['validation_nll']) if has_rows
                 else {})
@@ -273,8 +277,8 @@ class Monitor:
         if isinstance(self.window, Nowhere) or isinstance(self.window, Still) and dpi == 100:
             return
         t = time.time()
-        name = state.settings['recipe'].get('name', '') + (f', stage {state.settings["stage"] + 1}'
-                                                           if 'stage' in state.settings else '')
+        name = (state.settings['recipe'].get('name', '')
+                + (f', stage {state.settings["stage"] + 1}' if 'stage' in state.settings else ''))
         self.window.show(picture_tag(state.log, state.path, state.steps,
                                      f'{name}: step {state.step} of {state.steps}', dpi))
         self.drawn = time.time()

@@ -57,8 +57,8 @@ class Asked:
 
     @property
     def questions(self) -> list[dict]:
-        """prompt and response of each row, and the skill it belongs to; for kinds that ask nothing
-        the text alone"""
+        """prompt and response of each row, and the skill it belongs to;
+        for kinds that ask nothing the text alone"""
         if self.kind == 'text' and 'prompt' in self.rows[0]:
             return self.rows
         if self.kind == 'label':
@@ -73,25 +73,26 @@ class Asked:
 # %% ../../nbs/instruments/report.ipynb #0008fa9f
 def asked_of(data:Data, tok, old:Data|None=None, items:int=100, old_items:int=100,
              metric:str|None=None, seed:int=0) -> list[Asked]:
-    """The sets of questions of a report, new ones first. Raises `ValueError` where there is no test
-    row, or where old labels are not those of the head."""
+    """The sets of questions of a report, new ones first.
+    Raises `ValueError` where there is no test row,
+    or where old labels are not those of the head."""
     if callable(metric):
         raise ValueError('metric is a function; a report compares answer by answer, and needs exact, accuracy or nll')
     if not data.test:
-        raise ValueError(f'{data.name} has no test row, and a report needs some; give more rows, or '
-                         'a test set of your own')
+        raise ValueError(f'{data.name} has no test row, and a report needs some; give more rows, '
+                         'or a test set of your own')
     new = Asked(data.name, _even(data.test, items), data.kind, metric_for(data, metric),
                 data.labels)
     return [new, *_asked_before(data, tok, old, old_items, seed)]
 
 def _asked_before(data, tok, old, n, seed) -> list[Asked]:
-    """What the model could do before: the old data that were given, else the old skills of a lab
-    model, else nothing"""
+    """What the model could do before: the old data that were given,
+    else the old skills of a lab model, else nothing"""
     if old is None:
         return _lab_skills(data, tok, n, seed) if data.kind != 'label' and is_lab(tok) else []
     if old.kind == 'label' and old.labels != data.labels:
-        raise ValueError(f'the old data {old.name} have other labels than {data.name}: one head '
-                         'cannot answer both; leave out old=')
+        raise ValueError(f'the old data {old.name} have other labels than {data.name}: '
+                         'one head cannot answer both; leave out old=')
     rows = _even(old.test + old.validation + old.train, n)
     return [Asked(old.name, rows, old.kind, metric_for(replace(old, test=rows)), old.labels, True)]
 
@@ -107,12 +108,13 @@ def _even(rows, n) -> list:
     return [rows[i*len(rows)//n] for i in range(n)] if len(rows) > n else list(rows)
 
 # %% ../../nbs/instruments/report.ipynb #000afa9f
-# numbers of log-probabilities that are kept of each set, and of logits in one batch: 32 MB, 260 places for a vocabulary of 32,000
+# numbers of log-probabilities that are kept of each set, and of logits in one batch:
+# 32 MB, 260 places for a vocabulary of 32,000
 KEPT = 2**23
 
 def _batches(q, tok, rows, limit, words):
-    """The first `rows` questions with their answers, encoded, in batches whose logits stay below
-    `KEPT` numbers"""
+    """The first `rows` questions with their answers, encoded,
+    in batches whose logits stay below `KEPT` numbers"""
     enc = [encode(r, tok, q.kind, limit) for r in q.rows[:rows]]
     i = 0
     while i < len(enc):
@@ -125,8 +127,8 @@ def _batches(q, tok, rows, limit, words):
 @torch.no_grad()
 def forced(model, tok, q:Asked, rows:int,
            max_length:int|None=None) -> tuple[list, dict[str, Tensor]]:
-    """Hand the model the answers to the first `rows` questions: (surprise and priced tokens of each
-    row), and sure, right, logp, layer 0, layer 1, ..."""
+    """Hand the model the answers to the first `rows` questions:
+    (surprise and priced tokens of each row), and sure, right, logp, layer 0, layer 1, ..."""
     out, prices, room = {}, [], KEPT
     for b in _batches(q, tok, rows, row_limit(model, tok, max_length),
                       1 if q.kind == 'label' else model.config.vocab_size):
@@ -142,8 +144,8 @@ def forced(model, tok, q:Asked, rows:int,
     return prices, {k: torch.cat(v) for k, v in out.items()}
 
 def _noted(o, y, mask, room) -> dict[str, Tensor]:
-    """Of one batch: sure, right and each layer's mean, and up to `room` numbers of
-    log-probabilities; one row for each place that was asked"""
+    """Of one batch: sure, right and each layer's mean,
+    and up to `room` numbers of log-probabilities; one row for each place that was asked"""
     on = priced(y)
     logits, y = (o.logits[on], y[on]) if y.ndim == 1 else (o.logits[:, :-1][on], y[:, 1:][on])
     sure, right = confidence(logits, y)
@@ -155,8 +157,8 @@ def _noted(o, y, mask, room) -> dict[str, Tensor]:
 # %% ../../nbs/instruments/report.ipynb #000cfa9f
 def own_answers(model, tok, q:Asked, rows:int, decode:Callable|None=None,
                 longest:int=64) -> list[str]:
-    """What the model answers by itself to the first `rows` questions, greedily where there is no
-    `decode`"""
+    """What the model answers by itself to the first `rows` questions,
+    greedily where there is no `decode`"""
     asked = q.questions[:rows]
     return ((decode or generate)(model, tok, [r['prompt'] for r in asked],
                                  max_new_tokens=min(longest, answer_length(asked, tok))) if asked
@@ -175,8 +177,8 @@ def labels_said(model, tok, q:Asked, max_length=None) -> list[str]:
 # %% ../../nbs/instruments/report.ipynb #000efa9f
 def observe(model, tok, asked:list[Asked], decode:Callable|None=None, rows:int=400, examples:int=8,
             max_length:int|None=None, seed:int=0) -> list[dict]:
-    """For every set of questions: answers, score (value and weight of each row), and the tensors of
-    `forced`; the model and the random state stay as they were"""
+    """For every set of questions: answers, score (value and weight of each row),
+    and the tensors of `forced`; the model and the random state stay as they were"""
     with evaluating(model), torch.random.fork_rng():
         torch.manual_seed(seed)
         share = {old: math.ceil(rows/max(1, sum(q.old == old for q in asked)))
@@ -187,18 +189,18 @@ def observe(model, tok, asked:list[Asked], decode:Callable|None=None, rows:int=4
 
 def _observed(model, tok, q, decode, share, examples, max_length) -> dict:
     "One set of questions; where answers cannot be judged, up to `examples` are drawn to look at"
-    prices, tensors = forced(model, tok, q,
-                             len(q.rows) if q.metric == 'nll' else min(share, len(q.rows)),
-                             max_length)
+    prices, tensors = forced(
+        model, tok, q, len(q.rows) if q.metric == 'nll' else min(share, len(q.rows)), max_length)
     if q.kind == 'label':
         said = labels_said(model, tok, q, max_length)
     else:
-        said = own_answers(model, tok, q, len(q.rows) if q.metric == 'exact' else examples
-                           if q.kind != 'lm' else 0, decode)
+        said = own_answers(
+            model, tok, q,
+            len(q.rows) if q.metric == 'exact' else examples if q.kind != 'lm' else 0, decode)
     right = lambda r, a: judge(r, a) if q.metric == 'exact' else float(a == r['response'])
     return dict(score=prices if q.metric == 'nll'
-                else [(right(r, a), 1) for r, a in zip(q.questions, said)], said=said,
-                tensors=tensors)
+                else [(right(r, a), 1) for r, a in zip(q.questions, said)],
+                said=said, tensors=tensors)
 
 # %% ../../nbs/instruments/report.ipynb #0010fa9f
 def save_observed(path:Path, seen:list[dict]) -> None:
@@ -221,16 +223,16 @@ def load_observed(path:Path) -> list[dict]:
 # %% ../../nbs/instruments/report.ipynb #0012fa9f
 @contextmanager
 def as_base(att, folder:str|Path|None=None) -> Iterator:
-    """Within this context the model is the base, bit for bit, and no second copy of its weights is
-    in memory; `folder` is for a temporary file"""
+    """Within this context the model is the base, bit for bit,
+    and no second copy of its weights is in memory; `folder` is for a temporary file"""
     with att.disabled(folder or tempfile.gettempdir()) as model:
         yield model
 
 # %% ../../nbs/instruments/report.ipynb #0014fa9f
 def seen_by_base(run:Run, asked:list[Asked], folder:Path, decode:Callable|None,
                  **how) -> list[dict]:
-    """What the base says to `asked`: from a file in `folder`, named after base, questions and
-    settings, or by asking it, and then kept there"""
+    """What the base says to `asked`: from a file in `folder`, named after base,
+    questions and settings, or by asking it, and then kept there"""
     path = folder/f'base-{_base_key(run, asked, decode, how)}.safetensors'
     if path.exists():
         return load_observed(path)
@@ -240,8 +242,8 @@ def seen_by_base(run:Run, asked:list[Asked], folder:Path, decode:Callable|None,
     return seen
 
 def _base_key(run, asked, decode, how) -> str:
-    """Base (a fresh head, which its fingerprint leaves out, by its sum), questions, decoder and
-    settings as one hash"""
+    """Base (a fresh head, which its fingerprint leaves out, by its sum), questions,
+    decoder and settings as one hash"""
     heads = {n: float(run.delta.attached.before(n).double().sum()) for n in _heads(run)}
     key = [run.delta.base, heads, [(q.name, q.kind, q.metric, q.rows) for q in asked],
            run.recipe.describe() if decode else None, how]
@@ -253,8 +255,8 @@ def _heads(run) -> set[str]:
 
 # %% ../../nbs/instruments/report.ipynb #0016fa9f
 def decoder_of(run:Run) -> Callable|None:
-    """(model in the tuned one's place) -> a decoder (model, tok, prompts, **options); None where
-    answers are drawn greedily from one model"""
+    """(model in the tuned one's place) -> a decoder (model, tok, prompts, **options);
+    None where answers are drawn greedily from one model"""
     if run.recipe.decode is None:
         return None
     with as_base(run.delta.attached):
@@ -263,12 +265,13 @@ def decoder_of(run:Run) -> Callable|None:
         dict(base=base, tuned=model, **run.models), tok, prompts, **options)
 
 # %% ../../nbs/instruments/report.ipynb #0018fa9f
-def paired(before:list[tuple[float, int]], # (value, weight) of each question: a score and 1, or a row's surprise and its tokens
+def paired(before:list[tuple[float, int]], # (value, weight) of each question
            after:list[tuple[float, int]],
            sign:int=1 # -1 where less is better
           ) -> dict:  # before, after, change (better is positive), low, high, n
-    """The mean before and after and the change between them, with the 95% interval that the choice
-    of questions leaves"""
+    """The mean before and after and the change between them,
+    with the 95% interval that the choice of questions leaves.
+    A question's value and weight are its score and 1, or its row's surprise and tokens."""
     w = sum(k for _, k in before)
     if not w:
         raise ValueError('no question has a token left to price; give a larger max_length')
@@ -277,20 +280,22 @@ def paired(before:list[tuple[float, int]], # (value, weight) of each question: a
     n = len(before)
     if n < 2:
         return dict(before=b, after=a, change=d, low=None, high=None, n=n)
-    # where all questions agree the spread would be 0, and 100 of 100 is not certainty: one more, that disagrees, is counted in
+    # where all questions agree the spread would be 0, and 100 of 100 is not certainty:
+    # one more, that disagrees, is counted in
     odd = 1. if all(k == 1 and 0 <= x <= 1 for x, k in before) else 0.
-    half = 1.96*math.sqrt((odd + sum((sign*(y - x) - d*k)**2
-                                     for (x, k), (y, _) in zip(before, after)))*n/(n - 1))/w
+    half = 1.96*math.sqrt(
+        (odd + sum((sign*(y - x) - d*k)**2 for (x, k), (y, _) in zip(before, after)))*n/(n - 1))/w
     return dict(before=b, after=a, change=d, low=d - half, high=d + half, n=n)
 
 def forgotten(sets:list[dict]) -> dict|None:
-    """The mean fall over the old sets, with the interval that the choice of questions leaves (None
-    where a set has one question); None where there is no old set"""
+    """The mean fall over the old sets, with the interval that the choice of questions leaves
+    (None where a set has one question); None where there is no old set"""
     old = [s for s in sets if s['old']]
     if not old:
         return None
     d = -fmean(s['change'] for s in old)
-    out = dict(mean=d, low=None, high=None, sets=len(old), worst=min(old, key=lambda s: s['change'])['name'])
+    out = dict(mean=d, low=None, high=None, sets=len(old),
+               worst=min(old, key=lambda s: s['change'])['name'])
     if any(s['low'] is None for s in old):
         return out
     half = math.sqrt(sum((s['high'] - s['low'])**2 for s in old))/2/len(old)
@@ -311,8 +316,8 @@ def flips(q:Asked, before:dict, after:dict) -> list[dict]:
     return out
 
 def _text(prompt) -> str:
-    return (prompt if isinstance(prompt, str) else '\n'.join(f'{m["role"]}: {m["content"]}'
-                                                             for m in prompt))
+    return (prompt if isinstance(prompt, str)
+            else '\n'.join(f'{m["role"]}: {m["content"]}' for m in prompt))
 
 def together(asked, seen, old:bool, key:str) -> Tensor|None:
     "One tensor of all new (or all old) sets, rows one after another; None where there is none"
@@ -320,8 +325,8 @@ def together(asked, seen, old:bool, key:str) -> Tensor|None:
     return found[0] if len(found) == 1 else torch.cat(found) if found else None
 
 def apart(asked, before, after, old:bool) -> dict|None:
-    """Drift, likeness by layer and calibration over all new (or all old) sets; None where there is
-    none"""
+    """Drift, likeness by layer and calibration over all new (or all old) sets;
+    None where there is none"""
     if not any(q.old == old for q in asked):
         return None
     get = lambda s, k: together(asked, s, old, k)
@@ -338,14 +343,15 @@ def apart(asked, before, after, old:bool) -> dict|None:
 def change_of(run:Run, matrices:int=64, k:int=10, eps:float=.5) -> dict:
     """Every changed weight with its place, length and share of numbers that moved.
 
-    Of at most `matrices` of them, spread evenly, also the spectrum and what the probes of directions say of the tuned weights' strongest `k`."""
+    Of at most `matrices` of them, spread evenly, also the spectrum and what the probes of
+    directions say of the tuned weights' strongest `k`."""
     att, at, heads = run.delta.attached, places(run.model), _heads(run)
     square, asked, rows = _square(att, at), probes('directions'), []
     chosen = set(square[::max(1, math.ceil(len(square)/max(1, matrices)))]) if matrices else set()
     for n, W0, W1 in _all_weights(att):
         block, part, role = at.get(n, (None, 'other', n))
-        row = dict(name=n, block=block, part='fresh head' if n in heads else part, role=role,
-                   numbers=W0.numel()) | _sizes(W0, W1)
+        row = (dict(name=n, block=block, part='fresh head' if n in heads else part, role=role,
+                    numbers=W0.numel()) | _sizes(W0, W1))
         rows.append(row | (_directions(W0, W1, k, eps, asked) if n in chosen else {}))
     blocks = 1 + max((b for b, *_ in at.values() if b is not None), default=-1)
     return dict(summed(rows), weights=[r for r in rows if r['moved']],
@@ -360,20 +366,20 @@ def _elsewhere(att, at) -> list[dict]:
     "Parts of the change that act on what flows through the model instead of its weights"
     place = lambda n: dict(zip(('block', 'part'), at.get(n, (None, 'other'))))
     size = lambda d: sum(p.numel() for p in d.parameters())
-    return [dict(name=n, **place(n), numbers=size(d), site=d.site) for n, d in att.deltas.items()
-            if d.site != 'weight']
+    return [dict(name=n, **place(n), numbers=size(d), site=d.site)
+            for n, d in att.deltas.items() if d.site != 'weight']
 
 def _sizes(W0, W1) -> dict:
-    """How many numbers moved, and the lengths of change and base; a slice at a time: an embedding
-    is the largest tensor of all"""
+    """How many numbers moved, and the lengths of change and base; a slice at a time:
+    an embedding is the largest tensor of all"""
     parts = [(int((b != a).sum()), float((b.float() - a.float()).norm())**2,
               float(a.float().norm())**2) for a, b in zip(W0.split(2048), W1.split(2048))]
     return dict(moved=sum(m for m, *_ in parts), length=math.sqrt(sum(l for _, l, _ in parts)),
                 base=math.sqrt(sum(b for *_, b in parts)))
 
 def _directions(W0, W1, k, eps, asked) -> dict:
-    """Stable rank, the share of the change in its strongest 1, 2, 4, 8 and 16 directions, and each
-    probe's count among the tuned weights' strongest `k`"""
+    """Stable rank, the share of the change in its strongest 1, 2, 4, 8 and 16 directions,
+    and each probe's count among the tuned weights' strongest `k`"""
     s = spectrum(W1.float() - W0.float()).double()
     energy = s.square()
     share = energy.cumsum(0)/energy.sum().clamp(min=1e-300)
@@ -413,8 +419,9 @@ def heat(rows:list[dict]) -> list[dict]:
     for r in rows:
         cells.setdefault((r['part'], r['block']), []).append(r)
     share = lambda rs: sum(r['moved'] for r in rs)/sum(r['numbers'] for r in rs)
-    return [dict(part=p, block=b, relative=_long(rs, 'length')/base if (base := _long(rs, 'base'))
-                 else None, moved=share(rs)) for (p, b), rs in cells.items()]
+    return [dict(part=p, block=b,
+                 relative=_long(rs, 'length')/base if (base := _long(rs, 'base')) else None,
+                 moved=share(rs)) for (p, b), rs in cells.items()]
 
 def _long(rows, key) -> float:
     return math.sqrt(sum(r[key]**2 for r in rows))
@@ -424,8 +431,8 @@ def contributions(run:Run, asked:list[Asked],
                   key:str,         # what the value is called: the probe's key
                   probe:Callable,  # as `ftlab.methods.probes('prompts')` gives it
                   rows:int=50, max_length:int|None=None) -> dict:
-    """What a probe says of up to `rows` new questions, and of as many old ones; or why there is
-    nothing"""
+    """What a probe says of up to `rows` new questions, and of as many old ones;
+    or why there is nothing"""
     out, limit = {}, row_limit(run.model, run.tok, max_length)
     told = lambda v, q, i: dict(set=q.name, question=_text(q.questions[i]['prompt'])) | {key: v}
     for name, old in (('new', False), ('old', True)):
@@ -468,17 +475,21 @@ def report(run:Run|str|Path,        # a run of `fit`, or the folder in which `ft
            *, items:int=100,        # new questions
            old_items:int=100,       # old questions, of each skill
            metric:str|None=None,    # 'exact', 'accuracy' or 'nll'; None: what fits the data
-           rows:int=400,            # questions, new and old, that are gone through word by word, for drift, likeness and calibration
-           matrices:int=64,         # matrices whose spectrum is taken, at most; 0: none (decompositions of large ones take minutes)
+           rows:int=400,            # questions, new and old, that are gone through word by word
+           matrices:int=64,         # matrices whose spectrum is taken, at most; 0: none
            max_length:int|None=None,# tokens a row; None: as in the run
            seed:int=0,              # of the old questions
            cache:str|Path|None=None # folder for what the base said; None: the run's own
           ) -> Report:
     """Ask base and tuned model the same questions and say what was learned, what was lost, and where the change lies.
 
-    Raises `ValueError` for a run whose base is gone (folded), one that has no test row, and numbers of questions below 1."""
+    Drift, likeness and calibration come from the `rows` that are gone through word by word.
+    The decomposition of a large matrix takes minutes. Raises `ValueError` for a run whose base is
+    gone (folded), one that has no test row, and numbers of questions below 1."""
     run, t0 = _run_of(run), time.time()
-    for name, n, least in (('items', items, 1), ('old_items', old_items, 1), ('rows', rows, 1),
+    for name, n, least in (('items', items, 1),
+                           ('old_items', old_items, 1),
+                           ('rows', rows, 1),
                            ('matrices', matrices, 0)):
         _whole(name, n, least)
     old = old if old is None or isinstance(old, Data) else as_data(old)
@@ -488,8 +499,7 @@ def report(run:Run|str|Path,        # a run of `fit`, or the folder in which `ft
     answers = {key: contributions(run, asked, key, probe, max_length=max_length)
                for key, probe in probes('prompts').items()}
     found = dict(_about(run), **_compared(asked, before, after), change=change_of(run, matrices),
-                 **answers,
-                 asked=dict(items=items, old_items=old_items, rows=rows, seed=seed),
+                 **answers, asked=dict(items=items, old_items=old_items, rows=rows, seed=seed),
                  versions=versions())
     return Report(dict(found, seconds=time.time() - t0))
 
@@ -538,8 +548,8 @@ def _run_of(run) -> Run:
         return run
     if isinstance(run, (str, Path)):
         return read_run(run)
-    raise ValueError(f'a {type(run).__name__} is no run; give what ftlab.fit returned, or the '
-                     'folder that ftlab fit wrote')
+    raise ValueError(f'a {type(run).__name__} is no run; give what ftlab.fit returned, '
+                     'or the folder that ftlab fit wrote')
 
 def _whole(name, n, least) -> None:
     if not isinstance(n, int) or n < least:
@@ -552,8 +562,9 @@ def read_run(folder:str|Path|None=None, # what `ftlab fit` wrote; None: say mode
              data=None,                 # as `ftlab.data` takes it; None: what run.json names
              revision:str|None=None, device=None, dtype=None # as in `load`
             ) -> Run:
-    """A saved run, its change attached to its base. Raises `FileNotFoundError` or `ValueError` that
-    names what is missing, `WrongBase` for another model."""
+    """A saved run, its change attached to its base.
+    Raises `FileNotFoundError` or `ValueError` that names what is missing,
+    `WrongBase` for another model."""
     delta = _saved_change(folder, delta)
     record = delta.with_name('run.json')
     known = json.loads(record.read_text()) if record.exists() else {}
@@ -597,12 +608,12 @@ def _rows_of(known, data, record) -> Data:
     try:
         rows = as_data(known['data'], test=known.get('eval'), columns=known.get('columns'))
     except FileNotFoundError as e:
-        raise FileNotFoundError(f'the data of the run, as {record} names them, are gone: {e}; name '
-                                'them with --data') from None
+        raise FileNotFoundError(f'the data of the run, as {record} names them, are gone: {e}; '
+                                'name them with --data') from None
     said = known.get('settings', {}).get('data')
     if said and rows.fingerprint != said:
-        raise ValueError(f'the data {rows.name} are no longer those of the run (fingerprint '
-                         f'{rows.fingerprint}, the run had {said}); '
+        raise ValueError(f'the data {rows.name} are no longer those of the run '
+                         f'(fingerprint {rows.fingerprint}, the run had {said}); '
                          'name those that you mean with --data')
     return rows
 
@@ -616,14 +627,14 @@ def _described(delta) -> dict:
         return json.loads((f.metadata() or {}).get('recipe', '{}'))
 
 def _recipe(said:Mapping) -> Recipe:
-    """The Recipe of that description: by its name where that says all; else one that only answers
-    plainly. Raises `ValueError` where its decoder would be lost."""
+    """The Recipe of that description: by its name where that says all;
+    else one that only answers plainly. Raises `ValueError` where its decoder would be lost."""
     name = said.get('name', 'unknown')
     try:
         return get(name)
     except (KeyError, ValueError):
         if said.get('decode'):
             raise ValueError(f'the recipe {name!r} draws answers its own way ({said["decode"]}), '
-                             'and no method of that name is known; '
-                             'report on the Run itself') from None
+                             'and no method of that name is known; report on '
+                             'the Run itself') from None
         return Recipe(Method(name, said.get('lr', 3e-4), arguments=said.get('arguments', {})))

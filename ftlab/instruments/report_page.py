@@ -32,8 +32,8 @@ def level(s:dict, which:str) -> str:
 def spread(x:dict, scale:float=1., digits:int=1) -> str:
     "'+12.4 [+10.9, +13.7]', times `scale`"
     middle = signed(scale*x['change' if 'change' in x else 'mean'], digits)
-    return (middle if x['low'] is None else f'{middle} [{signed(scale*x["low"], digits)}, '
-            f'{signed(scale*x["high"], digits)}]')
+    return (middle if x['low'] is None
+            else f'{middle} [{signed(scale*x["low"], digits)}, {signed(scale*x["high"], digits)}]')
 
 def count(n:float|None) -> str:
     "1234567 -> '1.23 M'"
@@ -83,8 +83,8 @@ def _verdict(s) -> str:
             else 'Did not learn {}')
 
 def _lost(r) -> str:
-    """The second half: what it cost the old skills; where they are not known, how far the model
-    moved"""
+    """The second half: what it cost the old skills; where they are not known,
+    how far the model moved"""
     f = r['forgetting']
     if f is None and r['kind'] == 'label':
         return 'old data were not given, so what it lost is not known'
@@ -98,7 +98,8 @@ def _lost(r) -> str:
     if f['low'] is None:
         return f'too few old questions to tell what it lost on {over}'
     if f['low'] > 0:
-        return f'lost {size} on {over}' + (f', most on {worst["name"]}' if f['sets'] > 1 else '') + f' {path}'
+        return (f'lost {size} on {over}' + (f', most on {worst["name"]}' if f['sets'] > 1 else '')
+                + f' {path}')
     if f['high'] < 0:
         return f'gained {size} on {over}'
     return f'no loss to be seen on {over} ({spread(_gained(f), scale, digits)} {unit.split()[0]})'
@@ -128,10 +129,10 @@ def _tile_before(r):
     f = _gained(r['forgetting'])
     n = r['forgetting']['sets']
     scale, unit, digits = _unit(_worst(r)['metric'])
-    sure = ('too few questions for an interval' if f['low'] is None else '95% interval '
-            f'{signed(scale*f["low"], digits)} to {signed(scale*f["high"], digits)}')
-    return 'on what it could do before', f'{signed(scale*f["mean"], digits)} {unit}', (
-        f'mean of {n} skills; ' if n > 1 else '') + sure
+    sure = ('too few questions for an interval' if f['low'] is None
+            else f'95% interval {signed(scale*f["low"], digits)} to {signed(scale*f["high"], digits)}')
+    return ('on what it could do before', f'{signed(scale*f["mean"], digits)} {unit}',
+            (f'mean of {n} skills; ' if n > 1 else '') + sure)
 
 def _tile_drift(r):
     by = 'row' if r['kind'] == 'label' else 'word'
@@ -143,44 +144,58 @@ def _tile_sure(r):
     before, after = s['before'], s['after']
     where = 'old' if r['old'] else 'the new'
     what = '' if r['kind'] == 'label' else ' of the words'
-    return 'gap between sure and right', f'{100*before["ece"]:.0f} → {100*after["ece"]:.0f} points', \
-        f'on {where} questions it is now {percent(after["sure"])} sure, and {percent(after["right"])}{what} are right'
+    return (
+        'gap between sure and right', f'{100*before["ece"]:.0f} → {100*after["ece"]:.0f} points',
+        f'on {where} questions it is now {percent(after["sure"])} sure, and {percent(after["right"])}{what} are right')
 
 def _tile_cost(r):
     cost, c = r['cost'], r['change']
     some = c['numbers'] and c['moved'] < c['numbers']
-    return 'cost', duration(cost['seconds']), f'{count(cost["trainable"])} numbers trained, {count(cost["saved_bytes"])}B to keep' + \
-        (f'; {percent(c["moved"]/c["numbers"])} of the model\'s {count(c["numbers"])} moved' if some
-         else '')
+    return ('cost', duration(cost['seconds']),
+            f'{count(cost["trainable"])} numbers trained, {count(cost["saved_bytes"])}B to keep'
+            + (f'; {percent(c["moved"]/c["numbers"])} of the model\'s {count(c["numbers"])} moved'
+               if some else ''))
 
 # %% ../../nbs/instruments/report_page.ipynb #000e63c3
 STYLE = '''.ftr{--ink:inherit;--soft:#6b717a;--line:#8886;--before:#8a9099;--good:#1f78b4;--bad:#d1570b;--card:#8881;
 font:15px/1.5 system-ui,sans-serif;max-width:980px;overflow-wrap:break-word}
 .ftr h1{font-size:23px;line-height:1.3;margin:.2em 0 .1em;font-weight:650}.ftr h2{font-size:15px;margin:.4em 0 .1em}
 .ftr .sub,.ftr .note{color:var(--soft);font-size:13px}.ftr .note{margin:.2em 0 .6em}
-.ftr .tiles{display:flex;flex-wrap:wrap;gap:10px;margin:14px 0 8px}.ftr .tile{flex:1 1 200px;background:var(--card);border-radius:8px;padding:9px 13px}
-.ftr .tile b{display:block;font-size:19px;line-height:1.35}.ftr .tile span{font-size:12.5px;color:var(--soft);display:block;line-height:1.35}
-.ftr .figs{display:flex;flex-wrap:wrap;gap:4px 34px}.ftr .figs>div{flex:1 1 320px;max-width:480px;min-width:0}.ftr figure{margin:0 0 16px}
-.ftr svg{display:block;width:100%;height:auto;overflow:visible}.ftr text{font-size:12px;fill:currentColor}.ftr text.soft{fill:var(--soft)}
-.ftr text.tiny{font-size:9.5px}.ftr text.strong{font-weight:700}.ftr text.good{fill:var(--good)}.ftr text.bad{fill:var(--bad)}.ftr text.onto{fill:#fff}
-.ftr .grid{stroke:var(--line);stroke-width:1}.ftr .ideal{stroke:var(--soft);stroke-width:1;stroke-dasharray:4 4}.ftr .bar{stroke-width:3;opacity:.45}
-.ftr line.good,.ftr polyline.good{stroke:var(--good)}.ftr line.bad,.ftr polyline.bad{stroke:var(--bad)}.ftr polyline.hollow{stroke:var(--before)}
-.ftr polyline.other{stroke:currentColor;stroke-dasharray:6 3}.ftr circle.other{fill:currentColor}.ftr .path{fill:none;stroke-width:2}
-.ftr circle.good{fill:var(--good)}.ftr circle.bad{fill:var(--bad)}.ftr circle.hollow{fill:var(--page,#fff);stroke:var(--before);stroke-width:2}
+.ftr .tiles{display:flex;flex-wrap:wrap;gap:10px;margin:14px 0 8px}
+.ftr .tile{flex:1 1 200px;background:var(--card);border-radius:8px;padding:9px 13px}
+.ftr .tile b{display:block;font-size:19px;line-height:1.35}
+.ftr .tile span{font-size:12.5px;color:var(--soft);display:block;line-height:1.35}
+.ftr .figs{display:flex;flex-wrap:wrap;gap:4px 34px}
+.ftr .figs>div{flex:1 1 320px;max-width:480px;min-width:0}.ftr figure{margin:0 0 16px}
+.ftr svg{display:block;width:100%;height:auto;overflow:visible}
+.ftr text{font-size:12px;fill:currentColor}.ftr text.soft{fill:var(--soft)}
+.ftr text.tiny{font-size:9.5px}.ftr text.strong{font-weight:700}.ftr text.good{fill:var(--good)}
+.ftr text.bad{fill:var(--bad)}.ftr text.onto{fill:#fff}
+.ftr .grid{stroke:var(--line);stroke-width:1}
+.ftr .ideal{stroke:var(--soft);stroke-width:1;stroke-dasharray:4 4}
+.ftr .bar{stroke-width:3;opacity:.45}
+.ftr line.good,.ftr polyline.good{stroke:var(--good)}
+.ftr line.bad,.ftr polyline.bad{stroke:var(--bad)}.ftr polyline.hollow{stroke:var(--before)}
+.ftr polyline.other{stroke:currentColor;stroke-dasharray:6 3}.ftr circle.other{fill:currentColor}
+.ftr .path{fill:none;stroke-width:2}
+.ftr circle.good{fill:var(--good)}.ftr circle.bad{fill:var(--bad)}
+.ftr circle.hollow{fill:var(--page,#fff);stroke:var(--before);stroke-width:2}
 .ftr .cell{fill:var(--good);stroke:var(--line);stroke-width:1}.ftr .lost{color:var(--bad)}.ftr .won{color:var(--good)}
 .ftr details{border-top:1px solid var(--line);padding:7px 0}.ftr summary{cursor:pointer;font-weight:600}
 .ftr table{border-collapse:collapse;font-size:13px;margin:8px 0;display:block;overflow-x:auto}
-.ftr td,.ftr th{padding:3px 12px 3px 0;text-align:right;border-bottom:1px solid var(--line);vertical-align:top}.ftr td.l,.ftr th.l{text-align:left}'''
+.ftr td,.ftr th{padding:3px 12px 3px 0;text-align:right;border-bottom:1px solid var(--line);vertical-align:top}
+.ftr td.l,.ftr th.l{text-align:left}'''
 PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta name="color-scheme" content="light dark"><title>{title}</title><style>
 :root{{--page:#fff}}body{{background:#fff;color:#1d2126;margin:26px auto;max-width:980px;padding:0 20px}}
 @media(prefers-color-scheme:dark){{:root{{--page:#15181c}}body{{background:#15181c;color:#e4e6e9}}
-body .ftr{{--soft:#9aa1ab;--before:#9aa1ab;--good:#58aee8;--bad:#f0883e;--line:#fff3;--card:#fff1}}body .ftr text.onto{{fill:#0c0e10}}}}
+body .ftr{{--soft:#9aa1ab;--before:#9aa1ab;--good:#58aee8;--bad:#f0883e;--line:#fff3;--card:#fff1}}
+body .ftr text.onto{{fill:#0c0e10}}}}
 </style></head><body>{body}</body></html>'''
 
 def table(head:list[str], rows:list[list], left:int=1, plain:bool=True) -> str:
-    """An HTML table; its first `left` columns are aligned left; cells are escaped unless `plain` is
-    False"""
+    """An HTML table; its first `left` columns are aligned left;
+    cells are escaped unless `plain` is False"""
     rows = rows if plain else [[Html(v) for v in r] for r in rows]
     return html_table(head if plain else list(map(Html, head)), rows,
                       attributes=lambda column, tag: 'class=l' if column < left else '')
@@ -213,34 +228,35 @@ def _path(points, cls) -> str:
 # %% ../../nbs/instruments/report_page.ipynb #001263c3
 def dumbbells(sets:list[dict] # all scores, or all surprise: one axis cannot hold both
              ) -> str:
-    """One line a set: a hollow dot before, a full one after; those that fell in the colour of loss.
-    New ones first, then the largest loss"""
-    rows = [s for s in sets if not s['old']] + sorted((s for s in sets if s['old']),
-                                                      key=lambda s: s['change'])
+    """One line a set: a hollow dot before, a full one after;
+    those that fell in the colour of loss. New ones first, then the largest loss"""
+    rows = ([s for s in sets if not s['old']]
+            + sorted((s for s in sets if s['old']), key=lambda s: s['change']))
     nats = rows[0]['metric'] == 'nll'
     left, right, h = 140, 412, 17
     top = (max(max(s['before'], s['after']) for s in rows) or 1.) if nats else 1.
     x = lambda v: left + (right - left)*min(v, top)/top
     body = ''
     for v in (0, .25, .5, .75, 1):
-        body += _line(x(v*top), 16, x(v*top), 22 + h*len(rows),
-                      'grid') + _t(x(v*top), 11, f'{v*top:.1f}' if nats else percent(v), 'soft', 'middle')
+        body += (_line(x(v*top), 16, x(v*top), 22 + h*len(rows), 'grid')
+                 + _t(x(v*top), 11, f'{v*top:.1f}' if nats else percent(v), 'soft', 'middle'))
     body += ''.join(_dumbbell(s, 28 + h*i + (6 if s['old'] else 0), x, left, right)
                     for i, s in enumerate(rows))
     alt = ('Surprise in nats a token' if nats else 'Share right') + ' before and after: '
-    return _svg(470, 34 + h*len(rows),
-                alt + '; '.join(f'{s["name"]} {level(s, "before")} to {level(s, "after")}'
-                                for s in rows), body)
+    return _svg(
+        470, 34 + h*len(rows),
+        alt + '; '.join(f'{s["name"]} {level(s, "before")} to {level(s, "after")}' for s in rows),
+        body)
 
 def _dumbbell(s, y, x, left, right) -> str:
     scale = _unit(s['metric'])[0]
     b, a, change = x(max(0., s['before'])), x(max(0., s['after'])), s['change']
     cls = 'bad' if change < -.005 else 'good'
     name = _t(left - 10, y + 4, _cut(_short(s['name']), 18), '' if s['old'] else 'strong', 'end')
-    return f'<g><title>{escape(s["name"])}</title>{name}</g>' + _line(
-        b, y, a, y, f'bar {cls}') + _dot(b, y, 'hollow') + _dot(a, y, cls) + \
-        _t(right + 12, y + 4, signed(scale*change, 2 if scale == 1 else 0),
-           cls if abs(change) > .005 else 'soft')
+    return (f'<g><title>{escape(s["name"])}</title>{name}</g>' + _line(b, y, a, y, f'bar {cls}')
+            + _dot(b, y, 'hollow') + _dot(a, y, cls)
+            + _t(right + 12, y + 4, signed(scale*change, 2 if scale == 1 else 0),
+                 cls if abs(change) > .005 else 'soft'))
 
 # %% ../../nbs/instruments/report_page.ipynb #001763c3
 def diagram(before:dict, after:dict) -> str:
@@ -250,10 +266,10 @@ def diagram(before:dict, after:dict) -> str:
     body = ''
     for v in (0, .5, 1):
         body += _line(x(v), y(0), x(v), y(1), 'grid') + _line(x(0), y(v), x(1), y(v), 'grid')
-        body += _t(x(v), y(0) + 16, percent(v), 'soft',
-                   'middle') + _t(x(0) - 5, y(v) + 4, percent(v), 'soft', 'end')
-    body += _line(x(0), y(0), x(1), y(1), 'ideal') + _curve(before, x, y,
-                                                            'hollow') + _curve(after, x, y, 'good') + _key(x(1) + 14, y)
+        body += (_t(x(v), y(0) + 16, percent(v), 'soft', 'middle')
+                 + _t(x(0) - 5, y(v) + 4, percent(v), 'soft', 'end'))
+    body += (_line(x(0), y(0), x(1), y(1), 'ideal') + _curve(before, x, y, 'hollow')
+             + _curve(after, x, y, 'good') + _key(x(1) + 14, y))
     body += _t(x(.5), y(0) + 32, 'how sure', 'soft', 'middle')
     body += f'<g transform="translate(10 {y(.5):.1f}) rotate(-90)">{_t(0, 0, "share right", "soft", "middle")}</g>'
     return _svg(380, n + 50, f'Share right against confidence. Before: {_bins(before)}. After: {_bins(after)}.', body)
@@ -267,11 +283,9 @@ def _curve(c, x, y, cls) -> str:
 
 def _key(at, y) -> str:
     lines = ('Larger dots hold more.', 'Below the dashed line:', 'more sure than right.')
-    return _t(at, y(.78), 'before', 'soft') + _dot(at + 50, y(.78) - 4,
-                                                   'hollow') + _t(at, y(.66), 'after',
-                                                                  'good') + _dot(at + 50,
-                                                                                 y(.66) - 4, 'good') + \
-        ''.join(_t(at, y(.46) + 15*i, line, 'soft') for i, line in enumerate(lines))
+    return (_t(at, y(.78), 'before', 'soft') + _dot(at + 50, y(.78) - 4, 'hollow')
+            + _t(at, y(.66), 'after', 'good') + _dot(at + 50, y(.66) - 4, 'good')
+            + ''.join(_t(at, y(.46) + 15*i, line, 'soft') for i, line in enumerate(lines)))
 
 def _bins(c):
     return ', '.join(f'{percent(b["sure"])} sure {percent(b["right"])} right' for b in c['bins'])
@@ -291,13 +305,15 @@ def heatmap(cells:list[dict], blocks:int) -> str:
         body += _t(82, 40 + 34*j, dict(mlp='MLP', norm='norms', bias='biases').get(p, p), '', 'end')
         body += ''.join(_heat_cell(inside.get((p, b)), p, b, 90 + size*b, 20 + 34*j, size, most)
                         for b in range(blocks))
-    outside = [c for c in cells if c['block'] is None and (c['moved'] or c['part'] in ('embedding', 'head'))]
+    outside = [c for c in cells if c['block'] is None
+               and (c['moved'] or c['part'] in ('embedding', 'head'))]
     y = 34 + 34*len(parts)
     body += ''.join(_t(90, y + 15*i, f'outside the blocks, {c["part"]}: {_told(c)}', 'soft')
                     for i, c in enumerate(outside))
     where = lambda c: c['part'] if c['block'] is None else f'{c["part"]} of block {c["block"]}'
-    return _svg(450, y + 15*len(outside), 'Length of the change relative to the weights. '
-                + '; '.join(f'{where(c)} {_cell(c)}' for c in cells), body)
+    return _svg(450, y + 15*len(outside),
+                'Length of the change relative to the weights. ' + '; '.join(f'{where(c)} {_cell(c)}' for c in cells),
+                body)
 
 def _heat_cell(c, part, block, x, y, size, most) -> str:
     share = (c['relative'] or 0.)/most if c else 0.
@@ -317,19 +333,20 @@ def _rel(c):
             if c['relative'] < .0995 else percent(c['relative']))
 
 def _told(c):
-    return ('did not move' if not c['moved']
-            else _rel(c) + (f' ({100*c["moved"]:.3g}% of its numbers)' if c['moved'] < .9995 else ''))
+    return ('did not move' if not c['moved'] else _rel(c)
+            + (f' ({100*c["moved"]:.3g}% of its numbers)' if c['moved'] < .9995 else ''))
 
 def _cell(c):
     if c is None or not c['moved']:
         return 'did not move'
-    return f'changed by {_rel(c)} of its length' + (f', {100*c["moved"]:.3g}% of its numbers moved'
-                                                    if c['moved'] < .9995 else '')
+    return (f'changed by {_rel(c)} of its length'
+            + (f', {100*c["moved"]:.3g}% of its numbers moved' if c['moved'] < .9995 else ''))
 
 # %% ../../nbs/instruments/report_page.ipynb #001f63c3
-def layer_lines(curves:dict[str, list[float]] # {'new' or 'old': one number a layer, the embedding first; None where it is not defined}
+def layer_lines(curves:dict[str, list[float]] # {'new' or 'old': one number a layer, the embedding first}
                ) -> str:
-    "Likeness of base and tuned model by layer, one line a set of questions"
+    """Likeness of base and tuned model by layer, one line a set of questions;
+    a number is None where it is not defined"""
     n, h, o = 250, 150, 40
     known = [v for c in curves.values() for v in c if v is not None]
     low = min(.9, math.floor(10*min(known, default=0.))/10)
@@ -344,8 +361,8 @@ def layer_lines(curves:dict[str, list[float]] # {'new' or 'old': one number a la
     for name, c in curves.items():
         cls = 'good' if name == 'new' else 'other'
         points = [(x(i), y(v)) for i, v in enumerate(c) if v is not None]
-        body += _path(points, cls) + ''.join(_dot(*p, cls, 3)
-                                             for p in points) + _t(o + n + 8, at[name], f'{name} questions', cls)
+        body += (_path(points, cls) + ''.join(_dot(*p, cls, 3) for p in points)
+                 + _t(o + n + 8, at[name], f'{name} questions', cls))
     said = '; '.join(f'{name} questions {", ".join("none" if v is None else f"{v:.2f}" for v in c)}'
                      for name, c in curves.items())
     return _svg(400, h + 48, f'Likeness of base and tuned model by layer, 1 is the same. {said}',
@@ -361,13 +378,13 @@ def _label_heights(curves, y, low) -> dict[str, float]:
 
 # %% ../../nbs/instruments/report_page.ipynb #002563c3
 def answers_html(r:dict, most:int=12) -> str:
-    """The answers that changed, side by side: as many of each set as can be, up to `most` of each
-    kind"""
-    out = (''.join(_changed(r, k, name, most) for k, name in (('lost', 'right → wrong'),
-                                                              ('won', 'wrong → right')))
+    """The answers that changed, side by side: as many of each set as can be,
+    up to `most` of each kind"""
+    out = (''.join(_changed(r, k, name, most) for k, name in (('lost', 'right → wrong'), ('won', 'wrong → right')))
            or _changed(r, 'other', 'changed', most))
-    return (out or note('No answer changed.' if r['kind'] != 'lm' else 'The data ask no questions, '
-                        'so there are no answers to compare.'))
+    return (out
+            or note('No answer changed.' if r['kind'] != 'lm'
+                    else 'The data ask no questions, so there are no answers to compare.'))
 
 def _changed(r, kind, name, most) -> str:
     found = [f for f in r['flips'] if f['kind'] == kind]
@@ -379,8 +396,8 @@ def _changed(r, kind, name, most) -> str:
              f'<span class="{kind}">{cut(f["tuned"])}</span>'] for f in some]
     shown = f', {len(some)} of them here' if len(some) < len(found) else ''
     head = ['of', 'question', 'right answer', 'the base said', 'the tuned model says']
-    return f'<p class="note"><b class="{kind}">{name}</b>: {len(found)}{shown}</p>' + table(
-        head, rows, 5, False)
+    return (f'<p class="note"><b class="{kind}">{name}</b>: {len(found)}{shown}</p>'
+            + table(head, rows, 5, False))
 
 def _in_turn(found, most) -> list:
     "Up to `most` of them, one of each set in turn"
@@ -394,59 +411,59 @@ def skills_html(r:dict) -> str:
     flips = lambda s, kind: sum(f['kind'] == kind and f['set'] == s['name'] for f in r['flips'])
     change = lambda s: spread(s, _unit(s['metric'])[0], _unit(s['metric'])[2])
     rows = [[_short(s['name']), 'old' if s['old'] else 'new', level(s, 'before'), level(s, 'after'),
-             change(s), s['n'], flips(s, 'lost'), flips(s, 'won')]
-            for s in r['sets']]
-    return note('Change: in points (or nats a token, where fewer is better and better is positive), '
-                'with the 95% interval that the choice of questions leaves. '
-                'It is one run: another seed of the training would differ by more; ftlab.compare '
-                'shows by how much.') + \
-        table(['set', '', 'before', 'after', 'change', 'questions', 'right → wrong', 'wrong → right'], rows, 2)
+             change(s), s['n'], flips(s, 'lost'), flips(s, 'won')] for s in r['sets']]
+    return (note('Change: in points (or nats a token, where fewer is better and better is '
+                 'positive), with the 95% interval that the choice of questions leaves. '
+                 'It is one run: another seed of the training would differ by more; '
+                 'ftlab.compare shows by how much.')
+            + table(['set', '', 'before', 'after', 'change', 'questions', 'right → wrong', 'wrong → right'], rows, 2))
 
 # %% ../../nbs/instruments/report_page.ipynb #002763c3
 def apart_html(r:dict) -> str:
     "Drift, likeness and calibration in numbers"
     known = lambda a: [f'{a[when][k]:.3f}' for when in ('before', 'after') for k in ('sure', 'right', 'ece', 'brier')]
     like = lambda a: '–' if a['cka'][-1] is None else f'{a["cka"][-1]:.3f}'
-    rows = [[name, f'{a["kl"]:.3f}', a['places'], like(a), *known(a)] for name in ('new', 'old')
-            if (a := r[name])]
-    return note('Drift is the Kullback-Leibler divergence from base to tuned model: how much more '
-                'surprised the tuned model would be by what the base says, '
-                'in nats a word (a row, for labels); 0 is the same. Likeness (CKA, centred kernel '
-                'alignment) asks whether a layer arranges the questions '
-                'alike, up to rotation and scale: 1 is alike.') + \
-        note('Sure and right: mean confidence in the likeliest word, and how often it was the right '
-             'one, the right words before it given. '
-             'ECE (expected calibration error) is their gap over ten bins; the Brier score is the '
-             'mean squared distance of confidence and outcome; '
-             'less is better for both.') + \
-        table(['questions', 'drift', 'words', 'likeness, last layer', 'before: sure', 'right',
-               'ECE', 'Brier', 'after: sure', 'right', 'ECE', 'Brier'], rows)
+    rows = [[name, f'{a["kl"]:.3f}', a['places'], like(a), *known(a)]
+            for name in ('new', 'old') if (a := r[name])]
+    return (note('Drift is the Kullback-Leibler divergence from base to tuned model: '
+                 'how much more surprised the tuned model would be by what the base says, '
+                 'in nats a word (a row, for labels); 0 is the same. Likeness '
+                 '(CKA, centred kernel alignment) asks whether a layer arranges the questions '
+                 'alike, up to rotation and scale: 1 is alike.')
+            + note('Sure and right: mean confidence in the likeliest word, '
+                   'and how often it was the right one, the right words before it given. '
+                   'ECE (expected calibration error) is their gap over ten bins; '
+                   'the Brier score is the mean squared distance of confidence and outcome; '
+                   'less is better for both.')
+            + table(['questions', 'drift', 'words', 'likeness, last layer', 'before: sure', 'right',
+                     'ECE', 'Brier', 'after: sure', 'right', 'ECE', 'Brier'],
+                    rows))
 
 def tuco_html(r:dict) -> str:
-    """The share of the answers that is the fine-tune's, and the questions where it is largest and
-    least"""
+    """The share of the answers that is the fine-tune's,
+    and the questions where it is largest and least"""
     t = r['tuco']
     if 'why' in t:
         return note(f'Not known: {t["why"]}')
-    rows = [[name, f'{a["mean"]:.3f}', f'{min(a["values"]):.3f}', f'{max(a["values"]):.3f}',
-             len(a['values'])] for name, a in t.items()]
+    rows = [[name, f'{a["mean"]:.3f}', f'{min(a["values"]):.3f}', f'{max(a["values"]):.3f}', len(a['values'])]
+            for name, a in t.items()]
     few = [(kind, name, e) for name, a in t.items() for kind in ('most', 'least') for e in a[kind]]
     some = [[kind, name, _short(e['set']), _cut(e['question'], 110), f'{e["tuco"]:.3f}']
             for kind, name, e in few]
-    return note('TuCo, the tuning contribution: of all that the model\'s blocks add up at the '
-                f'{t["new"]["token"]} token of a question, the share that is new; '
-                '0 is the base at work, 1 the fine-tune alone.') + \
-        table(['questions', 'mean', 'least', 'most', 'number'],
-              rows) + table(['', '', 'set', 'question', 'TuCo'], some, 4)
+    return (note('TuCo, the tuning contribution: of all that the model\'s blocks add up at the '
+                 f'{t["new"]["token"]} token of a question, the share that is new; '
+                 '0 is the base at work, 1 the fine-tune alone.')
+            + table(['questions', 'mean', 'least', 'most', 'number'], rows)
+            + table(['', '', 'set', 'question', 'TuCo'], some, 4))
 
 # %% ../../nbs/instruments/report_page.ipynb #002863c3
 def change_html(r:dict, most:int=40) -> str:
     "The update: its size, its spectrum, its intruders, and the `most` changed weights"
     c = r['change']
-    rows = [_weight_row(w) for w in sorted(c['weights'],
-                                           key=lambda w: -w['length']/(w['base'] or 1))]
-    out = ''.join(note(said) for said in (_size_said(c), _elsewhere_said(c), _spectrum_said(c))
-                  if said)
+    rows = [_weight_row(w)
+            for w in sorted(c['weights'], key=lambda w: -w['length']/(w['base'] or 1))]
+    out = ''.join(note(said)
+                  for said in (_size_said(c), _elsewhere_said(c), _spectrum_said(c)) if said)
     if rows:
         out += table(['weight', 'length of the change', 'moved', 'stable rank', 'intruders'],
                      rows[:most])
@@ -462,8 +479,9 @@ def _size_said(c) -> str:
         return ''
     fresh = (' A fresh head, which starts from nothing, is left out.'
              if any(w['part'] == 'fresh head' for w in c['weights']) else '')
-    return (f'Of the model\'s {c["numbers"]:,} numbers {c["moved"]:,} moved ({100*c["moved"]/c["numbers"]:.3g}%); '
-            f'the change is {100*c["relative"]:.2g}% as long as all weights.{fresh}')
+    return (f'Of the model\'s {c["numbers"]:,} numbers {c["moved"]:,} moved '
+            f'({100*c["moved"]/c["numbers"]:.3g}%); the change is {100*c["relative"]:.2g}% as long '
+            f'as all weights.{fresh}')
 
 def _elsewhere_said(c) -> str:
     e = c['elsewhere']
@@ -479,26 +497,25 @@ def _spectrum_said(c) -> str:
         return ''
     m = c['matrices']
     strongest = ', '.join(percent(v) for v in c['top'])
-    return (f'Spectrum, over {m["looked"]} of {m["of"]} matrices: the strongest 1, 2, 4, 8 and 16 '
-            f'directions of the change carry {strongest} of it; '
-            f'its stable rank (how many directions carry it) is {c["stable_rank"]:.1f}. Intruder '
-            'dimensions (strong directions of the tuned weights '
-            f'that resemble none of the base\'s): {c["intruders"]} of {c["looked"]} looked at.')
+    return (f'Spectrum, over {m["looked"]} of {m["of"]} matrices: the strongest 1, 2, 4, '
+            f'8 and 16 directions of the change carry {strongest} of it; '
+            f'its stable rank (how many directions carry it) is {c["stable_rank"]:.1f}. '
+            'Intruder dimensions (strong directions of the tuned weights that resemble none of '
+            f'the base\'s): {c["intruders"]} of {c["looked"]} looked at.')
 
 # %% ../../nbs/instruments/report_page.ipynb #002a63c3
 def made_html(r:dict) -> str:
     "Cost, settings, what was asked, versions"
     s, a = r['settings'], r['asked']
     plain = {k: v for k, v in s.items() if isinstance(v, (str, int, float)) and k not in ('model', 'data')}
-    return table(['cost', ''], _cost_rows(r['cost'])) + note('Peak memory is what training took '
-                                                             'beyond the loaded model on a CPU, all '
-                                                             'of it on a GPU.') + \
-        table(['setting', ''], [[k, v] for k, v in plain.items()]) + \
-        note(f'Asked: {a["items"]} new questions and {a["old_items"]} old ones of each skill, seed '
-             f'{a["seed"]}; up to {a["rows"]} new ones and {a["rows"]} '
-             'old ones were gone through word by word for drift, likeness and calibration. The '
-             f'report took {r["seconds"]:.0f} s.') + \
-        note('Made with ' + ', '.join(f'{k} {v}' for k, v in r['versions'].items()))
+    return (table(['cost', ''], _cost_rows(r['cost']))
+            + note('Peak memory is what training took beyond the loaded model on a CPU, all of it on a GPU.')
+            + table(['setting', ''], [[k, v] for k, v in plain.items()])
+            + note(f'Asked: {a["items"]} new questions and {a["old_items"]} old ones of each '
+                   f'skill, seed {a["seed"]}; up to {a["rows"]} new ones and {a["rows"]} old ones '
+                   'were gone through word by word for drift, likeness and calibration. '
+                   f'The report took {r["seconds"]:.0f} s.')
+            + note('Made with ' + ', '.join(f'{k} {v}' for k, v in r['versions'].items())))
 
 def _cost_rows(c) -> list[list]:
     size = lambda b: 'unknown' if b is None else f'{count(b)}B'
@@ -513,7 +530,8 @@ def figures(r:dict) -> str:
     "The four pictures, in two columns"
     alike = layer_lines({k: r[k]['cka'] for k in ('new', 'old') if r[k]})
     like = _figure('How like its base it still is',
-                   'Do both models find the same questions alike, layer by layer? 1 is the same.', alike)
+                   'Do both models find the same questions alike, layer by layer? 1 is the same.',
+                   alike)
     return f'<div>{_can_do(r["sets"])}{like}</div><div>{_where(r["change"])}{_knows(r)}</div>'
 
 def _figure(title, sub, svg='') -> str:
@@ -535,15 +553,16 @@ def _where(c) -> str:
     if not c['map']:
         n = len(c['elsewhere'])
         return _figure('Where it changed',
-                       'No weight changed' + (f': {n} parts act on what flows through the model.' if n else '.'))
+                       'No weight changed'
+                       + (f': {n} parts act on what flows through the model.' if n else '.'))
     small = ' Small: the share of the numbers that moved.' if any(0 < x['moved'] < .995 for x in c['map']) else ''
     said = f'How long the change is, in per cent of the weights\' own length, by part and block.{small}'
     return _figure('Where it changed', said, heatmap(c['map'], c['blocks']))
 
 def _knows(r) -> str:
     s = r['old'] or r['new']
-    said = ('How often the label was right' if r['kind'] == 'label' else 'On '
-            f'{"old" if r["old"] else "the new"} questions: how often the next word was right')
+    said = ('How often the label was right' if r['kind'] == 'label'
+            else f'On {"old" if r["old"] else "the new"} questions: how often the next word was right')
     return _figure('Does it know what it knows?', f'{said}, by how sure the model was.',
                    diagram(s['before'], s['after']))
 
@@ -572,10 +591,11 @@ class Report:
     def body(self) -> str:
         "The page without its frame"
         r = self.result
-        boxes = ''.join(f'<div class="tile"><span>{escape(a)}</span><b>{escape(b)}</b><span>{escape(c)}</span></div>' for a, b, c in tiles(r))
-        return f'<h1>{escape(headline(r))}</h1><div class="sub">{escape(_by_what(r))}</div><div class="tiles">{boxes}</div>{note(HOW)}' \
-            f'<div class="figs">{figures(r)}</div>' + ''.join(folded(title, make(r))
-                                                              for title, make in _details(r))
+        boxes = ''.join(f'<div class="tile"><span>{escape(a)}</span><b>{escape(b)}</b><span>{escape(c)}</span></div>'
+                        for a, b, c in tiles(r))
+        return (f'<h1>{escape(headline(r))}</h1><div class="sub">{escape(_by_what(r))}</div><div '
+                f'class="tiles">{boxes}</div>{note(HOW)}<div class="figs">{figures(r)}</div>'
+                + ''.join(folded(title, make(r)) for title, make in _details(r)))
 
     def html(self, path:str|Path) -> Path:
         "Write one page that opens by itself, in light and dark"
@@ -601,21 +621,22 @@ class Report:
 
 # %% ../../nbs/instruments/report_page.ipynb #002f63c3
 HOW = ('Before is the base, after the tuned model; both were asked the same questions. '
-       'This is one run: intervals say what the choice of questions leaves open, not what another seed would give.')
+       'This is one run: intervals say what the choice of questions leaves open, '
+       'not what another seed would give.')
 
 def _by_what(r) -> str:
     "Model, method, length and rate"
     rate = f' at rate {r["settings"]["lr"]:g}' if r['settings'].get('lr') else ''
-    return (f'{_short(r["model"])} by {r["recipe"].get("name", "?")}, {r["cost"]["steps"]} '
-            f'steps{rate}' + (', interrupted' if r['interrupted'] else ''))
+    return (f'{_short(r["model"])} by {r["recipe"].get("name", "?")}, {r["cost"]["steps"]} steps{rate}'
+            + (', interrupted' if r['interrupted'] else ''))
 
 def _details(r) -> list[tuple[str, Callable]]:
     "(heading, what makes its body) of everything that is folded away"
     lost, won = (sum(f['kind'] == kind for f in r['flips']) for kind in ('lost', 'won'))
     t = r['tuco']
     changed = f'{lost} became wrong, {won} became right' if lost + won else len(r['flips'])
-    share = ('' if 'why' in t else ': ' + ', '.join(f'{a["mean"]:.2f} on {k} questions'
-                                                    for k, a in t.items()))
+    share = ('' if 'why' in t else ': '
+             + ', '.join(f'{a["mean"]:.2f} on {k} questions' for k, a in t.items()))
     return [(f'Answers that changed: {changed}', answers_html),
             (f'Every set of questions ({len(r["sets"])})', skills_html),
             ('Drift, likeness and calibration in numbers', apart_html),

@@ -21,8 +21,8 @@ __all__ = ['VERDICTS', 'NEEDED', 'SCOPES', 'RUNS', 'DEFAULTS', 'MARKS', 'DOES', 
 # %% ../../nbs/instruments/verdicts.ipynb #000608ff
 def contrast(c:Mapping # kind, margin, treatment and baseline (one number a seed), higher_is_better
             ) -> dict: # verdict, mean, low, high, n: of the effect, positive in the claim's favour
-    """The verdict of one contrast, and the interval that gave it. Raises `ValueError` below five
-    seeds, or where a number is missing."""
+    """The verdict of one contrast, and the interval that gave it.
+    Raises `ValueError` below five seeds, or where a number is missing."""
     t, b, m = c['treatment'], c['baseline'], float(c['margin'])
     if len(t) != len(b) or None in t or None in b:
         raise ValueError(f'{c["name"]}: treatment and baseline need one number for each seed; they have {t} and {b}')
@@ -45,8 +45,8 @@ VERDICTS = dict(holds='the numbers bear the claim out, here', fails='the numbers
                 checked='only the mechanism was verified, not an effect')
 
 def verdict(result:Mapping) -> str:
-    """The verdict that the numbers of a result give; raises `ValueError` for a result without
-    contrasts or passed identities"""
+    """The verdict that the numbers of a result give;
+    raises `ValueError` for a result without contrasts or passed identities"""
     found = [contrast(c)['verdict'] for c in result.get('contrasts') or ()]
     ids = result.get('identities') or ()
     if broken := [i['name'] for i in ids if not i['passed']]:
@@ -101,8 +101,8 @@ def _defines(path, name) -> bool:
 
 # %% ../../nbs/instruments/verdicts.ipynb #001308ff
 def read_claim(folder:str|Path) -> Claim:
-    """The claim in a folder; raises `ValueError` naming the file, what is wrong in it and what
-    would be right"""
+    """The claim in a folder; raises `ValueError` naming the file,
+    what is wrong in it and what would be right"""
     path = Path(folder)/'claim.toml'
     name = f'{path.parent.name}/{path.name}'
     wrong = lambda text: ValueError(f'{name}: {text}')
@@ -139,8 +139,8 @@ def _check_keys(claim, wrong):
 def _check_contrast(c, spec, claim, wrong):
     "Everything that the rule needs is there"
     name, arms = f'contrast {c.get("name")!r}', spec.get('arms', {})
-    if missing := [k for k in ('name', 'treatment', 'baseline', 'metric', 'kind', 'margin')
-                   if k not in c]:
+    if missing := [
+            k for k in ('name', 'treatment', 'baseline', 'metric', 'kind', 'margin') if k not in c]:
         raise wrong(f'{name} lacks {missing[0]}')
     for side in ('treatment', 'baseline'):
         if not isinstance(c[side], (int, float)) and c[side] not in arms:
@@ -154,8 +154,8 @@ def _check_contrast(c, spec, claim, wrong):
 MARKS = {'paper', 'method', 'probe', 'study'}  # the decorators that say where a definition comes from
 
 def bare(node:ast.AST) -> ast.AST:
-    """The same tree without docstrings, marks and annotations of arguments: what is left decides
-    what the code does. Changes `node` itself"""
+    """The same tree without docstrings, marks and annotations of arguments:
+    what is left decides what the code does. Changes `node` itself"""
     for n in ast.walk(node):
         if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             n.decorator_list = [d for d in map(_without_words, n.decorator_list) if d]
@@ -163,8 +163,8 @@ def bare(node:ast.AST) -> ast.AST:
             n.returns = None
         if isinstance(n, ast.arg):
             n.annotation = None
-        if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef,
-                          ast.Module)) and _says_something(n.body):
+        if (isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Module))
+            and _says_something(n.body)):
             n.body = n.body[1:] or [ast.Pass()]
     return node
 
@@ -181,8 +181,8 @@ def _says_something(body) -> bool:
     return bool(body) and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
 
 def dumped(node:ast.AST) -> str:
-    """A tree as text, without positions. `ast.dump` would do, but writes empty fields in some
-    versions of Python and not in others"""
+    """A tree as text, without positions. `ast.dump` would do,
+    but writes empty fields in some versions of Python and not in others"""
     if isinstance(node, ast.AST):
         said = [f'{k}={dumped(v)}' for k, v in ast.iter_fields(node) if v not in (None, [])
                 and k not in ('ctx', 'kind', 'type_comment')]
@@ -190,10 +190,10 @@ def dumped(node:ast.AST) -> str:
     return f'[{",".join(map(dumped, node))}]' if isinstance(node, list) else repr(node)
 
 def definitions(source:str) -> dict[str, ast.AST]:
-    """{name: statement} of what a module defines at its top level, names with two underscores left
-    out"""
-    return {name: node for node in ast.parse(source).body for name in _named(node)
-            if not name.startswith('__')}
+    """{name: statement} of what a module defines at its top level,
+    names with two underscores left out"""
+    return {name: node for node in ast.parse(source).body
+            for name in _named(node) if not name.startswith('__')}
 
 def _named(node) -> list[str]:
     "What a statement of a module defines"
@@ -204,8 +204,8 @@ def _named(node) -> list[str]:
     return [t.id for target in targets for t in ast.walk(target) if isinstance(t, ast.Name)]
 
 def imports(source:str, module:str) -> dict[str, tuple[str, str]]:
-    """{name: (module, its name there)} of what a module of the package imports from others of it;
-    relative imports are resolved"""
+    """{name: (module, its name there)} of what a module of the package imports from others of
+    it; relative imports are resolved"""
     out, top = {}, module.split('.')[0]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
@@ -243,8 +243,8 @@ def closure(marks:Mapping[str, list[str]],  # {module: names of its marked defin
             node = bare(home[name])
             seen[module, name] = dumped(node)
             todo += [(module, n) for n in used_by(node) if n in home or n in from_elsewhere]
-        elif name in from_elsewhere and (is_paper(from_elsewhere[name][0])
-                                         or from_elsewhere[name][1] in recorded):
+        elif (name in from_elsewhere
+              and (is_paper(from_elsewhere[name][0]) or from_elsewhere[name][1] in recorded)):
             todo.append(from_elsewhere[name])
     found = {}
     for (_, name), tree in sorted(seen.items(), key=lambda item: (item[0][1], item[1])):

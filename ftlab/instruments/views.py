@@ -30,8 +30,8 @@ class Control:
     options:dict = field(default_factory=dict) # further arguments of that class
 
 def slider(value, low, high, step, name:str) -> Control:
-    """A number between `low` and `high`; whole ones where `step` is an int. Raises `ValueError` for
-    a value outside."""
+    """A number between `low` and `high`; whole ones where `step` is an int.
+    Raises `ValueError` for a value outside."""
     if not low <= value <= high:
         raise ValueError(f'{name!r} starts at {value}, which is not between {low} and {high}')
     return Control('IntSlider' if isinstance(step, int) else
@@ -76,15 +76,16 @@ FONTS = "'DejaVu Sans', Verdana, Arial, sans-serif"
 def lighter(svg:str) -> str:
     """The same picture in a third of the letters: fonts said once, places to a tenth of a point,
     nothing idle"""
-    svg = re.sub(r"font-family: [^;\"]+; ?", '', svg).replace('<svg', f'<svg font-family="{FONTS}"', 1)
+    svg = re.sub(r"font-family: [^;\"]+; ?", '', svg).replace(
+        '<svg', f'<svg font-family="{FONTS}"', 1)
     svg = re.sub(r' transform="rotate\(-0 [^)]*\)"', '', svg)
     svg = re.sub(r'<g id="[^"]*"', '<g', svg)
     svg = re.sub(r'(?<= )(?:d|x|y|transform)="[^"]*"', _to_a_tenth, svg)
     return _without_idle_groups(re.sub(r'>\s*\n\s*<', '><', svg)).strip()
 
 def _to_a_tenth(attribute) -> str:
-    """The numbers of an attribute to a tenth, which is as fine as anybody sees, and no space or
-    line end beside a letter"""
+    """The numbers of an attribute to a tenth, which is as fine as anybody sees,
+    and no space or line end beside a letter"""
     rounded = re.sub(r'\d+\.\d+', lambda m: f'{float(m[0]):.1f}'.removesuffix('.0'), attribute[0])
     return re.sub(r'\s*\n\s*|(?<=[MLCQ]) | (?=[MLCQz"])', '', rounded)
 
@@ -112,8 +113,8 @@ def _size(svg:str) -> tuple[float, float]:
     return tuple(float(re.search(rf' {side}="([\d.]+)pt"', svg)[1]) for side in ('width', 'height'))
 
 def _img(svg:str, alt:str) -> str:
-    """An image that holds its place while it is replaced, and is ready when it is shown, so that
-    nothing flickers"""
+    """An image that holds its place while it is replaced, and is ready when it is shown,
+    so that nothing flickers"""
     w, h = (round(4/3*x) for x in _size(svg))
     data = base64.b64encode(svg.encode()).decode()
     look = f'width="{w}" height="{h}" style="max-width:100%;height:auto"'
@@ -137,8 +138,8 @@ def _beside(svgs:list[str], columns:int, alt:str) -> str:
 def rows_as_html(rows:list[list],
                  head:bool=True # the first row names the columns; otherwise the first cell of each row names the row
                 ) -> Html:
-    """A plain table that looks the same in a widget and on a page; cells are escaped, but for those
-    that are `Html`"""
+    """A plain table that looks the same in a widget and on a page; cells are escaped,
+    but for those that are `Html`"""
     look = 'text-align:left;vertical-align:top;padding:.2em .9em .2em 0;'
     def style(column, tag):
         return f'style="{look}{"white-space:nowrap"*(tag == "th" and not head)}"'
@@ -148,8 +149,8 @@ def rows_as_html(rows:list[list],
 
 # %% ../../nbs/instruments/views.ipynb #000b995a
 class Picture:
-    """What a draw gave: `.svg` (None where there is HTML in it), `.html` and `.alt`; it shows
-    itself in a notebook"""
+    """What a draw gave: `.svg` (None where there is HTML in it), `.html` and `.alt`;
+    it shows itself in a notebook"""
     def __init__(self, parts:list[tuple[str, str]], # (SVG or HTML, its words)
                  columns:int=1):                    # how many stand side by side
         self.parts = parts
@@ -171,8 +172,8 @@ class Picture:
         return {'text/plain': self.alt} | ({'image/svg+xml': self.svg} if self.svg else {'text/html': self.html})
 
 def drawn(result, alt:str='') -> list[tuple[str, str]]:
-    """The parts of a `Figure`, of HTML text, or of a tuple of these. Raises `ValueError` for
-    anything else."""
+    """The parts of a `Figure`, of HTML text, or of a tuple of these.
+    Raises `ValueError` for anything else."""
     if isinstance(result, tuple):
         return [p for r in result for p in drawn(r, alt)]
     if isinstance(result, Figure):
@@ -180,19 +181,18 @@ def drawn(result, alt:str='') -> list[tuple[str, str]]:
         return [(_svg(result, alt), alt)]
     if isinstance(result, str):
         return [(result, alt)]
-    raise ValueError(f'a draw gave back a {type(result).__name__}; it must be a matplotlib Figure, HTML text, or a '
-                     'tuple of these')
+    raise ValueError(f'a draw gave back a {type(result).__name__}; it must be a matplotlib Figure, '
+                     'HTML text, or a tuple of these')
 
 # %% ../../nbs/instruments/views.ipynb #000d995a
 def front_end() -> bool:
-    """Is somebody there to move a slider? Jupyter says so to the kernels that it starts for a
-    reader."""
+    "Is somebody there to move a slider? Jupyter says so to the kernels that it starts for a reader."
     return 'JPY_SESSION_NAME' in os.environ and find_spec('ipywidgets') is not None
 
 # %% ../../nbs/instruments/views.ipynb #000f995a
 class View:
-    """A picture with handles. `still` shows states side by side, `live` gives the widget, `close`
-    ends it."""
+    """A picture with handles. `still` shows states side by side, `live` gives the widget,
+    `close` ends it."""
     def __init__(self, draw:Callable, # (settings by name) -> Figure, HTML text, or a tuple of these; pure
                  alt:str,             # what is seen, in words; a figure's own label is added
                  **controls:Control   # one for each setting
@@ -219,15 +219,14 @@ class View:
         with rc_context(STYLE):
             return Picture(drawn(self.draw(**self.settings | settings), self.alt))
     def still(self, *states:Mapping, columns:int=2) -> Picture:
-        """Several states as one picture, in rows of `columns`; a state names the settings that
-        differ"""
+        """Several states as one picture, in rows of `columns`;
+        a state names the settings that differ"""
         made = [self.picture(**s) for s in states or ({},)]
         if any(p.svg is None for p in made):
             return Picture([(p.html, p.alt) for p in made], min(columns, len(made)))
         return Picture([part for p in made for part in p.parts], columns)
     def live(self):
-        """The widget, made once; use it where the reader has a front end that `front_end` does not
-        know of"""
+        "The widget, made once; use it where the reader has a front end that `front_end` does not know of"
         if self.box is None:
             _build(self)
         return self.box
@@ -263,13 +262,12 @@ def _handle(c:Control) -> tuple:
     "The widgets of a control, and the box that shows them"
     import ipywidgets
     def row(*parts):
-        name = ipywidgets.Label(c.name, layout=dict(width='11em', justify_content='flex-end',
-                                                    margin='0 .6em 0 0'))
+        name = ipywidgets.Label(
+            c.name, layout=dict(width='11em', justify_content='flex-end', margin='0 .6em 0 0'))
         return ipywidgets.HBox([name, *parts], layout=dict(flex_flow='row wrap'))
     if c.kind == 'Checkbox':
         box = lambda o: ipywidgets.Checkbox(value=True, description=str(o), indent=False,
-                                            layout=dict(width=
-            'auto', margin='0 1.2em 0 0'))
+                                            layout=dict(width='auto', margin='0 1.2em 0 0'))
         leaves = [box(o) for o in c.options['options']]
         return leaves, row(*leaves)
     if c.kind == 'RadioButtons':
@@ -312,8 +310,7 @@ def _shown(view):
 
 # %% ../../nbs/instruments/views.ipynb #001a995a
 def panels(width:float, height:float, ratios:tuple=(1,), bottom:float=.2, top:float=.88,
-           left:float=.1, right:float=.98,
-            wspace:float=.3) -> tuple[Figure, list]:
+           left:float=.1, right:float=.98, wspace:float=.3) -> tuple[Figure, list]:
     "A figure with axes side by side, in shares of its width and height"
     fig = Figure(figsize=(width, height))
     places = dict(width_ratios=ratios, bottom=bottom, top=top, left=left, right=right,

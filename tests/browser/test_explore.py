@@ -15,23 +15,23 @@ run = ftlab.fit(model, tok, data, steps=40, lr=1e-3, progress=False)'''
 VIEWS = dict(tradeoff="explore.tradeoff(Comparison.read(measured('compare_lab_s/result.json')))",
              layers='explore.layers(run)', mask='explore.mask(base, tok, data.train[:16])',
              spectrum='explore.spectrum(run)',
-             prices="explore.prices(run.model, tok, data.test[0]['prompt'], "
-             "data.test[0]['response'], base)", side_by_side='explore.side_by_side(run)')
+             prices="explore.prices(run.model, tok, data.test[0]['prompt'], data.test[0]['response'], base)",
+             side_by_side='explore.side_by_side(run)')
 
 @pytest.fixture
 def views(page, lab, request):
     "A notebook with the views that a test names, run; what the console said is kept"
     names = request.param
-    (lab[1]/'nbs'/'course'/'views.ipynb').write_text(notebook(SETUP,
-                                                              *(f'{n} = {VIEWS[n]}\n{n}'
-                                                                for n in names)))
+    (lab[1]/'nbs'/'course'/'views.ipynb').write_text(
+        notebook(SETUP, *(f'{n} = {VIEWS[n]}\n{n}' for n in names)))
     said = []
     page.on('console', lambda m: said.append(m.text) if m.type == 'error' else None)
     page.said = said
     opened(page, lab, 'lab/tree/nbs/course/views.ipynb')
     run_all(page)
     for i in range(len(names)):
-        page.wait_for_function(f'document.querySelectorAll(".jp-CodeCell")[{i + 1}]?.querySelector(".widget-html-content")?.children.length > 0')
+        page.wait_for_function(f'document.querySelectorAll(".jp-CodeCell")[{i + 1}]'
+                               '?.querySelector(".widget-html-content")?.children.length > 0')
     page.wait_for_selector('#jp-main-statusbar :text("| Idle")')
     yield {n: page.locator('.jp-CodeCell').nth(i + 1) for i, n in enumerate(names)}
 
@@ -39,8 +39,8 @@ def alt(view) -> str:
     return view.locator('.widget-html-content img').get_attribute('alt')
 
 def settled(page, view, words:str):
-    page.wait_for_function('([e, w]) => e.querySelector(".widget-html-content '
-                           'img")?.alt.includes(w)', arg=[view.element_handle(), words])
+    page.wait_for_function('([e, w]) => e.querySelector(".widget-html-content img")?.alt.includes(w)',
+                           arg=[view.element_handle(), words])
 
 def stop(page, view, name, steps):
     "Move the slider of that name by the right arrow"
@@ -55,7 +55,8 @@ def shot(view, name):
         view.screenshot(path=Path(folder)/f'view_{name}.png')
 
 def quiet(page):
-    return [m for m in page.said if not re.search(r'favicon|WebSocket|Failed to load resource|ERR_', m)]
+    return [m for m in page.said
+            if not re.search(r'favicon|WebSocket|Failed to load resource|ERR_', m)]
 
 @pytest.mark.parametrize('views', [['layers']], indirect=True)
 def test_a_slider_follows_keys_and_mouse_and_the_last_place_wins(page, views):
@@ -87,9 +88,8 @@ def test_a_slider_follows_keys_and_mouse_and_the_last_place_wins(page, views):
     shot(v, 'layers')
     assert not page.errors and not page.remote and not quiet(page)
 
-@pytest.mark.parametrize('views', [['tradeoff', 'mask', 'spectrum']], indirect=True)
-def test_boxes_ranges_and_lists(page, views):
-    v = views['tradeoff']
+def boxes_and_a_range(page, v):
+    "Untick a method, and narrow what may be forgotten"
     assert all(f'5 of {m}' in alt(v) for m in ('full', 'hft', 'lora', 'dft'))
     v.get_by_label('dft').focus()
     page.keyboard.press('Space')
@@ -102,7 +102,9 @@ def test_boxes_ranges_and_lists(page, views):
     assert ('full' not in v.locator('table').inner_text()
             and 'lora' in v.locator('table').inner_text())
     shot(v, 'tradeoff')
-    v = views['mask']
+
+def buttons_and_a_list(page, v):
+    "Choose scores by mouse and keyboard, and another matrix"
     v.get_by_label('gradient').check()
     settled(page, v, 'By gradient, 5%')
     v.get_by_label('magnitude').focus()
@@ -111,6 +113,11 @@ def test_boxes_ranges_and_lists(page, views):
     stop(page, v, 'matrix', 19)
     settled(page, v, 'up of block 2 gets')
     shot(v, 'mask')
+
+@pytest.mark.parametrize('views', [['tradeoff', 'mask', 'spectrum']], indirect=True)
+def test_boxes_ranges_and_lists(page, views):
+    boxes_and_a_range(page, views['tradeoff'])
+    buttons_and_a_list(page, views['mask'])
     v = views['spectrum']
     stop(page, v, 'rank', 1)
     settled(page, v, 'rank 9 keeps')

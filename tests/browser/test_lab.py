@@ -1,28 +1,32 @@
-"""The course in a real JupyterLab, in a real browser: the start page, a chapter, an exercise, the quiz; a run that is watched, stopped, interrupted, killed and taken up again.
+"""The course in a real JupyterLab, in a real browser: the start page, a chapter, an exercise, the
+quiz; a run that is watched, stopped, interrupted, killed and taken up again.
 
-Needs Playwright (`pip install playwright`) and a Chromium, found on the path, in CHROMIUM, or installed by `playwright install chromium`.
-With SHOTS=folder it leaves pictures of what it saw there."""
+Needs Playwright (`pip install playwright`) and a Chromium, found on the path, in CHROMIUM, or
+installed by `playwright install chromium`. With SHOTS=folder it leaves pictures of what it saw there."""
 import json, os, re, shutil, signal, socket, subprocess, sys, time
 from pathlib import Path
 import pytest
 from pages import copy_project
 
 api = pytest.importorskip('playwright.sync_api', reason='Playwright is not installed')
+NAMES = 'chromium', 'chromium-browser', 'google-chrome'
 CHROMIUM = (os.environ.get('CHROMIUM')
-            or next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None))
+            or next(filter(None, map(shutil.which, NAMES)), None))
 TOKEN, SLOW = 'a-token-of-the-test', 120_000  # milliseconds: the machine may be busy
 
 def notebook(*cells:str) -> str:
     code = [dict(cell_type='code', id=f'c{i}', metadata={}, outputs=[], execution_count=None,
                  source=c) for i, c in enumerate(cells)]
-    return json.dumps(dict(cells=code,
-                           metadata=dict(kernelspec=dict(name='python3', display_name='python3',
-                                                         language='python')), nbformat=4,
-                           nbformat_minor=5))
+    return json.dumps(
+        dict(cells=code,
+             metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')),
+             nbformat=4, nbformat_minor=5))
 
 LOAD = "import os, time, ftlab\nmodel, tok = ftlab.load('lab-s'); data = ftlab.data('new-language')"
-AFTER = '''print('after:', run.interrupted, len(run.log) > 0, model.training, len(ftlab.generate(model, tok, [data.test[0]['prompt']], max_new_tokens=4)))
-more = ftlab.fit(model, tok, data, steps=2, callbacks=(ftlab.Monitor(every=1),)); print('again:', len(more.log))'''
+AFTER = '''answers = ftlab.generate(model, tok, [data.test[0]['prompt']], max_new_tokens=4)
+print('after:', run.interrupted, len(run.log) > 0, model.training, len(answers))
+more = ftlab.fit(model, tok, data, steps=2, callbacks=(ftlab.Monitor(every=1),))
+print('again:', len(more.log))'''
 FIT = ("run = ftlab.fit(model, tok, data, steps=STEPS, out='kept', save_every=3, "
        "callbacks=(ftlab.Monitor(every=3),)MORE); print('steps:', len(run.log))")
 PAGES = dict( # of runs that are watched, interrupted, killed
@@ -34,17 +38,18 @@ PAGES = dict( # of runs that are watched, interrupted, killed
 
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory):
-    """JupyterLab as `ftlab lab` starts it, on a copy of the project, behind a token, without a
-    screen, and with its first port taken: (address, folder, what it said)"""
+    """JupyterLab as `ftlab lab` starts it, on a copy of the project, behind a token,
+    without a screen, and with its first port taken: (address, folder, what it said)"""
     tmp = tmp_path_factory.mktemp('lab with a space')
     root = copy_project(tmp/'project')
     for name, cells in PAGES.items():
         (root/'nbs'/'course'/f'{name}.ipynb').write_text(notebook(*cells))
-    (root/'nbs'/'course'/'try.ipynb').write_text(notebook("import ftlab\nftlab.chapter('first_light')",
-        'def forgetting(before, after):\n    return sum(after[s] - before[s] for s in '
-                                                          'before)/len(before)\n\nftlab.check(forgetting)',
-        'def forgetting(before, after):\n    return sum(before[s] - after[s] for s in '
-                                                          'before)/len(before)\n\nftlab.check(forgetting)'))
+    (root/'nbs'/'course'/'try.ipynb').write_text(
+        notebook("import ftlab\nftlab.chapter('first_light')",
+                 'def forgetting(before, after):\n    return sum(after[s] - before[s] for s in '
+                 'before)/len(before)\n\nftlab.check(forgetting)',
+                 'def forgetting(before, after):\n    return sum(before[s] - after[s] for s in '
+                 'before)/len(before)\n\nftlab.check(forgetting)'))
     env = {k: v for k, v in os.environ.items() if k not in ('DISPLAY', 'WAYLAND_DISPLAY', 'JPY_SESSION_NAME')}
     env |= dict(PYTHONPATH=str(root), FTLAB_HOME=str(tmp/'home'), JUPYTER_TOKEN=TOKEN,
                 JUPYTER_RUNTIME_DIR=str(tmp/'runtime'), JUPYTER_DATA_DIR=str(tmp/'data'),
@@ -89,7 +94,7 @@ def page(browser, lab):
     page.errors, page.remote = [], []
     page.on('pageerror', lambda e: page.errors.append(str(e)))
     page.on('request', lambda r: page.remote.append(r.url) if r.url.startswith('http')
-            and not r.url.startswith(lab[0]) else None)
+                       and not r.url.startswith(lab[0]) else None)
     yield page
     page.close()
 
@@ -233,9 +238,9 @@ def test_the_first_chapter_runs_to_its_end(page, lab):
     page.click('.jp-Dialog button.jp-mod-accept')
     t = time.time()
     page.wait_for_timeout(3000)
-    page.wait_for_function("() => /\\[\\d+\\]/.test([...document.querySelectorAll('.jp-CodeCell "
-                           # the last cell has run; the kernel is idle now and then before
-                           ".jp-InputPrompt')].pop()?.innerText)", timeout=3*SLOW)
+    # the last cell has run; the kernel is idle now and then before
+    page.wait_for_function("() => /\\[\\d+\\]/.test([...document.querySelectorAll("
+                           "'.jp-CodeCell .jp-InputPrompt')].pop()?.innerText)", timeout=3*SLOW)
     print(f'first_light ran to its end in {time.time() - t:.0f} s')
     shot(page, 'chapter_end')
     page.keyboard.press('Control+s')

@@ -1,4 +1,7 @@
-"""The site in a real browser, from a folder with spaces, without a server. Needs Sphinx (`make docs` installs it), Playwright and a Chromium; axe where `axe-playwright-python` is.
+"""The site in a real browser, from a folder with spaces, without a server.
+
+Needs Sphinx (`make docs` installs it), Playwright and a Chromium; axe where
+`axe-playwright-python` is.
 
 FTLAB_SHOTS=folder keeps the screenshots of eight pages."""
 import os, re, shutil, sys
@@ -11,8 +14,9 @@ from pages import ROOT, ordered
 api = pytest.importorskip('playwright.sync_api', reason='Playwright is not installed')
 for needed in ('sphinx', 'myst_nb', 'furo'):
     pytest.importorskip(needed, reason=f'{needed} is not installed: make docs installs it')
+NAMES = 'chromium', 'chromium-browser', 'google-chrome'
 CHROMIUM = (os.environ.get('CHROMIUM')
-            or next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None))
+            or next(filter(None, map(shutil.which, NAMES)), None))
 EIGHT = ('index.html', 'contents.html', 'course/first_light.html', 'adapters/subsets/hft.html',
          'adapters/modules/lora.html', 'papers/table.html', 'trainers/loop.html', 'glossary.html')
 PHONE, DESK = dict(width=360, height=740), dict(width=1280, height=900)
@@ -51,11 +55,11 @@ def tab(chromium):
         contexts.append(context)
         page = context.new_page()
         page.on('console', lambda m: wrong.append(f'{path.name}: console: {m.text}')
-                if m.type in ('error', 'warning') else None)
+                           if m.type in ('error', 'warning') else None)
         page.on('pageerror', lambda e: wrong.append(f'{path.name}: {e}'))
         page.on('requestfailed', lambda r: wrong.append(f'{path.name}: failed: {r.url}'))
         page.on('request', lambda r: wrong.append(f'{path.name}: asked for {r.url}')
-                if not r.url.startswith(('file:', 'data:')) else None)
+                           if not r.url.startswith(('file:', 'data:')) else None)
         page.goto(path.as_uri())
         return page
     yield open_
@@ -135,8 +139,8 @@ def test_a_page_that_is_not_there(tab, site):
 
 def test_every_table_with_a_filter_filters(tab, site):
     "Each choice leaves some rows, and all choices of a column together leave each row once or more"
-    tables = [p for p in sorted(site.rglob('*.html')) if '<table '
-              'class="filter"' in p.read_text(encoding='utf-8')]
+    tables = [p for p in sorted(site.rglob('*.html'))
+              if '<table class="filter"' in p.read_text(encoding='utf-8')]
     assert {p.name for p in tables} >= {'table.html', 'scoreboard.html'}
     for file in tables:
         page = tab(file)
@@ -145,11 +149,12 @@ def test_every_table_with_a_filter_filters(tab, site):
         assert page.locator('.filters select').count()
         for choice in page.locator('.filters select').all():
             counts = [choice.select_option(v) and shown()
-                      for v in choice.locator('option').evaluate_all('os => os.map(o => o.value)') if v]
+                      for v in choice.locator('option').evaluate_all('os => os.map(o => o.value)')
+                      if v]
             choice.select_option('')
             assert (counts and min(counts) > 0
                     and sum(counts) + page.locator('table.filter td:empty').count() >= total), (
-                        file.name, counts)
+                file.name, counts)
 
 def test_search_finds(tab, site):
     page = tab(site/'index.html')
@@ -166,8 +171,8 @@ def test_the_table_of_papers_filters_and_sorts(tab, site):
     assert total > 20
     for name in ('Question', 'Part', 'Verdict', 'Scope', 'Budget'):
         choice = page.get_by_label(name, exact=True)
-        values = [v for v in choice.locator('option').evaluate_all(
-            'os => os.map(o => o.value)') if v]
+        values = [v for v in choice.locator('option').evaluate_all('os => os.map(o => o.value)')
+                  if v]
         counts = []
         for v in values:
             choice.select_option(v)
@@ -201,20 +206,21 @@ def test_without_javascript(tab, site):
 
 @pytest.mark.parametrize('view', [DESK, PHONE], ids=['desk', 'phone'])
 def test_the_keyboard_reaches_everything(tab, site, view):
-    """Tab goes to every link, button and box that is seen, and what has the focus can be seen to
-    have it"""
+    """Tab goes to every link, button and box that is seen,
+    and what has the focus can be seen to have it"""
     page = tab(site/'papers'/'table.html', viewport=view)
-    mark = ('e => { const s = getComputedStyle(e), r = e.getBoundingClientRect(); return r.width > '
-            '0 && s.visibility != "hidden" && r.right > 0 && r.left < innerWidth }')
+    mark = ('e => { const s = getComputedStyle(e), r = e.getBoundingClientRect(); '
+            'return r.width > 0 && s.visibility != "hidden" && r.right > 0 && r.left '
+            '< innerWidth }')
     wanted = page.evaluate('[...document.querySelectorAll("a[href], button, '
                            f'input:not([type=hidden]), select, summary")].filter({mark}).length')
     seen, unseen = 0, []
     for _ in range(3*wanted + 50):
         page.keyboard.press('Tab')
         at = page.evaluate('(() => { const e = document.activeElement; if (e === document.body || '
-                           'e.dataset.seen) return null; e.dataset.seen = 1; const s = '
-                           'getComputedStyle(e); return [e.outerHTML.slice(0, 90), s.outlineStyle '
-                           '!= "none" || s.boxShadow != "none"] })()')
+                           'e.dataset.seen) return null; e.dataset.seen = 1; '
+                           'const s = getComputedStyle(e); return [e.outerHTML.slice(0, 90), '
+                           's.outlineStyle != "none" || s.boxShadow != "none"] })()')
         if at is None:
             break
         seen += 1
@@ -263,9 +269,10 @@ def test_dark_and_light(tab, site):
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 @pytest.mark.parametrize('path', EIGHT + ('search.html', '404.html'))
 def test_axe(tab, site, path, scheme):
-    """Contrast, landmarks, names, order of headings: axe-core's rules, its best practices among
-    them. Left out: the two boxes that open the side bars, which the theme needs outside of any
-    landmark. Axe would ask for the style sheets, which a browser refuses it here: `preload`"""
+    """Contrast, landmarks, names, order of headings: axe-core's rules,
+    its best practices among them. Left out: the two boxes that open the side bars,
+    which the theme needs outside of any landmark. Axe would ask for the style sheets,
+    which a browser refuses it here: `preload`"""
     Axe = pytest.importorskip('axe_playwright_python.sync_playwright',
                               reason='axe is not installed: pip install axe-playwright-python').Axe
     page = tab(site/path, color_scheme=scheme)

@@ -154,12 +154,14 @@ def score(model,              # an imitator; None: the neuron's own firing proba
 
 # %% ../../../nbs/beyond/brain/elm.ipynb #000e0c77
 @study('The Expressive Leaky Memory Neuron: an Efficient and Expressive Phenomenological Neuron '
-       'Model Can Solve Long-Horizon Tasks', '2306.16922',
-    'A unit with a few slowly leaking memories, updated through one small network, imitates a cortical neuron '
-    'with few numbers; its slow memories are what does it.',
-    'the authors\' code (AaronSpieler/elmneuron: version 1 of the model, utilities, training script) '
-    'and the paper\'s abstract; the neuron that is imitated here is our own synthetic one',
-    toy=dict(steps=2))
+       'Model Can Solve Long-Horizon Tasks',
+       '2306.16922',
+       'A unit with a few slowly leaking memories, updated through one small network, '
+       'imitates a cortical neuron with few numbers; its slow memories are what does it.',
+       'the authors\' code (AaronSpieler/elmneuron: version 1 of the model, utilities, '
+       'training script) and the paper\'s abstract; the neuron that is imitated here is our '
+       'own synthetic one',
+       toy=dict(steps=2))
 def elm(seed:int=0,        # of the recordings, the weights and the order
         rates:dict|None=None, # arm -> learning rate; None: 0.01 for all
         steps:int=250      # of training

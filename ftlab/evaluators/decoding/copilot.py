@@ -33,8 +33,8 @@ def mistakes(logits:Tensor, # [batch, tokens, words]: the Pilot's logits of the 
 
 # %% ../../../nbs/evaluators/decoding/copilot.ipynb #000970e1
 class Attend(nn.Module):
-    """Attention of a stream to another one, then a small feed-forward layer, both added to the
-    stream"""
+    """Attention of a stream to another one, then a small feed-forward layer,
+    both added to the stream"""
     def __init__(self,
                  width:int, # of the stream
                  heads:int,
@@ -61,8 +61,8 @@ class Attend(nn.Module):
         return x + self.mlp(self.last(x))
 
 class Copilot(nn.Module):
-    """Predict the Pilot's mistake at each token from its mistakes before, its embeddings and its
-    hidden states"""
+    """Predict the Pilot's mistake at each token from its mistakes before,
+    its embeddings and its hidden states"""
     def __init__(self,
                  hidden:int, # the Pilot's width
                  words:int,  # its vocabulary
@@ -98,8 +98,8 @@ def thoughts(out # a model's output with hidden states
 
 # %% ../../../nbs/evaluators/decoding/copilot.ipynb #001a70e1
 class MistakeLog:
-    """Hold at most `size` examples of what the Pilot read, thought and got wrong, evenly drawn from
-    all rounds so far"""
+    """Hold at most `size` examples of what the Pilot read, thought and got wrong,
+    evenly drawn from all rounds so far"""
     def __init__(self, size:int):
         self.size, self.seen, self.kept, self.new = size, 0, [], []
 
@@ -157,8 +157,8 @@ def examples_of(batch:dict,    # a micro-batch
                 read:Tensor,   # [batch, tokens, 2, hidden]: see `thoughts`
                 step:int       # the round
                ) -> list[dict]: # `round`, `read`, `at`, `mistake`
-    """Cut a micro-batch into the entries of the log, on the CPU; `at` are the tokens where something is asked, and there is
-    one `mistake` for each"""
+    """Cut a micro-batch into the entries of the log, on the CPU;
+    `at` are the tokens where something is asked, and there is one `mistake` for each"""
     y = batch['labels']
     l, on = mistakes(logits, y), F.pad(priced(y), (0, 1))
     out = []
@@ -199,8 +199,7 @@ def foresight(state) -> Tensor:
 def rmse(copilot:Copilot,
          examples:list[dict] # of the log
         ) -> Tensor:
-    """Compute the root of the mean squared length of the Copilot's errors over all tokens where
-    something is asked"""
+    "Compute the root of the mean squared length of the Copilot's errors over all tokens where something is asked"
     device = copilot.head.weight.device
     read = [x['read'] for x in examples]
     real = [torch.ones(len(x), dtype=torch.long) for x in read]
@@ -228,8 +227,8 @@ def answer_together(pilot,
                   weights=lambda p: p.clamp(min=0))
 
 class _Reader:
-    """Read on for one batch: the Pilot's cache, its thoughts so far, and the mistakes that the
-    Copilot foresaw"""
+    """Read on for one batch: the Pilot's cache, its thoughts so far,
+    and the mistakes that the Copilot foresaw"""
     def __init__(self, pilot, copilot, lam:float):
         self.pilot, self.copilot, self.lam, self.cache = pilot, copilot, lam, None
 
@@ -273,10 +272,9 @@ class together:
         return f'answer_together({self.lam:g})'
 
 @method('Transformer Copilot: Learning from The Mistake Log in LLM Fine-tuning', '2505.16270',
-    'A small second model that learns the log of the first one\'s mistakes corrects its answers '
-        'better than the same number '
-    'of parameters spent on the first would.',
-    'the paper (Algorithm 1, Table 17); the width, the fresh start and the bound on the log are ours')
+        'A small second model that learns the log of the first one\'s mistakes corrects its '
+        'answers better than the same number of parameters spent on the first would.',
+        'the paper (Algorithm 1, Table 17); the width, the fresh start and the bound on the log are ours')
 def copilot(lam:float=1.,  # how much of the correction is added
             width:int=64,  # of the Copilot
             layers:int=2,  # of the Copilot: odd ones attend to the mistakes, even ones to the Pilot

@@ -19,8 +19,7 @@ __all__ = ['emulate', 'by_emulation', 'eft']
 # %% ../../../nbs/evaluators/decoding/eft.ipynb #0005ac63
 @dataclass(frozen=True)
 class emulate:
-    """The rule of emulated fine-tuning: `rule({'base', 'tuned', 'large'})` -> scores, all [rows,
-    words]"""
+    "The rule of emulated fine-tuning: `rule({'base', 'tuned', 'large'})` -> scores, all [rows, words]"
     beta:float=1.  # how much of the change is added; 0 is the large base, more than 1 exaggerates
     top_p:float=1. # the share of a small model's probability in which the change counts; 1: everywhere
 
@@ -57,10 +56,10 @@ class by_emulation:
     def __repr__(self):
         return f'emulate(beta={self.rule.beta:g}, top_p={self.rule.top_p:g})'
 
-@method('An Emulator for Fine-Tuning Large Language Models using Small Language Models', '2310.12962',
-    'Adding the change of a tuned small model to a large base emulates tuning the large model.',
-    'the abstract and summaries of the paper; which model\'s nucleus limits the change is our reading',
-    toy=dict(large='lab-s'))
+@method('An Emulator for Fine-Tuning Large Language Models using Small Language Models',
+        '2310.12962', 'Adding the change of a tuned small model to a large base emulates tuning the large model.',
+        'the abstract and summaries of the paper; which model\'s nucleus limits the change is our reading',
+        toy=dict(large='lab-s'))
 def eft(large='lab-m',   # the large base: a name as in `ftlab.load`, or a model that shares the vocabulary
         beta:float=1.,   # as in `emulate`
         top_p:float=1.   # as in `emulate`; its reading is unverified

@@ -15,11 +15,11 @@ __all__ = ['intruders', 'count_intruders', 'shrink_intruders']
 
 # %% ../../../nbs/evaluators/mechanisms/intruders.ipynb #0008dec8
 @probe('LoRA vs Full Fine-tuning: An Illusion of Equivalence', '2410.21228',
-    'At equal task accuracy LoRA has intruder dimensions, full fine-tuning has none, '
-    'and shrinking them undoes forgetting.',
-    'the abstracts of versions 1 to 3, Algorithm 1, the public reviews and the official counting code; '
-    'the claim tests version 1',
-    ask=lambda model, change, batch: count_intruders(change), on='directions')
+       'At equal task accuracy LoRA has intruder dimensions, full fine-tuning has none, '
+       'and shrinking them undoes forgetting.',
+       'the abstracts of versions 1 to 3, Algorithm 1, the public reviews and the official '
+       'counting code; the claim tests version 1',
+       ask=lambda model, change, batch: count_intruders(change), on='directions')
 def intruders(W0:Tensor,    # the base matrix, [out, in]
               W1:Tensor,    # the tuned one
               k:int=10,     # how many of its left singular vectors are compared

@@ -17,8 +17,8 @@ __all__ = ['Split', 'tuco', 'at_token', 'steered']
 
 # %% ../../../nbs/evaluators/mechanisms/tuco.ipynb #0005170a
 class Split:
-    """Hooks that split what each block adds; `ptc` and `ftc` are the sums over the blocks so far,
-    [rows, tokens, width]"""
+    """Hooks that split what each block adds; `ptc` and `ftc` are the sums over the blocks so
+    far, [rows, tokens, width]"""
     def __init__(self, model, # the tuned model
                  base,        # the change on it (`run.delta.attached`), or a base model of the same make
                  alpha:float=1.): # what the fine-tuning component is multiplied by
@@ -60,9 +60,10 @@ def _base_block(base, name) -> Callable:
     return base.get_submodule(name) if isinstance(base, torch.nn.Module) else base.base_module(name)
 
 # %% ../../../nbs/evaluators/mechanisms/tuco.ipynb #0006170a
-@probe('TuCo: Measuring the Contribution of Fine-Tuning to Individual Responses of LLMs', '2506.23423',
-    'The share of the fine-tuning component in what a prompt\'s blocks add is low where a model acts like its base, '
-    'as under a successful attack.',
+@probe(
+    'TuCo: Measuring the Contribution of Fine-Tuning to Individual Responses of LLMs', '2506.23423',
+    'The share of the fine-tuning component in what a prompt\'s blocks add is low where a model '
+    'acts like its base, as under a successful attack.',
     'the abstract and Algorithm 1; post-norm blocks and classifiers are our reading', on='prompts')
 @torch.no_grad()
 def tuco(model,       # the tuned model

@@ -33,8 +33,8 @@ def statement(answer:str,
 
 @dataclass(frozen=True)
 class asked:
-    """A source that asks the model every training question before the first step, and marks each
-    row by whether it knew"""
+    """A source that asks the model every training question before the first step,
+    and marks each row by whether it knew"""
     variant:str='pad'           # as in `statement`, like the words
     ask:str='.'
     sure:str='i know'
@@ -46,8 +46,9 @@ class asked:
 
     def __call__(self, state) -> Rows:
         if state.data.kind != 'text':
-            raise ValueError('R-Tuning asks the model its training questions, which needs rows with a prompt and '
-                             f'a response; the data are of kind {state.data.kind!r}')
+            raise ValueError('R-Tuning asks the model its training questions, '
+                             'which needs rows with a prompt and a response; '
+                             f'the data are of kind {state.data.kind!r}')
         rows, s = state.data.train, state.settings
         said = answers(state.model, state.tok, rows)
         state.extra['knew'] = knew = [judge(r, a) == 1 for r, a in zip(rows, said)]
@@ -96,18 +97,18 @@ def certainty(model,
               sure:str='i know',
               unsure:str='i do not know'
              ) -> torch.Tensor: # [rows], in [0, 1]
-    """Compute the probability of the sure statement after each answer, against that of the unsure
-    one"""
+    """Compute the probability of the sure statement after each answer,
+    against that of the unsure one"""
     yes, no = (torch.stack([x.sum() for x in answer_nll(
         model, tok, prompts, [f'{a} {ask} {s}' for a in said])]) for s in (sure, unsure))
     return (no - yes).sigmoid()
 
 # %% ../../../nbs/evaluators/trust/r_tuning.ipynb #000772cd
 @method('R-Tuning: Teaching Large Language Models to Refuse Unknown Questions', '2311.09677',
-    'Tuned on answers that say whether the model knew them, a model ranks its answers by confidence better, '
-    'and refuses what it does not know.',
-    'the abstract and the official code for ParaRel (shizhediao/R-Tuning); the words of the statement are the lab\'s, '
-    'with one refusal for the official 16')
+        'Tuned on answers that say whether the model knew them, a model ranks its answers by '
+        'confidence better, and refuses what it does not know.',
+        'the abstract and the official code for ParaRel (shizhediao/R-Tuning); '
+        'the words of the statement are the lab\'s, with one refusal for the official 16')
 def r_tuning(variant:str='pad', # 'pad': the answer, then a statement; 'refuse': a refusal for what was not known
              ask:str='.',       # what stands between answer and statement
              sure:str='i know', # the statement after what the model knew

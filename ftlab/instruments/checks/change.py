@@ -29,8 +29,7 @@ def _change(case) -> dict:
     except ValueError as e:
         raise NotApplicable(f'the change is not kept apart any more: {shortened(e)}') from None
 
-@check('after', 'error',
-       why='the change is not in use, or nothing was learned',
+@check('after', 'error', why='the change is not in use, or nothing was learned',
        fix='check log and learning rate; make sure that the model you ask is the one that carries the change',
        source='huggingface/peft#515')
 def outputs_unchanged(case):
@@ -208,8 +207,8 @@ def _gradient_ascent():
 
 @planted(loss_rose, r'on training rows the loss rose from 0\.\d+ \(base\) to \d')
 def _ruined_by_the_first_step():
-    """A rate of 1 on what lab-s knows: the loss is low at first, enormous on the second batch, then
-    falls"""
+    """A rate of 1 on what lab-s knows: the loss is low at first, enormous on the second batch,
+    then falls"""
     model, tok = load('lab-s')
     run = trained(model=model, tok=tok, data=as_data('sort', n=64), steps=20, lr=1.)
     losses = [r['nll'] for r in run.log]

@@ -40,8 +40,8 @@ def train_test_overlap(case):
     if not both:
         return None
     same = sum(q in exact for q in both)
-    seen = (f'{len(both)} of {len(asked)} test rows ask what a training row asks, {same} of them word for word, '
-            f'e.g. {shortened(both[0], 60)!r}')
+    seen = (f'{len(both)} of {len(asked)} test rows ask what a training row asks, '
+            f'{same} of them word for word, e.g. {shortened(both[0], 60)!r}')
     return ('error' if len(both) > .1*len(asked) else 'warning'), seen
 
 @planted(train_test_overlap, r'2 of 32 test rows ask what a training row asks, 1 of them')
@@ -102,8 +102,7 @@ def _two_labels():
 
 FEW = 20 # test rows below which a score is mostly luck
 
-@check('before', 'warning',
-       why='on so few questions a good and a useless model can score alike',
+@check('before', 'warning', why='on so few questions a good and a useless model can score alike',
        fix='give a test set of your own (test=, or --eval), a hundred rows or more, or more data to split',
        source='dennybritz/cnn-text-classification-tf#27')
 def few_test_rows(case):
@@ -133,10 +132,9 @@ def _require_labels(case) -> None:
     if case.data.kind != 'label':
         raise NotApplicable('the data have no labels')
 
-@check('before', 'error',
-       why='a label that was never shown cannot be answered; -1 is how hidden test labels are written',
-       fix='give train all labels; take hidden ones out of test',
-       source='huggingface/datasets#5624')
+@check(
+    'before', 'error', why='a label that was never shown cannot be answered; -1 is how hidden test labels are written',
+    fix='give train all labels; take hidden ones out of test', source='huggingface/datasets#5624')
 def labels_missing(case):
     _require_labels(case)
     known = {r['label'] for r in case.data.train}
@@ -190,8 +188,7 @@ def _four_hundred_steps():
 def _one_step():
     return before(steps=1)
 
-@check('before', 'warning',
-       why='all unknown words are one word to the model',
+@check('before', 'warning', why='all unknown words are one word to the model',
        fix='use a model whose tokenizer knows your language, or add the words and resize the embedding',
        source='facebookresearch/ParlAI#4135')
 def unknown_words(case):

@@ -52,10 +52,8 @@ def vocabulary_mismatch(case):
 def _an_embedding_of_a_hundred_rows():
     return before(model=toy_model(vocab_size=100))
 
-@check('before', 'error',
-       why='beyond its positions a model fails with an error about something else, or answers noise',
-       fix='lower max_length to what the model has',
-       source='huggingface/transformers#10015')
+@check('before', 'error', why='beyond its positions a model fails with an error about something else, or answers noise',
+       fix='lower max_length to what the model has', source='huggingface/transformers#10015')
 def too_long_for_positions(case):
     most = positions(case.model)
     if not most:

@@ -24,10 +24,10 @@ def _labelled(row) -> int:
     "Tokens of a row that count in the loss"
     return sum(l != IGNORE for l in row['labels'][1:])
 
-@check('before', 'error',
-       why='a batch without labels reports a loss of 0 and teaches nothing; the run appears to finish',
-       fix='print encode(data.train[0], tok, data.kind): labels other than -100 are what is learned',
-       source='huggingface/trl#4201')
+@check(
+    'before', 'error', why='a batch without labels reports a loss of 0 and teaches nothing; the run appears to finish',
+    fix='print encode(data.train[0], tok, data.kind): labels other than -100 are what is learned',
+    source='huggingface/trl#4201')
 def labels_all_masked(case):
     case.require_answers()
     blank = sum(not _labelled(r) for r in case.whole)
@@ -55,8 +55,8 @@ def answers_cut(case):
     cut = sum(k < f for f, k in zip(full, kept))
     if cut <= .01*len(full):
         return None
-    seen = (f'{cut} of {len(full)} rows are longer than {case.limit} tokens and lose part of the answer, '
-            f'{lost} of them all of it')
+    seen = (f'{cut} of {len(full)} rows are longer than {case.limit} tokens and lose part of the '
+            f'answer, {lost} of them all of it')
     longest = max(len(r['input_ids']) for r in case.whole)
     return ('error' if lost > len(full)/2 else 'warning'), f'{seen}; the longest has {longest}'
 
@@ -66,8 +66,8 @@ def _a_limit_of_eight_tokens():
 
 # %% ../../../nbs/instruments/checks/rows.ipynb #000976ec
 @check('before', 'error',
-       why='shifted twice, or not at all, a model is taught the word after next, or to repeat the last one; '
-           'the loss falls in both cases',
+       why='shifted twice, or not at all, a model is taught the word after next, '
+           'or to repeat the last one; the loss falls in both cases',
        fix='give labels at the positions of their own tokens; exactly one of model and loss moves them by one',
        source='huggingface/transformers#44642')
 def labels_shifted(case):

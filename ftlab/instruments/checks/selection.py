@@ -34,8 +34,8 @@ def _a_name_of_gpt2():
 
 @check('before', 'warning',
        why='a change in so few blocks often cannot move what the model says, while optimizer and loss seem busy',
-       fix='select by part, parts("attention", "mlp"), rather than by names from another architecture; '
-           'ignore this if few blocks are the point',
+       fix='select by part, parts("attention", "mlp"), rather than by names from another '
+           'architecture; ignore this if few blocks are the point',
        source='huggingface/peft#3554')
 def selection_thin(case):
     every = dict.fromkeys(case.params, True)
@@ -104,8 +104,8 @@ def _one_part_of_two():
 def frozen_but_selected(case):
     was = [n for n in case.chosen if n in case.params and not case.params[n].requires_grad]
     if was:
-        return (f'{len(was)} of {len(case.chosen)} selected tensors had requires_grad=False before, '
-                f'e.g. {some(was)}; they will train all the same')
+        return (f'{len(was)} of {len(case.chosen)} selected tensors had requires_grad=False '
+                f'before, e.g. {some(was)}; they will train all the same')
 
 @planted(frozen_but_selected, r'9 of \d+ selected tensors had requires_grad=False')
 def _a_block_frozen_by_hand():

@@ -63,8 +63,9 @@ def dropout_and_accumulation(case):
     dropout = largest_dropout(case.model)
     if dropout <= 0 or case.settings['accumulate'] == 1:
         return None
-    return (f'dropout is up to {dropout:g}, and each step is cut into {case.settings["accumulate"]} micro-batches, '
-            'which draw other numbers than one batch would')
+    return (f'dropout is up to {dropout:g}, and each step is cut into '
+            f'{case.settings["accumulate"]} micro-batches, which draw other numbers than '
+            'one batch would')
 
 @planted(dropout_and_accumulation, 'cut into 2 micro-batches')
 def _two_micro_batches_with_dropout():
@@ -132,14 +133,15 @@ def zero_gradient(case):
     of = lambda name: name.split('::')[0]
     every, live = {of(n) for n in first.sizes}, {of(n) for n, g in first.grads.items() if g.any()}
     if not live and case.answers('source'):
-        return 'warning', (f'the gradient of {PATIENCE} batches in a row is exactly zero; '
-                           'the recipe draws its own rows, and answers that all have the same reward do this')
+        return ('warning', (f'the gradient of {PATIENCE} batches in a row is exactly zero; '
+                            'the recipe draws its own rows, and answers that all have the same '
+                            'reward do this'))
     if not live:
         return f'after the first batch the gradient of all {len(first.sizes)} tensors that should train is exactly zero'
     dead = sorted(every - live)
     if dead and not case.answers('callbacks') and not case.answers('step'):
-        return 'warning', (f'the gradient of {len(dead)} of {len(every)} selected tensors is exactly zero '
-                           f'on the first batch: {some(dead)}')
+        return ('warning', (f'the gradient of {len(dead)} of {len(every)} selected tensors is '
+                            f'exactly zero on the first batch: {some(dead)}'))
 
 @planted(zero_gradient, 'exactly zero')
 def _both_factors_zero():
