@@ -132,3 +132,50 @@ def test_accumulated_updates_are_the_same_to_rounding():
 def test_no_update_at_all_is_an_error():
     with pytest.raises(ValueError, match='updates is 0; it must be at least 1'):
         asked(updates=0)
+
+
+@pytest.mark.parametrize('kw, said', [
+    (dict(updates=1.5), 'updates is 1.5; it must be at least 1, and a whole number'),
+    (dict(group=0), 'batch_size is 8 and the group 0'),
+    (dict(group=1), 'a group needs at least 2 answers'),
+    (dict(temperature=0), 'temperature is 0; it must be above 0'),
+    (dict(temperature=float('nan')), 'temperature is nan'),
+    (dict(reward=lambda row, answer: None), 'is None; .* must return a finite number'),
+    (dict(reward=lambda row, answer: float('nan')), 'is nan; .* must return a finite number'),
+    (dict(reward=lambda row, answer: 'good'), "is 'good'; .* must return a finite number")])
+def test_what_cannot_be_is_named(kw, said):
+    with pytest.raises(ValueError, match=said):
+        asked(steps=1, **kw)
+
+
+@pytest.mark.parametrize('kind', [int, bool, torch.tensor])
+def test_a_reward_may_be_any_kind_of_number(kind):
+    as_float = asked(steps=2, reward=lambda row, answer: float(len(answer) % 2))
+    other = asked(steps=2, reward=lambda row, answer: kind(len(answer) % 2))
+    assert same(weights(other.model), weights(as_float.model))
+    assert not same(weights(other.model), weights(toy()))
+
+
+@pytest.mark.parametrize('clip', [.2, .5])
+def test_the_clip_holds_at_the_edge_of_the_ratio(clip):
+    # ratios of 1 + clip + .1 and 1 - clip - .1, each with both signs of the advantage
+    far = torch.tensor([1 + clip + .1, 1 + clip + .1, 1 - clip - .1, 1 - clip - .1])
+    logits = torch.zeros(4, 2, 5, requires_grad=True)
+    y, A = torch.tensor([[-100, 1]]*4), torch.tensor([1., -1., 1., -1.])
+    old = (torch.tensor(.2)/far).log()[:, None]
+    batch = dict(labels=y, old=old, advantage=A)
+    state = type('State', (), dict(batch=batch, batches=[batch], forward=lambda self: logits))()
+    loss = clipped_policy(clip, beta=0.)(state)
+    want = -((1 + clip) - far[1] + far[2] - (1 - clip))/4
+    assert float(loss.detach()) == pytest.approx(float(want), abs=1e-6)
+    g, = torch.autograd.grad(loss, logits)
+    assert [bool(row.any()) for row in g] == [False, True, True, False]
+
+
+def test_each_answer_counts_alike_however_long_it_is():
+    logits = torch.zeros(2, 4, 5)
+    y = torch.tensor([[-100, 1, -100, -100], [-100, 1, 2, 3]])
+    old, A = torch.full((2, 3), .2).log(), torch.tensor([1., -2.])
+    batch = dict(labels=y, old=old*(y[:, 1:] != -100), advantage=A)
+    state = type('State', (), dict(batch=batch, batches=[batch], forward=lambda self: logits))()
+    assert float(clipped_policy(beta=0.)(state)) == pytest.approx(-(1. - 2.)/2)

@@ -236,3 +236,17 @@ def test_an_opponent_that_says_what_the_data_say_teaches_nothing(monkeypatch):
 def test_a_round_at_least():
     with pytest.raises(ValueError, match='rounds is 0'):
         spin(rounds=0)
+
+def test_a_function_that_gives_no_worse_answer_is_named():
+    with pytest.raises(ValueError, match='rejected gave None for the prompt .*; it must return a text'):
+        fit(toy(), TOK, lab_data(), dpo(rejected=lambda row: None), steps=1, batch_size=8,
+            progress=False)
+
+def test_self_play_on_whole_conversations_is_refused_by_name():
+    def chat(row):
+        return dict(messages=[dict(role='user', content=row['prompt']),
+                              dict(role='assistant', content=row['response'])])
+    rows = [chat(r) for r in lab_data().train[:16]]
+    with pytest.raises(ValueError, match="need rows with a prompt and a response; .* kind 'chat'"):
+        fit(toy(), TOK, data(dict(train=rows, validation=rows[:2], test=rows[:2])), spin(rounds=1),
+            steps=1, batch_size=8, progress=False)

@@ -416,3 +416,13 @@ def test_r_tuning_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match='label'):
         fit(classifier(), TOK, label_data(), methods.r_tuning(), steps=1, batch_size=8,
             progress=False)
+
+@pytest.mark.parametrize('recipe, said', [
+    (lambda: methods.mezo(eps=float('nan')), 'eps is nan'),
+    (lambda: methods.mezo(eps=float('inf')), 'eps is inf'),
+    (lambda: methods.lisa(gamma=1.5), 'gamma is 1.5 and period 20; both must be whole'),
+    (lambda: methods.lisa(period=.5), 'gamma is 2 and period 0.5; both must be whole'),
+    (lambda: methods.spin(rounds=1.5), 'rounds is 1.5; it must be at least 1, and a whole')])
+def test_numbers_that_cannot_be_are_named(recipe, said):
+    with pytest.raises(ValueError, match=said):
+        fit(toy(), TOK, lab_data(), recipe(), steps=3, batch_size=8, progress=False)

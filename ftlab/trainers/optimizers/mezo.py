@@ -34,8 +34,8 @@ class MeZO:
                  settings:SimpleNamespace,          # lr, weight_decay, factor; the rest is AdamW's and is not used
                  eps:float=1e-3,                    # distance to either side, in standard deviations of the direction
                  dist:str='normal'):                # 'normal', or 'rademacher': every entry is +1 or -1
-        if eps <= 0:
-            raise ValueError(f'eps is {eps}; it must be above 0')
+        if not 0 < eps < math.inf:
+            raise ValueError(f'eps is {eps}; it must be above 0 and finite')
         if dist not in ('normal', 'rademacher'):
             raise ValueError(f"dist is {dist!r}; it must be 'normal' or 'rademacher'")
         self.params, self.s, self.eps, self.dist = list(params.values()), settings, eps, dist

@@ -158,7 +158,7 @@ UNITS = dict(step='steps', gain='share of questions', forgetting='share of quest
 @study('RL\'s Razor: Why Online Reinforcement Learning Forgets Less', '2509.04259',
     'At the same new accuracy, learning from one\'s own answers forgets less, and the KL on the new task predicts '
     'how much is forgotten.',
-    'the abstract, the authors\' summary and the paper\'s sections on the oracle and the protocol; the task, '
+    'the abstract, the authors\' summary and another reader\'s notes on the paper\'s oracle and protocol; the task, '
     'the arms, groups of 8 and the pooled oracle are ours, and there is no Pareto frontier',
     toy=dict(rows=24, held_out=4, steps=1, every=1, batch_size=8, old_items=2))
 def razor(seed:int=0,          # of the questions, the draws and the runs
