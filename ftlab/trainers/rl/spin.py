@@ -10,7 +10,7 @@ from ...core.generate import generate
 from ...core.paper import method
 from ...core.recipe import Recipe, Stages
 from ...core.scorers import answer_length
-from ..preferences import Pairs, preference
+from ..preferences import Pairs, check_text, preference
 
 # %% auto #0
 __all__ = ['SelfPlay', 'OwnPairs', 'play', 'spin']
@@ -27,6 +27,7 @@ class SelfPlay:
 
     def __call__(self, state) -> OwnPairs:
         "Draw and pair; what the model writes counts as tokens"
+        check_text(state.data)
         train, limit = state.data.train, self.max_new_tokens or answer_length(
             state.data.train, state.tok)
         need = -(-state.steps*state.settings['batch_size']//(2 if self.earlier else 1))
