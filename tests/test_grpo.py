@@ -96,6 +96,13 @@ def test_the_clip_acts_from_the_second_update_on(updates, acts):
     assert same(tight, loose) != acts
 
 
+def asked_in(batch):
+    "The questions of a rollout"
+    before = (batch['labels'] != -100).cumsum(1) == 0
+    return [TOK.decode(ids[on & seen.bool()])
+            for ids, on, seen in zip(batch['input_ids'], before, batch['attention_mask'])]
+
+
 def test_a_rollout_serves_as_many_updates_as_were_asked_for():
     look = Batches()
     run = asked(steps=6, callbacks=(look,), updates=3)
@@ -109,6 +116,8 @@ def test_a_rollout_serves_as_many_updates_as_were_asked_for():
     asked(steps=2, callbacks=(once,))
     assert ids[0].shape != ids[3].shape or not torch.equal(ids[0], ids[3])
     assert torch.equal(once.seen[0]['input_ids'], ids[0])
+    # the second rollout asks the next questions, as it would with one update for each
+    assert asked_in(look.seen[3]) == asked_in(once.seen[1]) != asked_in(once.seen[0])
 
 
 def test_a_run_resumes_between_the_updates_of_a_rollout_bit_for_bit(tmp_path):
