@@ -426,3 +426,34 @@ def test_r_tuning_refuses_what_it_cannot_do():
 def test_numbers_that_cannot_be_are_named(recipe, said):
     with pytest.raises(ValueError, match=said):
         fit(toy(), TOK, lab_data(), recipe(), steps=3, batch_size=8, progress=False)
+
+# what the papers and the official code have, or what the page says that is ours (group, rounds)
+DEFAULTS = dict(mezo=dict(eps=1e-3, dist='normal'),
+                lisa=dict(gamma=2, period=20, keep_state=False),
+                grpo=dict(group=8, beta=.04, clip=.2, temperature=1., updates=1),
+                dpo=dict(beta=.1, rejected='rejected'),
+                spin=dict(rounds=3, beta=.1, last=None, reuse=True, temperature=1.),
+                copilot=dict(lam=1., width=64, layers=2, heads=4, lr=1e-3, log=512))
+
+@pytest.mark.parametrize('name', DEFAULTS)
+def test_defaults_are_the_paper_s_or_said_to_be_ours(name):
+    found = methods.get(name).arguments
+    assert {k: found[k] for k in DEFAULTS[name]} == DEFAULTS[name]
+
+def test_arguments_reach_the_parts():
+    from ftlab.evaluators.decoding.copilot import mistake_log, small_copilot, together
+    from ftlab.trainers.preferences import preference
+    from ftlab.trainers.rl.grpo import clipped_policy, rollouts
+    made = methods.grpo(group=4, beta=.5, clip=.3, temperature=2., max_new_tokens=7, updates=2)
+    assert made.objective == clipped_policy(.3, .5, 2.)
+    assert made.source == rollouts(4, made.arguments['reward'], 2., 7, 2)
+    assert clipped_policy() == clipped_policy(.2, .04, 1.)
+    assert methods.dpo(beta=.7).objective == preference(.7) and preference() == preference(.1)
+    pair = methods.copilot(lam=.5, width=32, layers=3, heads=2, lr=None, log=9)
+    learner = pair.learners['copilot']
+    assert pair.decode == together(.5) and pair.callbacks == (mistake_log(9),)
+    assert learner.make == small_copilot(32, 3, 2) and learner.lr is None
+    steps = [methods.lisa(gamma=1, period=3, keep_state=True).step,
+             methods.mezo(eps=.1, dist='rademacher').step]
+    assert [dict(s.options) for s in steps] == [dict(gamma=1, period=3, keep_state=True),
+                                           dict(eps=.1, dist='rademacher')]
