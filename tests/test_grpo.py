@@ -5,7 +5,7 @@ from toys import TOK, lab_data, same, toy, weights
 
 from ftlab.core.model import model_inputs
 from ftlab.trainers.fit import fit
-from ftlab.trainers.rl.grpo import clipped_policy, grpo
+from ftlab.trainers.rl.grpo import Rollouts, clipped_policy, grpo
 
 
 def letters(row, answer):
@@ -188,3 +188,26 @@ def test_each_answer_counts_alike_however_long_it_is():
     batch = dict(labels=y, old=old*(y[:, 1:] != -100), advantage=A)
     state = type('State', (), dict(batch=batch, batches=[batch], forward=lambda self: logits))()
     assert float(clipped_policy(beta=0.)(state)) == pytest.approx(-(1. - 2.)/2)
+
+
+def test_an_answer_counts_up_to_its_first_end_and_with_it(monkeypatch):
+    letter, end = TOK('a', add_special_tokens=False).input_ids[0], TOK.eos_token_id
+    real, heard = Rollouts.answer, []
+
+    def fixed(self, state, rows):
+        questions, _ = real(self, state, rows)
+        said = torch.tensor([[letter, end, letter, end]]).expand(len(questions['input_ids']), 4)
+        return questions, torch.cat([questions['input_ids'], said], 1)
+
+    def reward(row, answer):
+        heard.append(answer)
+        return 0.
+
+    monkeypatch.setattr(Rollouts, 'answer', fixed)
+    look = Batches()
+    asked(steps=1, callbacks=(look,), reward=reward)
+    batch, = look.seen
+    want = torch.tensor([letter, end, -100, -100])
+    assert (batch['labels'][:, -4:] == want).all() and (batch['labels'][:, :-4] == -100).all()
+    assert (batch['attention_mask'][:, -4:] == torch.tensor([1, 1, 0, 0])).all()
+    assert heard == ['a']*8 and (batch['old'][:, -2:] == 0).all()
