@@ -114,3 +114,9 @@ def test_gain_is_a_rise_and_forgetting_a_fall():
         assert p['gain'] > 0 and p['forgetting'] == pytest.approx(2*p['gain'])
         assert p['kl'] > 0 and p['moved'] > 0
     assert moved(base) == 0
+
+
+@pytest.mark.parametrize('points', [[], [dict(kl=0., forgetting=.1), dict(kl=1., forgetting=.1)]])
+def test_nothing_explains_what_never_changes(points):
+    with pytest.raises(ValueError, match=f'the same at all {len(points)} points'):
+        explained(points, 'kl')

@@ -94,8 +94,10 @@ def explained(points:list[dict], # from `looks`
               by:str             # 'kl', 'moved' or another key of a point
              ) -> float:
     """Return the share of the variance of forgetting, over all points, that a quadratic curve in `by`
-    explains (R squared)"""
+    explains (R squared). Raises `ValueError` where forgetting is the same at all points."""
     x, y = (np.array([p[k] for p in points], dtype=float) for k in (by, 'forgetting'))
+    if not y.size or y.min() == y.max():
+        raise ValueError(f'forgetting is the same at all {y.size} points, so nothing explains it')
     powers = np.vander(x/(np.abs(x).max() or 1.), 3)
     rest = y - powers @ np.linalg.lstsq(powers, y, rcond=None)[0]
     return float(1 - rest.var()/y.var())
