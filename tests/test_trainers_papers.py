@@ -457,3 +457,29 @@ def test_arguments_reach_the_parts():
              methods.mezo(eps=.1, dist='rademacher').step]
     assert [dict(s.options) for s in steps] == [dict(gamma=1, period=3, keep_state=True),
                                            dict(eps=.1, dist='rademacher')]
+
+@pytest.mark.parametrize('dist', ['normal', 'rademacher'])
+def test_a_forward_only_step_is_the_paper_s(dist):
+    "theta - lr*(g z + weight decay*theta), g = (L(theta + eps z) - L(theta - eps z))/(2 eps)"
+    from types import SimpleNamespace
+    from ftlab.native import perturb_
+    from ftlab.trainers.optimizers.mezo import MeZO, seed_of
+    start, curve = torch.tensor([1., -2., .5, 3.]), torch.arange(1., 5.)
+    model, modes = torch.nn.Dropout().train(), []
+
+    def loss_at(w):
+        return float((curve*w**4).sum())
+
+    w = start.clone()
+    state = SimpleNamespace(seed=3, step=7, extra={}, model=model)
+    settings = SimpleNamespace(lr=.02, weight_decay=.3, factor=lambda step: .5)
+    step = MeZO(dict(w=w), settings, eps=.01, dist=dist)
+    said = step(state, [lambda: modes.append(model.training) or loss_at(w)])
+    z = torch.zeros(4)
+    perturb_([z], seed_of(3, 7), 1., dist)
+    up, down = loss_at(start + .01*z), loss_at(start - .01*z)
+    g = (up - down)/.02
+    torch.testing.assert_close(w, start - .01*(g*z + .3*start), atol=1e-4, rtol=1e-4)
+    assert said == pytest.approx((up + down)/2, rel=1e-4)
+    assert step.log[0][1] == pytest.approx(g, rel=1e-3)
+    assert modes == [False, False] and model.training # without dropout, and back
