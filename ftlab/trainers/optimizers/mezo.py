@@ -69,9 +69,10 @@ class MeZO:
         return sum(sides)/2
 
     def _step(self, seed, g, lr):
-        # back from the far side, along the direction and weight decay, in one pass
-        restore_update_(self.params, seed, self.eps, lr, g, self.dist,
-                        decay=1 - lr*self.s.weight_decay)
+        # back from the far side, along the direction and weight decay, in one pass; that decays the
+        # move, too, where the official code decays only what was there before it
+        decay = 1 - lr*self.s.weight_decay
+        restore_update_(self.params, seed, self.eps, lr, g/decay, self.dist, decay=decay)
 
     def replay(self, log:list[tuple[int, float, float]]) -> None:
         """Take the steps of a log again, without a model or data: from the same start the same
