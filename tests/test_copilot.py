@@ -57,8 +57,9 @@ def test_the_copilot_learns_the_mistakes():
 def at_a_step(batches, model, learner, log, step=0, **kw):
     "What `foresight` sees of a run of one process"
     acc = SimpleNamespace(num_processes=1, process_index=0)
-    return SimpleNamespace(batches=batches, model=model, models=dict(copilot=learner), seed=0,
-                           step=step, accelerator=acc, extra={'mistake log': log}, **kw)
+    return SimpleNamespace(batches=batches, model=model, models=dict(copilot=learner), seed=0, steps=9,
+                           step=step, accelerator=acc,
+                           extra={'mistake log': log}, **kw)
 
 def foreseen(state):
     "The loss of a whole step: one call a micro-batch, as in a run"
@@ -307,3 +308,44 @@ def test_a_pilot_that_stands_still_can_be_foreseen_and_put_right():
         return exact_match(model, tok, rows.validation, answer)
     assert heard(0.) == 0 and heard(1.) > .8
     assert run.log[-1]['copilot_loss'] < .5*run.log[0]['copilot_loss']
+
+# ---------- odd sizes
+
+@pytest.mark.parametrize('kw, said', [
+    (dict(width=30), 'width is 30, layers 2 and heads 4; .* width a multiple of heads'),
+    (dict(heads=0), 'heads 0'), (dict(layers=0), 'layers 0'),
+    (dict(log=1.5), 'room for 1.5 examples')])
+def test_sizes_that_cannot_be_are_named_before_the_run(kw, said):
+    with pytest.raises(ValueError, match=said):
+        copilot(**kw)
+
+def test_a_log_of_one_example_still_teaches():
+    run = tune(copilot(width=16, log=1))
+    assert len(run.log) == 6 and run.models['copilot'].head.weight.abs().max() > 0
+
+def test_a_pilot_in_bfloat16_is_watched_and_corrected():
+    pilot = toy(tied=False).to(torch.bfloat16)
+    run = fit(pilot, TOK, lab_data(), copilot(width=16), steps=4, batch_size=8, lr=3e-3,
+              progress=False)
+    head = run.models['copilot'].head
+    assert head.weight.dtype == torch.float32 and head.weight.abs().max() > 0
+    head.bias.data[TOK('a').input_ids[0]] = 9.
+    assert answer_together(pilot, run.models['copilot'], TOK, prompts(4), 1., 3) == ['a a a']*4
+
+def test_a_log_that_will_be_large_is_a_warning_with_its_size(monkeypatch):
+    from ftlab.evaluators.decoding import copilot as module
+    n = 6*8 # all that the run sees, fewer than the log could hold
+    monkeypatch.setattr(module, '_LARGE', 1e4)
+    with pytest.warns(UserWarning, match=rf'will hold {n} examples .* GB of memory .*copilot\(log='):
+        tune(copilot(width=16))
+    with pytest.warns(UserWarning, match='will hold 2 examples'):
+        tune(copilot(width=16, log=2))
+
+def test_what_an_example_takes_is_what_is_said(recwarn):
+    m, b = toy(), probe()
+    for x, mask, y in zip(examples_of(b, logits(m, b), read_of(m, b), 0), b['attention_mask'],
+                          b['labels']):
+        n, a = int(mask.sum()), int((y[1:] != -100).sum())
+        assert x['read'].nbytes + x['mistake'].nbytes == 8*n*32 + 4*a*len(TOK)
+    tune(copilot(width=16))
+    assert not [w for w in recwarn if 'mistake log' in str(w.message)]

@@ -5,6 +5,7 @@ import pytest, torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 import torch.nn.functional as F
+from ftlab import methods
 from ftlab.adapters.delta import Offset
 from ftlab.adapters.edit import scale
 from ftlab.adapters.store import load_delta
@@ -111,6 +112,21 @@ def test_a_recipe_s_own_schedule_holds_where_none_is_asked_for():
     assert [r['lr'] for r in both.log] == pytest.approx([1e-3]*3 + [1e-3, 2e-3/3, 1e-3/3])
     assert (steady*Recipe('edited', edit=scale(.5))).schedule == 'constant'
 
+def test_the_schedule_of_two_recipes_is_that_of_the_step():
+    low, other = methods.lora(r=2), methods.mezo()
+    assert (low*other).schedule == (other*low).schedule == 'constant'
+    assert (low*other).lr == low.lr and (low*methods.lisa()).schedule == 'linear'
+
+def test_a_stage_that_says_nothing_but_its_name_has_the_rates_of_the_whole():
+    rates = dict(lr=1e-3, lrs=(1e-3,), schedule='constant')
+    def second(context):
+        return Recipe('second')
+    parts = Stages(Recipe('first'), second, Recipe(Method('own', lr=2e-3)))
+    run = tune(Recipe(Method('whole', **rates), loop=parts), steps=6, lr=None)
+    assert [r['lr'] for r in run.log] == pytest.approx([1e-3]*4 + [2e-3, 1e-3])
+    spun = tune(methods.spin(rounds=2, max_new_tokens=2), steps=2, lr=None)
+    assert [r['lr'] for r in spun.log] == [methods.spin().lr]*2 != [Method().lr]*2
+
 def test_schedules():
     f = {k: [schedule(k, 10, 2)(s) for s in range(10)] for k in ('linear', 'cosine', 'constant')}
     for v in f.values():
@@ -119,6 +135,14 @@ def test_schedules():
             and f['cosine'][6] == pytest.approx(.5) and f['constant'][9] == 1)
     with pytest.raises(ValueError, match="'step'; it must be linear, cosine, constant"):
         tune(schedule='step')
+    for odd in ('cosin', 5, ['linear']):
+        with pytest.raises(ValueError, match='it must be linear, cosine, constant'):
+            tune(schedule=odd)
+    with pytest.raises(ValueError, match="stage 1 of 2 .*'cosin'; it must be linear"):
+        tune(Recipe('two', loop=Stages(Recipe('a'), Recipe('b'))), schedule='cosin')
+    run = tune(Recipe('two', loop=Stages(methods.mezo(), Recipe('b'))), steps=4, lr=1e-4,
+               schedule='cosine')
+    assert [r['lr'] for r in run.log] == pytest.approx([1e-4, 5e-5]*2)
 
 @pytest.mark.parametrize('clip', [.01, None])
 def test_clipping_bounds_the_gradient_and_none_does_not(clip):

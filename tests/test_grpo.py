@@ -5,7 +5,7 @@ from toys import TOK, lab_data, same, toy, weights
 
 from ftlab.core.model import model_inputs
 from ftlab.trainers.fit import fit
-from ftlab.trainers.rl.grpo import clipped_policy, grpo
+from ftlab.trainers.rl.grpo import Rollouts, clipped_policy, grpo
 
 
 def letters(row, answer):
@@ -96,6 +96,13 @@ def test_the_clip_acts_from_the_second_update_on(updates, acts):
     assert same(tight, loose) != acts
 
 
+def asked_in(batch):
+    "The questions of a rollout"
+    before = (batch['labels'] != -100).cumsum(1) == 0
+    return [TOK.decode(ids[on & seen.bool()])
+            for ids, on, seen in zip(batch['input_ids'], before, batch['attention_mask'])]
+
+
 def test_a_rollout_serves_as_many_updates_as_were_asked_for():
     look = Batches()
     run = asked(steps=6, callbacks=(look,), updates=3)
@@ -109,6 +116,8 @@ def test_a_rollout_serves_as_many_updates_as_were_asked_for():
     asked(steps=2, callbacks=(once,))
     assert ids[0].shape != ids[3].shape or not torch.equal(ids[0], ids[3])
     assert torch.equal(once.seen[0]['input_ids'], ids[0])
+    # the second rollout asks the next questions, as it would with one update for each
+    assert asked_in(look.seen[3]) == asked_in(once.seen[1]) != asked_in(once.seen[0])
 
 
 def test_a_run_resumes_between_the_updates_of_a_rollout_bit_for_bit(tmp_path):
@@ -132,3 +141,73 @@ def test_accumulated_updates_are_the_same_to_rounding():
 def test_no_update_at_all_is_an_error():
     with pytest.raises(ValueError, match='updates is 0; it must be at least 1'):
         asked(updates=0)
+
+
+@pytest.mark.parametrize('kw, said', [
+    (dict(updates=1.5), 'updates is 1.5; it must be at least 1, and a whole number'),
+    (dict(group=0), 'batch_size is 8 and the group 0'),
+    (dict(group=1), 'a group needs at least 2 answers'),
+    (dict(temperature=0), 'temperature is 0; it must be above 0'),
+    (dict(temperature=float('nan')), 'temperature is nan'),
+    (dict(reward=lambda row, answer: None), 'is None; .* must return a finite number'),
+    (dict(reward=lambda row, answer: float('nan')), 'is nan; .* must return a finite number'),
+    (dict(reward=lambda row, answer: 'good'), "is 'good'; .* must return a finite number")])
+def test_what_cannot_be_is_named(kw, said):
+    with pytest.raises(ValueError, match=said):
+        asked(steps=1, **kw)
+
+
+@pytest.mark.parametrize('kind', [int, bool, torch.tensor])
+def test_a_reward_may_be_any_kind_of_number(kind):
+    as_float = asked(steps=2, reward=lambda row, answer: float(len(answer) % 2))
+    other = asked(steps=2, reward=lambda row, answer: kind(len(answer) % 2))
+    assert same(weights(other.model), weights(as_float.model))
+    assert not same(weights(other.model), weights(toy()))
+
+
+@pytest.mark.parametrize('clip', [.2, .5])
+def test_the_clip_holds_at_the_edge_of_the_ratio(clip):
+    # ratios of 1 + clip + .1 and 1 - clip - .1, each with both signs of the advantage
+    far = torch.tensor([1 + clip + .1, 1 + clip + .1, 1 - clip - .1, 1 - clip - .1])
+    logits = torch.zeros(4, 2, 5, requires_grad=True)
+    y, A = torch.tensor([[-100, 1]]*4), torch.tensor([1., -1., 1., -1.])
+    old = (torch.tensor(.2)/far).log()[:, None]
+    batch = dict(labels=y, old=old, advantage=A)
+    state = type('State', (), dict(batch=batch, batches=[batch], forward=lambda self: logits))()
+    loss = clipped_policy(clip, beta=0.)(state)
+    want = -((1 + clip) - far[1] + far[2] - (1 - clip))/4
+    assert float(loss.detach()) == pytest.approx(float(want), abs=1e-6)
+    g, = torch.autograd.grad(loss, logits)
+    assert [bool(row.any()) for row in g] == [False, True, True, False]
+
+
+def test_each_answer_counts_alike_however_long_it_is():
+    logits = torch.zeros(2, 4, 5)
+    y = torch.tensor([[-100, 1, -100, -100], [-100, 1, 2, 3]])
+    old, A = torch.full((2, 3), .2).log(), torch.tensor([1., -2.])
+    batch = dict(labels=y, old=old*(y[:, 1:] != -100), advantage=A)
+    state = type('State', (), dict(batch=batch, batches=[batch], forward=lambda self: logits))()
+    assert float(clipped_policy(beta=0.)(state)) == pytest.approx(-(1. - 2.)/2)
+
+
+def test_an_answer_counts_up_to_its_first_end_and_with_it(monkeypatch):
+    letter, end = TOK('a', add_special_tokens=False).input_ids[0], TOK.eos_token_id
+    real, heard = Rollouts.answer, []
+
+    def fixed(self, state, rows):
+        questions, _ = real(self, state, rows)
+        said = torch.tensor([[letter, end, letter, end]]).expand(len(questions['input_ids']), 4)
+        return questions, torch.cat([questions['input_ids'], said], 1)
+
+    def reward(row, answer):
+        heard.append(answer)
+        return 0.
+
+    monkeypatch.setattr(Rollouts, 'answer', fixed)
+    look = Batches()
+    asked(steps=1, callbacks=(look,), reward=reward)
+    batch, = look.seen
+    want = torch.tensor([letter, end, -100, -100])
+    assert (batch['labels'][:, -4:] == want).all() and (batch['labels'][:, :-4] == -100).all()
+    assert (batch['attention_mask'][:, -4:] == torch.tensor([1, 1, 0, 0])).all()
+    assert heard == ['a']*8 and (batch['old'][:, -2:] == 0).all()

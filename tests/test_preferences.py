@@ -237,3 +237,30 @@ def test_an_opponent_that_says_what_the_data_say_teaches_nothing(monkeypatch):
 def test_a_round_at_least():
     with pytest.raises(ValueError, match='rounds is 0'):
         spin(rounds=0)
+
+def test_a_function_that_gives_no_worse_answer_is_named():
+    with pytest.raises(ValueError, match='rejected gave None for the prompt .*; it must return a text'):
+        fit(toy(), TOK, lab_data(), dpo(rejected=lambda row: None), steps=1, batch_size=8,
+            progress=False)
+
+def test_self_play_on_whole_conversations_is_refused_by_name():
+    def chat(row):
+        return dict(messages=[dict(role='user', content=row['prompt']),
+                              dict(role='assistant', content=row['response'])])
+    rows = [chat(r) for r in lab_data().train[:16]]
+    with pytest.raises(ValueError, match="need rows with a prompt and a response; .* kind 'chat'"):
+        fit(toy(), TOK, data(dict(train=rows, validation=rows[:2], test=rows[:2])), spin(rounds=1),
+            steps=1, batch_size=8, progress=False)
+
+@pytest.mark.parametrize('asked', [None, .5])
+def test_the_opponent_draws_at_the_temperature_that_was_asked_for(asked, monkeypatch):
+    real, seen = spinning.generate, []
+
+    def noted(*args, **kw):
+        seen.append((kw['sample'], kw['temperature']))
+        return real(*args, **kw)
+
+    monkeypatch.setattr(spinning, 'generate', noted)
+    recipe = spin(rounds=2, max_new_tokens=2, **{} if asked is None else dict(temperature=asked))
+    fit(toy(), TOK, lab_data(), recipe, steps=2, batch_size=8, progress=False)
+    assert seen == [(True, asked or 1.)]*2

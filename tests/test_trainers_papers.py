@@ -417,3 +417,70 @@ def test_r_tuning_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match='label'):
         fit(classifier(), TOK, label_data(), methods.r_tuning(), steps=1, batch_size=8,
             progress=False)
+
+@pytest.mark.parametrize('recipe, said', [
+    (lambda: methods.mezo(eps=float('nan')), 'eps is nan'),
+    (lambda: methods.mezo(eps=float('inf')), 'eps is inf'),
+    (lambda: methods.lisa(gamma=1.5), 'gamma is 1.5 and period 20; both must be whole'),
+    (lambda: methods.lisa(period=.5), 'gamma is 2 and period 0.5; both must be whole'),
+    (lambda: methods.spin(rounds=1.5), 'rounds is 1.5; it must be at least 1, and a whole')])
+def test_numbers_that_cannot_be_are_named(recipe, said):
+    with pytest.raises(ValueError, match=said):
+        fit(toy(), TOK, lab_data(), recipe(), steps=3, batch_size=8, progress=False)
+
+# what the papers and the official code have, or what the page says that is ours (group, rounds)
+DEFAULTS = dict(mezo=dict(eps=1e-3, dist='normal'),
+                lisa=dict(gamma=2, period=20, keep_state=False),
+                grpo=dict(group=8, beta=.04, clip=.2, temperature=1., updates=1),
+                dpo=dict(beta=.1, rejected='rejected'),
+                spin=dict(rounds=3, beta=.1, last=None, reuse=True, temperature=1.),
+                copilot=dict(lam=1., width=64, layers=2, heads=4, lr=1e-3, log=512))
+
+@pytest.mark.parametrize('name', DEFAULTS)
+def test_defaults_are_the_paper_s_or_said_to_be_ours(name):
+    found = methods.get(name).arguments
+    assert {k: found[k] for k in DEFAULTS[name]} == DEFAULTS[name]
+
+def test_arguments_reach_the_parts():
+    from ftlab.evaluators.decoding.copilot import mistake_log, small_copilot, together
+    from ftlab.trainers.preferences import preference
+    from ftlab.trainers.rl.grpo import clipped_policy, rollouts
+    made = methods.grpo(group=4, beta=.5, clip=.3, temperature=2., max_new_tokens=7, updates=2)
+    assert made.objective == clipped_policy(.3, .5, 2.)
+    assert made.source == rollouts(4, made.arguments['reward'], 2., 7, 2)
+    assert clipped_policy() == clipped_policy(.2, .04, 1.)
+    assert methods.dpo(beta=.7).objective == preference(.7) and preference() == preference(.1)
+    pair = methods.copilot(lam=.5, width=32, layers=3, heads=2, lr=None, log=9)
+    learner = pair.learners['copilot']
+    assert pair.decode == together(.5) and pair.callbacks == (mistake_log(9),)
+    assert learner.make == small_copilot(32, 3, 2) and learner.lr is None
+    steps = [methods.lisa(gamma=1, period=3, keep_state=True).step,
+             methods.mezo(eps=.1, dist='rademacher').step]
+    assert [dict(s.options) for s in steps] == [dict(gamma=1, period=3, keep_state=True),
+                                           dict(eps=.1, dist='rademacher')]
+
+@pytest.mark.parametrize('dist', ['normal', 'rademacher'])
+def test_a_forward_only_step_is_the_paper_s(dist):
+    "theta - lr*(g z + weight decay*theta), g = (L(theta + eps z) - L(theta - eps z))/(2 eps)"
+    from types import SimpleNamespace
+    from ftlab.native import perturb_
+    from ftlab.trainers.optimizers.mezo import MeZO, seed_of
+    start, curve = torch.tensor([1., -2., .5, 3.]), torch.arange(1., 5.)
+    model, modes = torch.nn.Dropout().train(), []
+
+    def loss_at(w):
+        return float((curve*w**4).sum())
+
+    w = start.clone()
+    state = SimpleNamespace(seed=3, step=7, extra={}, model=model)
+    settings = SimpleNamespace(lr=.02, weight_decay=.3, factor=lambda step: .5)
+    step = MeZO(dict(w=w), settings, eps=.01, dist=dist)
+    said = step(state, [lambda: modes.append(model.training) or loss_at(w)])
+    z = torch.zeros(4)
+    perturb_([z], seed_of(3, 7), 1., dist)
+    up, down = loss_at(start + .01*z), loss_at(start - .01*z)
+    g = (up - down)/.02
+    torch.testing.assert_close(w, start - .01*(g*z + .3*start), atol=1e-4, rtol=1e-4)
+    assert said == pytest.approx((up + down)/2, rel=1e-4)
+    assert step.log[0][1] == pytest.approx(g, rel=1e-3)
+    assert modes == [False, False] and model.training # without dropout, and back

@@ -349,9 +349,11 @@ def _both(self:Recipe, other:Recipe) -> Recipe:
         except TypeError:
             raise CannotCompose(f'{names}: both answer {q!r}; use one of them, or write a {q} that does both') from None
     lead = self if self.delta or self.step else other if other.delta or other.step else self
+    # the schedule is the step's: where the other one brings it, its own holds
+    paced = other if other.step and not self.step else lead
     return Recipe(Method(names, lead.lr, lead.lrs,
                          {self.name: self.arguments, other.name: other.arguments},
-                         {**self.waives, **other.waives}, schedule=lead.schedule), **new)
+                         {**self.waives, **other.waives}, schedule=paced.schedule), **new)
 
 def _product(q, a, b):
     "Both answers to one question; `TypeError` where they exclude each other"

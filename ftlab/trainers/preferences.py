@@ -17,7 +17,7 @@ from .objective import token_nll
 from .source import micro_size
 
 # %% auto #0
-__all__ = ['Pairs', 'judged_pairs', 'answer_logp', 'margins', 'preference']
+__all__ = ['Pairs', 'check_text', 'judged_pairs', 'answer_logp', 'margins', 'preference']
 
 # %% ../../nbs/trainers/preferences.ipynb #0006953f
 class Pairs:
@@ -26,12 +26,10 @@ class Pairs:
     def __init__(self, state,                        # of the run
                  rejected:str|Callable='rejected',   # the column of the worse answer, or a function (row) -> text
                  rows:list[dict]|None=None):         # None: the training rows of the data
-        if state.data.kind != 'text':
-            raise ValueError('pairs need rows with a prompt and a response; '
-                             f'the data are of kind {state.data.kind!r}')
+        check_text(state.data)
         self.batch_size = state.settings['batch_size']
         self.micro = micro_size(self.batch_size, state.settings['accumulate'])
-        worse = rejected if callable(rejected) else lambda row: _column(row, rejected)
+        worse = lambda row: _worse(row, rejected)
         rows = rows or state.data.train
         sides = [encode_each([dict(r, response=text(r)) for r in rows], state.tok, 'text',
                              state.limit)
@@ -49,13 +47,23 @@ class Pairs:
         parts = [picked[j:j + self.micro] for j in range(0, len(picked), self.micro)]
         return [collate([p[side] for side in (0, 1) for p in part], state.pad_id) for part in parts]
 
+def check_text(data) -> None:
+    "Raise `ValueError` for data whose rows have no prompt and response"
+    if data.kind != 'text':
+        raise ValueError('pairs need rows with a prompt and a response; '
+                         f'the data are of kind {data.kind!r}')
+
 def _teaches(row:dict) -> bool:
     "Is any of its answer left? The first token has nothing before it that could predict it"
     return any(l != IGNORE for l in row['labels'][1:])
 
-def _column(row, name):
-    if isinstance(row.get(name), str):
-        return row[name]
+def _worse(row, name):
+    found = name(row) if callable(name) else row.get(name)
+    if isinstance(found, str):
+        return found
+    if callable(name):
+        raise ValueError(f'rejected gave {found!r} for the prompt {row.get("prompt")!r}; '
+                         'it must return a text')
     raise ValueError(f'a row has no text in the column {name!r}; pairs need prompt, response '
                      f'(the better answer) and {name}. It has {", ".join(row)}. A file that calls the '
                      'better answer chosen is read with columns={"response": "chosen"}')

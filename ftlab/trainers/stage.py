@@ -163,7 +163,7 @@ class _Stage:
             self.save()
         self.trouble = NotFinite(f'{e}; the batch holds {_batch_names(self.state)}. '
                                  f'A lower learning rate (it was {self.settings["lr"]:g}), clipping or '
-                                 'float32 usually mends this')
+                                 'float32 usually fixes this')
 
     def run(self, head:int) -> Run:
         "What this stage leaves; `head`: the size of a fresh head, counted apart"

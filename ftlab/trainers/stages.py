@@ -8,12 +8,13 @@ import copy
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
 from ..adapters.attach import Attached, set_weights
 from ..core.batches import Data
 from ..core.io import DiskFull, read_metadata, read_tensors, write_tensors
+from ..core.paper import Method
 from ..core.recipe import Recipe, title_of
 from .checkpoint import check_same_run, header_of
 from .reference import Originals, Placed
@@ -100,12 +101,13 @@ class _Series:
             _settle(self.runs[-1])
             _keep_stage(job, i - 1, self.runs[-1], self.start)
         settings = dict(job.settings, steps=self.shares[i], stage=i)
+        stage = _rated(stage, job.recipe)
         if kept := _kept_stage(job, i, stage, settings, self.start):
             return kept
         if not isinstance(stage, Recipe):
             context = StageContext(job.model, self.start, job.data, job.tok, settings['seed'], i,
                                    list(self.runs))
-            stage = _asked(stage, context)
+            stage = _rated(_asked(stage, context), job.recipe)
         if i and self.runs[-1].delta.attached.deltas:
             raise ValueError('the change of the stage before acts on activations and cannot be folded; '
                              'a function as stage can look at it and call reset()')
@@ -140,6 +142,14 @@ def _shares(steps:int, shares:list[float]) -> list[int]:
         raise ValueError(f'{steps} steps are too few for {len(shares)} stages with shares '
                          f'{", ".join(f"{x:g}" for x in shares)}: each needs one at least')
     return n
+
+def _rated(stage, whole:Recipe):
+    """A stage with the learning rates and the schedule of the whole recipe, if it says nothing but
+    its name"""
+    if not isinstance(stage, Recipe) or stage.meta != Method(stage.name):
+        return stage
+    rates = dict(lr=whole.lr, lrs=whole.lrs, schedule=whole.schedule)
+    return replace(stage, meta=replace(stage.meta, **rates))
 
 def _stage_settings(job:Job, stage:Recipe, settings:dict) -> dict:
     own = rate_settings(stage, job.lr, job.schedule)

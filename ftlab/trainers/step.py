@@ -26,7 +26,7 @@ def schedule(kind:str,     # 'linear' or 'cosine' fall to zero, 'constant' does 
     "The share of the learning rate at each step"
     shapes = dict(linear=lambda x: 1 - x, cosine=lambda x: .5*(1 + math.cos(math.pi*x)),
                   constant=lambda x: 1.)
-    if kind not in shapes:
+    if kind not in tuple(shapes): # also where it cannot be hashed
         raise ValueError(f'schedule is {kind!r}; it must be {", ".join(shapes)}')
     def factor(step):
         if step < warmup:

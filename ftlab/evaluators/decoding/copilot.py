@@ -4,6 +4,7 @@
 
 # %% ../../../nbs/evaluators/decoding/copilot.ipynb #000370e1
 from __future__ import annotations
+import warnings
 import zlib
 from dataclasses import dataclass
 from functools import partial
@@ -94,7 +95,8 @@ def thoughts(out # a model's output with hidden states
             ) -> Tensor: # [batch, tokens, 2, hidden]
     "Stack the Pilot's embedding of each token, and the mean of its hidden states over the layers"
     first, *rest = out.hidden_states
-    return torch.stack([first, torch.stack(rest).mean(0)], 2).detach()
+    # in float32, as the Copilot's own weights are, whatever the Pilot's
+    return torch.stack([first, torch.stack(rest).mean(0)], 2).detach().float()
 
 # %% ../../../nbs/evaluators/decoding/copilot.ipynb #001a70e1
 class MistakeLog:
@@ -140,11 +142,14 @@ _PARTS = ('read', 'at', 'mistake')
 
 @dataclass(frozen=True)
 class mistake_log:
-    "How a run's log is made"
+    """How a run's log is made. An example of `n` tokens, of which `a` are answered, takes
+    `8*n*hidden + 4*a*words` bytes of the CPU's memory and of every checkpoint, for a Pilot `hidden`
+    wide with `words` in its vocabulary; a warning says so where a log will hold more than 2 GB"""
     size:int=512 # examples
     def __post_init__(self):
-        if self.size < 1:
-            raise ValueError(f'the mistake log has room for {self.size} examples; it needs room for at least 1')
+        if not isinstance(self.size, int) or self.size < 1:
+            raise ValueError(f'the mistake log has room for {self.size} examples; it needs room for at least 1, '
+                             'and for whole ones')
 
     def __call__(self) -> MistakeLog:
         return MistakeLog(self.size)
@@ -164,7 +169,7 @@ def examples_of(batch:dict,    # a micro-batch
     out = []
     for i, part in _spans(batch):
         at = on[i, part].nonzero()[:, 0]
-        out.append(dict(round=step, read=read[i, part].float().cpu().clone(), at=at.cpu(),
+        out.append(dict(round=step, read=read[i, part].cpu().clone(), at=at.cpu(),
                         mistake=l[i, part][at].cpu()))
     return out
 
@@ -193,8 +198,19 @@ def foresight(state) -> Tensor:
     rng = torch.Generator().manual_seed(hash((state.seed, state.step, zlib.crc32(b'mistake log'))))
     parts = sorted(gather_object(log.new), key=lambda part: part[0])
     fresh = [x for _, some in parts for x in some]
+    if not log.seen:
+        _warn_of_size(fresh, min(log.size, state.steps*len(fresh)))
     log.collect(fresh, rng)
     return rmse(copilot, log.draw(len(fresh), rng))/acc.num_processes
+
+_LARGE = 2e9 # bytes of a log, above which there is a warning
+
+def _warn_of_size(examples:list[dict], held:int) -> None:
+    each = sum(x[k].nbytes for x in examples for k in _PARTS)/len(examples)
+    if each*held > _LARGE:
+        warnings.warn(f'the mistake log will hold {held} examples of about {each/1e6:.1f} MB, which are '
+                      f'{each*held/1e9:.1f} GB of memory (in each process) and of every checkpoint; '
+                      f'copilot(log={max(1, int(_LARGE/each))}) stays below {_LARGE/1e9:g} GB')
 
 def rmse(copilot:Copilot,
          examples:list[dict] # of the log
@@ -253,6 +269,11 @@ class small_copilot:
     width:int=64
     layers:int=2
     heads:int=4
+    def __post_init__(self):
+        if self.layers < 1 or self.heads < 1 or self.width % self.heads:
+            raise ValueError(f'width is {self.width}, layers {self.layers} and heads {self.heads}; layers and heads '
+                             'must be at least 1, and width a multiple of heads')
+
     def __call__(self, state) -> nn.Module:
         c = state.model.config
         return Copilot(c.hidden_size, c.vocab_size, self.width, self.layers, self.heads)
@@ -272,15 +293,17 @@ class together:
         return f'answer_together({self.lam:g})'
 
 @method('Transformer Copilot: Learning from The Mistake Log in LLM Fine-tuning', '2505.16270',
-        'A small second model that learns the log of the first one\'s mistakes corrects its '
-        'answers better than the same number of parameters spent on the first would.',
-        'the paper (Algorithm 1, Table 17); the width, the fresh start and the bound on the log are ours')
+    'A small second model that learns the log of the first one\'s mistakes corrects its answers '
+        'better than the same number '
+    'of parameters spent on the first would.',
+    'another reader\'s notes on the paper (Algorithm 1, Table 17) and the figures of its repository; the width, '
+    'the fresh start and the bound on the log are ours')
 def copilot(lam:float=1.,  # how much of the correction is added
             width:int=64,  # of the Copilot
             layers:int=2,  # of the Copilot: odd ones attend to the mistakes, even ones to the Pilot
             heads:int=4,   # of the Copilot
             lr:float|None=1e-3, # the Copilot's own peak learning rate; None: the run's
-            log:int=512    # examples in the mistake log, evenly drawn from all rounds; about 70 kB each on lab-s
+            log:int=512    # examples in the mistake log, evenly drawn from all rounds; `mistake_log` says what each takes
            ) -> Recipe:
     "Fine-tune as always, with a Copilot that learns the mistakes and corrects the answers"
     learner = Learner(small_copilot(width, layers, heads), foresight, lr)

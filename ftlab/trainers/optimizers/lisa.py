@@ -35,8 +35,9 @@ class BlocksInTurn(Backprop):
                  gamma:int=2,            # blocks that train at a time
                  period:int=20,          # steps between draws
                  keep_state:bool=False): # keep AdamW's state of blocks that do not train?
-        if gamma < 1 or period < 1:
-            raise ValueError(f'gamma is {gamma} and period {period}; both must be at least 1')
+        if not all(isinstance(n, int) and n >= 1 for n in (gamma, period)):
+            raise ValueError(f'gamma is {gamma} and period {period}; both must be whole numbers and '
+                             'at least 1')
         super().__init__(params, settings)
         self.gamma, self.period, self.keep_state, self.active = gamma, period, keep_state, None
 

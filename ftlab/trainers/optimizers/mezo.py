@@ -34,8 +34,8 @@ class MeZO:
                  settings:SimpleNamespace,          # lr, weight_decay, factor; the rest is AdamW's and is not used
                  eps:float=1e-3,                    # distance to either side, in standard deviations of the direction
                  dist:str='normal'):                # 'normal', or 'rademacher': every entry is +1 or -1
-        if eps <= 0:
-            raise ValueError(f'eps is {eps}; it must be above 0')
+        if not 0 < eps < math.inf:
+            raise ValueError(f'eps is {eps}; it must be above 0 and finite')
         if dist not in ('normal', 'rademacher'):
             raise ValueError(f"dist is {dist!r}; it must be 'normal' or 'rademacher'")
         self.params, self.s, self.eps, self.dist = list(params.values()), settings, eps, dist
@@ -69,9 +69,10 @@ class MeZO:
         return sum(sides)/2
 
     def _step(self, seed, g, lr):
-        # back from the far side, along the direction and weight decay, in one pass
-        restore_update_(self.params, seed, self.eps, lr, g, self.dist,
-                        decay=1 - lr*self.s.weight_decay)
+        # back from the far side, along the direction and weight decay, in one pass; that decays the
+        # move, too, where the official code decays only what was there before it
+        decay = 1 - lr*self.s.weight_decay
+        restore_update_(self.params, seed, self.eps, lr, g/decay, self.dist, decay=decay)
 
     def replay(self, log:list[tuple[int, float, float]]) -> None:
         """Take the steps of a log again, without a model or data:

@@ -4,6 +4,7 @@
 
 # %% ../../../nbs/trainers/rl/grpo.ipynb #00037c68
 from __future__ import annotations
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 import torch
@@ -48,11 +49,14 @@ class Rollouts:
             raise ValueError('rollouts need questions with a prompt and a response to judge by; '
                              f'the data are of kind {state.data.kind!r}')
         n = state.settings['batch_size']
-        if n % group or group < 2:
+        if group < 2 or n % group:
             raise ValueError(f'batch_size is {n} and the group {group}; a group needs at least 2 answers, '
                              'and the batch whole groups')
-        if updates < 1:
-            raise ValueError(f'updates is {updates}; it must be at least 1')
+        if not isinstance(updates, int) or updates < 1:
+            raise ValueError(f'updates is {updates}; it must be at least 1, and a whole number')
+        if not temperature > 0:
+            raise ValueError(f'temperature is {temperature}; it must be above 0, as a group of '
+                             'equal answers teaches nothing')
         self.micro = micro_size(n, state.settings['accumulate'])
         self.group, self.reward, self.temperature = group, reward, temperature
         self.questions, self.updates, self.drawn = n//group, updates, {}
@@ -104,7 +108,8 @@ class Rollouts:
     def judged(self, state, rows:list[dict], said:list[Tensor]) -> Tensor:
         "Return the rewards, [questions, group]; their mean is noted in `state.extra`"
         texts = state.tok.batch_decode(said, skip_special_tokens=True)
-        found = [self.reward(rows[i//self.group], t.strip()) for i, t in enumerate(texts)]
+        found = [_graded(self.reward, rows[i//self.group], t.strip())
+                 for i, t in enumerate(texts)]
         rewards = torch.tensor(found).view(self.questions, self.group)
         state.extra['reward'] = float(rewards.mean())
         return rewards
@@ -116,6 +121,17 @@ class Rollouts:
     def load_state_dict(self, kept:Mapping) -> None:
         "Go on with a checkpoint's rollout"
         self.drawn = kept.get('drawn', {})
+
+def _graded(reward, row, answer) -> float:
+    found = reward(row, answer)
+    try:
+        score = float(found)
+    except (TypeError, ValueError):
+        score = math.nan
+    if not math.isfinite(score):
+        raise ValueError(f'the reward of {answer!r} is {found!r}; reward(row, answer) must return '
+                         'a finite number')
+    return score
 
 # %% ../../../nbs/trainers/rl/grpo.ipynb #000b7c68
 @dataclass(frozen=True)

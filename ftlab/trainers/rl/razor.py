@@ -93,9 +93,11 @@ def looks(model, tok,                # the base; stays as it is
 def explained(points:list[dict], # from `looks`
               by:str             # 'kl', 'moved' or another key of a point
              ) -> float:
-    """Return the share of the variance of forgetting, over all points,
-    that a quadratic curve in `by` explains (R squared)"""
+    """Return the share of the variance of forgetting, over all points, that a quadratic curve in `by`
+    explains (R squared). Raises `ValueError` where forgetting is the same at all points."""
     x, y = (np.array([p[k] for p in points], dtype=float) for k in (by, 'forgetting'))
+    if not y.size or y.min() == y.max():
+        raise ValueError(f'forgetting is the same at all {y.size} points, so nothing explains it')
     powers = np.vander(x/(np.abs(x).max() or 1.), 3)
     rest = y - powers @ np.linalg.lstsq(powers, y, rcond=None)[0]
     return float(1 - rest.var()/y.var())
@@ -158,7 +160,7 @@ UNITS = dict(step='steps', gain='share of questions', forgetting='share of quest
 @study('RL\'s Razor: Why Online Reinforcement Learning Forgets Less', '2509.04259',
     'At the same new accuracy, learning from one\'s own answers forgets less, and the KL on the new task predicts '
     'how much is forgotten.',
-    'the abstract, the authors\' summary and the paper\'s sections on the oracle and the protocol; the task, '
+    'the abstract, the authors\' summary and another reader\'s notes on the paper\'s oracle and protocol; the task, '
     'the arms, groups of 8 and the pooled oracle are ours, and there is no Pareto frontier',
     toy=dict(rows=24, held_out=4, steps=1, every=1, batch_size=8, old_items=2))
 def razor(seed:int=0,          # of the questions, the draws and the runs
