@@ -303,7 +303,7 @@ def copilot(lam:float=1.,  # how much of the correction is added
             layers:int=2,  # of the Copilot: odd ones attend to the mistakes, even ones to the Pilot
             heads:int=4,   # of the Copilot
             lr:float|None=1e-3, # the Copilot's own peak learning rate; None: the run's
-            log:int=512    # examples in the mistake log, evenly drawn from all rounds; `mistake_log` says what each takes
+            log:int=512    # examples in the mistake log, drawn evenly from all rounds; see `mistake_log` for their size
            ) -> Recipe:
     "Fine-tune as always, with a Copilot that learns the mistakes and corrects the answers"
     learner = Learner(small_copilot(width, layers, heads), foresight, lr)

@@ -72,8 +72,8 @@ class play:
 @method('Self-Play Fine-Tuning Converts Weak Language Models to Strong Language Models', '2401.01335',
     'Preferring the data\'s answers to its own, round after round, a model learns more from the demonstrations '
     'that it was tuned on.',
-    'the abstract and the official code, whose temperature 1 and top_p 1 are used here too; its RMSprop at 5e-7 and 1e-7, '
-    '6 epochs a round and beta 5 in the last of four rounds are not',
+    'the abstract and the official code, whose temperature 1 and top_p 1 are used here too; its RMSprop at 5e-7 '
+    'and 1e-7, 6 epochs a round and beta 5 in the last of four rounds are not',
     lr=1e-4, lrs=(3e-5, 1e-4, 3e-4), toy=dict(rounds=2, max_new_tokens=4))
 def spin(rounds:int=3,            # each against the model at its start
          beta:float=.1,           # how strongly the player is held to its opponent
