@@ -188,6 +188,15 @@ def test_marks_found_in_the_text_of_files_are_those_of_the_modules():
     assert methods.merging_rules() == {key: f.dial for key, there in rules.items() for f in there}
     assert all([methods.merging_rule(key)] == rules[key] for key in methods.merging_rules())
 
+def test_a_rule_that_a_paper_imports_is_not_its_own(monkeypatch):
+    import ftlab.adapters.merging.breadcrumbs as theirs
+    import ftlab.adapters.merging.lines as ours
+    from types import ModuleType
+    module = ModuleType(ours.__name__)
+    vars(module).update(another=theirs.by_breadcrumbs, **vars(ours))
+    monkeypatch.setattr(methods, '_module_of', lambda key: module)
+    assert methods.merging_rule('lines').__module__ == ours.__name__
+
 @pytest.mark.parametrize('mark, dial', [('.2', .2), ('dial=.25', .25), ('1e-1', .1), ('-1', -1.), ('1', 1.)])
 def test_a_rule_s_dial_may_be_written_in_any_way(mark, dial, tmp_path, monkeypatch):
     file = tmp_path/'mine.py'
