@@ -224,7 +224,7 @@ def draw_spectrum(matrices:Mapping[str, tuple[Tensor, Tensor]], # name -> (base,
              colors=[RED if i < r else '.8' for i in range(show)], lw=2)
     a.set_ylim(0)
     a.set(title='singular values of the change', xlabel='direction', xlim=(0, show + 1))
-    a.text(.97, .86, f'stable rank {d.stable:.1f}\nof {n}', transform=a.transAxes, ha='right')
+    a.text(.97, .96, f'stable rank {d.stable:.1f}\nof {n}', transform=a.transAxes, ha='right', va='top')
     b.plot(range(1, n + 1), (100*d.kept).tolist(), color=RED)
     b.plot([r], [100*kept], 'o', color=RED)
     b.plot([r, r, 0], [0, 100*kept, 100*kept], ':', color='.3', lw=1)
