@@ -120,17 +120,20 @@ def _build(node, text):
 def merging_rules() -> dict[str, float]:
     """{paper's key: the dial where none is given} of every rule to merge changes by; nothing is
     imported"""
-    return {key: float(hit['dial']) for key, hit in sorted(_keys_marked(r'merging\((?P<dial>[\d.]+)\)').items())}
+    found = _keys_marked(r'merging\((?:dial=)?(?P<dial>[-+.\de]+)\)')
+    return {key: float(hit['dial']) for key, hit in sorted(found.items())}
 
 def merging_rule(key:str) -> Callable:
     """The rule `(changes, model, dial) -> change` of the paper `key`. Raises `ValueError` with
     those there are."""
     if key not in merging_rules():
         raise ValueError(f'no paper called {key!r} has a rule to merge by; there are {", ".join(merging_rules())}')
-    return next(f for f in vars(_module_of(key)).values() if inspect.isfunction(f) and hasattr(f, 'dial'))
+    module = _module_of(key) # which may have imported another paper's rule
+    return next(f for f in vars(module).values() if inspect.isfunction(f)
+                and hasattr(f, 'dial') and f.__module__ == module.__name__)
 
 def probes(on:str # one of `ftlab.core.paper.ASKED_ON`
           ) -> dict[str, Callable]:
     "{paper's key: probe} of the probes that the report asks on directions, or on prompts"
-    keys = sorted(_keys_marked(rf"probe\((?:(?!^def ).)*?\bon='{on}'", '{key}'))
+    keys = sorted(_keys_marked(rf'probe\((?:(?!^def ).)*?\bon=[\'"]{on}[\'"]', '{key}'))
     return {key: getattr(_module_of(key), key) for key in keys}

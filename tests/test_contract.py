@@ -1,5 +1,5 @@
 "Every method keeps the promises that it makes; and each check notices a method that breaks its promise"
-import dataclasses, inspect, random
+import dataclasses, importlib, inspect, random
 from functools import partial
 import pytest, torch
 from transformers import AutoModelForCausalLM
@@ -11,6 +11,7 @@ from ftlab.adapters.lowrank import LoRA
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import everything, parts, top
 from ftlab.core.generate import generate
+from ftlab.core.paper import ASKED_ON
 from ftlab.core.recipe import PROMISES, Learner, Loop, Recipe, Share, Stages
 from ftlab.evaluators.decoding.eft import eft
 from ftlab.trainers.fit import fit
@@ -174,6 +175,36 @@ def test_every_promise_has_a_check_and_every_method_is_found():
         assert (all(p.default is not p.empty
                     for p in inspect.signature(getattr(methods, n)).parameters.values())
                 and getattr(methods, n)().name == n)
+
+def test_marks_found_in_the_text_of_files_are_those_of_the_modules():
+    "Nothing is imported to find them, so a mark written in another way would be passed over in silence"
+    at_home = {key: [f for f in vars(importlib.import_module('.'.join(('ftlab', *file.parts[-3:-1], key)))).values()
+                     if inspect.isfunction(f) and f.__module__.rpartition('.')[2] == key]
+               for key, file in methods.paper_modules().items()}
+    marked = lambda kind: {key: [f for f in there if getattr(getattr(f, 'paper', None), 'kind', '') == kind]
+                           for key, there in at_home.items()}
+    assert {key for key, there in marked('method').items() if there} == set(methods.names()) - {'full'}
+    assert {(on, f) for on in ASKED_ON for f in methods.probes(on).values()} == {
+        (f.paper.on, f) for there in marked('probe').values() for f in there if f.paper.on}
+    rules = {key: [f for f in there if hasattr(f, 'dial')] for key, there in at_home.items()}
+    assert methods.merging_rules() == {key: f.dial for key, there in rules.items() for f in there}
+    assert all([methods.merging_rule(key)] == rules[key] for key in methods.merging_rules())
+
+def test_a_rule_that_a_paper_imports_is_not_its_own(monkeypatch):
+    import ftlab.adapters.merging.breadcrumbs as theirs
+    import ftlab.adapters.merging.lines as ours
+    from types import ModuleType
+    module = ModuleType(ours.__name__)
+    vars(module).update(another=theirs.by_breadcrumbs, **vars(ours))
+    monkeypatch.setattr(methods, '_module_of', lambda key: module)
+    assert methods.merging_rule('lines').__module__ == ours.__name__
+
+@pytest.mark.parametrize('mark, dial', [('.2', .2), ('dial=.25', .25), ('1e-1', .1), ('-1', -1.), ('1', 1.)])
+def test_a_rule_s_dial_may_be_written_in_any_way(mark, dial, tmp_path, monkeypatch):
+    file = tmp_path/'mine.py'
+    file.write_text(f"@merging({mark})\ndef by_mine(changes, model, dial):\n    pass\n")
+    monkeypatch.setattr(methods, '_files', lambda: {'mine': file})
+    assert methods.merging_rules.__wrapped__() == {'mine': dial}
 
 @pytest.mark.parametrize('name', RECIPES)
 def test_a_promise_is_waived_only_for_a_reason(name):

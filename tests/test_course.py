@@ -153,6 +153,13 @@ def test_an_exception_is_told_with_the_readers_own_line():
     line = inspect.getsourcelines(forgetting)[1] + 2
     assert f'In line {line} of your cell, `return total/len([])`: ZeroDivisionError' in said and 'called with' in said
 
+def test_an_exit_in_the_readers_code_is_a_mistake_and_ends_nothing():
+    def forgetting(before, after):
+        raise SystemExit
+
+    said = ftlab.check(forgetting).message
+    assert '`raise SystemExit`: SystemExit. It was called with' in said
+
 def test_the_reader_is_given_copies_and_told_off_for_changing_them():
     def rescale(base, tuned, alpha):
         for n in base:

@@ -143,6 +143,11 @@ def test_breadcrumbs_are_trimmed_one_by_one():
     for n in got:
         torch.testing.assert_close(got[n],
                                    .3*(reference(cs[0][n], .8, .99) + reference(cs[1][n], .8, .99)))
+    by_row = merge_breadcrumbs(cs, .3, .8, .99, 'row')
+    name = 'model.embed_tokens.weight'
+    want = .3*sum(official_says(c[name], .01, .2) for c in cs)
+    torch.testing.assert_close(by_row[name], want)
+    assert not torch.equal(by_row[name], got[name])
     trimmed_after = band(.8, .99)(merge(cs, .3), m)
     assert any(not torch.allclose(trimmed_after[n], got[n]) for n in got)
 

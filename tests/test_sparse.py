@@ -254,6 +254,13 @@ def test_norms_are_frozen_with_their_biases_and_all_else_of_the_base_model_may_m
             | {n for n in weights(m) if n.startswith(('cls.', 'lm_head.'))})
     assert set(movable(m)) == set(weights(m)) - norms_of(m) - head
 
+def test_an_untied_head_is_frozen_where_no_prefix_says_so():
+    "In most models the head stands outside the base's prefix; T5 has none"
+    m = tiny('t5')
+    m.lm_head.weight = torch.nn.Parameter(m.lm_head.weight.detach().clone())
+    assert not anatomy(m).tied and 'lm_head.weight' in weights(m)
+    assert set(movable(m)) == set(weights(m)) - norms_of(m) - {'lm_head.weight'}
+
 @pytest.mark.parametrize('family', ['gpt2', 'bert'])
 def test_a_model_without_a_head_is_all_base(family):
     m = tiny(family, 'none')
@@ -373,6 +380,9 @@ def test_impossible_densities_are_refused():
     for d in (0., 1.1):
         with pytest.raises(ValueError, match='density is'):
             lt_sft(density=d)
+    for l1 in (-.1, float('nan'), float('inf')): # below 0 it would pay for going far
+        with pytest.raises(ValueError, match=f'l1 is {l1}; the weight of a penalty must be 0 or more'):
+            lt_sft(l1=l1)
     assert moved_most(toy(), weights(toy(1)), ['model.norm.weight', 'model.embed_tokens.weight'],
                       1e-9)['model.embed_tokens.weight'].sum() == 1
 

@@ -190,6 +190,11 @@ def test_a_rate_that_is_none_is_refused(kw):
     with pytest.raises(ValueError, match=f'{next(iter(kw))} is .*above 0 and finite'):
         lofit(**kw)
 
+@pytest.mark.parametrize('kw', [dict(l1=-1.), dict(l1=float('nan')), dict(sigma=-.1), dict(sigma=float('inf'))])
+def test_a_penalty_or_noise_below_zero_is_refused(kw):
+    with pytest.raises(ValueError, match=f'{next(iter(kw))} is .*0 or more'):
+        lofit(**kw)
+
 def test_noise_at_the_start_is_declared():
     assert ('starts as the base' in lofit().promises
             and 'starts as the base' in lofit(sigma=1e-3).waives

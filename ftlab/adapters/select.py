@@ -5,7 +5,7 @@
 # %% ../../nbs/adapters/select.ipynb #00038e82
 from __future__ import annotations
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 import torch
 from torch import Tensor
@@ -115,6 +115,9 @@ def check_selection(model, chosen:dict, by:str='the selection') -> None:
     """Raise `ValueError` if `chosen` selects nothing, names what is not there,
     or holds a mask of the wrong shape or kind"""
     params = dict(model.named_parameters())
+    if not isinstance(chosen, Mapping):
+        raise ValueError(f'{by} is a {type(chosen).__name__}; '
+                         'it must be {name of a parameter: True or mask}')
     if not chosen:
         raise ValueError(f'{by} matches nothing in {type(model).__name__}, so nothing would train; '
                          f'its parameters are named like {", ".join(list(params)[1:4])}')

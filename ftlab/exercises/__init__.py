@@ -136,8 +136,9 @@ def answer(yours:Callable, # the reader's function or class
     given = copy.deepcopy(args)
     try:
         got = yours(*given)
-    except Exception as e:
-        raise Wrong(f'{_line(e, yours)}: {type(e).__name__}, {e}. It was called with {short(args)}.') from None
+    except (Exception, SystemExit) as e: # an exit() in the reader's code is a mistake like any other
+        what = ', '.join(filter(None, (type(e).__name__, str(e))))
+        raise Wrong(f'{_line(e, yours)}: {what}. It was called with {short(args)}.') from None
     if any(differs(a, b) for a, b in zip(given, args)):
         raise Wrong(f'`{name}` changes what it is given. Leave the inputs alone, '
                     'and return something new: whoever called it still needs them.')

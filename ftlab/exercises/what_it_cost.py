@@ -12,7 +12,7 @@ __all__ = ['BEST_STOP', 'MATCHED_FORGETTING', 'AT_THE_EDGE', 'EXERCISES', 'best_
 # %% ../../nbs/exercises/what_it_cost.ipynb #ex2c05
 def best_stop(path, price):
     "The step at which gain - price * forgetting is largest"
-    return max(path, key=lambda look: look['gain'] - price*look['forgetting'])['step']
+    return max(path, key=lambda o: o['gain'] - price*o['forgetting'])['step']
 
 def matched_forgetting(paths):
     """For each method, what it had forgotten when it first reached 95% of what the weakest one
@@ -47,9 +47,9 @@ BEST_STOP = compared(
      (lambda path, price: max(path, key=lambda o: o['gain'] + price*o['forgetting'])['step'],
       'You add the forgetting to the gain. It is a price, so it is subtracted.'),
      (lambda path, price: path.index(max(path, key=lambda o: o['gain'] - price*o['forgetting'])),
-      'You found the right look, and give its place in the list. Its `step` is wanted.'),
+      'You found the right evaluation, and give its index in the list. Its `step` is wanted.'),
      (lambda path, price: max(path, key=lambda o: o['gain'] - price*o['forgetting']),
-      'You found the right look, and give all of it. Its `step` is wanted.')))
+      'You found the right evaluation, and give all of it. Its `step` is wanted.')))
 
 # %% ../../nbs/exercises/what_it_cost.ipynb #ex2c08
 _two = dict(bold=_path((0, 0), (.4, .1), (.97, .3), (.8, .5), (.9, .7)),

@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 import torch
@@ -347,6 +347,12 @@ def _selections(case) -> list[tuple[Recipe, dict]]:
             f'the selection itself raises {type(e).__name__}: {shortened(e)}') from None
     if not found:
         raise NotApplicable('every stage is made when its turn comes')
+    for _, chosen in found:
+        if not isinstance(chosen, Mapping):
+            raise NotApplicable(f'the selection gives a {type(chosen).__name__}; '
+                                'it must give {name of a parameter: True or mask}')
+        if absent := [n for n in chosen if n not in dict(bare.named_parameters())]:
+            raise NotApplicable(f'the selection names {absent[0]!r}, which the model does not have')
     return found
 
 def _six_rows(case) -> dict:

@@ -110,7 +110,14 @@ def check_modules() -> list[ModuleType]:
     folder = 'ftlab.instruments.checks'
     names = [m.name for m in iter_modules(find_spec(folder).submodule_search_locations)]
     order = lambda name: STAGES.index(name) if name in STAGES else len(STAGES)
-    return [import_module(f'{folder}.{name}') for name in sorted(names, key=order)]
+    return [_imported(f'{folder}.{name}') for name in sorted(names, key=order)]
+
+def _imported(name):
+    try:
+        return import_module(name)
+    except Exception as e:
+        raise ImportError(f'the doctor cannot import its checks in {name}: '
+                          f'{type(e).__name__}: {e}') from e
 
 def checks_of(module:ModuleType) -> list[Check]:
     "What a file marks with `@check`, in its order; not what it imports from another file"
@@ -127,7 +134,7 @@ def checks() -> list[dict]:
 def __getattr__(name):
     "What stood here once: parts of the case, a check's function, the checks of a stage in capitals"
     for module in (import_module('ftlab.instruments.case'), *check_modules()):
-        if name in module.__all__:
+        if name in getattr(module, '__all__', ()):
             return getattr(module, name)
         if name == module.__name__.rpartition('.')[2].upper():
             return checks_of(module)
@@ -144,17 +151,25 @@ def examine(case:Case,
         if k.when not in (when, 'both'):
             continue
         try:
-            said = k.function(case)
+            severity, seen = _said(k, k.function(case))
         except NotApplicable as e:
             skipped[k.name] = str(e)
             continue
         except Exception as e:
-            said = 'warning', f'the check itself broke and saw nothing: {type(e).__name__}: {shortened(e)}'
+            severity = 'warning'
+            seen = f'the check itself broke and saw nothing: {type(e).__name__}: {shortened(e)}'
         ran.append(k.name)
-        severity, seen = said if isinstance(said, tuple) else (k.severity, said)
         if seen:
             case.findings.append(Finding(k.name, severity, seen, k.why, k.fix, k.source))
     return Diagnosis(when, case.findings, ran, skipped, _about(case))
+
+def _said(k, answer) -> tuple[str, str|None]:
+    "Severity and what was seen; an answer of another form is a mistake in the check"
+    severity, seen = answer if isinstance(answer, tuple) and len(answer) == 2 else (k.severity, answer)
+    if severity not in SEVERITIES or not isinstance(seen, str|None):
+        raise TypeError(f'it returned {answer!r}; a check returns None, what was seen in words, or '
+                        f'({", ".join(SEVERITIES[:-1])} or {SEVERITIES[-1]}, what was seen)')
+    return severity, seen
 
 def _about(case) -> str:
     try:

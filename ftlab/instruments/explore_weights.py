@@ -16,7 +16,7 @@ from ..adapters.select import scores
 from ..core.anatomy import anatomy
 from ..core.batches import collate, encode_all
 from ..core.model import device_of, pad_id, row_limit, to_device
-from ..evaluators.spectra import spectrum as stretches, stable_rank
+from ..evaluators.spectra import spectrum as singular_values, stable_rank
 from .views import GREY, RED, View, choice, panels, slider
 from ..trainers.objective import priced, token_nll
 from ..trainers.run import Run
@@ -201,7 +201,7 @@ def decomposed(W0:Tensor,    # the base matrix, [out, in]
     U0 = torch.linalg.svd(W0.float(), full_matrices=False).U
     U1, S1, _ = torch.linalg.svd((W0 + C).float(), full_matrices=False)
     like = (U0.T @ U1[:, :k]).abs().amax(0)
-    s = stretches(C)
+    s = singular_values(C)
     energy = s.double().square()
     kept = energy.cumsum(0)/energy.sum()
     return SimpleNamespace(s=s, kept=kept, stable=stable_rank(C), top=S1[:k], like=like,
@@ -225,8 +225,8 @@ def draw_spectrum(matrices:Mapping[str, tuple[Tensor, Tensor]], # name -> (base,
     a.vlines(range(1, show + 1), 0, d.s[:show].tolist(),
              colors=[RED if i < r else '.8' for i in range(show)], lw=2)
     a.set_ylim(0)
-    a.set(title='stretches of the change', xlabel='direction', xlim=(0, show + 1))
-    a.text(.97, .86, f'stable rank {d.stable:.1f}\nof {n}', transform=a.transAxes, ha='right')
+    a.set(title='singular values of the change', xlabel='direction', xlim=(0, show + 1))
+    a.text(.97, .96, f'stable rank {d.stable:.1f}\nof {n}', transform=a.transAxes, ha='right', va='top')
     b.plot(range(1, n + 1), (100*d.kept).tolist(), color=RED)
     b.plot([r], [100*kept], 'o', color=RED)
     b.plot([r, r, 0], [0, 100*kept, 100*kept], ':', color='.3', lw=1)
@@ -275,6 +275,6 @@ def spectrum(base,      # a `Run`, an attached change, or the base model
     if not found:
         raise ValueError('no matrix inside the blocks changed; the view shows those of attention and MLP')
     return View(
-        partial(draw_spectrum, found), 'Stretches of a change, the energy that a rank keeps, and intruder dimensions.',
+        partial(draw_spectrum, found), 'Singular values of a change, the energy that a rank keeps, and intruder dimensions.',
         matrix=choice(_labels({n: p for n, p in _places(model).items() if n in found}), 'matrix'),
         rank=slider(8, 1, max(min(c.shape) for _, c in found.values()), 1, 'rank'))

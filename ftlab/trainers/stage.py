@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import torch
 from ..adapters.attach import Attached, attach, set_weights
 from ..adapters.edit import write_change
-from ..adapters.select import everything
+from ..adapters.select import check_selection, everything
 from ..core.batches import Data, collate, packing
 from ..core.loading import head_names
 from ..core.io import check_room
@@ -195,6 +195,7 @@ def _attach(job:Job, recipe:Recipe, settings:dict) -> tuple[Attached, int]:
     returns the change and the size of a fresh head"""
     model = job.model
     chosen = (recipe.select or everything)(model, None, settings['seed'])
+    check_selection(model, chosen)
     also = tuple(head_names(model)) if job.data.kind == 'label' else ()
     params = dict(model.named_parameters())
     moving = [n for n in (*chosen, *also)

@@ -44,8 +44,8 @@ class band:
         return c.where(unpack_mask(kth_magnitude(c.contiguous(), k, 'mask', drop), c), 0)
 
     def within_rows(self, c:Tensor) -> Tensor:
-        """In each row of n drop the int((1 - gamma) n) largest, then keep the int((1 - beta) n)
-        largest"""
+        """In each row of n (the last axis, as the model stores it) drop the int((1 - gamma) n)
+        largest, then keep the int((1 - beta) n) largest"""
         if not c.ndim:
             return c
         rows = c.reshape(-1, c.shape[-1])

@@ -187,6 +187,9 @@ def lofit(share:float=.1,      # the share of heads that get an offset
     for name, rate in dict(lr_select=lr_select, lr_offset=lr_offset).items():
         if not 0 < rate < float('inf'):
             raise ValueError(f'{name} is {rate}; a learning rate must be above 0 and finite')
+    for name, value in dict(l1=l1, sigma=sigma).items():
+        if not 0 <= value < float('inf'):
+            raise ValueError(f'{name} is {value}; it must be 0 or more, and finite')
     find = Method('find heads', lr=lr_select, waives=_why(dict(sigma=sigma)))
     first = Recipe(find, select=every_head, delta=With(HeadScale, sigma=sigma),
                    objective=nll() + lasso(l1) if l1 else None)

@@ -102,5 +102,7 @@ def lt_sft(density:float=.08, # the share of the base model, norms apart, that m
     Half of the steps go to each run."""
     if not 0 < density <= 1:
         raise ValueError(f'density is {density}; it must be above 0 and at most 1')
+    if not 0 <= l1 < float('inf'):
+        raise ValueError(f'l1 is {l1}; the weight of a penalty must be 0 or more, and finite')
     first = Recipe(Method('find what moves', waives=WHY), select=movable, objective=_held(l1))
     return Recipe(loop=Stages(first, tune_what_moved(density, l1)))

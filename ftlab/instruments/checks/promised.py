@@ -100,7 +100,7 @@ def _a_branch_that_is_not_the_matrix():
 
 @check('after', 'error',
        why='the folder that is deployed does not hold what was learned',
-       fix='export anew, and compare logits with the run before deploying',
+       fix='export again, and compare logits with the run before deploying',
        source='verl-project/verl#7285')
 def export_differs(case):
     _require_weights(case)

@@ -21,7 +21,7 @@ __all__ = ['nonfinite_weights', 'left_in_train_mode', 'dropout_and_accumulation'
 # %% ../../../nbs/instruments/checks/step.ipynb #0005f27f
 @check('both', 'error',
        why='one NaN spreads to every answer',
-       fix='load the weights anew; if it came from training, lower the rate',
+       fix='load the weights again; if it came from training, lower the rate',
        source='haotian-liu/LLaVA#1278')
 def nonfinite_weights(case):
     count = {n: int((~torch.isfinite(p.detach())).sum()) for n, p in case.params.items()}
