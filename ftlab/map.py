@@ -281,9 +281,9 @@ def _start_text(root:Path, at:Path) -> str:
                         f'probe]({nbs}/images/map.svg)',
         '| question | noun |\n|---|---|\n' + '\n'.join(f'| {q} | [{n}]({nbs}/{part}/{n}.ipynb) |'
                                                        for n, (part, q) in QUESTIONS.items()),
-        f'More: [all methods]({nbs}/methods.ipynb), [compare them on your own '
-                        f'data]({nbs}/instruments/compare.ipynb), [the scoreboard of the '
-        f'papers]({nbs}/papers/scoreboard.ipynb).',
+        f'More: [find a paper]({nbs}/papers/table.ipynb), [all methods]({nbs}/methods.ipynb), '
+        f'[compare them on your own data]({nbs}/instruments/compare.ipynb), '
+        f'[the scoreboard of the papers]({nbs}/papers/scoreboard.ipynb).',
         '*This page is written anew whenever you open a chapter or solve an exercise '
                         f'({time.strftime("%H:%M")}); reopen it to see the latest.*', ''])
 

@@ -177,6 +177,9 @@ def test_the_table_of_papers_filters_and_sorts(tab, site):
         choice.select_option('')
     page.locator('.filters input').fill('half')
     assert 0 < shown() < total and page.locator('.filters output').inner_text() == f'{shown()} of {total}'
+    for key in ('lt_sft', 'masked_thought', 'grpo', 'elm'): # what the folders and modules are called
+        page.locator('.filters input').fill(key)
+        assert key in page.locator('table.filter tbody tr:visible code').all_inner_texts()
     page.locator('.filters input').fill('no such paper')
     assert shown() == 0
     page.locator('.filters input').fill('')
