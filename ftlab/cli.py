@@ -759,7 +759,9 @@ COMMANDS = dict( # name -> what runs it, what it takes, what it is about
     methods=(run_methods, lambda p: None, 'the methods there are'),
     claims=(run_claims, _claims, 'what became of each paper\'s claim; run them, carry their '
             'evidence over to changed code, explain one'),
-    papers=(run_papers, lambda p: p.add_argument('find', nargs='?', help='a key, an arXiv number, or words of a title'),
+    papers=(run_papers,
+            lambda p: p.add_argument('find', nargs='?',
+                                     help='a key, an arXiv number, or words of a title'),
             'the papers that are built here'))
 
 def parser() -> argparse.ArgumentParser:
