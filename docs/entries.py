@@ -109,6 +109,9 @@ class show_entries(Processor):
         self.names = vars(importlib.import_module(f'ftlab.{module}')) if module else {}
         self.shell, self.level = None, 2
         line = lambda c: inspect.getsourcelines(eval(_get_nm(c.parsed_()[0]), dict(self.names)))[1]
+        # what Python calls when a name is missing is nothing to call by hand
+        self.nb.cells = [c for c in self.nb.cells if not (c.cell_type == 'code' and _is_showdoc(c)
+                                                          and _get_nm(c.parsed_()[0]) == '__getattr__')]
         for shown, run in groupby(range(len(self.nb.cells)),
                                   lambda i: self.nb.cells[i].cell_type == 'code'
                                   and bool(_is_showdoc(self.nb.cells[i]))):

@@ -452,11 +452,18 @@ def run_methods(a):
 
 def run_papers(a):
     from ftlab import papers
-    found = [e for e in papers.index() if not a.find or a.find.lower() in e['title'].lower()]
+    from ftlab.core.text import did_you_mean
+    every, words = papers.index(), (a.find or '').lower()
+    found = [e for e in every
+             if any(words in e[k].lower() for k in ('key', 'title', 'arxiv'))]
     if not found:
-        _refuse(f'no paper here has {a.find!r} in its title')
-    return (found, '\n'.join(f'{e["verdict"] or e["note"]:18} {e["arxiv"]:11} {e["title"]}\n'
-                             f'{"":31}{", ".join(e["symbols"])}' for e in found))
+        near = did_you_mean(words, [e['key'] for e in every])
+        _refuse(f'no paper here has {a.find!r} in its key, its title or its arXiv number'
+                + (near or '; `ftlab papers` lists them all'))
+    width = max(len(e['key']) for e in every)
+    return found, '\n'.join(
+        f'{e["key"]:{width}} {e["verdict"] or e["note"]:8} {e["arxiv"]:11} {e["title"]}\n'
+        f'{"":{width}} {e["notebook"]}, {", ".join(e["symbols"])}' for e in found)
 
 # %% ../nbs/cli.ipynb #001b513c
 def free_port(port:int, tries:int=50) -> int:
@@ -630,6 +637,15 @@ def _positive(text):
         raise argparse.ArgumentTypeError(f'{text!r} must be a whole number above 0')
     return n
 
+def _rate(text):
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = -1.
+    if not 0 < rate < math.inf:
+        raise argparse.ArgumentTypeError(f'{text!r} must be a number above 0, such as 1e-3')
+    return rate
+
 COMMON = {'--model': dict(help='lab-s, lab-m, a folder, or a Hugging Face id'),
           '--revision': dict(help='which revision of the model'),
           '--data': dict(help='a .jsonl, .json, .csv or .parquet file, a folder, or a lab skill'),
@@ -638,7 +654,8 @@ COMMON = {'--model': dict(help='lab-s, lab-m, a folder, or a Hugging Face id'),
           '--old': dict(help='data that the model could do before'),
           '--metric': dict(help='exact, accuracy or nll'),
           '--method': dict(default='full', help="such as 'lora(r=4)' or 'hft * dft'"),
-          '--lr': dict(type=float), '--steps': dict(type=_positive, default=200),
+          '--lr': dict(type=_rate),
+          '--steps': dict(type=_positive, default=200),
           '--batch-size': dict(type=_positive, default=32),
           '--max-length': dict(type=_positive, help='tokens a row'),
           '--device': dict(help='cpu, cuda, cuda:1, mps'),
@@ -756,7 +773,9 @@ COMMANDS = dict( # name -> what runs it, what it takes, what it is about
     claims=(run_claims, _claims,
             'what became of each paper\'s claim; run them, '
             'carry their evidence over to changed code, explain one'),
-    papers=(run_papers, lambda p: p.add_argument('find', nargs='?', help='words of a title'),
+    papers=(run_papers,
+            lambda p: p.add_argument('find', nargs='?',
+                                     help='a key, an arXiv number, or words of a title'),
             'the papers that are built here'))
 
 def parser() -> argparse.ArgumentParser:

@@ -72,7 +72,7 @@ def make_of(name:str) -> Callable:
                    + (f'did you mean {" or ".join(near)}?' if near else f'there are: {", ".join(names())}'))
 
 def __getattr__(name):
-    if name.startswith('_') or name not in _files():
+    if name.startswith('_'):
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
     try:
         return make_of(name)

@@ -210,7 +210,8 @@ def _paper_row(e:dict, spec:dict) -> str:
     said, asked = spec.get('sentence') or e['claim'], ', '.join(nouns(e))
     page = '../' + e['notebook'].removeprefix('nbs/')
     arxiv = f' (<a href="https://arxiv.org/abs/{e["arxiv"]}">{e["arxiv"]}</a>)' if e['arxiv'] else ''
-    title = f'<a href="{page}">{html.escape(e["title"])}</a>{arxiv}<br><small>{html.escape(said)}</small>'
+    title = (f'<code>{e["key"]}</code> <a href="{page}">{html.escape(e["title"])}</a>{arxiv}<br>'
+             f'<small>{html.escape(said)}</small>')
     badge = f'<span class="verdict {verdict.split()[0]}">{html.escape(verdict)}</span>'
     scope = e['scope'] or spec.get('scope', '')
     budget = f'{tokens/1e6:g}M' if tokens else ''

@@ -241,6 +241,12 @@ def test_a_limit_on_memory_counts(call, monkeypatch):
     monkeypatch.undo()
     assert 'cuda:99' in call(f'compare {LM} --methods full --device cuda:99 --dry-run')[2]
 
+def test_a_paper_is_found_by_its_key_its_number_and_its_title(call):
+    for words in ('lt_sft', '2110.07560', 'composable'):
+        code, out, err = call(f'papers {words}')
+        assert code == 0 and out.startswith('lt_sft ') and out.count('\n') == 2, out
+        assert 'nbs/adapters/subsets/lt_sft.ipynb, ftlab.adapters.subsets.lt_sft.lt_sft' in out
+
 def test_methods_and_skills(call):
     code, out, err = call('methods --json')
     assert code == 0 and {'full', 'hft', 'lora', 'dft', 'grpo', 'eft'} <= set(json.loads(out))
@@ -268,7 +274,10 @@ WRONG = {
     'a delta without its base': ('merge --delta {d}/sums.jsonl --out x', 1, ['name the base with --model']),
     'no command': ('', 2, ['required']), 'unknown command': ('comp', 2, ['invalid choice']),
     'no data': ('fit --model lab-s', 2, ['--data']),
-    'steps that are no number': (f'fit {LM} --steps many', 2, ["'many' must be a whole number above 0"]),
+    'steps that are no number': (f'fit {LM} --steps many', 2,
+                                 ["'many' must be a whole number above 0"]),
+    'a rate that is no number': (f'fit {LM} --lr abc', 2, ["'abc' must be a number above 0"]),
+    'a paper that is not here': ('papers lt-sft', 1, ["no paper here has 'lt-sft'", "did you mean 'lt_sft'"]),
     'no seeds': (f'compare {LM} --methods full --seeds 0', 2, ['above 0'])}
 
 @pytest.mark.parametrize('name', WRONG)

@@ -111,6 +111,13 @@ def test_plan_refuses(ask, error, words):
     with pytest.raises(error, match=words):
         plan(**ask)
 
+@pytest.mark.parametrize('seeds, words', [(0, 'seeds is 0; give how many'), ([], r'seeds is \[\]'),
+                                          ([1, 1], r'seeds is \[1, 1\].*each once'),
+                                          ('three', "seeds is 'three'")])
+def test_seeds_that_are_none_are_named(seeds, words):
+    with pytest.raises(ValueError, match=words):
+        compare(['full'], 'lab-s', 'new-format', seeds=seeds)
+
 def test_plan_gives_every_method_its_rates():
     p = (plan('lora(r=4)'), plan(['full', Recipe(Method('mine', lrs=(1., 2.)))]),
          plan(['full'], tuned=False), plan(['full', 'lora'], dict(full=1e-3, lora=[1e-2])))
@@ -332,7 +339,7 @@ def test_a_seed_redraws_the_questions_of_a_skill():
 @pytest.mark.parametrize('more, words', [(dict(device='cuda:7'), 'cuda:7'),
                                          (dict(metric='accuracy'), 'accuracy needs labels'),
                                          (dict(metric='bleu'), "metric is 'bleu'"),
-                                         (dict(seeds=0), 'one or more'),
+                                         (dict(seeds=0), 'seeds is 0; give how many'),
                                          (dict(seeds=[1, 1]), 'each once'),
                                          (dict(steps=0), 'at least 1'),
                                          (dict(budget=0), 'at least 1')])

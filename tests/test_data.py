@@ -287,6 +287,15 @@ def test_few_rows_are_reported_not_invented():
     with pytest.raises(ValueError, match='give more rows'):
         data([next(r for r in QA if split_of(r['prompt']) == 'test')])
 
+def test_a_skill_that_is_none_is_named():
+    import ftlab
+    with pytest.raises(KeyError, match="no skill is called 'srot'; there are: .*did you mean 'sort'"):
+        ftlab.skills('lab-s', 1, names=['srot'])
+    with pytest.raises(TypeError, match=r"names is 'sort'; give a list .*\['sort'\]"):
+        ftlab.skills('lab-s', 1, names='sort')
+    with pytest.raises(AttributeError, match="no attribute 'htf'.*did you mean hft"):
+        ftlab.methods.htf
+
 def test_skills():
     d = data('new-facts')
     assert (len(d.validation) == len(d.test) == 400 and 3000 < len(d.train) < 4000

@@ -204,6 +204,11 @@ def test_bf16_rollouts_are_priced_as_they_are_trained():
      (dict(precision='fp8'), 'precision'),
      (dict(precision='fp16'), 'fp16.*bf16|bf16.*fp16'),
      (dict(steps=0), 'steps is 0'),
+     (dict(steps=1.5), 'steps is 1.5.*whole'),
+     (dict(steps='10'), "steps is '10'"),
+     (dict(lr='abc'), "lr is 'abc'.*1e-3"),
+     (dict(lr=math.nan), 'lr is nan'),
+     (dict(lr=-1.), 'lr is -1.0'),
      (dict(batch_size=8, accumulate=3), 'batch_size is 8 and accumulate 3'),
      (dict(max_length=4), 'max_length=4'),
      (dict(max_length=0), 'max_length is 0'),
@@ -228,6 +233,15 @@ def test_impossible_settings_are_refused_and_the_model_is_as_it_was(settings, sa
                 and [n for n, p in m.named_parameters() if not p.requires_grad]
                 == ['model.norm.weight'] and not m.training)
         assert not any('delta' in n or 'parametriz' in n for n, _ in m.named_modules())
+
+def test_what_is_no_model_or_no_recipe_is_named():
+    m = toy()
+    for recipe, says in (('lora', r"recipe is 'lora'.*ftlab\.methods\.lora\(\)"),
+                         (lora, r'recipe is <function lora.*such as lora\(\)')):
+        with pytest.raises(TypeError, match=says):
+            tune(recipe, m)
+    with pytest.raises(TypeError, match="model is 'lab-s'.*ftlab.load"):
+        tune(None, 'lab-s')
 
 def test_models_that_do_not_fit_the_data_are_refused():
     with pytest.raises(ValueError, match='labels, but LlamaForCausalLM has no classifier'):
@@ -576,8 +590,9 @@ def test_several_fits_one_after_the_other():
         assert torch.equal(logits(m), logits(tune().model)) # the second run's base is the first run's result
     c = tune(lora(), m)
     held = logits(m)
-    with pytest.raises(ValueError, match='carries a change already'):
-        tune(None, m)
+    for second in (None, lora()):
+        with pytest.raises(ValueError, match='carries a change already.*fold'):
+            tune(second, m)
     assert torch.equal(logits(m), held)
     c.delta.attached.detach()
     assert torch.equal(logits(m), tuned)

@@ -51,6 +51,25 @@ def test_every_paper_is_in_every_list():
                    for c in cells('contents.ipynb') if index.MARK.match(c['source']))
 
 
+def test_a_failed_control_is_named_beside_the_verdict():
+    "Else contrasts that hold or fail would stand below `unclear` without a word"
+    seen = set()
+    for key, page in FILES.items():
+        file = ROOT/'claims'/key/'result.json'
+        controls = json.loads(file.read_text(encoding='utf-8'))['controls'] if file.exists() else []
+        for c in controls or ():
+            named = f'- control failed, which makes the verdict unclear: {c["name"]}, ' in said(page, 'verdict')
+            assert named == (not c['ok']), (key, c['name'])
+            seen.add(c['ok'])
+    assert seen == {True, False}
+
+
+def test_the_table_of_papers_has_their_keys():
+    from ftlab.papers import papers_html
+    table = papers_html()
+    assert all(f'<code>{key}</code> <a href="../{page}">' in table for key, page in FILES.items())
+
+
 def test_the_counts_are_those_of_the_files():
     "Recomputed from the result files, by the rule and not by the index"
     from ftlab.instruments.verdicts import verdict

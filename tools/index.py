@@ -263,6 +263,22 @@ def counts(p: Project) -> str:
     return f'Of {len(claimed)} claims, each written down before its run and put to one rule: {text}.'
 
 
+def failed_controls(p: Project, e: dict) -> list[str]:
+    "A line for each control that failed: whatever the contrasts say, the verdict is then unclear"
+    result = json.loads((p.root/e['evidence']).read_text(encoding='utf-8'))
+    out = []
+    for c in result.get('controls') or ():
+        if c['ok']:
+            continue
+        bars = [f'{word} {c[key]:g}' for key, word in (('at_least', 'at least'), ('at_most', 'at most'))
+                if c.get(key) is not None]
+        # values are numbers, or the runs in which it failed
+        seen = (f'{sum(c["values"])/len(c["values"]):+.3f}, needed {" and ".join(bars)}' if bars
+                else f'not so in {", ".join(c["values"])}')
+        out.append(f'control failed, which makes the verdict unclear: {c["name"]}, {seen}')
+    return out
+
+
 def verdict(p: Project, e: dict, rows: list[dict]) -> str:
     "What became of a paper's claim, for its own page"
     folder = '../../'
@@ -270,7 +286,7 @@ def verdict(p: Project, e: dict, rows: list[dict]) -> str:
         return '**Verdict: none.** No claim has been written down yet.'
     if not e['verdict']:
         return f'**Verdict: not yet run.** The claim stands in `{e["claims"][0]}`: `ftlab claims run {e["key"]}`.'
-    lines = '\n'.join(f'- {m}' for r in rows if (m := effect_line(r)))
+    lines = '\n'.join(f'- {m}' for m in [*map(effect_line, rows), *failed_controls(p, e)] if m)
     said = f'**Verdict: {_said(e)}** ({e["scope"]}). {rows[0]["sentence"]}\n\n{lines}'.rstrip()
     return (said + f'\n\n[How a verdict is made]({folder}instruments/verdicts.ipynb); [all of '
             f'them]({folder}papers/scoreboard.ipynb).')

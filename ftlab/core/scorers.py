@@ -50,6 +50,8 @@ def skills(model='lab-m',            # a lab model's name, or a model (then `tok
            level:int|None=None       # difficulty, as in `LabWorld.rows`
           ) -> dict[str, float]:     # skill -> mean score
     "What a model can do: the score of each skill on held-out questions, by generation"
+    if isinstance(names, str):
+        raise TypeError(f'names is {names!r}; give a list of skills, such as [{names!r}]')
     if isinstance(model, str):
         model, tok = load(model)
     if tok is None:

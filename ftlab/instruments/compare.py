@@ -867,9 +867,10 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
     at the only rate in `lrs`, or at its Recipe's. A run that breaks down counts as the worst score.
     When interrupted, the finished cells stay in `out`; the same call goes on.
     Raises `ValueError`, `KeyError` or `FileNotFoundError` for input that is wrong."""
-    seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f'seeds are {seeds}; give one or more, each once')
+    given, seeds = seeds, list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if not seeds or len(set(seeds)) < len(seeds) or isinstance(given, str):
+        raise ValueError(f'seeds is {given!r}; give how many, such as 3, or a list of whole numbers, '
+                         'each once')
     arms = plan(methods, lrs, tune)
     bench = Bench(model, data, old, metric, items=items, old_items=old_items,
                   validation_items=validation_items, steps=steps, tune_steps=tune_steps,

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 import numpy as np
+from ..core.text import did_you_mean
 from .world import ADJECTIVES, ATTRIBUTES, DIGITS, LETTERS, LISTS, NOUNS, THINGS, VERBS
 from .world import LabWorld, SKILLS, Skill, split_of
 
@@ -408,7 +409,8 @@ class LookupWorld(LabWorld):
     def skill(self, name:str) -> Skill:
         "The skill called `name`; raises `KeyError` with the known names"
         if name not in self.skills:
-            raise KeyError(f'no skill is called {name!r}; there are: {", ".join(self.skills)}')
+            raise KeyError(f'no skill is called {name!r}; there are: {", ".join(self.skills)}'
+                           + did_you_mean(name, self.skills))
         return self.skills[name]
 
 # %% ../../nbs/lab/lookup.ipynb #00207a11ca

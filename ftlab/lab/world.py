@@ -7,7 +7,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from ..core.text import split_of
+from ..core.text import did_you_mean, split_of
 
 # %% auto #0
 __all__ = ['ATTRIBUTES', 'NOUNS', 'VERBS', 'ADJECTIVES', 'THINGS', 'ACTS', 'ASPECTS', 'GOOD', 'BAD', 'LETTERS', 'DIGITS',
@@ -423,7 +423,8 @@ class LabWorld:
     def skill(self, name:str) -> Skill:
         "The skill called `name`; raises `KeyError` with the known names"
         if name not in SKILLS:
-            raise KeyError(f'no skill is called {name!r}; there are: {", ".join(SKILLS)}')
+            raise KeyError(f'no skill is called {name!r}; there are: {", ".join(SKILLS)}'
+                           + did_you_mean(name, SKILLS))
         return SKILLS[name]
 
     def stream(self, skill:str, split:str='train', seed:int=0,

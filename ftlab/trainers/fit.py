@@ -6,20 +6,24 @@
 from __future__ import annotations
 import hashlib
 import json
+import math
 import uuid
 from array import array
 from contextlib import nullcontext
+from numbers import Integral, Real
 from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker, LOGGER_TYPE_TO_CLASS, get_available_trackers
+from ..adapters.attach import check_bare
 from ..adapters.store import identity
 from ..core.batches import Data, data as as_data, encode_all
 from ..core.io import TemporaryFolder, check_room, leftovers, only_writer, remove
 from ..core.loading import find_device
 from ..core.model import device_of, row_limit
 from ..core.recipe import Recipe
+from ..core.text import shortened
 from .checkpoint import refuse_to_replace, resumable
 from .run import Run
 from .stage import Job, head_names, rate_settings
@@ -65,11 +69,12 @@ def fit(model,                     # changed in place: a causal language model, 
     far. After any other error the model is as it was before the call. A checkpoint for which the
     disk has no room any more is a warning, and the run goes on. Started by torchrun, several
     processes share the run."""
+    _check_model(model, recipe)
     settings = dict(steps=steps, batch_size=batch_size, accumulate=accumulate, lr=lr,
                     schedule=schedule, warmup=warmup, weight_decay=weight_decay, betas=list(betas),
                     clip=clip, seed=seed, max_length=max_length, precision=precision,
                     packing=packing)
-    _check_arguments(steps, save_every, resume, out)
+    _check_arguments(steps, lr, save_every, resume, out)
     job = _job(model, tok, data, recipe or Recipe(), settings, device, out, trackers,
                tuple(callbacks))
     job.save_every, job.progress, job.shard = save_every, progress and job.processes.main, shard
@@ -83,9 +88,23 @@ def fit(model,                     # changed in place: a causal language model, 
             return run_recipe(job)
 
 # %% ../../nbs/trainers/fit.ipynb #001b191a
-def _check_arguments(steps:int, save_every:int, resume:bool|None, out) -> None:
-    if steps < 1:
-        raise ValueError(f'steps is {steps}; it must be at least 1')
+def _check_model(model, recipe) -> None:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f'model is {shortened(repr(model), 60)}; fit takes a loaded model and its '
+                        "tokenizer, such as model, tok = ftlab.load('lab-s')")
+    if recipe is not None and not isinstance(recipe, Recipe):
+        named = getattr(recipe, '__name__', None)
+        raise TypeError(f'recipe is {shortened(repr(recipe), 60)}; fit takes a Recipe, such as '
+                        + (f'{named}()' if named else "ftlab.methods.lora()")
+                        + ("; ftlab.methods.get makes one from a method's name"
+                           if isinstance(recipe, str) else ''))
+    check_bare(model)
+
+def _check_arguments(steps:int, lr:float|None, save_every:int, resume:bool|None, out) -> None:
+    if not isinstance(steps, Integral) or steps < 1:
+        raise ValueError(f'steps is {steps!r}; it must be at least 1, and whole')
+    if lr is not None and not (isinstance(lr, Real) and 0 <= lr < math.inf):
+        raise ValueError(f"lr is {lr!r}; it must be a number such as 1e-3, or None for the recipe's")
     if save_every < 0:
         raise ValueError(f'save_every is {save_every}; it must be 0 (no checkpoints) or more steps')
     if (resume or save_every) and not out:

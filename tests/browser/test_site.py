@@ -158,11 +158,14 @@ def test_every_table_with_a_filter_filters(tab, site):
 
 def test_search_finds(tab, site):
     page = tab(site/'index.html')
-    page.get_by_label('Search').first.fill('half fine-tuning')
-    page.keyboard.press('Enter')
-    page.wait_for_selector('#search-results li a')
-    found = page.eval_on_selector_all('#search-results li a', 'as => as.map(a => a.getAttribute("href"))')
-    assert any('adapters/subsets/hft.html' in f for f in found[:10]), found
+    for key, at in (('hft', 'adapters/subsets/hft'), ('lt_sft', 'adapters/subsets/lt_sft'), # a paper by its key
+                    ('randlora', 'adapters/modules/randlora')):
+        page.goto((site/'index.html').as_uri())
+        page.get_by_label('Search').first.fill(key)
+        page.keyboard.press('Enter')
+        page.wait_for_selector('#search-results li a')
+        found = page.eval_on_selector_all('#search-results li a', 'as => as.map(a => a.getAttribute("href"))')
+        assert found[0].startswith(f'{at}.html'), found
 
 def test_the_table_of_papers_filters_and_sorts(tab, site):
     page = tab(site/'papers'/'table.html')
@@ -182,6 +185,9 @@ def test_the_table_of_papers_filters_and_sorts(tab, site):
         choice.select_option('')
     page.locator('.filters input').fill('half')
     assert 0 < shown() < total and page.locator('.filters output').inner_text() == f'{shown()} of {total}'
+    for key in ('lt_sft', 'masked_thought', 'grpo', 'elm'): # what the folders and modules are called
+        page.locator('.filters input').fill(key)
+        assert key in page.locator('table.filter tbody tr:visible code').all_inner_texts()
     page.locator('.filters input').fill('no such paper')
     assert shown() == 0
     page.locator('.filters input').fill('')
@@ -201,7 +207,7 @@ def test_without_javascript(tab, site):
     page = tab(site/'course'/'first_light.html', java_script_enabled=False)
     assert (page.locator('article img:visible, article svg:visible').count() >= 5
             and page.locator('.next-page').is_visible())
-    page = tab(site/'adapters'/'lowrank.html', java_script_enabled=False)
+    page = tab(site/'adapters'/'modules'/'randlora.html', java_script_enabled=False)
     assert page.locator('math:visible').count() > 3
 
 @pytest.mark.parametrize('view', [DESK, PHONE], ids=['desk', 'phone'])
@@ -231,7 +237,7 @@ def test_the_keyboard_reaches_everything(tab, site, view):
     assert seen > 20 and not left and not unseen, (seen, left, unseen)
 
 def test_a_phone_opens_its_menu_by_keyboard(tab, site):
-    page = tab(site/'adapters'/'half.html', viewport=PHONE)
+    page = tab(site/'adapters'/'subsets'/'hft.html', viewport=PHONE)
     link = page.get_by_role('link', name='Glossary').first
     assert not link.is_visible() or link.bounding_box()['x'] < 0
     page.locator('#__navigation').focus()
@@ -244,15 +250,15 @@ def test_a_phone_opens_its_menu_by_keyboard(tab, site):
 
 def test_each_page_says_what_is_where(tab, site):
     "The version, open in Lab, download, previous and next"
-    page = tab(site/'adapters'/'half.html')
+    page = tab(site/'adapters'/'subsets'/'hft.html')
     version = re.search(r'^version *= *(\S+)', (ROOT/'settings.ini').read_text(), re.M)[1]
     assert (version in page.locator('.sidebar-brand').inner_text()
             and page.get_by_role('link', name='Open in Lab').get_attribute('href').endswith(
                 '/lab/tree/nbs/adapters/subsets/hft.ipynb'))
     link = page.get_by_role('link', name='Download the notebook')
     assert link.get_attribute('download') is not None  # from the file system Chromium shows it instead
-    assert (site/'adapters'/link.get_attribute('href')).read_bytes() == (
-        ROOT/'nbs'/'adapters'/'half.ipynb').read_bytes()
+    assert (site/'adapters'/'subsets'/link.get_attribute('href')).read_bytes() == (
+        ROOT/'nbs'/'adapters'/'subsets'/'hft.ipynb').read_bytes()
     at = ordered().index('adapters/subsets/hft.ipynb')
     assert page.locator('.next-page').get_attribute('href').split('/')[-1] == Path(
         ordered()[at + 1]).name.replace('.ipynb', '.html')

@@ -64,8 +64,8 @@ class RandLoRA(nn.Module):
 
     def pair(self) -> tuple[Tensor, Tensor]:
         "The change over its scale as a product, left [out, N r] and right [N r, in]"
-        left, right = self.B.flatten(1), (self.lam.T[:, :,
-                                                     None]*self.A*self.gamma[:, None]).flatten(0, 1)
+        left, right = self.B.flatten(1), (
+            self.lam.T[:, :, None]*self.A*self.gamma[:, None]).flatten(0, 1)
         return (right.T, left.T) if self.turned else (left, right)
 
     def forward(self, W):
