@@ -195,7 +195,8 @@ def test_the_peak_is_as_near_to_the_plan_as_the_page_says(method, mapped, factor
 
 @pytest.fixture(scope='module')
 def giant(made, tmp_path_factory):
-    "A folder with the config of a model of 70 billion numbers and a weight file that nobody should open"
+    """A folder with the config of a model of 70 billion numbers and a weight file that nobody
+    should open"""
     d = tmp_path_factory.mktemp('giant')
     tok = PreTrainedTokenizerFast.from_pretrained(made/'lm')
     tok.save_pretrained(d)

@@ -177,12 +177,17 @@ def test_every_promise_has_a_check_and_every_method_is_found():
                 and getattr(methods, n)().name == n)
 
 def test_marks_found_in_the_text_of_files_are_those_of_the_modules():
-    "Nothing is imported to find them, so a mark written in another way would be passed over in silence"
-    at_home = {key: [f for f in vars(importlib.import_module('.'.join(('ftlab', *file.parts[-3:-1], key)))).values()
-                     if inspect.isfunction(f) and f.__module__.rpartition('.')[2] == key]
-               for key, file in methods.paper_modules().items()}
-    marked = lambda kind: {key: [f for f in there if getattr(getattr(f, 'paper', None), 'kind', '') == kind]
-                           for key, there in at_home.items()}
+    """Nothing is imported to find them, so a mark written in another way would be passed over in
+    silence"""
+    at_home = {}
+    for key, file in methods.paper_modules().items():
+        module = importlib.import_module('.'.join(('ftlab', *file.parts[-3:-1], key)))
+        at_home[key] = [f for f in vars(module).values()
+                        if inspect.isfunction(f) and f.__module__.rpartition('.')[2] == key]
+
+    def marked(kind):
+        is_kind = lambda f: getattr(getattr(f, 'paper', None), 'kind', '') == kind
+        return {key: list(filter(is_kind, there)) for key, there in at_home.items()}
     assert {key for key, there in marked('method').items() if there} == set(methods.names()) - {'full'}
     assert {(on, f) for on in ASKED_ON for f in methods.probes(on).values()} == {
         (f.paper.on, f) for there in marked('probe').values() for f in there if f.paper.on}

@@ -57,7 +57,8 @@ def test_the_copilot_learns_the_mistakes():
 def at_a_step(batches, model, learner, log, step=0, **kw):
     "What `foresight` sees of a run of one process"
     acc = SimpleNamespace(num_processes=1, process_index=0)
-    return SimpleNamespace(batches=batches, model=model, models=dict(copilot=learner), seed=0, steps=9,
+    return SimpleNamespace(batches=batches, model=model, models=dict(copilot=learner), seed=0,
+                           steps=9,
                            step=step, accelerator=acc,
                            extra={'mistake log': log}, **kw)
 
@@ -336,7 +337,8 @@ def test_a_log_that_will_be_large_is_a_warning_with_its_size(monkeypatch):
     from ftlab.evaluators.decoding import copilot as module
     n = 6*8 # all that the run sees, fewer than the log could hold
     monkeypatch.setattr(module, '_LARGE', 1e4)
-    with pytest.warns(UserWarning, match=rf'will hold {n} examples .* GB of memory .*copilot\(log='):
+    said = rf'will hold {n} examples .* GB of memory .*copilot\(log='
+    with pytest.warns(UserWarning, match=said):
         tune(copilot(width=16))
     with pytest.warns(UserWarning, match='will hold 2 examples'):
         tune(copilot(width=16, log=2))

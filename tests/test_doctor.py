@@ -254,7 +254,8 @@ def test_a_check_that_answers_in_another_form_is_reported_and_ends_nothing(answe
     c = Case(toy(), TOK, lab_data(), Recipe(), SETTINGS | SHORT)
     d = examine(c, 'before', [Check('odd', 'before', 'error', lambda case: answer, 'why', 'fix', 'a/b#1'),
                               *CHECKS[:2]])
-    assert d.names == ['odd'] and d[0].severity == 'warning' and d.ran == ['odd', 'selection-empty', 'selection-thin']
+    assert d.names == ['odd'] and d[0].severity == 'warning'
+    assert d.ran == ['odd', 'selection-empty', 'selection-thin']
     assert f'it returned {answer!r}; a check returns None' in d[0].seen
 
 
@@ -265,7 +266,8 @@ def test_a_file_of_checks_that_cannot_be_imported_is_named(monkeypatch, tmp_path
     where = [*folder.__path__, str(tmp_path)]
     monkeypatch.setattr(folder, '__path__', where)
     monkeypatch.setattr(folder.__spec__, 'submodule_search_locations', where)
-    with pytest.raises(ImportError, match=r'its checks in ftlab\.instruments\.checks\.broken: RuntimeError: not like this'):
+    with pytest.raises(ImportError, match=r'its checks in ftlab\.instruments\.checks\.broken: '
+                       r'RuntimeError: not like this'):
         diagnosis.check_modules()
     (tmp_path/'broken.py').rename(tmp_path/'by_hand.py').write_text('x = 1')
     assert [m.__name__.rpartition('.')[2] for m in diagnosis.check_modules()] == [*STAGES, 'by_hand']
@@ -277,7 +279,8 @@ def test_a_file_of_checks_that_cannot_be_imported_is_named(monkeypatch, tmp_path
     (['model.norm.weight'], 'the selection gives a list; it must give {name of a parameter: True or mask}'),
     ({'nothing': True}, "the selection names 'nothing', which the model does not have")])
 def test_a_selection_of_ones_own_that_is_none_is_an_error_of_the_run_alone(chosen, says):
-    d = doctor(toy(), TOK, lab_data(), Recipe('mine', select=lambda model, batches=None, seed=0: chosen), **SHORT)
+    d = doctor(toy(), TOK, lab_data(),
+               Recipe('mine', select=lambda model, batches=None, seed=0: chosen), **SHORT)
     assert d.names == ['refused'] and d.skipped['selection-empty'] == says
     assert 'the selection' in d[0].seen and 'ValueError' in d[0].seen
 

@@ -58,7 +58,8 @@ def test_a_failed_control_is_named_beside_the_verdict():
         file = ROOT/'claims'/key/'result.json'
         controls = json.loads(file.read_text(encoding='utf-8'))['controls'] if file.exists() else []
         for c in controls or ():
-            named = f'- control failed, which makes the verdict unclear: {c["name"]}, ' in said(page, 'verdict')
+            named = f'- control failed, which makes the verdict unclear: {c["name"]}, ' in said(
+                page, 'verdict')
             assert named == (not c['ok']), (key, c['name'])
             seen.add(c['ok'])
     assert seen == {True, False}

@@ -190,7 +190,8 @@ def test_a_rate_that_is_none_is_refused(kw):
     with pytest.raises(ValueError, match=f'{next(iter(kw))} is .*above 0 and finite'):
         lofit(**kw)
 
-@pytest.mark.parametrize('kw', [dict(l1=-1.), dict(l1=float('nan')), dict(sigma=-.1), dict(sigma=float('inf'))])
+@pytest.mark.parametrize('kw', [dict(l1=-1.), dict(l1=float('nan')), dict(sigma=-.1),
+                                dict(sigma=float('inf'))])
 def test_a_penalty_or_noise_below_zero_is_refused(kw):
     with pytest.raises(ValueError, match=f'{next(iter(kw))} is .*0 or more'):
         lofit(**kw)

@@ -299,7 +299,8 @@ class Bench:
         return self.base.fingerprint(seed)
 
     def before(self, seed:int, recipe:Recipe|None=None) -> dict:
-        "What the base can do, measured once a seed (and once more for a recipe that draws answers its own way)"
+        """What the base can do, measured once a seed (and once more for a recipe that draws answers
+        its own way)"""
         # before training there is no learner to ask
         own = recipe is not None and recipe.decode is not None and not recipe.learners
         key = (seed, recipe.name if own else None)

@@ -165,7 +165,8 @@ def examine(case:Case,
 
 def _said(k, answer) -> tuple[str, str|None]:
     "Severity and what was seen; an answer of another form is a mistake in the check"
-    severity, seen = answer if isinstance(answer, tuple) and len(answer) == 2 else (k.severity, answer)
+    severity, seen = (answer if isinstance(answer, tuple) and len(answer) == 2
+                      else (k.severity, answer))
     if severity not in SEVERITIES or not isinstance(seen, str|None):
         raise TypeError(f'it returned {answer!r}; a check returns None, what was seen in words, or '
                         f'({", ".join(SEVERITIES[:-1])} or {SEVERITIES[-1]}, what was seen)')
@@ -208,7 +209,8 @@ def doctor(model,                  # a model; or, alone, a finished `Run` or the
 
 def case_before(model, tok, data, recipe:Recipe|None=None, **settings # as in `doctor`
                ) -> Case:
-    "What the doctor examines before a run. Raises `ValueError` for arguments that do not fit together."
+    """What the doctor examines before a run. Raises `ValueError` for arguments that do not fit
+    together."""
     if data is None or (tok is None and getattr(data, 'kind', 'text') in KINDS):
         raise ValueError('before a run the doctor needs model, tok and data: doctor(model, tok, data, recipe)')
     if not (recipe is None or isinstance(recipe, Recipe)):

@@ -275,6 +275,7 @@ def spectrum(base,      # a `Run`, an attached change, or the base model
     if not found:
         raise ValueError('no matrix inside the blocks changed; the view shows those of attention and MLP')
     return View(
-        partial(draw_spectrum, found), 'Singular values of a change, the energy that a rank keeps, and intruder dimensions.',
+        partial(draw_spectrum, found), 'Singular values of a change, the energy that a rank keeps, '
+        'and intruder dimensions.',
         matrix=choice(_labels({n: p for n, p in _places(model).items() if n in found}), 'matrix'),
         rank=slider(8, 1, max(min(c.shape) for _, c in found.values()), 1, 'rank'))

@@ -167,7 +167,7 @@ def test_search_finds(tab, site):
         found = page.eval_on_selector_all('#search-results li a', 'as => as.map(a => a.getAttribute("href"))')
         assert found[0].startswith(f'{at}.html'), found
 
-def test_the_table_of_papers_filters_and_sorts(tab, site):
+def test_the_table_of_papers_filters(tab, site):
     page = tab(site/'papers'/'table.html')
     shown = lambda: page.locator('table.filter tbody tr:visible').count()
     total = shown()
@@ -192,6 +192,9 @@ def test_the_table_of_papers_filters_and_sorts(tab, site):
     assert shown() == 0
     page.locator('.filters input').fill('')
     assert shown() == total
+
+def test_the_table_of_papers_sorts(tab, site):
+    page = tab(site/'papers'/'table.html')
     titles = lambda: page.locator('table.filter tbody th').evaluate_all('ts => ts.map(t => t.dataset.sort)')
     button = page.get_by_role('button', name='Paper')
     button.focus()

@@ -215,7 +215,8 @@ def _warn_of_size(examples:list[dict], held:int) -> None:
 def rmse(copilot:Copilot,
          examples:list[dict] # of the log
         ) -> Tensor:
-    "Compute the root of the mean squared length of the Copilot's errors over all tokens where something is asked"
+    """Compute the root of the mean squared length of the Copilot's errors over all tokens where
+    something is asked"""
     device = copilot.head.weight.device
     read = [x['read'] for x in examples]
     real = [torch.ones(len(x), dtype=torch.long) for x in read]

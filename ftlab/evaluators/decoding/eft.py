@@ -19,7 +19,8 @@ __all__ = ['emulate', 'by_emulation', 'eft']
 # %% ../../../nbs/evaluators/decoding/eft.ipynb #0005ac63
 @dataclass(frozen=True)
 class emulate:
-    "The rule of emulated fine-tuning: `rule({'base', 'tuned', 'large'})` -> scores, all [rows, words]"
+    """The rule of emulated fine-tuning: `rule({'base', 'tuned', 'large'})` -> scores, all [rows,
+    words]"""
     beta:float=1.  # how much of the change is added; 0 is the large base, more than 1 exaggerates
     top_p:float=1. # the share of a small model's probability in which the change counts; 1: everywhere
 
