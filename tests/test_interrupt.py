@@ -118,6 +118,21 @@ def test_report_and_doctor_of_a_run(recipe, tmp_path):
                run.model, on)
     same_again(lambda: ftlab.doctor(run), run.model, on)
 
+@pytest.mark.parametrize('on_disk', [False, True])
+def test_the_weights_come_back_whole(on_disk, tmp_path):
+    "Interrupted at every call of a context in which the model is the base, its way back included"
+    run = fit(toy(), TOK, lab_data(), steps=2, batch_size=8, lr=3e-3, progress=False)
+    tuned = weights(run.model)
+
+    def go():
+        with run.delta.attached.disabled(tmp_path if on_disk else None):
+            pass
+    with Interrupts() as whole:
+        go()
+    for n in range(1, whole.seen + 1):
+        interrupted(go, n)
+        assert same(weights(run.model), tuned) and run.delta.attached.enabled, n
+
 @pytest.mark.parametrize('recipe', [Recipe, lora], ids=['full', 'lora'])
 def test_doctor_before_a_run(recipe):
     model = toy()

@@ -288,12 +288,22 @@ def _parked(att):
         yield
     finally:
         att.enabled = was
-        set_weights(att.model, moved)
+        try:
+            set_weights(att.model, moved)
+        except KeyboardInterrupt: # weights of which some are restored are neither model's
+            set_weights(att.model, moved)
+            raise
 
 @contextmanager
 def _parked_on_disk(att, folder):
     own = {n: p for n, p in att.model.named_parameters() if n in att.whole}
     was = att.enabled
+
+    def restore(file):
+        for n, p in own.items(): # opened anew each time, so that what was read is let go
+            with safe_open(file, 'pt') as f:
+                p.copy_(f.get_tensor(n))
+
     with tempfile.TemporaryDirectory(dir=folder) as there, torch.no_grad():
         file = Path(there)/'tuned.safetensors'
         if own:
@@ -305,9 +315,11 @@ def _parked_on_disk(att, folder):
             yield
         finally:
             att.enabled = was
-            for n, p in own.items(): # opened anew each time, so that what was read is let go
-                with safe_open(file, 'pt') as f:
-                    p.copy_(f.get_tensor(n))
+            try:
+                restore(file)
+            except KeyboardInterrupt:
+                restore(file)
+                raise
 
 def _base_module(att, path) -> Callable:
     module, begin = att.model.get_submodule(path), f'{path}.' if path else ''
