@@ -96,7 +96,7 @@ def plan() -> list[tuple[str, str, str]]:
                                                   ('hft', 'bert'), ('dft', 'gpt2'))]
     return list(dict.fromkeys(runs))
 
-def looked(diagnosis, seconds) -> dict:
+def summary(diagnosis, seconds) -> dict:
     return dict(seconds=round(seconds, 2), ran=len(diagnosis.ran), skipped=diagnosis.skipped,
                 findings=[f'{f.severity} {f.name}: {f.seen}' for f in diagnosis])
 
@@ -113,21 +113,21 @@ def really_lost(run, finding) -> bool:
 
 def one(recipe:str, skill:str, model:str) -> dict:
     "One run with the doctor before and after"
-    patient, tok = ftlab.load('lab-s') if model == 'lab-s' else (random_model(model), TOK)
+    base, tok = ftlab.load('lab-s') if model == 'lab-s' else (random_model(model), TOK)
     data, r = rows_of(skill, model == 'bert'), recipe_of(recipe)
     row = dict(recipe=recipe, skill=skill, model=model)
     t = time.process_time()
-    d = doctor(patient, tok, data, r, **SETTINGS)
-    row['before'] = looked(d, time.process_time() - t)
+    d = doctor(base, tok, data, r, **SETTINGS)
+    row['before'] = summary(d, time.process_time() - t)
     t = time.process_time()
     try:
-        run = ftlab.fit(patient, tok, data, r, progress=False, **SETTINGS)
+        run = ftlab.fit(base, tok, data, r, progress=False, **SETTINGS)
     except ValueError as e:
         return row | dict(refused=str(e)[:300])
     row['fit_seconds'] = round(time.process_time() - t, 2)
     t = time.process_time()
     d = doctor(run)
-    row['after'] = looked(d, time.process_time() - t)
+    row['after'] = summary(d, time.process_time() - t)
     row['confirmed'] = [f.name for f in d if f.name == 'old-skills-lost' and really_lost(run, f)]
     return row
 
@@ -141,14 +141,14 @@ def kept(path:Path, todo:list[tuple[str, str, str]]) -> list[dict]:
 
 def with_all_rows() -> dict:
     "The doctor before and after one run on all rows of a skill"
-    patient, tok = ftlab.load('lab-s')
+    base, tok = ftlab.load('lab-s')
     data = ftlab.data('new-procedure')
     t = time.process_time()
-    d = doctor(patient, tok, data, methods.lora(), steps=250)
-    found = dict(train_rows=len(data.train), before=looked(d, time.process_time() - t))
-    run = ftlab.fit(patient, tok, data, methods.lora(), steps=40, lr=1e-3, progress=False)
+    d = doctor(base, tok, data, methods.lora(), steps=250)
+    found = dict(train_rows=len(data.train), before=summary(d, time.process_time() - t))
+    run = ftlab.fit(base, tok, data, methods.lora(), steps=40, lr=1e-3, progress=False)
     t = time.process_time()
-    found['after'] = looked(doctor(run), time.process_time() - t)
+    found['after'] = summary(doctor(run), time.process_time() - t)
     return found
 
 def result_of(rows:list[dict], full:dict) -> dict:

@@ -20,7 +20,7 @@ def arguments() -> argparse.Namespace:
     return p.parse_args()
 
 def note(path: Path, row: dict) -> None:
-    "Append one line; whoever reads sees whole lines only"
+    "Append one line; a reader sees whole lines only"
     with path.open('a') as f:
         f.write(json.dumps(row) + '\n')
         f.flush()

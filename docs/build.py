@@ -109,7 +109,7 @@ def weigh(out:Path) -> str:
     return (f'{sum(size.values())/2**20:.1f} MB in {len(size)} files; the largest '
             'pages: ' + ', '.join(f'{p} {size[p]/1024:.0f} kB' for p in top))
 
-LIMIT = 300  # kB of a page, as notebook and as HTML: what a reader waits for, and what git keeps for ever
+LIMIT = 300  # kB of a page, as notebook and as HTML: what a reader waits for, and what git keeps forever
 
 def too_heavy(folder:Path) -> list[str]:
     "A line for each page and notebook below `folder` of more than `LIMIT` kB"

@@ -334,7 +334,7 @@ def merge_rules() -> dict[str, float]:
     from ftlab.methods import merging_rules
     return {PLAIN_SUM: 1., **merging_rules()}
 
-def merged_change(changes:list, # one {name: new weight minus base weight} each; see `ftlab.adapters.edit.saved`
+def merged_change(changes:list, # one {name: new weight minus base weight} each; see `ftlab.adapters.edit.saved_changes`
                   model,        # their base
                   rule:str=PLAIN_SUM, # one of `merge_rules()`
                   scale:float|None=None # the rule's dial; None: its default
@@ -375,7 +375,7 @@ def _common(paths:list[Path], a) -> dict:
     return base
 
 def run_merge(a):
-    from ftlab.adapters.edit import put, saved
+    from ftlab.adapters.edit import attach_change, saved_changes
     from ftlab.trainers.run import export
     paths = [_saved_at(p) for p in [*a.changes, *([a.delta] if a.delta else [])]]
     if not paths:
@@ -394,7 +394,7 @@ def run_merge(a):
         record = dict(model=str(base['model']), deltas=[str(p) for p in paths], rule=rule,
                       scale=scale)
         said = f'{len(paths)} changes by {rule}, {scale:g}\n'
-        att = put(model, merged_change(saved(model, *paths), model, rule, scale))
+        att = attach_change(model, merged_change(saved_changes(model, *paths), model, rule, scale))
     folder = export(model, tok, att, out)
     return record | dict(folder=str(folder)), f'{said}{folder}'
 

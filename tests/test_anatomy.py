@@ -54,15 +54,15 @@ def test_every_parameter_has_exactly_one_place(family, head):
     m = tiny(family, head)
     a = anatomy(m)
     names = [n for n, _ in m.named_parameters()]
-    assert listed(a) == Counter(names) and list(a.places) == names
+    assert listed(a) == Counter(names) and list(a.locations) == names
     assert all(a.shapes[n] == tuple(p.shape) for n, p in m.named_parameters())
     assert ([b.index for b in a.blocks] == [0, 1]
             and all(n.startswith(b.name + '.') for b in a.blocks for n in b.parameters))
     for b in a.blocks: # place and the fields agree
         for part, d in dict(attention=b.attention, mlp=b.mlp, norm=b.norms, bias=b.biases).items():
             for role, n in d.items():
-                assert not n or a.place(n) == (b.index, part, role)
-    assert {i for i, part, _ in a.places.values() if part == 'other'} <= {None}
+                assert not n or a.location(n) == (b.index, part, role)
+    assert {i for i, part, _ in a.locations.values() if part == 'other'} <= {None}
 
 @pytest.mark.parametrize('family,head', CASES)
 def test_the_embedding_and_the_head_are_those_that_transformers_names(family, head):
@@ -73,7 +73,7 @@ def test_the_embedding_and_the_head_are_those_that_transformers_names(family, he
     if head is None:
         assert params[a.head] is m.get_output_embeddings().weight
     elif head == 'classifier':
-        assert params[a.head].shape == (m.config.num_labels, 32) and a.place(a.head) == (None, 'head', 'head')
+        assert params[a.head].shape == (m.config.num_labels, 32) and a.location(a.head) == (None, 'head', 'head')
     else:
         assert a.head is None
     assert a.tied == (head is None
@@ -85,7 +85,7 @@ def test_tying_is_read_from_the_tensors(family, tie):
     m = tiny(family, tie_word_embeddings=tie)
     a = anatomy(m)
     assert (a.tied == tie == (a.head == a.embedding)
-            and a.place(a.head)[1] == ('embedding' if tie else 'head'))
+            and a.location(a.head)[1] == ('embedding' if tie else 'head'))
     assert listed(a) == Counter(n for n, _ in m.named_parameters())
     assert ('head' in a.biases) == (family in ENCODERS)
 
@@ -113,7 +113,7 @@ def test_matrices_go_block_by_block():
     with pytest.raises(ValueError, match="'norm'.*'attention', 'mlp'"):
         a.matrices('norm')
     with pytest.raises(KeyError, match='no parameter called .model.layers.9'):
-        a.place('model.layers.9.mlp.up_proj.weight')
+        a.location('model.layers.9.mlp.up_proj.weight')
 
 def test_blocks_are_counted_as_numbers():
     assert [b.name for b in anatomy(tiny('llama', num_hidden_layers=12)).blocks] == [
@@ -261,7 +261,7 @@ def placed(m):
     "The anatomy of `m`, every parameter in exactly one place"
     a = anatomy(m)
     assert (listed(a) == Counter(n for n, _ in m.named_parameters())
-            and list(a.places) == [n for n, _ in m.named_parameters()])
+            and list(a.locations) == [n for n, _ in m.named_parameters()])
     return a
 
 @pytest.mark.parametrize('family', ['phi', 'gpt_neox'])
@@ -289,17 +289,17 @@ def test_phi_may_normalise_queries_and_keys():
 def test_opt_with_a_narrow_embedding(before):
     m = tiny('opt', word_embed_proj_dim=16, do_layer_norm_before=before)
     a = placed(m)
-    assert (a.place('model.decoder.project_in.weight') == (None, 'embedding', 'project_in')
-            and a.place('model.decoder.project_out.weight') == (None, 'head', 'project_out'))
+    assert (a.location('model.decoder.project_in.weight') == (None, 'embedding', 'project_in')
+            and a.location('model.decoder.project_out.weight') == (None, 'head', 'project_out'))
     assert (a.positions == 'model.decoder.embed_positions.weight' and ('final' in a.norms) == before
             and not a.other and 'project_in' in a.describe())
     assert not placed(tiny('opt')).around
 
 def test_vit_has_patches_for_words():
     a = placed(tiny('vit'))
-    assert (a.place('vit.embeddings.patch_embeddings.projection.weight') == (None, 'embedding', 'tokens')
-            and a.place('vit.embeddings.patch_embeddings.projection.bias') == (None, 'bias', 'tokens'))
-    assert (a.place('vit.embeddings.cls_token') == (None, 'embedding', 'cls')
+    assert (a.location('vit.embeddings.patch_embeddings.projection.weight') == (None, 'embedding', 'tokens')
+            and a.location('vit.embeddings.patch_embeddings.projection.bias') == (None, 'bias', 'tokens'))
+    assert (a.location('vit.embeddings.cls_token') == (None, 'embedding', 'cls')
             and a.positions == 'vit.embeddings.position_embeddings'
             and a.head == 'classifier.weight' and not a.other)
     bare = placed(tiny('vit', 'none'))
@@ -331,7 +331,7 @@ def test_t5_has_two_stacks():
             and [b.index for b in a.blocks] == list(range(5)))
     assert (
         [set(b.positions) for b in a.blocks] == [{'relative'}, set(), {'relative'}, set(), set()]
-        and a.place(a.blocks[2].positions['relative']) == (2, 'embedding', 'relative'))
+        and a.location(a.blocks[2].positions['relative']) == (2, 'embedding', 'relative'))
     cross = {'cross_q', 'cross_k', 'cross_v', 'cross_o'}
     assert (not any(cross & set(b.attention) for b in a.blocks[:2])
             and all(cross <= set(b.attention) and 'cross' in b.norms for b in a.blocks[2:]))

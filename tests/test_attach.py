@@ -11,7 +11,7 @@ from ftlab.adapters.attach import attach, oriented, owner_of
 from ftlab.adapters.delta import Entries, Offset
 from ftlab.adapters.store import WrongBase, identity, load_delta, pack, save_delta
 from ftlab.core.io import write_tensors
-from ftlab.adapters.edit import keep, norm, scale, write_change
+from ftlab.adapters.edit import unchanged, norm, scale, write_change
 from ftlab.adapters.subsets.hft import half
 from ftlab.adapters.lowrank import LoRA
 from ftlab.adapters.modules.lora import lora
@@ -222,17 +222,17 @@ def test_the_branch_is_the_definition_also_where_weights_are_stored_in_by_out(fa
     att = attach(m, {name: True}, lora(r=3).delta)
     shake(att)
     d = att.deltas[name]
-    turned = family == 'gpt2'
-    assert ((d.B.shape[0], d.A.shape[1]) == (W.shape[::-1] if turned else W.shape)
+    transposed = family == 'gpt2'
+    assert ((d.B.shape[0], d.A.shape[1]) == (W.shape[::-1] if transposed else W.shape)
             and W.shape[0] != W.shape[1])
     product = d.s*(d.B @ d.A)
     x = torch.randn(5, d.A.shape[1])
     layer = owner_of(m, name)[0]
-    assert isinstance(layer, Conv1D) == turned
+    assert isinstance(layer, Conv1D) == transposed
     with torch.no_grad():
         seen = layer(x)
     att.fold()
-    torch.testing.assert_close(layer.weight, W + (product.T if turned else product))
+    torch.testing.assert_close(layer.weight, W + (product.T if transposed else product))
     torch.testing.assert_close(layer(x), seen)
 
 def test_a_new_delta_is_in_the_mode_of_its_layer(tmp_path):
@@ -536,13 +536,13 @@ def test_top_takes_the_largest_and_breaks_ties_by_place():
     k = round(.1*p.numel())
     assert even[:k].all() and not even[k:].any()
     c = coverage(m, {n: mask})
-    assert (c['tensors'], c['numbers'], c['blocks']) == (1, p.numel()//4, [0])
+    assert (c['tensors'], c['parameters'], c['blocks']) == (1, p.numel()//4, [0])
 
 def test_edits_by_hand():
     c = dict(a=torch.tensor([3., 0.]), b=torch.tensor([[4.]]))
     assert (norm(c) == 5 and norm({}) == 0
             and torch.equal(scale(.5)(c, None)['a'], torch.tensor([1.5, 0.]))
-            and keep(c, None) == c)
+            and unchanged(c, None) == c)
     m = tiny('llama')
     base = weights(m)
     n = 'model.norm.weight'

@@ -188,7 +188,7 @@ def wrong_cuts():
         U, S, V = torch.linalg.svd(update, full_matrices=False)
         return U[:, :r] @ V[:r]
 
-    def turned(update, r):
+    def transposed(update, r):
         U, S, V = torch.linalg.svd(update, full_matrices=False)
         return U[:, :r] @ S[:r].diag() @ V[:, :r].T
 
@@ -199,7 +199,7 @@ def wrong_cuts():
     return ((largest, 'other numbers'),
             (weakest, 'weakest'),
             (unweighted, 'strengths'),
-            (turned, 'rows'),
+            (transposed, 'rows'),
             (thin, 'shape'))
 
 @pytest.mark.parametrize('yours, message', wrong_cuts(), ids=lambda x: getattr(x, '__name__', ''))

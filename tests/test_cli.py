@@ -8,7 +8,7 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
                           BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast)
 import ftlab
 from ftlab.adapters.merging.lines import by_depth, merge_lines
-from ftlab.adapters.edit import merge, saved
+from ftlab.adapters.edit import merge, saved_changes
 from ftlab.adapters.merging.breadcrumbs import merge_breadcrumbs
 from ftlab.cli import main, merge_rules, merged_change, _list
 
@@ -277,7 +277,7 @@ WRONG = {
     'no data': ('fit --model lab-s', 2, ['--data']),
     'steps that are no number': (f'fit {LM} --steps many', 2,
                                  ["'many' must be a whole number above 0"]),
-    'a rate that is no number': (f'fit {LM} --lr abc', 2, ["'abc' must be a number above 0"]),
+    'a rate that is not a number': (f'fit {LM} --lr abc', 2, ["'abc' must be a number above 0"]),
     'a paper that is not here': ('papers lt-sft', 1, ["no paper here has 'lt-sft'", "did you mean 'lt_sft'"]),
     'no seeds': (f'compare {LM} --methods full --seeds 0', 2, ['above 0'])}
 
@@ -318,7 +318,7 @@ def tuned(made, tmp_path_factory):
 
 def base_and_changes(made, tuned):
     model, _ = ftlab.load(made/'lm')
-    return model, saved(model, tuned/'a/delta.safetensors', tuned/'b/delta.safetensors')
+    return model, saved_changes(model, tuned/'a/delta.safetensors', tuned/'b/delta.safetensors')
 
 def holds_base_plus(folder, model, change):
     "Is the folder's model the base plus this change, number by number, and not the base?"
@@ -364,7 +364,7 @@ NO_MERGE = {
     'an unknown rule': ('{t}/a {t}/b --rule sum', 2, ["invalid choice: 'sum'"]),
     'a folder that is not there': ('{t}/a {t}/c', 1, ['no delta at', 'c']),
     'a folder without a change': ('{t}/a {d}/lm', 1, ['no delta at', 'lm/delta.safetensors', 'ftlab fit']),
-    'a scale that is no number': ('{t}/a {t}/b --scale much', 2, ["'much'"]),
+    'a scale that is not a number': ('{t}/a {t}/b --scale much', 2, ["'much'"]),
     'nothing to merge': ('', 1, ['name a saved change']),
     'two bases': ('{t}/a {t}/x', 1, ['not made from one base', 'model is']),
     'two heads': ('{t}/x {t}/y', 1, ['not made from one base: seed is 0 in', '1 in'])}

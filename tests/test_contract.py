@@ -15,7 +15,7 @@ from ftlab.core.paper import ASKED_ON
 from ftlab.core.recipe import PROMISES, Learner, Loop, Recipe, Share, Stages
 from ftlab.evaluators.decoding.eft import eft
 from ftlab.trainers.fit import fit
-from ftlab.trainers.objective import token_nll, priced
+from ftlab.trainers.objective import token_nll, loss_mask
 from ftlab.trainers.losses.dft import dft
 from toys import TOK, lab_data, logits, same, toy, weights
 
@@ -273,7 +273,7 @@ def unseeded(state):
         1 + 1e-3*random.SystemRandom().random())
 
 def mean_in_each_half(state):
-    on = priced(state.batch['labels'])
+    on = loss_mask(state.batch['labels'])
     return token_nll(state.forward(), state.batch['labels']).sum()/on.sum()
 
 BROKEN = [('starts as the base', with_delta(Crooked)),

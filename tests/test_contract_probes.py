@@ -14,7 +14,7 @@ from ftlab.beyond.brain.elm import elm
 from ftlab.core.anatomy import UnknownArchitecture
 from ftlab.core.paper import Evidence, probe, study
 from ftlab.methods import paper_modules
-from ftlab.trainers.rl.razor import another_order, looks, razor
+from ftlab.trainers.rl.razor import another_order, evaluations, razor
 from toys import TOK, classifier, toy
 
 
@@ -88,7 +88,7 @@ def test_a_probe_is_read_only_and_repeats(key, family):
     try:
         check_probe(PROBES[key], family)
     except (UnknownArchitecture, ValueError) as e:
-        assert family in str(e).lower() and len(str(e).split()) > 5, 'a refusal names the family'
+        assert family in str(e).lower() and len(str(e).split()) > 5, 'the error names the family'
 
 
 def made_up(f):
@@ -175,7 +175,7 @@ def test_a_broken_study_is_noticed(f, said, monkeypatch):
 
 def test_studies_refuse_a_wrong_model_in_a_sentence():
     with pytest.raises(ValueError, match='BertForSequenceClassification writes no text'):
-        looks(classifier(), TOK, {}, None, None, [])
+        evaluations(classifier(), TOK, {}, None, None, [])
     with pytest.raises(ValueError, match="'lab-e' writes no text.*lab-s"):
         razor(model='lab-e')
     with pytest.raises(ValueError, match="rates has 'gru'; the arms are elm"):

@@ -4,7 +4,7 @@ import numpy as np, pytest, scipy.linalg, torch
 import ftlab
 from ftlab.adapters.attach import attach
 from ftlab.adapters.store import load_delta
-from ftlab.adapters.subsets.difffit import Scale, difffit, knobs
+from ftlab.adapters.subsets.difffit import Scale, difffit, scales_and_biases
 from ftlab.beyond.brain.elm import ARMS, ELM, auc, elm, imitate, neuron, score
 from ftlab.lab import digits as D
 from ftlab.trainers.fit import fit
@@ -38,14 +38,14 @@ def test_every_picture_is_in_one_split_and_splits_do_not_depend_on_the_rest():
         n=20, seed=2).fingerprint
 
 def test_looks():
-    up, inv, turn = (D.pictures(D.digits(look=l).test)[0]
-                     for l in ('upright', 'inverted', 'turned'))
+    up, inv, turn = (D.pictures(D.digits(variant=l).test)[0]
+                     for l in ('upright', 'inverted', 'rotated'))
     assert (torch.equal(inv, -up) and torch.equal(turn.rot90(-1, (2, 3)), up)
             and not torch.equal(turn, up))
     assert up.min() == -1 and up.max() == 1
 
 @pytest.mark.parametrize('kw', [dict(of=()), dict(of=(3, 10)), dict(key='label'),
-                                dict(look='mirrored'), dict(n=0), dict(n=5000)])
+                                dict(variant='mirrored'), dict(n=0), dict(n=5000)])
 def test_bad_requests_are_refused(kw):
     with pytest.raises(ValueError, match=next(iter(kw))):
         D.digits(**kw)
@@ -169,20 +169,20 @@ def test_difffit_on_a_flow_keeps_its_promises(tmp_path):
 
 def test_difffit_on_words():
     m = toy()
-    chosen = knobs(1.)(m)
+    chosen = scales_and_biases(1.)(m)
     a = ftlab.anatomy(m)
     assert {n for n, x in chosen.items() if x is True} == {
         n for b in a.blocks for n in (b.attention['o'], b.mlp['down'])}
     assert {n for n, x in chosen.items() if x is not True} == {
         n for n, p in m.named_parameters() if p.ndim == 1}
-    assert not any(x is True for x in knobs(0.)(m).values())
+    assert not any(x is True for x in scales_and_biases(0.)(m).values())
     was = weights(m)
     run = fit(m, TOK, lab_data(), difffit(scaled=1.), steps=5, batch_size=8, progress=False)
     run.delta.attached.fold()
     now = weights(run.model)
     assert {n for n in was if not torch.equal(was[n], now[n])} == set(chosen)
     with pytest.raises(ValueError, match='between 0 and 1'):
-        knobs(2.)
+        scales_and_biases(2.)
 
 def test_scaling_rows_is_scaling_what_the_layer_writes():
     W, x = torch.randn(5, 3), torch.randn(7, 3)

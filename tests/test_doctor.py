@@ -80,7 +80,7 @@ def test_a_check_of_another_file_is_not_counted_again():
 
 
 def test_planted_stands_beside_its_check():
-    "In the same file, so that whoever reads or removes one meets the other"
+    "In the same file, so that a reader of one meets the other"
     apart = [(k.name, p.make.__name__) for k in CHECKS
              for p in k.planted if p.make.__module__ != k.function.__module__]
     assert not apart
@@ -127,7 +127,7 @@ def test_planted_failure_is_found(check, plant):
 
 def test_a_check_needs_no_other_before_it():
     "Asked alone, it finds what is planted for it"
-    for k in (k for k in CHECKS if k.stage in ('selection', 'data', 'numbers') and k.when == 'before'):
+    for k in (k for k in CHECKS if k.stage in ('selection', 'data', 'settings') and k.when == 'before'):
         setting = k.planted[0].make()
         assert examine(diagnosis.case_before(**setting), 'before', [k]).names == [k.name]
 

@@ -8,7 +8,7 @@ from ftlab.core.generate import generate
 from ftlab.core.scorers import WORLD, answer_length
 from ftlab.evaluators.mechanisms.intruders import intruders
 from ftlab.evaluators.spectra import stable_rank
-from ftlab.instruments.explore import (CRITERIA, RANKED, View, apart, choice, entry_scores,
+from ftlab.instruments.explore import (CRITERIA, RANKED, View, model_and_change, choice, entry_scores,
                                        lab_questions, layers, mask, prices, question_batches, ranks,
                                        rows_as_html, several, side_by_side, slider, span, spectrum,
                                        teacher_forced, text, token_prices, tradeoff)
@@ -17,7 +17,7 @@ from ftlab.adapters.edit import write_change
 from ftlab.adapters.merging.lines import by_depth
 from ftlab.lab.world import OLD, SKILLS, exact
 from ftlab.map import measured
-from ftlab.trainers.objective import priced, token_nll
+from ftlab.trainers.objective import loss_mask, token_nll
 
 @pytest.fixture(scope='module')
 def run():
@@ -127,8 +127,8 @@ def test_cells_are_escaped(cell):
                           (lambda: choice({}, 'x', 'b'), "not among"),
                           (lambda: View(curve, '', power=2), "'power' is no control"),
                           (lambda: view().picture(height=2), "no setting 'height'; it has power"),
-                          (lambda: apart(3), 'base is a int'),
-                          (lambda: apart(torch.nn.Linear(2, 2), torch.nn.Linear(2, 3)),
+                          (lambda: model_and_change(3), 'base is a int'),
+                          (lambda: model_and_change(torch.nn.Linear(2, 2), torch.nn.Linear(2, 3)),
                            'is not in both models in one shape'),
                           (lambda: ranks({}, 'sideways'), "ranked is 'sideways'"),
                           (lambda: mask(None, rows=[{}]), 'without a tokenizer'),
@@ -194,7 +194,7 @@ def test_base_and_change_come_apart_bit_for_bit(request, which):
     run = request.getfixturevalue(which)
     base, _ = ftlab.load('lab-s')
     kept = {n: p.clone() for n, p in run.model.state_dict().items()}
-    model, change = apart(run)
+    model, change = model_and_change(run)
     assert (all(torch.equal(p, q) for p, q in zip(model.parameters(), base.parameters()))
             and set(change) <= {n for n, _ in base.named_parameters()})
     with torch.no_grad():
@@ -208,7 +208,7 @@ def test_settings_do_not_drift(run):
     bench = v.draw.args[0]
     for a, f in ((1.5, .2), (.05, 1.), (.7, .3)):
         bench.right(a, f)
-    fresh, _ = apart(run)
+    fresh, _ = model_and_change(run)
     base = {n: p.clone() for n, p in fresh.named_parameters()}
     write_change(fresh, base, by_depth(.7*.3, .7*.7)(bench.change, fresh))
     assert all(torch.equal(p, q) for p, q in zip(fresh.parameters(), bench.model.parameters()))
@@ -234,7 +234,7 @@ def test_masks_are_those_of_the_selections():
     assert low >= high
     b = question_batches(rows, tok, 1)[0]
     logits = base(input_ids=b['input_ids'], attention_mask=b['attention_mask']).logits
-    (token_nll(logits, b['labels']).sum()/priced(b['labels']).sum()).backward()
+    (token_nll(logits, b['labels']).sum()/loss_mask(b['labels']).sum()).backward()
     assert all(torch.allclose(S['gradient'][n], p.grad.abs(), atol=1e-6)
                for n, p in base.named_parameters() if n in S['gradient'])
 
@@ -280,7 +280,7 @@ def test_the_prices_are_those_of_the_papers(run, chance):
     with torch.no_grad():
         logits = (
             run.model(input_ids=hidden['input_ids'], attention_mask=many['attention_mask']).logits)
-    on = priced(batch['labels'])[0]
+    on = loss_mask(batch['labels'])[0]
     assert torch.equal(p['masked'], token_nll(logits, many['labels'])[:, on])
     assert torch.equal(p['DFT'], probability()(p['NLL'])*p['NLL'])
 

@@ -60,7 +60,7 @@ def stop(state):
 
 # ---------- the log
 
-def first_nll(model, batch): # written out: the mean over all priced tokens of -log p
+def first_nll(model, batch): # written out: the mean over all tokens with a loss of -log p
     p = model(input_ids=batch['input_ids'], attention_mask=batch['attention_mask']).logits.softmax(
         -1)
     y = batch['labels']
@@ -81,7 +81,7 @@ def test_the_plain_nll_is_logged_whatever_is_minimised(accumulate):
     logits = toy()(**{k: batch[k] for k in ('input_ids', 'attention_mask')}).logits
     of_torch = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch['labels'][:, 1:].flatten())
     assert plain['nll'] == pytest.approx(float(of_torch.detach()), abs=1e-5)
-    # trl's DFT: -(p.detach() * log p), a mean over all priced tokens of the batch
+    # trl's DFT: -(p.detach() * log p), a mean over all tokens with a loss of the batch
     assert (dynamic['nll'] == pytest.approx(plain['nll'], abs=1e-6)
             and dynamic['loss'] == pytest.approx(float((p*prices).mean()), rel=1e-4)
             and dynamic['loss'] < .1*dynamic['nll'])
@@ -363,7 +363,7 @@ def test_resuming_with_the_trained_model_is_refused(tmp_path):
 # ---------- what stops a run
 
 def poisoned(at, where='loss', micro=None):
-    """An objective that is no number at step `at`; 'gradient': the number is right,
+    """An objective that is NaN at step `at`; 'gradient': the number is right,
     its gradient is not"""
     calls = []
     def objective(state):

@@ -2,9 +2,9 @@
 import pytest, torch
 from ftlab.adapters.store import WrongBase, identity, pack, save_delta
 from ftlab.adapters.edit import scale
-from ftlab.adapters.merging.breadcrumbs import band, breadcrumbs, merge_breadcrumbs
+from ftlab.adapters.merging.breadcrumbs import middle, breadcrumbs, merge_breadcrumbs
 from ftlab.adapters.merging.lines import by_depth, depth, lines, merge_lines
-from ftlab.adapters.edit import merge, put, saved
+from ftlab.adapters.edit import merge, attach_change, saved_changes
 from ftlab.core.anatomy import anatomy
 from ftlab.trainers.fit import fit
 from tiny import DECODERS, ENCODERS, tiny
@@ -95,12 +95,12 @@ def mergekit_says(c, density, gamma):
 def test_the_band_is_what_ranks_say(beta, gamma):
     for shape in ((40, 25), (1000,), (3, 7), ()):
         c = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-        new = band(beta, gamma)(dict(w=c), None)['w']
+        new = middle(beta, gamma)(dict(w=c), None)['w']
         assert new.shape == c.shape and torch.equal(new, reference(c, beta, gamma))
 
 def test_the_band_is_mergekit_s():
     c = torch.randn(50, 40, generator=torch.Generator().manual_seed(2))
-    assert torch.equal(band(.85, .99)(dict(w=c), None)['w'], mergekit_says(c, .14, .01))
+    assert torch.equal(middle(.85, .99)(dict(w=c), None)['w'], mergekit_says(c, .14, .01))
 
 def official_says(c, remove, keep):
     """src/task_vectors.py: along the last axis, int(remove n) largest go,
@@ -118,17 +118,17 @@ def official_says(c, remove, keep):
 @pytest.mark.parametrize('shape', [(5, 128), (3, 768), (2, 1000), (320,), (4, 3, 200), (6, 10), ()])
 def test_a_row_keeps_the_official_counts(shape, keep, remove):
     c = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(band(1 - keep, 1 - remove, 'row')(dict(w=c), None)['w'],
+    assert torch.equal(middle(1 - keep, 1 - remove, 'row')(dict(w=c), None)['w'],
                        official_says(c, remove, keep))
 
 def test_a_row_is_ranked_by_itself():
     c = torch.arange(1., 21).view(2, 10)
-    new = band(.5, .9, 'row')(dict(w=c), None)['w']
+    new = middle(.5, .9, 'row')(dict(w=c), None)['w']
     assert [r.nonzero().flatten().tolist() for r in new] == [[4, 5, 6, 7, 8]]*2  # one of ten removed, five kept
-    assert not torch.equal(new, band(.5, .9)(dict(w=c), None)['w'])
-    defaults = band(per='row')(dict(a=torch.rand(2, 128) + 1, b=torch.rand(2, 768) + 1), None)
+    assert not torch.equal(new, middle(.5, .9)(dict(w=c), None)['w'])
+    defaults = middle(per='row')(dict(a=torch.rand(2, 128) + 1, b=torch.rand(2, 768) + 1), None)
     assert [(t != 0).sum(1).tolist() for t in defaults.values()] == [[19, 19], [115, 115]]
-    assert repr(band(per='row')) != repr(band())
+    assert repr(middle(per='row')) != repr(middle())
 
 @pytest.mark.parametrize(
     'bad', [dict(beta=.9, gamma=.8), dict(beta=-.1), dict(gamma=1.1), dict(per='layer')])
@@ -148,7 +148,7 @@ def test_breadcrumbs_are_trimmed_one_by_one():
     want = .3*sum(official_says(c[name], .01, .2) for c in cs)
     torch.testing.assert_close(by_row[name], want)
     assert not torch.equal(by_row[name], got[name])
-    trimmed_after = band(.8, .99)(merge(cs, .3), m)
+    trimmed_after = middle(.8, .99)(merge(cs, .3), m)
     assert any(not torch.allclose(trimmed_after[n], got[n]) for n in got)
 
 # ---------- any merge
@@ -171,10 +171,10 @@ def test_changes_from_disk_are_those_in_memory_and_the_base_stays(tmp_path):
         kept.append({n: t.clone() for n, t in run.delta.tensors().items()})
         run.delta.attached.detach()
         paths.append(tmp_path/f'{seed}.safetensors')
-    got = saved(m, *paths)
+    got = saved_changes(m, *paths)
     assert same(weights(m), was) and all(same(a, b) for a, b in zip(got, kept))
     base = logits(m)
-    att = put(m, merge(got))
+    att = attach_change(m, merge(got))
     merged = logits(m)
     assert not torch.equal(merged, base)
     with att.disabled():
@@ -182,12 +182,12 @@ def test_changes_from_disk_are_those_in_memory_and_the_base_stays(tmp_path):
     save_delta(tmp_path/'merged.safetensors', *pack(att), identity(toy()))
     att.detach()
     assert same(weights(m), was)
-    again, = saved(m, tmp_path/'merged.safetensors')
+    again, = saved_changes(m, tmp_path/'merged.safetensors')
     assert again.keys() == got[0].keys()
-    put(m, again)
+    attach_change(m, again)
     assert torch.equal(logits(m), merged)
     with pytest.raises(WrongBase):
-        saved(toy(seed=1), paths[0])
+        saved_changes(toy(seed=1), paths[0])
 
 def test_a_merge_without_the_cpp_is_the_same_to_the_last_bit(monkeypatch):
     m = toy()

@@ -86,7 +86,8 @@ def test_pictures():
     log = [dict(step=i, loss=2. - i/100, nll=2. - i/100, lr=1e-3, tokens=i) for i in range(100)]
     path = [dict(step=s, held_out_nll=2.1, kept=k) for s, k in ((0, .9), (100, .4))]
     titles = lambda *a: [ax.get_title(loc='left') for ax in m.draw_run(*a).axes]
-    assert (titles(log, path) == ['surprise, nats a token', 'old answers still given, %', 'learning rate']
+    assert (titles(log, path) == ['negative log-likelihood, nats a token',
+                                  'old answers still given, %', 'learning rate']
             and titles([]) == ['learning rate'])
     assert (titles([dict(r, loss=9.) for r in log])[1] == 'loss that is minimised'
             and titles([dict(r, nll=None) for r in log])[0] == 'loss that is minimised')

@@ -5,7 +5,7 @@ import pytest, torch
 import torch.nn.functional as F
 from torch.library import opcheck
 import ftlab
-from ftlab.native import backend, weighted_linear_cross_entropy as priced
+from ftlab.native import backend, weighted_linear_cross_entropy as cross_entropy
 from ftlab.native import crossentropy as module
 from pages import ROOT
 from tiny import example_inputs, tiny
@@ -71,7 +71,7 @@ def test_loss_prices_and_gradients_are_those_of_all_logits(dtype, name):
     torchs = [off(a, b) for a, b in zip(
                   grads(dense(hidden, head, bias, labels, weight)[0]/7, hidden, head, bias), want)]
     for chunk in (None, 1, 4, 100):
-        r = priced(hidden, head, labels, weight, bias=bias, chunk=chunk)
+        r = cross_entropy(hidden, head, labels, weight, bias=bias, chunk=chunk)
         got = grads(r.loss/7, hidden, head, bias)
         assert all(g.dtype == dtype and g.shape == t.shape
                    for g, t in zip(got, (hidden, head, bias)))
@@ -95,20 +95,20 @@ def test_the_distance_to_a_reference_and_its_gradient(dtype, direction):
         exact = dense(*exact_in, labels, weight, [t.double() for t in r], .3, direction)
         want = grads(exact[0], *exact_in)
         for chunk in (None, 5):
-            found = priced(hidden, head, labels, weight, bias=bias, reference=r, kl=.3,
+            found = cross_entropy(hidden, head, labels, weight, bias=bias, reference=r, kl=.3,
                            direction=direction, chunk=chunk)
             assert (
                 max(off(a, b) for a, b in zip(grads(found.loss, hidden, head, bias), want)) < limit
                 and off(found.kl, exact[3]) < limit)
             assert abs(found.loss - exact[0]) < limit*exact[0].abs()
-        told = priced(hidden, head, labels, weight, bias=bias, reference=r, direction=direction,
+        told = cross_entropy(hidden, head, labels, weight, bias=bias, reference=r, direction=direction,
                       chunk=5) # kl=0: told, not paid
         assert torch.equal(told.kl, found.kl) and told.loss < found.loss
 
 def test_a_model_against_itself_is_no_distance_away():
     hidden, head, bias, labels, _ = make()
     for direction in ('forward', 'reverse'):
-        r = priced(hidden, head, labels, torch.zeros(3, 13), reference=(hidden, head), kl=1.,
+        r = cross_entropy(hidden, head, labels, torch.zeros(3, 13), reference=(hidden, head), kl=1.,
                    direction=direction)
         assert (r.kl.abs().max() < 1e-5
                 and max(g.abs().max() for g in grads(r.loss, hidden, head)) < 1e-4)
@@ -126,7 +126,7 @@ def test_odd_shapes(shape, h, v):
     exact_in = doubles(hidden, head, bias)
     for r, kl in ((None, 0.), (ref, .5)):
         exact = dense(*exact_in, labels, WEIGHTS['dft'], r and [t.double() for t in r], kl)
-        found = priced(hidden, head, labels, WEIGHTS['dft'], bias=bias, reference=r, kl=kl)
+        found = cross_entropy(hidden, head, labels, WEIGHTS['dft'], bias=bias, reference=r, kl=kl)
         assert (torch.allclose(found.nll.double(), exact[1], atol=3e-6, rtol=1e-5)
                 and torch.allclose(found.entropy.double(), exact[2], atol=2e-5, rtol=1e-5))
         assert all(
@@ -135,23 +135,23 @@ def test_odd_shapes(shape, h, v):
 
 def test_one_token_no_tokens_and_no_prices():
     hidden, head, bias, labels, _ = make()
-    r = priced(hidden[0, 1], head, labels[0, 1], bias=bias)
+    r = cross_entropy(hidden[0, 1], head, labels[0, 1], bias=bias)
     assert r.nll.shape == () and r.loss == r.nll
     for hid, lab in ((hidden[:0], labels[:0]), (hidden, torch.full_like(labels, -100))):
         for prices in (True, False):
-            r = priced(hid, head, lab, bias=bias, prices=prices)
+            r = cross_entropy(hid, head, lab, bias=bias, prices=prices)
             assert r.loss == 0 and not any(g.any() for g in grads(r.loss, hidden, head, bias))
-    r = priced(hidden, head, labels.masked_fill(labels == -100, 7), bias=bias, ignore_index=7)
+    r = cross_entropy(hidden, head, labels.masked_fill(labels == -100, 7), bias=bias, ignore_index=7)
     assert not r.nll[labels == -100].any()
 
 def test_non_contiguous_and_misaligned_input_is_taken():
     hidden, head, bias, labels, _ = make()
-    want = grads(priced(hidden, head, labels, bias=bias).loss, hidden, head, bias)
+    want = grads(cross_entropy(hidden, head, labels, bias=bias).loss, hidden, head, bias)
     other = (torch.empty(13, 20, 3).permute(2, 0, 1).copy_(hidden.detach()).requires_grad_(),
              head.detach().t().contiguous().t().requires_grad_())
     odd = torch.empty(len(bias)*2 + 1)[1::2].copy_(bias.detach()).requires_grad_()
     assert not any(t.is_contiguous() for t in (*other, odd))
-    got = grads(priced(*other, labels.t().contiguous().t(), bias=odd).loss, *other, odd)
+    got = grads(cross_entropy(*other, labels.t().contiguous().t(), bias=odd).loss, *other, odd)
     assert max(off(a, b) for a, b in zip(got, want)) < 1e-6
     flat = torch.randn(1 + 3*64)[1:].view(3, 64)
     assert flat.data_ptr() % 16
@@ -203,7 +203,7 @@ def test_gradcheck(direction):
     weight = torch.rand(5)
 
     def loss(h, w, b):
-        return priced(h, w, labels, weight, bias=b, reference=ref, kl=.3, direction=direction,
+        return cross_entropy(h, w, labels, weight, bias=b, reference=ref, kl=.3, direction=direction,
                       chunk=2).loss
 
     torch.autograd.gradcheck(loss, (hidden, head, bias))
@@ -213,31 +213,31 @@ def test_only_what_is_asked_for_is_computed(monkeypatch):
     and without gradients none of them is made"""
     hidden, head, bias, labels, _ = make()
     seen = []
-    full = grads(priced(hidden, head, labels, bias=bias).loss, hidden, head, bias)
+    full = grads(cross_entropy(hidden, head, labels, bias=bias).loss, hidden, head, bias)
     keep = module._pass
     monkeypatch.setattr(module, '_pass', lambda *a: seen.append(a[-1]) or keep(*a))
     for free in range(8):
         ts = [t.detach().requires_grad_(bool(free >> i & 1))
               for i, t in enumerate((hidden, head, bias))]
-        r = priced(ts[0], ts[1], labels, bias=ts[2])
+        r = cross_entropy(ts[0], ts[1], labels, bias=ts[2])
         assert r.loss.requires_grad == bool(free) and seen[-1] == [t.requires_grad for t in ts]
         if free:
             r.loss.backward()
         assert all((t.grad is None) == (not t.requires_grad)
                    and (t.grad is None or torch.equal(t.grad, g)) for t, g in zip(ts, full))
     with torch.no_grad():
-        assert not priced(hidden, head, labels).loss.requires_grad and seen[-1] == [False]*3
+        assert not cross_entropy(hidden, head, labels).loss.requires_grad and seen[-1] == [False]*3
 
 def test_used_twice_kept_and_differentiated_twice():
     hidden, head, bias, labels, _ = make()
-    loss = priced(hidden, head, labels).loss
+    loss = cross_entropy(hidden, head, labels).loss
     one, = torch.autograd.grad(loss, hidden, retain_graph=True)
     two, = torch.autograd.grad(loss*3, hidden)
     assert torch.equal(two, 3*one)
     with pytest.raises(RuntimeError, match='used up'):
         torch.autograd.grad(loss, hidden)
     with pytest.raises(RuntimeError, match='no second derivative'):
-        torch.autograd.grad(priced(hidden, head, labels).loss, hidden, create_graph=True)
+        torch.autograd.grad(cross_entropy(hidden, head, labels).loss, hidden, create_graph=True)
 
 def test_the_weight_is_a_constant_and_sees_each_row_once():
     hidden, head, bias, labels, _ = make()
@@ -247,10 +247,10 @@ def test_the_weight_is_a_constant_and_sees_each_row_once():
         assert not torch.is_grad_enabled() and nll.shape == entropy.shape
         nll.zero_()
         return torch.ones_like(nll)*2 # what it does to its copy is its own affair
-    r = priced(hidden, head, labels, weight, chunk=4)
+    r = cross_entropy(hidden, head, labels, weight, chunk=4)
     assert sum(seen) == (labels != -100).sum() and max(seen) <= 4 and r.nll.any()
     w = torch.full((3, 13), 2., requires_grad=True)
-    s = priced(hidden, head, labels, w, chunk=4)
+    s = cross_entropy(hidden, head, labels, w, chunk=4)
     assert torch.equal(r.loss, s.loss)
     s.loss.backward()
     assert w.grad is None and torch.equal(hidden.grad, grads(r.loss, hidden)[0])
@@ -258,7 +258,7 @@ def test_the_weight_is_a_constant_and_sees_each_row_once():
 def test_under_autocast_it_is_as_autocast_would_have_it():
     hidden, head, bias, labels, _ = make()
     with torch.autocast('cpu', torch.bfloat16):
-        got = grads(priced(hidden, head, labels, bias=bias).loss, hidden, head, bias)
+        got = grads(cross_entropy(hidden, head, labels, bias=bias).loss, hidden, head, bias)
     with torch.autocast('cpu', torch.bfloat16):
         logits = F.linear(hidden, head, bias).flatten(0, 1).float()
     want = grads(F.cross_entropy(logits, labels.flatten(), reduction='sum'), hidden, head, bias)
@@ -279,7 +279,7 @@ def test_chunks_do_not_matter_and_threads_not_at_all():
         # of torch, with all logits
         grads(dense(hidden, head, None, labels, WEIGHTS['dft'], ref, .1)[0], hidden, head), want))
     for chunk in (None, 1, 7, 299):
-        r = priced(hidden, head, labels, WEIGHTS['dft'], reference=ref, kl=.1, chunk=chunk)
+        r = cross_entropy(hidden, head, labels, WEIGHTS['dft'], reference=ref, kl=.1, chunk=chunk)
         assert (abs(r.loss - exact) < 1e-6*exact
                 and all(off(a, b) <= limit for a, b in zip(grads(r.loss, hidden, head), want)))
     logits = torch.randn(200, 5003)
@@ -299,19 +299,19 @@ def test_chunks_do_not_matter_and_threads_not_at_all():
 
 def test_torchs_own_is_used_where_nothing_of_ours_runs(monkeypatch):
     hidden, head, bias, labels, _ = make()
-    want = grads(priced(hidden, head, labels, bias=bias).loss, hidden, head, bias)
+    want = grads(cross_entropy(hidden, head, labels, bias=bias).loss, hidden, head, bias)
     calls = []
     keep = module._torchs
     monkeypatch.setattr(module, '_torchs', lambda *a: calls.append(1) or keep(*a))
     if backend() == 'cpp':
-        assert priced(hidden, head, labels, bias=bias, prices=False)[1:] == (None,)*4 and not calls
+        assert cross_entropy(hidden, head, labels, bias=bias, prices=False)[1:] == (None,)*4 and not calls
     monkeypatch.setenv('FTLAB_NATIVE', 'torch')
-    r = priced(hidden, head, labels, bias=bias, prices=False)
+    r = cross_entropy(hidden, head, labels, bias=bias, prices=False)
     assert (r[1:] == (None,)*4 and bool(calls) == module._FALLBACK
             and all(off(a, b) < 1e-6 for a, b in zip(grads(r.loss, hidden, head, bias), want)))
     calls.clear()
-    priced(hidden, head, labels, bias=bias)
-    priced(hidden, head, labels, WEIGHTS['dft'], prices=False)
+    cross_entropy(hidden, head, labels, bias=bias)
+    cross_entropy(hidden, head, labels, WEIGHTS['dft'], prices=False)
     assert not calls
 
 @pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=cuda)])
@@ -370,7 +370,7 @@ def test_the_operators_are_the_plain_version_to_rounding(dtype, reverse):
 def test_what_does_not_fit_is_refused(change, say):
     hidden, head, bias, labels, _ = make()
     with pytest.raises(ValueError, match=say):
-        priced(**(dict(hidden=hidden, head=head, labels=labels, bias=bias) | change))
+        cross_entropy(**(dict(hidden=hidden, head=head, labels=labels, bias=bias) | change))
 
 # --- in real life
 
@@ -387,7 +387,7 @@ def by_chunks(model, ids, labels):
     what any plain Hugging Face model offers"""
     hidden = model.base_model(ids).last_hidden_state[:, :-1]
     head = model.get_output_embeddings()
-    return priced(hidden, head.weight, labels[:, 1:], dft, bias=head.bias, chunk=5).loss/(
+    return cross_entropy(hidden, head.weight, labels[:, 1:], dft, bias=head.bias, chunk=5).loss/(
         labels[:, 1:] != -100).sum()
 
 @pytest.mark.parametrize('name', ['lab-s', 'llama', 'qwen2', 'gpt2', 'phi'])
@@ -441,7 +441,7 @@ def test_200_steps_end_alike(monkeypatch, mode):
 
     (a, ps), (b, qs) = (
         train(logits),
-        train(lambda h, head: priced(h, head.weight, y, dft, bias=head.bias, chunk=10).loss/64))
+        train(lambda h, head: cross_entropy(h, head.weight, y, dft, bias=head.bias, chunk=10).loss/64))
     assert (a[-1] < .3*max(a) and all(abs(i - j) < 1e-4*max(a) for i, j in zip(a, b))
             and all(off(q, p) < 1e-3 for p, q in zip(ps, qs)))
 
@@ -485,7 +485,7 @@ def test_the_gpu_finds_what_float64_finds(dtype, direction):
     hidden, head, bias, labels, ref = make(dtype, device='cuda')
     exact_in = doubles(hidden, head, bias)
     exact = dense(*exact_in, labels, dft, [t.double() for t in ref], .3, direction)
-    found = priced(hidden, head, labels, dft, bias=bias, reference=ref, kl=.3, direction=direction,
+    found = cross_entropy(hidden, head, labels, dft, bias=bias, reference=ref, kl=.3, direction=direction,
                    chunk=7)
     assert (all(off(a, b) < limit
                 for a, b in zip(grads(found.loss, hidden, head, bias), grads(exact[0], *exact_in)))

@@ -17,7 +17,7 @@ def rows(kind='text'):
     return out
 
 def prices(model, batch):
-    "What each priced token costs, in the order of the rows"
+    "What each token with a loss costs, in the order of the rows"
     nll = token_nll(
         model(**{k: v for k, v in batch.items() if k not in ('labels', 'tokens')}).logits,
         batch['labels'])

@@ -143,7 +143,7 @@ def test_what_is_no_plain_lora_is_refused(tmp_path):
 # ---------- trl
 
 def by_hand(outputs, labels):
-    "The same formula: the mean over all priced tokens of -p log p, p taken as a constant"
+    "The same formula: the mean over all tokens with a loss of -p log p, p taken as a constant"
     logp = outputs.logits[:, :-1].log_softmax(-1)
     y = labels[:, 1:]
     logp = logp.gather(-1, y.clamp(min=0)[..., None])[..., 0]

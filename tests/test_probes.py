@@ -12,7 +12,7 @@ from ftlab.core.anatomy import anatomy
 from ftlab.core.recipe import Recipe
 from ftlab.evaluators.calibration import brier, calibration, confidence, ece, reliability
 from ftlab.evaluators.mechanisms.tuco import Split, at_token, steered, tuco
-from ftlab.evaluators.probe import anatomy_of, cka, layers, moved, places
+from ftlab.evaluators.probe import anatomy_of, cka, layers, moved, locations
 from ftlab.evaluators.mechanisms.intruders import count_intruders, intruders, shrink_intruders
 from ftlab.evaluators.spectra import spectrum, stable_rank
 from ftlab.trainers.fit import fit
@@ -256,20 +256,20 @@ def test_each_change_is_the_change_one_at_a_time(family, kind):
     state = torch.get_rng_state()
     one = {n: (W0.clone(), W1.clone()) for n, W0, W1 in att.weights()}
     stored = lambda n, t: oriented(model, n, t)
-    turned = [n for n in one if is_transposed(model, n)]
-    assert bool(turned) == (family == 'gpt2')
+    transposed = [n for n in one if is_transposed(model, n)]
+    assert bool(transposed) == (family == 'gpt2')
     assert (one.keys() == all_of.keys()
             and all(torch.equal(stored(n, W0), base[n])
                     and torch.allclose(stored(n, W1 - W0), all_of[n], atol=1e-6)
                     for n, (W0, W1) in one.items()))
-    assert all(W0.shape == base[n].shape[::-1] for n, (W0, _) in one.items() if n in turned)
-    assert (places(model) == anatomy(tiny(family)).places
+    assert all(W0.shape == base[n].shape[::-1] for n, (W0, _) in one.items() if n in transposed)
+    assert (locations(model) == anatomy(tiny(family)).locations
             and torch.equal(torch.get_rng_state(), state))
     assert all(r['part'] in ('attention', 'mlp', 'norm', 'bias', 'embedding', 'head', 'other')
                and (r['block'] is not None or kind == 'whole') for r in moved(all_of, model))
 
 def test_places_of_an_unknown_model_are_empty():
-    assert places(_unknown()) == {}
+    assert locations(_unknown()) == {}
 
 def _unknown():
     from transformers import ViTConfig, ViTModel

@@ -7,7 +7,7 @@ from toys import TOK, lab_data, toy
 from ftlab.core.batches import encode
 from ftlab.core.recipe import Recipe
 from ftlab.trainers.rl.grpo import clipped_policy
-from ftlab.trainers.rl.razor import (another_order, answer_kl, explained, looks, other_order,
+from ftlab.trainers.rl.razor import (another_order, answer_kl, explained, evaluations, other_order,
                                      own_answers, questions, weight_distance)
 
 
@@ -106,7 +106,7 @@ def test_gain_is_a_rise_and_forgetting_a_fall():
         return float(sum((p.detach() - first[n]).abs().sum()
                          for n, p in model.named_parameters()))
 
-    points = looks(base, TOK, dict(plain=(Recipe(), lab_data(), 1e-3)), learned=moved,
+    points = evaluations(base, TOK, dict(plain=(Recipe(), lab_data(), 1e-3)), learned=moved,
                    kept=lambda m: -2*moved(m), said=rows(), steps=4, every=2, batch_size=8)
     assert [p['step'] for p in points] == [0, 2, 4] and {p['arm'] for p in points} == {'plain'}
     assert all(points[0][k] == 0 for k in ('gain', 'forgetting', 'kl', 'moved'))

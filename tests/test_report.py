@@ -82,7 +82,7 @@ def test_every_kind_of_change_has_a_report(name, tmp_path):
         assert (
             r['change']['moved'] == sum(moved.values())
             and {w['name'] for w in r['change']['weights']} == {n for n, k in moved.items() if k})
-    assert (r['change']['numbers'] == sum(p.numel() for p in toy().parameters())
+    assert (r['change']['parameters'] == sum(p.numel() for p in toy().parameters())
             and headline(r) in rep._repr_html_().replace('&#x27;', "'"))
     again = Report.read(rep.save(tmp_path)/'report.json')
     assert again.json() == r and again._repr_html_() == rep._repr_html_()
@@ -123,7 +123,7 @@ def test_labels(recipe):
     assert (r['new']['after']['right'] == pytest.approx(s['after'], abs=1e-6)
             and r['tuco']['new']['token'] in ('first', 'last')
             and any(w['part'] == 'fresh head' for w in r['change']['weights']))
-    assert (r['change']['numbers']
+    assert (r['change']['parameters']
             == sum(p.numel() for n, p in classifier().named_parameters() if n.startswith('bert.'))
             and 'not known' in rep.headline)
 
@@ -217,7 +217,7 @@ def test_a_run_whose_folder_is_gone_still_has_its_report(tmp_path):
 # ---------- intervals
 
 def test_the_interval_covers_a_ratio_of_means_too():
-    """Surprise a token is a ratio, rows being of different length:
+    """The loss per token is a ratio, rows being of different length:
     95 of 100 intervals contain the truth, here a fall of .3"""
     g = torch.Generator().manual_seed(0)
     inside = 0
@@ -310,14 +310,14 @@ def test_the_headline_says_how_sure_it_is():
     assert (headline(r(s('a', False, .1, .11), s('b', True, .9, .9))).startswith('Did not learn a')
             and 'no loss' in headline(r(s('a', False, .1, .11), s('b', True, .9, .895))))
     assert (headline(r(s('a', False, 3., 1., .1, 'nll')))
-            == 'Learned a: surprise at the right answers 3.00 nats → 1.00 nats; '
+            == 'Learned a: loss on the right answers 3.00 nats → 1.00 nats; '
                'it moved 0.50 nats a word away from its base (old data were not given).')
     assert ('Got worse' in headline(r(s('a', False, .9, .1)))
             and 'lost 0.50 nats a token on b (2.00 nats → 2.50 nats)' in headline(
                 r(s('a', False, .1, .9), s('b', True, 2., 2.5, .1, 'nll'))))
 
-def test_scores_and_surprise_never_share_an_axis():
-    """Rows of one's own taught to a lab model: surprise on the new set,
+def test_scores_and_losses_never_share_an_axis():
+    """Rows of one's own taught to a lab model: the loss on the new set,
     right answers on the old skills"""
     d = lab_data()
     plain = lambda rs: [dict(prompt=r['prompt'], response=r['response']) for r in rs]
@@ -328,7 +328,7 @@ def test_scores_and_surprise_never_share_an_axis():
     new, *old = rep.json()['sets']
     alt = [a['aria-label'] for t, a in page.seen if t == 'svg' and 'before and after' in a['aria-label']]
     assert new['metric'] == 'nll' and len(alt) == 2
-    assert (alt[0].startswith('Surprise') and 'sort' not in alt[0]
+    assert (alt[0].startswith('Negative log-likelihood') and 'sort' not in alt[0]
             and alt[1].startswith('Share right') and all(s['name'] in alt[1] for s in old)
             and 'nats' not in alt[1])
 
@@ -351,7 +351,7 @@ def test_what_was_known_before_is_not_called_a_failure_and_nothing_is_minus_noth
     s = dict(name='a', old=False, metric='nll', before=.004, after=.0041, change=-.0001, low=-.01,
              high=.01, n=50)
     r = dict(kind='label', sets=[s], forgetting=None)
-    assert (headline(r).startswith('Knew a before: surprise at the right answers 0.00 nats')
+    assert (headline(r).startswith('Knew a before: loss on the right answers 0.00 nats')
             and spread(s, 1., 2) == '+0.00 [-0.01, +0.01]'
             and signed(-.0001, 2) == '+0.00' == signed(0., 2))
     assert headline(dict(r, sets=[dict(s, before=1., after=1.)])).startswith('Did not learn a')
@@ -451,4 +451,19 @@ def test_a_probe_is_asked_because_it_is_marked(monkeypatch):
     r = report(tuned(RECIPES['half']), **SMALL).json()
     assert (r['mine']['new']['mean'] == .25 and r['mine']['old']['least'][0]['mine'] == .25
             and r['tuco']['new']['mean'] > 0)
-    assert r['change']['mine'] == r['change']['looked'] > 0 and 0 <= r['change']['intruders'] <= r['change']['looked']
+    change = r['change']
+    assert change['mine'] == change['examined'] > 0 and 0 <= change['intruders'] <= change['examined']
+
+def test_an_old_report_is_read_and_a_newer_one_refused(tmp_path):
+    rep = report(tuned(Recipe()), **SMALL)
+    new = rep.json()
+    old = json.loads(json.dumps(new).replace('"parameters"', '"numbers"').replace('"examined"', '"looked"')
+                     .replace('"positions"', '"places"'))
+    del old['version']
+    at = tmp_path/'report.json'
+    at.write_text(json.dumps(old))
+    assert Report.read(at).json() == new
+    assert Report.read(at)._repr_html_() == rep._repr_html_()
+    at.write_text(json.dumps(dict(new, version=3)))
+    with pytest.raises(ValueError, match='version 3.*update ftlab'):
+        Report.read(at)

@@ -8,7 +8,7 @@ from ftlab.adapters.store import identity, load_delta, pack, save_delta
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import coverage, parts
 from ftlab.adapters.sparse import compose, overlap
-from ftlab.adapters.subsets.lift import Refresh, best, lift, principal, scores
+from ftlab.adapters.subsets.lift import Refresh, top_k, lift, principal, scores
 from ftlab.adapters.subsets.lt_sft import lt_sft, movable, moved_most, short
 from ftlab.core.anatomy import anatomy
 from ftlab.core.loading import load
@@ -37,9 +37,9 @@ def test_the_places_are_those_of_the_official_formula(rank, r):
     U, S, V = torch.svd(W)
     reconstructed = U[:, :rank] @ (S[:rank].unsqueeze(-1)*V[:, :rank].T) # sparseAdam.update_masks, mask_type 'lift'
     theirs = torch.topk(reconstructed.abs().flatten(), min((40 + 20)*r, 800)).indices
-    assert set(best(scores(W, filter_rank=rank), r).tolist()) == set(theirs.tolist())
+    assert set(top_k(scores(W, filter_rank=rank), r).tolist()) == set(theirs.tolist())
     if rank < 20:
-        assert set(theirs.tolist()) != set(best(W.abs(), r).tolist()) or r >= 14
+        assert set(theirs.tolist()) != set(top_k(W.abs(), r).tolist()) or r >= 14
 
 def test_budget_and_baselines():
     m = toy()
@@ -47,14 +47,14 @@ def test_budget_and_baselines():
     n = sum(p.numel() for p in att.parameters().values())
     att.detach()
     masks = {by: principal(3, by)(m) for by in ('principal', 'magnitude', 'random')}
-    assert all(coverage(m, c)['numbers'] == n for c in masks.values())
+    assert all(coverage(m, c)['parameters'] == n for c in masks.values())
     name = 'model.layers.1.mlp.up_proj.weight'
     W = m.get_parameter(name).abs()
     top = masks['magnitude'][name]
     assert W[top].min() >= W[~top].max()
     assert (not torch.equal(masks['random'][name], principal(3, 'random')(m, seed=1)[name])
             and torch.equal(masks['random'][name], principal(3, 'random')(m)[name]))
-    assert best(torch.rand(4, 4), 100).numel() == 16 # a budget above the matrix takes all of it
+    assert top_k(torch.rand(4, 4), 100).numel() == 16 # a budget above the matrix takes all of it
     with pytest.raises(ValueError, match='filter_rank is 33'):
         principal(filter_rank=33)(m)
     with pytest.raises(ValueError, match='by is'):
@@ -104,7 +104,7 @@ def test_a_refresh_carries_the_moments_of_what_stays_and_starts_what_is_new_from
     for k in ('exp_avg', 'exp_avg_sq'):
         assert (b['m'][k][new] == 0).all() and (b['m'][k][stayed] != 0).any()
     assert (b['value'][new] == 0).all() and float(b['m']['step']) == 3
-    want = best(scores(b["weight"]), 2)
+    want = top_k(scores(b["weight"]), 2)
     assert set(want.tolist()) == set(b['index'].tolist())
     went = a['index'][new]
     assert torch.equal(c['weight'].flatten()[went], b['weight'].flatten()[went]) # left places keep what they have
@@ -401,14 +401,14 @@ def test_a_weight_made_anew_on_the_way_back_gives_the_same_gradients(family, del
         within(lambda: m(**x).logits.float().pow(2).mean()).backward()
         return {n: p.grad.clone() for n, p in att.parameters().items()}
 
-    def lean(price):
-        with att.lean():
-            return price()
+    def recompute(loss):
+        with att.recompute():
+            return loss()
     a = grads(lambda price: price())
-    assert same(a, grads(lean)) and any(g.any() for g in a.values())
+    assert same(a, grads(recompute)) and any(g.any() for g in a.values())
 
-@pytest.mark.parametrize('lean', [False, True])
-def test_the_way_back_holds_no_second_model(lean, monkeypatch):
+@pytest.mark.parametrize('recompute', [False, True])
+def test_the_way_back_holds_no_second_model(recompute, monkeypatch):
     "Bytes that a price keeps until its gradient, for tensors as large as weights"
     m = toy(hidden=64)
     att = attach(m, principal(2)(m), Entries)
@@ -421,25 +421,25 @@ def test_the_way_back_holds_no_second_model(lean, monkeypatch):
     theirs = torch.autograd.graph.saved_tensors_hooks
     sizes = {v.numel()*4 for v in att.values().values()}
     bases = {att.weight(n)[0].data_ptr() for n in att.deltas}
-    if lean:
+    if recompute:
         class Both(theirs): # what our hook passes on is what is kept
             def __init__(self, ours, back):
                 super().__init__(lambda t: pack(o) if isinstance(o := ours(t), torch.Tensor) else o,
                                  back)
         monkeypatch.setattr(torch.autograd.graph, 'saved_tensors_hooks', Both)
-        with att.lean():
+        with att.recompute():
             loss = m(**probe()).loss
     else:
         with theirs(pack, lambda t: t):
             loss = m(**probe()).loss
     held = sum(n for at, n in set(kept) if n in sizes and at not in bases)
     loss.backward()
-    assert (held == 0) == lean and all(p.grad is not None for p in att.parameters().values())
+    assert (held == 0) == recompute and all(p.grad is not None for p in att.parameters().values())
 
 def test_a_change_that_moved_before_its_gradient_was_taken_is_an_error():
     m = toy()
     att = attach(m, principal(2)(m), Entries)
-    with att.lean():
+    with att.recompute():
         loss = m(**probe()).loss
     shake(att)
     with pytest.raises(RuntimeError, match='changed between a loss and its gradient'):

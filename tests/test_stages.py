@@ -250,8 +250,8 @@ class Head(nn.Module):
         return self.l(x)[..., 0]
 
 def errs(state): # how surprised the policy is by each answer token, told from its logits
-    from ftlab.trainers.objective import priced, token_nll
-    on = priced(state.batch['labels'])
+    from ftlab.trainers.objective import loss_mask, token_nll
+    on = loss_mask(state.batch['labels'])
     nll = token_nll(state.logits, state.batch['labels'])
     return ((state.models['head'](state.logits[:, :-1]) - nll)[on]**2).sum()/state.count
 

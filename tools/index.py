@@ -3,8 +3,8 @@
     python tools/index.py [--check]
 
 Generated are: the papers in `_quarto.yml`; the cells of notebooks that begin with the mark below, and nothing else of
-those notebooks; the stored tables of `nbs/papers`; `README.md`. Whoever adds a paper writes its own page and its own
-claim, and touches none of these by hand. `--check` writes nothing and fails naming what would change.
+those notebooks; the stored tables of `nbs/papers`; `README.md`. To add a paper, write its own page and its own
+claim, and touch none of these by hand. `--check` writes nothing and fails naming what would change.
 """
 from __future__ import annotations
 import argparse

@@ -5,7 +5,7 @@ import ftlab
 from ftlab.core.batches import collate, encode
 from ftlab.core.state import State
 from ftlab.instruments.claims import beside, run_seed
-from ftlab.trainers.objective import priced
+from ftlab.trainers.objective import loss_mask
 
 DFT = beside('dft')
 ARMS = DFT.arms('asft', 'dft', 'full')
@@ -21,7 +21,7 @@ def identities() -> dict[str, bool]:
     s = State(model, tok)
     s.batch = collate([encode(r, tok, 'text') for r in ftlab.data('sort', n=8).train],
                       tok.pad_token_id)
-    s.count = int(priced(s.batch['labels']).sum())
+    s.count = int(loss_mask(s.batch['labels']).sum())
 
     def gradient(recipe, base):
         s.models['reference'] = base

@@ -1,7 +1,7 @@
 "Breadcrumbs: six fine-tunes merged by three rules, whose numbers were chosen on the first three tasks of another seed"
 import torch
-from ftlab.adapters.merging.breadcrumbs import band, merge_breadcrumbs
-from ftlab.adapters.edit import merge, put
+from ftlab.adapters.merging.breadcrumbs import middle, merge_breadcrumbs
+from ftlab.adapters.edit import merge, attach_change
 from ftlab.instruments.compare import tuning_seed
 from ftlab.core.batches import data
 from ftlab.core.loading import load
@@ -41,7 +41,7 @@ def fine_tuned(model, tok, t, seed):
 
 def share(model, tok, change, tasks, alone, split, n):
     "What the merge keeps of each fine-tune's own accuracy, on the mean"
-    att = put(model, change)
+    att = attach_change(model, change)
     try:
         return sum(exact_match(model, tok, getattr(t, split)[:n])/max(a, 1e-9)
                    for t, a in zip(tasks, alone))/len(tasks)
@@ -73,7 +73,7 @@ def run(seed, tuned):
 def identities():
     g = torch.Generator().manual_seed(0)
     cs = [dict(w=torch.randn(1000, generator=g)) for _ in range(2)]
-    kept = band(.85, .994)(cs[0], None)['w']
+    kept = middle(.85, .994)(cs[0], None)['w']
     size = cs[0]['w'].abs().sort().values
     return {'the whole range is task arithmetic': torch.equal(
                 merge_breadcrumbs(cs, .3, 0., 1.)['w'], merge(cs, .3)['w']),

@@ -4,7 +4,7 @@ from functools import partial
 import torch
 from ftlab.adapters.delta import attach
 from ftlab.adapters.lowrank import LoRA
-from ftlab.adapters.subsets.difffit import Scale, difffit, either, knobs
+from ftlab.adapters.subsets.difffit import Scale, difffit, mixed, scales_and_biases
 from ftlab.instruments.compare import matched, target_gain, tune as choose
 from ftlab.core.anatomy import anatomy
 from ftlab.core.recipe import Recipe
@@ -17,11 +17,11 @@ OLD, NEW, STEPS, LOOKS = range(8), (8, 9), 200, 5
 def names_and_matrices(model, batches=None, seed=0):
     "The matrices of the blocks, and the class embedding"
     return ({n: True for n in anatomy(model, FLOW_FAMILIES).matrices()}
-            | {n: m for n, m in knobs(0.)(model).items() if n.startswith('classes')})
+            | {n: m for n, m in scales_and_biases(0.)(model).items() if n.startswith('classes')})
 
 ARMS = dict(
     difffit=difffit(), full=Recipe('full'), biases=difffit(scaled=0.),
-    lora=Recipe('lora', select=names_and_matrices, delta=either(partial(LoRA, r=1, alpha=4.))))
+    lora=Recipe('lora', select=names_and_matrices, delta=mixed(partial(LoRA, r=1, alpha=4.))))
 GRIDS = dict(difffit=(1e-2, 3e-2, 1e-1), full=(3e-4, 1e-3, 3e-3), biases=(1e-2, 3e-2, 1e-1),
              lora=(3e-3, 1e-2, 3e-2))
 

@@ -5,7 +5,7 @@ from ftlab.adapters.delta import attach
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import coverage
 from ftlab.adapters.delta import Entries
-from ftlab.adapters.subsets.lift import best, lift, principal, scores
+from ftlab.adapters.subsets.lift import top_k, lift, principal, scores
 from ftlab.core.loading import load
 
 def identities():
@@ -20,12 +20,12 @@ def identities():
     p = Entries(W, principal(8)(model)['model.layers.2.mlp.up_proj.weight'])
     torch.nn.init.normal_(p.value)
     before = p(W).detach()
-    p.move(best(W.abs(), 8))
+    p.move(top_k(W.abs(), 8))
     return {'the places are those of the official formula': set(theirs.tolist())
-            == set(best(scores(W), 8).tolist()),
-            'as many numbers as LoRA of that rank': coverage(model, lift().select(model))['numbers']
+            == set(top_k(scores(W), 8).tolist()),
+            'as many numbers as LoRA of that rank': coverage(model, lift().select(model))['parameters']
             == numbers,
             'what was learned stays when places change hands': bool(torch.equal(p(W), before)),
             'with all directions kept it is magnitude': len(
-                set(best(scores(W, filter_rank=128), 8).tolist()) & set(
-                    best(scores(W, 'magnitude'), 8).tolist())) >= .998*sum(W.shape)*8}
+                set(top_k(scores(W, filter_rank=128), 8).tolist()) & set(
+                    top_k(scores(W, 'magnitude'), 8).tolist())) >= .998*sum(W.shape)*8}

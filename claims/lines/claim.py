@@ -3,7 +3,7 @@ every dial is set on validation data by one rule"""
 import torch
 from ftlab.adapters.edit import scale
 from ftlab.adapters.merging.lines import by_depth, depth, merge_lines
-from ftlab.adapters.edit import merge, put
+from ftlab.adapters.edit import merge, attach_change
 from ftlab.instruments.compare import old_skills
 from ftlab.core.batches import data
 from ftlab.core.loading import load
@@ -16,7 +16,7 @@ EDITS = dict(lines=lambda g: by_depth(g, 1 - g), uniform=scale,
 DIALS, MERGE_DIALS = [i/10 for i in range(11)], [i/10 for i in range(1, 11)]
 
 def changed(model, change, measure):
-    att = put(model, change)
+    att = attach_change(model, change)
     try:
         return measure(model)
     finally:

@@ -9,7 +9,7 @@ from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import skills
 from ftlab.lab.world import LETTERS, split_of, zigzag
 from ftlab.trainers.rl.grpo import grpo
-from ftlab.trainers.rl.razor import answer_kl, explained, looks, own_answers, weight_distance
+from ftlab.trainers.rl.razor import answer_kl, explained, evaluations, own_answers, weight_distance
 
 ASKS = ('show the letters {x} , different order :', 'write {x} in different order =',
         'the letters {x} in different order are')
@@ -68,7 +68,7 @@ def run(seed, tuned):
     said = own_answers(model, tok, [r['prompt'] for r in few], LONGEST, seed)
     both = {f'{n}, {kind}': (*arms[n], tuned[n]['rate']*share) for n in ARMS
             for kind, share in (('tuned', 1.), ('gentler', 1/3))}
-    points = looks(model, tok, both, lambda m: score(m, tok, few),
+    points = evaluations(model, tok, both, lambda m: score(m, tok, few),
                    lambda m: old(m, tok, 25, 'validation', seed), said, steps=STEPS, every=EVERY,
                    seed=seed, keep=True, batch_size=BATCH)
     points = [p for p in points if p['step']]

@@ -22,7 +22,7 @@ from ..core.recipe import name_of
 
 # %% auto #0
 __all__ = ['owner_of', 'is_transposed', 'oriented', 'tied_names', 'set_weights', 'own_weights', 'own_buffers', 'base_below',
-           'Attached', 'attach', 'place', 'check_bare', 'declared', 'pulls_apart', 'check_delta', 'make_delta']
+           'Attached', 'attach', 'place', 'check_bare', 'declared', 'unties', 'check_delta', 'make_delta']
 
 # %% ../../nbs/adapters/attach.ipynb #2a699f8d
 def owner_of(model:nn.Module, name:str) -> tuple[nn.Module, str]:
@@ -121,8 +121,8 @@ class _Weight(nn.Module):
         if not self.owner.enabled:
             return W
         out = self.changed(W)
-        recorded = self.owner.lent
-        if recorded is not None and getattr(self.delta, 'again', False) and type(out) is Tensor:
+        recorded = self.owner.recorded
+        if recorded is not None and getattr(self.delta, 'recomputed', False) and type(out) is Tensor:
             recorded[out.untyped_storage().data_ptr()] = weakref.ref(out), self, W
         return out
 
@@ -131,11 +131,11 @@ class _Weight(nn.Module):
 
 # %% ../../nbs/adapters/attach.ipynb #7869e716
 @contextmanager
-def _lean(att):
+def _recompute(att):
     def pack(t):
         "A note of how to recompute `t`, if it is a changed weight or a view of one"
         plain = type(t) in (Tensor, nn.Parameter)
-        note = att.lent.get(t.untyped_storage().data_ptr()) if plain else None
+        note = att.recorded.get(t.untyped_storage().data_ptr()) if plain else None
         if note is None or note[0]() is None:
             return t
         _, layer, W = note
@@ -150,12 +150,12 @@ def _lean(att):
         with torch.no_grad():
             return layer.changed(W).as_strided(*shape)
 
-    was, att.lent = att.lent, {}
+    was, att.recorded = att.recorded, {}
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
     finally:
-        att.lent = was
+        att.recorded = was
 
 def _versions(layer):
     return [p._version for p in layer.delta.parameters()]
@@ -172,7 +172,7 @@ class Attached:
                 ):
         self.model, self.deltas, self.handles, self.originals = model, deltas, handles, originals
         self._chosen = {n: m if m is True else _bits(m) for n, m in chosen.items()}
-        self.enabled, self.lent, self.twins = True, None, {}
+        self.enabled, self.recorded, self.twins = True, None, {}
         self.frozen = [p for p in model.parameters() if not p.requires_grad]
 
     @property
@@ -255,10 +255,10 @@ class Attached:
         return _base_module(self, path)
 
     @contextmanager
-    def lean(self):
+    def recompute(self):
         """Within this context the backward pass recomputes sparsely changed weights: same values,
         no second model in memory"""
-        with _lean(self):
+        with _recompute(self):
             yield
 
     def detach(self) -> None:
@@ -429,14 +429,14 @@ def declared(delta:Callable, what:str, default):
     "What a maker of deltas declares, or the class behind its options"
     return getattr(delta, what, getattr(getattr(delta, 'func', None), what, default))
 
-def pulls_apart(model:nn.Module, name:str, delta:Callable) -> str|None:
+def unties(model:nn.Module, name:str, delta:Callable) -> str|None:
     "Another name of the tensor `name`, if this delta would change it under one of the two alone"
     others = tied_names(model, name)
     return others[0] if others and not declared(delta, 'ties', False) else None
 
 def check_delta(model:nn.Module, name:str, delta:Callable) -> None:
     "Raise `ValueError` if `delta` cannot change the parameter `name`"
-    if other := pulls_apart(model, name, delta):
+    if other := unties(model, name, delta):
         raise ValueError(f'{name!r} is tied to {other!r}: a delta on one would pull them apart; leave it out of the '
                          'selection, or let the weight itself move (delta=None)')
     title, site = name_of(delta), declared(delta, 'site', 'weight')

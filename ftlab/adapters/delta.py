@@ -14,7 +14,7 @@ __all__ = ['MOVED', 'Entries', 'Offset']
 class Entries(nn.Module):
     "`W` plus a free value at each selected entry, plus what was learned at entries that were left"
     kind, site = 'entries', 'weight'
-    vectors = ties = again = True
+    vectors = ties = recomputed = True
 
     def __init__(self,
                  W:Tensor,              # the weight, of any shape

@@ -14,7 +14,7 @@ from .store import load_delta
 from ..core.anatomy import anatomy
 
 # %% auto #0
-__all__ = ['scale', 'keep', 'norm', 'write_change', 'depth', 'merge', 'saved', 'put']
+__all__ = ['scale', 'unchanged', 'norm', 'write_change', 'depth', 'merge', 'saved_changes', 'attach_change']
 
 # %% ../../nbs/adapters/edit.ipynb #0004e5f6
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class scale:
     def __repr__(self):
         return f'scale({self.alpha})'
 
-def keep(changes:Mapping[str, Tensor], model) -> dict:
+def unchanged(changes:Mapping[str, Tensor], model) -> dict:
     "Leave the change as it is"
     return dict(changes)
 
@@ -50,7 +50,7 @@ def depth(model) -> dict[str, float]:
     """How deep each parameter lies: 0 in the embedding and the first block, 1 in the last block,
     the last norm and the head"""
     a = anatomy(model)
-    last, places = len(a.blocks) - 1, a.places
+    last, places = len(a.blocks) - 1, a.locations
     def share(block, part, role):
         if block is not None:
             return block/last if last else 1.
@@ -76,7 +76,7 @@ def merge(changes:list[Mapping], # each {name: new weight minus base weight}, al
             out[n] = out[n] + t if n in out else t
     return {n: alpha*t for n, t in out.items()}
 
-def saved(model:nn.Module, *paths) -> list[dict]:
+def saved_changes(model:nn.Module, *paths) -> list[dict]:
     """The changes that were saved in files, as tensors; `model` is their base and stays as it is.
     Raises `WrongBase` where it is not."""
     out = []
@@ -86,7 +86,7 @@ def saved(model:nn.Module, *paths) -> list[dict]:
         att.detach()
     return out
 
-def put(model:nn.Module, change:Mapping) -> Attached:
+def attach_change(model:nn.Module, change:Mapping) -> Attached:
     """Write a change into the weights of its base, in such a way that it can be switched off, saved
     and taken off again"""
     att = attach(model, dict.fromkeys(change, True))

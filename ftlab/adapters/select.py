@@ -46,7 +46,7 @@ class parts:
     def __call__(self, model, batches=None, seed=0) -> dict:
         a, out = anatomy(model), {}
         for n, _ in model.named_parameters():
-            block, part, role = a.place(n)
+            block, part, role = a.location(n)
             chosen = part in self.which or (part in ('attention', 'mlp') and role in self.which)
             if chosen and (self.blocks is None or block in self.blocks):
                 out[n] = True
@@ -108,7 +108,7 @@ def coverage(model, chosen:dict) -> dict:
     total = sum(p.numel() for p in params.values())
     n = sum(params[k].numel() if m is True else int(m.sum()) for k, m in chosen.items())
     blocks = {int(x[1]) for k in chosen if (x := re.search(r'\.(\d+)\.', k))}
-    return dict(tensors=len(chosen), of_tensors=len(params), numbers=n, share=n/total,
+    return dict(tensors=len(chosen), of_tensors=len(params), parameters=n, share=n/total,
                 blocks=sorted(blocks))
 
 def check_selection(model, chosen:dict, by:str='the selection') -> None:

@@ -140,17 +140,17 @@ class Anatomy:
     around:dict[str,tuple[str,str]] = field(default_factory=dict) # more parameters outside the blocks -> (part, role)
 
     @cached_property
-    def places(self) -> dict[str,tuple[int|None,str,str]]:
+    def locations(self) -> dict[str,tuple[int|None,str,str]]:
         "Every parameter's (block index or None, part, role), in the model's order"
-        return _places(self)
+        return _locations(self)
 
-    def place(self, name:str) -> tuple[int|None,str,str]:
+    def location(self, name:str) -> tuple[int|None,str,str]:
         """(block index or None, part, role) of a parameter. Parts: attention, mlp, norm, bias,
         embedding, head, other. Raises `KeyError` for a name that the model does not have."""
-        if name not in self.places:
+        if name not in self.locations:
             raise KeyError(f'this {self.family} model has no parameter called {name!r}; its first '
                            f'is {next(iter(self.shapes))!r}')
-        return self.places[name]
+        return self.locations[name]
 
     def matrices(self, part:str|None=None) -> list[str]:
         """The names of the weight matrices inside the blocks, block by block, of 'attention',
@@ -172,7 +172,7 @@ class Anatomy:
         return _html_table(self)
 
 # %% ../../nbs/core/anatomy.ipynb #0016ebff
-def _places(a:Anatomy) -> dict[str,tuple[int|None,str,str]]:
+def _locations(a:Anatomy) -> dict[str,tuple[int|None,str,str]]:
     out = {n: (None, 'other', n) for n in a.other} | {n: (None, *p) for n, p in a.around.items()}
     out |= {n: (None, 'norm', r) for r, n in a.norms.items()} | {
         n: (None, 'bias', r) for r, n in a.biases.items()}
@@ -201,7 +201,7 @@ def _block_rows(a:Anatomy, b:Block, where:str='') -> list[dict[str,str]]:
             for part, names in parts.items() for r, n in names.items()]
 
 def _rows(a:Anatomy) -> list[dict[str,str]]:
-    out = [_row(a, '', *a.places[n][1:], n, n == a.embedding and 'tokens' in a.biases)
+    out = [_row(a, '', *a.locations[n][1:], n, n == a.embedding and 'tokens' in a.biases)
            for n in (a.embedding, a.positions, *a.around) if n]
     for _, same in groupby(a.blocks, lambda b: _block_rows(a, b)):
         same = list(same)

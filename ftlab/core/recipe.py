@@ -10,7 +10,7 @@ from functools import partial
 from .paper import Method
 
 # %% auto #0
-__all__ = ['PROMISES', 'NOUNS', 'TAKEN', 'CannotCompose', 'Recipe', 'Learner', 'Loop', 'Share', 'Stages', 'Viewed', 'viewed',
+__all__ = ['PROMISES', 'NOUNS', 'RESERVED', 'CannotCompose', 'Recipe', 'Learner', 'Loop', 'Share', 'Stages', 'Viewed', 'viewed',
            'Viewing', 'With', 'Needing', 'needing', 'Chain', 'name_of', 'title_of']
 
 # %% ../../nbs/core/recipe.ipynb #00050245
@@ -148,9 +148,9 @@ def _check_parts(self:Recipe) -> None:
         raise ValueError(f'{self.name}: the objective {name_of(self.objective)} is a term that a loss is added to; '
                          f'write nll() + {name_of(self.objective)}')
     for n, l in self.learners.items():
-        if n in TAKEN or not isinstance(l, Learner):
+        if n in RESERVED or not isinstance(l, Learner):
             raise ValueError(f'{self.name}: learners has {n!r}: {type(l).__name__}; '
-                             f'it must map names other than {", ".join(TAKEN)} to a Learner')
+                             f'it must map names other than {", ".join(RESERVED)} to a Learner')
     for i, s in enumerate(self.stages, 1):
         if isinstance(s, Recipe) and not s.stages or not isinstance(s, Recipe) and callable(s):
             continue
@@ -161,7 +161,7 @@ def _check_parts(self:Recipe) -> None:
 
 # %% ../../nbs/core/recipe.ipynb #00080245
 # names in `state.models` and in a decoder's models that no learner may have
-TAKEN = ('policy', 'reference', 'tuned', 'base')
+RESERVED = ('policy', 'reference', 'tuned', 'base')
 
 @dataclass(frozen=True)
 class Learner:

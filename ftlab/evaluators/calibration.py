@@ -6,7 +6,7 @@
 from __future__ import annotations
 import torch
 from torch import Tensor
-from ..trainers.objective import priced
+from ..trainers.objective import loss_mask
 
 # %% auto #0
 __all__ = ['confidence', 'reliability', 'ece', 'brier', 'calibration']
@@ -17,9 +17,9 @@ def confidence(logits:Tensor, # [batch, tokens, words], or [batch, classes]
               ) -> tuple[Tensor, Tensor]: # how sure, and whether right, one number each for every place that was asked
     "The probability of the likeliest word at each priced place, and whether it is the right one"
     if labels.ndim > 1:
-        logits, labels, on = logits[:, :-1], labels[:, 1:], priced(labels)
+        logits, labels, on = logits[:, :-1], labels[:, 1:], loss_mask(labels)
     else:
-        on = priced(labels)
+        on = loss_mask(labels)
     p, said = logits[on].float().softmax(-1).max(-1)
     return p, (said == labels[on]).float()
 

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from ..core.anatomy import Anatomy, UnknownArchitecture, anatomy
 from ..core.model import model_inputs
-from ..trainers.objective import kl, priced
+from ..trainers.objective import kl, loss_mask
 
 # %% auto #0
-__all__ = ['drift', 'cka', 'layers', 'pooled', 'anatomy_of', 'places', 'moved']
+__all__ = ['drift', 'cka', 'layers', 'pooled', 'anatomy_of', 'locations', 'moved']
 
 # %% ../../nbs/evaluators/probe.ipynb #0005bf64
 @torch.no_grad()
 def drift(base, tuned, batch:Mapping[str, Tensor]) -> float:
     """Mean KL(base || tuned) in nats per priced token (per row for a classifier);
     `base` and `tuned` are models, or callables like them"""
-    x, on = model_inputs(batch), priced(batch['labels'])
+    x, on = model_inputs(batch), loss_mask(batch['labels'])
     p, q = base(**x).logits, tuned(**x).logits
     if batch['labels'].ndim > 1:
         p, q = p[:, :-1], q[:, :-1]
@@ -54,18 +54,18 @@ def anatomy_of(model) -> Anatomy:
         twin = type(model)(copy.deepcopy(model.config))
     return anatomy(twin)
 
-def places(model) -> dict[str, tuple[int|None, str, str]]:
+def locations(model) -> dict[str, tuple[int|None, str, str]]:
     """{parameter name: (block or None, part, role)} of a model that may carry a change;
     empty where the architecture is unknown"""
     try:
-        return anatomy_of(model).places
+        return anatomy_of(model).locations
     except UnknownArchitecture:
         return {}
 
 def moved(changes:Mapping[str, Tensor], model) -> list[dict]:
     """One row a changed tensor: its place, the length of its change,
     and the share of its numbers that moved"""
-    at = places(model)
+    at = locations(model)
     place = lambda n: dict(zip(('block', 'part', 'role'), at.get(n, (None, 'other', ''))))
     return [dict(name=n, **place(n), norm=float(c.double().norm()),
                  moved=float((c != 0).float().mean())) for n, c in changes.items()]

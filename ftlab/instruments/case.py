@@ -32,7 +32,7 @@ __all__ = ['SEVERITIES', 'WHEN', 'STAGES', 'PATIENCE', 'SAMPLE', 'COPY_LIMIT', '
 SEVERITIES = ('error', 'warning', 'note')  # worst first
 WHEN = ('before', 'after', 'both')
 # files of `checks`, as a run meets them
-STAGES = ('selection', 'rows', 'data', 'numbers', 'step', 'change', 'promised', 'cost')
+STAGES = ('selection', 'rows', 'data', 'settings', 'step', 'change', 'promised', 'cost')
 
 class NotApplicable(Exception):
     "A check has nothing to examine; the message says why"

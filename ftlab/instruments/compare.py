@@ -30,7 +30,7 @@ from ..trainers.callbacks import Every
 from ..trainers.fit import fit
 from ..trainers.reference import SwitchedOff
 from ..trainers.watch import PeakMemory, free_memory
-from ..trainers.objective import priced
+from ..trainers.objective import loss_mask
 
 # %% auto #0
 __all__ = ['METRICS', 'SEED_KEYS', 'COLORS', 'MARKS', 'MEANT', 'PAGE', 'interval', 'target_gain', 'matched', 'best_rate',
@@ -151,7 +151,7 @@ def kl_to_base(base:Callable, model, tok, rows:list[dict], data:Data,
     enc, total, n = encode_all(rows, tok, data.kind, row_limit(model, tok, max_length)), 0., 0
     for i in range(0, len(enc), 25):
         b = to_device(collate(enc[i:i + 25], pad_id(tok)), device_of(model))
-        k = int(priced(b['labels']).sum())
+        k = int(loss_mask(b['labels']).sum())
         total += k*drift(base, model, b)
         n += k
     return total/n

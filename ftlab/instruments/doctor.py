@@ -70,7 +70,7 @@ class Diagnosis(Sequence):
 
     def json(self) -> dict:
         "Everything, as JSON can hold it"
-        return dict(when=self.when, about=self.about, errors=self.errors,
+        return dict(version=1, when=self.when, about=self.about, errors=self.errors,
                     findings=[asdict(f) for f in self], ran=self.ran, skipped=self.skipped)
 
     def _head(self) -> str:

@@ -18,17 +18,17 @@ from ..core.batches import collate, encode_all
 from ..core.model import device_of, pad_id, row_limit, to_device
 from ..evaluators.spectra import spectrum as singular_values, stable_rank
 from .views import GREY, RED, View, choice, panels, slider
-from ..trainers.objective import priced, token_nll
+from ..trainers.objective import loss_mask, token_nll
 from ..trainers.run import Run
 
 # %% auto #0
-__all__ = ['CRITERIA', 'RANKED', 'apart', 'gradient_scores', 'entry_scores', 'ranks', 'draw_mask', 'mask', 'decomposed',
-           'draw_spectrum', 'Matrices', 'spectrum']
+__all__ = ['CRITERIA', 'RANKED', 'model_and_change', 'gradient_scores', 'entry_scores', 'ranks', 'draw_mask', 'mask',
+           'decomposed', 'draw_spectrum', 'Matrices', 'spectrum']
 
 # %% ../../nbs/instruments/explore_weights.ipynb #0027995a
-def apart(base,      # a `Run`, an attached change, or the base model
-          tuned=None # the tuned model, where `base` is one
-         ) -> tuple[nn.Module, dict[str, Tensor]]: # a copy of the base, and {name: tuned minus base} where they differ
+def model_and_change(base,      # a `Run`, an attached change, or the base model
+                     tuned=None # the tuned model, where `base` is one
+                    ) -> tuple[nn.Module, dict[str, Tensor]]: # the base, {name: tuned minus base}
     """Base and change as copies. Raises `ValueError` for models of different shape,
     or where nothing changed."""
     if isinstance(base, Run):
@@ -76,7 +76,7 @@ def gradient_scores(model, names:Iterable[str], tok, rows:list[dict]) -> dict[st
          for n, p in model.named_parameters() if n in set(names)}
     given = dict(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'])
     logits = torch.func.functional_call(model, W, kwargs=given).logits
-    price = token_nll(logits, batch['labels']).sum()/priced(batch['labels']).sum()
+    price = token_nll(logits, batch['labels']).sum()/loss_mask(batch['labels']).sum()
     return {n: g.abs() for n, g in zip(W, torch.autograd.grad(price, list(W.values())))}
 
 def entry_scores(model, tok=None, rows:list[dict]|None=None, seed:int=0
@@ -114,7 +114,7 @@ def ranks(scores:Mapping[str, Tensor], ranked:str) -> dict[str, Tensor]: # one c
 def _places(model) -> dict[str, tuple[int, str]]:
     "{matrix: (block, role)}"
     a = anatomy(model)
-    return {n: (a.place(n)[0], a.place(n)[2]) for n in a.matrices()}
+    return {n: (a.location(n)[0], a.location(n)[2]) for n in a.matrices()}
 
 def _labels(places:Mapping[str, tuple[int, str]]) -> dict[str, str]:
     return {f'{role} of block {block}': n for n, (block, role) in places.items()}
@@ -268,7 +268,7 @@ def spectrum(base,      # a `Run`, an attached change, or the base model
             ) -> View:
     """The directions of a change: `draw_spectrum` with handles.
     Raises `ValueError` where no matrix changed."""
-    model, change = apart(base, tuned)
+    model, change = model_and_change(base, tuned)
     params = dict(model.named_parameters())
     both = lambda n: (oriented(model, n, params[n].detach()), oriented(model, n, change[n]))
     found = Matrices({n: both(n) for n in anatomy(model).matrices() if n in change})

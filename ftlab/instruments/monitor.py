@@ -90,7 +90,7 @@ def _curve(ax, at, values, color:str, name:str='', mark:str='', form:str='{:.2f}
 def _trained(log:list[dict], key:str) -> tuple[list, list]:
     return thinned([r[key] for r in log if r.get(key) is not None])
 
-def _surprise(ax, log, path) -> None:
+def _nll(ax, log, path) -> None:
     """Surprise at the rows that are trained on, and at those that are not;
     their names are kept apart where the lines meet"""
     curves = [(*_trained(log, 'nll'), INK, 'trained', ''), (*seen_in(path, 'held_out_nll'), SEEN, 'held out', 'o')]
@@ -122,16 +122,16 @@ def draw_run(log:list[dict],      # `run.log`: step, loss, nll, lr for each step
     path, steps = list(path), steps or max(1, len(log))
     shown = min(steps, max(20, 2*len(log))) # a long run's first steps would be a line as thin as its axis
     own = any(r['nll'] is None or abs(r['loss'] - r['nll']) > 1e-4*(1 + abs(r['nll'])) for r in log)
-    names = (['surprise']*any(r['nll'] is not None for r in log) + ['loss']*own
+    names = (['nll']*any(r['nll'] is not None for r in log) + ['loss']*own
              + ['kept']*any('kept' in r for r in path) + ['lr'])
     fig = Figure(figsize=(3.1*len(names), 2.1), dpi=100)
     FigureCanvasAgg(fig) # an object of its own: pyplot's are shared by everyone
     fig.subplots_adjust(.05, .13, .99, .78, wspace=.22)
     for i, name in enumerate(names, 1):
         ax = fig.add_subplot(1, len(names), i)
-        if name == 'surprise':
-            _panel(ax, 'surprise, nats a token', shown)
-            _surprise(ax, log, path)
+        if name == 'nll':
+            _panel(ax, 'negative log-likelihood, nats a token', shown)
+            _nll(ax, log, path)
         if name == 'loss':
             _panel(ax, 'loss that is minimised', shown)
             _curve(ax, *_trained(log, 'loss'), INK, form='{:.3g}')
@@ -245,7 +245,7 @@ class Monitor:
     def before_fit(self, state:State) -> None:
         self.stop.clear()
         self.asked = old_questions(state.data, state.tok, self.old, self.questions, state.limit)
-        self.every = Every(self.n or max(25, state.steps//10), self.look)
+        self.every = Every(self.n or max(25, state.steps//10), self.evaluate)
         self.drawn = 0.
         self.took = 0.
         self.window = (Nowhere if not in_notebook() else Window if front_end() else Still)(
@@ -264,7 +264,7 @@ class Monitor:
         self.draw(state, dpi=150)
         self.window.close()
 
-    def look(self, state:State) -> dict:
+    def evaluate(self, state:State) -> dict:
         """Surprise at validation rows, and the share of old answers that are still given;
         what there is of them"""
         has_rows = bool(state.validation) and 'labels' in state.validation[0]

@@ -28,8 +28,8 @@ from ..core.recipe import Recipe
 from ..core.record import digest, versions
 from ..core.scorers import WORLD, answer_length, judge
 from ..evaluators.calibration import calibration, confidence
-from ..evaluators.probe import cka, places, pooled
-from .report_page import Report
+from ..evaluators.probe import cka, locations, pooled
+from .report_page import VERSION, Report
 from ..evaluators.spectra import spectrum
 from ..lab.models import old_skills
 from ..lab.world import is_lab
@@ -37,12 +37,12 @@ from ..methods import get, probes
 from ..trainers.run import Change, Run, load_learners
 from ..trainers.stage import head_names
 from ..trainers.watch import free_memory
-from ..trainers.objective import kl, priced, token_nll
+from ..trainers.objective import kl, loss_mask, token_nll
 
 # %% auto #0
 __all__ = ['KEPT', 'Asked', 'asked_of', 'forced', 'own_answers', 'labels_said', 'observe', 'save_observed', 'load_observed',
-           'as_base', 'seen_by_base', 'decoder_of', 'paired', 'forgotten', 'flips', 'together', 'apart', 'change_of',
-           'summed', 'heat', 'contributions', 'report', 'read_run']
+           'as_base', 'seen_by_base', 'decoder_of', 'paired', 'forgotten', 'flips', 'stacked', 'similarity',
+           'change_of', 'summed', 'heat', 'contributions', 'report', 'read_run']
 
 # %% ../../nbs/instruments/report.ipynb #0006fa9f
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _batches(q, tok, rows, limit, words):
 def forced(model, tok, q:Asked, rows:int,
            max_length:int|None=None) -> tuple[list, dict[str, Tensor]]:
     """Hand the model the answers to the first `rows` questions:
-    (surprise and priced tokens of each row), and sure, right, logp, layer 0, layer 1, ..."""
+    (loss and number of loss tokens of each row), and sure, right, logp, layer 0, layer 1, ..."""
     out, prices, room = {}, [], KEPT
     for b in _batches(q, tok, rows, row_limit(model, tok, max_length),
                       1 if q.kind == 'label' else model.config.vocab_size):
@@ -136,7 +136,7 @@ def forced(model, tok, q:Asked, rows:int,
         y = b.pop('labels')
         o = model(**b, output_hidden_states=True)
         prices += [(float(v.sum()), int(k.sum()))
-                   for v, k in zip(token_nll(o.logits, y), priced(y))]
+                   for v, k in zip(token_nll(o.logits, y), loss_mask(y))]
         found = _noted(o, y, b['attention_mask'], room)
         room -= found['logp'].numel() if 'logp' in found else 0
         for k, v in found.items():
@@ -146,7 +146,7 @@ def forced(model, tok, q:Asked, rows:int,
 def _noted(o, y, mask, room) -> dict[str, Tensor]:
     """Of one batch: sure, right and each layer's mean,
     and up to `room` numbers of log-probabilities; one row for each place that was asked"""
-    on = priced(y)
+    on = loss_mask(y)
     logits, y = (o.logits[on], y[on]) if y.ndim == 1 else (o.logits[:, :-1][on], y[:, 1:][on])
     sure, right = confidence(logits, y)
     found = dict(sure=sure, right=right) | {f'layer {i}': h
@@ -271,7 +271,7 @@ def paired(before:list[tuple[float, int]], # (value, weight) of each question
           ) -> dict:  # before, after, change (better is positive), low, high, n
     """The mean before and after and the change between them,
     with the 95% interval that the choice of questions leaves.
-    A question's value and weight are its score and 1, or its row's surprise and tokens."""
+    A question's value and weight are its score and 1, or its row's loss and number of tokens."""
     w = sum(k for _, k in before)
     if not w:
         raise ValueError('no question has a token left to price; give a larger max_length')
@@ -319,24 +319,24 @@ def _text(prompt) -> str:
     return (prompt if isinstance(prompt, str)
             else '\n'.join(f'{m["role"]}: {m["content"]}' for m in prompt))
 
-def together(asked, seen, old:bool, key:str) -> Tensor|None:
+def stacked(asked, seen, old:bool, key:str) -> Tensor|None:
     "One tensor of all new (or all old) sets, rows one after another; None where there is none"
     found = [s['tensors'][key] for q, s in zip(asked, seen) if q.old == old and key in s['tensors']]
     return found[0] if len(found) == 1 else torch.cat(found) if found else None
 
-def apart(asked, before, after, old:bool) -> dict|None:
+def similarity(asked, before, after, old:bool) -> dict|None:
     """Drift, likeness by layer and calibration over all new (or all old) sets;
     None where there is none"""
     if not any(q.old == old for q in asked):
         return None
-    get = lambda s, k: together(asked, s, old, k)
+    get = lambda s, k: stacked(asked, s, old, k)
     ask = lambda s: calibration(get(s, 'sure'), get(s, 'right'))
     p, q = get(before, 'logp'), get(after, 'logp')
     alike = [cka(get(before, f'layer {i}'), get(after, f'layer {i}'))
              for i in range(sum(k.startswith('layer ') for k in before[0]['tensors']))]
     # in pieces: a vocabulary is wide
     drift = sum(float(kl(a, b).sum()) for a, b in zip(p.split(64), q.split(64)))/len(p)
-    return dict(kl=drift, places=len(p), cka=[None if math.isnan(x) else x for x in alike],
+    return dict(kl=drift, positions=len(p), cka=[None if math.isnan(x) else x for x in alike],
                 before=ask(before), after=ask(after))
 
 # %% ../../nbs/instruments/report.ipynb #001cfa9f
@@ -345,18 +345,18 @@ def change_of(run:Run, matrices:int=64, k:int=10, eps:float=.5) -> dict:
 
     Of at most `matrices` of them, spread evenly, also the spectrum and what the probes of
     directions say of the tuned weights' strongest `k`."""
-    att, at, heads = run.delta.attached, places(run.model), _heads(run)
+    att, at, heads = run.delta.attached, locations(run.model), _heads(run)
     square, asked, rows = _square(att, at), probes('directions'), []
     chosen = set(square[::max(1, math.ceil(len(square)/max(1, matrices)))]) if matrices else set()
     for n, W0, W1 in _all_weights(att):
         block, part, role = at.get(n, (None, 'other', n))
         row = (dict(name=n, block=block, part='fresh head' if n in heads else part, role=role,
-                    numbers=W0.numel()) | _sizes(W0, W1))
+                    parameters=W0.numel()) | _sizes(W0, W1))
         rows.append(row | (_directions(W0, W1, k, eps, asked) if n in chosen else {}))
     blocks = 1 + max((b for b, *_ in at.values() if b is not None), default=-1)
     return dict(summed(rows), weights=[r for r in rows if r['moved']],
                 elsewhere=_elsewhere(att, at), blocks=blocks,
-                matrices=dict(looked=len(chosen), of=len(square), k=k, eps=eps), map=heat(rows))
+                matrices=dict(examined=len(chosen), of=len(square), k=k, eps=eps), map=heat(rows))
 
 def _square(att, at) -> list[str]:
     "The matrices of attention and MLP that a change reaches"
@@ -366,7 +366,7 @@ def _elsewhere(att, at) -> list[dict]:
     "Parts of the change that act on what flows through the model instead of its weights"
     place = lambda n: dict(zip(('block', 'part'), at.get(n, (None, 'other'))))
     size = lambda d: sum(p.numel() for p in d.parameters())
-    return [dict(name=n, **place(n), numbers=size(d), site=d.site)
+    return [dict(name=n, **place(n), parameters=size(d), site=d.site)
             for n, d in att.deltas.items() if d.site != 'weight']
 
 def _sizes(W0, W1) -> dict:
@@ -387,7 +387,7 @@ def _directions(W0, W1, k, eps, asked) -> dict:
     counts = {key: int(probe(W0, W1, k, eps).sum()) for key, probe in asked.items()}
     return dict(stable_rank=rank,
                 top=[float(share[min(i, len(share)) - 1]) for i in (1, 2, 4, 8, 16)], **counts,
-                looked=min(k, *W0.shape))
+                examined=min(k, *W0.shape))
 
 def _all_weights(att):
     "(name, base, tuned) of every weight of the model, changed or not"
@@ -405,12 +405,12 @@ def summed(rows:list[dict]) -> dict:
     on = [r for r in rows if r['part'] != 'fresh head']
     seen = [r for r in on if 'stable_rank' in r and r['length'] > 0]
     length, base = _long(on, 'length'), _long(on, 'base')
-    size = dict(numbers=sum(r['numbers'] for r in on), moved=sum(r['moved'] for r in on),
+    size = dict(parameters=sum(r['parameters'] for r in on), moved=sum(r['moved'] for r in on),
                 length=length, relative=length/base if base else 0.)
     rank = fmean(r['stable_rank'] for r in seen) if seen else None
     top = [fmean(r['top'][i] for r in seen) for i in range(5)] if seen else None
     counts = {key: sum(r[key] for r in seen) if seen else None for key in probes('directions')}
-    return dict(size, stable_rank=rank, top=top, **counts, looked=sum(r['looked'] for r in seen))
+    return dict(size, stable_rank=rank, top=top, **counts, examined=sum(r['examined'] for r in seen))
 
 def heat(rows:list[dict]) -> list[dict]:
     """Cells of the map: for each part of each block the length of its change relative to its
@@ -418,7 +418,7 @@ def heat(rows:list[dict]) -> list[dict]:
     cells = {}
     for r in rows:
         cells.setdefault((r['part'], r['block']), []).append(r)
-    share = lambda rs: sum(r['moved'] for r in rs)/sum(r['numbers'] for r in rs)
+    share = lambda rs: sum(r['moved'] for r in rs)/sum(r['parameters'] for r in rs)
     return [dict(part=p, block=b,
                  relative=_long(rs, 'length')/base if (base := _long(rs, 'base')) else None,
                  moved=share(rs)) for (p, b), rs in cells.items()]
@@ -498,7 +498,7 @@ def report(run:Run|str|Path,        # a run of `fit`, or the folder in which `ft
     before, after = _both(run, asked, cache, dict(rows=rows, max_length=max_length, seed=seed))
     answers = {key: contributions(run, asked, key, probe, max_length=max_length)
                for key, probe in probes('prompts').items()}
-    found = dict(_about(run), **_compared(asked, before, after), change=change_of(run, matrices),
+    found = dict(version=VERSION, **_about(run), **_compared(asked, before, after), change=change_of(run, matrices),
                  **answers, asked=dict(items=items, old_items=old_items, rows=rows, seed=seed),
                  versions=versions())
     return Report(dict(found, seconds=time.time() - t0))
@@ -517,8 +517,8 @@ def _compared(asked, before, after) -> dict:
     pairs = list(zip(asked, before, after))
     change = lambda q, b, a: paired(b['score'], a['score'], -1 if q.metric == 'nll' else 1)
     sets = [dict(name=q.name, old=q.old, metric=q.metric, **change(q, b, a)) for q, b, a in pairs]
-    return dict(sets=sets, forgetting=forgotten(sets), new=apart(asked, before, after, False),
-                old=apart(asked, before, after, True),
+    return dict(sets=sets, forgetting=forgotten(sets), new=similarity(asked, before, after, False),
+                old=similarity(asked, before, after, True),
                 flips=[f for pair in pairs for f in flips(*pair)])
 
 def _about(run) -> dict:

@@ -12,9 +12,9 @@ from ..core.io import write_atomically
 from ..core.table import Html, html_table
 
 # %% auto #0
-__all__ = ['STYLE', 'PAGE', 'HOW', 'percent', 'signed', 'level', 'spread', 'count', 'duration', 'headline', 'tiles', 'table',
-           'folded', 'note', 'dumbbells', 'diagram', 'heatmap', 'layer_lines', 'answers_html', 'skills_html',
-           'apart_html', 'tuco_html', 'change_html', 'made_html', 'figures', 'Report']
+__all__ = ['STYLE', 'PAGE', 'VERSION', 'RENAMED', 'HOW', 'percent', 'signed', 'level', 'spread', 'count', 'duration', 'headline',
+           'tiles', 'table', 'folded', 'note', 'dumbbells', 'diagram', 'heatmap', 'layer_lines', 'answers_html',
+           'skills_html', 'similarity_html', 'tuco_html', 'change_html', 'made_html', 'figures', 'Report']
 
 # %% ../../nbs/instruments/report_page.ipynb #000663c3
 def percent(x:float|None) -> str:
@@ -26,7 +26,7 @@ def signed(x:float, digits:int) -> str:
     return f'{round(x, digits) + 0.:+.{digits}f}'
 
 def level(s:dict, which:str) -> str:
-    "What a set of questions scored, in its own unit: per cent right, or nats of surprise a token"
+    "What a set of questions scored, in its own unit: per cent right, or nats per token (negative log-likelihood)"
     return f'{round(s[which], 2) + 0.:.2f} nats' if s['metric'] == 'nll' else percent(s[which])
 
 def spread(x:dict, scale:float=1., digits:int=1) -> str:
@@ -69,7 +69,7 @@ def headline(r:dict) -> str:
 
 def _learned(s) -> str:
     name = _short(s['name'])
-    of = 'surprise at the right answers' if s['metric'] == 'nll' else 'right on'
+    of = 'loss on the right answers' if s['metric'] == 'nll' else 'right on'
     return f'{_verdict(s).format(name)}: {of} {level(s, "before")} → {level(s, "after")}'
 
 def _verdict(s) -> str:
@@ -150,10 +150,10 @@ def _tile_sure(r):
 
 def _tile_cost(r):
     cost, c = r['cost'], r['change']
-    some = c['numbers'] and c['moved'] < c['numbers']
+    some = c['parameters'] and c['moved'] < c['parameters']
     return ('cost', duration(cost['seconds']),
             f'{count(cost["trainable"])} numbers trained, {count(cost["saved_bytes"])}B to keep'
-            + (f'; {percent(c["moved"]/c["numbers"])} of the model\'s {count(c["numbers"])} moved'
+            + (f'; {percent(c["moved"]/c["parameters"])} of the model\'s {count(c["parameters"])} moved'
                if some else ''))
 
 # %% ../../nbs/instruments/report_page.ipynb #000e63c3
@@ -226,7 +226,7 @@ def _path(points, cls) -> str:
     return f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}" class="path {cls}"/>'
 
 # %% ../../nbs/instruments/report_page.ipynb #001263c3
-def dumbbells(sets:list[dict] # all scores, or all surprise: one axis cannot hold both
+def dumbbells(sets:list[dict] # all scores, or all losses: one axis cannot hold both
              ) -> str:
     """One line a set: a hollow dot before, a full one after;
     those that fell in the colour of loss. New ones first, then the largest loss"""
@@ -242,7 +242,7 @@ def dumbbells(sets:list[dict] # all scores, or all surprise: one axis cannot hol
                  + _t(x(v*top), 11, f'{v*top:.1f}' if nats else percent(v), 'soft', 'middle'))
     body += ''.join(_dumbbell(s, 28 + h*i + (6 if s['old'] else 0), x, left, right)
                     for i, s in enumerate(rows))
-    alt = ('Surprise in nats a token' if nats else 'Share right') + ' before and after: '
+    alt = ('Negative log-likelihood in nats per token' if nats else 'Share right') + ' before and after: '
     return _svg(
         470, 34 + h*len(rows),
         alt + '; '.join(f'{s["name"]} {level(s, "before")} to {level(s, "after")}' for s in rows),
@@ -419,14 +419,14 @@ def skills_html(r:dict) -> str:
             + table(['set', '', 'before', 'after', 'change', 'questions', 'right → wrong', 'wrong → right'], rows, 2))
 
 # %% ../../nbs/instruments/report_page.ipynb #002763c3
-def apart_html(r:dict) -> str:
+def similarity_html(r:dict) -> str:
     "Drift, likeness and calibration in numbers"
     known = lambda a: [f'{a[when][k]:.3f}' for when in ('before', 'after') for k in ('sure', 'right', 'ece', 'brier')]
     like = lambda a: '–' if a['cka'][-1] is None else f'{a["cka"][-1]:.3f}'
-    rows = [[name, f'{a["kl"]:.3f}', a['places'], like(a), *known(a)]
+    rows = [[name, f'{a["kl"]:.3f}', a['positions'], like(a), *known(a)]
             for name in ('new', 'old') if (a := r[name])]
     return (note('Drift is the Kullback-Leibler divergence from base to tuned model: '
-                 'how much more surprised the tuned model would be by what the base says, '
+                 'how much less likely the tuned model finds what the base says, '
                  'in nats a word (a row, for labels); 0 is the same. Likeness '
                  '(CKA, centred kernel alignment) asks whether a layer arranges the questions '
                  'alike, up to rotation and scale: 1 is alike.')
@@ -471,16 +471,16 @@ def change_html(r:dict, most:int=40) -> str:
 
 def _weight_row(w) -> list:
     long = f'{100*w["length"]/w["base"]:.2f}%' if w['base'] else 'from nothing'
-    return [w['name'], long, f'{100*w["moved"]/w["numbers"]:.3g}%',
+    return [w['name'], long, f'{100*w["moved"]/w["parameters"]:.3g}%',
             f'{w["stable_rank"]:.1f}' if 'stable_rank' in w else '', w.get('intruders', '')]
 
 def _size_said(c) -> str:
-    if not c['numbers']:
+    if not c['parameters']:
         return ''
     fresh = (' A fresh head, which starts from nothing, is left out.'
              if any(w['part'] == 'fresh head' for w in c['weights']) else '')
-    return (f'Of the model\'s {c["numbers"]:,} numbers {c["moved"]:,} moved '
-            f'({100*c["moved"]/c["numbers"]:.3g}%); the change is {100*c["relative"]:.2g}% as long '
+    return (f'Of the model\'s {c["parameters"]:,} numbers {c["moved"]:,} moved '
+            f'({100*c["moved"]/c["parameters"]:.3g}%); the change is {100*c["relative"]:.2g}% as long '
             f'as all weights.{fresh}')
 
 def _elsewhere_said(c) -> str:
@@ -488,7 +488,7 @@ def _elsewhere_said(c) -> str:
     if not e:
         return ''
     names = ', '.join(x['name'] for x in e[:4]) + ('...' if len(e) > 4 else '')
-    numbers = sum(x['numbers'] for x in e)
+    numbers = sum(x['parameters'] for x in e)
     return (f'{len(e)} parts of the change act on what flows through the model and not on its '
             f'weights ({numbers:,} numbers): {names}. They have no spectrum.')
 
@@ -497,11 +497,11 @@ def _spectrum_said(c) -> str:
         return ''
     m = c['matrices']
     strongest = ', '.join(percent(v) for v in c['top'])
-    return (f'Spectrum, over {m["looked"]} of {m["of"]} matrices: the strongest 1, 2, 4, '
+    return (f'Spectrum, over {m["examined"]} of {m["of"]} matrices: the strongest 1, 2, 4, '
             f'8 and 16 directions of the change carry {strongest} of it; '
             f'its stable rank (how many directions carry it) is {c["stable_rank"]:.1f}. '
             'Intruder dimensions (strong directions of the tuned weights that resemble none of '
-            f'the base\'s): {c["intruders"]} of {c["looked"]} looked at.')
+            f'the base\'s): {c["intruders"]} of {c["examined"]} looked at.')
 
 # %% ../../nbs/instruments/report_page.ipynb #002a63c3
 def made_html(r:dict) -> str:
@@ -546,7 +546,7 @@ def _can_do(sets) -> str:
 def _axis_said(sets) -> str:
     how = 'hollow before, full after; at the right the change'
     if sets[0]['metric'] == 'nll':
-        return f'Surprise at the right answers in nats a token, less is better: {how}, + is better.'
+        return f'Loss on the right answers in nats per token, less is better: {how}, + is better.'
     return f'Share of questions answered right: {how} in points.'
 
 def _where(c) -> str:
@@ -567,6 +567,15 @@ def _knows(r) -> str:
                    diagram(s['before'], s['after']))
 
 # %% ../../nbs/instruments/report_page.ipynb #002e63c3
+VERSION = 2 # of the JSON
+RENAMED = dict(numbers='parameters', looked='examined', places='positions') # since version 1
+
+def _upgraded(r):
+    "A saved report of version 1 with the keys of version 2"
+    if isinstance(r, dict):
+        return {RENAMED.get(k, k): _upgraded(v) for k, v in r.items()}
+    return [_upgraded(x) for x in r] if isinstance(r, list) else r
+
 class Report:
     """What a fine-tune did: shows itself; `.html(path)`, `.json()`, `.save(folder)`,
     `Report.read(path)`"""
@@ -585,8 +594,12 @@ class Report:
 
     @classmethod
     def read(cls, path:str|Path) -> Report:
-        "Show a saved report.json again"
-        return cls(json.loads(Path(path).read_text(encoding='utf-8')))
+        "Show a saved report.json again. Raises `ValueError` for one of a later version."
+        saved = json.loads(Path(path).read_text(encoding='utf-8'))
+        version = saved.get('version', 1)
+        if version > VERSION:
+            raise ValueError(f'{path} is a report of version {version}; this ftlab reads up to {VERSION}: update ftlab')
+        return cls(saved if version == VERSION else _upgraded(saved) | dict(version=VERSION))
 
     def body(self) -> str:
         "The page without its frame"
@@ -639,7 +652,7 @@ def _details(r) -> list[tuple[str, Callable]]:
              + ', '.join(f'{a["mean"]:.2f} on {k} questions' for k, a in t.items()))
     return [(f'Answers that changed: {changed}', answers_html),
             (f'Every set of questions ({len(r["sets"])})', skills_html),
-            ('Drift, likeness and calibration in numbers', apart_html),
+            ('Drift, likeness and calibration in numbers', similarity_html),
             ('The change itself: size, directions, intruders', change_html),
             (f'How much of an answer is the fine-tune\'s{share}', tuco_html),
             ('Cost, settings, and how this was measured', made_html)]

@@ -19,16 +19,16 @@ from ..core.recipe import Recipe, viewed
 from .world import split_of
 
 # %% auto #0
-__all__ = ['LOOKS', 'FLOW_FAMILIES', 'MODELS', 'CHECKPOINTS', 'digits', 'pictures', 'grid', 'FlowConfig', 'FlowBlock', 'Flow',
+__all__ = ['VARIANTS', 'FLOW_FAMILIES', 'MODELS', 'CHECKPOINTS', 'digits', 'pictures', 'grid', 'FlowConfig', 'FlowBlock', 'Flow',
            'noised', 'velocity_error', 'flow', 'sample', 'features', 'read', 'frechet', 'quality', 'shifted', 'fresh',
            'pretrain', 'load', 'measured', 'card']
 
 # %% ../../nbs/lab/digits.ipynb #00050ccd
-LOOKS = dict(upright=lambda x: x, inverted=lambda x: -x, turned=lambda x: x.rot90(1, (-2, -1)))
+VARIANTS = dict(upright=lambda x: x, inverted=lambda x: -x, rotated=lambda x: x.rot90(1, (-2, -1)))
 
 def digits(of:Sequence[int]=range(10), # which digits
            key:str='labels',           # name of the class: 'labels' if it is to be learned, 'classes' if a condition
-           look:str='upright',         # 'upright', 'inverted' or 'turned'
+           variant:str='upright',      # 'upright', 'inverted' or 'rotated'
            n:int|None=None,            # how many training pictures; None: all
            seed:int=0                  # which ones
           ) -> Data:                   # rows {'pixel_values': float [1, 8, 8] in -1..1, key: the digit}
@@ -40,12 +40,12 @@ def digits(of:Sequence[int]=range(10), # which digits
         raise ValueError(f'of is {of}; it must name some of the digits 0 to 9')
     if key not in ('labels', 'classes'):
         raise ValueError(f"key is {key!r}; it must be 'labels' (to be learned) or 'classes' (a condition)")
-    if look not in LOOKS:
-        raise ValueError(f'look is {look!r}; it must be {", ".join(LOOKS)}')
+    if variant not in VARIANTS:
+        raise ValueError(f'variant is {variant!r}; it must be {", ".join(VARIANTS)}')
     raw, parts = load_digits(), dict(train=[], validation=[], test=[])
     for x, y in zip(raw.data.astype(int), raw.target.tolist()):
         if y in of:
-            picture = LOOKS[look](torch.tensor(x, dtype=torch.float32).view(1, 8, 8)/8 - 1)
+            picture = VARIANTS[variant](torch.tensor(x, dtype=torch.float32).view(1, 8, 8)/8 - 1)
             row = {'pixel_values': picture.contiguous(), key: y}
             parts[split_of(' '.join(map(str, x)))].append(row)
     if n is not None:
@@ -53,7 +53,7 @@ def digits(of:Sequence[int]=range(10), # which digits
             raise ValueError(f'n is {n}; there are {len(parts["train"])} training pictures')
         parts['train'] = random.Random(seed).sample(parts['train'], n)
     return Data(**parts, kind='image',
-                name=f'digits {", ".join(map(str, of))}' + ('' if look == 'upright' else f', {look}'))
+                name=f'digits {", ".join(map(str, of))}' + ('' if variant == 'upright' else f', {variant}'))
 
 def pictures(rows:list[dict]) -> tuple[Tensor, Tensor]:
     "Rows as one tensor of pictures [n, 1, 8, 8] and one of their classes [n]"

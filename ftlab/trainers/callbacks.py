@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 import torch
 from ..core.model import evaluating, model_inputs, to_device
-from .objective import priced, token_nll
+from .objective import loss_mask, token_nll
 from .source import Rows
 
 # %% auto #0
@@ -52,7 +52,7 @@ def validation_nll(state, rows:int=200) -> dict:
         batch = to_device(batch, state.device)
         logits = state.model(**model_inputs(batch)).logits
         total += float(token_nll(logits, batch['labels']).sum())
-        n += int(priced(batch['labels']).sum())
+        n += int(loss_mask(batch['labels']).sum())
     return dict(validation_nll=total/n)
 
 class EarlyStop:

@@ -59,7 +59,7 @@ class Learning:
         def loss_of(batch, logits):
             state.batch, state.logits = batch, logits
             with state.accelerator.autocast():
-                return self.processes.price(self.objective(state))
+                return self.processes.shared_loss(self.objective(state))
         quiet = SimpleNamespace(step=state.step, extra={},
                                 emit=lambda event: self.processes.add_gradients(self.params))
         try:

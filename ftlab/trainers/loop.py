@@ -12,7 +12,7 @@ from ..core.model import to_device
 from ..core.recipe import Recipe
 from ..core.state import State
 from .objective import nll, token_nll
-from .source import count_priced, tokens_of
+from .source import count_loss_tokens, tokens_of
 from .step import Processes
 
 # %% auto #0
@@ -57,7 +57,7 @@ class Loop:
         state = self.state
         with state.accelerator.autocast():
             batches = [to_device(b, state.device) for b in state.source.next(state)]
-        state.batches, state.count = batches, max(1, count_priced(batches))
+        state.batches, state.count = batches, max(1, count_loss_tokens(batches))
         state.emit('before_batch')
         if getattr(self.objective, 'plain', False) and 'labels' not in state.batches[0]:
             raise ValueError('the batches have no labels, so plain fine-tuning has nothing to price; '
@@ -68,13 +68,13 @@ class Loop:
         its plain negative log-likelihood is noted beside it"""
         state = self.state
         state.batch, state.logits, state.nll = batch, None, None
-        with self.processes.chance(state, i), state.accelerator.autocast(), state.attached.lean():
+        with self.processes.chance(state, i), state.accelerator.autocast(), state.attached.recompute():
             loss = self.objective(state)
         if state.learners:
             self.heard.setdefault(i, None if state.logits is None else state.logits.detach())
         if i not in self.nll and 'labels' in batch:
             self._note_nll(i, batch['labels'])
-        return self.processes.price(loss)
+        return self.processes.shared_loss(loss)
 
     @torch.no_grad()
     def _note_nll(self, i:int, labels:Tensor) -> None:

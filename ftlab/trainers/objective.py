@@ -16,7 +16,7 @@ from ..core.model import model_inputs
 from ..native.crossentropy import weighted_linear_cross_entropy
 
 # %% auto #0
-__all__ = ['IGNORE', 'PLAIN', 'token_nll', 'priced', 'plain_head', 'token_loss', 'Objective', 'weighted', 'nll', 'kl', 'Term',
+__all__ = ['IGNORE', 'PLAIN', 'token_nll', 'loss_mask', 'plain_head', 'token_loss', 'Objective', 'weighted', 'nll', 'kl', 'Term',
            'kl_to_base']
 
 # %% ../../nbs/trainers/objective.ipynb #0004b9a2
@@ -32,7 +32,7 @@ def token_nll(logits:Tensor, # [batch, tokens, words], or [batch, classes]
     return F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:],
                            ignore_index=IGNORE, reduction='none')
 
-def priced(labels:Tensor) -> Tensor:
+def loss_mask(labels:Tensor) -> Tensor:
     "Where a price is paid: a mask of the shape that `token_nll` returns"
     return (labels if labels.ndim == 1 else labels[:, 1:]) != IGNORE
 
@@ -215,7 +215,7 @@ class kl_to_base(Term):
     def __call__(self, state) -> Tensor:
         with torch.no_grad():
             ref = state.models['reference'](**_inputs(state)).logits
-        on, cut = priced(state.batch['labels']), (lambda x: x if x.ndim == 2 else x[:, :-1])
+        on, cut = loss_mask(state.batch['labels']), (lambda x: x if x.ndim == 2 else x[:, :-1])
         a, b = (ref, state.logits) if self.direction == 'forward' else (state.logits, ref)
         return self.weight*(kl(cut(a), cut(b))*on).sum()/state.count
 

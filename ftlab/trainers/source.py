@@ -6,10 +6,10 @@
 from __future__ import annotations
 from collections.abc import Callable
 from ..core.batches import collate, indices
-from .objective import priced
+from .objective import loss_mask
 
 # %% auto #0
-__all__ = ['micro_size', 'Rows', 'count_priced', 'rows_of', 'tokens_of']
+__all__ = ['micro_size', 'Rows', 'count_loss_tokens', 'rows_of', 'tokens_of']
 
 # %% ../../nbs/trainers/source.ipynb #0005060d
 def micro_size(batch_size:int, accumulate:int) -> int:
@@ -46,10 +46,10 @@ class Rows:
                 for j in range(0, self.batch_size, k)]
 
 # %% ../../nbs/trainers/source.ipynb #0007060d
-def count_priced(batches:list[dict]) -> int:
+def count_loss_tokens(batches:list[dict]) -> int:
     """The number of tokens (or of labelled examples) that carry a price, over all micro-batches;
     of rows where there are no labels"""
-    return sum(int(priced(b['labels']).sum()) if 'labels' in b else rows_of(b) for b in batches)
+    return sum(int(loss_mask(b['labels']).sum()) if 'labels' in b else rows_of(b) for b in batches)
 
 def rows_of(batch:dict) -> int:
     "How many rows a micro-batch holds"

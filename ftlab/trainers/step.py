@@ -148,7 +148,7 @@ class Processes:
             torch.manual_seed(hash((state.seed, state.step, i*self.count + self.index)))
             yield
 
-    def price(self, loss:Tensor) -> Tensor:
+    def shared_loss(self, loss:Tensor) -> Tensor:
         """The loss as a step must see it: NaN as soon as it is not finite anywhere,
         so that all stop together; without gradients, the sum"""
         return loss if self.count == 1 else _agreed(self, loss)

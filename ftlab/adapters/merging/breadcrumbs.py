@@ -14,11 +14,11 @@ from ...native.magnitude import kth_magnitude, unpack_mask
 from ..edit import merge
 
 # %% auto #0
-__all__ = ['band', 'breadcrumbs', 'merge_breadcrumbs', 'by_breadcrumbs']
+__all__ = ['middle', 'breadcrumbs', 'merge_breadcrumbs', 'by_breadcrumbs']
 
 # %% ../../../nbs/adapters/merging/breadcrumbs.ipynb #0011b202
 @dataclass(frozen=True)
-class band:
+class middle:
     "Keep the entries of middle size. Raises `ValueError` for quantiles out of order."
     beta:float=.85    # the share of the smallest entries that is set to zero
     gamma:float=.994  # entries above this quantile are set to zero too; 1: none
@@ -56,7 +56,7 @@ class band:
         return torch.zeros_like(rows).scatter(1, at, rows.gather(1, at)).view_as(c)
 
     def __repr__(self):
-        return f'band({self.beta}, {self.gamma}{", row" if self.per == "row" else ""})'
+        return f'middle({self.beta}, {self.gamma}{", row" if self.per == "row" else ""})'
 
 @method('Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks', '2312.06795',
     'Adding changes of which only the entries of middle size are kept stays good as tasks '
@@ -70,16 +70,16 @@ def breadcrumbs(beta:float=.85, # the share of the smallest entries that is drop
                ) -> Recipe:
     """Full fine-tuning of which the breadcrumbs are kept:
     one task's part of a merge, to be added to others' by `merge`"""
-    return Recipe(edit=band(beta, gamma, per))
+    return Recipe(edit=middle(beta, gamma, per))
 
 def merge_breadcrumbs(changes:list[Mapping], # one change a task, all from one base
                       alpha:float=.2,    # the share of the sum, chosen once on a few tasks
-                      beta:float=.85,    # as in `band`
-                      gamma:float=.994,  # as in `band`
-                      per:str='tensor'   # as in `band`
+                      beta:float=.85,    # as in `middle`
+                      gamma:float=.994,  # as in `middle`
+                      per:str='tensor'   # as in `middle`
                      ) -> dict[str, Tensor]:
     "Trim every change to its band and add them up"
-    return merge(changes, alpha, band(beta, gamma, per))
+    return merge(changes, alpha, middle(beta, gamma, per))
 
 @merging(.2)
 def by_breadcrumbs(changes:list[Mapping], model, alpha:float) -> dict[str, Tensor]:

@@ -59,14 +59,14 @@ class RandLoRA(nn.Module):
         self.lam = nn.Parameter(torch.zeros(r, n, dtype=W.dtype))
         self.gamma = nn.Parameter(torch.full((n, short), 1/max(n, short), dtype=W.dtype))
         # the trained factor is on the shorter side
-        self.s, self.turned = (20*r if alpha is None else alpha)/r, W.shape[1] != short
+        self.s, self.transposed = (20*r if alpha is None else alpha)/r, W.shape[1] != short
         self.config = dict(r=r, alpha=alpha, sparse=sparse, seed=seed)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         "The change over its scale as a product, left [out, N r] and right [N r, in]"
         left, right = self.B.flatten(1), (
             self.lam.T[:, :, None]*self.A*self.gamma[:, None]).flatten(0, 1)
-        return (right.T, left.T) if self.turned else (left, right)
+        return (right.T, left.T) if self.transposed else (left, right)
 
     def forward(self, W):
         left, right = self.pair()

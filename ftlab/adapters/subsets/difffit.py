@@ -16,7 +16,7 @@ from ...core.recipe import Recipe, name_of
 from ...lab.digits import FLOW_FAMILIES
 
 # %% auto #0
-__all__ = ['CLASSES', 'Scale', 'either', 'knobs', 'difffit']
+__all__ = ['CLASSES', 'Scale', 'mixed', 'scales_and_biases', 'difffit']
 
 # %% ../../../nbs/adapters/subsets/difffit.ipynb #0005a3cf
 # how class embeddings are called, searched in a parameter's name
@@ -39,7 +39,7 @@ class Scale(nn.Module):
         return (1 + self.more)[:, None]*W
 
 @dataclass(frozen=True)
-class either:
+class mixed:
     """Write the change of a tensor selected whole by `delta`, of one selected by a mask as free
     entries"""
     delta:Callable # (weight, mask) -> module, for matrices
@@ -49,10 +49,10 @@ class either:
         return self.delta(W) if mask is True else Entries(W, mask)
 
     def __repr__(self):
-        return f'either({name_of(self.delta)})'
+        return f'mixed({name_of(self.delta)})'
 
 @dataclass(frozen=True)
-class knobs:
+class scales_and_biases:
     """Select what moves (biases, norms, class embeddings) and what is scaled (last matrix of each
     branch)"""
     scaled:float=.5      # the share of the blocks, from the first, whose two branches get a scale
@@ -67,14 +67,14 @@ class knobs:
         "{name: True for matrices to be scaled, a full mask for what moves itself}"
         a = anatomy(model, FLOW_FAMILIES)
         first = a.blocks[:round(self.scaled*len(a.blocks))]
-        small = lambda n, p: (n.endswith('bias') or p.ndim == 1 and a.place(n)[1] == 'norm'
+        small = lambda n, p: (n.endswith('bias') or p.ndim == 1 and a.location(n)[1] == 'norm'
                               or re.search(self.classes, n))
         own = {n: torch.ones_like(p, dtype=torch.bool)
                for n, p in model.named_parameters() if small(n, p)}
         return own | {n: True for b in first for n in (b.attention['o'], b.mlp['down'])}
 
     def __repr__(self):
-        return f'knobs({self.scaled})'
+        return f'scales_and_biases({self.scaled})'
 
 # %% ../../../nbs/adapters/subsets/difffit.ipynb #0006a3cf
 @method(
@@ -89,4 +89,4 @@ def difffit(scaled:float=.5,     # the share of the blocks, from the first, that
             classes:str=CLASSES  # how class embeddings are called: a regular expression
            ) -> Recipe:
     "Biases, norms, class embeddings, and a scale on each branch"
-    return Recipe(select=knobs(scaled, classes), delta=either(Scale))
+    return Recipe(select=scales_and_biases(scaled, classes), delta=mixed(Scale))

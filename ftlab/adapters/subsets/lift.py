@@ -15,19 +15,19 @@ from ...core.recipe import Loop, Recipe, With
 from ...native.magnitude import kth_magnitude
 
 # %% auto #0
-__all__ = ['HELD', 'best', 'principal', 'Refresh', 'lift']
+__all__ = ['HELD', 'top_k', 'principal', 'Refresh', 'lift']
 
 # %% ../../../nbs/adapters/subsets/lift.ipynb #0009c9fb
-def best(s:Tensor, # scores of a matrix
-         r:int     # the budget of LoRA of this rank: (rows + columns) r entries, or all there are
-        ) -> Tensor: # their indices, counted row by row, in that order
+def top_k(s:Tensor, # scores of a matrix
+          r:int     # the budget of LoRA of this rank: (rows + columns) r entries, or all there are
+         ) -> Tensor: # their indices, counted row by row, in that order
     "The indices of the highest scores; ties go to the first"
     return kth_magnitude(s.contiguous(), min(sum(s.shape)*r, s.numel()), 'indices').long()
 
 @dataclass(frozen=True)
 class principal:
     "Select LIFT's entries in every matrix of `where`, or those of its baselines"
-    r:int=8                     # the budget, as in `best`
+    r:int=8                     # the budget, as in `top_k`
     by:str='principal'          # as in `scores`
     filter_rank:int|None=None   # as in `scores`
     where:Callable|None=None    # a selection; None: attention and MLP
@@ -38,7 +38,7 @@ class principal:
 
     def indices(self, W:Tensor, seed:int=0) -> Tensor:
         "The entries of one matrix, counted row by row"
-        return best(scores(W, self.by, self.filter_rank, seed), self.r)
+        return top_k(scores(W, self.by, self.filter_rank, seed), self.r)
 
     def __call__(self, model, batches=None, seed=0) -> dict: # {name: mask}
         params, out = dict(model.named_parameters()), {}

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ...core.paper import method
 from ...core.recipe import Learner, Loop, Recipe
 from ...core.model import model_inputs
-from ...trainers.objective import priced
+from ...trainers.objective import loss_mask
 from ..decode import decode
 
 # %% auto #0
@@ -28,7 +28,7 @@ def mistakes(logits:Tensor, # [batch, tokens, words]: the Pilot's logits of the 
              labels:Tensor  # [batch, tokens]; -100 outside the answer
             ) -> Tensor:    # [batch, tokens, words]; 0 where nothing is asked, and at the last token
     "Compute `p - p̂` at each token: the truth about the next token minus the Pilot's probabilities"
-    on = F.pad(priced(labels), (0, 1))
+    on = F.pad(loss_mask(labels), (0, 1))
     truth = F.pad(labels[:, 1:], (0, 1), value=0).clamp(min=0)
     return (F.one_hot(truth, logits.shape[-1]) - logits.float().softmax(-1))*on[..., None]
 
@@ -165,7 +165,7 @@ def examples_of(batch:dict,    # a micro-batch
     """Cut a micro-batch into the entries of the log, on the CPU;
     `at` are the tokens where something is asked, and there is one `mistake` for each"""
     y = batch['labels']
-    l, on = mistakes(logits, y), F.pad(priced(y), (0, 1))
+    l, on = mistakes(logits, y), F.pad(loss_mask(y), (0, 1))
     out = []
     for i, part in _spans(batch):
         at = on[i, part].nonzero()[:, 0]

@@ -11,7 +11,7 @@ from ...core.model import device_of, evaluating, model_inputs, pad_id, row_limit
 from ...core.paper import method
 from ...core.recipe import Recipe
 from ...core.scorers import answers, judge
-from ...trainers.objective import priced, token_nll
+from ...trainers.objective import loss_mask, token_nll
 from ...trainers.source import Rows
 
 # %% auto #0
@@ -73,7 +73,7 @@ def answer_nll(model, tok, prompts:list[str], responses:list[str]) -> list[torch
         b = to_device(collate(rows[i:i + 100], pad_id(tok)), device_of(model))
         with evaluating(model):
             nll = token_nll(model(**model_inputs(b)).logits, b['labels'])
-        out += [x[on].cpu() for x, on in zip(nll, priced(b['labels']))]
+        out += [x[on].cpu() for x, on in zip(nll, loss_mask(b['labels']))]
     return out
 
 def likelihood(model, tok, prompts:list[str], said:list[str]) -> torch.Tensor: # [rows], in [0, 1]

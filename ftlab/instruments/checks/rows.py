@@ -12,8 +12,8 @@ from ...core.recipe import Recipe, viewed
 from ...core.text import some
 from ..case import NotApplicable, check
 from ..planted import before, planted, text_data, toy_model, toy_rows, toy_tokenizer
-from ...trainers.objective import IGNORE, priced, token_nll
-from ...trainers.source import count_priced
+from ...trainers.objective import IGNORE, loss_mask, token_nll
+from ...trainers.source import count_loss_tokens
 
 # %% auto #0
 __all__ = ['labels_all_masked', 'answers_cut', 'labels_shifted', 'border_split', 'asked_otherwise', 'end_not_learned',
@@ -35,7 +35,7 @@ def labels_all_masked(case):
         seen = f'{blank} of {len(case.whole)} rows examined have no token to learn, whatever the length limit'
         return ('error' if blank > len(case.whole)/2 else 'warning'), seen
     first = case.first_step
-    if first.shown and not count_priced(first.batches):
+    if first.shown and not count_loss_tokens(first.batches):
         tokens = sum(b['labels'].numel() for b in first.batches)
         return f'after the recipe\'s view, 0 of {tokens} tokens in the first batch have a label'
 
@@ -79,10 +79,10 @@ def labels_shifted(case):
         return (f'labels agree with the tokens one position {where} ({max(hit.values()):.0%}), '
                 f'not with their own ({hit[0]:.0%})')
     labels = case.batch['labels']
-    if not priced(labels).any():
+    if not loss_mask(labels).any():
         raise NotApplicable('no token of the rows examined has a label')
     own = _own_loss(case.model, case.batch)
-    ours = float(token_nll(case.now, labels).sum())/int(priced(labels).sum())
+    ours = float(token_nll(case.now, labels).sum())/int(loss_mask(labels).sum())
     if abs(own - ours) > (1e-3 if case.now.dtype == torch.float32 else 3e-2)*max(1., abs(ours)):
         return (f'the model\'s own loss on {len(labels)} rows is {own:.4f}, '
                 f'the loss of the labels at the next position is {ours:.4f}')

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import re
 from collections.abc import Callable
-from ...adapters.attach import pulls_apart
+from ...adapters.attach import unties
 from ...adapters.delta import Entries
 from ...adapters.select import PARTS, coverage, named, parts
 from ...core.anatomy import UnknownArchitecture
@@ -122,7 +122,7 @@ def tied_under_delta(case):
         added = lambda mask: s.delta is not None or mask is not True
         beside = [n for n, m in chosen.items() if added(m) and n in case.params]
         for n in beside:
-            if other := pulls_apart(case.model, n, s.delta or Entries):
+            if other := unties(case.model, n, s.delta or Entries):
                 return f'{n} is one tensor with {other}, and the change would be written beside it'
 
 @planted(tied_under_delta, 'one tensor with lm_head.weight')

@@ -15,7 +15,7 @@ from ...core.model import evaluating, model_inputs
 from ...core.paper import method
 from ...core.recipe import Recipe
 from ...core.scorers import answer_length, judge
-from ..objective import priced, token_nll
+from ..objective import loss_mask, token_nll
 from ..source import micro_size
 
 # %% auto #0
@@ -148,7 +148,7 @@ class clipped_policy:
     def __call__(self, state) -> Tensor:
         b = state.batch
         logp = token_logp(state.forward(), b['labels'], self.temperature)
-        on, A = priced(b['labels']), b['advantage'][:, None]
+        on, A = loss_mask(b['labels']), b['advantage'][:, None]
         ratio = (logp - b['old']).exp()
         gain = torch.minimum(ratio*A, ratio.clamp(1 - self.clip, 1 + self.clip)*A)
         if self.beta:

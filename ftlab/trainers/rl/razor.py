@@ -19,11 +19,11 @@ from ...core.model import device_of, model_inputs, row_limit, to_device
 from ...lab.world import LETTERS, split_of, zigzag
 from ..callbacks import Every
 from ..fit import fit
-from ..objective import kl, priced
+from ..objective import kl, loss_mask
 from .grpo import grpo
 
 # %% auto #0
-__all__ = ['ASKS', 'UNITS', 'own_answers', 'answer_kl', 'weight_distance', 'looks', 'explained', 'questions', 'other_order',
+__all__ = ['ASKS', 'UNITS', 'own_answers', 'answer_kl', 'weight_distance', 'evaluations', 'explained', 'questions', 'other_order',
            'another_order', 'razor']
 
 # %% ../../../nbs/trainers/rl/razor.ipynb #0006b62b
@@ -48,7 +48,7 @@ def answer_kl(base, tuned, tok, rows:list[dict], # questions of the new task wit
     for i in range(0, len(enc), batch_size):
         b = to_device(collate(enc[i:i + batch_size], tok.pad_token_id), device_of(tuned))
         p, q = (m(**model_inputs(b)).logits[:, :-1] for m in (base, tuned))
-        total += float((kl(p, q)*priced(b['labels'])).sum())
+        total += float((kl(p, q)*loss_mask(b['labels'])).sum())
     return total/len(enc)
 
 @torch.no_grad()
@@ -58,17 +58,17 @@ def weight_distance(base, tuned) -> float:
     return float(sum((p.double() - q.double()).square().sum() for p, q in pairs))**.5
 
 # %% ../../../nbs/trainers/rl/razor.ipynb #000ab62b
-def looks(model, tok,                # the base; stays as it is
-          arms:Mapping[str, tuple[Recipe, Data, float]], # name -> (method, its data, its learning rate)
-          learned:Callable,          # (model) -> score on the new task
-          kept:Callable,             # (model) -> score on what the model could do before
-          said:list[dict],           # the base's own answers on the new task, from `own_answers`
-          steps:int=60,              # of each arm
-          every:int=10,              # steps between evaluations
-          seed:int=0,                # of every run
-          keep:bool=False,           # put the weights of every evaluation into its point?
-          **settings                 # go to `fit`
-         ) -> list[dict]:            # arm, step, gain, forgetting, kl, moved
+def evaluations(model, tok,                # the base; stays as it is
+                arms:Mapping[str, tuple[Recipe, Data, float]], # name -> (method, its data, its learning rate)
+                learned:Callable,          # (model) -> score on the new task
+                kept:Callable,             # (model) -> score on what the model could do before
+                said:list[dict],           # the base's own answers on the new task, from `own_answers`
+                steps:int=60,              # of each arm
+                every:int=10,              # steps between evaluations
+                seed:int=0,                # of every run
+                keep:bool=False,           # put the weights of every evaluation into its point?
+                **settings                 # go to `fit`
+               ) -> list[dict]:            # arm, step, gain, forgetting, kl, moved
     """Learn one task in several ways; what each gains, breaks, and how far it goes.
 
     Raises `ValueError` for a model that writes no text."""
@@ -90,7 +90,7 @@ def looks(model, tok,                # the base; stays as it is
         points += run.path
     return points
 
-def explained(points:list[dict], # from `looks`
+def explained(points:list[dict], # from `evaluations`
               by:str             # 'kl', 'moved' or another key of a point
              ) -> float:
     """Return the share of the variance of forgetting, over all points, that a quadratic curve in `by`
@@ -130,7 +130,7 @@ def another_order(model, tok, rows:list[dict], # questions to learn from, from `
                   draws:int=4,                 # answers of its own to each question
                   old_items:int=25,            # questions of each of six old skills
                   seed:int=0                   # of the draws
-                 ) -> dict:                    # the arguments of `looks` besides model and tokenizer
+                 ) -> dict:                    # the arguments of `evaluations` besides model and tokenizer
     """Set up the task 'any other order will do':
     by trial, from arbitrary right answers, and from the model's own right answers"""
     asked, prompts = [r for r in rows for _ in range(draws)], [r['prompt'] for r in held_out]
@@ -182,7 +182,7 @@ def razor(seed:int=0,          # of the questions, the draws and the runs
                          'name a causal language model such as lab-s')
     setting = another_order(base, tok, questions(rows, 'train', seed),
                             questions(held_out, 'validation', seed), draws, old_items, seed)
-    points = looks(base, tok, **setting, steps=steps, every=every, seed=seed, batch_size=batch_size)
+    points = evaluations(base, tok, **setting, steps=steps, every=every, seed=seed, batch_size=batch_size)
     values = {f'{arm}.{k}': tuple(p[k] for p in points if p['arm'] == arm)
               for arm in setting['arms'] for k in ('step', 'gain', 'forgetting', 'kl', 'moved')}
     if len({p['forgetting'] for p in points}) > 1:
