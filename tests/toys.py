@@ -2,7 +2,9 @@
 from functools import lru_cache
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
-from ftlab.core.batches import collate, data, encode
+from ftlab.core.batches import collate
+from ftlab.core.data import data
+from ftlab.core.tokens import encode
 from ftlab.lab.models import lab_tokenizer
 
 TOK = lab_tokenizer()

@@ -18,7 +18,8 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker, LOGGER_TYPE_TO_CLASS, get_available_trackers
 from ..adapters.attach import check_bare
 from ..adapters.store import identity
-from ..core.batches import Data, data as as_data, encode_all
+from ..core.data import Data, data as as_data
+from ..core.tokens import encode_all
 from ..core.io import TemporaryFolder, check_room, leftovers, only_writer, remove
 from ..core.loading import find_device
 from ..core.model import device_of, row_limit
