@@ -190,6 +190,7 @@ def _note(model, plan, out, log, entry):
         save_weights(model, plan, out/'last.safetensors', step=entry['step'])
         _write_json(out/'log.json', log)
 
+# %% ../../nbs/lab/large.ipynb #c1187b11ca
 def train(plan:Plan,                # what to train, and how
           feed:Feed,                # where the text comes from
           seconds:float|None=None,  # for how long; or
@@ -234,6 +235,7 @@ def train(plan:Plan,                # what to train, and how
         _save_state(state, model, opts, step, taken, log)
     return model, log
 
+# %% ../../nbs/lab/large.ipynb #c2187b11ca
 def _log_entry(model, step, plan, seconds, loss, asked) -> dict:
     model_block, model.block = model.block, block # shapes vary here: never recompile
     with torch.autocast(model.embed.device.type, torch.bfloat16):
@@ -245,6 +247,7 @@ def _log_entry(model, step, plan, seconds, loss, asked) -> dict:
     print(json.dumps({k: v for k, v in entry.items() if k != 'skills'}), flush=True)
     return entry
 
+# %% ../../nbs/lab/large.ipynb #c3187b11ca
 @lru_cache(1) # one for all trials, which then share what was compiled
 def _compiler():
     return torch.compile(block, dynamic=False)

@@ -113,6 +113,7 @@ def _check_arguments(steps:int, lr:float|None, save_every:int, resume:bool|None,
     if out:
         check_room(out) # before the model is touched
 
+# %% ../../nbs/trainers/fit.ipynb #c11b191a
 def _job(model, tok, data, recipe, settings, device, out, trackers, callbacks) -> Job:
     "What all stages of a run share"
     data = data if isinstance(data, Data) else as_data(data)
@@ -162,6 +163,7 @@ def _bytes(v) -> bytes:
         return array('q', v).tobytes()
     return json.dumps(v, default=str).encode()
 
+# %% ../../nbs/trainers/fit.ipynb #c21b191a
 def _enter(job:Job, resume:bool|None) -> None:
     "Settle what the folder holds: go on from its checkpoint, refuse to replace it, or begin anew"
     header = resumable(job.checkpoint, job.settings, job.callbacks) if resume else None

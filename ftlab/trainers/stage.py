@@ -91,6 +91,7 @@ def run_stage(job:Job,
         _edit(run, recipe, job.folder)
     return run
 
+# %% ../../nbs/trainers/stage.ipynb #c122191a
 class _Stage:
     "A stage at work"
     def __init__(self, job, recipe, settings, earlier, att):

@@ -67,6 +67,7 @@ def run_recipe(job:Job) -> Run:
         raise trouble
     return run
 
+# %% ../../nbs/trainers/stages.ipynb #c11e191a
 class _Series:
     "The stages of a recipe, one after another"
     def __init__(self, job:Job):
