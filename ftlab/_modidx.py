@@ -527,6 +527,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'ftlab.core.data._number_labels': ('core/data.html#_number_labels', 'ftlab/core/data.py'),
                                  'ftlab.core.data._pair': ('core/data.html#_pair', 'ftlab/core/data.py'),
                                  'ftlab.core.data._parts': ('core/data.html#_parts', 'ftlab/core/data.py'),
+                                 'ftlab.core.data._placed': ('core/data.html#_placed', 'ftlab/core/data.py'),
                                  'ftlab.core.data._records': ('core/data.html#_records', 'ftlab/core/data.py'),
                                  'ftlab.core.data._renamed': ('core/data.html#_renamed', 'ftlab/core/data.py'),
                                  'ftlab.core.data._skill_data': ('core/data.html#_skill_data', 'ftlab/core/data.py'),

@@ -33,7 +33,7 @@ def collate(rows:list[dict],    # encoded rows
 
     out = dict(input_ids=[padded(r['input_ids'], pad_id) for r in rows],
                attention_mask=[padded([1]*len(r['input_ids']), 0) for r in rows],
-               labels=[r['labels'] if isinstance(r['labels'], int) else padded(r['labels'], IGNORE)
+               labels=[one if isinstance(one := r['labels'], int) else padded(one, IGNORE)
                        for r in rows])
     return {k: torch.tensor(v) for k, v in out.items()}
 

@@ -167,20 +167,23 @@ class Data:
 
     def _columns(self) -> tuple[str, ...]:
         "The columns worth showing"
-        return KINDS.get(self.kind, ()) + (('rejected',) if self.kind == 'text'
-                                           and any(isinstance(r.get('rejected'), str)
-                                                   for r in self.train[:3]) else ())
+        pairs = self.kind == 'text' and any(isinstance(r.get('rejected'), str)
+                                            for r in self.train[:3])
+        return KINDS.get(self.kind, ()) + ('rejected',)*pairs
 
     def _cells(self) -> list[list[str]]:
         "The first three rows as short text, labels by name"
-        if self.kind == 'image':
-            return [[f'{k} {tuple(v.shape)}' if isinstance(v, torch.Tensor) else f'{k} {v}'
-                     for k, v in r.items()] for r in self.train[:3]]
-        show = lambda r, c: (self.labels[r[c]] if c == 'label' else ' '
-                             '/ '.join(f'{m["role"]}: {m["content"]}' for m in r[c])
-                             if c == 'messages' else str(r.get(c, '')))
-        clip = lambda s: s if len(s) <= 120 else s[:119] + '…'
-        return [[clip(show(r, c)) for c in self._columns()] for r in self.train[:3]]
+        def shown(r, c):
+            v = r.get(c, '')
+            if self.kind == 'image':
+                return f'{c} {tuple(v.shape) if isinstance(v, torch.Tensor) else v}'
+            if c == 'label':
+                return self.labels[v]
+            text = (' / '.join(f'{m["role"]}: {m["content"]}' for m in v) if c == 'messages'
+                    else str(v))
+            return text if len(text) <= 120 else text[:119] + '…'
+
+        return [[shown(r, c) for c in self._columns() or r] for r in self.train[:3]]
 
     def __repr__(self) -> str:
         return '\n'.join([self._head()] + ['  ' + ' → '.join(c) for c in self._cells()]
@@ -207,9 +210,9 @@ def _fingerprint(content:list) -> str:
 def question_of(row:dict, kind:str) -> str:
     "The part of a row that decides its split"
     if kind == 'chat':
-        return ('\n'.join(m['content']
-                          for m in itertools.takewhile(lambda m: m['role'] != 'assistant',
-                                                       row['messages'])) or row['messages'][0]['content'])
+        talk = row['messages']
+        asked = itertools.takewhile(lambda m: m['role'] != 'assistant', talk)
+        return '\n'.join(m['content'] for m in asked) or talk[0]['content']
     return row['prompt'] if kind == 'text' else row['text']
 
 def _split(parts:dict[str, list[dict]|None], kind:str, notes:list[str]) -> dict[str, list[dict]]:
@@ -258,9 +261,12 @@ def _number_labels(parts:dict[str, list[dict]], names:list[str]|None,
             if isinstance(r['label'], int):
                 r['label'] = names[r['label']]
     in_train = {str(r['label']) for r in parts['train']}
-    names = (names or sorted(in_train, key=lambda s: (0, int(s), s)
-                             if s.removeprefix('-').isdecimal() and len(s) <= DIGITS
-                             else (1, 0, s)))
+
+    def numbers_first(s):
+        whole = s.removeprefix('-').isdecimal() and len(s) <= DIGITS
+        return (0, int(s), s) if whole else (1, 0, s)
+
+    names = names or sorted(in_train, key=numbers_first)
     index = {name: i for i, name in enumerate(names)}
     for r in itertools.chain(*parts.values()):
         label = str(r['label'])
@@ -311,17 +317,19 @@ def _records(source, columns:Mapping[str, str],
         near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise FileNotFoundError(f'there is no file {source}{did_you_mean(path.name, near)}')
     if isinstance(source, (list, tuple)):
-        return [(f'{what} row {i}', as_row(r, f'{what} row {i}'))
-                for i, r in enumerate(source, 1)], None
+        return _placed(source, what), None
     import datasets
     if not isinstance(source, datasets.Dataset):
         raise ValueError(f'{what} is a {type(source).__name__}; give a path, a list of dicts, a '
                          'datasets.Dataset, or a lab skill by name '
                          '(a pandas frame: df.to_dict("records"); a streamed dataset: list(ds.take(1000)))')
     feature = source.features.get(columns.get('label', 'label'))
-    return [(f'{what} row {i}', as_row(r, f'{what} row {i}'))
-            for i, r in enumerate(source, 1)], feature.names if isinstance(
-                feature, datasets.ClassLabel) else None
+    names = feature.names if isinstance(feature, datasets.ClassLabel) else None
+    return _placed(source, what), names
+
+def _placed(rows, what:str) -> list[tuple[str, dict]]:
+    "Rows, each with its place"
+    return [(at := f'{what} row {i}', as_row(r, at)) for i, r in enumerate(rows, 1)]
 
 # %% ../../nbs/core/data.ipynb #001b41f0
 def _skill_rows(world, skill:str, n:int, split:str, seed:int) -> list[dict]:

@@ -285,8 +285,9 @@ class _Lists:
     def listen(self, on):
         for h in self.hooks or ():
             h.remove()
-        self.hooks = ([p.register_post_accumulate_grad_hook(lambda p: self.take([p]))
-                       for g in self.opt.param_groups for p in g['params']] if on else None)
+        ps = [p for g in self.opt.param_groups for p in g['params']]
+        take = lambda p: self.take([p])
+        self.hooks = [p.register_post_accumulate_grad_hook(take) for p in ps] if on else None
 
     def leaf(self, p):
         """Where a narrow backward pass leaves the chosen entries' gradient: as long as the list,
