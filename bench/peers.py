@@ -25,7 +25,8 @@ def adamw_eager(i, m, v, p, g):
     return step
 
 def largest(x, k: int):
-    "The k-th magnitude of `x` by kthvalue, the indices by topk, and the threshold of float32 by two counts"
+    """The k-th magnitude of `x` by kthvalue, the indices by topk,
+    and the threshold of float32 by two counts"""
     import torch
     n = len(x)
 

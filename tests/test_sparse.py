@@ -14,8 +14,8 @@ from ftlab.core.anatomy import anatomy
 from ftlab.core.loading import load
 from ftlab.trainers.fit import fit
 from tiny import DECODERS, ENCODERS, USUAL, example_inputs, tiny
-from toys import (TOK, assert_off_saved_folded, classifier, lab_data, label_data, logits, probe, same, toy,
-                  weights)
+from toys import (TOK, assert_off_saved_folded, classifier, lab_data, label_data, logits, probe,
+                  same, toy, weights)
 
 def out(m):
     return logits(m, example_inputs())
