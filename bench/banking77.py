@@ -16,7 +16,8 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 import torch, ftlab
 from ftlab.core.io import write_atomically
-from ftlab.core.batches import collate, encode_all, indices
+from ftlab.core.batches import collate, indices
+from ftlab.core.tokens import encode_all
 from ftlab.core.loading import minilm_folder
 from ftlab.core.scorers import label_accuracy
 from ftlab.trainers.watch import PeakMemory

@@ -3,6 +3,7 @@
 What is worked on is many times the second-level cache, which is flushed before each call besides.
 Contestants take turns, and before anything is timed it is checked that they do the same work."""
 from gpu_pieces import Clock, arguments, card_is_broken, run_pieces
+from peers import adamw_eager, compact, largest, there_and_back
 
 def sized(args, tiny: int, large: int) -> int:
     return tiny if args.tiny else large
@@ -80,19 +81,7 @@ def magnitude(args, dtype_name: str = 'float32') -> dict:
     k = n//20
     x = torch.randn(n, device=args.device).to(dtype)
 
-    def kthvalue():
-        return torch.kthvalue(x.abs(), n - k + 1).values
-
-    def topk():
-        return torch.topk(x.abs(), k, sorted=False).indices
-
-    def by_groups():  # what one would write in torch: two counts of 16 bits each
-        b = x.view(torch.int32) & 0x7fffffff
-        c = torch.histc((b >> 16).float(), 32768, 0, 32768).flip(0).cumsum(0)
-        group = int((c < k).sum())
-        some = b[(b >> 16) == 32767 - group]
-        return some.kthvalue(len(some) - (k - int(c[group - 1])) + 1).values
-
+    kthvalue, topk, by_groups = largest(x, k)
     want = float(torch.kthvalue(x.abs().float(), n - k + 1).values)
     at = kth_magnitude(x, k, 'indices')
     assert kth_magnitude(x, k) == want, 'another threshold than kthvalue gives'
@@ -111,29 +100,6 @@ def magnitude(args, dtype_name: str = 'float32') -> dict:
     return timed(args, who, numbers=n, k=k, dtype=dtype_name)
 
 # --- AdamW
-
-def compact(p, g, i, m, v, rate, root):
-    "Gather, AdamW, scatter, as torch.compile is given it"
-    x = g[i]
-    m.lerp_(x, .1)
-    v.mul_(.999).addcmul_(x, x, value=.001)
-    p[i] = p[i] - rate*m/(v.sqrt()*root + 1e-8)
-
-def adamw_eager(i, m, v, p, g):
-    "The same in eager torch, with buffers that are kept"
-    import torch
-    x, d, q = (torch.empty_like(m) for _ in range(3))
-
-    def step():
-        torch.index_select(g, 0, i, out=x)
-        m.lerp_(x, .1)
-        v.mul_(.999).addcmul_(x, x, value=.001)
-        torch.sqrt(v, out=d)
-        d.add_(1e-8)
-        torch.index_select(p, 0, i, out=q)
-        q.addcdiv_(m, d, value=-1e-3)
-        p.index_copy_(0, i, q)
-    return step
 
 def of_torch(args, name: str, at, p, g, like, size: int) -> dict:
     "The peers of one selection: `at` are the places in `p` and `g`, `like` is shaped as a moment"
@@ -247,16 +213,6 @@ def losses_of(args, x, head, labels) -> dict:
         losses |= {'liger': lambda: liger(True)(head, x, labels),
                    'plain sum: liger': lambda: liger(False)(head, x, labels)}
     return losses
-
-def there_and_back(loss, x, head):
-    "Forward and backward as one call, which gives the loss and both gradients and keeps neither"
-    def call():
-        value = loss()
-        value.backward()
-        grads = [x.grad, head.grad]
-        x.grad = head.grad = None
-        return value.detach(), grads
-    return call
 
 def doubts_about(who: dict, names: list[str], right: str) -> dict:
     "{name: in which way it does other work than `right`}; an error of our own is raised"

@@ -14,7 +14,9 @@ import time
 from pathlib import Path
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 import torch
-from ftlab.lab.large import CHANGES, Feed, Plan, pretrain_large, train
+from ftlab.lab.feed import Feed
+from ftlab.lab.large import CHANGES, pretrain_large, train
+from ftlab.lab.stacked import Plan
 
 TINY = Plan(layers=2, hidden=64, heads=2, inner=96, rows=16)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 import ftlab
-from ftlab.core.batches import encode
+from ftlab.core.tokens import encode
 from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import WORLD, exact_match
 from ftlab.instruments.claims import beside

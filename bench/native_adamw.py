@@ -10,6 +10,7 @@ only. Rows take so little time that each call makes ten steps. A second part tra
 layers in a process of its own and notes the most memory that it took."""
 import json, os, subprocess, sys
 from native import THREADS, best, main, peak, status
+from peers import adamw_eager, compact
 
 R, C = 12208, 4096
 LAYERS, WIDTH, STEPS = 8, 1536, 3
@@ -22,15 +23,6 @@ def jobs():
     which = torch.randperm(R, generator=g)[:R//20].sort().values
     return {'5%': torch.rand(R, C, generator=g) < .05, '50%': torch.rand(R, C, generator=g) < .5,
             'rows': rows(which)}, which
-
-def compact(torch):
-    "Gather, AdamW, scatter, as torch.compile is given it"
-    def step(p, g, i, m, v, rate, root):
-        x = g[i]
-        m.lerp_(x, .1)
-        v.mul_(.999).addcmul_(x, x, value=.001)
-        p[i] = p[i] - rate*m/(v.sqrt()*root + 1e-8)
-    return step
 
 def gathered(opt, p, g):
     "A step in which the gradient is gathered first, as `gather` does during a backward pass"
@@ -45,23 +37,6 @@ def gathered(opt, p, g):
 
     return step
 
-def eager(i, m, v, p, g):
-    "Gather, AdamW, scatter in eager torch, with buffers that are kept: (function, bytes held)"
-    import torch
-    x, d, q = (torch.empty_like(m) for _ in range(3))
-
-    def step():
-        torch.index_select(g, 0, i, out=x)
-        m.lerp_(x, .1)
-        v.mul_(.999).addcmul_(x, x, value=.001)
-        torch.sqrt(v, out=d)
-        d.add_(1e-8)
-        torch.index_select(p, 0, i, out=q)
-        q.addcdiv_(m, d, value=-1e-3)
-        p.index_copy_(0, i, q)
-
-    return step, 3*m.nbytes
-
 def of_torch(name, at, p, g, like):
     "The peers of one selection: `at` are the places in `p` and `g`, `like` is shaped as a moment"
     import torch
@@ -69,11 +44,11 @@ def of_torch(name, at, p, g, like):
     rate, root = torch.tensor(1e-3), torch.tensor(1.)
     # Inductor's graph, at fixed size: checked below to be in place
     for kind, i in (('int64', at), ('int32', at.int())):
-        f = torch.compile(compact(torch), dynamic=False, fullgraph=True)
+        f = torch.compile(compact, dynamic=False, fullgraph=True)
         f(p, g, i, m, v, rate, root)
         who[f'torch, {name}: compiled, {kind}'] = (
             lambda f=f, i=i: f(p, g, i, m, v, rate, root), 0)
-    return who | {f'torch, {name}: eager, buffers': eager(at, m, v, p, g)}
+    return who | {f'torch, {name}: eager, buffers': (adamw_eager(at, m, v, p, g), 3*m.nbytes)}
 
 def masked(opt, p, g, mask):
     "The dense optimiser's step with the gradient times a mask"

@@ -6,6 +6,7 @@ not, and against the three products of matrices that nobody can leave out.
 
 Liger's kernels, the usual peer on a GPU, are written in Triton and do not run on a CPU."""
 from native import best, main
+from peers import there_and_back
 
 T, H, V = 2048, 512, 32_768
 
@@ -37,17 +38,6 @@ def losses_of(hidden, head, labels):
             'torch, all logits: compiled': lambda: compiled(hidden, head, labels),
             'plain sum: ours': lambda: ours(hidden, head, labels).loss,
             'plain sum: torch, 512 rows': lambda: torchs('sum', batch_chunk_size=512)}
-
-def there_and_back(loss, hidden, head):
-    "Forward and backward; what it leaves behind is freed, so that the next one's memory is its own"
-    def run():
-        value = loss()
-        value.backward()
-        grads = [hidden.grad, head.grad]
-        hidden.grad = head.grad = None
-        return value.item(), grads
-
-    return run
 
 def check_same(who, right, names):
     "They give the same loss and the same gradients as `right`"

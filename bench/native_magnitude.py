@@ -4,6 +4,7 @@ The C++ kernel against the best that torch does, and against the time of reading
 
     python bench/native_magnitude.py            # writes bench/results/native_magnitude.json; about ten minutes"""
 from native import N, main
+from peers import largest
 
 K = 2_500_000
 
@@ -12,18 +13,7 @@ def contestants():
     from ftlab.native import kth_magnitude
     x = torch.randn(N, generator=torch.Generator().manual_seed(0))
 
-    def kthvalue():
-        return torch.kthvalue(x.abs(), N - K + 1).values
-
-    def topk():
-        return torch.topk(x.abs(), K, sorted=False).indices
-
-    def by_groups(): # what one would write in torch: two counts of 16 bits each
-        b = x.view(torch.int32) & 0x7fffffff
-        c = torch.histc((b >> 16).float(), 32768, 0, 32768).flip(0).cumsum(0)
-        group = int((c < K).sum())
-        some = b[(b >> 16) == 32767 - group]
-        return some.kthvalue(len(some) - (K - int(c[group - 1])) + 1).values
+    kthvalue, topk, by_groups = largest(x, K)
     want = float(kthvalue())
     assert kth_magnitude(x, K) == want == by_groups().view(torch.float32).item()
     assert torch.equal(topk().sort().values.int(), kth_magnitude(x, K, 'indices'))

@@ -36,7 +36,7 @@ def large(folder:Path) -> dict:
     from ftlab.adapters.attach import attach
     from ftlab.adapters.store import identity
     from ftlab.adapters.select import everything
-    from ftlab.core.batches import data
+    from ftlab.core.data import data
     from ftlab.core.recipe import Recipe
     from ftlab.lab.models import lab_tokenizer
     from ftlab.instruments.report import report

@@ -9,7 +9,7 @@ import ftlab.instruments.compare as C
 from ftlab.adapters.store import identity
 from ftlab.instruments.compare import (Comparison, assemble, best_rate, compare, interval, matched,
                                        metric_for, old_skills, plan, target_gain, tune, tuning_seed)
-from ftlab.core.batches import data
+from ftlab.core.data import data
 from ftlab.core.paper import Method
 from ftlab.core.recipe import Learner, Loop, Recipe, Stages
 from ftlab.lab.models import lab_tokenizer

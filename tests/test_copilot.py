@@ -3,7 +3,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import ftlab
-from ftlab.core.batches import collate, encode, pack
+from ftlab.core.batches import collate, pack
+from ftlab.core.tokens import encode
 from ftlab.core.generate import generate
 from ftlab.core.model import model_inputs
 from ftlab.evaluators.decoding.copilot import (Copilot, MistakeLog, answer_together, copilot,

@@ -3,8 +3,9 @@ import json
 import datasets, pandas, pytest, torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from ftlab.core.batches import (Data, batch_at, collate, data, encode, encode_all, indices, order,
-                                pieces_of, prompt_ids)
+from ftlab.core.batches import batch_at, collate, indices, order
+from ftlab.core.data import Data, data
+from ftlab.core.tokens import encode, encode_all, pieces_of, prompt_ids
 from ftlab.lab.models import lab_tokenizer
 from ftlab.lab.world import LabWorld, split_of
 

@@ -13,8 +13,8 @@ import ftlab
 from ftlab import methods
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import parts
-from ftlab.core.batches import Data
-from ftlab.core.batches import data as as_data
+from ftlab.core.data import Data
+from ftlab.core.data import data as as_data
 from ftlab.core.paper import Method
 from ftlab.core.recipe import Recipe, Stages
 from ftlab.instruments import doctor as diagnosis

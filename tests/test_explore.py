@@ -267,7 +267,8 @@ def test_prices_are_the_objectives(run):
 def test_the_prices_are_those_of_the_papers(run, chance):
     "The view computes them itself, as it imports no paper"
     from types import SimpleNamespace
-    from ftlab.core.batches import collate, encode
+    from ftlab.core.batches import collate
+    from ftlab.core.tokens import encode
     from ftlab.trainers.losses.dft import probability
     from ftlab.trainers.losses.masked_thought import mask_answers
     tok, row = run.tok, run.data.test[2]

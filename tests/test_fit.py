@@ -13,7 +13,8 @@ from ftlab.core.io import DiskFull
 from ftlab.adapters.subsets.hft import hft
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import named, parts, top
-from ftlab.core.batches import batch_at, encode_all
+from ftlab.core.batches import batch_at
+from ftlab.core.tokens import encode_all
 from ftlab.core.paper import Method
 from ftlab.core.recipe import Recipe, Share, Stages
 from ftlab.trainers.callbacks import EarlyStop, Every, validation_nll

@@ -12,7 +12,9 @@ import ftlab
 from ftlab.core.loading import CHECKPOINTS, lab_folder
 from ftlab.core.scorers import answers
 from ftlab.instruments.compare import old_skills
-from ftlab.lab.large import POOLS, PUBLISHED, Feed, Plan, llama_config, packed_rows, pretrain_large
+from ftlab.lab.feed import POOLS, Feed, packed_rows
+from ftlab.lab.large import PUBLISHED, pretrain_large
+from ftlab.lab.stacked import Plan, llama_config
 from ftlab.lab.lookup import LEARNED, LookupWorld, line_error
 from ftlab.lab.models import lab_config, lab_tokenizer, skills_of
 from ftlab.lab.pretrain import pretrain

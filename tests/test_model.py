@@ -9,7 +9,9 @@ from transformers import (GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadM
 
 import ftlab
 from ftlab import cli
-from ftlab.core.batches import Data, collate, data, encode_all
+from ftlab.core.batches import collate
+from ftlab.core.data import Data, data
+from ftlab.core.tokens import encode_all
 from ftlab.core.generate import generate, render_within
 from ftlab.core.model import (answer_room, device_of, evaluating, model_inputs, pad_id,
                               position_table, positions, row_limit, to_device)

@@ -4,7 +4,7 @@ import pytest
 import ftlab, ftlab.instruments.monitor as m
 from ftlab.adapters.subsets.hft import hft
 from ftlab.adapters.modules.lora import lora
-from ftlab.core.batches import encode_all
+from ftlab.core.tokens import encode_all
 from ftlab.core.recipe import Recipe, Stages
 from ftlab.core.scorers import answers
 from ftlab.lab.world import OLD

@@ -1,6 +1,8 @@
 "Packing: a row in a line costs, and teaches, what it does alone"
 import pytest, torch
-from ftlab.core.batches import IGNORE, PACKS, bins, collate, data, encode_all, pack, packing
+from ftlab.core.batches import PACKS, bins, collate, pack, packing
+from ftlab.core.data import data
+from ftlab.core.tokens import IGNORE, encode_all
 from ftlab.lab.models import lab_tokenizer
 from ftlab.trainers.objective import token_nll
 from tiny import tiny

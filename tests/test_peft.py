@@ -8,7 +8,8 @@ from ftlab.adapters.lowrank import LoRA, from_peft, to_peft
 from ftlab.adapters.modules.randlora import RandLoRA
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import parts
-from ftlab.core.batches import batch_at, encode_all
+from ftlab.core.batches import batch_at
+from ftlab.core.tokens import encode_all
 from ftlab.trainers.fit import fit
 from ftlab.trainers.losses.dft import dft
 from tiny import example_inputs, tiny

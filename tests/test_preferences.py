@@ -2,7 +2,8 @@
 from types import SimpleNamespace
 import pytest, torch
 import ftlab.trainers.rl.spin as spinning
-from ftlab.core.batches import data, encode
+from ftlab.core.data import data
+from ftlab.core.tokens import encode
 from ftlab.trainers.fit import fit
 from ftlab.trainers.preferences import Pairs, answer_logp, judged_pairs, preference
 from ftlab.trainers.rl.spin import SelfPlay, spin

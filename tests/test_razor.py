@@ -4,7 +4,7 @@ import pytest
 import torch
 from toys import TOK, lab_data, toy
 
-from ftlab.core.batches import encode
+from ftlab.core.tokens import encode
 from ftlab.core.recipe import Recipe
 from ftlab.trainers.rl.grpo import clipped_policy
 from ftlab.trainers.rl.razor import (another_order, answer_kl, explained, evaluations, other_order,

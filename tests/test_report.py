@@ -9,7 +9,9 @@ from ftlab.adapters.subsets.hft import half
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import parts, top
 from ftlab.cli import main
-from ftlab.core.batches import collate, data, encode_all
+from ftlab.core.batches import collate
+from ftlab.core.data import data
+from ftlab.core.tokens import encode_all
 from ftlab.core.recipe import Recipe, Stages
 from ftlab.core.scorers import label_accuracy, nll, skills
 from ftlab.evaluators.decoding.eft import eft

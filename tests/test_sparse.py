@@ -14,7 +14,8 @@ from ftlab.core.anatomy import anatomy
 from ftlab.core.loading import load
 from ftlab.trainers.fit import fit
 from tiny import DECODERS, ENCODERS, USUAL, example_inputs, tiny
-from toys import TOK, classifier, lab_data, label_data, logits, probe, same, toy, weights
+from toys import (TOK, assert_off_saved_folded, classifier, lab_data, label_data, logits, probe,
+                  same, toy, weights)
 
 def out(m):
     return logits(m, example_inputs())
@@ -116,16 +117,8 @@ def test_a_refresh_carries_the_moments_of_what_stays_and_starts_what_is_new_from
 def test_a_change_whose_places_moved_saves_folds_and_switches_off(tmp_path):
     base = logits(toy())
     run = tune(lift(r=2, every=2), steps=7)
-    tuned = logits(run.model)
     assert all(d.config['left'] > 0 for d in run.delta.attached.deltas.values())
-    with run.disabled():
-        assert torch.equal(logits(run.model), base)
-    run.delta.save(tmp_path/'d.safetensors')
-    fresh = toy()
-    load_delta(fresh, tmp_path/'d.safetensors')
-    assert torch.equal(logits(fresh), tuned)
-    run.delta.attached.fold()
-    torch.testing.assert_close(logits(run.model), tuned, atol=1e-5, rtol=0)
+    tuned = assert_off_saved_folded(run, base, toy(), logits, tmp_path/'d.safetensors')
     again = tune(lift(r=2, every=2), steps=7)
     assert torch.equal(logits(again.model), tuned)
 

@@ -6,7 +6,7 @@ from ftlab.adapters.delta import Offset
 from ftlab.adapters.store import load_delta
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import parts
-from ftlab.core.batches import Data
+from ftlab.core.data import Data
 from ftlab.core.recipe import CannotCompose, Learner, Loop, Recipe, Share, Stages, needing
 from ftlab.trainers.objective import nll
 from ftlab.trainers.fit import fit

@@ -3,7 +3,8 @@ and saying when one is unsure: what their pages do not say about themselves"""
 import pytest, torch
 import torch.nn.functional as F
 from ftlab import methods
-from ftlab.core.batches import collate, encode
+from ftlab.core.batches import collate
+from ftlab.core.tokens import encode
 from ftlab.core.state import State
 from ftlab.trainers.fit import fit
 from toys import TOK, lab_data, logits, same, toy, weights
@@ -390,7 +391,7 @@ def pieces_tokenizer():
 # split otherwise than alone; one token would cross the border
 @pytest.mark.parametrize('prompt, tokens', [('q', 3), ('q ', 1)])
 def test_likelihood_counts_the_tokens_that_the_answer_has_behind_its_prompt(prompt, tokens):
-    from ftlab.core.batches import encode
+    from ftlab.core.tokens import encode
     from ftlab.evaluators.trust.r_tuning import likelihood
     model, tok = toy(tied=False), pieces_tokenizer()
     assert (len(tok('red', add_special_tokens=False).input_ids) == 1

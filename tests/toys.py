@@ -2,7 +2,10 @@
 from functools import lru_cache
 import torch
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
-from ftlab.core.batches import collate, data, encode
+from ftlab.adapters.store import load_delta
+from ftlab.core.batches import collate
+from ftlab.core.data import data
+from ftlab.core.tokens import encode
 from ftlab.lab.models import lab_tokenizer
 
 TOK = lab_tokenizer()
@@ -56,3 +59,17 @@ def weights(model) -> dict:
 def same(a, b) -> bool:
     "Are two dictionaries of tensors bit-equal?"
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def assert_off_saved_folded(run, base, fresh, ask, path):
+    """Switched off, a run's change gives the outputs `base` of `ask(model)`; saved and loaded onto
+    `fresh`, and folded in, it gives its own. Returns those."""
+    tuned = ask(run.model)
+    with run.disabled():
+        assert torch.equal(ask(run.model), base)
+    run.delta.save(path)
+    load_delta(fresh, path)
+    assert torch.equal(ask(fresh), tuned)
+    run.delta.attached.fold()
+    torch.testing.assert_close(ask(run.model), tuned, atol=1e-5, rtol=0)
+    return tuned

@@ -34,7 +34,7 @@ transformers.generation.utils transformers.trainer_utils datasets accelerate saf
 tokenizers matplotlib.pyplot matplotlib.backends.backend_svg matplotlib_inline.backend_inline
 IPython.display IPython.core.interactiveshell ipywidgets
 fastcore.all nbdev.showdoc nbformat pytest tomllib'''.split()
-OURS = '''ftlab.core.loading ftlab.core.batches ftlab.core.generate ftlab.core.scorers
+OURS = '''ftlab.core.loading ftlab.core.tokens ftlab.core.batches ftlab.core.generate ftlab.core.scorers
 ftlab.adapters.delta ftlab.trainers.loop ftlab.lab.models ftlab.lab.world ftlab.native
 ftlab.instruments.report'''.split()
 

@@ -113,6 +113,7 @@ def from_peft(model:nn.Module,  # the base, changed in place
                 own.copy_(t)
     return att
 
+# %% ../../nbs/adapters/lowrank.ipynb #c17cbe45
 def _plain_config(folder) -> dict:
     "The adapter's configuration, if it is that of plain LoRA"
     if not (folder/'adapter_config.json').is_file():
@@ -134,6 +135,7 @@ def _plain_config(folder) -> dict:
             raise ValueError(f'the adapter_config.json of {str(folder)!r} says {k}={c.get(k)!r}; it must be a number')
     return c
 
+# %% ../../nbs/adapters/lowrank.ipynb #c27cbe45
 def _pairs(folder) -> dict[str, dict[str, Tensor]]:
     "{name of a weight: {'A': tensor, 'B': tensor}}"
     file = folder/'adapter_model.safetensors'

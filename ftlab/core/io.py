@@ -108,6 +108,7 @@ def remove(path:Path) -> None:
     else:
         path.unlink(missing_ok=True)
 
+# %% ../../nbs/core/io.ipynb #c107bdb4
 @contextmanager
 def staging(path:str|Path) -> Iterator[Path]:
     """A fresh folder beside `path` in which it is made, to be renamed when it is whole;
@@ -141,6 +142,7 @@ def flush(folder:Path) -> None:
     for p in (*folder.rglob('*'), folder):
         _sync(p)
 
+# %% ../../nbs/core/io.ipynb #c207bdb4
 def write_atomically(path:str|Path,     # the file
                      write:Callable,    # write(temporary path)
                      need:int|None=None # bytes that it takes, for the error

@@ -225,8 +225,10 @@ def _tokenizer(where:str, revision:str|None, name:str) -> PreTrainedTokenizerBas
 def _refuse_gaps(info:dict, head:set[str], name:str):
     """Raise `ValueError` if tensors of the model were not in its files, but for a fresh head and a
     pooler"""
-    ours = lambda keys: sorted(k for k in (k if isinstance(k, str) else k[0] for k in keys)
-                               if k.split('.')[0] not in head)
+    def ours(keys):
+        names = [k if isinstance(k, str) else k[0] for k in keys]
+        return sorted(n for n in names if n.split('.')[0] not in head)
+
     wrong = ours(info['mismatched_keys'])
     gaps = [k for k in ours(info['missing_keys']) if 'pooler' not in k]
     if wrong:

@@ -28,6 +28,7 @@ def file_text(path:Path) -> str:
         raise ValueError(f'{path}, line {line} is not UTF-8 text (byte {column} of the line, {e.start} of the file); '
                          'save it as UTF-8') from None
 
+# %% ../../nbs/core/rows.ipynb #c1983ffb
 class _Twice(ValueError):
     "A key stands twice in one object"
 
@@ -75,6 +76,7 @@ def parsed(text:str, path:Path, line:int, must:str): # what the text must hold, 
         raise ValueError(f'{at(m.start() if m else 0)}: a whole number of more than {DIGITS} '
                          'digits; write it as text') from None
 
+# %% ../../nbs/core/rows.ipynb #c2983ffb
 def as_row(row, at:str) -> dict:
     """`row`, if it is an object with named columns that JSON can hold.
     Raises `ValueError` that names the place."""

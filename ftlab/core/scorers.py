@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 import torch
 import torch.nn.functional as F
-from .batches import IGNORE, collate, encode_all
+from .batches import collate
+from .tokens import IGNORE, encode_all
 from .generate import generate
 from .loading import load
 from .model import device_of, evaluating, model_inputs, pad_id, row_limit, to_device

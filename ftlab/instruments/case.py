@@ -15,7 +15,9 @@ from torch import nn
 from ..adapters.attach import own_buffers, own_weights
 from ..adapters.select import everything
 from ..core.anatomy import UnknownArchitecture
-from ..core.batches import KINDS, Data, collate, encode
+from ..core.batches import collate
+from ..core.data import KINDS, Data
+from ..core.tokens import encode
 from ..core.model import device_of, evaluating, model_inputs, row_limit, to_device
 from ..core.recipe import Recipe
 from ..core.scorers import nll

@@ -14,7 +14,9 @@ from matplotlib.figure import Figure
 from scipy import stats
 from ..adapters.store import identity
 from ..core.io import check_room, only_writer, write_atomically
-from ..core.batches import Data, collate, data as as_data, encode_all
+from ..core.batches import collate
+from ..core.data import Data, data as as_data
+from ..core.tokens import encode_all
 from ..core.loading import find_device, load
 from ..core.model import device_of, model_inputs, pad_id, row_limit, to_device
 from ..core.recipe import Recipe

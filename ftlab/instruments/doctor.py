@@ -13,7 +13,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from types import ModuleType
 from ..adapters.select import coverage
-from ..core.batches import KINDS, Data, data as as_data
+from ..core.data import KINDS, Data, data as as_data
 from ..core.recipe import Recipe
 from ..core.table import Html, as_html, html_table, to_the_left
 from ..core.text import shortened

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from ..adapters.attach import Attached
 from ..adapters.edit import depth, write_change
 from ..core.anatomy import anatomy
-from ..core.batches import collate, encode, encode_all
+from ..core.batches import collate
+from ..core.tokens import encode, encode_all
 from ..core.generate import generate
 from ..core.model import device_of
 from ..core.scorers import WORLD, judge, teacher_forced

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..adapters.attach import Attached, oriented
 from ..adapters.select import scores
 from ..core.anatomy import anatomy
-from ..core.batches import collate, encode_all
+from ..core.batches import collate
+from ..core.tokens import encode_all
 from ..core.model import device_of, pad_id, row_limit, to_device
 from ..evaluators.spectra import spectrum as singular_values, stable_rank
 from .views import GREY, RED, View, choice, panels, slider

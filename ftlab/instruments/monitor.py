@@ -10,7 +10,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from ..lab.models import old_skills
 from ..lab.world import is_lab
-from ..core.batches import Data, collate, data as as_data, encode_all
+from ..core.batches import collate
+from ..core.data import Data, data as as_data
+from ..core.tokens import encode_all
 from ..core.scorers import WORLD, teacher_forced
 from .views import front_end
 from ..core.state import State

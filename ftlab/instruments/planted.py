@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 import torch
 from ..adapters.select import parts
-from ..core.batches import Data, data as as_data
+from ..core.data import Data, data as as_data
 from ..core.paper import Method
 from ..core.recipe import Recipe
 from ..lab.models import lab_tokenizer

@@ -19,7 +19,9 @@ from ..adapters.store import identity, load_delta
 from ..core.io import write_atomically
 from .compare import metric_for
 from ..core.anatomy import UnknownArchitecture
-from ..core.batches import Data, collate, data as as_data, encode, prompt_ids
+from ..core.batches import collate
+from ..core.data import Data, data as as_data
+from ..core.tokens import encode, prompt_ids
 from ..core.generate import generate
 from ..core.loading import load
 from ..core.model import device_of, evaluating, model_inputs, pad_id, row_limit, to_device

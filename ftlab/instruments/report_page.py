@@ -363,8 +363,8 @@ def layer_lines(curves:dict[str, list[float]] # {'new' or 'old': one number a la
         points = [(x(i), y(v)) for i, v in enumerate(c) if v is not None]
         body += (_path(points, cls) + ''.join(_dot(*p, cls, 3) for p in points)
                  + _t(o + n + 8, at[name], f'{name} questions', cls))
-    said = '; '.join(f'{name} questions {", ".join("none" if v is None else f"{v:.2f}" for v in c)}'
-                     for name, c in curves.items())
+    values = lambda curve: ', '.join('none' if v is None else f'{v:.2f}' for v in curve)
+    said = '; '.join(f'{name} questions {values(c)}' for name, c in curves.items())
     return _svg(400, h + 48, f'Likeness of base and tuned model by layer, 1 is the same. {said}',
                 body + _t(o + n/2, h + 43, 'layer', 'soft', 'middle'))
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, ViTConfig, ViTForImageClassification
 from ..core.anatomy import FAMILIES, Family, Layout
-from ..core.batches import Data
+from ..core.data import Data
 from ..core.io import write_tensors
 from ..core.paper import Method
 from ..core.recipe import Recipe, viewed

@@ -6,324 +6,27 @@
 from __future__ import annotations
 import json
 import math
-import multiprocessing
-import os
-import queue
-import random
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
-from .lookup import LEARNED, LOOKUP, LOOKUP_SKILLS, LookupWorld, document, line_error
+from ..core.io import read_tensors, write_tensors, write_text
+from .feed import IN_PROMPT, POOLS, PREDICT, WIDTH, Feed
+from .lookup import LEARNED, LOOKUP, LOOKUP_SKILLS, LookupWorld, line_error
 from .models import lab_tokenizer
 from .pretrain import save_lab
-from .world import OLD, SKILLS, THINGS, NOUNS, LETTERS, vocabulary
+from .stacked import (Plan, Stacked, block, document_mask, llama_config, optimizers,
+                               rate_at, to_llama)
+from .world import OLD, vocabulary
 
 # %% auto #0
-__all__ = ['WIDTH', 'CHUNK', 'PREDICT', 'IN_PROMPT', 'POOLS', 'FACT_TIERS', 'MATRICES', 'CHANGES', 'PUBLISHED', 'STEPS',
-           'pool_mixture', 'copy_document', 'encode_document', 'packed_rows', 'Feed', 'Plan', 'Stacked', 'rotate',
-           'block', 'document_mask', 'llama_config', 'to_llama', 'orthogonal_stack', 'StackedMuon', 'optimizers',
-           'rate_at', 'greedy', 'questions', 'scores', 'race_score', 'rows_of_step', 'loss_of', 'save_weights', 'train',
-           'race', 'last_questions', 'finish', 'lab_model', 'pretrain_large']
-
-# %% ../../nbs/lab/large.ipynb #00057b11ca
-WIDTH = 128           # tokens in a row
-CHUNK = 256           # rows that are drawn together, from one seed
-PREDICT = 1 << 15     # the mark of a token that is to be predicted
-IN_PROMPT = 1 << 14   # the mark of such a token before the answer
-POOLS = ('old', 'new', 'easy', 'copy')
-FACT_TIERS = ((1, .87), (2, .10), (3, .03))
-
-def pool_mixture(pool:str) -> list[tuple[str, tuple[int, ...], float]]:
-    "What a pool holds: (skill, levels to draw from, share of the documents)"
-    if pool == 'old':
-        parts = [(k, (1, 2), s.weight) for k, s in SKILLS.items() if s.weight and k != 'fact']
-        parts += [('fact', (lv,), SKILLS['fact'].weight*share) for lv, share in FACT_TIERS]
-        return parts + [('atlas', (1,), .10)]
-    levels = (1, 2) if pool == 'new' else (0,)
-    return [(k, levels, LOOKUP[k].weight) for k in LOOKUP_SKILLS]
-
-def copy_document(r:random.Random) -> list[tuple[str, bool]]:
-    "Random words, and the same words again, which can be predicted"
-    words = r.choices(r.choice((NOUNS + THINGS, LETTERS, vocabulary()[7:])), k=r.randint(6, 24))
-    text = ' '.join(words)
-    return [(f'<bos> <user> {text}', False), (words[0], False), (' '.join(words[1:]), True)]
-
-def encode_document(doc:list[tuple[str, bool]], ids:dict[str, int]) -> list[int]:
-    "Token ids with their marks"
-    out, answered = [], False
-    for text, predict in doc:
-        here = [ids[x] for x in text.split()]
-        if predict:
-            mark = PREDICT if answered else PREDICT | IN_PROMPT
-            here = [i | mark for i in here]
-        answered = answered or '<assistant>' in text
-        out += here
-    return out
-
-# %% ../../nbs/lab/large.ipynb #00067b11ca
-def packed_rows(world:LookupWorld, # whose skills are drawn
-                pool:str,          # one of `POOLS`
-                chunk:int,         # which chunk; another one is other text
-                seed:int=0         # of everything
-               ) -> np.ndarray:    # [CHUNK, WIDTH] of uint16
-    """Draw documents and pack each into the first row with room for it;
-    fixed by pool, chunk and seed"""
-    r = random.Random(f'{world.seed}/{seed}/{pool}/{chunk}')
-    ids = {x: i for i, x in enumerate(vocabulary())}
-    parts = pool_mixture(pool)
-    total = np.cumsum([share for *_, share in parts]).tolist()
-    out = np.zeros((CHUNK, WIDTH), np.uint16)
-    rows, full = [], 0
-    while full < CHUNK:
-        if pool == 'copy':
-            doc = copy_document(r)
-        else:
-            skill, levels, _ = r.choices(parts, cum_weights=total)[0]
-            doc = document(world, skill, r, r.choice(levels))
-        new = encode_document(doc, ids)
-        if len(new) > WIDTH:
-            raise ValueError(f'a document of {len(new)} tokens is longer than a row: {doc}')
-        for row in rows:
-            if len(row) + len(new) <= WIDTH:
-                row += new
-                break
-        else:
-            rows.append(new)
-        if len(rows) > 24: # the fullest of the open rows is closed
-            row = max(rows, key=len)
-            rows.remove(row)
-            out[full, :len(row)] = row
-            full += 1
-    return out
-
-# %% ../../nbs/lab/large.ipynb #00097b11ca
-class Feed:
-    """Rows of every pool in a fixed order, drawn by other processes ahead of their use.
-
-    All that was drawn is kept, so that several runs can read the same text. After `limit`
-    chunks a pool starts over."""
-    def __init__(self,
-                 workers:int=0,   # processes; 0 draws where it is asked, without any
-                 seed:int=0,      # of the text
-                 ahead:int=64,    # chunks of a pool that are drawn before they are asked for
-                 limit:int=100000 # chunks of a pool
-                ):
-        self.workers, self.seed, self.ahead, self.limit = workers, seed, ahead, limit
-        self.world = LookupWorld(0)
-        self.chunks = {p: {} for p in POOLS}
-        self.asked = multiprocessing.Array('l', len(POOLS), lock=False)
-        self.reused = 0
-        self.waited = 0.
-        # forked before CUDA is in use: a child must not inherit it
-        self.context = multiprocessing.get_context('fork' if os.name == 'posix' else 'spawn')
-        self.queues = [self.context.Queue(maxsize=8) for _ in range(workers)]
-        args = [(i, workers, seed, ahead, limit, self.asked, q) for i, q in enumerate(self.queues)]
-        self.processes = [self.context.Process(target=_draw_chunks, args=a, daemon=True)
-                          for a in args]
-        for p in self.processes:
-            p.start()
-
-    def collect(self):
-        "Take what the processes have drawn, without waiting"
-        for q in self.queues:
-            while True:
-                try:
-                    pool, k, rows = q.get_nowait()
-                except queue.Empty:
-                    break
-                self.chunks[pool][k] = rows
-
-    def chunk(self, pool:str, k:int) -> np.ndarray:
-        "Chunk `k` of a pool, waiting for it if need be"
-        k %= self.limit
-        kept = self.chunks[pool]
-        if k not in kept and not self.workers:
-            kept[k] = packed_rows(self.world, pool, k, self.seed)
-        i = POOLS.index(pool)
-        self.asked[i] = max(self.asked[i], k)
-        start = time.time()
-        while k not in kept:
-            self.collect()
-            if k not in kept:
-                time.sleep(.002)
-            if not all(p.is_alive() for p in self.processes):
-                raise RuntimeError('a process that draws text has died; its error is above')
-        self.waited += time.time() - start
-        return kept[k]
-
-    def rows(self, pool:str, start:int, n:int) -> np.ndarray:
-        "Rows `start` to `start + n` of a pool, [n, WIDTH]"
-        self.reused += n*(start + n > self.limit*CHUNK)
-        parts = []
-        while n:
-            k, at = divmod(start, CHUNK)
-            parts.append(self.chunk(pool, k)[at:at + n])
-            n -= len(parts[-1])
-            start += len(parts[-1])
-        return np.concatenate(parts)
-
-    def close(self):
-        "End the processes"
-        for p in self.processes:
-            p.terminate()
-
-def _draw_chunks(i, workers, seed, ahead, limit, asked, out):
-    "What a process of `Feed` does: chunks i, i + workers, ... of every pool"
-    world = LookupWorld(0)
-    place = [i]*len(POOLS)
-    while True:
-        idle = True
-        for j, pool in enumerate(POOLS):
-            if place[j] < min(limit, asked[j] + ahead):
-                out.put((pool, place[j], packed_rows(world, pool, place[j], seed)))
-                place[j] += workers
-                idle = False
-        if idle:
-            time.sleep(.005)
-
-# %% ../../nbs/lab/large.ipynb #000b7b11ca
-@dataclass(frozen=True)
-class Plan:
-    "The shape of a model and the recipe of its pretraining"
-    layers:int=8
-    hidden:int=224
-    heads:int=7
-    inner:int=544          # width of the feed-forward part
-    rate:float=3e-3        # highest learning rate
-    rows:int=512           # rows of a step
-    new:float=.6           # share of the rows that are about looking things up
-    easy:float=.25         # until this part of the run, rows of `new` are taken from `easy`, fewer and fewer
-    copy:float=.1          # share of `copy` at the start; none is left after a quarter of the run
-    prompts:bool=True      # also predict what can be predicted in a prompt
-    every_word:float=0.    # weight of the tokens that nobody can predict
-    warmup:float=.02       # part of the run in which the rate rises
-    decay:float=.6         # part of the run in which it falls to zero
-
-MATRICES = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
-
-class Stacked(torch.nn.Module):
-    "A Llama with tied embeddings whose layers are stacked: each matrix is [layers, out, in]"
-    def __init__(self, plan:Plan, vocabulary_size:int, seed:int=0):
-        super().__init__()
-        n, h, i = plan.layers, plan.hidden, plan.inner
-        shapes = dict(q_proj=(n, h, h), k_proj=(n, h, h), v_proj=(n, h, h), o_proj=(n, h, h),
-                      gate_proj=(n, i, h), up_proj=(n, i, h), down_proj=(n, h, i))
-        g = torch.Generator().manual_seed(seed)
-        self.heads = plan.heads
-        self.embed = torch.nn.Parameter(torch.randn(vocabulary_size, h, generator=g)*.02)
-        for k, s in shapes.items():
-            setattr(self, k, torch.nn.Parameter(torch.randn(s, generator=g)*.02))
-        for k, s in dict(norm_1=(n, h), norm_2=(n, h), norm=(h,)).items():
-            setattr(self, k, torch.nn.Parameter(torch.ones(s)))
-        angle = torch.outer(torch.arange(256.),
-                            1e4**(-torch.arange(0, h//plan.heads, 2)*plan.heads/h))
-        self.register_buffer('cos', torch.cat([angle, angle], 1).cos())
-        self.register_buffer('sin', torch.cat([angle, angle], 1).sin())
-        self.block = block
-
-    def forward(self,
-                ids:torch.Tensor,              # [rows, tokens]
-                mask:torch.Tensor|None=None    # [rows, 1, tokens, tokens]: who sees whom; None: all before
-               ) -> torch.Tensor:              # [rows, tokens, hidden], after the last norm
-        x = F.embedding(ids, self.embed)
-        cos, sin = self.cos[:ids.shape[1]], self.sin[:ids.shape[1]]
-        names = ('norm_1', *MATRICES[:4], 'norm_2', *MATRICES[4:])
-        for weights in zip(*(getattr(self, k).unbind(0) for k in names)):
-            x = self.block(x, mask, cos, sin, self.heads, *weights)
-        return F.rms_norm(x, x.shape[-1:], self.norm, 1e-6)
-
-def rotate(x:torch.Tensor, cos:torch.Tensor, sin:torch.Tensor) -> torch.Tensor:
-    "Rotary positions of x [rows, heads, tokens, size]"
-    a, b = x.chunk(2, -1)
-    return x*cos + torch.cat([-b, a], -1)*sin
-
-def block(x, mask, cos, sin, heads, norm_1, q, k, v, o, norm_2, gate, up, down):
-    "One layer: attention, then the feed-forward part"
-    rows, tokens, h = x.shape
-    y = F.rms_norm(x, (h,), norm_1, 1e-6)
-    q, k, v = (F.linear(y, m).view(rows, tokens, heads, -1).transpose(1, 2) for m in (q, k, v))
-    q, k = rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-    x = x + F.linear(y.transpose(1, 2).reshape(rows, tokens, h), o)
-    y = F.rms_norm(x, (h,), norm_2, 1e-6)
-    return x + F.linear(F.silu(F.linear(y, gate))*F.linear(y, up), down)
-
-def document_mask(ids:torch.Tensor) -> torch.Tensor:
-    """Who sees whom in packed rows:
-    what stands before, in the same document. [rows, 1, tokens, tokens]"""
-    doc = (ids == 1).cumsum(1)
-    t = ids.shape[1]
-    before = torch.ones(t, t, dtype=torch.bool, device=ids.device).tril()
-    return ((doc[:, :, None] == doc[:, None, :]) & before)[:, None]
-
-# %% ../../nbs/lab/large.ipynb #000c7b11ca
-def llama_config(plan:Plan, vocabulary_size:int) -> dict:
-    "The keywords of the `LlamaConfig` of that shape"
-    return dict(vocab_size=vocabulary_size, hidden_size=plan.hidden, num_hidden_layers=plan.layers,
-                num_attention_heads=plan.heads, num_key_value_heads=plan.heads,
-                intermediate_size=plan.inner, max_position_embeddings=256,
-                tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-
-def to_llama(model:Stacked) -> dict[str, torch.Tensor]:
-    "The weights under the names of `LlamaForCausalLM`"
-    out = {'model.embed_tokens.weight': model.embed, 'model.norm.weight': model.norm}
-    place = dict(norm_1='input_layernorm', norm_2='post_attention_layernorm')
-    place |= {k: f'self_attn.{k}' for k in MATRICES[:4]} | {k: f'mlp.{k}' for k in MATRICES[4:]}
-    for k, name in place.items():
-        for i, x in enumerate(getattr(model, k)):
-            out[f'model.layers.{i}.{name}.weight'] = x
-    return {k: v.detach().cpu().contiguous() for k, v in out.items()}
-
-# %% ../../nbs/lab/large.ipynb #00117b11ca
-def orthogonal_stack(g:torch.Tensor # [layers, out, in]
-                    ) -> torch.Tensor: # the same shape, bfloat16
-    "Roughly the nearest matrices with singular values of 1, by five Newton-Schulz steps"
-    x = g.bfloat16()
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
-    x = x/x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
-        a = x @ x.mT
-        x = 3.4445*x + (-4.775*a + 2.0315*(a @ a)) @ x
-    return x.mT if tall else x
-
-class StackedMuon(torch.optim.Optimizer):
-    "`torch.optim.Muon` with `match_rms_adamw`, for stacks of matrices"
-    def __init__(self, params, lr:float, weight_decay:float=.05, momentum:float=.95):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group['params']:
-                state = self.state[p]
-                if 'momentum' not in state:
-                    state['momentum'] = torch.zeros_like(p)
-                m = state['momentum']
-                m.lerp_(p.grad, 1 - group['momentum'])
-                move = orthogonal_stack(p.grad.lerp(m, group['momentum'])).to(p.dtype)
-                size = .2*max(p.shape[1:])**.5
-                p.mul_(1 - group['lr']*group['weight_decay']).sub_(move, alpha=group['lr']*size)
-
-def optimizers(model:Stacked, plan:Plan) -> list[torch.optim.Optimizer]:
-    "Muon for the matrices, AdamW for embeddings and norms"
-    rest = [p for k, p in model.named_parameters() if k not in MATRICES]
-    fused = model.embed.device.type == 'cuda'
-    return [StackedMuon([getattr(model, k) for k in MATRICES], plan.rate),
-            torch.optim.AdamW(rest, lr=plan.rate, betas=(.9, .98), weight_decay=0., fused=fused)]
-
-def rate_at(done:float, plan:Plan) -> float:
-    """The share of the highest rate when the part `done` of the run is over:
-    it rises, stays and falls"""
-    return max(0., min(1., done/plan.warmup, (1 - done)/plan.decay))
+__all__ = ['CHANGES', 'PUBLISHED', 'STEPS', 'greedy', 'questions', 'scores', 'race_score', 'rows_of_step', 'loss_of',
+           'save_weights', 'train', 'race', 'last_questions', 'finish', 'lab_model', 'pretrain_large']
 
 # %% ../../nbs/lab/large.ipynb #00147b11ca
 def _asked(rows:list[dict], room:int, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -422,35 +125,26 @@ def loss_of(model:Stacked, raw:np.ndarray, plan:Plan) -> torch.Tensor:
     return (F.cross_entropy(logits.float(), target, reduction='none')*w).sum()/w.sum()
 
 # %% ../../nbs/lab/large.ipynb #00177b11ca
-def _write(path:Path, write):
-    "Write by `write(temporary)`, then rename: a reader never sees half a file"
-    temporary = path.with_name(path.name + '.tmp')
-    write(temporary)
-    os.replace(temporary, path)
-
 def _write_json(path:Path, x):
-    text = json.dumps(x, indent=1) + '\n'
-    _write(path, lambda p: p.write_text(text))
+    write_text(path, json.dumps(x, indent=1) + '\n')
 
 def save_weights(model:Stacked, plan:Plan, path:Path, **more):
     "The weights in float16 under their Llama names, with the plan and whatever else is told"
     half = {k: v.half() for k, v in to_llama(model).items()}
     about = dict(plan=json.dumps(asdict(plan)), **{k: json.dumps(v) for k, v in more.items()})
-    _write(path, lambda p: save_file(half, p, metadata=about | dict(format='pt')))
+    write_tensors(path, half, about | dict(format='pt'))
 
 def _save_state(path, model, opts, step, taken, log):
-    flat = {f'model.{k}': v.detach() for k, v in model.named_parameters()}
+    flat = {f'model.{k}': v for k, v in model.named_parameters()}
     for i, o in enumerate(opts):
         for j, state in o.state_dict()['state'].items():
             flat |= {f'opt.{i}.{j}.{k}': torch.as_tensor(v) for k, v in state.items()}
     about = {k: json.dumps(v) for k, v in dict(step=step, taken=taken, log=log).items()}
-    flat = {k: v.cpu().contiguous() for k, v in flat.items()}
-    _write(path, lambda p: save_file(flat, p, metadata=about))
+    write_tensors(path, flat, about)
 
 def _load_state(path, model, opts):
-    with safe_open(path, 'pt') as f:
-        about = {k: json.loads(v) for k, v in f.metadata().items()}
-        flat = {k: f.get_tensor(k) for k in f.keys()}
+    flat, header = read_tensors(path)
+    about = {k: json.loads(v) for k, v in header.items()}
     with torch.no_grad():
         for k, p in model.named_parameters():
             p.copy_(flat[f'model.{k}'])
@@ -496,6 +190,7 @@ def _note(model, plan, out, log, entry):
         save_weights(model, plan, out/'last.safetensors', step=entry['step'])
         _write_json(out/'log.json', log)
 
+# %% ../../nbs/lab/large.ipynb #c1187b11ca
 def train(plan:Plan,                # what to train, and how
           feed:Feed,                # where the text comes from
           seconds:float|None=None,  # for how long; or
@@ -540,6 +235,7 @@ def train(plan:Plan,                # what to train, and how
         _save_state(state, model, opts, step, taken, log)
     return model, log
 
+# %% ../../nbs/lab/large.ipynb #c2187b11ca
 def _log_entry(model, step, plan, seconds, loss, asked) -> dict:
     model_block, model.block = model.block, block # shapes vary here: never recompile
     with torch.autocast(model.embed.device.type, torch.bfloat16):
@@ -551,6 +247,7 @@ def _log_entry(model, step, plan, seconds, loss, asked) -> dict:
     print(json.dumps({k: v for k, v in entry.items() if k != 'skills'}), flush=True)
     return entry
 
+# %% ../../nbs/lab/large.ipynb #c3187b11ca
 @lru_cache(1) # one for all trials, which then share what was compiled
 def _compiler():
     return torch.compile(block, dynamic=False)
@@ -637,9 +334,8 @@ def lab_model(made:str|Path, # what a run left: model.safetensors, part-*.safete
     the model, its revisions `step-N`, and `pretraining.jsonl`"""
     made, to, tok = Path(made), Path(to), lab_tokenizer(version='lab-v2')
     for file in (made/'model.safetensors', *sorted(made.glob('part-*.safetensors'))):
-        with safe_open(file, 'pt') as f:
-            about = f.metadata()
-            weights = {k: f.get_tensor(k).float() for k in f.keys()}
+        weights, about = read_tensors(file)
+        weights = {k: v.float() for k, v in weights.items()}
         config = LlamaConfig(**llama_config(Plan(**json.loads(about['plan'])), len(tok)))
         model = LlamaForCausalLM(config)
         missing = model.load_state_dict(weights, strict=False).missing_keys
@@ -647,8 +343,7 @@ def lab_model(made:str|Path, # what a run left: model.safetensors, part-*.safete
             raise ValueError(f'{file} lacks {", ".join(missing)}')
         save_lab(model, tok, to/f'step-{about["step"]}' if 'step' in about else to)
     log = json.loads((made/'log.json').read_text())
-    _write(to/'pretraining.jsonl',
-           lambda p: p.write_text(''.join(json.dumps(r) + '\n' for r in log)))
+    write_text(to/'pretraining.jsonl', ''.join(json.dumps(r) + '\n' for r in log))
     return to
 
 # %% ../../nbs/lab/large.ipynb #001d7b11ca

@@ -189,6 +189,7 @@ def _batches_of_step(name, world, tok, step, seed):
     return [hide(*b, tok.mask_token_id, seed=(seed*10**6 + step)*10 + i)
             for i, b in enumerate(batches)]
 
+# %% ../../nbs/lab/pretrain.ipynb #c10eeae4
 def _take_step(model, opts, rate, batches) -> float:
     "One step at that rate; returns the mean loss of the words that are predicted"
     for o in opts:
@@ -217,6 +218,7 @@ def _skills_on_the_way(name, model, tok, world) -> dict[str, float]:
     model.train()
     return found
 
+# %% ../../nbs/lab/pretrain.ipynb #c20eeae4
 def pretrain(name:str,          # 'lab-s', 'lab-m' or 'lab-e'
              out:str|Path,      # folder for the model, its revisions `step-N`, and the state to resume from
              seed:int=0,        # of the weights and of the rows; the world is LabWorld(0)

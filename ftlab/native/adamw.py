@@ -14,7 +14,7 @@ from .extension import backend
 from .magnitude import unpack_mask
 
 # %% auto #0
-__all__ = ['Part', 'rows', 'columns', 'blocks', 'selected_linear', 'SparseAdamW']
+__all__ = ['Part', 'rows', 'columns', 'blocks', 'selected_linear', 'Selected', 'SparseAdamW']
 
 # %% ../../nbs/native/adamw.ipynb #000700e1
 @dataclass(frozen=True)
@@ -285,8 +285,9 @@ class _Lists:
     def listen(self, on):
         for h in self.hooks or ():
             h.remove()
-        self.hooks = ([p.register_post_accumulate_grad_hook(lambda p: self.take([p]))
-                       for g in self.opt.param_groups for p in g['params']] if on else None)
+        ps = [p for g in self.opt.param_groups for p in g['params']]
+        take = lambda p: self.take([p])
+        self.hooks = [p.register_post_accumulate_grad_hook(take) for p in ps] if on else None
 
     def leaf(self, p):
         """Where a narrow backward pass leaves the chosen entries' gradient: as long as the list,
@@ -368,24 +369,13 @@ def selected_linear(x:Tensor,            # (..., in)
         raise ValueError(f'part has {part.numel()} numbers for a selection of {k}')
     return _Narrow.apply(x, part.flatten(), weight.detach(), bias, _rectangles(weight, c))
 
-# %% ../../nbs/native/adamw.ipynb #001e00e1
-class SparseAdamW(torch.optim.Optimizer):
-    """AdamW for selected entries: moments, weight decay and gradients for these alone.
-
-    With everything selected it is torch's AdamW, to rounding. A param group is
-    dict(selected=..., lr=...). Moments are float32. A parameter without a gradient is passed over
-    in that step. Raises `ValueError` for what is no selection."""
-    def __init__(self, selected:Mapping|Iterable,     # {parameter: selection}, pairs of them, or param groups
-                 lr:float=1e-3,                       # learning rate; a schedule sets it in `param_groups`
-                 betas:tuple[float, float]=(.9, .999),# how much of the old moments stays at each step
-                 eps:float=1e-8,                      # added to the root of the second moment
-                 weight_decay:float=0.):              # decoupled, for the selected entries only; off unless asked for
-        _check_numbers(lr, betas, eps, weight_decay)
+# %% ../../nbs/native/adamw.ipynb #c01e00e1
+class Selected(torch.optim.Optimizer):
+    """An optimiser's parameters of which only selected entries move: which these are, their moments,
+    and their gradients, gathered or dense"""
+    def __init__(self, groups:list[dict], defaults:dict):
         self._lists = _Lists(self)
-        selected = selected if isinstance(selected, Mapping) else list(selected)
-        groups = (selected if selected and isinstance(selected, list)
-                  and isinstance(selected[0], dict) else [dict(selected=selected)])
-        super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        super().__init__(groups, defaults)
 
     # a copy has the settings, moments and selection; no gradients and no hooks
     def __setstate__(self, state):
@@ -405,6 +395,95 @@ class SparseAdamW(torch.optim.Optimizer):
             self.state[p] = dict(step=0, **_moments(p, c), **c)
         if self._lists.hooks is not None:
             self.gather()
+
+    @torch.no_grad()
+    def select(self, parameter:Tensor, selection:Tensor|Part|bool):
+        """Select other entries. Moments of those that stay are kept, new ones begin at zero;
+        the step count goes on. A gathered gradient is dropped."""
+        if parameter not in self.state:
+            raise ValueError('this optimiser does not have the parameter; add_param_group adds it')
+        p, s = parameter, self.state[parameter]
+        c = _choose(p.detach(), selection)
+        old, new, fresh = _flags(p, s), _flags(p, c), _moments(p, c)
+        for k, v in fresh.items():
+            v[old[new]] = s[k][new[old]]
+        s.update(fresh, **c)
+        self._lists.forget(p)
+
+    def selected(self, parameter:Tensor) -> Tensor: # bool, of the parameter's shape
+        "Which entries are selected"
+        return _flags(parameter, self.state[parameter]).view(parameter.shape)
+
+    def gather(self,
+               on:bool=True   # False: gradients stay where autograd puts them, as at first
+              ) -> SparseAdamW:
+        """From now on, take the selected entries of each gradient as soon as it is there,
+        and free it: `p.grad` is None after `backward`"""
+        self._lists.listen(on)
+        return self
+
+    def grads(self) -> list[Tensor]: # flat, float32, one for each parameter that has a gradient
+        """The gradients of the selected entries; dense ones that are there are gathered first.
+        Change them in place to change the step."""
+        ps = [p for g in self.param_groups for p in g['params']]
+        self._lists.take(ps)
+        return [self._lists.of[p] for p in ps if p in self._lists.of]
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm:float) -> Tensor: # math.inf: only measure
+        """Scale the selected entries' gradients so that their norm is at most `max_norm`;
+        returns the norm before, which is not finite if any of them is not"""
+        grads = self.grads()
+        norm = torch.nn.utils.get_total_norm(grads)
+        scale = (max_norm/(norm + 1e-6)).clamp(max=1.)
+        for g in grads:
+            g.mul_(scale.to(g.device))
+        return norm
+
+    def zero_grad(self,
+                  set_to_none:bool=True # False: gradients are filled with zeros instead of freed
+                 ):
+        "Forget the gradients, dense and gathered"
+        super().zero_grad(set_to_none)
+        if set_to_none:
+            self._lists.of.clear()
+        else:
+            [g.zero_() for g in self._lists.of.values()]
+
+    def narrow(self, linear:nn.Linear, on:bool=True):
+        """Let the layer's backward pass compute the gradient of the selected rows,
+        columns or blocks of its weight only; False: as before"""
+        vars(linear).pop('forward', None)
+        if not on:
+            return
+        if linear.weight not in self.state:
+            raise ValueError("this optimiser does not have the layer's weight")
+        _rectangles(linear.weight, self.state[linear.weight])
+        of = self._lists
+
+        def forward(x):
+            part, which = of.leaf(linear.weight)
+            return _Narrow.apply(x, part, linear.weight.detach(), linear.bias, which)
+
+        linear.forward = forward
+
+# %% ../../nbs/native/adamw.ipynb #001e00e1
+class SparseAdamW(Selected):
+    """AdamW for selected entries: moments, weight decay and gradients for these alone.
+
+    With everything selected it is torch's AdamW, to rounding. A param group is
+    dict(selected=..., lr=...). Moments are float32. A parameter without a gradient is passed over
+    in that step. Raises `ValueError` for what is no selection."""
+    def __init__(self, selected:Mapping|Iterable,     # {parameter: selection}, pairs of them, or param groups
+                 lr:float=1e-3,                       # learning rate; a schedule sets it in `param_groups`
+                 betas:tuple[float, float]=(.9, .999),# how much of the old moments stays at each step
+                 eps:float=1e-8,                      # added to the root of the second moment
+                 weight_decay:float=0.):              # decoupled, for the selected entries only; off unless asked for
+        _check_numbers(lr, betas, eps, weight_decay)
+        selected = selected if isinstance(selected, Mapping) else list(selected)
+        groups = (selected if selected and isinstance(selected, list)
+                  and isinstance(selected[0], dict) else [dict(selected=selected)])
+        super().__init__(groups, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self,
@@ -438,77 +517,6 @@ class SparseAdamW(torch.optim.Optimizer):
         for s, k in zip(states, t):
             s['step'] = k
         torch.autograd.graph.increment_version(ps)
-
-    def zero_grad(self,
-                  set_to_none:bool=True # False: gradients are filled with zeros instead of freed
-                 ):
-        "Forget the gradients, dense and gathered"
-        super().zero_grad(set_to_none)
-        if set_to_none:
-            self._lists.of.clear()
-        else:
-            [g.zero_() for g in self._lists.of.values()]
-
-    def gather(self,
-               on:bool=True   # False: gradients stay where autograd puts them, as at first
-              ) -> SparseAdamW:
-        """From now on, take the selected entries of each gradient as soon as it is there,
-        and free it: `p.grad` is None after `backward`"""
-        self._lists.listen(on)
-        return self
-
-    def grads(self) -> list[Tensor]: # flat, float32, one for each parameter that has a gradient
-        """The gradients of the selected entries; dense ones that are there are gathered first.
-        Change them in place to change the step."""
-        ps = [p for g in self.param_groups for p in g['params']]
-        self._lists.take(ps)
-        return [self._lists.of[p] for p in ps if p in self._lists.of]
-
-    @torch.no_grad()
-    def clip_grad_norm_(self, max_norm:float) -> Tensor: # math.inf: only measure
-        """Scale the selected entries' gradients so that their norm is at most `max_norm`;
-        returns the norm before, which is not finite if any of them is not"""
-        grads = self.grads()
-        norm = torch.nn.utils.get_total_norm(grads)
-        scale = (max_norm/(norm + 1e-6)).clamp(max=1.)
-        for g in grads:
-            g.mul_(scale.to(g.device))
-        return norm
-
-    @torch.no_grad()
-    def select(self, parameter:Tensor, selection:Tensor|Part|bool):
-        """Select other entries. Moments of those that stay are kept, new ones begin at zero;
-        the step count goes on. A gathered gradient is dropped."""
-        if parameter not in self.state:
-            raise ValueError('this optimiser does not have the parameter; add_param_group adds it')
-        p, s = parameter, self.state[parameter]
-        c = _choose(p.detach(), selection)
-        old, new, fresh = _flags(p, s), _flags(p, c), _moments(p, c)
-        for k, v in fresh.items():
-            v[old[new]] = s[k][new[old]]
-        s.update(fresh, **c)
-        self._lists.forget(p)
-
-    def selected(self, parameter:Tensor) -> Tensor: # bool, of the parameter's shape
-        "Which entries are selected"
-        return _flags(parameter, self.state[parameter]).view(parameter.shape)
-
-    def narrow(self, linear:nn.Linear, on:bool=True):
-        """Let the layer's backward pass compute the gradient of the selected rows,
-        columns or blocks of its weight only; False: as before"""
-        vars(linear).pop('forward', None)
-        if not on:
-            return
-        if linear.weight not in self.state:
-            raise ValueError("this optimiser does not have the layer's weight")
-        _rectangles(linear.weight, self.state[linear.weight])
-        of = self._lists
-
-        def forward(x):
-            part, which = of.leaf(linear.weight)
-            return _Narrow.apply(x, part, linear.weight.detach(), linear.bias, which)
-
-        linear.forward = forward
 
     def load_state_dict(self, state_dict:dict):
         """Go on from what `state_dict()` gave: settings, moments, and the selection.

@@ -18,7 +18,8 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker, LOGGER_TYPE_TO_CLASS, get_available_trackers
 from ..adapters.attach import check_bare
 from ..adapters.store import identity
-from ..core.batches import Data, data as as_data, encode_all
+from ..core.data import Data, data as as_data
+from ..core.tokens import encode_all
 from ..core.io import TemporaryFolder, check_room, leftovers, only_writer, remove
 from ..core.loading import find_device
 from ..core.model import device_of, row_limit
@@ -112,6 +113,7 @@ def _check_arguments(steps:int, lr:float|None, save_every:int, resume:bool|None,
     if out:
         check_room(out) # before the model is touched
 
+# %% ../../nbs/trainers/fit.ipynb #c11b191a
 def _job(model, tok, data, recipe, settings, device, out, trackers, callbacks) -> Job:
     "What all stages of a run share"
     data = data if isinstance(data, Data) else as_data(data)
@@ -161,6 +163,7 @@ def _bytes(v) -> bytes:
         return array('q', v).tobytes()
     return json.dumps(v, default=str).encode()
 
+# %% ../../nbs/trainers/fit.ipynb #c21b191a
 def _enter(job:Job, resume:bool|None) -> None:
     "Settle what the folder holds: go on from its checkpoint, refuse to replace it, or begin anew"
     header = resumable(job.checkpoint, job.settings, job.callbacks) if resume else None

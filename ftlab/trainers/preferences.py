@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from ..core.batches import IGNORE, collate, encode_each, indices
+from ..core.batches import collate, indices
+from ..core.tokens import IGNORE, encode_each
 from ..core.generate import generate
 from ..core.scorers import answer_length, judge
 from ..core.model import model_inputs

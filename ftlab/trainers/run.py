@@ -13,7 +13,7 @@ from torch import Tensor
 from ..adapters.attach import Attached, own_buffers, own_weights
 from ..adapters.store import pack, save_delta
 from ..core.io import disk_trouble, flush, read_tensors, staging
-from ..core.batches import Data
+from ..core.data import Data
 from ..core.model import device_of
 from ..core.recipe import Recipe
 from ..core.state import State

@@ -14,7 +14,8 @@ import torch
 from ..adapters.attach import Attached, attach, set_weights
 from ..adapters.edit import write_change
 from ..adapters.select import check_selection, everything
-from ..core.batches import Data, collate, packing
+from ..core.batches import collate, packing
+from ..core.data import Data
 from ..core.loading import head_names
 from ..core.io import check_room
 from ..core.model import pad_id
@@ -90,6 +91,7 @@ def run_stage(job:Job,
         _edit(run, recipe, job.folder)
     return run
 
+# %% ../../nbs/trainers/stage.ipynb #c122191a
 class _Stage:
     "A stage at work"
     def __init__(self, job, recipe, settings, earlier, att):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import torch
 from ..adapters.attach import Attached, set_weights
-from ..core.batches import Data
+from ..core.data import Data
 from ..core.io import DiskFull, read_metadata, read_tensors, write_tensors
 from ..core.paper import Method
 from ..core.recipe import Recipe, title_of
@@ -67,6 +67,7 @@ def run_recipe(job:Job) -> Run:
         raise trouble
     return run
 
+# %% ../../nbs/trainers/stages.ipynb #c11e191a
 class _Series:
     "The stages of a recipe, one after another"
     def __init__(self, job:Job):

@@ -6,7 +6,8 @@
 from __future__ import annotations
 from dataclasses import dataclass
 import torch
-from ...core.batches import IGNORE, collate, encode, encode_all
+from ...core.batches import collate
+from ...core.tokens import IGNORE, encode, encode_all
 from ...core.model import device_of, evaluating, model_inputs, pad_id, row_limit, to_device
 from ...core.paper import method
 from ...core.recipe import Recipe

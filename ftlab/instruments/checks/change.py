@@ -9,7 +9,7 @@ import torch
 from ...adapters.attach import own_weights
 from ...adapters.lowrank import LoRA
 from ...adapters.store import fingerprint
-from ...core.batches import KINDS, data as as_data
+from ...core.data import KINDS, data as as_data
 from ...core.loading import load
 from ...core.recipe import Recipe
 from ...core.text import shortened, some

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import unicodedata
 from collections import Counter
-from ...core.batches import question_of
+from ...core.data import question_of
 from ...core.text import shortened, some
 from ..case import NotApplicable, check
 from ..planted import (before, labelled_data, planted, text_data, toy_classifier,

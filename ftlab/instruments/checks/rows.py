@@ -5,7 +5,8 @@
 # %% ../../../nbs/instruments/checks/rows.ipynb #000376ec
 from __future__ import annotations
 import torch
-from ...core.batches import Data, piece_ids, pieces_of, prompt_ids
+from ...core.data import Data
+from ...core.tokens import piece_ids, pieces_of, prompt_ids
 from ...core.generate import render
 from ...core.model import evaluating
 from ...core.recipe import Recipe, viewed

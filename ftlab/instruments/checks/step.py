@@ -7,7 +7,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 from ...adapters.lowrank import LoRA
-from ...core.batches import collate, data as as_data
+from ...core.batches import collate
+from ...core.data import data as as_data
 from ...core.model import to_device
 from ...core.text import shortened, some
 from ..case import PATIENCE, NotApplicable, check, largest_dropout, logits_of

@@ -37,6 +37,7 @@ def token_logp(logits:Tensor,       # [batch, tokens, words]
     logits over temperature"""
     return -token_nll(logits if temperature == 1 else logits/temperature, labels)
 
+# %% ../../../nbs/trainers/rl/grpo.ipynb #c1097c68
 class Rollouts:
     "Questions from the data, answers from the policy, rewards from the judge"
     def __init__(self, state,            # of the run

@@ -9,7 +9,9 @@ import random
 from collections.abc import Callable, Mapping
 import numpy as np
 import torch
-from ...core.batches import Data, collate, encode
+from ...core.batches import collate
+from ...core.data import Data
+from ...core.tokens import encode
 from ...core.generate import generate
 from ...core.loading import load
 from ...core.paper import Evidence, study

@@ -5,7 +5,8 @@
 # %% ../../../nbs/trainers/rl/spin.ipynb #00036d9e
 from __future__ import annotations
 from dataclasses import dataclass
-from ...core.batches import encode, indices
+from ...core.batches import indices
+from ...core.tokens import encode
 from ...core.generate import generate
 from ...core.paper import method
 from ...core.recipe import Recipe, Stages
