@@ -568,7 +568,7 @@ def _knows(r) -> str:
 
 # %% ../../nbs/instruments/report_page.ipynb #002e63c3
 VERSION = 2 # of the JSON
-RENAMED = dict(numbers='parameters', looked='examined', places='positions') # since version 1
+RENAMED = dict(numbers='parameters', examined='examined', places='positions') # since version 1
 
 def _upgraded(r):
     "A saved report of version 1 with the keys of version 2"
