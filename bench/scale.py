@@ -9,6 +9,7 @@ copies that run are drawn evenly from all of today's papers."""
 import argparse
 import json
 import os
+import platform
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,14 @@ first, then = r.parted(names)
 paths = {n: (n, r.path_of(n)) for n in names}
 ran = r.Workers(2, 600).run([paths[n] for n in first], [paths[n] for n in then], between=lambda: r.preload(r.OURS))
 print('RESULT' + json.dumps({n: dict(cpu=x['cpu'], wrong=x['wrong'][-300:]) for n, x in ran}))'''
+
+
+def processor() -> str:
+    "What this machine calls its processor, and how many cores it has"
+    file = Path('/proc/cpuinfo')
+    lines = file.read_text().splitlines() if file.exists() else []
+    name = next((o.split(':')[1].strip() for o in lines if o.startswith('model name')), platform.processor())
+    return f'{name}, {os.cpu_count()} cores'
 
 
 def multiply(root: Path, copies: int) -> list[str]:
@@ -76,7 +85,7 @@ def measure(copies: int, run: int) -> dict:
             raise RuntimeError(r.stderr)
         pages = json.loads(r.stdout.split('RESULT')[1])
     mean = sum(p['cpu'] for p in pages.values())/len(pages)
-    return dict(measured=dict(papers=len(sources.papers), seconds_to_choose=round(choosing, 2),
+    return dict(machine=processor(), measured=dict(papers=len(sources.papers), seconds_to_choose=round(choosing, 2),
                               papers_touched=touched,
                               failed={n: p['wrong'] for n, p in sorted(pages.items())
                                       if p['wrong']},

@@ -12,6 +12,8 @@ from collections import Counter
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
+import nbdev.config
+import nbdev.processors
 import nbdev.serve
 from execnb.shell import CaptureShell
 from fastcore.docments import DocmentTbl, MarkdownRenderer
@@ -48,19 +50,28 @@ def parameters(table:str) -> str:
                          lambda m: m[0] if m[1] in ('Name', 'Type', 'Default', 'Details') else m[1],
                          table), flags=re.M)
 
+sourcelines = lru_cache(None)(inspect.getsourcelines)  # Python reads the whole module for each class
+
+def addressless(text:str) -> str:
+    """A signature or a table without the addresses of what it names:
+    `<built-in method softmax of type object at 0x7f6a066cea40>` is softmax"""
+    named = r'<(?:built-in method|built-in function|bound method|function) ((?:[\w.]|<locals>)+)[^<>]*>'
+    return re.sub(named, r'\1', text)
+
 class Entry(MarkdownRenderer):
     "What `show_doc` shows of a function or class"
     def _repr_markdown_(self):
         table = DocmentTbl(self.sym)
         for d in self.dm.dm.values():
             d['docment'] = ''
-        lines, start = inspect.getsourcelines(self.sym)
+        lines, start = sourcelines(self.sym)
         file = Path(inspect.getsourcefile(self.sym)).relative_to(ROOT).as_posix()
         said = signature(re.sub('^def ', 'class ', str(self.dm)).replace('->None', '')
                          if inspect.isclass(self.sym) else str(self.dm))
+        rows = addressless(parameters(str(table))) if table.has_docment else ''
         return '\n\n'.join(filter(None,
-                                  [f'{"#"*self.title_level} {self.nm}', f'```python\n{said}\n```',
-                                   self.docs, parameters(str(table)) if table.has_docment else '',
+                                  [f'{"#"*self.title_level} {self.nm}',
+                                   f'```python\n{addressless(said)}\n```', self.docs, rows,
                                    f'<details class="source"><summary>Source: {file}, line '
                                    f'{start}</summary>\n\n```python\n{"".join(lines).rstrip()}\n```\n\n</details>']))
 
@@ -108,7 +119,7 @@ class show_entries(Processor):
                        and 'default_exp' in c.directives_), None)
         self.names = vars(importlib.import_module(f'ftlab.{module}')) if module else {}
         self.shell, self.level = None, 2
-        line = lambda c: inspect.getsourcelines(eval(_get_nm(c.parsed_()[0]), dict(self.names)))[1]
+        line = lambda c: sourcelines(eval(_get_nm(c.parsed_()[0]), dict(self.names)))[1]
         # what Python calls when a name is missing is nothing to call by hand
         self.nb.cells = [c for c in self.nb.cells if not (c.cell_type == 'code' and _is_showdoc(c)
                                                           and _get_nm(c.parsed_()[0]) == '__getattr__')]
@@ -207,6 +218,8 @@ def process(force:bool=False) -> Path:
     those that changed since the last time, and those that ask to be run"""
     os.chdir(ROOT)
     nbdev.serve.FilterDefaults = Processing
+    # which reads pyproject.toml twice for every cell
+    nbdev.processors.get_config = lru_cache(nbdev.config.get_config)
     proc, outside = ROOT/'_proc', set()
     last = max(p.stat().st_mtime for folder in ('nbs', 'ftlab', 'claims')
                for p in (ROOT/folder).rglob('*') if p.suffix in ('.ipynb', '.py', '.json', '.toml'))

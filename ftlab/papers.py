@@ -205,7 +205,8 @@ def papers_html(entries:list[dict]|None=None) -> str:
             f'papers</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>')
 
 def _paper_row(e:dict, spec:dict) -> str:
-    "A paper as a row: what is shown, and what it is sorted by"
+    """A paper as a row. The site's script sorts by what is shown, the title for the first column;
+    where that is not the order of the numbers, `data-sort` says what to sort by"""
     verdict, tokens = e['verdict'] or e['note'], spec.get('budget')
     said, asked = spec.get('sentence') or e['claim'], ', '.join(nouns(e))
     page = '../' + e['notebook'].removeprefix('nbs/')
@@ -215,11 +216,5 @@ def _paper_row(e:dict, spec:dict) -> str:
     badge = f'<span class="verdict {verdict.split()[0]}">{html.escape(verdict)}</span>'
     scope = e['scope'] or spec.get('scope', '')
     budget = f'{tokens/1e6:g}M' if tokens else ''
-    cells = [(asked, asked),
-             (e['home'], e['home']),
-             (e['family'], e['family']),
-             (badge, verdict),
-             (scope, scope),
-             (budget, tokens or 0)]
-    rest = ''.join(f'<td data-sort="{html.escape(str(by))}">{shown}</td>' for shown, by in cells)
-    return f'<tr><th scope="row" data-sort="{html.escape(e["title"])}">{title}</th>{rest}</tr>'
+    rest = ''.join(f'<td>{shown}</td>' for shown in (asked, e['home'], e['family'], badge, scope))
+    return (f'<tr><th scope="row">{title}</th>{rest}<td data-sort="{tokens or 0}">{budget}</td></tr>')

@@ -200,6 +200,49 @@ def test_the_citation_names_this_version():
     cff = yaml.safe_load((ROOT/'CITATION.cff').read_text())
     assert cff['version'] == version and cff['title'] and cff['authors'] and cff['license'] == 'Apache-2.0'
 
+def test_the_side_bar_is_the_themes(processed, tmp_path):
+    """Made once a site, it is what the theme would make of every page anew: on the start page, at the
+    top, on a family's page, below it, and on a page outside the navigation"""
+    pytest.importorskip('sphinx', reason='Sphinx is not installed: make docs installs it')
+    pytest.importorskip('myst_nb', reason='myst-nb is not installed: make docs installs it')
+    shutil.copytree(processed, tmp_path/'proc')
+    for page in ('adapters/subsets/index.ipynb', 'adapters/modules/index.ipynb', 'adapters/edit.ipynb'):
+        shutil.copy2(NBS/page, tmp_path/'proc'/page)
+    (tmp_path/'proc'/'outside.md').write_text('# A page that no list has\n')
+    code = """
+import json, sys
+from sphinx.application import Sphinx
+from furo.navigation import get_navigation_tree
+seen = {}
+def first(app, name, template, context, doctree):
+    whole = context['toctree'](collapse=False, titles_only=True, maxdepth=-1, includehidden=True)
+    seen[name] = [get_navigation_tree(whole).replace('role="heading"', 'role="heading" aria-level="2"')]
+def last(app, name, template, context, doctree):
+    seen[name].append(context['furo_navigation_tree'])
+app = Sphinx(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[3] + '/trees', 'html', status=None, warning=None)
+app.connect('html-page-context', first, 50)
+app.connect('html-page-context', last, 950)
+app.build()
+print('SEEN' + json.dumps(seen))"""
+    r = subprocess.run([sys.executable, '-c', code, tmp_path/'proc', ROOT/'docs', tmp_path/'out'],
+                       capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    seen = json.loads(r.stdout.split('SEEN')[1])
+    assert {'index', 'contents', 'adapters/edit', 'adapters/subsets/index', 'adapters/subsets/hft',
+            'adapters/modules/lora', 'outside', 'search', '404'} <= set(seen)
+    assert not (other := [name for name, (theirs, ours) in seen.items() if theirs != ours]), other
+    below = seen['adapters/subsets/hft'][1]
+    assert below.count('current-page') == 1 and 'checked=""' in below
+
+@pytest.mark.parametrize(
+    'given, shown',
+    [('w=functools.partial(<built-in method softmax of type object at 0x7f6a066cea40>, dim=-1)',
+      'w=functools.partial(softmax, dim=-1)'),
+     ('f=<function nll.<locals>.g at 0x7f>', 'f=nll.<locals>.g'),
+     ('f=<function g at 0x7f>, n=<factory>', 'f=g, n=<factory>')])
+def test_an_entry_names_no_address(given, shown):
+    assert entries.addressless(given) == shown
+
 def test_a_formula_that_cannot_be_set_fails_the_build(tmp_path):
     "With its page and its text; one that can is MathML"
     pytest.importorskip('sphinx', reason='Sphinx is not installed: make docs installs it')

@@ -113,3 +113,15 @@ def test_the_catalogue_has_every_paper_once():
     assert all(re.fullmatch('[a-z][a-z0-9_]*', r['key']) and re.fullmatch('[a-z]+', r['family'])
                for r in rows)
     assert {r['home'] for r in rows} == {*papers.PARTS, 'course'}
+
+
+def test_what_many_pages_say_has_one_owner():
+    "A paragraph that stands word for word on more than five pages is made by `make index`, never typed"
+    where = {}
+    for page in pages():
+        for c in cells(page):
+            if c['cell_type'] == 'markdown' and not index.MARK.match(c['source']):
+                for paragraph in c['source'].split('\n\n'):
+                    where.setdefault(paragraph.strip(), set()).add(page)
+    typed = {text: sorted(on) for text, on in where.items() if len(on) > 5 and len(text) > 30}
+    assert not typed, typed

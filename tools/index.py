@@ -242,10 +242,22 @@ def families(p: Project) -> str:
 
 
 def family(p: Project, part: str, name: str) -> str:
-    "The papers of a family"
+    "The papers of a family, and where to go from there"
     rows = [(_code(e, f'{e["key"]}.ipynb'), e['claim'], _title(e), _said(e))
             for e in p.papers if (e['home'], e['family']) == (part, name)]
-    return _table('paper', 'what it claims', 'title', 'here', rows=rows)
+    return (_table('paper', 'what it claims', 'title', 'here', rows=rows)
+            + '\n\n**Where next:** [what became of each claim](../../papers/scoreboard.ipynb); '
+            '[all methods by name](../../methods.ipynb).')
+
+
+def words(e: dict) -> str:
+    "Where the words are explained that a paper's page takes for granted"
+    if e['home'] == 'beyond':  # studies that train no base model
+        return ('*A word that is not explained here:* [how a verdict is made]'
+                '(../../instruments/verdicts.ipynb) says what a claim is.')
+    return ('*Words that are not explained here:* [first light](../../course/first_light.ipynb) '
+            'shows what `lab-s`, gain and forgetting are; [the Recipe](../../core/recipe.ipynb) '
+            'lists the nine questions that a method answers in this package.')
 
 
 # ---------- verdicts
@@ -319,7 +331,7 @@ def made(root: Path) -> dict[str, str]:
             else {})
     for e in p.papers:
         p.fill(e['notebook'].removeprefix('nbs/'),
-               dict(verdict=verdict(p, e, rows.get(e['key'], []))))
+               dict(words=words(e), verdict=verdict(p, e, rows.get(e['key'], []))))
     for part in PARTS:
         for name in p.families(part):
             p.fill(f'{part}/{name}/index.ipynb', dict(papers=family(p, part, name)))

@@ -153,6 +153,7 @@ def cells(row: dict, kind: str) -> list[dict]:
     new = Cells(key)
     new.text(f'# {short}\n\n> FILL IN: what it does, in one sentence of plain words.\n\nFILL IN: '
              'the problem, and the idea against it.')
+    new.text('<!-- made by `make index`: words -->', 'words')
     new.code(f'#| default_exp {row["home"]}.{row["family"]}.{key}')
     new.code('#| hide\nfrom nbdev.showdoc import *')
     new.code(f'#| export\nfrom __future__ import annotations\n{imports}')
@@ -202,8 +203,6 @@ def family_page(row: dict) -> str:
     new.text(f'# {row["family"].capitalize()}\n\n> FILL IN: what its papers have in common, in one '
              'sentence.\n\nFILL IN: the shared idea, in at most 300 words.')
     new.text('<!-- made by `make index`: papers -->', 'papers')
-    new.text('**Where next:** [what became of each claim](../../papers/scoreboard.ipynb); [all '
-             'methods by name](../../methods.ipynb).')
     return notebook(new.cells)
 
 

@@ -14,7 +14,7 @@ const element = (tag, text, set = {}) => Object.assign(document.createElement(ta
 
 // table.filter: a search over all cells, a choice for each column with data-filter, sorting by a click on a heading
 for (const table of document.querySelectorAll('table.filter')) {
-  const rows = [...table.tBodies[0].rows], heads = [...table.tHead.rows[0].cells], key = (row, i) => row.cells[i].dataset.sort ?? row.cells[i].textContent
+  const rows = [...table.tBodies[0].rows], heads = [...table.tHead.rows[0].cells], key = (row, i) => row.cells[i].dataset.sort ?? (row.cells[i].querySelector('a') ?? row.cells[i]).textContent
   for (const [what, role] of Object.entries({ 'thead, tbody': 'rowgroup', tr: 'row', td: 'cell', 'tbody th': 'rowheader', 'thead th': 'columnheader' })) for (const e of table.querySelectorAll(what)) e.setAttribute('role', role)
   table.setAttribute('role', 'table')
   const bar = element('div', '', { className: 'filters', role: 'search', ariaLabel: 'Filter the table' }), count = element('output', ''), tests = []
