@@ -9,6 +9,7 @@ import argparse
 import os
 import resource
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -42,6 +43,13 @@ def parted(names: list[str]) -> tuple[list[str], list[str]]:
     return first, [n for n in names if n not in first]
 
 
+def shows(output: dict) -> bool:
+    "Whether a reader sees anything of an output: a progress bar that was cleared leaves an empty one"
+    data = output.get('data', {})
+    empty = data.get('text/html', 'x') == '' and data.keys() <= {'text/html', 'text/plain'}
+    return output['output_type'] != 'display_data' or not empty
+
+
 def in_kernel(path: Path, timeout: int, store: bool = False) -> str:
     """Execute the notebook at `path` in its own folder, as JupyterLab would:
     what went wrong or ''; `store` keeps the outputs"""
@@ -56,6 +64,9 @@ def in_kernel(path: Path, timeout: int, store: bool = False) -> str:
         return plain(str(e)).strip() or type(e).__name__
     if store:
         from nbdev.clean import nbdev_clean
+        for cell in nb.cells:
+            if cell.cell_type == 'code':
+                cell.outputs = [o for o in cell.outputs if shows(o)]
         nbformat.write(nb, path)
         nbdev_clean.__wrapped__(str(path))
     return ''
@@ -75,6 +86,9 @@ def main(names: list[str], workers: int = 2, timeout: int = 600, kernel: bool = 
     """Run the pages `names`, print each as it ends and the ten slowest at the end;
     the number that failed"""
     os.environ.update(ENV)
+    if store:  # what is stored is nobody's progress in the course
+        nobody = tempfile.TemporaryDirectory()
+        os.environ['FTLAB_HOME'] = nobody.name
     start, failed, used, todo = time.perf_counter(), {}, {}, [(n, path_of(n)) for n in names]
     if kernel or store or not hasattr(os, 'fork'):
         results = kernels(todo, timeout, store)
