@@ -76,7 +76,10 @@ def kernels(todo: list[tuple[str, Path]], timeout: int, store: bool):
     "Yield (name, result) of pages that run in kernels, one after the other"
     for name, path in todo:
         start, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        wrong, now = in_kernel(path, timeout, store), resource.getrusage(resource.RUSAGE_CHILDREN)
+        with tempfile.TemporaryDirectory() as home:  # no page shows anybody's progress in the course
+            os.environ['FTLAB_HOME'] = home
+            wrong = in_kernel(path, timeout, store)
+        now = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
         yield name, dict(wrong=wrong, outputs={}, seconds=time.perf_counter() - start, cpu=cpu)
 
@@ -86,9 +89,6 @@ def main(names: list[str], workers: int = 2, timeout: int = 600, kernel: bool = 
     """Run the pages `names`, print each as it ends and the ten slowest at the end;
     the number that failed"""
     os.environ.update(ENV)
-    if store:  # what is stored is nobody's progress in the course
-        nobody = tempfile.TemporaryDirectory()
-        os.environ['FTLAB_HOME'] = nobody.name
     start, failed, used, todo = time.perf_counter(), {}, {}, [(n, path_of(n)) for n in names]
     if kernel or store or not hasattr(os, 'fork'):
         results = kernels(todo, timeout, store)
