@@ -213,8 +213,8 @@ def better_is_right_and_up(ax) -> bool:
     and both labels say which way is better"""
     left, right = ax.get_xlim()
     bottom, top = ax.get_ylim()
-    return (left < right and bottom > top and 'gain' in ax.get_xlabel() and 'right is better' in ax.get_xlabel()
-            and 'up is better' in ax.get_ylabel())
+    return (left < right and bottom > top and 'gain' in ax.get_xlabel()
+            and 'right is better' in ax.get_xlabel() and 'up is better' in ax.get_ylabel())
 
 def test_the_pictures_have_one_orientation_and_a_methods_own_colour():
     c = Comparison.read(measured('compare_lab_s/result.json'))
@@ -238,7 +238,8 @@ def test_a_method_has_one_colour_whatever_stands_beside_it():
     many = method_styles(['full', 'hft', 'lisa', 'lora', 'mezo', 'grpo', 'lift'])
     assert len({color for color, _ in many.values()}) == 7 and all(many[m] == known[m] for m in ('full', 'hft', 'lora'))
     more = method_styles(f'method {i}' for i in range(20))
-    assert len(more) == 20 and all(color in COLORS and mark in MARKS for color, mark in more.values())
+    assert len(more) == 20
+    assert all(color in COLORS and mark in MARKS for color, mark in more.values())
 
 def test_the_given_model_stays_as_it_is(plain, tmp_path):
     before = identity(plain[0][0])
