@@ -2239,6 +2239,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'ftlab/instruments/views.py'),
                                          'ftlab.instruments.views.lighter': ( 'instruments/views.html#lighter',
                                                                               'ftlab/instruments/views.py'),
+                                         'ftlab.instruments.views.method_styles': ( 'instruments/views.html#method_styles',
+                                                                                    'ftlab/instruments/views.py'),
                                          'ftlab.instruments.views.panels': ('instruments/views.html#panels', 'ftlab/instruments/views.py'),
                                          'ftlab.instruments.views.rows_as_html': ( 'instruments/views.html#rows_as_html',
                                                                                    'ftlab/instruments/views.py'),
