@@ -16,20 +16,21 @@ from torch import Tensor, nn
 from ..adapters.attach import Attached
 from ..adapters.edit import depth, write_change
 from ..core.anatomy import anatomy
-from ..core.batches import collate, encode, encode_all
+from ..core.batches import collate
+from ..core.tokens import encode, encode_all
 from ..core.generate import generate
 from ..core.model import device_of
 from ..core.scorers import WORLD, judge, teacher_forced
 from ..core.table import Html
 from .compare import Comparison
-from .explore_weights import (CRITERIA, RANKED, apart, entry_scores, mask, ranks,
+from .explore_weights import (CRITERIA, RANKED, model_and_change, entry_scores, mask, ranks,
                                                spectrum)
 from .report_page import percent
 from .views import (BLUE, GREEN, RED, Picture, View, choice, drawn, front_end,
                                      method_styles, panels)
 from .views import rows_as_html, several, slider, span, text
 from ..lab.world import OLD, SKILLS, is_lab
-from ..trainers.objective import IGNORE, kl, priced, token_nll
+from ..trainers.objective import IGNORE, kl, loss_mask, token_nll
 from ..trainers.run import Run
 
 # %% auto #0
@@ -221,7 +222,7 @@ def layers(base,           # a `Run`, an attached change, or the base model
     """Turn a change up and down, as a whole and by depth (LiNeS): `draw_layers` with handles.
 
     Raises `ValueError` where questions or the change are missing."""
-    model, change = apart(base, tuned)
+    model, change = model_and_change(base, tuned)
     if isinstance(base, Run):
         tok, new = tok or base.tok, new or base.data.test[:40]
     if tok is None or not new:
@@ -258,7 +259,7 @@ def token_prices(model, tok, prompt:str, answer:str,
         raise ValueError(f'chance is {chance}; it must be in [0, 1)')
     b = collate([encode(dict(prompt=prompt, response=answer), tok, 'text')], tok.pad_token_id)
     ids, labels, device = b['input_ids'], b['labels'], device_of(model)
-    on = priced(labels)[0]
+    on = loss_mask(labels)[0]
     ask = lambda m, x: m(input_ids=x.to(device),
                          attention_mask=torch.ones_like(x, device=device)).logits.float().cpu()
     logits = ask(model, ids)
