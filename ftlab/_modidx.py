@@ -984,6 +984,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'ftlab/exercises/half_is_enough.py'),
                                                 'ftlab.exercises.half_is_enough._random_start': ( 'exercises/half_is_enough.html#_random_start',
                                                                                                   'ftlab/exercises/half_is_enough.py'),
+                                                'ftlab.exercises.half_is_enough._random_state': ( 'exercises/half_is_enough.html#_random_state',
+                                                                                                  'ftlab/exercises/half_is_enough.py'),
                                                 'ftlab.exercises.half_is_enough._stored': ( 'exercises/half_is_enough.html#_stored',
                                                                                             'ftlab/exercises/half_is_enough.py'),
                                                 'ftlab.exercises.half_is_enough._test_choice': ( 'exercises/half_is_enough.html#_test_choice',

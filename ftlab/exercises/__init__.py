@@ -156,7 +156,7 @@ def answer(yours:Callable,  # the reader's function or class
     except (Exception, SystemExit) as e: # an exit() in the reader's code is a mistake like any other
         if _without_super(e, yours):
             raise Wrong(NO_SUPER.format(name=name)) from None
-        what = ', '.join(filter(None, (type(e).__name__, str(e))))
+        what = ', '.join(filter(None, (type(e).__name__, str(e).rstrip('.'))))
         called = f' It was called with {arguments(yours, args)}.' if args else ''
         raise Wrong(f'{_line(e, yours)}: {what}.{called}{repeat}') from None
     if any(differs(a, b) for a, b in zip(given, args)):
@@ -169,9 +169,9 @@ NO_SUPER = ('`{name}.__init__` has to begin with `super().__init__()`. Without i
 
 def _without_super(error:BaseException, yours) -> bool:
     "Did a module's `__init__` leave out `super().__init__()`?"
-    return (isinstance(yours, type) and issubclass(yours, torch.nn.Module)
-            and re.search(r"before Module.__init__\(\)|attribute '_(parameters|buffers|modules)'", str(error))
-            is not None)
+    said = r"before Module.__init__\(\)|attribute '_(parameters|buffers|modules)'"
+    module = isinstance(yours, type) and issubclass(yours, torch.nn.Module)
+    return module and re.search(said, str(error)) is not None
 
 # %% ../../nbs/exercises.ipynb #00104991
 @dataclass(frozen=True)
@@ -234,7 +234,8 @@ def same_as(reference:Callable, # our solution
 
 def repeated(yours:Callable, reference:Callable, i:int) -> str:
     "A sentence with the line of code that repeats the call number `i` of a test"
-    name = getattr(yours, '__name__', 'it')
+    name = getattr(yours, '__name__', '')
+    name = name if name.isidentifier() else reference.__name__
     return f" To repeat it: `{name}(*ftlab.exercise('{reference.__name__}').case({i}))`."
 
 def _alike(yours, wrong, args) -> bool:

@@ -41,7 +41,8 @@ FORGETTING = compared(
     'there to be forgotten, and a skill that got better counts as a fall below zero.',
     ('Which dictionary knows the old skills, and only them?',
      'Go through `before`, add up `before[s] - after[s]`, and divide by how many there are.'),
-    forgetting, [_scores, ({'add': 1.}, {'add': 1.}), ({'x': .5, 'y': .7}, {'y': .9, 'x': .5})],
+    forgetting, [_scores, ({'add': 1.}, {'add': 1.}), ({'x': .5, 'y': .7}, {'y': .9, 'x': .5}),
+                 ({'x': 2/3, 'y': .7}, {'x': .1234, 'y': .65})],
     ((lambda before, after: -forgetting(before, after),
       'The sign is wrong: forgetting is *before minus after*, so that a loss counts as a positive number.'),
      (lambda before, after: _mean(before.values()) - _mean(after.values()),
@@ -139,8 +140,9 @@ def what_broke(before, after):
 def _answers(seed:int, **skills) -> tuple[dict, dict]:
     "(before, after) for `skill=(both right, lost, gained, both wrong)`, the questions in a random order"
     before, after = {}, {}
-    for name, (both, lost, gained, neither) in skills.items():
-        pairs = [(True, True)]*both + [(True, False)]*lost + [(False, True)]*gained + [(False, False)]*neither
+    kinds = (True, True), (True, False), (False, True), (False, False)
+    for name, counts in skills.items():
+        pairs = [kind for kind, n in zip(kinds, counts) for _ in range(n)]
         random.Random(f'{seed} {name}').shuffle(pairs)
         before[name], after[name] = [b for b, _ in pairs], [a for _, a in pairs]
     return before, after
@@ -186,7 +188,8 @@ WHAT_BROKE = compared(
      '`statistics.stdev(falls)` is the standard deviation with `n - 1`.',
      '`max(found, key=...)` over the triples, by their second entry. Then look whether it is above zero.'),
     what_broke,
-    [_answers(0, add=(30, 4, 2, 4), tavi=(2, 2, 0, 1), refuse=(140, 40, 10, 10), sort=(44, 6, 0, 10)),
+    [_answers(0, add=(30, 4, 2, 4), tavi=(2, 2, 0, 1), refuse=(140, 40, 10, 10),
+              sort=(44, 6, 0, 10)),
      _answers(1, add=(36, 2, 1, 1), tavi=(3, 1, 0, 1), refuse=(20, 7, 6, 7)),
      _answers(2, sort=(10, 26, 0, 4), oruk=(60, 120, 10, 10), fact=(90, 5, 5, 0)),
      _answers(3, write=(5, 2, 30, 3), fact=(40, 14, 1, 5))],

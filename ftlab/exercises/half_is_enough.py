@@ -6,6 +6,7 @@
 from __future__ import annotations
 import copy
 import random
+import numpy as np
 import torch
 import ftlab
 from . import (Exercise, Wrong, answer, built, compared, differs, forwarded, kind_of,
@@ -24,11 +25,11 @@ _NAMES = [f'layer {i}' for i in range(12)]
 
 def _test_half_of(yours):
     names = _NAMES
-    before = random.getstate(), torch.get_rng_state()
+    before = _random_state()
     halves = [_drawn(yours, names, seed) for seed in range(40)]
     if halves != [_drawn(yours, names, seed) for seed in range(40)]:
         raise Wrong(_HALF['unseeded'])
-    if random.getstate() != before[0] or not torch.equal(torch.get_rng_state(), before[1]):
+    if _random_state() != before:
         raise Wrong(_HALF['global'])
     if any(len(h) != 6 for h in halves):
         raise Wrong(_HALF['size'])
@@ -40,6 +41,10 @@ def _test_half_of(yours):
         raise Wrong(_HALF['odd'])
     if not isinstance(got := answer(yours, names, 0), (set, frozenset)):
         raise Wrong(_HALF['kind'].format(kind=type(got).__name__))
+
+def _random_state() -> tuple:
+    "What everybody's random numbers depend on, in Python, numpy and torch"
+    return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
 
 def _drawn(yours, names, seed) -> frozenset:
     got = answer(yours, names, seed, repeat=repeated(yours, half_of, 0))
@@ -259,9 +264,10 @@ def _test_choice(yours):
                     'at. Train for more steps, or at a higher rate.')
     if differs(more, right):
         minus = dict(mean=-right['mean'], low=-right['high'], high=-right['low'])
-        known = dict(end=_more(made, 'forgetting'), gain=_more(made, 'gain'), sign=minus, alone=_apart(made))
-        found = next((_CHOICE[k] for k, wrong in known.items() if differs(more, wrong) is None), None)
-        raise Wrong(found or f'{differs(more, right, "the interval")}. It is `interval` of the differences, '
+        known = dict(end=_more(made, 'forgetting'), gain=_more(made, 'gain'), sign=minus,
+                     alone=_apart(made))
+        found = next((_CHOICE[k] for k, wrong in known.items() if not differs(more, wrong)), None)
+        raise Wrong(found or f'{differs(more, right, "The interval")}. It is `interval` of the differences, '
                     'one for each seed, of `forgetting_matched`: full minus half.')
     if choice != _follows(right):
         now = ('half' if _follows(right) == 'cannot say' else
@@ -293,10 +299,9 @@ def _stored(seeds:int, of=_more, say=_follows, swap:bool=False):
     from ftlab.map import measured
     whole = Comparison.read(measured('compare_lab_s/result.json')).result
     names = dict(full='hft', hft='full') if swap else {}
-    methods = [m for m in whole['methods'] if m['name'] in ('full', 'hft')]
-    cut = assemble({names.get(m['name'], m['name']): (m['recipe'], copy.deepcopy(m['seeds'][:seeds]))
-                    for m in methods})
-    made = Comparison(whole | dict(methods=cut))
+    arms = {names.get(m['name'], m['name']): (m['recipe'], copy.deepcopy(m['seeds'][:seeds]))
+            for m in whole['methods'] if m['name'] in ('full', 'hft')}
+    made = Comparison(whole | dict(methods=assemble(arms)))
     return made, say(_more(made)), of(made)
 
 def _unclear():

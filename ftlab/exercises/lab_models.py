@@ -168,7 +168,7 @@ def _setup(seed:int, leak=None, loss_from=None, spoil=None, ask=('<s>', 'user', 
         loss.append([j >= start for j in range(len(tokens[-1]))])
     if spoil:
         spoil(tokens[5], loss[5])
-    asked = [[w for part in ask for w in (row['prompt'].split() if part == '*' else [part])] for row in test]
+    asked = [' '.join(ask).replace('*', row['prompt']).split() for row in test]
     return dict(train=train, test=test, tokens=tokens, loss=loss, asked=asked)
 
 def _unlearned_end(tokens, loss):

@@ -265,17 +265,16 @@ def _weights(attached) -> dict:
 _FROM_CASES = tuple((*_little(), r, alpha) for r, alpha in ((2, 8.), (3, 1.)))
 
 def _test_lora_from(yours):
-    made = [_attached(yours, i) for i in range(len(_FROM_CASES))]
-    right = [_weights(lora_from(*LORA_FROM.case(i))) for i in range(len(_FROM_CASES))]
-    if all(differs(_weights(m), r) is None for m, r in zip(made, right)):
-        return
-    for name, wrong in _LORAS.items():
-        theirs = [_weights(wrong(*LORA_FROM.case(i))) for i in range(len(_FROM_CASES))]
-        if all(differs(_weights(m), t) is None for m, t in zip(made, theirs)):
-            raise Wrong(_FROM[name])
-    i, m, r = next((i, m, r) for i, (m, r) in enumerate(zip(made, right)) if differs(_weights(m), r))
-    raise Wrong(f'{differs(_weights(m), r, "the change that the model computes with")}. It is '
-                f'`alpha/r * B @ A`.{repeated(yours, lora_from, i)}')
+    cases = range(len(_FROM_CASES))
+    made = [_weights(_attached(yours, i)) for i in cases]
+    right = [_weights(lora_from(*LORA_FROM.case(i))) for i in cases]
+    for i in cases:
+        if not (how := differs(made[i], right[i], 'the change that the model computes with')):
+            continue
+        for name, wrong in _LORAS.items():
+            if not differs(made, [_weights(wrong(*LORA_FROM.case(k))) for k in cases]):
+                raise Wrong(_FROM[name])
+        raise Wrong(f'{how[0].upper()}{how[1:]}. It is `alpha/r * B @ A`.{repeated(yours, lora_from, i)}')
 
 def _attached(yours, i) -> Attached:
     "What the reader has attached in case `i`; raises `Wrong` where it is no LoRA of the right rank"

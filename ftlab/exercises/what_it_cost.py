@@ -35,7 +35,7 @@ def at_the_edge(scores):
 def _path(*points):
     return [dict(step=10*i, gain=g, forgetting=f) for i, (g, f) in enumerate(points)]
 
-_road = _path((0, 0), (.3, .02), (.7, .2), (.9, .6), (.88, .8))
+_road = _path((0, 0), (.3, .02), (.7, .2), (.9, .5), (.88, .8))
 BEST_STOP = compared(
     'best_stop', 'what_it_cost',
     'Suppose a point of the old skills is worth `price` points of the new one. '
@@ -43,7 +43,8 @@ BEST_STOP = compared(
     'stopped: where `gain - price * forgetting` is largest.',
     ('`max(path, key=...)` finds the evaluation with the largest value of something.',
      'It finds an evaluation, and the answer is its `step`.'),
-    best_stop, [(_road, .5), (_road, 0.), (_road, 3.), (_path((0, 0), (.5, .01)), 1.)],
+    best_stop, [(_road, .5), (_road, 0.), (_road, 3.), (_path((0, 0), (.5, .01)), 1.),
+                (_path((0, 0), (.2, .1), (.6, .15), (.65, .5)), .5)],
     ((lambda path, price: path[-1]['step'],
       'That is the last step of the run: the habit that this exercise is about. '
       'Look for the step where `gain - price * forgetting` is largest.'),
@@ -83,8 +84,9 @@ MATCHED_FORGETTING = compared(
     [(_two,),
      (dict(a=_path((0, 0), (1, .5)), b=_path((0, 0), (.96, .2), (1, .3))),),
      (dict(a=_path((0, 0), (1, .5)), b=_path((0, 0), (.5, .1), (.8, .2), (.5, .3))),),
-     (dict(a=_path((0, 0), (.4, .1), (.9, .4)), b=_path((0, 0), (.3, .02), (.4, .03))),)],
-    ((lambda paths: {n: _matched(lambda _: .95*max(_bests({n: p})))({n: p})[n] for n, p in paths.items()},
+     (dict(a=_path((0, 0), (.4, .1), (.9, .4)), b=_path((0, 0), (.3, .02), (.4, .03))),),
+     (dict(a=_path((0, 0), (.95, .1), (1, .2)), b=_path((0, 0), (1, .3))),)],
+    ((lambda paths: {n: matched_forgetting({n: p})[n] for n, p in paths.items()},
       'Each of your methods has a target of its own, 95% of its own best gain. Then one that learned '
       'more is asked about a later step, and pays for having learned more. One target for all: '
       '95% of the best gain of the *weakest* method.'),
@@ -96,6 +98,9 @@ MATCHED_FORGETTING = compared(
       'what is forgotten after that bought nothing that counts here.'),
      (_matched(lambda paths: .95*min(p[-1]['gain'] for p in paths.values())),
       'Your target comes from the gain at the *end* of the weakest path. Take its best: a path may fall again.'),
+     (lambda paths: matched_forgetting({n: [o for o in p if o['gain'] != .95*min(_bests(paths))]
+                                        for n, p in paths.items()}),
+      'A gain that is exactly the target has reached it: `>=` instead of `>`.'),
      (_matched(lambda paths: min(_bests(paths))),
       'Your target is all of the weakest method\'s best gain; the rule takes 95% of it, '
       'so that one lucky evaluation does not decide.'),
@@ -195,7 +200,8 @@ def _of_those(paths, need) -> float|None:
     return fmean(found) if found else None
 
 def _at_the_end(paths, need) -> float|None:
-    return None if None in [_first(p, need) for p in paths] else fmean(p[-1]['forgetting'] for p in paths)
+    reached = None not in [_first(p, need) for p in paths]
+    return fmean(p[-1]['forgetting'] for p in paths) if reached else None
 
 _RATES = (
     (_by(lambda paths, need: -fmean(p[-1]['gain'] for p in paths)),
@@ -227,7 +233,8 @@ _REASONS = (
      'its entry is `None`.'),
     (_changed(lambda runs, need, best, why: why | {best: 0.}),
      'The rates are right. The chosen rate is in the reasons as well; only the others belong there.'),
-    (_changed(lambda runs, need, best, why: {r: d and _of_those(runs[r], need) for r, d in why.items()}),
+    (_changed(lambda runs, need, best, why: {
+        r: d and _of_those(runs[r], need) for r, d in why.items()}),
      'The rates are right. The reasons are what each other rate forgets; wanted is how much *more* that '
      'is than with your rate.'))
 _CASES = tuple((_runs(w, _SEEDS[w]), NEED) for w in range(len(_WORLDS)))
@@ -268,8 +275,9 @@ def _test_pick_rate(yours):
                     f'{repeated(yours, pick_rate, i)}')
     for i, (mine, best) in enumerate(zip(found, right)):
         if how := differs(mine[1], best[1], 'why'):
+            given = [why for _, why in found]
             known = next((s for wrong, s in _REASONS
-                          if all(differs(m[1], wrong(*c)[1]) is None for m, c in zip(found, _CASES))), None)
+                          if not differs(given, [wrong(*c)[1] for c in _CASES])), None)
             raise Wrong(known or f'The rates are right. In the reasons, {how}.{repeated(yours, pick_rate, i)}')
 
 # %% ../../nbs/exercises/what_it_cost.ipynb #ex2c20
