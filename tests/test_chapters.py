@@ -229,7 +229,7 @@ def wrong_cuts():
 
     return ((largest, 'other numbers'),
             (weakest, 'weakest'),
-            (unweighted, 'strengths'),
+            (unweighted, 'singular values'),
             (turned, 'rows'),
             (thin, 'shape'))
 
