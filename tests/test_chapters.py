@@ -78,7 +78,8 @@ def test_wrong_halves(yours, message):
 def test_other_right_halves_pass():
     def with_torch(names, seed):
         dice = torch.Generator().manual_seed(seed)
-        return {names[i] for i in torch.randperm(len(names), generator=dice)[:len(names)//2].tolist()}
+        order = torch.randperm(len(names), generator=dice).tolist()
+        return {names[i] for i in order[:len(names)//2]}
 
     def shuffled(names, seed):
         names = list(names)
@@ -339,7 +340,8 @@ def wrong_loras():
             d.B.copy_(d.B*2)
         return attached
 
-    return ((model_itself, 'return what `ftlab.attach` gives'), (whole, 'no LoRA on `first.weight`'),
+    return ((model_itself, 'return what `ftlab.attach` gives'),
+            (whole, 'no LoRA on `first.weight`'),
             (everywhere, '`second.weight` has a change'), (other_alpha, 'Hand both to `LoRA`'),
             (folded, 'no LoRA on'), (with_gradient, 'leaf Variable'))
 
