@@ -32,8 +32,8 @@ def named(name, f):
     mine.__name__ = name
     return mine
 
-QUICK = [e for e in EXERCISES if e.name != 'teach_zigzag']
-MISTAKES = [pytest.param(e, *m, id=f'{e.name}-{i}') for e in QUICK
+QUICK = [e for e in EXERCISES if e.name not in ('teach_zigzag', 'compare_and_choose')] # these train
+MISTAKES = [pytest.param(e, *m, id=f'{e.name}-{i}') for e in EXERCISES
             for i, m in enumerate(e.mistakes)]
 
 # --- every exercise
@@ -45,7 +45,19 @@ def test_every_chapter_has_exercises_and_every_exercise_a_chapter():
     asked = [e for c in CHAPTERS for e in c.exercises]
     assert sorted(asked) == sorted(e.name for e in EXERCISES), 'an exercise belongs to no chapter, or to two'
     assert {c.name: len(c.exercises) >= 2 for c in CHAPTERS} == dict.fromkeys(order, True)
-    assert all(e.hints and len(e.mistakes) >= 3 for e in QUICK)
+    assert all(e.hints and len(e.mistakes) >= 3 for e in EXERCISES if e.name != 'teach_zigzag')
+
+def test_an_exercise_says_how_difficult_it_is_and_what_its_result_means():
+    for e in EXERCISES:
+        assert e.difficulty in (1, 2, 3) and 5 <= e.minutes <= 30, e.name
+        assert 2 <= len(re.findall(r'[.:?!](?= |$)', e.means)) <= 6, e.name
+        text = f'difficulty {e.difficulty} of 3, {e.minutes} minutes'
+        assert text in e._repr_markdown_().split('<details>')[0] and text in repr(e)
+    for c in CHAPTERS:
+        mine = [e for e in EXERCISES if e.chapter == c.name]
+        assert any(e.difficulty == 3 and e.minutes >= 15 for e in mine), c.name
+    left = ftlab.check(find('forgetting').reference).message
+    assert left.startswith(find('forgetting').means) and '`rescale` (difficulty 1 of 3, 10 minutes)' in left
 
 @pytest.mark.parametrize('chapter', CHAPTERS, ids=lambda c: c.name)
 def test_exercises_stand_beside_their_chapter(chapter):
@@ -76,9 +88,16 @@ def test_our_solution_passes_and_is_remembered(exercise):
 @pytest.mark.parametrize('exercise, wrong, sentence', MISTAKES)
 def test_a_typical_mistake_gets_its_own_sentence(exercise, wrong, sentence):
     checked = ftlab.check(named(exercise.name, wrong))
-    assert not checked and checked.message == sentence and not progress()['exercises']
+    assert not checked and not progress()['exercises']
+    if exercise.name == 'pick_rate': # what the choice does on unseen seeds follows
+        others = {s for _, s in exercise.mistakes} - {sentence}
+        assert checked.message.startswith(sentence)
+        assert not any(s in checked.message for s in others)
+    else:
+        assert checked.message == sentence
 
-@pytest.mark.parametrize('exercise', QUICK, ids=lambda e: e.name)
+@pytest.mark.parametrize('exercise', [e for e in EXERCISES if e.name != 'teach_zigzag'],
+                         ids=lambda e: e.name)
 def test_what_readers_do_is_told_kindly(exercise):
     """An empty body, an exception, a wrong type, too few arguments: none passes, none is raised,
     each message says what happened"""
@@ -95,7 +114,7 @@ def test_what_readers_do_is_told_kindly(exercise):
     for f, said in ((nothing, 'nothing|has to be a'),
                     (breaks, 'RuntimeError, the reader wrote this|has to be a class'),
                     (strange, 'object|has to be a'),
-                    (lambda: 1, 'has to take|has to be a class')):
+                    (lambda *, x: 1, 'has to take|has to be a class')):
         checked = ftlab.check(named(exercise.name, f))
         assert not checked and re.search(said, checked.message), (said, checked.message)
     assert 'has to be a' in ftlab.check(5, exercise.name).message
@@ -106,7 +125,9 @@ def test_an_exercise_shows_its_task_hints_and_solution_folded(exercise):
     folds = re.findall(r'<details><summary>(.*?)</summary>\n\n(.*?)\n\n</details>', shown, re.S)
     assert [t for t, _ in folds] == [f'Hint {i}' for i in range(1, len(exercise.hints) + 1)] + ['Our solution']
     assert (inspect.getsource(exercise.reference).strip() in folds[-1][1]
-            and inspect.getsource(exercise.reference) not in shown.split('<details>')[0])
+            and exercise.means in folds[-1][1]
+            and inspect.getsource(exercise.reference) not in shown.split('<details>')[0]
+            and exercise.means not in shown.split('<details>')[0])
     assert exercise.task in repr(exercise)
 
 @pytest.mark.slow
@@ -124,7 +145,96 @@ def test_teaching_zigzag():
         assert not checked and said in checked.message, checked.message
     assert ftlab.check(find('teach_zigzag').reference)
 
+@pytest.mark.slow
+def test_compare_and_choose(tmp_path, monkeypatch):
+    "Our solution runs a comparison, here a shorter one, and its choice follows from it"
+    def short_one(methods, model, data, **settings):
+        return compare(methods, model, data, **settings | dict(
+            steps=8, evaluate_every=4, items=20, old_items=1, out=tmp_path, progress=False))
+    compare = ftlab.compare
+    monkeypatch.setattr(ftlab, 'compare', short_one)
+    assert ftlab.check(find('compare_and_choose').reference)
+
 # --- check
+
+def test_a_message_shows_every_argument_and_how_to_repeat_the_call():
+    "The price stands behind a path that is longer than a line"
+    def best_stop(path, price):
+        return 30 if price < 1 else 20
+
+    said = ftlab.check(best_stop).message
+    assert "path=[{'step': 0" in said and 'price=3' in said, said
+    line = re.search(r'To repeat it: `(.*)`', said)[1]
+    assert eval(line, dict(best_stop=find('best_stop').reference, ftlab=ftlab)) == 10
+    ftlab.exercise('best_stop').case(2)[0].clear()
+    assert ftlab.exercise('best_stop').case(2)[0], 'a case is a copy'
+
+def test_none_is_an_answer_where_it_is_right_for_some_inputs():
+    def what_broke(before, after):
+        return None
+
+    assert 'gives nothing back yet' in ftlab.check(what_broke).message
+    right = find('what_broke').reference
+
+    def late(before, after):
+        return right(before, after) if len(before) == 3 else None
+
+    assert 'the result is nothing' in ftlab.check(late, 'what_broke').message
+
+def wrong_rates():
+    right = find('pick_rate').reference
+
+    def rate_only(runs, need):
+        return right(runs, need)[0]
+
+    def text(runs, need):
+        rate, why = right(runs, need)
+        return str(rate), why
+
+    def always(runs, need):
+        return 3e-4, {}
+
+    def more_needed(runs, need):
+        return right(runs, need + .1)
+
+    def reasons_in_words(runs, need):
+        rate, why = right(runs, need)
+        return rate, dict.fromkeys(why, 'worse')
+
+    return ((rate_only, 'a pair is wanted'), (text, 'none of the rates'),
+            (always, 'misses it in 2 of 40 runs'), (more_needed, 'In the reasons, why[0.001]'),
+            (reasons_in_words, "is 'worse'"))
+
+@pytest.mark.parametrize('yours, message', wrong_rates(), ids=lambda x: getattr(x, '__name__', ''))
+def test_wrong_rates(yours, message):
+    assert message in ftlab.check(yours, 'pick_rate').message
+
+def test_our_rates_are_the_best_on_the_seeds_that_nobody_has_seen():
+    from ftlab.exercises import what_it_cost as own
+    for world in range(len(own._WORLDS)):
+        chosen, _ = own.pick_rate(*find('pick_rate').case(world))
+        assert own.pick_rate(own._runs(world, own._UNSEEN), own.NEED)[0] == chosen, world
+
+def test_answers_to_the_comparison_that_are_no_answers():
+    from ftlab.exercises.half_is_enough import _stored
+    made, choice, more = _stored(5)
+    two = _stored(3)[0]
+    for m in two.result['methods']:
+        m['seeds'] = m['seeds'][:2]
+    other = type(made)(made.result | dict(data='new-facts'))
+    alone = type(made)(made.result | dict(methods=made.result['methods'][:1]))
+    for got, said in (((made, 'half', more), 'is one of'), ((made, choice, {}), "no key 'mean'"),
+                      ((made, choice, (0, 1)), 'a dictionary'),
+                      ((two, choice, more), 'has 2 seeds'),
+                      ((other, choice, more), 'new-facts'), ((alone, choice, more), '`hft` is not in'),
+                      ('hft', 'three things'), ((None, choice, more), 'three things')):
+        checked = ftlab.check(lambda: got, 'compare_and_choose')
+        assert not checked and said in checked.message, checked.message
+
+def test_a_guess_finds_no_bug_and_every_bug_is_planted_twice():
+    from collections import Counter
+    from ftlab.exercises.lab_models import BUGS, find_bug
+    assert Counter(find_bug(*find('find_bug').case(i)) for i in range(10)) == dict.fromkeys(BUGS, 2)
 
 def test_wrong_shapes_and_types_are_told():
     base = {'w': torch.zeros(2, 3)}
@@ -290,13 +400,13 @@ def test_the_first_line_of_a_chapter(tmp_path, monkeypatch):
     monkeypatch.chdir(NBS/'course')
     here = ftlab.chapter('what_it_cost')._repr_markdown_()
     assert ('[First light](first_light.ipynb)' in here and '**probe**' in here
-            and 'Chapter 2 of' in here and '3 exercises' in here)
+            and 'Chapter 2 of' in here and '4 exercises' in here)
     for c in CHAPTERS:
         assert (
             c.title in repr(ftlab.chapter(c.name))
             and f'Chapter {CHAPTERS.index(c) + 1} of' in ftlab.chapter(c.name)._repr_markdown_())
     remember('exercises', 'best_stop')
-    assert '3 exercises, 1 solved' in ftlab.chapter('what_it_cost')._repr_markdown_()
+    assert '4 exercises, 1 solved' in ftlab.chapter('what_it_cost')._repr_markdown_()
     for e in course.chapter_named('what_it_cost').exercises:
         remember('exercises', e)
     assert 'all solved' in ftlab.chapter('what_it_cost')._repr_markdown_()
@@ -331,7 +441,7 @@ def test_the_start_page_has_links_that_lead_somewhere(tmp_path, monkeypatch):
     ftlab.check(find('forgetting').reference)
     page = tmp_path/'sub folder'/'start.md'
     text = page.read_text(encoding='utf-8')
-    assert '**Continue with [First light](' in text and '1 of 3' in text
+    assert '**Continue with [First light](' in text and '1 of 4' in text
     links = re.findall(r'\]\(([^)]+)\)', text)
     assert len(links) > 12
     assert not [l for l in links if not (page.parent/l).exists()]
