@@ -10,7 +10,9 @@ import ftlab
 from ftlab.adapters.merging.lines import by_depth, merge_lines
 from ftlab.adapters.edit import merge, saved
 from ftlab.adapters.merging.breadcrumbs import merge_breadcrumbs
-from ftlab.cli import main, merge_rules, merged_change, _list
+from ftlab.cli import main
+from ftlab.commands.given import listed
+from ftlab.commands.merge import merge_rules, merged_change
 
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
@@ -104,7 +106,7 @@ def test_a_run_is_resumed(call, tmp_path):
     again = load_file(tmp_path/'run/delta.safetensors')
     assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
     code, out, err = call(ask.replace('4 --items', '8 --items') + ' --resume')
-    assert code == 1 and 'batch_size' in err
+    assert code == 1 and '--batch-size 4, this one has 8' in err
 
 def test_columns_and_eval(call):
     code, out, err = call('fit --model {d}/lm --data {d}/asked.jsonl --eval {d}/asked.jsonl '
@@ -124,7 +126,7 @@ def test_dry_run_says_what_it_takes_and_leaves_nothing(call, tmp_path):
     assert ((full['cells'], full['tuning']) == (3, 3) and e['seconds'] > 0 and e['fits']
             and not list(tmp_path.iterdir()))
     assert abs(full['tokens'] - 6*4*full['tokens_per_step']) <= 1
-    assert 'numbers trained' in call(f'fit {LM} --method lora(r=2) --dry-run')[1]
+    assert 'parameters trained' in call(f'fit {LM} --method lora(r=2) --dry-run')[1]
 
 class Holds:
     "Notes the bytes of the gradients"
@@ -158,7 +160,7 @@ def test_weights_gradients_and_averages_are_exact(call, made, tmp_path, method, 
 def test_activations_are_what_a_real_pass_keeps(made):
     "Fake tensors keep what real ones keep, to the byte"
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from ftlab.cli import kept_bytes
+    from ftlab.commands.memory import kept_bytes
     from ftlab.core.loading import skeleton
     ids = torch.ones(3, 11, dtype=torch.long)
     real = kept_bytes(ftlab.load(made/'lm')[0].train(), dict(input_ids=ids), ids)
@@ -179,7 +181,8 @@ print(run.cost['peak_bytes'])
 def test_the_peak_is_as_near_to_the_plan_as_the_page_says(method, mapped, factor):
     """mapped: the C library gives every large tensor back to the system when it is freed,
     so that the process is as large as its tensors"""
-    from ftlab.cli import PARTS, parser, planned
+    from ftlab.cli import parser
+    from ftlab.commands.memory import PARTS, planned
     data = ftlab.data('new-procedure', n=400)
     m = planned(
         parser().parse_args(f'fit --model lab-s --data new-procedure --batch-size 192 --method {method}'.split()),
@@ -232,13 +235,13 @@ def test_what_is_too_large_says_so_and_is_not_opened(call, giant, tmp_path):
     assert code == 1 and 'it does not fit' in out
 
 def test_a_limit_on_memory_counts(call, monkeypatch):
-    monkeypatch.setattr('ftlab.cli.available', lambda device='cpu': 1000)
+    monkeypatch.setattr('ftlab.commands.memory.available', lambda device='cpu': 1000)
     monkeypatch.setattr(ftlab, 'load', lambda *a, **kw: pytest.fail('the weights were read'),
                         raising=False)
     code, out, err = call(f'compare {LM} --methods full,lift --dry-run --json'
                           if 'lift' in ftlab.methods.names() else f'compare {LM} --methods full --dry-run --json')
     assert code == 1 and json.loads(out)['fits'] is False
-    monkeypatch.setattr('ftlab.cli.available', lambda device='cpu': None)
+    monkeypatch.setattr('ftlab.commands.memory.available', lambda device='cpu': None)
     monkeypatch.undo()
     assert 'cuda:99' in call(f'compare {LM} --methods full --device cuda:99 --dry-run')[2]
 
@@ -263,12 +266,12 @@ WRONG = {
     'broken line': ('fit --model {d}/lm --data {d}/broken.jsonl', 1, ['broken.jsonl, line 2', 'not JSON']),
     'no rows': ('compare --model {d}/lm --data {d}/empty.jsonl --methods full', 1, ['empty.jsonl has no rows']),
     'missing column': ('fit --model {d}/lm --data {d}/asked.jsonl', 1,
-                       ["columns={'prompt': 'question', 'response': 'answer'}"]),
+                       ['say --columns prompt=question,response=answer.']),
     'unknown skill': ('fit --model {d}/lm --data new-langage', 1, ["did you mean 'new-language'"]),
     'unknown lab model': ('fit --model lab-x --data new-language', 1,
                           ['lab-x is neither a folder nor a lab model', 'lab-s']),
     'unknown folder': ('fit --model {d}/none --data {d}/sums.jsonl', 1, ['is neither a folder nor a lab model']),
-    'labels all masked': (f'fit {LM} --max-length 3', 1, ['max_length=3 leaves no label', 'every row fits whole']),
+    'labels all masked': (f'fit {LM} --max-length 3', 1, ['--max-length 3 leaves no label', 'every row fits whole']),
     'labels for a language model': (f'compare {LM} --methods full --metric accuracy', 1, ['accuracy needs labels']),
     'an absent GPU': (f'compare {LM} --methods full --device cuda:99', 1, ['cuda:99', 'cpu']),
     'a delta that is not there': ('merge --model {d}/lm --delta none.safetensors --out x', 1, ['no delta at']),
@@ -432,7 +435,7 @@ def test_an_existing_export_folder_is_refused_before_training(call, made, monkey
     assert code == 1 and 'not empty' in err
 
 def test_commas_inside_brackets_do_not_split():
-    assert _list('full, lora(r=4,alpha=8),hft * dft') == ['full', 'lora(r=4,alpha=8)', 'hft * dft']
+    assert listed('full, lora(r=4,alpha=8),hft * dft') == ['full', 'lora(r=4,alpha=8)', 'hft * dft']
 
 def test_the_command_runs_as_a_program(made, tmp_path):
     run = subprocess.run([sys.executable, '-c', 'import sys; from ftlab.cli import main; sys.exit(main())',
