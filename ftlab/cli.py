@@ -196,9 +196,9 @@ COMMON = {
     '--batch-size': dict(type=positive, default=32, metavar='ROWS', help='rows in a step (default: %(default)s)'),
     '--max-length': dict(type=positive, metavar='TOKENS',
                          help='longest row in tokens; what is longer is cut (default: what the model can read)'),
-    '--device': dict(metavar='NAME', help='cpu, cuda, cuda:1 or mps (default: a GPU if there is one)'),
+    '--device': dict(metavar='NAME', help='cpu, cuda, cuda:1 or mps (default: cpu)'),
     '--dtype': dict(choices=('float32', 'bfloat16', 'float16'),
-                    help='number format of the weights (default: float32)'),
+                    help='number format of the weights (default: the one in which the model was saved)'),
     '--precision': dict(default='no', choices=('no', 'bf16'),
                         help='bf16: mixed precision, computed in bfloat16 (default: %(default)s)'),
     '--out': dict(metavar='DIR', help='the folder to write')}

@@ -1,5 +1,5 @@
 "The command line: what it prints, what it leaves behind, and what it says when something is wrong"
-import json, os, subprocess, sys
+import ast, json, os, re, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
@@ -45,6 +45,16 @@ def made(tmp_path_factory):
     (d/'empty.jsonl').write_text('')
     (d/'asked.jsonl').write_text(
         lines([dict(question=f'{i} is', answer=str(i)) for i in range(40)]))
+    (d/'odd.jsonl').write_text(
+        lines([dict(text=f'{i}', label='odd' if i % 2 else 'even') for i in range(40)]))
+    (d/'two.jsonl').write_text(lines([dict(prompt='1', response='1'), dict(prompt='2', response='2')]))
+    for name in ('pickled', 'adapter', 'badrun'):
+        (d/name).mkdir()
+    (d/'pickled/config.json').write_text((d/'lm/config.json').read_text())
+    (d/'pickled/pytorch_model.bin').write_bytes(b'')
+    (d/'adapter/adapter_config.json').write_text('{}')
+    (d/'badrun/delta.safetensors').write_bytes(b'')
+    (d/'badrun/run.json').write_text('{')
     return d
 
 @pytest.fixture
@@ -282,7 +292,60 @@ WRONG = {
                                  ["'many' must be a whole number above 0"]),
     'a rate that is no number': (f'fit {LM} --lr abc', 2, ["'abc' must be a number above 0"]),
     'a paper that is not here': ('papers lt-sft', 1, ["no paper here has 'lt-sft'", "did you mean 'lt_sft'"]),
-    'no seeds': (f'compare {LM} --methods full --seeds 0', 2, ['above 0'])}
+    'no seeds': (f'compare {LM} --methods full --seeds 0', 2, ['above 0']),
+    # ---- what the library says about a parameter, as options of the shell
+    'rows too short for a test': ('fit --model {d}/lm --data {d}/asked.jsonl --columns prompt=question,answer', 1,
+                                  ["--columns has 'answer'; write ours=theirs"]),
+    'a column that is not there': ('fit --model {d}/lm --data {d}/asked.jsonl --columns prompt=questoin,response=answer',
+                                   1, ["no column 'questoin', which --columns names as 'prompt'", 'question']),
+    'a name of ours that is none': ('fit --model {d}/lm --data {d}/asked.jsonl --columns ask=question', 1,
+                                    ['--columns renames to ask; left of = stand the names', 'right of it']),
+    'columns of a lab skill': ('fit --model lab-s --data new-procedure --columns prompt=a', 1, ['is a lab skill']),
+    'a device that is none': (f'fit {LM} --device gpu', 1, ["--device is 'gpu'; it must be 'cpu'"]),
+    'a GPU that is not there': (f'fit {LM} --device cuda:99', 1, ["--device 'cuda:99' was asked for", 'say --device cpu']),
+    'two rates without tuning': (f'compare {LM} --methods full --lrs 1e-3,1e-4 --no-tune', 1,
+                                 ['give one rate, or --tune']),
+    'a rate in a list that is none': (f'compare {LM} --methods full --lrs 1e-3,much', 2,
+                                      ["argument --lrs: 'much' must be a number above 0"]),
+    'a rate of nothing': (f'compare {LM} --methods full --lrs 0', 2, ["argument --lrs: '0' must be a number above 0"]),
+    'no method': (f'compare {LM} --methods ,', 1, ['no method was named']),
+    'a method twice': (f'compare {LM} --methods full,full', 1, ["'full' is named twice; name each once"]),
+    'a method that cannot be read': (f'fit {LM} --method lora(', 1, ["cannot read 'lora(' as a method"]),
+    'too many settings': (f'fit {LM} --method full(3)', 1, ['full was given too many settings; full takes no settings']),
+    'a setting that is unknown': (f'fit {LM} --method lift(rank=3)', 1,
+                                  ["lift has no setting 'rank'; lift takes r, filter_rank, by, every"]),
+    'a number format': (f'fit {LM} --dtype float8', 2, ["argument --dtype: invalid choice: 'float8'"]),
+    'a metric': (f'fit {LM} --metric bleu', 2, ["argument --metric: invalid choice: 'bleu'"]),
+    'a seed': (f'fit {LM} --seed -1', 2, ["argument --seed: '-1' must be a whole number, 0 or more"]),
+    'checkpoints': (f'fit {LM} --save-every x', 2, ["argument --save-every: 'x' must be a whole number, 0 or more"]),
+    'packing of another source': (f'fit {LM} --packing --method r_tuning', 1,
+                                  ['--packing packs the data as given', 'leave --packing out']),
+    'packing of labels': ('fit --model {d}/enc --data {d}/big.jsonl --packing', 1, ['leave --packing out']),
+    'groups that do not fit': (f'fit {LM} --method grpo(group=3)', 1, ['--batch-size is 4 and the group 3']),
+    'a tracker': (f'fit {LM} --trackers nobody', 1, ["no tracker 'nobody' here; name one of"]),
+    'pairs without a second answer': (f'fit {LM} --method dpo', 1, ['--columns response=chosen']),
+    'old rows with other labels': (f'compare --model {{d}}/enc --data {{d}}/big.jsonl --old {{d}}/odd.jsonl {FAST} '
+                                   '--methods full', 1, ['leave out --old and forgetting is measured as drift']),
+    'all rows for testing': ('fit --model {d}/lm --data {d}/two.jsonl --eval {d}/none.jsonl', 1, ['there is no file']),
+    'a report of nothing': ('report', 1, ['name the folder that ftlab fit wrote, or --model, --delta and --data']),
+    'a report of a folder without a run': ('report {d}/lm', 1, ['no delta at']),
+    'a report of no folder': ('report {d}/nowhere', 1, ['no folder', '--out']),
+    'a doctor without data': ('doctor --model lab-s', 1, ['--model and --data']),
+    'a doctor with an export and no run': ('doctor --model lab-s --data sort --exported x', 1,
+                                           ['--exported is compared with a finished run']),
+    'skills of a model of another world': ('skills --model {d}/lm', 1, ['does not speak the words of the lab world']),
+    'a skill that is none': ('skills --model lab-s --names sorting', 1, ["no skill is called 'sorting'", 'sort']),
+    'a claim that is none': ('claims explain nothing', 1, ["no claim is called 'nothing'"]),
+    'a claim with no name': ('claims explain', 1, ['ftlab claims explain hft']),
+    'a reason that is missing': ('claims supersede hft', 1, ['--because']),
+    'a model with pickled weights': ('fit --model {d}/pickled --data {d}/sums.jsonl', 1, ['python -c "from transformers']),
+    'an adapter': ('fit --model {d}/adapter --data {d}/sums.jsonl', 1, ['with peft (merge_and_unload)']),
+    'a base that cannot be read': ('merge {d}/badrun --out x', 1, ['badrun/run.json is not JSON']),
+    'a page that is not there': ('lab nbs/nope.ipynb', 1, ["no page 'nbs/nope.ipynb'"])}
+
+# Python, where the shell has words of its own
+PYTHON = re.compile(r"\w=(?:\{|True|False|None|'|\")|\bftlab\.[\w.]+\(|Error\b|Traceback|\bNone\b"
+                    r"|\b(?:old|columns|validation|test|kind|max_length|batch_size|save_every|old_items)=")
 
 @pytest.mark.parametrize('name', WRONG)
 def test_errors_are_one_line(call, name):
@@ -291,6 +354,46 @@ def test_errors_are_one_line(call, name):
     last = err.strip().splitlines()
     assert (code == want and out == '' and len(last) == 1 and last[0].startswith('ftlab: ')
             and all(w in last[0] for w in words)), err
+    assert not PYTHON.search(last[0]), last[0]
+
+# Errors and advice in the library that no command can print
+NOT_IN_THE_SHELL = (
+    'run.delta.attached.fold()',          # a model that was changed by hand
+    'mask', 'model.eval()', 'requires_grad=False',  # models and recipes made in Python
+    'Run', 'df.to_dict', 'side_by_side', 'a Recipe, such as', 'a name; load it first',
+    'fit takes a loaded model', 'shard=True', 'state.emit', 'add_special_tokens=False',
+    'ftlab.lab.',                         # parts of an error that PHRASES replaces as a whole
+    'python -c')                          # a line for the shell
+
+def strings(source):
+    "Every text with a blank in it that is no docstring, an f-string with X for what it inserts"
+    tree = ast.parse(source)
+    joined = [n for n in ast.walk(tree) if isinstance(n, ast.JoinedStr)]
+    skip = {id(v) for n in joined for v in ast.walk(n) if v is not n}
+    skip |= {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
+    for n in ast.walk(tree):
+        if isinstance(n, (ast.Constant, ast.JoinedStr)) and id(n) not in skip:
+            parts = n.values if isinstance(n, ast.JoinedStr) else [n]
+            text = ''.join(str(v.value) if isinstance(v, ast.Constant) else 'X' for v in parts)
+            if ' ' in text.strip() and not re.search(r'<\w+[ >]|="', text):
+                yield text
+
+def test_whatever_the_library_says_can_be_said_in_the_shell():
+    """A new error that speaks Python fails here: word it for both, or add it to PHRASES"""
+    from ftlab.cli import parser
+    from ftlab.commands.words import in_shell_words
+    commands = [parser().parse_args(x.split()) for x in (
+        'fit --model m --data d', 'compare --model m --data d --methods full', 'report', 'doctor')]
+    names = {n for a in commands for n in vars(a)}
+    python = re.compile(r"(?<![\w('\"])[a-z]\w*=(?:True|False|None|\{|'|\"|[\s,;)])|ftlab\.\w+[\w.]*\(|\.\w+\([^)]*\)")
+    library = Path(ftlab.__file__).parent
+    parts = ('core', 'adapters', 'trainers', 'evaluators', 'instruments', 'lab', 'methods.py')
+    found = [(p.name, text) for p in sorted(library.rglob('*.py'))
+             if p.relative_to(library).parts[0] in parts for text in strings(p.read_text())]
+    assert len(found) > 500
+    wrong = [(n, said) for n, text in found if python.search(said := in_shell_words(text, names))
+             and not any(o in said for o in NOT_IN_THE_SHELL)]
+    assert not wrong, wrong
 
 def test_a_delta_for_another_base(call, made, tmp_path):
     assert call(f'fit {LM} --out run')[0] == 0

@@ -73,7 +73,8 @@ def bench_of(a:argparse.Namespace, data):
     from ftlab.instruments.compare import Bench
     return Bench(a.model, data, getattr(a, 'old', None), a.metric, steps=a.steps,
                  max_length=a.max_length, device=a.device, dtype=a.dtype, revision=a.revision,
-                 budget=a.budget, batch_size=a.batch_size, precision=a.precision)
+                 budget=a.budget, batch_size=a.batch_size, precision=a.precision,
+                 items=a.items, old_items=getattr(a, 'old_items', 100))
 
 def new_folder(path:str,  # as it was typed
                option:str # the option that named it
