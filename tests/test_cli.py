@@ -47,7 +47,7 @@ def made(tmp_path_factory):
         lines([dict(question=f'{i} is', answer=str(i)) for i in range(40)]))
     (d/'odd.jsonl').write_text(
         lines([dict(text=f'{i}', label='odd' if i % 2 else 'even') for i in range(40)]))
-    (d/'two.jsonl').write_text(lines([dict(prompt='1', response='1'), dict(prompt='2', response='2')]))
+    (d/'two.jsonl').write_text(lines([dict(prompt=x, response=x) for x in '12']))
     for name in ('pickled', 'adapter', 'badrun'):
         (d/name).mkdir()
     (d/'pickled/config.json').write_text((d/'lm/config.json').read_text())
@@ -294,15 +294,17 @@ WRONG = {
     'a paper that is not here': ('papers lt-sft', 1, ["no paper here has 'lt-sft'", "did you mean 'lt_sft'"]),
     'no seeds': (f'compare {LM} --methods full --seeds 0', 2, ['above 0']),
     # ---- what the library says about a parameter, as options of the shell
-    'rows too short for a test': ('fit --model {d}/lm --data {d}/asked.jsonl --columns prompt=question,answer', 1,
+    'a column without a name of ours': ('fit --model {d}/lm --data {d}/asked.jsonl --columns prompt=question,answer', 1,
                                   ["--columns has 'answer'; write ours=theirs"]),
-    'a column that is not there': ('fit --model {d}/lm --data {d}/asked.jsonl --columns prompt=questoin,response=answer',
+    'a column that is not there': ('fit --model {d}/lm --data {d}/asked.jsonl '
+                                   '--columns prompt=questoin,response=answer',
                                    1, ["no column 'questoin', which --columns names as 'prompt'", 'question']),
     'a name of ours that is none': ('fit --model {d}/lm --data {d}/asked.jsonl --columns ask=question', 1,
                                     ['--columns renames to ask; left of = stand the names', 'right of it']),
     'columns of a lab skill': ('fit --model lab-s --data new-procedure --columns prompt=a', 1, ['is a lab skill']),
     'a device that is none': (f'fit {LM} --device gpu', 1, ["--device is 'gpu'; it must be 'cpu'"]),
-    'a GPU that is not there': (f'fit {LM} --device cuda:99', 1, ["--device 'cuda:99' was asked for", 'say --device cpu']),
+    'a GPU that is not there': (f'fit {LM} --device cuda:99', 1,
+                                   ["--device 'cuda:99' was asked for", 'say --device cpu']),
     'two rates without tuning': (f'compare {LM} --methods full --lrs 1e-3,1e-4 --no-tune', 1,
                                  ['give one rate, or --tune']),
     'a rate in a list that is none': (f'compare {LM} --methods full --lrs 1e-3,much', 2,
@@ -311,12 +313,14 @@ WRONG = {
     'no method': (f'compare {LM} --methods ,', 1, ['no method was named']),
     'a method twice': (f'compare {LM} --methods full,full', 1, ["'full' is named twice; name each once"]),
     'a method that cannot be read': (f'fit {LM} --method lora(', 1, ["cannot read 'lora(' as a method"]),
-    'too many settings': (f'fit {LM} --method full(3)', 1, ['full was given too many settings; full takes no settings']),
+    'too many settings': (f'fit {LM} --method full(3)', 1,
+                                   ['full was given too many settings; full takes no settings']),
     'a setting that is unknown': (f'fit {LM} --method lift(rank=3)', 1,
                                   ["lift has no setting 'rank'; lift takes r, filter_rank, by, every"]),
     'a number format': (f'fit {LM} --dtype float8', 2, ["argument --dtype: invalid choice: 'float8'"]),
     'a metric': (f'fit {LM} --metric bleu', 2, ["argument --metric: invalid choice: 'bleu'"]),
-    'a seed': (f'fit {LM} --seed -1', 2, ["argument --seed: '-1' must be a whole number, 0 or more"]),
+    'a seed': (f'fit {LM} --seed -1', 2,
+                                   ["argument --seed: '-1' must be a whole number, 0 or more"]),
     'checkpoints': (f'fit {LM} --save-every x', 2, ["argument --save-every: 'x' must be a whole number, 0 or more"]),
     'packing of another source': (f'fit {LM} --packing --method r_tuning', 1,
                                   ['--packing packs the data as given', 'leave --packing out']),
@@ -338,7 +342,8 @@ WRONG = {
     'a claim that is none': ('claims explain nothing', 1, ["no claim is called 'nothing'"]),
     'a claim with no name': ('claims explain', 1, ['ftlab claims explain hft']),
     'a reason that is missing': ('claims supersede hft', 1, ['--because']),
-    'a model with pickled weights': ('fit --model {d}/pickled --data {d}/sums.jsonl', 1, ['python -c "from transformers']),
+    'a model with pickled weights': ('fit --model {d}/pickled --data {d}/sums.jsonl', 1,
+                                   ['python -c "from transformers']),
     'an adapter': ('fit --model {d}/adapter --data {d}/sums.jsonl', 1, ['with peft (merge_and_unload)']),
     'a base that cannot be read': ('merge {d}/badrun --out x', 1, ['badrun/run.json is not JSON']),
     'a page that is not there': ('lab nbs/nope.ipynb', 1, ["no page 'nbs/nope.ipynb'"])}
@@ -355,6 +360,13 @@ def test_errors_are_one_line(call, name):
     assert (code == want and out == '' and len(last) == 1 and last[0].startswith('ftlab: ')
             and all(w in last[0] for w in words)), err
     assert not PYTHON.search(last[0]), last[0]
+
+def test_a_loss_has_one_sign(call):
+    code, out, err = call(f'fit {LM} --out run')
+    before, after = re.search(r'; nll on test rows (\S+) -> (\S+)', out).groups()
+    r = json.loads(Path('run/run.json').read_text())
+    assert float(before) > 0 < float(after) and abs(r['before'] - float(before)) < 1e-3
+    assert f'nll {before[:2]}' in out.split(';')[0] and r['after'] > 0
 
 # Errors and advice in the library that no command can print
 NOT_IN_THE_SHELL = (
