@@ -113,7 +113,8 @@ def _build(node, text):
               if isinstance(node, ast.Call) else {})
         return make(*args, **kw)
     except TypeError as e:
-        raise ValueError(f'{text!r}: {e}; {name.id} takes {inspect.signature(make)}') from None
+        takes = ', '.join(inspect.signature(make).parameters) or 'no settings'
+        raise ValueError(f'{text!r}: {e}; {name.id} takes {takes}') from None
 
 # %% ../nbs/methods.ipynb #001bf769
 @lru_cache(1)

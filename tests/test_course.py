@@ -7,6 +7,7 @@ import pytest, torch
 import ftlab
 import ftlab.exercises
 from ftlab import cli
+from ftlab.commands import jupyter
 from ftlab import map as course
 from ftlab.exercises import EXERCISES, Wrong, chapters, differs, find, progress, remember, same_as
 from ftlab.map import (CHAPTERS, QUESTIONS, QUIZ, draw_map, go_on, hosted, measured, start,
@@ -549,7 +550,7 @@ def lab(monkeypatch, *args, **env):
 
         def poll(self):
             return 0
-    monkeypatch.setattr(cli.subprocess, 'Popen', Started)
+    monkeypatch.setattr(jupyter.subprocess, 'Popen', Started)
     monkeypatch.setattr('ftlab.map.write_start_page', lambda path=None: path)
     for k in ('DISPLAY', 'WAYLAND_DISPLAY'):
         monkeypatch.delenv(k, raising=False)
@@ -584,9 +585,9 @@ def test_a_taken_port_gives_way_and_that_is_said(monkeypatch):
         used = int(re.search(rf'port {port} is taken; using (\d+)', said)[1])
         assert used > port and f'--port={used}' in command
         with pytest.raises(OSError, match='name another'):
-            cli.free_port(port, tries=1)
+            jupyter.free_port(port, tries=1)
     with pytest.raises(OSError):
-        cli.free_port(70000)
+        jupyter.free_port(70000)
 
 def test_a_lab_without_the_course_says_what_to_do(monkeypatch):
     monkeypatch.setattr('ftlab.map.checkout', lambda: None)
