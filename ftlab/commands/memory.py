@@ -169,7 +169,7 @@ def timed(bench, recipe, rate:float, seconds:float=20.) -> dict:
     bench.gained(model, tok, bench.given, 'validation')
     scored = time.time() - t
     bench.kept(model, tok, 0, bench.given)
-    return dict(seconds_per_step=step, seconds_per_score=scored, seconds_per_look=time.time() - t,
+    return dict(seconds_per_step=step, seconds_per_score=scored, seconds_per_evaluation=time.time() - t,
                 rows_timed=used, peak_bytes=run.cost['peak_bytes'],
                 tokens_per_step=run.cost['tokens']/len(run.log)*rows/used)
 
@@ -210,7 +210,7 @@ def _in_all(m:dict, bench, seeds:int|None) -> dict:
     if seeds is None:
         scores = 2*m['seconds_per_score']
     else:
-        scores = m['seconds_per_look']*(seeds*(steps(bench.steps)/bench.every + 3) + m['tuning'])
+        scores = m['seconds_per_evaluation']*(seeds*(steps(bench.steps)/bench.every + 3) + m['tuning'])
     return dict(tokens=round(m['tokens_per_step']*count),
                 seconds=count*m['seconds_per_step'] + scores)
 

@@ -20,7 +20,7 @@ def merge_rules() -> dict[str, float]:
     from ftlab.methods import merging_rules
     return {PLAIN_SUM: 1., **merging_rules()}
 
-def merged_change(changes:list, # one {name: new weight minus base weight} each; see `ftlab.adapters.edit.saved`
+def merged_change(changes:list, # one {name: new weight minus base weight} each; see `ftlab.adapters.edit.saved_changes`
                   model,        # their base
                   rule:str=PLAIN_SUM, # one of `merge_rules()`
                   scale:float|None=None # the rule's setting; None: its default
@@ -87,11 +87,11 @@ def run_merge(a:argparse.Namespace) -> tuple[dict, str]:
 
 def _with_changes(model, paths:list[Path], a) -> tuple:
     "The changes on the model; how that was done, for --json and for reading"
-    from ftlab.adapters.edit import put, saved
+    from ftlab.adapters.edit import attach_change, saved_changes
     if len(paths) == 1 and a.rule is None and a.scale is None:
         return ftlab.load_delta(model, paths[0]), dict(delta=a.delta or a.changes[0]), ''
     rule = a.rule or PLAIN_SUM
     scale = merge_rules()[rule] if a.scale is None else a.scale
-    att = put(model, merged_change(saved(model, *paths), model, rule, scale))
+    att = attach_change(model, merged_change(saved_changes(model, *paths), model, rule, scale))
     made = dict(deltas=[str(p) for p in paths], rule=rule, scale=scale)
     return att, made, f'{len(paths)} changes by {rule}, {scale:g}\n'
