@@ -52,7 +52,7 @@ class Run:
         kind = 'loss' if self.log and self.log[0]['nll'] is None else 'nll'
         ends = [self.log[0][kind], self.log[-1][kind]] if self.log else [math.nan]*2
         said = f'{self.recipe.name}: {len(self.log)} steps, {kind} {ends[0]:.3f} -> {ends[1]:.3f}'
-        return f'{said}, {self.cost["trainable"]:,} numbers trained' + (
+        return f'{said}, {self.cost["trainable"]:,} trained parameters' + (
             ', interrupted' if self.interrupted else '')
 
 # %% ../../nbs/trainers/run.ipynb #0006191a
