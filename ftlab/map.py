@@ -278,7 +278,8 @@ QUIZ = (
 
 def questions(chapter:str|None=None # its name; None: the first question of each chapter
              ) -> tuple[Question, ...]:
-    "The questions of a chapter, or those of the start page; raises `ValueError` with the names there are"
+    """The questions of a chapter, or those of the start page; raises `ValueError` with the names
+    there are"""
     if chapter is None:
         return tuple(questions(c.name)[0] for c in CHAPTERS)
     return tuple(q for q in QUIZ if q.chapter == chapter_named(chapter).name)
@@ -453,12 +454,14 @@ def where_to_begin(picked:Iterable[str|None] # the options that were picked, one
     if len(picked) != len(asked):
         raise ValueError(f'there are {len(asked)} questions and {len(picked)} answers; '
                          'give None for one that was left open')
-    return next((chapter_named(q.chapter) for q, p in zip(asked, picked) if p != q.options[0]), None)
+    return next((chapter_named(q.chapter) for q, p in zip(asked, picked)
+                 if p != q.options[0]), None)
 
 # %% ../nbs/map.ipynb #0035aabb
 @dataclass(frozen=True)
 class Quiz:
-    "Questions to answer: widgets where a reader sits at a kernel, text with folded answers elsewhere"
+    """Questions to answer: widgets where a reader sits at a kernel, text with folded answers
+    elsewhere"""
     chapter:str|None = None # its name; None: one question of each chapter, to find where to begin
 
     def _repr_markdown_(self):
@@ -475,7 +478,8 @@ class Quiz:
         # here: the rest of this module should load where there is no IPython
         from IPython.display import Markdown, display
         # Jupyter says so when a reader is here
-        display(self.widgets() if 'JPY_SESSION_NAME' in os.environ else Markdown(self._repr_markdown_()))
+        display(self.widgets() if 'JPY_SESSION_NAME' in os.environ
+                else Markdown(self._repr_markdown_()))
 
     def _verdict(self, picked) -> str:
         "What is said below the questions"
@@ -494,7 +498,8 @@ class Quiz:
         # here: the rest of this module should load where there are no widgets
         from ipywidgets import HTML, RadioButtons, VBox
         asked = questions(self.chapter)
-        picks = [RadioButtons(options=[*sorted(q.options), 'not sure'], value=None, layout=dict(width='auto'))
+        picks = [RadioButtons(options=[*sorted(q.options), 'not sure'], value=None,
+                              layout=dict(width='auto'))
                  for q in asked]
         whys, below = [HTML() for _ in asked], HTML()
 

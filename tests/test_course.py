@@ -9,7 +9,8 @@ import ftlab.exercises
 from ftlab import cli
 from ftlab import map as course
 from ftlab.exercises import EXERCISES, Wrong, chapters, differs, find, progress, remember, same_as
-from ftlab.map import (CHAPTERS, QUESTIONS, QUIZ, draw_map, go_on, grade, hosted, measured, questions,
+from ftlab.map import (CHAPTERS, QUESTIONS, QUIZ, draw_map, go_on, grade, hosted, measured,
+                       questions,
                        start, unfinished, where_to_begin, write_start_page)
 from pages import NBS, ROOT, cells, ordered, pages
 
@@ -420,7 +421,8 @@ def test_a_damaged_file_costs_no_answer(home, text):
     q = questions('first_light')[0]
     with pytest.warns(UserWarning, match='progress.broken.json'):
         assert grade(q, q.options[0])
-    assert list(progress()['quiz']) == [q.name] and (home/'progress.broken.json').read_text() == text
+    assert (list(progress()['quiz']) == [q.name] and (home/'progress.broken.json').read_text()
+            == text)
 
 @pytest.mark.parametrize('old', [{}, dict(quiz=['one_score']), dict(quiz=None)])
 def test_progress_of_before_the_quiz_is_kept(home, old):
@@ -429,7 +431,8 @@ def test_progress_of_before_the_quiz_is_kept(home, old):
     assert '0 of 3 |' in repr(start())
     q = questions('first_light')[1]
     assert grade(q, q.options[0])
-    assert progress()['exercises'] == {'forgetting': 'then'} and list(progress()['quiz']) == [q.name]
+    assert (progress()['exercises'] == {'forgetting': 'then'}
+            and list(progress()['quiz']) == [q.name])
 
 @pytest.mark.parametrize('chapter', [None, *(c.name for c in CHAPTERS)])
 def test_the_quiz_without_a_kernel_has_its_answers_folded(chapter):
@@ -499,14 +502,18 @@ def test_a_link_with_the_name_of_a_chapter_leads_to_it():
     assert not wrong
 
 def test_the_minutes_of_a_chapter_stand_in_one_place():
-    "What other pages say beside a link to a chapter is what `CHAPTERS` says; a chapter itself says none"
+    """What other pages say beside a link to a chapter is what `CHAPTERS` says; a chapter itself
+    says none"""
     for page in CHAPTER_PAGES:
         assert not re.search(r'minutes', texts(page)[0]), page
     for page in ('index.ipynb', 'contents.ipynb', 'course/start.ipynb', 'course/primer.ipynb', 'map.ipynb'):
         for line in '\n'.join(texts(page)).splitlines():
-            linked = [c for c in CHAPTERS if f'{c.name}.ipynb)' in line.split('|')[1 if line.startswith('|') else 0]]
+            at = '(' if page.startswith('course/') else '(course/'
+            told = line.split('|')[1 if line.startswith('|') else 0]
+            linked = [c for c in CHAPTERS if f'{at}{c.name}.ipynb)' in told]
             said = re.findall(r'\b(\d+) minutes\b|\| (\d+) \|', line)
-            assert not linked or not said or {int(a or b) for a, b in said} == {linked[0].minutes}, (page, line)
+            assert (not linked or not said
+                    or {int(a or b) for a, b in said} == {linked[0].minutes}), (page, line)
     table = next(t for t in texts('contents.ipynb') if 'contents, The course' in t)
     for c in CHAPTERS:
         assert re.search(rf'\(course/{c.name}.ipynb\) \| .* \| {c.minutes} \| ', table), c.name
@@ -520,14 +527,16 @@ def test_stored_pages_show_nobodys_progress():
             for o in c.get('outputs', []):
                 shown = ''.join(o.get('data', {}).get('text/markdown', []))
                 assert 'Continue with' not in shown and 'solved' not in shown.replace('exercises solved', ''), page
-                rows = re.findall(r'^\| (.?) +\| \d\. .*\| (\d+) of \d+ \| (\d+) of \d+ \|$', shown, re.M)
+                rows = re.findall(r'^\| (.?) +\| \d\. .*\| (\d+) of \d+ \| (\d+) of \d+ \|$',
+                                  shown, re.M)
                 assert all(row == ('', '0', '0') for row in rows), (page, rows)
-    begin = [''.join(o['data'].get('text/markdown', [])) for c in cells('course/start.ipynb') for o in c.get('outputs', [])]
-    assert '**Begin with [First light](first_light.ipynb)**' in begin[0]
+    first = next(c['outputs'][0] for c in cells('course/start.ipynb') if c.get('outputs'))
+    assert '**Begin with [First light](first_light.ipynb)**' in ''.join(first['data']['text/markdown'])
 
 @pytest.mark.parametrize('page', [*CHAPTER_PAGES, 'course/primer.ipynb'])
 def test_code_of_a_chapter_fits_the_page(page):
-    long = [line for c in cells(page) if c['cell_type'] == 'code' for line in c['source'].splitlines()
+    long = [line for c in cells(page) if c['cell_type'] == 'code'
+            for line in c['source'].splitlines()
             if len(line) > 88 and not line.startswith('#|')]
     assert not long
 
