@@ -49,8 +49,8 @@ class Chapter:
         return [e.name for e in all_exercises() if e.chapter == self.name]
 
 CHAPTERS = (
-    Chapter('first_light', 'First light', 'A model learns one new thing. What became of the rest?', 25,
-            ('probe',)),
+    Chapter('first_light', 'First light', 'A model learns one new thing. What became of the rest?',
+            25, ('probe',)),
     Chapter('lab_models', 'What it knew', 'What did the model know before, and how do we know that?', 15,
             ('source', 'probe'), ('first_light',)),
     Chapter('what_it_cost', 'What it cost', 'How much was paid for it, and could it be had for less?', 25,
@@ -203,7 +203,8 @@ QUIZ = (
              'the new language was there and hardly anything was lost.'),
     Question('share_known', 'lab_models',
              'A model answers 32 of 40 questions right. About how sure is the 80%?',
-             ('To about 12 points either way', 'To about 1 point', 'It is exact, as it was counted'),
+             ('To about 12 points either way', 'To about 1 point',
+              'It is exact, as it was counted'),
              'The standard error of a share is the root of p(1 - p)/n; 1.96 of them are 12 points here.'),
     Question('own_world', 'lab_models',
              'Why were the lab models trained on a made-up world, and not on texts from the web?',
@@ -266,7 +267,8 @@ QUIZ = (
              'B has 128 rows of 4 numbers and A has 4 rows of 128; the matrix itself stays as it was.'),
     Question('both_zero', 'low_rank',
              'LoRA begins with A random and B zero. What happens if both begin at zero?',
-             ('Nothing moves', 'It learns as much, only later', 'It learns faster, with less noise'),
+             ('Nothing moves', 'It learns as much, only later',
+              'It learns faster, with less noise'),
              "The gradient of each is multiplied by the other, and both are zero. "
              'One of them has to be random, and only one, so that the change begins at zero.'),
     Question('same_method', 'low_rank',
