@@ -298,10 +298,10 @@ def home() -> Path:
     return Path(os.environ.get('FTLAB_HOME') or '~/.ftlab').expanduser()
 
 def progress() -> dict:
-    """{'exercises': {name: when}, 'chapters': {name: when}, 'last': the chapter opened last, or ''}.
+    """{'exercises', 'quiz', 'chapters': {name: when} each, 'last': the chapter opened last, or ''}.
 
-    What the reader has solved and opened; nothing, where there is no file or none that can be read."""
-    found, empty = {}, dict(exercises={}, chapters={}, last='')
+    What the reader has solved, answered and opened; nothing, where there is no file or none that can be read."""
+    found, empty = {}, dict(exercises={}, quiz={}, chapters={}, last='')
     try:
         found = json.loads((home()/'progress.json').read_text(encoding='utf-8'))
     except FileNotFoundError:
@@ -312,9 +312,9 @@ def progress() -> dict:
     return {k: found[k] if isinstance(found.get(k), type(v)) else v for k, v in empty.items()}
 
 # %% ../../nbs/exercises.ipynb #00144991
-def remember(kind:str, # 'exercises' or 'chapters'
+def remember(kind:str, # 'exercises', 'quiz' or 'chapters'
              name:str) -> None:
-    "Note that an exercise was solved or a chapter opened"
+    "Note that an exercise was solved, a question answered right, or a chapter opened"
     try:
         _put_aside_if_broken(home()/'progress.json')
         known = progress()
