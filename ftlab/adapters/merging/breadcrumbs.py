@@ -58,6 +58,7 @@ class middle:
     def __repr__(self):
         return f'middle({self.beta}, {self.gamma}{", row" if self.per == "row" else ""})'
 
+# %% ../../../nbs/adapters/merging/breadcrumbs.ipynb #efff6df8
 @method('Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks', '2312.06795',
     'Adding changes of which only the entries of middle size are kept stays good as tasks '
     'are added, with one scale chosen on the first few.',

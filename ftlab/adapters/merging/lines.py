@@ -47,6 +47,7 @@ def lines(alpha:float=.5,      # the share kept in the first block; chosen on va
     growth = 1 - alpha if beta is None else beta
     return Recipe(Method(arguments=dict(beta=growth)), edit=by_depth(alpha, growth))
 
+# %% ../../../nbs/adapters/merging/lines.ipynb #2f77674e
 def merge_lines(changes:list[Mapping], # one change a task, all from one base
                 model,                 # the base, for the depth of its layers
                 beta:float=.5,         # how much more the last block keeps than the first

@@ -111,6 +111,7 @@ class HeadOffset(nn.Module):
         v = self.v.expand(*z.shape[:-2], 1, -1)
         return z + torch.zeros_like(z[..., :1, :]).index_add(-1, self.columns, v)
 
+# %% ../../../nbs/adapters/modules/lofit.ipynb #c848a3d6
 @dataclass(frozen=True)
 class lasso(Term):
     "Penalize the sum of the absolute values of all trained parameters"
@@ -179,7 +180,9 @@ def lofit(share:float=.1,      # share of the heads that get an offset
           lr_select:float=5e-3, # learning rate of A; `lr` of `fit` replaces it
           lr_offset:float=1e-2  # learning rate of v; `lr` of `fit` replaces it
          ) -> Recipe:
-    "Choose the few attention heads that matter, and learn a vector to add to each"
+    """Choose the few attention heads that matter, and learn a vector to add to each
+
+    Raises `ValueError` for an argument outside its range."""
     if by not in ('learned', 'random'):
         raise ValueError(f'by is {by!r}; it must be learned or random')
     if not 0 < share <= 1:

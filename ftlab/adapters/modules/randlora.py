@@ -37,6 +37,7 @@ def random_bases(long:int,         # the longer side of the weight
     # peft pairs the columns in this order
     return (A/A.std()).squeeze(1), (B/B.std()).view(long, r, n).transpose(1, 2).contiguous()
 
+# %% ../../../nbs/adapters/modules/randlora.ipynb #de75e7f2
 class RandLoRA(nn.Module):
     """Compute `W + (alpha/r) sum_j B_j diag(lambda_j) A diag(gamma_j)` (for a wide weight the
     transposed sum); only lambda [r, N] and gamma [N, shorter side] are trained. Raises

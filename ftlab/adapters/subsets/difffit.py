@@ -51,6 +51,7 @@ class mixed:
     def __repr__(self):
         return f'mixed({name_of(self.delta)})'
 
+# %% ../../../nbs/adapters/subsets/difffit.ipynb #023f10de
 @dataclass(frozen=True)
 class scales_and_biases:
     """Select what is trained itself (biases, norms, class embeddings) and what is scaled (the last

@@ -85,5 +85,6 @@ def hft(ratio:float=.5, # share of each category that is trained, over the whole
        ) -> Recipe:
     """Train a random half of the matrices and norms (half fine-tuning)
 
-    The seed of `fit` decides which half: pass another one in each round to draw a new half."""
+    The seed of `fit` decides which half: pass another one in each round to draw a new half.
+    Raises `ValueError` for a `ratio` outside (0, 1] or an unknown `granularity`."""
     return Recipe(select=half(ratio, granularity))

@@ -94,6 +94,7 @@ class Refresh:
 
 HELD = ('index', 'left_index', 'left_value')
 
+# %% ../../../nbs/adapters/subsets/lift.ipynb #b257a673
 @method(
     'LIFT the Veil for the Truth: Principal Weights Emerge after Rank Reduction for '
     'Reasoning-Focused Supervised Fine-Tuning', '2506.00772',
@@ -107,7 +108,9 @@ def lift(r:int=8,                # the budget: as many parameters as LoRA of thi
          by:str='principal',     # 'principal' (the paper's), or its baselines 'magnitude' and 'random'
          every:int=400           # steps between two choices; 0: choose only once, as 'random' always does
         ) -> Recipe:
-    "Train the entries that are largest after rank reduction (low-rank informed sparse fine-tuning)"
+    """Train the entries that are largest after rank reduction (low-rank informed sparse fine-tuning)
+
+    Raises `ValueError` for an `every` below 0 or an unknown `by`."""
     if every < 0:
         raise ValueError(f'every is {every}; it must be 0 or more steps')
     chosen = principal(r, by, filter_rank)

@@ -37,6 +37,7 @@ class short(Term):
     def __repr__(self):
         return f'short({self.weight})'
 
+# %% ../../../nbs/adapters/subsets/lt_sft.ipynb #873ece78
 @torch.no_grad()
 def moved_most(model,
                before:Mapping,      # {name: tensor} at the start
@@ -72,6 +73,7 @@ def movable(model, batches=None, seed=0) -> dict[str, bool]:
     below = f'{base}.' if base and hasattr(model, base) else '' # a model without a head is all base
     return {n: True for n, _ in model.named_parameters() if n.startswith(below) and n not in frozen}
 
+# %% ../../../nbs/adapters/subsets/lt_sft.ipynb #3034f7e6
 @dataclass(frozen=True)
 class tune_what_moved:
     "Build the second run: reset the model, and train only what moved most"
@@ -100,7 +102,8 @@ def lt_sft(density:float=.08, # share of the base model, norms excluded, that is
           ) -> Recipe:
     """Train everything, reset it, and train only what moved most (lottery-ticket sparse fine-tuning)
 
-    Half of the steps go to each run."""
+    Half of the steps go to each run. Raises `ValueError` for a `density` outside (0, 1] and for an
+    `l1` that is negative or not finite."""
     if not 0 < density <= 1:
         raise ValueError(f'density is {density}; it must be above 0 and at most 1')
     if not 0 <= l1 < float('inf'):

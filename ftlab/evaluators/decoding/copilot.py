@@ -140,6 +140,7 @@ class MistakeLog:
 
 _PARTS = ('read', 'at', 'mistake')
 
+# %% ../../../nbs/evaluators/decoding/copilot.ipynb #b5821e34
 @dataclass(frozen=True)
 class mistake_log:
     """Create the log of a run. An example of `n` tokens, of which `a` belong to the answer, takes

@@ -25,7 +25,8 @@ def intruders(W0:Tensor,    # the base matrix, [out, in]
               k:int=10,     # how many of its left singular vectors are compared
               eps:float=.5  # a vector whose cosines with all of the base's are below this is an intruder
              ) -> Tensor:   # mask [k], the largest singular value first; fewer for a smaller matrix
-    "Find which of the top `k` directions of the tuned matrix resemble no direction of the base"
+    """Find which of the top `k` directions of the tuned matrix resemble no direction of the base.
+    Raises `ValueError` for shapes that differ or are no matrices, and for a bad `k` or `eps`."""
     return _intruders(W0, W1, k, eps)[0]
 
 def _intruders(W0, W1, k, eps):

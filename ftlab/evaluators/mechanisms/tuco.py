@@ -72,7 +72,7 @@ def tuco(model,       # the tuned model
          at:str='last' # the token that is read: 'last' of each prompt, or 'first' (which a classifier reads)
         ) -> Tensor:  # [rows], in [0, 1]
     """Compute each prompt's tuning contribution. Raises `UnknownArchitecture` where `anatomy`
-    cannot find the blocks"""
+    cannot find the blocks, and `ValueError` for an unknown `at`"""
     if at not in ('last', 'first'):
         raise ValueError(f'at is {at!r}; it must be last or first')
     s = Split(model, base)

@@ -76,6 +76,7 @@ def answer_nll(model, tok, prompts:list[str], responses:list[str]) -> list[torch
         out += [x[on].cpu() for x, on in zip(nll, loss_mask(b['labels']))]
     return out
 
+# %% ../../../nbs/evaluators/trust/r_tuning.ipynb #488227dd
 def likelihood(model, tok, prompts:list[str], said:list[str]) -> torch.Tensor: # [rows], in [0, 1]
     """Compute how likely the model finds each answer that it gave: the geometric mean of the probabilities of its
     tokens, without the end token; for an empty answer, the probability of the end token"""
@@ -114,5 +115,7 @@ def r_tuning(variant:str='pad', # 'pad': the answer, then a statement; 'refuse':
              sure:str='i know', # the statement after what the model knew
              unsure:str='i do not know' # the statement after what it did not know, and the refusal
             ) -> Recipe:
-    "Ask the model first, then teach answers with their certainty (refusal-aware tuning)"
+    """Ask the model first, then teach answers with their certainty (refusal-aware tuning)
+
+    Raises `ValueError` for an unknown variant, and at `fit` for data without prompts."""
     return Recipe(source=asked(variant, ask, sure, unsure))
