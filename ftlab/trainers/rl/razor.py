@@ -185,7 +185,8 @@ def razor(seed:int=0,          # of the questions, the draws and the runs
                          'name a causal language model such as lab-s')
     setting = another_order(base, tok, questions(rows, 'train', seed),
                             questions(held_out, 'validation', seed), draws, old_items, seed)
-    points = evaluations(base, tok, **setting, steps=steps, every=every, seed=seed, batch_size=batch_size)
+    points = evaluations(base, tok, **setting, steps=steps, every=every, seed=seed,
+                         batch_size=batch_size)
     values = {f'{arm}.{k}': tuple(p[k] for p in points if p['arm'] == arm)
               for arm in setting['arms'] for k in ('step', 'gain', 'forgetting', 'kl', 'moved')}
     if len({p['forgetting'] for p in points}) > 1:
