@@ -296,7 +296,7 @@ def test_impossible_selections_are_refused():
     refused(r'mask of shape \(3, 3\); the tensor has \(32, 32\)',
             make=lambda m: attach(m, {q: torch.ones(3, 3, dtype=torch.bool)}))
     refused('must be True or a boolean mask', make=lambda m: attach(m, {q: torch.ones(32, 32)}))
-    refused('selects no number',
+    refused('selects no entry',
             make=lambda m: attach(m, {q: torch.zeros(32, 32, dtype=torch.bool)}))
     refused('is a vector', make=lambda m: attach(m, parts('norm')(m), lora().delta))
     refused('a mask of entries does not fit',
