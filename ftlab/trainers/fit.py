@@ -56,7 +56,7 @@ def fit(model,                     # changed in place: a causal language model, 
         precision:str='no',        # 'no' (the model's own) or 'bf16' (mixed)
         out:str|Path|None=None,    # folder for checkpoints and base weights; None: a temporary one
         save_every:int=0,          # steps between checkpoints, which need `out`; 0: none
-        resume:bool|None=None,     # True: continue; False: start over; None: False, but never over a cut-off equal run
+        resume:bool|None=None,     # True: continue; False: start over; None: protect a cut-off run
         callbacks:tuple=(),        # objects with methods named after events
         trackers:tuple=(),         # names that accelerate knows, or `GeneralTracker` objects: receive the log
         shard:bool=False,          # with several processes: shard the model over them while it trains (FSDP2)
