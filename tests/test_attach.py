@@ -299,7 +299,7 @@ def test_impossible_selections_are_refused():
     refused('selects no entry',
             make=lambda m: attach(m, {q: torch.zeros(32, 32, dtype=torch.bool)}))
     refused('is a vector', make=lambda m: attach(m, parts('norm')(m), lora().delta))
-    refused('a mask of entries does not fit',
+    refused('cannot use a mask of entries',
             make=lambda m: attach(m, {q: torch.ones(32, 32, dtype=torch.bool)}, lora().delta))
 
 def test_a_rank_above_a_matrix_s_size_is_refused_before_anything_is_touched():

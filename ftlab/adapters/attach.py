@@ -122,8 +122,8 @@ class _Weight(nn.Module):
         if not self.owner.enabled:
             return W
         out = self.changed(W)
-        recorded = self.owner.recorded
-        if recorded is not None and getattr(self.delta, 'recomputed', False) and type(out) is Tensor:
+        recorded, able = self.owner.recorded, getattr(self.delta, 'recomputed', False)
+        if recorded is not None and able and type(out) is Tensor:
             recorded[out.untyped_storage().data_ptr()] = weakref.ref(out), self, W
         return out
 

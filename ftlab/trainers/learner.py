@@ -68,7 +68,8 @@ class Learning:
             with self.chance(state, self.processes.index):
                 return self.step(quiet, [partial(loss_of, *h) for h in heard])
         except NotFinite as e:
-            raise NotFinite(f'learner {self.name!r}, after the policy had taken its step: {e}') from None
+            where = f'learner {self.name!r}, after the policy had taken its step'
+            raise NotFinite(f'{where}: {e}') from None
 
     def state_dict(self) -> dict:
         "Return the state of the module and of its optimizer"

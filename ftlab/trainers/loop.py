@@ -69,7 +69,8 @@ class Loop:
         and record its plain negative log-likelihood"""
         state = self.state
         state.batch, state.logits, state.nll = batch, None, None
-        with self.processes.chance(state, i), state.accelerator.autocast(), state.attached.recompute():
+        with (self.processes.chance(state, i), state.accelerator.autocast(),
+              state.attached.recompute()):
             loss = self.objective(state)
         if state.learners:
             self.heard.setdefault(i, None if state.logits is None else state.logits.detach())
