@@ -22,7 +22,7 @@ _PUBLIC = dict(
     doctor=('ftlab.instruments.doctor', 'doctor'), explore=('ftlab.instruments.explore', None),
     papers=('ftlab.papers', None), claims=('ftlab.instruments.claims', None),
     native=('ftlab.native', None), start=('ftlab.map', 'start'), chapter=('ftlab.map', 'chapter'),
-    exercise=('ftlab.exercises', 'exercise'), check=('ftlab.map', 'check'))
+    exercise=('ftlab.exercises', 'exercise'), check=('ftlab.map', 'check'), quiz=('ftlab.map', 'quiz'))
 
 __all__ = sorted(_PUBLIC)
 

@@ -1,16 +1,19 @@
 """The chapters half_is_enough and low_rank: what readers write in their exercises,
 their classes in a real fine-tune, and the pages' own promises"""
 import random, re
+from functools import partial
+import numpy as np
 import pytest, torch
 import ftlab
 from ftlab.adapters.subsets.hft import half
 from ftlab.adapters.lowrank import LoRA
 from ftlab.core.recipe import Recipe
-from ftlab.exercises import HalfUpdate, LowRank, half_of, trained_numbers, training_bytes, truncate
+from ftlab.exercises import (HalfUpdate, LowRank, compare_and_choose, half_of, lora_from,
+                             trained_numbers, training_bytes, truncate)
 from pages import cells
 
-PAGES = {'course/half_is_enough.ipynb': (half_of, HalfUpdate, training_bytes),
-         'course/low_rank.ipynb': (truncate, trained_numbers, LowRank)}
+PAGES = {'course/half_is_enough.ipynb': (half_of, HalfUpdate, training_bytes, compare_and_choose),
+         'course/low_rank.ipynb': (truncate, trained_numbers, LowRank, lora_from)}
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
@@ -51,10 +54,19 @@ def wrong_halves():
     def joined(names, seed):
         return ' '.join(names)
 
-    return ((first, 'same half for every seed'),
+    def numpys(names, seed):
+        np.random.seed(seed)
+        return set(np.random.choice(names, len(names)//2, replace=False).tolist())
+
+    def a_list(names, seed):
+        return list(half_of(names, seed))
+
+    return ((numpys, 'random state'),
+            (a_list, 'it is a list. A set is asked for'),
+            (first, 'same half for every seed'),
             (coins, 'exactly half'),
             (unseeded, 'two different halves'),
-            (reseeding, 'dice'),
+            (reseeding, 'random state'),
             (indices, 'not one of the names'),
             (in_place, 'changes what it is given'),
             (joined, 'a set'))
@@ -65,9 +77,9 @@ def test_wrong_halves(yours, message):
 
 def test_other_right_halves_pass():
     def with_torch(names, seed):
-        return [names[i] for i in torch.randperm(
-                    len(names),
-                    generator=torch.Generator().manual_seed(seed))[:len(names)//2].tolist()]
+        dice = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(names), generator=dice).tolist()
+        return {names[i] for i in order[:len(names)//2]}
 
     def shuffled(names, seed):
         names = list(names)
@@ -127,7 +139,27 @@ def wrong_updates():
     class Failing(Masked):
         def forward(self, W):
             return W + self.missing
-    return ((Everything, 'have moved'),
+    class NoSuper(torch.nn.Module):
+        def __init__(self, W, mask):
+            self.mask, self.change = mask, torch.nn.Parameter(torch.zeros_like(W))
+    class NoSuperBuffer(torch.nn.Module):
+        def __init__(self, W, mask):
+            self.register_buffer('mask', mask)
+    class NoSuperTensor(torch.nn.Module):
+        def __init__(self, W, mask):
+            self.mask = mask
+    class NoInit(torch.nn.Module):
+        def forward(self, W):
+            return W
+    class NoBase:
+        def __init__(self, W, mask):
+            self.register_buffer('mask', mask)
+    return ((NoSuper, 'has to begin with `super().__init__()`'),
+            (NoSuperBuffer, 'has to begin with `super().__init__()`'),
+            (NoSuperTensor, 'has to begin with `super().__init__()`'),
+            (NoInit, 'has no `__init__` yet'),
+            (NoBase, 'torch.nn.Module'),
+            (Everything, 'have moved'),
             (Zeroing, 'Frozen does not mean gone'),
             (Turned, 'other half'),
             (Early, 'have moved'),
@@ -198,7 +230,7 @@ def wrong_cuts():
 
     return ((largest, 'other numbers'),
             (weakest, 'weakest'),
-            (unweighted, 'strengths'),
+            (unweighted, 'singular values'),
             (transposed, 'rows'),
             (thin, 'shape'))
 
@@ -282,6 +314,49 @@ def test_wrong_thin_changes(yours, message):
 
 def test_a_right_one_written_otherwise_passes():
     assert ftlab.check(Thin, name='LowRank')
+
+def wrong_loras():
+    def model_itself(model, change, r, alpha):
+        return model
+
+    def whole(model, change, r, alpha):
+        return ftlab.attach(model, dict.fromkeys(change, True))
+
+    def everywhere(model, change, r, alpha):
+        names = [n for n, _ in model.named_parameters()]
+        return ftlab.attach(model, dict.fromkeys(names, True), partial(LoRA, r=r, alpha=alpha))
+
+    def other_alpha(model, change, r, alpha):
+        return ftlab.attach(model, dict.fromkeys(change, True), partial(LoRA, r=r))
+
+    def folded(model, change, r, alpha):
+        attached = lora_from(model, change, r, alpha)
+        attached.fold()
+        return attached
+
+    def with_gradient(model, change, r, alpha):
+        attached = lora_from(model, change, r, alpha)
+        for d in attached.deltas.values():
+            d.B.copy_(d.B*2)
+        return attached
+
+    return ((model_itself, 'return what `ftlab.attach` gives'),
+            (whole, 'no LoRA on `first.weight`'),
+            (everywhere, '`second.weight` has a change'), (other_alpha, 'Hand both to `LoRA`'),
+            (folded, 'no LoRA on'), (with_gradient, 'leaf Variable'))
+
+@pytest.mark.parametrize('yours, message', wrong_loras(), ids=lambda x: getattr(x, '__name__', ''))
+def test_wrong_loras(yours, message):
+    assert message in said(yours, 'lora_from')
+
+def test_the_singular_values_may_go_to_both_factors():
+    def roots(model, change, r, alpha):
+        attached = lora_from(model, change, r, alpha)
+        for d in attached.deltas.values():
+            root = d.B.detach().norm(dim=0).sqrt()
+            d.B.data, d.A.data = d.B.detach()/root, root[:, None]*d.A.detach()
+        return attached
+    assert ftlab.check(roots, name='lora_from')
 
 # --- the solutions are the methods
 

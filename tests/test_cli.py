@@ -1,5 +1,5 @@
 "The command line: what it prints, what it leaves behind, and what it says when something is wrong"
-import json, os, subprocess, sys
+import ast, json, os, re, subprocess, sys
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
@@ -10,7 +10,9 @@ import ftlab
 from ftlab.adapters.merging.lines import by_depth, merge_lines
 from ftlab.adapters.edit import merge, saved_changes
 from ftlab.adapters.merging.breadcrumbs import merge_breadcrumbs
-from ftlab.cli import main, merge_rules, merged_change, _list
+from ftlab.cli import main
+from ftlab.commands.given import listed
+from ftlab.commands.merge import merge_rules, merged_change
 
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
@@ -43,6 +45,16 @@ def made(tmp_path_factory):
     (d/'empty.jsonl').write_text('')
     (d/'asked.jsonl').write_text(
         lines([dict(question=f'{i} is', answer=str(i)) for i in range(40)]))
+    (d/'odd.jsonl').write_text(
+        lines([dict(text=f'{i}', label='odd' if i % 2 else 'even') for i in range(40)]))
+    (d/'two.jsonl').write_text(lines([dict(prompt=x, response=x) for x in '12']))
+    for name in ('pickled', 'adapter', 'badrun'):
+        (d/name).mkdir()
+    (d/'pickled/config.json').write_text((d/'lm/config.json').read_text())
+    (d/'pickled/pytorch_model.bin').write_bytes(b'')
+    (d/'adapter/adapter_config.json').write_text('{}')
+    (d/'badrun/delta.safetensors').write_bytes(b'')
+    (d/'badrun/run.json').write_text('{')
     return d
 
 @pytest.fixture
@@ -104,7 +116,7 @@ def test_a_run_is_resumed(call, tmp_path):
     again = load_file(tmp_path/'run/delta.safetensors')
     assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
     code, out, err = call(ask.replace('4 --items', '8 --items') + ' --resume')
-    assert code == 1 and 'batch_size' in err
+    assert code == 1 and '--batch-size 4, this one has 8' in err
 
 def test_columns_and_eval(call):
     code, out, err = call('fit --model {d}/lm --data {d}/asked.jsonl --eval {d}/asked.jsonl '
@@ -124,7 +136,7 @@ def test_dry_run_says_what_it_takes_and_leaves_nothing(call, tmp_path):
     assert ((full['cells'], full['tuning']) == (3, 3) and e['seconds'] > 0 and e['fits']
             and not list(tmp_path.iterdir()))
     assert abs(full['tokens'] - 6*4*full['tokens_per_step']) <= 1
-    assert 'numbers trained' in call(f'fit {LM} --method lora(r=2) --dry-run')[1]
+    assert 'parameters trained' in call(f'fit {LM} --method lora(r=2) --dry-run')[1]
 
 class Holds:
     "Notes the bytes of the gradients"
@@ -158,7 +170,7 @@ def test_weights_gradients_and_averages_are_exact(call, made, tmp_path, method, 
 def test_activations_are_what_a_real_pass_keeps(made):
     "Fake tensors keep what real ones keep, to the byte"
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from ftlab.cli import kept_bytes
+    from ftlab.commands.memory import kept_bytes
     from ftlab.core.loading import skeleton
     ids = torch.ones(3, 11, dtype=torch.long)
     real = kept_bytes(ftlab.load(made/'lm')[0].train(), dict(input_ids=ids), ids)
@@ -179,7 +191,8 @@ print(run.cost['peak_bytes'])
 def test_the_peak_is_as_near_to_the_plan_as_the_page_says(method, mapped, factor):
     """mapped: the C library gives every large tensor back to the system when it is freed,
     so that the process is as large as its tensors"""
-    from ftlab.cli import PARTS, parser, planned
+    from ftlab.cli import parser
+    from ftlab.commands.memory import PARTS, planned
     data = ftlab.data('new-procedure', n=400)
     m = planned(
         parser().parse_args(f'fit --model lab-s --data new-procedure --batch-size 192 --method {method}'.split()),
@@ -232,13 +245,13 @@ def test_what_is_too_large_says_so_and_is_not_opened(call, giant, tmp_path):
     assert code == 1 and 'it does not fit' in out
 
 def test_a_limit_on_memory_counts(call, monkeypatch):
-    monkeypatch.setattr('ftlab.cli.available', lambda device='cpu': 1000)
+    monkeypatch.setattr('ftlab.commands.memory.available', lambda device='cpu': 1000)
     monkeypatch.setattr(ftlab, 'load', lambda *a, **kw: pytest.fail('the weights were read'),
                         raising=False)
     code, out, err = call(f'compare {LM} --methods full,lift --dry-run --json'
                           if 'lift' in ftlab.methods.names() else f'compare {LM} --methods full --dry-run --json')
     assert code == 1 and json.loads(out)['fits'] is False
-    monkeypatch.setattr('ftlab.cli.available', lambda device='cpu': None)
+    monkeypatch.setattr('ftlab.commands.memory.available', lambda device='cpu': None)
     monkeypatch.undo()
     assert 'cuda:99' in call(f'compare {LM} --methods full --device cuda:99 --dry-run')[2]
 
@@ -263,12 +276,12 @@ WRONG = {
     'broken line': ('fit --model {d}/lm --data {d}/broken.jsonl', 1, ['broken.jsonl, line 2', 'not JSON']),
     'no rows': ('compare --model {d}/lm --data {d}/empty.jsonl --methods full', 1, ['empty.jsonl has no rows']),
     'missing column': ('fit --model {d}/lm --data {d}/asked.jsonl', 1,
-                       ["columns={'prompt': 'question', 'response': 'answer'}"]),
+                       ['say --columns prompt=question,response=answer.']),
     'unknown skill': ('fit --model {d}/lm --data new-langage', 1, ["did you mean 'new-language'"]),
     'unknown lab model': ('fit --model lab-x --data new-language', 1,
                           ['lab-x is neither a folder nor a lab model', 'lab-s']),
     'unknown folder': ('fit --model {d}/none --data {d}/sums.jsonl', 1, ['is neither a folder nor a lab model']),
-    'labels all masked': (f'fit {LM} --max-length 3', 1, ['max_length=3 leaves no label', 'every row fits whole']),
+    'labels all masked': (f'fit {LM} --max-length 3', 1, ['--max-length 3 leaves no label', 'every row fits whole']),
     'labels for a language model': (f'compare {LM} --methods full --metric accuracy', 1, ['accuracy needs labels']),
     'an absent GPU': (f'compare {LM} --methods full --device cuda:99', 1, ['cuda:99', 'cpu']),
     'a delta that is not there': ('merge --model {d}/lm --delta none.safetensors --out x', 1, ['no delta at']),
@@ -279,7 +292,65 @@ WRONG = {
                                  ["'many' must be a whole number above 0"]),
     'a rate that is not a number': (f'fit {LM} --lr abc', 2, ["'abc' must be a number above 0"]),
     'a paper that is not here': ('papers lt-sft', 1, ["no paper here has 'lt-sft'", "did you mean 'lt_sft'"]),
-    'no seeds': (f'compare {LM} --methods full --seeds 0', 2, ['above 0'])}
+    'no seeds': (f'compare {LM} --methods full --seeds 0', 2, ['above 0']),
+    # ---- what the library says about a parameter, as options of the shell
+    'a column without a name of ours': ('fit --model {d}/lm --data {d}/asked.jsonl --columns prompt=question,answer', 1,
+                                  ["--columns has 'answer'; write ours=theirs"]),
+    'a column that is not there': ('fit --model {d}/lm --data {d}/asked.jsonl '
+                                   '--columns prompt=questoin,response=answer',
+                                   1, ["no column 'questoin', which --columns names as 'prompt'", 'question']),
+    'a name of ours that is none': ('fit --model {d}/lm --data {d}/asked.jsonl --columns ask=question', 1,
+                                    ['--columns renames to ask; left of = stand the names', 'right of it']),
+    'columns of a lab skill': ('fit --model lab-s --data new-procedure --columns prompt=a', 1, ['is a lab skill']),
+    'a device that is none': (f'fit {LM} --device gpu', 1, ["--device is 'gpu'; it must be 'cpu'"]),
+    'a GPU that is not there': (f'fit {LM} --device cuda:99', 1,
+                                   ["--device 'cuda:99' was asked for", 'say --device cpu']),
+    'two rates without tuning': (f'compare {LM} --methods full --lrs 1e-3,1e-4 --no-tune', 1,
+                                 ['give one rate, or --tune']),
+    'a rate in a list that is none': (f'compare {LM} --methods full --lrs 1e-3,much', 2,
+                                      ["argument --lrs: 'much' must be a number above 0"]),
+    'a rate of nothing': (f'compare {LM} --methods full --lrs 0', 2, ["argument --lrs: '0' must be a number above 0"]),
+    'no method': (f'compare {LM} --methods ,', 1, ['no method was named']),
+    'a method twice': (f'compare {LM} --methods full,full', 1, ["'full' is named twice; name each once"]),
+    'a method that cannot be read': (f'fit {LM} --method lora(', 1, ["cannot read 'lora(' as a method"]),
+    'too many settings': (f'fit {LM} --method full(3)', 1,
+                                   ['full was given too many settings; full takes no settings']),
+    'a setting that is unknown': (f'fit {LM} --method lift(rank=3)', 1,
+                                  ["lift has no setting 'rank'; lift takes r, filter_rank, by, every"]),
+    'a number format': (f'fit {LM} --dtype float8', 2, ["argument --dtype: invalid choice: 'float8'"]),
+    'a metric': (f'fit {LM} --metric bleu', 2, ["argument --metric: invalid choice: 'bleu'"]),
+    'a seed': (f'fit {LM} --seed -1', 2,
+                                   ["argument --seed: '-1' must be a whole number, 0 or more"]),
+    'checkpoints': (f'fit {LM} --save-every x', 2, ["argument --save-every: 'x' must be a whole number, 0 or more"]),
+    'packing of another source': (f'fit {LM} --packing --method r_tuning', 1,
+                                  ['--packing packs the data as given', 'leave --packing out']),
+    'packing of labels': ('fit --model {d}/enc --data {d}/big.jsonl --packing', 1, ['leave --packing out']),
+    'groups that do not fit': (f'fit {LM} --method grpo(group=3)', 1, ['--batch-size is 4 and the group 3']),
+    'a tracker': (f'fit {LM} --trackers nobody', 1, ["no tracker 'nobody' here; name one of"]),
+    'pairs without a second answer': (f'fit {LM} --method dpo', 1, ['--columns response=chosen']),
+    'old rows with other labels': (f'compare --model {{d}}/enc --data {{d}}/big.jsonl --old {{d}}/odd.jsonl {FAST} '
+                                   '--methods full', 1, ['leave out --old and forgetting is measured as drift']),
+    'all rows for testing': ('fit --model {d}/lm --data {d}/two.jsonl --eval {d}/none.jsonl', 1, ['there is no file']),
+    'a report of nothing': ('report', 1, ['name the folder that ftlab fit wrote, or --model, --delta and --data']),
+    'a report of a folder without a run': ('report {d}/lm', 1, ['no delta at']),
+    'a report of no folder': ('report {d}/nowhere', 1, ['no folder', '--out']),
+    'a doctor without data': ('doctor --model lab-s', 1, ['--model and --data']),
+    'a doctor with an export and no run': ('doctor --model lab-s --data sort --exported x', 1,
+                                           ['--exported is compared with a finished run']),
+    'skills of a model of another world': ('skills --model {d}/lm', 1, ['does not speak the words of the lab world']),
+    'a skill that is none': ('skills --model lab-s --names sorting', 1, ["no skill is called 'sorting'", 'sort']),
+    'a claim that is none': ('claims explain nothing', 1, ["no claim is called 'nothing'"]),
+    'a claim with no name': ('claims explain', 1, ['ftlab claims explain hft']),
+    'a reason that is missing': ('claims supersede hft', 1, ['--because']),
+    'a model with pickled weights': ('fit --model {d}/pickled --data {d}/sums.jsonl', 1,
+                                   ['python -c "from transformers']),
+    'an adapter': ('fit --model {d}/adapter --data {d}/sums.jsonl', 1, ['with peft (merge_and_unload)']),
+    'a base that cannot be read': ('merge {d}/badrun --out x', 1, ['badrun/run.json is not JSON']),
+    'a page that is not there': ('lab nbs/nope.ipynb', 1, ["no page 'nbs/nope.ipynb'"])}
+
+# Python, where the shell has words of its own
+PYTHON = re.compile(r"\w=(?:\{|True|False|None|'|\")|\bftlab\.[\w.]+\(|Error\b|Traceback|\bNone\b"
+                    r"|\b(?:old|columns|validation|test|kind|max_length|batch_size|save_every|old_items)=")
 
 @pytest.mark.parametrize('name', WRONG)
 def test_errors_are_one_line(call, name):
@@ -288,6 +359,53 @@ def test_errors_are_one_line(call, name):
     last = err.strip().splitlines()
     assert (code == want and out == '' and len(last) == 1 and last[0].startswith('ftlab: ')
             and all(w in last[0] for w in words)), err
+    assert not PYTHON.search(last[0]), last[0]
+
+def test_a_loss_has_one_sign(call):
+    code, out, err = call(f'fit {LM} --out run')
+    before, after = re.search(r'; nll on test rows (\S+) -> (\S+)', out).groups()
+    r = json.loads(Path('run/run.json').read_text())
+    assert float(before) > 0 < float(after) and abs(r['before'] - float(before)) < 1e-3
+    assert f'nll {before[:2]}' in out.split(';')[0] and r['after'] > 0
+
+# Errors and advice in the library that no command can print
+NOT_IN_THE_SHELL = (
+    'run.delta.attached.fold()',          # a model that was changed by hand
+    'mask', 'model.eval()', 'requires_grad=False',  # models and recipes made in Python
+    'Run', 'df.to_dict', 'side_by_side', 'a Recipe, such as', 'a name; load it first',
+    'fit takes a loaded model', 'shard=True', 'state.emit', 'add_special_tokens=False',
+    'ftlab.lab.',                         # parts of an error that PHRASES replaces as a whole
+    'python -c')                          # a line for the shell
+
+def strings(source):
+    "Every text with a blank in it that is no docstring, an f-string with X for what it inserts"
+    tree = ast.parse(source)
+    joined = [n for n in ast.walk(tree) if isinstance(n, ast.JoinedStr)]
+    skip = {id(v) for n in joined for v in ast.walk(n) if v is not n}
+    skip |= {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr)}
+    for n in ast.walk(tree):
+        if isinstance(n, (ast.Constant, ast.JoinedStr)) and id(n) not in skip:
+            parts = n.values if isinstance(n, ast.JoinedStr) else [n]
+            text = ''.join(str(v.value) if isinstance(v, ast.Constant) else 'X' for v in parts)
+            if ' ' in text.strip() and not re.search(r'<\w+[ >]|="', text):
+                yield text
+
+def test_whatever_the_library_says_can_be_said_in_the_shell():
+    """A new error that speaks Python fails here: word it for both, or add it to PHRASES"""
+    from ftlab.cli import parser
+    from ftlab.commands.words import in_shell_words
+    commands = [parser().parse_args(x.split()) for x in (
+        'fit --model m --data d', 'compare --model m --data d --methods full', 'report', 'doctor')]
+    names = {n for a in commands for n in vars(a)}
+    python = re.compile(r"(?<![\w('\"])[a-z]\w*=(?:True|False|None|\{|'|\"|[\s,;)])|ftlab\.\w+[\w.]*\(|\.\w+\([^)]*\)")
+    library = Path(ftlab.__file__).parent
+    parts = ('core', 'adapters', 'trainers', 'evaluators', 'instruments', 'lab', 'methods.py')
+    found = [(p.name, text) for p in sorted(library.rglob('*.py'))
+             if p.relative_to(library).parts[0] in parts for text in strings(p.read_text())]
+    assert len(found) > 500
+    wrong = [(n, said) for n, text in found if python.search(said := in_shell_words(text, names))
+             and not any(o in said for o in NOT_IN_THE_SHELL)]
+    assert not wrong, wrong
 
 def test_a_delta_for_another_base(call, made, tmp_path):
     assert call(f'fit {LM} --out run')[0] == 0
@@ -432,7 +550,7 @@ def test_an_existing_export_folder_is_refused_before_training(call, made, monkey
     assert code == 1 and 'not empty' in err
 
 def test_commas_inside_brackets_do_not_split():
-    assert _list('full, lora(r=4,alpha=8),hft * dft') == ['full', 'lora(r=4,alpha=8)', 'hft * dft']
+    assert listed('full, lora(r=4,alpha=8),hft * dft') == ['full', 'lora(r=4,alpha=8)', 'hft * dft']
 
 def test_the_command_runs_as_a_program(made, tmp_path):
     run = subprocess.run([sys.executable, '-c', 'import sys; from ftlab.cli import main; sys.exit(main())',

@@ -9,6 +9,9 @@ import ftlab.instruments.compare as C
 from ftlab.adapters.store import identity
 from ftlab.instruments.compare import (Comparison, assemble, best_rate, compare, interval, matched,
                                        metric_for, old_skills, plan, target_gain, tune, tuning_seed)
+from ftlab.instruments.explore import draw_tradeoff, runs_of
+from ftlab.instruments.views import COLORS, FIXED, MARKS, method_styles
+from ftlab.map import measured
 from ftlab.core.data import data
 from ftlab.core.paper import Method
 from ftlab.core.recipe import Learner, Loop, Recipe, Stages
@@ -204,6 +207,39 @@ def test_the_json_has_the_promised_shape(plain, tmp_path):
             and (tmp_path/'tradeoff.png').read_bytes()[:4] == b'\x89PNG')
     assert (Comparison.read(tmp_path/'result.json').table.equals(c.table)
             and not list(tmp_path.rglob('*.tmp')) and not list(tmp_path.rglob('*.safetensors')))
+
+def better_is_right_and_up(ax) -> bool:
+    """Gain grows to the right and forgetting downwards, so what was kept lies up,
+    and both labels say which way is better"""
+    left, right = ax.get_xlim()
+    bottom, top = ax.get_ylim()
+    return (left < right and bottom > top and 'gain' in ax.get_xlabel()
+            and 'right is better' in ax.get_xlabel() and 'up is better' in ax.get_ylabel())
+
+def test_the_pictures_have_one_orientation_and_a_methods_own_colour():
+    c = Comparison.read(measured('compare_lab_s/result.json'))
+    names = [m['name'] for m in c.json()['methods']]
+    styles = method_styles(names)
+    runs = runs_of(c)
+    frame, _ = draw_tradeoff(runs, names, (0., 12.), (60., 97.))
+    for fig in (c.plot(), frame):
+        ax, = fig.axes
+        assert better_is_right_and_up(ax)
+        assert {t.get_text(): t.get_color() for t in ax.texts if t.get_text() in names} == {
+            m: color for m, (color, _) in styles.items()}
+    at = {t.get_text(): t.xy for t in frame.axes[0].texts}
+    assert at['full'][0] > at['dft'][0] and at['full'][1] > at['dft'][1]
+
+def test_a_method_has_one_colour_whatever_stands_beside_it():
+    known = method_styles(['dft', 'lora', 'hft', 'full'])
+    assert known == method_styles(FIXED) and len(set(known.values())) == 4
+    alone = {m: method_styles([m])[m] for m in ('lisa', 'mezo', 'a paper of tomorrow')}
+    assert all(method_styles([m, 'another'])[m] == style for m, style in alone.items())
+    many = method_styles(['full', 'hft', 'lisa', 'lora', 'mezo', 'grpo', 'lift'])
+    assert len({color for color, _ in many.values()}) == 7 and all(many[m] == known[m] for m in ('full', 'hft', 'lora'))
+    more = method_styles(f'method {i}' for i in range(20))
+    assert len(more) == 20
+    assert all(color in COLORS and mark in MARKS for color, mark in more.values())
 
 def test_the_given_model_stays_as_it_is(plain, tmp_path):
     before = identity(plain[0][0])

@@ -193,7 +193,9 @@ def test_the_glossary_knows_every_noun():
     assert (len(terms) == len(set(terms))
             and {'recipe', 'select', 'delta', 'edit', 'source', 'objective', 'step', 'loop',
                  'decode', 'probe', 'gain', 'forgetting', 'verdict', 'scope',
-                 'budget'} <= set(terms))
+                 'budget', 'validation', 'stable rank', 'energy', 'cosine', 'svd', 'momentum',
+                 'weight decay', 'chat template', 'fold', 'export'} <= set(terms))
+    assert all(len(c['source'].split()) <= 500 for c in cells('glossary.ipynb')), 'a cell too long to edit'
 
 def test_the_citation_names_this_version():
     version = re.search(r'^version *= *(\S+)', (ROOT/'settings.ini').read_text(), re.M)[1]

@@ -1,12 +1,17 @@
 "The page worker: what a kernel would show, and nothing of one page in the next"
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
+from functools import cache
+from html import unescape
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
-from pages import ROOT
+from pages import NBS, ROOT, cells, pages
 
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='pages run in kernels where there is no fork')
 
@@ -148,3 +153,226 @@ def test_a_page_runs_where_its_own_module_has_not_been_imported():
         ['native/perturb.ipynb', 'trainers/loop.ipynb', 'adapters/subsets/hft.ipynb',
          'course/first_light.ipynb', 'glossary.ipynb'])
     assert first == ['native/perturb.ipynb', 'trainers/loop.ipynb'] and 'adapters/subsets/hft.ipynb' in then
+
+
+# --- what a page shows
+
+# words that point to a figure, to a table, or to whatever is shown; what they point to stands near them
+POINTS = {
+    'figure': re.compile(
+        r'\bthe figures? (?:shows?|below|above)\b|\b(?:in|below|above) the figure\b'
+        r'|\b(?:grey|blue|orange|white|dark|filled|hollow|open|dotted) (?:squares?|dots?|curves?|bars?|rings?)\b'
+        r'|\b(?:two|three|left|right) panels?\b', re.I),
+    'table': re.compile(r'\bthe table (?:holds|tells|shows)\b|\btable (?:below|above)\b', re.I),
+    'output': re.compile(
+        r'^\W*(?:Look|Watch|Compare|Read (?:it|the (?:first|last)))\b|\bThe (?:first|last) row\b'
+        r'|\b(?:row|line|column|figure|table|picture|scores?) below\b|\bBelow (?:are|is)\b')}
+NOT_POINTING = ('Look inside: what fine-tuning changed', 'Below is how.', 'The picture below is drawn once')
+MATPLOTLIB = re.compile(r'Text\(\d|<matplotlib\.|<Axes|<Bar[A-Z]|^\(?array\(\[<')
+RETURNS_NOTHING = {'detach', 'cleanup'}
+
+
+def sentences(markdown: str) -> list[str]:
+    "The sentences of a cell without code, formulas and links, which point elsewhere"
+    text = re.sub(r'```.*?```|`[^`]*`|\$[^$]*\$', 'x', markdown, flags=re.S)
+    text = re.sub(r'\[([^\]]*)\]\([^)]*\)', '', text)
+    return [s for s in re.split(r'(?<=[.!?])\s+|\n', text) if s.strip()]
+
+
+def joined(output: dict, *kinds: str) -> str:
+    return '\n'.join(''.join(output.get('data', {}).get(k, '')) for k in kinds)
+
+
+def shown(outputs: list[dict]) -> set[str]:
+    "Which of 'figure', 'table' and 'output' a reader sees in these outputs"
+    found = set()
+    for o in outputs:
+        data = set(o.get('data', {}))
+        rich = joined(o, 'text/html', 'text/markdown')
+        plain = joined(o, 'text/plain') + ''.join(o.get('text', ''))
+        drawn = re.search(r'<svg|<img|!\[', rich) or re.search('[■█]', plain)
+        if drawn or any(k.startswith('image/') for k in data):
+            found |= {'figure', 'output'}
+        if re.search(r'<table|\|---', rich) or (data <= {'text/plain'} and plain.strip()):
+            found |= {'table', 'output'}
+        if rich.strip():
+            found.add('output')
+    return found
+
+
+def near(cells: list[dict], at: int) -> set[str]:
+    """What is shown where the text of a cell points to: in itself, in the next two lesson cells,
+    or in the four before it"""
+    lessons = [i for i, c in enumerate(cells)
+               if c['cell_type'] == 'code' and '#| export' not in c['source']]
+    cited = [i for i in lessons if i > at][:2] + [i for i in lessons if i < at][-4:]
+    found = shown([o for i in cited for o in cells[i]['outputs']])
+    text = cells[at]['source']
+    if '![' in text:
+        found |= {'figure', 'output'}
+    if re.search(r'^\|', text, re.M):
+        found |= {'table', 'output'}
+    return found
+
+
+def missing(cells: list[dict]) -> list[str]:
+    "The sentences that point to something that is not there"
+    return [f'no {kind} near: {s}' for i, c in enumerate(cells) if c['cell_type'] == 'markdown'
+            for s in sentences(c['source']) if not any(n in s for n in NOT_POINTING)
+            for kind, points in POINTS.items() if points.search(s) and kind not in near(cells, i)]
+
+
+def ends_in_a_value(source: str) -> bool:
+    "Whether a cell ends in an expression whose value it shows"
+    last = ast.parse(re.sub(r'^[%!].*$', 'pass', source, flags=re.M)).body[-1:]
+    if not last or not isinstance(last[0], ast.Expr) or source.rstrip().endswith(';'):
+        return False
+    called = getattr(last[0].value, 'func', None)
+    return getattr(called, 'attr', None) not in RETURNS_NOTHING
+
+
+def progress(output: dict, opened: frozenset[str]) -> bool:
+    "Whether an output shows chapters as opened that its own page did not open"
+    said = joined(output, 'text/markdown')
+    marked = re.findall(r'^\| [·✓] \|.*?\((?:[^)]*/)?(\w+)\.ipynb\)', said, re.M)
+    return bool(set(marked) - opened) or ('Continue with' in said and not opened)
+
+
+def odd(cell: dict, opened: frozenset[str] = frozenset()) -> list[str]:
+    """What a reader should not meet in a code cell's stored outputs, or should and does not;
+    `opened` are the chapters that its page opens itself"""
+    outputs, source, found = cell['outputs'], cell['source'], []
+    for o in outputs:
+        html = joined(o, 'text/html')
+        values = [unescape(t) for t in re.findall(r'<t[dh][^>]*>([^<]*)</t[dh]>', html)]
+        if m := MATPLOTLIB.search(joined(o, 'text/plain') + ''.join(o.get('text', ''))):
+            found.append(f'an object of matplotlib, {m[0]!r}: end the cell with `;`')
+        found += [f'a value cut by pandas, {v!r}: set display.max_colwidth to None'
+                  for v in values if v.endswith('...') and (len(v) == 3 or 47 <= len(v) <= 50)]
+        if 'text/html' in o.get('data', {}) and not html.strip():
+            found.append('an output with nothing in it')
+        if progress(o, opened):
+            found.append("somebody's progress in the course: store it with `tests/run_notebooks.py --store`")
+    if re.search(r'^#\|\s*(?:export|hide|default_exp)', source, re.M):
+        return found
+    if 'fig-alt' in source and 'figure' not in shown(outputs):
+        found.append('no figure where alt text promises one')
+    if not outputs and ends_in_a_value(source):
+        found.append(f'no output, though it ends in a value: {source.splitlines()[-1]}')
+    return found
+
+
+def text_cell(source: str) -> dict:
+    return dict(cell_type='markdown', source=source)
+
+
+def code_cell(source: str, **data) -> dict:
+    data = {k.replace('_', '/'): v for k, v in data.items()}
+    outputs = [dict(output_type='execute_result', data=data)]
+    return dict(cell_type='code', source=source, outputs=outputs if data else [])
+
+
+def test_the_checks_of_what_is_shown_see_what_they_should():
+    table, figure = (code_cell('x', text_html='<table></table>'), code_cell('x', image_png='abc'))
+    pointing = text_cell('It moves. Look where the grey square lies.')
+    assert missing([pointing, table]) == ['no figure near: Look where the grey square lies.']
+    assert len(missing([pointing, code_cell('x = 1'), code_cell('x = 1'), figure])) == 2
+    assert not missing([pointing, code_cell('x = 1'), figure]) and not missing([figure, pointing])
+    assert missing([text_cell('The table holds the means.'), figure])
+    assert not missing([text_cell('The table of words; [the table below](x.ipynb); `the figure below`.')])
+    for source in ('plane(points)', '#| fig-alt: Dots.\nplane(points);', 'pd.DataFrame(x)'):
+        assert len(odd(code_cell(source))) == 1, source
+    assert not any(odd(code_cell(s)) for s in ('x = 1', 'plot();', 'folder.cleanup()', '#| hide\nf(x)'))
+    for bad in (dict(text_plain="[Text(0.5, 0, 'rank')]"), dict(text_plain='[<matplotlib.lines.Line2D>]'),
+                dict(text_html='<td>' + 46*'x' + '...</td>'), dict(text_html=''),
+                dict(text_markdown='**Continue with [a](b.ipynb)**'), dict(text_markdown='| · | 1. [a](b.ipynb) |')):
+        assert len(odd(code_cell('x', **bad))) == 1, bad
+    mark = code_cell('x', text_markdown='**Continue with [a](b.ipynb)**\n| · | 1. [a](c/b.ipynb) |')
+    assert odd(mark, frozenset('a')) and not odd(mark, frozenset('b'))
+    assert not odd(code_cell('x', text_html='<td>and so on ...</td>', text_plain='a Text of one'))
+
+
+@pytest.mark.parametrize('check', ['points', 'shows'])
+def test_what_a_page_speaks_of_is_there(check):
+    """A sentence that points to a figure or table has one near it;
+    no cell lost its output, and none shows what is not meant for a reader"""
+    bad = []
+    for page in pages():
+        found = cells(page)
+        if check == 'points':
+            bad += [f'{page}: {m}' for m in missing(found)]
+        else:
+            source = '\n'.join(c['source'] for c in found)
+            opened = frozenset(re.findall(r"^(?:ftlab\.)?chapter\('(\w+)'\)", source, re.M))
+            bad += [f'{page}, cell {i}: {o}' for i, c in enumerate(found)
+                    if c['cell_type'] == 'code' for o in odd(c, opened)]
+    assert not bad, '\n'.join(bad)
+
+
+# --- links and formulas
+
+def texts(cell: dict) -> list[str]:
+    "The Markdown and HTML that a cell shows, without code"
+    shown = [cell['source']] if cell['cell_type'] == 'markdown' else [
+        joined(o, k) for o in cell['outputs'] for k in ('text/markdown', 'text/html')]
+    return [re.sub(r'```.*?```|`[^`\n]*`', '', t, flags=re.S) for t in shown]
+
+
+@cache
+def anchors(page: Path) -> frozenset[str]:
+    "The anchors that JupyterLab makes for the headings of a page: their text, with hyphens for spaces"
+    heads = [h for c in cells(page.name, page.parent)
+             for t in ([c['source']] if c['cell_type'] == 'markdown'
+                       else [joined(o, 'text/markdown') for o in c['outputs']])
+             for h in re.findall(
+                 r'^#{1,6} +(.+?) *$', re.sub(r'```.*?```', '', t, flags=re.S), re.M)]
+    plain = [re.sub(r'\[([^\]]*)\]\([^)]*\)', r'\1', h) for h in heads]
+    return frozenset(re.sub('[`*]', '', h).replace(' ', '-') for h in plain)
+
+
+def dead_links(text: str, page: Path) -> list[str]:
+    "The relative links of a text on `page` that lead to no file or no heading"
+    links = re.findall(r'\]\(([^)\s]+)\)', text) + re.findall(r'\b(?:href|src)="([^"]+)"', text)
+    dead = []
+    for link in links:
+        if re.match(r'[a-z]+:|//', link):
+            continue
+        file, _, anchor = link.partition('#')
+        to = (page.parent/unquote(file)).resolve() if file else page
+        if not to.exists() or (
+                anchor and to.suffix == '.ipynb' and unquote(anchor) not in anchors(to)):
+            dead.append(link)
+    return dead
+
+
+def test_links_lead_somewhere_in_the_lab(tmp_path):
+    page = tmp_path/'a.ipynb'
+    page.write_text(json.dumps(dict(cells=[text_cell('# A title\n\n## The `first` part')])))
+    good = '[a](a.ipynb) [b](a.ipynb#A-title) [c](#The-first-part) [d](https://x.org/y) <a href="a.ipynb">e</a>'
+    assert not dead_links(good, page)
+    for bad in ('[a](b.ipynb)', '[a](#a-title)', '<a href="../c.html">x</a>', '[a](a.ipynb#The-second)'):
+        assert len(dead_links(bad, page)) == 1, bad
+    dead = [f'{p}, cell {i}: {link}' for p in pages() for i, c in enumerate(cells(p))
+            for t in texts(c) for link in dead_links(t, NBS/p)]
+    assert not dead, '\n'.join(dead)
+
+
+UNBRACED = re.compile(r'\\[td]?(?:frac|binom)\s*(?:[^{\s]|\{(?:[^{}]|\{[^{}]*\})*\}\s*[^{\s])'
+                      r'|\\sqrt\s*[^{\[\s]|[_^]\s*-?\d\d|[_^]-\d')
+
+
+def unbraced(text: str) -> list[str]:
+    "The formulas of a text in which an argument has no braces: the two builders set these differently"
+    text = re.sub(r'```.*?```|`[^`]*`', '', text, flags=re.S)
+    formulas = re.findall(r'\$\$.+?\$\$|\$[^$\n]+\$', text, re.S)
+    return [f for f in formulas if UNBRACED.search(f)]
+
+
+def test_formulas_brace_their_arguments():
+    for bad in (r'$\tfrac12 D$', r'$\frac1T x$', r'$x^10$', r'$\sqrt r$', r'$\frac{1}T$', '$x_-1$'):
+        assert unbraced(bad), bad
+    for good in (r'$\tfrac{1}{2} D$', r'$\frac{q(w)}{\sum_{k} x_k} w$', '$x^{10} y_j$', r'$\sqrt{r}$', r'`$x^10$`'):
+        assert not unbraced(good), good
+    bad = [f'{p}: {f}' for p in pages() for c in cells(p) if c['cell_type'] == 'markdown'
+           for f in unbraced(c['source'])]
+    assert not bad, '\n'.join(bad)

@@ -515,10 +515,10 @@ def test_an_output_that_is_full_is_one_line():
 
 LAB = '''
 import sys
-import ftlab.cli as cli
-cli._until_it_ends.__defaults__ = (2.,)
-with cli._ended_by_signals():
-    cli._until_it_ends([sys.executable, '-c', sys.argv[1]], None)
+from ftlab.commands.jupyter import ended_by_signals, until_it_ends
+until_it_ends.__defaults__ = (2.,)
+with ended_by_signals():
+    until_it_ends([sys.executable, '-c', sys.argv[1]], None)
 '''
 WAITS = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'
 STUBBORN = 'import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); ' + WAITS

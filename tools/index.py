@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # the checkout that this file lies in, not one installed
 sys.path[:0] = [str(ROOT), str(ROOT/'tests'), str(ROOT/'docs')]
 
+from ftlab.map import CHAPTERS, chapter_named # noqa: E402
 from ftlab.papers import (PARTS, index, nouns, papers_html, scoreboard, scoreboard_html,
                           effect_line) # noqa: E402
 from readme import readme  # noqa: E402
@@ -160,8 +161,11 @@ def _about(p: Project, page: str) -> tuple:
     title, about = head(nb)
     minutes = 5*max(1, round((sum(len(t.split()) for t in text)/200 + len(code)/4)/5))
     about = relinked(re.sub(r'\s*\*[^*]*minutes[^*]*\*', '', about), folder)
-    return f'[{title}]({page})', about, minutes, relinked(
-        ', '.join(re.findall(r'Read (\[.+?\]\(.+?\))', text[0])), folder)
+    before = relinked(', '.join(re.findall(r'Read (\[.+?\]\(.+?\))', text[0])), folder)
+    if chapter := {f'course/{c.name}.ipynb': c for c in CHAPTERS}.get(page):
+        minutes = chapter.minutes
+        before = ', '.join(f'[{chapter_named(n).title}](course/{n}.ipynb)' for n in chapter.needs)
+    return f'[{title}]({page})', about, minutes, before
 
 
 # ---------- tables of papers

@@ -10,11 +10,12 @@ import inspect
 import json
 import math
 import os
+import re
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,19 +24,21 @@ from ..core.io import write_atomically
 from ..core.text import near_misses
 
 # %% auto #0
-__all__ = ['short', 'kind_of', 'differs', 'Wrong', 'answer', 'Exercise', 'same_as', 'compared', 'forwarded', 'built', 'variant',
-           'home', 'progress', 'remember', 'chapters', 'all_exercises', 'find', 'Checked', 'check', 'exercise',
-           'verdict']
+__all__ = ['NO_SUPER', 'short', 'kind_of', 'arguments', 'differs', 'Wrong', 'answer', 'Exercise', 'same_as', 'repeated',
+           'compared', 'forwarded', 'built', 'variant', 'home', 'progress', 'remember', 'chapters', 'all_exercises',
+           'find', 'Checked', 'check', 'exercise', 'verdict']
 
 # %% ../../nbs/exercises.ipynb #00054991
-def short(value) -> str:
+def short(value,
+          most:int=90 # characters
+         ) -> str:
     "A value in at most a line"
     if isinstance(value, torch.Tensor) and value.numel() > 12:
         return f'a tensor of shape {list(value.shape)}'
     if isinstance(value, float):
         return f'{value:.4g}'
     text = ' '.join(repr(value).split())
-    return text if len(text) <= 90 else text[:87] + '...'
+    return text if len(text) <= most else text[:most - 3] + '...'
 
 def _number(x) -> bool:
     if isinstance(x, torch.Tensor) or type(x).__module__ == 'numpy':
@@ -48,6 +51,19 @@ def kind_of(x) -> str:
     if isinstance(x, torch.Tensor):
         return f'a tensor of shape {list(x.shape)}'
     return 'a number' if _number(x) else f'a value of type `{type(x).__name__}`'
+
+# %% ../../nbs/exercises.ipynb #004b4991
+def arguments(call:Callable, # whose parameters name the arguments
+              args:tuple     # that it is called with, by position
+             ) -> str:
+    "Each argument with its name, shortened by itself: `path=[{'step': 0, ..., price=3`"
+    try:
+        names = [p.name for p in inspect.signature(call).parameters.values()
+                 if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    except ValueError: # something built in, which does not tell what it takes
+        names = []
+    names = [f'{n}=' for n in names] if len(names) >= len(args) else ['']*len(args)
+    return ', '.join(f'{n}{short(a, 72)}' for n, a in zip(names, args))
 
 # %% ../../nbs/exercises.ipynb #00074991
 def differs(got,            # what the reader's object gave
@@ -121,9 +137,10 @@ def _line(error:BaseException, yours) -> str:
     return f'In line {frames[-1].lineno} of your cell, `{frames[-1].line}`'
 
 # %% ../../nbs/exercises.ipynb #000d4991
-def answer(yours:Callable, # the reader's function or class
-           *args           # what it is called with; it gets copies
-          ):               # what it gave
+def answer(yours:Callable,  # the reader's function or class
+           *args,           # what it is called with; it gets copies
+           repeat:str=''    # a line of code that repeats the call
+          ):                # what it gave
     """Call the reader's object; raises `Wrong` where that cannot be done, fails, or changes what it
     was given"""
     name = getattr(yours, '__name__', 'it')
@@ -137,12 +154,24 @@ def answer(yours:Callable, # the reader's function or class
     try:
         got = yours(*given)
     except (Exception, SystemExit) as e: # an exit() in the reader's code is a mistake like any other
-        what = ', '.join(filter(None, (type(e).__name__, str(e))))
-        raise Wrong(f'{_line(e, yours)}: {what}. It was called with {short(args)}.') from None
+        if _without_super(e, yours):
+            raise Wrong(NO_SUPER.format(name=name)) from None
+        what = ', '.join(filter(None, (type(e).__name__, str(e).rstrip('.'))))
+        called = f' It was called with {arguments(yours, args)}.' if args else ''
+        raise Wrong(f'{_line(e, yours)}: {what}.{called}{repeat}') from None
     if any(differs(a, b) for a, b in zip(given, args)):
         raise Wrong(f'`{name}` changes what it is given. Leave the inputs alone, '
-                    'and return something new: whoever called it still needs them.')
+                    'and return something new: the caller still needs them.')
     return got
+
+NO_SUPER = ('`{name}.__init__` has to begin with `super().__init__()`. Without it the module has no '
+            'place to keep its parameters.')
+
+def _without_super(error:BaseException, yours) -> bool:
+    "Did a module's `__init__` leave out `super().__init__()`?"
+    said = r"before Module.__init__\(\)|attribute '_(parameters|buffers|modules)'"
+    module = isinstance(yours, type) and issubclass(yours, torch.nn.Module)
+    return module and re.search(said, str(error)) is not None
 
 # %% ../../nbs/exercises.ipynb #00104991
 @dataclass(frozen=True)
@@ -155,17 +184,34 @@ class Exercise:
     reference:Callable  # our solution; its source is what the reader may unfold
     test:Callable       # test(yours) raises `Wrong`
     mistakes:tuple = () # pairs of a wrong solution and the sentence that it gets: what the test looks for by name
+    _:KW_ONLY
+    difficulty:int      # 1: a line or two; 2: some thought; 3: a small project
+    minutes:int         # that it takes somebody who has read the chapter
+    means:str           # what the result means, in two to four sentences
+    cases:tuple = ()    # what the test calls the reader's object with, a tuple of arguments for each call
+
+    @property
+    def effort(self) -> str:
+        "Difficulty and minutes, in words"
+        return f'difficulty {self.difficulty} of 3, {self.minutes} minutes'
+
+    def case(self,
+             i:int=0 # from 0
+            ) -> tuple:
+        "A copy of what the test calls the reader's object with: `forgetting(*exercise.case(1))`"
+        return copy.deepcopy(self.cases[i])
 
     def _repr_markdown_(self):
         ask = inspect.signature(self.reference) if inspect.isfunction(self.reference) else '(...)'
         fold = lambda title, text: f'<details><summary>{title}</summary>\n\n{text}\n\n</details>'
         hints = [fold(f'Hint {i}', h) for i, h in enumerate(self.hints, 1)]
-        task = f'**Exercise `{self.name}{str(ask).replace("*, ", "")}`.** {self.task}'
-        solution = f'```python\n{inspect.getsource(self.reference).strip()}\n```'
+        task = f'**Exercise `{self.name}{str(ask).replace("*, ", "")}`** ({self.effort}). {self.task}'
+        solution = f'```python\n{inspect.getsource(self.reference).strip()}\n```\n\n**What it means.** {self.means}'
         return '\n\n'.join([task, *hints, fold('Our solution', solution)])
 
     def __repr__(self):
-        return f'{self.name}: {self.task}\n({len(self.hints)} hints; in a notebook they unfold)'
+        return (f'{self.name} ({self.effort}): {self.task}\n'
+                f'({len(self.hints)} hints; in a notebook they unfold)')
 
 # %% ../../nbs/exercises.ipynb #00114991
 def same_as(reference:Callable, # our solution
@@ -174,16 +220,23 @@ def same_as(reference:Callable, # our solution
            ) -> Callable:       # test(yours), which raises `Wrong`
     "A test that compares with `reference` on `inputs`, and knows some mistakes by name"
     def test(yours):
-        for args in inputs:
-            got, want = answer(yours, *args), reference(*copy.deepcopy(args))
-            if got is None and want is not None:
+        for i, args in enumerate(inputs):
+            again = repeated(yours, reference, i)
+            got, want = answer(yours, *args, repeat=again), reference(*copy.deepcopy(args))
+            if got is None and all(_alike(yours, lambda *_: None, a) for a in inputs):
                 raise Wrong(f'`{yours.__name__}` gives nothing back yet. Fill it in, and end it with `return`.')
             if not (how := differs(got, want, 'the result')):
                 continue
             explains = lambda wrong: all(_alike(yours, wrong, a) for a in inputs)
             known = next((sentence for wrong, sentence in mistakes if explains(wrong)), None)
-            raise Wrong(known or f'Called with {short(args)}, {how}.')
+            raise Wrong(known or f'Called with {arguments(reference, args)}, {how}.{again}')
     return test
+
+def repeated(yours:Callable, reference:Callable, i:int) -> str:
+    "A sentence with the line of code that repeats the call number `i` of a test"
+    name = getattr(yours, '__name__', '')
+    name = name if name.isidentifier() else reference.__name__
+    return f" To repeat it: `{name}(*ftlab.exercise('{reference.__name__}').case({i}))`."
 
 def _alike(yours, wrong, args) -> bool:
     "Does the reader's object give what this mistake gives?"
@@ -194,11 +247,12 @@ def _alike(yours, wrong, args) -> bool:
 
 def compared(name:str, chapter:str, task:str, hints:tuple, reference:Callable, # as in `Exercise`
              inputs:list[tuple],  # what to call both with
-             mistakes:tuple=()    # as in `Exercise`
+             mistakes:tuple=(),   # as in `Exercise`
+             **more               # difficulty, minutes, means
             ) -> Exercise:
     "An exercise that is tested by `same_as`; together the `inputs` must tell all mistakes apart"
     return Exercise(name, chapter, task, hints, reference, same_as(reference, inputs, mistakes),
-                    mistakes)
+                    mistakes, cases=tuple(inputs), **more)
 
 # %% ../../nbs/exercises.ipynb #00484991
 def forwarded(yours:type, made, W:torch.Tensor) -> torch.Tensor:
@@ -220,10 +274,15 @@ def forwarded(yours:type, made, W:torch.Tensor) -> torch.Tensor:
 
 def built(yours:type, *args) -> torch.nn.Module:
     "The reader's module, made of copies of `args`; `Wrong` if it is none, or has nothing to train"
-    made = answer(yours, *args)
-    if not isinstance(made, torch.nn.Module):
+    if not (isinstance(yours, type) and issubclass(yours, torch.nn.Module)):
         raise Wrong(f'`{yours.__name__}` has to be a `torch.nn.Module`: '
                     f'`class {yours.__name__}(torch.nn.Module)`, and `super().__init__()` first.')
+    if yours.__init__ is torch.nn.Module.__init__:
+        raise Wrong(f'`{yours.__name__}` has no `__init__` yet. It has to take {len(args)} arguments '
+                    'besides `self`.')
+    made = answer(yours, *args)
+    if '_parameters' not in vars(made): # tensors alone can be kept without it
+        raise Wrong(NO_SUPER.format(name=yours.__name__))
     if not list(made.parameters()):
         raise Wrong(f'`{yours.__name__}` has no parameter, so no optimiser can move it: '
                     'wrap what is to be trained in `torch.nn.Parameter`.')
@@ -239,10 +298,10 @@ def home() -> Path:
     return Path(os.environ.get('FTLAB_HOME') or '~/.ftlab').expanduser()
 
 def progress() -> dict:
-    """{'exercises': {name: when}, 'chapters': {name: when}, 'last': the chapter opened last, or ''}.
+    """{'exercises', 'quiz', 'chapters': {name: when} each, 'last': the chapter opened last, or ''}.
 
-    What the reader has solved and opened; nothing, where there is no file or none that can be read."""
-    found, empty = {}, dict(exercises={}, chapters={}, last='')
+    What the reader has solved, answered and opened; nothing, where there is no file or none that can be read."""
+    found, empty = {}, dict(exercises={}, quiz={}, chapters={}, last='')
     try:
         found = json.loads((home()/'progress.json').read_text(encoding='utf-8'))
     except FileNotFoundError:
@@ -253,9 +312,9 @@ def progress() -> dict:
     return {k: found[k] if isinstance(found.get(k), type(v)) else v for k, v in empty.items()}
 
 # %% ../../nbs/exercises.ipynb #00144991
-def remember(kind:str, # 'exercises' or 'chapters'
+def remember(kind:str, # 'exercises', 'quiz' or 'chapters'
              name:str) -> None:
-    "Note that an exercise was solved or a chapter opened"
+    "Note that an exercise was solved, a question answered right, or a chapter opened"
     try:
         _put_aside_if_broken(home()/'progress.json')
         known = progress()
@@ -316,7 +375,7 @@ class Checked:
     "What `check` found; true if the answer is right"
     exercise:Exercise
     passed:bool
-    message:str # why not, or how many of the chapter are solved
+    message:str # why not, or what the result means and how many of the chapter are solved
 
     def __bool__(self):
         return self.passed
@@ -350,15 +409,15 @@ def check(yours:Callable,     # your function or class, itself: without brackets
         wrong = str(e)
     if not wrong:
         remember('exercises', exercise.name)
-    return Checked(exercise, not wrong, wrong or _solved(exercise.chapter))
+    return Checked(exercise, not wrong, wrong or f'{exercise.means} {_solved(exercise.chapter)}')
 
 def _solved(chapter:str) -> str:
-    mine, done = [e.name for e in all_exercises() if e.chapter == chapter], progress()['exercises']
-    left = [n for n in mine if n not in done]
+    mine, done = [e for e in all_exercises() if e.chapter == chapter], progress()['exercises']
+    left = [e for e in mine if e.name not in done]
     if not left:
         return f'That was the last of the {len(mine)} of this chapter.'
     return (f'{len(mine) - len(left)} of the {len(mine)} of this chapter are done; open: '
-            + ', '.join(f'`{n}`' for n in left) + '.')
+            + ', '.join(f'`{e.name}` ({e.effort})' for e in left) + '.')
 
 def exercise(name:str|Callable) -> Exercise:
     "Show a task, its hints and our solution, folded; raises `ValueError` with the nearest names"

@@ -11,6 +11,7 @@ from statistics import fmean, stdev
 import pandas as pd, torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from scipy import stats
 from ..adapters.store import identity
 from ..core.io import check_room, only_writer, write_atomically
@@ -24,6 +25,7 @@ from ..core.record import digest, versions
 from ..core.table import html_table
 from ..core.scorers import exact_match, label_accuracy, nll, skills
 from ..evaluators.probe import cka, drift
+from .views import method_styles
 from ..lab.lookup import ALL_SKILLS
 from ..lab.models import old_skills
 from ..lab.world import is_lab
@@ -35,10 +37,10 @@ from ..trainers.watch import PeakMemory, free_memory
 from ..trainers.objective import loss_mask
 
 # %% auto #0
-__all__ = ['METRICS', 'SEED_KEYS', 'COLORS', 'MARKS', 'MEANT', 'PAGE', 'interval', 'target_gain', 'matched', 'best_rate',
-           'next_rate', 'tune', 'metric_for', 'score', 'worst', 'features', 'kl_to_base', 'Watch', 'Budget', 'Base',
-           'taught', 'forgetting_is', 'Bench', 'decoder_for', 'run_cell', 'Trial', 'breakdown', 'assemble', 'titles',
-           'table_of', 'picture', 'reading', 'in_words', 'Comparison', 'plan', 'tuning_seed', 'run_cells', 'compare']
+__all__ = ['METRICS', 'SEED_KEYS', 'MEANT', 'PAGE', 'interval', 'target_gain', 'matched', 'best_rate', 'next_rate', 'tune',
+           'metric_for', 'score', 'worst', 'features', 'kl_to_base', 'Watch', 'Budget', 'Base', 'taught',
+           'forgetting_is', 'Bench', 'decoder_for', 'run_cell', 'Trial', 'breakdown', 'assemble', 'titles', 'table_of',
+           'picture', 'reading', 'in_words', 'Comparison', 'plan', 'tuning_seed', 'run_cells', 'compare']
 
 # %% ../../nbs/instruments/compare.ipynb #0005c6d6
 def interval(values:list[float|None], # one number a seed
@@ -583,39 +585,35 @@ def _table_html(result:dict) -> str:
         head, [cells(m, r) for m, (_, r) in zip(result['methods'], table_of(result).iterrows())])
 
 # %% ../../nbs/instruments/compare.ipynb #0028c6d6
-# Okabe and Ito's, for the colour-blind
-COLORS = ('#0072B2', '#D55E00', '#009E73', '#56B4E9', '#CC79A7', '#E69F00', '#000000')
-MARKS = 'osD^vPX' # they tell arms apart in grey print
-
 def picture(result:dict) -> Figure:
-    """Gain (right is better) against forgetting (down is better): the mean with its interval,
-    every seed as a faint dot"""
+    """Gain to the right against what was kept upwards (the axis of forgetting runs down):
+    the mean with its interval, every seed as a faint dot"""
     fig = Figure(figsize=(6, 4), layout='constrained')
     FigureCanvasAgg(fig)
     ax = fig.add_subplot()
     err = lambda d: ([[d['mean'] - d['low']], [d['high'] - d['mean']]] if d['low'] is not None
                      else None)
-    for i, m in enumerate(result['methods']):
-        c, g, f = COLORS[i % len(COLORS)], m['gain'], m['forgetting']
-        mark = MARKS[i % len(MARKS)]
+    styles = method_styles(m['name'] for m in result['methods'])
+    for m in result['methods']:
+        (c, mark), g, f = styles[m['name']], m['gain'], m['forgetting']
         ax.plot([s['gain'] for s in m['seeds']], [s['forgetting'] for s in m['seeds']], mark,
                 color=c, alpha=.3, ms=4, mew=0)
         ax.errorbar([g['mean']], [f['mean']], xerr=err(g), yerr=err(f), fmt=mark, color=c, ms=8,
                     capsize=3, lw=1.2)
-    ax.set(xlabel=f'gain on {result["data"]} ({result["protocol"]["metric"]})',
-           ylabel=titles(result)['forgetting'])
+    ax.set(xlabel=f'gain on {result["data"]} ({result["protocol"]["metric"]}); right is better',
+           ylabel=f'{titles(result)["forgetting"]}; up is better')
     ax.spines[['top', 'right']].set_visible(False)
     ax.margins(.15)
+    ax.invert_yaxis()
     ax.axhline(0, color='.8', lw=.8, zorder=0)
-    ax.text(.99, .02, 'better: right and down', transform=ax.transAxes, ha='right', color='.4',
-            fontsize=8)
-    _label(ax, result['methods'])
+    ax.text(.99, .98, 'better ↗', transform=ax.transAxes, ha='right', va='top', color='.4')
+    _label(ax, result['methods'], styles)
     return fig
 
-def _label(ax, methods:list[dict]) -> None:
+def _label(ax, methods:list[dict], styles:dict) -> None:
     "Each arm's name beside its mark, pushed up where it would cover another"
     taken = []
-    for i, m in sorted(enumerate(methods), key=lambda x: x[1]['forgetting']['mean']):
+    for m in sorted(methods, key=lambda m: -m['forgetting']['mean']):
         mark = m['gain']['mean'], m['forgetting']['mean']
         at = ax.transData.transform(mark)*72/ax.figure.dpi
         y = at[1] + 5
@@ -623,7 +621,8 @@ def _label(ax, methods:list[dict]) -> None:
             y += 4
         taken.append((at[0], y))
         ax.annotate(m['name'], mark, (8, y - at[1]), textcoords='offset points',
-                    color=COLORS[i % len(COLORS)], fontweight='bold')
+                    color=styles[m['name']][0], fontweight='bold',
+                    path_effects=[withStroke(linewidth=2.5, foreground='w')])
 
 def _image(result:dict, kind:str) -> bytes:
     buffer = io.BytesIO()
@@ -643,16 +642,16 @@ def _tag(result:dict, kind:str='png') -> str:
 def reading(r:dict, lost:str) -> list[str]:
     "How to read the picture and the table of a result"
     n, methods = len(r['protocol']['seeds']), r['methods']
-    down = 'has forgotten less.'
+    up = 'has forgotten less.'
     if lost != 'forgetting':
-        down = (f'has moved less from the base ({lost}): what it could do before is not known, '
+        up = (f'has moved less from the base ({lost}): what it could do before is not known, '
                 'so how far it moved stands for what it may have broken.')
     chance = (f'The bars are 95% intervals by Student\'s t over {n} seeds; '
               'where they overlap widely, the order may be chance.')
     if n < 3:
         chance = (f'There {"is one seed" if n == 1 else "are two seeds"}: '
                   'nothing here says how much is chance. Use three or more.')
-    said = [f'Further right has learned more; further down {down}', chance,
+    said = [f'Further right has learned more; further up {up}', chance,
             'A method that learns less usually forgets less. The column "at matched gain" compares '
             'them where each first reached 95% of the weakest method\'s best gain on '
             'validation data.']

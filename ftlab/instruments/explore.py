@@ -22,12 +22,12 @@ from ..core.generate import generate
 from ..core.model import device_of
 from ..core.scorers import WORLD, judge, teacher_forced
 from ..core.table import Html
-from .compare import COLORS, MARKS, Comparison
+from .compare import Comparison
 from .explore_weights import (CRITERIA, RANKED, model_and_change, entry_scores, mask, ranks,
                                                spectrum)
 from .report_page import percent
 from .views import (BLUE, GREEN, RED, Picture, View, choice, drawn, front_end,
-                                     panels)
+                                     method_styles, panels)
 from .views import rows_as_html, several, slider, span, text
 from ..lab.world import OLD, SKILLS, is_lab
 from ..trainers.objective import IGNORE, kl, loss_mask, token_nll
@@ -78,38 +78,40 @@ def draw_tradeoff(runs:list[dict],       # as `runs_of` gives them
                   forgetting:tuple[float, float], # the frame, from and to, in points
                   gain:tuple[float, float]
                  ) -> tuple[Figure, str]: # the picture, and a table of the recipes inside the frame
-    """Gain against forgetting, one mark a run, faint outside the frame.
+    """Gain to the right, what was kept upwards, one mark a run, faint outside the frame.
     Raises `ValueError` for an unknown method."""
     names = list(dict.fromkeys(r['method'] for r in runs))
     if wrong := [m for m in methods if m not in names]:
         raise ValueError(f'no run is of the method {wrong[0]!r}; there are {", ".join(names)}')
     inside = _inside_frame(runs, methods, forgetting, gain)
     fig, (ax,) = panels(6.4, 3.5, bottom=.14, top=.97)
-    ax.fill_between(forgetting, *gain, color='.93', zorder=0)
-    ax.plot([forgetting[i] for i in (0, 1, 1, 0, 0)], [gain[i] for i in (0, 0, 1, 1, 0)], color='.55', lw=1)
+    ax.fill_between(gain, *forgetting, color='.93', zorder=0)
+    ax.plot([gain[i] for i in (0, 1, 1, 0, 0)], [forgetting[i] for i in (0, 0, 1, 1, 0)], color='.55', lw=1)
+    styles = method_styles(names)
     for m in methods:
-        _marks(ax, [r for r in runs if r['method'] == m], inside, names.index(m), m)
-    x, y = ([r[k] for r in runs] for k in ('forgetting', 'gain'))
+        _marks(ax, [r for r in runs if r['method'] == m], inside, styles[m], m)
+    x, y = ([r[k] for r in runs] for k in ('gain', 'forgetting'))
     mx, my = .1*(max(x) - min(x)) + 1, .1*(max(y) - min(y)) + 1
-    ax.set(xlabel='forgetting, points', ylabel='gain, points')
-    ax.set(xlim=(min(x) - mx, max(x) + 2.5*mx), ylim=(min(y) - my, max(y) + 1.5*my))
+    ax.set(xlabel='gain, points; right is better', ylabel='forgetting, points; up is better')
+    # forgetting runs down, so that what was kept lies up
+    ax.set(xlim=(min(x) - mx, max(x) + 2.5*mx), ylim=(max(y) + my, min(y) - 1.5*my))
     count = {m: sum(r['method'] == m for r in inside) for m in methods}
     frame = f'from {forgetting[0]:g} to {forgetting[1]:g} points forgotten and {gain[0]:g} to {gain[1]:g} gained'
     fig.set_label(f'In the frame {frame}: '
                   + (', '.join(f'{n} of {m}' for m, n in count.items() if n) or 'no run') + '.')
     return fig, recipes_inside(runs, inside)
 
-def _marks(ax, rows, inside, i, name) -> None:
+def _marks(ax, rows, inside, style, name) -> None:
     "The runs of one method, with its name beside them"
-    c, mark = COLORS[i % len(COLORS)], MARKS[i % len(MARKS)]
+    c, mark = style
     ins = [r for r in rows if r in inside]
     out = [r for r in rows if r not in inside]
     for some, alpha in ((ins, 1.), (out, .25)):
-        ax.plot([r['forgetting'] for r in some], [r['gain'] for r in some], mark, color=c,
+        ax.plot([r['gain'] for r in some], [r['forgetting'] for r in some], mark, color=c,
                 alpha=alpha, ms=7, mew=0)
-    right = max(rows, key=lambda r: r['forgetting'])
-    at = right['forgetting'], right['gain']
-    ax.annotate(name, at, (7, 3 - 9*(i % 2)), textcoords='offset points', color=c, fontweight='bold')
+    right = max(rows, key=lambda r: r['gain'])
+    at = right['gain'], right['forgetting']
+    ax.annotate(name, at, (7, -3), textcoords='offset points', color=c, fontweight='bold')
 
 def tradeoff(comparison:Comparison) -> View: # as `ftlab.compare` returns it; of a stored one: `Comparison.read(path)`
     """Frame runs and read their recipes: `draw_tradeoff` with handles.

@@ -152,7 +152,7 @@ def _tile_cost(r):
     cost, c = r['cost'], r['change']
     some = c['parameters'] and c['moved'] < c['parameters']
     return ('cost', duration(cost['seconds']),
-            f'{count(cost["trainable"])} numbers trained, {count(cost["saved_bytes"])}B to keep'
+            f'{count(cost["trainable"])} trained parameters, {count(cost["saved_bytes"])}B to keep'
             + (f'; {percent(c["moved"]/c["parameters"])} of the model\'s {count(c["parameters"])} moved'
                if some else ''))
 
@@ -522,7 +522,7 @@ def _cost_rows(c) -> list[list]:
     told = lambda x, form: 'unknown' if x is None else format(x, form)
     return [['steps', c['steps']], ['seconds', told(c['seconds'], '.1f')],
             ['tokens', told(c['tokens'], ',')], ['peak memory', size(c['peak_bytes'])],
-            ['numbers trained', count(c['trainable'])], ['fresh head', count(c['head'])],
+            ['trained parameters', count(c['trainable'])], ['fresh head', count(c['head'])],
             ['to keep', size(c['saved_bytes'])]]
 
 # %% ../../nbs/instruments/report_page.ipynb #002c63c3

@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from html import escape
 from importlib.util import find_spec
+from zlib import crc32
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from ..core.table import Html, html_table
 
 # %% auto #0
-__all__ = ['STYLE', 'BLUE', 'RED', 'GREEN', 'GREY', 'FONTS', 'Control', 'slider', 'span', 'choice', 'several', 'text', 'lighter',
-           'rows_as_html', 'Picture', 'drawn', 'front_end', 'View', 'panels']
+__all__ = ['STYLE', 'BLUE', 'RED', 'GREEN', 'GREY', 'FONTS', 'COLORS', 'MARKS', 'FIXED', 'Control', 'slider', 'span', 'choice',
+           'several', 'text', 'lighter', 'rows_as_html', 'method_styles', 'Picture', 'drawn', 'front_end', 'View',
+           'panels']
 
 # %% ../../nbs/instruments/views.ipynb #0007995a
 @dataclass(frozen=True)
@@ -70,7 +72,6 @@ def text(value:str, name:str) -> Control:
 STYLE = {'svg.hashsalt': 'ftlab', 'svg.fonttype': 'none', 'font.size': 9,
     'axes.titlesize': 9.5, 'axes.spines.top': False, 'axes.spines.right': False}
 BLUE, RED, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#8c8c8c'
-
 FONTS = "'DejaVu Sans', Verdana, Arial, sans-serif"
 
 def lighter(svg:str) -> str:
@@ -146,6 +147,26 @@ def rows_as_html(rows:list[list],
     named, body = (rows[0], rows[1:]) if head else ((), rows)
     return html_table(named, body, attributes=style, of_table='style="border-collapse:collapse"',
                       named=not head)
+
+# %% ../../nbs/instruments/views.ipynb #0011view
+# Okabe and Ito's, for colour-blind readers; the marks tell methods apart in grey print
+COLORS = (RED, BLUE, GREEN, '#CC79A7', '#E69F00', '#56B4E9', '#000000')
+MARKS = 'os^DvPX'
+FIXED = ('full', 'hft', 'lora', 'dft')
+
+def method_styles(names:Iterable[str]) -> dict[str, tuple[str, str]]: # {name: (colour, matplotlib marker)}
+    """The colour and marker of each method: fixed for the methods in `FIXED`,
+    else chosen by a hash of the name, or the next free colour where that one is taken"""
+    names = list(dict.fromkeys(names))
+    n = len(COLORS)
+    at = {m: FIXED.index(m) for m in names if m in FIXED}
+    for m in names:
+        if m in at:
+            continue
+        first = crc32(m.encode()) % n**2
+        taken = {i % n for i in at.values()}
+        at[m] = next((i for i in range(first, first + n) if i % n not in taken), first)
+    return {m: (COLORS[at[m] % n], MARKS[(at[m] + at[m]//n) % n]) for m in names}
 
 # %% ../../nbs/instruments/views.ipynb #000b995a
 class Picture:

@@ -146,15 +146,15 @@ def test_an_exercise_answers_and_the_start_page_remembers(page, lab):
     assert '1 of 3' in page.inner_text('.jp-MarkdownViewer')
 
 def test_the_quiz_says_where_to_begin(page, lab):
-    from ftlab.map import CHAPTERS, QUIZ
+    from ftlab.map import CHAPTERS, questions
     opened(page, lab, 'lab/tree/nbs/course/start.ipynb')
     run_all(page)
     page.wait_for_selector('.widget-radio-box input')
-    assert page.locator('.widget-radio-box').count() == len(QUIZ)
-    for i, q in enumerate(QUIZ):
+    assert page.locator('.widget-radio-box').count() == len(questions())
+    for i, q in enumerate(questions()):
         pick = q.options[0] if i < 1 else q.options[1]
         page.locator('.widget-radio-box').nth(i).locator('label', has_text=pick).click()
-    page.wait_for_selector(f'.widget-html:has-text("Begin with {CHAPTERS[1].label}")')
+    page.wait_for_selector(f'.widget-html:has-text("Begin with {CHAPTERS[1].title}")')
     assert not page.errors and not page.remote
 
 # ---------- runs
