@@ -105,7 +105,7 @@ def packing(model,          # the model that reads the lines
                          "model.set_attn_implementation('sdpa') changes it")
     window = getattr(config, 'sliding_window', None)
     if window and window < max_length:
-        raise ValueError(f'this model attends to the last {window} tokens only in some blocks, and a line of '
+        raise ValueError(f'some blocks of this model attend only to the last {window} tokens, and a line of '
                          f'{max_length} is longer; use max_length={window} or packing=False')
     return lambda rows, pad_id: pack(rows, max_length, pad_id)
 
