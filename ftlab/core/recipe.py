@@ -17,11 +17,11 @@ __all__ = ['PROMISES', 'NOUNS', 'RESERVED', 'CannotCompose', 'Recipe', 'Learner'
 PROMISES = {
     'starts as the base': 'before the first step the model gives bit-equal outputs',
     'frozen stays': 'parameters that were not selected are bit-equal after training',
-    'off is the base': 'with the change switched off the model gives the base\'s outputs, bit for bit',
-    'folds': 'written into the weights, the change gives the same outputs to rounding',
-    'saves': 'saved, loaded onto a fresh base, the change gives bit-equal outputs',
+    'off is the base': 'with the change switched off, the model gives the base\'s outputs, bit for bit',
+    'folds': 'merged into the weights, the change gives the same outputs, up to rounding',
+    'saves': 'saved and loaded onto a fresh base, the change gives bit-equal outputs',
     'repeats': 'the same seed gives the same weights, bit for bit',
-    'accumulates': 'a batch in two halves gives the same step to rounding'}
+    'accumulates': 'a batch in two halves gives the same step, up to rounding'}
 
 # %% ../../nbs/core/recipe.ipynb #00060245
 class CannotCompose(ValueError):
@@ -31,13 +31,13 @@ class CannotCompose(ValueError):
 class Recipe:
     "Describe a method: at most one answer to each question; `None` is plain fine-tuning"
     meta:Method|str=Method()       # name, rates, arguments and waived promises; a string is a name
-    select:Callable|None=None      # (model, batches=None, seed=0) -> {name: True or a boolean mask}; None: everything
+    select:Callable|None=None      # (model, batches=None, seed=0) -> {name: True or a boolean mask}; None: all parameters
     delta:Callable|None=None       # (weight, mask) -> a module at the weight; None: the weight itself
     edit:Callable|None=None        # ({name: change}, model) -> {name: change}, after training
     source:Callable|None=None      # (state) -> object with next(state) -> micro-batches; None: the data as given
     objective:Callable|None=None   # (state) -> scalar: a token loss plus terms; None: the mean negative log-likelihood
     step:Callable|None=None        # (parameters, settings) -> step(state, losses); None: backpropagation and AdamW
-    loop:Loop|Stages|None=None     # callbacks and learners, or stages; None: one stage, nothing beside it
+    loop:Loop|Stages|None=None     # callbacks and learners, or stages; None: one stage, nothing alongside
     decode:Callable|None=None      # (models, tok, prompts, **options) -> texts; None: greedy, one model
 
     def __post_init__(self):

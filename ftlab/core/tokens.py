@@ -156,6 +156,7 @@ def _cut(row:dict, max_length:int|None, keep:str) -> dict:
         return row
     return {k: v[:max_length] if keep == 'start' else v[-max_length:] for k, v in row.items()}
 
+# %% ../../nbs/core/tokens.ipynb #e412b608
 def prompt_ids(row:dict, # a row of kind 'text' or 'chat'
                tok,      # the model's tokenizer
                kind:str='text' # the data's kind

@@ -335,7 +335,7 @@ def card(root:Path=CHECKPOINTS) -> str:
                       f'- **digits-vit** reads all ten digits: a vision transformer of {size["digits-vit"]:,} '
                       f'parameters, {MODELS["digits-vit"]["steps"]:,} steps of 64 pictures, each '
                       'moved by up to a pixel.',
-                      '- **digits-flow** draws 0 to 7, told which; 8 and 9 it has never seen: a diffusion '
+                      '- **digits-flow** draws 0 to 7 on request and has never seen 8 or 9: a diffusion '
                       f'transformer trained by flow matching, {size["digits-flow"]:,} parameters, '
                       f'{MODELS["digits-flow"]["steps"]:,} steps of 64.', '',
                       '| measured | |', '|---|---|',

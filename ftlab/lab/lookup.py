@@ -250,6 +250,7 @@ def _likelihood() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     with np.errstate(divide='ignore'):
         return np.log(prior), np.log(np.maximum(table, 1e-300)), table
 
+# %% ../../nbs/lab/lookup.ipynb #0a27306d
 def line_examples(prompt:str # of a `line` skill
                  ) -> tuple[list[tuple[int, int]], int]: # the examples (x, y), and the x asked for
     "Read a prompt of a `line` skill. Raises `ValueError` for any other prompt."
@@ -287,6 +288,7 @@ def bayes_line(prompt:str,                 # of a `line` skill
     return dict(probabilities=p, mean=float(p @ values), median=median,
                 discrete=float(post[0].sum()))
 
+# %% ../../nbs/lab/lookup.ipynb #a729cee2
 def line_error(rows:list[dict],   # rows of a `line` skill
                outputs:list[str]  # the model's answers
               ) -> dict[str, float]:
