@@ -31,7 +31,7 @@ class CannotCompose(ValueError):
 class Recipe:
     "Describe a method: at most one answer to each question; `None` is plain fine-tuning"
     meta:Method|str=Method()       # name, rates, arguments and waived promises; a string is a name
-    select:Callable|None=None      # (model, batches=None, seed=0) -> {name: True or a boolean mask}; None: all parameters
+    select:Callable|None=None      # (model, batches=None, seed=0) -> {name: True or a boolean mask}; None: all
     delta:Callable|None=None       # (weight, mask) -> a module at the weight; None: the weight itself
     edit:Callable|None=None        # ({name: change}, model) -> {name: change}, after training
     source:Callable|None=None      # (state) -> object with next(state) -> micro-batches; None: the data as given
