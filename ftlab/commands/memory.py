@@ -119,7 +119,7 @@ def planned(a, recipe, data) -> dict:
     """Memory of one method on the model that `a` names, from its config;
     weights are read only where a method selects by their values, and if they fit"""
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from ftlab.core.batches import encode_all
+    from ftlab.core.tokens import encode_all
     from ftlab.core.loading import find_device, skeleton
     from ftlab.core.model import row_limit
     device = str(find_device(a.device))
