@@ -228,7 +228,7 @@ def wrong_cuts():
         U, S, V = torch.linalg.svd(update, full_matrices=False)
         return U[:, :r]*S[:r]
 
-    return ((largest, 'other numbers'),
+    return ((largest, 'wrong values'),
             (weakest, 'weakest'),
             (unweighted, 'singular values'),
             (transposed, 'rows'),
