@@ -511,7 +511,7 @@ def test_an_output_that_is_full_is_one_line():
     with open('/dev/full', 'w') as full:
         p = subprocess.run([sys.executable, '-c', MAIN, 'methods'], stdout=full,
                            stderr=subprocess.PIPE, text=True, env=env)
-    assert p.returncode == 1 and p.stderr == 'ftlab: the answer could not be printed: No space left on device\n'
+    assert p.returncode == 1 and p.stderr == 'ftlab: the result could not be printed: No space left on device\n'
 
 LAB = '''
 import sys
