@@ -177,8 +177,8 @@ def _about(case) -> str:
         cover = coverage(case.model if case.run is None else case.fresh(), case.chosen)
     except (NotApplicable, KeyError):
         return f'{case.recipe.name} on {case.data.name}'
-    return (f'{case.recipe.name} on {case.data.name}: {cover["share"]:.1%} of the parameters '
-            f'selected, in {cover["tensors"]} of {cover["of_tensors"]} tensors and '
+    return (f'{case.recipe.name} on {case.data.name}: the selection covers {cover["share"]:.1%} of the '
+            f'parameters, in {cover["tensors"]} of {cover["of_tensors"]} tensors and '
             f'{len(cover["blocks"])} blocks')
 
 # %% ../../nbs/instruments/doctor.ipynb #000fd3f9

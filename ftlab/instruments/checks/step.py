@@ -74,7 +74,7 @@ def _two_micro_batches_with_dropout():
 
 @check('before', 'warning',
        why='requires_grad=False does not freeze running statistics, so frozen layers change in training',
-       fix='put those layers in eval mode in a before_fit callback (fit itself calls model.train())',
+       fix='put those layers in eval mode in a before_fit callback, because fit puts all layers in training mode',
        source='pytorch/pytorch#86590')
 def statistics_move(case):
     is_norm = lambda m: isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
