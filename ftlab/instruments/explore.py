@@ -23,8 +23,8 @@ from ..core.model import device_of
 from ..core.scorers import WORLD, judge, teacher_forced
 from ..core.table import Html
 from .compare import Comparison
-from .explore_weights import (CRITERIA, RANKED, model_and_change, entry_scores, mask, ranks,
-                                               spectrum)
+from .explore_weights import (CRITERIA, RANKED, entry_scores, mask,
+                                               model_and_change, ranks, spectrum)
 from .report_page import percent
 from .views import (BLUE, GREEN, RED, Picture, View, choice, drawn, front_end,
                                      method_styles, panels)

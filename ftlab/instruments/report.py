@@ -413,7 +413,8 @@ def summed(rows:list[dict]) -> dict:
     rank = fmean(r['stable_rank'] for r in seen) if seen else None
     top = [fmean(r['top'][i] for r in seen) for i in range(5)] if seen else None
     counts = {key: sum(r[key] for r in seen) if seen else None for key in probes('directions')}
-    return dict(size, stable_rank=rank, top=top, **counts, examined=sum(r['examined'] for r in seen))
+    return dict(size, stable_rank=rank, top=top, **counts,
+                examined=sum(r['examined'] for r in seen))
 
 def heat(rows:list[dict]) -> list[dict]:
     """Return the cells of the map: for each part of each block the norm of its change relative to
@@ -501,8 +502,8 @@ def report(run:Run|str|Path,        # a run of `fit`, or the folder in which `ft
     before, after = _both(run, asked, cache, dict(rows=rows, max_length=max_length, seed=seed))
     answers = {key: contributions(run, asked, key, probe, max_length=max_length)
                for key, probe in probes('prompts').items()}
-    found = dict(version=VERSION, **_about(run), **_compared(asked, before, after), change=change_of(run, matrices),
-                 **answers, asked=dict(items=items, old_items=old_items, rows=rows, seed=seed),
+    found = dict(version=VERSION, **_about(run), **_compared(asked, before, after),
+                 change=change_of(run, matrices), **answers, asked=dict(items=items, old_items=old_items, rows=rows, seed=seed),
                  versions=versions())
     return Report(dict(found, seconds=time.time() - t0))
 

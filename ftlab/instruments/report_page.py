@@ -79,8 +79,8 @@ def _verdict(s) -> str:
         return 'Learned {}'
     if s['high'] < 0:
         return 'Got worse at {}'
-    return ('Already knew {}' if (s['before'] <= .05 if s['metric'] == 'nll' else s['before'] >= .98)
-            else 'Did not learn {}')
+    known = s['before'] <= .05 if s['metric'] == 'nll' else s['before'] >= .98
+    return 'Already knew {}' if known else 'Did not learn {}'
 
 def _lost(r) -> str:
     """Return the second half: the change of the old skills, or if they are not known,
@@ -313,7 +313,8 @@ def heatmap(cells:list[dict], blocks:int) -> str:
                     for i, c in enumerate(outside))
     where = lambda c: c['part'] if c['block'] is None else f'{c["part"]} of block {c["block"]}'
     return _svg(450, y + 15*len(outside),
-                'Norm of the change relative to the weights. ' + '; '.join(f'{where(c)} {_cell(c)}' for c in cells),
+                'Norm of the change relative to the weights. '
+                + '; '.join(f'{where(c)} {_cell(c)}' for c in cells),
                 body)
 
 def _heat_cell(c, part, block, x, y, size, most) -> str:

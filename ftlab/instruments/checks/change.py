@@ -27,7 +27,8 @@ def _change(case) -> dict:
     try:
         return case.run.delta.tensors()
     except ValueError as e:
-        raise NotApplicable(f'the change is no longer separate from the base: {shortened(e)}') from None
+        raise NotApplicable(
+            f'the change is no longer separate from the base: {shortened(e)}') from None
 
 @check('after', 'error', why='the change is not in use, or nothing was learned',
        fix='check run.log and the learning rate, and that the model you examine is the one with the change',
