@@ -38,7 +38,8 @@ def processor() -> str:
     "What this machine calls its processor, and how many cores it has"
     file = Path('/proc/cpuinfo')
     lines = file.read_text().splitlines() if file.exists() else []
-    name = next((o.split(':')[1].strip() for o in lines if o.startswith('model name')), platform.processor())
+    names = [o.split(':')[1].strip() for o in lines if o.startswith('model name')]
+    name = names[0] if names else platform.processor()
     return f'{name}, {os.cpu_count()} cores'
 
 
@@ -85,7 +86,8 @@ def measure(copies: int, run: int) -> dict:
             raise RuntimeError(r.stderr)
         pages = json.loads(r.stdout.split('RESULT')[1])
     mean = sum(p['cpu'] for p in pages.values())/len(pages)
-    return dict(machine=processor(), measured=dict(papers=len(sources.papers), seconds_to_choose=round(choosing, 2),
+    return dict(machine=processor(),
+                measured=dict(papers=len(sources.papers), seconds_to_choose=round(choosing, 2),
                               papers_touched=touched,
                               failed={n: p['wrong'] for n, p in sorted(pages.items())
                                       if p['wrong']},

@@ -27,7 +27,8 @@ def run(root: Path, *command: str) -> tuple[float, float, subprocess.CompletedPr
     "CPU-seconds, seconds and the result of a Python command in the project at `root`"
     env = {**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1'}
     used, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    r = subprocess.run([sys.executable, *command], cwd=root, env=env, capture_output=True, text=True)
+    r = subprocess.run([sys.executable, *command], cwd=root, env=env, capture_output=True,
+                       text=True)
     now = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
     return cpu, time.perf_counter() - start, r

@@ -503,7 +503,8 @@ def report(run:Run|str|Path,        # a run of `fit`, or the folder in which `ft
     answers = {key: contributions(run, asked, key, probe, max_length=max_length)
                for key, probe in probes('prompts').items()}
     found = dict(version=VERSION, **_about(run), **_compared(asked, before, after),
-                 change=change_of(run, matrices), **answers, asked=dict(items=items, old_items=old_items, rows=rows, seed=seed),
+                 change=change_of(run, matrices), **answers,
+                 asked=dict(items=items, old_items=old_items, rows=rows, seed=seed),
                  versions=versions())
     return Report(dict(found, seconds=time.time() - t0))
 

@@ -4,7 +4,7 @@ FTLAB_SHOTS=folder keeps the screenshots."""
 import os, re
 from pathlib import Path
 import pytest
-from test_lab import notebook, opened, run_all # the fixtures, and how one opens and runs
+from test_lab import browser, lab, notebook, opened, page, run_all  # the fixtures, and how one opens and runs
 
 SETUP = '''import ftlab
 from ftlab.instruments.compare import Comparison

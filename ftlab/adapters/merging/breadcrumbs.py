@@ -20,9 +20,9 @@ __all__ = ['middle', 'breadcrumbs', 'merge_breadcrumbs', 'by_breadcrumbs']
 @dataclass(frozen=True)
 class middle:
     "Keep the entries of middle size. Raises `ValueError` for quantiles out of order."
-    beta:float=.85    # the share of the smallest entries that is set to zero
+    beta:float=.85    # the share of the entries, the smallest ones, that is set to zero
     gamma:float=.994  # entries above this quantile are set to zero too; 1: none
-    per:str='tensor'  # ranked within each 'tensor', or each 'row' with the official counts
+    per:str='tensor'  # rank within each 'tensor', or each 'row' with the counts of the official code
 
     def __post_init__(self):
         if not 0 <= self.beta < self.gamma <= 1:
@@ -36,7 +36,7 @@ class middle:
         return {n: trim(c) for n, c in changes.items()}
 
     def within_tensor(self, c:Tensor) -> Tensor:
-        "By rank: the `drop` largest are passed over, the next `k` are kept"
+        "Skip the `drop` largest entries and keep the next `k`"
         n = c.numel()
         drop, k = n - round(self.gamma*n), round(self.gamma*n) - round(self.beta*n)
         if not k:
@@ -44,7 +44,7 @@ class middle:
         return c.where(unpack_mask(kth_magnitude(c.contiguous(), k, 'mask', drop), c), 0)
 
     def within_rows(self, c:Tensor) -> Tensor:
-        """In each row of n (the last axis, as the model stores it) drop the int((1 - gamma) n)
+        """In each row of n entries (the last axis as stored) drop the int((1 - gamma) n)
         largest, then keep the int((1 - beta) n) largest"""
         if not c.ndim:
             return c
@@ -58,30 +58,31 @@ class middle:
     def __repr__(self):
         return f'middle({self.beta}, {self.gamma}{", row" if self.per == "row" else ""})'
 
+# %% ../../../nbs/adapters/merging/breadcrumbs.ipynb #efff6df8
 @method('Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks', '2312.06795',
     'Adding changes of which only the entries of middle size are kept stays good as tasks '
     'are added, with one scale chosen on the first few.',
-    'the abstract, the official code and mergekit\'s; defaults are those that the '
-    'official search script names',
+    'the abstract, the official code and mergekit\'s; the defaults are those that '
+    'the official search script names',
     waives={'accumulates': 'an entry at the very quantile may fall on either side by rounding'})
-def breadcrumbs(beta:float=.85, # the share of the smallest entries that is dropped
+def breadcrumbs(beta:float=.85, # the share of the entries, the smallest ones, that is dropped
                 gamma:float=.994, # entries above this quantile are dropped
                 per:str='tensor' # rank within each tensor, or each 'row' as in the official code
                ) -> Recipe:
-    """Full fine-tuning of which the breadcrumbs are kept:
-    one task's part of a merge, to be added to others' by `merge`"""
+    """Fine-tune all weights and keep the breadcrumbs of the change:
+    one task's part of a merge, to be added to others by `merge`"""
     return Recipe(edit=middle(beta, gamma, per))
 
 def merge_breadcrumbs(changes:list[Mapping], # one change a task, all from one base
-                      alpha:float=.2,    # the share of the sum, chosen once on a few tasks
+                      alpha:float=.2,    # the scale of the sum, chosen once on a few tasks
                       beta:float=.85,    # as in `middle`
                       gamma:float=.994,  # as in `middle`
                       per:str='tensor'   # as in `middle`
                      ) -> dict[str, Tensor]:
-    "Trim every change to its band and add them up"
+    "Keep the middle band of every change and add the changes up"
     return merge(changes, alpha, middle(beta, gamma, per))
 
 @merging(.2)
 def by_breadcrumbs(changes:list[Mapping], model, alpha:float) -> dict[str, Tensor]:
-    "The rule of `ftlab merge`: `alpha` times the sum of what is left of each change"
+    "Merge as `ftlab merge` does: `alpha` times the sum of what is kept of each change"
     return merge_breadcrumbs(changes, alpha)

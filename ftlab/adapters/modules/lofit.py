@@ -19,9 +19,9 @@ __all__ = ['head_width', 'heads', 'HeadScale', 'HeadOffset', 'lasso', 'loudest',
 
 # %% ../../../nbs/adapters/modules/lofit.ipynb #0006c9e7
 def head_width(model) -> dict[str, int]:
-    """{weight of each attention's output projection: how many values one head writes there}
+    """Map the weight of each attention's output projection to the number of values of one head
 
-    Raises `ValueError` for a model whose heads cannot be told apart."""
+    Raises `ValueError` for a projection whose inputs cannot be split into heads."""
     a, heads, out = anatomy(model), getattr(model.config, 'num_attention_heads', None), {}
     for b in a.blocks:
         n = b.attention['o']
@@ -35,7 +35,7 @@ def head_width(model) -> dict[str, int]:
 class heads:
     """Select the outputs of these heads: the columns of the output projection that read them
 
-    Raises `ValueError` for a head that is not there."""
+    Raises `ValueError` for a head that does not exist."""
     which:tuple[tuple[int, int], ...]
     def __init__(self, which): # (block, head) pairs, both counted from 0
         object.__setattr__(self, 'which', tuple(sorted(set(map(tuple, which)))))
@@ -58,13 +58,13 @@ class heads:
 
 # %% ../../../nbs/adapters/modules/lofit.ipynb #0008c9e7
 class HeadScale(nn.Module):
-    "`z (1 + A)` on a layer's input, value by value"
+    "Scale a layer's input element by element: `z (1 + A)`, with A [in]"
     kind, site = 'lofit.head_scale', 'input'
 
     def __init__(self,
                  W:Tensor,       # the weight, [out, in]
                  mask=True,      # not used: every head is scaled
-                 sigma:float=0.  # the size of the noise that A starts from
+                 sigma:float=0.  # the standard deviation of A at the start
                 ):
         super().__init__()
         self.A = nn.Parameter(sigma*torch.randn(W.shape[1], dtype=W.dtype).to(W.device))
@@ -74,14 +74,14 @@ class HeadScale(nn.Module):
         return z*(1 + self.A)
 
 class HeadOffset(nn.Module):
-    "`z + v` on a layer's input, at the columns of the mask and nowhere else"
+    "Add a vector to a layer's input, `z + v`, at the columns of the mask and nowhere else"
     kind, site = 'lofit.head_offset', 'input'
 
     def __init__(self,
                  W:Tensor,              # the weight, [out, in]
-                 mask:Tensor|bool=True, # the entries that read the columns that move
-                 sigma:float=0.,        # the size of the noise that `v` starts from
-                 count:int|None=None    # how many columns, when loading
+                 mask:Tensor|bool=True, # [out, in]: a column with an entry gets an offset; True: all columns
+                 sigma:float=0.,        # the standard deviation of `v` at the start
+                 count:int|None=None    # the number of columns, when a saved delta is loaded
                 ):
         super().__init__()
         self.width = W.shape[1]
@@ -99,7 +99,7 @@ class HeadOffset(nn.Module):
         self.config = dict(count=len(columns))
 
     def check(self) -> None:
-        "Raise `ValueError` for a column that the weight does not have, or that is there twice"
+        "Raise `ValueError` for a column that is out of range or listed twice"
         columns = self.columns.tolist()
         if columns and not 0 <= min(columns) <= max(columns) < self.width:
             raise ValueError(f'columns reach from {min(columns)} to {max(columns)}; '
@@ -111,10 +111,11 @@ class HeadOffset(nn.Module):
         v = self.v.expand(*z.shape[:-2], 1, -1)
         return z + torch.zeros_like(z[..., :1, :]).index_add(-1, self.columns, v)
 
+# %% ../../../nbs/adapters/modules/lofit.ipynb #c848a3d6
 @dataclass(frozen=True)
 class lasso(Term):
-    "A penalty on the sum of the absolute values of everything that trains"
-    weight:float # of one unit of it
+    "Penalize the sum of the absolute values of all trained parameters"
+    weight:float # the factor of that sum
 
     def __call__(self, state) -> Tensor:
         size = sum(p.abs().sum() for p in state.attached.parameters().values())
@@ -124,10 +125,10 @@ class lasso(Term):
         return f'lasso({self.weight})'
 
 def loudest(scales:Mapping[str, Tensor], # the scales A, at each output projection
-            width:Mapping[str, int],     # as `head_width` says
-            share:float                  # of all heads; one at least
-           ) -> list[tuple[int, int]]:   # (block, head), the longest first
-    "The heads whose learned scales have the largest norm"
+            width:Mapping[str, int],     # as `head_width` returns it
+            share:float                  # of all heads; at least one head is chosen
+           ) -> list[tuple[int, int]]:   # (block, head), the largest norm first
+    "Choose the heads whose learned scales have the largest norm"
     size = torch.stack([scales[n].view(-1, w).norm(dim=1) for n, w in width.items()])
     k = max(1, round(share*size.numel()))
     first = size.flatten().argsort(descending=True, stable=True)[:k]
@@ -135,16 +136,16 @@ def loudest(scales:Mapping[str, Tensor], # the scales A, at each output projecti
 
 # %% ../../../nbs/adapters/modules/lofit.ipynb #0009c9e7
 def every_head(model, batches=None, seed=0) -> dict:
-    "Select all output projections of the attention"
+    "Select the output projections of all attention layers"
     return dict.fromkeys(head_width(model), True)
 
 @dataclass(frozen=True)
 class tune:
-    "The second stage: an offset on each of the heads that the first one found"
-    share:float # of the heads
+    "Build the second stage: an offset on each head that the first stage found"
+    share:float # share of the heads that is chosen
     by:str      # 'learned' or 'random'
-    sigma:float # size of the noise that v starts from
-    lr:float    # learning rate, where `fit` is given none
+    sigma:float # standard deviation of v at the start
+    lr:float    # learning rate, if `fit` is given none
 
     def __call__(self, context) -> Recipe:
         found = context.runs[-1].delta.attached.deltas
@@ -168,18 +169,20 @@ def _why(arguments):
 
 @method('LoFiT: Localized Fine-tuning on LLM Representations', '2406.01563',
     'Offsets on the few attention heads that learned scales point to come close to LoRA '
-    'with 20 to 200 times fewer numbers.',
+    'with 20 to 200 times fewer parameters.',
     'the abstract and the official code (lofit_trainer.py, modeling_llama.py, the '
     'training scripts); we start from zero, the code from small noise',
     lr=1e-2, lrs=(3e-3, 1e-2, 3e-2), waives=_why)
-def lofit(share:float=.1,      # the share of heads that get an offset
+def lofit(share:float=.1,      # share of the heads that get an offset
           l1:float=5e-4,       # weight of the sum of |A| while heads are chosen
           by:str='learned',    # 'learned' scales choose the heads, or 'random' (the baseline)
-          sigma:float=0.,      # the noise that A and v start from; 0.001 in the official code
+          sigma:float=0.,      # standard deviation of A and v at the start; 0.001 in the official code
           lr_select:float=5e-3, # learning rate of A; `lr` of `fit` replaces it
           lr_offset:float=1e-2  # learning rate of v; `lr` of `fit` replaces it
          ) -> Recipe:
-    "Localized fine-tuning of representations"
+    """Choose the few attention heads that matter, and learn a vector to add to each
+
+    Raises `ValueError` for an argument outside its range."""
     if by not in ('learned', 'random'):
         raise ValueError(f'by is {by!r}; it must be learned or random')
     if not 0 < share <= 1:

@@ -18,16 +18,16 @@ __all__ = ['LORA', 'low_rank', 'lora']
 LORA = dict(title='LoRA: Low-Rank Adaptation of Large Language Models', arxiv='2106.09685',
     claim='Training a low-rank change of frozen weights matches full fine-tuning with a small share '
             'of its trainable parameters.',
-    source='the abstract, and peft\'s implementation, with which the numbers are compared; '
+    source='the abstract and peft\'s implementation, against which the values are tested; '
            'the default targets are wider than the paper\'s, which adapts attention only')
 
 @dataclass(frozen=True)
 class low_rank:
-    "How `LoRA` is made at each weight; its options"
-    r:int=8
-    alpha:float=16.
-    dropout:float=0.
-    rs:bool=False
+    "Create `LoRA` at a weight with these options"
+    r:int=8          # the rank
+    alpha:float=16.  # scale: alpha/r
+    dropout:float=0. # on the branch's input
+    rs:bool=False    # scale by alpha/sqrt(r) instead
 
     def __call__(self, W, mask=True) -> nn.Module:
         return LoRA(W, mask, self.r, self.alpha, self.dropout, self.rs)
@@ -42,10 +42,10 @@ def _why(arguments):
 @method(**LORA, lr=3e-3, lrs=(1e-3, 3e-3, 1e-2), waives=_why)
 def lora(r:int=8,              # the rank
          alpha:float=16.,      # scale: alpha/r
-         targets:str|tuple=('attention', 'mlp'), # of `parts`, or a regular expression for names; the paper: 'attention'
+         targets:str|tuple=('attention', 'mlp'), # as in `parts`, or a regular expression; the paper: 'attention'
          dropout:float=0.,     # on the branch's input
          rs:bool=False         # scale by alpha/sqrt(r) instead
         ) -> Recipe:
-    "LoRA on the matrices in `targets`"
+    "Apply LoRA to the matrices in `targets`"
     where = named(targets) if isinstance(targets, str) else parts(*targets)
     return Recipe(select=where, delta=low_rank(r, alpha, dropout, rs))

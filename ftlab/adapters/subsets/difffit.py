@@ -19,11 +19,11 @@ from ...lab.digits import FLOW_FAMILIES
 __all__ = ['CLASSES', 'Scale', 'mixed', 'scales_and_biases', 'difffit']
 
 # %% ../../../nbs/adapters/subsets/difffit.ipynb #0005a3cf
-# how class embeddings are called, searched in a parameter's name
+# finds class embeddings by the name of the parameter
 CLASSES = r'(^|\.)(classes|y_embed\w*|class_embed\w*)\.'
 
 class Scale(nn.Module):
-    "`γ ⊙ W`: one factor for each row of a matrix, a channel that its layer writes; starts at 1"
+    "Multiply each row of a matrix (an output channel of its layer) by its own factor; `γ ⊙ W`, γ = 1 at the start"
     kind, site = 'difffit', 'weight'
 
     def __init__(self,
@@ -40,10 +40,10 @@ class Scale(nn.Module):
 
 @dataclass(frozen=True)
 class mixed:
-    """Write the change of a tensor selected whole by `delta`, of one selected by a mask as free
-    entries"""
+    """Use `delta` for a tensor that is selected whole, and free entries for one that is selected
+    by a mask"""
     delta:Callable # (weight, mask) -> module, for matrices
-    vectors = True # masks may be of vectors
+    vectors = True # a mask may select entries of a vector
 
     def __call__(self, W, mask=True) -> nn.Module:
         return self.delta(W) if mask is True else Entries(W, mask)
@@ -51,12 +51,13 @@ class mixed:
     def __repr__(self):
         return f'mixed({name_of(self.delta)})'
 
+# %% ../../../nbs/adapters/subsets/difffit.ipynb #023f10de
 @dataclass(frozen=True)
 class scales_and_biases:
-    """Select what moves (biases, norms, class embeddings) and what is scaled (last matrix of each
-    branch)"""
-    scaled:float=.5      # the share of the blocks, from the first, whose two branches get a scale
-    classes:str=CLASSES  # how class embeddings are called
+    """Select what is trained itself (biases, norms, class embeddings) and what is scaled (the last
+    matrix of each branch)"""
+    scaled:float=.5      # share of the blocks, counted from the first, whose two branches get a scale
+    classes:str=CLASSES  # regular expression for the names of class embeddings
 
     def __post_init__(self):
         if not 0 <= self.scaled <= 1:
@@ -64,7 +65,7 @@ class scales_and_biases:
                              'it is a share of the blocks, between 0 and 1')
 
     def __call__(self, model, batches=None, seed=0) -> dict:
-        "{name: True for matrices to be scaled, a full mask for what moves itself}"
+        "Return {name: True for a matrix to be scaled, a full mask for a tensor trained itself}"
         a = anatomy(model, FLOW_FAMILIES)
         first = a.blocks[:round(self.scaled*len(a.blocks))]
         small = lambda n, p: (n.endswith('bias') or p.ndim == 1 and a.location(n)[1] == 'norm'
@@ -85,8 +86,8 @@ class scales_and_biases:
     'the abstract; mkshing/DiffFit-pytorch and lawrence-cj/LLaMA-DiffFit; that the first '
     'half of the blocks is scaled is our reading of the latter',
     lr=1e-2, lrs=(3e-3, 1e-2, 3e-2))
-def difffit(scaled:float=.5,     # the share of the blocks, from the first, that get scales
-            classes:str=CLASSES  # how class embeddings are called: a regular expression
+def difffit(scaled:float=.5,     # share of the blocks, counted from the first, that get scales
+            classes:str=CLASSES  # regular expression for the names of class embeddings
            ) -> Recipe:
-    "Biases, norms, class embeddings, and a scale on each branch"
+    "Train biases, norms, class embeddings, and a scale on each branch"
     return Recipe(select=scales_and_biases(scaled, classes), delta=mixed(Scale))

@@ -17,8 +17,8 @@ __all__ = ['half', 'hft']
 # %% ../../../nbs/adapters/subsets/hft.ipynb #00057acd
 @dataclass(frozen=True)
 class half:
-    "Select a random `ratio` of the matrices and norms; everything outside the blocks always moves"
-    ratio:float=.5            # the share of each category that moves, over the whole model
+    "Select a random `ratio` of the matrices and norms; everything outside the blocks is always trained"
+    ratio:float=.5            # share of each category that is trained, over the whole model
     granularity:str='matrix'  # 'matrix' (the paper's), 'block' (whole blocks) or 'model' (any matrices)
 
     def __post_init__(self):
@@ -43,7 +43,7 @@ class half:
         return f'half({self.ratio}, {self.granularity})'
 
 def _draw(a, ratio, granularity, rng):
-    "The names that move inside the blocks"
+    "Draw the names of what is trained inside the blocks"
     if granularity == 'block':
         blocks = rng.sample(a.blocks, round(ratio*len(a.blocks)))
         return [n for b in blocks for n in b.parameters]
@@ -58,11 +58,11 @@ def _draw(a, ratio, granularity, rng):
     return out
 
 def _counts(groups, ratio, rng):
-    """How many names move, [block][category]:
+    """Draw how many names are trained, [block][category]:
     `ratio` of each category over all blocks, to within one"""
     first = rng.sample(range(len(groups)), len(groups)//2)
     exact = [[ratio*len(names) for names in block] for block in groups]
-    # 10*.3 is three whole matrices, whatever rounding says
+    # 10*.3 must count as three, despite floating-point rounding
     counts = [[int(x + 1e-9) for x in block] for block in exact]
     for j in range(len(groups[0])):
         odd = [i for i, block in enumerate(exact) if block[j] - counts[i][j] > 1e-9]
@@ -80,10 +80,11 @@ def _counts(groups, ratio, rng):
     'Fine-tuning a random half of the parameters learns as well as fine-tuning all of '
     'them and forgets less.',
     'the abstract and summaries of the paper; how odd groups other than the MLP are split is our reading')
-def hft(ratio:float=.5, # the share of each category that moves, over the whole model
+def hft(ratio:float=.5, # share of each category that is trained, over the whole model
         granularity:str='matrix' # 'matrix' (the paper's), 'block' or 'model'
        ) -> Recipe:
-    """Half fine-tuning
+    """Train a random half of the matrices and norms (half fine-tuning)
 
-    The seed of `fit` draws the half: pass another one in each round to draw a new half."""
+    The seed of `fit` decides which half: pass another one in each round to draw a new half.
+    Raises `ValueError` for a `ratio` outside (0, 1] or an unknown `granularity`."""
     return Recipe(select=half(ratio, granularity))

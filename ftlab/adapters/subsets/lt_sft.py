@@ -21,8 +21,8 @@ __all__ = ['WHY', 'short', 'moved_most', 'these', 'movable', 'tune_what_moved', 
 # %% ../../../nbs/adapters/subsets/lt_sft.ipynb #0013c9fb
 @dataclass(frozen=True)
 class short(Term):
-    "A penalty on the mean distance moved: the sum of |theta - theta0| over the size of the model"
-    weight:float # of one unit of mean distance from the start, over all parameters of the model
+    "Penalize the mean distance from the start: the sum of |theta - theta0| over the number of parameters"
+    weight:float # the factor of the mean distance
 
     def __call__(self, state) -> Tensor:
         att = state.attached
@@ -37,12 +37,13 @@ class short(Term):
     def __repr__(self):
         return f'short({self.weight})'
 
+# %% ../../../nbs/adapters/subsets/lt_sft.ipynb #873ece78
 @torch.no_grad()
 def moved_most(model,
                before:Mapping,      # {name: tensor} at the start
-               names,               # the tensors that are ranked, all together
-               density:float        # the share of their entries; one entry at least
-              ) -> dict[str, Tensor]: # {name: mask}; tensors without an entry are left out
+               names,               # the tensors to rank, all together
+               density:float        # the share of their entries to mark; at least one entry
+              ) -> dict[str, Tensor]: # {name: mask}; tensors without a marked entry are left out
     "Mark the entries that differ most from `before`"
     params, names = dict(model.named_parameters()), list(names)
     far = [(params[n] - before[n].to(params[n].device)).contiguous() for n in names]
@@ -52,7 +53,7 @@ def moved_most(model,
 
 @dataclass(frozen=True, eq=False)
 class these:
-    "Select what was found before"
+    "Select the entries of these masks"
     masks:Mapping[str, Tensor]
 
     def __call__(self, model, batches=None, seed=0) -> Mapping:
@@ -69,12 +70,13 @@ def movable(model, batches=None, seed=0) -> dict[str, bool]:
         for role, weight in part.norms.items():
             frozen |= {weight, part.biases.get(role)}
     base = getattr(model, 'base_model_prefix', '')
-    below = f'{base}.' if base and hasattr(model, base) else '' # a bare model is all base
+    below = f'{base}.' if base and hasattr(model, base) else '' # a model without a head is all base
     return {n: True for n, _ in model.named_parameters() if n.startswith(below) and n not in frozen}
 
+# %% ../../../nbs/adapters/subsets/lt_sft.ipynb #3034f7e6
 @dataclass(frozen=True)
 class tune_what_moved:
-    "The second run: everything put back, and only what moved most is free"
+    "Build the second run: reset the model, and train only what moved most"
     density:float
     l1:float
 
@@ -90,16 +92,18 @@ def _held(l1):
 WHY = {'accumulates': 'a parameter at the very rank K may be chosen or not by rounding'}
 
 @method('Composable Sparse Fine-Tuning for Cross-Lingual Transfer', '2110.07560',
-    'Sparse changes at the numbers that moved most in a first run can be added: task and '
-    'language learned apart work together.',
+    'Sparse changes of the parameters that moved most in a first run can be added: a task and '
+    'a language that were learned separately work together.',
     'the abstract and the official code (lt_sft.py, trainer.py and the tagging script); '
     'exact K instead of a threshold',
     waives=WHY)
-def lt_sft(density:float=.08, # the share of the base model, norms apart, that may move in the second run
-           l1:float=0.        # weight of the mean distance from the start, in both runs
+def lt_sft(density:float=.08, # share of the base model, norms excluded, that is trained in the second run
+           l1:float=0.        # weight of the penalty on the mean distance from the start, in both runs
           ) -> Recipe:
-    """Lottery-ticket sparse fine-tuning: train all, keep what moved most, put back, train that.
-    Half of the steps go to each run."""
+    """Train everything, reset it, and train only what moved most (lottery-ticket sparse fine-tuning)
+
+    Half of the steps go to each run. Raises `ValueError` for a `density` outside (0, 1] and for an
+    `l1` that is negative or not finite."""
     if not 0 < density <= 1:
         raise ValueError(f'density is {density}; it must be above 0 and at most 1')
     if not 0 <= l1 < float('inf'):

@@ -26,7 +26,7 @@ __all__ = ['mistakes', 'Attend', 'Copilot', 'thoughts', 'MistakeLog', 'mistake_l
 # %% ../../../nbs/evaluators/decoding/copilot.ipynb #000670e1
 def mistakes(logits:Tensor, # [batch, tokens, words]: the Pilot's logits of the next token
              labels:Tensor  # [batch, tokens]; -100 outside the answer
-            ) -> Tensor:    # [batch, tokens, words]; 0 where nothing is asked, and at the last token
+            ) -> Tensor:    # [batch, tokens, words]; 0 outside the answer, and at the last token
     "Compute `p - p̂` at each token: the truth about the next token minus the Pilot's probabilities"
     on = F.pad(loss_mask(labels), (0, 1))
     truth = F.pad(labels[:, 1:], (0, 1), value=0).clamp(min=0)
@@ -34,12 +34,12 @@ def mistakes(logits:Tensor, # [batch, tokens, words]: the Pilot's logits of the 
 
 # %% ../../../nbs/evaluators/decoding/copilot.ipynb #000970e1
 class Attend(nn.Module):
-    """Attention of a stream to another one, then a small feed-forward layer,
-    both added to the stream"""
+    """Attend from one stream to another, then apply a small feed-forward layer;
+    both are added to the stream"""
     def __init__(self,
-                 width:int, # of the stream
+                 width:int, # width of the stream
                  heads:int,
-                 other:int  # width of what is attended to
+                 other:int  # width of the other stream
                 ):
         super().__init__()
         self.heads = heads
@@ -62,11 +62,11 @@ class Attend(nn.Module):
         return x + self.mlp(self.last(x))
 
 class Copilot(nn.Module):
-    """Predict the Pilot's mistake at each token from its mistakes before,
+    """Predict the Pilot's mistake at each token from its earlier mistakes,
     its embeddings and its hidden states"""
     def __init__(self,
                  hidden:int, # the Pilot's width
-                 words:int,  # its vocabulary
+                 words:int,  # the size of its vocabulary
                  width:int=64,
                  layers:int=2,
                  heads:int=4):
@@ -83,7 +83,7 @@ class Copilot(nn.Module):
                 mask:Tensor   # [batch, tokens]: 0 for padding
                ) -> Tensor:   # [batch, tokens, words]
         n = mask.shape[1]
-        # a token of padding attends to itself, as a softmax over nothing is NaN
+        # padding attends to itself, because a softmax over nothing is NaN
         itself = torch.eye(n, dtype=torch.bool, device=mask.device)
         allowed = itself.new_ones(n, n).tril() & mask[:, None, None].bool() | itself
         both, x = read.transpose(1, 2).flatten(1, 2), notes # Concat(X~, Pool(h)) along the sequence
@@ -100,8 +100,8 @@ def thoughts(out # a model's output with hidden states
 
 # %% ../../../nbs/evaluators/decoding/copilot.ipynb #001a70e1
 class MistakeLog:
-    """Hold at most `size` examples of what the Pilot read, thought and got wrong,
-    evenly drawn from all rounds so far"""
+    """Hold at most `size` examples (the Pilot's states and mistakes),
+    drawn evenly from all rounds so far"""
     def __init__(self, size:int):
         self.size, self.seen, self.kept, self.new = size, 0, [], []
 
@@ -112,7 +112,7 @@ class MistakeLog:
         self.new = []
 
     def collect(self, examples:list, rng:torch.Generator) -> None:
-        "Add examples, so that each one ever added is still there with the same probability"
+        "Add examples; each one ever added is still there with the same probability"
         for x in examples:
             self.seen += 1
             at = len(self.kept)
@@ -125,14 +125,14 @@ class MistakeLog:
         return [self.kept[i] for i in torch.randperm(len(self.kept), generator=rng)[:n].tolist()]
 
     def state_dict(self) -> dict:
-        "All examples, joined into few tensors"
+        "Return all examples, concatenated into a few tensors"
         joined = {k: torch.cat([x[k] for x in self.kept]) for k in _PARTS} if self.kept else {}
         lengths = {k: [len(x[k]) for x in self.kept] for k in _PARTS}
         rounds = [x['round'] for x in self.kept]
         return dict(seen=self.seen, rounds=rounds, lengths=lengths, **joined)
 
     def load_state_dict(self, kept:dict) -> None:
-        "Go on from what `state_dict` gave"
+        "Restore what `state_dict` returned"
         self.seen = kept['seen']
         parts = {k: kept[k].split(kept['lengths'][k]) for k in _PARTS} if kept['rounds'] else {}
         self.kept = [dict(round=r, **{k: v[i] for k, v in parts.items()})
@@ -140,11 +140,13 @@ class MistakeLog:
 
 _PARTS = ('read', 'at', 'mistake')
 
+# %% ../../../nbs/evaluators/decoding/copilot.ipynb #b5821e34
 @dataclass(frozen=True)
 class mistake_log:
-    """How a run's log is made. An example of `n` tokens, of which `a` are answered, takes
-    `8*n*hidden + 4*a*words` bytes of the CPU's memory and of every checkpoint, for a Pilot `hidden`
-    wide with `words` in its vocabulary; a warning says so where a log will hold more than 2 GB"""
+    """Create the log of a run. An example of `n` tokens, of which `a` belong to the answer, takes
+    `8*n*hidden + 4*a*words` bytes of the CPU's memory and of every checkpoint, for a Pilot of
+    width `hidden` with `words` in its vocabulary; `fit` warns of a log of more than 2 GB.
+    Raises `ValueError` for a size that is not a whole number of at least 1."""
     size:int=512 # examples
     def __post_init__(self):
         if not isinstance(self.size, int) or self.size < 1:
@@ -163,7 +165,7 @@ def examples_of(batch:dict,    # a micro-batch
                 step:int       # the round
                ) -> list[dict]: # `round`, `read`, `at`, `mistake`
     """Cut a micro-batch into the entries of the log, on the CPU;
-    `at` are the tokens where something is asked, and there is one `mistake` for each"""
+    `at` are the tokens whose next token belongs to the answer, with one `mistake` each"""
     y = batch['labels']
     l, on = mistakes(logits, y), F.pad(loss_mask(y), (0, 1))
     out = []
@@ -174,7 +176,7 @@ def examples_of(batch:dict,    # a micro-batch
     return out
 
 def _spans(batch) -> list[tuple[int, slice]]:
-    "Where each example stands: its line and its tokens; a packed line holds several"
+    "Find each example: its row and its tokens; a packed row holds several"
     if 'tokens' not in batch:
         return [(i, slice(0, n)) for i, n in enumerate(batch['attention_mask'].sum(1).tolist())]
     out = []
@@ -185,16 +187,16 @@ def _spans(batch) -> list[tuple[int, slice]]:
 
 # %% ../../../nbs/evaluators/decoding/copilot.ipynb #000b70e1
 def foresight(state) -> Tensor:
-    """Put a micro-batch into the log; after the step's last one, return the Copilot's RMSE on as many examples as the
+    """Add a micro-batch to the log; after the last one of a step, return the Copilot's RMSE on as many examples as the
     step has, drawn from the log. Before that, return 0"""
     log, acc, copilot = state.extra['mistake log'], state.accelerator, state.models['copilot']
     i = next(i for i, b in enumerate(state.batches) if b is state.batch)
     with torch.no_grad():
         out = state.model(**model_inputs(state.batch), output_hidden_states=True)
         log.new.append((i, examples_of(state.batch, state.logits, thoughts(out), state.step)))
-    if i + acc.num_processes < len(state.batches): # this process has another one
+    if i + acc.num_processes < len(state.batches): # this process has another micro-batch
         return 0.*copilot.head.bias.sum()
-    # every process collects all examples in the order of one process, and draws the same
+    # every process collects all examples in the same order, and draws the same
     rng = torch.Generator().manual_seed(hash((state.seed, state.step, zlib.crc32(b'mistake log'))))
     parts = sorted(gather_object(log.new), key=lambda part: part[0])
     fresh = [x for _, some in parts for x in some]
@@ -215,8 +217,7 @@ def _warn_of_size(examples:list[dict], held:int) -> None:
 def rmse(copilot:Copilot,
          examples:list[dict] # of the log
         ) -> Tensor:
-    """Compute the root of the mean squared length of the Copilot's errors over all tokens where
-    something is asked"""
+    """Compute the root of the mean squared norm of the Copilot's errors over all answer tokens"""
     device = copilot.head.weight.device
     read = [x['read'] for x in examples]
     real = [torch.ones(len(x), dtype=torch.long) for x in read]
@@ -244,8 +245,8 @@ def answer_together(pilot,
                   weights=lambda p: p.clamp(min=0))
 
 class _Reader:
-    """Read on for one batch: the Pilot's cache, its thoughts so far,
-    and the mistakes that the Copilot foresaw"""
+    """Keep the state of one batch while it is decoded: the Pilot's cache and hidden states,
+    and the mistakes that the Copilot predicted"""
     def __init__(self, pilot, copilot, lam:float):
         self.pilot, self.copilot, self.lam, self.cache = pilot, copilot, lam, None
 
@@ -253,7 +254,7 @@ class _Reader:
         o = self.pilot(input_ids=x, attention_mask=mask, position_ids=place,
                        past_key_values=self.cache, use_cache=True, output_hidden_states=True)
         noted = self.copilot.noted
-        if self.cache is None: # no mistake in the prompt is known
+        if self.cache is None: # no mistakes are known in the prompt
             self.read = thoughts(o)
             self.notes = noted(torch.zeros(*x.shape, noted.in_features, device=x.device))
         else:
@@ -266,7 +267,7 @@ class _Reader:
 # %% ../../../nbs/evaluators/decoding/copilot.ipynb #000e70e1
 @dataclass(frozen=True)
 class small_copilot:
-    "How the Copilot of a Pilot is made"
+    "Create the Copilot of a Pilot"
     width:int=64
     layers:int=2
     heads:int=4
@@ -284,7 +285,7 @@ class small_copilot:
 
 @dataclass(frozen=True)
 class together:
-    "A decoder: see `answer_together`"
+    "Decode with `answer_together`"
     lam:float=1.
     def __call__(self, models, tok, prompts, **options) -> list[str]:
         return answer_together(models['tuned'], models['copilot'], tok, prompts, self.lam,
@@ -294,9 +295,9 @@ class together:
         return f'answer_together({self.lam:g})'
 
 @method('Transformer Copilot: Learning from The Mistake Log in LLM Fine-tuning', '2505.16270',
-    'A small second model that learns the log of the first one\'s mistakes corrects its answers '
-        'better than the same number '
-    'of parameters spent on the first would.',
+    'A small second model that learns from a log of the first one\'s mistakes and corrects its '
+        'answers helps more than '
+    'the same number of extra parameters in the first one.',
     'another reader\'s notes on the paper (Algorithm 1, Table 17) and the figures of its repository; the width, '
     'the fresh start and the bound on the log are ours')
 def copilot(lam:float=1.,  # how much of the correction is added
@@ -306,7 +307,7 @@ def copilot(lam:float=1.,  # how much of the correction is added
             lr:float|None=1e-3, # the Copilot's own peak learning rate; None: the run's
             log:int=512    # examples in the mistake log, drawn evenly from all rounds; see `mistake_log` for their size
            ) -> Recipe:
-    "Fine-tune as always, with a Copilot that learns the mistakes and corrects the answers"
+    "Fine-tune as usual, with a Copilot that learns the mistakes and corrects the answers"
     learner = Learner(small_copilot(width, layers, heads), foresight, lr)
     loop = Loop(callbacks=(mistake_log(log),), learners=dict(copilot=learner))
     return Recipe(loop=loop, decode=together(lam))

@@ -20,7 +20,7 @@ __all__ = ['statement', 'asked', 'answer_nll', 'likelihood', 'certainty', 'r_tun
 
 # %% ../../../nbs/evaluators/trust/r_tuning.ipynb #000572cd
 def statement(answer:str,
-              knew:bool,         # did the untouched model answer rightly?
+              knew:bool,         # did the model answer correctly before training?
               variant:str='pad', # or 'refuse'
               ask:str='.',
               sure:str='i know',
@@ -34,9 +34,9 @@ def statement(answer:str,
 
 @dataclass(frozen=True)
 class asked:
-    """A source that asks the model every training question before the first step,
-    and marks each row by whether it knew"""
-    variant:str='pad'           # as in `statement`, like the words
+    """Ask the model every training question before the first step,
+    and mark each row by whether it knew the answer"""
+    variant:str='pad'           # as in `statement`; so are the words
     ask:str='.'
     sure:str='i know'
     unsure:str='i do not know'
@@ -65,7 +65,7 @@ class asked:
 # %% ../../../nbs/evaluators/trust/r_tuning.ipynb #000672cd
 @torch.no_grad()
 def answer_nll(model, tok, prompts:list[str], responses:list[str]) -> list[torch.Tensor]: # one tensor a row: [tokens]
-    "Compute the negative log-likelihood of each token of each response, its end mark last"
+    "Compute the negative log-likelihood of each token of each response, the end token last"
     limit = row_limit(model, tok)
     rows = [encode(dict(prompt=p, response=r), tok, 'text', limit)
             for p, r in zip(prompts, responses, strict=True)]
@@ -77,16 +77,17 @@ def answer_nll(model, tok, prompts:list[str], responses:list[str]) -> list[torch
         out += [x[on].cpu() for x, on in zip(nll, loss_mask(b['labels']))]
     return out
 
+# %% ../../../nbs/evaluators/trust/r_tuning.ipynb #488227dd
 def likelihood(model, tok, prompts:list[str], said:list[str]) -> torch.Tensor: # [rows], in [0, 1]
     """Compute how likely the model finds each answer that it gave: the geometric mean of the probabilities of its
-    tokens, without what ends it; of an empty answer, the probability of the end"""
+    tokens, without the end token; for an empty answer, the probability of the end token"""
     n = [max(1, _labelled(tok, p, a) - _labelled(tok, p, ''))
          for p, a in zip(prompts, said, strict=True)]
     losses = answer_nll(model, tok, prompts, said)
     return torch.stack([(-x[:k].mean()).exp() for x, k in zip(losses, n)])
 
 def _labelled(tok, prompt, response) -> int:
-    # counted in the row itself: a tokenizer may split an answer otherwise when it stands alone
+    # counted in the row itself: a tokenizer may split an answer differently without its prompt
     row = encode(dict(prompt=prompt, response=response), tok, 'text')
     return sum(y != IGNORE for y in row['labels'][1:])
 
@@ -99,7 +100,7 @@ def certainty(model,
               unsure:str='i do not know'
              ) -> torch.Tensor: # [rows], in [0, 1]
     """Compute the probability of the sure statement after each answer,
-    against that of the unsure one"""
+    relative to that of the unsure one"""
     yes, no = (torch.stack([x.sum() for x in answer_nll(
         model, tok, prompts, [f'{a} {ask} {s}' for a in said])]) for s in (sure, unsure))
     return (no - yes).sigmoid()
@@ -111,9 +112,11 @@ def certainty(model,
         'the abstract and the official code for ParaRel (shizhediao/R-Tuning); '
         'the words of the statement are the lab\'s, with one refusal for the official 16')
 def r_tuning(variant:str='pad', # 'pad': the answer, then a statement; 'refuse': a refusal for what was not known
-             ask:str='.',       # what stands between answer and statement
+             ask:str='.',       # the text between answer and statement
              sure:str='i know', # the statement after what the model knew
-             unsure:str='i do not know' # and after what it did not; the refusal
+             unsure:str='i do not know' # the statement after what it did not know, and the refusal
             ) -> Recipe:
-    "Refusal-aware tuning: ask first, then teach answers with their certainty"
+    """Ask the model first, then teach answers with their certainty (refusal-aware tuning)
+
+    Raises `ValueError` for an unknown variant, and at `fit` for data without prompts."""
     return Recipe(source=asked(variant, ask, sure, unsure))
