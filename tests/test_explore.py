@@ -8,10 +8,10 @@ from ftlab.core.generate import generate
 from ftlab.core.scorers import WORLD, answer_length
 from ftlab.evaluators.mechanisms.intruders import intruders
 from ftlab.evaluators.spectra import stable_rank
-from ftlab.instruments.explore import (CRITERIA, RANKED, View, model_and_change, choice, entry_scores,
-                                       lab_questions, layers, mask, prices, question_batches, ranks,
-                                       rows_as_html, several, side_by_side, slider, span, spectrum,
-                                       teacher_forced, text, token_prices, tradeoff)
+from ftlab.instruments.explore import (CRITERIA, RANKED, View, choice, entry_scores, lab_questions,
+                                       layers, mask, model_and_change, prices, question_batches,
+                                       ranks, rows_as_html, several, side_by_side, slider, span,
+                                       spectrum, teacher_forced, text, token_prices, tradeoff)
 from ftlab.adapters.subsets import lift
 from ftlab.adapters.edit import write_change
 from ftlab.adapters.merging.lines import by_depth
