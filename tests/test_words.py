@@ -14,7 +14,7 @@ WORDS = tomllib.loads((ROOT/'docs/words.toml').read_text(encoding='utf-8'))
 IDENTIFIERS, PHRASES = WORDS['identifiers'], WORDS['phrases']
 LONGEST_FIRST = sorted(map(re.escape, PHRASES), key=len, reverse=True)
 PHRASE = re.compile(rf'(?<![\w-])({"|".join(LONGEST_FIRST)})(?![\w-])', re.I)
-LATER = {p for pages in WORDS['later'].values() for p in pages}
+LATER = set(WORDS['later']['pages'])
 
 
 def identifiers(source: str) -> set[str]:
