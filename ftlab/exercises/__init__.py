@@ -118,7 +118,8 @@ def _differs_dict(got, want, what):
 
 def _differs_list(got, want, what):
     if not isinstance(got, (list, tuple)):
-        return f'{what} is {kind_of(got)}, and a list of {len(want)} is wanted'
+        kind = type(want).__name__ # 'list' or 'tuple': either is taken
+        return f'{what} is {kind_of(got)}, and a {kind} of {len(want)} is wanted'
     if len(got) != len(want):
         return f'{what} has {len(got)} entries, and {len(want)} are right'
     return next((d for i, w in enumerate(want) if (d := differs(got[i], w, f'{what}[{i}]'))), None)
