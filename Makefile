@@ -13,8 +13,8 @@ PAGE   ?=
 VENV   := .venv
 PY     := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts/python.exe,bin/python)
 
-# Two OpenMP threads that spin while they wait have made a step 10 to 20 times slower; ones that never spin make it half as fast on an idle machine
-# (bench/results/threads.json has both, and what a short spin costs on a machine that is busy throughout)
+# Two OpenMP threads that spin while they wait have made a step 10 to 20 times slower; threads that never spin halve the speed on an idle machine
+# (bench/results/threads.json has both, and the cost of a short spin on a machine that is always busy)
 export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 20000
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -24,31 +24,31 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
 	@sed -n '1,5s/^# //p' Makefile
-	@echo 'make claims      run the claims that have no evidence, or stale evidence (about ten minutes each; JOBS=2 for two at a time)'
-	@echo 'make gpu         everything that only a GPU can tell, in five minutes: PART=tests, bench or fit alone; REHEARSE=1 on the CPU; PYTHON=python3 WHEELS=dir'
-	@echo '                 takes another Python as it is, with wheels for what it lacks, and no network'
-	@echo 'make docs        the site, into _docs/: open _docs/index.html (with Quarto where it is on the path, else with Sphinx; a minute or two)'
+	@echo 'make claims      run the claims whose evidence is missing or stale (about ten minutes each; JOBS=2 for two at a time)'
+	@echo 'make gpu         everything that needs a GPU, in five minutes: PART=tests, bench or fit alone; REHEARSE=1 on the CPU; PYTHON=python3 WHEELS=dir'
+	@echo '                 uses another Python as it is, with wheels for what it lacks, and no network'
+	@echo 'make docs        the site, into _docs/: open _docs/index.html (with Quarto if it is on the path, else with Sphinx; a minute or two)'
 	@echo 'make index       every generated list: sidebar, contents, tables of papers, verdict counts, README.md'
 	@echo 'make paper KEY=noisefit   page, claim and test of a paper of the catalogue, ready to fill in'
 	@echo 'make lab-models  pretrain the lab models again, into runs/ (hours, lab-l a day; the shipped ones are frozen)'
-	@echo 'make clean       remove .venv and what building leaves behind'
+	@echo 'make clean       remove .venv and all build files'
 
 lab: $(VENV)/installed-dev
 	$(PY) -c "import sys; from ftlab.cli import main; sys.exit(main(['lab', '--port', '$(PORT)', *'$(PAGE)'.split()]))"
 
-# What runs, and why, is told first; tests, pages and site always run, so that one call tells everything that is wrong
+# The first line says what runs and why; tests, pages and site all run whatever fails, so that one call reports everything that is wrong
 test: export HF_HUB_OFFLINE := 1
 test: export OMP_NUM_THREADS := 1
 test: $(VENV)/installed-$(EXTRAS)
 	@$(PY) tests/run.py $(if $(ALL),--all) $(if $(CHANGED),--changed '$(CHANGED)')
 
-# Finished seeds are kept in runs/claims: a stopped call goes on where it was
+# Finished seeds are kept in runs/claims: a stopped call continues where it stopped
 claims: export OMP_NUM_THREADS := 1
 claims: export HF_HUB_OFFLINE := 1
 claims: $(VENV)/installed-dev
 	$(PY) -c "import sys; from ftlab.cli import main; sys.exit(main(['claims', 'run', '--jobs', '$(or $(JOBS),1)']))"
 
-# With PYTHON=... that Python is taken as it is: no environment is made and nothing is downloaded
+# PYTHON=... is used as it is: no environment is created and nothing is downloaded
 ifeq ($(origin PYTHON),command line)
 GPU_PY := $(PYTHON)
 else
@@ -58,7 +58,7 @@ endif
 gpu:
 	@$(GPU_PY) bench/gpu.py --part $(or $(PART),all) $(if $(ONLY),--only '$(ONLY)') $(if $(REHEARSE),--rehearse) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(OUT),--out $(OUT))
 
-# From the file system, without a server; a link that leads nowhere, or a page outside _quarto.yml, is an error
+# The site is read without a server; a broken link, or a page that is not in _quarto.yml, is an error
 docs: export HF_HUB_OFFLINE := 1
 docs: $(VENV)/installed-docs
 	$(PY) docs/build.py
@@ -76,12 +76,12 @@ lab-models: $(VENV)/installed-dev
 clean:
 	rm -rf $(VENV) build dist ftlab.egg-info .pytest_cache _proc _docs
 
-# Torch first, then the package without build isolation: an isolated build could not see torch, which compiles the extension
+# Torch first, then the package without build isolation: an isolated build could not see torch, which is needed to compile the extension
 $(VENV)/installed-%: $(VENV)/torch settings.ini setup.py ftlab/native/extension.py $(wildcard ftlab/csrc/*)
 	$(PY) -m pip install --quiet --no-build-isolation -e ".[$*]"
 	@touch $@
 
-# A torch once chosen stays: only another TORCH=... on the command line changes it
+# The installed torch stays: only another TORCH=... on the command line changes it
 $(VENV)/torch: FORCE
 	@$(PY) -m pip --version >/dev/null 2>&1 || { \
 	  command -v $(PYTHON) >/dev/null || { echo 'ftlab needs Python 3.11 or newer, and there is no $(PYTHON) here: make PYTHON=/path/to/python3 ...' >&2; exit 1; }; \

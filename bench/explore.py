@@ -6,7 +6,7 @@ Each view is made alive, and one of its handles is moved to 24 new places. A res
 from the change of the handle to the new picture in the widget, on the kernel's side: what the model
 has to compute, the drawing, and the widget's messages. `first` is the time that it took to make the
 view. Seconds of the clock are what a reader waits for; beside them stands the processor time, which
-a busy machine stretches less."""
+a busy machine lengthens less."""
 import json, os, platform, statistics, sys, time
 from pathlib import Path
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')

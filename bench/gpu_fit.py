@@ -10,7 +10,7 @@ from pathlib import Path
 from gpu_pieces import arguments, card_is_broken, run_pieces
 
 WORDS, WARM = 512, 4
-LEARNS = {'full', 'lora', 'hft', 'lift'}  # whose plain price must fall in so few steps
+LEARNS = {'full', 'lora', 'hft', 'lift'}  # whose loss must fall in so few steps
 
 def sizes(args) -> dict:
     "Of the model and of a step"
@@ -92,7 +92,7 @@ def measured(args, name: str, dtype: str = 'float32') -> dict:
     nll = [r['nll'] for r in run.log]
     assert all(torch.isfinite(torch.tensor([r['loss'] for r in run.log]))), 'a loss that is not finite'
     falls = sum(nll[-3:]) < sum(nll[:3])
-    assert falls or args.tiny or name not in LEARNS, f'the price did not fall: {nll[:3]} to {nll[-3:]}'
+    assert falls or args.tiny or name not in LEARNS, f'the loss did not fall: {nll[:3]} to {nll[-3:]}'
     changes = run.delta.tensors()
     assert any(bool(t.count_nonzero()) for t in changes.values()), 'nothing has moved'
     del changes

@@ -121,7 +121,7 @@ def child(kind:str, folder:Path, resume:bool|None, answer:Path, **other) -> int:
             except ValueError as e:
                 said = dict(refused=str(e))
         said['warnings'] = [str(w.message) for w in told
-                            if 'begins anew' in str(w.message) or 'replaces' in str(w.message)]
+                            if 'starts over' in str(w.message) or 'replaces' in str(w.message)]
         answer.write_text(json.dumps(said))
         code = 0
     except BaseException:

@@ -1,6 +1,6 @@
 """The loss of DFT over a head of 32,768 words, forward and backward: ours against torch's chunked
-price for each token with the weight put on afterwards, against all logits at once, compiled and
-not, and against the three products of matrices that nobody can leave out.
+losses with the weight applied afterwards, against all logits at once, compiled and not, and against
+the three matrix products that no version can avoid.
 
     python bench/native_crossentropy.py            # writes bench/results/native_crossentropy.json; about six minutes
 

@@ -26,7 +26,7 @@ __all__ = ['COMMON', 'FROM_RUN', 'COMMANDS', 'run_compare', 'run_fit', 'run_repo
 
 # %% ../nbs/cli.ipynb #0011513c
 def run_compare(a:argparse.Namespace) -> tuple[dict, str]:
-    "Train several methods, tuned alike, and measure each"
+    "Train several methods, tuned in the same way, and measure each"
     from ftlab.instruments.compare import plan
     methods = listed(a.methods)
     arms, data = plan(methods, a.lrs, a.tune), data_of(a)
@@ -42,7 +42,7 @@ def run_compare(a:argparse.Namespace) -> tuple[dict, str]:
 
 # %% ../nbs/cli.ipynb #0014d2b6
 def _score(a, model, tok, data) -> float|None:
-    "The metric on the test rows, a loss as a positive number; `None` without test rows"
+    "Return the metric on the test rows, a loss as a positive number; `None` without test rows"
     from ftlab.instruments.compare import metric_for, score
     metric = metric_for(data, a.metric)
     if not data.test:
@@ -108,7 +108,7 @@ def run_report(a:argparse.Namespace) -> tuple[dict, str]:
     return rep.json(), f'{rep!r}\n{out/"report.html"}'
 
 def _before(a, data):
-    "What the doctor finds before a run"
+    "Examine a run before it begins"
     from ftlab.instruments.doctor import doctor
     if not a.model or data is None:
         raise ValueError('before a run the doctor needs --model and --data; after one, '
@@ -134,7 +134,7 @@ def run_doctor(a:argparse.Namespace) -> tuple[dict, str]:
 
 # %% ../nbs/cli.ipynb #0019513c
 def run_skills(a:argparse.Namespace) -> tuple[dict, str]:
-    "The share of questions of each skill that a lab model answers correctly"
+    "Measure the share of questions of each skill that a lab model answers correctly"
     from ftlab.lab.world import is_lab
     model, tok = ftlab.load(a.model, revision=a.revision, device=a.device)
     if not is_lab(tok):
@@ -145,7 +145,7 @@ def run_skills(a:argparse.Namespace) -> tuple[dict, str]:
             '\n'.join(f'{k:18} {v:.3f}' for k, v in found.items()))
 
 def run_methods(a:argparse.Namespace) -> tuple[dict, str]:
-    "Every method, with its arguments and a line about it"
+    "List every method, with its arguments and a line about it"
     found = {}
     for n in ftlab.methods.names():
         f = getattr(ftlab.methods, n)
@@ -155,7 +155,7 @@ def run_methods(a:argparse.Namespace) -> tuple[dict, str]:
     return found, '\n'.join(f'{n:{width}} {d["about"]}' for n, d in found.items())
 
 def run_papers(a:argparse.Namespace) -> tuple[list, str]:
-    "The papers whose key, title or arXiv number has the words"
+    "List the papers whose key, title or arXiv number contains the words"
     from ftlab import papers
     from ftlab.core.text import did_you_mean
     every, words = papers.index(), (a.find or '').lower()
@@ -204,7 +204,7 @@ COMMON = {
     '--out': dict(metavar='DIR', help='the folder to write')}
 
 def _take(p, names:str, **more):
-    "Add some of the common arguments; `more` changes one of them: data=dict(required=True)"
+    "Add common arguments to a parser; `more` changes one of them: data=dict(required=True)"
     for n in names.split():
         p.add_argument(f'--{n}', *(['--methods'] if n == 'method' else []),
                        **COMMON[f'--{n}'] | more.get(n.replace('-', '_'), {}))
@@ -212,7 +212,7 @@ def _take(p, names:str, **more):
 
 # %% ../nbs/cli.ipynb #0021513c
 def _training(p, out:str):
-    "Arguments of both commands that train"
+    "Add the arguments of both commands that train"
     must = dict(required=True)
     add = _take(p, 'model revision data eval columns metric steps batch-size max-length '
                    'device dtype precision out',
@@ -344,7 +344,7 @@ COMMANDS = dict( # name -> what runs it, what adds its arguments, what it does, 
     lab=(run_lab, _lab, 'open the course in JupyterLab', 'ftlab lab --port 9000'))
 
 def parser() -> argparse.ArgumentParser:
-    "All commands and their arguments"
+    "Make the parser of all commands and their arguments"
     top = _Parser(prog='ftlab', description=ftlab.__doc__)
     subs = top.add_subparsers(dest='command', required=True, metavar='COMMAND', title='commands',
                               help='ftlab COMMAND --help lists the arguments of one')
@@ -363,8 +363,8 @@ def main(argv:list[str]|None=None # the arguments; None: those of the process
         ) -> int:                 # the exit code
     """Run one command.
 
-    The exit code is 0 when done, 1 for an error or a --dry-run that does not fit, 2 for arguments
-    that cannot be read, and 130 when stopped by Ctrl-C."""
+    The exit code is 0 on success, 1 for an error or a --dry-run that does not fit, 2 for arguments
+    that cannot be read, and 130 after Ctrl-C."""
     a = parser().parse_args(argv)
     try:
         with notes(vars(a)):
@@ -384,13 +384,12 @@ def main(argv:list[str]|None=None # the arguments; None: those of the process
     return 1 if getattr(a, 'dry_run', False) and found['fits'] is False else 0
 
 def _print(text:str) -> None:
-    """Print a result at once, so that an output that takes nothing more is noticed here
-    and not when Python ends"""
+    """Print and flush a result, so that a closed output is noticed here and not when Python ends"""
     try:
         if text:
             print(text, flush=True)
     except OSError as e:
-        # else Python would try once more at its end, and complain
+        # otherwise Python would try again when it ends, and print an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(e, BrokenPipeError): # the reader may have seen enough: `ftlab methods | head`
-            raise OSError(f'the answer could not be printed: {e.strerror}') from e
+            raise OSError(f'the result could not be printed: {e.strerror}') from e

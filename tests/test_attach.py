@@ -267,7 +267,7 @@ def refused(match, family='llama', make=None):
                or anatomy(tiny(f)).tied])
 def test_a_delta_on_a_tied_matrix_is_refused(family):
     name = anatomy(tiny(family)).embedding
-    refused('is tied to .* would pull them apart', family,
+    refused('is tied to .* would untie them', family,
             lambda m: attach(m, {name: True}, lora().delta))
     # sparse entries go under every name of the tensor, as one module: nothing is pulled apart
     m = tiny(family)
@@ -296,10 +296,10 @@ def test_impossible_selections_are_refused():
     refused(r'mask of shape \(3, 3\); the tensor has \(32, 32\)',
             make=lambda m: attach(m, {q: torch.ones(3, 3, dtype=torch.bool)}))
     refused('must be True or a boolean mask', make=lambda m: attach(m, {q: torch.ones(32, 32)}))
-    refused('selects no number',
+    refused('selects no entry',
             make=lambda m: attach(m, {q: torch.zeros(32, 32, dtype=torch.bool)}))
     refused('is a vector', make=lambda m: attach(m, parts('norm')(m), lora().delta))
-    refused('a mask of entries does not fit',
+    refused('cannot use a mask of entries',
             make=lambda m: attach(m, {q: torch.ones(32, 32, dtype=torch.bool)}, lora().delta))
 
 def test_a_rank_above_a_matrix_s_size_is_refused_before_anything_is_touched():
@@ -315,7 +315,7 @@ def test_a_second_change_on_top_is_refused():
         shake(att)
         changed = out(m)
         for second in ('full', 'lora', 'entries'):
-            with pytest.raises(ValueError, match='carries a change already'):
+            with pytest.raises(ValueError, match='has a change already'):
                 attach(m, {'model.layers.0.mlp.up_proj.weight': True} if second == 'lora'
                           else everything(m))
         assert torch.equal(out(m), changed)
@@ -451,7 +451,7 @@ def test_what_is_no_delta_is_refused(saved, tmp_path):
     with pytest.raises(FileNotFoundError, match='nowhere'):
         load_delta(m, tmp_path/'nowhere')
     load_delta(m, saved)
-    with pytest.raises(ValueError, match='carries a change already'):
+    with pytest.raises(ValueError, match='has a change already'):
         load_delta(m, saved)
 
 class Doubled(LoRA):

@@ -68,7 +68,7 @@ def wrong_halves():
             (unseeded, 'two different halves'),
             (reseeding, 'random state'),
             (indices, 'not one of the names'),
-            (in_place, 'changes what it is given'),
+            (in_place, 'changes its arguments'),
             (joined, 'a set'))
 
 @pytest.mark.parametrize('yours, message', wrong_halves(), ids=lambda x: getattr(x, '__name__', ''))
@@ -228,7 +228,7 @@ def wrong_cuts():
         U, S, V = torch.linalg.svd(update, full_matrices=False)
         return U[:, :r]*S[:r]
 
-    return ((largest, 'other numbers'),
+    return ((largest, 'wrong values'),
             (weakest, 'weakest'),
             (unweighted, 'singular values'),
             (transposed, 'rows'),
@@ -301,7 +301,7 @@ def wrong_thin():
     return ((Unscaled, 'the factor `alpha/r` is missing'),
             (OnlyAlpha, 'yours is `alpha`'),
             (Alone, 'Add it to `W`'),
-            (BothZero, 'for ever'),
+            (BothZero, 'stays zero'),
             (BothRandom, 'another one before it has learned'),
             (TurnedRound, 'so that `B @ A` fits'),
             (TrainsTheWeight, 'stays frozen'),

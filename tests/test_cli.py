@@ -300,7 +300,7 @@ WRONG = {
                                    '--columns prompt=questoin,response=answer',
                                    1, ["no column 'questoin', which --columns names as 'prompt'", 'question']),
     'a name of ours that is none': ('fit --model {d}/lm --data {d}/asked.jsonl --columns ask=question', 1,
-                                    ['--columns renames to ask; left of = stand the names', 'right of it']),
+                                    ['--columns renames to ask; write the names', 'right of it']),
     'columns of a lab skill': ('fit --model lab-s --data new-procedure --columns prompt=a', 1, ['is a lab skill']),
     'a device that is none': (f'fit {LM} --device gpu', 1, ["--device is 'gpu'; it must be 'cpu'"]),
     'a GPU that is not there': (f'fit {LM} --device cuda:99', 1,

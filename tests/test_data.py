@@ -78,13 +78,13 @@ WRONG = {
     'NUL in a column name': ('d.csv', 'pro\x00mpt,response\na,b\n',
                              ['d.csv, line 2', 'the name of a column has a NUL character']),
     'two files glued together': ('d.jsonl', GOOD + '\ufeff' + GOOD,
-                                 ['d.jsonl, line 2', 'column 1', 'a byte order mark stands there']),
+                                 ['d.jsonl, line 2', 'column 1', 'there is a byte order mark']),
     'a byte order mark in text': ('d.csv', 'prompt,response\na,b\n\ufeffc,d\n',
                                   ['d.csv, line 3', 'prompt has a byte order mark (U+FEFF) at character 1']),
     'a key twice': ('d.jsonl', GOOD + '{"prompt": "a", "response": "b", "response": "c"}\n',
-                    ['d.jsonl, line 2, column 34', "the key 'response' stands twice"]),
+                    ['d.jsonl, line 2, column 34', "the key 'response' appears twice"]),
     'a key twice in a list': ('d.json', '[{"prompt": "a", "response": "b"},\n{"prompt": "a", "label": 1, "label": 2}]',
-                              ['d.json, line 2, column 29', "the key 'label' stands twice"]),
+                              ['d.json, line 2, column 29', "the key 'label' appears twice"]),
     'bytes that are no UTF-8': ('d.jsonl',
                                 GOOD.encode()*2 + b'{"prompt": "a\xff", "response": "b"}',
                                 ['d.jsonl, line 3', 'byte 14 of the line', 'UTF-8']),
@@ -260,7 +260,7 @@ def test_given_splits_are_kept():
                                   test=datasets.Dataset.from_list(QA[:7])))
     assert (d.test == QA[:7] and {split_of(r['prompt']) for r in d.validation} == {'validation'}
             and len(d.train) + len(d.validation) == 300)
-    assert 'test rows ask what a training row asks' in d.note
+    assert 'test rows have the question of a training row' in d.note
     d = data(QA, validation=QA[:3], test=QA[3:5])
     assert (len(d.train), len(d.validation), len(d.test)) == (300, 3, 2)
 
@@ -370,7 +370,7 @@ def test_templates_that_hide_the_answer_are_refused():
         encode(dict(messages=TALK), letters(COUNTS), 'chat')
     with pytest.raises(ValueError, match='no chat template'):
         encode(dict(messages=TALK), letters(), 'chat')
-    with pytest.raises(ValueError, match='refuses the roles user, assistant'):
+    with pytest.raises(ValueError, match='rejects the roles user, assistant'):
         encode(dict(messages=TALK[:2]), letters("{{ raise_exception('no') }}"), 'chat')
 
 def test_lab_rows_in_every_kind():

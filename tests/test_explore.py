@@ -8,7 +8,8 @@ from ftlab.core.generate import generate
 from ftlab.core.scorers import WORLD, answer_length
 from ftlab.evaluators.mechanisms.intruders import intruders
 from ftlab.evaluators.spectra import stable_rank
-from ftlab.instruments.explore import (CRITERIA, RANKED, View, model_and_change, choice, entry_scores,
+from ftlab.instruments.explore import (CRITERIA, RANKED, View, model_and_change, choice,
+                                       entry_scores,
                                        lab_questions, layers, mask, prices, question_batches, ranks,
                                        rows_as_html, several, side_by_side, slider, span, spectrum,
                                        teacher_forced, text, token_prices, tradeoff)

@@ -137,5 +137,5 @@ def test_a_run_leaves_a_model_that_loads(tmp_path):
     steps = sorted(p.name for p in (tmp_path/'lab-l').glob('step-*'))
     assert (len(steps) == 2 and ftlab.load(tmp_path/'lab-l', revision=steps[0])[0].num_parameters()
             == model.num_parameters())
-    with pytest.raises(ValueError, match='lab-l is made otherwise.*pretrain_large'):
+    with pytest.raises(ValueError, match='lab-l is made differently.*pretrain_large'):
         pretrain('lab-l', tmp_path/'other')

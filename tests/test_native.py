@@ -435,7 +435,7 @@ def test_a_misaligned_tensor_and_a_parameter_are_ranked():
                   (dict(tensors=torch.zeros(6, dtype=torch.float64), k=1), 'float64'),
                   (dict(tensors=torch.zeros(4, 6).t(), k=1), 'not contiguous'),
                   (dict(tensors=torch.zeros(0), k=1), 'k is 1'),
-                  (dict(tensors=[torch.zeros(3), torch.zeros(3).half()], k=1), 'like tensors')])
+                  (dict(tensors=[torch.zeros(3), torch.zeros(3).half()], k=1), 'must have one dtype and device')])
 def test_what_cannot_be_ranked_is_refused(call, say):
     with pytest.raises(ValueError, match=say):
         kth_magnitude(**(dict(tensors=torch.zeros(6)) | call))

@@ -32,7 +32,9 @@ def selections():
             ((12, 10), blocks([(1, 0), (0, 1), (2, 1)], (4, 5))), ((12, 10), blocks([(3, 4)], 2))]
 
 def flat(p, s):
-    return p.detach().view(-1)[adamw._places(p, *(adamw._choose(p.detach(), s)[k] for k in ('at', 'length', 'stride')))]
+    layout = adamw._choose(p.detach(), s)
+    i = adamw._positions(p, layout['at'], layout['length'], layout['stride'])
+    return p.detach().view(-1)[i]
 
 def train(cases, dtype, steps=4, lists=False, device='cpu', **settings):
     "A few steps on random gradients; what became of the parameters and moments"
@@ -431,7 +433,7 @@ def test_gradcheck_of_the_narrow_layer(s):
     so that the output depends on them as the gradient says"""
     shape, W = (6, 6), torch.randn(6, 6, dtype=torch.float64)
     c = adamw._choose(torch.zeros(shape), s)
-    i = adamw._places(W, c['at'], c['length'], c['stride'])
+    i = adamw._positions(W, c['at'], c['length'], c['stride'])
 
     def f(x, part, b):
         V = W.clone()
@@ -544,11 +546,11 @@ def test_200_steps_with_the_kernel_and_with_the_plain_version_end_alike(hook, mo
                (torch.tensor([5, 1]), 'ascending'),
                (torch.tensor([0, 30]), '0 to 29'),
                (torch.tensor([-1]), '0 to 29'),
-               (None, 'no selection'),
-               (False, 'no selection'),
-               (rows([5]), 'number 5'),
-               (columns([-1]), 'number -1'),
-               (rows([1, 1]), 'twice'),
+               (None, 'not a selection'),
+               (False, 'not a selection'),
+               (rows([5]), 'rows has 5, but'),
+               (columns([-1]), 'columns has -1, but'),
+               (rows([1, 1]), 'has a duplicate'),
                (blocks([(0, 0)], 4), 'divide'),
                (blocks([(0, 2)], (5, 3)), 'no block')])
 def test_what_is_no_selection_is_refused(s, say):
@@ -567,7 +569,7 @@ def test_what_is_no_selection_is_refused(s, say):
                     (dict(eps=-1.), 'eps'),
                     (dict(weight_decay=-1.), 'weight_decay'),
                     (dict(selected={}), 'nothing'),
-                    (dict(selected=[torch.zeros(2)]), 'pair'),
+                    (dict(selected=[torch.zeros(2)]), 'must be a pair'),
                     (dict(selected={nn.Parameter(torch.zeros(2).double()): True}), 'float64'),
                     (dict(selected={nn.Parameter(torch.zeros(4, 6).t()): True}), 'not contiguous')])
 def test_settings_that_make_no_sense_are_refused(change, say):
@@ -583,7 +585,7 @@ def test_the_rest_that_is_refused():
         opt.select(other.weight, True)
     with pytest.raises(ValueError, match='does not have'):
         opt.narrow(other)
-    with pytest.raises(ValueError, match='no set of rows'):
+    with pytest.raises(ValueError, match='must be a set of rows'):
         SparseAdamW({other.weight: torch.eye(4).bool()}).narrow(other)
     with pytest.raises(ValueError, match='part has'):
         selected_linear(torch.zeros(2, 4), other.weight, torch.zeros(3), rows([0]))

@@ -21,7 +21,7 @@ def seeded():
     torch.manual_seed(0)
 
 def make(dtype=torch.float32, shape=(3, 13), h=20, v=203, device='cpu', ref=None):
-    "hidden, head, bias with gradients; labels, some without a price; a reference of another width"
+    "hidden, head, bias with gradients; labels, some without a loss; a reference of another width"
     labels = torch.randint(0, v, shape)
     labels.view(-1)[::5] = -100
     head = torch.randn(v, h)
@@ -59,7 +59,7 @@ def off(a, b):
 
 @pytest.mark.parametrize('name', WEIGHTS)
 @pytest.mark.parametrize('dtype', WIDES + HALVES)
-def test_loss_prices_and_gradients_are_those_of_all_logits(dtype, name):
+def test_losses_and_gradients_are_those_of_all_logits(dtype, name):
     """No further from float64 than torch is with all logits in the same type,
     with some room for chance"""
     weight, limit = (WEIGHTS[name], {torch.float64: 1e-13, torch.float32: 1e-6,
@@ -101,7 +101,8 @@ def test_the_distance_to_a_reference_and_its_gradient(dtype, direction):
                 max(off(a, b) for a, b in zip(grads(found.loss, hidden, head, bias), want)) < limit
                 and off(found.kl, exact[3]) < limit)
             assert abs(found.loss - exact[0]) < limit*exact[0].abs()
-        told = cross_entropy(hidden, head, labels, weight, bias=bias, reference=r, direction=direction,
+        told = cross_entropy(hidden, head, labels, weight, bias=bias, reference=r,
+                             direction=direction,
                       chunk=5) # kl=0: told, not paid
         assert torch.equal(told.kl, found.kl) and told.loss < found.loss
 
@@ -133,15 +134,16 @@ def test_odd_shapes(shape, h, v):
             torch.allclose(a.double(), b, atol=1e-4, rtol=1e-4)
             for a, b in zip(grads(found.loss, hidden, head, bias), grads(exact[0], *exact_in)))
 
-def test_one_token_no_tokens_and_no_prices():
+def test_one_token_no_tokens_and_no_losses():
     hidden, head, bias, labels, _ = make()
     r = cross_entropy(hidden[0, 1], head, labels[0, 1], bias=bias)
     assert r.nll.shape == () and r.loss == r.nll
     for hid, lab in ((hidden[:0], labels[:0]), (hidden, torch.full_like(labels, -100))):
-        for prices in (True, False):
-            r = cross_entropy(hid, head, lab, bias=bias, prices=prices)
+        for losses in (True, False):
+            r = cross_entropy(hid, head, lab, bias=bias, losses=losses)
             assert r.loss == 0 and not any(g.any() for g in grads(r.loss, hidden, head, bias))
-    r = cross_entropy(hidden, head, labels.masked_fill(labels == -100, 7), bias=bias, ignore_index=7)
+    r = cross_entropy(hidden, head, labels.masked_fill(labels == -100, 7), bias=bias,
+                      ignore_index=7)
     assert not r.nll[labels == -100].any()
 
 def test_non_contiguous_and_misaligned_input_is_taken():
@@ -155,18 +157,18 @@ def test_non_contiguous_and_misaligned_input_is_taken():
     assert max(off(a, b) for a, b in zip(got, want)) < 1e-6
     flat = torch.randn(1 + 3*64)[1:].view(3, 64)
     assert flat.data_ptr() % 16
-    assert torch.equal(torch.ops.ftlab.row_prices(flat, torch.arange(3), None, False),
-                       torch.ops.ftlab.row_prices(flat.clone(), torch.arange(3), None, False))
+    assert torch.equal(torch.ops.ftlab.row_stats(flat, torch.arange(3), None, False),
+                       torch.ops.ftlab.row_stats(flat.clone(), torch.arange(3), None, False))
 
-def test_a_sure_token_is_priced_better_than_torch_does():
-    "A price close to 0 is a 1 and many small numbers, which float32 loses one by one"
+def test_the_loss_of_a_sure_token_is_more_exact_than_torchs():
+    "A loss close to 0 is a 1 and many small numbers, which float32 loses one by one"
     if backend() != 'cpp':
         pytest.skip('the plain version adds as torch does')
     logits = torch.randn(50, 32_768)*1.5
     labels = torch.arange(50)
     logits[labels, labels] = 17.
     exact = F.cross_entropy(logits.double(), labels, reduction='none')
-    ours = torch.ops.ftlab.row_prices(logits, labels, None, False)[0]
+    ours = torch.ops.ftlab.row_stats(logits, labels, None, False)[0]
     torchs = F.cross_entropy(logits, labels, reduction='none')
     assert ((ours - exact).abs().mean() < .2*(torchs - exact).abs().mean()
             and ((ours - exact).abs() < 2e-6).all())
@@ -175,13 +177,13 @@ def test_infinities_and_nan():
     "A word that cannot come (-inf) does no harm; NaN and +inf make their own row NaN, and no other"
     for dtype in (torch.float32, *HALVES):
         for plain in (False, True):
-            prices, slopes = ((module._prices, module._gradient_) if plain
-                              else (torch.ops.ftlab.row_prices, torch.ops.ftlab.row_gradient_))
+            row_stats, slopes = ((module._row_stats, module._gradient_) if plain
+                                 else (torch.ops.ftlab.row_stats, torch.ops.ftlab.row_gradient_))
             x, y = torch.randn(4, 70).to(dtype), torch.randn(4, 70).to(dtype)
             x[:, 5:20] = y[:, 5:20] = -float('inf')
             x[1, 30], x[2, 3] = float('nan'), float('inf')
             labels = torch.tensor([40, 41, 42, 6])
-            f = prices(x, labels, y, False)
+            f = row_stats(x, labels, y, False)
             p = x.double().log_softmax(-1)
             assert (torch.isfinite(f[:, 0]).all() and f[0, 1:3].isnan().all()
                     and f[0, 3] == float('inf') and torch.isfinite(f[1:, 3]).all())
@@ -192,7 +194,7 @@ def test_infinities_and_nan():
             assert (torch.isfinite(g[[0, 3]]).all() and not g[0, 5:20].any() and g[1].isnan().all()
                     and g[3, 6] == -1)
             # the reference says what the model cannot
-            assert prices(x, labels, torch.randn(4, 70).to(dtype), False)[4, 0] == float('inf')
+            assert row_stats(x, labels, torch.randn(4, 70).to(dtype), False)[4, 0] == float('inf')
 
 # --- autograd
 
@@ -203,7 +205,8 @@ def test_gradcheck(direction):
     weight = torch.rand(5)
 
     def loss(h, w, b):
-        return cross_entropy(h, w, labels, weight, bias=b, reference=ref, kl=.3, direction=direction,
+        return cross_entropy(h, w, labels, weight, bias=b, reference=ref, kl=.3,
+                             direction=direction,
                       chunk=2).loss
 
     torch.autograd.gradcheck(loss, (hidden, head, bias))
@@ -289,7 +292,7 @@ def test_chunks_do_not_matter_and_threads_not_at_all():
         for t in (1, 2, 3):
             torch.set_num_threads(t)
             g = logits.clone()
-            f = torch.ops.ftlab.row_prices(g, labels, None, False)
+            f = torch.ops.ftlab.row_stats(g, labels, None, False)
             torch.ops.ftlab.row_gradient_(g, labels, f, torch.ones(200), None, 0., False)
             out.append((f, g))
     finally:
@@ -304,14 +307,15 @@ def test_torchs_own_is_used_where_nothing_of_ours_runs(monkeypatch):
     keep = module._torchs
     monkeypatch.setattr(module, '_torchs', lambda *a: calls.append(1) or keep(*a))
     if backend() == 'cpp':
-        assert cross_entropy(hidden, head, labels, bias=bias, prices=False)[1:] == (None,)*4 and not calls
+        assert (cross_entropy(hidden, head, labels, bias=bias, losses=False)[1:] == (None,)*4
+                and not calls)
     monkeypatch.setenv('FTLAB_NATIVE', 'torch')
-    r = cross_entropy(hidden, head, labels, bias=bias, prices=False)
+    r = cross_entropy(hidden, head, labels, bias=bias, losses=False)
     assert (r[1:] == (None,)*4 and bool(calls) == module._FALLBACK
             and all(off(a, b) < 1e-6 for a, b in zip(grads(r.loss, hidden, head, bias), want)))
     calls.clear()
     cross_entropy(hidden, head, labels, bias=bias)
-    cross_entropy(hidden, head, labels, WEIGHTS['dft'], prices=False)
+    cross_entropy(hidden, head, labels, WEIGHTS['dft'], losses=False)
     assert not calls
 
 @pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=cuda)])
@@ -321,8 +325,8 @@ def test_opcheck(device):
                 torch.randn(5, 40, device=device).to(dtype))
         labels = torch.arange(5, device=device)
         for other in (None, y):
-            opcheck(torch.ops.ftlab.row_prices.default, (x, labels, other, True))
-            f = torch.ops.ftlab.row_prices(x, labels, other, True)
+            opcheck(torch.ops.ftlab.row_stats.default, (x, labels, other, True))
+            f = torch.ops.ftlab.row_stats(x, labels, other, True)
             opcheck(torch.ops.ftlab.row_gradient_.default,
                     (x, labels, f, torch.rand(5, device=device), other, .3, True))
 
@@ -332,15 +336,15 @@ def test_the_operators_are_the_plain_version_to_rounding(dtype, reverse):
     x, y = (3*torch.randn(9, 517)).to(dtype), (3*torch.randn(9, 517)).to(dtype)
     labels, w = torch.randint(0, 517, (9,)), torch.rand(9)
     for other in (None, y):
-        f, want = (torch.ops.ftlab.row_prices(x, labels, other, reverse),
-                   module._prices(x, labels, other, reverse))
+        f, want = (torch.ops.ftlab.row_stats(x, labels, other, reverse),
+                   module._row_stats(x, labels, other, reverse))
         assert torch.allclose(f, want, atol=2e-5, rtol=1e-5)
         a, b = x.clone(), x.clone()
         torch.ops.ftlab.row_gradient_(a, labels, f, w, other, .4, reverse)
         module._gradient_(b, labels, want, w, other, .4, reverse)
         assert torch.allclose(a.float(), b.float(), atol=3e-6, rtol=2*torch.finfo(dtype).eps + 1e-5)
     with pytest.raises(RuntimeError):
-        torch.ops.ftlab.row_prices(x, labels + 517, None, False)
+        torch.ops.ftlab.row_stats(x, labels + 517, None, False)
 
 # --- what does not fit
 
@@ -349,16 +353,16 @@ def test_the_operators_are_the_plain_version_to_rounding(dtype, reverse):
     [(dict(labels=torch.zeros(3, 13)), 'labels is torch.float32'),
      (dict(labels=torch.zeros(3, 12, dtype=torch.int64)), 'hidden has the shape'),
      (dict(labels=torch.full((3, 13), 203)), 'from 0 to 202'),
-     (dict(labels=torch.full((3, 13), -1)), 'no word of the head'),
+     (dict(labels=torch.full((3, 13), -1)), 'not a word of the head'),
      (dict(head=torch.randn(203, 21)), 'head has the shape'),
      (dict(head=torch.randn(0, 20)), 'at least one word'),
-     (dict(head=torch.randn(203, 20).half()), 'must be alike'),
+     (dict(head=torch.randn(203, 20).half()), 'must be the same'),
      (dict(hidden=torch.zeros(3, 13, 20, dtype=torch.int32)), 'int32'),
      (dict(bias=torch.zeros(202)), 'bias has the shape'),
      (dict(weight=torch.ones(39)), 'weight has the shape'),
      (dict(weight=2.), 'weight is 2.0'),
-     (dict(weight=lambda n, e: 1.), 'gave float'),
-     (dict(weight=lambda n, e: n[:2]), r'gave \(2,\)'),
+     (dict(weight=lambda n, e: 1.), 'returned float'),
+     (dict(weight=lambda n, e: n[:2]), r'returned \(2,\)'),
      (dict(kl=.1), 'there is no reference'),
      (dict(kl=float('nan')), 'kl is nan'),
      (dict(direction='sideways'), 'direction'),
@@ -366,7 +370,7 @@ def test_the_operators_are_the_plain_version_to_rounding(dtype, reverse):
      (dict(reference=(torch.zeros(3, 13, 20),)), '1 parts'),
      (dict(reference=(torch.zeros(3, 12, 20), torch.zeros(203, 20))), "reference's hidden"),
      (dict(reference=(torch.zeros(3, 13, 9), torch.zeros(202, 9))), '202 words'),
-     (dict(reference=(torch.zeros(3, 13, 9).double(), torch.zeros(203, 9).double())), 'alike')])
+     (dict(reference=(torch.zeros(3, 13, 9).double(), torch.zeros(203, 9).double())), 'the same')])
 def test_what_does_not_fit_is_refused(change, say):
     hidden, head, bias, labels, _ = make()
     with pytest.raises(ValueError, match=say):
@@ -415,7 +419,7 @@ def test_dft_on_a_model_of_transformers_is_the_same_loss_and_gradient(name):
 
 @pytest.mark.parametrize('mode', ['auto', 'torch'])
 def test_200_steps_end_alike(monkeypatch, mode):
-    """A small model trained on DFT's price by all logits and by chunks:
+    """A small model trained on DFT's loss by all logits and by chunks:
     the same losses and the same weights, to rounding"""
     monkeypatch.setenv('FTLAB_NATIVE', mode)
     make = torch.Generator().manual_seed(0)
@@ -441,7 +445,8 @@ def test_200_steps_end_alike(monkeypatch, mode):
 
     (a, ps), (b, qs) = (
         train(logits),
-        train(lambda h, head: cross_entropy(h, head.weight, y, dft, bias=head.bias, chunk=10).loss/64))
+        train(lambda h, head: cross_entropy(h, head.weight, y, dft, bias=head.bias,
+                                            chunk=10).loss/64))
     assert (a[-1] < .3*max(a) and all(abs(i - j) < 1e-4*max(a) for i, j in zip(a, b))
             and all(off(q, p) < 1e-3 for p, q in zip(ps, qs)))
 
@@ -485,7 +490,8 @@ def test_the_gpu_finds_what_float64_finds(dtype, direction):
     hidden, head, bias, labels, ref = make(dtype, device='cuda')
     exact_in = doubles(hidden, head, bias)
     exact = dense(*exact_in, labels, dft, [t.double() for t in ref], .3, direction)
-    found = cross_entropy(hidden, head, labels, dft, bias=bias, reference=ref, kl=.3, direction=direction,
+    found = cross_entropy(hidden, head, labels, dft, bias=bias, reference=ref, kl=.3,
+                          direction=direction,
                    chunk=7)
     assert (all(off(a, b) < limit
                 for a, b in zip(grads(found.loss, hidden, head, bias), grads(exact[0], *exact_in)))
@@ -497,8 +503,8 @@ def test_the_gpus_rows_are_the_cpus_to_rounding(dtype):
     x, y = (3*torch.randn(9, 5003)).to(dtype), (3*torch.randn(9, 5003)).to(dtype)
     labels, w = torch.randint(0, 5003, (9,)), torch.rand(9)
     for other in (None, y):
-        f = torch.ops.ftlab.row_prices(x, labels, other, True)
-        g = torch.ops.ftlab.row_prices(x.cuda(), labels.cuda(),
+        f = torch.ops.ftlab.row_stats(x, labels, other, True)
+        g = torch.ops.ftlab.row_stats(x.cuda(), labels.cuda(),
                                        other if other is None else other.cuda(), True)
         assert torch.allclose(f, g.cpu(), atol=2e-5, rtol=1e-5)
         a, b = x.clone(), x.cuda()

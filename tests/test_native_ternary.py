@@ -226,14 +226,14 @@ one = Ternary(torch.tensor([3], dtype=torch.uint8), torch.tensor([4], dtype=torc
     [(dict(scales=[1., 2.]), 'one scale for each'),
      (dict(scales=[float('inf')]), 'scale of vector 0'),
      (dict(vectors=[one]*129), 'at most 128'),
-     (dict(tensors=torch.zeros(2, 3)), 'must be alike'),
+     (dict(tensors=torch.zeros(2, 3)), 'must be the same'),
      (dict(tensors=torch.zeros(6, dtype=torch.float64)), 'float64'),
      (dict(tensors=torch.zeros(12)[::2]), 'not contiguous'),
      (dict(tensors=[torch.zeros(6)]*2, vectors=[[one, one]]), 'twice'),
      (dict(tensors=[torch.zeros(6)], vectors=[[one, one]]), '2 parts for 1 tensors'),
      (dict(vectors=[Ternary(one.positive, one.negative.float(), 1., (6,))]), 'uint8'),
      (dict(vectors=[Ternary(one.positive, torch.zeros(2, dtype=torch.uint8), 1., (6,))]), 'planes'),
-     (dict(tensors=[torch.zeros(6), torch.zeros(6).t(), torch.zeros(7)], vectors=[[one]*3]), 'must be alike')])
+     (dict(tensors=[torch.zeros(6), torch.zeros(6).t(), torch.zeros(7)], vectors=[[one]*3]), 'must be the same')])
 def test_what_does_not_fit_is_refused_and_nothing_has_changed(call, say):
     call = dict(tensors=torch.zeros(6), vectors=[one]) | call
     ws = call['tensors']

@@ -97,7 +97,7 @@ def test_refusals():
         pack([dict(input_ids=[1, 2], labels=1)], 8, 0)
     with pytest.raises(ValueError, match='17 tokens and a line only 10'):
         pack(rows(), 10, 0)
-    with pytest.raises(ValueError, match='looks back 4 tokens'):
+    with pytest.raises(ValueError, match='attend only to the last 4 tokens'):
         packing(tiny('mistral', sliding_window=4), 'text', 8)
     m.set_attn_implementation('eager')
     with pytest.raises(ValueError, match="uses 'eager'"):

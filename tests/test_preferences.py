@@ -240,7 +240,7 @@ def test_a_round_at_least():
         spin(rounds=0)
 
 def test_a_function_that_gives_no_worse_answer_is_named():
-    with pytest.raises(ValueError, match='rejected gave None for the prompt .*; it must return a text'):
+    with pytest.raises(ValueError, match='rejected returned None for the prompt .*; it must return a string'):
         fit(toy(), TOK, lab_data(), dpo(rejected=lambda row: None), steps=1, batch_size=8,
             progress=False)
 

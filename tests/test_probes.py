@@ -60,7 +60,7 @@ def test_confidence_reads_the_place_before_the_word():
 
 @pytest.mark.parametrize(
     'sure, right, word',
-    [([], [], 'one at least'), ([.5], [1., 0.], 'as many'), ([1.5], [1.], 'probabilities')])
+    [([], [], 'at least one'), ([.5], [1., 0.], 'as many'), ([1.5], [1.], 'probabilities')])
 def test_calibration_refuses_what_it_cannot_use(sure, right, word):
     with pytest.raises(ValueError, match=word):
         calibration(torch.tensor(sure), torch.tensor(right))

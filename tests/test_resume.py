@@ -67,7 +67,7 @@ def test_a_stage_that_something_unnamed_cut_short_is_not_mixed_with_a_whole_one(
     how = dict(**STEPS, out=tmp_path, save_every=1)
     in_the_second = lambda s: stop(s) if s.settings['stage'] else None
     assert len(tune(lt_sft(), **how, callbacks=(Enough(), At(2, in_the_second))).log) == 4
-    with pytest.raises(ValueError, match='ended early, or a stage of it; it had Enough, At, this one has none'):
+    with pytest.raises(ValueError, match='or in one stage; it had Enough, At, this one has none'):
         tune(lt_sft(), **how, resume=True)
     assert alike(tune(lt_sft(), **how, resume=True, callbacks=(Enough(), At(9, stop))),
                  tune(lt_sft(), **STEPS, callbacks=(Enough(),)))
@@ -89,7 +89,7 @@ def test_a_run_that_an_unnamed_callback_ended_is_not_taken_for_another(tmp_path)
     assert cut_off(tmp_path/'checkpoint.safetensors') is None
     assert len(
         tune(**STEPS, out=tmp_path, save_every=1, resume=True, callbacks=(Enough(),)).log) == 3
-    with pytest.raises(ValueError, match='ended early, or a stage of it; it had Enough, this one has none'):
+    with pytest.raises(ValueError, match='ended early, as a whole or in one stage; it had Enough, this one has none'):
         tune(**STEPS, out=tmp_path, save_every=1, resume=True)
 
 def test_arguments_of_a_method_and_tokens_of_the_data_belong_to_a_run(tmp_path):
@@ -123,7 +123,7 @@ def test_other_versions_are_told(tmp_path, monkeypatch):
     import ftlab.trainers.checkpoint as checkpoint
     real = checkpoint.versions()
     monkeypatch.setattr(checkpoint, 'versions', lambda: real | dict(torch='99.0'))
-    with pytest.warns(UserWarning, match=r'with torch .* \(now 99.0\): the run goes on, but its last bits'):
+    with pytest.warns(UserWarning, match=r'with torch .* \(now 99.0\): the run goes on, but its results'):
         assert len(tune(**STEPS, out=tmp_path, save_every=1, resume=True).log) == 6
 
 def damage(path, how):
@@ -216,7 +216,7 @@ def test_parts_that_are_missing_are_named(tmp_path):
          callbacks=(At(3, stop),))
     # the settings cannot tell them apart
     forgetful = type('Growing', (), dict(__init__=Growing.__init__, next=Growing.next))
-    with pytest.raises(ValueError, match="'source' keeps a state in the checkpoint alone"):
+    with pytest.raises(ValueError, match="only the checkpoint has a state for 'source'"):
         tune(Recipe('same', source=forgetful), **STEPS, out=tmp_path, save_every=1, resume=True)
 
 def test_what_a_file_cannot_hold_is_named_with_its_part(tmp_path):
@@ -511,7 +511,7 @@ def test_an_output_that_is_full_is_one_line():
     with open('/dev/full', 'w') as full:
         p = subprocess.run([sys.executable, '-c', MAIN, 'methods'], stdout=full,
                            stderr=subprocess.PIPE, text=True, env=env)
-    assert p.returncode == 1 and p.stderr == 'ftlab: the answer could not be printed: No space left on device\n'
+    assert p.returncode == 1 and p.stderr == 'ftlab: the result could not be printed: No space left on device\n'
 
 LAB = '''
 import sys

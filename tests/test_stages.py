@@ -366,7 +366,7 @@ def test_learners_that_cannot_be_are_refused():
         with pytest.raises(ValueError, match=says):
             tune(Recipe('x', loop=Loop(learners={'head': Learner(make, errs)})), m := toy())
         assert same(weights(m), weights(toy()))
-    with pytest.raises(NotFinite, match="learner 'head', after the policy had moved: the loss is nan at step 0"):
+    with pytest.raises(NotFinite, match="'head', after the policy had taken its step: the loss is nan at step 0"):
         tune(Recipe('x',
                     loop=Loop(learners={'head': Learner(lambda s: Head(), lambda s: errs(s)*float('nan'))})))
 
@@ -434,7 +434,7 @@ def test_pictures_with_labels_have_a_likelihood():
     assert run.log[0]['nll'] == pytest.approx(run.log[0]['loss'], rel=1e-5)
 
 def test_what_cannot_be_priced_is_refused():
-    for data, tok, says in ((pictures(), None, 'nothing to price'), (lab_data(), None, 'needs a tokenizer')):
+    for data, tok, says in ((pictures(), None, 'cannot compute a loss'), (lab_data(), None, 'needs a tokenizer')):
         with pytest.raises(ValueError, match=says):
             fit(Denoiser() if data is not lab_data() else toy(), tok, data, steps=2, progress=False)
     with pytest.raises(NotFinite, match='the batch holds 8 rows of pixel_values'):

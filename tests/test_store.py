@@ -134,7 +134,7 @@ def test_two_hundred_wrong_files(healthy, tmp_path):
      ({'model.norm.weight': torch.full((32,), float('nan'))}, {'model.norm.weight': 'value'}, None,
       'NaN or infinite'),
      ({'model.norm.weight': torch.ones(32), 'x': torch.ones(1)}, {'model.norm.weight': 'value'},
-      None, "'x', which belongs to nothing"),
+      None, "'x', which belongs to none"),
      ({}, {'model.norm.weight': 'value'}, None, 'is missing'),
      ({'model.norm.weight': torch.ones(32)}, {'model.norm.weight': 'value'}, {}, 'another base'),
      ({'a': torch.ones(2)}, {'a': 'value'}, None, 'no parameter of that name'),

@@ -31,7 +31,9 @@ MARK = re.compile(r'<!-- made by `make index`: (.+?) -->')
 NEEDS = ('you try for the first time', 'gradients and optimizer state do not fit in memory',
          'old skills must not be forgotten',
          'there are only a few hundred rows', 'the model should say when it does not know',
-         'answers can be judged, but there are no model answers', 'the model is too large to train',
+         'answers can be judged, but there are no model answers',
+         'you have better and worse answers to the same prompts',
+         'plain fine-tuning on your answers has stopped helping', 'the model is too large to train',
          'several tuned models should become one')
 ASKS = dict(select='which parameters may change', delta='how the change is represented',
             edit='what is done to the change afterwards',

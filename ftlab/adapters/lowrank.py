@@ -20,22 +20,23 @@ __all__ = ['PLAIN', 'STARTS', 'LoRA', 'to_peft', 'from_peft']
 
 # %% ../../nbs/adapters/lowrank.ipynb #0005af9e
 class LoRA(nn.Module):
-    """`W + (alpha/r) B A`:
-    A [r, in] drawn as in the official code (Kaiming uniform with a=sqrt(5)), B [out, r] zero"""
+    """`W + (alpha/r) B A`: A [r, in] initialized as in the official code (Kaiming uniform with
+    a=sqrt(5)), B [out, r] zero (Hu et al. 2021). Raises `ValueError` for a mask, or a rank or
+    dropout out of range."""
     kind, site = 'lowrank', 'weight'
 
     def __init__(self,
                  W:Tensor,          # the weight, [out, in]
                  mask=True,         # whole weights only
                  r:int=8,           # the rank
-                 alpha:float=16.,   # the change is scaled by alpha/r (`rs`: by alpha/sqrt(r))
-                 dropout:float=0.,  # on the input of the branch while training
+                 alpha:float=16.,   # the change is scaled by alpha/r (with `rs` by alpha/sqrt(r))
+                 dropout:float=0.,  # on the input of the branch during training
                  rs:bool=False      # rank-stabilised scaling (Kalajdzievski 2023)
                 ):
         super().__init__()
         out, inp = W.shape
         if mask is not True:
-            raise ValueError('LoRA changes whole matrices; a mask of entries does not fit it')
+            raise ValueError('LoRA changes whole matrices; it cannot use a mask of entries')
         if not 1 <= r <= min(out, inp):
             raise ValueError(f'rank {r} does not fit a matrix of {out} x {inp}: it must be between '
                              f'1 and {min(out, inp)}')
@@ -55,13 +56,13 @@ class LoRA(nn.Module):
         return self.s*((x @ self.A.T) @ self.B.T)
 
 # %% ../../nbs/adapters/lowrank.ipynb #0013af9e
-def to_peft(att:Attached,      # a change that is LoRA and nothing else
-            folder:str|Path,   # where the adapter goes
-            base:str=''        # what the adapter's configuration calls its base
+def to_peft(att:Attached,      # a change that consists only of LoRA
+            folder:str|Path,   # the adapter folder to write
+            base:str=''        # the name of the base in the adapter's configuration
            ) -> Path:          # the folder
     "Write an attached LoRA as a peft adapter folder. Raises `ValueError` for other deltas."
     if att.whole or not att.deltas or not all(isinstance(d, LoRA) for d in att.deltas.values()):
-        raise ValueError('only a change that is LoRA and nothing else can be written for peft')
+        raise ValueError('only a change that consists of LoRA alone can be written for peft')
     configs = {json.dumps(d.config) for d in att.deltas.values()}
     c = json.loads(configs.pop())
     if configs:
@@ -86,20 +87,20 @@ def _peft_name(module:str, k:str) -> str:
     return f'base_model.model.{module}.lora_{k}.weight'
 
 # %% ../../nbs/adapters/lowrank.ipynb #877cbe45
-# settings that do not change what A and B mean; every other one that is set is refused,
-# also one that we do not know yet
+# settings that do not change what A and B mean; any other one that is set is an error,
+# even one that does not exist yet
 PLAIN = ('peft_type task_type auto_mapping peft_version base_model_name_or_path revision '
          'inference_mode r lora_alpha lora_dropout '
          'use_rslora fan_in_fan_out target_modules exclude_modules layers_to_transform '
          'layers_pattern megatron_core loftq_config '
          'eva_config corda_config lora_ga_config qalora_group_size runtime_config init_lora_weights bias').split()
-STARTS = (True, False, None, 'gaussian', 'eva', 'orthogonal', 'mica') # of A and B, that leave the base as it is
+STARTS = (True, False, None, 'gaussian', 'eva', 'orthogonal', 'mica') # initializations that leave the base as it is
 
 def from_peft(model:nn.Module,  # the base, changed in place
               folder:str|Path   # holds adapter_config.json and adapter_model.safetensors
              ) -> Attached:
-    """Attach a LoRA that peft saved.
-    Raises `ValueError` for what is not plain LoRA or does not fit; the model is then as it was."""
+    """Attach a LoRA that peft saved. Raises `ValueError` for a folder that is not plain LoRA or does
+    not fit the model, which stays as it was; `FileNotFoundError` for a missing file."""
     folder = Path(folder)
     config = _plain_config(folder)
     pairs = _pairs(folder)
@@ -115,20 +116,20 @@ def from_peft(model:nn.Module,  # the base, changed in place
 
 # %% ../../nbs/adapters/lowrank.ipynb #c17cbe45
 def _plain_config(folder) -> dict:
-    "The adapter's configuration, if it is that of plain LoRA"
+    "Read the adapter's configuration; raise `ValueError` unless it is plain LoRA"
     if not (folder/'adapter_config.json').is_file():
-        raise FileNotFoundError(f'{str(folder)!r} has no adapter_config.json, so it is no adapter that peft saved')
+        raise FileNotFoundError(f'{str(folder)!r} has no adapter_config.json, so it is not an adapter saved by peft')
     c = read_json(folder/'adapter_config.json')
     odd = [k for k, v in c.items() if k not in PLAIN and v]
     odd += ['bias'] if c.get('bias', 'none') != 'none' else []
     if c.get('peft_type') != 'LORA' or odd:
         raise ValueError(f'{str(folder)!r} is not a plain LoRA: {", ".join(odd) or c.get("peft_type")}')
     if (start := c.get('init_lora_weights', True)) not in STARTS:
-        raise ValueError(f'{str(folder)!r} was begun with init_lora_weights={start!r}, which '
+        raise ValueError(f'{str(folder)!r} was initialized with init_lora_weights={start!r}, which '
                          'changes the base that A and B belong to. '
                          'Save it again in peft with path_initial_model_for_weight_conversion, '
                          'which makes it a plain LoRA; or, if the '
-                         'model that you load is that changed base, say "init_lora_weights": true '
+                         'model that you load is that changed base, set "init_lora_weights": true '
                          'in its adapter_config.json')
     for k, kinds in (('r', int), ('lora_alpha', (int, float))):
         if isinstance(c.get(k), bool) or not isinstance(c.get(k), kinds):
@@ -137,7 +138,7 @@ def _plain_config(folder) -> dict:
 
 # %% ../../nbs/adapters/lowrank.ipynb #c27cbe45
 def _pairs(folder) -> dict[str, dict[str, Tensor]]:
-    "{name of a weight: {'A': tensor, 'B': tensor}}"
+    "Read the tensors as {name of a weight: {'A': tensor, 'B': tensor}}"
     file = folder/'adapter_model.safetensors'
     if not file.is_file():
         raise FileNotFoundError(f'{str(folder)!r} has no adapter_model.safetensors; pickled adapters are not read')
@@ -162,7 +163,7 @@ def _check_pairs(model, folder, r, pairs):
         if n not in params:
             raise ValueError(f'{str(folder)!r} changes {n!r}, and the model has no parameter of that name')
         if params[n].ndim != 2:
-            raise ValueError(f'{str(folder)!r} changes {n!r}, which is no matrix')
+            raise ValueError(f'{str(folder)!r} changes {n!r}, which is not a matrix')
         out, inp = oriented(model, n, params[n]).shape
         for k, shape in (('A', (r, inp)), ('B', (out, r))):
             if k not in pair:

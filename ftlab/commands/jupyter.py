@@ -21,12 +21,11 @@ __all__ = ['free_port', 'lab_settings', 'widgets_folder', 'no_screen', 'ended_by
 
 # %% ../../nbs/commands/jupyter.ipynb #001b513c
 def free_port(port:int, tries:int=50) -> int:
-    """`port`, or the next free one;
-    raises `OSError` if there is none among `tries`"""
+    """Return `port`, or the next free one; raises `OSError` if none of `tries` ports is free"""
     for p in range(port, min(port + tries, 65536)):
         with socket.socket() as s:
             if os.name != 'nt':
-                s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1) # a port that was closed a moment ago is free
+                s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1) # a port that was just closed is free
             try:
                 s.bind(('127.0.0.1', p))
                 return p
@@ -36,8 +35,8 @@ def free_port(port:int, tries:int=50) -> int:
                   'ftlab lab --port 9000, or make lab PORT=9000')
 
 def lab_settings(folder:str|Path) -> Path:
-    """Write JupyterLab settings, which the reader's own override, into `folder`;
-    returns it for JUPYTER_CONFIG_PATH"""
+    """Write JupyterLab settings, which the reader's own settings override, into `folder`;
+    return it for JUPYTER_CONFIG_PATH"""
     settings = {'@jupyterlab/docmanager-extension:plugin': dict(defaultViewers=dict(markdown='Markdown Preview')),
                 '@jupyterlab/apputils-extension:notification': dict(
                     fetchNews='false', checkForUpdates=False)}
@@ -48,7 +47,7 @@ def lab_settings(folder:str|Path) -> Path:
 
 # %% ../../nbs/commands/jupyter.ipynb #00074c8e
 def widgets_folder() -> Path|None:
-    """The folder of the widgets' browser half, if JupyterLab would not search it; else `None`"""
+    """Return the folder of the widgets' browser part if JupyterLab would not search it, else `None`"""
     found = next((f for f in metadata.files('jupyterlab_widgets') or () if f.name == 'package.json'
                   and 'labextensions' in f.parts),
                  None)
@@ -56,14 +55,14 @@ def widgets_folder() -> Path|None:
     return folder if folder and folder != Path(sys.prefix).resolve()/'share'/'jupyter'/'labextensions' else None
 
 def no_screen() -> bool:
-    "On Linux: is there no display on which a browser could open?"
+    "Tell whether this is Linux without a display, so that no browser can open"
     return sys.platform.startswith('linux') and not any(map(os.environ.get, ('DISPLAY', 'WAYLAND_DISPLAY')))
 
 # %% ../../nbs/commands/jupyter.ipynb #001c513c
 @contextmanager
 def ended_by_signals():
     """Turn the signals that ask a process to end into `SystemExit`,
-    so that what it started is ended and what it made is removed"""
+    so that it can end its children and remove its files"""
     def end(number, frame):
         raise SystemExit(128 + number)
     asked = [signal.SIGTERM] + [s for s in (getattr(signal, 'SIGHUP', None),) if s
@@ -76,10 +75,10 @@ def ended_by_signals():
             signal.signal(s, handler)
 
 def until_it_ends(command:list[str], env:dict,
-                  patience:float=15. # seconds that it has to end once it was asked to
+                  patience:float=15. # seconds to wait after asking it to end
                  ) -> int:
-    """Run a command, wait for it and return its exit code. Ctrl-C is left to the command;
-    whatever else ends this process ends the command too."""
+    """Run a command, wait for it and return its exit code. The command handles Ctrl-C;
+    anything else that ends this process ends the command too."""
     process = subprocess.Popen(command, env=env)
     try:
         while True:
@@ -119,7 +118,7 @@ def run_lab(a:argparse.Namespace) -> tuple[dict, str]:
     return {}, ''
 
 def _flags(root:Path, page:str, port:int, no_browser:bool) -> list[str]:
-    "What JupyterLab is started with"
+    "Return the command-line flags for JupyterLab"
     flags = [f'--ServerApp.root_dir={root}', f'--LabApp.default_url=/lab/tree/{page}',
              f'--port={port}', '--ServerApp.port_retries=0']
     if apart := widgets_folder():

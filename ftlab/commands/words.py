@@ -25,11 +25,11 @@ _FREE = r"""(?<![\w./'"-])"""                    # not inside a name, a path or 
 
 def option(name:str # of a parameter
           ) -> str:
-    "What the shell calls a parameter"
+    "Return what the shell calls a parameter"
     return '--' + ELSEWHERE.get(name, name).replace('_', '-')
 
 def _with_value(name:str, value:str|None, verb:str) -> str:
-    "`name=value` as a user types it"
+    "Return `name=value` as a user types it"
     if value == 'False':
         return (f'{verb}--no-{name}' if name in SWITCHES else f'leave {option(name)} out')
     if value in (None, 'True'):
@@ -53,7 +53,7 @@ _ASSIGNED = re.compile(
 def with_options(text:str,           # an error of the library
                  names:Iterable[str] # the parameters that have an option here
                 ) -> str:
-    """`text` with options in place of parameters: `max_length=9` becomes `--max-length 9`,
+    """Replace parameters in `text` by options: `max_length=9` becomes `--max-length 9`,
     and `columns={'prompt': 'q'}` becomes `--columns prompt=q`"""
     names = {*names} | {k for k, v in ELSEWHERE.items() if v in names}
 
@@ -93,7 +93,7 @@ PHRASES = (  # (what an error of the library says, what the shell says instead)
     (r', or of another kind: see kind=', ', or of another kind of model'),
     (r'or give validation= and test=', 'or name test rows with --eval'),
     (r"the keys are the names ftlab uses (\(.*?\)), the values those in the source",
-     r'left of = stand the names that ftlab uses \1, right of it those of your columns'),
+     r'write the names that ftlab uses \1 left of =, and those of your columns right of it'),
     (r', or a function \(model, tok, rows\) -> number, higher is better', ''),
     (r', or tell Recipes apart with \.named\(\.\.\.\)', ''),
     (r'give a GeneralTracker object, or one of ', 'name one of '),
@@ -118,32 +118,32 @@ PHRASES = (  # (what an error of the library says, what the shell says instead)
 def in_shell_words(text:str,           # an error, or a finding of the doctor
                    names:Iterable[str] # the parameters that have an option here
                   ) -> str:
-    "`text` for someone who typed a command: advice from `PHRASES`, parameters as options"
+    "Translate `text` for the shell: advice from `PHRASES`, parameters as options"
     for said, instead in PHRASES:
         text = re.sub(said, instead, text)
     return with_options(text, names)
 
 # %% ../../nbs/commands/words.ipynb #000dw5c1
 class Failed(Exception):
-    "What a command started has not ended well; the message is a sentence for the user"
+    "Something that a command started has failed; the message is a sentence for the user"
 
 FORESEEN = (Failed, ValueError, KeyError, OSError, FloatingPointError)
 OUT_OF_MEMORY = ('MemoryError', 'OutOfMemoryError')
 
 def spoken(e:Exception, names:Iterable[str]) -> str:
-    "An error in one line, in the shell's words"
+    "Return an error as one line, in the shell's words"
     text = ' '.join(str(e.args[0] if isinstance(e, KeyError) and e.args else e).split())
     kind = type(e).__name__
     if kind in OUT_OF_MEMORY:
         return f'memory is full; choose a smaller --batch-size or --max-length ({text or kind})'
-    # Python raises KeyError with the bare key: a sentence of ours has several words
+    # Python raises KeyError with the bare key; our own messages have several words
     if isinstance(e, FORESEEN) and (' ' in text if isinstance(e, KeyError) else text):
         return in_shell_words(re.sub(r'^\[Errno -?\d+\] ', '', text), names)
     return f'unexpected error, {kind}: {text}; run it again with --debug to see where'
 
 @contextmanager
 def notes(names:Iterable[str]):
-    "Show warnings of ftlab as one line on standard error, in the shell's words; others as always"
+    "Show ftlab's warnings as one line on standard error, in the shell's words; others as usual"
     own = str(Path(__file__).parents[1])
     with warnings.catch_warnings():
         show = warnings.showwarning

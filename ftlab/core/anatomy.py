@@ -18,22 +18,22 @@ __all__ = ['FAMILIES', 'Layout', 'Family', 'Block', 'Anatomy', 'UnknownArchitect
 # %% ../../nbs/core/anatomy.ipynb #0009ebff
 @dataclass(frozen=True)
 class Layout:
-    "What one kind of block calls its parts"
-    block:str                 # where the blocks are, '#' for their number: 'layers.#'
+    "The names of the parts in one kind of block"
+    block:str                 # where the blocks are, with '#' for the block's number: 'layers.#'
     attention:dict[str,str]   # role -> module inside the block
     mlp:dict[str,str]         # role -> module inside the block
     norms:dict[str,str]       # role -> module inside the block
-    positions:dict[str,str] = field(default_factory=dict) # role -> module that says where a token stands
+    positions:dict[str,str] = field(default_factory=dict) # role -> module of learned positions
 
 @dataclass(frozen=True)
 class Family:
-    """What one family of models calls its parts,
-    below the prefix (`model.`, `bert.`) that a model with a head puts before them"""
+    """The names of the parts in one family of models,
+    without the prefix (`model.`, `bert.`) that a model with a head adds"""
     embedding:str             # the module of the token embedding
     layouts:tuple[Layout,...] # the kinds of block, in the order in which they run
     norms:dict[str,str]       # role -> module outside the blocks
-    heads:tuple[str,...]      # modules that may be the head, full names; the first that exists is it
-    positions:str|None=None   # the module of the learned positions, if any
+    heads:tuple[str,...]      # full names of modules that may be the head; the first that exists
+    positions:str|None=None   # the module of the learned positions, if there is one
     around:dict[str,tuple[str,str]] = field(default_factory=dict) # other modules outside the blocks -> (part, role)
 
 # %% ../../nbs/core/anatomy.ipynb #000bebff
@@ -65,13 +65,13 @@ _VIT = Layout('layers.#', {r: f'attention.{r}_proj' for r in 'qkvo'},
               dict(up='mlp.fc1', down='mlp.fc2'), dict(attention='layernorm_before', mlp='layernorm_after'))
 
 def _t5(stack, mlp, cross={}, norms={}):
-    "T5's layout; the MLP is the last part of a block: number 1 in the encoder, 2 in the decoder"
+    "Lay out one of T5's stacks; the MLP is the last part of a block: number 1 in the encoder, 2 in the decoder"
     dense = f'layer.{mlp}.DenseReluDense'
     return Layout(f'{stack}.block.#' + '?'*(stack == 'decoder'),
                   {r: f'layer.0.SelfAttention.{r}' for r in 'qkvo'} | cross,
                   dict(gate=f'{dense}.wi_0?', up=f'{dense}.wi|{dense}.wi_1', down=f'{dense}.wo'),
                   dict(attention='layer.0.layer_norm', **norms, mlp=f'layer.{mlp}.layer_norm'),
-                  # the first block's, which all blocks use
+                  # only in the first block, used by all
                   dict(relative='layer.0.SelfAttention.relative_attention_bias?'))
 _T5 = _t5('encoder', 1), _t5('decoder', 2,
                              {f'cross_{r}': f'layer.1.EncDecAttention.{r}' for r in 'qkvo'},
@@ -112,20 +112,20 @@ FAMILIES = dict( # by the model_type of the configuration
 # %% ../../nbs/core/anatomy.ipynb #0012ebff
 @dataclass(frozen=True)
 class Block:
-    "One block of a model. A role names one weight, and its bias has the same role."
+    "One block of a model. A role names one weight; its bias has the same role."
     index:int                   # counted through the whole model, from 0
     name:str                    # 'model.layers.2'
     attention:dict[str,str]     # role (q, k, v, o, or qkv, o) -> name of the weight
     mlp:dict[str,str]           # role (gate, up, down, or up, down) -> name of the weight
     norms:dict[str,str]         # role (attention, mlp, q_norm, ...) -> name of the weight
-    biases:dict[str,str]        # every role above -> name of its bias, '' where it has none
+    biases:dict[str,str]        # every role above -> name of its bias, '' if it has none
     parameters:tuple[str,...]   # every parameter of the block, in the model's order
     positions:dict[str,str] = field(default_factory=dict) # role (relative) -> name of learned positions
 
 # %% ../../nbs/core/anatomy.ipynb #0014ebff
 @dataclass(frozen=True, repr=False)
 class Anatomy:
-    "Where everything is in a model; made by `anatomy`"
+    "A map of a model's parameters, made by `anatomy`"
     family:str                        # the model_type
     blocks:tuple[Block,...]           # in the order in which they run
     embedding:str                     # the token embedding
@@ -134,7 +134,7 @@ class Anatomy:
     head:str|None                     # the head's weight; the embedding's name when tied; None if no rule finds one
     tied:bool                         # are head and embedding one tensor?
     transposed:frozenset[str]         # weights stored as [in, out] (Conv1D); all others are [out, in]
-    other:tuple[str,...]              # parameters that no rule names (pooler, token types, ...)
+    other:tuple[str,...]              # parameters without a rule (pooler, token types, ...)
     biases:dict[str,str]              # outside the blocks: role of the weight (final, embedding, head, tokens) -> name
     shapes:dict[str,tuple[int,...]]   # the shape of every parameter, as stored
     around:dict[str,tuple[str,str]] = field(default_factory=dict) # more parameters outside the blocks -> (part, role)
@@ -145,7 +145,7 @@ class Anatomy:
         return _locations(self)
 
     def location(self, name:str) -> tuple[int|None,str,str]:
-        """(block index or None, part, role) of a parameter. Parts: attention, mlp, norm, bias,
+        """Return (block index or None, part, role) of a parameter. Parts: attention, mlp, norm, bias,
         embedding, head, other. Raises `KeyError` for a name that the model does not have."""
         if name not in self.locations:
             raise KeyError(f'this {self.family} model has no parameter called {name!r}; its first '
@@ -153,18 +153,18 @@ class Anatomy:
         return self.locations[name]
 
     def matrices(self, part:str|None=None) -> list[str]:
-        """The names of the weight matrices inside the blocks, block by block, of 'attention',
-        'mlp' or (None) both. Raises `ValueError` for another part."""
+        """List the weight matrices inside the blocks, block by block, of 'attention',
+        'mlp' or (None) both. Raises `ValueError` for any other part."""
         if part not in (None, 'attention', 'mlp'):
             raise ValueError(f"part is {part!r}; it must be 'attention', 'mlp' or None for both")
         return [n for b in self.blocks for p in ('attention', 'mlp') if part in (None, p)
                 for n in getattr(b, p).values()]
 
     def rows(self) -> list[dict[str,str]]:
-        "What `describe` shows, as data: one row per role, blocks that look alike taken together"
+        "Return what `describe` shows, as data: one row per role, identical blocks merged"
         return _rows(self)
     def describe(self) -> str:
-        "A plain table of blocks and roles with names and shapes"
+        "Return a plain table of blocks and roles with names and shapes"
         return _table(self)
     __repr__ = describe
 
@@ -189,7 +189,7 @@ def _locations(a:Anatomy) -> dict[str,tuple[int|None,str,str]]:
 
 # %% ../../nbs/core/anatomy.ipynb #0018ebff
 def _row(a:Anatomy, where:str, part:str, role:str, name:str, bias,
-         short:int=0 # letters of the name to leave out
+         short:int=0 # how many letters to drop from the front of the name
         ) -> dict[str,str]:
     shape = ' x '.join(map(str, a.shapes[name])) + (' [in, out]' if name in a.transposed else '')
     return dict(where=where, part=part, role=role, name=name[short:], shape=shape,
@@ -223,7 +223,7 @@ def _html_table(a:Anatomy) -> str:
 
 # %% ../../nbs/core/anatomy.ipynb #001aebff
 class UnknownArchitecture(ValueError):
-    "The model's parameters cannot all be given their places"
+    "Raised when a model's parameters cannot all be mapped"
 
 _WRAPPED = ('If it is wrapped (by peft, torch.compile or DistributedDataParallel) or carries '
             'adapters, pass the plain model inside')
@@ -232,7 +232,7 @@ def _some(names):
     return ', '.join(list(names)[:3]) + (f' and {len(names) - 3} more' if len(names) > 3 else '')
 
 def _named(prefix, modules, there) -> dict[str,str]:
-    "role -> weight, for modules below `prefix`; what may be missing and is, is left out"
+    "Map role -> weight for modules below `prefix`; optional modules that are missing are left out"
     found = {r: [f'{prefix}{m}.weight' for m in spec.removesuffix('?').split('|')]
              for r, spec in modules.items()}
     return {r: next((n for n in names if n in there), names[0]) for r, names in found.items()
@@ -240,7 +240,7 @@ def _named(prefix, modules, there) -> dict[str,str]:
 
 # %% ../../nbs/core/anatomy.ipynb #001cebff
 def _block(index, name, inside, layout, family) -> Block:
-    "The block called `name`, whose parameters are `inside`"
+    "Build the block called `name`, whose parameters are `inside`"
     parts = [_named(f'{name}.', d, inside) for d in (layout.attention, layout.mlp, layout.norms)]
     positions = _named(f'{name}.', layout.positions, inside)
     weights = {r: n for d in parts for r, n in d.items()}
@@ -255,7 +255,7 @@ def _block(index, name, inside, layout, family) -> Block:
                  tuple(inside), positions)
 
 def _blocks(names, stem, row, family) -> tuple[Block,...]:
-    "All blocks of a model with parameters `names`, kind by kind"
+    "Build all blocks of a model with parameters `names`, layout by layout"
     out = []
     for layout in row.layouts:
         found = {}
@@ -272,23 +272,23 @@ def _blocks(names, stem, row, family) -> tuple[Block,...]:
 
 # %% ../../nbs/core/anatomy.ipynb #001eebff
 def _family(model, families) -> tuple[str,Family]:
-    "The model type and its row; raises `UnknownArchitecture` if there is none"
+    "Return the model type and its row. Raises `UnknownArchitecture` if there is none."
     family, kind = getattr(getattr(model, 'config', None), 'model_type', None), type(model).__name__
     known = f'Known model types: {", ".join(families)}'
     if not family:
         raise UnknownArchitecture(f'{kind} has no config.model_type, so its architecture cannot be '
                                   f'looked up. {known}. {_WRAPPED}.')
     if family not in families:
-        raise UnknownArchitecture(f'no row of the table describes model type {family!r} ({kind}). {known}. '
-                                  'Another type needs a Family of its own: see anatomy(model, families=...).')
+        raise UnknownArchitecture(f'the table has no row for model type {family!r} ({kind}). {known}. '
+                                  'Another type needs its own Family: see anatomy(model, families=...).')
     return family, families[family]
 
 def _weight(module, params) -> str|None:
-    "The parameter that a table's name means: the module's weight, or a bare parameter of that name"
+    "Return the parameter for a name in the table: the module's weight, or a bare parameter of that name"
     return next((n for n in (f'{module}.weight', module) if n in params), None)
 
 def _stem(model, row, params, family) -> str:
-    "What stands before the names of the table in this model"
+    "Return the prefix of the table's names in this model"
     stems = [f'{p}.' if p else '' for p in dict.fromkeys((getattr(model, 'base_model_prefix', ''), ''))]
     for s in stems:
         if _weight(s + row.embedding, params):
@@ -297,7 +297,7 @@ def _stem(model, row, params, family) -> str:
                               f'but this {type(model).__name__} has neither; it has {_some(params)}. {_WRAPPED}.')
 
 def _outer_norms(stem, row, params, family) -> dict[str,str]:
-    "role -> norm outside the blocks"
+    "Map role -> norm outside the blocks"
     norms = _named(stem, row.norms, params)
     absent = [n.removesuffix('.weight') for n in norms.values() if n not in params]
     if absent:
@@ -306,10 +306,10 @@ def _outer_norms(stem, row, params, family) -> dict[str,str]:
 
 # %% ../../nbs/core/anatomy.ipynb #0020ebff
 def anatomy(model:nn.Module,                      # a plain transformers model, with a head or without
-            families:dict[str,Family]=FAMILIES    # model_type -> what it calls its parts
+            families:dict[str,Family]=FAMILIES    # model_type -> its names
            ) -> Anatomy:
     """Map a model's parameters to blocks, parts and roles.
-    Raises `UnknownArchitecture` for a model that the table does not describe."""
+    Raises `UnknownArchitecture` if the table does not describe the model."""
     family, row = _family(model, families)
     params = dict(model.named_parameters())
     listed = {id(p): n for n, p in params.items()}

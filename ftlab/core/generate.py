@@ -12,7 +12,7 @@ __all__ = ['render', 'render_within', 'left_pad', 'generate']
 
 # %% ../../nbs/core/generate.ipynb #0005d6cd
 def render(prompts:list[str|list], tok) -> list[list[int]]:
-    "The token ids of each prompt, ready for the answer to follow"
+    "Return the token ids of each prompt, ending where the answer begins"
     if tok.chat_template is None:
         return tok([p if isinstance(p, str) else p[-1]['content'] for p in prompts],
                    verbose=False).input_ids
@@ -22,14 +22,14 @@ def render(prompts:list[str|list], tok) -> list[list[int]]:
 
 def render_within(prompts:list[str|list], tok, max_new_tokens:int,
                   *models) -> tuple[list[list[int]], int]:
-    """`render`, cut from the left, and how many tokens an answer may have,
-    where the models' positions end: see `answer_room`"""
+    """Render prompts and cut them from the left to the models' position tables.
+    Returns the token ids and how many tokens an answer may have: see `answer_room`."""
     most, new = answer_room(max_new_tokens, *models)
     ids = render(prompts, tok)
     return [i if most is None else i[-most:] for i in ids], new
 
 def left_pad(rows:list[list[int]], pad_id:int, device=None) -> dict[str, torch.Tensor]:
-    "Ids and mask, [rows, longest], padded on the left"
+    "Pad on the left; returns `input_ids` and `attention_mask`, [rows, longest]"
     n = max(map(len, rows))
     return dict(input_ids=torch.tensor([[pad_id]*(n - len(r)) + r for r in rows], device=device),
                 attention_mask=torch.tensor([[0]*(n - len(r)) + [1]*len(r) for r in rows],
@@ -39,13 +39,13 @@ def left_pad(rows:list[list[int]], pad_id:int, device=None) -> dict[str, torch.T
 @torch.no_grad()
 def generate(model, tok, prompts:list, # strings, or lists of chat messages
              max_new_tokens:int=64,    # longest answer, in tokens
-             sample:bool=False,        # draw from the model's distribution; False: always the likeliest token
-             temperature:float=1.,     # of the draw
+             sample:bool=False,        # sample from the model's distribution; False: always the most likely token
+             temperature:float=1.,     # of the sampling; below 1 sharper
              batch_size:int=200,       # prompts at once
-             generator_seed:int|None=None # seed of the draw; None: torch's own state
+             generator_seed:int|None=None # seed of the sampling; None: torch's own state
             ) -> list[str]:            # one answer a prompt, without special tokens
-    """Answer every prompt; the model is put into evaluation mode for it, and back.
-    Where its positions end, prompts and answers are cut: see `answer_room`"""
+    """Answer every prompt, in evaluation mode; the model's own mode is restored afterwards.
+    Prompts and answers are cut to the model's position table: see `answer_room`."""
     ids, longest = render_within(prompts, tok, max_new_tokens, model)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     out = [None]*len(ids)

@@ -15,46 +15,46 @@ __all__ = ['State']
 # %% ../../nbs/core/state.ipynb #0005feda
 @dataclass(slots=True, eq=False, repr=False)
 class State:
-    "Everything that a part of a run may look at; a field that is not declared here cannot be set"
+    "Hold everything that the parts of a run share; undeclared fields cannot be set"
     model:object                        # what is trained
-    tok:object=None                     # its tokenizer; None for data that are no text
+    tok:object=None                     # its tokenizer; None for data that is not text
     models:dict=None                    # by name: 'policy', 'reference', a recipe's learners
-    learners:dict=field(default_factory=dict) # by name: what trains each learner
+    learners:dict=field(default_factory=dict) # by name: the trainer of each learner
     attached:object=None                # the change on the model
     optimizer:object=None               # the step's optimizer, where it has one
     source:object=None                  # where batches come from
     callbacks:list=field(default_factory=list)
     device:object=None                  # a torch.device
-    accelerator:object=None             # accelerate's, for mixed precision and several processes
+    accelerator:object=None             # an accelerate.Accelerator, for mixed precision and several processes
     settings:dict=field(default_factory=dict) # of `fit`
-    data:object=None                    # the `Data` that is learned from
+    data:object=None                    # the `Data` to learn from
     rows:list=field(default_factory=list)       # its training rows, encoded
     validation:list=field(default_factory=list) # its validation rows, encoded
     given:Callable|None=None            # () -> the source of the data as given
-    limit:int|None=None                 # tokens a row
+    limit:int|None=None                 # most tokens in a row
     pad_id:int=0                        # the token that fills short rows
     seed:int=0                          # of the run
     step:int=0                          # from 0
     steps:int=0                         # how many there will be
-    tokens:int=0                        # that the model has read
+    tokens:int=0                        # tokens that the model has read
     batches:list=field(default_factory=list)    # all micro-batches of this step
-    batch:dict|None=None                # the micro-batch at hand
-    logits:torch.Tensor|None=None       # what the model said to it
-    nll:torch.Tensor|None=None          # each token's, where an objective found it without whole logits
-    count:float=1.                      # labelled tokens of the whole step (rows, where there are no labels)
-    whole_logits:bool=True              # does anyone besides the objective look at the logits?
-    log:list=field(default_factory=list)  # one row for every step done
+    batch:dict|None=None                # the current micro-batch
+    logits:torch.Tensor|None=None       # the model's output for it
+    nll:torch.Tensor|None=None          # each token's loss, if the objective computed it without the full logits
+    count:float=1.                      # labelled tokens of the whole step (rows, if there are no labels)
+    whole_logits:bool=True              # does anything besides the objective read the logits?
+    log:list=field(default_factory=list)  # one row for every finished step
     path:list=field(default_factory=list) # what callbacks measured
-    extra:dict=field(default_factory=dict) # notes of one part for the log or for callbacks; not kept in checkpoints
-    stop:bool|str=False                 # True: the run's work is done; 'by hand': somebody wants it to end here
+    extra:dict=field(default_factory=dict) # values for the log or for callbacks; not kept in checkpoints
+    stop:bool|str=False                 # True: the run is finished; 'by hand': the user wants it to end here
 
     def __post_init__(self):
         if self.models is None:
             self.models = {'policy': self.model}
 
     def forward(self) -> torch.Tensor:
-        """Run the model on `state.batch` and keep its logits, [batch, tokens, words] or [batch,
-        classes]"""
+        """Run the model on `state.batch` and keep its logits:
+        [batch, tokens, vocabulary] or [batch, classes]"""
         self.logits = self.model(**model_inputs(self.batch)).logits
         return self.logits
 

@@ -77,5 +77,5 @@ static int run(const Rows& k, bool slopes, int type, void* stream) {
   else launch<F16>(k, slopes, s);
   return (int)cudaGetLastError();
 }
-extern "C" int ftlab_row_prices(const Rows* k, int type, void* stream) { return run(*k, false, type, stream); }
+extern "C" int ftlab_row_stats(const Rows* k, int type, void* stream) { return run(*k, false, type, stream); }
 extern "C" int ftlab_row_gradient(const Rows* k, int type, void* stream) { return run(*k, true, type, stream); }

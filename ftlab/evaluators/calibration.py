@@ -13,9 +13,9 @@ __all__ = ['confidence', 'reliability', 'ece', 'brier', 'calibration']
 
 # %% ../../nbs/evaluators/calibration.ipynb #0005fff1
 def confidence(logits:Tensor, # [batch, tokens, words], or [batch, classes]
-               labels:Tensor  # [batch, tokens], or [batch]; -100 where nothing is asked
-              ) -> tuple[Tensor, Tensor]: # how sure, and whether right, one number each for every place that was asked
-    "The probability of the likeliest word at each priced place, and whether it is the right one"
+               labels:Tensor  # [batch, tokens], or [batch]; -100 where there is no label
+              ) -> tuple[Tensor, Tensor]: # confidence, and 1 if right else 0: one value each per labelled position
+    "Return the probability of the likeliest word at each labelled position, and whether it is right"
     if labels.ndim > 1:
         logits, labels, on = logits[:, :-1], labels[:, 1:], loss_mask(labels)
     else:
@@ -25,15 +25,15 @@ def confidence(logits:Tensor, # [batch, tokens, words], or [batch, classes]
 
 # %% ../../nbs/evaluators/calibration.ipynb #0007fff1
 def reliability(sure:Tensor,  # confidences in [0, 1]
-                right:Tensor, # 1 where right, else 0, as many
+                right:Tensor, # 1 where right, else 0; as many as `sure`
                 bins:int=10   # of equal width
-               ) -> list[dict]: # one row a bin that is not empty: low, high, n, sure (mean confidence), right (share)
-    """How often a model is right, by how sure it is.
-    Raises `ValueError` for no numbers or confidences outside [0, 1]."""
+               ) -> list[dict]: # one row per non-empty bin: low, high, n, sure (mean confidence), right (share)
+    """Compute how often a model is right at each level of confidence.
+    Raises `ValueError` for empty or unequal inputs, or confidences outside [0, 1]."""
     sure, right = sure.double().flatten(), right.double().flatten()
     if not len(sure) or len(sure) != len(right):
         raise ValueError(f'there are {len(sure)} confidences and {len(right)} outcomes; '
-                         'give as many of each, one at least')
+                         'give as many of each, at least one')
     if float(sure.min()) < 0 or float(sure.max()) > 1 + 1e-6:
         raise ValueError(f'confidences run from {float(sure.min()):.3g} to '
                          f'{float(sure.max()):.3g}; they must be probabilities, in [0, 1]')
@@ -45,18 +45,18 @@ def reliability(sure:Tensor,  # confidences in [0, 1]
 
 # %% ../../nbs/evaluators/calibration.ipynb #0009fff1
 def ece(sure:Tensor, right:Tensor, bins:int=10) -> float:
-    """Expected calibration error: the mean gap between confidence and share right over `bins`
-    bins, weighed by how many are in each; 0 is best, 1 worst"""
+    """Compute the expected calibration error: the mean gap between confidence and share right over
+    `bins` bins, weighted by their counts; 0 is best, 1 worst"""
     rows = reliability(sure, right, bins)
     return sum(r['n']*abs(r['sure'] - r['right']) for r in rows)/sum(r['n'] for r in rows)
 
 def brier(sure:Tensor, right:Tensor) -> float:
-    """Brier score: the mean of (confidence - outcome) squared; 0 is best,
-    .25 is a coin that knows it"""
+    """Compute the Brier score, the mean of (confidence - outcome) squared; 0 is best,
+    .25 is what a constant confidence of .5 gets"""
     return float((sure.double() - right.double()).square().mean())
 
 def calibration(sure:Tensor, right:Tensor, bins:int=10) -> dict:
-    "Everything above in one record that JSON can hold"
+    "Collect everything above in one record for JSON"
     mean = lambda x: float(x.double().mean())
     return dict(n=len(sure), sure=mean(sure), right=mean(right), ece=ece(sure, right, bins),
                 brier=brier(sure, right), bins=reliability(sure, right, bins))

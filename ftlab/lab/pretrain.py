@@ -19,7 +19,7 @@ __all__ = ['mixture', 'pretraining_rows', 'to_batches', 'hide', 'predictions', '
 
 # %% ../../nbs/lab/pretrain.ipynb #0005eae4
 def mixture(name:str) -> list[tuple[str, int|None, float]]:
-    """What the model `name` reads: (skill, level, share).
+    """Return what the model `name` reads, as (skill, level, share).
     Facts come from the three tiers, 87 : 10 : 3."""
     parts = [(k, None, s.weight) for k, s in SKILLS.items() if s.weight and k != 'fact']
     parts += [('fact', lv, SKILLS['fact'].weight*w) for lv, w in ((1, .87), (2, .10), (3, .03))]
@@ -28,7 +28,7 @@ def mixture(name:str) -> list[tuple[str, int|None, float]]:
     return parts
 
 def pretraining_rows(world:LabWorld, name:str, step:int, n:int=256, seed:int=0) -> list[dict]:
-    "The `n` training rows of one step, fixed by world, model, step and seed"
+    "Draw the `n` training rows of one step, determined by world, model, step and seed"
     rng = random.Random(f'{world.seed}/{seed}/{step}')
     parts = mixture(name)
     picked = rng.choices(parts, [w for *_, w in parts], k=n)
@@ -37,8 +37,8 @@ def pretraining_rows(world:LabWorld, name:str, step:int, n:int=256, seed:int=0) 
 
 # %% ../../nbs/lab/pretrain.ipynb #0006eae4
 def to_batches(rows:list[dict], tok, parts:int=4) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """`parts` padded batches (ids, labels) of rows of like length;
-    only answers and the end carry labels, as prompts are random symbols"""
+    """Make `parts` padded batches (ids, labels) of rows of similar length.
+    Only answers and their end marks have labels, because prompts are random symbols."""
     ids = {w: i for w, i in tok.get_vocab().items()}
     enc = []
     for r in rows:
@@ -56,13 +56,13 @@ def to_batches(rows:list[dict], tok, parts:int=4) -> list[tuple[torch.Tensor, to
 
 # %% ../../nbs/lab/pretrain.ipynb #0008eae4
 def hide(ids:torch.Tensor,    # [rows, tokens], as `to_batches` makes them
-         labels:torch.Tensor, # [rows, tokens]: -100 where no answer is
+         labels:torch.Tensor, # [rows, tokens]; -100 outside of answers
          mask_id:int,         # the token `<mask>`
-         seed:int|None=0      # of what is hidden; None: every answer whole and nothing else
+         seed:int|None=0      # of what is hidden; None: every whole answer and nothing else
         ) -> tuple[torch.Tensor, torch.Tensor]: # ids with words hidden; labels: the hidden words, elsewhere -100
     """Hide words behind `<mask>`:
-    all of the answer in half of the rows, 40% of all words in the others"""
-    # the special tokens stand first in the vocabulary
+    the whole answer in half of the rows, 40% of all words in the others"""
+    # the special tokens are the first in the vocabulary
     word = ids > mask_id
     answer = (labels != -100) & (ids > mask_id)
     if seed is None:
@@ -74,16 +74,16 @@ def hide(ids:torch.Tensor,    # [rows, tokens], as `to_batches` makes them
     return torch.where(hidden, mask_id, ids), torch.where(hidden, ids, -100)
 
 def predictions(model, ids:torch.Tensor, labels:torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and the labels that they are held against:
-    of the next token for a language model, of the same place for the encoder"""
+    """Return the logits and the labels to compare them with:
+    of the next token for a language model, of the same position for the encoder"""
     if model.can_generate():
         return model(ids).logits[:, :-1], labels[:, 1:]
     return model(ids, attention_mask=ids.ne(0).long()).logits, labels
 
 @torch.no_grad()
 def teacher_forced(model, tok, world, skills, n=100, split='validation') -> dict[str, float]:
-    """Share of rows of which every answer token is the most likely one, given the right tokens
-    before it (the encoder: given the question alone): a quick look while training"""
+    """Return the share of rows in which every answer token is the most likely one, given the right
+    tokens before it (for the encoder, given the question alone): a quick evaluation"""
     out = {}
     for s in skills:
         rows = world.rows(s, n, split)
@@ -98,8 +98,8 @@ def teacher_forced(model, tok, world, skills, n=100, split='validation') -> dict
 
 # %% ../../nbs/lab/pretrain.ipynb #000beae4
 def orthogonal(g:torch.Tensor) -> torch.Tensor:
-    """Roughly the nearest matrix with singular values of 1:
-    five Newton-Schulz steps with Muon's coefficients, in the precision of `g`"""
+    """Approximate the nearest matrix with singular values of 1,
+    by five Newton-Schulz steps with Muon's coefficients, in the precision of `g`"""
     x = g if g.shape[0] <= g.shape[1] else g.T
     x = x/x.norm().clamp(min=1e-7)
     for _ in range(5):
@@ -108,7 +108,7 @@ def orthogonal(g:torch.Tensor) -> torch.Tensor:
     return x if g.shape[0] <= g.shape[1] else x.T
 
 class FloatMuon(torch.optim.Optimizer):
-    "What `torch.optim.Muon` with `match_rms_adamw` does, without its cast to bfloat16"
+    "`torch.optim.Muon` with `match_rms_adamw`, without its cast to bfloat16"
 
     def __init__(self, params, lr, weight_decay, momentum=.95):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
@@ -158,7 +158,7 @@ def _load_state(folder, model, opts):
 
 def save_lab(model, tok, folder):
     """Save as a plain Hugging Face folder:
-    float16 on disk, `dtype` float32 in the config, so that it loads in float32"""
+    float16 on disk, `dtype` float32 in the config, so it loads in float32"""
     half = type(model)(model.config)
     half.load_state_dict(model.state_dict())
     half = half.half()
@@ -170,7 +170,7 @@ def save_lab(model, tok, folder):
 
 # %% ../../nbs/lab/pretrain.ipynb #000eeae4
 def _begun(name, out, seed):
-    "What there is to go on with in `out`, or a fresh start: (model, tokenizer, optimizers, step, log)"
+    "Load the state in `out`, or start from step 0: (model, tokenizer, optimizers, step, log)"
     m = MODELS[name]
     masked = m['kind'] == 'masked'
     tok = lab_tokenizer(masked)
@@ -182,7 +182,7 @@ def _begun(name, out, seed):
     return model, tok, opts, 0, []
 
 def _batches_of_step(name, world, tok, step, seed):
-    "The step's padded batches; the encoder's have words hidden, others at every step"
+    "Make the step's padded batches; the encoder's have words hidden, different ones at every step"
     batches = to_batches(pretraining_rows(world, name, step, seed=seed), tok)
     if MODELS[name]['kind'] != 'masked':
         return batches
@@ -191,17 +191,17 @@ def _batches_of_step(name, world, tok, step, seed):
 
 # %% ../../nbs/lab/pretrain.ipynb #c10eeae4
 def _take_step(model, opts, rate, batches) -> float:
-    "One step at that rate; returns the mean loss of the words that are predicted"
+    "Take one step at that rate, and return the mean loss of the predicted words"
     for o in opts:
         for g in o.param_groups:
             g['lr'] = rate
-    priced = sum((lab != -100).sum().item() for _, lab in batches)
+    labelled = sum((lab != -100).sum().item() for _, lab in batches)
     total = 0.
     for ids, lab in batches:
         with torch.autocast('cpu', dtype=torch.bfloat16, enabled=model.can_generate()):
             logits, lab = predictions(model, ids, lab)
         loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), lab.flatten(),
-                                                 reduction='sum')/priced
+                                                 reduction='sum')/labelled
         loss.backward()
         total += loss.item()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
@@ -211,7 +211,7 @@ def _take_step(model, opts, rate, batches) -> float:
     return total
 
 def _skills_on_the_way(name, model, tok, world) -> dict[str, float]:
-    "A quick look at the skills that the model was taught"
+    "Evaluate quickly the skills that the model is taught"
     taught = OLD if 'atlas' in MODELS[name]['skip'] else OLD + ['atlas']
     model.eval()
     found = teacher_forced(model, tok, world, taught)
@@ -222,14 +222,14 @@ def _skills_on_the_way(name, model, tok, world) -> dict[str, float]:
 def pretrain(name:str,          # 'lab-s', 'lab-m' or 'lab-e'
              out:str|Path,      # folder for the model, its revisions `step-N`, and the state to resume from
              seed:int=0,        # of the weights and of the rows; the world is LabWorld(0)
-             steps:int|None=None, # other than the published number
+             steps:int|None=None, # None: the published number
              every:int=100,     # steps between two saved states
-             until:int|None=None # stop after this step, to be resumed later
+             until:int|None=None # stop after this step, to resume later
             ) -> Path:          # the finished model's folder
-    "Pretrain a lab model; called again after an interruption, it resumes"
+    "Pretrain a lab model; resume if called again after an interruption. Raises `ValueError` for lab-l."
     m = MODELS[name]
     if m['version'] != 'lab-v1':
-        raise ValueError(f'{name} is made otherwise: see ftlab.lab.large.pretrain_large')
+        raise ValueError(f'{name} is made differently: see ftlab.lab.large.pretrain_large')
     steps = steps or m['steps']
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)

@@ -22,10 +22,11 @@ __all__ = ['Pairs', 'check_text', 'judged_pairs', 'answer_logp', 'margins', 'pre
 
 # %% ../../nbs/trainers/preferences.ipynb #0006953f
 class Pairs:
-    """Questions with a better and a worse answer, `batch_size` pairs a step,
-    in an order that depends on the seed and the step alone"""
+    """Prompts with a better and a worse answer, `batch_size` pairs per step,
+    in an order that depends only on the seed and the step.
+    Raises `ValueError` for data that are not text, a row without a worse answer, or no pair left."""
     def __init__(self, state,                        # of the run
-                 rejected:str|Callable='rejected',   # the column of the worse answer, or a function (row) -> text
+                 rejected:str|Callable='rejected',   # column of the worse answer, or a function (row) -> text
                  rows:list[dict]|None=None):         # None: the training rows of the data
         check_text(state.data)
         self.batch_size = state.settings['batch_size']
@@ -38,7 +39,7 @@ class Pairs:
         self.pairs = [pair for pair in zip(*sides) if all(map(_teaches, pair))]
         if not self.pairs:
             raise ValueError(f'max_length={state.limit} leaves no answer in any of the {len(rows)} pairs; '
-                             'raise it, if the model can read more')
+                             'raise it if the model can read more')
 
     def next(self, state) -> list[dict]:
         """Return the micro-batches of step `state.step`:
@@ -55,7 +56,7 @@ def check_text(data) -> None:
                          f'the data are of kind {data.kind!r}')
 
 def _teaches(row:dict) -> bool:
-    "Is any of its answer left? The first token has nothing before it that could predict it"
+    "Whether any of the answer is left; the first token of a row cannot be predicted and does not count"
     return any(l != IGNORE for l in row['labels'][1:])
 
 def _worse(row, name):
@@ -63,22 +64,22 @@ def _worse(row, name):
     if isinstance(found, str):
         return found
     if callable(name):
-        raise ValueError(f'rejected gave {found!r} for the prompt {row.get("prompt")!r}; '
-                         'it must return a text')
+        raise ValueError(f'rejected returned {found!r} for the prompt {row.get("prompt")!r}; '
+                         'it must return a string')
     raise ValueError(f'a row has no text in the column {name!r}; pairs need prompt, response '
                      f'(the better answer) and {name}. It has {", ".join(row)}. A file that calls the '
                      'better answer chosen is read with columns={"response": "chosen"}')
 
 # %% ../../nbs/trainers/preferences.ipynb #0008953f
-def judged_pairs(model, tok, rows:list[dict], # questions, with what the judge needs to know
+def judged_pairs(model, tok, rows:list[dict], # prompts, with the columns that the judge needs
                  score:Callable=judge,        # (row, answer) -> number
-                 draws:int=4,                 # answers to each question
-                 temperature:float=1.,        # of the draw
-                 seed:int=0,                  # of the draw
+                 draws:int=4,                 # answers per prompt
+                 temperature:float=1.,        # of sampling
+                 seed:int=0,                  # of sampling
                  max_new_tokens:int|None=None # longest answer; None: as long as the longest response of `rows`
-                ) -> list[dict]:              # rows with `response` the best answer drawn and `rejected` the worst
-    """Make pairs of the model's own answers, told apart by a judge;
-    a question whose answers all score alike gives none"""
+                ) -> list[dict]:              # rows with the best answer as `response`, the worst as `rejected`
+    """Make pairs from the model's own answers, ranked by a judge.
+    A prompt whose answers all have the same score gives no pair."""
     asked = [r for r in rows for _ in range(draws)]
     longest = max_new_tokens or answer_length(rows, tok)
     with torch.random.fork_rng():
@@ -96,11 +97,11 @@ def judged_pairs(model, tok, rows:list[dict], # questions, with what the judge n
 def answer_logp(logits:Tensor, # [batch, tokens, words]
                 labels:Tensor  # [batch, tokens]; -100 outside the answer
                ) -> Tensor:    # [batch]
-    "Return the log-probability of each whole answer, its end included: the sum over its tokens"
+    "Compute the log-probability of each whole answer, including its end token: the sum over tokens"
     return -token_nll(logits, labels).sum(1)
 
 def margins(state) -> Tensor: # [pairs]
-    "Return how much more the policy prefers the chosen answer than the reference does, in nats"
+    "Compute how much more the policy prefers the chosen answer than the reference does, in nats"
     y = state.batch['labels']
     policy = answer_logp(state.forward(), y)
     with torch.no_grad():
@@ -112,7 +113,7 @@ def margins(state) -> Tensor: # [pairs]
 class preference:
     """The mean of `-log sigmoid(beta * margin)` over pairs (Rafailov et al. 2023, equation 7);
     the batches must come from `Pairs`"""
-    beta:float=.1 # how strongly the policy is held to its reference: 0 not at all
+    beta:float=.1 # how strongly the policy is kept near its reference
     needs = frozenset({'reference'})
 
     def __call__(self, state) -> Tensor:

@@ -18,7 +18,7 @@ __all__ = ['Sharded']
 
 # %% ../../nbs/trainers/shard.ipynb #0025191a
 class Sharded:
-    "The model of a state, cut up over processes by FSDP2 until `gather`"
+    "The model of a state, sharded over processes by FSDP2 until `gather`"
     def __init__(self, state:State, processes:Processes):
         att, model = state.attached, state.model
         memo = {id(p): p for p in model.parameters()} | {id(att.originals): att.originals}
@@ -45,7 +45,7 @@ class Sharded:
 
     @torch.no_grad()
     def gather(self) -> None:
-        "Give the model its parameters back, whole"
+        "Gather the whole parameters back into the model"
         for m in self.parts:
             m.reshard()
         for p, q in zip(self.model.parameters(), self.twin.parameters(), strict=True):

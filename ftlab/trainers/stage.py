@@ -38,7 +38,7 @@ __all__ = ['Job', 'run_stage', 'rate_settings', 'Sums']
 # %% ../../nbs/trainers/stage.ipynb #0fa0e146
 @dataclass(kw_only=True)
 class Job:
-    "What all stages of one call of `fit` share"
+    "Everything that the stages of one call of `fit` share"
     model:torch.nn.Module
     tok:object
     data:Data
@@ -46,21 +46,21 @@ class Job:
     settings:dict            # of the whole run
     rows:list                # the training rows, encoded
     validation:list          # the validation rows, encoded
-    limit:int|None           # tokens a row
-    lr:float|None            # that was asked for; None: each recipe's own
-    schedule:str|None        # likewise
+    limit:int|None           # tokens per row
+    lr:float|None            # as given to `fit`; None: each recipe's own
+    schedule:str|None        # as given to `fit`; None: each recipe's own
     base:dict                # the identity of the base
     device:torch.device
     acc:object               # accelerate's
     processes:Processes
-    folder:Path              # of the originals; a temporary one where the run is kept nowhere
+    folder:Path              # of the base weights; a temporary one for a run without `out`
     holder:object            # that temporary folder, or None
     checkpoint:Path          # the file
-    mark:str                 # of this run, drawn when it began; a resumed run has its checkpoint's
-    begun:int|None=None      # the stage of the checkpoint that is gone on from
-    short:bool=False         # did a stage end before its last step?
-    save_every:int=0         # steps; 0: no checkpoints
-    callbacks:tuple=()       # that `fit` was given
+    mark:str                 # random mark of this run; a resumed run takes its checkpoint's
+    begun:int|None=None      # the stage of the checkpoint that is resumed
+    short:bool=False         # whether a stage ended before its last step
+    save_every:int=0         # steps between checkpoints; 0: none
+    callbacks:tuple=()       # as given to `fit`
     progress:bool=True
     shard:bool=False
 
@@ -68,10 +68,10 @@ class Job:
 def run_stage(job:Job,
               recipe:Recipe,                   # of this stage
               settings:dict,                   # of this stage
-              earlier:tuple[int, int]=(0, 0)   # steps and tokens of the stages before
+              earlier:tuple[int, int]=(0, 0)   # steps and tokens of earlier stages
              ) -> Run:
-    """Fit one recipe once. Raises `NotFinite`, whose `run` is what there is so far;
-    any other error leaves the model as it was."""
+    """Fit one recipe once. Raises `NotFinite` for a NaN or infinite loss or gradient; the error's
+    `run` is the Run so far. Any other error leaves the model as it was."""
     with torch.random.fork_rng():
         torch.manual_seed(settings['seed'])
         att, head = _attach(job, recipe, settings)
@@ -81,7 +81,7 @@ def run_stage(job:Job,
             stage.train()
         except BaseException:
             if not stage.sharded:
-                att.detach() # nobody has a handle on the change yet: give the model back as it came
+                att.detach() # the caller has no handle on the change yet
             raise
         run = stage.run(head)
     if stage.trouble:
@@ -93,18 +93,18 @@ def run_stage(job:Job,
 
 # %% ../../nbs/trainers/stage.ipynb #c122191a
 class _Stage:
-    "A stage at work"
+    "A stage while it runs"
     def __init__(self, job, recipe, settings, earlier, att):
         self.job, self.recipe, self.settings = job, recipe, settings
         self.earlier, self.att = earlier, att
         self.trouble, self.interrupted, self.sharded = None, False, None
         number = settings.get('stage', 0)
-        # a stage that is done again must not replace a later one's checkpoint
+        # a stage that is repeated must not replace a later stage's checkpoint
         self.saving = job.save_every > 0 and number >= (job.begun or 0)
         self.resuming = job.begun == number
 
     def prepare(self) -> None:
-        "Make everything that the loop needs, and go on from the checkpoint if it is this stage's"
+        "Build everything that the loop needs, and resume if the checkpoint is of this stage"
         job, recipe = self.job, self.recipe
         self.state = state = _state(job, recipe, self.settings, self.att)
         if job.shard:
@@ -117,7 +117,7 @@ class _Stage:
         self.parts = survivors(state, self.step, recipe.objective)
         if self.saving and job.processes.main:
             check_room(job.checkpoint.parent, bytes_of_checkpoint(state))
-        state.emit('before_load') # whoever lets buffers grow must find them
+        state.emit('before_load') # callbacks that resize buffers need this moment
         if self.resuming:
             load_checkpoint(job.checkpoint, self.parts, state, self.settings)
 
@@ -152,7 +152,7 @@ class _Stage:
             self.params = self.att.parameters()
 
     def after(self, state:State) -> None:
-        "Show and track a step, and keep a checkpoint where it is time"
+        "Show and track a step, and save a checkpoint when it is due"
         self.bar.update(state.step, state.log[-1])
         track(self.job.acc, state.log[-1], *self.earlier)
         due = state.step % self.job.save_every == 0 if self.saving else False
@@ -160,7 +160,7 @@ class _Stage:
             self.save()
 
     def _break_off(self, e) -> None:
-        "Keep what there is, and say which rows did it"
+        "Save what there is, and name the rows of the failing batch"
         if self.saving:
             self.save()
         self.trouble = NotFinite(f'{e}; the batch holds {_batch_names(self.state)}. '
@@ -168,7 +168,7 @@ class _Stage:
                                  'float32 usually fixes this')
 
     def run(self, head:int) -> Run:
-        "What this stage leaves; `head`: the size of a fresh head, counted apart"
+        "Make the stage's `Run`; `head` is the size of a fresh head, which is counted separately"
         job, state = self.job, self.state
         for p in self.params.values():
             p.grad = None
@@ -185,7 +185,7 @@ class _Stage:
 
 # %% ../../nbs/trainers/stage.ipynb #0023191a
 def _rest(state:State) -> None:
-    "Everything in evaluation mode, without gradients"
+    "Put all models in evaluation mode and drop their gradients"
     state.model.eval()
     for l in state.learners.values():
         l.module.eval()
@@ -193,8 +193,8 @@ def _rest(state:State) -> None:
 
 # %% ../../nbs/trainers/stage.ipynb #0026191a
 def _attach(job:Job, recipe:Recipe, settings:dict) -> tuple[Attached, int]:
-    """Choose, keep the originals of what moves itself, attach;
-    returns the change and the size of a fresh head"""
+    """Select, save the originals of weights that train directly, attach;
+    return the change and the size of a fresh head"""
     model = job.model
     chosen = (recipe.select or everything)(model, None, settings['seed'])
     check_selection(model, chosen)
@@ -211,23 +211,24 @@ def _attach(job:Job, recipe:Recipe, settings:dict) -> tuple[Attached, int]:
 
 # %% ../../nbs/trainers/stage.ipynb #0027191a
 def rate_settings(recipe:Recipe,         # of the run, or of one stage
-                  lr:float|None=None,    # that was asked for
-                  schedule:str|None=None # that was asked for
+                  lr:float|None=None,    # as given to `fit`
+                  schedule:str|None=None # as given to `fit`
                  ) -> dict:              # lr and schedule
-    "The learning rate and its schedule: as asked for, else the recipe's own"
+    "Return the learning rate and schedule: those given to `fit`, or else the recipe's own"
     return dict(lr=recipe.lr if lr is None else lr,
                 schedule=recipe.schedule if schedule is None else schedule)
 
 def _step_settings(settings:dict, acc) -> SimpleNamespace:
-    "What a step is given beside the parameters"
+    "Collect what a step receives besides the parameters"
     return SimpleNamespace(
         lr=settings['lr'], weight_decay=settings['weight_decay'], betas=tuple(settings['betas']),
         clip=settings['clip'],
         factor=schedule(settings['schedule'], settings['steps'], settings['warmup']),
         backward=acc.backward)
 
+# %% ../../nbs/trainers/stage.ipynb #5f7ce8b7
 def _state(job:Job, recipe:Recipe, settings:dict, att:Attached) -> State:
-    "The state of a run before its first step"
+    "Make the state of a run before its first step"
     state = State(job.model, job.tok, attached=att, data=job.data, device=job.device,
                   accelerator=job.acc, settings=settings,
                   rows=copy.copy(job.rows), validation=copy.copy(job.validation), limit=job.limit,
@@ -238,12 +239,14 @@ def _state(job:Job, recipe:Recipe, settings:dict, att:Attached) -> State:
         state.models['reference'] = reference_of(job.model, att)
     return state
 
+# %% ../../nbs/trainers/stage.ipynb #5241760f
 def _supply(job:Job, recipe:Recipe, state:State, params:dict, how:SimpleNamespace) -> None:
-    "Create the source, then the learners"
+    """Create the source, then the learners.
+    Raises `ValueError` for packing with a recipe that has its own source."""
     packed, settings = state.settings['packing'], state.settings
     if packed and recipe.own_source:
-        raise ValueError(f'packing=True packs the data as given, but {recipe.name} has a source of its '
-                         f'own; use packing=False')
+        raise ValueError(f'packing=True packs the data as given, but {recipe.name} has its own source; '
+                         f'use packing=False')
     together = packing(job.model, job.data.kind, state.limit) if packed else collate
     state.given = partial(Rows, state.rows, settings['batch_size'], settings['accumulate'],
                           state.seed, state.pad_id, together)
@@ -253,16 +256,17 @@ def _supply(job:Job, recipe:Recipe, state:State, params:dict, how:SimpleNamespac
     state.callbacks.insert(0, Sums(job.processes, list(params.values())))
 
 class Sums:
-    "The callback that sums gradients over processes before anyone looks at them"
+    "Sum gradients over processes before any other callback sees them"
     def __init__(self, processes:Processes, params:list):
         self.processes, self.params = processes, params
 
     def after_backward(self, state):
         self.processes.add_gradients(self.params)
 
+# %% ../../nbs/trainers/stage.ipynb #95c0e593
 @torch.no_grad()
 def _edit(run:Run, recipe:Recipe, folder:Path) -> None:
-    "Replace the change by its edited form, written into the weights themselves"
+    "Replace the change by its edited form, written into the weights"
     att, base = run.delta.attached, None
     try:
         changes = att.changes()
@@ -272,7 +276,7 @@ def _edit(run:Run, recipe:Recipe, folder:Path) -> None:
         write_change(run.model, base,
                      {n: new.get(n, torch.zeros_like(changes[n])) for n in changes})
         run.delta.attached = Attached(run.model, dict.fromkeys(changes, True), {}, {}, base)
-    except BaseException: # half edited, the change is nobody's: give the model back as it came
+    except BaseException: # a half-edited change is of no use: restore the model
         if base is None:
             att.detach()
         else:
@@ -282,7 +286,7 @@ def _edit(run:Run, recipe:Recipe, folder:Path) -> None:
 
 # %% ../../nbs/trainers/stage.ipynb #00a2191a
 def _batch_names(state:State) -> str:
-    "The first words of a batch, to find it by"
+    "Quote the first words of a batch, so that its rows can be found"
     first, n = state.batches[0], sum(map(rows_of, state.batches))
     if 'input_ids' not in first:
         return f'{n} rows of {", ".join(first)}'

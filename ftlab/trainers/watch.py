@@ -18,7 +18,7 @@ __all__ = ['free_memory', 'PeakMemory', 'Progress', 'in_notebook', 'tracking', '
 
 # %% ../../nbs/trainers/watch.ipynb #000c191a
 def free_memory() -> None:
-    """Hand freed memory back to the system, so that what comes next is charged for what it takes:
+    """Return freed memory to the system, so that the next measurement counts only its own memory;
     the C library keeps it otherwise"""
     try:
         ctypes.CDLL(None).malloc_trim(0)
@@ -26,8 +26,8 @@ def free_memory() -> None:
         pass # only glibc has it
 
 class PeakMemory:
-    """Peak bytes while it is open: of the device on a GPU,
-    of the process (above where it began) on a CPU; `None` where the system does not tell"""
+    """Peak bytes within this context: of the device on a GPU, of the process (above its starting
+    point) on a CPU; `None` where the system does not report it"""
     def __init__(self, device):
         self.device = device
 
@@ -43,7 +43,7 @@ class PeakMemory:
         pass
 
     def bytes(self) -> int|None:
-        "The peak so far"
+        "Return the peak so far, in bytes"
         if self.device.type == 'cuda':
             return torch.cuda.max_memory_allocated(self.device)
         top = _status('VmHWM')
@@ -56,7 +56,7 @@ class PeakMemory:
             pass
 
 def _status(key:str) -> int|None:
-    "What Linux says about this process, in bytes"
+    "Read one value that Linux reports about this process, in bytes"
     try:
         lines = Path('/proc/self/status').read_text().splitlines()
         return next(int(l.split()[1])*1024 for l in lines if l.startswith(key))
@@ -65,7 +65,7 @@ def _status(key:str) -> int|None:
 
 # %% ../../nbs/trainers/watch.ipynb #000d191a
 class Progress:
-    "A bar while training, one line when it is over; silent where nobody watches"
+    "A progress bar in a notebook or terminal, removed at the end; elsewhere nothing is shown"
     def __init__(self, name:str, steps:int, show:bool=True):
         self.name, self.steps, self.t, self.handle = name, steps, 0., None
         self.nb, self.tty = show and in_notebook(), show and sys.stderr.isatty()
@@ -75,7 +75,7 @@ class Progress:
             self.handle = display(HTML(''), display_id=True)
 
     def update(self, step:int, row:dict, force:bool=False) -> None:
-        "Show a step's row of the log, at most five times a second"
+        "Show a step's row of the log, at most five times per second"
         if not force and time.time() - self.t < .2:
             return
         self.t = time.time()
@@ -88,14 +88,14 @@ class Progress:
             print(f'\r{said}', end='', file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        "Leave a clean page"
+        "Remove the bar"
         if self.handle:
             self.handle.update(self.html(''))
         elif self.tty:
             print('\r' + ' '*70 + '\r', end='', file=sys.stderr, flush=True)
 
 def in_notebook() -> bool:
-    "Does a Jupyter kernel run this?"
+    "Whether this runs in a Jupyter kernel"
     try:
         from IPython import get_ipython
     except ImportError:
@@ -106,18 +106,18 @@ def in_notebook() -> bool:
 # %% ../../nbs/trainers/watch.ipynb #00a1191a
 @contextmanager
 def tracking(acc, settings:dict):
-    "Start the accelerator's trackers with the run's settings, and finish them whatever happens"
+    "Start the accelerator's trackers with the run's settings, and always finish them"
     if acc.log_with:
         acc.init_trackers('ftlab', config=_flat(settings))
     try:
         yield
     finally:
         for t in acc.trackers:
-            # not `end_training`, which ends the processes' talk for good: another run may follow
+            # not `end_training`, which closes the process group for good: another run may follow
             t.finish()
 
 def _flat(settings:dict, at:str='') -> dict:
-    "Nested settings under names with dots, each a text, a number or nothing, as trackers take them"
+    "Flatten nested settings to names with dots and plain values, as trackers expect them"
     out = {}
     for k, v in settings.items():
         if isinstance(v, dict):
@@ -129,11 +129,11 @@ def _flat(settings:dict, at:str='') -> dict:
 
 def track(acc,
           row:dict,   # of the log
-          steps:int,  # of the stages before
-          tokens:int  # of the stages before
+          steps:int,  # of earlier stages
+          tokens:int  # of earlier stages
          ) -> None:
-    """Give one row to every tracker; one that fails is left out from then on, with a warning:
-    a lost connection must not cost a run"""
+    """Send one row to every tracker. One that fails is dropped with a warning,
+    because a lost connection must not end a run."""
     values = {k: v for k, v in row.items() if k != 'step' and v is not None}
     values['tokens'] = tokens + row['tokens']
     step = steps + row['step']

@@ -198,7 +198,7 @@ template <class T> static bool rows_equal(int type) {
   crossentropy::Rows k{x.data(), with_y ? y.data() : nullptr, labels.data(), out.data(), n, rows, reverse, weight.data(), .3f}, g(k);
   g.x = z.data(); g.out = ours.data();
   crossentropy::plain_runs[0][type](k, 0, rows);
-  if (gpu_crossentropy::ftlab_row_prices(&g, type, nullptr) || !same(x.data(), z.data(), x.size()*sizeof(N))) return false;
+  if (gpu_crossentropy::ftlab_row_stats(&g, type, nullptr) || !same(x.data(), z.data(), x.size()*sizeof(N))) return false;
   for (int64_t i = 0; i < seven*rows; i++) {
     int64_t what = i/rows;
     bool sum = what == crossentropy::SUM || what == crossentropy::OTHER_SUM, top = what == crossentropy::TOP || what == crossentropy::OTHER_TOP;

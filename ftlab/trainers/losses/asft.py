@@ -18,7 +18,7 @@ __all__ = ['asft']
     'plain fine-tuning and DFT.',
     'the official training code (zhuchichi56/ASFT, train_v2.py), which gives direction, mean and the weight 0.1; '
     'its README, whose command has a weight of 0.05; of the paper the abstract')
-def asft(weight:float=.1, # of KL(base || model) in nats, at each token that has a label; the README has 0.05
+def asft(weight:float=.1, # weight of KL(base || model), in nats per answer token; the README has 0.05
          alpha:float=1.   # the power of the probability, as in `dft`
         ) -> Recipe:
     "Anchored supervised fine-tuning: DFT plus a penalty on leaving the base"

@@ -15,7 +15,7 @@ __all__ = ['probability', 'dft']
 # %% ../../../nbs/trainers/losses/dft.ipynb #000577c1
 @dataclass(frozen=True)
 class probability:
-    "The weight `p**alpha` of a token, from its negative log-likelihood"
+    "Weight a token by `p**alpha`, computed from its negative log-likelihood (any shape, in nats)"
     alpha:float=1. # 1 is DFT, 0 is plain fine-tuning
 
     def __call__(self, nll):

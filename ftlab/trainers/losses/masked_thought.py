@@ -15,17 +15,18 @@ __all__ = ['mask_ratio', 'mask_answers', 'masked_thought']
 
 # %% ../../../nbs/trainers/losses/masked_thought.ipynb #00057486
 def mask_ratio(step:int, steps:int, ratio:float, warmup:float) -> float:
-    """The share of tokens hidden at `step` of `steps`:
-    from 0 in a straight line to `ratio` over the first `warmup` of the training"""
+    """Return the share of tokens hidden at `step` of `steps`: it rises linearly from 0 to `ratio`
+    over the first `warmup`, itself a share of the steps"""
     return ratio*min(1., step/(warmup*steps)) if warmup > 0 else ratio
 
+# %% ../../../nbs/trainers/losses/masked_thought.ipynb #c1057486
 @dataclass(frozen=True)
 class mask_answers:
     """Hide answer tokens from the input, never the question or special tokens; the labels stay.
     Raises `ValueError` for settings out of range."""
     ratio:float=.4    # the share of answer tokens that is hidden, in [0, 1)
     warmup:float=.66  # the share of the steps over which it rises from 0
-    noise:str='mask'  # what stands there: 'mask' (the tokenizer's mask, or padding) or 'random' (any word)
+    noise:str='mask'  # what replaces them: 'mask' (the tokenizer's mask, or padding) or 'random' (any token)
 
     def __post_init__(self):
         if not (0 <= self.ratio < 1 and 0 <= self.warmup <= 1):
@@ -38,11 +39,11 @@ class mask_answers:
         x, y, tok = batch['input_ids'], batch['labels'], state.tok
         rate = mask_ratio(state.step, state.steps, self.ratio, self.warmup)
         may = (y != IGNORE) & ~torch.isin(x, torch.tensor(tok.all_special_ids, device=x.device))
-        # one draw a token that may be hidden, row by row, on the CPU:
-        # the same whatever the padding, the micro-batches or the device
+        # one draw for each token that may be hidden, row by row, on the CPU: the result
+        # does not depend on padding, micro-batches or device
         u = torch.ones(x.shape).masked_scatter(may.cpu(), torch.rand(int(may.sum()))).to(x.device)
         blank = tok.mask_token_id if tok.mask_token_id is not None else state.pad_id
-        # given that it is below the rate, u/rate is uniform again: it names the random word without a second draw
+        # where u is below the rate, u/rate is uniform again, so it also chooses the random token
         words = torch.full_like(x, blank)
         if self.noise == 'random' and rate:
             words = (u/rate*len(tok)).long().clamp(max=len(tok) - 1)

@@ -16,7 +16,7 @@ __all__ = ['paired', 'dpo']
 # %% ../../../nbs/trainers/rl/dpo.ipynb #000b953f
 @dataclass(frozen=True)
 class paired:
-    "A source of pairs: the data's response is the chosen answer"
+    "Make the source of pairs, in which the data's response is the chosen answer; see `Pairs`"
     rejected:str|Callable='rejected' # the column of the worse answer, or a function (row) -> text
 
     def __call__(self, state) -> Pairs:
@@ -25,6 +25,7 @@ class paired:
     def __repr__(self):
         return 'pairs'
 
+# %% ../../../nbs/trainers/rl/dpo.ipynb #c1000b95
 def _backwards(row) -> str:
     return ' '.join(row['response'].split()[::-1]) + ' a'
 
