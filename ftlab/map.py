@@ -220,9 +220,10 @@ QUIZ = (
              'To choose, the right answer only has to be likelier than three others; a guess is right once '
              'in four. To write it, every token has to be the likeliest of all.'),
     Question('which_forgets', 'what_it_cost',
-             'Method A forgets 2 points and gains 10; method B forgets 6 and gains 30. Which one forgets less?',
+             'Method A forgets 2 points and gains 10; method B forgets 6 and gains 30. '
+             'You need a gain of 10. Which one will have forgotten less by then?',
              ('Not known: compare them at the same gain', 'A, as 2 is less than 6',
-              'B, as it pays less for each point'),
+              'Neither: both pay 0.2 for each point'),
              'Stopped when it had gained 10 points, B may have forgotten less than A. '
              'A method that learns less mostly forgets less, whatever it is.'),
     Question('last_steps', 'what_it_cost',
@@ -246,8 +247,8 @@ QUIZ = (
               'It is not learned, as the halves need each other'),
              'A model has far more numbers than one lesson needs; a random half of them will do, a little later.'),
     Question('zero_gradient', 'half_is_enough',
-             'To freeze some matrices you set their gradients to zero before each step of AdamW. '
-             'Do they stay as they are?',
+             'To freeze some matrices you set their gradients to zero before each step of AdamW, '
+             'with a weight decay of 0.01. Do they stay as they are?',
              ('No: weight decay still moves them', 'Yes: without a gradient there is no step',
               'Yes, if they are zero from the first step on'),
              'AdamW shrinks each weight a little at each step, whatever its gradient says. '
@@ -258,7 +259,7 @@ QUIZ = (
              ('Full fine-tuning at a lower rate', 'Full fine-tuning for more steps',
               'Half fine-tuning with another seed only'),
              'A smaller step forgets less, too. In this chapter full fine-tuning at half of the rate '
-             'ended where half fine-tuning did.'),
+             'kept as many old skills as half fine-tuning, and learned no less.'),
     Question('thin_count', 'low_rank',
              'LoRA writes the change of a 128 by 128 matrix as a product of two thin ones, '
              'of rank 4. How many numbers does it train there?',

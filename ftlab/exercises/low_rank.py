@@ -98,6 +98,12 @@ _LOW = {'both zero': '`A` and `B` both start at zero. The gradient of each is mu
                    'and this exercise, have it the other way round: `B` is zero.',
         'constant': 'All rows of `A` are alike, so all columns of `B` get the same gradient, '
                     'and the change stays of rank 1 whatever `r` is. Draw `A` at random.',
+        'fixed': 'Two modules start with the same `A`. Draw it at random, with `torch.randn`, and set no seed.',
+        'own': 'Given another weight, `forward` still answers with the one that it was built with. Add the '
+               'change to the `W` that `forward` is given.',
+        'still': 'No gradient gets to `{name}`, so it cannot be trained. Compute with `self.A` and `self.B` '
+                 'themselves, without `.data`, `.detach()` or `torch.no_grad()`.',
+        'whole': 'The factor is `alpha/r`; yours is `alpha//r`, which drops what is behind the point.',
         'no scale': '`LowRank` must compute `W + alpha/r * B @ A`; yours gives `W + B @ A`: '
                     'the factor `alpha/r` is missing.',
         'no r': 'The factor is `alpha/r`; yours is `alpha`. Dividing by `r` lets one keep the '
@@ -108,7 +114,7 @@ _LOW = {'both zero': '`A` and `B` both start at zero. The gradient of each is mu
 
 def _test_low_rank(yours):
     W = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    r, alpha = 3, 12.
+    r, alpha = 3, 10.
     made = built(yours, W, r, alpha)
     for name, shape in dict(A=(r, 4), B=(6, r)).items():
         got = getattr(made, name, None)
@@ -121,11 +127,11 @@ def _test_low_rank(yours):
     if extra := [n for n, _ in made.named_parameters() if n not in ('A', 'B')]:
         raise Wrong(f'`{extra[0]}` is a parameter as well, and would be trained. '
                     f'Only `A` and `B` are; the weight stays frozen.')
-    _test_low_rank_start(made)
+    _test_low_rank_start(made, built(yours, W, r, alpha))
     _test_low_rank_forward(yours, made, W, r, alpha)
 
 # %% ../../nbs/exercises/low_rank.ipynb #ex4r10
-def _test_low_rank_start(made):
+def _test_low_rank_start(made, second):
     A, B = made.A.detach(), made.B.detach()
     if not A.any() and not B.any():
         raise Wrong(_LOW['both zero'])
@@ -135,25 +141,33 @@ def _test_low_rank_start(made):
         raise Wrong(_LOW['swapped'])
     if torch.linalg.matrix_rank(A) < len(A):
         raise Wrong(_LOW['constant'])
+    if torch.equal(A, second.A):
+        raise Wrong(_LOW['fixed'])
 
 def _test_low_rank_forward(yours, made, W, r, alpha):
     start = forwarded(yours, made, W)
     if (not torch.equal(start, W) and not torch.equal(start, 0*W)
         and not torch.allclose(start, alpha/r*W)):
         raise Wrong('With `B` at zero, `forward(W)` has to give `W`, and does not.')
+    if torch.equal(forwarded(yours, made, W + 1), start) and start.any():
+        raise Wrong(_LOW['own'])
     dice = torch.Generator().manual_seed(1)
     with torch.no_grad():
         made.A.copy_(torch.randn(made.A.shape, generator=dice))
         made.B.copy_(torch.randn(made.B.shape, generator=dice))
     got, C = forwarded(yours, made, W).detach(), (made.B @ made.A).detach()
     right = W + alpha/r*C
-    wrong = {'no scale': W + C, 'no r': W + alpha*C, 'upside down': W + r/alpha*C,
-        'no weight': alpha/r*C, 'weight scaled': alpha/r*(W + C)}
+    wrong = {'no scale': W + C, 'whole': W + alpha//r*C, 'no r': W + alpha*C,
+        'upside down': W + r/alpha*C, 'no weight': alpha/r*C, 'weight scaled': alpha/r*(W + C)}
     for name, value in wrong.items():
         if torch.allclose(got, value, atol=1e-5):
             raise Wrong(_LOW[name])
     if how := differs(got, right, '`forward(W)`'):
         raise Wrong(f'{how[0].upper()}{how[1:]}. It is `W + alpha/r * B @ A`.')
+    if (trained := forwarded(yours, made, W).sum()).requires_grad:
+        trained.backward()
+    if frozen := [name for name in 'AB' if getattr(made, name).grad is None]:
+        raise Wrong(_LOW['still'].format(name=frozen[0]))
 
 # %% ../../nbs/exercises/low_rank.ipynb #ex4r11
 def _started(A:Callable, B:Callable) -> type:
@@ -163,6 +177,10 @@ def _started(A:Callable, B:Callable) -> type:
         A(self.A.data)
         B(self.B.data)
     return variant(LowRank, __init__=init)
+
+def _kept(self, W, r, alpha):
+    LowRank.__init__(self, W, r, alpha)
+    self.own = W
 
 _same = lambda t: t
 _nonzero = lambda t: t.copy_(torch.linspace(-1, 1.3, t.numel()).sin().view_as(t))
@@ -179,6 +197,14 @@ LOW_RANK = Exercise(
      (variant(LowRank, forward=lambda self, W: W + (self.B @ self.A)/self.scale), _LOW['upside down']),
      (variant(LowRank, forward=lambda self, W: self.scale*(self.B @ self.A)), _LOW['no weight']),
      (variant(LowRank, forward=lambda self, W: self.scale*(W + self.B @ self.A)), _LOW['weight scaled']),
+     (variant(LowRank, forward=lambda self, W: W + (self.scale*1e3//1e3)*(self.B @ self.A)), _LOW['whole']),
+     (variant(LowRank, forward=lambda self, W: W + self.scale*(self.B.data @ self.A.data)),
+      _LOW['still'].format(name='A')),
+     (variant(LowRank, forward=lambda self, W: W + self.scale*(self.B @ self.A.detach())),
+      _LOW['still'].format(name='A')),
+     (variant(LowRank, __init__=_kept,
+              forward=lambda self, W: self.own + self.scale*(self.B @ self.A)), _LOW['own']),
+     (_started(lambda t: t.copy_(torch.eye(*t.shape)), _same), _LOW['fixed']),
      (_started(torch.Tensor.zero_, _same), _LOW['both zero']),
      (_started(_same, _nonzero), _LOW['both random']),
      (_started(torch.Tensor.zero_, _nonzero), _LOW['swapped']),
@@ -217,7 +243,7 @@ def _little():
 _FROM = {
     'no scale': 'The change is `alpha/r` times too large. LoRA multiplies `B @ A` by `alpha/r`, so divide one '
                 'of the factors by it.',
-    'twice': 'The change is `alpha/r` times too small: you multiply a factor by `alpha/r`, and LoRA does it '
+    'twice': 'The change is too large by `alpha/r` squared: you multiply a factor by `alpha/r`, and LoRA does it '
              'again. Divide by it.',
     'squared': 'You divide both factors by `alpha/r`. It stands once in `alpha/r * B @ A`: divide one of them.',
     'no S': 'The singular values `S` are missing, so each direction counts as if its strength were 1.',
@@ -228,6 +254,7 @@ _FROM = {
                'directions.',
     'start': 'The LoRA is attached and still as it starts, with `B` at zero: the model is the base. Copy '
              'your factors into `delta.A` and `delta.B` of each of `attached.deltas`.',
+    'base': 'The weights of the base have changed. Leave them as they are: the LoRA alone brings the change.',
     'tuned': 'You factorize the tuned weight. It is the *change* that has to become `B @ A`; the base is in '
              'the model already.'}
 
@@ -245,6 +272,11 @@ def _made_by(factors:Callable) -> Callable:
 def _of_the_tuned(model, change, r, alpha):
     tuned = {n: model.get_parameter(n).detach() + c for n, c in change.items()}
     return lora_from(model, tuned, r, alpha)
+
+def _added(model, change, r, alpha):
+    for name, matrix in change.items():
+        model.get_parameter(name).data.add_(matrix)
+    return lora_from(model, change, r, alpha)
 
 _LORAS = {
     'no scale': _made_by(lambda U, S, Vh, r, s: (U[:, :r]*S[:r], Vh[:r])),
@@ -281,7 +313,7 @@ def _attached(yours, i) -> Attached:
     model, change, r, alpha = _FROM_CASES[i]
     again = repeated(yours, lora_from, i)
     got = answer(yours, model, change, r, alpha, repeat=again)
-    if got is None:
+    if got is None and i == 0:
         raise Wrong('`lora_from` gives nothing back yet. Let it return what `ftlab.attach` gives.')
     if not isinstance(got, Attached):
         raise Wrong(f'`lora_from` gives {kind_of(got)}; return what `ftlab.attach` gives.{again}')
@@ -289,6 +321,8 @@ def _attached(yours, i) -> Attached:
         raise Wrong(f'`{odd[0]}` has a change, and there is none for it in `change`.{again}')
     if absent := [n for n in change if not isinstance(got.deltas.get(n), LoRA)]:
         raise Wrong(f'There is no LoRA on `{absent[0]}`.{again}')
+    if any(not torch.equal(base, model.get_parameter(n)) for n, base, _ in got.weights()):
+        raise Wrong(_FROM['base'])
     config = got.deltas[next(iter(change))].config
     if (config['r'], config['alpha']) != (r, alpha):
         raise Wrong(f"The LoRA has r={config['r']} and alpha={config['alpha']:g}; r={r} and alpha={alpha:g} are "
@@ -308,7 +342,8 @@ LORA_FROM = Exercise(
      '`delta.B.copy_(...)` under `torch.no_grad()`.',
      'The singular value decomposition of a change gives both factors; `alpha/r` has to be divided out of '
      'one of them.'),
-    lora_from, _test_lora_from, tuple((wrong, _FROM[k]) for k, wrong in _LORAS.items()),
+    lora_from, _test_lora_from,
+    (*((wrong, _FROM[k]) for k, wrong in _LORAS.items()), (_added, _FROM['base'])),
     difficulty=3, minutes=20,
     means='A fine-tune that moved every weight can be kept as a few thin factors, and loading them '
           'needs only the base and a LoRA loader. How much of the skill comes along is a question of the '
