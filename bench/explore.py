@@ -1,12 +1,12 @@
-"""How fast the views of ftlab.instruments.explore follow a hand, on lab-s.
+"""How fast the views of ftlab.instruments.explore respond to their controls, on lab-s.
 
     python bench/explore.py            # about a minute; writes bench/results/explore.json
 
-Each view is made alive, and one of its handles is moved to 24 new places. A response is the time
-from the change of the handle to the new picture in the widget, on the kernel's side: what the model
-has to compute, the drawing, and the widget's messages. `first` is the time that it took to make the
-view. Seconds of the clock are what a reader waits for; beside them stands the processor time, which
-a busy machine stretches less."""
+Each view is made interactive, and one of its controls is moved to 24 new values. The response time
+is the time from the change of the control to the new picture in the widget, on the kernel's side:
+the model's computation, the drawing, and the widget's messages. `first` is the time to create the
+view. A reader waits for seconds of the clock; beside them is the processor time, which depends less
+on how busy the machine is."""
 import json, os, platform, statistics, sys, time
 from pathlib import Path
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')

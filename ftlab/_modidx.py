@@ -984,6 +984,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'ftlab/exercises/first_light.py'),
                                              'ftlab.exercises.first_light._broken': ( 'exercises/first_light.html#_broken',
                                                                                       'ftlab/exercises/first_light.py'),
+                                             'ftlab.exercises.first_light._first_sure': ( 'exercises/first_light.html#_first_sure',
+                                                                                          'ftlab/exercises/first_light.py'),
                                              'ftlab.exercises.first_light._pooled': ( 'exercises/first_light.html#_pooled',
                                                                                       'ftlab/exercises/first_light.py'),
                                              'ftlab.exercises.first_light._test_zigzag': ( 'exercises/first_light.html#_test_zigzag',

@@ -262,7 +262,7 @@ QUIZ = (
     Question('thin_count', 'low_rank',
              'LoRA writes the change of a 128 by 128 matrix as a product of two thin ones, '
              'of rank 4. How many numbers does it train there?',
-             ('1,024: two times 4 times 128', '64: 4 out of each 128, squared, over 16',
+             ('1,024: two times 4 times 128', '512: 4 times 128',
               '16,384: as many as the matrix has'),
              'B has 128 rows of 4 numbers and A has 4 rows of 128; the matrix itself stays as it was.'),
     Question('both_zero', 'low_rank',
@@ -507,7 +507,7 @@ class Quiz:
 
         def answer(_):
             for q, p, w in zip(asked, picks, whys):
-                right = 'Right' if p.value == q.options[0] else html.escape(q.options[0])
+                right = 'Right' if p.value == q.options[0] else f'The answer: {html.escape(q.options[0])}'
                 w.value = '' if p.value is None else f'<b>{right}.</b> {html.escape(q.why)}'
             below.value = self._verdict([p.value for p in picks])
 

@@ -301,7 +301,7 @@ def wrong_thin():
     return ((Unscaled, 'the factor `alpha/r` is missing'),
             (OnlyAlpha, 'yours is `alpha`'),
             (Alone, 'Add it to `W`'),
-            (BothZero, 'for ever'),
+            (BothZero, 'stays zero'),
             (BothRandom, 'another one before it has learned'),
             (TurnedRound, 'so that `B @ A` fits'),
             (TrainsTheWeight, 'stays frozen'),

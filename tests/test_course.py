@@ -134,14 +134,19 @@ def test_an_exercise_shows_its_task_hints_and_solution_folded(exercise):
 
 @pytest.mark.slow
 def test_teaching_zigzag():
-    "The exercise that trains: four short wrong turns, each with its own message, then our solution"
-    def taught(method='lora', lesson='new-procedure', steps=1):
-        model, tok = ftlab.load('lab-s')
+    "The exercise that trains: short wrong turns, each with its own message, then our solution"
+    def taught(method='lora', lesson='new-procedure', steps=1, base='lab-s', before=0):
+        model, tok = ftlab.load(base)
+        if before:
+            ftlab.fit(model, tok, ftlab.data('new-language', n=400), ftlab.methods.full(),
+                      steps=before, lr=2e-3, schedule='constant', progress=False)
         return ftlab.fit(model, tok, ftlab.data(lesson, n=400), getattr(ftlab.methods, method)(),
                          steps=steps, progress=False)
     for f, said in ((lambda: taught('full'), 'made by `full`'),
                     (lambda: taught(lesson='new-language'), "learned from 'new-language'"),
                     (lambda: taught(), '80% are wanted'),
+                    (lambda: taught(base='lab-m'), 'another model than `lab-s`'),
+                    (lambda: taught(before=20), 'Load a fresh `lab-s`'),
                     (lambda: taught().model, 'return the run itself')):
         checked = ftlab.check(named('teach_zigzag', f))
         assert not checked and said in checked.message, checked.message

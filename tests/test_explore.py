@@ -8,10 +8,10 @@ from ftlab.core.generate import generate
 from ftlab.core.scorers import WORLD, answer_length
 from ftlab.evaluators.mechanisms.intruders import intruders
 from ftlab.evaluators.spectra import stable_rank
-from ftlab.instruments.explore import (CRITERIA, RANKED, View, model_and_change, choice, entry_scores,
-                                       lab_questions, layers, mask, prices, question_batches, ranks,
-                                       rows_as_html, several, side_by_side, slider, span, spectrum,
-                                       teacher_forced, text, token_prices, tradeoff)
+from ftlab.instruments.explore import (CRITERIA, RANKED, View, choice, entry_scores, lab_questions,
+                                       layers, mask, model_and_change, prices, question_batches,
+                                       ranks, rows_as_html, several, side_by_side, slider, span,
+                                       spectrum, teacher_forced, text, token_prices, tradeoff)
 from ftlab.adapters.subsets import lift
 from ftlab.adapters.edit import write_change
 from ftlab.adapters.merging.lines import by_depth
@@ -125,11 +125,11 @@ def test_cells_are_escaped(cell):
                           (lambda: choice([], 'matrix'), "'matrix' starts at None"),
                           (lambda: choice(['a'], 'x', 'b'), "not among"),
                           (lambda: choice({}, 'x', 'b'), "not among"),
-                          (lambda: View(curve, '', power=2), "'power' is no control"),
+                          (lambda: View(curve, '', power=2), "'power' is not a control"),
                           (lambda: view().picture(height=2), "no setting 'height'; it has power"),
                           (lambda: model_and_change(3), 'base is a int'),
                           (lambda: model_and_change(torch.nn.Linear(2, 2), torch.nn.Linear(2, 3)),
-                           'is not in both models in one shape'),
+                           'is not in both models with the same shape'),
                           (lambda: ranks({}, 'sideways'), "ranked is 'sideways'"),
                           (lambda: mask(None, rows=[{}]), 'without a tokenizer'),
                           (lambda: side_by_side(torch.nn.Linear(2, 2)), 'needs a Run')])
@@ -138,7 +138,7 @@ def test_wrong_input_is_named(make, words):
         make()
 
 @pytest.mark.parametrize('name, bad, words',
-                         [('tradeoff', dict(methods=('magic',)), "'magic'; there are full"),
+                         [('tradeoff', dict(methods=('magic',)), "'magic'; the methods are full"),
                           ('layers', dict(alpha=-1.), 'alpha is -1'),
                           ('mask', dict(density=0), 'density is 0'),
                           ('mask', dict(by='luck'), "no scores by 'luck'"),
@@ -293,7 +293,7 @@ def test_the_frame_counts_what_lies_in_it(views):
     for m, n in inside.items():
         assert (f'{n} of {m}' in p.alt) == bool(n)
     assert (p.html.count('<tr>') == 1 + sum(map(bool, inside.values()))
-            and 'No run lies inside' in v.picture(methods=()).html)
+            and 'No run is inside' in v.picture(methods=()).html)
 
 def test_side_by_side_asks_the_base_and_the_tuned_model(run):
     base, tok = ftlab.load('lab-s')

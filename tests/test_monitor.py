@@ -50,7 +50,7 @@ def test_given_exactly_counts_what_greedy_writing_writes():
     assert (0 < right < len(rows)
             and m.given_exactly(model, encode_all(rows, tok, 'text', 256), tok.pad_token_id)
             == right/len(rows))
-    with pytest.raises(ValueError, match='no row to ask'):
+    with pytest.raises(ValueError, match='no rows to evaluate'):
         m.given_exactly(model, [])
 
 def test_what_is_asked():
@@ -88,11 +88,11 @@ def test_pictures():
     log = [dict(step=i, loss=2. - i/100, nll=2. - i/100, lr=1e-3, tokens=i) for i in range(100)]
     path = [dict(step=s, held_out_nll=2.1, kept=k) for s, k in ((0, .9), (100, .4))]
     titles = lambda *a: [ax.get_title(loc='left') for ax in m.draw_run(*a).axes]
-    assert (titles(log, path) == ['negative log-likelihood, nats a token',
-                                  'old answers still given, %', 'learning rate']
+    assert (titles(log, path) == ['negative log-likelihood, nats per token',
+                                  'old questions answered right, %', 'learning rate']
             and titles([]) == ['learning rate'])
-    assert (titles([dict(r, loss=9.) for r in log])[1] == 'loss that is minimised'
-            and titles([dict(r, nll=None) for r in log])[0] == 'loss that is minimised')
+    assert (titles([dict(r, loss=9.) for r in log])[1] == 'loss that is minimized'
+            and titles([dict(r, nll=None) for r in log])[0] == 'loss that is minimized')
     tag = m.picture_tag(log, path, 200, '<b>')
     alt = re.search('alt="([^"]*)"', tag)[1]
     assert '90% to 40%' in alt and 'Step 100 of 200' in alt

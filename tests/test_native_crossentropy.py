@@ -101,7 +101,8 @@ def test_the_distance_to_a_reference_and_its_gradient(dtype, direction):
                 max(off(a, b) for a, b in zip(grads(found.loss, hidden, head, bias), want)) < limit
                 and off(found.kl, exact[3]) < limit)
             assert abs(found.loss - exact[0]) < limit*exact[0].abs()
-        told = cross_entropy(hidden, head, labels, weight, bias=bias, reference=r, direction=direction,
+        told = cross_entropy(hidden, head, labels, weight, bias=bias, reference=r,
+                             direction=direction,
                       chunk=5) # kl=0: told, not paid
         assert torch.equal(told.kl, found.kl) and told.loss < found.loss
 
@@ -141,7 +142,8 @@ def test_one_token_no_tokens_and_no_losses():
         for losses in (True, False):
             r = cross_entropy(hid, head, lab, bias=bias, losses=losses)
             assert r.loss == 0 and not any(g.any() for g in grads(r.loss, hidden, head, bias))
-    r = cross_entropy(hidden, head, labels.masked_fill(labels == -100, 7), bias=bias, ignore_index=7)
+    r = cross_entropy(hidden, head, labels.masked_fill(labels == -100, 7), bias=bias,
+                      ignore_index=7)
     assert not r.nll[labels == -100].any()
 
 def test_non_contiguous_and_misaligned_input_is_taken():
@@ -203,7 +205,8 @@ def test_gradcheck(direction):
     weight = torch.rand(5)
 
     def loss(h, w, b):
-        return cross_entropy(h, w, labels, weight, bias=b, reference=ref, kl=.3, direction=direction,
+        return cross_entropy(h, w, labels, weight, bias=b, reference=ref, kl=.3,
+                             direction=direction,
                       chunk=2).loss
 
     torch.autograd.gradcheck(loss, (hidden, head, bias))
@@ -304,7 +307,8 @@ def test_torchs_own_is_used_where_nothing_of_ours_runs(monkeypatch):
     keep = module._torchs
     monkeypatch.setattr(module, '_torchs', lambda *a: calls.append(1) or keep(*a))
     if backend() == 'cpp':
-        assert cross_entropy(hidden, head, labels, bias=bias, losses=False)[1:] == (None,)*4 and not calls
+        assert (cross_entropy(hidden, head, labels, bias=bias, losses=False)[1:] == (None,)*4
+                and not calls)
     monkeypatch.setenv('FTLAB_NATIVE', 'torch')
     r = cross_entropy(hidden, head, labels, bias=bias, losses=False)
     assert (r[1:] == (None,)*4 and bool(calls) == module._FALLBACK
@@ -441,7 +445,8 @@ def test_200_steps_end_alike(monkeypatch, mode):
 
     (a, ps), (b, qs) = (
         train(logits),
-        train(lambda h, head: cross_entropy(h, head.weight, y, dft, bias=head.bias, chunk=10).loss/64))
+        train(lambda h, head: cross_entropy(h, head.weight, y, dft, bias=head.bias,
+                                            chunk=10).loss/64))
     assert (a[-1] < .3*max(a) and all(abs(i - j) < 1e-4*max(a) for i, j in zip(a, b))
             and all(off(q, p) < 1e-3 for p, q in zip(ps, qs)))
 
@@ -485,7 +490,8 @@ def test_the_gpu_finds_what_float64_finds(dtype, direction):
     hidden, head, bias, labels, ref = make(dtype, device='cuda')
     exact_in = doubles(hidden, head, bias)
     exact = dense(*exact_in, labels, dft, [t.double() for t in ref], .3, direction)
-    found = cross_entropy(hidden, head, labels, dft, bias=bias, reference=ref, kl=.3, direction=direction,
+    found = cross_entropy(hidden, head, labels, dft, bias=bias, reference=ref, kl=.3,
+                          direction=direction,
                    chunk=7)
     assert (all(off(a, b) < limit
                 for a, b in zip(grads(found.loss, hidden, head, bias), grads(exact[0], *exact_in)))

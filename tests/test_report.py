@@ -127,7 +127,7 @@ def test_labels(recipe):
             and any(w['part'] == 'fresh head' for w in r['change']['weights']))
     assert (r['change']['parameters']
             == sum(p.numel() for n, p in classifier().named_parameters() if n.startswith('bert.'))
-            and 'not known' in rep.headline)
+            and 'not measured' in rep.headline)
 
 # ---------- the numbers are those of the scorers
 
@@ -156,7 +156,7 @@ def test_a_change_of_nothing_changes_nothing():
             and r['tuco']['new']['mean'] == 0 and all(s['change'] == 0 for s in r['sets']))
     assert (r['new']['before'] == r['new']['after']
             and all(abs(x - 1) < 1e-6 for x in r['new']['cka'] + r['old']['cka'])
-            and 'no loss' in headline(r) and 'Did not learn' in headline(r))
+            and 'no measurable loss' in headline(r) and 'Did not learn' in headline(r))
 
 def test_flips_add_up_to_the_change():
     model, tok = ftlab.load('lab-s')
@@ -310,12 +310,12 @@ def test_the_headline_says_how_sure_it_is():
     assert (headline(r(s('a', False, .1, .9), s('b', True, .9, .5), s('c', True, .9, .8)))
             == 'Learned a: right on 10% → 90%; lost 25.0 points on 2 old skills, most on b (90% → 50%).')
     assert (headline(r(s('a', False, .1, .11), s('b', True, .9, .9))).startswith('Did not learn a')
-            and 'no loss' in headline(r(s('a', False, .1, .11), s('b', True, .9, .895))))
+            and 'no measurable loss' in headline(r(s('a', False, .1, .11), s('b', True, .9, .895))))
     assert (headline(r(s('a', False, 3., 1., .1, 'nll')))
             == 'Learned a: loss on the right answers 3.00 nats → 1.00 nats; '
-               'it moved 0.50 nats a word away from its base (old data were not given).')
+               'it drifted 0.50 nats per token from its base (no old data were given).')
     assert ('Got worse' in headline(r(s('a', False, .9, .1)))
-            and 'lost 0.50 nats a token on b (2.00 nats → 2.50 nats)' in headline(
+            and 'lost 0.50 nats per token on b (2.00 nats → 2.50 nats)' in headline(
                 r(s('a', False, .1, .9), s('b', True, 2., 2.5, .1, 'nll'))))
 
 def test_scores_and_losses_never_share_an_axis():
@@ -353,7 +353,7 @@ def test_what_was_known_before_is_not_called_a_failure_and_nothing_is_minus_noth
     s = dict(name='a', old=False, metric='nll', before=.004, after=.0041, change=-.0001, low=-.01,
              high=.01, n=50)
     r = dict(kind='label', sets=[s], forgetting=None)
-    assert (headline(r).startswith('Knew a before: loss on the right answers 0.00 nats')
+    assert (headline(r).startswith('Already knew a: loss on the right answers 0.00 nats')
             and spread(s, 1., 2) == '+0.00 [-0.01, +0.01]'
             and signed(-.0001, 2) == '+0.00' == signed(0., 2))
     assert headline(dict(r, sets=[dict(s, before=1., after=1.)])).startswith('Did not learn a')
@@ -418,7 +418,7 @@ def test_errors_are_one_line(call, made, tmp_path, capfd):
     capfd.readouterr() # the bars of save_pretrained
     for line, words in {
             'report': 'name the folder', 'report nowhere': "no folder 'nowhere'",
-            'report lm': 'no delta at', 'report run/delta.safetensors': "name the folder that it lies in, 'run'",
+            'report lm': 'no delta at', 'report run/delta.safetensors': "name the folder that contains it, 'run'",
             'report run --model lab-x': 'neither a folder nor a lab model',
             'report run --old sortt': "did you mean 'sort'", 'report bare': 'no run.json beside',
             'report run --model other': 'another base', 'report run --items 0': 'above 0',

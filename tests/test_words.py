@@ -14,7 +14,7 @@ WORDS = tomllib.loads((ROOT/'docs/words.toml').read_text(encoding='utf-8'))
 IDENTIFIERS, PHRASES = WORDS['identifiers'], WORDS['phrases']
 LONGEST_FIRST = sorted(map(re.escape, PHRASES), key=len, reverse=True)
 PHRASE = re.compile(rf'(?<![\w-])({"|".join(LONGEST_FIRST)})(?![\w-])', re.I)
-LATER = {p for pages in WORDS['later'].values() for p in pages}
+LATER = set(WORDS['later']['pages'])
 
 
 def identifiers(source: str) -> set[str]:
@@ -24,7 +24,8 @@ def identifiers(source: str) -> set[str]:
         names = (getattr(n, k, None) for k in ('id', 'attr', 'arg', 'name'))
         found |= {x for x in names if isinstance(x, str)}
         if isinstance(n, ast.Dict):
-            found |= {k.value for k in n.keys if isinstance(k, ast.Constant) and isinstance(k.value, str)}
+            found |= {k.value for k in n.keys if isinstance(k, ast.Constant)
+                      and isinstance(k.value, str)}
     return found
 
 
@@ -34,7 +35,8 @@ def phrases(text: str) -> list[str]:
 
 def wrong_words(source: str, code: bool, allowed=()) -> list[str]:
     "What stands in a cell or file, with what to say instead"
-    found = [(x, IDENTIFIERS[x]) for x in sorted(identifiers(source) & IDENTIFIERS.keys())] if code else []
+    found = ([(x, IDENTIFIERS[x]) for x in sorted(identifiers(source) & IDENTIFIERS.keys())] if code
+             else [])
     found += [(p, PHRASES[p.lower()]) for p in phrases(source)]
     return [f'{x!r}: say {better!r}' for x, better in found if x.lower() not in allowed]
 
@@ -44,7 +46,8 @@ def words_of_page(page: str) -> list[str]:
     out = []
     for i, c in enumerate(cells(page)):
         source, code = c['source'], c['cell_type'] == 'code'
-        plain = '\n'.join(l for l in source.split('\n') if not l.lstrip().startswith(('%', '!'))) if code else source
+        plain = ('\n'.join(l for l in source.split('\n') if not l.lstrip().startswith(('%', '!')))
+                 if code else source)
         out += [f'{page}, cell {i}: {w}' for w in wrong_words(plain, code, allowed)]
     return out
 
@@ -74,8 +77,8 @@ def test_what_may_wait_is_there():
 
 def test_the_list_finds_what_it_should():
     found = wrong_words('def f(priced):\n    return dict(mend=1)', True)
-    assert found == ["'mend': say 'fix'", "'loss_mask': say 'loss_mask'"]
-    assert wrong_words('x = {"looked": 1}', True) and wrong_words('but The Way\nback still runs', False)
+    assert found == ["'mend': say 'fix'", "'priced': say 'loss_mask'"]
+    assert (wrong_words('x = {"looked": 1}', True) and wrong_words('but The Way\nback still runs', False))
     assert not wrong_words('the railway backs up, nakedness', False)
 
 

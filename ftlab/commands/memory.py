@@ -169,7 +169,8 @@ def timed(bench, recipe, rate:float, seconds:float=20.) -> dict:
     bench.gained(model, tok, bench.given, 'validation')
     scored = time.time() - t
     bench.kept(model, tok, 0, bench.given)
-    return dict(seconds_per_step=step, seconds_per_score=scored, seconds_per_evaluation=time.time() - t,
+    return dict(seconds_per_step=step, seconds_per_score=scored,
+                seconds_per_evaluation=time.time() - t,
                 rows_timed=used, peak_bytes=run.cost['peak_bytes'],
                 tokens_per_step=run.cost['tokens']/len(run.log)*rows/used)
 

@@ -105,7 +105,7 @@ PHRASES = (  # (what an error of the library says, what the shell says instead)
     (r'(\w+)\(\) takes .*? positional arguments? but (\d+) (?:was|were) given', r'\1 was given too many settings'),
     (r"; or say keep='end', which cuts questions instead", ''),
     (r'\(test=, or --eval\)', '(--eval)'),
-    (r"leave lr out, and the recipe's own rate is taken; or choose within its range, recipe\.lrs",
+    (r"leave lr out to use the recipe's own rate, or choose one within its range, recipe\.lrs",
      'leave --lr out to use the default of the method, or choose a rate within that range'),
     (r'steps = passes \* rows / batch_size', '--steps = passes * rows / --batch-size'),
     (r'print\(ftlab\.anatomy\(model\)\) lists them', 'the page on anatomy shows how to list them'),

@@ -118,7 +118,8 @@ def _differs_dict(got, want, what):
 
 def _differs_list(got, want, what):
     if not isinstance(got, (list, tuple)):
-        return f'{what} is {kind_of(got)}, but should be a list of {len(want)}'
+        kind = type(want).__name__ # 'list' or 'tuple': either is taken
+        return f'{what} is {kind_of(got)}, but should be a {kind} of {len(want)}'
     if len(got) != len(want):
         return f'{what} has {len(got)} entries, but should have {len(want)}'
     return next((d for i, w in enumerate(want) if (d := differs(got[i], w, f'{what}[{i}]'))), None)

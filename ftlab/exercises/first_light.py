@@ -32,7 +32,7 @@ def teach_zigzag():
 # %% ../../nbs/exercises/first_light.ipynb #ex1f06
 _mean = lambda d: sum(d)/len(d)
 _scores = ({'add': .9, 'sort': .8, 'tavi': .6},
-           {'add': .95, 'sort': .5, 'tavi': .1, 'new-language': .99})
+           {'new-language': .99, 'add': .95, 'sort': .5, 'tavi': .1})
 FORGETTING = compared(
     'forgetting', 'first_light',
     'Given the scores of a model before and after a lesson, as dictionaries '
@@ -50,6 +50,11 @@ FORGETTING = compared(
       'go through the skills in `before`, and leave out those that only `after` has.'),
      (lambda before, after: sum(before[s] - after[s] for s in before),
       'That is the sum of the falls, and the mean is wanted: divide by the number of old skills.'),
+     (lambda before, after: _mean([b - a for b, a in zip(before.values(), after.values())]),
+      'You pair the values by their place. The dictionaries may have other orders and other skills: '
+      'look each skill up by its name, `after[s]`.'),
+     (lambda before, after: sum(before[s] - after[s] for s in before)/len(after),
+      'You divide by the number of skills in `after`, and the new one is among them: divide by `len(before)`.'),
      (lambda before, after: _mean([max(0, before[s] - after[s]) for s in before]),
       'You count the losses only. A skill that got better belongs in the average, '
       'with its minus sign; otherwise mere noise looks like forgetting.'),
@@ -96,11 +101,18 @@ def _test_zigzag(yours):
     if not isinstance(run, Run):
         raise Wrong(f'`teach_zigzag` gives {kind_of(run)}; let it return the run itself, '
                     'which is what `ftlab.fit` gives.')
-    if not run.recipe.name.startswith('lora'):
+    if run.recipe.name != 'lora':
         raise Wrong(f'The run was made by `{run.recipe.name}`. The fourth argument of `fit` is the '
                     'recipe; here it is `ftlab.methods.lora()`.')
     if run.data.name != 'new-procedure':
         raise Wrong(f'It learned from {run.data.name!r}. The lesson here is `ftlab.data("new-procedure")`.')
+    if run.model.config.hidden_size != ftlab.load('lab-s')[0].config.hidden_size:
+        raise Wrong('It taught another model than `lab-s`: the first line is `ftlab.load("lab-s")`.')
+    with run.disabled():
+        known = ftlab.skills(run.model, 20, names=['tavi'], tok=run.tok)['tavi']
+    if known < .9:
+        raise Wrong('The model had been trained on something else before: switched back to what it was before '
+                    f'your lesson, it answers {known:.0%} of tavi. Load a fresh `lab-s` inside `teach_zigzag`.')
     right = ftlab.skills(run.model, 100, names=['new-procedure'], tok=run.tok)['new-procedure']
     if right < .8:
         raise Wrong(f'The model answers {right:.0%} of fresh questions right after {len(run.log)} '
@@ -169,6 +181,11 @@ def _apart(b, a) -> float:
     share = [sum(x)/len(x) for x in (b, a)]
     return math.sqrt(sum(p*(1 - p) for p in share))
 
+def _first_sure(before, after):
+    "The first that has surely fallen, whether or not another one fell more"
+    found = (what_broke({s: before[s]}, {s: after[s]}) for s in before)
+    return next(filter(None, found), None)
+
 def _pooled(before, after):
     "All skills together"
     return what_broke(dict(all=sum(before.values(), [])), dict(all=sum(after.values(), [])))
@@ -188,8 +205,8 @@ WHAT_BROKE = compared(
      '`statistics.stdev(falls)` is the standard deviation with `n - 1`.',
      '`max(found, key=...)` over the triples, by their second entry. Then look whether it is above zero.'),
     what_broke,
-    [_answers(0, add=(30, 4, 2, 4), tavi=(2, 2, 0, 1), refuse=(140, 40, 10, 10),
-              sort=(44, 6, 0, 10)),
+    [_answers(0, add=(30, 4, 2, 4), tavi=(2, 2, 0, 1), sort=(44, 6, 0, 10),
+              refuse=(140, 40, 10, 10)),
      _answers(1, add=(36, 2, 1, 1), tavi=(3, 1, 0, 1), refuse=(20, 7, 6, 7)),
      _answers(2, sort=(10, 26, 0, 4), oruk=(60, 120, 10, 10), fact=(90, 5, 5, 0)),
      _answers(3, write=(5, 2, 30, 3), fact=(40, 14, 1, 5))],
@@ -205,6 +222,8 @@ WHAT_BROKE = compared(
      (_broken(spread=_with_n), 'Your standard deviation divides by `n`. '
       'With few questions that is too small: divide by `n - 1`.'),
      (_broken(sign=-1), 'Your fall is after minus before, so you found the skill that improved most.'),
+     (_first_sure, 'You take the first skill whose interval lies above zero. Look at all of them, and take the '
+      'one with the highest lower end.'),
      (_pooled, 'You put the questions of all skills together. Then a skill that broke disappears among the others: '
       'compute an interval for each.')),
     difficulty=3, minutes=20,

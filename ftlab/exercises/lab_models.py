@@ -97,12 +97,13 @@ LEAKED = compared(
     'leaked', 'lab_models',
     'What is "known" must be measured on questions that were never trained on. '
     'Given two lists of rows with `prompt` and `response`, return the share of *test* rows whose '
-    'prompt also stands in `train`, whatever the response is.',
+    'prompt is also in `train`, whatever the response is.',
     ('Put the prompts of `train` into a set: looking something up there takes no time.',
      'A row of `train` may be there several times, and several rows of `test` may ask the same; count rows of `test`.'),
     leaked,
-    [([_row('a'), _row('a'), _row('b', 'y'), _row('c'), _row('ab'), _row('x'), _row('x')],
-      [_row('a'), _row('a', 'z'), _row('b'), _row('d'), _row('e')]),
+    [([_row('a'), _row('a'), _row('b', 'y'), _row('c'), _row('ab'), _row('x'), _row('x'), _row('x'),
+       _row('a')],
+      [_row('b'), _row('e'), _row('a'), _row('a', 'z'), _row('d')]),
      ([_row('a')], [_row('b')]),
      ([_row('abc')], [_row('b')])],
     ((lambda train, test: sum(r in train for r in test)/len(test),
@@ -116,7 +117,11 @@ LEAKED = compared(
       'You put the test prompts into a set, so each different question counts once. Every row of `test` '
       'counts, and two rows may ask the same: count rows, and divide by `len(test)`.'),
      (lambda train, test: sum(r['prompt'] in {t['prompt'] for t in test} for r in train)/len(train),
-      'That is the share of the *training* rows that also stand in the test. It is the test that must be clean.'),
+      'That is the share of the *training* rows that are also in the test. It is the test that must be clean.'),
+     (lambda train, test: sum(r['prompt'] in {t['prompt'] for t in train} for r in test)/len(train),
+      'You count rows of `test` and divide by the rows of `train`: divide by `len(test)`.'),
+     (lambda train, test: sum(t['prompt'] == r['prompt'] for t, r in zip(train, test))/len(test),
+      'You compare each row of `test` with the one row of `train` at its place. Compare it with all of `train`.'),
      (lambda train, test: 1 - sum(r['prompt'] in {t['prompt'] for t in train}
                                   for r in test)/len(test),
       'That is the share that is clean. The share that leaked is wanted.')),
@@ -226,7 +231,7 @@ FIND_BUG = compared(
     find_bug, [(s,) for s in _SETUPS],
     (*[(lambda setup, always=bug: always, 'You give the same answer for every set-up. They have different '
         'bugs: look into each.') for bug in BUGS],
-     (_only_first, 'You look at the first training row only. A bug may be in a single row: look at all of them.'),
+     (_only_first, 'You do not look at every training row. A bug may be in a single row: look at all of them.'),
      (_whole_rows, 'You compare whole rows. A question that was trained on with another answer has leaked as well: '
       'compare the prompts.'),
      (_repeated_rows, 'A row that stands twice in `train` is no leak. Compare the prompts of `test` with those of '

@@ -91,7 +91,7 @@ class LowRank(torch.nn.Module):
 
 # %% ../../nbs/exercises/low_rank.ipynb #ex4r09
 _LOW = {'both zero': '`A` and `B` both start at zero. The gradient of each is multiplied by the '
-                     'other, so it is zero as well, for ever: draw `A` at random.',
+                     'other, so it is zero as well and stays zero: draw `A` at random.',
         'both random': '`A` and `B` both start at random, so the model is another one before it '
                        'has learned anything. One of the two has to be zero: `B`.',
         'swapped': 'You start `A` at zero and `B` at random. It would learn as well; the paper, '
