@@ -67,7 +67,7 @@ def test_every_page_has_a_title_and_a_description():
 def test_an_entry_has_signature_parameters_and_source(processed):
     text = said(processed/'adapters'/'subsets'/'hft.ipynb')
     assert ('### hft' in text and 'ratio:float=0.5' in text and '| <code>ratio</code> | float | 0.5 '
-            '| the share of each category that moves, over the whole model |' in text)
+            '| share of each category that is trained, over the whole model |' in text)
     assert (re.search(r'<summary>Source: ftlab/adapters/subsets/hft.py, line \d+</summary>', text)
             and '/blob/' not in text)
 
