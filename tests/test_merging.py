@@ -156,6 +156,8 @@ def test_breadcrumbs_are_trimmed_one_by_one():
 def test_a_merge_names_what_any_change_names():
     a, b = dict(x=torch.ones(2)), dict(y=torch.ones(3))
     assert merge([a, b], .5).keys() == {'x', 'y'} and torch.equal(a['x'], torch.ones(2))
+    with pytest.raises(ValueError, match='a single change'):
+        merge({})
     with pytest.raises(ValueError, match='no change'):
         merge([])
     with pytest.raises(ValueError, match='not made from one base'):

@@ -68,6 +68,8 @@ def test_what_is_asked():
     for wrong in (dict(every=0), dict(questions=0), dict(rows=0)):
         with pytest.raises(ValueError, match='at least 1'):
             ftlab.Monitor(**wrong)
+    with pytest.raises(ValueError, match='neither a file nor a lab skill'): # not hidden by the end of the run
+        tune(callbacks=(ftlab.Monitor(old='srot'),))
 
 @pytest.mark.parametrize('recipe', [None, Recipe('two', loop=Stages(hft(), lora()))], ids=['full', 'stages'])
 def test_the_button_ends_the_whole_run_and_gives_it_back(recipe, tmp_path):

@@ -91,6 +91,8 @@ def test_judged_pairs_keep_what_the_judge_tells_apart():
     assert got and all(score(r, r['response']) > score(r, r['rejected']) for r in got)
     assert got == judged_pairs(toy(tied=False), TOK, rows, score, draws=3, max_new_tokens=6, seed=1)
     assert judged_pairs(toy(), TOK, rows, lambda row, a: 0, draws=2, max_new_tokens=3) == []
+    with pytest.raises(ValueError, match='draws is 1'):
+        judged_pairs(toy(), TOK, rows, score, draws=1)
 
 # ---------- the loss
 

@@ -65,7 +65,10 @@ def merge(changes:list[Mapping], # each {name: new weight minus base weight}, al
           model=None             # for edits that need it
          ) -> dict[str, Tensor]: # one change, over every tensor that any of them names
     """Compute `alpha` times the sum of several changes.
-    Raises `ValueError` for an empty list, or for tensors of one name and two shapes."""
+    Raises `ValueError` for an empty list, for a change that is not in a list, or for tensors of one
+    name and two shapes."""
+    if isinstance(changes, Mapping):
+        raise ValueError('changes is a single change; it must be a list of changes')
     if not changes:
         raise ValueError('there is no change to merge; give at least one')
     out = {}

@@ -16,7 +16,8 @@ __all__ = ['digest', 'versions']
 # %% ../../nbs/core/record.ipynb #0005bdfc
 def digest(x) -> str:
     """Return 20 hex digits of anything that JSON can hold.
-    The order of keys does not matter; other objects count as their `str`."""
+    The order of keys does not matter; other objects count as their `str`.
+    Raises `TypeError` for keys that JSON cannot hold, such as tuples."""
     return hashlib.blake2s(json.dumps(x, sort_keys=True, default=str).encode(),
                            digest_size=10).hexdigest()
 

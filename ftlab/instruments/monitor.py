@@ -245,6 +245,8 @@ class Monitor:
         self.questions = questions
         self.rows = rows
         self.stop = threading.Event()
+        # `after_fit` is called even if the run did not begin
+        self.window = Nowhere(self.stop)
 
     def before_fit(self, state:State) -> None:
         self.stop.clear()
@@ -267,6 +269,7 @@ class Monitor:
     def after_fit(self, state:State) -> None:
         self.draw(state, dpi=150)
         self.window.close()
+        self.window = Nowhere(self.stop)
 
     def evaluate(self, state:State) -> dict:
         """Measure the negative log-likelihood of validation rows and the share of old questions

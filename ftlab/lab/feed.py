@@ -23,10 +23,14 @@ CHUNK = 256           # rows drawn together, from one seed
 PREDICT = 1 << 15     # marks a token to predict
 IN_PROMPT = 1 << 14   # marks such a token before the answer
 POOLS = ('old', 'new', 'easy', 'copy')
+# (level, share) of the skill `fact`: the level says how often a fact was told
 FACT_TIERS = ((1, .87), (2, .10), (3, .03))
 
 def pool_mixture(pool:str) -> list[tuple[str, tuple[int, ...], float]]:
-    "Return what a pool holds, as (skill, levels to draw from, share of the documents)"
+    """Return what a pool holds, as (skill, levels to draw from, share of the documents).
+    Raises `ValueError` for an unknown pool."""
+    if pool not in POOLS:
+        raise ValueError(f'pool is {pool!r}; it must be one of {", ".join(POOLS)}')
     if pool == 'old':
         parts = [(k, (1, 2), s.weight) for k, s in SKILLS.items() if s.weight and k != 'fact']
         parts += [('fact', (lv,), SKILLS['fact'].weight*share) for lv, share in FACT_TIERS]
@@ -36,6 +40,7 @@ def pool_mixture(pool:str) -> list[tuple[str, tuple[int, ...], float]]:
 
 def copy_document(r:random.Random) -> list[tuple[str, bool]]:
     "Draw random words, followed by the same words, which can be predicted"
+    # the first 7 words of the vocabulary are special tokens
     words = r.choices(r.choice((NOUNS + THINGS, LETTERS, vocabulary()[7:])), k=r.randint(6, 24))
     text = ' '.join(words)
     return [(f'<bos> <user> {text}', False), (words[0], False), (' '.join(words[1:]), True)]
@@ -56,10 +61,11 @@ def encode_document(doc:list[tuple[str, bool]], ids:dict[str, int]) -> list[int]
 def packed_rows(world:LookupWorld, # whose skills are drawn
                 pool:str,          # one of `POOLS`
                 chunk:int,         # number of the chunk; each has different text
-                seed:int=0         # of everything
+                seed:int=0         # of the drawn text
                ) -> np.ndarray:    # [CHUNK, WIDTH] of uint16
     """Draw documents and pack each into the first row with room for it.
-    The result is determined by pool, chunk and seed."""
+    The result is determined by world, pool, chunk and seed.
+    Raises `ValueError` for an unknown pool, or a document longer than a row."""
     r = random.Random(f'{world.seed}/{seed}/{pool}/{chunk}')
     ids = {x: i for i, x in enumerate(vocabulary())}
     parts = pool_mixture(pool)
@@ -103,9 +109,10 @@ class Feed:
         self.workers, self.seed, self.ahead, self.limit = workers, seed, ahead, limit
         self.world = LookupWorld(0)
         self.chunks = {p: {} for p in POOLS}
+        # the latest chunk asked of each pool, in memory that all processes share
         self.asked = multiprocessing.Array('l', len(POOLS), lock=False)
-        self.reused = 0
-        self.waited = 0.
+        self.reused = 0   # rows given after the limit, so for a second time
+        self.waited = 0.  # seconds that `chunk` waited for the processes
         # fork before CUDA is used: a child must not inherit it
         self.context = multiprocessing.get_context('fork' if os.name == 'posix' else 'spawn')
         self.queues = [self.context.Queue(maxsize=8) for _ in range(workers)]

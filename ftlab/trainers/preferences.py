@@ -25,7 +25,7 @@ class Pairs:
     """Prompts with a better and a worse answer, `batch_size` pairs per step,
     in an order that depends only on the seed and the step.
     Raises `ValueError` for data that are not text, a row without a worse answer, or no pair left."""
-    def __init__(self, state,                        # of the run
+    def __init__(self, state,                        # `State` of the run
                  rejected:str|Callable='rejected',   # column of the worse answer, or a function (row) -> text
                  rows:list[dict]|None=None):         # None: the training rows of the data
         check_text(state.data)
@@ -79,7 +79,10 @@ def judged_pairs(model, tok, rows:list[dict], # prompts, with the columns that t
                  max_new_tokens:int|None=None # longest answer; None: as long as the longest response of `rows`
                 ) -> list[dict]:              # rows with the best answer as `response`, the worst as `rejected`
     """Make pairs from the model's own answers, ranked by a judge.
-    A prompt whose answers all have the same score gives no pair."""
+    A prompt whose answers all have the same score gives no pair.
+    Raises `ValueError` for fewer than two draws."""
+    if draws < 2:
+        raise ValueError(f'draws is {draws}; a pair needs at least 2 answers to a prompt')
     asked = [r for r in rows for _ in range(draws)]
     longest = max_new_tokens or answer_length(rows, tok)
     with torch.random.fork_rng():
@@ -101,7 +104,7 @@ def answer_logp(logits:Tensor, # [batch, tokens, words]
     return -token_nll(logits, labels).sum(1)
 
 def margins(state) -> Tensor: # [pairs]
-    "Compute how much more the policy prefers the chosen answer than the reference does, in nats"
+    "Compute the margin of each pair in nats: its log-odds under the policy minus under the reference"
     y = state.batch['labels']
     policy = answer_logp(state.forward(), y)
     with torch.no_grad():

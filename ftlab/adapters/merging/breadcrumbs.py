@@ -41,6 +41,7 @@ class middle:
         drop, k = n - round(self.gamma*n), round(self.gamma*n) - round(self.beta*n)
         if not k:
             return torch.zeros_like(c)
+        # a bit mask of the k entries that follow the `drop` largest, unpacked to the shape of c
         return c.where(unpack_mask(kth_magnitude(c.contiguous(), k, 'mask', drop), c), 0)
 
     def within_rows(self, c:Tensor) -> Tensor:

@@ -95,6 +95,7 @@ class LSTM(nn.Module):
         super().__init__()
         self.rnn, self.out = nn.LSTM(synapses, hidden, batch_first=True), nn.Linear(hidden, 1)
         with torch.no_grad():
+            # PyTorch stores the gates in the order input, forget, cell, output
             hold = torch.log(torch.empty(hidden).uniform_(1, longest - 1))
             self.rnn.bias_hh_l0.zero_()
             self.rnn.bias_ih_l0.zero_()
@@ -108,6 +109,7 @@ def auc(scores:Tensor, events:Tensor) -> float:
     Raises `ValueError` where all or none are events"""
     s, e = scores.flatten().double(), events.flatten() > 0
     _, place, count = s.unique(return_inverse=True, return_counts=True)
+    # equal scores share the mean of their ranks
     rank = (count.cumsum(0) - (count.double() - 1)/2)[place]
     k = int(e.sum())
     if k in (0, len(e)):

@@ -86,6 +86,7 @@ class Rollouts:
         rewards = self.judged(state, rows, [t[m] for t, m in zip(said, live)])
         mask = torch.cat([asked['attention_mask'], live.long()], 1)
         answer = torch.cat([torch.zeros_like(asked['attention_mask'], dtype=torch.bool), live], 1)
+        # questions are padded on the left, so positions count from the first real token
         full = dict(input_ids=y, attention_mask=mask,
                     position_ids=(mask.cumsum(1) - 1).clamp(min=0),
                     labels=y.masked_fill(answer.logical_not(), -100),
