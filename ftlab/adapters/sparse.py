@@ -23,7 +23,10 @@ def compose(model:nn.Module,      # the base of all of them
     for change in changes:
         for n, t in change.items():
             total[n] = total[n] + t if n in total else t
-    att = attach(model, {n: t != 0 for n, t in total.items() if t.any()}, Entries)
+    masks = {n: t != 0 for n, t in total.items() if t.any()}
+    if not masks:
+        raise ValueError('the changes add up to 0 everywhere, so there is nothing to attach')
+    att = attach(model, masks, Entries)
     for n, d in att.deltas.items():
         d.value.copy_(oriented(model, n, total[n]).flatten()[d.index])
     return att

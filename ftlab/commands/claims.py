@@ -28,10 +28,10 @@ def _listed(a):
     if a.names:
         raise ValueError(f'ftlab claims list takes no name; to see one claim, use ftlab claims explain {a.names[0]}')
     state, board = {c.key: status(c) for c in claims()}, scoreboard()
-    said = board.drop_duplicates('claim').set_index('claim') if len(board) else board
-    lines = [f'{n:14} {said.verdict[n]:12} {s:13} {said.sentence[n]}' for n, s in state.items()]
+    rows = board.drop_duplicates('claim').set_index('claim') if len(board) else board
+    lines = [f'{n:14} {rows.verdict[n]:12} {s:13} {rows.sentence[n]}' for n, s in state.items()]
     return (
-        {n: dict(verdict=said.verdict[n], scope=said.scope[n], status=s) for n, s in state.items()},
+        {n: dict(verdict=rows.verdict[n], scope=rows.scope[n], status=s) for n, s in state.items()},
         '\n'.join(lines))
 
 def _explained(a):

@@ -57,8 +57,8 @@ def tensor_shapes(path:Path) -> dict[str, tuple[int, ...]]:
     with path.open('rb') as f:
         length = int.from_bytes(f.read(8), 'little')
         if size < 8 or not 2 <= length <= min(size - 8, HEADER_LIMIT):
-            raise ValueError(f'{path} is not a safetensors file, or is damaged: its header would '
-                             f'have {length:,} of {size:,} bytes')
+            raise ValueError(f'{path} is not a safetensors file, or is damaged: it is {size:,} '
+                             f'bytes long, and its header claims {length:,}')
         raw = f.read(length)
     try:
         header = json.loads(raw)

@@ -238,7 +238,7 @@ def _refuse_gaps(info:dict, head:set[str], name:str):
     if gaps:
         raise ValueError(f'the files of {name} lack {len(gaps)} of the model\'s tensors '
                          f'({_some(gaps)}); transformers would fill them with random values. '
-                         'The file is damaged, or the model is of another kind: see kind=')
+                         'The file is damaged, or holds another kind of model: pass kind=')
 
 # %% ../../nbs/core/loading.ipynb #28fab4d7
 def _check_shapes(sort:str, where:str, config:PretrainedConfig, fresh:bool, name):
@@ -346,7 +346,7 @@ def load(name:str|Path,              # 'lab-s', 'lab-m', 'lab-e', 'lab-l', a loc
     """Load a model, in eval mode, and its tokenizer (`None` for a model that reads images).
 
     Only safetensors are read, and no code that comes with a model is run. A tokenizer without a
-    padding token (GPT-2, many Llamas) pads with its end mark. Raises `FileNotFoundError` if the
+    padding token (GPT-2, many Llamas) pads with its end-of-sequence token. Raises `FileNotFoundError` if the
     model is not found and `ValueError` if it is found but wrong."""
     where, revision = _find(name, revision)
     dtype, device = _dtype(dtype), find_device(device)

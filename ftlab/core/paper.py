@@ -40,7 +40,7 @@ LR, LRS, SCHEDULE = 3e-4, (1e-4, 3e-4, 1e-3), 'linear'
 
 @dataclass(frozen=True)
 class Method:
-    "What is known about a method besides its answers"
+    "What is known about a method besides the parts of its Recipe"
     name:str='full'                    # the function's name, which is the paper's key
     lr:float=LR                        # learning rate if none is given
     lrs:tuple[float, ...]=LRS          # learning rates worth trying on small models
@@ -58,7 +58,7 @@ def method(title:str,                    # as printed
            lrs:tuple[float, ...]=LRS,    # learning rates worth trying on small models
            schedule:str=SCHEDULE,        # of the learning rate, where none is given: 'linear', 'cosine' or 'constant'
            waives:Mapping|Callable|None=None, # {promise: why it is not made}, or a function from the arguments to that
-           toy:Mapping|Callable|None=None # arguments for a toy model, or a function that makes them; None: the defaults
+           toy:Mapping|Callable|None=None # arguments for tests, or a function that makes them; None: the defaults
           ) -> Callable:                 # a decorator of a function that returns a Recipe
     """Mark a function as a paper's method, and put its name, arguments and learning rates
     into the `meta` of the Recipe that it returns"""
@@ -86,7 +86,7 @@ ASKED_ON = {
     'prompts': '(model, the change on it, batch of prompts, token to read: last or first) -> values [rows]'}
 
 def probe(title:str, arxiv:str, claim:str, source:str, # as in `method`
-          ask:Callable|None=None,        # (model, its change, batch) -> value, for the contract; None: the function
+          ask:Callable|None=None,        # (model, its change, batch) -> value, in the tests; None: the function
           on:str=''                      # what the report applies it to, one of `ASKED_ON`; '': not part of the report
          ) -> Callable:                  # a decorator; the function stays the same object
     """Mark a read-only measurement: it leaves model, mode and random state as they were.
@@ -112,8 +112,8 @@ def _marking(paper):
 @dataclass(frozen=True)
 class Evidence:
     "Hold what a study found. Raises `ValueError` for a value that is not finite or has no unit."
-    values:Mapping[str, float|tuple[float, ...]] # name -> number or numbers; 'arm.metric' for one of several arms
-    units:Mapping[str, str]                      # name, or the metric alone -> unit
+    values:Mapping[str, float|tuple[float, ...]] # name -> number or numbers; with several arms, 'arm.metric'
+    units:Mapping[str, str]                      # name, or metric for all arms -> unit
 
     def __post_init__(self):
         values = {n: tuple(map(float, v)) if isinstance(v, (list, tuple)) else float(v)
@@ -146,7 +146,7 @@ class Evidence:
                 for n, v in self.values.items()}
 
 # %% ../../nbs/core/paper.ipynb #000c4c37
-def merging(dial:float # the rule's dial if none is given
+def merging(dial:float # the rule's setting if none is given
            ) -> Callable: # a decorator; the function stays the same object
     """Mark a function `(changes, model, dial) -> change` that merges several changes by its
     paper's rule"""

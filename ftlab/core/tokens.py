@@ -222,7 +222,7 @@ def _nothing_left(whole:list[dict], max_length:int|None, keep:str) -> str:
             f'answers begin at token {min(begin)} to {max(begin)}. '
             f'With max_length={max(len(w["labels"]) for w in whole)} every row fits whole, '
             f'{max(begin)} keeps some of every answer'
-            + ("; or say keep='end', which cuts questions instead" if keep == 'start' else ''))
+            + ("; encode_all(..., keep='end') cuts questions instead" if keep == 'start' else ''))
 
 # %% ../../nbs/core/tokens.ipynb #00e041f0
 def encode_each(rows:list[dict],          # of kind 'text', 'chat' or 'lm'

@@ -41,16 +41,18 @@ class Loop:
         "Take one step and return its row of the log"
         state, group = self.state, self.processes
         self._fetch()
-        mine, self.nll, self.heard = group.part(state.batches), {}, {}
+        # `loss_of` notes for each micro-batch: the sum of its nll, and its logits for the learners
+        batches, self.nll, self.heard = group.part(state.batches), {}, {}
         with group.taking_a_step():
-            loss = self.step(state, [partial(self.loss_of, i, b) for i, b in enumerate(mine)])
-        heard = [(b, self.heard[i]) for i, b in enumerate(mine)] if state.learners else []
-        own = {f'{l.name}_loss': l(state, heard) for l in state.learners.values()}
+            loss = self.step(state, [partial(self.loss_of, i, b) for i, b in enumerate(batches)])
+        heard = [(b, self.heard[i]) for i, b in enumerate(batches)] if state.learners else []
+        learned = {f'{l.name}_loss': l(state, heard) for l in state.learners.values()}
         state.tokens += sum(map(tokens_of, state.batches))
-        nll, whole, *others = group.total(sum(self.nll.values()), float(loss), *own.values())
-        return dict(step=state.step, loss=whole if group.apart else float(loss),
+        nll, total, *totals = group.total(sum(self.nll.values()), float(loss), *learned.values())
+        # without gradients, every process already has the total loss
+        return dict(step=state.step, loss=total if group.apart else float(loss),
                     nll=nll/state.count if self.nll else None, lr=state.extra.get('lr'),
-                    tokens=state.tokens, **dict(zip(own, others)))
+                    tokens=state.tokens, **dict(zip(learned, totals)))
 
     def _fetch(self) -> None:
         """Get this step's micro-batches from the source.
