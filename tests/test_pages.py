@@ -169,7 +169,7 @@ POINTS = {
         r'|\b(?:row|line|column|figure|table|picture|scores?) below\b|\bBelow (?:are|is)\b')}
 NOT_POINTING = ('Look inside: what fine-tuning changed', 'Below is how.', 'The picture below is drawn once')
 MATPLOTLIB = re.compile(r'Text\(\d|<matplotlib\.|<Axes|<Bar[A-Z]|^\(?array\(\[<')
-RETURNS_NOTHING = {'detach', 'cleanup'}
+RETURNS_NOTHING = {'detach', 'cleanup', 'test_fail', 'test_eq'}
 
 
 def sentences(markdown: str) -> list[str]:
@@ -228,7 +228,7 @@ def ends_in_a_value(source: str) -> bool:
     if not last or not isinstance(last[0], ast.Expr) or source.rstrip().endswith(';'):
         return False
     called = getattr(last[0].value, 'func', None)
-    return getattr(called, 'attr', None) not in RETURNS_NOTHING
+    return getattr(called, 'attr', getattr(called, 'id', None)) not in RETURNS_NOTHING
 
 
 def progress(output: dict, opened: frozenset[str]) -> bool:

@@ -78,7 +78,8 @@ def test_what_may_wait_is_there():
 def test_the_list_finds_what_it_should():
     found = wrong_words('def f(priced):\n    return dict(mend=1)', True)
     assert found == ["'mend': say 'fix'", "'priced': say 'loss_mask'"]
-    assert (wrong_words('x = {"looked": 1}', True) and wrong_words('but The Way\nback still runs', False))
+    assert wrong_words('x = {"looked": 1}', True)
+    assert wrong_words('but The Way\nback still runs', False)
     assert not wrong_words('the railway backs up, nakedness', False)
 
 
