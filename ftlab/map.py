@@ -23,12 +23,12 @@ __all__ = ['QUESTIONS', 'CHAPTERS', 'QUIZ', 'Chapter', 'chapter_named', 'draw_ma
 
 # %% ../nbs/map.ipynb #0005aabb
 QUESTIONS = {
-    'select':    ('adapters',   'Which numbers may move?'),
-    'delta':     ('adapters',   'How is the change written down?'),
+    'select':    ('adapters',   'Which parameters may change?'),
+    'delta':     ('adapters',   'How is the change represented?'),
     'edit':      ('adapters',   'What is done to it afterwards?'),
-    'source':    ('trainers',   'What does the model get to see?'),
-    'objective': ('trainers',   'What does a token cost?'),
-    'step':      ('trainers',   'How does a cost become a move?'),
+    'source':    ('trainers',   'What does the model see?'),
+    'objective': ('trainers',   'What is the loss?'),
+    'step':      ('trainers',   'How does a loss become an update?'),
     'loop':      ('trainers',   'When, and how often?'),
     'decode':    ('evaluators', 'How are answers drawn?'),
     'probe':     ('evaluators', 'What happened?')}

@@ -278,7 +278,7 @@ def counts(p: Project) -> str:
     text = ', '.join(f'**{n}** {WORDS[v]}' for n, v in said)
     if waiting := sum(e['verdict'] is None for e in claimed):
         text += f', **{waiting}** not yet run'
-    return f'Of {len(claimed)} claims, each written down before its run and put to one rule: {text}.'
+    return f'Of {len(claimed)} claims, each written down before its run and judged by one rule: {text}.'
 
 
 def failed_controls(p: Project, e: dict) -> list[str]:
