@@ -473,7 +473,7 @@ def test_where_to_go_on():
         remember('chapters', c.name)
         for e in c.exercises:
             remember('exercises', e)
-    assert go_on() is None and 'All that is here is solved' in repr(start())
+    assert go_on() is None and 'Everything here is solved' in repr(start())
 
 def test_the_start_page_has_links_that_lead_somewhere(tmp_path, monkeypatch):
     ftlab.chapter('first_light')

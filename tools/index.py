@@ -142,7 +142,7 @@ def contents(p: Project, text: str) -> dict[str, str]:
     for o in yaml.safe_load(text)['website']['sidebar']['contents']:
         if isinstance(o, dict):
             rows = [row for entry in o['contents'] for row in _listed(p, entry)]
-            out[f'contents, {o["section"]}'] = _table('page', 'what it is about', 'minutes', 'before it', rows=rows)
+            out[f'contents, {o["section"]}'] = _table('page', 'what it is about', 'minutes', 'read first', rows=rows)
     return out
 
 
@@ -197,7 +197,7 @@ def methods(p: Project) -> str:
     for e in sorted(_methods(p), key=lambda e: e['key']):
         asked = '; '.join(ASKS[n] for n in nouns(e))
         rows.append((_code(e, e['notebook'].removeprefix('nbs/')), asked, e['claim'], _said(e)))
-    return _table('method', 'what it answers', 'what its paper claims', 'here', rows=rows)
+    return _table('method', 'what it answers', 'what its paper claims', 'verdict here', rows=rows)
 
 
 def _methods(p: Project) -> list[dict]:
@@ -214,7 +214,7 @@ def which(p: Project) -> str:
             found[need].append(_code(e, page) + (f' ({remark})' if remark else ''))
     found[NEEDS[0]].insert(0, '`full`')
     rows = [(need, ', '.join(names)) for need, names in found.items() if names]
-    return _table('look there when', 'at', rows=rows)
+    return _table('use it when', 'methods', rows=rows)
 
 
 def uses(nb: dict, page: str) -> list[tuple[str, str]]:
@@ -243,7 +243,7 @@ def families(p: Project) -> str:
             names = ', '.join(f'{_code(e, e["notebook"].removeprefix("nbs/"))} {_said(e)}'
                               for e in of)
             rows.append((f'[{title.split(":")[0]}]({page})', about, names))
-    return _table('family', 'what it is about', 'papers, and what became of each claim here',
+    return _table('family', 'what it is about', 'papers, with the verdict on each claim here',
                   rows=rows)
 
 
@@ -251,24 +251,24 @@ def family(p: Project, part: str, name: str) -> str:
     "The papers of a family, and where to go from there"
     rows = [(_code(e, f'{e["key"]}.ipynb'), e['claim'], _title(e), _said(e))
             for e in p.papers if (e['home'], e['family']) == (part, name)]
-    return (_table('paper', 'what it claims', 'title', 'here', rows=rows)
-            + '\n\n**Where next:** [what became of each claim](../../papers/scoreboard.ipynb); '
+    return (_table('paper', 'what it claims', 'title', 'verdict here', rows=rows)
+            + '\n\n**Where next:** [the verdict on each claim](../../papers/scoreboard.ipynb); '
             '[all methods by name](../../methods.ipynb).')
 
 
 def words(e: dict) -> str:
-    "Where the words are explained that a paper's page takes for granted"
+    "Say where the words are explained that a paper's page takes for granted"
     if e['home'] == 'beyond':  # studies that train no base model
-        return ('*A word that is not explained here:* [how a verdict is made]'
-                '(../../instruments/verdicts.ipynb) says what a claim is.')
-    return ('*Words that are not explained here:* [first light](../../course/first_light.ipynb) '
-            'shows what `lab-s`, gain and forgetting are; [the Recipe](../../core/recipe.ipynb) '
+        return ('*New words:* [how a verdict is made](../../instruments/verdicts.ipynb) explains what a '
+                'claim is.')
+    return ('*New words:* [first light](../../course/first_light.ipynb) '
+            'explains `lab-s`, gain and forgetting; [the Recipe](../../core/recipe.ipynb) '
             'lists the nine questions that a method answers in this package.')
 
 
 # ---------- verdicts
 
-WORDS = dict(holds='hold', fails='fail', unclear='stay unclear', checked='could only be checked')
+WORDS = dict(holds='hold', fails='fail', unclear='remain unclear', checked='only needed its arithmetic checked')
 
 
 def counts(p: Project) -> str:
@@ -278,7 +278,7 @@ def counts(p: Project) -> str:
     text = ', '.join(f'**{n}** {WORDS[v]}' for n, v in said)
     if waiting := sum(e['verdict'] is None for e in claimed):
         text += f', **{waiting}** not yet run'
-    return f'Of {len(claimed)} claims, each written down before its run and judged by one rule: {text}.'
+    return f'Of {len(claimed)} claims, each written down before its run and judged by one fixed rule: {text}.'
 
 
 def failed_controls(p: Project, e: dict) -> list[str]:
@@ -292,7 +292,7 @@ def failed_controls(p: Project, e: dict) -> list[str]:
                 if c.get(key) is not None]
         # values are numbers, or the runs in which it failed
         seen = (f'{sum(c["values"])/len(c["values"]):+.3f}, needed {" and ".join(bars)}' if bars
-                else f'not so in {", ".join(c["values"])}')
+                else f'failed in {", ".join(c["values"])}')
         out.append(f'control failed, which makes the verdict unclear: {c["name"]}, {seen}')
     return out
 
@@ -303,11 +303,11 @@ def verdict(p: Project, e: dict, rows: list[dict]) -> str:
     if not e['claims']:
         return '**Verdict: none.** No claim has been written down yet.'
     if not e['verdict']:
-        return f'**Verdict: not yet run.** The claim stands in `{e["claims"][0]}`: `ftlab claims run {e["key"]}`.'
+        return f'**Verdict: not yet run.** The claim is in `{e["claims"][0]}`: `ftlab claims run {e["key"]}`.'
     lines = '\n'.join(f'- {m}' for m in [*map(effect_line, rows), *failed_controls(p, e)] if m)
     said = f'**Verdict: {_said(e)}** ({e["scope"]}). {rows[0]["sentence"]}\n\n{lines}'.rstrip()
-    return (said + f'\n\n[How a verdict is made]({folder}instruments/verdicts.ipynb); [all of '
-            f'them]({folder}papers/scoreboard.ipynb).')
+    return (said + f'\n\n[How a verdict is made]({folder}instruments/verdicts.ipynb); [all '
+            f'verdicts]({folder}papers/scoreboard.ipynb).')
 
 
 def reasons(p: Project) -> str:
