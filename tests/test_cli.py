@@ -276,7 +276,7 @@ WRONG = {
     'broken line': ('fit --model {d}/lm --data {d}/broken.jsonl', 1, ['broken.jsonl, line 2', 'not JSON']),
     'no rows': ('compare --model {d}/lm --data {d}/empty.jsonl --methods full', 1, ['empty.jsonl has no rows']),
     'missing column': ('fit --model {d}/lm --data {d}/asked.jsonl', 1,
-                       ['say --columns prompt=question,response=answer.']),
+                       ['--columns prompt=question,response=answer']),
     'unknown skill': ('fit --model {d}/lm --data new-langage', 1, ["did you mean 'new-language'"]),
     'unknown lab model': ('fit --model lab-x --data new-language', 1,
                           ['lab-x is neither a folder nor a lab model', 'lab-s']),
@@ -304,7 +304,7 @@ WRONG = {
     'columns of a lab skill': ('fit --model lab-s --data new-procedure --columns prompt=a', 1, ['is a lab skill']),
     'a device that is none': (f'fit {LM} --device gpu', 1, ["--device is 'gpu'; it must be 'cpu'"]),
     'a GPU that is not there': (f'fit {LM} --device cuda:99', 1,
-                                   ["--device 'cuda:99' was asked for", 'say --device cpu']),
+                                   ["--device 'cuda:99' was asked for", 'use --device cpu']),
     'two rates without tuning': (f'compare {LM} --methods full --lrs 1e-3,1e-4 --no-tune', 1,
                                  ['give one rate, or --tune']),
     'a rate in a list that is none': (f'compare {LM} --methods full --lrs 1e-3,much', 2,
@@ -345,7 +345,7 @@ WRONG = {
     'a model with pickled weights': ('fit --model {d}/pickled --data {d}/sums.jsonl', 1,
                                    ['python -c "from transformers']),
     'an adapter': ('fit --model {d}/adapter --data {d}/sums.jsonl', 1, ['with peft (merge_and_unload)']),
-    'a base that cannot be read': ('merge {d}/badrun --out x', 1, ['badrun/run.json is not JSON']),
+    'a base that cannot be read': ('merge {d}/badrun --out x', 1, ['badrun/run.json cannot be read as JSON']),
     'a page that is not there': ('lab nbs/nope.ipynb', 1, ["no page 'nbs/nope.ipynb'"])}
 
 # Python, where the shell has words of its own

@@ -117,7 +117,7 @@ def test_quartiles_of_one_number_are_that_number():
 
 def test_a_page_reads_what_a_gpu_left(tmp_path, capsys):
     from ftlab.native import gpu_table
-    assert gpu_table('perturb', tmp_path) is None and 'Not yet run' in capsys.readouterr().out
+    assert gpu_table('perturb', tmp_path) is None and 'Not yet measured' in capsys.readouterr().out
     row = dict(what='ours', median_ms=2., low_ms=1., high_ms=3., gb_per_s=1500.,
                extra_bytes=2_000_000)
     found = dict(card='A',

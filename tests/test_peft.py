@@ -116,12 +116,12 @@ def test_the_two_train_alike(rs):
 def test_what_is_no_plain_lora_is_refused(tmp_path):
     m = tiny('llama')
     att = attach(m, parts()(m), Offset)
-    with pytest.raises(ValueError, match='only a change that is LoRA'):
+    with pytest.raises(ValueError, match='only a change that consists of LoRA alone'):
         to_peft(att, tmp_path/'x')
     mixed = attach(tiny('llama'),
                    {'model.layers.0.mlp.up_proj.weight': True, 'model.norm.weight': True},
                    lora().delta, also=('model.norm.weight',))
-    with pytest.raises(ValueError, match='only a change that is LoRA'):
+    with pytest.raises(ValueError, match='only a change that consists of LoRA alone'):
         to_peft(mixed, tmp_path/'x')
     assert not (tmp_path/'x').exists()
     for i, (more, says) in enumerate(((dict(use_dora=True), 'use_dora'),

@@ -422,7 +422,7 @@ def test_errors_are_one_line(call, made, tmp_path, capfd):
             'report run --model lab-x': 'neither a folder nor a lab model',
             'report run --old sortt': "did you mean 'sort'", 'report bare': 'no run.json beside',
             'report run --model other': 'another base', 'report run --items 0': 'above 0',
-            'report run --metric rouge': 'must be exact'}.items():
+            'report run --metric rouge': "choose from 'exact'"}.items():
         code, out, err = call(line)
         assert (code and out == '' and len(err.strip().splitlines()) == 1 and words in err), (
             line, err)
