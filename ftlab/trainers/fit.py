@@ -67,12 +67,11 @@ def fit(model,                     # changed in place: a causal language model, 
     """Fine-tune `model` in place by `recipe`.
 
     Raises `ValueError` for invalid arguments, `TypeError` for a model, data or a recipe of another
-    type, `Busy` if another run writes to `out`, `DiskFull` if
-    the disk has too little room for the run's files, and `NotFinite` if a loss or gradient is NaN
-    or infinite. After `NotFinite` the model has the last good weights, and the error's attribute
-    `run` is the Run so far. After any other error the model is as it was before the call. If a
-    later checkpoint does not fit on the disk, `fit` warns and goes on. Under torchrun several
-    processes share the run."""
+    type, `Busy` if another run writes to `out`, `DiskFull` if the disk has too little room for the
+    run's files, and `NotFinite` if a loss or gradient is NaN or infinite. After `NotFinite` the
+    model has the last good weights, and the error's attribute `run` is the Run so far. After any
+    other error the model is as it was before the call. If a later checkpoint does not fit on the
+    disk, `fit` warns and goes on. Under torchrun several processes share the run."""
     _check_model(model, data, recipe)
     _check_numbers(steps=steps, batch_size=batch_size, accumulate=accumulate, warmup=warmup,
                    seed=seed, save_every=save_every, max_length=max_length)
@@ -150,7 +149,7 @@ def _checked_callbacks(callbacks) -> tuple:
         own = [n for n in dir(c) if n[0] != '_' and n not in _EVENTS]
         near = {n: e for n in own for e in near_misses(n, _EVENTS, 1, cutoff=.85)}
         said = ''.join(f'; {n!r} is no event, did you mean {e!r}?' for n, e in near.items())
-        if not any(hasattr(c, e) for e in _EVENTS):
+        if not any(hasattr(c, n) for n in (*_EVENTS, 'describe', 'state_dict')):
             raise ValueError(f'callbacks holds {shortened(repr(c), 60)}, which has no method named after an event '
                              f'({", ".join(_EVENTS)}){said}')
         if near:
