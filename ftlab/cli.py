@@ -8,6 +8,7 @@ import argparse
 import inspect
 import json
 import os
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -149,7 +150,8 @@ def run_methods(a:argparse.Namespace) -> tuple[dict, str]:
     found = {}
     for n in ftlab.methods.names():
         f = getattr(ftlab.methods, n)
-        found[n] = dict(arguments=str(inspect.signature(f)).split(' ->')[0],
+        arguments = re.sub(r'<function (\S+) at 0x\w+>', r'\1', str(inspect.signature(f)))
+        found[n] = dict(arguments=arguments.split(' ->')[0],
                         about=(inspect.getdoc(f) or '').split('\n')[0])
     width = max(map(len, found))
     return found, '\n'.join(f'{n:{width}} {d["about"]}' for n, d in found.items())

@@ -264,6 +264,7 @@ def test_a_paper_is_found_by_its_key_its_number_and_its_title(call):
 def test_methods_and_skills(call):
     code, out, err = call('methods --json')
     assert code == 0 and {'full', 'hft', 'lora', 'dft', 'grpo', 'eft'} <= set(json.loads(out))
+    assert ' at 0x' not in out and "reward: 'Callable' = judge" in json.loads(out)['grpo']['arguments']
     code, out, err = call('skills --model {d}/lm')
     assert code == 1 and 'does not speak the words of the lab' in err
 

@@ -180,7 +180,8 @@ def test_none_is_an_answer_where_it_is_right_for_some_inputs():
     def what_broke(before, after):
         return None
 
-    assert 'gives nothing back yet' in ftlab.check(what_broke).message
+    said = ftlab.check(what_broke).message
+    assert 'nothing back (`None`) on any input. That is right for some of them only' in said, said
     right = find('what_broke').reference
 
     def late(before, after):
@@ -272,6 +273,12 @@ def test_answers_to_the_comparison_that_are_no_answers():
                       ('hft', 'three things'), ((None, choice, more), 'three things')):
         checked = ftlab.check(lambda: got, 'compare_and_choose')
         assert not checked and said in checked.message, checked.message
+
+def test_an_answer_that_is_none_of_the_possible_ones_hears_which_they_are():
+    from ftlab.exercises.lab_models import BUGS
+    said = ftlab.check(lambda setup: 'a leak', 'find_bug').message
+    assert "'a leak', which is not one of the possible answers" in said, said
+    assert all(repr(b) in said for b in BUGS), said
 
 def test_a_guess_finds_no_bug_and_every_bug_is_planted_twice():
     from collections import Counter

@@ -56,6 +56,10 @@ class First:
     def before_fit(self, state):
         self.do(state)
 
+class Misspelt:
+    def after_stepp(self, state):
+        pass
+
 def stop(state):
     raise KeyboardInterrupt
 
@@ -207,6 +211,21 @@ def test_bf16_rollouts_are_priced_as_they_are_trained():
      (dict(steps=0), 'steps is 0'),
      (dict(steps=1.5), 'steps is 1.5.*whole'),
      (dict(steps='10'), "steps is '10'"),
+     (dict(steps=True), 'steps is True; it must be a whole number of at least 1'),
+     (dict(batch_size='8'), "batch_size is '8'; it must be a whole number of at least 1"),
+     (dict(batch_size=0), 'batch_size is 0; it must be a whole number of at least 1'),
+     (dict(accumulate=2.), 'accumulate is 2.0; it must be a whole number of at least 1'),
+     (dict(warmup=-1), 'warmup is -1; it must be a whole number of at least 0'),
+     (dict(warmup=.1), 'warmup is 0.1; it must be a whole number'),
+     (dict(seed='a'), "seed is 'a'; it must be a whole number"),
+     (dict(save_every='2'), "save_every is '2'; it must be a whole number of at least 0"),
+     (dict(max_length='9'), "max_length is '9'; it must be a whole number of at least 1"),
+     (dict(weight_decay='a'), "weight_decay is 'a'; it must be a number of at least 0"),
+     (dict(clip=-1), 'clip is -1; it must be a number of at least 0'),
+     (dict(callbacks=3), 'callbacks is 3; it must be a list of objects'),
+     (dict(callbacks=[3]), 'callbacks holds 3, which has no method named after an event .*after_step'),
+     (dict(callbacks=[First]), 'callbacks holds the class First; it must hold objects of it'),
+     (dict(callbacks=[Misspelt()]), "'after_stepp' is no event, did you mean 'after_step'"),
      (dict(lr='abc'), "lr is 'abc'.*1e-3"),
      (dict(lr=math.nan), 'lr is nan'),
      (dict(lr=-1.), 'lr is -1.0'),
@@ -243,6 +262,17 @@ def test_what_is_no_model_or_no_recipe_is_named():
             tune(recipe, m)
     with pytest.raises(TypeError, match="model is 'lab-s'.*ftlab.load"):
         tune(None, 'lab-s')
+    with pytest.raises(TypeError, match=r'model is a tuple of 2;.*pass \*ftlab.load\(...\), or model, tok'):
+        fit((m, TOK), lab_data())
+    with pytest.raises(TypeError, match='data is None; fit takes a loaded model, its tokenizer and the data'):
+        fit(m, TOK)
+
+def test_a_method_that_is_almost_an_event_is_named_where_others_are_right():
+    class Both(Misspelt):
+        def after_step(self, state):
+            pass
+    with pytest.warns(UserWarning, match="'after_stepp' is no event, did you mean 'after_step'"):
+        assert len(tune(steps=1, callbacks=(Both(),)).log) == 1
 
 def test_models_that_do_not_fit_the_data_are_refused():
     with pytest.raises(ValueError, match='labels, but LlamaForCausalLM has no classifier'):

@@ -1,5 +1,5 @@
 "Loading by name, folder and id: what is refused, and that what is loaded is what was saved"
-import json
+import json, re
 from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file, save_file
@@ -8,6 +8,7 @@ from transformers import (BertConfig, BertForMaskedLM, BertModel, GPT2Config, GP
                           PreTrainedTokenizerFast)
 from ftlab.core import loading
 from ftlab.core.batches import collate
+from ftlab.core.folder import check_folder
 from ftlab.core.loading import find_device, lab_folder, load, minilm_folder
 from ftlab.lab.models import lab_tokenizer
 
@@ -92,6 +93,8 @@ def test_dtype_device_and_kind(saved):
                       (dict(kind='decoder'), 'kind'),
                       (dict(kind='causal', labels=LABELS), 'labels'),
                       (dict(labels=['a', 'a']), 'each once'),
+                      (dict(labels='ab'), "labels is 'ab'; it must be a list of names"),
+                      (dict(labels=2), 'labels is 2; it must be a list of names'),
                       (dict(kind='masked'), 'kind|lack|class')):
         with pytest.raises(ValueError, match=says):
             load(saved/'llama', **bad)
@@ -367,6 +370,17 @@ def test_a_config_that_asks_for_what_it_may_not_is_refused_before_memory_is_take
     folder = edit(copy('llama'), **changes)
     monkeypatch.setattr(LlamaForCausalLM, 'from_pretrained', lambda *a, **k: pytest.fail('weights were made'))
     with pytest.raises(ValueError, match=says):
+        load(folder)
+
+@pytest.mark.parametrize('gone, says', [('model.safetensors', 'has a config.json but no weights'),
+                                        ('config.json', 'has no config.json')])
+def test_a_folder_that_lacks_a_file_is_named(copy, gone, says):
+    folder = copy('llama')
+    (folder/gone).unlink()
+    with pytest.raises(FileNotFoundError, match=f'the folder {re.escape(str(folder))} {says}'):
+        check_folder(folder)
+    save_file({'x': torch.zeros(1)}, folder/'adapter_model.safetensors')
+    with pytest.raises(FileNotFoundError, match=says):
         load(folder)
 
 @pytest.mark.parametrize('name, content',

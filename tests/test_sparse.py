@@ -354,6 +354,19 @@ def test_sparse_changes_add_up_save_and_come_off(tmp_path):
     assert (overlap(changes[0], changes[0]) == 1. and 0 < overlap(*changes) < 1
             and overlap(dict(a=torch.ones(2)), dict(b=torch.ones(2))) == 0.)
 
+@pytest.mark.parametrize('wrong, says', [
+    (lambda w: overlap(w, dict(w=torch.ones(3))), r"'w' is \(2,\) in one change and \(3,\) in another"),
+    (lambda w: overlap(w, toy()), r'b is a LlamaForCausalLM; it must be a change.*run.delta.tensors\(\)'),
+    (lambda w: overlap([w], w), 'a is a list; it must be a change'),
+    (lambda w: overlap(w, dict(w=3)), 'b holds a int; it must be a change'),
+    (lambda w: compose(toy(), w), 'changes is a single change; it must be a list of changes'),
+    (lambda w: compose(toy(), toy()), 'changes is a LlamaForCausalLM; it must be a list'),
+    (lambda w: compose(toy(), [w, 3]), r'changes\[1\] is a int; it must be a change'),
+    (lambda w: compose(toy(), [w, dict(w=torch.ones(3))]), r"'w' is \(2,\) in one change")])
+def test_what_is_no_change_is_named(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        wrong(dict(w=torch.ones(2)))
+
 def _with(change):
     m = toy()
     compose(m, [change])

@@ -419,6 +419,14 @@ def test_r_tuning_refuses_what_it_cannot_do():
         fit(classifier(), TOK, label_data(), methods.r_tuning(), steps=1, batch_size=8,
             progress=False)
 
+def test_a_method_that_returns_no_recipe_is_named():
+    from ftlab.core.paper import method
+    @method('Title', '2401.00001', 'claim', 'source')
+    def three():
+        return 3
+    with pytest.raises(TypeError, match='the method three returns 3; it must return a Recipe'):
+        three()
+
 @pytest.mark.parametrize('recipe, said', [
     (lambda: methods.mezo(eps=float('nan')), 'eps is nan'),
     (lambda: methods.mezo(eps=float('inf')), 'eps is inf'),

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/adapters/edit.ipynb #0003e5f6
 from __future__ import annotations
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from .store import load_delta
 from ..core.anatomy import anatomy
 
 # %% auto #0
-__all__ = ['scale', 'unchanged', 'norm', 'write_change', 'depth', 'merge', 'saved_changes', 'attach_change']
+__all__ = ['scale', 'unchanged', 'norm', 'write_change', 'depth', 'check_changes', 'merge', 'saved_changes', 'attach_change']
 
 # %% ../../nbs/adapters/edit.ipynb #0004e5f6
 @dataclass(frozen=True)
@@ -59,24 +59,41 @@ def depth(model) -> dict[str, float]:
     return {n: share(*place) for n, place in places.items()}
 
 # %% ../../nbs/adapters/edit.ipynb #0006b202
+def check_changes(changes:Mapping[str, Mapping] # by the name that an error calls it
+                 ) -> None:
+    """Raise `ValueError` unless each change is {name: tensor},
+    and tensors of one name have the same shape in all of them"""
+    shapes = {}
+    for called, change in changes.items():
+        mapping = isinstance(change, Mapping)
+        odd = [v for v in change.values() if not isinstance(v, Tensor)] if mapping else [change]
+        if odd:
+            raise ValueError(f'{called} {"holds" if mapping else "is"} a {type(odd[0]).__name__}; it must be '
+                             'a change, {name: new weight minus base weight}; that of a Run is '
+                             'run.delta.tensors()')
+        for n, t in change.items():
+            if shapes.setdefault(n, t.shape) != t.shape:
+                raise ValueError(f'{n!r} is {tuple(shapes[n])} in one change and '
+                                 f'{tuple(t.shape)} in another; they were not made from one base')
+
 def merge(changes:list[Mapping], # each {name: new weight minus base weight}, all from one base
           alpha:float=1.,        # the factor of the sum
           edit:Callable|None=None, # (change, model) -> change, applied to each change before the sum
           model=None             # for edits that need it
          ) -> dict[str, Tensor]: # one change, over every tensor that any of them names
     """Compute `alpha` times the sum of several changes.
-    Raises `ValueError` for an empty list, for a change that is not in a list, or for tensors of one
-    name and two shapes."""
-    if isinstance(changes, Mapping):
-        raise ValueError('changes is a single change; it must be a list of changes')
+    Raises `ValueError` for an empty list, for anything that is not a list of changes, or for tensors
+    of one name and two shapes."""
+    if isinstance(changes, Mapping) or not isinstance(changes, Iterable):
+        given = 'single change' if isinstance(changes, Mapping) else type(changes).__name__
+        raise ValueError(f'changes is a {given}; it must be a list of changes')
+    changes = list(changes)
     if not changes:
         raise ValueError('there is no change to merge; give at least one')
+    check_changes({f'changes[{i}]': c for i, c in enumerate(changes)})
     out = {}
     for c in changes:
         for n, t in (edit(c, model) if edit else c).items():
-            if n in out and out[n].shape != t.shape:
-                raise ValueError(f'{n!r} is {tuple(out[n].shape)} in one change and '
-                                 f'{tuple(t.shape)} in another; they were not made from one base')
             out[n] = out[n] + t if n in out else t
     return {n: alpha*t for n, t in out.items()}
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from .attach import Attached, attach, oriented
 from .delta import Entries
+from .edit import check_changes, merge
 
 # %% auto #0
 __all__ = ['compose', 'overlap']
@@ -18,11 +19,9 @@ __all__ = ['compose', 'overlap']
 def compose(model:nn.Module,      # the base of all of them
             changes:list[Mapping] # each {name: tuned weight minus base weight}, as the model stores them
            ) -> Attached:
-    "Attach the sum of sparse changes to their base. Raises `ValueError` if the sum is 0 everywhere."
-    total = {}
-    for change in changes:
-        for n, t in change.items():
-            total[n] = total[n] + t if n in total else t
+    """Attach the sum of sparse changes to their base. Raises `ValueError` if the sum is 0 everywhere,
+    and what [`merge`](edit.ipynb) raises for anything that is not a list of changes of one base."""
+    total = merge(changes)
     masks = {n: t != 0 for n, t in total.items() if t.any()}
     if not masks:
         raise ValueError('the changes add up to 0 everywhere, so there is nothing to attach')
@@ -33,7 +32,9 @@ def compose(model:nn.Module,      # the base of all of them
 
 # %% ../../nbs/adapters/sparse.ipynb #bd5da567
 def overlap(a:Mapping, b:Mapping) -> float: # 0: none in common; 1: the larger contains the smaller
-    "Compute the share of the smaller change's entries that the other change has too"
+    """Compute the share of the smaller change's entries that the other change has too. Raises
+    `ValueError` for anything that is not a change, or for tensors of one name and two shapes."""
+    check_changes(dict(a=a, b=b))
     size = lambda change: sum(int((t != 0).sum()) for t in change.values())
     both = sum(int(((a[n] != 0) & (b[n] != 0)).sum()) for n in a.keys() & b.keys())
     return both/max(1, min(size(a), size(b)))

@@ -71,7 +71,7 @@ def with_options(text:str,           # an error of the library
 _ADAPTER = r'ftlab\.adapters\.lowrank\.from_peft\(model, (?:that )?folder\)'
 
 PHRASES = (  # (what an error of the library says, what the shell says instead)
-    (rf'move the two to a folder of their own, load the model, and put them on: {_ADAPTER}',
+    (rf'move both to another folder, load the model, and apply them: {_ADAPTER}',
      'move the two out of the folder, and merge them into the model with peft (merge_and_unload)'),
     (rf'load the model that it was trained on, then {_ADAPTER}',
      'merge it into the model that it was trained on with peft (merge_and_unload), and name that folder'),
@@ -88,7 +88,7 @@ PHRASES = (  # (what an error of the library says, what the shell says instead)
      'set pad_token in its tokenizer_config.json'),
     (r'; pass classes=\{.*?: the class\}', '; only Python code that has this class can load it'),
     (r'; load it with ftlab\.load\(name\)', ''),
-    (r'of which ftlab does not know what to load; say kind= one of .*$',
+    (r'which ftlab does not know; pass kind= one of .*$',
      'which the command line cannot load'),
     (r', or holds another kind of model: pass kind=', ', or holds another kind of model'),
     (r'or give validation= and test=', 'or name test rows with --eval'),

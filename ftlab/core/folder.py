@@ -161,10 +161,16 @@ def _check_products(folder, sizes, bytes):
 # %% ../../nbs/core/folder.ipynb #de0aa468
 def check_folder(folder:Path) -> None:
     """Check a model's folder before it is loaded.
-    Raises `ValueError` that says what is wrong and how to fix it."""
+    Raises `ValueError` that says what is wrong and how to fix it, and `FileNotFoundError` for a
+    folder without a configuration or without weights."""
+    if not (folder/'config.json').is_file():
+        raise FileNotFoundError(f'the folder {folder} has no config.json, so it is not a Hugging Face model')
     config = read_json(folder/'config.json')
     check_requests(folder, config)
     check_adapter(folder)
     files = weight_files(folder)
+    if not files:
+        raise FileNotFoundError(f'the folder {folder} has a config.json but no weights; there should be '
+                                'a model.safetensors')
     shapes = [tensor_shapes(f) for f in files]
     check_sizes(folder, config, sum(map(len, shapes)), sum(f.stat().st_size for f in files))

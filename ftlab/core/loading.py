@@ -5,6 +5,7 @@
 # %% ../../nbs/core/loading.ipynb #00031c17
 from __future__ import annotations
 import importlib.util
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 import torch
@@ -140,6 +141,9 @@ def _own_labels(config:PretrainedConfig) -> list[str]|None:
 # %% ../../nbs/core/loading.ipynb #000b1c17
 def _labelled(config:PretrainedConfig, labels:list[str]) -> PretrainedConfig:
     "Put `labels` into `config`, in place, and return it"
+    if isinstance(labels, str) or not isinstance(labels, Iterable):
+        raise ValueError(f"labels is {labels!r}; it must be a list of names, such as ['no', 'yes']")
+    labels = list(labels)
     if len(labels) < 2 or len(set(labels)) != len(labels):
         raise ValueError(f'labels has {len(labels)} names, {len(set(labels))} of them different; '
                          'give at least two, each once')
@@ -355,7 +359,7 @@ def load(name:str|Path,              # 'lab-s', 'lab-m', 'lab-e', 'lab-l', a loc
     tok = None if config.model_type in IMAGES else _tokenizer(where, revision, str(name))
     known = _own_labels(config)
     if labels is not None:
-        _labelled(config, list(labels))
+        _labelled(config, labels)
     fresh = labels is not None and list(labels) != known
     _check_shapes(sort, where, config, fresh, name)
     model, info = _weights(sort, where, config, revision, dtype, seed, name)
@@ -382,7 +386,7 @@ def skeleton(name:str|Path,              # as in `load`, like the next three
     sort = _sort(config, 'auto', labels, str(name))
     tok = None if config.model_type in IMAGES else _tokenizer(where, revision, str(name))
     if labels is not None:
-        _labelled(config, list(labels))
+        _labelled(config, labels)
     if dtype == 'auto':
         dtype = config.dtype or _stored(where)
     return _bones(sort, config, dtype, device, name), tok

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import wraps
+from .text import shortened
 
 # %% auto #0
 __all__ = ['LR', 'LRS', 'SCHEDULE', 'ASKED_ON', 'Paper', 'Method', 'method', 'probe', 'study', 'Evidence', 'merging']
@@ -61,13 +62,16 @@ def method(title:str,                    # as printed
            toy:Mapping|Callable|None=None # arguments for tests, or a function that makes them; None: the defaults
           ) -> Callable:                 # a decorator of a function that returns a Recipe
     """Mark a function as a paper's method, and put its name, arguments and learning rates
-    into the `meta` of the Recipe that it returns"""
+    into the `meta` of the Recipe that it returns. Calling it raises `TypeError` if it returns anything else."""
     paper = Paper(title, arxiv, claim, source, 'method', toy or {})
     def bind(f):
         signature = inspect.signature(f)
         @wraps(f)
         def made(*args, **kwargs):
             recipe = f(*args, **kwargs)
+            if not isinstance(getattr(recipe, 'meta', None), Method):
+                raise TypeError(f'the method {f.__name__} returns {shortened(repr(recipe), 60)}; '
+                                'it must return a Recipe')
             given = signature.bind(*args, **kwargs)
             given.apply_defaults()
             known = dict(given.arguments)

@@ -217,7 +217,8 @@ class Exercise:
 # %% ../../nbs/exercises.ipynb #00114991
 def same_as(reference:Callable, # our solution
             inputs:list[tuple], # the arguments for both
-            mistakes:tuple=()   # (wrong solution, message), the most likely first
+            mistakes:tuple=(),  # (wrong solution, message), the most likely first
+            answers:tuple=()    # the texts that are answers at all; (): any
            ) -> Callable:       # test(yours), which raises `Wrong`
     "Make a test that compares with `reference` on `inputs` and recognizes typical mistakes"
     def test(yours):
@@ -225,13 +226,23 @@ def same_as(reference:Callable, # our solution
             again = repeated(yours, reference, i)
             got, want = answer(yours, *args, repeat=again), reference(*copy.deepcopy(args))
             if got is None and all(_alike(yours, lambda *_: None, a) for a in inputs):
-                raise Wrong(f'`{yours.__name__}` gives nothing back yet. Fill it in, and end it with `return`.')
+                raise Wrong(_nothing(yours.__name__, reference, inputs))
+            if answers and isinstance(got, str) and got not in answers:
+                raise Wrong(f'`{yours.__name__}` gives {short(got)}, which is not one of the possible answers: '
+                            f'{", ".join(map(repr, answers))}.')
             if not (how := differs(got, want, 'the result')):
                 continue
             explains = lambda wrong: all(_alike(yours, wrong, a) for a in inputs)
             known = next((sentence for wrong, sentence in mistakes if explains(wrong)), None)
             raise Wrong(known or f'Called with {arguments(reference, args)}, {how}.{again}')
     return test
+
+def _nothing(name, reference, inputs) -> str:
+    "Return a sentence for a function that returns None on all inputs"
+    if any(reference(*copy.deepcopy(a)) is None for a in inputs):
+        return (f'`{name}` gives nothing back (`None`) on any input. That is right for some of them only: '
+                'for the others, end it with `return` and a value.')
+    return f'`{name}` gives nothing back yet. Fill it in, and end it with `return`.'
 
 def repeated(yours:Callable, reference:Callable, i:int) -> str:
     "Return a sentence with the line of code that repeats call number `i` of a test"
@@ -249,11 +260,13 @@ def _alike(yours, wrong, args) -> bool:
 def compared(name:str, chapter:str, task:str, hints:tuple, reference:Callable, # as in `Exercise`
              inputs:list[tuple],  # the arguments for both
              mistakes:tuple=(),   # as in `Exercise`
+             answers:tuple=(),    # as in `same_as`
              **more               # difficulty, minutes, means
             ) -> Exercise:
     "Make an exercise that `same_as` tests; the `inputs` together must distinguish all mistakes"
-    return Exercise(name, chapter, task, hints, reference, same_as(reference, inputs, mistakes),
-                    mistakes, cases=tuple(inputs), **more)
+    test = same_as(reference, inputs, mistakes, answers)
+    return Exercise(name, chapter, task, hints, reference, test, mistakes,
+                    cases=tuple(inputs), **more)
 
 # %% ../../nbs/exercises.ipynb #00484991
 def forwarded(yours:type, made, W:torch.Tensor) -> torch.Tensor:

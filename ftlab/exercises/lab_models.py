@@ -244,7 +244,7 @@ FIND_BUG = compared(
      (_without('leaked rows'), 'You never find leaked rows. Compare the prompts of `test` with those of `train`.'),
      (_without('prompt in the loss'), 'You never find the prompt in the loss. Where does `loss` begin to be `True`?'),
      (_without('no end token'), 'You never find a missing end token. What is the last word of each row?')),
-    difficulty=3, minutes=25,
+    answers=BUGS, difficulty=3, minutes=25,
     means='None of these bugs raises an error, and the loss falls with each of them. Leaked rows make the score '
           'too high; a template mismatch or a missing end token makes it too low and looks like a model that '
           'learned nothing; the prompt in the loss spends the training on repeating questions. Look at '

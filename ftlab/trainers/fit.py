@@ -8,7 +8,9 @@ import hashlib
 import json
 import math
 import uuid
+import warnings
 from array import array
+from collections.abc import Iterable
 from contextlib import nullcontext
 from numbers import Integral, Real
 from pathlib import Path
@@ -24,7 +26,7 @@ from ..core.io import TemporaryFolder, check_room, leftovers, only_writer, remov
 from ..core.loading import find_device
 from ..core.model import device_of, row_limit
 from ..core.recipe import Recipe
-from ..core.text import shortened
+from ..core.text import near_misses, shortened
 from .checkpoint import refuse_to_replace, resumable
 from .run import Run
 from .stage import Job, head_names, rate_settings
@@ -38,7 +40,7 @@ __all__ = ['fit']
 # %% ../../nbs/trainers/fit.ipynb #001a191a
 def fit(model,                     # changed in place: a causal language model, a classifier, any module
         tok,                       # its tokenizer; None for data that are not text
-        data,                      # `Data`, or anything that `ftlab.data` accepts
+        data=None,                 # `Data`, or anything that `ftlab.data` accepts; required
         recipe:Recipe|None=None,   # the method; None: full fine-tuning
         *, steps:int=200,          # optimizer steps
         batch_size:int=32,         # rows per step, over all processes
@@ -64,20 +66,23 @@ def fit(model,                     # changed in place: a causal language model, 
        ) -> Run:
     """Fine-tune `model` in place by `recipe`.
 
-    Raises `ValueError` for invalid arguments, `Busy` if another run writes to `out`, `DiskFull` if
-    the disk has too little room for the run's files, and `NotFinite` if a loss or gradient is NaN
-    or infinite. After `NotFinite` the model has the last good weights, and the error's attribute
-    `run` is the Run so far. After any other error the model is as it was before the call. If a
-    later checkpoint does not fit on the disk, `fit` warns and goes on. Under torchrun several
-    processes share the run."""
-    _check_model(model, recipe)
+    Raises `ValueError` for invalid arguments, `TypeError` for a model, data or a recipe of another
+    type, `Busy` if another run writes to `out`, `DiskFull` if the disk has too little room for the
+    run's files, and `NotFinite` if a loss or gradient is NaN or infinite. After `NotFinite` the
+    model has the last good weights, and the error's attribute `run` is the Run so far. After any
+    other error the model is as it was before the call. If a later checkpoint does not fit on the
+    disk, `fit` warns and goes on. Under torchrun several processes share the run."""
+    _check_model(model, data, recipe)
+    _check_numbers(steps=steps, batch_size=batch_size, accumulate=accumulate, warmup=warmup,
+                   seed=seed, save_every=save_every, max_length=max_length)
+    callbacks = _checked_callbacks(callbacks)
     settings = dict(steps=steps, batch_size=batch_size, accumulate=accumulate, lr=lr,
                     schedule=schedule, warmup=warmup, weight_decay=weight_decay, betas=list(betas),
                     clip=clip, seed=seed, max_length=max_length, precision=precision,
                     packing=packing)
-    _check_arguments(steps, lr, save_every, resume, out)
+    _check_arguments(lr, weight_decay, clip, save_every, resume, out)
     job = _job(model, tok, data, recipe or Recipe(), settings, device, out, trackers,
-               tuple(callbacks))
+               callbacks)
     job.save_every, job.progress, job.shard = save_every, progress and job.processes.main, shard
     if shard and job.processes.count == 1:
         raise ValueError('shard=True shards a model over several processes, and this is the only one; '
@@ -89,11 +94,16 @@ def fit(model,                     # changed in place: a causal language model, 
             return run_recipe(job)
 
 # %% ../../nbs/trainers/fit.ipynb #001b191a
-def _check_model(model, recipe) -> None:
+def _check_model(model, data, recipe) -> None:
     "Raise `TypeError` for a wrong type, `ValueError` for a model that already carries a change"
+    if isinstance(model, tuple):
+        raise TypeError(f'model is a tuple of {len(model)}; fit takes a loaded model and its tokenizer as two '
+                        'arguments: pass *ftlab.load(...), or model, tok')
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f'model is {shortened(repr(model), 60)}; fit takes a loaded model and its '
                         "tokenizer, such as model, tok = ftlab.load('lab-s')")
+    if data is None:
+        raise TypeError('data is None; fit takes a loaded model, its tokenizer and the data, in this order')
     if recipe is not None and not isinstance(recipe, Recipe):
         named = getattr(recipe, '__name__', None)
         raise TypeError(f'recipe is {shortened(repr(recipe), 60)}; fit takes a Recipe, such as '
@@ -102,17 +112,49 @@ def _check_model(model, recipe) -> None:
                            if isinstance(recipe, str) else ''))
     check_bare(model)
 
-def _check_arguments(steps:int, lr:float|None, save_every:int, resume:bool|None, out) -> None:
-    if not isinstance(steps, Integral) or steps < 1:
-        raise ValueError(f'steps is {steps!r}; it must be a whole number of at least 1')
+_LEAST = dict(steps=1, batch_size=1, accumulate=1, max_length=1, warmup=0, save_every=0)
+
+def _check_numbers(**numbers) -> None:
+    "Raise `ValueError` for what is no whole number, or less than `_LEAST`; only `max_length` may be None"
+    for name, value in numbers.items():
+        least = _LEAST.get(name, -math.inf)
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if whole and value >= least or name == 'max_length' and value is None:
+            continue
+        at_least = f' of at least {least}' if name in _LEAST else ''
+        raise ValueError(f'{name} is {shortened(repr(value), 60)}; it must be a whole number{at_least}')
+
+def _check_arguments(lr, weight_decay, clip, save_every:int, resume:bool|None, out) -> None:
     if lr is not None and not (isinstance(lr, Real) and 0 <= lr < math.inf):
         raise ValueError(f"lr is {lr!r}; it must be a number such as 1e-3, or None for the recipe's")
-    if save_every < 0:
-        raise ValueError(f'save_every is {save_every}; it must be 0 (no checkpoints) or more steps')
+    for name, value in dict(weight_decay=weight_decay, clip=0 if clip is None else clip).items():
+        if not isinstance(value, Real) or not value >= 0:
+            raise ValueError(f'{name} is {value!r}; it must be a number of at least 0')
     if (resume or save_every) and not out:
         raise ValueError('resume and save_every need out=, the folder for checkpoints')
     if out:
         check_room(out) # before the model is touched
+
+_EVENTS = ('before_load', 'before_fit', 'before_batch', 'after_backward', 'after_step', 'after_fit')
+
+def _checked_callbacks(callbacks) -> tuple:
+    """Return them as a tuple. Raises `ValueError` for an object without a method named after an event;
+    warns of a method whose name is almost that of an event"""
+    if isinstance(callbacks, str) or not isinstance(callbacks, Iterable):
+        raise ValueError(f'callbacks is {shortened(repr(callbacks), 60)}; it must be a list of objects')
+    callbacks = tuple(callbacks)
+    for c in callbacks:
+        if isinstance(c, type):
+            raise ValueError(f'callbacks holds the class {c.__name__}; it must hold objects of it')
+        own = [n for n in dir(c) if n[0] != '_' and n not in _EVENTS]
+        near = {n: e for n in own for e in near_misses(n, _EVENTS, 1, cutoff=.85)}
+        said = ''.join(f'; {n!r} is no event, did you mean {e!r}?' for n, e in near.items())
+        if not any(hasattr(c, n) for n in (*_EVENTS, 'describe', 'state_dict')):
+            raise ValueError(f'callbacks holds {shortened(repr(c), 60)}, which has no method named after an event '
+                             f'({", ".join(_EVENTS)}){said}')
+        if near:
+            warnings.warn(f'callbacks holds {shortened(repr(c), 60)}{said}', stacklevel=3)
+    return callbacks
 
 # %% ../../nbs/trainers/fit.ipynb #c11b191a
 def _job(model, tok, data, recipe, settings, device, out, trackers, callbacks) -> Job:
