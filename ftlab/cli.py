@@ -283,8 +283,8 @@ def _report(p):
         help='how many test rows to measure on, at most (default: %(default)s)')
     add('--old-items', type=positive, default=100, metavar='ROWS',
         help='how many old rows to measure on, of each skill (default: %(default)s)')
-    add('--matrices', type=positive, default=64, metavar='N',
-        help='compute the singular values of so many matrices at most (default: %(default)s)')
+    add('--matrices', type=not_negative, default=64, metavar='N',
+        help='compute the singular values of at most so many matrices; 0: of none (default: %(default)s)')
     add('--cache', metavar='DIR', help='where to keep the answers of the base (default: beside the change)')
     add('--out', metavar='DIR', help='where report.html and report.json go (default: beside the change)')
 
