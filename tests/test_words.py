@@ -72,8 +72,10 @@ def test_a_text_speaks_the_fields_language(file):
 
 
 def test_no_sentence_of_the_first_reading_came_back():
-    texts = {p: re.sub(r'\s+', ' ', ' '.join(c['source'] for c in cells(p))).lower() for p in pages()}
-    assert not [(p, q) for q in WORDS['quoted']['sentences'] for p, text in texts.items() if q in text]
+    texts = {p: re.sub(r'\s+', ' ', ' '.join(c['source'] for c in cells(p))).lower()
+             for p in pages()}
+    assert not [(p, q) for q in WORDS['quoted']['sentences'] for p, text in texts.items()
+                if q in text]
 
 
 def test_what_may_wait_is_there():
