@@ -408,6 +408,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'ftlab.cli._keep': ('cli.html#_keep', 'ftlab/cli.py'),
                            'ftlab.cli._lab': ('cli.html#_lab', 'ftlab/cli.py'),
                            'ftlab.cli._merge': ('cli.html#_merge', 'ftlab/cli.py'),
+                           'ftlab.cli._options': ('cli.html#_options', 'ftlab/cli.py'),
                            'ftlab.cli._papers': ('cli.html#_papers', 'ftlab/cli.py'),
                            'ftlab.cli._print': ('cli.html#_print', 'ftlab/cli.py'),
                            'ftlab.cli._report': ('cli.html#_report', 'ftlab/cli.py'),

@@ -131,7 +131,7 @@ def run_doctor(a:argparse.Namespace) -> tuple[dict, str]:
                        exported=a.exported)
     else:
         found = _before(a, data)
-    return found.json(), in_shell_words(repr(found), vars(a))
+    return found.json(), in_shell_words(repr(found), _options(a))
 
 # %% ../nbs/cli.ipynb #0019513c
 def run_skills(a:argparse.Namespace) -> tuple[dict, str]:
@@ -219,7 +219,8 @@ def _training(p, out:str):
     add = _take(p, 'model revision data eval columns metric steps batch-size max-length '
                    'device dtype precision out',
                 model=must, data=must,
-                out=dict(default=out, help='the folder to write (default: %(default)s)'))
+                out=dict(default=out, type=lambda text: text or out, # --out "$UNSET"
+                         help='the folder to write (default: %(default)s)'))
     add('--budget', type=positive, metavar='TOKENS', help='end a run after so many tokens (default: no limit)')
     add('--items', type=positive, default=400, metavar='ROWS',
         help='how many test rows to measure on, at most (default: %(default)s)')
@@ -345,6 +346,10 @@ COMMANDS = dict( # name -> what runs it, what adds its arguments, what it does, 
             'ftlab claims explain hft'),
     lab=(run_lab, _lab, 'open the course in JupyterLab', 'ftlab lab --port 9000'))
 
+def _options(a:argparse.Namespace) -> dict:
+    "Return what was typed by option, without the arguments that are known by their position"
+    return {k: v for k, v in vars(a).items() if k in a.options}
+
 def parser() -> argparse.ArgumentParser:
     "Make the parser of all commands and their arguments"
     top = _Parser(prog='ftlab', description=ftlab.__doc__)
@@ -354,10 +359,10 @@ def parser() -> argparse.ArgumentParser:
         p = subs.add_parser(name, help=about, formatter_class=argparse.RawDescriptionHelpFormatter,
                             description=textwrap.fill(about[0].upper() + about[1:] + '.', 78),
                             epilog=f'example:\n  {example}')
-        p.set_defaults(run=run)
         arguments(p)
         p.add_argument('--json', action='store_true', help='print one JSON object and nothing else')
         p.add_argument('--debug', action='store_true', help='show the traceback of an error')
+        p.set_defaults(run=run, options={x.dest for x in p._option_string_actions.values()})
     return top
 
 # %% ../nbs/cli.ipynb #0026513c
@@ -369,7 +374,7 @@ def main(argv:list[str]|None=None # the arguments; None: those of the process
     that cannot be read, and 130 after Ctrl-C."""
     a = parser().parse_args(argv)
     try:
-        with notes(vars(a)):
+        with notes(_options(a)):
             found, said = a.run(a)
         _print(json.dumps(found, default=str, allow_nan=False) if a.json else said)
     except KeyboardInterrupt as e:
@@ -379,7 +384,7 @@ def main(argv:list[str]|None=None # the arguments; None: those of the process
     except Exception as e:
         if a.debug:
             raise
-        print(f'ftlab: {spoken(e, vars(a))}', file=sys.stderr)
+        print(f'ftlab: {spoken(e, _options(a))}', file=sys.stderr)
         return 1
     if a.command == 'doctor' and found['errors']:
         return 1 # errors of the model under test are the doctor's answer, and a script must notice them

@@ -391,6 +391,43 @@ def strings(source):
             if ' ' in text.strip() and not re.search(r'<\w+[ >]|="', text):
                 yield text
 
+@pytest.mark.parametrize('text, said', [
+    ("no file lr=0.1/steps=9/b.json; give data=", "no file lr=0.1/steps=9/b.json; give --data"),
+    ('no file steps=3.csv', 'no file steps=3.csv'),                           # it was typed
+    ("'steps=3.csv' is no file; use lr=1", "'steps=3.csv' is no file; use --lr 1"),
+    ('a.csv has the columns batch_size, lr, but no prompt', 'a.csv has the columns batch_size, lr, but no prompt'),
+    ('line 1 has no column X; it has max_length, lr', 'line 1 has no column X; it has max_length, lr'),
+    ("say columns={'prompt': 'my {q}', 'response': 'a'}", "say --columns 'prompt=my {q},response=a'"),
+    ("use data='my file.jsonl'", "use --data 'my file.jsonl'"),
+    ('the answer is steps=(3,4)', 'the answer is steps=(3,4)'),
+    ('read https://x.org/?lr=3&steps=4', 'read https://x.org/?lr=3&steps=4'),
+    ('use device=None', 'leave --device out'),
+    ('folder is empty; use run=x', 'folder is empty; use run=x'),             # neither is an option
+    ('see /x/ftlab.report/y, my-ftlab.fit.txt; ftlab.fit.', 'see /x/ftlab.report/y, my-ftlab.fit.txt; ftlab fit.'),
+    ("convert them once: AutoModelForCausalLM.from_pretrained('a(1)').save_pretrained('a(1)')",
+     "convert them once: python -c \"from transformers import AutoModelForCausalLM as M; "
+     "M.from_pretrained('a(1)').save_pretrained('a(1)')\"")])
+def test_the_users_own_words_are_not_translated(text, said):
+    from ftlab.cli import _options, parser
+    from ftlab.commands.words import spoken
+    a = parser().parse_args('fit --model m --data steps=3.csv'.split())
+    assert spoken(ValueError(text), _options(a)) == said
+
+def test_a_positional_argument_is_no_option():
+    from ftlab.cli import _options, parser
+    assert not {'folder', 'run', 'command'} & {*_options(parser().parse_args(['report', 'x']))}
+    assert 'names' in _options(parser().parse_args(['skills']))
+    assert 'names' not in _options(parser().parse_args(['claims']))
+
+def test_an_empty_text_means_the_default():
+    """--out "$UNSET" must not write into the folder that the user is in"""
+    from ftlab.cli import parser
+    for line, out in (('fit', 'ftlab-runs/fit'), ('compare --methods full', 'ftlab-runs/compare')):
+        a = parser().parse_args([*line.split(), '--model', 'm', '--data', 'd', '--out', ''])
+        assert a.out == out
+    rates = parser().parse_args([*'compare --methods full --model m --data d --lrs'.split(), ''])
+    assert rates.lrs is None
+
 def test_whatever_the_library_says_can_be_said_in_the_shell():
     """A new error that speaks Python fails here: word it for both, or add it to PHRASES"""
     from ftlab.cli import parser

@@ -46,9 +46,9 @@ def listed(text:str) -> list[str]:
     "Split at commas, but not inside brackets"
     return [x.strip() for x in re.split(r',(?![^(]*\))', text) if x.strip()]
 
-def rates(text:str) -> list[float]:
-    "Read learning rates separated by commas"
-    return [rate(x) for x in listed(text)]
+def rates(text:str) -> list[float]|None:
+    "Read learning rates separated by commas; `None` for an empty text"
+    return [rate(x) for x in listed(text)] or None
 
 # %% ../../nbs/commands/given.ipynb #00096f2e
 def columns_of(a:argparse.Namespace) -> dict|None:

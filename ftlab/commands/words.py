@@ -6,9 +6,10 @@
 from __future__ import annotations
 import ast
 import re
+import shlex
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +22,7 @@ __all__ = ['ELSEWHERE', 'SWITCHES', 'PHRASES', 'FORESEEN', 'OUT_OF_MEMORY', 'opt
 ELSEWHERE = MappingProxyType(dict(test='eval'))  # parameters whose option has another name
 SWITCHES = ('resume', 'tune')                    # options that have a `--no-` form
 _TEXT = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
-_FREE = r"""(?<![\w./'"-])"""                    # not inside a name, a path or a quotation
+_FREE = r"""(?<![\w./\\?&'"-])"""                # not inside a name, a path, an address or a quotation
 
 def option(name:str # of a parameter
           ) -> str:
@@ -32,6 +33,8 @@ def _with_value(name:str, value:str|None, verb:str) -> str:
     "Return `name=value` as a user types it"
     if value == 'False':
         return (f'{verb}--no-{name}' if name in SWITCHES else f'leave {option(name)} out')
+    if value == 'None':
+        return f'leave {option(name)} out'
     if value in (None, 'True'):
         return verb + option(name)
     try:
@@ -42,19 +45,26 @@ def _with_value(name:str, value:str|None, verb:str) -> str:
         found = ','.join(f'{k}={v}' for k, v in found.items())
     elif isinstance(found, (list, tuple)):
         found = ','.join(map(str, found))
-    return f'{verb}{option(name)} {found}'
+    return f'{verb}{option(name)} {shlex.quote(str(found))}'
 
-_ASSIGNED = re.compile(
-    rf"{_FREE}(?P<verb>(?:use|say|give) )?(?P<name>[a-z]\w*)="
-    rf"(?P<value>\{{[^{{}}]*\}}|\[[^\]]*\]|{_TEXT}|[\w.+-]*\w)?(?: \((?P<option>--[\w-]+)\))?"
+# a path such as lr=0.1/run is no assignment; without a value, a parameter ends at `=`
+_ASSIGNED = (
+    r"\b(?:the columns|it has) [^.;]*"             # the user's own names
+    rf"|{_FREE}(?P<verb>(?:use|say|give) )?(?P<name>[a-z]\w*)="
+    r"""(?![^\s'",;()[\]{}]*[/\\])"""
+    rf"(?:(?P<value>\{{(?:{_TEXT}|[^{{}}'\"])*\}}|\[(?:{_TEXT}|[^\]'\"])*\]|{_TEXT}|[\w.+-]*\w)"
+    r"|(?=[,;:.)]*(?:\s|$)))(?: \((?P<option>--[\w-]+)\))?"
     rf"|(?<!\w)(?:{_TEXT})(?!\w)"
     rf"|{_FREE}(?P<bare>[a-z]+_\w+)(?![\w./'\"(=-])")
 
 def with_options(text:str,           # an error of the library
-                 names:Iterable[str] # the parameters that have an option here
+                 names:Iterable[str] # the parameters that have an option here; of a dict, the values were typed
                 ) -> str:
     """Replace parameters in `text` by options: `max_length=9` becomes `--max-length 9`,
-    and `columns={'prompt': 'q'}` becomes `--columns prompt=q`"""
+    and `columns={'prompt': 'q'}` becomes `--columns prompt=q`. Text in quotes, paths, columns
+    and typed values stay as they are."""
+    typed = names.values() if isinstance(names, Mapping) else ()
+    own = ''.join(f'{re.escape(v)}|' for v in typed if isinstance(v, str) and '=' in v)
     names = {*names} | {k for k, v in ELSEWHERE.items() if v in names}
 
     def one(m):
@@ -65,7 +75,7 @@ def with_options(text:str,           # an error of the library
     found = re.match(r"([a-z]+) (?=is |'|names )", text)
     if found and found[1] in names:
         text = option(found[1]) + text[found.end(1):]
-    return _ASSIGNED.sub(one, text)
+    return re.sub(own + _ASSIGNED, one, text)
 
 # %% ../../nbs/commands/words.ipynb #000aw5c1
 _ADAPTER = r'ftlab\.adapters\.lowrank\.from_peft\(model, (?:that )?folder\)'
@@ -75,7 +85,7 @@ PHRASES = (  # (what an error of the library says, what the shell says instead)
      'move the two out of the folder, and merge them into the model with peft (merge_and_unload)'),
     (rf'load the model that it was trained on, then {_ADAPTER}',
      'merge it into the model that it was trained on with peft (merge_and_unload), and name that folder'),
-    (r"convert them once: AutoModelForCausalLM\.from_pretrained\((.*?)\)\.save_pretrained\(.*?\)",
+    (r"convert them once: AutoModelForCausalLM\.from_pretrained\((.*?)\)\.save_pretrained\(\1\)",
      r'convert them once: python -c "from transformers import AutoModelForCausalLM as M; '
      r'M.from_pretrained(\1).save_pretrained(\1)"'),
     (r'; install a release, which brings them, or make them: .*$',
@@ -112,7 +122,7 @@ PHRASES = (  # (what an error of the library says, what the shell says instead)
     (r'take the names from print\(ftlab\.anatomy\(model\)\)',
      'take names that the model has; the page on anatomy shows how to list them'),
     (r'print encode\(data\.train\[0\], tok, data\.kind\): ', 'in Python, print the encoded row: '),
-    (r'\bftlab\.(report|doctor|merge|compare|fit)\b(?!\()', r'ftlab \1'),
+    (rf'{_FREE}ftlab\.(report|doctor|merge|compare|fit)\b(?![(/-]|\.\w)', r'ftlab \1'),
 )
 
 def in_shell_words(text:str,           # an error, or a finding of the doctor
@@ -144,10 +154,10 @@ def spoken(e:Exception, names:Iterable[str]) -> str:
 @contextmanager
 def notes(names:Iterable[str]):
     "Show ftlab's warnings as one line on standard error, in the shell's words; others as usual"
-    own = str(Path(__file__).parents[1])
+    own = Path(__file__).parents[1]
     with warnings.catch_warnings():
         show = warnings.showwarning
         warnings.showwarning = lambda message, category, file, *rest, **more: (
             print(f'ftlab: {in_shell_words(str(message), names)}', file=sys.stderr, flush=True)
-            if str(file).startswith(own) else show(message, category, file, *rest, **more))
+            if Path(file).is_relative_to(own) else show(message, category, file, *rest, **more))
         yield
