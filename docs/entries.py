@@ -55,7 +55,7 @@ sourcelines = lru_cache(None)(inspect.getsourcelines)  # Python reads the whole 
 def addressless(text:str) -> str:
     """A signature or a table without the addresses of what it names:
     `<built-in method softmax of type object at 0x7f6a066cea40>` is softmax"""
-    named = r'<(?:built-in method|built-in function|bound method|function) ((?:[\w.]|<locals>)+)[^<>]*>'
+    named = r'<(?:built-in method|built-in function|bound method|function) ((?:[\w.]|<locals>)+)(?:[^<>]|<[^<>]*>)*>'
     return re.sub(named, r'\1', text)
 
 class Entry(MarkdownRenderer):

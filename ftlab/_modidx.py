@@ -2202,6 +2202,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'ftlab/instruments/report_page.py'),
                                                'ftlab.instruments.report_page._rel': ( 'instruments/report_page.html#_rel',
                                                                                        'ftlab/instruments/report_page.py'),
+                                               'ftlab.instruments.report_page._renamed': ( 'instruments/report_page.html#_renamed',
+                                                                                           'ftlab/instruments/report_page.py'),
                                                'ftlab.instruments.report_page._short': ( 'instruments/report_page.html#_short',
                                                                                          'ftlab/instruments/report_page.py'),
                                                'ftlab.instruments.report_page._size_said': ( 'instruments/report_page.html#_size_said',

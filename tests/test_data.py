@@ -560,3 +560,13 @@ def test_a_parquet_row_that_python_cannot_hold_is_named(tmp_path):
     pq.write_table(pa.table(dict(text=['a', 'b', 'c'], when=when)), tmp_path/'d.parquet')
     with pytest.raises(ValueError, match='d.parquet, row 2 cannot be read'):
         data(tmp_path/'d.parquet')
+
+def test_names_that_left_batches_are_still_found_there():
+    import pickle
+    from ftlab.core import batches, data as of_data, tokens
+    for name, home in dict(Data=of_data, data=of_data, encode=tokens, prompt_ids=tokens).items():
+        assert getattr(batches, name) is getattr(home, name)
+    assert pickle.loads(b'cftlab.core.batches\nData\n.') is of_data.Data  # pickled before the move
+    assert not hasattr(batches, 'nothing')
+    with pytest.raises(ImportError, match='nothing'):
+        from ftlab.core.batches import nothing  # noqa: F401

@@ -241,7 +241,8 @@ print('SEEN' + json.dumps(seen))"""
     [('w=functools.partial(<built-in method softmax of type object at 0x7f6a066cea40>, dim=-1)',
       'w=functools.partial(softmax, dim=-1)'),
      ('f=<function nll.<locals>.g at 0x7f>', 'f=nll.<locals>.g'),
-     ('f=<function g at 0x7f>, n=<factory>', 'f=g, n=<factory>')])
+     ('f=<function g at 0x7f>, n=<factory>', 'f=g, n=<factory>'),
+     ('f=<bound method A.f of <m.A object at 0x7f>>, g=1', 'f=A.f, g=1')])
 def test_an_entry_names_no_address(given, shown):
     assert entries.addressless(given) == shown
 

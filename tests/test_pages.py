@@ -223,12 +223,19 @@ def missing(cells: list[dict]) -> list[str]:
 
 
 def ends_in_a_value(source: str) -> bool:
-    "Whether a cell ends in an expression whose value it shows"
+    "Whether a cell ends in an expression whose value it shows, or in a loop that ends in a print"
     last = ast.parse(re.sub(r'^[%!].*$', 'pass', source, flags=re.M)).body[-1:]
+    while last and isinstance(last[0], (ast.For, ast.With)):
+        last = last[0].body[-1:]
+        if not (isinstance(last[0], (ast.For, ast.With)) or ast.unparse(last[0]).startswith('print(')):
+            return False
     if not last or not isinstance(last[0], ast.Expr) or source.rstrip().endswith(';'):
         return False
     called = getattr(last[0].value, 'func', None)
-    return getattr(called, 'attr', getattr(called, 'id', None)) not in RETURNS_NOTHING
+    name = getattr(called, 'attr', getattr(called, 'id', None))
+    # a tensor's `detach` returns a tensor: it is called on a computed value, the change's on a name
+    computed = name == 'detach' and isinstance(called.value, (ast.Call, ast.BinOp))
+    return computed or name not in RETURNS_NOTHING
 
 
 def progress(output: dict, opened: frozenset[str]) -> bool:
@@ -280,9 +287,12 @@ def test_the_checks_of_what_is_shown_see_what_they_should():
     assert not missing([pointing, code_cell('x = 1'), figure]) and not missing([figure, pointing])
     assert missing([text_cell('The table holds the means.'), figure])
     assert not missing([text_cell('The table of words; [the table below](x.ipynb); `the figure below`.')])
-    for source in ('plane(points)', '#| fig-alt: Dots.\nplane(points);', 'pd.DataFrame(x)'):
+    for source in ('plane(points)', '#| fig-alt: Dots.\nplane(points);', 'pd.DataFrame(x)', 'e(W).detach()',
+                   '(d(W) - W).detach()', 'for x in y:\n    print(x)'):
         assert len(odd(code_cell(source))) == 1, source
-    assert not any(odd(code_cell(s)) for s in ('x = 1', 'plot();', 'folder.cleanup()', '#| hide\nf(x)'))
+    for source in ('x = 1', 'plot();', 'folder.cleanup()', 'run.delta.detach()', '#| hide\nf(x)',
+                   'for x in y:\n    z.append(x)'):
+        assert not odd(code_cell(source)), source
     for bad in (dict(text_plain="[Text(0.5, 0, 'rank')]"), dict(text_plain='[<matplotlib.lines.Line2D>]'),
                 dict(text_html='<td>' + 46*'x' + '...</td>'), dict(text_html=''),
                 dict(text_markdown='**Continue with [a](b.ipynb)**'), dict(text_markdown='| · | 1. [a](b.ipynb) |')):

@@ -462,6 +462,13 @@ def test_an_old_report_is_read_and_a_newer_one_refused(tmp_path):
     old = json.loads(json.dumps(new).replace('"parameters"', '"numbers"').replace('"examined"', '"looked"')
                      .replace('"positions"', '"places"'))
     del old['version']
+    # a user's own keys: arguments, settings, a probe's name
+    mine = dict([('numbers', 1), ('looked', dict(places=2))])
+    for r in (old, new):
+        r['recipe'] = dict(r['recipe'], arguments=mine)
+        r['settings'] = dict(r['settings'], **mine)
+        r['places'] = dict(why='numbers', numbers=3)
+        r['change']['places'] = r['change']['weights'][0]['places'] = 4
     at = tmp_path/'report.json'
     at.write_text(json.dumps(old))
     assert Report.read(at).json() == new

@@ -21,7 +21,7 @@ def identifiers(source: str) -> set[str]:
     "Every name that Python code defines, uses or passes by keyword"
     found = set()
     for n in ast.walk(ast.parse(source)):
-        names = (getattr(n, k, None) for k in ('id', 'attr', 'arg', 'name'))
+        names = (getattr(n, k, None) for k in ('id', 'attr', 'arg', 'name', 'asname'))
         found |= {x for x in names if isinstance(x, str)}
         if isinstance(n, ast.Dict):
             found |= {k.value for k in n.keys if isinstance(k, ast.Constant)
@@ -85,7 +85,7 @@ def test_what_may_wait_is_there():
 def test_the_list_finds_what_it_should():
     found = wrong_words('def f(priced):\n    return dict(mend=1)', True)
     assert found == ["'mend': say 'fix'", "'priced': say 'loss_mask'"]
-    assert wrong_words('x = {"looked": 1}', True)
+    assert wrong_words('x = {"looked": 1}', True) and wrong_words('import x as lean', True)
     assert wrong_words('but The Way\nback still runs', False)
     assert not wrong_words('the railway backs up, nakedness', False)
 

@@ -574,11 +574,18 @@ def _knows(r) -> str:
 VERSION = 2 # of the JSON
 RENAMED = dict([('numbers', 'parameters'), ('looked', 'examined'), ('places', 'positions')]) # since version 1
 
-def _upgraded(r):
-    "Return a saved report of version 1 with the keys of version 2"
-    if isinstance(r, dict):
-        return {RENAMED.get(k, k): _upgraded(v) for k, v in r.items()}
-    return [_upgraded(x) for x in r] if isinstance(r, list) else r
+def _renamed(d:dict, *keys) -> dict:
+    return {RENAMED[k] if k in keys else k: v for k, v in d.items()}
+
+def _upgraded(r:dict) -> dict:
+    """Return a saved report of version 1 as one of version 2. Keys that are a user's own stay:
+    a recipe's arguments, the names of probes"""
+    c = _renamed(r['change'], 'numbers', 'looked')
+    c['matrices'] = _renamed(c['matrices'], 'looked')
+    for k in ('weights', 'elsewhere'):
+        c[k] = [_renamed(x, 'numbers', 'looked') for x in c[k]]
+    sides = {k: r[k] and _renamed(r[k], 'places') for k in ('new', 'old')}
+    return dict(r, change=c, **sides, version=VERSION)
 
 class Report:
     """Show what a fine-tune did, in a notebook by itself; `.html(path)`, `.json()`, `.save(folder)`,
@@ -603,7 +610,7 @@ class Report:
         version = saved.get('version', 1)
         if version > VERSION:
             raise ValueError(f'{path} is a report of version {version}; this ftlab reads up to {VERSION}: update ftlab')
-        return cls(saved if version == VERSION else _upgraded(saved) | dict(version=VERSION))
+        return cls(saved if version == VERSION else _upgraded(saved))
 
     def body(self) -> str:
         "Return the page without its frame"

@@ -155,17 +155,17 @@ MARKS = 'os^DvPX'
 FIXED = ('full', 'hft', 'lora', 'dft')
 
 def method_styles(names:Iterable[str]) -> dict[str, tuple[str, str]]: # {name: (colour, matplotlib marker)}
-    """Return the colour and marker of each method: fixed for the methods in `FIXED`,
-    else chosen by a hash of the name; if that colour is taken, the next free one"""
+    """Return the colour and marker of each method: fixed for the methods in `FIXED`, else chosen by
+    a hash of the name; if that colour is taken, the next free one. The order of the names does not
+    matter, and up to 49 methods differ in colour or marker."""
     names = list(dict.fromkeys(names))
     n = len(COLORS)
     at = {m: FIXED.index(m) for m in names if m in FIXED}
-    for m in names:
-        if m in at:
-            continue
+    for m in sorted(set(names) - set(FIXED)):
         first = crc32(m.encode()) % n**2
-        taken = {i % n for i in at.values()}
-        at[m] = next((i for i in range(first, first + n) if i % n not in taken), first)
+        styles, colors = set(at.values()), {i % n for i in at.values()}
+        turns = ((first + i) % n**2 for i in range(n**2))
+        at[m] = min(turns, key=lambda i: (i in styles, i % n in colors))
     return {m: (COLORS[at[m] % n], MARKS[(at[m] + at[m]//n) % n]) for m in names}
 
 # %% ../../nbs/instruments/views.ipynb #000b995a
