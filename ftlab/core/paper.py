@@ -69,7 +69,7 @@ def method(title:str,                    # as printed
         @wraps(f)
         def made(*args, **kwargs):
             recipe = f(*args, **kwargs)
-            if not isinstance(getattr(recipe, 'meta', None), Method):
+            if not hasattr(recipe, 'meta'):
                 raise TypeError(f'the method {f.__name__} returns {shortened(repr(recipe), 60)}; '
                                 'it must return a Recipe')
             given = signature.bind(*args, **kwargs)
