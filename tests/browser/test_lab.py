@@ -140,7 +140,7 @@ def test_an_exercise_answers_and_the_start_page_remembers(page, lab):
             and 'The sign is turned round' not in said[2])
     opened(page, lab, 'lab/tree/start.md')
     page.wait_for_selector('.jp-MarkdownViewer h1')
-    assert 'Continue with First light: 3 exercises, 1 solved' in page.inner_text('.jp-MarkdownViewer')
+    assert 'Continue with First light: 4 exercises, 1 solved' in page.inner_text('.jp-MarkdownViewer')
     page.reload(wait_until='domcontentloaded')
     page.wait_for_selector('.jp-MarkdownViewer h1')
     assert '1 of 3' in page.inner_text('.jp-MarkdownViewer')
