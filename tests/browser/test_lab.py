@@ -143,7 +143,7 @@ def test_an_exercise_answers_and_the_start_page_remembers(page, lab):
     assert 'Continue with First light: 4 exercises, 1 solved' in page.inner_text('.jp-MarkdownViewer')
     page.reload(wait_until='domcontentloaded')
     page.wait_for_selector('.jp-MarkdownViewer h1')
-    assert '1 of 3' in page.inner_text('.jp-MarkdownViewer')
+    assert '1 of 4' in page.inner_text('.jp-MarkdownViewer')
 
 def test_the_quiz_says_where_to_begin(page, lab):
     from ftlab.map import CHAPTERS, questions
