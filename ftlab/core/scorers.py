@@ -16,7 +16,8 @@ from .model import device_of, evaluating, model_inputs, pad_id, row_limit, to_de
 from .lab import lab
 
 # %% auto #0
-__all__ = ['WORLD', 'answer_length', 'answers', 'judge', 'exact_match', 'skills', 'teacher_forced', 'nll', 'label_accuracy']
+__all__ = ['WORLD', 'answer_length', 'answers', 'judge', 'answer_scores', 'exact_match', 'skills', 'skill_questions',
+           'teacher_forced', 'row_nlls', 'nll', 'label_hits', 'label_accuracy']
 
 # %% ../../nbs/core/scorers.ipynb #0005f62d
 WORLD = lab('lookup').LookupWorld(0)
@@ -35,10 +36,13 @@ def judge(row:dict, output:str) -> float:
     return (WORLD.judge(row, output) if row.get('skill') in WORLD.skills
             else float(output.split() == row['response'].split()))
 
+def answer_scores(model, tok, rows:list[dict], decode=None) -> list[float]:
+    "Return the score of the model's own answer to each row"
+    return [judge(r, a) for r, a in zip(rows, answers(model, tok, rows, decode=decode))]
+
 def exact_match(model, tok, rows:list[dict], decode=None) -> float:
     "Return the mean score of the model's own answers to `rows`"
-    return sum(judge(r, a) for r, a in zip(rows,
-                                           answers(model, tok, rows, decode=decode)))/len(rows)
+    return sum(answer_scores(model, tok, rows, decode))/len(rows)
 
 # %% ../../nbs/core/scorers.ipynb #0006f62d
 def skills(model='lab-m',            # a lab model's name, or a model (then `tok` is needed)
@@ -59,13 +63,14 @@ def skills(model='lab-m',            # a lab model's name, or a model (then `tok
     if decode is None and not model.can_generate():
         raise ValueError(f'{type(model).__name__} cannot write answers, and a skill is measured by '
                          'written answers; use a causal language model, such as lab-s')
-    return {s: exact_match(model, tok, _questions(s, n, split, seed, level), decode)
+    return {s: exact_match(model, tok, skill_questions(s, n, split, seed, level), decode)
             for s in (names or lab('models').skills_of(tok))}
 
 # a comparison asks the same questions many times
 @lru_cache(200)
-def _questions(*of):
-    return WORLD.rows(*of)
+def skill_questions(skill:str, n:int, split:str='test', seed:int=0, level:int|None=None) -> list[dict]:
+    "Return questions of a skill, as `LabWorld.rows`; the same list for the same arguments"
+    return WORLD.rows(skill, n, split, seed, level)
 
 # %% ../../nbs/core/scorers.ipynb #000df62d
 @torch.no_grad()
@@ -92,21 +97,34 @@ def _logits(model, enc, fill, batch_size=100):
             logits = model(**model_inputs(b)).logits.float()
         yield logits, b['labels']
 
+def row_nlls(model, tok, rows:list[dict], kind:str='text',
+             max_length:int|None=None) -> list[tuple[float, int]]: # of each row: the sum in nats, and its tokens
+    "Return the negative log-likelihood of each row's labelled tokens. Rows are cut to `row_limit`."
+    enc, out = encode_all(rows, tok, kind, row_limit(model, tok, max_length)), []
+    for logits, y in _logits(model, enc, pad_id(tok)):
+        if y.ndim > 1:
+            logits, y = logits[:, :-1].transpose(1, 2), y[:, 1:]
+        sums = F.cross_entropy(logits, y, reduction='none')
+        counts = (y != IGNORE).int()
+        if y.ndim > 1:
+            sums, counts = sums.sum(1), counts.sum(1)
+        out += zip(sums.tolist(), counts.tolist())
+    return out
+
 def nll(model, tok, rows:list[dict], kind:str='text', labels:list|None=None,
         max_length:int|None=None) -> float:
     """Return the mean negative log-likelihood in nats, per token with a label (per row for labels).
     Rows are cut to `row_limit`."""
-    enc = encode_all(rows, tok, kind, row_limit(model, tok, max_length))
-    total = n = 0
-    for logits, y in _logits(model, enc, pad_id(tok)):
-        if y.ndim > 1:
-            logits, y = logits[:, :-1].transpose(1, 2), y[:, 1:]
-        total += float(F.cross_entropy(logits, y, reduction='sum'))
-        n += int((y != IGNORE).sum())
-    return total/n
+    found = row_nlls(model, tok, rows, kind, max_length)
+    return sum(s for s, _ in found)/sum(n for _, n in found)
+
+def label_hits(model, tok, rows:list[dict], max_length:int|None=None) -> list[float]:
+    "Return 1 for each row whose most likely label is right, else 0. Rows are cut to `row_limit`."
+    enc = encode_all(rows, tok, 'label', row_limit(model, tok, max_length))
+    return [float(hit) for lg, y in _logits(model, enc, pad_id(tok))
+            for hit in (lg.argmax(-1) == y).tolist()]
 
 def label_accuracy(model, tok, rows:list[dict], labels:list, max_length:int|None=None) -> float:
     "Return the share of rows whose most likely label is right. Rows are cut to `row_limit`."
-    enc = encode_all(rows, tok, 'label', row_limit(model, tok, max_length))
-    return sum(int((lg.argmax(-1) == y).sum())
-               for lg, y in _logits(model, enc, pad_id(tok)))/len(enc)
+    hits = label_hits(model, tok, rows, max_length)
+    return sum(hits)/len(hits)

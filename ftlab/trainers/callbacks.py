@@ -18,7 +18,7 @@ __all__ = ['Every', 'validation_nll', 'EarlyStop']
 class Every:
     """Measure something every `n` steps, before the first and after the last one,
     and keep the results in the run's path"""
-    def __init__(self, n:int,      # steps between measurements
+    def __init__(self, n:int|set,  # steps between measurements, or the steps after which to measure
                  measure:Callable  # measure(state) -> dict
                 ):
         self.n, self.measure = n, measure
@@ -28,7 +28,8 @@ class Every:
             self._note(state)
 
     def after_step(self, state):
-        if state.step % self.n == 0 or state.step == state.steps:
+        due = state.step % self.n == 0 if isinstance(self.n, int) else state.step in self.n
+        if due or state.step == state.steps:
             self._note(state)
 
     def _note(self, state):
