@@ -5,195 +5,177 @@
 # %% ../../nbs/instruments/claims.ipynb #000313be
 from __future__ import annotations
 import ast
-import copy
 import importlib.util
 import json
 import math
 import multiprocessing
-import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
-from types import SimpleNamespace
 import torch
 import ftlab
 from ..core.io import write_atomically
-from ..core.model import evaluating
-from ..core.record import digest, versions
-from .compare import (Bench, Budget, breakdown, decoder_for, target_gain, tune,
-                                       tuning_seed)
-from ..core.scorers import WORLD, nll
+from ..core.record import versions
+from .bench import Bench
+from .frontier import MATCHED, at_gain, choose, reading
+from .rates import SEEDS, Grid, Tried, Want, search
+from .runs import Runs, runs_folder
 from ..methods import get
 from ..papers import claims, claims_folder, marked
-from ..trainers.fit import fit
-from .verdicts import (DEFAULTS, SCOPES, VERDICTS, Claim, bare, closure, code_hash,
-                                        contrast, dumped, read_claim, verdict)
+from .verdicts import (DEFAULTS, EDITION, SCOPES, VERDICTS, Claim, arms_said, bare,
+                                        check_reviewed, closure,
+                                        code_hash, contrast, contrast_verdict, dumped, judged,
+                                        read_claim, room)
 
 # %% auto #0
-__all__ = ['STATES', 'arms_of', 'workplace', 'Ground', 'ground_of', 'Looks', 'train_arm', 'measured', 'run_seed',
-           'own_definitions', 'own_code', 'core_code', 'read_result', 'write_result', 'status', 'named_claim',
-           'script_of', 'beside', 'Kept', 'run_claim', 'assemble_claim', 'again', 'replay', 'quickest_seed', 'carry',
-           'supersede', 'explain', 'run_claims', 'carry_claims']
+__all__ = ['SENSITIVITY_SEEDS', 'STATES', 'WORDS_ALONE', 'SAME_GAIN', 'workplace', 'Experiment', 'recipes_of', 'bench_of',
+           'want_of', 'planned', 'side', 'arm_value', 'effect', 'own_definitions', 'own_code', 'core_code',
+           'read_result', 'write_result', 'status', 'named_claim', 'script_of', 'beside', 'Kept', 'Part', 'test_row',
+           'turned_rows', 'half_row', 'run_claim', 'tuned_part', 'assemble_claim', 'also_seen', 'again', 'replay',
+           'quickest_seed', 'carry', 'supersede', 'explain', 'note', 'run_claims', 'carry_claims']
 
 # %% ../../nbs/instruments/claims.ipynb #000513be
-def arms_of(claim:Claim) -> dict[str, dict]:
-    """name -> recipe, grid, steps, of a claim whose arms are Recipes;
-    raises `ValueError` for grids of different size or an unknown method"""
-    s, out = claim.spec, {}
-    for name, a in s['arms'].items():
-        a = a if isinstance(a, Mapping) else dict(recipe=a)
-        try:
-            recipe = get(a['recipe']).named(name)
-        except KeyError as e:
-            raise ValueError(f'{claim.file}: arm {name!r}: {e.args[0]}') from None
-        out[name] = dict(recipe=recipe, grid=tuple(a.get('grid', s['grid'])),
-                         steps=a.get('steps', s['steps']))
-    if len({len(a['grid']) for a in out.values()}) > 1:
-        raise ValueError(f'{claim.file}: every arm needs as many learning rates as the others')
-    return out
+SENSITIVITY_SEEDS = (20_000, 20_001)
 
 def workplace() -> Path:
-    "Where finished parts of claims are kept until the whole is done"
-    return (
-        Path(os.environ.get('FTLAB_RUNS', claims_folder().parent/'runs' if claims_folder() else 'ftlab-runs'))/'claims')
+    "Return the folder where finished parts of claims are kept until the whole is done"
+    return runs_folder()/'claims'
 
-# %% ../../nbs/instruments/claims.ipynb #000713be
-class Ground(Bench):
-    "The bench of a claim: each seed draws its own questions, as many as the claim asks for"
-    def data(self, seed):
-        drawn = self.__dict__.setdefault('drawn', {})
-        if seed not in drawn:
-            d = super().data(seed)
-            more = self.skill and self.items > len(d.test)
-            drawn[seed] = (replace(d, test=WORLD.rows(self.skill, self.items, 'test', seed)) if more
-                           else d)
-        return drawn[seed]
+class Experiment:
+    "The arms of a claim: `grids` of those that are tuned, and `outcome` of one run"
+    def __init__(self, claim:Claim, keep:bool=True):
+        self.claim = claim
+        self.arms = arms_said(claim.spec)
+        bounds = tuple(claim.spec.get('bounds', (0., math.inf)))
+        self.grids = {n: Grid(a['grid'], claim.spec.get('spacing', 'log'), bounds)
+                      for n, a in self.arms.items() if a['grid']}
+        self.script = script_of(claim) if claim.script else None
+        self.seconds = {}     # of each run, by its name
+        if claim.runs:
+            self.kept = (Kept(workplace()/f'{claim.key}-{own_code(claim)}') if keep
+                         else lambda name, make: make())
+        else:
+            self.bench, self.recipes = bench_of(claim), recipes_of(claim)
+            self.runs = Runs(resume=keep)
 
-    def before(self, seed, recipe=None):
-        "Measured once for all claims on the same ground"
-        if recipe is not None and recipe.decode is not None:
-            return super().before(seed, recipe)
-        sizes = [self.items, self.old_items, self.validation_items]
-        asked = [self.print_of(seed), self.data(seed).fingerprint, self.old_names, *sizes,
-                 str(self.metric), seed]
-        path = workplace()/'before'/f'{digest(asked)}.json'
-        if (seed, None) not in self.known_before and path.exists():
-            self.known_before[seed, None] = json.loads(path.read_text())
-        found = super().before(seed, recipe)
-        if not path.exists() and 'features' not in found:
-            write_atomically(path, lambda p: p.write_text(json.dumps(found)))
+    def outcome(self, arm:str, rate:float|None, seed:int, split:str, half:bool=False) -> dict:
+        "Run one arm, or take the run from its file"
+        steps = self.arms[arm]['steps']
+        if half:
+            steps = max(1, steps//2)
+        if self.claim.runs:
+            name = '-'.join(map(str, (arm, rate, seed, split, steps)))
+            found = self.kept(name, lambda: self._script_run(arm, rate, seed, split, steps))
+        else:
+            found = self.runs(self.bench, self.recipes[arm], rate, seed, split, steps)
+        self.seconds[arm, rate, seed, split, half] = found['cpu_seconds']
         return found
 
-def ground_of(claim:Claim) -> Ground:
-    "The ground of a claim: model (`name@revision`), data, sizes"
+    def _script_run(self, arm, rate, seed, split, steps) -> dict:
+        "One run of the script; a run that breaks down says why, unless the script itself is wrong"
+        t = time.process_time()
+        try:
+            found = dict(self.script.run(arm, rate, seed, split, steps), error=None)
+        except (ImportError, SyntaxError, NameError, AttributeError, TypeError):
+            raise
+        except Exception as e:
+            traceback.print_exc()
+            found = dict(error=f'{type(e).__name__}: {e}')
+        return found | dict(cpu_seconds=time.process_time() - t)
+
+    def derived(self, found:Mapping) -> dict:
+        "Add the arms that the script makes of others"
+        if not hasattr(self.script, 'derive') or any(o.get('error') for o in found.values()):
+            return dict(found)
+        return dict(found) | self.script.derive(dict(found))
+
+def recipes_of(claim:Claim) -> dict:
+    "Return the Recipe of each arm; raises `ValueError` for an unknown method"
+    out = {}
+    for name, a in arms_said(claim.spec).items():
+        try:
+            out[name] = get(a['recipe']).named(name)
+        except KeyError as e:
+            raise ValueError(f'{claim.file}: arm {name!r}: {e.args[0]}') from None
+    return out
+
+def bench_of(claim:Claim) -> Bench:
+    "Return the bench of a claim: model (`name@revision`), data, sizes"
     s = DEFAULTS | claim.spec
     model, _, revision = s['model'].partition('@')
-    sizes = ('items', 'old_items', 'validation_items', 'steps', 'batch_size')
-    return Ground(model, s['data'], revision=revision or None, budget=s.get('budget'),
-                  progress=False, **{k: s[k] for k in sizes}, **s.get('settings', {}))
+    sizes = ('items', 'old_items', 'validation_items', 'evaluations', 'steps', 'batch_size')
+    return Bench(model, s['data'], revision=revision or None, budget=s.get('budget'),
+                 progress=False, **{k: s[k] for k in sizes}, **s.get('settings', {}))
 
-# %% ../../nbs/instruments/claims.ipynb #000913be
-class Looks:
-    "At every look: the validation gain, and a copy of the model"
+# %% ../../nbs/instruments/claims.ipynb #2d166853
+def want_of(c:Mapping, grids:Mapping[str, Grid]) -> Want:
+    "Return what the rates of a contrast are chosen by"
+    sides = [c[k] for k in ('treatment', 'baseline')]
+    made = any(isinstance(s, str) and s not in grids for s in sides)
+    arms = tuple(n for n in grids if made or n in sides)
+    if 'choose' in c:
+        return Want(arms, c['choose'], c.get('choose_higher', True))
+    return Want(arms, c['metric'], c.get('higher_is_better', True))
 
-    def __init__(self, n:int, gain:Callable):
-        self.n, self.gain, self.path, self.copies = n, gain, [], []
+def planned(c:Mapping, tried:Tried, experiment:Experiment) -> dict:
+    "Return target, common and rates ({arm: rate}) of a contrast"
+    want = want_of(c, experiment.grids)
+    found = tried.choices(want) if want.arms else dict(target=None, common=True, arms={})
+    rates = {n: found['arms'][n]['rate'] if n in found['arms']
+             else _other_rate(tried, n, want, found['target'])
+             for n in experiment.arms}
+    return dict(target=found['target'], common=found['common'], rates=rates,
+                at_edge=[n for n, a in found['arms'].items() if a['at_edge']])
 
-    def after_step(self, state):
-        if state.step % self.n and state.step != state.steps:
-            return
-        with evaluating(state.model), torch.no_grad(), torch.random.fork_rng():
-            self.path.append(dict(step=state.step, gain=self.gain(state)))
-            self.copies.append(copy.deepcopy(state.model))
-
-def train_arm(bench, arm, rate, seed, looks=0, steps=None):
-    "One arm at one rate: the run, what the looks saw, and the recipe's own way to draw answers"
-    (model, tok), data, recipe, steps = (bench.base(seed), bench.data(seed), arm['recipe'],
-                                         steps or arm['steps'])
-    learners = {}
-    decode = decoder_for(recipe, bench.base(seed)[0], learners)
-    before = bench.before(seed, recipe)['validation']
-    def gain(state):
-        learners.update({n: state.models[n] for n in recipe.learners})
-        return bench.gained(state.model, tok, data, 'validation', decode) - before
-    see = (Looks(max(1, steps//looks), gain) if looks
-           and not (recipe.edit or recipe.stages) else None)
-    calls = ((Budget(bench.budget),) if bench.budget else ()) + ((see,) if see else ())
-    run = fit(model, tok, data, recipe, steps=steps, lr=rate, seed=seed, callbacks=calls,
-              progress=False, **bench.settings)
-    if run.interrupted:
-        raise KeyboardInterrupt
-    if see is None:
-        see = Looks(1, gain)
-        see.path, see.copies = [dict(step=len(run.log), gain=gain(run))], [run.model]
-    return run, see, decode
-
-# %% ../../nbs/instruments/claims.ipynb #000b13be
-@torch.no_grad()
-def measured(bench:Bench, model, tok, data, seed, before, base, decode=None) -> dict:
-    "Gain, forgetting, KL to the base on the new task, NLL of its answers: all on test questions"
-    old = bench.kept(model, tok, seed, data, decode)
-    kl = bench.drifted(base, model, tok, seed, data)
-    lost = fmean(before['old'][k] - v for k, v in old.items()) if old else kl
-    return dict(
-        gain=bench.gained(model, tok, data, 'test', decode) - before['test'], forgetting=lost,
-        kl=kl,
-        nll=nll(model, tok, data.test[:bench.items], data.kind, data.labels, bench.max_length))
-
-def _broken(bench, before, e, seconds) -> dict:
-    "The worst score there is, at matched gain too"
-    lost = max(0., fmean(before['old'].values())) if before['old'] else bench.farthest
-    worst = breakdown(bench, before, f'{type(e).__name__}: {e}', seconds, 'test')
-    return worst | dict(kl=bench.farthest, gain_matched=0., forgetting_matched=lost,
-                        kl_matched=bench.farthest)
-
-def run_seed(bench:Bench, arms:Mapping[str, dict], rates:Mapping[str, float], seed:int,
-             looks:int=8) -> dict:
-    """{arm: numbers} of one seed: gain, forgetting, kl, nll at the last step, and gain_matched,
-    forgetting_matched, kl_matched where all arms have learned alike"""
-    done, cells, base, data = {}, {}, bench.base(seed)[0], bench.data(seed)
-    ask = lambda name, model: measured(bench, model, done[name].tok, data, seed, done[name].before,
-                                       base, done[name].decode)
-    for name, arm in arms.items():
-        before, t = bench.before(seed, arm['recipe']), time.process_time()
+def _other_rate(tried, arm, want, target) -> float|None:
+    if arm not in tried.grids:
+        return None
+    outcomes = tried.pooled(arm, tried.twice(arm))
+    for metric, higher in ((want.metric, want.higher), ('gain', True)):
         try:
-            run, see, decode = train_arm(bench, arm, rates[name], seed, looks)
-            done[name] = SimpleNamespace(tok=run.tok, see=see, decode=decode, before=before)
-            cells[name] = (ask(name, run.model)
-                           | dict(seconds=time.process_time() - t, tokens=run.cost['tokens'],
-                                  trainable=run.cost['trainable'], saved_bytes=run.delta.nbytes,
-                                  path=see.path, error=None))
-        except (ValueError, TypeError, KeyError, OSError):
-            raise # wrong input is not a result
-        except Exception as e:
-            done.pop(name, None)
-            cells[name] = _broken(bench, before, e, time.process_time() - t)
-    target = target_gain([d.see.path for d in done.values()])
-    for name, d in done.items():
-        cells[name] |= _at_matched_gain(d.see, target, cells[name], partial(ask, name))
-    return cells
+            if found := choose(outcomes, metric, higher, target):
+                return found['rate']
+        except KeyError:
+            continue
+    return min(outcomes)
 
-def _at_matched_gain(see:Looks, target:float|None, last:dict, ask:Callable) -> dict:
-    """What the copy at the first look that reaches the target answers; the end,
-    where that is it or where none does"""
-    i = next((i for i, row in enumerate(see.path) if target is not None and row['gain'] >= target),
-             None)
-    at = last if i is None or i == len(see.path) - 1 else ask(see.copies[i])
-    return ({f'{k}_matched': at[k] for k in ('gain', 'forgetting', 'kl')}
-            | dict(matched_at=None if i is None else see.path[i]['step']))
+# %% ../../nbs/instruments/claims.ipynb #2d1fc2cd
+def side(c:Mapping, which:str, found:Mapping, target:float|None) -> tuple[float, float|None]: # value, gain reached
+    "Return one side of a contrast in one seed"
+    if isinstance(c[which], (int, float)):
+        return float(c[which]), None
+    return arm_value(c, found[c[which]], target, which == 'treatment')
+
+def arm_value(c:Mapping, outcome:Mapping, target:float|None,
+              against:bool=True) -> tuple[float, float|None]:
+    """Return the metric of a contrast for one arm; `against`: a run that broke down counts as the
+    worst"""
+    metric, name = c['metric'], c['metric'].removesuffix(MATCHED)
+    if outcome.get('error'):
+        value = c.get('worst', outcome.get(name)) if against else c.get('best', outcome.get(name))
+        return float(value), None
+    if metric == name:
+        return float(outcome[name]), None
+    row = at_gain(outcome['path'], target) or max(outcome['path'], key=lambda r: r['gain'])
+    return float(row[name]), row['gain']
+
+def effect(c:Mapping, found:Mapping, target:float|None) -> float:
+    "Return treatment minus baseline in one seed, positive in the claim's favour"
+    sign = 1 if c.get('higher_is_better', True) else -1
+    return sign*(side(c, 'treatment', found, target)[0] - side(c, 'baseline', found, target)[0])
 
 # %% ../../nbs/instruments/claims.ipynb #001013be
 STATES = {'missing': 'not yet run', 'current': 'made by this code',
           'core changed': 'the library changed since, the paper and its experiment did not',
           'stale': "the paper's code or the experiment changed since: carry it over, or run it again",
           'old hash': 'hashed over text at paths that are gone: carry it over, or run it again',
-          'superseded': 'a fix changed its numbers: run it again'}
+          'superseded': 'a fix changed its numbers: run it again',
+          'first edition': 'judged by an earlier rule, and to be written anew'}
 
 def _source(module:str) -> str:
     "A module's source, without importing it"
@@ -213,15 +195,19 @@ def own_definitions(claim:Claim) -> dict[str, str]:
     recorded = read_result(claim).get('definitions', ()) if claim.result.exists() else ()
     return closure(marks, _source, recorded)
 
+# of a claim's file, what does not change what is run or how it is judged
+WORDS_ALONE = ('why', 'paper_says', 'where', 'superseded', 'differs', 'left_out', 'pilot', 'review', 'no_dial', 'fixed')
+
 def own_code(claim:Claim) -> str:
     """The hash of the paper's own definitions and of the experiment; the sentence counts,
-    the `why` does not"""
-    spec = {k: v for k, v in claim.spec.items() if k != 'why'}
+    the words that explain it do not"""
+    spec = {k: v for k, v in claim.spec.items() if k not in WORDS_ALONE}
     return code_hash(*own_definitions(claim).values(), json.dumps(spec, sort_keys=True),
                      *_script_trees(claim))
 
 def _script_trees(claim:Claim) -> list[str]:
-    "The claim's script as a tree, and those of the claims that it takes something from (`beside('dft')`)"
+    """The claim's script as a tree, and those of the claims that it takes something from
+    (`beside('dft')`)"""
     if not claim.script:
         return []
     tree = ast.parse(claim.script.read_text(encoding='utf-8'))
@@ -254,6 +240,8 @@ def status(claim:Claim) -> str:
     if not claim.result.exists():
         return 'missing'
     r = read_result(claim)
+    if claim.edition != EDITION or r.get('edition') != EDITION:
+        return 'first edition'
     if r.get('superseded'):
         return 'superseded'
     if r.get('hash') != 'tree':
@@ -300,49 +288,108 @@ class Kept:
                 path, lambda p: p.write_text(json.dumps(found, allow_nan=False, default=float)))
         return json.loads(path.read_text())
 
-# %% ../../nbs/instruments/claims.ipynb #001413be
-def _recipe_seed(claim, kept, say):
-    "How a seed is run where the arms are Recipes, and how they were tuned"
-    arms, bench = arms_of(claim), ground_of(claim)
-    outside = tuning_seed(claim.spec['seeds'])
-    t = time.process_time()
-    def score(name, rate):
-        g = kept(f'tune-{name}-{rate:g}', lambda: _tuning_gain(bench, arms[name], rate, outside))
-        say(f'{claim.key}: {name} at {rate:g}: validation gain {g:.3f}')
-        return g
-    grids = {n: a['grid'] for n, a in arms.items()}
-    chosen = kept(
-        'tuning',
-        lambda: dict(seed=outside, arms=tune(score, grids), seconds=time.process_time() - t))
-    rates = {n: chosen['arms'][n]['rate'] for n in arms}
-    looks = claim.spec.get('looks', DEFAULTS['looks'])
-    return lambda seed: run_seed(bench, arms, rates, seed, looks), chosen
+# %% ../../nbs/instruments/claims.ipynb #2d03f461
+class Part:
+    """A claim while it runs: what was tried, the plan of each contrast, and runs by arm, rate and
+    seed"""
+    def __init__(self, claim:Claim, experiment:Experiment, say:Callable=lambda s: None):
+        self.claim, self.experiment, self.say = claim, experiment, say
+        self.contrasts = claim.spec['contrast']
 
-def _tuning_gain(bench, arm, rate, seed) -> float:
-    "The validation gain at the end; a rate at which the run breaks down is as bad as any"
-    try:
-        gain = train_arm(bench, arm, rate, seed)[1].path[-1]['gain']
-    except (ValueError, TypeError, KeyError, OSError):
-        raise
-    except Exception:
-        return -1.
-    return gain if math.isfinite(gain) else -1.
+    def tune(self) -> None:
+        "Search the rates and plan every contrast"
+        e = self.experiment
+        def run(arm, rate, seed):
+            o = e.outcome(arm, rate, seed, 'validation')
+            self.say(f'{self.claim.key}: tuning {arm} at {rate:g}, seed {seed}: {_line(self.contrasts, o)}')
+            return o
+        alone = {n: g for n, g in e.grids.items() if len(g.values) == 1}
+        wants = [w for c in self.contrasts if (w := want_of(c, e.grids)).arms]
+        self.tried = search(e.grids, run, wants, refine=not alone) if e.grids else Tried({}, {})
+        self.plans = [planned(c, self.tried, e) for c in self.contrasts]
 
-def _script_seed(claim, script, kept):
-    """How a seed is run where a script runs the experiment;
-    the arms of a run that broke down are empty"""
-    t = time.process_time()
-    tuned = kept('tuning', lambda: dict(found=script.tune() if hasattr(script, 'tune') else {},
-                                        seconds=time.process_time() - t))
-    def one(seed):
-        try:
-            return script.run(seed, tuned['found'])
-        except (ImportError, SyntaxError, NameError, AttributeError, TypeError):
-            raise # the script itself is wrong
-        except Exception as e:
-            traceback.print_exc()
-            return {'error': dict(what=f'{type(e).__name__}: {e}')}
-    return one, tuned
+    def found(self, plan:Mapping, seed:int, split:str, half:bool=False, turned:Mapping=()) -> dict:
+        """Return the outcome of every arm at the plan's rates, or at those of `turned`, and what is
+        made of them"""
+        rates = plan['rates'] | dict(turned)
+        return self.experiment.derived({n: self.experiment.outcome(n, r, seed, split, half)
+                                        for n, r in rates.items() if self._needed(n, half)})
+
+    def _needed(self, arm, half) -> bool:
+        return not half or self.experiment.arms[arm]['steps'] is not None
+
+    def levels(self, c, plan, split, seeds) -> dict:
+        "Return per seed: treatment, baseline, trivial, and the gains at which they were read"
+        out = dict(treatment=[], baseline=[], trivial=[], gains=dict(treatment=[], baseline=[]))
+        for seed in seeds:
+            found = self.found(plan, seed, split)
+            for which in ('treatment', 'baseline'):
+                value, gain = side(c, which, found, plan['target'])
+                out[which].append(value)
+                out['gains'][which].append(gain)
+            out['trivial'].append(c['trivial'].get('value') if 'value' in c['trivial'] else
+                                  arm_value(c, found[c['trivial']['arm']], plan['target'])[0])
+        return out
+
+    def tuning_row(self, c, plan) -> dict:
+        "Return a contrast as it stands after tuning: its rates, and the levels on the tuning seeds"
+        seen = self.levels(c, plan, 'validation', SEEDS)
+        row = {k: c[k] for k in ('name', 'kind', 'margin', 'metric')}
+        row |= dict(primary=c.get('primary', False), arms=[c['treatment'], c['baseline']],
+                    higher_is_better=c.get('higher_is_better', True),
+                    trivial=dict(name=c['trivial']['name'], values=[]))
+        row |= {k: c[k] for k in ('best',) if k in c}
+        tuning = {k: fmean(seen[k]) for k in ('treatment', 'baseline', 'trivial')}
+        return row | plan | dict(tuning=tuning, treatment=[], baseline=[], sensitivity=[])
+
+# %% ../../nbs/instruments/claims.ipynb #78e7f554
+def test_row(part, c, row) -> dict:
+    "Add the levels on the test seeds"
+    seen = part.levels(c, row, 'test', part.claim.spec['seeds'])
+    more = dict(treatment=seen['treatment'], baseline=seen['baseline'],
+                trivial=row['trivial'] | dict(values=seen['trivial']))
+    if c['metric'].endswith(MATCHED):
+        more |= dict(gains=seen['gains'])
+    return row | more
+
+def turned_rows(part, c, row) -> list[dict]:
+    "Return the effect with one arm at another rate, on the seeds of sensitivity"
+    e, out = part.experiment, []
+    want = want_of(c, e.grids)
+    for arm in want.arms:
+        chosen = row['rates'][arm]
+        for way in (-.5, .5):
+            rate = e.grids[arm].moved(chosen, way)
+            if rate is None:
+                continue
+            seen = [part.found(row, s, 'test', turned={arm: rate}) for s in SENSITIVITY_SEEDS]
+            missed = c['metric'].endswith(MATCHED) and not all(
+                reading(f[arm], c['metric'], row['target']) for f in seen)
+            effects = [] if missed else [effect(c, f, row['target']) for f in seen]
+            out.append(dict(arm=arm, chosen=chosen, rate=rate, effects=effects,
+                            **(dict(why='never reaches the target gain') if missed else {})))
+    return out
+
+def half_row(part, c, row) -> dict|None:
+    "Return the effect after half of the steps, and how far the baseline falls by that"
+    arms = [a for a in row['arms'] if isinstance(a, str)]
+    if any(part.experiment.arms.get(a, {}).get('steps') is None for a in arms):
+        return None
+    full = [part.found(row, s, 'test') for s in SENSITIVITY_SEEDS]
+    half = [part.found(row, s, 'test', half=True) for s in SENSITIVITY_SEEDS]
+    missed = c['metric'].endswith(MATCHED) and not all(
+        reading(f[a], c['metric'], row['target']) for f in half for a in arms if a in f)
+    base = lambda f: side(c, 'baseline', f, row['target'])[0]
+    return dict(effects=[] if missed else [effect(c, f, row['target']) for f in half],
+                baseline=[base(h) - base(f) for h, f in zip(half, full)],
+                **(dict(why='the target gain is not reached') if missed else {}))
+
+def _line(contrasts, o) -> str:
+    "The numbers that the contrasts look at"
+    if o.get('error'):
+        return o['error']
+    shown = dict.fromkeys(c['metric'].removesuffix(MATCHED) for c in contrasts)
+    return ', '.join(f'{k} {o[k]:.3f}' for k in shown if isinstance(o.get(k), (int, float)))
 
 # %% ../../nbs/instruments/claims.ipynb #001613be
 def run_claim(claim:Claim|str,             # a claim, or its key
@@ -351,98 +398,187 @@ def run_claim(claim:Claim|str,             # a claim, or its key
              ) -> dict:                    # the result, also written to the claim's folder
     """Tune, run every seed, apply the rule, write the result.
 
-    Raises `ValueError` for a claim that cannot be run. A run that breaks down counts as the worst score."""
-    claim = claim if isinstance(claim, Claim) else named_claim(claim)
-    if blank := [k for k, v in claim.spec.items() if 'FILL IN' in str(v)]:
-        raise ValueError(f'{claim.file}: {blank[0]} is not filled in; a claim is written down before its run')
+    Raises `ValueError` for a claim that cannot be run, or that no second reader has tried to break.
+    A run that breaks down counts against the claim."""
+    claim = _runnable(claim)
+    check_reviewed(claim)
     t, stamp = time.process_time(), _stamp(claim)
-    kept = Kept(workplace()/f'{claim.key}-{stamp["code"]}') if keep else lambda name, make: make()
-    script = script_of(claim) if claim.script else None
-    cells, tuning = _all_seeds(claim, script, kept, say) if claim.spec.get('contrast') else ({}, {})
-    result = assemble_claim(claim, cells, tuning, _identities(script))
-    seconds = (sum(c['seconds'] for c in cells.values())
-               + tuning.get('seconds', 0.) if cells else time.process_time() - t)
-    result |= stamp | dict(versions=versions(), seconds=seconds)
+    experiment = Experiment(claim, keep)
+    rows, cells, seconds = [], {}, {}
+    if claim.spec.get('contrast'):
+        part = Part(claim, experiment, say)
+        rows = _rows(part)
+        cells, seconds = _cells(part, rows)
+    result = assemble_claim(claim, rows, cells, _identities(experiment.script))
+    result |= dict(seed_seconds=seconds, seconds=sum(experiment.seconds.values())
+                   or time.process_time() - t)
+    if not claim.runs and rows:
+        runs = experiment.runs
+        result |= dict(shared=dict(made=runs.made, taken=runs.taken,
+                                   saved_seconds=round(runs.saved, 1)))
+    result |= stamp | dict(versions=versions())
     write_result(claim, result)
     return result
+
+def _runnable(claim) -> Claim:
+    claim = claim if isinstance(claim, Claim) else named_claim(claim)
+    if claim.edition != EDITION:
+        raise ValueError(f'{claim.file} was written for edition {claim.edition} of the rule; write '
+                         f'it anew for edition {EDITION}')
+    if blank := [k for k, v in claim.spec.items() if 'FILL IN' in str(v)]:
+        raise ValueError(f'{claim.file}: {blank[0]} is not filled in; a claim is written down before its run')
+    return claim
+
+def tuned_part(claim:Claim|str, say:Callable=lambda s: None,
+               keep:bool=True) -> tuple[Part, list[dict]]:
+    """Search the rates of a claim and read its room on the tuning seeds; nothing is written, no
+    test question asked"""
+    claim = _runnable(claim)
+    part = Part(claim, Experiment(claim, keep), say)
+    part.tune()
+    return part, [part.tuning_row(c, p) for c, p in zip(part.contrasts, part.plans)]
+
+def _rows(part) -> list[dict]:
+    "The contrasts of a result, after tuning, test seeds, sensitivity and half of the steps"
+    part.tune()
+    rows = [part.tuning_row(c, p) for c, p in zip(part.contrasts, part.plans)]
+    for row in rows:
+        part.say(f'{part.claim.key}: {row["name"]}: '
+                 + (room(row) or ('' if row['common'] else 'no common gain') or 'room'))
+    if any(r['primary'] and (room(r) or not r['common']) for r in rows):
+        return rows
+    for seed in part.claim.spec['seeds']:
+        for row in rows:
+            part.found(row, seed, 'test')
+        part.say(f'{part.claim.key}: seed {seed} done')
+    done = []
+    for c, row in zip(part.contrasts, rows):
+        row = test_row(part, c, row)
+        if row['primary']:
+            row |= dict(sensitivity=turned_rows(part, c, row))
+            if half := half_row(part, c, row):
+                row |= dict(half=half)
+            row |= _known_worse(part, c, row)
+        done.append(row)
+    return done
+
+def _known_worse(part, c, row) -> dict:
+    "What a contrast of sameness must be able to tell apart"
+    if c['kind'] != 'equivalence':
+        return {}
+    if 'worse' in c:
+        seen = [part.found(row, s, 'test') for s in part.claim.spec['seeds']]
+        gap = [arm_value(c, f[c['worse']], row['target'])[0] - side(c, 'baseline', f, row['target'])[0] for f in seen]
+        return dict(worse=dict(name=c['worse'], effects=gap))
+    return (dict(worse=dict(name='the baseline after half of its steps',
+                            effects=row['half']['baseline'])) if 'half' in row else {})
+
+def _cells(part, rows) -> tuple[dict, dict]:
+    "The numbers of each test run by seed, and the seconds of each seed"
+    e, cells = part.experiment, {}
+    if not rows[0]['treatment']:
+        return {}, {}
+    for seed in part.claim.spec['seeds']:
+        cells[str(seed)] = {_cell_name(n, r): _small(e.outcome(n, r, seed, 'test')) for row in rows
+                            for n, r in row['rates'].items()}
+        for row in rows:
+            made = part.found(row, seed, 'test')
+            cells[str(seed)] |= {f'{n}@{row["name"]}': _small(o) for n, o in made.items()
+                                 if n not in row['rates']}
+    test = lambda s: sum(v for (_, _, seed, split, half), v in e.seconds.items() if seed == s
+                         and split == 'test' and not half)
+    return cells, {str(s): round(test(s), 1) for s in part.claim.spec['seeds']}
+
+def _cell_name(arm, rate) -> str:
+    return arm if rate is None else f'{arm}@{rate:g}'
+
+def _small(o) -> dict:
+    "An outcome without its items"
+    keep = {k: round(v, 6) if isinstance(v, float) else v for k, v in o.items()
+            if k not in ('items', 'path', 'old', 'doses')}
+    if o.get('path'):
+        keep['path'] = [{k: round(v, 6) for k, v in r.items() if isinstance(v, (int, float))}
+                        for r in o['path']]
+    return keep
 
 def _stamp(claim) -> dict:
     """What says which code a result belongs to: taken before a run,
     as code may change while it lasts"""
-    return dict(code=own_code(claim), hash='tree', definitions=list(own_definitions(claim)),
+    return dict(edition=claim.edition, code=own_code(claim), hash='tree',
+                definitions=list(own_definitions(claim)),
                 core=core_code())
 
 def _identities(script) -> dict[str, bool]:
     return ({k: bool(v) for k, v in script.identities().items()} if hasattr(script, 'identities')
             else {})
 
-def _all_seeds(claim, script, kept, say) -> tuple[dict, dict]:
-    "{seed: its arms and seconds}, and the tuning"
-    one, tuning = (_script_seed(claim, script, kept) if claim.runs
-                   else _recipe_seed(claim, kept, say))
-    def timed(seed):
-        t = time.process_time()
-        found = one(seed)
-        return dict(arms=found, seconds=time.process_time() - t)
-    cells = {}
-    for s in claim.spec['seeds']:
-        cells[s] = kept(f'seed-{s}', lambda: timed(s))  # noqa: B023
-        say(f'{claim.key}: seed {s}: {_line(claim, cells[s]["arms"])}')
-    return cells, tuning
-
-def _line(claim, arms) -> str:
-    "The numbers that the contrasts look at, of each arm"
-    shown = {c['metric'] for c in claim.spec['contrast']}
-    return '; '.join(f'{a} ' + ', '.join(f'{k} {v:.3f}' for k, v in c.items() if k in shown
-                                         and isinstance(v, (int, float))) for a, c in arms.items())
-
 # %% ../../nbs/instruments/claims.ipynb #001813be
-def assemble_claim(claim:Claim, cells:Mapping[int, dict], tuning:Mapping,
+SAME_GAIN = .02
+
+def assemble_claim(claim:Claim, rows:list[dict], cells:Mapping[str, dict],
                    identities:Mapping[str, bool]) -> dict:
-    "The result file's numbers and verdict, from the cells of the seeds"
-    spec, seeds = claim.spec, claim.spec['seeds']
-    sides = ('treatment', 'baseline')
-    contrasts = [dict({k: c[k] for k in ('name', 'kind', 'margin', 'metric')},
-                      arms=[c[w] for w in sides], higher_is_better=c.get('higher_is_better', True),
-                      **{w: [_side(c, w, cells[s]['arms']) for s in seeds] for w in sides})
-                 for c in spec.get('contrast', ())]
-    controls = ([_control(c, cells, seeds) for c in spec.get('control', ())]
-                + _was_matched(contrasts, cells))
-    ids = [dict(name=k, passed=v) for k, v in identities.items()]
-    out = dict(claim=claim.key, sentence=spec['sentence'], contrasts=contrasts, controls=controls,
-               controls_ok=all(c['ok'] for c in controls), identities=ids, seeds=seeds,
-               scope=spec['scope'], tuning=tuning)
-    small = {str(s): {a: _small(x) for a, x in c['arms'].items()} for s, c in cells.items()}
-    return out | dict(verdict=verdict(out), cells=small,
-                      seed_seconds={str(s): round(c['seconds'], 1) for s, c in cells.items()})
+    "Return the result file's numbers and verdict"
+    spec = claim.spec
+    controls = ([_control(c, rows, cells) for c in spec.get('control', ())] if cells
+                else []) + _same_gain(rows)
+    out = dict(claim=claim.key, sentence=spec['sentence'], contrasts=rows, controls=controls,
+               controls_ok=all(c['ok'] for c in controls),
+               identities=[dict(name=k, passed=v) for k, v in identities.items()],
+               seeds=spec['seeds'], scope=spec['scope'], excluded=_excluded(cells))
+    v, reason = judged(out)
+    return out | dict(verdict=v, reason=reason, also_seen=also_seen(out), cells=cells)
 
-def _side(contrast, which, arms) -> float:
-    """One side of a contrast in one seed; of a run that broke down the treatment is the worst
-    there is, and the baseline 0"""
-    if 'error' in arms:
-        return float(contrast['worst']) if which == 'treatment' else 0.
-    side = contrast[which]
-    return float(side) if isinstance(side, (int, float)) else float(arms[side][contrast['metric']])
-
-def _control(c, cells, seeds) -> dict:
-    values = [cells[s]['arms'].get(c['arm'], {}).get(c['metric']) for s in seeds]
+def _control(c, rows, cells) -> dict:
+    "The mean of an arm's metric over the seeds, at the rates of the first contrast"
+    name = _cell_name(c['arm'], rows[0]['rates'].get(c['arm']))
+    own = [of.get(name) or of.get(f'{c["arm"]}@{rows[0]["name"]}') or {} for of in cells.values()]
+    values = [None if o.get('error') else o.get(c['metric']) for o in own]
     mean = fmean(values) if None not in values else math.nan
     ok = mean >= c.get('at_least', -math.inf) and mean <= c.get('at_most', math.inf)
     return dict(name=c['name'], ok=ok, values=values, at_least=c.get('at_least'), at_most=c.get('at_most'))
 
-def _was_matched(contrasts, cells) -> list[dict]:
-    "A failed control where some arm never reached a gain to match, and a contrast needs one"
-    looked = [(a, s, x['matched_at']) for s, c in cells.items()
-              for a, x in c['arms'].items() if isinstance(x, dict) and 'matched_at' in x]
-    without = [f'{a}, seed {s}' for a, s, at in looked if at is None]
-    if not without or not any(c['metric'].endswith('_matched') for c in contrasts):
-        return []
-    return [dict(name='every arm learned something, so that there was a gain to match', ok=False,
-                 values=without)]
+def _same_gain(rows) -> list[dict]:
+    out = []
+    for row in rows:
+        gains = ([[g for g in row['gains'][w] if g is not None] for w in ('treatment', 'baseline')]
+                 if 'gains' in row else [])
+        if row.get('primary') and all(gains) and gains:
+            apart = fmean(gains[0]) - fmean(gains[1])
+            out.append(dict(name=f'{row["name"]}: both sides were read within {SAME_GAIN:g} of the same gain',
+                            ok=abs(apart) <= SAME_GAIN, values=[apart], at_least=-SAME_GAIN,
+                            at_most=SAME_GAIN))
+    return out
 
-def _small(x):
-    return ({k: round(v, 6) if isinstance(v, float) else v for k, v in x.items() if k != 'old'}
-            if isinstance(x, Mapping) else x)
+def _excluded(cells) -> dict:
+    "What was left out of a number: {arm: {reason: count of each seed}}"
+    out = {}
+    for of in cells.values():
+        for name, cell in of.items():
+            for why, n in (cell.get('excluded') or {}).items():
+                out.setdefault(name, {}).setdefault(why, []).append(n)
+    return out
+
+def also_seen(result:Mapping) -> list[str]:
+    "Return sentences about what in a run speaks against the claim"
+    out = []
+    for c in result['contrasts']:
+        if not c['treatment']:
+            continue
+        mean = contrast(c)['mean']
+        if not c['primary'] and contrast_verdict(c)[0] == 'fails':
+            out.append(f'{c["name"]}: fails ({mean:+.3f})')
+        half = c.get('half') or {}
+        if half.get('effects') and (fmean(half['effects']) - c['margin'])*(mean - c['margin']) < 0:
+            out.append(f'{c["name"]}: after half of the steps the effect is '
+                       f'{fmean(half["effects"]):+.3f} instead of {mean:+.3f}')
+        for turned in c['sensitivity']:
+            if turned['effects'] and (fmean(turned['effects']) - c['margin'])*(
+                mean - c['margin']) < 0:
+                out.append(f'{c["name"]}: with {turned["arm"]} at {turned["rate"]:g} instead of {turned["chosen"]:g} '
+                           f'the effect is {fmean(turned["effects"]):+.3f} instead of {mean:+.3f}')
+        if c.get('at_edge'):
+            out.append(f'{c["name"]}: the rate of {" and ".join(c["at_edge"])} is at the edge of what was tried')
+    return out
 
 # %% ../../nbs/instruments/claims.ipynb #001d13be
 def again(key:str, seed:int|None=None) -> list[dict]:
@@ -453,21 +589,24 @@ def again(key:str, seed:int|None=None) -> list[dict]:
     return [d | dict(same=abs(d['stored'] - d['new']) <= d['margin']) for d in replay(claim, seed)]
 
 def replay(claim:Claim, seed:int) -> list[dict]:
-    """(name, margin, stored, new) of each contrast: its effect on `seed`,
+    """Return (name, margin, stored, new) of each contrast: its effect on `seed`,
     as it stands in the result and run anew at the stored learning rates"""
     r = read_result(claim)
     if seed not in r['seeds']:
         raise ValueError(f'{claim.key}: seed {seed} is none of the result\'s; '
                          f'they are {", ".join(map(str, r["seeds"]))}')
-    fresh = lambda name, make: r['tuning'] if name == 'tuning' else make()
-    one, _ = (_script_seed(claim, script_of(claim), fresh) if claim.runs
-              else _recipe_seed(claim, fresh, lambda s: None))
-    arms, i = one(seed), r['seeds'].index(seed)
-    out = []
-    for c, want in zip(r['contrasts'], claim.spec['contrast'], strict=True):
-        new = _side(want, 'treatment', arms) - _side(want, 'baseline', arms)
-        out.append(dict(name=c['name'], margin=c['margin'],
-                        stored=c['treatment'][i] - c['baseline'][i], new=new))
+    part, i, out = Part(claim, Experiment(claim, keep=False)), r['seeds'].index(seed), []
+    known = {}
+    for row, c in zip(r['contrasts'], claim.spec['contrast'], strict=True):
+        if not row['treatment']:
+            continue
+        rates = tuple(sorted(row['rates'].items()))
+        if rates not in known:
+            known[rates] = part.found(row, seed, 'test')
+        sign = 1 if row['higher_is_better'] else -1
+        out.append(dict(name=row['name'], margin=row['margin'],
+                        stored=sign*(row['treatment'][i] - row['baseline'][i]),
+                        new=effect(c, known[rates], row['target'])))
     return out
 
 # %% ../../nbs/instruments/claims.ipynb #002313be
@@ -486,7 +625,7 @@ def carry(claim:Claim|str,             # a claim with a result, or its key
     Raises `ValueError` for a claim without a result or with a superseded one, and where a contrast is further off."""
     claim = claim if isinstance(claim, Claim) else named_claim(claim)
     state = status(claim)
-    if state in ('missing', 'superseded'):
+    if state in ('missing', 'superseded', 'first edition'):
         raise ValueError(f'{claim.key} cannot be carried over: {STATES[state]} (ftlab claims run {claim.key})')
     if state in ('current', 'core changed'):
         return []
@@ -533,20 +672,27 @@ def supersede(claim:Claim|str, reason:str) -> None:
 
 # %% ../../nbs/instruments/claims.ipynb #002513be
 def explain(key:str) -> str:
-    "A claim in words: the sentence, how it was tested, what came out and what that means"
+    "Return a claim in words: the sentence, how it was tested, what came out and what that means"
     claim = named_claim(key)
     s, title = claim.spec, next((p.title for p in marked() if p.key == key), key)
-    lines = [title, '', s['sentence'], '', f'Why so: {s["why"]}', '']
-    lines += [f'Arms: {a}: {x if isinstance(x, str) else x["recipe"]}'
-              for a, x in s.get('arms', {}).items()]
+    lines = [title, '']
+    if 'paper_says' in s:
+        lines += [f'The paper says ({s["where"]}): {s["paper_says"]}']
+    lines += [f'Tested here: {s["sentence"]}', '', f'Why so: {s["why"]}', '']
+    lines += [f'Differs from the paper: {d}' for d in s.get('differs', ())]
+    lines += [f'Left out: {d}' for d in s.get('left_out', ())]
     lines.append(f'Seeds {", ".join(map(str, s["seeds"]))}; scope {s["scope"]}: {SCOPES[s["scope"]]}.')
+    for o in s.get('review', {}).get('objections', ()):
+        lines.append(f'Objection: {o["objection"]} Answer: {o["answer"]}')
     if not claim.result.exists():
         return '\n'.join(lines + ['', f'Not yet run: ftlab claims run {key}'])
     r, state = read_result(claim), status(claim)
-    v = verdict(r)
-    because = f': {r["superseded"]}' if state == 'superseded' else ''
-    return '\n'.join([*lines, *_outcome(r), '',
-                      f'{v}: {VERDICTS[v]} ({state}{because}; {r["seconds"]/60:.1f} minutes)'])
+    v, reason = judged(r)
+    because = f': {r["superseded"]}' if r.get('superseded') else ''
+    return '\n'.join([*lines, *_outcome(r),
+                      *(f'also seen: {x}' for x in (*r.get('also_seen', ()), *r.get('noted', ()))), '',
+                      f'{v}{f" ({reason})" if reason else ""}: {VERDICTS[v]} ({state}{because}; '
+                      f'{r["seconds"]/60:.1f} minutes)'])
 
 def _outcome(r:dict) -> list[str]:
     "What each contrast, control and identity of a result says"
@@ -554,11 +700,18 @@ def _outcome(r:dict) -> list[str]:
     def must(k):
         return f'must lie within ±{k["margin"]:g}' if k['kind'] == 'equivalence' else f'must lie above {k["margin"]:g}'
 
-    effects = [(k, contrast(k)) for k in r['contrasts']]
-    return ([f'{k["name"]}: effect {f["mean"]:+.3f} [{f["low"]:+.3f}, {f["high"]:+.3f}], {must(k)}: {f["verdict"]}'
-             for k, f in effects]
+    effects = [(k, contrast(k)) for k in r['contrasts'] if k['treatment']]
+    return ([f'{k["name"]}: effect {f["mean"]:+.3f} [{f["low"]:+.3f}, {f["high"]:+.3f}], {must(k)}: '
+             + ', '.join(filter(None, contrast_verdict(k))) for k, f in effects]
+            + [f'{k["name"]}: not run, {contrast_verdict(k)[1]}' for k in r['contrasts'] if not k['treatment']]
             + [f'control, {k["name"]}: {"passed" if k["ok"] else "FAILED"}' for k in r['controls']]
             + [f'identity, {k["name"]}: {"passed" if k["passed"] else "FAILED"}' for k in r['identities']])
+
+def note(claim:Claim|str, text:str) -> None:
+    "Add to a result what else was seen in its run and speaks against the sentence or the paper"
+    claim = claim if isinstance(claim, Claim) else named_claim(claim)
+    r = read_result(claim)
+    write_result(claim, r | dict(noted=[*r.get('noted', ()), text]))
 
 # %% ../../nbs/instruments/claims.ipynb #001f13be
 def run_claims(keys:list[str]|None=None, jobs:int=1, everything:bool=False,
@@ -566,7 +719,8 @@ def run_claims(keys:list[str]|None=None, jobs:int=1, everything:bool=False,
     """Run the claims whose evidence is missing, stale or superseded
     (`everything`: all; or those named); {key: verdict, or what went wrong}"""
     unproven = ('missing', 'stale', 'old hash', 'superseded')
-    todo = keys or [c.key for c in claims() if everything or status(c) in unproven]
+    todo = (keys or [c.key for c in claims() if c.edition == EDITION
+                     and (everything or status(c) in unproven)])
     return _each(_run_one, todo, jobs, say)
 
 def carry_claims(keys:list[str]|None=None, jobs:int=1, say:Callable=print) -> dict[str, str]:

@@ -8,13 +8,14 @@ import itertools, json, math, sys, time
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean, stdev
+from types import SimpleNamespace
 import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
 from ..core.io import check_room, only_writer, write_atomically
 from ..core.recipe import Recipe
 from ..core.record import versions
-from .bench import Bench, evaluation_steps, measured, taught
+from .bench import Bench, evaluation_steps
 from .compare_page import (html_page, image, picture, table_html, table_of, tag,
                                             titles)
 from .frontier import at_gain, best_gain, common_gain, frontier, paired_difference
@@ -171,7 +172,8 @@ def within_limit(tried:Tried, arm:str, limit:float) -> dict|None:
     for rate, o in tried.pooled(arm, tried.twice(arm)).items():
         if o.get('error'):
             continue
-        points += [dict(rate=rate, step=r['step'], dose=1., gain=r['gain'], forgetting=r['forgetting']) for r in o['path']]
+        points += [dict(rate=rate, step=r['step'], dose=1., gain=r['gain'], forgetting=r['forgetting'])
+                   for r in o['path']]
         last = o['path'][-1]['step']
         seeds = list(tried.outcomes[arm][rate].values())
         for i, d in enumerate(seeds[0].get('doses', ())):
@@ -216,7 +218,8 @@ def upgraded(result:dict) -> dict:
     Raises `ValueError` for a newer version"""
     version = result.get('version', 1)
     if version > VERSION:
-        raise ValueError(f'the result is of version {version}, and this ftlab reads up to {VERSION}; install a newer one')
+        raise ValueError(f'the result is of version {version}, and this ftlab reads up to {VERSION}; '
+                         'install a newer one')
     if version == VERSION:
         return result
     none = dict(mean=None, low=None, high=None)
@@ -309,10 +312,11 @@ def _test(bench, runs, recipe, rate, seed, doses) -> dict:
 def _tuned_words(tried:Tried, arm:str, best:dict, equal:dict) -> dict:
     "How an arm was tuned, for the result"
     of = tried.pooled(arm)
+    ended = {f'{r:g}': o['error'] or o['stopped'] for r, o in of.items()}
     return dict(rate=best['rate'], tried=[[r, o['gain']] for r, o in sorted(of.items())], at_edge=best['at_edge'],
                 rate_matched=equal['rate'], forgetting_matched=[list(x) for x in equal['values'].items()],
                 at_edge_matched=equal['at_edge'],
-                stopped={f'{r:g}': o['error'] or o['stopped'] for r, o in of.items() if o.get('error') or o.get('stopped')})
+                stopped={r: why for r, why in ended.items() if why})
 
 def _curves(tried:Tried, arm:str) -> dict:
     "The frontier of an arm and the paths that it is made of, from the rates run with the most seeds and all others"
@@ -340,24 +344,24 @@ def check_limit(limit:float|None, how:str) -> float|None:
     if not isinstance(limit, (int, float)) or not 0 <= limit <= 100:
         raise ValueError(f'lose_at_most is {limit!r}; give percentage points of an old score, between 0 and 100')
     if how.startswith('drift'):
-        raise ValueError(f'lose_at_most is {limit:g} points, but what the model could do before is not known here, only '
-                         f'how far it moves ({how}); give old=, a test of what it must keep')
+        raise ValueError(f'lose_at_most is {limit:g} points, but what the model could do before is not '
+                         f'known here, only how far it moves ({how}); give old=, a test of what it must keep')
     return limit/100
 
 # %% ../../nbs/instruments/compare.ipynb #d2dcc357
 def compare(methods,                   # names as in `ftlab.methods`, such as 'lora(r=4)' or 'hft * dft', or Recipes
             model,                     # a name or folder as in `ftlab.load`, or (model, tok), which stays as it is
             data,                      # `Data`, or anything that `ftlab.data` takes
-            *, old=None,               # what the model could do before: one set, or {name: set}; None: old skills of a lab model, else drift
+            *, old=None,               # what it could do before: a set or {name: set}; None: old lab skills, else drift
             metric=None,               # 'exact', 'accuracy', 'nll' or a function, see below; None: what fits the data
             seeds:int|list[int]=3,     # how many, or which
             steps:int=200, batch_size:int=32, # of each run
-            lrs=None,                  # learning rates: a list for all, or {method: list}; None: four from each Recipe's smallest
+            lrs=None,                  # learning rates: a list for all, or {method: list}; None: four for each Recipe
             tune:bool=True,            # search each method's rates on seeds of its own; False: see below
             tune_steps:int|None=None,  # steps of a tuning run; None: as many as the others
             evaluations:int=4,         # on the way, each twice as late as the one before
             evaluate_every:int|None=None, # steps between evaluations instead
-            lose_at_most:float|None=None, # percentage points of the old score: also find the best gain that costs no more
+            lose_at_most:float|None=None, # points of the old score: also find the best gain that costs no more
             max_runs:int|None=None,    # thin the search for all methods alike
             race:bool=False,           # stop methods early that are beaten beyond doubt at every gain
             max_length:int|None=None,  # tokens a row
@@ -409,46 +413,59 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
 
 def _compared(bench, arms, runs, seeds, work, race, limit, tune_steps) -> dict:
     "The result of a comparison without the names of what it was made with"
-    names = tuple(arms)
-    wants = [Want(names, 'forgetting_matched', False), Want(names)]
-    tried, stopped = None, {}
     doses = DOSES if limit is not None else ()
-    if work['tuning']:
-        tried, stopped = tune_arms(bench, arms, runs, seeds, work, wants, race, doses, tune_steps)
-        live = tuple(n for n in names if n not in stopped)
-        equal, best = (tried.choices(Want(live, w.metric, w.higher)) for w in wants)
-    else:
-        live = names
-        alone = {n: dict(rate=rates[0], value=None, values={}, at_edge=False) for n, (_, rates) in arms.items()}
-        equal = best = dict(target=None, common=True, arms=alone)
-    limits = {n: within_limit(tried, n, limit) for n in live} if tried and limit is not None else {}
-    done = {n: [] for n in live}
+    found = _chosen(bench, arms, runs, seeds, work, race, doses, tune_steps)
+    if found.tried and limit is not None:
+        found.limits = {n: within_limit(found.tried, n, limit) for n in found.live}
+    done = {n: [] for n in found.live}
     for seed in seeds:
-        for n in live:
-            rates = {best['arms'][n]['rate'], equal['arms'][n]['rate'], *([limits[n]['rate']] if limits.get(n) else ())}
+        for n in found.live:
+            rates = {found.best[n]['rate'], found.equal[n]['rate']}
+            if found.limits.get(n):
+                rates.add(found.limits[n]['rate'])
             done[n].append({r: _test(bench, runs, arms[n][0], r, seed, doses) for r in sorted(rates)})
-    target, common = equal['target'], equal['common']
-    if not tried:
+    if not found.tried:
         reached = {n: fmean(best_gain(o['path']) for of in rows for o in of.values()) for n, rows in done.items()}
-        target, common = common_gain(reached)
-    hangs = hangs_on_rate(equal['arms']) if tried else {}
-    methods = []
-    for n in names:
-        curves = _curves(tried, n) if tried else dict(frontier=[], paths={})
-        if n in stopped:
-            methods.append(method_row(n, arms[n][0].describe(), [], rate=None, rate_matched=None, hangs=None,
-                                      within=None, stopped=stopped[n], **curves))
-            continue
-        b, e = best['arms'][n]['rate'], equal['arms'][n]['rate']
-        rows = [seed_row(of[b], of[e], target) for of in done[n]]
-        within = _within(limit, limits.get(n), [of[limits[n]['rate']] for of in done[n]]) if limits.get(n) else None
-        methods.append(method_row(n, arms[n][0].describe(), rows, rate=b, rate_matched=e, hangs=hangs.get(n),
-                                  within=within, stopped=None, **curves))
-    tuning = dict(seeds=list(tuning_seeds(seeds)), steps=tune_steps or bench.steps,
-                  methods={n: _tuned_words(tried, n, best['arms'][n], equal['arms'][n]) for n in live}) if tried else None
-    return dict(version=VERSION, data=bench.given.name, protocol=_protocol(bench, seeds, work), target=target,
-                common=common, lose_at_most=None if limit is None else 100*limit, methods=methods, tuning=tuning,
+        found.target, found.common = common_gain(reached)
+    return dict(version=VERSION, data=bench.given.name, protocol=_protocol(bench, seeds, work), target=found.target,
+                common=found.common, lose_at_most=None if limit is None else 100*limit,
+                methods=[_method(n, recipe, found, done.get(n), limit) for n, (recipe, _) in arms.items()],
+                tuning=_tuning(found, seeds, tune_steps or bench.steps),
                 runs=dict(made=runs.made, taken=runs.taken, cpu_seconds=runs.spent + runs.saved))
+
+def _chosen(bench, arms, runs, seeds, work, race, doses, tune_steps) -> SimpleNamespace:
+    "What was tried, who is still in the race, and each arm's rates; without tuning the only ones there are"
+    names = tuple(arms)
+    if not work['tuning']:
+        alone = {n: dict(rate=rates[0], value=None, values={}, at_edge=False) for n, (_, rates) in arms.items()}
+        return SimpleNamespace(tried=None, stopped={}, live=names, equal=alone, best=alone, target=None,
+                               common=True, hangs={}, limits={})
+    wants = [Want(names, 'forgetting_matched', False), Want(names)]
+    tried, stopped = tune_arms(bench, arms, runs, seeds, work, wants, race, doses, tune_steps)
+    live = tuple(n for n in names if n not in stopped)
+    equal, best = (tried.choices(Want(live, w.metric, w.higher)) for w in wants)
+    return SimpleNamespace(tried=tried, stopped=stopped, live=live, equal=equal['arms'], best=best['arms'],
+                           target=equal['target'], common=equal['common'], limits={},
+                           hangs=hangs_on_rate(equal['arms']))
+
+def _method(name, recipe, found, done, limit) -> dict:
+    "One method of a result; one that was stopped early has its frontier alone"
+    curves = _curves(found.tried, name) if found.tried else dict(frontier=[], paths={})
+    if done is None:
+        return method_row(name, recipe.describe(), [], rate=None, rate_matched=None, hangs=None,
+                          within=None, stopped=found.stopped[name], **curves)
+    best, equal, within = found.best[name]['rate'], found.equal[name]['rate'], found.limits.get(name)
+    rows = [seed_row(of[best], of[equal], found.target) for of in done]
+    return method_row(name, recipe.describe(), rows, rate=best, rate_matched=equal, hangs=found.hangs.get(name),
+                      within=within and _within(limit, within, [of[within['rate']] for of in done]),
+                      stopped=None, **curves)
+
+def _tuning(found, seeds, steps) -> dict|None:
+    "How the rates were chosen"
+    if not found.tried:
+        return None
+    tuned = {n: _tuned_words(found.tried, n, found.best[n], found.equal[n]) for n in found.live}
+    return dict(seeds=list(tuning_seeds(seeds)), steps=steps, methods=tuned)
 
 def _protocol(bench, seeds, work) -> dict:
     "What was done to all methods alike"
@@ -457,10 +474,12 @@ def _protocol(bench, seeds, work) -> dict:
     return dict(
         metric=bench.metric if isinstance(bench.metric, str) else getattr(bench.metric, '__name__', 'a function'),
         forgetting=bench.how, old=bench.old_names or list(bench.old), seeds=seeds,
-        redrawn=bench.skill is not None, steps=bench.steps, evaluations=bench.every or evaluation_steps(bench.steps, bench.evaluations),
+        redrawn=bench.skill is not None, steps=bench.steps,
+        evaluations=bench.every or evaluation_steps(bench.steps, bench.evaluations),
         parameters=bench.size, train=len(d.train), items=items if bench.skill else min(items, len(d.test)),
         old_items=old_items, validation_items=min(validation_items, len(d.validation)),
-        old_validation_items=old_validation_items, search={k: v for k, v in work.items() if k not in ('tuning', 'test')},
+        old_validation_items=old_validation_items,
+        search={k: v for k, v in work.items() if k not in ('tuning', 'test')},
         fingerprint=d.fingerprint, kind=d.kind, max_length=bench.max_length, budget=bench.budget,
         device=bench.device.type, revision=bench.revision, **bench.settings)
 

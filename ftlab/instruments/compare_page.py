@@ -83,7 +83,8 @@ def picture(result:dict) -> Figure:
     styles = method_styles(m['name'] for m in result['methods'])
     for m in result['methods']:
         color, mark = styles[m['name']]
-        ax.plot([c['gain'] for c in m['frontier']], [c['forgetting'] for c in m['frontier']], color=color, lw=1.5, alpha=.8)
+        ax.plot([c['gain'] for c in m['frontier']], [c['forgetting'] for c in m['frontier']],
+                color=color, lw=1.5, alpha=.8)
         ax.plot([s['gain'] for s in m['seeds']], [s['forgetting'] for s in m['seeds']], mark, color=color, alpha=.25,
                 ms=4, mew=0)
         _point(ax, m['gain'], m['forgetting'], mark, color, color)
@@ -148,17 +149,19 @@ def reading(r:dict) -> list[str]:
     if lost != 'forgetting':
         up = (f'has moved less from the base ({lost}): what it could do before is not known, '
               'so how far it moved is shown in its place.')
-    curve = ('A curve is one method: the least that it forgot at each gain, over all the rates and steps that were tried, '
-             'on validation questions. ' if any(m['frontier'] for m in r['methods']) else '')
+    curve = ('A curve is one method: the least that it forgot at each gain, over all the rates and steps '
+             'that were tried, on validation questions. ' if any(m['frontier'] for m in r['methods']) else '')
     chance = f'95% intervals by Student\'s t over {n} seeds; where they overlap widely, the order may be chance.'
     if n < 3:
         chance = (f'{"one seed" if n == 1 else "two seeds"}: '
                   'nothing here says how much is chance. Use three or more.')
-    equal = '' if r['target'] is None else (f', the hollow one where all have gained {r["target"]:.3f}, 95% of what the '
-                                            'weakest can gain')
+    equal = '' if r['target'] is None else (
+        f', the hollow one where all have gained {r["target"]:.3f}, 95% of what the weakest can gain')
     said = [f'{curve}Further right has learned more; further up {up}',
-            f'The filled mark is a method where it gains most{equal}. Both are measured on test questions, with {chance}',
-            'Choose the curve that is highest at the gain you need; a curve that ends before that gain cannot reach it.']
+            f'The filled mark is a method where it gains most{equal}. '
+            f'Both are measured on test questions, with {chance}',
+            'Choose the curve that is highest at the gain you need; '
+            'a curve that ends before that gain cannot reach it.']
     return said + warned(r)
 
 def warned(r:dict) -> list[str]:
@@ -176,8 +179,9 @@ def warned(r:dict) -> list[str]:
             own = dict(r['tuning']['methods'][m['name']]['forgetting_matched'])[m['rate_matched']]
             other = dict(r['tuning']['methods'][h['other']]['forgetting_matched'])
             theirs = other[next(x['rate_matched'] for x in r['methods'] if x['name'] == h['other'])]
-            said.append(f'‡ {m["name"]}\'s place hangs on its rate: at equal gain it forgets {own:.3f} at {m["rate_matched"]:g} '
-                        f'and {h["value"]:.3f} at {h["rate"]:g}; {h["other"]} forgets {theirs:.3f} (validation questions).')
+            said.append(f'‡ {m["name"]}\'s place hangs on its rate: at equal gain it forgets {own:.3f} '
+                        f'at {m["rate_matched"]:g} and {h["value"]:.3f} at {h["rate"]:g}; '
+                        f'{h["other"]} forgets {theirs:.3f} (validation questions).')
         if m['stopped']:
             said.append(f'{m["name"]} was stopped early: at every gain {m["stopped"]} forgets less, beyond doubt.')
         reached = m['gain_matched']['mean']
@@ -185,7 +189,8 @@ def warned(r:dict) -> list[str]:
             said.append(f'{m["name"]} reached {reached:.3f} on test questions instead of {r["target"]:.3f}; '
                         'its forgetting at equal gain is read there.')
         if r['lose_at_most'] is not None and not m['within'] and not m['stopped']:
-            said.append(f'{m["name"]}: nothing that was tried gains something and costs at most {r["lose_at_most"]:g} points.')
+            said.append(f'{m["name"]}: nothing that was tried gains something and costs at most '
+                        f'{r["lose_at_most"]:g} points.')
     return said + [f'{x["name"]}, seed {s["seed"]}, broke down and counts as a model that knows nothing: {s["error"]}'
                    for x in r['methods'] for s in x['seeds'] if s['error']]
 
@@ -222,8 +227,8 @@ def tuning_words(r:dict) -> list[str]:
     seeds = t.get('seeds') or [t['seed']]
     tried = lambda d: ', '.join(f'{x:g} (gain {s:.3f})' for x, s in d['tried'])
     said = [f'Chosen on validation questions after {t["steps"]} steps with seed {" and ".join(map(str, seeds))}, '
-            'which are not among the test seeds; the same number of rates for each method. Of rates within one standard '
-            'error of the best, the smallest.']
+            'which are not among the test seeds; the same number of rates for each method. '
+            'Of rates within one standard error of the best, the smallest.']
     for n, d in t['methods'].items():
         equal = f', {d["rate_matched"]:g} at equal gain' if 'rate_matched' in d else ''
         edge = '; the best is at the edge of what was tried' if d['at_edge'] else ''

@@ -10,11 +10,16 @@ from dataclasses import dataclass, field
 from .frontier import MATCHED, best_gain, choose, common_gain, pooled
 
 # %% auto #0
-__all__ = ['HALF_DECADE', 'rounded', 'SEEDS', 'Grid', 'half_decades', 'Want', 'Tried', 'search']
+__all__ = ['HALF_DECADE', 'rounded', 'SEEDS', 'on_ladder', 'Grid', 'half_decades', 'Want', 'Tried', 'search']
 
 # %% ../../nbs/instruments/rates.ipynb #a862dea6
 HALF_DECADE = 10**.5
 rounded = lambda x: float(f'{x:.3g}')
+
+def on_ladder(value:float) -> float:
+    "Return the quarter of a decade that a value is within half a percent of, so that runs are shared; else the value"
+    rung = 10**(round(4*math.log10(value))/4) if value > 0 else value
+    return rung if value > 0 and abs(value/rung - 1) < .005 else value
 
 @dataclass(frozen=True)
 class Grid:
@@ -43,7 +48,7 @@ class Grid:
 
     def moved(self, value:float, steps:float) -> float|None:
         "Return the value so many steps up (down if negative); `None` outside the bounds"
-        new = rounded(value*self.step**steps if self.spacing == 'log' else value + steps*self.step)
+        new = rounded(on_ladder(value*self.step**steps) if self.spacing == 'log' else value + steps*self.step)
         return new if self.bounds[0] <= new <= self.bounds[1] else None
 
 def half_decades(rates:tuple[float, ...]) -> tuple[float, ...]:

@@ -15,8 +15,10 @@ from statistics import fmean, stdev
 from scipy import stats
 
 # %% auto #0
-__all__ = ['VERDICTS', 'NEEDED', 'SCOPES', 'RUNS', 'DEFAULTS', 'MARKS', 'DOES', 'contrast', 'verdict', 'Claim', 'read_claim',
-           'bare', 'dumped', 'definitions', 'imports', 'used_by', 'code_hash', 'is_paper', 'closure']
+__all__ = ['VERDICTS', 'EDITION', 'NEEDED', 'SCOPES', 'RUNS', 'SAID', 'DEFAULTS', 'PILOTS', 'PRIMARY', 'OBJECTIONS', 'MARKS',
+           'DOES', 'contrast', 'lacks_room', 'room', 'hangs', 'contrast_verdict', 'judged', 'verdict', 'Claim',
+           'read_claim', 'arms_said', 'check_reviewed', 'bare', 'dumped', 'definitions', 'imports', 'used_by',
+           'code_hash', 'is_paper', 'closure']
 
 # %% ../../nbs/instruments/verdicts.ipynb #000608ff
 def contrast(c:Mapping # kind, margin, treatment and baseline (one number a seed), higher_is_better
@@ -39,33 +41,103 @@ def contrast(c:Mapping # kind, margin, treatment and baseline (one number a seed
     return dict(verdict='holds' if good else 'fails' if bad else 'unclear', mean=mean, low=low,
                 high=high, n=n)
 
+# %% ../../nbs/instruments/verdicts.ipynb #000b18ff
+def lacks_room(c:Mapping, # kind, margin, higher_is_better, best, trivial, worse (equivalence)
+               treatment:float, baseline:float, # means
+               trivial:float                    # mean of the trivial alternative
+              ) -> str:   # why there is no room; '' if there is
+    "Say why two arms have no room to differ"
+    sign, m = (1 if c.get('higher_is_better', True) else -1), float(c['margin'])
+    better = lambda x: sign*(x - trivial)
+    if c['kind'] == 'equivalence':
+        if min(better(treatment), better(baseline)) < 2*m:
+            return f'an arm is less than two margins better than the trivial alternative ({c["trivial"]["name"]})'
+        return ''
+    if sign*(c['best'] - baseline) < 2*m:
+        return f'the baseline ({baseline:.3f}) is within two margins of the best possible value ({c["best"]:g})'
+    if max(better(treatment), better(baseline)) < m:
+        return f'no arm is a margin better than the trivial alternative ({c["trivial"]["name"]}, {trivial:.3f})'
+    return ''
+
+def room(c:Mapping) -> str:
+    """Say why a contrast of a result has no room, on the tuning seeds or on the test seeds; '' if it has"""
+    if 'best' not in c and 'trivial' not in c:
+        return ''  # a claim of the first edition
+    t = c['tuning']
+    if why := lacks_room(c, t['treatment'], t['baseline'], t['trivial']):
+        return f'on the tuning seeds {why}'
+    if not c['treatment']:
+        return ''
+    if why := lacks_room(c, fmean(c['treatment']), fmean(c['baseline']), fmean(c['trivial']['values'])):
+        return f'on the test seeds {why}'
+    worse = c.get('worse')
+    if c['kind'] == 'equivalence' and worse and abs(fmean(worse['effects'])) <= c['margin']:
+        return f'{worse["name"]} also lies within the margin ({fmean(worse["effects"]):+.3f})'
+    return ''
+
+# %% ../../nbs/instruments/verdicts.ipynb #bf4d9cf5
+def hangs(c:Mapping) -> str:
+    "Say at which rate a contrast of a result turns; '' if at none"
+    if not c['treatment']:
+        return ''
+    m, mean = float(c['margin']), contrast(c)['mean']
+    side = (lambda e: abs(e) <= m) if c['kind'] == 'equivalence' else (lambda e: e > m)
+    for turned in c.get('sensitivity', ()):
+        if turned['effects'] and side(fmean(turned['effects'])) != side(mean):
+            return (f'with {turned["arm"]} at {turned["rate"]:g} instead of {turned["chosen"]:g} '
+                    f'the effect is {fmean(turned["effects"]):+.3f}')
+    return ''
+
 # %% ../../nbs/instruments/verdicts.ipynb #000c08ff
 VERDICTS = dict(holds='the numbers bear the claim out, here', fails='the numbers contradict the claim, here',
-                unclear='the numbers leave it open, or a control failed',
+                unclear='the numbers leave it open, or the experiment could not tell',
                 checked='only the mechanism was verified, not an effect')
 
-def verdict(result:Mapping) -> str:
-    """The verdict that the numbers of a result give;
-    raises `ValueError` for a result without contrasts or passed identities"""
-    found = [contrast(c)['verdict'] for c in result.get('contrasts') or ()]
-    ids = result.get('identities') or ()
+def contrast_verdict(c:Mapping) -> tuple[str, str]: # verdict, and the reason where the experiment could not tell
+    "Return what one contrast of a result says, with room and rate taken into account"
+    if not c.get('common', True):
+        return 'unclear', 'no common gain'
+    if why := room(c):
+        return 'unclear', f'no room: {why}'
+    found = contrast(c)['verdict']
+    if found != 'unclear' and (why := hangs(c)):
+        return 'unclear', f'hangs on the rate: {why}'
+    return found, ''
+
+def judged(result:Mapping) -> tuple[str, str]: # verdict, and the reason where the experiment could not tell
+    """Return the verdict that the numbers of a result give, and why it is unclear where the intervals alone
+    do not say. Raises `ValueError` for a result without contrasts or passed identities"""
+    contrasts, ids = result.get('contrasts') or (), result.get('identities') or ()
+    found = [contrast_verdict(c) for c in contrasts if c.get('primary', True)]
     if broken := [i['name'] for i in ids if not i['passed']]:
         raise ValueError(f'the mechanism is not what it says: {"; ".join(broken)}')
     if not found and not ids:
         raise ValueError('a result needs a contrast or an identity')
     if not found:
-        return 'checked'
-    v = 'holds' if set(found) == {'holds'} else 'fails' if 'fails' in found else 'unclear'
-    return v if result.get('controls_ok', True) else 'unclear'
+        return 'checked', ''
+    said = {v for v, _ in found}
+    v = 'holds' if said == {'holds'} else 'fails' if 'fails' in said else 'unclear'
+    if not result.get('controls_ok', True):
+        return 'unclear', 'a control failed'
+    return v, '; '.join(why for _, why in found if why) if v == 'unclear' else ''
+
+def verdict(result:Mapping) -> str:
+    "Return the verdict that the numbers of a result give: the first part of `judged`"
+    return judged(result)[0]
 
 # %% ../../nbs/instruments/verdicts.ipynb #001108ff
-NEEDED = dict(sentence=str, scope=str, seeds=list, why=str)
+EDITION = 2
+NEEDED = dict(paper_says=str, where=str, sentence=str, scope=str, seeds=list, why=str, differs=list, left_out=list)
 SCOPES = dict(identity='only arithmetic was checked',
               lab='one small base model, trained in this project, on made-up skills',
               real='a model and data that people use')
 RUNS = dict(model=str, data=str, steps=int, batch_size=int, budget=int, grid=list, items=int,
-            old_items=int, looks=int, settings=dict)
-DEFAULTS = dict(batch_size=32, items=400, old_items=400, looks=8, validation_items=200)
+            old_items=int, validation_items=int, evaluations=int, settings=dict)
+SAID = dict(edition=int, superseded=str, dial=str, spacing=str, bounds=list, no_dial=str, fixed=str,
+            arms=dict, contrast=list, control=list, pilot=list, review=dict)
+DEFAULTS = dict(batch_size=32, items=400, old_items=100, validation_items=100, evaluations=4)
+# at most three tasks, at most two contrasts that decide, at least three objections
+PILOTS, PRIMARY, OBJECTIONS = 3, 2, 3
 
 @dataclass(frozen=True)
 class Claim:
@@ -73,6 +145,11 @@ class Claim:
     key: str    # the paper's
     spec: dict  # what `claim.toml` says
     path: Path  # `claim.toml` itself
+
+    @property
+    def edition(self) -> int:
+        "The edition of the rule that it was written for"
+        return self.spec.get('edition', 1)
 
     @property
     def file(self) -> str:
@@ -95,13 +172,19 @@ class Claim:
         "Where its evidence stands, once it has run"
         return self.path.with_name('result.json')
 
+    @property
+    def earlier(self) -> Path|None:
+        "The result that it superseded, if there is one"
+        p = self.path.with_name('result.1.json')
+        return p if p.exists() else None
+
 def _defines(path, name) -> bool:
     body = ast.parse(path.read_text(encoding='utf-8')).body
     return any(isinstance(n, ast.FunctionDef) and n.name == name for n in body)
 
 # %% ../../nbs/instruments/verdicts.ipynb #001308ff
 def read_claim(folder:str|Path) -> Claim:
-    """The claim in a folder; raises `ValueError` naming the file,
+    """Return the claim in a folder; raises `ValueError` naming the file,
     what is wrong in it and what would be right"""
     path = Path(folder)/'claim.toml'
     name = f'{path.parent.name}/{path.name}'
@@ -111,11 +194,16 @@ def read_claim(folder:str|Path) -> Claim:
     except tomllib.TOMLDecodeError as e:
         raise wrong(f'not readable as TOML: {e}') from None
     claim = Claim(path.parent.name, spec, path)
+    if claim.edition == 1:
+        return claim  # it is shown, and cannot be run
+    if claim.edition != EDITION:
+        raise wrong(f'edition is {claim.edition!r}; it must be {EDITION}')
     _check_keys(claim, wrong)
+    _check_arms(claim, wrong)
     for c in spec.get('contrast', ()):
         _check_contrast(c, spec, claim, wrong)
     for c in spec.get('control', ()):
-        if c.get('arm') not in spec.get('arms', {}) or 'metric' not in c or not {'at_least', 'at_most'} & set(c):
+        if 'arm' not in c or 'metric' not in c or not {'at_least', 'at_most'} & set(c):
             raise wrong(f'control {c.get("name")!r} needs an arm of the claim, a metric, and at_least or at_most')
     return claim
 
@@ -123,32 +211,72 @@ def _check_keys(claim, wrong):
     "Keys and their kinds, the scope, and that there is something to verify"
     spec = claim.spec
     own = not claim.runs and spec.get('contrast')
-    for k, kind in {**NEEDED,
-                    **(dict(model=str, data=str, steps=int, grid=list) if own else {})}.items():
+    for k, kind in {**NEEDED, **(dict(model=str, data=str, steps=int) if own else {})}.items():
         if not isinstance(spec.get(k), kind):
             raise wrong(f'{k} is {spec.get(k)!r}; it must be a {kind.__name__}')
     if spec['scope'] not in SCOPES:
         raise wrong(f'scope is {spec["scope"]!r}; it must be {", ".join(SCOPES)}')
-    if odd := set(spec) - {*NEEDED, *RUNS, *DEFAULTS, 'arms', 'contrast', 'control'}:
+    if odd := set(spec) - {*NEEDED, *RUNS, *SAID}:
         raise wrong(f'{sorted(odd)[0]!r} is no key of a claim')
-    if spec.get('contrast') and len(set(spec['seeds'])) < 5:
-        raise wrong(f'seeds are {spec["seeds"]}; five different ones or more')
+    seeds = set(spec['seeds'])
+    if spec.get('contrast') and (len(seeds) < 5 or any(s >= 10_000 for s in seeds)):
+        raise wrong(f'seeds are {spec["seeds"]}; five different ones or more, '
+                    'below 10000, where the tuning seeds begin')
     if not spec.get('contrast') and not (claim.script and _defines(claim.script, 'identities')):
         raise wrong('neither a [[contrast]] nor a script with identities()')
+    if spec.get('contrast') and not 1 <= sum(c.get('primary', False) for c in spec['contrast']) <= PRIMARY:
+        raise wrong('one or two contrasts must say primary = true: they alone decide')
+    if len({p.get('task') for p in spec.get('pilot', ())}) > PILOTS:
+        raise wrong(f'there are pilots on more than {PILOTS} tasks')
+
+def _check_arms(claim, wrong):
+    "Grids of one size, or the reason why nothing is turned"
+    spec = claim.spec
+    grids = {n: a['grid'] for n, a in arms_said(spec).items() if a['grid']}
+    if len({len(set(g)) for g in grids.values()}) > 1:
+        raise wrong('every arm needs as many values in its grid as the others; there are '
+                    + ', '.join(f'{len(set(g))} for {n}' for n, g in grids.items()))
+    if spec.get('contrast') and not grids and 'no_dial' not in spec:
+        raise wrong('no arm has a grid; give one, or no_dial with the reason')
+    if grids and len(next(iter(grids.values()))) == 1 and 'fixed' not in spec:
+        raise wrong('the grids have one value; give four, or fixed with the reason')
+
+def arms_said(spec:Mapping) -> dict[str, dict]:
+    "Return the arms of a claim's file in one form: recipe, grid (a tuple, empty for none) and steps"
+    shared = spec.get('grid', ())
+    out = {}
+    for name, a in spec.get('arms', {}).items():
+        a = dict(recipe=a) if isinstance(a, str) else dict(a)
+        grid = a.get('grid', shared if 'recipe' in a else ())
+        out[name] = a | dict(grid=tuple(grid), steps=a.get('steps', spec.get('steps')))
+    return out
 
 def _check_contrast(c, spec, claim, wrong):
     "Everything that the rule needs is there"
     name, arms = f'contrast {c.get("name")!r}', spec.get('arms', {})
-    if missing := [
-            k for k in ('name', 'treatment', 'baseline', 'metric', 'kind', 'margin') if k not in c]:
+    needed = ['name', 'treatment', 'baseline', 'metric', 'kind', 'margin', 'trivial']
+    if c.get('kind') == 'superiority':
+        needed.append('best')
+    if missing := [k for k in needed if k not in c]:
         raise wrong(f'{name} lacks {missing[0]}')
+    derived = claim.script is not None and _defines(claim.script, 'derive')
     for side in ('treatment', 'baseline'):
-        if not isinstance(c[side], (int, float)) and c[side] not in arms:
+        if not isinstance(c[side], (int, float)) and c[side] not in arms and not derived:
             raise wrong(f'{name}: {side} is {c[side]!r}; the arms are {", ".join(arms)}')
     if c['kind'] not in ('superiority', 'equivalence') or c['margin'] < 0:
         raise wrong(f'{name}: kind must be superiority or equivalence, and margin at least 0')
+    trivial = c['trivial']
+    if not isinstance(trivial, Mapping) or 'name' not in trivial or not {'value', 'arm'} & set(trivial):
+        raise wrong(f'{name}: trivial is {trivial!r}; give a name, and a value or an arm')
     if claim.runs and 'worst' not in c:
         raise wrong(f'{name} needs worst: the value that a run which breaks down counts as')
+
+def check_reviewed(claim:Claim) -> None:
+    "Raise `ValueError` for a claim that no second reader has tried to break: three objections with their answers"
+    said = claim.spec.get('review', {}).get('objections', ())
+    if len(said) < OBJECTIONS or not all(o.get('objection') and o.get('answer') for o in said):
+        raise ValueError(f'{claim.file}: [review] needs at least {OBJECTIONS} objections of a second reader, '
+                         'each with its answer; a claim is reviewed before its run')
 
 # %% ../../nbs/instruments/verdicts.ipynb #001708ff
 MARKS = {'paper', 'method', 'probe', 'study'}  # the decorators that say where a definition comes from
