@@ -38,13 +38,14 @@ def run_compare(a:argparse.Namespace) -> tuple[dict, str]:
                       steps=a.steps, batch_size=a.batch_size, lrs=a.lrs, tune=a.tune,
                       items=a.items, old_items=a.old_items, max_length=a.max_length,
                       device=a.device, precision=a.precision, dtype=a.dtype, revision=a.revision,
-                      budget=a.budget, out=a.out, resume=a.resume)
+                      budget=a.budget, out=a.out, resume=a.resume, lose_at_most=a.lose_at_most,
+                      max_runs=a.max_runs, race=a.race)
     return c.json(), f'{c!r}\n{Path(a.out)/"index.html"}'
 
 # %% ../nbs/cli.ipynb #0014d2b6
 def _score(a, model, tok, data) -> float|None:
     "Return the metric on the test rows, a loss as a positive number; `None` without test rows"
-    from ftlab.instruments.compare import metric_for, score
+    from ftlab.instruments.bench import metric_for, score
     metric = metric_for(data, a.metric)
     if not data.test:
         return None
@@ -52,7 +53,7 @@ def _score(a, model, tok, data) -> float|None:
     return -found if metric == 'nll' else found
 
 def _trained(a, model, tok, data, recipe, lr):
-    from ftlab.instruments.compare import Budget
+    from ftlab.instruments.bench import Budget
     return ftlab.fit(model, tok, data, recipe, steps=a.steps, batch_size=a.batch_size, lr=lr,
                      seed=a.seed, max_length=a.max_length, packing=a.packing, device=a.device,
                      precision=a.precision, out=a.out, save_every=a.save_every, resume=a.resume,
@@ -61,7 +62,8 @@ def _trained(a, model, tok, data, recipe, lr):
 # %% ../nbs/cli.ipynb #0015d2b6
 def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
     "Fine-tune by one method; write the change, the log and a record of the run"
-    from ftlab.instruments.compare import metric_for, plan
+    from ftlab.instruments.bench import metric_for
+    from ftlab.instruments.compare import plan
     (name, (recipe, grid)), = plan([a.method], a.lr, False).items()
     data, out = data_of(a), Path(a.out)
     if a.dry_run:
@@ -256,6 +258,12 @@ def _compare(p):
         help="choose each method's rate in runs of their own (default: yes)")
     add('--old-items', type=positive, default=100, metavar='ROWS',
         help='how many old rows to measure on, of each skill (default: %(default)s)')
+    add('--lose-at-most', type=finite, metavar='POINTS',
+        help='also find the best gain that costs at most so many percentage points of the old score')
+    add('--max-runs', type=positive, metavar='N',
+        help='thin the search for rates, for all methods alike, to at most so many runs (default: all)')
+    add('--race', action='store_true',
+        help='stop methods early that are beaten beyond doubt at every gain')
     add('--resume', action=switch, default=True, help='reuse the finished runs in --out (default: yes)')
 
 # %% ../nbs/cli.ipynb #0023513c
@@ -317,9 +325,9 @@ def _papers(p):
 
 def _claims(p):
     add = p.add_argument
-    add('what', nargs='?', default='list', choices=('list', 'run', 'carry', 'supersede', 'explain'),
-        help='list all; run those without current evidence; carry evidence over to changed code; '
-             'mark one as superseded; explain one (default: %(default)s)')
+    add('what', nargs='?', default='list', choices=('list', 'run', 'room', 'carry', 'supersede', 'explain'),
+        help='list all; run those without current evidence; search the rates and read the room of one; '
+             'carry evidence over to changed code; mark one as superseded; explain one (default: %(default)s)')
     add('names', nargs='*', help='keys of claims, such as hft (default of run: those missing or stale)')
     add('--jobs', type=positive, default=1, metavar='N', help='processes at a time (default: %(default)s)')
     add('--all', action='store_true',

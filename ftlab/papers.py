@@ -15,10 +15,10 @@ import pandas as pd
 import ftlab
 from .core.paper import Paper
 from .core.recipe import Recipe
-from .instruments.verdicts import Claim, contrast, read_claim, verdict
+from .instruments.verdicts import EDITION, Claim, contrast, contrast_verdict, judged, read_claim, verdict
 
 # %% auto #0
-__all__ = ['PARTS', 'OUTSIDE', 'NOUNS', 'catalogue', 'Mark', 'modules', 'marked', 'claims_folder', 'claims', 'index',
+__all__ = ['PARTS', 'EARLIER', 'OUTSIDE', 'NOUNS', 'catalogue', 'Mark', 'modules', 'marked', 'claims_folder', 'claims', 'index',
            'scoreboard', 'scoreboard_html', 'effect_line', 'nouns', 'papers_html']
 
 # %% ../nbs/papers.ipynb #000e603a
@@ -97,6 +97,7 @@ def claims(folder:Path|None=None) -> list[Claim]:
     return [read_claim(p.parent) for p in sorted(folder.glob('*/claim.toml'))]
 
 # %% ../nbs/papers.ipynb #c108603a
+EARLIER = 'judged by an earlier rule, and being written anew'
 OUTSIDE = 'no claims here: neither a repository nor an installed package with copies was found'
 
 def index() -> list[dict]:
@@ -124,7 +125,11 @@ def _evidence(claim:Claim|None, any_claims:bool) -> dict:
     if not claim.result.exists():
         return none | dict(note='claimed, not yet run')
     result = json.loads(claim.result.read_text(encoding='utf-8'))
-    note = f'superseded: {result["superseded"]}' if result.get('superseded') else ''
+    note = judged(result)[1]
+    if result.get('superseded'):
+        note = f'superseded: {result["superseded"]}'
+    elif result.get('edition') != EDITION:
+        note = EARLIER
     return none | dict(verdict=verdict(result), scope=claim.spec['scope'],
                        evidence=f'claims/{claim.key}/result.json', note=note)
 
@@ -139,13 +144,20 @@ def _rows(c:Claim) -> list[dict]:
     if not c.result.exists():
         return [head | dict(verdict='not yet run', scope=c.spec['scope'])]
     r = json.loads(c.result.read_text(encoding='utf-8'))
-    head |= dict(verdict=verdict(r), scope=r['scope'])
-    if r.get('superseded'):
-        head |= dict(superseded=r['superseded'])
-    effects = [(k, contrast(k)) for k in r['contrasts']]
-    return ([head | dict(contrast=k['name'], each=f['verdict'], effect=f['mean'], low=f['low'],
-                         high=f['high'], margin=k['margin'], kind=k['kind'], seeds=f['n'])
-             for k, f in effects] or [head])
+    v, reason = judged(r)
+    head |= dict(verdict=v, reason=reason, scope=r['scope'])
+    if r.get('superseded') or r.get('edition') != EDITION:
+        head |= dict(superseded=r.get('superseded') or EARLIER)
+    return [head | _effect(k) for k in r['contrasts']] or [head]
+
+def _effect(c:dict) -> dict:
+    "Return the columns of one contrast; without numbers where it was not run"
+    said = dict(contrast=c['name'], each=contrast_verdict(c)[0], margin=c['margin'], kind=c['kind'],
+                primary=c.get('primary', True))
+    if not c['treatment']:
+        return said
+    f = contrast(c)
+    return said | dict(effect=f['mean'], low=f['low'], high=f['high'], seeds=f['n'])
 
 # %% ../nbs/papers.ipynb #c10c603a
 def scoreboard_html(board:pd.DataFrame) -> str:
@@ -160,8 +172,10 @@ def scoreboard_html(board:pd.DataFrame) -> str:
 def _claim_row(claim:str, contrasts:list[dict]) -> str:
     "Return the row of a claim: its sentence, its verdict, and a line for each contrast"
     text = {k: '' if pd.isna(v := contrasts[0].get(k)) else html.escape(str(v))
-            for k in ('sentence', 'verdict', 'scope', 'superseded')}
+            for k in ('sentence', 'verdict', 'reason', 'scope', 'superseded')}
     verdict = f'<span class="verdict {text["verdict"].split(" ")[0]}">{text["verdict"]}</span>'
+    if text['reason']:
+        verdict += f'<br><small>{text["reason"]}</small>'
     if text['superseded']:
         verdict += f'<br><small>superseded: {text["superseded"]}</small>'
     lines = ''.join(f'<li>{html.escape(m)}</li>' for r in contrasts if (m := effect_line(r)))
@@ -174,7 +188,7 @@ def effect_line(r:dict) -> str:
     if pd.isna(r.get('contrast')):
         return ''
     if pd.isna(r.get('effect')):
-        return r['contrast']
+        return f'{r["contrast"]}: not run'
     needed = f'{"within ±" if r["kind"] == "equivalence" else "above "}{r["margin"]:g}'
     return f'{r["each"]}: {r["contrast"]}, {r["effect"]:+.3f} [{r["low"]:+.3f}, {r["high"]:+.3f}], needed {needed}'
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT/'tests'), str(ROOT/'docs')]
 
 from ftlab.map import CHAPTERS, chapter_named # noqa: E402
-from ftlab.papers import (PARTS, index, nouns, papers_html, scoreboard, scoreboard_html,
+from ftlab.papers import (PARTS, claims, index, nouns, papers_html, scoreboard, scoreboard_html,
                           effect_line) # noqa: E402
 from readme import readme  # noqa: E402
 
@@ -297,6 +297,22 @@ def failed_controls(p: Project, e: dict) -> list[str]:
     return out
 
 
+def against(p: Project, e: dict) -> list[str]:
+    "A line for whatever in the run speaks against the sentence, for what differs from the paper, and for the old verdict"
+    result = json.loads((p.root/e['evidence']).read_text(encoding='utf-8'))
+    spec = next(c.spec for c in claims() if c.key == e['key'])
+    out = [f'also seen: {x}' for x in (*result.get('also_seen', ()), *result.get('noted', ()))]
+    out += [f'excluded in {arm}: {why} ({", ".join(map(str, counts))} of each seed)'
+            for arm, of in (result.get('excluded') or {}).items() for why, counts in of.items()]
+    out += [f'differs from the paper: {x}' for x in spec.get('differs', ())]
+    out += [f'left out: {x}' for x in spec.get('left_out', ())]
+    earlier = (p.root/e['evidence']).with_name('result.1.json')
+    if earlier.exists():
+        was = json.loads(earlier.read_text(encoding='utf-8'))['verdict']
+        out.append(f'an earlier claim on this paper came to *{was}*, and was superseded: {spec["superseded"]}')
+    return out
+
+
 def verdict(p: Project, e: dict, rows: list[dict]) -> str:
     "What became of a paper's claim, for its own page"
     folder = '../../'
@@ -304,7 +320,8 @@ def verdict(p: Project, e: dict, rows: list[dict]) -> str:
         return '**Verdict: none.** No claim has been written down yet.'
     if not e['verdict']:
         return f'**Verdict: not yet run.** The claim is in `{e["claims"][0]}`: `ftlab claims run {e["key"]}`.'
-    lines = '\n'.join(f'- {m}' for m in [*map(effect_line, rows), *failed_controls(p, e)] if m)
+    said = [*map(effect_line, rows), *failed_controls(p, e), *against(p, e)]
+    lines = '\n'.join(f'- {m}' for m in said if m)
     said = f'**Verdict: {_said(e)}** ({e["scope"]}). {rows[0]["sentence"]}\n\n{lines}'.rstrip()
     return (said + f'\n\n[How a verdict is made]({folder}instruments/verdicts.ipynb); [all '
             f'verdicts]({folder}papers/scoreboard.ipynb).')

@@ -19,7 +19,7 @@ def run_claims(a:argparse.Namespace) -> tuple[dict, str]:
         raise FileNotFoundError('the claims are in the repository, not in the installed package; '
                                 'clone it and run there')
     return dict(list=_listed, explain=_explained, run=_run,
-                carry=_carried, supersede=_superseded)[a.what](a)
+                carry=_carried, supersede=_superseded, room=_room)[a.what](a)
 
 def _listed(a):
     "List each claim's verdict, and whether its evidence is current"
@@ -61,6 +61,17 @@ def _carried(a):
         raise Failed(f'{len(bad)} of {len(done)} could not be carried over: '
                      + '; '.join(done[n].removeprefix('not carried: ') for n in bad))
     return done, '' if done else 'no evidence needs carrying over'
+
+def _room(a):
+    "Search the rates of claims and say whether their contrasts have room; no test question is asked"
+    from ftlab.instruments.claims import tuned_part
+    from ftlab.instruments.verdicts import room
+    if not a.names:
+        raise ValueError('name the claim: ftlab claims room hft')
+    found = {n: tuned_part(n, _progress)[1] for n in a.names}
+    said = {n: {r['name']: room(r) or ('room' if r['common'] else 'no common gain') for r in rows}
+            for n, rows in found.items()}
+    return said, '\n'.join(f'{n}: {c}: {why}' for n, of in said.items() for c, why in of.items())
 
 def _superseded(a):
     from ftlab.instruments.claims import supersede

@@ -70,7 +70,7 @@ def model_of(a:argparse.Namespace, **more):
 
 def bench_of(a:argparse.Namespace, data):
     "Make the `Bench` of a comparison, for `--dry-run`"
-    from ftlab.instruments.compare import Bench
+    from ftlab.instruments.bench import Bench
     return Bench(a.model, data, getattr(a, 'old', None), a.metric, steps=a.steps,
                  max_length=a.max_length, device=a.device, dtype=a.dtype, revision=a.revision,
                  budget=a.budget, batch_size=a.batch_size, precision=a.precision,

@@ -155,6 +155,7 @@ class Marks:
 def timed(bench, recipe, rate:float, seconds:float=20.) -> dict:
     """Measure the seconds and tokens of a step, from three steps on the bench's model;
     on fewer rows if a step would take longer than `seconds`"""
+    from ftlab.instruments.bench import measured, scores
     model, tok = bench.base(0)
     n, rows = sum(p.numel() for p in model.parameters()), bench.settings.get('batch_size', 32)
     # operations of a step, over what an ordinary processor does per second
@@ -166,9 +167,10 @@ def timed(bench, recipe, rate:float, seconds:float=20.) -> dict:
                     **bench.settings | dict(batch_size=used, steps=3*len(recipe.turns)))
     step = min(b - a for a, b in zip(marks.times, marks.times[1:]))*rows/used
     t = time.time()
-    bench.gained(model, tok, bench.given, 'validation')
+    scores(bench.metric, model, tok, bench.questions(0, 'validation'), bench.given, bench.max_length)
     scored = time.time() - t
-    bench.kept(model, tok, 0, bench.given)
+    t = time.time()
+    measured(bench, model, tok, 0, 'validation')
     return dict(seconds_per_step=step, seconds_per_score=scored,
                 seconds_per_evaluation=time.time() - t,
                 rows_timed=used, peak_bytes=run.cost['peak_bytes'],
@@ -181,8 +183,12 @@ def estimate(a, data, arms, tuned:bool,
     "Estimate what a comparison or one run takes: runs, memory and, if it fits, tokens and time"
     from ftlab.core.loading import find_device
     free = available(str(find_device(a.device)))
-    methods = [dict(name=n, **planned(a, r, data), cells=seeds or 1,
-                    tuning=len(rates) if tuned else 0) for n, (r, rates) in arms.items()]
+    work = dict(test=len(arms), tuning=0)
+    if seeds is not None:
+        from ftlab.instruments.compare import effort
+        work = effort(arms, seeds, a.max_runs, tuned)
+    methods = [dict(name=n, **planned(a, r, data), cells=work['test']//len(arms),
+                    tuning=work['tuning']//len(arms)) for n, (r, _) in arms.items()]
     fits = None if free is None else all(m['fits'] for m in methods)
     bench = None if fits is False else bench_of(a, data)
     for m in methods if bench else ():
@@ -193,7 +199,7 @@ def estimate(a, data, arms, tuned:bool,
     notes = ['memory is that of tensors; a process on a CPU can take up to three times as much'
              + (', so it is tight' if tight else '')]
     if tuned:
-        notes.append('a grid of rates whose best one is at its edge grows by up to two rates, which adds to the time')
+        notes.append('these are the most runs there can be: a search that needs no extension takes fewer')
     if any(r.learners for r, _ in arms.values()):
         notes.append('a second model that a method trains is not counted')
     return dict(dry_run=True, model=str(a.model), data=data.name, methods=methods,
@@ -207,11 +213,12 @@ def _in_all(m:dict, bench, seeds:int|None) -> dict:
     def steps(n):
         return min(n, math.ceil(bench.budget/m['tokens_per_step'])) if bench.budget else n
 
-    count = m['cells']*steps(bench.steps) + m['tuning']*steps(bench.tune_steps)
+    count = (m['cells'] + m['tuning'])*steps(bench.steps)
     if seeds is None:
         scores = 2*m['seconds_per_score']
     else:
-        scores = m['seconds_per_evaluation']*(seeds*(steps(bench.steps)/bench.every + 3) + m['tuning'])
+        test, validation = (sum(bench.sizes[s]) for s in ('test', 'validation'))
+        scores = m['seconds_per_evaluation']*bench.evaluations*(m['tuning'] + m['cells']*test/validation)
     return dict(tokens=round(m['tokens_per_step']*count),
                 seconds=count*m['seconds_per_step'] + scores)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..adapters.attach import own_weights
 from ..adapters.store import identity, load_delta
 from ..core.io import write_atomically
-from .compare import metric_for
+from .bench import metric_for
 from ..core.anatomy import UnknownArchitecture
 from ..core.batches import collate
 from ..core.data import Data, data as as_data
