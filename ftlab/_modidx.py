@@ -2126,6 +2126,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'ftlab.instruments.rates.Tried.twice': ( 'instruments/rates.html#tried.twice',
                                                                                   'ftlab/instruments/rates.py'),
                                          'ftlab.instruments.rates.Want': ('instruments/rates.html#want', 'ftlab/instruments/rates.py'),
+                                         'ftlab.instruments.rates._chosen': ( 'instruments/rates.html#_chosen',
+                                                                              'ftlab/instruments/rates.py'),
                                          'ftlab.instruments.rates._extend': ( 'instruments/rates.html#_extend',
                                                                               'ftlab/instruments/rates.py'),
                                          'ftlab.instruments.rates._next': ('instruments/rates.html#_next', 'ftlab/instruments/rates.py'),

@@ -89,11 +89,19 @@ class Tried:
             target, common = common_gain(best)
         chosen = {}
         for arm, of in outcomes.items():
-            found = choose(of, want.metric, want.higher, target) or dict(rate=min(of), value=None, best=None, values={})
+            found = _chosen(of, want, target)
             tried = self.outcomes[arm]
-            edge = len(tried) > 1 and found['rate'] in (min(tried), max(tried))
+            edge = found['value'] is not None and len(tried) > 1 and found['rate'] in (min(tried), max(tried))
             chosen[arm] = found | dict(at_edge=edge)
         return dict(metric=want.metric, target=target, common=common, arms=chosen)
+
+def _chosen(outcomes, want, target) -> dict:
+    "The choice of one arm; its smallest rate where it has no such number"
+    try:
+        found = choose(outcomes, want.metric, want.higher, target)
+    except KeyError:
+        found = None
+    return found or dict(rate=min(outcomes), value=None, best=None, values={})
 
 # %% ../../nbs/instruments/rates.ipynb #386973a1
 SEEDS = (10_000, 10_001)
