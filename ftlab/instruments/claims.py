@@ -68,7 +68,7 @@ class Experiment:
         steps = self.arms[arm]['steps']
         if half:
             steps = max(1, steps//2)
-        if self.claim.runs:
+        if arm not in self.recipes:
             name = '-'.join(map(str, (arm, rate, seed, split, steps)))
             found = self.kept(name, lambda: self._script_run(arm, rate, seed, split, steps))
         else:
@@ -95,9 +95,11 @@ class Experiment:
         return dict(found) | self.script.derive(dict(found))
 
 def recipes_of(claim:Claim) -> dict:
-    "Return the Recipe of each arm; raises `ValueError` for an unknown method"
+    "Return the Recipes of the arms that are methods; raises `ValueError` for an unknown one"
     out = {}
     for name, a in arms_said(claim.spec).items():
+        if 'recipe' not in a:
+            continue
         try:
             out[name] = get(a['recipe']).named(name)
         except KeyError as e:
@@ -412,8 +414,8 @@ def run_claim(claim:Claim|str,             # a claim, or its key
     result = assemble_claim(claim, rows, cells, _identities(experiment.script))
     result |= dict(seed_seconds=seconds, seconds=sum(experiment.seconds.values())
                    or time.process_time() - t)
-    if not claim.runs and rows:
-        runs = experiment.runs
+    runs = experiment.runs
+    if runs.made + runs.taken:
         result |= dict(shared=dict(made=runs.made, taken=runs.taken,
                                    saved_seconds=round(runs.saved, 1)))
     result |= stamp | dict(versions=versions())

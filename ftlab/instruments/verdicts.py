@@ -210,12 +210,14 @@ def read_claim(folder:str|Path) -> Claim:
 def _check_keys(claim, wrong):
     "Keys and their kinds, the scope, and that there is something to verify"
     spec = claim.spec
-    own = not claim.runs and spec.get('contrast')
+    own = spec.get('contrast') and any('recipe' in a for a in arms_said(spec).values())
     for k, kind in {**NEEDED, **(dict(model=str, data=str, steps=int) if own else {})}.items():
         if not isinstance(spec.get(k), kind):
             raise wrong(f'{k} is {spec.get(k)!r}; it must be a {kind.__name__}')
     if spec['scope'] not in SCOPES:
         raise wrong(f'scope is {spec["scope"]!r}; it must be {", ".join(SCOPES)}')
+    if unrun := [n for n, a in arms_said(spec).items() if 'recipe' not in a and not claim.runs]:
+        raise wrong(f'arm {unrun[0]!r} has no recipe, and there is no claim.py with run(arm, rate, seed, split, steps)')
     if odd := set(spec) - {*NEEDED, *RUNS, *SAID}:
         raise wrong(f'{sorted(odd)[0]!r} is no key of a claim')
     seeds = set(spec['seeds'])
