@@ -57,11 +57,12 @@ class Experiment:
         self.script = script_of(claim) if claim.script else None
         self.seconds = {}     # of each run, by its name
         if claim.runs:
-            self.kept = (Kept(workplace()/f'{claim.key}-{own_code(claim)}') if keep
-                         else lambda name, make: make())
-        else:
-            self.bench, self.recipes = bench_of(claim), recipes_of(claim)
-            self.runs = Runs(resume=keep)
+            kept = Kept(workplace()/f'{claim.key}-{own_code(claim)}')
+            self.kept = kept if keep else lambda name, make: make()
+        self.recipes = recipes_of(claim)
+        self.runs = Runs(resume=keep)
+        if self.recipes:
+            self.bench = bench_of(claim)
 
     def outcome(self, arm:str, rate:float|None, seed:int, split:str, half:bool=False) -> dict:
         "Run one arm, or take the run from its file"
