@@ -556,8 +556,8 @@ def test_half_reset_keeps_what_the_same_draw_would_train(family):
         half_reset(0)
 
 def test_half_reset_as_the_edit_of_a_run_puts_half_back_bit_for_bit():
-    run = fit(toy(), TOK, lab_data(), Recipe('full', edit=half_reset(seed=1)), steps=2, batch_size=2,
-              lr=1e-2, progress=False)
+    recipe = Recipe('full', edit=half_reset(seed=1))
+    run = fit(toy(), TOK, lab_data(), recipe, steps=2, batch_size=2, lr=1e-2, progress=False)
     base, now, kept = weights(toy()), weights(run.model), set(half()(toy(), seed=1))
     assert all(torch.equal(now[n], base[n]) for n in base if n not in kept)
     assert any(not torch.equal(now[n], base[n]) for n in base if n in kept)
