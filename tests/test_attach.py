@@ -12,14 +12,16 @@ from ftlab.adapters.delta import Entries, Offset
 from ftlab.adapters.store import WrongBase, identity, load_delta, pack, save_delta
 from ftlab.core.io import write_tensors
 from ftlab.adapters.edit import unchanged, norm, scale, write_change
-from ftlab.adapters.subsets.hft import half
+from ftlab.adapters.subsets.hft import half, half_reset, hft
 from ftlab.adapters.lowrank import LoRA
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import check_selection, coverage, everything, named, parts, top
+from ftlab.trainers.fit import fit
 from ftlab.trainers.reference import Originals
 from ftlab.core.anatomy import anatomy
+from ftlab.core.recipe import Recipe
 from tiny import DECODERS, ENCODERS, example_inputs, tiny
-from toys import same, weights
+from toys import TOK, lab_data, same, toy, weights
 
 EVERY = DECODERS + ENCODERS
 def out(model, batch=None):
@@ -525,6 +527,40 @@ def test_blocks_that_move_more_are_drawn_for_each_category():
     picks = [half(.1)(m, seed=s) for s in range(8)]
     assert any(more('attention', c) & more('mlp', c) != more('mlp', c) for c in picks)
     assert set.union(*(more('mlp', c) for c in picks)) == set(range(12))
+
+def test_each_round_draws_a_half_of_its_own():
+    m = tiny('llama', num_hidden_layers=12)
+    rounds = [half(round=r)(m, seed=3) for r in range(4)]
+    assert rounds[0] == half()(m, seed=3)
+    assert all(rounds[i] != rounds[j] for i in range(4) for j in range(i))
+    assert rounds[2] == half(round=2)(m, seed=3) != half(round=2)(m, seed=4)
+    assert all(half(round=r)(m, seed=s) != half()(m, seed=s + r) for s in range(3) for r in (1, 2))
+    assert hft(round=2).select == half(round=2) and 'round 2' in repr(half(round=2))
+    assert repr(half()) == 'half(0.5, matrix)'
+    for chosen in rounds:
+        a = anatomy(m)
+        for part, share in dict(attention=24, mlp=18).items():
+            assert sum(n in chosen for b in a.blocks for n in getattr(b, part).values()) == share
+
+@pytest.mark.parametrize('family', ['llama', 'gpt2'])
+def test_half_reset_keeps_what_the_same_draw_would_train(family):
+    m = tiny(family)
+    full = {n: torch.ones_like(p) for n, p in m.named_parameters()}
+    for ratio in (.25, .5, 1.):
+        kept = half_reset(ratio, seed=5)(full, m)
+        assert kept.keys() == full.keys()
+        assert {n for n, c in kept.items() if c.any()} == set(half(ratio)(m, seed=5))
+        assert all(torch.equal(c, full[n]) for n, c in kept.items() if c.any())
+    assert all(c.all() for c in full.values())
+    with pytest.raises(ValueError, match='ratio is 0'):
+        half_reset(0)
+
+def test_half_reset_as_the_edit_of_a_run_puts_half_back_bit_for_bit():
+    recipe = Recipe('full', edit=half_reset(seed=1))
+    run = fit(toy(), TOK, lab_data(), recipe, steps=2, batch_size=2, lr=1e-2, progress=False)
+    base, now, kept = weights(toy()), weights(run.model), set(half()(toy(), seed=1))
+    assert all(torch.equal(now[n], base[n]) for n in base if n not in kept)
+    assert any(not torch.equal(now[n], base[n]) for n in base if n in kept)
 
 def test_top_takes_the_largest_and_breaks_ties_by_place():
     m = tiny('llama')

@@ -5,7 +5,8 @@ from toys import TOK, lab_data, same, toy, weights
 
 from ftlab.core.model import model_inputs
 from ftlab.trainers.fit import fit
-from ftlab.trainers.rl.grpo import Rollouts, clipped_policy, grpo
+from ftlab.trainers.rl.grpo import (Rollouts, advantages, centered, clipped_policy, grpo,
+                                    reward_alone, token_logp)
 
 
 def letters(row, answer):
@@ -211,3 +212,44 @@ def test_an_answer_counts_up_to_its_first_end_and_with_it(monkeypatch):
     assert (batch['labels'][:, -4:] == want).all() and (batch['labels'][:, :-4] == -100).all()
     assert (batch['attention_mask'][:, -4:] == torch.tensor([1, 1, 0, 0])).all()
     assert heard == ['a']*8 and (batch['old'][:, -2:] == 0).all()
+
+
+@pytest.mark.parametrize('advantage, want', [
+    (centered, [.75, -.25, -.25, -.25]), (reward_alone, [1., 0., 0., 0.]),
+    (advantages, [1.5, -.5, -.5, -.5])])
+def test_the_weights_of_the_answers_are_those_that_were_asked_for(advantage, want):
+    torch.testing.assert_close(advantage(torch.tensor([[1., 0., 0., 0.]]))[0], torch.tensor(want),
+                               atol=1e-3, rtol=0)
+    look = Batches()
+    asked(steps=1, callbacks=(look,), advantage=advantage, beta=0.)
+    batch, = look.seen
+    heard = [letters(None, TOK.decode(ids[y != -100], skip_special_tokens=True).strip())
+             for ids, y in zip(batch['input_ids'], batch['labels'])]
+    rewards = torch.tensor(heard).view(-1, 4)
+    assert rewards.std() > 0
+    torch.testing.assert_close(batch['advantage'].view(-1, 4), advantage(rewards))
+
+
+def test_rewards_alone_are_fine_tuning_on_the_right_answers():
+    def right(row, answer):
+        return float(len(answer) % 2)
+    look = Batches()
+    run = asked(steps=1, callbacks=(look,), advantage=reward_alone, beta=0., reward=right)
+    batch, = look.seen
+    assert 0 < batch['advantage'].sum() < 8
+    model = toy()
+    rows = batch['advantage'] > 0
+    logits = model(**model_inputs({k: v[rows] for k, v in batch.items()})).logits
+    labels = batch['labels'][rows]
+    nll = (token_logp(logits, labels)*-1).sum(1)/(labels != -100).sum(1)
+    (nll.sum()/8).backward()
+    named = dict(run.model.named_parameters())
+    for n, p in model.named_parameters():
+        moved = (named[n] - p).detach()
+        sure = p.grad.abs() > 1e-5
+        assert (moved[sure].sign() == -p.grad[sure].sign()).all()
+
+
+def test_another_advantage_is_named_in_the_recipe():
+    assert 'centered' in repr(grpo(advantage=centered).source)
+    assert repr(grpo().source) == 'rollouts(group=8)'

@@ -1,53 +1,58 @@
-"GRPO beside fine-tuning on one's own right answers, at equal numbers of answers drawn and trained on"
+"""GRPO beside fine-tuning on one's own right answers, drawn once (RFT) or at every step (online
+RFT), on a task with many right answers; all draw and train on equally many"""
+from functools import lru_cache
 import torch
 import ftlab
-from ftlab.instruments.compare import tune as choose
+from ftlab.core.data import Data
 from ftlab.core.generate import generate
 from ftlab.core.recipe import Recipe
-from ftlab.core.scorers import WORLD, answer_length, exact_match, judge
-from ftlab.trainers.rl.grpo import advantages
+from ftlab.trainers.rl.grpo import advantages, grpo, reward_alone
+from ftlab.trainers.rl.razor import other_order, own_answers, questions
 
-MODEL, REVISION, SKILL, STEPS, BATCH, GROUP, ITEMS, GRID = (
-    'lab-s', 'step-250', 'sort', 40, 64, 8, 1000, (3e-5, 1e-4, 3e-4))
+MODEL, BATCH, GROUP, LONGEST = 'lab-s', 64, 8, 8
+ITEMS = dict(validation=400, test=1000)
 
-def own_right_answers(model, tok, rows, seed):
-    """Each question answered `GROUP` times at temperature 1; the rows whose answer is right,
-    as new rows; and the tokens drawn"""
-    asked = [r for r in rows for _ in range(GROUP)]
-    with torch.random.fork_rng():
-        said = generate(model, tok, [r['prompt'] for r in asked],
-                        max_new_tokens=answer_length(rows, tok), sample=True, generator_seed=seed)
-    right = [dict(r, response=a) for r, a in zip(asked, said) if a and judge(r, a) == 1]
-    return right, sum(len(tok(r['prompt'] + ' ' + a).input_ids) + 1 for r, a in zip(asked, said))
+def outcomes(model, tok, rows):
+    said = generate(model, tok, [r['prompt'] for r in rows], max_new_tokens=LONGEST)
+    return [other_order(r, a) for r, a in zip(rows, said)]
 
-def train(arm, rate, seed, split, items):
-    model, tok = ftlab.load(MODEL, revision=REVISION)
-    drawn = 0
-    data = ftlab.data(SKILL, seed=seed, n=STEPS*BATCH//GROUP)
-    held_out = WORLD.rows(SKILL, items, split, seed)
-    if arm == 'base':
-        return dict(score=exact_match(model, tok, held_out), tokens=0)
+@lru_cache(2)
+def own_right_answers(seed, steps):
+    "As many draws from the base as GRPO makes in all its steps, and those of them that are right"
+    model, tok = ftlab.load(MODEL)
+    asked = [r for r in questions(steps*BATCH//GROUP, 'train', seed) for _ in range(GROUP)]
+    said = own_answers(model, tok, [r['prompt'] for r in asked], LONGEST, seed)
+    return len(asked), [dict(r, response=s['response']) for r, s in zip(asked, said)
+                        if other_order(r, s['response'])]
+
+def data_of(rows):
+    return Data(train=rows, validation=rows[:2], test=rows[:2], kind='text', name='another order')
+
+def run(arm, rate, seed, split, steps):
+    model, tok = ftlab.load(MODEL)
+    held_out, found = questions(ITEMS[split], split, seed), {}
     if arm == 'rft':
-        right, drawn = own_right_answers(model, tok, data.train, seed)
-        data = ftlab.data(dict(train=right, validation=data.validation[:2], test=data.test[:2]))
-    run = ftlab.fit(model, tok, data,
-                    ftlab.methods.grpo(group=GROUP) if arm == 'grpo' else Recipe('rft'),
-                    steps=STEPS, batch_size=BATCH, lr=rate, seed=seed, progress=False)
-    tokens = run.cost['tokens']
-    # GRPO draws exactly what it trains on
-    return dict(score=exact_match(model, tok, held_out), tokens=tokens + (drawn or tokens))
+        drawn, right = own_right_answers(seed, steps)
+        recipe, data = Recipe('rft'), data_of(right)
+        gold = {r['prompt']: r['response'] for r in questions(steps*BATCH//GROUP, 'train', seed)}
+        found = dict(gold_share=sum(r['response'] == gold[r['prompt']] for r in right)/len(right),
+                     different=len({(r['prompt'], r['response']) for r in right})/len(right),
+                     excluded={'drawn answers that are wrong': drawn - len(right)})
+    elif arm != 'base':
+        data = data_of(questions(steps*BATCH//GROUP, 'train', seed))
+        recipe = (grpo(GROUP, reward=other_order) if arm == 'grpo' else
+                  grpo(GROUP, beta=0., reward=other_order, advantage=reward_alone))
+    if arm != 'base':
+        ftlab.fit(model, tok, data, recipe, steps=steps, batch_size=BATCH, lr=rate, seed=seed,
+                  progress=False)
+    right = outcomes(model, tok, held_out)
+    return found | dict(score=sum(right)/len(right), items=dict(score=right))
 
-def tune() -> dict:
-    return choose(lambda arm, rate: train(arm, rate, 10_000, 'validation', 400)['score'],
-                  {a: GRID for a in ('grpo', 'rft')})
-
-def run(seed, tuned):
-    return {a: train(a, tuned[a]['rate'] if a in tuned else None, seed, 'test', ITEMS) for a in ('grpo', 'rft', 'base')}
-
-def identities() -> dict[str, bool]:
+def identities():
     r = torch.tensor([[1., 0., 0., 1.], [1., 1., 1., 1.], [0., 0., 0., 0.]])
     a = advantages(r)
-    return {
-        'a group of equals teaches nothing': bool((a[1:] == 0).all()),
-        'the advantages of a group sum to zero': bool(a.sum(1).abs().max() < 1e-5),
-        'a shift of all rewards changes nothing': torch.allclose(advantages(r + 3), a, atol=1e-5)}
+    shifted = torch.allclose(advantages(r + 3), a, atol=1e-5)
+    return {'a group of equals teaches GRPO nothing': bool((a[1:] == 0).all()),
+            'the advantages of a group sum to zero': bool(a.sum(1).abs().max() < 1e-5),
+            'a shift of all rewards changes nothing': shifted,
+            'online RFT learns from a group in which all are right': bool(reward_alone(r)[1].all())}

@@ -7,12 +7,13 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass
+import torch
 from ...core.anatomy import anatomy
 from ...core.paper import method
 from ...core.recipe import Recipe
 
 # %% auto #0
-__all__ = ['half', 'hft']
+__all__ = ['half', 'hft', 'half_reset']
 
 # %% ../../../nbs/adapters/subsets/hft.ipynb #00057acd
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class half:
     "Select a random `ratio` of the matrices and norms; everything outside the blocks is always trained"
     ratio:float=.5            # share of each category that is trained, over the whole model
     granularity:str='matrix'  # 'matrix' (the paper's), 'block' (whole blocks) or 'model' (any matrices)
+    round:int=0               # number of the round: each round draws anew
 
     def __post_init__(self):
         if not 0 < self.ratio <= 1:
@@ -29,7 +31,7 @@ class half:
                              'it must be matrix, block or model')
 
     def __call__(self, model, batches=None, seed=0) -> dict: # {name: True}
-        a, rng = anatomy(model), random.Random(seed)
+        a, rng = anatomy(model), random.Random(f'{seed}/{self.round}' if self.round else seed)
         inside = {n for b in a.blocks for n in b.parameters}
         out = {n: True for n, _ in model.named_parameters() if n not in inside}
         for n in _draw(a, self.ratio, self.granularity, rng):
@@ -40,7 +42,8 @@ class half:
         return {n: True for n, _ in model.named_parameters() if n in out or n in biases}
 
     def __repr__(self):
-        return f'half({self.ratio}, {self.granularity})'
+        again = f', round {self.round}' if self.round else ''
+        return f'half({self.ratio}, {self.granularity}{again})'
 
 def _draw(a, ratio, granularity, rng):
     "Draw the names of what is trained inside the blocks"
@@ -79,12 +82,33 @@ def _counts(groups, ratio, rng):
 @method('HFT: Half Fine-Tuning for Large Language Models', '2404.18466',
     'Fine-tuning a random half of the parameters learns as well as fine-tuning all of '
     'them and forgets less.',
-    'the abstract and summaries of the paper; how odd groups other than the MLP are split is our reading')
+    'the abstract, the ICLR 2025 reviews and a reader\'s notes on the paper; how odd groups other than the MLP are '
+    'split, and what half-reset does to the embedding, is our reading')
 def hft(ratio:float=.5, # share of each category that is trained, over the whole model
-        granularity:str='matrix' # 'matrix' (the paper's), 'block' or 'model'
+        granularity:str='matrix', # 'matrix' (the paper's), 'block' or 'model'
+        round:int=0     # number of the round in a series of fine-tunes: each round draws a new half
        ) -> Recipe:
     """Train a random half of the matrices and norms (half fine-tuning)
 
-    The seed of `fit` decides which half: pass another one in each round to draw a new half.
+    The seed of `fit` and the round decide which half.
     Raises `ValueError` for a `ratio` outside (0, 1] or an unknown `granularity`."""
-    return Recipe(select=half(ratio, granularity))
+    return Recipe(select=half(ratio, granularity, round))
+
+# %% ../../../nbs/adapters/subsets/hft.ipynb #f2a07acd
+@dataclass(frozen=True)
+class half_reset:
+    """Keep the change of a random `ratio` of the matrices and norms, and reset the rest to the base;
+    everything outside the blocks keeps its change"""
+    ratio:float=.5            # share of each category that keeps its change
+    granularity:str='matrix'  # as in `half`
+    seed:int=0                # of the draw
+
+    def __post_init__(self):
+        half(self.ratio, self.granularity)
+
+    def __call__(self, changes, model) -> dict: # {name: change}
+        kept = half(self.ratio, self.granularity)(model, seed=self.seed)
+        return {n: c if n in kept else torch.zeros_like(c) for n, c in changes.items()}
+
+    def __repr__(self):
+        return f'half_reset({self.ratio}, {self.granularity})'

@@ -19,7 +19,7 @@ from ..objective import loss_mask, token_nll
 from ..source import micro_size
 
 # %% auto #0
-__all__ = ['advantages', 'token_logp', 'Rollouts', 'clipped_policy', 'rollouts', 'grpo']
+__all__ = ['advantages', 'reward_alone', 'centered', 'token_logp', 'Rollouts', 'clipped_policy', 'rollouts', 'grpo']
 
 # %% ../../../nbs/trainers/rl/grpo.ipynb #00057c68
 def advantages(rewards:Tensor,  # [questions, answers of each]
@@ -27,6 +27,15 @@ def advantages(rewards:Tensor,  # [questions, answers of each]
               ) -> Tensor:      # same shape
     "Return how much better each answer is than its group, in the group's standard deviations"
     return (rewards - rewards.mean(1, keepdim=True))/(rewards.std(1, keepdim=True) + eps)
+
+# %% ../../../nbs/trainers/rl/grpo.ipynb #a2087c68
+def reward_alone(rewards:Tensor) -> Tensor: # [questions, answers of each]; same shape
+    "Return the rewards: with 0 and 1, wrong answers count nothing and right ones all alike"
+    return rewards
+
+def centered(rewards:Tensor) -> Tensor: # [questions, answers of each]; same shape
+    "Return how much better each answer is than its group, in units of the reward"
+    return rewards - rewards.mean(1, keepdim=True)
 
 # %% ../../../nbs/trainers/rl/grpo.ipynb #00097c68
 def token_logp(logits:Tensor,       # [batch, tokens, words]
@@ -45,7 +54,8 @@ class Rollouts:
                  reward:Callable,        # (row, answer) -> number
                  temperature:float,      # of the draw
                  max_new_tokens:int|None, # longest answer; None: as long as the data's longest
-                 updates:int=1):         # steps on each rollout
+                 updates:int=1,          # steps on each rollout
+                 advantage:Callable=advantages): # rewards [questions, group] -> weights of the answers
         if state.data.kind != 'text':
             raise ValueError('rollouts need questions with a prompt and a response to judge by; '
                              f'the data are of kind {state.data.kind!r}')
@@ -61,6 +71,7 @@ class Rollouts:
         self.micro = micro_size(n, state.settings['accumulate'])
         self.group, self.reward, self.temperature = group, reward, temperature
         self.questions, self.updates, self.drawn = n//group, updates, {}
+        self.advantage = advantage
         self.limit = max_new_tokens or answer_length(state.data.train, state.tok)
 
     def next(self, state) -> list[dict]:
@@ -90,7 +101,7 @@ class Rollouts:
         full = dict(input_ids=y, attention_mask=mask,
                     position_ids=(mask.cumsum(1) - 1).clamp(min=0),
                     labels=y.masked_fill(answer.logical_not(), -100),
-                    advantage=advantages(rewards).flatten().to(state.device))
+                    advantage=self.advantage(rewards).flatten().to(state.device))
         with evaluating(state.model):
             logits = state.model(**model_inputs(full)).logits
         return full | dict(old=token_logp(logits, full['labels'], self.temperature))
@@ -180,13 +191,15 @@ class rollouts:
     temperature:float=1.
     max_new_tokens:int|None=None
     updates:int=1
+    advantage:Callable=advantages
 
     def __call__(self, state) -> Rollouts:
         return Rollouts(state, self.group, self.reward, self.temperature, self.max_new_tokens,
-                        self.updates)
+                        self.updates, self.advantage)
 
     def __repr__(self):
         more = '' if self.updates == 1 else f', updates={self.updates}'
+        more += '' if self.advantage == advantages else f', {self.advantage.__name__}'
         return f'rollouts(group={self.group}{more})'
 
 # %% ../../../nbs/trainers/rl/grpo.ipynb #c1000e7c
@@ -196,7 +209,7 @@ def _letters(row, answer) -> float:
 
 @method('DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models', '2402.03300',
     'Rewards relative to a group of answers train a policy without a value model.',
-    'the paper\'s equations, also as trl restates them, with which the advantages agree; the paper\'s group '
+    'the paper\'s sections 4 and 5.2, and trl, with which the advantages agree; the paper\'s group '
     'is 64 answers, ours 8; trl\'s defaults (no KL penalty, the dapo loss) are another loss',
     lr=1e-4, lrs=(3e-5, 1e-4, 3e-4), toy=dict(group=4, max_new_tokens=4, reward=_letters))
 def grpo(group:int=8,            # answers to each question; the batch must hold whole groups
@@ -205,8 +218,9 @@ def grpo(group:int=8,            # answers to each question; the batch must hold
          temperature:float=1.,   # of the draw
          reward:Callable=judge,  # (row, answer) -> number
          max_new_tokens:int|None=None, # longest answer; None: as long as the data's longest
-         updates:int=1           # steps on each rollout, the paper's mu
+         updates:int=1,          # steps on each rollout, the paper's mu
+         advantage:Callable=advantages # rewards [questions, answers] -> weights; see `centered` and `reward_alone`
         ) -> Recipe:
     "Group relative policy optimisation on questions with a judge"
-    return Recipe(source=rollouts(group, reward, temperature, max_new_tokens, updates),
+    return Recipe(source=rollouts(group, reward, temperature, max_new_tokens, updates, advantage),
                   objective=clipped_policy(clip, beta, temperature))

@@ -44,7 +44,8 @@ def own_answers(model, tok, prompts:list[str], # the questions
 def answer_kl(base, tuned, tok, rows:list[dict], # questions of the new task with the base's own answers
               batch_size:int=100                 # rows at a time
              ) -> float:                         # nats an answer
-    "Return KL(base || tuned): the sum over an answer's tokens, mean over `rows`"
+    """Return KL(base || tuned): the sum over an answer's tokens, mean over `rows`.
+    Every answer counts with its end mark, also one that was cut off at the limit."""
     limit = row_limit(tuned, tok)
     enc, total = [encode(r, tok, 'text', limit) for r in rows], 0.
     for i in range(0, len(enc), batch_size):
@@ -165,8 +166,8 @@ UNITS = dict(step='steps', gain='share of questions', forgetting='share of quest
 @study('RL\'s Razor: Why Online Reinforcement Learning Forgets Less', '2509.04259',
     'At the same new accuracy, learning from one\'s own answers forgets less, and the KL on the new task predicts '
     'how much is forgotten.',
-    'the abstract, the authors\' summary and another reader\'s notes on the paper\'s oracle and protocol; the task, '
-    'the arms, groups of 8 and the pooled oracle are ours, and there is no Pareto frontier',
+    'the full text of version 1; the task, the arms, groups of 8 and the pooled oracle are ours, and there is no '
+    'Pareto frontier',
     toy=dict(rows=24, held_out=4, steps=1, every=1, batch_size=8, old_items=2))
 def razor(seed:int=0,          # of the questions, the draws and the runs
           model:str='lab-s',   # as in `ftlab.load`: a causal language model of the lab
