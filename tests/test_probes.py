@@ -193,8 +193,8 @@ def test_the_edit_is_what_it_says_for_every_form_of_change(recipe, lam, most):
     import dataclasses
     plain = fit(toy(), TOK, lab_data(), recipe, steps=6, lr=3e-2, batch_size=8, progress=False)
     pairs = {n: (a.clone(), b.clone()) for n, a, b in plain.delta.attached.weights()}
-    run = fit(toy(), TOK, lab_data(), dataclasses.replace(recipe, edit=shrink_intruders(lam, most=most)),
-              steps=6, lr=3e-2, batch_size=8, progress=False)
+    edited = dataclasses.replace(recipe, edit=shrink_intruders(lam, most=most))
+    run = fit(toy(), TOK, lab_data(), edited, steps=6, lr=3e-2, batch_size=8, progress=False)
     now = weights(run.model)
     some = 0
     for n, (W0, W1) in pairs.items():

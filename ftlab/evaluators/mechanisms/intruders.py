@@ -66,4 +66,5 @@ def _shrunk(model, name, C, how):
     W0, C = oriented(model, name, W0), oriented(model, name, C)
     on, (U, S, Vh) = _intruders(W0, W0 + C, how.k, how.eps)
     on = on.nonzero().flatten()[:how.most]
-    return oriented(model, name, C + (how.lam - 1)*((U[:, on]*S[on]) @ Vh[on]).to(C.dtype)).contiguous()
+    C = C + (how.lam - 1)*((U[:, on]*S[on]) @ Vh[on]).to(C.dtype)
+    return oriented(model, name, C).contiguous()
