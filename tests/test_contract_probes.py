@@ -10,7 +10,7 @@ import torch
 from tiny import example_inputs, tiny
 from ftlab.adapters.attach import attach
 from ftlab.adapters.select import parts
-from ftlab.beyond.brain.elm import elm
+from ftlab.beyond.brain.elm import ELM, elm, imitate, score
 from ftlab.core.anatomy import UnknownArchitecture
 from ftlab.core.paper import Evidence, probe, study
 from ftlab.methods import paper_modules
@@ -173,6 +173,18 @@ def test_a_broken_study_is_noticed(f, said, monkeypatch):
         check_study(invented(f))
 
 
+def test_an_imitator_may_be_made_by_a_function_and_starts_as_one_layer_on_both_inputs():
+    made = []
+    def wide():
+        made.append(ELM(32, tau_s=2.))
+        return made[-1]
+    model = imitate(wide, 0., seed=1, steps=1)
+    assert model is made[0] and .3 < score(model, 1, 'validation') < 1
+    torch.manual_seed(0)
+    first = [*ELM(4, memories=5, hidden=500).from_synapses.parameters()]
+    assert all(.99/3 < float(p.abs().max()) <= 1/3 for p in first)
+
+
 def test_studies_refuse_a_wrong_model_in_a_sentence():
     with pytest.raises(ValueError, match='BertForSequenceClassification writes no text'):
         evaluations(classifier(), TOK, {}, None, None, [])
@@ -180,6 +192,8 @@ def test_studies_refuse_a_wrong_model_in_a_sentence():
         razor(model='lab-e')
     with pytest.raises(ValueError, match="rates has 'gru'; the arms are elm"):
         elm(rates=dict(gru=1.))
+    with pytest.raises(ValueError, match="arm is 'gru'; it must be elm"):
+        imitate('gru', 1e-2, steps=1)
     with pytest.raises(ValueError, match='nothing of its own to learn from'):
         another_order(toy(), TOK, [dict(prompt='sort a b', response='b a', given='a b')], [],
                       draws=1)

@@ -4,6 +4,7 @@
 
 # %% ../../../nbs/beyond/brain/elm.ipynb #00030c77
 from __future__ import annotations
+from collections.abc import Callable
 import math
 import torch
 import torch.nn.functional as F
@@ -29,9 +30,9 @@ class ELM(nn.Module):
         self.w_s = nn.Parameter(torch.full((synapses,), .5))
         self.from_synapses, self.from_memories = (
             nn.Linear(synapses, hidden), nn.Linear(memories, hidden, bias=False))
-        for l in (self.from_synapses, self.from_memories): # initialized as one layer on both inputs
-            nn.init.uniform_(l.weight, -1/math.sqrt(synapses + memories),
-                             1/math.sqrt(synapses + memories))
+        bound = 1/math.sqrt(synapses + memories)
+        for p in (*self.from_synapses.parameters(), self.from_memories.weight):
+            nn.init.uniform_(p, -bound, bound) # initialized as one layer on both inputs
         self.propose, self.out = nn.Linear(hidden, memories), nn.Linear(memories, 1)
         self.register_buffer('kappa_m', torch.exp(-1/torch.logspace(
             math.log10(tau[0]), math.log10(tau[1]), memories)))
@@ -121,19 +122,19 @@ TIME, SKIP = 150, 50 # steps of a recording, and how many of them at its start a
 ARMS = dict(elm=lambda: ELM(32), short=lambda: ELM(32, tau=(1., 5.)), lstm=lambda: LSTM(32))
 
 # %% ../../../nbs/beyond/brain/elm.ipynb #000d0c77
-def imitate(arm:str,      # 'elm', 'short' or 'lstm'
+def imitate(arm:str|Callable, # 'elm', 'short' or 'lstm', or a function that makes a network with an output layer `out`
             rate:float,   # peak learning rate of Adam, cosine schedule
             seed:int=0,   # seed of the recordings, the weights and the order
             steps:int=250,
             batch_size:int=32 # recordings a step
            ) -> nn.Module:
     "Train an imitator of the synthetic neuron. Raises `ValueError` for an unknown arm"
-    if arm not in ARMS:
+    if not callable(arm) and arm not in ARMS:
         raise ValueError(f'arm is {arm!r}; it must be {", ".join(ARMS)}')
     x, y, _ = neuron(1000, TIME, seed=3*seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ARMS[arm]()
+        model = arm() if callable(arm) else ARMS[arm]()
         nn.init.constant_(model.out.bias, -2.) # spikes are rare
         opt = torch.optim.Adam(model.parameters(), lr=rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)

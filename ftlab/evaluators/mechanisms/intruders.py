@@ -17,8 +17,8 @@ __all__ = ['intruders', 'count_intruders', 'shrink_intruders']
 @probe('LoRA vs Full Fine-tuning: An Illusion of Equivalence', '2410.21228',
        'At equal task accuracy LoRA has intruder dimensions, full fine-tuning has none, '
        'and shrinking them undoes forgetting.',
-       'the abstracts of versions 1 to 3, Algorithm 1, the public reviews and the official '
-       'counting code; the claim tests version 1',
+       'the abstracts of versions 1 to 3, the text of the conference version and the official '
+       'counting code; the claim tests versions 2 and 3',
        ask=lambda model, change, batch: count_intruders(change), on='directions')
 def intruders(W0:Tensor,    # the base matrix, [out, in]
               W1:Tensor,    # the tuned one
@@ -47,21 +47,24 @@ def count_intruders(att, k:int=10, eps:float=.5) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class shrink_intruders:
-    "Shrink every intruder dimension of the tuned weights to `lam` of its singular value"
+    "Shrink the strongest intruder dimension of each tuned matrix to `lam` of its singular value"
     lam:float=.7  # factor of the singular value: 0 removes the intruder, 1 keeps it
     k:int=10      # as in `intruders`
     eps:float=.5  # as in `intruders`
+    most:int|None=1 # how many intruders of a matrix are shrunk, the strongest first; None: all, as peft does
     def __call__(self, changes, model) -> dict:
-        shrunk = lambda n, c: _shrunk(model, n, c, self.lam, self.k, self.eps)
+        shrunk = lambda n, c: _shrunk(model, n, c, self)
         return {n: shrunk(n, c) if c.ndim == 2 else c for n, c in changes.items()}
     def __repr__(self):
         return f'shrink_intruders({self.lam:g})'
 
 @torch.no_grad()
-def _shrunk(model, name, C, lam, k, eps):
+def _shrunk(model, name, C, how):
     "Shrink the intruders in the change `C` of one matrix, oriented as the model stores it"
     below = base_below(model, name)
     W0 = model.get_parameter(name).detach() - C if below is None else below # the weight itself was trained
     W0, C = oriented(model, name, W0), oriented(model, name, C)
-    on, (U, S, Vh) = _intruders(W0, W0 + C, k, eps)
-    return oriented(model, name, C + (lam - 1)*((U[:, on]*S[on]) @ Vh[on]).to(C.dtype)).contiguous()
+    on, (U, S, Vh) = _intruders(W0, W0 + C, how.k, how.eps)
+    on = on.nonzero().flatten()[:how.most]
+    C = C + (how.lam - 1)*((U[:, on]*S[on]) @ Vh[on]).to(C.dtype)
+    return oriented(model, name, C).contiguous()

@@ -64,7 +64,8 @@ def _base_block(base, name) -> Callable:
     'TuCo: Measuring the Contribution of Fine-Tuning to Individual Responses of LLMs', '2506.23423',
     'The share of the fine-tuning component in what the blocks add for a prompt is low where a model '
     'acts like its base, as under a successful attack.',
-    'the abstract and Algorithm 1; post-norm blocks and classifiers are our reading', on='prompts')
+    'the abstract, Algorithm 1, sections 4 and 5; post-norm blocks and classifiers are our reading',
+    on='prompts')
 @torch.no_grad()
 def tuco(model,       # the tuned model
          base,        # the change on it (`run.delta.attached`), or a base model of the same architecture
