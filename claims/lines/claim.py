@@ -75,7 +75,7 @@ def run(arm, rate, seed, split, steps):
     for i, target in enumerate(TARGETS):
         here = measured(i, arm, rate, seed, split, steps)
         # the paper's scale: the new task of the fine-tune, the old ones of the base
-        own = max(mean(dict(x=measured(i, 'plain', None, seed, split, steps)[0])), 1e-9)
+        own = max(mean(dict(x=measured(i, 'plain', None, seed, split, steps)[0])), .01)
         base = mean(dict(x=measured(i, 'uniform', 0., seed, split, steps)[1]))
         shares = [x/own for x in here[0]], [x/base for x in here[1]]
         new.append(sum(shares[0])/len(shares[0]))
