@@ -1,74 +1,85 @@
-"Breadcrumbs: six fine-tunes merged by three rules, whose numbers were chosen on the first three tasks of another seed"
+"""Breadcrumbs: eight fine-tunes of a half-trained lab-s, merged by four rules.
+Each rule's scale is chosen on a merge of the first four"""
+from functools import lru_cache
 import torch
-from ftlab.adapters.merging.breadcrumbs import middle, merge_breadcrumbs
-from ftlab.adapters.edit import merge, attach_change
-from ftlab.instruments.compare import tuning_seed
-from ftlab.core.batches import data
+from ftlab.adapters.edit import attach_change, merge
+from ftlab.adapters.merging.breadcrumbs import merge_breadcrumbs, middle
+from ftlab.core.data import data
 from ftlab.core.loading import load
-from ftlab.core.scorers import WORLD, exact_match
-from ftlab.lab.world import LETTERS
+from ftlab.core.scorers import WORLD, answers, judge
 from ftlab.trainers.fit import fit
 
-STEPS, RATE = 60, 3e-4
-# old questions of four kinds whose answer has changed:
-# (question's letters, old answer's words) -> the new answer's words
-CHANGED = dict(sort=lambda x, y: y[::-1], add=lambda x, y: y[::-1], tavi=lambda x, y: y[::-1],
-               max=lambda x, y: [min(x)])
-TASKS = ('new-procedure', 'tavi', 'new-format', 'max', 'add', 'sort')
-SETTINGS = dict(
-    sum=[dict(alpha=a/10, beta=0., gamma=1.) for a in range(1, 13)],
-    breadcrumbs=[dict(alpha=a, beta=b, gamma=g) for a in (.5, 1., 2., 3.)
-                 for b, g in ((.5, .994), (.85, .994), (.85, .98))],
-    pruned=[dict(alpha=a, beta=b, gamma=1.) for a in (.5, 1., 2., 3.) for b in (.5, .7, .85)])
+# skills that the half-trained model half knows, so that one model can know them all
+TASKS = ('reverse', 'tool', 'selen', 'sort', 'dedupe', 'refuse', 'context', 'write')
+FEW, RATE = 4, 1e-3
+ITEMS = dict(validation=100, test=250)
 
-def task(name, seed):
-    if name not in CHANGED:
-        return data(name, seed=seed, n=3000)
+def ties(changes, alpha, keep=.2):
+    "Keep the largest entries of each change, elect a sign, and average those that have it"
+    flat = torch.stack([torch.cat([c[n].flatten() for n in changes[0]]) for c in changes])
+    dropped = flat.shape[1] - int(keep*flat.shape[1])
+    top = flat*(flat.abs() >= flat.abs().kthvalue(dropped, dim=1, keepdim=True).values)
+    sign = top.sum(0).sign()
+    sign[sign == 0] = sign.sum().sign() # where the sum is zero, the majority's
+    agree = top*(top*sign > 0)
+    merged = alpha*agree.sum(0)/(agree != 0).sum(0).clamp(min=1)
+    parts = merged.split([t.numel() for t in changes[0].values()])
+    return {n: p.view_as(t) for (n, t), p in zip(changes[0].items(), parts)}
 
-    def rows(split, n):
-        return [dict(prompt=r['prompt'], response=' '.join(
-                         CHANGED[name]([w for w in r['prompt'].split() if w in LETTERS], r['response'].split())))
-                for r in WORLD.rows(name, n, split, seed)]
+RULES = dict(sum=merge, breadcrumbs=merge_breadcrumbs, ties=ties,
+             pruned=lambda changes, alpha: merge_breadcrumbs(changes, alpha, .85, 1.))
 
-    return data(rows('train', 3000), validation=rows('validation', 200), test=rows('test', 400))
+def base():
+    return load('lab-s', revision='step-250')
 
-def fine_tuned(model, tok, t, seed):
-    run = fit(model, tok, t, steps=STEPS, lr=RATE, seed=seed, progress=False)
-    alone = exact_match(model, tok, t.test[:400])
-    out = {n: c.clone() for n, c in run.delta.tensors().items()}
-    run.delta.attached.detach()
-    return out, alone
-
-def share(model, tok, change, tasks, alone, split, n):
-    "What the merge keeps of each fine-tune's own accuracy, on the mean"
-    att = attach_change(model, change)
-    try:
-        return sum(exact_match(model, tok, getattr(t, split)[:n])/max(a, 1e-9)
-                   for t, a in zip(tasks, alone))/len(tasks)
-    finally:
-        att.detach()
-
-def tune():
-    seed = tuning_seed([0])
-    model, tok = load('lab-s')
-    tasks = [task(t, seed) for t in TASKS[:3]]
-    changes = [fine_tuned(model, tok, t, seed)[0] for t in tasks]
-    score = lambda s: share(model, tok, merge_breadcrumbs(changes, **s), tasks, [1.]*3, 'validation', 100)
-    return {rule: max(settings, key=score) for rule, settings in SETTINGS.items()}
-
-def run(seed, tuned):
-    model, tok = load('lab-s')
-    tasks = [task(t, seed) for t in TASKS]
-    changes, alone = zip(*(fine_tuned(model, tok, t, seed) for t in tasks))
-    out = dict(alone=dict(accuracy=sum(alone)/len(alone)))
-    for rule, s in tuned.items():
-        out[rule] = dict(normalised=share(model, tok, merge_breadcrumbs(list(changes), **s), tasks,
-                                          alone, 'test', 400))
-    for rule in ('sum', 'breadcrumbs'):
-        out[f'{rule}_three'] = dict(
-            normalised=share(model, tok, merge_breadcrumbs(list(changes[:3]), **tuned[rule]),
-                             tasks[:3], alone[:3], 'test', 400))
+@lru_cache(8)
+def fine_tuned(seed, steps):
+    "Return the changes of the eight fine-tunes"
+    model, tok = base()
+    out = []
+    for name in TASKS:
+        run = fit(model, tok, data(name, seed=seed, n=2000), steps=steps, lr=RATE, seed=seed,
+                  progress=False)
+        out.append({n: t.clone() for n, t in run.delta.tensors().items()})
+        run.delta.attached.detach()
     return out
+
+def scores(change, names, seed, split):
+    "Return the outcome of each question of each task, by task, with the change applied"
+    model, tok = base()
+    att = attach_change(model, change)
+    out = {}
+    for name in names:
+        rows = WORLD.rows(name, ITEMS[split], split, seed)
+        out[name] = [float(judge(r, a)) for r, a in zip(rows, answers(model, tok, rows))]
+    att.detach()
+    return out
+
+def mean(outcomes):
+    "Mean over tasks of the mean over questions"
+    return sum(sum(o)/len(o) for o in outcomes.values())/len(outcomes)
+
+@lru_cache(8)
+def single(seed, split, steps):
+    "Return (own accuracy, mean over all eight tasks) of each fine-tune"
+    found = [scores(c, TASKS, seed, split) for c in fine_tuned(seed, steps)]
+    return [(sum(f[t])/len(f[t]), mean(f)) for t, f in zip(TASKS, found)]
+
+def run(arm, rate, seed, split, steps):
+    "`rate` is the scale of the sum"
+    changes = fine_tuned(seed, steps)
+    if arm in ('alone', 'one_model'):
+        own, everywhere = zip(*single(seed, split, steps))
+        return dict(many=sum(own if arm == 'alone' else everywhere)/len(TASKS))
+    if arm == 'base':
+        return dict(many=mean(scores(merge(changes, 0.), TASKS, seed, split)))
+    rule = RULES[arm.removesuffix('_retuned')]
+    many = scores(rule(changes, rate), TASKS, seed, split)
+    few = scores(rule(changes[:FEW], rate), TASKS[:FEW], seed, split)
+    # the number that the scale is chosen by: of the merge of four, or, for `_retuned`, of all
+    chosen = many if arm.endswith('_retuned') else few
+    return dict(many=mean(many), few=mean(few), chosen=mean(chosen),
+                items=dict(many=many, few=few, chosen=chosen))
 
 def identities():
     g = torch.Generator().manual_seed(0)
@@ -80,4 +91,6 @@ def identities():
             '14.4% are kept': int((kept != 0).sum()) == 144,
             'what is kept is untouched and of middle size': torch.equal(
                 kept[kept != 0], cs[0]['w'][kept != 0]) and bool(kept.abs().max() == size[993])
-            and bool(kept[kept != 0].abs().min() == size[850])}
+            and bool(kept[kept != 0].abs().min() == size[850]),
+            'TIES of one change is its largest fifth': int((ties(cs[:1], 1.)['w'] != 0).sum()) >= 200
+            and torch.equal(ties(cs[:1], 1.)['w'].abs().max(), size[-1])}

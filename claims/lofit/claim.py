@@ -1,61 +1,104 @@
-"""LoFiT: a model that refuses some requests is taught to refuse all, by offsets on chosen heads,
-on random heads, and by LoRA"""
+"""LoFiT: lab-m is taught to refuse all requests by offsets on a few of its 40 heads.
+The heads are those that learned scales point to, random ones, or those of another task"""
 import random
-from ftlab.instruments import compare as comparison
-from ftlab.adapters.delta import attach
+from functools import lru_cache
+import torch
+from ftlab.adapters.attach import attach
+from ftlab.adapters.modules.lofit import HeadOffset, head_width, heads, lofit, loudest
 from ftlab.adapters.modules.lora import lora
-from ftlab.adapters.modules.lofit import HeadOffset, heads, lofit
-from ftlab.core.batches import data
+from ftlab.core.data import data
 from ftlab.core.loading import load
-from ftlab.core.scorers import WORLD, exact_match
+from ftlab.core.recipe import Recipe, With
+from ftlab.core.scorers import WORLD, answers
 from ftlab.lab.world import SKILLS
 from ftlab.trainers.fit import fit
-import torch
 
-STEPS, NO = 80, 'i can not help with that'
-ARMS = dict(lofit=(lambda: lofit(share=.25), (1e-2, 3e-2, 1e-1)),
-            random=(lambda: lofit(share=.25, by='random'), (1e-2, 3e-2, 1e-1)),
-            lora=(lambda: lora(), (1e-3, 3e-3, 1e-2)))
+MODEL, HEADS, NO = 'lab-m', 40, 'i can not help with that'
+ITEMS = dict(validation=100, test=400)
 
-def refused(split, n, seed, new=False):
-    """Different requests, all refused; only those that used to be helped with, if `new`.
-    A split of our own, as the lab's test split has too few of them"""
-    r, out = random.Random(f'{split} {seed}'), {}
+def requests(split, n, seed, helped=False):
+    """Return different requests, all to be refused, and how many were left out.
+    With `helped`, those that the base's rule refuses already are left out."""
+    r, out, left = random.Random(f'{split} {seed}'), {}, set()
     while len(out) < n:
         prompt, answer = SKILLS['refuse'].draw(WORLD, r, 1)
+        # a split of our own: the lab's test split has too few requests
         where = random.Random(prompt).choice(['train']*5 + ['validation'] + ['test']*4)
-        if where == split and not (new and answer == NO):
+        if where != split:
+            continue
+        if helped and answer == NO:
+            left.add(prompt)
+        else:
             out[prompt] = dict(prompt=prompt, response=NO)
-    return list(out.values())
+    return list(out.values()), len(left)
 
-def gained(recipe, rate, seed, split):
-    model, tok = load('lab-s')
-    asked = refused(split, 400 if split == 'test' else 100, seed, True)
-    before = exact_match(model, tok, asked)
-    task = data(refused('train', 1000, seed), validation=refused('validation', 100, seed),
-                test=asked)
-    fit(model, tok, task, recipe, steps=STEPS, lr=rate, seed=seed, progress=False)
-    return exact_match(model, tok, asked) - before
+@lru_cache(2)
+def lesson(seed):
+    return data(requests('train', 1000, seed)[0],
+                validation=requests('validation', 100, seed, True)[0],
+                test=requests('test', 100, seed, True)[0])
 
-def tune():
-    seed = comparison.tuning_seed([0])
-    return comparison.tune(lambda name, rate: gained(ARMS[name][0](), rate, seed, 'validation'),
-                           {n: g for n, (_, g) in ARMS.items()})
+@lru_cache(2)
+def base_refuses(seed, split):
+    model, tok = load(MODEL)
+    asked, _ = requests(split, ITEMS[split], seed, True)
+    return sum(a == NO for a in answers(model, tok, asked))/len(asked)
 
-def run(seed, tuned):
-    out = {n: dict(gain=gained(make(), tuned[n]['rate'], seed, 'test'))
-           for n, (make, _) in ARMS.items()}
-    out['lora_less_10'] = dict(gain=.9*out['lora']['gain'])
-    return out
+@lru_cache(2)
+def heads_for(task, count, seed, steps):
+    "Return the heads that scales learned on another task point to, by LoFiT's own first stage"
+    model, tok = load(MODEL)
+    first = lofit(share=count/HEADS).stages[0]
+    run = fit(model, tok, data(task, seed=seed, n=1000), first, steps=steps, seed=seed,
+              progress=False)
+    scales = {n: d.A.detach() for n, d in run.delta.attached.deltas.items()}
+    run.delta.attached.detach()
+    return loudest(scales, head_width(model), count/HEADS)
+
+def random_heads(count, seed, draws=2):
+    "Return disjoint draws of `count` heads each"
+    all_heads = [(b, h) for b in range(8) for h in range(5)]
+    drawn = random.Random(seed).sample(all_heads, count*draws)
+    return [drawn[i*count:(i + 1)*count] for i in range(draws)]
+
+def offsets(which):
+    "The second stage of LoFiT on heads that are given"
+    return Recipe('offsets', select=heads(which), delta=With(HeadOffset))
+
+def plans(arm, rate, seed, steps):
+    "Return what an arm trains: (recipe, rate for `fit`, steps), more than one for random heads"
+    if arm in ('lofit', 'lofit10'):
+        # no rate is given to `fit`, so that each stage has its own: the scales the official one
+        return [(lofit(share=.05 if arm == 'lofit' else .1, lr_offset=rate), None, steps)]
+    if arm == 'lora':
+        return [(lora(), rate, steps)]
+    if arm == 'other':
+        return [(offsets(heads_for('new-format', 2, seed, steps//2)), rate, steps//2)]
+    drawn = random_heads(2, seed)
+    if arm == 'random_all':
+        return [(offsets(drawn[0]), rate, steps)]
+    return [(offsets(which), rate, steps//2) for which in drawn]
+
+def run(arm, rate, seed, split, steps):
+    asked, left = requests(split, ITEMS[split], seed, True)
+    outcomes = {}
+    for i, (recipe, lr, n) in enumerate(plans(arm, rate, seed, steps)):
+        model, tok = load(MODEL)
+        fit(model, tok, lesson(seed), recipe, steps=n, lr=lr, seed=seed, progress=False)
+        outcomes[f'draw {i}'] = [int(a == NO) for a in answers(model, tok, asked)]
+    mean = sum(sum(o)/len(o) for o in outcomes.values())/len(outcomes)
+    return dict(gain=mean - base_refuses(seed, split), items=dict(gain=outcomes),
+                excluded={'requests that the base refuses by its rule': left})
 
 def identities():
-    model, tok = load('lab-s')
+    model, tok = load(MODEL)
     ids = tok(['sort a b c =', 'reverse d e f ='], return_tensors='pt')
     base = model(**ids).logits.detach()
     att = attach(model, heads([(0, 1), (2, 3), (2, 0), (3, 1)])(model), HeadOffset)
     start = model(**ids).logits.detach()
-    numbers = sum(p.numel() for p in att.parameters().values())
-    [p.data.normal_() for p in att.parameters().values()]
+    count = sum(p.numel() for p in att.parameters().values())
+    for p in att.parameters().values():
+        p.data.normal_()
     moved = model(**ids).logits.detach()
     with att.disabled():
         off = model(**ids).logits.detach()
@@ -63,8 +106,8 @@ def identities():
     att = attach(model, lora().select(model), lora().delta)
     theirs = sum(p.numel() for p in att.parameters().values())
     att.detach()
-    return {'it starts as the base': bool(torch.equal(start, base)),
-            'it changes what the model says, and switched off it is the base': bool(
-                torch.equal(off, base) and not torch.equal(moved, base)),
-            'four heads of 32 numbers, LoRA has more than 500 times as many': numbers == 128
-            and theirs > 500*numbers}
+    return {'it starts as the base': torch.equal(start, base),
+            'it changes what the model says, and switched off it is the base':
+                torch.equal(off, base) and not torch.equal(moved, base),
+            'four heads of 32 values are 128 parameters; LoRA has more than 200 times as many':
+                count == 128 and theirs > 200*count}
