@@ -22,15 +22,16 @@ FORMS = ['{p} {a} :', '{a} {p} :', '{p} , {a} :', '{a} , {p} :']
 KINDS = ('task', 'target')
 
 def question(kind, seed, r):
-    """A question and its answer. The task: say a fact twice. The language: five words that lab-s
-    has never read name the attributes. The target: the task in the language."""
+    """A question and its answer. The task: say a fact twice. The language: ten words that lab-s
+    has never read name the five attributes. The target: the task in the language."""
     p, a = r.choice(WORLD.people['often']), r.choice(list(ATTRIBUTES))
     value = WORLD.facts[p, a]
     if kind == 'task':
         prompt = r.choice(ASK).format(a=a, p=p)
     else:
-        words = dict(zip(ATTRIBUTES, random.Random(f'words {seed}').sample(FOREIGN['zuma'], 5)))
-        prompt = r.choice(FORMS).format(a=words[a], p=p)
+        words = random.Random(f'words {seed}').sample(FOREIGN['zuma'], 2*len(ATTRIBUTES))
+        word = words[r.choice((0, 1)) + 2*list(ATTRIBUTES).index(a)]
+        prompt = r.choice(FORMS).format(a=word, p=p)
     return (prompt, value) if kind == 'language' else (f'say and say : {prompt}', f'{value} {value}')
 
 def rows(kind, split, n, seed):
@@ -95,7 +96,7 @@ def learned(arm, kind, rate, seed, steps):
     model, tok = base_of(arm, seed)
     d = data(rows(kind, 'train', 1200, seed), validation=rows(kind, 'validation', 50, seed),
              test=rows(kind, 'test', 50, seed))
-    run = fit(model, tok, d, recipe_of(arm, kind, model, seed), steps=steps, batch_size=32, lr=rate,
+    run = fit(model, tok, d, recipe_of(arm, kind, model, seed), steps=steps, batch_size=16, lr=rate,
               seed=seed, progress=False)
     return {n: t.clone() for n, t in run.delta.tensors().items()}
 
