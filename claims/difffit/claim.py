@@ -111,6 +111,7 @@ def identities():
         b.o.weight.copy_(s(b.o.weight))
         b.o.bias.mul_(gamma)
         same = torch.allclose(b.attend(h), gamma*branch, atol=1e-5)
-    return {'starts as the base, bit for bit': start, 'under 2% of the parameters train': share < .02,
+    return {'starts as the base, bit for bit': start,
+            'under 2% of the parameters train': share < .02,
             'matrices stay frozen': frozen, 'folded it says the same': folded,
             'scaling the rows of the last matrix and its bias is scaling the branch': same}

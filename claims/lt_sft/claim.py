@@ -32,7 +32,9 @@ def question(kind, seed, r):
         words = random.Random(f'words {seed}').sample(FOREIGN['zuma'], 2*len(ATTRIBUTES))
         word = words[r.choice((0, 1)) + 2*list(ATTRIBUTES).index(a)]
         prompt = r.choice(FORMS).format(a=word, p=p)
-    return (prompt, value) if kind == 'language' else (f'say and say : {prompt}', f'{value} {value}')
+    if kind == 'language':
+        return prompt, value
+    return f'say and say : {prompt}', f'{value} {value}'
 
 def rows(kind, split, n, seed):
     "Different questions; those of one split are in no other"

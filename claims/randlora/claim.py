@@ -27,10 +27,11 @@ ARMS = dict(randlora=lambda seed: randlora(r=TERM),
             full=lambda seed: Recipe('full', select=parts('attention', 'mlp')))
 
 def rows(seed):
-    "Questions about known facts, answered by the code name of the value: a permutation of the values"
+    "Questions about known facts, answered by the code name of the value: the values permuted"
     r, code = random.Random(f'code names {seed}'), {}
     for values in ATTRIBUTES.values():
-        ring = r.sample(values, len(values)) # each value is called what the next one was: none keeps its name
+        # each value is called what the next one was, so that none keeps its name
+        ring = r.sample(values, len(values))
         code |= dict(zip(ring, ring[1:] + ring[:1]))
     out = dict(train=[], validation=[], test=[])
     for p in WORLD.people['often']:
