@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 from ftlab.adapters.attach import attach
 from ftlab.adapters.delta import Offset
 from ftlab.adapters.lowrank import LoRA, from_peft, to_peft
-from ftlab.adapters.modules.randlora import RandLoRA
+from ftlab.adapters.modules.randlora import RandLoRA, random_bases, randlora
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import parts
 from ftlab.core.batches import batch_at
@@ -297,6 +297,27 @@ def test_randlora_counts_rank_and_what_it_refuses():
         RandLoRA(torch.zeros(4, 4), torch.ones(4, 4, dtype=torch.bool))
     assert set(RandLoRA(torch.zeros(64, 64), sparse=True).B.sign().unique().tolist()) == {
         -1., 0., 1.}
+
+def test_randlora_has_two_scales_and_the_run_draws_its_bases():
+    W = torch.zeros(20, 12)
+    assert RandLoRA(W, r=5).s == 20
+    assert RandLoRA(W, r=5, scale='paper').s == pytest.approx(2/3**.5) # three terms
+    assert RandLoRA(W, r=5, alpha=15, scale='paper').s == pytest.approx(3/3**.5)
+    for make in (randlora, partial(RandLoRA, W)):
+        with pytest.raises(ValueError, match="scale is 'papers'; it must be 'peft' or 'paper'"):
+            make(scale='papers', r=5)
+
+    def bases(run_seed, **options):
+        run = fit(toy(), TOK, lab_data(), randlora(r=5, **options), steps=1, batch_size=2,
+                  seed=run_seed, progress=False)
+        return [d.B for d in run.delta.attached.deltas.values()], run.delta.attached.deltas
+
+    one, deltas = bases(1)
+    again, other, fixed = bases(1)[0], bases(2)[0], bases(2, seed=0)[0]
+    for a, b, c, d, delta in zip(one, again, other, fixed, deltas.values()):
+        assert torch.equal(a, b) and not torch.equal(a, c)
+        assert torch.equal(d, random_bases(len(d), delta.A.shape[1], 5)[1]) # of peft's key, 0
+        assert delta.config['seed'] == 1
 
 STARTS = dict(plain=True, gaussian='gaussian', orthogonal='orthogonal', pissa='pissa',
               pissa_niter_4='pissa_niter_4', olora='olora', mica='mica')

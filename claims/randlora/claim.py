@@ -1,60 +1,66 @@
-"RandLoRA: how near it comes to targets of full rank, and what it learns beside LoRA with no more numbers"
+"RandLoRA: where LoRA falls short, does a full-rank change with no more parameters learn more?"
+import random
 import torch
-from ftlab.instruments import compare as comparison
-from ftlab.adapters.lowrank import LoRA
-from ftlab.adapters.modules.randlora import RandLoRA, randlora
+from ftlab.adapters.delta import Entries
 from ftlab.adapters.modules.lora import lora
+from ftlab.adapters.modules.randlora import RandLoRA, randlora
+from ftlab.adapters.select import parts, top
 from ftlab.core.batches import data
 from ftlab.core.loading import load
-from ftlab.core.scorers import exact_match
+from ftlab.core.recipe import Recipe
+from ftlab.core.scorers import WORLD, answers, judge
+from ftlab.lab.world import ASK, ATTRIBUTES
+from ftlab.trainers.callbacks import Every
 from ftlab.trainers.fit import fit
 
-WIDTH, RANK, TERM, STEPS = 64, 4, 11, 80 # 6 (11 + 64) = 450 numbers beside 4 (64 + 64) = 512
-ARMS = dict(randlora=lambda: randlora(r=7), lora=lambda: lora(r=8))
+RANK, TERM = 8, 7 # 71,820 parameters of RandLoRA beside LoRA's 75,776
+SPLITS = ['train']*6 + ['validation'] + ['test']*3
 
-def missing(target, seed, steps=1500):
-    "The share of the target's squares that RandLoRA leaves, fitted by Adam with a falling rate"
-    W = torch.zeros_like(target)
-    d = RandLoRA(W, r=TERM, seed=seed)
-    opt = torch.optim.Adam(d.parameters(), lr=2e-2)
-    fall = torch.optim.lr_scheduler.LinearLR(opt, 1., 0., steps)
-    for _ in range(steps):
-        opt.zero_grad()
-        loss = (d(W) - target).square().sum()/target.square().sum()
-        loss.backward()
-        opt.step()
-        fall.step()
-    return float(loss.detach())
-
-def floor(target):
-    s = torch.linalg.svdvals(target).square()
-    return float(s[RANK:].sum()/s.sum())
-
-def gained(recipe, rate, seed, split):
-    model, tok = load('lab-s')
-    task = data('new-procedure', seed=seed, n=4000)
-    rows = getattr(task, split)[:400 if split == 'test' else 200]
-    before = exact_match(model, tok, rows)
-    fit(model, tok, task, recipe, steps=STEPS, lr=rate, seed=seed, progress=False)
-    return exact_match(model, tok, rows) - before
-
-def tune():
-    seed = comparison.tuning_seed([0])
-    return comparison.tune(lambda name, rate: gained(ARMS[name](), rate, seed, 'validation'),
-                           {n: (1e-3, 3e-3, 1e-2) for n in ARMS})
-
-def run(seed, tuned):
+def masked(seed):
+    "A random mask of no more entries than LoRA has parameters: full rank at no cost of thought"
     g = torch.Generator().manual_seed(seed)
-    targets = dict(rotation=torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=g))[0],
-                   gauss=torch.randn(WIDTH, WIDTH, generator=g)/WIDTH**.5)
-    out = {}
-    for name, t in targets.items():
-        out[f'randlora_{name}'], out[f'lora_{name}'] = (
-            dict(missing=missing(t, seed)), dict(missing=floor(t)))
-    for name, make in ARMS.items():
-        out[name] = dict(gain=gained(make(), tuned[name]['rate'], seed, 'test'))
-    out['lora_less_5'] = dict(gain=out['lora']['gain'] - .05)
-    return out
+    return Recipe('mask', select=top(lambda W: torch.rand(W.shape, generator=g), .1), delta=Entries)
+
+ARMS = dict(randlora=lambda seed: randlora(r=TERM),
+            randlora_paper=lambda seed: randlora(r=TERM, scale='paper'),
+            lora=lambda seed: lora(r=RANK), mask=masked,
+            full=lambda seed: Recipe('full', select=parts('attention', 'mlp')))
+
+def rows(seed):
+    "Questions about known facts, answered by the code name of the value: the values permuted"
+    r, code = random.Random(f'code names {seed}'), {}
+    for values in ATTRIBUTES.values():
+        # each value is called what the next one was, so that none keeps its name
+        ring = r.sample(values, len(values))
+        code |= dict(zip(ring, ring[1:] + ring[:1]))
+    out = dict(train=[], validation=[], test=[])
+    for p in WORLD.people['often']:
+        for a in ATTRIBUTES:
+            for ask in ASK:
+                out[r.choice(SPLITS)].append(
+                    dict(prompt=ask.format(a=a, p=p), response=code[WORLD.facts[p, a]]))
+    return {split: r.sample(of, len(of)) for split, of in out.items()}
+
+def run(arm, rate, seed, split, steps):
+    drawn = rows(seed)
+    asked = drawn[split][:200 if split == 'validation' else 400]
+    (model, tok), path = load('lab-s'), []
+
+    def right():
+        return [judge(r, a) for r, a in zip(asked, answers(model, tok, asked))]
+
+    def measured(state):
+        items = right()
+        path.append(dict(step=state.step, gain=sum(items)/len(items), items=dict(gain=items)))
+        return {}
+
+    task = data(drawn['train'], validation=drawn['validation'][:50], test=drawn['test'][:50])
+    fit(model, tok, task, ARMS[arm](seed), steps=steps, batch_size=32, lr=rate, seed=seed,
+        progress=False, callbacks=(Every(steps//4, measured),))
+    return dict(path[-1], path=path)
+
+def derive(found):
+    return dict(half=dict(gain=(found['lora']['gain'] + found['full']['gain'])/2))
 
 def identities():
     torch.manual_seed(0)
@@ -65,19 +71,24 @@ def identities():
     change = (d(W) - W).detach()
     x = torch.randn(3, 24)
     model, _ = load('lab-s')
+    params = dict(model.named_parameters())
 
     def count(recipe):
-        params = dict(model.named_parameters())
-        return sum(sum(p.numel() for p in recipe.delta(params[n].detach(), True).parameters())
-                   for n in recipe.select(model))
+        return sum(p.numel() for n, mask in recipe.select(model).items()
+                   for p in recipe.delta(params[n].detach(), mask).parameters())
 
-    numbers = lambda m: sum(p.numel() for p in m.parameters())
-    Z = torch.zeros(WIDTH, WIDTH)
+    def bases(seed):
+        torch.manual_seed(seed)
+        return randlora(r=5).delta(W).B
+
     return {'it starts as the base': start,
             'its change has full rank': int(torch.linalg.matrix_rank(change)) == 24,
             'the fast path is the definition': bool(
                 torch.allclose(d.branch(x), x @ change.T, atol=1e-3)),
-            'no more numbers than LoRA, on one matrix and on lab-s': numbers(
-                RandLoRA(Z, r=TERM)) <= numbers(LoRA(Z, r=RANK))
-            and count(ARMS['randlora']()) <= count(ARMS['lora']()),
-            'the bases come back from their seed': bool(torch.equal(RandLoRA(W, r=5).B, d.B))}
+            'neither scale has more parameters than LoRA, and the mask has no more': all(
+                count(ARMS[a](0)) <= count(ARMS['lora'](0))
+                for a in ('randlora', 'randlora_paper', 'mask')),
+            'the paper divides by the root of the number of terms': RandLoRA(
+                W, r=5, scale='paper').s == 2/5**.5,
+            'every seed draws its bases, and draws them again': bool(
+                torch.equal(bases(1), bases(1)) and not torch.equal(bases(1), bases(2)))}

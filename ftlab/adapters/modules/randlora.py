@@ -14,7 +14,7 @@ from ...core.paper import method
 from ...core.recipe import Recipe
 
 # %% auto #0
-__all__ = ['random_bases', 'RandLoRA', 'mixture', 'randlora']
+__all__ = ['SCALES', 'random_bases', 'RandLoRA', 'mixture', 'randlora']
 
 # %% ../../../nbs/adapters/modules/randlora.ipynb #000caf9e
 @lru_cache(16)
@@ -38,18 +38,22 @@ def random_bases(long:int,         # the longer side of the weight
     return (A/A.std()).squeeze(1), (B/B.std()).view(long, r, n).transpose(1, 2).contiguous()
 
 # %% ../../../nbs/adapters/modules/randlora.ipynb #de75e7f2
+SCALES = dict(peft=20., paper=2.) # the default alpha/r; the paper divides by sqrt(N) as well
+
 class RandLoRA(nn.Module):
-    """Compute `W + (alpha/r) sum_j B_j diag(lambda_j) A diag(gamma_j)` (for a wide weight the
-    transposed sum); only lambda [r, N] and gamma [N, shorter side] are trained. Raises
-    `ValueError` for a mask, or a rank outside 1 to the shorter side."""
+    """Compute `W + s sum_j B_j diag(lambda_j) A diag(gamma_j)` (for a wide weight the transposed
+    sum); only lambda [r, N] and gamma [N, shorter side] are trained. The scale s is alpha/r, as in
+    peft, or alpha/(r sqrt(N)), as in the paper. Raises `ValueError` for a mask, a rank outside 1 to
+    the shorter side, or an unknown scale."""
     kind, site = 'randlora', 'weight'
 
     def __init__(self, W:Tensor,       # the weight, [out, in]
                  mask=True,            # whole weights only
                  r:int=32,             # the rank of one term; smaller means more terms and more trained parameters
-                 alpha:float|None=None, # scale: alpha/r; None: 20 r, as in peft; the authors' code: 2 r/sqrt(N)
+                 alpha:float|None=None, # of the scale; None: 20 r for 'peft', 2 r for 'paper'
                  sparse:bool=False,    # ternary bases instead of uniform ones
-                 seed:int=0):          # of the bases
+                 seed:int=0,           # of the bases
+                 scale:str='peft'):    # 'peft' or 'paper'
         super().__init__()
         long, short = max(W.shape), min(W.shape)
         if mask is not True:
@@ -57,15 +61,19 @@ class RandLoRA(nn.Module):
         if not 1 <= r <= short:
             raise ValueError(f'rank {r} does not fit a matrix of {W.shape[0]} x {W.shape[1]}: '
                              f'it must be between 1 and {short}')
+        if scale not in SCALES:
+            raise ValueError(f'scale is {scale!r}; it must be {" or ".join(map(repr, SCALES))}')
         A, B = random_bases(long, short, r, seed, sparse)
         n = B.shape[1]
         self.register_buffer('A', A.to(W), persistent=False)
         self.register_buffer('B', B.to(W), persistent=False)
         self.lam = nn.Parameter(torch.zeros(r, n, dtype=W.dtype))
         self.gamma = nn.Parameter(torch.full((n, short), 1/max(n, short), dtype=W.dtype))
+        per_rank = SCALES[scale] if alpha is None else alpha/r
+        self.s = per_rank/math.sqrt(n) if scale == 'paper' else per_rank
         # the trained factor is on the shorter side
-        self.s, self.transposed = (20*r if alpha is None else alpha)/r, W.shape[1] != short
-        self.config = dict(r=r, alpha=alpha, sparse=sparse, seed=seed)
+        self.transposed = W.shape[1] != short
+        self.config = dict(r=r, alpha=alpha, sparse=sparse, seed=seed, scale=scale)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         "Return the factors of the unscaled change, left [out, N r] and right [N r, in]"
@@ -88,24 +96,31 @@ class mixture:
     r:int=32              # as in `RandLoRA`
     alpha:float|None=None # as in `RandLoRA`
     sparse:bool=False     # as in `RandLoRA`
+    scale:str='peft'      # as in `RandLoRA`
+    seed:int|None=None    # of the bases; None: torch's own seed, which `fit` sets to the run's
 
     def __call__(self, W, mask=True) -> nn.Module:
-        return RandLoRA(W, mask, self.r, self.alpha, self.sparse)
+        seed = torch.initial_seed() if self.seed is None else self.seed
+        return RandLoRA(W, mask, self.r, self.alpha, self.sparse, seed, self.scale)
 
     def __repr__(self):
-        return f'RandLoRA(r={self.r})'
+        return f'RandLoRA(r={self.r})' if self.scale == 'peft' else f'RandLoRA(r={self.r}, {self.scale})'
 
 @method('RandLoRA: Full-rank parameter-efficient fine-tuning of large models', '2502.00987',
-    'A change of full rank, a learned mixture of fixed random low-rank products, closes most of the '
-    'gap between LoRA and full fine-tuning with as few trained parameters.',
+    'A change of full rank, a learned mixture of fixed random low-rank products, narrows the gap '
+    'between LoRA and full fine-tuning, and sometimes closes it, with as few trained parameters.',
     'the abstract, the authors\' repository, and peft\'s implementation, against which the values are tested; '
-    'the scale is peft\'s, which the author recommends, not the 2/sqrt(N) of paper and repository',
+    'the default scale is peft\'s, which the author recommends; the 2/sqrt(N) of the repository is the other',
     lr=3e-3, lrs=(1e-3, 3e-3, 1e-2), toy=dict(r=4))
 def randlora(r:int=32,              # the rank of one random term; smaller means more trained parameters
-             alpha:float|None=None, # scale: alpha/r; None: 20 r, as in peft; the authors' code: 2 r/sqrt(N)
+             alpha:float|None=None, # of the scale; None: 20 r for 'peft', 2 r for 'paper'
              targets:str|tuple=('attention', 'mlp'), # as in `parts`, or a regular expression for parameter names
-             sparse:bool=False      # ternary bases
+             sparse:bool=False,     # ternary bases
+             scale:str='peft',      # 'peft': alpha/r; 'paper': alpha/(r sqrt(N))
+             seed:int|None=None     # of the bases; None: the seed of the run; peft's default is 0
             ) -> Recipe:
-    "Apply RandLoRA to the matrices in `targets`"
+    """Apply RandLoRA to the matrices in `targets`. Raises `ValueError` for an unknown `scale`."""
+    if scale not in SCALES:
+        raise ValueError(f'scale is {scale!r}; it must be {" or ".join(map(repr, SCALES))}')
     where = named(targets) if isinstance(targets, str) else parts(*targets)
-    return Recipe(select=where, delta=mixture(r, alpha, sparse))
+    return Recipe(select=where, delta=mixture(r, alpha, sparse, scale, seed))
