@@ -23,8 +23,8 @@ def penalized(weight):
 
 METHODS = dict(asft=ftlab.methods.asft(),
                asft_paper=ftlab.methods.asft(weight=.05, direction='reverse'),
-               dft=ftlab.methods.dft(), sft_kl=penalized(.1), sft_kl_5=penalized(.5),
-               full=Recipe(), base=None)
+               dft=ftlab.methods.dft(), sft_kl=penalized(.1), full=Recipe(),
+               base=None)
 
 def asked(ground, seed, split, n):
     "Questions; of facts those about people whom the base has read about sometimes"
@@ -52,8 +52,8 @@ class Path:
             self.rows.append(dict(step=state.step, **self.measure(state.model)))
 
 def run(arm, rate, seed, split, steps):
-    name, _, ground = arm.partition('_facts')
-    ground = 'facts' if arm.endswith('_facts') else 'noise'
+    name = arm.removesuffix('_facts')
+    ground = 'noise' if name == arm else 'facts'
     (base, tok), (model, _) = start(ground), start(ground)
     rows = asked(ground, seed, split, ITEMS[ground])
     few = collate([encode(r, tok, 'text') for r in rows[:DRIFTED]], tok.pad_token_id)
