@@ -67,7 +67,8 @@ def right(model, tok, rows) -> list[int]:
     "Whether each answer ends in the right result; the steps before it may be written in any way"
     def result(text):
         return text.split(' ; ')[-1].split()
-    return [int(result(a) == result(r['response'])) for r, a in zip(rows, answers(model, tok, rows))]
+    outputs = answers(model, tok, rows)
+    return [int(result(a) == result(r['response'])) for r, a in zip(rows, outputs)]
 
 def fit(model, tok, data, recipe, rate, seed, steps, callbacks=()):
     "The schedule of the official script: cosine, with a tenth of the steps to warm up"
