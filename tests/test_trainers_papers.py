@@ -21,9 +21,9 @@ def state_of(model, reference=None, b=None):
 
 # ---------- rectified prices
 
-def official_asft(model, reference, b, kl_weight):
+def official_asft(model, reference, b, kl_weight, direction='forward'):
     """The loss as the authors' trainer computes it (zhuchichi56/ASFT, train_v2.py),
-    in its own operations"""
+    in its own operations; `reverse` is equation 6 of the paper"""
     x, y = (model(b['input_ids'], attention_mask=b['attention_mask']).logits[:, :-1].flatten(0, 1),
             b['labels'][:, 1:].flatten())
     on = y != -100
@@ -32,15 +32,18 @@ def official_asft(model, reference, b, kl_weight):
             0, 1)
     ce, p = (F.cross_entropy(x, y, reduction='none'),
              x.softmax(-1).gather(1, y.clamp(min=0)[:, None])[:, 0].detach())
-    kl = F.kl_div(x.log_softmax(-1), ref.softmax(-1), reduction='none').sum(-1)
+    q, r = (x, ref) if direction == 'forward' else (ref, x)
+    kl = F.kl_div(q.log_softmax(-1), r.softmax(-1), reduction='none').sum(-1)
     return (p*ce + kl_weight*kl)[on].sum()/on.sum()
 
+@pytest.mark.parametrize('direction', ['forward', 'reverse'])
 @pytest.mark.parametrize('kl_weight', [0., .1, 2.])
-def test_asft_costs_what_its_authors_code_does(kl_weight):
+def test_asft_costs_what_its_authors_code_does(kl_weight, direction):
     model, reference = toy(0), toy(1)
-    s, recipe = state_of(model, reference), methods.asft(weight=kl_weight)
+    s = state_of(model, reference)
+    recipe = methods.asft(weight=kl_weight, direction=direction)
     ours = recipe.objective(s)
-    theirs = official_asft(model, reference, s.batch, kl_weight)
+    theirs = official_asft(model, reference, s.batch, kl_weight, direction)
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
     a, b = (torch.autograd.grad(x, list(model.parameters())) for x in (ours, theirs))
     assert sum(g.norm() for g in a) > 0

@@ -1,52 +1,86 @@
-"""Masked and plain fine-tuning on the same 200 lists: held-out accuracy,
-and how much a swapped letter of the answer so far changes what follows"""
+"""Masked and plain fine-tuning on the same 200 lists: held-out accuracy, and how much the
+predictions change after one letter of the question, or of the answer so far, was swapped"""
 import random
 import torch
+from torch.nn.utils.rnn import pad_sequence
 import ftlab
-from ftlab.instruments.compare import tune as choose
-from ftlab.core.batches import collate, encode
 from ftlab.core.recipe import Recipe
-from ftlab.core.scorers import WORLD, exact_match
+from ftlab.core.batches import collate
+from ftlab.core.scorers import WORLD, answers, judge
 from ftlab.core.state import State
+from ftlab.core.tokens import encode
 from ftlab.lab.world import LETTERS
-from ftlab.trainers.objective import IGNORE
 from ftlab.trainers.losses.masked_thought import mask_answers
+from ftlab.trainers.objective import IGNORE
 
-SKILL, ROWS, STEPS, ITEMS, GRID = 'reverse', 200, 240, 1000, (1e-4, 3e-4, 1e-3)
-ARMS = dict(masked_thought=ftlab.methods.masked_thought(), full=Recipe())
+SKILL, ROWS = 'reverse', 200
+ITEMS, SEEN, SWAPPED = 1000, 200, 200 # questions at the end, on the way, and with a swapped letter
+ARMS = dict(masked_thought=ftlab.methods.masked_thought(),
+            random_words=ftlab.methods.masked_thought(noise='random'), full=Recipe(), base=None)
 
-def train(arm, rate, seed):
-    model, tok = ftlab.load('lab-s', revision='step-250')
-    ftlab.fit(model, tok, ftlab.data(SKILL, seed=seed, n=ROWS), ARMS[arm], steps=STEPS, lr=rate,
-              seed=seed, progress=False)
-    return model, tok
+def swapped(row, tok, letters, rng, in_answer):
+    "The tokens before and after one letter is swapped, the first prediction that sees it, and what it should become"
+    coded = encode(row, tok, 'text')
+    ids, first = coded['input_ids'], next(i for i, y in enumerate(coded['labels']) if y != IGNORE)
+    sites = [i for i, w in enumerate(ids) if w in letters and (i >= first) == in_answer]
+    at = rng.choice(sites[:-1] if in_answer else sites) # only the end mark follows the last letter
+    new = rng.choice(sorted(letters - {ids[at]}))
+    place = len(sites) - 1 - sites.index(at) # of a letter of the question in the reversed list
+    return ids, [*ids[:at], new, *ids[at + 1:]], max(at, first - 1), place, new
 
 @torch.no_grad()
-def leaning(model, tok, rows, rng):
-    "Mean change of the predictions after a swapped letter of the answer so far"
-    letters, out = set(tok.convert_tokens_to_ids(LETTERS)), []
-    for r in rows:
-        e = encode(r, tok, 'text')
-        x = torch.tensor([e['input_ids']])
-        places = [i for i, y in enumerate(e['labels']) if y in letters]
-        i, other = rng.choice(places[:-1]), x.clone()
-        other[0, i] = rng.choice(sorted(letters - {int(x[0, i])}))
-        p, q = (model(z).logits[0, i:-2].softmax(-1) for z in (x, other))
-        out.append(float((p - q).abs().sum(-1).mean()/2))
-    return sum(out)/len(out)
+def reactions(model, tok, rows, seed, in_answer) -> tuple[list[float], list[int]]:
+    """For each row, the mean change of the later predictions after one letter was swapped (half the
+    sum of absolute differences), and whether the one that it determines became the new letter"""
+    letters, rng = set(tok.convert_tokens_to_ids(LETTERS)), random.Random(seed)
+    cases = [swapped(r, tok, letters, rng, in_answer) for r in rows]
+    before, after = (model(pad_sequence([torch.tensor(c[k]) for c in cases], batch_first=True,
+                                        padding_value=tok.pad_token_id)).logits for k in (0, 1))
+    changes, followed = [], []
+    for p, q, (ids, _, start, place, new) in zip(before, after, cases):
+        later = slice(start, len(ids) - 2) # the end mark is left out: only the length decides it
+        change = (p[later].softmax(-1) - q[later].softmax(-1)).abs().sum(-1)/2
+        changes.append(float(change.mean()))
+        followed.append(int(q[start + place].argmax() == new))
+    return changes, followed
 
-def tune() -> dict:
-    return choose(lambda arm, rate: exact_match(*train(arm, rate, 10_000),
-                                                WORLD.rows(SKILL, 300, 'validation', 10_000)),
-                  {a: GRID for a in ARMS})
+def measure(model, tok, rows, seed) -> dict:
+    right = [judge(r, a) for r, a in zip(rows[:SEEN], answers(model, tok, rows[:SEEN]))]
+    asked, followed = reactions(model, tok, rows[:SWAPPED], seed, False)
+    own, _ = reactions(model, tok, rows[:SWAPPED], seed, True)
+    return dict(accuracy=sum(right)/len(right), question=sum(asked)/len(asked),
+                answer=sum(own)/len(own), followed=sum(followed)/len(followed),
+                items=dict(gain=right, question=asked))
 
-def run(seed, tuned):
-    rows, out = WORLD.rows(SKILL, ITEMS, 'test', seed), {}
-    for arm in ARMS:
-        model, tok = train(arm, tuned[arm]['rate'], seed)
-        out[arm] = dict(score=exact_match(model, tok, rows),
-                        leaning=leaning(model, tok, rows[:400], random.Random(seed)))
-    return out
+class Path:
+    "The measurements at a quarter, a half, three quarters and all of the steps"
+
+    def __init__(self, measure, steps):
+        self.measure, self.every, self.rows = measure, max(1, steps//4), []
+
+    def after_step(self, state):
+        if state.step % self.every == 0:
+            self.rows.append(dict(step=state.step, **self.measure(state.model)))
+
+def run(arm, rate, seed, split, steps):
+    model, tok = ftlab.load('lab-s', revision='step-250')
+    rows = WORLD.rows(SKILL, ITEMS, split, seed)
+    known = sum(judge(r, a) for r, a in zip(rows[:SEEN], answers(model, tok, rows[:SEEN])))/SEEN
+
+    def seen(model):
+        found = measure(model, tok, rows, seed)
+        return found | dict(gain=found['accuracy'] - known)
+
+    path = Path(seen, steps)
+    if ARMS[arm] is not None:
+        data = ftlab.data(SKILL, seed=seed, n=ROWS)
+        ftlab.fit(model, tok, data, ARMS[arm], steps=steps, lr=rate, seed=seed, schedule='cosine',
+                  batch_size=32, callbacks=(path,), progress=False)
+    found = [judge(r, a) for r, a in zip(rows, answers(model, tok, rows))]
+    end = path.rows[-1] if path.rows else seen(model)
+    numbers = {k: end[k] for k in ('gain', 'question', 'answer', 'followed')}
+    return numbers | dict(score=sum(found)/len(found), path=path.rows,
+                          items=dict(score=found, question=end['items']['question']))
 
 def identities() -> dict[str, bool]:
     model, tok = ftlab.load('lab-s')

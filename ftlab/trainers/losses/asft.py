@@ -16,10 +16,13 @@ __all__ = ['asft']
 @method('Anchored Supervised Fine-Tuning', '2509.23753',
     'A KL penalty to the base keeps dynamic fine-tuning from drifting, and the two together beat '
     'plain fine-tuning and DFT.',
-    'the official training code (zhuchichi56/ASFT, train_v2.py), which gives direction, mean and the weight 0.1; '
-    'its README, whose command has a weight of 0.05; of the paper the abstract')
-def asft(weight:float=.1, # weight of KL(base || model), in nats per answer token; the README has 0.05
-         alpha:float=1.   # the power of the probability, as in `dft`
+    'the paper (the PDF of version 1 in the official repository, zhuchichi56/ASFT, commit 110bfa4): equation 6 and '
+    'section 5.3 have KL(model || base), section 5.1 a weight of 0.05; the official training code (train_v2.py, lines '
+    '146 to 173, commit 6f6f51c), whose direction KL(base || model), mean and weight of 0.1 are the defaults here')
+def asft(weight:float=.1,         # weight of the KL divergence, in nats per answer token; the paper's runs have 0.05
+         alpha:float=1.,          # the power of the probability, as in `dft`
+         direction:str='forward'  # 'forward', KL(base || model), as in the code; 'reverse' as in the paper's formula
         ) -> Recipe:
     "Anchored supervised fine-tuning: DFT plus a penalty on leaving the base"
-    return Recipe(objective=weighted(probability(alpha)) + kl_to_base(weight))
+    return Recipe(objective=weighted(probability(alpha)) + kl_to_base(weight, direction))
+
