@@ -43,8 +43,9 @@ def begin(seed, steps):
 def measured(model, reference, tok, rows, seed):
     """The mean reward of drawn answers, and the KL divergence from the reference, in nats an answer:
     summed over each answer's tokens, whole distributions compared at each"""
-    said = generate(model, tok, [r['prompt'] for r in rows], max_new_tokens=5, sample=True,
-                    generator_seed=seed)
+    with torch.random.fork_rng(): # a run's own draws must not depend on being watched
+        said = generate(model, tok, [r['prompt'] for r in rows], max_new_tokens=5, sample=True,
+                        generator_seed=seed)
     enc = encode_all([dict(r, response=a) for r, a in zip(rows, said)], tok, 'text', 256)
     far = 0.
     for i in range(0, len(enc), 200):
@@ -84,6 +85,8 @@ def run(arm, rate, seed, split, steps):
         ftlab.fit(model, tok, ftlab.data(dict(train=train, validation=train[:2], test=train[:2])),
                   recipe, steps=steps, batch_size=64 if arm == 'grpo' else 32, lr=rate, seed=seed,
                   schedule='constant', callbacks=(Watch(),), progress=False)
+    for p in path:
+        p['gain'] = p['reward'] - path[0]['reward']
     within = {f'reward_{k}': reward_within(path, b) for k, b in BUDGETS.items()}
     return dict(path[-1], **within, pairs=len(pairs), path=path,
                 excluded={'questions whose two answers scored the same': len(asked) - len(pairs)})
