@@ -1,20 +1,21 @@
-"R-Tuning and plain tuning on facts about half of the lab's people, tested on the other half and on sums"
+"R-Tuning and plain tuning on facts about half of the lab's people, tested on the others and on sums"
 import random
+from functools import lru_cache
+import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 import ftlab
-from ftlab.instruments.compare import tune as choose
 from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import WORLD, answers, judge
-from ftlab.evaluators.trust.r_tuning import certainty, likelihood, statement
+from ftlab.evaluators.trust.r_tuning import answer_nll, likelihood, r_tuning, statement
 
-REVISION, STEPS, GRID, TIERS = (
-    'step-500', 120, (1e-4, 3e-4, 1e-3), ('often', 'sometimes', 'rarely', 'never'))
-ARMS = dict(r_tuning=ftlab.methods.r_tuning(), plain=Recipe())
+REVISION, TIERS = 'step-500', ('often', 'sometimes', 'rarely', 'never')
+COVERAGE = 1/3 # of the questions are answered
 
 def rows(tier, n, split, seed):
     return (WORLD.rows('new-facts', n, split, seed) if tier == 'never'
             else WORLD.rows('fact', n, split, seed, TIERS.index(tier) + 1))
 
+@lru_cache(2)
 def halves(seed, split):
     "Rows to tune on, and rows of one split about other people"
     rng, train, test = random.Random(f'people/{seed}'), [], []
@@ -25,54 +26,66 @@ def halves(seed, split):
         test += [r for r in rows(t, 320, split, seed) if not about(r)][:150]
     return train, test
 
-def said(model, tok, asked):
-    return [a.split(' .')[0].strip() for a in answers(model, tok, asked, max_new_tokens=12)]
+def certainty(model, tok, prompts, said):
+    """The probability of 'know' beside 'do' as the word that follows the answer and '. i': one word
+    against one, as the official script does it, so that a model that was never taught the
+    statements is not judged by their lengths"""
+    know = answer_nll(model, tok, prompts, [f'{a} . i know' for a in said])
+    do = answer_nll(model, tok, prompts, [f'{a} . i do not know' for a in said])
+    return torch.stack([(d[-4] - k[-2]).sigmoid() for k, d in zip(know, do)])
 
-def train(arm, rate, seed, split):
+def asked(model, tok, questions):
+    "The model's answers without statements; whether each is right; its likelihood and certainty"
+    said = [a.split(' .')[0].strip() for a in answers(model, tok, questions, max_new_tokens=12)]
+    right = [judge(r, a) == 1 for r, a in zip(questions, said)]
+    prompts = [r['prompt'] for r in questions]
+    return (torch.tensor(right), likelihood(model, tok, prompts, said),
+            certainty(model, tok, prompts, said))
+
+def made_up(right, confidence):
+    "The share of wrong answers among the questions of which the model is surest"
+    first = confidence.argsort(descending=True, stable=True)[:round(COVERAGE*len(right))]
+    return float((~right[first]).float().mean())
+
+def run(arm, rate, seed, split, steps):
     model, tok = ftlab.load('lab-s', revision=REVISION)
     teach, ask = halves(seed, split)
-    data = ftlab.data(dict(train=teach, validation=ask[:2], test=ask[:2]))
-    run = ftlab.fit(model, tok, data, ARMS[arm], steps=STEPS, lr=rate, seed=seed, progress=False)
-    prompts, given = [r['prompt'] for r in ask], said(model, tok, ask)
-    right = [judge(r, a) == 1 for r, a in zip(ask, given)]
-    sure, doubts, out = likelihood(model, tok, prompts, given), [False]*len(ask), {}
-    if arm == 'r_tuning':
-        say = certainty(model, tok, prompts, given)
-        sure, doubts, out = ((sure + say)/2, (say <= .5).tolist(),
-                             dict(certainty_alone=average_precision_score(right, say),
-                                  transfer=transfer(model, tok, split, seed)))
-    share = lambda these: sum(these)/len(ask)
-    return out | dict(
-        right=share(right), made_up=share(not k and not d for k, d in zip(right, doubts)),
-        willing=1 - share(doubts), average_precision=average_precision_score(right, sure),
-        tokens=run.cost['tokens'])
+    if arm != 'base':
+        data = ftlab.data(dict(train=teach, validation=ask[:2], test=ask[:2]))
+        ftlab.fit(model, tok, data, r_tuning() if arm == 'r_tuning' else Recipe(), steps=steps,
+                  lr=rate, seed=seed, schedule='constant', progress=False)
+    right, like, sure = asked(model, tok, ask)
+    sums = WORLD.rows('add', 400, split, seed)
+    right_sum, like_sum, sure_sum = asked(model, tok, sums)
+    by = dict(both=(like + sure)/2, likelihood=like, certainty=sure)
+    out = {f'made_up_{k}': made_up(right, v) for k, v in by.items()}
+    out |= {f'precision_{k}': float(average_precision_score(right, v)) for k, v in by.items()}
+    of = dict(both=(like_sum + sure_sum)/2, likelihood=like_sum, certainty=sure_sum)
+    mixed = 0 < int(right_sum.sum()) < len(sums)
+    out |= {f'transfer_{k}': float(roc_auc_score(right_sum, v)) if mixed else .5
+            for k, v in of.items()}
+    # a reader who tunes plainly ranks by what costs nothing; R-Tuning ranks by the paper's mean
+    own = 'both' if arm == 'r_tuning' else 'likelihood'
+    out |= {k: out[f'{k}_{own}'] for k in ('made_up', 'precision', 'transfer')}
+    n = max(1, int((sure > .5).sum()))
+    return out | dict(right=float(right.float().mean()), right_sums=float(right_sum.float().mean()),
+                      stated=float((sure > .5).float().mean()),
+                      made_up_of_stated=float((~right[sure > .5]).sum())/n, questions=len(ask),
+                      excluded={} if mixed else {'sums, all right or all wrong': len(sums)})
 
-def transfer(model, tok, split, seed):
-    "Area under the curve of the certainty on sums; one half where they are all right or all wrong"
-    ask = WORLD.rows('add', 400, split, seed)
-    given = said(model, tok, ask)
-    right = [judge(r, a) == 1 for r, a in zip(ask, given)]
-    return (roc_auc_score(right, certainty(model, tok, [r['prompt'] for r in ask], given))
-            if 0 < sum(right) < len(right) else .5)
-
-def tune() -> dict:
-    return choose(lambda arm, rate: train(arm, rate, 10_000, 'validation')['average_precision'],
-                  {a: GRID for a in ARMS})
-
-def run(seed, tuned):
-    return {a: train(a, tuned[a]['rate'], seed, 'test') for a in ARMS}
-
-def identities() -> dict[str, bool]:
+def identities():
     model, tok = ftlab.load('lab-s', revision=REVISION)
     teach, ask = halves(0, 'validation')
     few = random.Random(0).sample(teach, 200)
     seen = {}
+
     class Look:
         def before_fit(self, state):
             seen.update(knew=state.extra['knew'],
                         texts=[tok.decode(r['input_ids']) for r in state.source.rows])
+
     ftlab.fit(model, tok, ftlab.data(dict(train=few, validation=few[:2], test=few[:2])),
-              ARMS['r_tuning'], steps=1, batch_size=8, callbacks=(Look(),), progress=False)
+              r_tuning(), steps=1, batch_size=8, callbacks=(Look(),), progress=False)
     base, _ = ftlab.load('lab-s', revision=REVISION)
     knew = [judge(r, a) == 1 for r, a in zip(few, answers(base, tok, few))]
     people = lambda rs: {w for r in rs for w in r['prompt'].split() if w[0].isupper()}
