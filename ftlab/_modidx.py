@@ -1730,6 +1730,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'ftlab/instruments/claims.py'),
                                           'ftlab.instruments.claims.run_claims': ( 'instruments/claims.html#run_claims',
                                                                                    'ftlab/instruments/claims.py'),
+                                          'ftlab.instruments.claims.run_code': ( 'instruments/claims.html#run_code',
+                                                                                 'ftlab/instruments/claims.py'),
                                           'ftlab.instruments.claims.script_of': ( 'instruments/claims.html#script_of',
                                                                                   'ftlab/instruments/claims.py'),
                                           'ftlab.instruments.claims.side': ('instruments/claims.html#side', 'ftlab/instruments/claims.py'),

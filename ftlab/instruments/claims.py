@@ -34,7 +34,7 @@ from .verdicts import (DEFAULTS, EDITION, SCOPES, VERDICTS, Claim, arms_said, ba
 
 # %% auto #0
 __all__ = ['SENSITIVITY_SEEDS', 'STATES', 'WORDS_ALONE', 'SAME_GAIN', 'workplace', 'Experiment', 'recipes_of', 'bench_of',
-           'want_of', 'planned', 'side', 'arm_value', 'effect', 'own_definitions', 'own_code', 'core_code',
+           'want_of', 'planned', 'side', 'arm_value', 'effect', 'own_definitions', 'own_code', 'run_code', 'core_code',
            'read_result', 'write_result', 'status', 'named_claim', 'script_of', 'beside', 'Kept', 'Part', 'test_row',
            'turned_rows', 'half_row', 'run_claim', 'tuned_part', 'assemble_claim', 'also_seen', 'again', 'replay',
            'quickest_seed', 'carry', 'supersede', 'explain', 'note', 'run_claims', 'carry_claims']
@@ -57,7 +57,7 @@ class Experiment:
         self.script = script_of(claim) if claim.script else None
         self.seconds = {}     # of each run, by its name
         if claim.runs:
-            kept = Kept(workplace()/f'{claim.key}-{own_code(claim)}')
+            kept = Kept(workplace()/f'{claim.key}-{run_code(claim)}')
             self.kept = kept if keep else lambda name, make: make()
         self.recipes = recipes_of(claim)
         self.runs = Runs(resume=keep)
@@ -207,6 +207,10 @@ def own_code(claim:Claim) -> str:
     spec = {k: v for k, v in claim.spec.items() if k not in WORDS_ALONE}
     return code_hash(*own_definitions(claim).values(), json.dumps(spec, sort_keys=True),
                      *_script_trees(claim))
+
+def run_code(claim:Claim) -> str:
+    "The hash of what a run of the script depends on: another margin makes no run anew"
+    return code_hash(*own_definitions(claim).values(), *_script_trees(claim))
 
 def _script_trees(claim:Claim) -> list[str]:
     """The claim's script as a tree, and those of the claims that it takes something from
