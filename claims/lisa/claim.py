@@ -19,7 +19,8 @@ class Look:
         now = {n: p.detach().clone() for n, p in state.model.named_parameters()}
         moved = {b for n in now if (b := block_of(n)) and not torch.equal(now[n], self.was[n])}
         active = {f'model.layers.{i}' for i in state.extra['active']}
-        held = sum(v.numel() for d in self.steps[0].opt.state.values() for v in d.values() if v.ndim)
+        state = self.steps[0].opt.state
+        held = sum(v.numel() for d in state.values() for v in d.values() if v.ndim)
         self.was = now
         self.seen.append((moved, active, held))
 

@@ -23,8 +23,8 @@ def probe(model, tok, rows, rate, seed, steps):
         h = model.model(**model_inputs(b)).last_hidden_state[:, :-1]
     head = torch.nn.Linear(h.shape[-1], len(tok), bias=False)
     head.weight.data.copy_(model.lm_head.weight)
-    optimizer, rng = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=0.), torch.Generator()
-    rng.manual_seed(seed)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=0.)
+    rng = torch.Generator().manual_seed(seed)
     for step in range(steps):
         optimizer.param_groups[0]['lr'] = rate*(1 - step/steps)
         some = torch.randperm(len(rows), generator=rng)[:ROWS['mezo']]
