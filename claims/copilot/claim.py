@@ -59,8 +59,8 @@ def boxed(n, split):
 def stands_still():
     "The Copilot of a Pilot that learns nothing: it makes the same mistakes all the time"
     model, tok = ftlab.load('lab-s')
-    return ftlab.fit(model, tok, ftlab.data(boxed(300, 'train')), lora(r=2)*copilot(LAM, lr=5e-3), steps=40,
-                     batch_size=BATCH, lr=1e-7, progress=False)
+    return ftlab.fit(model, tok, ftlab.data(boxed(300, 'train')), lora(r=2)*copilot(LAM, lr=5e-3),
+                     steps=40, batch_size=BATCH, lr=1e-7, progress=False)
 
 def identities() -> dict[str, bool]:
     def short(recipe):
