@@ -1,4 +1,5 @@
 "A Copilot watches, keeps a log, corrects, and changes nothing of its Pilot"
+from contextlib import nullcontext
 from types import SimpleNamespace
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_the_copilot_learns_the_mistakes():
 
 def at_a_step(batches, model, learner, log, step=0, **kw):
     "What `foresight` sees of a run of one process"
-    acc = SimpleNamespace(num_processes=1, process_index=0)
+    acc = SimpleNamespace(num_processes=1, process_index=0, autocast=nullcontext)
     return SimpleNamespace(batches=batches, model=model, models=dict(copilot=learner), seed=0,
                            steps=9,
                            step=step, accelerator=acc,
@@ -127,6 +128,25 @@ def test_a_mistake_in_the_log_is_the_one_made_then():
         torch.testing.assert_close(x['mistake'], (was if x['round'] == 0 else now)[k, on])
         assert len(x['read']) == b['attention_mask'][k].sum()
 
+def test_the_states_in_the_log_are_those_before_the_step():
+    "Algorithm 1, line 9: h_t is of the weights that made the mistakes of round t"
+    m, first, seen = toy(tied=False), {}, {}
+    class Look:
+        def before_batch(self, state):
+            first[state.step] = [read_of(m, b) for b in state.batches]
+
+        def after_step(self, state):
+            kept = state.extra['mistake log'].kept
+            seen[state.step - 1] = [x for x in kept if x['round'] == state.step - 1]
+    fit(m, TOK, lab_data(), copilot(width=16), steps=3, batch_size=8, lr=.1, progress=False,
+        callbacks=(Look(),))
+    for step in range(3):
+        was = torch.cat([t for t in first[step]])
+        assert len(seen[step]) == len(was) == 8
+        for x, read in zip(seen[step], was):
+            torch.testing.assert_close(x['read'], read[:len(x['read'])])
+    assert not torch.allclose(read_of(m, probe()), read_of(toy(tied=False), probe()), atol=.01)
+
 def test_a_full_log_keeps_all_rounds_alike():
     counts = torch.zeros(60)
     for seed in range(400):
@@ -192,7 +212,9 @@ def test_two_processes_take_the_step_of_one(monkeypatch):
     said = 0.
     for i, b in enumerate(halves):
         s = at_a_step(halves, m, c, MistakeLog(9), batch=b, logits=logits(m, b))
-        s.accelerator = SimpleNamespace(num_processes=2, process_index=i)
+        s.accelerator = SimpleNamespace(num_processes=2, process_index=i, autocast=nullcontext)
+        s.extra['mistake log'].before_batch(s)
+        assert list(s.extra['mistake log'].read) == [i] # each reads its own micro-batches
         said += float(foresight(s).detach())
     assert said == pytest.approx(want, rel=1e-6)
 

@@ -1,49 +1,66 @@
-"A Pilot, the Pilot with its Copilot, and a wider LoRA with as many numbers as both"
+"A Pilot, the Pilot with its Copilot, and a wider LoRA with as many parameters as both"
+from functools import lru_cache
 import torch
 import ftlab
 from ftlab.adapters.modules.lora import lora
-from ftlab.instruments.compare import tune as choose
+from ftlab.core.batches import collate
 from ftlab.core.generate import generate
-from ftlab.core.scorers import WORLD, exact_match
-from ftlab.evaluators.decoding.copilot import Copilot, answer_together, copilot, mistakes
+from ftlab.core.model import evaluating, model_inputs
+from ftlab.core.scorers import WORLD, answers, judge
+from ftlab.core.tokens import encode_all
+from ftlab.evaluators.decoding.copilot import (Copilot, answer_together, copilot, examples_of,
+                                               mistakes, rmse, thoughts)
 
-SKILL, STEPS, LAM, ITEMS = 'new-procedure', 60, 1., 1000
-# the last are the Copilot's own
-GRIDS = dict(pilot=(1e-3, 3e-3, 1e-2), wide=(1e-3, 3e-3, 1e-2), together=(3e-4, 1e-3, 3e-3))
-WIDE = 31 # 9,472 numbers a rank: 293,632 beside 75,776 + 212,909
+SKILL, BATCH, LAM = 'boxes', 8, 1.
+FASTER = 5/3 # the Copilot's rate, in rates of its Pilot: the paper's Table 5
+ITEMS = dict(test=1000, validation=400)
+RANK, WIDE = 8, 31 # 9,472 parameters a rank: 293,632 beside 75,776 + 212,909
 
-def train(recipe, rate, seed):
+def recipe(arm, rate):
+    wide = lora(r=WIDE, alpha=2.*WIDE)
+    return wide if arm == 'wide' else lora(r=RANK)*copilot(LAM, lr=rate*FASTER)
+
+# the Pilot is bit for bit the same with and without its Copilot (an identity), so the two share a run
+@lru_cache(1)
+def trained(arm, rate, seed, steps):
     model, tok = ftlab.load('lab-s')
-    return ftlab.fit(model, tok, ftlab.data(SKILL, seed=seed, n=2000), recipe, steps=STEPS,
-                     batch_size=32, lr=rate, seed=seed, progress=False)
+    return ftlab.fit(model, tok, ftlab.data(SKILL, seed=seed, n=2000), recipe(arm, rate),
+                     steps=steps, batch_size=BATCH, lr=rate, seed=seed, schedule='cosine',
+                     progress=False)
 
-def alone(run, rows):
-    return exact_match(run.model, run.tok, rows)
+@torch.no_grad()
+def foreseen(run, rows):
+    "Share of the squared norm of the Pilot's mistakes on `rows` that the Copilot predicts"
+    b = collate(encode_all(rows, run.tok, 'text', 100), run.tok.pad_token_id)
+    with evaluating(run.model):
+        out = run.model(**model_inputs(b), output_hidden_states=True)
+    logged = examples_of(b, out.logits, thoughts(out), 0)
+    silent = Copilot(run.model.config.hidden_size, len(run.tok))
+    return 1 - float(rmse(run.models['copilot'], logged)/rmse(silent, logged))**2
 
-def together(run, rows):
-    return exact_match(
-        run.model, run.tok, rows,
-        lambda m, t, p, **kw: answer_together(m, run.models['copilot'], t, p, LAM, **kw))
+def run(arm, rate, seed, split, steps):
+    rows = WORLD.rows(SKILL, ITEMS[split], split, seed)
+    if arm == 'base':
+        model, tok = ftlab.load('lab-s')
+    else:
+        done = trained('wide' if arm == 'wide' else 'both', rate, seed, steps)
+        model, tok = done.model, done.tok
+    def heard(model, tok, prompts, **how):
+        return answer_together(model, done.models['copilot'], tok, prompts, LAM, **how)
 
-def tune() -> dict:
-    rows = WORLD.rows(SKILL, 400, 'validation', 10_000)
-    recipes = dict(pilot=lora(), wide=lora(r=WIDE, alpha=2.*WIDE))
-    found = choose(lambda arm, rate: alone(train(recipes[arm], rate, 10_000), rows),
-                   {a: GRIDS[a] for a in recipes})
-    best = found['pilot']['rate']
-    return (found
-            | choose(lambda arm, rate: together(train(lora()*copilot(lr=rate), best, 10_000), rows),
-                     dict(together=GRIDS['together'])))
+    said = answers(model, tok, rows, decode=heard if arm == 'together' else None)
+    right = [judge(r, a) for r, a in zip(rows, said)]
+    out = dict(score=sum(right)/len(right), items=dict(score=right))
+    return out | (dict(foreseen=foreseen(done, rows[:200])) if arm == 'together' else {})
 
-def run(seed, tuned):
-    rows, rate = WORLD.rows(SKILL, ITEMS, 'test', seed), {a: tuned[a]['rate'] for a in GRIDS}
-    both, wide = (train(lora()*copilot(lr=rate['together']), rate['pilot'], seed),
-                  train(lora(r=WIDE, alpha=2.*WIDE), rate['wide'], seed))
-    return dict(together=dict(score=together(both, rows),
-                              numbers=both.cost['trainable'] + both.cost['learners'],
-                              foresight=both.log[-1]['copilot_loss']),
-                pilot=dict(score=alone(both, rows)),
-                wide=dict(score=alone(wide, rows), numbers=wide.cost['trainable']))
+def boxed(n, split):
+    return [r | dict(response='box') for r in WORLD.rows('last', n, split)]
+
+def stands_still():
+    "The Copilot of a Pilot that learns nothing: it makes the same mistakes all the time"
+    model, tok = ftlab.load('lab-s')
+    return ftlab.fit(model, tok, ftlab.data(boxed(300, 'train')), lora(r=2)*copilot(LAM, lr=5e-3),
+                     steps=40, batch_size=BATCH, lr=1e-7, progress=False)
 
 def identities() -> dict[str, bool]:
     def short(recipe):
@@ -57,15 +74,19 @@ def identities() -> dict[str, bool]:
                  torch.tensor([[-100, -100, 3, 4, 8]]*2))
     l = mistakes(logits, y)
     p, q = a.delta.attached.parameters(), b.delta.attached.parameters()
+    size = WIDE*a.cost['trainable']/8/(b.cost['trainable'] + b.cost['learners'])
     return {
         'the Pilot is trained as if alone, bit for bit': p.keys() == q.keys()
         and all(torch.equal(p[k], q[k]) for k in p),
+        'a Copilot of this size foresees a Pilot that stands still': foreseen(
+            stands_still(), boxed(50, 'test')) > .4,
         'lam 0 is the Pilot': answer_together(b.model, b.models['copilot'], b.tok, asked, 0., 9)
         == generate(b.model, b.tok, asked, max_new_tokens=9),
         'an untrained Copilot corrects nothing': answer_together(
             b.model, Copilot(128, len(b.tok)), b.tok, asked, LAM, 9)
         == generate(b.model, b.tok, asked, max_new_tokens=9),
+        'a perfect Copilot would leave no mistake': torch.equal(
+            (logits.softmax(-1) + l)[:, 1:4].argmax(-1), y[:, 2:]),
         'a mistake sums to zero, and is zero where nothing is asked': bool(
             l.sum(-1).abs().max() < 1e-5 and l[:, 0].abs().max() == 0 and l[:, 1].abs().max() > 0),
-        'the wide LoRA has as many numbers, to a twentieth': abs(
-            WIDE*a.cost['trainable']/8/(b.cost['trainable'] + b.cost['learners']) - 1) < .05}
+        'the wide LoRA has as many parameters, to a twentieth': abs(size - 1) < .05}

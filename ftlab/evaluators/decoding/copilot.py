@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from ...core.paper import method
 from ...core.recipe import Learner, Loop, Recipe
-from ...core.model import model_inputs
+from ...core.model import evaluating, model_inputs
 from ...trainers.objective import loss_mask
 from ..decode import decode
 
@@ -103,13 +103,20 @@ class MistakeLog:
     """Hold at most `size` examples (the Pilot's states and mistakes),
     drawn evenly from all rounds so far"""
     def __init__(self, size:int):
-        self.size, self.seen, self.kept, self.new = size, 0, [], []
+        self.size, self.seen, self.kept, self.new, self.read = size, 0, [], [], {}
 
     def before_fit(self, state):
         state.extra['mistake log'] = self
 
+    @torch.no_grad()
     def before_batch(self, state):
-        self.new = []
+        "Read the Pilot before its step, at the weights that make this round's mistakes"
+        self.new, self.read, acc = [], {}, state.accelerator
+        with evaluating(state.model), acc.autocast():
+            # the micro-batches of this process
+            for i in range(acc.process_index, len(state.batches), acc.num_processes):
+                out = state.model(**model_inputs(state.batches[i]), output_hidden_states=True)
+                self.read[i] = thoughts(out)
 
     def collect(self, examples:list, rng:torch.Generator) -> None:
         "Add examples; each one ever added is still there with the same probability"
@@ -191,9 +198,7 @@ def foresight(state) -> Tensor:
     step has, drawn from the log. Before that, return 0"""
     log, acc, copilot = state.extra['mistake log'], state.accelerator, state.models['copilot']
     i = next(i for i, b in enumerate(state.batches) if b is state.batch)
-    with torch.no_grad():
-        out = state.model(**model_inputs(state.batch), output_hidden_states=True)
-        log.new.append((i, examples_of(state.batch, state.logits, thoughts(out), state.step)))
+    log.new.append((i, examples_of(state.batch, state.logits, log.read.pop(i), state.step)))
     if i + acc.num_processes < len(state.batches): # this process has another micro-batch
         return 0.*copilot.head.bias.sum()
     # every process collects all examples in the same order, and draws the same
@@ -298,7 +303,7 @@ class together:
     'A small second model that learns from a log of the first one\'s mistakes and corrects its '
         'answers helps more than '
     'the same number of extra parameters in the first one.',
-    'another reader\'s notes on the paper (Algorithm 1, Table 17) and the figures of its repository; the width, '
+    'sections 2 and 3, appendices E and F.4, and the figure of its algorithms (the repository had no code); the width, '
     'the fresh start and the bound on the log are ours')
 def copilot(lam:float=1.,  # how much of the correction is added
             width:int=64,  # of the Copilot

@@ -97,8 +97,8 @@ class MeZO:
 @method('Fine-Tuning Language Models with Just Forward Passes', '2305.17333',
     'A pretrained model can be fine-tuned by forward passes alone, in the memory of inference, '
     'nearly as well as by backpropagation.',
-    'the abstract and the official code (princeton-nlp/MeZO); the constant learning rate is that of its '
-    'scripts (large_models/mezo.sh:60, medium_models/mezo.sh:32)',
+    'the abstract, sections 2 and 3, and the official code (princeton-nlp/MeZO); the constant learning '
+    'rate is that of its scripts (large_models/mezo.sh:60, medium_models/mezo.sh:32)',
     lr=1e-4, lrs=(3e-5, 1e-4, 3e-4), schedule='constant',
     waives={'accumulates': 'it takes no gradient, which is what that check compares; '
                            'tests/test_trainers_papers.py compares the weights instead'})
