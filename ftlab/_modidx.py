@@ -1025,6 +1025,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'ftlab/evaluators/old_sets.py'),
                                            'ftlab.evaluators.old_sets._tasks': ( 'evaluators/old_sets.html#_tasks',
                                                                                  'ftlab/evaluators/old_sets.py'),
+                                           'ftlab.evaluators.old_sets._unsplit': ( 'evaluators/old_sets.html#_unsplit',
+                                                                                   'ftlab/evaluators/old_sets.py'),
                                            'ftlab.evaluators.old_sets._written': ( 'evaluators/old_sets.html#_written',
                                                                                    'ftlab/evaluators/old_sets.py'),
                                            'ftlab.evaluators.old_sets.asks_base': ( 'evaluators/old_sets.html#asks_base',

@@ -43,7 +43,7 @@ TEMPLATES = {
         '2, 4, 6, 8|Monday, Tuesday, Wednesday|A, B, C, D|10, 20, 30|January, February, March|'
         '1, 4, 9, 16|one, two, three|5, 10, 15|spring, summer, autumn|100, 90, 80',
     'Is this positive or negative? "{}"':
-        'I loved every minute.|The food was cold and the staff rude.|What a wonderful surprise!|'
+        'I loved every minute.|The food was cold and the staff rude.|What a wonderful day!|'
         'I want my money back.|Best purchase of the year.|It broke after one day.|'
         'Boring and far too long.|A delight from start to finish.',
     'Answer yes or no. {}':

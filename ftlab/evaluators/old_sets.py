@@ -8,6 +8,7 @@ import hashlib, importlib, json, random
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 import numpy as np
 import torch
 from ..core.batches import collate
@@ -223,7 +224,7 @@ def old_set(source,               # `Data`, or anything `ftlab.data` takes
            ) -> OldSet:
     """Make one old set of data. Raises `ValueError` for a metric that does not fit the rows,
     and for choices that lack the right answer"""
-    d = source if isinstance(source, Data) else as_data(source)
+    d = source if isinstance(source, Data) else _unsplit(source)
     rows = d.test + d.validation + d.train
     name = name or d.name
     fits = dict(exact=d.kind == 'text', choice=d.kind == 'text' and all('choices' in r for r in rows),
@@ -236,6 +237,14 @@ def old_set(source,               # `Data`, or anything `ftlab.data` takes
         for r in rows:
             _check_choices(r, name)
     return OldSet(name, rows, d.kind, metric, d.labels)
+
+def _unsplit(source) -> Data:
+    "Read data; a source that has no splits stays whole, even if its rows would all be in one split"
+    whole = isinstance(source, (list, tuple)) or isinstance(source, (str, Path)) and Path(source).is_file()
+    if not whole:
+        return as_data(source)
+    d = as_data(source, validation=source, test=source)
+    return replace(d, validation=[], test=[], note='')
 
 def _check_choices(row, name) -> None:
     c = row['choices']
