@@ -51,7 +51,8 @@ def known_of(task:str) -> dict:
 
 def correlations(runs:list[dict]) -> dict:
     "Return Spearman's rank correlation with the truth, over all runs and within each task"
-    of = lambda rs, key: round(float(spearmanr([r[key] for r in rs], [r['truth'] for r in rs])[0]), 3)
+    of = lambda rs, key: round(float(spearmanr([r[key] for r in rs],
+                                               [r['truth'] for r in rs])[0]), 3)
     groups = dict(all=runs) | {t: [r for r in runs if r['task'] == t] for t in TASKS}
     return {name: dict(runs=len(rs), auto=of(rs, 'auto'), drift=of(rs, 'drift'))
             for name, rs in groups.items()}

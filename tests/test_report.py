@@ -473,7 +473,8 @@ def _as_earlier(new):
     for s in second['sets']:
         del s['flips']
     del second['forgetting']['flips'], second['forgetting']['left_out']
-    first = json.loads(json.dumps(second).replace('"parameters"', '"numbers"').replace('"examined"', '"looked"')
+    first = json.loads(json.dumps(second).replace('"parameters"', '"numbers"')
+                       .replace('"examined"', '"looked"')
                        .replace('"positions"', '"places"'))
     del first['version']
     upgraded = json.loads(json.dumps(new))
@@ -534,7 +535,8 @@ def test_several_old_sets_by_name(tmp_path):
 
 def test_the_harvest_of_a_run_is_that_of_its_base():
     model, tok = ftlab.load('lab-s')
-    run = ftlab.fit(model, tok, ftlab.data('new-procedure'), methods.full(), steps=15, lr=2e-3, progress=False)
+    run = ftlab.fit(model, tok, ftlab.data('new-procedure'), methods.full(), steps=15, lr=2e-3,
+                    progress=False)
     was = weights(run.model)
     r = report(run, 'auto', items=5, rows=10).json()
     auto = r['sets'][1]
@@ -544,7 +546,8 @@ def test_the_harvest_of_a_run_is_that_of_its_base():
     assert auto['n'] == len(olds.old_sets('auto', run.data, base, tok)[0].rows)
 
 def test_sampled_answers_are_corrected_by_a_second_sampling_of_the_base():
-    "A decoder that answers at random: base and tuned model flip as often as the base flips by itself"
+    """A decoder that answers at random: base and tuned model flip as often as the base flips by
+    itself"""
     def drawn(models, tok, prompts, **options):
         return ['a' if torch.rand(1) < .5 else 'b' for _ in prompts]
 

@@ -120,7 +120,8 @@ def mean_flips(found:Sequence[dict] # what `flips` returned for each set
         raise ValueError('there is no set to take the mean over; give at least one result of flips')
     kinds = {f['correction'] for f in found}
     return dict(sets=len(found), correction=kinds.pop() if len(kinds) == 1 else 'mixed',
-                lost=_mean_side([f['lost'] for f in found]), won=_mean_side([f['won'] for f in found]))
+                lost=_mean_side([f['lost'] for f in found]),
+                won=_mean_side([f['won'] for f in found]))
 
 def _mean_side(sides:list[dict]) -> dict:
     out = dict(expected=fmean(s['expected'] for s in sides))
@@ -128,6 +129,7 @@ def _mean_side(sides:list[dict]) -> dict:
         out[middle] = fmean(s[middle] for s in sides)
         for end, sign in ((low, -1), (high, 1)):
             known = all(s[end] is not None for s in sides)
-            out[end] = (out[middle] + sign*math.hypot(*(s[end] - s[middle] for s in sides))/len(sides)
+            out[end] = (out[middle]
+                        + sign*math.hypot(*(s[end] - s[middle] for s in sides))/len(sides)
                         if known else None)
     return out

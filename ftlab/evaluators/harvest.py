@@ -121,7 +121,8 @@ def harvest(model, tok,
     ask = lambda **how: [first_line(a) for a in
                          generate(model, tok, shaped, max_new_tokens=max_new_tokens, **how)]
     with evaluating(model), torch.random.fork_rng():
-        one, two = (ask(sample=True, temperature=temperature, generator_seed=2*seed + i) for i in (0, 1))
+        one, two = (ask(sample=True, temperature=temperature, generator_seed=2*seed + i)
+                    for i in (0, 1))
         agreed = [i for i, (a, b) in enumerate(zip(one, two)) if a and a == b]
         shaped = [shaped[i] for i in agreed]
         keys = ask() if agreed else []

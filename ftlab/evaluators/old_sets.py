@@ -134,7 +134,8 @@ def _by_lm_eval(q, model, tok, decode, max_length) -> list[tuple[str, float]]:
     ids = sorted(r['doc_id'] for r in q.rows)
     with evaluating(model), _random_state():
         lm = wrapped(pretrained=model, tokenizer=tok, batch_size=8, max_length=max_length)
-        found = _lm_eval('evaluator').simple_evaluate(model=lm, tasks=[q.task], samples={q.task: ids},
+        found = _lm_eval('evaluator').simple_evaluate(model=lm, tasks=[q.task],
+                                                      samples={q.task: ids},
                                                       log_samples=True, bootstrap_iters=0)
     samples = {}
     for s in found['samples'][q.task]:
@@ -180,13 +181,16 @@ class OldSet:
     @property
     def fingerprint(self) -> str:
         "Return 20 hex digits that change with any question and with the metric"
-        return digest([self.name, self.kind, self.metric, self.labels, self.task, self.longest, self.rows])
+        return digest([self.name, self.kind, self.metric, self.labels, self.task, self.longest,
+                       self.rows])
 
-    def answers(self, model, tok, decode:Callable|None=None, max_length:int|None=None) -> list[tuple[str, float]]:
+    def answers(self, model, tok, decode:Callable|None=None,
+                max_length:int|None=None) -> list[tuple[str, float]]:
         "Return what the model says to each question, and its score, higher is better"
         return SCORERS[self.metric](self, model, tok, decode, max_length)
 
-    def scores(self, model, tok, decode:Callable|None=None, max_length:int|None=None) -> list[float]:
+    def scores(self, model, tok, decode:Callable|None=None,
+               max_length:int|None=None) -> list[float]:
         "Return one score per question: 0 to 1, or for nll minus the loss per token"
         return [s for _, s in self.answers(model, tok, decode, max_length)]
 
@@ -206,7 +210,8 @@ def halves(rows:list[dict],       # of an old set
     Raises `ValueError` if a half would be empty"""
     out = [], []
     for r in rows:
-        text = json.dumps({k: v for k, v in r.items() if k != 'doc_id'}, sort_keys=True, default=str)
+        text = json.dumps({k: v for k, v in r.items() if k != 'doc_id'}, sort_keys=True,
+                          default=str)
         out[hashlib.blake2s(text.encode()).digest()[0] % 2].append(r)
     if not all(out):
         raise ValueError(f'{name} has {len(rows)} rows, too few for two halves (one to choose by, one to judge by); '
@@ -227,7 +232,8 @@ def old_set(source,               # `Data`, or anything `ftlab.data` takes
     d = source if isinstance(source, Data) else _unsplit(source)
     rows = d.test + d.validation + d.train
     name = name or d.name
-    fits = dict(exact=d.kind == 'text', choice=d.kind == 'text' and all('choices' in r for r in rows),
+    fits = dict(exact=d.kind == 'text', choice=d.kind == 'text'
+                and all('choices' in r for r in rows),
                 accuracy=d.kind == 'label', nll=d.kind in ('text', 'chat', 'lm', 'label'))
     metric = metric or usual_metric(d)
     if not fits.get(metric):
@@ -240,7 +246,8 @@ def old_set(source,               # `Data`, or anything `ftlab.data` takes
 
 def _unsplit(source) -> Data:
     "Read data; a source that has no splits stays whole, even if its rows would all be in one split"
-    whole = isinstance(source, (list, tuple)) or isinstance(source, (str, Path)) and Path(source).is_file()
+    whole = (isinstance(source, (list, tuple)) or isinstance(source, (str, Path))
+             and Path(source).is_file())
     if not whole:
         return as_data(source)
     d = as_data(source, validation=source, test=source)

@@ -69,7 +69,8 @@ class Asked:
         if self.kind == 'text' and 'prompt' in self.rows[0]:
             return self.rows
         if self.kind == 'lm_eval':
-            return [dict(prompt=str(r['doc'].get('question', r['doc'])), response='') for r in self.rows]
+            return [dict(prompt=str(r['doc'].get('question', r['doc'])), response='')
+                    for r in self.rows]
         if self.kind == 'label':
             return [dict(prompt=r['text'], response=self.labels[r['label']]) for r in self.rows]
         if self.kind == 'lm':
@@ -80,7 +81,8 @@ class Asked:
                 for i, r in zip(last, self.rows)]
 
 # %% ../../nbs/instruments/report.ipynb #0008fa9f
-def asked_of(data:Data, old:list[OldSet]|None=None, items:int=100, metric:str|None=None) -> list[Asked]:
+def asked_of(data:Data, old:list[OldSet]|None=None, items:int=100,
+             metric:str|None=None) -> list[Asked]:
     """Return the sets of questions of a report, new ones first.
     Raises `ValueError` if there is no test row, or if the metric is a function"""
     if callable(metric):
@@ -88,7 +90,8 @@ def asked_of(data:Data, old:list[OldSet]|None=None, items:int=100, metric:str|No
     if not data.test:
         raise ValueError(f'{data.name} has no test row, but a report needs some; give more rows, '
                          'or a test set of your own')
-    new = Asked(data.name, evenly(data.test, items), data.kind, metric_for(data, metric), data.labels)
+    new = Asked(data.name, evenly(data.test, items), data.kind, metric_for(data, metric),
+                data.labels)
     return [new, *(Asked(s.name, s.rows, s.kind, s.metric, s.labels, s) for s in old or [])]
 
 def _old_sets(run, old, n, seed) -> list[OldSet]:
@@ -525,7 +528,8 @@ def _compared(asked, before, after, again) -> dict:
     "Return everything that follows from the answers of both"
     pairs = list(zip(asked, before, after))
     change = lambda q, b, a: paired(b['score'], a['score'], -1 if q.metric == 'nll' else 1)
-    sets = [dict(name=q.name, old=q.old, metric=q.metric, **change(q, b, a), flips=counted(q, b, a, x))
+    sets = [dict(name=q.name, old=q.old, metric=q.metric, **change(q, b, a),
+                 flips=counted(q, b, a, x))
             for (q, b, a), x in zip(pairs, again or [None]*len(pairs))]
     return dict(sets=sets, forgetting=forgotten(sets), new=similarity(asked, before, after, False),
                 old=similarity(asked, before, after, True),

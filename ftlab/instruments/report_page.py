@@ -27,7 +27,8 @@ def signed(x:float, digits:int) -> str:
     return f'{round(x, digits) + 0.:+.{digits}f}'
 
 def level(s:dict, which:str) -> str:
-    "Format the score of a set of questions: per cent right, or nats per token (negative log-likelihood)"
+    """Format the score of a set of questions: per cent right, or nats per token (negative
+    log-likelihood)"""
     return f'{round(s[which], 2) + 0.:.2f} nats' if s['metric'] == 'nll' else percent(s[which])
 
 def spread(x:dict, scale:float=1., digits:int=1) -> str:
@@ -265,7 +266,8 @@ def _dumbbell(s, y, x, left, right) -> str:
 
 # %% ../../nbs/instruments/report_page.ipynb #001763c3
 def diagram(before:dict, after:dict) -> str:
-    "Draw the share right against confidence, before (hollow) and after; below the diagonal is overconfidence"
+    """Draw the share right against confidence, before (hollow) and after; below the diagonal is
+    overconfidence"""
     n, o = 190, 46
     x, y = (lambda v: o + n*v), (lambda v: 12 + n*(1 - v))
     body = ''
@@ -297,7 +299,8 @@ def _bins(c):
 
 # %% ../../nbs/instruments/report_page.ipynb #001b63c3
 def heatmap(cells:list[dict], blocks:int) -> str:
-    "Draw parts as rows, blocks as columns; the darker, the larger the change relative to the weights"
+    """Draw parts as rows, blocks as columns; the darker, the larger the change relative to the
+    weights"""
     parts = [p for p in ('attention', 'mlp', 'norm', 'bias')
              if any(c['part'] == p and c['block'] is not None for c in cells)]
     inside = {(c['part'], c['block']): c for c in cells}
@@ -450,14 +453,16 @@ def skills_html(r:dict) -> str:
              *([_corrected(s, 'lost'), _corrected(s, 'won')] if more else [])] for s in r['sets']]
     said = ('Answers that flipped: the number, and the share of the questions with its 95% interval. '
             + ('Corrected flips are ' if more else 'Flips are ')
-            + '; '.join(CORRECTIONS[k] for k in kinds if k != 'none' or not more) + '.' if kinds else '')
+            + '; '.join(CORRECTIONS[k] for k in kinds if k != 'none' or not more) + '.' if kinds
+            else '')
     return (note('The change is in points, or in nats per token (there a positive change is a fall), '
                  'with its 95% interval over the choice of questions. '
                  'This is one run, and runs with other seeds can differ by more: '
                  'ftlab.compare shows by how much.')
             + (note(said) if said else '')
             + table(['set', '', 'before', 'after', 'change', 'questions', 'right → wrong', 'wrong → right',
-                     *(['right → wrong, corrected', 'wrong → right, corrected'] if more else [])], rows, 2))
+                     *(['right → wrong, corrected', 'wrong → right, corrected'] if more else [])],
+                    rows, 2))
 
 # %% ../../nbs/instruments/report_page.ipynb #002763c3
 def similarity_html(r:dict) -> str:
