@@ -15,11 +15,14 @@ from ftlab.core.tokens import encode_all
 from ftlab.core.recipe import Recipe, Stages
 from ftlab.core.scorers import label_accuracy, nll, skills
 from ftlab.evaluators.decoding.eft import eft
+from ftlab.evaluators.forgetting import mean_flips
+from ftlab.evaluators.old_sets import old_set
 from ftlab.evaluators.probe import drift
 from ftlab.instruments.report_page import Report, headline, layer_lines, signed, spread
 from ftlab.instruments.report import as_base, paired, read_run, report
 from ftlab.trainers.fit import fit
 from toys import TOK, classifier, lab_data, logits, same, toy, weights
+import ftlab.evaluators.old_sets as olds
 import ftlab.instruments.report as reporting
 
 RECIPES = dict(
@@ -42,7 +45,7 @@ def labels():
 @pytest.fixture(autouse=True)
 def fewer(monkeypatch):
     "Three old skills instead of all 22, to be quick"
-    monkeypatch.setattr(reporting, 'old_skills', lambda data, tok=None: ['fact', 'sort', 'tavi'])
+    monkeypatch.setattr(olds, 'old_skills', lambda data, tok=None: ['fact', 'sort', 'tavi'])
 
 # ---------- the base is the base
 
@@ -167,9 +170,16 @@ def test_flips_add_up_to_the_change():
         mine = [f for f in r['flips'] if f['set'] == s['name']]
         won, lost = (sum(f['kind'] == k for f in mine) for k in ('won', 'lost'))
         assert (won - lost)/s['n'] == pytest.approx(s['change'])
+        f = s['flips']
+        assert ((f['lost']['count'], f['won']['count'], f['n'], f['correction'])
+                == (lost, won, s['n'], 'none') and f['lost']['low'] <= f['lost']['share'] <= f['lost']['high'])
         assert (all(f['base'] == f['right'] != f['tuned'] for f in mine if f['kind'] == 'lost')
                 and all(f['tuned'] == f['right'] != f['base'] for f in mine if f['kind'] == 'won'))
     assert any(f['kind'] == 'lost' for f in r['flips'])
+    old = [s['flips'] for s in r['sets'] if s['old']]
+    assert r['forgetting']['flips'] == mean_flips(old) and r['forgetting']['left_out'] == []
+    assert (r['forgetting']['flips']['lost']['share'] - r['forgetting']['flips']['won']['share']
+            == pytest.approx(r['forgetting']['mean']))
 
 def test_old_data_of_ones_own():
     d = lab_data()
@@ -200,7 +210,7 @@ def test_what_is_no_run_and_no_number_is_refused(monkeypatch):
         rows = staticmethod(lambda skill, n, *a: (_ for _ in ()).throw(
                                 ValueError(f'skill {skill!r} has only 7 questions')))
 
-    monkeypatch.setattr(reporting, 'WORLD', Small)
+    monkeypatch.setattr(olds, 'WORLD', Small)
     with pytest.raises(ValueError, match="old_items is 99: skill 'fact' has only 7"):
         report(run, items=2, old_items=99)
     with pytest.raises(ValueError, match="'sortt' is neither a file nor a lab skill; did you mean 'sort'"):
@@ -456,23 +466,97 @@ def test_a_probe_is_asked_because_it_is_marked(monkeypatch):
     change = r['change']
     assert change['mine'] == change['examined'] > 0 and 0 <= change['intruders'] <= change['examined']
 
-def test_an_old_report_is_read_and_a_newer_one_refused(tmp_path):
+def _as_earlier(new):
+    "A report as version 1 and as version 2 would have saved it, and what both should be read as"
+    # version 2 counted no flips by set
+    second = json.loads(json.dumps(dict(new, version=2)))
+    for s in second['sets']:
+        del s['flips']
+    del second['forgetting']['flips'], second['forgetting']['left_out']
+    first = json.loads(json.dumps(second).replace('"parameters"', '"numbers"')
+                       .replace('"examined"', '"looked"')
+                       .replace('"positions"', '"places"'))
+    del first['version']
+    upgraded = json.loads(json.dumps(new))
+    for s in upgraded['sets']:
+        s['flips'] = None
+    upgraded['forgetting'].update(flips=None, left_out=[])
+    return first, second, upgraded
+
+def test_old_reports_are_read_and_a_newer_one_refused(tmp_path):
     rep = report(tuned(Recipe()), **SMALL)
     new = rep.json()
-    old = json.loads(json.dumps(new).replace('"parameters"', '"numbers"').replace('"examined"', '"looked"')
-                     .replace('"positions"', '"places"'))
-    del old['version']
+    first, second, upgraded = _as_earlier(new)
     # a user's own keys: arguments, settings, a probe's name
     mine = dict([('numbers', 1), ('looked', dict(places=2))])
-    for r in (old, new):
+    for r in (first, second, upgraded):
         r['recipe'] = dict(r['recipe'], arguments=mine)
         r['settings'] = dict(r['settings'], **mine)
         r['places'] = dict(why='numbers', numbers=3)
         r['change']['places'] = r['change']['weights'][0]['places'] = 4
     at = tmp_path/'report.json'
-    at.write_text(json.dumps(old))
-    assert Report.read(at).json() == new
-    assert Report.read(at)._repr_html_() == rep._repr_html_()
-    at.write_text(json.dumps(dict(new, version=3)))
-    with pytest.raises(ValueError, match='version 3.*update ftlab'):
+    for r in (first, second):
+        at.write_text(json.dumps(r))
+        assert Report.read(at).json() == upgraded
+        page = Report.read(at)._repr_html_()
+        lost, won = (sum(f['kind'] == k for f in new['flips']) for k in ('lost', 'won'))
+        assert f'{lost} became wrong, {won} became right' in page or f'changed: {len(new["flips"])}' in page
+    at.write_text(json.dumps(upgraded))
+    assert Report.read(at).json() == upgraded
+    at.write_text(json.dumps(dict(new, version=4)))
+    with pytest.raises(ValueError, match='version 4.*update ftlab'):
         Report.read(at)
+
+# ---------- several old sets
+
+def test_several_old_sets_by_name(tmp_path):
+    """Choices are corrected for guessing, losses have no flips and no part in the mean, the harvest
+    is all right before; the page shows each with its interval"""
+    d = lab_data()
+    plain = [dict(prompt=r['prompt'], response=r['response']) for r in d.train[:20]]
+    picked = [dict(r, choices=[r['response'], 'a', 'b']) for r in plain]
+    (tmp_path/'mine.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in plain))
+    (tmp_path/'asked.txt').write_text('sort c a b =\nthe capital of zig is')
+    old = dict(mine=str(tmp_path/'mine.jsonl'), picked=picked, words=old_set(plain, metric='exact'))
+    run = tuned(Recipe('full'))
+    rep = report(run, old, items=10, old_items=15)
+    r = rep.json()
+    assert [(s['name'], s['metric'], s['n']) for s in r['sets'][1:]] == [
+        ('mine', 'nll', 15), ('picked', 'choice', 15), ('words', 'exact', 15)]
+    mine, picked, words = [s['flips'] for s in r['sets'][1:]]
+    assert (mine is None and picked['correction'] == 'chance' and words['correction'] == 'none'
+            and r['forgetting']['sets'] == 2 and r['forgetting']['left_out'] == ['mine']
+            and r['forgetting']['flips']['correction'] == 'mixed')
+    before, after = (1 - r['sets'][2][k] for k in ('before', 'after'))
+    assert picked['lost']['expected'] == pytest.approx(before*after/2)
+    page = rep._repr_html_()
+    assert 'right → wrong, corrected' in page and 'guessing among the options' in page
+    assert not Page(page).wrong and Report.read(rep.save(tmp_path/'out')/'report.json').json() == r
+
+def test_the_harvest_of_a_run_is_that_of_its_base():
+    model, tok = ftlab.load('lab-s')
+    run = ftlab.fit(model, tok, ftlab.data('new-procedure'), methods.full(), steps=15, lr=2e-3,
+                    progress=False)
+    was = weights(run.model)
+    r = report(run, 'auto', items=5, rows=10).json()
+    auto = r['sets'][1]
+    assert auto['name'] == 'auto' and auto['before'] == 1 and auto['flips']['won']['count'] == 0
+    assert 0 < auto['flips']['lost']['share'] and same(weights(run.model), was)
+    base, _ = ftlab.load('lab-s')
+    assert auto['n'] == len(olds.old_sets('auto', run.data, base, tok)[0].rows)
+
+def test_sampled_answers_are_corrected_by_a_second_sampling_of_the_base():
+    """A decoder that answers at random: base and tuned model flip as often as the base flips by
+    itself"""
+    def drawn(models, tok, prompts, **options):
+        return ['a' if torch.rand(1) < .5 else 'b' for _ in prompts]
+
+    run = tuned(Recipe('drawn', decode=drawn))
+    old = old_set([dict(prompt=f'sort {c} {d}', response='a') for c in 'abcdefghij' for d in 'abcdefghij'],
+                  metric='exact')
+    f = report(run, old, items=5, old_items=100).json()['sets'][1]['flips']
+    assert f['correction'] == 'resampled' and f['lost']['share'] > .1 and f['lost']['expected'] > .1
+    assert f['lost']['adjusted_low'] < 0 < f['lost']['adjusted_high']
+    greedy = Recipe('first', decode=lambda models, tok, prompts, **options: ['a']*len(prompts))
+    f = report(tuned(greedy), old, items=5, old_items=10).json()['sets'][1]['flips']
+    assert f['correction'] == 'none'

@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy, json, math, tempfile, time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 import torch
@@ -28,13 +28,13 @@ from ..core.model import device_of, evaluating, model_inputs, pad_id, row_limit,
 from ..core.paper import Method
 from ..core.recipe import Recipe
 from ..core.record import digest, versions
-from ..core.scorers import WORLD, answer_length, judge
+from ..core.scorers import answer_length, judge
+from ..evaluators import forgetting
 from ..evaluators.calibration import calibration, confidence
+from ..evaluators.old_sets import OldSet, asks_base, evenly, labels_said, old_sets
 from ..evaluators.probe import cka, locations, pooled
 from .report_page import VERSION, Report
 from ..evaluators.spectra import spectrum
-from ..lab.models import old_skills
-from ..lab.world import is_lab
 from ..methods import get, probes
 from ..trainers.run import Change, Run, load_learners
 from ..trainers.stage import head_names
@@ -42,8 +42,8 @@ from ..trainers.watch import free_memory
 from ..trainers.objective import kl, loss_mask, token_nll
 
 # %% auto #0
-__all__ = ['KEPT', 'Asked', 'asked_of', 'forced', 'own_answers', 'labels_said', 'observe', 'save_observed', 'load_observed',
-           'as_base', 'seen_by_base', 'decoder_of', 'paired', 'forgotten', 'flips', 'stacked', 'similarity',
+__all__ = ['KEPT', 'Asked', 'asked_of', 'forced', 'own_answers', 'observe', 'save_observed', 'load_observed', 'as_base',
+           'seen_by_base', 'decoder_of', 'paired', 'forgotten', 'counted', 'flips', 'stacked', 'similarity',
            'change_of', 'summed', 'heat', 'contributions', 'report', 'read_run']
 
 # %% ../../nbs/instruments/report.ipynb #0006fa9f
@@ -52,10 +52,15 @@ class Asked:
     "Hold one set of questions"
     name:str                  # of the skill or the data
     rows:list                 # as in `Data`
-    kind:str                  # 'text', 'chat', 'lm' or 'label'
-    metric:str                # 'exact', 'accuracy' or 'nll'
+    kind:str                  # 'text', 'chat', 'lm' or 'label'; 'lm_eval' for a task
+    metric:str                # 'exact', 'accuracy' or 'nll'; of an old set, any of its metrics
     labels:list|None=None     # the names of the labels
-    old:bool=False            # could the model do it before?
+    of:OldSet|None=None       # the old set, if the model could do it before
+
+    @property
+    def old(self) -> bool:
+        "Say whether the model could do it before"
+        return self.of is not None
 
     @property
     def questions(self) -> list[dict]:
@@ -63,6 +68,9 @@ class Asked:
         for data without questions, the text alone"""
         if self.kind == 'text' and 'prompt' in self.rows[0]:
             return self.rows
+        if self.kind == 'lm_eval':
+            return [dict(prompt=str(r['doc'].get('question', r['doc'])), response='')
+                    for r in self.rows]
         if self.kind == 'label':
             return [dict(prompt=r['text'], response=self.labels[r['label']]) for r in self.rows]
         if self.kind == 'lm':
@@ -73,41 +81,23 @@ class Asked:
                 for i, r in zip(last, self.rows)]
 
 # %% ../../nbs/instruments/report.ipynb #0008fa9f
-def asked_of(data:Data, tok, old:Data|None=None, items:int=100, old_items:int=100,
-             metric:str|None=None, seed:int=0) -> list[Asked]:
+def asked_of(data:Data, old:list[OldSet]|None=None, items:int=100,
+             metric:str|None=None) -> list[Asked]:
     """Return the sets of questions of a report, new ones first.
-    Raises `ValueError` if there is no test row, if the metric is a function,
-    or if old labels are not those of the head."""
+    Raises `ValueError` if there is no test row, or if the metric is a function"""
     if callable(metric):
         raise ValueError('metric is a function, but a report compares answer by answer; choose exact, accuracy or nll')
     if not data.test:
         raise ValueError(f'{data.name} has no test row, but a report needs some; give more rows, '
                          'or a test set of your own')
-    new = Asked(data.name, _even(data.test, items), data.kind, metric_for(data, metric),
+    new = Asked(data.name, evenly(data.test, items), data.kind, metric_for(data, metric),
                 data.labels)
-    return [new, *_asked_before(data, tok, old, old_items, seed)]
+    return [new, *(Asked(s.name, s.rows, s.kind, s.metric, s.labels, s) for s in old or [])]
 
-def _asked_before(data, tok, old, n, seed) -> list[Asked]:
-    """Return questions that the model could answer before: the old data if given,
-    else the old skills of a lab model, else none"""
-    if old is None:
-        return _lab_skills(data, tok, n, seed) if data.kind != 'label' and is_lab(tok) else []
-    if old.kind == 'label' and old.labels != data.labels:
-        raise ValueError(f'the old data {old.name} have other labels than {data.name}: '
-                         'one head cannot answer both; give old data with the same labels, or leave out old=')
-    rows = _even(old.test + old.validation + old.train, n)
-    return [Asked(old.name, rows, old.kind, metric_for(replace(old, test=rows)), old.labels, True)]
-
-def _lab_skills(data, tok, n, seed) -> list[Asked]:
-    try:
-        return [Asked(s, WORLD.rows(s, n, 'test', seed), 'text', 'exact', None, True)
-                for s in old_skills(data, tok)]
-    except ValueError as e:
-        raise ValueError(f'old_items is {n}: {e}') from None # the lab's world has a limited number of questions
-
-def _even(rows, n) -> list:
-    "Return `n` of the rows, evenly spread"
-    return [rows[i*len(rows)//n] for i in range(n)] if len(rows) > n else list(rows)
+def _old_sets(run, old, n, seed) -> list[OldSet]:
+    "Return the old sets; only if a set asks the base for answers, switch the change off meanwhile"
+    with as_base(run.delta.attached) if asks_base(old) else nullcontext():
+        return old_sets(old, run.data, run.model, run.tok, n, seed=seed)
 
 # %% ../../nbs/instruments/report.ipynb #000afa9f
 # log-probabilities that are kept of each set, and logits in one batch:
@@ -166,16 +156,6 @@ def own_answers(model, tok, q:Asked, rows:int, decode:Callable|None=None,
                                  max_new_tokens=min(longest, answer_length(asked, tok))) if asked
             else [])
 
-@torch.no_grad()
-def labels_said(model, tok, q:Asked, max_length=None) -> list[str]:
-    "Return the likeliest label of each row"
-    out, limit = [], row_limit(model, tok, max_length)
-    for i in range(0, len(q.rows), 50):
-        b = collate([encode(r, tok, 'label', limit) for r in q.rows[i:i + 50]], pad_id(tok))
-        logits = model(**to_device(model_inputs(b), device_of(model))).logits
-        out += [q.labels[j] for j in logits.argmax(-1).tolist()]
-    return out
-
 # %% ../../nbs/instruments/report.ipynb #000efa9f
 def observe(model, tok, asked:list[Asked], decode:Callable|None=None, rows:int=400, examples:int=8,
             max_length:int|None=None, seed:int=0) -> list[dict]:
@@ -191,8 +171,12 @@ def observe(model, tok, asked:list[Asked], decode:Callable|None=None, rows:int=4
 
 def _observed(model, tok, q, decode, share, examples, max_length) -> dict:
     "Observe one set of questions; if answers cannot be judged, generate up to `examples` of them"
-    prices, tensors = forced(
-        model, tok, q, len(q.rows) if q.metric == 'nll' else min(share, len(q.rows)), max_length)
+    count = len(q.rows) if q.metric == 'nll' else min(share, len(q.rows))
+    # lm-eval writes its own prompts, so there is no right answer to give
+    prices, tensors = ([], {}) if q.kind == 'lm_eval' else forced(model, tok, q, count, max_length)
+    if q.old and q.metric != 'nll':
+        found = q.of.answers(model, tok, decode, max_length)
+        return dict(score=[(s, 1) for _, s in found], said=[a for a, _ in found], tensors=tensors)
     if q.kind == 'label':
         said = labels_said(model, tok, q, max_length)
     else:
@@ -247,7 +231,8 @@ def _base_key(run, asked, decode, how) -> str:
     """Return one hash of base, questions, decoder and settings. The base's fingerprint does not
     cover a fresh head, so its sum is added."""
     heads = {n: float(run.delta.attached.before(n).double().sum()) for n in _heads(run)}
-    key = [run.delta.base, heads, [(q.name, q.kind, q.metric, q.rows) for q in asked],
+    key = [run.delta.base, heads,
+           [q.of.fingerprint if q.old else (q.name, q.kind, q.metric, q.rows) for q in asked],
            run.recipe.describe() if decode else None, how]
     return digest(key)
 
@@ -292,28 +277,44 @@ def paired(before:list[tuple[float, int]], # (value, weight) of each question
 
 def forgotten(sets:list[dict]) -> dict|None:
     """Return the mean fall over the old sets, with its 95% interval over the choice of questions
-    (None if a set has one question); None if there is no old set"""
-    old = [s for s in sets if s['old']]
-    if not old:
+    (None if a set has one question); None if there is no old set.
+    Scores and losses have no common mean: if there are both, only sets with scores count"""
+    every = [s for s in sets if s['old']]
+    if not every:
         return None
+    old = [s for s in every if s['metric'] != 'nll'] or every
     d = -fmean(s['change'] for s in old)
+    flipped = [s['flips'] for s in old if s.get('flips')]
     out = dict(mean=d, low=None, high=None, sets=len(old),
-               worst=min(old, key=lambda s: s['change'])['name'])
+               worst=min(old, key=lambda s: s['change'])['name'],
+               left_out=[s['name'] for s in every if s not in old],
+               flips=forgetting.mean_flips(flipped) if flipped else None)
     if any(s['low'] is None for s in old):
         return out
     half = math.sqrt(sum((s['high'] - s['low'])**2 for s in old))/2/len(old)
     return out | dict(low=d - half, high=d + half)
 
 # %% ../../nbs/instruments/report.ipynb #001afa9f
+def counted(q:Asked, before:dict, after:dict, again:dict|None=None) -> dict|None:
+    """Count a set's flips, as `ftlab.evaluators.forgetting.flips` does; None for losses.
+    `again` is a second observation of the base, if a decoder draws the answers"""
+    if q.metric == 'nll':
+        return None
+    scores = lambda seen: [v for v, _ in seen['score']]
+    k = q.of.k if q.old else len(q.labels) if q.metric == 'accuracy' else None
+    return forgetting.flips(scores(before), scores(after), k=None if again else k,
+                            again=scores(again) if again else None)
+
 def flips(q:Asked, before:dict, after:dict) -> list[dict]:
     """Return the questions whose answer changed, with both answers: 'lost' (right, then wrong),
     'won', or 'other'"""
+    right = lambda seen, i: seen['score'][i][0] >= forgetting.RIGHT
     out = []
     for i, (r, x, y) in enumerate(zip(q.questions, before['said'], after['said'])):
         if x == y:
             continue
-        d = after['score'][i][0] - before['score'][i][0] if q.metric != 'nll' else 0.
-        kind = 'lost' if d <= -.5 else 'won' if d >= .5 else 'other'
+        d = right(after, i) - right(before, i) if q.metric != 'nll' else 0
+        kind = {-1: 'lost', 0: 'other', 1: 'won'}[d]
         out.append(dict(set=q.name, old=q.old, kind=kind, question=_text(r['prompt']),
                         right=r['response'], base=x, tuned=y))
     return out
@@ -330,7 +331,7 @@ def stacked(asked, seen, old:bool, key:str) -> Tensor|None:
 def similarity(asked, before, after, old:bool) -> dict|None:
     """Return drift, similarity by layer and calibration over all new (or all old) sets;
     None if there is none"""
-    if not any(q.old == old for q in asked):
+    if not any(q.old == old and s['tensors'] for q, s in zip(asked, before)):
         return None
     get = lambda s, k: stacked(asked, s, old, k)
     ask = lambda s: calibration(get(s, 'sure'), get(s, 'right'))
@@ -440,7 +441,7 @@ def contributions(run:Run, asked:list[Asked],
     out, limit = {}, row_limit(run.model, run.tok, max_length)
     told = lambda v, q, i: dict(set=q.name, question=_text(q.questions[i]['prompt'])) | {key: v}
     for name, old in (('new', False), ('old', True)):
-        every = [(q, i) for i in range(rows) for q in asked if q.old == old
+        every = [(q, i) for i in range(rows) for q in asked if q.old == old and q.kind != 'lm_eval'
                  and i < len(q.rows)][:rows] # one question of each set in turn
         if not every:
             continue
@@ -475,9 +476,9 @@ def _asked_of(probe, run, ids) -> tuple[list[float], str]:
 
 # %% ../../nbs/instruments/report.ipynb #0022fa9f
 def report(run:Run|str|Path,        # a run of `fit`, or the folder in which `ftlab fit` left one
-           old=None,                # data that the model could do before: `Data`, or anything `ftlab.data` takes
+           old=None,                # what the model could do before, one set or several by name: see `old_sets`
            *, items:int=100,        # new questions
-           old_items:int=100,       # old questions of each skill
+           old_items:int=100,       # old questions of each set
            metric:str|None=None,    # 'exact', 'accuracy' or 'nll'; None: chosen for the data
            rows:int=400,            # questions, new and old each, that are evaluated token by token
            matrices:int=64,         # at most this many matrices are decomposed; 0: none
@@ -489,39 +490,47 @@ def report(run:Run|str|Path,        # a run of `fit`, or the folder in which `ft
 
     Drift, similarity and calibration come from the `rows` that are evaluated token by token.
     The decomposition of a large matrix takes minutes. Raises `ValueError` for a run whose base is
-    gone (folded), a run without test rows, and numbers of questions below 1."""
+    gone (folded), a run without test rows, numbers of questions below 1, and what `old_sets` refuses."""
     run, t0 = _run_of(run), time.time()
     for name, n, least in (('items', items, 1),
                            ('old_items', old_items, 1),
                            ('rows', rows, 1),
                            ('matrices', matrices, 0)):
         _whole(name, n, least)
-    old = old if old is None or isinstance(old, Data) else as_data(old)
     max_length = max_length or run.settings.get('max_length')
-    asked = asked_of(run.data, run.tok, old, items, old_items, metric, seed)
-    before, after = _both(run, asked, cache, dict(rows=rows, max_length=max_length, seed=seed))
+    asked = asked_of(run.data, _old_sets(run, old, old_items, seed), items, metric)
+    seen = _both(run, asked, cache, dict(rows=rows, max_length=max_length, seed=seed))
     answers = {key: contributions(run, asked, key, probe, max_length=max_length)
                for key, probe in probes('prompts').items()}
-    found = dict(version=VERSION, **_about(run), **_compared(asked, before, after),
+    found = dict(version=VERSION, **_about(run), **_compared(asked, *seen),
                  change=change_of(run, matrices), **answers,
                  asked=dict(items=items, old_items=old_items, rows=rows, seed=seed),
                  versions=versions())
     return Report(dict(found, seconds=time.time() - t0))
 
 # %% ../../nbs/instruments/report.ipynb #0024fa9f
-def _both(run, asked, cache, how) -> tuple[list[dict], list[dict]]:
-    "Return what the base and the tuned model answer"
+def _both(run, asked, cache, how) -> tuple[list[dict], list[dict], list[dict]|None]:
+    """Return what the base and the tuned model answer;
+    if the recipe's decoder draws answers, also what the base answers a second time"""
     run.delta.attached.originals_of(run.delta.attached.whole)
     decode = decoder_of(run) # the line above raises an error if the base is gone
     with nullcontext(cache) if cache else _own_folder(run) as folder:
         before = seen_by_base(run, asked, Path(folder), decode, **how)
-    return before, observe(run.model, run.tok, asked, decode and decode(run.model), **how)
+        again = (seen_by_base(run, asked, Path(folder), decode, **dict(how, seed=how['seed'] + 1))
+                 if decode and any(q.metric != 'nll' for q in asked) else None)
+    drawn = again and any(x['said'] != y['said'] for x, y in zip(before, again))
+    # drawn with the base's seed, the tuned model's answers would not be independent of the base's
+    how = dict(how, seed=how['seed'] + 2) if drawn else how
+    after = observe(run.model, run.tok, asked, decode and decode(run.model), **how)
+    return before, after, again if drawn else None
 
-def _compared(asked, before, after) -> dict:
+def _compared(asked, before, after, again) -> dict:
     "Return everything that follows from the answers of both"
     pairs = list(zip(asked, before, after))
     change = lambda q, b, a: paired(b['score'], a['score'], -1 if q.metric == 'nll' else 1)
-    sets = [dict(name=q.name, old=q.old, metric=q.metric, **change(q, b, a)) for q, b, a in pairs]
+    sets = [dict(name=q.name, old=q.old, metric=q.metric, **change(q, b, a),
+                 flips=counted(q, b, a, x))
+            for (q, b, a), x in zip(pairs, again or [None]*len(pairs))]
     return dict(sets=sets, forgetting=forgotten(sets), new=similarity(asked, before, after, False),
                 old=similarity(asked, before, after, True),
                 flips=[f for pair in pairs for f in flips(*pair)])

@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from ..core.io import write_atomically
 from ..core.table import Html, html_table
+from ..evaluators.forgetting import CORRECTIONS
 
 # %% auto #0
 __all__ = ['STYLE', 'PAGE', 'VERSION', 'RENAMED', 'HOW', 'percent', 'signed', 'level', 'spread', 'count', 'duration', 'headline',
@@ -26,7 +27,8 @@ def signed(x:float, digits:int) -> str:
     return f'{round(x, digits) + 0.:+.{digits}f}'
 
 def level(s:dict, which:str) -> str:
-    "Format the score of a set of questions: per cent right, or nats per token (negative log-likelihood)"
+    """Format the score of a set of questions: per cent right, or nats per token (negative
+    log-likelihood)"""
     return f'{round(s[which], 2) + 0.:.2f} nats' if s['metric'] == 'nll' else percent(s[which])
 
 def spread(x:dict, scale:float=1., digits:int=1) -> str:
@@ -131,8 +133,11 @@ def _tile_before(r):
     scale, unit, digits = _unit(_worst(r)['metric'])
     sure = ('too few questions for an interval' if f['low'] is None
             else f'95% interval {signed(scale*f["low"], digits)} to {signed(scale*f["high"], digits)}')
+    told = r['forgetting'].get('flips')
+    flipped = (f'; {100*told["lost"]["share"]:.0f}% right → wrong, {100*told["won"]["share"]:.0f}% wrong → right'
+               if told else '')
     return ('change on old questions', f'{signed(scale*f["mean"], digits)} {unit}',
-            (f'mean of {n} skills; ' if n > 1 else '') + sure)
+            (f'mean of {n} skills; ' if n > 1 else '') + sure + flipped)
 
 def _tile_drift(r):
     by = 'row' if r['kind'] == 'label' else 'token'
@@ -261,7 +266,8 @@ def _dumbbell(s, y, x, left, right) -> str:
 
 # %% ../../nbs/instruments/report_page.ipynb #001763c3
 def diagram(before:dict, after:dict) -> str:
-    "Draw the share right against confidence, before (hollow) and after; below the diagonal is overconfidence"
+    """Draw the share right against confidence, before (hollow) and after; below the diagonal is
+    overconfidence"""
     n, o = 190, 46
     x, y = (lambda v: o + n*v), (lambda v: 12 + n*(1 - v))
     body = ''
@@ -293,7 +299,8 @@ def _bins(c):
 
 # %% ../../nbs/instruments/report_page.ipynb #001b63c3
 def heatmap(cells:list[dict], blocks:int) -> str:
-    "Draw parts as rows, blocks as columns; the darker, the larger the change relative to the weights"
+    """Draw parts as rows, blocks as columns; the darker, the larger the change relative to the
+    weights"""
     parts = [p for p in ('attention', 'mlp', 'norm', 'bias')
              if any(c['part'] == p and c['block'] is not None for c in cells)]
     inside = {(c['part'], c['block']): c for c in cells}
@@ -384,8 +391,8 @@ def answers_html(r:dict, most:int=12) -> str:
     shared evenly among the sets"""
     out = (''.join(_changed(r, k, name, most) for k, name in (('lost', 'right → wrong'), ('won', 'wrong → right')))
            or _changed(r, 'other', 'changed', most))
-    return (out
-            or note('No answer changed.' if r['kind'] != 'lm'
+    return (_flips_said(r) + out if out
+            else note('No answer changed.' if r['kind'] != 'lm'
                     else 'The data have no questions, so there are no answers to compare.'))
 
 def _changed(r, kind, name, most) -> str:
@@ -408,17 +415,54 @@ def _in_turn(found, most) -> list:
         sets.setdefault(f['set'], []).append(f)
     return [fs[i] for i in range(most) for fs in sets.values() if i < len(fs)][:most]
 
+def _flips_said(r) -> str:
+    "Return what share of the old answers flipped, in the mean over the old sets"
+    f = (r['forgetting'] or {}).get('flips')
+    if not f:
+        return ''
+    over = f', in the mean over {f["sets"]} old sets' if f['sets'] > 1 else ''
+    return note(f'Of the old answers, {_share(f["lost"])} went from right to wrong and {_share(f["won"])} '
+                f'from wrong to right{over}.')
+
+def _share(side, which='') -> str:
+    "'24% [15, 36]': a share with its interval; `which` is '' or 'adjusted'"
+    middle, low, high = (side[k] for k in (('adjusted', 'adjusted_low', 'adjusted_high') if which
+                                           else ('share', 'low', 'high')))
+    middle = f'{round(100*middle) + 0}%'
+    return middle if low is None else f'{middle} [{round(100*low) + 0}, {round(100*high) + 0}]'
+
+def _flips_of(r, s, kind) -> str|int:
+    "Return how many answers of a set flipped, with share and interval; a loss cannot flip"
+    if s.get('flips'):
+        return f'{s["flips"][kind]["count"]}: {_share(s["flips"][kind])}'
+    if s['metric'] == 'nll':
+        return '–'
+    return sum(f['kind'] == kind and f['set'] == s['name'] for f in r['flips'])
+
+def _corrected(s, kind) -> str:
+    f = s.get('flips')
+    return '–' if not f or f['correction'] == 'none' else _share(f[kind], 'adjusted')
+
 def skills_html(r:dict) -> str:
     "Return a table of every set of questions with its interval"
-    flips = lambda s, kind: sum(f['kind'] == kind and f['set'] == s['name'] for f in r['flips'])
     change = lambda s: spread(s, _unit(s['metric'])[0], _unit(s['metric'])[2])
+    kinds = sorted({s['flips']['correction'] for s in r['sets'] if s.get('flips')})
+    more = any(k != 'none' for k in kinds)
     rows = [[_short(s['name']), 'old' if s['old'] else 'new', level(s, 'before'), level(s, 'after'),
-             change(s), s['n'], flips(s, 'lost'), flips(s, 'won')] for s in r['sets']]
+             change(s), s['n'], _flips_of(r, s, 'lost'), _flips_of(r, s, 'won'),
+             *([_corrected(s, 'lost'), _corrected(s, 'won')] if more else [])] for s in r['sets']]
+    said = ('Answers that flipped: the number, and the share of the questions with its 95% interval. '
+            + ('Corrected flips are ' if more else 'Flips are ')
+            + '; '.join(CORRECTIONS[k] for k in kinds if k != 'none' or not more) + '.' if kinds
+            else '')
     return (note('The change is in points, or in nats per token (there a positive change is a fall), '
                  'with its 95% interval over the choice of questions. '
                  'This is one run, and runs with other seeds can differ by more: '
                  'ftlab.compare shows by how much.')
-            + table(['set', '', 'before', 'after', 'change', 'questions', 'right → wrong', 'wrong → right'], rows, 2))
+            + (note(said) if said else '')
+            + table(['set', '', 'before', 'after', 'change', 'questions', 'right → wrong', 'wrong → right',
+                     *(['right → wrong, corrected', 'wrong → right, corrected'] if more else [])],
+                    rows, 2))
 
 # %% ../../nbs/instruments/report_page.ipynb #002763c3
 def similarity_html(r:dict) -> str:
@@ -571,21 +615,27 @@ def _knows(r) -> str:
                    diagram(s['before'], s['after']))
 
 # %% ../../nbs/instruments/report_page.ipynb #002e63c3
-VERSION = 2 # of the JSON
+VERSION = 3 # of the JSON
 RENAMED = dict([('numbers', 'parameters'), ('looked', 'examined'), ('places', 'positions')]) # since version 1
 
 def _renamed(d:dict, *keys) -> dict:
     return {RENAMED[k] if k in keys else k: v for k, v in d.items()}
 
 def _upgraded(r:dict) -> dict:
-    """Return a saved report of version 1 as one of version 2. Keys that are a user's own stay:
-    a recipe's arguments, the names of probes"""
+    """Return a saved report of an earlier version as one of this version. Keys that are a user's own
+    stay: a recipe's arguments, the names of probes. Version 2 did not count flips by set"""
+    r = r if r.get('version', 1) > 1 else _in_new_words(r)
+    lost = r['forgetting'] and dict(r['forgetting'], left_out=[], flips=None)
+    return dict(r, sets=[dict(s, flips=None) for s in r['sets']], forgetting=lost, version=VERSION)
+
+def _in_new_words(r:dict) -> dict:
+    "Return a report of version 1 as one of version 2"
     c = _renamed(r['change'], 'numbers', 'looked')
     c['matrices'] = _renamed(c['matrices'], 'looked')
     for k in ('weights', 'elsewhere'):
         c[k] = [_renamed(x, 'numbers', 'looked') for x in c[k]]
     sides = {k: r[k] and _renamed(r[k], 'places') for k in ('new', 'old')}
-    return dict(r, change=c, **sides, version=VERSION)
+    return dict(r, change=c, **sides)
 
 class Report:
     """Show what a fine-tune did, in a notebook by itself; `.html(path)`, `.json()`, `.save(folder)`,
