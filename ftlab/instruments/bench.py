@@ -19,11 +19,12 @@ from ..core.loading import find_device, load
 from ..core.model import device_of, model_inputs, pad_id, row_limit, to_device
 from ..core.recipe import Recipe
 from ..core.record import digest
-from ..core.scorers import WORLD, answer_scores, label_hits, nll, row_nlls, skill_questions
+from ..core.scorers import WORLD, answer_scores, label_hits, nll, row_nlls
+from ..evaluators.forgetting import flips, mean_flips
+from ..evaluators.old_sets import OldSet, old_sets
 from ..evaluators.probe import cka, drift
 from .frontier import per_set
 from ..lab.lookup import ALL_SKILLS
-from ..lab.models import old_skills
 from ..lab.world import is_lab
 from ..trainers.callbacks import Every
 from ..trainers.fit import fit
@@ -32,9 +33,9 @@ from ..trainers.watch import PeakMemory, free_memory
 from ..trainers.objective import loss_mask
 
 # %% auto #0
-__all__ = ['METRICS', 'metric_for', 'scores', 'score', 'mean_of', 'worst', 'features', 'kl_to_base', 'halves', 'evaluation_steps',
-           'Watch', 'Budget', 'Base', 'taught', 'forgetting_is', 'old_data', 'Bench', 'measured', 'drifted',
-           'decoder_for', 'Trial', 'outcome', 'breakdown']
+__all__ = ['METRICS', 'metric_for', 'scores', 'score', 'mean_of', 'worst', 'features', 'kl_to_base', 'evaluation_steps', 'Watch',
+           'Budget', 'Base', 'taught', 'forgetting_is', 'Bench', 'measured', 'drifted', 'decoder_for', 'Trial',
+           'outcome', 'breakdown']
 
 # %% ../../nbs/instruments/bench.ipynb #e2a7dfc5
 METRICS = ('exact', 'accuracy', 'nll')
@@ -105,13 +106,6 @@ def kl_to_base(base:Callable, model, tok, rows:list[dict], data:Data,
         total += k*drift(base, model, b)
         n += k
     return total/n
-
-def halves(rows:list[dict]) -> dict[str, list[dict]]:
-    "Split rows in two by a hash of each: 'validation' for choices, 'test' for verdicts"
-    out = dict(validation=[], test=[])
-    for r in rows:
-        out['test' if int(digest(r), 16) % 2 else 'validation'].append(r)
-    return out
 
 # %% ../../nbs/instruments/bench.ipynb #f3a8497d
 def evaluation_steps(steps:int, evaluations:int=4) -> list[int]:
@@ -194,35 +188,20 @@ def taught(data:Data) -> str|None:
     return (data.name if data.name in ALL_SKILLS
             and {r.get('skill') for r in data.train} == {data.name} else None)
 
-def forgetting_is(data:Data, old:Mapping|None, tok) -> str:
+def forgetting_is(data:Data, old, tok) -> str:
     """Return what stands for forgetting: the old data that are given, the old skills of a lab model,
     or else how far the model drifts"""
-    if old:
+    if old is not None:
         return 'old data'
     return 'drift (1 - CKA)' if data.kind == 'label' else 'old skills' if is_lab(tok) else 'drift (KL)'
 
-def _check_bench(data:Data, old:Mapping, steps:int, budget:int|None) -> None:
+def _check_bench(data:Data, steps:int, budget:int|None) -> None:
     for s in ('validation', 'test'):
         if not getattr(data, s):
             raise ValueError(f'{data.name} has no {s} row, and a comparison needs some; '
                              f'give more rows, or a {s} set of your own')
     if steps < 1 or (budget is not None and budget < 1):
         raise ValueError(f'steps is {steps} and budget {budget}; both must be at least 1')
-    for name, o in old.items():
-        if o.kind == 'label' and o.labels != data.labels:
-            raise ValueError(f'the old data {name} have other labels than {data.name}: '
-                             'one classifier cannot answer both; leave out old= and forgetting is '
-                             'measured as drift')
-        if empty := [s for s, rows in halves(o.test + o.validation + o.train).items() if not rows]:
-            raise ValueError(f'the old data {name} have no row for the {empty[0]} half; give more rows')
-
-def old_data(old) -> dict[str, Data]:
-    "Return old data by name: from one set, from {name: set}, or from nothing"
-    if old is None:
-        return {}
-    sets = old if isinstance(old, Mapping) and not {'train', 'test'} & set(old) else {None: old}
-    made = {n: o if isinstance(o, Data) else as_data(o) for n, o in sets.items()}
-    return {n or o.name: o for n, o in made.items()}
 
 # %% ../../nbs/instruments/bench.ipynb #dc567b8b
 class Bench:
@@ -234,8 +213,8 @@ class Bench:
                  budget=None, progress=True,
                  **settings): # all as in `compare`; settings go to `fit`
         self.given = data if isinstance(data, Data) else as_data(data)
-        self.old = old_data(old)
-        _check_bench(self.given, self.old, steps, budget)
+        self.old = old
+        _check_bench(self.given, steps, budget)
         self.metric = metric_for(self.given, metric)
         self.sizes = dict(test=(items, old_items), validation=(validation_items, old_validation_items))
         self.steps = steps
@@ -246,7 +225,8 @@ class Bench:
         self.max_length = max_length
         self.budget = budget
         self.progress = progress
-        self.settings, self.skill, self._before, self._drawn = settings, taught(self.given), {}, {}
+        self.settings, self.skill = settings, taught(self.given)
+        self._before, self._drawn, self._sets = {}, {}, {}
         self.base = Base(model, self.given.labels, revision, dtype, device)
         self.device = self.base.device
         self._know(*self.base(0))
@@ -255,9 +235,12 @@ class Bench:
         "Note what the base decides: how forgetting is measured, and the worst that a model can score"
         self.size = sum(p.numel() for p in probe.parameters())
         self.how = forgetting_is(self.given, self.old, tok)
-        self.old_names = old_skills(self.given, tok) if self.how == 'old skills' else []
+        if self.old is not None: # one harvest, one reading of files; halved below
+            self._sets[None] = old_sets(self.old, self.given, probe, tok, n=10**9)
         self.worst = worst(self.metric, probe, self.given)
-        self.worst_old = {n: worst(metric_for(o), probe, o) for n, o in self.old.items()}
+        ignorant = lambda s: -math.log(len(s.labels) if s.labels else probe.config.vocab_size)
+        sets = self.old_sets(0, 'validation', probe, tok)
+        self.worst_old = {s.name: ignorant(s) if s.metric == 'nll' else 0. for s in sets}
         self.hopeless = math.log(len(self.given.labels) if self.given.kind == 'label'
                                  else probe.config.vocab_size)
         # the drift of a model that knows nothing
@@ -273,6 +256,25 @@ class Bench:
             more = n > len(d.test)
             self._drawn[seed] = replace(d, test=WORLD.rows(self.skill, n, 'test', seed)) if more else d
         return self._drawn[seed]
+
+    def old_sets(self, seed:int, split:str, model=None, tok=None) -> list[OldSet]:
+        """Return the sets of old questions that a split is asked: lab skills are drawn by the seed, of given
+        data one half is for each split; empty where only drift can be measured"""
+        key = (split, None if self.old is not None else seed)
+        if key not in self._sets:
+            n = self.sizes[split][1]
+            if self.old is not None:
+                self._sets[key] = [s.half(split).first(n) for s in self._sets[None]]
+            else:
+                if model is None:
+                    model, tok = self.base(seed)
+                self._sets[key] = old_sets(None, self.given, model, tok, n, split, seed)
+        return self._sets[key]
+
+    @property
+    def old_names(self) -> list[str]:
+        "The names of the old sets"
+        return list(self.worst_old)
 
     def questions(self, seed:int, split:str) -> list[dict]:
         "Return the rows of the new task that a split is asked"
@@ -304,14 +306,8 @@ def measured(bench:Bench, model, tok, seed:int, split:str, decode=None) -> dict:
     "Return new (the scores on the new task) and old ({set: scores}, empty where that is not known)"
     new = scores(bench.metric, model, tok, bench.questions(seed, split), bench.data(seed),
                  bench.max_length, decode)
-    n = bench.sizes[split][1]
-    if bench.how == 'old skills':
-        old = {s: answer_scores(model, tok, skill_questions(s, n, split, seed), decode)
-               for s in bench.old_names}
-    else:
-        # nothing here was trained on: all of it may be asked
-        old = {name: scores(metric_for(o), model, tok, halves(o.test + o.validation + o.train)[split][:n], o,
-                            bench.max_length, decode) for name, o in bench.old.items()}
+    old = {q.name: q.scores(model, tok, decode, bench.max_length)
+           for q in bench.old_sets(seed, split, model, tok)}
     return dict(new=new, old=old)
 
 def drifted(bench:Bench, base:Callable, model, tok, seed:int, split:str) -> float:
@@ -436,9 +432,28 @@ def _outcome(trial:Trial, run, doses, file) -> dict:
         seconds=run.cost['seconds'] - trial.watch.away, peak_bytes=trial.watch.peak,
         saved_bytes=run.delta.save(file) if file else run.delta.nbytes, stopped=trial.stopped, error=None, **cost)
     out['after'] = out['before'] + out['gain']
+    out['flips'] = _flips(trial, last)
     if doses and all(d.site == 'weight' for d in att.deltas.values()) and trial.decode is None:
         out['doses'] = list(_at_doses(trial, att, doses))
     return out
+
+def _flips(trial, last) -> dict|None:
+    """Return lost and won answers, the mean over the old sets that have answers, and of each set;
+    where answers are sampled, the base answers once more"""
+    again = None
+    if trial.decode is not None and trial.before['old']:
+        model, tok = trial.bench.base(trial.seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(trial.seed + 1)
+            again = measured(trial.bench, model, tok, trial.seed, trial.split, trial.decode)['old']
+    found = {}
+    for q in trial.bench.old_sets(trial.seed, trial.split):
+        if q.metric == 'nll':
+            continue
+        before = trial.before['old'][q.name]
+        after = [b - lost for b, lost in zip(before, last['items']['forgetting'][q.name])]
+        found[q.name] = flips(before, after, k=q.k, again=again[q.name] if again and q.k is None else None)
+    return dict(mean=mean_flips(list(found.values())), sets=found) if found else None
 
 def _at_doses(trial, att, doses):
     "Measure the base with shares of the change"
@@ -452,11 +467,11 @@ def _at_doses(trial, att, doses):
 def breakdown(bench:Bench, seed:int, split:str, error:str) -> dict:
     "Return the outcome of a run that broke down: that of a model that knows nothing"
     was = bench.before(seed, split)
-    start, floor = mean_of(was['new']), {k: bench.worst_old.get(k, 0.) for k in was['old']}
+    start, floor = mean_of(was['new']), bench.worst_old
     gain = min(0., bench.worst - start)
     lost = (max(0., fmean(mean_of(v) - floor[k] for k, v in was['old'].items())) if was['old']
             else bench.farthest)
-    unknown = dict.fromkeys(('nll', 'drift', 'peak_bytes', 'tokens', 'trainable', 'head', 'saved_bytes'))
+    unknown = dict.fromkeys(('nll', 'drift', 'peak_bytes', 'tokens', 'trainable', 'head', 'saved_bytes', 'flips'))
     return dict(unknown, gain=gain, forgetting=lost, items={}, before=start, after=start + gain,
                 old={}, seconds=0., path=[], stopped=None, error=error)
 

@@ -185,7 +185,7 @@ def within_limit(tried:Tried, arm:str, limit:float) -> dict|None:
 # %% ../../nbs/instruments/compare.ipynb #32f0736e
 SEED_KEYS = ('seed', 'gain', 'forgetting', 'forgetting_matched', 'gain_matched', 'step_matched', 'nll',
              'drift', 'seconds', 'peak_bytes', 'trainable', 'saved_bytes', 'path', 'rate', 'head', 'tokens',
-             'before', 'after', 'old', 'learned', 'lost', 'regained', 'error')
+             'before', 'after', 'old', 'lost', 'won', 'flips', 'error')
 
 def read_at(outcome:Mapping, target:float|None) -> dict:
     "Return forgetting, gain and step of an outcome at the target; of its closest point, if it is never reached"
@@ -198,16 +198,14 @@ def seed_row(best:Mapping, equal:Mapping, target:float|None) -> dict:
     "Return the numbers of one seed: at the rate of the best gain, and at the one of equal gain"
     at = read_at(equal, target)
     plain = lambda path: [{k: r[k] for k in ('step', 'gain', 'forgetting')} for r in path]
-    changes = [v for of in best['items'].get('forgetting', {}).values() for v in of]
-    share = lambda sign: sum(sign*v > 0 for v in changes)/len(changes) if changes else None
+    share = lambda way: best['flips'] and best['flips']['mean'][way]['adjusted']
     found = best | dict(forgetting_matched=at['forgetting'], gain_matched=at['gain'], step_matched=at['step'],
-                        path=plain(best['path']), lost=share(1), regained=share(-1),
-                        learned=best['gain'])
+                        path=plain(best['path']), lost=share('lost'), won=share('won'))
     return {k: found.get(k) for k in SEED_KEYS}
 
 def method_row(name:str, recipe:dict, rows:list[dict], **more) -> dict:
     "Return one method of a result: per seed, and as means with intervals"
-    keys = ('gain', 'forgetting', 'forgetting_matched', 'gain_matched', 'lost', 'regained')
+    keys = ('gain', 'forgetting', 'forgetting_matched', 'gain_matched', 'lost', 'won')
     return dict(name=name, recipe=recipe, seeds=rows, **{k: interval([r[k] for r in rows]) for k in keys}, **more)
 
 # %% ../../nbs/instruments/compare.ipynb #64eda536
@@ -224,7 +222,7 @@ def upgraded(result:dict) -> dict:
         return result
     none = dict(mean=None, low=None, high=None)
     methods = [dict(rate=m['seeds'][0]['rate'], rate_matched=None, frontier=[], paths={}, within=None, hangs=None,
-                    stopped=None, gain_matched=none, lost=none, regained=none) | m for m in result['methods']]
+                    stopped=None, gain_matched=none, lost=none, won=none) | m for m in result['methods']]
     return result | dict(version=1, target=None, common=True, lose_at_most=None, methods=methods)
 
 class Comparison:
@@ -473,7 +471,7 @@ def _protocol(bench, seeds, work) -> dict:
     (items, old_items), (validation_items, old_validation_items) = (bench.sizes[s] for s in ('test', 'validation'))
     return dict(
         metric=bench.metric if isinstance(bench.metric, str) else getattr(bench.metric, '__name__', 'a function'),
-        forgetting=bench.how, old=bench.old_names or list(bench.old), seeds=seeds,
+        forgetting=bench.how, old=bench.old_names, seeds=seeds,
         redrawn=bench.skill is not None, steps=bench.steps,
         evaluations=bench.every or evaluation_steps(bench.steps, bench.evaluations),
         parameters=bench.size, train=len(d.train), items=items if bench.skill else min(items, len(d.test)),

@@ -35,6 +35,7 @@ def _row(method:dict, titles:dict[str, str], limit) -> dict:
     for k, title in titles.items():
         row |= {title: method[k]['mean'], f'{title}, low': method[k]['low'],
                 f'{title}, high': method[k]['high']}
+    row |= {'lost answers': method['lost']['mean'], 'won answers': method['won']['mean']}
     row |= {'rate at equal gain': method['rate_matched'], 'gain reached': method['gain_matched']['mean']}
     if limit is not None:
         within = method['within']
@@ -61,7 +62,7 @@ def table_html(result:dict) -> str:
     lost = names['forgetting']
     head = ['method', 'rate', 'gain', lost, 'rate at equal gain', names['forgetting_matched'],
             *([] if limit is None else [f'gain within {limit:g} points']),
-            'seconds', 'peak MB', 'trained', 'head', 'saved KB']
+            'lost', 'won', 'seconds', 'peak MB', 'trained', 'head', 'saved KB']
     num = lambda x, f: '–' if x is None or pd.isna(x) else format(x, f)
     def cells(m, r):
         crashed = f' ({int(r["crashed"])} crashed)' if r['crashed'] else ''
@@ -69,6 +70,7 @@ def table_html(result:dict) -> str:
         cost = [num(r[k], f) for k, f in (('seconds', '.1f'), ('peak_MB', '.0f'), ('trained', ',.0f'),
                                           ('head', ',.0f'), ('saved_KB', ',.0f'))]
         within = [] if limit is None else [span(m['within'] and m['within']['gain'])]
+        within += [num(m[k]['mean'], '.3f') for k in ('lost', 'won')]
         return [m['name'] + mark + crashed, num(m['rate'], 'g'), span(m['gain']), span(m['forgetting']),
                 num(m['rate_matched'], 'g'), span(m['forgetting_matched']), *within, *cost]
     return html_table(

@@ -52,8 +52,9 @@ def recipe_code(recipe:Recipe) -> dict[str, str]:
 def run_key(bench:Bench, recipe:Recipe, rate:float|None, seed:int, split:str, steps:int, doses:tuple=()) -> dict:
     "Return all that determines an outcome"
     metric = bench.metric if isinstance(bench.metric, str) else getattr(bench.metric, '__name__', 'a function')
+    old = None if bench.old is None else {s.name: s.fingerprint for s in bench.old_sets(seed, split)}
     return dict(base=bench.base.fingerprint(seed), data=bench.data(seed).fingerprint,
-                old={n: o.fingerprint for n, o in bench.old.items()}, how=bench.how, recipe=recipe.describe(),
+                old=old, how=bench.how, recipe=recipe.describe(),
                 rate=rate, seed=seed, split=split, metric=metric, steps=steps,
                 evaluations=bench.every or bench.evaluations, items=bench.sizes[split],
                 max_length=bench.max_length, budget=bench.budget, dtype=str(bench.dtype),
