@@ -401,8 +401,9 @@ def _line(contrasts, o) -> str:
 # %% ../../nbs/instruments/claims.ipynb #001613be
 def run_claim(claim:Claim|str,             # a claim, or its key
               say:Callable=lambda s: None, # is told what was finished
-              keep:bool=True               # go on from what is finished
-             ) -> dict:                    # the result, also written to the claim's folder
+              keep:bool=True,              # go on from what is finished
+              write:bool=True              # write result.json into the claim's folder
+             ) -> dict:                    # the result
     """Tune, run every seed, apply the rule, write the result.
 
     Raises `ValueError` for a claim that cannot be run, or that no second reader has tried to break.
@@ -424,7 +425,8 @@ def run_claim(claim:Claim|str,             # a claim, or its key
         result |= dict(shared=dict(made=runs.made, taken=runs.taken,
                                    saved_seconds=round(runs.saved, 1)))
     result |= stamp | dict(versions=versions())
-    write_result(claim, result)
+    if write:
+        write_result(claim, result)
     return result
 
 def _runnable(claim) -> Claim:
