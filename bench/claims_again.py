@@ -1,9 +1,10 @@
-"""Do verdicts survive another grid and other seeds? Some claims are run again, and none of the results is kept as evidence.
+"""Do verdicts survive another grid and other seeds? Some claims run again; none of that is their evidence.
 
     python bench/claims_again.py [KEY ...]
 
-Six claims, drawn by a hash of their key, run on their grids times 1.33; five others with other seeds. With keys, only those
-of them. Results go to bench/results/claims_again.json, one entry a run, as they are finished; a stopped call goes on.
+Six claims, drawn by a hash of their key, run on their grids times 1.33; five others with other seeds.
+With keys, only those of them. Results go to bench/results/claims_again.json, one entry a run, as they are
+finished; a stopped call goes on.
 """
 import hashlib, json, os, platform, sys
 from dataclasses import replace
@@ -19,7 +20,8 @@ GRIDS, SEEDS, FACTOR, LATER = 6, 5, 1.33, 100
 
 def drawn():
     "The claims of each kind of rerun, by a hash of their key"
-    known = [c for c in claims() if c.edition == EDITION and c.spec.get('contrast') and c.result.exists()]
+    known = [c for c in claims() if c.edition == EDITION and c.spec.get('contrast')
+             and c.result.exists()]
     order = sorted(known, key=lambda c: hashlib.blake2s(c.key.encode()).hexdigest())
     return [('grid', c) for c in order[:GRIDS]] + [('seeds', c) for c in order[GRIDS:GRIDS + SEEDS]]
 
@@ -51,8 +53,10 @@ def main(only):
         was = read_result(claim)
         r = run_claim(dict(grid=moved, seeds=later)[kind](claim), print, write=False)
         effects = [[c['name'], c['primary'], c['treatment'], c['baseline'], c['rates']] for c in r['contrasts']]
-        found[name] = dict(code=code, was=was['verdict'], now=r['verdict'], reason=r['reason'], contrasts=effects,
-                           flipped={was['verdict'], r['verdict']} == {'holds', 'fails'}, cpu_seconds=r['seconds'],
+        found[name] = dict(code=code, was=was['verdict'], now=r['verdict'], reason=r['reason'],
+                           contrasts=effects,
+                           flipped={was['verdict'], r['verdict']} == {'holds', 'fails'},
+                           cpu_seconds=r['seconds'],
                            machine=platform.processor() or platform.machine())
         write_atomically(OUT, lambda p: p.write_text(json.dumps(found, indent=1) + '\n'))
         print(f'{name}: {was["verdict"]} -> {r["verdict"]} {r["reason"]}', flush=True)

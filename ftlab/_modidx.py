@@ -2518,6 +2518,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                'ftlab/instruments/runs.py'),
                                         'ftlab.instruments.runs.library_code': ( 'instruments/runs.html#library_code',
                                                                                  'ftlab/instruments/runs.py'),
+                                        'ftlab.instruments.runs.name_of_metric': ( 'instruments/runs.html#name_of_metric',
+                                                                                   'ftlab/instruments/runs.py'),
                                         'ftlab.instruments.runs.recipe_code': ( 'instruments/runs.html#recipe_code',
                                                                                 'ftlab/instruments/runs.py'),
                                         'ftlab.instruments.runs.run_key': ('instruments/runs.html#run_key', 'ftlab/instruments/runs.py'),

@@ -298,7 +298,8 @@ def failed_controls(p: Project, e: dict) -> list[str]:
 
 
 def against(p: Project, e: dict) -> list[str]:
-    "A line for whatever speaks against the sentence, for what differs from the paper, and for an old verdict"
+    """A line for whatever speaks against the sentence, for what differs from the paper, and for an
+    old verdict"""
     result = json.loads((p.root/e['evidence']).read_text(encoding='utf-8'))
     spec = next(c.spec for c in claims() if c.key == e['key'])
     out = [f'also seen: {x}' for x in (*result.get('also_seen', ()), *result.get('noted', ()))]

@@ -81,7 +81,8 @@ def mean_of(found:float|list|Mapping) -> float:
     return fmean(map(fmean, per_set(found).values()))
 
 def worst(metric:str|Callable, model, data:Data) -> float:
-    "Return the score of a model that knows nothing: no answer right, or every word as likely as any other"
+    """Return the score of a model that knows nothing: no answer right, or every word as likely as
+    any other"""
     return (-math.log(len(data.labels) if data.kind == 'label' else model.config.vocab_size)
             if metric == 'nll' else 0.)
 
@@ -216,7 +217,8 @@ class Bench:
         self.old = old
         _check_bench(self.given, steps, budget)
         self.metric = metric_for(self.given, metric)
-        self.sizes = dict(test=(items, old_items), validation=(validation_items, old_validation_items))
+        self.sizes = dict(test=(items, old_items),
+                          validation=(validation_items, old_validation_items))
         self.steps = steps
         self.evaluations = evaluations
         self.every = evaluate_every
@@ -232,7 +234,8 @@ class Bench:
         self._know(*self.base(0))
 
     def _know(self, probe, tok) -> None:
-        "Note what the base decides: how forgetting is measured, and the worst that a model can score"
+        """Note what the base decides: how forgetting is measured, and the worst that a model can
+        score"""
         self.size = sum(p.numel() for p in probe.parameters())
         self.how = forgetting_is(self.given, self.old, tok)
         if self.old is not None: # one harvest, one reading of files; halved below
@@ -254,7 +257,8 @@ class Bench:
             d = as_data(self.skill, seed=seed, n=len(self.given.train))
             n = self.sizes['test'][0]
             more = n > len(d.test)
-            self._drawn[seed] = replace(d, test=WORLD.rows(self.skill, n, 'test', seed)) if more else d
+            self._drawn[seed] = (replace(d, test=WORLD.rows(self.skill, n, 'test', seed))
+                                 if more else d)
         return self._drawn[seed]
 
     def old_sets(self, seed:int, split:str, model=None, tok=None) -> list[OldSet]:
@@ -419,7 +423,8 @@ def _outcome(trial:Trial, run, doses, file) -> dict:
     bench, att = trial.bench, run.delta.attached
     path = list(run.path)
     if not path:
-        path = [dict(step=0, **trial.row(trial.before)), dict(step=len(run.log), **trial.now(run.model, att))]
+        path = [dict(step=0, **trial.row(trial.before)),
+                dict(step=len(run.log), **trial.now(run.model, att))]
     trial.watch.note_peak()
     last, rows = path[-1], bench.questions(trial.seed, trial.split)
     cost = {k: run.cost[k] for k in ('tokens', 'trainable', 'head')}
@@ -430,7 +435,8 @@ def _outcome(trial:Trial, run, doses, file) -> dict:
         old={k: dict(before=mean_of(v), after=mean_of(v) - mean_of(last['items']['forgetting'][k]))
              for k, v in trial.before['old'].items()},
         seconds=run.cost['seconds'] - trial.watch.away, peak_bytes=trial.watch.peak,
-        saved_bytes=run.delta.save(file) if file else run.delta.nbytes, stopped=trial.stopped, error=None, **cost)
+        saved_bytes=run.delta.save(file) if file else run.delta.nbytes, stopped=trial.stopped,
+        error=None, **cost)
     out['after'] = out['before'] + out['gain']
     out['flips'] = _flips(trial, last)
     if doses and all(d.site == 'weight' for d in att.deltas.values()) and trial.decode is None:
@@ -452,7 +458,8 @@ def _flips(trial, last) -> dict|None:
             continue
         before = trial.before['old'][q.name]
         after = [b - lost for b, lost in zip(before, last['items']['forgetting'][q.name])]
-        found[q.name] = flips(before, after, k=q.k, again=again[q.name] if again and q.k is None else None)
+        found[q.name] = flips(before, after, k=q.k, again=again[q.name] if again
+                              and q.k is None else None)
     return dict(mean=mean_flips(list(found.values())), sets=found) if found else None
 
 def _at_doses(trial, att, doses):

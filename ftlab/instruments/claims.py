@@ -199,7 +199,8 @@ def own_definitions(claim:Claim) -> dict[str, str]:
     return closure(marks, _source, recorded)
 
 # of a claim's file, what does not change what is run or how it is judged
-WORDS_ALONE = ('why', 'paper_says', 'where', 'superseded', 'differs', 'left_out', 'pilot', 'review', 'no_dial', 'fixed')
+WORDS_ALONE = ('why', 'paper_says', 'where', 'superseded', 'differs', 'left_out', 'pilot', 'review',
+               'no_dial', 'fixed')
 
 def own_code(claim:Claim) -> str:
     """The hash of the paper's own definitions and of the experiment; the sentence counts,
@@ -477,7 +478,8 @@ def _known_worse(part, c, row) -> dict:
         return {}
     if 'worse' in c:
         seen = [part.found(row, s, 'test') for s in part.claim.spec['seeds']]
-        gap = [arm_value(c, f[c['worse']], row['target'])[0] - side(c, 'baseline', f, row['target'])[0] for f in seen]
+        level = lambda f: arm_value(c, f[c['worse']], row['target'])[0]
+        gap = [level(f) - side(c, 'baseline', f, row['target'])[0] for f in seen]
         return dict(worse=dict(name=c['worse'], effects=gap))
     return (dict(worse=dict(name='the baseline after half of its steps',
                             effects=row['half']['baseline'])) if 'half' in row else {})
@@ -699,7 +701,7 @@ def explain(key:str) -> str:
     v, reason = judged(r)
     because = f': {r["superseded"]}' if r.get('superseded') else ''
     return '\n'.join([*lines, *_outcome(r),
-                      *(f'also seen: {x}' for x in (*r.get('also_seen', ()), *r.get('noted', ()))), '',
+                      *(f'also seen: {x}' for x in [*r.get('also_seen', ()), *r.get('noted', ())]), '',
                       f'{v}{f" ({reason})" if reason else ""}: {VERDICTS[v]} ({state}{because}; '
                       f'{r["seconds"]/60:.1f} minutes)'])
 

@@ -87,7 +87,8 @@ def picture(result:dict) -> Figure:
         color, mark = styles[m['name']]
         ax.plot([c['gain'] for c in m['frontier']], [c['forgetting'] for c in m['frontier']],
                 color=color, lw=1.5, alpha=.8)
-        ax.plot([s['gain'] for s in m['seeds']], [s['forgetting'] for s in m['seeds']], mark, color=color, alpha=.25,
+        ax.plot([s['gain'] for s in m['seeds']], [s['forgetting'] for s in m['seeds']], mark,
+                color=color, alpha=.25,
                 ms=4, mew=0)
         _point(ax, m['gain'], m['forgetting'], mark, color, color)
         if m['frontier']:
@@ -108,13 +109,17 @@ def _point(ax, gain, lost, mark, color, fill) -> None:
     "Draw one operating point with its intervals"
     if gain['mean'] is None or lost['mean'] is None:
         return
-    err = lambda d: [[d['mean'] - d['low']], [d['high'] - d['mean']]] if d['low'] is not None else None
-    ax.errorbar([gain['mean']], [lost['mean']], xerr=err(gain), yerr=err(lost), fmt=mark, color=color, mfc=fill,
+    err = lambda d: ([[d['mean'] - d['low']], [d['high'] - d['mean']]] if d['low'] is not None
+                     else None)
+    ax.errorbar([gain['mean']], [lost['mean']], xerr=err(gain), yerr=err(lost), fmt=mark,
+                color=color, mfc=fill,
                 ms=8, capsize=3, lw=1.2)
 
 def _label(ax, methods:list[dict], styles:dict) -> None:
-    "Write each arm's name beside its filled mark, or at its curve's end, pushed up where it would cover another"
-    where = {m['name']: (m['gain']['mean'], m['forgetting']['mean']) if m['gain']['mean'] is not None
+    """Write each arm's name beside its filled mark, or at its curve's end, pushed up where it would
+    cover another"""
+    where = {m['name']: (m['gain']['mean'], m['forgetting']['mean'])
+             if m['gain']['mean'] is not None
              else (m['frontier'][-1]['gain'], m['frontier'][-1]['forgetting']) for m in methods}
     taken = []
     for name, at in sorted(where.items(), key=lambda item: -item[1][1]):
@@ -137,7 +142,8 @@ def image(result:dict, kind:str) -> bytes:
 def tag(result:dict, kind:str='png') -> str:
     "Return the picture as an HTML tag that carries it, with its numbers as alt text"
     names = titles(result)
-    alt = '; '.join(f'{m["name"]}: ' + ', '.join(f'{title} {span(m[k])}' for k, title in names.items())
+    alt = '; '.join(f'{m["name"]}: ' + ', '.join(f'{title} {span(m[k])}'
+                                                 for k, title in names.items())
                     for m in result['methods'])
     kind = 'svg+xml' if kind == 'svg' else kind
     source = f'data:image/{kind};base64,{base64.b64encode(image(result, kind.removesuffix("+xml"))).decode()}'
@@ -152,7 +158,9 @@ def reading(r:dict) -> list[str]:
         up = (f'has moved less from the base ({lost}): what it could do before is not known, '
               'so how far it moved is shown in its place.')
     curve = ('A curve is one method: the least that it forgot at each gain, over all the rates and steps '
-             'that were tried, on validation questions. ' if any(m['frontier'] for m in r['methods']) else '')
+             'that were tried, on validation questions. ')
+    if not any(m['frontier'] for m in r['methods']):
+        curve = ''
     chance = f'95% intervals by Student\'s t over {n} seeds; where they overlap widely, the order may be chance.'
     if n < 3:
         chance = (f'{"one seed" if n == 1 else "two seeds"}: '
@@ -234,7 +242,8 @@ def tuning_words(r:dict) -> list[str]:
     for n, d in t['methods'].items():
         equal = f', {d["rate_matched"]:g} at equal gain' if 'rate_matched' in d else ''
         edge = '; the best is at the edge of what was tried' if d['at_edge'] else ''
-        ended = ''.join(f'; {rate} ended early ({why})' for rate, why in d.get('stopped', {}).items())
+        ended = ''.join(f'; {rate} ended early ({why})'
+                        for rate, why in d.get('stopped', {}).items())
         said.append(f'{n}: {d["rate"]:g} for the best gain{equal}, of {tried(d)}{edge}{ended}')
     return said
 

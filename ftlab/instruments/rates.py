@@ -17,13 +17,15 @@ HALF_DECADE = 10**.5
 rounded = lambda x: float(f'{x:.3g}')
 
 def on_ladder(value:float) -> float:
-    "Return the quarter of a decade that a value is within half a percent of, so that runs are shared; else the value"
+    """Return the quarter of a decade that a value is within half a percent of, so that runs are
+    shared; else the value"""
     rung = 10**(round(4*math.log10(value))/4) if value > 0 else value
     return rung if value > 0 and abs(value/rung - 1) < .005 else value
 
 @dataclass(frozen=True)
 class Grid:
-    "The values that an arm begins with. Raises `ValueError` for none, or for some outside the bounds"
+    """The values that an arm begins with. Raises `ValueError` for none, or for some outside the
+    bounds"""
     values: tuple[float, ...]
     spacing: str = 'log'      # 'log' or 'linear'
     bounds: tuple[float, float] = (0., math.inf) # what makes sense; a log grid never reaches 0
@@ -48,7 +50,8 @@ class Grid:
 
     def moved(self, value:float, steps:float) -> float|None:
         "Return the value so many steps up (down if negative); `None` outside the bounds"
-        new = rounded(on_ladder(value*self.step**steps) if self.spacing == 'log' else value + steps*self.step)
+        new = rounded(on_ladder(value*self.step**steps) if self.spacing == 'log'
+                      else value + steps*self.step)
         return new if self.bounds[0] <= new <= self.bounds[1] else None
 
 def half_decades(rates:tuple[float, ...]) -> tuple[float, ...]:
@@ -91,7 +94,8 @@ class Tried:
         for arm, of in outcomes.items():
             found = _chosen(of, want, target)
             tried = self.outcomes[arm]
-            edge = found['value'] is not None and len(tried) > 1 and found['rate'] in (min(tried), max(tried))
+            edge = (found['value'] is not None and len(tried) > 1
+                    and found['rate'] in (min(tried), max(tried)))
             chosen[arm] = found | dict(at_edge=edge)
         return dict(metric=want.metric, target=target, common=common, arms=chosen)
 
