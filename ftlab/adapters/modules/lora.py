@@ -42,7 +42,7 @@ def _why(arguments):
 @method(**LORA, lr=3e-3, lrs=(1e-3, 3e-3, 1e-2), waives=_why)
 def lora(r:int=8,              # the rank
          alpha:float=16.,      # scale: alpha/r
-         targets:str|tuple=('attention', 'mlp'), # as in `parts`, or a regular expression; the paper: 'attention'
+         targets:str|tuple=('attention', 'mlp'), # as in `parts`, or a pattern; the paper: mostly 'q_proj|v_proj'
          dropout:float=0.,     # on the branch's input
          rs:bool=False         # scale by alpha/sqrt(r) instead
         ) -> Recipe:
