@@ -15,8 +15,8 @@ import pandas as pd
 import ftlab
 from .core.paper import Paper
 from .core.recipe import Recipe
-from .instruments.verdicts import (EDITION, Claim, contrast, contrast_verdict, judged, read_claim,
-                                        verdict)
+from .instruments.verdicts import (EDITION, Claim, bar_of, contrast,
+                                        contrast_verdict, judged, read_claim, verdict)
 
 # %% auto #0
 __all__ = ['PARTS', 'EARLIER', 'OUTSIDE', 'NOUNS', 'catalogue', 'Mark', 'modules', 'marked', 'claims_folder', 'claims', 'index',
@@ -190,7 +190,7 @@ def effect_line(r:dict) -> str:
         return ''
     if pd.isna(r.get('effect')):
         return f'{r["contrast"]}: not run'
-    needed = f'{"within ±" if r["kind"] == "equivalence" else "above "}{r["margin"]:g}'
+    needed = f'within ±{r["margin"]:g}' if r['kind'] == 'equivalence' else f'above {bar_of(r):g}'
     return f'{r["each"]}: {r["contrast"]}, {r["effect"]:+.3f} [{r["low"]:+.3f}, {r["high"]:+.3f}], needed {needed}'
 
 # %% ../nbs/papers.ipynb #0012603a

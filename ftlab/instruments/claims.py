@@ -27,7 +27,8 @@ from .rates import SEEDS, Grid, Tried, Want, search
 from .runs import Runs, runs_folder
 from ..methods import get
 from ..papers import claims, claims_folder, marked
-from .verdicts import (DEFAULTS, EDITION, SCOPES, VERDICTS, Claim, arms_said, bare,
+from .verdicts import (DEFAULTS, EDITION, SCOPES, VERDICTS, Claim, arms_said,
+                                        bar_of, bare,
                                         check_reviewed, closure,
                                         code_hash, contrast, contrast_verdict, dumped, judged,
                                         read_claim, room)
@@ -117,10 +118,11 @@ def bench_of(claim:Claim) -> Bench:
 
 # %% ../../nbs/instruments/claims.ipynb #2d166853
 def want_of(c:Mapping, grids:Mapping[str, Grid]) -> Want:
-    "Return what the rates of a contrast are chosen by"
+    """Return what the rates of a contrast are chosen by: its sides, or where a side is made of other arms, all
+    arms or those that the contrast says it is made `of`"""
     sides = [c[k] for k in ('treatment', 'baseline')]
     made = any(isinstance(s, str) and s not in grids for s in sides)
-    arms = tuple(n for n in grids if made or n in sides)
+    arms = tuple(n for n in grids if (n in c['of'] if 'of' in c else made or n in sides))
     if 'choose' in c:
         return Want(arms, c['choose'], c.get('choose_higher', True))
     return Want(arms, c['metric'], c.get('higher_is_better', True))
@@ -312,8 +314,12 @@ class Part:
             self.say(f'{self.claim.key}: tuning {arm} at {rate:g}, seed {seed}: {_line(self.contrasts, o)}')
             return o
         alone = {n: g for n, g in e.grids.items() if len(g.values) == 1}
-        wants = [w for c in self.contrasts if (w := want_of(c, e.grids)).arms]
-        self.tried = search(e.grids, run, wants, refine=not alone) if e.grids else Tried({}, {})
+        decide = sorted(self.contrasts, key=lambda c: not c.get('primary', False))
+        wants = [w for c in decide if (w := want_of(c, e.grids)).arms]
+        primary = sum(c.get('primary', False) for c in self.contrasts if want_of(c, e.grids).arms)
+        self.tried = (search(e.grids, run, wants, refine=not alone, deciding=primary or None)
+                      if e.grids
+                      else Tried({}, {}))
         self.plans = [planned(c, self.tried, e) for c in self.contrasts]
 
     def found(self, plan:Mapping, seed:int, split:str, half:bool=False, turned:Mapping=()) -> dict:
@@ -474,7 +480,7 @@ def _rows(part) -> list[dict]:
 
 def _known_worse(part, c, row) -> dict:
     "What a contrast of sameness must be able to tell apart"
-    if c['kind'] != 'equivalence':
+    if c['kind'] == 'superiority':
         return {}
     if 'worse' in c:
         seen = [part.found(row, s, 'test') for s in part.claim.spec['seeds']]
@@ -579,12 +585,12 @@ def also_seen(result:Mapping) -> list[str]:
         if not c['primary'] and contrast_verdict(c)[0] == 'fails':
             out.append(f'{c["name"]}: fails ({mean:+.3f})')
         half = c.get('half') or {}
-        if half.get('effects') and (fmean(half['effects']) - c['margin'])*(mean - c['margin']) < 0:
+        bar = bar_of(c)
+        if half.get('effects') and (fmean(half['effects']) - bar)*(mean - bar) < 0:
             out.append(f'{c["name"]}: after half of the steps the effect is '
                        f'{fmean(half["effects"]):+.3f} instead of {mean:+.3f}')
         for turned in c['sensitivity']:
-            if turned['effects'] and (fmean(turned['effects']) - c['margin'])*(
-                mean - c['margin']) < 0:
+            if turned['effects'] and (fmean(turned['effects']) - bar)*(mean - bar) < 0:
                 out.append(f'{c["name"]}: with {turned["arm"]} at {turned["rate"]:g} instead of {turned["chosen"]:g} '
                            f'the effect is {fmean(turned["effects"]):+.3f} instead of {mean:+.3f}')
         if c.get('at_edge'):
@@ -597,7 +603,8 @@ def again(key:str, seed:int|None=None) -> list[dict]:
     and whether they agree to within the margin"""
     claim = named_claim(key)
     seed = read_result(claim)['seeds'][0] if seed is None else seed
-    return [d | dict(same=abs(d['stored'] - d['new']) <= d['margin']) for d in replay(claim, seed)]
+    allowed = lambda d: max(d['margin'], .01) # another processor rounds otherwise
+    return [d | dict(same=abs(d['stored'] - d['new']) <= allowed(d)) for d in replay(claim, seed)]
 
 def replay(claim:Claim, seed:int) -> list[dict]:
     """Return (name, margin, stored, new) of each contrast: its effect on `seed`,
@@ -709,7 +716,7 @@ def _outcome(r:dict) -> list[str]:
     "What each contrast, control and identity of a result says"
 
     def must(k):
-        return f'must lie within ±{k["margin"]:g}' if k['kind'] == 'equivalence' else f'must lie above {k["margin"]:g}'
+        return f'must lie within ±{k["margin"]:g}' if k['kind'] == 'equivalence' else f'must lie above {bar_of(k):g}'
 
     effects = [(k, contrast(k)) for k in r['contrasts'] if k['treatment']]
     return ([f'{k["name"]}: effect {f["mean"]:+.3f} [{f["low"]:+.3f}, {f["high"]:+.3f}], {must(k)}: '

@@ -118,6 +118,7 @@ def search(grids:Mapping[str, Grid],
            refine:bool=True,     # two more rates around each choice
            again:int=3,          # rates that are run with every seed
            drop:Callable=lambda tried: (), # tried -> arms that need no more rates
+           deciding:int|None=None, # so many of the wants, the first, make the grids grow; None: all
           ) -> Tried:
     """Try rates for every arm with equal effort. Arms that no want names are run at their whole grid.
     Raises `ValueError` if the grids differ in size."""
@@ -135,7 +136,7 @@ def search(grids:Mapping[str, Grid],
             have(arm, rate, seeds[0])
     if set(sizes.values()) != {1}:
         out = set(drop(tried))
-        _extend(tried, [a for a in grids if a not in out], wants, have, seeds[0], extend)
+        _extend(tried, [a for a in grids if a not in out], wants[:deciding], have, seeds[0], extend)
         if refine:
             _refine(tried, out, wants, have, seeds[0])
     _repeat(tried, wants, have, seeds, again)

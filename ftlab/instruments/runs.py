@@ -59,7 +59,7 @@ def run_key(bench:Bench, recipe:Recipe, rate:float|None, seed:int, split:str, st
     old = (None if bench.old is None
            else {s.name: s.fingerprint for s in bench.old_sets(seed, split)})
     return dict(base=bench.base.fingerprint(seed), data=bench.data(seed).fingerprint,
-                old=old, how=bench.how, recipe=recipe.describe(),
+                old=old, how=bench.how, recipe={k: v for k, v in recipe.describe().items() if k != 'name'},
                 rate=rate, seed=seed, split=split, metric=name_of_metric(bench.metric), steps=steps,
                 evaluations=bench.every or bench.evaluations, items=bench.sizes[split],
                 max_length=bench.max_length, budget=bench.budget, dtype=str(bench.dtype),
@@ -95,7 +95,7 @@ class Runs:
         if found:
             self.taken += 1
             self.saved += found['cpu_seconds']
-            return found
+            return found | dict(method=recipe.name) # the same run may have another name elsewhere
         found = bench.run(recipe, rate, seed, split, steps, doses,
                           path.with_suffix('.safetensors') if self.keep else None)
         found = dict(method=recipe.name, rate=rate, seed=seed, split=split) | found

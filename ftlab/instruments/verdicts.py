@@ -15,12 +15,18 @@ from statistics import fmean, stdev
 from scipy import stats
 
 # %% auto #0
-__all__ = ['VERDICTS', 'EDITION', 'NEEDED', 'SCOPES', 'RUNS', 'SAID', 'DEFAULTS', 'PILOTS', 'PRIMARY', 'OBJECTIONS', 'MARKS',
-           'DOES', 'contrast', 'lacks_room', 'room', 'hangs', 'contrast_verdict', 'judged', 'verdict', 'Claim',
-           'read_claim', 'arms_said', 'check_reviewed', 'bare', 'dumped', 'definitions', 'imports', 'used_by',
-           'code_hash', 'is_paper', 'closure']
+__all__ = ['KINDS', 'VERDICTS', 'EDITION', 'NEEDED', 'SCOPES', 'RUNS', 'SAID', 'DEFAULTS', 'PILOTS', 'PRIMARY', 'OBJECTIONS',
+           'MARKS', 'DOES', 'bar_of', 'contrast', 'lacks_room', 'room', 'hangs', 'contrast_verdict', 'judged',
+           'verdict', 'Claim', 'read_claim', 'arms_said', 'check_reviewed', 'bare', 'dumped', 'definitions', 'imports',
+           'used_by', 'code_hash', 'is_paper', 'closure']
 
 # %% ../../nbs/instruments/verdicts.ipynb #000608ff
+KINDS = ('superiority', 'noninferiority', 'equivalence')
+
+def bar_of(c:Mapping) -> float:
+    "Return what the effect must be above: the margin, or minus the margin where on par is enough"
+    return -float(c['margin']) if c['kind'] == 'noninferiority' else float(c['margin'])
+
 def contrast(c:Mapping # kind, margin, treatment and baseline (one number a seed), higher_is_better
             ) -> dict: # verdict, mean, low, high, n: of the effect, positive in the claim's favour
     """The verdict of one contrast, and the interval that gave it.
@@ -30,14 +36,15 @@ def contrast(c:Mapping # kind, margin, treatment and baseline (one number a seed
         raise ValueError(f'{c["name"]}: treatment and baseline need one number for each seed; they have {t} and {b}')
     if (n := len(t)) < 5:
         raise ValueError(f'{c["name"]}: there are {n} seeds; a verdict needs five')
-    if c['kind'] not in ('superiority', 'equivalence'):
-        raise ValueError(f'{c["name"]}: kind is {c["kind"]!r}; it must be superiority or equivalence')
+    if c['kind'] not in KINDS:
+        raise ValueError(f'{c["name"]}: kind is {c["kind"]!r}; it must be {", ".join(KINDS)}')
     e = [(x - y)*(1 if c.get('higher_is_better', True) else -1) for x, y in zip(t, b)]
     equal = c['kind'] == 'equivalence'
     mean = fmean(e)
     half = float(stats.t.ppf(.95 if equal else .975, n - 1))*stdev(e)/math.sqrt(n)
     low, high = mean - half, mean + half
-    good, bad = (-m < low and high < m, low > m or high < -m) if equal else (low > m, high < m)
+    good, bad = ((-m < low and high < m, low > m or high < -m) if equal
+                 else (low > bar_of(c), high < bar_of(c)))
     return dict(verdict='holds' if good else 'fails' if bad else 'unclear', mean=mean, low=low,
                 high=high, n=n)
 
@@ -49,7 +56,7 @@ def lacks_room(c:Mapping, # kind, margin, higher_is_better, best, trivial, worse
     "Say why two arms have no room to differ"
     sign, m = (1 if c.get('higher_is_better', True) else -1), float(c['margin'])
     better = lambda x: sign*(x - trivial)
-    if c['kind'] == 'equivalence':
+    if c['kind'] != 'superiority':
         if min(better(treatment), better(baseline)) < 2*m:
             return f'an arm is less than two margins better than the trivial alternative ({c["trivial"]["name"]})'
         return ''
@@ -58,6 +65,12 @@ def lacks_room(c:Mapping, # kind, margin, higher_is_better, best, trivial, worse
     if max(better(treatment), better(baseline)) < m:
         return f'no arm is a margin better than the trivial alternative ({c["trivial"]["name"]}, {trivial:.3f})'
     return ''
+
+def _tells_apart(c, gap:float) -> bool:
+    """Does an arm that is known to be worse fall outside the margin? `gap`: that arm minus the
+    baseline"""
+    worse = gap if c.get('higher_is_better', True) else -gap
+    return worse < -c['margin'] or (c['kind'] == 'equivalence' and worse > c['margin'])
 
 def room(c:Mapping) -> str:
     """Say why a contrast of a result has no room, on the tuning seeds or on the test seeds; '' if
@@ -72,7 +85,7 @@ def room(c:Mapping) -> str:
     if why := lacks_room(c, fmean(c['treatment']), fmean(c['baseline']), fmean(c['trivial']['values'])):
         return f'on the test seeds {why}'
     worse = c.get('worse')
-    if c['kind'] == 'equivalence' and worse and abs(fmean(worse['effects'])) <= c['margin']:
+    if c['kind'] != 'superiority' and worse and not _tells_apart(c, fmean(worse['effects'])):
         return f'{worse["name"]} also lies within the margin ({fmean(worse["effects"]):+.3f})'
     return ''
 
@@ -82,7 +95,7 @@ def hangs(c:Mapping) -> str:
     if not c['treatment']:
         return ''
     m, mean = float(c['margin']), contrast(c)['mean']
-    side = (lambda e: abs(e) <= m) if c['kind'] == 'equivalence' else (lambda e: e > m)
+    side = (lambda e: abs(e) <= m) if c['kind'] == 'equivalence' else (lambda e: e > bar_of(c))
     for turned in c.get('sensitivity', ()):
         if turned['effects'] and side(fmean(turned['effects'])) != side(mean):
             return (f'with {turned["arm"]} at {turned["rate"]:g} instead of {turned["chosen"]:g} '
@@ -269,8 +282,10 @@ def _check_contrast(c, spec, claim, wrong):
     for side in ('treatment', 'baseline'):
         if not isinstance(c[side], (int, float)) and c[side] not in arms and not derived:
             raise wrong(f'{name}: {side} is {c[side]!r}; the arms are {", ".join(arms)}')
-    if c['kind'] not in ('superiority', 'equivalence') or c['margin'] < 0:
-        raise wrong(f'{name}: kind must be superiority or equivalence, and margin at least 0')
+    if c['kind'] not in KINDS or c['margin'] < 0:
+        raise wrong(f'{name}: kind must be {", ".join(KINDS)}, and margin at least 0')
+    if odd := set(c.get('of', ())) - set(arms):
+        raise wrong(f'{name}: of names {sorted(odd)[0]!r}; the arms are {", ".join(arms)}')
     trivial = c['trivial']
     if not isinstance(trivial, Mapping) or 'name' not in trivial or not {'value', 'arm'} & set(
         trivial):
