@@ -14,7 +14,7 @@ from ftlab.lab.world import ATTRIBUTES
 from ftlab.trainers.objective import kl, loss_mask
 from ftlab.trainers.preferences import judged_pairs, preference
 
-SKILL, ITEMS, PARTS = 'write', 400, 6
+SKILL, ITEMS, PARTS = 'write', 600, 6
 BUDGETS = dict(near=.3, middle=1., far=3.) # nats an answer
 
 @lru_cache(4)
@@ -31,7 +31,7 @@ def reward(row, answer, seed):
     asked = len(row['response'].split())
     return judge(row, good)*max(asked, len(good.split()))/max(asked, len(said))
 
-@lru_cache(1)
+@lru_cache(2)
 def begin(seed, steps):
     "The reference, and pairs of its own answers: two to each question, the better one first"
     model, tok = ftlab.load('lab-s')
@@ -62,10 +62,12 @@ def at_start(seed, split, steps):
     return measured(reference, reference, tok, WORLD.rows(SKILL, ITEMS, split, seed), seed)
 
 def reward_within(path, budget):
-    "The reward where the run has come this far from its reference; at its end, if it never does"
+    """The reward where the run has come this far from its reference; at its end, if it never does.
+    Between two measurements it is read on the root of the distance, with which reward grows"""
     for a, b in zip(path, path[1:]):
         if b['kl'] >= budget:
-            share = (budget - a['kl'])/(b['kl'] - a['kl'])
+            near, there, far = (max(0., x)**.5 for x in (a['kl'], budget, b['kl']))
+            share = (there - near)/(far - near)
             return a['reward'] + share*(b['reward'] - a['reward'])
     return path[-1]['reward']
 

@@ -5,6 +5,7 @@ from functools import lru_cache
 import torch
 import ftlab
 from ftlab.core.scorers import WORLD, answers
+from ftlab.evaluators.decode import combined
 from ftlab.evaluators.decoding.eft import eft, emulate
 from ftlab.lab.world import ATTRIBUTES
 
@@ -36,12 +37,12 @@ def bases(seed):
         out.append(model)
     return *out, tok
 
-@lru_cache(2)
+@lru_cache(16) # emulated, multiplied and tuned share the small one
 def tuned(size, rate, seed, steps):
     "The small (0) or the large model (1), tuned to follow the rule on people that both know"
     *both, tok = bases(seed)
     model = copy.deepcopy(both[size])
-    rows = [told(r) for r in WORLD.rows('fact', 1000, 'train', seed + 1)]
+    rows = [told(r) for r in WORLD.rows('fact', 1000, 'train', seed + 50_000)]
     ftlab.fit(model, tok, rows, steps=steps, batch_size=16, lr=rate, seed=seed,
               schedule='constant', progress=False)
     return model
@@ -67,16 +68,21 @@ def run(arm, rate, seed, split, steps):
         return eft(large).decode(dict(base=small, tuned=tuned(0, rate, seed, steps)), tok, prompts,
                                  **kw)
 
-    model = dict(small=small, large=large, emulated=None).get(arm)
+    def multiplied(model, tok, prompts, **kw):
+        both = dict(tuned=tuned(0, rate, seed, steps), large=large)
+        return combined(both, tok, prompts, lambda p: p['tuned'] + p['large'], **kw)
+
+    decode = dict(emulated=emulated, multiplied=multiplied).get(arm)
+    model = large if arm == 'large' else None
     if arm in ('tuned', 'tuned_large'):
         model = tuned(int(arm == 'tuned_large'), rate, seed, steps)
-    each = found(rows, answers(model, tok, rows, 8, emulated if arm == 'emulated' else None))
+    each = found(rows, answers(model, tok, rows, 8, decode))
     return {k: sum(v)/len(v) for k, v in each.items()} | dict(items=each)
 
 def derive(found):
-    "The bar: three quarters of what tuning the large model itself gains"
+    "The bar: 85 percent of what tuning the large model itself gains"
     large, best = found['large'], found['tuned_large']
-    return dict(bar={k: large[k] + .75*(best[k] - large[k])
+    return dict(bar={k: large[k] + .85*(best[k] - large[k])
                      for k in ('score', 'manners', 'knowledge', 'joined')})
 
 def identities():

@@ -23,7 +23,7 @@ def halves(seed, split):
         mine = set(rng.sample(sorted(WORLD.people[t]), len(WORLD.people[t])//2))
         about = lambda r: any(w in mine for w in r['prompt'].split())
         train += [r for r in rows(t, 800, 'train', seed) if about(r)][:400]
-        test += [r for r in rows(t, 320, split, seed) if not about(r)][:150]
+        test += [r for r in rows(t, 400, split, seed) if not about(r)][:180]
     return train, test
 
 def certainty(model, tok, prompts, said):

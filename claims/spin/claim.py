@@ -9,11 +9,11 @@ from ftlab.core.scorers import WORLD, answers, judge
 from ftlab.trainers.preferences import judged_pairs, preference
 from ftlab.trainers.rl.spin import spin
 
-SKILL, FEW, ITEMS = 'write', 200, 400
+SKILL, FEW, ITEMS = 'write', 200, 600
 START = dict(steps=80, lr=3e-4, schedule='constant') # by pilots: where the validation score stops rising
 MORE = 2.4 # steps of plain tuning that read as many tokens as one of self-play, its draws included
 
-@lru_cache(1)
+@lru_cache(2)
 def begin(seed):
     "The untuned model, the model that was tuned on the few until that stopped helping, and the few"
     before, tok = ftlab.load('lab-s', revision='step-1000')
@@ -30,29 +30,36 @@ def scored(model, tok, rows, seed):
                      generator_seed=seed)
     return each, sum(judge(r, a) for r, a in zip(rows, drawn))/len(rows)
 
+@lru_cache(4)
+def at_start(seed, split):
+    "The start's score on each question, and on drawn answers"
+    _, start, tok, _ = begin(seed)
+    return scored(start, tok, WORLD.rows(SKILL, ITEMS, split, seed), seed)
+
 def go_on(arm, model, tok, few, rate, seed, steps):
+    "The tuned model, and how many of the few gave no pair"
     how = dict(batch_size=32, lr=rate, seed=seed + 1, progress=False)
     if arm == 'sft':
-        return ftlab.fit(model, tok, few, steps=round(MORE*steps), **how)
+        return ftlab.fit(model, tok, few, steps=round(MORE*steps), **how), 0
     if arm == 'spin':
-        return ftlab.fit(model, tok, few, spin(), steps=steps, **how)
+        return ftlab.fit(model, tok, few, spin(), steps=steps, **how), 0
     pairs = judged_pairs(model, tok, few.train, seed=seed)
     bought = ftlab.data(dict(train=pairs, validation=pairs[:2], test=pairs[:2]))
-    return ftlab.fit(model, tok, bought, ftlab.methods.dpo(), steps=steps, **how)
+    done = ftlab.fit(model, tok, bought, ftlab.methods.dpo(), steps=steps, **how)
+    return done, len(few.train) - len(pairs)
 
 def run(arm, rate, seed, split, steps):
     before, start, tok, few = begin(seed)
     rows = WORLD.rows(SKILL, ITEMS, split, seed)
-    model, out = copy.deepcopy(before if arm == 'before' else start), {}
-    if rate is not None:
-        done = go_on(arm, model, tok, few, rate, seed, steps)
-        out = dict(tokens=done.cost['tokens'])
-        model = done.model
-    each, drawn = scored(model, tok, rows, seed)
-    if arm == 'sft':
-        at_start, _ = scored(start, tok, rows, seed)
-        out['still_gained'] = (sum(each) - sum(at_start))/len(rows)
-    return out | dict(score=sum(each)/len(rows), drawn=drawn, items=dict(score=each))
+    if rate is None:
+        each, drawn = at_start(seed, split) if arm == 'start' else scored(before, tok, rows, seed)
+        return dict(score=sum(each)/len(rows), drawn=drawn, items=dict(score=each))
+    done, left = go_on(arm, copy.deepcopy(start), tok, few, rate, seed, steps)
+    each, drawn = scored(done.model, tok, rows, seed)
+    return dict(score=sum(each)/len(rows), drawn=drawn, items=dict(score=each),
+                gained=(sum(each) - sum(at_start(seed, split)[0]))/len(rows),
+                tokens=done.cost['tokens'],
+                excluded={'questions whose four draws scored the same': left} if left else {})
 
 def identities():
     y = torch.tensor([[-100, 3, 4], [-100, 5, 6]]).repeat(2, 1)
