@@ -35,10 +35,11 @@ from .verdicts import (DEFAULTS, EDITION, SCOPES, VERDICTS, Claim, arms_said,
 
 # %% auto #0
 __all__ = ['SENSITIVITY_SEEDS', 'STATES', 'WORDS_ALONE', 'SAME_GAIN', 'workplace', 'Experiment', 'recipes_of', 'bench_of',
-           'want_of', 'planned', 'side', 'arm_value', 'effect', 'own_definitions', 'own_code', 'run_code', 'core_code',
-           'read_result', 'write_result', 'status', 'named_claim', 'script_of', 'beside', 'Kept', 'Part', 'test_row',
-           'turned_rows', 'half_row', 'run_claim', 'tuned_part', 'assemble_claim', 'also_seen', 'again', 'replay',
-           'quickest_seed', 'carry', 'supersede', 'explain', 'note', 'run_claims', 'carry_claims']
+           'named_arms', 'needed_arms', 'want_of', 'planned', 'side', 'arm_value', 'effect', 'own_definitions',
+           'own_code', 'run_code', 'core_code', 'read_result', 'write_result', 'status', 'named_claim', 'script_of',
+           'beside', 'Kept', 'Part', 'test_row', 'turned_rows', 'half_row', 'run_claim', 'tuned_part', 'assemble_claim',
+           'also_seen', 'again', 'replay', 'quickest_seed', 'carry', 'supersede', 'explain', 'note', 'run_claims',
+           'carry_claims']
 
 # %% ../../nbs/instruments/claims.ipynb #000513be
 SENSITIVITY_SEEDS = (20_000, 20_001)
@@ -117,23 +118,38 @@ def bench_of(claim:Claim) -> Bench:
                  progress=False, **{k: s[k] for k in sizes}, **s.get('settings', {}))
 
 # %% ../../nbs/instruments/claims.ipynb #2d166853
-def want_of(c:Mapping, grids:Mapping[str, Grid]) -> Want:
-    """Return what the rates of a contrast are chosen by: its sides, or where a side is made of other arms, all
-    arms or those that the contrast says it is made `of`"""
-    sides = [c[k] for k in ('treatment', 'baseline')]
-    made = any(isinstance(s, str) and s not in grids for s in sides)
-    arms = tuple(n for n in grids if (n in c['of'] if 'of' in c else made or n in sides))
+def named_arms(c:Mapping) -> set[str]:
+    "Return the arms that a contrast names"
+    named = (c['treatment'], c['baseline'], c['trivial'].get('arm'), c.get('worse'))
+    return {n for n in named if isinstance(n, str)}
+
+def needed_arms(c:Mapping, experiment:Experiment) -> list[str]:
+    """Return the arms that must run for a contrast: those that it names; where one of them is made of others,
+    all arms, or those that the contrast says it is made `of` and those without a grid"""
+    named = named_arms(c)
+    if named <= set(experiment.arms):
+        return [n for n in experiment.arms if n in named]
+    of = c.get('of', experiment.arms)
+    return [n for n in experiment.arms if n in named or n in of or n not in experiment.grids]
+
+def want_of(c:Mapping, experiment:Experiment) -> Want:
+    """Return what the rates of a contrast are chosen by: its two sides, or the arms that they are
+    made of"""
+    sides = {c[k] for k in ('treatment', 'baseline') if isinstance(c[k], str)}
+    if sides - set(experiment.arms):
+        sides |= set(c.get('of', experiment.grids))
+    arms = tuple(n for n in experiment.grids if n in sides)
     if 'choose' in c:
         return Want(arms, c['choose'], c.get('choose_higher', True))
     return Want(arms, c['metric'], c.get('higher_is_better', True))
 
 def planned(c:Mapping, tried:Tried, experiment:Experiment) -> dict:
     "Return target, common and rates ({arm: rate}) of a contrast"
-    want = want_of(c, experiment.grids)
+    want = want_of(c, experiment)
     found = tried.choices(want) if want.arms else dict(target=None, common=True, arms={})
     rates = {n: found['arms'][n]['rate'] if n in found['arms']
              else _other_rate(tried, n, want, found['target'])
-             for n in experiment.arms}
+             for n in needed_arms(c, experiment)}
     return dict(target=found['target'], common=found['common'], rates=rates,
                 at_edge=[n for n, a in found['arms'].items() if a['at_edge']])
 
@@ -154,7 +170,8 @@ def side(c:Mapping, which:str, found:Mapping, target:float|None) -> tuple[float,
     "Return one side of a contrast in one seed"
     if isinstance(c[which], (int, float)):
         return float(c[which]), None
-    return arm_value(c, found[c[which]], target, which == 'treatment')
+    missing = dict(error='it is made of a run that broke down')
+    return arm_value(c, found.get(c[which], missing), target, which == 'treatment')
 
 def arm_value(c:Mapping, outcome:Mapping, target:float|None,
               against:bool=True) -> tuple[float, float|None]:
@@ -315,8 +332,8 @@ class Part:
             return o
         alone = {n: g for n, g in e.grids.items() if len(g.values) == 1}
         decide = sorted(self.contrasts, key=lambda c: not c.get('primary', False))
-        wants = [w for c in decide if (w := want_of(c, e.grids)).arms]
-        primary = sum(c.get('primary', False) for c in self.contrasts if want_of(c, e.grids).arms)
+        wants = [w for c in decide if (w := want_of(c, e)).arms]
+        primary = sum(c.get('primary', False) for c in self.contrasts if want_of(c, e).arms)
         self.tried = (search(e.grids, run, wants, refine=not alone, deciding=primary or None)
                       if e.grids
                       else Tried({}, {}))
@@ -325,12 +342,9 @@ class Part:
     def found(self, plan:Mapping, seed:int, split:str, half:bool=False, turned:Mapping=()) -> dict:
         """Return the outcome of every arm at the plan's rates, or at those of `turned`, and what is
         made of them"""
-        rates = plan['rates'] | dict(turned)
-        return self.experiment.derived({n: self.experiment.outcome(n, r, seed, split, half)
-                                        for n, r in rates.items() if self._needed(n, half)})
-
-    def _needed(self, arm, half) -> bool:
-        return not half or self.experiment.arms[arm]['steps'] is not None
+        e, rates = self.experiment, plan['rates'] | dict(turned)
+        return e.derived({n: e.outcome(n, r, seed, split, half) for n, r in rates.items()
+                          if not half or e.arms[n]['steps'] is not None})
 
     def levels(self, c, plan, split, seeds) -> dict:
         "Return per seed: treatment, baseline, trivial, and the gains at which they were read"
@@ -341,9 +355,15 @@ class Part:
                 value, gain = side(c, which, found, plan['target'])
                 out[which].append(value)
                 out['gains'][which].append(gain)
-            out['trivial'].append(c['trivial'].get('value') if 'value' in c['trivial'] else
-                                  arm_value(c, found[c['trivial']['arm']], plan['target'])[0])
+            out['trivial'].append(self._trivial(c, found, plan['target']))
         return out
+
+    def _trivial(self, c, found, target) -> float|None:
+        "Return the level of the trivial alternative; `None` where it never reaches the target gain"
+        if 'value' in c['trivial']:
+            return float(c['trivial']['value'])
+        o = found[c['trivial']['arm']]
+        return None if reading(o, c['metric'], target) is None else arm_value(c, o, target)[0]
 
     def tuning_row(self, c, plan) -> dict:
         "Return a contrast as it stands after tuning: its rates, and the levels on the tuning seeds"
@@ -353,7 +373,7 @@ class Part:
                     higher_is_better=c.get('higher_is_better', True),
                     trivial=dict(name=c['trivial']['name'], values=[]))
         row |= {k: c[k] for k in ('best',) if k in c}
-        tuning = {k: fmean(seen[k]) for k in ('treatment', 'baseline', 'trivial')}
+        tuning = {k: None if None in seen[k] else fmean(seen[k]) for k in ('treatment', 'baseline', 'trivial')}
         return row | plan | dict(tuning=tuning, treatment=[], baseline=[], sensitivity=[])
 
 # %% ../../nbs/instruments/claims.ipynb #78e7f554
@@ -369,8 +389,7 @@ def test_row(part, c, row) -> dict:
 def turned_rows(part, c, row) -> list[dict]:
     "Return the effect with one arm at another rate, on the seeds of sensitivity"
     e, out = part.experiment, []
-    want = want_of(c, e.grids)
-    for arm in want.arms:
+    for arm in want_of(c, e).arms:
         chosen = row['rates'][arm]
         for way in (-.5, .5):
             rate = e.grids[arm].moved(chosen, way)
@@ -386,8 +405,8 @@ def turned_rows(part, c, row) -> list[dict]:
 
 def half_row(part, c, row) -> dict|None:
     "Return the effect after half of the steps, and how far the baseline falls by that"
-    arms = [a for a in row['arms'] if isinstance(a, str)]
-    if any(part.experiment.arms.get(a, {}).get('steps') is None for a in arms):
+    arms, steps = [a for a in row['arms'] if isinstance(a, str)], part.experiment.arms
+    if all(steps[a]['steps'] is None for a in row['rates']):
         return None
     full = [part.found(row, s, 'test') for s in SENSITIVITY_SEEDS]
     half = [part.found(row, s, 'test', half=True) for s in SENSITIVITY_SEEDS]
@@ -496,8 +515,9 @@ def _cells(part, rows) -> tuple[dict, dict]:
     if not rows[0]['treatment']:
         return {}, {}
     for seed in part.claim.spec['seeds']:
-        cells[str(seed)] = {_cell_name(n, r): _small(e.outcome(n, r, seed, 'test')) for row in rows
-                            for n, r in row['rates'].items()}
+        ran = {(n, r) for row in rows for n, r in row['rates'].items()}
+        cells[str(seed)] = {_cell_name(n, r): _small(e.outcome(n, r, seed, 'test'))
+                            for n, r in sorted(ran, key=str)}
         for row in rows:
             made = part.found(row, seed, 'test')
             cells[str(seed)] |= {f'{n}@{row["name"]}': _small(o) for n, o in made.items()
@@ -546,9 +566,11 @@ def assemble_claim(claim:Claim, rows:list[dict], cells:Mapping[str, dict],
     return out | dict(verdict=v, reason=reason, also_seen=also_seen(out), cells=cells)
 
 def _control(c, rows, cells) -> dict:
-    "The mean of an arm's metric over the seeds, at the rates of the first contrast"
-    name = _cell_name(c['arm'], rows[0]['rates'].get(c['arm']))
-    own = [of.get(name) or of.get(f'{c["arm"]}@{rows[0]["name"]}') or {} for of in cells.values()]
+    "The mean of an arm's metric over the seeds, at the rate of the first contrast that it is in"
+    row = next((r for r in rows if c['arm'] in r['arms']), None) or next(
+        (r for r in rows if c['arm'] in r['rates']), rows[0])
+    name = _cell_name(c['arm'], row['rates'].get(c['arm']))
+    own = [of.get(name) or of.get(f'{c["arm"]}@{row["name"]}') or {} for of in cells.values()]
     values = [None if o.get('error') else o.get(c['metric']) for o in own]
     mean = fmean(values) if None not in values else math.nan
     ok = mean >= c.get('at_least', -math.inf) and mean <= c.get('at_most', math.inf)

@@ -51,11 +51,11 @@ def contrast(c:Mapping # kind, margin, treatment and baseline (one number a seed
 # %% ../../nbs/instruments/verdicts.ipynb #000b18ff
 def lacks_room(c:Mapping, # kind, margin, higher_is_better, best, trivial, worse (equivalence)
                treatment:float, baseline:float, # means
-               trivial:float                    # mean of the trivial alternative
+               trivial:float|None               # mean of the trivial alternative; None: it never gets that far
               ) -> str:   # why there is no room; '' if there is
     "Say why two arms have no room to differ"
     sign, m = (1 if c.get('higher_is_better', True) else -1), float(c['margin'])
-    better = lambda x: sign*(x - trivial)
+    better = lambda x: math.inf if trivial is None else sign*(x - trivial)
     if c['kind'] != 'superiority':
         if min(better(treatment), better(baseline)) < 2*m:
             return f'an arm is less than two margins better than the trivial alternative ({c["trivial"]["name"]})'
@@ -82,7 +82,9 @@ def room(c:Mapping) -> str:
         return f'on the tuning seeds {why}'
     if not c['treatment']:
         return ''
-    if why := lacks_room(c, fmean(c['treatment']), fmean(c['baseline']), fmean(c['trivial']['values'])):
+    values = c['trivial']['values']
+    trivial = None if None in values else fmean(values)
+    if why := lacks_room(c, fmean(c['treatment']), fmean(c['baseline']), trivial):
         return f'on the test seeds {why}'
     worse = c.get('worse')
     if c['kind'] != 'superiority' and worse and not _tells_apart(c, fmean(worse['effects'])):
