@@ -1,5 +1,5 @@
-"""Half fine-tuning beside full fine-tuning: one task, a finished change half undone, a stream of
-tasks with a new half for each"""
+"""Half fine-tuning beside full fine-tuning: a finished change half undone, and a stream of tasks
+with a new half for each"""
 from functools import lru_cache
 import ftlab
 from ftlab.adapters.edit import scale, write_change
@@ -7,85 +7,73 @@ from ftlab.adapters.subsets.hft import half_reset, hft
 from ftlab.core.lab import lab
 from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import WORLD, answers, judge
-from ftlab.trainers.callbacks import Every
 
 MODEL, TASK, BATCH = 'lab-s', 'new-procedure', 32
 STREAM = ('new-procedure', 'changed-rule', 'new-format')
 # arm -> (round) -> the method of one task
-METHODS = dict(full=lambda k: Recipe('full'), hft=lambda k: hft(round=k),
-               quarter=lambda k: hft(.25), three_quarters=lambda k: hft(.75),
-               same_half=lambda k: hft())
-# edits of the change that full fine-tuning makes
-EDITS = dict(half_reset=half_reset, halved=lambda seed: scale(.5))
-ITEMS = dict(validation=(100, 50), test=(400, 100))  # of the task, of each old skill
+METHODS = dict(full=lambda k: Recipe('full'), hft=lambda k: hft(round=k), same_half=lambda k: hft())
+# edits of the change that full fine-tuning makes, at the rate that learns best
+EDITS, RATE = dict(half_reset=half_reset, halved=lambda seed: scale(.5)), 1e-3
+ITEMS = dict(validation=(100, 50), test=(400, 100))  # of a task, of each old skill
 
-@lru_cache(4)
-def questions(names, seed, split, n):
-    return {s: WORLD.rows(s, n, split, seed) for s in names}
-
-def outcomes(model, tok, sets):
-    return {s: [judge(r, a) for r, a in zip(rows, answers(model, tok, rows))]
-            for s, rows in sets.items()}
+def outcomes(model, tok, names, n, split, seed):
+    rows = {s: WORLD.rows(s, n, split, seed) for s in names}
+    return {s: [judge(r, a) for r, a in zip(x, answers(model, tok, x))] for s, x in rows.items()}
 
 def mean(found):
     return sum(sum(x)/len(x) for x in found.values())/len(found)
 
-@lru_cache(2)
-def asked(seed, split):
-    "The questions of the task and of the old skills, and how the base answers them"
-    model, tok = ftlab.load(MODEL)
+def scores(model, tok, names, seed, split):
+    "Outcomes of the tasks, and the mean over the old skills"
     new, old = ITEMS[split]
-    sets = (questions((TASK,), seed, split, new),
-            questions(tuple(lab('models').skills_of(tok)), seed, split, old))
-    return sets, [outcomes(model, tok, s) for s in sets]
-
-def train(model, tok, skill, recipe, rate, seed, steps, callbacks=()):
-    data = ftlab.data(skill, seed=seed, n=steps*BATCH)
-    return ftlab.fit(model, tok, data, recipe, steps=steps, batch_size=BATCH, lr=rate, seed=seed,
-                     callbacks=callbacks, progress=False)
+    skills = outcomes(model, tok, lab('models').skills_of(tok), old, split, seed)
+    return outcomes(model, tok, names, new, split, seed), mean(skills)
 
 @lru_cache(2)
-def weights(arm, rate, seed, steps):
-    "The weights of one task's run after an eighth, a quarter, half and all of its steps"
-    model, tok = ftlab.load(MODEL)
-    at = {round(steps*x) for x in (1/8, 1/4, 1/2, 1)}
-    keep = Every(1, lambda s: dict(weights={n: p.detach().clone() for n, p in
-                                            s.model.named_parameters()} if s.step in at else None))
-    run = train(model, tok, TASK, METHODS[arm](0), rate, seed, steps, (keep,))
-    return [p for p in run.path if p['weights']]
+def before(names, seed, split):
+    return scores(*ftlab.load(MODEL), names, seed, split)
 
-def one_task(arm, rate, seed, split, steps):
-    sets, before = asked(seed, split)
+def train(model, tok, skill, recipe, rate, seed, steps):
+    data = ftlab.data(skill, seed=seed, n=steps*BATCH)
+    ftlab.fit(model, tok, data, recipe, steps=steps, batch_size=BATCH, lr=rate, seed=seed,
+              progress=False)
+
+@lru_cache(1)
+def finished(seed, split, steps):
+    "The change that full fine-tuning makes, with what it gains and forgets"
     model, tok = ftlab.load(MODEL)
     base = {n: p.detach().clone() for n, p in model.named_parameters()}
-    path = []
-    for point in weights('full' if arm in EDITS else arm, rate, seed, steps):
-        change = {n: w - base[n] for n, w in point['weights'].items()}
-        if arm in EDITS:
-            change = EDITS[arm](seed=seed)(change, model)
-        write_change(model, base, change)
-        now = [outcomes(model, tok, s) for s in sets]
-        gain, kept = (mean(a) - mean(b) for a, b in zip(now, before))
-        path.append(dict(step=point['step'], gain=gain, forgetting=-kept,
-                         items=dict(gain=now[0], forgetting=now[1])))
-    return path[-1] | dict(path=path)
+    train(model, tok, TASK, Recipe('full'), RATE, seed, steps)
+    change = {n: p.detach() - base[n] for n, p in model.named_parameters()}
+    return base, change, measured(model, tok, seed, split)
+
+def measured(model, tok, seed, split):
+    (new, old), (was, had) = scores(model, tok, (TASK,), seed, split), before((TASK,), seed, split)
+    return mean(new) - mean(was), had - old
+
+def edited(arm, seed, split, steps):
+    "The share of the gain that an edit keeps, and the share of the forgetting that it undoes"
+    base, change, (gained, forgot) = finished(seed, split, steps)
+    model, tok = ftlab.load(MODEL)
+    write_change(model, base, EDITS[arm](seed=seed)(change, model))
+    gain, forgetting = measured(model, tok, seed, split)
+    kept, undone = gain/gained, 1 - forgetting/forgot
+    return dict(gain=gain, forgetting=forgetting, kept=kept, undone=undone, both=kept + undone)
 
 def stream(arm, rate, seed, split, steps):
     "One task after another; `op` and `bwt` as TRACE defines them, and the loss of the old skills"
-    new, old = ITEMS[split]
-    tasks = questions(STREAM, seed, split, new)
+    new = ITEMS[split][0]
     model, tok = ftlab.load(MODEL)
     learned = {}
     for k, skill in enumerate(STREAM):
         train(model, tok, skill, METHODS[arm](k), rate, seed, steps//len(STREAM))
-        learned |= outcomes(model, tok, {skill: tasks[skill]})
-    last = outcomes(model, tok, tasks)
+        learned |= outcomes(model, tok, (skill,), new, split, seed)
+    (last, old), (was, had) = scores(model, tok, STREAM, seed, split), before(STREAM, seed, split)
     back = [sum(last[s])/len(last[s]) - sum(learned[s])/len(learned[s]) for s in STREAM[:-1]]
-    (_, skills), (_, before) = asked(seed, split)
-    return dict(op=mean(last), bwt=sum(back)/len(back), learned=mean(learned),
-                old=mean(before) - mean(outcomes(model, tok, skills)), items=dict(op=last))
+    return dict(op=mean(last), gain=mean(last) - mean(was), bwt=sum(back)/len(back),
+                learned=mean(learned), old=had - old, items=dict(op=last, gain=last))
 
 def run(arm, rate, seed, split, steps):
-    if arm.startswith('stream_'):
-        return stream(arm.removeprefix('stream_'), rate, seed, split, steps)
-    return one_task(arm, rate, seed, split, steps)
+    if arm in EDITS:
+        return edited(arm, seed, split, steps)
+    return stream(arm.removeprefix('stream_'), rate, seed, split, steps)

@@ -23,6 +23,9 @@ ARMS = ('grpo', 'grpo_kl', 'sft_1', 'sft_2', 'oracle')
 RATES = (1e-5, 2.15e-5, 4.64e-5, 1e-4, 2.15e-4, 4.64e-4, 1e-3)
 OTHERS = ('reverse_kl', 'tv', 'l2', 'weights_l1', 'spectral', 'fisher', 'activations_l1',
           'activations_l2')
+# what explains forgetting: the largest R squared of these, chosen anew in each seed
+LAWS = dict(by_kl=('kl',), by_reverse_kl=('reverse_kl',), by_best_other=OTHERS,
+            by_best_shift=OTHERS[3:], by_dose=('dose', 'gain'))
 GROUP, BATCH, FEW = 64, 64, 60
 
 def noisy(x, n, draw):
@@ -47,7 +50,8 @@ def toy(seed, split):
         x, i = noisy(x.flatten(1)[:, shuffle], n, draw)
         return torch.cat([x, -torch.ones(n, 1)], 1), y[i]
 
-    (x, odd), (z, y) = parity(rows.train[:FEW], 500), old_task(rows.train, 500)
+    few = random.Random(seed).sample(rows.train, FEW)
+    (x, odd), (z, y) = parity(few, 500), old_task(rows.train, 500)
     labels = torch.cat([2*torch.randint(5, odd.shape, generator=draw) + odd, y])
     x = torch.cat([x, z])
     with torch.random.fork_rng():
@@ -109,9 +113,10 @@ def scores(net, seed, split):
     return (net(x).argmax(1) % 2 == odd).float(), (net(z).argmax(1) == y).float()
 
 def toy_path(arm, rate, seed, split, steps):
-    new, old = scores(toy(seed, split)[0], seed, split)
+    base = toy(seed, split)[0]
+    new, old = scores(base, seed, split)
     path = []
-    for step, net in learned(arm, rate, seed, split, steps).items():
+    for step, net in [(0, base), *learned(arm, rate, seed, split, steps).items()]:
         now, kept = scores(net, seed, split)
         path.append(dict(step=step, gain=float((now - new).mean()), score=float(now.mean()),
                          forgetting=float((old - kept).mean()),
@@ -154,7 +159,8 @@ def sweep(seed, split, steps):
     for arm in ARMS:
         for rate in RATES:
             copies = learned(arm, rate, seed, split, steps)
-            for at, net in zip(toy_path(arm, rate, seed, split, steps), copies.values()):
+            path = toy_path(arm, rate, seed, split, steps)[1:]
+            for at, net in zip(path, copies.values()):
                 known = dict(forgetting=at['forgetting'], gain=at['gain'], dose=rate*at['step'])
                 points.append(known | distances(net, seed, split))
     return points
@@ -206,7 +212,7 @@ def text(arm, rate, seed, split, steps):
     (base, before, said), mean = text_before(seed, split), lambda x: sum(x)/len(x)
 
     def look(state):
-        if state.step not in {round(steps*s) for s in (1/8, 1/4, 1/2, 1)}:
+        if state.step not in {round(steps*s) for s in (0, 1/8, 1/4, 1/2, 1)}:
             return {}
         now = outcomes(state.model, state.tok, seed, split)
         lost = {s: mean(before[s]) - mean(now[s]) for s in OLD}
@@ -225,22 +231,12 @@ def text(arm, rate, seed, split, steps):
 def run(arm, rate, seed, split, steps):
     if arm.startswith('text_'):
         return text(arm.removeprefix('text_'), rate, seed, split, steps//8)
-    if arm == 'law':
+    if arm in LAWS:
         points = sweep(seed, split, steps)
-        return {k: explained(points, k) for k in ('kl', *OTHERS, 'dose', 'gain')}
+        r2 = {k: explained(points, k) for k in ('kl', *OTHERS, 'dose', 'gain')}
+        return r2 | dict(r2=max(r2[k] for k in LAWS[arm]))
     path = toy_path(arm, rate, seed, split, steps)
     return path[-1] | dict(path=path)
-
-def derive(found):
-    "R squared as arms: the forward KL, and the best of the others, chosen anew in each seed"
-    if 'law' not in found:
-        return {}
-    r2 = found['law']
-    shifts = ('weights_l1', 'spectral', 'fisher', 'activations_l1', 'activations_l2')
-    return dict(by_kl=dict(r2=r2['kl']), by_reverse_kl=dict(r2=r2['reverse_kl']),
-                by_best_other=dict(r2=max(r2[k] for k in OTHERS)),
-                by_best_shift=dict(r2=max(r2[k] for k in shifts)),
-                by_dose=dict(r2=max(r2['dose'], r2['gain'])))
 
 def identities():
     net, *_ = toy(0, 'validation')
@@ -253,7 +249,7 @@ def identities():
     far = lambda q: float((p*right*(oracle.clamp(min=1e-9)/q.clamp(min=1e-9)).log()).sum())
     same = distances(net, 0, 'validation')
     curve = [dict(forgetting=3*x**2 - x, kl=x, moved=1.) for x in (.1, .4, .5, .9)]
-    return {'among distributions that are always right none is nearer to the base than the oracle':
+    return {'a mixture of the oracle and equal right answers is farther from the base than the oracle':
             far(other) > 0,
             'the oracle draws right labels only': bool((drawn % 2 == odd).all()),
             'a network is at no distance from itself': max(map(abs, same.values())) < 1e-6,

@@ -78,7 +78,7 @@ class AsBefore:
     '2403.17919',
     'Training embedding, head and a few randomly drawn blocks at a time costs as little memory as LoRA '
     'and learns better than it.',
-    'the abstract, another reader\'s notes on the paper, LMFlow\'s lisa_trainer.py and axolotl\'s '
+    'the abstract, two readers\' notes on the paper, LMFlow\'s lisa_trainer.py and axolotl\'s '
     'callback; both keep AdamW\'s state of blocks that do not train, '
     'which is dropped here by default, as the memory claim needs; the seed of the draw is ours')
 def lisa(gamma:int=2,          # blocks that train at a time
