@@ -10,28 +10,28 @@ from ftlab.adapters.sparse import compose, overlap
 from ftlab.adapters.subsets.lt_sft import lt_sft, movable, these
 from ftlab.core.batches import data
 from ftlab.core.loading import load
-from ftlab.core.recipe import Recipe
+from ftlab.core.recipe import Recipe, Share, Stages
 from ftlab.core.scorers import WORLD, answers, judge
 from ftlab.lab.world import ASK, ATTRIBUTES, FOREIGN
 from ftlab.trainers.fit import fit
 
 DENSITY = dict(task=.08, language=.043) # of the official scripts, which penalize languages alone
 L1 = dict(task=0., language=.1)
+FIND = dict(task=3/13, language=1/2) # share of the steps that goes to finding, as in the scripts
 BOTTLENECK = dict(task=54, language=29) # as many parameters as those densities leave
 FORMS = ['{p} {a} :', '{a} {p} :', '{p} , {a} :', '{a} , {p} :']
 KINDS = ('task', 'target')
 
 def question(kind, seed, r):
-    """A question and its answer. The task: say a fact twice. The language: ten words that lab-s
-    has never read name the five attributes. The target: the task in the language."""
+    """A question and its answer. The task: say a fact twice. The language: five words that lab-s
+    has never read name the attributes. The target: the task in the language."""
     p, a = r.choice(WORLD.people['often']), r.choice(list(ATTRIBUTES))
     value = WORLD.facts[p, a]
     if kind == 'task':
         prompt = r.choice(ASK).format(a=a, p=p)
     else:
-        words = random.Random(f'words {seed}').sample(FOREIGN['zuma'], 2*len(ATTRIBUTES))
-        word = words[r.choice((0, 1)) + 2*list(ATTRIBUTES).index(a)]
-        prompt = r.choice(FORMS).format(a=word, p=p)
+        words = random.Random(f'words {seed}').sample(FOREIGN['zuma'], len(ATTRIBUTES))
+        prompt = r.choice(FORMS).format(a=words[list(ATTRIBUTES).index(a)], p=p)
     if kind == 'language':
         return prompt, value
     return f'say and say : {prompt}', f'{value} {value}'
@@ -80,9 +80,14 @@ def random_masks(model, kind, seed):
     flat[torch.randperm(total, generator=g)[:round(DENSITY[kind]*total)]] = True
     return {n: m.view_as(params[n]) for (n, m) in zip(sizes, flat.split(list(sizes.values())))}
 
+def lottery(kind):
+    "LT-SFT with density, penalty and division of the steps as in the official scripts"
+    find, tune = lt_sft(DENSITY[kind], L1[kind]).loop.stages
+    return Recipe('sparse', loop=Stages(Share(find, FIND[kind]), Share(tune, 1 - FIND[kind])))
+
 def recipe_of(arm, kind, model, seed):
     if arm == 'sparse':
-        return lt_sft(DENSITY[kind], L1[kind])
+        return lottery(kind)
     if arm == 'random':
         return Recipe('random', select=these(random_masks(model, kind, seed)), delta=Entries)
     if arm == 'adapters':
@@ -98,26 +103,29 @@ def learned(arm, kind, rate, seed, steps):
     model, tok = base_of(arm, seed)
     d = data(rows(kind, 'train', 1200, seed), validation=rows(kind, 'validation', 50, seed),
              test=rows(kind, 'test', 50, seed))
-    run = fit(model, tok, d, recipe_of(arm, kind, model, seed), steps=steps, batch_size=16, lr=rate,
+    run = fit(model, tok, d, recipe_of(arm, kind, model, seed), steps=steps, batch_size=32, lr=rate,
               seed=seed, progress=False)
     return {n: t.clone() for n, t in run.delta.tensors().items()}
 
-def run(arm, rate, seed, split, steps):
-    of = dict(task_alone='sparse', dense_half='dense').get(arm, arm)
-    changes = [learned(of, 'task', rate, seed, steps)]
-    if arm != 'task_alone':
-        changes.append(learned(of, 'language', rate, seed, steps))
-    shared = dict(overlap=overlap(*changes)) if len(changes) > 1 else {}
-    if arm == 'dense_half':
-        changes = [{n: t/2 for n, t in c.items()} for c in changes]
-    model, tok = base_of(of, seed)
+def asked(arm, changes, kind, split, seed) -> list[int]:
+    "Whether each answer is right, with the sum of these changes"
+    model, tok = base_of(arm, seed)
     compose(model, changes)
-    out, items = {}, {}
-    for kind in KINDS:
-        asked = rows(kind, split, 200 if split == 'validation' else 400, seed)
-        items[kind] = [judge(r, a) for r, a in zip(asked, answers(model, tok, asked))]
-        out[kind] = sum(items[kind])/len(asked)
-    return dict(out, **shared, items=items)
+    questions = rows(kind, split, 200 if split == 'validation' else 400, seed)
+    return [judge(r, a) for r, a in zip(questions, answers(model, tok, questions))]
+
+def run(arm, rate, seed, split, steps):
+    changes = [learned(arm, kind, rate, seed, steps) for kind in ('task', 'language')]
+    items = {kind: asked(arm, changes, kind, split, seed) for kind in KINDS}
+    out = {kind: sum(right)/len(right) for kind, right in items.items()}
+    if arm == 'sparse':
+        alone = asked(arm, changes[:1], 'target', split, seed)
+        out['alone'] = sum(alone)/len(alone)
+    return dict(out, overlap=overlap(*changes), items=items)
+
+def derive(found):
+    "The free alternative: LT-SFT's task without the language"
+    return dict(task_alone=dict(target=found['sparse']['alone']))
 
 def identities():
     a, b = ({'model.layers.0.mlp.up_proj.weight': torch.zeros(320, 128).index_fill_(

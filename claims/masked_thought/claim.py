@@ -1,5 +1,5 @@
-"""Masked and plain fine-tuning on the same 200 lists: held-out accuracy, and how much the
-predictions change after one letter of the question, or of the answer so far, was swapped"""
+"""Masked and plain fine-tuning on the same 200 lists: held-out accuracy, and which predictions
+change after one letter of the question, or of the answer so far, was swapped"""
 import random
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -19,47 +19,49 @@ ARMS = dict(masked_thought=ftlab.methods.masked_thought(),
             random_words=ftlab.methods.masked_thought(noise='random'), full=Recipe(), base=None)
 
 def swapped(row, tok, letters, rng, in_answer):
-    "The tokens before and after one letter is swapped, the first prediction that sees it, and what it should become"
+    """The tokens before and after one letter is swapped, the first prediction that sees it, and one
+    prediction that shows whether the question is followed: its place and the right letter"""
     coded = encode(row, tok, 'text')
     ids, first = coded['input_ids'], next(i for i, y in enumerate(coded['labels']) if y != IGNORE)
     sites = [i for i, w in enumerate(ids) if w in letters and (i >= first) == in_answer]
     at = rng.choice(sites[:-1] if in_answer else sites) # only the end mark follows the last letter
     new = rng.choice(sorted(letters - {ids[at]}))
-    place = len(sites) - 1 - sites.index(at) # of a letter of the question in the reversed list
-    return ids, [*ids[:at], new, *ids[at + 1:]], max(at, first - 1), place, new
+    mirrored = first - 1 + len(sites) - 1 - sites.index(at) # a question's letter in the answer
+    shows = (at, ids[at + 1]) if in_answer else (mirrored, new)
+    return ids, [*ids[:at], new, *ids[at + 1:]], max(at, first - 1), shows
 
 @torch.no_grad()
 def reactions(model, tok, rows, seed, in_answer) -> tuple[list[float], list[int]]:
-    """For each row, the mean change of the later predictions after one letter was swapped (half the
-    sum of absolute differences), and whether the one that it determines became the new letter"""
+    """For each row, the share of the later letters whose prediction changes after one letter was
+    swapped, and whether the prediction that shows it follows the question"""
     letters, rng = set(tok.convert_tokens_to_ids(LETTERS)), random.Random(seed)
     cases = [swapped(r, tok, letters, rng, in_answer) for r in rows]
     before, after = (model(pad_sequence([torch.tensor(c[k]) for c in cases], batch_first=True,
                                         padding_value=tok.pad_token_id)).logits for k in (0, 1))
     changes, followed = [], []
-    for p, q, (ids, _, start, place, new) in zip(before, after, cases):
+    for p, q, (ids, _, start, (place, right)) in zip(before, after, cases):
         later = slice(start, len(ids) - 2) # the end mark is left out: only the length decides it
-        change = (p[later].softmax(-1) - q[later].softmax(-1)).abs().sum(-1)/2
-        changes.append(float(change.mean()))
-        followed.append(int(q[start + place].argmax() == new))
+        changed = p[later].argmax(-1) != q[later].argmax(-1)
+        changes.append(float(changed.float().mean()))
+        followed.append(int(q[place].argmax() == right))
     return changes, followed
 
 def measure(model, tok, rows, seed) -> dict:
     right = [judge(r, a) for r, a in zip(rows[:SEEN], answers(model, tok, rows[:SEEN]))]
     asked, followed = reactions(model, tok, rows[:SWAPPED], seed, False)
-    own, _ = reactions(model, tok, rows[:SWAPPED], seed, True)
-    return dict(accuracy=sum(right)/len(right), question=sum(asked)/len(asked),
-                answer=sum(own)/len(own), followed=sum(followed)/len(followed),
-                items=dict(gain=right, question=asked))
+    own, kept = reactions(model, tok, rows[:SWAPPED], seed, True)
+    share = {k: sum(v)/len(v) for k, v in dict(
+        accuracy=right, question=asked, answer=own, followed=followed, kept=kept).items()}
+    return share | dict(items=dict(gain=right, question=asked))
 
 class Path:
     "The measurements at a quarter, a half, three quarters and all of the steps"
 
     def __init__(self, measure, steps):
-        self.measure, self.every, self.rows = measure, max(1, steps//4), []
+        self.measure, self.steps, self.every, self.rows = measure, steps, max(1, steps//4), []
 
     def after_step(self, state):
-        if state.step % self.every == 0:
+        if state.step % self.every == 0 or state.step == self.steps:
             self.rows.append(dict(step=state.step, **self.measure(state.model)))
 
 def run(arm, rate, seed, split, steps):
@@ -78,7 +80,7 @@ def run(arm, rate, seed, split, steps):
                   batch_size=32, callbacks=(path,), progress=False)
     found = [judge(r, a) for r, a in zip(rows, answers(model, tok, rows))]
     end = path.rows[-1] if path.rows else seen(model)
-    numbers = {k: end[k] for k in ('gain', 'question', 'answer', 'followed')}
+    numbers = {k: end[k] for k in ('gain', 'question', 'answer', 'followed', 'kept')}
     return numbers | dict(score=sum(found)/len(found), path=path.rows,
                           items=dict(score=found, question=end['items']['question']))
 

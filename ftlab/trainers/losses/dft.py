@@ -27,7 +27,7 @@ class probability:
 # %% ../../../nbs/trainers/losses/dft.ipynb #000a77c1
 @method('On the Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification', '2508.05629',
     'Weighting each token\'s loss by its own probability generalises better than plain fine-tuning.',
-    'the formula in the abstract and in the authors\' trainer; the tests compare value and gradient with trl')
+    'equation 9 of the paper and the authors\' trainer; the tests compare value and gradient with trl')
 def dft(alpha:float=1. # the power of the probability: 1 is the paper's, 0 plain fine-tuning
        ) -> Recipe:
     "Dynamic fine-tuning"
