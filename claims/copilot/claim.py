@@ -21,7 +21,7 @@ def recipe(arm, rate):
     return wide if arm == 'wide' else lora(r=RANK)*copilot(LAM, lr=rate*FASTER)
 
 # the Pilot is bit for bit the same with and without its Copilot (an identity), so the two share a run
-@lru_cache(1)
+@lru_cache(12)
 def trained(arm, rate, seed, steps):
     model, tok = ftlab.load('lab-s')
     return ftlab.fit(model, tok, ftlab.data(SKILL, seed=seed, n=2000), recipe(arm, rate),

@@ -23,7 +23,7 @@ class Linear(nn.Module):
 
 FIXED = dict( # what is trained, its rate, how many times the steps
     elm_1000=('elm', 1e-2, 4), lstm_1000=('lstm', 3e-2, 4),
-    tau_2=(partial(ELM, 32, tau_s=2.), 1e-2, 1), tau_20=(partial(ELM, 32, tau_s=20.), 1e-2, 1))
+    tau_20=(partial(ELM, 32, tau_s=20.), 1e-2, 1))
 
 def run(arm, rate, seed, split, steps) -> dict:
     most = score(None, seed, split)

@@ -16,6 +16,7 @@ from ftlab.lab.world import OLD
 TARGET = .85 # the equal accuracy
 COST = .02   # of accuracy, at which ways to shrink are compared
 NEVER = 3.   # the rise of a run that does not reach the target
+OLD_ROWS = dict(validation=50, test=100) # of each old skill
 DOSES = (1., .9, .8, .7, .6, .5, .4, .3, .2, .1, 0.)
 RECIPES = dict(full=lambda: Recipe('full', select=parts('attention', 'mlp')),
                lora=lambda: ftlab.methods.lora(r=2, alpha=4.))
@@ -68,7 +69,7 @@ def asked(seed, split):
     return rows[:400], rows[400:]
 
 def surprise(model, tok, seed, split) -> float:
-    return fmean(nll(model, tok, WORLD.rows(s, 100, split, seed)) for s in OLD)
+    return fmean(nll(model, tok, WORLD.rows(s, OLD_ROWS[split], split, seed)) for s in OLD)
 
 @lru_cache(4)
 def base_surprise(seed, split) -> float:
@@ -83,14 +84,16 @@ def at_equal_accuracy(name, rate, seed, split, steps) -> dict:
     run = trained(name, rate, seed, steps, (until,))
     counts = count_intruders(run.delta.attached)
     out = dict(intruders=fmean(counts.values()), steps=len(run.log), final=until.now)
+    # a path of one point, so that a rate at which the target is never reached is known as such
+    path = lambda gain, rise: [dict(step=len(run.log), gain=gain, rise=rise)]
     if until.now < TARGET:
-        return out | dict(rise=NEVER, realised=until.now)
+        return out | dict(rise=NEVER, realised=until.now, path=path(0., NEVER))
     around = until.before or ftlab.load('lab-s')[0], run.model
     low, high = (exact_match(m, tok, others) for m in around)
     w = min(1.5, max(-.5, (TARGET - low)/max(high - low, 1e-9))) # may lie just beside them
     before, after = (surprise(m, tok, seed, split) for m in around)
-    return out | dict(rise=(1 - w)*before + w*after - base_surprise(seed, split),
-                      realised=(1 - w)*low + w*high)
+    rise = (1 - w)*before + w*after - base_surprise(seed, split)
+    return out | dict(rise=rise, realised=(1 - w)*low + w*high, path=path(TARGET, rise))
 
 def for_two_points(model, tok, part, first, change, known, seed, split) -> float:
     "The share of the rise that is gone where the accuracy has fallen by COST, between two doses"
@@ -127,20 +130,13 @@ def shrinking(rate, seed, split, steps) -> dict:
     for way in ('shrunk', 'scaled'):
         out[f'{way}_taken'] = for_two_points(model, tok, ways[way], first, change, known, seed,
                                              split)
-    return out
-
-def named(found, way) -> dict:
-    return {k.removeprefix(f'{way}_'): v for k, v in found.items() if k.startswith(f'{way}_')}
+    return out | dict(ahead=out['shrunk_taken'] - out['scaled_taken'],
+                      beyond=out['shrunk_less'] - out['neighbour_less'])
 
 def run(arm, rate, seed, split, steps) -> dict:
     if arm == 'shrunk':
-        found = shrinking(rate, seed, split, steps)
-        return found | named(found, 'shrunk')
+        return shrinking(rate, seed, split, steps)
     return at_equal_accuracy('full' if arm == 'usual' else arm, rate or 1e-3, seed, split, steps)
-
-def derive(found) -> dict:
-    "The other two ways to shrink the same LoRA"
-    return {w: named(found['shrunk'], w) for w in ('scaled', 'neighbour') if 'shrunk' in found}
 
 def identities() -> dict[str, bool]:
     g = torch.Generator().manual_seed(0)

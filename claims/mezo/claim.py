@@ -14,6 +14,7 @@ REVISION, SKILL, EXAMPLES = 'step-250', 'refuse', 128
 RATIO = 32 # steps of MeZO for one of backpropagation: 20,000 and 625 in the paper
 ROWS = dict(mezo=16, full=8) # in a step, as in the paper
 ITEMS = dict(test=400, validation=300)
+LONGER = dict(mezo_1440=('mezo', 1e-4), probe_1440=('probe', 3.16e-3)) # three times the steps
 
 def probe(model, tok, rows, rate, seed, steps):
     "Train the output layer alone, on hidden states that are computed once: no layer is passed back"
@@ -34,6 +35,8 @@ def probe(model, tok, rows, rate, seed, steps):
     model.lm_head = head
 
 def run(arm, rate, seed, split, steps):
+    if arm in LONGER:
+        arm, rate, steps = *LONGER[arm], 3*steps
     model, tok = ftlab.load('lab-s', revision=REVISION)
     data = ftlab.data(SKILL, n=EXAMPLES, seed=seed)
     if arm == 'probe':
