@@ -102,5 +102,6 @@ def identities():
             'what is kept is untouched and of middle size': torch.equal(
                 kept[kept != 0], cs[0]['w'][kept != 0]) and bool(kept.abs().max() == size[993])
             and bool(kept[kept != 0].abs().min() == size[850]),
-            'TIES of one change is its largest fifth': int((ties(cs[:1], 1.)['w'] != 0).sum()) >= 200
+            'TIES of one change is its largest fifth':
+                int((ties(cs[:1], 1.)['w'] != 0).sum()) >= 200
             and torch.equal(ties(cs[:1], 1.)['w'].abs().max(), size[-1])}

@@ -86,7 +86,8 @@ def run(arm, rate, seed, split, steps):
     new, old = sum(new)/len(new), sum(old)/len(old)
     score = (2*new + old)/3
     # `gain` is the number that the dial is chosen by, also where the contrast is about other arms
-    return dict(new=new, old=old, tradeoff=score, gain=score, items=dict(tradeoff=items, gain=items))
+    return dict(new=new, old=old, tradeoff=score, gain=score,
+                items=dict(tradeoff=items, gain=items))
 
 def merged(arm, rate, seed, split, steps):
     # 40 steps for the 60 of a single target: the half-trained model learns its skills faster
