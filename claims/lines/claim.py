@@ -84,7 +84,10 @@ def run(arm, rate, seed, split, steps):
         items[f'{target}, new'] = [x*4/3 for x in shares[0]]
         items[f'{target}, old'] = [x*2/3 for x in shares[1]]
     new, old = sum(new)/len(new), sum(old)/len(old)
-    return dict(new=new, old=old, tradeoff=(2*new + old)/3, items=dict(tradeoff=items))
+    score = (2*new + old)/3
+    # `gain` is the number that the dial is chosen by, also where the contrast is about other arms
+    return dict(new=new, old=old, tradeoff=score, gain=score,
+                items=dict(tradeoff=items, gain=items))
 
 def merged(arm, rate, seed, split, steps):
     # 40 steps for the 60 of a single target: the half-trained model learns its skills faster
@@ -97,7 +100,8 @@ def merged(arm, rate, seed, split, steps):
     else:
         change = MERGES[arm](changes, half_trained()[0], rate)
     outcomes = asked(half_trained, change, n, TASKS, seed, split)
-    return dict(accuracy=mean(outcomes), items=dict(accuracy=outcomes))
+    score = mean(outcomes)
+    return dict(accuracy=score, gain=score, items=dict(accuracy=outcomes, gain=outcomes))
 
 def identities():
     model, _ = load('lab-s')

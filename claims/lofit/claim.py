@@ -14,6 +14,8 @@ from ftlab.lab.world import SKILLS
 from ftlab.trainers.fit import fit
 
 MODEL, HEADS, NO = 'lab-m', 40, 'i can not help with that'
+# twice the official rate: in 80 steps the scales move about as far as in the official scripts
+SELECT, SELECT_RATE, DRAWS = 80, 1e-2, 4
 ITEMS = dict(validation=100, test=400)
 
 def requests(split, n, seed, helped=False):
@@ -44,47 +46,41 @@ def base_refuses(seed, split):
     asked, _ = requests(split, ITEMS[split], seed, True)
     return sum(a == NO for a in answers(model, tok, asked))/len(asked)
 
-@lru_cache(2)
-def heads_for(task, count, seed, steps):
-    "Return the heads that scales learned on another task point to, by LoFiT's own first stage"
+@lru_cache(4)
+def scales(task, seed):
+    """Learn a scale for each head, LoFiT's own first stage, on the lesson or another task.
+    It does not depend on the rate of the offsets, so all rates of a seed share it"""
     model, tok = load(MODEL)
-    first = lofit(share=count/HEADS).stages[0]
-    run = fit(model, tok, data(task, seed=seed, n=1000), first, steps=steps, seed=seed,
-              progress=False)
-    scales = {n: d.A.detach() for n, d in run.delta.attached.deltas.items()}
-    run.delta.attached.detach()
-    return loudest(scales, head_width(model), count/HEADS)
+    first = lofit(lr_select=SELECT_RATE).stages[0]
+    taught = lesson(seed) if task == 'lesson' else data(task, seed=seed, n=1000)
+    run = fit(model, tok, taught, first, steps=SELECT, seed=seed, progress=False)
+    return {n: d.A.detach().clone() for n, d in run.delta.attached.deltas.items()}
 
-def random_heads(count, seed, draws=2):
+def learned_heads(task, count, seed):
+    return loudest(scales(task, seed), head_width(load(MODEL)[0]), count/HEADS)
+
+def random_heads(count, seed):
     "Return disjoint draws of `count` heads each"
     all_heads = [(b, h) for b in range(8) for h in range(5)]
-    drawn = random.Random(seed).sample(all_heads, count*draws)
-    return [drawn[i*count:(i + 1)*count] for i in range(draws)]
+    drawn = random.Random(seed).sample(all_heads, count*DRAWS)
+    return [drawn[i*count:(i + 1)*count] for i in range(DRAWS)]
 
-def offsets(which):
-    "The second stage of LoFiT on heads that are given"
-    return Recipe('offsets', select=heads(which), delta=With(HeadOffset))
-
-def plans(arm, rate, seed, steps):
-    "Return what an arm trains: (recipe, rate for `fit`, steps), more than one for random heads"
-    if arm in ('lofit', 'lofit10'):
-        # no rate is given to `fit`, so that each stage has its own: the scales the official one
-        return [(lofit(share=.05 if arm == 'lofit' else .1, lr_offset=rate), None, steps)]
+def recipes(arm, seed):
+    "What an arm trains: LoRA, or offsets (LoFiT's second stage) on heads; several for random heads"
     if arm == 'lora':
-        return [(lora(), rate, steps)]
-    if arm == 'other':
-        return [(offsets(heads_for('new-format', 2, seed, steps//2)), rate, steps//2)]
-    drawn = random_heads(2, seed)
-    if arm == 'random_all':
-        return [(offsets(drawn[0]), rate, steps)]
-    return [(offsets(which), rate, steps//2) for which in drawn]
+        return [lora()]
+    found = (random_heads(2, seed) if arm == 'random'
+             else [learned_heads('new-format' if arm == 'other' else 'lesson',
+                                 4 if arm == 'lofit10' else 2, seed)])
+    return [Recipe('offsets', select=heads(which), delta=With(HeadOffset)) for which in found]
 
 def run(arm, rate, seed, split, steps):
+    "`steps` are those of the offsets, or of LoRA"
     asked, left = requests(split, ITEMS[split], seed, True)
     outcomes = {}
-    for i, (recipe, lr, n) in enumerate(plans(arm, rate, seed, steps)):
+    for i, recipe in enumerate(recipes(arm, seed)):
         model, tok = load(MODEL)
-        fit(model, tok, lesson(seed), recipe, steps=n, lr=lr, seed=seed, progress=False)
+        fit(model, tok, lesson(seed), recipe, steps=steps, lr=rate, seed=seed, progress=False)
         outcomes[f'draw {i}'] = [int(a == NO) for a in answers(model, tok, asked)]
     mean = sum(sum(o)/len(o) for o in outcomes.values())/len(outcomes)
     return dict(gain=mean - base_refuses(seed, split), items=dict(gain=outcomes),

@@ -38,13 +38,13 @@ def random_bases(long:int,         # the longer side of the weight
     return (A/A.std()).squeeze(1), (B/B.std()).view(long, r, n).transpose(1, 2).contiguous()
 
 # %% ../../../nbs/adapters/modules/randlora.ipynb #de75e7f2
-SCALES = dict(peft=20., paper=2.) # the default alpha/r; the paper divides by sqrt(N) as well
+SCALES = dict(peft=20., paper=2.) # the default alpha/r; 'paper' divides by sqrt(N) as well
 
 class RandLoRA(nn.Module):
     """Compute `W + s sum_j B_j diag(lambda_j) A diag(gamma_j)` (for a wide weight the transposed
     sum); only lambda [r, N] and gamma [N, shorter side] are trained. The scale s is alpha/r, as in
-    peft, or alpha/(r sqrt(N)), as in the paper. Raises `ValueError` for a mask, a rank outside 1 to
-    the shorter side, or an unknown scale."""
+    peft, or alpha/(r sqrt(N)), as in the authors' language code (`scale='paper'`). Raises
+    `ValueError` for a mask, a rank outside 1 to the shorter side, or an unknown scale."""
     kind, site = 'randlora', 'weight'
 
     def __init__(self, W:Tensor,       # the weight, [out, in]
@@ -110,7 +110,8 @@ class mixture:
     'A change of full rank, a learned mixture of fixed random low-rank products, narrows the gap '
     'between LoRA and full fine-tuning, and sometimes closes it, with as few trained parameters.',
     'the abstract, the authors\' repository, and peft\'s implementation, against which the values are tested; '
-    'the default scale is peft\'s, which the author recommends; the 2/sqrt(N) of the repository is the other',
+    'the default scale is peft\'s, which the author recommends; '
+    'the 2/sqrt(N) of the authors\' language code is the other',
     lr=3e-3, lrs=(1e-3, 3e-3, 1e-2), toy=dict(r=4))
 def randlora(r:int=32,              # the rank of one random term; smaller means more trained parameters
              alpha:float|None=None, # of the scale; None: 20 r for 'peft', 2 r for 'paper'
