@@ -103,9 +103,5 @@ def identities():
                 kept[kept != 0], cs[0]['w'][kept != 0]) and bool(kept.abs().max() == size[993])
             and bool(kept[kept != 0].abs().min() == size[850]),
             'TIES of one change is its largest fifth':
-<<<<<<< HEAD
-            int((ties(cs[:1], 1.)['w'] != 0).sum()) >= 200
-=======
                 int((ties(cs[:1], 1.)['w'] != 0).sum()) >= 200
->>>>>>> h/r3
             and torch.equal(ties(cs[:1], 1.)['w'].abs().max(), size[-1])}
