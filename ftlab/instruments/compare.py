@@ -87,7 +87,9 @@ THINNER = (dict(rates=None, refine=True, again=3, extend=3), dict(rates=None, re
            dict(rates=3, refine=False, again=0, extend=0), dict(rates=2, refine=False, again=0, extend=0),
            dict(rates=1, refine=False, again=0, extend=0))
 
-def effort(arms:Mapping, seeds:int, max_runs:int|None=None, tuned:bool=True) -> dict:
+def effort(arms:Mapping, seeds:int, max_runs:int|None=None, tuned:bool=True,
+           points:int=2 # of a tuned method that are run on the test seeds: best gain, equal gain, within a limit
+          ) -> dict:
     """Return rates, refine, again and extend of the search, and the runs that it takes at most: tuning, test.
     Raises `ValueError` if `max_runs` is too few for any search"""
     n = len(arms)
@@ -95,7 +97,7 @@ def effort(arms:Mapping, seeds:int, max_runs:int|None=None, tuned:bool=True) -> 
     for how in THINNER if tuned else ({},):
         rates = min(grid, how.get('rates') or grid)
         tuning = rates + how['extend'] + 2*how['refine'] + how['again'] if tuned and rates > 1 else 0
-        found = dict(how, rates=rates, tuning=n*tuning, test=n*seeds*(2 if tuning else 1))
+        found = dict(how, rates=rates, tuning=n*tuning, test=n*seeds*(points if tuning else 1))
         if max_runs is None or found['tuning'] + found['test'] <= max_runs:
             return found
     least = found['tuning'] + found['test']
@@ -202,7 +204,7 @@ def seed_row(best:Mapping, equal:Mapping, target:float|None) -> dict:
     share = lambda sign: sum(sign*v > 0 for v in changes)/len(changes) if changes else None
     found = best | dict(forgetting_matched=at['forgetting'], gain_matched=at['gain'], step_matched=at['step'],
                         path=plain(best['path']), lost=share(1), regained=share(-1),
-                        learned=best['gain'])
+                        learned=best['gain'], error=best['error'] or equal['error'])
     return {k: found.get(k) for k in SEED_KEYS}
 
 def method_row(name:str, recipe:dict, rows:list[dict], **more) -> dict:
@@ -392,7 +394,7 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
     if len({len(set(rates)) for _, rates in arms.values()}) > 1:
         raise ValueError('every method must get the same number of learning rates; there are '
                          + ', '.join(f'{len(set(r))} for {n}' for n, (_, r) in arms.items()))
-    work = effort(arms, len(seeds), max_runs, tune)
+    work = effort(arms, len(seeds), max_runs, tune, 2 if lose_at_most is None else 3)
     bench = Bench(model, data, old, metric, items=items, old_items=old_items,
                   validation_items=validation_items, old_validation_items=old_validation_items, steps=steps,
                   evaluations=evaluations, evaluate_every=evaluate_every, max_length=max_length,
@@ -437,13 +439,16 @@ def _chosen(bench, arms, runs, seeds, work, race, doses, tune_steps) -> SimpleNa
     "What was tried, who is still in the race, and each arm's rates; without tuning the only ones there are"
     names = tuple(arms)
     if not work['tuning']:
-        alone = {n: dict(rate=rates[0], value=None, values={}, at_edge=False) for n, (_, rates) in arms.items()}
+        alone = {n: dict(rate=thinned(rates, 1)[0], value=None, values={}, at_edge=False)
+                 for n, (_, rates) in arms.items()}
         return SimpleNamespace(tried=None, stopped={}, live=names, equal=alone, best=alone, target=None,
                                common=True, hangs={}, limits={})
     wants = [Want(names, 'forgetting_matched', False), Want(names)]
     tried, stopped = tune_arms(bench, arms, runs, seeds, work, wants, race, doses, tune_steps)
     live = tuple(n for n in names if n not in stopped)
     equal, best = (tried.choices(Want(live, w.metric, w.higher)) for w in wants)
+    if equal['target'] is None:  # no rate has a place at equal gain
+        equal['arms'] = {n: b | dict(value=None, values={}) for n, b in best['arms'].items()}
     return SimpleNamespace(tried=tried, stopped=stopped, live=live, equal=equal['arms'], best=best['arms'],
                            target=equal['target'], common=equal['common'], limits={},
                            hangs=hangs_on_rate(equal['arms']))

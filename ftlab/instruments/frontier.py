@@ -42,7 +42,7 @@ def _between(a, b, t):
 
 def at_gain(path:list[dict],    # rows in the order of their steps
             gain:float|None
-           ) -> dict|None:      # a row like those of the path, with `reached`
+           ) -> dict|None:      # a row like those of the path
     "Interpolate the path where it first reaches `gain`; `None` if it never does"
     if gain is None or not path:
         return None
@@ -63,9 +63,9 @@ SHARE, AT_LEAST = .95, .5
 def common_gain(best:Mapping[str, float] # arm -> its best gain, over rates and steps
                ) -> tuple[float|None, bool]: # the target, and whether the arms have a gain in common
     """Return 95% of the weakest arm's best gain (`None` if it gained nothing),
-    and whether the weakest reaches half of the strongest's"""
+    and whether that is at least half of the strongest arm's"""
     low, high = min(best.values()), max(best.values())
-    return (SHARE*low if low > 0 else None), low > 0 and low >= AT_LEAST*high
+    return (SHARE*low if low > 0 else None), low > 0 and SHARE*low >= AT_LEAST*high
 
 # %% ../../nbs/instruments/frontier.ipynb #df6a415e
 MATCHED = '_matched'
@@ -140,7 +140,8 @@ def frontier(paths:Mapping[float, list[dict]] # rate -> path
     corners = []
     for gain in reversed(gains):
         here = [dict(gain=gain, forgetting=row['forgetting'], rate=rate, step=row['step'])
-                for rate, path in paths.items() if (row := at_gain(path, gain))]
+                for rate, path in paths.items()
+                for row in (at_gain(path, gain), *(r for r in path if r['gain'] == gain)) if row]
         best = min(here, key=lambda c: c['forgetting'])
         if corners and corners[-1]['forgetting'] <= best['forgetting']:
             best = corners[-1] | dict(gain=gain)
