@@ -2111,6 +2111,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'ftlab/instruments/frontier.py'),
                                             'ftlab.instruments.frontier._mean_row': ( 'instruments/frontier.html#_mean_row',
                                                                                       'ftlab/instruments/frontier.py'),
+                                            'ftlab.instruments.frontier._reached': ( 'instruments/frontier.html#_reached',
+                                                                                     'ftlab/instruments/frontier.py'),
                                             'ftlab.instruments.frontier.at_gain': ( 'instruments/frontier.html#at_gain',
                                                                                     'ftlab/instruments/frontier.py'),
                                             'ftlab.instruments.frontier.best_gain': ( 'instruments/frontier.html#best_gain',

@@ -133,6 +133,13 @@ def _as_good(one, best, sign) -> bool:
     return sign*(top - value) <= paired_difference(top_items, items)[1] + 1e-9
 
 # %% ../../nbs/instruments/frontier.ipynb #36965f5e
+def _reached(path, gain):
+    "Return every point of a path that has this gain, or comes to it from below"
+    yield from (row for row in path if row['gain'] == gain)
+    yield from (row for row in path[:1] if row['gain'] > gain)
+    yield from (at_gain([before, after], gain) for before, after in pairwise(path)
+                if before['gain'] < gain < after['gain'])
+
 def frontier(paths:Mapping[float, list[dict]] # rate -> path
             ) -> list[dict]: # gain, forgetting, rate, step; gains rise
     "Return the corners of the least forgetting at each gain"
@@ -140,8 +147,7 @@ def frontier(paths:Mapping[float, list[dict]] # rate -> path
     corners = []
     for gain in reversed(gains):
         here = [dict(gain=gain, forgetting=row['forgetting'], rate=rate, step=row['step'])
-                for rate, path in paths.items()
-                for row in (at_gain(path, gain), *(r for r in path if r['gain'] == gain)) if row]
+                for rate, path in paths.items() for row in _reached(path, gain)]
         best = min(here, key=lambda c: c['forgetting'])
         if corners and corners[-1]['forgetting'] <= best['forgetting']:
             best = corners[-1] | dict(gain=gain)

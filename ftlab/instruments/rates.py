@@ -162,7 +162,7 @@ def _next(tried, arm, picks) -> tuple[float|None, bool]:
     "The next rate of an arm, and whether a choice at an edge asks for it"
     grid, known = tried.grids[arm], sorted(tried.outcomes[arm])
     for pick in picks:
-        up = pick['rate'] == known[-1]
+        up = known[-1] in (pick['rate'], pick['best'])  # at the bottom only for want of a difference: up
         rate = grid.moved(known[-1] if up else known[0], 1 if up else -1)
         if pick['at_edge'] and rate is not None:
             return rate, True
