@@ -315,3 +315,8 @@ def test_what_was_tried_can_be_asked_for_any_number_of_arms():
     tried = Tried({}, {n: {1.: {0: of_right(10, k)}} for n, k in dict(a=5, b=2).items()})
     both, alone = tried.choices(Want(('a', 'b'))), tried.choices(Want(('a',)))
     assert both['target'] is None and both['common'] and list(alone['arms']) == ['a']
+
+def test_that_a_seed_ended_early_is_said_of_both():
+    early = outcome(.1, .2, [1], [], stopped='validation loss 9.00 after 10 steps')
+    assert pooled({0: outcome(.1, .2, [1], []), 1: early})['stopped'] == early['stopped']
+    assert pooled(dict.fromkeys((0, 1), outcome(.1, .2, [1], [])))['stopped'] is None

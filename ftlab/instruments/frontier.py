@@ -96,9 +96,10 @@ def pooled(outcomes:Mapping[int, Mapping] # seed -> outcome, of one arm at one r
         broken = next((o for o in outcomes.values() if o.get('error')), first)
         return dict(broken)
     mean = _mean_row(outcomes)
+    stopped = next((o['stopped'] for o in outcomes.values() if o.get('stopped')), None)
     steps = min((o.get('path') or [] for o in outcomes.values()), key=len)
     return mean | dict(path=[_mean_row({s: o['path'][i] for s, o in outcomes.items()})
-                             for i in range(len(steps))], error=None)
+                             for i in range(len(steps))], error=None, stopped=stopped)
 
 def _mean_row(rows:Mapping[int, Mapping]) -> dict:
     first = next(iter(rows.values()))
