@@ -7,13 +7,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM,
                           PreTrainedTokenizerFast)
 import ftlab.instruments.bench as B
-import ftlab.instruments.compare as C
+import ftlab.instruments.runs as R
 from ftlab.adapters.store import identity
 from ftlab.core.record import digest
 from ftlab.core.scorers import skill_questions
-from ftlab.instruments.bench import Base, Bench, evaluation_steps, halves, mean_of, metric_for, old_data
-from ftlab.instruments.compare import (Comparison, check_limit, compare, effort, hangs_on_rate, interval, lost_races,
-                                       plan, read_at, seed_row, thinned, tuning_seeds, upgraded, within_limit)
+from ftlab.instruments.bench import (Bench, evaluation_steps, halves, mean_of, metric_for,
+                                     old_data)
+from ftlab.instruments.compare import (Comparison, check_limit, compare, effort, hangs_on_rate,
+                                       interval, lost_races,
+                                       plan, read_at, seed_row, thinned, tuning_seeds, upgraded,
+                                       within_limit)
 from ftlab.instruments.compare_page import in_words, reading, table_html, tuning_words, warned
 from ftlab.instruments.explore import draw_tradeoff, runs_of
 from ftlab.instruments.rates import Tried
@@ -60,7 +63,8 @@ def test_equal_gain_is_read_between_evaluations_and_at_the_closest_point_where_i
 def test_a_crash_is_the_worst_score_at_both_points_and_is_counted():
     fine, broken = made(before=.1, after=.6), made(-.1, .9, [], 'NotFinite: nan')
     row = seed_row(broken, broken, .3)
-    assert (row['gain'], row['forgetting'], row['forgetting_matched'], row['error']) == (-.1, .9, .9, 'NotFinite: nan')
+    assert (row['gain'], row['forgetting'], row['forgetting_matched'],
+            row['error']) == (-.1, .9, .9, 'NotFinite: nan')
     assert seed_row(fine, broken, .3)['error'] == 'NotFinite: nan', 'a crash at equal gain alone is one, too'
     assert seed_row(fine, fine, .3)['error'] is None
 
@@ -82,7 +86,7 @@ def test_effort_counts_the_most_runs_there_can_be():
     full = effort(arms_of(3), 5)
     assert (full['tuning'], full['test']) == (3*(4 + 3 + 2 + 3), 3*5*2)
     assert effort(arms_of(3), 5, points=3)['test'] == 3*5*3
-    assert effort(arms_of(2), 3, tuned=False)['tuning'] == 0 and effort(arms_of(2, 1), 3)['test'] == 6
+    assert (effort(arms_of(2), 3, tuned=False)['tuning'] == 0 and effort(arms_of(2, 1), 3)['test'] == 6)
 
 @pytest.mark.parametrize('limit', range(6, 60, 3))
 def test_max_runs_is_kept_to(limit):
@@ -96,7 +100,8 @@ def test_too_few_runs_are_refused_and_more_are_never_thinner():
     assert sizes == sorted(sizes)
 
 def test_thinning_keeps_the_middle():
-    assert thinned((4, 1, 3, 2), 3) == (1, 2, 3) and thinned((1, 2, 3, 4), 2) == (2, 3) and thinned((1, 2), 4) == (1, 2)
+    assert (thinned((4, 1, 3, 2), 3) == (1, 2, 3) and thinned((1, 2, 3, 4), 2) == (2, 3)
+            and thinned((1, 2), 4) == (1, 2))
     assert thinned((1, 2, 3, 4), 1) == (2,)
 
 # ---- the limit
@@ -109,21 +114,25 @@ def test_a_limit_that_is_none_is_refused(limit):
 def test_a_limit_needs_to_know_what_is_lost():
     with pytest.raises(ValueError, match='give old='):
         check_limit(2, 'drift (KL)')
-    assert check_limit(None, 'drift (KL)') is None and check_limit(0, 'old data') == 0 and check_limit(2, 'old data') == .02
+    assert (check_limit(None, 'drift (KL)') is None and check_limit(0, 'old data') == 0
+            and check_limit(2, 'old data') == .02)
 
 def tried_of(**arms):
     "{arm: {rate: outcome or [outcome of each seed]}}"
     seeds = lambda o: dict(enumerate(o if isinstance(o, list) else [o]))
-    return Tried({n: None for n in arms}, {n: {r: seeds(o) for r, o in of.items()} for n, of in arms.items()})
+    return Tried({n: None for n in arms},
+                 {n: {r: seeds(o) for r, o in of.items()} for n, of in arms.items()})
 
 def test_within_a_limit_the_best_gain_over_rates_steps_and_doses():
     harsh = made(.9, .5, path((0, 0., 0.), (10, .5, .1), (20, .9, .5)),
-                 doses=[dict(dose=.5, gain=.7, forgetting=.08), dict(dose=.75, gain=.8, forgetting=.3)])
+                 doses=[dict(dose=.5, gain=.7, forgetting=.08),
+                        dict(dose=.75, gain=.8, forgetting=.3)])
     gentle = made(.4, .05, path((0, 0., 0.), (10, .2, .01), (20, .4, .05)))
     tried = tried_of(a={1e-4: gentle, 1e-3: harsh})
     pick = lambda limit: (w := within_limit(tried, 'a', limit)) and (w['rate'], w['step'], w['dose'], w['gain'])
     assert [pick(x) for x in (.5, .3, .1, .05, .01)] == [
-        (1e-3, 20, 1., .9), (1e-3, 20, .75, .8), (1e-3, 20, .5, .7), (1e-4, 20, 1., .4), (1e-4, 10, 1., .2)]
+        (1e-3, 20, 1., .9), (1e-3, 20, .75, .8), (1e-3, 20, .5, .7), (1e-4, 20, 1., .4),
+        (1e-4, 10, 1., .2)]
     assert pick(0) is None, 'doing nothing does not qualify'
     assert within_limit(tried_of(a={1.: made(error='nan', rows=[])}), 'a', .5) is None
 
@@ -131,8 +140,9 @@ def test_within_a_limit_the_best_gain_over_rates_steps_and_doses():
 
 def paths_with_items(forgetting, n=400):
     lost = lambda share: dict(forgetting=dict(old=[1]*round(share*n) + [0]*(n - round(share*n))))
-    return made(.8, forgetting, [dict(step=s, gain=g, forgetting=g/.8*forgetting, items=lost(g/.8*forgetting))
-                                 for s, g in ((0, 0.), (10, .4), (20, .8))])
+    return made(.8, forgetting,
+                [dict(step=s, gain=g, forgetting=g/.8*forgetting, items=lost(g/.8*forgetting))
+                 for s, g in ((0, 0.), (10, .4), (20, .8))])
 
 def test_a_race_is_lost_only_beyond_doubt_at_every_gain():
     good, bad, close = paths_with_items(.1), paths_with_items(.6), paths_with_items(.12)
@@ -144,10 +154,12 @@ def test_a_race_is_lost_only_beyond_doubt_at_every_gain():
     assert not lost_races(tried_of(a={1.: made(error='nan', rows=[])}, b={1.: bad}))
 
 def test_an_order_that_a_neighbouring_rate_turns_is_marked():
-    at = lambda rate, **values: dict(rate=rate, value=values[f'r{rate}'], values={float(k[1:]): v for k, v in values.items()})
+    at = lambda rate, **values: dict(rate=rate, value=values[f'r{rate}'],
+                                     values={float(k[1:]): v for k, v in values.items()})
     a, b = at(1.0, **{'r1.0': .10, 'r1.78': .30, 'r3.16': .5}), at(1.0, **{'r1.0': .20})
     assert hangs_on_rate(dict(a=a, b=b)) == dict(a=dict(rate=1.78, value=.30, other='b'))
-    assert hangs_on_rate(dict(a=a | dict(values={1.0: .1, 3.16: .5}), b=b)) == {}, 'a neighbour is at most 1.8 times away'
+    assert hangs_on_rate(dict(a=a | dict(values={1.0: .1, 3.16: .5}),
+                              b=b)) == {}, 'a neighbour is at most 1.8 times away'
     assert hangs_on_rate(dict(a=a, b=b | dict(value=None, values={}))) == {}
 
 def test_the_replaced_skill_is_not_among_the_old_ones():
@@ -178,7 +190,8 @@ def test_plan_gives_every_method_its_rates():
     p = (plan('lora(r=4)'), plan(['full', Recipe(Method('mine', lrs=(1., 2.)))]),
          plan(['full'], tuned=False), plan(['full', 'lora'], dict(full=1e-3, lora=[1e-2])))
     assert [{n: r for n, (_, r) in x.items()} for x in p[1:]] == [
-        {'full': (1e-4, 3.16e-4, 1e-3, 3.16e-3), 'mine': (1., 3.16, 10., 31.6)}, {'full': (Recipe().lr,)},
+        {'full': (1e-4, 3.16e-4, 1e-3, 3.16e-3), 'mine': (1., 3.16, 10., 31.6)},
+        {'full': (Recipe().lr,)},
         {'full': (1e-3,), 'lora': (1e-2,)}]
     assert list(p[0]) == ['lora(r=4)']
 
@@ -232,9 +245,11 @@ def count_fits(monkeypatch):
     monkeypatch.setattr(B, 'fit', counted)
     return done
 
-METHOD_KEYS = {'name', 'recipe', 'seeds', 'gain', 'forgetting', 'forgetting_matched', 'gain_matched', 'lost', 'regained',
+METHOD_KEYS = {'name', 'recipe', 'seeds', 'gain', 'forgetting', 'forgetting_matched',
+               'gain_matched', 'lost', 'regained',
                'rate', 'rate_matched', 'frontier', 'paths', 'within', 'hangs', 'stopped'}
-RESULT_KEYS = {'version', 'model', 'data', 'protocol', 'methods', 'tuning', 'versions', 'target', 'common', 'lose_at_most',
+RESULT_KEYS = {'version', 'model', 'data', 'protocol', 'methods', 'tuning', 'versions', 'target',
+               'common', 'lose_at_most',
                'runs'}
 
 def without_counts(result):
@@ -262,7 +277,8 @@ def test_the_json_has_the_promised_shape(plain, tmp_path):
             assert {'seed', 'gain', 'forgetting', 'forgetting_matched', 'gain_matched', 'step_matched', 'nll', 'drift',
                     'seconds', 'peak_bytes', 'trainable', 'saved_bytes', 'path', 'lost', 'regained'} <= set(s)
             assert [x['step'] for x in s['path']] == [0, *evaluation_steps(6)] == [0, 1, 2, 3, 6]
-            assert {'step', 'gain', 'forgetting'} == set(s['path'][0]) and s['saved_bytes'] > 0 and s['seconds'] > 0
+            assert ({'step', 'gain', 'forgetting'} == set(s['path'][0]) and s['saved_bytes'] > 0
+                    and s['seconds'] > 0)
     full, lora = r['methods']
     assert full['seeds'][0]['trainable'] == plain[0][0].num_parameters() > lora['seeds'][0]['trainable'] > 0
     assert (r['protocol']['forgetting'] == 'drift (KL)'
@@ -283,7 +299,8 @@ def tuned(plain, tmp_path_factory):
     "A whole comparison with old data: searched, and within a limit"
     folder = tmp_path_factory.mktemp('tuned')
     old = data([dict(prompt=f'{i} plus', response=str(i)) for i in range(40)])
-    c = compare(['full', 'lora'], *plain, old=dict(counting=old), out=folder, **SEARCH, **FAST | dict(steps=12))
+    c = compare(['full', 'lora'], *plain, old=dict(counting=old), out=folder, **SEARCH,
+                **FAST | dict(steps=12))
     return c, folder, old
 
 def test_a_search_gives_every_method_as_many_rates_on_seeds_of_its_own(tuned):
@@ -300,7 +317,8 @@ def test_a_search_gives_every_method_as_many_rates_on_seeds_of_its_own(tuned):
     assert len(tuning) <= work['tuning'] and len(runs) <= work['tuning'] + work['test']
     for m in r['methods']:
         t = r['tuning']['methods'][m['name']]
-        assert set(t) == {'rate', 'tried', 'at_edge', 'rate_matched', 'forgetting_matched', 'at_edge_matched', 'stopped'}
+        assert set(t) == {'rate', 'tried', 'at_edge', 'rate_matched', 'forgetting_matched',
+                          'at_edge_matched', 'stopped'}
         assert (m['rate'], m['rate_matched']) == (t['rate'], t['rate_matched'])
         assert [x for x, _ in t['tried']] == sorted({rate for _, rate in per[m['name']]})
 
@@ -315,7 +333,8 @@ def test_both_operating_points_come_from_test_seeds_and_the_curve_from_tuning_se
         equal = [runs[m['name'], m['rate_matched'], s, 'test'] for s in range(3)]
         assert m['gain']['mean'] == pytest.approx(fmean(x['gain'] for x in best))
         assert [s['forgetting_matched'] for s in m['seeds']] == [read_at(x, r['target'])['forgetting'] for x in equal]
-        assert set(m) == METHOD_KEYS and [k['gain'] for k in m['frontier']] == sorted(k['gain'] for k in m['frontier'])
+        assert (set(m) == METHOD_KEYS
+                and [k['gain'] for k in m['frontier']] == sorted(k['gain'] for k in m['frontier']))
         top = max(row[1] for p in m['paths'].values() for row in p)
         assert m['frontier'][-1]['gain'] == pytest.approx(top, abs=1e-4) and r['target'] <= top
         assert set(m['paths']) == {f'{x:g}' for x, _ in r['tuning']['methods'][m['name']]['tried']}
@@ -324,7 +343,8 @@ def test_what_a_limit_finds_is_measured_on_test_questions_with_its_dose(tuned):
     c, folder, _ = tuned
     for m in c.json()['methods']:
         w = m['within']
-        assert set(w) == {'rate', 'step', 'dose', 'gain', 'forgetting'} and w['dose'] in (.25, .5, .75, 1.)
+        assert (set(w) == {'rate', 'step', 'dose', 'gain', 'forgetting'}
+                and w['dose'] in (.25, .5, .75, 1.))
         runs = [x for p in (folder/'runs').glob('*.json') for x in [json.loads(p.read_text())]
                 if (x['method'], x['rate'], x['split']) == (m['name'], w['rate'], 'test')]
         assert len(runs) == 3 and [d['dose'] for d in runs[0]['doses']] == [.25, .5, .75]
@@ -333,11 +353,13 @@ def test_what_a_limit_finds_is_measured_on_test_questions_with_its_dose(tuned):
         assert w['gain']['mean'] == pytest.approx(fmean(point(x)['gain'] for x in runs))
     assert 'gain within 100 points' in c.table and 'gain within 100 points' in c._repr_html_()
 
-def test_a_finished_comparison_trains_nothing_and_a_damaged_run_is_made_again(tuned, plain, monkeypatch, tmp_path):
+def test_a_finished_comparison_trains_nothing_and_a_damaged_run_is_made_again(
+    tuned, plain, monkeypatch, tmp_path):
     c, folder, old = tuned
     done = count_fits(monkeypatch)
     ask = dict(old=dict(counting=old), out=folder, **SEARCH, **FAST | dict(steps=12))
-    assert without_counts(compare(['full', 'lora'], *plain, **ask).json()) == without_counts(c.json()) and not done
+    assert (without_counts(compare(['full', 'lora'], *plain, **ask).json())
+            == without_counts(c.json()) and not done)
     broken, foreign = sorted((folder/'runs').glob('*.json'))[:2]
     text = foreign.read_text()
     broken.write_text('{"gain": ')
@@ -351,21 +373,26 @@ def test_a_page_says_what_speaks_against_it(tuned):
     m, other = r['methods']
     far = dict(mean=r['target'] + .1, low=None, high=None)
     t = r['tuning']['methods'][m['name']]
-    m |= dict(gain_matched=far, hangs=dict(rate=t['forgetting_matched'][-1][0], value=.9, other=other['name']))
+    m |= dict(gain_matched=far, hangs=dict(rate=t['forgetting_matched'][-1][0], value=.9,
+                                           other=other['name']))
     other |= dict(within=None)
     r |= dict(common=False)
     said = ' '.join(warned(r))
-    for words in ('less than half of what the strongest', "place hangs on its rate", 'instead of', 'nothing that was tried'):
+    for words in ('less than half of what the strongest', "place hangs on its rate", 'instead of',
+                  'nothing that was tried'):
         assert words in said
-    assert '‡' in table_html(r) and all(isinstance(x, str) for x in in_words(r) + tuning_words(r) + reading(r))
+    assert ('‡' in table_html(r)
+            and all(isinstance(x, str) for x in in_words(r) + tuning_words(r) + reading(r)))
     m['within'] |= dict(forgetting=dict(mean=1.2, low=None, high=None))
     assert 'costs 120.0 on test questions' in ' '.join(warned(r))
     assert 'gained nothing' in ' '.join(warned(r | dict(target=None)))
-    lost = other | dict(seeds=[], stopped='full', rate=None, rate_matched=None, hangs=None, within=None,
+    lost = other | dict(seeds=[], stopped='full', rate=None, rate_matched=None, hangs=None,
+                        within=None,
                         **{k: interval([]) for k in ('gain', 'forgetting', 'forgetting_matched', 'gain_matched')})
     for curve in (lost['frontier'], []):
-        stopped = Comparison(r | dict(methods=[m, lost | dict(frontier=curve)]))
-        assert 'stopped early' in stopped._repr_html_() and 'beyond doubt' in ' '.join(warned(stopped.json()))
+        stopped = Comparison(r | dict(methods=[m | dict(hangs=None), lost | dict(frontier=curve)]))
+        assert ('stopped early' in stopped._repr_html_()
+                and 'beyond doubt' in ' '.join(warned(stopped.json())))
 
 def test_a_result_of_version_1_still_opens_draws_and_writes_a_page(tmp_path):
     stored = json.loads(measured('compare_lab_s/result.json').read_text())
@@ -378,7 +405,8 @@ def test_a_result_of_version_1_still_opens_draws_and_writes_a_page(tmp_path):
     assert r['version'] == 1 and all(METHOD_KEYS <= set(m) for m in r['methods'])
     for m, was in zip(r['methods'], stored['methods']):
         assert m['gain'] == was['gain'] and m['rate'] == was['seeds'][0]['rate']
-    assert c.save(tmp_path) and (tmp_path/'index.html').read_text().count('<svg') + 1 and c.plot().axes and repr(c)
+    assert (c.save(tmp_path) and (tmp_path/'index.html').read_text().count('<svg') + 1
+            and c.plot().axes and repr(c))
     said = ' '.join(reading(r))
     assert 'earlier version' in said and 'gained nothing' not in said
     assert Comparison.read(tmp_path/'result.json').json() == r
@@ -432,10 +460,12 @@ def test_finished_runs_are_kept_and_only_what_is_missing_is_run(plain, tmp_path,
     first = compare(['full', 'hft'], *plain, seeds=1, **ask)
     n = len(done)
     assert n == first.json()['runs']['made'] <= 16 and {s for _, s in done} <= {0, 10_000, 10_001}
-    assert without_counts(compare(['full', 'hft'], *plain, seeds=1, **ask).json()) == without_counts(first.json())
+    assert without_counts(compare(['full', 'hft'], *plain, seeds=1,
+                                  **ask).json()) == without_counts(first.json())
     assert len(done) == n
     second = compare(['full', 'hft'], *plain, seeds=2, **ask | dict(max_runs=18)).json()
-    assert {s for _, s in done[n:]} == {1} and second['methods'][0]['seeds'][0] == first.json()['methods'][0]['seeds'][0]
+    assert ({s for _, s in done[n:]} == {1}
+            and second['methods'][0]['seeds'][0] == first.json()['methods'][0]['seeds'][0])
     m = len(done)
     compare(['full', 'hft'], *plain, seeds=1, **ask | dict(steps=5))
     assert len(done) >= m + n - 4 # other settings, other runs
@@ -476,7 +506,8 @@ def test_a_method_that_breaks_down_does_not_stop_the_rest(plain, tmp_path):
 def test_a_rate_that_diverges_stops_and_says_so_and_one_that_learns_slowly_does_not(plain, reviews):
     bench = Bench(*plain, **FAST | dict(steps=40, evaluations=6))
     wild = bench.run(get('full'), 30., 10_000, 'validation')
-    assert wild['stopped'] and 'validation loss' in wild['stopped'] and wild['path'][-1]['step'] < 40
+    assert (wild['stopped'] and 'validation loss' in wild['stopped']
+            and wild['path'][-1]['step'] < 40)
     assert wild['error'] is None and wild['gain'] < 0
     assert bench.run(get('full'), 30., 0, 'test')['stopped'] is None, 'a test run goes on to its end'
     fresh = Bench(*reviews, **FAST | dict(steps=8))
@@ -484,11 +515,13 @@ def test_a_rate_that_diverges_stops_and_says_so_and_one_that_learns_slowly_does_
     assert slow['stopped'] is None and slow['path'][-1]['step'] == 8, 'a new head begins as one that knows nothing'
 
 def test_a_method_that_gains_nothing_leaves_no_equal_gain(plain, tmp_path):
-    still = Recipe(Method('still'), objective=lambda state: 0*state.logits.sum()/len(state.batches))
-    c = compare(['full', still], *plain, seeds=1, lrs=[1e-3, 3.16e-3], max_runs=12, out=tmp_path, **FAST)
+    flat = lambda model, tok, rows: 1.
+    c = compare(['full', 'lora'], *plain, metric=flat, seeds=1, lrs=[1e-3, 3.16e-3], max_runs=12,
+                out=tmp_path, **FAST)
     r = c.json()
     assert r['target'] is None and not r['common'] and 'gained nothing' in (tmp_path/'index.html').read_text()
-    assert all(m['rate_matched'] == m['rate'] and m['forgetting_matched']['mean'] is None for m in r['methods'])
+    assert all(m['rate_matched'] == m['rate'] and m['forgetting_matched']['mean'] is None
+               for m in r['methods'])
 
 def test_wrong_input_of_a_method_is_refused_not_scored(plain, tmp_path):
     with pytest.raises(ValueError, match='rank 99 does not fit'):
@@ -504,6 +537,13 @@ def test_labels_gain_accuracy_and_drift(reviews, tmp_path):
             and lora['trainable'] < full['trainable'])
     assert (full['forgetting'] == pytest.approx(full['drift'])
             and full['path'][0]['forgetting'] == pytest.approx(0, abs=1e-6))
+
+def test_labels_beside_old_data_lose_accuracy_and_drift_is_measured_too(reviews):
+    tasks = data([dict(text=f'{a} {w}', label=l) for l, words in dict(good=GOOD, bad=BAD).items()
+                  for w in words for a in ASPECTS[:3]])
+    o = Bench(*reviews, old=dict(turned=tasks), **FAST | dict(steps=20)).run(get('full'), 3e-3, 0, 'test')
+    assert o['error'] is None and 0 <= o['drift'] <= 1 and list(o['items']['forgetting']) == ['turned']
+    assert o['forgetting'] == pytest.approx(o['old']['turned']['before'] - o['old']['turned']['after'])
 
 def test_lab_models_lose_old_skills_skill_by_skill(tmp_path):
     tok = lab_tokenizer()
@@ -542,8 +582,10 @@ def test_recipes_with_edits_stages_and_their_own_decoding(plain, tmp_path):
     undone, two = (m['seeds'][0] for m in c)
     assert (undone['gain'] == pytest.approx(0, abs=1e-6)
             and undone['forgetting'] == pytest.approx(0, abs=1e-6)
-            and undone['path'][-2]['gain'] != 0) # the edit took all of it back
+            and undone['drift'] == pytest.approx(0, abs=1e-6)) # the edit took all of it back
     assert two['drift'] > 0 and two['error'] is None
+    # a method that is one only at its end is evaluated there alone
+    assert [[x['step'] for x in s['path']] for s in (undone, two)] == [[0, 6], [0, 6]]
     tok = lab_tokenizer()
     said = []
 
@@ -564,7 +606,7 @@ def test_a_budget_ends_a_run_and_its_last_look_is_there(plain, tmp_path):
     assert 100 <= s['tokens'] < 200 and 0 < s['path'][-1]['step'] < 10
 
 def test_a_seed_redraws_the_questions_of_a_skill():
-    b = C.Bench((llama(t := lab_tokenizer()), t), data('new-procedure', n=30), steps=1)
+    b = Bench((llama(t := lab_tokenizer()), t), data('new-procedure', n=30), steps=1)
     assert b.data(0).fingerprint != b.data(1).fingerprint and len(b.data(1).train) == 30
 
 @pytest.mark.parametrize('more, words', [(dict(device='cuda:7'), 'cuda:7'),
@@ -629,3 +671,143 @@ def test_a_learner_is_asked_only_once_it_is_there(tmp_path):
                 **few).json()
     assert (r['methods'][0]['seeds'][0]['error'] is None and said
             and all(s == ['base', 'tuned', 'watcher'] for s in said))
+
+# ---- the bench
+
+def test_an_outcomes_items_are_what_gain_and_forgetting_are_made_of(plain):
+    (model, tok), sums = plain
+    old = {n: data([dict(prompt=f'{i} {n}', response=str(i)) for i in range(k, k + 20)])
+           for n, k in dict(plus=0, **{'is': 9}).items()}
+    bench = Bench((model, tok), sums, old=old, **FAST)
+    o = bench.run(get('full'), 3e-3, 0, 'validation', doses=(.5,))
+    assert len(o['items']['gain']) == 20 and set(o['items']['forgetting']) == {'plus', 'is'}
+    for row in (o, *o['path'], *o['doses']):
+        assert row['gain'] == pytest.approx(mean_of(row['items']['gain']))
+        assert row['forgetting'] == pytest.approx(
+            fmean(map(fmean, row['items']['forgetting'].values())))
+    assert o['path'][0]['gain'] == o['path'][0]['forgetting'] == 0 and o['path'][-1]['gain'] == o['gain']
+    assert ((o['doses'][0]['gain'], o['doses'][0]['dose']) != (o['gain'], 1)
+            and finite(json.loads(json.dumps(o))))
+    whole = bench.run(get('full'), 3e-3, 0, 'validation', doses=(1.,))['doses'][0]
+    assert (whole['gain'] == pytest.approx(o['gain'], abs=1e-5)
+            and whole['forgetting'] == pytest.approx(o['forgetting'], abs=1e-5))
+
+def test_the_score_of_each_question_averages_to_the_metric(plain):
+    (model, tok), sums = plain
+    for rows in (sums.test[:7], sums.test[:30]):
+        each = B.scores('nll', model, tok, rows, sums)
+        assert (len(each) == len(rows)
+                and fmean(each) == pytest.approx(B.score('nll', model, tok, rows, sums)))
+        assert fmean(each) == pytest.approx(-B.nll(model, tok, rows, sums.kind))
+
+asked = lambda rows: {json.dumps(r, sort_keys=True) for r in rows}
+
+def test_choosing_and_judging_share_no_question(plain):
+    (model, tok), sums = plain
+    b = Bench((model, tok), sums, **FAST)
+    assert not asked(b.questions(0, 'validation')) & asked(b.questions(0, 'test'))
+    doubled = data([dict(prompt=f'{i%50} plus', response=str(i%50)) for i in range(200)])
+    assert not asked(doubled.validation) & asked(doubled.test), 'rows that stand twice are on one side'
+    half = halves(doubled.test + doubled.validation + doubled.train)
+    assert not asked(half['validation']) & asked(half['test'])
+    assert halves(doubled.train[::-1])['test'] == halves(doubled.train)['test'][::-1], 'a hash decides, not the order'
+
+@pytest.mark.parametrize('skill', ['new-procedure', 'changed-rule', *OLD[:4]])
+def test_the_questions_of_a_skill_are_different_in_each_split(skill):
+    prompts = lambda rows: {r['prompt'] for r in rows}
+    for seed in (0, 10_000):
+        split = {s: prompts(skill_questions(skill, 60, s, seed)) for s in ('train', 'validation', 'test')}
+        assert not split['validation'] & split['test'] and not split['train'] & (split['validation'] | split['test'])
+
+def test_evaluations_are_each_twice_as_late_as_the_one_before():
+    assert evaluation_steps(120) == [15, 30, 60, 120] and evaluation_steps(200, 1) == [200]
+    assert evaluation_steps(3) == [1, 2, 3] and evaluation_steps(1, 5) == [1]
+
+def test_old_data_by_name():
+    rows = [dict(prompt=str(i), response='a') for i in range(20)]
+    assert list(old_data(None)) == [] and list(old_data(rows)) == ['rows']
+    assert list(old_data(dict(mine=rows, sums='add'))) == ['mine', 'sums']
+
+# ---- shared runs
+
+def key_of(bench, recipe=None, rate=1e-3, seed=0, split='validation', steps=6, doses=()):
+    return digest(json.loads(json.dumps(run_key(bench, recipe or get('lora'), rate, seed, split,
+                                                steps, doses),
+                                        default=str)))
+
+def test_every_ingredient_of_a_run_is_in_its_key(plain, monkeypatch):
+    (model, tok), sums = plain
+    make = lambda m=model, t=tok, d=sums, **more: Bench((m, t), d, **FAST | more)
+    bench = make()
+    base = key_of(bench)
+    assert key_of(make()) == base, 'the same run has the same key'
+    other_model = copy.deepcopy(model)
+    other_model.lm_head.weight.data[0, 0] += 1e-3
+    template, bigger = copy.deepcopy(tok), copy.deepcopy(tok)
+    template.chat_template = '{% for m in messages %}{{ m.content }}{% endfor %}'
+    bigger.add_tokens(['more'])
+    tok(['1 plus 1', '1'], padding=True, truncation=True, max_length=3)
+    assert key_of(make()) == base, 'what the last call left in a tokenizer is no part of it'
+    mine = lambda model, tok, rows: 1.
+    yours = lambda model, tok, rows: 2.
+    old = data([dict(prompt=str(i), response='1') for i in range(20)])
+    others = dict(
+        model=key_of(make(m=other_model)), template=key_of(make(t=template)),
+        words=key_of(make(t=bigger)),
+        data=key_of(make(d=data(sums.train[:-1] + sums.validation + sums.test))),
+        old=key_of(make(old=old)),
+        old_name=key_of(make(old=dict(x=old))), metric=key_of(make(metric=mine)),
+        metric2=key_of(make(metric=yours)),
+        argument=key_of(bench, get('lora(r=2)')), method=key_of(bench, get('full')),
+        rate=key_of(bench, rate=2e-3),
+        seed=key_of(bench, seed=1), split=key_of(bench, split='test'), steps=key_of(bench, steps=7),
+        doses=key_of(bench, doses=(.5,)), settings=key_of(make(schedule='constant')),
+        weight_decay=key_of(make(weight_decay=.1)),
+        batch=key_of(make(batch_size=4)), items=key_of(make(validation_items=10)),
+        evaluations=key_of(make(evaluations=2)),
+        length=key_of(make(max_length=9)), budget=key_of(make(budget=1000)))
+    paced = get('lora')
+    others |= dict(schedule=key_of(bench,
+                                   dataclasses.replace(paced,
+                                                       meta=dataclasses.replace(paced.meta,
+                                                                                schedule='constant'))))
+    for name, new in (('library_code', lambda: 'another'), ('recipe_code', lambda r: dict(x='y')),
+                      ('versions', lambda: dict(torch='9'))):
+        monkeypatch.setattr(f'ftlab.instruments.runs.{name}', new)
+        others[name] = key_of(bench)
+        monkeypatch.undo()
+    assert base not in others.values()
+    assert len(set(others.values())) == len(others), [k for k, v in others.items()
+                                                      if list(others.values()).count(v) > 1]
+
+def test_a_papers_code_counts_with_that_of_the_papers_it_imports_and_a_readers_own():
+    asft = 'ftlab.trainers.losses.asft'
+    assert set(R._papers([asft])) == {asft, asft.replace('asft', 'dft')}
+    assert list(recipe_code(get('dft'))) == ['ftlab.trainers.losses.dft'] and not recipe_code(get('full'))
+    one = recipe_code(Recipe('own', objective=lambda state: state.forward().sum()))
+    two = recipe_code(Recipe('own', objective=lambda state: state.forward().mean()))
+    assert len(one) == 1 and list(one.values()) != list(two.values())
+
+def test_a_run_is_made_once_for_everyone(plain, tmp_path):
+    bench, again = Bench(*plain, **FAST), Bench(*plain, **FAST)
+    one, other = Runs(tmp_path), Runs(tmp_path)
+    first = one(bench, get('lora'), 1e-2, 0, 'test')
+    assert other(again, get('lora'), 1e-2, 0, 'test') == first
+    assert (one.made, one.taken, other.made, other.taken) == (1, 0, 0, 1) and other.saved == first['cpu_seconds']
+    kept = Runs(tmp_path, keep=True)
+    kept(bench, get('lora'), 1e-2, 0, 'test')
+    assert kept.made == 1 and len(list(tmp_path.glob('*.safetensors'))) == 1, 'the change was asked for and not there'
+    next(tmp_path.glob('*.json')).unlink()
+    next(tmp_path.glob('*.safetensors')).unlink()
+    path = tmp_path/f'{key_of(bench, rate=1e-2, split="test")}.json'
+    path.mkdir()
+    with pytest.raises(IsADirectoryError, match='move it away'):
+        one(bench, get('lora'), 1e-2, 0, 'test')
+
+def test_a_run_that_broke_down_is_kept_too(plain, tmp_path):
+    def explode(state):
+        return state.forward().sum()*float('nan')
+    bench, runs = Bench(*plain, **FAST), Runs(tmp_path, keep=True)
+    for _ in range(2):
+        assert 'NotFinite' in runs(bench, Recipe('bad', objective=explode), 1e-3, 0, 'test')['error']
+    assert (runs.made, runs.taken) == (1, 1)

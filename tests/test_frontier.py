@@ -2,7 +2,8 @@
 import math
 import random
 import pytest
-from ftlab.instruments.frontier import (at_gain, best_gain, choose, common_gain, frontier, least_forgetting,
+from ftlab.instruments.frontier import (at_gain, best_gain, choose, common_gain, frontier,
+                                        least_forgetting,
                                         paired_difference, pooled, reading)
 from ftlab.instruments.rates import Grid, Tried, Want, half_decades, on_ladder, rounded, search
 
@@ -26,14 +27,17 @@ def random_paths(seed):
 
 def test_a_path_is_read_where_it_first_reaches_the_gain():
     p = path((0, 0., 0.), (10, .5, .1), (20, .4, .3), (30, .8, .6))
-    read = [at_gain(p, t) and (at_gain(p, t)['step'], at_gain(p, t)['forgetting']) for t in (.25, .5, .6, .81, None)]
+    read = [at_gain(p, t) and (at_gain(p, t)['step'], at_gain(p, t)['forgetting'])
+            for t in (.25, .5, .6, .81, None)]
     assert read[3:] == [None, None]
     assert read[:3] == [pytest.approx((5, .05)), pytest.approx((10, .1)), pytest.approx((25, .45))]
     assert at_gain([], .1) is None and best_gain([]) == 0 and best_gain(p) == .8
 
 def test_what_is_read_between_two_evaluations_is_made_of_both_with_its_items():
-    before = dict(step=0, gain=0., forgetting=0., items=dict(gain=[0, 0], forgetting=dict(add=[0, 0])))
-    after = dict(step=10, gain=1., forgetting=.5, items=dict(gain=[1, 1], forgetting=dict(add=[1, 0])), more=2)
+    before = dict(step=0, gain=0., forgetting=0.,
+                  items=dict(gain=[0, 0], forgetting=dict(add=[0, 0])))
+    after = dict(step=10, gain=1., forgetting=.5,
+                 items=dict(gain=[1, 1], forgetting=dict(add=[1, 0])), more=2)
     row = at_gain([before, after], .25)
     assert row == dict(step=2.5, gain=.25, forgetting=.125,
                        items=dict(gain=[.25, .25], forgetting=dict(add=[.25, 0])))
@@ -100,7 +104,8 @@ def test_every_arm_reaches_the_target(seed):
 # ---- outcomes
 
 def test_a_metric_is_read_at_the_end_or_at_the_target():
-    o = dict(gain=.8, forgetting=.6, kl=3., items=dict(gain=[1, 0]), path=path((0, 0., 0.), (10, .8, .6)))
+    o = dict(gain=.8, forgetting=.6, kl=3., items=dict(gain=[1, 0]),
+             path=path((0, 0., 0.), (10, .8, .6)))
     assert reading(o, 'gain') == (.8, [1, 0]) and reading(o, 'kl') == (3., None)
     assert reading(o, 'forgetting_matched', .4)[0] == pytest.approx(.3)
     assert reading(o, 'forgetting_matched', .9) is None is reading(o, 'forgetting_matched', None)
@@ -135,7 +140,8 @@ def test_within_one_standard_error_the_smaller_is_taken_and_beyond_it_is_not():
 def test_where_less_is_better_the_same_rule_holds_turned_round():
     worse = lambda x: dict(forgetting=sum(x)/len(x), items=dict(forgetting=dict(add=x)))
     few, more, many = [1] + [0]*49, [1]*2 + [0]*48, [1]*9 + [0]*41
-    found = choose({1e-4: worse(more), 1e-3: worse(few), 1e-2: worse(many)}, 'forgetting', higher=False)
+    found = choose({1e-4: worse(more), 1e-3: worse(few), 1e-2: worse(many)}, 'forgetting',
+                   higher=False)
     assert (found['rate'], found['best']) == (1e-4, 1e-3)
     assert choose({1e-4: worse(many), 1e-3: worse(few)}, 'forgetting', higher=False)['rate'] == 1e-3
 
@@ -148,11 +154,14 @@ def test_without_items_only_an_equal_value_is_as_good_and_without_a_value_there_
 # ---- the frontier
 
 def test_the_frontier_of_two_rates_is_what_one_reads_off_the_picture():
-    paths = {3e-4: path((0, 0, 0), (120, .7, .1)), 1e-3: path((0, 0, 0), (60, .35, .2), (120, .9, .3))}
+    paths = {3e-4: path((0, 0, 0), (120, .7, .1)),
+             1e-3: path((0, 0, 0), (60, .35, .2), (120, .9, .3))}
     corners = frontier(paths)
-    assert [(c['gain'], c['rate']) for c in corners] == [(0, 3e-4), (.35, 3e-4), (.7, 3e-4), (.9, 1e-3)]
+    assert [(c['gain'], c['rate']) for c in corners] == [(0, 3e-4), (.35, 3e-4), (.7, 3e-4),
+                                                         (.9, 1e-3)]
     assert [c['forgetting'] for c in corners] == pytest.approx([0, .05, .1, .3])
-    assert least_forgetting(corners, .8) == pytest.approx(.2) and least_forgetting(corners, .95) is None
+    assert (least_forgetting(corners, .8) == pytest.approx(.2)
+            and least_forgetting(corners, .95) is None)
     assert frontier({}) == [] and least_forgetting([], .1) is None
 
 def test_more_gain_with_less_forgotten_counts_at_less_gain_too():
@@ -193,10 +202,12 @@ def test_equal_rates_are_equal_numbers_wherever_they_come_from():
     up, down = 1e-4, 1.
     for _ in range(8):
         up, down = Grid(half_decades((1e-4,))).moved(up, .5), Grid((.1, .316, 1.)).moved(down, -.5)
-    assert up == 1e-2 == down and rounded(on_ladder(3.162277e-3)) == 3.16e-3 and on_ladder(3e-3) == 3e-3
+    assert (up == 1e-2 == down and rounded(on_ladder(3.162277e-3)) == 3.16e-3
+            and on_ladder(3e-3) == 3e-3)
 
 @pytest.mark.parametrize('ask, words', [
-    (dict(values=()), 'give one or more'), (dict(values=(0., 1.)), 'above 0'), (dict(values=(-1.,)), 'between'),
+    (dict(values=()), 'give one or more'), (dict(values=(0., 1.)), 'above 0'),
+    (dict(values=(-1.,)), 'between'),
     (dict(values=(.5, 2.), spacing='linear', bounds=(0., 1.)), 'between 0 and 1'),
     (dict(values=(1.,), spacing='cubic'), "spacing is 'cubic'")])
 def test_a_grid_refuses(ask, words):
@@ -236,10 +247,12 @@ def test_a_choice_that_stays_at_the_edge_says_so_and_extension_ends():
     rising = lambda arm, rate, seed: of_right(400, round(150 + 40*math.log10(rate/1e-4)))
     tried = search(dict(a=GRID), rising, [Want(('a',))], refine=False)
     choice = tried.choices(Want(('a',)))['arms']['a']
-    assert len(tried.outcomes['a']) == 4 + 3 and choice['at_edge'] and choice['rate'] == max(tried.outcomes['a'])
+    assert (len(tried.outcomes['a']) == 4 + 3 and choice['at_edge']
+            and choice['rate'] == max(tried.outcomes['a']))
 
 def test_an_arm_that_hardly_learns_yet_is_tried_further_up():
-    "Its rates differ by less than one standard error, so the smallest is the choice, and the largest the best"
+    """Its rates differ by less than one standard error, so the smallest is the choice, and the
+    largest the best"""
     slow = lambda arm, rate, seed: of_right(50, 2 + round(math.log10(rate/1e-4)*.4))
     tried = search(dict(a=GRID), slow, [Want(('a',))], refine=False, extend=1)
     assert sorted(tried.outcomes['a'])[-1] == 1e-2
@@ -251,8 +264,9 @@ def test_every_arm_ends_with_as_many_rates_and_as_many_of_them_twice(seed):
     def run(arm, rate, seed):
         away = abs(math.log10(rate/hidden[arm]))
         top = max(-.1, (.9 if arm == 'a' else .6) - .3*away)
-        return dict(gain=top, forgetting=.1 + rate, path=path((0, 0., 0.), (60, top/2, .02 + rate/2),
-                                                               (120, top, .1 + rate)))
+        return dict(gain=top, forgetting=.1 + rate,
+                    path=path((0, 0., 0.), (60, top/2, .02 + rate/2),
+                               (120, top, .1 + rate)))
     wants = [Want(('a', 'b', 'c'), 'forgetting_matched', False), Want(('a', 'b', 'c'))]
     tried = search(dict.fromkeys('abc', GRID), run, wants)
     assert len({len(of) for of in tried.outcomes.values()}) == 1
@@ -307,7 +321,8 @@ def test_a_number_that_no_arm_has_is_named_and_one_that_some_lack_is_not():
 
 def test_a_rate_that_broke_down_in_one_seed_is_not_chosen():
     def run(arm, rate, seed):
-        return dict(error='nan') if rate == 1e-3 and seed == 10_001 else of_right(50, 40 if rate == 1e-3 else 30)
+        return (dict(error='nan') if rate == 1e-3
+                and seed == 10_001 else of_right(50, 40 if rate == 1e-3 else 30))
     tried = search(dict(a=GRID), run, [Want(('a',))])
     assert tried.choices(Want(('a',)))['arms']['a']['rate'] != 1e-3
 

@@ -427,7 +427,8 @@ def _compared(bench, arms, runs, seeds, work, race, limit, tune_steps) -> dict:
                 rates.add(found.limits[n]['rate'])
             done[n].append({r: _test(bench, runs, arms[n][0], r, seed, doses) for r in sorted(rates)})
     if not found.tried:
-        reached = {n: fmean(best_gain(o['path']) for of in rows for o in of.values()) for n, rows in done.items()}
+        ran = {n: [o for of in rows for o in of.values() if not o['error']] for n, rows in done.items()}
+        reached = {n: fmean(best_gain(o['path']) for o in of) for n, of in ran.items() if of}
         found.target, found.common = common_gain(reached)
     return dict(version=VERSION, data=bench.given.name, protocol=_protocol(bench, seeds, work), target=found.target,
                 common=found.common, lose_at_most=None if limit is None else 100*limit,

@@ -62,9 +62,9 @@ SHARE, AT_LEAST = .95, .5
 
 def common_gain(best:Mapping[str, float] # arm -> its best gain, over rates and steps
                ) -> tuple[float|None, bool]: # the target, and whether the arms have a gain in common
-    """Return 95% of the weakest arm's best gain (`None` if it gained nothing),
+    """Return 95% of the weakest arm's best gain (`None` if it gained nothing, or there is no arm),
     and whether that is at least half of the strongest arm's"""
-    low, high = min(best.values()), max(best.values())
+    low, high = min(best.values(), default=0.), max(best.values(), default=0.)
     return (SHARE*low if low > 0 else None), low > 0 and SHARE*low >= AT_LEAST*high
 
 # %% ../../nbs/instruments/frontier.ipynb #df6a415e

@@ -85,8 +85,9 @@ class Tried:
         outcomes = {a: self.pooled(a, self.twice(a)) for a in want.arms}
         target, common = None, True
         if want.metric.endswith(MATCHED):
-            best = {a: max((best_gain(o.get('path') or []) for o in of.values()), default=0.)
-                    for a, of in outcomes.items()}
+            # an arm that broke down at every rate is no measure for the others
+            best = {a: max(best_gain(o.get('path') or []) for o in ran)
+                    for a, of in outcomes.items() if (ran := [o for o in of.values() if not o.get('error')])}
             target, common = common_gain(best)
         chosen, unknown = {}, []
         for arm, of in outcomes.items():
