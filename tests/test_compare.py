@@ -728,6 +728,14 @@ def test_old_data_by_name():
     assert list(old_data(None)) == [] and list(old_data(rows)) == ['rows']
     assert list(old_data(dict(mine=rows, sums='add'))) == ['mine', 'sums']
 
+def test_an_evaluation_on_the_way_is_a_run_that_is_stopped_there(plain):
+    "With a constant schedule; so that what is read at a gain is what stopping there would have given"
+    bench = Bench(*plain, **FAST | dict(steps=12), schedule='constant')
+    long, short = bench.run(get('full'), 3e-3, 0, 'test'), bench.run(get('full'), 3e-3, 0, 'test', steps=6)
+    row = next(r for r in long['path'] if r['step'] == 6)
+    assert row['gain'] == pytest.approx(short['gain'], abs=1e-5)
+    assert row['forgetting'] == pytest.approx(short['forgetting'], abs=1e-5)
+
 # ---- shared runs
 
 def key_of(bench, recipe=None, rate=1e-3, seed=0, split='validation', steps=6, doses=()):
