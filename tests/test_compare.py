@@ -1,22 +1,34 @@
 "The rules of a comparison on numbers made by hand, and comparisons of tiny models from end to end"
-import dataclasses, json, math
+import copy, dataclasses, json, math
+from statistics import fmean
 import pytest, torch
 from scipy import stats
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM,
                           PreTrainedTokenizerFast)
-import ftlab.instruments.compare as C
+import ftlab.instruments.bench as B
+import ftlab.instruments.runs as R
 from ftlab.adapters.store import identity
-from ftlab.instruments.compare import (Comparison, assemble, best_rate, compare, interval, matched,
-                                       metric_for, old_skills, plan, target_gain, tune, tuning_seed)
+from ftlab.core.record import digest
+from ftlab.core.scorers import skill_questions
+from ftlab.instruments.bench import (Bench, evaluation_steps, halves, mean_of, metric_for,
+                                     old_data)
+from ftlab.instruments.compare import (Comparison, check_limit, compare, effort, hangs_on_rate,
+                                       interval, lost_races,
+                                       plan, read_at, seed_row, thinned, tuning_seeds, upgraded,
+                                       within_limit)
+from ftlab.instruments.compare_page import in_words, reading, table_html, tuning_words, warned
 from ftlab.instruments.explore import draw_tradeoff, runs_of
+from ftlab.instruments.rates import Tried
+from ftlab.instruments.runs import Runs, recipe_code, run_key
 from ftlab.instruments.views import COLORS, FIXED, MARKS, method_styles
 from ftlab.map import measured
 from ftlab.core.data import data
 from ftlab.core.paper import Method
 from ftlab.core.recipe import Learner, Loop, Recipe, Stages
-from ftlab.lab.models import lab_tokenizer
+from ftlab.lab.models import lab_tokenizer, old_skills
 from ftlab.lab.world import ASPECTS, BAD, GOOD, OLD
+from ftlab.methods import get
 
 # ---- the rules
 
@@ -35,67 +47,120 @@ def test_no_interval_without_three_seeds_and_no_mean_with_a_hole(values, mean):
             and (d['mean'] is None if mean is None else d['mean'] == pytest.approx(mean)))
 
 def path(*rows):
-    return [dict(step=s, gain=g, forgetting=f) for s, g, f in rows]
+    return [dict(step=s, gain=g, forgetting=f, items={}) for s, g, f in rows]
 
-def test_matched_takes_the_first_look_that_reaches_the_target():
-    p = path((0, 0., 0.), (10, .5, .1), (20, .4, .3), (30, .8, .6))
-    assert [matched(p, t) for t in (.3, .5, .51, .81, None)] == [.1, .1, .6, None, None]
+def made(gain=.5, forgetting=.2, rows=None, error=None, **more):
+    "An outcome by hand"
+    rows = path((0, 0., 0.), (10, gain, forgetting)) if rows is None else rows
+    return dict(gain=gain, forgetting=forgetting, items={}, path=rows, error=error) | more
 
-def test_the_target_is_set_by_the_weakest_arms_best_look_not_its_last():
-    weak, strong = path((0, 0., 0.), (10, .4, .1), (20, .2, .1)), path((0, 0., 0.), (10, .9, .5))
-    assert target_gain([weak, strong]) == pytest.approx(.38)
-    assert target_gain([path((0, 0., 0.)), strong]) is None and target_gain([]) is None
+def test_equal_gain_is_read_between_evaluations_and_at_the_closest_point_where_it_is_missed():
+    o = made(rows=path((0, 0., 0.), (10, .5, .1), (20, .4, .3)))
+    assert read_at(o, .25) == dict(step=5, gain=.25, forgetting=.05)
+    assert read_at(o, .9) == dict(step=10, gain=.5, forgetting=.1)
+    assert read_at(o, None)['forgetting'] is None
 
-def test_an_edge_extends_all_grids_towards_each_ones_best():
-    calls = []
+def test_a_crash_is_the_worst_score_at_both_points_and_is_counted():
+    fine, broken = made(before=.1, after=.6), made(-.1, .9, [], 'NotFinite: nan')
+    row = seed_row(broken, broken, .3)
+    assert (row['gain'], row['forgetting'], row['forgetting_matched'],
+            row['error']) == (-.1, .9, .9, 'NotFinite: nan')
+    assert seed_row(fine, broken, .3)['error'] == 'NotFinite: nan', 'a crash at equal gain alone is one, too'
+    assert seed_row(fine, fine, .3)['error'] is None
 
-    def score(name, rate):
-        calls.append((name, rate))
-        return {'in': -abs(math.log10(rate) + 2), 'low': -rate, 'high': rate}[name]
+def test_flips_count_questions_both_ways():
+    o = made(items=dict(forgetting=dict(add=[1., 0., -1., 1.], sort=[0.]*4)))
+    row = seed_row(o, o, .1)
+    assert (row['lost'], row['regained']) == (2/8, 1/8)
 
-    t = tune(score,
-             {'in': (1e-3, 1e-2, 1e-1), 'low': (1e-3, 1e-2, 1e-1), 'high': (1e-3, 1e-2, 1e-1)})
-    assert ({n: len(d['tried']) for n, d in t.items()} == {'in': 5, 'low': 5, 'high': 5}
-            and len(calls) == len(set(calls)) == 15)
-    assert (t['low']['rate'] == pytest.approx(1e-5) and t['high']['rate'] == pytest.approx(10)
-            and t['in']['rate'] == 1e-2)
-    assert t['low']['at_edge'] and t['high']['at_edge'] and not t['in']['at_edge']
+def test_the_tuning_seeds_are_outside_and_stay_when_seeds_are_added():
+    assert tuning_seeds([0, 1, 2]) == tuning_seeds(list(range(50))) == (10_000, 10_001)
+    assert tuning_seeds([10_000]) == (10_001, 10_002)
 
-def test_no_edge_no_extension_and_one_extension_where_it_suffices():
-    peak = lambda at: lambda n, r: -abs(math.log10(r/at))
-    assert len(tune(peak(1e-2), {'a': (1e-3, 1e-2, 1e-1)})['a']['tried']) == 3
-    once = tune(peak(1e-1), {'a': (1e-3, 1e-2, 1e-1)})['a']
-    assert len(once['tried']) == 4 and once['rate'] == 1e-1 and not once['at_edge']
+# ---- effort
 
-def test_equal_rates_inside_before_edge_then_gentle():
-    assert (best_rate({1: .5, 2: .5, 3: .5, 4: .5}) == 2 and best_rate({1: .6, 2: .5, 3: .5}) == 1
-            and best_rate({1: .5, 2: .5}) == 1)
+def arms_of(n, rates=4):
+    return {f'm{i}': (None, tuple(range(1, rates + 1))) for i in range(n)}
 
-def test_unequal_grids_are_refused():
-    with pytest.raises(ValueError, match='same number of learning rates; there are 1 for a, 2 for b'):
-        tune(lambda n, r: 0, dict(a=(1,), b=(1, 2)))
+def test_effort_counts_the_most_runs_there_can_be():
+    full = effort(arms_of(3), 5)
+    assert (full['tuning'], full['test']) == (3*(4 + 3 + 2 + 3), 3*5*2)
+    assert effort(arms_of(3), 5, points=3)['test'] == 3*5*3
+    assert (effort(arms_of(2), 3, tuned=False)['tuning'] == 0 and effort(arms_of(2, 1), 3)['test'] == 6)
 
-def test_the_tuning_seed_is_outside_and_stays_when_seeds_are_added():
-    assert (tuning_seed([0, 1, 2]) == tuning_seed(list(range(50)))
-            and tuning_seed([10_000]) not in (10_000,))
+@pytest.mark.parametrize('limit', range(6, 60, 3))
+def test_max_runs_is_kept_to(limit):
+    found = effort(arms_of(2), 3, limit)
+    assert found['tuning'] + found['test'] <= limit and found['rates'] >= 1
 
-def cell(seed, p, gain=.5, forgetting=.2, error=None):
-    return dict.fromkeys(C.SEED_KEYS) | dict(seed=seed, gain=gain, forgetting=forgetting, path=p,
-                                             error=error)
+def test_too_few_runs_are_refused_and_more_are_never_thinner():
+    with pytest.raises(ValueError, match='max_runs is 5; 2 methods over 3 seeds take at least 6'):
+        effort(arms_of(2), 3, 5)
+    sizes = [effort(arms_of(2), 3, n)['tuning'] for n in range(6, 60)]
+    assert sizes == sorted(sizes)
 
-def test_a_crash_is_the_worst_score_and_sets_no_target():
-    good, other = path((0, 0., 0.), (1, .5, .1)), path((0, 0., 0.), (1, .6, .3))
-    a, b = assemble(
-        dict(a=({}, [cell(s, good) for s in range(3)]),
-             b=({}, [cell(0, other), cell(1, other), cell(2, [], -.1, .9, 'NotFinite')])))
-    assert ([s['forgetting_matched'] for s in b['seeds']] == [.3, .3, .9]
-            and [s['forgetting_matched'] for s in a['seeds']] == [.1]*3)
-    assert b['gain']['mean'] == pytest.approx(.3) and b['seeds'][2]['error'] == 'NotFinite'
+def test_thinning_keeps_the_middle():
+    assert (thinned((4, 1, 3, 2), 3) == (1, 2, 3) and thinned((1, 2, 3, 4), 2) == (2, 3)
+            and thinned((1, 2), 4) == (1, 2))
+    assert thinned((1, 2, 3, 4), 1) == (2,)
 
-def test_where_an_arm_gained_nothing_nothing_is_matched():
-    a, b = assemble(dict(a=({}, [cell(0, path((0, 0., 0.), (1, 0., .2)))]),
-                         b=({}, [cell(0, path((0, 0., 0.), (1, .5, .1)))])))
-    assert a['forgetting_matched']['mean'] is b['forgetting_matched']['mean'] is None
+# ---- the limit
+
+@pytest.mark.parametrize('limit', [-1, float('nan'), 101, 'two', float('inf')])
+def test_a_limit_that_is_none_is_refused(limit):
+    with pytest.raises(ValueError, match='lose_at_most is .*percentage points'):
+        check_limit(limit, 'old skills')
+
+def test_a_limit_needs_to_know_what_is_lost():
+    with pytest.raises(ValueError, match='give old='):
+        check_limit(2, 'drift (KL)')
+    assert (check_limit(None, 'drift (KL)') is None and check_limit(0, 'old data') == 0
+            and check_limit(2, 'old data') == .02)
+
+def tried_of(**arms):
+    "{arm: {rate: outcome or [outcome of each seed]}}"
+    seeds = lambda o: dict(enumerate(o if isinstance(o, list) else [o]))
+    return Tried({n: None for n in arms},
+                 {n: {r: seeds(o) for r, o in of.items()} for n, of in arms.items()})
+
+def test_within_a_limit_the_best_gain_over_rates_steps_and_doses():
+    harsh = made(.9, .5, path((0, 0., 0.), (10, .5, .1), (20, .9, .5)),
+                 doses=[dict(dose=.5, gain=.7, forgetting=.08),
+                        dict(dose=.75, gain=.8, forgetting=.3)])
+    gentle = made(.4, .05, path((0, 0., 0.), (10, .2, .01), (20, .4, .05)))
+    tried = tried_of(a={1e-4: gentle, 1e-3: harsh})
+    pick = lambda limit: (w := within_limit(tried, 'a', limit)) and (w['rate'], w['step'], w['dose'], w['gain'])
+    assert [pick(x) for x in (.5, .3, .1, .05, .01)] == [
+        (1e-3, 20, 1., .9), (1e-3, 20, .75, .8), (1e-3, 20, .5, .7), (1e-4, 20, 1., .4),
+        (1e-4, 10, 1., .2)]
+    assert pick(0) is None, 'doing nothing does not qualify'
+    assert within_limit(tried_of(a={1.: made(error='nan', rows=[])}), 'a', .5) is None
+
+# ---- races and rates
+
+def paths_with_items(forgetting, n=400):
+    lost = lambda share: dict(forgetting=dict(old=[1]*round(share*n) + [0]*(n - round(share*n))))
+    return made(.8, forgetting,
+                [dict(step=s, gain=g, forgetting=g/.8*forgetting, items=lost(g/.8*forgetting))
+                 for s, g in ((0, 0.), (10, .4), (20, .8))])
+
+def test_a_race_is_lost_only_beyond_doubt_at_every_gain():
+    good, bad, close = paths_with_items(.1), paths_with_items(.6), paths_with_items(.12)
+    assert lost_races(tried_of(a={1.: good}, b={1.: bad}, c={1.: close})) == dict(b='a')
+    further = paths_with_items(.6)
+    further['path'][-1]['gain'] = .9
+    assert not lost_races(tried_of(a={1.: good}, b={1.: further})), 'it reaches a gain that nobody else does'
+    assert not lost_races(tried_of(a={1.: good}, b={1.: made(.8, .9)})), 'without items there is no error to go by'
+    assert not lost_races(tried_of(a={1.: made(error='nan', rows=[])}, b={1.: bad}))
+
+def test_an_order_that_a_neighbouring_rate_turns_is_marked():
+    at = lambda rate, **values: dict(rate=rate, value=values[f'r{rate}'],
+                                     values={float(k[1:]): v for k, v in values.items()})
+    a, b = at(1.0, **{'r1.0': .10, 'r1.78': .30, 'r3.16': .5}), at(1.0, **{'r1.0': .20})
+    assert hangs_on_rate(dict(a=a, b=b)) == dict(a=dict(rate=1.78, value=.30, other='b'))
+    assert hangs_on_rate(dict(a=a | dict(values={1.0: .1, 3.16: .5}),
+                              b=b)) == {}, 'a neighbour is at most 1.8 times away'
+    assert hangs_on_rate(dict(a=a, b=b | dict(value=None, values={}))) == {}
 
 def test_the_replaced_skill_is_not_among_the_old_ones():
     assert (old_skills(data('changed-rule', n=10)) == [s for s in OLD if s != 'sort']
@@ -125,7 +190,8 @@ def test_plan_gives_every_method_its_rates():
     p = (plan('lora(r=4)'), plan(['full', Recipe(Method('mine', lrs=(1., 2.)))]),
          plan(['full'], tuned=False), plan(['full', 'lora'], dict(full=1e-3, lora=[1e-2])))
     assert [{n: r for n, (_, r) in x.items()} for x in p[1:]] == [
-        {'full': Recipe().lrs, 'mine': (1., 2.)}, {'full': (Recipe().lr,)},
+        {'full': (1e-4, 3.16e-4, 1e-3, 3.16e-3), 'mine': (1., 3.16, 10., 31.6)},
+        {'full': (Recipe().lr,)},
         {'full': (1e-3,), 'lora': (1e-2,)}]
     assert list(p[0]) == ['lora(r=4)']
 
@@ -169,37 +235,55 @@ def reviews():
 FAST = dict(steps=6, batch_size=8, items=20, validation_items=20, old_items=5, progress=False)
 
 def count_fits(monkeypatch):
-    done, fit = [], C.fit
+    done, fit = [], B.fit
 
     def counted(*a, **kw):
         run = fit(*a, **kw)
         done.append((kw['lr'], kw['seed']))
         return run
 
-    monkeypatch.setattr(C, 'fit', counted)
+    monkeypatch.setattr(B, 'fit', counted)
     return done
+
+METHOD_KEYS = {'name', 'recipe', 'seeds', 'gain', 'forgetting', 'forgetting_matched',
+               'gain_matched', 'lost', 'regained',
+               'rate', 'rate_matched', 'frontier', 'paths', 'within', 'hangs', 'stopped'}
+RESULT_KEYS = {'version', 'model', 'data', 'protocol', 'methods', 'tuning', 'versions', 'target',
+               'common', 'lose_at_most',
+               'runs'}
+
+def without_counts(result):
+    "A result without how many runs were made and how many taken from files"
+    return {k: v for k, v in result.items() if k != 'runs'}
+
+def finite(x) -> bool:
+    "Is every number in it one, and everything plain JSON?"
+    if isinstance(x, dict):
+        return all(isinstance(k, str) and finite(v) for k, v in x.items())
+    if isinstance(x, list):
+        return all(map(finite, x))
+    return x is None or isinstance(x, (str, bool, int)) or isinstance(x, float) and math.isfinite(x)
 
 def test_the_json_has_the_promised_shape(plain, tmp_path):
     c = compare(['full', 'lora'], *plain, seeds=3, lrs=[1e-3], tune=False, out=tmp_path, **FAST)
     r = c.json()
-    assert ({'model', 'data', 'protocol', 'methods', 'tuning', 'versions'} == set(r)
-            and json.loads((tmp_path/'result.json').read_text()) == r)
+    assert set(r) == RESULT_KEYS and r['version'] == 2 and r['tuning'] is None and finite(r)
+    assert json.loads((tmp_path/'result.json').read_text()) == r
     for m in r['methods']:
-        assert ({'name', 'recipe', 'seeds', 'gain', 'forgetting', 'forgetting_matched'} == set(m)
-                and len(m['seeds']) == 3)
+        assert set(m) == METHOD_KEYS and len(m['seeds']) == 3
         assert (all(set(m[k]) == {'mean', 'low', 'high'} for k in ('gain', 'forgetting', 'forgetting_matched'))
                 and m['gain']['low'] < m['gain']['mean'] < m['gain']['high'])
         for s in m['seeds']:
-            assert {'seed', 'gain', 'forgetting', 'forgetting_matched', 'nll', 'drift', 'seconds',
-                    'peak_bytes', 'trainable', 'saved_bytes', 'path'} <= set(s)
-            assert ({'step', 'gain', 'forgetting'} == set(s['path'][0])
-                    and s['path'][0]['step'] == 0 and s['path'][-1]['step'] == 6
-                    and s['saved_bytes'] > 0 and s['seconds'] > 0)
+            assert {'seed', 'gain', 'forgetting', 'forgetting_matched', 'gain_matched', 'step_matched', 'nll', 'drift',
+                    'seconds', 'peak_bytes', 'trainable', 'saved_bytes', 'path', 'lost', 'regained'} <= set(s)
+            assert [x['step'] for x in s['path']] == [0, *evaluation_steps(6)] == [0, 1, 2, 3, 6]
+            assert ({'step', 'gain', 'forgetting'} == set(s['path'][0]) and s['saved_bytes'] > 0
+                    and s['seconds'] > 0)
     full, lora = r['methods']
     assert full['seeds'][0]['trainable'] == plain[0][0].num_parameters() > lora['seeds'][0]['trainable'] > 0
     assert (r['protocol']['forgetting'] == 'drift (KL)'
             and full['seeds'][0]['forgetting'] == pytest.approx(full['seeds'][0]['drift'])
-            and full['seeds'][0]['drift'] > 0)
+            and full['seeds'][0]['drift'] > 0 and full['lost']['mean'] is None)
     assert (full['seeds'][0]['gain'] == pytest.approx(full['seeds'][0]['after'] - full['seeds'][0]['before'])
             and full['seeds'][0]['nll'] == pytest.approx(-full['seeds'][0]['after']))
     page = (tmp_path/'index.html').read_text()
@@ -207,6 +291,127 @@ def test_the_json_has_the_promised_shape(plain, tmp_path):
             and (tmp_path/'tradeoff.png').read_bytes()[:4] == b'\x89PNG')
     assert (Comparison.read(tmp_path/'result.json').table.equals(c.table)
             and not list(tmp_path.rglob('*.tmp')) and not list(tmp_path.rglob('*.safetensors')))
+
+SEARCH = dict(seeds=3, lrs=[3e-3, 1e-2], lose_at_most=100)
+
+@pytest.fixture(scope='module')
+def tuned(plain, tmp_path_factory):
+    "A whole comparison with old data: searched, and within a limit"
+    folder = tmp_path_factory.mktemp('tuned')
+    old = data([dict(prompt=f'{i} plus', response=str(i)) for i in range(40)])
+    c = compare(['full', 'lora'], *plain, old=dict(counting=old), out=folder, **SEARCH,
+                **FAST | dict(steps=12))
+    return c, folder, old
+
+def test_a_search_gives_every_method_as_many_rates_on_seeds_of_its_own(tuned):
+    c, folder, _ = tuned
+    r = c.json()
+    runs = [json.loads(p.read_text()) for p in (folder/'runs').glob('*.json')]
+    tuning = [x for x in runs if x['split'] == 'validation']
+    per = {n: sorted((x['seed'], x['rate']) for x in tuning if x['method'] == n) for n in ('full', 'lora')}
+    assert len({sum(s == 10_000 for s, _ in of) for of in per.values()}) == 1
+    assert [sum(s == 10_001 for s, _ in of) for of in per.values()] == [3, 3]
+    assert {x['seed'] for x in runs if x['split'] == 'test'} == {0, 1, 2} and r['tuning']['seeds'] == [10_000, 10_001]
+    assert r['runs'] == dict(made=len(runs), taken=r['runs']['taken'], cpu_seconds=r['runs']['cpu_seconds'])
+    work = effort({n: (None, (1, 2)) for n in per}, 3, points=3)
+    assert len(tuning) <= work['tuning'] and len(runs) <= work['tuning'] + work['test']
+    for m in r['methods']:
+        t = r['tuning']['methods'][m['name']]
+        assert set(t) == {'rate', 'tried', 'at_edge', 'rate_matched', 'forgetting_matched',
+                          'at_edge_matched', 'stopped'}
+        assert (m['rate'], m['rate_matched']) == (t['rate'], t['rate_matched'])
+        assert [x for x, _ in t['tried']] == sorted({rate for _, rate in per[m['name']]})
+
+def test_both_operating_points_come_from_test_seeds_and_the_curve_from_tuning_seeds(tuned):
+    c, folder, _ = tuned
+    r = c.json()
+    runs = {(x['method'], x['rate'], x['seed'], x['split']): x for p in (folder/'runs').glob('*.json')
+            for x in [json.loads(p.read_text())]}
+    assert r['target'] > 0 and set(r) == RESULT_KEYS and finite(r)
+    for m in r['methods']:
+        best = [runs[m['name'], m['rate'], s, 'test'] for s in range(3)]
+        equal = [runs[m['name'], m['rate_matched'], s, 'test'] for s in range(3)]
+        assert m['gain']['mean'] == pytest.approx(fmean(x['gain'] for x in best))
+        assert [s['forgetting_matched'] for s in m['seeds']] == [read_at(x, r['target'])['forgetting'] for x in equal]
+        assert (set(m) == METHOD_KEYS
+                and [k['gain'] for k in m['frontier']] == sorted(k['gain'] for k in m['frontier']))
+        top = max(row[1] for p in m['paths'].values() for row in p)
+        assert m['frontier'][-1]['gain'] == pytest.approx(top, abs=1e-4) and r['target'] <= top
+        assert set(m['paths']) == {f'{x:g}' for x, _ in r['tuning']['methods'][m['name']]['tried']}
+
+def test_what_a_limit_finds_is_measured_on_test_questions_with_its_dose(tuned):
+    c, folder, _ = tuned
+    for m in c.json()['methods']:
+        w = m['within']
+        assert (set(w) == {'rate', 'step', 'dose', 'gain', 'forgetting'}
+                and w['dose'] in (.25, .5, .75, 1.))
+        runs = [x for p in (folder/'runs').glob('*.json') for x in [json.loads(p.read_text())]
+                if (x['method'], x['rate'], x['split']) == (m['name'], w['rate'], 'test')]
+        assert len(runs) == 3 and [d['dose'] for d in runs[0]['doses']] == [.25, .5, .75]
+        point = lambda x: (next(d for d in x['doses'] if d['dose'] == w['dose']) if w['dose'] < 1
+                           else next(row for row in x['path'] if row['step'] == w['step']))
+        assert w['gain']['mean'] == pytest.approx(fmean(point(x)['gain'] for x in runs))
+    assert 'gain within 100 points' in c.table and 'gain within 100 points' in c._repr_html_()
+
+def test_a_finished_comparison_trains_nothing_and_a_damaged_run_is_made_again(
+    tuned, plain, monkeypatch, tmp_path):
+    c, folder, old = tuned
+    done = count_fits(monkeypatch)
+    ask = dict(old=dict(counting=old), out=folder, **SEARCH, **FAST | dict(steps=12))
+    assert (without_counts(compare(['full', 'lora'], *plain, **ask).json())
+            == without_counts(c.json()) and not done)
+    broken, foreign = sorted((folder/'runs').glob('*.json'))[:2]
+    text = foreign.read_text()
+    broken.write_text('{"gain": ')
+    foreign.write_text(text.replace('"seed": ', '"seed": 9'))
+    with pytest.warns(UserWarning, match='cannot be read and is made again'):
+        again = compare(['full', 'lora'], *plain, **ask).json()
+    assert len(done) == 2 and again['methods'][0]['gain'] == c.json()['methods'][0]['gain']
+
+def test_a_page_says_what_speaks_against_it(tuned):
+    r = copy.deepcopy(tuned[0].json())
+    m, other = r['methods']
+    far = dict(mean=r['target'] + .1, low=None, high=None)
+    t = r['tuning']['methods'][m['name']]
+    m |= dict(gain_matched=far, hangs=dict(rate=t['forgetting_matched'][-1][0], value=.9,
+                                           other=other['name']))
+    other |= dict(within=None)
+    r |= dict(common=False)
+    said = ' '.join(warned(r))
+    for words in ('less than half of what the strongest', "place hangs on its rate", 'instead of',
+                  'nothing that was tried'):
+        assert words in said
+    assert ('‡' in table_html(r)
+            and all(isinstance(x, str) for x in in_words(r) + tuning_words(r) + reading(r)))
+    m['within'] |= dict(forgetting=dict(mean=1.2, low=None, high=None))
+    assert 'costs 120.0 on test questions' in ' '.join(warned(r))
+    assert 'gained nothing' in ' '.join(warned(r | dict(target=None)))
+    lost = other | dict(seeds=[], stopped='full', rate=None, rate_matched=None, hangs=None,
+                        within=None,
+                        **{k: interval([]) for k in ('gain', 'forgetting', 'forgetting_matched', 'gain_matched')})
+    for curve in (lost['frontier'], []):
+        stopped = Comparison(r | dict(methods=[m | dict(hangs=None), lost | dict(frontier=curve)]))
+        assert ('stopped early' in stopped._repr_html_()
+                and 'beyond doubt' in ' '.join(warned(stopped.json())))
+
+def test_a_result_of_version_1_still_opens_draws_and_writes_a_page(tmp_path):
+    stored = json.loads(measured('compare_lab_s/result.json').read_text())
+    stored = {k: v for k, v in stored.items() if k in ('model', 'data', 'protocol', 'methods', 'tuning', 'versions')}
+    for m in stored['methods']:
+        for k in set(m) - {'name', 'recipe', 'seeds', 'gain', 'forgetting', 'forgetting_matched'}:
+            del m[k]
+    c = Comparison(copy.deepcopy(stored))
+    r = c.json()
+    assert r['version'] == 1 and all(METHOD_KEYS <= set(m) for m in r['methods'])
+    for m, was in zip(r['methods'], stored['methods']):
+        assert m['gain'] == was['gain'] and m['rate'] == was['seeds'][0]['rate']
+    assert (c.save(tmp_path) and (tmp_path/'index.html').read_text().count('<svg') + 1
+            and c.plot().axes and repr(c))
+    said = ' '.join(reading(r))
+    assert 'earlier version' in said and 'gained nothing' not in said
+    assert Comparison.read(tmp_path/'result.json').json() == r
+    with pytest.raises(ValueError, match='version 3.*install a newer'):
+        upgraded(dict(version=3))
 
 def better_is_right_and_up(ax) -> bool:
     """Gain grows to the right and forgetting downwards, so what was kept lies up,
@@ -249,36 +454,37 @@ def test_the_given_model_stays_as_it_is(plain, tmp_path):
     assert (identity(plain[0][0]) == before
             and all(p.requires_grad for p in plain[0][0].parameters()))
 
-def test_finished_cells_are_kept_and_only_what_is_missing_is_run(plain, tmp_path, monkeypatch):
-    ask = dict(lrs=dict(full=[1e-4, 1e-3], hft=[1e-4, 1e-3]), out=tmp_path, **FAST)
+def test_finished_runs_are_kept_and_only_what_is_missing_is_run(plain, tmp_path, monkeypatch):
+    ask = dict(lrs=dict(full=[1e-4, 1e-3], hft=[1e-4, 1e-3]), out=tmp_path, max_runs=16, **FAST)
     done = count_fits(monkeypatch)
     first = compare(['full', 'hft'], *plain, seeds=1, **ask)
     n = len(done)
-    assert (n == sum(len(d['tried']) for d in first.json()['tuning']['methods'].values()) + 2
-            and {s for _, s in done} == {0, 10_000})
-    assert (compare(['full', 'hft'], *plain, seeds=1, **ask).json() == first.json()
-            and len(done) == n)
-    second = compare(['full', 'hft'], *plain, seeds=2, **ask)
-    assert (done[n:] == [(m['seeds'][1]['rate'], 1) for m in second.json()['methods']]
-            and second.json()['methods'][0]['seeds'][0] == first.json()['methods'][0]['seeds'][0])
+    assert n == first.json()['runs']['made'] <= 16 and {s for _, s in done} <= {0, 10_000, 10_001}
+    assert without_counts(compare(['full', 'hft'], *plain, seeds=1,
+                                  **ask).json()) == without_counts(first.json())
+    assert len(done) == n
+    second = compare(['full', 'hft'], *plain, seeds=2, **ask | dict(max_runs=18)).json()
+    assert ({s for _, s in done[n:]} == {1}
+            and second['methods'][0]['seeds'][0] == first.json()['methods'][0]['seeds'][0])
+    m = len(done)
     compare(['full', 'hft'], *plain, seeds=1, **ask | dict(steps=5))
-    assert len(done) > n + 2 # other settings, other cells
+    assert len(done) >= m + n - 4 # other settings, other runs
     m = len(done)
     compare(['full', 'hft'], *plain, seeds=1, resume=False, **ask)
     assert len(done) == m + n
 
 def test_an_interruption_keeps_what_was_finished(plain, tmp_path, monkeypatch):
     ask = dict(seeds=2, tune=False, out=tmp_path, **FAST)
-    fit, calls = C.fit, []
+    fit, calls = B.fit, []
     def stopped(*a, **kw):
         calls.append(kw['seed'])
         run = fit(*a, **kw)
         run.interrupted = len(calls) == 3
         return run
-    monkeypatch.setattr(C, 'fit', stopped)
+    monkeypatch.setattr(B, 'fit', stopped)
     with pytest.raises(KeyboardInterrupt):
         compare(['full', 'lora'], *plain, **ask)
-    assert len(list((tmp_path/'cells').glob('*.json'))) == 2
+    assert len(list((tmp_path/'runs').glob('*.json'))) == 2
     compare(['full', 'lora'], *plain, **ask)
     assert len(calls) == 3 + 2
 
@@ -295,7 +501,27 @@ def test_a_method_that_breaks_down_does_not_stop_the_rest(plain, tmp_path):
             and bad['gain']['mean'] <= 0 < full['gain']['mean']
             and full['forgetting_matched']['mean'] is not None)
     assert ('broke down' in (tmp_path/'index.html').read_text()
-            and c.table.loc['bad', 'crashed'] == 3)
+            and c.table.loc['bad', 'crashed'] == 3 and finite(c.json()))
+
+def test_a_rate_that_diverges_stops_and_says_so_and_one_that_learns_slowly_does_not(plain, reviews):
+    bench = Bench(*plain, **FAST | dict(steps=40, evaluations=6))
+    wild = bench.run(get('full'), 30., 10_000, 'validation')
+    assert (wild['stopped'] and 'validation loss' in wild['stopped']
+            and wild['path'][-1]['step'] < 40)
+    assert wild['error'] is None and wild['gain'] < 0
+    assert bench.run(get('full'), 30., 0, 'test')['stopped'] is None, 'a test run goes on to its end'
+    fresh = Bench(*reviews, **FAST | dict(steps=8))
+    slow = fresh.run(get('full'), 1e-6, 10_000, 'validation')
+    assert slow['stopped'] is None and slow['path'][-1]['step'] == 8, 'a new head begins as one that knows nothing'
+
+def test_a_method_that_gains_nothing_leaves_no_equal_gain(plain, tmp_path):
+    flat = lambda model, tok, rows: 1.
+    c = compare(['full', 'lora'], *plain, metric=flat, seeds=1, lrs=[1e-3, 3.16e-3], max_runs=12,
+                out=tmp_path, **FAST)
+    r = c.json()
+    assert r['target'] is None and not r['common'] and 'gained nothing' in (tmp_path/'index.html').read_text()
+    assert all(m['rate_matched'] == m['rate'] and m['forgetting_matched']['mean'] is None
+               for m in r['methods'])
 
 def test_wrong_input_of_a_method_is_refused_not_scored(plain, tmp_path):
     with pytest.raises(ValueError, match='rank 99 does not fit'):
@@ -311,6 +537,13 @@ def test_labels_gain_accuracy_and_drift(reviews, tmp_path):
             and lora['trainable'] < full['trainable'])
     assert (full['forgetting'] == pytest.approx(full['drift'])
             and full['path'][0]['forgetting'] == pytest.approx(0, abs=1e-6))
+
+def test_labels_beside_old_data_lose_accuracy_and_drift_is_measured_too(reviews):
+    tasks = data([dict(text=f'{a} {w}', label=l) for l, words in dict(good=GOOD, bad=BAD).items()
+                  for w in words for a in ASPECTS[:3]])
+    o = Bench(*reviews, old=dict(turned=tasks), **FAST | dict(steps=20)).run(get('full'), 3e-3, 0, 'test')
+    assert o['error'] is None and 0 <= o['drift'] <= 1 and list(o['items']['forgetting']) == ['turned']
+    assert o['forgetting'] == pytest.approx(o['old']['turned']['before'] - o['old']['turned']['after'])
 
 def test_lab_models_lose_old_skills_skill_by_skill(tmp_path):
     tok = lab_tokenizer()
@@ -349,8 +582,10 @@ def test_recipes_with_edits_stages_and_their_own_decoding(plain, tmp_path):
     undone, two = (m['seeds'][0] for m in c)
     assert (undone['gain'] == pytest.approx(0, abs=1e-6)
             and undone['forgetting'] == pytest.approx(0, abs=1e-6)
-            and undone['path'][-2]['gain'] != 0) # the edit took all of it back
+            and undone['drift'] == pytest.approx(0, abs=1e-6)) # the edit took all of it back
     assert two['drift'] > 0 and two['error'] is None
+    # a method that is one only at its end is evaluated there alone
+    assert [[x['step'] for x in s['path']] for s in (undone, two)] == [[0, 6], [0, 6]]
     tok = lab_tokenizer()
     said = []
 
@@ -371,7 +606,7 @@ def test_a_budget_ends_a_run_and_its_last_look_is_there(plain, tmp_path):
     assert 100 <= s['tokens'] < 200 and 0 < s['path'][-1]['step'] < 10
 
 def test_a_seed_redraws_the_questions_of_a_skill():
-    b = C.Bench((llama(t := lab_tokenizer()), t), data('new-procedure', n=30), steps=1)
+    b = Bench((llama(t := lab_tokenizer()), t), data('new-procedure', n=30), steps=1)
     assert b.data(0).fingerprint != b.data(1).fingerprint and len(b.data(1).train) == 30
 
 @pytest.mark.parametrize('more, words', [(dict(device='cuda:7'), 'cuda:7'),
@@ -436,3 +671,151 @@ def test_a_learner_is_asked_only_once_it_is_there(tmp_path):
                 **few).json()
     assert (r['methods'][0]['seeds'][0]['error'] is None and said
             and all(s == ['base', 'tuned', 'watcher'] for s in said))
+
+# ---- the bench
+
+def test_an_outcomes_items_are_what_gain_and_forgetting_are_made_of(plain):
+    (model, tok), sums = plain
+    old = {n: data([dict(prompt=f'{i} {n}', response=str(i)) for i in range(k, k + 20)])
+           for n, k in dict(plus=0, **{'is': 9}).items()}
+    bench = Bench((model, tok), sums, old=old, **FAST)
+    o = bench.run(get('full'), 3e-3, 0, 'validation', doses=(.5,))
+    assert len(o['items']['gain']) == 20 and set(o['items']['forgetting']) == {'plus', 'is'}
+    for row in (o, *o['path'], *o['doses']):
+        assert row['gain'] == pytest.approx(mean_of(row['items']['gain']))
+        assert row['forgetting'] == pytest.approx(
+            fmean(map(fmean, row['items']['forgetting'].values())))
+    assert o['path'][0]['gain'] == o['path'][0]['forgetting'] == 0 and o['path'][-1]['gain'] == o['gain']
+    assert ((o['doses'][0]['gain'], o['doses'][0]['dose']) != (o['gain'], 1)
+            and finite(json.loads(json.dumps(o))))
+    whole = bench.run(get('full'), 3e-3, 0, 'validation', doses=(1.,))['doses'][0]
+    assert (whole['gain'] == pytest.approx(o['gain'], abs=1e-5)
+            and whole['forgetting'] == pytest.approx(o['forgetting'], abs=1e-5))
+
+def test_the_score_of_each_question_averages_to_the_metric(plain):
+    (model, tok), sums = plain
+    for rows in (sums.test[:7], sums.test[:30]):
+        each = B.scores('nll', model, tok, rows, sums)
+        assert (len(each) == len(rows)
+                and fmean(each) == pytest.approx(B.score('nll', model, tok, rows, sums)))
+        assert fmean(each) == pytest.approx(-B.nll(model, tok, rows, sums.kind))
+
+asked = lambda rows: {json.dumps(r, sort_keys=True) for r in rows}
+
+def test_choosing_and_judging_share_no_question(plain):
+    (model, tok), sums = plain
+    b = Bench((model, tok), sums, **FAST)
+    assert not asked(b.questions(0, 'validation')) & asked(b.questions(0, 'test'))
+    doubled = data([dict(prompt=f'{i%50} plus', response=str(i%50)) for i in range(200)])
+    assert not asked(doubled.validation) & asked(doubled.test), 'rows that stand twice are on one side'
+    half = halves(doubled.test + doubled.validation + doubled.train)
+    assert not asked(half['validation']) & asked(half['test'])
+    assert halves(doubled.train[::-1])['test'] == halves(doubled.train)['test'][::-1], 'a hash decides, not the order'
+
+@pytest.mark.parametrize('skill', ['new-procedure', 'changed-rule', *OLD[:4]])
+def test_the_questions_of_a_skill_are_different_in_each_split(skill):
+    prompts = lambda rows: {r['prompt'] for r in rows}
+    for seed in (0, 10_000):
+        split = {s: prompts(skill_questions(skill, 60, s, seed)) for s in ('train', 'validation', 'test')}
+        assert not split['validation'] & split['test'] and not split['train'] & (split['validation'] | split['test'])
+
+def test_evaluations_are_each_twice_as_late_as_the_one_before():
+    assert evaluation_steps(120) == [15, 30, 60, 120] and evaluation_steps(200, 1) == [200]
+    assert evaluation_steps(3) == [1, 2, 3] and evaluation_steps(1, 5) == [1]
+
+def test_old_data_by_name():
+    rows = [dict(prompt=str(i), response='a') for i in range(20)]
+    assert list(old_data(None)) == [] and list(old_data(rows)) == ['rows']
+    assert list(old_data(dict(mine=rows, sums='add'))) == ['mine', 'sums']
+
+def test_an_evaluation_on_the_way_is_a_run_that_is_stopped_there(plain):
+    "With a constant schedule; so that what is read at a gain is what stopping there would have given"
+    bench = Bench(*plain, **FAST | dict(steps=12), schedule='constant')
+    long, short = bench.run(get('full'), 3e-3, 0, 'test'), bench.run(get('full'), 3e-3, 0, 'test', steps=6)
+    row = next(r for r in long['path'] if r['step'] == 6)
+    assert row['gain'] == pytest.approx(short['gain'], abs=1e-5)
+    assert row['forgetting'] == pytest.approx(short['forgetting'], abs=1e-5)
+
+# ---- shared runs
+
+def key_of(bench, recipe=None, rate=1e-3, seed=0, split='validation', steps=6, doses=()):
+    return digest(json.loads(json.dumps(run_key(bench, recipe or get('lora'), rate, seed, split,
+                                                steps, doses),
+                                        default=str)))
+
+def test_every_ingredient_of_a_run_is_in_its_key(plain, monkeypatch):
+    (model, tok), sums = plain
+    make = lambda m=model, t=tok, d=sums, **more: Bench((m, t), d, **FAST | more)
+    bench = make()
+    base = key_of(bench)
+    assert key_of(make()) == base, 'the same run has the same key'
+    other_model = copy.deepcopy(model)
+    other_model.lm_head.weight.data[0, 0] += 1e-3
+    template, bigger = copy.deepcopy(tok), copy.deepcopy(tok)
+    template.chat_template = '{% for m in messages %}{{ m.content }}{% endfor %}'
+    bigger.add_tokens(['more'])
+    tok(['1 plus 1', '1'], padding=True, truncation=True, max_length=3)
+    assert key_of(make()) == base, 'what the last call left in a tokenizer is no part of it'
+    mine = lambda model, tok, rows: 1.
+    yours = lambda model, tok, rows: 2.
+    old = data([dict(prompt=str(i), response='1') for i in range(20)])
+    others = dict(
+        model=key_of(make(m=other_model)), template=key_of(make(t=template)),
+        words=key_of(make(t=bigger)),
+        data=key_of(make(d=data(sums.train[:-1] + sums.validation + sums.test))),
+        old=key_of(make(old=old)),
+        old_name=key_of(make(old=dict(x=old))), metric=key_of(make(metric=mine)),
+        metric2=key_of(make(metric=yours)),
+        argument=key_of(bench, get('lora(r=2)')), method=key_of(bench, get('full')),
+        rate=key_of(bench, rate=2e-3),
+        seed=key_of(bench, seed=1), split=key_of(bench, split='test'), steps=key_of(bench, steps=7),
+        doses=key_of(bench, doses=(.5,)), settings=key_of(make(schedule='constant')),
+        weight_decay=key_of(make(weight_decay=.1)),
+        batch=key_of(make(batch_size=4)), items=key_of(make(validation_items=10)),
+        evaluations=key_of(make(evaluations=2)),
+        length=key_of(make(max_length=9)), budget=key_of(make(budget=1000)))
+    paced = get('lora')
+    others |= dict(schedule=key_of(bench,
+                                   dataclasses.replace(paced,
+                                                       meta=dataclasses.replace(paced.meta,
+                                                                                schedule='constant'))))
+    for name, new in (('library_code', lambda: 'another'), ('recipe_code', lambda r: dict(x='y')),
+                      ('versions', lambda: dict(torch='9'))):
+        monkeypatch.setattr(f'ftlab.instruments.runs.{name}', new)
+        others[name] = key_of(bench)
+        monkeypatch.undo()
+    assert base not in others.values()
+    assert len(set(others.values())) == len(others), [k for k, v in others.items()
+                                                      if list(others.values()).count(v) > 1]
+
+def test_a_papers_code_counts_with_that_of_the_papers_it_imports_and_a_readers_own():
+    asft = 'ftlab.trainers.losses.asft'
+    assert set(R._papers([asft])) == {asft, asft.replace('asft', 'dft')}
+    assert list(recipe_code(get('dft'))) == ['ftlab.trainers.losses.dft'] and not recipe_code(get('full'))
+    one = recipe_code(Recipe('own', objective=lambda state: state.forward().sum()))
+    two = recipe_code(Recipe('own', objective=lambda state: state.forward().mean()))
+    assert len(one) == 1 and list(one.values()) != list(two.values())
+
+def test_a_run_is_made_once_for_everyone(plain, tmp_path):
+    bench, again = Bench(*plain, **FAST), Bench(*plain, **FAST)
+    one, other = Runs(tmp_path), Runs(tmp_path)
+    first = one(bench, get('lora'), 1e-2, 0, 'test')
+    assert other(again, get('lora'), 1e-2, 0, 'test') == first
+    assert (one.made, one.taken, other.made, other.taken) == (1, 0, 0, 1) and other.saved == first['cpu_seconds']
+    kept = Runs(tmp_path, keep=True)
+    kept(bench, get('lora'), 1e-2, 0, 'test')
+    assert kept.made == 1 and len(list(tmp_path.glob('*.safetensors'))) == 1, 'the change was asked for and not there'
+    next(tmp_path.glob('*.json')).unlink()
+    next(tmp_path.glob('*.safetensors')).unlink()
+    path = tmp_path/f'{key_of(bench, rate=1e-2, split="test")}.json'
+    path.mkdir()
+    with pytest.raises(IsADirectoryError, match='move it away'):
+        one(bench, get('lora'), 1e-2, 0, 'test')
+
+def test_a_run_that_broke_down_is_kept_too(plain, tmp_path):
+    def explode(state):
+        return state.forward().sum()*float('nan')
+    bench, runs = Bench(*plain, **FAST), Runs(tmp_path, keep=True)
+    for _ in range(2):
+        assert 'NotFinite' in runs(bench, Recipe('bad', objective=explode), 1e-3, 0, 'test')['error']
+    assert (runs.made, runs.taken) == (1, 1)

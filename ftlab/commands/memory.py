@@ -187,7 +187,7 @@ def estimate(a, data, arms, tuned:bool,
     work = dict(test=len(arms), tuning=0)
     if seeds is not None:
         from ftlab.instruments.compare import effort
-        work = effort(arms, seeds, a.max_runs, tuned)
+        work = effort(arms, seeds, a.max_runs, tuned, 2 if a.lose_at_most is None else 3)
     methods = [dict(name=n, **planned(a, r, data), cells=work['test']//len(arms),
                     tuning=work['tuning']//len(arms)) for n, (r, _) in arms.items()]
     fits = None if free is None else all(m['fits'] for m in methods)

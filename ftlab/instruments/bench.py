@@ -4,7 +4,7 @@
 
 # %% ../../nbs/instruments/bench.ipynb #3845fb62
 from __future__ import annotations
-import copy, gc, math, time
+import copy, gc, json, math, time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -33,9 +33,9 @@ from ..trainers.watch import PeakMemory, free_memory
 from ..trainers.objective import loss_mask
 
 # %% auto #0
-__all__ = ['METRICS', 'metric_for', 'scores', 'score', 'mean_of', 'worst', 'features', 'kl_to_base', 'evaluation_steps', 'Watch',
-           'Budget', 'Base', 'taught', 'forgetting_is', 'Bench', 'measured', 'drifted', 'decoder_for', 'Trial',
-           'outcome', 'breakdown']
+__all__ = ['METRICS', 'HARDLY', 'metric_for', 'scores', 'score', 'mean_of', 'worst', 'features', 'kl_to_base', 'evaluation_steps',
+           'Watch', 'Budget', 'tokenizer_print', 'Base', 'taught', 'forgetting_is', 'Bench', 'measured', 'drifted',
+           'decoder_for', 'Trial', 'outcome', 'breakdown']
 
 # %% ../../nbs/instruments/bench.ipynb #e2a7dfc5
 METRICS = ('exact', 'accuracy', 'nll')
@@ -153,6 +153,14 @@ class Budget:
         state.steps = state.step if state.tokens >= self.tokens else state.steps
 
 # %% ../../nbs/instruments/bench.ipynb #1f07361b
+def tokenizer_print(tok) -> str:
+    "Return what tells a tokenizer from another: its words and rules, its template, its special tokens"
+    fast = getattr(tok, 'backend_tokenizer', None)
+    rules = json.loads(fast.to_str()) if fast else tok.get_vocab()
+    # what the last call left there
+    rules = {k: v for k, v in rules.items() if k not in ('padding', 'truncation')} if fast else rules
+    return digest([rules, tok.chat_template, tok.special_tokens_map, tok.padding_side, tok.model_max_length])
+
 class Base:
     "The model that every run begins at: `base(seed)` is a fresh copy, and the tokenizer"
     def __init__(self, model,    # a name or folder as in `ftlab.load`, or (model, tok), which stays as it is
@@ -179,7 +187,9 @@ class Base:
         "Return what tells this base from another; with a fresh head it depends on the seed"
         s = seed if self.labels else 0
         if s not in self._prints:
-            self._prints[s] = digest(identity(self(s)[0]))
+            model, tok = self(s)
+            config = {k: v for k, v in model.config.to_dict().items() if k != '_name_or_path'}
+            self._prints[s] = digest([identity(model), config, tokenizer_print(tok)])
         return self._prints[s]
 
 # %% ../../nbs/instruments/bench.ipynb #c0d3464d
@@ -196,11 +206,13 @@ def forgetting_is(data:Data, old, tok) -> str:
         return 'old data'
     return 'drift (1 - CKA)' if data.kind == 'label' else 'old skills' if is_lab(tok) else 'drift (KL)'
 
-def _check_bench(data:Data, steps:int, budget:int|None) -> None:
+def _check_bench(data:Data, steps:int, budget:int|None, evaluations:int) -> None:
     for s in ('validation', 'test'):
         if not getattr(data, s):
             raise ValueError(f'{data.name} has no {s} row, and a comparison needs some; '
                              f'give more rows, or a {s} set of your own')
+    if evaluations < 1:
+        raise ValueError(f'evaluations is {evaluations}; it must be at least 1')
     if steps < 1 or (budget is not None and budget < 1):
         raise ValueError(f'steps is {steps} and budget {budget}; both must be at least 1')
 
@@ -215,7 +227,7 @@ class Bench:
                  **settings): # all as in `compare`; settings go to `fit`
         self.given = data if isinstance(data, Data) else as_data(data)
         self.old = old
-        _check_bench(self.given, steps, budget)
+        _check_bench(self.given, steps, budget, evaluations)
         self.metric = metric_for(self.given, metric)
         self.sizes = dict(test=(items, old_items),
                           validation=(validation_items, old_validation_items))
@@ -294,7 +306,7 @@ class Bench:
             model, tok = self.base(seed)
             self._before[key] = measured(self, model, tok, seed, split,
                                          decoder_for(recipe if own else None, model))
-            if self.how == 'drift (1 - CKA)':
+            if self.given.kind == 'label':
                 self._before[key]['features'] = features(
                     model, tok, self.questions(seed, split), self.given, self.max_length)
         return self._before[key]
@@ -331,6 +343,8 @@ def decoder_for(recipe:Recipe|None, base, learners=None):
         dict(tuned=model, base=base, **(learners or {})), tok, prompts, **kw)
 
 # %% ../../nbs/instruments/bench.ipynb #1f3b1a48
+HARDLY = .1  # nats
+
 class Trial:
     "One method with one seed, while it trains"
     def __init__(self, bench:Bench, recipe:Recipe, seed:int, split:str):
@@ -368,16 +382,19 @@ class Trial:
     def evaluate(self, state) -> dict:
         "Measure during the run, and end a tuning run that is hopeless"
         self.learners.update({n: state.models[n] for n in self.recipe.learners})
-        if state.step == 0:
-            return self.row(self.before)
         if self.split == 'validation':
             self._stop_if_hopeless(state)
+        if state.step == 0:
+            return self.row(self.before)
         return self.now(state.model, state.attached)
 
     def _stop_if_hopeless(self, state) -> None:
         rows = self.bench.questions(self.seed, 'validation')[:50]
         loss = nll(state.model, self.tok, rows, self.data.kind, max_length=self.bench.max_length)
-        if not loss < self.bench.hopeless:
+        if state.step == 0:
+            self.start = loss
+        # a fresh head begins as one that knows nothing, and is not hopeless for that
+        elif not (loss < self.bench.hopeless or loss < self.start + HARDLY):
             self.stopped = f'validation loss {loss:.2f} after {state.step} steps'
             state.steps = state.step
 

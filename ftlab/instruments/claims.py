@@ -12,6 +12,7 @@ import multiprocessing
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import lru_cache
@@ -30,16 +31,16 @@ from ..papers import claims, claims_folder, marked
 from .verdicts import (DEFAULTS, EDITION, SCOPES, VERDICTS, Claim, arms_said,
                                         bar_of, bare,
                                         check_reviewed, closure,
-                                        code_hash, contrast, contrast_verdict, dumped, judged,
+                                        code_hash, contrast, contrast_verdict, dumped, hangs, in_favour, judged,
                                         read_claim, room)
 
 # %% auto #0
 __all__ = ['SENSITIVITY_SEEDS', 'STATES', 'WORDS_ALONE', 'SAME_GAIN', 'workplace', 'Experiment', 'recipes_of', 'bench_of',
-           'named_arms', 'needed_arms', 'want_of', 'planned', 'side', 'arm_value', 'effect', 'own_definitions',
-           'own_code', 'run_code', 'core_code', 'read_result', 'write_result', 'status', 'named_claim', 'script_of',
-           'beside', 'Kept', 'Part', 'test_row', 'turned_rows', 'half_row', 'run_claim', 'tuned_part', 'assemble_claim',
-           'also_seen', 'again', 'replay', 'quickest_seed', 'carry', 'supersede', 'explain', 'note', 'run_claims',
-           'carry_claims']
+           'named_arms', 'needed_arms', 'want_of', 'planned', 'side', 'outcome_of', 'arm_value', 'effect',
+           'own_definitions', 'own_code', 'run_code', 'core_code', 'read_result', 'write_result', 'status',
+           'named_claim', 'script_of', 'beside', 'Kept', 'Part', 'test_row', 'turned_rows', 'half_row', 'run_claim',
+           'tuned_part', 'assemble_claim', 'also_seen', 'again', 'replay', 'quickest_seed', 'carry', 'supersede',
+           'explain', 'note', 'run_claims', 'carry_claims']
 
 # %% ../../nbs/instruments/claims.ipynb #000513be
 SENSITIVITY_SEEDS = (20_000, 20_001)
@@ -58,6 +59,7 @@ class Experiment:
                       for n, a in self.arms.items() if a['grid']}
         self.script = script_of(claim) if claim.script else None
         self.seconds = {}     # of each run, by its name
+        self.seen = {}        # outcomes, so that none is made or read twice
         if claim.runs:
             kept = Kept(workplace()/f'{claim.key}-{run_code(claim)}')
             self.kept = kept if keep else lambda name, make: make()
@@ -68,22 +70,28 @@ class Experiment:
 
     def outcome(self, arm:str, rate:float|None, seed:int, split:str, half:bool=False) -> dict:
         "Run one arm, or take the run from its file"
+        key = arm, rate, seed, split, half
+        if key not in self.seen:
+            self.seen[key] = self._outcome(*key)
+            self.seconds[key] = self.seen[key]['cpu_seconds']
+        return self.seen[key]
+
+    def _outcome(self, arm, rate, seed, split, half) -> dict:
         steps = self.arms[arm]['steps']
         if half:
             steps = max(1, steps//2)
         if arm not in self.recipes:
             name = '-'.join(map(str, (arm, rate, seed, split, steps)))
-            found = self.kept(name, lambda: self._script_run(arm, rate, seed, split, steps))
-        else:
-            found = self.runs(self.bench, self.recipes[arm], rate, seed, split, steps)
-        self.seconds[arm, rate, seed, split, half] = found['cpu_seconds']
-        return found
+            return self.kept(name, lambda: self._script_run(arm, rate, seed, split, steps))
+        return self.runs(self.bench, self.recipes[arm], rate, seed, split, steps)
 
     def _script_run(self, arm, rate, seed, split, steps) -> dict:
         "One run of the script; a run that breaks down says why, unless the script itself is wrong"
         t = time.process_time()
         try:
             found = dict(self.script.run(arm, rate, seed, split, steps), error=None)
+            if odd := [k for k, v in found.items() if isinstance(v, float) and not math.isfinite(v)]:
+                raise FloatingPointError(f'{odd[0]} is {found[odd[0]]}')
         except (ImportError, SyntaxError, NameError, AttributeError, TypeError):
             raise
         except Exception as e:
@@ -170,8 +178,14 @@ def side(c:Mapping, which:str, found:Mapping, target:float|None) -> tuple[float,
     "Return one side of a contrast in one seed"
     if isinstance(c[which], (int, float)):
         return float(c[which]), None
-    missing = dict(error='it is made of a run that broke down')
-    return arm_value(c, found.get(c[which], missing), target, which == 'treatment')
+    return arm_value(c, outcome_of(found, c[which]), target, which == 'treatment')
+
+def outcome_of(found:Mapping, arm:str) -> Mapping:
+    """Return the outcome of an arm; one that would have been made of a run that broke down is broken, too.
+    Raises `ValueError` for an arm that is not there"""
+    if arm not in found and not any(o.get('error') for o in found.values()):
+        raise ValueError(f'there is no arm {arm!r}; there are {", ".join(found)}')
+    return found.get(arm, dict(error='an arm that it is made of broke down'))
 
 def arm_value(c:Mapping, outcome:Mapping, target:float|None,
               against:bool=True) -> tuple[float, float|None]:
@@ -179,8 +193,8 @@ def arm_value(c:Mapping, outcome:Mapping, target:float|None,
     worst"""
     metric, name = c['metric'], c['metric'].removesuffix(MATCHED)
     if outcome.get('error'):
-        value = c.get('worst', outcome.get(name)) if against else c.get('best', outcome.get(name))
-        return float(value), None
+        worst = c.get('worst', outcome.get(name))
+        return float(worst if against else c.get('best', worst)), None
     if metric == name:
         return float(outcome[name]), None
     row = at_gain(outcome['path'], target) or max(outcome['path'], key=lambda r: r['gain'])
@@ -309,11 +323,14 @@ class Kept:
 
     def __call__(self, name:str, make:Callable):
         path = self.folder/f'{name}.json'
-        if not path.exists():
-            found = make()
-            write_atomically(
-                path, lambda p: p.write_text(json.dumps(found, allow_nan=False, default=float)))
-        return json.loads(path.read_text())
+        if path.exists():
+            try:
+                return json.loads(path.read_text(encoding='utf-8'))
+            except ValueError as e:
+                warnings.warn(f'{str(path)!r} cannot be read and is made again ({e})')
+        found = make()
+        write_atomically(path, lambda p: p.write_text(json.dumps(found, allow_nan=False, default=float)))
+        return json.loads(path.read_text(encoding='utf-8'))
 
 # %% ../../nbs/instruments/claims.ipynb #2d03f461
 class Part:
@@ -331,12 +348,12 @@ class Part:
             self.say(f'{self.claim.key}: tuning {arm} at {rate:g}, seed {seed}: {_line(self.contrasts, o)}')
             return o
         alone = {n: g for n, g in e.grids.items() if len(g.values) == 1}
-        decide = sorted(self.contrasts, key=lambda c: not c.get('primary', False))
-        wants = [w for c in decide if (w := want_of(c, e)).arms]
+        # refined around the choices of those that decide, which alone make the grids grow
+        first = sorted(self.contrasts, key=lambda c: not c.get('primary', False))
+        wants = [w for c in first if (w := want_of(c, e)).arms]
         primary = sum(c.get('primary', False) for c in self.contrasts if want_of(c, e).arms)
         self.tried = (search(e.grids, run, wants, refine=not alone, deciding=primary or None)
-                      if e.grids
-                      else Tried({}, {}))
+                      if e.grids else Tried({}, {}))
         self.plans = [planned(c, self.tried, e) for c in self.contrasts]
 
     def found(self, plan:Mapping, seed:int, split:str, half:bool=False, turned:Mapping=()) -> dict:
@@ -503,7 +520,7 @@ def _known_worse(part, c, row) -> dict:
         return {}
     if 'worse' in c:
         seen = [part.found(row, s, 'test') for s in part.claim.spec['seeds']]
-        level = lambda f: arm_value(c, f[c['worse']], row['target'])[0]
+        level = lambda f: arm_value(c, outcome_of(f, c['worse']), row['target'])[0]
         gap = [level(f) - side(c, 'baseline', f, row['target'])[0] for f in seen]
         return dict(worse=dict(name=c['worse'], effects=gap))
     return (dict(worse=dict(name='the baseline after half of its steps',
@@ -560,6 +577,8 @@ def assemble_claim(claim:Claim, rows:list[dict], cells:Mapping[str, dict],
                 else []) + _same_gain(rows)
     out = dict(claim=claim.key, sentence=spec['sentence'], contrasts=rows, controls=controls,
                controls_ok=all(c['ok'] for c in controls),
+               room_ok=not any(room(r) or not r['common'] for r in rows if r['primary']),
+               rate_ok=not any(hangs(r) for r in rows if r['primary']),
                identities=[dict(name=k, passed=v) for k, v in identities.items()],
                seeds=spec['seeds'], scope=spec['scope'], excluded=_excluded(cells))
     v, reason = judged(out)
@@ -570,7 +589,11 @@ def _control(c, rows, cells) -> dict:
     row = next((r for r in rows if c['arm'] in r['arms']), None) or next(
         (r for r in rows if c['arm'] in r['rates']), rows[0])
     name = _cell_name(c['arm'], row['rates'].get(c['arm']))
-    own = [of.get(name) or of.get(f'{c["arm"]}@{row["name"]}') or {} for of in cells.values()]
+    own = [of.get(name) or of.get(f'{c["arm"]}@{row["name"]}') or dict(error='not made')
+           for of in cells.values()]
+    if any(not o.get('error') and c['metric'] not in o for o in own):
+        raise ValueError(f'control {c["name"]!r}: {c["arm"]} has no number {c["metric"]!r}; '
+                         f'it has {", ".join(own[0])}')
     values = [None if o.get('error') else o.get(c['metric']) for o in own]
     mean = fmean(values) if None not in values else math.nan
     ok = mean >= c.get('at_least', -math.inf) and mean <= c.get('at_most', math.inf)
@@ -607,12 +630,11 @@ def also_seen(result:Mapping) -> list[str]:
         if not c['primary'] and contrast_verdict(c)[0] == 'fails':
             out.append(f'{c["name"]}: fails ({mean:+.3f})')
         half = c.get('half') or {}
-        bar = bar_of(c)
-        if half.get('effects') and (fmean(half['effects']) - bar)*(mean - bar) < 0:
+        if half.get('effects') and in_favour(c, fmean(half['effects'])) != in_favour(c, mean):
             out.append(f'{c["name"]}: after half of the steps the effect is '
                        f'{fmean(half["effects"]):+.3f} instead of {mean:+.3f}')
         for turned in c['sensitivity']:
-            if turned['effects'] and (fmean(turned['effects']) - bar)*(mean - bar) < 0:
+            if turned['effects'] and in_favour(c, fmean(turned['effects'])) != in_favour(c, mean):
                 out.append(f'{c["name"]}: with {turned["arm"]} at {turned["rate"]:g} instead of {turned["chosen"]:g} '
                            f'the effect is {fmean(turned["effects"]):+.3f} instead of {mean:+.3f}')
         if c.get('at_edge'):

@@ -90,7 +90,9 @@ THINNER = (dict(rates=None, refine=True, again=3, extend=3),
            dict(rates=2, refine=False, again=0, extend=0),
            dict(rates=1, refine=False, again=0, extend=0))
 
-def effort(arms:Mapping, seeds:int, max_runs:int|None=None, tuned:bool=True) -> dict:
+def effort(arms:Mapping, seeds:int, max_runs:int|None=None, tuned:bool=True,
+           points:int=2 # of a tuned method that are run on the test seeds: best gain, equal gain, within a limit
+          ) -> dict:
     """Return rates, refine, again and extend of the search, and the runs that it takes at most: tuning, test.
     Raises `ValueError` if `max_runs` is too few for any search"""
     n = len(arms)
@@ -99,7 +101,7 @@ def effort(arms:Mapping, seeds:int, max_runs:int|None=None, tuned:bool=True) -> 
         rates = min(grid, how.get('rates') or grid)
         tuning = (rates + how['extend'] + 2*how['refine'] + how['again'] if tuned
                   and rates > 1 else 0)
-        found = dict(how, rates=rates, tuning=n*tuning, test=n*seeds*(2 if tuning else 1))
+        found = dict(how, rates=rates, tuning=n*tuning, test=n*seeds*(points if tuning else 1))
         if max_runs is None or found['tuning'] + found['test'] <= max_runs:
             return found
     least = found['tuning'] + found['test']
@@ -211,7 +213,7 @@ def seed_row(best:Mapping, equal:Mapping, target:float|None) -> dict:
     plain = lambda path: [{k: r[k] for k in ('step', 'gain', 'forgetting')} for r in path]
     share = lambda way: best['flips'] and best['flips']['mean'][way]['adjusted']
     found = best | dict(forgetting_matched=at['forgetting'], gain_matched=at['gain'],
-                        step_matched=at['step'],
+                        step_matched=at['step'], error=best['error'] or equal['error'],
                         path=plain(best['path']), lost=share('lost'), won=share('won'))
     return {k: found.get(k) for k in SEED_KEYS}
 
@@ -409,7 +411,7 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
     if len({len(set(rates)) for _, rates in arms.values()}) > 1:
         raise ValueError('every method must get the same number of learning rates; there are '
                          + ', '.join(f'{len(set(r))} for {n}' for n, (_, r) in arms.items()))
-    work = effort(arms, len(seeds), max_runs, tune)
+    work = effort(arms, len(seeds), max_runs, tune, 2 if lose_at_most is None else 3)
     bench = Bench(model, data, old, metric, items=items, old_items=old_items,
                   validation_items=validation_items, old_validation_items=old_validation_items,
                   steps=steps,
@@ -444,8 +446,9 @@ def _compared(bench, arms, runs, seeds, work, race, limit, tune_steps) -> dict:
             done[n].append({r: _test(bench, runs, arms[n][0], r, seed, doses)
                             for r in sorted(rates)})
     if not found.tried:
-        reached = {n: fmean(best_gain(o['path']) for of in rows for o in of.values())
-                   for n, rows in done.items()}
+        ran = {n: [o for of in rows for o in of.values() if not o['error']]
+               for n, rows in done.items()}
+        reached = {n: fmean(best_gain(o['path']) for o in of) for n, of in ran.items() if of}
         found.target, found.common = common_gain(reached)
     return dict(version=VERSION, data=bench.given.name, protocol=_protocol(bench, seeds, work),
                 target=found.target,
@@ -460,7 +463,7 @@ def _chosen(bench, arms, runs, seeds, work, race, doses, tune_steps) -> SimpleNa
     there are"""
     names = tuple(arms)
     if not work['tuning']:
-        alone = {n: dict(rate=rates[0], value=None, values={}, at_edge=False)
+        alone = {n: dict(rate=thinned(rates, 1)[0], value=None, values={}, at_edge=False)
                  for n, (_, rates) in arms.items()}
         return SimpleNamespace(tried=None, stopped={}, live=names, equal=alone, best=alone,
                                target=None,
@@ -469,6 +472,8 @@ def _chosen(bench, arms, runs, seeds, work, race, doses, tune_steps) -> SimpleNa
     tried, stopped = tune_arms(bench, arms, runs, seeds, work, wants, race, doses, tune_steps)
     live = tuple(n for n in names if n not in stopped)
     equal, best = (tried.choices(Want(live, w.metric, w.higher)) for w in wants)
+    if equal['target'] is None:  # no rate has a place at equal gain
+        equal['arms'] = {n: b | dict(value=None, values={}) for n, b in best['arms'].items()}
     return SimpleNamespace(tried=tried, stopped=stopped, live=live, equal=equal['arms'], best=best['arms'],
                            target=equal['target'], common=equal['common'], limits={},
                            hangs=hangs_on_rate(equal['arms']))

@@ -120,7 +120,8 @@ def _label(ax, methods:list[dict], styles:dict) -> None:
     cover another"""
     where = {m['name']: (m['gain']['mean'], m['forgetting']['mean'])
              if m['gain']['mean'] is not None
-             else (m['frontier'][-1]['gain'], m['frontier'][-1]['forgetting']) for m in methods}
+             else (m['frontier'][-1]['gain'], m['frontier'][-1]['forgetting'])
+             for m in methods if m['gain']['mean'] is not None or m['frontier']}
     taken = []
     for name, at in sorted(where.items(), key=lambda item: -item[1][1]):
         x, y0 = ax.transData.transform(at)*72/ax.figure.dpi
@@ -177,12 +178,15 @@ def reading(r:dict) -> list[str]:
 def warned(r:dict) -> list[str]:
     "Say what speaks against the order of a result"
     said = []
-    if r['target'] is None:
+    if r['version'] == 1:
+        said.append('This result is of an earlier version: one rate a method, and nothing that was measured '
+                    'between them; another rate may turn the order.')
+    elif r['target'] is None:
         said.append('Some method gained nothing, so there is no gain at which all can be compared.')
     elif not r['common']:
-        said.append('The weakest method reaches less than half of the strongest one\'s gain: at the equal gain '
+        said.append('The equal gain is less than half of what the strongest method reaches: there '
                     'the others have hardly begun.')
-    elif r['version'] > 1 and not r['tuning']:
+    elif not r['tuning']:
         said.append('Nothing was tuned: the equal gain is that of the test seeds, and another rate may turn the order.')
     for m in r['methods']:
         if h := m['hangs']:
@@ -198,6 +202,10 @@ def warned(r:dict) -> list[str]:
         if r['target'] is not None and reached is not None and abs(reached - r['target']) > .02:
             said.append(f'{m["name"]} reached {reached:.3f} on test questions instead of {r["target"]:.3f}; '
                         'its forgetting at equal gain is read there.')
+        cost = m['within'] and m['within']['forgetting']['mean']
+        if cost and 100*cost > r['lose_at_most']:
+            said.append(f'{m["name"]} kept within {r["lose_at_most"]:g} points on validation questions, '
+                        f'and costs {100*cost:.1f} on test questions.')
         if r['lose_at_most'] is not None and not m['within'] and not m['stopped']:
             said.append(f'{m["name"]}: nothing that was tried gains something and costs at most '
                         f'{r["lose_at_most"]:g} points.')

@@ -43,7 +43,7 @@ def _between(a, b, t):
 
 def at_gain(path:list[dict],    # rows in the order of their steps
             gain:float|None
-           ) -> dict|None:      # a row like those of the path, with `reached`
+           ) -> dict|None:      # a row like those of the path
     "Interpolate the path where it first reaches `gain`; `None` if it never does"
     if gain is None or not path:
         return None
@@ -63,10 +63,10 @@ SHARE, AT_LEAST = .95, .5
 
 def common_gain(best:Mapping[str, float] # arm -> its best gain, over rates and steps
                ) -> tuple[float|None, bool]: # the target, and whether the arms have a gain in common
-    """Return 95% of the weakest arm's best gain (`None` if it gained nothing),
-    and whether the weakest reaches half of the strongest's"""
-    low, high = min(best.values()), max(best.values())
-    return (SHARE*low if low > 0 else None), low > 0 and low >= AT_LEAST*high
+    """Return 95% of the weakest arm's best gain (`None` if it gained nothing, or there is no arm),
+    and whether that is at least half of the strongest arm's"""
+    low, high = min(best.values(), default=0.), max(best.values(), default=0.)
+    return (SHARE*low if low > 0 else None), low > 0 and SHARE*low >= AT_LEAST*high
 
 # %% ../../nbs/instruments/frontier.ipynb #df6a415e
 MATCHED = '_matched'
@@ -98,9 +98,10 @@ def pooled(outcomes:Mapping[int, Mapping] # seed -> outcome, of one arm at one r
         broken = next((o for o in outcomes.values() if o.get('error')), first)
         return dict(broken)
     mean = _mean_row(outcomes)
+    stopped = next((o['stopped'] for o in outcomes.values() if o.get('stopped')), None)
     steps = min((o.get('path') or [] for o in outcomes.values()), key=len)
     return mean | dict(path=[_mean_row({s: o['path'][i] for s, o in outcomes.items()})
-                             for i in range(len(steps))], error=None)
+                             for i in range(len(steps))], error=None, stopped=stopped)
 
 def _mean_row(rows:Mapping[int, Mapping]) -> dict:
     first = next(iter(rows.values()))
@@ -138,6 +139,13 @@ def _as_good(one, best, sign) -> bool:
     return sign*(top - value) <= paired_difference(top_items, items)[1] + 1e-9
 
 # %% ../../nbs/instruments/frontier.ipynb #36965f5e
+def _reached(path, gain):
+    "Return every point of a path that has this gain, or comes to it from below"
+    yield from (row for row in path if row['gain'] == gain)
+    yield from (row for row in path[:1] if row['gain'] > gain)
+    yield from (at_gain([before, after], gain) for before, after in pairwise(path)
+                if before['gain'] < gain < after['gain'])
+
 def frontier(paths:Mapping[float, list[dict]] # rate -> path
             ) -> list[dict]: # gain, forgetting, rate, step; gains rise
     "Return the corners of the least forgetting at each gain"
@@ -145,7 +153,7 @@ def frontier(paths:Mapping[float, list[dict]] # rate -> path
     corners = []
     for gain in reversed(gains):
         here = [dict(gain=gain, forgetting=row['forgetting'], rate=rate, step=row['step'])
-                for rate, path in paths.items() if (row := at_gain(path, gain))]
+                for rate, path in paths.items() for row in _reached(path, gain)]
         best = min(here, key=lambda c: c['forgetting'])
         if corners and corners[-1]['forgetting'] <= best['forgetting']:
             best = corners[-1] | dict(gain=gain)

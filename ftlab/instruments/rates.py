@@ -6,7 +6,7 @@
 from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from .frontier import MATCHED, best_gain, choose, common_gain, pooled
 
 # %% auto #0
@@ -83,29 +83,30 @@ class Tried:
 
     def choices(self, want:Want) -> dict:
         """Return target, common and the choice of each arm, from the rates run with the most seeds;
-        an arm without any value is left with its smallest rate"""
+        an arm without any value is left with its smallest rate.
+        Raises `KeyError` for a number that no arm has"""
         outcomes = {a: self.pooled(a, self.twice(a)) for a in want.arms}
         target, common = None, True
         if want.metric.endswith(MATCHED):
-            best = {a: max((best_gain(o.get('path') or []) for o in of.values()), default=0.)
-                    for a, of in outcomes.items()}
+            # an arm that broke down at every rate is no measure for the others
+            best = {a: max(best_gain(o.get('path') or []) for o in ran)
+                    for a, of in outcomes.items() if (ran := [o for o in of.values() if not o.get('error')])}
             target, common = common_gain(best)
-        chosen = {}
+        chosen, unknown = {}, []
         for arm, of in outcomes.items():
-            found = _chosen(of, want, target)
+            try:
+                found = choose(of, want.metric, want.higher, target)
+            except KeyError as e:
+                unknown.append(e)
+                found = None
+            found = found or dict(rate=min(of), value=None, best=None, values={})
             tried = self.outcomes[arm]
             edge = (found['value'] is not None and len(tried) > 1
                     and found['rate'] in (min(tried), max(tried)))
             chosen[arm] = found | dict(at_edge=edge)
+        if len(unknown) == len(outcomes):
+            raise unknown[0]
         return dict(metric=want.metric, target=target, common=common, arms=chosen)
-
-def _chosen(outcomes, want, target) -> dict:
-    "The choice of one arm; its smallest rate where it has no such number"
-    try:
-        found = choose(outcomes, want.metric, want.higher, target)
-    except KeyError:
-        found = None
-    return found or dict(rate=min(outcomes), value=None, best=None, values={})
 
 # %% ../../nbs/instruments/rates.ipynb #386973a1
 SEEDS = (10_000, 10_001)
@@ -134,12 +135,15 @@ def search(grids:Mapping[str, Grid],
     for arm, grid in grids.items():
         for rate in sorted(set(grid.values)):
             have(arm, rate, seeds[0])
+    out = set()
     if set(sizes.values()) != {1}:
         out = set(drop(tried))
+        wants = [replace(w, arms=live) for w in wants
+                 if (live := tuple(a for a in w.arms if a not in out))]
         _extend(tried, [a for a in grids if a not in out], wants[:deciding], have, seeds[0], extend)
         if refine:
             _refine(tried, out, wants, have, seeds[0])
-    _repeat(tried, wants, have, seeds, again)
+    _repeat(tried, out, wants, have, seeds, again)
     return tried
 
 def _picks(tried, wants) -> dict[str, list[dict]]:
@@ -165,7 +169,7 @@ def _next(tried, arm, picks) -> tuple[float|None, bool]:
     "The next rate of an arm, and whether a choice at an edge asks for it"
     grid, known = tried.grids[arm], sorted(tried.outcomes[arm])
     for pick in picks:
-        up = pick['rate'] == known[-1]
+        up = known[-1] in (pick['rate'], pick['best'])  # at the bottom only for want of a difference: up
         rate = grid.moved(known[-1] if up else known[0], 1 if up else -1)
         if pick['at_edge'] and rate is not None:
             return rate, True
@@ -186,17 +190,22 @@ def _refine(tried, dropped, wants, have, seed) -> None:
             if rate is not None:
                 have(arm, rate, seed)
 
-def _repeat(tried, wants, have, seeds, again) -> None:
-    "The choices, and the next best for the first question, with every seed"
+def _repeat(tried, dropped, wants, have, seeds, again) -> None:
+    "The choices, and the next best for the first question, with every seed; as many rates for every arm"
     if len(seeds) < 2 or not again:
         return
     picks = _picks(tried, wants)
     signs = {a: (1 if w.higher else -1) for w in reversed(wants) for a in w.arms}
-    for arm in tried.grids:
-        rates = list(dict.fromkeys(p['rate'] for p in picks[arm]))
+    for arm in (a for a in tried.grids if a not in dropped):
+        rates = list(dict.fromkeys(p['rate'] for p in picks[arm] if p['value'] is not None))
         values = picks[arm][0]['values'] if picks[arm] else {}
-        near = sorted((r for r in values if r not in rates),
-                      key=lambda r: (-signs[arm]*values[r], r))
-        for rate in (rates + near)[:max(again, len(rates))]:
+        order = [r for r in _best_first(tried.pooled(arm), values, signs.get(arm, 1)) if r not in rates]
+        for rate in (rates + order)[:max(again, len(rates))]:
             for seed in seeds[1:]:
                 have(arm, rate, seed)
+
+def _best_first(outcomes, values, sign) -> list[float]:
+    "Rates from the best value on, then those without one from the largest gain on, then those that broke down"
+    gain = lambda o: best_gain(o.get('path') or []) or o.get('gain') or 0.
+    return sorted(outcomes, key=lambda r: (bool(outcomes[r].get('error')), r not in values,
+                                           -sign*values.get(r, 0.), -gain(outcomes[r]), r))

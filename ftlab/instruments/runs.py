@@ -4,7 +4,7 @@
 
 # %% ../../nbs/instruments/runs.ipynb #24e33c4c
 from __future__ import annotations
-import dataclasses, hashlib, json, os, sys, warnings
+import dataclasses, hashlib, inspect, json, os, warnings
 from functools import lru_cache
 from pathlib import Path
 import ftlab
@@ -12,10 +12,11 @@ from ..core.io import write_atomically
 from ..core.recipe import Recipe
 from ..core.record import digest, versions
 from .bench import Bench
+from .verdicts import imports, is_paper
 from ..papers import claims_folder
 
 # %% auto #0
-__all__ = ['LIBRARY', 'library_code', 'recipe_code', 'name_of_metric', 'run_key', 'runs_folder', 'Runs']
+__all__ = ['LIBRARY', 'library_code', 'recipe_code', 'source_print', 'name_of_metric', 'run_key', 'runs_folder', 'Runs']
 
 # %% ../../nbs/instruments/runs.ipynb #2464157b
 LIBRARY = ('core', 'lab', 'native', 'adapters', 'trainers', 'evaluators')
@@ -32,12 +33,15 @@ def library_code() -> str:
     return found.hexdigest()
 
 def recipe_code(recipe:Recipe) -> dict[str, str]:
-    "Return a hash of each paper's module that a recipe takes something from"
-    names, todo = set(), [recipe]
+    "Return a hash of each paper's module that a recipe stands on, and of each function from outside of ftlab"
+    names, own, todo = set(), {}, [recipe]
     while todo:
         x = todo.pop()
         module = getattr(type(x) if not callable(x) or dataclasses.is_dataclass(x) else x, '__module__', '')
         names.add(module or '')
+        outside = (module or 'ftlab').partition('.')[0] != 'ftlab'
+        if outside and callable(x) and not dataclasses.is_dataclass(x) and not hasattr(x, 'func'):
+            own[f'{module}.{getattr(x, "__qualname__", type(x).__qualname__)}'] = source_print(x)
         if dataclasses.is_dataclass(x) and not isinstance(x, type):
             todo += [getattr(x, f.name) for f in dataclasses.fields(x) if f.name != 'meta']
         elif isinstance(x, (list, tuple)):
@@ -46,8 +50,25 @@ def recipe_code(recipe:Recipe) -> dict[str, str]:
             todo += x.values()
         elif hasattr(x, 'func'):
             todo += [x.func, *x.args, *x.keywords.values()]
-    papers = sorted(n for n in names if n.startswith('ftlab.') and n.count('.') == 3)
-    return {n: digest(Path(sys.modules[n].__file__).read_text(encoding='utf-8')) for n in papers}
+    return own | _papers(n for n in names if n.startswith('ftlab.') and is_paper(n))
+
+def _papers(names) -> dict[str, str]:
+    "Hash the modules of papers, and of the papers that they import"
+    found, todo = {}, list(names)
+    while todo:
+        if (name := todo.pop()) not in found:
+            text = Path(ftlab.__file__).parent.joinpath(*name.split('.')[1:]).with_suffix('.py').read_text('utf-8')
+            found[name] = digest(text)
+            todo += [home for home, _ in imports(text, name).values() if is_paper(home)]
+    return dict(sorted(found.items()))
+
+def source_print(f) -> str:
+    "Return a hash of a function's or an object's class's text; of its byte code where there is no text"
+    f = f if inspect.isroutine(f) or isinstance(f, type) else type(f)
+    try:
+        return digest(inspect.getsource(f))
+    except (OSError, TypeError):
+        return digest(getattr(getattr(f, '__code__', None), 'co_code', b'').hex())
 
 def name_of_metric(metric) -> str:
     "Return the name of a metric, or of the function that it is"
@@ -58,9 +79,10 @@ def run_key(bench:Bench, recipe:Recipe, rate:float|None, seed:int, split:str, st
     "Return all that determines an outcome"
     old = (None if bench.old is None
            else {s.name: s.fingerprint for s in bench.old_sets(seed, split)})
+    metric = bench.metric if isinstance(bench.metric, str) else source_print(bench.metric)
     return dict(base=bench.base.fingerprint(seed), data=bench.data(seed).fingerprint,
                 old=old, how=bench.how, recipe={k: v for k, v in recipe.describe().items() if k != 'name'},
-                rate=rate, seed=seed, split=split, metric=name_of_metric(bench.metric), steps=steps,
+                schedule=recipe.schedule, rate=rate, seed=seed, split=split, metric=metric, steps=steps,
                 evaluations=bench.every or bench.evaluations, items=bench.sizes[split],
                 max_length=bench.max_length, budget=bench.budget, dtype=str(bench.dtype),
                 device=bench.device.type, settings=bench.settings, doses=list(doses),
@@ -110,12 +132,13 @@ class Runs:
         is made again"""
         if path.is_dir():
             raise IsADirectoryError(f'{str(path)!r} is a folder, where the file of a run belongs; move it away')
-        if not path.exists() or self.keep and not path.with_suffix('.safetensors').exists():
+        if not path.exists():
             return None
         try:
             found = json.loads(path.read_text(encoding='utf-8'))
             if found.pop('key') == key:
-                return found
+                lacks = self.keep and not found['error'] and not path.with_suffix('.safetensors').exists()
+                return None if lacks else found
             said = 'it is another run'
         except (OSError, ValueError, TypeError, KeyError) as e:
             said = f'{type(e).__name__}: {e}'

@@ -15,10 +15,10 @@ from statistics import fmean, stdev
 from scipy import stats
 
 # %% auto #0
-__all__ = ['KINDS', 'VERDICTS', 'EDITION', 'NEEDED', 'SCOPES', 'RUNS', 'SAID', 'DEFAULTS', 'PILOTS', 'PRIMARY', 'OBJECTIONS',
-           'MARKS', 'DOES', 'bar_of', 'contrast', 'lacks_room', 'room', 'hangs', 'contrast_verdict', 'judged',
-           'verdict', 'Claim', 'read_claim', 'arms_said', 'check_reviewed', 'bare', 'dumped', 'definitions', 'imports',
-           'used_by', 'code_hash', 'is_paper', 'closure']
+__all__ = ['KINDS', 'VERDICTS', 'EDITION', 'NEEDED', 'SCOPES', 'RUNS', 'SAID', 'INSIDE', 'DEFAULTS', 'PILOTS', 'PRIMARY',
+           'OBJECTIONS', 'MARKS', 'DOES', 'bar_of', 'contrast', 'lacks_room', 'room', 'in_favour', 'hangs',
+           'contrast_verdict', 'judged', 'verdict', 'Claim', 'read_claim', 'derives', 'arms_said', 'check_reviewed',
+           'bare', 'dumped', 'definitions', 'imports', 'used_by', 'code_hash', 'is_paper', 'closure']
 
 # %% ../../nbs/instruments/verdicts.ipynb #000608ff
 KINDS = ('superiority', 'noninferiority', 'equivalence')
@@ -92,14 +92,17 @@ def room(c:Mapping) -> str:
     return ''
 
 # %% ../../nbs/instruments/verdicts.ipynb #bf4d9cf5
+def in_favour(c:Mapping, mean:float) -> bool:
+    "Is a mean effect on the claim's side of the margin?"
+    return abs(mean) <= c['margin'] if c['kind'] == 'equivalence' else mean > bar_of(c)
+
 def hangs(c:Mapping) -> str:
     "Say at which rate a contrast of a result turns; '' if at none"
     if not c['treatment']:
         return ''
-    m, mean = float(c['margin']), contrast(c)['mean']
-    side = (lambda e: abs(e) <= m) if c['kind'] == 'equivalence' else (lambda e: e > bar_of(c))
+    mean = contrast(c)['mean']
     for turned in c.get('sensitivity', ()):
-        if turned['effects'] and side(fmean(turned['effects'])) != side(mean):
+        if turned['effects'] and in_favour(c, fmean(turned['effects'])) != in_favour(c, mean):
             return (f'with {turned["arm"]} at {turned["rate"]:g} instead of {turned["chosen"]:g} '
                     f'the effect is {fmean(turned["effects"]):+.3f}')
     return ''
@@ -115,6 +118,8 @@ def contrast_verdict(c:Mapping) -> tuple[str, str]: # verdict, and the reason wh
         return 'unclear', 'no common gain'
     if why := room(c):
         return 'unclear', f'no room: {why}'
+    if not c['treatment']:
+        return 'unclear', 'not run, as another contrast could not tell'
     found = contrast(c)['verdict']
     if found != 'unclear' and (why := hangs(c)):
         return 'unclear', f'hangs on the rate: {why}'
@@ -152,6 +157,13 @@ RUNS = dict(model=str, data=str, steps=int, batch_size=int, budget=int, grid=lis
             old_items=int, validation_items=int, evaluations=int, settings=dict)
 SAID = dict(edition=int, superseded=str, dial=str, spacing=str, bounds=list, no_dial=str, fixed=str,
             arms=dict, contrast=list, control=list, pilot=list, review=dict)
+# keys within the tables; `higher_is_beter` would turn a verdict without a word
+INSIDE = dict(
+    arm=('recipe', 'grid', 'steps'), trivial=('name', 'value', 'arm'),
+    contrast=('name', 'primary', 'treatment', 'baseline', 'metric', 'higher_is_better', 'kind', 'margin', 'best',
+              'trivial', 'worst', 'worse', 'choose', 'choose_higher'),
+    control=('name', 'arm', 'metric', 'at_least', 'at_most'), pilot=('task', 'arms', 'levels'),
+    review=('by', 'objections'), objection=('objection', 'answer', 'changed'))
 DEFAULTS = dict(batch_size=32, items=400, old_items=100, validation_items=100, evaluations=4)
 # at most three tasks, at most two contrasts that decide, at least three objections
 PILOTS, PRIMARY, OBJECTIONS = 3, 2, 3
@@ -220,7 +232,8 @@ def read_claim(folder:str|Path) -> Claim:
     for c in spec.get('contrast', ()):
         _check_contrast(c, spec, claim, wrong)
     for c in spec.get('control', ()):
-        if 'arm' not in c or 'metric' not in c or not {'at_least', 'at_most'} & set(c):
+        known = c.get('arm') in spec.get('arms', {}) or 'arm' in c and derives(claim)
+        if not known or 'metric' not in c or not {'at_least', 'at_most'} & set(c):
             raise wrong(f'control {c.get("name")!r} needs an arm of the claim, a metric, and at_least or at_most')
     return claim
 
@@ -237,8 +250,14 @@ def _check_keys(claim, wrong):
         raise wrong(f'arm {unrun[0]!r} has no recipe, and there is no claim.py with run(arm, rate, seed, split, steps)')
     if odd := set(spec) - {*NEEDED, *RUNS, *SAID}:
         raise wrong(f'{sorted(odd)[0]!r} is no key of a claim')
+    for kind, table in _tables(spec):
+        if odd := set(table) - {*INSIDE[kind]}:
+            raise wrong(f'{sorted(odd)[0]!r} is no key of {"an" if kind[0] in "ao" else "a"} {kind}; '
+                        f'there are {", ".join(INSIDE[kind])}')
+    if claim.earlier and not spec.get('superseded'):
+        raise wrong('superseded is missing: one line that says why the earlier claim no longer stands')
     seeds = set(spec['seeds'])
-    if spec.get('contrast') and (len(seeds) < 5 or any(s >= 10_000 for s in seeds)):
+    if spec.get('contrast') and (len(seeds) < max(5, len(spec['seeds'])) or any(s >= 10_000 for s in seeds)):
         raise wrong(f'seeds are {spec["seeds"]}; five different ones or more, '
                     'below 10000, where the tuning seeds begin')
     if not spec.get('contrast') and not (claim.script and _defines(claim.script, 'identities')):
@@ -248,6 +267,19 @@ def _check_keys(claim, wrong):
         raise wrong('one or two contrasts must say primary = true: they alone decide')
     if len({p.get('task') for p in spec.get('pilot', ())}) > PILOTS:
         raise wrong(f'there are pilots on more than {PILOTS} tasks')
+
+def _tables(spec):
+    "Return (kind, table) of every table in a claim's file"
+    contrasts = spec.get('contrast', ())
+    yield from (('arm', a) for a in spec.get('arms', {}).values() if isinstance(a, Mapping))
+    yield from (('trivial', c['trivial']) for c in contrasts if isinstance(c.get('trivial'), Mapping))
+    yield from ((kind, t) for kind in ('contrast', 'control', 'pilot') for t in spec.get(kind, ()))
+    yield 'review', spec.get('review', {})
+    yield from (('objection', o) for o in spec.get('review', {}).get('objections', ()))
+
+def derives(claim:Claim) -> bool:
+    "Does the script make further arms of those that were run?"
+    return claim.script is not None and _defines(claim.script, 'derive')
 
 def _check_arms(claim, wrong):
     "Grids of one size, or the reason why nothing is turned"
@@ -280,7 +312,7 @@ def _check_contrast(c, spec, claim, wrong):
         needed.append('best')
     if missing := [k for k in needed if k not in c]:
         raise wrong(f'{name} lacks {missing[0]}')
-    derived = claim.script is not None and _defines(claim.script, 'derive')
+    derived = derives(claim)
     for side in ('treatment', 'baseline'):
         if not isinstance(c[side], (int, float)) and c[side] not in arms and not derived:
             raise wrong(f'{name}: {side} is {c[side]!r}; the arms are {", ".join(arms)}')
@@ -292,6 +324,14 @@ def _check_contrast(c, spec, claim, wrong):
     if not isinstance(trivial, Mapping) or 'name' not in trivial or not {'value', 'arm'} & set(
         trivial):
         raise wrong(f'{name}: trivial is {trivial!r}; give a name, and a value or an arm')
+    for k, arm in dict(trivial=trivial.get('arm'), worse=c.get('worse')).items():
+        if arm is not None and arm not in arms and not derived:
+            raise wrong(f'{name}: {k} names the arm {arm!r}; the arms are {", ".join(arms)}')
+    steps = {n: a['steps'] for n, a in arms_said(spec).items()}
+    sides = [c[s] for s in ('treatment', 'baseline') if isinstance(c[s], str)]
+    if (c['kind'] == 'equivalence' and c.get('primary') and 'worse' not in c
+            and None in [steps.get(s) for s in sides]):
+        raise wrong(f'{name} needs worse: an arm that is known to be worse, as no arm can run half of its steps')
     if claim.runs and 'worst' not in c:
         raise wrong(f'{name} needs worst: the value that a run which breaks down counts as')
 
