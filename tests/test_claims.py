@@ -277,7 +277,7 @@ def claim_at(tmp_path, text=SCRIPTED, script=SCRIPT):
 def runs(tmp_path, monkeypatch):
     "A workplace of its own, and two old skills instead of all"
     monkeypatch.setenv('FTLAB_RUNS', str(tmp_path/'runs'))
-    monkeypatch.setattr('ftlab.instruments.bench.old_skills', lambda data, tok=None: ['add', 'reverse'])
+    monkeypatch.setattr('ftlab.evaluators.old_sets.old_skills', lambda data, tok=None: ['add', 'reverse'])
     return tmp_path
 
 def test_a_claim_of_recipes_runs_and_goes_on_where_it_stopped(runs, monkeypatch):

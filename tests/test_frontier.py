@@ -110,7 +110,7 @@ def test_a_metric_is_read_at_the_end_or_at_the_target():
     assert reading(o, 'forgetting_matched', .4)[0] == pytest.approx(.3)
     assert reading(o, 'forgetting_matched', .9) is None is reading(o, 'forgetting_matched', None)
     assert reading(o | dict(error='nan'), 'gain') is None is reading(o | dict(gain=math.nan), 'gain')
-    with pytest.raises(KeyError, match="no number 'gian'; there are gain, forgetting, kl"):
+    with pytest.raises(KeyError, match="no 'gian'; it has gain, forgetting, kl"):
         reading(o, 'gian')
 
 def outcome(gain, forgetting, items, rows, **more):
