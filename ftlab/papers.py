@@ -15,7 +15,8 @@ import pandas as pd
 import ftlab
 from .core.paper import Paper
 from .core.recipe import Recipe
-from .instruments.verdicts import EDITION, Claim, contrast, contrast_verdict, judged, read_claim, verdict
+from .instruments.verdicts import (EDITION, Claim, contrast, contrast_verdict, judged,
+                                        read_claim, verdict)
 
 # %% auto #0
 __all__ = ['PARTS', 'EARLIER', 'OUTSIDE', 'NOUNS', 'catalogue', 'Mark', 'modules', 'marked', 'claims_folder', 'claims', 'index',

@@ -729,7 +729,8 @@ def test_old_data_by_name():
     assert list(old_data(dict(mine=rows, sums='add'))) == ['mine', 'sums']
 
 def test_an_evaluation_on_the_way_is_a_run_that_is_stopped_there(plain):
-    "With a constant schedule; so that what is read at a gain is what stopping there would have given"
+    """With a constant schedule; so that what is read at a gain is what stopping there would have
+    given"""
     bench = Bench(*plain, **FAST | dict(steps=12), schedule='constant')
     long, short = bench.run(get('full'), 3e-3, 0, 'test'), bench.run(get('full'), 3e-3, 0, 'test', steps=6)
     row = next(r for r in long['path'] if r['step'] == 6)

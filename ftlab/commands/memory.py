@@ -167,7 +167,8 @@ def timed(bench, recipe, rate:float, seconds:float=20.) -> dict:
                     **bench.settings | dict(batch_size=used, steps=3*len(recipe.turns)))
     step = min(b - a for a, b in zip(marks.times, marks.times[1:]))*rows/used
     t = time.time()
-    scores(bench.metric, model, tok, bench.questions(0, 'validation'), bench.given, bench.max_length)
+    scores(bench.metric, model, tok, bench.questions(0, 'validation'), bench.given,
+           bench.max_length)
     scored = time.time() - t
     t = time.time()
     measured(bench, model, tok, 0, 'validation')
@@ -218,7 +219,8 @@ def _in_all(m:dict, bench, seeds:int|None) -> dict:
         scores = 2*m['seconds_per_score']
     else:
         test, validation = (sum(bench.sizes[s]) for s in ('test', 'validation'))
-        scores = m['seconds_per_evaluation']*bench.evaluations*(m['tuning'] + m['cells']*test/validation)
+        scores = m['seconds_per_evaluation']*bench.evaluations*(m['tuning']
+                                                                + m['cells']*test/validation)
     return dict(tokens=round(m['tokens_per_step']*count),
                 seconds=count*m['seconds_per_step'] + scores)
 

@@ -80,7 +80,8 @@ def mean_of(found:float|list|Mapping) -> float:
     return fmean(map(fmean, per_set(found).values()))
 
 def worst(metric:str|Callable, model, data:Data) -> float:
-    "Return the score of a model that knows nothing: no answer right, or every word as likely as any other"
+    """Return the score of a model that knows nothing: no answer right, or every word as likely as
+    any other"""
     return (-math.log(len(data.labels) if data.kind == 'label' else model.config.vocab_size)
             if metric == 'nll' else 0.)
 
@@ -159,12 +160,15 @@ class Budget:
 
 # %% ../../nbs/instruments/bench.ipynb #1f07361b
 def tokenizer_print(tok) -> str:
-    "Return what tells a tokenizer from another: its words and rules, its template, its special tokens"
+    """Return what tells a tokenizer from another: its words and rules, its template, its special
+    tokens"""
     fast = getattr(tok, 'backend_tokenizer', None)
     rules = json.loads(fast.to_str()) if fast else tok.get_vocab()
     # what the last call left there
-    rules = {k: v for k, v in rules.items() if k not in ('padding', 'truncation')} if fast else rules
-    return digest([rules, tok.chat_template, tok.special_tokens_map, tok.padding_side, tok.model_max_length])
+    rules = ({k: v for k, v in rules.items() if k not in ('padding', 'truncation')} if fast
+             else rules)
+    return digest([rules, tok.chat_template, tok.special_tokens_map, tok.padding_side,
+                   tok.model_max_length])
 
 class Base:
     "The model that every run begins at: `base(seed)` is a fresh copy, and the tokenizer"
@@ -249,7 +253,8 @@ class Bench:
         self.old = old_data(old)
         _check_bench(self.given, self.old, steps, budget, evaluations)
         self.metric = metric_for(self.given, metric)
-        self.sizes = dict(test=(items, old_items), validation=(validation_items, old_validation_items))
+        self.sizes = dict(test=(items, old_items),
+                          validation=(validation_items, old_validation_items))
         self.steps = steps
         self.evaluations = evaluations
         self.every = evaluate_every
@@ -264,7 +269,8 @@ class Bench:
         self._know(*self.base(0))
 
     def _know(self, probe, tok) -> None:
-        "Note what the base decides: how forgetting is measured, and the worst that a model can score"
+        """Note what the base decides: how forgetting is measured, and the worst that a model can
+        score"""
         self.size = sum(p.numel() for p in probe.parameters())
         self.how = forgetting_is(self.given, self.old, tok)
         self.old_names = old_skills(self.given, tok) if self.how == 'old skills' else []
@@ -283,7 +289,8 @@ class Bench:
             d = as_data(self.skill, seed=seed, n=len(self.given.train))
             n = self.sizes['test'][0]
             more = n > len(d.test)
-            self._drawn[seed] = replace(d, test=WORLD.rows(self.skill, n, 'test', seed)) if more else d
+            self._drawn[seed] = (replace(d, test=WORLD.rows(self.skill, n, 'test', seed))
+                                 if more else d)
         return self._drawn[seed]
 
     def questions(self, seed:int, split:str) -> list[dict]:
@@ -322,7 +329,8 @@ def measured(bench:Bench, model, tok, seed:int, split:str, decode=None) -> dict:
                for s in bench.old_names}
     else:
         # nothing here was trained on: all of it may be asked
-        old = {name: scores(metric_for(o), model, tok, halves(o.test + o.validation + o.train)[split][:n], o,
+        old = {name: scores(metric_for(o), model, tok,
+                            halves(o.test + o.validation + o.train)[split][:n], o,
                             bench.max_length, decode) for name, o in bench.old.items()}
     return dict(new=new, old=old)
 
@@ -440,7 +448,8 @@ def _outcome(trial:Trial, run, doses, file) -> dict:
     bench, att = trial.bench, run.delta.attached
     path = list(run.path)
     if not path:
-        path = [dict(step=0, **trial.row(trial.before)), dict(step=len(run.log), **trial.now(run.model, att))]
+        path = [dict(step=0, **trial.row(trial.before)),
+                dict(step=len(run.log), **trial.now(run.model, att))]
     trial.watch.note_peak()
     last, rows = path[-1], bench.questions(trial.seed, trial.split)
     cost = {k: run.cost[k] for k in ('tokens', 'trainable', 'head')}
@@ -451,7 +460,8 @@ def _outcome(trial:Trial, run, doses, file) -> dict:
         old={k: dict(before=mean_of(v), after=mean_of(v) - mean_of(last['items']['forgetting'][k]))
              for k, v in trial.before['old'].items()},
         seconds=run.cost['seconds'] - trial.watch.away, peak_bytes=trial.watch.peak,
-        saved_bytes=run.delta.save(file) if file else run.delta.nbytes, stopped=trial.stopped, error=None, **cost)
+        saved_bytes=run.delta.save(file) if file else run.delta.nbytes, stopped=trial.stopped,
+        error=None, **cost)
     out['after'] = out['before'] + out['gain']
     if doses and all(d.site == 'weight' for d in att.deltas.values()) and trial.decode is None:
         out['doses'] = list(_at_doses(trial, att, doses))

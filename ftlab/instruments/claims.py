@@ -30,7 +30,8 @@ from ..methods import get
 from ..papers import claims, claims_folder, marked
 from .verdicts import (DEFAULTS, EDITION, SCOPES, VERDICTS, Claim, arms_said, bare,
                                         check_reviewed, closure,
-                                        code_hash, contrast, contrast_verdict, dumped, hangs, in_favour, judged,
+                                        code_hash, contrast, contrast_verdict, dumped, hangs,
+                                        in_favour, judged,
                                         read_claim, room)
 
 # %% auto #0
@@ -88,7 +89,8 @@ class Experiment:
         t = time.process_time()
         try:
             found = dict(self.script.run(arm, rate, seed, split, steps), error=None)
-            if odd := [k for k, v in found.items() if isinstance(v, float) and not math.isfinite(v)]:
+            if odd := [k for k, v in found.items() if isinstance(v, float)
+                       and not math.isfinite(v)]:
                 raise FloatingPointError(f'{odd[0]} is {found[odd[0]]}')
         except (ImportError, SyntaxError, NameError, AttributeError, TypeError):
             raise
@@ -310,7 +312,8 @@ class Kept:
             except ValueError as e:
                 warnings.warn(f'{str(path)!r} cannot be read and is made again ({e})')
         found = make()
-        write_atomically(path, lambda p: p.write_text(json.dumps(found, allow_nan=False, default=float)))
+        write_atomically(path, lambda p: p.write_text(
+            json.dumps(found, allow_nan=False, default=float)))
         return json.loads(path.read_text(encoding='utf-8'))
 
 # %% ../../nbs/instruments/claims.ipynb #2d03f461
@@ -561,7 +564,8 @@ def assemble_claim(claim:Claim, rows:list[dict], cells:Mapping[str, dict],
 def _control(c, rows, cells) -> dict:
     "The mean of an arm's metric over the seeds, at the rates of the first contrast"
     name = _cell_name(c['arm'], rows[0]['rates'].get(c['arm']))
-    own = [of.get(name) or of.get(f'{c["arm"]}@{rows[0]["name"]}') or dict(error='not made') for of in cells.values()]
+    own = [of.get(name) or of.get(f'{c["arm"]}@{rows[0]["name"]}') or dict(error='not made')
+           for of in cells.values()]
     if any(not o.get('error') and c['metric'] not in o for o in own):
         raise ValueError(f'control {c["name"]!r}: {c["arm"]} has no number {c["metric"]!r}; it has {", ".join(own[0])}')
     values = [None if o.get('error') else o.get(c['metric']) for o in own]

@@ -82,9 +82,12 @@ def tuning_seeds(seeds:list[int]) -> tuple[int, ...]:
     return tuple(itertools.islice(outside, len(SEEDS)))
 
 # %% ../../nbs/instruments/compare.ipynb #43188f50
-THINNER = (dict(rates=None, refine=True, again=3, extend=3), dict(rates=None, refine=True, again=2, extend=1),
-           dict(rates=None, refine=False, again=2, extend=1), dict(rates=3, refine=False, again=0, extend=1),
-           dict(rates=3, refine=False, again=0, extend=0), dict(rates=2, refine=False, again=0, extend=0),
+THINNER = (dict(rates=None, refine=True, again=3, extend=3),
+           dict(rates=None, refine=True, again=2, extend=1),
+           dict(rates=None, refine=False, again=2, extend=1),
+           dict(rates=3, refine=False, again=0, extend=1),
+           dict(rates=3, refine=False, again=0, extend=0),
+           dict(rates=2, refine=False, again=0, extend=0),
            dict(rates=1, refine=False, again=0, extend=0))
 
 def effort(arms:Mapping, seeds:int, max_runs:int|None=None, tuned:bool=True,
@@ -96,7 +99,8 @@ def effort(arms:Mapping, seeds:int, max_runs:int|None=None, tuned:bool=True,
     grid = len(next(iter(arms.values()))[1])
     for how in THINNER if tuned else ({},):
         rates = min(grid, how.get('rates') or grid)
-        tuning = rates + how['extend'] + 2*how['refine'] + how['again'] if tuned and rates > 1 else 0
+        tuning = (rates + how['extend'] + 2*how['refine'] + how['again'] if tuned
+                  and rates > 1 else 0)
         found = dict(how, rates=rates, tuning=n*tuning, test=n*seeds*(points if tuning else 1))
         if max_runs is None or found['tuning'] + found['test'] <= max_runs:
             return found
@@ -119,7 +123,8 @@ def expected_seconds(bench:Bench, arms:Mapping, work:Mapping) -> float:
     scored = time.time() - t
     model, tok = bench.base(SEEDS[0])
     t = time.time()
-    fit(model, tok, bench.given, recipe, lr=rates[0], max_length=bench.max_length, device=str(bench.device),
+    fit(model, tok, bench.given, recipe, lr=rates[0], max_length=bench.max_length,
+        device=str(bench.device),
         progress=False, **bench.settings | dict(steps=3*len(recipe.turns)))
     step = (time.time() - t)/(3*len(recipe.turns))
     test, validation = (sum(bench.sizes[s]) for s in ('test', 'validation'))
@@ -130,11 +135,13 @@ def expected_seconds(bench:Bench, arms:Mapping, work:Mapping) -> float:
 # %% ../../nbs/instruments/compare.ipynb #cda50563
 def beaten(tried:Tried, arm:str, by:str, errors:float=3.) -> bool:
     "Is every point of `arm`'s frontier beyond doubt worse than `by` at the same gain?"
-    own, other = ([o['path'] for o in tried.pooled(a).values() if not o.get('error')] for a in (arm, by))
+    own, other = ([o['path'] for o in tried.pooled(a).values() if not o.get('error')]
+                  for a in (arm, by))
     points = [row for path in own for row in path if row['gain'] > 0]
     if not points or not other or max(map(best_gain, own)) > max(map(best_gain, other)):
         return False
-    return all(any(_clearly_less(at_gain(path, row['gain']), row, errors) for path in other) for row in points)
+    return all(any(_clearly_less(at_gain(path, row['gain']), row, errors) for path in other)
+               for row in points)
 
 def _clearly_less(row, than, errors) -> bool:
     if row is None or 'forgetting' not in row['items'] or 'forgetting' not in than['items']:
@@ -146,7 +153,8 @@ def lost_races(tried:Tried) -> dict[str, str]:
     "Return arm -> the arm that beats it; an arm that is beaten beats nobody"
     out = {}
     for arm in tried.grids:
-        by = next((b for b in tried.grids if b != arm and b not in out and beaten(tried, arm, b)), None)
+        by = next((b for b in tried.grids if b != arm and b not in out
+                   and beaten(tried, arm, b)), None)
         if by:
             out[arm] = by
     return out
@@ -169,7 +177,8 @@ def hangs_on_rate(choice:Mapping[str, dict] # arm -> its choice at equal gain, a
 DOSES = (.25, .5, .75)
 
 def within_limit(tried:Tried, arm:str, limit:float) -> dict|None:
-    "Return rate, step, dose, gain and forgetting of the best point within the limit; `None` if none gains"
+    """Return rate, step, dose, gain and forgetting of the best point within the limit; `None` if
+    none gains"""
     points = []
     for rate, o in tried.pooled(arm, tried.twice(arm)).items():
         if o.get('error'):
@@ -180,7 +189,8 @@ def within_limit(tried:Tried, arm:str, limit:float) -> dict|None:
         seeds = list(tried.outcomes[arm][rate].values())
         for i, d in enumerate(seeds[0].get('doses', ())):
             mean = lambda k, i=i, seeds=seeds: fmean(s['doses'][i][k] for s in seeds)
-            points.append(dict(rate=rate, step=last, dose=d['dose'], gain=mean('gain'), forgetting=mean('forgetting')))
+            points.append(dict(rate=rate, step=last, dose=d['dose'], gain=mean('gain'),
+                               forgetting=mean('forgetting')))
     good = [p for p in points if p['gain'] > 0 and p['forgetting'] <= limit]
     return max(good, key=lambda p: p['gain'], default=None)
 
@@ -190,7 +200,8 @@ SEED_KEYS = ('seed', 'gain', 'forgetting', 'forgetting_matched', 'gain_matched',
              'before', 'after', 'old', 'learned', 'lost', 'regained', 'error')
 
 def read_at(outcome:Mapping, target:float|None) -> dict:
-    "Return forgetting, gain and step of an outcome at the target; of its closest point, if it is never reached"
+    """Return forgetting, gain and step of an outcome at the target; of its closest point, if it is
+    never reached"""
     if outcome['error'] or target is None:
         return dict(forgetting=outcome['forgetting'] if outcome['error'] else None, gain=outcome['gain'], step=None)
     row = at_gain(outcome['path'], target) or max(outcome['path'], key=lambda r: r['gain'])
@@ -202,7 +213,8 @@ def seed_row(best:Mapping, equal:Mapping, target:float|None) -> dict:
     plain = lambda path: [{k: r[k] for k in ('step', 'gain', 'forgetting')} for r in path]
     changes = [v for of in best['items'].get('forgetting', {}).values() for v in of]
     share = lambda sign: sum(sign*v > 0 for v in changes)/len(changes) if changes else None
-    found = best | dict(forgetting_matched=at['forgetting'], gain_matched=at['gain'], step_matched=at['step'],
+    found = best | dict(forgetting_matched=at['forgetting'], gain_matched=at['gain'],
+                        step_matched=at['step'],
                         path=plain(best['path']), lost=share(1), regained=share(-1),
                         learned=best['gain'], error=best['error'] or equal['error'])
     return {k: found.get(k) for k in SEED_KEYS}
@@ -210,7 +222,8 @@ def seed_row(best:Mapping, equal:Mapping, target:float|None) -> dict:
 def method_row(name:str, recipe:dict, rows:list[dict], **more) -> dict:
     "Return one method of a result: per seed, and as means with intervals"
     keys = ('gain', 'forgetting', 'forgetting_matched', 'gain_matched', 'lost', 'regained')
-    return dict(name=name, recipe=recipe, seeds=rows, **{k: interval([r[k] for r in rows]) for k in keys}, **more)
+    return dict(name=name, recipe=recipe, seeds=rows,
+                **{k: interval([r[k] for r in rows]) for k in keys}, **more)
 
 # %% ../../nbs/instruments/compare.ipynb #64eda536
 VERSION = 2
@@ -225,7 +238,8 @@ def upgraded(result:dict) -> dict:
     if version == VERSION:
         return result
     none = dict(mean=None, low=None, high=None)
-    methods = [dict(rate=m['seeds'][0]['rate'], rate_matched=None, frontier=[], paths={}, within=None, hangs=None,
+    methods = [dict(rate=m['seeds'][0]['rate'], rate_matched=None, frontier=[], paths={},
+                    within=None, hangs=None,
                     stopped=None, gain_matched=none, lost=none, regained=none) | m for m in result['methods']]
     return result | dict(version=1, target=None, common=True, lose_at_most=None, methods=methods)
 
@@ -315,16 +329,20 @@ def _tuned_words(tried:Tried, arm:str, best:dict, equal:dict) -> dict:
     "How an arm was tuned, for the result"
     of = tried.pooled(arm)
     ended = {f'{r:g}': o['error'] or o['stopped'] for r, o in of.items()}
-    return dict(rate=best['rate'], tried=[[r, o['gain']] for r, o in sorted(of.items())], at_edge=best['at_edge'],
-                rate_matched=equal['rate'], forgetting_matched=[list(x) for x in equal['values'].items()],
+    return dict(rate=best['rate'], tried=[[r, o['gain']] for r, o in sorted(of.items())],
+                at_edge=best['at_edge'],
+                rate_matched=equal['rate'],
+                forgetting_matched=[list(x) for x in equal['values'].items()],
                 at_edge_matched=equal['at_edge'],
                 stopped={r: why for r, why in ended.items() if why})
 
 def _curves(tried:Tried, arm:str) -> dict:
-    "The frontier of an arm and the paths that it is made of, from the rates run with the most seeds and all others"
+    """The frontier of an arm and the paths that it is made of, from the rates run with the most
+    seeds and all others"""
     paths = {r: o['path'] for r, o in tried.pooled(arm).items() if not o.get('error')}
     plain = lambda path: [[r['step'], round(r['gain'], 5), round(r['forgetting'], 5)] for r in path]
-    return dict(frontier=frontier(paths), paths={f'{r:g}': plain(p) for r, p in sorted(paths.items())})
+    return dict(frontier=frontier(paths),
+                paths={f'{r:g}': plain(p) for r, p in sorted(paths.items())})
 
 def _within(limit, found, rows) -> dict|None:
     "The best point within the limit, measured on the test seeds"
@@ -340,7 +358,8 @@ def _within(limit, found, rows) -> dict|None:
                 **{k: interval([at(o)[k] for o in rows]) for k in ('gain', 'forgetting')})
 
 def check_limit(limit:float|None, how:str) -> float|None:
-    "Return the limit as a share; raises `ValueError` for one that is negative or NaN, or where only drift is known"
+    """Return the limit as a share; raises `ValueError` for one that is negative or NaN, or where
+    only drift is known"""
     if limit is None:
         return None
     if not isinstance(limit, (int, float)) or not 0 <= limit <= 100:
@@ -396,7 +415,8 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
                          + ', '.join(f'{len(set(r))} for {n}' for n, (_, r) in arms.items()))
     work = effort(arms, len(seeds), max_runs, tune, 2 if lose_at_most is None else 3)
     bench = Bench(model, data, old, metric, items=items, old_items=old_items,
-                  validation_items=validation_items, old_validation_items=old_validation_items, steps=steps,
+                  validation_items=validation_items, old_validation_items=old_validation_items,
+                  steps=steps,
                   evaluations=evaluations, evaluate_every=evaluate_every, max_length=max_length,
                   device=device, dtype=dtype, revision=revision, budget=budget, progress=progress,
                   batch_size=batch_size, precision=precision, **settings)
@@ -425,24 +445,30 @@ def _compared(bench, arms, runs, seeds, work, race, limit, tune_steps) -> dict:
             rates = {found.best[n]['rate'], found.equal[n]['rate']}
             if found.limits.get(n):
                 rates.add(found.limits[n]['rate'])
-            done[n].append({r: _test(bench, runs, arms[n][0], r, seed, doses) for r in sorted(rates)})
+            done[n].append({r: _test(bench, runs, arms[n][0], r, seed, doses)
+                            for r in sorted(rates)})
     if not found.tried:
-        ran = {n: [o for of in rows for o in of.values() if not o['error']] for n, rows in done.items()}
+        ran = {n: [o for of in rows for o in of.values() if not o['error']]
+               for n, rows in done.items()}
         reached = {n: fmean(best_gain(o['path']) for o in of) for n, of in ran.items() if of}
         found.target, found.common = common_gain(reached)
-    return dict(version=VERSION, data=bench.given.name, protocol=_protocol(bench, seeds, work), target=found.target,
+    return dict(version=VERSION, data=bench.given.name, protocol=_protocol(bench, seeds, work),
+                target=found.target,
                 common=found.common, lose_at_most=None if limit is None else 100*limit,
-                methods=[_method(n, recipe, found, done.get(n), limit) for n, (recipe, _) in arms.items()],
+                methods=[_method(n, recipe, found, done.get(n), limit)
+                         for n, (recipe, _) in arms.items()],
                 tuning=_tuning(found, seeds, tune_steps or bench.steps),
                 runs=dict(made=runs.made, taken=runs.taken, cpu_seconds=runs.spent + runs.saved))
 
 def _chosen(bench, arms, runs, seeds, work, race, doses, tune_steps) -> SimpleNamespace:
-    "What was tried, who is still in the race, and each arm's rates; without tuning the only ones there are"
+    """What was tried, who is still in the race, and each arm's rates; without tuning the only ones
+    there are"""
     names = tuple(arms)
     if not work['tuning']:
         alone = {n: dict(rate=thinned(rates, 1)[0], value=None, values={}, at_edge=False)
                  for n, (_, rates) in arms.items()}
-        return SimpleNamespace(tried=None, stopped={}, live=names, equal=alone, best=alone, target=None,
+        return SimpleNamespace(tried=None, stopped={}, live=names, equal=alone, best=alone,
+                               target=None,
                                common=True, hangs={}, limits={})
     wants = [Want(names, 'forgetting_matched', False), Want(names)]
     tried, stopped = tune_arms(bench, arms, runs, seeds, work, wants, race, doses, tune_steps)
@@ -460,9 +486,11 @@ def _method(name, recipe, found, done, limit) -> dict:
     if done is None:
         return method_row(name, recipe.describe(), [], rate=None, rate_matched=None, hangs=None,
                           within=None, stopped=found.stopped[name], **curves)
-    best, equal, within = found.best[name]['rate'], found.equal[name]['rate'], found.limits.get(name)
+    best, equal, within = found.best[name]['rate'], found.equal[name][
+        'rate'], found.limits.get(name)
     rows = [seed_row(of[best], of[equal], found.target) for of in done]
-    return method_row(name, recipe.describe(), rows, rate=best, rate_matched=equal, hangs=found.hangs.get(name),
+    return method_row(name, recipe.describe(), rows, rate=best, rate_matched=equal,
+                      hangs=found.hangs.get(name),
                       within=within and _within(limit, within, [of[within['rate']] for of in done]),
                       stopped=None, **curves)
 
@@ -482,7 +510,8 @@ def _protocol(bench, seeds, work) -> dict:
         forgetting=bench.how, old=bench.old_names or list(bench.old), seeds=seeds,
         redrawn=bench.skill is not None, steps=bench.steps,
         evaluations=bench.every or evaluation_steps(bench.steps, bench.evaluations),
-        parameters=bench.size, train=len(d.train), items=items if bench.skill else min(items, len(d.test)),
+        parameters=bench.size, train=len(d.train),
+        items=items if bench.skill else min(items, len(d.test)),
         old_items=old_items, validation_items=min(validation_items, len(d.validation)),
         old_validation_items=old_validation_items,
         search={k: v for k, v in work.items() if k not in ('tuning', 'test')},

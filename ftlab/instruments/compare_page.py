@@ -85,7 +85,8 @@ def picture(result:dict) -> Figure:
         color, mark = styles[m['name']]
         ax.plot([c['gain'] for c in m['frontier']], [c['forgetting'] for c in m['frontier']],
                 color=color, lw=1.5, alpha=.8)
-        ax.plot([s['gain'] for s in m['seeds']], [s['forgetting'] for s in m['seeds']], mark, color=color, alpha=.25,
+        ax.plot([s['gain'] for s in m['seeds']], [s['forgetting'] for s in m['seeds']], mark,
+                color=color, alpha=.25,
                 ms=4, mew=0)
         _point(ax, m['gain'], m['forgetting'], mark, color, color)
         if m['frontier']:
@@ -106,13 +107,17 @@ def _point(ax, gain, lost, mark, color, fill) -> None:
     "Draw one operating point with its intervals"
     if gain['mean'] is None or lost['mean'] is None:
         return
-    err = lambda d: [[d['mean'] - d['low']], [d['high'] - d['mean']]] if d['low'] is not None else None
-    ax.errorbar([gain['mean']], [lost['mean']], xerr=err(gain), yerr=err(lost), fmt=mark, color=color, mfc=fill,
+    err = lambda d: ([[d['mean'] - d['low']], [d['high'] - d['mean']]] if d['low'] is not None
+                     else None)
+    ax.errorbar([gain['mean']], [lost['mean']], xerr=err(gain), yerr=err(lost), fmt=mark,
+                color=color, mfc=fill,
                 ms=8, capsize=3, lw=1.2)
 
 def _label(ax, methods:list[dict], styles:dict) -> None:
-    "Write each arm's name beside its filled mark, or at its curve's end, pushed up where it would cover another"
-    where = {m['name']: (m['gain']['mean'], m['forgetting']['mean']) if m['gain']['mean'] is not None
+    """Write each arm's name beside its filled mark, or at its curve's end, pushed up where it would
+    cover another"""
+    where = {m['name']: (m['gain']['mean'], m['forgetting']['mean'])
+             if m['gain']['mean'] is not None
              else (m['frontier'][-1]['gain'], m['frontier'][-1]['forgetting'])
              for m in methods if m['gain']['mean'] is not None or m['frontier']}
     taken = []
@@ -136,7 +141,8 @@ def image(result:dict, kind:str) -> bytes:
 def tag(result:dict, kind:str='png') -> str:
     "Return the picture as an HTML tag that carries it, with its numbers as alt text"
     names = titles(result)
-    alt = '; '.join(f'{m["name"]}: ' + ', '.join(f'{title} {span(m[k])}' for k, title in names.items())
+    alt = '; '.join(f'{m["name"]}: ' + ', '.join(f'{title} {span(m[k])}'
+                                                 for k, title in names.items())
                     for m in result['methods'])
     kind = 'svg+xml' if kind == 'svg' else kind
     source = f'data:image/{kind};base64,{base64.b64encode(image(result, kind.removesuffix("+xml"))).decode()}'
@@ -240,7 +246,8 @@ def tuning_words(r:dict) -> list[str]:
     for n, d in t['methods'].items():
         equal = f', {d["rate_matched"]:g} at equal gain' if 'rate_matched' in d else ''
         edge = '; the best is at the edge of what was tried' if d['at_edge'] else ''
-        ended = ''.join(f'; {rate} ended early ({why})' for rate, why in d.get('stopped', {}).items())
+        ended = ''.join(f'; {rate} ended early ({why})'
+                        for rate, why in d.get('stopped', {}).items())
         said.append(f'{n}: {d["rate"]:g} for the best gain{equal}, of {tried(d)}{edge}{ended}')
     return said
 

@@ -35,7 +35,8 @@ def paired_difference(a:list|Mapping, # a score for each question, or {set: scor
 def _between(a, b, t):
     "Interpolate numbers, lists and mappings of them; what only one side has is left out"
     if isinstance(a, Mapping):
-        return {k: _between(a[k], b[k], t) for k in a if k in b and a[k] is not None and b[k] is not None}
+        return {k: _between(a[k], b[k], t) for k in a if k in b and a[k] is not None
+                and b[k] is not None}
     if isinstance(a, (list, tuple)):
         return [_between(x, y, t) for x, y in zip(a, b, strict=True)]
     return a + t*(b - a)
@@ -90,7 +91,8 @@ def reading(outcome:Mapping, metric:str, target:float|None=None
 
 def pooled(outcomes:Mapping[int, Mapping] # seed -> outcome, of one arm at one rate
           ) -> dict:
-    "Average outcomes over seeds, and put their items side by side; the path ends where the shortest does"
+    """Average outcomes over seeds, and put their items side by side; the path ends where the
+    shortest does"""
     first = next(iter(outcomes.values()))
     if len(outcomes) == 1 or any(o.get('error') for o in outcomes.values()):
         broken = next((o for o in outcomes.values() if o.get('error')), first)
@@ -105,7 +107,8 @@ def _mean_row(rows:Mapping[int, Mapping]) -> dict:
     first = next(iter(rows.values()))
     known = lambda k: all(isinstance(r.get(k), (int, float)) for r in rows.values())
     out = {k: fmean(r[k] for r in rows.values()) for k in first if known(k)}
-    shared = [k for k in first.get('items') or {} if all(k in (r.get('items') or {}) for r in rows.values())]
+    shared = [k for k in first.get('items')
+              or {} if all(k in (r.get('items') or {}) for r in rows.values())]
     items = {k: {f'{seed}/{name}': scores for seed, r in rows.items()
                  for name, scores in per_set(r['items'][k]).items()} for k in shared}
     return out | dict(items=items)
@@ -116,7 +119,8 @@ def choose(outcomes:Mapping[float, Mapping], # rate -> outcome, as `pooled` give
            higher:bool=True,       # is more of the metric better?
            target:float|None=None  # gain, for metrics that are read off the path
           ) -> dict|None: # rate, value, best (the rate of the best value), values ({rate: value})
-    "Choose the smallest rate that is within one standard error of the best; `None` if none has a value"
+    """Choose the smallest rate that is within one standard error of the best; `None` if none has a
+    value"""
     read = {r: reading(o, metric, target) for r, o in outcomes.items()}
     read = {r: v for r, v in sorted(read.items()) if v is not None}
     if not read:
@@ -124,7 +128,8 @@ def choose(outcomes:Mapping[float, Mapping], # rate -> outcome, as `pooled` give
     sign = 1 if higher else -1
     best = max(read, key=lambda r: (sign*read[r][0], -r))
     rate = next(r for r in read if r == best or _as_good(read[r], read[best], sign))
-    return dict(rate=rate, value=read[rate][0], best=best, values={r: v for r, (v, _) in read.items()})
+    return dict(rate=rate, value=read[rate][0], best=best,
+                values={r: v for r, (v, _) in read.items()})
 
 def _as_good(one, best, sign) -> bool:
     (value, items), (top, top_items) = one, best

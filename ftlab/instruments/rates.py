@@ -17,13 +17,15 @@ HALF_DECADE = 10**.5
 rounded = lambda x: float(f'{x:.3g}')
 
 def on_ladder(value:float) -> float:
-    "Return the quarter of a decade that a value is within half a percent of, so that runs are shared; else the value"
+    """Return the quarter of a decade that a value is within half a percent of, so that runs are
+    shared; else the value"""
     rung = 10**(round(4*math.log10(value))/4) if value > 0 else value
     return rung if value > 0 and abs(value/rung - 1) < .005 else value
 
 @dataclass(frozen=True)
 class Grid:
-    "The values that an arm begins with. Raises `ValueError` for none, or for some outside the bounds"
+    """The values that an arm begins with. Raises `ValueError` for none, or for some outside the
+    bounds"""
     values: tuple[float, ...]
     spacing: str = 'log'      # 'log' or 'linear'
     bounds: tuple[float, float] = (0., math.inf) # what makes sense; a log grid never reaches 0
@@ -48,7 +50,8 @@ class Grid:
 
     def moved(self, value:float, steps:float) -> float|None:
         "Return the value so many steps up (down if negative); `None` outside the bounds"
-        new = rounded(on_ladder(value*self.step**steps) if self.spacing == 'log' else value + steps*self.step)
+        new = rounded(on_ladder(value*self.step**steps) if self.spacing == 'log'
+                      else value + steps*self.step)
         return new if self.bounds[0] <= new <= self.bounds[1] else None
 
 def half_decades(rates:tuple[float, ...]) -> tuple[float, ...]:
@@ -98,7 +101,8 @@ class Tried:
                 found = None
             found = found or dict(rate=min(of), value=None, best=None, values={})
             tried = self.outcomes[arm]
-            edge = found['value'] is not None and len(tried) > 1 and found['rate'] in (min(tried), max(tried))
+            edge = (found['value'] is not None and len(tried) > 1
+                    and found['rate'] in (min(tried), max(tried)))
             chosen[arm] = found | dict(at_edge=edge)
         if len(unknown) == len(outcomes):
             raise unknown[0]
@@ -133,7 +137,8 @@ def search(grids:Mapping[str, Grid],
     out = set()
     if set(sizes.values()) != {1}:
         out = set(drop(tried))
-        wants = [replace(w, arms=live) for w in wants if (live := tuple(a for a in w.arms if a not in out))]
+        wants = [replace(w, arms=live)
+                 for w in wants if (live := tuple(a for a in w.arms if a not in out))]
         _extend(tried, [a for a in grids if a not in out], wants, have, seeds[0], extend)
         if refine:
             _refine(tried, out, wants, have, seeds[0])
@@ -185,7 +190,8 @@ def _refine(tried, dropped, wants, have, seed) -> None:
                 have(arm, rate, seed)
 
 def _repeat(tried, dropped, wants, have, seeds, again) -> None:
-    "The choices, and the next best for the first question, with every seed; as many rates for every arm"
+    """The choices, and the next best for the first question, with every seed; as many rates for
+    every arm"""
     if len(seeds) < 2 or not again:
         return
     picks = _picks(tried, wants)
@@ -193,13 +199,15 @@ def _repeat(tried, dropped, wants, have, seeds, again) -> None:
     for arm in (a for a in tried.grids if a not in dropped):
         rates = list(dict.fromkeys(p['rate'] for p in picks[arm] if p['value'] is not None))
         values = picks[arm][0]['values'] if picks[arm] else {}
-        order = [r for r in _best_first(tried.pooled(arm), values, signs.get(arm, 1)) if r not in rates]
+        order = [r for r in _best_first(tried.pooled(arm), values, signs.get(arm, 1))
+                 if r not in rates]
         for rate in (rates + order)[:max(again, len(rates))]:
             for seed in seeds[1:]:
                 have(arm, rate, seed)
 
 def _best_first(outcomes, values, sign) -> list[float]:
-    "Rates from the best value on, then those without one from the largest gain on, then those that broke down"
+    """Rates from the best value on, then those without one from the largest gain on, then those
+    that broke down"""
     gain = lambda o: best_gain(o.get('path') or []) or o.get('gain') or 0.
     return sorted(outcomes, key=lambda r: (bool(outcomes[r].get('error')), r not in values,
                                            -sign*values.get(r, 0.), -gain(outcomes[r]), r))

@@ -33,7 +33,8 @@ def library_code() -> str:
     return found.hexdigest()
 
 def recipe_code(recipe:Recipe) -> dict[str, str]:
-    "Return a hash of each paper's module that a recipe stands on, and of each function from outside of ftlab"
+    """Return a hash of each paper's module that a recipe stands on, and of each function from
+    outside of ftlab"""
     names, own, todo = set(), {}, [recipe]
     while todo:
         x = todo.pop()
@@ -57,25 +58,30 @@ def _papers(names) -> dict[str, str]:
     found, todo = {}, list(names)
     while todo:
         if (name := todo.pop()) not in found:
-            text = Path(ftlab.__file__).parent.joinpath(*name.split('.')[1:]).with_suffix('.py').read_text('utf-8')
+            text = Path(ftlab.__file__).parent.joinpath(*name.split('.')[1:]).with_suffix(
+                '.py').read_text('utf-8')
             found[name] = digest(text)
             todo += [home for home, _ in imports(text, name).values() if is_paper(home)]
     return dict(sorted(found.items()))
 
 def source_print(f) -> str:
-    "Return a hash of a function's or an object's class's text; of its byte code where there is no text"
+    """Return a hash of a function's or an object's class's text; of its byte code where there is no
+    text"""
     f = f if inspect.isroutine(f) or isinstance(f, type) else type(f)
     try:
         return digest(inspect.getsource(f))
     except (OSError, TypeError):
         return digest(getattr(getattr(f, '__code__', None), 'co_code', b'').hex())
 
-def run_key(bench:Bench, recipe:Recipe, rate:float|None, seed:int, split:str, steps:int, doses:tuple=()) -> dict:
+def run_key(bench:Bench, recipe:Recipe, rate:float|None, seed:int, split:str, steps:int,
+            doses:tuple=()) -> dict:
     "Return all that determines an outcome"
     metric = bench.metric if isinstance(bench.metric, str) else source_print(bench.metric)
     return dict(base=bench.base.fingerprint(seed), data=bench.data(seed).fingerprint,
-                old={n: o.fingerprint for n, o in bench.old.items()}, how=bench.how, recipe=recipe.describe(),
-                schedule=recipe.schedule, rate=rate, seed=seed, split=split, metric=metric, steps=steps,
+                old={n: o.fingerprint for n, o in bench.old.items()}, how=bench.how,
+                recipe=recipe.describe(),
+                schedule=recipe.schedule, rate=rate, seed=seed, split=split, metric=metric,
+                steps=steps,
                 evaluations=bench.every or bench.evaluations, items=bench.sizes[split],
                 max_length=bench.max_length, budget=bench.budget, dtype=str(bench.dtype),
                 device=bench.device.type, settings=bench.settings, doses=list(doses),
@@ -83,7 +89,8 @@ def run_key(bench:Bench, recipe:Recipe, rate:float|None, seed:int, split:str, st
 
 # %% ../../nbs/instruments/runs.ipynb #2037c927
 def runs_folder() -> Path:
-    "Return where shared runs are kept: `FTLAB_RUNS`, else `runs/` of a checkout, else `ftlab-runs/`"
+    """Return where shared runs are kept: `FTLAB_RUNS`, else `runs/` of a checkout, else
+    `ftlab-runs/`"""
     at = claims_folder()
     return Path(os.environ.get('FTLAB_RUNS') or (at.parent/'runs' if at else 'ftlab-runs'))
 
@@ -113,13 +120,15 @@ class Runs:
         found = bench.run(recipe, rate, seed, split, steps, doses,
                           path.with_suffix('.safetensors') if self.keep else None)
         found = dict(method=recipe.name, rate=rate, seed=seed, split=split) | found
-        write_atomically(path, lambda p: p.write_text(json.dumps(found | dict(key=key), allow_nan=False)))
+        write_atomically(path, lambda p: p.write_text(
+            json.dumps(found | dict(key=key), allow_nan=False)))
         self.made += 1
         self.spent += found['cpu_seconds']
         return found
 
     def _kept(self, path:Path, key:dict) -> dict|None:
-        "Read a finished run; `None`, with a warning, for a file that is damaged, so that the run is made again"
+        """Read a finished run; `None`, with a warning, for a file that is damaged, so that the run
+        is made again"""
         if path.is_dir():
             raise IsADirectoryError(f'{str(path)!r} is a folder, where the file of a run belongs; move it away')
         if not path.exists():
@@ -127,7 +136,7 @@ class Runs:
         try:
             found = json.loads(path.read_text(encoding='utf-8'))
             if found.pop('key') == key:
-                lacks = self.keep and not found['error'] and not path.with_suffix('.safetensors').exists()
+                lacks = (self.keep and not found['error'] and not path.with_suffix('.safetensors').exists())
                 return None if lacks else found
             said = 'it is another run'
         except (OSError, ValueError, TypeError, KeyError) as e:

@@ -60,7 +60,8 @@ def lacks_room(c:Mapping, # kind, margin, higher_is_better, best, trivial, worse
     return ''
 
 def room(c:Mapping) -> str:
-    """Say why a contrast of a result has no room, on the tuning seeds or on the test seeds; '' if it has"""
+    """Say why a contrast of a result has no room, on the tuning seeds or on the test seeds; '' if
+    it has"""
     if 'best' not in c and 'trivial' not in c:
         return ''  # a claim of the first edition
     t = c['tuning']
@@ -132,7 +133,8 @@ def verdict(result:Mapping) -> str:
 
 # %% ../../nbs/instruments/verdicts.ipynb #001108ff
 EDITION = 2
-NEEDED = dict(paper_says=str, where=str, sentence=str, scope=str, seeds=list, why=str, differs=list, left_out=list)
+NEEDED = dict(paper_says=str, where=str, sentence=str, scope=str, seeds=list, why=str, differs=list,
+              left_out=list)
 SCOPES = dict(identity='only arithmetic was checked',
               lab='one small base model, trained in this project, on made-up skills',
               real='a model and data that people use')
@@ -240,12 +242,14 @@ def _check_keys(claim, wrong):
     if claim.earlier and not spec.get('superseded'):
         raise wrong('superseded is missing: one line that says why the earlier claim no longer stands')
     seeds = set(spec['seeds'])
-    if spec.get('contrast') and (len(seeds) < max(5, len(spec['seeds'])) or any(s >= 10_000 for s in seeds)):
+    if spec.get('contrast') and (len(seeds) < max(5, len(spec['seeds']))
+                                 or any(s >= 10_000 for s in seeds)):
         raise wrong(f'seeds are {spec["seeds"]}; five different ones or more, '
                     'below 10000, where the tuning seeds begin')
     if not spec.get('contrast') and not (claim.script and _defines(claim.script, 'identities')):
         raise wrong('neither a [[contrast]] nor a script with identities()')
-    if spec.get('contrast') and not 1 <= sum(c.get('primary', False) for c in spec['contrast']) <= PRIMARY:
+    if spec.get('contrast') and not 1 <= sum(c.get('primary', False)
+                                             for c in spec['contrast']) <= PRIMARY:
         raise wrong('one or two contrasts must say primary = true: they alone decide')
     if len({p.get('task') for p in spec.get('pilot', ())}) > PILOTS:
         raise wrong(f'there are pilots on more than {PILOTS} tasks')
@@ -254,7 +258,8 @@ def _tables(spec):
     "Return (kind, table) of every table in a claim's file"
     contrasts = spec.get('contrast', ())
     yield from (('arm', a) for a in spec.get('arms', {}).values() if isinstance(a, Mapping))
-    yield from (('trivial', c['trivial']) for c in contrasts if isinstance(c.get('trivial'), Mapping))
+    yield from (('trivial', c['trivial'])
+                for c in contrasts if isinstance(c.get('trivial'), Mapping))
     yield from ((kind, t) for kind in ('contrast', 'control', 'pilot') for t in spec.get(kind, ()))
     yield 'review', spec.get('review', {})
     yield from (('objection', o) for o in spec.get('review', {}).get('objections', ()))
@@ -276,7 +281,8 @@ def _check_arms(claim, wrong):
         raise wrong('the grids have one value; give four, or fixed with the reason')
 
 def arms_said(spec:Mapping) -> dict[str, dict]:
-    "Return the arms of a claim's file in one form: recipe, grid (a tuple, empty for none) and steps"
+    """Return the arms of a claim's file in one form: recipe, grid (a tuple, empty for none) and
+    steps"""
     shared = spec.get('grid', ())
     out = {}
     for name, a in spec.get('arms', {}).items():
@@ -300,7 +306,8 @@ def _check_contrast(c, spec, claim, wrong):
     if c['kind'] not in ('superiority', 'equivalence') or c['margin'] < 0:
         raise wrong(f'{name}: kind must be superiority or equivalence, and margin at least 0')
     trivial = c['trivial']
-    if not isinstance(trivial, Mapping) or 'name' not in trivial or not {'value', 'arm'} & set(trivial):
+    if not isinstance(trivial, Mapping) or 'name' not in trivial or not {'value', 'arm'} & set(
+        trivial):
         raise wrong(f'{name}: trivial is {trivial!r}; give a name, and a value or an arm')
     for k, arm in dict(trivial=trivial.get('arm'), worse=c.get('worse')).items():
         if arm is not None and arm not in arms and not derived:
@@ -314,7 +321,8 @@ def _check_contrast(c, spec, claim, wrong):
         raise wrong(f'{name} needs worst: the value that a run which breaks down counts as')
 
 def check_reviewed(claim:Claim) -> None:
-    "Raise `ValueError` for a claim that no second reader has tried to break: three objections with their answers"
+    """Raise `ValueError` for a claim that no second reader has tried to break: three objections
+    with their answers"""
     said = claim.spec.get('review', {}).get('objections', ())
     if len(said) < OBJECTIONS or not all(o.get('objection') and o.get('answer') for o in said):
         raise ValueError(f'{claim.file}: [review] needs at least {OBJECTIONS} objections of a second reader, '
