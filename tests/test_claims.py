@@ -171,9 +171,9 @@ def test_sameness_needs_an_arm_that_is_told_apart():
     assert judged(dict(contrasts=[same | worse(-.3, -.2)]))[0] == 'holds'
     assert judged(dict(contrasts=[same | worse(-.05, .02)])) == (
         'unclear', 'no room: half of the steps also lies within the margin (-0.015)')
-    turned = same | worse(-.3) | dict(
+    other_rate = same | worse(-.3) | dict(
         sensitivity=[dict(arm='a', rate=2., chosen=1., effects=[.3, .1])])
-    assert 'hangs on the rate' in judged(dict(contrasts=[turned]))[1]
+    assert 'hangs on the rate' in judged(dict(contrasts=[other_rate]))[1]
 
 def test_a_rate_that_never_reaches_the_target_is_no_alternative_and_an_unclear_one_does_not_hang():
     assert hangs(GOOD | dict(sensitivity=[dict(arm='a', rate=2., chosen=1., effects=[])])) == ''

@@ -541,9 +541,9 @@ def test_labels_gain_accuracy_and_drift(reviews, tmp_path):
 def test_labels_beside_old_data_lose_accuracy_and_drift_is_measured_too(reviews):
     tasks = data([dict(text=f'{a} {w}', label=l) for l, words in dict(good=GOOD, bad=BAD).items()
                   for w in words for a in ASPECTS[:3]])
-    o = Bench(*reviews, old=dict(turned=tasks), **FAST | dict(steps=20)).run(get('full'), 3e-3, 0, 'test')
-    assert o['error'] is None and 0 <= o['drift'] <= 1 and list(o['items']['forgetting']) == ['turned']
-    assert o['forgetting'] == pytest.approx(o['old']['turned']['before'] - o['old']['turned']['after'])
+    o = Bench(*reviews, old=dict(reversed=tasks), **FAST | dict(steps=20)).run(get('full'), 3e-3, 0, 'test')
+    assert o['error'] is None and 0 <= o['drift'] <= 1 and list(o['items']['forgetting']) == ['reversed']
+    assert o['forgetting'] == pytest.approx(o['old']['reversed']['before'] - o['old']['reversed']['after'])
 
 def test_lab_models_lose_old_skills_skill_by_skill(tmp_path):
     tok = lab_tokenizer()

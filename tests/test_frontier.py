@@ -110,7 +110,7 @@ def test_a_metric_is_read_at_the_end_or_at_the_target():
     assert reading(o, 'forgetting_matched', .4)[0] == pytest.approx(.3)
     assert reading(o, 'forgetting_matched', .9) is None is reading(o, 'forgetting_matched', None)
     assert reading(o | dict(error='nan'), 'gain') is None is reading(o | dict(gain=math.nan), 'gain')
-    with pytest.raises(KeyError, match="no number 'gian'; there are gain, forgetting, kl"):
+    with pytest.raises(KeyError, match="nothing is called 'gian'; there are gain, forgetting, kl"):
         reading(o, 'gian')
 
 def outcome(gain, forgetting, items, rows, **more):
@@ -313,7 +313,7 @@ def test_an_arm_that_is_out_gets_no_more_rates_and_sets_no_target():
 def test_a_number_that_no_arm_has_is_named_and_one_that_some_lack_is_not():
     run = lambda arm, rate, seed: of_right(50, 20) | (dict(score=rate) if arm == 'a' else {})
     grids = dict.fromkeys('ab', GRID)
-    with pytest.raises(KeyError, match="no number 'scor'"):
+    with pytest.raises(KeyError, match="nothing is called 'scor'"):
         search(grids, run, [Want(('a', 'b'), 'scor')])
     tried = search(grids, run, [Want(('a', 'b'), 'score')])
     chosen = tried.choices(Want(('a', 'b'), 'score'))['arms']

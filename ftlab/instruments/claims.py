@@ -216,7 +216,8 @@ def own_definitions(claim:Claim) -> dict[str, str]:
     return closure(marks, _source, recorded)
 
 # of a claim's file, what does not change what is run or how it is judged
-WORDS_ALONE = ('why', 'paper_says', 'where', 'superseded', 'differs', 'left_out', 'pilot', 'review', 'no_dial', 'fixed')
+WORDS_ALONE = ('why', 'paper_says', 'where', 'superseded', 'differs', 'left_out', 'pilot', 'review',
+               'no_dial', 'fixed')
 
 def own_code(claim:Claim) -> str:
     """The hash of the paper's own definitions and of the experiment; the sentence counts,

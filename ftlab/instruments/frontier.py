@@ -84,7 +84,7 @@ def reading(outcome:Mapping, metric:str, target:float|None=None
             return None
     if name not in row:
         known = ', '.join(k for k in row if k not in ('items', 'path'))
-        raise KeyError(f'there is no number {name!r}; there are {known}')
+        raise KeyError(f'nothing is called {name!r}; there are {known}')
     value = row[name]
     items = (row.get('items') or {}).get(name)
     return None if value is None or not math.isfinite(value) else (value, items)

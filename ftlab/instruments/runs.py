@@ -136,7 +136,8 @@ class Runs:
         try:
             found = json.loads(path.read_text(encoding='utf-8'))
             if found.pop('key') == key:
-                lacks = (self.keep and not found['error'] and not path.with_suffix('.safetensors').exists())
+                change = path.with_suffix('.safetensors')
+                lacks = self.keep and not found['error'] and not change.exists()
                 return None if lacks else found
             said = 'it is another run'
         except (OSError, ValueError, TypeError, KeyError) as e:
