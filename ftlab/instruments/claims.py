@@ -725,8 +725,8 @@ def explain(key:str) -> str:
     r, state = read_result(claim), status(claim)
     v, reason = judged(r)
     because = f': {r["superseded"]}' if r.get('superseded') else ''
-    return '\n'.join([*lines, *_outcome(r),
-                      *(f'also seen: {x}' for x in (*r.get('also_seen', ()), *r.get('noted', ()))), '',
+    seen = (*r.get('also_seen', ()), *r.get('noted', ()))
+    return '\n'.join([*lines, *_outcome(r), *(f'also seen: {x}' for x in seen), '',
                       f'{v}{f" ({reason})" if reason else ""}: {VERDICTS[v]} ({state}{because}; '
                       f'{r["seconds"]/60:.1f} minutes)'])
 

@@ -504,9 +504,11 @@ def _tuning(found, seeds, steps) -> dict|None:
 def _protocol(bench, seeds, work) -> dict:
     "What was done to all methods alike"
     d = bench.given
-    (items, old_items), (validation_items, old_validation_items) = (bench.sizes[s] for s in ('test', 'validation'))
+    items, old_items = bench.sizes['test']
+    validation_items, old_validation_items = bench.sizes['validation']
+    own = getattr(bench.metric, '__name__', 'a function')
     return dict(
-        metric=bench.metric if isinstance(bench.metric, str) else getattr(bench.metric, '__name__', 'a function'),
+        metric=bench.metric if isinstance(bench.metric, str) else own,
         forgetting=bench.how, old=bench.old_names or list(bench.old), seeds=seeds,
         redrawn=bench.skill is not None, steps=bench.steps,
         evaluations=bench.every or evaluation_steps(bench.steps, bench.evaluations),

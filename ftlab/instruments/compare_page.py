@@ -156,8 +156,10 @@ def reading(r:dict) -> list[str]:
     if lost != 'forgetting':
         up = (f'has moved less from the base ({lost}): what it could do before is not known, '
               'so how far it moved is shown in its place.')
-    curve = ('A curve is one method: the least that it forgot at each gain, over all the rates and steps '
-             'that were tried, on validation questions. ' if any(m['frontier'] for m in r['methods']) else '')
+    curve = ''
+    if any(m['frontier'] for m in r['methods']):
+        curve = ('A curve is one method: the least that it forgot at each gain, over all the rates '
+                 'and steps that were tried, on validation questions. ')
     chance = f'95% intervals by Student\'s t over {n} seeds; where they overlap widely, the order may be chance.'
     if n < 3:
         chance = (f'{"one seed" if n == 1 else "two seeds"}: '
