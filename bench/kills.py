@@ -37,7 +37,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import ftlab
 from ftlab import methods
 from ftlab.core.io import read_metadata, write_text
-from ftlab.instruments.compare import Budget
+from ftlab.instruments.bench import Budget
 from ftlab.lab.models import lab_tokenizer
 from ftlab.trainers.callbacks import EarlyStop, Every, validation_nll
 from ftlab.trainers.checkpoint import cut_off

@@ -11,7 +11,7 @@ from pathlib import Path
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')
 import torch, ftlab
 from ftlab.core.io import write_atomically
-from ftlab.instruments.compare import score
+from ftlab.instruments.bench import score
 from ftlab.core.loading import fresh_head
 from ftlab.core.scorers import WORLD
 from ftlab.lab.pretrain import hide, predictions, to_batches

@@ -18,7 +18,7 @@ import ftlab
 from ftlab.core.tokens import encode
 from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import WORLD, exact_match
-from ftlab.instruments.compare import kl_to_base as drift
+from ftlab.instruments.bench import kl_to_base as drift
 from ftlab.lab.world import LETTERS
 from ftlab.trainers.losses.asft import asft
 from ftlab.trainers.losses.dft import dft

@@ -171,9 +171,9 @@ def test_sameness_needs_an_arm_that_is_told_apart():
     assert judged(dict(contrasts=[same | worse(-.3, -.2)]))[0] == 'holds'
     assert judged(dict(contrasts=[same | worse(-.05, .02)])) == (
         'unclear', 'no room: half of the steps also lies within the margin (-0.015)')
-    turned = same | worse(-.3) | dict(
+    other_rate = same | worse(-.3) | dict(
         sensitivity=[dict(arm='a', rate=2., chosen=1., effects=[.3, .1])])
-    assert 'hangs on the rate' in judged(dict(contrasts=[turned]))[1]
+    assert 'hangs on the rate' in judged(dict(contrasts=[other_rate]))[1]
 
 def test_a_rate_that_never_reaches_the_target_is_no_alternative_and_an_unclear_one_does_not_hang():
     assert hangs(GOOD | dict(sensitivity=[dict(arm='a', rate=2., chosen=1., effects=[])])) == ''
@@ -395,7 +395,8 @@ def test_a_run_that_breaks_down_counts_against_the_claim(runs, arm, value):
     assert r['contrasts'][0][side][3] == value and r['verdict'] != 'holds'
     nan = run_claim(claim_at(runs, script=broken.replace("raise RuntimeError('out of memory')",
                                                          "return dict(m=float('nan'))")))
-    assert nan['contrasts'][0][side][3] == value and 'm is nan' in nan['cells']['3'][f'{arm}@5.62']['error']
+    assert nan['contrasts'][0][side][3] == value
+    assert 'm is nan' in nan['cells']['3'][f'{arm}@5.62']['error']
 
 DERIVE = SCRIPT + """
 def derive(found):
@@ -539,7 +540,8 @@ def test_superseded_evidence_is_not_carried_and_running_again_ends_it(runs):
     (('seeds = [0, 1, 2, 3, 4]', 'seeds = [0, 1, 2, 3, 10000]'), 'below 10000'),
     (('scope = "lab"', 'scope = "moon"'), "scope is 'moon'"),
     (('paper_says = "p"\n', ''), 'paper_says is None'), (('where = "abstract"\n', ''), 'where is None'),
-    (('differs = ["d"]\n', ''), 'differs is None'), (('left_out = ["l"]\n', ''), 'left_out is None'),
+    (('differs = ["d"]\n', ''), 'differs is None'),
+    (('left_out = ["l"]\n', ''), 'left_out is None'),
     (('why = "w"', 'y = "w"\nwhy = "w"'), "'y' is no key of a claim"),
     (('metric = "m"', 'metric = "m"\nhigher_is_beter = false'), "'higher_is_beter' is no key of a contrast"),
     (('base = {}', 'base = {gird = [1]}'), "'gird' is no key of an arm"),

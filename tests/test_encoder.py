@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, torch
 from safetensors.torch import load_file
 import ftlab
-from ftlab.instruments.compare import score
+from ftlab.instruments.bench import score
 from ftlab.core.loading import lab_folder
 from ftlab.core.scorers import WORLD
 from ftlab.lab.models import lab_tokenizer

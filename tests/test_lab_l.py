@@ -11,7 +11,7 @@ from test_lookup import solve
 import ftlab
 from ftlab.core.loading import CHECKPOINTS, lab_folder
 from ftlab.core.scorers import answers
-from ftlab.instruments.compare import old_skills
+from ftlab.lab.models import old_skills
 from ftlab.lab.feed import POOLS, Feed, packed_rows
 from ftlab.lab.large import PUBLISHED, pretrain_large
 from ftlab.lab.stacked import Plan, llama_config

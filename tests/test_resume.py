@@ -20,7 +20,7 @@ from ftlab.core.io import (Busy, DiskFull, TemporaryFolder, check_room, leftover
                            read_tensors, sweep, write_atomically, write_tensors, write_text)
 from ftlab.core.recipe import Loop, Recipe, Stages
 from ftlab.core.state import State
-from ftlab.instruments.compare import Budget
+from ftlab.instruments.bench import Budget
 from ftlab.trainers.callbacks import EarlyStop
 from ftlab.trainers.checkpoint import cut_off, read_header
 from ftlab.trainers.fit import fit

@@ -291,8 +291,10 @@ def failed_controls(p: Project, e: dict) -> list[str]:
         bars = [f'{word} {c[key]:g}' for key, word in (('at_least', 'at least'), ('at_most', 'at most'))
                 if c.get(key) is not None]
         # values are numbers, or the runs in which it failed
-        seen = (f'{sum(c["values"])/len(c["values"]):+.3f}, needed {" and ".join(bars)}' if bars
-                else f'failed in {", ".join(c["values"])}')
+        broken = c['values'].count(None)
+        mean = (f'broke down in {broken} of {len(c["values"])} seeds' if broken or not bars
+                else f'{sum(c["values"])/len(c["values"]):+.3f}')
+        seen = f'{mean}, needed {" and ".join(bars)}' if bars else f'failed in {", ".join(c["values"])}'
         out.append(f'control failed, which makes the verdict unclear: {c["name"]}, {seen}')
     return out
 

@@ -63,7 +63,8 @@ def _carried(a):
     return done, '' if done else 'no evidence needs carrying over'
 
 def _room(a):
-    "Search the rates of claims and say whether their contrasts have room; no test question is asked"
+    """Search the rates of claims and say whether their contrasts have room; no test question is
+    asked"""
     from ftlab.instruments.claims import tuned_part
     from ftlab.instruments.verdicts import room
     if not a.names:

@@ -154,12 +154,15 @@ class Budget:
 
 # %% ../../nbs/instruments/bench.ipynb #1f07361b
 def tokenizer_print(tok) -> str:
-    "Return what tells a tokenizer from another: its words and rules, its template, its special tokens"
+    """Return what tells a tokenizer from another: its words and rules, its template, its special
+    tokens"""
     fast = getattr(tok, 'backend_tokenizer', None)
     rules = json.loads(fast.to_str()) if fast else tok.get_vocab()
     # what the last call left there
-    rules = {k: v for k, v in rules.items() if k not in ('padding', 'truncation')} if fast else rules
-    return digest([rules, tok.chat_template, tok.special_tokens_map, tok.padding_side, tok.model_max_length])
+    rules = ({k: v for k, v in rules.items() if k not in ('padding', 'truncation')} if fast
+             else rules)
+    return digest([rules, tok.chat_template, tok.special_tokens_map, tok.padding_side,
+                   tok.model_max_length])
 
 class Base:
     "The model that every run begins at: `base(seed)` is a fresh copy, and the tokenizer"

@@ -31,7 +31,8 @@ from ..papers import claims, claims_folder, marked
 from .verdicts import (DEFAULTS, EDITION, SCOPES, VERDICTS, Claim, arms_said,
                                         bar_of, bare,
                                         check_reviewed, closure,
-                                        code_hash, contrast, contrast_verdict, dumped, hangs, in_favour, judged,
+                                        code_hash, contrast, contrast_verdict, dumped, hangs,
+                                        in_favour, judged,
                                         read_claim, room)
 
 # %% auto #0
@@ -90,7 +91,8 @@ class Experiment:
         t = time.process_time()
         try:
             found = dict(self.script.run(arm, rate, seed, split, steps), error=None)
-            if odd := [k for k, v in found.items() if isinstance(v, float) and not math.isfinite(v)]:
+            if odd := [k for k, v in found.items() if isinstance(v, float)
+                       and not math.isfinite(v)]:
                 raise FloatingPointError(f'{odd[0]} is {found[odd[0]]}')
         except (ImportError, SyntaxError, NameError, AttributeError, TypeError):
             raise
@@ -329,7 +331,8 @@ class Kept:
             except ValueError as e:
                 warnings.warn(f'{str(path)!r} cannot be read and is made again ({e})')
         found = make()
-        write_atomically(path, lambda p: p.write_text(json.dumps(found, allow_nan=False, default=float)))
+        write_atomically(path, lambda p: p.write_text(
+            json.dumps(found, allow_nan=False, default=float)))
         return json.loads(path.read_text(encoding='utf-8'))
 
 # %% ../../nbs/instruments/claims.ipynb #2d03f461

@@ -191,7 +191,8 @@ def _refine(tried, dropped, wants, have, seed) -> None:
                 have(arm, rate, seed)
 
 def _repeat(tried, dropped, wants, have, seeds, again) -> None:
-    "The choices, and the next best for the first question, with every seed; as many rates for every arm"
+    """The choices, and the next best for the first question, with every seed; as many rates for
+    every arm"""
     if len(seeds) < 2 or not again:
         return
     picks = _picks(tried, wants)
@@ -199,13 +200,15 @@ def _repeat(tried, dropped, wants, have, seeds, again) -> None:
     for arm in (a for a in tried.grids if a not in dropped):
         rates = list(dict.fromkeys(p['rate'] for p in picks[arm] if p['value'] is not None))
         values = picks[arm][0]['values'] if picks[arm] else {}
-        order = [r for r in _best_first(tried.pooled(arm), values, signs.get(arm, 1)) if r not in rates]
+        order = [r for r in _best_first(tried.pooled(arm), values, signs.get(arm, 1))
+                 if r not in rates]
         for rate in (rates + order)[:max(again, len(rates))]:
             for seed in seeds[1:]:
                 have(arm, rate, seed)
 
 def _best_first(outcomes, values, sign) -> list[float]:
-    "Rates from the best value on, then those without one from the largest gain on, then those that broke down"
+    """Rates from the best value on, then those without one from the largest gain on, then those
+    that broke down"""
     gain = lambda o: best_gain(o.get('path') or []) or o.get('gain') or 0.
     return sorted(outcomes, key=lambda r: (bool(outcomes[r].get('error')), r not in values,
                                            -sign*values.get(r, 0.), -gain(outcomes[r]), r))

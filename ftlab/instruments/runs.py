@@ -33,7 +33,8 @@ def library_code() -> str:
     return found.hexdigest()
 
 def recipe_code(recipe:Recipe) -> dict[str, str]:
-    "Return a hash of each paper's module that a recipe stands on, and of each function from outside of ftlab"
+    """Return a hash of each paper's module that a recipe stands on, and of each function from
+    outside of ftlab"""
     names, own, todo = set(), {}, [recipe]
     while todo:
         x = todo.pop()
@@ -57,13 +58,15 @@ def _papers(names) -> dict[str, str]:
     found, todo = {}, list(names)
     while todo:
         if (name := todo.pop()) not in found:
-            text = Path(ftlab.__file__).parent.joinpath(*name.split('.')[1:]).with_suffix('.py').read_text('utf-8')
+            text = Path(ftlab.__file__).parent.joinpath(*name.split('.')[1:]).with_suffix(
+                '.py').read_text('utf-8')
             found[name] = digest(text)
             todo += [home for home, _ in imports(text, name).values() if is_paper(home)]
     return dict(sorted(found.items()))
 
 def source_print(f) -> str:
-    "Return a hash of a function's or an object's class's text; of its byte code where there is no text"
+    """Return a hash of a function's or an object's class's text; of its byte code where there is no
+    text"""
     f = f if inspect.isroutine(f) or isinstance(f, type) else type(f)
     try:
         return digest(inspect.getsource(f))
@@ -137,7 +140,8 @@ class Runs:
         try:
             found = json.loads(path.read_text(encoding='utf-8'))
             if found.pop('key') == key:
-                lacks = self.keep and not found['error'] and not path.with_suffix('.safetensors').exists()
+                change = path.with_suffix('.safetensors')
+                lacks = self.keep and not found['error'] and not change.exists()
                 return None if lacks else found
             said = 'it is another run'
         except (OSError, ValueError, TypeError, KeyError) as e:

@@ -257,7 +257,8 @@ def _check_keys(claim, wrong):
     if claim.earlier and not spec.get('superseded'):
         raise wrong('superseded is missing: one line that says why the earlier claim no longer stands')
     seeds = set(spec['seeds'])
-    if spec.get('contrast') and (len(seeds) < max(5, len(spec['seeds'])) or any(s >= 10_000 for s in seeds)):
+    if spec.get('contrast') and (len(seeds) < max(5, len(spec['seeds']))
+                                 or any(s >= 10_000 for s in seeds)):
         raise wrong(f'seeds are {spec["seeds"]}; five different ones or more, '
                     'below 10000, where the tuning seeds begin')
     if not spec.get('contrast') and not (claim.script and _defines(claim.script, 'identities')):
@@ -272,7 +273,8 @@ def _tables(spec):
     "Return (kind, table) of every table in a claim's file"
     contrasts = spec.get('contrast', ())
     yield from (('arm', a) for a in spec.get('arms', {}).values() if isinstance(a, Mapping))
-    yield from (('trivial', c['trivial']) for c in contrasts if isinstance(c.get('trivial'), Mapping))
+    yield from (('trivial', c['trivial'])
+                for c in contrasts if isinstance(c.get('trivial'), Mapping))
     yield from ((kind, t) for kind in ('contrast', 'control', 'pilot') for t in spec.get(kind, ()))
     yield 'review', spec.get('review', {})
     yield from (('objection', o) for o in spec.get('review', {}).get('objections', ()))
