@@ -11,8 +11,8 @@ import ftlab.instruments.runs as R
 from ftlab.adapters.store import identity
 from ftlab.core.record import digest
 from ftlab.core.scorers import skill_questions
-from ftlab.instruments.bench import (Bench, evaluation_steps, halves, mean_of, metric_for,
-                                     old_data)
+from ftlab.evaluators.forgetting import flips, mean_flips
+from ftlab.instruments.bench import Bench, evaluation_steps, mean_of, metric_for
 from ftlab.instruments.compare import (Comparison, check_limit, compare, effort, hangs_on_rate,
                                        interval, lost_races,
                                        plan, read_at, seed_row, thinned, tuning_seeds, upgraded,
@@ -69,9 +69,21 @@ def test_a_crash_is_the_worst_score_at_both_points_and_is_counted():
     assert seed_row(fine, fine, .3)['error'] is None
 
 def test_flips_count_questions_both_ways():
-    o = made(items=dict(forgetting=dict(add=[1., 0., -1., 1.], sort=[0.]*4)))
+    counted = flips([1., 1., 0., 1.], [0., 1., 1., 0.])
+    o = made(flips=dict(mean=mean_flips([counted, flips([1.]*4, [1.]*4)]), sets={}))
     row = seed_row(o, o, .1)
-    assert (row['lost'], row['regained']) == (2/8, 1/8)
+    assert (row['lost'], row['won']) == (2/8, 1/8)
+    assert seed_row(made(flips=None), o, .1)['lost'] is None
+
+def test_an_outcome_counts_the_answers_that_flipped():
+    tok = lab_tokenizer()
+    b = Bench((llama(tok), tok), 'changed-rule', **FAST | dict(old_items=6))
+    o = b.run(get('full'), 3e-3, 0, 'test')
+    for q in b.old_sets(0, 'test'):
+        lost = o['items']['forgetting'][q.name]
+        f = o['flips']['sets'][q.name]
+        assert (f['lost']['count'], f['won']['count']) == (sum(v > 0 for v in lost), sum(v < 0 for v in lost))
+    assert set(o['flips']['sets']) == set(o['old'])
 
 def test_the_tuning_seeds_are_outside_and_stay_when_seeds_are_added():
     assert tuning_seeds([0, 1, 2]) == tuning_seeds(list(range(50))) == (10_000, 10_001)
@@ -250,7 +262,7 @@ def count_fits(monkeypatch):
     return done
 
 METHOD_KEYS = {'name', 'recipe', 'seeds', 'gain', 'forgetting', 'forgetting_matched',
-               'gain_matched', 'lost', 'regained',
+               'gain_matched', 'lost', 'won',
                'rate', 'rate_matched', 'frontier', 'paths', 'within', 'hangs', 'stopped'}
 RESULT_KEYS = {'version', 'model', 'data', 'protocol', 'methods', 'tuning', 'versions', 'target',
                'common', 'lose_at_most',
@@ -280,7 +292,7 @@ def test_the_json_has_the_promised_shape(plain, tmp_path):
         for s in m['seeds']:
             assert {'seed', 'gain', 'forgetting', 'forgetting_matched', 'gain_matched', 'step_matched',
                     'nll', 'drift', 'seconds', 'peak_bytes', 'trainable', 'saved_bytes', 'path',
-                    'lost', 'regained'} <= set(s)
+                    'lost', 'won'} <= set(s)
             assert [x['step'] for x in s['path']] == [0, *evaluation_steps(6)] == [0, 1, 2, 3, 6]
             assert ({'step', 'gain', 'forgetting'} == set(s['path'][0]) and s['saved_bytes'] > 0
                     and s['seconds'] > 0)
@@ -716,9 +728,9 @@ def test_choosing_and_judging_share_no_question(plain):
     assert not asked(b.questions(0, 'validation')) & asked(b.questions(0, 'test'))
     doubled = data([dict(prompt=f'{i%50} plus', response=str(i%50)) for i in range(200)])
     assert not asked(doubled.validation) & asked(doubled.test), 'rows that stand twice are on one side'
-    half = halves(doubled.test + doubled.validation + doubled.train)
-    assert not asked(half['validation']) & asked(half['test'])
-    assert halves(doubled.train[::-1])['test'] == halves(doubled.train)['test'][::-1], 'a hash decides, not the order'
+    b = Bench((model, tok), sums, old=doubled, **FAST)
+    half = {w: [r for q in b.old_sets(0, w) for r in q.rows] for w in ('validation', 'test')}
+    assert all(half.values()) and not asked(half['validation']) & asked(half['test'])
 
 @pytest.mark.parametrize('skill', ['new-procedure', 'changed-rule', *OLD[:4]])
 def test_the_questions_of_a_skill_are_different_in_each_split(skill):
@@ -732,10 +744,11 @@ def test_evaluations_are_each_twice_as_late_as_the_one_before():
     assert evaluation_steps(120) == [15, 30, 60, 120] and evaluation_steps(200, 1) == [200]
     assert evaluation_steps(3) == [1, 2, 3] and evaluation_steps(1, 5) == [1]
 
-def test_old_data_by_name():
-    rows = [dict(prompt=str(i), response='a') for i in range(20)]
-    assert list(old_data(None)) == [] and list(old_data(rows)) == ['rows']
-    assert list(old_data(dict(mine=rows, sums='add'))) == ['mine', 'sums']
+def test_old_data_by_name(plain):
+    rows = [dict(prompt=f'{i} plus', response='a') for i in range(20)]
+    names = lambda old: Bench(*[plain[0], plain[1]], old=old, **FAST).old_names
+    assert names(None) == [] and names(rows) == ['rows']
+    assert names(dict(mine=rows, yours=rows[:12])) == ['mine', 'yours']
 
 def test_an_evaluation_on_the_way_is_a_run_that_is_stopped_there(plain):
     """With a constant schedule; so that what is read at a gain is what stopping there would have

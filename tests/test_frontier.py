@@ -313,7 +313,7 @@ def test_an_arm_that_is_out_gets_no_more_rates_and_sets_no_target():
 def test_a_number_that_no_arm_has_is_named_and_one_that_some_lack_is_not():
     run = lambda arm, rate, seed: of_right(50, 20) | (dict(score=rate) if arm == 'a' else {})
     grids = dict.fromkeys('ab', GRID)
-    with pytest.raises(KeyError, match="nothing is called 'scor'"):
+    with pytest.raises(KeyError, match="no 'scor'"):
         search(grids, run, [Want(('a', 'b'), 'scor')])
     tried = search(grids, run, [Want(('a', 'b'), 'score')])
     chosen = tried.choices(Want(('a', 'b'), 'score'))['arms']

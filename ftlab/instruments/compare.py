@@ -211,7 +211,7 @@ def seed_row(best:Mapping, equal:Mapping, target:float|None) -> dict:
     "Return the numbers of one seed: at the rate of the best gain, and at the one of equal gain"
     at = read_at(equal, target)
     plain = lambda path: [{k: r[k] for k in ('step', 'gain', 'forgetting')} for r in path]
-    share = lambda way: best['flips'] and best['flips']['mean'][way]['adjusted']
+    share = lambda way: best.get('flips') and best['flips']['mean'][way]['adjusted']
     found = best | dict(forgetting_matched=at['forgetting'], gain_matched=at['gain'],
                         step_matched=at['step'], error=best['error'] or equal['error'],
                         path=plain(best['path']), lost=share('lost'), won=share('won'))
