@@ -25,7 +25,7 @@ from ftlab.instruments.claims import beside
 
 SEEDS = (40, 41, 42, 43, 44)
 RATES = dict(hft=(1e-3,), full=(1e-3, 5.62e-4, 1.78e-3, 3.16e-4))
-HEAD_STEPS = (5, 10, 20, 40, 80)
+HEAD_STEPS = (2, 5, 10, 20, 40, 80)
 ATTACKS = ('another question', 'another question, answered', 'one example', 'two examples', 'a note',
            'a request to translate')
 OUT = Path(__file__).parent/'results'/'fooled.json'
