@@ -32,17 +32,20 @@ OUT = Path(__file__).parent/'results'/'fooled.json'
 
 def rate(kept:dict) -> None:
     "Gain and forgetting on the way of each arm, rate and seed: {arm: {rate: {seed: path}}}"
-    bench = Bench('lab-s', 'new-procedure', items=200, old_items=40, steps=80, evaluations=5, progress=False)
+    bench = Bench('lab-s', 'new-procedure', items=200, old_items=40, steps=80, evaluations=5,
+                  progress=False)
     for arm, rates in RATES.items():
         for lr in rates:
             of = kept.setdefault(arm, {}).setdefault(f'{lr:g}', {})
             for seed in SEEDS:
                 path = bench.run(ftlab.methods.get(arm), lr, seed, 'test')['path']
-                of[str(seed)] = [[r['step'], round(r['gain'], 4), round(r['forgetting'], 4)] for r in path]
+                of[str(seed)] = [[r['step'], round(r['gain'], 4), round(r['forgetting'], 4)]
+                                 for r in path]
             yield
 
 def heads(kept:dict) -> None:
-    "The share of requests that are refused, of those that the base helps with: {arm: {steps: [a seed each]}}"
+    """The share of requests that are refused, of those that the base helps with: {arm: {steps: [a
+    seed each]}}"""
     script = beside('lofit')
     for steps in HEAD_STEPS:
         for arm in ('learned', 'random'):
@@ -91,14 +94,16 @@ def attacks(kept:dict) -> None:
         yield
 
 def abstain(kept:dict) -> None:
-    "{seed: questions, plain (1 for a right answer, the likeliest first), answered and made_up of R-Tuning}"
+    """{seed: questions, plain (1 for a right answer, the likeliest first), answered and made_up of
+    R-Tuning}"""
     script = beside('r_tuning')
     for seed in SEEDS:
         teach, ask = script.halves(seed, 'test')
         prompts = [r['prompt'] for r in ask]
         task = ftlab.data(dict(train=teach, validation=ask[:2], test=ask[:2]))
         found = dict(questions=len(ask))
-        for arm, recipe, lr in (('r_tuning', ftlab.methods.r_tuning(), 1e-4), ('plain', Recipe(), 3.33e-5)):
+        for arm, recipe, lr in (('r_tuning', ftlab.methods.r_tuning(), 1e-4),
+                                ('plain', Recipe(), 3.33e-5)):
             model, tok = ftlab.load('lab-s', revision=script.REVISION)
             ftlab.fit(model, tok, task, recipe, steps=120, lr=lr, seed=seed, progress=False)
             said = [a.split(' .')[0].strip() for a in answers(model, tok, ask, max_new_tokens=12)]
@@ -108,7 +113,8 @@ def abstain(kept:dict) -> None:
                 found['plain'] = ''.join(str(int(right[i])) for i in order)
             else:
                 sure = (certainty(model, tok, prompts, said) > .5).tolist()
-                found |= dict(answered=sum(sure), made_up=sum(s and not r for s, r in zip(sure, right)))
+                found |= dict(answered=sum(sure),
+                              made_up=sum(s and not r for s, r in zip(sure, right)))
         kept[str(seed)] = found
         yield
 

@@ -6,7 +6,8 @@ import tomllib
 import pytest
 
 import ftlab
-from ftlab.exercises.how_to_be_fooled import (BROKEN, CLAIMS, KINDS, at_equal_coverage, find_the_trap,
+from ftlab.exercises.how_to_be_fooled import (BROKEN, CLAIMS, KINDS, at_equal_coverage,
+                                              find_the_trap,
                                               repaired)
 from ftlab.map import measured
 from pages import cells
@@ -32,10 +33,12 @@ def shown() -> dict:
     matplotlib.use('agg')
     names = dict(ftlab=ftlab)
     for source in code_of(PAGE):
-        if not re.search(r'ftlab\.(chapter|check|exercise|quiz)\(|set_matplotlib_formats|^print', source, re.M):
+        if not re.search(r'ftlab\.(chapter|check|exercise|quiz)\(|set_matplotlib_formats|^print',
+                         source, re.M):
             exec(source, names)
         elif 'set_matplotlib_formats' in source:
-            exec('\n'.join(line for line in source.splitlines() if 'set_matplotlib_formats' not in line), names)
+            exec('\n'.join(line for line in source.splitlines()
+                           if 'set_matplotlib_formats' not in line), names)
     return names
 
 
@@ -70,7 +73,7 @@ def said(names, c) -> tuple[str, str]:
 def test_the_rate_decides(shown):
     at = lambda rate: said(shown, shown['compared'](rate))
     assert at(1e-3) == ('holds', 'unclear (hangs on the rate)')
-    assert at(5.62e-4)[0] != 'holds'
+    assert at(5.62e-4) == ('fails', 'unclear (hangs on the rate)') and at(3.16e-4) == ('fails', 'fails')
 
 
 def test_ceiling_and_floor_decide(shown):
@@ -93,7 +96,8 @@ def test_coverage_decides(shown):
     def at(share):
         of = [shown['runs']['abstain'][s] for s in shown['SEEDS']]
         plain = [shown['wrong_answers'](s, share) for s in shown['SEEDS']]
-        return shown['contrast'](shown['row']([o['made_up']/o['questions'] for o in of], plain, 0., best=0.,
+        return shown['contrast'](shown['row']([o['made_up']/o['questions'] for o in of], plain, 0.,
+                                              best=0.,
                                               higher_is_better=False))['verdict']
     assert at(1.) == 'holds' and at('as many') == 'fails'
 
@@ -104,13 +108,14 @@ def test_a_seed_decides(shown):
     assert less[0] < -lift['margin'] and less[1] > lift['margin']
     assert shown['contrast'](lift)['verdict'] == 'unclear'
     with pytest.raises(ValueError, match='needs five'):
-        shown['contrast'](lift | dict(treatment=lift['treatment'][:1], baseline=lift['baseline'][:1]))
+        shown['contrast'](lift | dict(treatment=lift['treatment'][:1],
+                                      baseline=lift['baseline'][:1]))
 
 
 def test_the_numbers_are_those_of_five_seeds():
     runs = json.loads(measured('fooled.json').read_text())
     seeds = [str(s) for s in runs['seeds']]
-    assert len(seeds) == 5 and all(s < '10000' or len(s) < 5 for s in seeds)
+    assert len(set(seeds)) == 5 and max(runs['seeds']) < 10_000, 'five, and none of the tuning seeds'
     assert all(list(of) == seeds for arm in runs['rate'].values() for of in arm.values())
     assert all(len(v) == 5 for arm in runs['heads'].values() for v in arm.values())
     assert list(runs['attacks']) == list(runs['abstain']) == seeds
@@ -130,7 +135,8 @@ def message(yours, name) -> str:
 
 
 def test_each_trap_is_in_one_file_and_all_files_have_the_same_keys():
-    assert sorted(find_the_trap().values()) == sorted(KINDS) and list(find_the_trap()) == list(CLAIMS)
+    assert (sorted(find_the_trap().values()) == sorted(KINDS)
+            and list(find_the_trap()) == list(CLAIMS))
     keys = [{k: sorted(v) if isinstance(v, dict) else None for k, v in tomllib.loads(t).items()}
             for t in CLAIMS.values()]
     assert all(k == keys[0] for k in keys)
