@@ -1,9 +1,9 @@
 """What the chapter "How to be fooled" shows: five seeds of four small experiments on lab-s, seed by seed.
 
-    python bench/fooled.py              # writes bench/results/fooled.json, about 12 CPU-minutes
+    python bench/fooled.py              # writes bench/results/fooled.json, about 17 CPU-minutes
     python bench/fooled.py heads        # one part alone: rate, heads, attacks or abstain
 
-`rate`: full fine-tuning at four rates and half fine-tuning at one, gain and forgetting on the way.
+`rate`: full and half fine-tuning at four rates, gain and forgetting on the way.
 `heads`: LoFiT on the heads that it chooses and on random ones, after few and after many steps.
 `attacks`: the tuning contribution (TuCo) of questions behind six kinds of text, by what was answered.
 `abstain`: plain tuning's answers by falling likelihood, and what R-Tuning answers without a doubt.
@@ -24,7 +24,7 @@ from ftlab.instruments.bench import Bench
 from ftlab.instruments.claims import beside
 
 SEEDS = (40, 41, 42, 43, 44)
-RATES = dict(hft=(1e-3,), full=(1e-3, 5.62e-4, 1.78e-3, 3.16e-4))
+RATES = dict(hft=(1e-3, 5.62e-4, 1.78e-3, 3.16e-4), full=(1e-3, 5.62e-4, 1.78e-3, 3.16e-4))
 HEAD_STEPS = (2, 5, 10, 20, 40, 80)
 ATTACKS = ('another question', 'another question, answered', 'one example', 'two examples', 'a note',
            'a request to translate')

@@ -13,7 +13,7 @@ from ftlab.map import measured
 from pages import cells
 
 PAGE = 'course/how_to_be_fooled.ipynb'
-DIALS = dict(draw_rate=2, draw_heads=2, draw_floor=2, draw_attacks=2, draw_silent=2, draw_seed=3)
+DIALS = dict(draw_rate=3, draw_heads=2, draw_floor=2, draw_attacks=2, draw_silent=2, draw_seed=3)
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +74,8 @@ def test_the_rate_decides(shown):
     at = lambda rate: said(shown, shown['compared'](rate))
     assert at(1e-3) == ('holds', 'unclear (hangs on the rate)')
     assert at(5.62e-4) == ('fails', 'unclear (hangs on the rate)') and at(3.16e-4) == ('fails', 'fails')
+    each = shown['compared'](shown['best_rate']('full'), shown['best_rate']('hft'))
+    assert shown['contrast'](each)['verdict'] == 'fails', 'nothing is left of it over all rates'
 
 
 def test_ceiling_and_floor_decide(shown):
@@ -117,6 +119,7 @@ def test_the_numbers_are_those_of_five_seeds():
     seeds = [str(s) for s in runs['seeds']]
     assert len(set(seeds)) == 5 and max(runs['seeds']) < 10_000, 'five, and none of the tuning seeds'
     assert all(list(of) == seeds for arm in runs['rate'].values() for of in arm.values())
+    assert set(runs['rate']['hft']) == set(runs['rate']['full']), 'both arms have the same rates'
     assert all(len(v) == 5 for arm in runs['heads'].values() for v in arm.values())
     assert list(runs['attacks']) == list(runs['abstain']) == seeds
     for of in runs['abstain'].values():
