@@ -58,7 +58,9 @@ CHAPTERS = (
     Chapter('half_is_enough', 'Half is enough', 'What if a random half of the matrices is frozen?',
             30, ('select',), ('first_light', 'what_it_cost')),
     Chapter('low_rank', 'A low-rank change', 'What if the change has far fewer parameters?', 50,
-            ('delta',), ('first_light', 'what_it_cost')))
+            ('delta',), ('first_light', 'what_it_cost')),
+    Chapter('how_to_be_fooled', 'How to be fooled', 'How can a fair comparison give a wrong verdict?',
+            20, ('probe',), ('what_it_cost', 'half_is_enough')))
 
 def chapter_named(name:str) -> Chapter:
     "Return the chapter; raises `ValueError` for an unknown name"
@@ -84,8 +86,8 @@ def _box(x, y, number, noun, color, here) -> str:
            _words(x + 10, y + 21, f'{number}  {noun}', 14, color, 'font-weight="bold"')]
     out += [_words(x + 10, y + 39 + 14*i, line) for i, line in enumerate(ask)]
     return '\n'.join(out
-                     + [_words(x + 10, y + 42 + 14*len(ask) + 12*i, t, 11, '#555', 'font-style="italic"')
-                        for i, t in enumerate(told[:3])])
+                     + [_words(x + 10, y + 41 + 14*len(ask) + 11*i, t, 11, '#555', 'font-style="italic"')
+                        for i, t in enumerate(told[:4])])
 
 # %% ../nbs/map.ipynb #000aaabb
 def draw_map(here:Iterable[str]=() # nouns to shade: those of the reader's chapter
@@ -278,7 +280,28 @@ QUIZ = (
              '51 points and 14 points. What was different?',
              ('The learning rate', 'The rank', 'The number of seeds'),
              'Each experiment chose its rate by a tiny margin, and the higher rate forgot far more. '
-             'Whether a method is gentle depends on the rate, not on its name.'))
+             'Whether a method is gentle depends on the rate, not on its name.'),
+    Question('both_near_one', 'how_to_be_fooled',
+             'A new method and the baseline answer 99% of the test right, with five seeds. '
+             'The new method was expected to be better. What follows?',
+             ('Nothing: the test leaves no room', 'The two methods are equally good',
+              'The new method does not work'),
+             'At the ceiling nobody can be better. Only a harder task or fewer steps could show '
+             'whether the methods differ.'),
+    Question('in_every_group', 'how_to_be_fooled',
+             'A is better than B on the easy questions and on the hard ones, and B is better on all of them '
+             'together. How can that be?',
+             ('They got easy and hard questions in different shares', 'One of the three numbers must be wrong',
+              'The differences are too small to count'),
+             "The one that gets more of the easy questions has the better total (Simpson's paradox). Compare within "
+             'each group, on the same questions.'),
+    Question('may_not_abstain', 'how_to_be_fooled',
+             'A model taught to say "I do not know" makes up a tenth as many answers as a plain one, which '
+             'answers everything. What is the fair comparison?',
+             ('Both answer equally many questions', 'Both answer every question',
+              'Both are asked the questions that the first one answers'),
+             'Keeping silent is enough to make up little. At the same coverage one sees which of the two '
+             'knows better what it does not know.'))
 
 def questions(chapter:str|None=None # its name; None: the first question of each chapter
              ) -> tuple[Question, ...]:
