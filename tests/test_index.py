@@ -68,7 +68,8 @@ def test_a_failed_control_is_named_beside_the_verdict():
 def test_a_control_that_failed_says_what_was_needed(tmp_path):
     control = dict(name='it learns', ok=False, values=[.1, .3], at_least=.5, at_most=None)
     broken = control | dict(values=[.1, None])
-    (tmp_path/'result.json').write_text(json.dumps(dict(controls=[control, broken, control | dict(ok=True)])))
+    controls = [control, broken, control | dict(ok=True)]
+    (tmp_path/'result.json').write_text(json.dumps(dict(controls=controls)))
     said = index.failed_controls(SimpleNamespace(root=tmp_path), dict(evidence='result.json'))
     assert [x.rpartition('it learns, ')[2] for x in said] == [
         '+0.200, needed at least 0.5', 'broke down in 1 of 2 seeds, needed at least 0.5']

@@ -58,7 +58,7 @@ def test_every_list_has_it_and_its_claim_waits_to_be_filled_in(begun):
     found = json.loads(
         python('-c', ASK.format(keys=list(keys.values())), cwd=copy).splitlines()[-1])
     assert (not found['stale'] and found['refused']
-            == [f'{key}/claim.toml: sentence is not filled in; a claim is written down before its run'
+            == [f'{key}/claim.toml: paper_says is not filled in; a claim is written down before its run'
                 for key in keys.values()])
     entries = found['index']
     for kind, key in keys.items():

@@ -480,17 +480,17 @@ def cells(tmp_path, **more):
 def test_compare_has_one_writer_and_notices_first_what_it_cannot_write(tmp_path, monkeypatch):
     with only_writer(tmp_path), pytest.raises(Busy):
         cells(tmp_path)
-    monkeypatch.setattr('ftlab.instruments.compare.run_cells', lambda *a: never(None))
+    monkeypatch.setattr('ftlab.instruments.compare._compared', lambda *a: never(None))
     read_only(monkeypatch, tmp_path)
     with pytest.raises(OSError, match='nothing can be written'):
         cells(tmp_path)
 
 @pytest.mark.parametrize('text', ['', '{"gain": 1', '[]', '{"key": {}}', 'null', '\ufffd'])
-def test_a_damaged_cell_is_done_again(text, tmp_path):
+def test_a_damaged_run_is_made_again(text, tmp_path):
     first = cells(tmp_path)
-    (path,) = (tmp_path/'cells').glob('*.json')
+    (path,) = (tmp_path/'runs').glob('*.json')
     path.write_text(text)
-    with pytest.warns(UserWarning, match=f'{path.name}.*is done again'):
+    with pytest.warns(UserWarning, match=f'{path.name}.*is made again'):
         again = cells(tmp_path)
     kept = ['rate', 'gain', 'forgetting'] # the rest is time and memory
     assert again.table[kept].equals(first.table[kept])

@@ -40,65 +40,88 @@ HOLDS = {'method': '{key}().describe() == {key}().describe()',
          'probe': "{key}(torch.nn.Linear(2, 3), None) == {{'parameters': 9}}",
          'study': '{key}(seed=0) == {key}(seed=0)'}
 
-RECIPE_CLAIM = '''# Written down and committed before the first run on test data.
+RECIPE_CLAIM = '''# Written down, and read by someone who tries to break it, before the first run on test data.
 # nbs/instruments/verdicts.ipynb explains the keys.
+edition = 2
+paper_says = "FILL IN: the paper's own sentence, in plain words"
+where = "FILL IN: version, section, table; or repository, commit, file and line"
 sentence = "FILL IN: one sentence that could turn out wrong, with its numbers and its step budget"
 scope = "lab"
+why = """FILL IN: what stands for what; the reason for each margin; what was known beforehand."""
+differs = ["FILL IN: a departure from the paper's set-up"]
+left_out = ["FILL IN: a baseline or question of the paper that is absent, and why"]
+seeds = [20, 21, 22, 23, 24]
+steps = 120
+grid = [1e-4, 3.16e-4, 1e-3, 3.16e-3]
 model = "lab-s"
 data = "new-procedure"
-steps = 120
-budget = 1_000_000
-grid = [1e-4, 3e-4, 1e-3]
-seeds = [10, 11, 12, 13, 14]
-why = """FILL IN: the paper's own sentence with version and section; the reason for each margin;
-what is left out; what was known beforehand."""
 
 [arms]
 {key} = "{key}"
 full = "full"
+scaled = "FILL IN: the alternative that costs no thought"
 
 [[contrast]]
 name = "FILL IN"
+primary = true
 treatment = "{key}"
 baseline = "full"
 metric = "forgetting_matched"
 higher_is_better = false
 kind = "superiority"
 margin = 0.03
+best = 0.0
+trivial = {{name = "FILL IN", arm = "scaled"}}
 
 [[control]]
 name = "full fine-tuning learns the procedure"
 arm = "full"
 metric = "gain"
 at_least = 0.5
+
+[review]
+objections = [] # three or more of another reader: {{objection = "", answer = "", changed = ""}}
 '''
 
-SCRIPT_CLAIM = '''# Written down and committed before the first run on test data.
+SCRIPT_CLAIM = '''# Written down, and read by someone who tries to break it, before the first run on test data.
 # nbs/instruments/verdicts.ipynb explains the keys.
+edition = 2
+paper_says = "FILL IN: the paper's own sentence, in plain words"
+where = "FILL IN: version, section, table; or repository, commit, file and line"
 sentence = "FILL IN: one sentence that could turn out wrong, with its numbers and its step budget"
 scope = "lab"
-seeds = [10, 11, 12, 13, 14]
-why = """FILL IN: the paper's own sentence with version and section; the reason for each margin;
-what is left out; what was known beforehand."""
+why = """FILL IN: what stands for what; the reason for each margin; what was known beforehand."""
+differs = ["FILL IN: a departure from the paper's set-up"]
+left_out = ["FILL IN: a baseline or question of the paper that is absent, and why"]
+seeds = [20, 21, 22, 23, 24]
+steps = 120
+grid = [1e-4, 3.16e-4, 1e-3, 3.16e-3]
 
 [arms]
-treatment = "FILL IN"
-baseline = "FILL IN"
+treatment = {{grid = [1e-4, 3.16e-4, 1e-3, 3.16e-3]}}
+baseline = {{grid = [1e-4, 3.16e-4, 1e-3, 3.16e-3]}}
+base = {{}}
 
 [[contrast]]
 name = "FILL IN"
+primary = true
 treatment = "treatment"
 baseline = "baseline"
 metric = "score"
 kind = "superiority"
 margin = 0.03
+best = 1.0
 worst = 0.0
+trivial = {{name = "change nothing", arm = "base"}}
+
+[review]
+objections = [] # three or more of another reader: {{objection = "", answer = "", changed = ""}}
 '''
 
 SCRIPT = '''"FILL IN: the experiment of {key}"
 
-def run(seed, tuned) -> dict[str, dict]:
-    "{{arm: {{metric: value}}}} of one seed"
+def run(arm, rate, seed, split, steps) -> dict:
+    "Numbers by name; all is drawn from `seed`, and questions of `split` ('validation' or 'test') alone are asked"
     raise NotImplementedError('FILL IN')
 
 def identities() -> dict[str, bool]:
