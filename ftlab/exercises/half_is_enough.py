@@ -328,13 +328,15 @@ def _triple(got) -> tuple:
 # %% ../../nbs/exercises/half_is_enough.ipynb #ex3h20
 def _stored(seeds:int, of=_more, say=_follows, swap:bool=False):
     "An answer with the stored comparison cut to its first seeds; `swap`: full and hft change names"
-    from ftlab.instruments.compare import Comparison, assemble
+    from ftlab.instruments.compare import Comparison, interval
     from ftlab.map import measured
     whole = Comparison.read(measured('compare_lab_s/result.json')).result
     names = dict(full='hft', hft='full') if swap else {}
-    arms = {names.get(m['name'], m['name']): (m['recipe'], copy.deepcopy(m['seeds'][:seeds]))
-            for m in whole['methods'] if m['name'] in ('full', 'hft')}
-    made = Comparison(whole | dict(methods=assemble(arms)))
+    arms = [m | dict(name=names.get(m['name'], m['name']), seeds=copy.deepcopy(m['seeds'][:seeds]))
+            for m in whole['methods'] if m['name'] in ('full', 'hft')]
+    keys = ('gain', 'forgetting', 'forgetting_matched')
+    arms = [m | {k: interval([s[k] for s in m['seeds']]) for k in keys} for m in arms]
+    made = Comparison(whole | dict(methods=arms))
     return made, say(_more(made)), of(made)
 
 def _unclear():
