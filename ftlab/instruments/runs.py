@@ -144,7 +144,7 @@ class Runs:
                 lacks = self.keep and not found['error'] and not change.exists()
                 return None if lacks else found
             said = 'it is another run'
-        except (OSError, ValueError, TypeError, KeyError) as e:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
             said = f'{type(e).__name__}: {e}'
         warnings.warn(f'{str(path)!r} cannot be read and is made again ({said})')
         return None
