@@ -82,7 +82,8 @@ def test_an_outcome_counts_the_answers_that_flipped():
     for q in b.old_sets(0, 'test'):
         lost = o['items']['forgetting'][q.name]
         f = o['flips']['sets'][q.name]
-        assert (f['lost']['count'], f['won']['count']) == (sum(v > 0 for v in lost), sum(v < 0 for v in lost))
+        assert f['lost']['count'] == sum(v > 0 for v in lost)
+        assert f['won']['count'] == sum(v < 0 for v in lost)
     assert set(o['flips']['sets']) == set(o['old'])
 
 def test_the_tuning_seeds_are_outside_and_stay_when_seeds_are_added():

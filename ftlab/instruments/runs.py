@@ -85,7 +85,8 @@ def run_key(bench:Bench, recipe:Recipe, rate:float|None, seed:int, split:str, st
     metric = bench.metric if isinstance(bench.metric, str) else source_print(bench.metric)
     return dict(base=bench.base.fingerprint(seed), data=bench.data(seed).fingerprint,
                 old=old, how=bench.how, recipe={k: v for k, v in recipe.describe().items() if k != 'name'},
-                schedule=recipe.schedule, rate=rate, seed=seed, split=split, metric=metric, steps=steps,
+                schedule=recipe.schedule, rate=rate, seed=seed, split=split, metric=metric,
+                steps=steps,
                 evaluations=bench.every or bench.evaluations, items=bench.sizes[split],
                 max_length=bench.max_length, budget=bench.budget, dtype=str(bench.dtype),
                 device=bench.device.type, settings=bench.settings, doses=list(doses),
