@@ -2270,6 +2270,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'ftlab.instruments.rates.Want': ('instruments/rates.html#want', 'ftlab/instruments/rates.py'),
                                          'ftlab.instruments.rates._best_first': ( 'instruments/rates.html#_best_first',
                                                                                   'ftlab/instruments/rates.py'),
+                                         'ftlab.instruments.rates._edge': ('instruments/rates.html#_edge', 'ftlab/instruments/rates.py'),
                                          'ftlab.instruments.rates._extend': ( 'instruments/rates.html#_extend',
                                                                               'ftlab/instruments/rates.py'),
                                          'ftlab.instruments.rates._next': ('instruments/rates.html#_next', 'ftlab/instruments/rates.py'),

@@ -328,10 +328,10 @@ def _tuned_words(tried:Tried, arm:str, best:dict, equal:dict) -> dict:
     of = tried.pooled(arm)
     ended = {f'{r:g}': o['error'] or o['stopped'] for r, o in of.items()}
     return dict(rate=best['rate'], tried=[[r, o['gain']] for r, o in sorted(of.items())],
-                at_edge=best['at_edge'],
+                at_edge=bool(best['at_edge']),
                 rate_matched=equal['rate'],
                 forgetting_matched=[list(x) for x in equal['values'].items()],
-                at_edge_matched=equal['at_edge'],
+                at_edge_matched=bool(equal['at_edge']),
                 stopped={r: why for r, why in ended.items() if why})
 
 def _curves(tried:Tried, arm:str) -> dict:

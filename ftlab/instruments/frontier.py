@@ -118,17 +118,17 @@ def choose(outcomes:Mapping[float, Mapping], # rate -> outcome, as `pooled` give
            metric:str,
            higher:bool=True,       # is more of the metric better?
            target:float|None=None  # gain, for metrics that are read off the path
-          ) -> dict|None: # rate, value, best (the rate of the best value), values ({rate: value})
-    """Choose the smallest rate that is within one standard error of the best; `None` if none has a
-    value"""
+          ) -> dict|None: # rate, value, best and tied (rates), values ({rate: value})
+    """Choose the smallest rate that is within one standard error of the best; those that are, are `tied`.
+    `None` if none has a value"""
     read = {r: reading(o, metric, target) for r, o in outcomes.items()}
     read = {r: v for r, v in sorted(read.items()) if v is not None}
     if not read:
         return None
     sign = 1 if higher else -1
     best = max(read, key=lambda r: (sign*read[r][0], -r))
-    rate = next(r for r in read if r == best or _as_good(read[r], read[best], sign))
-    return dict(rate=rate, value=read[rate][0], best=best,
+    tied = [r for r in read if r == best or _as_good(read[r], read[best], sign)]
+    return dict(rate=tied[0], value=read[tied[0]][0], best=best, tied=tied,
                 values={r: v for r, (v, _) in read.items()})
 
 def _as_good(one, best, sign) -> bool:

@@ -99,14 +99,27 @@ class Tried:
             except KeyError as e:
                 unknown.append(e)
                 found = None
-            found = found or dict(rate=min(of), value=None, best=None, values={})
-            tried = self.outcomes[arm]
-            edge = (found['value'] is not None and len(tried) > 1
-                    and found['rate'] in (min(tried), max(tried)))
-            chosen[arm] = found | dict(at_edge=edge)
+            found = found or dict(rate=min(of), value=None, best=None, tied=[], values={})
+            chosen[arm] = found | dict(at_edge=_edge(found, sorted(self.outcomes[arm]), want, target))
         if len(unknown) == len(outcomes):
             raise unknown[0]
         return dict(metric=want.metric, target=target, common=common, arms=chosen)
+
+def _edge(found, known, want, target) -> int:
+    """Say on which side of what was tried a better rate may lie: -1 below, 1 above, 0 where the choice is
+    bracketed. A number that is read at a gain is bracketed by a rate below that misses the gain; any other
+    by a rate that is worse than the best by more than one standard error"""
+    low, high = known[0], known[-1]
+    if len(known) < 2:
+        return 0
+    matched = want.metric.endswith(MATCHED)
+    if found['value'] is None:
+        return 1 if matched and target is None else 0
+    if matched:
+        return -1 if found['rate'] == low else 1 if found['rate'] == high else 0
+    if high in found['tied'] and found['rate'] in (low, high):
+        return 1 # nothing differs yet, or the largest is the best
+    return -1 if found['tied'] == [low] else 0
 
 # %% ../../nbs/instruments/rates.ipynb #386973a1
 SEEDS = (10_000, 10_001)
@@ -169,8 +182,7 @@ def _next(tried, arm, picks) -> tuple[float|None, bool]:
     "The next rate of an arm, and whether a choice at an edge asks for it"
     grid, known = tried.grids[arm], sorted(tried.outcomes[arm])
     for pick in picks:
-        up = known[-1] in (pick['rate'], pick['best'])  # at the bottom only for want of a difference: up
-        rate = grid.moved(known[-1] if up else known[0], 1 if up else -1)
+        rate = grid.moved(known[-1] if pick['at_edge'] > 0 else known[0], pick['at_edge'])
         if pick['at_edge'] and rate is not None:
             return rate, True
     at = known.index(picks[0]['rate']) if picks else 0
