@@ -19,12 +19,13 @@ export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 20000
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help lab test claims gpu index paper docs readme lab-models clean FORCE
+.PHONY: help lab test claims runs gpu index paper docs readme lab-models clean FORCE
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n '1,5s/^# //p' Makefile
 	@echo 'make claims      run the claims whose evidence is missing or stale (about ten minutes each; JOBS=2 for two at a time)'
+	@echo 'make runs        make the runs that several claims and pages share, into runs/ (nothing of it is committed)'
 	@echo 'make gpu         everything that needs a GPU, in five minutes: PART=tests, bench or fit alone; REHEARSE=1 on the CPU; PYTHON=python3 WHEELS=dir'
 	@echo '                 uses another Python as it is, with wheels for what it lacks, and no network'
 	@echo 'make docs        the site, into _docs/: open _docs/index.html (with Quarto if it is on the path, else with Sphinx; a minute or two)'
@@ -47,6 +48,12 @@ claims: export OMP_NUM_THREADS := 1
 claims: export HF_HUB_OFFLINE := 1
 claims: $(VENV)/installed-dev
 	$(PY) -c "import sys; from ftlab.cli import main; sys.exit(main(['claims', 'run', '--jobs', '$(or $(JOBS),1)']))"
+
+# One run for everyone who asks for the same
+runs: export OMP_NUM_THREADS := 1
+runs: export HF_HUB_OFFLINE := 1
+runs: $(VENV)/installed-dev
+	$(PY) -c "from ftlab.instruments.claims import build_runs; build_runs()"
 
 # PYTHON=... is used as it is: no environment is created and nothing is downloaded
 ifeq ($(origin PYTHON),command line)

@@ -1821,6 +1821,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'ftlab/instruments/claims.py'),
                                           'ftlab.instruments.claims.beside': ( 'instruments/claims.html#beside',
                                                                                'ftlab/instruments/claims.py'),
+                                          'ftlab.instruments.claims.build_runs': ( 'instruments/claims.html#build_runs',
+                                                                                   'ftlab/instruments/claims.py'),
                                           'ftlab.instruments.claims.carry': ( 'instruments/claims.html#carry',
                                                                               'ftlab/instruments/claims.py'),
                                           'ftlab.instruments.claims.carry_claims': ( 'instruments/claims.html#carry_claims',

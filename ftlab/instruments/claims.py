@@ -41,7 +41,7 @@ __all__ = ['SENSITIVITY_SEEDS', 'STATES', 'WORDS_ALONE', 'SAME_GAIN', 'workplace
            'own_definitions', 'own_code', 'run_code', 'core_code', 'read_result', 'write_result', 'status',
            'named_claim', 'script_of', 'beside', 'Kept', 'Part', 'test_row', 'turned_rows', 'half_row', 'run_claim',
            'tuned_part', 'assemble_claim', 'also_seen', 'again', 'replay', 'quickest_seed', 'carry', 'supersede',
-           'explain', 'note', 'run_claims', 'carry_claims']
+           'explain', 'note', 'run_claims', 'carry_claims', 'build_runs']
 
 # %% ../../nbs/instruments/claims.ipynb #000513be
 SENSITIVITY_SEEDS = (20_000, 20_001)
@@ -837,3 +837,18 @@ def _carry_one(key) -> str:
     except Exception as e:
         traceback.print_exc()
         return f'not carried: {type(e).__name__}: {e}'
+
+def build_runs(say:Callable=print) -> dict[str, tuple[int, int]]:
+    """Make the runs that claims share, for claims and pages to take: those of every claim with an arm that is
+    a method. Return {key: runs made, runs taken}; no result is written"""
+    out = {}
+    for claim in claims():
+        if claim.edition != EDITION or not recipes_of(claim):
+            continue
+        part, rows = tuned_part(claim, say)
+        for seed in claim.spec['seeds']:
+            for row in rows:
+                part.found(row, seed, 'test')
+        out[claim.key] = part.experiment.runs.made, part.experiment.runs.taken
+        say(f'{claim.key}: {out[claim.key][0]} runs made, {out[claim.key][1]} taken from their files')
+    return out
