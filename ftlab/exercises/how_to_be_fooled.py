@@ -84,8 +84,8 @@ CLAIMS = dict(
     A=_file('The adapter with a gate gains at least 3 points more than the adapter without.', 'superiority',
             .03, (1., .02), (.993, .99, .995, .993, .988), (.99, .993, .993, .988, .99)),
     B=_file('Tuning every second block forgets at least 3 points less than full fine-tuning at the same gain '
-            '(results: share of the old questions forgotten, less is better).', 'superiority', .03, (0., .4),
-            (.11, .13, .12, .1, .12), (.21, .24, .22, .2, .23),
+            '(results: share of the old questions forgotten, less is better).',
+            'superiority', .03, (0., .4), (.11, .13, .12, .1, .12), (.21, .24, .22, .2, .23),
             rates=('1e-4, 3e-4, 1e-3, 3e-3', '3e-3')),
     C=_file('The model with a tutor answers at least 5 points more questions right than the plain model.',
             'superiority', .05, (1., .1), (.78, .77, .79, .78, .76), (.51, .5, .52, .51, .53),
