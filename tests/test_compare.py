@@ -397,13 +397,13 @@ def test_a_page_says_what_speaks_against_it(tuned):
     other |= dict(within=None)
     r |= dict(common=False)
     said = ' '.join(warned(r))
-    for words in ('less than half of what the strongest', "place hangs on its rate", 'instead of',
+    for words in ('less than half of what the strongest', "place depends on its rate", 'instead of',
                   'nothing that was tried'):
         assert words in said
     assert ('‡' in table_html(r)
             and all(isinstance(x, str) for x in in_words(r) + tuning_words(r) + reading(r)))
     m['within'] |= dict(forgetting=dict(mean=1.2, low=None, high=None))
-    assert 'costs 120.0 on test questions' in ' '.join(warned(r))
+    assert 'forgets 120.0 points on test questions' in ' '.join(warned(r))
     assert 'gained nothing' in ' '.join(warned(r | dict(target=None)))
     lost = other | dict(seeds=[], stopped='full', rate=None, rate_matched=None, hangs=None,
                         within=None,
@@ -411,7 +411,7 @@ def test_a_page_says_what_speaks_against_it(tuned):
     for curve in (lost['frontier'], []):
         stopped = Comparison(r | dict(methods=[m | dict(hangs=None), lost | dict(frontier=curve)]))
         assert ('stopped early' in stopped._repr_html_()
-                and 'beyond doubt' in ' '.join(warned(stopped.json())))
+                and 'clearly forgets less' in ' '.join(warned(stopped.json())))
 
 def test_a_result_of_version_1_still_opens_draws_and_writes_a_page(tmp_path):
     stored = json.loads(measured('compare_lab_s/result.json').read_text())

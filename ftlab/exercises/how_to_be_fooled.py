@@ -16,19 +16,19 @@ __all__ = ['AT_EQUAL_COVERAGE', 'KINDS', 'CLAIMS', 'FIND_THE_TRAP', 'BROKEN', 'R
 
 # %% ../../nbs/exercises/how_to_be_fooled.ipynb #ex6f05
 def at_equal_coverage(confidence, right, n):
-    "The wrong answers among the `n` of which a model is most confident"
+    "Count the wrong answers among the `n` that a model is most confident of"
     order = sorted(range(len(right)), key=lambda i: -confidence[i])
     return sum(not right[i] for i in order[:n])
 
 AT_EQUAL_COVERAGE = compared(
     'at_equal_coverage', 'how_to_be_fooled',
-    'A model has answered all questions. `confidence` has a number for each answer and `right` says '
-    'whether it was right. Another model answered only `n` of the questions. Let this one keep silent as '
-    'often: return how many *wrong* answers are among the `n` of which it is most confident. '
-    'The lists are not sorted.',
-    ('Sort the indices, not the lists: `sorted(range(len(right)), key=...)`.',
-     'The most confident first: a minus in the key, or `reverse=True`.',
-     'Of the first `n`, count those that are not right.'),
+    'A model has answered every question. `confidence` says how sure it was of each answer, and `right` '
+    'whether the answer was right. Another model answered only `n` of the questions. For a fair comparison, '
+    'keep only the `n` answers that the first model is most confident of, and return how many of them are '
+    '*wrong*. The lists are in the order of the questions, not sorted by confidence.',
+    ('Sort indices, not the two lists by themselves: `sorted(range(len(right)), key=...)`.',
+     'The most confident comes first: use a minus in the key, or `reverse=True`.',
+     'Among the first `n`, count those that are not right.'),
     at_equal_coverage,
     [([.2, .9, .5, .8], [False, True, False, True], 2),
      ([.2, .9, .5, .8], [True, False, False, True], 3),
@@ -37,18 +37,18 @@ AT_EQUAL_COVERAGE = compared(
     ((lambda confidence, right, n: sum(not r for r in right[:n]),
       'You take the first `n` answers as they come. Sort by confidence before you cut.'),
      (lambda confidence, right, n: at_equal_coverage([-c for c in confidence], right, n),
-      'These are the answers of which the model is *least* confident. Sort the other way round.'),
+      'These are the answers that the model is *least* confident of. Sort the other way round.'),
      (lambda confidence, right, n: sum(not r for r in right),
-      'You count the wrong answers to all questions. The other model was allowed to keep silent; '
-      'so is this one: only `n` answers count.'),
+      'You count all wrong answers, or you sorted `right` on its own. Only the `n` most confident answers '
+      'count, because the other model answered only `n` questions.'),
      (lambda confidence, right, n: n - at_equal_coverage(confidence, right, n),
-      'You count the right answers among the `n`. The wrong ones are wanted.'),
+      'You count the right answers among the `n`. Count the wrong ones.'),
      (lambda confidence, right, n: at_equal_coverage(confidence, right, n)/n,
-      'That is the share of the `n` that is wrong. How many is wanted: do not divide.')),
+      'That is the share of the `n` that is wrong. Return the number: do not divide.')),
     difficulty=1, minutes=10,
-    means='A model that may keep silent makes fewer mistakes than one that may not, whatever it was taught. '
-          'At the same coverage this advantage is gone. What is left says whether one of them knows '
-          'better what it does not know.')
+    means='A model that may stay silent makes fewer mistakes than one that may not, whatever it was taught. '
+          'At the same coverage this advantage is gone. What is left shows which of them knows better '
+          'what it does not know.')
 
 # %% ../../nbs/exercises/how_to_be_fooled.ipynb #ex6f07
 KINDS = ('rate', 'ceiling', 'floor', 'pooling', 'dropped answers', 'one seed', 'sound')
@@ -72,7 +72,7 @@ baseline = [{rates[-1]}]
 
 [levels]
 best_possible = {best:g}
-without_training = {trivial:g}
+by_guessing = {trivial:g}
 
 [results]
 treatment = [{numbers(treatment)}]
@@ -84,18 +84,18 @@ CLAIMS = dict(
     A=_file('The adapter with a gate gains at least 3 points more than the adapter without.', 'superiority',
             .03, (1., .02), (.993, .99, .995, .993, .988), (.99, .993, .993, .988, .99)),
     B=_file('Tuning every second block forgets at least 3 points less than full fine-tuning at the same gain '
-            '(results: points forgotten, less is better).', 'superiority', .03, (0., .4),
-            (.11, .13, .12, .1, .12), (.21, .24, .22, .2, .23),
+            '(results: share of the old questions forgotten, less is better).',
+            'superiority', .03, (0., .4), (.11, .13, .12, .1, .12), (.21, .24, .22, .2, .23),
             rates=('1e-4, 3e-4, 1e-3, 3e-3', '3e-3')),
-    C=_file('The tutor answers at least 5 points more of the questions right than the plain model.',
+    C=_file('The model with a tutor answers at least 5 points more questions right than the plain model.',
             'superiority', .05, (1., .1), (.78, .77, .79, .78, .76), (.51, .5, .52, .51, .53),
-            groups='easy: treatment .90 of 480, baseline .94 of 120; hard: treatment .30 of 120, '
-                   'baseline .40 of 480'),
-    D=_file('Averaging two runs gains at least 2 points more than the better one of them.', 'superiority', .02,
+            groups='easy: treatment 90% of 480, baseline 94% of 120; hard: treatment 30% of 120, '
+                   'baseline 40% of 480'),
+    D=_file('The average of two runs gains at least 2 points more than the better of the two.', 'superiority', .02,
             (1., .05), (.61, .66, .58, .64, .6), (.55, .61, .555, .57, .55),
             excluded='3 of 600 and 2 of 600'),
-    E=_file('The small adapter keeps as much of the ten old digits as full fine-tuning, within 5 points '
-            '(results: share of the old digits drawn right).', 'equivalence', .05, (1., .1),
+    E=_file('The small adapter reads the ten old digits as well as full fine-tuning does, within 5 points '
+            '(results: share of the old digits read right).', 'equivalence', .05, (1., .1),
             (.1, .09, .11, .1, .08), (.09, .1, .1, .11, .1)),
     F=_file('The shuffled order of lessons gains at least 2 points more than the fixed one.', 'superiority', .02,
             (1., .05), (.71,), (.64,), seeds='23'),
@@ -105,27 +105,27 @@ CLAIMS = dict(
 assert all(tomllib.loads(text) for text in CLAIMS.values())
 
 def find_the_trap():
-    "What is wrong with each claim file, in the words of `KINDS`"
+    "Say what is wrong with each claim file, in the words of `KINDS`"
     return dict(A='ceiling', B='rate', C='pooling', D='sound', E='floor', F='one seed',
                 G='dropped answers')
 
 # %% ../../nbs/exercises/how_to_be_fooled.ipynb #ex6f10
 _HINTS = dict(
     A='Claim A: how far is each arm from the best possible value, and how large is the margin?',
-    B='Claim B: did both arms get the same chances before the test?',
+    B='Claim B: what was tried for each arm before the test?',
     C='Claim C: compare the two arms within each group of questions.',
-    D='Claim D: five seeds, all reported; equally many rates; results far from both ends; hardly anything '
-      'excluded, and as much on both sides. Which trap is left?',
-    E='Claim E: there are ten digits. What would a model score that draws one at random?',
+    D='Claim D: five seeds, all reported; the same rates for both; results far from both ends; hardly '
+      'anything excluded, and about as much on both sides. Which trap is left?',
+    E='Claim E: there are ten digits. What would a model score that names one at random?',
     F='Claim F: compare the seeds that ran with those that are reported.',
-    G='Claim G: of how many questions do the results speak, in each arm?')
+    G='Claim G: how many questions do the results of each arm cover?')
 
 def _test_find_the_trap(yours):
     got = answer(yours)
     if got is None:
         raise Wrong('`find_the_trap` gives nothing back yet. Fill it in, and end it with `return`.')
     if not isinstance(got, dict):
-        raise Wrong(f'`find_the_trap` gives {short(got)}; a dictionary is wanted, such as '
+        raise Wrong(f'`find_the_trap` gives {short(got)}; return a dictionary, such as '
                     '`dict(A="sound", B="sound", ...)`.')
     if absent := [k for k in CLAIMS if k not in got]:
         raise Wrong(f'Claim {absent[0]} has no entry yet.')
@@ -135,7 +135,7 @@ def _test_find_the_trap(yours):
     right = find_the_trap()
     if wrong := [k for k in CLAIMS if got[k] != right[k]]:
         if len(wrong) == len(CLAIMS) - 1 and len({got[k] for k in CLAIMS}) == 1:
-            raise Wrong('You give one answer for all. Each trap is in one file, and one file is sound.')
+            raise Wrong('You give the same answer for all. Each trap is in one file, and one file is sound.')
         raise Wrong(_HINTS[wrong[0]])
 
 # %% ../../nbs/exercises/how_to_be_fooled.ipynb #ex6f11
@@ -144,30 +144,30 @@ def _but(**other) -> Callable:
 
 FIND_THE_TRAP = Exercise(
     'find_the_trap', 'how_to_be_fooled',
-    'Read the seven claim files above. In six of them the author is fooled, each time in another way; one is '
-    'sound. Return a dictionary from the letter to what is wrong: `"rate"`, `"ceiling"`, `"floor"`, '
-    '`"pooling"`, `"dropped answers"`, `"one seed"`, or `"sound"`. The files are in '
-    '`CLAIMS`, as text; their numbers are made up.',
+    'Read the seven claim files above. In six of them the author is fooled, each time in a different way; '
+    'one file is sound. Return a dictionary from the letter of a file to what is wrong with it: `"rate"`, '
+    '`"ceiling"`, `"floor"`, `"pooling"`, `"dropped answers"`, `"one seed"`, or `"sound"`. The '
+    'numbers are made up.',
     ('Read a file from the top: seeds, excluded answers, groups, rates, levels. Only then the results.',
-     'Every word is used once.',
-     'For the ceiling and the floor, compare the results with `best_possible` and `without_training`.'),
+     'Each of the seven words is the answer for one file.',
+     'For the ceiling and the floor, compare the results with `best_possible` and `by_guessing`.'),
     find_the_trap, _test_find_the_trap,
     ((_but(A='sound'), _HINTS['A']), (_but(A='floor', E='ceiling'), _HINTS['A']),
      (_but(B='sound'), _HINTS['B']), (_but(C='sound'), _HINTS['C']),
      (_but(D='dropped answers'), _HINTS['D']), (_but(E='sound'), _HINTS['E']),
      (_but(F='sound'), _HINTS['F']), (_but(G='rate'), _HINTS['G']),
      (lambda: dict.fromkeys(CLAIMS, 'sound'),
-      'You give one answer for all. Each trap is in one file, and one file is sound.')),
+      'You give the same answer for all. Each trap is in one file, and one file is sound.')),
     difficulty=2, minutes=20,
-    means='In none of the six is a number wrong; what is wrong is what they are compared with, or what is '
-          'missing. So read what surrounds the results before the results. Two of the traps, the ceiling and '
-          'the floor, are seen by the rule itself; the others need a reader who asks.')
+    means='In none of the six is a number wrong. What is wrong is what the numbers are compared with, or what '
+          'is missing. So read what surrounds the results before the results. The rule itself sees '
+          'ceiling and floor; the other traps need a reader who asks.')
 
 # %% ../../nbs/exercises/how_to_be_fooled.ipynb #ex6f13
 BROKEN = '''edition = 2
 paper_says = "Offsets on heads chosen by learned scales do better than offsets on random heads."
 where = "arXiv 2406.01563, section 4"
-sentence = "Taught in 80 steps, lab-s refuses 5 points more with offsets on chosen heads than on random ones."
+sentence = "Taught in 80 steps, lab-s refuses 5 points more requests with offsets on chosen heads than on random ones."
 why = "One behaviour that a push for every text can express."
 scope = "lab"
 differs = ["a model of one million parameters"]
@@ -202,12 +202,12 @@ _PILOTS = {2: (0., 0.), 10: (.27, .02), 80: (1., .99)}  # steps -> levels of lea
 
 # %% ../../nbs/exercises/how_to_be_fooled.ipynb #ex6f14
 def repaired():
-    "The claim file `BROKEN`, so that the rule accepts it"
+    "Repair the claim file `BROKEN`, so that the rule accepts it"
     text = BROKEN
     for wrong, right in (
         ('in 80 steps', 'in 10 steps'),
         ('steps = 80', 'steps = 10'),
-        ('seeds = [40]', 'seeds = [40, 41, 42, 43, 44]\nleft_out = ["LoRA: another question"]'),
+        ('seeds = [40]', 'seeds = [40, 41, 42, 43, 44]\nleft_out = ["a comparison with LoRA"]'),
         ('grid = [0.333]', 'grid = [0.03, 0.1, 0.333, 1.0]'),
         ('best = 1.0', 'best = 1.0\ntrivial = {name = "change nothing", value = 0.0}')):
         text = text.replace(wrong, right)
@@ -218,16 +218,16 @@ def repaired():
     return text.split('[review]')[0] + f'[review]\nobjections = [{review}]\n'
 
 # %% ../../nbs/exercises/how_to_be_fooled.ipynb #ex6f15
-_KEPT = 'The {key} of the contrast is not what it was. A margin, a metric or a side that changes after the ' \
-        'pilots is a verdict that was chosen: leave the contrast as it is, and add what it lacks.'
+_KEPT = 'The {key} of the contrast is not what it was. Who changes a margin, a metric or a side after the ' \
+        'pilots chooses the verdict: leave the contrast as it is, and add what it lacks.'
 _ROOM = 'After {steps} steps there is no room: {why}. The pilots in the file show a number of steps that leaves some.'
 _SAID = 'The sentence does not say "in {steps} steps". The number of steps is part of the claim: without it, ' \
         '"at 80 steps there was no difference" would refute a sentence about 10.'
-_GRID = 'The arms try different rates: {a} and {b}. Then a difference may be the rate\'s. Give both the ' \
-        'same four.'
+_GRID = 'The arms try different rates: {a} and {b}. Then a difference may come from the rate. Give both ' \
+        'the same four.'
 
 def _read(text):
-    "The claim in the reader's text; raises `Wrong` with what `read_claim` says"
+    "Return the claim in the reader's text; raises `Wrong` with what `read_claim` says"
     from ftlab.instruments.verdicts import check_reviewed, read_claim
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)/'mine'/'claim.toml'
@@ -253,18 +253,18 @@ def _test_repaired(yours):
     if text is None:
         raise Wrong('`repaired` gives nothing back yet. Fill it in, and end it with `return`.')
     if not isinstance(text, str):
-        raise Wrong(f'`repaired` gives {short(text)}; the text of the file is wanted.')
+        raise Wrong(f'`repaired` gives {short(text)}; return the text of the file.')
     spec, given = _read(text), tomllib.loads(BROKEN)
     contrast, was = spec['contrast'][0], given['contrast'][0]
     if changed := [k for k in was if contrast.get(k) != was[k]]:
         raise Wrong(_KEPT.format(key=changed[0]))
     if spec['pilot'] != given['pilot']:
-        raise Wrong('The pilots are what was seen: they are not repaired.')
+        raise Wrong('The pilots are measurements: leave them as they are.')
     _check_rates(spec)
     steps = spec['steps']
     if steps not in _PILOTS:
         raise Wrong(f'There is no pilot of {steps} steps; there are {", ".join(map(str, _PILOTS))}. '
-                    'Room is read from a pilot.')
+                    'Choose a number of steps with a pilot.')
     if why := _no_room(contrast, steps):
         raise Wrong(_ROOM.format(steps=steps, why=why))
     if f'in {steps} steps' not in spec['sentence']:
@@ -281,7 +281,7 @@ def _check_rates(spec):
 
 # %% ../../nbs/exercises/how_to_be_fooled.ipynb #ex6f17
 def _repaired(*pairs) -> Callable:
-    "Our solution with some of its texts replaced"
+    "Return our solution with some of its texts replaced"
     def wrong():
         text = repaired()
         for old, new in pairs:
@@ -295,18 +295,20 @@ _WHY = 'the baseline (0.990) is within two margins of the best possible value (1
 _BELOW = 'no arm is a margin better than the trivial alternative (change nothing, 0.000)'
 REPAIRED = Exercise(
     'repaired', 'how_to_be_fooled',
-    'Repair a claim file. `BROKEN` is the text of one in the project\'s format. Return the whole text of a '
-    'file that `read_claim` and `check_reviewed` accept, and whose contrast has room by the pilots that are '
-    'written in it. Leave the contrast\'s margin and the pilots as they are, and let the sentence say the '
-    'number of steps that is used. What is missing you may make up; the check tells you one thing at a time.',
+    'Repair a claim file. `BROKEN` is its text, in the project\'s own format. Return the whole text of a file '
+    'that the project would accept, and whose contrast has room according to the pilots in it. Leave the '
+    'pilots and every line of the contrast as they are; you may add lines. The sentence must name the steps '
+    'as "in ... steps". Make up what is missing, such as objections; the check names one problem at a time.',
     ('`text = BROKEN.replace("old", "new")` changes a part of the text. Or copy all of it between `\'\'\'`.',
-     'A verdict needs five seeds, as many rates for each arm, the value of doing nothing (`trivial = {name = '
-     '"...", value = 0.0}`), what was left out (`left_out = ["..."]`), and three answered objections.',
-     'Look at the pilots: at which number of steps could the arms differ by two margins?'),
+     'A verdict needs five seeds, the same rates for both arms, the value of doing nothing in the contrast '
+     '(`trivial = {name = "...", value = 0.0}`), what was left out (`left_out = ["..."]`, above `[arms]`), '
+     'and three objections, each with an answer.',
+     'Look at the pilots: after how many steps is the baseline at least two margins below `best`, and the '
+     'better arm at least one margin above doing nothing?'),
     repaired, _test_repaired,
     ((_repaired(('seeds = [40, 41, 42, 43, 44]', 'seeds = [40]')),
       _NOT_YET + 'seeds are [40]; five different ones or more, below 10000, where the tuning seeds begin.'),
-     (_repaired(('left_out = ["LoRA: another question"]\n', '')), _NOT_YET + 'left_out is None; it must be a list.'),
+     (_repaired(('left_out = ["a comparison with LoRA"]\n', '')), _NOT_YET + 'left_out is None; it must be a list.'),
      (_repaired(('trivial = {name = "change nothing", value = 0.0}', '')),
       _NOT_YET + "contrast 'gains more' lacks trivial."),
      (lambda: repaired().split('[review]')[0],
@@ -321,12 +323,12 @@ REPAIRED = Exercise(
       _ROOM.format(steps=2, why=_BELOW)),
      (_repaired(('in 10 steps', 'in 80 steps')), _SAID.format(steps=10)),
      (_repaired(('80 steps: 1.00 and 0.99', '80 steps: 0.90 and 0.70')),
-      'The pilots are what was seen: they are not repaired.')),
+      'The pilots are measurements: leave them as they are.')),
     difficulty=3, minutes=25,
-    means='Most of the repair is not about numbers: it gives both arms the same chances and says beforehand '
-          'what would count. The number of steps is the exception: at 80 the question cannot be answered, at 2 '
-          'nobody has learned anything. Pilots show that before the test does, and they are looked at for '
-          'the levels of the arms only, never for the difference that one hopes to see.')
+    means='Most of the repair is not about numbers: it gives both arms the same chances, and says beforehand '
+          'what would count. The number of steps is the exception: after 80 the question cannot be answered, '
+          'after 2 nobody has learned anything. Pilots show that before the test does. Read only the levels '
+          'of the arms from them, never the difference that you hope to see.')
 
 # %% ../../nbs/exercises/how_to_be_fooled.ipynb #ex6f19
 EXERCISES = (AT_EQUAL_COVERAGE, FIND_THE_TRAP, REPAIRED)

@@ -19,7 +19,7 @@ __all__ = ['MEANT', 'PAGE', 'titles', 'table_of', 'span', 'table_html', 'picture
 
 # %% ../../nbs/instruments/compare_page.ipynb #0026c6d6
 def titles(result:dict) -> dict[str, str]:
-    "Return what the columns of gain and forgetting are called: drift is not called forgetting"
+    "Return the titles of the columns of gain and forgetting; drift is not called forgetting"
     how = result['protocol']['forgetting']
     lost = how if how.startswith('drift') else 'forgetting'
     return dict(gain='gain', forgetting=lost, forgetting_matched=f'{lost} at equal gain')
@@ -52,7 +52,7 @@ def _row(method:dict, titles:dict[str, str], limit) -> dict:
                       crashed=sum(s['error'] is not None for s in seeds))
 
 def span(d:dict|None) -> str:
-    "Write a mean with its interval, for reading"
+    "Format a mean with its interval"
     return ('–' if not d or d['mean'] is None else f'{d["mean"]:.3f}'
             + (f' [{d["low"]:.3f}, {d["high"]:.3f}]' if d['low'] is not None else ''))
 
@@ -116,8 +116,8 @@ def _point(ax, gain, lost, mark, color, fill) -> None:
                 ms=8, capsize=3, lw=1.2)
 
 def _label(ax, methods:list[dict], styles:dict) -> None:
-    """Write each arm's name beside its filled mark, or at its curve's end, pushed up where it would
-    cover another"""
+    """Write each method's name beside its filled marker, or at the end of its curve, moved up where it
+    would cover another"""
     where = {m['name']: (m['gain']['mean'], m['forgetting']['mean'])
              if m['gain']['mean'] is not None
              else (m['frontier'][-1]['gain'], m['frontier'][-1]['forgetting'])
@@ -141,7 +141,7 @@ def image(result:dict, kind:str) -> bytes:
     return buffer.getvalue()
 
 def tag(result:dict, kind:str='png') -> str:
-    "Return the picture as an HTML tag that carries it, with its numbers as alt text"
+    "Return the picture as an HTML tag that contains it, with its numbers as alt text"
     names = titles(result)
     alt = '; '.join(f'{m["name"]}: ' + ', '.join(f'{title} {span(m[k])}'
                                                  for k, title in names.items())
@@ -152,62 +152,63 @@ def tag(result:dict, kind:str='png') -> str:
 
 # %% ../../nbs/instruments/compare_page.ipynb #002ac6d6
 def reading(r:dict) -> list[str]:
-    "Say how to read the picture and the table of a result, and what speaks against them"
+    "Say how to read the picture and the table of a result, and what casts doubt on them"
     n, lost = len(r['protocol']['seeds']), titles(r)['forgetting']
-    up = 'has forgotten less.'
+    up = 'have forgotten less.'
     if lost != 'forgetting':
-        up = (f'has moved less from the base ({lost}): what it could do before is not known, '
-              'so how far it moved is shown in its place.')
-    curve = ('A curve is one method: the least that it forgot at each gain, over all the rates and steps '
+        up = (f'have moved less from the base ({lost}): what the model could do before is not known, '
+              'so the picture shows how far it moved instead.')
+    curve = ('Each curve is one method: the least that it forgot at each gain, over all the rates and steps '
              'that were tried, on validation questions. ')
     if not any(m['frontier'] for m in r['methods']):
         curve = ''
-    chance = f'95% intervals by Student\'s t over {n} seeds; where they overlap widely, the order may be chance.'
+    chance = f'95% intervals by Student\'s t over {n} seeds; where they overlap widely, the order may be due to chance.'
     if n < 3:
         chance = (f'{"one seed" if n == 1 else "two seeds"}: '
                   'nothing here says how much is chance. Use three or more.')
     equal = '' if r['target'] is None else (
-        f', the hollow one where all have gained {r["target"]:.3f}, 95% of what the weakest can gain')
-    said = [f'{curve}Further right has learned more; further up {up}',
-            f'The filled mark is a method where it gains most{equal}. '
+        f', the hollow one where all have gained {r["target"]:.3f}, 95% of the weakest one\'s largest gain')
+    said = [f'{curve}Points further right have learned more; points further up {up}',
+            f'The filled marker shows a method where it gains most{equal}. '
             f'Both are measured on test questions, with {chance}',
             'Choose the curve that is highest at the gain you need; '
             'a curve that ends before that gain cannot reach it.']
     return said + warned(r)
 
 def warned(r:dict) -> list[str]:
-    "Say what speaks against the order of a result"
+    "Say what casts doubt on the order of a result"
     said = []
     if r['version'] == 1:
-        said.append('This result is of an earlier version: one rate a method, and nothing that was measured '
-                    'between them; another rate may turn the order.')
+        said.append('This result is of an earlier version, with one rate a method and no frontiers; '
+                    'another rate may reverse the order.')
     elif r['target'] is None:
         said.append('Some method gained nothing, so there is no gain at which all can be compared.')
     elif not r['common']:
         said.append('The equal gain is less than half of what the strongest method reaches: there '
-                    'the others have hardly begun.')
+                    'the others have hardly begun to learn.')
     elif not r['tuning']:
-        said.append('Nothing was tuned: the equal gain is that of the test seeds, and another rate may turn the order.')
+        said.append('Nothing was tuned: the equal gain is that of the test seeds, '
+                    'and another rate may reverse the order.')
     for m in r['methods']:
         if h := m['hangs']:
             own = dict(r['tuning']['methods'][m['name']]['forgetting_matched'])[m['rate_matched']]
             other = dict(r['tuning']['methods'][h['other']]['forgetting_matched'])
             theirs = other[next(x['rate_matched'] for x in r['methods'] if x['name'] == h['other'])]
-            said.append(f'‡ {m["name"]}\'s place hangs on its rate: at equal gain it forgets {own:.3f} '
+            said.append(f'‡ {m["name"]}\'s place depends on its rate: at equal gain it forgets {own:.3f} '
                         f'at {m["rate_matched"]:g} and {h["value"]:.3f} at {h["rate"]:g}; '
                         f'{h["other"]} forgets {theirs:.3f} (validation questions).')
         if m['stopped']:
-            said.append(f'{m["name"]} was stopped early: at every gain {m["stopped"]} forgets less, beyond doubt.')
+            said.append(f'{m["name"]} was stopped early: at every gain {m["stopped"]} clearly forgets less.')
         reached = m['gain_matched']['mean']
         if r['target'] is not None and reached is not None and abs(reached - r['target']) > .02:
             said.append(f'{m["name"]} reached {reached:.3f} on test questions instead of {r["target"]:.3f}; '
                         'its forgetting at equal gain is read there.')
         cost = m['within'] and m['within']['forgetting']['mean']
         if cost and 100*cost > r['lose_at_most']:
-            said.append(f'{m["name"]} kept within {r["lose_at_most"]:g} points on validation questions, '
-                        f'and costs {100*cost:.1f} on test questions.')
+            said.append(f'{m["name"]} stayed within {r["lose_at_most"]:g} points on validation questions, '
+                        f'and forgets {100*cost:.1f} points on test questions.')
         if r['lose_at_most'] is not None and not m['within'] and not m['stopped']:
-            said.append(f'{m["name"]}: nothing that was tried gains something and costs at most '
+            said.append(f'{m["name"]}: nothing that was tried gains anything and forgets at most '
                         f'{r["lose_at_most"]:g} points.')
     return said + [f'{x["name"]}, seed {s["seed"]}, broke down and counts as a model that knows nothing: {s["error"]}'
                    for x in r['methods'] for s in x['seeds'] if s['error']]
@@ -216,7 +217,7 @@ MEANT = dict(exact='the score of generated answers', accuracy='the share of righ
              nll='the fall of the negative log-likelihood of held-out responses, in nats a token')
 
 def in_words(r:dict) -> list[str]:
-    "Return the protocol of a result, as sentences"
+    "Describe the protocol of a result, in sentences"
     p = r['protocol']
     old, budget = p['forgetting'], f', at most {p["budget"]:,} tokens' if p['budget'] else ''
     if old == 'old skills':
@@ -226,7 +227,7 @@ def in_words(r:dict) -> list[str]:
         old = f'the fall on {", ".join(p["old"])}'
     redrawn = ' and the questions.' if p['redrawn'] else '.'
     memory = ('that of the GPU.' if p['device'] == 'cuda'
-              else 'what the process took beyond the loaded model, as the system reports it.')
+              else 'what the process used beyond the loaded model, as the system reports it.')
     at = p.get('evaluations', p.get('evaluate_every'))
     when = f'after {", ".join(map(str, at))} steps' if isinstance(at, list) else f'every {at} steps'
     return [f'Model: {r["model"]}, {p["parameters"]:,} parameters. Data: {r["data"]}, '
@@ -236,7 +237,7 @@ def in_words(r:dict) -> list[str]:
             f'Each method trained for {p["steps"]} steps of {p["batch_size"]} rows{budget}, '
             f'with seeds {", ".join(map(str, p["seeds"]))}; a seed redraws the order of the data, '
             f'the initialisation{redrawn}',
-            f'Each run was evaluated {when}; time and memory leave the evaluations out. Peak memory is {memory}']
+            f'Each run was evaluated {when}; time and memory exclude the evaluations. Peak memory is {memory}']
 
 def tuning_words(r:dict) -> list[str]:
     "Say how the rates were chosen"
@@ -245,8 +246,8 @@ def tuning_words(r:dict) -> list[str]:
     seeds = t.get('seeds') or [t['seed']]
     tried = lambda d: ', '.join(f'{x:g} (gain {s:.3f})' for x, s in d['tried'])
     said = [f'Chosen on validation questions after {t["steps"]} steps with seed {" and ".join(map(str, seeds))}, '
-            'which are not among the test seeds; the same number of rates for each method. '
-            'Of rates within one standard error of the best, the smallest.']
+            'which are not among the test seeds, with the same number of rates for each method. '
+            'Of the rates within one standard error of the best, the smallest was taken.']
     for n, d in t['methods'].items():
         equal = f', {d["rate_matched"]:g} at equal gain' if 'rate_matched' in d else ''
         edge = '; the best is at the edge of what was tried' if d['at_edge'] else ''
@@ -265,7 +266,7 @@ td:first-child,th:first-child{{text-align:left}}</style></head>
 <h2>How it was made</h2>{protocol}<h2>Learning rates</h2>{tuning}<h2>Made with</h2>{made}</body></html>'''
 
 def html_page(r:dict) -> str:
-    "Return one page that opens by itself: the picture, the table, how to read it, how it was made"
+    "Return one self-contained page: the picture, the table, how to read it, how it was made"
     items = lambda lines: '<ul>' + ''.join(f'<li>{html.escape(x)}</li>' for x in lines) + '</ul>'
     return PAGE.format(title=html.escape(f'{r["model"]} on {r["data"]}'), image=tag(r, 'svg'),
                        table=table_html(r), protocol=items(in_words(r)), reading=items(reading(r)),
