@@ -1,6 +1,7 @@
 "Flips, their correction and their intervals; old sets of every kind; the harvest of a model's own abilities"
 import random, sys, types
 from statistics import fmean
+import numpy as np
 import pytest, torch
 import ftlab
 from ftlab.core.data import data
@@ -34,8 +35,8 @@ def test_wilson_is_the_known_interval():
         assert wilson(c, n) == pytest.approx((theirs.low, theirs.high), abs=1e-4)
 
 def test_the_correction_is_the_papers():
-    """F - (1 - a0)(1 - a1)/(k - 1), by hand; with a number of options per question, the mean of
-    1/(k - 1)"""
+    """F - (1 - a0)(1 - a1)/(k - 1), by hand; with a number of options per question, the same among
+    the questions with 2 options and among those with 5"""
     b, a = [1, 1, 1, 0, 0, 0, 0, 0, 1, 1], [0, 1, 1, 1, 0, 0, 0, 0, 1, 0]
     f = flips(b, a, k=4)
     assert f['correction'] == 'chance'
@@ -44,7 +45,9 @@ def test_the_correction_is_the_papers():
     assert f['lost']['expected'] == f['won']['expected'] == pytest.approx(.1)
     assert f['lost']['adjusted_low'] < f['lost']['adjusted'] < f['lost']['adjusted_high']
     mixed = flips(b, a, k=[2]*5 + [5]*5)['lost']
-    assert mixed['expected'] == pytest.approx(.3*(1 + .25)/2)
+    assert mixed['expected'] == pytest.approx((.4*.4/1 + .6*.8/4)/2)
+    assert flips(b, a, k=np.array([2]*5 + [5]*5))['lost'] == mixed
+    assert flips(b, a, k=np.int64(4)) == f
 
 @pytest.mark.parametrize('k', [2, 4, 10])
 def test_pure_guessers_lose_nothing(k):
@@ -56,6 +59,25 @@ def test_pure_guessers_lose_nothing(k):
         assert abs(fmean(f[side]['adjusted'] for f in found)) < .004
         assert .92 < fmean(f[side]['adjusted_low'] <= 0 <= f[side]['adjusted_high'] for f in found)
         assert fmean(f[side]['share'] for f in found) == pytest.approx((k - 1)/k**2, abs=.01)
+
+@pytest.mark.parametrize('ks', [[2]*50 + [10]*50, [2, 3, 4, 5, 6]*12, [*range(2, 42)]])
+def test_guessers_lose_nothing_where_questions_have_different_numbers_of_options(ks):
+    """A question with 10 options is guessed less often than one with 2: with the mean over both,
+    the correction would be too large"""
+    rng = random.Random(0)
+    guess = lambda: [int(rng.random() < 1/k) for k in ks]
+    found = [flips(guess(), guess(), k=ks)['lost'] for _ in range(600)]
+    assert abs(fmean(f['adjusted'] for f in found)) < .006
+    assert .92 < fmean(f['adjusted_low'] <= 0 <= f['adjusted_high'] for f in found)
+
+@pytest.mark.parametrize('k', [2, 4])
+def test_the_known_error_where_knowledge_is_kept_and_guesses_are_new(k):
+    "Nothing is lost, but lucky guesses are not repeated: too little is subtracted, as the page says"
+    rng = random.Random(k)
+    answer = lambda: [int(i < 120 or rng.random() < 1/k) for i in range(200)]
+    a = .6 + .4/k
+    found = [flips(answer(), answer(), k=k)['lost']['adjusted'] for _ in range(600)]
+    assert fmean(found) == pytest.approx((1 - a)/(k - 1)*(a - 1/k), abs=.004)
 
 def test_what_was_known_and_is_wrong_now_is_found_among_guesses():
     """Half is known before, independently a third after, the rest is guessed:
@@ -104,6 +126,7 @@ def test_swapping_before_and_after_swaps_lost_and_won():
     (dict(before=[], after=[]), 'before has no scores'),
     (dict(before=[1, float('nan')]), r'before\[1\] is nan'),
     (dict(after=[1, -2.5]), r'after\[1\] is -2.5.*Losses are no scores'),
+    (dict(before=[1, None]), r'before\[1\] is None'), (dict(before=['1', 1]), r'before\[0\] is 1; a score'),
     (dict(k=1), 'k is 1; a question needs at least 2'),
     (dict(k=2.5), 'k is 2.5; a question needs'),
     (dict(k=[2]), 'k has 1 numbers for 2'),
