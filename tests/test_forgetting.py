@@ -5,7 +5,9 @@ import numpy as np
 import pytest, torch
 import ftlab
 from ftlab.core.data import data
+from ftlab.core.model import row_limit
 from ftlab.core.scorers import WORLD, exact_match, label_accuracy, nll, skills
+from ftlab.core.tokens import encode_all
 from ftlab.evaluators.forgetting import flips, mean_flips, right, wilson
 from ftlab.evaluators.harvest import first_line, harvest, prompts, prompts_for
 from ftlab.evaluators.old_sets import OldSet, asks_base, evenly, halves, old_set, old_sets
@@ -60,7 +62,7 @@ def test_pure_guessers_lose_nothing(k):
         assert .92 < fmean(f[side]['adjusted_low'] <= 0 <= f[side]['adjusted_high'] for f in found)
         assert fmean(f[side]['share'] for f in found) == pytest.approx((k - 1)/k**2, abs=.01)
 
-@pytest.mark.parametrize('ks', [[2]*50 + [10]*50, [2, 3, 4, 5, 6]*12, [*range(2, 42)]])
+@pytest.mark.parametrize('ks', [[2]*50 + [10]*50, [2, 3, 4, 5, 6]*12, [*range(2, 12)]*5])
 def test_guessers_lose_nothing_where_questions_have_different_numbers_of_options(ks):
     """A question with 10 options is guessed less often than one with 2: with the mean over both,
     the correction would be too large"""
@@ -177,6 +179,27 @@ def test_an_option_is_chosen_by_its_likelihood():
         of = lambda c: nll(m, TOK, [dict(prompt=row['prompt'], response=c)])*(len(c.split()) + 1)
         assert answer == min(row['choices'], key=of) and score == (answer == row['response'])
 
+def test_a_long_row_loses_the_beginning_of_its_question_and_shifts_no_answer():
+    """Without the first row the answers to the others are the same; a long row has the score of its
+    own end"""
+    m = toy()
+    long = dict(CHOICES[0], prompt='sort ' + 'a '*3000)
+    alone, both = (old_set(rows).answers(m, TOK) for rows in (CHOICES[1:], [long] + CHOICES[1:]))
+    assert both[1:] == alone and both[0][0] in long['choices']
+    text = [dict(prompt=long['prompt'], response=long['response'])]
+    losses = old_set(text + PLAIN[:3]).scores(m, TOK)
+    assert losses[1:] == pytest.approx(old_set(PLAIN[:3]).scores(m, TOK), abs=1e-5)
+    end = encode_all(text, TOK, 'text', row_limit(m, TOK), keep='end')[0]
+    assert len(losses) == 4 and sum(y != -100 for y in end['labels']) > 1
+    assert len(old_set(PLAIN[:3]).scores(m, TOK, max_length=4)) == 3
+
+def test_a_broken_model_chooses_nothing():
+    m = toy()
+    with torch.no_grad():
+        m.lm_head.weight.fill_(float('nan'))
+    right_first = [dict(r, choices=[r['response'], 'zz']) for r in PLAIN[:5]]
+    assert old_set(right_first).answers(m, TOK) == [('', 0.)]*5
+
 def test_none_is_the_labs_old_skills():
     model, tok = ftlab.load('lab-s')
     d = ftlab.data('changed-rule')
@@ -223,7 +246,13 @@ def test_names_and_single_sets(tmp_path):
     ({}, ValueError, 'names .none.'),
     ('none.jsonl', FileNotFoundError, 'no file none.jsonl'),
     (dict(train=PLAIN, mine=PLAIN), ValueError, 'names of splits'), ({1: PLAIN}, ValueError, 'a name of its own'),
-    ([], ValueError, 'no rows'),
+    ([], ValueError, 'old data: train has no rows'),
+    (dict(mine=[]), ValueError, "the old set 'mine': train has no rows"),
+    (dict(mine=None), ValueError, "nothing under the name 'mine'"),
+    (['sort', 'auto'], ValueError, 'a list of sets; give each a name'),
+    ('Auto', ValueError, "did you mean 'auto'"), ('lm-eval:arc_easy', ValueError, "did you mean 'lm_eval'"),
+    ([dict(messages=[dict(role='user', content='a'), dict(role='assistant', content='b')], choices=['b', 'c'])],
+     ValueError, 'has choices, but its rows are chats'),
     ('auto:none.txt', FileNotFoundError, 'no file none.txt of prompts'),
     ('lm_eval:', ValueError, 'names no task'),
     ([dict(PLAIN[0], choices=['a']), PLAIN[1]], ValueError, 'rows of rows have choices'),
@@ -239,6 +268,18 @@ def test_more_that_is_refused(tmp_path):
         old_sets(PLAIN, label_data(), classifier(), TOK)
     with pytest.raises(ValueError, match='a classifier has none before'):
         old_sets('auto', label_data(), classifier(), TOK)
+    for n in (0, -1, 2.5, None):
+        with pytest.raises(ValueError, match=f'old_items is {n}; it must be a whole number'):
+            old_sets(PLAIN, lab_data(), toy(), TOK, n=n)
+    with pytest.raises(ValueError, match='old_items is 0'):
+        old_set(PLAIN).first(0)
+    for wrong, words in ((dict(rows=[]), "'x' has no rows"), (dict(metric='weird'), "metric is 'weird'"),
+                         (dict(metric='choice'), 'x: the choices None'), (dict(metric='accuracy'), 'no labels')):
+        with pytest.raises(ValueError, match=words):
+            OldSet(**dict(dict(name='x', rows=PLAIN[:2], kind='text', metric='exact'), **wrong))
+    for asked in ([], 'what is two plus two'):
+        with pytest.raises(ValueError, match='a list with at least one prompt'):
+            harvest(toy(), TOK, asked)
     with pytest.raises(ValueError, match="metric 'accuracy' does not fit mine"):
         old_set(PLAIN, 'mine', 'accuracy')
     with pytest.raises(ValueError, match="split is 'half'"):
