@@ -452,6 +452,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'ftlab.commands.given.model_of': ('commands/given.html#model_of', 'ftlab/commands/given.py'),
                                       'ftlab.commands.given.new_folder': ('commands/given.html#new_folder', 'ftlab/commands/given.py'),
                                       'ftlab.commands.given.not_negative': ('commands/given.html#not_negative', 'ftlab/commands/given.py'),
+                                      'ftlab.commands.given.old_of': ('commands/given.html#old_of', 'ftlab/commands/given.py'),
                                       'ftlab.commands.given.positive': ('commands/given.html#positive', 'ftlab/commands/given.py'),
                                       'ftlab.commands.given.rate': ('commands/given.html#rate', 'ftlab/commands/given.py'),
                                       'ftlab.commands.given.rates': ('commands/given.html#rates', 'ftlab/commands/given.py')},

@@ -5,7 +5,7 @@ import ftlab, ftlab.instruments.monitor as m
 from ftlab.adapters.subsets.hft import hft
 from ftlab.adapters.modules.lora import lora
 from ftlab.core.tokens import encode_all
-from ftlab.evaluators.old_sets import OldSet, old_set
+from ftlab.evaluators.old_sets import old_set
 from ftlab.core.recipe import Recipe, Stages
 from ftlab.core.scorers import answers
 from ftlab.lab.world import OLD

@@ -372,7 +372,8 @@ def _check_fit(s:OldSet, data:Data) -> None:
     "Raise `ValueError` if a model of `data` cannot answer the set"
     if s.kind == 'label' and s.labels != data.labels:
         raise ValueError(f'the old data {s.name} have other labels than {data.name}: '
-                         'one head cannot answer both; give old data with the same labels, or leave out old=')
+                         'one head cannot answer both; give old data with the same labels, or leave out old= '
+                         'and forgetting is measured as drift')
     if data.kind == 'label' and s.kind != 'label':
         raise ValueError(f'the old data {s.name} ask for text, but the model of {data.name} is a classifier, which '
                          'predicts labels; give old data with the same labels, or leave out old=')

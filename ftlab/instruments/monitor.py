@@ -37,7 +37,7 @@ def given_exactly(model, enc:Sequence[dict], # rows as `encode_all` returns them
 
 # %% ../../nbs/instruments/monitor.ipynb #000a9985
 def old_questions(data:Data, tok,
-                  old=None,       # what it could do before: rows, or several sets by name; None: old skills of a lab model
+                  old=None,       # what it could do before: rows, or sets by name; None: old skills of a lab model
                   n:int=50,       # questions in all, the same number of each set
                   limit:int=1024  # tokens per row
                  ) -> list[dict]: # encoded; [] if it is not known what the model could do
