@@ -531,6 +531,7 @@ def test_several_old_sets_by_name(tmp_path):
     assert picked['lost']['expected'] == pytest.approx(before*after/2)
     page = rep._repr_html_()
     assert 'right → wrong, corrected' in page and 'guessing among the options' in page
+    assert 'greedy answers are not corrected (–)' in page
     assert not Page(page).wrong and Report.read(rep.save(tmp_path/'out')/'report.json').json() == r
 
 def test_the_harvest_of_a_run_is_that_of_its_base():
