@@ -42,7 +42,8 @@ def made(tmp_path_factory):
         lines([dict(text=f'{i} plus {j}', label='big' if i + j > 20 else 'small') for i in range(20)
                for j in range(20)]))
     (d/'chosen.jsonl').write_text(
-        lines([dict(prompt=f'{i} is', response=str(i), choices=[str(i), str(i + 1)]) for i in range(30)]))
+        lines([dict(prompt=f'{i} is', response=str(i), choices=[str(i), str(i + 1)])
+               for i in range(30)]))
     (d/'broken.jsonl').write_text('{"prompt": "1", "response": "1"}\n{"prompt": "2", "resp\n')
     (d/'empty.jsonl').write_text('')
     (d/'asked.jsonl').write_text(
@@ -353,7 +354,8 @@ WRONG = {
     'old rows with other labels': (f'compare --model {{d}}/enc --data {{d}}/big.jsonl --old {{d}}/odd.jsonl {FAST} '
                                    '--methods full', 1, ['leave out --old and forgetting is measured as drift']),
     'an old set without a name': (f'compare {LM} --methods full --old sort,own=auto', 1,
-                                  ["--old has 'sort' without a name or without a source; write several sets as NAME=SOURCE,NAME=SOURCE"]),
+                                  ["--old has 'sort' without a name or without a source; write "
+                                   "several sets as NAME=SOURCE,NAME=SOURCE"]),
     'an old set without a source': (f'compare {LM} --methods full --old mine=', 1, ["--old has 'mine' without"]),
     'an old set twice': (f'compare {LM} --methods full --old a=sort,a=add', 1, ["--old names 'a' twice"]),
     'an old file that is not there': (f'compare {LM} --methods full --old mine=nowhere.jsonl', 1,

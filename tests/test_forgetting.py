@@ -16,6 +16,7 @@ from toys import TOK, classifier, lab_data, label_data, same, toy, weights
 PLAIN = [dict(prompt=r['prompt'], response=r['response']) for r in lab_data().train[:40]]
 CHOICES = [dict(r, choices=['a', r['response'], 'b c']) for r in PLAIN
            if r['response'] not in ('a', 'b c')]
+CHAT = dict(messages=[dict(role='user', content='a'), dict(role='assistant', content='b')])
 
 # ---------- flips
 
@@ -74,7 +75,8 @@ def test_guessers_lose_nothing_where_questions_have_different_numbers_of_options
 
 @pytest.mark.parametrize('k', [2, 4])
 def test_the_known_error_where_knowledge_is_kept_and_guesses_are_new(k):
-    "Nothing is lost, but lucky guesses are not repeated: too little is subtracted, as the page says"
+    """Nothing is lost, but lucky guesses are not repeated: too little is subtracted, as the page
+    says"""
     rng = random.Random(k)
     answer = lambda: [int(i < 120 or rng.random() < 1/k) for i in range(200)]
     a = .6 + .4/k
@@ -251,7 +253,7 @@ def test_names_and_single_sets(tmp_path):
     (dict(mine=None), ValueError, "nothing under the name 'mine'"),
     (['sort', 'auto'], ValueError, 'a list of sets; give each a name'),
     ('Auto', ValueError, "did you mean 'auto'"), ('lm-eval:arc_easy', ValueError, "did you mean 'lm_eval'"),
-    ([dict(messages=[dict(role='user', content='a'), dict(role='assistant', content='b')], choices=['b', 'c'])],
+    ([dict(CHAT, choices=['b', 'c'])],
      ValueError, 'has choices, but its rows are chats'),
     ('auto:none.txt', FileNotFoundError, 'no file none.txt of prompts'),
     ('lm_eval:', ValueError, 'names no task'),

@@ -556,7 +556,8 @@ def test_sampled_answers_are_corrected_by_a_second_sampling_of_the_base():
     old = old_set([dict(prompt=f'sort {c} {d}', response='a') for c in 'abcdefghij' for d in 'abcdefghij'],
                   metric='exact')
     choices = [dict(prompt=f'sort {c}', response='a', choices=['a', 'b']) for c in 'abcdefghij']
-    f, g = [s['flips'] for s in report(run, dict(said=old, chosen=choices), items=5, old_items=100).json()['sets'][1:]]
+    f, g = [s['flips'] for s in report(run, dict(said=old, chosen=choices), items=5,
+                                       old_items=100).json()['sets'][1:]]
     assert g['correction'] == 'chance' # a choice is not drawn
     assert f['correction'] == 'resampled' and f['lost']['share'] > .1 and f['lost']['expected'] > .1
     assert f['lost']['adjusted_low'] < 0 < f['lost']['adjusted_high']

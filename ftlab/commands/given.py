@@ -71,8 +71,8 @@ def old_of(a:argparse.Namespace) -> str|dict|None:
         return text
     names = [name for name, _, _ in pairs]
     if odd := [''.join(p).strip('=') for p in pairs if not all(p)]:
-        raise ValueError(f'--old has {odd[0]!r} without a name or without a source; write several sets as NAME=SOURCE,NAME=SOURCE, '
-                         'such as mine=tests.jsonl,own=auto')
+        raise ValueError(f'--old has {odd[0]!r} without a name or without a source; write several '
+                         'sets as NAME=SOURCE,NAME=SOURCE, such as mine=tests.jsonl,own=auto')
     if twice := [n for n in names if names.count(n) > 1]:
         raise ValueError(f'--old names {twice[0]!r} twice; give each set a name of its own')
     return {name: source for name, _, source in pairs}

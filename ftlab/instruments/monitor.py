@@ -49,7 +49,8 @@ def old_questions(data:Data, tok,
             if isinstance(source, str) and source.partition(':')[0] in ('auto', 'lm_eval'):
                 raise ValueError(f'old= is {source!r}, but a monitor needs rows with answers; give rows, a file or a '
                                  "lab skill (for 'auto', the rows that ftlab.evaluators.harvest.harvest returns)")
-        if isinstance(old, OldSet) or isinstance(old, Mapping) and not (old and set(old) <= set(SPLITS)):
+        of_split = isinstance(old, Mapping) and old and set(old) <= set(SPLITS)
+        if isinstance(old, (OldSet, Mapping)) and not of_split:
             sets = old_sets(old, data, None, tok, n)
             each = max(1, n//len(sets))
             return [r for s in sets for r in encode_all(s.first(each).rows, tok, s.kind, limit)]
