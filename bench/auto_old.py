@@ -5,7 +5,8 @@
 Two tasks, three methods, four rates each, 60 steps. `auto` is the share of harvested answers that
 went from right to wrong; `truth` the mean fall over the old skills, on test questions that the
 harvest has not seen; `drift` the KL divergence from the base on the new task's own questions, which
-is what a user has without any old question."""
+is what a user has without any old question. `elsewhere` is harder: the harvest asks about one half
+of the old skills, and the truth is that of the other half; both ways round."""
 import json, os, platform, time
 from pathlib import Path
 from statistics import fmean
@@ -15,9 +16,10 @@ import ftlab
 from ftlab import methods
 from ftlab.core.batches import collate
 from ftlab.core.record import versions
-from ftlab.core.scorers import skills
+from ftlab.core.scorers import WORLD, skills
 from ftlab.core.tokens import encode_all
 from ftlab.evaluators.forgetting import flips
+from ftlab.evaluators.harvest import EACH
 from ftlab.evaluators.old_sets import old_sets
 from ftlab.evaluators.probe import drift
 from ftlab.lab.models import old_skills
@@ -34,27 +36,42 @@ def one(task:str, method:str, rate:float, known:dict) -> dict:
     run = ftlab.fit(model, tok, data, getattr(methods, method)(), steps=STEPS, lr=rate, seed=0,
                     progress=False)
     now = skills(model, ITEMS, names=list(known['truth']), tok=tok)
-    found = flips(known['scores'], known['auto'].scores(model, tok))['lost']
+    kept = known['auto'].scores(model, tok)
+    found = flips(known['scores'], kept)['lost']
     base, _ = ftlab.load('lab-s')
     rows = collate(encode_all(data.test[:100], tok, 'text'), tok.pad_token_id)
     return dict(task=task, method=method, rate=rate, auto=found['adjusted'], auto_low=found['low'],
                 auto_high=found['high'], drift=drift(base, run.model, rows),
-                truth=fmean(known['truth'][s] - v for s, v in now.items()))
+                truth=fmean(known['truth'][s] - v for s, v in now.items()),
+                elsewhere=[dict(auto=fmean(a - b for a, b, s in zip(known['scores'], kept,
+                                                                    known['skills']) if s in ask),
+                                truth=fmean(known['truth'][s] - now[s] for s in other))
+                           for ask, other in halves(list(known['truth']))])
+
+def halves(names:list[str]) -> list[tuple[list[str], list[str]]]:
+    "Return every other skill and the rest, both ways round"
+    return [(names[::2], names[1::2]), (names[1::2], names[::2])]
 
 def known_of(task:str) -> dict:
     "Return what the base can do, and the harvest"
     model, tok = ftlab.load('lab-s')
     data = ftlab.data(task)
     auto, = old_sets('auto', data, model, tok)
+    names = old_skills(data, tok)
+    of = {r['prompt']: s for s in names for r in WORLD.rows(s, EACH, 'validation', 0)}
     return dict(auto=auto, scores=auto.scores(model, tok),
-                truth=skills(model, ITEMS, names=old_skills(data, tok), tok=tok))
+                skills=[of[r['prompt']] for r in auto.rows],
+                truth=skills(model, ITEMS, names=names, tok=tok))
 
 def correlations(runs:list[dict]) -> dict:
-    "Return Spearman's rank correlation with the truth, over all runs and within each task"
+    """Return Spearman's rank correlation with the truth, over all runs, within each task, and among
+    runs that lost little"""
     of = lambda rs, key: round(float(spearmanr([r[key] for r in rs],
                                                [r['truth'] for r in rs])[0]), 3)
     groups = dict(all=runs) | {t: [r for r in runs if r['task'] == t] for t in TASKS}
-    return {name: dict(runs=len(rs), auto=of(rs, 'auto'), drift=of(rs, 'drift'))
+    groups |= {f'truth below {x}': [r for r in runs if r['truth'] < x] for x in (.3, .05)}
+    return {name: dict(runs=len(rs), auto=of(rs, 'auto'), drift=of(rs, 'drift'),
+                       elsewhere=[of([r['elsewhere'][i] for r in rs], 'auto') for i in (0, 1)])
             for name, rs in groups.items()}
 
 def main() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import ftlab
 from .commands.claims import run_claims
 from .commands.given import (columns_of, data_of, finite, listed, model_of, new_folder,
-                                  not_negative, positive, rate, rates)
+                                  not_negative, old_of, positive, rate, rates)
 from .commands.jupyter import run_lab
 from .commands.memory import estimate, estimate_lines
 from .commands.merge import merge_rules, run_merge
@@ -34,7 +34,7 @@ def run_compare(a:argparse.Namespace) -> tuple[dict, str]:
     if a.dry_run:
         e = estimate(a, data, arms, a.tune, a.seeds)
         return e, estimate_lines(e)
-    c = ftlab.compare(methods, a.model, data, old=a.old, metric=a.metric, seeds=a.seeds,
+    c = ftlab.compare(methods, a.model, data, old=old_of(a), metric=a.metric, seeds=a.seeds,
                       steps=a.steps, batch_size=a.batch_size, lrs=a.lrs, tune=a.tune,
                       items=a.items, old_items=a.old_items, max_length=a.max_length,
                       device=a.device, precision=a.precision, dtype=a.dtype, revision=a.revision,
@@ -105,7 +105,7 @@ def run_report(a:argparse.Namespace) -> tuple[dict, str]:
         raise ValueError('name the folder that ftlab fit wrote, or --model, --delta and --data')
     run = read_run(a.folder, a.model, a.delta, data_of(a) if a.data else None, a.revision,
                    a.device, a.dtype)
-    rep = report(run, a.old, items=a.items, old_items=a.old_items, metric=a.metric,
+    rep = report(run, old_of(a), items=a.items, old_items=a.old_items, metric=a.metric,
                  matrices=a.matrices, max_length=a.max_length, cache=a.cache)
     out = rep.save(a.out or run.folder)
     return rep.json(), f'{rep!r}\n{out/"report.html"}'
@@ -187,8 +187,11 @@ COMMON = {
     '--eval': dict(metavar='PATH', help='test rows (default: a tenth of the data is kept for testing)'),
     '--columns': dict(metavar='OURS=THEIRS',
                       help='how your columns are called, such as prompt=question,response=answer'),
-    '--old': dict(metavar='PATH', help='rows that the model could answer before, to measure what it forgets '
-                  '(default: of a lab model its skills, else only the drift of its predictions)'),
+    '--old': dict(metavar='SOURCE',
+                  help='what the model could do before, to measure what it forgets: a file, a folder, a lab skill, '
+                       'auto (its own answers, asked before the run), auto:PROMPTS.txt or lm_eval:TASK; several '
+                       'with names: mine=PATH,own=auto '
+                       '(default: of a lab model its skills, else only the drift of its predictions)'),
     '--metric': dict(choices=('exact', 'accuracy', 'nll'),
                      help='share of exactly right answers, share of right labels, or loss in nats per answer token '
                           '(default: what fits the data)'),

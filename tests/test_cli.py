@@ -41,6 +41,9 @@ def made(tmp_path_factory):
     (d/'big.jsonl').write_text(
         lines([dict(text=f'{i} plus {j}', label='big' if i + j > 20 else 'small') for i in range(20)
                for j in range(20)]))
+    (d/'chosen.jsonl').write_text(
+        lines([dict(prompt=f'{i} is', response=str(i), choices=[str(i), str(i + 1)])
+               for i in range(30)]))
     (d/'broken.jsonl').write_text('{"prompt": "1", "response": "1"}\n{"prompt": "2", "resp\n')
     (d/'empty.jsonl').write_text('')
     (d/'asked.jsonl').write_text(
@@ -82,6 +85,22 @@ def test_compare_prints_one_json_object_and_keeps_the_page(call, tmp_path):
             and (tmp_path/'here/index.html').exists() and (tmp_path/'here/tradeoff.png').exists())
     code, out, err = call(f'compare {LM} --methods full,lora(r=2,alpha=4) --seeds 1 --no-tune --out here')
     assert code == 0 and 'index.html' in out and 'gain' in out
+
+def test_old_takes_several_sets_by_name(call, made, tmp_path):
+    code, out, err = call(f'compare {LM} --methods full --seeds 1 --no-tune --old-items 6 --json '
+                          '--old mine={d}/sums.jsonl,chosen={d}/chosen.jsonl --out here')
+    r = json.loads(out)
+    assert code == 0 and r['protocol']['old'] == ['mine', 'chosen'], err
+    assert call(f'fit {LM} --out run')[0] == 0
+    code, out, err = call('report run --items 5 --old-items 6 --matrices 0 --json '
+                          '--old mine={d}/sums.jsonl,chosen={d}/chosen.jsonl')
+    assert [(s['name'], s['metric'], s['n']) for s in json.loads(out)['sets'][1:]] == [
+        ('mine', 'nll', 6), ('chosen', 'choice', 6)]
+    # a path may have commas and = in its name
+    odd = tmp_path/'a=1,b=2.jsonl'
+    odd.write_text((made/'sums.jsonl').read_text())
+    code, out, err = call(f'report run --items 5 --old-items 6 --matrices 0 --json --old {odd.name}')
+    assert code == 0 and [s['n'] for s in json.loads(out)['sets']] == [5, 6], err
 
 def test_tuning_takes_the_rates_given(call):
     r = json.loads(
@@ -334,6 +353,23 @@ WRONG = {
     'pairs without a second answer': (f'fit {LM} --method dpo', 1, ['--columns response=chosen']),
     'old rows with other labels': (f'compare --model {{d}}/enc --data {{d}}/big.jsonl --old {{d}}/odd.jsonl {FAST} '
                                    '--methods full', 1, ['leave out --old and forgetting is measured as drift']),
+    'an old set without a name': (f'compare {LM} --methods full --old sort,own=auto', 1,
+                                  ["--old has 'sort' without a name or without a source; write "
+                                   "several sets as NAME=SOURCE,NAME=SOURCE"]),
+    'an old set without a source': (f'compare {LM} --methods full --old mine=', 1, ["--old has 'mine' without"]),
+    'an old set twice': (f'compare {LM} --methods full --old a=sort,a=add', 1, ["--old names 'a' twice"]),
+    'an old file that is not there': (f'compare {LM} --methods full --old mine=nowhere.jsonl', 1,
+                                      ['there is no file nowhere.jsonl']),
+    'an old set that is none': (f'compare {LM} --methods full --old mine=sortt', 1,
+                                ["the old set 'mine': 'sortt' is neither", "did you mean 'sort'"]),
+    'old rows that are none': (f'compare {LM} --methods full --old mine={{d}}/empty.jsonl', 1, ["the old set 'mine'"]),
+    'a model that never answers the same twice': (f'compare {LM} --methods full --old auto', 1,
+                                                  ['did the model give the same answer twice']),
+    'auto for a classifier': ('compare --model {d}/enc --data {d}/big.jsonl --methods full --old auto', 1,
+                              ['--old auto asks the model for answers']),
+    'a task without a name': (f'compare {LM} --methods full --old lm_eval:', 1, ["'lm_eval:' names no task"]),
+    'a task without its package': (f'compare {LM} --methods full --old arc=lm_eval:arc_easy', 1,
+                                   ['needs the package lm_eval', 'pip install lm_eval==']),
     'all rows for testing': ('fit --model {d}/lm --data {d}/two.jsonl --eval {d}/none.jsonl', 1, ['there is no file']),
     'a report of nothing': ('report', 1, ['name the folder that ftlab fit wrote, or --model, --delta and --data']),
     'a report of a folder without a run': ('report {d}/lm', 1, ['no delta at']),

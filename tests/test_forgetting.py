@@ -1,10 +1,13 @@
 "Flips, their correction and their intervals; old sets of every kind; the harvest of a model's own abilities"
 import random, sys, types
 from statistics import fmean
+import numpy as np
 import pytest, torch
 import ftlab
 from ftlab.core.data import data
+from ftlab.core.model import row_limit
 from ftlab.core.scorers import WORLD, exact_match, label_accuracy, nll, skills
+from ftlab.core.tokens import encode_all
 from ftlab.evaluators.forgetting import flips, mean_flips, right, wilson
 from ftlab.evaluators.harvest import first_line, harvest, prompts, prompts_for
 from ftlab.evaluators.old_sets import OldSet, asks_base, evenly, halves, old_set, old_sets
@@ -13,6 +16,7 @@ from toys import TOK, classifier, lab_data, label_data, same, toy, weights
 PLAIN = [dict(prompt=r['prompt'], response=r['response']) for r in lab_data().train[:40]]
 CHOICES = [dict(r, choices=['a', r['response'], 'b c']) for r in PLAIN
            if r['response'] not in ('a', 'b c')]
+CHAT = dict(messages=[dict(role='user', content='a'), dict(role='assistant', content='b')])
 
 # ---------- flips
 
@@ -34,8 +38,8 @@ def test_wilson_is_the_known_interval():
         assert wilson(c, n) == pytest.approx((theirs.low, theirs.high), abs=1e-4)
 
 def test_the_correction_is_the_papers():
-    """F - (1 - a0)(1 - a1)/(k - 1), by hand; with a number of options per question, the mean of
-    1/(k - 1)"""
+    """F - (1 - a0)(1 - a1)/(k - 1), by hand; with a number of options per question, the same among
+    the questions with 2 options and among those with 5"""
     b, a = [1, 1, 1, 0, 0, 0, 0, 0, 1, 1], [0, 1, 1, 1, 0, 0, 0, 0, 1, 0]
     f = flips(b, a, k=4)
     assert f['correction'] == 'chance'
@@ -44,7 +48,9 @@ def test_the_correction_is_the_papers():
     assert f['lost']['expected'] == f['won']['expected'] == pytest.approx(.1)
     assert f['lost']['adjusted_low'] < f['lost']['adjusted'] < f['lost']['adjusted_high']
     mixed = flips(b, a, k=[2]*5 + [5]*5)['lost']
-    assert mixed['expected'] == pytest.approx(.3*(1 + .25)/2)
+    assert mixed['expected'] == pytest.approx((.4*.4/1 + .6*.8/4)/2)
+    assert flips(b, a, k=np.array([2]*5 + [5]*5))['lost'] == mixed
+    assert flips(b, a, k=np.int64(4)) == f
 
 @pytest.mark.parametrize('k', [2, 4, 10])
 def test_pure_guessers_lose_nothing(k):
@@ -56,6 +62,26 @@ def test_pure_guessers_lose_nothing(k):
         assert abs(fmean(f[side]['adjusted'] for f in found)) < .004
         assert .92 < fmean(f[side]['adjusted_low'] <= 0 <= f[side]['adjusted_high'] for f in found)
         assert fmean(f[side]['share'] for f in found) == pytest.approx((k - 1)/k**2, abs=.01)
+
+@pytest.mark.parametrize('ks', [[2]*50 + [10]*50, [2, 3, 4, 5, 6]*12, [*range(2, 12)]*5])
+def test_guessers_lose_nothing_where_questions_have_different_numbers_of_options(ks):
+    """A question with 10 options is guessed less often than one with 2: with the mean over both,
+    the correction would be too large"""
+    rng = random.Random(0)
+    guess = lambda: [int(rng.random() < 1/k) for k in ks]
+    found = [flips(guess(), guess(), k=ks)['lost'] for _ in range(600)]
+    assert abs(fmean(f['adjusted'] for f in found)) < .006
+    assert .92 < fmean(f['adjusted_low'] <= 0 <= f['adjusted_high'] for f in found)
+
+@pytest.mark.parametrize('k', [2, 4])
+def test_the_known_error_where_knowledge_is_kept_and_guesses_are_new(k):
+    """Nothing is lost, but lucky guesses are not repeated: too little is subtracted, as the page
+    says"""
+    rng = random.Random(k)
+    answer = lambda: [int(i < 120 or rng.random() < 1/k) for i in range(200)]
+    a = .6 + .4/k
+    found = [flips(answer(), answer(), k=k)['lost']['adjusted'] for _ in range(600)]
+    assert fmean(found) == pytest.approx((1 - a)/(k - 1)*(a - 1/k), abs=.004)
 
 def test_what_was_known_and_is_wrong_now_is_found_among_guesses():
     """Half is known before, independently a third after, the rest is guessed:
@@ -104,6 +130,7 @@ def test_swapping_before_and_after_swaps_lost_and_won():
     (dict(before=[], after=[]), 'before has no scores'),
     (dict(before=[1, float('nan')]), r'before\[1\] is nan'),
     (dict(after=[1, -2.5]), r'after\[1\] is -2.5.*Losses are no scores'),
+    (dict(before=[1, None]), r'before\[1\] is None'), (dict(before=['1', 1]), r'before\[0\] is 1; a score'),
     (dict(k=1), 'k is 1; a question needs at least 2'),
     (dict(k=2.5), 'k is 2.5; a question needs'),
     (dict(k=[2]), 'k has 1 numbers for 2'),
@@ -154,6 +181,27 @@ def test_an_option_is_chosen_by_its_likelihood():
         of = lambda c: nll(m, TOK, [dict(prompt=row['prompt'], response=c)])*(len(c.split()) + 1)
         assert answer == min(row['choices'], key=of) and score == (answer == row['response'])
 
+def test_a_long_row_loses_the_beginning_of_its_question_and_shifts_no_answer():
+    """Without the first row the answers to the others are the same; a long row has the score of its
+    own end"""
+    m = toy()
+    long = dict(CHOICES[0], prompt='sort ' + 'a '*3000)
+    alone, both = (old_set(rows).answers(m, TOK) for rows in (CHOICES[1:], [long] + CHOICES[1:]))
+    assert both[1:] == alone and both[0][0] in long['choices']
+    text = [dict(prompt=long['prompt'], response=long['response'])]
+    losses = old_set(text + PLAIN[:3]).scores(m, TOK)
+    assert losses[1:] == pytest.approx(old_set(PLAIN[:3]).scores(m, TOK), abs=1e-5)
+    end = encode_all(text, TOK, 'text', row_limit(m, TOK), keep='end')[0]
+    assert len(losses) == 4 and sum(y != -100 for y in end['labels']) > 1
+    assert len(old_set(PLAIN[:3]).scores(m, TOK, max_length=4)) == 3
+
+def test_a_broken_model_chooses_nothing():
+    m = toy()
+    with torch.no_grad():
+        m.lm_head.weight.fill_(float('nan'))
+    right_first = [dict(r, choices=[r['response'], 'zz']) for r in PLAIN[:5]]
+    assert old_set(right_first).answers(m, TOK) == [('', 0.)]*5
+
 def test_none_is_the_labs_old_skills():
     model, tok = ftlab.load('lab-s')
     d = ftlab.data('changed-rule')
@@ -200,7 +248,13 @@ def test_names_and_single_sets(tmp_path):
     ({}, ValueError, 'names .none.'),
     ('none.jsonl', FileNotFoundError, 'no file none.jsonl'),
     (dict(train=PLAIN, mine=PLAIN), ValueError, 'names of splits'), ({1: PLAIN}, ValueError, 'a name of its own'),
-    ([], ValueError, 'no rows'),
+    ([], ValueError, 'old data: train has no rows'),
+    (dict(mine=[]), ValueError, "the old set 'mine': train has no rows"),
+    (dict(mine=None), ValueError, "nothing under the name 'mine'"),
+    (['sort', 'auto'], ValueError, 'a list of sets; give each a name'),
+    ('Auto', ValueError, "did you mean 'auto'"), ('lm-eval:arc_easy', ValueError, "did you mean 'lm_eval'"),
+    ([dict(CHAT, choices=['b', 'c'])],
+     ValueError, 'has choices, but its rows are chats'),
     ('auto:none.txt', FileNotFoundError, 'no file none.txt of prompts'),
     ('lm_eval:', ValueError, 'names no task'),
     ([dict(PLAIN[0], choices=['a']), PLAIN[1]], ValueError, 'rows of rows have choices'),
@@ -216,6 +270,18 @@ def test_more_that_is_refused(tmp_path):
         old_sets(PLAIN, label_data(), classifier(), TOK)
     with pytest.raises(ValueError, match='a classifier has none before'):
         old_sets('auto', label_data(), classifier(), TOK)
+    for n in (0, -1, 2.5, None):
+        with pytest.raises(ValueError, match=f'old_items is {n}; it must be a whole number'):
+            old_sets(PLAIN, lab_data(), toy(), TOK, n=n)
+    with pytest.raises(ValueError, match='old_items is 0'):
+        old_set(PLAIN).first(0)
+    for wrong, words in ((dict(rows=[]), "'x' has no rows"), (dict(metric='weird'), "metric is 'weird'"),
+                         (dict(metric='choice'), 'x: the choices None'), (dict(metric='accuracy'), 'no labels')):
+        with pytest.raises(ValueError, match=words):
+            OldSet(**dict(dict(name='x', rows=PLAIN[:2], kind='text', metric='exact'), **wrong))
+    for asked in ([], 'what is two plus two'):
+        with pytest.raises(ValueError, match='a list with at least one prompt'):
+            harvest(toy(), TOK, asked)
     with pytest.raises(ValueError, match="metric 'accuracy' does not fit mine"):
         old_set(PLAIN, 'mine', 'accuracy')
     with pytest.raises(ValueError, match="split is 'half'"):

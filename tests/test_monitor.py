@@ -5,6 +5,7 @@ import ftlab, ftlab.instruments.monitor as m
 from ftlab.adapters.subsets.hft import hft
 from ftlab.adapters.modules.lora import lora
 from ftlab.core.tokens import encode_all
+from ftlab.evaluators.old_sets import old_set
 from ftlab.core.recipe import Recipe, Stages
 from ftlab.core.scorers import answers
 from ftlab.lab.world import OLD
@@ -59,6 +60,16 @@ def test_what_is_asked():
     assert len(m.old_questions(data, TOK, n=44)) == 44//n*n
     assert (m.old_questions(label_data(), TOK) == []
             and len(m.old_questions(data, TOK, old=lab_data(), n=7)) == 7)
+    rows = [dict(prompt=r['prompt'], response=r['response']) for r in data.train[:40]]
+    for old, want in ((dict(mine=rows, other='sort', set=old_set(rows)), 6), (old_set(rows), 7),
+                      (dict(train=rows), 7)):
+        assert len(m.old_questions(data, TOK, old=old, n=7)) == want
+    for old, words in (('auto', "old= is 'auto'.*needs rows with answers"),
+                       (dict(a=rows, b='lm_eval:arc_easy'), "old= is 'lm_eval:arc_easy'"),
+                       ({}, 'names .none.'), (dict(a=[]), "the old set 'a'.*no rows"),
+                       (dict(a=label_data()), 'other labels')):
+        with pytest.raises(ValueError, match=words):
+            m.old_questions(data, TOK, old=old)
     labels = label_data()
     labels = ftlab.data(dict(train=labels.train, validation=labels.train[:9]))
     run = tune(model=classifier(), data=labels, callbacks=(ftlab.Monitor(every=3),))

@@ -531,6 +531,7 @@ def test_several_old_sets_by_name(tmp_path):
     assert picked['lost']['expected'] == pytest.approx(before*after/2)
     page = rep._repr_html_()
     assert 'right → wrong, corrected' in page and 'guessing among the options' in page
+    assert 'greedy answers are not corrected (–)' in page
     assert not Page(page).wrong and Report.read(rep.save(tmp_path/'out')/'report.json').json() == r
 
 def test_the_harvest_of_a_run_is_that_of_its_base():
@@ -554,7 +555,10 @@ def test_sampled_answers_are_corrected_by_a_second_sampling_of_the_base():
     run = tuned(Recipe('drawn', decode=drawn))
     old = old_set([dict(prompt=f'sort {c} {d}', response='a') for c in 'abcdefghij' for d in 'abcdefghij'],
                   metric='exact')
-    f = report(run, old, items=5, old_items=100).json()['sets'][1]['flips']
+    choices = [dict(prompt=f'sort {c}', response='a', choices=['a', 'b']) for c in 'abcdefghij']
+    f, g = [s['flips'] for s in report(run, dict(said=old, chosen=choices), items=5,
+                                       old_items=100).json()['sets'][1:]]
+    assert g['correction'] == 'chance' # a choice is not drawn
     assert f['correction'] == 'resampled' and f['lost']['share'] > .1 and f['lost']['expected'] > .1
     assert f['lost']['adjusted_low'] < 0 < f['lost']['adjusted_high']
     greedy = Recipe('first', decode=lambda models, tok, prompts, **options: ['a']*len(prompts))

@@ -12,8 +12,8 @@ from pathlib import Path
 import ftlab
 
 # %% auto #0
-__all__ = ['positive', 'not_negative', 'rate', 'finite', 'listed', 'rates', 'columns_of', 'data_of', 'model_of', 'bench_of',
-           'new_folder']
+__all__ = ['positive', 'not_negative', 'rate', 'finite', 'listed', 'rates', 'columns_of', 'old_of', 'data_of', 'model_of',
+           'bench_of', 'new_folder']
 
 # %% ../../nbs/commands/given.ipynb #00066f2e
 def _number(text:str, make:Callable, fits:Callable, must:str):
@@ -60,6 +60,23 @@ def columns_of(a:argparse.Namespace) -> dict|None:
         raise ValueError(f'--columns has {odd[0]!r}; write ours=theirs, such as prompt=question,response=answer')
     return dict(pairs)
 
+def old_of(a:argparse.Namespace) -> str|dict|None:
+    """Return `--old` as the library takes it: one source, or several by name.
+    Raises `ValueError` for a part without a name, and for a name that is given twice."""
+    text = getattr(a, 'old', None) # fit has no --old
+    if not text or Path(text).exists(): # a path may contain commas and =
+        return text or None
+    pairs = [pair.partition('=') for pair in listed(text)]
+    if len(pairs) == 1 and not pairs[0][1]:
+        return text
+    names = [name for name, _, _ in pairs]
+    if odd := [''.join(p).strip('=') for p in pairs if not all(p)]:
+        raise ValueError(f'--old has {odd[0]!r} without a name or without a source; write several '
+                         'sets as NAME=SOURCE,NAME=SOURCE, such as mine=tests.jsonl,own=auto')
+    if twice := [n for n in names if names.count(n) > 1]:
+        raise ValueError(f'--old names {twice[0]!r} twice; give each set a name of its own')
+    return {name: source for name, _, source in pairs}
+
 def data_of(a:argparse.Namespace):
     "Read the data of `--data`, with the test rows of `--eval`"
     return ftlab.data(a.data, test=a.eval, columns=columns_of(a))
@@ -71,7 +88,7 @@ def model_of(a:argparse.Namespace, **more):
 def bench_of(a:argparse.Namespace, data):
     "Make the `Bench` of a comparison, for `--dry-run`"
     from ftlab.instruments.bench import Bench
-    return Bench(a.model, data, getattr(a, 'old', None), a.metric, steps=a.steps,
+    return Bench(a.model, data, old_of(a), a.metric, steps=a.steps,
                  max_length=a.max_length, device=a.device, dtype=a.dtype, revision=a.revision,
                  budget=a.budget, batch_size=a.batch_size, precision=a.precision,
                  items=a.items, old_items=getattr(a, 'old_items', 100))

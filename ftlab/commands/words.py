@@ -146,8 +146,10 @@ def spoken(e:Exception, names:Iterable[str]) -> str:
     kind = type(e).__name__
     if kind in OUT_OF_MEMORY:
         return f'memory is full; choose a smaller --batch-size or --max-length ({text or kind})'
+    # Python names the module that it misses; our own error says what to install
+    foreseen = isinstance(e, FORESEEN) or isinstance(e, ImportError) and e.name is None
     # Python raises KeyError with the bare key; our own messages have several words
-    if isinstance(e, FORESEEN) and (' ' in text if isinstance(e, KeyError) else text):
+    if foreseen and (' ' in text if isinstance(e, KeyError) else text):
         return in_shell_words(re.sub(r'^\[Errno -?\d+\] ', '', text), names)
     return f'unexpected error, {kind}: {text}; run it again with --debug to see where'
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import math
 from collections.abc import Sequence
+from numbers import Integral
 from statistics import fmean
 
 # %% auto #0
@@ -19,11 +20,11 @@ def right(scores:Sequence[float], # one per question, 0 to 1
          ) -> list[int]:          # 1 if right, else 0
     """Decide which answers are right. Raises `ValueError` if there are no scores,
     or for a score that is NaN or outside 0 to 1"""
-    scores = [float(s) for s in scores]
+    scores = list(scores)
     if not scores:
         raise ValueError(f'{name} has no scores; flips need at least one question')
     for i, s in enumerate(scores):
-        if not 0 <= s <= 1:
+        if s is None or isinstance(s, str) or not 0 <= s <= 1:
             raise ValueError(f'{name}[{i}] is {s}; a score must be between 0 (wrong) and 1 (right). '
                              'Losses are no scores: flips need answers that can be judged')
     return [int(s >= RIGHT) for s in scores]
@@ -34,21 +35,27 @@ CORRECTIONS = dict(
     chance='minus the flips that guessing among the options explains (arXiv 2510.17776)',
     resampled='minus the flips between two samplings of the base')
 
-def _options(k, n) -> float:
-    "Return the mean of 1/(options - 1) over the questions"
-    ks = list(k) if isinstance(k, (list, tuple)) else [k]*n
+def _options(k, n) -> list[int]:
+    "Return the number of options of each question"
+    ks = list(k) if hasattr(k, '__len__') else [k]*n
     if len(ks) != n:
         raise ValueError(f'k has {len(ks)} numbers for {n} questions; give one number, or one per question')
     for i in ks:
-        if not isinstance(i, int) or i < 2:
+        if not isinstance(i, Integral) or i < 2:
             raise ValueError(f'k is {i!r}; a question needs at least 2 options to choose from')
-    return fmean(1/(i - 1) for i in ks)
+    return ks
 
 def _chance(b:list[int], a:list[int], k) -> list[float]:
     """Return one value per question: their mean is the share of flips that guessing explains.
-    They also carry the uncertainty of the two shares of right answers."""
-    c, wrong_b, wrong_a = _options(k, len(b)), 1 - fmean(b), 1 - fmean(a)
-    return [c*(wrong_a*(1 - x) + wrong_b*(1 - y) - wrong_b*wrong_a) for x, y in zip(b, a)]
+    They also carry the uncertainty of the two shares of right answers.
+    Questions with the same number of options share these; others are guessed more or less often."""
+    ks = _options(k, len(b))
+    wrong = lambda right, of: 1 - fmean(x for x, i in zip(right, ks) if i == of)
+    shares = {i: (wrong(b, i), wrong(a, i)) for i in set(ks)}
+    def value(x, y, i):
+        wrong_b, wrong_a = shares[i]
+        return (wrong_a*(1 - x) + wrong_b*(1 - y) - wrong_b*wrong_a)/(i - 1)
+    return [value(*of) for of in zip(b, a, ks)]
 
 # %% ../../nbs/evaluators/forgetting.ipynb #000be21b
 Z = 1.96 # of a 95% interval

@@ -116,7 +116,9 @@ def harvest(model, tok,
            ) -> list[dict]:          # rows: prompt, and response (the model's greedy answer)
     """Return the prompts that the model answers the same way twice, with its greedy answer.
     The same seed gives the same rows. The model and the random state stay as they were.
-    Raises `ValueError` if there is no such prompt"""
+    Raises `ValueError` if there is no such prompt, or none at all"""
+    if isinstance(asked, str) or not asked:
+        raise ValueError(f'asked is {asked!r}; give a list with at least one prompt')
     shaped = [p if tok.chat_template else f'Q: {p}\nA:' for p in asked]
     ask = lambda **how: [first_line(a) for a in
                          generate(model, tok, shaped, max_new_tokens=max_new_tokens, **how)]

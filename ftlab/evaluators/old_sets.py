@@ -4,7 +4,7 @@
 
 # %% ../../nbs/evaluators/old_sets.ipynb #00042747
 from __future__ import annotations
-import hashlib, importlib, json, random
+import hashlib, importlib, json, math, random
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +17,8 @@ from ..core.generate import generate
 from ..core.model import device_of, evaluating, model_inputs, pad_id, row_limit, to_device
 from ..core.record import digest
 from ..core.scorers import WORLD, answer_length, judge
-from ..core.tokens import encode, encode_all
+from ..core.text import did_you_mean
+from ..core.tokens import encode, encode_all, encode_each
 from .harvest import LONGEST, first_line, harvest, prompts_for
 from ..lab.lookup import ALL_SKILLS
 from ..lab.models import old_skills
@@ -33,9 +34,12 @@ METRICS = ('exact', 'same', 'choice', 'accuracy', 'lm_eval', 'nll')
 
 def usual_metric(data:Data) -> str:
     """Return the metric that fits a set of old questions.
-    Raises `ValueError` if only some rows have choices"""
+    Raises `ValueError` if only some rows have choices, or if rows with choices are chats"""
     rows = data.test + data.validation + data.train
     chosen = sum('choices' in r for r in rows)
+    if data.kind == 'chat' and chosen:
+        raise ValueError(f'{data.name} has choices, but its rows are chats; to choose between answers, '
+                         'give prompt and response as text')
     if data.kind == 'text' and chosen:
         if chosen < len(rows):
             raise ValueError(f'{chosen} of the {len(rows)} rows of {data.name} have choices; '
@@ -74,7 +78,9 @@ def _labelled(q, model, tok, decode, max_length) -> list[tuple[str, float]]:
 def _losses(model, tok, rows, kind, max_length) -> list[tuple[float, int]]:
     "Return (loss, number of loss tokens) of each row"
     out = []
-    enc = encode_all(rows, tok, kind, row_limit(model, tok, max_length))
+    # every row must have its loss, so of a long one the question is cut
+    encoded = encode_all if kind == 'label' else encode_each
+    enc = encoded(rows, tok, kind, row_limit(model, tok, max_length), keep='end')
     with evaluating(model):
         for i in range(0, len(enc), 25):
             b = to_device(collate(enc[i:i + 25], pad_id(tok)), device_of(model))
@@ -85,9 +91,13 @@ def _losses(model, tok, rows, kind, max_length) -> list[tuple[float, int]]:
 def _chosen(q, model, tok, decode, max_length) -> list[tuple[str, float]]:
     rows = [dict(prompt=r['prompt'], response=c) for r in q.rows for c in r['choices']]
     losses = iter(_losses(model, tok, rows, 'text', max_length))
-    said = [min((next(losses)[0], i) for i in range(len(r['choices'])))[1] for r in q.rows]
-    said = [r['choices'][i] for r, i in zip(q.rows, said)]
+    said = [_likeliest({c: next(losses)[0] for c in r['choices']}) for r in q.rows]
     return [(a, float(a == r['response'])) for a, r in zip(said, q.rows)]
+
+def _likeliest(loss:dict) -> str:
+    "Return the option of the least loss; '' if all are NaN, since a broken model chooses nothing"
+    known = {c: v for c, v in loss.items() if not math.isnan(v)}
+    return min(known, key=known.get) if known else ''
 
 def _likelihood(q, model, tok, decode, max_length) -> list[tuple[str, float]]:
     return [('', -v/max(1, n)) for v, n in _losses(model, tok, q.rows, q.kind, max_length)]
@@ -169,6 +179,16 @@ class OldSet:
     task:str|None=None     # of lm-eval
     longest:int|None=None  # tokens of an answer; None: as many as the longest right answer
 
+    def __post_init__(self):
+        if not self.rows:
+            raise ValueError(f'the old set {self.name!r} has no rows; it needs at least one question')
+        if self.metric not in METRICS:
+            raise ValueError(f'metric is {self.metric!r}; an old set has one of {", ".join(METRICS)}')
+        if self.metric == 'accuracy' and not self.labels:
+            raise ValueError(f'the old set {self.name!r} has no labels; accuracy needs their names')
+        for r in self.rows if self.metric == 'choice' else ():
+            _check_choices(r, self.name)
+
     @property
     def k(self) -> int|list[int]|None:
         "Return the number of options, one number or one per question"
@@ -199,7 +219,8 @@ class OldSet:
         return replace(self, rows=halves(self.rows, self.name)[('validation', 'test').index(which)])
 
     def first(self, n:int) -> OldSet:
-        "Return the set with `n` of its questions, evenly spread"
+        "Return the set with `n` of its questions, evenly spread; raises `ValueError` for none"
+        _check_count(n)
         return replace(self, rows=evenly(self.rows, n))
 
 # %% ../../nbs/evaluators/old_sets.ipynb #00102747
@@ -217,6 +238,10 @@ def halves(rows:list[dict],       # of an old set
         raise ValueError(f'{name} has {len(rows)} rows, too few for two halves (one to choose by, one to judge by); '
                          'give more different rows')
     return out
+
+def _check_count(n) -> None:
+    if not isinstance(n, int) or n < 1:
+        raise ValueError(f'old_items is {n!r}; it must be a whole number, 1 or more')
 
 def evenly(rows:list, n:int) -> list:
     "Return `n` of the rows, evenly spread, because a file may be sorted"
@@ -239,9 +264,6 @@ def old_set(source,               # `Data`, or anything `ftlab.data` takes
     if not fits.get(metric):
         raise ValueError(f'metric {metric!r} does not fit {name}, whose rows are of kind {d.kind!r}; '
                          f'these fit: {", ".join(m for m, ok in fits.items() if ok) or "none"}')
-    if metric == 'choice':
-        for r in rows:
-            _check_choices(r, name)
     return OldSet(name, rows, d.kind, metric, d.labels)
 
 def _unsplit(source) -> Data:
@@ -254,7 +276,7 @@ def _unsplit(source) -> Data:
     return replace(d, validation=[], test=[], note='')
 
 def _check_choices(row, name) -> None:
-    c = row['choices']
+    c = row.get('choices')
     fine = isinstance(c, (list, tuple)) and len(c) > 1 and all(isinstance(x, str) and x for x in c)
     if not fine or len(set(c)) < len(c) or row['response'] not in c:
         raise ValueError(f'{name}: the choices {c!r} of the question {row["prompt"][:60]!r} must be at least 2 '
@@ -273,6 +295,7 @@ def old_sets(old,               # what the user gave as old=; None: the old skil
     that is not there, `ModuleNotFoundError` for lm-eval if it is not installed"""
     if split not in (None, 'validation', 'test'):
         raise ValueError(f"split is {split!r}; it must be 'validation', 'test' or None")
+    _check_count(n)
     if old is None:
         return _lab_sets(data, tok, n, split, seed) if data.kind != 'label' and is_lab(tok) else []
     out = []
@@ -302,6 +325,8 @@ def _named(old) -> dict:
     "Return the sources by name; None is the name of a source that brings its own"
     if isinstance(old, OldSet):
         return {old.name: old}
+    if isinstance(old, (list, tuple)) and any(isinstance(s, (str, Data, OldSet)) for s in old):
+        raise ValueError('old= is a list of sets; give each a name, such as {"mine": "tests.jsonl", "own": "auto"}')
     if not isinstance(old, Mapping):
         return {None: old}
     of_split = [k for k in old if k in SPLITS]
@@ -310,6 +335,9 @@ def _named(old) -> dict:
     if of_split or not old or not all(isinstance(k, str) and k for k in old):
         raise ValueError(f'old= has the names {", ".join(map(repr, old)) or "(none)"}; give one set or more, each '
                          f'under a name of its own ({", ".join(SPLITS)} are the names of splits)')
+    if empty := [k for k, v in old.items() if v is None]:
+        raise ValueError(f'old= has nothing under the name {empty[0]!r}; give rows, a file, a lab skill, '
+                         "'auto' or 'lm_eval:TASK'")
     return dict(old)
 
 # %% ../../nbs/evaluators/old_sets.ipynb #00172747
@@ -324,7 +352,11 @@ def _sets_of(name, source, data, model, tok, seed) -> list[OldSet]:
         return [OldSet(name or 'auto', rows, 'text', 'same', longest=LONGEST)]
     if kind == 'lm_eval':
         return _task_sets(name, rest)
-    return [old_set(source, name)]
+    try:
+        return [old_set(source, name)]
+    except ValueError as e:
+        near = did_you_mean(kind.lower(), ('auto', 'lm_eval')) if kind else ''
+        raise ValueError(f'{f"the old set {name!r}" if name else "old data"}: {e}{near}') from None
 
 def _task_sets(name, task) -> list[OldSet]:
     if not task:
@@ -340,7 +372,8 @@ def _check_fit(s:OldSet, data:Data) -> None:
     "Raise `ValueError` if a model of `data` cannot answer the set"
     if s.kind == 'label' and s.labels != data.labels:
         raise ValueError(f'the old data {s.name} have other labels than {data.name}: '
-                         'one head cannot answer both; give old data with the same labels, or leave out old=')
+                         'one head cannot answer both; give old data with the same labels, or leave out old= '
+                         'and forgetting is measured as drift')
     if data.kind == 'label' and s.kind != 'label':
         raise ValueError(f'the old data {s.name} ask for text, but the model of {data.name} is a classifier, which '
                          'predicts labels; give old data with the same labels, or leave out old=')

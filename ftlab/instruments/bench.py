@@ -472,14 +472,16 @@ def _flips(trial, last) -> dict|None:
         with torch.random.fork_rng():
             torch.manual_seed(trial.seed + 1)
             again = measured(trial.bench, model, tok, trial.seed, trial.split, trial.decode)['old']
+        if again == trial.before['old']:
+            again = None # a decoder that draws nothing
     found = {}
     for q in trial.bench.old_sets(trial.seed, trial.split):
         if q.metric == 'nll':
             continue
         before = trial.before['old'][q.name]
         after = [b - lost for b, lost in zip(before, last['items']['forgetting'][q.name])]
-        found[q.name] = flips(before, after, k=q.k, again=again[q.name] if again
-                              and q.k is None else None)
+        drawn = again and q.metric in ('exact', 'same') # no decoder draws a choice
+        found[q.name] = flips(before, after, k=q.k, again=again[q.name] if drawn else None)
     return dict(mean=mean_flips(list(found.values())), sets=found) if found else None
 
 def _at_doses(trial, att, doses):

@@ -5,17 +5,18 @@
 # %% ../../nbs/instruments/monitor.ipynb #00039985
 from __future__ import annotations
 import base64, html, io, math, threading, time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from ..lab.models import old_skills
 from ..lab.world import is_lab
 from ..core.batches import collate
-from ..core.data import Data, data as as_data
+from ..core.data import SPLITS, Data, data as as_data
 from ..core.tokens import encode_all
 from ..core.scorers import WORLD, teacher_forced
 from .views import front_end
 from ..core.state import State
+from ..evaluators.old_sets import OldSet, old_sets
 from ..trainers.callbacks import Every, validation_nll
 from ..trainers.watch import in_notebook
 
@@ -36,13 +37,23 @@ def given_exactly(model, enc:Sequence[dict], # rows as `encode_all` returns them
 
 # %% ../../nbs/instruments/monitor.ipynb #000a9985
 def old_questions(data:Data, tok,
-                  old=None,       # what it could do before, as `ftlab.data` takes it; None: old skills of a lab model
-                  n:int=50,       # questions in all
+                  old=None,       # what it could do before: rows, or sets by name; None: old skills of a lab model
+                  n:int=50,       # questions in all, the same number of each set
                   limit:int=1024  # tokens per row
                  ) -> list[dict]: # encoded; [] if it is not known what the model could do
     """Return the old questions that a run should still answer.
-    Raises `ValueError` if old labels are not those of the classifier."""
+    Raises `ValueError` if old labels are not those of the classifier, and for 'auto' and tasks of
+    lm-eval, which have no rows that tell the right answer."""
     if old is not None:
+        for source in old.values() if isinstance(old, Mapping) else [old]:
+            if isinstance(source, str) and source.partition(':')[0] in ('auto', 'lm_eval'):
+                raise ValueError(f'old= is {source!r}, but a monitor needs rows with answers; give rows, a file or a '
+                                 "lab skill (for 'auto', the rows that ftlab.evaluators.harvest.harvest returns)")
+        of_split = isinstance(old, Mapping) and old and set(old) <= set(SPLITS)
+        if isinstance(old, (OldSet, Mapping)) and not of_split:
+            sets = old_sets(old, data, None, tok, n)
+            each = max(1, n//len(sets))
+            return [r for s in sets for r in encode_all(s.first(each).rows, tok, s.kind, limit)]
         old = old if isinstance(old, Data) else as_data(old)
         if old.kind == 'label' and old.labels != data.labels:
             raise ValueError(f'the old data {old.name} have other labels than {data.name}: '
@@ -233,7 +244,7 @@ class Monitor:
     current step. Elsewhere there is one picture at the end.
     Raises `ValueError` if a number is below 1."""
     def __init__(self, every:int|None=None, # steps between evaluations; None: a tenth of all, at least 25
-                 old=None,                  # data that the model could do before; None: old skills of a lab model
+                 old=None,                  # what it could do before, as in `old_questions`
                  questions:int=50,          # old questions in all
                  rows:int=32):              # validation rows
         if every is not None and every < 1:

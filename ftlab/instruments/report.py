@@ -302,8 +302,9 @@ def counted(q:Asked, before:dict, after:dict, again:dict|None=None) -> dict|None
         return None
     scores = lambda seen: [v for v, _ in seen['score']]
     k = q.of.k if q.old else len(q.labels) if q.metric == 'accuracy' else None
-    return forgetting.flips(scores(before), scores(after), k=None if again else k,
-                            again=scores(again) if again else None)
+    drawn = again and q.metric in ('exact', 'same') # no decoder draws a choice
+    return forgetting.flips(scores(before), scores(after), k=k,
+                            again=scores(again) if drawn else None)
 
 def flips(q:Asked, before:dict, after:dict) -> list[dict]:
     """Return the questions whose answer changed, with both answers: 'lost' (right, then wrong),

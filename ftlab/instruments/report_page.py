@@ -453,8 +453,9 @@ def skills_html(r:dict) -> str:
              *([_corrected(s, 'lost'), _corrected(s, 'won')] if more else [])] for s in r['sets']]
     said = ('Answers that flipped: the number, and the share of the questions with its 95% interval. '
             + ('Corrected flips are ' if more else 'Flips are ')
-            + '; '.join(CORRECTIONS[k] for k in kinds if k != 'none' or not more) + '.' if kinds
-            else '')
+            + '; '.join(CORRECTIONS[k] for k in kinds if k != 'none' or not more)
+            + ('; greedy answers are not corrected (–).' if more and 'none' in kinds else '.')
+            if kinds else '')
     return (note('The change is in points, or in nats per token (there a positive change is a fall), '
                  'with its 95% interval over the choice of questions. '
                  'This is one run, and runs with other seeds can differ by more: '
