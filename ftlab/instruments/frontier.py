@@ -11,7 +11,7 @@ from statistics import fmean, variance
 
 # %% auto #0
 __all__ = ['SHARE', 'AT_LEAST', 'MATCHED', 'per_set', 'paired_difference', 'at_gain', 'best_gain', 'common_gain', 'reading',
-           'pooled', 'frontier', 'least_forgetting']
+           'pooled', 'choose', 'frontier', 'least_forgetting']
 
 # %% ../../nbs/instruments/frontier.ipynb #a8ec0c01
 def per_set(items:list|Mapping) -> Mapping[str, list]:
@@ -118,15 +118,9 @@ def choose(outcomes:Mapping[float, Mapping], # rate -> outcome, as `pooled` give
            metric:str,
            higher:bool=True,       # is more of the metric better?
            target:float|None=None  # gain, for metrics that are read off the path
-<<<<<<< OURS
           ) -> dict|None: # rate, value, best and tied (rates), values ({rate: value})
-    """Choose the smallest rate that is within one standard error of the best; those that are, are `tied`.
-    `None` if none has a value"""
-=======
-          ) -> dict|None: # rate, value, best (the rate of the best value), values ({rate: value})
     """Choose the smallest rate that is within one standard error of the best; without items, only
-    an equal value counts. Return `None` if no rate has a value"""
->>>>>>> THEIRS
+    an equal value counts. Those that are, are `tied`. Return `None` if no rate has a value"""
     read = {r: reading(o, metric, target) for r, o in outcomes.items()}
     read = {r: v for r, v in sorted(read.items()) if v is not None}
     if not read:

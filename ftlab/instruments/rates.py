@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from .frontier import MATCHED, best_gain, choose, common_gain, pooled
 
 # %% auto #0
-__all__ = ['HALF_DECADE', 'rounded', 'on_ladder', 'Grid', 'half_decades', 'Want', 'Tried']
+__all__ = ['HALF_DECADE', 'rounded', 'SEEDS', 'on_ladder', 'Grid', 'half_decades', 'Want', 'Tried', 'search']
 
 # %% ../../nbs/instruments/rates.ipynb #a862dea6
 HALF_DECADE = 10**.5
@@ -182,12 +182,7 @@ def _next(tried, arm, picks) -> tuple[float|None, bool]:
     "Return the next rate of an arm, and whether a choice at an edge asks for it"
     grid, known = tried.grids[arm], sorted(tried.outcomes[arm])
     for pick in picks:
-<<<<<<< OURS
         rate = grid.moved(known[-1] if pick['at_edge'] > 0 else known[0], pick['at_edge'])
-=======
-        up = known[-1] in (pick['rate'], pick['best'])  # a choice at the bottom that only ties with the best at the top: up
-        rate = grid.moved(known[-1] if up else known[0], 1 if up else -1)
->>>>>>> THEIRS
         if pick['at_edge'] and rate is not None:
             return rate, True
     at = known.index(picks[0]['rate']) if picks else 0
