@@ -18,7 +18,7 @@ __all__ = ['LORA', 'low_rank', 'lora']
 LORA = dict(title='LoRA: Low-Rank Adaptation of Large Language Models', arxiv='2106.09685',
     claim='Training a low-rank change of frozen weights matches full fine-tuning with a small share '
             'of its trainable parameters.',
-    source='the abstract and peft\'s implementation, against which the values are tested; '
+    source='the paper and peft\'s implementation, against which the values are tested; '
            'the default targets are wider than the paper\'s, which adapts attention only')
 
 @dataclass(frozen=True)

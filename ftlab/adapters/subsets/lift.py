@@ -100,7 +100,7 @@ HELD = ('index', 'left_index', 'left_value')
     'Reasoning-Focused Supervised Fine-Tuning', '2506.00772',
     'Tuning only the entries that are largest after rank reduction learns better than '
     'tuning everything and keeps more of the old.',
-    'the abstract and the official code (sparseAdam.py and its settings); filter rank and '
+    'the paper (ICML 2025) and the official code (sparseAdam.py and its settings); filter rank and '
     'budget are scaled to small models',
     lr=3e-3, lrs=(1e-3, 3e-3, 1e-2))
 def lift(r:int=8,                # the budget: as many parameters as LoRA of this rank
