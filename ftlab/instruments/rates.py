@@ -169,7 +169,8 @@ def _next(tried, arm, picks) -> tuple[float|None, bool]:
     "Return the next rate of an arm, and whether a choice at an edge asks for it"
     grid, known = tried.grids[arm], sorted(tried.outcomes[arm])
     for pick in picks:
-        up = known[-1] in (pick['rate'], pick['best'])  # a choice at the bottom that only ties with the best at the top: up
+        # up, too, for a choice at the bottom that only ties with the best at the top
+        up = known[-1] in (pick['rate'], pick['best'])
         rate = grid.moved(known[-1] if up else known[0], 1 if up else -1)
         if pick['at_edge'] and rate is not None:
             return rate, True
