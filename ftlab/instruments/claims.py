@@ -51,7 +51,7 @@ def workplace() -> Path:
     return runs_folder()/'claims'
 
 class Experiment:
-    "The arms of a claim: `grids` of those that are tuned, and `outcome` of one run"
+    "Hold the arms of a claim: `grids` of those that are tuned, and `outcome` of one run"
     def __init__(self, claim:Claim, keep:bool=True):
         self.claim = claim
         self.arms = arms_said(claim.spec)
@@ -60,7 +60,7 @@ class Experiment:
                       for n, a in self.arms.items() if a['grid']}
         self.script = script_of(claim) if claim.script else None
         self.seconds = {}     # of each run, by its name
-        self.seen = {}        # outcomes, so that none is made or read twice
+        self.seen = {}        # outcomes, so that none is made or read a second time
         if claim.runs:
             kept = Kept(workplace()/f'{claim.key}-{run_code(claim)}')
             self.kept = kept if keep else lambda name, make: make()
@@ -70,7 +70,7 @@ class Experiment:
             self.bench = bench_of(claim)
 
     def outcome(self, arm:str, rate:float|None, seed:int, split:str, half:bool=False) -> dict:
-        "Run one arm, or take the run from its file"
+        "Run one arm, or read the run from its file"
         key = arm, rate, seed, split, half
         if key not in self.seen:
             self.seen[key] = self._outcome(*key)
@@ -87,7 +87,7 @@ class Experiment:
         return self.runs(self.bench, self.recipes[arm], rate, seed, split, steps)
 
     def _script_run(self, arm, rate, seed, split, steps) -> dict:
-        "One run of the script; a run that breaks down says why, unless the script itself is wrong"
+        "Run the script once; a run that breaks down says why, unless the script itself is wrong"
         t = time.process_time()
         try:
             found = dict(self.script.run(arm, rate, seed, split, steps), error=None)
@@ -134,8 +134,8 @@ def named_arms(c:Mapping) -> set[str]:
     return {n for n in named if isinstance(n, str)}
 
 def needed_arms(c:Mapping, experiment:Experiment) -> list[str]:
-    """Return the arms that must run for a contrast: those that it names; where one of them is made of others,
-    all arms, or those that the contrast says it is made `of` and those without a grid"""
+    """Return the arms that must run for a contrast: those that it names. If one of those is derived, return
+    all arms, or those in the contrast's `of` and those without a grid"""
     named = named_arms(c)
     if named <= set(experiment.arms):
         return [n for n in experiment.arms if n in named]
@@ -143,8 +143,8 @@ def needed_arms(c:Mapping, experiment:Experiment) -> list[str]:
     return [n for n in experiment.arms if n in named or n in of or n not in experiment.grids]
 
 def want_of(c:Mapping, experiment:Experiment) -> Want:
-    """Return what the rates of a contrast are chosen by: its two sides, or the arms that they are
-    made of"""
+    """Return the arms and the metric by which a contrast's rates are chosen: its two sides, or the
+    arms that they are derived from"""
     sides = {c[k] for k in ('treatment', 'baseline') if isinstance(c[k], str)}
     if sides - set(experiment.arms):
         sides |= set(c.get('of', experiment.grids))
@@ -183,7 +183,7 @@ def side(c:Mapping, which:str, found:Mapping, target:float|None) -> tuple[float,
     return arm_value(c, outcome_of(found, c[which]), target, which == 'treatment')
 
 def outcome_of(found:Mapping, arm:str) -> Mapping:
-    """Return the outcome of an arm; one that would have been made of a run that broke down is broken, too.
+    """Return the outcome of an arm; an arm derived from a run that broke down is broken, too.
     Raises `ValueError` for an arm that is not there"""
     if arm not in found and not any(o.get('error') for o in found.values()):
         raise ValueError(f'there is no arm {arm!r}; there are {", ".join(found)}')
@@ -191,8 +191,8 @@ def outcome_of(found:Mapping, arm:str) -> Mapping:
 
 def arm_value(c:Mapping, outcome:Mapping, target:float|None,
               against:bool=True) -> tuple[float, float|None]:
-    """Return the metric of a contrast for one arm; `against`: a run that broke down counts as the
-    worst"""
+    """Return the metric of a contrast for one arm, and the gain at which it was read. A run that
+    broke down has the worst value if `against`, else the best"""
     metric, name = c['metric'], c['metric'].removesuffix(MATCHED)
     if outcome.get('error'):
         worst = c.get('worst', outcome.get(name))
@@ -216,13 +216,13 @@ STATES = {'missing': 'not yet run', 'current': 'made by this code',
           'first edition': 'judged by an earlier rule, and to be written anew'}
 
 def _source(module:str) -> str:
-    "A module's source, without importing it"
+    "Return a module's source, without importing it"
     at = Path(ftlab.__file__).parent.joinpath(*module.split('.')[1:])
     return (at/'__init__.py' if at.is_dir() else at.with_suffix('.py')).read_text(encoding='utf-8')
 
 def own_definitions(claim:Claim) -> dict[str, str]:
-    """name -> tree of the paper's marked definitions and of what they use;
-    raises `ValueError` where nothing is marked"""
+    """Return name -> tree of the paper's marked definitions and of what they use;
+    raises `ValueError` if nothing is marked"""
     marks = {}
     for mark in marked():
         if mark.key == claim.key:
@@ -233,23 +233,23 @@ def own_definitions(claim:Claim) -> dict[str, str]:
     recorded = read_result(claim).get('definitions', ()) if claim.result.exists() else ()
     return closure(marks, _source, recorded)
 
-# of a claim's file, what does not change what is run or how it is judged
+# keys of a claim's file that do not change what is run or how it is judged
 WORDS_ALONE = ('why', 'paper_says', 'where', 'superseded', 'differs', 'left_out', 'pilot', 'review',
                'no_dial', 'fixed')
 
 def own_code(claim:Claim) -> str:
-    """The hash of the paper's own definitions and of the experiment; the sentence counts,
+    """Return the hash of the paper's own definitions and of the experiment; the sentence counts,
     the words that explain it do not"""
     spec = {k: v for k, v in claim.spec.items() if k not in WORDS_ALONE}
     return code_hash(*own_definitions(claim).values(), json.dumps(spec, sort_keys=True),
                      *_script_trees(claim))
 
 def run_code(claim:Claim) -> str:
-    "The hash of what a run of the script depends on: another margin makes no run anew"
+    "Return the hash of what a run of the script depends on; the margin, for example, does not count"
     return code_hash(*own_definitions(claim).values(), *_script_trees(claim))
 
 def _script_trees(claim:Claim) -> list[str]:
-    """The claim's script as a tree, and those of the claims that it takes something from
+    """Return the claim's script as a tree, and those of the claims that it uses
     (`beside('dft')`)"""
     if not claim.script:
         return []
@@ -264,12 +264,12 @@ def _tree(source:str) -> str:
     return dumped(bare(ast.parse(source)))
 
 def core_code() -> str:
-    "The hash of the whole package"
+    "Return the hash of the whole package"
     files = (p for p in sorted(Path(ftlab.__file__).parent.rglob('*.py')) if p.name != '_modidx.py')
     return code_hash(*(_tree(p.read_text(encoding='utf-8')) for p in files))
 
 def read_result(claim:Claim) -> dict:
-    "What stands in a claim's result file"
+    "Read a claim's result file"
     return json.loads(claim.result.read_text(encoding='utf-8'))
 
 def write_result(claim:Claim, result:Mapping) -> None:
@@ -279,7 +279,7 @@ def write_result(claim:Claim, result:Mapping) -> None:
                                             encoding='utf-8'))
 
 def status(claim:Claim) -> str:
-    "Whose evidence it is: one of `STATES`"
+    "Return the state of a claim's evidence: one of `STATES`"
     if not claim.result.exists():
         return 'missing'
     r = read_result(claim)
@@ -295,7 +295,7 @@ def status(claim:Claim) -> str:
 
 # %% ../../nbs/instruments/claims.ipynb #001213be
 def named_claim(key:str) -> Claim:
-    "The claim of the paper called `key`; raises `ValueError` offering those there are"
+    "Return the claim of the paper called `key`; raises `ValueError` that lists the claims there are"
     if claims_folder() is None:
         raise ValueError('the claims are in the repository, not in the installed package; clone it and run there')
     if not (folder := claims_folder()/key).joinpath('claim.toml').exists():
@@ -303,7 +303,7 @@ def named_claim(key:str) -> Claim:
     return read_claim(folder)
 
 def script_of(claim:Claim):
-    "The module of a claim's script"
+    "Return a claim's script as a module"
     spec = importlib.util.spec_from_file_location(f'claim_{claim.key}', claim.script)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -311,14 +311,13 @@ def script_of(claim:Claim):
     return module
 
 def beside(key:str):
-    """The script of another claim, for a claim whose experiment shares its ground;
-    it counts into the hash of both"""
+    """Return the script of another claim, for a claim that shares parts of its experiment;
+    it counts in the hash of both"""
     folder = claims_folder() or Path(ftlab.__file__).resolve().parent/'data'/'claims'  # an installed package has copies
     return script_of(read_claim(folder/key))
 
 class Kept:
-    """Parts of a claim that are finished, as JSON files: `kept(name, make)` reads the part,
-    or makes it"""
+    """Keep finished parts of a claim as JSON files: `kept(name, make)` reads a part, or makes it"""
 
     def __init__(self, folder:Path):
         self.folder = folder
@@ -337,8 +336,8 @@ class Kept:
 
 # %% ../../nbs/instruments/claims.ipynb #2d03f461
 class Part:
-    """A claim while it runs: what was tried, the plan of each contrast, and runs by arm, rate and
-    seed"""
+    """Hold a claim while it runs: what was tried, the plan of each contrast, and runs by arm, rate
+    and seed"""
     def __init__(self, claim:Claim, experiment:Experiment, say:Callable=lambda s: None):
         self.claim, self.experiment, self.say = claim, experiment, say
         self.contrasts = claim.spec['contrast']
@@ -351,7 +350,7 @@ class Part:
             self.say(f'{self.claim.key}: tuning {arm} at {rate:g}, seed {seed}: {_line(self.contrasts, o)}')
             return o
         alone = {n: g for n, g in e.grids.items() if len(g.values) == 1}
-        # refined around the choices of those that decide, which alone make the grids grow
+        # primary contrasts come first: their choices are refined, and only they make the grids grow
         first = sorted(self.contrasts, key=lambda c: not c.get('primary', False))
         wants = [w for c in first if (w := want_of(c, e)).arms]
         primary = sum(c.get('primary', False) for c in self.contrasts if want_of(c, e).arms)
@@ -360,8 +359,8 @@ class Part:
         self.plans = [planned(c, self.tried, e) for c in self.contrasts]
 
     def found(self, plan:Mapping, seed:int, split:str, half:bool=False, turned:Mapping=()) -> dict:
-        """Return the outcome of every arm at the plan's rates, or at those of `turned`, and what is
-        made of them"""
+        """Return the outcome of every arm at the plan's rates, or at those in `turned`, and the arms
+        derived from them"""
         e, rates = self.experiment, plan['rates'] | dict(turned)
         return e.derived({n: e.outcome(n, r, seed, split, half) for n, r in rates.items()
                           if not half or e.arms[n]['steps'] is not None})
@@ -379,14 +378,14 @@ class Part:
         return out
 
     def _trivial(self, c, found, target) -> float|None:
-        "Return the level of the trivial alternative; `None` where it never reaches the target gain"
+        "Return the level of the trivial alternative; `None` if it never reaches the target gain"
         if 'value' in c['trivial']:
             return float(c['trivial']['value'])
         o = found[c['trivial']['arm']]
         return None if reading(o, c['metric'], target) is None else arm_value(c, o, target)[0]
 
     def tuning_row(self, c, plan) -> dict:
-        "Return a contrast as it stands after tuning: its rates, and the levels on the tuning seeds"
+        "Return a contrast after tuning: its rates, and the levels on the tuning seeds"
         seen = self.levels(c, plan, 'validation', SEEDS)
         row = {k: c[k] for k in ('name', 'kind', 'margin', 'metric')}
         row |= dict(primary=c.get('primary', False), arms=[c['treatment'], c['baseline']],
@@ -408,7 +407,7 @@ def test_row(part, c, row) -> dict:
     return row | more
 
 def turned_rows(part, c, row) -> list[dict]:
-    "Return the effect with one arm at another rate, on the seeds of sensitivity"
+    "Return the effect with one arm at another rate, on the sensitivity seeds"
     e, out = part.experiment, []
     for arm in want_of(c, e).arms:
         chosen = row['rates'][arm]
@@ -425,7 +424,7 @@ def turned_rows(part, c, row) -> list[dict]:
     return out
 
 def half_row(part, c, row) -> dict|None:
-    "Return the effect after half of the steps, and how far the baseline falls by that"
+    "Return the effect after half of the steps, and the change of the baseline"
     arms, steps = [a for a in row['arms'] if isinstance(a, str)], part.experiment.arms
     if all(steps[a]['steps'] is None for a in row['rates']):
         return None
@@ -439,7 +438,7 @@ def half_row(part, c, row) -> dict|None:
                 **(dict(why='the target gain is not reached') if missed else {}))
 
 def _line(contrasts, o) -> str:
-    "The numbers that the contrasts look at"
+    "Format the values that the contrasts read"
     if o.get('error'):
         return o['error']
     shown = dict.fromkeys(c['metric'].removesuffix(MATCHED) for c in contrasts)
@@ -447,8 +446,8 @@ def _line(contrasts, o) -> str:
 
 # %% ../../nbs/instruments/claims.ipynb #001613be
 def run_claim(claim:Claim|str,             # a claim, or its key
-              say:Callable=lambda s: None, # is told what was finished
-              keep:bool=True,              # go on from what is finished
+              say:Callable=lambda s: None, # called with what was finished
+              keep:bool=True,              # go on from what was finished before
               write:bool=True              # write result.json into the claim's folder
              ) -> dict:                    # the result
     """Tune, run every seed, apply the rule, write the result.
@@ -487,15 +486,15 @@ def _runnable(claim) -> Claim:
 
 def tuned_part(claim:Claim|str, say:Callable=lambda s: None,
                keep:bool=True) -> tuple[Part, list[dict]]:
-    """Search the rates of a claim and read its room on the tuning seeds; nothing is written, no
-    test question asked"""
+    """Search the rates of a claim and read its room on the tuning seeds; nothing is written, and no
+    test question is used"""
     claim = _runnable(claim)
     part = Part(claim, Experiment(claim, keep), say)
     part.tune()
     return part, [part.tuning_row(c, p) for c, p in zip(part.contrasts, part.plans)]
 
 def _rows(part) -> list[dict]:
-    "The contrasts of a result, after tuning, test seeds, sensitivity and half of the steps"
+    "Return the contrasts of a result, after tuning, test seeds, sensitivity and half of the steps"
     part.tune()
     rows = [part.tuning_row(c, p) for c, p in zip(part.contrasts, part.plans)]
     for row in rows:
@@ -519,7 +518,7 @@ def _rows(part) -> list[dict]:
     return done
 
 def _known_worse(part, c, row) -> dict:
-    "What a contrast of sameness must be able to tell apart"
+    "Return the arm that is known to be worse, if the contrast needs one"
     if c['kind'] == 'superiority':
         return {}
     if 'worse' in c:
@@ -531,7 +530,7 @@ def _known_worse(part, c, row) -> dict:
                             effects=row['half']['baseline'])) if 'half' in row else {})
 
 def _cells(part, rows) -> tuple[dict, dict]:
-    "The numbers of each test run by seed, and the seconds of each seed"
+    "Return the values of each test run by seed, and the seconds of each seed"
     e, cells = part.experiment, {}
     if not rows[0]['treatment']:
         return {}, {}
@@ -551,7 +550,7 @@ def _cell_name(arm, rate) -> str:
     return arm if rate is None else f'{arm}@{rate:g}'
 
 def _small(o) -> dict:
-    "An outcome without its items"
+    "Return an outcome without its items"
     keep = {k: round(v, 6) if isinstance(v, float) else v for k, v in o.items()
             if k not in ('items', 'path', 'old', 'doses')}
     if o.get('path'):
@@ -560,8 +559,8 @@ def _small(o) -> dict:
     return keep
 
 def _stamp(claim) -> dict:
-    """What says which code a result belongs to: taken before a run,
-    as code may change while it lasts"""
+    """Return the hashes that say which code a result belongs to; called before a run, as code may
+    change during it"""
     return dict(edition=claim.edition, code=own_code(claim), hash='tree',
                 definitions=list(own_definitions(claim)),
                 core=core_code())
@@ -589,7 +588,7 @@ def assemble_claim(claim:Claim, rows:list[dict], cells:Mapping[str, dict],
     return out | dict(verdict=v, reason=reason, also_seen=also_seen(out), cells=cells)
 
 def _control(c, rows, cells) -> dict:
-    "The mean of an arm's metric over the seeds, at the rate of the first contrast that it is in"
+    "Check the mean of an arm's metric over the seeds, at the rate of the first contrast that it is in"
     row = next((r for r in rows if c['arm'] in r['arms']), None) or next(
         (r for r in rows if c['arm'] in r['rates']), rows[0])
     name = _cell_name(c['arm'], row['rates'].get(c['arm']))
@@ -616,7 +615,7 @@ def _same_gain(rows) -> list[dict]:
     return out
 
 def _excluded(cells) -> dict:
-    "What was left out of a number: {arm: {reason: count of each seed}}"
+    "Return what was left out of the values: {arm: {reason: count of each seed}}"
     out = {}
     for of in cells.values():
         for name, cell in of.items():
@@ -625,7 +624,7 @@ def _excluded(cells) -> dict:
     return out
 
 def also_seen(result:Mapping) -> list[str]:
-    "Return sentences about what in a run speaks against the claim"
+    "Describe what in a run speaks against the claim, in sentences"
     out = []
     for c in result['contrasts']:
         if not c['treatment']:
@@ -647,16 +646,16 @@ def also_seen(result:Mapping) -> list[str]:
 
 # %% ../../nbs/instruments/claims.ipynb #001d13be
 def again(key:str, seed:int|None=None) -> list[dict]:
-    """Run one seed of a finished claim anew: stored and new effect of each contrast,
-    and whether they agree to within the margin"""
+    """Repeat one seed of a finished claim: stored and new effect of each contrast, and whether they
+    agree within the margin, or within .01 if that is larger"""
     claim = named_claim(key)
     seed = read_result(claim)['seeds'][0] if seed is None else seed
-    allowed = lambda d: max(d['margin'], .01) # another processor rounds otherwise
+    allowed = lambda d: max(d['margin'], .01) # another processor rounds differently
     return [d | dict(same=abs(d['stored'] - d['new']) <= allowed(d)) for d in replay(claim, seed)]
 
 def replay(claim:Claim, seed:int) -> list[dict]:
-    """Return (name, margin, stored, new) of each contrast: its effect on `seed`,
-    as it stands in the result and run anew at the stored learning rates"""
+    """Return name, margin, stored and new of each contrast: its effect on `seed` in the result, and
+    repeated at the stored learning rates"""
     r = read_result(claim)
     if seed not in r['seeds']:
         raise ValueError(f'{claim.key}: seed {seed} is none of the result\'s; '
@@ -677,18 +676,18 @@ def replay(claim:Claim, seed:int) -> list[dict]:
 
 # %% ../../nbs/instruments/claims.ipynb #002313be
 def quickest_seed(claim:Claim) -> int|None:
-    "The seed of a result that took the fewest seconds; None where it has no seeds"
+    "Return the seed of a result that took the fewest seconds; `None` if it has no seeds"
     seconds = read_result(claim)['seed_seconds']
     return int(min(seconds, key=seconds.get)) if seconds else None
 
 def carry(claim:Claim|str,             # a claim with a result, or its key
-          seed:int|None=None,          # the seed to run anew; None: the quickest
-          say:Callable=lambda s: None, # is told how far off each contrast is
-         ) -> list[dict]:              # name, stored, new, allowed of each contrast; [] where nothing needed carrying
-    """Carry a result over to the code that is here, if one seed replays within a tenth of every margin.
+          seed:int|None=None,          # the seed to repeat; None: the quickest
+          say:Callable=lambda s: None, # called with how far off each contrast is
+         ) -> list[dict]:              # name, stored, new, allowed of each contrast; [] if nothing needed carrying
+    """Carry a result over to the current code, if one seed replays within a tenth of every margin.
 
-    A replay is kept until the package changes: a stopped call goes on, and one that failed fails again at once.
-    Raises `ValueError` for a claim without a result or with a superseded one, and where a contrast is further off."""
+    A replay is kept until the package changes: a stopped call goes on, and a failed one fails again at once.
+    Raises `ValueError` for a claim without a result or with a superseded one, and if a contrast is further off."""
     claim = claim if isinstance(claim, Claim) else named_claim(claim)
     state = status(claim)
     if state in ('missing', 'superseded', 'first edition'):
@@ -711,15 +710,15 @@ def carry(claim:Claim|str,             # a claim with a result, or its key
     return seen
 
 def _far_off(d) -> str:
-    "A replayed contrast in words"
+    "Describe a replayed contrast"
     if d['new'] is None:
         return f'{d["name"]} was {d["stored"]:+.4f} and is NaN or infinite'
     return (f'{d["name"]} was {d["stored"]:+.4f} and is {d["new"]:+.4f}, '
             f'{abs(d["stored"] - d["new"]):.2g} off, allowed {d["allowed"]:g}')
 
 def _seen(claim, seed) -> list[dict]:
-    """What a replay saw, with the difference that is allowed;
-    an identity counts as an effect of 1 that must stay, None stands for NaN"""
+    """Return what a replay gave, with the difference that is allowed. An identity is an effect of 1
+    that must stay, and `None` means NaN"""
     found = replay(claim, seed) if claim.spec.get('contrast') else []
     out = [dict(name=d['name'], stored=d['stored'],
                 new=d['new'] if math.isfinite(d['new']) else None,
@@ -729,8 +728,8 @@ def _seen(claim, seed) -> list[dict]:
                   for k, ok in ids.items()]
 
 def supersede(claim:Claim|str, reason:str) -> None:
-    """Mark a result as superseded: the tests accept it, and every list says so,
-    until the claim has run again"""
+    """Mark a result as superseded until the claim has run again; the tests accept it, and every list
+    says so"""
     claim = claim if isinstance(claim, Claim) else named_claim(claim)
     if not reason.strip():
         raise ValueError('say why the result no longer stands, for instance "the row limit was off by one"')
@@ -761,7 +760,7 @@ def explain(key:str) -> str:
                       f'{r["seconds"]/60:.1f} minutes)'])
 
 def _outcome(r:dict) -> list[str]:
-    "What each contrast, control and identity of a result says"
+    "Describe each contrast, control and identity of a result"
 
     def must(k):
         return f'must lie within ±{k["margin"]:g}' if k['kind'] == 'equivalence' else f'must lie above {bar_of(k):g}'
@@ -782,23 +781,23 @@ def note(claim:Claim|str, text:str) -> None:
 # %% ../../nbs/instruments/claims.ipynb #001f13be
 def run_claims(keys:list[str]|None=None, jobs:int=1, everything:bool=False,
                say:Callable=print) -> dict[str, str]:
-    """Run the claims whose evidence is missing, stale or superseded
-    (`everything`: all; or those named); {key: verdict, or what went wrong}"""
+    """Run the claims whose evidence is missing, stale or superseded (`everything`: all), or those in
+    `keys`; return {key: verdict, or what went wrong}"""
     unproven = ('missing', 'stale', 'old hash', 'superseded')
     todo = (keys or [c.key for c in claims() if c.edition == EDITION
                      and (everything or status(c) in unproven)])
     return _each(_run_one, todo, jobs, say)
 
 def carry_claims(keys:list[str]|None=None, jobs:int=1, say:Callable=print) -> dict[str, str]:
-    """Carry over the results whose code changed, or those named; {key: 'carried over',
-    'needs no carrying', or what is in the way}"""
+    """Carry over the results whose code changed, or those in `keys`; return {key: 'carried over',
+    'needs no carrying', or what went wrong}"""
     todo = keys or [c.key for c in claims() if status(c) in ('stale', 'old hash')]
     return _each(_carry_one, todo, jobs, say)
 
 def _each(work:Callable, keys:list[str], jobs:int, say:Callable) -> dict[str, str]:
-    "What `work(key)` says of each, `jobs` at a time"
+    "Return what `work(key)` gives for each key, `jobs` at a time"
     for key in keys:
-        named_claim(key)  # a wrong name is told before the first run
+        named_claim(key)  # a wrong name raises an error before the first run
     out = {}
     if jobs == 1:
         for key in keys:
@@ -816,7 +815,7 @@ def _to_stderr(text:str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 def _one_thread() -> None:
-    "Of several workers each takes one core"
+    "Use one core in each of several workers"
     if torch.get_num_threads() > 1 and multiprocessing.parent_process() is not None:
         torch.set_num_threads(1)
 

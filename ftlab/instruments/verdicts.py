@@ -24,13 +24,13 @@ __all__ = ['KINDS', 'VERDICTS', 'EDITION', 'NEEDED', 'SCOPES', 'RUNS', 'SAID', '
 KINDS = ('superiority', 'noninferiority', 'equivalence')
 
 def bar_of(c:Mapping) -> float:
-    "Return what the effect must be above: the margin, or minus the margin where on par is enough"
+    "Return what the effect must be above: the margin, or for noninferiority minus the margin"
     return -float(c['margin']) if c['kind'] == 'noninferiority' else float(c['margin'])
 
 def contrast(c:Mapping # kind, margin, treatment and baseline (one number a seed), higher_is_better
-            ) -> dict: # verdict, mean, low, high, n: of the effect, positive in the claim's favour
-    """The verdict of one contrast, and the interval that gave it.
-    Raises `ValueError` below five seeds, or where a number is missing."""
+            ) -> dict: # verdict, and mean, low, high, n of the effect; positive in the claim's favour
+    """Return the verdict of one contrast by its interval alone.
+    Raises `ValueError` below five seeds, or if a value is missing."""
     t, b, m = c['treatment'], c['baseline'], float(c['margin'])
     if len(t) != len(b) or None in t or None in b:
         raise ValueError(f'{c["name"]}: treatment and baseline need one number for each seed; they have {t} and {b}')
@@ -51,8 +51,8 @@ def contrast(c:Mapping # kind, margin, treatment and baseline (one number a seed
 # %% ../../nbs/instruments/verdicts.ipynb #000b18ff
 def lacks_room(c:Mapping, # kind, margin, higher_is_better, best, trivial, worse (equivalence)
                treatment:float, baseline:float, # means
-               trivial:float|None               # mean of the trivial alternative; None: it never gets that far
-              ) -> str:   # why there is no room; '' if there is
+               trivial:float|None               # mean of the trivial alternative; None: never at the target gain
+              ) -> str:   # the reason; '' if there is room
     "Say why two arms have no room to differ"
     sign, m = (1 if c.get('higher_is_better', True) else -1), float(c['margin'])
     better = lambda x: math.inf if trivial is None else sign*(x - trivial)
@@ -67,14 +67,14 @@ def lacks_room(c:Mapping, # kind, margin, higher_is_better, best, trivial, worse
     return ''
 
 def _tells_apart(c, gap:float) -> bool:
-    """Does an arm that is known to be worse fall outside the margin? `gap`: that arm minus the
-    baseline"""
+    """Return whether an arm that is known to be worse falls outside the margin; `gap` is that arm
+    minus the baseline"""
     worse = gap if c.get('higher_is_better', True) else -gap
     return worse < -c['margin'] or (c['kind'] == 'equivalence' and worse > c['margin'])
 
 def room(c:Mapping) -> str:
-    """Say why a contrast of a result has no room, on the tuning seeds or on the test seeds; '' if
-    it has"""
+    """Say why a contrast of a result has no room, on the tuning or on the test seeds; '' if it has
+    room"""
     if 'best' not in c and 'trivial' not in c:
         return ''  # a claim of the first edition
     t = c['tuning']
@@ -93,18 +93,18 @@ def room(c:Mapping) -> str:
 
 # %% ../../nbs/instruments/verdicts.ipynb #bf4d9cf5
 def in_favour(c:Mapping, mean:float) -> bool:
-    "Is a mean effect on the claim's side of the margin?"
+    "Return whether a mean effect is on the claim's side of the margin"
     return abs(mean) <= c['margin'] if c['kind'] == 'equivalence' else mean > bar_of(c)
 
 def hangs(c:Mapping) -> str:
-    "Say at which rate a contrast of a result turns; '' if at none"
+    "Say at which rate the effect of a contrast moves across the margin; '' if at none"
     if not c['treatment']:
         return ''
     mean = contrast(c)['mean']
-    for turned in c.get('sensitivity', ()):
-        if turned['effects'] and in_favour(c, fmean(turned['effects'])) != in_favour(c, mean):
-            return (f'with {turned["arm"]} at {turned["rate"]:g} instead of {turned["chosen"]:g} '
-                    f'the effect is {fmean(turned["effects"]):+.3f}')
+    for other in c.get('sensitivity', ()):
+        if other['effects'] and in_favour(c, fmean(other['effects'])) != in_favour(c, mean):
+            return (f'with {other["arm"]} at {other["rate"]:g} instead of {other["chosen"]:g} '
+                    f'the effect is {fmean(other["effects"]):+.3f}')
     return ''
 
 # %% ../../nbs/instruments/verdicts.ipynb #000c08ff
@@ -112,7 +112,7 @@ VERDICTS = dict(holds='the numbers bear the claim out, here', fails='the numbers
                 unclear='the numbers leave it open, or the experiment could not tell',
                 checked='only the mechanism was verified, not an effect')
 
-def contrast_verdict(c:Mapping) -> tuple[str, str]: # verdict, and the reason where the experiment could not tell
+def contrast_verdict(c:Mapping) -> tuple[str, str]: # verdict, and the reason if the experiment could not tell
     "Return what one contrast of a result says, with room and rate taken into account"
     if not c.get('common', True):
         return 'unclear', 'no common gain'
@@ -125,9 +125,9 @@ def contrast_verdict(c:Mapping) -> tuple[str, str]: # verdict, and the reason wh
         return 'unclear', f'hangs on the rate: {why}'
     return found, ''
 
-def judged(result:Mapping) -> tuple[str, str]: # verdict, and the reason where the experiment could not tell
-    """Return the verdict that the numbers of a result give, and why it is unclear where the intervals alone
-    do not say. Raises `ValueError` for a result without contrasts or passed identities"""
+def judged(result:Mapping) -> tuple[str, str]: # verdict, and the reason if the experiment could not tell
+    """Return the verdict on a result, and why it is unclear if the intervals are not the reason. 
+    Raises `ValueError` for a result without contrasts or identities, or with a failed identity"""
     contrasts, ids = result.get('contrasts') or (), result.get('identities') or ()
     found = [contrast_verdict(c) for c in contrasts if c.get('primary', True)]
     if broken := [i['name'] for i in ids if not i['passed']]:
@@ -143,7 +143,7 @@ def judged(result:Mapping) -> tuple[str, str]: # verdict, and the reason where t
     return v, '; '.join(why for _, why in found if why) if v == 'unclear' else ''
 
 def verdict(result:Mapping) -> str:
-    "Return the verdict that the numbers of a result give: the first part of `judged`"
+    "Return the verdict on a result: the first part of `judged`"
     return judged(result)[0]
 
 # %% ../../nbs/instruments/verdicts.ipynb #001108ff
@@ -157,7 +157,7 @@ RUNS = dict(model=str, data=str, steps=int, batch_size=int, budget=int, grid=lis
             old_items=int, validation_items=int, evaluations=int, settings=dict)
 SAID = dict(edition=int, superseded=str, dial=str, spacing=str, bounds=list, no_dial=str, fixed=str,
             arms=dict, contrast=list, control=list, pilot=list, review=dict)
-# keys within the tables; `higher_is_beter` would turn a verdict without a word
+# keys within the tables; a silent `higher_is_beter` would reverse a verdict
 INSIDE = dict(
     arm=('recipe', 'grid', 'steps'), trivial=('name', 'value', 'arm'),
     contrast=('name', 'primary', 'treatment', 'baseline', 'metric', 'higher_is_better', 'kind', 'margin', 'best',
@@ -170,40 +170,40 @@ PILOTS, PRIMARY, OBJECTIONS = 3, 2, 3
 
 @dataclass(frozen=True)
 class Claim:
-    "One claim as it stands in its folder"
+    "Hold one claim, as it is in its folder"
     key: str    # the paper's
     spec: dict  # what `claim.toml` says
     path: Path  # `claim.toml` itself
 
     @property
     def edition(self) -> int:
-        "The edition of the rule that it was written for"
+        "Return the edition of the rule that it was written for"
         return self.spec.get('edition', 1)
 
     @property
     def file(self) -> str:
-        "The file's name for messages: `hft/claim.toml`"
+        "Return the file's name for messages: `hft/claim.toml`"
         return f'{self.key}/{self.path.name}'
 
     @property
     def script(self) -> Path|None:
-        "The Python file beside it, if there is one"
+        "Return the path of its script, if there is one"
         p = self.path.with_name('claim.py')
         return p if p.exists() else None
 
     @property
     def runs(self) -> bool:
-        "Does the script run the experiment itself?"
+        "Return whether the script runs the experiment itself"
         return self.script is not None and _defines(self.script, 'run')
 
     @property
     def result(self) -> Path:
-        "Where its evidence stands, once it has run"
+        "Return the path of its evidence, once it has run"
         return self.path.with_name('result.json')
 
     @property
     def earlier(self) -> Path|None:
-        "The result that it superseded, if there is one"
+        "Return the path of the result that it superseded, if there is one"
         p = self.path.with_name('result.1.json')
         return p if p.exists() else None
 
@@ -213,8 +213,8 @@ def _defines(path, name) -> bool:
 
 # %% ../../nbs/instruments/verdicts.ipynb #001308ff
 def read_claim(folder:str|Path) -> Claim:
-    """Return the claim in a folder; raises `ValueError` naming the file,
-    what is wrong in it and what would be right"""
+    """Return the claim in a folder; raises `ValueError` that names the file, what is wrong in it,
+    and what would be right"""
     path = Path(folder)/'claim.toml'
     name = f'{path.parent.name}/{path.name}'
     wrong = lambda text: ValueError(f'{name}: {text}')
@@ -238,7 +238,7 @@ def read_claim(folder:str|Path) -> Claim:
     return claim
 
 def _check_keys(claim, wrong):
-    "Keys and their kinds, the scope, and that there is something to verify"
+    "Check keys and their types, the scope, and that there is something to verify"
     spec = claim.spec
     own = spec.get('contrast') and any('recipe' in a for a in arms_said(spec).values())
     for k, kind in {**NEEDED, **(dict(model=str, data=str, steps=int) if own else {})}.items():
@@ -280,11 +280,11 @@ def _tables(spec):
     yield from (('objection', o) for o in spec.get('review', {}).get('objections', ()))
 
 def derives(claim:Claim) -> bool:
-    "Does the script make further arms of those that were run?"
+    "Return whether the script makes further arms of those that were run"
     return claim.script is not None and _defines(claim.script, 'derive')
 
 def _check_arms(claim, wrong):
-    "Grids of one size, or the reason why nothing is turned"
+    "Check for grids of one size, or the reason why nothing is tuned"
     spec = claim.spec
     grids = {n: a['grid'] for n, a in arms_said(spec).items() if a['grid']}
     if len({len(set(g)) for g in grids.values()}) > 1:
@@ -296,8 +296,8 @@ def _check_arms(claim, wrong):
         raise wrong('the grids have one value; give four, or fixed with the reason')
 
 def arms_said(spec:Mapping) -> dict[str, dict]:
-    """Return the arms of a claim's file in one form: recipe, grid (a tuple, empty for none) and
-    steps"""
+    """Return the arms of a claim's file in one form: recipe, grid (a tuple, empty if nothing is
+    tuned) and steps"""
     shared = spec.get('grid', ())
     out = {}
     for name, a in spec.get('arms', {}).items():
@@ -307,7 +307,7 @@ def arms_said(spec:Mapping) -> dict[str, dict]:
     return out
 
 def _check_contrast(c, spec, claim, wrong):
-    "Everything that the rule needs is there"
+    "Check that everything the rule needs is there"
     name, arms = f'contrast {c.get("name")!r}', spec.get('arms', {})
     needed = ['name', 'treatment', 'baseline', 'metric', 'kind', 'margin', 'trivial']
     if c.get('kind') == 'superiority':
@@ -349,8 +349,8 @@ def check_reviewed(claim:Claim) -> None:
 MARKS = {'paper', 'method', 'probe', 'study'}  # the decorators that say where a definition comes from
 
 def bare(node:ast.AST) -> ast.AST:
-    """The same tree without docstrings, marks and annotations of arguments:
-    what is left decides what the code does. Changes `node` itself"""
+    """Strip docstrings, marks and annotations of arguments from a tree; what is left decides what
+    the code does. Changes `node` itself"""
     for n in ast.walk(node):
         if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             n.decorator_list = [d for d in map(_without_words, n.decorator_list) if d]
@@ -363,10 +363,10 @@ def bare(node:ast.AST) -> ast.AST:
             n.body = n.body[1:] or [ast.Pass()]
     return node
 
-DOES = ('lr', 'lrs', 'schedule', 'waives')  # of a mark only these change what the code does
+DOES = ('lr', 'lrs', 'schedule', 'waives')  # the only keywords of a mark that change what the code does
 
 def _without_words(decorator):
-    "A decorator; of a paper's mark what is more than words, or `None`"
+    "Return a decorator; a paper's mark without its words, or `None` if nothing is left"
     if not isinstance(decorator, ast.Call) or getattr(decorator.func, 'id', '') not in MARKS:
         return decorator
     decorator.args, decorator.keywords = [], [k for k in decorator.keywords if k.arg in DOES]
@@ -376,8 +376,8 @@ def _says_something(body) -> bool:
     return bool(body) and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant)
 
 def dumped(node:ast.AST) -> str:
-    """A tree as text, without positions. `ast.dump` would do,
-    but writes empty fields in some versions of Python and not in others"""
+    """Return a tree as text, without positions. `ast.dump` would do, but only some versions of
+    Python write empty fields"""
     if isinstance(node, ast.AST):
         said = [f'{k}={dumped(v)}' for k, v in ast.iter_fields(node) if v not in (None, [])
                 and k not in ('ctx', 'kind', 'type_comment')]
@@ -385,13 +385,13 @@ def dumped(node:ast.AST) -> str:
     return f'[{",".join(map(dumped, node))}]' if isinstance(node, list) else repr(node)
 
 def definitions(source:str) -> dict[str, ast.AST]:
-    """{name: statement} of what a module defines at its top level,
-    names with two underscores left out"""
+    """Return {name: statement} of what a module defines at its top level, without names that begin
+    with two underscores"""
     return {name: node for node in ast.parse(source).body
             for name in _named(node) if not name.startswith('__')}
 
 def _named(node) -> list[str]:
-    "What a statement of a module defines"
+    "Return the names that a statement of a module defines"
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return [node.name]
     targets = (node.targets if isinstance(node, ast.Assign) else [node.target]
@@ -399,8 +399,8 @@ def _named(node) -> list[str]:
     return [t.id for target in targets for t in ast.walk(target) if isinstance(t, ast.Name)]
 
 def imports(source:str, module:str) -> dict[str, tuple[str, str]]:
-    """{name: (module, its name there)} of what a module of the package imports from others of
-    it; relative imports are resolved"""
+    """Return {name: (module, its name there)} of what a module imports from its own package;
+    relative imports are resolved"""
     out, top = {}, module.split('.')[0]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
@@ -411,7 +411,7 @@ def imports(source:str, module:str) -> dict[str, tuple[str, str]]:
     return out
 
 def used_by(node:ast.AST) -> set[str]:
-    "The names that a definition reads"
+    "Return the names that a definition reads"
     return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
 
 def code_hash(*texts:str) -> str:
@@ -419,14 +419,14 @@ def code_hash(*texts:str) -> str:
 
 # %% ../../nbs/instruments/verdicts.ipynb #001b08ff
 def is_paper(module:str) -> bool:
-    "Is this the module of a paper? It lies in a family's folder: `ftlab.adapters.subsets.hft`"
+    "Return whether this is the module of a paper, in a family's folder: `ftlab.adapters.subsets.hft`"
     return module.count('.') == 3
 
 def closure(marks:Mapping[str, list[str]],  # {module: names of its marked definitions}
             read:Callable[[str], str],      # module -> its source
             recorded:Iterable[str]=(),      # names to follow into the library
            ) -> dict[str, str]:             # name -> tree as text
-    "What a paper's marked definitions consist of. Two definitions of one name are both kept"
+    "Collect what a paper's marked definitions consist of. Two definitions of one name are both kept"
     todo, seen, recorded = [(m, n) for m, names in marks.items() for n in names], {}, set(recorded)
     while todo:
         module, name = todo.pop()
