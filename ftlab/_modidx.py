@@ -932,6 +932,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'ftlab/evaluators/forgetting.py'),
                                              'ftlab.evaluators.forgetting._flipped': ( 'evaluators/forgetting.html#_flipped',
                                                                                        'ftlab/evaluators/forgetting.py'),
+                                             'ftlab.evaluators.forgetting._lucky': ( 'evaluators/forgetting.html#_lucky',
+                                                                                     'ftlab/evaluators/forgetting.py'),
                                              'ftlab.evaluators.forgetting._mean': ( 'evaluators/forgetting.html#_mean',
                                                                                     'ftlab/evaluators/forgetting.py'),
                                              'ftlab.evaluators.forgetting._mean_side': ( 'evaluators/forgetting.html#_mean_side',

@@ -12,6 +12,7 @@ from ftlab.adapters.store import identity
 from ftlab.core.record import digest
 from ftlab.core.scorers import skill_questions
 from ftlab.evaluators.forgetting import flips, mean_flips
+from ftlab.evaluators.old_sets import old_set
 from ftlab.instruments.bench import Bench, evaluation_steps, mean_of, metric_for
 from ftlab.instruments.compare import (Comparison, check_limit, compare, effort, hangs_on_rate,
                                        interval, lost_races,
@@ -85,6 +86,25 @@ def test_an_outcome_counts_the_answers_that_flipped():
         assert f['lost']['count'] == sum(v > 0 for v in lost)
         assert f['won']['count'] == sum(v < 0 for v in lost)
     assert set(o['flips']['sets']) == set(o['old'])
+
+def test_what_a_decoder_draws_is_corrected_by_a_second_sampling_and_a_choice_for_guessing():
+    """Base and tuned model draw independently: an unchanged coin flips as often as the base by
+    itself. A decoder that draws nothing needs no correction."""
+    tok = lab_tokenizer()
+    rows = [dict(prompt=f'sort {c} {d}', response='a') for c in 'abcdefghij' for d in 'abcdefghij']
+    b = Bench((llama(tok), tok), 'changed-rule', **FAST | dict(old_items=100, steps=2),
+              old=dict(said=old_set(rows, metric='exact'),
+                       chosen=[dict(r, choices=['a', 'b']) for r in rows[:40]]))
+    coin = lambda models, tok, prompts, **kw: ['a' if torch.rand(1) < .5 else 'b' for _ in prompts]
+    same = lambda models, tok, prompts, **kw: ['a']*len(prompts)
+    found = [b.run(Recipe('drawn', decode=coin), 1e-6, seed, 'test')['flips']['sets']
+             for seed in (0, 1, 2)]
+    assert {f['said']['correction'] for f in found} == {'resampled'}
+    assert {f['chosen']['correction'] for f in found} == {'chance'}
+    for key in ('share', 'expected'):
+        assert fmean(f['said']['lost'][key] for f in found) == pytest.approx(.25, abs=.12)
+    flat = b.run(Recipe('same', decode=same), 1e-6, 0, 'test')['flips']['sets']['said']
+    assert flat['correction'] == 'none' and flat['lost']['count'] == 0
 
 def test_the_tuning_seeds_are_outside_and_stay_when_seeds_are_added():
     assert tuning_seeds([0, 1, 2]) == tuning_seeds(list(range(50))) == (10_000, 10_001)

@@ -45,7 +45,7 @@ def test_the_correction_is_the_papers():
     assert f['correction'] == 'chance'
     assert (f['lost']['adjusted'] == pytest.approx(.2 - .5*.6/3)
             and f['won']['adjusted'] == pytest.approx(.1 - .5*.6/3))
-    assert f['lost']['expected'] == f['won']['expected'] == pytest.approx(.1)
+    assert [f[side]['expected'] for side in ('lost', 'won')] == pytest.approx([.1, .1])
     assert f['lost']['adjusted_low'] < f['lost']['adjusted'] < f['lost']['adjusted_high']
     mixed = flips(b, a, k=[2]*5 + [5]*5)['lost']
     assert mixed['expected'] == pytest.approx((.4*.4/1 + .6*.8/4)/2)
@@ -82,6 +82,18 @@ def test_the_known_error_where_knowledge_is_kept_and_guesses_are_new(k):
     a = .6 + .4/k
     found = [flips(answer(), answer(), k=k)['lost']['adjusted'] for _ in range(600)]
     assert fmean(found) == pytest.approx((1 - a)/(k - 1)*(a - 1/k), abs=.004)
+
+def test_a_model_clearly_below_chance_has_no_more_lucky_guesses_than_right_answers():
+    """With the paper's formula, a model that never was right would have lost -100% of its answers,
+    and hide what another set lost"""
+    f = flips([0]*30, [0]*30, k=2)
+    assert f['lost']['adjusted'] == f['won']['adjusted'] == f['lost']['expected'] == 0
+    f = flips([0]*30, [0]*10 + [1]*20, k=2)
+    assert f['lost']['adjusted'] == 0 and f['won']['adjusted'] == pytest.approx(2/3 - 1/3)
+    f = flips([1]*4 + [0]*96, [0]*100, k=4)
+    assert f['lost']['expected'] == pytest.approx(.04) and f['lost']['adjusted'] == pytest.approx(0)
+    # not clearly below: the formula of the paper
+    assert flips([1]*12 + [0]*18, [0]*15 + [1]*15, k=2)['lost']['expected'] == pytest.approx(.6*.5)
 
 def test_what_was_known_and_is_wrong_now_is_found_among_guesses():
     """Half is known before, independently a third after, the rest is guessed:

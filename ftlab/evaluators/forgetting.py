@@ -46,16 +46,25 @@ def _options(k, n) -> list[int]:
     return ks
 
 def _chance(b:list[int], a:list[int], k) -> list[float]:
-    """Return one value per question: their mean is the share of flips that guessing explains.
-    They also carry the uncertainty of the two shares of right answers.
+    """Return one value per question: their mean is the share of answers, lucky in `b` and wrong in
+    `a`, that guessing explains. They also carry the uncertainty of both shares.
     Questions with the same number of options share these; others are guessed more or less often."""
     ks = _options(k, len(b))
-    wrong = lambda right, of: 1 - fmean(x for x, i in zip(right, ks) if i == of)
-    shares = {i: (wrong(b, i), wrong(a, i)) for i in set(ks)}
-    def value(x, y, i):
-        wrong_b, wrong_a = shares[i]
-        return (wrong_a*(1 - x) + wrong_b*(1 - y) - wrong_b*wrong_a)/(i - 1)
-    return [value(*of) for of in zip(b, a, ks)]
+    out = [0.]*len(b)
+    for options in set(ks):
+        at = [i for i, of in enumerate(ks) if of == options]
+        luck = _lucky([b[i] for i in at], options)
+        lucky, wrong = fmean(luck), 1 - fmean(a[i] for i in at)
+        for i, x in zip(at, luck):
+            out[i] = wrong*x + lucky*(1 - a[i]) - lucky*wrong
+    return out
+
+def _lucky(right:list[int], options:int) -> list[float]:
+    """Return one value per question: their mean is the share of lucky guesses.
+    A model that is clearly worse than a guesser knows nothing: all its right answers are lucky"""
+    if wilson(sum(right), len(right))[1] < 1/options:
+        return right
+    return [(1 - x)/(options - 1) for x in right]
 
 # %% ../../nbs/evaluators/forgetting.ipynb #000be21b
 Z = 1.96 # of a 95% interval
@@ -93,8 +102,7 @@ def flips(before:Sequence[float], # score of each question before, 0 to 1
     lost, won = none, none
     correction = 'none'
     if k is not None:
-        correction, lost = 'chance', _chance(b, a, k)
-        won = lost
+        correction, lost, won = 'chance', _chance(b, a, k), _chance(a, b, k)
     elif again is not None:
         s = right(again, 'again')
         if len(s) != len(b):
