@@ -352,7 +352,7 @@ WRONG = {
     'a tracker': (f'fit {LM} --trackers nobody', 1, ["no tracker 'nobody' here; name one of"]),
     'pairs without a second answer': (f'fit {LM} --method dpo', 1, ['--columns response=chosen']),
     'old rows with other labels': (f'compare --model {{d}}/enc --data {{d}}/big.jsonl --old {{d}}/odd.jsonl {FAST} '
-                                   '--methods full', 1, ['leave out --old and forgetting is measured as drift']),
+                                   '--methods full', 1, ['one head cannot answer both', 'leave out --old']),
     'an old set without a name': (f'compare {LM} --methods full --old sort,own=auto', 1,
                                   ["--old has 'sort' without a name or without a source; write "
                                    "several sets as NAME=SOURCE,NAME=SOURCE"]),

@@ -57,7 +57,9 @@ def lacks_room(c:Mapping, # kind, margin, higher_is_better, best, trivial, worse
     sign, m = (1 if c.get('higher_is_better', True) else -1), float(c['margin'])
     better = lambda x: math.inf if trivial is None else sign*(x - trivial)
     if c['kind'] != 'superiority':
-        if min(better(treatment), better(baseline)) < 2*m:
+        # a treatment that is plainly worse fails; it does not lack room
+        sides = (treatment, baseline) if c['kind'] == 'equivalence' else (baseline,)
+        if min(map(better, sides)) < 2*m:
             return f'an arm is less than two margins better than the trivial alternative ({c["trivial"]["name"]})'
         return ''
     if sign*(c['best'] - baseline) < 2*m:
@@ -161,7 +163,7 @@ SAID = dict(edition=int, superseded=str, dial=str, spacing=str, bounds=list, no_
 INSIDE = dict(
     arm=('recipe', 'grid', 'steps'), trivial=('name', 'value', 'arm'),
     contrast=('name', 'primary', 'treatment', 'baseline', 'metric', 'higher_is_better', 'kind', 'margin', 'best',
-              'trivial', 'worst', 'worse', 'choose', 'choose_higher'),
+              'trivial', 'worst', 'worse', 'choose', 'choose_higher', 'of'),
     control=('name', 'arm', 'metric', 'at_least', 'at_most'), pilot=('task', 'arms', 'levels'),
     review=('by', 'objections'), objection=('objection', 'answer', 'changed'))
 DEFAULTS = dict(batch_size=32, items=400, old_items=100, validation_items=100, evaluations=4)
