@@ -275,9 +275,10 @@ def counts(p: Project) -> str:
     "How many claims came to what"
     claimed = [e for e in p.papers if e['claims']]
     said = [(n, v) for v in WORDS if (n := sum(e['verdict'] == v for e in claimed))]
-    text = ', '.join(f'**{n}** {WORDS[v]}' for n, v in said)
+    parts = [f'**{n}** {WORDS[v]}' for n, v in said]
     if waiting := sum(e['verdict'] is None for e in claimed):
-        text += f', **{waiting}** not yet run'
+        parts.append(f'**{waiting}** not yet run')
+    text = ', '.join(parts)
     return f'Of {len(claimed)} claims, each written down before its run and judged by one fixed rule: {text}.'
 
 

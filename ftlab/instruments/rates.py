@@ -100,7 +100,8 @@ class Tried:
                 unknown.append(e)
                 found = None
             found = found or dict(rate=min(of), value=None, best=None, tied=[], values={})
-            chosen[arm] = found | dict(at_edge=_edge(found, sorted(self.outcomes[arm]), want, target))
+            edge = _edge(found, sorted(self.outcomes[arm]), want, target)
+            chosen[arm] = found | dict(at_edge=edge)
         if len(unknown) == len(outcomes):
             raise unknown[0]
         return dict(metric=want.metric, target=target, common=common, arms=chosen)
