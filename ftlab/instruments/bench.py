@@ -51,14 +51,14 @@ def metric_for(data:Data, metric:str|Callable|None=None) -> str|Callable:
     if metric == 'exact' and data.kind != 'text' or metric == 'accuracy' and data.kind != 'label':
         raise ValueError(f'metric {metric!r} does not fit data of kind {data.kind!r}: '
                          'exact needs prompt and response, accuracy needs labels')
-    known = data.test or data.validation or data.train # a set of old questions may have no test rows of its own
+    known = data.test or data.validation or data.train # a set of old questions may have no test rows
     of_lab = (data.kind == 'text' and bool(known)
               and all(r.get('skill') in ALL_SKILLS for r in known))
     return metric or ('accuracy' if data.kind == 'label' else 'exact' if of_lab else 'nll')
 
 def scores(metric:str|Callable, model, tok, rows:list[dict], data:Data, max_length:int|None=None,
-           decode=None) -> list[float]|float: # of each row; one number for a metric that is a function
-    "Score `model` on each row; higher is better. The mean over rows is the metric, token for token"
+           decode=None) -> list[float]|float: # one a row; a single number for a metric that is a function
+    "Score `model` on each row; higher is better. The mean over rows is the metric, for nll a mean over tokens"
     if callable(metric):
         return float(metric(model, tok, rows))
     if metric == 'accuracy':
@@ -75,14 +75,13 @@ def score(metric:str|Callable, model, tok, rows:list[dict], data:Data, max_lengt
     return mean_of(scores(metric, model, tok, rows, data, max_length, decode))
 
 def mean_of(found:float|list|Mapping) -> float:
-    "Average scores; of several sets, each weighs the same"
+    "Average scores; several sets have the same weight each"
     if isinstance(found, (int, float)):
         return float(found)
     return fmean(map(fmean, per_set(found).values()))
 
 def worst(metric:str|Callable, model, data:Data) -> float:
-    """Return the score of a model that knows nothing: no answer right, or every word as likely as
-    any other"""
+    """Return the score of a model that knows nothing: no answer right, or every token equally likely"""
     return (-math.log(len(data.labels) if data.kind == 'label' else model.config.vocab_size)
             if metric == 'nll' else 0.)
 
@@ -99,7 +98,7 @@ def features(model, tok, rows:list[dict], data:Data, max_length:int|None=None) -
 
 def kl_to_base(base:Callable, model, tok, rows:list[dict], data:Data,
                max_length:int|None=None) -> float:
-    "Return the mean KL(base || model) in nats per token that counts in the loss"
+    "Return the mean KL(base || model) in nats, over the tokens that count in the loss"
     enc, total, n = encode_all(rows, tok, data.kind, row_limit(model, tok, max_length)), 0., 0
     for i in range(0, len(enc), 25):
         b = to_device(collate(enc[i:i + 25], pad_id(tok)), device_of(model))
@@ -110,13 +109,13 @@ def kl_to_base(base:Callable, model, tok, rows:list[dict], data:Data,
 
 # %% ../../nbs/instruments/bench.ipynb #f3a8497d
 def evaluation_steps(steps:int, evaluations:int=4) -> list[int]:
-    "Return the steps to evaluate after, each twice as late as the one before"
+    "Return the steps to evaluate after, each about twice the one before"
     return sorted({math.ceil(steps/2**i) for i in range(evaluations)})
 
 # %% ../../nbs/instruments/bench.ipynb #76ec068c
 class Watch:
-    """A measurement for `Every` that stops the clock and the memory meter while it measures:
-    its own cost is not the method's"""
+    """Wrap a measurement for `Every`, and stop the clock and the memory meter while it runs:
+    its cost is not the method's"""
 
     def __init__(self, measure:Callable, device): # measure(state) -> dict
         self.measure = measure
@@ -141,7 +140,7 @@ class Watch:
         self.peak = None if now is None or self.peak is None else max(self.peak, now)
 
 class Budget:
-    "End the run when so many tokens have been read"
+    "End the run once so many tokens have been read"
 
     def __init__(self, tokens:int):
         self.tokens = tokens
@@ -154,20 +153,19 @@ class Budget:
 
 # %% ../../nbs/instruments/bench.ipynb #1f07361b
 def tokenizer_print(tok) -> str:
-    """Return what tells a tokenizer from another: its words and rules, its template, its special
-    tokens"""
+    """Return a hash of a tokenizer: its vocabulary and rules, its template, its special tokens"""
     fast = getattr(tok, 'backend_tokenizer', None)
     rules = json.loads(fast.to_str()) if fast else tok.get_vocab()
-    # what the last call left there
+    # these two are left over from the last call
     rules = ({k: v for k, v in rules.items() if k not in ('padding', 'truncation')} if fast
              else rules)
     return digest([rules, tok.chat_template, tok.special_tokens_map, tok.padding_side,
                    tok.model_max_length])
 
 class Base:
-    "The model that every run begins at: `base(seed)` is a fresh copy, and the tokenizer"
+    "Hold the model that every run starts from: `base(seed)` is a fresh copy, and the tokenizer"
     def __init__(self, model,    # a name or folder as in `ftlab.load`, or (model, tok), which stays as it is
-                 labels=None,    # names of the labels of the data, if they have some
+                 labels=None,    # names of the labels, if the data have some
                  revision=None, dtype=None,
                  device=None):   # as in `ftlab.load`; None: a model that was handed over stays where it is
         self.source = model
@@ -179,15 +177,15 @@ class Base:
         self._prints = {}
 
     def __call__(self, seed:int):
-        """Return a copy to be changed, and its tokenizer; for data with labels a fresh head drawn from
-        the seed, where the model was given by name"""
+        """Return a copy that may be changed, and its tokenizer. A model given by name gets a new head
+        from the seed, if the data have labels"""
         if not self.named:
             return copy.deepcopy(self.source[0]).to(self.device).eval(), self.source[1]
         return load(self.source, revision=self.revision, dtype=self.dtype, device=self.device,
                     labels=self.labels, seed=seed)
 
     def fingerprint(self, seed:int) -> str:
-        "Return what tells this base from another; with a fresh head it depends on the seed"
+        "Return a hash of this base; with a new head it depends on the seed"
         s = seed if self.labels else 0
         if s not in self._prints:
             model, tok = self(s)
@@ -197,14 +195,14 @@ class Base:
 
 # %% ../../nbs/instruments/bench.ipynb #c0d3464d
 def taught(data:Data) -> str|None:
-    """Return the lab skill that all training rows belong to,
-    so that a seed can draw its questions anew; `None` for other data"""
+    """Return the lab skill that all training rows belong to, so that each seed can draw new
+    questions; `None` for other data"""
     return (data.name if data.name in ALL_SKILLS
             and {r.get('skill') for r in data.train} == {data.name} else None)
 
 def forgetting_is(data:Data, old, tok) -> str:
-    """Return what stands for forgetting: the old data that are given, the old skills of a lab model,
-    or else how far the model drifts"""
+    """Return what measures forgetting: given old data, the old skills of a lab model, or else how far
+    the model drifts"""
     if old is not None:
         return 'old data'
     return 'drift (1 - CKA)' if data.kind == 'label' else 'old skills' if is_lab(tok) else 'drift (KL)'
@@ -221,8 +219,8 @@ def _check_bench(data:Data, steps:int, budget:int|None, evaluations:int) -> None
 
 # %% ../../nbs/instruments/bench.ipynb #dc567b8b
 class Bench:
-    """What all runs share: `base(seed)`, `data(seed)`, the scores of the base `before(seed, split)`,
-    and `run`, which fine-tunes once"""
+    """Hold what all runs share: `base(seed)`, `data(seed)`, the scores of the base
+    `before(seed, split)`; `run` fine-tunes once"""
     def __init__(self, model, data, old=None, metric=None, *, items=400, old_items=100,
                  validation_items=100, old_validation_items=50, steps=200, evaluations=4,
                  evaluate_every=None, max_length=None, device=None, dtype=None, revision=None,
@@ -249,8 +247,8 @@ class Bench:
         self._know(*self.base(0))
 
     def _know(self, probe, tok) -> None:
-        """Note what the base decides: how forgetting is measured, and the worst that a model can
-        score"""
+        """Record what depends on the base: how forgetting is measured, and the worst score that a
+        model can have"""
         self.size = sum(p.numel() for p in probe.parameters())
         self.how = forgetting_is(self.given, self.old, tok)
         if self.old is not None: # one harvest, one reading of files; halved below
@@ -265,7 +263,7 @@ class Bench:
         self.farthest = 1. if self.given.kind == 'label' else math.log(probe.config.vocab_size)
 
     def data(self, seed:int) -> Data:
-        "Return the data of a seed: a lab skill draws its questions anew, as many as are asked"
+        "Return the data of a seed: for a lab skill it draws new questions, as many as are tested"
         if not self.skill:
             return self.given
         if seed not in self._drawn:
@@ -277,8 +275,8 @@ class Bench:
         return self._drawn[seed]
 
     def old_sets(self, seed:int, split:str, model=None, tok=None) -> list[OldSet]:
-        """Return the sets of old questions that a split is asked: lab skills are drawn by the seed, of given
-        data one half is for each split; empty where only drift can be measured"""
+        """Return the sets of old questions of a split: lab skills draw them from the seed, given data have
+        one half for each split; empty where only drift can be measured"""
         key = (split, None if self.old is not None else seed)
         if key not in self._sets:
             n = self.sizes[split][1]
@@ -292,16 +290,16 @@ class Bench:
 
     @property
     def old_names(self) -> list[str]:
-        "The names of the old sets"
+        "Return the names of the old sets"
         return list(self.worst_old)
 
     def questions(self, seed:int, split:str) -> list[dict]:
-        "Return the rows of the new task that a split is asked"
+        "Return the rows of the new task on which a split is tested"
         return getattr(self.data(seed), split)[:self.sizes[split][0]]
 
     def before(self, seed:int, split:str, recipe:Recipe|None=None) -> dict:
-        """Measure the base: once a seed and split, and once more for a recipe that draws answers
-        its own way"""
+        """Measure the base: once for each seed and split, and again for a recipe with its own
+        decoder"""
         # before training there is no learner to ask
         own = recipe is not None and recipe.decode is not None and not recipe.learners
         key = (seed, split, recipe.name if own else None)
@@ -338,8 +336,8 @@ def drifted(bench:Bench, base:Callable, model, tok, seed:int, split:str) -> floa
                    features(model, tok, rows, data, bench.max_length))
 
 def decoder_for(recipe:Recipe|None, base, learners=None):
-    """Return the recipe's own way to draw answers, as a function (model, tok, prompts);
-    `learners` is filled with what learned beside the model once that is known"""
+    """Return the recipe's own decoder as a function (model, tok, prompts), or `None`; the caller
+    fills `learners` with the models that were trained beside this one"""
     if recipe is None or recipe.decode is None:
         return None
     return lambda model, tok, prompts, **kw: recipe.decode(
@@ -349,10 +347,10 @@ def decoder_for(recipe:Recipe|None, base, learners=None):
 HARDLY = .1  # nats
 
 class Trial:
-    "One method with one seed, while it trains"
+    "Run one method with one seed"
     def __init__(self, bench:Bench, recipe:Recipe, seed:int, split:str):
         gc.collect()
-        free_memory() # the last run's model lives on in cycles
+        free_memory() # reference cycles keep the last run's model alive
         self.bench = bench
         self.recipe = recipe
         self.seed = seed
@@ -362,7 +360,7 @@ class Trial:
         self.data = bench.data(seed)
         self.learners = {}
         self.stopped = None
-        # no base is left inside a model that was folded between stages
+        # merging between stages leaves no base inside the model
         self.frozen = copy.deepcopy(self.model) if recipe.decode or recipe.stages else None
         self.decode = decoder_for(recipe, self.frozen, self.learners)
 
@@ -383,7 +381,7 @@ class Trial:
         return run
 
     def evaluate(self, state) -> dict:
-        "Measure during the run, and end a tuning run that is hopeless"
+        "Measure during the run, and end a hopeless tuning run"
         self.learners.update({n: state.models[n] for n in self.recipe.learners})
         if self.split == 'validation':
             self._stop_if_hopeless(state)
@@ -396,7 +394,7 @@ class Trial:
         loss = nll(state.model, self.tok, rows, self.data.kind, max_length=self.bench.max_length)
         if state.step == 0:
             self.start = loss
-        # a fresh head begins as one that knows nothing, and is not hopeless for that
+        # a new head starts out knowing nothing, which is not hopeless
         elif not (loss < self.bench.hopeless or loss < self.start + HARDLY):
             self.stopped = f'validation loss {loss:.2f} after {state.step} steps'
             state.steps = state.step
@@ -407,7 +405,7 @@ class Trial:
         return self.row(found, lambda: self.drift(model, attached))
 
     def row(self, found:Mapping, drift:Callable=lambda: 0.) -> dict:
-        "Compare a measurement with that of the base"
+        "Compare a measurement with that of the base: gain, forgetting and items"
         was = self.before
         less = lambda a, b: [x - y for x, y in zip(a, b)]
         items = {}
@@ -432,7 +430,7 @@ def outcome(bench:Bench, recipe:Recipe, rate:float|None, seed:int, split:str, st
     try:
         trial = Trial(bench, recipe, seed, split)
         found = _finite(_outcome(trial, trial.train(rate, steps), doses, file))
-    # wrong input would be wrong for everyone; anything else is this method's own failure, and a result
+    # wrong input would be wrong for every method; anything else is this method's own failure, and a result
     except (ValueError, TypeError, KeyError, OSError):
         raise
     except Exception as e:
@@ -464,8 +462,8 @@ def _outcome(trial:Trial, run, doses, file) -> dict:
     return out
 
 def _flips(trial, last) -> dict|None:
-    """Return lost and won answers, the mean over the old sets that have answers, and of each set;
-    where answers are sampled, the base answers once more"""
+    """Return lost and won answers of each old set that has answers, and their mean; where answers are
+    sampled, the base answers again"""
     again = None
     if trial.decode is not None and trial.before['old']:
         model, tok = trial.bench.base(trial.seed)
@@ -485,7 +483,7 @@ def _flips(trial, last) -> dict|None:
     return dict(mean=mean_flips(list(found.values())), sets=found) if found else None
 
 def _at_doses(trial, att, doses):
-    "Measure the base with shares of the change"
+    "Measure the base with shares of the change applied"
     change = {n: t.clone() for n, t in att.changes().items()}
     model, tok = trial.bench.base(trial.seed)
     for dose in doses:
@@ -505,7 +503,7 @@ def breakdown(bench:Bench, seed:int, split:str, error:str) -> dict:
                 old={}, seconds=0., path=[], stopped=None, error=error)
 
 def _finite(found:dict) -> dict:
-    "Return the outcome, if all its numbers are numbers"
+    "Return the outcome; raises `FloatingPointError` for NaN or infinite values"
     for k, v in [*found.items(), *((k, v) for row in found['path'] for k, v in row.items())]:
         if isinstance(v, float) and not math.isfinite(v):
             raise FloatingPointError(f'{k} is {v} after training')
