@@ -554,6 +554,7 @@ def test_superseded_evidence_is_not_carried_and_running_again_ends_it(runs):
     (('[review]', '[[pilot]]\ntask = "t"\nseed = 1\n[review]'), "'seed' is no key of a pilot"),
     (('treatment = "a"', 'treatment = "lora"'), "treatment is 'lora'"),
     (('kind = "superiority"', 'kind = "better"'), 'noninferiority'),
+    (('kind = "superiority"\nmargin = 0.1\nbest = 2.0\n', 'kind = "noninferiority"\nmargin = 0.1\n'), 'lacks best'),
     (('margin = 0.1\n', ''), 'lacks margin'), (('best = 2.0\n', ''), 'lacks best'),
     (('worst = -1.0\n', ''), 'needs worst'), (('trivial = {name = "base", arm = "base"}\n', ''), 'lacks trivial'),
     (('trivial = {name = "base", arm = "base"}', 'trivial = {name = "base"}'), 'give a name, and a value or an arm'),

@@ -312,7 +312,8 @@ def _check_contrast(c, spec, claim, wrong):
     "Check that everything the rule needs is there"
     name, arms = f'contrast {c.get("name")!r}', spec.get('arms', {})
     needed = ['name', 'treatment', 'baseline', 'metric', 'kind', 'margin', 'trivial']
-    if c.get('kind') == 'superiority':
+    # noninferiority, too: a baseline that breaks down must not speak for the claim
+    if c.get('kind') != 'equivalence':
         needed.append('best')
     if missing := [k for k in needed if k not in c]:
         raise wrong(f'{name} lacks {missing[0]}')
@@ -333,7 +334,7 @@ def _check_contrast(c, spec, claim, wrong):
             raise wrong(f'{name}: {k} names the arm {arm!r}; the arms are {", ".join(arms)}')
     steps = {n: a['steps'] for n, a in arms_said(spec).items()}
     sides = [c[s] for s in ('treatment', 'baseline') if isinstance(c[s], str)]
-    if (c['kind'] == 'equivalence' and c.get('primary') and 'worse' not in c
+    if (c['kind'] != 'superiority' and c.get('primary') and 'worse' not in c
             and None in [steps.get(s) for s in sides]):
         raise wrong(f'{name} needs worse: an arm that is known to be worse, as no arm can run half of its steps')
     if claim.runs and 'worst' not in c:
