@@ -210,12 +210,16 @@ def _repeat(tried, dropped, wants, have, seeds, again) -> None:
         return
     picks = _picks(tried, wants)
     signs = {a: (1 if w.higher else -1) for w in reversed(wants) for a in w.arms}
-    for arm in (a for a in tried.grids if a not in dropped):
-        rates = list(dict.fromkeys(p['rate'] for p in picks[arm] if p['value'] is not None))
+    live = [a for a in tried.grids if a not in dropped]
+    chosen = {a: list(dict.fromkeys(p['rate'] for p in picks[a] if p['value'] is not None))
+              for a in live}
+    count = max(again, *(len(rates) for rates in chosen.values()))
+    for arm in live:
+        rates = chosen[arm]
         values = picks[arm][0]['values'] if picks[arm] else {}
         order = [r for r in _best_first(tried.pooled(arm), values, signs.get(arm, 1))
                  if r not in rates]
-        for rate in (rates + order)[:max(again, len(rates))]:
+        for rate in (rates + order)[:count]:
             for seed in seeds[1:]:
                 have(arm, rate, seed)
 
