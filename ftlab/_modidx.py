@@ -1760,6 +1760,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'ftlab.instruments.claims.Part': ('instruments/claims.html#part', 'ftlab/instruments/claims.py'),
                                           'ftlab.instruments.claims.Part.__init__': ( 'instruments/claims.html#part.__init__',
                                                                                       'ftlab/instruments/claims.py'),
+                                          'ftlab.instruments.claims.Part._plan_controls': ( 'instruments/claims.html#part._plan_controls',
+                                                                                            'ftlab/instruments/claims.py'),
                                           'ftlab.instruments.claims.Part._trivial': ( 'instruments/claims.html#part._trivial',
                                                                                       'ftlab/instruments/claims.py'),
                                           'ftlab.instruments.claims.Part.found': ( 'instruments/claims.html#part.found',

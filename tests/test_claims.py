@@ -280,6 +280,23 @@ def runs(tmp_path, monkeypatch):
     monkeypatch.setattr('ftlab.evaluators.old_sets.old_skills', lambda data, tok=None: ['add', 'reverse'])
     return tmp_path
 
+CONTROL = '[[control]]\nname = "k"\narm = "{arm}"\nmetric = "m"\nat_least = 0.2\n[review]'
+
+@pytest.mark.parametrize('arm, more, level', [
+    ('alone', '', .3), # an arm that no contrast names
+    ('gap', 'def derive(found):\n    return dict(gap=dict(m=found["alone"]["m"] - found["base"]["m"]))\n', .3)])
+def test_a_control_runs_its_arm_though_no_contrast_does(runs, arm, more, level):
+    text = SCRIPTED.replace('base = {}',
+                            'base = {}, alone = {}').replace('[review]', CONTROL.format(arm=arm))
+    script = SCRIPT.replace("    near =", "    if arm == 'alone':\n        return dict(m=.3)\n    near =") + more
+    r = run_claim(claim_at(runs, text, script))
+    assert [c['values'] for c in r['controls']] == [[level]*5] and r['controls_ok']
+
+def test_what_is_made_of_other_arms_is_made_only_where_it_is_asked_for(runs):
+    "A contrast of two arms runs these two, and asks nothing of the others"
+    more = 'def derive(found):\n    return dict(gap=dict(m=found["nobody"]["m"]))\n'
+    assert run_claim(claim_at(runs, SCRIPTED, SCRIPT + more))['verdict'] in ('holds', 'unclear', 'fails')
+
 def test_a_claim_of_recipes_runs_and_goes_on_where_it_stopped(runs, monkeypatch):
     claim, said = claim_at(runs, SPEC), []
     r = run_claim(claim, said.append)

@@ -160,7 +160,8 @@ def planned(c:Mapping, tried:Tried, experiment:Experiment) -> dict:
     rates = {n: found['arms'][n]['rate'] if n in found['arms']
              else _other_rate(tried, n, want, found['target'])
              for n in needed_arms(c, experiment)}
-    return dict(target=found['target'], common=found['common'], rates=rates,
+    made = not named_arms(c) <= set(experiment.arms)
+    return dict(target=found['target'], common=found['common'], rates=rates, derive=made,
                 at_edge=[n for n, a in found['arms'].items() if a['at_edge']])
 
 def _other_rate(tried, arm, want, target) -> float|None:
@@ -245,7 +246,8 @@ def own_code(claim:Claim) -> str:
                      *_script_trees(claim))
 
 def run_code(claim:Claim) -> str:
-    "Return the hash of what a run of the script depends on; the margin, for example, does not count"
+    """Return the hash of what a run of the script depends on; the margin, for example, does not
+    count"""
     return code_hash(*own_definitions(claim).values(), *_script_trees(claim))
 
 def _script_trees(claim:Claim) -> list[str]:
@@ -295,7 +297,8 @@ def status(claim:Claim) -> str:
 
 # %% ../../nbs/instruments/claims.ipynb #001213be
 def named_claim(key:str) -> Claim:
-    "Return the claim of the paper called `key`; raises `ValueError` that lists the claims there are"
+    """Return the claim of the paper called `key`; raises `ValueError` that lists the claims there
+    are"""
     if claims_folder() is None:
         raise ValueError('the claims are in the repository, not in the installed package; clone it and run there')
     if not (folder := claims_folder()/key).joinpath('claim.toml').exists():
@@ -357,13 +360,28 @@ class Part:
         self.tried = (search(e.grids, run, wants, refine=not alone, deciding=primary or None)
                       if e.grids else Tried({}, {}))
         self.plans = [planned(c, self.tried, e) for c in self.contrasts]
+        self._plan_controls()
+
+    def _plan_controls(self) -> None:
+        """Let the first contrast run the arms that a control names and no contrast does; all of them
+        if it names one that is made of others"""
+        e, first, want = self.experiment, self.plans[0], want_of(self.contrasts[0], self.experiment)
+        named = {c['arm'] for c in self.claim.spec.get('control', ())}
+        made = named - set(e.arms)
+        if made:
+            first['derive'] = True
+            named |= set(e.arms)
+        for arm in sorted(named - made):
+            if not any(arm in p['rates'] for p in (self.plans[:1] if made else self.plans)):
+                first['rates'][arm] = _other_rate(self.tried, arm, want, first['target'])
 
     def found(self, plan:Mapping, seed:int, split:str, half:bool=False, turned:Mapping=()) -> dict:
         """Return the outcome of every arm at the plan's rates, or at those in `turned`, and the arms
         derived from them"""
         e, rates = self.experiment, plan['rates'] | dict(turned)
-        return e.derived({n: e.outcome(n, r, seed, split, half) for n, r in rates.items()
-                          if not half or e.arms[n]['steps'] is not None})
+        found = {n: e.outcome(n, r, seed, split, half) for n, r in rates.items()
+                 if not half or e.arms[n]['steps'] is not None}
+        return e.derived(found) if plan.get('derive', True) else found
 
     def levels(self, c, plan, split, seeds) -> dict:
         "Return per seed: treatment, baseline, trivial, and the gains at which they were read"
@@ -588,7 +606,8 @@ def assemble_claim(claim:Claim, rows:list[dict], cells:Mapping[str, dict],
     return out | dict(verdict=v, reason=reason, also_seen=also_seen(out), cells=cells)
 
 def _control(c, rows, cells) -> dict:
-    "Check the mean of an arm's metric over the seeds, at the rate of the first contrast that it is in"
+    """Check the mean of an arm's metric over the seeds, at the rate of the first contrast that it
+    is in"""
     row = next((r for r in rows if c['arm'] in r['arms']), None) or next(
         (r for r in rows if c['arm'] in r['rates']), rows[0])
     name = _cell_name(c['arm'], row['rates'].get(c['arm']))
