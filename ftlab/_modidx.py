@@ -2608,6 +2608,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'ftlab/instruments/verdicts.py'),
                                             'ftlab.instruments.verdicts._without_words': ( 'instruments/verdicts.html#_without_words',
                                                                                            'ftlab/instruments/verdicts.py'),
+                                            'ftlab.instruments.verdicts.ahead': ( 'instruments/verdicts.html#ahead',
+                                                                                  'ftlab/instruments/verdicts.py'),
                                             'ftlab.instruments.verdicts.arms_said': ( 'instruments/verdicts.html#arms_said',
                                                                                       'ftlab/instruments/verdicts.py'),
                                             'ftlab.instruments.verdicts.bar_of': ( 'instruments/verdicts.html#bar_of',

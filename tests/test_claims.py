@@ -13,7 +13,7 @@ from ftlab.instruments.claims import (SENSITIVITY_SEEDS, again, carry, explain, 
                                       tuned_part)
 from ftlab.instruments.rates import SEEDS
 from ftlab.instruments.verdicts import (EDITION, arms_said, check_reviewed, contrast,
-                                        contrast_verdict, hangs, judged,
+                                        ahead, contrast_verdict, hangs, judged,
                                         lacks_room, read_claim, room, verdict)
 
 CLAIMS = papers.claims()
@@ -174,6 +174,17 @@ def test_sameness_needs_an_arm_that_is_told_apart():
     other_rate = same | worse(-.3) | dict(
         sensitivity=[dict(arm='a', rate=2., chosen=1., effects=[.3, .1])])
     assert 'hangs on the rate' in judged(dict(contrasts=[other_rate]))[1]
+
+def test_a_worse_rate_of_the_arm_that_is_ahead_saves_no_claim():
+    turned = lambda arm, *e: dict(sensitivity=[dict(arm=arm, rate=2., chosen=1., effects=list(e))])
+    bad = BAD | dict(arms=['a', 'b'])
+    assert judged(dict(contrasts=[bad | turned('b', .9, .9)])) == ('fails', '')
+    assert 'with a at 2' in judged(dict(contrasts=[bad | turned('a', .9, .9)]))[1]
+    good = GOOD | dict(arms=['a', 'b'])
+    assert 'with b at 2' in judged(dict(contrasts=[good | turned('b', -.9, -.9)]))[1]
+    same = dict(kind='equivalence', margin=.1, arms=['a', 'b'])
+    assert ahead(effects(*[.5]*4, .51) | same) == 'a' and ahead(effects(*[-.5]*4, -.51) | same) == 'b'
+    assert ahead(effects(*[.2]*4, .21) | same) is None
 
 def test_a_rate_that_never_reaches_the_target_is_no_alternative_and_an_unclear_one_does_not_hang():
     assert hangs(GOOD | dict(sensitivity=[dict(arm='a', rate=2., chosen=1., effects=[])])) == ''

@@ -11,7 +11,7 @@ from ftlab.core.tokens import encode_all
 from ftlab.evaluators.decoding.copilot import (Copilot, answer_together, copilot, examples_of,
                                                mistakes, rmse, thoughts)
 
-SKILL, BATCH, LAM = 'boxes', 8, 1.
+SKILL, BATCH, LAM = 'new-procedure', 8, 1.
 FASTER = 5/3 # the Copilot's rate, in rates of its Pilot: the paper's Table 5
 ITEMS = dict(test=1000, validation=400)
 RANK, WIDE = 8, 31 # 9,472 parameters a rank: 293,632 beside 75,776 + 212,909

@@ -16,7 +16,7 @@ from scipy import stats
 
 # %% auto #0
 __all__ = ['KINDS', 'VERDICTS', 'EDITION', 'NEEDED', 'SCOPES', 'RUNS', 'SAID', 'INSIDE', 'DEFAULTS', 'PILOTS', 'PRIMARY',
-           'OBJECTIONS', 'MARKS', 'DOES', 'bar_of', 'contrast', 'lacks_room', 'room', 'in_favour', 'hangs',
+           'OBJECTIONS', 'MARKS', 'DOES', 'bar_of', 'contrast', 'lacks_room', 'room', 'in_favour', 'ahead', 'hangs',
            'contrast_verdict', 'judged', 'verdict', 'Claim', 'read_claim', 'derives', 'arms_said', 'check_reviewed',
            'bare', 'dumped', 'definitions', 'imports', 'used_by', 'code_hash', 'is_paper', 'closure']
 
@@ -98,12 +98,24 @@ def in_favour(c:Mapping, mean:float) -> bool:
     "Return whether a mean effect is on the claim's side of the margin"
     return abs(mean) <= c['margin'] if c['kind'] == 'equivalence' else mean > bar_of(c)
 
+def ahead(c:Mapping) -> str|float|None:
+    """Return the arm that makes a claim fail by being better: the baseline, or with equivalence
+    whichever is better; None if the claim does not fail"""
+    mean = contrast(c)['mean']
+    if in_favour(c, mean):
+        return None
+    treatment, baseline = c.get('arms', (None, None))
+    return treatment if c['kind'] == 'equivalence' and mean > 0 else baseline
+
 def hangs(c:Mapping) -> str:
-    "Say at which rate the effect of a contrast moves across the margin; '' if at none"
+    """Say at which rate the effect of a contrast moves across the margin; '' if at none.
+    Other rates of the arm that is `ahead` are passed over: they could save the claim only by being worse"""
     if not c['treatment']:
         return ''
-    mean = contrast(c)['mean']
+    mean, leader = contrast(c)['mean'], ahead(c)
     for other in c.get('sensitivity', ()):
+        if other['arm'] == leader:
+            continue
         if other['effects'] and in_favour(c, fmean(other['effects'])) != in_favour(c, mean):
             return (f'with {other["arm"]} at {other["rate"]:g} instead of {other["chosen"]:g} '
                     f'the effect is {fmean(other["effects"]):+.3f}')
