@@ -176,12 +176,12 @@ def test_sameness_needs_an_arm_that_is_told_apart():
     assert 'hangs on the rate' in judged(dict(contrasts=[other_rate]))[1]
 
 def test_a_worse_rate_of_the_arm_that_is_ahead_saves_no_claim():
-    turned = lambda arm, *e: dict(sensitivity=[dict(arm=arm, rate=2., chosen=1., effects=list(e))])
+    moved = lambda arm, *e: dict(sensitivity=[dict(arm=arm, rate=2., chosen=1., effects=list(e))])
     bad = BAD | dict(arms=['a', 'b'])
-    assert judged(dict(contrasts=[bad | turned('b', .9, .9)])) == ('fails', '')
-    assert 'with a at 2' in judged(dict(contrasts=[bad | turned('a', .9, .9)]))[1]
+    assert judged(dict(contrasts=[bad | moved('b', .9, .9)])) == ('fails', '')
+    assert 'with a at 2' in judged(dict(contrasts=[bad | moved('a', .9, .9)]))[1]
     good = GOOD | dict(arms=['a', 'b'])
-    assert 'with b at 2' in judged(dict(contrasts=[good | turned('b', -.9, -.9)]))[1]
+    assert 'with b at 2' in judged(dict(contrasts=[good | moved('b', -.9, -.9)]))[1]
     same = dict(kind='equivalence', margin=.1, arms=['a', 'b'])
     assert ahead(effects(*[.5]*4, .51) | same) == 'a' and ahead(effects(*[-.5]*4, -.51) | same) == 'b'
     assert ahead(effects(*[.2]*4, .21) | same) is None

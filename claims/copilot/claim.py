@@ -48,10 +48,16 @@ def run(arm, rate, seed, split, steps):
     def heard(model, tok, prompts, **how):
         return answer_together(model, done.models['copilot'], tok, prompts, LAM, **how)
 
-    said = answers(model, tok, rows, decode=heard if arm == 'together' else None)
-    right = [judge(r, a) for r, a in zip(rows, said)]
-    out = dict(score=sum(right)/len(right), items=dict(score=right))
+    def right(decode=None):
+        return [judge(r, a) for r, a in zip(rows, answers(model, tok, rows, decode=decode))]
+
+    said = dict(score=right(heard), alone=right()) if arm == 'together' else dict(score=right())
+    out = {k: sum(v)/len(v) for k, v in said.items()} | dict(items=said)
     return out | (dict(foreseen=foreseen(done, rows[:200])) if arm == 'together' else {})
+
+def derive(found):
+    "The very Pilot that has the Copilot beside it, answering alone"
+    return dict(alone=dict(score=found['together']['alone']))
 
 def boxed(n, split):
     return [r | dict(response='box') for r in WORLD.rows('last', n, split)]
