@@ -831,6 +831,21 @@ def test_every_ingredient_of_a_run_is_in_its_key(plain, monkeypatch):
     assert len(set(others.values())) == len(others), [k for k, v in others.items()
                                                       if list(others.values()).count(v) > 1]
 
+def test_how_many_test_questions_there_are_is_no_part_of_a_tuning_run(plain):
+    (model, tok), sums = plain
+    t = lab_tokenizer()
+    base = llama(t)
+    few, many = (Bench((base, t), 'new-procedure', **FAST | dict(items=n, old_items=o, steps=2))
+                 for n, o in ((20, 5), (900, 9))) # 900 are more than the data have, so more are drawn
+    assert len(few.data(0).test) < len(many.data(0).test) and key_of(few) == key_of(many)
+    assert key_of(few, split='test') != key_of(many, split='test')
+    one, other = (b.run(get('lora'), 1e-2, 0, 'validation') for b in (few, many))
+    assert (one['path'], one['old'], one['nll']) == (other['path'], other['old'], other['nll'])
+    for rows in ('train', 'validation'): # `fit` sees both, whatever is tested afterwards
+        less = dataclasses.replace(sums, **{rows: getattr(sums, rows)[:-1]})
+        assert key_of(Bench((model, tok), less, **FAST), split='test') != key_of(Bench((model, tok), sums, **FAST),
+                                                                                 split='test')
+
 def test_a_papers_code_counts_with_that_of_the_papers_it_imports_and_a_readers_own():
     asft = 'ftlab.trainers.losses.asft'
     assert set(R._papers([asft])) == {asft, asft.replace('asft', 'dft')}

@@ -79,11 +79,13 @@ def name_of_metric(metric) -> str:
 
 def run_key(bench:Bench, recipe:Recipe, rate:float|None, seed:int, split:str, steps:int,
             doses:tuple=()) -> dict:
-    "Return everything that determines an outcome"
+    """Return everything that determines an outcome. Of the data those are the rows for training and validation,
+    which `fit` sees, and the questions of this split: how many the other split has does not matter"""
+    data = dataclasses.replace(bench.data(seed), test=bench.questions(seed, split))
     old = (None if bench.old is None
            else {s.name: s.fingerprint for s in bench.old_sets(seed, split)})
     metric = bench.metric if isinstance(bench.metric, str) else source_print(bench.metric)
-    return dict(base=bench.base.fingerprint(seed), data=bench.data(seed).fingerprint,
+    return dict(base=bench.base.fingerprint(seed), data=data.fingerprint,
                 old=old, how=bench.how, recipe={k: v for k, v in recipe.describe().items() if k != 'name'},
                 schedule=recipe.schedule, rate=rate, seed=seed, split=split, metric=metric,
                 steps=steps,
