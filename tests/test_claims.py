@@ -8,10 +8,11 @@ from scipy import stats
 from ftlab import papers
 from ftlab.instruments.claims import (SENSITIVITY_SEEDS, again, carry, explain, own_code,
                                       own_definitions, quickest_seed,
-                                      read_result, recipes_of, run_claim, run_claims, script_of,
+                                      read_result, recipes_of, run_claim, run_claims, run_code, script_of,
                                       status, supersede,
                                       tuned_part)
 from ftlab.instruments.rates import SEEDS
+from ftlab.instruments.runs import papers_code
 from ftlab.instruments.verdicts import (EDITION, arms_said, check_reviewed, contrast,
                                         ahead, contrast_verdict, hangs, judged,
                                         lacks_room, read_claim, room, verdict)
@@ -363,6 +364,30 @@ def test_a_script_run_is_made_once_and_a_damaged_one_again(runs, monkeypatch):
     run_claim(claim_at(runs, script=script), keep=False)
     lines = log.read_text().splitlines()
     assert len(lines) == len(set(lines)), 'without files, too'
+
+def test_a_part_that_another_library_made_is_made_again(runs, monkeypatch):
+    "What a script ran depends on its text, on the library, and on the papers that it names"
+    count = lambda: len(list((runs/'runs'/'claims').rglob('a-*.json')))
+    first = run_claim(claim_at(runs))
+    made = count()
+    run_claim(claim_at(runs))
+    assert count() == made
+    monkeypatch.setattr('ftlab.instruments.claims.library_code', lambda: 'another')
+    assert run_claim(claim_at(runs))['contrasts'] == first['contrasts'] and count() == 2*made
+
+@pytest.mark.parametrize('line, module', [
+    ('from ftlab.trainers.rl.razor import own_answers', 'ftlab.trainers.rl.razor'), # no method, but of its module
+    ('ARM = ftlab.methods.lora()', 'ftlab.adapters.modules.lora'),
+    ('ARM = ftlab.methods.get("dft")', 'ftlab.trainers.losses.dft')])
+def test_the_papers_that_a_script_names_count_in_its_runs(runs, monkeypatch, line, module):
+    plain = run_code(claim_at(runs))
+    assert run_code(claim_at(runs)) == plain
+    claim = claim_at(runs, script=f'{line}\n{SCRIPT}')
+    with_paper = run_code(claim)
+    known = papers_code
+    monkeypatch.setattr('ftlab.instruments.claims.papers_code',
+                        lambda names: {n: h + 'x'*(n == module) for n, h in known(names).items()})
+    assert run_code(claim) != with_paper and run_code(claim_at(runs)) == plain
 
 def test_without_room_the_test_seeds_are_not_run(runs):
     log = runs/'log'

@@ -7,7 +7,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM,
                           PreTrainedTokenizerFast)
 import ftlab.instruments.bench as B
-import ftlab.instruments.runs as R
 from ftlab.adapters.store import identity
 from ftlab.core.record import digest
 from ftlab.core.scorers import skill_questions
@@ -21,7 +20,7 @@ from ftlab.instruments.compare import (Comparison, check_limit, compare, effort,
 from ftlab.instruments.compare_page import in_words, reading, table_html, tuning_words, warned
 from ftlab.instruments.explore import draw_tradeoff, runs_of
 from ftlab.instruments.rates import Tried
-from ftlab.instruments.runs import Runs, recipe_code, run_key
+from ftlab.instruments.runs import Runs, papers_code, recipe_code, run_key
 from ftlab.instruments.views import COLORS, FIXED, MARKS, method_styles
 from ftlab.map import measured
 from ftlab.core.data import data
@@ -848,7 +847,7 @@ def test_how_many_test_questions_there_are_is_no_part_of_a_tuning_run(plain):
 
 def test_a_papers_code_counts_with_that_of_the_papers_it_imports_and_a_readers_own():
     asft = 'ftlab.trainers.losses.asft'
-    assert set(R._papers([asft])) == {asft, asft.replace('asft', 'dft')}
+    assert set(papers_code([asft])) == {asft, asft.replace('asft', 'dft')}
     assert list(recipe_code(get('dft'))) == ['ftlab.trainers.losses.dft'] and not recipe_code(get('full'))
     one = recipe_code(Recipe('own', objective=lambda state: state.forward().sum()))
     two = recipe_code(Recipe('own', objective=lambda state: state.forward().mean()))

@@ -5,6 +5,7 @@
 # %% ../../nbs/instruments/runs.ipynb #24e33c4c
 from __future__ import annotations
 import dataclasses, hashlib, inspect, json, os, warnings
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 import ftlab
@@ -16,7 +17,8 @@ from .verdicts import imports, is_paper
 from ..papers import claims_folder
 
 # %% auto #0
-__all__ = ['LIBRARY', 'library_code', 'recipe_code', 'source_print', 'name_of_metric', 'run_key', 'runs_folder', 'Runs']
+__all__ = ['LIBRARY', 'library_code', 'recipe_code', 'papers_code', 'source_print', 'name_of_metric', 'run_key', 'runs_folder',
+           'Runs']
 
 # %% ../../nbs/instruments/runs.ipynb #2464157b
 LIBRARY = ('core', 'lab', 'native', 'adapters', 'trainers', 'evaluators')
@@ -51,10 +53,11 @@ def recipe_code(recipe:Recipe) -> dict[str, str]:
             todo += x.values()
         elif hasattr(x, 'func'):
             todo += [x.func, *x.args, *x.keywords.values()]
-    return own | _papers(n for n in names if n.startswith('ftlab.') and is_paper(n))
+    return own | papers_code(n for n in names if n.startswith('ftlab.') and is_paper(n))
 
-def _papers(names) -> dict[str, str]:
-    "Hash the modules of papers, and of the papers that they import"
+def papers_code(names:Iterable[str] # of modules
+               ) -> dict[str, str]:
+    "Return a hash of each of these papers' modules, and of the papers that they import"
     found, todo = {}, list(names)
     while todo:
         if (name := todo.pop()) not in found:
