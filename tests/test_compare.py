@@ -147,8 +147,30 @@ def test_a_limit_that_is_none_is_refused(limit):
 def test_a_limit_needs_to_know_what_is_lost():
     with pytest.raises(ValueError, match='give old='):
         check_limit(2, 'drift (KL)')
-    assert (check_limit(None, 'drift (KL)') is None and check_limit(0, 'old data') == 0
+    with pytest.raises(ValueError, match='score of notes, letters is a likelihood, in nats'):
+        check_limit(2, 'old data', ['notes', 'letters'])
+    with pytest.raises(ValueError, match='nothing is tuned'):
+        check_limit(2, 'old data', searched=False)
+    assert (check_limit(None, 'drift (KL)', ['notes'], False) is None and check_limit(0, 'old data') == 0
             and check_limit(2, 'old data') == .02)
+
+def test_a_limit_in_points_is_refused_before_the_first_run_where_there_are_no_points(
+    plain, tmp_path, monkeypatch):
+    (model, tok), sums = plain
+    monkeypatch.setattr(B, 'fit', lambda *a, **k: pytest.fail('something was trained'))
+    rows = [dict(prompt=f'{i} plus', response=str(i)) for i in range(40)]
+    chosen = [dict(r, choices=[r['response'], '3 4']) for r in rows]
+    ask = lambda **more: compare('full', (model, tok), sums, lose_at_most=2, out=tmp_path, **FAST | more)
+    with pytest.raises(ValueError, match='give old='):
+        ask()
+    with pytest.raises(ValueError, match='score of rows is a likelihood, in nats'):
+        ask(old=rows)
+    with pytest.raises(ValueError, match='score of told is a likelihood'):  # the mean of both would be no points either
+        ask(old=dict(told=rows, chosen=chosen))
+    for untuned in (dict(tune=False), dict(lrs=[1e-3]), dict(max_runs=9)):
+        with pytest.raises(ValueError, match='nothing is tuned'):
+            ask(old=chosen, **untuned)
+    assert not list(tmp_path.rglob('*.json'))
 
 def tried_of(**arms):
     "{arm: {rate: outcome or [outcome of each seed]}}"
@@ -335,7 +357,7 @@ SEARCH = dict(seeds=3, lrs=[3e-3, 1e-2], lose_at_most=100)
 def tuned(plain, tmp_path_factory):
     "A whole comparison with old data: searched, and within a limit"
     folder = tmp_path_factory.mktemp('tuned')
-    old = data([dict(prompt=f'{i} plus', response=str(i)) for i in range(40)])
+    old = [dict(prompt=f'{i} plus', response=str(i), choices=[str(i), str((i + 7) % 40)]) for i in range(40)]
     c = compare(['full', 'lora'], *plain, old=dict(counting=old), out=folder, **SEARCH,
                 **FAST | dict(steps=12))
     return c, folder, old

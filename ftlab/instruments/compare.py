@@ -354,9 +354,13 @@ def _within(limit, found, rows) -> dict|None:
     return dict(rate=found['rate'], step=found['step'], dose=found['dose'],
                 **{k: interval([at(o)[k] for o in rows]) for k in ('gain', 'forgetting')})
 
-def check_limit(limit:float|None, how:str) -> float|None:
-    """Return the limit as a share; raises `ValueError` for one that is negative or NaN, or where
-    only drift is known"""
+def check_limit(limit:float|None,
+                how:str,               # what measures forgetting, as `Bench.how`
+                in_nats:list[str]=(),  # names of the old sets that are scored by likelihood
+                searched:bool=True     # are there tuning runs to choose from?
+               ) -> float|None:        # a share
+    """Return the limit as a share. Raises `ValueError` for one that is negative or NaN, where forgetting is not
+    a score in points, or where no rate is searched"""
     if limit is None:
         return None
     if not isinstance(limit, (int, float)) or not 0 <= limit <= 100:
@@ -364,6 +368,13 @@ def check_limit(limit:float|None, how:str) -> float|None:
     if how.startswith('drift'):
         raise ValueError(f'lose_at_most is {limit:g} points, but what the model could do before is not '
                          f'known here, only how far it moves ({how}); give old=, a test of what it must keep')
+    if in_nats:
+        raise ValueError(f'lose_at_most is {limit:g} points, but the score of {", ".join(in_nats)} is a likelihood, '
+                         'in nats; give old= questions that are answered right or wrong: rows with choices, '
+                         'a lab skill, "auto", or a task of lm-eval')
+    if not searched:
+        raise ValueError(f'lose_at_most is {limit:g} points, but nothing is tuned, so there is nothing to choose from; '
+                         'give several learning rates, and max_runs that leaves two of them')
     return limit/100
 
 # %% ../../nbs/instruments/compare.ipynb #d2dcc357
@@ -417,7 +428,8 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
                   evaluations=evaluations, evaluate_every=evaluate_every, max_length=max_length,
                   device=device, dtype=dtype, revision=revision, budget=budget, progress=progress,
                   batch_size=batch_size, precision=precision, **settings)
-    limit = check_limit(lose_at_most, bench.how)
+    in_nats = [s.name for s in bench.old_sets(0, 'validation') if s.metric == 'nll']
+    limit = check_limit(lose_at_most, bench.how, in_nats, bool(work['tuning']))
     check_room(out) # before the first run, not after it
     with only_writer(out):
         if progress:
