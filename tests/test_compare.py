@@ -19,7 +19,7 @@ from ftlab.instruments.compare import (Comparison, check_limit, compare, effort,
                                        within_limit)
 from ftlab.instruments.compare_page import in_words, reading, table_html, tuning_words, warned
 from ftlab.instruments.explore import draw_tradeoff, runs_of
-from ftlab.instruments.rates import Tried
+from ftlab.instruments.rates import Tried, Want
 from ftlab.instruments.runs import Runs, papers_code, recipe_code, run_key
 from ftlab.instruments.views import COLORS, FIXED, MARKS, method_styles
 from ftlab.map import measured
@@ -212,13 +212,28 @@ def test_a_race_is_lost_only_beyond_doubt_at_every_gain():
     assert not lost_races(tried_of(a={1.: made(error='nan', rows=[])}, b={1.: bad}))
 
 def test_an_order_that_a_neighbouring_rate_turns_is_marked():
-    at = lambda rate, **values: dict(rate=rate, value=values[f'r{rate}'],
-                                     values={float(k[1:]): v for k, v in values.items()})
-    a, b = at(1.0, **{'r1.0': .10, 'r1.78': .30, 'r3.16': .5}), at(1.0, **{'r1.0': .20})
-    assert hangs_on_rate(dict(a=a, b=b)) == dict(a=dict(rate=1.78, value=.30, other='b'))
-    assert hangs_on_rate(dict(a=a | dict(values={1.0: .1, 3.16: .5}),
-                              b=b)) == {}, 'a neighbour is at most 1.8 times away'
-    assert hangs_on_rate(dict(a=a, b=b | dict(value=None, values={}))) == {}
+    choices = lambda tried: tried.choices(Want(tuple(tried.grids), 'forgetting_matched', False))
+    def marked(**arms):
+        tried = tried_of(**arms)
+        found = choices(tried)
+        return hangs_on_rate(tried, found['arms'], found['target'])
+
+    run = lambda forgetting: made(1., forgetting, path((0, 0., 0.), (10, .95, forgetting)))
+    twice = lambda *f: [run(x) for x in f]
+    a = {1.: twice(.10, .12), 1.78: twice(.30, .34), 3.16: twice(.5, .5)}
+    b = {1.: twice(.20, .24)}
+    near = pytest.approx
+    share = .95 # of the gain, which is read on the way
+    both = marked(a=a, b=b)
+    assert set(both) == {'a'} and (both['a']['rate'], both['a']['other'], both['a']['seeds']) == (1.78, 'b', 2)
+    assert [both['a'][k] for k in ('own', 'value', 'theirs')] == near([share*x for x in (.11, .32, .22)])
+    assert marked(a={1.: a[1.], 3.16: a[3.16]}, b=b) == {}, 'a neighbour is at most 1.8 times away'
+    assert marked(a=a, b={1.: [made(error='nan', rows=[])]*2}) == {}
+    once = marked(a=a | {1.78: twice(.30)}, b=b)['a'] # on its first seed alone
+    assert (once['rate'], once['seeds']) == (1.78, 1)
+    assert [once[k] for k in ('own', 'value', 'theirs')] == near([share*x for x in (.10, .30, .20)])
+    noise = dict(a={1.: twice(.22, .02), 1.78: twice(.23)}, b=b)
+    assert marked(**noise) == {}, 'on that seed the rate turns nothing, the seed does'
 
 def test_the_replaced_skill_is_not_among_the_old_ones():
     assert (old_skills(data('changed-rule', n=10)) == [s for s in OLD if s != 'sort']
@@ -443,6 +458,10 @@ def test_a_page_says_what_speaks_against_it(tuned):
         assert words in said
     assert ('‡' in table_html(r)
             and all(isinstance(x, str) for x in in_words(r) + tuning_words(r) + reading(r)))
+    assert '(validation questions).' in said, 'as an earlier version wrote it'
+    m['hangs'] |= dict(own=.25, theirs=.5, seeds=1)
+    assert (f"forgets 0.250 at {m['rate_matched']:g} and 0.900 at {m['hangs']['rate']:g}; "
+            f"{other['name']} forgets 0.500 (validation questions, one tuning seed)") in ' '.join(warned(r))
     m['within'] |= dict(forgetting=dict(mean=1.2, low=None, high=None))
     assert 'forgets 120.0 points on test questions' in ' '.join(warned(r))
     assert 'gained nothing' in ' '.join(warned(r | dict(target=None)))

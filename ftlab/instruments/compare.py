@@ -18,7 +18,8 @@ from ..core.record import versions
 from .bench import Bench, evaluation_steps
 from .compare_page import (html_page, image, picture, table_html, table_of, tag,
                                             titles)
-from .frontier import at_gain, best_gain, common_gain, frontier, paired_difference
+from .frontier import (at_gain, best_gain, common_gain, frontier, paired_difference, pooled,
+                                        reading)
 from .rates import SEEDS, Grid, Tried, Want, half_decades, search
 from .runs import Runs, name_of_metric
 from ..methods import get
@@ -160,18 +161,29 @@ def lost_races(tried:Tried) -> dict[str, str]:
     return out
 
 # %% ../../nbs/instruments/compare.ipynb #8d850da8
-def hangs_on_rate(choice:Mapping[str, dict] # arm -> its choice at equal gain, as `Tried.choices` gives it
-                 ) -> dict[str, dict]:      # arm -> rate, value and the other arm
-    "Find the arms that would change places with another at a neighbouring rate"
+def hangs_on_rate(tried:Tried,
+                  choice:Mapping[str, dict], # arm -> its choice at equal gain, as `Tried.choices` gives it
+                  target:float|None          # the equal gain
+                 ) -> dict[str, dict]:       # arm -> rate, value, other (arm), own, theirs, seeds (how many)
+    """Find the arms that would change places with another at a neighbouring rate, on the tuning seeds on which
+    all three have run"""
     out = {}
-    for arm, c in choice.items():
-        near = [r for r in c['values'] if r != c['rate'] and max(r/c['rate'], c['rate']/r) < 1.8]
-        for rate, (name, other) in itertools.product(near, choice.items()):
-            if name != arm and other['value'] is not None and arm not in out:
-                now, then = c['value'] - other['value'], c['values'][rate] - other['value']
-                if now*then < 0:
-                    out[arm] = dict(rate=rate, value=c['values'][rate], other=name)
+    placed = [a for a, c in choice.items() if c['value'] is not None]
+    for arm, other in itertools.permutations(placed, 2):
+        chosen, theirs = choice[arm]['rate'], choice[other]['rate']
+        for rate in sorted(tried.outcomes[arm]):
+            if arm in out or rate == chosen or max(rate/chosen, chosen/rate) >= 1.8:
+                continue
+            runs = [tried.outcomes[a][r] for a, r in ((arm, chosen), (arm, rate), (other, theirs))]
+            seeds = sorted(set.intersection(*map(set, runs)))
+            now, then, level = (_matched({s: of[s] for s in seeds}, target) for of in runs)
+            if None not in (now, then, level) and (now - level)*(then - level) < 0:
+                out[arm] = dict(rate=rate, value=then, other=other, own=now, theirs=level, seeds=len(seeds))
     return out
+
+def _matched(outcomes, target) -> float|None:
+    found = reading(pooled(outcomes), 'forgetting_matched', target)
+    return found and found[0]
 
 # %% ../../nbs/instruments/compare.ipynb #a7529ebc
 DOSES = (.25, .5, .75)
@@ -487,7 +499,7 @@ def _chosen(bench, arms, runs, seeds, work, race, doses, tune_steps) -> SimpleNa
         equal['arms'] = {n: b | dict(value=None, values={}) for n, b in best['arms'].items()}
     return SimpleNamespace(tried=tried, stopped=stopped, live=live, equal=equal['arms'], best=best['arms'],
                            target=equal['target'], common=equal['common'], limits={},
-                           hangs=hangs_on_rate(equal['arms']))
+                           hangs=hangs_on_rate(tried, equal['arms'], equal['target']))
 
 def _method(name, recipe, found, done, limit) -> dict:
     "Return one method of a result; one that was stopped early has only its frontier"
