@@ -1936,6 +1936,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'ftlab/instruments/compare.py'),
                                            'ftlab.instruments.compare._say': ( 'instruments/compare.html#_say',
                                                                                'ftlab/instruments/compare.py'),
+                                           'ftlab.instruments.compare._tell': ( 'instruments/compare.html#_tell',
+                                                                                'ftlab/instruments/compare.py'),
                                            'ftlab.instruments.compare._test': ( 'instruments/compare.html#_test',
                                                                                 'ftlab/instruments/compare.py'),
                                            'ftlab.instruments.compare._tuned_words': ( 'instruments/compare.html#_tuned_words',

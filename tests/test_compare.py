@@ -366,6 +366,22 @@ def test_the_json_has_the_promised_shape(plain, tmp_path):
     assert (Comparison.read(tmp_path/'result.json').table.equals(c.table)
             and not list(tmp_path.rglob('*.tmp')) and not list(tmp_path.rglob('*.safetensors')))
 
+@pytest.mark.parametrize('notebook', [False, True])
+def test_the_number_of_runs_and_the_time_come_first_and_then_each_run(
+    plain, tmp_path, monkeypatch, capsys, notebook):
+    monkeypatch.setattr('ftlab.instruments.compare.in_notebook', lambda: notebook)
+    ask = dict(seeds=2, lrs=[1e-3], tune=False, out=tmp_path, **FAST | dict(steps=2, evaluations=1))
+    compare(['full', 'lora'], *plain, **ask | dict(progress=True))
+    said = capsys.readouterr()
+    lines, other = (said.out, said.err)[::1 if notebook else -1]
+    lines = lines.splitlines()
+    assert lines[0].startswith('at most 4 runs, 0 of them to tune; about ') and lines[0].endswith(' minutes')
+    assert [x.split(': gain')[0] for x in lines[1:]] == [
+        f'run {i}: {m} at 0.001, seed {s}' for i, (s, m) in
+        enumerate([(0, 'full'), (0, 'lora'), (1, 'full'), (1, 'lora')], 1)] and not other
+    compare(['full', 'lora'], *plain, **ask)
+    assert capsys.readouterr() == ('', ''), 'progress=False says nothing'
+
 SEARCH = dict(seeds=3, lrs=[3e-3, 1e-2], lose_at_most=100)
 
 @pytest.fixture(scope='module')

@@ -24,6 +24,7 @@ from .rates import SEEDS, Grid, Tried, Want, half_decades, search
 from .runs import Runs, name_of_metric
 from ..methods import get
 from ..trainers.fit import fit
+from ..trainers.watch import in_notebook
 
 # %% auto #0
 __all__ = ['THINNER', 'DOSES', 'SEED_KEYS', 'VERSION', 'interval', 'plan', 'tuning_seeds', 'effort', 'thinned',
@@ -307,8 +308,15 @@ class Comparison:
 
 # %% ../../nbs/instruments/compare.ipynb #798dea58
 def _say(text:str) -> None:
-    if not hasattr(sys, 'ps1') and 'ipykernel' not in sys.modules:
-        print(text, file=sys.stderr, flush=True)
+    # a notebook shows standard error in red, as if something were wrong
+    print(text, file=sys.stdout if in_notebook() else sys.stderr, flush=True)
+
+def _tell(bench, runs, what, o) -> None:
+    "Say what a run found, and how many have finished"
+    if bench.progress:
+        ended = f' ({o["error"] or o["stopped"]})' if o['error'] or o['stopped'] else ''
+        _say(f'run {runs.made + runs.taken}: {what}: gain {o["gain"]:.3f}, '
+             f'{bench.how} {o["forgetting"]:.3f}{ended}')
 
 def tune_arms(bench:Bench, arms:Mapping, runs:Runs, seeds:list[int], work:Mapping, wants:list[Want],
               race:bool=False, doses:tuple=(), steps:int|None=None) -> tuple[Tried, dict]:
@@ -316,9 +324,7 @@ def tune_arms(bench:Bench, arms:Mapping, runs:Runs, seeds:list[int], work:Mappin
     stopped = {}
     def run(arm, rate, seed):
         o = runs(bench, arms[arm][0], rate, seed, 'validation', steps, doses)
-        if bench.progress:
-            ended = f' ({o["error"] or o["stopped"]})' if o['error'] or o['stopped'] else ''
-            _say(f'{arm} at {rate:g}, tuning: gain {o["gain"]:.3f}, {bench.how} {o["forgetting"]:.3f}{ended}')
+        _tell(bench, runs, f'{arm} at {rate:g}, tuning', o)
         return o
     def drop(tried):
         stopped.update(lost_races(tried))
@@ -330,9 +336,7 @@ def tune_arms(bench:Bench, arms:Mapping, runs:Runs, seeds:list[int], work:Mappin
 
 def _test(bench, runs, recipe, rate, seed, doses) -> dict:
     o = runs(bench, recipe, rate, seed, 'test', doses=doses)
-    if bench.progress:
-        _say(f'{recipe.name} at {rate:g}, seed {seed}: gain {o["gain"]:.3f}, {bench.how} {o["forgetting"]:.3f}'
-             + (f' ({o["error"]})' if o['error'] else ''))
+    _tell(bench, runs, f'{recipe.name} at {rate:g}, seed {seed}', o)
     return o
 
 def _tuned_words(tried:Tried, arm:str, best:dict, equal:dict) -> dict:
