@@ -8,7 +8,8 @@ from scipy import stats
 from ftlab import papers
 from ftlab.instruments.claims import (SENSITIVITY_SEEDS, again, carry, explain, own_code,
                                       own_definitions, quickest_seed,
-                                      read_result, recipes_of, run_claim, run_claims, run_code, script_of,
+                                      read_result, recipes_of, run_claim, run_claims, run_code,
+                                      script_of,
                                       status, supersede,
                                       tuned_part)
 from ftlab.instruments.rates import SEEDS
@@ -291,7 +292,8 @@ def claim_at(tmp_path, text=SCRIPTED, script=SCRIPT):
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
     "A workplace of its own, two old skills instead of all, and claims with a handful of questions"
-    monkeypatch.setattr('ftlab.instruments.verdicts.ITEMS', dict(least=1, small_margin=.02, for_small=1))
+    monkeypatch.setattr('ftlab.instruments.verdicts.ITEMS',
+                        dict(least=1, small_margin=.02, for_small=1))
     monkeypatch.setenv('FTLAB_RUNS', str(tmp_path/'runs'))
     monkeypatch.setattr('ftlab.evaluators.old_sets.old_skills', lambda data, tok=None: ['add', 'reverse'])
     return tmp_path
@@ -663,21 +665,23 @@ def test_the_rates_of_a_claim_are_four_half_decades(tmp_path):
     with pytest.raises(ValueError, match='give numbers'):
         claim_at(tmp_path, SCRIPTED.replace('[1.0, 3.16, 10.0, 31.6]', '["1.0", 3.16, 10.0, 31.6]'))
     assert claim_at(tmp_path, SCRIPTED.replace('31.6', '31.0')), 'within three percent, whatever the order'
-    assert claim_at(tmp_path, SCRIPTED.replace('[1.0, 3.16, 10.0, 31.6]', '[31.6, 10.0, 3.16, 1.0]'))
+    downwards = '[31.6, 10.0, 3.16, 1.0]'
+    assert claim_at(tmp_path, SCRIPTED.replace('[1.0, 3.16, 10.0, 31.6]', downwards))
 
 def test_a_claim_asks_enough_questions(tmp_path):
     ask = lambda items, margin: claim_at(tmp_path, SPEC.replace('\nitems = 6\n', items).replace(
         'margin = 0.01', f'margin = {margin}'), None)
     with pytest.raises(ValueError, match='hft/claim.toml: items is 399; it must be at least 400$'):
         ask('\nitems = 399\n', .03)
-    with pytest.raises(ValueError, match="items is 999; .* at least 1000, as the margin of contrast 'c' is 0.02$"):
+    with pytest.raises(ValueError, match="items is 999; .* at least 1000, as contrast 'c' has a margin of 0.02$"):
         ask('\nitems = 999\n', .02)
-    with pytest.raises(ValueError, match='items is 400; it must be at least 1000'):
+    with pytest.raises(ValueError, match='items is 400 where the file does not say; it must be at least 1000'):
         ask('\n', .01) # the default
     assert ask('\nitems = 1000\n', .02) and ask('\nitems = 400\n', .021) and ask('\n', .03)
     shown = SPEC.replace('\nitems = 6\n', '\n').replace('margin = 0.01', 'margin = 0.03')
-    second = shown[shown.index('[[contrast]]'):shown.index('[[control]]')].replace('primary = true', 'primary = false')
-    assert claim_at(tmp_path, shown.replace('[[control]]', second.replace('0.03', '0.01') + '[[control]]'), None)
+    second = shown[shown.index('[[contrast]]'):shown.index('[[control]]')].replace('0.03', '0.01')
+    second = second.replace('primary = true', 'primary = false')
+    assert claim_at(tmp_path, shown.replace('[[control]]', second + '[[control]]'), None)
 
 def test_an_unknown_method_is_refused(tmp_path):
     with pytest.raises(ValueError, match="arm 'hft'.*no method is called 'hff'"):

@@ -317,7 +317,7 @@ REPAIRED = Exercise(
      (_repaired(("by='random')\", grid = [0.0316, 0.1, 0.316, 1.0]",
                  "by='random')\", grid = [0.316, 1.0, 3.16, 10.0]")),
       _GRID.format(a=[.0316, .1, .316, 1.], b=[.316, 1., 3.16, 10.])),
-     (_repaired(('margin = 0.05', 'margin = 0.0')), _KEPT.format(key='margin')),
+     (_repaired(('margin = 0.05', 'margin = 0.03')), _KEPT.format(key='margin')),
      (_repaired(('in 10 steps', 'in 80 steps'), ('steps = 10\n', 'steps = 80\n')),
       _ROOM.format(steps=80, why=_WHY)),
      (_repaired(('in 10 steps', 'in 2 steps'), ('steps = 10\n', 'steps = 2\n')),

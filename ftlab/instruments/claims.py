@@ -250,7 +250,8 @@ def run_code(claim:Claim) -> str:
     library, and the papers that the script names. The margin, for example, does not count"""
     trees = _script_trees(claim)
     named = {m.module for m in marked() if any(m.module in t or repr(m.name) in t for t in trees)}
-    return code_hash(*own_definitions(claim).values(), *trees, library_code(), *papers_code(named).values())
+    return code_hash(*own_definitions(claim).values(), *trees, library_code(),
+                     *papers_code(named).values())
 
 def _script_trees(claim:Claim) -> list[str]:
     """Return the claim's script as a tree, and those of the claims that it uses

@@ -18,8 +18,8 @@ from ..core.record import versions
 from .bench import Bench, evaluation_steps
 from .compare_page import (html_page, image, picture, table_html, table_of, tag,
                                             titles)
-from .frontier import (at_gain, best_gain, common_gain, frontier, paired_difference, pooled,
-                                        reading)
+from .frontier import (at_gain, best_gain, common_gain, frontier,
+                                        paired_difference, pooled, reading)
 from .rates import SEEDS, Grid, Tried, Want, half_decades, search
 from .runs import Runs, name_of_metric
 from ..methods import get
@@ -179,7 +179,8 @@ def hangs_on_rate(tried:Tried,
             seeds = sorted(set.intersection(*map(set, runs)))
             now, then, level = (_matched({s: of[s] for s in seeds}, target) for of in runs)
             if None not in (now, then, level) and (now - level)*(then - level) < 0:
-                out[arm] = dict(rate=rate, value=then, other=other, own=now, theirs=level, seeds=len(seeds))
+                out[arm] = dict(rate=rate, value=then, other=other, own=now, theirs=level,
+                                seeds=len(seeds))
     return out
 
 def _matched(outcomes, target) -> float|None:

@@ -328,7 +328,7 @@ def _check_grid(name, grid, spacing, wrong):
         raise wrong(f'the grid of {name} is {list(grid)}; give {right}, or fixed with the reason')
 
 def _check_items(spec, wrong):
-    "Check that a skill is tested on enough questions; a script that asks its own says so in its words"
+    "Check that a skill is tested on enough questions; how many a script asks is not known here"
     own = any('recipe' in a for a in arms_said(spec).values())
     items = spec.get('items', DEFAULTS['items'] if own else None)
     if items is None:
@@ -337,8 +337,11 @@ def _check_items(spec, wrong):
                   and c.get('margin', 1) <= ITEMS['small_margin']), None)
     least = ITEMS['for_small' if small else 'least']
     if not isinstance(items, int) or items < least:
-        why = f', as the margin of contrast {small.get("name")!r} is {small["margin"]:g}' if small else ''
-        raise wrong(f'items is {items}; it must be at least {least}{why}')
+        why = ''
+        if small:
+            why = f', as contrast {small.get("name")!r} has a margin of {small["margin"]:g}'
+        given = '' if 'items' in spec else ' where the file does not say'
+        raise wrong(f'items is {items}{given}; it must be at least {least}{why}')
 
 def arms_said(spec:Mapping) -> dict[str, dict]:
     """Return the arms of a claim's file in one form: recipe, grid (a tuple, empty if nothing is
