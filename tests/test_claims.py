@@ -8,10 +8,12 @@ from scipy import stats
 from ftlab import papers
 from ftlab.instruments.claims import (SENSITIVITY_SEEDS, again, carry, explain, own_code,
                                       own_definitions, quickest_seed,
-                                      read_result, recipes_of, run_claim, run_claims, script_of,
+                                      read_result, recipes_of, run_claim, run_claims, run_code,
+                                      script_of,
                                       status, supersede,
                                       tuned_part)
 from ftlab.instruments.rates import SEEDS
+from ftlab.instruments.runs import papers_code
 from ftlab.instruments.verdicts import (EDITION, arms_said, check_reviewed, contrast,
                                         ahead, contrast_verdict, hangs, judged,
                                         lacks_room, read_claim, room, verdict)
@@ -231,6 +233,7 @@ old_items = 2
 validation_items = 20
 evaluations = 2
 grid = [1e-3, 3.16e-3]
+fixed = "two rates, to be quick"
 [arms]
 hft = "hft"
 full = "full"
@@ -276,6 +279,8 @@ def identities():
     return {'one is one': 1 == 1}
 """
 
+ENOUGH = SPEC.replace('\nitems = 6\n', '\nitems = 1000\n')
+
 def claim_at(tmp_path, text=SCRIPTED, script=SCRIPT):
     folder = tmp_path/'hft'
     folder.mkdir(exist_ok=True)
@@ -286,7 +291,9 @@ def claim_at(tmp_path, text=SCRIPTED, script=SCRIPT):
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    "A workplace of its own, and two old skills instead of all"
+    "A workplace of its own, two old skills instead of all, and claims with a handful of questions"
+    monkeypatch.setattr('ftlab.instruments.verdicts.ITEMS',
+                        dict(least=1, small_margin=.02, for_small=1))
     monkeypatch.setenv('FTLAB_RUNS', str(tmp_path/'runs'))
     monkeypatch.setattr('ftlab.evaluators.old_sets.old_skills', lambda data, tok=None: ['add', 'reverse'])
     return tmp_path
@@ -363,6 +370,30 @@ def test_a_script_run_is_made_once_and_a_damaged_one_again(runs, monkeypatch):
     run_claim(claim_at(runs, script=script), keep=False)
     lines = log.read_text().splitlines()
     assert len(lines) == len(set(lines)), 'without files, too'
+
+def test_a_part_that_another_library_made_is_made_again(runs, monkeypatch):
+    "What a script ran depends on its text, on the library, and on the papers that it names"
+    count = lambda: len(list((runs/'runs'/'claims').rglob('a-*.json')))
+    first = run_claim(claim_at(runs))
+    made = count()
+    run_claim(claim_at(runs))
+    assert count() == made
+    monkeypatch.setattr('ftlab.instruments.claims.library_code', lambda: 'another')
+    assert run_claim(claim_at(runs))['contrasts'] == first['contrasts'] and count() == 2*made
+
+@pytest.mark.parametrize('line, module', [
+    ('from ftlab.trainers.rl.razor import own_answers', 'ftlab.trainers.rl.razor'), # no method, but of its module
+    ('ARM = ftlab.methods.lora()', 'ftlab.adapters.modules.lora'),
+    ('ARM = ftlab.methods.get("dft")', 'ftlab.trainers.losses.dft')])
+def test_the_papers_that_a_script_names_count_in_its_runs(runs, monkeypatch, line, module):
+    plain = run_code(claim_at(runs))
+    assert run_code(claim_at(runs)) == plain
+    claim = claim_at(runs, script=f'{line}\n{SCRIPT}')
+    with_paper = run_code(claim)
+    known = papers_code
+    monkeypatch.setattr('ftlab.instruments.claims.papers_code',
+                        lambda names: {n: h + 'x'*(n == module) for n, h in known(names).items()})
+    assert run_code(claim) != with_paper and run_code(claim_at(runs)) == plain
 
 def test_without_room_the_test_seeds_are_not_run(runs):
     log = runs/'log'
@@ -612,14 +643,49 @@ def test_more_that_a_file_must_say(tmp_path):
     one = SCRIPTED.replace('[1.0, 3.16, 10.0, 31.6]', '[1.0]')
     with pytest.raises(ValueError, match='fixed with the reason'):
         claim_at(tmp_path, one)
+    linear = 'steps = 4\nspacing = "linear"'
+    with pytest.raises(ValueError, match='give several values, or fixed with the reason'):
+        claim_at(tmp_path, one.replace('steps = 4', linear))
+    assert claim_at(tmp_path, SCRIPTED.replace('[1.0, 3.16, 10.0, 31.6]', '[0.0, 0.5]').replace('steps = 4', linear))
     assert arms_said(claim_at(tmp_path, one.replace('steps = 4', 'steps = 4\nfixed = "f"')).spec)['a']['grid'] == (1.,)
     (tmp_path/'hft'/'result.1.json').write_text('{}')
     with pytest.raises(ValueError, match='superseded is missing'):
         claim_at(tmp_path)
 
+def test_the_rates_of_a_claim_are_four_half_decades(tmp_path):
+    for grid in ('[1.0, 3.16, 10.0]', '[1.0, 3.0, 10.0, 30.0]', '[1.0, 3.16, 10.0, 100.0]', '[0.0, 1.0, 3.16, 10.0]',
+                 '[1.0, 1.0, 3.16, 10.0]', '[1.0, 3.16, 10.0, 31.6, 100.0]'):
+        text = SCRIPTED.replace('[1.0, 3.16, 10.0, 31.6]', grid)
+        with pytest.raises(ValueError, match='hft/claim.toml: the grid of a is .*; give four values half a') as e:
+            claim_at(tmp_path, text)
+        assert str(json.loads(grid)) in str(e.value)
+        assert claim_at(tmp_path, text.replace('steps = 4', 'steps = 4\nfixed = "the paper names them"'))
+    with pytest.raises(ValueError, match='such as .1.0, 3.16, 10.0, 31.6., or fixed'):
+        claim_at(tmp_path, SCRIPTED.replace('[1.0, 3.16, 10.0, 31.6]', '[1.0, 2.0, 4.0, 8.0]'))
+    with pytest.raises(ValueError, match='give numbers'):
+        claim_at(tmp_path, SCRIPTED.replace('[1.0, 3.16, 10.0, 31.6]', '["1.0", 3.16, 10.0, 31.6]'))
+    assert claim_at(tmp_path, SCRIPTED.replace('31.6', '31.0')), 'within three percent, whatever the order'
+    downwards = '[31.6, 10.0, 3.16, 1.0]'
+    assert claim_at(tmp_path, SCRIPTED.replace('[1.0, 3.16, 10.0, 31.6]', downwards))
+
+def test_a_claim_asks_enough_questions(tmp_path):
+    ask = lambda items, margin: claim_at(tmp_path, SPEC.replace('\nitems = 6\n', items).replace(
+        'margin = 0.01', f'margin = {margin}'), None)
+    with pytest.raises(ValueError, match='hft/claim.toml: items is 399; it must be at least 400$'):
+        ask('\nitems = 399\n', .03)
+    with pytest.raises(ValueError, match="items is 999; .* at least 1000, as contrast 'c' has a margin of 0.02$"):
+        ask('\nitems = 999\n', .02)
+    with pytest.raises(ValueError, match='items is 400 where the file does not say; it must be at least 1000'):
+        ask('\n', .01) # the default
+    assert ask('\nitems = 1000\n', .02) and ask('\nitems = 400\n', .021) and ask('\n', .03)
+    shown = SPEC.replace('\nitems = 6\n', '\n').replace('margin = 0.01', 'margin = 0.03')
+    second = shown[shown.index('[[contrast]]'):shown.index('[[control]]')].replace('0.03', '0.01')
+    second = second.replace('primary = true', 'primary = false')
+    assert claim_at(tmp_path, shown.replace('[[control]]', second + '[[control]]'), None)
+
 def test_an_unknown_method_is_refused(tmp_path):
     with pytest.raises(ValueError, match="arm 'hft'.*no method is called 'hff'"):
-        recipes_of(claim_at(tmp_path, SPEC.replace('hft = "hft"', 'hft = "hff"'), None))
+        recipes_of(claim_at(tmp_path, ENOUGH.replace('hft = "hft"', 'hft = "hff"'), None))
 
 def test_outside_a_checkout_there_is_no_evidence(monkeypatch):
     monkeypatch.setattr(papers, 'claims_folder', lambda: None)

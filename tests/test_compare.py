@@ -7,7 +7,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM,
                           PreTrainedTokenizerFast)
 import ftlab.instruments.bench as B
-import ftlab.instruments.runs as R
 from ftlab.adapters.store import identity
 from ftlab.core.record import digest
 from ftlab.core.scorers import skill_questions
@@ -20,8 +19,8 @@ from ftlab.instruments.compare import (Comparison, check_limit, compare, effort,
                                        within_limit)
 from ftlab.instruments.compare_page import in_words, reading, table_html, tuning_words, warned
 from ftlab.instruments.explore import draw_tradeoff, runs_of
-from ftlab.instruments.rates import Tried
-from ftlab.instruments.runs import Runs, recipe_code, run_key
+from ftlab.instruments.rates import Tried, Want
+from ftlab.instruments.runs import Runs, papers_code, recipe_code, run_key
 from ftlab.instruments.views import COLORS, FIXED, MARKS, method_styles
 from ftlab.map import measured
 from ftlab.core.data import data
@@ -148,8 +147,31 @@ def test_a_limit_that_is_none_is_refused(limit):
 def test_a_limit_needs_to_know_what_is_lost():
     with pytest.raises(ValueError, match='give old='):
         check_limit(2, 'drift (KL)')
-    assert (check_limit(None, 'drift (KL)') is None and check_limit(0, 'old data') == 0
-            and check_limit(2, 'old data') == .02)
+    with pytest.raises(ValueError, match='score of notes, letters is a likelihood, in nats'):
+        check_limit(2, 'old data', ['notes', 'letters'])
+    with pytest.raises(ValueError, match='nothing is tuned'):
+        check_limit(2, 'old data', searched=False)
+    assert check_limit(None, 'drift (KL)', ['notes'], False) is None
+    assert check_limit(0, 'old data') == 0 and check_limit(2, 'old data') == .02
+
+def test_a_limit_in_points_is_refused_before_the_first_run_where_there_are_no_points(
+    plain, tmp_path, monkeypatch):
+    (model, tok), sums = plain
+    monkeypatch.setattr(B, 'fit', lambda *a, **k: pytest.fail('something was trained'))
+    rows = [dict(prompt=f'{i} plus', response=str(i)) for i in range(40)]
+    chosen = [dict(r, choices=[r['response'], '3 4']) for r in rows]
+    ask = lambda **more: compare('full', (model, tok), sums, lose_at_most=2, out=tmp_path,
+                                 **FAST | more)
+    with pytest.raises(ValueError, match='give old='):
+        ask()
+    with pytest.raises(ValueError, match='score of rows is a likelihood, in nats'):
+        ask(old=rows)
+    with pytest.raises(ValueError, match='score of told is a likelihood'):  # the mean of both would be no points either
+        ask(old=dict(told=rows, chosen=chosen))
+    for untuned in (dict(tune=False), dict(lrs=[1e-3]), dict(max_runs=9)):
+        with pytest.raises(ValueError, match='nothing is tuned'):
+            ask(old=chosen, **untuned)
+    assert not list(tmp_path.rglob('*.json'))
 
 def tried_of(**arms):
     "{arm: {rate: outcome or [outcome of each seed]}}"
@@ -191,13 +213,30 @@ def test_a_race_is_lost_only_beyond_doubt_at_every_gain():
     assert not lost_races(tried_of(a={1.: made(error='nan', rows=[])}, b={1.: bad}))
 
 def test_an_order_that_a_neighbouring_rate_turns_is_marked():
-    at = lambda rate, **values: dict(rate=rate, value=values[f'r{rate}'],
-                                     values={float(k[1:]): v for k, v in values.items()})
-    a, b = at(1.0, **{'r1.0': .10, 'r1.78': .30, 'r3.16': .5}), at(1.0, **{'r1.0': .20})
-    assert hangs_on_rate(dict(a=a, b=b)) == dict(a=dict(rate=1.78, value=.30, other='b'))
-    assert hangs_on_rate(dict(a=a | dict(values={1.0: .1, 3.16: .5}),
-                              b=b)) == {}, 'a neighbour is at most 1.8 times away'
-    assert hangs_on_rate(dict(a=a, b=b | dict(value=None, values={}))) == {}
+    choices = lambda tried: tried.choices(Want(tuple(tried.grids), 'forgetting_matched', False))
+    def marked(**arms):
+        tried = tried_of(**arms)
+        found = choices(tried)
+        return hangs_on_rate(tried, found['arms'], found['target'])
+
+    run = lambda forgetting: made(1., forgetting, path((0, 0., 0.), (10, .95, forgetting)))
+    twice = lambda *f: [run(x) for x in f]
+    a = {1.: twice(.10, .12), 1.78: twice(.30, .34), 3.16: twice(.5, .5)}
+    b = {1.: twice(.20, .24)}
+    near = pytest.approx
+    share = .95 # of the gain, which is read on the way
+    both = marked(a=a, b=b)
+    assert (set(both) == {'a'} and (both['a']['rate'], both['a']['other'], both['a']['seeds'])
+            == (1.78, 'b', 2))
+    assert [both['a'][k] for k in ('own', 'value', 'theirs')] == near(
+        [share*x for x in (.11, .32, .22)])
+    assert marked(a={1.: a[1.], 3.16: a[3.16]}, b=b) == {}, 'a neighbour is at most 1.8 times away'
+    assert marked(a=a, b={1.: [made(error='nan', rows=[])]*2}) == {}
+    once = marked(a=a | {1.78: twice(.30)}, b=b)['a'] # on its first seed alone
+    assert (once['rate'], once['seeds']) == (1.78, 1)
+    assert [once[k] for k in ('own', 'value', 'theirs')] == near([share*x for x in (.10, .30, .20)])
+    noise = dict(a={1.: twice(.22, .02), 1.78: twice(.23)}, b=b)
+    assert marked(**noise) == {}, 'on that seed the rate turns nothing, the seed does'
 
 def test_the_replaced_skill_is_not_among_the_old_ones():
     assert (old_skills(data('changed-rule', n=10)) == [s for s in OLD if s != 'sort']
@@ -330,13 +369,30 @@ def test_the_json_has_the_promised_shape(plain, tmp_path):
     assert (Comparison.read(tmp_path/'result.json').table.equals(c.table)
             and not list(tmp_path.rglob('*.tmp')) and not list(tmp_path.rglob('*.safetensors')))
 
+@pytest.mark.parametrize('notebook', [False, True])
+def test_the_number_of_runs_and_the_time_come_first_and_then_each_run(
+    plain, tmp_path, monkeypatch, capsys, notebook):
+    monkeypatch.setattr('ftlab.instruments.compare.in_notebook', lambda: notebook)
+    ask = dict(seeds=2, lrs=[1e-3], tune=False, out=tmp_path, **FAST | dict(steps=2, evaluations=1))
+    compare(['full', 'lora'], *plain, **ask | dict(progress=True))
+    said = capsys.readouterr()
+    lines, other = (said.out, said.err)[::1 if notebook else -1]
+    lines = lines.splitlines()
+    assert lines[0].startswith('at most 4 runs, 0 of them to tune; about ') and lines[0].endswith(' minutes')
+    assert [x.split(': gain')[0] for x in lines[1:]] == [
+        f'run {i}: {m} at 0.001, seed {s}' for i, (s, m) in
+        enumerate([(0, 'full'), (0, 'lora'), (1, 'full'), (1, 'lora')], 1)] and not other
+    compare(['full', 'lora'], *plain, **ask)
+    assert capsys.readouterr() == ('', ''), 'progress=False says nothing'
+
 SEARCH = dict(seeds=3, lrs=[3e-3, 1e-2], lose_at_most=100)
 
 @pytest.fixture(scope='module')
 def tuned(plain, tmp_path_factory):
     "A whole comparison with old data: searched, and within a limit"
     folder = tmp_path_factory.mktemp('tuned')
-    old = data([dict(prompt=f'{i} plus', response=str(i)) for i in range(40)])
+    old = [dict(prompt=f'{i} plus', response=str(i), choices=[str(i), str((i + 7) % 40)])
+           for i in range(40)]
     c = compare(['full', 'lora'], *plain, old=dict(counting=old), out=folder, **SEARCH,
                 **FAST | dict(steps=12))
     return c, folder, old
@@ -422,6 +478,11 @@ def test_a_page_says_what_speaks_against_it(tuned):
         assert words in said
     assert ('‡' in table_html(r)
             and all(isinstance(x, str) for x in in_words(r) + tuning_words(r) + reading(r)))
+    assert '(validation questions).' in said, 'as an earlier version wrote it'
+    m['hangs'] |= dict(own=.25, theirs=.5, seeds=1)
+    assert (f"forgets 0.250 at {m['rate_matched']:g} and 0.900 at {m['hangs']['rate']:g}; "
+            f"{other['name']} forgets 0.500 (validation questions, one tuning seed)") in ' '.join(
+                warned(r))
     m['within'] |= dict(forgetting=dict(mean=1.2, low=None, high=None))
     assert 'forgets 120.0 points on test questions' in ' '.join(warned(r))
     assert 'gained nothing' in ' '.join(warned(r | dict(target=None)))
@@ -831,9 +892,24 @@ def test_every_ingredient_of_a_run_is_in_its_key(plain, monkeypatch):
     assert len(set(others.values())) == len(others), [k for k, v in others.items()
                                                       if list(others.values()).count(v) > 1]
 
+def test_how_many_test_questions_there_are_is_no_part_of_a_tuning_run(plain):
+    (model, tok), sums = plain
+    t = lab_tokenizer()
+    base = llama(t)
+    few, many = (Bench((base, t), 'new-procedure', **FAST | dict(items=n, old_items=o, steps=2))
+                 for n, o in ((20, 5), (900, 9))) # 900 are more than the data have, so more are drawn
+    assert len(few.data(0).test) < len(many.data(0).test) and key_of(few) == key_of(many)
+    assert key_of(few, split='test') != key_of(many, split='test')
+    one, other = (b.run(get('lora'), 1e-2, 0, 'validation') for b in (few, many))
+    assert (one['path'], one['old'], one['nll']) == (other['path'], other['old'], other['nll'])
+    for rows in ('train', 'validation'): # `fit` sees both, whatever is tested afterwards
+        less = dataclasses.replace(sums, **{rows: getattr(sums, rows)[:-1]})
+        keys = {key_of(Bench((model, tok), d, **FAST), split='test') for d in (less, sums)}
+        assert len(keys) == 2
+
 def test_a_papers_code_counts_with_that_of_the_papers_it_imports_and_a_readers_own():
     asft = 'ftlab.trainers.losses.asft'
-    assert set(R._papers([asft])) == {asft, asft.replace('asft', 'dft')}
+    assert set(papers_code([asft])) == {asft, asft.replace('asft', 'dft')}
     assert list(recipe_code(get('dft'))) == ['ftlab.trainers.losses.dft'] and not recipe_code(get('full'))
     one = recipe_code(Recipe('own', objective=lambda state: state.forward().sum()))
     two = recipe_code(Recipe('own', objective=lambda state: state.forward().mean()))

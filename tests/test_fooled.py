@@ -156,7 +156,8 @@ def test_an_answer_about_the_traps_hears_about_its_first_wrong_file():
 
 
 def test_other_right_repairs_pass():
-    other = repaired().replace('[0.03, 0.1, 0.333, 1.0]', '[1e-2, 1e-1]').replace('[40, 41', '[1, 2, 40, 41')
+    other = repaired().replace('[0.0316, 0.1, 0.316, 1.0]', '[1e-2, 3.16e-2, 1e-1, 0.316]')
+    other = other.replace('[40, 41', '[1, 2, 40, 41')
     assert ftlab.check(lambda: other, name='repaired')
 
 

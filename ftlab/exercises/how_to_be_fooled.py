@@ -177,8 +177,8 @@ model = "lab-s"
 data = "refuse"
 
 [arms]
-learned = {recipe = "lofit(.25)", grid = [0.03, 0.1, 0.333, 1.0]}
-random = {recipe = "lofit(.25, by='random')", grid = [0.333]}
+learned = {recipe = "lofit(.25)", grid = [0.0316, 0.1, 0.316, 1.0]}
+random = {recipe = "lofit(.25, by='random')", grid = [0.316]}
 
 [[contrast]]
 name = "gains more"
@@ -208,7 +208,7 @@ def repaired():
         ('in 80 steps', 'in 10 steps'),
         ('steps = 80', 'steps = 10'),
         ('seeds = [40]', 'seeds = [40, 41, 42, 43, 44]\nleft_out = ["a comparison with LoRA"]'),
-        ('grid = [0.333]', 'grid = [0.03, 0.1, 0.333, 1.0]'),
+        ('grid = [0.316]', 'grid = [0.0316, 0.1, 0.316, 1.0]'),
         ('best = 1.0', 'best = 1.0\ntrivial = {name = "change nothing", value = 0.0}')):
         text = text.replace(wrong, right)
     said = (('Is it the rate?', 'Both arms try the same four.'),
@@ -314,9 +314,10 @@ REPAIRED = Exercise(
      (lambda: repaired().split('[review]')[0],
       'The file is not accepted yet. mine/claim.toml: [review] needs at least 3 objections of a second reader, '
       'each with its answer; a claim is reviewed before its run.'),
-     (_repaired(("by='random')\", grid = [0.03, 0.1, 0.333, 1.0]", "by='random')\", grid = [0.001, 0.01, 0.1, 1.0]")),
-      _GRID.format(a=[.03, .1, .333, 1.], b=[.001, .01, .1, 1.])),
-     (_repaired(('margin = 0.05', 'margin = 0.0')), _KEPT.format(key='margin')),
+     (_repaired(("by='random')\", grid = [0.0316, 0.1, 0.316, 1.0]",
+                 "by='random')\", grid = [0.316, 1.0, 3.16, 10.0]")),
+      _GRID.format(a=[.0316, .1, .316, 1.], b=[.316, 1., 3.16, 10.])),
+     (_repaired(('margin = 0.05', 'margin = 0.03')), _KEPT.format(key='margin')),
      (_repaired(('in 10 steps', 'in 80 steps'), ('steps = 10\n', 'steps = 80\n')),
       _ROOM.format(steps=80, why=_WHY)),
      (_repaired(('in 10 steps', 'in 2 steps'), ('steps = 10\n', 'steps = 2\n')),

@@ -25,7 +25,7 @@ from ..core.record import versions
 from .bench import Bench
 from .frontier import MATCHED, at_gain, choose, reading
 from .rates import SEEDS, Grid, Tried, Want, search
-from .runs import Runs, runs_folder
+from .runs import Runs, library_code, papers_code, runs_folder
 from ..methods import get
 from ..papers import claims, claims_folder, marked
 from .verdicts import (DEFAULTS, EDITION, SCOPES, VERDICTS, Claim, arms_said,
@@ -246,9 +246,12 @@ def own_code(claim:Claim) -> str:
                      *_script_trees(claim))
 
 def run_code(claim:Claim) -> str:
-    """Return the hash of what a run of the script depends on; the margin, for example, does not
-    count"""
-    return code_hash(*own_definitions(claim).values(), *_script_trees(claim))
+    """Return the hash of what a run of the script depends on: the paper's own definitions, the script, the
+    library, and the papers that the script names. The margin, for example, does not count"""
+    trees = _script_trees(claim)
+    named = {m.module for m in marked() if any(m.module in t or repr(m.name) in t for t in trees)}
+    return code_hash(*own_definitions(claim).values(), *trees, library_code(),
+                     *papers_code(named).values())
 
 def _script_trees(claim:Claim) -> list[str]:
     """Return the claim's script as a tree, and those of the claims that it uses

@@ -18,11 +18,13 @@ from ..core.record import versions
 from .bench import Bench, evaluation_steps
 from .compare_page import (html_page, image, picture, table_html, table_of, tag,
                                             titles)
-from .frontier import at_gain, best_gain, common_gain, frontier, paired_difference
+from .frontier import (at_gain, best_gain, common_gain, frontier,
+                                        paired_difference, pooled, reading)
 from .rates import SEEDS, Grid, Tried, Want, half_decades, search
 from .runs import Runs, name_of_metric
 from ..methods import get
 from ..trainers.fit import fit
+from ..trainers.watch import in_notebook
 
 # %% auto #0
 __all__ = ['THINNER', 'DOSES', 'SEED_KEYS', 'VERSION', 'interval', 'plan', 'tuning_seeds', 'effort', 'thinned',
@@ -160,18 +162,30 @@ def lost_races(tried:Tried) -> dict[str, str]:
     return out
 
 # %% ../../nbs/instruments/compare.ipynb #8d850da8
-def hangs_on_rate(choice:Mapping[str, dict] # arm -> its choice at equal gain, as `Tried.choices` gives it
-                 ) -> dict[str, dict]:      # arm -> rate, value and the other arm
-    "Find the arms that would change places with another at a neighbouring rate"
+def hangs_on_rate(tried:Tried,
+                  choice:Mapping[str, dict], # arm -> its choice at equal gain, as `Tried.choices` gives it
+                  target:float|None          # the equal gain
+                 ) -> dict[str, dict]:       # arm -> rate, value, other (arm), own, theirs, seeds (how many)
+    """Find the arms that would change places with another at a neighbouring rate, on the tuning seeds on which
+    all three have run"""
     out = {}
-    for arm, c in choice.items():
-        near = [r for r in c['values'] if r != c['rate'] and max(r/c['rate'], c['rate']/r) < 1.8]
-        for rate, (name, other) in itertools.product(near, choice.items()):
-            if name != arm and other['value'] is not None and arm not in out:
-                now, then = c['value'] - other['value'], c['values'][rate] - other['value']
-                if now*then < 0:
-                    out[arm] = dict(rate=rate, value=c['values'][rate], other=name)
+    placed = [a for a, c in choice.items() if c['value'] is not None]
+    for arm, other in itertools.permutations(placed, 2):
+        chosen, theirs = choice[arm]['rate'], choice[other]['rate']
+        for rate in sorted(tried.outcomes[arm]):
+            if arm in out or rate == chosen or max(rate/chosen, chosen/rate) >= 1.8:
+                continue
+            runs = [tried.outcomes[a][r] for a, r in ((arm, chosen), (arm, rate), (other, theirs))]
+            seeds = sorted(set.intersection(*map(set, runs)))
+            now, then, level = (_matched({s: of[s] for s in seeds}, target) for of in runs)
+            if None not in (now, then, level) and (now - level)*(then - level) < 0:
+                out[arm] = dict(rate=rate, value=then, other=other, own=now, theirs=level,
+                                seeds=len(seeds))
     return out
+
+def _matched(outcomes, target) -> float|None:
+    found = reading(pooled(outcomes), 'forgetting_matched', target)
+    return found and found[0]
 
 # %% ../../nbs/instruments/compare.ipynb #a7529ebc
 DOSES = (.25, .5, .75)
@@ -295,8 +309,15 @@ class Comparison:
 
 # %% ../../nbs/instruments/compare.ipynb #798dea58
 def _say(text:str) -> None:
-    if not hasattr(sys, 'ps1') and 'ipykernel' not in sys.modules:
-        print(text, file=sys.stderr, flush=True)
+    # a notebook shows standard error in red, as if something were wrong
+    print(text, file=sys.stdout if in_notebook() else sys.stderr, flush=True)
+
+def _tell(bench, runs, what, o) -> None:
+    "Say what a run found, and how many have finished"
+    if bench.progress:
+        ended = f' ({o["error"] or o["stopped"]})' if o['error'] or o['stopped'] else ''
+        _say(f'run {runs.made + runs.taken}: {what}: gain {o["gain"]:.3f}, '
+             f'{bench.how} {o["forgetting"]:.3f}{ended}')
 
 def tune_arms(bench:Bench, arms:Mapping, runs:Runs, seeds:list[int], work:Mapping, wants:list[Want],
               race:bool=False, doses:tuple=(), steps:int|None=None) -> tuple[Tried, dict]:
@@ -304,9 +325,7 @@ def tune_arms(bench:Bench, arms:Mapping, runs:Runs, seeds:list[int], work:Mappin
     stopped = {}
     def run(arm, rate, seed):
         o = runs(bench, arms[arm][0], rate, seed, 'validation', steps, doses)
-        if bench.progress:
-            ended = f' ({o["error"] or o["stopped"]})' if o['error'] or o['stopped'] else ''
-            _say(f'{arm} at {rate:g}, tuning: gain {o["gain"]:.3f}, {bench.how} {o["forgetting"]:.3f}{ended}')
+        _tell(bench, runs, f'{arm} at {rate:g}, tuning', o)
         return o
     def drop(tried):
         stopped.update(lost_races(tried))
@@ -318,9 +337,7 @@ def tune_arms(bench:Bench, arms:Mapping, runs:Runs, seeds:list[int], work:Mappin
 
 def _test(bench, runs, recipe, rate, seed, doses) -> dict:
     o = runs(bench, recipe, rate, seed, 'test', doses=doses)
-    if bench.progress:
-        _say(f'{recipe.name} at {rate:g}, seed {seed}: gain {o["gain"]:.3f}, {bench.how} {o["forgetting"]:.3f}'
-             + (f' ({o["error"]})' if o['error'] else ''))
+    _tell(bench, runs, f'{recipe.name} at {rate:g}, seed {seed}', o)
     return o
 
 def _tuned_words(tried:Tried, arm:str, best:dict, equal:dict) -> dict:
@@ -354,9 +371,13 @@ def _within(limit, found, rows) -> dict|None:
     return dict(rate=found['rate'], step=found['step'], dose=found['dose'],
                 **{k: interval([at(o)[k] for o in rows]) for k in ('gain', 'forgetting')})
 
-def check_limit(limit:float|None, how:str) -> float|None:
-    """Return the limit as a share; raises `ValueError` for one that is negative or NaN, or where
-    only drift is known"""
+def check_limit(limit:float|None,
+                how:str,               # what measures forgetting, as `Bench.how`
+                in_nats:list[str]=(),  # names of the old sets that are scored by likelihood
+                searched:bool=True     # are there tuning runs to choose from?
+               ) -> float|None:        # a share
+    """Return the limit as a share. Raises `ValueError` for one that is negative or NaN, where forgetting is not
+    a score in points, or where no rate is searched"""
     if limit is None:
         return None
     if not isinstance(limit, (int, float)) or not 0 <= limit <= 100:
@@ -364,6 +385,13 @@ def check_limit(limit:float|None, how:str) -> float|None:
     if how.startswith('drift'):
         raise ValueError(f'lose_at_most is {limit:g} points, but what the model could do before is not '
                          f'known here, only how far it moves ({how}); give old=, a test of what it must keep')
+    if in_nats:
+        raise ValueError(f'lose_at_most is {limit:g} points, but the score of {", ".join(in_nats)} is a likelihood, '
+                         'in nats; give old= questions that are answered right or wrong: rows with choices, '
+                         'a lab skill, "auto", or a task of lm-eval')
+    if not searched:
+        raise ValueError(f'lose_at_most is {limit:g} points, but nothing is tuned, so there is nothing to choose from; '
+                         'give several learning rates, and max_runs that leaves two of them')
     return limit/100
 
 # %% ../../nbs/instruments/compare.ipynb #d2dcc357
@@ -417,7 +445,8 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
                   evaluations=evaluations, evaluate_every=evaluate_every, max_length=max_length,
                   device=device, dtype=dtype, revision=revision, budget=budget, progress=progress,
                   batch_size=batch_size, precision=precision, **settings)
-    limit = check_limit(lose_at_most, bench.how)
+    in_nats = [s.name for s in bench.old_sets(0, 'validation') if s.metric == 'nll']
+    limit = check_limit(lose_at_most, bench.how, in_nats, bool(work['tuning']))
     check_room(out) # before the first run, not after it
     with only_writer(out):
         if progress:
@@ -475,7 +504,7 @@ def _chosen(bench, arms, runs, seeds, work, race, doses, tune_steps) -> SimpleNa
         equal['arms'] = {n: b | dict(value=None, values={}) for n, b in best['arms'].items()}
     return SimpleNamespace(tried=tried, stopped=stopped, live=live, equal=equal['arms'], best=best['arms'],
                            target=equal['target'], common=equal['common'], limits={},
-                           hangs=hangs_on_rate(equal['arms']))
+                           hangs=hangs_on_rate(tried, equal['arms'], equal['target']))
 
 def _method(name, recipe, found, done, limit) -> dict:
     "Return one method of a result; one that was stopped early has only its frontier"

@@ -191,12 +191,12 @@ def warned(r:dict) -> list[str]:
                     'and another rate may reverse the order.')
     for m in r['methods']:
         if h := m['hangs']:
-            own = dict(r['tuning']['methods'][m['name']]['forgetting_matched'])[m['rate_matched']]
-            other = dict(r['tuning']['methods'][h['other']]['forgetting_matched'])
-            theirs = other[next(x['rate_matched'] for x in r['methods'] if x['name'] == h['other'])]
+            own, theirs = (h[k] if k in h else _tuned_forgetting(r, name) # an earlier ftlab kept the value alone
+                           for k, name in (('own', m['name']), ('theirs', h['other'])))
+            seeds = ', one tuning seed' if h.get('seeds') == 1 else ''
             said.append(f'‡ {m["name"]}\'s place depends on its rate: at equal gain it forgets {own:.3f} '
                         f'at {m["rate_matched"]:g} and {h["value"]:.3f} at {h["rate"]:g}; '
-                        f'{h["other"]} forgets {theirs:.3f} (validation questions).')
+                        f'{h["other"]} forgets {theirs:.3f} (validation questions{seeds}).')
         if m['stopped']:
             said.append(f'{m["name"]} was stopped early: at every gain {m["stopped"]} clearly forgets less.')
         reached = m['gain_matched']['mean']
@@ -212,6 +212,11 @@ def warned(r:dict) -> list[str]:
                         f'{r["lose_at_most"]:g} points.')
     return said + [f'{x["name"]}, seed {s["seed"]}, broke down and counts as a model that knows nothing: {s["error"]}'
                    for x in r['methods'] for s in x['seeds'] if s['error']]
+
+def _tuned_forgetting(r, name) -> float:
+    "Return what a method forgets at equal gain at its chosen rate, on validation questions"
+    rate = next(m['rate_matched'] for m in r['methods'] if m['name'] == name)
+    return dict(r['tuning']['methods'][name]['forgetting_matched'])[rate]
 
 MEANT = dict(exact='the score of generated answers', accuracy='the share of right labels',
              nll='the fall of the negative log-likelihood of held-out responses, in nats a token')

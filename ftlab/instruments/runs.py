@@ -5,6 +5,7 @@
 # %% ../../nbs/instruments/runs.ipynb #24e33c4c
 from __future__ import annotations
 import dataclasses, hashlib, inspect, json, os, warnings
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 import ftlab
@@ -16,7 +17,8 @@ from .verdicts import imports, is_paper
 from ..papers import claims_folder
 
 # %% auto #0
-__all__ = ['LIBRARY', 'library_code', 'recipe_code', 'source_print', 'name_of_metric', 'run_key', 'runs_folder', 'Runs']
+__all__ = ['LIBRARY', 'library_code', 'recipe_code', 'papers_code', 'source_print', 'name_of_metric', 'run_key', 'runs_folder',
+           'Runs']
 
 # %% ../../nbs/instruments/runs.ipynb #2464157b
 LIBRARY = ('core', 'lab', 'native', 'adapters', 'trainers', 'evaluators')
@@ -51,10 +53,11 @@ def recipe_code(recipe:Recipe) -> dict[str, str]:
             todo += x.values()
         elif hasattr(x, 'func'):
             todo += [x.func, *x.args, *x.keywords.values()]
-    return own | _papers(n for n in names if n.startswith('ftlab.') and is_paper(n))
+    return own | papers_code(n for n in names if n.startswith('ftlab.') and is_paper(n))
 
-def _papers(names) -> dict[str, str]:
-    "Hash the modules of papers, and of the papers that they import"
+def papers_code(names:Iterable[str] # of modules
+               ) -> dict[str, str]:
+    "Return a hash of each of these papers' modules, and of the papers that they import"
     found, todo = {}, list(names)
     while todo:
         if (name := todo.pop()) not in found:
@@ -79,11 +82,13 @@ def name_of_metric(metric) -> str:
 
 def run_key(bench:Bench, recipe:Recipe, rate:float|None, seed:int, split:str, steps:int,
             doses:tuple=()) -> dict:
-    "Return everything that determines an outcome"
+    """Return everything that determines an outcome. Of the data those are the rows for training and validation,
+    which `fit` sees, and the questions of this split: how many the other split has does not matter"""
+    data = dataclasses.replace(bench.data(seed), test=bench.questions(seed, split))
     old = (None if bench.old is None
            else {s.name: s.fingerprint for s in bench.old_sets(seed, split)})
     metric = bench.metric if isinstance(bench.metric, str) else source_print(bench.metric)
-    return dict(base=bench.base.fingerprint(seed), data=bench.data(seed).fingerprint,
+    return dict(base=bench.base.fingerprint(seed), data=data.fingerprint,
                 old=old, how=bench.how, recipe={k: v for k, v in recipe.describe().items() if k != 'name'},
                 schedule=recipe.schedule, rate=rate, seed=seed, split=split, metric=metric,
                 steps=steps,

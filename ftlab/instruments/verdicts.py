@@ -10,15 +10,17 @@ import math
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
 from scipy import stats
+from .rates import HALF_DECADE, half_decades
 
 # %% auto #0
 __all__ = ['KINDS', 'VERDICTS', 'EDITION', 'NEEDED', 'SCOPES', 'RUNS', 'SAID', 'INSIDE', 'DEFAULTS', 'PILOTS', 'PRIMARY',
-           'OBJECTIONS', 'MARKS', 'DOES', 'bar_of', 'contrast', 'lacks_room', 'room', 'in_favour', 'ahead', 'hangs',
-           'contrast_verdict', 'judged', 'verdict', 'Claim', 'read_claim', 'derives', 'arms_said', 'check_reviewed',
-           'bare', 'dumped', 'definitions', 'imports', 'used_by', 'code_hash', 'is_paper', 'closure']
+           'OBJECTIONS', 'ITEMS', 'MARKS', 'DOES', 'bar_of', 'contrast', 'lacks_room', 'room', 'in_favour', 'ahead',
+           'hangs', 'contrast_verdict', 'judged', 'verdict', 'Claim', 'read_claim', 'derives', 'arms_said',
+           'check_reviewed', 'bare', 'dumped', 'definitions', 'imports', 'used_by', 'code_hash', 'is_paper', 'closure']
 
 # %% ../../nbs/instruments/verdicts.ipynb #000608ff
 KINDS = ('superiority', 'noninferiority', 'equivalence')
@@ -181,6 +183,8 @@ INSIDE = dict(
 DEFAULTS = dict(batch_size=32, items=400, old_items=100, validation_items=100, evaluations=4)
 # at most three tasks, at most two contrasts that decide, at least three objections
 PILOTS, PRIMARY, OBJECTIONS = 3, 2, 3
+# test items of one skill, and how many where a primary margin is as small as this or smaller
+ITEMS = dict(least=400, small_margin=.02, for_small=1000)
 
 @dataclass(frozen=True)
 class Claim:
@@ -243,6 +247,7 @@ def read_claim(folder:str|Path) -> Claim:
         raise wrong(f'edition is {claim.edition!r}; it must be {EDITION}')
     _check_keys(claim, wrong)
     _check_arms(claim, wrong)
+    _check_items(spec, wrong)
     for c in spec.get('contrast', ()):
         _check_contrast(c, spec, claim, wrong)
     for c in spec.get('control', ()):
@@ -306,8 +311,37 @@ def _check_arms(claim, wrong):
                     + ', '.join(f'{len(set(g))} for {n}' for n, g in grids.items()))
     if spec.get('contrast') and not grids and 'no_dial' not in spec:
         raise wrong('no arm has a grid; give one, or no_dial with the reason')
-    if grids and len(next(iter(grids.values()))) == 1 and 'fixed' not in spec:
-        raise wrong('the grids have one value; give four, or fixed with the reason')
+    for name, grid in grids.items() if 'fixed' not in spec else ():
+        _check_grid(name, grid, spec.get('spacing', 'log'), wrong)
+
+def _check_grid(name, grid, spacing, wrong):
+    "Check for four values half a decade apart; on a linear grid for more than one"
+    if not all(isinstance(v, (int, float)) for v in grid):
+        raise wrong(f'the grid of {name} is {list(grid)}; give numbers')
+    if spacing == 'linear' and len(grid) > 1:
+        return
+    apart = [b/a for a, b in pairwise(sorted(grid)) if a > 0]
+    even = len(grid) == 4 and len(apart) == 3 and all(abs(x/HALF_DECADE - 1) <= .03 for x in apart)
+    if spacing == 'linear' or not even:
+        right = ('several values' if spacing == 'linear'
+                 else f'four values half a decade apart, such as {list(half_decades(grid))}')
+        raise wrong(f'the grid of {name} is {list(grid)}; give {right}, or fixed with the reason')
+
+def _check_items(spec, wrong):
+    "Check that a skill is tested on enough questions; how many a script asks is not known here"
+    own = any('recipe' in a for a in arms_said(spec).values())
+    items = spec.get('items', DEFAULTS['items'] if own else None)
+    if items is None:
+        return
+    small = next((c for c in spec.get('contrast', ()) if c.get('primary')
+                  and c.get('margin', 1) <= ITEMS['small_margin']), None)
+    least = ITEMS['for_small' if small else 'least']
+    if not isinstance(items, int) or items < least:
+        why = ''
+        if small:
+            why = f', as contrast {small.get("name")!r} has a margin of {small["margin"]:g}'
+        given = '' if 'items' in spec else ' where the file does not say'
+        raise wrong(f'items is {items}{given}; it must be at least {least}{why}')
 
 def arms_said(spec:Mapping) -> dict[str, dict]:
     """Return the arms of a claim's file in one form: recipe, grid (a tuple, empty if nothing is
