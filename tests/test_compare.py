@@ -865,6 +865,7 @@ def test_every_ingredient_of_a_run_is_in_its_key(plain, monkeypatch):
     mine = lambda model, tok, rows: 1.
     yours = lambda model, tok, rows: 2.
     old = data([dict(prompt=str(i), response='1') for i in range(20)])
+    assert key_of(make(precision='no', accumulate=1)) == base, 'saying what is so anyway changes nothing'
     others = dict(
         model=key_of(make(m=other_model)), template=key_of(make(t=template)),
         words=key_of(make(t=bigger)),

@@ -15,6 +15,7 @@ from ..core.record import digest, versions
 from .bench import Bench
 from .verdicts import imports, is_paper
 from ..papers import claims_folder
+from ..trainers.fit import fit
 
 # %% auto #0
 __all__ = ['LIBRARY', 'library_code', 'recipe_code', 'papers_code', 'source_print', 'name_of_metric', 'run_key', 'runs_folder',
@@ -88,13 +89,15 @@ def run_key(bench:Bench, recipe:Recipe, rate:float|None, seed:int, split:str, st
     old = (None if bench.old is None
            else {s.name: s.fingerprint for s in bench.old_sets(seed, split)})
     metric = bench.metric if isinstance(bench.metric, str) else source_print(bench.metric)
+    usual = inspect.signature(fit).parameters
+    settings = {k: v for k, v in bench.settings.items() if v != usual[k].default}
     return dict(base=bench.base.fingerprint(seed), data=data.fingerprint,
                 old=old, how=bench.how, recipe={k: v for k, v in recipe.describe().items() if k != 'name'},
                 schedule=recipe.schedule, rate=rate, seed=seed, split=split, metric=metric,
                 steps=steps,
                 evaluations=bench.every or bench.evaluations, items=bench.sizes[split],
                 max_length=bench.max_length, budget=bench.budget, dtype=str(bench.dtype),
-                device=bench.device.type, settings=bench.settings, doses=list(doses),
+                device=bench.device.type, settings=settings, doses=list(doses),
                 code=library_code(), papers=recipe_code(recipe), versions=versions())
 
 # %% ../../nbs/instruments/runs.ipynb #2037c927
