@@ -6,6 +6,7 @@ from statistics import fmean
 import pytest
 from scipy import stats
 from ftlab import papers
+import ftlab.instruments.claims as C
 from ftlab.instruments.claims import (SENSITIVITY_SEEDS, again, carry, explain, own_code,
                                       own_definitions, quickest_seed,
                                       read_result, recipes_of, run_claim, run_claims, run_code,
@@ -428,6 +429,20 @@ def test_a_number_at_equal_gain_needs_a_common_gain(runs):
     assert row['target'] == pytest.approx(.95*.8, abs=.03) and len(row['treatment']) == 5
     assert r['controls'][-1]['ok'] and 'the same gain' in r['controls'][-1]['name']
     assert row['gains']['treatment'] == pytest.approx([row['target']]*5)
+
+@pytest.mark.parametrize('treatment, baseline, t, b, ok', [
+    (.11, .10, .90, .93, True), (.11, .10, .93, .90, False),   # fails: the treatment may have gained less
+    (.02, .20, .90, .93, False), (.02, .20, .93, .90, True),   # holds: the baseline may have
+    (.11, .10, .92, .93, True)])
+def test_an_arm_that_loses_with_an_advantage_has_lost(treatment, baseline, t, b, ok):
+    noise = (-.002, -.001, 0, .001, .002)
+    row = dict(name='less', kind='superiority', margin=.03, higher_is_better=False, primary=True,
+               treatment=[treatment + x for x in noise], baseline=[baseline - x for x in noise],
+               gains=dict(treatment=[t]*5, baseline=[b]*5))
+    found, = C._same_gain([row])
+    assert found['ok'] == ok and found['values'] == [pytest.approx(t - b)]
+    strict, = C._same_gain([row | dict(kind='equivalence')])
+    assert strict['ok'] == (abs(t - b) < .02)
 
 def test_a_verdict_that_hangs_on_the_rate(runs):
     "At any other rate than the chosen one the second arm is as good as the first"

@@ -625,15 +625,20 @@ def _control(c, rows, cells) -> dict:
     return dict(name=c['name'], ok=ok, values=values, at_least=c.get('at_least'), at_most=c.get('at_most'))
 
 def _same_gain(rows) -> list[dict]:
+    """Check that both arms of a contrast were read at the same gain. An arm that stopped short of it has forgotten
+    less for that reason, which takes nothing from a verdict against it"""
     out = []
     for row in rows:
         gains = ([[g for g in row['gains'][w] if g is not None] for w in ('treatment', 'baseline')]
                  if 'gains' in row else [])
         if row.get('primary') and all(gains) and gains:
             apart = fmean(gains[0]) - fmean(gains[1])
-            out.append(dict(name=f'{row["name"]}: both sides were read within {SAME_GAIN:g} of the same gain',
-                            ok=abs(apart) <= SAME_GAIN, values=[apart], at_least=-SAME_GAIN,
-                            at_most=SAME_GAIN))
+            found = 'equivalence' if row['kind'] == 'equivalence' else contrast(row)['verdict']
+            low, high = (None if found == 'fails' else -SAME_GAIN), (None if found == 'holds' else SAME_GAIN)
+            ok = (low is None or apart >= low) and (high is None or apart <= high)
+            lenient = {'fails': ', or the treatment at less', 'holds': ', or the baseline at less'}.get(found, '')
+            out.append(dict(name=f'{row["name"]}: both sides were read within {SAME_GAIN:g} of the same gain{lenient}',
+                            ok=ok, values=[apart], at_least=low, at_most=high))
     return out
 
 def _excluded(cells) -> dict:
