@@ -65,6 +65,16 @@ def test_a_failed_control_is_named_beside_the_verdict():
             seen.add(c['ok'])
     assert True in seen or not any((ROOT/'claims'/k/'result.json').exists() for k in FILES)
 
+def test_a_verdict_that_disappoints_has_its_likely_reason():
+    "A reason is a guess, or points to what the run shows; it has no link, which would break on the scoreboard"
+    board = said('papers/scoreboard.ipynb', 'reasons')
+    for e in papers.index():
+        why = index.reason(dict(cells=cells(FILES[e['key']])))
+        if e['verdict'] in ('fails', 'unclear'):
+            assert re.search(r'\b(guess|the run|not know)\b', why, re.I) and '](' not in why and why in board, e['key']
+        else:
+            assert not why, f"{e['key']} is {e['verdict']}, and its page gives a reason for something else"
+
 def test_a_control_that_failed_says_what_was_needed(tmp_path):
     control = dict(name='it learns', ok=False, values=[.1, .3], at_least=.5, at_most=None)
     broken = control | dict(values=[.1, None])
