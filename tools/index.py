@@ -213,6 +213,8 @@ def which(p: Project) -> str:
         for need, remark in uses(p.page(page), page):
             found[need].append(_code(e, page) + (f' ({remark})' if remark else ''))
     found[NEEDS[0]].insert(0, '`full`')
+    found['old skills must not be forgotten'].insert(
+        0, '`full` at a smaller learning rate ([try it](course/how_to_be_fooled.ipynb))')
     rows = [(need, ', '.join(names)) for need, names in found.items() if names]
     return _table('use it when', 'methods', rows=rows)
 
