@@ -634,10 +634,12 @@ def _same_gain(rows) -> list[dict]:
         if row.get('primary') and all(gains) and gains:
             apart = fmean(gains[0]) - fmean(gains[1])
             found = 'equivalence' if row['kind'] == 'equivalence' else contrast(row)['verdict']
-            low, high = (None if found == 'fails' else -SAME_GAIN), (None if found == 'holds' else SAME_GAIN)
+            low = None if found == 'fails' else -SAME_GAIN
+            high = None if found == 'holds' else SAME_GAIN
             ok = (low is None or apart >= low) and (high is None or apart <= high)
-            lenient = {'fails': ', or the treatment at less', 'holds': ', or the baseline at less'}.get(found, '')
-            out.append(dict(name=f'{row["name"]}: both sides were read within {SAME_GAIN:g} of the same gain{lenient}',
+            lenient = dict(fails=', or the treatment at less', holds=', or the baseline at less')
+            out.append(dict(name=f'{row["name"]}: both sides were read within {SAME_GAIN:g} of the same gain'
+                            f'{lenient.get(found, "")}',
                             ok=ok, values=[apart], at_least=low, at_most=high))
     return out
 
