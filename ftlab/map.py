@@ -275,12 +275,12 @@ QUIZ = (
               'It learns faster, with less noise'),
              "The gradient of each is multiplied by the other, and both are zero. "
              'One of them has to be random, and only one, so that the change begins at zero.'),
-    Question('same_method', 'low_rank',
-             'In two experiments of this chapter, with the same model and the same lesson, LoRA forgot '
-             '51 points and 14 points. What was different?',
-             ('The learning rate', 'The rank', 'The number of seeds'),
-             'Each experiment chose its rate by a tiny margin, and the higher rate forgot far more. '
-             'Whether a method is gentle depends on the rate, not on its name.'),
+    Question('two_rates', 'low_rank',
+             'This chapter trained LoRA twice, with the same data and the same number of steps. The second '
+             'model had forgotten far more of the old skills. What was different?',
+             ('The learning rate', 'The rank', 'The random seed'),
+             'The larger rate forgot far more. At the same gain, and each at the rate that forgets least, '
+             'LoRA and full fine-tuning forgot about equally much.'),
     Question('both_near_one', 'how_to_be_fooled',
              'A new method and the baseline answer 99% of the test right, with five seeds. '
              'The new method was expected to be better. What follows?',

@@ -1,7 +1,9 @@
 """The chapters half_is_enough and low_rank: what readers write in their exercises,
 their classes in a real fine-tune, and the pages' own promises"""
-import random, re
+import json, random, re
 from functools import partial
+from math import log10
+from statistics import stdev
 import numpy as np
 import pytest, torch
 import ftlab
@@ -10,6 +12,8 @@ from ftlab.adapters.lowrank import LoRA
 from ftlab.core.recipe import Recipe
 from ftlab.exercises import (HalfUpdate, LowRank, compare_and_choose, half_of, lora_from,
                              trained_numbers, training_bytes, truncate)
+from ftlab.instruments.frontier import at_gain
+from ftlab.instruments.verdicts import bar_of, contrast, contrast_verdict
 from pages import cells
 
 PAGES = {'course/half_is_enough.ipynb': (half_of, HalfUpdate, training_bytes, compare_and_choose),
@@ -396,6 +400,32 @@ def test_the_naked_loop_of_the_page_is_the_recipe():
               progress=False)
     assert ({n for n, p in model.named_parameters() if not torch.equal(p, before[n])} == set(moving)
             and 0 < len(moving) < len(before))
+
+def test_the_chapter_on_low_rank_says_what_the_claim_found():
+    "Sections 5 and 7 put these into words; a claim that is run again may make them wrong"
+    claim = next(c for c in ftlab.papers.claims() if c.key == 'lora')
+    result = json.loads(claim.result.read_text())
+    learns, narrow, rate, forgets = result['contrasts']
+    assert [c['metric'] for c in result['contrasts']] == ['gain', 'gain', 'log_ratio', 'forgetting_matched']
+    assert [contrast_verdict(c)[0] for c in result['contrasts']] == ['unclear', 'fails', 'fails', 'fails']
+    found, bar = contrast(learns), bar_of(learns)
+    assert found['low'] < 2*bar < bar < found['mean'] < 0, 'a few points less; the interval reaches far below'
+    assert stdev(learns['treatment']) > 1.5*stdev(learns['baseline']), "LoRA's seeds differ more"
+    behind = [b - t for t, b in zip(learns['treatment'], learns['baseline'])]
+    assert min(behind) < .01 and max(behind) > .05, 'in some seeds as much, in others clearly less'
+    assert all(t < b for t, b in zip(narrow['treatment'], narrow['baseline'])), 'every seed is below'
+    assert max(rate['treatment']) < log10(5), 'every seed is below half of ten'
+    measured = 10**contrast(dict(rate, baseline=[0.]*5))['mean']
+    for c in (learns, forgets):
+        fast, slow = (c['rates'][arm] for arm in c['arms'])
+        assert fast/slow > 1.5*measured, 'with alpha 16 the rates are further apart'
+    assert max(map(abs, (contrast(forgets)[k] for k in ('low', 'high')))) < forgets['margin'], 'about as much'
+    for runs in result['cells'].values():
+        path = lambda c, role: runs[f'{(a := c["arms"][role])}@{c["rates"][a]:g}']['path']
+        for role in (0, 1):
+            for row in path(learns, role)[1:]:
+                same = at_gain(path(forgets, role), row['gain'])
+                assert row['forgetting'] > same['forgetting'], 'the dashed line is below the solid one'
 
 # --- the pages
 
