@@ -76,6 +76,21 @@ def test_a_verdict_that_disappoints_has_its_likely_reason():
         else:
             assert not why, f"{e['key']} is {e['verdict']}, and its page gives a reason for something else"
 
+def test_a_verdict_that_hangs_on_the_rate_shows_its_effect_at_the_rates_around(tmp_path):
+    c = dict(name='more', kind='superiority', margin=.1, primary=True, common=True, arms=['a', 'b'],
+             treatment=[.5]*4 + [.51], baseline=[.2]*5,
+             sensitivity=[dict(arm='a', chosen=1., rate=.562, effects=[.3, .4]),
+                          dict(arm='a', chosen=1., rate=1.78, effects=[-.1, -.2]),
+                          dict(arm='b', chosen=2., rate=1.12, effects=[])])
+    def shown(c):
+        (tmp_path/'r.json').write_text(json.dumps(dict(contrasts=[c])))
+        return index.rate_curves(SimpleNamespace(root=tmp_path), dict(evidence='r.json'))
+
+    assert '*more* depends' in shown(c) and '+0.302 at the chosen rates' in shown(c)
+    assert shown(c).splitlines()[-2:] == ['| `a` | 1 | +0.350 | -0.150 |',
+                                          '| `b` | 2 | not reached | not reached |']
+    assert shown(c | dict(sensitivity=c['sensitivity'][:1])) == '', 'it does not hang'
+
 def test_a_control_that_failed_says_what_was_needed(tmp_path):
     control = dict(name='it learns', ok=False, values=[.1, .3], at_least=.5, at_most=None)
     broken = control | dict(values=[.1, None])

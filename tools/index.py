@@ -14,11 +14,13 @@ import re
 import sys
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 
 ROOT = Path(__file__).resolve().parent.parent
 # the checkout that this file lies in, not one installed
 sys.path[:0] = [str(ROOT), str(ROOT/'tests'), str(ROOT/'docs')]
 
+from ftlab.instruments.verdicts import contrast, contrast_verdict # noqa: E402
 from ftlab.map import CHAPTERS, chapter_named # noqa: E402
 from ftlab.papers import (PARTS, claims, index, nouns, papers_html, scoreboard, scoreboard_html,
                           effect_line) # noqa: E402
@@ -319,6 +321,28 @@ def against(p: Project, e: dict) -> list[str]:
     return out
 
 
+def rate_curves(p: Project, e: dict) -> str:
+    "A table for each contrast that hangs on the rate: its effect at the rates around the chosen ones"
+    result = json.loads((p.root/e['evidence']).read_text(encoding='utf-8'))
+    out = []
+    for c in result['contrasts']:
+        if contrast_verdict(c)[1].startswith('hangs'):
+            rows = [(f'`{arm}`', f'{chosen:g}', *(_effect(c, arm, chosen, of) for of in (min, max)))
+                    for arm, chosen in sorted({(t['arm'], t['chosen']) for t in c['sensitivity']})]
+            table = _table('with only this arm moved', 'its chosen rate', 'half a grid step below',
+                           'above', rows=rows)
+            out.append(f'How the effect of *{c["name"]}* depends on the rate (two other seeds; it is '
+                       f'{contrast(c)["mean"]:+.3f} at the chosen rates):\n\n{table}')
+    return '\n\n'.join(out)
+
+
+def _effect(c: dict, arm: str, chosen: float, nearest) -> str:
+    "The mean effect at the rate below (`min`) or above (`max`) the chosen one"
+    found = [t for t in c['sensitivity']
+             if t['arm'] == arm and nearest(t['rate'], chosen) != chosen]
+    return f'{fmean(found[0]["effects"]):+.3f}' if found and found[0]['effects'] else 'not reached'
+
+
 def verdict(p: Project, e: dict, rows: list[dict]) -> str:
     "What became of a paper's claim, for its own page"
     folder = '../../'
@@ -329,6 +353,8 @@ def verdict(p: Project, e: dict, rows: list[dict]) -> str:
     said = [*map(effect_line, rows), *failed_controls(p, e), *against(p, e)]
     lines = '\n'.join(f'- {m}' for m in said if m)
     said = f'**Verdict: {_said(e)}** ({e["scope"]}). {rows[0]["sentence"]}\n\n{lines}'.rstrip()
+    if curves := rate_curves(p, e):
+        said += f'\n\n{curves}'
     return (said + f'\n\n[How a verdict is made]({folder}instruments/verdicts.ipynb); [all '
             f'verdicts]({folder}papers/scoreboard.ipynb).')
 
