@@ -290,6 +290,7 @@ def test_the_frame_counts_what_lies_in_it(views):
     p = v.picture(forgetting=(0., 14.))
     r = json.loads(measured('compare_lab_s/result.json').read_text())
     inside = {m['name']: sum(s['forgetting'] <= .14 for s in m['seeds']) for m in r['methods']}
+    assert any(inside.values()) and not all(inside.values())
     for m, n in inside.items():
         assert (f'{n} of {m}' in p.alt) == bool(n)
     assert (p.html.count('<tr>') == 1 + sum(map(bool, inside.values()))

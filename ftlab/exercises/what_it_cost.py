@@ -38,8 +38,8 @@ def _path(*points):
 _road = _path((0, 0), (.3, .02), (.7, .2), (.9, .5), (.88, .8))
 BEST_STOP = compared(
     'best_stop', 'what_it_cost',
-    'Suppose a point of the old skills is worth `price` points of the new one. '
-    'Given the path of a run and the price, return the `step` at which it should have been '
+    'Suppose that one point of the old skills is worth `price` points of the new one. '
+    'Given the path of a run and the price, return the `step` at which the run should have been '
     'stopped: where `gain - price * forgetting` is largest.',
     ('`max(path, key=...)` finds the evaluation with the largest value of something.',
      'It finds an evaluation, and the answer is its `step`.'),
@@ -49,7 +49,7 @@ BEST_STOP = compared(
       'That is the last step of the run: the habit that this exercise is about. '
       'Look for the step where `gain - price * forgetting` is largest.'),
      (lambda path, price: max(path, key=lambda o: o['gain'])['step'],
-      'That is where most was gained, whatever it cost. Subtract `price * forgetting` before you choose.'),
+      'That is where the gain is largest, at any cost. Subtract `price * forgetting` before you choose.'),
      (lambda path, price: max(path, key=lambda o: o['gain'] + price*o['forgetting'])['step'],
       'You add the forgetting to the gain. It is a loss, so it is subtracted.'),
      (lambda path, price: path.index(max(path, key=lambda o: o['gain'] - price*o['forgetting'])),
@@ -76,7 +76,8 @@ MATCHED_FORGETTING = compared(
     'matched_forgetting', 'what_it_cost',
     'Compare fairly. Given `{method: path}`, first find the *target*: '
     '95% of the best gain of the method that gained least. Then return, for each method, '
-    'what it had forgotten at its first evaluation whose gain reaches the target.',
+    'what it had forgotten at its first evaluation whose gain reaches the target. '
+    'Here you need not interpolate between two evaluations, as the chapter does.',
     ('The target comes first, and is one number for all: `.95 * min(...)` over the methods of '
      '`max(...)` over the evaluations.',
      '`next(o["forgetting"] for o in path if o["gain"] >= target)` is the first that fits.'),
@@ -88,15 +89,15 @@ MATCHED_FORGETTING = compared(
      (dict(a=_path((0, 0), (.95, .1), (1, .2)), b=_path((0, 0), (1, .3))),),
      (dict(a=_path((0, 0), (.8, .3), (1, .2)), b=_path((0, 0), (.8, .1))),)],
     ((lambda paths: {n: matched_forgetting({n: p})[n] for n, p in paths.items()},
-      'Each of your methods has a target of its own, 95% of its own best gain. Then one that learned '
-      'more is asked about a later step, and pays for having learned more. One target for all: '
+      'Each of your methods has a target of its own, 95% of its own best gain. Then a method that learned '
+      'more is compared at a larger gain, where it has forgotten more. One target for all: '
       '95% of the best gain of the *weakest* method.'),
      (lambda paths: {n: p[-1]['forgetting'] for n, p in paths.items()},
       'That is what each had forgotten at its end. They do not end at the same gain, '
       'so this is the comparison that favours the one that learned least.'),
      (_matched(lambda paths: .95*min(_bests(paths)), lambda found: list(found)[-1]),
       'You take the last evaluation that reaches the target. Take the first: '
-      'what is forgotten after that bought nothing that counts here.'),
+      'training on after that was not needed to reach the target.'),
      (_matched(lambda paths: .95*min(_bests(paths)), min),
       'You take the least that was forgotten at any evaluation that reaches the target. Take the first of '
       'them, even where forgetting falls again later.'),
@@ -113,8 +114,9 @@ MATCHED_FORGETTING = compared(
       'It has to be one that all reach: 95% of the best gain of the weakest.')),
     difficulty=2, minutes=10,
     means='A method that stops early has forgotten less because it has learned less. At one common gain '
-          'this advantage is gone, and what is left says something about the method. '
-          'The first evaluation that reaches the target counts, since nobody has to train on after it.')
+          'this advantage is gone. The learning rate still matters there, so a fair comparison also gives '
+          'each method a rate of its own. The first evaluation that reaches the target counts, '
+          'since you could stop there.')
 
 # %% ../../nbs/exercises/what_it_cost.ipynb #ex2c09
 AT_THE_EDGE = compared(
