@@ -145,9 +145,9 @@ AT_THE_EDGE = compared(
      (lambda scores: max(scores, key=scores.get) not in (min(scores), max(scores)),
       'It is the other way round: `True` where the best lies at the edge.')),
     difficulty=1, minutes=5,
-    means='A best rate at the edge says that the grid was too narrow: the score was still rising where '
-          'you stopped looking. Add rates on that side, and as many for every other method. '
-          'Otherwise the method with the lucky grid wins.')
+    means='A best rate at the edge says that the range of rates was too narrow: the score was still rising '
+          'where you stopped looking. Add rates on that side, and as many for every other method. '
+          'Otherwise the method with the lucky range wins.')
 
 # %% ../../nbs/exercises/what_it_cost.ipynb #ex2c15
 _WORLDS = ({1e-4: (.55, .05, .03, .03), 3e-4: (.95, .05, .10, .02),
@@ -307,13 +307,13 @@ def _test_pick_rate(yours):
 # %% ../../nbs/exercises/what_it_cost.ipynb #ex2c20
 PICK_RATE = Exercise(
     'pick_rate', 'what_it_cost',
-    'Pick a rate by evidence. Given `runs`, as `{rate: [path, path, ...]}` with one path for each seed, '
-    'measured on validation data, and the gain `need` that the new skill must have. A run is stopped at '
+    'Pick a rate by evidence. You get `runs`, which is `{rate: [path, path, ...]}` with one path for each '
+    'seed, measured on validation data, and `need`, the gain that is wanted. A run is stopped at '
     'its first evaluation with `gain >= need`. Return a pair: the rate that has then forgotten least, '
     'averaged over the seeds, and a dictionary of reasons. It has an entry for each *other* rate: how '
-    'much more that rate forgets on average, or `None` if it does not reach `need` with every seed, '
-    'for such a rate is out. At least one rate does reach it. '
-    'The check tries your choice with seeds that you have not seen.',
+    'much more that rate forgets on average, or `None` if it does not reach `need` with every seed: '
+    'such a rate is out. At least one rate does reach it. The check draws `runs` from four simulated '
+    'worlds, and tries your choice with seeds that you have not seen.',
     ('First write a function for one path: what was forgotten when it reached `need`, or `None`.',
      'Make `{rate: [that number for each seed]}`. A rate with a `None` in its list is out.',
      'Of the others the one with the smallest mean is your rate; the reasons are differences of means. '
