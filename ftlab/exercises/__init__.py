@@ -298,7 +298,7 @@ def built(yours:type, *args) -> torch.nn.Module:
     if '_parameters' not in vars(made): # tensors alone can be kept without it
         raise Wrong(NO_SUPER.format(name=yours.__name__))
     if not list(made.parameters()):
-        raise Wrong(f'`{yours.__name__}` has no parameter, so no optimiser can move it: '
+        raise Wrong(f'`{yours.__name__}` has no parameter, so no optimizer can move it: '
                     'wrap what is to be trained in `torch.nn.Parameter`.')
     return made
 
