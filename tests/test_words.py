@@ -14,7 +14,6 @@ WORDS = tomllib.loads((ROOT/'docs/words.toml').read_text(encoding='utf-8'))
 IDENTIFIERS, PHRASES = WORDS['identifiers'], WORDS['phrases']
 LONGEST_FIRST = sorted(map(re.escape, PHRASES), key=len, reverse=True)
 PHRASE = re.compile(rf'(?<![\w-])({"|".join(LONGEST_FIRST)})(?![\w-])', re.I)
-LATER = set(WORDS['later']['pages'])
 
 
 def identifiers(source: str) -> set[str]:
@@ -52,7 +51,7 @@ def words_of_page(page: str) -> list[str]:
     return out
 
 
-@pytest.mark.parametrize('page', [p for p in pages() if p not in LATER])
+@pytest.mark.parametrize('page', pages())
 def test_a_page_speaks_the_fields_language(page):
     found = words_of_page(page)
     assert not found, '\n'.join(found)
@@ -79,7 +78,6 @@ def test_no_sentence_of_the_first_reading_came_back():
 
 
 def test_what_may_wait_is_there():
-    assert not LATER - set(pages())
 
 
 def test_the_list_finds_what_it_should():
@@ -91,6 +89,6 @@ def test_the_list_finds_what_it_should():
 
 
 if __name__ == '__main__':
-    for page in sys.argv[1:] or [p for p in pages() if p not in LATER]:
+    for page in sys.argv[1:] or pages():
         print(*words_of_page(page.removeprefix('nbs/')), sep='\n', end='')
         print()

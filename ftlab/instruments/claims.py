@@ -378,10 +378,10 @@ class Part:
             if not any(arm in p['rates'] for p in (self.plans[:1] if made else self.plans)):
                 first['rates'][arm] = _other_rate(self.tried, arm, want, first['target'])
 
-    def found(self, plan:Mapping, seed:int, split:str, half:bool=False, turned:Mapping=()) -> dict:
-        """Return the outcome of every arm at the plan's rates, or at those in `turned`, and the arms
+    def found(self, plan:Mapping, seed:int, split:str, half:bool=False, instead:Mapping=()) -> dict:
+        """Return the outcome of every arm at the plan's rates, or at those in `instead`, and the arms
         derived from them"""
-        e, rates = self.experiment, plan['rates'] | dict(turned)
+        e, rates = self.experiment, plan['rates'] | dict(instead)
         found = {n: e.outcome(n, r, seed, split, half) for n, r in rates.items()
                  if not half or e.arms[n]['steps'] is not None}
         return e.derived(found) if plan.get('derive', True) else found
@@ -436,7 +436,7 @@ def turned_rows(part, c, row) -> list[dict]:
             rate = e.grids[arm].moved(chosen, way)
             if rate is None:
                 continue
-            seen = [part.found(row, s, 'test', turned={arm: rate}) for s in SENSITIVITY_SEEDS]
+            seen = [part.found(row, s, 'test', instead={arm: rate}) for s in SENSITIVITY_SEEDS]
             missed = c['metric'].endswith(MATCHED) and not all(
                 reading(f[arm], c['metric'], row['target']) for f in seen)
             effects = [] if missed else [effect(c, f, row['target']) for f in seen]
@@ -665,10 +665,10 @@ def also_seen(result:Mapping) -> list[str]:
         if half.get('effects') and in_favour(c, fmean(half['effects'])) != in_favour(c, mean):
             out.append(f'{c["name"]}: after half of the steps the effect is '
                        f'{fmean(half["effects"]):+.3f} instead of {mean:+.3f}')
-        for turned in c['sensitivity']:
-            if turned['effects'] and in_favour(c, fmean(turned['effects'])) != in_favour(c, mean):
-                out.append(f'{c["name"]}: with {turned["arm"]} at {turned["rate"]:g} instead of {turned["chosen"]:g} '
-                           f'the effect is {fmean(turned["effects"]):+.3f} instead of {mean:+.3f}')
+        for other in c['sensitivity']:
+            if other['effects'] and in_favour(c, fmean(other['effects'])) != in_favour(c, mean):
+                out.append(f'{c["name"]}: with {other["arm"]} at {other["rate"]:g} instead of {other["chosen"]:g} '
+                           f'the effect is {fmean(other["effects"]):+.3f} instead of {mean:+.3f}')
         if c.get('at_edge'):
             out.append(f'{c["name"]}: the rate of {" and ".join(c["at_edge"])} is at the edge of what was tried')
     return out
