@@ -77,9 +77,6 @@ def test_no_sentence_of_the_first_reading_came_back():
                 if q in text]
 
 
-def test_what_may_wait_is_there():
-
-
 def test_the_list_finds_what_it_should():
     found = wrong_words('def f(priced):\n    return dict(mend=1)', True)
     assert found == ["'mend': say 'fix'", "'priced': say 'loss_mask'"]
