@@ -1798,6 +1798,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'ftlab/instruments/claims.py'),
                                           'ftlab.instruments.claims._outcome': ( 'instruments/claims.html#_outcome',
                                                                                  'ftlab/instruments/claims.py'),
+                                          'ftlab.instruments.claims._rate_ok': ( 'instruments/claims.html#_rate_ok',
+                                                                                 'ftlab/instruments/claims.py'),
                                           'ftlab.instruments.claims._rows': ( 'instruments/claims.html#_rows',
                                                                               'ftlab/instruments/claims.py'),
                                           'ftlab.instruments.claims._run_one': ( 'instruments/claims.html#_run_one',

@@ -444,6 +444,21 @@ def test_an_arm_that_loses_with_an_advantage_has_lost(treatment, baseline, t, b,
     strict, = C._same_gain([row | dict(kind='equivalence')])
     assert strict['ok'] == (abs(t - b) < .02)
 
+@pytest.mark.parametrize('claim', DONE, ids=[c.key for c in DONE])
+def test_intervals_and_flags_alone_give_the_stated_verdict(claim):
+    r = read_result(claim)
+    said = {contrast(c)['verdict'] if c['treatment'] else 'unclear' for c in r['contrasts'] if c['primary']}
+    v = 'holds' if said == {'holds'} else 'fails' if 'fails' in said else 'unclear'
+    clear = r['controls_ok'] and r['room_ok'] and r['rate_ok']
+    assert r['verdict'] == (v if clear or not said else 'unclear')
+
+def test_the_flag_says_whether_the_verdict_hangs_on_the_rate():
+    "Flags and contrasts alone must give the stated verdict"
+    moved = dict(sensitivity=[dict(arm='a', rate=2., chosen=1., effects=[.02, .05])])
+    noisy = effects(.2, .5, .1, .45, .3, **moved)
+    assert not C._rate_ok([GOOD | moved]) and C._rate_ok([GOOD]) and C._rate_ok([noisy])
+    assert C._rate_ok([GOOD | moved, BAD]) and judged(dict(contrasts=[GOOD | moved, BAD]))[0] == 'fails'
+
 def test_a_verdict_that_hangs_on_the_rate(runs):
     "At any other rate than the chosen one the second arm is as good as the first"
     script = SCRIPT.replace('    return dict(m=level', "    if split == 'test' and arm == 'b' and "

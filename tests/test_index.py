@@ -88,7 +88,7 @@ def test_a_verdict_that_hangs_on_the_rate_shows_its_effect_at_the_rates_around(t
 
     assert '*more* depends' in shown(c) and '+0.302 at the chosen rates' in shown(c)
     assert shown(c).splitlines()[-2:] == ['| `a` | 1 | +0.350 | -0.150 |',
-                                          '| `b` | 2 | not reached | not reached |']
+                                          '| `b` | 2 | gain not reached | not tried |']
     assert shown(c | dict(sensitivity=c['sensitivity'][:1])) == '', 'it does not hang'
 
 def test_a_control_that_failed_says_what_was_needed(tmp_path):

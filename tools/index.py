@@ -340,7 +340,9 @@ def _effect(c: dict, arm: str, chosen: float, nearest) -> str:
     "The mean effect at the rate below (`min`) or above (`max`) the chosen one"
     found = [t for t in c['sensitivity']
              if t['arm'] == arm and nearest(t['rate'], chosen) != chosen]
-    return f'{fmean(found[0]["effects"]):+.3f}' if found and found[0]['effects'] else 'not reached'
+    if not found:
+        return 'not tried'
+    return f'{fmean(found[0]["effects"]):+.3f}' if found[0]['effects'] else 'gain not reached'
 
 
 def verdict(p: Project, e: dict, rows: list[dict]) -> str:

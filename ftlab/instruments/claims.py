@@ -31,7 +31,7 @@ from ..papers import claims, claims_folder, marked
 from .verdicts import (DEFAULTS, EDITION, SCOPES, VERDICTS, Claim, arms_said,
                                         bar_of, bare,
                                         check_reviewed, closure,
-                                        code_hash, contrast, contrast_verdict, dumped, hangs,
+                                        code_hash, contrast, contrast_verdict, dumped,
                                         in_favour, judged,
                                         read_claim, room)
 
@@ -602,11 +602,18 @@ def assemble_claim(claim:Claim, rows:list[dict], cells:Mapping[str, dict],
     out = dict(claim=claim.key, sentence=spec['sentence'], contrasts=rows, controls=controls,
                controls_ok=all(c['ok'] for c in controls),
                room_ok=not any(room(r) or not r['common'] for r in rows if r['primary']),
-               rate_ok=not any(hangs(r) for r in rows if r['primary']),
+               rate_ok=_rate_ok(rows),
                identities=[dict(name=k, passed=v) for k, v in identities.items()],
                seeds=spec['seeds'], scope=spec['scope'], excluded=_excluded(cells))
     v, reason = judged(out)
     return out | dict(verdict=v, reason=reason, also_seen=also_seen(out), cells=cells)
+
+def _rate_ok(rows) -> bool:
+    """Return whether the verdict is free of the rate. An effect that is unclear anyway does not hang on it, and
+    beside a contrast that fails no other one decides"""
+    found = [contrast_verdict(r) for r in rows if r['primary']]
+    hanging = any(why.startswith('hangs') for _, why in found)
+    return not hanging or any(v == 'fails' for v, _ in found)
 
 def _control(c, rows, cells) -> dict:
     """Check the mean of an arm's metric over the seeds, at the rate of the first contrast that it
