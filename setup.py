@@ -32,7 +32,8 @@ def native() -> dict:
 
 SHIPPED = ('claims/*/claim.toml', 'claims/*/claim.py', 'claims/*/result.json', 'claims/*/result.1.json',
            'papers/catalogue.jsonl', 'bench/results/*.json',
-           'bench/results/compare_lab_s/result.json')
+           'bench/results/compare_lab_s/result.json',
+           'bench/results/banking77/result.json', 'bench/results/banking77/hft_300/result.json')
 
 class BuildPy(build_py):
     """The installed package knows its verdicts, and what its chapters show: claims, the catalogue

