@@ -3,7 +3,7 @@
     python bench/claims_again.py [KEY ...]
 
 Six claims, drawn by a hash of their key, run on their grids times 1.33; five others with other seeds.
-With keys, only those of them. Results go to bench/results/claims_again.json, one entry a run, as they are
+With keys, only those of them; calls with different keys may run side by side. Results go to bench/results/claims_again.json, one entry a run, as they are
 finished; a stopped call goes on.
 """
 import hashlib, json, os, platform, sys
@@ -41,11 +41,13 @@ def moved(claim):
 def later(claim):
     return replace(claim, spec=claim.spec | dict(seeds=[s + LATER for s in claim.spec['seeds']]))
 
+def found():
+    return json.loads(OUT.read_text()) if OUT.exists() else {}
+
 def main(only):
-    found = json.loads(OUT.read_text()) if OUT.exists() else {}
     for kind, claim in drawn():
         name, code = f'{claim.key}, {kind}', own_code(claim)
-        if only and claim.key not in only or found.get(name, {}).get('code') == code:
+        if only and claim.key not in only or found().get(name, {}).get('code') == code:
             continue
         if status(claim) not in ('current', 'core changed'):
             print(f'{claim.key}: its evidence is {status(claim)}')
@@ -53,12 +55,11 @@ def main(only):
         was = read_result(claim)
         r = run_claim(dict(grid=moved, seeds=later)[kind](claim), print, write=False)
         effects = [[c['name'], c['primary'], c['treatment'], c['baseline'], c['rates']] for c in r['contrasts']]
-        found[name] = dict(code=code, was=was['verdict'], now=r['verdict'], reason=r['reason'],
-                           contrasts=effects,
-                           flipped={was['verdict'], r['verdict']} == {'holds', 'fails'},
-                           cpu_seconds=r['seconds'],
-                           machine=platform.processor() or platform.machine())
-        write_atomically(OUT, lambda p: p.write_text(json.dumps(found, indent=1) + '\n'))
+        row = dict(code=code, was=was['verdict'], now=r['verdict'], reason=r['reason'],
+                   contrasts=effects, flipped={was['verdict'], r['verdict']} == {'holds', 'fails'},
+                   cpu_seconds=r['seconds'], machine=platform.processor() or platform.machine())
+        everything = found() | {name: row}  # read again: other calls may have finished meanwhile
+        write_atomically(OUT, lambda p: p.write_text(json.dumps(everything, indent=1) + '\n'))
         print(f'{name}: {was["verdict"]} -> {r["verdict"]} {r["reason"]}', flush=True)
 
 if __name__ == '__main__':
