@@ -3,8 +3,8 @@
     python bench/claims_again.py [KEY ...]
 
 Six claims, drawn by a hash of their key, run on their grids times 1.33; five others with other seeds.
-With keys, only those of them; calls with different keys may run side by side. Results go to bench/results/claims_again.json, one entry a run, as they are
-finished; a stopped call goes on.
+With keys, only those of them; calls with different keys may run side by side. Results go to
+bench/results/claims_again.json, one entry a run, as they are finished; a stopped call goes on.
 """
 import hashlib, json, os, platform, sys
 from dataclasses import replace

@@ -9,7 +9,7 @@ from ftlab.core.scorers import WORLD, answers, judge
 from ftlab.trainers.preferences import judged_pairs, preference
 from ftlab.trainers.rl.spin import spin
 
-SKILL, FEW, ITEMS = 'write', 200, 600
+SKILL, FEW, ITEMS, DRAWS = 'write', 200, 600, 16
 START = dict(steps=80, lr=3e-4, schedule='constant') # by pilots: where the validation score stops rising
 MORE = 2.4 # steps of plain tuning that read as many tokens as one of self-play, its draws included
 
@@ -43,7 +43,7 @@ def go_on(arm, model, tok, few, rate, seed, steps):
         return ftlab.fit(model, tok, few, steps=round(MORE*steps), **how), 0
     if arm == 'spin':
         return ftlab.fit(model, tok, few, spin(), steps=steps, **how), 0
-    pairs = judged_pairs(model, tok, few.train, seed=seed)
+    pairs = judged_pairs(model, tok, few.train, seed=seed, draws=DRAWS)
     bought = ftlab.data(dict(train=pairs, validation=pairs[:2], test=pairs[:2]))
     done = ftlab.fit(model, tok, bought, ftlab.methods.dpo(), steps=steps, **how)
     return done, len(few.train) - len(pairs)
@@ -59,7 +59,7 @@ def run(arm, rate, seed, split, steps):
     return dict(score=sum(each)/len(rows), drawn=drawn, items=dict(score=each),
                 gained=(sum(each) - sum(at_start(seed, split)[0]))/len(rows),
                 tokens=done.cost['tokens'],
-                excluded={'questions whose four draws scored the same': left} if left else {})
+                excluded={'questions whose draws scored the same': left} if left else {})
 
 def identities():
     y = torch.tensor([[-100, 3, 4], [-100, 5, 6]]).repeat(2, 1)
