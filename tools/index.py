@@ -282,8 +282,14 @@ def counts(p: Project) -> str:
     parts = [f'**{n}** {WORDS[v]}' for n, v in said]
     if waiting := sum(e['verdict'] is None for e in claimed):
         parts.append(f'**{waiting}** not yet run')
-    text = ', '.join(parts)
-    return f'Of {len(claimed)} claims, each written down before its run and judged by one fixed rule: {text}.'
+    text = f'Of {len(claimed)} claims, each written down before its run and judged by one fixed rule: {", ".join(parts)}.'
+    results = [json.loads((p.root/e['evidence']).read_text(encoding='utf-8')) for e in claimed
+               if e['evidence'] and e['verdict']]
+    single = [contrast_verdict(c)[0] for r in results for c in r['contrasts'] if c.get('primary', True)]
+    if not single:
+        return text
+    each = ', '.join(f'{n} {WORDS[v]}' for v in WORDS if (n := single.count(v)))
+    return f'{text} A claim holds only if every contrast that decides it holds: of these {len(single)}, {each}.'
 
 
 def failed_controls(p: Project, e: dict) -> list[str]:
