@@ -282,7 +282,8 @@ def counts(p: Project) -> str:
     parts = [f'**{n}** {WORDS[v]}' for n, v in said]
     if waiting := sum(e['verdict'] is None for e in claimed):
         parts.append(f'**{waiting}** not yet run')
-    text = f'Of {len(claimed)} claims, each written down before its run and judged by one fixed rule: {", ".join(parts)}.'
+    text = (f'Of {len(claimed)} claims, each written down before its run and judged by one fixed rule: '
+            f'{", ".join(parts)}.')
     results = [json.loads((p.root/e['evidence']).read_text(encoding='utf-8')) for e in claimed
                if e['evidence'] and e['verdict']]
     single = [contrast_verdict(c)[0] for r in results for c in r['contrasts'] if c.get('primary', True)]
