@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 from ftlab import papers
 import ftlab.instruments.claims as C
-from ftlab.instruments.claims import (SENSITIVITY_SEEDS, again, carry, explain, own_code,
-                                      own_definitions, quickest_seed,
+from ftlab.instruments.claims import (SENSITIVITY_SEEDS, again, carry, effects_of, explain,
+                                      own_code, own_definitions, quickest_seed,
                                       read_result, recipes_of, run_claim, run_claims, run_code,
                                       script_of,
                                       status, supersede,
@@ -158,7 +158,7 @@ def test_room_is_read_at_both_ends():
 
 @pytest.mark.parametrize('change, says', [
     (dict(tuning=dict(treatment=.99, baseline=.95, trivial=0.)), 'no room: on the tuning seeds'),
-    (dict(baseline=[.95]*5), 'no room: on the test seeds'),
+    (dict(treatment=[.93]*5, baseline=[.95]*5), 'no room: on the test seeds'),
     (dict(trivial=dict(name='keep one', values=[.49]*5)), 'no room: on the test seeds'),
     (dict(common=False), 'no common gain'),
     (dict(sensitivity=[dict(arm='a', rate=2., chosen=1., effects=[.02, .05])]), 'hangs on the rate: with a at 2')])
@@ -201,12 +201,64 @@ def test_the_primary_contrasts_alone_decide_and_a_control_turns_all():
             and judged(dict(contrasts=[GOOD, BAD]))[0] == 'fails')
     assert judged(dict(contrasts=[GOOD, BAD], controls_ok=False)) == ('unclear', 'a control failed')
 
+def near_the_best(treatment, baseline, **more):
+    "A contrast whose baseline is near the best value, 1"
+    c = effects(*treatment, baseline=list(baseline), margin=.05, arms=['a', 'b'])
+    return c | dict(tuning=dict(treatment=.66, baseline=.95, trivial=0.)) | more
+
+AHEAD, BEHIND = [.95, .96, .94, .97, .96], [.7, .72, .66, .7, .69]
+LEVEL_ELSEWHERE = [dict(arm='a', rate=2., chosen=1., effects=[-.01, 0.])]
+
+def test_near_the_best_value_a_claim_fails_only_if_the_baseline_is_shown_to_be_ahead():
+    assert contrast_verdict(near_the_best(BEHIND, AHEAD))[0] == 'fails'
+    down = near_the_best([1 - x for x in BEHIND], [1 - x for x in AHEAD], best=0.,
+                         higher_is_better=False, trivial=dict(name='change nothing', values=[1.]*5),
+                         tuning=dict(treatment=.34, baseline=.05, trivial=1.))
+    assert contrast_verdict(down)[0] == 'fails'
+    wide = near_the_best([.14, .27, .2, .82, .43], [.91, .8, .86, .75, .2])
+    assert contrast_verdict(wide) == ('unclear', ''), 'the interval is the reason, not the room'
+    rate = lambda arm, *e: dict(arm=arm, rate=2., chosen=1., effects=list(e))
+    rates = [rate('a', -.2, -.3), rate('b', .3, .3), rate('a')]
+    assert contrast_verdict(near_the_best(BEHIND, AHEAD, sensitivity=rates))[0] == 'fails'
+
+@pytest.mark.parametrize('c, says', [
+    (near_the_best(AHEAD, [.85]*5), 'not shown'),                        # it was behind, and is ahead
+    (near_the_best([.97, .84, .93, .80, .93], [.96]*5), 'not shown'),    # noise at the ceiling
+    (near_the_best([.95]*5, [.96]*5), 'on the test seeds'),
+    (near_the_best(BEHIND, AHEAD, tuning=dict(treatment=.92, baseline=.99, trivial=0.)), 'on the tuning seeds'),
+    (near_the_best(BEHIND, AHEAD, sensitivity=LEVEL_ELSEWHERE), 'not shown'),
+    (near_the_best(BEHIND, [1.]*5, broken=5), 'broke down'),
+    (near_the_best(BEHIND, AHEAD, tuning=dict(treatment=.66, baseline=1., trivial=0., broken=2)), 'broke down')])
+def test_near_the_best_value_nothing_holds_and_noise_does_not_fail(c, says):
+    v, why = contrast_verdict(c)
+    assert v == 'unclear' and why.startswith('no room') and says in why
+
 def test_of_two_contrasts_one_without_room_leaves_both_unrun():
     unrun = GOOD | dict(treatment=[], baseline=[])
     full = unrun | dict(tuning=dict(treatment=.99, baseline=.95, trivial=0.))
     assert room(unrun) == '' and contrast_verdict(unrun)[0] == 'unclear'
     v, why = judged(dict(contrasts=[unrun, full]))
     assert v == 'unclear' and 'no room' in why
+
+def path(*points, **more):
+    "An outcome that was evaluated on the way: (gain, forgetting) pairs"
+    return dict(path=[dict(step=i, gain=g, forgetting=f) for i, (g, f) in enumerate(points)],
+                gain=points[-1][0], forgetting=points[-1][1], **more)
+
+def test_other_rates_are_read_where_both_arms_have_gained_as_much():
+    c = dict(treatment='a', baseline='b', metric='forgetting_matched', higher_is_better=False,
+             worst=1., best=0.)
+    fast, slow = path((0., 0.), (.4, .2), (.8, .4)), path((0., 0.), (.4, .3), (.6, .6))
+    same = effects_of(c, [dict(a=fast, b=fast)], .8)
+    assert same == dict(effects=[0.])
+    short = effects_of(c, [dict(a=fast, b=slow), dict(a=fast, b=fast)], .8)
+    assert short['gains'] == [.6, .8] and short['effects'] == pytest.approx([.3, 0.])
+    none = effects_of(c, [dict(a=fast, b=path((0., 0.), (.3, .1)))], .8)
+    assert none == dict(effects=[], why='does not reach half of the target gain')
+    broken = effects_of(c, [dict(a=dict(error='NaN'), b=fast)], .8)
+    assert broken['effects'] == pytest.approx([-.6]), 'a run that breaks down counts against the claim'
+    plain = effects_of(c | dict(metric='gain', higher_is_better=True), [dict(a=fast, b=slow)], None)
+    assert plain['effects'] == pytest.approx([.2])
 
 # ---------- the machine
 

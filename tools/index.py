@@ -273,13 +273,14 @@ def words(e: dict) -> str:
 # ---------- verdicts
 
 WORDS = dict(holds='hold', fails='fail', unclear='remain unclear', checked='only needed its arithmetic checked')
+ONE = dict(WORDS, holds='holds', fails='fails', unclear='remains unclear')
 
 
 def counts(p: Project) -> str:
     "How many claims came to what"
     claimed = [e for e in p.papers if e['claims']]
     said = [(n, v) for v in WORDS if (n := sum(e['verdict'] == v for e in claimed))]
-    parts = [f'**{n}** {WORDS[v]}' for n, v in said]
+    parts = [f'**{n}** {(ONE if n == 1 else WORDS)[v]}' for n, v in said]
     if waiting := sum(e['verdict'] is None for e in claimed):
         parts.append(f'**{waiting}** not yet run')
     text = (f'Of {len(claimed)} claims, each written down before its run and judged by one fixed rule: '

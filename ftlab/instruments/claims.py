@@ -39,9 +39,9 @@ from .verdicts import (DEFAULTS, EDITION, SCOPES, VERDICTS, Claim, arms_said,
 __all__ = ['SENSITIVITY_SEEDS', 'STATES', 'WORDS_ALONE', 'SAME_GAIN', 'workplace', 'Experiment', 'recipes_of', 'bench_of',
            'named_arms', 'needed_arms', 'want_of', 'planned', 'side', 'outcome_of', 'arm_value', 'effect',
            'own_definitions', 'own_code', 'run_code', 'core_code', 'read_result', 'write_result', 'status',
-           'named_claim', 'script_of', 'beside', 'Kept', 'Part', 'test_row', 'turned_rows', 'half_row', 'run_claim',
-           'tuned_part', 'assemble_claim', 'also_seen', 'again', 'replay', 'quickest_seed', 'carry', 'supersede',
-           'explain', 'note', 'run_claims', 'carry_claims', 'build_runs']
+           'named_claim', 'script_of', 'beside', 'Kept', 'Part', 'test_row', 'effects_of', 'turned_rows', 'half_row',
+           'run_claim', 'tuned_part', 'assemble_claim', 'also_seen', 'again', 'replay', 'quickest_seed', 'carry',
+           'supersede', 'explain', 'note', 'run_claims', 'carry_claims', 'build_runs']
 
 # %% ../../nbs/instruments/claims.ipynb #000513be
 SENSITIVITY_SEEDS = (20_000, 20_001)
@@ -387,8 +387,10 @@ class Part:
         return e.derived(found) if plan.get('derive', True) else found
 
     def levels(self, c, plan, split, seeds) -> dict:
-        "Return per seed: treatment, baseline, trivial, and the gains at which they were read"
-        out = dict(treatment=[], baseline=[], trivial=[], gains=dict(treatment=[], baseline=[]))
+        """Return per seed: treatment, baseline, trivial, and the gains at which they were read; and how many
+        runs of the baseline broke down"""
+        out = dict(treatment=[], baseline=[], trivial=[], broken=0,
+                   gains=dict(treatment=[], baseline=[]))
         for seed in seeds:
             found = self.found(plan, seed, split)
             for which in ('treatment', 'baseline'):
@@ -396,6 +398,8 @@ class Part:
                 out[which].append(value)
                 out['gains'][which].append(gain)
             out['trivial'].append(self._trivial(c, found, plan['target']))
+            if isinstance(c['baseline'], str):
+                out['broken'] += bool(outcome_of(found, c['baseline']).get('error'))
         return out
 
     def _trivial(self, c, found, target) -> float|None:
@@ -415,17 +419,33 @@ class Part:
         row |= {k: c[k] for k in ('best',) if k in c}
         tuning = {k: None if None in seen[k] else fmean(seen[k])
                   for k in ('treatment', 'baseline', 'trivial')}
+        tuning |= dict(broken=seen['broken'])
         return row | plan | dict(tuning=tuning, treatment=[], baseline=[], sensitivity=[])
 
 # %% ../../nbs/instruments/claims.ipynb #78e7f554
 def test_row(part, c, row) -> dict:
     "Add the levels on the test seeds"
     seen = part.levels(c, row, 'test', part.claim.spec['seeds'])
-    more = dict(treatment=seen['treatment'], baseline=seen['baseline'],
+    more = dict(treatment=seen['treatment'], baseline=seen['baseline'], broken=seen['broken'],
                 trivial=row['trivial'] | dict(values=seen['trivial']))
     if c['metric'].endswith(MATCHED):
         more |= dict(gains=seen['gains'])
     return row | more
+
+def effects_of(c:Mapping, seen:list[Mapping], # the outcomes of each seed
+               target:float|None) -> dict:
+    """Return the effect in each seed, to be read beside that on the test seeds. At equal gain both arms are
+    read at the target, or at the largest gain that both reach in that seed (`gains`); no effects if that is
+    less than half of the target"""
+    if not c['metric'].endswith(MATCHED):
+        return dict(effects=[effect(c, f, target) for f in seen])
+    arms = [c[w] for w in ('treatment', 'baseline') if isinstance(c[w], str)]
+    top = lambda o: math.inf if o.get('error') else max(r['gain'] for r in o['path'])
+    gains = [min(target, *(top(outcome_of(f, a)) for a in arms)) for f in seen]
+    if min(gains) < target/2:
+        return dict(effects=[], why='does not reach half of the target gain')
+    effects = [effect(c, f, g) for f, g in zip(seen, gains)]
+    return dict(effects=effects) | (dict(gains=gains) if min(gains) < target else {})
 
 def turned_rows(part, c, row) -> list[dict]:
     "Return the effect with one arm at another rate, on the sensitivity seeds"
@@ -437,11 +457,7 @@ def turned_rows(part, c, row) -> list[dict]:
             if rate is None:
                 continue
             seen = [part.found(row, s, 'test', instead={arm: rate}) for s in SENSITIVITY_SEEDS]
-            missed = c['metric'].endswith(MATCHED) and not all(
-                reading(f[arm], c['metric'], row['target']) for f in seen)
-            effects = [] if missed else [effect(c, f, row['target']) for f in seen]
-            out.append(dict(arm=arm, chosen=chosen, rate=rate, effects=effects,
-                            **(dict(why='never reaches the target gain') if missed else {})))
+            out.append(dict(arm=arm, chosen=chosen, rate=rate) | effects_of(c, seen, row['target']))
     return out
 
 def half_row(part, c, row) -> dict|None:
@@ -531,7 +547,9 @@ def _rows(part) -> list[dict]:
     for c, row in zip(part.contrasts, rows):
         row = test_row(part, c, row)
         if row['primary']:
-            row |= dict(sensitivity=turned_rows(part, c, row))
+            chosen = [part.found(row, s, 'test') for s in SENSITIVITY_SEEDS]
+            row |= dict(sensitivity=turned_rows(part, c, row),
+                        at_chosen=effects_of(c, chosen, row['target'])['effects'])
             if half := half_row(part, c, row):
                 row |= dict(half=half)
             row |= _known_worse(part, c, row)
@@ -659,6 +677,10 @@ def _excluded(cells) -> dict:
                 out.setdefault(name, {}).setdefault(why, []).append(n)
     return out
 
+def _same_seeds(c) -> str:
+    "Say what the chosen rates give on the seeds of the other rates, as the test seeds are others"
+    return f' (chosen rates on the same two seeds: {fmean(c["at_chosen"]):+.3f})' if c.get('at_chosen') else ''
+
 def also_seen(result:Mapping) -> list[str]:
     "Describe what in a run speaks against the claim, in sentences"
     out = []
@@ -671,11 +693,11 @@ def also_seen(result:Mapping) -> list[str]:
         half = c.get('half') or {}
         if half.get('effects') and in_favour(c, fmean(half['effects'])) != in_favour(c, mean):
             out.append(f'{c["name"]}: after half of the steps the effect is '
-                       f'{fmean(half["effects"]):+.3f} instead of {mean:+.3f}')
+                       f'{fmean(half["effects"]):+.3f} instead of {mean:+.3f}{_same_seeds(c)}')
         for other in c['sensitivity']:
             if other['effects'] and in_favour(c, fmean(other['effects'])) != in_favour(c, mean):
                 out.append(f'{c["name"]}: with {other["arm"]} at {other["rate"]:g} instead of {other["chosen"]:g} '
-                           f'the effect is {fmean(other["effects"]):+.3f} instead of {mean:+.3f}')
+                           f'the effect is {fmean(other["effects"]):+.3f} instead of {mean:+.3f}{_same_seeds(c)}')
         if c.get('at_edge'):
             out.append(f'{c["name"]}: the rate of {" and ".join(c["at_edge"])} is at the edge of what was tried')
     return out

@@ -14,8 +14,8 @@ from ..core.table import html_table
 from .views import method_styles
 
 # %% auto #0
-__all__ = ['MEANT', 'PAGE', 'titles', 'table_of', 'span', 'table_html', 'picture', 'image', 'tag', 'reading', 'warned',
-           'in_words', 'tuning_words', 'html_page']
+__all__ = ['MEANT', 'PAGE', 'titles', 'table_of', 'span', 'off_target', 'table_html', 'picture', 'image', 'tag', 'reading',
+           'warned', 'in_words', 'tuning_words', 'html_page']
 
 # %% ../../nbs/instruments/compare_page.ipynb #0026c6d6
 def titles(result:dict) -> dict[str, str]:
@@ -56,6 +56,11 @@ def span(d:dict|None) -> str:
     return ('–' if not d or d['mean'] is None else f'{d["mean"]:.3f}'
             + (f' [{d["low"]:.3f}, {d["high"]:.3f}]' if d['low'] is not None else ''))
 
+def off_target(method:dict, target:float|None) -> bool:
+    "Return whether a method was read more than two points from the equal gain, on test questions"
+    reached = method['gain_matched']['mean']
+    return target is not None and reached is not None and abs(reached - target) > .02
+
 def table_html(result:dict) -> str:
     "Return the table as HTML"
     names, limit = titles(result), result['lose_at_most']
@@ -64,6 +69,7 @@ def table_html(result:dict) -> str:
             *([] if limit is None else [f'gain within {limit:g} points']),
             'lost', 'won', 'seconds', 'peak MB', 'trained', 'head', 'saved KB']
     num = lambda x, f: '–' if x is None or pd.isna(x) else format(x, f)
+    elsewhere = lambda m: ' †' if off_target(m, result['target']) else ''
     def cells(m, r):
         crashed = f' ({int(r["crashed"])} crashed)' if r['crashed'] else ''
         mark = ' ‡' if m['hangs'] else ' (stopped early)' if m['stopped'] else ''
@@ -72,7 +78,8 @@ def table_html(result:dict) -> str:
         within = [] if limit is None else [span(m['within'] and m['within']['gain'])]
         within += [num(m[k]['mean'], '.3f') for k in ('lost', 'won')]
         return [m['name'] + mark + crashed, num(m['rate'], 'g'), span(m['gain']), span(m['forgetting']),
-                num(m['rate_matched'], 'g'), span(m['forgetting_matched']), *within, *cost]
+                num(m['rate_matched'], 'g'), span(m['forgetting_matched']) + elsewhere(m),
+                *within, *cost]
     return html_table(
         head, [cells(m, r) for m, (_, r) in zip(result['methods'], table_of(result).iterrows())])
 
@@ -199,10 +206,9 @@ def warned(r:dict) -> list[str]:
                         f'{h["other"]} forgets {theirs:.3f} (validation questions{seeds}).')
         if m['stopped']:
             said.append(f'{m["name"]} was stopped early: at every gain {m["stopped"]} clearly forgets less.')
-        reached = m['gain_matched']['mean']
-        if r['target'] is not None and reached is not None and abs(reached - r['target']) > .02:
-            said.append(f'{m["name"]} reached {reached:.3f} on test questions instead of {r["target"]:.3f}; '
-                        'its forgetting at equal gain is read there.')
+        if off_target(m, r['target']):
+            said.append(f'† {m["name"]} reached {m["gain_matched"]["mean"]:.3f} on test questions instead of '
+                        f'{r["target"]:.3f}; its forgetting is read there, not at the equal gain.')
         cost = m['within'] and m['within']['forgetting']['mean']
         if cost and 100*cost > r['lose_at_most']:
             said.append(f'{m["name"]} stayed within {r["lose_at_most"]:g} points on validation questions, '

@@ -51,6 +51,10 @@ def contrast(c:Mapping # kind, margin, treatment and baseline (one number a seed
                 high=high, n=n)
 
 # %% ../../nbs/instruments/verdicts.ipynb #000b18ff
+def _near_best(c, value:float) -> bool:
+    "Return whether a value is less than two margins away from the best possible one"
+    return (1 if c.get('higher_is_better', True) else -1)*(c['best'] - value) < 2*c['margin']
+
 def lacks_room(c:Mapping, # kind, margin, higher_is_better, best, trivial, worse (equivalence)
                treatment:float, baseline:float, # means
                trivial:float|None               # mean of the trivial alternative; None: never at the target gain
@@ -64,7 +68,9 @@ def lacks_room(c:Mapping, # kind, margin, higher_is_better, best, trivial, worse
         if min(map(better, sides)) < 2*m:
             return f'an arm is less than two margins better than the trivial alternative ({c["trivial"]["name"]})'
         return ''
-    if sign*(c['best'] - baseline) < 2*m:
+    # what is far behind is not held back by a ceiling; `room` then asks for more on the test seeds
+    behind = sign*(baseline - treatment) >= m and not _near_best(c, treatment)
+    if _near_best(c, baseline) and not behind:
         return f'the baseline ({baseline:.3f}) is within two margins of the best possible value ({c["best"]:g})'
     if max(better(treatment), better(baseline)) < m:
         return f'no arm is a margin better than the trivial alternative ({c["trivial"]["name"]}, {trivial:.3f})'
@@ -75,6 +81,23 @@ def _tells_apart(c, gap:float) -> bool:
     minus the baseline"""
     worse = gap if c.get('higher_is_better', True) else -gap
     return worse < -c['margin'] or (c['kind'] == 'equivalence' and worse > c['margin'])
+
+def _too_near(c) -> str:
+    """Say why a baseline near the best value leaves open what the interval decides; '' if it is not
+    near, or if it is better than the treatment by more than the margin, at each rate of the treatment"""
+    t = c['tuning']
+    near = any(_near_best(c, x) for x in (t['baseline'], fmean(c['baseline'])))
+    if not near or contrast(c)['verdict'] == 'unclear':  # the interval leaves it open, wherever the baseline is
+        return ''
+    if t.get('broken') or c.get('broken'):
+        return 'a run of the baseline broke down, and counts as the best possible value'
+    others = [-fmean(s['effects']) for s in c.get('sensitivity', ())
+              if s['effects'] and s['arm'] != c.get('arms', (None, None))[1]]
+    opposite = contrast(c | dict(treatment=c['baseline'], baseline=c['treatment']))
+    if opposite['verdict'] == 'holds' and min(others, default=math.inf) > c['margin']:
+        return ''
+    return ('the baseline is within two margins of the best possible value, and is not shown to be '
+            'better by more than the margin')
 
 def room(c:Mapping) -> str:
     """Say why a contrast of a result has no room, on the tuning or on the test seeds; '' if it has
@@ -90,6 +113,8 @@ def room(c:Mapping) -> str:
     trivial = None if None in values else fmean(values)
     if why := lacks_room(c, fmean(c['treatment']), fmean(c['baseline']), trivial):
         return f'on the test seeds {why}'
+    if c['kind'] == 'superiority' and (why := _too_near(c)):
+        return why
     worse = c.get('worse')
     if c['kind'] != 'superiority' and worse and not _tells_apart(c, fmean(worse['effects'])):
         return f'{worse["name"]} also lies within the margin ({fmean(worse["effects"]):+.3f})'
