@@ -6,6 +6,7 @@
 from __future__ import annotations
 import torch
 from ...core.data import Data
+from ...core.template import learned_turns
 from ...core.tokens import piece_ids, pieces_of, prompt_ids
 from ...core.generate import render
 from ...core.model import evaluating
@@ -166,8 +167,10 @@ def _a_token_across_the_border():
 def asked_otherwise(case):
     _require_prompts(case)
     case.whole
-    rows = case.sample[:20]
-    prompts = [r['prompt'] if case.kind == 'text' else r['messages'][:-1] for r in rows]
+    chat = case.kind == 'chat'
+    rows = [r for r in case.sample[:20] if not chat or learned_turns(r['messages'])]
+    prompts = [dict(r, messages=r['messages'][:learned_turns(r['messages'])[-1]]) if chat
+               else r['prompt'] for r in rows]
     asked = render(prompts, case.tok)
     bad = [(a, b) for r, b in zip(rows, asked) if (a := prompt_ids(r, case.tok, case.kind)) != b]
     if not bad:
