@@ -116,12 +116,13 @@ def _readable(messages:list[dict], tok, tools:list|None, turns:list[int], known:
     thinking of one of `turns` is left out."""
     shape = _shape(messages, tools)
     if shape not in known:
-        known[shape], lost, error = _best_form(messages, tok, tools)
+        best, lost, error = _best_form(messages, tok, tools)
         if error:
             raise error
         for i, what in lost:
             if what != 'thinking' or i in turns:
                 raise ValueError(_left_out(i, what, messages))
+        known[shape] = best
     talk = next(itertools.islice(_forms(messages), known[shape], None))
     if tools and _render(tok, talk, tools) == _render(tok, talk):
         raise ValueError('the chat template does not write the tools, so the model would not know what it calls; '
@@ -138,15 +139,17 @@ def _best_form(messages:list[dict], tok, tools:list|None) -> tuple[int, list, Va
         except ValueError as e:
             error = error or e
             continue
+        if f"'text': '{WORD}" in text or f'"text": "{WORD}' in text:
+            continue # a list of parts, written as Python shows it
         lost = [marks[m] for m in marks if m not in text]
-        # a second, empty thinking block beside the one of the row
-        thoughts = sum(m in text for m in marks if marks[m][1] == 'thinking')
-        lost += [(-1, 'thinking')]*bool(thoughts and text.count('</think>') > thoughts)
-        if least is None or len(lost) < len(least):
-            best, least = n, lost
-        if not lost:
+        # second choice: no content written as None, or an empty thinking block beside the row's own
+        thoughts = sum(m in text and marks[m][1] == 'thinking' for m in marks)
+        odd = text.count('None') + bool(thoughts and text.count('</think>') > thoughts)
+        if least is None or (len(lost), odd) < least[:2]:
+            best, least = n, (len(lost), odd, lost)
+        if not lost and not odd:
             break
-    return best, least or [], error if least is None else None
+    return best, least[2] if least else [], error if least is None else None
 
 def _left_out(i:int, what:str, messages:list[dict]) -> str:
     "Return the error message for something that the template does not write"

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import torch
 from ...core.data import Data
-from ...core.template import learned_turns
+from ...core.template import end_of_turn, learned_turns
 from ...core.tokens import piece_ids, pieces_of, prompt_ids
 from ...core.generate import render
 from ...core.model import evaluating
@@ -196,7 +196,8 @@ def _an_end_mark_after_every_text():
 # %% ../../../nbs/instruments/checks/rows.ipynb #000e76ec
 @check('before', 'warning',
        why='a model that is never trained on the EOS token does not learn to stop',
-       fix='end every response with the EOS token, and mask padding by position, not by token id',
+       fix='end every response with the EOS token, or add its end mark to generation_config.eos_token_id; '
+           'mask padding by position, not by token id',
        source='huggingface/trl#1623')
 def end_not_learned(case):
     case.require_answers()
@@ -211,6 +212,10 @@ def end_not_learned(case):
     have = sum(any(l in ends for l in y[1:]) for y in labels)
     if have >= .2*len(labels):
         return None
+    turn = end_of_turn(case.tok)
+    if sum(turn in y[1:] for y in labels) >= .2*len(labels):
+        return (f'answers end with {case.tok.convert_ids_to_tokens(turn)!r}, which is an end neither for the tokenizer '
+                "nor in the model's generation config: other programs than ftlab would not stop there")
     same = ' (which is also the padding token)' if case.tok.pad_token_id in ends else ''
     marks = some(repr(case.tok.convert_ids_to_tokens(e)) for e in ends)
     return f'{have} of {len(labels)} rows train on the EOS token, {marks}{same}'
@@ -219,6 +224,11 @@ def end_not_learned(case):
 def _a_template_without_an_end():
     template = toy_tokenizer().chat_template
     return before(tok=toy_tokenizer(chat_template=template.replace(" + ' ' + eos_token", '')))
+
+@planted(end_not_learned, "answers end with '<mask>', which is an end neither")
+def _another_end_of_turn():
+    template = toy_tokenizer().chat_template
+    return before(tok=toy_tokenizer(chat_template=template.replace('eos_token', '"<mask>"')))
 
 @planted(end_not_learned, '0 of 16 rows')
 def _a_view_that_masks_the_end():
