@@ -12,7 +12,7 @@ PLACE = 'XYZPLACE'
 ANSWERS = [*'abcdefghijklmnopqrstuvwxyz', 'end', 'im_end', '|>', '<', '>', 'assistant', 'user',
            'model', 'system', 'of', 'think', '/think', 'A', '0', ' d', 'd ', '\n\nd', 'a\nb', 'é', '日本',
            '🙂 d', '[/INST]', 'Which?', '<|im_end|>', 'None', '{{ x }}']
-REASONS = ('rejects the roles', 'does not write', 'a row of its own', 'no room for the thinking',
+REASONS = ('rejects the roles', 'rejects a conversation', 'does not write', 'a row of its own', 'no room for the thinking',
            'opens message')
 SHIPPED = t.shipped()
 ALL = t.OURS | SHIPPED
@@ -169,6 +169,33 @@ def test_thinking_is_learned_or_refused():
     tok, rest = t.byte_tokenizer(t.QWEN3), [user('And?'), says('e')]
     assert 'a row of its own' in holds([user('Which?'), inline, *rest], tok)
     assert holds([user('Which?'), dict(inline, weight=0), *rest], tok) == ['<think>\n\n</think>\n\ne<|im_end|>\n']
+
+def test_a_template_that_cuts_answers_at_a_mark_of_its_own_is_refused():
+    tok = t.byte_tokenizer(t.CHATML.replace('m.content', "m.content.split('[/THINK]')[-1]"))
+    assert "does not write 'why' of message 2" in holds([user('a'), says('[THINK]why[/THINK]d')], tok)
+    assert holds([user('a'), says('d')], tok) == ['d<|im_end|>\n']
+
+# ---- shapes of conversations
+def test_parts_of_text_are_read_as_text_and_pictures_are_refused():
+    tok, part = t.byte_tokenizer(t.CHATML), lambda s: [dict(type='text', text=c) for c in s]
+    assert read([user(part('Which?')), says(part('de'))], tok) == read([user('Which?'), says('de')], tok)
+    with pytest.raises(ValueError, match="message 1 has a part of type 'image'; only text"):
+        read([user([dict(type='image')]), says('d')], tok)
+
+def test_an_answer_without_a_question():
+    talk = [says('Hello.'), user('Which?'), says('d')]
+    assert read(talk, t.byte_tokenizer(t.CHATML))[1] == ['Hello.<|im_end|>\n', 'd<|im_end|>\n']
+    first = t.byte_tokenizer("{{ messages[0].role[0] }}" + t.CHATML)
+    with pytest.raises(ValueError, match='begins with an answer; give message 1 weight 0'):
+        read(talk, first)
+    assert read([dict(talk[0], weight=0), *talk[1:]], first)[1] == ['d<|im_end|>\n']
+
+@pytest.mark.parametrize('adds', ['$A', '<s> $A', '$A </s>', '<s> $A </s>'])
+def test_without_a_template_the_prompt_is_what_precedes_the_answer(adds):
+    tok, row = t.byte_tokenizer(adds=adds), dict(prompt='Which?', response='d')
+    enc, asked = encode(row, tok, 'text'), prompt_ids(row, tok)
+    assert render(['Which?'], tok) == [asked] == [enc['input_ids'][:len(asked)]]
+    assert tok.decode(enc['input_ids'][len(asked):]) == 'd</s>' and tok.decode(asked).endswith('?')
 
 # ---- tools
 TOOL = [dict(type='function', function=dict(name='weather', description='.', parameters=dict(

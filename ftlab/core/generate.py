@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from .model import answer_room, device_of, evaluating
 from .template import chat_prompt, end_of_turn
-from .tokens import token_ids
+from .tokens import outer_ids, token_ids
 
 # %% auto #0
 __all__ = ['render', 'render_within', 'left_pad', 'stop_ids', 'answer_text', 'generate']
@@ -18,7 +18,9 @@ def render(prompts:list, # texts, lists of chat messages, or dicts of `messages`
     "Return the token ids of each prompt, ending where the answer begins"
     chats = [p if isinstance(p, dict) else dict(messages=p) for p in map(_as_chat, prompts)]
     if tok.chat_template is None:
-        return token_ids([c['messages'][-1]['content'] for c in chats], tok)
+        begin, _ = outer_ids(tok, 'text')
+        texts = [c['messages'][-1]['content'] for c in chats]
+        return [begin + i for i in token_ids(texts, tok, add_special_tokens=False)]
     known = {}
     texts = [chat_prompt(c['messages'], tok, c.get('tools'), known) for c in chats]
     return token_ids(texts, tok, add_special_tokens=False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 import jinja2
 
@@ -22,7 +23,10 @@ def _render(tok, messages:list[dict], tools:list|None=None, opening:bool=False) 
         return tok.apply_chat_template(messages, tools=tools or None, tokenize=False,
                                        add_generation_prompt=opening)
     except (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError) as e:
-        roles = ', '.join(m['role'] for m in messages) or '(no message)'
+        if not messages:
+            raise ValueError('the chat template rejects a conversation that begins with an answer; '
+                             'give message 1 weight 0, or take it out of the row') from None
+        roles = ', '.join(m['role'] for m in messages)
         raise ValueError(f'the chat template rejects the roles {roles}: {e}') from None
 
 def learned_turns(messages:list[dict] # each with `role`, `content`, and perhaps `weight`, 1 by default
@@ -102,6 +106,15 @@ def _marked(messages:list[dict]) -> tuple[list[dict], dict[str, tuple[int, str]]
 # %% ../../nbs/core/template.ipynb #bb87430a
 SPLIT = 'give it a row of its own, which ends with it and has weight 0 on the earlier answers'
 
+def _as_text(message:dict, i:int) -> dict:
+    "Return message number `i` with its content as one text. Raises `ValueError` for parts other than text."
+    if not isinstance(message.get('content'), list):
+        return message
+    other = [p.get('type') for p in message['content'] if p.get('type') != 'text']
+    if other:
+        raise ValueError(f'message {i} has a part of type {other[0]!r}; only text can be trained on')
+    return dict(message, content=''.join(p['text'] for p in message['content']))
+
 def _shape(messages:list[dict], tools) -> tuple:
     "Return what decides which form of a conversation a template writes"
     return (bool(tools), *[
@@ -114,6 +127,7 @@ def _readable(messages:list[dict], tok, tools:list|None, turns:list[int], known:
     """Return the conversation in the first form of which the template writes most, and put
     the form's number into `known`. Raises `ValueError` if a text, the tools, a call, or the
     thinking of one of `turns` is left out."""
+    messages = [_as_text(m, i) for i, m in enumerate(messages, 1)]
     shape = _shape(messages, tools)
     if shape not in known:
         best, lost, error = _best_form(messages, tok, tools)
@@ -204,7 +218,19 @@ def _reopened(before:str, talk:list[dict], tok, tools:list|None) -> str:
                          'set tok.chat_template to one that does, or take it out of the row')
     return text
 
-# %% ../../nbs/core/template.ipynb #c31db11f
+# %% ../../nbs/core/template.ipynb #a57996d1
+def _check_whole(text:str, answer:str|list|None, i:int) -> None:
+    "Raise `ValueError` if `text` lacks words of message number `i`"
+    answer = _as_text(dict(content=answer), i)['content'] or ''
+    at, lower = 0, text.lower()
+    for word in re.findall(r'\w+', re.sub(r'[<\[]/?\w+[>\]]', ' ', answer.lower())):
+        at = lower.find(word, at)
+        if at < 0:
+            raise ValueError(f'the chat template does not write {word!r} of message {i}; '
+                             'set tok.chat_template to one that does, or take it out of the row')
+        at += len(word)
+
+# %% ../../nbs/core/template.ipynb #9b216846
 def chat_pieces(messages:list[dict],   # each with `role` and `content`, and perhaps `weight` and `tool_calls`
                 tok,                   # a tokenizer with a chat template
                 tools:list|None=None,  # descriptions of the tools, as the template takes them
@@ -221,14 +247,17 @@ def chat_pieces(messages:list[dict],   # each with `role` and `content`, and per
         if not before.startswith(full[:done]) or not kept and i != turns[-1]:
             raise ValueError(f'the chat template writes the text before message {i + 1} differently once there are '
                              f'later messages, so this answer cannot be located; {SPLIT}')
-        if not kept:
-            return [*out, (before[done:], False), (_reopened(before, talk[:i + 1], tok, tools), True)]
-        end = _turn_end(full, talk, i, tok, tools)
-        out += [(full[done:len(before)], False), (full[len(before):end], True)]
+        if kept:
+            end = _turn_end(full, talk, i, tok, tools)
+            out += [(full[done:len(before)], False), (full[len(before):end], True)]
+        else:
+            end = len(full)
+            out += [(before[done:], False), (_reopened(before, talk[:i + 1], tok, tools), True)]
+        _check_whole(out[-1][0], messages[i]['content'], i + 1)
         done = end
     return out + ([(full[done:], False)] if done < len(full) else [])
 
-# %% ../../nbs/core/template.ipynb #4dc418bc
+# %% ../../nbs/core/template.ipynb #e2e6e567
 def chat_prompt(messages:list[dict], tok, tools:list|None=None, known:dict|None=None) -> str:
     "Write a conversation up to where the next answer begins; arguments and errors as in `chat_pieces`"
     talk = _readable(messages, tok, tools, [], {} if known is None else known)

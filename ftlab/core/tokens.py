@@ -11,7 +11,8 @@ from .template import chat_pieces
 from .text import shortened
 
 # %% auto #0
-__all__ = ['IGNORE', 'token_ids', 'piece_ids', 'pieces_of', 'encode', 'prompt_ids', 'Encoded', 'encode_all', 'encode_each']
+__all__ = ['IGNORE', 'token_ids', 'piece_ids', 'outer_ids', 'pieces_of', 'encode', 'prompt_ids', 'Encoded', 'encode_all',
+           'encode_each']
 
 # %% ../../nbs/core/tokens.ipynb #003241f0
 IGNORE = -100 # the label that PyTorch's cross-entropy and every Hugging Face model ignore
@@ -56,7 +57,7 @@ def piece_ids(pieces:list[tuple[str, bool]], tok) -> list[list[int]]:
 
 # %% ../../nbs/core/tokens.ipynb #003441f0
 def _texts(row:dict, tok, kind:str, known:dict) -> list[tuple[str, bool]]:
-    "Return the pieces of a row of kind text, chat or lm, without the tokens of `_marks`"
+    "Return the pieces of a row of kind text, chat or lm, without the tokens of `outer_ids`"
     if kind == 'chat' and not tok.chat_template:
         raise ValueError('the tokenizer has no chat template, so `messages` cannot be '
                          'written as text; give prompt and response instead, or set tok.chat_template')
@@ -69,7 +70,7 @@ def _texts(row:dict, tok, kind:str, known:dict) -> list[tuple[str, bool]]:
     return chat_pieces([dict(role='user', content=row['prompt']),
                         dict(role='assistant', content=row['response'])], tok, known=known)
 
-def _marks(tok, kind:str) -> tuple[list[int], list[int]]:
+def outer_ids(tok, kind:str) -> tuple[list[int], list[int]]:
     "Return the special tokens before and after a row; none if a template writes them"
     if kind != 'lm' and tok.chat_template:
         return [], []
@@ -81,7 +82,7 @@ def pieces_of(row:dict, tok, kind:str) -> tuple[list[tuple[str, bool]], list[int
     "Return the pieces of a row, and the special tokens before and after"
     if kind not in ('text', 'chat', 'lm'):
         raise ValueError(f'kind is {kind!r}; it must be one of {", ".join(KINDS)}')
-    return _texts(row, tok, kind, {}), *_marks(tok, kind)
+    return _texts(row, tok, kind, {}), *outer_ids(tok, kind)
 
 # %% ../../nbs/core/tokens.ipynb #003541f0
 def encode(row:dict,          # a row of `Data`
@@ -179,7 +180,7 @@ def _encode_whole(rows:list[dict], tok, kind:str) -> list[dict]:
     Raises `ValueError` that names the row."""
     if kind not in ('text', 'chat', 'lm'):
         raise ValueError(f'kind is {kind!r}; it must be one of {", ".join(KINDS)}')
-    (first, last), known, out = _marks(tok, kind), {}, []
+    (first, last), known, out = outer_ids(tok, kind), {}, []
     # in parts, so that the texts of a large set are not all in memory twice
     for start in range(0, len(rows), 1000):
         pieces = []

@@ -138,6 +138,14 @@ def border_split(case):
         return (f'in {len(split)} of {len(rows)} rows the tokenizer would merge characters '
                 f'across the boundary between prompt and response ({split[0]})')
 
+def _pairs_tokenizer():
+    "Return a tokenizer in which 'ab' is one token, as 'a' and 'b' are"
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    words = {w: i for i, w in enumerate(['<pad>', '<eos>', 'a', 'b', 'c', 'ab', ' '])}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(words, [('a', 'b')])),
+                                   pad_token='<pad>', eos_token='<eos>', model_max_length=64)
+
 def _split_at_border(row, tok, kind) -> str:
     "Say how the row's tokens differ from those of its whole text; '' if they are the same"
     pieces, _, _ = pieces_of(row, tok, kind)
@@ -150,13 +158,7 @@ def _split_at_border(row, tok, kind) -> str:
 
 @planted(border_split, "'ab'")
 def _a_token_across_the_border():
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-    listed = ['<pad>', '<eos>', 'a', 'b', 'c', 'ab', ' '] # 'ab' is one token, as 'a' and 'b' are
-    words = {w: i for i, w in enumerate(listed)}
-    pairs = Tokenizer(models.BPE(words, [('a', 'b')]))
-    tok = PreTrainedTokenizerFast(tokenizer_object=pairs, pad_token='<pad>', eos_token='<eos>',
-                                  model_max_length=64)
+    tok = _pairs_tokenizer()
     rows = [dict(prompt='c' + 'a'*(i % 5 + 1), response='b') for i in range(20)]
     return before(model=toy_model(vocab_size=7), tok=tok, data=text_data(rows))
 
@@ -190,8 +192,14 @@ def _adds_marks(single:str, **attributes):
     return tok
 
 @planted(asked_otherwise, '20 of 20 prompts')
-def _an_end_mark_after_every_text():
-    return before(tok=_adds_marks('$A <eos>'))
+def _a_token_across_two_turns():
+    # the first answer ends in 'a', and the next question begins with 'b'
+    tok = _pairs_tokenizer()
+    tok.chat_template = '{% for m in messages %}{{ m.content }}{% endfor %}'
+    said = lambda role, text: dict(role=role, content=text)
+    rows = [dict(messages=[said('user', 'c'*(i + 1)), said('assistant', 'a'), said('user', 'bc'),
+                           said('assistant', 'b')]) for i in range(24)]
+    return before(model=toy_model(vocab_size=7), tok=tok, data=Data(rows[4:], [], rows[:4], 'chat'))
 
 # %% ../../../nbs/instruments/checks/rows.ipynb #000e76ec
 @check('before', 'warning',
