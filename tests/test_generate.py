@@ -77,7 +77,8 @@ def test_thinking_of_the_response_is_compared():
     tok = t.byte_tokenizer(t.QWEN3, marks=False)
     tok.add_tokens('<|im_end|>')
     thought = '<think>\nwhy\n</think>\n\nd'
-    assert answers(Says(tok, thought + '<|im_end|>'), tok, [dict(prompt='q', response=thought)]) == [thought]
+    assert answers(Says(tok, thought + '<|im_end|>'), tok,
+                   [dict(prompt='q', response=thought)]) == [thought]
 
 def test_prompts_may_bring_tools():
     tok = t.byte_tokenizer(t.TOOLS)
@@ -85,6 +86,7 @@ def test_prompts_may_bring_tools():
     talk = [dict(role='user', content='Rain?')]
     plain, told = render([talk, dict(messages=talk, tools=tools)], tok)
     assert plain == render(['Rain?'], tok)[0] and 'weather' in tok.decode(told)
-    assert tok.decode(told) == tok.apply_chat_template(talk, tools=tools, tokenize=False, add_generation_prompt=True)
+    assert tok.decode(told) == tok.apply_chat_template(talk, tools=tools, tokenize=False,
+                                                       add_generation_prompt=True)
     with pytest.raises(ValueError, match='half a surrogate pair'):
         render(['\ud83d'], tok)

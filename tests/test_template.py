@@ -12,8 +12,8 @@ PLACE = 'XYZPLACE'
 ANSWERS = [*'abcdefghijklmnopqrstuvwxyz', 'end', 'im_end', '|>', '<', '>', 'assistant', 'user',
            'model', 'system', 'of', 'think', '/think', 'A', '0', ' d', 'd ', '\n\nd', 'a\nb', 'é', '日本',
            '🙂 d', '[/INST]', 'Which?', '<|im_end|>', 'None', '{{ x }}']
-REASONS = ('rejects the roles', 'rejects a conversation', 'does not write', 'a row of its own', 'no room for the thinking',
-           'opens message')
+REASONS = ('rejects the roles', 'does not write', 'a row of its own', 'no room for the thinking',
+           'opens message', 'answer to nothing')
 SHIPPED = t.shipped()
 ALL = t.OURS | SHIPPED
 
@@ -47,13 +47,15 @@ def holds(messages, tok, **row):
     # without an end mark or an opening two turns of the assistant could touch, but a user is between
     assert len(found) == len(turns)
     asked = prompt_ids(dict(messages=messages, **row), tok, 'chat')
-    assert enc['input_ids'][:len(asked)] == asked and enc['labels'][:len(asked)].count(IGNORE) >= len(
+    assert enc['input_ids'][:len(asked)] == asked and enc['labels'][:len(asked)].count(
+        IGNORE) >= len(
         asked) - sum(len(tok(f, add_special_tokens=False).input_ids) for f in found[:-1])
     assert render([dict(row, messages=messages[:turns[-1]])], tok) == [asked]
     return found
 
 def put(found, said):
-    "Return the texts learned of a conversation with places for its answers, with `said` in the places"
+    """Return the texts learned of a conversation with places for its answers, with `said` in the
+    places"""
     return [f.replace(f'{PLACE}{i}E', s) for i, (f, s) in enumerate(zip(found, said))]
 
 WRITTEN = str, str.strip, str.lstrip, str.rstrip, lambda s: json.dumps(s, ensure_ascii=False)[1:-1]
@@ -66,7 +68,8 @@ def conversations(rng, n):
     "Yield conversations as functions of their answers, and how many answers they have"
     for _ in range(n):
         k, system = rng.randint(1, 3), rng.random() < .4
-        asked = [rng.choice(['Which?', 'd', ' And ', 'é?\n', 'assistant']) + str(i) for i in range(k)]
+        asked = [rng.choice(['Which?', 'd', ' And ', 'é?\n', 'assistant']) + str(i)
+                 for i in range(k)]
         weights = [rng.choice([1, 1, 0]) for _ in range(k - 1)] + [1]
         first = [dict(role='system', content='Be brief.')]*system
         yield k, weights, lambda said, first=first, asked=asked, weights=weights: first + [
@@ -88,7 +91,8 @@ def test_what_is_learned_does_not_depend_on_the_answers_letters(name):
         else:
             # the places are numbered by turn, the texts are those of the learned turns
             kept = [i for i, w in enumerate(weights) if w]
-            wanted = [re.sub(rf'{PLACE}{i}E', f'{PLACE}{n}E', f) for n, (i, f) in enumerate(zip(kept, wanted))]
+            wanted = [re.sub(rf'{PLACE}{i}E', f'{PLACE}{n}E', f)
+                      for n, (i, f) in enumerate(zip(kept, wanted))]
             assert all(f.count(PLACE) == 1 for f in wanted)
             assert agree(found, wanted, [said[i] for i in kept]), (said, found, wanted)
 
@@ -121,7 +125,8 @@ def test_texts_learned_word_for_word():
             ('counts', one, ['d<|im_end|>\n'])):
         assert read(talk, t.byte_tokenizer(t.OURS[name]))[1] == texts, name
 
-@pytest.mark.parametrize('how', [dict(eos='<|im_end|>'), dict(eos=None), dict(pad='</s>'), dict(adds='<s> $A'),
+@pytest.mark.parametrize('how', [dict(eos='<|im_end|>'), dict(eos=None), dict(pad='</s>'),
+                                 dict(adds='<s> $A'),
                                  dict(adds='<s> $A </s>'), dict(adds='$A </s>'), dict(marks=False)])
 @pytest.mark.parametrize('name', ['chatml', 'llama3', 'qwen3', 'eos_appended', 'inst', 'phi3'])
 def test_the_tokenizers_own_marks_change_nothing(name, how):
@@ -130,20 +135,23 @@ def test_the_tokenizers_own_marks_change_nothing(name, how):
     talk = [user('Which?'), says('d'), user('Sure?'), says('e')]
     plain, other = t.byte_tokenizer(t.OURS[name]), t.byte_tokenizer(t.OURS[name], **how)
     assert holds(talk, other) == holds(talk, plain)
-    texts = [tok.decode(encode(dict(messages=talk), tok, 'chat')['input_ids']) for tok in (plain, other)]
+    texts = [tok.decode(encode(dict(messages=talk), tok, 'chat')['input_ids'])
+             for tok in (plain, other)]
     assert texts[0] == texts[1] == plain.apply_chat_template(talk, tokenize=False)
 
 @pytest.mark.parametrize('name', [n for n in SHIPPED if n.endswith('_training')]
                          or [pytest.param(None, marks=pytest.mark.skip('trl is not installed'))])
 def test_the_generation_tags_of_trl_mark_the_same_text(name):
     tok = t.byte_tokenizer(SHIPPED[name])
-    for talk in ([user('Which?'), says(PLACE)], [user('Which?'), says('KLM'), user('And?'), says(PLACE)]):
+    for talk in ([user('Which?'), says(PLACE)],
+                 [user('Which?'), says('KLM'), user('And?'), says(PLACE)]):
         found = holds(talk, tok)
         if isinstance(found, str):
             assert len(talk) == 4 and 'a row of its own' in found
             continue
         parts = 'idefics' in name or 'smolvlm' in name or 'llava' in name
-        given = [dict(m, content=[dict(type='text', text=m['content'])]) for m in talk] if parts else talk
+        given = ([dict(m, content=[dict(type='text', text=m['content'])]) for m in talk] if parts
+                 else talk)
         out = tok.apply_chat_template(given, return_dict=True, return_assistant_tokens_mask=True)
         masked = tok.decode([i if on else tok.pad_token_id for i, on in zip(out['input_ids'], out['assistant_masks'])])
         tagged = [s for s in masked.split('<pad>') if s]
@@ -172,23 +180,23 @@ def test_thinking_is_learned_or_refused():
 
 def test_a_template_that_cuts_answers_at_a_mark_of_its_own_is_refused():
     tok = t.byte_tokenizer(t.CHATML.replace('m.content', "m.content.split('[/THINK]')[-1]"))
-    assert "does not write 'why' of message 2" in holds([user('a'), says('[THINK]why[/THINK]d')], tok)
+    assert "does not write 'why' of message 2" in holds([user('a'),
+                                                         says('[THINK]why[/THINK]d')], tok)
     assert holds([user('a'), says('d')], tok) == ['d<|im_end|>\n']
 
 # ---- shapes of conversations
 def test_parts_of_text_are_read_as_text_and_pictures_are_refused():
     tok, part = t.byte_tokenizer(t.CHATML), lambda s: [dict(type='text', text=c) for c in s]
-    assert read([user(part('Which?')), says(part('de'))], tok) == read([user('Which?'), says('de')], tok)
+    plain = read([user('Which?'), says('de')], tok)
+    assert read([user(part('Which?')), says(part('de'))], tok) == plain
     with pytest.raises(ValueError, match="message 1 has a part of type 'image'; only text"):
         read([user([dict(type='image')]), says('d')], tok)
 
 def test_an_answer_without_a_question():
     talk = [says('Hello.'), user('Which?'), says('d')]
-    assert read(talk, t.byte_tokenizer(t.CHATML))[1] == ['Hello.<|im_end|>\n', 'd<|im_end|>\n']
-    first = t.byte_tokenizer("{{ messages[0].role[0] }}" + t.CHATML)
-    with pytest.raises(ValueError, match='begins with an answer; give message 1 weight 0'):
-        read(talk, first)
-    assert read([dict(talk[0], weight=0), *talk[1:]], first)[1] == ['d<|im_end|>\n']
+    tok = t.byte_tokenizer(t.CHATML)
+    assert 'message 1 is an answer to nothing' in holds(talk, tok)
+    assert read([dict(talk[0], weight=0), *talk[1:]], tok)[1] == ['d<|im_end|>\n']
 
 @pytest.mark.parametrize('adds', ['$A', '<s> $A', '$A </s>', '<s> $A </s>'])
 def test_without_a_template_the_prompt_is_what_precedes_the_answer(adds):
@@ -198,8 +206,10 @@ def test_without_a_template_the_prompt_is_what_precedes_the_answer(adds):
     assert tok.decode(enc['input_ids'][len(asked):]) == 'd</s>' and tok.decode(asked).endswith('?')
 
 # ---- tools
-TOOL = [dict(type='function', function=dict(name='weather', description='.', parameters=dict(
-    type='object', properties=dict(place=dict(type='string', description='.')), required=['place'])))]
+PLACED = dict(type='object', properties=dict(place=dict(type='string', description='.')),
+              required=['place'])
+TOOL = [dict(type='function', function=dict(name='weather', description='.', parameters=PLACED))]
+
 def called(arguments, content=None):
     call = dict(type='function', id='abcdefghi', function=dict(name='weather', arguments=arguments))
     return [user('Rain?'), says(content, tool_calls=[call]),
@@ -268,10 +278,11 @@ def test_rows_of_one_shape_are_checked_once_and_the_others_too():
     assert len(known) == 1
 
 def test_the_end_of_a_turn_and_what_comes_before_an_answer():
-    for name, end, opening in (('chatml', '<|im_end|>', ''), ('llama3', '<|eot_id|>', ''), ('phi3', '<|end|>', ''),
-                               ('qwen3', '<|im_end|>', '<think>\n\n</think>\n\n'), ('inst', '</s>', ' '),
-                               ('gemma', '<end_of_turn>', ''), ('parts', '<|end_of_utterance|>', ' '),
-                               ('nemotron', '<|im_end|>', '</think>'), ('no_end_mark', None, '')):
+    for name, end, opening in (
+            ('chatml', '<|im_end|>', ''), ('llama3', '<|eot_id|>', ''), ('phi3', '<|end|>', ''),
+            ('qwen3', '<|im_end|>', '<think>\n\n</think>\n\n'), ('inst', '</s>', ' '),
+            ('gemma', '<end_of_turn>', ''), ('parts', '<|end_of_utterance|>', ' '),
+            ('nemotron', '<|im_end|>', '</think>'), ('no_end_mark', None, '')):
         tok = t.byte_tokenizer(t.OURS[name])
         assert end_of_turn(tok) == (end and tok.convert_tokens_to_ids(end)), name
         assert answer_opening(tok) == opening, name
@@ -304,12 +315,14 @@ def talks():
 @pytest.mark.parametrize('name', PINNED)
 def test_tokens_labels_and_prompts_are_those_of_earlier_versions(name):
     template, kind = name.rpartition('_')[::2] if '_' in name else (name, 'text')
-    tok = (lab_tokenizer() if template == 'lab' else t.byte_tokenizer(adds='<s> $A') if template == 'bare'
-           else t.byte_tokenizer(t.OURS[template]))
-    texts = [dict(prompt=r['messages'][0]['content'], response=r['messages'][1]['content']) for r in talks()]
+    toks = dict(lab=lab_tokenizer, bare=lambda: t.byte_tokenizer(adds='<s> $A'))
+    tok = toks.get(template, lambda: t.byte_tokenizer(t.OURS[template]))()
+    texts = [dict(prompt=q['content'], response=a['content'])
+             for q, a, *_ in (r['messages'] for r in talks())]
     rows = dict(chat=talks(), lm=[dict(text=r['prompt']) for r in texts],
                 text=data('sort', n=60).train if template == 'lab' else texts)[kind]
-    asked = [r['prompt'] if kind == 'text' else r['messages'][:-1] for r in rows] if kind != 'lm' else []
+    asked = dict(chat=lambda r: r['messages'][:-1], text=lambda r: r['prompt']).get(kind)
+    asked = [asked(r) for r in rows] if asked else []
     found = [list(encode_all(rows, tok, kind)), [prompt_ids(r, tok, kind) for r in rows if asked],
              render(asked, tok) if asked else []]
     assert hashlib.blake2s(json.dumps(found).encode(), digest_size=8).hexdigest() == PINNED[name]

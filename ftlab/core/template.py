@@ -23,9 +23,6 @@ def _render(tok, messages:list[dict], tools:list|None=None, opening:bool=False) 
         return tok.apply_chat_template(messages, tools=tools or None, tokenize=False,
                                        add_generation_prompt=opening)
     except (jinja2.TemplateError, ValueError, TypeError, LookupError, AttributeError) as e:
-        if not messages:
-            raise ValueError('the chat template rejects a conversation that begins with an answer; '
-                             'give message 1 weight 0, or take it out of the row') from None
         roles = ', '.join(m['role'] for m in messages)
         raise ValueError(f'the chat template rejects the roles {roles}: {e}') from None
 
@@ -41,9 +38,9 @@ def _forms(messages:list[dict]) -> Iterator[list[dict]]:
     calls = any(m.get('tool_calls') for m in messages)
     thinks = any(m.get(k) for m in messages for k in THOUGHTS)
     inline = any('</think>' in (m.get('content') or '') for m in messages)
-    for choice in itertools.product((False, True), ('as it is', None, '') if calls else ('as it is',),
-                                    (None, *THOUGHTS) if thinks or inline else (None,),
-                                    (False, True) if calls else (False,)):
+    empty = ('as it is', None, '') if calls else ('as it is',)
+    names = (None, *THOUGHTS) if thinks or inline else (None,)
+    for choice in itertools.product((False, True), empty, names, (False, True)[:1 + calls]):
         yield [_formed(m, *choice) for m in messages]
 
 def _formed(message:dict,
@@ -107,7 +104,8 @@ def _marked(messages:list[dict]) -> tuple[list[dict], dict[str, tuple[int, str]]
 SPLIT = 'give it a row of its own, which ends with it and has weight 0 on the earlier answers'
 
 def _as_text(message:dict, i:int) -> dict:
-    "Return message number `i` with its content as one text. Raises `ValueError` for parts other than text."
+    """Return message number `i` with its content as one text. Raises `ValueError` for parts other
+    than text."""
     if not isinstance(message.get('content'), list):
         return message
     other = [p.get('type') for p in message['content'] if p.get('type') != 'text']
@@ -117,11 +115,13 @@ def _as_text(message:dict, i:int) -> dict:
 
 def _shape(messages:list[dict], tools) -> tuple:
     "Return what decides which form of a conversation a template writes"
-    return (bool(tools), *[
-        (m['role'], bool(m.get('content')), '</think>' in (m.get('content') or ''), m.get('weight') == 0,
-         *[k for k in THOUGHTS if m.get(k)],
-         *[type(c.get('function', c).get('arguments')) for c in m.get('tool_calls') or ()])
-        for m in messages])
+    def of(m):
+        content, calls = m.get('content') or '', m.get('tool_calls') or ()
+        given = [type(c.get('function', c).get('arguments')) for c in calls]
+        return (m['role'], bool(content), '</think>' in content, m.get('weight') == 0,
+                *[k for k in THOUGHTS if m.get(k)], *given)
+
+    return bool(tools), *map(of, messages)
 
 def _readable(messages:list[dict], tok, tools:list|None, turns:list[int], known:dict) -> list[dict]:
     """Return the conversation in the first form of which the template writes most, and put
@@ -144,7 +144,8 @@ def _readable(messages:list[dict], tok, tools:list|None, turns:list[int], known:
     return talk
 
 def _best_form(messages:list[dict], tok, tools:list|None) -> tuple[int, list, ValueError|None]:
-    "Return the number of the best form, what it leaves out, and the error if the template takes none"
+    """Return the number of the best form, what it leaves out, and the error if the template takes
+    none"""
     marked, marks = _marked(messages)
     best, least, error = 0, None, None
     for n, form in enumerate(_forms(marked)):
@@ -173,7 +174,8 @@ def _left_out(i:int, what:str, messages:list[dict]) -> str:
 
 # %% ../../nbs/core/template.ipynb #c7ffbbd3
 def _said(talk:list[dict], i:int) -> Iterator[list[dict]]:
-    "Yield the conversation with `WORD` as the text of message `i`, then as the name of its last call"
+    """Yield the conversation with `WORD` as the text of message `i`, then as the name of its last
+    call"""
     m = talk[i]
     text = [dict(type='text', text=WORD)] if isinstance(m['content'], list) else WORD
     yield [*talk[:i], dict(m, content=text), *talk[i + 1:]]
@@ -241,6 +243,9 @@ def chat_pieces(messages:list[dict],   # each with `role` and `content`, and per
     turns = learned_turns(messages)
     talk = _readable(messages, tok, tools, turns, {} if known is None else known)
     full, out, done = _render(tok, talk, tools), [], 0
+    if 0 in turns:
+        raise ValueError('message 1 is an answer to nothing, so no prompt leads to it; '
+                         'give it weight 0, or take it out of the row')
     for i in turns:
         before = _render(tok, talk[:i], tools, opening=True)
         kept = full.startswith(before)
@@ -259,7 +264,8 @@ def chat_pieces(messages:list[dict],   # each with `role` and `content`, and per
 
 # %% ../../nbs/core/template.ipynb #e2e6e567
 def chat_prompt(messages:list[dict], tok, tools:list|None=None, known:dict|None=None) -> str:
-    "Write a conversation up to where the next answer begins; arguments and errors as in `chat_pieces`"
+    """Write a conversation up to where the next answer begins; arguments and errors as in
+    `chat_pieces`"""
     talk = _readable(messages, tok, tools, [], {} if known is None else known)
     return _render(tok, talk, tools, opening=True)
 
