@@ -8,7 +8,7 @@ from ftlab.core.scorers import answer_length, answers, exact_match
 from ftlab.evaluators.decode import decode
 
 class Says(torch.nn.Module):
-    "A model that continues every prompt with the same text, for ever"
+    "A model that continues every prompt with the same text, without end"
     def __init__(self, tok, text, own=None):
         super().__init__()
         self.one, self.tok = torch.nn.Parameter(torch.zeros(1)), tok
