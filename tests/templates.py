@@ -72,8 +72,8 @@ def _in_package(name:str) -> dict[str, str]:
         text = f.read_text(errors='ignore')
         for node in ast.walk(ast.parse(text)) if '{%' in text else ():
             s = node.value if isinstance(node, ast.Constant) else None
-            # not the examples in docstrings
-            if isinstance(s, str) and '{% for m' in s and '{% endfor' in s and '```' not in s and ':\n' not in s:
+            loops = isinstance(s, str) and re.search(r'{%-?\s*for m.*endfor', s, re.S)
+            if loops and 'Args:' not in s and '```' not in s: # no docstring
                 out[f'{name}/{f.stem}:{node.lineno}'] = s
     return out
 
