@@ -93,7 +93,7 @@ PHRASES = (  # (what an error of the library says, what the shell says instead)
     (r'save one beside it with tok\.save_pretrained',
      'copy tokenizer.json and tokenizer_config.json from where the model comes from'),
     (r'or set tok\.chat_template', 'or add chat_template to its tokenizer_config.json'),
-    (r'set tok\.chat_template to the one', 'set chat_template in tokenizer_config.json to the one'),
+    (r'set tok\.chat_template to (the )?one', r'set chat_template in tokenizer_config.json to \1one'),
     (r'set tok\.pad_token = tok\.eos_token, as ftlab\.load does',
      'set pad_token in its tokenizer_config.json'),
     (r'; pass classes=\{.*?: the class\}', '; only Python code that has this class can load it'),
