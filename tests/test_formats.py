@@ -141,7 +141,8 @@ def test_columns_may_join_several():
     rows = [dict(q=f'why {i}?', context='' if i % 2 else f'since {i}', a='so', id=i)
             for i in range(60)]
     d = data(rows, columns=dict(prompt=['context', 'q'], response='a'))
-    assert {r['prompt'] for r in all_rows(d)} == {f'why {i}?' if i % 2 else f'since {i}\nwhy {i}?' for i in range(60)}
+    assert {r['prompt'] for r in all_rows(d)} == {
+        f'why {i}?' if i % 2 else f'since {i}\nwhy {i}?' for i in range(60)}
     assert d.counts['joined'] == {'q': 30} and 'joined to the text before: q (30)' in d.note
     assert "has no column 'p'" in refused(rows, columns=dict(prompt=['p', 'q'], response='a'))
     assert 'list of names' in refused(rows, columns=dict(prompt=[], response='a'))
@@ -254,8 +255,9 @@ def test_tools_and_calls_stay_in_the_row():
     rows[3]['messages'][1]['tool_calls'] = 'weather'
     assert 'train row 4: the tool_calls of message 2' in refused(rows)
     assert 'train row 1: tools is' in refused([dict(row(0, 'x'), tools=['f'])])
-    assert 'tool_calls of message 2 has half a surrogate' in refused([dict(messages=talk('a', 'b')[:1] + [
-        dict(role='assistant', content='', tool_calls=[dict(function=dict(name='f', arguments='\ud83d'))])])])
+    odd = [dict(function=dict(name='f', arguments='\ud83d'))]
+    odd = talk('a', 'b')[:1] + [dict(role='assistant', content='', tool_calls=odd)]
+    assert 'tool_calls of message 2 has half a surrogate' in refused([dict(messages=odd)])
     assert "the column 'tools'" in refused([dict(r, tools=CALL) for r in QA])
     assert "'function_call'" in refused([dict(messages=talk('a', 'b') + [
         dict(role='assistant', content='x', function_call=dict(name='f'))])])
@@ -264,8 +266,8 @@ def test_tools_and_calls_stay_in_the_row():
 
 def test_weights_are_zero_or_one():
     def row(i, w):
-        return dict(messages=talk(f'{i}?', 'wrong')[:1] + [dict(role='assistant', content='wrong', weight=w)]
-                    + talk('That is wrong.', str(i)))
+        ask, wrong = talk(f'{i}?', 'wrong')
+        return dict(messages=[ask, dict(wrong, weight=w), *talk('That is wrong.', str(i))])
     for w, kept in ((0, 0), (1, 1), (0., 0), (1., 1), (False, 0), (True, 1), (numpy.int64(0), 0)):
         d = data([row(i, w) for i in range(40)])
         found = d.train[0]['messages'][1]['weight']
@@ -370,7 +372,8 @@ TEXTS = ['plain', 'a, "quoted" b', 'two\nlines', 'semi; colon', 'tab\there',
 def files(folder, rows, r):
     "The same rows in every shape of a file"
     frame = pandas.DataFrame(rows)
-    put = {'list.json': json.dumps(rows), 'pretty.json': json.dumps(rows, indent=2), 'list.jsonl': json.dumps(rows),
+    put = {'list.json': json.dumps(rows), 'list.jsonl': json.dumps(rows),
+           'pretty.json': json.dumps(rows, indent=2),
            'pretty.jsonl': '\n ' + json.dumps(rows, indent=1),
            'lines.jsonl': '\n'.join(map(json.dumps, rows)),
            'crlf.jsonl': '\r\n'.join(json.dumps(x, ensure_ascii=False) for x in rows) + '\r\n\r\n',
@@ -453,13 +456,14 @@ def test_what_cannot_be_read_is_named_with_a_fix(tmp_path, monkeypatch, name, te
 
 def test_half_an_emoji_is_named_wherever_it_is(tmp_path):
     odd = 'fine \ud83d'
-    for row, where in ((dict(prompt='a', response=odd), 'response'), (dict(prompt=odd, response='a'), 'prompt'),
+    said = dict(role='assistant', content='b', thinking=odd)
+    for row, where in ((dict(prompt='a', response=odd), 'response'),
+                       (dict(prompt=odd, response='a'), 'prompt'),
                        (dict(instruction='a', input=odd, output='b'), 'input'), (dict(text=odd), 'text'),
                        (dict(text='a', label=odd), 'label'), (dict(messages=talk('a', odd)), 'content of message 2'),
                        (dict(conversations=share(odd, 'b')), 'value of message 1'),
                        (dict(messages=talk('a', 'b'), tools=[dict(name=odd)]), 'tools'),
-                       (dict(messages=talk('a', 'b')[:1]
-                             + [dict(role='assistant', content='b', thinking=odd)]), 'thinking'),
+                       (dict(messages=[*talk('a', 'b')[:1], said]), 'thinking'),
                        (dict(prompt='a', chosen='b', rejected=odd), 'rejected'),
                        (dict(prompt='a', response='b', system=odd), 'system')):
         good = json.loads(json.dumps(row).replace('\\ud83d', 'x'))
@@ -603,7 +607,8 @@ def test_each_split_s_class_labels_are_its_own():
                                      label=datasets.ClassLabel(names=names))
         return datasets.Dataset.from_list([dict(r, label=names.index(r['label'])) for r in rows],
                                           features=features)
-    for first, second in itertools.permutations((['neg', 'pos'], ['pos', 'neg'], ['x', 'neg', 'pos']), 2):
+    orders = ['neg', 'pos'], ['pos', 'neg'], ['x', 'neg', 'pos']
+    for first, second in itertools.permutations(orders, 2):
         d = data(datasets.DatasetDict(train=of(first, LABELS), test=of(second, LABELS[:20])))
         assert d.labels == first and len(d.test) == 20 and all(sign(d, r) for r in all_rows(d))
         d = data(of(first, LABELS), test=LABELS[:20], labels=second)
@@ -617,7 +622,8 @@ def test_labels_that_look_alike_are_said():
 def test_rows_of_test_from_train_are_counted():
     d = data(QA, test=QA[:30])
     both = sum(r in d.train for r in QA[:30])
-    assert d.counts['test_in_train'] == both > 20 and f'{both} of 30 test rows have the question' in d.note
+    assert d.counts['test_in_train'] == both > 20
+    assert f'{both} of 30 test rows have the question' in d.note
     assert 'test_in_train' not in data(QA).counts
 
 def test_counts_are_json_and_enter_no_fingerprint():

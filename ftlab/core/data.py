@@ -165,7 +165,8 @@ def _name_labels(rows:list[tuple[str, dict]], names:list[str], whose:str='the da
             r['label'] = names[r['label']]
 
 def _by_labels(rows:list[tuple[str, dict]], labels:Sequence[str]) -> list[str]:
-    "Make every label one of `labels`, in place, and return `labels`. Raises `ValueError` for any other."
+    """Make every label one of `labels`, in place, and return `labels`. Raises `ValueError` for any
+    other."""
     labels = [str(x) for x in labels]
     if len(set(labels)) < max(1, len(labels)):
         raise ValueError(f'labels= is {labels!r}; it must be a list of different names')
@@ -214,7 +215,8 @@ def _folder_parts(path:Path, notes:Notes) -> dict[str, Path|list[Path]]:
     "Return the data files of a folder by split"
     out, unread = {}, []
     for f in sorted(path.iterdir()):
-        split = NAMED.get(re.sub(SHARD + '$', '', f.stem).lower()) if f.suffix.lower() in READERS else None
+        split = (NAMED.get(re.sub(SHARD + '$', '', f.stem).lower()) if f.suffix.lower() in READERS
+                 else None)
         if split and split in out:
             both = [*out[split], f]
             if not all(re.search(SHARD + '$', x.stem) and x.suffix == f.suffix for x in both):
@@ -228,7 +230,8 @@ def _folder_parts(path:Path, notes:Notes) -> dict[str, Path|list[Path]]:
                                 'train.parquet; it holds '
                                 f'{", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"}')
     if unread:
-        notes.say(f'files of {path.name} that are not read: {some(unread, 6)}', files_not_read=unread)
+        notes.say(f'files of {path.name} that are not read: {some(unread, 6)}',
+                  files_not_read=unread)
     return {s: fs[0] if len(fs) == 1 else fs for s, fs in out.items()}
 
 def _parts(source, notes:Notes) -> dict:
@@ -359,7 +362,8 @@ def _pieces(source, split:str) -> list|None:
     "Return the sources that one split is made of; `None` if it is not given"
     if source is None:
         return None
-    several = isinstance(source, (list, tuple)) and source and all(isinstance(x, (str, Path)) for x in source)
+    several = (isinstance(source, (list, tuple)) and source
+               and all(isinstance(x, (str, Path)) for x in source))
     pieces = list(source) if several else [source]
     return [_split_from_hub(x, split) if on_hub(x) else x for x in pieces]
 
@@ -397,7 +401,7 @@ def data(source,               # a path or several, a `datasets` object or its n
     reading = _reading(columns, carry, wanted)
     skills = lab('lookup').ALL_SKILLS
     if isinstance(source, str) and source in skills:
-        if validation is not None or test is not None or reading != Reading({}) or labels is not None:
+        if reading != Reading({}) or any(x is not None for x in (validation, test, labels)):
             raise ValueError(f'{source!r} is a lab skill, which brings its own splits and columns; '
                              f'for a file of that name write ./{source}')
         return _skill_data(source, seed, n or 4000)
@@ -412,7 +416,8 @@ def data(source,               # a path or several, a `datasets` object or its n
     return _assemble(sources, reading, labels, name, seed, n, notes)
 
 # %% ../../nbs/core/data.ipynb #001e41f0
-def _assemble(sources:dict, reading:Reading, labels, name:str, seed:int, n:int|None, notes:Notes) -> Data:
+def _assemble(sources:dict, reading:Reading, labels, name:str, seed:int, n:int|None,
+              notes:Notes) -> Data:
     "Read, check, number labels, split, and take `n`"
     placed, form, names = _read_all(sources, reading, n, notes)
     kind = form if form in ('label', 'lm') else 'text'
@@ -433,10 +438,12 @@ def _assemble(sources:dict, reading:Reading, labels, name:str, seed:int, n:int|N
     parts = _split({s: parts.get(s) for s in sources}, kind, notes)
     if n is not None:
         parts['train'] = _some_of(parts['train'], n, seed, notes)
-    return Data(**parts, kind=kind, labels=labels, name=name, note='; '.join(notes.texts), counts=notes.counts)
+    return Data(**parts, kind=kind, labels=labels, name=name, note='; '.join(notes.texts),
+                counts=notes.counts)
 
 def _read_all(sources:dict, reading:Reading, n:int|None, notes:Notes):
-    "Return the rows of each split with their locations, the form of the first, and the label names of the sources"
+    """Return the rows of each split with their locations, the form of the first, and the label
+    names of the sources"""
     placed, form, names, read, columns = {}, None, None, [], set()
     # a stream is read until a tenth each can be taken for what is not given
     most = n and (n if all(sources.values()) else int(1.3*n) + 30)
@@ -457,7 +464,8 @@ def _read_all(sources:dict, reading:Reading, n:int|None, notes:Notes):
     return placed, form, names
 
 def _read_one(records, source, split:str, reading:Reading, form:str|None, notes:Notes):
-    "Return the form of a data set (that of the first source, if there was one) and the rows of one source"
+    """Return the form of a data set (that of the first source, if there was one) and the rows of
+    one source"""
     where = str(source) if isinstance(source, (str, Path)) else split
     if not records:
         raise ValueError(f'{where} has no rows; it needs at least one')
@@ -473,7 +481,8 @@ def _read_one(records, source, split:str, reading:Reading, form:str|None, notes:
 def _some_of(rows:list[dict], n:int, seed:int, notes:Notes) -> list[dict]:
     "Draw `n` of the training rows by the seed; if there are fewer, return all and add a note"
     if n > len(rows):
-        notes.say(f'{n} training rows were asked for, but there are only {len(rows)}', missing_rows=n - len(rows))
+        notes.say(f'{n} training rows were asked for, but there are only {len(rows)}',
+                  missing_rows=n - len(rows))
     return random.Random(seed).sample(rows, min(n, len(rows)))
 
 def _note_equal_pairs(parts:dict, notes:Notes):

@@ -27,8 +27,9 @@ ALIASES = dict(completion='response')
 ALSO = dict(chat=('system', 'tools'), text=('system', 'history', 'label', 'rejected', 'choices'),
             pairs=('system', 'history', 'choices'), label=(), lm=())
 # columns that change what a row means: none of them is left unread silently
-MEANT = frozenset('''input inputs context contexts passage document documents system system_prompt history tools
-    functions label labels weight weights premise hypothesis image images audio video videos'''.split())
+MEANT = frozenset('''input inputs context contexts passage document documents premise hypothesis
+    system system_prompt history tools functions label labels weight weights
+    image images audio video videos'''.split())
 # common names of such columns: used only to suggest `columns=`, never to guess
 SYNONYMS = dict(prompt=('question', 'instruction', 'input', 'query', 'source'),
                 response=('answer', 'output', 'target', 'reply', 'chosen'),
@@ -41,7 +42,8 @@ SYNONYMS = dict(prompt=('question', 'instruction', 'input', 'query', 'source'),
 # name -> (the columns that it must have, `columns=` for it)
 FORMATS = {
     'ShareGPT': (('conversations',), dict(messages=['conversations'])),
-    'Alpaca': (('instruction', 'output'), dict(prompt=['instruction', 'input'], response=['output'])),
+    'Alpaca': (('instruction', 'output'),
+               dict(prompt=['instruction', 'input'], response=['output'])),
     'Dolly': (('instruction', 'response'), dict(prompt=['instruction', 'context']))}
 
 # %% ../../nbs/core/formats.ipynb #000af0a3
@@ -82,7 +84,7 @@ def _with(reading:Reading, **more) -> Reading:
     return Reading(**{**vars(reading), **more})
 
 def _fits(form:str, names, columns, also:bool) -> bool:
-    "Return whether a form has all its columns; what `columns=` names counts before what happens to be there"
+    "Return whether a form has all its columns; `also`: `columns=` may name what it merely reads"
     need, have = set(FORMS[form]), {ALIASES.get(c, c) for c in names} | set(columns)
     return need <= have and set(columns) <= (need | set(ALSO[form]) if also else need)
 
@@ -91,7 +93,8 @@ def _format_of(names, reading:Reading, also:bool) -> Reading|None:
         form = 'chat' if 'messages' in columns else 'text'
         beside = set(ALSO[form]) if also else set()
         if set(need) <= set(names) and reading.columns.keys() <= beside:
-            theirs = {ours: [c for c in cs if c in names or c in need] for ours, cs in columns.items()}
+            theirs = {ours: [c for c in cs if c in names or c in need]
+                      for ours, cs in columns.items()}
             return _with(reading, form=form, format=name, columns=theirs | reading.columns)
     return None
 
@@ -103,7 +106,8 @@ def _no_form(row, names, columns, at) -> str:
     need = max(meant, key=lambda n: (len(set(columns) & set(n)), len(have & set(n)), len(n)))
     lacks = [c for c in need if c not in have] if have & set(need) else ['prompt', 'response']
     hints = {c: g for c in lacks for g in _guesses(c, names) if g not in have & set(need)}
-    say = f'; if you mean those, pass columns={ {c: hints[c] for c in lacks} }' if len(hints) == len(lacks) else ''
+    say = (f'; if you mean those, pass columns={ {c: hints[c] for c in lacks} }'
+           if len(hints) == len(lacks) else '')
     if {'premise', 'hypothesis'} <= set(names):
         say = "; to join two texts, pass columns={'text': ['premise', 'hypothesis']}"
     if {'chosen', 'rejected'} <= set(names) and 'prompt' in lacks:
@@ -131,7 +135,8 @@ def _renamed(row:dict, reading:Reading, at:str) -> dict:
         if alias in out and ours not in out and ours not in columns and alias not in reading.carry:
             out[ours] = out.pop(alias)
             reading.count('renamed', f'{alias} to {ours}')
-    return {ours: _joined(row, ours, theirs, known, reading, at) for ours, theirs in columns.items()} | out
+    return {ours: _joined(row, ours, theirs, known, reading, at)
+            for ours, theirs in columns.items()} | out
 
 def _joined(row, ours, theirs, known, reading, at):
     "Return the value of one column of ours, from one column of theirs or several"
@@ -149,11 +154,14 @@ def _joined(row, ours, theirs, known, reading, at):
     return '\n'.join(checked_text(row[c], c, at) for c in there)
 
 def _empty(value) -> bool:
-    return missing(value) or isinstance(value, str) and not value.strip() or is_list(value) and not len(value)
+    if isinstance(value, str):
+        return not value.strip()
+    return missing(value) or is_list(value) and not len(value)
 
 # %% ../../nbs/core/formats.ipynb #0010f0a3
 def _check_unread(row:dict, reading:Reading, at:str):
-    "Raise `ValueError` for a column that changes the meaning of the row and is not read; count the others"
+    """Raise `ValueError` for a column that changes the meaning of the row and is not read; count
+    the others"""
     read = {*FORMS[reading.form], *ALSO[reading.form]}
     of_lab = ('skill', 'level') if lab_skill(row) else ()
     for c, value in row.items():
@@ -170,7 +178,8 @@ def _unread(column, value, reading:Reading) -> str:
     "Say how to have a column read, and how to leave it unread"
     as_named = {k: v[0] if len(v) == 1 else v for k, v in reading.columns.items()}
     main = dict(text='prompt', pairs='prompt', label='text', lm='text').get(reading.form)
-    ours = dict(system_prompt='system', functions='tools', labels='label', label='label').get(str(column).lower())
+    ours = dict(system_prompt='system', functions='tools', labels='label',
+                label='label').get(str(column).lower())
     put = ''
     if ours and (ours in ALSO[reading.form] or ours == 'label' and reading.form == 'lm'):
         put = f'; to have it read, pass columns={as_named | {ours: column} }'
@@ -229,8 +238,9 @@ def _not_learned(talk:list[dict]) -> list[dict]:
 
 def _told(row:dict, reading:Reading, at:str) -> list[dict]:
     "Return the messages that `system` and `history` put before a question"
-    out, system, history = [], *(None if c in reading.carry or _empty(row.get(c)) else row[c]
-                                 for c in ('system', 'history'))
+    system, history = (None if c in reading.carry or _empty(row.get(c)) else row[c]
+                       for c in ('system', 'history'))
+    out = []
     if system is not None:
         out.append(dict(role='system', content=checked_text(system, 'system', at)))
     history = [] if history is None else history
@@ -259,7 +269,8 @@ def _as_text(row:dict, reading:Reading, at:str) -> dict:
 def _as_talk(row:dict, before:list[dict]=()) -> dict:
     "Return a row of kind text as one of kind chat"
     ask = [*before, dict(role='user', content=row['prompt'])]
-    out = _without(row, 'prompt', 'response') | dict(messages=ask + [dict(role='assistant', content=row['response'])])
+    said = [dict(role='assistant', content=row['response'])]
+    out = _without(row, 'prompt', 'response') | dict(messages=ask + said)
     if isinstance(row.get('rejected'), str):
         out['rejected'] = _not_learned(ask) + [dict(role='assistant', content=row['rejected'])]
     return out
@@ -296,7 +307,7 @@ def _as_pair(row:dict, reading:Reading, at:str) -> dict:
                          'and rejected as text, or chosen and rejected as lists of messages')
     chosen, rejected = (_talk(row[c], reading, at, c) for c in ('chosen', 'rejected'))
     asked = _asked(row, chosen, rejected, reading, at)
-    chosen, rejected = ([m for m in talk[len(asked) if talk[:len(asked)] == asked else 0:]]
+    chosen, rejected = (talk[len(asked):] if talk[:len(asked)] == asked else talk
                         for talk in (chosen, rejected))
     before = _told(row, reading, at) + asked
     rest = _without(row, 'prompt', 'chosen', 'rejected', 'system', 'history')
@@ -353,9 +364,11 @@ def read_form(records:list[tuple[str, dict]], # (location, row)
               where:str,                      # what the rows are, for the error
               first:str|None=None             # form of the source before
              ) -> tuple[Reading, list[tuple[str, dict]]]: # with its form; the rows of one of `KINDS`
-    "Recognize the form of rows, rename, check and convert each. Raises `ValueError` that names the row."
+    """Recognize the form of rows, rename, check and convert each. Raises `ValueError` that names
+    the row."""
     reading, out = form_of(records[0][1], reading, where, first), []
-    alike = (first, reading.form) if reading.form in ('label', 'lm') or first in ('label', 'lm') else ()
+    alike = ((first, reading.form) if reading.form in ('label', 'lm') or first in ('label', 'lm')
+             else ())
     if first and len(set(alike)) == 2:
         raise ValueError(f'{where} has the columns {", ".join(map(str, records[0][1]))}; the rows before it have '
                          f'{" and ".join(FORMS[first])}. Give all in one form')

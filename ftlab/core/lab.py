@@ -26,5 +26,7 @@ def _words() -> frozenset[str]:
 def lab_skill(row:Mapping) -> str|None:
     "Return the name of the lab skill that a row belongs to; `None` for any other row"
     skill, prompt = row.get('skill'), row.get('prompt')
-    known = isinstance(skill, str) and isinstance(prompt, str) and skill in lab('lookup').ALL_SKILLS
-    return skill if known and row.get('level') in (1, 2, 3) and _words().issuperset(prompt.split()) else None
+    if not all(isinstance(x, str) for x in (skill, prompt)) or type(row.get('level')) is not int:
+        return None
+    known = skill in lab('lookup').ALL_SKILLS and _words().issuperset(prompt.split())
+    return skill if known else None

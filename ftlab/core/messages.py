@@ -11,7 +11,7 @@ from .rows import checked_text, clean_values, missing
 from .text import did_you_mean
 
 # %% auto #0
-__all__ = ['TEXT_PARTS', 'READ', 'INSTEAD', 'ROLES', 'is_list', 'tools_of', 'messages_of', 'answered']
+__all__ = ['TEXT_PARTS', 'READ', 'INSTEAD', 'SPEAKERS', 'ROLES', 'is_list', 'tools_of', 'messages_of', 'answered']
 
 # %% ../../nbs/core/messages.ipynb #00063e55
 def _listed(value):
@@ -45,7 +45,7 @@ def _joined(parts, i:int, at:str) -> str:
 
 # %% ../../nbs/core/messages.ipynb #00083e55
 READ = ('role', 'content', 'weight', 'tool_calls', 'tool_call_id', 'name', 'reasoning_content', 'thinking')
-INSTEAD = dict(function_call="write it as 'tool_calls': [{'type': 'function', 'function': ...}]") | {
+INSTEAD = dict(function_call="write it in 'tool_calls', as {'function': ...}") | {
     k: "write 'weight': 0 for a message that is not to be learned, 1 for one that is"
     for k in ('train', 'training', 'trainable', 'train_detail', 'loss', 'loss_mask', 'mask')} | {
     k: 'only text can be read, so leave the row out'
@@ -65,9 +65,9 @@ def _weighed(m:Mapping, i:int, at:str) -> Mapping:
 # %% ../../nbs/core/messages.ipynb #000a3e55
 def _check_calls(calls, i:int, at:str):
     "Raise `ValueError` unless tool calls are a list of functions with names"
-    for call in calls if isinstance(calls, list) else [calls]:
-        named = call.get('function', call) if isinstance(call, Mapping) else call
-        if not isinstance(calls, list) or not isinstance(named, Mapping) or not isinstance(named.get('name'), str):
+    for call in calls if isinstance(calls, list) else [None]:
+        f = call.get('function', call) if isinstance(call, Mapping) else None
+        if not isinstance(f, Mapping) or not isinstance(f.get('name'), str):
             raise ValueError(f'{at}: the tool_calls of message {i} are {str(calls)[:60]!r}; they must be a list of '
                              '{"type": "function", "function": {"name": ..., "arguments": ...}}')
     clean_values(calls, f'tool_calls of message {i}', at)
@@ -84,9 +84,9 @@ def tools_of(value, at:str) -> list[dict]|None:
     return clean_values(tools, 'tools', at)
 
 # %% ../../nbs/core/messages.ipynb #000c3e55
-ROLES = dict.fromkeys(('human', 'user'), 'user') | {'system': 'system'} | dict.fromkeys(
-    ('gpt', 'assistant', 'chatgpt', 'bing', 'bard', 'model', 'function_call'), 'assistant') | dict.fromkeys(
-    ('tool', 'observation', 'function_response'), 'tool')
+SPEAKERS = dict(user='human user', system='system', tool='tool observation function_response',
+                assistant='gpt assistant chatgpt bing bard model function_call')
+ROLES = {name: role for role, names in SPEAKERS.items() for name in names.split()}
 
 def _from_sharegpt(turn:Mapping, i:int, at:str) -> dict:
     said = str(turn['from']).lower()
@@ -95,7 +95,8 @@ def _from_sharegpt(turn:Mapping, i:int, at:str) -> dict:
                          f'from one of {", ".join(ROLES)}')
     value = checked_text(turn.get('value'), f'the value of message {i}', at)
     out = dict(role=ROLES[said], content=value) | {k: v for k, v in turn.items() if k not in ('from', 'value')}
-    return out | dict(content=None, tool_calls=_calls(value, i, at)) if said == 'function_call' else out
+    return (out | dict(content=None, tool_calls=_calls(value, i, at)) if said == 'function_call'
+            else out)
 
 def _calls(text:str, i:int, at:str) -> list[dict]:
     "Return the tool calls that a `function_call` holds as JSON"
@@ -104,7 +105,8 @@ def _calls(text:str, i:int, at:str) -> list[dict]:
     except ValueError:
         raise ValueError(f'{at}: message {i} is a function_call, but its value is not JSON; it must be '
                          '{"name": ..., "arguments": {...}}') from None
-    return [dict(type='function', function=c) for c in (calls if isinstance(calls, list) else [calls])]
+    return [dict(type='function', function=c)
+            for c in (calls if isinstance(calls, list) else [calls])]
 
 # %% ../../nbs/core/messages.ipynb #000e3e55
 def _message(m, i:int, column:str, at:str, counts:Counter) -> Mapping:
@@ -129,7 +131,8 @@ def _message(m, i:int, column:str, at:str, counts:Counter) -> Mapping:
     return _weighed(m, i, at)
 
 def _check_keys(m:Mapping, i:int, at:str, counts:Counter):
-    "Raise `ValueError` for a key that changes what is learned; count those that only a template may read"
+    """Raise `ValueError` for a key that changes what is learned; count those that only a template
+    may read"""
     for key, value in m.items():
         if key in READ or missing(value):
             continue
@@ -151,7 +154,8 @@ def messages_of(value, at:str, column:str='messages', counts:Counter|None=None) 
 
 # %% ../../nbs/core/messages.ipynb #00103e55
 def answered(talk:list[dict], at:str, asked:bool, counts:Counter) -> list[dict]: # asked: may end in a question
-    "Return a conversation up to its last answer. Raises `ValueError` if there is nothing to learn from."
+    """Return a conversation up to its last answer. Raises `ValueError` if there is nothing to learn
+    from."""
     last = max((i for i, m in enumerate(talk, 1) if m['role'] == 'assistant'), default=0)
     if last < len(talk) and not (asked and last):
         raise ValueError(f'{at}: the last message is from {talk[-1]["role"]!r} (message {len(talk)}); it must '

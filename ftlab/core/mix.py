@@ -33,16 +33,18 @@ def _largest(shares:list[float], sizes:list[int]) -> int:
 # %% ../../nbs/core/mix.ipynb #0009313a
 def _named(sources) -> list[tuple[str, Data, float]]:
     "Return (name, data, share) of each source"
-    pairs = [v if isinstance(v, (tuple, list)) else (k, v) for k, v in sources.items()] if isinstance(
-        sources, Mapping) else list(sources)
+    by_name = isinstance(sources, Mapping)
+    pairs = ([v if isinstance(v, (tuple, list)) else (k, v) for k, v in sources.items()] if by_name
+             else list(sources))
     if not pairs or not all(isinstance(p, (tuple, list)) and len(p) == 2 for p in pairs):
         raise ValueError('mix needs shares by source, such as {"new.jsonl": .9, "old.jsonl": .1}, or by name, such as '
                          '{"new": (rows, .9), "old": (data, .1)}, or a list of (source, share)')
-    bad = [s for _, s in pairs if isinstance(s, bool) or not isinstance(s, (int, float)) or not 0 < s < math.inf]
+    bad = [s for _, s in pairs if isinstance(s, bool) or not isinstance(s, (int, float))
+           or not 0 < s < math.inf]
     if bad or abs(sum(s for _, s in pairs) - 1) > 1e-6:
         raise ValueError(f'the shares are {", ".join(str(s) for _, s in pairs)}; they must be above 0 and their sum 1')
     read = [s if isinstance(s, Data) else data(s) for s, _ in pairs]
-    names = list(sources) if isinstance(sources, Mapping) else [d.name for d in read]
+    names = list(sources) if by_name else [d.name for d in read]
     names = [str(x) if names.count(x) == 1 else f'{x} ({i})' for i, x in enumerate(names, 1)]
     return [(name, d, float(s)) for name, d, (_, s) in zip(names, read, pairs)]
 
@@ -89,11 +91,13 @@ def mix(sources,             # {source: share}, {name: (source, share)}, or a li
     rows = dict(train=train, validation=judge.validation, test=judge.test)
     notes = _notes(parts, counts, rows, evaluate or names[0])
     title = ' + '.join(f'{s:.0%} {Path(name).name}' for name, s in zip(names, shares))
-    return Data(**rows, kind=judge.kind, labels=judge.labels, name=title, note='; '.join(notes.texts),
+    return Data(**rows, kind=judge.kind, labels=judge.labels, name=title,
+                note='; '.join(notes.texts),
                 counts=notes.counts)
 
 def _checked_n(n, names, shares, sizes) -> int:
-    "Return the size of the mixture. Raises `ValueError` if a source has too few rows, or gets none."
+    """Return the size of the mixture. Raises `ValueError` if a source has too few rows, or gets
+    none."""
     most = _largest(shares, sizes)
     n = most if n is None else n
     if isinstance(n, bool) or not isinstance(n, int) or n < 1 or min(row_counts(shares, n)) < 1:
@@ -113,7 +117,8 @@ def _notes(parts, counts, rows, judge) -> Notes:
     notes.say(f'training rows: {", ".join(taken)}', mixed={p[0]: c for p, c in zip(parts, counts)})
     left = {name: len(d.validation) + len(d.test) for name, d, _ in parts if name != judge}
     notes.say(f'validation and test rows are those of {judge}; left out: '
-              + ', '.join(f'{k} of {name}' for name, k in left.items()), evaluation_rows_left_out=left)
+              + ', '.join(f'{k} of {name}' for name, k in left.items()),
+              evaluation_rows_left_out=left)
     own = [f'{name}: {d.note}' for name, d, _ in parts if d.note]
     notes.texts += own
     notes.counts['sources'] = {name: d.counts for name, d, _ in parts}

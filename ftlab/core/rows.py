@@ -176,7 +176,8 @@ def _read_json(path:Path) -> Iterator[tuple[str, dict]]:
              'A file of one object a line begins with {')
     rows = parsed(file_text(path), path, 1, f'the file must hold one list of objects. {lines}')
     if not isinstance(rows, list):
-        lists = [k for k, v in rows.items() if isinstance(v, list)] if isinstance(rows, dict) else []
+        lists = ([k for k, v in rows.items() if isinstance(v, list)] if isinstance(rows, dict)
+                 else [])
         fix = f'; its rows seem to be under {lists[0]!r}: write that list alone' if lists else ''
         raise ValueError(f'{path} holds a JSON {type(rows).__name__}; it must hold a list of objects{fix}')
     for i, row in enumerate(rows, 1):
@@ -195,7 +196,8 @@ def _long_cells():
         csv.field_size_limit(was)
 
 def _separator(text:str, path:Path) -> str:
-    "Return what separates the cells: what the file's ending says, or what the header is written with"
+    """Return what separates the cells: what the file's ending says, or what the header is written
+    with"""
     if path.suffix.lower() == '.tsv':
         return '\t'
     header = text.partition('\n')[0]
