@@ -168,6 +168,7 @@ def test_alpaca_s_input_is_in_the_prompt():
     assert kept.train[0]['input'] in WORDS and kept.train[0]['prompt'] == 'Translate into German.'
     short = [{k: v for k, v in r.items() if k != 'input'} for r in ALPACA]
     assert data(short).train[0].keys() == {'prompt', 'response'}
+    assert data(short[:1] + ALPACA[1:]).counts['joined'] == {'input': 39}
     whole = data([dict(r, text='the template and all of it') for r in ALPACA]) # as on the hub
     assert whole.kind == 'text' and whole.counts['unread'] == {'text': 40}
 
@@ -415,6 +416,11 @@ def test_every_shape_of_a_file_gives_the_same_rows(kind, tmp_path):
     ('d.jsonl', '["a", "b"]\n["c", "d"]\n', ['d.jsonl, line 2', 'one object a line begins with {']),
     ('d.jsonl', '[[1], [2]]', ['d.jsonl, item 1 is a list', 'named columns']),
     ('d.json', '{"data": [{"prompt": "a"}], "n": 3}', ["seem to be under 'data'", 'write that list alone']),
+    ('d.json', '{"prompt": ["a"], "response": ["b"]}', ['by columns', 'orient="records"']),
+    ('d.json', '{"text": {"0": "a"}, "label": {"0": "b"}}', ['by columns', 'orient="records"']),
+    ('d.csv', 'prompt,response\n"[{\'role\': \'user\', \'content\': \'a\'}]",b\n',
+     ['line 2', 'prompt is a list of messages written as text', 'JSON lines']),
+    ('d.csv', 'messages\n"[{\'role\': \'user\'}]"\n', ['line 2', 'messages is', 'as JSON']),
     ('d.jsonl', '{\n "prompt": "a"\n}\n', ['line 1 is not JSON', 'one whole object']),
     ('d.csv', 'prompt;response\na;b\nc\n', ['d.csv, line 3', '1 cells', 'a semicolon']),
     ('d.tsv', 'prompt\tresponse\na\tb\tc\n', ['d.tsv, line 2', '3 cells', 'a tab']),

@@ -4,6 +4,7 @@
 
 # %% ../../nbs/core/formats.ipynb #0004f0a3
 from __future__ import annotations
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -93,7 +94,7 @@ def _format_of(names, reading:Reading, also:bool) -> Reading|None:
         form = 'chat' if 'messages' in columns else 'text'
         beside = set(ALSO[form]) if also else set()
         if set(need) <= set(names) and reading.columns.keys() <= beside:
-            theirs = {ours: [c for c in cs if c in names or c in need]
+            theirs = {ours: [c for c in cs if c not in reading.carry]
                       for ours, cs in columns.items()}
             return _with(reading, form=form, format=name, columns=theirs | reading.columns)
     return None
@@ -252,6 +253,12 @@ def _told(row:dict, reading:Reading, at:str) -> list[dict]:
     return out
 
 # %% ../../nbs/core/formats.ipynb #0016f0a3
+def _plain(value, column:str, at:str):
+    "Raise `ValueError` unless a value is text, and no list of messages that a table wrote as text"
+    if re.match(r"""\s*\[\s*\{\s*['"](role|from|content)['"]""", checked_text(value, column, at)):
+        raise ValueError(f'{at}: {column} is a list of messages written as text; save the rows as JSON lines or '
+                         'parquet, which can hold lists')
+
 def _as_text(row:dict, reading:Reading, at:str) -> dict:
     before = _told(row, reading, at)
     if is_list(row['prompt']):
@@ -260,7 +267,7 @@ def _as_text(row:dict, reading:Reading, at:str) -> dict:
         row = _without(row, 'prompt', 'response', *(('system', 'history') if before else ()))
         return row | dict(messages=_ended(whole, False, reading, at))
     for c in KINDS['text']:
-        checked_text(row[c], c, at)
+        _plain(row[c], c, at)
     if not before:
         return row
     reading.count('told', 'rows')
@@ -283,7 +290,7 @@ def _as_chat(row:dict, reading:Reading, at:str) -> dict:
         raise ValueError(f'{at}: carry= names tools, but tools beside messages are always read; rename the column')
     if not _empty(row.get('tools')):
         out['tools'] = tools_of(row['tools'], at)
-        reading.count('tools', 'rows')
+        reading.count('tools', 'rows', bool(out['tools']))
     before = _told(row, reading, at)
     if not before:
         return out
@@ -298,7 +305,7 @@ def _as_pair(row:dict, reading:Reading, at:str) -> dict:
         if is_list(row.get('prompt')):
             raise ValueError(f'{at}: prompt is a list of messages, so chosen and rejected must be lists too')
         for c in FORMS['pairs']:
-            checked_text(row.get(c), c, at)
+            _plain(row.get(c), c, at)
         row = _without(row, 'chosen') | dict(response=row['chosen'])
         return _as_text(row, reading, at)
     lists = [c for c in FORMS['pairs'][1:] if is_list(row[c])]

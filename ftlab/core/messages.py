@@ -147,7 +147,9 @@ def messages_of(value, at:str, column:str='messages', counts:Counter|None=None) 
     Raises `ValueError` that names the message and says what it must be."""
     talk, counts = _listed(value), Counter() if counts is None else counts
     if not isinstance(talk, list) or not talk:
-        raise ValueError(f'{at}: {column} is {str(value)[:40]!r}; it must be a list of {{"role": ..., "content": ...}}')
+        fix = ', or that list as JSON' if isinstance(value, str) else ''
+        raise ValueError(f'{at}: {column} is {str(value)[:40]!r}; it must be a list of {{"role": '
+                         f'..., "content": ...}}{fix}')
     out = [_message(m, i, column, at, counts) for i, m in enumerate(talk, 1)]
     counts['messages with weight 0'] += sum(m.get('weight') == 0 for m in out)
     return out

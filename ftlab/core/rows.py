@@ -170,15 +170,23 @@ def _read_jsonl(path:Path) -> Iterator[tuple[str, dict]]:
             raise ValueError(f'{at} is empty; delete it: every line must hold one JSON object')
         yield at, as_row(parsed(line, path, i, must), at)
 
+def _where_rows_are(found:dict) -> str:
+    "Say how to get at the rows that an object holds, for the error"
+    lists = [k for k, v in found.items() if isinstance(v, list) and v and isinstance(v[0], dict)]
+    if lists:
+        return f'; its rows seem to be under {lists[0]!r}: write that list alone'
+    by_column = len(found) > 1 and all(isinstance(v, (list, dict)) for v in found.values())
+    if not by_column:
+        return ''
+    return '; it seems to be written by columns: df.to_json(path, orient="records") writes rows'
+
 def _read_json(path:Path) -> Iterator[tuple[str, dict]]:
     "Yield the rows of a JSON list with their locations"
     lines = ('If it has one object a line, call it .jsonl' if path.suffix.lower() == '.json' else
              'A file of one object a line begins with {')
     rows = parsed(file_text(path), path, 1, f'the file must hold one list of objects. {lines}')
     if not isinstance(rows, list):
-        lists = ([k for k, v in rows.items() if isinstance(v, list)] if isinstance(rows, dict)
-                 else [])
-        fix = f'; its rows seem to be under {lists[0]!r}: write that list alone' if lists else ''
+        fix = _where_rows_are(rows) if isinstance(rows, dict) else ''
         raise ValueError(f'{path} holds a JSON {type(rows).__name__}; it must hold a list of objects{fix}')
     for i, row in enumerate(rows, 1):
         yield (at := f'{path}, item {i}'), as_row(row, at)
