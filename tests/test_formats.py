@@ -492,6 +492,51 @@ def test_home_is_found(tmp_path, monkeypatch):
     lines(tmp_path/'d.jsonl', QA)
     assert data('~/d.jsonl').fingerprint == data(QA).fingerprint
 
+# ---- rows as wrong as they come
+ODD = ('x', '', ' ', None, float('nan'), 1, 0, 2.5, True, b'x', numpy.int64(3), numpy.bool_(True),
+       numpy.array([1, 2]),
+       numpy.array([]), pandas.NA, pandas.NaT, pandas.Timestamp('2020'), {}, [], (), set(),
+       dict(a=1), ['a'], [['a', 'b']],
+       [None], '\ud800', '[{', '[]', '{}', complex(1, 2))
+NAMES = [*MEANT, *ROWS['pairs'], *ROWS['chat'], *ROWS['label'], 'completion', 'conversations', 'instruction',
+         'output', 'skill', 'level', 'id']
+KEYS = ('role', 'content', 'from', 'value', 'weight', 'tool_calls', 'name', 'thinking', 'function_call', 'train')
+ROLE = ('user', 'assistant', 'system', 'tool', 'human', 'gpt', 'function_call')
+
+def odd_message(r):
+    keys = [k for k in KEYS if r.random() < (.9 if k in ('role', 'content') else .07)]
+    some = lambda k: (r.choice(ROLE) if k in ('role', 'from') else 'said' if r.random() < .7
+                      else r.choice(ODD))
+    return {k: some(k) for k in keys}
+
+def odd_value(r, column):
+    if column in ('messages', 'conversations', 'prompt', 'response', 'chosen',
+                  'rejected') and r.random() < .5:
+        return [odd_message(r) for _ in range(r.randint(0, 4))]
+    return f'words {r.randint(0, 9)}' if r.random() < .7 else r.choice(ODD)
+
+OPTIONS = ({}, {}, dict(carry='label'), dict(wanted='only'), dict(labels=['a', 'b']), dict(n=2),
+           dict(columns=dict(prompt=['instruction', 'input'])), dict(columns=dict(text='prompt')))
+
+@pytest.mark.parametrize('seed', range(8))
+def test_any_row_is_read_or_refused_with_its_place(seed):
+    r, read = random.Random(seed), 0
+    forms = [*ROWS.values(), dict(conversations=0), dict(instruction=0, input=0, output=0),
+             dict(chosen=0, rejected=0)]
+    for _ in range(150):
+        names = [*r.choice(forms), *r.sample(sorted(NAMES), r.choice((0, 0, 1, 2)))]
+        rows = [{c: odd_value(r, c) for c in names if r.random() < .97}
+                for _ in range(r.randint(1, 3))]
+        try:
+            d = data(both(rows[0]) | dict(train=rows), **r.choice(OPTIONS))
+        except ValueError as e:
+            assert type(e) is ValueError and 'ambiguous' not in str(e), str(e)
+            assert any(w in str(e) for w in ('row', 'columns', 'label', 'wanted', 'carry')), str(e)
+        else:
+            read += 1
+            assert repr(d) and d._repr_html_() and json.dumps(d.counts) and len(d.validation) == 1
+    assert read
+
 # ---- folders, splits, streams, the hub
 def test_folder_names(tmp_path):
     for i, name in enumerate(('eval', 'evaluation', 'valid', 'val', 'dev', 'validation', 'Eval',
@@ -597,15 +642,15 @@ def test_labels_in_the_order_that_is_given():
 
 def test_labels_outside_the_given_ones_are_refused():
     for bad, near in (('Pos', "did you mean 'pos'"), (' pos', "did you mean 'pos'"),
-                      ('other', "has 'neg', 'pos'"), (7, "'7'")):
+                      ('other', "they are 'neg', 'pos'"), (7, "'7'")):
         says = refused(LABELS + [dict(text='x', label=bad)], labels=['neg', 'pos'])
         assert 'train row 61' in says and near in says, says
-    assert 'label is 2; labels= names the labels 0 to 1' in refused(
+    assert 'label is 2; the list given names the labels 0 to 1' in refused(
         [dict(text=f't{i}', label=i % 3) for i in range(60)], labels=['neg', 'pos'])
     assert data(LABELS, test=[dict(text='x', label='odd')], labels=['neg', 'pos', 'odd']).test[0]['label'] == 2
-    assert 'labels= needs' in refused(QA, labels=['a'])
+    assert 'labels were given, which need rows with text' in refused(QA, labels=['a'])
     for wrong in ([], ['a', 'a'], 'neg'):
-        assert 'labels= is' in refused(LABELS, labels=wrong)
+        assert 'labels is' in refused(LABELS, labels=wrong)
 
 def test_each_split_s_class_labels_are_its_own():
     def of(names, rows):

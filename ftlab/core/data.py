@@ -64,7 +64,7 @@ class Data:
                 return f'{c} {tuple(v.shape) if isinstance(v, torch.Tensor) else v}'
             if c == 'label':
                 return self.labels[v]
-            talk = is_list(v) and c in ('messages', 'rejected')
+            talk = c == 'messages' or c == 'rejected' and self.kind == 'chat' and is_list(v)
             text = ' / '.join(map(_as_line, v)) if talk else str(v)
             return text if len(text) <= 120 else text[:119] + '…'
 
@@ -82,8 +82,11 @@ class Data:
 
 def _as_line(m) -> str:
     "Return a message as text"
-    calls = [c.get('function', c).get('name') for c in m.get('tool_calls') or []]
-    said = ' '.join([m['content'] or ''] + [f'{name}(...)' for name in calls]).strip()
+    if not isinstance(m, Mapping) or not {'role', 'content'} <= m.keys():
+        return str(m)
+    said = m['content']
+    if not said and isinstance(m.get('tool_calls'), list):
+        said = ' '.join(f'{c.get("function", c)["name"]}(...)' for c in m['tool_calls'])
     return f'{m["role"]}: {said}'
 
 class Notes:
@@ -169,16 +172,16 @@ def _by_labels(rows:list[tuple[str, dict]], labels:Sequence[str]) -> list[str]:
     other."""
     labels = [str(x) for x in labels]
     if len(set(labels)) < max(1, len(labels)):
-        raise ValueError(f'labels= is {labels!r}; it must be a list of different names')
+        raise ValueError(f'labels is {labels!r}; it must be a list of different names')
     found = {str(r['label']) for _, r in rows}
     if not found & set(labels) and all(f.isdecimal() and len(f) <= DIGITS for f in found):
         for _, r in rows:
             r['label'] = int(r['label'])
-        _name_labels(rows, labels, 'labels=')
+        _name_labels(rows, labels, 'the list given')
     for at, r in rows:
         if str(r['label']) not in labels:
-            raise ValueError(f'{at}: label is {str(r["label"])!r}, which labels= does not have'
-                             f'{did_you_mean(r["label"], labels) or ";"} labels= has {some(map(repr, labels), 8)}')
+            raise ValueError(f'{at}: label is {str(r["label"])!r}, which the given labels do not have'
+                             f'{did_you_mean(r["label"], labels) or ";"} they are {some(map(repr, labels), 8)}')
     return labels
 
 def _numbers_first(s:str):
@@ -422,9 +425,9 @@ def _assemble(sources:dict, reading:Reading, labels, name:str, seed:int, n:int|N
     placed, form, names = _read_all(sources, reading, n, notes)
     kind = form if form in ('label', 'lm') else 'text'
     if isinstance(labels, str):
-        raise ValueError(f'labels= is {labels!r}; it must be a list of names, in order')
+        raise ValueError(f'labels is {labels!r}; it must be a list of names, in order')
     if labels is not None and kind != 'label':
-        raise ValueError(f'labels= needs rows with text and label; these are of kind {kind!r}')
+        raise ValueError(f'labels were given, which need rows with text and label; these are of kind {kind!r}')
     parts = {s: [r for _, r in rows] for s, rows in placed.items()}
     if kind == 'text':
         _note_equal_pairs(parts, notes)

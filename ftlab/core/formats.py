@@ -128,7 +128,6 @@ def _renamed(row:dict, reading:Reading, at:str) -> dict:
     "Return `row` with ftlab's column names"
     columns = reading.columns
     taken = {c for theirs in columns.values() for c in theirs}
-    known = FORMATS[reading.format][0] if reading.format else ()
     out = {k: v for k, v in row.items() if k not in taken and k not in columns}
     for k in row.keys() & columns.keys() - taken:
         reading.count('replaced', k)
@@ -136,14 +135,16 @@ def _renamed(row:dict, reading:Reading, at:str) -> dict:
         if alias in out and ours not in out and ours not in columns and alias not in reading.carry:
             out[ours] = out.pop(alias)
             reading.count('renamed', f'{alias} to {ours}')
-    return {ours: _joined(row, ours, theirs, known, reading, at)
+    return {ours: _joined(row, ours, theirs, reading, at)
             for ours, theirs in columns.items()} | out
 
-def _joined(row, ours, theirs, known, reading, at):
+def _joined(row, ours, theirs, reading, at):
     "Return the value of one column of ours, from one column of theirs or several"
+    need, of_format = FORMATS.get(reading.format, ((), {}))
     for c in theirs:
-        if c not in row and (c in known or not reading.format):
-            raise ValueError(f'{at} has no column {c!r}, which columns= names as {ours!r}; it '
+        if c not in row and (c in need or ours not in of_format):
+            whose = f'rows of {reading.format} have' if ours in of_format else f'columns= names as {ours!r}'
+            raise ValueError(f'{at} has no column {c!r}, which {whose}; it '
                              f'has {", ".join(map(str, row))}{did_you_mean(c, map(str, row))}')
     if theirs != [ours]:
         reading.count('renamed', f'{" + ".join(theirs)} to {ours}')
@@ -245,8 +246,8 @@ def _told(row:dict, reading:Reading, at:str) -> list[dict]:
     if system is not None:
         out.append(dict(role='system', content=checked_text(system, 'system', at)))
     history = [] if history is None else history
-    for turn in history:
-        if not is_list(history) or not is_list(turn) or len(turn) != 2:
+    for turn in history if is_list(history) else [None]:
+        if not is_list(turn) or len(turn) != 2:
             raise ValueError(f'{at}: history is {str(history)[:60]!r}; it must be a list of [question, answer]')
         for role, said in zip(('user', 'assistant'), turn):
             out.append(dict(role=role, content=checked_text(said, 'history', at)))

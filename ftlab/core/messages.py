@@ -27,7 +27,7 @@ def _listed(value):
 
 def is_list(value) -> bool:
     "Return whether a value is a list, a tuple or an array"
-    return isinstance(value, (list, tuple)) or type(value).__name__ == 'ndarray'
+    return isinstance(value, (list, tuple)) or getattr(value, 'ndim', 0) > 0
 
 TEXT_PARTS = ('text', 'input_text', 'output_text')
 
@@ -58,7 +58,7 @@ def _weighed(m:Mapping, i:int, at:str) -> Mapping:
     weight = m['weight']
     if missing(weight):
         return {k: v for k, v in m.items() if k != 'weight'}
-    if isinstance(weight, str) or weight not in (0, 1):
+    if isinstance(weight, str) or is_list(weight) or weight not in (0, 1):
         raise ValueError(f'{at}: message {i} has the weight {weight!r}; it must be 0 (not learned) or 1 (learned)')
     return {**m, 'weight': int(weight)}
 
@@ -113,7 +113,7 @@ def _message(m, i:int, column:str, at:str, counts:Counter) -> Mapping:
     "Return one message as ftlab reads it"
     if isinstance(m, Mapping) and 'from' in m and 'value' in m and missing(m.get('role')):
         m = _from_sharegpt(m, i, at)
-    calls = isinstance(m, Mapping) and m.get('tool_calls')
+    calls = _listed(m.get('tool_calls')) if isinstance(m, Mapping) else None
     if not isinstance(m, Mapping) or 'role' not in m or 'content' not in m and not calls:
         raise ValueError(f'{at}: message {i} of {column} is {str(m)[:60]!r}; '
                          'it must be {"role": ..., "content": ...}')
@@ -123,6 +123,7 @@ def _message(m, i:int, column:str, at:str, counts:Counter) -> Mapping:
         counts['messages whose parts were joined'] += 1
     if calls:
         _check_calls(calls, i, at)
+        m = m if calls is m['tool_calls'] else {**m, 'tool_calls': calls}
     if calls and missing(m.get('content')):
         m = {**m, 'content': None}
     elif not calls or m['content'] != '':

@@ -58,7 +58,7 @@ def _check_alike(parts:list[tuple[str, Data, float]]):
         if set(d.labels or ()) != set(first.labels or ()):
             odd = sorted(set(d.labels) ^ set(first.labels))
             raise ValueError(f'{other} and {name} have different labels (only one of them has {odd[0]!r}); '
-                             'pass labels= to ftlab.data for both')
+                             'give the same labels when you read both')
 
 def _as_in(d:Data, labels:list[str]|None) -> list[dict]:
     "Return the training rows, with labels numbered as in `labels`"

@@ -140,8 +140,10 @@ def clean_values(value, column:str, at:str):
     return value
 
 def missing(value) -> bool:
-    "Return whether a value is None or NaN, which is how tables write an empty cell"
-    return value is None or isinstance(value, float) and math.isnan(value)
+    "Return whether a value is None, NaN, or one of pandas' own, which is how tables write an empty cell"
+    if value is None or type(value).__name__ in ('NAType', 'NaTType'):
+        return True
+    return isinstance(value, float) and math.isnan(value)
 
 def checked_text(value, column:str, at:str) -> str:
     "Return `value`. Raises `ValueError` unless it is non-empty, clean text."
