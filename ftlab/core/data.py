@@ -71,7 +71,8 @@ class Data:
         return [[shown(r, c) for c in self._columns() or r] for r in self.train[:3]]
 
     def __repr__(self) -> str:
-        return '\n'.join([self._head()] + ['  ' + ' → '.join(c) for c in self._cells()]
+        rows = [' → '.join(c).replace('\n', '⏎') for c in self._cells()]
+        return '\n'.join([self._head()] + [f'  {r}' for r in rows]
                          + ([f'  note: {self.note}'] if self.note else []))
 
     def _repr_html_(self) -> str:
