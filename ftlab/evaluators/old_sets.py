@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
+from ..core.lab import lab_skill
 from ..core.batches import collate
 from ..core.data import SPLITS, Data, data as as_data
 from ..core.generate import generate
-from ..core.lab import lab_skill
 from ..core.model import device_of, evaluating, model_inputs, pad_id, row_limit, to_device
 from ..core.record import digest
 from ..core.scorers import WORLD, answer_length, judge

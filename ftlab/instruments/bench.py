@@ -12,10 +12,10 @@ from statistics import fmean
 import torch
 from ..adapters.edit import attach_change, scale
 from ..adapters.store import identity
+from ..core.lab import lab_skill
 from ..core.batches import collate
 from ..core.data import Data, data as as_data
 from ..core.tokens import encode_all
-from ..core.lab import lab_skill
 from ..core.loading import find_device, load
 from ..core.model import device_of, model_inputs, pad_id, row_limit, to_device
 from ..core.recipe import Recipe
