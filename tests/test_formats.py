@@ -762,3 +762,35 @@ def test_a_leak_between_sources_is_said():
              'b': (data(dict(
         train=QA[30:60], validation=QA[:2], test=QA[:2])), .5)})
     assert d.counts['test_in_train'] == 10 and '10 of 10 test rows' in d.note
+
+# ---- on the command line, and in methods that compare answers
+def test_the_shell_says_the_same_in_its_own_words():
+    from argparse import Namespace
+    from ftlab.commands.given import columns_of
+    from ftlab.commands.words import with_options
+    names = {'columns', 'carry', 'wanted'}
+    says = with_options(refused(ALPACA,
+                                columns=dict(prompt='instruction', response='output')), names)
+    typed = 'prompt=instruction+input,response=output'
+    assert f'--columns {typed};' in says and says.endswith('--carry input')
+    columns = columns_of(Namespace(columns=typed))
+    assert columns == dict(prompt=['instruction', 'input'], response='output')
+    assert data(ALPACA, columns=columns).fingerprint == data(ALPACA).fingerprint
+    says = with_options(refused(KTO), names)
+    assert '--wanted only' in says and '--carry label' in says
+
+def test_pairs_of_conversations_are_compared():
+    from types import SimpleNamespace
+    from test_data import CHATML, learnt, letters
+    from ftlab.trainers.preferences import Pairs
+    told = [dict(role='system', content='s')]
+    d = data([dict(chosen=told + talk(f'q{i}', 'good'), rejected=told + talk(f'q{i}', 'bad'))
+              for i in range(60)])
+    state = SimpleNamespace(data=d, settings=dict(batch_size=2, accumulate=1), tok=letters(CHATML),
+                            limit=None)
+    pairs = Pairs(state).pairs
+    assert len(pairs) == len(d.train) and all(
+        learnt(state.tok, p) == f'{said}</s>\n' for pair in pairs for p, said in zip(pair, ('good', 'bad')))
+    state.data = data([dict(messages=talk(f'q{i}', 'a')) for i in range(60)])
+    with pytest.raises(ValueError, match='no conversation in the column'):
+        Pairs(state)

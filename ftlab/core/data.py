@@ -143,7 +143,7 @@ def note_overlap(parts:dict[str, list[dict]], kind:str, notes:Notes):
     for s in ('validation', 'test'):
         both = sum(question_of(r, kind) in seen for r in parts[s])
         if both:
-            notes.say(f'{both} of {len(parts[s])} {s} rows have the question of a training row',
+            notes.say(f'{s} and train overlap: {both} of {len(parts[s])} {s} rows have the question of a training row',
                       **{f'{s}_in_train': both})
 
 # %% ../../nbs/core/data.ipynb #e000a1c6
