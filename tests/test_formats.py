@@ -1,4 +1,5 @@
 "What goes in: formats, columns, shapes of files, labels and mixtures; every input is read right or refused with a fix"
+import ast
 import itertools
 import json
 import random
@@ -117,6 +118,25 @@ def test_a_column_that_changes_the_meaning_is_read_carried_or_refused(form):
             assert column not in data(both(dict(ROWS[form]) | {column: nothing})).note
 
 @pytest.mark.parametrize('form', ROWS)
+def test_what_the_error_says_to_write_works(form):
+    good = dict(tools=[dict(name='f')], functions=[dict(name='f')], history=[['a', 'b']], labels='true')
+    said = 0
+    for column in sorted(MEANT - {*FORMS[form], *ALSO[form]} - {'label'}):
+        row = dict(ROWS[form]) | {column: good.get(column, 'words')}
+        says = refused(both(row))
+        if 'pass columns=' in says:
+            columns = ast.literal_eval(says.split('pass columns=')[1].split('; to carry')[
+                0].strip())
+            if column == 'labels' and form == 'text':
+                d = data(both(row), columns=columns, wanted='only')
+                assert d.counts['wanted'] == {'rows': 4}
+            else:
+                d = data(both(row), columns=columns)
+                assert 'unread' not in d.counts and column not in d.train[0]
+            said += 1
+    assert said or form == 'chat'
+
+@pytest.mark.parametrize('form', ROWS)
 def test_every_other_column_is_carried_along_and_said(form):
     r = random.Random(form)
     for i in range(30):
@@ -131,6 +151,7 @@ def test_every_other_column_is_carried_along_and_said(form):
 def test_carry_is_checked():
     assert "carry= names 'idd', but no row has that column; did you mean 'id'" in refused(
         [dict(r, id=1) for r in QA], carry='idd')
+    assert 'rename it in train' in refused([dict(prompt='a', completion='b', response='c')], carry='response')
     assert 'either read or carried' in refused(QA, columns=dict(prompt='prompt'), carry=['prompt'])
     assert 'tools beside messages are always read' in refused(
         both(dict(ROWS['chat'], tools=[dict(name='f')])), carry='tools')
@@ -323,7 +344,8 @@ def test_unwanted_answers_are_never_learned_silently(true, false):
 def test_wanted_is_checked():
     liked = [dict(prompt=r['prompt'], response=r['completion'], liked=r['label']) for r in KTO]
     assert len(all_rows(data(liked, wanted='only', columns=dict(label='liked')))) == 60
-    assert "'label' changes what a row means" in refused([dict(r, label='easy') for r in QA])
+    says = refused([dict(r, label='easy') for r in QA])
+    assert "'label' changes what a row means" in says and 'columns=' not in says
     assert 'no label that is true or false' in refused(QA, wanted='only')
     assert 'wanted is' in refused(KTO, wanted='all')
     assert 'leaves nothing' in refused([dict(r, label=False) for r in QA], wanted='only')
@@ -789,8 +811,9 @@ def test_pairs_of_conversations_are_compared():
     state = SimpleNamespace(data=d, settings=dict(batch_size=2, accumulate=1), tok=letters(CHATML),
                             limit=None)
     pairs = Pairs(state).pairs
-    assert len(pairs) == len(d.train) and all(
-        learnt(state.tok, p) == f'{said}</s>\n' for pair in pairs for p, said in zip(pair, ('good', 'bad')))
+    assert len(pairs) == len(d.train)
+    for pair in pairs:
+        assert [learnt(state.tok, p) for p in pair] == ['good</s>\n', 'bad</s>\n']
     state.data = data([dict(messages=talk(f'q{i}', 'a')) for i in range(60)])
     with pytest.raises(ValueError, match='no conversation in the column'):
         Pairs(state)

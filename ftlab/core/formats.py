@@ -14,8 +14,8 @@ from .rows import checked_text, missing
 from .text import did_you_mean, near_misses, some
 
 # %% auto #0
-__all__ = ['KINDS', 'FORMS', 'ALIASES', 'ALSO', 'MEANT', 'SYNONYMS', 'FORMATS', 'AS', 'DONE', 'Reading', 'form_of', 'read_form',
-           'one_kind', 'said']
+__all__ = ['KINDS', 'FORMS', 'ALIASES', 'ALSO', 'TEXTS', 'MEANT', 'SYNONYMS', 'FORMATS', 'AS', 'DONE', 'Reading', 'form_of',
+           'read_form', 'one_kind', 'said']
 
 # %% ../../nbs/core/formats.ipynb #0006f0a3
 # in the order of preference
@@ -28,9 +28,10 @@ ALIASES = dict(completion='response')
 ALSO = dict(chat=('system', 'tools'), text=('system', 'history', 'label', 'rejected', 'choices'),
             pairs=('system', 'history', 'choices'), label=(), lm=())
 # columns that change what a row means: none of them is left unread silently
-MEANT = frozenset('''input inputs context contexts passage document documents premise hypothesis
-    system system_prompt history tools functions label labels weight weights
-    image images audio video videos'''.split())
+TEXTS = frozenset('''input inputs context contexts passage document documents premise
+    hypothesis'''.split())
+MEANT = TEXTS | frozenset('''system system_prompt history tools functions label labels weight
+    weights image images audio video videos'''.split())
 # common names of such columns: used only to suggest `columns=`, never to guess
 SYNONYMS = dict(prompt=('question', 'instruction', 'input', 'query', 'source'),
                 response=('answer', 'output', 'target', 'reply', 'chosen'),
@@ -180,14 +181,15 @@ def _unread(column, value, reading:Reading) -> str:
     "Say how to have a column read, and how to leave it unread"
     as_named = {k: v[0] if len(v) == 1 else v for k, v in reading.columns.items()}
     main = dict(text='prompt', pairs='prompt', label='text', lm='text').get(reading.form)
-    ours = dict(system_prompt='system', functions='tools', labels='label',
-                label='label').get(str(column).lower())
-    put = ''
-    if ours and (ours in ALSO[reading.form] or ours == 'label' and reading.form == 'lm'):
-        put = f'; to have it read, pass columns={as_named | {ours: column} }'
-    elif str(column).lower() in ('tools', 'functions'):
+    ours = dict(system_prompt='system', functions='tools', labels='label')
+    ours = ours.get(str(column).lower())
+    put, reads = '', ALSO[reading.form] + (('label',) if reading.form == 'lm' else ())
+    if str(column).lower() in ('tools', 'functions') and 'tools' not in reads:
         put = '; tools are read beside messages: write prompt and response as messages'
-    elif main and isinstance(value, str):
+    elif ours in reads and (reading.form != 'text' or ours != 'label'
+                            or _is_wanted(value) is not None):
+        put = f'; to have it read, pass columns={as_named | {ours: column} }'
+    elif main and isinstance(value, str) and str(column).lower() in TEXTS:
         theirs = [*reading.columns.get(main, [main]), column]
         put = f'; to join it to the {main}, pass columns={as_named | {main: theirs} }'
     return (f'the column {column!r} changes what a row means, but rows with {", ".join(FORMS[reading.form])} are '
@@ -375,6 +377,8 @@ def read_form(records:list[tuple[str, dict]], # (location, row)
     """Recognize the form of rows, rename, check and convert each. Raises `ValueError` that names
     the row."""
     reading, out = form_of(records[0][1], reading, where, first), []
+    if clash := [c for c in FORMS[reading.form] if c in reading.carry]:
+        raise ValueError(f'carry= names {clash[0]!r}, but another column is read under that name; rename it in {where}')
     alike = ((first, reading.form) if reading.form in ('label', 'lm') or first in ('label', 'lm')
              else ())
     if first and len(set(alike)) == 2:
