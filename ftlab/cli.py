@@ -75,7 +75,8 @@ def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
     metric, before = metric_for(data, a.metric), _score(a, model, tok, data)
     run = _trained(a, model, tok, data, recipe, grid[0])
     record = dict(model=a.model, revision=a.revision, data=data.name, eval=a.eval,
-                  columns=columns_of(a), labels=data.labels, seed=a.seed,
+                  columns=columns_of(a), carry=listed(a.carry or ''), wanted=a.wanted,
+                  labels=data.labels, seed=a.seed,
                   recipe=recipe.describe(), settings=run.settings, cost=run.cost,
                   interrupted=run.interrupted, metric=metric, before=before,
                   after=_score(a, model, tok, data))
@@ -183,10 +184,14 @@ COMMON = {
     '--model': dict(metavar='NAME', help='lab-s or another lab model, a folder, or a Hugging Face id'),
     '--revision': dict(metavar='NAME', help='revision of the model (default: its newest)'),
     '--data': dict(metavar='PATH',
-                   help='a .jsonl, .json, .csv or .parquet file, a folder of them, or the name of a lab skill'),
+                   help='a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, a data set of the '
+                        'Hugging Face hub (owner/name), or the name of a lab skill'),
     '--eval': dict(metavar='PATH', help='test rows (default: a tenth of the data is kept for testing)'),
     '--columns': dict(metavar='OURS=THEIRS',
-                      help='how your columns are called, such as prompt=question,response=answer'),
+                      help='how your columns are called, such as prompt=question,response=answer; '
+                           'prompt=instruction+input joins two'),
+    '--carry': dict(metavar='COLUMNS', help='columns to leave unread, such as context,weight'),
+    '--wanted': dict(choices=('only',), help='only: of rows labelled true or false, keep those that are true'),
     '--old': dict(metavar='SOURCE',
                   help='what the model could do before, to measure what it forgets: a file, a folder, a lab skill, '
                        'auto (its own answers, asked before the run), auto:PROMPTS.txt or lm_eval:TASK; several '
@@ -212,7 +217,7 @@ COMMON = {
 
 def _take(p, names:str, **more):
     "Add common arguments to a parser; `more` changes one of them: data=dict(required=True)"
-    for n in names.split():
+    for n in names.replace('columns', 'columns carry wanted').split():
         p.add_argument(f'--{n}', *(['--methods'] if n == 'method' else []),
                        **COMMON[f'--{n}'] | more.get(n.replace('-', '_'), {}))
     return p.add_argument

@@ -52,13 +52,13 @@ def rates(text:str) -> list[float]|None:
 
 # %% ../../nbs/commands/given.ipynb #00096f2e
 def columns_of(a:argparse.Namespace) -> dict|None:
-    "Return `--columns` as a dictionary. Raises `ValueError` for a part without `=`."
+    "Return `--columns` as a dictionary; `+` joins columns. Raises `ValueError` for a part without `=`."
     if not a.columns:
         return None
     pairs = [pair.split('=', 1) for pair in a.columns.split(',')]
     if odd := [p[0] for p in pairs if len(p) == 1]:
         raise ValueError(f'--columns has {odd[0]!r}; write ours=theirs, such as prompt=question,response=answer')
-    return dict(pairs)
+    return {ours: theirs.split('+') if '+' in theirs else theirs for ours, theirs in pairs}
 
 def old_of(a:argparse.Namespace) -> str|dict|None:
     """Return `--old` as the library takes it: one source, or several by name.
@@ -79,7 +79,8 @@ def old_of(a:argparse.Namespace) -> str|dict|None:
 
 def data_of(a:argparse.Namespace):
     "Read the data of `--data`, with the test rows of `--eval`"
-    return ftlab.data(a.data, test=a.eval, columns=columns_of(a))
+    return ftlab.data(a.data, test=a.eval, columns=columns_of(a), carry=listed(a.carry or ''),
+                      wanted=a.wanted)
 
 def model_of(a:argparse.Namespace, **more):
     "Load the model of `--model`, and its tokenizer"

@@ -42,7 +42,8 @@ def _with_value(name:str, value:str|None, verb:str) -> str:
     except (ValueError, SyntaxError):
         found = value
     if isinstance(found, dict):
-        found = ','.join(f'{k}={v}' for k, v in found.items())
+        joined = {k: '+'.join(v) if isinstance(v, list) else v for k, v in found.items()}
+        found = ','.join(f'{k}={v}' for k, v in joined.items())
     elif isinstance(found, (list, tuple)):
         found = ','.join(map(str, found))
     return f'{verb}{option(name)} {shlex.quote(str(found))}'

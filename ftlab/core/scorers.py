@@ -14,7 +14,7 @@ from .generate import generate
 from .template import answer_opening
 from .loading import load
 from .model import device_of, evaluating, model_inputs, pad_id, row_limit, to_device
-from .lab import lab
+from .lab import lab, lab_skill
 
 # %% auto #0
 __all__ = ['WORLD', 'answer_length', 'without_opening', 'answers', 'judge', 'answer_scores', 'exact_match', 'skills',
@@ -50,7 +50,7 @@ def answers(model, tok, rows:list[dict], max_new_tokens:int|None=None, decode=No
 
 def judge(row:dict, output:str) -> float:
     "Score an answer from 0 to 1: by the skill's judge for a lab row, else 1 for the exact response"
-    return (WORLD.judge(row, output) if row.get('skill') in WORLD.skills
+    return (WORLD.judge(row, output) if lab_skill(row)
             else float(output.split() == row['response'].split()))
 
 def answer_scores(model, tok, rows:list[dict], decode=None) -> list[float]:

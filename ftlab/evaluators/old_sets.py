@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
+from ..core.lab import lab_skill
 from ..core.batches import collate
 from ..core.data import SPLITS, Data, data as as_data
 from ..core.generate import generate
@@ -20,7 +21,6 @@ from ..core.scorers import WORLD, answer_length, judge
 from ..core.text import did_you_mean
 from ..core.tokens import encode, encode_all, encode_each
 from .harvest import LONGEST, first_line, harvest, prompts_for
-from ..lab.lookup import ALL_SKILLS
 from ..lab.models import old_skills
 from ..lab.world import is_lab
 from ..trainers.objective import loss_mask, token_nll
@@ -47,7 +47,7 @@ def usual_metric(data:Data) -> str:
         return 'choice'
     if data.kind == 'label':
         return 'accuracy'
-    of_lab = data.kind == 'text' and all(r.get('skill') in ALL_SKILLS for r in rows)
+    of_lab = data.kind == 'text' and all(lab_skill(r) for r in rows)
     return 'exact' if of_lab else 'nll'
 
 # %% ../../nbs/evaluators/old_sets.ipynb #00082747

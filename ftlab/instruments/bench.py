@@ -12,6 +12,7 @@ from statistics import fmean
 import torch
 from ..adapters.edit import attach_change, scale
 from ..adapters.store import identity
+from ..core.lab import lab_skill
 from ..core.batches import collate
 from ..core.data import Data, data as as_data
 from ..core.tokens import encode_all
@@ -53,7 +54,7 @@ def metric_for(data:Data, metric:str|Callable|None=None) -> str|Callable:
                          'exact needs prompt and response, accuracy needs labels')
     known = data.test or data.validation or data.train # a set of old questions may have no test rows
     of_lab = (data.kind == 'text' and bool(known)
-              and all(r.get('skill') in ALL_SKILLS for r in known))
+              and all(lab_skill(r) for r in known))
     return metric or ('accuracy' if data.kind == 'label' else 'exact' if of_lab else 'nll')
 
 def scores(metric:str|Callable, model, tok, rows:list[dict], data:Data, max_length:int|None=None,
@@ -198,7 +199,7 @@ def taught(data:Data) -> str|None:
     """Return the lab skill that all training rows belong to, so that each seed can draw new
     questions; `None` for other data"""
     return (data.name if data.name in ALL_SKILLS
-            and {r.get('skill') for r in data.train} == {data.name} else None)
+            and {lab_skill(r) for r in data.train} == {data.name} else None)
 
 def forgetting_is(data:Data, old, tok) -> str:
     """Return what measures forgetting: given old data, the old skills of a lab model, or else how far

@@ -621,7 +621,8 @@ def _rows_of(known, data, record) -> Data:
     if data is not None:
         return data if isinstance(data, Data) else as_data(data)
     try:
-        rows = as_data(known['data'], test=known.get('eval'), columns=known.get('columns'))
+        rows = as_data(known['data'], test=known.get('eval'), columns=known.get('columns'),
+                       carry=known.get('carry') or (), wanted=known.get('wanted'))
     except FileNotFoundError as e:
         raise FileNotFoundError(f'the data of the run, which {record} names, are gone: {e}; '
                                 'name them with --data') from None
