@@ -51,12 +51,12 @@ def _records(paths:list[Path]) -> dict[Path, dict]:
 
 def base_of(paths:list[Path],      # of saved changes
             a:argparse.Namespace   # `--model` and `--revision` take precedence
-           ) -> dict:              # model, revision, labels, seed
+           ) -> dict:              # model, revision, labels, seed, head
     """Return the one base of several changes, as the runs beside them name it. Raises `ValueError`
     if they name different bases, or none."""
     records = _records(paths)
     first = next(iter(records.values()), {})
-    base = {k: getattr(a, k, None) or first.get(k) for k in ('model', 'revision', 'labels', 'seed')}
+    base = {k: getattr(a, k, None) or first.get(k) for k in ('model', 'revision', 'labels', 'seed', 'head')}
     if not base['model']:
         raise ValueError(f'there is no run.json beside {paths[0]}; name the base with --model')
     # only the head of a classifier depends on the seed
@@ -80,7 +80,7 @@ def run_merge(a:argparse.Namespace) -> tuple[dict, str]:
         raise ValueError('name the folder to write with --out')
     out = new_folder(a.out, '--out')
     model, tok = ftlab.load(base['model'], revision=base['revision'], dtype=a.dtype,
-                            labels=base['labels'], seed=base['seed'] or 0)
+                            labels=base['labels'], seed=base['seed'] or 0, head=base['head'] or 'exact')
     att, made, said = _with_changes(model, paths, a)
     folder = export(model, tok, att, out)
     return dict(model=str(base['model'])) | made | dict(folder=str(folder)), f'{said}{folder}'
