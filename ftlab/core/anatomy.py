@@ -287,7 +287,8 @@ def _family(model, families) -> tuple[str,Family]:
 def _without_row(model) -> str:
     "Return what works without a row: a pattern of the linear layers in the model's blocks"
     names = {n.rpartition('.')[2] for n, m in model.named_modules()
-             if isinstance(m, (nn.Linear, Conv1D)) and re.search(r'\.\d+\.', n)}
+             if isinstance(m, (nn.Linear, Conv1D)) and re.search(r'\.\d+\.', n)
+             and min(m.weight.shape) >= 8} # not the gates of experts
     if not names:
         return ''
     pattern = rf'\.({"|".join(sorted(names))})\.weight$'

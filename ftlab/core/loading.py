@@ -365,7 +365,8 @@ def _check_gaps(info:dict, head:set[str], name:str) -> list[str]:
     if poolers := ours(info['missing_keys']):
         notes.append(f'{_some(poolers)} was not in the files; it starts with random values, from the seed')
     if unused := sorted(info['unexpected_keys']):
-        notes.append(f'{len(unused)} tensors of the files do not belong to this model and were left out: {_some(unused)}')
+        notes.append('tensors of the files that the model does not use were left out '
+                     f'({len(unused)}): {_some(unused)}')
     return notes
 
 # %% ../../nbs/core/loading.ipynb #28fab4d7
