@@ -36,8 +36,10 @@ def merged_change(changes:list, # one {name: new weight minus base weight} each;
 
 # %% ../../nbs/commands/merge.ipynb #0015513c
 def saved_at(path:str) -> Path:
-    "Return the file of a saved change, given its name or that of its folder"
+    "Return the file of a saved change, given its name or that of its folder; an adapter of peft is a folder"
     p = Path(path)
+    if (p/'adapter_config.json').is_file():
+        return p
     p = p/'delta.safetensors' if p.is_dir() else p
     if not p.is_file():
         raise FileNotFoundError(f'no delta at {str(p)!r}; name a folder that ftlab fit wrote, or a saved change')
@@ -46,8 +48,14 @@ def saved_at(path:str) -> Path:
 def _records(paths:list[Path]) -> dict[Path, dict]:
     "Read run.json of the run that made each change, by folder"
     from ftlab.core.folder import read_json
-    found = {p.parent: p.with_name('run.json') for p in paths}
+    found = {p.parent: p.with_name('run.json') for p in paths if p.is_file()}
     return {folder: read_json(r) for folder, r in found.items() if r.exists()}
+
+def _peft_base(path:Path) -> str:
+    "Return which base an adapter of peft names"
+    from ftlab.core.folder import read_json
+    said = read_json(path/'adapter_config.json').get('base_model_name_or_path') if path.is_dir() else None
+    return f'; its adapter_config.json names {said}' if said else ''
 
 def base_of(paths:list[Path],      # of saved changes
             a:argparse.Namespace   # `--model` and `--revision` take precedence
@@ -58,7 +66,8 @@ def base_of(paths:list[Path],      # of saved changes
     first = next(iter(records.values()), {})
     base = {k: getattr(a, k, None) or first.get(k) for k in ('model', 'revision', 'labels', 'seed', 'head')}
     if not base['model']:
-        raise ValueError(f'there is no run.json beside {paths[0]}; name the base with --model')
+        raise ValueError(f'there is no run.json beside {paths[0]}; name the base with --model'
+                         + _peft_base(paths[0]))
     # only the head of a classifier depends on the seed
     same = [k for k in ('model', 'revision') if not getattr(a, k)] + ['labels']
     for k in same + ['seed']*bool(base['labels']):
@@ -88,6 +97,12 @@ def run_merge(a:argparse.Namespace) -> tuple[dict, str]:
 def _with_changes(model, paths:list[Path], a) -> tuple:
     "Attach the changes to the model; say how, for --json and for reading"
     from ftlab.adapters.edit import attach_change, saved_changes
+    from ftlab.adapters.lowrank import from_peft
+    if folders := [p for p in paths if p.is_dir()]:
+        if len(paths) > 1 or a.rule is not None or a.scale is not None:
+            raise ValueError(f'{folders[0]} is an adapter of peft, which is merged alone and without a rule: '
+                             'merge it first, then name the merged folder with --model')
+        return from_peft(model, folders[0]), dict(delta=str(folders[0])), ''
     if len(paths) == 1 and a.rule is None and a.scale is None:
         return ftlab.load_delta(model, paths[0]), dict(delta=a.delta or a.changes[0]), ''
     rule = a.rule or PLAIN_SUM

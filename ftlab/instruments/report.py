@@ -542,7 +542,7 @@ def _about(run) -> dict:
     return dict(model=_name(run), data=run.data.name, kind=run.data.kind,
                 recipe=run.recipe.describe(), interrupted=run.interrupted,
                 cost=dict(run.cost, saved_bytes=run.delta.nbytes, steps=len(run.log)),
-                settings=run.settings)
+                settings=run.settings, notes=run.notes)
 
 def _own_folder(run):
     "Return the run's folder, or the one where a run keeps its originals, or a new temporary one"

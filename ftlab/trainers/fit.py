@@ -328,5 +328,6 @@ def cut_note(encoded:list, # what `encode_all` made of the rows
         cut = sum(len(ids) > limit for ids in whole)
     if not dropped and not cut:
         return ''
-    said = [f'{dropped} left out, because nothing of the answer is left']*bool(dropped) + [f'{cut} cut']*bool(cut)
-    return f'at most {limit} tokens of a row are read; of {len(rows)} {what} rows {", ".join(said)}'
+    left_out = f'{dropped} of {len(rows)} {what} rows are left out: nothing of their answer is within {limit} tokens'
+    cut_short = f'{cut} of {len(rows)} {what} rows are cut to {limit} tokens'
+    return '; '.join([left_out]*bool(dropped) + [cut_short]*bool(cut))
