@@ -90,7 +90,7 @@ def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
     if a.export:
         run.export(a.export)
     said = '' if before is None else f'; {metric} on test rows {before:.3f} -> {record["after"]:.3f}'
-    noted = ''.join(f'\nnote: {n}' for n in record['notes'])
+    noted = ''.join(f'\nnote: {in_shell_words(n, _options(a))}' for n in record['notes'])
     return record, f'{run!r}{said}{noted}\n{out/"delta.safetensors"}' + (f'\n{a.export}' if a.export else '')
 
 def _test_notes(a, model, tok, data) -> list[str]:

@@ -463,8 +463,8 @@ def check_delta(model:nn.Module, name:str, delta:Callable) -> None:
     shape = tuple(model.get_parameter(name).shape)
     if len(shape) > 2 and site == 'weight' and not declared(delta, 'vectors', False):
         raise ValueError(f'{name!r} is a stack of {shape[0]} tensors of shape {shape[1:]}, such as the fused experts of '
-                         f'a mixture-of-experts model; {title} changes single matrices. Leave it out: select the '
-                         "matrices of attention, such as targets='self_attn.*proj', or train the stack itself (full)")
+                         f'a mixture-of-experts model; {title} changes single matrices. Leave it out: select '
+                         'the matrices of attention by name, or train the stack itself (full)')
     if len(shape) < 2 and site == 'weight' and not declared(delta, 'vectors', False):
         raise ValueError(f'{name!r} is a vector of shape {shape}; {title} changes matrices: select matrices only')
     if site != 'weight' and isinstance(owner_of(model, name)[0], nn.Embedding):

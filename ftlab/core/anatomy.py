@@ -292,7 +292,7 @@ def _without_row(model) -> str:
     if not names:
         return ''
     pattern = rf'\.({"|".join(sorted(names))})\.weight$'
-    return (f"Full fine-tuning needs no row; a method with targets= takes a pattern of names, such as "
+    return (f"Full fine-tuning needs no row; for an adapter, name the matrices by a pattern: "
             f"lora(targets=r'{pattern}'). ")
 
 def _weight(module, params) -> str|None:

@@ -311,8 +311,8 @@ def _same_padding(model, tok, sort:str) -> list[str]:
 
 def _padded_positions(model) -> int|None:
     "Return the token that a table of positions leaves out, as RoBERTa's does"
-    return next((m.padding_idx for n, m in model.named_modules() if isinstance(m, torch.nn.Embedding)
-                 and TABLE.search(n) and m.padding_idx is not None), None)
+    return next((m.padding_idx for n, m in model.named_modules()
+                 if TABLE.search(n) and getattr(m, 'padding_idx', None) is not None), None)
 
 # %% ../../nbs/core/loading.ipynb #a3e1a1d0
 def without_row(model, tok) -> list[int]:

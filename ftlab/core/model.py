@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['MODEL_INPUTS', 'LONGEST', 'TABLE', 'model_inputs', 'to_device', 'device_of', 'pad_id', 'notes_of', 'evaluating',
-           'position_table', 'positions', 'row_limit', 'answer_room']
+__all__ = ['MODEL_INPUTS', 'LONGEST', 'TABLE', 'BOUND', 'model_inputs', 'to_device', 'device_of', 'pad_id', 'notes_of',
+           'evaluating', 'position_table', 'positions', 'row_limit', 'answer_room']
 
 # %% ../../nbs/core/model.ipynb #000556db
 MODEL_INPUTS = ('input_ids', 'attention_mask', 'token_type_ids', 'inputs_embeds', 'position_ids', 'pixel_values')
@@ -58,23 +58,27 @@ def evaluating(*models # modules; anything else is ignored, such as a reference 
 
 # %% ../../nbs/core/model.ipynb #000b56db
 LONGEST = 1024 # default tokens of a row: a batch of 32 such rows fits into a laptop's memory
-TABLE = re.compile(r'(^|\.)(wpe|position_embeddings?|embed_positions)$')
+TABLE = re.compile(r'(^|\.)(wpe|(?:char_)?positions?_embed(dings?)?|embed_positions)$')
+BOUND = ('ctrl', 'mpt') # model types that compute positions, but only as many as they are configured for
 
 def _usable(model) -> Iterator[int]:
     "Yield how many tokens each table of positions has rows for"
     for name, m in model.named_modules():
-        if isinstance(m, nn.Embedding) and TABLE.search(name):
+        table = getattr(m, 'weight', None)
+        if TABLE.search(name) and table is not None and table.ndim == 2:
             # RoBERTa counts from the row after its padding token's, OPT and BART from an offset
-            padded = m.padding_idx is not None
-            yield m.num_embeddings - (m.padding_idx + 1 if padded else getattr(m, 'offset', 0))
+            padding = getattr(m, 'padding_idx', None)
+            yield len(table) - (getattr(m, 'offset', 0) if padding is None else padding + 1)
     for name, table in model.named_buffers():
         if TABLE.search(name) and table.ndim == 2: # GPT-J's sines
             yield len(table)
 
 def position_table(model:nn.Module) -> int|None:
     """Return how many positions a model's table has, past which it cannot read;
-    None if positions are computed"""
+    None if positions are computed for any length"""
     found = list(_usable(model))
+    if getattr(getattr(model, 'config', None), 'model_type', None) in BOUND:
+        return _configured(model)
     return min(found + [_configured(model) or found[0]]) if found else None
 
 def positions(model:nn.Module) -> int|None:
