@@ -117,7 +117,8 @@ CLASSES = dict(causal=AutoModelForCausalLM, masked=AutoModelForMaskedLM,
                encoder=AutoModel)
 ENDINGS = dict(ForCausalLM='causal', LMHeadModel='causal', ForMaskedLM='masked',
                ForSequenceClassification='label', # endings of a checkpoint's class name
-               ForImageClassification='image', ForConditionalGeneration='seq2seq', Model='encoder')
+               ForImageClassification='image', ForConditionalGeneration='seq2seq', MTModel='seq2seq',
+               Model='encoder')
 IMAGES = ('vit',) # model types that read images: they have no tokenizer
 
 def _sort(config:PretrainedConfig, kind:str, labels:list[str]|None, name:str) -> str:
@@ -452,6 +453,8 @@ def _weights(sort:str, where:str, config:PretrainedConfig, revision:str|None, dt
                          'that it was trained on, '
                          'then ftlab.adapters.lowrank.from_peft(model, folder)')
     model.name_or_path = model.config._name_or_path = where
+    if renamed:
+        model._weight_conversions = None # else save_pretrained would rename the tensors back
     return model, info
 
 # %% ../../nbs/core/loading.ipynb #00131c17
