@@ -37,7 +37,8 @@ def run_compare(a:argparse.Namespace) -> tuple[dict, str]:
     c = ftlab.compare(methods, a.model, data, old=old_of(a), metric=a.metric, seeds=a.seeds,
                       steps=a.steps, batch_size=a.batch_size, lrs=a.lrs, tune=a.tune,
                       items=a.items, old_items=a.old_items, max_length=a.max_length,
-                      device=a.device, precision=a.precision, dtype=a.dtype, revision=a.revision, head=a.head,
+                      device=a.device, precision=a.precision, dtype=a.dtype, revision=a.revision,
+                      head=a.head,
                       budget=a.budget, out=a.out, resume=a.resume, lose_at_most=a.lose_at_most,
                       max_runs=a.max_runs, race=a.race)
     return c.json(), f'{c!r}\n{Path(a.out)/"index.html"}'
@@ -91,7 +92,8 @@ def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
         run.export(a.export)
     said = '' if before is None else f'; {metric} on test rows {before:.3f} -> {record["after"]:.3f}'
     noted = ''.join(f'\nnote: {in_shell_words(n, _options(a))}' for n in record['notes'])
-    return record, f'{run!r}{said}{noted}\n{out/"delta.safetensors"}' + (f'\n{a.export}' if a.export else '')
+    files = f'\n{out/"delta.safetensors"}' + (f'\n{a.export}' if a.export else '')
+    return record, f'{run!r}{said}{noted}{files}'
 
 def _test_notes(a, model, tok, data) -> list[str]:
     "Say how many of the measured test rows the length limit cut or left out"

@@ -22,7 +22,7 @@ from ..core.recipe import name_of
 
 # %% auto #0
 __all__ = ['HALF', 'owner_of', 'is_transposed', 'oriented', 'tied_names', 'set_weights', 'own_weights', 'own_buffers',
-           'base_below', 'changed', 'in_full', 'Attached', 'attach', 'place', 'check_bare', 'declared', 'unties',
+           'base_below', 'changed_weight', 'in_full', 'Attached', 'attach', 'place', 'check_bare', 'declared', 'unties',
            'check_delta', 'make_delta']
 
 # %% ../../nbs/adapters/attach.ipynb #2a699f8d
@@ -86,9 +86,9 @@ def base_below(model:nn.Module, name:str) -> Tensor|None:
 # %% ../../nbs/adapters/attach.ipynb #f0b982ce
 HALF = (torch.float16, torch.bfloat16)
 
-def changed(delta:Callable, # a delta on a weight
-            W:Tensor        # the weight, [out, in]
-           ) -> Tensor:     # of the dtype of `W`
+def changed_weight(delta:Callable, # a delta on a weight
+                   W:Tensor        # the weight, [out, in]
+                  ) -> Tensor:     # of the dtype of `W`
     "Return the changed weight, computed in float32 and rounded once if `W` is in half precision"
     return delta(W.float()).to(W.dtype) if W.dtype in HALF else delta(W)
 
@@ -145,7 +145,9 @@ class _Weight(nn.Module):
         return out
 
     def changed(self, W):
-        return changed(self.delta, W.T).T if self.transposed else changed(self.delta, W)
+        if self.transposed:
+            return changed_weight(self.delta, W.T).T
+        return changed_weight(self.delta, W)
 
 # %% ../../nbs/adapters/attach.ipynb #7869e716
 @contextmanager
@@ -232,7 +234,7 @@ class Attached:
         if d.site != 'weight':
             raise ValueError(f'{type(d).__name__} at {name!r} changes activations, not a weight')
         base = oriented(self.model, name, base_below(self.model, name))
-        return base, changed(d, base)
+        return base, changed_weight(d, base)
 
     def values(self) -> dict[str, Tensor]:
         "Return the tuned weights, by name, as the model stores them"
@@ -245,7 +247,8 @@ class Attached:
 
     @torch.no_grad()
     def changes(self) -> dict[str, Tensor]:
-        "Return tuned weight minus base weight, by name, as the model stores them: the input of an `edit`"
+        """Return tuned weight minus base weight, by name, as the model stores them: the input of an
+        `edit`"""
         return {n: v - self.before(n).to(v.device) for n, v in self.values().items()}
 
     def before(self, name:str) -> Tensor:
@@ -462,8 +465,9 @@ def check_delta(model:nn.Module, name:str, delta:Callable) -> None:
     title, site = name_of(delta), declared(delta, 'site', 'weight')
     shape = tuple(model.get_parameter(name).shape)
     if len(shape) > 2 and site == 'weight' and not declared(delta, 'vectors', False):
-        raise ValueError(f'{name!r} is a stack of {shape[0]} tensors of shape {shape[1:]}, such as the fused experts of '
-                         f'a mixture-of-experts model; {title} changes single matrices. Leave it out: select '
+        raise ValueError(f'{name!r} is a stack of {shape[0]} tensors of shape {shape[1:]}, such as the fused '
+                         f'experts of a mixture-of-experts model; {title} changes single matrices. '
+                         'Leave it out: select '
                          'the matrices of attention by name, or train the stack itself (full)')
     if len(shape) < 2 and site == 'weight' and not declared(delta, 'vectors', False):
         raise ValueError(f'{name!r} is a vector of shape {shape}; {title} changes matrices: select matrices only')

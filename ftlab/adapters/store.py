@@ -266,8 +266,9 @@ def _built(model, name, kind, config, tensors, classes) -> nn.Module:
         raise ValueError(f'the change of {name!r} cannot be made as {kind} with '
                          f'{str(config)[:120]}: {str(e)[:200]}') from None
     want = d.state_dict()
-    tensors = {k: t.to(want[k].dtype) if k in want and t.dtype in HALF and want[k].dtype == torch.float32 else t
-               for k, t in tensors.items()} # version 0.1 kept deltas in the dtype of the model
+    # version 0.1 kept deltas in the dtype of the model
+    half = {k for k, t in tensors.items() if t.dtype in HALF and k in want}
+    tensors = tensors | {k: tensors[k].float() for k in half if want[k].dtype == torch.float32}
     if extra := [k for k in tensors if k not in want]:
         raise ValueError(f'it holds a tensor {name + "::" + extra[0][:80]!r}, which {kind} does not have')
     for k, like in want.items():

@@ -54,7 +54,9 @@ def _records(paths:list[Path]) -> dict[Path, dict]:
 def _peft_base(path:Path) -> str:
     "Return which base an adapter of peft names"
     from ftlab.core.folder import read_json
-    said = read_json(path/'adapter_config.json').get('base_model_name_or_path') if path.is_dir() else None
+    if not path.is_dir():
+        return ''
+    said = read_json(path/'adapter_config.json').get('base_model_name_or_path')
     return f'; its adapter_config.json names {said}' if said else ''
 
 def base_of(paths:list[Path],      # of saved changes
@@ -64,7 +66,8 @@ def base_of(paths:list[Path],      # of saved changes
     if they name different bases, or none."""
     records = _records(paths)
     first = next(iter(records.values()), {})
-    base = {k: getattr(a, k, None) or first.get(k) for k in ('model', 'revision', 'labels', 'seed', 'head')}
+    known = ('model', 'revision', 'labels', 'seed', 'head')
+    base = {k: getattr(a, k, None) or first.get(k) for k in known}
     if not base['model']:
         raise ValueError(f'there is no run.json beside {paths[0]}; name the base with --model'
                          + _peft_base(paths[0]))

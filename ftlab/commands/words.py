@@ -82,7 +82,7 @@ _ADAPTER = r'ftlab\.adapters\.lowrank\.from_peft\(model, (?:that )?folder\)'
 
 PHRASES = (  # (what an error of the library says, what the shell says instead)
     (rf'move these files to another folder, load the model, and apply them: {_ADAPTER}',
-     'move these files to another folder, and merge them: ftlab merge OTHER --model THIS --out NEW'),
+     'move these files to another folder and merge them: ftlab merge OTHER --model THIS --out NEW'),
     (rf'load the model that it was trained on(.*?), then {_ADAPTER}; or write both as one folder: ',
      r'write it and the model that it was trained on\1 as one folder: '),
     (rf'load the model that it was trained on, then {_ADAPTER}',

@@ -452,7 +452,8 @@ def _weights(sort:str, where:str, config:PretrainedConfig, revision:str|None, dt
         raise ValueError(f'{name} is an adapter, or has one next to its weights; load the model '
                          'that it was trained on, '
                          'then ftlab.adapters.lowrank.from_peft(model, folder)')
-    model.name_or_path = model.config._name_or_path = where
+    for part in (model, model.config):
+        part.name_or_path = where # not that of a folder without the adapter
     if renamed:
         model._weight_conversions = None # else save_pretrained would rename the tensors back
     return model, info

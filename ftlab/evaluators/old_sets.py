@@ -361,7 +361,7 @@ def _sets_of(name, source, data, model, tok, seed) -> list[OldSet]:
         raise ValueError(f'{f"the old set {name!r}" if name else "old data"}: {e}{near}') from None
 
 def _numbered(s:OldSet, model) -> OldSet:
-    "Give the set the model's numbers for its labels; a set with other labels stays as it is"
+    "Number the labels of the set as the model does; a set with other labels stays as it is"
     try:
         d = numbered(Data([], [], s.rows, 'label', s.labels), model)
     except ValueError:

@@ -275,7 +275,8 @@ class Bench:
         for s in ('train', 'validation', 'test'):
             rows = getattr(self.given, s)[:None if s == 'train' else self.sizes[s][0]]
             if self.given.kind != 'image' and not self.skill:
-                found.append(cut_note(encode_all(rows, tok, self.given.kind, limit), rows, tok, limit, s))
+                encoded = encode_all(rows, tok, self.given.kind, limit)
+                found.append(cut_note(encoded, rows, tok, limit, s))
         return [n for n in found if n]
 
     def data(self, seed:int) -> Data:

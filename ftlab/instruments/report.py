@@ -590,8 +590,9 @@ def read_run(folder:str|Path|None=None, # what `ftlab fit` wrote; None: give mod
     given, data = data is not None, _rows_of(known, data)
     revision = revision or known.get('revision')
     # runs of version 0.1 kept a head only for the same labels in the same order
-    net, tok = load(name, revision=revision, dtype=dtype, device=device, labels=known.get('labels') or data.labels,
-                    seed=known.get('seed', 0), head=known.get('head', 'exact'))
+    net, tok = load(name, revision=revision, dtype=dtype, device=device,
+                    labels=known.get('labels') or data.labels, seed=known.get('seed', 0),
+                    head=known.get('head', 'exact'))
     data = numbered(data, net)
     if not given:
         _check_rows(known, data)

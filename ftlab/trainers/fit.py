@@ -121,7 +121,8 @@ def _check_model(model, data, recipe) -> None:
 _LEAST = dict(steps=1, batch_size=1, accumulate=1, max_length=1, warmup=0, save_every=0)
 
 def _check_numbers(**numbers) -> None:
-    "Raise `ValueError` for what is no whole number, or less than `_LEAST`; only `max_length` may be None"
+    """Raise `ValueError` for what is no whole number, or less than `_LEAST`; only `max_length` may
+    be None"""
     for name, value in numbers.items():
         least = _LEAST.get(name, -math.inf)
         whole = isinstance(value, Integral) and not isinstance(value, bool)
@@ -193,7 +194,8 @@ def _job(model, tok, data, recipe, settings, device, out, trackers, callbacks) -
     holder = None if out and processes.main else TemporaryFolder()
     folder = Path(holder.name if holder else out)
     return Job(model=model, tok=tok, data=data, recipe=recipe, settings=settings, rows=rows,
-               validation=validation, limit=limit, notes=notes, **asked, base=base, device=device, acc=acc,
+               validation=validation, limit=limit, notes=notes,
+               **asked, base=base, device=device, acc=acc,
                processes=processes, folder=folder, holder=holder,
                checkpoint=Path(out or folder)/'checkpoint.safetensors', mark=uuid.uuid4().hex,
                callbacks=callbacks)
