@@ -91,7 +91,7 @@ def bench_of(a:argparse.Namespace, data):
     from ftlab.instruments.bench import Bench
     return Bench(a.model, data, old_of(a), a.metric, steps=a.steps,
                  max_length=a.max_length, device=a.device, dtype=a.dtype, revision=a.revision,
-                 budget=a.budget, batch_size=a.batch_size, precision=a.precision,
+                 budget=a.budget, batch_size=a.batch_size, precision=a.precision, head=a.head,
                  items=a.items, old_items=getattr(a, 'old_items', 100))
 
 def new_folder(path:str,  # as the user typed it

@@ -82,10 +82,16 @@ def with_options(text:str,           # an error of the library
 _ADAPTER = r'ftlab\.adapters\.lowrank\.from_peft\(model, (?:that )?folder\)'
 
 PHRASES = (  # (what an error of the library says, what the shell says instead)
-    (rf'move both to another folder, load the model, and apply them: {_ADAPTER}',
-     'move the two out of the folder, and merge them into the model with peft (merge_and_unload)'),
+    (rf'move these files to another folder, load the model, and apply them: {_ADAPTER}',
+     'move these files to another folder and merge them: ftlab merge OTHER --model THIS --out NEW'),
+    (rf'load the model that it was trained on(.*?), then {_ADAPTER}; or write both as one folder: ',
+     r'write it and the model that it was trained on\1 as one folder: '),
     (rf'load the model that it was trained on, then {_ADAPTER}',
-     'merge it into the model that it was trained on with peft (merge_and_unload), and name that folder'),
+     'merge it into the model that it was trained on: ftlab merge ADAPTER --model BASE --out NEW'),
+    (r'model, tok = ftlab\.load\(name, resize=True\); model\.save_pretrained\(folder\); tok\.save_pretrained\(folder\)',
+     "python -c \"import ftlab; m, t = ftlab.load('MODEL', resize=True); m.save_pretrained('NEW'); "
+     't.save_pretrained(\'NEW\')"'),
+    (r'load it with ftlab\.load\(name, labels=data\.labels\), which gives it a new head', "use head='new'"),
     (r"convert them once: AutoModelForCausalLM\.from_pretrained\((.*?)\)\.save_pretrained\(\1\)",
      r'convert them once: python -c "from transformers import AutoModelForCausalLM as M; '
      r'M.from_pretrained(\1).save_pretrained(\1)"'),
@@ -101,7 +107,7 @@ PHRASES = (  # (what an error of the library says, what the shell says instead)
     (r'; load it with ftlab\.load\(name\)', ''),
     (r'which ftlab does not know; pass kind= one of .*$',
      'which the command line cannot load'),
-    (r', or holds another kind of model: pass kind=', ', or holds another kind of model'),
+    (r', or holds another kind of model: pass kind=, or labels= for a new head', ', or holds another kind of model'),
     (r'or give validation= and test=', 'or name test rows with --eval'),
     (r"the keys are the names ftlab uses (\(.*?\)), the values those in the source",
      r'write the names that ftlab uses \1 left of =, and those of your columns right of it'),

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from .batches import collate
 from .tokens import IGNORE, encode_all
+from .data import Data
 from .generate import generate
 from .template import answer_opening
+from .labels import numbered
 from .loading import load
 from .model import device_of, evaluating, model_inputs, pad_id, row_limit, to_device
 from .lab import lab, lab_skill
@@ -142,6 +144,8 @@ def label_hits(model, tok, rows:list[dict], max_length:int|None=None) -> list[fl
             for hit in (lg.argmax(-1) == y).tolist()]
 
 def label_accuracy(model, tok, rows:list[dict], labels:list, max_length:int|None=None) -> float:
-    "Return the share of rows whose most likely label is right. Rows are cut to `row_limit`."
+    """Return the share of rows whose most likely label is right: the model's label of the name that
+    `labels` gives. Rows are cut to `row_limit`."""
+    rows = numbered(Data([], [], rows, 'label', list(labels)), model).test if labels else rows
     hits = label_hits(model, tok, rows, max_length)
     return sum(hits)/len(hits)
