@@ -286,7 +286,8 @@ def counts(p: Project) -> str:
             f'{", ".join(parts)}.')
     results = [json.loads((p.root/e['evidence']).read_text(encoding='utf-8')) for e in claimed
                if e['evidence'] and e['verdict']]
-    single = [contrast_verdict(c)[0] for r in results for c in r['contrasts'] if c.get('primary', True)]
+    single = [contrast_verdict(c)[0] for r in results for c in r['contrasts']
+              if c.get('primary', True)]
     if not single:
         return text
     each = ', '.join(f'{n} {WORDS[v]}' for v in WORDS if (n := single.count(v)))
