@@ -11,7 +11,8 @@ __version__ = '0.1.0'
 
 # public name -> (module, name there); None: the module itself. Imported on first use, so that `import ftlab` is quick.
 _PUBLIC = dict(
-    load=('ftlab.core.loading', 'load'), data=('ftlab.core.data', 'data'), anatomy=('ftlab.core.anatomy', 'anatomy'),
+    load=('ftlab.core.loading', 'load'), data=('ftlab.core.data', 'data'),
+    mix=('ftlab.core.mix', 'mix'), anatomy=('ftlab.core.anatomy', 'anatomy'),
     generate=('ftlab.core.generate', 'generate'), skills=('ftlab.core.scorers', 'skills'),
     Recipe=('ftlab.core.recipe', 'Recipe'),
     attach=('ftlab.adapters.delta', 'attach'), load_delta=('ftlab.adapters.delta', 'load_delta'),

@@ -38,6 +38,7 @@ def run_compare(a:argparse.Namespace) -> tuple[dict, str]:
                       steps=a.steps, batch_size=a.batch_size, lrs=a.lrs, tune=a.tune,
                       items=a.items, old_items=a.old_items, max_length=a.max_length,
                       device=a.device, precision=a.precision, dtype=a.dtype, revision=a.revision,
+                      head=a.head,
                       budget=a.budget, out=a.out, resume=a.resume, lose_at_most=a.lose_at_most,
                       max_runs=a.max_runs, race=a.race)
     return c.json(), f'{c!r}\n{Path(a.out)/"index.html"}'
@@ -62,8 +63,10 @@ def _trained(a, model, tok, data, recipe, lr):
 # %% ../nbs/cli.ipynb #0015d2b6
 def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
     "Fine-tune by one method; write the change, the log and a record of the run"
+    from ftlab.core.labels import numbered
     from ftlab.instruments.bench import metric_for
     from ftlab.instruments.compare import plan
+    from ftlab.trainers.fit import check_fits
     (name, (recipe, grid)), = plan([a.method], a.lr, False).items()
     data, out = data_of(a), Path(a.out)
     if a.dry_run:
@@ -71,21 +74,38 @@ def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
         return e, estimate_lines(e)
     if a.export:
         new_folder(a.export, '--export')
-    model, tok = model_of(a, labels=data.labels, seed=a.seed)
+    model, tok = model_of(a, labels=data.labels, seed=a.seed, head=a.head)
+    check_fits(model, tok, data)
+    data = numbered(data, model)
     metric, before = metric_for(data, a.metric), _score(a, model, tok, data)
     run = _trained(a, model, tok, data, recipe, grid[0])
     record = dict(model=a.model, revision=a.revision, data=data.name, eval=a.eval,
-                  columns=columns_of(a), labels=data.labels, seed=a.seed,
+                  columns=columns_of(a), carry=listed(a.carry or ''), wanted=a.wanted,
+                  labels=data.labels, seed=a.seed,
                   recipe=recipe.describe(), settings=run.settings, cost=run.cost,
                   interrupted=run.interrupted, metric=metric, before=before,
-                  after=_score(a, model, tok, data))
+                  after=_score(a, model, tok, data), head=a.head,
+                  notes=run.notes + _test_notes(a, model, tok, data))
     record['saved_bytes'] = _keep(run, record, out)
     if run.interrupted:
         raise KeyboardInterrupt(f'stopped after {len(run.log)} steps; what was learned is in {out}')
     if a.export:
         run.export(a.export)
     said = '' if before is None else f'; {metric} on test rows {before:.3f} -> {record["after"]:.3f}'
-    return record, f'{run!r}{said}\n{out/"delta.safetensors"}' + (f'\n{a.export}' if a.export else '')
+    noted = ''.join(f'\nnote: {in_shell_words(n, _options(a))}' for n in record['notes'])
+    files = f'\n{out/"delta.safetensors"}' + (f'\n{a.export}' if a.export else '')
+    return record, f'{run!r}{said}{noted}{files}'
+
+def _test_notes(a, model, tok, data) -> list[str]:
+    "Say how many of the measured test rows the length limit cut or left out"
+    from ftlab.core.model import row_limit
+    from ftlab.core.tokens import encode_all
+    from ftlab.trainers.fit import cut_note
+    rows, limit = data.test[:a.items], row_limit(model, tok, a.max_length)
+    if not rows or data.kind == 'image':
+        return []
+    note = cut_note(encode_all(rows, tok, data.kind, limit), rows, tok, limit, 'test')
+    return [note] if note else []
 
 def _keep(run, record, out) -> int:
     "Write delta.safetensors, log.jsonl and run.json into `out`; returns the delta's size in bytes"
@@ -118,7 +138,7 @@ def _before(a, data):
                          'name the folder that ftlab fit wrote')
     if a.exported:
         raise ValueError('--exported is compared with a finished run; name the folder that ftlab fit wrote as well')
-    model, tok = model_of(a, labels=data.labels)
+    model, tok = model_of(a, labels=data.labels, head=a.head)
     settings = ('steps', 'batch_size', 'accumulate', 'lr', 'max_length', 'precision')
     return doctor(model, tok, data, ftlab.methods.get(a.method),
                   **{k: getattr(a, k) for k in settings})
@@ -183,10 +203,14 @@ COMMON = {
     '--model': dict(metavar='NAME', help='lab-s or another lab model, a folder, or a Hugging Face id'),
     '--revision': dict(metavar='NAME', help='revision of the model (default: its newest)'),
     '--data': dict(metavar='PATH',
-                   help='a .jsonl, .json, .csv or .parquet file, a folder of them, or the name of a lab skill'),
+                   help='a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, a data set of the '
+                        'Hugging Face hub (owner/name), or the name of a lab skill'),
     '--eval': dict(metavar='PATH', help='test rows (default: a tenth of the data is kept for testing)'),
     '--columns': dict(metavar='OURS=THEIRS',
-                      help='how your columns are called, such as prompt=question,response=answer'),
+                      help='how your columns are called, such as prompt=question,response=answer; '
+                           'prompt=instruction+input joins two'),
+    '--carry': dict(metavar='COLUMNS', help='columns to leave unread, such as context,weight'),
+    '--wanted': dict(choices=('only',), help='only: of rows labelled true or false, keep those that are true'),
     '--old': dict(metavar='SOURCE',
                   help='what the model could do before, to measure what it forgets: a file, a folder, a lab skill, '
                        'auto (its own answers, asked before the run), auto:PROMPTS.txt or lm_eval:TASK; several '
@@ -206,13 +230,17 @@ COMMON = {
     '--device': dict(metavar='NAME', help='cpu, cuda, cuda:1 or mps (default: cpu)'),
     '--dtype': dict(choices=('float32', 'bfloat16', 'float16'),
                     help='number format of the weights (default: the one in which the model was saved)'),
-    '--precision': dict(default='no', choices=('no', 'bf16'),
-                        help='bf16: mixed precision, computed in bfloat16 (default: %(default)s)'),
+    '--precision': dict(default='no', choices=('no', 'bf16', 'pure_bf16'),
+                        help='bf16: mixed precision, computed in bfloat16; pure_bf16: train bfloat16 weights even at a '
+                             'rate that rounding mostly undoes (default: %(default)s)'),
+    '--head': dict(default='auto', choices=('auto', 'new'),
+                   help='of a classifier; auto: the trained one is kept if it has the labels of the data; '
+                        'new: a new one (default: %(default)s)'),
     '--out': dict(metavar='DIR', help='the folder to write')}
 
 def _take(p, names:str, **more):
     "Add common arguments to a parser; `more` changes one of them: data=dict(required=True)"
-    for n in names.split():
+    for n in names.replace('columns', 'columns carry wanted').split():
         p.add_argument(f'--{n}', *(['--methods'] if n == 'method' else []),
                        **COMMON[f'--{n}'] | more.get(n.replace('-', '_'), {}))
     return p.add_argument
@@ -222,7 +250,7 @@ def _training(p, out:str):
     "Add the arguments of both commands that train"
     must = dict(required=True)
     add = _take(p, 'model revision data eval columns metric steps batch-size max-length '
-                   'device dtype precision out',
+                   'device dtype precision head out',
                 model=must, data=must,
                 out=dict(default=out, type=lambda text: text or out, # --out "$UNSET"
                          help='the folder to write (default: %(default)s)'))
@@ -304,7 +332,7 @@ def _doctor(p):
     add = p.add_argument
     add('folder', nargs='?', metavar='DIR',
         help='a finished run, the folder that ftlab fit wrote; without it a run is examined before it begins')
-    _take(p, 'model revision data eval columns method lr steps batch-size max-length device dtype precision')
+    _take(p, 'model revision data eval columns method lr steps batch-size max-length device dtype precision head')
     add('--exported', metavar='DIR', help='a merged model to compare with the run')
     add('--accumulate', type=positive, default=1, metavar='N',
         help='micro-batches in a step (default: %(default)s)')

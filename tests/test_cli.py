@@ -384,7 +384,7 @@ WRONG = {
     'a reason that is missing': ('claims supersede hft', 1, ['--because']),
     'a model with pickled weights': ('fit --model {d}/pickled --data {d}/sums.jsonl', 1,
                                    ['python -c "from transformers']),
-    'an adapter': ('fit --model {d}/adapter --data {d}/sums.jsonl', 1, ['with peft (merge_and_unload)']),
+    'an adapter': ('fit --model {d}/adapter --data {d}/sums.jsonl', 1, ['ftlab merge ADAPTER --model BASE']),
     'a base that cannot be read': ('merge {d}/badrun --out x', 1, ['badrun/run.json cannot be read as JSON']),
     'a page that is not there': ('lab nbs/nope.ipynb', 1, ["no page 'nbs/nope.ipynb'"])}
 

@@ -354,8 +354,9 @@ def test_assistant_turns_are_learnt_whole(template, says):
     enc = encode(dict(messages=TALK), tok, 'chat')
     assert (learnt(tok, enc) == says
             and tok.decode(enc['input_ids']) == tok.apply_chat_template(TALK, tokenize=False))
-    assert learnt(tok, encode(dict(messages=TALK, context=2), tok, 'chat')) == says.split(
-        '\n', 1)[1]
+    first = dict(messages=[TALK[0], dict(TALK[1], weight=0), *TALK[2:]])
+    assert learnt(tok, encode(first, tok, 'chat')) == says.split('\n', 1)[1]
+    assert encode(first, tok, 'chat')['input_ids'] == enc['input_ids']
 
 def test_template_that_opens_with_more_than_it_keeps():
     tok = letters(OPENS)
@@ -366,7 +367,7 @@ def test_template_that_opens_with_more_than_it_keeps():
             and learnt(tok, enc) == 'a</s>\n')
 
 def test_templates_that_hide_the_answer_are_refused():
-    with pytest.raises(ValueError, match='one row per answer'):
+    with pytest.raises(ValueError, match='a row of its own'):
         encode(dict(messages=TALK), letters(COUNTS), 'chat')
     with pytest.raises(ValueError, match='no chat template'):
         encode(dict(messages=TALK), letters(), 'chat')

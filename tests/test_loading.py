@@ -10,6 +10,7 @@ from ftlab.core import loading
 from ftlab.core.batches import collate
 from ftlab.core.folder import check_folder
 from ftlab.core.loading import find_device, lab_folder, load, minilm_folder
+from ftlab.core.model import notes_of
 from ftlab.lab.models import lab_tokenizer
 
 tok = lab_tokenizer()
@@ -293,32 +294,41 @@ def edit(folder, **changes):
     (folder/'config.json').write_text(json.dumps(config))
     return folder
 
-def test_an_adapter_beside_whole_weights_is_refused(copy):
+def test_an_adapter_beside_whole_weights_is_left_out_and_named(copy, tmp_path):
     """A merged model saved where its adapter lay: transformers would put the adapter on a second
-    time, in silence"""
+    time, in silence, and would export the adapter alone"""
     peft = pytest.importorskip('peft')
     folder = copy('llama')
     from transformers import AutoModelForCausalLM
+    from ftlab.trainers.run import export
     model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder),
                                 peft.LoraConfig(r=2, target_modules=['q_proj'],
                                                 task_type='CAUSAL_LM', init_lora_weights=False))
     model.save_pretrained(folder)
     model.merge_and_unload().save_pretrained(folder)
     assert (folder/'adapter_config.json').exists() and (folder/'model.safetensors').exists()
-    for f in (load, loading.skeleton):
-        with pytest.raises(ValueError, match='an adapter beside it .adapter_config.json.*delete '
-                                             'adapter_config.json and adapter_model.safetensors'):
-            f(folder)
-    for f in ('adapter_config.json', 'adapter_model.safetensors'):
-        (folder/f).unlink()
-    merged, _ = load(folder)
+    with pytest.warns(UserWarning, match='an adapter beside it .adapter_config.json, '
+                                         'adapter_model.safetensors.*without the adapter'):
+        merged, t = load(folder)
+    assert 'adapter_config.json' in notes_of(merged)[0]
     disk = load_file(folder/'model.safetensors')
     assert (not any('lora' in n for n, _ in merged.named_parameters())
             and all(torch.equal(merged.state_dict()[k], v) for k, v in disk.items()))
+    bones, _ = loading.skeleton(folder)
+    assert [n for n, _ in bones.named_parameters()] == [n for n, _ in merged.named_parameters()]
+    out = export(merged, t, None, tmp_path/'out')
+    assert not list(out.glob('adapter_*')) and (out/'config.json').exists()
+    again = load_file(out/'model.safetensors')
+    assert again.keys() == disk.keys() and all(torch.equal(again[k], disk[k]) for k in disk)
 
 def test_an_adapter_without_its_model_is_named(tmp_path):
-    (tmp_path/'adapter_config.json').write_text('{}')
-    with pytest.raises(FileNotFoundError, match='an adapter without its model'):
+    (tmp_path/'adapter_config.json').write_text('{"base_model_name_or_path": "some/base"}')
+    with pytest.raises(FileNotFoundError, match='an adapter without its model.*some/base.*ftlab merge'):
+        load(tmp_path)
+    # with the config of its base, as some trainers leave it, but without the weights
+    (tmp_path/'config.json').write_text('{"model_type": "llama"}')
+    save_file({'x': torch.zeros(1)}, tmp_path/'adapter_model.safetensors')
+    with pytest.raises(FileNotFoundError, match='an adapter without its model.*some/base'):
         load(tmp_path)
 
 @pytest.mark.parametrize('target, says', [('weights.bin', 'not a safetensors file; a pickle can run'),

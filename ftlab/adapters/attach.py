@@ -21,8 +21,9 @@ from .select import check_selection
 from ..core.recipe import name_of
 
 # %% auto #0
-__all__ = ['owner_of', 'is_transposed', 'oriented', 'tied_names', 'set_weights', 'own_weights', 'own_buffers', 'base_below',
-           'Attached', 'attach', 'place', 'check_bare', 'declared', 'unties', 'check_delta', 'make_delta']
+__all__ = ['HALF', 'owner_of', 'is_transposed', 'oriented', 'tied_names', 'set_weights', 'own_weights', 'own_buffers',
+           'base_below', 'changed_weight', 'in_full', 'Attached', 'attach', 'place', 'check_bare', 'declared', 'unties',
+           'check_delta', 'make_delta']
 
 # %% ../../nbs/adapters/attach.ipynb #2a699f8d
 def owner_of(model:nn.Module, name:str) -> tuple[nn.Module, str]:
@@ -82,6 +83,22 @@ def base_below(model:nn.Module, name:str) -> Tensor|None:
     beside = f'delta_{attribute}' in dict(module.named_children())
     return getattr(module, attribute).detach() if beside else None
 
+# %% ../../nbs/adapters/attach.ipynb #f0b982ce
+HALF = (torch.float16, torch.bfloat16)
+
+def changed_weight(delta:Callable, # a delta on a weight
+                   W:Tensor        # the weight, [out, in]
+                  ) -> Tensor:     # of the dtype of `W`
+    "Return the changed weight, computed in float32 and rounded once if `W` is in half precision"
+    return delta(W.float()).to(W.dtype) if W.dtype in HALF else delta(W)
+
+def in_full(f:Callable, x:Tensor) -> Tensor:
+    """Return `f(x)` for a delta on activations, computed in float32 and rounded once if `x` is in
+    half precision; under autocast, as autocast computes it"""
+    if x.dtype not in HALF or torch.is_autocast_enabled(x.device.type):
+        return f(x)
+    return f(x.float()).to(x.dtype)
+
 # %% ../../nbs/adapters/attach.ipynb #642da668
 class _Branch:
     "Add `delta.branch(x)` to a layer's output"
@@ -90,7 +107,7 @@ class _Branch:
         self.owner, self.delta = owner, delta
 
     def __call__(self, module, args, out):
-        return out + self.delta.branch(args[0]) if self.owner.enabled else out
+        return out + in_full(self.delta.branch, args[0]) if self.owner.enabled else out
 
 class _Output:
     "Pass a layer's output through the delta"
@@ -99,7 +116,7 @@ class _Output:
         self.owner, self.delta = owner, delta
 
     def __call__(self, module, args, out):
-        return self.delta(out) if self.owner.enabled else out
+        return in_full(self.delta, out) if self.owner.enabled else out
 
 class _Input:
     "Pass a layer's input through the delta"
@@ -108,7 +125,7 @@ class _Input:
         self.owner, self.delta = owner, delta
 
     def __call__(self, module, args):
-        return (self.delta(args[0]), *args[1:]) if self.owner.enabled else None
+        return (in_full(self.delta, args[0]), *args[1:]) if self.owner.enabled else None
 
 # %% ../../nbs/adapters/attach.ipynb #7b217392
 class _Weight(nn.Module):
@@ -128,7 +145,9 @@ class _Weight(nn.Module):
         return out
 
     def changed(self, W):
-        return self.delta(W.T).T if self.transposed else self.delta(W)
+        if self.transposed:
+            return changed_weight(self.delta, W.T).T
+        return changed_weight(self.delta, W)
 
 # %% ../../nbs/adapters/attach.ipynb #7869e716
 @contextmanager
@@ -215,7 +234,7 @@ class Attached:
         if d.site != 'weight':
             raise ValueError(f'{type(d).__name__} at {name!r} changes activations, not a weight')
         base = oriented(self.model, name, base_below(self.model, name))
-        return base, d(base)
+        return base, changed_weight(d, base)
 
     def values(self) -> dict[str, Tensor]:
         "Return the tuned weights, by name, as the model stores them"
@@ -228,7 +247,8 @@ class Attached:
 
     @torch.no_grad()
     def changes(self) -> dict[str, Tensor]:
-        "Return tuned weight minus base weight, by name, as the model stores them: the input of an `edit`"
+        """Return tuned weight minus base weight, by name, as the model stores them: the input of an
+        `edit`"""
         return {n: v - self.before(n).to(v.device) for n, v in self.values().items()}
 
     def before(self, name:str) -> Tensor:
@@ -444,6 +464,11 @@ def check_delta(model:nn.Module, name:str, delta:Callable) -> None:
                          'selection, or train the weight itself (delta=None)')
     title, site = name_of(delta), declared(delta, 'site', 'weight')
     shape = tuple(model.get_parameter(name).shape)
+    if len(shape) > 2 and site == 'weight' and not declared(delta, 'vectors', False):
+        raise ValueError(f'{name!r} is a stack of {shape[0]} tensors of shape {shape[1:]}, such as the fused '
+                         f'experts of a mixture-of-experts model; {title} changes single matrices. '
+                         'Leave it out: select '
+                         'the matrices of attention by name, or train the stack itself (full)')
     if len(shape) < 2 and site == 'weight' and not declared(delta, 'vectors', False):
         raise ValueError(f'{name!r} is a vector of shape {shape}; {title} changes matrices: select matrices only')
     if site != 'weight' and isinstance(owner_of(model, name)[0], nn.Embedding):
@@ -451,8 +476,10 @@ def check_delta(model:nn.Module, name:str, delta:Callable) -> None:
                          'a layer: select the weights of linear layers only')
 
 def make_delta(model:nn.Module, name:str, mask, delta:Callable) -> nn.Module:
-    "Make the delta of one weight, which it sees as [out, in], on the weight's device"
+    """Make the delta of one weight, which it sees as [out, in], on the weight's device;
+    in float32 if the weight is in half precision"""
     W = oriented(model, name, model.get_parameter(name).detach())
+    W = W.float() if W.dtype in HALF else W
     return delta(W, mask if mask is True else oriented(model, name, mask)).to(W.device)
 
 def _place(att, name, d):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from .attach import Attached, check_bare, check_delta, make_delta, place
+from .attach import HALF, Attached, check_bare, check_delta, make_delta, place
 from ..core.io import write_tensors
 from ..core.loading import head_names
 
@@ -266,6 +266,9 @@ def _built(model, name, kind, config, tensors, classes) -> nn.Module:
         raise ValueError(f'the change of {name!r} cannot be made as {kind} with '
                          f'{str(config)[:120]}: {str(e)[:200]}') from None
     want = d.state_dict()
+    # version 0.1 kept deltas in the dtype of the model
+    half = {k for k, t in tensors.items() if t.dtype in HALF and k in want}
+    tensors = tensors | {k: tensors[k].float() for k in half if want[k].dtype == torch.float32}
     if extra := [k for k in tensors if k not in want]:
         raise ValueError(f'it holds a tensor {name + "::" + extra[0][:80]!r}, which {kind} does not have')
     for k, like in want.items():

@@ -52,13 +52,13 @@ def rates(text:str) -> list[float]|None:
 
 # %% ../../nbs/commands/given.ipynb #00096f2e
 def columns_of(a:argparse.Namespace) -> dict|None:
-    "Return `--columns` as a dictionary. Raises `ValueError` for a part without `=`."
+    "Return `--columns` as a dictionary; `+` joins columns. Raises `ValueError` for a part without `=`."
     if not a.columns:
         return None
     pairs = [pair.split('=', 1) for pair in a.columns.split(',')]
     if odd := [p[0] for p in pairs if len(p) == 1]:
         raise ValueError(f'--columns has {odd[0]!r}; write ours=theirs, such as prompt=question,response=answer')
-    return dict(pairs)
+    return {ours: theirs.split('+') if '+' in theirs else theirs for ours, theirs in pairs}
 
 def old_of(a:argparse.Namespace) -> str|dict|None:
     """Return `--old` as the library takes it: one source, or several by name.
@@ -79,7 +79,8 @@ def old_of(a:argparse.Namespace) -> str|dict|None:
 
 def data_of(a:argparse.Namespace):
     "Read the data of `--data`, with the test rows of `--eval`"
-    return ftlab.data(a.data, test=a.eval, columns=columns_of(a))
+    return ftlab.data(a.data, test=a.eval, columns=columns_of(a), carry=listed(a.carry or ''),
+                      wanted=a.wanted)
 
 def model_of(a:argparse.Namespace, **more):
     "Load the model of `--model`, and its tokenizer"
@@ -90,7 +91,7 @@ def bench_of(a:argparse.Namespace, data):
     from ftlab.instruments.bench import Bench
     return Bench(a.model, data, old_of(a), a.metric, steps=a.steps,
                  max_length=a.max_length, device=a.device, dtype=a.dtype, revision=a.revision,
-                 budget=a.budget, batch_size=a.batch_size, precision=a.precision,
+                 budget=a.budget, batch_size=a.batch_size, precision=a.precision, head=a.head,
                  items=a.items, old_items=getattr(a, 'old_items', 100))
 
 def new_folder(path:str,  # as the user typed it

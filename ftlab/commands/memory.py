@@ -125,7 +125,7 @@ def planned(a, recipe, data) -> dict:
     device = str(find_device(a.device))
     free = available(device)
     with (fake := FakeTensorMode()):
-        model, tok = skeleton(a.model, a.revision, a.dtype, data.labels, device=device)
+        model, tok = skeleton(a.model, a.revision, a.dtype, data.labels, device=device, head=a.head)
         total = _size(model.parameters())
     limit = row_limit(model, tok, a.max_length)
     longest = max(len(r['input_ids']) for r in encode_all(data.train[:2000], tok, data.kind, limit))

@@ -36,8 +36,10 @@ def merged_change(changes:list, # one {name: new weight minus base weight} each;
 
 # %% ../../nbs/commands/merge.ipynb #0015513c
 def saved_at(path:str) -> Path:
-    "Return the file of a saved change, given its name or that of its folder"
+    "Return the file of a saved change, given its name or that of its folder; an adapter of peft is a folder"
     p = Path(path)
+    if (p/'adapter_config.json').is_file():
+        return p
     p = p/'delta.safetensors' if p.is_dir() else p
     if not p.is_file():
         raise FileNotFoundError(f'no delta at {str(p)!r}; name a folder that ftlab fit wrote, or a saved change')
@@ -46,19 +48,29 @@ def saved_at(path:str) -> Path:
 def _records(paths:list[Path]) -> dict[Path, dict]:
     "Read run.json of the run that made each change, by folder"
     from ftlab.core.folder import read_json
-    found = {p.parent: p.with_name('run.json') for p in paths}
+    found = {p.parent: p.with_name('run.json') for p in paths if p.is_file()}
     return {folder: read_json(r) for folder, r in found.items() if r.exists()}
+
+def _peft_base(path:Path) -> str:
+    "Return which base an adapter of peft names"
+    from ftlab.core.folder import read_json
+    if not path.is_dir():
+        return ''
+    said = read_json(path/'adapter_config.json').get('base_model_name_or_path')
+    return f'; its adapter_config.json names {said}' if said else ''
 
 def base_of(paths:list[Path],      # of saved changes
             a:argparse.Namespace   # `--model` and `--revision` take precedence
-           ) -> dict:              # model, revision, labels, seed
+           ) -> dict:              # model, revision, labels, seed, head
     """Return the one base of several changes, as the runs beside them name it. Raises `ValueError`
     if they name different bases, or none."""
     records = _records(paths)
     first = next(iter(records.values()), {})
-    base = {k: getattr(a, k, None) or first.get(k) for k in ('model', 'revision', 'labels', 'seed')}
+    known = ('model', 'revision', 'labels', 'seed', 'head')
+    base = {k: getattr(a, k, None) or first.get(k) for k in known}
     if not base['model']:
-        raise ValueError(f'there is no run.json beside {paths[0]}; name the base with --model')
+        raise ValueError(f'there is no run.json beside {paths[0]}; name the base with --model'
+                         + _peft_base(paths[0]))
     # only the head of a classifier depends on the seed
     same = [k for k in ('model', 'revision') if not getattr(a, k)] + ['labels']
     for k in same + ['seed']*bool(base['labels']):
@@ -80,7 +92,7 @@ def run_merge(a:argparse.Namespace) -> tuple[dict, str]:
         raise ValueError('name the folder to write with --out')
     out = new_folder(a.out, '--out')
     model, tok = ftlab.load(base['model'], revision=base['revision'], dtype=a.dtype,
-                            labels=base['labels'], seed=base['seed'] or 0)
+                            labels=base['labels'], seed=base['seed'] or 0, head=base['head'] or 'exact')
     att, made, said = _with_changes(model, paths, a)
     folder = export(model, tok, att, out)
     return dict(model=str(base['model'])) | made | dict(folder=str(folder)), f'{said}{folder}'
@@ -88,6 +100,12 @@ def run_merge(a:argparse.Namespace) -> tuple[dict, str]:
 def _with_changes(model, paths:list[Path], a) -> tuple:
     "Attach the changes to the model; say how, for --json and for reading"
     from ftlab.adapters.edit import attach_change, saved_changes
+    from ftlab.adapters.lowrank import from_peft
+    if folders := [p for p in paths if p.is_dir()]:
+        if len(paths) > 1 or a.rule is not None or a.scale is not None:
+            raise ValueError(f'{folders[0]} is an adapter of peft, which is merged alone and without a rule: '
+                             'merge it first, then name the merged folder with --model')
+        return from_peft(model, folders[0]), dict(delta=str(folders[0])), ''
     if len(paths) == 1 and a.rule is None and a.scale is None:
         return ftlab.load_delta(model, paths[0]), dict(delta=a.delta or a.changes[0]), ''
     rule = a.rule or PLAIN_SUM

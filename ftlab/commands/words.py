@@ -42,7 +42,8 @@ def _with_value(name:str, value:str|None, verb:str) -> str:
     except (ValueError, SyntaxError):
         found = value
     if isinstance(found, dict):
-        found = ','.join(f'{k}={v}' for k, v in found.items())
+        joined = {k: '+'.join(v) if isinstance(v, list) else v for k, v in found.items()}
+        found = ','.join(f'{k}={v}' for k, v in joined.items())
     elif isinstance(found, (list, tuple)):
         found = ','.join(map(str, found))
     return f'{verb}{option(name)} {shlex.quote(str(found))}'
@@ -81,10 +82,16 @@ def with_options(text:str,           # an error of the library
 _ADAPTER = r'ftlab\.adapters\.lowrank\.from_peft\(model, (?:that )?folder\)'
 
 PHRASES = (  # (what an error of the library says, what the shell says instead)
-    (rf'move both to another folder, load the model, and apply them: {_ADAPTER}',
-     'move the two out of the folder, and merge them into the model with peft (merge_and_unload)'),
+    (rf'move these files to another folder, load the model, and apply them: {_ADAPTER}',
+     'move these files to another folder and merge them: ftlab merge OTHER --model THIS --out NEW'),
+    (rf'load the model that it was trained on(.*?), then {_ADAPTER}; or write both as one folder: ',
+     r'write it and the model that it was trained on\1 as one folder: '),
     (rf'load the model that it was trained on, then {_ADAPTER}',
-     'merge it into the model that it was trained on with peft (merge_and_unload), and name that folder'),
+     'merge it into the model that it was trained on: ftlab merge ADAPTER --model BASE --out NEW'),
+    (r'model, tok = ftlab\.load\(name, resize=True\); model\.save_pretrained\(folder\); tok\.save_pretrained\(folder\)',
+     "python -c \"import ftlab; m, t = ftlab.load('MODEL', resize=True); m.save_pretrained('NEW'); "
+     't.save_pretrained(\'NEW\')"'),
+    (r'load it with ftlab\.load\(name, labels=data\.labels\), which gives it a new head', "use head='new'"),
     (r"convert them once: AutoModelForCausalLM\.from_pretrained\((.*?)\)\.save_pretrained\(\1\)",
      r'convert them once: python -c "from transformers import AutoModelForCausalLM as M; '
      r'M.from_pretrained(\1).save_pretrained(\1)"'),
@@ -93,14 +100,14 @@ PHRASES = (  # (what an error of the library says, what the shell says instead)
     (r'save one beside it with tok\.save_pretrained',
      'copy tokenizer.json and tokenizer_config.json from where the model comes from'),
     (r'or set tok\.chat_template', 'or add chat_template to its tokenizer_config.json'),
-    (r'set tok\.chat_template to the one', 'set chat_template in tokenizer_config.json to the one'),
+    (r'set tok\.chat_template to (the )?one', r'set chat_template in tokenizer_config.json to \1one'),
     (r'set tok\.pad_token = tok\.eos_token, as ftlab\.load does',
      'set pad_token in its tokenizer_config.json'),
     (r'; pass classes=\{.*?: the class\}', '; only Python code that has this class can load it'),
     (r'; load it with ftlab\.load\(name\)', ''),
     (r'which ftlab does not know; pass kind= one of .*$',
      'which the command line cannot load'),
-    (r', or holds another kind of model: pass kind=', ', or holds another kind of model'),
+    (r', or holds another kind of model: pass kind=, or labels= for a new head', ', or holds another kind of model'),
     (r'or give validation= and test=', 'or name test rows with --eval'),
     (r"the keys are the names ftlab uses (\(.*?\)), the values those in the source",
      r'write the names that ftlab uses \1 left of =, and those of your columns right of it'),

@@ -280,8 +280,20 @@ def _family(model, families) -> tuple[str,Family]:
                                   f'looked up. {known}. {_WRAPPED}.')
     if family not in families:
         raise UnknownArchitecture(f'the table has no row for model type {family!r} ({kind}). {known}. '
-                                  'Another type needs its own Family: see anatomy(model, families=...).')
+                                  f'{_without_row(model)}Another type needs its own Family: '
+                                  'see anatomy(model, families=...).')
     return family, families[family]
+
+def _without_row(model) -> str:
+    "Return what works without a row: a pattern of the linear layers in the model's blocks"
+    names = {n.rpartition('.')[2] for n, m in model.named_modules()
+             if isinstance(m, (nn.Linear, Conv1D)) and re.search(r'\.\d+\.', n)
+             and min(m.weight.shape) >= 8} # not the gates of experts
+    if not names:
+        return ''
+    pattern = rf'\.({"|".join(sorted(names))})\.weight$'
+    return (f"Full fine-tuning needs no row; for an adapter, name the matrices by a pattern: "
+            f"lora(targets=r'{pattern}'). ")
 
 def _weight(module, params) -> str|None:
     "Return the parameter for a name in the table: the module's weight, or a bare parameter of that name"

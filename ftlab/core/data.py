@@ -7,139 +7,22 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 import torch
+from .formats import ALSO, FORMS, KINDS, Reading, one_kind, read_form, said
 from .lab import lab
-from .rows import DIGITS, READERS, as_row, clean_text, read_rows
+from .messages import is_list
+from .rows import DIGITS, READERS, as_row, read_rows
 from .table import as_html, html_table, to_the_left
-from .text import did_you_mean, near_misses, split_of
+from .text import did_you_mean, some, split_of
 
 # %% auto #0
-__all__ = ['KINDS', 'FORMS', 'ALIASES', 'SYNONYMS', 'SPLITS', 'Data', 'question_of', 'data']
-
-# %% ../../nbs/core/data.ipynb #000641f0
-# in the order of preference
-KINDS = dict(chat=('messages',), text=('prompt', 'response'), label=('text', 'label'), lm=('text',))
-# what you may give: pairs are read as kind 'text'
-FORMS = dict(chat=KINDS['chat'], text=KINDS['text'], pairs=('prompt', 'chosen', 'rejected')) | KINDS
-# trl's name, accepted as well
-ALIASES = dict(completion='response')
-# common names of such columns: used only to suggest `columns=`, never to guess
-SYNONYMS = dict(prompt=('question', 'instruction', 'input', 'query', 'source'),
-                response=('answer', 'output', 'target', 'reply', 'chosen'),
-                messages=('conversations', 'conversation', 'dialog', 'chat'),
-                text=('sentence', 'content', 'document', 'review'),
-                label=('category', 'class', 'intent', 'target', 'labels'),
-                chosen=('better', 'preferred', 'winner'), rejected=('worse', 'dispreferred', 'loser'))
-
-# %% ../../nbs/core/data.ipynb #000e41f0
-def _kind(names, columns:Mapping[str, str], at:str) -> str:
-    "Return which of `FORMS` the columns `names` make up. Raises `ValueError` that says what is missing."
-    have = {ALIASES.get(c, c) for c in names} | set(columns)
-    for form, need in FORMS.items(): # columns named in `columns=` count before those that happen to be there
-        if set(need) <= have and set(columns) <= set(need):
-            return form
-    # without a rejected answer, pairs were not meant
-    meant = [need for form, need in FORMS.items() if form != 'pairs' or 'rejected' in have]
-    need = max(meant, key=lambda n: (len(set(columns) & set(n)), len(have & set(n)), len(n)))
-    missing = [c for c in need if c not in have] if have & set(need) else ['prompt', 'response']
-    hints = {c: g for c in missing for g in _guesses(c, names) if g not in have & set(need)}
-    say = (f'; if you mean those, pass columns={ {c: hints[c] for c in missing} }'
-           if len(hints) == len(missing) else '')
-    raise ValueError(f'{at} has the columns {", ".join(map(str, names)) or "(none)"}, but no '
-                     f'{" and no ".join(map(repr, missing))}{say}. Rows need prompt and response, '
-                     'or messages, or text and label, or text alone, or, to compare answers, '
-                     'prompt, chosen and rejected')
-
-def _guesses(column:str, names) -> list[str]:
-    names = [str(n) for n in names]
-    near = near_misses(column, names, 1, .6)
-    return [n for n in names if n.lower() in SYNONYMS[column]][:1] + near
-
-def _renamed(row:dict, columns:Mapping[str, str], at:str) -> dict:
-    "Return `row` with ftlab's column names"
-    for ours, theirs in columns.items():
-        if theirs not in row:
-            raise ValueError(f'{at} has no column {theirs!r}, which columns= names as {ours!r}; it '
-                             f'has {", ".join(map(str, row))}{did_you_mean(theirs, map(str, row))}')
-    taken = set(columns.values())
-    out = {k: v for k, v in row.items() if k not in taken and k not in columns}
-    for alias, ours in ALIASES.items():
-        if alias in out and ours not in out and ours not in columns:
-            out[ours] = out.pop(alias)
-    return {ours: row[theirs] for ours, theirs in columns.items()} | out
-
-# %% ../../nbs/core/data.ipynb #001041f0
-def _text(value, column:str, at:str) -> str:
-    "Return `value`. Raises `ValueError` unless it is non-empty text."
-    if value is None or isinstance(value, float) and math.isnan(value):
-        raise ValueError(f'{at}: {column} has no value (None or NaN); fill it in or leave the row out')
-    if not isinstance(value, str):
-        raise ValueError(f'{at}: {column} is {str(value)[:40]!r}, a {type(value).__name__}; it must be text')
-    if not value.strip():
-        raise ValueError(f'{at}: {column} is empty; fill it in or leave the row out')
-    return clean_text(value, column, at)
-
-def _messages(value, at:str, column:str='messages') -> list[dict]:
-    "Return `value`. Raises `ValueError` unless it is a list of messages."
-    if not isinstance(value, list) or not value:
-        raise ValueError(f'{at}: {column} is {str(value)[:40]!r}; it must be a list of {{"role": ..., "content": ...}}')
-    for i, m in enumerate(value, 1):
-        if not isinstance(m, Mapping) or 'role' not in m or 'content' not in m:
-            raise ValueError(f'{at}: message {i} of {column} is {str(m)[:60]!r}; '
-                             'it must be {"role": ..., "content": ...}')
-        _text(m['role'], f'the role of message {i}', at)
-        _text(m['content'], f'the content of message {i}', at)
-    return value
-
-# %% ../../nbs/core/data.ipynb #001141f0
-def _checked(row:dict, kind:str, at:str) -> dict:
-    """Return `row` if it is a complete row of that form.
-    Raises `ValueError` that names the row and how to fix it."""
-    missing = [c for c in FORMS[kind] if c not in row]
-    if missing:
-        raise ValueError(f'{at} has no {missing[0]!r}; it has '
-                         f'{", ".join(map(str, row)) or "no columns"}{did_you_mean(missing[0], map(str, row))}')
-    if kind == 'pairs':
-        return _pair(row, at)
-    # trl's conversational prompt and completion: `context` turns carry no loss
-    if kind == 'text' and isinstance(row['prompt'], list):
-        first = _messages(row['prompt'], at, 'prompt')
-        answer = _messages(row['response'], at, 'response')
-        row = {k: v for k, v in row.items() if k not in ('prompt', 'response')} | dict(
-            messages=first + answer, context=len(first))
-        kind = 'chat'
-    elif kind == 'chat':
-        _messages(row['messages'], at)
-    elif kind == 'label':
-        _text(row['text'], 'text', at)
-        if isinstance(row['label'], (int, str)):
-            _text(str(row['label']), 'label', at)
-        else:
-            raise ValueError(f'{at}: label is {row["label"]!r}; it must be text or a whole number')
-    else:
-        for c in KINDS[kind]:
-            _text(row[c], c, at)
-    if kind == 'chat' and row['messages'][-1]['role'] != 'assistant':
-        raise ValueError(f'{at}: the last message is from {row["messages"][-1]["role"]!r}; it must '
-                         'be from \'assistant\', because the assistant\'s turns are what is trained on')
-    return row
-
-# %% ../../nbs/core/data.ipynb #99276c5d
-def _pair(row:dict, at:str) -> dict:
-    """Turn a row with a better and a worse answer into a row of kind 'text':
-    the chosen answer is the response"""
-    for c in FORMS['pairs']:
-        if isinstance(row[c], list):
-            raise ValueError(f'{at}: {c} is a list; pairs of whole conversations are not supported: give '
-                             'prompt, chosen and rejected as text')
-        _text(row[c], c, at)
-    return dict(prompt=row['prompt'],
-                response=row['chosen']) | {k: v for k, v in row.items() if k not in ('prompt', 'chosen')}
+__all__ = ['SPLITS', 'NAMED', 'SHARD', 'Data', 'Notes', 'question_of', 'note_overlap', 'on_hub', 'data']
 
 # %% ../../nbs/core/data.ipynb #001341f0
 @dataclass(repr=False)
@@ -156,6 +39,7 @@ class Data:
     name:str='data'            # what it was read from
     note:str=''                # remarks about the rows and the split
     fingerprint:str=''         # 16 hex digits; depends on everything above except name and note
+    counts:dict=field(default_factory=dict) # what the note says, as numbers
 
     def __post_init__(self):
         self.fingerprint = _fingerprint([self.train, self.validation, self.test, self.kind,
@@ -168,8 +52,8 @@ class Data:
 
     def _columns(self) -> tuple[str, ...]:
         "Return the columns to show"
-        pairs = self.kind == 'text' and any(isinstance(r.get('rejected'), str)
-                                            for r in self.train[:3])
+        pairs = self.kind in ('text', 'chat') and any(isinstance(r.get('rejected'), (str, list))
+                                                      for r in self.train[:3])
         return KINDS.get(self.kind, ()) + ('rejected',)*pairs
 
     def _cells(self) -> list[list[str]]:
@@ -180,14 +64,15 @@ class Data:
                 return f'{c} {tuple(v.shape) if isinstance(v, torch.Tensor) else v}'
             if c == 'label':
                 return self.labels[v]
-            text = (' / '.join(f'{m["role"]}: {m["content"]}' for m in v) if c == 'messages'
-                    else str(v))
+            talk = c == 'messages' or c == 'rejected' and self.kind == 'chat' and is_list(v)
+            text = ' / '.join(map(_as_line, v)) if talk else str(v)
             return text if len(text) <= 120 else text[:119] + '…'
 
         return [[shown(r, c) for c in self._columns() or r] for r in self.train[:3]]
 
     def __repr__(self) -> str:
-        return '\n'.join([self._head()] + ['  ' + ' → '.join(c) for c in self._cells()]
+        rows = [' → '.join(c).replace('\n', '⏎') for c in self._cells()]
+        return '\n'.join([self._head()] + [f'  {r}' for r in rows]
                          + ([f'  note: {self.note}'] if self.note else []))
 
     def _repr_html_(self) -> str:
@@ -195,6 +80,24 @@ class Data:
         head = as_html(self._head())
         table = html_table(self._columns(), self._cells(), attributes=to_the_left)
         return f'<p>{head}</p>{table}{note}'
+
+def _as_line(m) -> str:
+    "Return a message as text"
+    if not isinstance(m, Mapping) or not {'role', 'content'} <= m.keys():
+        return str(m)
+    said = m['content']
+    if not said and isinstance(m.get('tool_calls'), list):
+        said = ' '.join(f'{c.get("function", c)["name"]}(...)' for c in m['tool_calls'])
+    return f'{m["role"]}: {said}'
+
+class Notes:
+    "Remarks about rows and splits: sentences, and the same as numbers"
+    def __init__(self):
+        self.texts, self.counts = [], {}
+
+    def say(self, text:str, **counts):
+        self.texts.append(text)
+        self.counts |= counts
 
 # %% ../../nbs/core/data.ipynb #001541f0
 def _fingerprint(content:list) -> str:
@@ -213,10 +116,10 @@ def question_of(row:dict, kind:str) -> str:
     if kind == 'chat':
         talk = row['messages']
         asked = itertools.takewhile(lambda m: m['role'] != 'assistant', talk)
-        return '\n'.join(m['content'] for m in asked) or talk[0]['content']
+        return '\n'.join(m['content'] for m in asked) or talk[0]['content'] or ''
     return row['prompt'] if kind == 'text' else row['text']
 
-def _split(parts:dict[str, list[dict]|None], kind:str, notes:list[str]) -> dict[str, list[dict]]:
+def _split(parts:dict[str, list[dict]|None], kind:str, notes:Notes) -> dict[str, list[dict]]:
     "Return `parts`, with missing validation and test sets taken from train by hash"
     cut = [s for s in ('validation', 'test') if parts[s] is None]
     out = dict(train=[], validation=list(parts['validation'] or []), test=list(parts['test'] or []))
@@ -225,20 +128,26 @@ def _split(parts:dict[str, list[dict]|None], kind:str, notes:list[str]) -> dict[
         out[where if where in cut else 'train'].append(row)
     if cut and kind == 'label':
         _keep_every_label(out, cut, notes)
-    seen = {question_of(r, kind) for r in out['train']}
+    note_overlap(out, kind, notes)
     for s in ('validation', 'test'):
-        both = sum(question_of(r, kind) in seen for r in out[s])
-        if both:
-            notes.append(f'{both} of {len(out[s])} {s} rows have the question of a training row')
         if not out[s]:
-            notes.append(f'there is no {s} row: too few rows to take a tenth from')
+            notes.say(f'there is no {s} row: too few rows to take a tenth from')
     if not out['train']:
         raise ValueError(f'all {len(parts["train"])} rows were assigned to validation or test; give more '
                          'rows, or give validation= and test=')
     return out
 
+def note_overlap(parts:dict[str, list[dict]], kind:str, notes:Notes):
+    "Add a note of how many questions of validation and test are also in train"
+    seen = {question_of(r, kind) for r in parts['train']}
+    for s in ('validation', 'test'):
+        both = sum(question_of(r, kind) in seen for r in parts[s])
+        if both:
+            notes.say(f'{s} and train overlap: {both} of {len(parts[s])} {s} rows have the question of a training row',
+                      **{f'{s}_in_train': both})
+
 # %% ../../nbs/core/data.ipynb #e000a1c6
-def _keep_every_label(out:dict[str, list[dict]], cut:list[str], notes:list[str]):
+def _keep_every_label(out:dict[str, list[dict]], cut:list[str], notes:Notes):
     """Move rows to train, in place, if the split left their label out of it:
     a label that was never trained on cannot be predicted"""
     known = {r['label'] for r in out['train']}
@@ -248,86 +157,163 @@ def _keep_every_label(out:dict[str, list[dict]], cut:list[str], notes:list[str])
     for s in cut:
         out['train'] += [r for r in out[s] if r['text'] in texts]
         out[s] = [r for r in out[s] if r['text'] not in texts]
-    notes.append(f'{len(texts)} rows of rare labels were kept in train')
+    notes.say(f'{len(texts)} rows of rare labels were kept in train', kept_in_train=len(texts))
 
 # %% ../../nbs/core/data.ipynb #001841f0
-def _number_labels(parts:dict[str, list[dict]], names:list[str]|None,
-                   places:dict[int, str]) -> list[str]:
+def _name_labels(rows:list[tuple[str, dict]], names:list[str], whose:str='the dataset'):
+    "Replace numbers by names, in place. Raises `ValueError` for a number beyond the names."
+    for at, r in rows:
+        if isinstance(r['label'], int):
+            if not 0 <= r['label'] < len(names):
+                raise ValueError(f'{at}: label is {r["label"]}; {whose} names the labels 0 to {len(names) - 1}')
+            r['label'] = names[r['label']]
+
+def _by_labels(rows:list[tuple[str, dict]], labels:Sequence[str]) -> list[str]:
+    """Make every label one of `labels`, in place, and return `labels`. Raises `ValueError` for any
+    other."""
+    labels = [str(x) for x in labels]
+    if len(set(labels)) < max(1, len(labels)):
+        raise ValueError(f'labels is {labels!r}; it must be a list of different names')
+    found = {str(r['label']) for _, r in rows}
+    if not found & set(labels) and all(f.isdecimal() and len(f) <= DIGITS for f in found):
+        for _, r in rows:
+            r['label'] = int(r['label'])
+        _name_labels(rows, labels, 'the list given')
+    for at, r in rows:
+        if str(r['label']) not in labels:
+            raise ValueError(f'{at}: label is {str(r["label"])!r}, which the given labels do not have'
+                             f'{did_you_mean(r["label"], labels) or ";"} they are {some(map(repr, labels), 8)}')
+    return labels
+
+def _numbers_first(s:str):
+    whole = s.removeprefix('-').isdecimal() and len(s) <= DIGITS
+    return (0, int(s), s) if whole else (1, 0, s)
+
+def _number_labels(parts:dict[str, list[tuple[str, dict]]], names:Sequence[str]|None, given:bool,
+                   notes:Notes) -> list[str]:
     """Replace labels by indices into the returned names, in place.
-    Raises `ValueError` for a label that train does not have."""
-    if names:
-        for r in itertools.chain(*parts.values()):
-            if isinstance(r['label'], int) and not 0 <= r['label'] < len(names):
-                raise ValueError(f'{places[id(r)]}: label is {r["label"]}; the dataset names the '
-                                 f'labels 0 to {len(names) - 1}')
-            if isinstance(r['label'], int):
-                r['label'] = names[r['label']]
-    in_train = {str(r['label']) for r in parts['train']}
-
-    def numbers_first(s):
-        whole = s.removeprefix('-').isdecimal() and len(s) <= DIGITS
-        return (0, int(s), s) if whole else (1, 0, s)
-
-    names = names or sorted(in_train, key=numbers_first)
+    Raises `ValueError` for a label that neither train nor the user names."""
+    in_train = {str(r['label']) for _, r in parts['train']}
+    names = list(names or sorted(in_train, key=_numbers_first))
     index = {name: i for i, name in enumerate(names)}
-    for r in itertools.chain(*parts.values()):
+    for at, r in itertools.chain(*parts.values()):
         label = str(r['label'])
-        if label not in in_train:
-            raise ValueError(f'{places[id(r)]}: no training row has the label '
+        if label not in (index if given else in_train):
+            raise ValueError(f'{at}: no training row has the label '
                              f'{label!r}{did_you_mean(label, in_train) or ";"} train has {len(in_train)} labels')
         r['label'] = index[label]
-    return list(names)
+    alike = Counter(' '.join(n.split()).lower() for n in names)
+    twins = [n for n in names if alike[' '.join(n.split()).lower()] > 1]
+    if twins:
+        notes.say(f'labels that differ only in case or spaces count as different: {some(map(repr, twins), 6)}',
+                  labels_alike=len(twins))
+    return names
 
 # %% ../../nbs/core/data.ipynb #001a41f0
 SPLITS = dict(train='train', validation='validation', valid='validation', val='validation',
               dev='validation', test='test')
+NAMED = SPLITS | dict(eval='validation', evaluation='validation') # names of files and of a data set's splits
+SHARD = r'[-_.]\d+([-_]of[-_]\d+)?' # as in train-00000-of-00002.parquet
 
-def _folder_parts(path:Path) -> dict[str, Path]:
+def _folder_parts(path:Path, notes:Notes) -> dict[str, Path|list[Path]]:
     "Return the data files of a folder by split"
-    out = {}
+    out, unread = {}, []
     for f in sorted(path.iterdir()):
-        split = SPLITS.get(f.stem) if f.suffix.lower() in READERS else None
-        if split in out:
-            raise ValueError(f'{path} has two files for {split}: {out[split].name} and {f.name}')
+        split = (NAMED.get(re.sub(SHARD + '$', '', f.stem).lower()) if f.suffix.lower() in READERS
+                 else None)
+        if split and split in out:
+            both = [*out[split], f]
+            if not all(re.search(SHARD + '$', x.stem) and x.suffix == f.suffix for x in both):
+                raise ValueError(f'{path} has two files for {split}: {out[split][0].name} and {f.name}')
         if split:
-            out[split] = f
+            out.setdefault(split, []).append(f)
+        elif f.suffix.lower() in READERS:
+            unread.append(f.name)
     if 'train' not in out:
         raise FileNotFoundError(f'{path} has no train.jsonl, train.json, train.csv or '
                                 'train.parquet; it holds '
                                 f'{", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"}')
-    return out
+    if unread:
+        notes.say(f'files of {path.name} that are not read: {some(unread, 6)}',
+                  files_not_read=unread)
+    return {s: fs[0] if len(fs) == 1 else fs for s, fs in out.items()}
 
-def _parts(source) -> dict:
+def _parts(source, notes:Notes) -> dict:
     "Return the sources by split; a source without splits is all train"
-    if isinstance(source, (str, Path)) and Path(source).is_dir():
-        return _folder_parts(Path(source))
+    if isinstance(source, (str, Path)) and Path(source).expanduser().is_dir():
+        path = Path(source).expanduser()
+        if not any((path/f).exists() for f in ('dataset_dict.json', 'state.json')):
+            return _folder_parts(path, notes)
+        import datasets
+        source = datasets.load_from_disk(str(path))
     if not isinstance(source, Mapping):
         return dict(train=source)
-    unknown = [k for k in source if k not in SPLITS]
+    if type(source).__module__.startswith('datasets.'):
+        return _known_splits(source, notes)
+    unknown = [k for k in source if k not in NAMED]
     if unknown or 'train' not in source:
         raise ValueError(f'the dictionary has the keys {", ".join(map(str, source))}; they must be '
                          'train and, optionally, validation and test')
-    return {SPLITS[k]: v for k, v in source.items()}
+    return {NAMED[k]: v for k, v in source.items()}
 
-def _records(source, columns:Mapping[str, str],
-             what:str) -> tuple[list[tuple[str, dict]], list[str]|None]:
+def _known_splits(source:Mapping, notes:Notes) -> dict:
+    "Return the splits of a `DatasetDict`; the note names the others"
+    if 'train' not in source:
+        first = next(iter(source), 'train')
+        raise ValueError(f'the data set has the splits {", ".join(source)}, but none called train; choose one, such '
+                         f"as data({{'train': source[{first!r}]}})")
+    unread = [k for k in source if k not in NAMED]
+    if unread:
+        notes.say(f'splits that are not read: {some(unread, 6)}', splits_not_read=unread)
+    return {NAMED[k]: v for k, v in source.items() if k in NAMED}
+
+# %% ../../nbs/core/data.ipynb #a11c41f0
+def on_hub(source) -> bool:
+    "Return whether a source can only be the name of a data set on the hub"
+    if not isinstance(source, str) or not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?', source):
+        return False
+    path = Path(source)
+    return not (path.exists() or path.parent.exists() or path.suffix.lower() in READERS)
+
+def _from_hub(name:str):
+    "Load a data set from the hub. Raises `FileNotFoundError` if there is none, or no connection."
+    import datasets
+    path, _, config = name.partition(':')
+    try:
+        return datasets.load_dataset(path, config) if config else datasets.load_dataset(path)
+    except Exception as e: # a missing network, name, permission or configuration, each with an error of its own
+        why = (str(e).splitlines() or [''])[0][:200]
+        raise FileNotFoundError(f'there is no file {name}, and the data set of that name could not be loaded from the '
+                                f'Hugging Face hub ({type(e).__name__}: {why})') from None
+
+# %% ../../nbs/core/data.ipynb #a11e41f0
+def _records(source, columns:Mapping[str, list[str]], what:str,
+             most:int|None) -> tuple[list[tuple[str, dict]], list[str]|None]: # most: rows to take of a stream
     "Return all rows of one source with their locations, and the label names if the source has them"
     if isinstance(source, (str, Path)):
-        path = Path(source)
-        if path.is_file():
-            return read_rows(path), None
-        near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise FileNotFoundError(f'there is no file {source}{did_you_mean(path.name, near)}')
+        return read_rows(_file(source)), None
     if isinstance(source, (list, tuple)):
         return _placed(source, what), None
     import datasets
-    if not isinstance(source, datasets.Dataset):
+    streamed = isinstance(source, datasets.IterableDataset)
+    if not streamed and not isinstance(source, datasets.Dataset):
         raise ValueError(f'{what} is a {type(source).__name__}; give a path, a list of dicts, a '
                          'datasets.Dataset, or a lab skill by name '
-                         '(a pandas frame: df.to_dict("records"); a streamed dataset: list(ds.take(1000)))')
-    feature = source.features.get(columns.get('label', 'label'))
+                         '(a pandas frame: df.to_dict("records"); a generator: list(rows))')
+    if streamed and most is None:
+        raise ValueError(f'{what} is a streamed data set, which may have no end; say how many training rows to take, '
+                         'such as n=1000')
+    feature = (source.features or {}).get(columns.get('label', ['label'])[0])
     names = feature.names if isinstance(feature, datasets.ClassLabel) else None
-    return _placed(source, what), names
+    return _placed(itertools.islice(source, most) if streamed else source, what), names
+
+def _file(source) -> Path:
+    path = Path(source)
+    path = path if path.is_file() else path.expanduser()
+    if path.is_file():
+        return path
+    near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise FileNotFoundError(f'there is no file {source}{did_you_mean(path.name, near)}')
 
 def _placed(rows, what:str) -> list[tuple[str, dict]]:
     "Return rows, each with its location"
@@ -350,29 +336,76 @@ def _skill_data(skill:str, seed:int, n:int) -> Data:
              for s, k in ask.items() if len(rows[s]) < k]
     return Data(**rows, kind='text', name=skill, note='; '.join(short))
 
+# %% ../../nbs/core/data.ipynb #a11f41f0
+def _reading(columns, carry, wanted) -> Reading:
+    "Check what the user said about the columns"
+    columns = {k: [v] if isinstance(v, str) else v for k, v in (columns or {}).items()}
+    known = {c for form, need in FORMS.items() for c in (*need, *ALSO[form])}
+    if set(columns) - known:
+        raise ValueError(f'columns= renames to {", ".join(sorted(map(str, set(columns) - known)))}; the keys '
+                         f'are the names ftlab uses ({", ".join(sorted(known))}), the values those in the source')
+    for ours, theirs in columns.items():
+        if not is_list(theirs) or not theirs or not all(isinstance(c, str) for c in theirs):
+            raise ValueError(f'columns= has {theirs!r} for {ours!r}; it must be the name of a column, or a list of '
+                             'names, whose texts are joined')
+    carry = (carry,) if isinstance(carry, str) else tuple(carry)
+    named = {*columns, *itertools.chain(*columns.values())}
+    if twice := [c for c in carry if c in named]:
+        raise ValueError(f'{twice[0]!r} is in carry= and in columns=; a column is either read or carried along')
+    if wanted not in (None, 'only'):
+        raise ValueError(f"wanted is {wanted!r}; it must be 'only' (keep the rows whose label is true) or None")
+    return Reading({k: list(v) for k, v in columns.items()}, carry, wanted)
+
+def _name_of(source) -> str:
+    if isinstance(source, (str, Path)):
+        return str(source)
+    several = is_list(source) and len(source) and all(isinstance(x, (str, Path)) for x in source)
+    return some(source, 2) if several else 'rows'
+
+def _pieces(source, split:str) -> list|None:
+    "Return the sources that one split is made of; `None` if it is not given"
+    if source is None:
+        return None
+    several = (isinstance(source, (list, tuple)) and source
+               and all(isinstance(x, (str, Path)) for x in source))
+    pieces = list(source) if several else [source]
+    return [_split_from_hub(x, split) if on_hub(x) else x for x in pieces]
+
+def _split_from_hub(name:str, split:str):
+    found = _from_hub(name)
+    named = {NAMED.get(k): v for k, v in found.items()}
+    if split not in named:
+        raise ValueError(f'the data set {name} has the splits {", ".join(found)}, but none called {split}; give a '
+                         'file, or rows')
+    return named[split]
+
 # %% ../../nbs/core/data.ipynb #001c41f0
-def data(source,               # a path, a `datasets.Dataset` or `DatasetDict`, a list of dicts, or a lab skill by name
+def data(source,               # a path or several, a `datasets` object or its name on the hub, rows, or a lab skill
          *,
          validation=None,      # a source of any of these kinds; None: a tenth of train, by hash
          test=None,            # likewise
-         columns:Mapping[str, str]|None=None, # ftlab's name -> the source's: `{'prompt': 'question'}`
+         columns:Mapping[str, str|Sequence[str]]|None=None, # ftlab's name -> the source's, or several to join
+         carry:str|Sequence[str]=(), # columns to carry along without reading them
+         labels:Sequence[str]|None=None, # names of the labels, in order; None: the source's own, else sorted
+         wanted:str|None=None, # 'only': of rows labelled true or false (KTO), keep those that are true
          seed:int=0,           # which training rows `n` takes; for skills, which questions are drawn
          n:int|None=None       # how many training rows; None: all (4000 for skills)
         ) -> Data:
     """Read rows, check each one, and split them.
 
-    A path is a .jsonl, .json, .csv or .parquet file, or a folder of train, validation and test files.
+    A path is a .jsonl, .json, .csv, .tsv or .parquet file, or a folder of train, validation (or eval, dev) and test
+    files, which may be in shards. A data set of the hub is 'owner/name' or 'owner/name:config'; a streamed one needs
+    `n`. `columns` is such as `{'prompt': 'question'}`, or `{'prompt': ['question', 'context']}` to join two texts.
+    Rows are prompt and response (or completion), messages, ShareGPT's conversations, Alpaca's instruction, input and
+    output, Dolly's instruction, context and response, KTO's prompt, completion and label, prompt, chosen and rejected,
+    text and label, or text. `Data.note` and `Data.counts` say what was renamed, joined, left out and carried along.
     Raises `ValueError` or `FileNotFoundError` that names file and line and says how to fix it."""
     if n is not None and n < 1:
         raise ValueError(f'n is {n}; it must be at least 1')
-    columns = dict(columns or {})
-    known = {c for need in FORMS.values() for c in need}
-    if set(columns) - known:
-        raise ValueError(f'columns= renames to {", ".join(sorted(set(columns) - known))}; the keys '
-                         f'are the names ftlab uses ({", ".join(sorted(known))}), the values those in the source')
+    reading = _reading(columns, carry, wanted)
     skills = lab('lookup').ALL_SKILLS
     if isinstance(source, str) and source in skills:
-        if validation is not None or test is not None or columns:
+        if reading != Reading({}) or any(x is not None for x in (validation, test, labels)):
             raise ValueError(f'{source!r} is a lab skill, which brings its own splits and columns; '
                              f'for a file of that name write ./{source}')
         return _skill_data(source, seed, n or 4000)
@@ -380,61 +413,92 @@ def data(source,               # a path, a `datasets.Dataset` or `DatasetDict`, 
                                         or Path(source).name != source):
         raise ValueError(f'{source!r} is neither a file nor a lab '
                          f'skill{did_you_mean(source, skills) or ";"} the skills are {", ".join(skills)}')
-    given = _parts(source) | {k: v for k, v in (('validation', validation), ('test', test))
-                              if v is not None}
-    name = str(source) if isinstance(source, (str, Path)) else 'rows'
-    return _assemble({s: given.get(s) for s in ('train', 'validation', 'test')}, columns, name,
-                     seed, n)
+    notes, name = Notes(), _name_of(source)
+    given = _parts(_from_hub(source) if on_hub(source) else source, notes) | {
+        k: v for k, v in (('validation', validation), ('test', test)) if v is not None}
+    sources = {s: _pieces(given.get(s), s) for s in ('train', 'validation', 'test')}
+    return _assemble(sources, reading, labels, name, seed, n, notes)
 
 # %% ../../nbs/core/data.ipynb #001e41f0
-def _assemble(given:dict, columns:dict[str, str], name:str, seed:int, n:int|None) -> Data:
+def _assemble(sources:dict, reading:Reading, labels, name:str, seed:int, n:int|None,
+              notes:Notes) -> Data:
     "Read, check, number labels, split, and take `n`"
-    parts, places, kind, names, notes = {}, {}, None, None, []
-    for s, source in given.items():
-        if source is None:
-            parts[s] = None
-            continue
-        records, found = _records(source, columns, s)
-        names = names or found
-        parts[s] = []
-        where = source if isinstance(source, (str, Path)) else s
-        if not records:
-            raise ValueError(f'{where} has no rows; it needs at least one')
-        kind = kind or _kind(records[0][1], columns, where)
-        for at, row in records:
-            row = _checked(_renamed(row, columns, at), kind, at)
-            parts[s].append(row)
-            places[id(row)] = at
-    if kind == 'pairs':
-        kind = 'text'
+    placed, form, names = _read_all(sources, reading, n, notes)
+    kind = form if form in ('label', 'lm') else 'text'
+    if isinstance(labels, str):
+        raise ValueError(f'labels is {labels!r}; it must be a list of names, in order')
+    if labels is not None and kind != 'label':
+        raise ValueError(f'labels were given, which need rows with text and label; these are of kind {kind!r}')
+    parts = {s: [r for _, r in rows] for s, rows in placed.items()}
+    if kind == 'text':
         _note_equal_pairs(parts, notes)
-    if kind == 'text' and any('messages' in r for p in parts.values() for r in p or []):
-        kind = _all_chat(parts, places)
-    labels = (_number_labels({s: p for s, p in parts.items() if p is not None}, names, places)
-              if kind == 'label' else None)
-    parts = _split(parts, kind, notes)
+        places = {id(r): at for rows in placed.values() for at, r in rows}
+        kind, new = one_kind([*itertools.chain(*parts.values())], places, 'told' in reading.counts)
+        parts = {s: [new.get(id(r), r) for r in rows] for s, rows in parts.items()}
+    if kind == 'label':
+        if labels is not None:
+            labels = _by_labels([*itertools.chain(*placed.values())], labels)
+        labels = _number_labels(placed, labels or names, labels is not None, notes)
+    parts = _split({s: parts.get(s) for s in sources}, kind, notes)
     if n is not None:
         parts['train'] = _some_of(parts['train'], n, seed, notes)
-    return Data(**parts, kind=kind, labels=labels, name=name, note='; '.join(notes))
+    return Data(**parts, kind=kind, labels=labels, name=name, note='; '.join(notes.texts),
+                counts=notes.counts)
 
-def _some_of(rows:list[dict], n:int, seed:int, notes:list[str]) -> list[dict]:
+def _read_all(sources:dict, reading:Reading, n:int|None, notes:Notes):
+    """Return the rows of each split with their locations, the form of the first, and the label
+    names of the sources"""
+    placed, form, names, read, columns = {}, None, None, [], set()
+    # a stream is read until a tenth each can be taken for what is not given
+    most = n and (n if all(sources.values()) else int(1.3*n) + 30)
+    for s, source in [(s, source) for s, pieces in sources.items() for source in pieces or ()]:
+        records, found = _records(source, reading.columns, s, most)
+        columns.update(*(r for _, r in records))
+        form, rows = _read_one(records, source, s, reading, form, notes)
+        read.append((rows, found))
+        names = names or found
+        placed.setdefault(s, []).extend(rows)
+    if lost := [c for c in reading.carry if c not in columns]:
+        raise ValueError(f'carry= names {lost[0]!r}, but no row has that column{did_you_mean(lost[0], columns)}')
+    for rows, found in read:
+        if form == 'label' and (found or names):
+            _name_labels(rows, found or names)
+    notes.texts += said(reading)
+    notes.counts |= {k: dict(v) for k, v in reading.counts.items()}
+    return placed, form, names
+
+def _read_one(records, source, split:str, reading:Reading, form:str|None, notes:Notes):
+    """Return the form of a data set (that of the first source, if there was one) and the rows of
+    one source"""
+    where = str(source) if isinstance(source, (str, Path)) else split
+    if not records:
+        raise ValueError(f'{where} has no rows; it needs at least one')
+    as_read, rows = read_form(records, reading, where, form)
+    if as_read.format:
+        notes.say(f'{where} is read as {as_read.format}')
+        notes.counts.setdefault('formats', {})[where] = as_read.format
+    if type(source).__name__ == 'IterableDataset':
+        notes.say(f'the first {len(records)} rows of the stream were read for {split}')
+    notes.counts.setdefault('rows', {})[where] = len(records)
+    return form or as_read.form, rows
+
+def _some_of(rows:list[dict], n:int, seed:int, notes:Notes) -> list[dict]:
     "Draw `n` of the training rows by the seed; if there are fewer, return all and add a note"
     if n > len(rows):
-        notes.append(f'{n} training rows were asked for, but there are only {len(rows)}')
+        notes.say(f'{n} training rows were asked for, but there are only {len(rows)}',
+                  missing_rows=n - len(rows))
     return random.Random(seed).sample(rows, min(n, len(rows)))
 
-def _note_equal_pairs(parts:dict, notes:list[str]):
+def _note_equal_pairs(parts:dict, notes:Notes):
     "Add a note of how many pairs have two equal answers"
-    rows = list(itertools.chain(*(p or [] for p in parts.values())))
-    equal = sum(r['response'].strip() == r['rejected'].strip() for r in rows)
+    pairs = [r for r in itertools.chain(*parts.values()) if 'rejected' in r]
+    equal = sum(_better(r) == _as_said(r['rejected']) for r in pairs)
     if equal:
-        notes.append(f'in {equal} of {len(rows)} rows the chosen and the rejected answer are the '
-                     'same, which teaches no preference')
+        notes.say(f'in {equal} of {len(pairs)} rows the chosen and the rejected answer are the '
+                  'same, which teaches no preference', equal_pairs=equal)
 
-def _all_chat(parts:dict, places:dict[int, str]) -> str:
-    "Return `'chat'` if all prompts are lists of messages. Raises `ValueError` if only some are."
-    for r in itertools.chain(*(p or [] for p in parts.values())):
-        if 'messages' not in r:
-            raise ValueError(f'{places[id(r)]}: prompt is text, but in other rows it is a list of '
-                             'messages; use one form in all rows')
-    return 'chat'
+def _better(row):
+    return _as_said(row['response'] if 'response' in row else row['messages'])
+
+def _as_said(answer):
+    return answer.strip() if isinstance(answer, str) else answer

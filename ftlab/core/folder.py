@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['HEADER_LIMIT', 'IMPLEMENTATIONS', 'ROOM', 'read_json', 'weight_files', 'tensor_shapes', 'check_adapter',
-           'check_requests', 'check_sizes', 'check_folder']
+__all__ = ['HEADER_LIMIT', 'ADAPTER', 'IMPLEMENTATIONS', 'ROOM', 'read_json', 'weight_files', 'tensor_shapes', 'left_adapter',
+           'adapter_alone', 'check_requests', 'check_sizes', 'check_folder']
 
 # %% ../../nbs/core/folder.ipynb #b4824b50
 HEADER_LIMIT = 100_000_000 # bytes, as in safetensors itself
@@ -73,17 +73,26 @@ def tensor_shapes(path:Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 # %% ../../nbs/core/folder.ipynb #c6bd1e67
-def check_adapter(folder:Path) -> None:
-    "Raise `ValueError` if the folder holds an adapter next to full weights"
-    if not (folder/'adapter_config.json').exists():
-        return
-    raise ValueError(
-        f'the folder {folder} holds a full model and an adapter beside it (adapter_config.json); '
-        'the files do not say whether the weights already include '
-        'the adapter. If they do, delete adapter_config.json and '
-        'adapter_model.safetensors; if not, '
-        'move both to another folder, load the model, and apply them: '
-        'ftlab.adapters.lowrank.from_peft(model, that folder)')
+ADAPTER = ('adapter_config.json', 'adapter_model.safetensors', 'adapter_model.bin')
+
+def left_adapter(folder:Path) -> str:
+    "Return a note about an adapter next to full weights; '' if there is none"
+    there = [f for f in ADAPTER if (folder/f).exists()]
+    if not there:
+        return ''
+    return (f'the folder {folder} holds a full model and an adapter beside it ({", ".join(there)}); '
+            'the model is loaded without the adapter, because its weights usually include it '
+            'already (merge_and_unload). If they do not, move these files to another folder, load the '
+            'model, and apply them: ftlab.adapters.lowrank.from_peft(model, that folder)')
+
+def adapter_alone(folder:Path) -> str:
+    "Return what an adapter's folder is, and how to proceed"
+    base = read_json(folder/'adapter_config.json').get('base_model_name_or_path')
+    of = f' ({base})' if isinstance(base, str) and base else ''
+    return (f'the folder {folder} holds an adapter without its model ({ADAPTER[0]}, no weights of the model); '
+            f'load the model that it was trained on{of}, then '
+            'ftlab.adapters.lowrank.from_peft(model, folder); or write both as one folder: '
+            'ftlab merge ADAPTER --model BASE --out NEW')
 
 # %% ../../nbs/core/folder.ipynb #06b5d46c
 IMPLEMENTATIONS = ('eager', 'sdpa', 'flex_attention', 'flash_attention_2', 'flash_attention_3',
@@ -167,8 +176,9 @@ def check_folder(folder:Path) -> None:
         raise FileNotFoundError(f'the folder {folder} has no config.json, so it is not a Hugging Face model')
     config = read_json(folder/'config.json')
     check_requests(folder, config)
-    check_adapter(folder)
     files = weight_files(folder)
+    if not files and (folder/ADAPTER[0]).exists():
+        raise FileNotFoundError(adapter_alone(folder))
     if not files:
         raise FileNotFoundError(f'the folder {folder} has a config.json but no weights; there should be '
                                 'a model.safetensors')

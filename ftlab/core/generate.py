@@ -6,21 +6,29 @@
 from __future__ import annotations
 import torch
 from .model import answer_room, device_of, evaluating
+from .template import chat_prompt, end_of_turn
+from .tokens import outer_ids, token_ids
 
 # %% auto #0
-__all__ = ['render', 'render_within', 'left_pad', 'generate']
+__all__ = ['render', 'render_within', 'left_pad', 'stop_ids', 'answer_text', 'generate']
 
 # %% ../../nbs/core/generate.ipynb #0005d6cd
-def render(prompts:list[str|list], tok) -> list[list[int]]:
+def render(prompts:list, # texts, lists of chat messages, or dicts of `messages` and `tools`
+           tok) -> list[list[int]]:
     "Return the token ids of each prompt, ending where the answer begins"
+    chats = [p if isinstance(p, dict) else dict(messages=p) for p in map(_as_chat, prompts)]
     if tok.chat_template is None:
-        return tok([p if isinstance(p, str) else p[-1]['content'] for p in prompts],
-                   verbose=False).input_ids
-    chats = [[dict(role='user', content=p)] if isinstance(p, str) else p for p in prompts]
-    texts = tok.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-    return tok(texts, add_special_tokens=False, verbose=False).input_ids
+        begin, _ = outer_ids(tok, 'text')
+        texts = [c['messages'][-1]['content'] for c in chats]
+        return [begin + i for i in token_ids(texts, tok, add_special_tokens=False)]
+    known = {}
+    texts = [chat_prompt(c['messages'], tok, c.get('tools'), known) for c in chats]
+    return token_ids(texts, tok, add_special_tokens=False)
 
-def render_within(prompts:list[str|list], tok, max_new_tokens:int,
+def _as_chat(prompt:str|list|dict) -> list|dict:
+    return [dict(role='user', content=prompt)] if isinstance(prompt, str) else prompt
+
+def render_within(prompts:list, tok, max_new_tokens:int,
                   *models) -> tuple[list[list[int]], int]:
     """Render prompts and cut them from the left to the models' position tables.
     Returns the token ids and how many tokens an answer may have: see `answer_room`."""
@@ -36,8 +44,20 @@ def left_pad(rows:list[list[int]], pad_id:int, device=None) -> dict[str, torch.T
                                             device=device))
 
 # %% ../../nbs/core/generate.ipynb #000ad6cd
+def stop_ids(model, tok) -> list[int]:
+    """Return the tokens that end an answer: the tokenizer's EOS token, those of the model's
+    generation config, and the end mark of the chat template"""
+    own = getattr(getattr(model, 'generation_config', None), 'eos_token_id', None)
+    ids = [tok.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own]), end_of_turn(tok)]
+    return sorted({i for i in ids if i is not None})
+
+def answer_text(ids:torch.Tensor, tok, stops:list[int]) -> str: # `ids` [tokens]
+    "Return generated tokens as text, up to the first of `stops`, without special tokens"
+    ends = torch.isin(ids, ids.new_tensor(stops)).nonzero()
+    return tok.decode(ids[:int(ends[0])] if len(ends) else ids, skip_special_tokens=True).strip()
+
 @torch.no_grad()
-def generate(model, tok, prompts:list, # strings, or lists of chat messages
+def generate(model, tok, prompts:list, # as in `render`
              max_new_tokens:int=64,    # longest answer, in tokens
              sample:bool=False,        # sample from the model's distribution; False: always the most likely token
              temperature:float=1.,     # of the sampling; below 1 sharper
@@ -51,8 +71,9 @@ def generate(model, tok, prompts:list, # strings, or lists of chat messages
     out = [None]*len(ids)
     if generator_seed is not None:
         torch.manual_seed(generator_seed)
+    stops = stop_ids(model, tok)
     how = dict(max_new_tokens=longest, do_sample=sample, pad_token_id=tok.pad_token_id,
-               eos_token_id=tok.eos_token_id)
+               eos_token_id=stops or None)
     if sample:
         how |= dict(temperature=temperature, top_k=0, top_p=1.)
     for j in range(0, len(order), batch_size):
@@ -61,5 +82,5 @@ def generate(model, tok, prompts:list, # strings, or lists of chat messages
         with evaluating(model):
             y = model.generate(**b, **how)
         for i, row in zip(part, y[:, b['input_ids'].shape[1]:]):
-            out[i] = tok.decode(row, skip_special_tokens=True).strip()
+            out[i] = answer_text(row, tok, stops)
     return out

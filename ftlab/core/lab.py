@@ -5,13 +5,28 @@
 # %% ../../nbs/core/lab.ipynb #000374eb
 from __future__ import annotations
 import importlib
+from collections.abc import Mapping
+from functools import lru_cache
 from types import ModuleType
 
 # %% auto #0
-__all__ = ['lab']
+__all__ = ['lab', 'lab_skill']
 
 # %% ../../nbs/core/lab.ipynb #000574eb
 def lab(part:str # 'world', 'lookup' or 'models'
        ) -> ModuleType:
     "Import and return a module of the lab. Raises `ModuleNotFoundError` for any other name."
     return importlib.import_module(f'ftlab.lab.{part}')
+
+# %% ../../nbs/core/lab.ipynb #32ab74eb
+@lru_cache(None)
+def _words() -> frozenset[str]:
+    return frozenset(lab('world').vocabulary())
+
+def lab_skill(row:Mapping) -> str|None:
+    "Return the name of the lab skill that a row belongs to; `None` for any other row"
+    skill, prompt = row.get('skill'), row.get('prompt')
+    if not all(isinstance(x, str) for x in (skill, prompt)) or type(row.get('level')) is not int:
+        return None
+    known = skill in lab('lookup').ALL_SKILLS and _words().issuperset(prompt.split())
+    return skill if known else None

@@ -5,9 +5,13 @@
 # %% ../../nbs/core/loading.ipynb #00031c17
 from __future__ import annotations
 import importlib.util
-from collections.abc import Iterable
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM,
@@ -15,13 +19,16 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM,
                           AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer,
                           PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase)
 from transformers.utils import logging
-from .folder import ROOM, check_folder, tensor_shapes, weight_files
+from .folder import (ADAPTER, ROOM, adapter_alone, check_folder, left_adapter,
+                               tensor_shapes, weight_files)
+from .labels import match_labels, model_labels, unnamed
 from .lab import lab
+from .model import TABLE
 from .text import did_you_mean
 
 # %% auto #0
-__all__ = ['CHECKPOINTS', 'CLASSES', 'ENDINGS', 'IMAGES', 'UNBUILT', 'lab_folder', 'head_names', 'fresh_head', 'quiet',
-           'find_device', 'load', 'skeleton', 'minilm_folder']
+__all__ = ['CHECKPOINTS', 'CLASSES', 'ENDINGS', 'IMAGES', 'IN_TEXT', 'HEADS', 'UNBUILT', 'lab_folder', 'head_names', 'fresh_head',
+           'quiet', 'find_device', 'without_row', 'row_advice', 'load', 'skeleton', 'minilm_folder']
 
 # %% ../../nbs/core/loading.ipynb #00061c17
 # found through the package, not relative to this file, so that the page and its module agree
@@ -58,10 +65,7 @@ def _local_folder(folder:Path) -> Path:
     Raises an error that says what is missing and how to fix it."""
     if not (folder/'config.json').exists():
         if (folder/'adapter_config.json').exists():
-            raise FileNotFoundError(f'the folder {folder} holds an adapter without its model '
-                                    '(adapter_config.json, no config.json); '
-                                    'load the model that it was trained on, then '
-                                    'ftlab.adapters.lowrank.from_peft(model, folder)')
+            raise FileNotFoundError(adapter_alone(folder))
         inside = [p.parent.name for p in sorted(folder.glob('*/config.json'))][:4]
         raise FileNotFoundError(f'the folder {folder} has no config.json, so it is not a Hugging Face '
                                 'model' + (f'; its subfolders {", ".join(inside)} have one'
@@ -113,7 +117,8 @@ CLASSES = dict(causal=AutoModelForCausalLM, masked=AutoModelForMaskedLM,
                encoder=AutoModel)
 ENDINGS = dict(ForCausalLM='causal', LMHeadModel='causal', ForMaskedLM='masked',
                ForSequenceClassification='label', # endings of a checkpoint's class name
-               ForImageClassification='image', ForConditionalGeneration='seq2seq', Model='encoder')
+               ForImageClassification='image', ForConditionalGeneration='seq2seq', MTModel='seq2seq',
+               Model='encoder')
 IMAGES = ('vit',) # model types that read images: they have no tokenizer
 
 def _sort(config:PretrainedConfig, kind:str, labels:list[str]|None, name:str) -> str:
@@ -128,29 +133,77 @@ def _sort(config:PretrainedConfig, kind:str, labels:list[str]|None, name:str) ->
     said = (config.architectures or [''])[0]
     for ending, sort in ENDINGS.items():
         if said.endswith(ending):
-            return sort
+            return 'causal' if _reads_pictures(config) else sort
     raise ValueError(f'the config.json of {name} gives its class as {said or "(nothing)"}, which ftlab '
                      f'does not know; pass kind= one of {", ".join(CLASSES)}')
 
-def _own_labels(config:PretrainedConfig) -> list[str]|None:
-    "Return the labels that a checkpoint was trained for, if it is a classifier"
-    if not (config.architectures or [''])[0].endswith(('ForSequenceClassification', 'ForImageClassification')):
-        return None
-    return [config.id2label[i] for i in range(config.num_labels)]
+
+# %% ../../nbs/core/loading.ipynb #f7f1f60a
+IN_TEXT = {r'^model\.language_model\.': 'model.', r'^language_model\.': ''} # names of its tensors -> alone
+
+def _reads_pictures(config:PretrainedConfig) -> bool:
+    "Return whether a causal language model is only a part of the model"
+    said = (config.architectures or [''])[0]
+    return said.endswith('ForConditionalGeneration') and not config.is_encoder_decoder
+
+def _text_part(config:PretrainedConfig, # of the whole model
+               sort:str, name:str
+              ) -> tuple[PretrainedConfig, dict|None]: # of what is loaded; how its tensors are renamed
+    """Return the configuration of the language model inside a model that also reads pictures.
+    Raises `ValueError` if it cannot be loaded alone."""
+    if sort not in ('causal', 'label') or not _reads_pictures(config):
+        return config, None
+    text = config.get_text_config()
+    if text is config or type(text) not in CLASSES[sort]._model_mapping:
+        raise ValueError(f'{name} is a {config.architectures[0]}, whose text part ({text.model_type}) this version '
+                         'of transformers cannot load alone, and ftlab does not train models that '
+                         'read more than text')
+    text.tie_word_embeddings = config.tie_word_embeddings
+    text.dtype = config.dtype if text.dtype is None else text.dtype
+    return text, IN_TEXT
 
 # %% ../../nbs/core/loading.ipynb #000b1c17
-def _labelled(config:PretrainedConfig, labels:list[str]) -> PretrainedConfig:
-    "Put `labels` into `config`, in place, and return it"
+def _different(labels:list[str]) -> list[str]:
+    "Return the labels. Raises `ValueError` for fewer than two, or for one that is there twice."
     if isinstance(labels, str) or not isinstance(labels, Iterable):
         raise ValueError(f"labels is {labels!r}; it must be a list of names, such as ['no', 'yes']")
     labels = list(labels)
     if len(labels) < 2 or len(set(labels)) != len(labels):
         raise ValueError(f'labels has {len(labels)} names, {len(set(labels))} of them different; '
                          'give at least two, each once')
+    return labels
+
+def _labelled(config:PretrainedConfig, labels:list[str]) -> PretrainedConfig:
+    "Put `labels` into `config`, in place, and return it"
     config.num_labels = len(labels)
     config.problem_type = 'single_label_classification'
     config.id2label, config.label2id = dict(enumerate(labels)), {l: i for i, l in enumerate(labels)}
     return config
+
+HEADS = ('auto', 'new', 'exact')
+
+def _head(config:PretrainedConfig, # changed in place if the head is new
+          own:list[str]|None,      # the checkpoint's labels; None: it is no classifier
+          labels:list[str]|None, head:str
+         ) -> tuple[bool, str]:    # whether the head is new, and a note
+    """Decide whether a checkpoint's head is kept.
+    Raises `ValueError` for labels that are only partly the checkpoint's."""
+    if head not in HEADS:
+        raise ValueError(f'head is {head!r}; it must be {", ".join(HEADS)}')
+    if labels is None:
+        return False, ''
+    kept = own is not None and _kept(own, _different(labels), head)
+    _labelled(config, own if kept else _different(labels))
+    if kept or own is None:
+        return not kept, ''
+    return True, (f'the trained head for {_some(own)} was replaced by a new, untrained one for '
+                  f'{_some(list(labels))}')
+
+def _kept(own:list[str], labels:list[str], head:str) -> bool:
+    "Return whether the data's labels are the checkpoint's"
+    if head != 'auto' or (unnamed(own) and len(own) != len(labels)):
+        return head == 'exact' and own == labels
+    return match_labels(own, labels) is not None
 
 def head_names(model) -> list[str]:
     """Return the parameters of the head on top of a transformers model;
@@ -215,6 +268,7 @@ def find_device(device:str|torch.device|None) -> torch.device:
 
 # %% ../../nbs/core/loading.ipynb #000f1c17
 def _tokenizer(where:str, revision:str|None, name:str) -> PreTrainedTokenizerBase:
+    "Read a model's tokenizer"
     try:
         tok = AutoTokenizer.from_pretrained(where, revision=revision, trust_remote_code=False)
     except Exception as e: # tokenizers raises plain Exceptions
@@ -223,14 +277,78 @@ def _tokenizer(where:str, revision:str|None, name:str) -> PreTrainedTokenizerBas
                                 f'{" ".join(str(e).split())[:160]}') from None
     if not tok.get_vocab():
         raise FileNotFoundError(f'{name} has no tokenizer files; save one in the same folder with tok.save_pretrained')
-    if tok.pad_token is None and tok.eos_token is not None:
-        tok.pad_token = tok.eos_token
     return tok
 
+# %% ../../nbs/core/loading.ipynb #980b9152
+def _give_padding(tok, config:PretrainedConfig) -> str:
+    "Give a tokenizer without a padding token one, in place; return a note"
+    if tok.pad_token is not None or tok.eos_token is None:
+        return ''
+    named = getattr(config.get_text_config(), 'pad_token_id', None)
+    known = named in tok.all_special_ids and named != tok.eos_token_id
+    tok.pad_token = tok.convert_ids_to_tokens(named) if known else tok.eos_token
+    return (f'the tokenizer had no padding token; it pads with {tok.pad_token!r}, as the '
+            'model\'s configuration says' if known else '')
+
+def _same_padding(model, tok, sort:str) -> list[str]:
+    "Give the model's configurations the tokenizer's padding token; return notes"
+    pad, config, notes = tok.pad_token_id, model.config, []
+    if pad is None:
+        return notes
+    own, fixed = config.pad_token_id, _padded_positions(model)
+    if fixed not in (None, pad):
+        return [f'the tokenizer pads with token {pad}, and the model\'s positions treat token {fixed} as padding']
+    if own is None and sort == 'label' or own not in (None, pad):
+        config.pad_token_id = pad
+        if own is not None:
+            notes.append(f'the padding token of the configuration was {own}; it is now the tokenizer\'s, {pad}')
+    settings = getattr(model, 'generation_config', None)
+    if settings is not None and settings.pad_token_id != pad:
+        if settings.pad_token_id is not None and settings.pad_token_id != own:
+            notes.append(f'the padding token of the generation settings was {settings.pad_token_id}; '
+                         f'it is now the tokenizer\'s, {pad}')
+        settings.pad_token_id = pad
+    return notes
+
+def _padded_positions(model) -> int|None:
+    "Return the token that a table of positions leaves out, as RoBERTa's does"
+    return next((m.padding_idx for n, m in model.named_modules()
+                 if TABLE.search(n) and getattr(m, 'padding_idx', None) is not None), None)
+
+# %% ../../nbs/core/loading.ipynb #a3e1a1d0
+def without_row(model, tok) -> list[int]:
+    "List the tokens of the tokenizer for which the model's embedding has no row"
+    rows = model.get_input_embeddings().weight.shape[0]
+    return sorted(i for i in tok.get_vocab().values() if i >= rows)
+
+def row_advice(model, tok, used:Iterable[int]) -> str:
+    "Return an error message for tokens without a row, with a way out"
+    some = ', '.join(repr(tok.convert_ids_to_tokens(int(i))) for i in sorted(used)[:3])
+    rows = model.get_input_embeddings().weight.shape[0]
+    return (f'the tokenizer has tokens up to {max(tok.get_vocab().values())}, and the embedding of the '
+            f'model has {rows} rows, 0 to {rows - 1}: there is none for {some}. Add the rows once, and save the '
+            'model: model, tok = ftlab.load(name, resize=True); model.save_pretrained(folder); '
+            'tok.save_pretrained(folder). Or take the tokenizer that belongs to the model')
+
+def _rows_for(model, tok, resize:bool, seed:int, name) -> list[str]:
+    "Add the rows that the embedding lacks if asked to; return notes"
+    lacking = without_row(model, tok)
+    if not lacking:
+        return []
+    if not resize:
+        if tok.pad_token_id in lacking:
+            raise ValueError(f'{name} cannot pad: {row_advice(model, tok, [tok.pad_token_id])}')
+        return [f'the embedding has no row for {len(lacking)} tokens of the tokenizer, {lacking[0]} to {lacking[-1]}']
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.resize_token_embeddings(lacking[-1] + 1)
+    return [f'the embedding got rows up to {lacking[-1]} for {len(lacking)} tokens, near the mean of the old rows; '
+            'a method that freezes the embedding does not train them']
+
 # %% ../../nbs/core/loading.ipynb #00111c17
-def _refuse_gaps(info:dict, head:set[str], name:str):
-    """Raise `ValueError` if tensors of the model were missing from its files, except a fresh head
-    and a pooler"""
+def _check_gaps(info:dict, head:set[str], name:str) -> list[str]:
+    """Return notes about tensors that were missing or left over.
+    Raises `ValueError` if tensors were missing, except a fresh head and a pooler."""
     def ours(keys):
         names = [k if isinstance(k, str) else k[0] for k in keys]
         return sorted(n for n in names if n.split('.')[0] not in head)
@@ -242,7 +360,15 @@ def _refuse_gaps(info:dict, head:set[str], name:str):
     if gaps:
         raise ValueError(f'the files of {name} lack {len(gaps)} of the model\'s tensors '
                          f'({_some(gaps)}); transformers would fill them with random values. '
-                         'The file is damaged, or holds another kind of model: pass kind=')
+                         'The file is damaged, or holds another kind of model: pass kind=, or labels= '
+                         'for a new head')
+    notes = []
+    if poolers := ours(info['missing_keys']):
+        notes.append(f'{_some(poolers)} was not in the files; it starts with random values, from the seed')
+    if unused := sorted(info['unexpected_keys']):
+        notes.append('tensors of the files that the model does not use were left out '
+                     f'({len(unused)}): {_some(unused)}')
+    return notes
 
 # %% ../../nbs/core/loading.ipynb #28fab4d7
 def _check_shapes(sort:str, where:str, config:PretrainedConfig, fresh:bool, name):
@@ -287,20 +413,35 @@ def _other_shape(wrong:list[str], name) -> str:
     return f'{len(wrong)} tensors of {name} have a shape that differs from its config.json: {_some(wrong)}'
 
 def _some(keys:list[str]) -> str:
-    return ', '.join(keys[:3]) + (', ...' if len(keys) > 3 else '')
+    return ', '.join(map(str, keys[:3])) + (', ...' if len(keys) > 3 else '')
+
+@contextmanager
+def _without_adapter(where:str) -> Iterator[str]:
+    "Give a folder that holds the same model, without the adapter that `transformers` would apply"
+    if not left_adapter(Path(where)):
+        yield where
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for f in (f for f in Path(where).iterdir() if f.is_file() and f.name not in ADAPTER):
+            try:
+                (Path(folder)/f.name).symlink_to(f.resolve())
+            except OSError: # a system without links
+                shutil.copyfile(f, Path(folder)/f.name)
+        yield folder
 
 def _weights(sort:str, where:str, config:PretrainedConfig, revision:str|None, dtype, seed:int,
-             name) -> tuple[PreTrainedModel, dict]:
+             name, renamed:dict|None) -> tuple[PreTrainedModel, dict]:
     """Load the model and what `transformers` reports about its tensors. Values that it fills in
     are determined by the seed; the caller's random state does not change."""
-    with quiet(), torch.random.fork_rng(devices=[]):
+    more = dict(key_mapping=renamed) if renamed else {}
+    with quiet(), torch.random.fork_rng(devices=[]), _without_adapter(where) as folder:
         torch.manual_seed(seed)
         try:
-            model, info = CLASSES[sort].from_pretrained(where, config=config, revision=revision,
+            model, info = CLASSES[sort].from_pretrained(folder, config=config, revision=revision,
                                                         dtype=dtype, use_safetensors=True,
                                                         trust_remote_code=False,
-                                                        output_loading_info=True,
-                                                        ignore_mismatched_sizes=True) # _refuse_gaps checks them
+                                                        output_loading_info=True, **more,
+                                                        ignore_mismatched_sizes=True) # _check_gaps checks them
         except (OSError, SafetensorError) as e:
             raise _weights_error(where, revision, name, e) from None
         except torch.OutOfMemoryError:
@@ -311,6 +452,10 @@ def _weights(sort:str, where:str, config:PretrainedConfig, revision:str|None, dt
         raise ValueError(f'{name} is an adapter, or has one next to its weights; load the model '
                          'that it was trained on, '
                          'then ftlab.adapters.lowrank.from_peft(model, folder)')
+    for part in (model, model.config):
+        part.name_or_path = where # not that of a folder without the adapter
+    if renamed:
+        model._weight_conversions = None # else save_pretrained would rename the tensors back
     return model, info
 
 # %% ../../nbs/core/loading.ipynb #00131c17
@@ -338,58 +483,83 @@ def _weights_error(where:str, revision:str|None, name, e:Exception) -> Exception
                           'convert it once and load your folder')
     return _hub_error(str(name), revision, e)
 
+# %% ../../nbs/core/loading.ipynb #24587cc0
+class _Plan(NamedTuple):
+    "What to make of a folder or a hub id"
+    config:PretrainedConfig # of the model that is made
+    sort:str                # one of `CLASSES`
+    fresh:bool              # whether it gets a new head
+    renamed:dict|None       # how tensors of the files are called in the model
+    tok:object              # its tokenizer; None for a model that reads images
+    notes:list              # what was decided
+
+def _plan(where:str, revision:str|None, name, kind:str, labels:list[str]|None, head:str,
+          warn:bool=True) -> _Plan:
+    "Read configuration and tokenizer, and decide what to load"
+    whole = _config(where, revision, name)
+    own = model_labels(whole)
+    sort = _sort(whole, kind, labels, str(name))
+    config, renamed = _text_part(whole, sort, str(name))
+    tok = None if config.model_type in IMAGES else _tokenizer(where, revision, str(name))
+    fresh, replaced = _head(config, own, labels, head)
+    adapter = left_adapter(Path(where))
+    for said in filter(None, (adapter, replaced if head == 'auto' else '')):
+        if warn:
+            warnings.warn(said, stacklevel=3)
+    text = f'only the text part of {whole.architectures[0]} was loaded' if renamed else ''
+    pads = '' if tok is None else _give_padding(tok, config)
+    notes = [said for said in (adapter, text, replaced, pads) if said]
+    return _Plan(config, sort, fresh, renamed, tok, notes)
+
 # %% ../../nbs/core/loading.ipynb #00151c17
 def load(name:str|Path,              # 'lab-s', 'lab-m', 'lab-e', 'lab-l', a local folder, or a Hugging Face id
          revision:str|None=None,     # 'step-500' of a lab model, a subfolder, or a branch, tag or commit on the hub
          dtype:str|torch.dtype|None=None, # None: what the model's config says; float32 for lab models
          device:str|torch.device|None=None, # None: the CPU; `fit` moves the model where it trains
          kind:str='auto',            # 'causal', 'masked', 'label', 'image', 'seq2seq' or 'encoder'; 'auto': as saved
-         labels:list[str]|None=None, # names of the labels; adds a fresh head to the model
-         seed:int=0                  # of the fresh head
+         labels:list[str]|None=None, # names of the labels; a model without a head for them gets a new one
+         seed:int=0,                 # of the new head
+         head:str='auto',            # 'auto': a head that knows the labels is kept; 'new': never; 'exact': see below
+         resize:bool=False           # add rows to the embedding for tokens that have none
         ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase|None]:
     """Load a model, in eval mode, and its tokenizer (`None` for a model that reads images).
 
-    Only safetensors are read, and no code that comes with a model is run. A tokenizer without a
-    padding token (GPT-2, many Llamas) pads with its end-of-sequence token. Raises `FileNotFoundError` if the
-    model is not found and `ValueError` if it is found but wrong."""
+    Only safetensors are read, and no code that comes with a model is run. What was changed or left
+    out is noted: `ftlab.core.model.notes_of(model)`. A replaced head and an ignored adapter are
+    also warned of. `head='exact'` keeps a head only if the labels are the same in the same order, as
+    version 0.1 did. Raises `FileNotFoundError` if the model is not found and `ValueError` if it is
+    found but wrong."""
     where, revision = _find(name, revision)
     dtype, device = _dtype(dtype), find_device(device)
-    config = _config(where, revision, name)
-    sort = _sort(config, kind, labels, str(name))
-    tok = None if config.model_type in IMAGES else _tokenizer(where, revision, str(name))
-    known = _own_labels(config)
-    if labels is not None:
-        _labelled(config, labels)
-    fresh = labels is not None and list(labels) != known
-    _check_shapes(sort, where, config, fresh, name)
-    model, info = _weights(sort, where, config, revision, dtype, seed, name)
-    _refuse_gaps(info, {n for n, _ in model.named_children() if n != model.base_model_prefix}
-                 if fresh else set(), str(name))
-    if fresh:
+    plan = _plan(where, revision, name, kind, labels, head)
+    _check_shapes(plan.sort, where, plan.config, plan.fresh, name)
+    model, info = _weights(plan.sort, where, plan.config, revision, dtype, seed, name, plan.renamed)
+    tops = {n for n, _ in model.named_children() if n != model.base_model_prefix}
+    notes = plan.notes + _check_gaps(info, tops if plan.fresh else set(), str(name))
+    if plan.fresh:
         fresh_head(model, seed)
-    if sort == 'label' and model.config.pad_token_id is None:
-        model.config.pad_token_id = tok.pad_token_id # a decoder reads the label at the last token that is not padding
-    return model.to(device).eval(), tok
+    if plan.tok is not None:
+        notes += _rows_for(model, plan.tok, resize, seed, name)
+        notes += _same_padding(model, plan.tok, plan.sort)
+    model.load_notes = notes
+    return model.to(device).eval(), plan.tok
 
 # %% ../../nbs/core/loading.ipynb #00161c17
 def skeleton(name:str|Path,              # as in `load`, like the next three
              revision:str|None=None,
              dtype:str|torch.dtype|None=None,
              labels:list[str]|None=None,
-             device:str='meta' # of its tensors
+             device:str='meta', # of its tensors
+             head:str='auto'    # as in `load`
             ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase|None]:
     """Return the model's names and shapes without its weights, and its tokenizer: what `load` would
     give, at the cost of reading a config. Raises what `load` raises for a missing model."""
     where, revision = _find(name, revision)
     dtype = _dtype(dtype)
-    config = _config(where, revision, name)
-    sort = _sort(config, 'auto', labels, str(name))
-    tok = None if config.model_type in IMAGES else _tokenizer(where, revision, str(name))
-    if labels is not None:
-        _labelled(config, labels)
+    plan = _plan(where, revision, name, 'auto', labels, head, warn=False)
     if dtype == 'auto':
-        dtype = config.dtype or _stored(where)
-    return _bones(sort, config, dtype, device, name), tok
+        dtype = plan.config.dtype or _stored(where)
+    return _bones(plan.sort, plan.config, dtype, device, name), plan.tok
 
 def _stored(where:str) -> torch.dtype:
     """Return the dtype of a folder's weights, from the header of its first safetensors file;

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 # %% auto #0
-__all__ = ['MODEL_INPUTS', 'LONGEST', 'OFFSET', 'TABLE', 'model_inputs', 'to_device', 'device_of', 'pad_id', 'evaluating',
-           'positions', 'position_table', 'row_limit', 'answer_room']
+__all__ = ['MODEL_INPUTS', 'LONGEST', 'TABLE', 'BOUND', 'model_inputs', 'to_device', 'device_of', 'pad_id', 'notes_of',
+           'evaluating', 'position_table', 'positions', 'row_limit', 'answer_room']
 
 # %% ../../nbs/core/model.ipynb #000556db
 MODEL_INPUTS = ('input_ids', 'attention_mask', 'token_type_ids', 'inputs_embeds', 'position_ids', 'pixel_values')
@@ -35,6 +35,11 @@ def pad_id(tok) -> int:
     """Return the padding token: the tokenizer's, or 0 if it has none or there is no tokenizer"""
     return getattr(tok, 'pad_token_id', None) or 0
 
+# %% ../../nbs/core/model.ipynb #02d453f6
+def notes_of(model) -> list[str]:
+    "Return what `load` changed in a model or left out of its files, one sentence each"
+    return list(getattr(model, 'load_notes', ()))
+
 # %% ../../nbs/core/model.ipynb #000856db
 @contextmanager
 def evaluating(*models # modules; anything else is ignored, such as a reference that is a function
@@ -53,24 +58,39 @@ def evaluating(*models # modules; anything else is ignored, such as a reference 
 
 # %% ../../nbs/core/model.ipynb #000b56db
 LONGEST = 1024 # default tokens of a row: a batch of 32 such rows fits into a laptop's memory
-# model types that count positions from the padding token's index + 1
-OFFSET = ('roberta', 'xlm-roberta', 'camembert', 'mpnet', 'longformer')
-TABLE = re.compile(r'(^|\.)(wpe|position_embeddings?|embed_positions)$')
+TABLE = re.compile(r'(^|\.)(wpe|(?:char_)?positions?_embed(dings?)?|embed_positions)$')
+BOUND = ('ctrl', 'mpt') # model types that compute positions, but only as many as they are configured for
 
-def positions(model:nn.Module) -> int|None:
-    "Return how many positions a model has; None if its configuration sets no limit"
-    config = getattr(model, 'config', None)
-    most = getattr(config, 'max_position_embeddings', None)
-    if most and config.model_type in OFFSET:
-        most -= 1 + (config.pad_token_id or 1)
-    return most or None
+def _usable(model) -> Iterator[int]:
+    "Yield how many tokens each table of positions has rows for"
+    for name, m in model.named_modules():
+        table = getattr(m, 'weight', None)
+        if TABLE.search(name) and table is not None and table.ndim == 2:
+            # RoBERTa counts from the row after its padding token's, OPT and BART from an offset
+            padding = getattr(m, 'padding_idx', None)
+            yield len(table) - (getattr(m, 'offset', 0) if padding is None else padding + 1)
+    for name, table in model.named_buffers():
+        if TABLE.search(name) and table.ndim == 2: # GPT-J's sines
+            yield len(table)
 
 def position_table(model:nn.Module) -> int|None:
     """Return how many positions a model's table has, past which it cannot read;
-    None if positions are computed"""
-    tables = (m for n, m in model.named_modules() if isinstance(m, nn.Embedding)
-              and TABLE.search(n))
-    return positions(model) if any(tables) else None
+    None if positions are computed for any length"""
+    found = list(_usable(model))
+    if getattr(getattr(model, 'config', None), 'model_type', None) in BOUND:
+        return _configured(model)
+    return min(found + [_configured(model) or found[0]]) if found else None
+
+def positions(model:nn.Module) -> int|None:
+    "Return how many positions a model has; None if its configuration sets no limit"
+    return position_table(model) or _configured(model)
+
+def _configured(model) -> int|None:
+    "Return the number of positions in a model's configuration"
+    config = getattr(model, 'config', None)
+    config = config.get_text_config() if hasattr(config, 'get_text_config') else config
+    most = getattr(config, 'max_position_embeddings', None) or getattr(config, 'max_seq_len', None)
+    return most if isinstance(most, int) and most > 0 else None
 
 def row_limit(model:nn.Module,         # the model that reads the rows
               tok,                     # its tokenizer; None: rows are not text
@@ -82,7 +102,9 @@ def row_limit(model:nn.Module,         # the model that reads the rows
         return min(max_length, position_table(model) or max_length)
     if tok is None:
         return None
-    return min(LONGEST, tok.model_max_length, positions(model) or LONGEST)
+    said = getattr(tok, 'model_max_length', None) # 1e30 if the tokenizer's files do not say
+    own = int(said) if isinstance(said, (int, float)) and said >= 1 else LONGEST
+    return min(LONGEST, own, positions(model) or LONGEST)
 
 # %% ../../nbs/core/model.ipynb #000e56db
 def answer_room(max_new_tokens:int, # requested length of the longest answer

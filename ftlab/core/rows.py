@@ -4,22 +4,25 @@
 
 # %% ../../nbs/core/rows.ipynb #2a9cb93c
 from __future__ import annotations
-import csv, io, json, re
+import codecs, csv, io, json, math, re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['DEPTH', 'DIGITS', 'ODD', 'READERS', 'file_text', 'parsed', 'as_row', 'clean_text', 'read_rows']
+__all__ = ['DEPTH', 'DIGITS', 'ODD', 'NAMES', 'READERS', 'file_text', 'parsed', 'as_row', 'clean_text', 'clean_values', 'missing',
+           'checked_text', 'read_rows']
 
 # %% ../../nbs/core/rows.ipynb #04983ffb
 DEPTH = 100     # how deep objects and lists of a row may be nested
 DIGITS = 4300   # how many digits a whole number may have: Python's own limit
 
 def file_text(path:Path) -> str:
-    """Read a UTF-8 file, without a byte order mark at its beginning.
+    """Read a UTF-8 file, or a UTF-16 file that begins with its byte order mark, without that mark.
     Raises `ValueError` that names the line."""
     raw = path.read_bytes()
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return _utf16(raw, path)
     try:
         return raw.decode('utf-8-sig').replace('\r\n', '\n')
     except UnicodeDecodeError as e:
@@ -27,6 +30,13 @@ def file_text(path:Path) -> str:
         column = e.start - (raw.rfind(b'\n', 0, e.start) + 1) + 1
         raise ValueError(f'{path}, line {line} is not UTF-8 text (byte {column} of the line, {e.start} of the file); '
                          'save it as UTF-8') from None
+
+def _utf16(raw:bytes, path:Path) -> str:
+    "Decode what Excel and PowerShell write"
+    try:
+        return raw.decode('utf-16').replace('\r\n', '\n')
+    except UnicodeDecodeError as e:
+        raise ValueError(f'{path} begins like UTF-16 text, but byte {e.start} is wrong; save it as UTF-8') from None
 
 # %% ../../nbs/core/rows.ipynb #c1983ffb
 class _Twice(ValueError):
@@ -90,19 +100,24 @@ def as_row(row, at:str) -> dict:
         _check_value(value, key, at)
     return dict(row)
 
-def _check_value(value, column, at):
-    "Raise `ValueError` for values nested too deeply or integers that are too long"
+def _inside(value) -> Iterator[tuple[object, int]]:
+    "Yield a value and everything in it, each with its depth"
     todo = [(value, 1)]
     while todo:
         v, depth = todo.pop()
-        if depth > DEPTH:
-            raise ValueError(f'{at}: {column} is nested more than {DEPTH} deep; rows hold text, not trees')
-        if isinstance(v, int) and v.bit_length() > DIGITS/.30103:
-            raise ValueError(f'{at}: {column} holds a whole number of more than {DIGITS} digits; write it as text')
+        yield v, depth
         if isinstance(v, Mapping):
             todo += [(x, depth + 1) for x in v.values()]
         elif isinstance(v, (list, tuple)):
             todo += [(x, depth + 1) for x in v]
+
+def _check_value(value, column, at):
+    "Raise `ValueError` for values nested too deeply or integers that are too long"
+    for v, depth in _inside(value):
+        if depth > DEPTH:
+            raise ValueError(f'{at}: {column} is nested more than {DEPTH} deep; rows hold text, not trees')
+        if isinstance(v, int) and v.bit_length() > DIGITS/.30103:
+            raise ValueError(f'{at}: {column} holds a whole number of more than {DIGITS} digits; write it as text')
 
 # %% ../../nbs/core/rows.ipynb #7a54091e
 ODD = re.compile('[\ud800-\udfff\x00\ufeff]')
@@ -117,10 +132,37 @@ def clean_text(text:str, column:str, at:str) -> str:
     raise ValueError(f'{at}: {column} has {what} at character {m.start() + 1}; remove it from the '
                      'file, or leave the row out')
 
+def clean_values(value, column:str, at:str):
+    "Return `value` if all text in it, at any depth, is clean; see `clean_text`"
+    for v, _ in _inside(value):
+        for text in ([v] if isinstance(v, str) else v if isinstance(v, Mapping) else ()):
+            clean_text(str(text), column, at)
+    return value
+
+def missing(value) -> bool:
+    "Return whether a value is None, NaN, or one of pandas' own, which is how tables write an empty cell"
+    if value is None or type(value).__name__ in ('NAType', 'NaTType'):
+        return True
+    return isinstance(value, float) and math.isnan(value)
+
+def checked_text(value, column:str, at:str) -> str:
+    "Return `value`. Raises `ValueError` unless it is non-empty, clean text."
+    if missing(value):
+        raise ValueError(f'{at}: {column} has no value (None or NaN); fill it in or leave the row out')
+    if not isinstance(value, str):
+        raise ValueError(f'{at}: {column} is {str(value)[:40]!r}, a {type(value).__name__}; it must be text')
+    if not value.strip():
+        raise ValueError(f'{at}: {column} is empty; fill it in or leave the row out')
+    return clean_text(value, column, at)
+
 # %% ../../nbs/core/rows.ipynb #183351b6
 def _read_jsonl(path:Path) -> Iterator[tuple[str, dict]]:
-    "Yield the rows of a JSON-lines file with their locations"
-    lines = file_text(path).split('\n')
+    "Yield the rows of a JSON-lines file with their locations. One JSON list is read as well."
+    text = file_text(path)
+    if text.lstrip().startswith('['):
+        yield from _read_json(path)
+        return
+    lines = text.split('\n')
     while lines and not lines[-1].strip():
         lines.pop()
     must = 'every line must hold one whole object, such as {"prompt": "...", "response": "..."}'
@@ -130,16 +172,30 @@ def _read_jsonl(path:Path) -> Iterator[tuple[str, dict]]:
             raise ValueError(f'{at} is empty; delete it: every line must hold one JSON object')
         yield at, as_row(parsed(line, path, i, must), at)
 
+def _where_rows_are(found:dict) -> str:
+    "Say how to get at the rows that an object holds, for the error"
+    lists = [k for k, v in found.items() if isinstance(v, list) and v and isinstance(v[0], dict)]
+    if lists:
+        return f'; its rows seem to be under {lists[0]!r}: write that list alone'
+    by_column = len(found) > 1 and all(isinstance(v, (list, dict)) for v in found.values())
+    if not by_column:
+        return ''
+    return '; it seems to be written by columns: df.to_json(path, orient="records") writes rows'
+
 def _read_json(path:Path) -> Iterator[tuple[str, dict]]:
     "Yield the rows of a JSON list with their locations"
-    rows = parsed(file_text(path), path, 1, 'the file must hold one list of objects. If it has one '
-                  'object a line, call it .jsonl')
+    lines = ('If it has one object a line, call it .jsonl' if path.suffix.lower() == '.json' else
+             'A file of one object a line begins with {')
+    rows = parsed(file_text(path), path, 1, f'the file must hold one list of objects. {lines}')
     if not isinstance(rows, list):
-        raise ValueError(f'{path} holds a JSON {type(rows).__name__}; it must hold a list of objects')
+        fix = _where_rows_are(rows) if isinstance(rows, dict) else ''
+        raise ValueError(f'{path} holds a JSON {type(rows).__name__}; it must hold a list of objects{fix}')
     for i, row in enumerate(rows, 1):
         yield (at := f'{path}, item {i}'), as_row(row, at)
 
 # %% ../../nbs/core/rows.ipynb #23d19c10
+NAMES = {',': 'a comma', ';': 'a semicolon', '\t': 'a tab', '|': 'a bar'}
+
 @contextmanager
 def _long_cells():
     "Lift, for a while, the csv module's process-wide limit of 131,072 characters a cell"
@@ -149,9 +205,20 @@ def _long_cells():
     finally:
         csv.field_size_limit(was)
 
+def _separator(text:str, path:Path) -> str:
+    """Return what separates the cells: what the file's ending says, or what the header is written
+    with"""
+    if path.suffix.lower() == '.tsv':
+        return '\t'
+    header = text.partition('\n')[0]
+    return next((s for s in ',;\t|' if s in header), ',')
+
 def _read_csv(path:Path) -> list[tuple[str, dict]]:
-    "Read the rows of a CSV file with a header, with their locations"
-    reader, line, out = csv.reader(io.StringIO(file_text(path)), strict=True), 1, []
+    "Read the rows of a CSV or TSV file with a header, with their locations"
+    text = file_text(path)
+    text = text.rstrip('\n') + '\n' if text.strip() else ''
+    cells_by = _separator(text, path)
+    reader, line, out = csv.reader(io.StringIO(text), strict=True, delimiter=cells_by), 1, []
     try:
         with _long_cells():
             header = next(reader, [])
@@ -162,16 +229,17 @@ def _read_csv(path:Path) -> list[tuple[str, dict]]:
                 if (cells := next(reader, None)) is None:
                     return out
                 at = f'{path}, line {line}'
-                out.append((at, _csv_row(cells, header, at)))
+                out.append((at, _csv_row(cells, header, at, cells_by)))
     except csv.Error as e:
-        raise ValueError(f'{path}, line {line} is not CSV: {e}') from None
+        raise ValueError(f'{path}, line {line} is not CSV: {e}; a cell that contains a double quote is written in '
+                         'double quotes, with the quote doubled') from None
 
-def _csv_row(cells, header, at) -> dict:
+def _csv_row(cells, header, at, cells_by) -> dict:
     if not cells:
         raise ValueError(f'{at} is empty; delete it')
     if len(cells) != len(header):
         raise ValueError(f'{at} has {len(cells)} cells, but the header has {len(header)} ({", ".join(header)}); '
-                         'put a cell that contains a comma or a line break into double quotes')
+                         f'put a cell that contains {NAMES[cells_by]} or a line break into double quotes')
     return as_row(dict(zip(header, cells)), at)
 
 def _read_parquet(path:Path) -> Iterator[tuple[str, dict]]:
@@ -195,7 +263,8 @@ def _one(table, i, path) -> dict:
         raise ValueError(f'{path}, row {i + 1} cannot be read: {str(e).splitlines()[0]}') from None
 
 # %% ../../nbs/core/rows.ipynb #b721c93b
-READERS = {'.jsonl': _read_jsonl, '.json': _read_json, '.csv': _read_csv, '.parquet': _read_parquet}
+READERS = {'.jsonl': _read_jsonl, '.json': _read_json, '.csv': _read_csv, '.tsv': _read_csv,
+           '.parquet': _read_parquet}
 
 def read_rows(path:Path) -> list[tuple[str, dict]]: # (location, row)
     """Read all rows of a file with their locations.

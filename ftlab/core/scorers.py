@@ -10,30 +10,49 @@ import torch
 import torch.nn.functional as F
 from .batches import collate
 from .tokens import IGNORE, encode_all
+from .data import Data
 from .generate import generate
+from .template import answer_opening
+from .labels import numbered
 from .loading import load
 from .model import device_of, evaluating, model_inputs, pad_id, row_limit, to_device
-from .lab import lab
+from .lab import lab, lab_skill
 
 # %% auto #0
-__all__ = ['WORLD', 'answer_length', 'answers', 'judge', 'answer_scores', 'exact_match', 'skills', 'skill_questions',
-           'teacher_forced', 'row_nlls', 'nll', 'label_hits', 'label_accuracy']
+__all__ = ['WORLD', 'answer_length', 'without_opening', 'answers', 'judge', 'answer_scores', 'exact_match', 'skills',
+           'skill_questions', 'teacher_forced', 'row_nlls', 'nll', 'label_hits', 'label_accuracy']
 
 # %% ../../nbs/core/scorers.ipynb #0005f62d
 WORLD = lab('lookup').LookupWorld(0)
 
 def answer_length(rows:list[dict], tok) -> int:
     "Return how many tokens the longest answer among `rows` needs, with its end mark"
-    return max(len(tok(r['response'], add_special_tokens=False).input_ids) for r in rows) + 1
+    longest = max(len(tok(r['response'], add_special_tokens=False).input_ids) for r in rows) + 1
+    opening = answer_opening(tok)
+    return longest + (len(tok(opening, add_special_tokens=False).input_ids) if opening else 0)
+
+def without_opening(answer:str, response:str, opening:str) -> str:
+    """Return an answer without what the chat template makes every answer begin with, such as an
+    empty thinking block; a thinking block of the response's own is kept"""
+    if not opening or '</think>' in response:
+        return answer
+    if opening.endswith('</think>'):
+        return answer.rpartition('</think>')[2].strip()
+    return answer.removeprefix(opening).strip()
 
 def answers(model, tok, rows:list[dict], max_new_tokens:int|None=None, decode=None) -> list[str]:
     """Return the model's answer to each row's prompt; greedy unless `decode` is given"""
     n = max_new_tokens or answer_length(rows, tok)
-    return (decode or generate)(model, tok, [r['prompt'] for r in rows], max_new_tokens=n)
+    said = (decode or generate)(model, tok, [r['prompt'] for r in rows], max_new_tokens=n)
+    opening = answer_opening(tok)
+    if opening.strip(): # as it looks in an answer: without special tokens
+        ids = tok(opening, add_special_tokens=False).input_ids
+        opening = tok.decode(ids, skip_special_tokens=True)
+    return [without_opening(a, r['response'], opening.strip()) for a, r in zip(said, rows)]
 
 def judge(row:dict, output:str) -> float:
     "Score an answer from 0 to 1: by the skill's judge for a lab row, else 1 for the exact response"
-    return (WORLD.judge(row, output) if row.get('skill') in WORLD.skills
+    return (WORLD.judge(row, output) if lab_skill(row)
             else float(output.split() == row['response'].split()))
 
 def answer_scores(model, tok, rows:list[dict], decode=None) -> list[float]:
@@ -125,6 +144,8 @@ def label_hits(model, tok, rows:list[dict], max_length:int|None=None) -> list[fl
             for hit in (lg.argmax(-1) == y).tolist()]
 
 def label_accuracy(model, tok, rows:list[dict], labels:list, max_length:int|None=None) -> float:
-    "Return the share of rows whose most likely label is right. Rows are cut to `row_limit`."
+    """Return the share of rows whose most likely label is right: the model's label of the name that
+    `labels` gives. Rows are cut to `row_limit`."""
+    rows = numbered(Data([], [], rows, 'label', list(labels)), model).test if labels else rows
     hits = label_hits(model, tok, rows, max_length)
     return sum(hits)/len(hits)

@@ -6,67 +6,33 @@
 from __future__ import annotations
 import itertools
 from collections.abc import Iterable
-import jinja2
 from .data import KINDS
+from .template import chat_pieces
+from .text import shortened
 
 # %% auto #0
-__all__ = ['IGNORE', 'piece_ids', 'pieces_of', 'encode', 'prompt_ids', 'Encoded', 'encode_all', 'encode_each']
-
-# %% ../../nbs/core/tokens.ipynb #002f41f0
-def _render(tok, messages:list[dict], opening:bool=False) -> str:
-    try:
-        return tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening)
-    except jinja2.TemplateError as e:
-        raise ValueError(f'the chat template rejects the roles {", ".join(m["role"] for m in messages)}: {e}') from None
-
-def _chat_pieces(messages:list[dict], tok, context:int=0) -> list[tuple[str, bool]]:
-    """Return the rendered conversation as (text, is trained on) pieces;
-    the first `context` messages are never trained on"""
-    full, out, done = _render(tok, messages), [], 0
-    turns = [i for i, m in enumerate(messages) if m['role'] == 'assistant' and i >= context]
-    for i in turns:
-        before, content = _render(tok, messages[:i], True), messages[i]['content'].strip()
-        if full.startswith(before):
-            start, end = len(before), _turn_end(full, len(before), messages, i, tok)
-            out += [(full[done:start], False), (full[start:end], True)]
-            done = end
-        # some templates open a turn with a thinking mark that they drop afterwards:
-        # then train on the text after the opening that generation will use
-        elif (i == turns[-1] and before.startswith(full[:done])
-              and (at := full.rfind(content)) >= done):
-            out += [(before[done:], False), (full[at:], True)]
-            done = len(full)
-        else:
-            raise ValueError(f'the chat template writes the text before message {i + 1} differently '
-                             'once there are later messages, so the answers cannot be '
-                             'located; split the conversation into one row per answer')
-    return out + ([(full[done:], False)] if done < len(full) else [])
-
-def _turn_end(full:str, start:int, messages:list[dict], i:int, tok) -> int:
-    "Return where message `i`, which begins at `start` of `full`, ends (after its end mark)"
-    if i == len(messages) - 1:
-        return len(full)
-    if full.startswith(upto := _render(tok, messages[:i + 1])):
-        return len(upto)
-    # a template may drop thinking marks from earlier turns:
-    # find the words, then the mark that also ends the last message
-    content, last = messages[i]['content'].strip(), messages[-1]['content'].strip()
-    mark = full[full.rfind(last) + len(last):]
-    at = full.find(content, start) + len(content)
-    if at < start + len(content) or not full.startswith(mark, at):
-        raise ValueError(f'the chat template changes message {i + 1} in a way that hides its end; '
-                         'split the conversation into one row per answer')
-    return at + len(mark)
+__all__ = ['IGNORE', 'token_ids', 'piece_ids', 'outer_ids', 'pieces_of', 'encode', 'prompt_ids', 'Encoded', 'encode_all',
+           'encode_each']
 
 # %% ../../nbs/core/tokens.ipynb #003241f0
 IGNORE = -100 # the label that PyTorch's cross-entropy and every Hugging Face model ignore
+
+def token_ids(texts:list[str], tok, **options) -> list[list[int]]: # `options` of the tokenizer
+    "Tokenize texts in one call. Raises `ValueError` for text with half a surrogate pair."
+    try:
+        return tok(texts, verbose=False, **options).input_ids
+    except TypeError:
+        bad = next((t for t in texts if any('\ud800' <= c <= '\udfff' for c in t)), None)
+        if bad is None:
+            raise
+        raise ValueError(f'{shortened(ascii(bad), 80)} contains half a surrogate pair (half of an emoji, say), '
+                         'which no text can; remove it') from None
 
 def _token_ids(texts:Iterable[str], tok) -> dict[str, list[int]]:
     """Tokenize all texts in one call:
     calling a tokenizer costs more than one more sentence in the call"""
     texts = list(dict.fromkeys(texts))
-    return (dict(zip(texts, tok(texts, add_special_tokens=False, verbose=False).input_ids)) if texts
-            else {})
+    return dict(zip(texts, token_ids(texts, tok, add_special_tokens=False))) if texts else {}
 
 def _between(up_to:list[list[int]]) -> list[list[int]]|None:
     """Return what each list of tokens adds to the one before;
@@ -90,10 +56,8 @@ def piece_ids(pieces:list[tuple[str, bool]], tok) -> list[list[int]]:
     return _all_piece_ids([pieces], tok)[0]
 
 # %% ../../nbs/core/tokens.ipynb #003441f0
-def _texts(row:dict, tok, kind:str) -> list[tuple[str, bool]]:
-    "Return the pieces of a row of kind text, chat or lm, without the tokens of `_marks`"
-    if kind not in ('text', 'chat', 'lm'):
-        raise ValueError(f'kind is {kind!r}; it must be one of {", ".join(KINDS)}')
+def _texts(row:dict, tok, kind:str, known:dict) -> list[tuple[str, bool]]:
+    "Return the pieces of a row of kind text, chat or lm, without the tokens of `outer_ids`"
     if kind == 'chat' and not tok.chat_template:
         raise ValueError('the tokenizer has no chat template, so `messages` cannot be '
                          'written as text; give prompt and response instead, or set tok.chat_template')
@@ -101,12 +65,12 @@ def _texts(row:dict, tok, kind:str) -> list[tuple[str, bool]]:
         return [(row['text'], True)]
     if not tok.chat_template:
         return [(row['prompt'], False), (row['response'], True)]
-    talk = (row['messages'] if kind == 'chat'
-            else [dict(role='user', content=row['prompt']),
-                  dict(role='assistant', content=row['response'])])
-    return _chat_pieces(talk, tok, row.get('context', 0))
+    if kind == 'chat':
+        return chat_pieces(row['messages'], tok, row.get('tools'), known)
+    return chat_pieces([dict(role='user', content=row['prompt']),
+                        dict(role='assistant', content=row['response'])], tok, known=known)
 
-def _marks(tok, kind:str) -> tuple[list[int], list[int]]:
+def outer_ids(tok, kind:str) -> tuple[list[int], list[int]]:
     "Return the special tokens before and after a row; none if a template writes them"
     if kind != 'lm' and tok.chat_template:
         return [], []
@@ -116,7 +80,9 @@ def _marks(tok, kind:str) -> tuple[list[int], list[int]]:
 
 def pieces_of(row:dict, tok, kind:str) -> tuple[list[tuple[str, bool]], list[int], list[int]]:
     "Return the pieces of a row, and the special tokens before and after"
-    return _texts(row, tok, kind), *_marks(tok, kind)
+    if kind not in ('text', 'chat', 'lm'):
+        raise ValueError(f'kind is {kind!r}; it must be one of {", ".join(KINDS)}')
+    return _texts(row, tok, kind, {}), *outer_ids(tok, kind)
 
 # %% ../../nbs/core/tokens.ipynb #003541f0
 def encode(row:dict,          # a row of `Data`
@@ -131,14 +97,9 @@ def encode(row:dict,          # a row of `Data`
     Kind 'image' is returned as it is. Raises `ValueError` for a bad `kind`, `max_length` or `keep`."""
     if kind == 'image':
         return row
-    if max_length is not None and max_length < 1:
-        raise ValueError(f'max_length is {max_length}; it must be at least 1')
-    if keep not in ('start', 'end'):
-        raise ValueError(f"keep is {keep!r}; it must be 'start' or 'end'")
+    _check_limit(max_length, keep)
     if kind == 'label':
-        ids = tok(row['text'], truncation=max_length is not None, max_length=max_length,
-                  verbose=False).input_ids
-        return dict(input_ids=ids, labels=row['label'])
+        return _encode_labels([row], tok, max_length)[0]
     pieces, first, last = pieces_of(row, tok, kind)
     return _cut(_joined(pieces, piece_ids(pieces, tok), first, last), max_length, keep)
 
@@ -156,6 +117,18 @@ def _cut(row:dict, max_length:int|None, keep:str) -> dict:
         return row
     return {k: v[:max_length] if keep == 'start' else v[-max_length:] for k, v in row.items()}
 
+def _check_limit(max_length:int|None, keep:str) -> None:
+    if max_length is not None and max_length < 1:
+        raise ValueError(f'max_length is {max_length}; it must be at least 1')
+    if keep not in ('start', 'end'):
+        raise ValueError(f"keep is {keep!r}; it must be 'start' or 'end'")
+
+def _encode_labels(rows:list[dict], tok, max_length:int|None) -> list[dict]:
+    "Encode each row of kind label, with one call of the tokenizer"
+    ids = token_ids([r['text'] for r in rows], tok, truncation=max_length is not None,
+                    max_length=max_length)
+    return [dict(input_ids=i, labels=r['label']) for i, r in zip(ids, rows)]
+
 # %% ../../nbs/core/tokens.ipynb #e412b608
 def prompt_ids(row:dict, # a row of kind 'text' or 'chat'
                tok,      # the model's tokenizer
@@ -166,7 +139,9 @@ def prompt_ids(row:dict, # a row of kind 'text' or 'chat'
     if kind not in ('text', 'chat'):
         raise ValueError(f'rows of kind {kind!r} have no prompt')
     pieces, first, _ = pieces_of(row, tok, kind)
-    last = max(i for i, (_, learnt) in enumerate(pieces) if learnt)
+    last = max((i for i, (_, learnt) in enumerate(pieces) if learnt), default=None)
+    if last is None:
+        raise ValueError('the row has no answer: every message of the assistant has weight 0')
     return first + [i for part in piece_ids(pieces, tok)[:last] for i in part]
 
 # %% ../../nbs/core/tokens.ipynb #003c41f0
@@ -185,14 +160,13 @@ def encode_all(rows:list[dict], tok, kind:str, max_length:int|None=None,
     Raises `ValueError` if no row is left."""
     if not rows:
         raise ValueError('there are no rows to encode')
-    encode(rows[0], tok, kind, max_length, keep) # raises if kind, max_length or keep is wrong
     if kind == 'image':
         return Encoded(rows)
-    # in parts, so that the texts of a large set are not all in memory twice
-    some = [rows[i:i + 1000] for i in range(0, len(rows), 1000)]
+    _check_limit(max_length, keep)
     if kind == 'label':
-        return Encoded([e for part in some for e in _encode_labels(part, tok, max_length)])
-    whole = [e for part in some for e in _encode_whole(part, tok, kind)]
+        parts = (rows[i:i + 1000] for i in range(0, len(rows), 1000))
+        return Encoded([e for part in parts for e in _encode_labels(part, tok, max_length)])
+    whole = _encode_whole(rows, tok, kind)
     both = [(w, _cut(w, max_length, keep)) for w in whole]
     # nothing precedes the first token, so its label is never predicted
     kept = [(w, e) for w, e in both if any(l != IGNORE for l in e['labels'][1:])]
@@ -202,15 +176,22 @@ def encode_all(rows:list[dict], tok, kind:str, max_length:int|None=None,
                    sum(len(e['labels']) < len(w['labels']) for w, e in kept))
 
 def _encode_whole(rows:list[dict], tok, kind:str) -> list[dict]:
-    "Encode each row without a limit, with one call of the tokenizer"
-    pieces, (first, last) = [_texts(r, tok, kind) for r in rows], _marks(tok, kind)
-    return [_joined(p, parts, first, last) for p, parts in zip(pieces, _all_piece_ids(pieces, tok))]
-
-def _encode_labels(rows:list[dict], tok, max_length:int|None) -> list[dict]:
-    "Encode each row of kind label, with one call of the tokenizer"
-    ids = tok([r['text'] for r in rows], truncation=max_length is not None, max_length=max_length,
-              verbose=False).input_ids
-    return [dict(input_ids=i, labels=r['label']) for i, r in zip(ids, rows)]
+    """Encode each row without a limit, with one call of the tokenizer per thousand rows.
+    Raises `ValueError` that names the row."""
+    if kind not in ('text', 'chat', 'lm'):
+        raise ValueError(f'kind is {kind!r}; it must be one of {", ".join(KINDS)}')
+    (first, last), known, out = outer_ids(tok, kind), {}, []
+    # in parts, so that the texts of a large set are not all in memory twice
+    for start in range(0, len(rows), 1000):
+        pieces = []
+        for i, row in enumerate(rows[start:start + 1000], start + 1):
+            try:
+                pieces.append(_texts(row, tok, kind, known))
+            except ValueError as e:
+                raise ValueError(f'row {i} of {len(rows)}: {e}') from None
+        out += [_joined(p, parts, first, last)
+                for p, parts in zip(pieces, _all_piece_ids(pieces, tok))]
+    return out
 
 def _nothing_left(whole:list[dict], max_length:int|None, keep:str) -> str:
     "Return the error message for rows without a label"

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 import torch
-from ..core.generate import left_pad, render_within
+from ..core.generate import answer_text, left_pad, render_within, stop_ids
 from ..core.model import device_of
 
 # %% auto #0
@@ -30,7 +30,7 @@ def decode(models:Sequence,        # all models that read; decoding runs on the 
     far [rows, tokens] and the positions of the new ones [rows, new], and keeps what it needs of the
     earlier ones. Prompts and answers are cut at the model's last position: see `answer_room`."""
     ids, longest = render_within(prompts, tok, max_new_tokens, *models)
-    out = []
+    stops, out = stop_ids(models[0], tok), []
     for j in range(0, len(ids), batch_size):
         b = left_pad(ids[j:j + batch_size], tok.pad_token_id, device_of(models[0]))
         x, mask = b['input_ids'], b['attention_mask']
@@ -40,19 +40,13 @@ def decode(models:Sequence,        # all models that read; decoding runs on the 
             scores = read(x, mask, place)
             drawn = torch.multinomial(weights(scores), 1)[:, 0] if sample else scores.argmax(-1)
             said.append(drawn.masked_fill(done, tok.pad_token_id))
-            done |= said[-1] == tok.eos_token_id
+            done |= torch.isin(said[-1], x.new_tensor(stops))
             if done.all():
                 break
             x, place = said[-1][:, None], place[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(x), 1)], 1)
-        out += _words(torch.stack(said, 1), tok)
+        out += [answer_text(row, tok, stops) for row in torch.stack(said, 1)]
     return out
-
-def _words(said, tok) -> list[str]:
-    "Convert tokens to texts, up to the end token"
-    ends = [(row == tok.eos_token_id).nonzero() for row in said]
-    return [tok.decode(row[:int(e[0])] if len(e) else row, skip_special_tokens=True).strip()
-            for row, e in zip(said, ends)]
 
 # %% ../../nbs/evaluators/decode.ipynb #0007ef11
 def combined(models:Mapping[str, object],  # {role: model}, one vocabulary

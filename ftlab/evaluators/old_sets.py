@@ -11,16 +11,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 import torch
+from ..core.lab import lab_skill
 from ..core.batches import collate
 from ..core.data import SPLITS, Data, data as as_data
 from ..core.generate import generate
+from ..core.labels import numbered
 from ..core.model import device_of, evaluating, model_inputs, pad_id, row_limit, to_device
 from ..core.record import digest
 from ..core.scorers import WORLD, answer_length, judge
 from ..core.text import did_you_mean
 from ..core.tokens import encode, encode_all, encode_each
 from .harvest import LONGEST, first_line, harvest, prompts_for
-from ..lab.lookup import ALL_SKILLS
 from ..lab.models import old_skills
 from ..lab.world import is_lab
 from ..trainers.objective import loss_mask, token_nll
@@ -47,7 +48,7 @@ def usual_metric(data:Data) -> str:
         return 'choice'
     if data.kind == 'label':
         return 'accuracy'
-    of_lab = data.kind == 'text' and all(r.get('skill') in ALL_SKILLS for r in rows)
+    of_lab = data.kind == 'text' and all(lab_skill(r) for r in rows)
     return 'exact' if of_lab else 'nll'
 
 # %% ../../nbs/evaluators/old_sets.ipynb #00082747
@@ -353,10 +354,19 @@ def _sets_of(name, source, data, model, tok, seed) -> list[OldSet]:
     if kind == 'lm_eval':
         return _task_sets(name, rest)
     try:
-        return [old_set(source, name)]
+        found = old_set(source, name)
+        return [_numbered(found, model) if found.kind == 'label' else found]
     except ValueError as e:
         near = did_you_mean(kind.lower(), ('auto', 'lm_eval')) if kind else ''
         raise ValueError(f'{f"the old set {name!r}" if name else "old data"}: {e}{near}') from None
+
+def _numbered(s:OldSet, model) -> OldSet:
+    "Number the labels of the set as the model does; a set with other labels stays as it is"
+    try:
+        d = numbered(Data([], [], s.rows, 'label', s.labels), model)
+    except ValueError:
+        return s # refused below, with a message about old data
+    return replace(s, rows=d.test, labels=d.labels)
 
 def _task_sets(name, task) -> list[OldSet]:
     if not task:

@@ -12,11 +12,13 @@ from statistics import fmean
 import torch
 from ..adapters.edit import attach_change, scale
 from ..adapters.store import identity
+from ..core.lab import lab_skill
 from ..core.batches import collate
 from ..core.data import Data, data as as_data
 from ..core.tokens import encode_all
+from ..core.labels import numbered
 from ..core.loading import find_device, load
-from ..core.model import device_of, model_inputs, pad_id, row_limit, to_device
+from ..core.model import device_of, model_inputs, notes_of, pad_id, row_limit, to_device
 from ..core.recipe import Recipe
 from ..core.record import digest
 from ..core.scorers import WORLD, answer_scores, label_hits, nll, row_nlls
@@ -27,7 +29,7 @@ from .frontier import per_set
 from ..lab.lookup import ALL_SKILLS
 from ..lab.world import is_lab
 from ..trainers.callbacks import Every
-from ..trainers.fit import fit
+from ..trainers.fit import check_fits, cut_note, fit
 from ..trainers.reference import SwitchedOff
 from ..trainers.watch import PeakMemory, free_memory
 from ..trainers.objective import loss_mask
@@ -53,7 +55,7 @@ def metric_for(data:Data, metric:str|Callable|None=None) -> str|Callable:
                          'exact needs prompt and response, accuracy needs labels')
     known = data.test or data.validation or data.train # a set of old questions may have no test rows
     of_lab = (data.kind == 'text' and bool(known)
-              and all(r.get('skill') in ALL_SKILLS for r in known))
+              and all(lab_skill(r) for r in known))
     return metric or ('accuracy' if data.kind == 'label' else 'exact' if of_lab else 'nll')
 
 def scores(metric:str|Callable, model, tok, rows:list[dict], data:Data, max_length:int|None=None,
@@ -167,12 +169,14 @@ class Base:
     def __init__(self, model,    # a name or folder as in `ftlab.load`, or (model, tok), which stays as it is
                  labels=None,    # names of the labels, if the data have some
                  revision=None, dtype=None,
-                 device=None):   # as in `ftlab.load`; None: a model that was handed over stays where it is
+                 device=None,    # as in `ftlab.load`; None: a model that was handed over stays where it is
+                 head='auto'):   # as in `ftlab.load`
         self.source = model
         self.named = isinstance(model, (str, Path))
         self.labels = labels
         self.revision = revision
         self.dtype = dtype
+        self.head = head
         self.device = find_device(device or ('cpu' if self.named else device_of(model[0])))
         self._prints = {}
 
@@ -182,7 +186,7 @@ class Base:
         if not self.named:
             return copy.deepcopy(self.source[0]).to(self.device).eval(), self.source[1]
         return load(self.source, revision=self.revision, dtype=self.dtype, device=self.device,
-                    labels=self.labels, seed=seed)
+                    labels=self.labels, seed=seed, head=self.head)
 
     def fingerprint(self, seed:int) -> str:
         "Return a hash of this base; with a new head it depends on the seed"
@@ -198,7 +202,7 @@ def taught(data:Data) -> str|None:
     """Return the lab skill that all training rows belong to, so that each seed can draw new
     questions; `None` for other data"""
     return (data.name if data.name in ALL_SKILLS
-            and {r.get('skill') for r in data.train} == {data.name} else None)
+            and {lab_skill(r) for r in data.train} == {data.name} else None)
 
 def forgetting_is(data:Data, old, tok) -> str:
     """Return what measures forgetting: given old data, the old skills of a lab model, or else how far
@@ -224,7 +228,7 @@ class Bench:
     def __init__(self, model, data, old=None, metric=None, *, items=400, old_items=100,
                  validation_items=100, old_validation_items=50, steps=200, evaluations=4,
                  evaluate_every=None, max_length=None, device=None, dtype=None, revision=None,
-                 budget=None, progress=True,
+                 budget=None, progress=True, head='auto',
                  **settings): # all as in `compare`; settings go to `fit`
         self.given = data if isinstance(data, Data) else as_data(data)
         self.old = old
@@ -242,13 +246,16 @@ class Bench:
         self.progress = progress
         self.settings, self.skill = settings, taught(self.given)
         self._before, self._drawn, self._sets = {}, {}, {}
-        self.base = Base(model, self.given.labels, revision, dtype, device)
+        self.base = Base(model, self.given.labels, revision, dtype, device, head)
         self.device = self.base.device
         self._know(*self.base(0))
 
     def _know(self, probe, tok) -> None:
         """Record what depends on the base: how forgetting is measured, and the worst score that a
         model can have"""
+        check_fits(probe, tok, self.given)
+        self.given = numbered(self.given, probe)
+        self.notes = self._notes(probe, tok)
         self.size = sum(p.numel() for p in probe.parameters())
         self.how = forgetting_is(self.given, self.old, tok)
         if self.old is not None: # one harvest, one reading of files; halved below
@@ -261,6 +268,17 @@ class Bench:
                                  else probe.config.vocab_size)
         # the drift of a model that knows nothing
         self.farthest = 1. if self.given.kind == 'label' else math.log(probe.config.vocab_size)
+
+    def _notes(self, probe, tok) -> list[str]:
+        "Say what was changed in the model, renamed in the data, and cut from the rows"
+        found = [*notes_of(probe), self.given.note]
+        limit = row_limit(probe, tok, self.max_length)
+        for s in ('train', 'validation', 'test'):
+            rows = getattr(self.given, s)[:None if s == 'train' else self.sizes[s][0]]
+            if self.given.kind != 'image' and not self.skill:
+                encoded = encode_all(rows, tok, self.given.kind, limit)
+                found.append(cut_note(encoded, rows, tok, limit, s))
+        return [n for n in found if n]
 
     def data(self, seed:int) -> Data:
         "Return the data of a seed: for a lab skill it draws new questions, as many as are tested"

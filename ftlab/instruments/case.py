@@ -382,6 +382,10 @@ def _fresh(case) -> nn.Module:
             setattr(config, k, 0.)
     state |= own_buffers(model)
     with torch.random.fork_rng():
-        new = type(model)(config).to(model.dtype)
+        new = type(model)(config)
+    # tensor by tensor: rotary frequencies stay in float32 in a bfloat16 model
+    kinds = {n: t.dtype for n, t in state.items()}
+    for n, t in (*new.named_parameters(), *new.named_buffers()):
+        t.data = t.data.to(kinds.get(n, t.dtype))
     new.load_state_dict(state, strict=False)
     return new.to(next(iter(state.values())).device).eval()

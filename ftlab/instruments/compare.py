@@ -543,7 +543,7 @@ def _protocol(bench, seeds, work) -> dict:
         old_validation_items=old_validation_items,
         search={k: v for k, v in work.items() if k not in ('tuning', 'test')},
         fingerprint=d.fingerprint, kind=d.kind, max_length=bench.max_length, budget=bench.budget,
-        device=bench.device.type, revision=bench.revision, **bench.settings)
+        device=bench.device.type, revision=bench.revision, notes=bench.notes, **bench.settings)
 
 def _model_name(model) -> str:
     return str(model) if isinstance(model, (str, Path)) else type(model[0]).__name__

@@ -248,7 +248,8 @@ def in_words(r:dict) -> list[str]:
             f'Each method trained for {p["steps"]} steps of {p["batch_size"]} rows{budget}, '
             f'with seeds {", ".join(map(str, p["seeds"]))}; a seed redraws the order of the data, '
             f'the initialisation{redrawn}',
-            f'Each run was evaluated {when}; time and memory exclude the evaluations. Peak memory is {memory}']
+            f'Each run was evaluated {when}; time and memory exclude the evaluations. Peak memory is {memory}',
+            *(f'Note: {n}.' for n in p.get('notes', ()))]
 
 def tuning_words(r:dict) -> list[str]:
     "Say how the rates were chosen"

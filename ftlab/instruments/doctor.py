@@ -14,6 +14,7 @@ from pkgutil import iter_modules
 from types import ModuleType
 from ..adapters.select import coverage
 from ..core.data import KINDS, Data, data as as_data
+from ..core.labels import numbered
 from ..core.recipe import Recipe
 from ..core.table import Html, as_html, html_table, to_the_left
 from ..core.text import shortened
@@ -217,6 +218,10 @@ def case_before(model, tok, data, recipe:Recipe|None=None, **settings # as in `d
         raise ValueError(f'recipe is {recipe!r}; '
                          'give a Recipe, such as ftlab.methods.lora() or ftlab.methods.get("lora")')
     data = data if isinstance(data, Data) else as_data(data)
+    try:
+        data = numbered(data, model)
+    except ValueError:
+        pass # fit refuses such data, and a check reports it
     return Case(model, tok, data, recipe or Recipe(), SETTINGS | settings)
 
 def case_after(run:Run, exported=None # as in `doctor`

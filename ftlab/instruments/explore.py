@@ -19,6 +19,7 @@ from ..core.anatomy import anatomy
 from ..core.batches import collate
 from ..core.tokens import encode, encode_all
 from ..core.generate import generate
+from ..core.lab import lab_skill
 from ..core.model import device_of
 from ..core.scorers import WORLD, judge, teacher_forced
 from ..core.table import Html
@@ -231,7 +232,7 @@ def layers(base,           # a `Run`, an attached change, or the base model
     if old is None and not is_lab(tok):
         raise ValueError('layers needs old questions, old=rows: what your own model could do before is not known')
     bench = Rewind(model, change, question_batches(new, tok),
-                   question_batches(old or lab_questions({r.get('skill') for r in new}), tok))
+                   question_batches(old or lab_questions({lab_skill(r) for r in new}), tok))
     return View(partial(draw_layers, bench),
         'A change, scaled by layer, and what is left of the new skill and the old skills.',
                 alpha=slider(1., 0., 1.5, .05, 'alpha (last layer)'), first=slider(1., 0., 1.5, .05,

@@ -23,6 +23,7 @@ from ..core.batches import collate
 from ..core.data import Data, data as as_data
 from ..core.tokens import encode, prompt_ids
 from ..core.generate import generate
+from ..core.labels import numbered
 from ..core.loading import load
 from ..core.model import device_of, evaluating, model_inputs, pad_id, row_limit, to_device
 from ..core.paper import Method
@@ -541,7 +542,7 @@ def _about(run) -> dict:
     return dict(model=_name(run), data=run.data.name, kind=run.data.kind,
                 recipe=run.recipe.describe(), interrupted=run.interrupted,
                 cost=dict(run.cost, saved_bytes=run.delta.nbytes, steps=len(run.log)),
-                settings=run.settings)
+                settings=run.settings, notes=run.notes)
 
 def _own_folder(run):
     "Return the run's folder, or the one where a run keeps its originals, or a new temporary one"
@@ -586,10 +587,15 @@ def read_run(folder:str|Path|None=None, # what `ftlab fit` wrote; None: give mod
     name = model or known.get('model')
     if not name or (data is None and known.get('data') is None):
         raise ValueError(f'there is no run.json beside {delta}; name the base and the data: --model and --data')
-    data = _rows_of(known, data, record)
+    given, data = data is not None, _rows_of(known, data)
     revision = revision or known.get('revision')
-    net, tok = load(name, revision=revision, dtype=dtype, device=device, labels=data.labels,
-                    seed=known.get('seed', 0))
+    # runs of version 0.1 kept a head only for the same labels in the same order
+    net, tok = load(name, revision=revision, dtype=dtype, device=device,
+                    labels=known.get('labels') or data.labels, seed=known.get('seed', 0),
+                    head=known.get('head', 'exact'))
+    data = numbered(data, net)
+    if not given:
+        _check_rows(known, data)
     base = identity(net)
     recipe = _recipe(known.get('recipe') or _described(delta))
     att = load_delta(net, delta)
@@ -600,7 +606,8 @@ def read_run(folder:str|Path|None=None, # what `ftlab fit` wrote; None: give mod
                 **known.get('cost', {}))
     settings = dict(known.get('settings', {}), model_name=name)
     return Run(net, tok, data, recipe, change, _log(delta), cost, settings,
-               interrupted=known.get('interrupted', False), folder=delta.parent, models=models)
+               interrupted=known.get('interrupted', False), folder=delta.parent, models=models,
+               notes=known.get('notes', []))
 
 # %% ../../nbs/instruments/report.ipynb #0029fa9f
 def _saved_change(folder, delta) -> Path:
@@ -616,21 +623,25 @@ def _saved_change(folder, delta) -> Path:
         raise FileNotFoundError(f'no delta at {str(delta)!r}; a folder that ftlab fit wrote has a delta.safetensors')
     return delta
 
-def _rows_of(known, data, record) -> Data:
-    "Return the given data, or else those of the run, which must be unchanged"
+def _rows_of(known, data) -> Data:
+    "Return the given data, or else those of the run"
     if data is not None:
         return data if isinstance(data, Data) else as_data(data)
     try:
-        rows = as_data(known['data'], test=known.get('eval'), columns=known.get('columns'))
+        rows = as_data(known['data'], test=known.get('eval'), columns=known.get('columns'),
+                       carry=known.get('carry') or (), wanted=known.get('wanted'))
     except FileNotFoundError as e:
-        raise FileNotFoundError(f'the data of the run, which {record} names, are gone: {e}; '
+        raise FileNotFoundError(f'the data of the run, which its run.json names, are gone: {e}; '
                                 'name them with --data') from None
+    return rows
+
+def _check_rows(known, rows:Data) -> None:
+    "Raise `ValueError` if the data of a run have changed"
     said = known.get('settings', {}).get('data')
     if said and rows.fingerprint != said:
         raise ValueError(f'the data {rows.name} are no longer those of the run '
                          f'(fingerprint {rows.fingerprint}, the run had {said}); '
                          'name the data that you want with --data')
-    return rows
 
 # %% ../../nbs/instruments/report.ipynb #002bfa9f
 def _log(delta) -> list[dict]:

@@ -558,6 +558,7 @@ def made_html(r:dict) -> str:
     plain = {k: v for k, v in s.items() if isinstance(v, (str, int, float)) and k not in ('model', 'data')}
     return (table(['cost', ''], _cost_rows(r['cost']))
             + note('Peak memory: on a CPU what training used beyond the loaded model, on a GPU all of it.')
+            + ''.join(note(f'Note: {n}.') for n in r.get('notes', ()))
             + table(['setting', ''], [[k, v] for k, v in plain.items()])
             + note(f'At most {a["items"]} new questions and {a["old_items"]} old ones of each '
                    f'skill, seed {a["seed"]}; drift, similarity and calibration use up to '

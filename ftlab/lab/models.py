@@ -9,6 +9,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, LlamaConfig, PreTrainedTokenizerFast
+from ..core.lab import lab_skill
 from .lookup import ALL_SKILLS, LEARNED
 from .world import OLD, vocabulary
 
@@ -51,7 +52,7 @@ def old_skills(data,    # `Data` whose training rows name their skills
                tok=None # the model's tokenizer; that of `lab-l` has more skills; None: those of v1
               ) -> list[str]:
     "Return the skills that training on `data` should not harm: neither taught nor contradicted by it"
-    taught = {r.get('skill') for r in data.train}
+    taught = {lab_skill(r) for r in data.train}
     gone = taught | {ALL_SKILLS[t].replaces for t in taught if t in ALL_SKILLS}
     return [s for s in (OLD if tok is None else skills_of(tok)) if s not in gone]
 

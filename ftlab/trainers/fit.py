@@ -23,8 +23,9 @@ from ..adapters.store import identity
 from ..core.data import Data, data as as_data
 from ..core.tokens import encode_all
 from ..core.io import TemporaryFolder, check_room, leftovers, only_writer, remove
-from ..core.loading import find_device
-from ..core.model import device_of, row_limit
+from ..core.labels import model_labels, numbered, unnamed
+from ..core.loading import find_device, row_advice, without_row
+from ..core.model import device_of, notes_of, row_limit
 from ..core.recipe import Recipe
 from ..core.text import near_misses, shortened
 from .checkpoint import refuse_to_replace, resumable
@@ -35,7 +36,7 @@ from .step import Processes
 from .watch import tracking
 
 # %% auto #0
-__all__ = ['fit']
+__all__ = ['fit', 'check_fits', 'cut_note']
 
 # %% ../../nbs/trainers/fit.ipynb #001a191a
 def fit(model,                     # changed in place: a causal language model, a classifier, any module
@@ -55,7 +56,7 @@ def fit(model,                     # changed in place: a causal language model, 
         max_length:int|None=None,  # tokens per row; None: what tokenizer and model allow, at most 1024
         packing:bool=False,        # put several rows in one sequence instead of padding; the same loss
         device:str|None=None,      # 'cpu', 'cuda', ...; None: where the model is
-        precision:str='no',        # 'no' (the model's own) or 'bf16' (mixed)
+        precision:str='no',        # 'no' (the model's own), 'bf16' (mixed), or 'pure_bf16': see below
         out:str|Path|None=None,    # folder for checkpoints and the base's weights; None: a temporary one
         save_every:int=0,          # steps between checkpoints, which need `out`; 0: none
         resume:bool|None=None,     # True: continue; False: start over; None: an error if this run was cut off in `out`
@@ -65,6 +66,9 @@ def fit(model,                     # changed in place: a causal language model, 
         progress:bool=True         # show a progress bar
        ) -> Run:
     """Fine-tune `model` in place by `recipe`.
+
+    Bfloat16 weights that train directly must move at the learning rate. If rounding would undo a step for
+    more than half of them, that is an error; `precision='pure_bf16'` trains them all the same.
 
     Raises `ValueError` for invalid arguments, `TypeError` for a model, data or a recipe of another
     type, `Busy` if another run writes to `out`, `DiskFull` if the disk has too little room for the
@@ -91,7 +95,9 @@ def fit(model,                     # changed in place: a causal language model, 
         if out:
             _enter(job, resume)
         with tracking(job.acc, job.settings):
-            return run_recipe(job)
+            run = run_recipe(job)
+    _name_labels(model, job.data)
+    return run
 
 # %% ../../nbs/trainers/fit.ipynb #001b191a
 def _check_model(model, data, recipe) -> None:
@@ -115,7 +121,8 @@ def _check_model(model, data, recipe) -> None:
 _LEAST = dict(steps=1, batch_size=1, accumulate=1, max_length=1, warmup=0, save_every=0)
 
 def _check_numbers(**numbers) -> None:
-    "Raise `ValueError` for what is no whole number, or less than `_LEAST`; only `max_length` may be None"
+    """Raise `ValueError` for what is no whole number, or less than `_LEAST`; only `max_length` may
+    be None"""
     for name, value in numbers.items():
         least = _LEAST.get(name, -math.inf)
         whole = isinstance(value, Integral) and not isinstance(value, bool)
@@ -160,7 +167,8 @@ def _checked_callbacks(callbacks) -> tuple:
 def _job(model, tok, data, recipe, settings, device, out, trackers, callbacks) -> Job:
     "Collect what all stages of a run share"
     data = data if isinstance(data, Data) else as_data(data)
-    _check_kind(model, tok, data)
+    check_fits(model, tok, data)
+    data = numbered(data, model)
     device = _device(device, model)
     acc = _accelerator(settings['precision'], device, trackers, out)
     processes = Processes(acc)
@@ -173,6 +181,8 @@ def _job(model, tok, data, recipe, settings, device, out, trackers, callbacks) -
     limit = row_limit(model, tok, settings['max_length'])
     rows = encode_all(data.train, tok, data.kind, limit)
     validation = encode_all(data.validation, tok, data.kind, limit) if data.validation else []
+    notes = [*notes_of(model), *filter(None, (data.note, cut_note(rows, data.train, tok, limit, 'training'),
+             cut_note(validation, data.validation, tok, limit, 'validation')))]
     asked = {k: settings[k] for k in ('lr', 'schedule')}
     settings = dict(recipe=recipe.describe(), **settings)
     settings |= rate_settings(recipe, **asked)
@@ -184,7 +194,8 @@ def _job(model, tok, data, recipe, settings, device, out, trackers, callbacks) -
     holder = None if out and processes.main else TemporaryFolder()
     folder = Path(holder.name if holder else out)
     return Job(model=model, tok=tok, data=data, recipe=recipe, settings=settings, rows=rows,
-               validation=validation, limit=limit, **asked, base=base, device=device, acc=acc,
+               validation=validation, limit=limit, notes=notes,
+               **asked, base=base, device=device, acc=acc,
                processes=processes, folder=folder, holder=holder,
                checkpoint=Path(out or folder)/'checkpoint.safetensors', mark=uuid.uuid4().hex,
                callbacks=callbacks)
@@ -233,15 +244,16 @@ def _tidy(job:Job, anew:bool) -> None:
 def _accelerator(precision:str, device:torch.device, trackers=(), out=None) -> Accelerator:
     """Make a fresh accelerator. Its state is global to the process, so the last run's is reset.
     Raises `ValueError` for a precision or tracker that does not exist."""
-    if precision not in ('no', 'bf16'):
+    if precision not in ('no', 'bf16', 'pure_bf16'):
         why = ('; fp16 needs loss scaling, which this loop does not do'
                if precision == 'fp16' else '')
-        raise ValueError(f'precision is {precision!r}; it must be no or bf16{why}')
+        raise ValueError(f'precision is {precision!r}; it must be no, bf16 or pure_bf16{why}')
     AcceleratorState._reset_state(True)
     trackers = [trackers] if isinstance(trackers, (str, GeneralTracker)) else list(trackers)
     for t in trackers:
         _check_tracker(t, out)
-    return Accelerator(mixed_precision=precision, cpu=device.type == 'cpu',
+    mixed = 'bf16' if precision == 'bf16' else 'no'
+    return Accelerator(mixed_precision=mixed, cpu=device.type == 'cpu',
                        log_with=trackers or None, project_dir=None if out is None else str(out))
 
 # %% ../../nbs/trainers/fit.ipynb #83ad42f6
@@ -262,11 +274,19 @@ def _device(device:str|None, model) -> torch.device:
     return find_device(device) if device else device_of(model)
 
 # %% ../../nbs/trainers/fit.ipynb #e09b1bd6
-def _check_kind(model, tok, data:Data) -> None:
+def check_fits(model, tok, data:Data) -> None:
     """Raise `ValueError` unless labels have a classifier, text has a language model,
-    and both have a tokenizer"""
+    both have a tokenizer, and the embedding has a row for every token of the data"""
     if data.kind == 'image':
         return
+    _check_kind(model, tok, data)
+    lacking = set(without_row(model, tok))
+    for part in filter(None, (data.train, data.validation, data.test) if lacking else ()):
+        used = {i for r in encode_all(part, tok, data.kind) for i in r['input_ids']}
+        if used & lacking:
+            raise ValueError(f'the data cannot be read: {row_advice(model, tok, used & lacking)}')
+
+def _check_kind(model, tok, data:Data) -> None:
     name = type(model).__name__
     if getattr(model.config, 'is_encoder_decoder', False):
         raise ValueError(f'{name} is an encoder-decoder model, which fit does not train yet; '
@@ -288,3 +308,28 @@ def _check_classifier(model, data:Data) -> None:
     if classes != len(data.labels):
         raise ValueError(f'the data have {len(data.labels)} labels, the classifier has {classes}; load '
                          f'it with ftlab.load(name)')
+
+# %% ../../nbs/trainers/fit.ipynb #cb545b81
+def _name_labels(model, data:Data) -> None:
+    "Give the data's names to a classifier that only numbers its labels"
+    names = model_labels(model) if data.kind == 'label' else None
+    if names and unnamed(names) and len(names) == len(data.labels):
+        model.config.id2label = dict(enumerate(data.labels))
+        model.config.label2id = {l: i for i, l in enumerate(data.labels)}
+
+# %% ../../nbs/trainers/fit.ipynb #5fac9f12
+def cut_note(encoded:list, # what `encode_all` made of the rows
+             rows:list[dict], tok, limit:int|None, what:str # such as 'training'
+            ) -> str:      # '' if nothing was removed
+    "Say how many rows the length limit cut or left out"
+    dropped = len(rows) - len(encoded)
+    cut = getattr(encoded, 'truncated', 0)
+    if not cut and limit and rows and 'text' in rows[0] and 'label' in rows[0]:
+        full = [r['text'] for r, e in zip(rows, encoded) if len(e['input_ids']) >= limit]
+        whole = tok(full, verbose=False).input_ids if full else []
+        cut = sum(len(ids) > limit for ids in whole)
+    if not dropped and not cut:
+        return ''
+    left_out = f'{dropped} of {len(rows)} {what} rows are left out: nothing of their answer is within {limit} tokens'
+    cut_short = f'{cut} of {len(rows)} {what} rows are cut to {limit} tokens'
+    return '; '.join([left_out]*bool(dropped) + [cut_short]*bool(cut))

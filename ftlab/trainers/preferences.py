@@ -24,18 +24,20 @@ __all__ = ['Pairs', 'check_text', 'judged_pairs', 'answer_logp', 'margins', 'pre
 class Pairs:
     """Prompts with a better and a worse answer, `batch_size` pairs per step,
     in an order that depends only on the seed and the step.
-    Raises `ValueError` for data that are not text, a row without a worse answer, or no pair left."""
+    The pairs are texts, or conversations whose worse one is a list of messages.
+    Raises `ValueError` for other data, a row without a worse answer, or no pair left."""
     def __init__(self, state,                        # `State` of the run
                  rejected:str|Callable='rejected',   # column of the worse answer, or a function (row) -> text
                  rows:list[dict]|None=None):         # None: the training rows of the data
-        check_text(state.data)
+        kind = state.data.kind
+        if kind != 'chat' or callable(rejected):
+            check_text(state.data)
         self.batch_size = state.settings['batch_size']
         self.micro = micro_size(self.batch_size, state.settings['accumulate'])
-        worse = lambda row: _worse(row, rejected)
         rows = rows or state.data.train
-        sides = [encode_each([dict(r, response=text(r)) for r in rows], state.tok, 'text',
-                             state.limit)
-                 for text in (lambda row: row['response'], worse)]
+        answer = 'messages' if kind == 'chat' else 'response'
+        worse = [{**r, answer: _worse(r, rejected, kind)} for r in rows]
+        sides = [encode_each(side, state.tok, kind, state.limit) for side in (rows, worse)]
         self.pairs = [pair for pair in zip(*sides) if all(map(_teaches, pair))]
         if not self.pairs:
             raise ValueError(f'max_length={state.limit} leaves no answer in any of the {len(rows)} pairs; '
@@ -59,10 +61,13 @@ def _teaches(row:dict) -> bool:
     "Whether any of the answer is left; the first token of a row cannot be predicted and does not count"
     return any(l != IGNORE for l in row['labels'][1:])
 
-def _worse(row, name):
+def _worse(row, name, kind):
     found = name(row) if callable(name) else row.get(name)
-    if isinstance(found, str):
+    if isinstance(found, list if kind == 'chat' else str):
         return found
+    if kind == 'chat':
+        raise ValueError(f'a row has no conversation in the column {name!r}; pairs of conversations need '
+                         f'chosen and rejected as lists of messages. It has {", ".join(row)}')
     if callable(name):
         raise ValueError(f'rejected returned {found!r} for the prompt {row.get("prompt")!r}; '
                          'it must return a string')

@@ -14,6 +14,7 @@ from ..adapters.attach import Attached, own_buffers, own_weights
 from ..adapters.store import pack, save_delta
 from ..core.io import disk_trouble, flush, read_tensors, staging
 from ..core.data import Data
+from ..core.folder import check_folder, tensor_shapes, weight_files
 from ..core.model import device_of
 from ..core.recipe import Recipe
 from ..core.state import State
@@ -39,6 +40,7 @@ class Run:
     models:dict = field(default_factory=dict) # the recipe's learners, trained, by name
     source:object|None=None     # where its batches came from, for a later stage
     holder:object=None          # the temporary folder of a run without `out`; deleted with the run
+    notes:list[str] = field(default_factory=list) # what was cut, left out, renamed or replaced
 
     def disabled(self):
         "Return a context in which the model is the base"
@@ -115,6 +117,7 @@ def export(model, tok, attached:Attached|None, folder:str|Path) -> Path:
             model.save_pretrained(made, state_dict={k: v.contiguous() for k, v in weights.items()})
             if tok is not None:
                 tok.save_pretrained(made)
+            _check_written(made, weights, tok)
             flush(made)
             if folder.exists():
                 folder.rmdir()
@@ -125,6 +128,19 @@ def export(model, tok, attached:Attached|None, folder:str|Path) -> Path:
             raise
         raise full from e
     return folder
+
+def _check_written(folder:Path, weights:dict, tok) -> None:
+    """Raise `RuntimeError` unless the folder is a whole model: its configuration, as many values as the model
+    has, and a tokenizer"""
+    check_folder(folder)
+    stored = {n: s for f in weight_files(folder) for n, s in tensor_shapes(f).items()}
+    # tied tensors are stored once, and some names are changed by transformers
+    want = sum(v.numel() for v in {v.data_ptr(): v for v in weights.values()}.values())
+    have = sum(math.prod(s) for s in stored.values())
+    if have < want or not set(stored) & set(weights):
+        raise RuntimeError(f'the exported folder would hold {have:,} of {want:,} values; nothing was written')
+    if tok is not None and not any(folder.glob('tokenizer*')):
+        raise RuntimeError('the exported folder would have no tokenizer; nothing was written')
 
 def _merged(model, attached:Attached|None) -> dict[str, Tensor]:
     "Collect every parameter and buffer by its plain name, with the change merged in"

@@ -33,7 +33,7 @@ from .step import Backprop, NotFinite, Processes, schedule
 from .watch import PeakMemory, Progress, track
 
 # %% auto #0
-__all__ = ['Job', 'run_stage', 'rate_settings', 'Sums']
+__all__ = ['Job', 'run_stage', 'lost_to_rounding', 'rate_settings', 'Sums']
 
 # %% ../../nbs/trainers/stage.ipynb #0fa0e146
 @dataclass(kw_only=True)
@@ -47,6 +47,7 @@ class Job:
     rows:list                # the training rows, encoded
     validation:list          # the validation rows, encoded
     limit:int|None           # tokens per row
+    notes:list[str]          # what was cut, left out or renamed, one sentence each
     lr:float|None            # as given to `fit`; None: each recipe's own
     schedule:str|None        # as given to `fit`; None: each recipe's own
     base:dict                # the identity of the base
@@ -202,12 +203,34 @@ def _attach(job:Job, recipe:Recipe, settings:dict) -> tuple[Attached, int]:
     params = dict(model.named_parameters())
     moving = [n for n in (*chosen, *also)
               if n in also or (recipe.delta is None and chosen[n] is True)]
+    if settings['precision'] != 'pure_bf16' and recipe.step is None:
+        _check_rounding([params[n] for n in moving if n in params], settings['lr'])
     originals = {}
     if moving:
         originals = Originals(job.folder/'originals.safetensors',
                               {n: params[n] for n in moving if n in params})
     att = attach(model, chosen, recipe.delta, also, originals)
     return att, sum(params[n].numel() for n in also)
+
+# %% ../../nbs/trainers/stage.ipynb #b97f95bd
+def lost_to_rounding(weights:list, # tensors that train directly
+                     lr:float
+                    ) -> float|None: # None: none is in half precision
+    "Estimate the share of half-precision values that a step of size `lr` leaves unchanged"
+    half = [p.detach().flatten()[::max(1, p.numel()//20000)] for p in weights
+            if p.dtype in (torch.float16, torch.bfloat16)]
+    if not half:
+        return None
+    unmoved = lambda w: int((w.float() + lr).to(w.dtype).eq(w).sum())
+    return sum(map(unmoved, half))/sum(map(len, half))
+
+def _check_rounding(weights:list, lr:float) -> None:
+    lost = lost_to_rounding(weights, lr)
+    if lost is not None and lost > .5:
+        raise ValueError(f'the weights are in half precision, and at lr={lr:g} rounding undoes a step for '
+                         f"{lost:.0%} of them. Load the model with dtype='float32' and train it with "
+                         "precision='bf16', or train an adapter, such as lora, whose own parameters are in float32; "
+                         "to train these weights all the same, use precision='pure_bf16'")
 
 # %% ../../nbs/trainers/stage.ipynb #0027191a
 def rate_settings(recipe:Recipe,         # of the run, or of one stage

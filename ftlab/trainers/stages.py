@@ -57,7 +57,7 @@ def run_recipe(job:Job) -> Run:
     except NotFinite as e:
         run, trouble = e.run, e
     run = copy.copy(run)
-    run.recipe, run.settings = job.recipe, job.settings
+    run.recipe, run.settings, run.notes = job.recipe, job.settings, job.notes
     run.folder, run.holder = None if job.holder else job.folder, job.holder
     run.delta.recipe, run.delta.models = job.recipe, run.models
     if series:

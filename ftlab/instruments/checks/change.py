@@ -66,7 +66,7 @@ def _a_rate_of_zero():
 
 @planted(nothing_moved, r'selected parameters')
 def _steps_too_small_for_bfloat16():
-    return after(model=toy_model().bfloat16(), lr=1e-7)
+    return after(model=toy_model().bfloat16(), lr=1e-7, precision='pure_bf16')
 
 # %% ../../../nbs/instruments/checks/change.ipynb #00092682
 def _differ(params, base) -> list[str]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import torch
 from ...core.data import Data
+from ...core.template import end_of_turn, learned_turns
 from ...core.tokens import piece_ids, pieces_of, prompt_ids
 from ...core.generate import render
 from ...core.model import evaluating
@@ -137,6 +138,14 @@ def border_split(case):
         return (f'in {len(split)} of {len(rows)} rows the tokenizer would merge characters '
                 f'across the boundary between prompt and response ({split[0]})')
 
+def _pairs_tokenizer():
+    "Return a tokenizer in which 'ab' is one token, as 'a' and 'b' are"
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    words = {w: i for i, w in enumerate(['<pad>', '<eos>', 'a', 'b', 'c', 'ab', ' '])}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(words, [('a', 'b')])),
+                                   pad_token='<pad>', eos_token='<eos>', model_max_length=64)
+
 def _split_at_border(row, tok, kind) -> str:
     "Say how the row's tokens differ from those of its whole text; '' if they are the same"
     pieces, _, _ = pieces_of(row, tok, kind)
@@ -149,13 +158,7 @@ def _split_at_border(row, tok, kind) -> str:
 
 @planted(border_split, "'ab'")
 def _a_token_across_the_border():
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-    listed = ['<pad>', '<eos>', 'a', 'b', 'c', 'ab', ' '] # 'ab' is one token, as 'a' and 'b' are
-    words = {w: i for i, w in enumerate(listed)}
-    pairs = Tokenizer(models.BPE(words, [('a', 'b')]))
-    tok = PreTrainedTokenizerFast(tokenizer_object=pairs, pad_token='<pad>', eos_token='<eos>',
-                                  model_max_length=64)
+    tok = _pairs_tokenizer()
     rows = [dict(prompt='c' + 'a'*(i % 5 + 1), response='b') for i in range(20)]
     return before(model=toy_model(vocab_size=7), tok=tok, data=text_data(rows))
 
@@ -166,8 +169,10 @@ def _a_token_across_the_border():
 def asked_otherwise(case):
     _require_prompts(case)
     case.whole
-    rows = case.sample[:20]
-    prompts = [r['prompt'] if case.kind == 'text' else r['messages'][:-1] for r in rows]
+    chat = case.kind == 'chat'
+    rows = [r for r in case.sample[:20] if not chat or learned_turns(r['messages'])]
+    prompts = [dict(r, messages=r['messages'][:learned_turns(r['messages'])[-1]]) if chat
+               else r['prompt'] for r in rows]
     asked = render(prompts, case.tok)
     bad = [(a, b) for r, b in zip(rows, asked) if (a := prompt_ids(r, case.tok, case.kind)) != b]
     if not bad:
@@ -187,13 +192,20 @@ def _adds_marks(single:str, **attributes):
     return tok
 
 @planted(asked_otherwise, '20 of 20 prompts')
-def _an_end_mark_after_every_text():
-    return before(tok=_adds_marks('$A <eos>'))
+def _a_token_across_two_turns():
+    # the first answer ends in 'a', and the next question begins with 'b'
+    tok = _pairs_tokenizer()
+    tok.chat_template = '{% for m in messages %}{{ m.content }}{% endfor %}'
+    said = lambda role, text: dict(role=role, content=text)
+    rows = [dict(messages=[said('user', 'c'*(i + 1)), said('assistant', 'a'), said('user', 'bc'),
+                           said('assistant', 'b')]) for i in range(24)]
+    return before(model=toy_model(vocab_size=7), tok=tok, data=Data(rows[4:], [], rows[:4], 'chat'))
 
 # %% ../../../nbs/instruments/checks/rows.ipynb #000e76ec
 @check('before', 'warning',
        why='a model that is never trained on the EOS token does not learn to stop',
-       fix='end every response with the EOS token, and mask padding by position, not by token id',
+       fix='end every response with the EOS token, or add its end mark to generation_config.eos_token_id; '
+           'mask padding by position, not by token id',
        source='huggingface/trl#1623')
 def end_not_learned(case):
     case.require_answers()
@@ -208,6 +220,10 @@ def end_not_learned(case):
     have = sum(any(l in ends for l in y[1:]) for y in labels)
     if have >= .2*len(labels):
         return None
+    turn = end_of_turn(case.tok)
+    if sum(turn in y[1:] for y in labels) >= .2*len(labels):
+        return (f'answers end with {case.tok.convert_ids_to_tokens(turn)!r}, which is an end neither for the tokenizer '
+                "nor in the model's generation config: other programs than ftlab would not stop there")
     same = ' (which is also the padding token)' if case.tok.pad_token_id in ends else ''
     marks = some(repr(case.tok.convert_ids_to_tokens(e)) for e in ends)
     return f'{have} of {len(labels)} rows train on the EOS token, {marks}{same}'
@@ -216,6 +232,11 @@ def end_not_learned(case):
 def _a_template_without_an_end():
     template = toy_tokenizer().chat_template
     return before(tok=toy_tokenizer(chat_template=template.replace(" + ' ' + eos_token", '')))
+
+@planted(end_not_learned, "answers end with '<mask>', which is an end neither")
+def _another_end_of_turn():
+    template = toy_tokenizer().chat_template
+    return before(tok=toy_tokenizer(chat_template=template.replace('eos_token', '"<mask>"')))
 
 @planted(end_not_learned, '0 of 16 rows')
 def _a_view_that_masks_the_end():

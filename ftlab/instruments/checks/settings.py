@@ -6,10 +6,12 @@
 from __future__ import annotations
 import copy
 import torch
+from ...adapters.attach import HALF
 from ...core.model import positions
 from ..case import NotApplicable, check, vocabulary_size
 from ..planted import after, before, planted, toy_model, toy_tokenizer
 from ...methods import make_of
+from ...trainers.stage import lost_to_rounding
 
 # %% auto #0
 __all__ = ['pad_unusable', 'vocabulary_mismatch', 'too_long_for_positions', 'learning_rate', 'updates_round_away',
@@ -117,15 +119,13 @@ def _moving(case) -> dict:
 def updates_round_away(case):
     if case.answers('step'):
         raise NotApplicable('the recipe takes its own steps')
-    moving = [p for p in _moving(case).values() if p.dtype in (torch.float16, torch.bfloat16)]
-    half = [p.detach().flatten()[::max(1, p.numel()//20000)] for p in moving]
-    if not half:
+    moving = [p for p in _moving(case).values() if p.dtype in HALF]
+    stays = lost_to_rounding(moving, case.lr)
+    if stays is None:
         raise NotApplicable('no half-precision weight is trained directly')
-    unmoved = lambda w: int((w.float() + case.lr).to(w.dtype).eq(w).sum())
-    stays = sum(map(unmoved, half))/sum(map(len, half))
     if stays <= .2:
         return None
-    dtype = str(half[0].dtype).removeprefix('torch.')
+    dtype = str(moving[0].dtype).removeprefix('torch.')
     seen = (f'a step at the peak learning rate {case.lr:g} leaves {stays:.0%} of the trained {dtype} weights '
             'unchanged: rounding undoes it')
     return ('error' if stays > .8 else 'warning'), seen

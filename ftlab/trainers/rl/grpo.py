@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from ...core.batches import indices
-from ...core.generate import left_pad, render_within
+from ...core.generate import left_pad, render_within, stop_ids
 from ...core.model import evaluating, model_inputs
 from ...core.paper import method
 from ...core.recipe import Recipe
@@ -92,8 +92,9 @@ class Rollouts:
         with evaluating(state.model):
             asked, y = self.answer(state, rows)
         start = asked['input_ids'].shape[1]
-        said, end = y[:, start:], state.tok.eos_token_id
-        live = (said == end).cumsum(1) - (said == end).int() == 0 # up to and including the first end
+        said = y[:, start:]
+        ends = torch.isin(said, y.new_tensor(stop_ids(state.model, state.tok)))
+        live = ends.cumsum(1) - ends.int() == 0 # up to and including the first end
         rewards = self.judged(state, rows, [t[m] for t, m in zip(said, live)])
         mask = torch.cat([asked['attention_mask'], live.long()], 1)
         answer = torch.cat([torch.zeros_like(asked['attention_mask'], dtype=torch.bool), live], 1)
@@ -115,7 +116,7 @@ class Rollouts:
         y = state.model.generate(**batch, max_new_tokens=longest, do_sample=True,
                                  temperature=self.temperature, top_k=0, top_p=1.,
                                  pad_token_id=state.tok.pad_token_id,
-                                 eos_token_id=state.tok.eos_token_id)
+                                 eos_token_id=stop_ids(state.model, state.tok) or None)
         return batch, y
 
     def judged(self, state, rows:list[dict], said:list[Tensor]) -> Tensor:
