@@ -26,11 +26,11 @@ def drawn():
     return [('grid', c) for c in order[:GRIDS]] + [('seeds', c) for c in order[GRIDS:GRIDS + SEEDS]]
 
 def moved(claim):
-    "The claim on its grids times `FACTOR`; a dial with bounds moves by a third of its step"
+    "The claim on its grids times `FACTOR`; a dial moves by a third of its step, as far as its bounds"
     spec = json.loads(json.dumps(claim.spec))
     if spec.get('spacing') == 'linear':
         low, high = spec.get('bounds', (0, float('inf')))
-        shift = lambda g: [v for x in g if low <= (v := round(x + (g[1] - g[0])/3, 4)) <= high]
+        shift = lambda g: [min(high, max(low, round(x + (g[1] - g[0])/3, 4))) for x in g]
     else:
         shift = lambda g: [float(f'{x*FACTOR:.3g}') for x in g]
     for where in (spec, *(a for a in spec['arms'].values() if isinstance(a, dict))):
