@@ -1,6 +1,6 @@
 """Every verdict follows from its numbers, every evidence belongs to the code that is here,
 and one seed of one claim a day comes out again"""
-import datetime, json, os, random
+import datetime, json, os, random, re
 from pathlib import Path
 from statistics import fmean
 import pytest
@@ -570,6 +570,16 @@ def test_a_claim_of_the_first_edition_is_read_and_shown_and_not_run(runs):
         run_claim(claim)
     with pytest.raises(ValueError, match='cannot be carried over'):
         carry(claim)
+
+def test_the_page_lists_every_key_of_a_result():
+    page = (Path(__file__).parents[1]/'nbs'/'instruments'/'verdicts.ipynb').read_text()
+    part = page[page.index('### What a result has'):page.index('## When code changes')]
+    listed = set(re.findall(r'`([a-z_]+)`', part))
+    for claim in DONE:
+        result = read_result(claim)
+        keys = set(result).union(*result['contrasts'])
+        assert keys <= listed, f'{claim.key}: no line about {sorted(keys - listed)}'
+
 
 def test_the_committed_claims_of_the_first_edition_are_listed_as_such():
     old = [c for c in CLAIMS if c.edition == 1]
