@@ -325,7 +325,7 @@ METHOD_KEYS = {'name', 'recipe', 'seeds', 'gain', 'forgetting', 'forgetting_matc
                'gain_matched', 'lost', 'won',
                'rate', 'rate_matched', 'frontier', 'paths', 'within', 'hangs', 'stopped'}
 RESULT_KEYS = {'version', 'model', 'data', 'protocol', 'methods', 'tuning', 'versions', 'target',
-               'common', 'lose_at_most',
+               'common', 'lose_at_most', 'findings',
                'runs'}
 
 def without_counts(result):
@@ -377,13 +377,25 @@ def test_the_number_of_runs_and_the_time_come_first_and_then_each_run(
     compare(['full', 'lora'], *plain, **ask | dict(progress=True))
     said = capsys.readouterr()
     lines, other = (said.out, said.err)[::1 if notebook else -1]
-    lines = lines.splitlines()
+    lines = [x for x in lines.splitlines() if not x.startswith('warning: ')]
     assert lines[0].startswith('at most 4 runs, 0 of them to tune; about ') and lines[0].endswith(' minutes')
     assert [x.split(': gain')[0] for x in lines[1:]] == [
         f'run {i}: {m} at 0.001, seed {s}' for i, (s, m) in
         enumerate([(0, 'full'), (0, 'lora'), (1, 'full'), (1, 'lora')], 1)] and not other
     compare(['full', 'lora'], *plain, **ask)
     assert capsys.readouterr() == ('', ''), 'progress=False says nothing'
+
+def test_what_the_doctor_finds_in_the_data_comes_first_and_stays_on_the_page(plain, tmp_path, capsys):
+    few = data([dict(prompt=f'{i} plus 1 is', response=str(i + 1)) for i in range(30)])
+    c = compare(['full', 'lora'], plain[0], few, seeds=1, lrs=[1e-3], tune=False, out=tmp_path,
+                **FAST | dict(steps=80, evaluations=1, progress=True))
+    found = c.result['findings']
+    assert {f['name'] for f in found} >= {'few-test-rows', 'passes-over-data'}
+    said = capsys.readouterr().err.splitlines()
+    assert all(x.startswith('warning: ') for x in said[1:1 + len(found)])
+    assert said[1 + len(found)].startswith('run 1')
+    page = ' '.join(warned(c.result))
+    assert all(f['fix'] in page and f['fix'] in ' '.join(said) for f in found)
 
 SEARCH = dict(seeds=3, lrs=[3e-3, 1e-2], lose_at_most=100)
 
@@ -486,6 +498,10 @@ def test_a_page_says_what_speaks_against_it(tuned):
     m['within'] |= dict(forgetting=dict(mean=1.2, low=None, high=None))
     assert 'forgets 120.0 points on test questions' in ' '.join(warned(r))
     assert 'gained nothing' in ' '.join(warned(r | dict(target=None)))
+    for edge in (True, False):
+        t['at_edge'] = edge
+        words = f'{m["name"]}: the best of its rates lies at the edge'
+        assert (words in ' '.join(warned(r))) == edge
     lost = other | dict(seeds=[], stopped='full', rate=None, rate_matched=None, hangs=None,
                         within=None,
                         **{k: interval([]) for k in ('gain', 'forgetting', 'forgetting_matched', 'gain_matched')})

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import itertools, json, math, sys, time
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
 from types import SimpleNamespace
@@ -18,6 +19,8 @@ from ..core.record import versions
 from .bench import Bench, evaluation_steps
 from .compare_page import (html_page, image, picture, table_html, table_of, tag,
                                             titles)
+from .case import SETTINGS
+from .doctor import examine_data
 from .frontier import (at_gain, best_gain, common_gain, frontier,
                                         paired_difference, pooled, reading)
 from .rates import SEEDS, Grid, Tried, Want, half_decades, search
@@ -448,16 +451,27 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
     in_nats = [s.name for s in bench.old_sets(0, 'validation') if s.metric == 'nll']
     limit = check_limit(lose_at_most, bench.how, in_nats, bool(work['tuning']))
     check_room(out) # before the first run, not after it
+    found = _found(bench)
     with only_writer(out):
         if progress:
             runs_at_most = work['tuning'] + work['test']
             _say(f'at most {runs_at_most} runs, {work["tuning"]} of them to tune; '
                  f'about {expected_seconds(bench, arms, work)/60:.0f} minutes')
+            for f in found:
+                _say(f'{f["severity"]}: {f["seen"]}; to fix it, {f["fix"]}')
         runs = Runs(Path(out)/'runs', resume, keep)
         comparison = Comparison(_compared(bench, arms, runs, seeds, work, race, limit, tune_steps)
-                                | dict(model=_model_name(model), versions=versions()))
+                                | dict(model=_model_name(model), findings=found,
+                                       versions=versions()))
         comparison.save(out)
     return comparison
+
+def _found(bench) -> list[dict]:
+    "Return what the doctor finds in the data and the rows, without notes"
+    settings = dict(steps=bench.steps, max_length=bench.max_length)
+    found = examine_data(*bench.base(SEEDS[0]), bench.given,
+                         **settings | {k: v for k, v in bench.settings.items() if k in SETTINGS})
+    return [asdict(f) for f in found if f.severity != 'note']
 
 def _compared(bench, arms, runs, seeds, work, race, limit, tune_steps) -> dict:
     "Return the result of a comparison, without model name and versions"

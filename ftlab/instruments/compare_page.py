@@ -196,6 +196,10 @@ def warned(r:dict) -> list[str]:
     elif not r['tuning']:
         said.append('Nothing was tuned: the equal gain is that of the test seeds, '
                     'and another rate may reverse the order.')
+    said += [f'{f["seen"][:1].upper()}{f["seen"][1:]}; to fix it, {f["fix"]} ({f["name"]}).'
+             for f in r.get('findings', ())]
+    said += [f'{n}: the best of its rates lies at the edge of what was tried; beyond it a better one may lie.'
+             for n, d in ((r['tuning'] or {}).get('methods') or {}).items() if d['at_edge']]
     for m in r['methods']:
         if h := m['hangs']:
             own, theirs = (h[k] if k in h else _tuned_forgetting(r, name) # an earlier ftlab kept the value alone

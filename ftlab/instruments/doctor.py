@@ -23,8 +23,8 @@ from .report import read_run
 from ..trainers.run import Run
 
 # %% auto #0
-__all__ = ['CHECKS', 'Finding', 'Diagnosis', 'check_modules', 'checks_of', 'checks', 'examine', 'doctor', 'case_before',
-           'case_after']
+__all__ = ['CHECKS', 'Finding', 'Diagnosis', 'check_modules', 'checks_of', 'checks', 'examine', 'doctor', 'examine_data',
+           'case_before', 'case_after']
 
 # %% ../../nbs/instruments/doctor.ipynb #0005d3f9
 @dataclass(frozen=True, repr=False)
@@ -207,6 +207,12 @@ def doctor(model,                  # a model; or, alone, a finished `Run` or the
     if exported is not None:
         raise ValueError('exported= needs a finished run to compare with: doctor(run, exported=folder)')
     return examine(case, 'before', CHECKS)
+
+def examine_data(model, tok, data, **settings # as in `doctor`
+                ) -> Diagnosis:
+    "Run only the checks of data and rows, whose findings would mislead about any method"
+    checks = [k for k in CHECKS if k.stage in ('data', 'rows')]
+    return examine(case_before(model, tok, data, **settings), 'before', checks)
 
 def case_before(model, tok, data, recipe:Recipe|None=None, **settings # as in `doctor`
                ) -> Case:
