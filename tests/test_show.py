@@ -46,7 +46,8 @@ def test_the_tokens_are_those_of_fit(name, limit):
             assert kept(s)[1] == [l for l in s.labels[1:] if l != IGNORE]
 
 ODD = ['a\u202egnp.exe', 'zero\u200bwidth', 'n\x00ul', 'bell\x07', '\x1b[31mred',
-       'soft\xadhyphen', '\u2066i\u2069', 'tag\U000e0041', 'var\ufe0f', '\u3164filler', 'nbsp\xa0', 'line\u2028sep', '\ufeffbom',
+       'soft\xadhyphen', '\u2066i\u2069', 'tag\U000e0041', 'var\ufe0f', '\u3164filler', 'nbsp\xa0',
+       'line\u2028sep', '\ufeffbom',
        'tab\t', 'cr\r']
 
 @pytest.mark.parametrize('text', ODD)
