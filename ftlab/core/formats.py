@@ -15,7 +15,7 @@ from .text import did_you_mean, near_misses, some
 
 # %% auto #0
 __all__ = ['KINDS', 'FORMS', 'ALIASES', 'ALSO', 'TEXTS', 'SYSTEMS', 'HISTORIES', 'TOOLS', 'THINKING', 'WEIGHTS', 'UNWANTED',
-           'PICTURES', 'ANSWERS', 'MEANT', 'CLASSES', 'DIVIDERS', 'SYNONYMS', 'FORMATS', 'SPLIT_WORDS', 'AS', 'DONE',
+           'PICTURES', 'MEANT', 'ANSWERS', 'CLASSES', 'DIVIDERS', 'SYNONYMS', 'FORMATS', 'SPLIT_WORDS', 'AS', 'DONE',
            'plain_name', 'Reading', 'form_of', 'read_form', 'one_kind', 'said']
 
 # %% ../../nbs/core/formats.ipynb #0006f0a3
@@ -42,9 +42,10 @@ UNWANTED = frozenset('''exclude excluded skip ignore ignored delete deleted disc
     trainable istrain istest isvalidation'''.split())
 PICTURES = frozenset('''image images imagepath imageurl pixelvalues audio audios audiopath speech video videos
     videopath'''.split())
-ANSWERS = frozenset('chosen rejected completion'.split())
-MEANT = (TEXTS | SYSTEMS | HISTORIES | TOOLS | THINKING | WEIGHTS | UNWANTED | PICTURES | ANSWERS
+MEANT = (TEXTS | SYSTEMS | HISTORIES | TOOLS | THINKING | WEIGHTS | UNWANTED | PICTURES
          | {'label', 'labels'})
+# further answers, by the form that would not read them
+ANSWERS = dict(chat={'chosen', 'rejected'}, text={'completion'})
 # columns that may hold the labels of texts
 CLASSES = frozenset('''category class classes intent target sentiment emotion labelname labeltext labelid y
     gold'''.split())
@@ -143,7 +144,7 @@ def _no_form(row, names, columns, at) -> str:
 def _guesses(column:str, names) -> list[str]:
     names = [str(n) for n in names]
     near = near_misses(column, names, 1, .6)
-    near = [n for n in near if plain_name(n) not in MEANT or column in ANSWERS]
+    near = [n for n in near if plain_name(n) not in MEANT]
     return near + [n for n in names if n.lower() in SYNONYMS[column]][:1]
 
 # %% ../../nbs/core/formats.ipynb #000ef0a3
@@ -205,13 +206,10 @@ SPLIT_WORDS = frozenset('train training valid validation val dev eval evaluation
 def _means(column, value, row:dict, reading:Reading) -> bool:
     "Return whether a column that is not read changes what the row means"
     name = plain_name(column)
-    if name in ANSWERS and reading.form == 'chat':
-        return name != 'completion'
-    if name == 'labeltext' or name == 'labelname':
-        return reading.form == 'lm'
     if name in DIVIDERS:
         return str(value).strip().lower() in SPLIT_WORDS
-    return name in MEANT or name in CLASSES and reading.form == 'lm'
+    also = ANSWERS.get(reading.form, ()) if reading.form != 'lm' else CLASSES
+    return name in MEANT or name in also
 
 def _unread(column, value, reading:Reading) -> str:
     "Say how to have a column read, and how to leave it unread"
@@ -229,7 +227,7 @@ def _unread(column, value, reading:Reading) -> str:
     elif ours in reads and (reading.form != 'text' or ours != 'label'
                             or _is_wanted(value) is not None):
         put = f'; to have it read, pass columns={as_named | {ours: column} }'
-    elif name in ANSWERS and reading.form == 'chat':
+    elif name in ANSWERS['chat'] and reading.form == 'chat':
         put = "; to compare chosen and rejected answers, pass carry=['messages']"
     elif main and isinstance(value, str) and name in TEXTS:
         theirs = [*reading.columns.get(main, [main]), column]

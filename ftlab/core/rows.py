@@ -39,7 +39,8 @@ MAGIC = {b'\x1f\x8b': 'compressed by gzip', b'PK\x03\x04': 'a zip archive or an 
 def _check_kind(raw:bytes, path:Path):
     "Raise `ValueError` for a file that is no text, whatever it is called"
     found = next((what for start, what in MAGIC.items() if raw.startswith(start)), None)
-    if found is None and b'\x00' in raw[:200] and not raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    marked = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if found is None and not marked and 4*raw[:200].count(0) > len(raw[:200]):
         found = 'UTF-16 text without its mark, or no text'
     if found:
         raise ValueError(f'{path} is {found}; write it as UTF-8 text, or call it what it is')
