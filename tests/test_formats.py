@@ -9,7 +9,7 @@ import pandas
 import pytest
 import ftlab
 from ftlab.core.data import Data, data, on_hub
-from ftlab.core.formats import ALSO, FORMS, MEANT
+from ftlab.core.formats import ALSO, FORMS, HISTORIES, MEANT, TOOLS
 from ftlab.core.lab import lab_skill
 from ftlab.core.mix import mix, row_counts
 from ftlab.core.scorers import judge
@@ -119,7 +119,8 @@ def test_a_column_that_changes_the_meaning_is_read_carried_or_refused(form):
 
 @pytest.mark.parametrize('form', ROWS)
 def test_what_the_error_says_to_write_works(form):
-    good = dict(tools=[dict(name='f')], functions=[dict(name='f')], history=[['a', 'b']], labels='true')
+    good = (dict.fromkeys(TOOLS, [dict(name='f')]) | dict.fromkeys(HISTORIES, [['a', 'b']])
+            | dict(labels='true'))
     said = 0
     for column in sorted(MEANT - {*FORMS[form], *ALSO[form]} - {'label'}):
         row = dict(ROWS[form]) | {column: good.get(column, 'words')}
@@ -689,7 +690,7 @@ def test_each_split_s_class_labels_are_its_own():
 
 def test_labels_that_look_alike_are_said():
     d = data(LABELS + [dict(text=f'u{i}', label=' Pos') for i in range(9)])
-    assert d.labels == [' Pos', 'neg', 'pos'] and d.counts['labels_alike'] == 2 and 'only in case or spaces' in d.note
+    assert d.labels == [' Pos', 'neg', 'pos'] and d.counts['labels_alike'] == 2 and 'only in case, spaces' in d.note
 
 # ---- counts
 def test_rows_of_test_from_train_are_counted():

@@ -9,9 +9,11 @@ import itertools
 import json
 import random
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 import torch
 from .formats import ALSO, FORMS, KINDS, Reading, one_kind, read_form, said
@@ -115,6 +117,8 @@ def question_of(row:dict, kind:str) -> str:
     "Return the part of a row that determines its split"
     if kind == 'chat':
         talk = row['messages']
+        # a greeting of the assistant may come first
+        talk = list(itertools.dropwhile(lambda m: m['role'] == 'assistant', talk)) or talk
         asked = itertools.takewhile(lambda m: m['role'] != 'assistant', talk)
         return '\n'.join(m['content'] for m in asked) or talk[0]['content'] or ''
     return row['prompt'] if kind == 'text' else row['text']
@@ -129,19 +133,28 @@ def _split(parts:dict[str, list[dict]|None], kind:str, notes:Notes) -> dict[str,
     if cut and kind == 'label':
         _keep_every_label(out, cut, notes)
     note_overlap(out, kind, notes)
+    rows, asked = len(parts['train']), len({question_of(r, kind) for r in parts['train']})
+    few = '' if asked == rows else f', with {asked} different question{"s"*(asked > 1)}'
+    kept = 'kept_in_train' in notes.counts and asked > 30
+    why = ('all of its rows have rare labels' if kept else
+           f'too few rows to take a tenth from{few and f" ({rows} rows{few})"}')
     for s in ('validation', 'test'):
         if not out[s]:
-            notes.say(f'there is no {s} row: too few rows to take a tenth from')
+            notes.say(f'there is no {s} row: {why}')
     if not out['train']:
-        raise ValueError(f'all {len(parts["train"])} rows were assigned to validation or test; give more '
-                         'rows, or give validation= and test=')
+        raise ValueError(f'all {rows} rows{few}{few and ","} were assigned to validation or test; the question decides '
+                         'the split: give more rows, or give validation= and test=')
     return out
+
+def _plainly(text:str) -> str:
+    "Return a text as it is compared: without differences of case, spaces and Unicode's forms"
+    return ' '.join(unicodedata.normalize('NFC', text).casefold().split())
 
 def note_overlap(parts:dict[str, list[dict]], kind:str, notes:Notes):
     "Add a note of how many questions of validation and test are also in train"
-    seen = {question_of(r, kind) for r in parts['train']}
+    seen = {_plainly(question_of(r, kind)) for r in parts['train']}
     for s in ('validation', 'test'):
-        both = sum(question_of(r, kind) in seen for r in parts[s])
+        both = sum(_plainly(question_of(r, kind)) in seen for r in parts[s])
         if both:
             notes.say(f'{s} and train overlap: {both} of {len(parts[s])} {s} rows have the question of a training row',
                       **{f'{s}_in_train': both})
@@ -165,7 +178,8 @@ def _name_labels(rows:list[tuple[str, dict]], names:list[str], whose:str='the da
     for at, r in rows:
         if isinstance(r['label'], int):
             if not 0 <= r['label'] < len(names):
-                raise ValueError(f'{at}: label is {r["label"]}; {whose} names the labels 0 to {len(names) - 1}')
+                none = '; -1 marks a row without a label: leave it out' if r['label'] == -1 else ''
+                raise ValueError(f'{at}: label is {r["label"]}; {whose} names the labels 0 to {len(names) - 1}{none}')
             r['label'] = names[r['label']]
 
 def _by_labels(rows:list[tuple[str, dict]], labels:Sequence[str]) -> list[str]:
@@ -202,12 +216,29 @@ def _number_labels(parts:dict[str, list[tuple[str, dict]]], names:Sequence[str]|
             raise ValueError(f'{at}: no training row has the label '
                              f'{label!r}{did_you_mean(label, in_train) or ";"} train has {len(in_train)} labels')
         r['label'] = index[label]
-    alike = Counter(' '.join(n.split()).lower() for n in names)
-    twins = [n for n in names if alike[' '.join(n.split()).lower()] > 1]
-    if twins:
-        notes.say(f'labels that differ only in case or spaces count as different: {some(map(repr, twins), 6)}',
-                  labels_alike=len(twins))
+    _note_odd_labels(names, in_train, notes)
     return names
+
+def _label_key(name:str) -> str:
+    "Return a label as it is compared: 1, 01, 1.0 and true are one"
+    plain = _plainly(name)
+    if plain in ('true', 'false'):
+        return str(int(plain == 'true'))
+    number = re.fullmatch(r'([+-]?)0*(\d+)(\.0*)?', plain)
+    return plain if number is None else number[1].replace('+', '') + number[2]
+
+def _note_odd_labels(names:list[str], in_train:set[str], notes:Notes):
+    "Say which labels may be one label, or none"
+    alike = Counter(map(_label_key, names))
+    twins = [n for n in names if alike[_label_key(n)] > 1]
+    if twins:
+        notes.say('labels that differ only in case, spaces or the form of a number count as different: '
+                  f'{some(map(repr, twins), 6)}', labels_alike=len(twins))
+    if '-1' in in_train and not any(n.startswith('-') for n in in_train - {'-1'}):
+        notes.say('-1 counts as a label like the others; if it marks rows without a label, leave them out',
+                  minus_one=1)
+    if len(in_train) == 1:
+        notes.say(f'all training rows have the label {min(in_train)!r}, so there is nothing to tell apart', one_label=1)
 
 # %% ../../nbs/core/data.ipynb #001a41f0
 SPLITS = dict(train='train', validation='validation', valid='validation', val='validation',
@@ -254,7 +285,18 @@ def _parts(source, notes:Notes) -> dict:
     if unknown or 'train' not in source:
         raise ValueError(f'the dictionary has the keys {", ".join(map(str, source))}; they must be '
                          'train and, optionally, validation and test')
-    return {NAMED[k]: v for k, v in source.items()}
+    return _one_each(source)
+
+def _one_each(source:Mapping) -> dict:
+    "Return the sources under ftlab's names. Raises `ValueError` for two sources of one split."
+    out = {}
+    for k, v in source.items():
+        if (s := NAMED[k]) in out:
+            both = [x for x in source if NAMED.get(x) == s]
+            raise ValueError(f'{" and ".join(map(repr, both))} are both {s} rows; give one of them, such as '
+                             f"data({{'train': source['train'], {s!r}: source[{both[0]!r}]}})")
+        out[s] = v
+    return out
 
 def _known_splits(source:Mapping, notes:Notes) -> dict:
     "Return the splits of a `DatasetDict`; the note names the others"
@@ -265,7 +307,7 @@ def _known_splits(source:Mapping, notes:Notes) -> dict:
     unread = [k for k in source if k not in NAMED]
     if unread:
         notes.say(f'splits that are not read: {some(unread, 6)}', splits_not_read=unread)
-    return {NAMED[k]: v for k, v in source.items() if k in NAMED}
+    return _one_each({k: v for k, v in source.items() if k in NAMED})
 
 # %% ../../nbs/core/data.ipynb #a11c41f0
 def on_hub(source) -> bool:
@@ -303,6 +345,7 @@ def _records(source, columns:Mapping[str, list[str]], what:str,
     if streamed and most is None:
         raise ValueError(f'{what} is a streamed data set, which may have no end; say how many training rows to take, '
                          'such as n=1000')
+    source = source.with_format(None) # as Python values, and with all columns
     feature = (source.features or {}).get(columns.get('label', ['label'])[0])
     names = feature.names if isinstance(feature, datasets.ClassLabel) else None
     return _placed(itertools.islice(source, most) if streamed else source, what), names
@@ -371,6 +414,24 @@ def _pieces(source, split:str) -> list|None:
     pieces = list(source) if several else [source]
     return [_split_from_hub(x, split) if on_hub(x) else x for x in pieces]
 
+def _check_twice(sources:dict):
+    "Raise `ValueError` for a file that is given twice for one split"
+    for s, pieces in sources.items():
+        paths = [Path(x).expanduser().resolve() for x in pieces or () if isinstance(x, (str, Path))]
+        if twice := [p for p in paths if paths.count(p) > 1]:
+            raise ValueError(f'{twice[0]} is given twice for {s}; each of its rows would count twice')
+
+def _note_beside(source, given:dict, notes:Notes):
+    "Say which files beside train.jsonl are not read, though their names say that they are its test rows"
+    path = Path(source) if isinstance(source, (str, Path)) else Path()
+    if NAMED.get(path.stem.lower()) != 'train' or not path.is_file():
+        return
+    beside = [f.name for f in sorted(path.parent.iterdir()) if f.suffix.lower() in READERS
+              and NAMED.get(f.stem.lower(), 'train') not in ('train', *given)]
+    if beside:
+        notes.say(f'files beside {path.name} that are not read: {some(beside, 6)} (give the folder to read them)',
+                  files_beside=beside)
+
 def _split_from_hub(name:str, split:str):
     found = _from_hub(name)
     named = {NAMED.get(k): v for k, v in found.items()}
@@ -400,8 +461,8 @@ def data(source,               # a path or several, a `datasets` object or its n
     output, Dolly's instruction, context and response, KTO's prompt, completion and label, prompt, chosen and rejected,
     text and label, or text. `Data.note` and `Data.counts` say what was renamed, joined, left out and carried along.
     Raises `ValueError` or `FileNotFoundError` that names file and line and says how to fix it."""
-    if n is not None and n < 1:
-        raise ValueError(f'n is {n}; it must be at least 1')
+    if n is not None and (isinstance(n, bool) or not isinstance(n, Integral) or n < 1):
+        raise ValueError(f'n is {n!r}; it must be a whole number of at least 1')
     reading = _reading(columns, carry, wanted)
     skills = lab('lookup').ALL_SKILLS
     if isinstance(source, str) and source in skills:
@@ -417,6 +478,8 @@ def data(source,               # a path or several, a `datasets` object or its n
     given = _parts(_from_hub(source) if on_hub(source) else source, notes) | {
         k: v for k, v in (('validation', validation), ('test', test)) if v is not None}
     sources = {s: _pieces(given.get(s), s) for s in ('train', 'validation', 'test')}
+    _check_twice(sources)
+    _note_beside(source, given, notes)
     return _assemble(sources, reading, labels, name, seed, n, notes)
 
 # %% ../../nbs/core/data.ipynb #001e41f0

@@ -14,8 +14,9 @@ from .rows import checked_text, missing
 from .text import did_you_mean, near_misses, some
 
 # %% auto #0
-__all__ = ['KINDS', 'FORMS', 'ALIASES', 'ALSO', 'TEXTS', 'MEANT', 'SYNONYMS', 'FORMATS', 'AS', 'DONE', 'Reading', 'form_of',
-           'read_form', 'one_kind', 'said']
+__all__ = ['KINDS', 'FORMS', 'ALIASES', 'ALSO', 'TEXTS', 'SYSTEMS', 'HISTORIES', 'TOOLS', 'THINKING', 'WEIGHTS', 'UNWANTED',
+           'PICTURES', 'MEANT', 'ANSWERS', 'CLASSES', 'DIVIDERS', 'SYNONYMS', 'FORMATS', 'SPLIT_WORDS', 'AS', 'DONE',
+           'plain_name', 'Reading', 'form_of', 'read_form', 'one_kind', 'said']
 
 # %% ../../nbs/core/formats.ipynb #0006f0a3
 # in the order of preference
@@ -28,10 +29,31 @@ ALIASES = dict(completion='response')
 ALSO = dict(chat=('system', 'tools'), text=('system', 'history', 'label', 'rejected', 'choices'),
             pairs=('system', 'history', 'choices'), label=(), lm=())
 # columns that change what a row means: none of them is left unread silently
-TEXTS = frozenset('''input inputs context contexts passage document documents premise
-    hypothesis'''.split())
-MEANT = TEXTS | frozenset('''system system_prompt history tools functions label labels weight
-    weights image images audio video videos'''.split())
+# (compared without case, spaces and signs: `plain_name`)
+TEXTS = frozenset('''input inputs inputtext context contexts passage passages passagetext document documents
+    documenttext knowledge background evidence premise hypothesis textpair text2 textb sentence2 sentenceb question2
+    instruction instructions fewshot demonstrations options prefix suffix'''.split())
+SYSTEMS = frozenset('system sys systemprompt systemmessage systemtext systeminstruction'.split())
+HISTORIES = frozenset('history historyturns chathistory dialoghistory conversationhistory'.split())
+TOOLS = frozenset('tools functions functioncall functioncalls toolcalls'.split())
+THINKING = frozenset('thinking reasoning reasoningcontent chainofthought cot rationale'.split())
+WEIGHTS = frozenset('weight weights sampleweight sampleweights lossweight lossweights rowweight'.split())
+UNWANTED = frozenset('''exclude excluded skip ignore ignored delete deleted discard drop keep mask masked lossmask
+    trainable istrain istest isvalidation'''.split())
+PICTURES = frozenset('''image images imagepath imageurl pixelvalues audio audios audiopath speech video videos
+    videopath'''.split())
+MEANT = (TEXTS | SYSTEMS | HISTORIES | TOOLS | THINKING | WEIGHTS | UNWANTED | PICTURES
+         | {'label', 'labels'})
+# further answers, by the form that would not read them
+ANSWERS = dict(chat={'chosen', 'rejected'}, text={'completion'})
+# columns that may hold the labels of texts
+CLASSES = frozenset('''category class classes intent target sentiment emotion labelname labeltext labelid y
+    gold'''.split())
+DIVIDERS = frozenset('split partition fold set subset'.split()) # if they say train and test
+
+def plain_name(column) -> str:
+    "Return a column's name as it is compared: `System Prompt`, `systemPrompt` and `system_prompt` are one"
+    return re.sub(r'[\W_]', '', str(column)).lower()
 # common names of such columns: used only to suggest `columns=`, never to guess
 SYNONYMS = dict(prompt=('question', 'instruction', 'input', 'query', 'source'),
                 response=('answer', 'output', 'target', 'reply', 'chosen'),
@@ -122,7 +144,8 @@ def _no_form(row, names, columns, at) -> str:
 def _guesses(column:str, names) -> list[str]:
     names = [str(n) for n in names]
     near = near_misses(column, names, 1, .6)
-    return [n for n in names if n.lower() in SYNONYMS[column]][:1] + near
+    near = [n for n in near if plain_name(n) not in MEANT]
+    return near + [n for n in names if n.lower() in SYNONYMS[column]][:1]
 
 # %% ../../nbs/core/formats.ipynb #000ef0a3
 def _renamed(row:dict, reading:Reading, at:str) -> dict:
@@ -133,7 +156,8 @@ def _renamed(row:dict, reading:Reading, at:str) -> dict:
     for k in row.keys() & columns.keys() - taken:
         reading.count('replaced', k)
     for alias, ours in ALIASES.items():
-        if alias in out and ours not in out and ours not in columns and alias not in reading.carry:
+        read = ours in FORMS[reading.form]
+        if read and alias in out and ours not in (*out, *columns) and alias not in reading.carry:
             out[ours] = out.pop(alias)
             reading.count('renamed', f'{alias} to {ours}')
     return {ours: _joined(row, ours, theirs, reading, at)
@@ -172,24 +196,40 @@ def _check_unread(row:dict, reading:Reading, at:str):
             reading.count('carried', c)
         elif c in read or c in of_lab or _empty(value):
             continue
-        elif str(c).lower() in MEANT:
+        elif _means(c, value, row, reading):
             raise ValueError(f'{at}: {_unread(c, value, reading)}')
         else:
             reading.count('unread', c)
+
+SPLIT_WORDS = frozenset('train training valid validation val dev eval evaluation test'.split())
+
+def _means(column, value, row:dict, reading:Reading) -> bool:
+    "Return whether a column that is not read changes what the row means"
+    name = plain_name(column)
+    if name in DIVIDERS:
+        return str(value).strip().lower() in SPLIT_WORDS
+    also = ANSWERS.get(reading.form, ()) if reading.form != 'lm' else CLASSES
+    return name in MEANT or name in also
 
 def _unread(column, value, reading:Reading) -> str:
     "Say how to have a column read, and how to leave it unread"
     as_named = {k: v[0] if len(v) == 1 else v for k, v in reading.columns.items()}
     main = dict(text='prompt', pairs='prompt', label='text', lm='text').get(reading.form)
-    ours = dict(system_prompt='system', functions='tools', labels='label')
-    ours = ours.get(str(column).lower())
+    name = plain_name(column)
+    ours = next((to for to, names in (('system', SYSTEMS), ('history', HISTORIES), ('tools', TOOLS),
+                                      ('label', CLASSES | {'label', 'labels'})) if name in names), None)
+    if name in DIVIDERS:
+        return (f'the column {column!r} says to which split a row belongs, but it is not read; write one file for each '
+                f'split and name them train, validation and test; to carry it along unread, pass carry={[column]}')
     put, reads = '', ALSO[reading.form] + (('label',) if reading.form == 'lm' else ())
-    if str(column).lower() in ('tools', 'functions') and 'tools' not in reads:
+    if name in TOOLS and 'tools' not in reads:
         put = '; tools are read beside messages: write prompt and response as messages'
     elif ours in reads and (reading.form != 'text' or ours != 'label'
                             or _is_wanted(value) is not None):
         put = f'; to have it read, pass columns={as_named | {ours: column} }'
-    elif main and isinstance(value, str) and str(column).lower() in TEXTS:
+    elif name in ANSWERS['chat'] and reading.form == 'chat':
+        put = "; to compare chosen and rejected answers, pass carry=['messages']"
+    elif main and isinstance(value, str) and name in TEXTS:
         theirs = [*reading.columns.get(main, [main]), column]
         put = f'; to join it to the {main}, pass columns={as_named | {main: theirs} }'
     return (f'the column {column!r} changes what a row means, but rows with {", ".join(FORMS[reading.form])} are '

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['DEPTH', 'DIGITS', 'ODD', 'NAMES', 'READERS', 'file_text', 'parsed', 'as_row', 'clean_text', 'clean_values', 'missing',
-           'checked_text', 'read_rows']
+__all__ = ['DEPTH', 'DIGITS', 'MAGIC', 'ODD', 'NAMES', 'READERS', 'file_text', 'parsed', 'as_row', 'clean_text', 'clean_values',
+           'missing', 'checked_text', 'read_rows']
 
 # %% ../../nbs/core/rows.ipynb #04983ffb
 DEPTH = 100     # how deep objects and lists of a row may be nested
@@ -21,20 +21,38 @@ def file_text(path:Path) -> str:
     """Read a UTF-8 file, or a UTF-16 file that begins with its byte order mark, without that mark.
     Raises `ValueError` that names the line."""
     raw = path.read_bytes()
+    _check_kind(raw, path)
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return _utf16(raw, path)
     try:
-        return raw.decode('utf-8-sig').replace('\r\n', '\n')
+        return _with_newlines(raw.decode('utf-8-sig'))
     except UnicodeDecodeError as e:
         line = raw.count(b'\n', 0, e.start) + 1
         column = e.start - (raw.rfind(b'\n', 0, e.start) + 1) + 1
         raise ValueError(f'{path}, line {line} is not UTF-8 text (byte {column} of the line, {e.start} of the file); '
                          'save it as UTF-8') from None
 
+MAGIC = {b'\x1f\x8b': 'compressed by gzip', b'PK\x03\x04': 'a zip archive or an Excel file',
+         b'PAR1': 'a parquet file', b'ARROW1': 'an Arrow file', b'BZh': 'compressed by bzip2',
+         b'\x28\xb5\x2f\xfd': 'compressed by zstd', b'\xff\xfe\x00\x00': 'UTF-32 text'}
+
+def _check_kind(raw:bytes, path:Path):
+    "Raise `ValueError` for a file that is no text, whatever it is called"
+    found = next((what for start, what in MAGIC.items() if raw.startswith(start)), None)
+    marked = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if found is None and not marked and 4*raw[:200].count(0) > len(raw[:200]):
+        found = 'UTF-16 text without its mark, or no text'
+    if found:
+        raise ValueError(f'{path} is {found}; write it as UTF-8 text, or call it what it is')
+
+def _with_newlines(text:str) -> str:
+    "Return a text with the line ends of Unix, whichever it has"
+    return text.replace('\r\n', '\n') if '\n' in text else text.replace('\r', '\n')
+
 def _utf16(raw:bytes, path:Path) -> str:
     "Decode what Excel and PowerShell write"
     try:
-        return raw.decode('utf-16').replace('\r\n', '\n')
+        return _with_newlines(raw.decode('utf-16'))
     except UnicodeDecodeError as e:
         raise ValueError(f'{path} begins like UTF-16 text, but byte {e.start} is wrong; save it as UTF-8') from None
 
@@ -153,6 +171,9 @@ def checked_text(value, column:str, at:str) -> str:
         raise ValueError(f'{at}: {column} is {str(value)[:40]!r}, a {type(value).__name__}; it must be text')
     if not value.strip():
         raise ValueError(f'{at}: {column} is empty; fill it in or leave the row out')
+    if not any(c.isprintable() and c not in ' \u3164\u2800' for c in value) and not ODD.search(value):
+        raise ValueError(f'{at}: {column} holds only characters that cannot be seen ({ascii(value)[:40]}); fill it in '
+                         'or leave the row out')
     return clean_text(value, column, at)
 
 # %% ../../nbs/core/rows.ipynb #183351b6
@@ -208,20 +229,22 @@ def _long_cells():
 def _separator(text:str, path:Path) -> str:
     """Return what separates the cells: what the file's ending says, or what the header is written
     with"""
-    if path.suffix.lower() == '.tsv':
+    header = re.sub('"(?:[^"]|"")*"', '', text.partition('\n')[0]) # a quoted name may hold a comma
+    if path.suffix.lower() == '.tsv' and '\t' in header:
         return '\t'
-    header = text.partition('\n')[0]
     return next((s for s in ',;\t|' if s in header), ',')
 
 def _read_csv(path:Path) -> list[tuple[str, dict]]:
     "Read the rows of a CSV or TSV file with a header, with their locations"
     text = file_text(path)
     text = text.rstrip('\n') + '\n' if text.strip() else ''
-    cells_by = _separator(text, path)
+    told = re.match(r'sep=(.)\n', text) # Excel's own first line
+    cells_by = told[1] if told else _separator(text, path)
+    text = '\n' + text[told.end():] if told else text # so that lines are counted as in the file
     reader, line, out = csv.reader(io.StringIO(text), strict=True, delimiter=cells_by), 1, []
     try:
         with _long_cells():
-            header = next(reader, [])
+            header = next(reader, []) or next(reader, [])
             if len(set(header)) != len(header):
                 raise ValueError(f'{path}, line 1 names a column twice: {", ".join(header)}')
             while True:
