@@ -16,6 +16,7 @@ import ftlab
 from .commands.claims import run_claims
 from .commands.given import (columns_of, data_of, finite, listed, model_of, new_folder,
                                   not_negative, old_of, positive, rate, rates)
+from .commands.init import run_init
 from .commands.jupyter import run_lab
 from .commands.memory import estimate, estimate_lines
 from .commands.merge import merge_rules, run_merge
@@ -345,6 +346,11 @@ def _lab(p):
         help='of the local server; if it is taken, the next free one (default: %(default)s)')
     add('--no-browser', action='store_true', help='print the address instead of opening a browser')
 
+def _init(p):
+    must = dict(required=True)
+    _take(p, 'model revision data eval columns out', model=must, data=must,
+          out=dict(default='start.ipynb', help='the notebook to write (default: %(default)s)'))
+
 def _skills(p):
     add = _take(p, 'model revision device', model=dict(default='lab-m',
                 help='a lab model, or one fine-tuned from it (default: %(default)s)'))
@@ -367,6 +373,8 @@ def _claims(p):
 
 # %% ../nbs/cli.ipynb #0018d2b6
 COMMANDS = dict( # name -> what runs it, what adds its arguments, what it does, an example
+    init=(run_init, _init, 'write a starting notebook for your model and data',
+          'ftlab init --model lab-s --data my.jsonl'),
     doctor=(run_doctor, _doctor, 'find what goes wrong without an error, before a run or after it',
             'ftlab doctor --model lab-s --data my.jsonl --method lora'),
     compare=(run_compare, _compare, 'train several methods, tuned alike, and measure what each gained and broke',
