@@ -41,7 +41,7 @@ def run_compare(a:argparse.Namespace) -> tuple[dict, str]:
                       device=a.device, precision=a.precision, dtype=a.dtype, revision=a.revision,
                       head=a.head,
                       budget=a.budget, out=a.out, resume=a.resume, lose_at_most=a.lose_at_most,
-                      max_runs=a.max_runs, race=a.race)
+                      max_runs=a.max_runs, race=a.race, progress=not a.quiet)
     return c.json(), f'{c!r}\n{Path(a.out)/"index.html"}'
 
 # %% ../nbs/cli.ipynb #0014d2b6
@@ -297,6 +297,7 @@ def _compare(p):
     add('--race', action='store_true',
         help='stop methods early that are beaten beyond doubt at every gain')
     add('--resume', action=switch, default=True, help='reuse the finished runs in --out (default: yes)')
+    add('--quiet', action='store_true', help='print no line for each finished run')
 
 # %% ../nbs/cli.ipynb #0023513c
 FROM_RUN = dict(help='the base (default: the one that run.json beside the change names)')

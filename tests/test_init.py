@@ -10,7 +10,6 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-import ftlab
 from ftlab.cli import main
 
 ODD = "o'd \"d$(touch x);ä #{n}\\"  # a folder's name that a shell, a string or a template might take for code
