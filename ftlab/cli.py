@@ -13,6 +13,7 @@ import sys
 import textwrap
 from pathlib import Path
 import ftlab
+from .commands.background import reports_to, run_status, run_stop, start
 from .commands.claims import run_claims
 from .commands.given import (columns_of, data_of, finite, listed, model_of, new_folder,
                                   not_negative, old_of, positive, rate, rates)
@@ -30,18 +31,27 @@ __all__ = ['COMMON', 'FROM_RUN', 'COMMANDS', 'run_compare', 'run_fit', 'run_repo
 def run_compare(a:argparse.Namespace) -> tuple[dict, str]:
     "Train several methods, tuned in the same way, and measure each"
     from ftlab.instruments.compare import plan
+    if a.status and a.stop:
+        raise ValueError('give --status or --stop, not both')
+    if a.status or a.stop:
+        return run_stop(a.stop) if a.stop else run_status(a.status)
     methods = listed(a.methods)
     arms, data = plan(methods, a.lrs, a.tune), data_of(a)
+    if a.dry_run and a.background:
+        raise ValueError('--dry-run trains nothing; give it or --background')
     if a.dry_run:
         e = estimate(a, data, arms, a.tune, a.seeds)
         return e, estimate_lines(e)
+    if a.background and not a.as_child:
+        return start(a)
     c = ftlab.compare(methods, a.model, data, old=old_of(a), metric=a.metric, seeds=a.seeds,
                       steps=a.steps, batch_size=a.batch_size, lrs=a.lrs, tune=a.tune,
                       items=a.items, old_items=a.old_items, max_length=a.max_length,
                       device=a.device, precision=a.precision, dtype=a.dtype, revision=a.revision,
                       head=a.head,
                       budget=a.budget, out=a.out, resume=a.resume, lose_at_most=a.lose_at_most,
-                      max_runs=a.max_runs, race=a.race, progress=not a.quiet)
+                      max_runs=a.max_runs, race=a.race,
+                      progress=reports_to(a) if a.as_child else not a.quiet)
     return c.json(), f'{c!r}\n{Path(a.out)/"index.html"}'
 
 # %% ../nbs/cli.ipynb #0014d2b6
@@ -262,6 +272,13 @@ def _training(p, out:str):
         help='train nothing; print memory, tokens and minutes that it would take, and whether it fits')
     return add
 
+class _Instead(argparse.Action):
+    "An option that replaces the command's work, so that no other option is required"
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values)
+        for action in parser._actions:
+            action.required = False
+
 def _fit(p):
     add = _training(p, 'ftlab-runs/fit')
     _take(p, 'method lr')
@@ -298,6 +315,12 @@ def _compare(p):
         help='stop methods early that are beaten beyond doubt at every gain')
     add('--resume', action=switch, default=True, help='reuse the finished runs in --out (default: yes)')
     add('--quiet', action='store_true', help='print no line for each finished run')
+    add('--background', action='store_true',
+        help='go on after the terminal is closed; index.html in --out shows how far it is (not on Windows)')
+    add('--as-child', help=argparse.SUPPRESS) # the process that --background starts
+    add('--status', action=_Instead, metavar='DIR', help='only say how far the comparison in the background of DIR is')
+    add('--stop', action=_Instead, metavar='DIR',
+        help='only stop the comparison in the background of DIR; what is finished is kept')
 
 # %% ../nbs/cli.ipynb #0023513c
 FROM_RUN = dict(help='the base (default: the one that run.json beside the change names)')
@@ -421,6 +444,7 @@ def main(argv:list[str]|None=None # the arguments; None: those of the process
     The exit code is 0 on success, 1 for an error or a --dry-run that does not fit, 2 for arguments
     that cannot be read, and 130 after Ctrl-C."""
     a = parser().parse_args(argv)
+    a.argv = sys.argv[1:] if argv is None else list(argv)
     try:
         with notes(_options(a)):
             found, said = a.run(a)

@@ -6,40 +6,17 @@ from pathlib import Path
 
 import nbformat
 import pytest
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel
 
 from ftlab.cli import main
+from sums import rows, save_small, words
 
 ODD = "o'd \"d$(touch x);ä #{n}\\"  # a folder's name that a shell, a string or a template might take for code
 
 
-def rows(path: Path, n: int = 40, ours: tuple = ('prompt', 'response')) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(''.join(json.dumps(dict(zip(ours, (f'{i} plus {i % 7} is', str(i + i % 7))))) + '\n'
-                            for i in range(n)), encoding='utf-8')
-    return path
-
-
-def words() -> PreTrainedTokenizerFast:
-    names = ['<pad>', '<eos>', '<unk>', 'plus', 'is', *map(str, range(60))]
-    t = Tokenizer(models.WordLevel({w: i for i, w in enumerate(names)}, unk_token='<unk>'))
-    t.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=t, pad_token='<pad>', eos_token='<eos>', unk_token='<unk>')
-
-
 @pytest.fixture(scope='module')
 def small(tmp_path_factory) -> Path:
-    "A folder with a tiny language model that reads sums"
-    torch.manual_seed(0)
-    tok = words()
-    sizes = dict(vocab_size=len(tok), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                 num_attention_heads=2, pad_token_id=0, eos_token_id=1)
-    folder = tmp_path_factory.mktemp('small')
-    for made in (LlamaForCausalLM(LlamaConfig(**sizes)), tok):
-        made.save_pretrained(folder)
-    return folder
+    return save_small(tmp_path_factory.mktemp('small'))
 
 
 def run(path: Path, again: int = 0) -> dict:
