@@ -6,6 +6,7 @@
 from __future__ import annotations
 import itertools, json, math, sys, time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean, stdev
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from .compare_page import (html_page, image, picture, table_html, table_of, tag,
                                             titles)
 from .frontier import (at_gain, best_gain, common_gain, frontier,
                                         paired_difference, pooled, reading)
+from .executor import mapped
 from .progress import Remaining, Reporter
 from .rates import SEEDS, Grid, Tried, Want, half_decades, search
 from .runs import Runs, name_of_metric
@@ -315,30 +317,56 @@ def _say(text:str) -> None:
 
 class Told:
     """Make runs through `Runs`, and report each to a `Reporter`"""
-    def __init__(self, runs:Runs, reporter:Reporter):
-        self.runs, self.reporter = runs, reporter
+    def __init__(self, runs:Runs, reporter:Reporter,
+                 elsewhere:Callable|None=None): # makes a list of jobs on other machines: see `mapped`
+        self.runs, self.reporter, self.elsewhere = runs, reporter, elsewhere
+        self.known = {} # made elsewhere: job -> outcome
 
     def __call__(self, bench:Bench, recipe:Recipe, rate:float, seed:int, split:str, steps:int|None=None,
                  doses:tuple=()) -> dict:
+        if (recipe.name, rate, seed, split) in self.known:
+            return self.known[recipe.name, rate, seed, split]
         made, t = self.runs.made, time.monotonic()
         o = self.runs(bench, recipe, rate, seed, split, steps, doses)
-        seconds = time.monotonic() - t if self.runs.made > made else None
+        return self._tell(bench, recipe, rate, seed, split, steps, o,
+                          time.monotonic() - t if self.runs.made > made else None)
+
+    def _tell(self, bench, recipe, rate, seed, split, steps, o, seconds) -> dict:
         kind = 'test' if split == 'test' else 'tuning'
         self.reporter.ran(recipe.name, rate, seed, kind, o, bench.how, seconds, steps or bench.steps)
         return o
 
-def tune_arms(bench:Bench, arms:Mapping, runs:Callable, seeds:list[int], work:Mapping, wants:list[Want],
+    def ahead(self, bench:Bench, jobs:list[tuple[Recipe, float, int]], split:str, steps:int|None=None,
+              doses:tuple=()):
+        "Make runs elsewhere, before they are asked for; those with a file are read"
+        todo = []
+        for recipe, rate, seed in jobs if self.elsewhere else ():
+            o = self.runs.kept(bench, recipe, rate, seed, split, steps, doses)
+            if o:
+                self._tell(bench, recipe, rate, seed, split, steps, o, None)
+                self.known[recipe.name, rate, seed, split] = o
+            else:
+                todo.append((recipe, rate, seed, split, steps, doses))
+        t = time.monotonic()
+        for job, o in zip(todo, self.elsewhere(todo) if todo else ()):
+            o = self.runs.write(o, bench, *job)
+            self.known[job[0].name, *job[1:4]] = self._tell(bench, *job[:5], o, time.monotonic() - t)
+            t = time.monotonic() # between two results, so that the rest is predicted for all workers together
+
+def tune_arms(bench:Bench, arms:Mapping, runs:Told, seeds:list[int], work:Mapping, wants:list[Want],
               race:bool=False, doses:tuple=(), steps:int|None=None) -> tuple[Tried, dict]:
     "Search the rates of all arms; return what was tried, and who was stopped early by whom"
     stopped = {}
     def run(arm, rate, seed):
         return runs(bench, arms[arm][0], rate, seed, 'validation', steps, doses)
+    def ahead(jobs):
+        runs.ahead(bench, [(arms[a][0], rate, seed) for a, rate, seed in jobs], 'validation', steps, doses)
     def drop(tried):
         stopped.update(lost_races(tried))
         return stopped
     grids = {n: Grid(thinned(rates, work['rates'])) for n, (_, rates) in arms.items()}
     tried = search(grids, run, wants, tuning_seeds(seeds), work['extend'], work['refine'], work['again'],
-                   drop if race else lambda t: ())
+                   drop if race else lambda t: (), ahead=ahead)
     return tried, stopped
 
 def _tuned_words(tried:Tried, arm:str, best:dict, equal:dict) -> dict:
@@ -422,6 +450,7 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
             out:str|Path='ftlab-runs/compare', # folder of the runs, result.json, tradeoff.png and index.html
             resume:bool=True,          # take finished runs from `out`
             keep:bool=False,           # keep the change of every run beside its numbers
+           executor:str|Callable|None=None, # 'ray' or map(f, jobs): make the runs elsewhere, see `mapped`; None: here
             progress:bool|Callable=True, # say what ran and how long the rest takes; a function gets it: see `Reporter`
             **settings                 # go to `fit`: schedule, warmup, weight_decay, ...
            ) -> Comparison:
@@ -439,6 +468,8 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
     if len({len(set(rates)) for _, rates in arms.values()}) > 1:
         raise ValueError('every method must get the same number of learning rates; there are '
                          + ', '.join(f'{len(set(r))} for {n}' for n, (_, r) in arms.items()))
+    if executor and keep:
+        raise ValueError('keep=True keeps the changes of runs that are made here; leave executor or keep out')
     work = effort(arms, len(seeds), max_runs, tune, 2 if lose_at_most is None else 3)
     bench = Bench(model, data, old, metric, items=items, old_items=old_items,
                   validation_items=validation_items, old_validation_items=old_validation_items,
@@ -451,10 +482,11 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
     limit = check_limit(lose_at_most, bench.how, in_nats, bool(work['tuning']))
     check_room(out) # before the first run, not after it
     with only_writer(out):
-        runs = Told(Runs(Path(out)/'runs', resume, keep),
-                    _begun(bench, arms, work, progress))
-        comparison = Comparison(_compared(bench, arms, runs, seeds, work, race, limit, tune_steps)
-                                | dict(model=_model_name(model), versions=versions()))
+        reporter = _begun(bench, arms, work, progress)
+        with mapped(executor, bench) if executor else nullcontext() as elsewhere:
+            runs = Told(Runs(Path(out)/'runs', resume, keep), reporter, elsewhere)
+            result = _compared(bench, arms, runs, seeds, work, race, limit, tune_steps)
+        comparison = Comparison(result | dict(model=_model_name(model), versions=versions()))
         comparison.save(out)
     return comparison
 
@@ -475,6 +507,8 @@ def _compared(bench, arms, runs, seeds, work, race, limit, tune_steps) -> dict:
     done = {n: [] for n in found.live}
     rates = {n: _test_rates(found, n) for n in found.live}
     runs.reporter.rest.tests({n: len(seeds)*len(of) for n, of in rates.items()})
+    runs.ahead(bench, [(arms[n][0], r, seed) for seed in seeds for n in found.live for r in rates[n]],
+               'test', doses=doses)
     for seed in seeds:
         for n in found.live:
             done[n].append({r: runs(bench, arms[n][0], r, seed, 'test', doses=doses)
