@@ -15,8 +15,8 @@ from pathlib import Path
 import ftlab
 from .commands.background import reports_to, run_status, run_stop, start
 from .commands.claims import run_claims
-from .commands.given import (columns_of, data_of, finite, listed, model_of, new_folder,
-                                  not_negative, old_of, positive, rate, rates)
+from .commands.given import (columns_of, data_of, finite, listed, mixture_of, model_of,
+                                  new_folder, not_negative, old_of, positive, rate, rates)
 from .commands.init import run_init
 from .commands.jupyter import run_lab
 from .commands.memory import estimate, estimate_lines
@@ -93,6 +93,7 @@ def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
     run = _trained(a, model, tok, data, recipe, grid[0])
     record = dict(model=a.model, revision=a.revision, data=data.name, eval=a.eval,
                   columns=columns_of(a), carry=listed(a.carry or ''), wanted=a.wanted,
+                  mixture=mixture_of(a), label_order=listed(a.labels or '') or None,
                   labels=data.labels, seed=a.seed,
                   recipe=recipe.describe(), settings=run.settings, cost=run.cost,
                   interrupted=run.interrupted, metric=metric, before=before,
@@ -216,13 +217,16 @@ COMMON = {
     '--revision': dict(metavar='NAME', help='revision of the model (default: its newest)'),
     '--data': dict(metavar='PATH',
                    help='a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, a data set of the '
-                        'Hugging Face hub (owner/name), or the name of a lab skill'),
+                        'Hugging Face hub (owner/name), or the name of a lab skill; several with their shares of the '
+                        'training rows: new.jsonl=.9,old.jsonl=.1 (tested on the first)'),
     '--eval': dict(metavar='PATH', help='test rows (default: a tenth of the data is kept for testing)'),
     '--columns': dict(metavar='OURS=THEIRS',
                       help='how your columns are called, such as prompt=question,response=answer; '
                            'prompt=instruction+input joins two'),
     '--carry': dict(metavar='COLUMNS', help='columns to leave unread, such as context,weight'),
     '--wanted': dict(choices=('only',), help='only: of rows labelled true or false, keep those that are true'),
+    '--labels': dict(metavar='NAMES', help='names of the labels in order, with commas between: no,maybe,yes '
+                                           '(default: those of the data, sorted)'),
     '--old': dict(metavar='SOURCE',
                   help='what the model could do before, to measure what it forgets: a file, a folder, a lab skill, '
                        'auto (its own answers, asked before the run), auto:PROMPTS.txt or lm_eval:TASK; several '
@@ -252,7 +256,7 @@ COMMON = {
 
 def _take(p, names:str, **more):
     "Add common arguments to a parser; `more` changes one of them: data=dict(required=True)"
-    for n in names.replace('columns', 'columns carry wanted').split():
+    for n in names.replace('columns', 'columns carry wanted labels').split():
         p.add_argument(f'--{n}', *(['--methods'] if n == 'method' else []),
                        **COMMON[f'--{n}'] | more.get(n.replace('-', '_'), {}))
     return p.add_argument
@@ -317,7 +321,8 @@ def _compare(p):
     add('--resume', action=switch, default=True, help='reuse the finished runs in --out (default: yes)')
     add('--quiet', action='store_true', help='print no line for each finished run')
     add('--executor', choices=('ray',),
-        help='ray: make the runs on a Ray cluster, or on all cores here if none is running (default: one after another)')
+        help='ray: make the runs on a Ray cluster, or on all cores of this machine if none is running '
+             '(default: one after another)')
     add('--background', action='store_true',
         help='go on after the terminal is closed; index.html in --out shows how far it is (not on Windows)')
     add('--as-child', help=argparse.SUPPRESS) # the process that --background starts

@@ -10,7 +10,7 @@ import math
 import os
 import shlex
 from pathlib import Path
-from .given import columns_of, data_of, listed
+from .given import data_of, mixture_of, reading_of
 
 # %% auto #0
 __all__ = ['from_notebook', 'small_budget', 'start_notebook', 'run_init']
@@ -51,8 +51,7 @@ def _call(given:dict) -> str:
 
 def _data_cells(a, data, out) -> list[tuple[str, str]]:
     model = f'MODEL = {_model_name(a.model, out)!r}\nDATA = {_data_name(a.data, out)!r}'
-    how = dict(test=a.eval and _data_name(a.eval, out), columns=columns_of(a),
-               carry=listed(a.carry or ''), wanted=a.wanted)
+    how = dict(test=a.eval and _data_name(a.eval, out), **reading_of(a))
     labels = ', labels=data.labels' if data.labels else ''
     revision = f', revision={a.revision!r}' if a.revision else ''
     return [
@@ -82,7 +81,7 @@ def _reading_cells(data) -> list[tuple[str, str]]:
 def _options(a, out) -> list[str]:
     "Return --data and what belongs to it as a list of arguments, paths as the notebook names them"
     given = dict(eval=a.eval and _data_name(a.eval, out), columns=a.columns, carry=a.carry,
-                 wanted=a.wanted, revision=a.revision)
+                 wanted=a.wanted, labels=a.labels, revision=a.revision)
     return [f'--{k}={v}' for k, v in given.items() if v]
 
 def _budget_cells(a, data, out) -> list[tuple[str, str]]:
@@ -154,6 +153,8 @@ def start_notebook(a:argparse.Namespace, # model, data, eval, columns, carry, wa
 # %% ../../nbs/commands/init.ipynb #ae394ac1
 def run_init(a:argparse.Namespace) -> tuple[dict, str]:
     "Write a starting notebook for a model and data"
+    if mixture_of(a):
+        raise ValueError('--data is a mixture; name one source, and mix in the notebook with ftlab.mix')
     out, data = Path(a.out), data_of(a)
     for split in ('validation', 'test'):
         if not getattr(data, split):
