@@ -13,9 +13,11 @@ import sys
 import textwrap
 from pathlib import Path
 import ftlab
+from .commands.background import reports_to, run_status, run_stop, start
 from .commands.claims import run_claims
-from .commands.given import (columns_of, data_of, finite, listed, model_of, new_folder,
-                                  not_negative, old_of, positive, rate, rates)
+from .commands.given import (columns_of, data_of, finite, listed, mixture_of, model_of,
+                                  new_folder, not_negative, old_of, positive, rate, rates)
+from .commands.init import run_init
 from .commands.jupyter import run_lab
 from .commands.memory import estimate, estimate_lines
 from .commands.merge import merge_rules, run_merge
@@ -30,18 +32,28 @@ __all__ = ['COMMON', 'FROM_RUN', 'COMMANDS', 'run_compare', 'run_fit', 'run_repo
 def run_compare(a:argparse.Namespace) -> tuple[dict, str]:
     "Train several methods, tuned in the same way, and measure each"
     from ftlab.instruments.compare import plan
+    if a.status and a.stop:
+        raise ValueError('give --status or --stop, not both')
+    if a.status or a.stop:
+        return run_stop(a.stop) if a.stop else run_status(a.status)
     methods = listed(a.methods)
     arms, data = plan(methods, a.lrs, a.tune), data_of(a)
+    if a.dry_run and a.background:
+        raise ValueError('--dry-run trains nothing; give it or --background')
     if a.dry_run:
         e = estimate(a, data, arms, a.tune, a.seeds)
         return e, estimate_lines(e)
+    if a.background and not a.as_child:
+        return start(a)
     c = ftlab.compare(methods, a.model, data, old=old_of(a), metric=a.metric, seeds=a.seeds,
                       steps=a.steps, batch_size=a.batch_size, lrs=a.lrs, tune=a.tune,
                       items=a.items, old_items=a.old_items, max_length=a.max_length,
                       device=a.device, precision=a.precision, dtype=a.dtype, revision=a.revision,
                       head=a.head,
                       budget=a.budget, out=a.out, resume=a.resume, lose_at_most=a.lose_at_most,
-                      max_runs=a.max_runs, race=a.race)
+                      max_runs=a.max_runs, race=a.race,
+                      progress=reports_to(a) if a.as_child else not a.quiet,
+                      executor=a.executor)
     return c.json(), f'{c!r}\n{Path(a.out)/"index.html"}'
 
 # %% ../nbs/cli.ipynb #0014d2b6
@@ -82,6 +94,7 @@ def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
     run = _trained(a, model, tok, data, recipe, grid[0])
     record = dict(model=a.model, revision=a.revision, data=data.name, eval=a.eval,
                   columns=columns_of(a), carry=listed(a.carry or ''), wanted=a.wanted,
+                  mixture=mixture_of(a), label_order=listed(a.labels or '') or None,
                   labels=data.labels, seed=a.seed,
                   recipe=recipe.describe(), settings=run.settings, cost=run.cost,
                   interrupted=run.interrupted, metric=metric, before=before,
@@ -205,13 +218,16 @@ COMMON = {
     '--revision': dict(metavar='NAME', help='revision of the model (default: its newest)'),
     '--data': dict(metavar='PATH',
                    help='a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, a data set of the '
-                        'Hugging Face hub (owner/name), or the name of a lab skill'),
+                        'Hugging Face hub (owner/name), or the name of a lab skill; several with their shares of the '
+                        'training rows: new.jsonl=.9,old.jsonl=.1 (tested on the first)'),
     '--eval': dict(metavar='PATH', help='test rows (default: a tenth of the data is kept for testing)'),
     '--columns': dict(metavar='OURS=THEIRS',
                       help='how your columns are called, such as prompt=question,response=answer; '
                            'prompt=instruction+input joins two'),
     '--carry': dict(metavar='COLUMNS', help='columns to leave unread, such as context,weight'),
     '--wanted': dict(choices=('only',), help='only: of rows labelled true or false, keep those that are true'),
+    '--labels': dict(metavar='NAMES', help='names of the labels in order, with commas between: no,maybe,yes '
+                                           '(default: those of the data, sorted)'),
     '--old': dict(metavar='SOURCE',
                   help='what the model could do before, to measure what it forgets: a file, a folder, a lab skill, '
                        'auto (its own answers, asked before the run), auto:PROMPTS.txt or lm_eval:TASK; several '
@@ -241,7 +257,7 @@ COMMON = {
 
 def _take(p, names:str, **more):
     "Add common arguments to a parser; `more` changes one of them: data=dict(required=True)"
-    for n in names.replace('columns', 'columns carry wanted').split():
+    for n in names.replace('columns', 'columns carry wanted labels').split():
         p.add_argument(f'--{n}', *(['--methods'] if n == 'method' else []),
                        **COMMON[f'--{n}'] | more.get(n.replace('-', '_'), {}))
     return p.add_argument
@@ -261,6 +277,13 @@ def _training(p, out:str):
     add('--dry-run', action='store_true',
         help='train nothing; print memory, tokens and minutes that it would take, and whether it fits')
     return add
+
+class _Instead(argparse.Action):
+    "An option that replaces the command's work, so that no other option is required"
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values)
+        for action in parser._actions:
+            action.required = False
 
 def _fit(p):
     add = _training(p, 'ftlab-runs/fit')
@@ -297,6 +320,16 @@ def _compare(p):
     add('--race', action='store_true',
         help='stop methods early that are beaten beyond doubt at every gain')
     add('--resume', action=switch, default=True, help='reuse the finished runs in --out (default: yes)')
+    add('--quiet', action='store_true', help='print no line for each finished run')
+    add('--executor', choices=('ray',),
+        help='ray: make the runs on a Ray cluster, or on all cores of this machine if none is running '
+             '(default: one after another)')
+    add('--background', action='store_true',
+        help='go on after the terminal is closed; index.html in --out shows how far it is (not on Windows)')
+    add('--as-child', help=argparse.SUPPRESS) # the process that --background starts
+    add('--status', action=_Instead, metavar='DIR', help='only say how far the comparison in the background of DIR is')
+    add('--stop', action=_Instead, metavar='DIR',
+        help='only stop the comparison in the background of DIR; what is finished is kept')
 
 # %% ../nbs/cli.ipynb #0023513c
 FROM_RUN = dict(help='the base (default: the one that run.json beside the change names)')
@@ -346,6 +379,11 @@ def _lab(p):
         help='of the local server; if it is taken, the next free one (default: %(default)s)')
     add('--no-browser', action='store_true', help='print the address instead of opening a browser')
 
+def _init(p):
+    must = dict(required=True)
+    _take(p, 'model revision data eval columns out', model=must, data=must,
+          out=dict(default='start.ipynb', help='the notebook to write (default: %(default)s)'))
+
 def _skills(p):
     add = _take(p, 'model revision device', model=dict(default='lab-m',
                 help='a lab model, or one fine-tuned from it (default: %(default)s)'))
@@ -368,6 +406,8 @@ def _claims(p):
 
 # %% ../nbs/cli.ipynb #0018d2b6
 COMMANDS = dict( # name -> what runs it, what adds its arguments, what it does, an example
+    init=(run_init, _init, 'write a starting notebook for your model and data',
+          'ftlab init --model lab-s --data my.jsonl'),
     doctor=(run_doctor, _doctor, 'find what goes wrong without an error, before a run or after it',
             'ftlab doctor --model lab-s --data my.jsonl --method lora'),
     show=(run_show, lambda p: add_show(p, _take), 'show rows as the model reads them, and what of them is learned',
@@ -415,6 +455,7 @@ def main(argv:list[str]|None=None # the arguments; None: those of the process
     The exit code is 0 on success, 1 for an error or a --dry-run that does not fit, 2 for arguments
     that cannot be read, and 130 after Ctrl-C."""
     a = parser().parse_args(argv)
+    a.argv = sys.argv[1:] if argv is None else list(argv)
     try:
         with notes(_options(a)):
             found, said = a.run(a)

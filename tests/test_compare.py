@@ -1,5 +1,6 @@
 "The rules of a comparison on numbers made by hand, and comparisons of tiny models from end to end"
-import copy, dataclasses, json, math
+import copy, dataclasses, json, math, re
+from types import SimpleNamespace
 from statistics import fmean
 import pytest, torch
 from scipy import stats
@@ -372,16 +373,24 @@ def test_the_json_has_the_promised_shape(plain, tmp_path):
 @pytest.mark.parametrize('notebook', [False, True])
 def test_the_number_of_runs_and_the_time_come_first_and_then_each_run(
     plain, tmp_path, monkeypatch, capsys, notebook):
-    monkeypatch.setattr('ftlab.instruments.compare.in_notebook', lambda: notebook)
+    shown = []
+    def display(html, display_id):
+        shown.append(html.data)
+        return SimpleNamespace(update=lambda html: shown.append(html.data))
+    for module in ('compare', 'progress'):
+        monkeypatch.setattr(f'ftlab.instruments.{module}.in_notebook', lambda: notebook)
+    monkeypatch.setattr('IPython.display.display', display)
     ask = dict(seeds=2, lrs=[1e-3], tune=False, out=tmp_path, **FAST | dict(steps=2, evaluations=1))
     compare(['full', 'lora'], *plain, **ask | dict(progress=True))
     said = capsys.readouterr()
     lines, other = (said.out, said.err)[::1 if notebook else -1]
     lines = [x for x in lines.splitlines() if not x.startswith('warning: ')]
     assert lines[0].startswith('at most 4 runs, 0 of them to tune; about ') and lines[0].endswith(' minutes')
-    assert [x.split(': gain')[0] for x in lines[1:]] == [
-        f'run {i}: {m} at 0.001, seed {s}' for i, (s, m) in
-        enumerate([(0, 'full'), (0, 'lora'), (1, 'full'), (1, 'lora')], 1)] and not other
+    runs = [f'run {i} of 4: {m} at 0.001, seed {s}' for i, (s, m) in
+            enumerate([(0, 'full'), (0, 'lora'), (1, 'full'), (1, 'lora')], 1)]
+    assert [x.split(': gain')[0] for x in lines[1:]] == ([] if notebook else runs) and not other
+    assert notebook or all(re.search(r'; \d+ s so far, about \d+ s left$', x) for x in lines[1:])
+    assert [runs[i] in html for i, html in enumerate(shown)] == [True]*4*notebook
     compare(['full', 'lora'], *plain, **ask)
     assert capsys.readouterr() == ('', ''), 'progress=False says nothing'
 
@@ -396,6 +405,21 @@ def test_what_the_doctor_finds_in_the_data_comes_first_and_stays_on_the_page(pla
     assert said[1 + len(found)].startswith('run 1')
     page = ' '.join(warned(c.result))
     assert all(f['fix'] in page and f['fix'] in ' '.join(said) for f in found)
+
+def test_each_run_is_reported_to_a_function(plain, tmp_path):
+    """A search: the number of runs is the largest possible one until the tuning has ended; at the end nothing
+    is left; runs that were kept say so and count no time"""
+    heard, again = [], []
+    ask = dict(seeds=1, lrs=[3e-3, 1e-2], out=tmp_path, max_runs=8, **FAST | dict(steps=2, evaluations=1))
+    one = compare(['full', 'lora'], *plain, **ask | dict(progress=heard.append))
+    assert [x['run'] for x in heard] == [*range(1, len(heard) + 1)]
+    assert heard[-1]['of'] == len(heard) and heard[-1]['left'] == 0 and heard[-1]['exact']
+    assert {x['exact'] for x in heard if x['kind'] == 'tuning'} == {False}
+    assert all(x['left'] > 0 for x in heard[:-1]) and not any(x['kept'] for x in heard)
+    assert [x['elapsed'] for x in heard] == sorted(x['elapsed'] for x in heard)
+    two = compare(['full', 'lora'], *plain, **ask | dict(progress=again.append))
+    assert all(x['kept'] for x in again) and len(again) == len(heard)
+    assert two.json()['methods'] == one.json()['methods'], 'nothing in the result depends on what is shown'
 
 SEARCH = dict(seeds=3, lrs=[3e-3, 1e-2], lose_at_most=100)
 

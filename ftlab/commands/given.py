@@ -12,8 +12,8 @@ from pathlib import Path
 import ftlab
 
 # %% auto #0
-__all__ = ['positive', 'not_negative', 'rate', 'finite', 'listed', 'rates', 'columns_of', 'old_of', 'data_of', 'model_of',
-           'bench_of', 'new_folder']
+__all__ = ['positive', 'not_negative', 'rate', 'finite', 'listed', 'rates', 'columns_of', 'old_of', 'mixture_of', 'reading_of',
+           'data_of', 'model_of', 'bench_of', 'new_folder']
 
 # %% ../../nbs/commands/given.ipynb #00066f2e
 def _number(text:str, make:Callable, fits:Callable, must:str):
@@ -77,10 +77,38 @@ def old_of(a:argparse.Namespace) -> str|dict|None:
         raise ValueError(f'--old names {twice[0]!r} twice; give each set a name of its own')
     return {name: source for name, _, source in pairs}
 
+def mixture_of(a:argparse.Namespace) -> dict[str, float]|None:
+    """Return `--data SOURCE=SHARE,SOURCE=SHARE` as a dictionary; `None` for a single source.
+    Raises `ValueError` for a part without a share, and for a source that is given twice."""
+    if not a.data or Path(a.data).exists() or '=' not in a.data: # a path may contain commas and =
+        return None
+    pairs = [part.rpartition('=') for part in a.data.split(',')]
+    if odd := [''.join(p) for p in pairs if not (p[0] and _is_number(p[2]))]:
+        raise ValueError(f'--data has {odd[0]!r} without a share; write a mixture as SOURCE=SHARE,SOURCE=SHARE, '
+                         'such as new.jsonl=.9,old.jsonl=.1')
+    names = [source for source, _, _ in pairs]
+    if twice := [s for s in names if names.count(s) > 1]:
+        raise ValueError(f'--data names {twice[0]!r} twice; give each source once')
+    return {source: float(share) for source, _, share in pairs}
+
+def _is_number(text:str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+def reading_of(a:argparse.Namespace) -> dict:
+    "Return how the rows are read: columns, carry, wanted, and the order of the labels"
+    return dict(columns=columns_of(a), carry=listed(a.carry or ''), wanted=a.wanted,
+                labels=listed(a.labels) if a.labels else None)
+
 def data_of(a:argparse.Namespace):
-    "Read the data of `--data`, with the test rows of `--eval`"
-    return ftlab.data(a.data, test=a.eval, columns=columns_of(a), carry=listed(a.carry or ''),
-                      wanted=a.wanted)
+    "Read the data of `--data`, one source or a mixture, with the test rows of `--eval`"
+    shares = mixture_of(a)
+    if shares is None:
+        return ftlab.data(a.data, test=a.eval, **reading_of(a))
+    from ftlab.core.mix import read_mix
+    return read_mix(shares, test=a.eval, **reading_of(a))
 
 def model_of(a:argparse.Namespace, **more):
     "Load the model of `--model`, and its tokenizer"

@@ -9,9 +9,10 @@ import random
 from collections.abc import Mapping
 from pathlib import Path
 from .data import Data, Notes, data, note_overlap
+from .lab import lab
 
 # %% auto #0
-__all__ = ['row_counts', 'mix']
+__all__ = ['row_counts', 'mix', 'read_mix']
 
 # %% ../../nbs/core/mix.ipynb #0006313a
 def row_counts(shares:list[float], n:int) -> list[int]:
@@ -124,3 +125,16 @@ def _notes(parts, counts, rows, judge) -> Notes:
     notes.counts['sources'] = {name: d.counts for name, d, _ in parts}
     note_overlap(rows, parts[0][1].kind, notes)
     return notes
+
+# %% ../../nbs/core/mix.ipynb #e2d6e5d0
+def read_mix(shares:Mapping[str, float], # source -> share
+             test=None,                  # as in `data`, for the first source
+             **how                       # columns, carry, wanted, labels: as in `data`, for every source but lab skills
+            ) -> Data:
+    "Read each source and mix them; raises what `data` and `mix` raise"
+    skills = lab('lookup').ALL_SKILLS
+    read = {}
+    for i, s in enumerate(shares):
+        more = dict(test=test) if i == 0 and test is not None else {}
+        read[s] = data(s, **more) if s in skills else data(s, **how, **more)
+    return mix({s: (read[s], share) for s, share in shares.items()})

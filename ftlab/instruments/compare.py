@@ -5,7 +5,8 @@
 # %% ../../nbs/instruments/compare.ipynb #7e16cdc2
 from __future__ import annotations
 import itertools, json, math, sys, time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
@@ -23,6 +24,8 @@ from .case import SETTINGS
 from .doctor import examine_data
 from .frontier import (at_gain, best_gain, common_gain, frontier,
                                         paired_difference, pooled, reading)
+from .executor import mapped
+from .progress import Remaining, Reporter
 from .rates import SEEDS, Grid, Tried, Want, half_decades, search
 from .runs import Runs, name_of_metric
 from ..methods import get
@@ -32,7 +35,7 @@ from ..trainers.watch import in_notebook
 # %% auto #0
 __all__ = ['THINNER', 'DOSES', 'SEED_KEYS', 'VERSION', 'interval', 'plan', 'tuning_seeds', 'effort', 'thinned',
            'expected_seconds', 'beaten', 'lost_races', 'hangs_on_rate', 'within_limit', 'read_at', 'seed_row',
-           'method_row', 'upgraded', 'Comparison', 'tune_arms', 'check_limit', 'compare']
+           'method_row', 'upgraded', 'Comparison', 'Told', 'tune_arms', 'check_limit', 'compare']
 
 # %% ../../nbs/instruments/compare.ipynb #0005c6d6
 def interval(values:list[float|None], # one number a seed
@@ -315,33 +318,59 @@ def _say(text:str) -> None:
     # a notebook shows standard error in red, as if something were wrong
     print(text, file=sys.stdout if in_notebook() else sys.stderr, flush=True)
 
-def _tell(bench, runs, what, o) -> None:
-    "Say what a run found, and how many have finished"
-    if bench.progress:
-        ended = f' ({o["error"] or o["stopped"]})' if o['error'] or o['stopped'] else ''
-        _say(f'run {runs.made + runs.taken}: {what}: gain {o["gain"]:.3f}, '
-             f'{bench.how} {o["forgetting"]:.3f}{ended}')
+class Told:
+    """Make runs through `Runs`, and report each to a `Reporter`"""
+    def __init__(self, runs:Runs, reporter:Reporter,
+                 elsewhere:Callable|None=None): # makes a list of jobs on other machines: see `mapped`
+        self.runs, self.reporter, self.elsewhere = runs, reporter, elsewhere
+        self.known = {} # made elsewhere: job -> outcome
 
-def tune_arms(bench:Bench, arms:Mapping, runs:Runs, seeds:list[int], work:Mapping, wants:list[Want],
+    def __call__(self, bench:Bench, recipe:Recipe, rate:float, seed:int, split:str, steps:int|None=None,
+                 doses:tuple=()) -> dict:
+        if (recipe.name, rate, seed, split) in self.known:
+            return self.known[recipe.name, rate, seed, split]
+        made, t = self.runs.made, time.monotonic()
+        o = self.runs(bench, recipe, rate, seed, split, steps, doses)
+        return self._tell(bench, recipe, rate, seed, split, steps, o,
+                          time.monotonic() - t if self.runs.made > made else None)
+
+    def _tell(self, bench, recipe, rate, seed, split, steps, o, seconds) -> dict:
+        kind = 'test' if split == 'test' else 'tuning'
+        self.reporter.ran(recipe.name, rate, seed, kind, o, bench.how, seconds, steps or bench.steps)
+        return o
+
+    def ahead(self, bench:Bench, jobs:list[tuple[Recipe, float, int]], split:str, steps:int|None=None,
+              doses:tuple=()):
+        "Make runs elsewhere, before they are asked for; those with a file are read"
+        todo = []
+        for recipe, rate, seed in jobs if self.elsewhere else ():
+            o = self.runs.kept(bench, recipe, rate, seed, split, steps, doses)
+            if o:
+                self._tell(bench, recipe, rate, seed, split, steps, o, None)
+                self.known[recipe.name, rate, seed, split] = o
+            else:
+                todo.append((recipe, rate, seed, split, steps, doses))
+        t = time.monotonic()
+        for job, o in zip(todo, self.elsewhere(todo) if todo else ()):
+            o = self.runs.write(o, bench, *job)
+            self.known[job[0].name, *job[1:4]] = self._tell(bench, *job[:5], o, time.monotonic() - t)
+            t = time.monotonic() # between two results, so that the rest is predicted for all workers together
+
+def tune_arms(bench:Bench, arms:Mapping, runs:Told, seeds:list[int], work:Mapping, wants:list[Want],
               race:bool=False, doses:tuple=(), steps:int|None=None) -> tuple[Tried, dict]:
     "Search the rates of all arms; return what was tried, and who was stopped early by whom"
     stopped = {}
     def run(arm, rate, seed):
-        o = runs(bench, arms[arm][0], rate, seed, 'validation', steps, doses)
-        _tell(bench, runs, f'{arm} at {rate:g}, tuning', o)
-        return o
+        return runs(bench, arms[arm][0], rate, seed, 'validation', steps, doses)
+    def ahead(jobs):
+        runs.ahead(bench, [(arms[a][0], rate, seed) for a, rate, seed in jobs], 'validation', steps, doses)
     def drop(tried):
         stopped.update(lost_races(tried))
         return stopped
     grids = {n: Grid(thinned(rates, work['rates'])) for n, (_, rates) in arms.items()}
     tried = search(grids, run, wants, tuning_seeds(seeds), work['extend'], work['refine'], work['again'],
-                   drop if race else lambda t: ())
+                   drop if race else lambda t: (), ahead=ahead)
     return tried, stopped
-
-def _test(bench, runs, recipe, rate, seed, doses) -> dict:
-    o = runs(bench, recipe, rate, seed, 'test', doses=doses)
-    _tell(bench, runs, f'{recipe.name} at {rate:g}, seed {seed}', o)
-    return o
 
 def _tuned_words(tried:Tried, arm:str, best:dict, equal:dict) -> dict:
     "Return how an arm was tuned, for the result"
@@ -424,7 +453,8 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
             out:str|Path='ftlab-runs/compare', # folder of the runs, result.json, tradeoff.png and index.html
             resume:bool=True,          # take finished runs from `out`
             keep:bool=False,           # keep the change of every run beside its numbers
-            progress:bool=True,        # say what is running
+           executor:str|Callable|None=None, # 'ray' or map(f, jobs): make the runs elsewhere, see `mapped`; None: here
+            progress:bool|Callable=True, # say what ran and how long the rest takes; a function gets it: see `Reporter`
             **settings                 # go to `fit`: schedule, warmup, weight_decay, ...
            ) -> Comparison:
     """Fine-tune by each method, over rates and seeds, all tuned alike, and measure what each gained and broke.
@@ -441,30 +471,39 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
     if len({len(set(rates)) for _, rates in arms.values()}) > 1:
         raise ValueError('every method must get the same number of learning rates; there are '
                          + ', '.join(f'{len(set(r))} for {n}' for n, (_, r) in arms.items()))
+    if executor and keep:
+        raise ValueError('keep=True keeps the changes of runs that are made here; leave executor or keep out')
     work = effort(arms, len(seeds), max_runs, tune, 2 if lose_at_most is None else 3)
     bench = Bench(model, data, old, metric, items=items, old_items=old_items,
                   validation_items=validation_items, old_validation_items=old_validation_items,
                   steps=steps,
                   evaluations=evaluations, evaluate_every=evaluate_every, max_length=max_length,
-                  device=device, dtype=dtype, revision=revision, budget=budget, progress=progress,
+                  device=device, dtype=dtype, revision=revision, budget=budget,
+                  progress=progress is True,
                   batch_size=batch_size, precision=precision, **settings)
     in_nats = [s.name for s in bench.old_sets(0, 'validation') if s.metric == 'nll']
     limit = check_limit(lose_at_most, bench.how, in_nats, bool(work['tuning']))
     check_room(out) # before the first run, not after it
     found = _found(bench)
     with only_writer(out):
-        if progress:
-            runs_at_most = work['tuning'] + work['test']
-            _say(f'at most {runs_at_most} runs, {work["tuning"]} of them to tune; '
-                 f'about {expected_seconds(bench, arms, work)/60:.0f} minutes')
-            for f in found:
-                _say(f'{f["severity"]}: {f["seen"]}; to fix it, {f["fix"]}')
-        runs = Runs(Path(out)/'runs', resume, keep)
-        comparison = Comparison(_compared(bench, arms, runs, seeds, work, race, limit, tune_steps)
-                                | dict(model=_model_name(model), findings=found,
-                                       versions=versions()))
+        reporter = _begun(bench, arms, work, progress, found)
+        with mapped(executor, bench) if executor else nullcontext() as elsewhere:
+            runs = Told(Runs(Path(out)/'runs', resume, keep), reporter, elsewhere)
+            result = _compared(bench, arms, runs, seeds, work, race, limit, tune_steps)
+        comparison = Comparison(result | dict(model=_model_name(model), findings=found,
+                                          versions=versions()))
         comparison.save(out)
     return comparison
+
+def _begun(bench, arms, work, progress, found) -> Reporter:
+    "Say how many runs there are at most, how long they take, and what is wrong with the data"
+    seconds = expected_seconds(bench, arms, work) if progress else None
+    if progress is True:
+        _say(f'at most {work["tuning"] + work["test"]} runs, {work["tuning"]} of them to tune; '
+             f'about {seconds/60:.0f} minutes')
+        for f in found:
+            _say(f'{f["severity"]}: {f["seen"]}; to fix it, {f["fix"]}')
+    return Reporter(Remaining(arms, work, seconds), progress)
 
 def _found(bench) -> list[dict]:
     "Return what the doctor finds in the data and the rows, without notes"
@@ -480,13 +519,14 @@ def _compared(bench, arms, runs, seeds, work, race, limit, tune_steps) -> dict:
     if found.tried and limit is not None:
         found.limits = {n: within_limit(found.tried, n, limit) for n in found.live}
     done = {n: [] for n in found.live}
+    rates = {n: _test_rates(found, n) for n in found.live}
+    runs.reporter.rest.tests({n: len(seeds)*len(of) for n, of in rates.items()})
+    runs.ahead(bench, [(arms[n][0], r, seed) for seed in seeds for n in found.live for r in rates[n]],
+               'test', doses=doses)
     for seed in seeds:
         for n in found.live:
-            rates = {found.best[n]['rate'], found.equal[n]['rate']}
-            if found.limits.get(n):
-                rates.add(found.limits[n]['rate'])
-            done[n].append({r: _test(bench, runs, arms[n][0], r, seed, doses)
-                            for r in sorted(rates)})
+            done[n].append({r: runs(bench, arms[n][0], r, seed, 'test', doses=doses)
+                            for r in rates[n]})
     if not found.tried:
         ran = {n: [o for of in rows for o in of.values() if not o['error']]
                for n, rows in done.items()}
@@ -498,7 +538,14 @@ def _compared(bench, arms, runs, seeds, work, race, limit, tune_steps) -> dict:
                 methods=[_method(n, recipe, found, done.get(n), limit)
                          for n, (recipe, _) in arms.items()],
                 tuning=_tuning(found, seeds, tune_steps or bench.steps),
-                runs=dict(made=runs.made, taken=runs.taken, cpu_seconds=runs.spent + runs.saved))
+                runs=dict(made=runs.runs.made, taken=runs.runs.taken,
+                          cpu_seconds=runs.runs.spent + runs.runs.saved))
+
+def _test_rates(found, name) -> list[float]:
+    "Return the rates at which a method runs on the test seeds"
+    within = found.limits.get(name)
+    return sorted({of[name]['rate'] for of in (found.best, found.equal)}
+                  | ({within['rate']} if within else set()))
 
 def _chosen(bench, arms, runs, seeds, work, race, doses, tune_steps) -> SimpleNamespace:
     """Return what was tried, which arms are still in the race, and each arm's rates; without tuning,

@@ -134,6 +134,7 @@ def search(grids:Mapping[str, Grid],
            again:int=3,          # rates of each arm that are run with every seed
            drop:Callable=lambda tried: (), # tried -> arms that need no more rates
            deciding:int|None=None, # only the first so many wants make the grids grow; None: all
+           ahead:Callable=lambda jobs: None, # gets each list of (arm, rate, seed) before `run` is called for them
           ) -> Tried:
     """Try rates for every arm with equal effort. An arm that no want names is run at its whole grid.
     Raises `ValueError` if the grids differ in size."""
@@ -142,13 +143,12 @@ def search(grids:Mapping[str, Grid],
         raise ValueError('every method must get the same number of learning rates; '
                          f'there are {", ".join(f"{n} for {a}" for a, n in sizes.items())}')
     tried = Tried(grids, {a: {} for a in grids})
-    def have(arm, rate, seed):
-        known = tried.outcomes[arm].setdefault(rate, {})
-        if seed not in known:
-            known[seed] = run(arm, rate, seed)
-    for arm, grid in grids.items():
-        for rate in sorted(set(grid.values)):
-            have(arm, rate, seeds[0])
+    def have(jobs):
+        new = [(a, r, s) for a, r, s in dict.fromkeys(jobs) if s not in tried.outcomes[a].get(r, {})]
+        ahead(new)
+        for arm, rate, seed in new:
+            tried.outcomes[arm].setdefault(rate, {})[seed] = run(arm, rate, seed)
+    have((arm, rate, seeds[0]) for arm, grid in grids.items() for rate in sorted(set(grid.values)))
     out = set()
     if set(sizes.values()) != {1}:
         out = set(drop(tried))
@@ -175,9 +175,7 @@ def _extend(tried, arms, wants, have, seed, limit) -> None:
         new = {a: _next(tried, a, picks[a]) for a in arms}
         if not any(at_edge for _, at_edge in new.values()):
             return
-        for arm, (rate, _) in new.items():
-            if rate is not None:
-                have(arm, rate, seed)
+        have((arm, rate, seed) for arm, (rate, _) in new.items() if rate is not None)
 
 def _next(tried, arm, picks) -> tuple[float|None, bool]:
     "Return the next rate of an arm, and whether a choice at an edge asks for it"
@@ -195,13 +193,9 @@ def _next(tried, arm, picks) -> tuple[float|None, bool]:
 
 def _refine(tried, dropped, wants, have, seed) -> None:
     picks = _picks(tried, wants)
-    for arm, grid in tried.grids.items():
-        if arm in dropped or not picks[arm]:
-            continue
-        for way in (-.5, .5):
-            rate = grid.moved(picks[arm][0]['rate'], way)
-            if rate is not None:
-                have(arm, rate, seed)
+    beside = [(arm, grid.moved(picks[arm][0]['rate'], way)) for arm, grid in tried.grids.items()
+              if arm not in dropped and picks[arm] for way in (-.5, .5)]
+    have((arm, rate, seed) for arm, rate in beside if rate is not None)
 
 def _repeat(tried, dropped, wants, have, seeds, again) -> None:
     """Run the choices, and the next best rates for the first want, with every seed; `again` rates
@@ -214,14 +208,14 @@ def _repeat(tried, dropped, wants, have, seeds, again) -> None:
     chosen = {a: list(dict.fromkeys(p['rate'] for p in picks[a] if p['value'] is not None))
               for a in live}
     count = max(again, *(len(rates) for rates in chosen.values()))
+    jobs = []
     for arm in live:
         rates = chosen[arm]
         values = picks[arm][0]['values'] if picks[arm] else {}
         order = [r for r in _best_first(tried.pooled(arm), values, signs.get(arm, 1))
                  if r not in rates]
-        for rate in (rates + order)[:count]:
-            for seed in seeds[1:]:
-                have(arm, rate, seed)
+        jobs += [(arm, rate, s) for rate in (rates + order)[:count] for s in seeds[1:]]
+    have(jobs)
 
 def _best_first(outcomes, values, sign) -> list[float]:
     """Sort rates: those with a value from the best on, then those without one from the largest gain

@@ -25,6 +25,7 @@ from ..core.tokens import encode, prompt_ids
 from ..core.generate import generate
 from ..core.labels import numbered
 from ..core.loading import load
+from ..core.mix import read_mix
 from ..core.model import device_of, evaluating, model_inputs, pad_id, row_limit, to_device
 from ..core.paper import Method
 from ..core.recipe import Recipe
@@ -628,8 +629,10 @@ def _rows_of(known, data) -> Data:
     if data is not None:
         return data if isinstance(data, Data) else as_data(data)
     try:
-        rows = as_data(known['data'], test=known.get('eval'), columns=known.get('columns'),
-                       carry=known.get('carry') or (), wanted=known.get('wanted'))
+        how = dict(test=known.get('eval'), columns=known.get('columns'), labels=known.get('label_order'),
+                   carry=known.get('carry') or (), wanted=known.get('wanted'))
+        mixture = known.get('mixture')
+        rows = read_mix(mixture, **how) if mixture else as_data(known['data'], **how)
     except FileNotFoundError as e:
         raise FileNotFoundError(f'the data of the run, which its run.json names, are gone: {e}; '
                                 'name them with --data') from None

@@ -122,16 +122,34 @@ class Runs:
     def __call__(self, bench:Bench, recipe:Recipe, rate:float|None, seed:int, split:str,
                  steps:int|None=None, doses:tuple=()) -> dict:
         "Return the outcome of `bench.run` with these arguments, from its file if there is one"
-        key = run_key(bench, recipe, rate, seed, split, steps or bench.steps, doses)
-        key = json.loads(json.dumps(key, default=str))
-        path = self.folder/f'{digest(key)}.json'
+        found = self.kept(bench, recipe, rate, seed, split, steps, doses)
+        if found:
+            return found
+        path, key = self._place(bench, recipe, rate, seed, split, steps, doses)
+        found = bench.run(recipe, rate, seed, split, steps, doses,
+                          path.with_suffix('.safetensors') if self.keep else None)
+        return self._written(path, key, recipe, rate, seed, split, found)
+
+    def kept(self, bench, recipe, rate, seed, split, steps=None, doses=()) -> dict|None:
+        "Return the outcome of a run from its file, `None` if there is none; arguments as in a call"
+        path, key = self._place(bench, recipe, rate, seed, split, steps, doses)
         found = self._kept(path, key) if self.resume else None
         if found:
             self.taken += 1
             self.saved += found['cpu_seconds']
-            return found | dict(method=recipe.name) # the same run may have another name elsewhere
-        found = bench.run(recipe, rate, seed, split, steps, doses,
-                          path.with_suffix('.safetensors') if self.keep else None)
+        return found and found | dict(method=recipe.name) # the same run may have another name elsewhere
+
+    def write(self, found:dict, bench, recipe, rate, seed, split, steps=None, doses=()) -> dict:
+        "Keep what `bench.run` returned elsewhere for these arguments, as if it had been made here"
+        path, key = self._place(bench, recipe, rate, seed, split, steps, doses)
+        return self._written(path, key, recipe, rate, seed, split, found)
+
+    def _place(self, bench, recipe, rate, seed, split, steps, doses) -> tuple[Path, dict]:
+        key = run_key(bench, recipe, rate, seed, split, steps or bench.steps, doses)
+        key = json.loads(json.dumps(key, default=str))
+        return self.folder/f'{digest(key)}.json', key
+
+    def _written(self, path, key, recipe, rate, seed, split, found) -> dict:
         found = dict(method=recipe.name, rate=rate, seed=seed, split=split) | found
         write_atomically(path, lambda p: p.write_text(
             json.dumps(found | dict(key=key), allow_nan=False)))
