@@ -19,6 +19,7 @@ from .commands.given import (columns_of, data_of, finite, listed, model_of, new_
 from .commands.jupyter import run_lab
 from .commands.memory import estimate, estimate_lines
 from .commands.merge import merge_rules, run_merge
+from .commands.winner import add_winner, run_winner
 from .commands.words import in_shell_words, notes, spoken
 
 # %% auto #0
@@ -109,13 +110,8 @@ def _test_notes(a, model, tok, data) -> list[str]:
 
 def _keep(run, record, out) -> int:
     "Write delta.safetensors, log.jsonl and run.json into `out`; returns the delta's size in bytes"
-    from ftlab.core.io import write_atomically
-    size = run.delta.save(out/'delta.safetensors')
-    write_atomically(out/'log.jsonl',
-                     lambda p: p.write_text(''.join(json.dumps(r) + '\n' for r in run.log)))
-    write_atomically(out/'run.json',
-                     lambda p: p.write_text(json.dumps(record | dict(saved_bytes=size), indent=1)))
-    return size
+    from ftlab.trainers.run import save_run
+    return save_run(run, out, record)
 
 # %% ../nbs/cli.ipynb #0017513c
 def run_report(a:argparse.Namespace) -> tuple[dict, str]:
@@ -371,6 +367,8 @@ COMMANDS = dict( # name -> what runs it, what adds its arguments, what it does, 
             'ftlab doctor --model lab-s --data my.jsonl --method lora'),
     compare=(run_compare, _compare, 'train several methods, tuned alike, and measure what each gained and broke',
              'ftlab compare --model lab-s --data my.jsonl --methods full,hft,lora'),
+    winner=(run_winner, add_winner, 'train the winner of a comparison, and keep its model',
+            'ftlab winner ftlab-runs/compare --out run --export tuned'),
     fit=(run_fit, _fit, 'fine-tune a model by one method',
          'ftlab fit --model lab-s --data my.jsonl --method hft --out run --export tuned'),
     report=(run_report, _report, 'write one page about a run: what it learned, what it broke, where the change lies',

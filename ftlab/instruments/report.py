@@ -20,7 +20,7 @@ from ..core.io import write_atomically
 from .bench import metric_for
 from ..core.anatomy import UnknownArchitecture
 from ..core.batches import collate
-from ..core.data import Data, data as as_data
+from ..core.data import Data, data as as_data, read_again
 from ..core.tokens import encode, prompt_ids
 from ..core.generate import generate
 from ..core.labels import numbered
@@ -628,6 +628,8 @@ def _rows_of(known, data) -> Data:
     if data is not None:
         return data if isinstance(data, Data) else as_data(data)
     try:
+        if known.get('origin'):
+            return read_again(known['origin'], known.get('folder'))
         rows = as_data(known['data'], test=known.get('eval'), columns=known.get('columns'),
                        carry=known.get('carry') or (), wanted=known.get('wanted'))
     except FileNotFoundError as e:

@@ -4,6 +4,7 @@
 
 # %% ../../nbs/trainers/run.ipynb #000335a6
 from __future__ import annotations
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from ..adapters.attach import Attached, own_buffers, own_weights
 from ..adapters.store import pack, save_delta
-from ..core.io import disk_trouble, flush, read_tensors, staging
+from ..core.io import disk_trouble, flush, read_tensors, staging, write_text
 from ..core.data import Data
 from ..core.folder import check_folder, tensor_shapes, weight_files
 from ..core.model import device_of
@@ -20,7 +21,7 @@ from ..core.recipe import Recipe
 from ..core.state import State
 
 # %% auto #0
-__all__ = ['Run', 'Change', 'load_learners', 'export']
+__all__ = ['Run', 'Change', 'load_learners', 'save_run', 'export']
 
 # %% ../../nbs/trainers/run.ipynb #0005191a
 @dataclass
@@ -103,6 +104,18 @@ def load_learners(path:str|Path, # a file that `Change.save` wrote
         out[n] = l.make(State(model, tok, device=device)).to(device).eval()
         out[n].load_state_dict(mine)
     return out
+
+# %% ../../nbs/trainers/run.ipynb #bc8b4a22
+def save_run(run:Run, folder:str|Path,
+             record:dict # what run.json holds, in types that JSON can hold
+            ) -> int:    # size of the change in bytes
+    "Write delta.safetensors, log.jsonl and run.json into `folder`, each whole or not at all"
+    folder = Path(folder)
+    size = run.delta.save(folder/'delta.safetensors')
+    rows = ''.join(json.dumps(r) + '\n' for r in run.log)
+    write_text(folder/'log.jsonl', rows)
+    write_text(folder/'run.json', json.dumps(record | dict(saved_bytes=size), indent=1))
+    return size
 
 # %% ../../nbs/trainers/run.ipynb #0008191a
 def export(model, tok, attached:Attached|None, folder:str|Path) -> Path:
