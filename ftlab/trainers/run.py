@@ -12,16 +12,17 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from ..adapters.attach import Attached, own_buffers, own_weights
+from ..adapters.lowrank import check_peft, to_peft
 from ..adapters.store import pack, save_delta
 from ..core.io import disk_trouble, flush, read_tensors, staging, write_text
 from ..core.data import Data
 from ..core.folder import check_folder, tensor_shapes, weight_files
-from ..core.model import device_of
+from ..core.model import device_of, notes_of
 from ..core.recipe import Recipe
 from ..core.state import State
 
 # %% auto #0
-__all__ = ['Run', 'Change', 'load_learners', 'save_run', 'export']
+__all__ = ['FORMS', 'NOT_ITS_FILES', 'Run', 'Change', 'load_learners', 'save_run', 'export', 'export_peft']
 
 # %% ../../nbs/trainers/run.ipynb #0005191a
 @dataclass
@@ -47,9 +48,16 @@ class Run:
         "Return a context in which the model is the base"
         return self.delta.attached.disabled()
 
-    def export(self, folder:str|Path) -> Path:
-        """Save the changed model as a plain Hugging Face folder that loads without ftlab. Raises
-        `FileExistsError` for a folder that is not empty, `ValueError` for changes of activations."""
+    def export(self, folder:str|Path, # a new one
+               form:str='plain'       # 'plain': the whole model; 'peft': an adapter beside the base
+              ) -> Path:
+        """Save the changed model as a plain Hugging Face folder that loads without ftlab, or what changed as
+        an adapter of peft. Raises `FileExistsError` for a folder that is not empty, `ValueError` for changes that
+        the form cannot hold."""
+        if form not in FORMS:
+            raise ValueError(f'form is {form!r}; it must be {", ".join(FORMS)}')
+        if form == 'peft':
+            return export_peft(self, folder)
         return export(self.model, self.tok, self.delta.attached, folder)
 
     def __repr__(self):
@@ -172,3 +180,30 @@ def _transient(model) -> set[str]:
     "List the buffers that are not saved"
     return {f'{m}.{b}'.lstrip('.') for m, mod in model.named_modules()
             for b in mod._non_persistent_buffers_set}
+
+# %% ../../nbs/trainers/run.ipynb #d11da0ac
+FORMS = ('plain', 'peft')
+NOT_ITS_FILES = ('it starts with random values', 'the embedding got rows', 'only the text part', 'an adapter beside it')
+
+def export_peft(run:Run, folder:str|Path) -> Path:
+    """Write the change as an adapter folder of peft, with the tokenizer. Raises `FileExistsError` for a folder
+    that is not empty, and `ValueError` for what such a folder cannot hold."""
+    folder, way = Path(folder), 'export the whole model as a plain folder instead'
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f'{str(folder)!r} is not empty; export to a new folder')
+    if odd := [n for n in notes_of(run.model) if any(k in n for k in NOT_ITS_FILES)]:
+        raise ValueError(f'the base is not what its files hold, so an adapter for it would be wrong ({odd[0]}); {way}')
+    if run.recipe.stages:
+        raise ValueError(f'{run.recipe.name} trains in stages, and an adapter would hold only the last; {way}')
+    if run.recipe.decode or run.models:
+        raise ValueError(f'{run.recipe.name} answers with more than the model, which an adapter cannot hold; {way}')
+    check_peft(run.delta.attached)
+    with staging(folder) as made:
+        to_peft(run.delta.attached, made, getattr(run.model, 'name_or_path', '') or '')
+        if run.tok is not None:
+            run.tok.save_pretrained(made)
+        flush(made)
+        if folder.exists():
+            folder.rmdir()
+        made.rename(folder)
+    return folder
