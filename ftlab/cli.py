@@ -14,6 +14,7 @@ import textwrap
 from pathlib import Path
 import ftlab
 from .commands.claims import run_claims
+from .commands.export import add_export, exported, run_export
 from .commands.given import (columns_of, data_of, finite, listed, model_of, new_folder,
                                   not_negative, old_of, positive, rate, rates)
 from .commands.jupyter import run_lab
@@ -91,7 +92,7 @@ def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
     if run.interrupted:
         raise KeyboardInterrupt(f'stopped after {len(run.log)} steps; what was learned is in {out}')
     if a.export:
-        run.export(a.export)
+        exported(run, a.export, record=record)
     said = '' if before is None else f'; {metric} on test rows {before:.3f} -> {record["after"]:.3f}'
     noted = ''.join(f'\nnote: {in_shell_words(n, _options(a))}' for n in record['notes'])
     files = f'\n{out/"delta.safetensors"}' + (f'\n{a.export}' if a.export else '')
@@ -369,6 +370,8 @@ COMMANDS = dict( # name -> what runs it, what adds its arguments, what it does, 
              'ftlab compare --model lab-s --data my.jsonl --methods full,hft,lora'),
     winner=(run_winner, add_winner, 'train the winner of a comparison, and keep its model',
             'ftlab winner ftlab-runs/compare --out run --export tuned'),
+    export=(run_export, add_export, 'write a finished run as a model that loads without ftlab',
+            'ftlab export run --out adapter --form peft'),
     fit=(run_fit, _fit, 'fine-tune a model by one method',
          'ftlab fit --model lab-s --data my.jsonl --method hft --out run --export tuned'),
     report=(run_report, _report, 'write one page about a run: what it learned, what it broke, where the change lies',

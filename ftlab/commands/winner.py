@@ -6,6 +6,7 @@
 from __future__ import annotations
 import argparse
 from pathlib import Path
+from .export import add_form, exported
 from .given import columns_of, finite, listed, new_folder
 
 # %% auto #0
@@ -20,7 +21,8 @@ def add_winner(p:argparse.ArgumentParser) -> None:
     add('--lose-at-most', type=finite, metavar='POINTS',
         help='the limit on forgetting that the comparison was made with (default: the one that it has)')
     add('--out', default='ftlab-runs/winner', metavar='DIR', help='the new folder of the run (default: %(default)s)')
-    add('--export', metavar='DIR', help='also write the whole model there, as a Hugging Face folder')
+    add('--export', metavar='PATH', help='also write the model there, with a model card')
+    add_form(p)
     add('--model', metavar='NAME', help='the model, if the comparison does not record it')
     add('--data', metavar='PATH', help='the data, if the comparison does not record them')
     add('--eval', metavar='PATH', help='test rows that belong to --data')
@@ -55,7 +57,7 @@ def run_winner(a:argparse.Namespace) -> tuple[dict, str]:
         new_folder(a.export, '--export')
     run = comparison.train(a.method, out, a.lose_at_most, model=a.model, data=_rows(a), device=a.device)
     record = read_json(out/'run.json')
-    files = [out/'delta.safetensors'] + ([run.export(a.export)] if a.export else [])
+    files = [out/'delta.safetensors', *([exported(run, a.export, a.form, record)] if a.export else [])]
     said = '' if record['before'] is None else (f'; {record["metric"]} on test rows {record["before"]:.3f} -> '
                                                 f'{record["after"]:.3f}')
     noted = ''.join(f'\nnote: {n}' for n in run.notes)

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from ..adapters.attach import own_weights
-from ..adapters.store import identity, load_delta
+from ..adapters.store import change_digest, identity, load_delta
 from ..core.io import write_atomically
 from .bench import metric_for
 from ..core.anatomy import UnknownArchitecture
@@ -542,7 +542,8 @@ def _about(run) -> dict:
     return dict(model=_name(run), data=run.data.name, kind=run.data.kind,
                 recipe=run.recipe.describe(), interrupted=run.interrupted,
                 cost=dict(run.cost, saved_bytes=run.delta.nbytes, steps=len(run.log)),
-                settings=run.settings, notes=run.notes)
+                settings=run.settings, notes=run.notes,
+                digest=change_digest(run.delta.attached)) # which change the report is about
 
 def _own_folder(run):
     "Return the run's folder, or the one where a run keeps its originals, or a new temporary one"
