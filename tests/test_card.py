@@ -1,10 +1,10 @@
 "The model card: nothing made up, nothing from another run, nothing of this machine, and no markup of the user"
 import json
-import pytest, yaml
+import yaml
 import ftlab
 from ftlab import cli
 from ftlab.core.data import data
-from ftlab.instruments.card import card, escaped, head_of, hub_id, without_paths, write_card
+from ftlab.instruments.card import card, escaped, head_of, hub_id, without_paths
 from ftlab.methods import get
 from ftlab.trainers.fit import fit
 from toys import TOK, lab_data, toy
@@ -65,8 +65,8 @@ def test_the_code_on_the_card_repeats_the_run(tmp_path, monkeypatch):
     TOK.save_pretrained(tmp_path/'base')
     rows_at(tmp_path/'my.jsonl')
     monkeypatch.chdir(tmp_path)
-    run = fit(*ftlab.load('base'), data('my.jsonl', n=30, seed=2), get('lora(r=3)'), steps=3, batch_size=4, lr=1e-2, seed=5,
-              weight_decay=.1, progress=False)
+    run = fit(*ftlab.load('base'), data('my.jsonl', n=30, seed=2), get('lora(r=3)'), steps=3, batch_size=4, lr=1e-2,
+              seed=5, weight_decay=.1, progress=False)
     code = card(run).split('```python\n')[1].split('```')[0]
     scope = {}
     exec(code, scope)

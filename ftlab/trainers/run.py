@@ -14,6 +14,7 @@ from torch import Tensor
 from ..adapters.attach import Attached, own_buffers, own_weights
 from ..adapters.lowrank import check_peft, to_peft
 from ..adapters.store import pack, save_delta
+from ..core.gguf_file import write_gguf
 from ..core.io import disk_trouble, flush, read_tensors, staging, write_text
 from ..core.data import Data
 from ..core.folder import check_folder, tensor_shapes, weight_files
@@ -22,7 +23,7 @@ from ..core.recipe import Recipe
 from ..core.state import State
 
 # %% auto #0
-__all__ = ['FORMS', 'NOT_ITS_FILES', 'Run', 'Change', 'load_learners', 'save_run', 'export', 'export_peft']
+__all__ = ['FORMS', 'NOT_ITS_FILES', 'Run', 'Change', 'load_learners', 'save_run', 'export', 'merged_weights', 'export_peft']
 
 # %% ../../nbs/trainers/run.ipynb #0005191a
 @dataclass
@@ -48,14 +49,20 @@ class Run:
         "Return a context in which the model is the base"
         return self.delta.attached.disabled()
 
-    def export(self, folder:str|Path, # a new one
-               form:str='plain'       # 'plain': the whole model; 'peft': an adapter beside the base
+    def export(self, folder:str|Path, # a new one; for 'gguf' a new file
+               form:str='plain',      # 'plain': the whole model; 'peft': an adapter beside the base; 'gguf': one file
+               dtype:str|None=None    # of the matrices in a GGUF file: 'f32' (None), 'f16' or 'bf16'
               ) -> Path:
-        """Save the changed model as a plain Hugging Face folder that loads without ftlab, or what changed as
-        an adapter of peft. Raises `FileExistsError` for a folder that is not empty, `ValueError` for changes that
+        """Save the changed model as a plain Hugging Face folder that loads without ftlab, as one GGUF file, or what
+        changed as an adapter of peft. Raises `FileExistsError` for a folder that is not empty, `ValueError` for what
         the form cannot hold."""
         if form not in FORMS:
             raise ValueError(f'form is {form!r}; it must be {", ".join(FORMS)}')
+        if dtype is not None and form != 'gguf':
+            raise ValueError(f'dtype is {dtype!r}, which form=\'gguf\' takes; a folder keeps the dtype of the model')
+        if form == 'gguf':
+            weights = merged_weights(self.model, self.delta.attached)
+            return write_gguf(folder, self.model, self.tok, weights, dtype or 'f32')
         if form == 'peft':
             return export_peft(self, folder)
         return export(self.model, self.tok, self.delta.attached, folder)
@@ -130,7 +137,7 @@ def export(model, tok, attached:Attached|None, folder:str|Path) -> Path:
     """Write the merged model as a plain Hugging Face folder; the model itself stays as it is.
     Raises `FileExistsError` for a folder that is not empty, `ValueError` for changes of activations,
     `DiskFull` if the disk is full."""
-    folder, weights = Path(folder), _merged(model, attached)
+    folder, weights = Path(folder), merged_weights(model, attached)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f'{str(folder)!r} is not empty; export to a new folder')
     try:
@@ -163,7 +170,7 @@ def _check_written(folder:Path, weights:dict, tok) -> None:
     if tok is not None and not any(folder.glob('tokenizer*')):
         raise RuntimeError('the exported folder would have no tokenizer; nothing was written')
 
-def _merged(model, attached:Attached|None) -> dict[str, Tensor]:
+def merged_weights(model, attached:Attached|None) -> dict[str, Tensor]:
     "Collect every parameter and buffer by its plain name, with the change merged in"
     merged, out = {}, {}
     if attached is not None:
@@ -182,7 +189,7 @@ def _transient(model) -> set[str]:
             for b in mod._non_persistent_buffers_set}
 
 # %% ../../nbs/trainers/run.ipynb #d11da0ac
-FORMS = ('plain', 'peft')
+FORMS = ('plain', 'peft', 'gguf')
 NOT_ITS_FILES = ('it starts with random values', 'the embedding got rows', 'only the text part', 'an adapter beside it')
 
 def export_peft(run:Run, folder:str|Path) -> Path:
