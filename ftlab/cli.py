@@ -15,6 +15,7 @@ from pathlib import Path
 import ftlab
 from .commands.background import reports_to, run_status, run_stop, start
 from .commands.claims import run_claims
+from .commands.export import add_export, exported, run_export
 from .commands.given import (columns_of, data_of, finite, listed, mixture_of, model_of,
                                   new_folder, not_negative, old_of, positive, rate, rates)
 from .commands.init import run_init
@@ -22,6 +23,7 @@ from .commands.jupyter import run_lab
 from .commands.memory import estimate, estimate_lines
 from .commands.merge import merge_rules, run_merge
 from .commands.show import add_show, run_show
+from .commands.winner import add_winner, run_winner
 from .commands.words import in_shell_words, notes, spoken
 
 # %% auto #0
@@ -104,7 +106,7 @@ def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
     if run.interrupted:
         raise KeyboardInterrupt(f'stopped after {len(run.log)} steps; what was learned is in {out}')
     if a.export:
-        run.export(a.export)
+        exported(run, a.export, record=record)
     said = '' if before is None else f'; {metric} on test rows {before:.3f} -> {record["after"]:.3f}'
     noted = ''.join(f'\nnote: {in_shell_words(n, _options(a))}' for n in record['notes'])
     files = f'\n{out/"delta.safetensors"}' + (f'\n{a.export}' if a.export else '')
@@ -123,13 +125,8 @@ def _test_notes(a, model, tok, data) -> list[str]:
 
 def _keep(run, record, out) -> int:
     "Write delta.safetensors, log.jsonl and run.json into `out`; returns the delta's size in bytes"
-    from ftlab.core.io import write_atomically
-    size = run.delta.save(out/'delta.safetensors')
-    write_atomically(out/'log.jsonl',
-                     lambda p: p.write_text(''.join(json.dumps(r) + '\n' for r in run.log)))
-    write_atomically(out/'run.json',
-                     lambda p: p.write_text(json.dumps(record | dict(saved_bytes=size), indent=1)))
-    return size
+    from ftlab.trainers.run import save_run
+    return save_run(run, out, record)
 
 # %% ../nbs/cli.ipynb #0017513c
 def run_report(a:argparse.Namespace) -> tuple[dict, str]:
@@ -414,6 +411,10 @@ COMMANDS = dict( # name -> what runs it, what adds its arguments, what it does, 
           'ftlab show --model lab-s --data my.jsonl'),
     compare=(run_compare, _compare, 'train several methods, tuned alike, and measure what each gained and broke',
              'ftlab compare --model lab-s --data my.jsonl --methods full,hft,lora'),
+    winner=(run_winner, add_winner, 'train the winner of a comparison, and keep its model',
+            'ftlab winner ftlab-runs/compare --out run --export tuned'),
+    export=(run_export, add_export, 'write a finished run as a model that loads without ftlab',
+            'ftlab export run --out adapter --form peft'),
     fit=(run_fit, _fit, 'fine-tune a model by one method',
          'ftlab fit --model lab-s --data my.jsonl --method hft --out run --export tuned'),
     report=(run_report, _report, 'write one page about a run: what it learned, what it broke, where the change lies',

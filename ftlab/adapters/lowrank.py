@@ -4,19 +4,22 @@
 
 # %% ../../nbs/adapters/lowrank.ipynb #00034c0b
 from __future__ import annotations
-import json, math
+import json, math, re
 from functools import partial
 from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from .attach import Attached, attach, is_transposed, oriented
+from torch.nn.utils import parametrize
+from transformers.pytorch_utils import Conv1D
+from .attach import Attached, attach, is_transposed, oriented, owner_of
 from ..core.folder import read_json
 from ..core.io import write_atomically
+from ..core.loading import head_names
 
 # %% auto #0
-__all__ = ['PLAIN', 'STARTS', 'LoRA', 'to_peft', 'from_peft']
+__all__ = ['PLAIN', 'STARTS', 'LoRA', 'to_peft', 'check_peft', 'from_peft']
 
 # %% ../../nbs/adapters/lowrank.ipynb #0005af9e
 class LoRA(nn.Module):
@@ -56,35 +59,99 @@ class LoRA(nn.Module):
         return self.s*((x @ self.A.T) @ self.B.T)
 
 # %% ../../nbs/adapters/lowrank.ipynb #0013af9e
-def to_peft(att:Attached,      # a change that consists only of LoRA
+def to_peft(att:Attached,      # a change that consists of LoRA, and perhaps of a classifier's head
             folder:str|Path,   # the adapter folder to write
             base:str=''        # the name of the base in the adapter's configuration
            ) -> Path:          # the folder
-    "Write an attached LoRA as a peft adapter folder. Raises `ValueError` for other deltas."
-    if att.whole or not att.deltas or not all(isinstance(d, LoRA) for d in att.deltas.values()):
-        raise ValueError('only a change that consists of LoRA alone can be written for peft')
-    configs = {json.dumps(d.config) for d in att.deltas.values()}
-    c = json.loads(configs.pop())
-    if configs:
-        raise ValueError('the layers have different LoRA settings; peft folders written here hold one')
-    tensors, modules = {}, [n.rpartition('.')[0] for n in att.deltas]
-    for m, d in zip(modules, att.deltas.values()):
-        for k, t in (('A', d.A), ('B', d.B)):
-            tensors[_peft_name(m, k)] = t.detach().cpu().contiguous()
-    transposed = any(is_transposed(att.model, n) for n in att.deltas)
-    config = dict(peft_type='LORA', base_model_name_or_path=base, r=c['r'], lora_alpha=c['alpha'],
-                  lora_dropout=c['dropout'],
-                  use_rslora=c['rs'], target_modules=modules, bias='none',
-                  fan_in_fan_out=transposed, task_type=None,
-                  inference_mode=True)
+    """Write an attached LoRA as a peft adapter folder, with which peft computes the same.
+    Raises `ValueError` for a change that such a folder cannot hold."""
+    check_peft(att)
+    tensors, names = {}, {}
+    for n, d in att.deltas.items():
+        names[n.rpartition('.')[0]] = d
+        tensors |= _peft_tensors(att.model, n, d)
+    heads = _head_modules(att)
+    for m in heads:
+        tensors |= {f'base_model.model.{m}.{k}': t for k, t in att.model.get_submodule(m).state_dict().items()}
+    config = dict(peft_type='LORA', base_model_name_or_path=base, **_peft_settings(names),
+                  target_modules=list(names), bias='none', modules_to_save=heads or None,
+                  fan_in_fan_out=any(is_transposed(att.model, n) for n in att.deltas),
+                  task_type=_task(att.model), inference_mode=True)
     folder = Path(folder)
+    tensors = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
     write_atomically(folder/'adapter_model.safetensors', lambda p: save_file(tensors, p, metadata={'format': 'pt'}))
     write_atomically(folder/'adapter_config.json',
                      lambda p: p.write_text(json.dumps(config, indent=2)))
     return folder
 
+def _task(model) -> str|None:
+    "Return what peft calls the kind of model, so that its automatic classes find it"
+    if 'SequenceClassification' in type(model).__name__:
+        return 'SEQ_CLS'
+    return 'CAUSAL_LM' if 'CausalLM' in type(model).__name__ or 'LMHead' in type(model).__name__ else None
+
 def _peft_name(module:str, k:str) -> str:
     return f'base_model.model.{module}.lora_{k}.weight'
+
+def _peft_tensors(model, name:str, d:LoRA) -> dict[str, Tensor]:
+    """Return the tensors of one layer by peft's names; an embedding has [rows, width], which peft
+    calls [in, out]"""
+    module = name.rpartition('.')[0]
+    if _layer(model, name) is nn.Embedding:
+        begin = f'base_model.model.{module}.lora_embedding_'
+        return {f'{begin}A': d.B.T, f'{begin}B': d.A.T}
+    return {_peft_name(module, 'A'): d.A, _peft_name(module, 'B'): d.B}
+
+def _peft_settings(deltas:dict) -> dict:
+    "Return rank and scale of every layer: those of the first, and patterns for layers that differ"
+    first = next(iter(deltas.values())).config
+    rs = {d.config['rs'] for d in deltas.values()}
+    same_rule = len(rs) == 1
+    # alpha/r gives any scale, so layers under two rules have one
+    alpha = {m: d.config['alpha'] if same_rule else d.s*d.config['r'] for m, d in deltas.items()}
+    usual = next(iter(alpha.values()))
+    key = lambda m: '^' + re.escape(m)
+    return dict(r=first['r'], lora_alpha=usual, lora_dropout=first['dropout'], use_rslora=same_rule and first['rs'],
+                rank_pattern={key(m): d.config['r'] for m, d in deltas.items() if d.config['r'] != first['r']},
+                alpha_pattern={key(m): a for m, a in alpha.items() if a != usual})
+
+# %% ../../nbs/adapters/lowrank.ipynb #e7971a89
+def check_peft(att:Attached) -> None:
+    "Raise `ValueError` unless a peft folder can hold the whole change"
+    way = 'export the whole model as a plain folder instead'
+    lora = {n: d for n, d in att.deltas.items() if type(d) is LoRA}
+    heads = tuple(f'{m}.' for m in _head_modules(att))
+    whole = [n for n in att.whole if not n.startswith(heads or '?')]
+    if not lora or len(lora) < len(att.deltas) or whole:
+        odd = next((f'{n!r} is changed by {type(d).__name__}' for n, d in att.deltas.items() if n not in lora),
+                   f'{whole[0]!r} is trained directly' if whole else 'there is none')
+        raise ValueError(f'only a change that consists of LoRA alone can be written for peft, and {odd}; {way}')
+    if len({d.dropout for d in lora.values()}) > 1:
+        raise ValueError(f'the layers have different dropout, of which a peft folder holds one; {way}')
+    modules = [n for n, _ in att.model.named_modules()]
+    for n in lora:
+        _check_layer(att, n, modules, {x.rpartition('.')[0] for x in lora}, way)
+
+def _layer(model, name:str) -> type:
+    return parametrize.type_before_parametrizations(owner_of(model, name)[0])
+
+def _check_layer(att, name, modules, chosen, way):
+    module, _, attribute = name.rpartition('.')
+    kind = _layer(att.model, name)
+    if kind not in (nn.Linear, Conv1D, nn.Embedding) or attribute != 'weight':
+        raise ValueError(f'{name!r} belongs to a {kind.__name__}, which peft may compute differently; {way}')
+    if tied := att.twins.get(name):
+        raise ValueError(f'{name!r} is tied to {tied[0]!r}, and peft would change only one of them; {way}')
+    if also := [m for m in modules if m.endswith('.' + module) and m not in chosen]:
+        raise ValueError(f'peft takes {module!r} for {also[0]!r} as well, because it compares the ends of names; {way}')
+
+def _head_modules(att:Attached) -> list[str]:
+    "Return the modules of a classifier's head that were trained directly; an empty list for other models"
+    if 'SequenceClassification' not in type(att.model).__name__:
+        return []
+    names = {n for n in head_names(att.model) if '.delta_' not in n and '.parametrizations.' not in n}
+    tops = dict.fromkeys(n.partition('.')[0] for n in att.whole if n in names)
+    return [m for m in tops if not any(n.startswith(f'{m}.') for n in att.deltas)]
 
 # %% ../../nbs/adapters/lowrank.ipynb #877cbe45
 # settings that do not change what A and B mean; any other one that is set is an error,

@@ -18,7 +18,7 @@ from ..core.loading import head_names
 
 # %% auto #0
 __all__ = ['LIBRARY', 'OLD_KINDS', 'FORMATS', 'WrongBase', 'fingerprint', 'identity', 'kind_of', 'class_of', 'save_delta', 'pack',
-           'load_delta']
+           'change_digest', 'load_delta']
 
 # %% ../../nbs/adapters/store.ipynb #8507b48f
 class WrongBase(ValueError):
@@ -102,6 +102,11 @@ def pack(att:Attached) -> tuple[dict, dict]:
         kinds[n] = [kind_of(d), d.config]
         tensors |= {f'{n}::{k}': v for k, v in d.state_dict().items()}
     return tensors, kinds
+
+def change_digest(att:Attached) -> str:
+    "Hash an attached change to 32 hex digits, the same before it is saved and after it is loaded"
+    tensors, kinds = pack(att)
+    return _digest(tensors, dict(kinds=json.dumps(kinds), base='', recipe=''))
 
 def _digest(tensors:Mapping[str, Tensor], meta:Mapping[str, str]) -> str:
     "Hash tensors, kinds, base and recipe to 32 hex digits"

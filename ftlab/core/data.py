@@ -12,7 +12,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
 import torch
@@ -24,7 +24,7 @@ from .table import as_html, html_table, to_the_left
 from .text import did_you_mean, some, split_of
 
 # %% auto #0
-__all__ = ['SPLITS', 'NAMED', 'SHARD', 'Data', 'Notes', 'question_of', 'note_overlap', 'on_hub', 'data']
+__all__ = ['SPLITS', 'NAMED', 'SHARD', 'Data', 'Notes', 'question_of', 'note_overlap', 'on_hub', 'data', 'read_again']
 
 # %% ../../nbs/core/data.ipynb #001341f0
 @dataclass(repr=False)
@@ -42,6 +42,7 @@ class Data:
     note:str=''                # remarks about the rows and the split
     fingerprint:str=''         # 16 hex digits; depends on everything above except name and note
     counts:dict=field(default_factory=dict) # what the note says, as numbers
+    origin:dict|None=None      # what `read_again` reads it from; None: not from files, the hub or the lab
 
     def __post_init__(self):
         self.fingerprint = _fingerprint([self.train, self.validation, self.test, self.kind,
@@ -469,7 +470,8 @@ def data(source,               # a path or several, a `datasets` object or its n
         if reading != Reading({}) or any(x is not None for x in (validation, test, labels)):
             raise ValueError(f'{source!r} is a lab skill, which brings its own splits and columns; '
                              f'for a file of that name write ./{source}')
-        return _skill_data(source, seed, n or 4000)
+        return replace(_skill_data(source, seed, n or 4000),
+                       origin=dict(source=source, seed=seed, n=n or 4000))
     if isinstance(source, str) and not (Path(source).exists() or Path(source).suffix
                                         or Path(source).name != source):
         raise ValueError(f'{source!r} is neither a file nor a lab '
@@ -480,7 +482,41 @@ def data(source,               # a path or several, a `datasets` object or its n
     sources = {s: _pieces(given.get(s), s) for s in ('train', 'validation', 'test')}
     _check_twice(sources)
     _note_beside(source, given, notes)
-    return _assemble(sources, reading, labels, name, seed, n, notes)
+    found = _assemble(sources, reading, labels, name, seed, n, notes)
+    found.origin = _origin(dict(source=source, validation=validation, test=test, columns=columns, carry=reading.carry,
+                                labels=labels, wanted=wanted, seed=seed, n=n))
+    return found
+
+# %% ../../nbs/core/data.ipynb #54a7c992
+def _origin(given:dict) -> dict|None:
+    "Return the arguments of `data` as JSON can hold them; `None` if a source is not a name"
+    sources = [given[k] for k in ('source', 'validation', 'test')]
+    pieces = [x for s in sources for x in (s if isinstance(s, (list, tuple)) else [s])]
+    if not all(x is None or isinstance(x, (str, Path)) for x in pieces):
+        return None
+    def plain(x):
+        if isinstance(x, (list, tuple)):
+            return [str(v) for v in x]
+        return str(x) if isinstance(x, Path) else x
+    columns = {k: plain(v) for k, v in (given['columns'] or {}).items()}
+    return {k: plain(v) for k, v in (given | dict(columns=columns)).items()
+            if v is not None and v not in ((), {})}
+
+def read_again(origin:dict,              # `Data.origin`
+               folder:str|Path|None=None # what relative paths are relative to; None: the current folder
+              ) -> Data:
+    """Read data from where they came. Raises what `data` raises, for example `FileNotFoundError` for a
+    file that is gone."""
+    def at(x):
+        if isinstance(x, list):
+            return [at(v) for v in x]
+        there = Path(folder or '.')/x
+        return str(there) if folder and there.exists() else x
+    skill = origin['source']
+    if isinstance(skill, str) and skill in lab('lookup').ALL_SKILLS:
+        return data(**origin)
+    sources = [k for k in ('source', 'validation', 'test') if k in origin]
+    return data(**origin | {k: at(origin[k]) for k in sources})
 
 # %% ../../nbs/core/data.ipynb #001e41f0
 def _assemble(sources:dict, reading:Reading, labels, name:str, seed:int, n:int|None,

@@ -28,8 +28,10 @@ from .executor import mapped
 from .progress import Remaining, Reporter
 from .rates import SEEDS, Grid, Tried, Want, half_decades, search
 from .runs import Runs, name_of_metric
+from .winner import Choice, choose, inputs_of, train_again
 from ..methods import get
 from ..trainers.fit import fit
+from ..trainers.run import Run
 from ..trainers.watch import in_notebook
 
 # %% auto #0
@@ -264,8 +266,10 @@ def upgraded(result:dict) -> dict:
 class Comparison:
     "Hold the result of a comparison: `.table`, `.plot()`, `.json()`, `.html(path)`, `.save(folder)`"
 
-    def __init__(self, result:dict):
+    def __init__(self, result:dict, bench:Bench|None=None, recipes:Mapping|None=None):
         self.result = upgraded(result) # what `json` returns
+        # kept where the comparison was just made: the model, data and Recipes themselves
+        self.bench, self.recipes = bench, dict(recipes or {})
 
     @classmethod
     def read(cls, path:str|Path) -> Comparison:
@@ -279,6 +283,19 @@ class Comparison:
     def plot(self) -> Figure:
         "Draw gain against forgetting: a curve per method, and its two operating points"
         return picture(self.result)
+
+    def winner(self, method:str|None=None, lose_at_most:float|None=None) -> Choice:
+        "Choose a method by the rule of `choose`, or the given one, and say why"
+        return choose(self.result, method, lose_at_most)
+
+    def train(self, method:str|None=None,    # None: the winner
+              out:str|Path|None=None,        # a new folder for the run, as `ftlab fit` writes one
+              lose_at_most:float|None=None,  # the limit that the comparison was made with
+              **given                        # go to `train_again`: model, data, recipe, device, progress
+             ) -> Run:
+        """Train a method of this comparison once more, as the comparison did, and keep its change. Raises
+        `ValueError` if model or data are not those of the comparison, or are not recorded"""
+        return train_again(self, self.winner(method, lose_at_most), out, **given)
 
     @property
     def lost(self) -> str:
@@ -483,6 +500,7 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
                   batch_size=batch_size, precision=precision, **settings)
     in_nats = [s.name for s in bench.old_sets(0, 'validation') if s.metric == 'nll']
     limit = check_limit(lose_at_most, bench.how, in_nats, bool(work['tuning']))
+    recipes = {n: recipe for n, (recipe, _) in arms.items()}
     check_room(out) # before the first run, not after it
     found = _found(bench)
     with only_writer(out):
@@ -490,8 +508,9 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
         with mapped(executor, bench) if executor else nullcontext() as elsewhere:
             runs = Told(Runs(Path(out)/'runs', resume, keep), reporter, elsewhere)
             result = _compared(bench, arms, runs, seeds, work, race, limit, tune_steps)
-        comparison = Comparison(result | dict(model=_model_name(model), findings=found,
-                                          versions=versions()))
+        about = dict(model=_model_name(model), findings=found, versions=versions(),
+                     inputs=inputs_of(bench, seeds))
+        comparison = Comparison(result | about, bench, recipes)
         comparison.save(out)
     return comparison
 

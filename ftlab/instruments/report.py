@@ -15,12 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from ..adapters.attach import own_weights
-from ..adapters.store import identity, load_delta
+from ..adapters.store import change_digest, identity, load_delta
 from ..core.io import write_atomically
 from .bench import metric_for
 from ..core.anatomy import UnknownArchitecture
 from ..core.batches import collate
-from ..core.data import Data, data as as_data
+from ..core.data import Data, data as as_data, read_again
 from ..core.tokens import encode, prompt_ids
 from ..core.generate import generate
 from ..core.labels import numbered
@@ -543,7 +543,8 @@ def _about(run) -> dict:
     return dict(model=_name(run), data=run.data.name, kind=run.data.kind,
                 recipe=run.recipe.describe(), interrupted=run.interrupted,
                 cost=dict(run.cost, saved_bytes=run.delta.nbytes, steps=len(run.log)),
-                settings=run.settings, notes=run.notes)
+                settings=run.settings, notes=run.notes,
+                digest=change_digest(run.delta.attached)) # which change the report is about
 
 def _own_folder(run):
     "Return the run's folder, or the one where a run keeps its originals, or a new temporary one"
@@ -629,6 +630,8 @@ def _rows_of(known, data) -> Data:
     if data is not None:
         return data if isinstance(data, Data) else as_data(data)
     try:
+        if known.get('origin'):
+            return read_again(known['origin'], known.get('folder'))
         how = dict(test=known.get('eval'), columns=known.get('columns'), labels=known.get('label_order'),
                    carry=known.get('carry') or (), wanted=known.get('wanted'))
         mixture = known.get('mixture')

@@ -4,6 +4,7 @@
 
 # %% ../../nbs/trainers/run.ipynb #000335a6
 from __future__ import annotations
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,16 +12,18 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from ..adapters.attach import Attached, own_buffers, own_weights
+from ..adapters.lowrank import check_peft, to_peft
 from ..adapters.store import pack, save_delta
-from ..core.io import disk_trouble, flush, read_tensors, staging
+from ..core.gguf_file import write_gguf
+from ..core.io import disk_trouble, flush, read_tensors, staging, write_text
 from ..core.data import Data
 from ..core.folder import check_folder, tensor_shapes, weight_files
-from ..core.model import device_of
+from ..core.model import device_of, notes_of
 from ..core.recipe import Recipe
 from ..core.state import State
 
 # %% auto #0
-__all__ = ['Run', 'Change', 'load_learners', 'export']
+__all__ = ['FORMS', 'NOT_ITS_FILES', 'Run', 'Change', 'load_learners', 'save_run', 'export', 'merged_weights', 'export_peft']
 
 # %% ../../nbs/trainers/run.ipynb #0005191a
 @dataclass
@@ -46,9 +49,22 @@ class Run:
         "Return a context in which the model is the base"
         return self.delta.attached.disabled()
 
-    def export(self, folder:str|Path) -> Path:
-        """Save the changed model as a plain Hugging Face folder that loads without ftlab. Raises
-        `FileExistsError` for a folder that is not empty, `ValueError` for changes of activations."""
+    def export(self, folder:str|Path, # a new one; for 'gguf' a new file
+               form:str='plain',      # 'plain': the whole model; 'peft': an adapter beside the base; 'gguf': one file
+               dtype:str|None=None    # of the matrices in a GGUF file: 'f32' (None), 'f16' or 'bf16'
+              ) -> Path:
+        """Save the changed model as a plain Hugging Face folder that loads without ftlab, as one GGUF file, or what
+        changed as an adapter of peft. Raises `FileExistsError` for a folder that is not empty, `ValueError` for what
+        the form cannot hold."""
+        if form not in FORMS:
+            raise ValueError(f'form is {form!r}; it must be {", ".join(FORMS)}')
+        if dtype is not None and form != 'gguf':
+            raise ValueError(f'dtype is {dtype!r}, which form=\'gguf\' takes; a folder keeps the dtype of the model')
+        if form == 'gguf':
+            weights = merged_weights(self.model, self.delta.attached)
+            return write_gguf(folder, self.model, self.tok, weights, dtype or 'f32')
+        if form == 'peft':
+            return export_peft(self, folder)
         return export(self.model, self.tok, self.delta.attached, folder)
 
     def __repr__(self):
@@ -104,12 +120,24 @@ def load_learners(path:str|Path, # a file that `Change.save` wrote
         out[n].load_state_dict(mine)
     return out
 
+# %% ../../nbs/trainers/run.ipynb #bc8b4a22
+def save_run(run:Run, folder:str|Path,
+             record:dict # what run.json holds, in types that JSON can hold
+            ) -> int:    # size of the change in bytes
+    "Write delta.safetensors, log.jsonl and run.json into `folder`, each whole or not at all"
+    folder = Path(folder)
+    size = run.delta.save(folder/'delta.safetensors')
+    rows = ''.join(json.dumps(r) + '\n' for r in run.log)
+    write_text(folder/'log.jsonl', rows)
+    write_text(folder/'run.json', json.dumps(record | dict(saved_bytes=size), indent=1))
+    return size
+
 # %% ../../nbs/trainers/run.ipynb #0008191a
 def export(model, tok, attached:Attached|None, folder:str|Path) -> Path:
     """Write the merged model as a plain Hugging Face folder; the model itself stays as it is.
     Raises `FileExistsError` for a folder that is not empty, `ValueError` for changes of activations,
     `DiskFull` if the disk is full."""
-    folder, weights = Path(folder), _merged(model, attached)
+    folder, weights = Path(folder), merged_weights(model, attached)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f'{str(folder)!r} is not empty; export to a new folder')
     try:
@@ -142,7 +170,7 @@ def _check_written(folder:Path, weights:dict, tok) -> None:
     if tok is not None and not any(folder.glob('tokenizer*')):
         raise RuntimeError('the exported folder would have no tokenizer; nothing was written')
 
-def _merged(model, attached:Attached|None) -> dict[str, Tensor]:
+def merged_weights(model, attached:Attached|None) -> dict[str, Tensor]:
     "Collect every parameter and buffer by its plain name, with the change merged in"
     merged, out = {}, {}
     if attached is not None:
@@ -159,3 +187,30 @@ def _transient(model) -> set[str]:
     "List the buffers that are not saved"
     return {f'{m}.{b}'.lstrip('.') for m, mod in model.named_modules()
             for b in mod._non_persistent_buffers_set}
+
+# %% ../../nbs/trainers/run.ipynb #d11da0ac
+FORMS = ('plain', 'peft', 'gguf')
+NOT_ITS_FILES = ('it starts with random values', 'the embedding got rows', 'only the text part', 'an adapter beside it')
+
+def export_peft(run:Run, folder:str|Path) -> Path:
+    """Write the change as an adapter folder of peft, with the tokenizer. Raises `FileExistsError` for a folder
+    that is not empty, and `ValueError` for what such a folder cannot hold."""
+    folder, way = Path(folder), 'export the whole model as a plain folder instead'
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f'{str(folder)!r} is not empty; export to a new folder')
+    if odd := [n for n in notes_of(run.model) if any(k in n for k in NOT_ITS_FILES)]:
+        raise ValueError(f'the base is not what its files hold, so an adapter for it would be wrong ({odd[0]}); {way}')
+    if run.recipe.stages:
+        raise ValueError(f'{run.recipe.name} trains in stages, and an adapter would hold only the last; {way}')
+    if run.recipe.decode or run.models:
+        raise ValueError(f'{run.recipe.name} answers with more than the model, which an adapter cannot hold; {way}')
+    check_peft(run.delta.attached)
+    with staging(folder) as made:
+        to_peft(run.delta.attached, made, getattr(run.model, 'name_or_path', '') or '')
+        if run.tok is not None:
+            run.tok.save_pretrained(made)
+        flush(made)
+        if folder.exists():
+            folder.rmdir()
+        made.rename(folder)
+    return folder

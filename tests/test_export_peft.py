@@ -1,0 +1,141 @@
+"An exported adapter computes in peft what the changed model computes, or it is refused"
+import json
+from functools import partial
+import pytest, torch
+from safetensors.torch import load_file
+from torch import nn
+from ftlab.adapters.attach import attach
+from ftlab.adapters.delta import Offset
+from ftlab.adapters.lowrank import LoRA, to_peft
+from ftlab.adapters.select import parts
+from ftlab.core.loading import load
+from ftlab.methods import get
+from ftlab.trainers.fit import fit
+from tiny import example_inputs, tiny
+from toys import TOK, classifier, lab_data, label_data, logits, toy
+
+peft = pytest.importorskip('peft', reason='peft is in the bench extra')
+pytestmark = pytest.mark.filterwarnings('ignore:fan_in_fan_out', 'ignore:Could not find a config file')
+CASES = dict(llama=['q_proj', 'down_proj'], gpt2=['c_attn', 'c_fc'], qwen2=['q_proj', 'lm_head', 'embed_tokens'],
+             gpt_neox=['query_key_value', 'embed_in', 'embed_out'])
+
+def out(m):
+    return logits(m, example_inputs())
+
+@torch.no_grad()
+def shake(att, scale=.1):
+    g = torch.Generator().manual_seed(1)
+    for p in att.parameters().values():
+        p.add_(scale*torch.randn(p.shape, generator=g))
+
+def chosen(model, ends):
+    return [n for n, p in model.named_parameters() if p.ndim == 2 and any(f'{e}.weight' in n for e in ends)]
+
+def with_ranks(model, names, **more):
+    "Attach LoRA of several ranks and scales"
+    made = iter(range(len(names)))
+    def make(W, mask):
+        i = next(made)
+        return LoRA(W, mask, r=2 + i % 3, alpha=[4., 16., 3.][i % 3], **more)
+    return attach(model, dict.fromkeys(names, True), make)
+
+@pytest.mark.parametrize('rs', [False, True])
+@pytest.mark.parametrize('family', CASES)
+def test_peft_computes_the_same(family, rs, tmp_path):
+    make = lambda: tiny(family, tie_word_embeddings=False)
+    m = make()
+    base, names = out(m), chosen(m, CASES[family])
+    assert len(names) >= 3
+    att = with_ranks(m, names, rs=rs)
+    shake(att)
+    changed = out(m)
+    assert (changed - base).abs().max() > .05
+    to_peft(att, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(make(), tmp_path).eval()
+    torch.testing.assert_close(out(theirs), changed, atol=1e-5, rtol=0)
+    att.fold()
+    torch.testing.assert_close(out(theirs), out(m), atol=1e-5, rtol=0)
+    held = [k for k in load_file(tmp_path/'adapter_model.safetensors') if 'lora' in k]
+    assert len(held) == 2*len(names)
+
+def test_layers_under_two_scaling_rules(tmp_path):
+    m = tiny('llama')
+    names = chosen(m, ['q_proj', 'down_proj'])
+    turn = iter([True, False]*len(names))
+    att = attach(m, dict.fromkeys(names, True), lambda W, mask: LoRA(W, mask, r=4, rs=next(turn)))
+    shake(att)
+    to_peft(att, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny('llama'), tmp_path).eval()
+    torch.testing.assert_close(out(theirs), out(m), atol=1e-5, rtol=0)
+
+def saved(model, at):
+    model.save_pretrained(at)
+    TOK.save_pretrained(at)
+    return at
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_a_run_exported_as_an_adapter(tied, tmp_path):
+    model, tok = load(saved(toy(tied=tied), tmp_path/'base'))
+    run = fit(model, tok, lab_data(), get('lora(r=3, rs=True)'), steps=4, batch_size=4, lr=1e-2, progress=False)
+    run.export(tmp_path/'adapter', form='peft')
+    run.export(tmp_path/'plain')
+    whole, _ = load(tmp_path/'plain')
+    theirs = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path/'adapter').eval()
+    torch.testing.assert_close(logits(theirs), logits(whole), atol=1e-5, rtol=0)
+    said = json.loads((tmp_path/'adapter'/'adapter_config.json').read_text())
+    assert said['base_model_name_or_path'] == str(tmp_path/'base') and (tmp_path/'adapter'/'tokenizer.json').exists()
+
+def test_a_classifier_with_its_head(tmp_path):
+    base = saved(classifier(), tmp_path/'base')
+    data = label_data()
+    model, tok = load(base, labels=data.labels, seed=3)
+    run = fit(model, tok, data, get('lora'), steps=4, batch_size=4, lr=1e-2, progress=False)
+    run.export(tmp_path/'adapter', form='peft')
+    from transformers import AutoModelForSequenceClassification
+    again = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    theirs = peft.PeftModel.from_pretrained(again, tmp_path/'adapter').eval()
+    x = dict(input_ids=torch.arange(5, 20)[None], attention_mask=torch.ones(1, 15, dtype=torch.long))
+    torch.testing.assert_close(logits(theirs, x), logits(run.model, x), atol=1e-5, rtol=0)
+    with run.disabled():
+        assert (logits(theirs, x) - logits(run.model, x)).abs().max() > 1e-3
+
+def test_what_an_adapter_cannot_hold_is_refused(tmp_path):
+    model = toy()
+    run = fit(model, TOK, lab_data(), get('full'), steps=1, batch_size=4, progress=False)
+    with pytest.raises(ValueError, match='is trained directly; export the whole model as a plain folder'):
+        run.export(tmp_path/'a', form='peft')
+    with pytest.raises(ValueError, match="form is 'x'; it must be plain, peft"):
+        run.export(tmp_path/'a', form='x')
+    m = tiny('llama')
+    offsets = attach(m, parts()(m), Offset)
+    with pytest.raises(ValueError, match='is changed by Offset'):
+        to_peft(offsets, tmp_path/'a')
+    offsets.detach()
+    norm = next(n for n, p in m.named_parameters() if p.ndim == 1)
+    both = attach(m, {**parts()(m), norm: True}, partial(LoRA, r=2), also=(norm,))
+    with pytest.raises(ValueError, match=f'{norm!r} is trained directly'):
+        to_peft(both, tmp_path/'a')
+    assert not (tmp_path/'a').exists()
+
+class Scaled(nn.Embedding):
+    def forward(self, x):
+        return 2*super().forward(x)
+
+def test_a_layer_with_arithmetic_of_its_own_is_refused(tmp_path):
+    m = tiny('llama', tie_word_embeddings=False)
+    m.model.embed_tokens.__class__ = Scaled
+    att = attach(m, {'model.embed_tokens.weight': True}, partial(LoRA, r=2))
+    with pytest.raises(ValueError, match='belongs to a Scaled'):
+        to_peft(att, tmp_path)
+
+def test_a_tied_embedding_is_never_half_changed(tmp_path):
+    m = tiny('llama', tie_word_embeddings=True)
+    with pytest.raises(ValueError, match='tied to'):
+        attach(m, {'model.embed_tokens.weight': True}, partial(LoRA, r=2))
+
+def test_a_base_that_differs_from_its_files_is_refused(tmp_path):
+    model, tok = load(saved(toy(), tmp_path/'base'))
+    run = fit(model, tok, lab_data(), get('lora'), steps=1, batch_size=4, progress=False)
+    model.load_notes = ['the embedding got rows up to 99 for 3 tokens, near the mean of the old rows']
+    with pytest.raises(ValueError, match='the base is not what its files hold'):
+        run.export(tmp_path/'a', form='peft')

@@ -1,0 +1,189 @@
+"The winner of a comparison: the rule on numbers made by hand, and runs of tiny models from end to end"
+import copy, json
+import pytest, torch
+import ftlab
+from ftlab import cli
+from ftlab.core.data import data, read_again
+from ftlab.instruments.compare import Comparison, compare
+from ftlab.instruments.report import read_run
+from ftlab.instruments.winner import choose
+from toys import TOK, toy
+
+# ---- the rule
+
+def mean(x):
+    return dict(mean=sum(x)/len(x), low=None, high=None)
+
+def method(name, gain, lost, seconds=1., within=None, matched=None):
+    matched = lost if matched is None else matched
+    seeds = [dict(gain=g, forgetting=f, forgetting_matched=m, seconds=seconds, error=None)
+             for g, f, m in zip(gain, lost, matched)]
+    return dict(name=name, rate=1e-3, seeds=seeds, gain=mean(gain), forgetting=mean(lost), within=within)
+
+def result(*methods, limit=None, how='old data', target=.3):
+    return dict(lose_at_most=limit, target=target, methods=methods, protocol=dict(forgetting=how))
+
+def within(gain, lost, dose=1., step=8):
+    return dict(rate=2e-3, step=step, dose=dose, gain=mean([gain]), forgetting=mean([lost]))
+
+LEVEL = [.60, .58, .62], [.59, .60, .60]
+
+def test_a_method_that_clearly_gains_more_wins_whatever_it_forgets():
+    found = choose(result(method('a', [.6, .61, .6], [.3]*3), method('b', [.3, .31, .29], [.0]*3)))
+    assert found.method == 'a' and 'clearly more' in found.why and found.step is None
+
+def test_among_methods_level_in_gain_the_one_that_forgets_least_at_equal_gain_wins():
+    a, b = method('a', LEVEL[0], [.2, .22, .19]), method('b', LEVEL[1], [.1, .11, .1], seconds=9.)
+    found = choose(result(a, b))
+    assert found.method == 'b' and 'level in gain' in found.why and 'forgets least at equal gain' in found.why
+    assert choose(result(a, b, how='drift (KL)')).why.endswith('b drifts least at equal gain')
+
+def test_equal_gain_and_not_the_end_of_the_run_decides():
+    a = method('a', LEVEL[0], [.0]*3, matched=[.2, .21, .2])
+    b = method('b', LEVEL[1], [.5]*3, matched=[.1, .11, .1])
+    assert choose(result(a, b)).method == 'b'
+    assert choose(result(a, b, target=None)).method == 'a', 'without an equal gain, the end of the run'
+
+def test_a_tie_is_said_and_the_faster_method_taken():
+    a = method('a', LEVEL[0], [.1, .2, .15], 5.)
+    b = method('b', LEVEL[1], [.2, .1, .16], 2.)
+    found = choose(result(a, b))
+    assert found.method == 'b' and 'tied' in found.why and 'fewest seconds' in found.why
+
+def test_two_seeds_decide_by_means_and_the_sentence_says_so():
+    found = choose(result(method('a', [.6, .5], [.3]*2), method('b', [.5, .5], [.0]*2)))
+    assert found.method == 'a' and 'without intervals' in found.why
+
+def test_within_a_limit_the_best_gain_wins_with_its_dose():
+    a = method('a', [.9]*3, [.3]*3, within=within(.4, .019, dose=.5))
+    b = method('b', [.5]*3, [.0]*3, within=within(.5, .03))
+    found = choose(result(a, b, limit=2.))
+    assert (found.method, found.rate, found.step, found.dose) == ('a', 2e-3, 8, .5), 'b loses more on the test rows'
+    assert '50% of its change' in found.why
+
+def test_what_is_refused():
+    a = method('a', [-.1]*3, [.0]*3)
+    for made, say in [(dict(), 'no method gains'), (dict(lose_at_most=1.), 'made without'),
+                      (dict(method='c'), 'the comparison has a')]:
+        with pytest.raises(ValueError, match=say):
+            choose(result(a), **made)
+    with pytest.raises(ValueError, match='within 2 points'):
+        choose(result(method('a', [.5]*3, [.3]*3, within=within(.4, .05)), limit=2.))
+
+def test_a_method_that_broke_down_does_not_win():
+    a, b = method('a', [.9]*3, [.0]*3), method('b', [.3]*3, [.3]*3)
+    a['seeds'][1]['error'] = 'NotFinite'
+    assert choose(result(a, b)).method == 'b'
+
+# ---- the data are read again
+
+def test_data_say_where_they_came_from(tmp_path, monkeypatch):
+    rows = [dict(q=f'{i}', response='b', note=1) for i in range(40)]
+    (tmp_path/'my.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    monkeypatch.chdir(tmp_path)
+    d = data('my.jsonl', columns=dict(prompt='q'), carry='note', n=9, seed=3)
+    again = json.loads(json.dumps(d.origin))
+    monkeypatch.chdir('/')
+    assert read_again(again, tmp_path).fingerprint == d.fingerprint
+    assert data([dict(prompt='a', response='b')]*30).origin is None
+    drawn = data('sort', n=20, seed=4)
+    assert read_again(drawn.origin).fingerprint == drawn.fingerprint
+
+# ---- from end to end
+
+FAST = dict(steps=6, batch_size=4, items=8, old_items=4, validation_items=8, old_validation_items=4, progress=False,
+            metric='nll')
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    "A comparison of a saved toy on a file, as the command line makes it"
+    at = tmp_path_factory.mktemp('winner')
+    toy().save_pretrained(at/'model')
+    TOK.save_pretrained(at/'model')
+    d = data('new-procedure', n=40)
+    rows = d.train + d.validation[:14] + d.test[:14]
+    (at/'my.jsonl').write_text(''.join(json.dumps(dict(q=r['prompt'], response=r['response'])) + '\n' for r in rows))
+    d = data(at/'my.jsonl', columns=dict(prompt='q'))
+    found = compare(['full', 'lora'], at/'model', d, seeds=2, lrs=[1e-2, 3e-2], max_runs=18, lose_at_most=90,
+                    old='sort', out=at/'compare', **FAST | dict(metric='nll'))
+    return at, found
+
+def test_the_winner_is_the_run_that_was_measured(made):
+    _, found = made
+    row = next(m for m in found.result['methods'] if m['name'] == 'full')
+    plain = Comparison(copy.deepcopy(found.result) | dict(lose_at_most=None), found.bench, found.recipes)
+    run = plain.train('full', progress=False)
+    from ftlab.instruments.bench import score
+    d = found.bench.given
+    now = score('nll', run.model, run.tok, d.test[:8], d)
+    assert now - row['seeds'][0]['before'] == pytest.approx(row['seeds'][0]['gain'], abs=1e-6)
+
+def test_read_from_the_file_alone_it_is_the_same(made, tmp_path, monkeypatch):
+    at, found = made
+    monkeypatch.chdir(tmp_path)
+    a = found.train('lora', progress=False)
+    b = Comparison.read(at/'compare'/'result.json').train('lora', tmp_path/'run', progress=False)
+    x, y = a.delta.tensors(), b.delta.tensors()
+    assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+    z = read_run(tmp_path/'run').delta.tensors()
+    assert all(torch.allclose(z[k], y[k], atol=1e-6) for k in y), 'a saved winner is read like any run'
+
+def test_a_point_within_a_limit_is_trained_as_it_was_measured(made):
+    _, found = made
+    r = copy.deepcopy(found.result)
+    row = next(m for m in r['methods'] if m['name'] == 'full')
+    row['within'] = dict(rate=1e-2, step=3, dose=1., gain=mean([.1]), forgetting=mean([.0]))
+    short = Comparison(r, found.bench, found.recipes).train('full', progress=False)
+    assert len(short.log) == 3 and short.log[2]['lr'] > 0, 'the schedule is that of the whole run'
+    row['within'] |= dict(dose=.5)
+    half = Comparison(r, found.bench, found.recipes).train('full', progress=False)
+    whole, part = short.delta.tensors(), half.delta.tensors()
+    assert all(torch.allclose(part[k], whole[k]/2, atol=1e-6) for k in whole)
+
+@pytest.mark.parametrize('name', ['full', 'lora'])
+def test_a_dose_of_each_kind_of_change(made, name):
+    _, found = made
+    r = copy.deepcopy(found.result)
+    row = next(m for m in r['methods'] if m['name'] == name)
+    point = dict(rate=1e-2, step=6, gain=mean([.1]), forgetting=mean([.0]))
+    full, half = (Comparison(copy.deepcopy(r | dict(methods=[row | dict(within=point | dict(dose=d))])), found.bench,
+                             found.recipes).train(name, progress=False).delta.tensors() for d in (1., .5))
+    assert all(torch.allclose(half[k], full[k]/2, atol=1e-6) for k in full)
+
+def test_changed_rows_and_another_model_are_refused(made, tmp_path):
+    at, found = made
+    read = Comparison.read(at/'compare'/'result.json')
+    rows = (at/'my.jsonl').read_text().splitlines()[:-1]
+    (tmp_path/'fewer.jsonl').write_text('\n'.join(rows))
+    with pytest.raises(ValueError, match='not those of the comparison'):
+        read.train('full', data=data(tmp_path/'fewer.jsonl', columns=dict(prompt='q')), progress=False)
+    with pytest.raises(ValueError, match='the model is not the one of the comparison'):
+        read.train('full', model=(toy(seed=1), TOK), progress=False)
+    changed = copy.deepcopy(read.result)
+    next(m for m in changed['methods'] if m['name'] == 'lora')['recipe']['arguments']['r'] = 5
+    with pytest.raises(ValueError, match='is not what it was'):
+        Comparison(changed).train('lora', progress=False)
+
+def test_an_older_result_asks_for_model_and_data(made):
+    at, found = made
+    old = {k: v for k, v in found.result.items() if k != 'inputs'}
+    with pytest.raises(ValueError, match='give them: data='):
+        Comparison(old).train('full', progress=False)
+    d = data(at/'my.jsonl', columns=dict(prompt='q'))
+    with pytest.raises(ValueError, match='give it: model='):
+        Comparison(old).train('full', data=d, progress=False)
+    run = Comparison(old).train('full', data=d, model=at/'model', progress=False)
+    assert run.log
+
+def test_the_command_needs_the_folder_alone(made, tmp_path, capsys, monkeypatch):
+    at, _ = made
+    monkeypatch.chdir(tmp_path)
+    asked = ['winner', str(at/'compare'), '--method', 'lora', '--out', 'run', '--export', 'tuned']
+    assert cli.main([*asked, '--json']) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said['why'].startswith('lora was asked for') and said['before'] > said['after']
+    model, _ = ftlab.load('tuned')
+    assert cli.main(['winner', str(at/'compare'), '--out', 'run']) == 1
+    assert 'name a new folder' in capsys.readouterr().err
+    assert cli.main(['winner', str(at/'compare'), '--out', 'x', '--eval', 'y']) == 1
+    assert '--eval belongs to --data' in capsys.readouterr().err
