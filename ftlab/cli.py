@@ -120,15 +120,32 @@ def _keep(run, record, out) -> int:
 # %% ../nbs/cli.ipynb #0017513c
 def run_report(a:argparse.Namespace) -> tuple[dict, str]:
     "Write report.html and report.json about a run"
-    from ftlab.instruments.report import read_run, report
-    if not a.folder and not a.delta:
-        raise ValueError('name the folder that ftlab fit wrote, or --model, --delta and --data')
-    run = read_run(a.folder, a.model, a.delta, data_of(a) if a.data else None, a.revision,
-                   a.device, a.dtype)
+    from ftlab.instruments.report import report
+    run = _elsewhere(a) if a.tuned or a.base else _own_run(a)
     rep = report(run, old_of(a), items=a.items, old_items=a.old_items, metric=a.metric,
                  matrices=a.matrices, max_length=a.max_length, cache=a.cache)
     out = rep.save(a.out or run.folder)
     return rep.json(), f'{rep!r}\n{out/"report.html"}'
+
+def _own_run(a):
+    from ftlab.instruments.report import read_run
+    if not a.folder and not a.delta:
+        raise ValueError('name the folder that ftlab fit wrote, or --model, --delta and --data; or, for a run '
+                         'made elsewhere, --tuned, --base and --data')
+    return read_run(a.folder, a.model, a.delta, data_of(a) if a.data else None, a.revision,
+                    a.device, a.dtype)
+
+def _elsewhere(a):
+    "Read a fine-tune that another program made"
+    from ftlab.instruments.elsewhere import read_tuned
+    own = [x for x in ('folder', 'delta', 'model') if getattr(a, x)]
+    if not a.tuned or own:
+        odd = 'the name of a folder' if own[:1] == ['folder'] else f'--{own[0]}' if own else ''
+        raise ValueError('a run made elsewhere is named by --tuned, --base and --data'
+                         + (f'; leave out {odd}' if odd else ', and --tuned is missing'))
+    if not a.out:
+        raise ValueError('name the folder to write with --out')
+    return read_tuned(a.tuned, a.base, data_of(a) if a.data else None, a.revision, a.dtype, a.device)
 
 def _before(a, data):
     "Examine a run before it begins"
@@ -319,6 +336,10 @@ def _report(p):
     _take(p, 'model revision data eval columns old metric max-length device dtype', model=FROM_RUN,
           data=dict(help='the data (default: those that run.json names)'))
     add('--delta', metavar='CHANGE', help='a saved change, if there is no folder of a run')
+    add('--tuned', metavar='DIR',
+        help='a fine-tune made elsewhere: a folder of peft, or a whole model')
+    add('--base', metavar='NAME',
+        help='the model before it (default: the one that a folder of peft names)')
     add('--items', type=positive, default=100, metavar='ROWS',
         help='how many test rows to measure on, at most (default: %(default)s)')
     add('--old-items', type=positive, default=100, metavar='ROWS',
