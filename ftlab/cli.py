@@ -160,12 +160,27 @@ def _before(a, data):
     return doctor(model, tok, data, ftlab.methods.get(a.method),
                   **{k: getattr(a, k) for k in settings})
 
-def run_doctor(a:argparse.Namespace) -> tuple[dict, str]:
-    "Examine a run before it begins, or after it"
+def _foreign(a, data):
+    "Examine what another program made; raise `ValueError` for options that only a run here has"
     from ftlab.instruments.doctor import doctor
+    unused = dict(exported=None, lr=None, method='full', steps=200, batch_size=32, accumulate=1,
+                  max_length=None, device=None, dtype=None, precision='no', head='auto', revision=None)
+    odd = [k for k, default in unused.items() if getattr(a, k) != default]
+    if odd or (a.model and a.base):
+        name = odd[0].replace('_', '-') if odd else 'model'
+        raise ValueError(f'{a.folder} was made elsewhere, and --{name} does not apply to it; give --base and --data')
+    return doctor(a.folder, data=data, base=a.base or a.model)
+
+def run_doctor(a:argparse.Namespace) -> tuple[dict, str]:
+    "Examine a run before it begins, or after it, or one made elsewhere"
+    from ftlab.instruments.doctor import doctor, is_foreign
     from ftlab.instruments.report import read_run
     data = data_of(a) if a.data else None
-    if a.folder:
+    if a.folder and is_foreign(a.folder):
+        found = _foreign(a, data)
+    elif a.base:
+        raise ValueError('--base is the model before a run made elsewhere; name the folder or file of that run')
+    elif a.folder:
         found = doctor(read_run(a.folder, a.model, None, data, a.revision, a.device, a.dtype),
                        exported=a.exported)
     else:
@@ -352,7 +367,9 @@ def _report(p):
 def _doctor(p):
     add = p.add_argument
     add('folder', nargs='?', metavar='DIR',
-        help='a finished run, the folder that ftlab fit wrote; without it a run is examined before it begins')
+        help='a finished run, the folder that ftlab fit wrote; or what another program made: an adapter of peft, a whole '
+             "model, a Trainer's log, settings as JSON or YAML, rows; without it a run is examined before it begins")
+    add('--base', metavar='NAME', help='the model before a run made elsewhere')
     _take(p, 'model revision data eval columns method lr steps batch-size max-length device dtype precision head')
     add('--exported', metavar='DIR', help='a merged model to compare with the run')
     add('--accumulate', type=positive, default=1, metavar='N',

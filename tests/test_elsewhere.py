@@ -177,7 +177,7 @@ def test_models_that_cannot_be_compared_are_refused_with_the_reason(model, tok, 
 
 
 def test_half_of_the_arguments_is_refused(tmp_path):
-    for given in (dict(), dict(base='lab-s'), dict(run='x', tuned='y', data='z')):
+    for given in (dict(base='lab-s'), dict(run='x', tuned='y', data='z')):
         with pytest.raises(ValueError, match='give either a run'):
             report(**given)
     with pytest.raises(ValueError, match='--data'):

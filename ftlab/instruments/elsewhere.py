@@ -62,8 +62,8 @@ def _check_same(params, values):
         raise ValueError(f'base and tuned model have different shapes, so no difference can be taken: {n} is '
                          f'{tuple(params[n].shape)} in the base and {tuple(values[n].shape)} in the tuned model')
     if odd := [n for n, v in values.items() if not torch.isfinite(v).all()]:
-        raise ValueError(f'the tuned model has values that are NaN or infinite, in {some(odd)}, so it has no answers to '
-                         'compare; train again from the base with a lower learning rate, or take an '
+        raise ValueError(f'the tuned model has values that are NaN or infinite, in {some(odd)}, so it has no answers '
+                         'to compare; train again from the base with a lower learning rate, or take an '
                          'earlier checkpoint')
 
 # %% ../../nbs/instruments/elsewhere.ipynb #000906c8

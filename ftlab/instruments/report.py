@@ -569,7 +569,7 @@ def _run_of(run, base=None, tuned=None, data=None) -> Run:
     "Return the run, or read it from the folder"
     if tuned is not None and run is None:
         return read_tuned(tuned, base, data)
-    if run is None or any(x is not None for x in (base, tuned, data)):
+    if any(x is not None for x in (base, tuned, data)):
         raise ValueError('give either a run, or the three parts of one made elsewhere: base=, tuned= and data=')
     if isinstance(run, Run):
         return run
