@@ -367,8 +367,8 @@ def _report(p):
 def _doctor(p):
     add = p.add_argument
     add('folder', nargs='?', metavar='DIR',
-        help='a finished run, the folder that ftlab fit wrote; or what another program made: an adapter of peft, a whole '
-             "model, a Trainer's log, settings as JSON or YAML, rows; without it a run is examined before it begins")
+        help='a finished run, the folder that ftlab fit wrote; or what another program made: an adapter of '
+             "peft, a whole model, a Trainer's log, settings as JSON or YAML, rows; without it a run is examined before it begins")
     add('--base', metavar='NAME', help='the model before a run made elsewhere')
     _take(p, 'model revision data eval columns method lr steps batch-size max-length device dtype precision head')
     add('--exported', metavar='DIR', help='a merged model to compare with the run')

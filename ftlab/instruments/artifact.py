@@ -368,7 +368,17 @@ class Elsewhere:
         try:
             return as_data(self._data)
         except (ValueError, FileNotFoundError, TypeError) as e:
-            raise NotApplicable(f'the rows cannot be read: {shortened(str(e))}') from None
+            raise NotApplicable(f'the rows cannot be read: {shortened(str(e), 300)}') from None
+
+    def unreadable(self) -> str:
+        "Say why the rows cannot be read; '' if they can, or if there are none"
+        if self._data is None or isinstance(self._data, Data):
+            return ''
+        try:
+            self.data
+        except NotApplicable as e:
+            return str(e)
+        return ''
 
     @property
     def kind(self) -> str|None:

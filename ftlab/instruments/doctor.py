@@ -199,8 +199,8 @@ def doctor(model,                  # a model; or a finished `Run`, or a path: of
     `doctor(path, base=..., data=...)` on a run made elsewhere.
 
     A path is recognized by what it holds: an adapter of peft, a whole model, a Trainer's log,
-    settings of trl, axolotl or LLaMA-Factory, or rows. The model is left as it was. Raises `ValueError` for arguments that do not fit together,
-    `TypeError` for settings that `fit` does not have."""
+    settings of trl, axolotl or LLaMA-Factory, or rows. The model is left as it was. Raises `ValueError`
+    for arguments that do not fit together, `TypeError` for settings that `fit` does not have."""
     if unknown := sorted(set(settings) - set(SETTINGS)):
         raise TypeError(f'doctor has no setting {unknown[0]!r}; like fit, it takes {", ".join(SETTINGS)}')
     given = tok is not None or recipe is not None or settings

@@ -107,8 +107,11 @@ def loss_flat(case):
     if case.log.rewarded or len(levels) < 3 or len(case.log.loss) < 10:
         raise NotApplicable('the log is too short, or its loss is a reward')
     better = len(evals) > 1 and min(evals[1:]) < .99*evals[0]
-    if max(levels) - min(levels) < .01*levels[0] and levels[0] > .3 and not better:
-        return f'over {case.log.last:g} steps the training loss stays at {levels[0]:.3g}'
+    third = max(1, len(levels)//3)
+    first, last = median(levels[:third]), median(levels[-third:])
+    # a third against a third, so that the noise of single entries does not count
+    if .99*first < last < 1.05*first and first > .3 and not better:
+        return f'over {case.log.last:g} steps the training loss stays at {first:.3g}'
 
 @planted(loss_flat, 'over 300 steps the training loss stays at 2')
 def _a_loss_that_does_not_move():
@@ -269,6 +272,8 @@ def _chosen_and_rejected_swapped():
        fix='keep some rows apart and evaluate on them: eval_strategy="steps", or val_set_size in axolotl',
        source='huggingface/transformers#11931')
 def evaluation_missing(case):
+    if case.log.rewarded:
+        raise NotApplicable('rewards are an evaluation of their own')
     if not case.log.evals and len(case.log.loss) >= 5 and case.log.last >= 20:
         return f'{case.log.last:g} steps were logged and not one evaluation'
 
