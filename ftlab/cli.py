@@ -157,7 +157,7 @@ def _before(a, data):
         raise ValueError('--exported is compared with a finished run; name the folder that ftlab fit wrote as well')
     model, tok = model_of(a, labels=data.labels, head=a.head)
     settings = ('steps', 'batch_size', 'accumulate', 'lr', 'max_length', 'precision')
-    return doctor(model, tok, data, ftlab.methods.get(a.method),
+    return doctor(model, tok, data, ftlab.methods.get(a.method), try_fix=a.try_fix,
                   **{k: getattr(a, k) for k in settings})
 
 def _foreign(a, data):
@@ -169,7 +169,7 @@ def _foreign(a, data):
     if odd or (a.model and a.base):
         name = odd[0].replace('_', '-') if odd else 'model'
         raise ValueError(f'{a.folder} was made elsewhere, and --{name} does not apply to it; give --base and --data')
-    return doctor(a.folder, data=data, base=a.base or a.model)
+    return doctor(a.folder, data=data, base=a.base or a.model, try_fix=a.try_fix)
 
 def run_doctor(a:argparse.Namespace) -> tuple[dict, str]:
     "Examine a run before it begins, or after it, or one made elsewhere"
@@ -182,7 +182,7 @@ def run_doctor(a:argparse.Namespace) -> tuple[dict, str]:
         raise ValueError('--base is the model before a run made elsewhere; name the folder or file of that run')
     elif a.folder:
         found = doctor(read_run(a.folder, a.model, None, data, a.revision, a.device, a.dtype),
-                       exported=a.exported)
+                       exported=a.exported, try_fix=a.try_fix)
     else:
         found = _before(a, data)
     return found.json(), in_shell_words(repr(found), _options(a))
@@ -368,8 +368,11 @@ def _doctor(p):
     add = p.add_argument
     add('folder', nargs='?', metavar='DIR',
         help='a finished run, the folder that ftlab fit wrote; or what another program made: an adapter of '
-             "peft, a whole model, a Trainer's log, settings as JSON or YAML, rows; without it a run is examined before it begins")
+             "peft, a whole model, a Trainer's log, settings as JSON or YAML, rows; without it a run is "
+             'examined before it begins')
     add('--base', metavar='NAME', help='the model before a run made elsewhere')
+    add('--try-fix', action='store_true',
+        help='apply the fix of each finding to a copy, take one step with and without it, and ask again')
     _take(p, 'model revision data eval columns method lr steps batch-size max-length device dtype precision head')
     add('--exported', metavar='DIR', help='a merged model to compare with the run')
     add('--accumulate', type=positive, default=1, metavar='N',

@@ -99,8 +99,9 @@ KEEP = ('special_tokens datasets test_datasets rope_scaling overrides_of_model_c
 class Config:
     "Hold the settings of another trainer by one name"
     def __init__(self, raw:Mapping, form:str):
-        self.form = form # 'trl', 'axolotl' or 'llamafactory'
-        self.raw = flat(raw)
+        self.form = form      # 'trl', 'axolotl' or 'llamafactory'
+        self.source = raw     # as the file has it
+        self.raw = flat(raw)  # without groups
 
     def __getitem__(self, name:str):
         "Return a setting by our name or theirs; None if the file does not have it"
@@ -303,7 +304,7 @@ class Elsewhere:
                 ):
         self.found, self.findings = found, []
         self.named = base
-        self._data = data if data is not None else found.rows
+        self.given = data if data is not None else found.rows
 
     def about(self) -> str:
         "Say what was read"
@@ -361,18 +362,18 @@ class Elsewhere:
     @cached_property
     def data(self) -> Data:
         "Return the rows"
-        if self._data is None:
+        if self.given is None:
             raise NotApplicable('there are no rows')
-        if isinstance(self._data, Data):
-            return self._data
+        if isinstance(self.given, Data):
+            return self.given
         try:
-            return as_data(self._data)
+            return as_data(self.given)
         except (ValueError, FileNotFoundError, TypeError) as e:
             raise NotApplicable(f'the rows cannot be read: {shortened(str(e), 300)}') from None
 
     def unreadable(self) -> str:
         "Say why the rows cannot be read; '' if they can, or if there are none"
-        if self._data is None or isinstance(self._data, Data):
+        if self.given is None or isinstance(self.given, Data):
             return ''
         try:
             self.data

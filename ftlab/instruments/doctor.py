@@ -21,6 +21,7 @@ from ..core.table import Html, as_html, html_table, to_the_left
 from ..core.text import shortened
 from .artifact import Elsewhere, recognize
 from .case import SETTINGS, SEVERITIES, STAGES, Case, Check, NotApplicable
+from .fixes import Tried, try_elsewhere, try_own
 from .report import read_run
 from ..trainers.run import Run
 
@@ -50,8 +51,10 @@ class Diagnosis(Sequence):
                  findings:list[Finding],
                  ran:list[str],           # names of checks
                  skipped:dict[str, str],  # check -> why it did not apply
-                 about:str=''             # recipe, data and coverage, in one line
+                 about:str='',            # recipe, data and coverage, in one line
+                 tried:Sequence[Tried]=() # what came of each fix, if it was tried
                 ):
+        self.tried = list(tried)
         self.when, self.ran, self.skipped, self.about = when, ran, skipped, about
         self.findings = sorted(findings, key=lambda f: SEVERITIES.index(f.severity))
 
@@ -74,7 +77,8 @@ class Diagnosis(Sequence):
     def json(self) -> dict:
         "Return everything, ready for JSON"
         return dict(version=1, when=self.when, about=self.about, errors=self.errors,
-                    findings=[asdict(f) for f in self], ran=self.ran, skipped=self.skipped)
+                    findings=[asdict(f) for f in self], ran=self.ran, skipped=self.skipped,
+                    **(dict(tried=[asdict(t) for t in self.tried]) if self.tried else {}))
 
     def _head(self) -> str:
         count = Counter(f.severity for f in self)
@@ -89,12 +93,13 @@ class Diagnosis(Sequence):
         return [f'{", ".join(names)}: {reason}' for reason, names in why.items()]
 
     def __repr__(self) -> str:
-        left = ['did not apply: ' + s for s in self._left_out()]
+        left = [*map(str, self.tried), *('did not apply: ' + s for s in self._left_out())]
         return '\n'.join([*filter(None, [self.about]), self._head(), *map(str, self), *left])
 
     def _repr_html_(self) -> str:
         left = ''.join(f'<li>{as_html(x)}</li>' for x in self._left_out())
         table = html_table((), map(_cells, self), attributes=to_the_left) if self.findings else ''
+        table += ''.join(f'<p>{as_html(str(t))}</p>' for t in self.tried)
         more = f'<details><summary>did not apply</summary><ul>{left}</ul></details>' if left else ''
         return f'<p>{as_html(self.about)}<br><b>{as_html(self._head())}</b></p>{table}{more}'
 
@@ -193,6 +198,7 @@ def doctor(model,                  # a model; or a finished `Run`, or a path: of
            recipe:Recipe|None=None,# the method; None: full fine-tuning
            *, exported:str|Path|None=None, # after a run: the folder to compare with it; None: export one
            base:str|Path|None=None, # of a run made elsewhere: the model before it
+           try_fix:bool=False,      # apply each fix to a copy, take one step with and without it, and ask again
            **settings              # as `fit` takes them: steps, batch_size, lr, max_length, ...
           ) -> Diagnosis:
     """Find silent failures: `doctor(model, tok, data, recipe)` before a run, `doctor(run)` after it,
@@ -205,7 +211,7 @@ def doctor(model,                  # a model; or a finished `Run`, or a path: of
         raise TypeError(f'doctor has no setting {unknown[0]!r}; like fit, it takes {", ".join(SETTINGS)}')
     given = tok is not None or recipe is not None or settings
     if isinstance(model, (str, Path)) and is_foreign(model) and not given:
-        return examine_elsewhere(model, base, data)
+        return examine_elsewhere(model, base, data, try_fix)
     alone = tok is None and data is None and recipe is None and not settings
     if isinstance(model, (str, Path)):
         model = _read(model, alone)
@@ -214,11 +220,11 @@ def doctor(model,                  # a model; or a finished `Run`, or a path: of
     if isinstance(model, Run):
         if not alone:
             raise ValueError('a run already has its tokenizer, data, recipe and settings; call doctor(run) alone')
-        return examine(case_after(model, exported), 'after', CHECKS)
+        return _with_tries(examine(case_after(model, exported), 'after', CHECKS), None, try_fix)
     case = case_before(model, tok, data, recipe, **settings)
     if exported is not None:
         raise ValueError('exported= needs a finished run to compare with: doctor(run, exported=folder)')
-    return examine(case, 'before', CHECKS)
+    return _with_tries(examine(case, 'before', CHECKS), case, try_fix)
 
 def case_before(model, tok, data, recipe:Recipe|None=None, **settings # as in `doctor`
                ) -> Case:
@@ -253,14 +259,39 @@ def is_foreign(path) -> bool:
     path = Path(path)
     return path.exists() and not (path/'delta.safetensors').is_file() and path.suffix != '.delta'
 
-def examine_elsewhere(path:str|Path, base=None, data=None # as in `doctor`
+def examine_elsewhere(path:str|Path, base=None, data=None, try_fix:bool=False # as in `doctor`
                      ) -> Diagnosis:
     "Examine what another program made"
     case = Elsewhere(recognize(path), base, data)
     found = examine(case, 'elsewhere', CHECKS)
     more = _rows_and_model(case)
-    return found if more is None else Diagnosis(found.when, [*found, *more], [*found.ran, *more.ran],
-                                                {**found.skipped, **more.skipped}, found.about)
+    if more is not None:
+        found = Diagnosis(found.when, [*found, *more], [*found.ran, *more.ran],
+                          {**found.skipped, **more.skipped}, found.about)
+    return _with_tries(found, case, try_fix)
+
+def _again(case, check) -> bool:
+    "Ask a check once more"
+    try:
+        return bool(_said(check, check.function(case))[1])
+    except NotApplicable:
+        return False
+
+def _with_tries(found:Diagnosis, case, try_fix:bool) -> Diagnosis:
+    "Try the fix of each finding; `case` is None after a run, which no setting changes any more"
+    if not try_fix:
+        return found
+    by_name = {k.name: k for k in CHECKS}
+    for f in found:
+        k = by_name[f.name]
+        if case is None:
+            t = Tried(k.name, 'none', f'the run is finished, and other settings need another run. {k.fix}')
+        elif isinstance(case, Elsewhere):
+            t = try_elsewhere(case, k, _again, load)
+        else:
+            t = try_own(case, k, _again)
+        found.tried.append(t)
+    return found
 
 ROWS = ('rows', 'data')                                                   # stages
 TOKENS = ('pad-unusable', 'vocabulary-mismatch', 'too-long-for-positions') # checks of settings

@@ -57,7 +57,8 @@ def answers_empty(case):
 @planted(answers_empty, 'response is empty')
 def _blank_answers():
     rows = toy_rows(200)
-    return elsewhere(config=SETTINGS, data=dict(train=[dict(r, response=' ') for r in rows[:20]] + rows[20:], test=rows[:1]))
+    blank = [dict(r, response=' ') for r in rows[:20]]
+    return elsewhere(config=SETTINGS, data=dict(train=blank + rows[20:], test=rows[:1]))
 
 @check('elsewhere', 'warning', why='the model learns to stop in the middle of a sentence',
        fix='find where the answers were cut, and take them whole', source='huggingface/trl#6668')
@@ -77,14 +78,15 @@ def _answers_cut_at_one_length():
 
 DAMAGE = re.compile('\ufffd|[ÃÂ][\x80-\xbf©¨§¼¶¤Ÿ]|â€[™œ\x9d“”¦˜]')
 
-@check('elsewhere', 'warning', why='the model learns to write these characters', source='huggingface/transformers#22520',
-       fix='decode the file as UTF-8, or repair it with ftfy')
+@check('elsewhere', 'warning', why='the model learns to write these characters',
+       source='huggingface/transformers#43459', fix='decode the file as UTF-8, or repair it with ftfy')
 def text_damaged(case):
     texts = _texts(case)
     bad = [t for t in texts if DAMAGE.search(t)]
     if len(bad) > .005*len(texts):
         at = DAMAGE.search(bad[0]).start()
-        return f'{len(bad)} of {len(texts)} rows have wrongly decoded text, e.g. {shortened(bad[0][max(0, at - 20):at + 20])!r}'
+        near = shortened(bad[0][max(0, at - 20):at + 20])
+        return f'{len(bad)} of {len(texts)} rows have wrongly decoded text, e.g. {near!r}'
 
 @planted(text_damaged, 'wrongly decoded text')
 def _wrongly_decoded_rows():
@@ -103,7 +105,8 @@ def marks_in_text(case):
     texts = _texts(case)
     bad = [MARKS.search(t)[0] for t in texts if MARKS.search(t)]
     if len(bad) > .02*len(texts):
-        return f'{len(bad)} of {len(texts)} rows hold marks of a template, most often {Counter(bad).most_common(1)[0][0]}'
+        (mark, _), *_ = Counter(bad).most_common(1)
+        return f'{len(bad)} of {len(texts)} rows hold marks of a template, most often {mark}'
 
 @planted(marks_in_text, r'(\d+) of \1 rows hold marks')
 def _marks_twice():
