@@ -131,15 +131,32 @@ def _keep(run, record, out) -> int:
 # %% ../nbs/cli.ipynb #0017513c
 def run_report(a:argparse.Namespace) -> tuple[dict, str]:
     "Write report.html and report.json about a run"
-    from ftlab.instruments.report import read_run, report
-    if not a.folder and not a.delta:
-        raise ValueError('name the folder that ftlab fit wrote, or --model, --delta and --data')
-    run = read_run(a.folder, a.model, a.delta, data_of(a) if a.data else None, a.revision,
-                   a.device, a.dtype)
+    from ftlab.instruments.report import report
+    run = _elsewhere(a) if a.tuned or a.base else _own_run(a)
     rep = report(run, old_of(a), items=a.items, old_items=a.old_items, metric=a.metric,
                  matrices=a.matrices, max_length=a.max_length, cache=a.cache)
     out = rep.save(a.out or run.folder)
     return rep.json(), f'{rep!r}\n{out/"report.html"}'
+
+def _own_run(a):
+    from ftlab.instruments.report import read_run
+    if not a.folder and not a.delta:
+        raise ValueError('name the folder that ftlab fit wrote, or --model, --delta and --data; or, for a run '
+                         'made elsewhere, --tuned, --base and --data')
+    return read_run(a.folder, a.model, a.delta, data_of(a) if a.data else None, a.revision,
+                    a.device, a.dtype)
+
+def _elsewhere(a):
+    "Read a fine-tune that another program made"
+    from ftlab.instruments.elsewhere import read_tuned
+    own = [x for x in ('folder', 'delta', 'model') if getattr(a, x)]
+    if not a.tuned or own:
+        odd = 'the name of a folder' if own[:1] == ['folder'] else f'--{own[0]}' if own else ''
+        raise ValueError('a run made elsewhere is named by --tuned, --base and --data'
+                         + (f'; leave out {odd}' if odd else ', and --tuned is missing'))
+    if not a.out:
+        raise ValueError('name the folder to write with --out')
+    return read_tuned(a.tuned, a.base, data_of(a) if a.data else None, a.revision, a.dtype, a.device)
 
 def _before(a, data):
     "Examine a run before it begins"
@@ -151,17 +168,32 @@ def _before(a, data):
         raise ValueError('--exported is compared with a finished run; name the folder that ftlab fit wrote as well')
     model, tok = model_of(a, labels=data.labels, head=a.head)
     settings = ('steps', 'batch_size', 'accumulate', 'lr', 'max_length', 'precision')
-    return doctor(model, tok, data, ftlab.methods.get(a.method),
+    return doctor(model, tok, data, ftlab.methods.get(a.method), try_fix=a.try_fix,
                   **{k: getattr(a, k) for k in settings})
 
-def run_doctor(a:argparse.Namespace) -> tuple[dict, str]:
-    "Examine a run before it begins, or after it"
+def _foreign(a, data):
+    "Examine what another program made; raise `ValueError` for options that only a run here has"
     from ftlab.instruments.doctor import doctor
+    unused = dict(exported=None, lr=None, method='full', steps=200, batch_size=32, accumulate=1,
+                  max_length=None, device=None, dtype=None, precision='no', head='auto', revision=None)
+    odd = [k for k, default in unused.items() if getattr(a, k) != default]
+    if odd or (a.model and a.base):
+        name = odd[0].replace('_', '-') if odd else 'model'
+        raise ValueError(f'{a.folder} was made elsewhere, and --{name} does not apply to it; give --base and --data')
+    return doctor(a.folder, data=data, base=a.base or a.model, try_fix=a.try_fix)
+
+def run_doctor(a:argparse.Namespace) -> tuple[dict, str]:
+    "Examine a run before it begins, or after it, or one made elsewhere"
+    from ftlab.instruments.doctor import doctor, is_foreign
     from ftlab.instruments.report import read_run
     data = data_of(a) if a.data else None
-    if a.folder:
+    if a.folder and is_foreign(a.folder):
+        found = _foreign(a, data)
+    elif a.base:
+        raise ValueError('--base is the model before a run made elsewhere; name the folder or file of that run')
+    elif a.folder:
         found = doctor(read_run(a.folder, a.model, None, data, a.revision, a.device, a.dtype),
-                       exported=a.exported)
+                       exported=a.exported, try_fix=a.try_fix)
     else:
         found = _before(a, data)
     return found.json(), in_shell_words(repr(found), _options(a))
@@ -350,6 +382,10 @@ def _report(p):
     _take(p, 'model revision data eval columns old metric max-length device dtype', model=FROM_RUN,
           data=dict(help='the data (default: those that run.json names)'))
     add('--delta', metavar='CHANGE', help='a saved change, if there is no folder of a run')
+    add('--tuned', metavar='DIR',
+        help='a fine-tune made elsewhere: a folder of peft, or a whole model')
+    add('--base', metavar='NAME',
+        help='the model before it (default: the one that a folder of peft names)')
     add('--items', type=positive, default=100, metavar='ROWS',
         help='how many test rows to measure on, at most (default: %(default)s)')
     add('--old-items', type=positive, default=100, metavar='ROWS',
@@ -362,7 +398,12 @@ def _report(p):
 def _doctor(p):
     add = p.add_argument
     add('folder', nargs='?', metavar='DIR',
-        help='a finished run, the folder that ftlab fit wrote; without it a run is examined before it begins')
+        help='a finished run, the folder that ftlab fit wrote; or what another program made: an adapter of '
+             "peft, a whole model, a Trainer's log, settings as JSON or YAML, rows; without it a run is "
+             'examined before it begins')
+    add('--base', metavar='NAME', help='the model before a run made elsewhere')
+    add('--try-fix', action='store_true',
+        help='apply the fix of each finding to a copy, take one step with and without it, and ask again')
     _take(p, 'model revision data eval columns method lr steps batch-size max-length device dtype precision head')
     add('--exported', metavar='DIR', help='a merged model to compare with the run')
     add('--accumulate', type=positive, default=1, metavar='N',

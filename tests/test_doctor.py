@@ -48,7 +48,7 @@ def test_at_least_twenty_checks_each_with_its_reasons_and_a_planted_setting():
         assert k.planted, (f'nothing is planted for {k.name}; add a function marked '
                            f'@planted({k.function.__name__}, ...) below it')
         assert (re.fullmatch(r'[\w.-]+/[\w.-]+#\d+', k.source) and k.severity in SEVERITIES
-                and k.when in ('before', 'after', 'both'))
+                and k.when in ('before', 'after', 'both', 'elsewhere'))
         assert re.fullmatch(r'[a-z0-9-]+', k.name) and k.name == k.function.__name__.replace('_', '-')
         assert len(k.why.split()) > 4 and len(k.fix.split()) > 2 and k.stage in STAGES
 
@@ -87,7 +87,7 @@ def test_planted_stands_beside_its_check():
 
 
 @pytest.mark.parametrize('field, says', [
-    (dict(when='later'), "check odd-one: when is 'later'; it must be one of before, after, both"),
+    (dict(when='later'), "check odd-one: when is 'later'; it must be one of before, after, both, elsewhere"),
     (dict(severity='fatal'), "severity is 'fatal'; it must be one of error, warning, note"),
     (dict(source='a blog'), "source is 'a blog'; write owner/repository#number")])
 def test_a_check_with_a_wrong_field_is_refused(field, says):

@@ -32,9 +32,10 @@ __all__ = ['SEVERITIES', 'WHEN', 'STAGES', 'PATIENCE', 'SAMPLE', 'COPY_LIMIT', '
 
 # %% ../../nbs/instruments/case.ipynb #000512cd
 SEVERITIES = ('error', 'warning', 'note')  # worst first
-WHEN = ('before', 'after', 'both')
+WHEN = ('before', 'after', 'both', 'elsewhere')
 # the files in `checks`, in the order of a run
-STAGES = ('selection', 'rows', 'data', 'settings', 'step', 'change', 'promised', 'cost')
+STAGES = ('selection', 'rows', 'data', 'settings', 'step', 'change', 'promised', 'cost',
+          'log', 'config', 'adapter', 'folder', 'texts') # the last five: of runs made elsewhere
 
 class NotApplicable(Exception):
     "Say that a check has nothing to examine, and why"
@@ -43,7 +44,7 @@ class NotApplicable(Exception):
 class Check:
     "Describe one failure to search for. Raises `ValueError` for a field with a value that is not allowed."
     name:str          # short, with hyphens
-    when:str          # 'before' a run, 'after' it, or 'both'
+    when:str          # 'before' a run, 'after' it, 'both', or of a run made 'elsewhere'
     severity:str      # 'error', 'warning' or 'note', unless the function says otherwise
     function:Callable # (case) -> None, what was seen, or (severity, what was seen)
     why:str           # why it matters
@@ -70,7 +71,7 @@ class Check:
         return 'https://github.com/' + self.source.replace('#', '/issues/')
 
 # %% ../../nbs/instruments/case.ipynb #000612cd
-def check(when:str,     # 'before' a run, 'after' it, or 'both'
+def check(when:str,     # 'before' a run, 'after' it, 'both', or of a run made 'elsewhere'
           severity:str, # of its finding: 'error', 'warning' or 'note'
           why:str,      # why it matters
           fix:str,      # what to do

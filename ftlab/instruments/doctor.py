@@ -15,16 +15,19 @@ from types import ModuleType
 from ..adapters.select import coverage
 from ..core.data import KINDS, Data, data as as_data
 from ..core.labels import numbered
+from ..core.loading import load
 from ..core.recipe import Recipe
 from ..core.table import Html, as_html, html_table, to_the_left
 from ..core.text import shortened
+from .artifact import Elsewhere, recognize
 from .case import SETTINGS, SEVERITIES, STAGES, Case, Check, NotApplicable
+from .fixes import Tried, try_elsewhere, try_own
 from .report import read_run
 from ..trainers.run import Run
 
 # %% auto #0
-__all__ = ['CHECKS', 'Finding', 'Diagnosis', 'check_modules', 'checks_of', 'checks', 'examine', 'doctor', 'examine_data',
-           'case_before', 'case_after']
+__all__ = ['CHECKS', 'ROWS', 'TOKENS', 'PLAN', 'ALONE', 'Finding', 'Diagnosis', 'check_modules', 'checks_of', 'checks', 'examine',
+           'doctor', 'examine_data', 'case_before', 'case_after', 'is_foreign', 'examine_elsewhere']
 
 # %% ../../nbs/instruments/doctor.ipynb #0005d3f9
 @dataclass(frozen=True, repr=False)
@@ -44,12 +47,14 @@ class Finding:
 class Diagnosis(Sequence):
     "List findings, worst first, with the checks that ran and those that did not apply"
     def __init__(self,
-                 when:str,                # 'before' or 'after'
+                 when:str,                # 'before', 'after' or 'elsewhere'
                  findings:list[Finding],
                  ran:list[str],           # names of checks
                  skipped:dict[str, str],  # check -> why it did not apply
-                 about:str=''             # recipe, data and coverage, in one line
+                 about:str='',            # recipe, data and coverage, in one line
+                 tried:Sequence[Tried]=() # what came of each fix, if it was tried
                 ):
+        self.tried = list(tried)
         self.when, self.ran, self.skipped, self.about = when, ran, skipped, about
         self.findings = sorted(findings, key=lambda f: SEVERITIES.index(f.severity))
 
@@ -72,7 +77,8 @@ class Diagnosis(Sequence):
     def json(self) -> dict:
         "Return everything, ready for JSON"
         return dict(version=1, when=self.when, about=self.about, errors=self.errors,
-                    findings=[asdict(f) for f in self], ran=self.ran, skipped=self.skipped)
+                    findings=[asdict(f) for f in self], ran=self.ran, skipped=self.skipped,
+                    **(dict(tried=[asdict(t) for t in self.tried]) if self.tried else {}))
 
     def _head(self) -> str:
         count = Counter(f.severity for f in self)
@@ -87,12 +93,13 @@ class Diagnosis(Sequence):
         return [f'{", ".join(names)}: {reason}' for reason, names in why.items()]
 
     def __repr__(self) -> str:
-        left = ['did not apply: ' + s for s in self._left_out()]
+        left = [*map(str, self.tried), *('did not apply: ' + s for s in self._left_out())]
         return '\n'.join([*filter(None, [self.about]), self._head(), *map(str, self), *left])
 
     def _repr_html_(self) -> str:
         left = ''.join(f'<li>{as_html(x)}</li>' for x in self._left_out())
         table = html_table((), map(_cells, self), attributes=to_the_left) if self.findings else ''
+        table += ''.join(f'<p>{as_html(str(t))}</p>' for t in self.tried)
         more = f'<details><summary>did not apply</summary><ul>{left}</ul></details>' if left else ''
         return f'<p>{as_html(self.about)}<br><b>{as_html(self._head())}</b></p>{table}{more}'
 
@@ -143,13 +150,13 @@ def __getattr__(name):
 
 # %% ../../nbs/instruments/doctor.ipynb #000ed3f9
 def examine(case:Case,
-            when:str,           # 'before' or 'after'
+            when:str,           # 'before', 'after' or 'elsewhere'
             checks:list[Check]
            ) -> Diagnosis:
     "Run every check that belongs here; one that raises an error becomes a finding"
     ran, skipped = [], {}
     for k in checks:
-        if k.when not in (when, 'both'):
+        if k.when != when and not (k.when == 'both' and when != 'elsewhere'):
             continue
         try:
             severity, seen = _said(k, k.function(case))
@@ -174,6 +181,8 @@ def _said(k, answer) -> tuple[str, str|None]:
     return severity, seen
 
 def _about(case) -> str:
+    if isinstance(case, Elsewhere):
+        return case.about()
     try:
         cover = coverage(case.model if case.run is None else case.fresh(), case.chosen)
     except (NotApplicable, KeyError):
@@ -183,30 +192,39 @@ def _about(case) -> str:
             f'{len(cover["blocks"])} blocks')
 
 # %% ../../nbs/instruments/doctor.ipynb #000fd3f9
-def doctor(model,                  # a model; or, alone, a finished `Run` or the folder that `ftlab fit` wrote
+def doctor(model,                  # a model; or a finished `Run`, or a path: of `ftlab fit` or made elsewhere
            tok=None,               # its tokenizer
            data=None,              # `Data`, or anything that `ftlab.data` takes
            recipe:Recipe|None=None,# the method; None: full fine-tuning
            *, exported:str|Path|None=None, # after a run: the folder to compare with it; None: export one
+           base:str|Path|None=None, # of a run made elsewhere: the model before it
+           try_fix:bool=False,      # apply each fix to a copy, take one step with and without it, and ask again
            **settings              # as `fit` takes them: steps, batch_size, lr, max_length, ...
           ) -> Diagnosis:
-    """Find silent failures: `doctor(model, tok, data, recipe)` before a run, `doctor(run)` after it.
+    """Find silent failures: `doctor(model, tok, data, recipe)` before a run, `doctor(run)` after it,
+    `doctor(path, base=..., data=...)` on a run made elsewhere.
 
-    The model is left as it was. Raises `ValueError` for arguments that do not fit together,
-    `TypeError` for settings that `fit` does not have."""
+    A path is recognized by what it holds: an adapter of peft, a whole model, a Trainer's log,
+    settings of trl, axolotl or LLaMA-Factory, or rows. The model is left as it was. Raises `ValueError`
+    for arguments that do not fit together, `TypeError` for settings that `fit` does not have."""
     if unknown := sorted(set(settings) - set(SETTINGS)):
         raise TypeError(f'doctor has no setting {unknown[0]!r}; like fit, it takes {", ".join(SETTINGS)}')
+    given = tok is not None or recipe is not None or settings
+    if isinstance(model, (str, Path)) and is_foreign(model) and not given:
+        return examine_elsewhere(model, base, data, try_fix)
     alone = tok is None and data is None and recipe is None and not settings
     if isinstance(model, (str, Path)):
         model = _read(model, alone)
+    if base is not None:
+        raise ValueError('base= is the model before a run made elsewhere; a run of ftlab names its own')
     if isinstance(model, Run):
         if not alone:
             raise ValueError('a run already has its tokenizer, data, recipe and settings; call doctor(run) alone')
-        return examine(case_after(model, exported), 'after', CHECKS)
+        return _with_tries(examine(case_after(model, exported), 'after', CHECKS), None, try_fix)
     case = case_before(model, tok, data, recipe, **settings)
     if exported is not None:
         raise ValueError('exported= needs a finished run to compare with: doctor(run, exported=folder)')
-    return examine(case, 'before', CHECKS)
+    return _with_tries(examine(case, 'before', CHECKS), case, try_fix)
 
 def examine_data(model, tok, data, **settings # as in `doctor`
                 ) -> Diagnosis:
@@ -240,3 +258,71 @@ def _read(name, alone) -> Run:
     if not alone:
         raise ValueError(f'model is {str(name)!r}, a name; load it first: model, tok = ftlab.load({str(name)!r})')
     return read_run(name)
+
+# %% ../../nbs/instruments/doctor.ipynb #e101d3f9
+def is_foreign(path) -> bool:
+    "Return whether a path is there and is no run of ftlab"
+    path = Path(path)
+    return path.exists() and not (path/'delta.safetensors').is_file() and path.suffix != '.delta'
+
+def examine_elsewhere(path:str|Path, base=None, data=None, try_fix:bool=False # as in `doctor`
+                     ) -> Diagnosis:
+    "Examine what another program made"
+    case = Elsewhere(recognize(path), base, data)
+    found = examine(case, 'elsewhere', CHECKS)
+    more = _rows_and_model(case)
+    if more is not None:
+        found = Diagnosis(found.when, [*found, *more], [*found.ran, *more.ran],
+                          {**found.skipped, **more.skipped}, found.about)
+    return _with_tries(found, case, try_fix)
+
+def _again(case, check) -> bool:
+    "Ask a check once more"
+    try:
+        return bool(_said(check, check.function(case))[1])
+    except NotApplicable:
+        return False
+
+def _with_tries(found:Diagnosis, case, try_fix:bool) -> Diagnosis:
+    "Try the fix of each finding; `case` is None after a run, which no setting changes any more"
+    if not try_fix:
+        return found
+    by_name = {k.name: k for k in CHECKS}
+    for f in found:
+        k = by_name[f.name]
+        if case is None:
+            t = Tried(k.name, 'none', f'the run is finished, and other settings need another run. {k.fix}')
+        elif isinstance(case, Elsewhere):
+            t = try_elsewhere(case, k, _again, load)
+        else:
+            t = try_own(case, k, _again)
+        found.tried.append(t)
+    return found
+
+ROWS = ('rows', 'data')                                                   # stages
+TOKENS = ('pad-unusable', 'vocabulary-mismatch', 'too-long-for-positions') # checks of settings
+PLAN = ('passes-over-data',) # needs a number of steps, which settings of others give as passes
+
+def _rows_and_model(case) -> Diagnosis|None:
+    "Ask the checks of rows, data and tokens, if there are rows and a base"
+    try:
+        name, rows = case.base_name, case.data
+    except NotApplicable:
+        return _rows_alone(case)
+    model, tok = load(name)
+    length = case.found.config.number('length') if case.found.config else None
+    before = case_before(model, tok, rows, max_length=int(length) if length else None)
+    asked = [k for k in CHECKS if k.stage in ROWS and k.name not in PLAN or k.name in TOKENS]
+    return examine(before, 'before', asked)
+
+ALONE = ('train-test-overlap', 'duplicate-rows', 'answers-contradict', 'few-test-rows', 'labels-missing',
+         'labels-unbalanced') # checks that need nothing but rows
+
+def _rows_alone(case) -> Diagnosis|None:
+    "Ask the checks that need only rows; `None` if there are none"
+    try:
+        case.data
+    except NotApplicable:
+        return None
+    asked = Elsewhere(case.found, case.named, case.data)
+    return examine(asked, 'before', [k for k in CHECKS if k.name in ALONE])

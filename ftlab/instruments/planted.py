@@ -5,10 +5,16 @@
 # %% ../../nbs/instruments/planted.ipynb #00035c3c
 from __future__ import annotations
 import copy
+import json
+import math
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from pathlib import Path
 import torch
+import yaml
+from safetensors.torch import save_file
 from ..adapters.select import parts
 from ..core.data import Data, data as as_data
 from ..core.paper import Method
@@ -19,7 +25,7 @@ from ..trainers.run import Run
 
 # %% auto #0
 __all__ = ['SHORT', 'Planted', 'planted', 'toy_model', 'toy_classifier', 'toy_tokenizer', 'toy_data', 'toy_rows', 'text_data',
-           'labelled_data', 'before', 'trained', 'after', 'with_change']
+           'labelled_data', 'before', 'trained', 'after', 'with_change', 'elsewhere', 'toy_log', 'toy_adapter']
 
 # %% ../../nbs/instruments/planted.ipynb #00045c3c
 @dataclass(frozen=True)
@@ -118,3 +124,47 @@ def with_change(cls:type, **arguments) -> Recipe:
     make = partial(cls, **arguments)
     make.site = 'weight'
     return Recipe(Method('odd', lr=1e-2, lrs=(1e-3, 1e-2)), select=parts(), delta=make)
+
+# %% ../../nbs/instruments/planted.ipynb #e1015c3c
+def elsewhere(data=None, **files # by name: what `config.yaml`, `trainer_state.json`, ... hold
+             ) -> dict:
+    "Write files into a new folder; return arguments of the doctor"
+    folder = Path(tempfile.mkdtemp())
+    for name, value in files.items():
+        if name in ('config', 'args'): # of axolotl, and of trl
+            (folder/f'{name}.yaml').write_text(yaml.safe_dump(value))
+        else:
+            (folder/f'{name}.json').write_text(json.dumps(value))
+    return dict(model=str(folder)) | ({} if data is None else dict(data=data))
+
+def toy_log(loss:dict|None=None, learning_rate:dict|None=None, grad_norm:dict|None=None,
+            evals:dict|None=None, epochs:float=2., **more # {step: value} each
+           ) -> dict:
+    "Return a trainer_state of 300 steps whose loss falls from 2.4 to 1.2"
+    rows, steps = [], range(10, 310, 10)
+    for s in steps:
+        noise = .03*math.sin(7*s)
+        row = dict(step=s, epoch=epochs*s/300, loss=1.2 + 1.3*math.exp(-s/90) + noise,
+                   learning_rate=1e-4*min(s/30, (310 - s)/280), grad_norm=1. + .2*math.sin(3*s))
+        given = dict(loss=loss, learning_rate=learning_rate, grad_norm=grad_norm) | more
+        rows.append(row | {k: v[s] for k, v in given.items() if v and s in v})
+    evals = {100: 1.6, 200: 1.4, 300: 1.32} if evals is None else evals
+    rows += [dict(step=s, epoch=epochs*s/300, eval_loss=v) for s, v in evals.items()]
+    return dict(log_history=rows, global_step=300, max_steps=300, epoch=epochs)
+
+def toy_adapter(change:Callable=dict, # of {name: tensor}
+                **config              # entries of adapter_config.json
+               ) -> dict:
+    "Write a healthy LoRA for `toy_model`, changed in one way; return arguments of the doctor"
+    model, tensors, g = toy_model(), {}, torch.Generator().manual_seed(0)
+    for name, p in model.named_parameters():
+        if name.endswith(('q_proj.weight', 'v_proj.weight')):
+            module = f'base_model.model.{name.removesuffix(".weight")}'
+            tensors[f'{module}.lora_A.weight'] = .1*torch.randn(4, p.shape[1], generator=g)
+            tensors[f'{module}.lora_B.weight'] = .01*torch.randn(p.shape[0], 4, generator=g)
+    said = dict(peft_type='LORA', r=4, lora_alpha=8, target_modules=['q_proj', 'v_proj'], bias='none',
+                base_model_name_or_path='owner/model', task_type='CAUSAL_LM')
+    given = elsewhere(adapter_config=said | config)
+    tensors = {n: t.contiguous() for n, t in change(tensors).items()}
+    save_file(tensors, Path(given['model'])/'adapter_model.safetensors')
+    return given

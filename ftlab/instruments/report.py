@@ -35,6 +35,7 @@ from ..evaluators import forgetting
 from ..evaluators.calibration import calibration, confidence
 from ..evaluators.old_sets import OldSet, asks_base, evenly, labels_said, old_sets
 from ..evaluators.probe import cka, locations, pooled
+from .elsewhere import read_tuned
 from .report_page import VERSION, Report
 from ..evaluators.spectra import spectrum
 from ..methods import get, probes
@@ -366,8 +367,10 @@ def change_of(run:Run, matrices:int=64, k:int=10, eps:float=.5) -> dict:
                 matrices=dict(examined=len(chosen), of=len(square), k=k, eps=eps), map=heat(rows))
 
 def _square(att, at) -> list[str]:
-    "Return the matrices of attention and MLP that a change reaches"
-    return [n for n, W0, _ in att.weights() if W0.ndim == 2 and at.get(n, (None, '', ''))[1] in ('attention', 'mlp')]
+    "Return the matrices of attention and MLP that a change reaches, in the model's order"
+    part = lambda n: at.get(n, (None, '', ''))[1]
+    found = {n for n, W0, _ in att.weights() if W0.ndim == 2 and part(n) in ('attention', 'mlp')}
+    return [n for n in own_weights(att.model) if n in found]
 
 def _elsewhere(att, at) -> list[dict]:
     "Return the parts of the change that act on activations instead of weights"
@@ -478,7 +481,7 @@ def _asked_of(probe, run, ids) -> tuple[list[float], str]:
     return values, token
 
 # %% ../../nbs/instruments/report.ipynb #0022fa9f
-def report(run:Run|str|Path,        # a run of `fit`, or the folder in which `ftlab fit` left one
+def report(run:Run|str|Path|None=None, # a run of `fit`, or the folder in which `ftlab fit` left one
            old=None,                # what the model could do before, one set or several by name: see `old_sets`
            *, items:int=100,        # new questions
            old_items:int=100,       # old questions of each set
@@ -487,14 +490,17 @@ def report(run:Run|str|Path,        # a run of `fit`, or the folder in which `ft
            matrices:int=64,         # at most this many matrices are decomposed; 0: none
            max_length:int|None=None,# tokens per row; None: as in the run
            seed:int=0,              # of the old questions
-           cache:str|Path|None=None # folder for the base's answers; None: the run's own
+           cache:str|Path|None=None,# folder for the base's answers; None: the run's own
+           base:str|Path|None=None, # of a run made elsewhere: the model before; an adapter of peft names its own
+           tuned:str|Path|None=None,# the model after: a folder of peft or a whole model; instead of `run`
+           data=None                # and the questions, as `ftlab.data` takes them
           ) -> Report:
     """Ask base and tuned model the same questions; say what was learned and lost, and where the model changed.
 
     Drift, similarity and calibration come from the `rows` that are evaluated token by token.
     The decomposition of a large matrix takes minutes. Raises `ValueError` for a run whose base is
     gone (folded), a run without test rows, numbers of questions below 1, and what `old_sets` refuses."""
-    run, t0 = _run_of(run), time.time()
+    run, t0 = _run_of(run, base, tuned, data), time.time()
     for name, n, least in (('items', items, 1),
                            ('old_items', old_items, 1),
                            ('rows', rows, 1),
@@ -542,8 +548,9 @@ def _about(run) -> dict:
     "Describe the run"
     return dict(model=_name(run), data=run.data.name, kind=run.data.kind,
                 recipe=run.recipe.describe(), interrupted=run.interrupted,
-                cost=dict(run.cost, saved_bytes=run.delta.nbytes, steps=len(run.log)),
-                settings=run.settings, notes=run.notes,
+                cost=dict(run.cost, saved_bytes=run.delta.nbytes,
+                          steps=None if 'log' in run.unknown else len(run.log)),
+                settings=run.settings, notes=run.notes, unknown=run.unknown,
                 digest=change_digest(run.delta.attached)) # which change the report is about
 
 def _own_folder(run):
@@ -560,8 +567,12 @@ def _name(run) -> str:
     return f'{p.parent.name}/{p.name}' if p.name == 'model' and p.parent.name else p.name
 
 # %% ../../nbs/instruments/report.ipynb #0026fa9f
-def _run_of(run) -> Run:
+def _run_of(run, base=None, tuned=None, data=None) -> Run:
     "Return the run, or read it from the folder"
+    if tuned is not None and run is None:
+        return read_tuned(tuned, base, data)
+    if any(x is not None for x in (base, tuned, data)):
+        raise ValueError('give either a run, or the three parts of one made elsewhere: base=, tuned= and data=')
     if isinstance(run, Run):
         return run
     if isinstance(run, (str, Path)):

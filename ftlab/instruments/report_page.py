@@ -559,6 +559,7 @@ def made_html(r:dict) -> str:
     return (table(['cost', ''], _cost_rows(r['cost']))
             + note('Peak memory: on a CPU what training used beyond the loaded model, on a GPU all of it.')
             + ''.join(note(f'Note: {n}.') for n in r.get('notes', ()))
+            + ''.join(note(f'Not known: {what}.') for what in r.get('unknown', {}).values())
             + table(['setting', ''], [[k, v] for k, v in plain.items()])
             + note(f'At most {a["items"]} new questions and {a["old_items"]} old ones of each '
                    f'skill, seed {a["seed"]}; drift, similarity and calibration use up to '
@@ -569,7 +570,7 @@ def made_html(r:dict) -> str:
 def _cost_rows(c) -> list[list]:
     size = lambda b: 'unknown' if b is None else f'{count(b)}B'
     told = lambda x, form: 'unknown' if x is None else format(x, form)
-    return [['steps', c['steps']], ['seconds', told(c['seconds'], '.1f')],
+    return [['steps', told(c['steps'], 'd')], ['seconds', told(c['seconds'], '.1f')],
             ['tokens', told(c['tokens'], ',')], ['peak memory', size(c['peak_bytes'])],
             ['trained parameters', count(c['trainable'])], ['fresh head', count(c['head'])],
             ['saved size', size(c['saved_bytes'])]]
@@ -703,8 +704,10 @@ HOW = ('Before is the base, after is the tuned model; both got the same question
 def _by_what(r) -> str:
     "Return model, method, number of steps and learning rate"
     rate = f' at learning rate {r["settings"]["lr"]:g}' if r['settings'].get('lr') else ''
-    return (f'{_short(r["model"])} by {r["recipe"].get("name", "?")}, {r["cost"]["steps"]} steps{rate}'
-            + (', interrupted' if r['interrupted'] else ''))
+    steps = '' if r['cost']['steps'] is None else f', {r["cost"]["steps"]} steps{rate}'
+    return (f'{_short(r["model"])} by {r["recipe"].get("name", "?")}{steps}'
+            + (', interrupted' if r['interrupted'] else '')
+            + (f'; not known: {", ".join(r["unknown"])}' if r.get('unknown') else ''))
 
 def _details(r) -> list[tuple[str, Callable]]:
     "Return (heading, function that makes its body) of each folded part"

@@ -44,6 +44,7 @@ class Run:
     source:object|None=None     # where its batches came from, for a later stage
     holder:object=None          # the temporary folder of a run without `out`; deleted with the run
     notes:list[str] = field(default_factory=list) # what was cut, left out, renamed or replaced
+    unknown:dict = field(default_factory=dict) # of a run made elsewhere, what cannot be known, by topic
 
     def disabled(self):
         "Return a context in which the model is the base"
@@ -70,6 +71,8 @@ class Run:
     def __repr__(self):
         kind = 'loss' if self.log and self.log[0]['nll'] is None else 'nll'
         ends = [self.log[0][kind], self.log[-1][kind]] if self.log else [math.nan]*2
+        if self.unknown:
+            return f'{self.recipe.name}, on {self.data.name}: unknown are {", ".join(self.unknown)}'
         said = f'{self.recipe.name}: {len(self.log)} steps, {kind} {ends[0]:.3f} -> {ends[1]:.3f}'
         return f'{said}, {self.cost["trainable"]:,} trained parameters' + (
             ', interrupted' if self.interrupted else '')

@@ -1,0 +1,413 @@
+"""The fault gallery: failures of fine-tuning as small folders, each beside a healthy twin.
+
+Every case is written from its failure, without looking at what a doctor checks. `write(root)` makes all of them;
+nothing binary is kept in git. What counts as found is written here, before any doctor is run: for each failure a
+pattern for the names and messages of each doctor (`FOUND`). A finding counts if it is a warning or an error, its
+name or message matches the pattern, and the same name does not ring on the healthy twin."""
+import json
+import math
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from ftlab.instruments.planted import toy_model, toy_tokenizer
+
+
+@dataclass(frozen=True)
+class Case:
+    "Hold one folder of the gallery"
+    name:str
+    form:str      # 'log', 'config', 'adapter', 'folder' or 'rows'
+    failure:str   # a key of `FOUND`; '' for a healthy case
+    twin:str      # the healthy case that differs only in the failure
+    make:object   # (folder) -> None
+    base:str=''   # folder of the base, below the root
+
+
+# For each failure, what its report may be called. Ours is matched against the name of the check alone, the others
+# against name, title and message, so that a doctor without names of its own is not at a disadvantage.
+FOUND = dict(
+    nan=dict(ftlab='not-finite', others=r'nan|inf|finite|invalid'),
+    loss_zero=dict(ftlab='loss-zero|labels-all-masked',
+                   others=r'zero.?loss|loss.{0,30}zero|degenerate|loss.{0,20}\b0\b|mask'),
+    diverges=dict(ftlab='loss-diverges', others=r'diverg|jump|spike|explod|not_learning|dead'),
+    flat=dict(ftlab='loss-flat', others=r'flat|dead|not.?learning|not.?learn|plateau|stall'),
+    no_eval=dict(ftlab='evaluation-(missing|off)', others=r'eval'),
+    overfits=dict(ftlab='evaluation-rises',
+                  others=r'overfit|eval.{0,30}(degrad|ris|worse)|stopped_improving|best checkpoint'),
+    no_gradient=dict(ftlab='gradient-zero', others=r'grad.{0,30}zero|zero.?grad|gradients'),
+    gradient_explodes=dict(ftlab='gradient-explodes', others=r'grad.{0,30}(spike|explod|high|large)|spike|gradients'),
+    rate_zero=dict(ftlab='rate-zero', others=r'\blr\b|learning.?rate|lr_schedule'),
+    never_warm=dict(ftlab='rate-off-plan|warmup-too-long', others=r'warm|schedul|\blr\b'),
+    resume=dict(ftlab='resume-jump', others=r'resum|jump|spike|restart'),
+    memorized=dict(ftlab='loss-memorized|passes-many|passes-planned', others=r'memori|overfit|epoch'),
+    summed=dict(ftlab='loss-starts-high', others=r'accumul|initial|starts|high loss|sum'),
+    eval_constant=dict(ftlab='evaluation-constant', others=r'eval.{0,40}(constant|same|identical|change)|stopped'),
+    inverted=dict(ftlab='preference-inverted', others=r'preferen|accurac|swap|invert|margin'),
+    packing=dict(ftlab='packing-mixes-rows', others=r'pack'),
+    prompts=dict(ftlab='prompts-learned', others=r'mask|prompt|completion|train_on_inputs|full_sequence'),
+    rate=dict(ftlab='rate-unusual', others=r'learning.?rate|\blr\b|lr_'),
+    quantized=dict(ftlab='quantized-in-full|adapter-not-on', others=r'quant|4.?bit|8.?bit|bnb'),
+    adapter_off=dict(ftlab='adapter-not-on', others=r'use_peft|adapter.{0,20}(missing|off)|all param|no.?peft'),
+    targets=dict(ftlab='targets-unmatched|names-unmatched', others=r'target'),
+    tokens=dict(ftlab='tokens-not-trained|adapter-tokens-frozen|tokens-without-row|vocabulary-mismatch',
+                others=r'modules_to_save|embedding|resize|token'),
+    template=dict(ftlab='template', others=r'template'),
+    length=dict(ftlab='rows-too-long', others=r'context|position|sequence|length'),
+    pad=dict(ftlab='pad-is-end', others=r'pad'),
+    eos=dict(ftlab='end-', others=r'eos|end.of|stop'),
+    misspelled=dict(ftlab='setting-misspelled', others=r'unknown|misspell|did you mean|unrecogni'),
+    precision=dict(ftlab='precision-twice', others=r'bf16|fp16|precision'),
+    best=dict(ftlab='best-not-found', others=r'best|strategy|greater_is_better|load_best'),
+    scale=dict(ftlab='scale-unusual|adapter-scale', others=r'alpha|scal'),
+    no_change=dict(ftlab='changes-nothing|weights-unchanged|export-differs',
+                   others=r'zero|no.?effect|identical|unchanged|no.?op'),
+    empty=dict(ftlab='adapter-empty|weights-(missing|zero)', others=r'missing|empty|no tensor|invalid'),
+    names=dict(ftlab='wrapp', others=r'prefix|key|name|orig_mod'),
+    rank=dict(ftlab='adapter-rank-differs', others=r'rank|shape|mismatch'),
+    other_base=dict(ftlab='adapter-of-another-base', others=r'base|mismatch|shape'),
+    too_large=dict(ftlab='adapter-too-large|weights-far', others=r'norm|large|magnitude|explod'),
+    missing=dict(ftlab='weights-missing', others=r'missing|shard|layer|index'),
+    zeros=dict(ftlab='weights-zero', others=r'zero|dead'),
+    config=dict(ftlab='config-differs', others=r'config|rope|head|mismatch'),
+    vocabulary=dict(ftlab='tokens-(renumbered|without-row)', others=r'token|vocab'),
+    overlap=dict(ftlab='train-test-overlap', others=r'overlap|leak'),
+    duplicates=dict(ftlab='duplicate-rows', others=r'duplic'),
+    contradict=dict(ftlab='answers-contradict', others=r'contradict|conflict|inconsist'),
+    blank=dict(ftlab='answers-empty|labels-all-masked', others=r'empty|blank|short_resp'))
+
+
+# ---------- logs
+
+def history(folder, seed=0, steps=600, every=10, start=2.2, end=1.1, rate=2e-4, warm=30, evals=6, epochs=3.,
+            change=None, evaluated=None, state=None, noise=.05):
+    "Write the log of a Trainer, with the noise of real ones; `change(step, row, rng)` and `evaluated(step)` break it"
+    rng, rows = random.Random(seed), []
+    for s in range(every, steps + 1, every):
+        lr = rate*min(s/warm, max(0., (steps - s)/(steps - warm)))
+        loss = end + (start - end)*math.exp(-4*s/steps) + rng.gauss(0, noise)
+        row = dict(epoch=epochs*s/steps, grad_norm=abs(rng.gauss(.9, .3)), learning_rate=lr,
+                   loss=round(loss, 4), step=s)
+        rows.append((change(s, row, rng) or row) if change else row)
+        if evals and s % (steps//evals) == 0:
+            usual = end + .08 + (start - end)*math.exp(-4*s/steps)
+            value = evaluated(s) if evaluated else usual
+            value += 0. if evaluated else rng.gauss(0, .003)
+            rows.append(dict(epoch=epochs*s/steps, eval_loss=round(value, 4), step=s))
+    whole = dict(best_metric=None, best_model_checkpoint=None, epoch=epochs, global_step=steps, max_steps=steps,
+                 num_train_epochs=int(epochs), is_local_process_zero=True, log_history=rows)
+    (folder/'trainer_state.json').write_text(json.dumps(whole | (state or {}), indent=1))
+
+
+def logs():
+    "Return the cases that are logs"
+    put = lambda **more: lambda folder: history(folder, **more)
+    each = lambda key, f: dict(change=lambda s, r, rng: r.update({key: f(s, r, rng)}))
+    bad = lambda name, failure, twin='log-healthy', **more: Case(
+        f'log-{name}', 'log', failure, twin, put(seed=1, **more))
+    return [
+        Case('log-healthy', 'log', '', '', put(seed=1)),
+        Case('log-healthy-noisy', 'log', '', '', put(seed=2, noise=.15, steps=2400)),
+        Case('log-healthy-short', 'log', '', '', put(seed=3, steps=100, every=10, evals=2, epochs=1.)),
+        Case('log-healthy-early-stop', 'log', '', '',
+               put(seed=4, evaluated=lambda s: 1.3 + abs(s - 400)/4000,
+                   state=dict(best_metric=1.3, best_model_checkpoint='out/checkpoint-400'))),
+        Case('log-healthy-reinforcement', 'log', '', '', put(seed=5, evals=0, change=lambda s, r, rng: r.update(
+        loss=rng.gauss(0, .01), reward=s/1000 + rng.random()/5, reward_std=.3, kl=.01))),
+        Case('log-healthy-preferences', 'log', '', '', put(seed=6, start=.69, end=.3, noise=.03, rate=5e-6,
+               change=lambda s, r, rng: r.update({'rewards/accuracies': min(.9, .5 + s/1000)}))),
+        Case('log-healthy-constant-rate', 'log', '', '', put(seed=7, **each('learning_rate', lambda s, r, g: 2e-5))),
+        bad('nan', 'nan',
+            change=lambda s, r, g: r.update(loss=float('nan'), grad_norm=float('nan')) if s > 300 else None),
+        bad('zero', 'loss_zero', change=lambda s, r, g: r.update(loss=0., grad_norm=float('nan')) if s > 20 else None),
+        bad('diverges', 'diverges',
+            change=lambda s, r, g: r.update(loss=r['loss'] + (s - 300)/60) if s > 300 else None),
+        bad('flat', 'flat', start=1.9, end=1.9, noise=.02),
+        bad('no-evaluation', 'no_eval', evals=0),
+        bad('overfits', 'overfits', evaluated=lambda s: 1.4 + max(0, s - 200)/700, epochs=6.,
+              change=lambda s, r, g: r.update(loss=2.2*math.exp(-s/220))),
+        bad('no-gradient', 'no_gradient', start=2., end=2., **each('grad_norm', lambda s, r, g: 0.)),
+        bad('gradient-explodes', 'gradient_explodes',
+              change=lambda s, r, g: r.update(grad_norm=r['grad_norm']*math.exp((s - 200)/45)) if s > 200 else None),
+        bad('rate-zero', 'rate_zero', start=2., end=2., **each('learning_rate', lambda s, r, g: 0.)),
+        bad('never-warm', 'never_warm', **each('learning_rate', lambda s, r, g: 2e-4*s/10000)),
+        bad('resume', 'resume', change=lambda s, r, g: r.update(
+        loss=1.95 - (s - 400)/600 + g.gauss(0, .04), learning_rate=2e-4) if s > 400 else None),
+        bad('memorized', 'memorized', evals=0, epochs=30., change=lambda s, r, g: r.update(
+        loss=2.2*math.exp(-s/70) + abs(g.gauss(0, .0008)))),
+        bad('summed-loss', 'summed', change=lambda s, r, g: r.update(loss=8*r['loss'])),
+        bad('evaluates-the-base', 'eval_constant', evaluated=lambda s: 1.8843),
+        bad('preferences-inverted', 'inverted', 'log-healthy-preferences', start=.69, end=.66,
+            change=lambda s, r, g: r.update({'rewards/accuracies': .5 - s/1500, 'rewards/margins': -s/800}))]
+
+
+# ---------- settings
+
+AXOLOTL = yaml.safe_load('''
+base_model: NousResearch/Meta-Llama-3.1-8B
+load_in_8bit: false
+load_in_4bit: true
+adapter: qlora
+lora_r: 32
+lora_alpha: 16
+lora_dropout: 0.05
+lora_target_linear: true
+chat_template: llama3
+datasets:
+  - {path: data.jsonl, type: chat_template}
+val_set_size: 0.05
+sequence_len: 4096
+sample_packing: true
+eval_sample_packing: false
+gradient_accumulation_steps: 4
+micro_batch_size: 2
+num_epochs: 3
+optimizer: paged_adamw_8bit
+lr_scheduler: cosine
+learning_rate: 0.0002
+train_on_inputs: false
+bf16: auto
+gradient_checkpointing: true
+flash_attention: true
+warmup_steps: 10
+evals_per_epoch: 4
+special_tokens: {pad_token: <|finetune_right_pad_id|>}
+''')
+FULL = {k: v for k, v in AXOLOTL.items() if not k.startswith(('lora', 'load', 'adapter'))} | dict(
+    learning_rate=2e-5, optimizer='adamw_torch')
+TRL = yaml.safe_load('''
+model_name_or_path: Qwen/Qwen2.5-1.5B-Instruct
+dataset_name: trl-lib/Capybara
+learning_rate: 1.0e-4
+num_train_epochs: 2
+per_device_train_batch_size: 4
+gradient_accumulation_steps: 4
+gradient_checkpointing: true
+max_length: 2048
+eval_strategy: steps
+eval_steps: 100
+save_strategy: steps
+save_steps: 100
+logging_steps: 10
+bf16: true
+use_peft: true
+lora_r: 16
+lora_alpha: 32
+lora_target_modules: [q_proj, k_proj, v_proj, o_proj]
+output_dir: out
+warmup_ratio: 0.03
+lr_scheduler_type: cosine
+save_total_limit: 2
+seed: 42
+''')
+FACTORY = yaml.safe_load('''
+model_name_or_path: Qwen/Qwen2.5-7B-Instruct
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+template: qwen
+dataset: mine
+cutoff_len: 2048
+val_size: 0.1
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 1.0e-4
+num_train_epochs: 3.0
+lr_scheduler_type: cosine
+bf16: true
+eval_strategy: steps
+eval_steps: 500
+''')
+
+
+def without(settings, *names):
+    "Return settings without some of them"
+    return {k: v for k, v in settings.items() if k not in names}
+
+
+def configs():
+    "Return the cases that are settings"
+    put = lambda d: lambda folder: (folder/'config.yaml').write_text(yaml.safe_dump(d, sort_keys=False))
+    good = dict(axolotl=AXOLOTL, full=FULL, trl=TRL, factory=FACTORY,
+                sdpa=TRL | dict(packing=True, packing_strategy='bfd', attn_implementation='flash_attention_2'),
+                text=FULL | dict(datasets=[dict(path='books', type='completion')], train_on_inputs=True),
+                preferences=TRL | dict(beta=.1, loss_type='sigmoid', learning_rate=5e-6),
+                embeddings=AXOLOTL | dict(tokens=['<tool>'], lora_modules_to_save=['embed_tokens', 'lm_head']))
+    healthy = [Case(f'config-healthy-{name}', 'config', '', '', put(d)) for name, d in good.items()]
+
+    def bad(name, failure, twin, d):
+        return Case(f'config-{name}', 'config', failure, f'config-healthy-{twin}', put(d))
+    return [
+        *healthy,
+        bad('packing-without-borders', 'packing', 'axolotl', without(AXOLOTL, 'flash_attention')),
+        bad('packing-wrapped', 'packing', 'sdpa', good['sdpa'] | dict(packing_strategy='wrapped')),
+        bad('prompts-learned', 'prompts', 'axolotl', AXOLOTL | dict(train_on_inputs=True)),
+        bad('rate-of-adapters', 'rate', 'full', FULL | dict(learning_rate=5e-4)),
+        bad('rate-tiny', 'rate', 'trl', TRL | dict(learning_rate=1e-7)),
+        bad('rate-huge', 'rate', 'trl', TRL | dict(learning_rate=.1)),
+        bad('four-bits-in-full', 'quantized', 'full', FULL | dict(load_in_4bit=True)),
+        bad('qlora-without-bits', 'quantized', 'axolotl', AXOLOTL | dict(load_in_4bit=False)),
+        bad('adapter-off', 'adapter_off', 'trl', TRL | dict(use_peft=False)),
+        bad('targets', 'targets', 'trl', TRL | dict(lora_target_modules=['query_key_value', 'dense'])),
+        bad('tokens-frozen', 'tokens', 'embeddings', without(good['embeddings'], 'lora_modules_to_save')),
+        bad('template', 'template', 'axolotl', AXOLOTL | dict(chat_template='gemma')),
+        bad('length', 'length', 'full', FULL | dict(base_model='openai-community/gpt2', sequence_len=4096,
+                                                      chat_template='chatml')),
+        bad('no-evaluation', 'no_eval', 'axolotl', AXOLOTL | dict(val_set_size=0, evals_per_epoch=None)),
+        bad('evaluation-off', 'no_eval', 'trl', TRL | dict(eval_strategy='no')),
+        bad('pad-is-end', 'pad', 'axolotl', AXOLOTL | dict(special_tokens=dict(
+        pad_token='<|eot_id|>', eos_token='<|eot_id|>'))),
+        bad('no-end', 'eos', 'axolotl', AXOLOTL | dict(datasets=[dict(path='data.jsonl', type='chat_template',
+                                                                        train_on_eos='none')])),
+        bad('misspelled', 'misspelled', 'axolotl', without(AXOLOTL, 'sample_packing') | dict(sample_packng=True)),
+        bad('two-precisions', 'precision', 'trl', TRL | dict(fp16=True)),
+        bad('best-of-nothing', 'best', 'trl', TRL | dict(load_best_model_at_end=True, save_strategy='epoch')),
+        bad('best-is-worst', 'best', 'trl', TRL | dict(metric_for_best_model='eval_loss', greater_is_better=True)),
+        bad('warmup', 'never_warm', 'trl', TRL | dict(max_steps=200, warmup_steps=1000)),
+        bad('alpha', 'scale', 'trl', TRL | dict(lora_r=8, lora_alpha=512)),
+        bad('forty-passes', 'memorized', 'factory', FACTORY | dict(num_train_epochs=40))]
+
+
+# ---------- adapters and folders
+
+def adapter(folder, base, change=None, config=None, scale=.02):
+    "Write a LoRA on every projection of attention"
+    g, model, tensors = torch.Generator().manual_seed(5), toy_model(), {}
+    for name, p in model.named_parameters():
+        if '_proj' in name and 'self_attn' in name:
+            key = f'base_model.model.{name.removesuffix(".weight")}'
+            tensors[f'{key}.lora_A.weight'] = torch.randn(8, p.shape[1], generator=g)/6
+            tensors[f'{key}.lora_B.weight'] = scale*torch.randn(p.shape[0], 8, generator=g)
+    said = dict(peft_type='LORA', task_type='CAUSAL_LM', base_model_name_or_path=str(base), r=8, lora_alpha=16,
+                lora_dropout=.05, bias='none', target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj'],
+                fan_in_fan_out=False, inference_mode=True, init_lora_weights=True)
+    (folder/'adapter_config.json').write_text(json.dumps(said | (config or {}), indent=1))
+    tensors = change(tensors) if change else tensors
+    if tensors is not None:
+        save_file({n: t.contiguous() for n, t in tensors.items()}, folder/'adapter_model.safetensors',
+                  metadata=dict(format='pt'))
+
+
+def whole(folder, change=None, config=None, tok=None, generation=None, seed=9, size=.004):
+    "Write a tuned model: the base plus a little in every weight"
+    model, g = toy_model(), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(size*torch.randn(p.shape, generator=g))
+        if change:
+            change(model)
+    model.save_pretrained(folder)
+    (tok or toy_tokenizer()).save_pretrained(folder)
+    for name, more in (('config.json', config), ('generation_config.json', generation)):
+        if more:
+            (folder/name).write_text(json.dumps(json.loads((folder/name).read_text()) | more))
+
+
+def adapters(root):
+    "Return the cases that are adapters"
+    base = root/'base'
+    put = lambda **more: lambda folder: adapter(folder, base, **more)
+    bad = lambda name, failure, base='base', **more: Case(f'adapter-{name}', 'adapter', failure, 'adapter-healthy',
+                                                          put(**more), base)
+    second = lambda n: '.lora_B' in n
+    return [
+        Case('adapter-healthy', 'adapter', '', '', put(), 'base'),
+        Case('adapter-healthy-rslora', 'adapter', '', '', put(config=dict(use_rslora=True)), 'base'),
+        Case('adapter-healthy-bfloat16', 'adapter', '', '',
+               put(change=lambda t: {n: x.bfloat16() for n, x in t.items()}), 'base'),
+        bad('untrained', 'no_change', change=lambda t: {n: x*0 if second(n) else x for n, x in t.items()}),
+        bad('nan', 'nan', change=lambda t: {n: x*float('nan') if 'layers.1.self_attn.q' in n else x
+                                              for n, x in t.items()}),
+        bad('empty', 'empty', change=lambda t: {n: x[:0] for n, x in t.items()}),
+        bad('lost', 'empty', change=lambda t: None),
+        bad('compiled', 'names', change=lambda t: {n.replace('base_model.model.', 'base_model.model._orig_mod.'): x
+                                                     for n, x in t.items()}),
+        bad('rank', 'rank', config=dict(r=32)),
+        bad('other-base', 'other_base', base='wide'),
+        bad('diverged', 'too_large', scale=9.),
+        bad('alpha-zero', 'scale', config=dict(lora_alpha=0))]
+
+
+def swapped():
+    "Return the tokenizer with two words exchanged"
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+    text = json.loads(toy_tokenizer().backend_tokenizer.to_str())
+    vocab = text['model']['vocab']
+    words = sorted(vocab, key=vocab.get)[40:60]
+    for a, b in zip(words[::2], words[1::2]):
+        vocab[a], vocab[b] = vocab[b], vocab[a]
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(text)), pad_token='<pad>',
+                                   eos_token='<eos>', bos_token='<bos>', chat_template=toy_tokenizer().chat_template)
+
+
+def folders():
+    "Return the cases that are whole models"
+    put = lambda **more: lambda folder: whole(folder, **more)
+    good = lambda name, **more: Case(f'folder-healthy{name}', 'folder', '', '', put(**more), 'base')
+    bad = lambda name, failure, **more: Case(f'folder-{name}', 'folder', failure, 'folder-healthy', put(**more), 'base')
+    return [
+        good(''),
+        good('-half-frozen',
+             change=lambda m: m.model.layers[0].load_state_dict(toy_model().model.layers[0].state_dict())),
+        good('-bfloat16', change=lambda m: m.bfloat16()),
+        bad('is-the-base', 'no_change', size=0.),
+        bad('nan', 'nan', change=lambda m: m.model.layers[1].mlp.gate_proj.weight.data[3].fill_(float('nan'))),
+        bad('zeros', 'zeros', change=lambda m: m.model.layers[1].self_attn.v_proj.weight.data.zero_()),
+        bad('ran-away', 'too_large', size=.3),
+        bad('layers', 'missing', config=dict(num_hidden_layers=4)),
+        bad('heads', 'config', config=dict(num_attention_heads=8, num_key_value_heads=4)),
+        bad('tokenizer', 'vocabulary', tok=swapped()),
+        bad('template', 'template', tok=toy_tokenizer(chat_template=None)),
+        bad('end', 'eos', generation=dict(eos_token_id=5))]
+
+
+# ---------- rows
+
+def questions(n, seed=0, start=0):
+    "Return rows with different questions and answers"
+    rng = random.Random(seed)
+    words = 'river stone cloud paper green quick lamp horse bread seven'.split()
+    pick = lambda k: ' '.join(rng.choice(words) for _ in range(k))
+    return [dict(prompt=f'Question {start + i}: {pick(6)}?', response=pick(rng.randint(3, 9))) for i in range(n)]
+
+
+def rows():
+    "Return the cases that are rows"
+    def put(make):
+        return lambda folder: (folder/'rows.jsonl').write_text('\n'.join(map(json.dumps, make())))
+
+    bad = lambda name, failure, make: Case(f'rows-{name}', 'rows', failure, 'rows-healthy', put(make))
+    return [
+        Case('rows-healthy', 'rows', '', '', put(lambda: questions(300))),
+        Case('rows-healthy-some-repeat', 'rows', '', '', put(lambda: questions(400, 1) + questions(5, 1))),
+        bad('duplicates', 'duplicates', lambda: questions(200) + questions(60)*2),
+        bad('contradict', 'contradict', lambda: questions(250) + [
+        dict(r, response=f'no, {r["response"]} is wrong') for r in questions(50)]),
+        bad('blank', 'blank', lambda: [dict(r, response='' if i % 4 == 0 else r['response'])
+                                         for i, r in enumerate(questions(300))])]
+
+
+def cases(root:Path) -> list[Case]:
+    "Return every case"
+    return [*logs(), *configs(), *adapters(root), *folders(), *rows()]
+
+
+def write(root:Path) -> list[Case]:
+    "Write the whole gallery, and its bases, below `root`"
+    for name, sizes in (('base', {}), ('wide', dict(hidden_size=64))):
+        (root/name).mkdir(parents=True)
+        toy_model(**sizes).save_pretrained(root/name)
+        toy_tokenizer().save_pretrained(root/name)
+    found = cases(root)
+    for case in found:
+        folder = root/'cases'/case.name
+        folder.mkdir(parents=True)
+        case.make(folder)
+    return found
