@@ -20,6 +20,7 @@ _PUBLIC = dict(
     Monitor=('ftlab.instruments.monitor', 'Monitor'),
     compare=('ftlab.instruments.compare', 'compare'), methods=('ftlab.methods', None),
     report=('ftlab.instruments.report', 'report'), Report=('ftlab.instruments.report', 'Report'),
+    show=('ftlab.instruments.show', 'show'),
     doctor=('ftlab.instruments.doctor', 'doctor'), explore=('ftlab.instruments.explore', None),
     papers=('ftlab.papers', None), claims=('ftlab.instruments.claims', None),
     native=('ftlab.native', None), start=('ftlab.map', 'start'), chapter=('ftlab.map', 'chapter'),

@@ -19,6 +19,7 @@ from .commands.given import (columns_of, data_of, finite, listed, model_of, new_
 from .commands.jupyter import run_lab
 from .commands.memory import estimate, estimate_lines
 from .commands.merge import merge_rules, run_merge
+from .commands.show import add_show, run_show
 from .commands.words import in_shell_words, notes, spoken
 
 # %% auto #0
@@ -369,6 +370,8 @@ def _claims(p):
 COMMANDS = dict( # name -> what runs it, what adds its arguments, what it does, an example
     doctor=(run_doctor, _doctor, 'find what goes wrong without an error, before a run or after it',
             'ftlab doctor --model lab-s --data my.jsonl --method lora'),
+    show=(run_show, lambda p: add_show(p, _take), 'show rows as the model reads them, and what of them is learned',
+          'ftlab show --model lab-s --data my.jsonl'),
     compare=(run_compare, _compare, 'train several methods, tuned alike, and measure what each gained and broke',
              'ftlab compare --model lab-s --data my.jsonl --methods full,hft,lora'),
     fit=(run_fit, _fit, 'fine-tune a model by one method',
