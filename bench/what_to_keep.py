@@ -20,7 +20,6 @@ from ftlab.core.io import write_atomically
 from ftlab.core.record import versions
 from ftlab.core.scorers import WORLD, exact_match
 from ftlab.evaluators.harvest import harvest
-from ftlab.instruments.frontier import at_gain
 from ftlab.lab.world import LISTS, OLD
 from ftlab.trainers.callbacks import Every
 
@@ -96,9 +95,7 @@ def main() -> None:
                 of = runs.setdefault(f'{rate:g}', {}).setdefault(arm, {})
                 if str(seed) not in of: # an interrupted run of this script goes on
                     of[str(seed)] = path = one(arm, rate, seed)
-                    found = at_gain(path, GAIN)
-                    print(rate, seed, arm, path[-1]['gain'], found and round(found['forgetting'], 3),
-                          flush=True)
+                    print(rate, seed, arm, path[-1]['gain'], path[-1]['forgetting'], flush=True)
                     write(runs, before)
     write(runs, before, harvested={str(s): len(replayed('own', s)) for s in SEEDS},
           harvest_true={str(s): round(true_share(s), 4) for s in SEEDS})

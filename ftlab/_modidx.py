@@ -1461,6 +1461,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'ftlab/exercises/what_to_keep.py'),
                                               'ftlab.exercises.what_to_keep._shared': ( 'exercises/what_to_keep.html#_shared',
                                                                                         'ftlab/exercises/what_to_keep.py'),
+                                              'ftlab.exercises.what_to_keep._worst': ( 'exercises/what_to_keep.html#_worst',
+                                                                                       'ftlab/exercises/what_to_keep.py'),
                                               'ftlab.exercises.what_to_keep._zeros': ( 'exercises/what_to_keep.html#_zeros',
                                                                                        'ftlab/exercises/what_to_keep.py'),
                                               'ftlab.exercises.what_to_keep.flipped': ( 'exercises/what_to_keep.html#flipped',

@@ -314,7 +314,8 @@ QUIZ = (
               'At most a few questions, as the two scores agree'),
              'Twenty answers may have become wrong and twenty others right. The score shows only the difference.'),
     Question('own_key', 'what_to_keep',
-             "With old='auto' the model answers questions itself before the run. What can its own answers show afterwards?",
+             "With old='auto' the model answers questions itself before the run. "
+             'What can its own answers show afterwards?',
              ('That an answer changed', 'That an answer was right and is now wrong',
               'That an answer was wrong and is now right'),
              'The key is whatever the model said before, true or not. A changed answer may be worse, better, '
@@ -330,8 +331,8 @@ QUIZ = (
              'A fine-tuned model begins with the right answer, and then goes on writing. What do you look at first?',
              ('Whether the end mark is learned', 'The learning rate, which is probably too large',
               'The number of training rows, which is probably too small'),
-             'A model that is never trained on the end mark after its answers does not learn to write it. The loss does '
-             'not show that; one shown row does.'),
+             'A model that is never trained on the end mark after its answers does not learn to write it. The loss '
+             'does not show that; one shown row does.'),
     Question('one_token_less', 'what_the_model_reads',
              'At test time the prompt lacks its last token, the mark that the assistant speaks now. What happens?',
              ('Worse answers, and no error', 'An error, as the prompt is incomplete',

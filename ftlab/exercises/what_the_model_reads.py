@@ -64,8 +64,8 @@ def _but(**other):
 
 WRONG_WITH = Exercise(
     'wrong_with', 'what_the_model_reads',
-    'Find what is wrong with each of the six shown rows above. Each fault is in one row, and one row is sound. Return a '
-    'dictionary from the letter of a row to `"end mark not learned"`, `"question learned"`, '
+    'Find what is wrong with each of the six shown rows above. Each fault is in one row, and one row is sound. '
+    'Return a dictionary from the letter of a row to `"end mark not learned"`, `"question learned"`, '
     '`"answer cut off"`, `"no mark before the answer"`, `"unknown word"` or `"sound"`. '
     'What is learned stands in `[[ ]]`.',
     ('Read a row from the left: the question, the mark of the assistant, the answer, the end mark.',
@@ -76,8 +76,8 @@ WRONG_WITH = Exercise(
      (lambda: dict.fromkeys(SHOWN, 'sound'),
       'You give the same answer for all. Each fault is in one row, and one row is sound.')),
     difficulty=2, minutes=10,
-    means='None of these rows raises an error in a training loop that does not look, and the loss falls on all of them. '
-          'One shown row is enough to see such a fault. It takes a minute before a run that takes hours.')
+    means='None of these rows raises an error in a training loop that does not look, and the loss falls on all of '
+          'them. One shown row is enough to see such a fault. It takes a minute before a run that takes hours.')
 
 # %% ../../nbs/exercises/what_the_model_reads.ipynb #exrd09
 IGNORED = -100
@@ -125,8 +125,8 @@ LABELS_OF = compared(
      (lambda pieces: labels_of([(part, not learned) for part, learned in pieces]),
       'The question is learned, and the answer is not.')),
     difficulty=1, minutes=10,
-    means='This is all that a mask is: the same tokens, with -100 where nothing is to be learned. The model reads every '
-          'token in both cases. A wrong mask raises no error, because every mask is a possible one.')
+    means='This is all that a mask is: the same tokens, with -100 where nothing is to be learned. The model reads '
+          'every token in both cases. A wrong mask raises no error, because every mask is a possible one.')
 
 # %% ../../nbs/exercises/what_the_model_reads.ipynb #exrd0c
 def where_they_part(ids, labels, asked):
@@ -148,28 +148,29 @@ def _whole_row(ids, labels, asked):
 # %% ../../nbs/exercises/what_the_model_reads.ipynb #exrd0d
 WHERE_THEY_PART = compared(
     'where_they_part', 'what_the_model_reads',
-    'In training a model reads `ids` with `labels` (-100 for what is not learned). At test time it is asked with the tokens '
-    '`asked`. Its prompt in training is what stands before the first learned token. Return `None` '
-    'if this prompt and `asked` are the same, else the index of the first token at which they differ. If one ends '
-    'where the other goes on, that is the length of the shorter one.',
+    'In training a model reads `ids` with `labels` (-100 for what is not learned). At test time it is '
+    'asked with the tokens `asked`. Its prompt in training is what stands before the first learned token. '
+    'Return `None` if this prompt and `asked` are the same, else the index of the first token at which they '
+    'differ. If one ends where the other goes on, that is the length of the shorter one.',
     ('The prompt is `ids[:first]`, where `first` is the first index whose label is not -100.',
      '`zip` stops at the shorter list, and says nothing about the rest of the longer one.'),
     where_they_part,
     [([1, 4, 53, 5, 34, 2], [-100]*4 + [34, 2], [1, 4, 53, 5]),
      ([1, 4, 53, 5, 34, 2], [-100]*4 + [34, 2], [1, 4, 53]),
      ([1, 4, 53, 5, 34, 2], [-100]*4 + [34, 2], [4, 53, 5]),
-     ([1, 4, 7, 5, 8, 2, 4, 9, 5, 6, 2], [-100]*4 + [8, 2, -100, -100, -100, 6, 2], [1, 4, 7, 5, 8]),
+     ([1, 4, 7, 5, 8, 2, 4, 9, 5, 6, 2], [-100]*4 + [8, 2] + [-100]*3 + [6, 2], [1, 4, 7, 5, 8]),
      ([1, 4, 53, 5, 34, 2], [-100]*4 + [34, 2], [1, 4, 54, 5])],
     ((_zipped, '`zip` stops at the shorter list: a prompt that lacks its last token, or has one too many, '
                'passes as equal.'),
-     (_whole_row, 'You compare with the whole row. The prompt ends before the first learned token.'),
+     (_whole_row, 'You compare with the whole row. The prompt ends before the first token that is '
+                  'learned.'),
      (lambda ids, labels, asked: where_they_part(ids, labels, asked) is None,
       'You say whether they are equal. Return *where* they differ, or `None`.'),
      (lambda ids, labels, asked: (i := where_they_part(ids, labels, asked)) and i + 1,
       'The index counts from 0, as everywhere in Python.')),
     difficulty=2, minutes=10,
-    means='A prompt that lacks one token is still answered, only worse, and no error says why. In the chapter the missing '
-          'last token cost most of the right answers. So compare token ids, not texts, once before a run.')
+    means='A prompt that lacks one token is still answered, only worse, and no error says why. In the chapter the '
+          'missing last token cost most of the right answers. So compare token ids, not texts, once before a run.')
 
 # %% ../../nbs/exercises/what_the_model_reads.ipynb #exrd0f
 def pack_rows(rows, most):
@@ -240,7 +241,7 @@ PACK_ROWS = compared(
      (lambda rows, most: [line for row in rows for line in pack_rows([row], most)],
       'Every row has a line of its own. Put as many rows into a line as fit.')),
     difficulty=3, minutes=20,
-    means='With one thing more, a mask that keeps each row from attending to the others, every row has the loss that it '
-          'would have alone. Nothing is learned differently, and less of the work is spent on padding.')
+    means='With one thing more, a mask that keeps each row from attending to the others, every row has the loss '
+          'that it would have alone. Nothing is learned differently, and less of the work is spent on padding.')
 
 EXERCISES = (WRONG_WITH, LABELS_OF, WHERE_THEY_PART, PACK_ROWS)

@@ -70,7 +70,7 @@ OWN_ANSWERS = compared(
      ({'pet ?': ('', ''), 'color ?': ('red\n', 'red'), 'food ?': ('rice', 'rice')},
       {'pet ?': 'cat', 'color ?': 'red', 'food ?': 'soup'}),
      ({'max ?': ('7', '9')}, {'max ?': '7'})],
-    ((lambda twice, greedy: {q: a for q, (a, b) in twice.items() if a.split() and a.split() == b.split()},
+    ((lambda twice, greedy: {q: twice[q][0] for q in own_answers(twice, greedy)},
       'You keep a sampled answer. The key is the greedy answer: the tuned model will be asked greedily, too.'),
      (lambda twice, greedy: {q: greedy[q] for q, (a, b) in twice.items() if a.split() == b.split()},
       'Two empty answers agree, but say nothing. Drop them.'),
@@ -119,6 +119,10 @@ def _floored(lost, n):
     rows = {s: int(n*v/sum(need.values())) for s, v in need.items()}
     return {s: k for s, k in rows.items() if k}
 
+def _worst(lost, n):
+    worst = max(lost, key=lost.get)
+    return {worst: n} if lost[worst] > 0 else what_to_mix(lost, n)
+
 def _zeros(lost, n):
     return dict.fromkeys(lost, 0) | what_to_mix(lost, n)
 
@@ -145,7 +149,7 @@ WHAT_TO_MIX = compared(
       'You divide evenly over the skills that lost something. Divide in proportion to what they lost.'),
      (_shared(lambda lost: dict.fromkeys(lost, 1.)),
       'You divide evenly over all skills. A row of a skill that has nothing to lose protects nothing.'),
-     (lambda lost, n: {max(lost, key=lost.get): n} if max(lost.values()) > 0 else what_to_mix(lost, n),
+     (_worst,
       'All rows go to the skill that lost most. The others that lost something need rows, too.'),
      (_rounded, 'The rows do not always sum to `n`: `round` by itself does not ensure that. Round down, and give what '
                 'is left to the largest remainders.'),
