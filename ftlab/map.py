@@ -65,7 +65,7 @@ CHAPTERS = (
             20, ('source', 'probe'), ('first_light', 'what_it_cost')),
     Chapter('what_the_model_reads', 'What the model reads',
             'Which tokens does the model read, which does it learn, and with which is it asked?',
-            20, ('source', 'objective'), ('first_light',)))
+            20, ('objective', 'decode'), ('first_light',)))
 
 def chapter_named(name:str) -> Chapter:
     "Return the chapter; raises `ValueError` for an unknown name"
