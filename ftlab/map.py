@@ -60,7 +60,12 @@ CHAPTERS = (
     Chapter('low_rank', 'A low-rank change', 'What if the change has far fewer parameters?', 50,
             ('delta',), ('first_light', 'what_it_cost')),
     Chapter('how_to_be_fooled', 'How to be fooled', 'How can a fair comparison give a wrong verdict?',
-            20, ('probe',), ('what_it_cost', 'half_is_enough')))
+            20, ('probe',), ('what_it_cost', 'half_is_enough')),
+    Chapter('what_to_keep', 'What to keep', 'What must a fine-tune of your model not break, and how can it be kept?',
+            20, ('source', 'probe'), ('first_light', 'what_it_cost')),
+    Chapter('what_the_model_reads', 'What the model reads',
+            'Which tokens does the model read, which does it learn, and with which is it asked?',
+            20, ('objective', 'decode'), ('first_light',)))
 
 def chapter_named(name:str) -> Chapter:
     "Return the chapter; raises `ValueError` for an unknown name"
@@ -302,7 +307,41 @@ QUIZ = (
              ('Both answer equally many questions', 'Both answer every question',
               'Both are asked the questions that the first one answers'),
              'Keeping silent is enough to make up little. At the same coverage one sees which of the two '
-             'knows better what it does not know.'))
+             'knows better what it does not know.'),
+    Question('same_score', 'what_to_keep',
+             'A model is right on 60 of 100 old questions before a fine-tune, and on 60 after it. What was lost?',
+             ('Not known: count the flips both ways', 'Nothing, as the score is the same',
+              'At most a few questions, as the two scores agree'),
+             'Twenty answers may have become wrong and twenty others right. The score shows only the difference.'),
+    Question('own_key', 'what_to_keep',
+             "With old='auto' the model answers questions itself before the run. "
+             'What can its own answers show afterwards?',
+             ('That an answer changed', 'That an answer was right and is now wrong',
+              'That an answer was wrong and is now right'),
+             'The key is whatever the model said before, true or not. A changed answer may be worse, better, '
+             'or the same in other words.'),
+    Question('replay_of', 'what_to_keep',
+             'A fine-tune breaks a model\'s list skills. You mix a tenth of its old rows into the training data. '
+             'Which rows?',
+             ('Rows of the list skills', 'Rows of the skills that it does best, because their answers are true',
+              'Rows of all skills but the list skills, because these are similar to the new data'),
+             'Replay protects what it repeats. In this chapter, the same number of rows of skills that had nothing '
+             'to lose protected little.'),
+    Question('does_not_stop', 'what_the_model_reads',
+             'A fine-tuned model begins with the right answer, and then goes on writing. What do you look at first?',
+             ('Whether the end mark is learned', 'The learning rate, which is probably too large',
+              'The number of training rows, which is probably too small'),
+             'A model that is never trained on the end mark after its answers does not learn to write it. The loss '
+             'does not show that; one shown row does.'),
+    Question('one_token_less', 'what_the_model_reads',
+             'At test time the prompt lacks its last token, the mark that the assistant speaks now. What happens?',
+             ('Worse answers, and no error', 'An error, as the prompt is incomplete',
+              'Nothing, as the question itself is complete'),
+             'In this chapter, a fifth of the answers was left right. Compare the token ids of training and test.'),
+    Question('one_too_long', 'what_the_model_reads',
+             'A row is one token longer than max_length and is cut at its end. What is no longer learned from it?',
+             ('To stop', 'Anything, as such a row is left out', 'The first word of its question'),
+             'The end mark is the last token. A row is left out only if nothing of its answer remains.'))
 
 def questions(chapter:str|None=None # its name; None: the first question of each chapter
              ) -> tuple[Question, ...]:
