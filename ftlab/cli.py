@@ -15,7 +15,7 @@ from pathlib import Path
 import ftlab
 from .commands.claims import run_claims
 from .commands.given import (columns_of, data_of, finite, listed, model_of, new_folder,
-                                  not_negative, old_of, positive, rate, rates)
+                                  not_negative, old_of, positive, rate, rates, refuse_unused)
 from .commands.jupyter import run_lab
 from .commands.memory import estimate, estimate_lines
 from .commands.merge import merge_rules, run_merge
@@ -23,8 +23,8 @@ from .commands.show import add_show, run_show
 from .commands.words import in_shell_words, notes, spoken
 
 # %% auto #0
-__all__ = ['COMMON', 'FROM_RUN', 'COMMANDS', 'run_compare', 'run_fit', 'run_report', 'run_doctor', 'run_skills', 'run_methods',
-           'run_papers', 'parser', 'main']
+__all__ = ['OWN', 'COMMON', 'FROM_RUN', 'COMMANDS', 'run_compare', 'run_fit', 'run_report', 'run_doctor', 'run_skills',
+           'run_methods', 'run_papers', 'parser', 'main']
 
 # %% ../nbs/cli.ipynb #0011513c
 def run_compare(a:argparse.Namespace) -> tuple[dict, str]:
@@ -32,6 +32,8 @@ def run_compare(a:argparse.Namespace) -> tuple[dict, str]:
     from ftlab.instruments.compare import plan
     methods = listed(a.methods)
     arms, data = plan(methods, a.lrs, a.tune), data_of(a)
+    if not a.tune:
+        refuse_unused(a, 'max_runs', 'it thins the search for rates, and --no-tune searches none')
     if a.dry_run:
         e = estimate(a, data, arms, a.tune, a.seeds)
         return e, estimate_lines(e)
@@ -73,8 +75,7 @@ def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
     if a.dry_run:
         e = estimate(a, data, {name: (recipe, grid)}, False, None)
         return e, estimate_lines(e)
-    if a.export:
-        new_folder(a.export, '--export')
+    _keep_others(a, out, recipe, grid[0], data)
     model, tok = model_of(a, labels=data.labels, seed=a.seed, head=a.head)
     check_fits(model, tok, data)
     data = numbered(data, model)
@@ -96,6 +97,34 @@ def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
     noted = ''.join(f'\nnote: {in_shell_words(n, _options(a))}' for n in record['notes'])
     files = f'\n{out/"delta.safetensors"}' + (f'\n{a.export}' if a.export else '')
     return record, f'{run!r}{said}{noted}{files}'
+
+OWN = dict(steps='steps', batch_size='batch-size', max_length='max-length', packing='packing',
+           precision='precision') # settings, as the command line calls them
+
+def _keep_others(a, out:Path, recipe, lr:float, data):
+    """Raise `FileExistsError` if `out` holds a finished run with other settings, or a comparison, which this run
+    would replace, or if `--export` names a folder with something in it"""
+    if (out/'result.json').exists() and not (out/'run.json').exists():
+        raise FileExistsError(f'--out {str(out)!r} holds a comparison; name another folder')
+    if a.export:
+        new_folder(a.export, '--export')
+    if a.resume is not None or not (out/'run.json').exists():
+        return
+    try:
+        was = json.loads((out/'run.json').read_text())
+    except ValueError:
+        return # half written, or damaged: there is nothing to keep
+    if was.get('interrupted') or not isinstance(was.get('settings'), dict):
+        return
+    now = dict(model=a.model, revision=a.revision, data=data.name, seed=a.seed, head=a.head,
+               recipe=recipe.describe(), lr=lr, **{k: getattr(a, k) for k in OWN})
+    then = ({k: was['settings'].get(k, was.get(k)) for k in now}
+            | {k: was.get(k) for k in ('model', 'data')})
+    if diff := [k for k in now if now[k] != then[k]]:
+        k = diff[0]
+        old, new = (x[k].get('name') if k == 'recipe' else x[k] for x in (then, now))
+        raise FileExistsError(f'--out {str(out)!r} holds a finished run, in which {OWN.get(k, k)} is '
+                              f'{old!r} and not {new!r}; name another folder, or replace that run with --no-resume')
 
 def _test_notes(a, model, tok, data) -> list[str]:
     "Say how many of the measured test rows the length limit cut or left out"
@@ -124,6 +153,8 @@ def run_report(a:argparse.Namespace) -> tuple[dict, str]:
     from ftlab.instruments.report import read_run, report
     if not a.folder and not a.delta:
         raise ValueError('name the folder that ftlab fit wrote, or --model, --delta and --data')
+    if not a.data:
+        refuse_unused(a, 'eval columns carry wanted', 'the data are those of the run, as it read them, without --data')
     run = read_run(a.folder, a.model, a.delta, data_of(a) if a.data else None, a.revision,
                    a.device, a.dtype)
     rep = report(run, old_of(a), items=a.items, old_items=a.old_items, metric=a.metric,
@@ -149,7 +180,11 @@ def run_doctor(a:argparse.Namespace) -> tuple[dict, str]:
     from ftlab.instruments.doctor import doctor
     from ftlab.instruments.report import read_run
     data = data_of(a) if a.data else None
+    if not a.data:
+        refuse_unused(a, 'eval columns carry wanted', 'it says how to read --data, which is not given')
     if a.folder:
+        refuse_unused(a, 'method lr steps batch_size accumulate max_length precision head',
+                      f'the run in {a.folder} has its own')
         found = doctor(read_run(a.folder, a.model, None, data, a.revision, a.device, a.dtype),
                        exported=a.exported)
     else:
@@ -392,6 +427,16 @@ def _options(a:argparse.Namespace) -> dict:
     "Return what was typed by option, without the arguments that are known by their position"
     return {k: v for k, v in vars(a).items() if k in a.options}
 
+def _typed(argv) -> set[str]:
+    "Return the arguments that were typed, without those that have their default"
+    bare = parser()
+    subs = next(x for x in bare._actions if isinstance(x, argparse._SubParsersAction))
+    for p in subs.choices.values():
+        p._defaults.clear()
+        for x in p._actions:
+            x.default = argparse.SUPPRESS
+    return set(vars(bare.parse_args(argv)))
+
 def parser() -> argparse.ArgumentParser:
     "Make the parser of all commands and their arguments"
     top = _Parser(prog='ftlab', description=ftlab.__doc__)
@@ -415,6 +460,7 @@ def main(argv:list[str]|None=None # the arguments; None: those of the process
     The exit code is 0 on success, 1 for an error or a --dry-run that does not fit, 2 for arguments
     that cannot be read, and 130 after Ctrl-C."""
     a = parser().parse_args(argv)
+    a.typed = _typed(argv)
     try:
         with notes(_options(a)):
             found, said = a.run(a)

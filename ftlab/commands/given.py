@@ -13,7 +13,7 @@ import ftlab
 
 # %% auto #0
 __all__ = ['positive', 'not_negative', 'rate', 'finite', 'listed', 'rates', 'columns_of', 'old_of', 'data_of', 'model_of',
-           'bench_of', 'new_folder']
+           'bench_of', 'refuse_unused', 'new_folder']
 
 # %% ../../nbs/commands/given.ipynb #00066f2e
 def _number(text:str, make:Callable, fits:Callable, must:str):
@@ -78,9 +78,13 @@ def old_of(a:argparse.Namespace) -> str|dict|None:
     return {name: source for name, _, source in pairs}
 
 def data_of(a:argparse.Namespace):
-    "Read the data of `--data`, with the test rows of `--eval`"
-    return ftlab.data(a.data, test=a.eval, columns=columns_of(a), carry=listed(a.carry or ''),
+    """Read the data of `--data`, with the test rows of `--eval`. Raises `ValueError` if `--head` was typed
+    for data without labels."""
+    data = ftlab.data(a.data, test=a.eval, columns=columns_of(a), carry=listed(a.carry or ''),
                       wanted=a.wanted)
+    if data.kind != 'label':
+        refuse_unused(a, 'head', f'the data are of kind {data.kind!r}, and only a classifier has a head for labels')
+    return data
 
 def model_of(a:argparse.Namespace, **more):
     "Load the model of `--model`, and its tokenizer"
@@ -93,6 +97,12 @@ def bench_of(a:argparse.Namespace, data):
                  max_length=a.max_length, device=a.device, dtype=a.dtype, revision=a.revision,
                  budget=a.budget, batch_size=a.batch_size, precision=a.precision, head=a.head,
                  items=a.items, old_items=getattr(a, 'old_items', 100))
+
+def refuse_unused(a:argparse.Namespace, options:str, why:str):
+    "Raise `ValueError` for the first of some options that was typed although nothing would read it"
+    typed = [n for n in options.split() if n in getattr(a, 'typed', ())]
+    if typed:
+        raise ValueError(f'--{typed[0].replace("_", "-")} would not be used: {why}; leave it out')
 
 def new_folder(path:str,  # as the user typed it
                option:str # the option that named it
