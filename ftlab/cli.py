@@ -17,7 +17,8 @@ from .commands.background import reports_to, run_status, run_stop, start
 from .commands.claims import run_claims
 from .commands.export import add_export, exported, run_export
 from .commands.given import (columns_of, data_of, finite, listed, mixture_of, model_of,
-                                  new_folder, not_negative, old_of, positive, rate, rates)
+                                  new_folder, not_negative, old_of, positive, rate, rates,
+                                  refuse_unused)
 from .commands.init import run_init
 from .commands.jupyter import run_lab
 from .commands.memory import estimate, estimate_lines
@@ -27,8 +28,8 @@ from .commands.winner import add_winner, run_winner
 from .commands.words import in_shell_words, notes, spoken
 
 # %% auto #0
-__all__ = ['COMMON', 'FROM_RUN', 'COMMANDS', 'run_compare', 'run_fit', 'run_report', 'run_doctor', 'run_skills', 'run_methods',
-           'run_papers', 'parser', 'main']
+__all__ = ['OWN', 'COMMON', 'FROM_RUN', 'COMMANDS', 'run_compare', 'run_fit', 'run_report', 'run_doctor', 'run_skills',
+           'run_methods', 'run_papers', 'parser', 'main']
 
 # %% ../nbs/cli.ipynb #0011513c
 def run_compare(a:argparse.Namespace) -> tuple[dict, str]:
@@ -40,6 +41,8 @@ def run_compare(a:argparse.Namespace) -> tuple[dict, str]:
         return run_stop(a.stop) if a.stop else run_status(a.status)
     methods = listed(a.methods)
     arms, data = plan(methods, a.lrs, a.tune), data_of(a)
+    if not a.tune:
+        refuse_unused(a, 'max_runs', 'it thins the search for rates, and --no-tune searches none')
     if a.dry_run and a.background:
         raise ValueError('--dry-run trains nothing; give it or --background')
     if a.dry_run:
@@ -87,8 +90,7 @@ def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
     if a.dry_run:
         e = estimate(a, data, {name: (recipe, grid)}, False, None)
         return e, estimate_lines(e)
-    if a.export:
-        new_folder(a.export, '--export')
+    _keep_others(a, out, recipe, grid[0], data)
     model, tok = model_of(a, labels=data.labels, seed=a.seed, head=a.head)
     check_fits(model, tok, data)
     data = numbered(data, model)
@@ -111,6 +113,34 @@ def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
     noted = ''.join(f'\nnote: {in_shell_words(n, _options(a))}' for n in record['notes'])
     files = f'\n{out/"delta.safetensors"}' + (f'\n{a.export}' if a.export else '')
     return record, f'{run!r}{said}{noted}{files}'
+
+OWN = dict(steps='steps', batch_size='batch-size', max_length='max-length', packing='packing',
+           precision='precision') # settings, as the command line calls them
+
+def _keep_others(a, out:Path, recipe, lr:float, data):
+    """Raise `FileExistsError` if `out` holds a finished run with other settings, or a comparison, which this run
+    would replace, or if `--export` names a folder with something in it"""
+    if (out/'result.json').exists() and not (out/'run.json').exists():
+        raise FileExistsError(f'--out {str(out)!r} holds a comparison; name another folder')
+    if a.export:
+        new_folder(a.export, '--export')
+    if a.resume is not None or not (out/'run.json').exists():
+        return
+    try:
+        was = json.loads((out/'run.json').read_text())
+    except ValueError:
+        return # half written, or damaged: there is nothing to keep
+    if was.get('interrupted') or not isinstance(was.get('settings'), dict):
+        return
+    now = dict(model=a.model, revision=a.revision, data=data.name, seed=a.seed, head=a.head,
+               recipe=recipe.describe(), lr=lr, **{k: getattr(a, k) for k in OWN})
+    then = ({k: was['settings'].get(k, was.get(k)) for k in now}
+            | {k: was.get(k) for k in ('model', 'data')})
+    if diff := [k for k in now if now[k] != then[k]]:
+        k = diff[0]
+        old, new = (x[k].get('name') if k == 'recipe' else x[k] for x in (then, now))
+        raise FileExistsError(f'--out {str(out)!r} holds a finished run, in which {OWN.get(k, k)} is '
+                              f'{old!r} and not {new!r}; name another folder, or replace that run with --no-resume')
 
 def _test_notes(a, model, tok, data) -> list[str]:
     "Say how many of the measured test rows the length limit cut or left out"
@@ -143,6 +173,9 @@ def _own_run(a):
     if not a.folder and not a.delta:
         raise ValueError('name the folder that ftlab fit wrote, or --model, --delta and --data; or, for a run '
                          'made elsewhere, --tuned, --base and --data')
+    if not a.data:
+        refuse_unused(a, 'eval columns carry wanted labels',
+                      'the data are those of the run, as it read them, without --data')
     return read_run(a.folder, a.model, a.delta, data_of(a) if a.data else None, a.revision,
                     a.device, a.dtype)
 
@@ -187,11 +220,15 @@ def run_doctor(a:argparse.Namespace) -> tuple[dict, str]:
     from ftlab.instruments.doctor import doctor, is_foreign
     from ftlab.instruments.report import read_run
     data = data_of(a) if a.data else None
+    if not a.data:
+        refuse_unused(a, 'eval columns carry wanted labels', 'it says how to read --data, which is not given')
     if a.folder and is_foreign(a.folder):
         found = _foreign(a, data)
     elif a.base:
         raise ValueError('--base is the model before a run made elsewhere; name the folder or file of that run')
     elif a.folder:
+        refuse_unused(a, 'method lr steps batch_size accumulate max_length precision head',
+                      f'the run in {a.folder} has its own')
         found = doctor(read_run(a.folder, a.model, None, data, a.revision, a.device, a.dtype),
                        exported=a.exported, try_fix=a.try_fix)
     else:
@@ -474,6 +511,16 @@ def _options(a:argparse.Namespace) -> dict:
     "Return what was typed by option, without the arguments that are known by their position"
     return {k: v for k, v in vars(a).items() if k in a.options}
 
+def _typed(argv) -> set[str]:
+    "Return the arguments that were typed, without those that have their default"
+    bare = parser()
+    subs = next(x for x in bare._actions if isinstance(x, argparse._SubParsersAction))
+    for p in subs.choices.values():
+        p._defaults.clear()
+        for x in p._actions:
+            x.default = argparse.SUPPRESS
+    return set(vars(bare.parse_args(argv)))
+
 def parser() -> argparse.ArgumentParser:
     "Make the parser of all commands and their arguments"
     top = _Parser(prog='ftlab', description=ftlab.__doc__)
@@ -498,6 +545,7 @@ def main(argv:list[str]|None=None # the arguments; None: those of the process
     that cannot be read, and 130 after Ctrl-C."""
     a = parser().parse_args(argv)
     a.argv = sys.argv[1:] if argv is None else list(argv)
+    a.typed = _typed(argv)
     try:
         with notes(_options(a)):
             found, said = a.run(a)

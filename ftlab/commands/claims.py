@@ -6,6 +6,7 @@
 from __future__ import annotations
 import argparse
 import sys
+from .given import refuse_unused
 from .words import Failed
 
 # %% auto #0
@@ -18,6 +19,8 @@ def run_claims(a:argparse.Namespace) -> tuple[dict, str]:
     if claims_folder() is None:
         raise FileNotFoundError('the claims are in the repository, not in the installed package; '
                                 'clone it and run there')
+    unread = dict(run='because', room='jobs all because', carry='because', supersede='jobs all')
+    refuse_unused(a, unread.get(a.what, 'jobs all because'), f'ftlab claims {a.what} does not read it')
     return dict(list=_listed, explain=_explained, run=_run,
                 carry=_carried, supersede=_superseded, room=_room)[a.what](a)
 

@@ -13,7 +13,7 @@ import ftlab
 
 # %% auto #0
 __all__ = ['positive', 'not_negative', 'rate', 'finite', 'listed', 'rates', 'columns_of', 'old_of', 'mixture_of', 'reading_of',
-           'data_of', 'model_of', 'bench_of', 'new_folder']
+           'data_of', 'model_of', 'bench_of', 'refuse_unused', 'new_folder']
 
 # %% ../../nbs/commands/given.ipynb #00066f2e
 def _number(text:str, make:Callable, fits:Callable, must:str):
@@ -103,12 +103,17 @@ def reading_of(a:argparse.Namespace) -> dict:
                 labels=listed(a.labels) if a.labels else None)
 
 def data_of(a:argparse.Namespace):
-    "Read the data of `--data`, one source or a mixture, with the test rows of `--eval`"
+    """Read the data of `--data`, one source or a mixture, with the test rows of `--eval`. Raises `ValueError`
+    if `--head` was typed for data without labels."""
     shares = mixture_of(a)
     if shares is None:
-        return ftlab.data(a.data, test=a.eval, **reading_of(a))
-    from ftlab.core.mix import read_mix
-    return read_mix(shares, test=a.eval, **reading_of(a))
+        data = ftlab.data(a.data, test=a.eval, **reading_of(a))
+    else:
+        from ftlab.core.mix import read_mix
+        data = read_mix(shares, test=a.eval, **reading_of(a))
+    if data.kind != 'label':
+        refuse_unused(a, 'head', f'the data are of kind {data.kind!r}, and only a classifier has a head for labels')
+    return data
 
 def model_of(a:argparse.Namespace, **more):
     "Load the model of `--model`, and its tokenizer"
@@ -121,6 +126,12 @@ def bench_of(a:argparse.Namespace, data):
                  max_length=a.max_length, device=a.device, dtype=a.dtype, revision=a.revision,
                  budget=a.budget, batch_size=a.batch_size, precision=a.precision, head=a.head,
                  items=a.items, old_items=getattr(a, 'old_items', 100))
+
+def refuse_unused(a:argparse.Namespace, options:str, why:str):
+    "Raise `ValueError` for the first of some options that was typed although nothing would read it"
+    typed = [n for n in options.split() if n in getattr(a, 'typed', ())]
+    if typed:
+        raise ValueError(f'--{typed[0].replace("_", "-")} would not be used: {why}; leave it out')
 
 def new_folder(path:str,  # as the user typed it
                option:str # the option that named it

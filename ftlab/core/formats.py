@@ -37,7 +37,8 @@ SYSTEMS = frozenset('system sys systemprompt systemmessage systemtext systeminst
 HISTORIES = frozenset('history historyturns chathistory dialoghistory conversationhistory'.split())
 TOOLS = frozenset('tools functions functioncall functioncalls toolcalls'.split())
 THINKING = frozenset('thinking reasoning reasoningcontent chainofthought cot rationale'.split())
-WEIGHTS = frozenset('weight weights sampleweight sampleweights lossweight lossweights rowweight'.split())
+WEIGHTS = frozenset('''weight weights sampleweight sampleweights lossweight lossweights
+    rowweight'''.split())
 UNWANTED = frozenset('''exclude excluded skip ignore ignored delete deleted discard drop keep mask masked lossmask
     trainable istrain istest isvalidation'''.split())
 PICTURES = frozenset('''image images imagepath imageurl pixelvalues audio audios audiopath speech video videos
@@ -216,8 +217,9 @@ def _unread(column, value, reading:Reading) -> str:
     as_named = {k: v[0] if len(v) == 1 else v for k, v in reading.columns.items()}
     main = dict(text='prompt', pairs='prompt', label='text', lm='text').get(reading.form)
     name = plain_name(column)
-    ours = next((to for to, names in (('system', SYSTEMS), ('history', HISTORIES), ('tools', TOOLS),
-                                      ('label', CLASSES | {'label', 'labels'})) if name in names), None)
+    labels = CLASSES | {'label', 'labels'}
+    known = dict(system=SYSTEMS, history=HISTORIES, tools=TOOLS, label=labels)
+    ours = next((to for to, names in known.items() if name in names), None)
     if name in DIVIDERS:
         return (f'the column {column!r} says to which split a row belongs, but it is not read; write one file for each '
                 f'split and name them train, validation and test; to carry it along unread, pass carry={[column]}')

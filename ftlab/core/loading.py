@@ -27,8 +27,9 @@ from .model import TABLE
 from .text import did_you_mean
 
 # %% auto #0
-__all__ = ['CHECKPOINTS', 'CLASSES', 'ENDINGS', 'IMAGES', 'IN_TEXT', 'HEADS', 'UNBUILT', 'lab_folder', 'head_names', 'fresh_head',
-           'quiet', 'find_device', 'without_row', 'row_advice', 'load', 'skeleton', 'minilm_folder']
+__all__ = ['CHECKPOINTS', 'CLASSES', 'ENDINGS', 'IMAGES', 'IN_TEXT', 'HEADS', 'OTHER_LOSSES', 'OTHER_HEADS', 'UNBUILT',
+           'lab_folder', 'head_names', 'fresh_head', 'quiet', 'find_device', 'without_row', 'row_advice', 'load',
+           'skeleton', 'minilm_folder']
 
 # %% ../../nbs/core/loading.ipynb #00061c17
 # found through the package, not relative to this file, so that the page and its module agree
@@ -181,6 +182,11 @@ def _labelled(config:PretrainedConfig, labels:list[str]) -> PretrainedConfig:
     return config
 
 HEADS = ('auto', 'new', 'exact')
+OTHER_LOSSES = dict(multi_label_classification='several labels a row, each true or false',
+                    regression='a number')
+# heads that a model for labels cannot keep, and that transformers would drop silently
+OTHER_HEADS = ('ForQuestionAnswering', 'ForTokenClassification', 'ForMultipleChoice',
+               'ForNextSentencePrediction')
 
 def _head(config:PretrainedConfig, # changed in place if the head is new
           own:list[str]|None,      # the checkpoint's labels; None: it is no classifier
@@ -193,9 +199,16 @@ def _head(config:PretrainedConfig, # changed in place if the head is new
     if labels is None:
         return False, ''
     kept = own is not None and _kept(own, _different(labels), head)
+    if kept and config.problem_type in OTHER_LOSSES:
+        raise ValueError(f'the head was trained for {OTHER_LOSSES[config.problem_type]} (its problem_type is '
+                         f"{config.problem_type!r}), and ftlab trains one label a row: use head='new'")
     _labelled(config, own if kept else _different(labels))
-    if kept or own is None:
-        return not kept, ''
+    if kept:
+        return False, ''
+    if own is None:
+        was = (config.architectures or [''])[0] or ''
+        return True, (f'the head of {was} is left out, and one for {_some(list(labels))} is new and untrained'
+                      if was.endswith(OTHER_HEADS) else '')
     return True, (f'the trained head for {_some(own)} was replaced by a new, untrained one for '
                   f'{_some(list(labels))}')
 

@@ -171,7 +171,8 @@ def checked_text(value, column:str, at:str) -> str:
         raise ValueError(f'{at}: {column} is {str(value)[:40]!r}, a {type(value).__name__}; it must be text')
     if not value.strip():
         raise ValueError(f'{at}: {column} is empty; fill it in or leave the row out')
-    if not any(c.isprintable() and c not in ' \u3164\u2800' for c in value) and not ODD.search(value):
+    seen = any(c.isprintable() and c not in ' \u3164\u2800' for c in value)
+    if not seen and not ODD.search(value):
         raise ValueError(f'{at}: {column} holds only characters that cannot be seen ({ascii(value)[:40]}); fill it in '
                          'or leave the row out')
     return clean_text(value, column, at)

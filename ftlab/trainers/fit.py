@@ -10,7 +10,7 @@ import math
 import uuid
 import warnings
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from numbers import Integral, Real
 from pathlib import Path
@@ -20,14 +20,14 @@ from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker, LOGGER_TYPE_TO_CLASS, get_available_trackers
 from ..adapters.attach import check_bare
 from ..adapters.store import identity
-from ..core.data import Data, data as as_data
+from ..core.data import Data, KINDS, data as as_data
 from ..core.tokens import encode_all
 from ..core.io import TemporaryFolder, check_room, leftovers, only_writer, remove
 from ..core.labels import model_labels, numbered, unnamed
 from ..core.loading import find_device, row_advice, without_row
 from ..core.model import device_of, notes_of, row_limit
 from ..core.recipe import Recipe
-from ..core.text import near_misses, shortened
+from ..core.text import near_misses, shortened, some
 from .checkpoint import refuse_to_replace, resumable
 from .run import Run
 from .stage import Job, head_names, rate_settings
@@ -36,7 +36,7 @@ from .step import Processes
 from .watch import tracking
 
 # %% auto #0
-__all__ = ['fit', 'check_fits', 'cut_note']
+__all__ = ['fit', 'check_fits', 'special_note', 'cut_note']
 
 # %% ../../nbs/trainers/fit.ipynb #001a191a
 def fit(model,                     # changed in place: a causal language model, a classifier, any module
@@ -181,7 +181,8 @@ def _job(model, tok, data, recipe, settings, device, out, trackers, callbacks) -
     limit = row_limit(model, tok, settings['max_length'])
     rows = encode_all(data.train, tok, data.kind, limit)
     validation = encode_all(data.validation, tok, data.kind, limit) if data.validation else []
-    notes = [*notes_of(model), *filter(None, (data.note, cut_note(rows, data.train, tok, limit, 'training'),
+    notes = [*notes_of(model), *filter(None, (data.note, special_note(data, tok),
+             cut_note(rows, data.train, tok, limit, 'training'),
              cut_note(validation, data.validation, tok, limit, 'validation')))]
     asked = {k: settings[k] for k in ('lr', 'schedule')}
     settings = dict(recipe=recipe.describe(), **settings)
@@ -318,6 +319,33 @@ def _name_labels(model, data:Data) -> None:
         model.config.label2id = {l: i for i, l in enumerate(data.labels)}
 
 # %% ../../nbs/trainers/fit.ipynb #5fac9f12
+def _texts_in(value) -> Iterator[str]:
+    "Yield all text in a value, at any depth"
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple, Mapping)):
+        for v in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts_in(v)
+
+def special_note(data:Data, tok) -> str: # '' if there is nothing to say
+    "Say what the tokenizer reads in the training rows, or around them, that nobody may have meant"
+    if tok is None or data.kind == 'image' or not data.train:
+        return ''
+    words = sorted({*tok.all_special_tokens,
+                    *(t.content for t in tok.added_tokens_decoder.values() if t.special)})
+    fields = [c for c in KINDS.get(data.kind, ()) if c != 'label']
+    found = [{w for w in words for t in _texts_in([r.get(c) for c in fields]) if w in t}
+             for r in data.train]
+    rows, said = sum(map(bool, found)), []
+    if rows:
+        said.append(f'{rows} of {len(data.train)} training rows hold special tokens in their text '
+                    f'({some(sorted(set().union(*found)), 4)}), which are read as such, beside those that are added')
+    if data.kind != 'label' and not tok.chat_template and tok.eos_token_id is None:
+        said.append('the tokenizer has no EOS token and no chat template, so nothing ends an answer')
+    if data.kind in ('text', 'chat') and 'strftime_now' in str(tok.chat_template):
+        said.append('the chat template writes the date of the day, so on another day the prompts are others')
+    return '; '.join(said)
+
 def cut_note(encoded:list, # what `encode_all` made of the rows
              rows:list[dict], tok, limit:int|None, what:str # such as 'training'
             ) -> str:      # '' if nothing was removed
