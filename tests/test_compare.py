@@ -410,7 +410,8 @@ def test_each_run_is_reported_to_a_function(plain, tmp_path):
     """A search: the number of runs is the largest possible one until the tuning has ended; at the end nothing
     is left; runs that were kept say so and count no time"""
     heard, again = [], []
-    ask = dict(seeds=1, lrs=[3e-3, 1e-2], out=tmp_path, max_runs=8, **FAST | dict(steps=2, evaluations=1))
+    ask = dict(seeds=1, lrs=[3e-3, 1e-2], out=tmp_path, max_runs=8,
+               **FAST | dict(steps=2, evaluations=1))
     one = compare(['full', 'lora'], *plain, **ask | dict(progress=heard.append))
     assert [x['run'] for x in heard] == [*range(1, len(heard) + 1)]
     assert heard[-1]['of'] == len(heard) and heard[-1]['left'] == 0 and heard[-1]['exact']

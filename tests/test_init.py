@@ -1,4 +1,5 @@
 "ftlab init: a notebook for any paths and names, which runs from top to bottom and destroys nothing"
+
 import json
 import re
 import threading
@@ -21,13 +22,19 @@ def small(tmp_path_factory) -> Path:
 
 def run(path: Path, again: int = 0) -> dict:
     "Execute the code of a notebook with little training, in its own folder, its last cells `again`; its names"
-    small = [(r'STEPS = \d+', 'STEPS = 2'), ('max_runs=12', 'max_runs=3'), (r'items=50', 'items=3'),
-             ('old_items=10', 'old_items=1'), ('seeds=1,', 'seeds=1, validation_items=3, old_validation_items=1,'),
-             ("'--old-items=10'", "'--old-items=1'"), ('matrices=8', 'matrices=0'),
-             ("'full', 'hft', 'lora'", "'full', 'hft'")]
+    small = [
+        (r'STEPS = \d+', 'STEPS = 2'),
+        ('max_runs=12', 'max_runs=3'),
+        (r'items=50', 'items=3'),
+        ('old_items=10', 'old_items=1'),
+        ('seeds=1,', 'seeds=1, validation_items=3, old_validation_items=1,'),
+        ("'--old-items=10'", "'--old-items=1'"),
+        ('matrices=8', 'matrices=0'),
+        ("'full', 'hft', 'lora'", "'full', 'hft'"),
+    ]
     space = {}
     cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == 'code']
-    for cell in cells + cells[-2:]*again:
+    for cell in cells + cells[-2:] * again:
         source = cell.source
         for old, new in small:
             source = re.sub(old, new, source)
@@ -41,48 +48,86 @@ def test_runs_on_a_lab_skill_twice_and_removes_nothing(tmp_path, monkeypatch, ca
     nb = nbformat.read('start.ipynb', as_version=4)
     nbformat.validate(nb)
     for name in ('tuned', 'tuned-1'):
-        (tmp_path/name).mkdir()
-        (tmp_path/name/'mine.txt').write_text('kept')
-    space = run(tmp_path/'start.ipynb', again=1)
-    assert space['folder'] == Path('tuned-3') and (tmp_path/'tuned-2/model.safetensors').exists()
-    assert (tmp_path/'tuned/mine.txt').read_text() == (tmp_path/'tuned-1/mine.txt').read_text() == 'kept'
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'mine.txt').write_text('kept')
+    space = run(tmp_path / 'start.ipynb', again=1)
+    assert space['folder'] == Path('tuned-3') and (tmp_path / 'tuned-2/model.safetensors').exists()
+    assert (
+        (tmp_path / 'tuned/mine.txt').read_text()
+        == (tmp_path / 'tuned-1/mine.txt').read_text()
+        == 'kept'
+    )
     text = '\n'.join(c.source for c in nb.cells)
     assert not re.search('rmtree|unlink|remove|rmdir|!|%', text.replace("'{", ''))
     assert text.count('ftlab.doctor(') == 1
 
 
-def test_runs_on_forty_rows_of_ones_own_in_a_folder_of_any_name(small, tmp_path, monkeypatch, capsys):
-    rows(tmp_path/ODD/'daten ü.jsonl', ours=('frage', "ant'wort"))
-    rows(tmp_path/ODD/'test.jsonl', 8, ours=('frage', "ant'wort"))
+def test_runs_on_forty_rows_of_ones_own_in_a_folder_of_any_name(
+    small, tmp_path, monkeypatch, capsys
+):
+    rows(tmp_path / ODD / 'daten ü.jsonl', ours=('frage', "ant'wort"))
+    rows(tmp_path / ODD / 'test.jsonl', 8, ours=('frage', "ant'wort"))
     monkeypatch.chdir(tmp_path)
-    out = Path('notes')/ODD/'start.ipynb'
+    out = Path('notes') / ODD / 'start.ipynb'
     given = ['--columns', "prompt=frage,response=ant'wort", '--eval', f'{ODD}/test.jsonl']
-    assert main(['init', '--model', str(small), '--data', f'{ODD}/daten ü.jsonl', *given, '--out', str(out)]) == 0
+    assert (
+        main(
+            [
+                'init',
+                '--model',
+                str(small),
+                '--data',
+                f'{ODD}/daten ü.jsonl',
+                *given,
+                '--out',
+                str(out),
+            ]
+        )
+        == 0
+    )
     monkeypatch.chdir(out.parent)
     space = run(Path('start.ipynb'))
     assert space['fits'] and len(space['data'].test) == 8 and space['folder'] == Path('tuned-1')
-    assert not (tmp_path/'x').exists() and not Path('x').exists()
+    assert not (tmp_path / 'x').exists() and not Path('x').exists()
 
 
 def test_runs_on_labels(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     lines = [json.dumps(dict(text=f'{i} plus', label='ab'[i % 2])) for i in range(60)]
     Path('labels.jsonl').write_text('\n'.join(lines))
-    BertModel(BertConfig(vocab_size=80, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                         num_attention_heads=2, pad_token_id=0)).save_pretrained('models/mine')
+    BertModel(
+        BertConfig(
+            vocab_size=80,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            pad_token_id=0,
+        )
+    ).save_pretrained('models/mine')
     words().save_pretrained('models/mine')
-    assert main(['init', '--model', 'models/mine', '--data', 'labels.jsonl', '--out', 'nb/first.ipynb']) == 0
+    assert (
+        main(
+            ['init', '--model', 'models/mine', '--data', 'labels.jsonl', '--out', 'nb/first.ipynb']
+        )
+        == 0
+    )
     assert "'../models/mine'" in Path('nb/first.ipynb').read_text()
     monkeypatch.chdir('nb')
     assert run(Path('first.ipynb'))['data'].labels == ['a', 'b']
 
 
 def test_a_file_named_like_a_skill_stays_a_file(tmp_path, monkeypatch, capsys):
-    rows(tmp_path/'sort/train.jsonl')
+    rows(tmp_path / 'sort/train.jsonl')
     monkeypatch.chdir(tmp_path)
-    for name, said in (('./sort', "DATA = './sort'"), ('sort', "DATA = 'sort'"),
-                       (str(tmp_path/'sort'), "DATA = './sort'")):
-        assert main(['init', '--model', 'lab-s', '--data', name, '--out', f'{len(name)}.ipynb']) == 0
+    for name, said in (
+        ('./sort', "DATA = './sort'"),
+        ('sort', "DATA = 'sort'"),
+        (str(tmp_path / 'sort'), "DATA = './sort'"),
+    ):
+        assert (
+            main(['init', '--model', 'lab-s', '--data', name, '--out', f'{len(name)}.ipynb']) == 0
+        )
         source = nbformat.read(f'{len(name)}.ipynb', as_version=4).cells[1].source
         assert said in source.splitlines()
 
@@ -94,8 +139,14 @@ def test_what_exists_is_never_overwritten(tmp_path, monkeypatch, capsys):
     assert Path('start.ipynb').read_text() == 'mine'
     assert 'exists, and is never overwritten' in capsys.readouterr().err
     codes = []
-    both = [threading.Thread(target=lambda: codes.append(main(
-        ['init', '--model', 'lab-s', '--data', 'new-procedure', '--out', 'a.ipynb']))) for _ in range(2)]
+    both = [
+        threading.Thread(
+            target=lambda: codes.append(
+                main(['init', '--model', 'lab-s', '--data', 'new-procedure', '--out', 'a.ipynb'])
+            )
+        )
+        for _ in range(2)
+    ]
     for t in both:
         t.start()
     for t in both:
@@ -103,13 +154,19 @@ def test_what_exists_is_never_overwritten(tmp_path, monkeypatch, capsys):
     assert sorted(codes) == [0, 1]
 
 
-@pytest.mark.parametrize('options, said', [
-    (['--data', 'nowhere.jsonl'], 'there is no file nowhere.jsonl'),
-    (['--data', 'new-procedure', '--out', 'start.txt'], 'ending .ipynb'),
-    (['--data', 'few.jsonl'], 'gives no validation row')])
+@pytest.mark.parametrize(
+    'options, said',
+    [
+        (['--data', 'nowhere.jsonl'], 'there is no file nowhere.jsonl'),
+        (['--data', 'new-procedure', '--out', 'start.txt'], 'ending .ipynb'),
+        (['--data', 'few.jsonl'], 'gives no validation row'),
+    ],
+)
 def test_says_what_is_wrong(tmp_path, monkeypatch, capsys, options, said):
     monkeypatch.chdir(tmp_path)
-    Path('few.jsonl').write_text(''.join(json.dumps(dict(prompt=f'{i} plus', response='1')) + '\n' for i in range(2)))
+    Path('few.jsonl').write_text(
+        ''.join(json.dumps(dict(prompt=f'{i} plus', response='1')) + '\n' for i in range(2))
+    )
     assert main(['init', '--model', 'lab-s', *options]) == 1
     err = capsys.readouterr().err
     assert said in err and err.count('\n') == 1

@@ -25,7 +25,7 @@ __all__ = ['LOCK', 'PID', 'STATUS', 'LOG', 'PAGE', 'COLUMNS', 'WORK', 'WATCH', '
 LOCK, PID, STATUS, LOG, PAGE = '.background', 'pid', 'status.json', 'log.txt', 'index.html'
 
 def _locked(at:int, patience:float=0.) -> bool:
-    "Try to lock an open file, for so many seconds: whoever asks for the state holds it for a moment"
+    "Try to lock an open file, for so many seconds: a command that asks for the state holds it for a moment"
     import fcntl
     end = time.monotonic() + patience
     while True:
@@ -65,7 +65,8 @@ def read_status(folder:Path) -> dict:
     try:
         said = json.loads((folder/STATUS).read_text(encoding='utf-8'))
     except FileNotFoundError:
-        raise FileNotFoundError(f'no comparison was started in the background of {str(folder)!r}') from None
+        said = f'no comparison was started in the background of {str(folder)!r}'
+        raise FileNotFoundError(said) from None
     if said['state'] in ('starting', 'running') and not is_running(folder):
         said |= dict(state='failed', error=f'its process is gone; {folder/LOG} has its last words')
     return said
@@ -74,7 +75,9 @@ def write_status(folder:Path, **news) -> dict:
     "Change status.json, and draw the page"
     from ftlab.core.io import write_text
     path = folder/STATUS
-    said = json.loads(path.read_text(encoding='utf-8')) if path.exists() else dict(version=1, runs=[])
+    said = dict(version=1, runs=[])
+    if path.exists():
+        said = json.loads(path.read_text(encoding='utf-8'))
     said |= dict(news, updated=datetime.now().isoformat(' ', 'seconds'))
     write_text(path, json.dumps(said, indent=1))
     if said['state'] != 'finished':
@@ -141,8 +144,8 @@ def start(a:argparse.Namespace) -> tuple[dict, str]:
             (out/PID).unlink(missing_ok=True)
         write_status(out, state='starting', pid=None, error=None, runs=[])
         with open(out/LOG, 'ab') as log:
-            process = _python(WATCH, str(at), str(out), *a.argv, start_new_session=True, pass_fds=[at],
-                              stdout=log, stderr=log)
+            process = _python(WATCH, str(at), str(out), *a.argv, start_new_session=True,
+                              pass_fds=[at], stdout=log, stderr=log)
         (out/PID).write_text(f'{process.pid}\n')
     found = dict(folder=str(out), pid=process.pid, page=str(out/PAGE), log=str(out/LOG))
     return found, (f'started, process {process.pid}; open {out/PAGE} in a browser\n'
@@ -207,7 +210,8 @@ def run_stop(folder:str, patience:float=60. # seconds to wait for the end
         if os.getsid(pid) == pid:
             os.kill(pid, signal.SIGINT)
     except (FileNotFoundError, ValueError):
-        raise Failed(f'the comparison in {folder!r} is only just starting; try again in a moment') from None
+        said = f'the comparison in {folder!r} is only just starting; try again in a moment'
+        raise Failed(said) from None
     except ProcessLookupError:
         raise Failed(f'process {pid} is gone, but one that it started holds {folder!r}; end that by hand') from None
     end = time.monotonic() + patience

@@ -30,7 +30,8 @@ def from_notebook(name:str, # a file or folder, as typed
 # %% ../../nbs/commands/init.ipynb #a7e9e36d
 def _model_name(name:str, notebook:Path) -> str:
     from ftlab.core.lab import lab
-    return from_notebook(name, notebook) if name not in lab("models").MODELS and Path(name).exists() else name
+    known = name in lab('models').MODELS
+    return from_notebook(name, notebook) if not known and Path(name).exists() else name
 
 def _data_name(name:str, notebook:Path) -> str:
     from ftlab.core.lab import lab
@@ -124,8 +125,9 @@ def _work_cells(a, data) -> list[tuple[str, str]]:
 
 def _export_cells(data) -> list[tuple[str, str]]:
     ask = ("prompts = [r['prompt'] for r in data.test[:3]]\n"
-           "list(zip(prompts, ftlab.generate(tuned, tuned_tok, prompts)))" if data.kind == 'text' else
-           "f'{tuned.num_parameters():,} parameters'")
+           "list(zip(prompts, ftlab.generate(tuned, tuned_tok, prompts)))")
+    if data.kind != 'text':
+        ask = "f'{tuned.num_parameters():,} parameters'"
     return [
         ('md', '## Export\n\nA plain Hugging Face folder, which loads without ftlab. Each time this cell runs it '
                'takes a new name, `tuned-1`, `tuned-2` and so on.'),
@@ -143,9 +145,9 @@ def start_notebook(a:argparse.Namespace, # model, data, eval, columns, carry, wa
     "Return a notebook for one model and data set"
     parts = [*_data_cells(a, data, out), *_reading_cells(data), *_budget_cells(a, data, out),
              *_work_cells(a, data), *_export_cells(data)]
-    code = dict(outputs=[], execution_count=None)
+    code = dict(cell_type='code', outputs=[], execution_count=None)
     cells = [dict(id=f'start-{i}', metadata={}, source=text,
-                  **(dict(cell_type='markdown') if kind == 'md' else dict(cell_type='code', **code)))
+                  **(dict(cell_type='markdown') if kind == 'md' else code))
              for i, (kind, text) in enumerate(parts)]
     kernel = dict(display_name='Python 3', language='python', name='python3')
     return dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)

@@ -52,8 +52,9 @@ class Remaining:
         return None if None in each.values() else sum(self.todo[key]*s for key, s in each.items())
 
     def _each(self, arm, kind) -> float|None:
-        own = self.seen.get((arm, kind)) or [s for (a, _), of in self.seen.items() if a == arm for s in of]
-        every = own or [s for of in self.seen.values() for s in of]
+        of_arm = [s for (a, _), of in self.seen.items() if a == arm for s in of]
+        every = (self.seen.get((arm, kind)) or of_arm
+                 or [s for of in self.seen.values() for s in of])
         return fmean(every) if every else self.guess
 
 # %% ../../nbs/instruments/progress.ipynb #2e187ff7

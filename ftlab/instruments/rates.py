@@ -144,7 +144,8 @@ def search(grids:Mapping[str, Grid],
                          f'there are {", ".join(f"{n} for {a}" for a, n in sizes.items())}')
     tried = Tried(grids, {a: {} for a in grids})
     def have(jobs):
-        new = [(a, r, s) for a, r, s in dict.fromkeys(jobs) if s not in tried.outcomes[a].get(r, {})]
+        new = [(a, r, s) for a, r, s in dict.fromkeys(jobs)
+               if s not in tried.outcomes[a].get(r, {})]
         ahead(new)
         for arm, rate, seed in new:
             tried.outcomes[arm].setdefault(rate, {})[seed] = run(arm, rate, seed)
