@@ -14,7 +14,8 @@ from .generate import stop_ids
 from .io import write_atomically
 
 # %% auto #0
-__all__ = ['TYPES', 'KNOWN', 'SAID', 'GPT2', 'BYTES', 'RULES', 'gguf_package', 'check_gguf', 'rule_of', 'write_gguf']
+__all__ = ['TYPES', 'KNOWN', 'SAID', 'GPT2', 'BYTES', 'RULES', 'gguf_package', 'check_gguf', 'rule_of', 'write_gguf',
+           'gguf_fields']
 
 # %% ../../nbs/core/gguf_file.ipynb #f98ea344
 TYPES = ('f32', 'f16', 'bf16')
@@ -283,3 +284,26 @@ def _write_tensors(w, tensors, dtype, gguf) -> None:
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
+
+# %% ../../nbs/core/gguf_file.ipynb #6a4faf24
+class _Kept:
+    "Stands in for the writer of gguf: keeps what is added by the key that the file has"
+    def __init__(self, keys):
+        self.keys, self.found = keys, {}
+
+    def __getattr__(self, name):
+        if name not in self.keys:
+            raise AttributeError(name)
+        return lambda value: self.found.update({self.keys[name]: value})
+
+def gguf_fields(model, tok) -> dict:
+    "Return what `write_gguf` writes about the tokenizer, by key. Raises what it raises"
+    gguf = gguf_package()
+    k = gguf.Keys.Tokenizer
+    w = _Kept(dict(add_tokenizer_model=k.MODEL, add_tokenizer_pre=k.PRE, add_token_list=k.LIST,
+                   add_token_types=k.TOKEN_TYPE, add_token_merges=k.MERGES, add_eos_token_id=k.EOS_ID,
+                   add_bos_token_id=k.BOS_ID, add_eot_token_id=k.EOT_ID, add_eom_token_id=k.EOM_ID,
+                   add_pad_token_id=k.PAD_ID, add_unk_token_id=k.UNK_ID, add_add_bos_token=k.ADD_BOS,
+                   add_add_eos_token=k.ADD_EOS, add_chat_template=k.CHAT_TEMPLATE))
+    _write_tokenizer(w, model, tok, gguf)
+    return {key: [int(x) for x in v] if key == k.TOKEN_TYPE else v for key, v in w.found.items()}
