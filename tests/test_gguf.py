@@ -1,5 +1,5 @@
 "A GGUF file holds the model that was trained, or is refused"
-import json
+import json, urllib.request
 import pytest, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from ftlab.core.data import data
@@ -11,8 +11,8 @@ from toys import TOK, logits
 
 gguf = pytest.importorskip('gguf', reason='gguf is in the bench extra')
 CASES = dict(llama=dict(), llama_tied=dict(tie_word_embeddings=True), llama_theta=dict(rope_theta=5e5),
-             llama_heads=dict(head_dim=32), llama_eps=dict(rms_norm_eps=1e-3),
-             mistral=dict(), qwen2=dict(), gpt2=dict(), gpt2_untied=dict(tie_word_embeddings=False), qwen2_tied=dict(tie_word_embeddings=True))
+             llama_heads=dict(head_dim=32), llama_eps=dict(rms_norm_eps=1e-3), mistral=dict(), qwen2=dict(),
+             gpt2=dict(), gpt2_untied=dict(tie_word_embeddings=False), qwen2_tied=dict(tie_word_embeddings=True))
 X = dict(input_ids=torch.arange(3, 60)[None], attention_mask=torch.ones(1, 57, dtype=torch.long))
 
 def made(case, **more):
@@ -58,18 +58,35 @@ def test_the_tokenizer_is_read_back(rule, tmp_path):
     assert said['tokenizer.ggml.pre'] == rule and said['tokenizer.ggml.add_bos_token'] is False
     assert said['tokenizer.ggml.tokens'][:len(tok)] == tok.convert_ids_to_tokens(range(len(tok)))
 
-@pytest.mark.parametrize('rule', RULES)
-def test_llama_cpp_reads_the_same_tokens(rule, tmp_path):
+def llama_cpp(path):
+    "Return a function that asks llama.cpp, which serves the file on this machine"
     xllamacpp = pytest.importorskip('xllamacpp', reason='llama.cpp is optional')
-    model, tok = served('llama', rule)
-    write_gguf(tmp_path/'m.gguf', model, tok, plain(model))
     p = xllamacpp.CommonParams()
-    p.model.path, p.n_ctx, p.warmup = str(tmp_path/'m.gguf'), 64, False
+    p.model.path, p.n_ctx, p.warmup, p.n_parallel, p.cpuparams.n_threads = str(path), 64, False, 1, 1
     server = xllamacpp.Server(p)
-    texts = [*TEXT[:4], tok.apply_chat_template([dict(role='user', content='a 12 <tool>')], tokenize=False)]
-    for text in texts:
-        found = server.handle_tokenize(dict(content=text, add_special=True, parse_special=True))
+    def ask(what, **body):
+        r = urllib.request.Request(f'{server.listening_address}/{what}', json.dumps(body).encode(),
+                                   {'Content-Type': 'application/json'})
+        return json.load(urllib.request.urlopen(r))
+    return ask
+
+@pytest.mark.parametrize('family, rule', [('llama', r) for r in RULES] + [('qwen2', 'qwen2'), ('gpt2', 'gpt-2')])
+def test_llama_cpp_computes_the_same(family, rule, tmp_path):
+    model, tok = served(family, rule)
+    ask = llama_cpp(write_gguf(tmp_path/'m.gguf', model, tok, plain(model)))
+    chat = tok.apply_chat_template([dict(role='user', content='a 12 <tool>')], tokenize=False)
+    for text in [*TEXT[:4], chat]:
+        found = ask('tokenize', content=text, add_special=True, parse_special=True)
         assert found['tokens'] == tok(text).input_ids, text
+    compared = 0
+    for n in range(1, 17):
+        ids = tok(TEXT[0]).input_ids[:n]
+        found = ask('completion', prompt=ids, n_predict=1, temperature=0, n_probs=3, cache_prompt=False)
+        mine = logits(model, dict(input_ids=torch.tensor([ids])))[0, -1].log_softmax(-1)
+        for x in (found.get('completion_probabilities') or [dict(top_logprobs=[])])[0]['top_logprobs']:
+            compared += 1
+            assert abs(x['logprob'] - float(mine[x['id']])) < 5e-3 # its cache is in f16
+    assert compared > 10 # it gives none where the token is half a character
 
 def test_bos_is_added_as_the_tokenizer_adds_it(tmp_path):
     from tokenizers.processors import TemplateProcessing

@@ -3,6 +3,7 @@ import json
 import pytest, torch
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
+from ftlab import cli
 from ftlab.core.data import data
 from ftlab.instruments.serving import serve_check
 from ftlab.methods import get
@@ -116,7 +117,8 @@ def test_a_run_in_bfloat16(tmp_path):
     run = fit(model, tok, d, get('lora'), steps=2, batch_size=4, lr=1e-2, progress=False)
     at = run.export(tmp_path/'tuned')
     assert stage(at, run) is None
-    weights(at, lambda w: w.update({k: w['model.layers.0.mlp.up_proj.weight'] for k in ['model.layers.1.mlp.up_proj.weight']}))
+    name = 'model.layers.{}.mlp.up_proj.weight'
+    weights(at, lambda w: w.update({name.format(1): w[name.format(0)].clone()}))
     assert stage(at, run) == 'weights'
 
 def test_a_classifier(tmp_path):
@@ -152,3 +154,30 @@ def test_what_cannot_be_compared(run, tmp_path):
     (tmp_path/'a'/'adapter_config.json').write_text('{}')
     with pytest.raises(ValueError, match='an adapter of peft'):
         serve_check(tmp_path/'a', run)
+
+def test_the_commands_from_a_file_to_a_checked_model(tmp_path, monkeypatch, capsys):
+    pytest.importorskip('gguf', reason='gguf is in the bench extra')
+    model, tok = served()
+    model.save_pretrained(tmp_path/'base')
+    tok.save_pretrained(tmp_path/'base')
+    rows = [dict(prompt=f'the cat {i}', response='sat on the mat') for i in range(60)]
+    (tmp_path/'my.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    (tmp_path/'asked.txt').write_text('the cat\n\nthe dog\n')
+    (tmp_path/'asked.jsonl').write_text(json.dumps(dict(messages=[dict(role='user', content='the cat')])) + '\n{}\n')
+    monkeypatch.chdir(tmp_path)
+    asked = '--model base --data my.jsonl --method lora --steps 2 --batch-size 4 --items 4 --out run --export tuned'
+    assert cli.main(['fit', *asked.split()]) == 0
+    capsys.readouterr()
+    assert cli.main('serve-check tuned --run run --prompts asked.txt --max-new-tokens 4 --json'.split()) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said['parted'] is None and said['prompts'] == 2
+    assert cli.main('export run --out m.gguf --form gguf --gguf-dtype f16'.split()) == 0
+    assert cli.main('serve-check m.gguf --run run --n 2 --max-new-tokens 4'.split()) == 0
+    capsys.readouterr()
+    edit(tmp_path/'tuned'/'config.json', lambda c: c.update(rms_norm_eps=.1))
+    assert cli.main('serve-check tuned --run run --n 2 --max-new-tokens 4'.split()) == 1
+    assert 'parts at: logits' in capsys.readouterr().out
+    assert cli.main('serve-check tuned --run run --prompts asked.jsonl'.split()) == 1
+    assert 'line 2 of asked.jsonl' in capsys.readouterr().err
+    assert cli.main('export run --out b --form peft --gguf-dtype f16'.split()) == 1
+    assert '--gguf-dtype f16 belongs to --form gguf' in capsys.readouterr().err

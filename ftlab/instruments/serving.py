@@ -4,8 +4,7 @@
 
 # %% ../../nbs/instruments/serving.ipynb #b32bd78f
 from __future__ import annotations
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 import torch
@@ -92,7 +91,8 @@ def _check_tokens(run, tok, prompts, labels:bool) -> Iterator[str]:
     yield from _differs('token', mine, served)
     # text that is sent without the template
     bare = [_chat(p)['messages'][-1]['content'] or '' for p in prompts]
-    yield from _differs('token of the bare text', [run.tok(t).input_ids for t in bare], [tok(t).input_ids for t in bare])
+    mine, served = ([t(b).input_ids for b in bare] for t in (run.tok, tok))
+    yield from _differs('token of the bare text', mine, served)
 
 # %% ../../nbs/instruments/serving.ipynb #b01a5569
 def _ends(config) -> set[int]:
@@ -117,8 +117,8 @@ def _check_settings(run, model, tok) -> Iterator[str]:
     mine, theirs = set(stop_ids(run.model, run.tok)), _ends(model.generation_config)
     if mine != theirs:
         names = lambda ids: ', '.join(f'{run.tok.convert_ids_to_tokens(i)!r}' for i in sorted(ids)) or 'nothing'
-        yield (f'end of turn: the run ends an answer at {names(mine)}, generate of the export at {names(theirs)}; put all '
-               'of them into eos_token_id of generation_config.json')
+        yield (f'end of turn: the run ends an answer at {names(mine)}, generate of the export at {names(theirs)}; put '
+               'all of them into eos_token_id of generation_config.json')
     a, b = _said(run.model.generation_config), _said(model.generation_config)
     for k in sorted(a.keys() | b.keys()):
         if a.get(k) != b.get(k):
