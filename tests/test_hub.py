@@ -47,8 +47,10 @@ def test_a_repository_that_exists_is_left_alone_unless_asked(folder):
     with pytest.raises(ValueError, match='only a new repository private'):
         push(folder, 'ann/talk', update=True, private=True, api=hub)
 
-@pytest.mark.parametrize('stray', ['pytorch_model.bin', 'checkpoint.safetensors', 'delta.safetensors', 'train.jsonl',
-                                   'run.json', 'log.jsonl', 'rows/a.csv', '.env', 'optimizer.pt', 'runs/model.safetensors'])
+STRAY = '''pytorch_model.bin checkpoint.safetensors delta.safetensors train.jsonl run.json log.jsonl rows/a.csv .env
+optimizer.pt runs/model.safetensors'''.split()
+
+@pytest.mark.parametrize('stray', STRAY)
 def test_what_does_not_belong_is_never_sent(folder, stray):
     (folder/stray).parent.mkdir(exist_ok=True)
     (folder/stray).write_text('x')

@@ -57,7 +57,8 @@ def test_another_eos_token_parts_at_the_settings(run, folder):
     found = serve_check(folder, run, **FAST)
     assert found.parted == 'settings' and 'eos_token' in found.found['stages']['settings']
 
-@pytest.mark.parametrize('change', [dict(do_sample=True, temperature=.7), dict(eos_token_id=5), dict(repetition_penalty=1.3)])
+@pytest.mark.parametrize('change', [dict(do_sample=True, temperature=.7), dict(eos_token_id=5),
+                                    dict(repetition_penalty=1.3)])
 def test_other_generation_settings_part_at_the_settings(run, folder, change):
     edit(folder/'generation_config.json', lambda c: c.update(change))
     assert stage(folder, run) == 'settings'

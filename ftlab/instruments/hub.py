@@ -37,8 +37,8 @@ def files_to_send(folder:str|Path) -> dict[str, int]:
     stray = [n for p, n in names.items() if p.is_symlink() or not any(re.fullmatch(b, n) for b in BELONGS)]
     if stray:
         some = ', '.join(stray[:4]) + ', ...'*bool(stray[4:])
-        raise ValueError(f'{str(folder)!r} holds {some}, which does not belong to an exported model; move it elsewhere, '
-                         'then push')
+        raise ValueError(f'{str(folder)!r} holds {some}, which does not belong to an exported model; move it '
+                         'elsewhere, then push')
     if not any(n.endswith('.safetensors') for n in names.values()):
         raise FileNotFoundError(f'the folder {str(folder)!r} has no weights as safetensors')
     _check_base(folder)
@@ -49,8 +49,8 @@ def _check_base(folder:Path) -> None:
     at = folder/'adapter_config.json'
     base = json.loads(at.read_text(encoding='utf-8')).get('base_model_name_or_path') if at.is_file() else None
     if at.is_file() and (not base or not NAME.fullmatch(base) or Path(base).exists()):
-        raise ValueError(f'adapter_config.json names {base!r} as the base, which nobody else can load; put the name that '
-                         'the base has on the hub into base_model_name_or_path')
+        raise ValueError(f'adapter_config.json names {base!r} as the base, which nobody else can load; put the name '
+                         'that the base has on the hub into base_model_name_or_path')
 
 # %% ../../nbs/instruments/hub.ipynb #74eff2d7
 def push(folder:str|Path,       # an export
@@ -74,15 +74,17 @@ def push(folder:str|Path,       # an export
         raise ConnectionError('HF_HUB_OFFLINE is set, so nothing can be sent to the hub; unset it and push again')
     if api is None:
         if not get_token():
-            raise PermissionError('there is no token of the Hugging Face hub: set HF_TOKEN, or run `hf auth login` once; '
-                                  'the token needs the right to write')
+            raise PermissionError('there is no token of the Hugging Face hub: set HF_TOKEN, or run `hf auth login` '
+                                  'once; the token needs the right to write')
         api = HfApi()
     exists = api.repo_exists(name)
     if exists and not update:
         raise FileExistsError(f'{address} exists; choose another name, or update it with update=True (--update)')
     if exists and private:
-        raise ValueError(f'{address} exists, and private=True makes only a new repository private; change it on the hub')
+        raise ValueError(f'{address} exists, and private=True makes only a new repository private; change it '
+                         'on the hub')
     if not exists:
         api.create_repo(name, private=private)
-    api.upload_folder(repo_id=name, folder_path=str(folder), commit_message='Upload by ftlab', allow_patterns=list(files))
+    api.upload_folder(repo_id=name, folder_path=str(folder), commit_message='Upload by ftlab',
+                      allow_patterns=list(files))
     return found | dict(sent=True)
