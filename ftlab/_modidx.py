@@ -2828,6 +2828,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'ftlab/instruments/serving.py'),
                                            'ftlab.instruments.serving.Served.parted': ( 'instruments/serving.html#served.parted',
                                                                                         'ftlab/instruments/serving.py'),
+                                           'ftlab.instruments.serving._answer': ( 'instruments/serving.html#_answer',
+                                                                                  'ftlab/instruments/serving.py'),
                                            'ftlab.instruments.serving._asked_ids': ( 'instruments/serving.html#_asked_ids',
                                                                                      'ftlab/instruments/serving.py'),
                                            'ftlab.instruments.serving._chat': ( 'instruments/serving.html#_chat',

@@ -18,7 +18,8 @@ class Hub:
         self.asked.append(('create', name, private))
 
     def upload_folder(self, **how):
-        self.asked.append(('upload', how['repo_id'], how['folder_path'], tuple(how['allow_patterns'])))
+        self.asked.append(('upload', how['repo_id'], how['folder_path'],
+                           tuple(how['allow_patterns'])))
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
@@ -82,7 +83,8 @@ def test_an_adapter_needs_a_base_that_others_can_load(tmp_path, base):
     (tmp_path/'adapter_model.safetensors').write_text('x')
     with pytest.raises(ValueError, match='nobody else can load'):
         files_to_send(tmp_path)
-    (tmp_path/'adapter_config.json').write_text(json.dumps(dict(base_model_name_or_path='ann/base')))
+    said = json.dumps(dict(base_model_name_or_path='ann/base'))
+    (tmp_path/'adapter_config.json').write_text(said)
     assert files_to_send(tmp_path)
 
 def test_names_tokens_and_the_switch(folder, monkeypatch):

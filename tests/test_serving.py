@@ -48,7 +48,8 @@ def test_a_changed_template_parts_at_the_text(run, folder):
 def test_an_added_bos_parts_at_the_tokens(run, folder):
     from tokenizers import Tokenizer
     t = Tokenizer.from_file(str(folder/'tokenizer.json'))
-    t.post_processor = TemplateProcessing(single='<|begin|> $A', special_tokens=[('<|begin|>', run.tok.bos_token_id)])
+    t.post_processor = TemplateProcessing(single='<|begin|> $A',
+                                          special_tokens=[('<|begin|>', run.tok.bos_token_id)])
     t.save(str(folder/'tokenizer.json'))
     assert stage(folder, run) == 'tokens'
 
@@ -93,7 +94,9 @@ def test_an_output_matrix_tied_wrongly(run, folder):
     edit(folder/'config.json', lambda c: c.update(tie_word_embeddings=True))
     assert stage(folder, run) == 'weights'
 
-@pytest.mark.parametrize('change', [dict(hidden_act='gelu'), dict(rms_norm_eps=1e-2), dict(num_key_value_heads=2,
+@pytest.mark.parametrize('change',
+                         [dict(hidden_act='gelu'), dict(rms_norm_eps=1e-2),
+                          dict(num_key_value_heads=2,
                                     rope_parameters=dict(rope_type='default', rope_theta=50.))])
 def test_another_configuration_parts_at_the_logits(run, folder, change):
     edit(folder/'config.json', lambda c: c.update(change))
@@ -169,7 +172,8 @@ def test_the_commands_from_a_file_to_a_checked_model(tmp_path, monkeypatch, caps
     asked = '--model base --data my.jsonl --method lora --steps 2 --batch-size 4 --items 4 --out run --export tuned'
     assert cli.main(['fit', *asked.split()]) == 0
     capsys.readouterr()
-    assert cli.main('serve-check tuned --run run --prompts asked.txt --max-new-tokens 4 --json'.split()) == 0
+    check = 'serve-check tuned --run run --prompts asked.txt --max-new-tokens 4 --json'
+    assert cli.main(check.split()) == 0
     said = json.loads(capsys.readouterr().out)
     assert said['parted'] is None and said['prompts'] == 2
     assert cli.main('export run --out m.gguf --form gguf --gguf-dtype f16'.split()) == 0

@@ -53,5 +53,6 @@ def run_export(a:argparse.Namespace) -> tuple[dict, str]:
     new_folder(a.out, '--out')
     run = read_run(a.folder, a.model, revision=a.revision)
     made = exported(run, a.out, a.form, dtype=a.gguf_dtype)
-    size = sum(f.stat().st_size for f in ([made] if made.is_file() else made.rglob('*')) if f.is_file())
+    size = sum(f.stat().st_size for f in ([made] if made.is_file() else made.rglob('*'))
+               if f.is_file())
     return dict(run=a.folder, form=a.form, out=str(made), bytes=size), f'{made} ({size:,} bytes)'

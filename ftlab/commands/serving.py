@@ -32,15 +32,18 @@ def prompts_in(path:str) -> list:
     for i, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            found.append(dict(messages=row['messages'], tools=row.get('tools')) if 'messages' in row else row['prompt'])
+            found.append(dict(messages=row['messages'], tools=row.get('tools'))
+                         if 'messages' in row else row['prompt'])
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f'line {i} of {path} is not an object with prompt or messages') from None
+            raise ValueError(f'line {i} of {path} is not an object with prompt or '
+                             'messages') from None
     return found
 
 def run_serve_check(a:argparse.Namespace) -> tuple[dict, str]:
     "Compare an exported model with its run"
     from ftlab.instruments.serving import serve_check
-    found = serve_check(a.exported, a.of, prompts_in(a.prompts) if a.prompts else None, a.n, a.max_new_tokens)
+    found = serve_check(a.exported, a.of, prompts_in(a.prompts) if a.prompts else None, a.n,
+                        a.max_new_tokens)
     return found.json(), repr(found)
 
 # %% ../../nbs/commands/serving.ipynb #3ac75d6f

@@ -41,7 +41,8 @@ def _rows(a):
                          'were read')
     if not a.data:
         return None
-    return ftlab.data(a.data, test=a.eval, columns=columns_of(a), carry=listed(a.carry or ''), wanted=a.wanted)
+    return ftlab.data(a.data, test=a.eval, columns=columns_of(a), carry=listed(a.carry or ''),
+                      wanted=a.wanted)
 
 def run_winner(a:argparse.Namespace) -> tuple[dict, str]:
     "Train the winner of a comparison, and keep the run and the model"
@@ -58,9 +59,11 @@ def run_winner(a:argparse.Namespace) -> tuple[dict, str]:
     out = new_folder(a.out, '--out')
     if a.export:
         new_folder(a.export, '--export')
-    run = comparison.train(a.method, out, a.lose_at_most, model=a.model, data=_rows(a), device=a.device)
+    run = comparison.train(a.method, out, a.lose_at_most, model=a.model, data=_rows(a),
+                           device=a.device)
     record = read_json(out/'run.json')
-    files = [out/'delta.safetensors', *([exported(run, a.export, a.form, record, a.gguf_dtype)] if a.export else [])]
+    files = [out/'delta.safetensors',
+             *([exported(run, a.export, a.form, record, a.gguf_dtype)] if a.export else [])]
     said = '' if record['before'] is None else (f'; {record["metric"]} on test rows {record["before"]:.3f} -> '
                                                 f'{record["after"]:.3f}')
     noted = ''.join(f'\nnote: {n}' for n in run.notes)

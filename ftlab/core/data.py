@@ -420,7 +420,8 @@ def data(source,               # a path or several, a `datasets` object or its n
         k: v for k, v in (('validation', validation), ('test', test)) if v is not None}
     sources = {s: _pieces(given.get(s), s) for s in ('train', 'validation', 'test')}
     found = _assemble(sources, reading, labels, name, seed, n, notes)
-    found.origin = _origin(dict(source=source, validation=validation, test=test, columns=columns, carry=reading.carry,
+    found.origin = _origin(dict(source=source, validation=validation, test=test, columns=columns,
+                                carry=reading.carry,
                                 labels=labels, wanted=wanted, seed=seed, n=n))
     return found
 

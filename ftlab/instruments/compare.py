@@ -473,7 +473,8 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
                  f'about {expected_seconds(bench, arms, work)/60:.0f} minutes')
         runs = Runs(Path(out)/'runs', resume, keep)
         comparison = Comparison(_compared(bench, arms, runs, seeds, work, race, limit, tune_steps)
-                                | dict(model=_model_name(model), versions=versions(), inputs=inputs_of(bench, seeds)),
+                                | dict(model=_model_name(model), versions=versions(),
+                                       inputs=inputs_of(bench, seeds)),
                                 bench, recipes)
         comparison.save(out)
     return comparison

@@ -18,7 +18,8 @@ __all__ = ['NAME', 'BELONGS', 'files_to_send', 'push']
 NAME = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*')
 BELONGS = (r'model.*\.safetensors(\.index\.json)?', r'adapter_model\.safetensors',
            r'(adapter_|generation_)?config\.json',
-           r'(tokenizer|special_tokens_map|added_tokens|vocab|tokenizer_config|preprocessor_config|processor_config)\.json',
+           r'(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json',
+           r'(preprocessor|processor)_config\.json',
            r'(merges|vocab)\.txt', r'(tokenizer|spiece|sentencepiece.*)\.model', r'chat_template\.(jinja|json)',
            r'additional_chat_templates/[\w-]+\.jinja', r'README\.md', r'LICEN[CS]E(\.\w+)?', r'NOTICE(\.\w+)?',
            r'.*\.gguf')
@@ -34,7 +35,8 @@ def files_to_send(folder:str|Path) -> dict[str, int]:
                                 'no exported model')
     there = sorted(p for p in folder.rglob('*') if not p.is_dir() or p.is_symlink())
     names = {p: p.relative_to(folder).as_posix() for p in there}
-    stray = [n for p, n in names.items() if p.is_symlink() or not any(re.fullmatch(b, n) for b in BELONGS)]
+    stray = [n for p, n in names.items() if p.is_symlink()
+             or not any(re.fullmatch(b, n) for b in BELONGS)]
     if stray:
         some = ', '.join(stray[:4]) + ', ...'*bool(stray[4:])
         raise ValueError(f'{str(folder)!r} holds {some}, which does not belong to an exported model; move it '
@@ -47,8 +49,10 @@ def files_to_send(folder:str|Path) -> dict[str, int]:
 def _check_base(folder:Path) -> None:
     "Raise `ValueError` for an adapter whose base is a folder of this machine"
     at = folder/'adapter_config.json'
-    base = json.loads(at.read_text(encoding='utf-8')).get('base_model_name_or_path') if at.is_file() else None
-    if at.is_file() and (not base or not NAME.fullmatch(base) or Path(base).exists()):
+    if not at.is_file():
+        return
+    base = json.loads(at.read_text(encoding='utf-8')).get('base_model_name_or_path')
+    if (not base or not NAME.fullmatch(base) or Path(base).exists()):
         raise ValueError(f'adapter_config.json names {base!r} as the base, which nobody else can load; put the name '
                          'that the base has on the hub into base_model_name_or_path')
 

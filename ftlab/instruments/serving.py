@@ -32,7 +32,8 @@ class Served:
     @property
     def parted(self) -> str|None:
         "Return the first stage that differs; `None` if everything that was compared is the same"
-        return next((s for s in STAGES if self.found['stages'][s] not in ('same', 'not compared')), None)
+        return next((s for s in STAGES
+                     if self.found['stages'][s] not in ('same', 'not compared')), None)
 
     def json(self) -> dict:
         return self.found | dict(parted=self.parted)
@@ -47,7 +48,8 @@ def prompts_of(run:Run, n:int=20) -> list:
     d = run.data
     rows = [*d.test, *d.validation, *d.train][:n]
     if d.kind == 'chat':
-        last = [max(i for i, m in enumerate(r['messages']) if m['role'] == 'assistant') for r in rows]
+        last = [max(i for i, m in enumerate(r['messages']) if m['role'] == 'assistant')
+                for r in rows]
         return [dict(messages=r['messages'][:i], tools=r.get('tools')) for r, i in zip(rows, last)]
     return [r['prompt'] if d.kind == 'text' else r['text'] for r in rows]
 
@@ -81,7 +83,8 @@ def _check_text(run, tok, prompts) -> Iterator[str]:
     if (run.tok.chat_template is None) != (tok.chat_template is None):
         yield 'only one of the two has a chat template'
     else:
-        yield from _differs('character', _texts(prompts, run.tok, False), _texts(prompts, tok, True))
+        yield from _differs('character', _texts(prompts, run.tok, False),
+                            _texts(prompts, tok, True))
 
 def _check_tokens(run, tok, prompts, labels:bool) -> Iterator[str]:
     texts = _texts(prompts, run.tok, False)
@@ -116,7 +119,8 @@ def _check_settings(run, model, tok) -> Iterator[str]:
         return
     mine, theirs = set(stop_ids(run.model, run.tok)), _ends(model.generation_config)
     if mine != theirs:
-        names = lambda ids: ', '.join(f'{run.tok.convert_ids_to_tokens(i)!r}' for i in sorted(ids)) or 'nothing'
+        names = lambda ids: ', '.join(f'{run.tok.convert_ids_to_tokens(i)!r}'
+                                      for i in sorted(ids)) or 'nothing'
         yield (f'end of turn: the run ends an answer at {names(mine)}, generate of the export at {names(theirs)}; put '
                'all of them into eos_token_id of generation_config.json')
     a, b = _said(run.model.generation_config), _said(model.generation_config)
@@ -198,18 +202,25 @@ def _check_logits(mine, theirs, ids, seen:dict) -> Iterator[str]:
 def _check_answers(mine, theirs, ids, run, new:int) -> Iterator[str]:
     stops, pad = stop_ids(run.model, run.tok), run.tok.pad_token_id
     for i, row in enumerate(ids, 1):
-        a, b = (m.generate(input_ids=torch.tensor([row], device=device_of(m)),
-                           attention_mask=torch.ones(1, len(row), dtype=torch.long, device=device_of(m)),
-                           do_sample=False, max_new_tokens=new, pad_token_id=pad, **more)[0, len(row):].tolist()
-                for m, more in ((mine, dict(eos_token_id=stops or None)), (theirs, {})))
+        a = _answer(mine, row, new, pad, eos_token_id=stops or None)
+        b = _answer(theirs, row, new, pad)
         if a != b:
             at = _first(a, b)
             before = torch.tensor([row + a[:at]], device=device_of(mine))
             top = mine(input_ids=before).logits[0, -1].float().topk(2).values
-            if at < min(len(a), len(b)) and float(top[0] - top[1]) <= 2*CLOSE*float(top.abs().max()):
+            if at < min(len(a), len(b)) and float(top[0]
+                                                  - top[1]) <= 2*CLOSE*float(top.abs().max()):
                 continue # a tie
             yield (f'prompt {i}, token {at} of the answer: the run says {run.tok.decode(a[at:at + 8])!r}, the export '
                    f'{run.tok.decode(b[at:at + 8])!r}')
+
+def _answer(model, row:list[int], new:int, pad, **more) -> list[int]:
+    "Return the tokens that plain `generate` gives for one prompt"
+    x = torch.tensor([row], device=device_of(model))
+    out = model.generate(input_ids=x, attention_mask=torch.ones_like(x), do_sample=False,
+                         max_new_tokens=new,
+                         pad_token_id=pad, **more)
+    return out[0, len(row):].tolist()
 
 # %% ../../nbs/instruments/serving.ipynb #a0faddbf
 def _check_gguf_tables(run, at:Path) -> tuple[list[str], list[str], list[str]]:
