@@ -159,8 +159,8 @@ def test_what_cannot_be_compared(run, tmp_path):
     with pytest.raises(ValueError, match='an adapter of peft'):
         serve_check(tmp_path/'a', run)
 
-def test_the_commands_from_a_file_to_a_checked_model(tmp_path, monkeypatch, capsys):
-    pytest.importorskip('gguf', reason='gguf is in the bench extra')
+def files_at(tmp_path):
+    "A model, data and prompts on the disk"
     model, tok = served()
     model.save_pretrained(tmp_path/'base')
     tok.save_pretrained(tmp_path/'base')
@@ -168,6 +168,10 @@ def test_the_commands_from_a_file_to_a_checked_model(tmp_path, monkeypatch, caps
     (tmp_path/'my.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
     (tmp_path/'asked.txt').write_text('the cat\n\nthe dog\n')
     (tmp_path/'asked.jsonl').write_text(json.dumps(dict(messages=[dict(role='user', content='the cat')])) + '\n{}\n')
+
+def test_the_commands_from_a_file_to_a_checked_model(tmp_path, monkeypatch, capsys):
+    pytest.importorskip('gguf', reason='gguf is in the bench extra')
+    files_at(tmp_path)
     monkeypatch.chdir(tmp_path)
     asked = '--model base --data my.jsonl --method lora --steps 2 --batch-size 4 --items 4 --out run --export tuned'
     assert cli.main(['fit', *asked.split()]) == 0

@@ -52,7 +52,7 @@ def _check_base(folder:Path) -> None:
     if not at.is_file():
         return
     base = json.loads(at.read_text(encoding='utf-8')).get('base_model_name_or_path')
-    if (not base or not NAME.fullmatch(base) or Path(base).exists()):
+    if not base or not NAME.fullmatch(base) or Path(base).exists():
         raise ValueError(f'adapter_config.json names {base!r} as the base, which nobody else can load; put the name '
                          'that the base has on the hub into base_model_name_or_path')
 
