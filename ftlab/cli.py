@@ -23,6 +23,7 @@ from .commands.init import run_init
 from .commands.jupyter import run_lab
 from .commands.memory import estimate, estimate_lines
 from .commands.merge import merge_rules, run_merge
+from .commands.serving import add_push, add_serve_check, run_push, run_serve_check
 from .commands.show import add_show, run_show
 from .commands.winner import add_winner, run_winner
 from .commands.words import in_shell_words, notes, spoken
@@ -493,6 +494,10 @@ COMMANDS = dict( # name -> what runs it, what adds its arguments, what it does, 
             'ftlab winner ftlab-runs/compare --out run --export tuned'),
     export=(run_export, add_export, 'write a finished run as a model that loads without ftlab',
             'ftlab export run --out adapter --form peft'),
+    **{'serve-check': (run_serve_check, add_serve_check, 'compare an exported model, freshly loaded, with its run',
+                       'ftlab serve-check tuned --run run')},
+    push=(run_push, add_push, 'send an exported folder to the Hugging Face hub',
+          'ftlab push tuned owner/name --private --dry-run'),
     fit=(run_fit, _fit, 'fine-tune a model by one method',
          'ftlab fit --model lab-s --data my.jsonl --method hft --out run --export tuned'),
     report=(run_report, _report, 'write one page about a run: what it learned, what it broke, where the change lies',
@@ -561,7 +566,9 @@ def main(argv:list[str]|None=None # the arguments; None: those of the process
         return 1
     if a.command == 'doctor' and found['errors']:
         return 1 # errors of the model under test are the doctor's answer, and a script must notice them
-    return 1 if getattr(a, 'dry_run', False) and found['fits'] is False else 0
+    if a.command == 'serve-check' and found['parted']:
+        return 1 # likewise what is served must be what was trained
+    return 1 if getattr(a, 'dry_run', False) and found.get('fits') is False else 0
 
 def _print(text:str) -> None:
     """Print and flush a result, so that a closed output is noticed here and not when Python ends"""

@@ -16,7 +16,9 @@ def rules(name: str) -> str:
     fast = Tokenizer(models.BPE(ignore_merges=name == 'llama-bpe'))
     fast.pre_tokenizer = _rule(name)
     fast.decoder = decoders.ByteLevel()
-    fast.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=320, initial_alphabet=ByteLevel.alphabet(),
+    fast.train_from_iterator(TEXT,
+                             trainers.BpeTrainer(vocab_size=320,
+                                                 initial_alphabet=ByteLevel.alphabet(),
                                                        special_tokens=[], show_progress=False))
     return fast.to_str()
 
@@ -34,7 +36,8 @@ def _rule(name: str):
 def tokenizer(name: str = 'gpt-2', bos: bool = True) -> PreTrainedTokenizerFast:
     "A tokenizer with the marks of a chat, of one of the rules"
     tok = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(rules(name)), eos_token='<|endoftext|>',
-                                  pad_token='<|pad|>', **(dict(bos_token='<|begin|>') if bos else {}))
+                                  pad_token='<|pad|>',
+                                  **(dict(bos_token='<|begin|>') if bos else {}))
     tok.add_special_tokens(dict(additional_special_tokens=['<|im_start|>', '<|im_end|>']))
     tok.add_tokens([AddedToken('<tool>', special=False, normalized=False)])
     tok.chat_template = TEMPLATE
@@ -42,7 +45,8 @@ def tokenizer(name: str = 'gpt-2', bos: bool = True) -> PreTrainedTokenizerFast:
 
 def small(family: str = 'llama', rows: int = 336, seed: int = 0, **more):
     "A small model that answers something at random, in eval mode"
-    sizes = dict(vocab_size=rows, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128)
+    sizes = dict(vocab_size=rows, num_hidden_layers=2, num_attention_heads=4,
+                 max_position_embeddings=128)
     sizes |= (dict(n_embd=64, n_head=4, n_layer=2) if family == 'gpt2' else
               dict(hidden_size=64, intermediate_size=96, num_key_value_heads=2))
     if family == 'gpt2':
@@ -52,7 +56,8 @@ def small(family: str = 'llama', rows: int = 336, seed: int = 0, **more):
         sizes['sliding_window'] = None
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes | more)).eval()
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family,
+                                                                      **sizes | more)).eval()
         for p in model.parameters():
             p.add_(torch.randn(p.shape)*.1)
     return model
@@ -63,5 +68,6 @@ def served(family: str = 'llama', rule: str = 'gpt-2', **more):
     model = small(family, **more)
     ends = [tok.eos_token_id, tok.convert_tokens_to_ids('<|im_end|>')]
     for said in (model.config, model.generation_config):
-        said.bos_token_id, said.eos_token_id, said.pad_token_id = tok.bos_token_id, ends, tok.pad_token_id
+        said.bos_token_id, said.pad_token_id = tok.bos_token_id, tok.pad_token_id
+        said.eos_token_id = ends
     return model, tok

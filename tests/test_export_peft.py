@@ -29,7 +29,8 @@ def shake(att, scale=.1):
         p.add_(scale*torch.randn(p.shape, generator=g))
 
 def chosen(model, ends):
-    return [n for n, p in model.named_parameters() if p.ndim == 2 and any(f'{e}.weight' in n for e in ends)]
+    return [n for n, p in model.named_parameters() if p.ndim == 2
+            and any(f'{e}.weight' in n for e in ends)]
 
 def with_ranks(model, names, **more):
     "Attach LoRA of several ranks and scales"
@@ -76,7 +77,8 @@ def saved(model, at):
 @pytest.mark.parametrize('tied', [True, False])
 def test_a_run_exported_as_an_adapter(tied, tmp_path):
     model, tok = load(saved(toy(tied=tied), tmp_path/'base'))
-    run = fit(model, tok, lab_data(), get('lora(r=3, rs=True)'), steps=4, batch_size=4, lr=1e-2, progress=False)
+    run = fit(model, tok, lab_data(), get('lora(r=3, rs=True)'), steps=4, batch_size=4, lr=1e-2,
+              progress=False)
     run.export(tmp_path/'adapter', form='peft')
     run.export(tmp_path/'plain')
     whole, _ = load(tmp_path/'plain')
@@ -94,7 +96,8 @@ def test_a_classifier_with_its_head(tmp_path):
     from transformers import AutoModelForSequenceClassification
     again = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
     theirs = peft.PeftModel.from_pretrained(again, tmp_path/'adapter').eval()
-    x = dict(input_ids=torch.arange(5, 20)[None], attention_mask=torch.ones(1, 15, dtype=torch.long))
+    x = dict(input_ids=torch.arange(5, 20)[None],
+             attention_mask=torch.ones(1, 15, dtype=torch.long))
     torch.testing.assert_close(logits(theirs, x), logits(run.model, x), atol=1e-5, rtol=0)
     with run.disabled():
         assert (logits(theirs, x) - logits(run.model, x)).abs().max() > 1e-3

@@ -1,5 +1,5 @@
 "A GGUF file holds the model that was trained, or is refused"
-import json
+import json, urllib.request
 import pytest, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from ftlab.core.data import data
@@ -10,9 +10,12 @@ from served import TEMPLATE, TEXT, served, small
 from toys import TOK, logits
 
 gguf = pytest.importorskip('gguf', reason='gguf is in the bench extra')
-CASES = dict(llama=dict(), llama_tied=dict(tie_word_embeddings=True), llama_theta=dict(rope_theta=5e5),
-             llama_heads=dict(head_dim=32), llama_eps=dict(rms_norm_eps=1e-3),
-             mistral=dict(), qwen2=dict(), gpt2=dict(), gpt2_untied=dict(tie_word_embeddings=False), qwen2_tied=dict(tie_word_embeddings=True))
+CASES = dict(llama=dict(), llama_tied=dict(tie_word_embeddings=True),
+             llama_theta=dict(rope_theta=5e5),
+             llama_heads=dict(head_dim=32), llama_eps=dict(rms_norm_eps=1e-3), mistral=dict(),
+             qwen2=dict(),
+             gpt2=dict(), gpt2_untied=dict(tie_word_embeddings=False),
+             qwen2_tied=dict(tie_word_embeddings=True))
 X = dict(input_ids=torch.arange(3, 60)[None], attention_mask=torch.ones(1, 57, dtype=torch.long))
 
 def made(case, **more):
@@ -25,7 +28,8 @@ def plain(model):
 def test_transformers_reads_the_same_model(case, tmp_path):
     model, tok = made(case)
     write_gguf(tmp_path/'m.gguf', model, tok, plain(model))
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file='m.gguf', dtype=torch.float32).eval()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file='m.gguf',
+                                                 dtype=torch.float32).eval()
     torch.testing.assert_close(logits(again, X), logits(model, X), atol=1e-4, rtol=0)
     r = gguf.GGUFReader(tmp_path/'m.gguf')
     said = {k: f.contents() for k, f in r.fields.items()}
@@ -34,7 +38,8 @@ def test_transformers_reads_the_same_model(case, tmp_path):
     assert said['tokenizer.ggml.eot_token_id'] == tok.convert_tokens_to_ids('<|im_end|>')
     assert said['tokenizer.ggml.padding_token_id'] == tok.pad_token_id
     kinds = said['tokenizer.ggml.token_type']
-    assert kinds[tok.eos_token_id] == gguf.TokenType.CONTROL and kinds[len(tok)] == gguf.TokenType.UNUSED
+    assert kinds[tok.eos_token_id] == gguf.TokenType.CONTROL
+    assert kinds[len(tok)] == gguf.TokenType.UNUSED
     assert kinds[tok.convert_tokens_to_ids('<tool>')] == gguf.TokenType.USER_DEFINED
 
 @pytest.mark.parametrize('dtype, within', [('f16', 2e-3), ('bf16', 1e-2)])
@@ -43,7 +48,8 @@ def test_half_precision_is_rounded_once(case, dtype, within, tmp_path):
     model, tok = made(case)
     write_gguf(tmp_path/'m.gguf', model, tok, plain(model), dtype)
     half = dict(f16=torch.float16, bf16=torch.bfloat16)[dtype]
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file='m.gguf', dtype=torch.float32).eval()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file='m.gguf',
+                                                 dtype=torch.float32).eval()
     mine = dict(model.named_parameters())
     for n, p in again.named_parameters():
         keep = p.ndim < 2 or n.endswith('wpe.weight')
@@ -58,29 +64,50 @@ def test_the_tokenizer_is_read_back(rule, tmp_path):
     assert said['tokenizer.ggml.pre'] == rule and said['tokenizer.ggml.add_bos_token'] is False
     assert said['tokenizer.ggml.tokens'][:len(tok)] == tok.convert_ids_to_tokens(range(len(tok)))
 
-@pytest.mark.parametrize('rule', RULES)
-def test_llama_cpp_reads_the_same_tokens(rule, tmp_path):
+def llama_cpp(path):
+    "Return a function that asks llama.cpp, which serves the file on this machine"
     xllamacpp = pytest.importorskip('xllamacpp', reason='llama.cpp is optional')
-    model, tok = served('llama', rule)
-    write_gguf(tmp_path/'m.gguf', model, tok, plain(model))
     p = xllamacpp.CommonParams()
-    p.model.path, p.n_ctx, p.warmup = str(tmp_path/'m.gguf'), 64, False
+    p.model.path, p.n_ctx, p.warmup = str(path), 64, False
+    p.n_parallel, p.cpuparams.n_threads = 1, 1
     server = xllamacpp.Server(p)
-    texts = [*TEXT[:4], tok.apply_chat_template([dict(role='user', content='a 12 <tool>')], tokenize=False)]
-    for text in texts:
-        found = server.handle_tokenize(dict(content=text, add_special=True, parse_special=True))
+    def ask(what, **body):
+        r = urllib.request.Request(f'{server.listening_address}/{what}', json.dumps(body).encode(),
+                                   {'Content-Type': 'application/json'})
+        return json.load(urllib.request.urlopen(r))
+    return ask
+
+@pytest.mark.parametrize('family, rule', [('llama', r) for r in RULES] + [('qwen2', 'qwen2'), ('gpt2', 'gpt-2')])
+def test_llama_cpp_computes_the_same(family, rule, tmp_path):
+    model, tok = served(family, rule)
+    ask = llama_cpp(write_gguf(tmp_path/'m.gguf', model, tok, plain(model)))
+    chat = tok.apply_chat_template([dict(role='user', content='a 12 <tool>')], tokenize=False)
+    for text in [*TEXT[:4], chat]:
+        found = ask('tokenize', content=text, add_special=True, parse_special=True)
         assert found['tokens'] == tok(text).input_ids, text
+    compared = 0
+    for n in range(1, 17):
+        ids = tok(TEXT[0]).input_ids[:n]
+        found = ask('completion', prompt=ids, n_predict=1, temperature=0, n_probs=3,
+                    cache_prompt=False)
+        mine = logits(model, dict(input_ids=torch.tensor([ids])))[0, -1].log_softmax(-1)
+        for x in (found.get('completion_probabilities') or [dict(top_logprobs=[])])[0]['top_logprobs']:
+            compared += 1
+            assert abs(x['logprob'] - float(mine[x['id']])) < 5e-3 # its cache is in f16
+    assert compared > 10 # it gives none where the token is half a character
 
 def test_bos_is_added_as_the_tokenizer_adds_it(tmp_path):
     from tokenizers.processors import TemplateProcessing
     model, tok = served()
     def starts(word):
         marks = [(word, tok.convert_tokens_to_ids(word))]
-        tok.backend_tokenizer.post_processor = TemplateProcessing(single=f'{word} $A', special_tokens=marks)
+        tok.backend_tokenizer.post_processor = TemplateProcessing(single=f'{word} $A',
+                                                                  special_tokens=marks)
     starts('<|begin|>')
     write_gguf(tmp_path/'m.gguf', model, tok, plain(model))
     said = {k: f.contents() for k, f in gguf.GGUFReader(tmp_path/'m.gguf').fields.items()}
-    assert said['tokenizer.ggml.add_bos_token'] is True and said['tokenizer.ggml.add_eos_token'] is False
+    assert said['tokenizer.ggml.add_bos_token'] is True
+    assert said['tokenizer.ggml.add_eos_token'] is False
     starts('<|im_start|>')
     with pytest.raises(ValueError, match='more than BOS and EOS'):
         write_gguf(tmp_path/'n.gguf', model, tok, plain(model))
@@ -143,7 +170,8 @@ def test_a_run_is_exported_with_its_change(tmp_path):
     with run.disabled():
         before = logits(model, X)
     made = run.export(tmp_path/'tuned.gguf', form='gguf')
-    again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=made.name, dtype=torch.float32).eval()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=made.name,
+                                                 dtype=torch.float32).eval()
     torch.testing.assert_close(logits(again, X), logits(model, X), atol=1e-4, rtol=0)
     assert (logits(again, X) - before).abs().max() > 1e-2
     with pytest.raises(FileExistsError):

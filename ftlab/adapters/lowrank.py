@@ -72,7 +72,8 @@ def to_peft(att:Attached,      # a change that consists of LoRA, and perhaps of 
         tensors |= _peft_tensors(att.model, n, d)
     heads = _head_modules(att)
     for m in heads:
-        tensors |= {f'base_model.model.{m}.{k}': t for k, t in att.model.get_submodule(m).state_dict().items()}
+        tensors |= {f'base_model.model.{m}.{k}': t for k,
+                    t in att.model.get_submodule(m).state_dict().items()}
     config = dict(peft_type='LORA', base_model_name_or_path=base, **_peft_settings(names),
                   target_modules=list(names), bias='none', modules_to_save=heads or None,
                   fan_in_fan_out=any(is_transposed(att.model, n) for n in att.deltas),
@@ -88,7 +89,8 @@ def _task(model) -> str|None:
     "Return what peft calls the kind of model, so that its automatic classes find it"
     if 'SequenceClassification' in type(model).__name__:
         return 'SEQ_CLS'
-    return 'CAUSAL_LM' if 'CausalLM' in type(model).__name__ or 'LMHead' in type(model).__name__ else None
+    causal = any(k in type(model).__name__ for k in ('CausalLM', 'LMHead'))
+    return 'CAUSAL_LM' if causal else None
 
 def _peft_name(module:str, k:str) -> str:
     return f'base_model.model.{module}.lora_{k}.weight'
@@ -111,8 +113,10 @@ def _peft_settings(deltas:dict) -> dict:
     alpha = {m: d.config['alpha'] if same_rule else d.s*d.config['r'] for m, d in deltas.items()}
     usual = next(iter(alpha.values()))
     key = lambda m: '^' + re.escape(m)
-    return dict(r=first['r'], lora_alpha=usual, lora_dropout=first['dropout'], use_rslora=same_rule and first['rs'],
-                rank_pattern={key(m): d.config['r'] for m, d in deltas.items() if d.config['r'] != first['r']},
+    return dict(r=first['r'], lora_alpha=usual, lora_dropout=first['dropout'],
+                use_rslora=same_rule and first['rs'],
+                rank_pattern={key(m): d.config['r'] for m, d in deltas.items()
+                              if d.config['r'] != first['r']},
                 alpha_pattern={key(m): a for m, a in alpha.items() if a != usual})
 
 # %% ../../nbs/adapters/lowrank.ipynb #e7971a89
@@ -123,7 +127,8 @@ def check_peft(att:Attached) -> None:
     heads = tuple(f'{m}.' for m in _head_modules(att))
     whole = [n for n in att.whole if not n.startswith(heads or '?')]
     if not lora or len(lora) < len(att.deltas) or whole:
-        odd = next((f'{n!r} is changed by {type(d).__name__}' for n, d in att.deltas.items() if n not in lora),
+        odd = next((f'{n!r} is changed by {type(d).__name__}' for n, d in att.deltas.items()
+                    if n not in lora),
                    f'{whole[0]!r} is trained directly' if whole else 'there is none')
         raise ValueError(f'only a change that consists of LoRA alone can be written for peft, and {odd}; {way}')
     if len({d.dropout for d in lora.values()}) > 1:
@@ -149,7 +154,8 @@ def _head_modules(att:Attached) -> list[str]:
     "Return the modules of a classifier's head that were trained directly; an empty list for other models"
     if 'SequenceClassification' not in type(att.model).__name__:
         return []
-    names = {n for n in head_names(att.model) if '.delta_' not in n and '.parametrizations.' not in n}
+    names = {n for n in head_names(att.model) if '.delta_' not in n
+             and '.parametrizations.' not in n}
     tops = dict.fromkeys(n.partition('.')[0] for n in att.whole if n in names)
     return [m for m in tops if not any(n.startswith(f'{m}.') for n in att.deltas)]
 

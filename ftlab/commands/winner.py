@@ -6,7 +6,7 @@
 from __future__ import annotations
 import argparse
 from pathlib import Path
-from .export import add_form, exported
+from .export import add_form, check_form, exported
 from .given import columns_of, finite, listed, new_folder
 
 # %% auto #0
@@ -41,7 +41,8 @@ def _rows(a):
                          'were read')
     if not a.data:
         return None
-    return ftlab.data(a.data, test=a.eval, columns=columns_of(a), carry=listed(a.carry or ''), wanted=a.wanted)
+    return ftlab.data(a.data, test=a.eval, columns=columns_of(a), carry=listed(a.carry or ''),
+                      wanted=a.wanted)
 
 def run_winner(a:argparse.Namespace) -> tuple[dict, str]:
     "Train the winner of a comparison, and keep the run and the model"
@@ -51,13 +52,18 @@ def run_winner(a:argparse.Namespace) -> tuple[dict, str]:
     if not at.is_file():
         raise FileNotFoundError(f'there is no result.json in {a.folder!r}; name the folder that ftlab compare wrote')
     comparison = Comparison.read(at)
+    check_form(a.form, a.gguf_dtype)
+    if a.form != 'plain' and not a.export:
+        raise ValueError(f'--form {a.form} says how to export, and --export is not given')
     choice = comparison.winner(a.method, a.lose_at_most)
     out = new_folder(a.out, '--out')
     if a.export:
         new_folder(a.export, '--export')
-    run = comparison.train(a.method, out, a.lose_at_most, model=a.model, data=_rows(a), device=a.device)
+    run = comparison.train(a.method, out, a.lose_at_most, model=a.model, data=_rows(a),
+                           device=a.device)
     record = read_json(out/'run.json')
-    files = [out/'delta.safetensors', *([exported(run, a.export, a.form, record)] if a.export else [])]
+    files = [out/'delta.safetensors',
+             *([exported(run, a.export, a.form, record, a.gguf_dtype)] if a.export else [])]
     said = '' if record['before'] is None else (f'; {record["metric"]} on test rows {record["before"]:.3f} -> '
                                                 f'{record["after"]:.3f}')
     noted = ''.join(f'\nnote: {n}' for n in run.notes)

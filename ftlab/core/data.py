@@ -483,7 +483,8 @@ def data(source,               # a path or several, a `datasets` object or its n
     _check_twice(sources)
     _note_beside(source, given, notes)
     found = _assemble(sources, reading, labels, name, seed, n, notes)
-    found.origin = _origin(dict(source=source, validation=validation, test=test, columns=columns, carry=reading.carry,
+    found.origin = _origin(dict(source=source, validation=validation, test=test, columns=columns,
+                                carry=reading.carry,
                                 labels=labels, wanted=wanted, seed=seed, n=n))
     return found
 

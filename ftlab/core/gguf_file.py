@@ -14,7 +14,8 @@ from .generate import stop_ids
 from .io import write_atomically
 
 # %% auto #0
-__all__ = ['TYPES', 'KNOWN', 'SAID', 'GPT2', 'BYTES', 'RULES', 'gguf_package', 'check_gguf', 'rule_of', 'write_gguf']
+__all__ = ['TYPES', 'KNOWN', 'SAID', 'GPT2', 'BYTES', 'RULES', 'gguf_package', 'check_gguf', 'rule_of', 'write_gguf',
+           'gguf_fields']
 
 # %% ../../nbs/core/gguf_file.ipynb #f98ea344
 TYPES = ('f32', 'f16', 'bf16')
@@ -38,7 +39,8 @@ def _settings(model) -> dict:
     if c.model_type == 'gpt2':
         return found | {'activation': (c.activation_function, ('gelu_new', 'gelu_pytorch_tanh')),
                         'scale_attn_weights': (c.scale_attn_weights, (True,)),
-                        'scale_attn_by_inverse_layer_idx': (c.scale_attn_by_inverse_layer_idx, (False,)),
+                        'scale_attn_by_inverse_layer_idx': (c.scale_attn_by_inverse_layer_idx,
+                                                            (False,)),
                         'add_cross_attention': (c.add_cross_attention, (False,))}
     window = None if c.model_type == 'qwen2' and not c.use_sliding_window else getattr(c, 'sliding_window', None)
     head = getattr(c, 'head_dim', None) or c.hidden_size//c.num_attention_heads
@@ -72,7 +74,8 @@ _WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
           r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 def _split(digits:str) -> dict:
-    return dict(type='Split', pattern=dict(Regex=_WORDS % digits), behavior='Isolated', invert=False)
+    return dict(type='Split', pattern=dict(Regex=_WORDS % digits), behavior='Isolated',
+                invert=False)
 
 # llama.cpp, src/llama-vocab.cpp: LLAMA_VOCAB_PRE_TYPE_GPT2, _SMOLLM, _LLAMA3, _QWEN2
 RULES = {'gpt-2': [GPT2], 'smollm': [dict(type='Digits', individual_digits=True), GPT2],
@@ -130,14 +133,16 @@ def _tokens(tok, rows:int, kinds) -> tuple[list[str], list[int]]:
 
 def _merges(tok) -> list[str]:
     def text(pair):
-        return pair if isinstance(pair, str) else ' '.join(p.replace(' ', chr(ord(' ') + 256)) for p in pair)
+        return pair if isinstance(pair, str) else ' '.join(p.replace(' ', chr(ord(' ') + 256))
+                                                           for p in pair)
     return [text(m) for m in json.loads(tok.backend_tokenizer.to_str())['model']['merges']]
 
 def _outer(tok) -> tuple[bool, bool]:
     "Return whether the tokenizer begins with BOS and ends with EOS. Raises `ValueError` for anything else"
     bare = tok('a', add_special_tokens=False).input_ids
     whole = tok('a').input_ids
-    able = {(b, e): [tok.bos_token_id]*b + bare + [tok.eos_token_id]*e for b in (0, 1) for e in (0, 1)}
+    able = {(b, e): [tok.bos_token_id]*b + bare + [tok.eos_token_id]*e for b in (0, 1)
+            for e in (0, 1)}
     found = next((k for k, ids in able.items() if ids == whole), None)
     if found is None:
         raise ValueError(f'the tokenizer writes {whole} for {bare}, more than BOS and EOS around it; '
@@ -199,7 +204,8 @@ def _write_settings(w, model, heads:int, dtype:str, gguf) -> None:
     w.add_feed_forward_length(c.intermediate_size)
     w.add_head_count_kv(c.num_key_value_heads)
     w.add_layer_norm_rms_eps(c.rms_norm_eps)
-    w.add_rope_freq_base(float((getattr(c, 'rope_parameters', None) or {}).get('rope_theta', 10000.)))
+    w.add_rope_freq_base(float((getattr(c, 'rope_parameters', None) or {}).get('rope_theta',
+                                                                               10000.)))
     w.add_rope_dimension_count(head)
     w.add_key_length(head)
     w.add_value_length(head)
@@ -210,7 +216,8 @@ def _rows_of(name:str, t:Tensor, model) -> Tensor:
     c = model.config
     if KNOWN[c.model_type] == 'llama' and name.endswith(('q_proj.weight', 'k_proj.weight')):
         heads = c.num_attention_heads if 'q_proj' in name else c.num_key_value_heads
-        return t.reshape(heads, 2, t.shape[0]//heads//2, *t.shape[1:]).swapaxes(1, 2).reshape(t.shape)
+        return t.reshape(heads, 2, t.shape[0]//heads//2, *t.shape[1:]).swapaxes(1,
+                                                                                2).reshape(t.shape)
     conv = c.model_type == 'gpt2' and name.endswith(('c_attn.weight', 'c_proj.weight', 'c_fc.weight'))
     return t.T if conv else t
 
@@ -220,7 +227,8 @@ def _tensors(model, weights:Mapping[str, Tensor], gguf) -> dict[str, Tensor]:
     names = gguf.get_tensor_name_map(arch, model.config.num_hidden_layers)
     tied, out = model.get_output_embeddings() is not None and _tied(model), {}
     for n, t in weights.items():
-        if n.endswith(('.attn.bias', '.attn.masked_bias', 'rotary_emb.inv_freq')) or (tied and n == 'lm_head.weight'):
+        if n.endswith(('.attn.bias', '.attn.masked_bias', 'rotary_emb.inv_freq')) or (tied
+                                                                                      and n == 'lm_head.weight'):
             continue # constants, and the second name of a tied matrix
         new = names.get_name(n, try_suffixes=('.weight', '.bias'))
         if new is None or new in out:
@@ -283,3 +291,28 @@ def _write_tensors(w, tensors, dtype, gguf) -> None:
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
+
+# %% ../../nbs/core/gguf_file.ipynb #6a4faf24
+class _Kept:
+    "Stands in for the writer of gguf: keeps what is added by the key that the file has"
+    def __init__(self, keys):
+        self.keys, self.found = keys, {}
+
+    def __getattr__(self, name):
+        if name not in self.keys:
+            raise AttributeError(name)
+        return lambda value: self.found.update({self.keys[name]: value})
+
+def gguf_fields(model, tok) -> dict:
+    "Return what `write_gguf` writes about the tokenizer, by key. Raises what it raises"
+    gguf = gguf_package()
+    k = gguf.Keys.Tokenizer
+    w = _Kept(dict(add_tokenizer_model=k.MODEL, add_tokenizer_pre=k.PRE, add_token_list=k.LIST,
+                   add_token_types=k.TOKEN_TYPE, add_token_merges=k.MERGES,
+                   add_eos_token_id=k.EOS_ID,
+                   add_bos_token_id=k.BOS_ID, add_eot_token_id=k.EOT_ID, add_eom_token_id=k.EOM_ID,
+                   add_pad_token_id=k.PAD_ID, add_unk_token_id=k.UNK_ID,
+                   add_add_bos_token=k.ADD_BOS,
+                   add_add_eos_token=k.ADD_EOS, add_chat_template=k.CHAT_TEMPLATE))
+    _write_tokenizer(w, model, tok, gguf)
+    return {key: [int(x) for x in v] if key == k.TOKEN_TYPE else v for key, v in w.found.items()}

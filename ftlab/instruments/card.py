@@ -45,12 +45,14 @@ def without_paths(text:str,
     "Cut every path in a text to its last part"
     for p in sorted(filter(None, map(str, known)), key=len, reverse=True):
         text = text.replace(p, last_part(p))
-    return re.sub(r"""(?:[A-Za-z]:)?[\w.~-]*(?:[\\/]+[^\s'",;:()\\/]+)+[\\/]?""", lambda m: last_part(m[0]), text)
+    return re.sub(r"""(?:[A-Za-z]:)?[\w.~-]*(?:[\\/]+[^\s'",;:()\\/]+)+[\\/]?""",
+                  lambda m: last_part(m[0]), text)
 
 # %% ../../nbs/instruments/card.ipynb #eed434fc
 def _called(run:Run) -> tuple[str, str|None]:
     "Return the base's name for people, and for the hub if it is there"
-    name = run.settings.get('model_name') or getattr(run.model, 'name_or_path', '') or type(run.model).__name__
+    name = run.settings.get('model_name') or getattr(run.model, 'name_or_path',
+                                                     '') or type(run.model).__name__
     return (hub_id(name) or last_part(name)), hub_id(name)
 
 def _record(run:Run, given:Mapping|None) -> dict:
@@ -59,7 +61,9 @@ def _record(run:Run, given:Mapping|None) -> dict:
         given = json.loads((Path(run.folder)/'run.json').read_text(encoding='utf-8'))
     def plain(settings):
         return digest({k: v for k, v in settings.items() if k not in ('model_name', 'comparison')})
-    same = given and plain(given.get('settings', {})) == plain(json.loads(json.dumps(run.settings, default=str)))
+    same = given and plain(given.get('settings',
+                                     {})) == plain(json.loads(json.dumps(run.settings,
+                                                                         default=str)))
     return dict(given) if same else {}
 
 def _report(run:Run, given) -> tuple[dict|None, str]:
@@ -67,7 +71,8 @@ def _report(run:Run, given) -> tuple[dict|None, str]:
     if given is None:
         given = Path(run.folder)/'report.json' if run.folder else None
     if isinstance(given, (str, Path)):
-        given = json.loads(Path(given).read_text(encoding='utf-8')) if Path(given).is_file() else None
+        there = Path(given).is_file()
+        given = json.loads(Path(given).read_text(encoding='utf-8')) if there else None
     found = given.json() if hasattr(given, 'json') else given
     if not found:
         return None, 'There is no report on this run.'
@@ -79,7 +84,9 @@ def _licence(run:Run) -> str|None:
     "Return the licence that the base's own card or configuration states"
     name = getattr(run.model, 'name_or_path', '') or ''
     said = getattr(run.model.config, 'license', None)
-    at = Path(name)/'README.md' if Path(name).is_dir() else hub_id(name) and try_to_load_from_cache(name, 'README.md')
+    at = Path(name)/'README.md'
+    if not Path(name).is_dir():
+        at = hub_id(name) and try_to_load_from_cache(name, 'README.md')
     if isinstance(at, (str, Path)) and Path(at).is_file():
         try:
             said = (metadata_load(at) or {}).get('license') or said
@@ -100,7 +107,8 @@ def head_of(run:Run, form:str='plain') -> dict:
     pipeline = next((p for k, p in PIPELINES.items() if k in kind), None)
     library = dict(peft='peft', gguf='gguf').get(form, 'transformers')
     method = re.sub(r'[^a-z0-9]+', '-', run.recipe.name.lower()).strip('-')
-    found = dict(base_model=base, datasets=_datasets(run), license=_licence(run), library_name=library,
+    found = dict(base_model=base, datasets=_datasets(run), license=_licence(run),
+                 library_name=library,
                  pipeline_tag=pipeline, tags=['ftlab', 'fine-tuned', *([method] if method else [])])
     return {k: v for k, v in found.items() if v}
 
@@ -123,7 +131,8 @@ def _repeat(run:Run) -> list[str]:
             origin[k] = names(origin[k])
     source = origin.pop('source')
     given = ''.join(f', {k}={v!r}' for k, v in origin.items())
-    own = ('steps', 'batch_size', 'accumulate', 'lr', 'schedule', 'warmup', 'weight_decay', 'betas', 'clip', 'seed',
+    own = ('steps', 'batch_size', 'accumulate', 'lr', 'schedule', 'warmup', 'weight_decay',
+           'betas', 'clip', 'seed',
            'max_length', 'precision', 'packing')
     settings = ', '.join(f'{k}={run.settings[k]!r}' for k in own if k in run.settings)
     labels = f', labels=data.labels, seed={run.settings.get("seed", 0)}' if run.data.labels else ''
@@ -219,7 +228,8 @@ def card(run:Run, *, record:Mapping|None=None, # what run.json holds; None: the 
              *(f'- {escaped(k)}: {escaped(without_paths(str(v), known))}'
                for k, v in run.recipe.describe().items()), '',
              'To repeat it, in a folder with the same files:', '', *_repeat(run), '',
-             '## Measured', *_measured(run, record, found), '', '## Limits', *_limits(run, record, found, absent), '',
+             '## Measured', *_measured(run, record, found), '', '## Limits',
+             *_limits(run, record, found, absent), '',
              '## Licence', f'The base says: {escaped(licence)}.' if licence else 'Not known: neither the card nor the '
              'configuration of the base names one.', '', '## Versions', made, '']
     return '\n'.join(parts)

@@ -353,7 +353,8 @@ class Told:
 
     def _tell(self, bench, recipe, rate, seed, split, steps, o, seconds) -> dict:
         kind = 'test' if split == 'test' else 'tuning'
-        self.reporter.ran(recipe.name, rate, seed, kind, o, bench.how, seconds, steps or bench.steps)
+        self.reporter.ran(recipe.name, rate, seed, kind, o, bench.how, seconds,
+                          steps or bench.steps)
         return o
 
     def ahead(self, bench:Bench, jobs:list[tuple[Recipe, float, int]], split:str, steps:int|None=None,
@@ -370,7 +371,8 @@ class Told:
         t = time.monotonic()
         for job, o in zip(todo, self.elsewhere(todo) if todo else ()):
             o = self.runs.write(o, bench, *job)
-            self.known[job[0].name, *job[1:4]] = self._tell(bench, *job[:5], o, time.monotonic() - t)
+            self._tell(bench, *job[:5], o, time.monotonic() - t)
+            self.known[job[0].name, *job[1:4]] = o
             t = time.monotonic() # between two results, so that the rest is predicted for all workers together
 
 def tune_arms(bench:Bench, arms:Mapping, runs:Told, seeds:list[int], work:Mapping, wants:list[Want],
@@ -380,7 +382,8 @@ def tune_arms(bench:Bench, arms:Mapping, runs:Told, seeds:list[int], work:Mappin
     def run(arm, rate, seed):
         return runs(bench, arms[arm][0], rate, seed, 'validation', steps, doses)
     def ahead(jobs):
-        runs.ahead(bench, [(arms[a][0], rate, seed) for a, rate, seed in jobs], 'validation', steps, doses)
+        runs.ahead(bench, [(arms[a][0], rate, seed) for a, rate, seed in jobs], 'validation',
+                   steps, doses)
     def drop(tried):
         stopped.update(lost_races(tried))
         return stopped
@@ -540,8 +543,8 @@ def _compared(bench, arms, runs, seeds, work, race, limit, tune_steps) -> dict:
     done = {n: [] for n in found.live}
     rates = {n: _test_rates(found, n) for n in found.live}
     runs.reporter.rest.tests({n: len(seeds)*len(of) for n, of in rates.items()})
-    runs.ahead(bench, [(arms[n][0], r, seed) for seed in seeds for n in found.live for r in rates[n]],
-               'test', doses=doses)
+    jobs = [(arms[n][0], r, seed) for seed in seeds for n in found.live for r in rates[n]]
+    runs.ahead(bench, jobs, 'test', doses=doses)
     for seed in seeds:
         for n in found.live:
             done[n].append({r: runs(bench, arms[n][0], r, seed, 'test', doses=doses)

@@ -106,7 +106,8 @@ def _within(sound:list, limit:float) -> Choice:
     top = max(m['within']['gain']['mean'] for m in able)
     level = sorted((m for m in able if m['within']['gain']['mean'] == top), key=_seconds)
     won, w = level[0], level[0]['within']
-    tie = (f', in a tie with {_list(level[1:])}, of which it took the fewest seconds' if level[1:] else '')
+    tie = (f', in a tie with {_list(level[1:])}, of which it took the fewest seconds'
+           if level[1:] else '')
     dose = f' with {w["dose"]:.0%} of its change' if w['dose'] < 1 else ''
     return _at_limit(won, f'{won["name"]} has the best gain within {limit:g} points of forgetting{dose}: '
                           f'{w["gain"]["mean"]:.3f} for {100*w["forgetting"]["mean"]:.1f} points{tie}')
@@ -166,7 +167,8 @@ def _data_again(known:Mapping, given, seen:str) -> Data:
     try:
         return read_again(known['data'], known.get('folder'))
     except FileNotFoundError as e:
-        raise FileNotFoundError(f'the data of the comparison are gone: {e}; give them: data=') from None
+        raise FileNotFoundError(f'the data of the comparison are gone: {e}; '
+                                'give them: data=') from None
 
 def _base_again(known:Mapping, given, data:Data, device) -> Base:
     "Return the base of the comparison. Raises `ValueError` if it is not recorded"
@@ -188,8 +190,11 @@ def _checked(result:Mapping, base:Base, data:Data, model, tok, seed:int) -> tupl
                          f'comparison had {said}); compare again, or give the same rows')
     want = result.get('inputs', {}).get('base')
     here, then = versions(), result.get('versions') or {}
-    changed = [f'{k} {then[k]} -> {here[k]}' for k in here if k in then and k != 'system' and then[k] != here[k]]
-    notes = [f'versions differ from those of the comparison: {", ".join(changed)}'] if changed else []
+    changed = [f'{k} {then[k]} -> {here[k]}' for k in here if k in then and k != 'system'
+               and then[k] != here[k]]
+    notes = []
+    if changed:
+        notes.append(f'versions differ from those of the comparison: {", ".join(changed)}')
     same_library = then.get('transformers') == here['transformers']
     if want and same_library and base.fingerprint(seed) != want:
         raise ValueError('the model is not the one of the comparison: its weights, configuration or tokenizer differ; '
@@ -259,7 +264,8 @@ def train_again(comparison,               # a `Comparison`
         data = as_data(skill, seed=seed, n=len(data.train))
     before = _score(p, net, tok, data)
     run = fit(net, tok, data, recipe, steps=p['steps'], lr=choice.rate, seed=seed, max_length=p['max_length'],
-              device=str(base.device), callbacks=_callbacks(p, choice), progress=progress, out=out, **_settings(p))
+              device=str(base.device), callbacks=_callbacks(p, choice), progress=progress,
+              out=out, **_settings(p))
     run = run if choice.dose == 1 else _scaled(run, choice.dose)
     run.notes += notes
     run.settings['comparison'] = _origins(comparison.result, choice)
@@ -282,7 +288,8 @@ def _given(comparison, model, data, device) -> tuple[Base, Data]:
 
 def _settings(protocol:Mapping) -> dict:
     "Return the settings of `fit` that a comparison was made with"
-    own = set(inspect.signature(fit).parameters) - {'steps', 'max_length', 'device', 'data', 'seed', 'lr'}
+    own = set(inspect.signature(fit).parameters) - {'steps', 'max_length', 'device', 'data',
+                                                    'seed', 'lr'}
     return {k: v for k, v in protocol.items() if k in own}
 
 def _callbacks(p:Mapping, choice:Choice) -> tuple:
@@ -302,16 +309,19 @@ def _origins(result:Mapping, choice:Choice) -> dict:
     "Return what the comparison measured of the choice, for run.json and the model card"
     p = result['protocol']
     names = [m['name'] for m in result['methods']]
-    return dict(why=choice.why, method=choice.method, rate=choice.rate, step=choice.step, dose=choice.dose,
+    return dict(why=choice.why, method=choice.method, rate=choice.rate, step=choice.step,
+                dose=choice.dose,
                 gain=choice.gain, forgetting=choice.forgetting, measured=p['forgetting'], metric=p['metric'],
-                old=p['old'], seeds=len(p['seeds']), methods=names, items=p['items'], target=result['target'],
+                old=p['old'], seeds=len(p['seeds']), methods=names, items=p['items'],
+                target=result['target'],
                 lose_at_most=result['lose_at_most'])
 
 def _record(run:Run, p:Mapping, base:Base, before, result:Mapping) -> dict:
     "Return what run.json holds, as `ftlab fit` writes it"
     origin = run.data.origin or {}
     known = result.get('inputs') or {}
-    return dict(model=str(base.source) if base.named else None, revision=base.revision, head=base.head,
+    return dict(model=str(base.source) if base.named else None, revision=base.revision,
+                head=base.head,
                 dtype=known.get('dtype'),
                 data=run.data.name, origin=run.data.origin, folder=os.getcwd(), eval=origin.get('test'),
                 columns=origin.get('columns'), carry=origin.get('carry', []), wanted=origin.get('wanted'),
