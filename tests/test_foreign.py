@@ -110,7 +110,8 @@ def test_healthy_cases_are_silent_and_most_failures_are_found(form, gallery):
 # ---------- silence where a failure is not there
 
 @pytest.mark.parametrize('settings', [
-    dict(flash_attention=None, attn_implementation='flash_attention_2'), dict(flash_attention=None, flex_attention=True),
+    dict(flash_attention=None, attn_implementation='flash_attention_2'),
+    dict(flash_attention=None, flex_attention=True),
     dict(sample_packing=False, flash_attention=None), dict(lora_target_modules=None, lora_target_linear=True),
     dict(learning_rate='0.0002'), dict(learning_rate=1., optimizer='prodigy'), dict(fp16=False, bf16=True),
     dict(val_set_size=0, test_datasets=[dict(path='x')]), dict(special_tokens=dict(pad_token='<pad>')),
