@@ -1,5 +1,5 @@
-"""The chapters half_is_enough and low_rank: what readers write in their exercises,
-their classes in a real fine-tune, and the pages' own promises"""
+"""The chapters half_is_enough, low_rank, what_to_keep and what_the_model_reads: what readers write
+in their exercises, their classes in a real fine-tune, and the pages' own promises"""
 import json, random, re
 from functools import partial
 from math import log10
@@ -9,15 +9,25 @@ import pytest, torch
 import ftlab
 from ftlab.adapters.subsets.hft import half
 from ftlab.adapters.lowrank import LoRA
+from ftlab.core.batches import pack
 from ftlab.core.recipe import Recipe
-from ftlab.exercises import (HalfUpdate, LowRank, compare_and_choose, half_of, lora_from,
-                             trained_numbers, training_bytes, truncate)
+from ftlab.core.scorers import WORLD
+from ftlab.core.tokens import encode, piece_ids, pieces_of, prompt_ids
+from ftlab.evaluators.forgetting import flips
+from ftlab.exercises import (HalfUpdate, LowRank, compare_and_choose, flipped, half_of, labels_of,
+                             lora_from, own_answers, pack_rows, trained_numbers, training_bytes,
+                             truncate, what_to_mix, where_they_part, wrong_with)
+from ftlab.exercises.what_the_model_reads import FAULTS, SHOWN
 from ftlab.instruments.frontier import at_gain
 from ftlab.instruments.verdicts import bar_of, contrast, contrast_verdict
+from ftlab.lab.models import lab_tokenizer
+from ftlab.map import measured
 from pages import cells
 
 PAGES = {'course/half_is_enough.ipynb': (half_of, HalfUpdate, training_bytes, compare_and_choose),
-         'course/low_rank.ipynb': (truncate, trained_numbers, LowRank, lora_from)}
+         'course/low_rank.ipynb': (truncate, trained_numbers, LowRank, lora_from),
+         'course/what_to_keep.ipynb': (flipped, own_answers, what_to_mix),
+         'course/what_the_model_reads.ipynb': (wrong_with, labels_of, where_they_part, pack_rows)}
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
@@ -426,6 +436,55 @@ def test_the_chapter_on_low_rank_says_what_the_claim_found():
             for row in path(learns, role)[1:]:
                 same = at_gain(path(forgets, role), row['gain'])
                 assert row['forgetting'] > same['forgetting'], 'the dashed line is below the solid one'
+
+# --- what to keep, and what the model reads
+
+def test_flips_are_those_of_the_library():
+    dice = random.Random(0)
+    before, after = ([dice.random() < .6 for _ in range(50)] for _ in range(2))
+    found = flips(before, after)
+    assert flipped(before, after) == {k: found[k]['share'] for k in ('lost', 'won')}
+
+def test_the_plan_of_a_replay_can_be_mixed():
+    plan = what_to_mix(dict(reverse=90., sort=60., count=7., fact=0., tool=-3.), 40)
+    assert sum(plan.values()) == 40 and set(plan) == {'reverse', 'sort', 'count'}
+    rows = [r for s, k in plan.items() for r in WORLD.rows(s, k, 'train')]
+    new = ftlab.data('new-procedure', n=400)
+    mixed = ftlab.mix({'new': (new, .9), 'old': (ftlab.data(rows), .1)}, n=200)
+    assert mixed.counts['mixed'] == dict(new=180, old=20)
+
+def test_labels_prompts_and_lines_are_those_of_the_library():
+    tok = lab_tokenizer()
+    rows = ftlab.data('sort', n=6).train
+    encoded = [encode(r, tok, 'text') for r in rows]
+    for r, e in zip(rows, encoded):
+        pieces, first, last = pieces_of(r, tok, 'text')
+        parts = zip(piece_ids(pieces, tok), [learned for _, learned in pieces])
+        assert labels_of(list(parts)) == (e['input_ids'], e['labels']) and not first and not last
+        assert where_they_part(e['input_ids'], e['labels'], prompt_ids(r, tok)) is None
+        assert where_they_part(e['input_ids'], e['labels'], prompt_ids(r, tok)[:-1]) is not None
+    ours = pack_rows([(e['input_ids'], e['labels']) for e in encoded], 40)
+    line = pack(encoded, 40, tok.pad_token_id)
+    for i, (mine, n) in enumerate(zip(ours, line['tokens'].tolist(), strict=True)):
+        assert [mine[k] for k in ('ids', 'positions', 'labels')] == [
+            line[k][i, :n].tolist() for k in ('input_ids', 'position_ids', 'labels')]
+
+def test_an_answer_about_the_shown_rows_hears_about_its_first_wrong_row():
+    right = wrong_with()
+    assert sorted(right.values()) == sorted(FAULTS) and list(right) == list(SHOWN)
+    assert 'Row D' in said(lambda: right | dict(D='sound', F='sound'), 'wrong_with')
+    assert 'no entry' in said(lambda: dict(A='sound'), 'wrong_with')
+    assert "'odd' for row B is not one" in said(lambda: right | dict(B='odd'), 'wrong_with')
+
+def test_the_replay_runs_are_complete():
+    kept = json.loads(measured('what_to_keep.json').read_text())
+    assert list(kept['runs']) == list(kept['seeds']) and len(kept['runs']) == 2
+    for rate, arms in kept['runs'].items():
+        seeds = [str(s) for s in kept['seeds'][rate]]
+        assert len(set(seeds)) == len(seeds) >= 2 and list(arms) == ['none', 'all', 'own', 'lists', 'others']
+        assert all(list(of) == seeds for of in arms.values())
+        for path in (p for of in arms.values() for p in of.values()):
+            assert path[-1]['step'] == kept['steps'] and at_gain(path, kept['gain'])
 
 # --- the pages
 
