@@ -6,7 +6,6 @@
 from __future__ import annotations
 import itertools, json, math, sys, time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from statistics import fmean, stdev
 from types import SimpleNamespace
@@ -318,7 +317,7 @@ def _say(text:str) -> None:
 class Told:
     """Make runs through `Runs`, and report each to a `Reporter`"""
     def __init__(self, runs:Runs, reporter:Reporter,
-                 elsewhere:Callable|None=None): # makes a list of jobs on other machines: see `mapped`
+                 elsewhere:Callable|None=None): # makes a list of jobs elsewhere: see `mapped`
         self.runs, self.reporter, self.elsewhere = runs, reporter, elsewhere
         self.known = {} # made elsewhere: job -> outcome
 
@@ -453,7 +452,7 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
             out:str|Path='ftlab-runs/compare', # folder of the runs, result.json, tradeoff.png and index.html
             resume:bool=True,          # take finished runs from `out`
             keep:bool=False,           # keep the change of every run beside its numbers
-           executor:str|Callable|None=None, # 'ray' or map(f, jobs): make the runs elsewhere, see `mapped`; None: here
+           executor:Callable|None=None, # map(f, jobs) makes the runs elsewhere: see `mapped`; None: here, one by one
             progress:bool|Callable=True, # say what ran and how long the rest takes; a function gets it: see `Reporter`
             **settings                 # go to `fit`: schedule, warmup, weight_decay, ...
            ) -> Comparison:
@@ -486,10 +485,10 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
     check_room(out) # before the first run, not after it
     with only_writer(out):
         reporter = _begun(bench, arms, work, progress)
-        with mapped(executor, bench) if executor else nullcontext() as elsewhere:
-            runs = Told(Runs(Path(out)/'runs', resume, keep), reporter, elsewhere)
-            result = _compared(bench, arms, runs, seeds, work, race, limit, tune_steps)
-        comparison = Comparison(result | dict(model=_model_name(model), versions=versions()))
+        elsewhere = mapped(executor, bench) if executor else None
+        runs = Told(Runs(Path(out)/'runs', resume, keep), reporter, elsewhere)
+        comparison = Comparison(_compared(bench, arms, runs, seeds, work, race, limit, tune_steps)
+                                | dict(model=_model_name(model), versions=versions()))
         comparison.save(out)
     return comparison
 
