@@ -58,8 +58,7 @@ def run_compare(a:argparse.Namespace) -> tuple[dict, str]:
                       head=a.head,
                       budget=a.budget, out=a.out, resume=a.resume, lose_at_most=a.lose_at_most,
                       max_runs=a.max_runs, race=a.race,
-                      progress=reports_to(a) if a.as_child else not a.quiet,
-                      executor=a.executor)
+                      progress=reports_to(a) if a.as_child else not a.quiet)
     return c.json(), f'{c!r}\n{Path(a.out)/"index.html"}'
 
 # %% ../nbs/cli.ipynb #0014d2b6
@@ -388,9 +387,6 @@ def _compare(p):
         help='stop methods early that are beaten beyond doubt at every gain')
     add('--resume', action=switch, default=True, help='reuse the finished runs in --out (default: yes)')
     add('--quiet', action='store_true', help='print no line for each finished run')
-    add('--executor', choices=('ray',),
-        help='ray: make the runs on a Ray cluster, or on all cores of this machine if none is running '
-             '(default: one after another)')
     add('--background', action='store_true',
         help='go on after the terminal is closed; index.html in --out shows how far it is (not on Windows)')
     add('--as-child', help=argparse.SUPPRESS) # the process that --background starts

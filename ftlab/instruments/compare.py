@@ -6,7 +6,6 @@
 from __future__ import annotations
 import itertools, json, math, sys, time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
@@ -338,7 +337,7 @@ def _say(text:str) -> None:
 class Told:
     """Make runs through `Runs`, and report each to a `Reporter`"""
     def __init__(self, runs:Runs, reporter:Reporter,
-                 elsewhere:Callable|None=None): # makes a list of jobs on other machines: see `mapped`
+                 elsewhere:Callable|None=None): # makes a list of jobs elsewhere: see `mapped`
         self.runs, self.reporter, self.elsewhere = runs, reporter, elsewhere
         self.known = {} # made elsewhere: job -> outcome
 
@@ -473,7 +472,7 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
             out:str|Path='ftlab-runs/compare', # folder of the runs, result.json, tradeoff.png and index.html
             resume:bool=True,          # take finished runs from `out`
             keep:bool=False,           # keep the change of every run beside its numbers
-           executor:str|Callable|None=None, # 'ray' or map(f, jobs): make the runs elsewhere, see `mapped`; None: here
+           executor:Callable|None=None, # map(f, jobs) makes the runs elsewhere: see `mapped`; None: here, one by one
             progress:bool|Callable=True, # say what ran and how long the rest takes; a function gets it: see `Reporter`
             **settings                 # go to `fit`: schedule, warmup, weight_decay, ...
            ) -> Comparison:
@@ -508,9 +507,9 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
     found = _found(bench)
     with only_writer(out):
         reporter = _begun(bench, arms, work, progress, found)
-        with mapped(executor, bench) if executor else nullcontext() as elsewhere:
-            runs = Told(Runs(Path(out)/'runs', resume, keep), reporter, elsewhere)
-            result = _compared(bench, arms, runs, seeds, work, race, limit, tune_steps)
+        elsewhere = mapped(executor, bench) if executor else None
+        runs = Told(Runs(Path(out)/'runs', resume, keep), reporter, elsewhere)
+        result = _compared(bench, arms, runs, seeds, work, race, limit, tune_steps)
         about = dict(model=_model_name(model), findings=found, versions=versions(),
                      inputs=inputs_of(bench, seeds))
         comparison = Comparison(result | about, bench, recipes)
