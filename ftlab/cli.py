@@ -117,6 +117,7 @@ def _keep_others(a, out:Path, recipe, lr:float, data):
     if was.get('interrupted') or not isinstance(was.get('settings'), dict):
         return
     now = dict(model=a.model, revision=a.revision, data=data.name, seed=a.seed, head=a.head,
+               eval=a.eval, columns=columns_of(a), carry=listed(a.carry or ''), wanted=a.wanted,
                recipe=recipe.describe(), lr=lr, **{k: getattr(a, k) for k in OWN})
     then = ({k: was['settings'].get(k, was.get(k)) for k in now}
             | {k: was.get(k) for k in ('model', 'data')})

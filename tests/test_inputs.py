@@ -339,7 +339,8 @@ def test_an_option_that_nothing_would_read_is_refused(line, place, tmp_path, mon
 
 # ---- output folders
 @pytest.mark.parametrize('more', ['--lr 1e-2', '--method lora(r=2)', '--seed 1', '--steps 3', '--batch-size 8',
-                                  '--max-length 20', '--packing', '--precision bf16'])
+                                  '--max-length 20', '--packing', '--precision bf16',
+                                  '--eval {d}/d.jsonl'])
 def test_a_finished_run_is_not_replaced_unasked(more, place, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     files = [place/'run'/f for f in ('run.json', 'delta.safetensors')]
