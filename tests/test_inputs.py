@@ -306,12 +306,11 @@ RUNS = dict(
     fit=f'fit {LM_RUN} --out {{t}}/fit', compare=f'compare {LM_RUN} --methods full --no-tune --seeds 1 --out {{t}}/c',
     report='report {d}/run --items 2 --matrices 0 --out {t}/r',
     doctor='doctor --model {d}/m --data {d}/d.jsonl --steps 2',
-    merge='merge {d}/run --out {t}/m', show='show --model {d}/m --data {d}/d.jsonl -n 1', papers='papers hft',
-    claims='claims list')
+    merge='merge {d}/run --out {t}/m', show='show --model {d}/m --data {d}/d.jsonl -n 1',
+    papers='papers hft')
 # read by `main` itself, or only in the other mode of the command: `REFUSED` holds that they are not ignored there
 BY_MAIN = {'command', 'json', 'debug', 'run', 'options', 'read'}
-ELSEWHERE = dict(report={'eval', 'columns', 'carry', 'wanted'}, claims={'jobs', 'all', 'because'},
-                 compare={'max_runs'})
+ELSEWHERE = dict(report={'eval', 'columns', 'carry', 'wanted'})
 
 @pytest.mark.parametrize('command', RUNS)
 def test_every_option_is_read(command, place, tmp_path, capfd):
