@@ -14,6 +14,7 @@ from ftlab.cli import main, parser
 from ftlab.core.data import data, question_of
 from ftlab.core.formats import CLASSES, DIVIDERS, MEANT, plain_name
 from ftlab.core.labels import model_labels
+from ftlab.core.model import notes_of
 from ftlab.core.rows import read_rows
 from ftlab.trainers.fit import special_note
 
@@ -33,7 +34,8 @@ def says(*args, **kwargs):
 TEXT = lines(QA)
 SEMI = 'prompt;response\n' + ''.join(f'{r["prompt"]};{r["response"]}\n' for r in QA)
 WRITTEN = {
-    'plain.jsonl': TEXT.encode(), 'bom_crlf.jsonl': codecs.BOM_UTF8 + TEXT.replace('\n', '\r\n').encode(),
+    'plain.jsonl': TEXT.encode(),
+    'bom_crlf.jsonl': codecs.BOM_UTF8 + TEXT.replace('\n', '\r\n').encode(),
     'utf16.jsonl': TEXT.encode('utf-16'), 'old_mac.jsonl': TEXT.replace('\n', '\r').encode(),
     'blank_end.jsonl': (TEXT + '\n \n').encode(), 'array.jsonl': json.dumps(QA, indent=1).encode(),
     'array.json': json.dumps(QA).encode(), 'UPPER.JSONL': TEXT.encode(), 'semi.csv': SEMI.encode(),
@@ -45,7 +47,8 @@ WRONG = {
     'parquet.json': (b'PAR1\x15\x04', 'parquet'), 'utf32.jsonl': (TEXT.encode('utf-32'), 'UTF-32'),
     'utf16le.jsonl': (TEXT.encode('utf-16-le'), 'UTF-16'), 'one.json': (b'{"prompt": "a"}', 'list of objects'),
     'data.json': (json.dumps(dict(data=QA)).encode(), "'data'"), 'rows.txt': (b'hello', '.txt'),
-    'comma.jsonl': (TEXT.replace('}\n', '},\n').encode(), 'line 1'), 'empty.jsonl': (b'', 'no rows'),
+    'comma.jsonl': (TEXT.replace('}\n', '},\n').encode(), 'line 1'),
+    'empty.jsonl': (b'', 'no rows'),
     'twice.jsonl': (b'{"prompt": "a", "prompt": "b", "response": "c"}\n', 'appears twice'),
     'nan.jsonl': (b'{"prompt": "a", "response": NaN}\n', 'no value'),
     'header.csv': (b'prompt,response\n', 'no rows'), 'empty_cell.csv': (b'prompt,response\na,\n', 'line 2'),
@@ -89,20 +92,20 @@ def test_two_names_of_one_split_are_refused(as_dict, two):
     assert all(repr(s) in said for s in two) and 'both validation rows' in said
 
 def test_why_there_is_no_test_row_is_true():
-    same = data([dict(prompt='q', response=f'{i}') for i in range(40)], validation=QA[:2], test=QA[:2])
-    assert len(same.train) == 40
-    # the question 'a' belongs to train
-    assert '40 rows, with 1 different question' in data([dict(prompt='question 0', response=f'{i}')
-                                                          for i in range(40)]).note
+    same = [dict(prompt='question 0', response=f'{i}') for i in range(40)] # in train, by its hash
+    assert len(data(same, validation=QA[:2], test=QA[:2]).train) == 40
+    assert '40 rows, with 1 different question' in data(same).note
     rare = data([dict(text=f't{i}', label=i) for i in range(200)])
     assert 'rare labels' in rare.note and 'too few' not in rare.note
     assert 'too few rows' in data(QA[:2]).note
 
 def test_a_greeting_does_not_decide_the_split():
-    greeted = [dict(messages=[dict(role='assistant', content='Hi, I help.', weight=0),
-                              dict(role='user', content=r['prompt']), dict(role='assistant', content='x')]) for r in QA]
+    hello = dict(role='assistant', content='Hi, I help.', weight=0)
+    last = dict(role='assistant', content='x')
+    greeted = [dict(messages=[hello, dict(role='user', content=r['prompt']), last]) for r in QA]
     d = data(greeted)
-    assert d.test and d.validation and {question_of(r, 'chat') for r in greeted} == {r['prompt'] for r in QA}
+    assert d.test and d.validation
+    assert {question_of(r, 'chat') for r in greeted} == {r['prompt'] for r in QA}
 
 @pytest.mark.parametrize('n', [True, 5.0, '5', 0, -1])
 def test_n_is_a_whole_number(n):
@@ -140,7 +143,8 @@ def test_a_column_that_means_something_is_found_in_any_spelling(spell):
 def test_texts_with_a_column_of_classes_are_no_plain_text(column):
     rows = [dict(text=f't{i}', **{column: 'ab'[i % 2]}) for i in range(40)]
     assert f"columns={{'label': {column!r}}}" in says(rows)
-    assert data(rows, columns=dict(label=column)).kind == 'label' and data(rows, carry=[column]).kind == 'lm'
+    assert data(rows, columns=dict(label=column)).kind == 'label'
+    assert data(rows, carry=[column]).kind == 'lm'
 
 @pytest.mark.parametrize('column', sorted(DIVIDERS))
 @pytest.mark.parametrize('word', ['test', 'train', 'Validation', ' dev'])
@@ -161,7 +165,8 @@ def test_the_hint_for_a_question_is_not_the_system_prompt():
     assert "columns={'prompt': 'question'}" in said and plain_name('System Prompt') == 'systemprompt'
 
 # ---- labels: what looks like one label is said, and what marks none is not learned silently
-ALIKE = [('1', '1.0'), ('1', '01'), (True, 1), ('true', '1'), ('a', 'A '), ('caf\xe9', 'cafe\u0301'), ('0', '-0')]
+ALIKE = [('1', '1.0'), ('1', '01'), (True, 1), ('true', '1'), ('a', 'A '),
+         ('caf\xe9', 'cafe\u0301')]
 
 @pytest.mark.parametrize('two', ALIKE)
 def test_labels_that_may_be_one_are_said(two):
@@ -169,34 +174,46 @@ def test_labels_that_may_be_one_are_said(two):
     assert d.counts.get('labels_alike') == 2 and len(d.labels) == 2
 
 def test_labels_that_are_different_are_not_said():
-    d = data([dict(text=f't{i}', label=['1', '10', '1.5', 'one', '-1.0'][i % 5]) for i in range(60)])
+    names = ['1', '10', '1.5', 'one', '-1.0']
+    d = data([dict(text=f't{i}', label=names[i % 5]) for i in range(60)])
     assert 'labels_alike' not in d.counts
 
+def classed(rows, names):
+    features = datasets.Features(text=datasets.Value('string'),
+                                 label=datasets.ClassLabel(names=names))
+    return datasets.Dataset.from_list(rows, features=features)
+
 def test_rows_without_a_label():
-    assert '-1 counts as a label' in data([dict(text=f't{i}', label=i % 3 - 1) for i in range(60)]).note
-    features = datasets.Features(text=datasets.Value('string'), label=datasets.ClassLabel(names=['n', 'p']))
+    three = data([dict(text=f't{i}', label=i % 3 - 1) for i in range(60)])
+    assert '-1 counts as a label' in three.note
     rows = [dict(text=f't{i}', label=-(i % 2)) for i in range(40)]
-    assert 'without a label' in says(datasets.Dataset.from_list(rows, features=features))
+    assert 'without a label' in says(classed(rows, ['n', 'p']))
     assert 'nothing to tell apart' in data([dict(text=f't{i}', label='a') for i in range(40)]).note
 
 def test_each_split_has_its_own_order_of_names():
-    features = lambda names: datasets.Features(text=datasets.Value('string'), label=datasets.ClassLabel(names=names))
-    part = lambda names: datasets.Dataset.from_list([dict(text=f'{names[i % 2]} {i}', label=i % 2) for i in range(20)],
-                                                    features=features(names))
+    def part(names):
+        rows = [dict(text=f'{names[i % 2]} {i}', label=i % 2) for i in range(20)]
+        return classed(rows, names)
+
     d = data(datasets.DatasetDict(train=part(['n', 'p']), test=part(['p', 'n'])))
     assert all(r['text'].split()[0] == d.labels[r['label']] for r in d.train + d.test)
 
 # ---- texts
-@pytest.mark.parametrize('text', ['\u200b', '\u200d\u2060', '\ufeff', '\u3164', '\u2800\u2800', '\xad', ' \u200b\n', '', ' \n', '\xa0',
-                                  'a\x00', '\ud83d', None, 3, 1.5, True, ['a'], dict(a=1), b'a', float('nan')])
+NO_TEXT = ['\u200b', '\u200d\u2060', '\ufeff', '\u3164', '\u2800\u2800', '\xad', ' \u200b\n', '',
+           ' \n', '\xa0', 'a\x00', '\ud83d', None, 3, 1.5, True, ['a'], dict(a=1), b'a', float('nan')]
+
+@pytest.mark.parametrize('text', NO_TEXT)
 @pytest.mark.parametrize('column', ['prompt', 'response'])
 def test_an_answer_that_is_no_text_is_refused(text, column):
     said = says([dict(QA[0], **{column: text})] + QA)
     assert 'train row 1' in said and column in said
 
-@pytest.mark.parametrize('text', ['null', '0', '\u202eabc', 'x'*50000, 'a\r\nb', '\U0001f468\u200d\U0001f469', '.', '\u0e01'])
+ODD_TEXT = ['null', '0', '\u202eabc', 'x'*50000, 'a\r\nb', '\U0001f468\u200d\U0001f469', '.', '\u0e01']
+
+@pytest.mark.parametrize('text', ODD_TEXT)
 def test_odd_text_is_text(text):
-    assert data([dict(QA[0], response=text)] + QA[1:], validation=QA[:1], test=QA[:1]).train[0]['response'] == text
+    d = data([dict(QA[0], response=text)] + QA[1:], validation=QA[:1], test=QA[:1])
+    assert d.train[0]['response'] == text
 
 # ---- special tokens in the text of rows
 SPECIAL = dict(bos=('<s>hi', 'a', '<s>'), eos=('hi', 'a</s>', '</s>'),
@@ -206,9 +223,11 @@ SPECIAL = dict(bos=('<s>hi', 'a', '<s>'), eos=('hi', 'a</s>', '</s>'),
 def test_special_tokens_in_the_text_are_said(case):
     prompt, response, word = SPECIAL[case]
     tok = byte_tokenizer(CHATML)
-    rows = dict(train=[dict(prompt=prompt, response=response), *QA[:3]], validation=QA[:1], test=QA[:1])
-    assert word in special_note(data(rows), tok) and '1 of 4' in special_note(data(rows), tok)
-    chat = [dict(messages=[dict(role='user', content=prompt), dict(role='assistant', content=response)])]*2
+    train = [dict(prompt=prompt, response=response), *QA[:3]]
+    said = special_note(data(train, validation=QA[:1], test=QA[:1]), tok)
+    assert word in said and '1 of 4' in said
+    turns = [dict(role='user', content=prompt), dict(role='assistant', content=response)]
+    chat = [dict(messages=turns)]*2
     assert '2 of 2' in special_note(data(dict(train=chat, validation=chat, test=chat)), tok)
     assert special_note(data(QA), tok) == ''
 
@@ -221,9 +240,11 @@ def test_what_ends_no_answer_and_what_changes_with_the_day_is_said():
 TOK = byte_tokenizer()
 HEADS = 'QuestionAnswering TokenClassification MultipleChoice NextSentencePrediction'.split()
 
+SIZES = dict(vocab_size=len(TOK), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+             num_attention_heads=2, max_position_embeddings=64, pad_token_id=2)
+
 def bert(head, folder, **more):
-    config = transformers.BertConfig(vocab_size=len(TOK), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                                     num_attention_heads=2, max_position_embeddings=64, pad_token_id=2, **more)
+    config = transformers.BertConfig(**SIZES, **more)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         getattr(transformers, f'BertFor{head}')(config).save_pretrained(folder)
@@ -234,7 +255,7 @@ def bert(head, folder, **more):
 def test_a_head_of_another_task_is_not_taken_for_labels(head, tmp_path):
     names = dict(id2label={0: 'a', 1: 'b'}, label2id=dict(a=0, b=1))
     model, _ = ftlab.load(bert(head, tmp_path/'m', **names), labels=['a', 'b'])
-    assert any(f'BertFor{head}' in n and 'untrained' in n for n in ftlab.core.model.notes_of(model))
+    assert any(f'BertFor{head}' in n and 'untrained' in n for n in notes_of(model))
     assert model_labels(model) == ['a', 'b']
     with pytest.raises(ValueError):
         ftlab.fit(*ftlab.load(tmp_path/'m'), data(QA), steps=1, progress=False)
@@ -252,7 +273,7 @@ def test_a_head_for_another_loss_is_kept_only_on_purpose(loss, tmp_path):
 def test_a_reward_model_gets_a_new_head_or_is_refused(tmp_path):
     bert('SequenceClassification', tmp_path/'m', num_labels=1)
     model, tok = ftlab.load(tmp_path/'m', labels=['a', 'b'])
-    assert any('replaced' in n for n in ftlab.core.model.notes_of(model)) and model.config.num_labels == 2
+    assert any('replaced' in n for n in notes_of(model)) and model.config.num_labels == 2
     with pytest.raises(ValueError, match='cannot generate'):
         ftlab.fit(*ftlab.load(tmp_path/'m'), data(QA), steps=1, progress=False)
 
@@ -271,9 +292,8 @@ class Watched(argparse.Namespace):
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp('inputs')
-    config = transformers.LlamaConfig(vocab_size=len(TOK), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                                      num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64,
-                                      pad_token_id=2, bos_token_id=0, eos_token_id=1)
+    config = transformers.LlamaConfig(**SIZES, num_key_value_heads=1, bos_token_id=0,
+                                      eos_token_id=1)
     transformers.LlamaForCausalLM(config).save_pretrained(folder/'m')
     TOK.save_pretrained(folder/'m')
     (folder/'d.jsonl').write_text(TEXT)
@@ -284,13 +304,13 @@ def place(tmp_path_factory):
 LM_RUN = '--model {d}/m --data {d}/d.jsonl --steps 2 --batch-size 4 --items 4'
 RUNS = dict(
     fit=f'fit {LM_RUN} --out {{t}}/fit', compare=f'compare {LM_RUN} --methods full --no-tune --seeds 1 --out {{t}}/c',
-    report='report {d}/run --items 2 --matrices 0 --out {t}/r', doctor='doctor --model {d}/m --data {d}/d.jsonl --steps 2',
-    merge='merge {d}/run --out {t}/m', show='show --model {d}/m --data {d}/d.jsonl -n 1', papers='papers hft',
-    claims='claims list')
+    report='report {d}/run --items 2 --matrices 0 --out {t}/r',
+    doctor='doctor --model {d}/m --data {d}/d.jsonl --steps 2',
+    merge='merge {d}/run --out {t}/m', show='show --model {d}/m --data {d}/d.jsonl -n 1',
+    papers='papers hft')
 # read by `main` itself, or only in the other mode of the command: `REFUSED` holds that they are not ignored there
-BY_MAIN = {'command', 'json', 'debug', 'run', 'options'}
-ELSEWHERE = dict(report={'eval', 'columns', 'carry', 'wanted'}, claims={'jobs', 'all', 'because'},
-                 compare={'max_runs'})
+BY_MAIN = {'command', 'json', 'debug', 'run', 'options', 'read'}
+ELSEWHERE = dict(report={'eval', 'columns', 'carry', 'wanted'})
 
 @pytest.mark.parametrize('command', RUNS)
 def test_every_option_is_read(command, place, tmp_path, capfd):
@@ -305,7 +325,8 @@ REFUSED = ['doctor {d}/run --lr 1e-3', 'doctor {d}/run --method lora', 'doctor {
            'doctor {d}/run --columns prompt=x', 'doctor {d}/run --eval x', 'doctor {d}/run --wanted only',
            'report {d}/run --carry x', 'report {d}/run --columns prompt=x', 'report {d}/run --eval x',
            'report {d}/run --wanted only', 'claims list --jobs 2', 'claims list --all', 'claims run hft --because x',
-           'claims explain hft --jobs 2', f'fit {LM_RUN} --head new', 'show --model {d}/m --data {d}/d.jsonl --head new',
+           'claims explain hft --jobs 2', f'fit {LM_RUN} --head new',
+           'show --model {d}/m --data {d}/d.jsonl --head new',
            f'compare {LM_RUN} --methods full --no-tune --max-runs 3']
 
 @pytest.mark.parametrize('line', REFUSED)
@@ -317,19 +338,22 @@ def test_an_option_that_nothing_would_read_is_refused(line, place, tmp_path, mon
 
 # ---- output folders
 @pytest.mark.parametrize('more', ['--lr 1e-2', '--method lora(r=2)', '--seed 1', '--steps 3', '--batch-size 8',
-                                  '--max-length 20', '--packing', '--precision bf16'])
+                                  '--max-length 20', '--packing', '--precision bf16',
+                                  '--eval {d}/d.jsonl'])
 def test_a_finished_run_is_not_replaced_unasked(more, place, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    before = (place/'run'/'run.json').read_bytes(), (place/'run'/'delta.safetensors').read_bytes()
+    files = [place/'run'/f for f in ('run.json', 'delta.safetensors')]
+    before = [f.read_bytes() for f in files]
     line = f'fit {LM_RUN} --out {{d}}/run {more}'.format(d=place)
     assert main(line.split()) == 1
     said = capfd.readouterr().err
     assert 'finished run' in said and '--no-resume' in said
-    assert before == ((place/'run'/'run.json').read_bytes(), (place/'run'/'delta.safetensors').read_bytes())
+    assert before == [f.read_bytes() for f in files]
 
 def test_the_same_run_again_and_one_on_purpose(place, tmp_path, capfd):
     line = f'fit {LM_RUN} --out {{t}}/run'.format(d=place, t=tmp_path)
-    assert [main(f'{line} {more}'.split()) for more in ('', '', '--lr 1e-2 --no-resume')] == [0, 0, 0]
+    again = ('', '', '--lr 1e-2 --no-resume')
+    assert [main(f'{line} {more}'.split()) for more in again] == [0, 0, 0]
     assert json.loads((tmp_path/'run'/'run.json').read_text())['settings']['lr'] == 1e-2
     (tmp_path/'c').mkdir()
     (tmp_path/'c'/'result.json').write_text('{}')
