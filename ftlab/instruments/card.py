@@ -222,7 +222,7 @@ def card(run:Run, *, record:Mapping|None=None, # what run.json holds; None: the 
     licence = _licence(run)
     made = ', '.join(f'{k} {v}' for k, v in versions().items() if k != 'system')
     parts = ['---', *head, '---', '', f'# {escaped(title or f"{name}, fine-tuned by {run.recipe.name}")}', '',
-             f'{escaped(name)}{at if hub else ""}, fine-tuned with [ftlab](#versions) by {escaped(run.recipe.name)}: '
+             f'{escaped(name)}{at if hub else ""}, fine-tuned with ftlab by {escaped(run.recipe.name)}: '
              f'{len(run.log)} steps, {run.cost["trainable"]:,} trained parameters.', '',
              '## Data', *_data_lines(run, known), '', '## Recipe',
              *(f'- {escaped(k)}: {escaped(without_paths(str(v), known))}'
