@@ -128,6 +128,8 @@ WRAPPED = re.compile(r'_orig_mod\.|(^|\.)module\.|base_model\.model\.base_model\
        source='pytorch/pytorch#101107')
 def adapter_names_wrapped(case):
     shapes = _shapes(case)
+    if not any('.lora_' in n for n in shapes):
+        raise NotApplicable('the adapter holds no LoRA')
     bad = [n for n in shapes if WRAPPED.search(n) or not n.startswith('base_model.model.')]
     if bad:
         return f'{len(bad)} of {len(shapes)} tensors have names that peft does not look for, e.g. {bad[0]}'
@@ -228,7 +230,7 @@ def adapter_base_unnamed(case):
         return 'adapter_config.json names no base'
     temporary = str(said).startswith(('/tmp/', '/content/', '/kaggle/', '/root/', '/home/', '/workspace/', '/mnt/'))
     if temporary and not Path(said).exists() and not case.named:
-        return f'the base is {said}, a path of another machine'
+        return 'note', f'the base is {said}, a path of another machine'
 
 @planted(adapter_base_unnamed, 'names no base')
 def _no_base():

@@ -37,7 +37,8 @@ def quantized_in_full(case):
     bits = [k for k in ('load_in_4bit', 'load_in_8bit') if c.on(k)] + ['quantization_bit']*bool(c['quantization_bit'])
     if len(bits) > 1:
         return f'{bits[0]} and {bits[1]} are both on'
-    if bits and c.method == 'full':
+    bare = c.form == 'trl' and c.method is None and not (c['r'] or c['targets'])
+    if bits and (c.method == 'full' or bare):
         return f'{bits[0]} is on, and there is no adapter'
     if c['adapter'] == 'qlora' and not c.on('load_in_4bit') and not c.on('gptq'):
         return 'adapter is qlora, and load_in_4bit is not on'
@@ -162,7 +163,7 @@ def _padding_is_the_end():
 POSITIONS = { # of families whose models all have the same, from their config.json
     r'gpt2(-medium|-large|-xl)?$|distilgpt2': 1024, r'pythia|phi-1|phi-2$|tinyllama|opt-\d': 2048,
     r'llama-2-': 4096, r'falcon-\d+b$': 2048, r'(meta-llama|^|/)(meta-)?llama-3-': 8192, r'gemma-(2-)?\d+b': 8192,
-    r'bert-(base|large)|roberta': 512}
+    r'(^|/)(bert|roberta)-(base|large)': 512}
 
 def _positions(case) -> int|None:
     try:
@@ -279,7 +280,8 @@ def evaluation_off(case):
             return 'val_set_size is 0 or missing, and there is no test_datasets'
     elif c.form == 'llamafactory':
         if not (c.number('val_size') or 0) > 0 and not c['eval_dataset']:
-            return 'val_size is 0 or missing, and there is no eval_dataset'
+            severity = 'note' if c['val_size'] is None else 'warning'
+            return severity, 'val_size is 0 or missing, and there is no eval_dataset'
     elif str(c['evaluation']).lower() in ('no', 'false') or c['evaluation'] is False:
         return 'eval_strategy is no'
     elif c['evaluation'] is None and not c.on('do_eval') and len(c.raw) > 3:

@@ -193,8 +193,8 @@ def rate_off_plan(case):
     rates = [v for _, v in case.log.rates]
     if len(rates) < 10 or not _ended(case.log) or max(rates) <= 0:
         raise NotApplicable('the log has too few rates, or the run was stopped')
-    rising = all(a <= b for a, b in zip(rates, rates[1:]))
-    if rising and rates[-1] > 1.5*rates[0]:
+    end = rates[-max(3, len(rates)//4):]
+    if all(a < b for a, b in zip(end, end[1:])) and rates[-1] == max(rates):
         return f'the learning rate still rises at the last step, from {rates[0]:.3g} to {rates[-1]:.3g}'
     plan = str(case.found.config['schedule']) if case.found.config else ''
     if plan in ('linear', 'cosine') and rates[-1] > .5*max(rates):
@@ -296,7 +296,7 @@ def evaluation_rises(case):
         seen = (f'the evaluation loss is best at step {step:g} of {case.log.last:g} ({best:.3g}) '
                 f'and ends at {last:.3g}')
         return ('note' if kept and rise < .2 else 'warning'), seen
-    loss = _levels(case.log.loss)
+    loss = _levels([x for x in case.log.loss if x[0] >= evals[0][0]])
     if len(loss) > 2 and loss[-1] < .6*loss[0] and best > .99*evals[0][1]:
         return f'the evaluation loss never improves ({evals[0][1]:.3g} to {last:.3g}), while the training loss falls'
 
