@@ -30,8 +30,8 @@ from cases import FOUND, write  # noqa: E402
 OUT = Path(__file__).parent/'results'/'gallery.json'
 PEERS = {'peft-doctor': '0.9.2', 'guardtower': '0.1.0', 'trainproof': '0.22.0', 'finetune-doctor': '0.2.2',
          'finetunecheck': '2.0.2'}
-NOT_RUN = dict(finetunecheck='it installs, but its comparison generates answers with transformers < 5 and a model of '
-                             'some size: on a pair of toy models it had not finished after 200 seconds')
+NOT_RUN = dict(finetunecheck='it installs, but needs transformers < 5, which cannot read the tokenizers that '
+                             'transformers 5 writes beside the models of this gallery (TokenizersBackend)')
 EXTRA = {'finetune-doctor': ['numpy']} # what its package needs
 BAD = ('warn', 'warning', 'error', 'fail', 'critical')
 
@@ -123,7 +123,8 @@ def log_forms(folder:Path) -> list[Path]:
 
 
 FLAGS = dict(learning_rate='--learning-rate', per_device_train_batch_size='--batch-size',
-             warmup_ratio='--warmup-ratio', micro_batch_size='--batch-size', gradient_accumulation_steps='--grad-accum', max_length='--sequence-length',
+             warmup_ratio='--warmup-ratio', micro_batch_size='--batch-size',
+             gradient_accumulation_steps='--grad-accum', max_length='--sequence-length',
              sequence_len='--sequence-length', cutoff_len='--sequence-length', optim='--optim', optimizer='--optim',
              warmup_steps='--warmup-steps', lr_scheduler_type='--lr-scheduler-type', lr_scheduler='--lr-scheduler-type',
              attn_implementation='--attn-implementation', model_name_or_path='--model', base_model='--model',

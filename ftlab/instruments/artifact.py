@@ -52,7 +52,8 @@ class Log:
     @property
     def last(self) -> float:
         "Return the last step"
-        return max([_step(r, i) for i, r in enumerate(self.rows)] + [self.state.get('global_step') or 0])
+        return max([_step(r, i) for i, r in enumerate(self.rows)] + [self.state.get('global_step')
+                                                                     or 0])
 
     @property
     def rewarded(self) -> bool:
@@ -70,9 +71,11 @@ def _step(row, i) -> float:
 
 def log_of(entries:list[dict], state:dict|None=None) -> Log:
     "Split entries into training and evaluation; the Trainer's summary of the run at its end is neither"
-    rows = [dict(r, learning_rate=r['lr']) if 'lr' in r and 'learning_rate' not in r else r for r in entries]
+    rows = [dict(r, learning_rate=r['lr']) if 'lr' in r and 'learning_rate' not in r else r
+            for r in entries]
     return Log([r for r in rows if 'loss' in r and 'train_runtime' not in r],
-               [r for r in rows if any(k.startswith('eval_') and k != 'eval_runtime' for k in r)], state or {})
+               [r for r in rows if any(k.startswith('eval_') and k != 'eval_runtime' for k in r)],
+               state or {})
 
 # %% ../../nbs/instruments/artifact.ipynb #00087975
 NAMES = dict( # ours -> theirs
@@ -130,7 +133,8 @@ class Config:
     def words(self, name:str) -> list[str]:
         "Return a setting that is a list, or a text with commas, as a list"
         value = self[name]
-        parts = value.split(',') if isinstance(value, str) else value if isinstance(value, list) else []
+        parts = value.split(',') if isinstance(value, str) else value if isinstance(value,
+                                                                                    list) else []
         return [str(p).strip() for p in parts if str(p).strip()]
 
     @cached_property
@@ -148,7 +152,8 @@ class Config:
     @property
     def preference(self) -> bool:
         "Return whether it trains on preferences or rewards, whose rates are lower"
-        return bool(self['rl'] or self['stage'] in ('dpo', 'kto', 'ppo', 'rm') or self['beta'] is not None
+        return bool(self['rl'] or self['stage'] in ('dpo', 'kto', 'ppo', 'rm')
+                    or self['beta'] is not None
                     or self['num_generations'] or self['reward_funcs'])
 
 # %% ../../nbs/instruments/artifact.ipynb #00097975
@@ -218,7 +223,8 @@ def _parsed(path:Path):
 def _logged(value) -> bool:
     return (isinstance(value, list) and bool(value) and isinstance(value[0], dict)
             and bool({'loss', 'eval_loss'} & {k for r in value[:20] for k in r})
-            and not {'prompt', 'messages', 'text', 'instruction', 'conversations'} & value[0].keys())
+            and not {'prompt', 'messages', 'text', 'instruction',
+                     'conversations'} & value[0].keys())
 
 def _take(found:Found, path:Path) -> bool:
     "Add what a file holds; return whether it was recognized"
@@ -281,7 +287,8 @@ def _take_folder(found:Found) -> None:
         found.what.append('a whole model')
     older = sorted(folder.glob('checkpoint-*/trainer_state.json'), key=_checkpoint, reverse=True)
     states = [folder/'trainer_state.json', folder/'log_history.json', *older]
-    settings = [folder/'training_args.json', *sorted(p for e in ('*.yaml', '*.yml') for p in folder.glob(e))]
+    settings = [folder/'training_args.json',
+                *sorted(p for e in ('*.yaml', '*.yml') for p in folder.glob(e))]
     for files in (states, settings):
         for p in files:
             if p.is_file() and _take(found, p):

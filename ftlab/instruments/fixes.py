@@ -60,7 +60,8 @@ def _best(c):
     return same | ({'save_steps': c['eval_steps']} if c['eval_steps'] else {})
 
 def _bits(c):
-    return dict(load_in_4bit=True) if c['adapter'] == 'qlora' else dict(load_in_4bit=False, load_in_8bit=False)
+    return dict(load_in_4bit=True) if c['adapter'] == 'qlora' else dict(load_in_4bit=False,
+                                                                        load_in_8bit=False)
 
 def _ends(c):
     return dict(datasets=[{k: v for k, v in d.items() if k not in ('train_on_eos', 'roles_to_train')}
@@ -76,12 +77,15 @@ def _prompts(c):
 
 SETTINGS_OF_OTHERS:dict[str, Callable] = {
     'precision-twice': lambda c: dict(fp16=False), 'quantized-in-full': _bits,
-    'adapter-not-on': lambda c: dict(adapter='lora') if c.form == 'axolotl' else dict(use_peft=True),
+    'adapter-not-on': lambda c: dict(adapter='lora') if c.form == 'axolotl'
+                                          else dict(use_peft=True),
     'packing-mixes-rows': _packing, 'evaluation-packed': lambda c: dict(eval_sample_packing=False),
     'prompts-learned': _prompts, 'end-never-learned': _ends, 'rate-unusual': _rate,
-    'scale-unusual': lambda c: {own_name(c, 'alpha', 'lora_alpha'): 2*max(1, int(c.number('r') or 8)),
+    'scale-unusual': lambda c: {own_name(c, 'alpha', 'lora_alpha'): 2*max(1,
+                                                                          int(c.number('r') or 8)),
                                 own_name(c, 'r', 'lora_r'): max(1, int(c.number('r') or 8))},
-    'passes-planned': lambda c: {own_name(c, 'epochs', 'num_train_epochs'): 3}, 'warmup-too-long': _warmup,
+    'passes-planned': lambda c: {own_name(c, 'epochs', 'num_train_epochs'): 3},
+                                          'warmup-too-long': _warmup,
     'evaluation-off': _evaluation, 'best-not-found': _best,
     'targets-unmatched': lambda c: {own_name(c, 'targets', 'lora_target_modules'): 'all-linear'},
     'tokens-not-trained': lambda c: {own_name(c, 'saved', 'lora_modules_to_save'): ['embed_tokens', 'lm_head']},
@@ -110,7 +114,8 @@ OWN_SETTINGS:dict[str, Callable] = { # check -> function of the case -> settings
     'too-long-for-positions': lambda case: dict(max_length=positions(case.model)),
     'passes-over-data': lambda case: dict(steps=max(1, 2*len(case.data.train)//case.settings['batch_size'])),
     'dropout-and-accumulation': lambda case: dict(accumulate=1)}
-OWN_ROWS:dict[str, Callable] = {'duplicate-rows': _without_repeats, 'train-test-overlap': _without_test}
+OWN_ROWS:dict[str, Callable] = {'duplicate-rows': _without_repeats,
+                                'train-test-overlap': _without_test}
 
 # %% ../../nbs/instruments/fixes.ipynb #000a3e25
 @dataclass(frozen=True)
@@ -207,7 +212,9 @@ def _changes(case, name) -> dict|None:
     if name == 'batch-over-rows':
         c, rows = case.found.config, len(case.data.train)
         return {own_name(c, 'accumulate', 'gradient_accumulation_steps'): 1,
-                own_name(c, 'batch', 'per_device_train_batch_size'): min(int(c.number('batch') or 1), max(1, rows//10))}
+                own_name(c, 'batch', 'per_device_train_batch_size'): min(int(c.number('batch')
+                                                                             or 1),
+                                                                         max(1, rows//10))}
     make = SETTINGS_OF_OTHERS.get(name)
     return make(case.found.config) if make else None
 

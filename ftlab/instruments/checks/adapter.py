@@ -88,7 +88,8 @@ def _readable(case) -> None:
        source='haotian-liu/LLaVA#1278')
 def adapter_not_finite(case):
     _readable(case)
-    bad = [n for n, t in _tensors(case) if t.is_floating_point() and not torch.isfinite(t.float()).all()]
+    bad = [n for n, t in _tensors(case) if t.is_floating_point()
+           and not torch.isfinite(t.float()).all()]
     if bad:
         return f'{len(bad)} tensors have values that are NaN or infinite: {some(bad)}'
 
@@ -118,7 +119,8 @@ def _an_adapter_that_did_not_train():
 
 @planted(adapter_changes_nothing, '1 of 4 matrices B are 0')
 def _a_part_that_did_not_train():
-    return toy_adapter(change=lambda t: t | {n: x*0 for n, x in [k for k in t.items() if _second(k[0])][:1]})
+    return toy_adapter(change=lambda t: t | {n: x*0 for n,
+                                             x in [k for k in t.items() if _second(k[0])][:1]})
 
 WRAPPED = re.compile(r'_orig_mod\.|(^|\.)module\.|base_model\.model\.base_model\.model\.|_fsdp_wrapped_module|'
                      r'_checkpoint_wrapped_module|\.lora_[AB]\.(default|[a-z_]+)\.weight')
@@ -128,13 +130,16 @@ WRAPPED = re.compile(r'_orig_mod\.|(^|\.)module\.|base_model\.model\.base_model\
        source='pytorch/pytorch#101107')
 def adapter_names_wrapped(case):
     shapes = _shapes(case)
+    if not any('.lora_' in n for n in shapes):
+        raise NotApplicable('the adapter holds no LoRA')
     bad = [n for n in shapes if WRAPPED.search(n) or not n.startswith('base_model.model.')]
     if bad:
         return f'{len(bad)} of {len(shapes)} tensors have names that peft does not look for, e.g. {bad[0]}'
 
 @planted(adapter_names_wrapped, '_orig_mod')
 def _names_of_a_compiled_model():
-    return toy_adapter(change=lambda t: {n.replace('.model.model', '.model._orig_mod.model'): x for n, x in t.items()})
+    return toy_adapter(change=lambda t: {n.replace('.model.model', '.model._orig_mod.model'): x
+                                         for n, x in t.items()})
 
 @check('elsewhere', 'error', why='a factor without the other is loaded beside a random or empty one',
        fix='save the adapter again from the trained model', source='huggingface/peft#453')
@@ -228,7 +233,7 @@ def adapter_base_unnamed(case):
         return 'adapter_config.json names no base'
     temporary = str(said).startswith(('/tmp/', '/content/', '/kaggle/', '/root/', '/home/', '/workspace/', '/mnt/'))
     if temporary and not Path(said).exists() and not case.named:
-        return f'the base is {said}, a path of another machine'
+        return 'note', f'the base is {said}, a path of another machine'
 
 @planted(adapter_base_unnamed, 'names no base')
 def _no_base():
@@ -245,8 +250,10 @@ def adapter_too_large(case):
     scale = alpha/r**.5 if case.adapter.get('use_rslora') else alpha/r
     # entries of pretrained matrices have a size of about .02; a change of .3 in each is beyond any fine-tune
     size = lambda n, b: float((scale*b @ a[n]).square().mean().sqrt())
-    pairs = ((n.replace('.lora_B', '.lora_A'), t.float()) for n, t in _tensors(case) if '.lora_B' in n)
-    large = [n for n, b in pairs if n in a and b.ndim == 2 and b.shape[1] == a[n].shape[0] and size(n, b) > .3]
+    pairs = ((n.replace('.lora_B', '.lora_A'), t.float()) for n, t in _tensors(case)
+             if '.lora_B' in n)
+    large = [n for n, b in pairs if n in a and b.ndim == 2 and b.shape[1] == a[n].shape[0]
+             and size(n, b) > .3]
     if large:
         return f'in {len(large)} matrices the change of a weight is above .3 on average: {some(large)}'
 

@@ -37,7 +37,8 @@ def quantized_in_full(case):
     bits = [k for k in ('load_in_4bit', 'load_in_8bit') if c.on(k)] + ['quantization_bit']*bool(c['quantization_bit'])
     if len(bits) > 1:
         return f'{bits[0]} and {bits[1]} are both on'
-    if bits and c.method == 'full':
+    bare = c.form == 'trl' and c.method is None and not (c['r'] or c['targets'])
+    if bits and (c.method == 'full' or bare):
         return f'{bits[0]} is on, and there is no adapter'
     if c['adapter'] == 'qlora' and not c.on('load_in_4bit') and not c.on('gptq'):
         return 'adapter is qlora, and load_in_4bit is not on'
@@ -61,10 +62,12 @@ def _lora_without_an_adapter():
     return elsewhere(config={k: v for k, v in AXOLOTL.items() if k != 'adapter'})
 
 # %% ../../../nbs/instruments/checks/config.ipynb #0007cd6c
-AXOLOTL = dict(base_model='mistralai/Mistral-7B-v0.1', adapter='lora', lora_r=16, lora_alpha=32, lora_dropout=.05,
+AXOLOTL = dict(base_model='mistralai/Mistral-7B-v0.1', adapter='lora', lora_r=16, lora_alpha=32,
+               lora_dropout=.05,
                lora_target_modules=['q_proj', 'v_proj'], datasets=[dict(path='rows.jsonl', type='chat_template')],
                val_set_size=.05, sequence_len=2048, sample_packing=True, eval_sample_packing=False,
-               flash_attention=True, micro_batch_size=2, gradient_accumulation_steps=4, num_epochs=2,
+               flash_attention=True, micro_batch_size=2, gradient_accumulation_steps=4,
+               num_epochs=2,
                optimizer='adamw_torch', lr_scheduler='cosine', learning_rate=2e-4, warmup_ratio=.05,
                train_on_inputs=False, bf16='auto', evals_per_epoch=4)
 
@@ -93,7 +96,8 @@ def _packing_without_borders():
 
 @planted(packing_mixes_rows, 'packing_strategy is wrapped')
 def _wrapped_packing():
-    return elsewhere(args=dict(packing=True, packing_strategy='wrapped', max_length=1024, learning_rate=1e-4))
+    return elsewhere(args=dict(packing=True, packing_strategy='wrapped', max_length=1024,
+                               learning_rate=1e-4))
 
 @check('elsewhere', 'warning', why='evaluation rows that do not fill a line are dropped, so a small set may be empty',
        fix='set eval_sample_packing: false', source='axolotl-ai-cloud/axolotl#1692')
@@ -135,7 +139,8 @@ def _prompts_are_learned():
 def end_never_learned(case):
     c = case.config
     for d in [c.raw, *(d for d in c['datasets'] or [] if isinstance(d, dict))]:
-        if str(d.get('train_on_eos')).lower() in ('none', 'false') and d.get('train_on_eos') is not None:
+        if str(d.get('train_on_eos')).lower() in ('none',
+                                                  'false') and d.get('train_on_eos') is not None:
             return f'train_on_eos is {d["train_on_eos"]}'
         roles = d.get('roles_to_train')
         if isinstance(roles, list) and not {'assistant', 'gpt', 'model'} & set(map(str, roles)):
@@ -161,8 +166,9 @@ def _padding_is_the_end():
 
 POSITIONS = { # of families whose models all have the same, from their config.json
     r'gpt2(-medium|-large|-xl)?$|distilgpt2': 1024, r'pythia|phi-1|phi-2$|tinyllama|opt-\d': 2048,
-    r'llama-2-': 4096, r'falcon-\d+b$': 2048, r'(meta-llama|^|/)(meta-)?llama-3-': 8192, r'gemma-(2-)?\d+b': 8192,
-    r'bert-(base|large)|roberta': 512}
+    r'llama-2-': 4096, r'falcon-\d+b$': 2048, r'(meta-llama|^|/)(meta-)?llama-3-': 8192,
+             r'gemma-(2-)?\d+b': 8192,
+    r'(^|/)(bert|roberta)-(base|large)': 512}
 
 def _positions(case) -> int|None:
     try:
@@ -279,7 +285,8 @@ def evaluation_off(case):
             return 'val_set_size is 0 or missing, and there is no test_datasets'
     elif c.form == 'llamafactory':
         if not (c.number('val_size') or 0) > 0 and not c['eval_dataset']:
-            return 'val_size is 0 or missing, and there is no eval_dataset'
+            severity = 'note' if c['val_size'] is None else 'warning'
+            return severity, 'val_size is 0 or missing, and there is no eval_dataset'
     elif str(c['evaluation']).lower() in ('no', 'false') or c['evaluation'] is False:
         return 'eval_strategy is no'
     elif c['evaluation'] is None and not c.on('do_eval') and len(c.raw) > 3:
@@ -336,11 +343,13 @@ def _modules(case) -> set[str]|None:
     except NotApplicable:
         name = case.model_name.lower()
         words = next((w for pattern, w in LINEAR.items() if re.search(pattern, name)), None)
-        return set(words.split()) | {'lm_head', 'embed_tokens', 'score', 'classifier'} if words else None
+        return set(words.split()) | {'lm_head', 'embed_tokens', 'score',
+                                     'classifier'} if words else None
 
 def unmatched(targets:list[str], modules:set[str]) -> list[str]:
     "Return the targets that match no module, as peft matches a list: a whole name or its last part"
-    return [t for t in targets if not any(m == t or m.endswith('.' + t) or t.endswith('.' + m) for m in modules)]
+    return [t for t in targets if not any(m == t or m.endswith('.' + t) or t.endswith('.' + m)
+                                          for m in modules)]
 
 @check('elsewhere', 'error', why='peft stops if nothing matches, and silently leaves out what does not match',
        fix='name the modules of this architecture, or take all-linear', source='huggingface/peft#1959')

@@ -79,7 +79,8 @@ def weights_missing(case):
     promised = read_json(index).get('weight_map', {}) if index.is_file() and len(files) > 1 else {}
     if gone := [n for n in promised if n not in shapes]:
         return f'{len(gone)} tensors that the index names are in no file: {some(gone)}'
-    layers = {int(m[1]) for n in shapes if (m := re.search(r'\.(?:layers|h|layer|block)\.(\d+)\.', n))}
+    layers = {int(m[1]) for n in shapes
+              if (m := re.search(r'\.(?:layers|h|layer|block)\.(\d+)\.', n))}
     config = read_json(folder/'config.json')
     many = config.get('num_hidden_layers') or config.get('n_layer')
     if layers and isinstance(many, int) and len(layers) != many and not config.get('text_config'):
@@ -93,7 +94,8 @@ def _a_missing_layer():
        fix='take an earlier checkpoint; train with a lower rate, or in bf16 instead of fp16',
        source='haotian-liu/LLaVA#1278')
 def weights_not_finite(case):
-    bad = [n for n, t in _each(_files(case)) if t.is_floating_point() and not torch.isfinite(t.float()).all()]
+    bad = [n for n, t in _each(_files(case)) if t.is_floating_point()
+           and not torch.isfinite(t.float()).all()]
     if bad:
         return f'{len(bad)} tensors have values that are NaN or infinite: {some(bad)}'
 
@@ -204,7 +206,8 @@ MEANING = ('rope_theta', 'rope_scaling', 'rope_parameters', 'num_attention_heads
 def config_differs(case):
     new, old = read_json(_folder(case)/'config.json'), read_json(_base_folder(case)/'config.json')
     # an entry that only one has is a default that another version wrote
-    odd = [k for k in MEANING if new.get(k) is not None and old.get(k) is not None and new[k] != old[k]]
+    odd = [k for k in MEANING if new.get(k) is not None and old.get(k) is not None
+           and new[k] != old[k]]
     if odd:
         return ', '.join(f'{k} is {new[k]}, and {old[k]} in the base' for k in odd[:3])
 
@@ -244,7 +247,8 @@ def _tokenizer(case):
        source='huggingface/transformers#12842')
 def tokens_without_row(case):
     rows = [s[0] for n, s in _shapes(_files(case)).items()
-            if re.search(r'(embed_tokens|wte|word_embeddings|embed_in)\.weight$', n) and len(s) == 2]
+            if re.search(r'(embed_tokens|wte|word_embeddings|embed_in)\.weight$', n)
+            and len(s) == 2]
     if not rows:
         raise NotApplicable('the embedding was not found')
     top = max(_tokenizer(case).get_vocab().values())

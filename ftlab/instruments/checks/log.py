@@ -56,7 +56,8 @@ def loss_zero(case):
     n = _run(values, lambda v: v == 0)
     if n >= 3 or values and n == len(values):
         seen = f'the training loss is exactly 0 in {n} entries in a row'
-        return ('warning' if any('rewards/accuracies' in r for r in case.log.rows) else 'error'), seen
+        return ('warning' if any('rewards/accuracies' in r for r in case.log.rows)
+                else 'error'), seen
     evals = [v for _, v in case.log.eval_loss]
     if evals and all(v == 0 for v in evals):
         return 'the evaluation loss is exactly 0'
@@ -80,7 +81,8 @@ def loss_diverges(case):
 
 @planted(loss_diverges, 'ends at')
 def _a_loss_that_explodes():
-    return elsewhere(trainer_state=toy_log(loss={s: 1. + (s - 150)/20 for s in range(160, 310, 10)}))
+    return elsewhere(trainer_state=toy_log(loss={s: 1. + (s - 150)/20
+                                                 for s in range(160, 310, 10)}))
 
 @check('elsewhere', 'warning',
        why='a model that knows nothing has a loss of log(vocabulary), about 11 or 12; more means that losses were '
@@ -166,7 +168,8 @@ def gradient_explodes(case):
 
 @planted(gradient_explodes, 'grows from about')
 def _a_gradient_that_grows():
-    return elsewhere(trainer_state=toy_log(grad_norm={s: 10.**((s - 150)/40) for s in range(200, 310, 10)}))
+    return elsewhere(trainer_state=toy_log(grad_norm={s: 10.**((s - 150)/40)
+                                                      for s in range(200, 310, 10)}))
 
 @check('elsewhere', 'error', why='at a learning rate of 0 nothing is learned',
        fix='check the scheduler: steps of the plan, warmup, and that it steps once for each optimizer step',
@@ -193,8 +196,8 @@ def rate_off_plan(case):
     rates = [v for _, v in case.log.rates]
     if len(rates) < 10 or not _ended(case.log) or max(rates) <= 0:
         raise NotApplicable('the log has too few rates, or the run was stopped')
-    rising = all(a <= b for a, b in zip(rates, rates[1:]))
-    if rising and rates[-1] > 1.5*rates[0]:
+    end = rates[-max(3, len(rates)//4):]
+    if all(a < b for a, b in zip(end, end[1:])) and rates[-1] == max(rates):
         return f'the learning rate still rises at the last step, from {rates[0]:.3g} to {rates[-1]:.3g}'
     plan = str(case.found.config['schedule']) if case.found.config else ''
     if plan in ('linear', 'cosine') and rates[-1] > .5*max(rates):
@@ -238,14 +241,16 @@ def resume_jump(case):
 
 @planted(resume_jump, 'rises at once')
 def _a_jump_at_resume():
-    return elsewhere(trainer_state=toy_log(loss={s: 2.4 - (s - 160)/200 for s in range(160, 310, 10)}))
+    return elsewhere(trainer_state=toy_log(loss={s: 2.4 - (s - 160)/200
+                                                 for s in range(160, 310, 10)}))
 
 @check('elsewhere', 'warning', why='if all answers get the same reward, there is nothing to prefer and no gradient',
        fix='make the reward finer, sample more answers or at a higher temperature, '
            'or choose prompts of middling difficulty',
        source='NovaSky-AI/SkyRL#852')
 def reward_constant(case):
-    flat = [r for r in case.log.rows if r.get('reward_std') == 0 or r.get('frac_reward_zero_std') == 1]
+    flat = [r for r in case.log.rows if r.get('reward_std') == 0
+            or r.get('frac_reward_zero_std') == 1]
     if len(flat) >= 3 and len(flat) > .5*len(case.log.rows):
         return f'all answers get the same reward in {len(flat)} of {len(case.log.rows)} entries'
 
@@ -265,7 +270,8 @@ def preference_inverted(case):
 
 @planted(preference_inverted, 'wins in 20%')
 def _chosen_and_rejected_swapped():
-    return elsewhere(trainer_state=toy_log(**{'rewards/accuracies': dict.fromkeys(range(10, 310, 10), .2)}))
+    return elsewhere(trainer_state=toy_log(**{'rewards/accuracies': dict.fromkeys(range(10, 310,
+                                                                                        10), .2)}))
 
 # %% ../../../nbs/instruments/checks/log.ipynb #000c490a
 @check('elsewhere', 'warning', why='without an evaluation nothing shows when the model starts to learn by heart',
@@ -296,13 +302,14 @@ def evaluation_rises(case):
         seen = (f'the evaluation loss is best at step {step:g} of {case.log.last:g} ({best:.3g}) '
                 f'and ends at {last:.3g}')
         return ('note' if kept and rise < .2 else 'warning'), seen
-    loss = _levels(case.log.loss)
+    loss = _levels([x for x in case.log.loss if x[0] >= evals[0][0]])
     if len(loss) > 2 and loss[-1] < .6*loss[0] and best > .99*evals[0][1]:
         return f'the evaluation loss never improves ({evals[0][1]:.3g} to {last:.3g}), while the training loss falls'
 
 @planted(evaluation_rises, 'best at step 100 of 300')
 def _evaluation_that_rises():
-    return elsewhere(trainer_state=toy_log(evals={50: 2., 100: 1.5, 150: 1.6, 200: 1.8, 250: 2., 300: 2.2}))
+    return elsewhere(trainer_state=toy_log(evals={50: 2., 100: 1.5, 150: 1.6, 200: 1.8, 250: 2.,
+                                                  300: 2.2}))
 
 @check('elsewhere', 'error', why='the weights that were evaluated did not change, so they are not those that train',
        fix='check that the adapter is active during evaluation and that the optimizer has its parameters',
@@ -320,7 +327,8 @@ def _evaluation_that_stays():
        fix='two or three passes are usual; with few rows evaluate after each pass and keep the best',
        source='artidoro/qlora#87')
 def passes_many(case):
-    passes = max([float(r.get('epoch') or 0) for r in case.log.rows] + [float(case.log.state.get('epoch') or 0)])
+    passes = max([float(r.get('epoch') or 0)
+                  for r in case.log.rows] + [float(case.log.state.get('epoch') or 0)])
     if passes > 10.5 and not case.log.rewarded:
         return f'the rows were seen {passes:.3g} times'
 

@@ -30,7 +30,8 @@ def _texts(case) -> list[str]:
     "Return everything that each training row says"
     case.require_text()
     if case.data.kind == 'chat':
-        return [' '.join(str(m.get('content') or '') for m in r['messages']) for r in case.data.train]
+        return [' '.join(str(m.get('content') or '') for m in r['messages'])
+                for r in case.data.train]
     return [' '.join(str(v) for v in r.values() if isinstance(v, str)) for r in case.data.train]
 
 @check('elsewhere', 'error', why='what cannot be read is not trained on, or is read as something else',
@@ -67,7 +68,8 @@ def answers_cut_alike(case):
     most = max(lengths, default=0)
     many = lengths[most]
     if most >= 200 and many >= 20 and many > .1*sum(lengths.values()):
-        open_end = sum(len(a) == most and not re.search(r'[.!?。"\'`)\]}]\s*$', a) for a in _answers(case))
+        open_end = sum(len(a) == most and not re.search(r'[.!?。"\'`)\]}]\s*$', a)
+                       for a in _answers(case))
         if open_end > .8*many:
             return f'{many} answers end after exactly {most} characters'
 
@@ -113,4 +115,5 @@ def _marks_twice():
     rows = [dict(r, response='yes<|im_end|>') for r in toy_rows(200)]
     return elsewhere(config=SETTINGS, data=dict(train=rows[20:], test=rows[:20]))
 
-SETTINGS = dict(base_model='a/b', micro_batch_size=1, val_set_size=.1) # so that there is something besides the rows
+SETTINGS = dict(base_model='a/b', micro_batch_size=1,
+                val_set_size=.1) # so that there is something besides the rows
