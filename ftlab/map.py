@@ -63,7 +63,7 @@ CHAPTERS = (
             20, ('probe',), ('what_it_cost', 'half_is_enough')),
     Chapter('what_to_keep', 'What to keep', 'What must a fine-tune of your model not break, and how can it be kept?',
             20, ('source', 'probe'), ('first_light', 'what_it_cost')),
-    Chapter('what_the_model_reads', 'What the model reads',
+    Chapter('what_the_model_reads', 'What your model reads',
             'Which tokens does the model read, which does it learn, and with which is it asked?',
             20, ('objective', 'decode'), ('first_light',)))
 
