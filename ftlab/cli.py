@@ -133,6 +133,7 @@ def _keep_others(a, out:Path, recipe, lr:float, data):
     if was.get('interrupted') or not isinstance(was.get('settings'), dict):
         return
     now = dict(model=a.model, revision=a.revision, data=data.name, seed=a.seed, head=a.head,
+               eval=a.eval, columns=columns_of(a), carry=listed(a.carry or ''), wanted=a.wanted,
                recipe=recipe.describe(), lr=lr, **{k: getattr(a, k) for k in OWN})
     then = ({k: was['settings'].get(k, was.get(k)) for k in now}
             | {k: was.get(k) for k in ('model', 'data')})
@@ -189,7 +190,8 @@ def _elsewhere(a):
                          + (f'; leave out {odd}' if odd else ', and --tuned is missing'))
     if not a.out:
         raise ValueError('name the folder to write with --out')
-    return read_tuned(a.tuned, a.base, data_of(a) if a.data else None, a.revision, a.dtype, a.device)
+    return read_tuned(a.tuned, a.base, data_of(a) if a.data else None, a.revision, a.dtype,
+                      a.device)
 
 def _before(a, data):
     "Examine a run before it begins"
@@ -208,7 +210,8 @@ def _foreign(a, data):
     "Examine what another program made; raise `ValueError` for options that only a run here has"
     from ftlab.instruments.doctor import doctor
     unused = dict(exported=None, lr=None, method='full', steps=200, batch_size=32, accumulate=1,
-                  max_length=None, device=None, dtype=None, precision='no', head='auto', revision=None)
+                  max_length=None, device=None, dtype=None, precision='no', head='auto',
+                  revision=None)
     odd = [k for k, default in unused.items() if getattr(a, k) != default]
     if odd or (a.model and a.base):
         name = odd[0].replace('_', '-') if odd else 'model'
