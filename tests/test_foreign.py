@@ -221,4 +221,4 @@ def test_the_command_examines_and_tries(capsys):
     assert '--lr does not apply' in capsys.readouterr().err
     assert main(['doctor', '--base', 'lab-s']) == 1 and 'name the folder' in capsys.readouterr().err
     assert main(['doctor', elsewhere(trainer_state=toy_log(loss={30: float('nan')}))['model']]) == 1
-    assert 'loss-not-finite' in capsys.readouterr().out
+    assert 'log-not-finite' in capsys.readouterr().out

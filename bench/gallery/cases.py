@@ -35,7 +35,7 @@ FOUND = dict(
     loss_zero=dict(ftlab='loss-zero|labels-all-masked',
                    others=r'zero.?loss|loss.{0,30}zero|degenerate|loss.{0,20}\b0\b|mask'),
     diverges=dict(ftlab='loss-diverges', others=r'diverg|jump|spike|explod|not_learning|dead'),
-    flat=dict(ftlab='loss-flat', others=r'flat|dead|not.?learning|not.?learn|plateau|stall'),
+    flat=dict(ftlab='log-flat', others=r'flat|dead|not.?learning|not.?learn|plateau|stall'),
     no_eval=dict(ftlab='evaluation-(missing|off)', others=r'eval'),
     overfits=dict(ftlab='evaluation-rises',
                   others=r'overfit|eval.{0,30}(degrad|ris|worse)|stopped_improving|best checkpoint'),

@@ -10,7 +10,7 @@ from ..case import NotApplicable, check
 from ..planted import elsewhere, planted, toy_log
 
 # %% auto #0
-__all__ = ['loss_not_finite', 'loss_zero', 'loss_diverges', 'loss_starts_high', 'loss_flat', 'loss_memorized', 'gradient_zero',
+__all__ = ['log_not_finite', 'loss_zero', 'loss_diverges', 'loss_starts_high', 'log_flat', 'loss_memorized', 'gradient_zero',
            'gradient_explodes', 'rate_zero', 'rate_off_plan', 'resume_jump', 'reward_constant', 'preference_inverted',
            'evaluation_missing', 'evaluation_rises', 'evaluation_constant', 'passes_many']
 
@@ -32,7 +32,7 @@ def _run(values, odd) -> int:
 @check('elsewhere', 'error', why='after a NaN every weight is NaN, and the model answers nothing',
        fix='start again from the base or an earlier checkpoint, with bf16 instead of fp16 or a lower rate',
        source='google/gemma_pytorch#24')
-def loss_not_finite(case):
+def log_not_finite(case):
     for what, series in (('training', case.log.loss), ('evaluation', case.log.eval_loss)):
         if bad := [s for s, v in series if not math.isfinite(v)]:
             return f'the {what} loss is NaN or infinite {len(bad)} times, first at step {bad[0]:g}'
@@ -41,7 +41,7 @@ def loss_not_finite(case):
     if n >= 3: # one or two are how a loss scale finds its size
         return f'the gradient is NaN or infinite {n} times in a row'
 
-@planted(loss_not_finite, 'NaN or infinite 1 times, first at step 30')
+@planted(log_not_finite, 'NaN or infinite 1 times, first at step 30')
 def _a_nan_in_the_log():
     return elsewhere(trainer_state=toy_log(loss={30: float('nan')}))
 
@@ -104,7 +104,7 @@ def _a_summed_loss():
        fix='check which parameters train and the learning rate; with checkpointing of gradients and an adapter call '
            'model.enable_input_require_grads()',
        source='huggingface/transformers#26221')
-def loss_flat(case):
+def log_flat(case):
     levels, evals = _levels(case.log.loss), [v for _, v in case.log.eval_loss]
     if case.log.rewarded or len(levels) < 3 or len(case.log.loss) < 10:
         raise NotApplicable('the log is too short, or its loss is a reward')
@@ -115,7 +115,7 @@ def loss_flat(case):
     if .99*first < last < 1.05*first and first > .3 and not better:
         return f'over {case.log.last:g} steps the training loss stays at {first:.3g}'
 
-@planted(loss_flat, 'over 300 steps the training loss stays at 2')
+@planted(log_flat, 'over 300 steps the training loss stays at 2')
 def _a_loss_that_does_not_move():
     return elsewhere(trainer_state=toy_log(loss={s: 2. + .002*(s % 3) for s in range(10, 310, 10)},
                                              evals={100: 2., 300: 2.01}))
