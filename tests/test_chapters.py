@@ -481,7 +481,8 @@ def test_the_replay_runs_are_complete():
     assert list(kept['runs']) == list(kept['seeds']) and len(kept['runs']) == 2
     for rate, arms in kept['runs'].items():
         seeds = [str(s) for s in kept['seeds'][rate]]
-        assert len(set(seeds)) == len(seeds) >= 2 and list(arms) == ['none', 'all', 'own', 'lists', 'others']
+        assert len(set(seeds)) == len(seeds) >= 2
+        assert list(arms) == ['none', 'all', 'own', 'lists', 'others']
         assert all(list(of) == seeds for of in arms.values())
         for path in (p for of in arms.values() for p in of.values()):
             assert path[-1]['step'] == kept['steps'] and at_gain(path, kept['gain'])
