@@ -368,7 +368,7 @@ class Told:
             else:
                 todo.append((recipe, rate, seed, split, steps, doses))
         t = time.monotonic()
-        for job, o in zip(todo, self.elsewhere(todo) if todo else ()):
+        for o, job in zip(self.elsewhere(todo) if todo else (), todo): # asks for one too many, see `mapped`
             o = self.runs.write(o, bench, *job)
             self._tell(bench, *job[:5], o, time.monotonic() - t)
             self.known[job[0].name, *job[1:4]] = o
@@ -472,7 +472,7 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
             out:str|Path='ftlab-runs/compare', # folder of the runs, result.json, tradeoff.png and index.html
             resume:bool=True,          # take finished runs from `out`
             keep:bool=False,           # keep the change of every run beside its numbers
-           executor:Callable|None=None, # map(f, jobs) makes the runs elsewhere: see `mapped`; None: here, one by one
+            executor:Callable|None=None, # map(f, jobs) makes the runs elsewhere: see `mapped`; None: here
             progress:bool|Callable=True, # say what ran and how long the rest takes; a function gets it: see `Reporter`
             **settings                 # go to `fit`: schedule, warmup, weight_decay, ...
            ) -> Comparison:
