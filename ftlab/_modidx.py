@@ -539,6 +539,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'ftlab.commands.init': { 'ftlab.commands.init._also': ('commands/init.html#_also', 'ftlab/commands/init.py'),
                                      'ftlab.commands.init._budget_cells': ('commands/init.html#_budget_cells', 'ftlab/commands/init.py'),
                                      'ftlab.commands.init._call': ('commands/init.html#_call', 'ftlab/commands/init.py'),
+                                     'ftlab.commands.init._check_model': ('commands/init.html#_check_model', 'ftlab/commands/init.py'),
+                                     'ftlab.commands.init._create': ('commands/init.html#_create', 'ftlab/commands/init.py'),
                                      'ftlab.commands.init._data_cells': ('commands/init.html#_data_cells', 'ftlab/commands/init.py'),
                                      'ftlab.commands.init._data_name': ('commands/init.html#_data_name', 'ftlab/commands/init.py'),
                                      'ftlab.commands.init._export_cells': ('commands/init.html#_export_cells', 'ftlab/commands/init.py'),
