@@ -56,7 +56,8 @@ def test_runs_to_the_end_and_gives_what_the_terminal_gives(ask, tmp_path, capsys
     out = tmp_path / 'out'
     assert main([*ask, f'--out={out}', '--background', '--json']) == 0
     said = json.loads(capsys.readouterr().out)
-    assert int((out / 'background/pid').read_text()) == said['pid'] == os.getsid(said['pid']) != os.getsid(0)
+    pid = int((out / 'background/pid').read_text())
+    assert pid == said['pid'] == os.getsid(pid) != os.getsid(0)
     assert 'http-equiv="refresh"' in (out / 'background/index.html').read_text()
     assert main([*ask, f'--out={out}', '--background']) == 1
     assert 'already runs' in capsys.readouterr().err

@@ -63,7 +63,8 @@ def test_runs_on_a_lab_skill_twice_and_removes_nothing(tmp_path, monkeypatch, ca
         'compare',
         'report-1',
     }
-    (runs, tuning), *_ = found = re.findall(r'(\d+) runs and (\d+) to tune', capsys.readouterr().out)
+    found = re.findall(r'(\d+) runs and (\d+) to tune', capsys.readouterr().out)
+    runs, tuning = found[0]
     asked = effort(plan(['full', 'hft'], None), 1, 4)
     assert len(found) == 2 and (2 * int(runs), 2 * int(tuning)) == (asked['test'], asked['tuning'])
     assert space['found'].result['runs']['made'] <= 4, 'what the dry run said is what was run'

@@ -62,7 +62,8 @@ def test_what_was_stopped_early_counts_as_the_time_of_all_its_steps():
     'how', [dict(seconds=None), dict(seconds=0.1, error='NotFinite: nan', path=[])]
 )
 def test_what_was_kept_or_crashed_says_nothing_about_time(how):
-    reporter = Reporter(Remaining(['a'], dict(tuning=0, test=3), dict(tuning=1.0, test=10.0)), show=False)
+    rest = Remaining(['a'], dict(tuning=0, test=3), dict(tuning=1.0, test=10.0))
+    reporter = Reporter(rest, show=False)
     said = reporter.ran(
         'a',
         1e-3,

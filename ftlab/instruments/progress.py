@@ -53,7 +53,8 @@ class Remaining:
 
     def _each(self, arm, kind) -> float|None:
         every = [(a, s*self._longer(kind, k)) for (a, k), of in self.seen.items() for s in of]
-        known = self.seen.get((arm, kind)) or [s for a, s in every if a == arm] or [s for _, s in every]
+        known = (self.seen.get((arm, kind)) or [s for a, s in every if a == arm]
+                 or [s for _, s in every])
         return fmean(known) if known else self.each and self.each[kind]
 
     def _longer(self, kind, than) -> float:
@@ -79,8 +80,8 @@ class Reporter:
         "Tell a function, before the first run, how many runs there are at most and how long they take"
         if callable(self.show):
             none = dict.fromkeys(('method', 'rate', 'seed', 'kind', 'gain', 'forgetting', 'ended'))
-            self.show(dict(none, run=0, of=self.rest.runs, exact=self.rest.exact, kept=False, elapsed=0.,
-                           left=self.rest.seconds(), line=line))
+            self.show(dict(none, run=0, of=self.rest.runs, exact=self.rest.exact, kept=False,
+                           elapsed=0., left=self.rest.seconds(), line=line))
 
     def ran(self, arm:str, rate:float, seed:int, kind:str, outcome:Mapping, forgetting:str,
             seconds:float|None=None,  # None: it was read from a file
