@@ -13,7 +13,7 @@ import sys
 import textwrap
 from pathlib import Path
 import ftlab
-from .commands.background import reports_to, run_status, run_stop, start
+from .commands.background import check_start, reported, run_status, run_stop, start
 from .commands.claims import run_claims
 from .commands.export import add_export, exported, run_export
 from .commands.given import (columns_of, data_of, finite, listed, mixture_of, model_of,
@@ -36,10 +36,8 @@ __all__ = ['OWN', 'COMMON', 'FROM_RUN', 'COMMANDS', 'run_compare', 'run_fit', 'r
 def run_compare(a:argparse.Namespace) -> tuple[dict, str]:
     "Train several methods, tuned in the same way, and measure each"
     from ftlab.instruments.compare import plan
-    if a.status and a.stop:
-        raise ValueError('give --status or --stop, not both')
-    if a.status or a.stop:
-        return run_stop(a.stop) if a.stop else run_status(a.status)
+    if a.status is not None or a.stop is not None:
+        return _about_background(a)
     methods = listed(a.methods)
     arms, data = plan(methods, a.lrs, a.tune), data_of(a)
     if not a.tune:
@@ -50,16 +48,31 @@ def run_compare(a:argparse.Namespace) -> tuple[dict, str]:
         e = estimate(a, data, arms, a.tune, a.seeds)
         return e, estimate_lines(e)
     if a.background and not a.as_child:
+        check_start(a, arms, data)
         return start(a)
-    c = ftlab.compare(methods, a.model, data, old=old_of(a), metric=a.metric, seeds=a.seeds,
-                      steps=a.steps, batch_size=a.batch_size, lrs=a.lrs, tune=a.tune,
-                      items=a.items, old_items=a.old_items, max_length=a.max_length,
-                      device=a.device, precision=a.precision, dtype=a.dtype, revision=a.revision,
-                      head=a.head,
-                      budget=a.budget, out=a.out, resume=a.resume, lose_at_most=a.lose_at_most,
-                      max_runs=a.max_runs, race=a.race,
-                      progress=reports_to(a) if a.as_child else not a.quiet)
+    with reported(a) as progress:
+        c = _compared(a, methods, data, progress)
     return c.json(), f'{c!r}\n{Path(a.out)/"index.html"}'
+
+def _compared(a, methods, data, progress):
+    return ftlab.compare(methods, a.model, data, old=old_of(a), metric=a.metric, seeds=a.seeds,
+                         steps=a.steps, batch_size=a.batch_size, lrs=a.lrs, tune=a.tune,
+                         items=a.items, old_items=a.old_items, max_length=a.max_length,
+                         device=a.device, precision=a.precision, dtype=a.dtype,
+                         revision=a.revision, head=a.head, budget=a.budget, out=a.out,
+                         resume=a.resume, lose_at_most=a.lose_at_most, max_runs=a.max_runs,
+                         race=a.race, progress=progress)
+
+def _about_background(a):
+    "Do what --status or --stop asks; raise `ValueError` for another option, which nothing would read"
+    refuse_unused(a, 'status' if a.stop is not None else 'stop', 'give --status or --stop, not both')
+    name = 'stop' if a.stop is not None else 'status'
+    others = a.typed - {name, 'command', 'json', 'debug'}
+    refuse_unused(a, ' '.join(sorted(others)), f'--{name} only asks about the comparison of a folder')
+    folder = getattr(a, name)
+    if not folder:
+        raise ValueError(f'--{name} is empty; name the folder of a comparison in the background')
+    return run_stop(folder) if name == 'stop' else run_status(folder)
 
 # %% ../nbs/cli.ipynb #0014d2b6
 def _score(a, model, tok, data) -> float|None:
@@ -391,7 +404,8 @@ def _compare(p):
     add('--resume', action=switch, default=True, help='reuse the finished runs in --out (default: yes)')
     add('--quiet', action='store_true', help='print no line for each finished run')
     add('--background', action='store_true',
-        help='go on after the terminal is closed; index.html in --out shows how far it is (not on Windows)')
+        help='go on after the terminal is closed; background/index.html in --out shows how far it is '
+             '(not on Windows)')
     add('--as-child', help=argparse.SUPPRESS) # the process that --background starts
     add('--status', action=_Instead, metavar='DIR', help='only say how far the comparison in the background of DIR is')
     add('--stop', action=_Instead, metavar='DIR',
@@ -545,8 +559,8 @@ def main(argv:list[str]|None=None # the arguments; None: those of the process
         ) -> int:                 # the exit code
     """Run one command.
 
-    The exit code is 0 on success, 1 for an error or a --dry-run that does not fit, 2 for arguments
-    that cannot be read, and 130 after Ctrl-C."""
+    The exit code is 0 on success, 1 for an error, a --dry-run that does not fit or a --stop that has not
+    stopped in time, 2 for arguments that cannot be read, and 130 after Ctrl-C."""
     a = parser().parse_args(argv)
     a.argv = sys.argv[1:] if argv is None else list(argv)
     a.typed = _typed(argv)
@@ -567,6 +581,8 @@ def main(argv:list[str]|None=None # the arguments; None: those of the process
         return 1 # errors of the model under test are the doctor's answer, and a script must notice them
     if a.command == 'serve-check' and found['parted']:
         return 1 # likewise what is served must be what was trained
+    if getattr(a, 'stop', None) and not found['stopped']:
+        return 1
     return 1 if getattr(a, 'dry_run', False) and found.get('fits') is False else 0
 
 def _print(text:str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import threading
 import time
@@ -55,17 +56,23 @@ def test_runs_to_the_end_and_gives_what_the_terminal_gives(ask, tmp_path, capsys
     out = tmp_path / 'out'
     assert main([*ask, f'--out={out}', '--background', '--json']) == 0
     said = json.loads(capsys.readouterr().out)
-    assert int((out / 'pid').read_text()) == said['pid'] == os.getsid(said['pid']) != os.getsid(0)
-    assert 'http-equiv="refresh"' in (out / 'index.html').read_text()
+    pid = int((out / 'background/pid').read_text())
+    assert pid == said['pid'] == os.getsid(pid) != os.getsid(0)
+    assert 'http-equiv="refresh"' in (out / 'background/index.html').read_text()
     assert main([*ask, f'--out={out}', '--background']) == 1
     assert 'already runs' in capsys.readouterr().err
     wait(lambda: not is_running(out))
     assert main(['compare', f'--status={out}']) == 0
     assert capsys.readouterr().out == 'finished, 4 of 4 runs\n'
-    assert 'refresh' not in (out / 'index.html').read_text() and (out / 'result.json').exists()
-    assert [
-        x.split(':')[0] for x in (out / 'log.txt').read_text().splitlines() if x.startswith('run')
-    ] == [f'run {i} of 4' for i in (1, 2, 3, 4)]
+    page = (out / 'background/index.html').read_text()
+    assert 'refresh' not in page and 'href="../index.html"' in page
+    assert (out / 'index.html').exists() and (out / 'result.json').exists()
+    begun = read_status(out)['begun']
+    assert (begun['run'], begun['of']) == (0, 4) and begun['left'] > 0
+    log = (out / 'background/log.txt').read_text().splitlines()
+    assert log[0].startswith('at most 4 runs') and 'minutes' in log[0]
+    runs = [x.split(':')[0] for x in log if x.startswith('run')]
+    assert runs == [f'run {i} of 4' for i in (1, 2, 3, 4)]
     assert main([*ask, f'--out={tmp_path / "here"}', '--quiet']) == 0
     assert methods(out) == methods(tmp_path / 'here')
 
@@ -80,7 +87,7 @@ def test_stops_keeps_what_is_finished_and_goes_on(ask, tmp_path, capsys):
     assert (
         said['state'] == 'stopped'
         and 0 < kept < 80
-        and 'refresh' not in (tmp_path / 'index.html').read_text()
+        and 'refresh' not in (tmp_path / 'background/index.html').read_text()
     )
     assert main(['compare', f'--stop={tmp_path}']) == 1
     assert 'nothing runs' in capsys.readouterr().err
@@ -103,7 +110,7 @@ def test_of_many_starts_at_once_one_wins(ask, tmp_path, monkeypatch, capsys):
     for t in threads:
         t.join()
     assert sorted(codes) == [0] + [1] * 7
-    os.kill(int((tmp_path / 'pid').read_text()), signal.SIGKILL)
+    os.kill(int((tmp_path / 'background/pid').read_text()), signal.SIGKILL)
     wait(lambda: not is_running(tmp_path))
     said, text = run_status(str(tmp_path))
     assert said['state'] == 'failed' and 'its process is gone' in text
@@ -120,11 +127,67 @@ def test_a_crash_stands_in_status_and_page(ask, tmp_path, monkeypatch, how, said
     monkeypatch.setattr(
         background, 'WATCH', f'import ftlab.commands.background as b; b.WORK = {how!r}; b.watch()'
     )
+    (tmp_path / 'index.html').write_text('the result of an earlier comparison')
     assert main([*ask, f'--out={tmp_path}', '--background']) == 0
     wait(lambda: not is_running(tmp_path))
-    found, page = read_status(tmp_path), (tmp_path / 'index.html').read_text()
+    assert (tmp_path / 'index.html').read_text() == 'the result of an earlier comparison'
+    found, page = read_status(tmp_path), (tmp_path / 'background/index.html').read_text()
     assert found['state'] == 'failed' and found['error'] == said
     assert said.replace('<', '&lt;').replace('>', '&gt;') in page and 'refresh' not in page
+
+
+def lose_the_watcher(out: Path) -> None:
+    wait(lambda: read_status(out)['runs'])
+    pid = int((out / 'background/pid').read_text())
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert is_running(out)
+
+
+def test_without_its_watcher_the_work_can_be_stopped_and_ends_well(ask, tmp_path, capsys):
+    more = [*ask, '--seeds=10', f'--out={tmp_path}', '--background']
+    assert main(more) == 0
+    lose_the_watcher(tmp_path)
+    assert main(['compare', f'--stop={tmp_path}']) == 0
+    assert read_status(tmp_path)['state'] == 'stopped' and not is_running(tmp_path)
+    assert main(more) == 0
+    lose_the_watcher(tmp_path)
+    wait(lambda: not is_running(tmp_path))
+    assert read_status(tmp_path)['state'] == 'finished' and (tmp_path / 'result.json').exists()
+
+
+def test_the_commands_that_it_prints_can_be_copied(ask, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(background, 'WATCH', 'import time; time.sleep(3)')
+    out = tmp_path / "a b's"
+    assert main([*ask, f'--out={out}', '--background']) == 0
+    assert main([*ask, f'--out={out}', '--background']) == 1
+    printed = capsys.readouterr()
+    for text in (printed.out, printed.err):
+        for option in ('status', 'stop'):
+            typed = text[text.index(f'ftlab compare --{option}') :].splitlines()[0]
+            assert shlex.split(typed)[2].rstrip(',') == f'--{option}={out}'
+
+
+def test_files_of_something_else_stay_as_they_are(ask, tmp_path, capsys):
+    own = tmp_path / 'background'
+    own.mkdir()
+    for name, text in (('pid', 'mine'), ('status.json', '[1]'), ('status.json', '{"state": "x"}')):
+        (own / name).write_text(text)
+        assert main([*ask, f'--out={tmp_path}', '--background']) == 1
+        said = capsys.readouterr().err
+        assert 'name another' in said and 'unexpected' not in said
+        assert (own / 'pid').read_text() == 'mine' and (own / name).read_text() == text
+    assert main(['compare', f'--status={tmp_path}']) == 1
+    assert 'was not written by' in capsys.readouterr().err
+
+
+def test_a_slip_is_said_before_anything_starts(ask, tmp_path, capsys):
+    for slip, said in (
+        (['--model=nowhere'], 'nowhere'),
+        (['--tune', '--lrs=1e-3,1e-2', '--max-runs=1'], 'max-runs'),
+    ):
+        assert main([*ask, *slip, f'--out={tmp_path}', '--background']) == 1
+        assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_is_said(ask, tmp_path, monkeypatch, capsys):
@@ -135,6 +198,14 @@ def test_what_cannot_be_is_said(ask, tmp_path, monkeypatch, capsys):
     assert 'no comparison was started' in error('compare', f'--status={tmp_path}')
     assert 'no comparison was started' in error('compare', f'--stop={tmp_path}')
     assert '--dry-run' in error(*ask, '--background', '--dry-run')
+    assert 'is empty' in error('compare', '--status=') and 'is empty' in error('compare', '--stop=')
+    assert 'not both' in error('compare', '--status=x', '--stop=x')
+    assert '--background would not be used' in error(*ask[:1], '--background', '--status=x')
+    assert '--out would not be used' in error(*ask[:1], '--out=y', '--stop=x')
+    (tmp_path / 'file').write_text('')
+    assert 'no comparison was started' in error('compare', f'--status={tmp_path / "file"}')
+    monkeypatch.setattr('ftlab.cli.run_stop', lambda folder: (dict(stopped=False), 'not yet'))
+    assert main(['compare', '--stop=x']) == 1, 'a script must notice that it goes on'
     monkeypatch.setattr(background.os, 'name', 'nt')
     with pytest.raises(background.Failed, match='Windows'):
         background.start(None)

@@ -415,6 +415,10 @@ NOT_IN_THE_SHELL = (
     'Run', 'df.to_dict', 'side_by_side', 'a Recipe, such as', 'a name; load it first',
     'fit takes a loaded model', 'shard=True', 'state.emit', 'add_special_tokens=False',
     'len("house")',                       # expressions that a model is asked
+    'args.to_dict()', 'model.merge_and_unload()', 'model.enable_input_require_grads()',
+    'trainer.train(',                     # what the doctor says about a program that is not ours
+    'data = ftlab.data(', 'model, tok = ftlab.load(XX)', 'run = ftlab.fit(', # code in a model card
+    'leave executor or keep out',
     'ftlab.lab.',                         # parts of an error that PHRASES replaces as a whole
     'python -c')                          # a line for the shell
 
@@ -473,7 +477,8 @@ def test_whatever_the_library_says_can_be_said_in_the_shell():
     from ftlab.cli import parser
     from ftlab.commands.words import in_shell_words
     commands = [parser().parse_args(x.split()) for x in (
-        'fit --model m --data d', 'compare --model m --data d --methods full', 'report', 'doctor')]
+        'fit --model m --data d', 'compare --model m --data d --methods full', 'report', 'doctor',
+        'winner c --out w', 'export run --out new', 'push new me/new')]
     names = {n for a in commands for n in vars(a)}
     python = re.compile(r"(?<![\w('\"])[a-z]\w*=(?:True|False|None|\{|'|\"|[\s,;)])|ftlab\.\w+[\w.]*\(|\.\w+\([^)]*\)")
     library = Path(ftlab.__file__).parent

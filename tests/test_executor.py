@@ -1,5 +1,8 @@
 "Runs that are made elsewhere: the same numbers, whatever ends first"
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+
 import pytest
 
 import ftlab
@@ -55,8 +58,9 @@ def test_what_ends_first_does_not_matter(ask, serial, tmp_path):
 
     c = compare(**ask, out=tmp_path, progress=heard.append, executor=counted)
     assert numbers(c.json()) == serial[0]
+    heard, told = heard[1:], serial[1][1:]  # without what is said before the first
     said = ('run', 'method', 'rate', 'seed', 'kind', 'gain', 'forgetting')
-    assert [[h[k] for k in said] for h in heard] == [[h[k] for k in said] for h in serial[1]]
+    assert [[h[k] for k in said] for h in heard] == [[h[k] for k in said] for h in told]
     assert sum(sizes) == len(heard) == c.json()['runs']['made'] and max(sizes) > 1
     again = compare(**ask, out=tmp_path, progress=False, executor=lambda f, jobs: 1 / 0)
     assert numbers(again.json()) == serial[0] and again.json()['runs']['made'] == 0, (
@@ -69,3 +73,33 @@ def test_what_cannot_be_is_said(ask, tmp_path):
         compare(**ask, out=tmp_path, progress=False, executor='slurm')
     with pytest.raises(ValueError, match='keep'):
         compare(**ask, out=tmp_path, progress=False, executor=map, keep=True)
+
+
+def test_two_processes_give_the_numbers_of_one(ask, serial, tmp_path):
+    apart = multiprocessing.get_context('spawn')
+    with ProcessPoolExecutor(2, mp_context=apart) as pool:
+        c = compare(**ask, out=tmp_path, progress=False, executor=pool.map)
+    assert numbers(c.json()) == serial[0]
+
+
+def test_threads_are_refused(ask, tmp_path):
+    with ThreadPoolExecutor(4) as pool, pytest.raises(RuntimeError, match='threads'):
+        compare(**ask, out=tmp_path, progress=False, executor=pool.map)
+    assert not list((tmp_path / 'runs').glob('*')), 'nothing is kept'
+
+
+@pytest.mark.parametrize(
+    'wrong, said, kept',
+    [
+        (lambda f, jobs: [f(j) for j in reversed(jobs)], 'something else', 0),
+        (lambda f, jobs: [f(j)[1] for j in jobs], 'something else', 0),
+        (lambda f, jobs: [f(jobs[0])], 'no result', 1),
+        (lambda f, jobs: [*map(f, jobs), f(jobs[0])], 'more than', 2),
+    ],
+    ids=['reversed', 'without names', 'too short', 'too long'],
+)
+def test_what_does_not_belong_to_its_job_is_refused(ask, tmp_path, wrong, said, kept):
+    few = ask | dict(seeds=1, tune=False, lrs=1e-3, max_runs=None, out=tmp_path, progress=False)
+    with pytest.raises(ValueError, match=said):
+        compare(**few, executor=wrong)
+    assert len(list((tmp_path / 'runs').glob('*.json'))) == kept

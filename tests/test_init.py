@@ -10,6 +10,8 @@ import pytest
 from transformers import BertConfig, BertModel
 
 from ftlab.cli import main
+from ftlab.commands.init import from_notebook
+from ftlab.instruments.compare import effort, plan
 from sums import rows, save_small, words
 
 ODD = "o'd \"d$(touch x);ä #{n}\\"  # a folder's name that a shell, a string or a template might take for code
@@ -24,7 +26,7 @@ def run(path: Path, again: int = 0) -> dict:
     "Execute the code of a notebook with little training, in its own folder, its last cells `again`; its names"
     small = [
         (r'STEPS = \d+', 'STEPS = 2'),
-        ('max_runs=12', 'max_runs=3'),
+        ('MAX_RUNS = 12', 'MAX_RUNS = 4'),
         (r'items=50', 'items=3'),
         ('old_items=10', 'old_items=1'),
         ('seeds=1,', 'seeds=1, validation_items=3, old_validation_items=1,'),
@@ -57,7 +59,17 @@ def test_runs_on_a_lab_skill_twice_and_removes_nothing(tmp_path, monkeypatch, ca
         == (tmp_path / 'tuned-1/mine.txt').read_text()
         == 'kept'
     )
+    assert {x.name for x in (tmp_path / 'ftlab-runs/start').iterdir()} == {
+        'compare',
+        'report-1',
+    }
+    found = re.findall(r'(\d+) runs and (\d+) to tune', capsys.readouterr().out)
+    runs, tuning = found[0]
+    asked = effort(plan(['full', 'hft'], None), 1, 4)
+    assert len(found) == 2 and (2 * int(runs), 2 * int(tuning)) == (asked['test'], asked['tuning'])
+    assert space['found'].result['runs']['made'] <= 4, 'what the dry run said is what was run'
     text = '\n'.join(c.source for c in nb.cells)
+    assert 'ftlab.show(' in text and text.count('=MAX_RUNS') == text.count('={MAX_RUNS}') == 1
     assert not re.search('rmtree|unlink|remove|rmdir|!|%', text.replace("'{", ''))
     assert text.count('ftlab.doctor(') == 1
 
@@ -117,6 +129,26 @@ def test_runs_on_labels(tmp_path, monkeypatch, capsys):
     assert run(Path('first.ipynb'))['data'].labels == ['a', 'b']
 
 
+def test_two_notebooks_of_one_folder_write_into_folders_of_their_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ('x', 'y'):
+        assert main(['init', '--model', 'lab-s', '--data', 'sort', '--out', f'{name}.ipynb']) == 0
+        text = Path(f'{name}.ipynb').read_text()
+        assert f"OUT = Path('ftlab-runs', '{name}')" in text and 'ftlab-runs/' not in text
+        assert text.count("OUT/'compare'") == text.count("OUT/'report'") == 1
+
+
+def test_a_path_leads_back_from_a_folder_that_is_a_link(tmp_path, monkeypatch):
+    (tmp_path / 'real/deep').mkdir(parents=True)
+    (tmp_path / 'link').symlink_to('real/deep')
+    (tmp_path / 'blob').write_text('x')
+    (tmp_path / 'rows.jsonl').symlink_to('blob')
+    monkeypatch.chdir(tmp_path)
+    assert from_notebook('rows.jsonl', Path('link/a.ipynb')) == '../../rows.jsonl'
+    monkeypatch.chdir(tmp_path / 'link')
+    assert Path('../../rows.jsonl').read_text() == 'x'
+
+
 def test_a_file_named_like_a_skill_stays_a_file(tmp_path, monkeypatch, capsys):
     rows(tmp_path / 'sort/train.jsonl')
     monkeypatch.chdir(tmp_path)
@@ -130,6 +162,26 @@ def test_a_file_named_like_a_skill_stays_a_file(tmp_path, monkeypatch, capsys):
         )
         source = nbformat.read(f'{len(name)}.ipynb', as_version=4).cells[1].source
         assert said in source.splitlines()
+
+
+def test_model_and_rows_are_tried_first(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    turns = [dict(role='user', content='1 plus'), dict(role='assistant', content='2')]
+    Path('chat.jsonl').write_text(
+        ''.join(
+            json.dumps(dict(messages=[dict(turns[0], content=f'{i} plus'), turns[1]])) + '\n'
+            for i in range(40)
+        )
+    )
+    for model, data, said in (
+        ('./nowhere', 'sort', 'nowhere'),
+        ('', 'sort', '--model is empty'),
+        (str(small), 'chat.jsonl', 'chat template'),
+    ):
+        assert main(['init', '--model', model, '--data', data]) == 1
+        err = capsys.readouterr().err
+        assert said in err and err.count('\n') == 1
+    assert not list(tmp_path.glob('*.ipynb'))
 
 
 def test_what_exists_is_never_overwritten(tmp_path, monkeypatch, capsys):

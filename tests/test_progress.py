@@ -15,7 +15,7 @@ def outcome(**more) -> dict:
 
 
 def test_a_method_is_predicted_from_its_own_runs_and_else_from_all():
-    rest = Remaining(['slow', 'quick'], dict(tuning=4, test=6), seconds=50)
+    rest = Remaining(['slow', 'quick'], dict(tuning=4, test=6), dict(tuning=5.0, test=5.0))
     assert rest.seconds() == 50 and rest.runs == 10
     rest.finished('slow', 'tuning', 10.0)
     assert rest.seconds() == 9 * 10, 'no other method has run yet'
@@ -25,6 +25,22 @@ def test_a_method_is_predicted_from_its_own_runs_and_else_from_all():
     assert rest.seconds() == 4 * 10 + 1 * 2 + 2 * 4, (
         'a test run takes another time than a tuning run'
     )
+
+
+def test_a_test_run_of_more_steps_is_expected_to_take_longer():
+    rest = Remaining(['slow', 'quick'], dict(tuning=4, test=2), dict(tuning=2.0, test=20.0))
+    assert rest.seconds() == 4 * 2 + 2 * 20
+    rest.finished('slow', 'tuning', 3.0)
+    assert rest.seconds() == 3 * 3 + 2 * 30, 'slower than expected by half'
+    rest.finished('slow', 'test', 24.0)
+    assert rest.seconds() == 1 * 3 + 2 * (3 + 2.4) / 2 + (30 + 24) / 2
+
+
+def test_before_the_first_run_a_function_hears_how_many_there_are():
+    heard = []
+    Reporter(Remaining(['a'], dict(tuning=0, test=3)), heard.append).begins('at most 3 runs')
+    (said,) = heard
+    assert (said['run'], said['of'], said['left'], said['line']) == (0, 3, None, 'at most 3 runs')
 
 
 def test_what_was_stopped_early_counts_as_the_time_of_all_its_steps():
@@ -46,7 +62,8 @@ def test_what_was_stopped_early_counts_as_the_time_of_all_its_steps():
     'how', [dict(seconds=None), dict(seconds=0.1, error='NotFinite: nan', path=[])]
 )
 def test_what_was_kept_or_crashed_says_nothing_about_time(how):
-    reporter = Reporter(Remaining(['a'], dict(tuning=0, test=3), seconds=30), show=False)
+    rest = Remaining(['a'], dict(tuning=0, test=3), dict(tuning=1.0, test=10.0))
+    reporter = Reporter(rest, show=False)
     said = reporter.ran(
         'a',
         1e-3,
@@ -60,7 +77,7 @@ def test_what_was_kept_or_crashed_says_nothing_about_time(how):
 
 
 def test_runs_that_the_search_did_not_need_are_no_longer_expected():
-    rest = Remaining(['a', 'b'], dict(tuning=20, test=12), seconds=32)
+    rest = Remaining(['a', 'b'], dict(tuning=20, test=12), dict(tuning=1.0, test=1.0))
     rest.finished('a', 'tuning', 1.0)
     rest.tests(dict(a=3))
     assert rest.exact and rest.runs == 3 and rest.seconds() == 3

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,11 +19,16 @@ import ftlab
 from .words import Failed
 
 # %% auto #0
-__all__ = ['LOCK', 'PID', 'STATUS', 'LOG', 'PAGE', 'COLUMNS', 'WORK', 'WATCH', 'is_running', 'read_status', 'write_status',
-           'status_line', 'status_page', 'start', 'watch', 'ended', 'reports_to', 'run_status', 'run_stop']
+__all__ = ['LOCK', 'OWN', 'PID', 'STATUS', 'LOG', 'PAGE', 'COLUMNS', 'AFTERWARDS', 'WORK', 'WATCH', 'is_running', 'read_status',
+           'write_status', 'status_line', 'status_page', 'check_start', 'start', 'watch', 'ended', 'reported',
+           'run_status', 'run_stop']
 
 # %% ../../nbs/commands/background.ipynb #f50f723f
-LOCK, PID, STATUS, LOG, PAGE = '.background', 'pid', 'status.json', 'log.txt', 'index.html'
+LOCK, OWN = '.background', 'background' # in the folder of the comparison
+PID, STATUS, LOG, PAGE = 'pid', 'status.json', 'log.txt', 'index.html' # in OWN
+
+def _command(what:str, folder:Path) -> str:
+    return f'ftlab compare --{what}={shlex.quote(str(folder))}'
 
 def _locked(at:int, patience:float=0.) -> bool:
     "Try to lock an open file, for so many seconds: a command that asks for the state holds it for a moment"
@@ -53,42 +59,51 @@ def _reserved(folder:Path):
     at = os.open(folder/LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if not _locked(at, .5):
-            raise Failed(f'a comparison already runs in {str(folder)!r}; see ftlab compare --status {folder}, '
-                         f'end it with ftlab compare --stop {folder}, or name another --out')
+            raise Failed(f'a comparison already runs in {str(folder)!r}; see {_command("status", folder)}, '
+                         f'end it with {_command("stop", folder)}, or name another --out')
         yield at
     finally:
         os.close(at)
 
 # %% ../../nbs/commands/background.ipynb #bf84aac9
+def _said(folder:Path) -> dict:
+    "Read status.json. Raises `FileNotFoundError` if there is none, and `ValueError` if it is not ours"
+    path = folder/OWN/STATUS
+    try:
+        said = json.loads(path.read_text(encoding='utf-8'))
+    except (FileNotFoundError, NotADirectoryError):
+        none = f'no comparison was started in the background of {str(folder)!r}'
+        raise FileNotFoundError(none) from None
+    except ValueError:
+        said = None
+    if not isinstance(said, dict) or not {'version', 'state', 'runs'} <= said.keys():
+        raise ValueError(f'{str(path)!r} was not written by ftlab compare --background, or is damaged; move it away, '
+                         'or name another folder')
+    return said
+
 def read_status(folder:Path) -> dict:
     "Return what status.json says; a process that is gone without a word has failed"
-    try:
-        said = json.loads((folder/STATUS).read_text(encoding='utf-8'))
-    except FileNotFoundError:
-        said = f'no comparison was started in the background of {str(folder)!r}'
-        raise FileNotFoundError(said) from None
+    said = _said(folder)
     if said['state'] in ('starting', 'running') and not is_running(folder):
-        said |= dict(state='failed', error=f'its process is gone; {folder/LOG} has its last words')
+        said = _said(folder) # it may have ended between the two questions
+    if said['state'] in ('starting', 'running') and not is_running(folder):
+        said |= dict(state='failed', error=f'its process is gone; {folder/OWN/LOG} has its last words')
     return said
 
 def write_status(folder:Path, **news) -> dict:
     "Change status.json, and draw the page"
     from ftlab.core.io import write_text
-    path = folder/STATUS
-    said = dict(version=1, runs=[])
-    if path.exists():
-        said = json.loads(path.read_text(encoding='utf-8'))
+    said = _said(folder) if (folder/OWN/STATUS).exists() else dict(version=1)
     said |= dict(news, updated=datetime.now().isoformat(' ', 'seconds'))
-    write_text(path, json.dumps(said, indent=1))
-    if said['state'] != 'finished':
-        write_text(folder/PAGE, status_page(said))
+    write_text(folder/OWN/STATUS, json.dumps(said, indent=1))
+    write_text(folder/OWN/PAGE, status_page(said))
     return said
 
 # %% ../../nbs/commands/background.ipynb #eef85173
 def status_line(said:dict) -> str:
     "Return the state in one line"
     from ftlab.instruments.progress import time_words
-    last = said['runs'][-1] if said['runs'] else None
+    last = said['runs'][-1] if said['runs'] else said.get('begun')
     far = ''
     if last:
         far = f', {last["run"]} of {"" if last["exact"] else "at most "}{last["of"]} runs'
@@ -97,6 +112,9 @@ def status_line(said:dict) -> str:
     return f'{said["state"]}{far}' + (f': {said["error"]}' if said.get('error') else '')
 
 COLUMNS = ('run', 'method', 'rate', 'seed', 'kind', 'gain', 'forgetting', 'ended')
+AFTERWARDS = dict.fromkeys(('stopped', 'failed'),
+                           '<p>The same command continues; finished runs are kept.</p>')
+AFTERWARDS['finished'] = '<p><a href="../index.html">The result</a></p>'
 
 def _cells(said) -> list[list[str]]:
     def shown(v):
@@ -108,16 +126,15 @@ def status_page(said:dict, every:int=5 # seconds between two readings
     "Return the page, which updates itself while the comparison starts or runs"
     from ftlab.core.table import as_html, html_table
     on = said['state'] in ('starting', 'running')
-    last = said['runs'][-1] if said['runs'] else dict(run=0, of=1)
+    last = said['runs'][-1] if said['runs'] else said.get('begun') or dict(run=0, of=1)
     refresh = f'<meta http-equiv="refresh" content="{every}">' if on else ''
-    again = '' if on else '<p>The same command continues; finished runs are kept.</p>'
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8">{refresh}'
             f'<title>ftlab compare: {said["state"]}</title></head>'
             '<body style="font-family:sans-serif;max-width:60em;margin:2em auto">'
             f'<h1>A comparison in the background</h1><p><b>{as_html(status_line(said))}</b></p>'
             f'<progress max="{last["of"]}" value="{last["run"]}" aria-label="runs"></progress>'
-            f'<p>Last news: {said["updated"]}. Process {said.get("pid") or "not known yet"}.</p>{again}'
-            f'{html_table(COLUMNS, _cells(said))}</body></html>')
+            f'<p>Last news: {said["updated"]}. Process {said.get("pid") or "not known yet"}.</p>'
+            f'{AFTERWARDS.get(said["state"], "")}{html_table(COLUMNS, _cells(said))}</body></html>')
 
 # %% ../../nbs/commands/background.ipynb #9c9fd71e
 WORK = ('import signal; signal.signal(signal.SIGINT, signal.default_int_handler); '
@@ -132,6 +149,26 @@ def _python(code:str, *arguments:str, **more) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, '-P', '-c', code, *arguments], env=env,
                             stdin=subprocess.DEVNULL, **more)
 
+def check_start(a:argparse.Namespace, arms:dict, data) -> None:
+    "Raise now what the comparison would raise before its first run, as far as that is quickly known"
+    from ftlab.commands.given import old_of
+    from ftlab.core.loading import skeleton
+    from ftlab.instruments.compare import effort
+    effort(arms, a.seeds, a.max_runs, a.tune, 2 if a.lose_at_most is None else 3)
+    old_of(a)
+    if data.kind != 'image':
+        skeleton(a.model, a.revision, labels=data.labels, head=a.head)
+
+def _own_folder(out:Path) -> Path:
+    "Return the folder for what is written on the way. Raises `Failed` if it holds something else"
+    own = out/OWN
+    own.mkdir(exist_ok=True)
+    if (own/STATUS).exists():
+        _said(out)
+    elif any(not p.name.startswith('.') for p in own.iterdir()):
+        raise Failed(f'{str(own)!r} holds files of something else; name another --out')
+    return own
+
 def start(a:argparse.Namespace) -> tuple[dict, str]:
     "Start the comparison in a process of its own. Raises `Failed` if one runs there, or on Windows"
     from ftlab.core.io import check_room, only_writer
@@ -141,15 +178,16 @@ def start(a:argparse.Namespace) -> tuple[dict, str]:
     check_room(out)
     with _reserved(out) as at:
         with only_writer(out): # raises `Busy` if a comparison runs in a terminal
-            (out/PID).unlink(missing_ok=True)
-        write_status(out, state='starting', pid=None, error=None, runs=[])
-        with open(out/LOG, 'ab') as log:
+            own = _own_folder(out)
+            (own/PID).unlink(missing_ok=True)
+        write_status(out, state='starting', pid=None, worker=None, begun=None, error=None, runs=[])
+        with open(own/LOG, 'ab') as log:
             process = _python(WATCH, str(at), str(out), *a.argv, start_new_session=True,
                               pass_fds=[at], stdout=log, stderr=log)
-        (out/PID).write_text(f'{process.pid}\n')
-    found = dict(folder=str(out), pid=process.pid, page=str(out/PAGE), log=str(out/LOG))
-    return found, (f'started, process {process.pid}; open {out/PAGE} in a browser\n'
-                   f'see ftlab compare --status {out}, end it with ftlab compare --stop {out}')
+        (own/PID).write_text(f'{process.pid}\n')
+    found = dict(folder=str(out), pid=process.pid, page=str(own/PAGE), log=str(own/LOG))
+    return found, (f'started, process {process.pid}; open {own/PAGE} in a browser\n'
+                   f'see {_command("status", out)}, end it with {_command("stop", out)}')
 
 # %% ../../nbs/commands/background.ipynb #01769ae6
 def watch() -> None:
@@ -167,7 +205,7 @@ def watch() -> None:
     if asked: # before there was anybody to pass it on to
         work.send_signal(signal.SIGINT)
     code = work.wait()
-    write_status(out, **ended(code, bool(asked), out/LOG))
+    write_status(out, **ended(code, bool(asked), out/OWN/LOG))
 
 def ended(code:int, asked:bool, log:Path) -> dict:
     "Return state and error, from an exit code; below 0 it is the signal that killed the process"
@@ -181,16 +219,35 @@ def ended(code:int, asked:bool, log:Path) -> dict:
     lines = log.read_text(encoding='utf-8', errors='replace').split('\n')
     return dict(state='failed', error=next((x for x in reversed(lines) if x.strip()), f'exit code {code}'))
 
-def reports_to(a:argparse.Namespace):
-    "Return what `compare` calls after each run: it writes the line into the log, and the page"
-    out, runs = Path(a.out), []
-    write_status(out, state='running', pid=int(a.as_child), runs=runs)
+def _reports_to(out:Path, quiet:bool):
+    "Return what `compare` calls: it writes the line into the log, and the page"
+    runs = []
     def told(said):
-        runs.append({k: v for k, v in said.items() if k != 'line'})
-        write_status(out, state='running', runs=runs)
-        if not a.quiet:
+        kept = {k: v for k, v in said.items() if k != 'line'}
+        if said['run']:
+            runs.append(kept)
+            write_status(out, runs=runs)
+        else:
+            write_status(out, begun=kept)
+        if not quiet:
             print(said['line'], file=sys.stderr, flush=True)
     return told
+
+@contextmanager
+def reported(a:argparse.Namespace):
+    """Give what `compare` takes as `progress`, inside a `with` block around it; in the background, write down
+    that it finished or was stopped"""
+    if not a.as_child:
+        yield not a.quiet
+        return
+    out = Path(a.out)
+    write_status(out, state='running', pid=int(a.as_child), worker=os.getpid())
+    try:
+        yield _reports_to(out, a.quiet)
+    except KeyboardInterrupt:
+        write_status(out, state='stopped')
+        raise
+    write_status(out, state='finished')
 
 # %% ../../nbs/commands/background.ipynb #79bd77b4
 def run_status(folder:str) -> tuple[dict, str]:
@@ -198,26 +255,32 @@ def run_status(folder:str) -> tuple[dict, str]:
     said = read_status(Path(folder))
     return said, status_line(said)
 
+def _asked(out:Path) -> int:
+    "Send Ctrl-C's signal to the process that watches, or to the one that works if that is gone; return its number"
+    try:
+        first = int((out/OWN/PID).read_text())
+        for pid in (first, read_status(out).get('worker')):
+            try:
+                if pid and os.getsid(pid) == first: # the number may belong to another program by now
+                    os.kill(pid, signal.SIGINT)
+                    return pid
+            except ProcessLookupError:
+                pass
+    except (FileNotFoundError, ValueError):
+        pass
+    raise Failed(f'the comparison in {str(out)!r} is only just starting or ending; try again in a moment')
+
 def run_stop(folder:str, patience:float=60. # seconds to wait for the end
             ) -> tuple[dict, str]:
     "Ask the comparison in a folder to stop as Ctrl-C would, and wait until it has"
     out = Path(folder)
-    read_status(out)
+    said = read_status(out)
     if not is_running(out):
-        raise Failed(f'nothing runs in {folder!r}; its last state is: {status_line(read_status(out))}')
-    try:
-        pid = int((out/PID).read_text())
-        if os.getsid(pid) == pid:
-            os.kill(pid, signal.SIGINT)
-    except (FileNotFoundError, ValueError):
-        said = f'the comparison in {folder!r} is only just starting; try again in a moment'
-        raise Failed(said) from None
-    except ProcessLookupError:
-        raise Failed(f'process {pid} is gone, but one that it started holds {folder!r}; end that by hand') from None
+        raise Failed(f'nothing runs in {folder!r}; its last state is: {status_line(said)}')
+    pid = _asked(out)
     end = time.monotonic() + patience
     while is_running(out):
         if time.monotonic() > end:
             return dict(folder=folder, pid=pid, stopped=False), f'asked process {pid} to stop; it has not yet'
         time.sleep(.1)
-    said = read_status(out)
-    return dict(folder=folder, pid=pid, stopped=True), f'{status_line(said)}; the same command continues'
+    return dict(folder=folder, pid=pid, stopped=True), f'{status_line(read_status(out))}; the same command continues'

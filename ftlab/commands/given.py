@@ -6,6 +6,7 @@
 from __future__ import annotations
 import argparse
 import math
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -82,12 +83,14 @@ def mixture_of(a:argparse.Namespace) -> dict[str, float]|None:
     Raises `ValueError` for a part without a share, and for a source that is given twice."""
     if not a.data or Path(a.data).exists() or '=' not in a.data: # a path may contain commas and =
         return None
-    pairs = [part.rpartition('=') for part in a.data.split(',')]
+    parts = [part.strip() for part in a.data.split(',')]
+    pairs = [part.rpartition('=') for part in parts if part]
     if odd := [''.join(p) for p in pairs if not (p[0] and _is_number(p[2]))]:
         raise ValueError(f'--data has {odd[0]!r} without a share; write a mixture as SOURCE=SHARE,SOURCE=SHARE, '
                          'such as new.jsonl=.9,old.jsonl=.1')
     names = [source for source, _, _ in pairs]
-    if twice := [s for s in names if names.count(s) > 1]:
+    files = [os.path.realpath(s) if os.path.exists(s) else s for s in names]
+    if twice := [s for s, f in zip(names, files) if files.count(f) > 1]:
         raise ValueError(f'--data names {twice[0]!r} twice; give each source once')
     return {source: float(share) for source, _, share in pairs}
 

@@ -10,6 +10,7 @@ import math
 import os
 import shlex
 from pathlib import Path
+import ftlab
 from .given import data_of, mixture_of, reading_of
 
 # %% auto #0
@@ -19,10 +20,15 @@ __all__ = ['from_notebook', 'small_budget', 'start_notebook', 'run_init']
 def from_notebook(name:str, # a file or folder, as typed
                   notebook:Path # where it will be named
                  ) -> str:
-    "Return the path as the notebook must name it; on another drive the absolute path"
-    path = Path(os.path.abspath(os.path.expanduser(name)))
+    """Return the path as the notebook must name it; on another drive the absolute path. Folders that are links
+    are followed, because `..` in the notebook's folder leads out of its real place"""
+    typed = os.path.expanduser(name)
+    if (last := os.path.basename(typed)) in ('', '.', '..'):
+        path = Path(os.path.realpath(typed))
+    else: # a file that is a link may have another ending than what it leads to
+        path = Path(os.path.realpath(os.path.dirname(typed) or '.'), last)
     try:
-        found = Path(os.path.relpath(path, os.path.abspath(notebook.parent))).as_posix()
+        found = Path(os.path.relpath(path, os.path.realpath(notebook.parent))).as_posix()
     except ValueError: # Windows has no way from one drive to another
         return path.as_posix()
     return found if found.startswith('../') else f'./{found}' # a bare name might be a skill or a hub id
@@ -31,7 +37,7 @@ def from_notebook(name:str, # a file or folder, as typed
 def _model_name(name:str, notebook:Path) -> str:
     from ftlab.core.lab import lab
     known = name in lab('models').MODELS
-    return from_notebook(name, notebook) if not known and Path(name).exists() else name
+    return from_notebook(name, notebook) if not known and Path(name).expanduser().exists() else name
 
 def _data_name(name:str, notebook:Path) -> str:
     from ftlab.core.lab import lab
@@ -57,9 +63,10 @@ def _data_cells(a, data, out) -> list[tuple[str, str]]:
     revision = f', revision={a.revision!r}' if a.revision else ''
     return [
         ('md', '# Your model and your data\n\nRun the cells from top to bottom. Each ends in what it found. '
-               'Nothing is deleted, and nothing outside `ftlab-runs` and the exported folder is written.'),
+               'Nothing is deleted, and nothing is written outside `ftlab-runs` and the exported folders. '
+               'Run again, the comparison goes on from its finished runs, and replaces its own page.'),
         ('code', f'import ftlab\n\n{model}'),
-        ('md', '## The rows\n\nThe rows are read, checked and split: a tenth each is kept for validation and '
+        ('md', '## The rows\n\nThe rows are read, checked and split: about a tenth each is kept for validation and '
                'for the test, unless you named test rows. The note says what was renamed or left out.'),
         ('code', f'data = ftlab.data(DATA{_call(how)})\ndata'),
         ('md', '## The model'),
@@ -68,15 +75,10 @@ def _data_cells(a, data, out) -> list[tuple[str, str]]:
                  "model, tok = fresh()\nf'{model.num_parameters():,} parameters'")]
 
 def _reading_cells(data) -> list[tuple[str, str]]:
-    about = ('## What the model reads\n\nThe first training row as text, exactly as the model gets it, '
+    about = ('## What the model reads\n\nThe first training row, token by token, exactly as the model gets it, '
              + ('with the label that it learns.' if data.kind == 'label' else
-                'and the part of it that is learned. The rest is only read.'))
-    learned = ('data.labels[row[\'labels\']]' if data.kind == 'label'
-               else "tok.decode([i for i in row['labels'] if i >= 0])")
-    return [('md', about),
-            ('code', 'from ftlab.core.tokens import encode\n\n'
-                     'row = encode(data.train[0], tok, data.kind)\n'
-                     f"dict(read=tok.decode(row['input_ids']), learned={learned})")]
+                'and which of them are learned. The rest is only read.'))
+    return [('md', about), ('code', 'ftlab.show(data, tok, 1, model=model)')]
 
 # %% ../../nbs/commands/init.ipynb #c278f8da
 def _options(a, out) -> list[str]:
@@ -89,29 +91,33 @@ def _budget_cells(a, data, out) -> list[tuple[str, str]]:
     b = small_budget(len(data.train))
     return [
         ('md', '## Before the run\n\nThe doctor looks for what goes wrong without an error.'),
-        ('code', f'STEPS = {b["steps"]}\nBATCH = {b["batch_size"]}\n'
+        ('code', f'STEPS = {b["steps"]}\nBATCH = {b["batch_size"]}\nMAX_RUNS = 12\n'
                  'ftlab.doctor(model, tok, data, steps=STEPS, batch_size=BATCH)'),
         ('md', 'What the comparison below would take, in memory and minutes. Nothing is trained.'),
         ('code', "from ftlab.cli import main\n\nMETHODS = ['full', 'hft', 'lora']\n"
                  f"asked = ['--dry-run', f'--model={{MODEL}}', f'--data={{DATA}}'{_also(_options(a, out))},\n"
                  "         f'--methods={\",\".join(METHODS)}', '--seeds=1', f'--steps={STEPS}', "
-                 "f'--batch-size={BATCH}',\n         '--items=50', '--old-items=10']\n"
+                 "f'--batch-size={BATCH}',\n         f'--max-runs={MAX_RUNS}', '--items=50', '--old-items=10']\n"
                  "fits = main(['compare', *asked]) == 0")]
 
 def _also(options:list[str]) -> str:
     return ''.join(f',\n         {o!r}' for o in options)
 
 # %% ../../nbs/commands/init.ipynb #d734fab4
-def _work_cells(a, data) -> list[tuple[str, str]]:
+def _work_cells(a, data, out) -> list[tuple[str, str]]:
     revision = f' revision={a.revision!r},' if a.revision else ''
     return [
         ('md', '## Compare\n\nThree methods, tuned alike, on one seed: `full` trains every weight, `hft` half of them, '
                '`lora` a small addition. `gain` is what was learned, the next column what was forgotten. One '
                'seed is an impression; for a decision set `seeds=3` or more and leave `max_runs` out. '
                'Finished runs are kept, so the cell continues where it was stopped.'),
-        ('code', f"found = ftlab.compare(METHODS, MODEL, data,{revision} seeds=1, max_runs=12,\n"
+        ('code', 'from itertools import count\nfrom pathlib import Path\n\n'
+                 f"OUT = Path('ftlab-runs', {out.stem!r})\n\n\n"
+                 'def new_folder(name):\n    "Return a folder that is not there yet: name-1, name-2 and so on"\n'
+                 "    return next(f for n in count(1) if not (f := Path(f'{name}-{n}')).exists())\n\n\n"
+                 f"found = ftlab.compare(METHODS, MODEL, data,{revision} seeds=1, max_runs=MAX_RUNS,\n"
                  "                      steps=STEPS, batch_size=BATCH, items=50, old_items=10,\n"
-                 "                      out='ftlab-runs/compare')\nfound"),
+                 "                      out=OUT/'compare')\nfound"),
         ('md', '## Train the one you choose\n\nAt the learning rate that the comparison chose for it.'),
         ('code', "METHOD = 'hft'\n\n"
                  "rate = next(m['rate'] for m in found.result['methods'] if m['name'] == METHOD)\n"
@@ -119,9 +125,10 @@ def _work_cells(a, data) -> list[tuple[str, str]]:
                  "run = ftlab.fit(model, tok, data, ftlab.methods.get(METHOD), lr=rate,\n"
                  "                steps=STEPS, batch_size=BATCH)\nrun"),
         ('md', '## What it learned, and what it broke\n\nIf you have a test of what the model could do before, '
-               'give it as `old=`, such as `old={\'mine\': \'tests.jsonl\', \'own\': \'auto\'}`.'),
+               'give it as `old=`, such as `old={\'mine\': \'tests.jsonl\', \'own\': \'auto\'}`. '
+               'Each report gets a folder of its own.'),
         ('code', "report = ftlab.report(run, items=50, old_items=10, matrices=8)\n"
-                 "report.save('ftlab-runs/report')\nreport")]
+                 "report.save(new_folder(OUT/'report'))\nreport")]
 
 def _export_cells(data) -> list[tuple[str, str]]:
     ask = ("prompts = [r['prompt'] for r in data.test[:3]]\n"
@@ -131,9 +138,7 @@ def _export_cells(data) -> list[tuple[str, str]]:
     return [
         ('md', '## Export\n\nA plain Hugging Face folder, which loads without ftlab. Each time this cell runs it '
                'takes a new name, `tuned-1`, `tuned-2` and so on.'),
-        ('code', "from itertools import count\nfrom pathlib import Path\n\n"
-                 "folder = next(f for n in count(1) if not (f := Path(f'tuned-{n}')).exists())\n"
-                 "run.export(folder)"),
+        ('code', "folder = new_folder('tuned')\nrun.export(folder)"),
         ('md', 'The exported model, loaded again:'),
         ('code', f"tuned, tuned_tok = ftlab.load(f'./{{folder}}')\n{ask}")]
 
@@ -144,7 +149,7 @@ def start_notebook(a:argparse.Namespace, # model, data, eval, columns, carry, wa
                   ) -> dict:             # in the notebook format 4.5
     "Return a notebook for one model and data set"
     parts = [*_data_cells(a, data, out), *_reading_cells(data), *_budget_cells(a, data, out),
-             *_work_cells(a, data), *_export_cells(data)]
+             *_work_cells(a, data, out), *_export_cells(data)]
     code = dict(cell_type='code', outputs=[], execution_count=None)
     cells = [dict(id=f'start-{i}', metadata={}, source=text,
                   **(dict(cell_type='markdown') if kind == 'md' else code))
@@ -162,14 +167,34 @@ def run_init(a:argparse.Namespace) -> tuple[dict, str]:
         if not getattr(data, split):
             raise ValueError(f'{a.data} gives no {split} row, and the notebook compares methods on some; '
                              'give more rows')
+    _check_model(a, data)
     if out.suffix != '.ipynb':
         raise ValueError(f'--out is {a.out!r}; a notebook has the ending .ipynb')
     text = json.dumps(start_notebook(a, data, out), indent=1, ensure_ascii=False) + '\n'
     out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with open(out, 'x', encoding='utf-8') as f:
-            f.write(text)
-    except FileExistsError:
-        raise FileExistsError(f'--out {a.out!r} exists, and is never overwritten; name another file') from None
+    _create(out, text)
+    shown = f'./{out}' if str(out).startswith('-') else str(out)
     return (dict(notebook=str(out), model=a.model, data=data.name, rows=len(data.train)),
-            f'{out}\nopen it with: jupyter lab {shlex.quote(str(out))}')
+            f'{out}\nopen it with: jupyter lab {shlex.quote(shown)}')
+
+def _check_model(a, data):
+    "Raise what the notebook would raise for this model, or for rows that it cannot read"
+    from ftlab.core.loading import skeleton
+    if not a.model:
+        raise ValueError('--model is empty; name a lab model, a folder or a model of the hub')
+    model, tok = skeleton(os.path.expanduser(a.model), a.revision, labels=data.labels)
+    ftlab.show(data, tok, 1, model=model)
+
+def _create(path:Path, text:str):
+    "Write a file that is not there yet; if that fails half way, it is removed again"
+    try:
+        f = open(path, 'x', encoding='utf-8')
+    except FileExistsError:
+        said = f'--out {str(path)!r} exists, and is never overwritten; name another file'
+        raise FileExistsError(said) from None
+    try:
+        with f:
+            f.write(text)
+    except OSError:
+        path.unlink()
+        raise

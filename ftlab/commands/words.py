@@ -91,6 +91,11 @@ PHRASES = (  # (what an error of the library says, what the shell says instead)
     (r'model, tok = ftlab\.load\(name, resize=True\); model\.save_pretrained\(folder\); tok\.save_pretrained\(folder\)',
      "python -c \"import ftlab; m, t = ftlab.load('MODEL', resize=True); m.save_pretrained('NEW'); "
      't.save_pretrained(\'NEW\')"'),
+    (r'give the same labels when you read both',
+     'name the labels of both, in order, with --labels'),
+    (r'load the model with resize=True and train it again',
+     "add the rows and train it again: python -c \"import ftlab; m, t = ftlab.load('MODEL', resize=True); "
+     'm.save_pretrained(\'NEW\'); t.save_pretrained(\'NEW\')"'),
     (r'load it with ftlab\.load\(name, labels=data\.labels\), which gives it a new head', "use head='new'"),
     (r"convert them once: AutoModelForCausalLM\.from_pretrained\((.*?)\)\.save_pretrained\(\1\)",
      r'convert them once: python -c "from transformers import AutoModelForCausalLM as M; '

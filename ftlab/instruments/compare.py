@@ -124,8 +124,10 @@ def thinned(rates:tuple[float, ...], n:int) -> tuple[float, ...]:
     return tuple(rates)
 
 # %% ../../nbs/instruments/compare.ipynb #8d0fb034
-def expected_seconds(bench:Bench, arms:Mapping, work:Mapping) -> float:
-    "Estimate the seconds that all runs take, from three steps of the first method and one measurement"
+def expected_seconds(bench:Bench, arms:Mapping,
+                     tune_steps:int|None=None # steps of a tuning run; None: as many as the others
+                    ) -> dict[str, float]: # tuning, test
+    "Estimate the seconds of a run of each kind, from three steps of the first method and one measurement"
     recipe, rates = next(iter(arms.values()))
     t = time.time()
     bench.before(SEEDS[0], 'validation')
@@ -137,9 +139,10 @@ def expected_seconds(bench:Bench, arms:Mapping, work:Mapping) -> float:
         progress=False, **bench.settings | dict(steps=3*len(recipe.turns)))
     step = (time.time() - t)/(3*len(recipe.turns))
     test, validation = (sum(bench.sizes[s]) for s in ('test', 'validation'))
-    looks = len(evaluation_steps(bench.steps, bench.evaluations))
-    per_run = bench.steps*step + looks*scored
-    return work['tuning']*per_run + work['test']*(bench.steps*step + looks*scored*test/validation)
+    def run(steps, once):
+        return steps*step + len(evaluation_steps(steps, bench.evaluations))*once
+    return dict(tuning=run(tune_steps or bench.steps, scored),
+                test=run(bench.steps, scored*test/validation))
 
 # %% ../../nbs/instruments/compare.ipynb #cda50563
 def beaten(tried:Tried, arm:str, by:str, errors:float=3.) -> bool:
@@ -368,7 +371,7 @@ class Told:
             else:
                 todo.append((recipe, rate, seed, split, steps, doses))
         t = time.monotonic()
-        for job, o in zip(todo, self.elsewhere(todo) if todo else ()):
+        for o, job in zip(self.elsewhere(todo) if todo else (), todo): # asks for one too many, see `mapped`
             o = self.runs.write(o, bench, *job)
             self._tell(bench, *job[:5], o, time.monotonic() - t)
             self.known[job[0].name, *job[1:4]] = o
@@ -472,7 +475,7 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
             out:str|Path='ftlab-runs/compare', # folder of the runs, result.json, tradeoff.png and index.html
             resume:bool=True,          # take finished runs from `out`
             keep:bool=False,           # keep the change of every run beside its numbers
-           executor:Callable|None=None, # map(f, jobs) makes the runs elsewhere: see `mapped`; None: here, one by one
+            executor:Callable|None=None, # map(f, jobs) makes the runs elsewhere: see `mapped`; None: here
             progress:bool|Callable=True, # say what ran and how long the rest takes; a function gets it: see `Reporter`
             **settings                 # go to `fit`: schedule, warmup, weight_decay, ...
            ) -> Comparison:
@@ -506,7 +509,7 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
     check_room(out) # before the first run, not after it
     found = _found(bench)
     with only_writer(out):
-        reporter = _begun(bench, arms, work, progress, found)
+        reporter = _begun(bench, arms, work, progress, found, tune_steps)
         elsewhere = mapped(executor, bench) if executor else None
         runs = Told(Runs(Path(out)/'runs', resume, keep), reporter, elsewhere)
         result = _compared(bench, arms, runs, seeds, work, race, limit, tune_steps)
@@ -516,15 +519,19 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
         comparison.save(out)
     return comparison
 
-def _begun(bench, arms, work, progress, found) -> Reporter:
+def _begun(bench, arms, work, progress, found, tune_steps) -> Reporter:
     "Say how many runs there are at most, how long they take, and what is wrong with the data"
-    seconds = expected_seconds(bench, arms, work) if progress else None
+    if not progress:
+        return Reporter(Remaining(arms, work), False)
+    rest = Remaining(arms, work, expected_seconds(bench, arms, tune_steps))
+    text = '\n'.join([f'at most {rest.runs} runs, {work["tuning"]} of them to tune; about '
+                      f'{rest.seconds()/60:.0f} minutes',
+                      *(f'{f["severity"]}: {f["seen"]}; to fix it, {f["fix"]}' for f in found)])
+    reporter = Reporter(rest, progress)
+    reporter.begins(text)
     if progress is True:
-        _say(f'at most {work["tuning"] + work["test"]} runs, {work["tuning"]} of them to tune; '
-             f'about {seconds/60:.0f} minutes')
-        for f in found:
-            _say(f'{f["severity"]}: {f["seen"]}; to fix it, {f["fix"]}')
-    return Reporter(Remaining(arms, work, seconds), progress)
+        _say(text)
+    return reporter
 
 def _found(bench) -> list[dict]:
     "Return what the doctor finds in the data and the rows, without notes"

@@ -4,29 +4,51 @@
 
 # %% ../../nbs/instruments/executor.ipynb #bf837d79
 from __future__ import annotations
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from functools import partial
 import torch
 from .bench import Bench
 
 # %% auto #0
-__all__ = ['run_job', 'mapped']
+__all__ = ['job_name', 'run_job', 'mapped']
 
 # %% ../../nbs/instruments/executor.ipynb #228d8563
+def job_name(job:tuple # recipe, rate, seed, split, steps, doses
+            ) -> tuple: # names of method and split, rate, seed
+    "Return what tells a job from the others of its list"
+    return (job[0].name, *job[1:4])
+
 def run_job(bench:Bench, threads:int, # of torch
-            job:tuple # recipe, rate, seed, split, steps, doses
-           ) -> dict:
-    "Make one run, as `Bench.run` does"
+            job:tuple) -> tuple[tuple, dict]:
+    """Make one run, as `Bench.run` does; return the job's name and the outcome. Raises `RuntimeError` in a thread
+    that is not its process's first"""
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError('the runs of a comparison share one generator of random numbers, so they cannot be made in '
+                           'threads; give an executor that uses processes')
     torch.set_num_threads(threads)
-    return bench.run(*job)
+    return job_name(job), bench.run(*job)
 
 # %% ../../nbs/instruments/executor.ipynb #4b8c6556
 def mapped(executor:Callable, # map(f, jobs): the results in the order of the jobs
            bench:Bench) -> Callable:
     """Return a function from a list of jobs to their outcomes, in order. Raises `ValueError` for something that is
-    no function"""
+    no function, and, while outcomes are read, for one that does not belong to its job"""
     if not callable(executor):
         raise ValueError(f'executor is {executor!r}; it must be a function map(f, jobs) that gives the results in the '
                          'order of the jobs')
     threads = torch.get_num_threads()
-    return lambda jobs: executor(partial(run_job, bench, threads), jobs)
+    return lambda jobs: _in_order(executor(partial(run_job, bench, threads), jobs), jobs)
+
+def _in_order(found, jobs:list[tuple]) -> Iterator[dict]:
+    "Yield the outcomes, each checked against its job"
+    found, must = iter(found), 'it must give what f returned for each job, once and in the order of the jobs'
+    for job in jobs:
+        name, said = job_name(job), next(found, None)
+        if said is None:
+            raise ValueError(f'the executor gave no result for {name}; {must}')
+        if not isinstance(said, (tuple, list)) or len(said) != 2 or tuple(said[0]) != name:
+            raise ValueError(f'the executor gave something else than the result for {name}; {must}')
+        yield said[1]
+    if next(found, None) is not None:
+        raise ValueError(f'the executor gave more than {len(jobs)} results; {must}')

@@ -19,11 +19,11 @@ class Remaining:
     "Count the runs that may still come, and predict their seconds"
     def __init__(self, arms:Iterable[str],      # names of the methods
                  work:Mapping[str, int],        # tuning and test: the largest number of runs, for all methods together
-                 seconds:float|None=None):      # expected for all of them
+                 each:Mapping[str, float]|None=None): # tuning and test: seconds expected for one run
         arms = list(arms)
         self.todo = {(a, kind): work[kind]//len(arms) for a in arms for kind in ('tuning', 'test')}
         self.seen = {}
-        self.guess = seconds/self.runs if seconds is not None and self.runs else None
+        self.each = each
         self.done = 0
         self.exact = not work['tuning'] # is the number of runs known?
 
@@ -52,10 +52,13 @@ class Remaining:
         return None if None in each.values() else sum(self.todo[key]*s for key, s in each.items())
 
     def _each(self, arm, kind) -> float|None:
-        of_arm = [s for (a, _), of in self.seen.items() if a == arm for s in of]
-        every = (self.seen.get((arm, kind)) or of_arm
-                 or [s for of in self.seen.values() for s in of])
-        return fmean(every) if every else self.guess
+        every = [(a, s*self._longer(kind, k)) for (a, k), of in self.seen.items() for s in of]
+        known = (self.seen.get((arm, kind)) or [s for a, s in every if a == arm]
+                 or [s for _, s in every])
+        return fmean(known) if known else self.each and self.each[kind]
+
+    def _longer(self, kind, than) -> float:
+        return self.each[kind]/self.each[than] if self.each and self.each[than] else 1.
 
 # %% ../../nbs/instruments/progress.ipynb #2e187ff7
 def time_words(seconds:float) -> str:
@@ -72,6 +75,13 @@ class Reporter:
         self.rest, self.show = rest, show
         self.start = time.monotonic()
         self.lines, self.shown = [], None
+
+    def begins(self, line:str):
+        "Tell a function, before the first run, how many runs there are at most and how long they take"
+        if callable(self.show):
+            none = dict.fromkeys(('method', 'rate', 'seed', 'kind', 'gain', 'forgetting', 'ended'))
+            self.show(dict(none, run=0, of=self.rest.runs, exact=self.rest.exact, kept=False,
+                           elapsed=0., left=self.rest.seconds(), line=line))
 
     def ran(self, arm:str, rate:float, seed:int, kind:str, outcome:Mapping, forgetting:str,
             seconds:float|None=None,  # None: it was read from a file
