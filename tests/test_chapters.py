@@ -1,5 +1,6 @@
 """The chapters half_is_enough, low_rank, what_to_keep, what_the_model_reads and
-from_file_to_served: what readers write in their exercises, their classes in a real fine-tune, and the pages' own promises"""
+from_file_to_served: what readers write in their exercises, their classes in a real fine-tune,
+and the pages' own promises"""
 import json, random, re
 from functools import partial
 from math import log10

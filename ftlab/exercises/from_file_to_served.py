@@ -122,9 +122,10 @@ def _count(each, many, of=None):
 # %% ../../nbs/exercises/from_file_to_served.ipynb #exsv0c
 SERVING_BYTES = compared(
     'serving_bytes', 'from_file_to_served',
-    'You serve `models` fine-tunes of one base at the same time. `shapes` lists the matrices of the base as (rows, columns); '
-    'count nothing else. Each number takes 2 bytes. Return `dict(plain=..., peft=...)`: the bytes if each '
-    'fine-tune is a whole model, and the bytes of one base with an adapter of rank `r` on every matrix for each fine-tune. '
+    'You serve `models` fine-tunes of one base at the same time. `shapes` lists the matrices of the base as '
+    '(rows, columns); count nothing else. Each number takes 2 bytes. Return `dict(plain=..., peft=...)`: the bytes '
+    'if each fine-tune is a whole model, and the bytes of one base with an adapter of rank `r` on every matrix '
+    'for each fine-tune. '
     'An adapter has two thin matrices: rows times `r`, and `r` times columns.',
     ('A matrix has `rows*columns` values, its adapter `r*(rows + columns)`.',
      'Sum both over `shapes`, and multiply by 2 bytes.',
@@ -142,8 +143,8 @@ SERVING_BYTES = compared(
      (lambda shapes, r, models: {k: v//2 for k, v in serving_bytes(shapes, r, models).items()},
       'These are numbers of values. Each takes 2 bytes.')),
     difficulty=2, minutes=10,
-    means='With many fine-tunes the adapters save nearly all of the memory, which is why servers can load several beside '
-          'one base. With a single one, the plain folder is smaller, and nothing has to be added while an answer is '
-          'computed. What is not low-rank, such as full fine-tuning, has the plain form only.')
+    means='With many fine-tunes the adapters save nearly all of the memory, which is why servers can load several '
+          'beside one base. With a single one, the plain folder is smaller, and nothing has to be added while an '
+          'answer is computed. What is not low-rank, such as full fine-tuning, has the plain form only.')
 
 EXERCISES = (MESSAGES_OF, BEST_WITHIN, SERVING_BYTES)
