@@ -1,5 +1,6 @@
-"""The chapters half_is_enough, low_rank, what_to_keep and what_the_model_reads: what readers write
-in their exercises, their classes in a real fine-tune, and the pages' own promises"""
+"""The chapters half_is_enough, low_rank, what_to_keep, what_the_model_reads and
+from_file_to_served: what readers write in their exercises, their classes in a real fine-tune,
+and the pages' own promises"""
 import json, random, re
 from functools import partial
 from math import log10
@@ -14,12 +15,14 @@ from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import WORLD
 from ftlab.core.tokens import encode, piece_ids, pieces_of, prompt_ids
 from ftlab.evaluators.forgetting import flips
-from ftlab.exercises import (HalfUpdate, LowRank, compare_and_choose, flipped, half_of, labels_of,
-                             lora_from, own_answers, pack_rows, trained_numbers, training_bytes,
-                             truncate, what_to_mix, where_they_part, wrong_with)
+from ftlab.exercises import (HalfUpdate, LowRank, best_within, compare_and_choose, flipped, half_of,
+                             labels_of, lora_from, messages_of, own_answers, pack_rows,
+                             serving_bytes, trained_numbers, training_bytes, truncate,
+                             what_to_mix, where_they_part, wrong_with)
 from ftlab.exercises.what_the_model_reads import FAULTS, SHOWN
 from ftlab.instruments.frontier import at_gain
 from ftlab.instruments.verdicts import bar_of, contrast, contrast_verdict
+from ftlab.instruments.winner import choose
 from ftlab.lab.models import lab_tokenizer
 from ftlab.map import measured
 from pages import cells
@@ -27,7 +30,8 @@ from pages import cells
 PAGES = {'course/half_is_enough.ipynb': (half_of, HalfUpdate, training_bytes, compare_and_choose),
          'course/low_rank.ipynb': (truncate, trained_numbers, LowRank, lora_from),
          'course/what_to_keep.ipynb': (flipped, own_answers, what_to_mix),
-         'course/what_the_model_reads.ipynb': (wrong_with, labels_of, where_they_part, pack_rows)}
+         'course/what_the_model_reads.ipynb': (wrong_with, labels_of, where_they_part, pack_rows),
+         'course/from_file_to_served.ipynb': (messages_of, best_within, serving_bytes)}
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
@@ -486,6 +490,39 @@ def test_the_replay_runs_are_complete():
         assert all(list(of) == seeds for of in arms.values())
         for path in (p for of in arms.values() for p in of.values()):
             assert path[-1]['step'] == kept['steps'] and at_gain(path, kept['gain'])
+
+# --- from a file to a served model
+
+def test_messages_are_those_that_a_file_is_read_as(tmp_path):
+    said = (('system', 'short'), ('human', 'one'), ('gpt', '1'), ('human', 'two'), ('gpt', '2'))
+    row = dict(conversations=[{'from': who, 'value': text} for who, text in said])
+    (tmp_path/'talk.json').write_text(json.dumps([row]))
+    read = ftlab.data(str(tmp_path/'talk.json'))
+    assert [[dict(m) for m in r['messages']] for r in read.train] == [messages_of(row)]
+
+def test_the_choice_within_a_limit_is_that_of_a_comparison():
+    dice = random.Random(0)
+    for _ in range(50):
+        rows = [dict(name=n, gain=dice.randint(-20, 90), lost=dice.randint(0, 40)) for n in 'abcd']
+        made = [dict(name=r['name'], rate=1., gain={}, forgetting={},
+                     seeds=[dict(error=None, seconds=1.)],
+                     within=dict(rate=1., step=1, dose=1., gain=dict(mean=r['gain']/100),
+                                 forgetting=dict(mean=r['lost']/100))) for r in rows]
+        result = dict(lose_at_most=10, target=None, methods=made)
+        if best_within(rows, 10) is None:
+            with pytest.raises(ValueError, match='no method gains anything'):
+                choose(result)
+        else:
+            won = choose(result).method
+            assert next(r['gain'] for r in rows if r['name'] == won) == next(
+                r['gain'] for r in rows if r['name'] == best_within(rows, 10))
+
+def test_the_bytes_of_adapters_are_those_of_a_lora():
+    model, tok = ftlab.load('lab-s')
+    run = ftlab.fit(model, tok, ftlab.data('sort', n=8), ftlab.methods.lora(r=2), steps=1, batch_size=4)
+    shapes = [d.A.shape[1:] + d.B.shape[:1] for d in run.delta.attached.deltas.values()]
+    found = serving_bytes([(b, a) for a, b in shapes], 2, 1)
+    assert found['peft'] - found['plain'] == 2*run.cost['trainable']
 
 # --- the pages
 
