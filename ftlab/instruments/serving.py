@@ -30,7 +30,8 @@ MOST_LOST = .5 # of the size of the change, by rounding
 @dataclass
 class Served:
     "What a check of an exported model found"
-    found:dict # exported, stages ({stage: 'same', 'not compared' or what differs}), notes, prompts, tokens, logits, lost
+    # exported, stages ({stage: 'same', 'not compared' or what differs}), notes, prompts, tokens, logits, lost
+    found:dict
 
     @property
     def parted(self) -> str|None:

@@ -341,4 +341,5 @@ def _record(run:Run, p:Mapping, base:Base, before, result:Mapping) -> dict:
                 columns=origin.get('columns'), carry=origin.get('carry', []), wanted=origin.get('wanted'),
                 labels=run.data.labels, seed=run.settings['seed'], recipe=run.recipe.describe(),
                 settings=run.settings, cost=run.cost, interrupted=run.interrupted, metric=p['metric'], before=before,
+                items=min(p['items'], len(run.data.test)),
                 after=_score(p, run.model, run.tok, run.data), notes=run.notes)

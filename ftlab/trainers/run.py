@@ -77,7 +77,8 @@ class Run:
         rounds = att is not None and any(t.dtype != torch.float32 for t in written.values())
         lost = rounded_away(att, written) if rounds else 0.
         if lost > LOSES:
-            warnings.warn(f'rounding to {dtype or str(self.model.dtype).removeprefix("torch.")} changes what was trained by {lost:.0%} of '
+            kind = dtype or str(self.model.dtype).removeprefix('torch.')
+            warnings.warn(f'rounding to {kind} changes what was trained by {lost:.0%} of '
                           'its size; train from the base in float32 (dtype="float32"), and export that', stacklevel=2)
         if form == 'gguf':
             for n in gguf_notes(self.model, self.tok):
@@ -211,6 +212,7 @@ def merged_weights(model, attached:Attached|None) -> dict[str, Tensor]:
 
 LOSES = .1 # of the size of a change: an export that loses more warns
 
+@torch.no_grad()
 def rounded_away(attached:Attached, written:Mapping[str, Tensor]) -> float:
     """Return how far the change in `written` weights is from the change as trained, in float32, as a share of its
     size: 0 where nothing was rounded, 1 where nothing of the change is left"""
