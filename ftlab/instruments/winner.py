@@ -255,7 +255,7 @@ def train_again(comparison,               # a `Comparison`
                 device:str|None=None,     # None: that of the comparison if it is here, or where a given model is
                 progress:bool=True        # show a progress bar
                ) -> Run:
-    """Train the chosen method as the comparison trained it with its first seed, up to the point that it measured. Raises
+    """Train the chosen method as the comparison trained it with its first seed, to the point that it measured. Raises
     `ValueError` or `FileNotFoundError` that says what has changed or is missing"""
     p = comparison.result['protocol']
     row = next(m for m in comparison.result['methods'] if m['name'] == choice.method)
