@@ -113,8 +113,9 @@ def test_code_that_would_not_repeat_the_run_is_not_printed(tmp_path):
     assert '```python' in said()
 
 def test_the_code_has_dtype_and_revision(tmp_path):
-    run = fit(*ftlab.load(saved_base(tmp_path), dtype='bfloat16'), data(rows_at(tmp_path/'my.jsonl')), get('lora'),
-              steps=1, batch_size=4, progress=False)
+    model, tok = ftlab.load(saved_base(tmp_path), dtype='bfloat16')
+    run = fit(model, tok, data(rows_at(tmp_path/'my.jsonl')), get('lora'), steps=1, batch_size=4,
+              progress=False)
     mine = dict(settings=json.loads(json.dumps(run.settings)), revision='abc')
     assert "ftlab.load('base', revision='abc', dtype='bfloat16')" in card(run, record=mine)
 
@@ -131,9 +132,9 @@ def test_the_code_reads_a_mixture_again(tmp_path, monkeypatch):
 def test_the_card_of_a_winner_names_the_command_and_what_was_measured():
     run = run_of()
     middle = dict(mean=.5, low=None, high=None)
-    run.settings['comparison'] = dict(method='lora(r=4)', methods=['lora(r=4)', 'full'], seeds=1, gain=middle,
-                                      forgetting=middle, measured='old data', old=['sort'], metric='nll', why='w',
-                                      step=2, dose=1.)
+    measured = dict(measured='old data', old=['sort'], metric='nll', why='w', step=2, dose=1.)
+    run.settings['comparison'] = dict(method='lora(r=4)', methods=['lora(r=4)', 'full'], seeds=1,
+                                      gain=middle, forgetting=middle, **measured)
     text = card(run)
     assert "ftlab winner COMPARISON --method 'lora(r=4)'" in text and '```python' not in text
     assert 'gain 0.500 nats a token' in text and 'forgetting on sort 0.500' in text

@@ -138,7 +138,8 @@ def test_a_change_that_rounding_took_away(tmp_path):
     found = serve_check(at, run, **FAST)
     base = {n: run.delta.attached.before(n).float() for n in run.delta.attached.deltas}
     held = {n: p.float() for n, p in merged_weights(run.model, run.delta.attached).items()}
-    want = {n: d.s*(d.B.float() @ d.A.float()).detach() for n, d in run.delta.attached.deltas.items()}
+    deltas = run.delta.attached.deltas
+    want = {n: d.s*(d.B.float() @ d.A.float()).detach() for n, d in deltas.items()}
     off = sum(float((held[n] - base[n] - want[n]).square().sum()) for n in want)
     lost = (off/sum(float(w.square().sum()) for w in want.values()))**.5
     assert found.found['lost'] == pytest.approx(lost, rel=1e-3) and lost > .5
@@ -157,10 +158,13 @@ def swapped(t):
     a, b = sorted(words, key=words.get)[300:302]
     words[a], words[b] = words[b], words[a]
 
+def without_tool(t):
+    t['added_tokens'] = [x for x in t['added_tokens'] if x['content'] != '<tool>']
+
 @pytest.mark.parametrize('change', [
-    swapped, lambda t: t.update(decoder=None), lambda t: t.update(normalizer=dict(type='Lowercase')),
-    lambda t: t['model'].update(merges=t['model']['merges'][:-1]),
-    lambda t: t['added_tokens'].pop(next(i for i, x in enumerate(t['added_tokens']) if x['content'] == '<tool>'))])
+    swapped, without_tool, lambda t: t.update(decoder=None),
+    lambda t: t.update(normalizer=dict(type='Lowercase')),
+    lambda t: t['model'].update(merges=t['model']['merges'][:-1])])
 def test_another_tokenizer_parts_at_the_tokens_whatever_the_prompts(run, folder, change):
     tokenizer(folder, change)
     assert stage(folder, run) == 'tokens'
@@ -169,8 +173,9 @@ def test_another_model_max_length(run, folder):
     edit(folder/'tokenizer_config.json', lambda c: c.update(model_max_length=8))
     assert 'model_max_length' in serve_check(folder, run, **FAST).found['stages']['tokens']
 
-@pytest.mark.parametrize('change', [dict(rope_parameters=dict(rope_type='dynamic', factor=8., rope_theta=10000.)),
-                                    dict(max_position_embeddings=16)])
+DYNAMIC = dict(rope_parameters=dict(rope_type='dynamic', factor=8., rope_theta=10000.))
+
+@pytest.mark.parametrize('change', [DYNAMIC, dict(max_position_embeddings=16)])
 def test_a_configuration_that_acts_on_longer_prompts(run, folder, change):
     edit(folder/'config.json', lambda c: c.update(change))
     found = serve_check(folder, run, **FAST)
@@ -204,7 +209,7 @@ def test_what_llama_cpp_does_otherwise_is_said(tmp_path):
     model.generation_config.eos_token_id = tok.eos_token_id
     tok.chat_template = None
     run = fit(model, tok, data(CATS), get('lora'), steps=1, batch_size=4, progress=False)
-    with pytest.warns(UserWarning, match="llama.cpp ends an answer at '<|im_end|>' as well".replace('|', '[|]')):
+    with pytest.warns(UserWarning, match="llama.cpp ends an answer at '<[|]im_end[|]>' as well"):
         at = run.export(tmp_path/'a.gguf', form='gguf')
     assert any('<|im_end|>' in n for n in serve_check(at, run, **FAST).found['notes'])
     tok.backend_tokenizer.normalizer = normalizers.NFC()

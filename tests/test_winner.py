@@ -228,10 +228,9 @@ def test_a_winner_on_a_mixture(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shares = {'my.jsonl': .75, 'new-procedure': .25}
     d = read_mix(shares, columns=dict(prompt='q'))
-    asked = ['compare', '--model', 'model', '--data', 'my.jsonl=.75,new-procedure=.25', '--columns', 'prompt=q',
-             '--methods', 'full', '--seeds', '1', '--lr', '1e-2', '--steps', '2', '--batch-size', '4', '--items', '4',
-             '--old', 'sort', '--old-items', '4', '--out', 'c', '--metric', 'nll']
-    assert cli.main(asked) == 0
+    asked = ('compare --model model --data my.jsonl=.75,new-procedure=.25 --columns prompt=q --methods full '
+             '--seeds 1 --lr 1e-2 --steps 2 --batch-size 4 --items 4 --old sort --old-items 4 --out c --metric nll')
+    assert cli.main(asked.split()) == 0
     monkeypatch.chdir('/')
     monkeypatch.setattr('os.getcwd', lambda: '/')
     run = Comparison.read(tmp_path/'c'/'result.json').train(out=tmp_path/'run', progress=False)

@@ -75,7 +75,8 @@ def to_peft(att:Attached,      # a change that consists of LoRA, and perhaps of 
     for m in heads:
         tensors |= {f'base_model.model.{m}.{k}': t for k,
                     t in att.model.get_submodule(m).state_dict().items()}
-    config = dict(peft_type='LORA', base_model_name_or_path=base, revision=revision, **_peft_settings(names),
+    config = dict(peft_type='LORA', base_model_name_or_path=base, revision=revision,
+                  **_peft_settings(names),
                   target_modules=list(names), bias='none', modules_to_save=heads or None,
                   fan_in_fan_out=any(is_transposed(att.model, n) for n in att.deltas),
                   task_type=_task(att.model), inference_mode=True)

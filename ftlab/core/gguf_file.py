@@ -308,8 +308,8 @@ class _Kept:
 ENDS = ('<|eot_id|>', '<|im_end|>', '<|end|>', '<|return|>', '<|call|>', '<|flush|>', '<|calls|>', '<end_of_turn>',
         '<|endoftext|>', '</s>', '<|eom_id|>', '<EOT>', '_<EOT>', '[EOT]', '[EOS]', '<|end_of_text|>',
         '<end_of_utterance>', '<eos>', '<turn|>', '<|tool_response>', '<｜end▁of▁sentence｜>', '[e~[',
-        '<|fim_pad|>', '<fim-pad>', '<fim_pad>', '<PAD>', '[PAD]', '<|fim_repo|>', '<|repo_name|>', '<fim-repo>',
-        '<REPO>', '<reponame>', '<|file_sep|>')
+        '<|fim_pad|>', '<fim-pad>', '<fim_pad>', '<PAD>', '[PAD]', '<|fim_repo|>', '<|repo_name|>',
+        '<fim-repo>', '<REPO>', '<reponame>', '<|file_sep|>')
 
 def gguf_notes(model, tok) -> list[str]:
     "Return what llama.cpp does otherwise with this tokenizer, whatever the file says"

@@ -200,10 +200,10 @@ def _repeat(run:Run, record:Mapping) -> list[str]:
 
 def _load_code(run:Run, record:Mapping) -> str:
     "Return the arguments of `ftlab.load`"
-    dtype = str(run.model.dtype).removeprefix('torch.')
+    dtype, head = str(run.model.dtype).removeprefix('torch.'), record.get('head', 'auto')
     more = dict(revision=record.get('revision') or getattr(run.model.config, '_commit_hash', None),
                 dtype=None if dtype == 'float32' else dtype,
-                head=record.get('head') if record.get('head') != 'auto' and run.data.labels else None)
+                head=None if head == 'auto' or not run.data.labels else head)
     labels = f', labels=data.labels, seed={run.settings.get("seed", 0)}' if run.data.labels else ''
     return f'{_called(run)[0]!r}' + ''.join(f', {k}={v!r}' for k, v in more.items() if v) + labels
 
@@ -211,8 +211,8 @@ def _loading(run:Run, form:str) -> list[str]:
     "Return how an adapter is loaded, with the names of a classifier's labels"
     if form != 'peft':
         return []
-    kind = next((k for k in ('SequenceClassification', 'CausalLM') if k in type(run.model).__name__), None)
-    kind = kind or ('CausalLM' if 'LMHeadModel' in type(run.model).__name__ else None)
+    kinds = dict(SequenceClassification='SequenceClassification', CausalLM='CausalLM', LMHeadModel='CausalLM')
+    kind = next((k for part, k in kinds.items() if part in type(run.model).__name__), None)
     if kind is None:
         return []
     names = {int(i): n for i, n in run.model.config.id2label.items()} if kind[0] == 'S' else {}
@@ -310,6 +310,7 @@ def card(run:Run, *, record:Mapping|None=None, # what run.json holds; None: the 
     known = [run.data.name, getattr(run.model, 'name_or_path', ''), Path.cwd(), Path.home()]
     head = [f'{k}: {json.dumps(v)}' for k, v in head_of(run, form).items()]
     at = f', revision {escaped(revision)}' if revision else ', revision not recorded'
+    rate = run.settings.get('lr', 'not recorded')
     licence = _licence(run)
     licence = ', '.join(licence) if isinstance(licence, list) else licence
     made = ', '.join(f'{k} {v}' for k, v in versions().items() if k != 'system')
@@ -318,7 +319,7 @@ def card(run:Run, *, record:Mapping|None=None, # what run.json holds; None: the 
              f'{len(run.log)} steps, {run.cost["trainable"]:,} trained parameters.', '',
              '## Data', *_data_lines(run, known), '', '## Recipe',
              *(f'- {escaped(k)}: {escaped(without_paths(str(v), known))}'
-               for k, v in (run.recipe.describe() | dict(lr=run.settings.get('lr', 'not recorded'))).items()), '',
+               for k, v in (run.recipe.describe() | dict(lr=rate)).items()), '',
              *_repeat(run, record), '', *_loading(run, form),
              '## Measured', *_measured(run, record, found), '', '## Limits',
              *_limits(run, record, found, absent), '',

@@ -424,7 +424,8 @@ def _within(limit, found, rows) -> dict|None:
             return next(d for d in o['doses'] if d['dose'] == found['dose'])
         return next((r for r in o['path'] if r['step'] == found['step']), o['path'][-1])
     # a tuning run may have been longer or shorter than these
-    steps = [(o['path'][-1] if found['dose'] < 1 else at(o))['step'] for o in rows if not o['error']]
+    sound = [o for o in rows if not o['error']]
+    steps = [(o['path'][-1] if found['dose'] < 1 else at(o))['step'] for o in sound]
     return dict(rate=found['rate'], step=max(steps, default=found['step']), dose=found['dose'],
                 **{k: interval([at(o)[k] for o in rows]) for k in ('gain', 'forgetting')})
 

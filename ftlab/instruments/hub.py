@@ -26,8 +26,8 @@ BELONGS = (r'model(-\d{5}-of-\d{5})?\.safetensors', r'model\.safetensors\.index\
 # of an older export in a repository, which `from_pretrained` would read instead of the new one's, or with it
 REPLACED = ('*.safetensors', '*.safetensors.index.json', 'pytorch_model*.bin', 'pytorch_model*.bin.index.json',
             'config.json', 'generation_config.json', 'adapter_config.json', 'labels.json', 'tokenizer*',
-            'special_tokens_map.json', 'added_tokens.json', 'vocab.*', 'merges.txt', 'spiece.model', 'chat_template*',
-            'additional_chat_templates/*')
+            'special_tokens_map.json', 'added_tokens.json', 'vocab.*', 'merges.txt', 'spiece.model',
+            'chat_template*', 'additional_chat_templates/*')
 
 def files_to_send(folder:str|Path) -> dict[str, int]:
     """Return name and size of each file of an export. Raises `FileNotFoundError` for a folder that is none, and
@@ -100,5 +100,6 @@ def push(folder:str|Path,       # an export
     if not exists:
         api.create_repo(name, private=private)
     api.upload_folder(repo_id=name, folder_path=str(folder), commit_message='Upload by ftlab',
-                      allow_patterns=list(files), delete_patterns=list(REPLACED) if exists else None)
+                      allow_patterns=list(files),
+                      delete_patterns=list(REPLACED) if exists else None)
     return found | dict(sent=True)

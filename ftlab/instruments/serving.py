@@ -205,8 +205,9 @@ def _reference(run, model, weights):
                 own[n].copy_(t.cpu().to(kinds.get(n) or t.dtype).float())
     return ours.eval()
 
-PASSING = ('dtype', 'torch_dtype', 'transformers_version', 'architectures', 'use_cache', 'id2label', 'label2id',
-           'problem_type') # compared elsewhere, or without influence on the logits
+# compared elsewhere, or without influence on the logits
+PASSING = ('dtype', 'torch_dtype', 'transformers_version', 'architectures', 'use_cache', 'id2label',
+           'label2id', 'problem_type')
 
 def _check_config(run, model) -> Iterator[str]:
     "Yield what differs in two configurations whose logits agree"
@@ -320,7 +321,8 @@ def serve_check(exported:str|Path,     # a plain folder or a GGUF file
     stages |= _asked_both(run, model, tok, weights, ids, labels, max_new_tokens, seen, stages['weights'] == 'same',
                           at.is_dir())
     if at.is_file():
-        notes += ['llama.cpp itself was not asked: transformers read the file', *gguf_notes(run.model, run.tok)]
+        notes += ['llama.cpp itself was not asked: transformers read the file',
+                  *gguf_notes(run.model, run.tok)]
     return Served(dict(exported=str(exported), stages=stages, notes=notes, prompts=len(asked),
                        tokens=max(map(len, ids)), logits=seen.get('most'), lost=lost, close=CLOSE))
 

@@ -291,7 +291,9 @@ def _given(comparison, model, data, device) -> tuple[Base, Data]:
     if model is None and bench is not None:
         return bench.base, data
     named = model is None or isinstance(model, (str, Path))
-    return _base_again(known, model, data, device or (_same_device(comparison.result) if named else None)), data
+    if device is None and named:
+        device = _same_device(comparison.result)
+    return _base_again(known, model, data, device), data
 
 def _same_device(result:Mapping) -> str|None:
     "Return the kind of device of the comparison; `None` if there is none here"

@@ -268,7 +268,8 @@ def export_peft(run:Run, folder:str|Path) -> Path:
                 getattr(run.model.config, '_commit_hash', None))
         if 'SequenceClassification' in type(run.model).__name__:
             names = {int(i): n for i, n in run.model.config.id2label.items()}
-            write_text(made/'labels.json', json.dumps(dict(id2label=names), indent=1, ensure_ascii=False))
+            text = json.dumps(dict(id2label=names), indent=1, ensure_ascii=False)
+            write_text(made/'labels.json', text)
         if run.tok is not None:
             run.tok.save_pretrained(made)
         flush(made)
