@@ -1,5 +1,6 @@
 "The model card: nothing made up, nothing from another run, nothing of this machine, and no markup of the user"
 import json
+from dataclasses import replace
 import yaml
 import ftlab
 from ftlab import cli
@@ -30,6 +31,8 @@ def test_the_head_is_what_the_hub_reads():
     assert 'base_model' not in found and 'datasets' not in found and 'license' not in found and 'lora' in found['tags']
     run = run_of()
     run.settings['model_name'] = 'ann/small'
+    assert 'base_model' not in head_of(run), 'a folder may have such a name'
+    run.model.config._commit_hash = 'abc'
     run.data.origin = dict(source='bob/talks:en')
     assert head_of(run)['base_model'] == 'ann/small' and head_of(run)['datasets'] == ['bob/talks']
     assert head_of(run, 'peft')['library_name'] == 'peft'
@@ -50,6 +53,11 @@ def test_the_licence_is_what_the_base_says(tmp_path):
     (tmp_path/'README.md').write_text('---\nlicense: apache-2.0\n---\nA model')
     found, text = head(card(made()))
     assert found['license'] == 'apache-2.0' and 'The base says: apache-2.0' in text
+    (tmp_path/'README.md').write_text('---\nlicense: [mit, apache-2.0]\n---\nA model')
+    found, text = head(card(made()))
+    assert found['license'] == ['mit', 'apache-2.0'] and 'The base says: mit, apache-2.0' in text
+    (tmp_path/'README.md').write_text('---\nlicense: [mit\nx: : y\n---\n')
+    assert 'Not known' in card(made()), 'a broken head says nothing'
 
 def test_no_path_of_this_machine_and_no_markup_of_the_user(tmp_path):
     path = rows_at(tmp_path/'my user'/'[x](y) <b>*rows*.jsonl')
@@ -76,12 +84,71 @@ def test_the_code_on_the_card_repeats_the_run(tmp_path, monkeypatch):
     exec(code, scope)
     assert [r['loss'] for r in scope['run'].log] == [r['loss'] for r in run.log]
 
-def test_a_name_cannot_close_the_code():
-    run = run_of()
-    run.data.origin = dict(source='a```\n# b')
+def saved_base(at):
+    toy().save_pretrained(at/'base')
+    TOK.save_pretrained(at/'base')
+    return at/'base'
+
+def test_a_name_cannot_close_the_code(tmp_path):
+    path = rows_at(tmp_path/'a```\n# x.jsonl')
+    run = fit(*ftlab.load(saved_base(tmp_path)), data(path), get('lora'), steps=1, batch_size=4,
+              progress=False)
     text = card(run)
-    assert '````python' in text and '\n# b' not in text
-    run.data.origin = None
+    assert '````python' in text and '\n# x' not in text
+
+def test_code_that_would_not_repeat_the_run_is_not_printed(tmp_path):
+    base, d = saved_base(tmp_path), data(rows_at(tmp_path/'my.jsonl'))
+    class Stop:
+        def after_step(self, state):
+            state.steps = 1
+    def said(d=d, recipe=get('lora'), load=True, **more):
+        net = ftlab.load(base) if load else (toy(), TOK)
+        return card(fit(*net, d, recipe, steps=2, batch_size=4, progress=False, **more))
+    rows = [dict(prompt=r['prompt'], response=r['response']) for r in lab_data().train]
+    for text, why in [(said(data(rows)), 'rows were given in memory'), (said(load=False), 'model was made in memory'),
+                      (said(replace(d, train=d.train[:10])), 'rows were chosen or changed'),
+                      (said(recipe=get('lora').named('my own <thing>')), 'its Recipe is none that ftlab knows'),
+                      (said(callbacks=(Stop(),)), 'it ended after 1 of 2 steps')]:
+        assert why in text and '```python' not in text
+    assert '```python' in said()
+
+def test_the_code_has_dtype_and_revision(tmp_path):
+    model, tok = ftlab.load(saved_base(tmp_path), dtype='bfloat16')
+    run = fit(model, tok, data(rows_at(tmp_path/'my.jsonl')), get('lora'), steps=1, batch_size=4,
+              progress=False)
+    mine = dict(settings=json.loads(json.dumps(run.settings)), revision='abc')
+    assert "ftlab.load('base', revision='abc', dtype='bfloat16')" in card(run, record=mine)
+
+def test_the_code_reads_a_mixture_again(tmp_path, monkeypatch):
+    saved_base(tmp_path)
+    rows_at(tmp_path/'my.jsonl')
+    monkeypatch.chdir(tmp_path)
+    d = ftlab.mix({'my.jsonl': .75, 'sort': .25}, seed=2)
+    run = fit(*ftlab.load('base'), d, get('lora'), steps=1, batch_size=4, progress=False)
+    scope = {}
+    exec(card(run).split('```python\n')[1].split('```')[0], scope)
+    assert [r['loss'] for r in scope['run'].log] == [r['loss'] for r in run.log]
+
+def test_the_card_of_a_winner_names_the_command_and_what_was_measured():
+    run = run_of()
+    middle = dict(mean=.5, low=None, high=None)
+    measured = dict(measured='old data', old=['sort'], metric='nll', why='w', step=2, dose=1.)
+    run.settings['comparison'] = dict(method='lora(r=4)', methods=['lora(r=4)', 'full'], seeds=1,
+                                      gain=middle, forgetting=middle, **measured)
+    text = card(run)
+    assert "ftlab winner COMPARISON --method 'lora(r=4)'" in text and '```python' not in text
+    assert 'gain 0.500 nats a token' in text and 'forgetting on sort 0.500' in text
+    assert 'Training ended' not in text and 'of the change is kept' not in text
+    assert '- lr: 0.003\n' in text
+
+def test_what_the_folder_does_not_hold_is_said():
+    assert 'this folder holds the model alone' in card(run_of(method='copilot'))
+    assert 'this folder holds the model alone' not in card(run_of())
+
+def test_every_file_is_named_and_the_rate_is_the_one_that_was_used(tmp_path):
+    d = data([str(rows_at(tmp_path/'a.jsonl')), str(rows_at(tmp_path/'b.jsonl'))])
+    text = card(run_of(d, lr=.03))
+    assert 'a.jsonl, b.jsonl: ' in text and '- lr: 0.03\n' in text
 
 def test_only_a_report_on_this_change_is_used(tmp_path):
     run, other = run_of(), run_of(seed=1)
@@ -118,11 +185,12 @@ def test_the_command_line_writes_a_card_in_each_form(tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     fit_args = '--model base --data my.jsonl --method lora --steps 2 --batch-size 4 --items 4'
     assert cli.main(['fit', *fit_args.split(), '--out', 'run', '--export', 'tuned']) == 0
-    assert 'exact on test rows' in (tmp_path/'tuned'/'README.md').read_text()
+    assert 'exact on 4 of 5 test rows' in (tmp_path/'tuned'/'README.md').read_text()
     assert cli.main('export run --out adapter --form peft --json'.split()) == 0
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert said['form'] == 'peft' and said['bytes'] > 1000
     text = (tmp_path/'adapter'/'README.md').read_text()
-    assert head(text)[0]['library_name'] == 'peft' and 'exact on test rows' in text
+    assert head(text)[0]['library_name'] == 'peft' and 'exact on 4 of 5 test rows' in text
+    assert 'AutoPeftModelForCausalLM.from_pretrained' in text
     assert cli.main('export run --out adapter'.split()) == 1
     assert 'not empty' in capsys.readouterr().err

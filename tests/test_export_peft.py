@@ -8,7 +8,9 @@ from ftlab.adapters.attach import attach
 from ftlab.adapters.delta import Offset
 from ftlab.adapters.lowrank import LoRA, to_peft
 from ftlab.adapters.select import parts
+from ftlab.core.data import data
 from ftlab.core.loading import load
+from ftlab.instruments.card import write_card
 from ftlab.methods import get
 from ftlab.trainers.fit import fit
 from tiny import example_inputs, tiny
@@ -89,9 +91,9 @@ def test_a_run_exported_as_an_adapter(tied, tmp_path):
 
 def test_a_classifier_with_its_head(tmp_path):
     base = saved(classifier(), tmp_path/'base')
-    data = label_data()
-    model, tok = load(base, labels=data.labels, seed=3)
-    run = fit(model, tok, data, get('lora'), steps=4, batch_size=4, lr=1e-2, progress=False)
+    d = label_data()
+    model, tok = load(base, labels=d.labels, seed=3)
+    run = fit(model, tok, d, get('lora'), steps=4, batch_size=4, lr=1e-2, progress=False)
     run.export(tmp_path/'adapter', form='peft')
     from transformers import AutoModelForSequenceClassification
     again = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
@@ -101,6 +103,47 @@ def test_a_classifier_with_its_head(tmp_path):
     torch.testing.assert_close(logits(theirs, x), logits(run.model, x), atol=1e-5, rtol=0)
     with run.disabled():
         assert (logits(theirs, x) - logits(run.model, x)).abs().max() > 1e-3
+
+def test_the_names_of_the_labels_are_kept_beside_the_adapter(tmp_path):
+    base = saved(classifier(2), tmp_path/'base')
+    asked = [r['prompt'] for r in lab_data().train]
+    d = data([dict(text=t, label=['zeta', 'alpha'][i % 2]) for i, t in enumerate(asked)])
+    model, tok = load(base, labels=d.labels, seed=3)
+    run = fit(model, tok, d, get('lora'), steps=2, batch_size=4, lr=1e-2, progress=False)
+    at = run.export(tmp_path/'adapter', form='peft')
+    names = {0: 'alpha', 1: 'zeta'}
+    said = json.loads((at/'labels.json').read_text())
+    assert said == dict(id2label={'0': 'alpha', '1': 'zeta'})
+    text = write_card(run, at, form='peft').read_text()
+    code = text.split('## To load it\n```python\n')[1].split('```')[0]
+    scope = {}
+    exec(code.replace('"this folder"', repr(str(at))), scope)
+    theirs = scope['model'].eval()
+    assert theirs.config.id2label == names
+    x = dict(input_ids=torch.arange(5, 20)[None],
+             attention_mask=torch.ones(1, 15, dtype=torch.long))
+    torch.testing.assert_close(logits(theirs, x), logits(run.model, x), atol=1e-5, rtol=0)
+
+def test_the_revision_of_the_base_is_kept(tmp_path):
+    model, tok = load(saved(toy(), tmp_path/'base'))
+    run = fit(model, tok, lab_data(), get('lora'), steps=1, batch_size=4, progress=False)
+    model.config._commit_hash = 'abc'
+    at = run.export(tmp_path/'adapter', form='peft')
+    assert peft.PeftConfig.from_pretrained(at).revision == 'abc'
+
+def test_what_answers_with_more_than_the_model_is_no_adapter_and_no_gguf(tmp_path):
+    run = fit(toy(), TOK, lab_data(), get('copilot'), steps=1, batch_size=4, progress=False)
+    for form in ('peft', 'gguf'):
+        with pytest.raises(ValueError, match="answers with the model 'copilot' and a decoder of its own"):
+            run.export(tmp_path/form, form=form)
+    with pytest.raises(ValueError, match='the path to export to is empty'):
+        run.export('')
+
+def test_a_layer_whose_name_ends_another_is_refused(tmp_path):
+    m = nn.ModuleDict(dict(out=nn.Linear(4, 4), more=nn.ModuleDict(dict(out=nn.Linear(4, 4)))))
+    att = attach(m, {'out.weight': True}, partial(LoRA, r=2))
+    with pytest.raises(ValueError, match="peft takes 'out' for 'more.out' as well"):
+        to_peft(att, tmp_path)
 
 def test_what_an_adapter_cannot_hold_is_refused(tmp_path):
     model = toy()

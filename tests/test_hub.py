@@ -1,6 +1,8 @@
 "`ftlab push` against a stub of the hub: what is sent, what is not, and what nobody should publish"
 import json
-import pytest
+import pytest, torch
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import save_file
 import ftlab.instruments.hub as H
 from ftlab import cli
 from ftlab.instruments.hub import files_to_send, push
@@ -20,6 +22,7 @@ class Hub:
     def upload_folder(self, **how):
         self.asked.append(('upload', how['repo_id'], how['folder_path'],
                            tuple(how['allow_patterns'])))
+        self.deletes = how['delete_patterns']
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
@@ -45,11 +48,17 @@ def test_a_repository_that_exists_is_left_alone_unless_asked(folder):
     assert not hub.asked
     push(folder, 'ann/talk', update=True, api=hub)
     assert [a[0] for a in hub.asked] == ['upload']
+    old = ['model.safetensors', 'model-00001-of-00002.safetensors', 'model.safetensors.index.json',
+           'adapter_config.json', 'adapter_model.safetensors', 'pytorch_model.bin', 'chat_template.jinja']
+    own = ['README.md', 'LICENSE', 'my.txt', 'm.gguf']
+    gone = [*filter_repo_objects([*old, *own], allow_patterns=hub.deletes)]
+    assert gone == old, 'what would be loaded instead of the new export'
     with pytest.raises(ValueError, match='only a new repository private'):
         push(folder, 'ann/talk', update=True, private=True, api=hub)
 
 STRAY = '''pytorch_model.bin checkpoint.safetensors delta.safetensors train.jsonl run.json log.jsonl rows/a.csv .env
-optimizer.pt runs/model.safetensors'''.split()
+optimizer.pt runs/model.safetensors model_backup/optimizer.safetensors model_my_private_rows.safetensors
+data/q.gguf'''.split()
 
 @pytest.mark.parametrize('stray', STRAY)
 def test_what_does_not_belong_is_never_sent(folder, stray):
@@ -77,10 +86,23 @@ def test_folders_that_are_no_export(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match='no weights'):
         push(folder, 'ann/talk')
 
+def test_broken_files_are_not_sent(folder):
+    keep = (folder/'model.safetensors').read_bytes()
+    (folder/'model.safetensors').write_bytes(b'')
+    with pytest.raises(ValueError, match='model.safetensors is not a safetensors file'):
+        push(folder, 'ann/talk', dry_run=True)
+    save_file({}, folder/'model.safetensors')
+    with pytest.raises(ValueError, match='holds no tensor'):
+        push(folder, 'ann/talk', dry_run=True)
+    (folder/'model.safetensors').write_bytes(keep)
+    (folder/'config.json').write_text('')
+    with pytest.raises(ValueError, match='config.json cannot be read'):
+        push(folder, 'ann/talk', dry_run=True)
+
 @pytest.mark.parametrize('base', ['/home/ann/base', '', None, 'lab-s'])
 def test_an_adapter_needs_a_base_that_others_can_load(tmp_path, base):
     (tmp_path/'adapter_config.json').write_text(json.dumps(dict(base_model_name_or_path=base)))
-    (tmp_path/'adapter_model.safetensors').write_text('x')
+    save_file(dict(a=torch.ones(1)), tmp_path/'adapter_model.safetensors')
     with pytest.raises(ValueError, match='nobody else can load'):
         files_to_send(tmp_path)
     said = json.dumps(dict(base_model_name_or_path='ann/base'))

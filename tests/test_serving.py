@@ -8,6 +8,7 @@ from ftlab.core.data import data
 from ftlab.instruments.serving import serve_check
 from ftlab.methods import get
 from ftlab.trainers.fit import fit
+from ftlab.trainers.run import merged_weights
 from served import TEMPLATE, served
 from toys import TOK, classifier, label_data
 
@@ -38,7 +39,7 @@ def weights(folder, change):
 def test_a_faithful_export_passes(run, folder):
     found = serve_check(folder, run, **FAST)
     assert found.parted is None and set(found.found['stages'].values()) == {'same'}, found
-    assert found.found['logits'] < 1e-4 and 'is what was trained' in repr(found)
+    assert found.found['logits'] < 1e-4 and 'no difference, on 3 prompts of at most' in repr(found)
 
 def test_a_changed_template_parts_at_the_text(run, folder):
     (folder/'chat_template.jinja').write_text(TEMPLATE.replace("'\n' + m['content']", "' ' + m['content']"))
@@ -124,6 +125,109 @@ def test_a_run_in_bfloat16(tmp_path):
     name = 'model.layers.{}.mlp.up_proj.weight'
     weights(at, lambda w: w.update({name.format(1): w[name.format(0)].clone()}))
     assert stage(at, run) == 'weights'
+
+CATS = [dict(prompt=f'the cat {i}', response='sat on the mat') for i in range(60)]
+
+@pytest.mark.filterwarnings('ignore:rounding to')
+def test_a_change_that_rounding_took_away(tmp_path):
+    model, tok = served()
+    model.to(torch.bfloat16)
+    run = fit(model, tok, data(CATS), get('lora'), steps=5, batch_size=4, lr=1e-4, progress=False)
+    with pytest.warns(UserWarning, match='rounding to bfloat16 changes what was trained by'):
+        at = run.export(tmp_path/'tuned')
+    found = serve_check(at, run, **FAST)
+    base = {n: run.delta.attached.before(n).float() for n in run.delta.attached.deltas}
+    held = {n: p.float() for n, p in merged_weights(run.model, run.delta.attached).items()}
+    deltas = run.delta.attached.deltas
+    want = {n: d.s*(d.B.float() @ d.A.float()).detach() for n, d in deltas.items()}
+    off = sum(float((held[n] - base[n] - want[n]).square().sum()) for n in want)
+    lost = (off/sum(float(w.square().sum()) for w in want.values()))**.5
+    assert found.found['lost'] == pytest.approx(lost, rel=1e-3) and lost > .5
+    assert found.parted == 'weights' and f'by {lost:.0%} of its size' in found.found['stages']['weights']
+
+def test_a_float32_run_loses_nothing_and_nothing_is_said(run, tmp_path, recwarn):
+    found = serve_check(run.export(tmp_path/'tuned'), run, **FAST)
+    assert found.found['lost'] < 1e-4 and not found.found['notes']
+    assert not [w for w in recwarn if 'rounding' in str(w.message)]
+
+def tokenizer(folder, change):
+    edit(folder/'tokenizer.json', change)
+
+def swapped(t):
+    words = t['model']['vocab']
+    a, b = sorted(words, key=words.get)[300:302]
+    words[a], words[b] = words[b], words[a]
+
+def without_tool(t):
+    t['added_tokens'] = [x for x in t['added_tokens'] if x['content'] != '<tool>']
+
+@pytest.mark.parametrize('change', [
+    swapped, without_tool, lambda t: t.update(decoder=None),
+    lambda t: t.update(normalizer=dict(type='Lowercase')),
+    lambda t: t['model'].update(merges=t['model']['merges'][:-1])])
+def test_another_tokenizer_parts_at_the_tokens_whatever_the_prompts(run, folder, change):
+    tokenizer(folder, change)
+    assert stage(folder, run) == 'tokens'
+
+def test_another_model_max_length(run, folder):
+    edit(folder/'tokenizer_config.json', lambda c: c.update(model_max_length=8))
+    assert 'model_max_length' in serve_check(folder, run, **FAST).found['stages']['tokens']
+
+DYNAMIC = dict(rope_parameters=dict(rope_type='dynamic', factor=8., rope_theta=10000.))
+
+@pytest.mark.parametrize('change', [DYNAMIC, dict(max_position_embeddings=16)])
+def test_a_configuration_that_acts_on_longer_prompts(run, folder, change):
+    edit(folder/'config.json', lambda c: c.update(change))
+    found = serve_check(folder, run, **FAST)
+    assert found.parted == 'logits' and f'config.{next(iter(change))}' in found.found['stages']['logits']
+
+def test_a_branch_of_the_template_that_no_prompt_takes(run, folder):
+    (folder/'chat_template.jinja').write_text("{% if messages[0]['role'] == 'system' %}x{% endif %}" + TEMPLATE)
+    found = serve_check(folder, run, **FAST)
+    assert found.parted == 'text' and 'none of these prompts' in found.found['stages']['text']
+
+def test_all_prompts_of_the_user_are_asked_and_counted(run, folder):
+    found = serve_check(folder, run, [f'the cat {i}' for i in range(23)], max_new_tokens=1)
+    assert found.found['prompts'] == 23 and 'no difference, on 23 prompts of at most' in repr(found)
+    long = serve_check(folder, run, ['the cat sat on the mat '*60], max_new_tokens=1)
+    assert any('1 of the prompts were cut' in n for n in long.found['notes'])
+    for wrong, say in [(dict(prompts='abc'), "prompts is the text 'abc'"), (dict(n=-1), 'n is -1'),
+                       (dict(prompts=[]), 'no prompt')]:
+        with pytest.raises(ValueError, match=say):
+            serve_check(folder, run, **wrong)
+
+def test_damaged_weights_are_named(run, folder):
+    (folder/'model.safetensors').write_bytes((folder/'model.safetensors').read_bytes()[:99])
+    with pytest.raises(ValueError, match='model.safetensors is not a safetensors file, or is damaged'):
+        serve_check(folder, run, **FAST)
+
+@pytest.mark.filterwarnings('ignore:llama.cpp ends', 'ignore:the tokenizer composes')
+def test_what_llama_cpp_does_otherwise_is_said(tmp_path):
+    pytest.importorskip('gguf', reason='gguf is in the bench extra')
+    from tokenizers import normalizers
+    model, tok = served('qwen2', rule='qwen2')
+    model.generation_config.eos_token_id = tok.eos_token_id
+    tok.chat_template = None
+    run = fit(model, tok, data(CATS), get('lora'), steps=1, batch_size=4, progress=False)
+    with pytest.warns(UserWarning, match="llama.cpp ends an answer at '<[|]im_end[|]>' as well"):
+        at = run.export(tmp_path/'a.gguf', form='gguf')
+    assert any('<|im_end|>' in n for n in serve_check(at, run, **FAST).found['notes'])
+    tok.backend_tokenizer.normalizer = normalizers.NFC()
+    with pytest.warns(UserWarning, match='loose accents'):
+        at = run.export(tmp_path/'b.gguf', form='gguf')
+    assert any('loose accents' in n for n in serve_check(at, run, **FAST).found['notes'])
+
+def test_a_gguf_file_with_two_templates(tmp_path):
+    pytest.importorskip('gguf', reason='gguf is in the bench extra')
+    model, tok = served()
+    tok.chat_template = {'default': TEMPLATE, 'tool use': TEMPLATE + 'x'}
+    run = fit(model, tok, data(CATS), get('lora'), steps=1, batch_size=4, progress=False)
+    at = run.export(tmp_path/'a.gguf', form='gguf')
+    assert stage(at, run) is None
+    tok.chat_template = {'default': TEMPLATE, 'tool use': TEMPLATE + 'y'}
+    assert stage(at, run) == 'text'
+    tok.chat_template = TEMPLATE
+    assert stage(at, run) == 'text', 'a template that the run does not have'
 
 def test_a_classifier(tmp_path):
     d = label_data()

@@ -3,7 +3,8 @@ import copy, json
 import pytest, torch
 import ftlab
 from ftlab import cli
-from ftlab.core.data import data, read_again
+from ftlab.core.data import data
+from ftlab.core.mix import mix, read_again, read_mix
 from ftlab.instruments.compare import Comparison, compare
 from ftlab.instruments.report import read_run
 from ftlab.instruments.winner import choose
@@ -140,10 +141,6 @@ def test_a_point_within_a_limit_is_trained_as_it_was_measured(made):
     row['within'] = dict(rate=1e-2, step=3, dose=1., gain=mean([.1]), forgetting=mean([.0]))
     short = Comparison(r, found.bench, found.recipes).train('full', progress=False)
     assert len(short.log) == 3 and short.log[2]['lr'] > 0, 'the schedule is that of the whole run'
-    row['within'] |= dict(dose=.5)
-    half = Comparison(r, found.bench, found.recipes).train('full', progress=False)
-    whole, part = short.delta.tensors(), half.delta.tensors()
-    assert all(torch.allclose(part[k], whole[k]/2, atol=1e-6) for k in whole)
 
 @pytest.mark.parametrize('name', ['full', 'lora'])
 def test_a_dose_of_each_kind_of_change(made, name):
@@ -196,3 +193,75 @@ def test_the_command_needs_the_folder_alone(made, tmp_path, capsys, monkeypatch)
     assert 'name a new folder' in capsys.readouterr().err
     assert cli.main(['winner', str(at/'compare'), '--out', 'x', '--eval', 'y']) == 1
     assert '--eval belongs to --data' in capsys.readouterr().err
+
+# ---- the point that is trained is the point that was measured
+
+def test_a_point_from_shorter_tuning_is_trained_as_it_was_measured(made, tmp_path):
+    from ftlab.instruments.bench import score
+    at, _ = made
+    d = data(at/'my.jsonl', columns=dict(prompt='q'))
+    found = compare(['full'], at/'model', d, seeds=1, lrs=[1e-2, 3e-2], max_runs=5, tune_steps=5,
+                    lose_at_most=100, old='sort', out=tmp_path/'c', **FAST)
+    row = found.result['methods'][0]
+    run = found.train(progress=False)
+    gain = score('nll', run.model, run.tok, d.test[:8], d) - row['seeds'][0]['before']
+    assert gain == pytest.approx(row['within']['gain']['mean'], abs=1e-6)
+    assert row['within']['step'] == len(run.log)
+
+def test_an_older_result_that_names_a_step_of_the_tuning_run():
+    path = [dict(step=s, gain=.1, forgetting=0.) for s in (0, 3, 6)]
+    a = method('a', [.5]*3, [.0]*3, within=within(.4, .01, step=5))
+    for s in a['seeds']:
+        s['path'] = path
+    assert choose(result(a, limit=2.)).step == 6
+    a['within']['step'] = 3
+    assert choose(result(a, limit=2.)).step == 3
+    a['within']['dose'] = .5
+    assert choose(result(a, limit=2.)).step == 6, 'a share was measured at the end'
+
+def test_a_winner_on_a_mixture(tmp_path, monkeypatch):
+    toy().save_pretrained(tmp_path/'model')
+    TOK.save_pretrained(tmp_path/'model')
+    d = data('sort', n=60)
+    rows = [dict(q=r['prompt'], response=r['response']) for r in d.train + d.validation + d.test]
+    (tmp_path/'my.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    monkeypatch.chdir(tmp_path)
+    shares = {'my.jsonl': .75, 'new-procedure': .25}
+    d = read_mix(shares, columns=dict(prompt='q'))
+    asked = ('compare --model model --data my.jsonl=.75,new-procedure=.25 --columns prompt=q --methods full '
+             '--seeds 1 --lr 1e-2 --steps 2 --batch-size 4 --items 4 --old sort --old-items 4 --out c --metric nll')
+    assert cli.main(asked.split()) == 0
+    monkeypatch.chdir('/')
+    monkeypatch.setattr('os.getcwd', lambda: '/')
+    run = Comparison.read(tmp_path/'c'/'result.json').train(out=tmp_path/'run', progress=False)
+    assert run.data.fingerprint == d.fingerprint and len(run.log) == 2
+    assert read_run(tmp_path/'run').data.fingerprint == d.fingerprint
+
+def test_a_mixture_is_read_again_only_if_every_source_can_be(tmp_path):
+    d = mix({'sort': .5, 'new-procedure': .5}, n=20, seed=3, evaluate='new-procedure')
+    again = read_again(json.loads(json.dumps(d.origin)))
+    assert again.fingerprint == d.fingerprint and again.note == d.note
+    own = [dict(prompt=f'{i}', response='b') for i in range(40)]
+    assert mix({'sort': .5, 'own': (own, .5)} | {'sort': ('sort', .5)}).origin is None
+
+def test_what_would_only_fail_after_training_is_refused_before(made, tmp_path, capsys, monkeypatch):
+    at, _ = made
+    monkeypatch.chdir(tmp_path)
+    for more, say in [('--method full --export e --form peft', 'cannot hold'),
+                      ('--export run', 'are one folder'), ('--export run/e', 'one in the other')]:
+        assert cli.main(['winner', str(at/'compare'), '--out', 'run', *more.split()]) == 1
+        assert say in capsys.readouterr().err and not (tmp_path/'run').exists()
+    for text, say in [('{}', 'is no result of a comparison'), ('{"methods": [', 'cannot be read as JSON')]:
+        (tmp_path/'result.json').write_text(text)
+        assert cli.main(['winner', 'result.json']) == 1
+        said = capsys.readouterr().err
+        assert say in said and 'result.json' in said
+
+def test_the_device_of_the_comparison_is_used_or_its_absence_said(made):
+    _, found = made
+    r = copy.deepcopy(found.result)
+    r['protocol']['device'] = 'mps'
+    at, _ = made
+    run = Comparison(r).train('full', model=at/'model', data=found.bench.given, progress=False)
+    here = 'mps' if torch.backends.mps.is_available() else 'cpu'
+    assert any('made on mps and this run on cpu' in n for n in run.notes) == (here == 'cpu')

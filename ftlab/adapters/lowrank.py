@@ -61,7 +61,8 @@ class LoRA(nn.Module):
 # %% ../../nbs/adapters/lowrank.ipynb #0013af9e
 def to_peft(att:Attached,      # a change that consists of LoRA, and perhaps of a classifier's head
             folder:str|Path,   # the adapter folder to write
-            base:str=''        # the name of the base in the adapter's configuration
+            base:str='',       # the name of the base in the adapter's configuration
+            revision:str|None=None # of the base, on the hub
            ) -> Path:          # the folder
     """Write an attached LoRA as a peft adapter folder, with which peft computes the same.
     Raises `ValueError` for a change that such a folder cannot hold."""
@@ -74,7 +75,8 @@ def to_peft(att:Attached,      # a change that consists of LoRA, and perhaps of 
     for m in heads:
         tensors |= {f'base_model.model.{m}.{k}': t for k,
                     t in att.model.get_submodule(m).state_dict().items()}
-    config = dict(peft_type='LORA', base_model_name_or_path=base, **_peft_settings(names),
+    config = dict(peft_type='LORA', base_model_name_or_path=base, revision=revision,
+                  **_peft_settings(names),
                   target_modules=list(names), bias='none', modules_to_save=heads or None,
                   fan_in_fan_out=any(is_transposed(att.model, n) for n in att.deltas),
                   task_type=_task(att.model), inference_mode=True)

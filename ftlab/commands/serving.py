@@ -20,7 +20,7 @@ def add_serve_check(p:argparse.ArgumentParser) -> None:
     add('--run', dest='of', required=True, metavar='RUN', help='the folder of the run that it was exported from')
     add('--prompts', metavar='FILE', help='a text file with one prompt a line, or .jsonl with prompt or messages '
                                           '(default: test rows of the run)')
-    add('--n', type=positive, default=20, metavar='N', help='how many prompts (default: %(default)s)')
+    add('--n', type=positive, metavar='N', help='how many prompts (default: all of FILE, or 20 of the run)')
     add('--max-new-tokens', type=positive, default=32, metavar='N', help='of each answer (default: %(default)s)')
 
 def prompts_in(path:str) -> list:
@@ -50,10 +50,10 @@ def run_serve_check(a:argparse.Namespace) -> tuple[dict, str]:
 def add_push(p:argparse.ArgumentParser) -> None:
     "Add the arguments of `ftlab push`"
     add = p.add_argument
-    add('folder', metavar='FOLDER', help='an exported folder, plain or of peft')
+    add('folder', metavar='FOLDER', help='an exported folder, plain or of peft; a GGUF file only inside one')
     add('name', metavar='OWNER/NAME', help='of the repository on the hub')
     add('--private', action='store_true', help='make a new repository private')
-    add('--update', action='store_true', help='send it to a repository that exists')
+    add('--update', action='store_true', help='replace the model in a repository that exists; its other files stay')
     add('--dry-run', action='store_true', help='send nothing; say what would be sent, and how large it is')
 
 def run_push(a:argparse.Namespace) -> tuple[dict, str]:

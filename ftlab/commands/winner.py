@@ -44,6 +44,32 @@ def _rows(a):
     return ftlab.data(a.data, test=a.eval, columns=columns_of(a), carry=listed(a.carry or ''),
                       wanted=a.wanted)
 
+def _checked(a, comparison, method:str) -> Path:
+    "Return the folder of the run. Raises an error for what would only fail after training"
+    from ftlab.core.gguf_file import gguf_package
+    check_form(a.form, a.gguf_dtype)
+    out = new_folder(a.out, '--out')
+    if not a.export:
+        if a.form != 'plain':
+            raise ValueError(f'--form {a.form} says how to export, and --export is not given')
+        return out
+    at = new_folder(a.export, '--export').resolve()
+    if at == out.resolve() or at in out.resolve().parents or out.resolve() in at.parents:
+        raise ValueError(f'--out {a.out!r} and --export {a.export!r} are one folder, or one in the other; name two')
+    if a.form == 'gguf':
+        gguf_package()
+    delta = next(m for m in comparison.result['methods'] if m['name'] == method)['recipe'].get('delta')
+    if a.form == 'peft' and not delta:
+        raise ValueError(f'{method} trains the weights themselves, which an adapter of peft cannot hold; '
+                         'leave out --form peft')
+    return out
+
+def _export(a, run, record) -> Path:
+    try:
+        return exported(run, a.export, a.form, record, a.gguf_dtype)
+    except (ValueError, OSError) as e:
+        raise type(e)(f'{e}. The run is kept: ftlab export {a.out} --out NEW writes it in another form') from None
+
 def run_winner(a:argparse.Namespace) -> tuple[dict, str]:
     "Train the winner of a comparison, and keep the run and the model"
     from ftlab.core.folder import read_json
@@ -52,18 +78,12 @@ def run_winner(a:argparse.Namespace) -> tuple[dict, str]:
     if not at.is_file():
         raise FileNotFoundError(f'there is no result.json in {a.folder!r}; name the folder that ftlab compare wrote')
     comparison = Comparison.read(at)
-    check_form(a.form, a.gguf_dtype)
-    if a.form != 'plain' and not a.export:
-        raise ValueError(f'--form {a.form} says how to export, and --export is not given')
     choice = comparison.winner(a.method, a.lose_at_most)
-    out = new_folder(a.out, '--out')
-    if a.export:
-        new_folder(a.export, '--export')
+    out = _checked(a, comparison, choice.method)
     run = comparison.train(a.method, out, a.lose_at_most, model=a.model, data=_rows(a),
                            device=a.device)
     record = read_json(out/'run.json')
-    files = [out/'delta.safetensors',
-             *([exported(run, a.export, a.form, record, a.gguf_dtype)] if a.export else [])]
+    files = [out/'delta.safetensors', *([_export(a, run, record)] if a.export else [])]
     said = '' if record['before'] is None else (f'; {record["metric"]} on test rows {record["before"]:.3f} -> '
                                                 f'{record["after"]:.3f}')
     noted = ''.join(f'\nnote: {n}' for n in run.notes)

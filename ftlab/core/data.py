@@ -24,7 +24,7 @@ from .table import as_html, html_table, to_the_left
 from .text import did_you_mean, some, split_of
 
 # %% auto #0
-__all__ = ['SPLITS', 'NAMED', 'SHARD', 'Data', 'Notes', 'question_of', 'note_overlap', 'on_hub', 'data', 'read_again']
+__all__ = ['SPLITS', 'NAMED', 'SHARD', 'Data', 'Notes', 'question_of', 'note_overlap', 'on_hub', 'data']
 
 # %% ../../nbs/core/data.ipynb #001341f0
 @dataclass(repr=False)
@@ -502,22 +502,6 @@ def _origin(given:dict) -> dict|None:
     columns = {k: plain(v) for k, v in (given['columns'] or {}).items()}
     return {k: plain(v) for k, v in (given | dict(columns=columns)).items()
             if v is not None and v not in ((), {})}
-
-def read_again(origin:dict,              # `Data.origin`
-               folder:str|Path|None=None # what relative paths are relative to; None: the current folder
-              ) -> Data:
-    """Read data from where they came. Raises what `data` raises, for example `FileNotFoundError` for a
-    file that is gone."""
-    def at(x):
-        if isinstance(x, list):
-            return [at(v) for v in x]
-        there = Path(folder or '.')/x
-        return str(there) if folder and there.exists() else x
-    skill = origin['source']
-    if isinstance(skill, str) and skill in lab('lookup').ALL_SKILLS:
-        return data(**origin)
-    sources = [k for k in ('source', 'validation', 'test') if k in origin]
-    return data(**origin | {k: at(origin[k]) for k in sources})
 
 # %% ../../nbs/core/data.ipynb #001e41f0
 def _assemble(sources:dict, reading:Reading, labels, name:str, seed:int, n:int|None,

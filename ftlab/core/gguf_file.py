@@ -6,6 +6,7 @@
 from __future__ import annotations
 import importlib.util
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 import torch
@@ -14,8 +15,8 @@ from .generate import stop_ids
 from .io import write_atomically
 
 # %% auto #0
-__all__ = ['TYPES', 'KNOWN', 'SAID', 'GPT2', 'BYTES', 'RULES', 'gguf_package', 'check_gguf', 'rule_of', 'write_gguf',
-           'gguf_fields']
+__all__ = ['TYPES', 'KNOWN', 'SAID', 'GPT2', 'BYTES', 'RULES', 'ENDS', 'gguf_package', 'check_gguf', 'rule_of', 'write_gguf',
+           'gguf_notes', 'gguf_fields']
 
 # %% ../../nbs/core/gguf_file.ipynb #f98ea344
 TYPES = ('f32', 'f16', 'bf16')
@@ -303,6 +304,27 @@ class _Kept:
             raise AttributeError(name)
         return lambda value: self.found.update({self.keys[name]: value})
 
+# llama.cpp, src/llama-vocab.cpp at 00ad355: it ends an answer at tokens of these texts
+ENDS = ('<|eot_id|>', '<|im_end|>', '<|end|>', '<|return|>', '<|call|>', '<|flush|>', '<|calls|>', '<end_of_turn>',
+        '<|endoftext|>', '</s>', '<|eom_id|>', '<EOT>', '_<EOT>', '[EOT]', '[EOS]', '<|end_of_text|>',
+        '<end_of_utterance>', '<eos>', '<turn|>', '<|tool_response>', '<｜end▁of▁sentence｜>', '[e~[',
+        '<|fim_pad|>', '<fim-pad>', '<fim_pad>', '<PAD>', '[PAD]', '<|fim_repo|>', '<|repo_name|>',
+        '<fim-repo>', '<REPO>', '<reponame>', '<|file_sep|>')
+
+def gguf_notes(model, tok) -> list[str]:
+    "Return what llama.cpp does otherwise with this tokenizer, whatever the file says"
+    fast = getattr(tok, 'backend_tokenizer', None)
+    if fast is None:
+        return []
+    vocab, stops = tok.get_vocab(), set(stop_ids(model, tok))
+    early = [t for t in ENDS if t in vocab and vocab[t] not in stops]
+    notes = [f'llama.cpp ends an answer at {", ".join(map(repr, early))} as well, because of the text of the token; '
+             'the run goes on'] if early else []
+    if json.loads(fast.to_str()).get('normalizer'):
+        notes.append('the tokenizer composes loose accents first (NFC) and llama.cpp does not, so text with them has '
+                     'other tokens there')
+    return notes
+
 def gguf_fields(model, tok) -> dict:
     "Return what `write_gguf` writes about the tokenizer, by key. Raises what it raises"
     gguf = gguf_package()
@@ -315,4 +337,9 @@ def gguf_fields(model, tok) -> dict:
                    add_add_bos_token=k.ADD_BOS,
                    add_add_eos_token=k.ADD_EOS, add_chat_template=k.CHAT_TEMPLATE))
     _write_tokenizer(w, model, tok, gguf)
+    if isinstance(named := w.found.get(k.CHAT_TEMPLATE), list):
+        w.found.pop(k.CHAT_TEMPLATE)
+        w.found |= {k.CHAT_TEMPLATE if t['name'] == 'default' else
+                    k.CHAT_TEMPLATE_N.format(name=re.sub('[^A-Za-z0-9]', '_', t['name'])): t['template']
+                    for t in named}
     return {key: [int(x) for x in v] if key == k.TOKEN_TYPE else v for key, v in w.found.items()}

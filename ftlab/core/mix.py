@@ -12,7 +12,7 @@ from .data import Data, Notes, data, note_overlap
 from .lab import lab
 
 # %% auto #0
-__all__ = ['row_counts', 'mix', 'read_mix']
+__all__ = ['row_counts', 'mix', 'read_mix', 'read_again']
 
 # %% ../../nbs/core/mix.ipynb #0006313a
 def row_counts(shares:list[float], n:int) -> list[int]:
@@ -94,7 +94,14 @@ def mix(sources,             # {source: share}, {name: (source, share)}, or a li
     title = ' + '.join(f'{s:.0%} {Path(name).name}' for name, s in zip(names, shares))
     return Data(**rows, kind=judge.kind, labels=judge.labels, name=title,
                 note='; '.join(notes.texts),
-                counts=notes.counts)
+                counts=notes.counts, origin=_origin(parts, n, seed, evaluate))
+
+def _origin(parts, n, seed, evaluate) -> dict|None:
+    "Return what `read_again` mixes from; `None` if a source has no origin"
+    if not all(d.origin for _, d, _ in parts):
+        return None
+    said = [dict(name=name, share=share, origin=d.origin) for name, d, share in parts]
+    return dict(mixture=said, n=n, seed=seed, evaluate=evaluate)
 
 def _checked_n(n, names, shares, sizes) -> int:
     """Return the size of the mixture. Raises `ValueError` if a source has too few rows, or gets
@@ -138,3 +145,22 @@ def read_mix(shares:Mapping[str, float], # source -> share
         more = dict(test=test) if i == 0 and test is not None else {}
         read[s] = data(s, **more) if s in skills else data(s, **how, **more)
     return mix({s: (read[s], share) for s, share in shares.items()})
+
+def read_again(origin:Mapping,           # `Data.origin`, of a single source or of a mixture
+               folder:str|Path|None=None # what relative paths are relative to; None: the current folder
+              ) -> Data:
+    """Read data from where they came. Raises what `data` raises, for example `FileNotFoundError` for a
+    file that is gone."""
+    def at(x):
+        if isinstance(x, list):
+            return [at(v) for v in x]
+        there = Path(folder or '.')/x
+        return str(there) if folder and there.exists() else x
+    if 'mixture' in origin:
+        read = {p['name']: (read_again(p['origin'], folder), p['share']) for p in origin['mixture']}
+        return mix(read, **{k: v for k, v in origin.items() if k != 'mixture'})
+    skill = origin['source']
+    if isinstance(skill, str) and skill in lab('lookup').ALL_SKILLS:
+        return data(**origin)
+    sources = [k for k in ('source', 'validation', 'test') if k in origin]
+    return data(**origin | {k: at(origin[k]) for k in sources})

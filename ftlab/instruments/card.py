@@ -6,14 +6,20 @@
 from __future__ import annotations
 import json
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
+import yaml
 from huggingface_hub import metadata_load, try_to_load_from_cache
 from ..adapters.store import change_digest
 from ..core.data import on_hub
 from ..core.io import write_text
+from ..core.labels import numbered
+from ..core.mix import read_again
+from ..core.model import notes_of
 from ..core.record import digest, versions
-from ..trainers.run import Run
+from ..methods import get
+from ..trainers.run import NOT_ITS_FILES, Run
 
 # %% auto #0
 __all__ = ['HUB_ID', 'PIPELINES', 'hub_id', 'last_part', 'escaped', 'without_paths', 'head_of', 'card', 'write_card']
@@ -53,7 +59,9 @@ def _called(run:Run) -> tuple[str, str|None]:
     "Return the base's name for people, and for the hub if it is there"
     name = run.settings.get('model_name') or getattr(run.model, 'name_or_path',
                                                      '') or type(run.model).__name__
-    return (hub_id(name) or last_part(name)), hub_id(name)
+    # only a model that was loaded from the hub has this; whether a folder has that name may change
+    hub = hub_id(name) if getattr(run.model.config, '_commit_hash', None) else None
+    return hub or last_part(name), hub
 
 def _record(run:Run, given:Mapping|None) -> dict:
     "Return run.json if it is about this run"
@@ -80,25 +88,32 @@ def _report(run:Run, given) -> tuple[dict|None, str]:
         return None, 'The report found beside the run is about another change, so none of it is used here.'
     return found, ''
 
-def _licence(run:Run) -> str|None:
-    "Return the licence that the base's own card or configuration states"
+def _licence(run:Run) -> str|list|None:
+    "Return the licence, or the licences, that the base's own card or configuration states"
     name = getattr(run.model, 'name_or_path', '') or ''
     said = getattr(run.model.config, 'license', None)
     at = Path(name)/'README.md'
     if not Path(name).is_dir():
-        at = hub_id(name) and try_to_load_from_cache(name, 'README.md')
+        at = _called(run)[1] and try_to_load_from_cache(_called(run)[1], 'README.md')
     if isinstance(at, (str, Path)) and Path(at).is_file():
         try:
             said = (metadata_load(at) or {}).get('license') or said
-        except ValueError: # a head that is not YAML says nothing
+        except (ValueError, yaml.YAMLError): # a head that is not YAML says nothing
             pass
-    return said if isinstance(said, str) and re.fullmatch(r'[\w.+-]{2,60}', said) else None
+    several = said if isinstance(said, list) else [said]
+    good = all(isinstance(s, str) and re.fullmatch(r'[\w.+-]{2,60}', s) for s in several)
+    return said if several and good else None
 
 # %% ../../nbs/instruments/card.ipynb #4af8037d
 def _datasets(run:Run) -> list[str]:
-    source = (run.data.origin or {}).get('source')
-    sources = source if isinstance(source, list) else [source]
-    return [s.partition(':')[0] for s in sources if on_hub(s)]
+    return list(dict.fromkeys(s.partition(':')[0] for s in _sources(run.data.origin) if on_hub(s)))
+
+def _sources(origin:Mapping|None) -> list:
+    "Return the names of all sources of a data set or a mixture"
+    if origin and 'mixture' in origin:
+        return [s for p in origin['mixture'] for s in _sources(p['origin'])]
+    source = (origin or {}).get('source')
+    return source if isinstance(source, list) else [source] if source else []
 
 def head_of(run:Run, form:str='plain') -> dict:
     "Return what stands in the card's YAML head"
@@ -114,33 +129,98 @@ def head_of(run:Run, form:str='plain') -> dict:
 
 def _data_lines(run:Run, known) -> list[str]:
     d = run.data
-    lines = [f'{escaped(last_part(d.name) if not hub_id(d.name) else d.name)}: {len(d.train):,} rows to train on, '
+    name = d.name if on_hub(d.name) else last_part(d.name)
+    if len(_sources(d.origin)) > 1 and 'mixture' not in d.origin:
+        name = ', '.join(map(last_part, _sources(d.origin)))
+    lines = [f'{escaped(name)}: {len(d.train):,} rows to train on, '
              f'{len(d.validation):,} for validation, {len(d.test):,} for testing, of kind {d.kind}'
              + (f', with {len(d.labels)} labels' if d.labels else '') + '.']
     notes = dict.fromkeys([*filter(None, d.note.split('; ')), *run.notes])
     return lines + [f'- {escaped(without_paths(n, known))}' for n in notes]
 
-def _repeat(run:Run) -> list[str]:
-    "Return the Python code that repeats the run, in a fence that its texts cannot close"
-    name, _ = _called(run)
-    origin = {k: v for k, v in (run.data.origin or {'source': run.data.name}).items()}
+def _data_code(origin:Mapping) -> str:
+    "Return the call that reads the data, with the last parts of their paths"
     def names(x):
         return [names(v) for v in x] if isinstance(x, list) else x if on_hub(x) else last_part(x)
-    for k in ('source', 'validation', 'test'):
-        if k in origin:
-            origin[k] = names(origin[k])
-    source = origin.pop('source')
-    given = ''.join(f', {k}={v!r}' for k, v in origin.items())
+    if 'mixture' in origin:
+        parts = ', '.join(f'{last_part(p["name"])!r}: ({_data_code(p["origin"])}, {p["share"]!r})'
+                          for p in origin['mixture'])
+        more = dict(n=origin['n'], seed=origin['seed'],
+                    evaluate=origin['evaluate'] and last_part(origin['evaluate']))
+        return f'ftlab.mix({{{parts}}}' + ''.join(f', {k}={v!r}' for k, v in more.items()) + ')'
+    given = {k: names(v) if k in ('source', 'validation', 'test') else v for k, v in origin.items()}
+    source = given.pop('source')
+    return f'ftlab.data({source!r}' + ''.join(f', {k}={v!r}' for k, v in given.items()) + ')'
+
+def _not_repeatable(run:Run) -> str:
+    "Return why code on the card would not repeat the run; '' if it would"
+    if run.interrupted or len(run.log) < run.settings.get('steps', 0):
+        return f'it ended after {len(run.log)} of {run.settings.get("steps")} steps'
+    if run.settings.get('callbacks'):
+        return 'callbacks took part in it'
+    if not (run.settings.get('model_name') or getattr(run.model, 'name_or_path', '')):
+        return 'the model was made in memory'
+    if changed := [n for n in notes_of(run.model) if any(k in n for k in NOT_ITS_FILES[1:])]:
+        return f'the model was changed after it was loaded ({changed[0]})'
+    try:
+        same = digest(get(run.recipe.name).describe()) == digest(run.recipe.describe())
+    except (KeyError, ValueError):
+        same = False
+    if not same:
+        return f'its Recipe is none that ftlab knows by the name {run.recipe.name}'
+    if not run.data.origin:
+        return 'its rows were given in memory'
+    try:
+        again = numbered(read_again(run.data.origin), run.model).fingerprint
+    except (OSError, ValueError, TypeError, KeyError):
+        return 'its data can no longer be read from where they came'
+    return '' if again == run.settings.get('data', again) else 'its rows were chosen or changed after they were read'
+
+def _fenced(code:list, language:str) -> list[str]:
+    "Return code in a fence that its texts cannot close"
+    fence = '`'*max(3, 1 + max(map(len, re.findall('`+', '\n'.join(code))), default=0))
+    return [f'{fence}{language}', *code, fence]
+
+def _repeat(run:Run, record:Mapping) -> list[str]:
+    "Return what repeats the run, or why nothing on the card does"
+    if c := run.settings.get('comparison'):
+        return ['To repeat it, with the folder of the comparison:', '',
+                *_fenced([f'ftlab winner COMPARISON --method {shlex.quote(c["method"])}'], 'sh')]
+    if why := _not_repeatable(run):
+        return [f'No code on this card repeats the run: {escaped(without_paths(why))}.']
     own = ('steps', 'batch_size', 'accumulate', 'lr', 'schedule', 'warmup', 'weight_decay',
            'betas', 'clip', 'seed',
            'max_length', 'precision', 'packing')
     settings = ', '.join(f'{k}={run.settings[k]!r}' for k in own if k in run.settings)
-    labels = f', labels=data.labels, seed={run.settings.get("seed", 0)}' if run.data.labels else ''
-    code = ['import ftlab', f'data = ftlab.data({source!r}{given})', f'model, tok = ftlab.load({name!r}{labels})',
+    code = ['import ftlab', f'data = {_data_code(run.data.origin)}',
+            f'model, tok = ftlab.load({_load_code(run, record)})',
             f'run = ftlab.fit(model, tok, data, ftlab.methods.get({run.recipe.name!r}),',
             f'                {settings})']
-    fence = '`'*max(3, 1 + max(map(len, re.findall('`+', '\n'.join(code))), default=0))
-    return [f'{fence}python', *code, fence]
+    return ['To repeat it, in a folder with the same files:', '', *_fenced(code, 'python')]
+
+def _load_code(run:Run, record:Mapping) -> str:
+    "Return the arguments of `ftlab.load`"
+    dtype, head = str(run.model.dtype).removeprefix('torch.'), record.get('head', 'auto')
+    more = dict(revision=record.get('revision') or getattr(run.model.config, '_commit_hash', None),
+                dtype=None if dtype == 'float32' else dtype,
+                head=None if head == 'auto' or not run.data.labels else head)
+    labels = f', labels=data.labels, seed={run.settings.get("seed", 0)}' if run.data.labels else ''
+    return f'{_called(run)[0]!r}' + ''.join(f', {k}={v!r}' for k, v in more.items() if v) + labels
+
+def _loading(run:Run, form:str) -> list[str]:
+    "Return how an adapter is loaded, with the names of a classifier's labels"
+    if form != 'peft':
+        return []
+    kinds = dict(SequenceClassification='SequenceClassification', CausalLM='CausalLM', LMHeadModel='CausalLM')
+    kind = next((k for part, k in kinds.items() if part in type(run.model).__name__), None)
+    if kind is None:
+        return []
+    names = {int(i): n for i, n in run.model.config.id2label.items()} if kind[0] == 'S' else {}
+    given = f', num_labels={len(names)}, id2label={names!r}' if names else ''
+    said = ['', 'The names of the labels belong to the base, so they are given here.']*bool(names)
+    code = [f'from peft import AutoPeftModelFor{kind}',
+            f'model = AutoPeftModelFor{kind}.from_pretrained("this folder"{given})']
+    return ['## To load it', *_fenced(code, 'python'), *said, '']
 
 # %% ../../nbs/instruments/card.ipynb #500935f9
 def _span(x:Mapping, scale:float=1., digits:int=3) -> str:
@@ -155,7 +235,8 @@ def _measured(run:Run, record:Mapping, report:Mapping|None) -> list[str]:
     "Return what was measured of this run"
     lines = []
     if record.get('before') is not None and record.get('after') is not None:
-        lines.append(f'- {escaped(record["metric"])} on test rows: {record["before"]:.4f} before, '
+        rows = f'{record["items"]} of {len(run.data.test)} test rows' if 'items' in record else 'test rows'
+        lines.append(f'- {escaped(record["metric"])} on {rows}: {record["before"]:.4f} before, '
                      f'{record["after"]:.4f} after')
     for s in (report or {}).get('sets', []):
         what = 'what it could do before' if s['old'] else 'the new task'
@@ -165,11 +246,17 @@ def _measured(run:Run, record:Mapping, report:Mapping|None) -> list[str]:
     if lost and lost.get('mean') is not None:
         lines.append(f'- forgetting, mean over {lost["sets"]} sets: {_span(lost)} (95% interval over questions)')
     if c := run.settings.get('comparison'):
+        unit = dict(nll='nats a token').get(c['metric'], f'in {c["metric"]}')
         lines += [f'- in a comparison of {escaped(", ".join(c["methods"]))} over {c["seeds"]} seeds: '
-                  f'gain {_span(c["gain"])}, {escaped(c["measured"])} {_span(c["forgetting"])} '
+                  f'gain {_span(c["gain"])} {escaped(unit)}, {escaped(_lost(c))} {_span(c["forgetting"])} '
                   '(95% interval over seeds, where there are three or more)',
                   f'- {escaped(c["why"])}']
     return lines or ['- nothing: no report, no test score and no comparison belongs to this run']
+
+def _lost(c:Mapping) -> str:
+    "Return what a comparison measured as forgetting, and in what"
+    names = ', '.join(map(str, c['old'] or ()))
+    return c['measured'] if c['measured'].startswith('drift') else f'forgetting on {names or c["measured"]}'
 
 def _limits(run:Run, record:Mapping, report:Mapping|None, absent:str) -> list[str]:
     "Return what was not measured, and what speaks against the model"
@@ -182,9 +269,13 @@ def _limits(run:Run, record:Mapping, report:Mapping|None, absent:str) -> list[st
     lines.append('- Safety, bias, and abilities outside the sets above were not measured.')
     if run.interrupted:
         lines.append(f'- The run was interrupted after {len(run.log)} steps.')
-    if c and (c['dose'] < 1 or c['step'] is not None):
-        lines.append(f'- Training ended after step {c["step"] or len(run.log)}, and {c["dose"]:.0%} of the change '
-                     'is kept.')
+    if c and len(run.log) < run.settings.get('steps', 0):
+        lines.append(f'- Training ended after step {len(run.log)} of {run.settings["steps"]}.')
+    if c and c['dose'] < 1:
+        lines.append(f'- Only {c["dose"]:.0%} of the change is kept.')
+    if run.beyond:
+        lines.append(f'- {escaped(run.recipe.name)} answers with {escaped(run.beyond)}, and this folder holds the '
+                     'model alone, so what stands under Measured is not of this folder.')
     return lines + [f'- Against it: {x}' for x in _against(record, report, c)]
 
 def _against(record, report, c) -> list[str]:
@@ -202,7 +293,7 @@ def _against(record, report, c) -> list[str]:
     if c and c['gain'].get('low') is not None and c['gain']['low'] <= 0:
         worse.append('in the comparison, the interval of its gain includes 0.')
     if c and c['forgetting'].get('low') is not None and c['forgetting']['low'] > 0:
-        worse.append(f'in the comparison it clearly lost something: {escaped(c["measured"])} {_span(c["forgetting"])}.')
+        worse.append(f'in the comparison it clearly lost something: {escaped(_lost(c))} {_span(c["forgetting"])}.')
     return worse
 
 # %% ../../nbs/instruments/card.ipynb #7796c874
@@ -219,15 +310,17 @@ def card(run:Run, *, record:Mapping|None=None, # what run.json holds; None: the 
     known = [run.data.name, getattr(run.model, 'name_or_path', ''), Path.cwd(), Path.home()]
     head = [f'{k}: {json.dumps(v)}' for k, v in head_of(run, form).items()]
     at = f', revision {escaped(revision)}' if revision else ', revision not recorded'
+    rate = run.settings.get('lr', 'not recorded')
     licence = _licence(run)
+    licence = ', '.join(licence) if isinstance(licence, list) else licence
     made = ', '.join(f'{k} {v}' for k, v in versions().items() if k != 'system')
     parts = ['---', *head, '---', '', f'# {escaped(title or f"{name}, fine-tuned by {run.recipe.name}")}', '',
              f'{escaped(name)}{at if hub else ""}, fine-tuned with ftlab by {escaped(run.recipe.name)}: '
              f'{len(run.log)} steps, {run.cost["trainable"]:,} trained parameters.', '',
              '## Data', *_data_lines(run, known), '', '## Recipe',
              *(f'- {escaped(k)}: {escaped(without_paths(str(v), known))}'
-               for k, v in run.recipe.describe().items()), '',
-             'To repeat it, in a folder with the same files:', '', *_repeat(run), '',
+               for k, v in (run.recipe.describe() | dict(lr=rate)).items()), '',
+             *_repeat(run, record), '', *_loading(run, form),
              '## Measured', *_measured(run, record, found), '', '## Limits',
              *_limits(run, record, found, absent), '',
              '## Licence', f'The base says: {escaped(licence)}.' if licence else 'Not known: neither the card nor the '

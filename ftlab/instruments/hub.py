@@ -4,25 +4,30 @@
 
 # %% ../../nbs/instruments/hub.ipynb #52a3567c
 from __future__ import annotations
-import json
 import os
 import re
 from pathlib import Path
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.constants import HF_HUB_OFFLINE
+from ..core.folder import check_folder, read_json, tensor_shapes
 
 # %% auto #0
-__all__ = ['NAME', 'BELONGS', 'files_to_send', 'push']
+__all__ = ['NAME', 'BELONGS', 'REPLACED', 'files_to_send', 'push']
 
 # %% ../../nbs/instruments/hub.ipynb #1f1fb4f5
 NAME = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*')
-BELONGS = (r'model.*\.safetensors(\.index\.json)?', r'adapter_model\.safetensors',
+BELONGS = (r'model(-\d{5}-of-\d{5})?\.safetensors', r'model\.safetensors\.index\.json', r'adapter_model\.safetensors',
            r'(adapter_|generation_)?config\.json',
            r'(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json',
            r'(preprocessor|processor)_config\.json',
            r'(merges|vocab)\.txt', r'(tokenizer|spiece|sentencepiece.*)\.model', r'chat_template\.(jinja|json)',
            r'additional_chat_templates/[\w-]+\.jinja', r'README\.md', r'LICEN[CS]E(\.\w+)?', r'NOTICE(\.\w+)?',
-           r'.*\.gguf')
+           r'[^/]*\.gguf', r'labels\.json')
+# of an older export in a repository, which `from_pretrained` would read instead of the new one's, or with it
+REPLACED = ('*.safetensors', '*.safetensors.index.json', 'pytorch_model*.bin', 'pytorch_model*.bin.index.json',
+            'config.json', 'generation_config.json', 'adapter_config.json', 'labels.json', 'tokenizer*',
+            'special_tokens_map.json', 'added_tokens.json', 'vocab.*', 'merges.txt', 'spiece.model',
+            'chat_template*', 'additional_chat_templates/*')
 
 def files_to_send(folder:str|Path) -> dict[str, int]:
     """Return name and size of each file of an export. Raises `FileNotFoundError` for a folder that is none, and
@@ -43,6 +48,11 @@ def files_to_send(folder:str|Path) -> dict[str, int]:
                          'elsewhere, then push')
     if not any(n.endswith('.safetensors') for n in names.values()):
         raise FileNotFoundError(f'the folder {str(folder)!r} has no weights as safetensors')
+    for p in (p for p in there if p.suffix == '.safetensors'):
+        if not tensor_shapes(p):
+            raise ValueError(f'{str(p)!r} holds no tensor; export again')
+    if (folder/'config.json').is_file():
+        check_folder(folder)
     _check_base(folder)
     return {n: p.stat().st_size for p, n in names.items()}
 
@@ -51,7 +61,7 @@ def _check_base(folder:Path) -> None:
     at = folder/'adapter_config.json'
     if not at.is_file():
         return
-    base = json.loads(at.read_text(encoding='utf-8')).get('base_model_name_or_path')
+    base = read_json(at).get('base_model_name_or_path')
     if not base or not NAME.fullmatch(base) or Path(base).exists():
         raise ValueError(f'adapter_config.json names {base!r} as the base, which nobody else can load; put the name '
                          'that the base has on the hub into base_model_name_or_path')
@@ -60,7 +70,7 @@ def _check_base(folder:Path) -> None:
 def push(folder:str|Path,       # an export
          name:str,              # owner/name
          *, private:bool=False, # of a new repository
-         update:bool=False,     # send to a repository that exists
+         update:bool=False,     # replace the model in a repository that exists; its other files stay
          dry_run:bool=False,    # send nothing
          api=None               # what speaks to the hub; None: `huggingface_hub.HfApi`
         ) -> dict:              # name, address, files ({name: size}), bytes, sent
@@ -90,5 +100,6 @@ def push(folder:str|Path,       # an export
     if not exists:
         api.create_repo(name, private=private)
     api.upload_folder(repo_id=name, folder_path=str(folder), commit_message='Upload by ftlab',
-                      allow_patterns=list(files))
+                      allow_patterns=list(files),
+                      delete_patterns=list(REPLACED) if exists else None)
     return found | dict(sent=True)

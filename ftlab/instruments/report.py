@@ -20,12 +20,12 @@ from ..core.io import write_atomically
 from .bench import metric_for
 from ..core.anatomy import UnknownArchitecture
 from ..core.batches import collate
-from ..core.data import Data, data as as_data, read_again
+from ..core.data import Data, data as as_data
 from ..core.tokens import encode, prompt_ids
 from ..core.generate import generate
 from ..core.labels import numbered
 from ..core.loading import load
-from ..core.mix import read_mix
+from ..core.mix import read_again, read_mix
 from ..core.model import device_of, evaluating, model_inputs, pad_id, row_limit, to_device
 from ..core.paper import Method
 from ..core.recipe import Recipe

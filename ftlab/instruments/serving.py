@@ -4,30 +4,34 @@
 
 # %% ../../nbs/instruments/serving.ipynb #b32bd78f
 from __future__ import annotations
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from ..core.folder import check_folder
 from ..core.generate import render, stop_ids
-from ..core.gguf_file import gguf_fields, gguf_package
+from ..core.gguf_file import gguf_fields, gguf_notes, gguf_package
 from ..core.loading import quiet
 from ..core.model import device_of, evaluating
 from ..core.template import chat_prompt
 from .report import read_run
-from ..trainers.run import Run, merged_weights
+from ..trainers.run import Run, merged_weights, rounded_away
 
 # %% auto #0
-__all__ = ['STAGES', 'CLOSE', 'Served', 'prompts_of', 'serve_check']
+__all__ = ['STAGES', 'CLOSE', 'MOST_LOST', 'PASSING', 'Served', 'prompts_of', 'serve_check']
 
 # %% ../../nbs/instruments/serving.ipynb #89de306c
 STAGES = ('text', 'tokens', 'settings', 'weights', 'logits', 'answers')
 CLOSE = 1e-4 # of the standard deviation of the logits
+MOST_LOST = .5 # of the size of the change, by rounding
 
 @dataclass
 class Served:
     "What a check of an exported model found"
-    found:dict # exported, stages ({stage: 'same', 'not compared' or what differs}), notes, prompts, logits
+    # exported, stages ({stage: 'same', 'not compared' or what differs}), notes, prompts, tokens, logits, lost
+    found:dict
 
     @property
     def parted(self) -> str|None:
@@ -40,7 +44,9 @@ class Served:
 
     def __repr__(self) -> str:
         lines = [f'{s:9} {self.found["stages"][s]}' for s in STAGES]
-        end = f'parts at: {self.parted}' if self.parted else 'what is served is what was trained'
+        f = self.found
+        end = (f'parts at: {self.parted}' if self.parted else f'no difference, on {f["prompts"]} prompts of at most '
+               f'{f["tokens"]} tokens')
         return '\n'.join([*lines, *(f'note: {n}' for n in self.found['notes']), f'{self.found["exported"]}: {end}'])
 
 def prompts_of(run:Run, n:int=20) -> list:
@@ -85,6 +91,8 @@ def _check_text(run, tok, prompts) -> Iterator[str]:
     else:
         yield from _differs('character', _texts(prompts, run.tok, False),
                             _texts(prompts, tok, True))
+    if run.tok.chat_template != tok.chat_template:
+        yield 'the templates differ, in a part that none of these prompts uses'
 
 def _check_tokens(run, tok, prompts, labels:bool) -> Iterator[str]:
     texts = _texts(prompts, run.tok, False)
@@ -96,6 +104,17 @@ def _check_tokens(run, tok, prompts, labels:bool) -> Iterator[str]:
     bare = [_chat(p)['messages'][-1]['content'] or '' for p in prompts]
     mine, served = ([t(b).input_ids for b in bare] for t in (run.tok, tok))
     yield from _differs('token of the bare text', mine, served)
+    mine, served = _rules(run.tok), _rules(tok)
+    for k in sorted(mine.keys() | served.keys()):
+        if mine.get(k) != served.get(k):
+            yield f'{k} of the tokenizers differs, though these prompts have the same tokens'
+
+def _rules(tok) -> dict:
+    "Return what is in a tokenizer's files, without what the last call left there"
+    fast = getattr(tok, 'backend_tokenizer', None)
+    rules = json.loads(fast.to_str()) if fast else dict(vocabulary=tok.get_vocab())
+    own = {k: v for k, v in rules.items() if k not in ('padding', 'truncation', 'version')}
+    return own | dict(model_max_length=tok.model_max_length)
 
 # %% ../../nbs/instruments/serving.ipynb #b01a5569
 def _ends(config) -> set[int]:
@@ -186,6 +205,17 @@ def _reference(run, model, weights):
                 own[n].copy_(t.cpu().to(kinds.get(n) or t.dtype).float())
     return ours.eval()
 
+# compared elsewhere, or without influence on the logits
+PASSING = ('dtype', 'torch_dtype', 'transformers_version', 'architectures', 'use_cache', 'id2label',
+           'label2id', 'problem_type')
+
+def _check_config(run, model) -> Iterator[str]:
+    "Yield what differs in two configurations whose logits agree"
+    a, b = (json.loads(json.dumps(m.config.to_dict(), default=str)) for m in (run.model, model))
+    for k in sorted(a.keys() | b.keys()):
+        if k not in PASSING and not k.startswith('_') and a.get(k) != b.get(k):
+            yield f'config.{k}: the run has {a.get(k)!r}, the export {b.get(k)!r}, which these prompts do not show'
+
 @torch.no_grad()
 def _check_logits(mine, theirs, ids, seen:dict) -> Iterator[str]:
     for i, row in enumerate(ids, 1):
@@ -199,11 +229,13 @@ def _check_logits(mine, theirs, ids, seen:dict) -> Iterator[str]:
             yield f'prompt {i}, position {at}: they differ by {float(far.max()):.3g}, and their spread is {spread:.3g}'
 
 @torch.no_grad()
-def _check_answers(mine, theirs, ids, run, new:int) -> Iterator[str]:
+def _check_answers(mine, theirs, ids, run, new:int, tok) -> Iterator[str]:
     stops, pad = stop_ids(run.model, run.tok), run.tok.pad_token_id
     for i, row in enumerate(ids, 1):
         a = _answer(mine, row, new, pad, eos_token_id=stops or None)
         b = _answer(theirs, row, new, pad)
+        if a == b and run.tok.decode(a) != tok.decode(b):
+            yield f'prompt {i}: the same tokens are {run.tok.decode(a)!r} in the run, {tok.decode(b)!r} in the export'
         if a != b:
             at = _first(a, b)
             before = torch.tensor([row + a[:at]], device=device_of(mine))
@@ -230,16 +262,19 @@ def _check_gguf_tables(run, at:Path) -> tuple[list[str], list[str], list[str]]:
     want = gguf_fields(run.model, run.tok)
     found = {'text': [], 'tokens': [], 'settings': []}
     for k in sorted(want.keys() | there.keys()):
-        if k not in want or want[k] == there.get(k):
+        template = k.startswith('tokenizer.chat_template') and k != 'tokenizer.chat_templates'
+        if (k not in want and not template) or want.get(k) == there.get(k):
             continue
-        stage = 'text' if k == 'tokenizer.chat_template' else 'settings' if k.endswith('_id') else 'tokens'
+        stage = 'text' if k.startswith('tokenizer.chat_template') else 'settings' if k.endswith('_id') else 'tokens'
         said = lambda v: f'{v[:3]!r}...' if isinstance(v, list) else repr(v)[:80]
-        found[stage].append(f'{k}: the run has {said(want[k])}, the file {said(there.get(k))}')
+        found[stage].append(f'{k}: the run has {said(want.get(k))}, the file {said(there.get(k))}')
     return found['text'], found['tokens'], found['settings']
 
 def _loaded(at:Path, labels:bool):
     "Load an exported folder or GGUF file with transformers alone, in its own dtype and in float32"
     auto = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
+    if at.is_dir():
+        check_folder(at)
     with quiet():
         if at.is_file():
             model = auto.from_pretrained(at.parent, gguf_file=at.name, dtype=torch.float32)
@@ -259,7 +294,7 @@ def _checked_folder(exported) -> Path:
 def serve_check(exported:str|Path,     # a plain folder or a GGUF file
                 run:Run|str|Path,      # the run, or the folder of a saved one
                 prompts:list|None=None, # texts or conversations; None: those of the run's data
-                n:int=20,              # how many of them
+                n:int|None=None,       # how many of them; None: all that are given, or 20 of the run's
                 max_new_tokens:int=32  # of the greedy answers
                ) -> Served:
     """Compare an exported model with its run, from the text of a prompt to the answer. Raises `ValueError` or
@@ -268,36 +303,62 @@ def serve_check(exported:str|Path,     # a plain folder or a GGUF file
     if run.data.kind == 'image' or run.tok is None:
         raise ValueError('the run reads images, and only models that read text are compared')
     labels = 'SequenceClassification' in type(run.model).__name__
-    asked = (prompts_of(run, n) if prompts is None else list(prompts)[:n])
-    if not asked:
-        raise ValueError('there is no prompt to ask')
+    asked = _asked(run, prompts, n)
     model, tok = _loaded(at, labels)
     weights, formats, seen = merged_weights(run.model, run.delta.attached), set(), {}
     stages = _tables(run, at, model, tok, asked, labels)
     stages['weights'] = _first_of(_check_weights(run, model, weights, formats))
     notes = [f'weights are rounded to {", ".join(sorted(formats))}; logits and answers are compared with the run '
              'rounded in the same way, in float32'] if formats else []
-    same = stages['weights'] == 'same'
-    if not same:
-        stages |= dict(logits='not compared', answers='not compared')
-    else:
-        mine, ids = _reference(run, model, weights), _asked_ids(run, asked, labels, max_new_tokens)
-        with evaluating(mine):
-            stages['logits'] = _first_of(_check_logits(mine, model, ids, seen))
-            stages['answers'] = ('not compared' if labels else
-                                 _first_of(_check_answers(mine, model, ids, run, max_new_tokens)))
-    notes += ['llama.cpp itself was not asked: transformers read the file'] if at.is_file() else []
+    lost = rounded_away(run.delta.attached, dict(model.named_parameters(remove_duplicate=False)))
+    if stages['weights'] == 'same' and lost > MOST_LOST:
+        stages['weights'] = (f'the export has the right format, but rounding changed what was trained by {lost:.0%} '
+                             'of its size; train from the base in float32 and export that')
+    elif lost > .001:
+        notes.append(f'rounding changed what was trained by {lost:.1%} of its size')
+    ids, cut = _asked_ids(run, asked, labels, max_new_tokens)
+    notes += [f'{cut} of the prompts were cut to the length that the model reads'] if cut else []
+    stages |= _asked_both(run, model, tok, weights, ids, labels, max_new_tokens, seen, stages['weights'] == 'same',
+                          at.is_dir())
+    if at.is_file():
+        notes += ['llama.cpp itself was not asked: transformers read the file',
+                  *gguf_notes(run.model, run.tok)]
     return Served(dict(exported=str(exported), stages=stages, notes=notes, prompts=len(asked),
-                       logits=seen.get('most'), close=CLOSE))
+                       tokens=max(map(len, ids)), logits=seen.get('most'), lost=lost, close=CLOSE))
 
-def _asked_ids(run, asked, labels, new) -> list[list[int]]:
-    "Return the token ids of each prompt, cut to what the model can read"
+def _asked(run, prompts, n:int|None) -> list:
+    "Return the prompts. Raises `ValueError` if there are none"
+    if n is not None and n < 1:
+        raise ValueError(f'n is {n}; ask at least one prompt')
+    if isinstance(prompts, str):
+        raise ValueError(f'prompts is the text {prompts[:40]!r}; give a list of texts or conversations')
+    asked = prompts_of(run, n or 20) if prompts is None else list(prompts)[:n]
+    if not asked:
+        raise ValueError('there is no prompt to ask')
+    return asked
+
+def _asked_both(run, model, tok, weights, ids, labels, new, seen, same:bool, folder:bool) -> dict[str, str]:
+    "Compare logits and answers, if the weights are the same"
+    if not same:
+        return dict(logits='not compared', answers='not compared')
+    mine = _reference(run, model, weights)
+    with evaluating(mine):
+        logits = _first_of(_check_logits(mine, model, ids, seen))
+        answers = ('not compared' if labels else
+                   _first_of(_check_answers(mine, model, ids, run, new, tok or run.tok)))
+    if logits == 'same' and folder: # a GGUF file has no config.json
+        logits = _first_of(_check_config(run, model))
+    return dict(logits=logits, answers=answers)
+
+def _asked_ids(run, asked, labels, new) -> tuple[list[list[int]], int]:
+    "Return the token ids of each prompt, cut to what the model can read, and how many were cut"
     if labels:
         rows = [run.tok(t).input_ids for t in _texts(asked, run.tok, False)]
     else:
         rows = render(asked, run.tok)
     most = getattr(run.model.config, 'max_position_embeddings', None) or 1024
-    return [r[:max(1, min(most, 1024) - (0 if labels else new))] for r in rows]
+    room = max(1, min(most, 1024) - (0 if labels else new))
+    return [r[:room] for r in rows], sum(len(r) > room for r in rows)
 
 def _first_of(differences:Iterator[str]) -> str:
     return next(iter(differences), 'same')

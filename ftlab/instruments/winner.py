@@ -15,8 +15,10 @@ from types import SimpleNamespace
 from scipy import stats
 from ..adapters.edit import attach_change, scale
 from ..adapters.lowrank import LoRA
-from ..core.data import Data, data as as_data, read_again
+from ..core.data import Data, data as as_data
 from ..core.labels import numbered
+from ..core.loading import find_device
+from ..core.mix import read_again
 from ..core.recipe import Recipe
 from ..core.record import digest, versions
 from .bench import METRICS, Base, Budget, score, taught
@@ -79,8 +81,10 @@ def _at_end(m, why:str) -> Choice:
     return Choice(m['name'], m['rate'], None, 1., why, m['gain'], m['forgetting'])
 
 def _at_limit(m, why:str) -> Choice:
-    w = m['within']
-    return Choice(m['name'], w['rate'], w['step'], w['dose'], why, w['gain'], w['forgetting'])
+    w, measured = m['within'], {r['step'] for s in m['seeds'] for r in s.get('path') or ()}
+    # earlier versions recorded the step of the tuning run, and measured at the end where it was another
+    step = max(measured) if measured and (w['dose'] < 1 or w['step'] not in measured) else w['step']
+    return Choice(m['name'], w['rate'], step, w['dose'], why, w['gain'], w['forgetting'])
 
 def _named(m, limit) -> Choice:
     "Return a method that was asked for, at its point within the limit if it has one"
@@ -188,7 +192,7 @@ def _checked(result:Mapping, base:Base, data:Data, model, tok, seed:int) -> tupl
     if data.fingerprint != said:
         raise ValueError(f'the data {data.name} are not those of the comparison (fingerprint {data.fingerprint}, the '
                          f'comparison had {said}); compare again, or give the same rows')
-    want = result.get('inputs', {}).get('base')
+    want, device = result.get('inputs', {}).get('base'), result['protocol'].get('device')
     here, then = versions(), result.get('versions') or {}
     changed = [f'{k} {then[k]} -> {here[k]}' for k in here if k in then and k != 'system'
                and then[k] != here[k]]
@@ -196,6 +200,8 @@ def _checked(result:Mapping, base:Base, data:Data, model, tok, seed:int) -> tupl
     if changed:
         notes.append(f'versions differ from those of the comparison: {", ".join(changed)}')
     same_library = then.get('transformers') == here['transformers']
+    if device and device != base.device.type:
+        notes.append(f'the comparison was made on {device} and this run on {base.device.type}, which rounds otherwise')
     if want and same_library and base.fingerprint(seed) != want:
         raise ValueError('the model is not the one of the comparison: its weights, configuration or tokenizer differ; '
                          'give the same model, or compare again')
@@ -246,11 +252,11 @@ def train_again(comparison,               # a `Comparison`
                 *, model=None,            # a name or folder, or (model, tok); None: what the comparison recorded
                 data=None,                # as `ftlab.data` takes it; None: what it recorded
                 recipe=None,              # a Recipe; None: the method of that name
-                device:str|None=None,     # None: the CPU, or where a given model is
+                device:str|None=None,     # None: that of the comparison if it is here, or where a given model is
                 progress:bool=True        # show a progress bar
                ) -> Run:
-    """Train the chosen method as the comparison trained it with its first seed. Raises `ValueError` or
-    `FileNotFoundError` that says what has changed or is missing"""
+    """Train the chosen method as the comparison trained it with its first seed, to the point that it measured. Raises
+    `ValueError` or `FileNotFoundError` that says what has changed or is missing"""
     p = comparison.result['protocol']
     row = next(m for m in comparison.result['methods'] if m['name'] == choice.method)
     recipe = _recipe_again(row, comparison.recipes, recipe)
@@ -284,7 +290,17 @@ def _given(comparison, model, data, device) -> tuple[Base, Data]:
     data = _data_again(known, data, comparison.result['data'])
     if model is None and bench is not None:
         return bench.base, data
+    named = model is None or isinstance(model, (str, Path))
+    if device is None and named:
+        device = _same_device(comparison.result)
     return _base_again(known, model, data, device), data
+
+def _same_device(result:Mapping) -> str|None:
+    "Return the kind of device of the comparison; `None` if there is none here"
+    try:
+        return str(find_device(result['protocol'].get('device')))
+    except (ValueError, RuntimeError):
+        return None
 
 def _settings(protocol:Mapping) -> dict:
     "Return the settings of `fit` that a comparison was made with"
@@ -327,4 +343,5 @@ def _record(run:Run, p:Mapping, base:Base, before, result:Mapping) -> dict:
                 columns=origin.get('columns'), carry=origin.get('carry', []), wanted=origin.get('wanted'),
                 labels=run.data.labels, seed=run.settings['seed'], recipe=run.recipe.describe(),
                 settings=run.settings, cost=run.cost, interrupted=run.interrupted, metric=p['metric'], before=before,
+                items=min(p['items'], len(run.data.test)),
                 after=_score(p, run.model, run.tok, run.data), notes=run.notes)

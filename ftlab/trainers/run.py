@@ -4,17 +4,20 @@
 
 # %% ../../nbs/trainers/run.ipynb #000335a6
 from __future__ import annotations
+import copy
 import json
 import math
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from ..adapters.attach import Attached, own_buffers, own_weights
+from ..adapters.attach import Attached, oriented, own_buffers, own_weights
 from ..adapters.lowrank import check_peft, to_peft
 from ..adapters.store import pack, save_delta
-from ..core.gguf_file import write_gguf
+from ..core.gguf_file import gguf_notes, write_gguf
 from ..core.io import disk_trouble, flush, read_tensors, staging, write_text
 from ..core.data import Data
 from ..core.folder import check_folder, tensor_shapes, weight_files
@@ -23,7 +26,8 @@ from ..core.recipe import Recipe
 from ..core.state import State
 
 # %% auto #0
-__all__ = ['FORMS', 'NOT_ITS_FILES', 'Run', 'Change', 'load_learners', 'save_run', 'export', 'merged_weights', 'export_peft']
+__all__ = ['LOSES', 'FORMS', 'NOT_ITS_FILES', 'Run', 'Change', 'load_learners', 'save_run', 'export', 'merged_weights',
+           'rounded_away', 'export_peft']
 
 # %% ../../nbs/trainers/run.ipynb #0005191a
 @dataclass
@@ -61,12 +65,32 @@ class Run:
             raise ValueError(f'form is {form!r}; it must be {", ".join(FORMS)}')
         if dtype is not None and form != 'gguf':
             raise ValueError(f'dtype is {dtype!r}, which form=\'gguf\' takes; a folder keeps the dtype of the model')
-        if form == 'gguf':
-            weights = merged_weights(self.model, self.delta.attached)
-            return write_gguf(folder, self.model, self.tok, weights, dtype or 'f32')
+        if not str(folder).strip():
+            raise ValueError('the path to export to is empty; name a new folder, or for a GGUF file a new file')
         if form == 'peft':
             return export_peft(self, folder)
-        return export(self.model, self.tok, self.delta.attached, folder)
+        weights, att = merged_weights(self.model, self.delta.attached), self.delta.attached
+        if form == 'gguf' and self.beyond:
+            raise ValueError(f'{self.recipe.name} answers with {self.beyond}, which a GGUF file cannot hold; export a '
+                             'plain folder, which holds the model alone, or ask the run itself')
+        written = _in_type(weights, dtype)
+        rounds = att is not None and any(t.dtype != torch.float32 for t in written.values())
+        lost = rounded_away(att, written) if rounds else 0.
+        if lost > LOSES:
+            kind = dtype or str(self.model.dtype).removeprefix('torch.')
+            warnings.warn(f'rounding to {kind} changes what was trained by {lost:.0%} of '
+                          'its size; train from the base in float32 (dtype="float32"), and export that', stacklevel=2)
+        if form == 'gguf':
+            for n in gguf_notes(self.model, self.tok):
+                warnings.warn(n, stacklevel=2)
+            return write_gguf(folder, self.model, self.tok, weights, dtype or 'f32')
+        return export(self.model, self.tok, att, folder)
+
+    @property
+    def beyond(self) -> str:
+        "Return what answers beside the model, which no exported file holds; '' for a model that answers alone"
+        models = [f'the model {n!r}' for n in self.models]
+        return ' and '.join([*models, *(['a decoder of its own'] if self.recipe.decode else [])])
 
     def __repr__(self):
         kind = 'loss' if self.log and self.log[0]['nll'] is None else 'nll'
@@ -186,6 +210,37 @@ def merged_weights(model, attached:Attached|None) -> dict[str, Tensor]:
     gone = _transient(model)
     return out | {n: b for n, b in own_buffers(model).items() if n not in gone}
 
+LOSES = .1 # of the size of a change: an export that loses more warns
+
+@torch.no_grad()
+def rounded_away(attached:Attached, written:Mapping[str, Tensor]) -> float:
+    """Return how far the change in `written` weights is from the change as trained, in float32, as a share of its
+    size: 0 where nothing was rounded, 1 where nothing of the change is left"""
+    off = size = 0.
+    for n, before, want in _in_float32(attached):
+        if n in written:
+            off += float((written[n].to(want.device).float() - want).double().square().sum())
+            size += float((want - before).double().square().sum())
+    return math.sqrt(off/size) if size else 0.
+
+@torch.no_grad()
+def _in_float32(attached:Attached):
+    "Yield name, base weight and tuned weight of everything that changed, in float32"
+    params = dict(attached.model.named_parameters())
+    for n in attached.whole:
+        if n in attached.originals:
+            yield n, attached.originals[n].to(params[n].device).float(), params[n].detach().float()
+    for n, d in attached.deltas.items():
+        if d.site == 'weight':
+            before = attached.before(n).float()
+            tuned = copy.deepcopy(d).float()(oriented(attached.model, n, before))
+            yield n, before, oriented(attached.model, n, tuned)
+
+def _in_type(weights:dict, dtype:str|None) -> dict:
+    "Return the weights as a GGUF file of that type holds them"
+    kind = dict(f16=torch.float16, bf16=torch.bfloat16).get(dtype)
+    return weights if kind is None else {n: t.to(kind) for n, t in weights.items()}
+
 def _transient(model) -> set[str]:
     "List the buffers that are not saved"
     return {f'{m}.{b}'.lstrip('.') for m, mod in model.named_modules()
@@ -205,11 +260,16 @@ def export_peft(run:Run, folder:str|Path) -> Path:
         raise ValueError(f'the base is not what its files hold, so an adapter for it would be wrong ({odd[0]}); {way}')
     if run.recipe.stages:
         raise ValueError(f'{run.recipe.name} trains in stages, and an adapter would hold only the last; {way}')
-    if run.recipe.decode or run.models:
-        raise ValueError(f'{run.recipe.name} answers with more than the model, which an adapter cannot hold; {way}')
+    if run.beyond:
+        raise ValueError(f'{run.recipe.name} answers with {run.beyond}, which an adapter cannot hold; {way}')
     check_peft(run.delta.attached)
     with staging(folder) as made:
-        to_peft(run.delta.attached, made, getattr(run.model, 'name_or_path', '') or '')
+        to_peft(run.delta.attached, made, getattr(run.model, 'name_or_path', '') or '',
+                getattr(run.model.config, '_commit_hash', None))
+        if 'SequenceClassification' in type(run.model).__name__:
+            names = {int(i): n for i, n in run.model.config.id2label.items()}
+            text = json.dumps(dict(id2label=names), indent=1, ensure_ascii=False)
+            write_text(made/'labels.json', text)
         if run.tok is not None:
             run.tok.save_pretrained(made)
         flush(made)
