@@ -115,6 +115,7 @@ def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
                   labels=data.labels, seed=a.seed,
                   recipe=recipe.describe(), settings=run.settings, cost=run.cost,
                   interrupted=run.interrupted, metric=metric, before=before,
+                  items=min(a.items, len(data.test)),
                   after=_score(a, model, tok, data), head=a.head,
                   notes=run.notes + _test_notes(a, model, tok, data))
     record['saved_bytes'] = _keep(run, record, out)

@@ -65,7 +65,10 @@ CHAPTERS = (
             20, ('source', 'probe'), ('first_light', 'what_it_cost')),
     Chapter('what_the_model_reads', 'What your model reads',
             'Which tokens does the model read, which does it learn, and with which is it asked?',
-            20, ('objective', 'decode'), ('first_light',)))
+            20, ('objective', 'decode'), ('first_light',)),
+    Chapter('from_file_to_served', 'From your file to a served model',
+            'How does a file become a model that another program serves?',
+            20, ('delta', 'probe'), ('what_it_cost', 'what_the_model_reads')))
 
 def chapter_named(name:str) -> Chapter:
     "Return the chapter; raises `ValueError` for an unknown name"
@@ -341,7 +344,26 @@ QUIZ = (
     Question('one_too_long', 'what_the_model_reads',
              'A row is one token longer than max_length and is cut at its end. What is no longer learned from it?',
              ('To stop', 'Anything, as such a row is left out', 'The first word of its question'),
-             'The end mark is the last token. A row is left out only if nothing of its answer remains.'))
+             'The end mark is the last token. A row is left out only if nothing of its answer remains.'),
+    Question('no_weights', 'from_file_to_served',
+             'A comparison is finished. Where is the model of its winner?',
+             ('Nowhere yet: it is trained once more', 'In the result, beside the numbers',
+              'In the base, which the comparison has changed'),
+             'A comparison keeps numbers and settings. `winner` (in Python, `train`) repeats the run that was '
+             'measured, and keeps it.'),
+    Question('limit_decides', 'from_file_to_served',
+             'Method A gains 90 points and loses 30 of an old skill, B gains 70 and loses 4. You compared with '
+             'a limit of 5 points. Which one is chosen?',
+             ('B, the best gain within the limit', 'A, as its gain is larger than its loss',
+              'The one with the larger difference of gain and loss'),
+             'A limit is not weighed against the gain: what loses more is out, whatever it gains. A may still win '
+             'with a smaller rate, or with a part of its change, if that stays within the limit.'),
+    Question('bare_text', 'from_file_to_served',
+             'You serve an exported chat model and send the bare question to the completion endpoint. What happens?',
+             ('It reads other tokens than in training', 'The server adds the chat template by itself',
+              'An error, as the template is missing'),
+             'The chat endpoint writes the template around messages; the completion endpoint sends the text as it '
+             'is. There is no error, only worse answers.'))
 
 def questions(chapter:str|None=None # its name; None: the first question of each chapter
              ) -> tuple[Question, ...]:

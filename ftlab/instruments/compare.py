@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
+from ..core.folder import read_json
 from ..core.io import check_room, only_writer, write_atomically
 from ..core.recipe import Recipe
 from ..core.record import versions
@@ -276,7 +277,10 @@ class Comparison:
     @classmethod
     def read(cls, path:str|Path) -> Comparison:
         "Read a saved result.json"
-        return cls(json.loads(Path(path).read_text()))
+        found = read_json(Path(path))
+        if not isinstance(found.get('methods'), list):
+            raise ValueError(f'{path} is no result of a comparison; name the result.json that compare wrote')
+        return cls(found)
 
     def json(self) -> dict:
         "Return the whole result, in types that JSON can hold"
@@ -422,7 +426,10 @@ def _within(limit, found, rows) -> dict|None:
         if found['dose'] < 1:
             return next(d for d in o['doses'] if d['dose'] == found['dose'])
         return next((r for r in o['path'] if r['step'] == found['step']), o['path'][-1])
-    return dict(rate=found['rate'], step=found['step'], dose=found['dose'],
+    # a tuning run may have been longer or shorter than these
+    sound = [o for o in rows if not o['error']]
+    steps = [(o['path'][-1] if found['dose'] < 1 else at(o))['step'] for o in sound]
+    return dict(rate=found['rate'], step=max(steps, default=found['step']), dose=found['dose'],
                 **{k: interval([at(o)[k] for o in rows]) for k in ('gain', 'forgetting')})
 
 def check_limit(limit:float|None,
