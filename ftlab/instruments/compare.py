@@ -35,7 +35,7 @@ from ..trainers.run import Run
 from ..trainers.watch import in_notebook
 
 # %% auto #0
-__all__ = ['THINNER', 'DOSES', 'SEED_KEYS', 'VERSION', 'interval', 'plan', 'tuning_seeds', 'effort', 'thinned',
+__all__ = ['THINNER', 'DOSES', 'SEED_KEYS', 'VERSION', 'NOT_TUNED', 'interval', 'plan', 'tuning_seeds', 'effort', 'thinned',
            'expected_seconds', 'beaten', 'lost_races', 'hangs_on_rate', 'within_limit', 'read_at', 'seed_row',
            'method_row', 'upgraded', 'Comparison', 'Told', 'tune_arms', 'check_limit', 'compare']
 
@@ -526,6 +526,9 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
         comparison.save(out)
     return comparison
 
+NOT_TUNED = ('no rate is searched: each method runs at one rate, and another may reverse the order; '
+             'allow more runs to tune them')
+
 def _begun(bench, arms, work, progress, found, tune_steps) -> Reporter:
     "Say how many runs there are at most, how long they take, and what is wrong with the data"
     if not progress:
@@ -533,6 +536,7 @@ def _begun(bench, arms, work, progress, found, tune_steps) -> Reporter:
     rest = Remaining(arms, work, expected_seconds(bench, arms, tune_steps))
     text = '\n'.join([f'at most {rest.runs} runs, {work["tuning"]} of them to tune; about '
                       f'{rest.seconds()/60:.0f} minutes',
+                      *(NOT_TUNED,)*(not work['tuning']),
                       *(f'{f["severity"]}: {f["seen"]}; to fix it, {f["fix"]}' for f in found)])
     reporter = Reporter(rest, progress)
     reporter.begins(text)
