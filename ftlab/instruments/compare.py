@@ -536,7 +536,7 @@ def _begun(bench, arms, work, progress, found, tune_steps) -> Reporter:
     rest = Remaining(arms, work, expected_seconds(bench, arms, tune_steps))
     text = '\n'.join([f'at most {rest.runs} runs, {work["tuning"]} of them to tune; about '
                       f'{rest.seconds()/60:.0f} minutes',
-                      *(NOT_TUNED,)*(not work['tuning']),
+                      *(NOT_TUNED,)*(not work['tuning'] and len(next(iter(arms.values()))[1]) > 1),
                       *(f'{f["severity"]}: {f["seen"]}; to fix it, {f["fix"]}' for f in found)])
     reporter = Reporter(rest, progress)
     reporter.begins(text)
