@@ -46,7 +46,8 @@ def installed(peers:Path) -> dict[str, str]:
         if not (folder/'bin'/'python').exists():
             subprocess.run([sys.executable, '-m', 'venv', folder], check=True)
         alone = ['--no-deps'] if name == 'guardtower' else [] # it runs in this environment, which has torch
-        done = subprocess.run([folder/'bin'/'pip', 'install', '-q', *alone, f'{name}=={number}', *EXTRA.get(name, [])],
+        wanted = [*alone, f'{name}=={number}', *EXTRA.get(name, [])]
+        done = subprocess.run([folder/'bin'/'pip', 'install', '-q', *wanted],
                               capture_output=True, text=True)
         found[name] = '' if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
     return found
@@ -55,7 +56,8 @@ def installed(peers:Path) -> dict[str, str]:
 def called(*command, folder=None) -> str:
     "Run a command and return what it printed; '' if it failed without a word"
     try:
-        return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, cwd=folder).stdout
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120,
+                              cwd=folder).stdout
     except subprocess.TimeoutExpired:
         return ''
 
@@ -114,7 +116,8 @@ def log_forms(folder:Path) -> list[Path]:
     rows = json.loads((folder/'trainer_state.json').read_text())['log_history']
     forms = {'log.jsonl': '\n'.join(map(json.dumps, rows)), 'log.txt': '\n'.join(map(str, rows))}
     keys = sorted({k for r in rows for k in r})
-    forms['log.csv'] = '\n'.join([','.join(keys), *(','.join(str(r.get(k, '')) for k in keys) for r in rows)])
+    lines = [keys, *([str(r.get(k, '')) for k in keys] for r in rows)]
+    forms['log.csv'] = '\n'.join(map(','.join, lines))
     out = folder.parent.parent/'forms'/folder.name
     out.mkdir(parents=True, exist_ok=True)
     for name, text in forms.items():
@@ -125,8 +128,9 @@ def log_forms(folder:Path) -> list[Path]:
 FLAGS = dict(learning_rate='--learning-rate', per_device_train_batch_size='--batch-size',
              warmup_ratio='--warmup-ratio', micro_batch_size='--batch-size',
              gradient_accumulation_steps='--grad-accum', max_length='--sequence-length',
-             sequence_len='--sequence-length', cutoff_len='--sequence-length', optim='--optim', optimizer='--optim',
-             warmup_steps='--warmup-steps', lr_scheduler_type='--lr-scheduler-type', lr_scheduler='--lr-scheduler-type',
+             sequence_len='--sequence-length', cutoff_len='--sequence-length', optim='--optim',
+             optimizer='--optim', warmup_steps='--warmup-steps',
+             lr_scheduler_type='--lr-scheduler-type', lr_scheduler='--lr-scheduler-type',
              attn_implementation='--attn-implementation', model_name_or_path='--model', base_model='--model',
              save_total_limit='--save-total-limit', max_grad_norm='--max-grad-norm')
 SWITCHES = dict(load_in_4bit='--load-in-4bit', load_in_8bit='--load-in-8bit', bf16='--bf16', fp16='--fp16',
@@ -137,7 +141,8 @@ SWITCHES = dict(load_in_4bit='--load-in-4bit', load_in_8bit='--load-in-8bit', bf
 def config_commands(folder:Path) -> list[list]:
     "Return the commands of peft-doctor for a configuration: as a file, as options, and as a training script"
     file, settings = folder/'config.yaml', yaml.safe_load((folder/'config.yaml').read_text())
-    options = [x for k, flag in FLAGS.items() if settings.get(k) is not None for x in (flag, settings[k])]
+    given = {k: flag for k, flag in FLAGS.items() if settings.get(k) is not None}
+    options = [x for k, flag in given.items() for x in (flag, settings[k])]
     options += [flag for k, flag in SWITCHES.items() if settings.get(k) is True]
     out = folder.parent.parent/'forms'/folder.name
     out.mkdir(parents=True, exist_ok=True)
@@ -154,11 +159,12 @@ def script(s:dict) -> str:
              'lora_modules_to_save': 'modules_to_save', 'lora_dropout': 'lora_dropout'}
     lora = ', '.join(f'{names[k]}={v!r}' for k, v in s.items() if k in names)
     rest = ', '.join(f'{k}={v!r}' for k, v in s.items() if not k.startswith(('lora', 'datasets', 'load_in')))
-    bits = 'quantization_config=BitsAndBytesConfig(load_in_4bit=True)' if s.get('load_in_4bit') else ''
+    four = ', quantization_config=BitsAndBytesConfig(load_in_4bit=True)'
+    bits = four if s.get('load_in_4bit') else ''
     return ('from trl import SFTConfig, SFTTrainer\nfrom peft import LoraConfig\n'
             'from transformers import AutoModelForCausalLM, BitsAndBytesConfig\n'
             f'model = AutoModelForCausalLM.from_pretrained({s.get("model_name_or_path") or s.get("base_model")!r}'
-            f'{", " + bits if bits else ""})\n'
+            f'{bits})\n'
             f'peft_config = LoraConfig({lora})\nargs = SFTConfig({rest})\n'
             'trainer = SFTTrainer(model=model, args=args, peft_config=peft_config, train_dataset=rows)\n'
             'trainer.train()\n')
@@ -168,8 +174,8 @@ def trainproof(python:Path, case, folder:Path, root:Path) -> list|None:
     "Ask trainproof about a log in each of its forms, or about rows"
     tool = python.parent/'trainproof'
     if case.form == 'log':
-        return collected([parsed(called(tool, 'doctor', file, '--json')) for file in log_forms(folder)
-                          if file.suffix != '.txt'])
+        files = [f for f in log_forms(folder) if f.suffix != '.txt']
+        return collected([parsed(called(tool, 'doctor', f, '--json')) for f in files])
     if case.form == 'rows':
         return collected([parsed(called(tool, 'preflight', folder/'rows.jsonl', '--json', *more))
                           for more in ((), ('--text-field', 'response'))])
@@ -208,7 +214,8 @@ def guardtower(python:Path, case, folder:Path, root:Path) -> list|None:
     if case.form not in ('adapter', 'folder'):
         return None
     site = next((python.parent.parent/'lib').glob('python3*/site-packages'))
-    return collected([parsed(called(sys.executable, '-c', GUARD, site, case.form, folder, root/case.base))])
+    said = called(sys.executable, '-c', GUARD, site, case.form, folder, root/case.base)
+    return collected([parsed(said)])
 
 
 def ours(python, case, folder:Path, root:Path) -> list:
@@ -219,18 +226,20 @@ def ours(python, case, folder:Path, root:Path) -> list:
     return [(f.severity, f.name, f.seen) for f in found]
 
 
-ASK = {'ftlab': ours, 'peft-doctor': peft_doctor, 'guardtower': guardtower, 'trainproof': trainproof,
-       'finetune-doctor': finetune_doctor}
+ASK = {'ftlab': ours, 'peft-doctor': peft_doctor, 'guardtower': guardtower,
+       'trainproof': trainproof, 'finetune-doctor': finetune_doctor}
 
 
 # ---------- the rule
 
 def judged(tool, cases, said:dict) -> tuple[dict, list]:
     "Return {case: verdict} of one tool, and the names that are generic"
-    alarms = {c.name: None if said[c.name] is None else [(n, t) for s, n, t in said[c.name] if s in BAD] for c in cases}
+    bad = lambda found: None if found is None else [(n, t) for s, n, t in found if s in BAD]
+    alarms = {c.name: bad(said[c.name]) for c in cases}
     generic = set()
     for form in {c.form for c in cases}:
-        healthy = [alarms[c.name] for c in cases if c.form == form and not c.failure and alarms[c.name] is not None]
+        healthy = [alarms[c.name] for c in cases if c.form == form and not c.failure]
+        healthy = [names for names in healthy if names is not None]
         count = Counter(n for names in healthy for n in {n for n, _ in names})
         generic |= {n for n, k in count.items() if k > len(healthy)/2}
     out = {}
@@ -275,7 +284,8 @@ def main():
     a = p.parse_args()
     root = Path(tempfile.mkdtemp())
     cases, why = write(root), installed(a.peers)
-    result = dict(faults=sum(bool(c.failure) for c in cases), healthy=sum(not c.failure for c in cases), tools={},
+    faults = sum(bool(c.failure) for c in cases)
+    result = dict(faults=faults, healthy=len(cases) - faults, tools={},
                   cases=[dict(name=c.name, form=c.form, failure=c.failure) for c in cases])
     for name, reason in (NOT_RUN | {n: w for n, w in why.items() if w}).items():
         result['tools'][name] = dict(version=PEERS[name], not_run=reason)
@@ -290,7 +300,8 @@ def main():
                 print(f'\r{name}: {len(said)} of {len(cases)}', end='', flush=True, file=sys.stderr)
         verdicts, generic = judged(name, cases, said)
         number = version('ftlab') if name == 'ftlab' else PEERS[name]
-        result['tools'][name] = dict(version=number, **summary(verdicts), generic=generic, verdicts=verdicts)
+        result['tools'][name] = dict(version=number, **summary(verdicts), generic=generic,
+                                     verdicts=verdicts)
         print(f'\r{name}: {summary(verdicts)}', file=sys.stderr)
         OUT.write_text(json.dumps(kept(result), indent=1).replace(str(root), '') + '\n')
 

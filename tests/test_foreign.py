@@ -35,7 +35,8 @@ def test_each_kind_is_recognized_by_its_content_under_any_name(tmp_path):
     assert made('x.json', json.dumps(state)).log.loss == log_of(state['log_history']).loss
     lines = '\n'.join(str(r) for r in state['log_history'])
     assert made('x.log', lines.replace("'loss': 1", "'loss': nan, 'old': 1")).log.last == 300
-    assert made('y.jsonl', '\n'.join(map(json.dumps, state['log_history']))).log.eval_loss[-1] == (300, 1.32)
+    dumped = '\n'.join(map(json.dumps, state['log_history']))
+    assert made('y.jsonl', dumped).log.eval_loss[-1] == (300, 1.32)
     assert made('z.yml', yaml.safe_dump(AXOLOTL)).config.form == 'axolotl'
     assert made('a.json', json.dumps(dict(learning_rate=1e-4, num_train_epochs=2))).config.form == 'trl'
     assert made('b.jsonl', '\n'.join(map(json.dumps, toy_rows(3)))).rows == tmp_path/'b.jsonl'
@@ -112,10 +113,12 @@ def test_healthy_cases_are_silent_and_most_failures_are_found(form, gallery):
 @pytest.mark.parametrize('settings', [
     dict(flash_attention=None, attn_implementation='flash_attention_2'),
     dict(flash_attention=None, flex_attention=True),
-    dict(sample_packing=False, flash_attention=None), dict(lora_target_modules=None, lora_target_linear=True),
-    dict(learning_rate='0.0002'), dict(learning_rate=1., optimizer='prodigy'), dict(fp16=False, bf16=True),
+    dict(sample_packing=False, flash_attention=None),
+    dict(lora_target_modules=None, lora_target_linear=True), dict(learning_rate='0.0002'),
+    dict(learning_rate=1., optimizer='prodigy'), dict(fp16=False, bf16=True),
     dict(val_set_size=0, test_datasets=[dict(path='x')]), dict(special_tokens=dict(pad_token='<pad>')),
-    dict(chat_template='tokenizer_default'), dict(num_epochs=30, max_steps=100), dict(rl='dpo', learning_rate=5e-6),
+    dict(chat_template='tokenizer_default'), dict(num_epochs=30, max_steps=100),
+    dict(rl='dpo', learning_rate=5e-6),
     dict(datasets=[dict(path='x', type='completion')], train_on_inputs=True)])
 def test_settings_that_are_right_raise_no_alarm(settings):
     assert not alarms(elsewhere(config=AXOLOTL | settings)['model'])
@@ -139,7 +142,8 @@ def test_logs_that_are_right_raise_no_alarm(more):
 def test_a_log_of_a_hundred_thousand_lines_takes_linear_time(tmp_path):
     took = {}
     for n in (25_000, 100_000):
-        rows = [dict(step=i, loss=2. - i/n/2 + .01*(i % 7), learning_rate=1e-4, grad_norm=1.) for i in range(1, n + 1)]
+        rows = [dict(step=i, loss=2. - i/n/2 + .01*(i % 7), learning_rate=1e-4, grad_norm=1.)
+                for i in range(1, n + 1)]
         rows += [dict(step=i, eval_loss=2. - i/n/2) for i in range(n//10, n + 1, n//10)]
         case = Elsewhere(recognize(Path(elsewhere(trainer_state=dict(log_history=rows))['model'])))
         start = time.process_time()
@@ -157,7 +161,8 @@ def test_a_log_of_a_hundred_thousand_lines_takes_linear_time(tmp_path):
 def test_with_a_base_and_rows_the_checks_of_rows_and_model_run_too():
     rows = toy_rows(60)
     data = dict(train=rows + rows[:20], test=rows[:10])
-    found = doctor(**elsewhere(config=AXOLOTL | dict(sequence_len=8)), base=saved()['base'], data=data)
+    settings = elsewhere(config=AXOLOTL | dict(sequence_len=8))
+    found = doctor(**settings, base=saved()['base'], data=data)
     assert {'duplicate-rows', 'train-test-overlap', 'answers-cut'} <= set(found.names)
 
 
@@ -199,7 +204,8 @@ def test_before_a_run_the_step_is_taken_with_and_without(capsys):
     tried = doctor(**given, try_fix=True).tried[0]
     assert tried.gone and tried.without > tried.with_fix and not doctor(**before())
     found = doctor(**elsewhere(trainer_state=toy_log(evals={})), try_fix=True)
-    assert [t.kind for t in found.tried] == ['none'] and 'is not changed by other settings' in str(found)
+    assert [t.kind for t in found.tried] == ['none']
+    assert 'is not changed by other settings' in str(found)
 
 
 def test_the_dry_step_of_foreign_settings_needs_base_and_rows():

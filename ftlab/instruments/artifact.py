@@ -140,7 +140,8 @@ class Config:
     @cached_property
     def method(self) -> str|None:
         "Return 'lora', 'full', or None if the file does not say"
-        kind = self['adapter'] if self.form == 'axolotl' else self['finetuning_type'] if self.form != 'trl' else None
+        said = dict(axolotl='adapter', llamafactory='finetuning_type')
+        kind = self[said[self.form]] if self.form in said else None
         if kind:
             return 'full' if kind in ('full', 'freeze') else 'lora'
         if self.form == 'axolotl':
@@ -218,7 +219,8 @@ def _parsed(path:Path):
     try:
         return json.loads(text) if path.suffix == '.json' else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError, RecursionError) as e:
-        raise ValueError(f'{path} cannot be read as {path.suffix[1:].upper()}: {shortened(str(e))}') from None
+        form = path.suffix[1:].upper()
+        raise ValueError(f'{path} cannot be read as {form}: {shortened(str(e))}') from None
 
 def _logged(value) -> bool:
     return (isinstance(value, list) and bool(value) and isinstance(value[0], dict)
@@ -229,7 +231,7 @@ def _logged(value) -> bool:
 def _take(found:Found, path:Path) -> bool:
     "Add what a file holds; return whether it was recognized"
     if path.suffix in ('.jsonl', '.log', '.txt', '.out'):
-        entries = list(_objects(path)) if path.suffix != '.jsonl' or _logged(list(_objects(path))[:20]) else []
+        entries = list(_objects(path))
         if _logged(entries):
             found.log = log_of(entries)
             found.what.append(f'a log ({path.name})')
@@ -316,7 +318,8 @@ class Elsewhere:
     def about(self) -> str:
         "Say what was read"
         more = [f'against {self.named}'] if self.named else []
-        return f'{self.found.path.name} holds ' + ', '.join(self.found.what + more + self.found.unread)
+        parts = self.found.what + more + self.found.unread
+        return f'{self.found.path.name} holds ' + ', '.join(parts)
 
     def _part(self, name, what):
         if (value := getattr(self.found, name)) is None:

@@ -120,7 +120,8 @@ def adapter_base(folder:Path, base:str|None) -> tuple[str, str|None, list[str]]:
     said = config.get('base_model_name_or_path')
     if base:
         other = said and Path(str(said)).name != Path(str(base)).name
-        return str(base), None, [f'the adapter names {said} as its base, and {base} was given'] if other else []
+        note = f'the adapter names {said} as its base, and {base} was given'
+        return str(base), None, [note] if other else []
     if not isinstance(said, str) or not said:
         raise ValueError(f'the adapter_config.json of {folder} names no base; give it: base=, or --base')
     return said, config.get('revision'), [f'the base is {said}, as adapter_config.json says']

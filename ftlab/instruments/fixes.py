@@ -64,32 +64,43 @@ def _bits(c):
                                                                         load_in_8bit=False)
 
 def _ends(c):
-    return dict(datasets=[{k: v for k, v in d.items() if k not in ('train_on_eos', 'roles_to_train')}
-                          for d in c['datasets'] or []])
+    odd = ('train_on_eos', 'roles_to_train')
+    rows = c['datasets'] or []
+    return dict(datasets=[{k: v for k, v in d.items() if k not in odd} for d in rows])
 
 def _warmup(c):
     steps = c.number('steps')
-    return dict(warmup_steps=int(steps/20)) if c['warmup_steps'] and steps else dict(warmup_ratio=.05)
+    if c['warmup_steps'] and steps:
+        return dict(warmup_steps=int(steps/20))
+    return dict(warmup_ratio=.05)
 
 def _prompts(c):
     key = next((k for k in ('train_on_inputs', 'train_on_prompt') if c.on(k)), None)
     return {key: False} if key else dict(completion_only_loss=True)
 
+def _adapter_on(c):
+    return dict(adapter='lora') if c.form == 'axolotl' else dict(use_peft=True)
+
+def _scale(c):
+    r = max(1, int(c.number('r') or 8))
+    return {own_name(c, 'alpha', 'lora_alpha'): 2*r, own_name(c, 'r', 'lora_r'): r}
+
+def _embedding(c):
+    return {own_name(c, 'saved', 'lora_modules_to_save'): ['embed_tokens', 'lm_head']}
+
+def _template(c):
+    return {own_name(c, 'template', 'chat_template'): 'tokenizer_default'}
+
 SETTINGS_OF_OTHERS:dict[str, Callable] = {
     'precision-twice': lambda c: dict(fp16=False), 'quantized-in-full': _bits,
-    'adapter-not-on': lambda c: dict(adapter='lora') if c.form == 'axolotl'
-                                          else dict(use_peft=True),
-    'packing-mixes-rows': _packing, 'evaluation-packed': lambda c: dict(eval_sample_packing=False),
-    'prompts-learned': _prompts, 'end-never-learned': _ends, 'rate-unusual': _rate,
-    'scale-unusual': lambda c: {own_name(c, 'alpha', 'lora_alpha'): 2*max(1,
-                                                                          int(c.number('r') or 8)),
-                                own_name(c, 'r', 'lora_r'): max(1, int(c.number('r') or 8))},
+    'adapter-not-on': _adapter_on, 'packing-mixes-rows': _packing,
+    'evaluation-packed': lambda c: dict(eval_sample_packing=False), 'prompts-learned': _prompts,
+    'end-never-learned': _ends, 'rate-unusual': _rate, 'scale-unusual': _scale,
     'passes-planned': lambda c: {own_name(c, 'epochs', 'num_train_epochs'): 3},
-                                          'warmup-too-long': _warmup,
-    'evaluation-off': _evaluation, 'best-not-found': _best,
+    'warmup-too-long': _warmup, 'evaluation-off': _evaluation, 'best-not-found': _best,
     'targets-unmatched': lambda c: {own_name(c, 'targets', 'lora_target_modules'): 'all-linear'},
-    'tokens-not-trained': lambda c: {own_name(c, 'saved', 'lora_modules_to_save'): ['embed_tokens', 'lm_head']},
-    'template-of-another-model': lambda c: {own_name(c, 'template', 'chat_template'): 'tokenizer_default'}}
+    'tokens-not-trained': _embedding,
+    'template-of-another-model': _template}
 
 # %% ../../nbs/instruments/fixes.ipynb #00083e25
 def _without_repeats(data):

@@ -72,7 +72,8 @@ AXOLOTL = dict(base_model='mistralai/Mistral-7B-v0.1', adapter='lora', lora_r=16
                train_on_inputs=False, bf16='auto', evals_per_epoch=4)
 
 # %% ../../../nbs/instruments/checks/config.ipynb #000bcd6c
-APART = ('flash_attention', 'flex_attention', 'sdp_attention', 'xformers_attention', 's2_attention', 'sage_attention')
+APART = ('flash_attention', 'flex_attention', 'sdp_attention', 'xformers_attention', 's2_attention',
+         'sage_attention')
 
 @check('elsewhere', 'warning', why='a row then reads the rows before it, and long rows are cut where a line is full',
        fix='trl: packing_strategy bfd; axolotl: flash_attention: true; LLaMA-Factory: neat_packing: true',
@@ -83,8 +84,9 @@ def packing_mixes_rows(case):
     if c.form == 'axolotl' and c.on('sample_packing'):
         if kind == 'eager' or not kind and not any(c.on(k) for k in APART):
             return 'sample_packing is on, and no attention is named that keeps packed rows apart'
-    elif c.form == 'llamafactory' and c.on('packing') and not c.on('neat_packing') and c['stage'] != 'pt':
-        return 'packing is on and neat_packing is not, so rows are joined without a mask'
+    elif c.form == 'llamafactory' and c.on('packing') and c['stage'] != 'pt':
+        if not c.on('neat_packing'):
+            return 'packing is on and neat_packing is not, so rows are joined without a mask'
     elif c.form == 'trl' and c.on('packing') and c['packing_strategy'] == 'wrapped':
         return 'packing_strategy is wrapped, which joins rows without borders'
     elif c.form == 'trl' and c.on('packing') and c['max_seq_length'] and not c['packing_strategy']:
@@ -114,8 +116,8 @@ def _a_packed_evaluation():
 def _plain_text(c) -> bool:
     "Return whether the data sets are running text, which has no prompts"
     kinds = [str(d.get('type')) for d in c['datasets'] or [] if isinstance(d, dict)]
-    return bool(c['pretraining_dataset'] or c['stage'] == 'pt' or kinds and all(k in ('completion', 'pretrain')
-                                                                               for k in kinds))
+    plain = bool(kinds) and set(kinds) <= {'completion', 'pretrain'}
+    return bool(c['pretraining_dataset']) or c['stage'] == 'pt' or plain
 
 @check('elsewhere', 'warning', why='the model also learns to write the questions, and most tokens are spent on them',
        fix='set train_on_inputs: false (axolotl), completion_only_loss or assistant_only_loss: true (trl)',
@@ -148,7 +150,8 @@ def end_never_learned(case):
 
 @planted(end_never_learned, 'train_on_eos is none')
 def _no_end_of_turn():
-    return elsewhere(config=AXOLOTL | dict(datasets=[dict(path='x', type='chat_template', train_on_eos='none')]))
+    rows = dict(path='x', type='chat_template', train_on_eos='none')
+    return elsewhere(config=AXOLOTL | dict(datasets=[rows]))
 
 @check('elsewhere', 'warning', why='where padding is masked by its id, the end of an answer is masked with it and '
                                    'never learned',
@@ -189,7 +192,8 @@ def rows_too_long(case):
 
 @planted(rows_too_long, 'gpt2 has 1024 positions')
 def _rows_beyond_the_positions():
-    return elsewhere(config=AXOLOTL | dict(base_model='openai-community/gpt2', lora_target_modules=['c_attn']))
+    small = dict(base_model='openai-community/gpt2', lora_target_modules=['c_attn'])
+    return elsewhere(config=AXOLOTL | small)
 
 # %% ../../../nbs/instruments/checks/config.ipynb #000ecd6c
 ADAM = re.compile(r'adam|lion|^None$', re.I)
@@ -214,7 +218,8 @@ def rate_unusual(case):
 
 @planted(rate_unusual, 'high for full fine-tuning')
 def _a_rate_for_adapters_in_full():
-    return elsewhere(config={k: v for k, v in AXOLOTL.items() if 'lora' not in k and k != 'adapter'})
+    full = {k: v for k, v in AXOLOTL.items() if 'lora' not in k and k != 'adapter'}
+    return elsewhere(config=full)
 
 @planted(rate_unusual, 'will hardly change')
 def _an_adapter_at_a_tiny_rate():
@@ -228,7 +233,8 @@ def scale_unusual(case):
         raise NotApplicable('there is no adapter with a rank and a scale')
     if r <= 0 or alpha <= 0:
         return 'error', f'the rank is {r:g} and alpha is {alpha:g}; both must be above 0'
-    scale = alpha/r**.5 if case.config.on('use_rslora') or case.config.on('peft_use_rslora') else alpha/r
+    rooted = case.config.on('use_rslora') or case.config.on('peft_use_rslora')
+    scale = alpha/r**.5 if rooted else alpha/r
     if scale > 16 or scale < 1/32:
         return f'alpha {alpha:g} with rank {r:g} scales the change by {scale:.3g}'
 
@@ -300,33 +306,43 @@ def _nothing_kept_apart():
 def _evaluation_switched_off():
     return elsewhere(args=dict(eval_strategy='no', learning_rate=1e-4, num_train_epochs=3))
 
+def _two_plans(c) -> str:
+    "Say how evaluating and saving are at odds; '' if they are not"
+    plan, saving = c['evaluation'], c['saving']
+    if str(plan) in ('no', 'False'): # YAML reads a bare no as False
+        return 'load_best_model_at_end is on, and nothing is evaluated'
+    if plan and saving and saving != 'best' and str(saving) != str(plan):
+        return f'load_best_model_at_end is on, but saving is by {saving} and evaluation by {plan}'
+    save, test = c.number('save_steps'), c.number('eval_steps')
+    whole = save and test and min(save, test) >= 1 # below 1 they are shares of the run
+    if plan == 'steps' and whole and save % test:
+        return f'save_steps {save:g} is no multiple of eval_steps {test:g}'
+    return ''
+
 @check('elsewhere', 'error', why='the trainer stops, or keeps the worst checkpoint as the best',
        fix='evaluate and save at the same steps; greater_is_better is false for a loss and true for a score',
        source='huggingface/transformers#12685')
 def best_not_found(case):
-    c, plan = case.config, str(case.config['evaluation'])
-    if c.on('load_best_model_at_end') and plan == 'no':
-        return 'load_best_model_at_end is on, and nothing is evaluated'
-    saving = c['saving']
-    if c.on('load_best_model_at_end') and saving and c['evaluation'] and saving != 'best' and str(saving) != plan:
-        return f'load_best_model_at_end is on, but saving is by {saving} and evaluation by {plan}'
-    save, test = c.number('save_steps'), c.number('eval_steps')
-    if c.on('load_best_model_at_end') and plan == 'steps' and save and test and save >= 1 <= test and save % test:
-        return f'save_steps {save:g} is no multiple of eval_steps {test:g}'
-    metric = str(c['metric_for_best_model'] or '')
+    c = case.config
+    if c.on('load_best_model_at_end') and (seen := _two_plans(c)):
+        return seen
+    metric, greater = str(c['metric_for_best_model'] or ''), c['greater_is_better']
     score = re.search('acc|f1|bleu|rouge|exact|precision|recall|reward', metric)
-    if c.on('greater_is_better') and metric.endswith('loss') or score and c.off('greater_is_better'):
-        return f'metric_for_best_model is {metric}, and greater_is_better is {c["greater_is_better"]}'
-    if c['early_stopping_patience'] and c.form == 'axolotl' and not (c.number('val_set_size') or c['test_datasets']):
+    lowest_wins = metric.endswith('loss') and c.on('greater_is_better')
+    if lowest_wins or score and c.off('greater_is_better'):
+        return f'metric_for_best_model is {metric}, and greater_is_better is {greater}'
+    evaluated = c.number('val_set_size') or c['test_datasets']
+    if c['early_stopping_patience'] and c.form == 'axolotl' and not evaluated:
         return 'early_stopping_patience is set, and nothing is evaluated'
 
 @planted(best_not_found, 'greater_is_better is True')
 def _the_worst_is_kept():
-    return elsewhere(args=dict(metric_for_best_model='eval_loss', greater_is_better=True, eval_strategy='steps',
-                               learning_rate=1e-4))
+    return elsewhere(args=dict(metric_for_best_model='eval_loss', greater_is_better=True,
+                               eval_strategy='steps', learning_rate=1e-4))
 
 LINEAR = { # names of the linear layers of families, from their code in transformers
-    r'llama|mistral|qwen[12.]*[23](?!.*moe)|gemma|yi-|vicuna|alpaca|smollm|zephyr|hermes|tinyllama|deepseek-(llm|coder)':
+    r'llama|mistral|qwen[12.]*[23](?!.*moe)|gemma|yi-|vicuna|alpaca|smollm|zephyr|hermes|tinyllama|'
+    r'deepseek-(llm|coder)':
         'q_proj k_proj v_proj o_proj gate_proj up_proj down_proj',
     r'phi-?3': 'qkv_proj o_proj gate_up_proj down_proj', r'phi-?(1|2)': 'q_proj k_proj v_proj dense fc1 fc2',
     r'gpt-?2': 'c_attn c_proj c_fc', r'pythia|neox': 'query_key_value dense dense_h_to_4h dense_4h_to_h',
@@ -429,7 +445,8 @@ MORE = ('eval_steps save_steps load_in_4bit load_in_8bit lora_modules_to_save lo
         'assistant_only_loss packing_strategy eval_packing save_total_limit logging_steps metric_for_best_model '
         'greater_is_better report_to adam_beta1 adam_beta2 adam_epsilon tf32 group_by_length neftune_noise_alpha '
         'eval_sample_packing pad_to_sequence_len output_dir dataset_prepared_path saves_per_epoch evals_per_epoch '
-        'train_on_eos roles_to_train eval_dataset use_rslora lora_r lora_alpha lora_dropout').split()
+        'train_on_eos roles_to_train eval_dataset use_rslora lora_r lora_alpha '
+        'lora_dropout').split()
 
 @planted(setting_misspelled, 'train_on_input is no setting; train_on_inputs is')
 def _a_misspelled_setting():
