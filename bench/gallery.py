@@ -17,15 +17,17 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 import yaml
 
 sys.path.insert(0, str(Path(__file__).with_suffix('')))
-from cases import FOUND, write  # noqa: E402
+from cases import FOUND, cases, write  # noqa: E402
 
 OUT = Path(__file__).parent/'results'/'gallery.json'
 PEERS = {'peft-doctor': '0.9.2', 'guardtower': '0.1.0', 'trainproof': '0.22.0', 'finetune-doctor': '0.2.2',
@@ -53,10 +55,10 @@ def installed(peers:Path) -> dict[str, str]:
     return found
 
 
-def called(*command, folder=None) -> str:
+def called(*command, folder=None, limit=120) -> str:
     "Run a command and return what it printed; '' if it failed without a word"
     try:
-        return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120,
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=limit,
                               cwd=folder).stdout
     except subprocess.TimeoutExpired:
         return ''
@@ -196,26 +198,44 @@ warnings.filterwarnings('ignore')
 sys.path.append(sys.argv[1])
 import torch, guardtower
 from transformers import AutoModelForCausalLM
-kind, folder, base = sys.argv[2:]
-model = AutoModelForCausalLM.from_pretrained(base if kind == 'adapter' else folder)
-if kind == 'adapter':
-    from peft import PeftModel
-    model = PeftModel.from_pretrained(model, folder, is_trainable=True)
-x = torch.arange(5, 25).reshape(2, 10)
-step = lambda: model(input_ids=x, labels=x).loss
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-report = guardtower.audit(model, step, optimizer=optimizer)
-print(json.dumps([dict(severity=f.severity.name, code=f.check, message=f.message) for f in report.findings]))
+
+def watched(kind, folder, base):
+    model = AutoModelForCausalLM.from_pretrained(base if kind == 'adapter' else folder)
+    if kind == 'adapter':
+        from peft import PeftModel
+        model = PeftModel.from_pretrained(model, folder, is_trainable=True)
+    x = torch.arange(5, 25).reshape(2, 10)
+    step = lambda: model(input_ids=x, labels=x).loss
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    report = guardtower.audit(model, step, optimizer=optimizer)
+    return [dict(severity=f.severity.name, code=f.check, message=f.message)
+            for f in report.findings]
+
+for name, *case in json.loads(sys.argv[2]):
+    try:
+        found = watched(*case)
+    except Exception:
+        found = None # the model cannot be loaded, so no step can be watched
+    print(json.dumps([name, found]), flush=True)
 '''
 
 
-def guardtower(python:Path, case, folder:Path, root:Path) -> list|None:
-    "Let guardtower watch one training step of a model or an adapter"
-    if case.form not in ('adapter', 'folder'):
-        return None
+@cache
+def watched(python:Path, root:Path) -> dict[str, list|None]:
+    "Let guardtower watch one training step of every model and adapter, in one process"
     site = next((python.parent.parent/'lib').glob('python3*/site-packages'))
-    said = called(sys.executable, '-c', GUARD, site, case.form, folder, root/case.base)
-    return collected([parsed(said)])
+    asked = [(c.name, c.form, str(root/'cases'/c.name), str(root/c.base)) for c in cases(root)
+             if c.form in ('adapter', 'folder')]
+    text = called(sys.executable, '-c', GUARD, site, json.dumps(asked), limit=1200)
+    lines = [json.loads(line) for line in text.splitlines() if line.startswith('["')]
+    if len(lines) < len(asked):
+        raise SystemExit(f'guardtower came to an end after {len(lines)} of {len(asked)} cases')
+    return {name: None if found is None else findings(found) for name, found in lines}
+
+
+def guardtower(python:Path, case, folder:Path, root:Path) -> list|None:
+    "Say what guardtower saw of a model or an adapter"
+    return watched(python, root).get(case.name) if case.form in ('adapter', 'folder') else None
 
 
 def ours(python, case, folder:Path, root:Path) -> list:
@@ -281,6 +301,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument('--peers', type=Path, default=Path(tempfile.gettempdir()))
     p.add_argument('--only', nargs='*', default=list(ASK))
+    p.add_argument('--limit', type=int, default=3600, help='seconds for each tool')
     a = p.parse_args()
     root = Path(tempfile.mkdtemp())
     cases, why = write(root), installed(a.peers)
@@ -290,20 +311,38 @@ def main():
     for name, reason in (NOT_RUN | {n: w for n, w in why.items() if w}).items():
         result['tools'][name] = dict(version=PEERS[name], not_run=reason)
     for name in (n for n in a.only if n not in result['tools']):
-        python = a.peers/f'peer-{name}'/'bin'/'python'
-        ask = lambda c: ASK[name](python, c, root/'cases'/c.name, root)
-        # the doctors are processes of their own; ours reads many small files
-        with ThreadPoolExecutor(1 if name == 'ftlab' else 3) as pool:
-            said = {}
-            for c, found in zip(cases, pool.map(ask, cases)):
-                said[c.name] = found
-                print(f'\r{name}: {len(said)} of {len(cases)}', end='', flush=True, file=sys.stderr)
-        verdicts, generic = judged(name, cases, said)
+        said, why_not = asked(name, cases, a.peers/f'peer-{name}'/'bin'/'python', root, a.limit)
         number = version('ftlab') if name == 'ftlab' else PEERS[name]
-        result['tools'][name] = dict(version=number, **summary(verdicts), generic=generic,
-                                     verdicts=verdicts)
-        print(f'\r{name}: {summary(verdicts)}', file=sys.stderr)
+        result['tools'][name] = dict(version=number)
+        if why_not:
+            result['tools'][name]['not_run'] = why_not
+        else:
+            verdicts, generic = judged(name, cases, said)
+            result['tools'][name] |= dict(summary(verdicts), generic=generic, verdicts=verdicts,
+                                          alarms=alarms_of(cases, said, verdicts))
+        print(f'\r{name}: {why_not or summary(verdicts)}', file=sys.stderr)
         OUT.write_text(json.dumps(kept(result), indent=1).replace(str(root), '') + '\n')
+
+
+def asked(name, cases, python, root, limit) -> tuple[dict, str]:
+    "Ask one tool about every case; return what it said, and why it was stopped, if it was"
+    ask = lambda c: ASK[name](python, c, root/'cases'/c.name, root)
+    said, start = {}, time.monotonic()
+    # most doctors are processes of their own
+    with ThreadPoolExecutor(1 if name in ('ftlab', 'guardtower') else 3) as pool:
+        for c, found in zip(cases, pool.map(ask, cases)):
+            said[c.name] = found
+            print(f'\r{name}: {len(said)} of {len(cases)}', end='', flush=True, file=sys.stderr)
+            if time.monotonic() - start > limit and len(said) < len(cases):
+                pool.shutdown(cancel_futures=True)
+                return said, f'stopped after {limit} s, with {len(said)} of {len(cases)} cases done'
+    return said, ''
+
+
+def alarms_of(cases, said, verdicts) -> dict:
+    "Return what a tool said on the healthy cases on which it raised an alarm"
+    return {c.name: [f'{n}: {t}'[:300] for s, n, t in said[c.name] if s in BAD]
+            for c in cases if verdicts[c.name] == 'false alarm'}
 
 
 if __name__ == '__main__':

@@ -44,7 +44,7 @@ FOUND = dict(
     gradient_explodes=dict(ftlab='gradient-explodes', others=r'grad.{0,30}(spike|explod|high|large)|spike|gradients'),
     rate_zero=dict(ftlab='rate-zero', others=r'\blr\b|learning.?rate|lr_schedule'),
     never_warm=dict(ftlab='rate-off-plan|warmup-too-long', others=r'warm|schedul|\blr\b'),
-    resume=dict(ftlab='resume-jump', others=r'resum|jump|spike|restart'),
+    resume=dict(ftlab='resume-jump', others=r'resum|jump|spike|restart|diverg'),
     memorized=dict(ftlab='loss-memorized|passes-many|passes-planned', others=r'memori|overfit|epoch'),
     summed=dict(ftlab='loss-starts-high', others=r'accumul|initial|starts|high loss|sum'),
     eval_constant=dict(ftlab='evaluation-constant', others=r'eval.{0,40}(constant|same|identical|change)|stopped'),
@@ -227,6 +227,11 @@ lora_target: all
 template: qwen
 dataset: mine
 cutoff_len: 2048
+output_dir: saves/qwen
+logging_steps: 10
+save_steps: 500
+plot_loss: true
+warmup_ratio: 0.1
 val_size: 0.1
 per_device_train_batch_size: 1
 gradient_accumulation_steps: 8
@@ -249,9 +254,9 @@ def healthy_configs():
     packed = dict(packing=True, packing_strategy='bfd', attn_implementation='flash_attention_2')
     books = dict(datasets=[dict(path='books', type='completion')], train_on_inputs=True)
     saved = dict(tokens=['<tool>'], lora_modules_to_save=['embed_tokens', 'lm_head'])
+    preferences = dict(beta=.1, loss_type='sigmoid', learning_rate=5e-6)
     return dict(axolotl=AXOLOTL, full=FULL, trl=TRL, factory=FACTORY, sdpa=TRL | packed,
-                text=FULL | books, embeddings=AXOLOTL | saved,
-                preferences=TRL | dict(beta=.1, loss_type='sigmoid', learning_rate=5e-6))
+                text=FULL | books, preferences=TRL | preferences, embeddings=AXOLOTL | saved)
 
 
 def configs():
