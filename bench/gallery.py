@@ -58,8 +58,8 @@ def installed(peers:Path) -> dict[str, str]:
 def called(*command, folder=None, limit=120) -> str:
     "Run a command and return what it printed; '' if it failed without a word"
     try:
-        return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=limit,
-                              cwd=folder).stdout
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True,
+                              timeout=limit, cwd=folder).stdout
     except subprocess.TimeoutExpired:
         return ''
 

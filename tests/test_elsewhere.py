@@ -205,3 +205,19 @@ def test_the_command_writes_the_report(tmp_path, capsys):
     assert 'leave out --delta' in capsys.readouterr().err
     assert main(['report', '--base', 'lab-s']) == 1
     assert '--tuned is missing' in capsys.readouterr().err
+
+
+def test_an_adapter_that_peft_cannot_place_is_refused(tmp_path):
+    pytest.importorskip('peft')
+    from safetensors.torch import load_file, save_file
+    base, run, _ = made(tmp_path, lora(r=2))
+    folder = to_peft(run.delta.attached, tmp_path/'peft', base=str(base))
+    file = folder/'adapter_model.safetensors'
+    tensors = load_file(file)
+    wrapped = {n.replace('.model.model.', '.model._orig_mod.model.'): t for n, t in tensors.items()}
+    save_file(wrapped, file, metadata=dict(format='pt'))
+    with pytest.raises(ValueError, match='peft cannot place'):
+        read_tuned(folder, data=lab_data())
+    zero = {n: t*0 if '.lora_B' in n else t for n, t in tensors.items()}
+    save_file(zero, file, metadata=dict(format='pt'))
+    assert any('nothing was changed' in n for n in read_tuned(folder, data=lab_data()).notes)

@@ -4,19 +4,21 @@
 
 # %% ../../../nbs/instruments/checks/config.ipynb #0003cd6c
 from __future__ import annotations
+import math
 import re
 from difflib import get_close_matches
 from ...core.model import positions
 from ...core.text import some
-from ..artifact import FORMS, NAMES
+from ..artifact import FORMS, NAMES, at_odds
 from ..case import NotApplicable, check
 from ..planted import elsewhere, planted
 
 # %% auto #0
-__all__ = ['AXOLOTL', 'APART', 'POSITIONS', 'ADAM', 'RATES', 'LINEAR', 'SMALL', 'TEMPLATES', 'FAMILY', 'MORE', 'precision_twice',
-           'quantized_in_full', 'adapter_not_on', 'packing_mixes_rows', 'evaluation_packed', 'prompts_learned',
-           'end_never_learned', 'pad_is_end', 'rows_too_long', 'rate_unusual', 'scale_unusual', 'passes_planned',
-           'warmup_too_long', 'batch_over_rows', 'evaluation_off', 'best_not_found', 'unmatched', 'targets_unmatched',
+__all__ = ['AXOLOTL', 'APART', 'POSITIONS', 'ADAM', 'RATES', 'REFUSED', 'LINEAR', 'SMALL', 'TEMPLATES', 'FAMILY', 'MORE',
+           'precision_twice', 'quantized_in_full', 'adapter_not_on', 'packing_mixes_rows', 'evaluation_packed',
+           'prompts_learned', 'end_never_learned', 'pad_is_end', 'rows_too_long', 'rate_unusual', 'setting_no_number',
+           'setting_twice', 'settings_exclude_each_other', 'scale_unusual', 'passes_planned', 'warmup_too_long',
+           'batch_over_rows', 'evaluation_off', 'best_not_found', 'unmatched', 'targets_unmatched',
            'tokens_not_trained', 'template_of_another_model', 'setting_misspelled']
 
 # %% ../../../nbs/instruments/checks/config.ipynb #0005cd6c
@@ -37,7 +39,7 @@ def quantized_in_full(case):
     bits = [k for k in ('load_in_4bit', 'load_in_8bit') if c.on(k)] + ['quantization_bit']*bool(c['quantization_bit'])
     if len(bits) > 1:
         return f'{bits[0]} and {bits[1]} are both on'
-    bare = c.form == 'trl' and c.method is None and not (c['r'] or c['targets'])
+    bare = c.form == 'trl' and c.method is None and c['model'] and not (c['r'] or c['targets'])
     if bits and (c.method == 'full' or bare):
         return f'{bits[0]} is on, and there is no adapter'
     if c['adapter'] == 'qlora' and not c.on('load_in_4bit') and not c.on('gptq'):
@@ -106,12 +108,13 @@ def _wrapped_packing():
 def evaluation_packed(case):
     c = case.config
     if c.form == 'axolotl' and c.on('sample_packing') and c.on('eval_sample_packing'):
-        small = (c.number('val_set_size') or 0) <= .1
-        return ('warning' if small else 'note'), f'eval_sample_packing is on, with val_set_size {c["val_set_size"]}'
+        size = c.number('val_set_size') or 0
+        small = 1 <= size <= 200 # a share says nothing of the number of rows
+        return ('warning' if small else 'note'), f'eval_sample_packing is on, with val_set_size {size:g}'
 
 @planted(evaluation_packed, 'eval_sample_packing is on')
 def _a_packed_evaluation():
-    return elsewhere(config=AXOLOTL | dict(eval_sample_packing=True))
+    return elsewhere(config=AXOLOTL | dict(eval_sample_packing=True, val_set_size=20))
 
 def _plain_text(c) -> bool:
     "Return whether the data sets are running text, which has no prompts"
@@ -153,11 +156,15 @@ def _no_end_of_turn():
     rows = dict(path='x', type='chat_template', train_on_eos='none')
     return elsewhere(config=AXOLOTL | dict(datasets=[rows]))
 
+def _special(c) -> dict:
+    given = c['special_tokens']
+    return given if isinstance(given, dict) else {}
+
 @check('elsewhere', 'warning', why='where padding is masked by its id, the end of an answer is masked with it and '
                                    'never learned',
        fix='give padding a token of its own', source='unslothai/unsloth#416')
 def pad_is_end(case):
-    special = case.config['special_tokens'] or {}
+    special = _special(case.config)
     pad = special.get('pad_token') or case.config['pad_token']
     end = special.get('eos_token') or case.config['eos_token']
     if pad and pad == end:
@@ -196,7 +203,7 @@ def _rows_beyond_the_positions():
     return elsewhere(config=AXOLOTL | small)
 
 # %% ../../../nbs/instruments/checks/config.ipynb #000ecd6c
-ADAM = re.compile(r'adam|lion|^None$', re.I)
+ADAM = re.compile(r'adam|^None$', re.I)
 RATES = dict(full=(1e-7, 1.5e-4, 1e-3), lora=(4e-6, 2e-3, 1e-2)) # lowest, highest, ruinous
 
 @check('elsewhere', 'warning', why='the learning rate affects the result more than any other setting',
@@ -224,6 +231,54 @@ def _a_rate_for_adapters_in_full():
 @planted(rate_unusual, 'will hardly change')
 def _an_adapter_at_a_tiny_rate():
     return elsewhere(config=AXOLOTL | dict(learning_rate=1e-6))
+
+@check('elsewhere', 'error', why='the trainer stops, or uses something else than what the file says',
+       fix='write a plain number, such as 0.0002', source='huggingface/transformers#37766')
+def setting_no_number(case):
+    c = case.config
+    for name in ('lr', 'batch', 'accumulate', 'epochs', 'steps', 'length', 'warmup_steps', 'r', 'alpha'):
+        value, number = c[name], c.number(name)
+        if value is None or value in ('auto', 'max', -1):
+            continue
+        if number is None or not math.isfinite(number) or number < 0:
+            key = next(k for k in NAMES[name].split() if c.raw.get(k) is not None)
+            return f'{key} is {value!r}, which is not a number that it can be'
+
+@planted(setting_no_number, "learning_rate is 'fast'")
+def _a_rate_in_words():
+    return elsewhere(config=AXOLOTL | dict(learning_rate='fast'))
+
+@check('elsewhere', 'warning', why='one of the two counts, and nobody can see which',
+       fix='remove one of them', source='huggingface/transformers#256')
+def setting_twice(case):
+    if case.config.twice:
+        return f'set twice, with different values: {some(case.config.twice)}'
+
+@planted(setting_twice, 'set twice, with different values: learning_rate')
+def _two_rates():
+    return elsewhere(config=AXOLOTL | dict(training=dict(learning_rate=5.)))
+
+REFUSED = ( # form, two settings that its trainer refuses together, and the value of each; None: any
+    ('axolotl', 'rl', None, 'sample_packing', True), ('axolotl', 'deepspeed', None, 'fsdp', None),
+    ('axolotl', 'deepspeed', None, 'fsdp_config', None),
+    ('axolotl', 'eval_steps', None, 'evals_per_epoch', None),
+    ('axolotl', 'save_steps', None, 'saves_per_epoch', None),
+    ('llamafactory', 'mask_history', True, 'train_on_prompt', True))
+
+@check('elsewhere', 'error', why='the trainer refuses them together, or ignores one of them',
+       fix='keep the one that you mean', source='axolotl-ai-cloud/axolotl#1692')
+def settings_exclude_each_other(case):
+    c = case.config
+    there = lambda name, value: c.on(name) if value else bool(c.source.get(name))
+    for form, a, one, b, two in REFUSED:
+        if c.form == form and there(a, one) and there(b, two):
+            return f'{a} and {b} are both set'
+    if c.form == 'llamafactory' and c.on('neat_packing') and c['stage'] not in (None, 'sft', 'pt'):
+        return f'neat_packing is on, and the stage is {c["stage"]}'
+
+@planted(settings_exclude_each_other, 'deepspeed and fsdp are both set')
+def _two_ways_to_share():
+    return elsewhere(config=AXOLOTL | dict(deepspeed='zero2.json', fsdp=['full_shard']))
 
 @check('elsewhere', 'warning', why='the change is multiplied by alpha/r, which acts like a learning rate',
        fix='set alpha to r or twice r', source='bitsandbytes-foundation/bitsandbytes#762')
@@ -286,6 +341,8 @@ def _a_batch_of_all_rows():
        source='huggingface/transformers#11931')
 def evaluation_off(case):
     c = case.config
+    if c.rewarded or _plain_text(c):
+        raise NotApplicable('rewards are an evaluation of their own, and so is the loss of new text')
     if c.form == 'axolotl':
         if not (c.number('val_set_size') or 0) > 0 and not c['test_datasets']:
             return 'val_set_size is 0 or missing, and there is no test_datasets'
@@ -306,25 +363,12 @@ def _nothing_kept_apart():
 def _evaluation_switched_off():
     return elsewhere(args=dict(eval_strategy='no', learning_rate=1e-4, num_train_epochs=3))
 
-def _two_plans(c) -> str:
-    "Say how evaluating and saving are at odds; '' if they are not"
-    plan, saving = c['evaluation'], c['saving']
-    if str(plan) in ('no', 'False'): # YAML reads a bare no as False
-        return 'load_best_model_at_end is on, and nothing is evaluated'
-    if plan and saving and saving != 'best' and str(saving) != str(plan):
-        return f'load_best_model_at_end is on, but saving is by {saving} and evaluation by {plan}'
-    save, test = c.number('save_steps'), c.number('eval_steps')
-    whole = save and test and min(save, test) >= 1 # below 1 they are shares of the run
-    if plan == 'steps' and whole and save % test:
-        return f'save_steps {save:g} is no multiple of eval_steps {test:g}'
-    return ''
-
 @check('elsewhere', 'error', why='the trainer stops, or keeps the worst checkpoint as the best',
        fix='evaluate and save at the same steps; greater_is_better is false for a loss and true for a score',
        source='huggingface/transformers#12685')
 def best_not_found(case):
     c = case.config
-    if c.on('load_best_model_at_end') and (seen := _two_plans(c)):
+    if c.on('load_best_model_at_end') and (seen := at_odds(c)):
         return seen
     metric, greater = str(c['metric_for_best_model'] or ''), c['greater_is_better']
     score = re.search('acc|f1|bleu|rouge|exact|precision|recall|reward', metric)
@@ -384,7 +428,7 @@ def _the_targets_of_another_architecture():
 def _new_tokens(case) -> list[str]:
     "Return tokens that the settings add, without padding, which nothing learns"
     c = case.config
-    special = {k: v for k, v in (c['special_tokens'] or {}).items() if k != 'pad_token'}
+    special = {k: v for k, v in _special(c).items() if k != 'pad_token'}
     try:
         known = case.base[1].get_vocab()
         every = (*c.words('tokens'), *c.words('new_special_tokens'), *special.values())
