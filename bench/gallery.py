@@ -150,9 +150,18 @@ def config_commands(folder:Path) -> list[list]:
     out.mkdir(parents=True, exist_ok=True)
     (out/'train.py').write_text(script(settings))
     (out/'config.json').write_text(json.dumps(settings))
-    return [['sft-check', file], ['sft-check', out/'config.json'], ['lora-config-check', file],
-            ['quantization-check', file], ['check', *options], ['check', out/'train.py', *options],
-            ['investigate', out]]
+    lora = {ours: settings[k] for k, ours in LORA.items() if settings.get(k) is not None}
+    if settings.get('lora_target_linear') or settings.get('lora_target') == 'all':
+        lora['target_modules'] = 'all-linear'
+    (out/'adapter_config.json').write_text(json.dumps(dict(peft_type='LORA') | lora))
+    return [['sft-check', file], ['sft-check', out/'config.json'],
+            *([['lora-config-check', out/'adapter_config.json']] if 'r' in lora else []),
+            ['quantization-check', file], ['check', *options],
+            ['check', out/'train.py', *options], ['investigate', out]]
+
+
+LORA = {'lora_r': 'r', 'lora_rank': 'r', 'lora_alpha': 'lora_alpha', 'lora_dropout': 'lora_dropout',
+        'lora_target_modules': 'target_modules', 'lora_modules_to_save': 'modules_to_save'}
 
 
 def script(s:dict) -> str:
@@ -319,7 +328,7 @@ def main():
         else:
             verdicts, generic = judged(name, cases, said)
             result['tools'][name] |= dict(summary(verdicts), generic=generic, verdicts=verdicts,
-                                          alarms=alarms_of(cases, said, verdicts))
+                                          alarms=alarms_of(cases, said, verdicts, generic))
         print(f'\r{name}: {why_not or summary(verdicts)}', file=sys.stderr)
         OUT.write_text(json.dumps(kept(result), indent=1).replace(str(root), '') + '\n')
 
@@ -339,10 +348,15 @@ def asked(name, cases, python, root, limit) -> tuple[dict, str]:
     return said, ''
 
 
-def alarms_of(cases, said, verdicts) -> dict:
+def alarms_of(cases, said, verdicts, generic) -> dict:
     "Return what a tool said on the healthy cases on which it raised an alarm"
-    return {c.name: [f'{n}: {t}'[:300] for s, n, t in said[c.name] if s in BAD]
-            for c in cases if verdicts[c.name] == 'false alarm'}
+    rang = [c for c in cases if verdicts[c.name] == 'false alarm']
+    out = {}
+    for c in rang:
+        loud = [(n, t) for s, n, t in said[c.name] if s in BAD and n not in generic]
+        texts = [f'{n}: {" ".join(t.split())}'[:200] for n, t in loud]
+        out[c.name] = list(dict.fromkeys(texts))[:3]
+    return out
 
 
 if __name__ == '__main__':

@@ -303,7 +303,8 @@ def test_the_best_is_mended_where_it_is_wrong(settings):
 
 
 @pytest.mark.parametrize('settings', [
-    dict(optimizer='lion', learning_rate=3e-6), dict(rl='grpo', val_set_size=0, sample_packing=False),
+    dict(optimizer='lion', learning_rate=3e-6),
+    dict(rl='grpo', val_set_size=0, sample_packing=False),
     dict(eval_sample_packing=True, val_set_size=.02)])
 def test_more_settings_that_are_right_raise_no_alarm(settings):
     assert not alarms(elsewhere(config=AXOLOTL | settings)['model'])
