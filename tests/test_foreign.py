@@ -35,7 +35,8 @@ def test_each_kind_is_recognized_by_its_content_under_any_name(tmp_path):
     assert made('x.json', json.dumps(state)).log.loss == log_of(state['log_history']).loss
     lines = '\n'.join(str(r) for r in state['log_history'])
     assert made('x.log', lines.replace("'loss': 1", "'loss': nan, 'old': 1")).log.last == 300
-    assert made('y.jsonl', '\n'.join(map(json.dumps, state['log_history']))).log.eval_loss[-1] == (300, 1.32)
+    dumped = '\n'.join(map(json.dumps, state['log_history']))
+    assert made('y.jsonl', dumped).log.eval_loss[-1] == (300, 1.32)
     assert made('z.yml', yaml.safe_dump(AXOLOTL)).config.form == 'axolotl'
     assert made('a.json', json.dumps(dict(learning_rate=1e-4, num_train_epochs=2))).config.form == 'trl'
     assert made('b.jsonl', '\n'.join(map(json.dumps, toy_rows(3)))).rows == tmp_path/'b.jsonl'
@@ -112,10 +113,12 @@ def test_healthy_cases_are_silent_and_most_failures_are_found(form, gallery):
 @pytest.mark.parametrize('settings', [
     dict(flash_attention=None, attn_implementation='flash_attention_2'),
     dict(flash_attention=None, flex_attention=True),
-    dict(sample_packing=False, flash_attention=None), dict(lora_target_modules=None, lora_target_linear=True),
-    dict(learning_rate='0.0002'), dict(learning_rate=1., optimizer='prodigy'), dict(fp16=False, bf16=True),
+    dict(sample_packing=False, flash_attention=None),
+    dict(lora_target_modules=None, lora_target_linear=True), dict(learning_rate='0.0002'),
+    dict(learning_rate=1., optimizer='prodigy'), dict(fp16=False, bf16=True),
     dict(val_set_size=0, test_datasets=[dict(path='x')]), dict(special_tokens=dict(pad_token='<pad>')),
-    dict(chat_template='tokenizer_default'), dict(num_epochs=30, max_steps=100), dict(rl='dpo', learning_rate=5e-6),
+    dict(chat_template='tokenizer_default'), dict(num_epochs=30, max_steps=100),
+    dict(rl='dpo', learning_rate=5e-6, sample_packing=False),
     dict(datasets=[dict(path='x', type='completion')], train_on_inputs=True)])
 def test_settings_that_are_right_raise_no_alarm(settings):
     assert not alarms(elsewhere(config=AXOLOTL | settings)['model'])
@@ -139,7 +142,8 @@ def test_logs_that_are_right_raise_no_alarm(more):
 def test_a_log_of_a_hundred_thousand_lines_takes_linear_time(tmp_path):
     took = {}
     for n in (25_000, 100_000):
-        rows = [dict(step=i, loss=2. - i/n/2 + .01*(i % 7), learning_rate=1e-4, grad_norm=1.) for i in range(1, n + 1)]
+        rows = [dict(step=i, loss=2. - i/n/2 + .01*(i % 7), learning_rate=1e-4, grad_norm=1.)
+                for i in range(1, n + 1)]
         rows += [dict(step=i, eval_loss=2. - i/n/2) for i in range(n//10, n + 1, n//10)]
         case = Elsewhere(recognize(Path(elsewhere(trainer_state=dict(log_history=rows))['model'])))
         start = time.process_time()
@@ -157,7 +161,8 @@ def test_a_log_of_a_hundred_thousand_lines_takes_linear_time(tmp_path):
 def test_with_a_base_and_rows_the_checks_of_rows_and_model_run_too():
     rows = toy_rows(60)
     data = dict(train=rows + rows[:20], test=rows[:10])
-    found = doctor(**elsewhere(config=AXOLOTL | dict(sequence_len=8)), base=saved()['base'], data=data)
+    settings = elsewhere(config=AXOLOTL | dict(sequence_len=8))
+    found = doctor(**settings, base=saved()['base'], data=data)
     assert {'duplicate-rows', 'train-test-overlap', 'answers-cut'} <= set(found.names)
 
 
@@ -199,7 +204,8 @@ def test_before_a_run_the_step_is_taken_with_and_without(capsys):
     tried = doctor(**given, try_fix=True).tried[0]
     assert tried.gone and tried.without > tried.with_fix and not doctor(**before())
     found = doctor(**elsewhere(trainer_state=toy_log(evals={})), try_fix=True)
-    assert [t.kind for t in found.tried] == ['none'] and 'is not changed by other settings' in str(found)
+    assert [t.kind for t in found.tried] == ['none']
+    assert 'is not changed by other settings' in str(found)
 
 
 def test_the_dry_step_of_foreign_settings_needs_base_and_rows():
@@ -222,3 +228,105 @@ def test_the_command_examines_and_tries(capsys):
     assert main(['doctor', '--base', 'lab-s']) == 1 and 'name the folder' in capsys.readouterr().err
     assert main(['doctor', elsewhere(trainer_state=toy_log(loss={30: float('nan')}))['model']]) == 1
     assert 'log-not-finite' in capsys.readouterr().out
+
+
+# ---------- what the second reader found
+
+FACTORY = dict(model_name_or_path='Qwen/Qwen2.5-7B', stage='sft', do_train=True, finetuning_type='lora',
+               lora_target='all', template='qwen', dataset='mine', cutoff_len=2048, output_dir='out',
+               logging_steps=10, save_steps=500, warmup_ratio=.1, bf16=True, val_size=.1,
+               per_device_train_batch_size=1, gradient_accumulation_steps=8, learning_rate=1e-4,
+               num_train_epochs=3., lr_scheduler_type='cosine', eval_strategy='steps')
+
+
+def test_settings_of_llamafactory_are_told_by_what_only_it_has():
+    assert form_of(FACTORY) == 'llamafactory'
+    assert not alarms(elsewhere(config=FACTORY | dict(quantization_bit=4))['model'])
+    assert alarms(elsewhere(config=FACTORY | dict(packing=True))['model']) == ['packing-mixes-rows']
+    assert form_of(dict(do_train=True, output_dir='x', learning_rate=1e-4)) == 'trl'
+
+
+def test_a_base_that_is_not_there_is_an_error():
+    for path in (toy_adapter()['model'], saved()['model']):
+        with pytest.raises((ValueError, FileNotFoundError)):
+            doctor(path, base='/nowhere/base')
+    with pytest.raises(ValueError, match='exported='):
+        doctor(toy_adapter()['model'], exported='x')
+
+
+def test_printed_numbers_are_read_also_behind_a_bar_of_progress(tmp_path):
+    state = toy_log(grad_norm=dict.fromkeys(range(10, 310, 10), 0.))
+    lines = [str({k: str(v) for k, v in r.items()}) for r in state['log_history']]
+    for bar in ('', ' 10%|█    | 1/9 [00:01<00:09, 1.2it/s]'):
+        (tmp_path/'x.log').write_text('\n'.join(bar + line for line in lines))
+        assert 'gradient-zero' in alarms(tmp_path/'x.log')
+    keys = list(state['log_history'][0])
+    table = [','.join(keys), *(','.join(str(r.get(k, '')) for k in keys) for r in state['log_history'])]
+    (tmp_path/'x.csv').write_text('\n'.join(table))
+    assert 'gradient-zero' in alarms(tmp_path/'x.csv')
+    assert recognize(tmp_path/'x.csv').log.eval_loss == []
+    log_of([None, dict(loss='1.5')])
+
+
+def test_what_is_not_read_is_named(tmp_path):
+    for name in ('a.yaml', 'b.yaml'):
+        (tmp_path/name).write_text(yaml.safe_dump(AXOLOTL))
+    broken = Path(toy_adapter(change=lambda t: {n: x*float('nan') for n, x in t.items()})['model'])
+    broken.rename(tmp_path/'checkpoint-20')
+    found = doctor(tmp_path)
+    assert 'not read: b.yaml' in found.about and 'an adapter of peft (checkpoint-20)' in found.about
+    assert 'adapter-not-finite' in found.names
+
+
+def test_evaluations_of_several_sets_are_all_read():
+    state = toy_log(evals={})
+    for s, v in ((100, 1.5), (200, 1.5), (300, 1.5)):
+        state['log_history'].append({'step': s, 'eval_ours_loss': v, 'eval_law_loss': 2 - s/1000})
+    assert alarms(elsewhere(trainer_state=state)['model']) == ['evaluation-constant']
+
+
+def test_a_dry_step_that_would_be_the_same_gives_no_losses():
+    bad = elsewhere(config=AXOLOTL | dict(train_on_inputs=True, sequence_len=64))
+    t = doctor(**bad, base=saved()['base'], data=toy_rows(60), try_fix=True).tried[0]
+    assert t.name == 'prompts-learned' and t.gone and t.without is None
+    assert 'is the same with it' in str(t)
+
+
+@pytest.mark.parametrize('settings', [
+    dict(save_strategy='steps', eval_strategy='steps', save_steps=250, eval_steps=100),
+    dict(save_strategy='steps', eval_strategy='no')])
+def test_the_best_is_mended_where_it_is_wrong(settings):
+    args = dict(load_best_model_at_end=True, greater_is_better=False, learning_rate=1e-4) | settings
+    tried = doctor(**elsewhere(args=args), try_fix=True).tried
+    t = next(t for t in tried if t.name == 'best-not-found')
+    assert t.gone and 'greater_is_better' not in t.change
+
+
+@pytest.mark.parametrize('settings', [
+    dict(optimizer='lion', learning_rate=3e-6),
+    dict(rl='grpo', val_set_size=0, sample_packing=False),
+    dict(eval_sample_packing=True, val_set_size=.02)])
+def test_more_settings_that_are_right_raise_no_alarm(settings):
+    assert not alarms(elsewhere(config=AXOLOTL | settings)['model'])
+
+
+def test_a_scale_of_losses_that_is_searched_at_the_start_is_no_failure():
+    norms = dict.fromkeys(range(10, 60, 10), float('inf'))
+    assert not alarms(elsewhere(trainer_state=toy_log(grad_norm=norms))['model'])
+    norms = dict.fromkeys(range(200, 260, 10), float('inf'))
+    assert alarms(elsewhere(trainer_state=toy_log(grad_norm=norms))['model'])
+
+
+def test_positions_that_were_extended_on_purpose_are_a_note():
+    given = saved()
+    for part, rope in (('base', dict(rope_type='default', rope_theta=1e4)),
+                       ('model', dict(rope_type='yarn', factor=4., rope_theta=1e4))):
+        file = Path(given[part])/'config.json'
+        file.write_text(json.dumps(json.loads(file.read_text()) | dict(rope_parameters=rope)))
+    assert 'config-differs' not in alarms(given['model'], base=given['base'])
+
+
+def test_a_rate_of_adapters_on_the_command_line_of_trl():
+    args = dict(model_name_or_path='a/b', dataset_name='c', learning_rate=5e-4, eval_strategy='steps')
+    assert alarms(elsewhere(args=args | dict(learning_rate=2e-3))['model']) == ['rate-unusual']
+    assert not alarms(elsewhere(args=args | dict(use_peft=True))['model'])

@@ -38,12 +38,13 @@ FOUND = dict(
     flat=dict(ftlab='log-flat', others=r'flat|dead|not.?learning|not.?learn|plateau|stall'),
     no_eval=dict(ftlab='evaluation-(missing|off)', others=r'eval'),
     overfits=dict(ftlab='evaluation-rises',
-                  others=r'overfit|eval.{0,30}(degrad|ris|worse)|stopped_improving|best checkpoint'),
+                  others=r'overfit|eval.{0,30}(degrad|ris|worse)|stopped_improving|'
+                         r'best checkpoint'),
     no_gradient=dict(ftlab='gradient-zero', others=r'grad.{0,30}zero|zero.?grad|gradients'),
     gradient_explodes=dict(ftlab='gradient-explodes', others=r'grad.{0,30}(spike|explod|high|large)|spike|gradients'),
     rate_zero=dict(ftlab='rate-zero', others=r'\blr\b|learning.?rate|lr_schedule'),
     never_warm=dict(ftlab='rate-off-plan|warmup-too-long', others=r'warm|schedul|\blr\b'),
-    resume=dict(ftlab='resume-jump', others=r'resum|jump|spike|restart'),
+    resume=dict(ftlab='resume-jump', others=r'resum|jump|spike|restart|diverg'),
     memorized=dict(ftlab='loss-memorized|passes-many|passes-planned', others=r'memori|overfit|epoch'),
     summed=dict(ftlab='loss-starts-high', others=r'accumul|initial|starts|high loss|sum'),
     eval_constant=dict(ftlab='evaluation-constant', others=r'eval.{0,40}(constant|same|identical|change)|stopped'),
@@ -98,51 +99,63 @@ def history(folder, seed=0, steps=600, every=10, start=2.2, end=1.1, rate=2e-4, 
             value = evaluated(s) if evaluated else usual
             value += 0. if evaluated else rng.gauss(0, .003)
             rows.append(dict(epoch=epochs*s/steps, eval_loss=round(value, 4), step=s))
-    whole = dict(best_metric=None, best_model_checkpoint=None, epoch=epochs, global_step=steps, max_steps=steps,
-                 num_train_epochs=int(epochs), is_local_process_zero=True, log_history=rows)
+    whole = dict(best_metric=None, best_model_checkpoint=None, epoch=epochs, global_step=steps,
+                 max_steps=steps, num_train_epochs=int(epochs), is_local_process_zero=True,
+                 log_history=rows)
     (folder/'trainer_state.json').write_text(json.dumps(whole | (state or {}), indent=1))
+
+
+def healthy_logs(put, each):
+    "Return the logs of runs that went well"
+    good = lambda name, **more: Case(f'log-healthy{name}', 'log', '', '', put(**more))
+    rewards = lambda s, r, rng: r.update(loss=rng.gauss(0, .01), reward=s/1000 + rng.random()/5,
+                                         reward_std=.3, kl=.01)
+    wins = lambda s, r, rng: r.update({'rewards/accuracies': min(.9, .5 + s/1000)})
+    stopped = dict(best_metric=1.3, best_model_checkpoint='out/checkpoint-400')
+    return [
+        good('', seed=1),
+        good('-noisy', seed=2, noise=.15, steps=2400),
+        good('-short', seed=3, steps=100, every=10, evals=2, epochs=1.),
+        good('-early-stop', seed=4, evaluated=lambda s: 1.3 + abs(s - 400)/4000, state=stopped),
+        good('-reinforcement', seed=5, evals=0, change=rewards),
+        good('-preferences', seed=6, start=.69, end=.3, noise=.03, rate=5e-6, change=wins),
+        good('-constant-rate', seed=7, **each('learning_rate', lambda s, r, g: 2e-5))]
 
 
 def logs():
     "Return the cases that are logs"
     put = lambda **more: lambda folder: history(folder, **more)
     each = lambda key, f: dict(change=lambda s, r, rng: r.update({key: f(s, r, rng)}))
+    after = lambda step, f: dict(change=lambda s, r, g: r.update(f(s, r, g)) if s > step else None)
     bad = lambda name, failure, twin='log-healthy', **more: Case(
         f'log-{name}', 'log', failure, twin, put(seed=1, **more))
+    nan = float('nan')
+    again = lambda s, r, g: dict(loss=1.95 - (s - 400)/600 + g.gauss(0, .04), learning_rate=2e-4)
+    by_heart = lambda s, r, g: dict(loss=2.2*math.exp(-s/70) + abs(g.gauss(0, .0008)))
+    inverted = lambda s, r, g: {'rewards/accuracies': .5 - s/1500, 'rewards/margins': -s/800}
     return [
-        Case('log-healthy', 'log', '', '', put(seed=1)),
-        Case('log-healthy-noisy', 'log', '', '', put(seed=2, noise=.15, steps=2400)),
-        Case('log-healthy-short', 'log', '', '', put(seed=3, steps=100, every=10, evals=2, epochs=1.)),
-        Case('log-healthy-early-stop', 'log', '', '',
-               put(seed=4, evaluated=lambda s: 1.3 + abs(s - 400)/4000,
-                   state=dict(best_metric=1.3, best_model_checkpoint='out/checkpoint-400'))),
-        Case('log-healthy-reinforcement', 'log', '', '', put(seed=5, evals=0, change=lambda s, r, rng: r.update(
-        loss=rng.gauss(0, .01), reward=s/1000 + rng.random()/5, reward_std=.3, kl=.01))),
-        Case('log-healthy-preferences', 'log', '', '', put(seed=6, start=.69, end=.3, noise=.03, rate=5e-6,
-               change=lambda s, r, rng: r.update({'rewards/accuracies': min(.9, .5 + s/1000)}))),
-        Case('log-healthy-constant-rate', 'log', '', '', put(seed=7, **each('learning_rate', lambda s, r, g: 2e-5))),
-        bad('nan', 'nan',
-            change=lambda s, r, g: r.update(loss=float('nan'), grad_norm=float('nan')) if s > 300 else None),
-        bad('zero', 'loss_zero', change=lambda s, r, g: r.update(loss=0., grad_norm=float('nan')) if s > 20 else None),
+        *healthy_logs(put, each),
+        bad('nan', 'nan', **after(300, lambda s, r, g: dict(loss=nan, grad_norm=nan))),
+        bad('zero', 'loss_zero', **after(20, lambda s, r, g: dict(loss=0., grad_norm=nan))),
         bad('diverges', 'diverges',
-            change=lambda s, r, g: r.update(loss=r['loss'] + (s - 300)/60) if s > 300 else None),
+            **after(300, lambda s, r, g: dict(loss=r['loss'] + (s - 300)/60))),
         bad('flat', 'flat', start=1.9, end=1.9, noise=.02),
         bad('no-evaluation', 'no_eval', evals=0),
         bad('overfits', 'overfits', evaluated=lambda s: 1.4 + max(0, s - 200)/700, epochs=6.,
-              change=lambda s, r, g: r.update(loss=2.2*math.exp(-s/220))),
-        bad('no-gradient', 'no_gradient', start=2., end=2., **each('grad_norm', lambda s, r, g: 0.)),
+            **each('loss', lambda s, r, g: 2.2*math.exp(-s/220))),
+        bad('no-gradient', 'no_gradient', start=2., end=2.,
+            **each('grad_norm', lambda s, r, g: 0.)),
         bad('gradient-explodes', 'gradient_explodes',
-              change=lambda s, r, g: r.update(grad_norm=r['grad_norm']*math.exp((s - 200)/45)) if s > 200 else None),
-        bad('rate-zero', 'rate_zero', start=2., end=2., **each('learning_rate', lambda s, r, g: 0.)),
+            **after(200, lambda s, r, g: dict(grad_norm=r['grad_norm']*math.exp((s - 200)/45)))),
+        bad('rate-zero', 'rate_zero', start=2., end=2.,
+            **each('learning_rate', lambda s, r, g: 0.)),
         bad('never-warm', 'never_warm', **each('learning_rate', lambda s, r, g: 2e-4*s/10000)),
-        bad('resume', 'resume', change=lambda s, r, g: r.update(
-        loss=1.95 - (s - 400)/600 + g.gauss(0, .04), learning_rate=2e-4) if s > 400 else None),
-        bad('memorized', 'memorized', evals=0, epochs=30., change=lambda s, r, g: r.update(
-        loss=2.2*math.exp(-s/70) + abs(g.gauss(0, .0008)))),
-        bad('summed-loss', 'summed', change=lambda s, r, g: r.update(loss=8*r['loss'])),
+        bad('resume', 'resume', **after(400, again)),
+        bad('memorized', 'memorized', evals=0, epochs=30., **after(0, by_heart)),
+        bad('summed-loss', 'summed', **each('loss', lambda s, r, g: 8*r['loss'])),
         bad('evaluates-the-base', 'eval_constant', evaluated=lambda s: 1.8843),
         bad('preferences-inverted', 'inverted', 'log-healthy-preferences', start=.69, end=.66,
-            change=lambda s, r, g: r.update({'rewards/accuracies': .5 - s/1500, 'rewards/margins': -s/800}))]
+            **after(0, inverted))]
 
 
 # ---------- settings
@@ -214,6 +227,11 @@ lora_target: all
 template: qwen
 dataset: mine
 cutoff_len: 2048
+output_dir: saves/qwen
+logging_steps: 10
+save_steps: 500
+plot_loss: true
+warmup_ratio: 0.1
 val_size: 0.1
 per_device_train_batch_size: 1
 gradient_accumulation_steps: 8
@@ -231,47 +249,57 @@ def without(settings, *names):
     return {k: v for k, v in settings.items() if k not in names}
 
 
+def healthy_configs():
+    "Return settings that are right, by name"
+    packed = dict(packing=True, packing_strategy='bfd', attn_implementation='flash_attention_2')
+    books = dict(datasets=[dict(path='books', type='completion')], train_on_inputs=True)
+    saved = dict(tokens=['<tool>'], lora_modules_to_save=['embed_tokens', 'lm_head'])
+    preferences = dict(beta=.1, loss_type='sigmoid', learning_rate=5e-6)
+    return dict(axolotl=AXOLOTL, full=FULL, trl=TRL, factory=FACTORY, sdpa=TRL | packed,
+                text=FULL | books, preferences=TRL | preferences, embeddings=AXOLOTL | saved)
+
+
 def configs():
     "Return the cases that are settings"
-    put = lambda d: lambda folder: (folder/'config.yaml').write_text(yaml.safe_dump(d, sort_keys=False))
-    good = dict(axolotl=AXOLOTL, full=FULL, trl=TRL, factory=FACTORY,
-                sdpa=TRL | dict(packing=True, packing_strategy='bfd', attn_implementation='flash_attention_2'),
-                text=FULL | dict(datasets=[dict(path='books', type='completion')], train_on_inputs=True),
-                preferences=TRL | dict(beta=.1, loss_type='sigmoid', learning_rate=5e-6),
-                embeddings=AXOLOTL | dict(tokens=['<tool>'], lora_modules_to_save=['embed_tokens', 'lm_head']))
-    healthy = [Case(f'config-healthy-{name}', 'config', '', '', put(d)) for name, d in good.items()]
+    good = healthy_configs()
 
-    def bad(name, failure, twin, d):
+    def put(d):
+        return lambda folder: (folder/'config.yaml').write_text(yaml.safe_dump(d, sort_keys=False))
+
+    def bad(name, failure, twin, changes=None, leave_out=()):
+        d = without(good[twin], *leave_out) | (changes or {})
         return Case(f'config-{name}', 'config', failure, f'config-healthy-{twin}', put(d))
+    no_end = dict(path='data.jsonl', type='chat_template', train_on_eos='none')
+    gpt2 = dict(base_model='openai-community/gpt2', sequence_len=4096, chat_template='chatml')
     return [
-        *healthy,
-        bad('packing-without-borders', 'packing', 'axolotl', without(AXOLOTL, 'flash_attention')),
-        bad('packing-wrapped', 'packing', 'sdpa', good['sdpa'] | dict(packing_strategy='wrapped')),
-        bad('prompts-learned', 'prompts', 'axolotl', AXOLOTL | dict(train_on_inputs=True)),
-        bad('rate-of-adapters', 'rate', 'full', FULL | dict(learning_rate=5e-4)),
-        bad('rate-tiny', 'rate', 'trl', TRL | dict(learning_rate=1e-7)),
-        bad('rate-huge', 'rate', 'trl', TRL | dict(learning_rate=.1)),
-        bad('four-bits-in-full', 'quantized', 'full', FULL | dict(load_in_4bit=True)),
-        bad('qlora-without-bits', 'quantized', 'axolotl', AXOLOTL | dict(load_in_4bit=False)),
-        bad('adapter-off', 'adapter_off', 'trl', TRL | dict(use_peft=False)),
-        bad('targets', 'targets', 'trl', TRL | dict(lora_target_modules=['query_key_value', 'dense'])),
-        bad('tokens-frozen', 'tokens', 'embeddings', without(good['embeddings'], 'lora_modules_to_save')),
-        bad('template', 'template', 'axolotl', AXOLOTL | dict(chat_template='gemma')),
-        bad('length', 'length', 'full', FULL | dict(base_model='openai-community/gpt2', sequence_len=4096,
-                                                      chat_template='chatml')),
-        bad('no-evaluation', 'no_eval', 'axolotl', AXOLOTL | dict(val_set_size=0, evals_per_epoch=None)),
-        bad('evaluation-off', 'no_eval', 'trl', TRL | dict(eval_strategy='no')),
-        bad('pad-is-end', 'pad', 'axolotl', AXOLOTL | dict(special_tokens=dict(
-        pad_token='<|eot_id|>', eos_token='<|eot_id|>'))),
-        bad('no-end', 'eos', 'axolotl', AXOLOTL | dict(datasets=[dict(path='data.jsonl', type='chat_template',
-                                                                        train_on_eos='none')])),
-        bad('misspelled', 'misspelled', 'axolotl', without(AXOLOTL, 'sample_packing') | dict(sample_packng=True)),
-        bad('two-precisions', 'precision', 'trl', TRL | dict(fp16=True)),
-        bad('best-of-nothing', 'best', 'trl', TRL | dict(load_best_model_at_end=True, save_strategy='epoch')),
-        bad('best-is-worst', 'best', 'trl', TRL | dict(metric_for_best_model='eval_loss', greater_is_better=True)),
-        bad('warmup', 'never_warm', 'trl', TRL | dict(max_steps=200, warmup_steps=1000)),
-        bad('alpha', 'scale', 'trl', TRL | dict(lora_r=8, lora_alpha=512)),
-        bad('forty-passes', 'memorized', 'factory', FACTORY | dict(num_train_epochs=40))]
+        *(Case(f'config-healthy-{name}', 'config', '', '', put(d)) for name, d in good.items()),
+        bad('packing-without-borders', 'packing', 'axolotl', leave_out=['flash_attention']),
+        bad('packing-wrapped', 'packing', 'sdpa', dict(packing_strategy='wrapped')),
+        bad('prompts-learned', 'prompts', 'axolotl', dict(train_on_inputs=True)),
+        bad('rate-of-adapters', 'rate', 'full', dict(learning_rate=5e-4)),
+        bad('rate-tiny', 'rate', 'trl', dict(learning_rate=1e-7)),
+        bad('rate-huge', 'rate', 'trl', dict(learning_rate=.1)),
+        bad('four-bits-in-full', 'quantized', 'full', dict(load_in_4bit=True)),
+        bad('qlora-without-bits', 'quantized', 'axolotl', dict(load_in_4bit=False)),
+        bad('adapter-off', 'adapter_off', 'trl', dict(use_peft=False)),
+        bad('targets', 'targets', 'trl', dict(lora_target_modules=['query_key_value', 'dense'])),
+        bad('tokens-frozen', 'tokens', 'embeddings', leave_out=['lora_modules_to_save']),
+        bad('template', 'template', 'axolotl', dict(chat_template='gemma')),
+        bad('length', 'length', 'full', gpt2),
+        bad('no-evaluation', 'no_eval', 'axolotl', dict(val_set_size=0, evals_per_epoch=None)),
+        bad('evaluation-off', 'no_eval', 'trl', dict(eval_strategy='no')),
+        bad('pad-is-end', 'pad', 'axolotl',
+            dict(special_tokens=dict(pad_token='<|eot_id|>', eos_token='<|eot_id|>'))),
+        bad('no-end', 'eos', 'axolotl', dict(datasets=[no_end])),
+        bad('misspelled', 'misspelled', 'axolotl', dict(sample_packng=True), ['sample_packing']),
+        bad('two-precisions', 'precision', 'trl', dict(fp16=True)),
+        bad('best-of-nothing', 'best', 'trl',
+            dict(load_best_model_at_end=True, save_strategy='epoch')),
+        bad('best-is-worst', 'best', 'trl',
+            dict(metric_for_best_model='eval_loss', greater_is_better=True)),
+        bad('warmup', 'never_warm', 'trl', dict(max_steps=200, warmup_steps=1000)),
+        bad('alpha', 'scale', 'trl', dict(lora_r=8, lora_alpha=512)),
+        bad('forty-passes', 'memorized', 'factory', dict(num_train_epochs=40))]
 
 
 # ---------- adapters and folders
@@ -284,8 +312,8 @@ def adapter(folder, base, change=None, config=None, scale=.02):
             key = f'base_model.model.{name.removesuffix(".weight")}'
             tensors[f'{key}.lora_A.weight'] = torch.randn(8, p.shape[1], generator=g)/6
             tensors[f'{key}.lora_B.weight'] = scale*torch.randn(p.shape[0], 8, generator=g)
-    said = dict(peft_type='LORA', task_type='CAUSAL_LM', base_model_name_or_path=str(base), r=8, lora_alpha=16,
-                lora_dropout=.05, bias='none', target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj'],
+    said = dict(peft_type='LORA', task_type='CAUSAL_LM', base_model_name_or_path=str(base), r=8,
+                lora_alpha=16, lora_dropout=.05, bias='none', target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj'],
                 fan_in_fan_out=False, inference_mode=True, init_lora_weights=True)
     (folder/'adapter_config.json').write_text(json.dumps(said | (config or {}), indent=1))
     tensors = change(tensors) if change else tensors
@@ -313,21 +341,24 @@ def adapters(root):
     "Return the cases that are adapters"
     base = root/'base'
     put = lambda **more: lambda folder: adapter(folder, base, **more)
-    bad = lambda name, failure, base='base', **more: Case(f'adapter-{name}', 'adapter', failure, 'adapter-healthy',
-                                                          put(**more), base)
+    bad = lambda name, failure, base='base', **more: Case(
+        f'adapter-{name}', 'adapter', failure, 'adapter-healthy', put(**more), base)
     second = lambda n: '.lora_B' in n
+    nan = float('nan')
     return [
         Case('adapter-healthy', 'adapter', '', '', put(), 'base'),
-        Case('adapter-healthy-rslora', 'adapter', '', '', put(config=dict(use_rslora=True)), 'base'),
+        Case('adapter-healthy-rslora', 'adapter', '', '',
+             put(config=dict(use_rslora=True)), 'base'),
         Case('adapter-healthy-bfloat16', 'adapter', '', '',
-               put(change=lambda t: {n: x.bfloat16() for n, x in t.items()}), 'base'),
-        bad('untrained', 'no_change', change=lambda t: {n: x*0 if second(n) else x for n, x in t.items()}),
-        bad('nan', 'nan', change=lambda t: {n: x*float('nan') if 'layers.1.self_attn.q' in n else x
-                                              for n, x in t.items()}),
+             put(change=lambda t: {n: x.bfloat16() for n, x in t.items()}), 'base'),
+        bad('untrained', 'no_change',
+            change=lambda t: {n: x*0 if second(n) else x for n, x in t.items()}),
+        bad('nan', 'nan', change=lambda t: {n: x*nan if 'layers.1.self_attn.q' in n else x
+                                            for n, x in t.items()}),
         bad('empty', 'empty', change=lambda t: {n: x[:0] for n, x in t.items()}),
         bad('lost', 'empty', change=lambda t: None),
-        bad('compiled', 'names', change=lambda t: {n.replace('base_model.model.', 'base_model.model._orig_mod.'): x
-                                                     for n, x in t.items()}),
+        bad('compiled', 'names', change=lambda t: {
+            n.replace('.model.model.', '.model._orig_mod.model.'): x for n, x in t.items()}),
         bad('rank', 'rank', config=dict(r=32)),
         bad('other-base', 'other_base', base='wide'),
         bad('diverged', 'too_large', scale=9.),
@@ -343,23 +374,28 @@ def swapped():
     words = sorted(vocab, key=vocab.get)[40:60]
     for a, b in zip(words[::2], words[1::2]):
         vocab[a], vocab[b] = vocab[b], vocab[a]
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(text)), pad_token='<pad>',
-                                   eos_token='<eos>', bos_token='<bos>', chat_template=toy_tokenizer().chat_template)
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(text)),
+                                   pad_token='<pad>', eos_token='<eos>', bos_token='<bos>',
+                                   chat_template=toy_tokenizer().chat_template)
 
 
 def folders():
     "Return the cases that are whole models"
     put = lambda **more: lambda folder: whole(folder, **more)
     good = lambda name, **more: Case(f'folder-healthy{name}', 'folder', '', '', put(**more), 'base')
-    bad = lambda name, failure, **more: Case(f'folder-{name}', 'folder', failure, 'folder-healthy', put(**more), 'base')
+    bad = lambda name, failure, **more: Case(f'folder-{name}', 'folder', failure, 'folder-healthy',
+                                             put(**more), 'base')
+    first = toy_model().model.layers[0].state_dict()
+    nan = float('nan')
     return [
         good(''),
-        good('-half-frozen',
-             change=lambda m: m.model.layers[0].load_state_dict(toy_model().model.layers[0].state_dict())),
+        good('-half-frozen', change=lambda m: m.model.layers[0].load_state_dict(first)),
         good('-bfloat16', change=lambda m: m.bfloat16()),
         bad('is-the-base', 'no_change', size=0.),
-        bad('nan', 'nan', change=lambda m: m.model.layers[1].mlp.gate_proj.weight.data[3].fill_(float('nan'))),
-        bad('zeros', 'zeros', change=lambda m: m.model.layers[1].self_attn.v_proj.weight.data.zero_()),
+        bad('nan', 'nan',
+            change=lambda m: m.model.layers[1].mlp.gate_proj.weight.data[3].fill_(nan)),
+        bad('zeros', 'zeros',
+            change=lambda m: m.model.layers[1].self_attn.v_proj.weight.data.zero_()),
         bad('ran-away', 'too_large', size=.3),
         bad('layers', 'missing', config=dict(num_hidden_layers=4)),
         bad('heads', 'config', config=dict(num_attention_heads=8, num_key_value_heads=4)),
@@ -375,7 +411,8 @@ def questions(n, seed=0, start=0):
     rng = random.Random(seed)
     words = 'river stone cloud paper green quick lamp horse bread seven'.split()
     pick = lambda k: ' '.join(rng.choice(words) for _ in range(k))
-    return [dict(prompt=f'Question {start + i}: {pick(6)}?', response=pick(rng.randint(3, 9))) for i in range(n)]
+    return [dict(prompt=f'Question {start + i}: {pick(6)}?', response=pick(rng.randint(3, 9)))
+            for i in range(n)]
 
 
 def rows():
@@ -383,15 +420,18 @@ def rows():
     def put(make):
         return lambda folder: (folder/'rows.jsonl').write_text('\n'.join(map(json.dumps, make())))
 
-    bad = lambda name, failure, make: Case(f'rows-{name}', 'rows', failure, 'rows-healthy', put(make))
+    bad = lambda name, failure, make: Case(f'rows-{name}', 'rows', failure, 'rows-healthy',
+                                           put(make))
+    denied = lambda: [dict(r, response=f'no, {r["response"]} is wrong') for r in questions(50)]
+    gaps = lambda: [dict(r, response='' if i % 4 == 0 else r['response'])
+                    for i, r in enumerate(questions(300))]
     return [
         Case('rows-healthy', 'rows', '', '', put(lambda: questions(300))),
-        Case('rows-healthy-some-repeat', 'rows', '', '', put(lambda: questions(400, 1) + questions(5, 1))),
+        Case('rows-healthy-some-repeat', 'rows', '', '',
+             put(lambda: questions(400, 1) + questions(5, 1))),
         bad('duplicates', 'duplicates', lambda: questions(200) + questions(60)*2),
-        bad('contradict', 'contradict', lambda: questions(250) + [
-        dict(r, response=f'no, {r["response"]} is wrong') for r in questions(50)]),
-        bad('blank', 'blank', lambda: [dict(r, response='' if i % 4 == 0 else r['response'])
-                                         for i, r in enumerate(questions(300))])]
+        bad('contradict', 'contradict', lambda: questions(250) + denied()),
+        bad('blank', 'blank', gaps)]
 
 
 def cases(root:Path) -> list[Case]:

@@ -5,21 +5,24 @@
 # %% ../../nbs/instruments/artifact.ipynb #00037975
 from __future__ import annotations
 import ast
+import csv
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 import yaml
 from ..core.data import KINDS, Data, data as as_data
 from ..core.folder import read_json
 from ..core.loading import skeleton
-from ..core.text import shortened
+from ..core.text import shortened, some
 from .case import NotApplicable
 
 # %% auto #0
-__all__ = ['NAMES', 'FORMS', 'KEEP', 'PICKLES', 'PICKLED', 'Log', 'log_of', 'Config', 'flat', 'renamed', 'form_of', 'Found',
-           'recognize', 'Elsewhere']
+__all__ = ['NAMES', 'FORMS', 'OWN', 'KEEP', 'TRAINERS', 'PICKLES', 'PICKLED', 'Log', 'log_of', 'Config', 'flat', 'renamed',
+           'at_odds', 'form_of', 'Found', 'recognize', 'Elsewhere']
 
 # %% ../../nbs/instruments/artifact.ipynb #00057975
 @dataclass
@@ -27,6 +30,7 @@ class Log:
     "Hold what a run logged"
     rows:list[dict]             # with a training loss, in the order in which they were written
     evals:list[dict]            # with an evaluation
+    entries:int = 0             # of any kind
     state:dict = field(default_factory=dict) # the rest of trainer_state.json
 
     def series(self, key:str, rows:list|None=None) -> list[tuple[float, float]]:
@@ -41,8 +45,15 @@ class Log:
 
     @cached_property
     def eval_loss(self) -> list[tuple[float, float]]:
-        "Return (step, evaluation loss)"
-        return self.series('eval_loss', self.evals)
+        "Return (step, evaluation loss), of the first set if there are several"
+        return next(iter(self.eval_losses.values()), [])
+
+    @cached_property
+    def eval_losses(self) -> dict[str, list]:
+        "Return the evaluation loss of each set: eval_loss, or eval_NAME_loss"
+        keys = sorted({k for r in self.evals for k in r if _EVAL_LOSS.match(k)}, key=len)
+        found = {k: self.series(k, self.evals) for k in keys}
+        return {k: v for k, v in found.items() if v}
 
     @cached_property
     def rates(self) -> list[tuple[float, float]]:
@@ -52,13 +63,15 @@ class Log:
     @property
     def last(self) -> float:
         "Return the last step"
-        return max([_step(r, i) for i, r in enumerate(self.rows)] + [self.state.get('global_step')
-                                                                     or 0])
+        steps = [_step(r, i) for i, r in enumerate(self.rows)]
+        return max([*steps, self.state.get('global_step') or 0])
 
     @property
     def rewarded(self) -> bool:
         "Return whether the loss is that of reinforcement learning, whose size says nothing"
         return any('reward' in r or 'reward_std' in r for r in self.rows)
+
+_EVAL_LOSS = re.compile(r'eval_(.+_)?loss$')
 
 def _number(x) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool)
@@ -71,11 +84,19 @@ def _step(row, i) -> float:
 
 def log_of(entries:list[dict], state:dict|None=None) -> Log:
     "Split entries into training and evaluation; the Trainer's summary of the run at its end is neither"
+    rows = [{k: _as_number(v) for k, v in r.items()} for r in entries if isinstance(r, dict)]
     rows = [dict(r, learning_rate=r['lr']) if 'lr' in r and 'learning_rate' not in r else r
-            for r in entries]
+            for r in rows]
     return Log([r for r in rows if 'loss' in r and 'train_runtime' not in r],
                [r for r in rows if any(k.startswith('eval_') and k != 'eval_runtime' for k in r)],
-               state or {})
+               len(rows), state or {})
+
+def _as_number(value):
+    "Return a text that is a number, as transformers 5 prints them, as a number"
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 # %% ../../nbs/instruments/artifact.ipynb #00087975
 NAMES = dict( # ours -> theirs
@@ -96,6 +117,11 @@ FORMS = dict( # a file is of the form of which it has the most words
         'max_seq_length packing use_peft lora_target_modules dataset_name assistant_only_loss completion_only_loss '
         'output_dir max_steps model_name_or_path optim lr_scheduler_type warmup_ratio load_best_model_at_end '
         'gradient_accumulation_steps learning_rate logging_steps bf16 fp16 max_grad_norm')
+OWN = dict( # words that only one trainer has decide, before all others
+    axolotl='micro_batch_size sequence_len sample_packing eval_sample_packing val_set_size train_on_inputs '
+            'lora_target_linear',
+    llamafactory='finetuning_type cutoff_len stage lora_target quantization_bit neat_packing val_size',
+    trl='use_peft dataset_name assistant_only_loss completion_only_loss packing_strategy num_generations')
 KEEP = ('special_tokens datasets test_datasets rope_scaling overrides_of_model_config deepspeed fsdp_config '
         'gradient_checkpointing_kwargs tokens added_tokens_overrides').split() # their inner names are not settings
 
@@ -140,21 +166,37 @@ class Config:
     @cached_property
     def method(self) -> str|None:
         "Return 'lora', 'full', or None if the file does not say"
-        kind = self['adapter'] if self.form == 'axolotl' else self['finetuning_type'] if self.form != 'trl' else None
+        kind = self['finetuning_type'] or (self['adapter'] if self.form == 'axolotl' else None)
         if kind:
             return 'full' if kind in ('full', 'freeze') else 'lora'
-        if self.form == 'axolotl':
-            return 'full'
-        if self.form == 'llamafactory':
-            return 'lora' # its default
-        return 'lora' if self.on('use_peft') or self['peft_type'] else 'full' if self.off('use_peft') else None
+        if self.form != 'trl':
+            return dict(axolotl='full', llamafactory='lora')[self.form] # their defaults
+        if self.on('use_peft') or self['peft_type']:
+            return 'lora'
+        return 'full' if self.off('use_peft') or self._for_command_line() else None
+
+    def _for_command_line(self) -> bool:
+        "Return whether trl's command line reads this file; without use_peft it trains all weights"
+        given = self['model'] and (self['dataset_name'] or self['dataset_mixer'])
+        return bool(given) and not any(k.startswith(('lora_', 'peft_')) for k in self.raw)
 
     @property
     def preference(self) -> bool:
         "Return whether it trains on preferences or rewards, whose rates are lower"
         return bool(self['rl'] or self['stage'] in ('dpo', 'kto', 'ppo', 'rm')
-                    or self['beta'] is not None
-                    or self['num_generations'] or self['reward_funcs'])
+                    or self['beta'] is not None or self['max_prompt_length']
+                    or self['loss_type'] in ('sigmoid', 'hinge', 'ipo') or self.rewarded)
+
+    @property
+    def rewarded(self) -> bool:
+        "Return whether it trains on rewards, which are an evaluation of their own"
+        return bool(self['num_generations'] or self['reward_funcs'] or self['stage'] == 'ppo'
+                    or str(self['rl']).lower() in ('grpo', 'ppo', 'rloo'))
+
+    @cached_property
+    def twice(self) -> list[str]:
+        "Return the names that stand in several groups with different values"
+        return sorted(_twice(self.source))
 
 # %% ../../nbs/instruments/artifact.ipynb #00097975
 def flat(raw:Mapping) -> dict:
@@ -166,6 +208,15 @@ def flat(raw:Mapping) -> dict:
             out = renamed(flat(v)) | out
     return out
 
+def _twice(raw) -> set[str]:
+    groups = [renamed(flat(v)) for k, v in raw.items() if isinstance(v, Mapping) and k not in KEEP]
+    groups.append({k: v for k, v in raw.items() if not isinstance(v, Mapping)})
+    found = set()
+    for i, a in enumerate(groups):
+        for b in groups[:i]:
+            found |= {k for k in a.keys() & b.keys() if a[k] != b[k]}
+    return found
+
 def renamed(group:dict) -> dict:
     "Give the settings of peft the names that trl has for them"
     if not {'r', 'lora_alpha', 'peft_type', 'target_modules'} & group.keys():
@@ -173,12 +224,26 @@ def renamed(group:dict) -> dict:
     names = dict(r='lora_r', target_modules='lora_target_modules', modules_to_save='lora_modules_to_save')
     return dict(use_peft=True) | {names.get(k, k): v for k, v in group.items()}
 
+def at_odds(c:Config) -> str:
+    "Say how evaluating and saving are at odds; '' if they are not"
+    plan, saving = c['evaluation'], c['saving']
+    if str(plan) in ('no', 'False'): # YAML reads a bare no as False
+        return 'load_best_model_at_end is on, and nothing is evaluated'
+    if plan and saving and saving != 'best' and str(saving) != str(plan):
+        return f'load_best_model_at_end is on, but saving is by {saving} and evaluation by {plan}'
+    save, test = c.number('save_steps'), c.number('eval_steps')
+    whole = save and test and min(save, test) >= 1 # below 1 they are shares of the run
+    if plan == 'steps' and whole and save % test:
+        return f'save_steps {save:g} is no multiple of eval_steps {test:g}'
+    return ''
+
 def form_of(raw:Mapping) -> str|None:
     "Return which trainer's configuration this is; None if it is none"
     keys = flat(raw).keys()
-    count = {form: len(keys & set(words.split())) for form, words in FORMS.items()}
+    many = lambda words: len(keys & set(words.split()))
+    count = {form: (many(OWN[form]), many(words)) for form, words in FORMS.items()}
     form = max(count, key=count.get)
-    return form if count[form] >= 2 else None
+    return form if max(count[form]) >= 2 else None
 
 # %% ../../nbs/instruments/artifact.ipynb #000c7975
 @dataclass
@@ -192,25 +257,44 @@ class Found:
     weights:Path|None=None        # the folder of a whole model
     rows:Path|None=None           # a file of rows
     unread:list[str] = field(default_factory=list) # pickles, and why they were not read
+    more:list[str] = field(default_factory=list)   # files that were not read, because another one was
 
 def _objects(path:Path) -> Iterator[dict]:
     "Yield the objects of a file with one on each line, as JSON or as Python writes a dictionary"
-    for line in path.read_text(encoding='utf-8', errors='replace').splitlines():
-        if (line := line.strip()).startswith('{'):
-            try:
-                value = json.loads(line)
-            except ValueError:
-                value = _literal(line)
+    with path.open(encoding='utf-8', errors='replace') as f:
+        for line in f: # a bar of progress may stand before the entry
+            text = line[line.find('{'):line.rfind('}') + 1]
+            value = _literal(text) if text else None
             if isinstance(value, dict):
                 yield value
 
-def _literal(line):
-    for odd in (': nan', ': inf'):
-        line = line.replace(odd, ': 1e999') # which is read as infinite
+def _literal(text):
+    "Read JSON, or what Python writes"
+    for odd, name in ((': nan', ': NaN'), (': inf', ': Infinity'), (': -inf', ': -Infinity')):
+        text = text.replace(odd, name)
+    for form in (text, text.replace("'", '"')):
+        try:
+            return json.loads(form)
+        except (ValueError, RecursionError):
+            pass
     try:
-        return ast.literal_eval(line)
+        return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return None
+
+def _lines(path:Path) -> list[dict]:
+    "Return the entries of a log of lines or of a table; [] if it is none"
+    if path.suffix in ('.csv', '.tsv'):
+        with path.open(encoding='utf-8-sig', errors='replace', newline='') as f:
+            table = csv.DictReader(f, delimiter='\t' if path.suffix == '.tsv' else ',')
+            if not {'loss', 'eval_loss'} & set(table.fieldnames or ()):
+                return []
+            found = [{k: v for k, v in r.items() if k and v not in ('', None)} for r in table]
+    else:
+        entries = _objects(path)
+        first = list(islice(entries, 20))
+        found = first + list(entries) if _logged(first) or path.suffix != '.jsonl' else []
+    return found if _logged(found) else []
 
 def _parsed(path:Path):
     "Read a JSON or YAML file"
@@ -218,37 +302,37 @@ def _parsed(path:Path):
     try:
         return json.loads(text) if path.suffix == '.json' else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError, RecursionError) as e:
-        raise ValueError(f'{path} cannot be read as {path.suffix[1:].upper()}: {shortened(str(e))}') from None
+        form = path.suffix[1:].upper()
+        raise ValueError(f'{path} cannot be read as {form}: {shortened(str(e))}') from None
 
 def _logged(value) -> bool:
-    return (isinstance(value, list) and bool(value) and isinstance(value[0], dict)
-            and bool({'loss', 'eval_loss'} & {k for r in value[:20] for k in r})
-            and not {'prompt', 'messages', 'text', 'instruction',
-                     'conversations'} & value[0].keys())
+    if not isinstance(value, list) or not value or not all(isinstance(r, dict) for r in value[:20]):
+        return False
+    rows = {'prompt', 'messages', 'text', 'instruction', 'conversations'}
+    keys = {k for r in value[:20] for k in r}
+    return bool({'loss', 'eval_loss'} & keys) and not rows & value[0].keys()
 
 def _take(found:Found, path:Path) -> bool:
     "Add what a file holds; return whether it was recognized"
-    if path.suffix in ('.jsonl', '.log', '.txt', '.out'):
-        entries = list(_objects(path)) if path.suffix != '.jsonl' or _logged(list(_objects(path))[:20]) else []
-        if _logged(entries):
-            found.log = log_of(entries)
-            found.what.append(f'a log ({path.name})')
-            return True
-        return False
-    value = _parsed(path) if path.suffix in ('.json', '.yaml', '.yml') else None
+    name = path.relative_to(found.path).as_posix() if found.path.is_dir() else path.name
+    if path.suffix in ('.jsonl', '.log', '.txt', '.out', '.csv', '.tsv'):
+        value = _lines(path)
+    else:
+        value = _parsed(path) if path.suffix in ('.json', '.yaml', '.yml') else None
     if isinstance(value, dict) and isinstance(value.get('log_history'), list):
         found.log = log_of(value['log_history'], value)
-        found.what.append(f"a Trainer's log ({path.name})")
+        found.what.append(f"a Trainer's log ({name})")
     elif _logged(value):
         found.log = log_of(value)
-        found.what.append(f'a log ({path.name})')
+        found.what.append(f'a log ({name})')
     elif isinstance(value, dict) and 'peft_type' not in value and (form := form_of(value)):
         found.config = Config(value, form)
-        found.what.append(f'settings of {dict(trl="trl or transformers", llamafactory="LLaMA-Factory").get(form, form)}'
-                          f' ({path.name})')
+        found.what.append(f'settings of {TRAINERS[form]} ({name})')
     else:
         return False
     return True
+
+TRAINERS = dict(trl='trl or transformers', axolotl='axolotl', llamafactory='LLaMA-Factory')
 
 # %% ../../nbs/instruments/artifact.ipynb #000d7975
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
@@ -279,26 +363,36 @@ def recognize(path:str|Path) -> Found:
 
 def _take_folder(found:Found) -> None:
     folder = found.path
-    if (folder/'adapter_config.json').is_file():
-        found.adapter = folder
-        found.what.append('an adapter of peft')
-    if (folder/'config.json').is_file():
-        found.weights = folder
-        found.what.append('a whole model')
-    older = sorted(folder.glob('checkpoint-*/trainer_state.json'), key=_checkpoint, reverse=True)
-    states = [folder/'trainer_state.json', folder/'log_history.json', *older]
+    checkpoints = sorted(folder.glob('checkpoint-*'), key=_checkpoint, reverse=True)
+    _take_weights(found, [folder, *checkpoints])
+    states = [folder/'trainer_state.json', folder/'log_history.json',
+              *(c/'trainer_state.json' for c in checkpoints)]
     settings = [folder/'training_args.json',
                 *sorted(p for e in ('*.yaml', '*.yml') for p in folder.glob(e))]
     for files in (states, settings):
-        for p in files:
-            if p.is_file() and _take(found, p):
-                break
+        files = [p for p in files if p.is_file()]
+        taken = next((i for i, p in enumerate(files) if _take(found, p)), None)
+        if taken is not None:
+            found.more += [p.relative_to(folder).as_posix() for p in files[taken + 1:]]
     found.unread = [f'{p.name}: {PICKLED}' for p in sorted(folder.iterdir()) if p.suffix in PICKLES]
     if found.unread and not found.what:
         found.what.append('a folder of pickles alone')
 
+def _take_weights(found, folders) -> None:
+    "Add the adapter and the model of the first folder that has one"
+    for folder in folders:
+        where = '' if folder == found.path else f' ({folder.name})'
+        if (folder/'adapter_config.json').is_file():
+            found.adapter = folder
+            found.what.append(f'an adapter of peft{where}')
+        if (folder/'config.json').is_file():
+            found.weights = folder
+            found.what.append(f'a whole model{where}')
+        if found.adapter or found.weights:
+            return
+
 def _checkpoint(path) -> int:
-    number = path.parent.name.partition('-')[2]
+    number = path.name.partition('-')[2]
     return int(number) if number.isdigit() else -1
 
 # %% ../../nbs/instruments/artifact.ipynb #00117975
@@ -316,7 +410,9 @@ class Elsewhere:
     def about(self) -> str:
         "Say what was read"
         more = [f'against {self.named}'] if self.named else []
-        return f'{self.found.path.name} holds ' + ', '.join(self.found.what + more + self.found.unread)
+        said = f'{self.found.path.name} holds ' + ', '.join(self.found.what + more)
+        left = [f'also there, and not read: {some(self.found.more)}'] if self.found.more else []
+        return '; '.join([said, *left, *self.found.unread])
 
     def _part(self, name, what):
         if (value := getattr(self.found, name)) is None:

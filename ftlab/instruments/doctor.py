@@ -15,7 +15,7 @@ from types import ModuleType
 from ..adapters.select import coverage
 from ..core.data import KINDS, Data, data as as_data
 from ..core.labels import numbered
-from ..core.loading import load
+from ..core.loading import load, skeleton
 from ..core.recipe import Recipe
 from ..core.table import Html, as_html, html_table, to_the_left
 from ..core.text import shortened
@@ -211,6 +211,9 @@ def doctor(model,                  # a model; or a finished `Run`, or a path: of
         raise TypeError(f'doctor has no setting {unknown[0]!r}; like fit, it takes {", ".join(SETTINGS)}')
     given = tok is not None or recipe is not None or settings
     if isinstance(model, (str, Path)) and is_foreign(model) and not given:
+        if exported is not None:
+            raise ValueError('exported= compares with a finished run of ftlab; '
+                             'to compare a folder with its base, give base=')
         return examine_elsewhere(model, base, data, try_fix)
     alone = tok is None and data is None and recipe is None and not settings
     if isinstance(model, (str, Path)):
@@ -268,7 +271,10 @@ def is_foreign(path) -> bool:
 def examine_elsewhere(path:str|Path, base=None, data=None, try_fix:bool=False # as in `doctor`
                      ) -> Diagnosis:
     "Examine what another program made"
-    case = Elsewhere(recognize(path), base, data)
+    found = recognize(path)
+    if base is not None:
+        skeleton(str(base)) # a base that cannot be read is an error, and not a check that does not apply
+    case = Elsewhere(found, base, data)
     found = examine(case, 'elsewhere', CHECKS)
     more = _rows_and_model(case)
     if more is not None:

@@ -120,7 +120,8 @@ def adapter_base(folder:Path, base:str|None) -> tuple[str, str|None, list[str]]:
     said = config.get('base_model_name_or_path')
     if base:
         other = said and Path(str(said)).name != Path(str(base)).name
-        return str(base), None, [f'the adapter names {said} as its base, and {base} was given'] if other else []
+        note = f'the adapter names {said} as its base, and {base} was given'
+        return str(base), None, [note] if other else []
     if not isinstance(said, str) or not said:
         raise ValueError(f'the adapter_config.json of {folder} names no base; give it: base=, or --base')
     return said, config.get('revision'), [f'the base is {said}, as adapter_config.json says']
@@ -147,10 +148,16 @@ def _merged_by_peft(model, folder) -> Attached:
     before = {n: p.detach().clone() for n, p in own_weights(model).items()}
     try:
         with quiet(), torch.random.fork_rng(devices=[]):
-            merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+            placed = PeftModel.from_pretrained(model, str(folder))
+            # from_pretrained only warns of tensors that it cannot place; load_adapter returns them
+            result = placed.load_adapter(str(folder), 'default')
+            lost = [*result.unexpected_keys, *(k for k in result.missing_keys if '.default' in k)]
+            merged = placed.merge_and_unload()
     except Exception as e: # peft raises many kinds
         raise ValueError(f'peft cannot merge the adapter in {folder} into this base: {type(e).__name__}: '
                          f'{shortened(str(e), 300)}') from None
+    if lost:
+        raise ValueError(f'the adapter in {folder} does not fit this base: peft cannot place {some(lost)}')
     values = {n: p.detach().clone() for n, p in own_weights(merged).items()}
     _check_same(before, values)
     set_weights(merged, before)
@@ -162,6 +169,11 @@ def _own_tokenizer(folder):
     if not any(Path(folder).glob('tokenizer*')):
         return None
     return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+
+def _adds_nothing(att) -> bool:
+    "Return whether every factor B, or every scale, is 0"
+    moves = [d for d in att.deltas.values() if d.s and bool(d.B.any())]
+    return bool(att.deltas) and not att.whole and not moves
 
 def _stored_rows(model, folder) -> int:
     "Return how many rows the adapter's copy of the embedding has, or else the model's"
@@ -182,6 +194,8 @@ def _from_adapter(folder, base, data, revision, how) -> tuple:
         notes.append(note)
     was = identity(model)
     att, more = attach_adapter(model, folder)
+    if _adds_nothing(att):
+        more = [*more, 'the adapter adds 0 to every weight: nothing was changed']
     unknown = dict(UNKNOWN)
     if labels:
         unknown['labels'] = 'which label is which number; the order of the data is assumed'
@@ -202,7 +216,7 @@ def _base_like(tuned:nn.Module, name, revision, how) -> tuple[nn.Module, object,
                          'name the base that the tuned model was made from')
     if labels and model_labels(model) != labels:
         raise ValueError(f'base and tuned model number their labels differently: {model_labels(model)} and {labels}')
-    notes = notes_of(model)
+    notes = notes_of(tuned) + notes_of(model)
     if labels and model_labels(skeleton(name, revision)[0]) != labels:
         unknown['head'] = 'the head that training began with; a new one stands in for it'
     return model, tok, notes, unknown

@@ -11,13 +11,14 @@ from ..core.data import question_of
 from ..core.model import positions
 from ..core.scorers import nll
 from ..core.text import shortened
-from .artifact import NAMES, Config, Elsewhere
+from .artifact import NAMES, Config, Elsewhere, at_odds
 from .case import COPY_LIMIT, SETTINGS, Case, NotApplicable
 from ..methods import make_of
 from ..trainers.fit import fit
 
 # %% auto #0
-__all__ = ['SETTINGS_OF_OTHERS', 'OWN_SETTINGS', 'OWN_ROWS', 'put', 'own_name', 'Tried', 'one_step', 'try_own', 'try_elsewhere']
+__all__ = ['SETTINGS_OF_OTHERS', 'OWN_SETTINGS', 'OWN_ROWS', 'SHOWN', 'put', 'own_name', 'Tried', 'one_step', 'try_own',
+           'try_elsewhere']
 
 # %% ../../nbs/instruments/fixes.ipynb #00053e25
 def put(raw:Mapping, changes:Mapping) -> dict:
@@ -52,11 +53,13 @@ def _rate(c):
     return {own_name(c, 'lr', 'learning_rate'): usual/10 if c.preference else usual}
 
 def _best(c):
-    if c['greater_is_better'] is not None:
+    if c.form == 'axolotl' and c['early_stopping_patience'] and not c.on('load_best_model_at_end'):
+        return dict(val_set_size=.05)
+    if not (c.on('load_best_model_at_end') and at_odds(c)):
         return dict(greater_is_better=not c.on('greater_is_better'))
-    if str(c['evaluation']) == 'no':
+    if str(c['evaluation']) in ('no', 'False'):
         return {own_name(c, 'evaluation', 'eval_strategy'): str(c['saving'] or 'steps')}
-    same = {own_name(c, 'saving', 'save_strategy'): c['evaluation']}
+    same = {own_name(c, 'saving', 'save_strategy'): c['evaluation'] or c['saving']}
     return same | ({'save_steps': c['eval_steps']} if c['eval_steps'] else {})
 
 def _bits(c):
@@ -64,32 +67,43 @@ def _bits(c):
                                                                         load_in_8bit=False)
 
 def _ends(c):
-    return dict(datasets=[{k: v for k, v in d.items() if k not in ('train_on_eos', 'roles_to_train')}
-                          for d in c['datasets'] or []])
+    odd = ('train_on_eos', 'roles_to_train')
+    rows = c['datasets'] or []
+    return dict(datasets=[{k: v for k, v in d.items() if k not in odd} for d in rows])
 
 def _warmup(c):
     steps = c.number('steps')
-    return dict(warmup_steps=int(steps/20)) if c['warmup_steps'] and steps else dict(warmup_ratio=.05)
+    if c['warmup_steps'] and steps:
+        return dict(warmup_steps=int(steps/20))
+    return dict(warmup_ratio=.05)
 
 def _prompts(c):
     key = next((k for k in ('train_on_inputs', 'train_on_prompt') if c.on(k)), None)
     return {key: False} if key else dict(completion_only_loss=True)
 
+def _adapter_on(c):
+    return dict(adapter='lora') if c.form == 'axolotl' else dict(use_peft=True)
+
+def _scale(c):
+    r = max(1, int(c.number('r') or 8))
+    return {own_name(c, 'alpha', 'lora_alpha'): 2*r, own_name(c, 'r', 'lora_r'): r}
+
+def _embedding(c):
+    return {own_name(c, 'saved', 'lora_modules_to_save'): ['embed_tokens', 'lm_head']}
+
+def _template(c):
+    return {own_name(c, 'template', 'chat_template'): 'tokenizer_default'}
+
 SETTINGS_OF_OTHERS:dict[str, Callable] = {
     'precision-twice': lambda c: dict(fp16=False), 'quantized-in-full': _bits,
-    'adapter-not-on': lambda c: dict(adapter='lora') if c.form == 'axolotl'
-                                          else dict(use_peft=True),
-    'packing-mixes-rows': _packing, 'evaluation-packed': lambda c: dict(eval_sample_packing=False),
-    'prompts-learned': _prompts, 'end-never-learned': _ends, 'rate-unusual': _rate,
-    'scale-unusual': lambda c: {own_name(c, 'alpha', 'lora_alpha'): 2*max(1,
-                                                                          int(c.number('r') or 8)),
-                                own_name(c, 'r', 'lora_r'): max(1, int(c.number('r') or 8))},
+    'adapter-not-on': _adapter_on, 'packing-mixes-rows': _packing,
+    'evaluation-packed': lambda c: dict(eval_sample_packing=False), 'prompts-learned': _prompts,
+    'end-never-learned': _ends, 'rate-unusual': _rate, 'scale-unusual': _scale,
     'passes-planned': lambda c: {own_name(c, 'epochs', 'num_train_epochs'): 3},
-                                          'warmup-too-long': _warmup,
-    'evaluation-off': _evaluation, 'best-not-found': _best,
+    'warmup-too-long': _warmup, 'evaluation-off': _evaluation, 'best-not-found': _best,
     'targets-unmatched': lambda c: {own_name(c, 'targets', 'lora_target_modules'): 'all-linear'},
-    'tokens-not-trained': lambda c: {own_name(c, 'saved', 'lora_modules_to_save'): ['embed_tokens', 'lm_head']},
-    'template-of-another-model': lambda c: {own_name(c, 'template', 'chat_template'): 'tokenizer_default'}}
+    'tokens-not-trained': _embedding,
+    'template-of-another-model': _template}
 
 # %% ../../nbs/instruments/fixes.ipynb #00083e25
 def _without_repeats(data):
@@ -127,11 +141,12 @@ class Tried:
     gone:bool|None=None          # whether the finding is gone; None: not tried
     without:float|None=None      # loss after one step without the fix
     with_fix:float|None=None     # and with it
+    no_step:str='no dry step could be taken' # why there is no loss
 
     def __str__(self):
         if self.kind == 'none':
             return f'no fix was tried for {self.name}: {self.change}'
-        loss = ('; no dry step could be taken' if self.without is None else
+        loss = (f'; {self.no_step}' if self.without is None else
                 f'; loss after one step {self.without:.4f} without, {self.with_fix:.4f} with it')
         return f'{self.kind} tried for {self.name}: {self.change}: {"gone" if self.gone else "still there"}{loss}'
 
@@ -202,6 +217,8 @@ def try_elsewhere(case:Elsewhere, check, again:Callable, load:Callable # of a ba
     said = ', '.join(f'{k}={shortened(str(v), 60)}' for k, v in changes.items())
     return Tried(name, 'settings', said, not again(other, check), *_dry(case, c, config, load))
 
+SHOWN = ('lr', 'length', 'batch', 'method') # what the dry step takes over from settings of others
+
 def _changes(case, name) -> dict|None:
     "Return the settings that fix a finding; None if that is not known"
     if name == 'rows-too-long':
@@ -219,10 +236,13 @@ def _changes(case, name) -> dict|None:
     return make(case.found.config) if make else None
 
 def _dry(case, before, after, load) -> tuple:
-    "Return the loss after one step with both settings; two times None without base and data"
+    "Return the loss after one step with both settings, or None twice, and why there is none"
+    shown = lambda c: [c.method if n == 'method' else c.number(n) for n in SHOWN]
     try:
         name, _ = case.base_name, case.data
+        if shown(before) == shown(after):
+            return None, None, 'a dry step takes over rate, length, batch and method alone, and is the same with it'
         model, tok = load(name)
         return tuple(one_step(_as_case(case, c, model, tok)) for c in (before, after))
-    except NotApplicable:
-        return None, None
+    except NotApplicable as e:
+        return None, None, f'no dry step could be taken: {e}'

@@ -15,8 +15,9 @@ from ..planted import elsewhere, planted, toy_adapter, toy_model, toy_tokenizer
 
 # %% auto #0
 __all__ = ['WRAPPED', 'adapter_empty', 'adapter_not_finite', 'adapter_changes_nothing', 'adapter_names_wrapped',
-           'adapter_half_missing', 'adapter_rank_differs', 'adapter_scale', 'adapter_targets_differ',
-           'adapter_of_another_base', 'saved_toy', 'adapter_base_unnamed', 'adapter_too_large', 'adapter_tokens_frozen']
+           'adapter_half_missing', 'adapter_head_lost', 'adapter_rank_differs', 'adapter_scale',
+           'adapter_targets_differ', 'adapter_of_another_base', 'saved_toy', 'adapter_base_unnamed',
+           'adapter_too_large', 'adapter_tokens_frozen']
 
 # %% ../../../nbs/instruments/checks/adapter.ipynb #0005269a
 def _tensors(case):
@@ -107,8 +108,9 @@ def adapter_changes_nothing(case):
     _readable(case)
     norms = {n: float(t.float().norm()) for n, t in _tensors(case) if _second(n)}
     whole = [n for n, t in _tensors(case) if 'lora_' not in n]
-    if norms and not any(norms.values()) and not whole:
-        return f'all {len(norms)} matrices B are 0'
+    if norms and not any(norms.values()):
+        rest = f', and only {some(whole)} can have changed' if whole else ''
+        return ('warning' if whole else 'error'), f'all {len(norms)} matrices B are 0{rest}'
     dead = [n for n, v in norms.items() if v == 0]
     if dead and not whole and len(dead) < len(norms):
         return 'warning', f'{len(dead)} of {len(norms)} matrices B are 0: {some(dead)}'
@@ -151,6 +153,22 @@ def adapter_half_missing(case):
 @planted(adapter_half_missing, '1 modules have A or B')
 def _a_lost_factor():
     return toy_adapter(change=lambda t: dict(list(t.items())[1:]))
+
+@check('elsewhere', 'error', why='the head of labels is then new and random in every place that loads it',
+       fix='save it with the adapter: modules_to_save=["score"] or ["classifier"], '
+           'and the right task_type from the start',
+       source='huggingface/peft#453')
+def adapter_head_lost(case):
+    if case.adapter.get('task_type') not in ('SEQ_CLS', 'TOKEN_CLS'):
+        raise NotApplicable('it is no classifier')
+    _readable(case)
+    head = re.compile(r'(^|\.)(score|classifier|pre_classifier|head)\b')
+    if not any(head.search(n) for n in _shapes(case)):
+        return f'task_type is {case.adapter["task_type"]}, and no tensor belongs to a head'
+
+@planted(adapter_head_lost, 'no tensor belongs to a head')
+def _a_classifier_without_its_head():
+    return toy_adapter(task_type='SEQ_CLS')
 
 @check('elsewhere', 'error', why='peft builds factors of the configured rank, and the stored ones do not fit',
        fix='use the configuration that was saved with these tensors', source='huggingface/peft#460')
@@ -205,7 +223,8 @@ def _a_target_without_tensors():
 @check('elsewhere', 'error', why='the adapter cannot be loaded on this base, or is loaded on half of it',
        fix='name the base that it was trained on', source='huggingface/peft#758')
 def adapter_of_another_base(case):
-    params = {n: tuple(p.shape) for n, p in case.base[0].named_parameters()}
+    named = case.base[0].named_parameters(remove_duplicate=False) # a tied head has two names
+    params = {n: tuple(p.shape) for n, p in named}
     wrong = []
     for m, f in _factors(case).items():
         shape = params.get(m.removeprefix('base_model.model.') + '.weight')

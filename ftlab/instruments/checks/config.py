@@ -4,19 +4,21 @@
 
 # %% ../../../nbs/instruments/checks/config.ipynb #0003cd6c
 from __future__ import annotations
+import math
 import re
 from difflib import get_close_matches
 from ...core.model import positions
 from ...core.text import some
-from ..artifact import FORMS, NAMES
+from ..artifact import FORMS, NAMES, at_odds
 from ..case import NotApplicable, check
 from ..planted import elsewhere, planted
 
 # %% auto #0
-__all__ = ['AXOLOTL', 'APART', 'POSITIONS', 'ADAM', 'RATES', 'LINEAR', 'SMALL', 'TEMPLATES', 'FAMILY', 'MORE', 'precision_twice',
-           'quantized_in_full', 'adapter_not_on', 'packing_mixes_rows', 'evaluation_packed', 'prompts_learned',
-           'end_never_learned', 'pad_is_end', 'rows_too_long', 'rate_unusual', 'scale_unusual', 'passes_planned',
-           'warmup_too_long', 'batch_over_rows', 'evaluation_off', 'best_not_found', 'unmatched', 'targets_unmatched',
+__all__ = ['AXOLOTL', 'APART', 'POSITIONS', 'ADAM', 'RATES', 'REFUSED', 'LINEAR', 'SMALL', 'TEMPLATES', 'FAMILY', 'MORE',
+           'precision_twice', 'quantized_in_full', 'adapter_not_on', 'packing_mixes_rows', 'evaluation_packed',
+           'prompts_learned', 'end_never_learned', 'pad_is_end', 'rows_too_long', 'rate_unusual', 'setting_no_number',
+           'setting_twice', 'settings_exclude_each_other', 'scale_unusual', 'passes_planned', 'warmup_too_long',
+           'batch_over_rows', 'evaluation_off', 'best_not_found', 'unmatched', 'targets_unmatched',
            'tokens_not_trained', 'template_of_another_model', 'setting_misspelled']
 
 # %% ../../../nbs/instruments/checks/config.ipynb #0005cd6c
@@ -37,7 +39,7 @@ def quantized_in_full(case):
     bits = [k for k in ('load_in_4bit', 'load_in_8bit') if c.on(k)] + ['quantization_bit']*bool(c['quantization_bit'])
     if len(bits) > 1:
         return f'{bits[0]} and {bits[1]} are both on'
-    bare = c.form == 'trl' and c.method is None and not (c['r'] or c['targets'])
+    bare = c.form == 'trl' and c.method is None and c['model'] and not (c['r'] or c['targets'])
     if bits and (c.method == 'full' or bare):
         return f'{bits[0]} is on, and there is no adapter'
     if c['adapter'] == 'qlora' and not c.on('load_in_4bit') and not c.on('gptq'):
@@ -72,7 +74,8 @@ AXOLOTL = dict(base_model='mistralai/Mistral-7B-v0.1', adapter='lora', lora_r=16
                train_on_inputs=False, bf16='auto', evals_per_epoch=4)
 
 # %% ../../../nbs/instruments/checks/config.ipynb #000bcd6c
-APART = ('flash_attention', 'flex_attention', 'sdp_attention', 'xformers_attention', 's2_attention', 'sage_attention')
+APART = ('flash_attention', 'flex_attention', 'sdp_attention', 'xformers_attention', 's2_attention',
+         'sage_attention')
 
 @check('elsewhere', 'warning', why='a row then reads the rows before it, and long rows are cut where a line is full',
        fix='trl: packing_strategy bfd; axolotl: flash_attention: true; LLaMA-Factory: neat_packing: true',
@@ -83,8 +86,9 @@ def packing_mixes_rows(case):
     if c.form == 'axolotl' and c.on('sample_packing'):
         if kind == 'eager' or not kind and not any(c.on(k) for k in APART):
             return 'sample_packing is on, and no attention is named that keeps packed rows apart'
-    elif c.form == 'llamafactory' and c.on('packing') and not c.on('neat_packing') and c['stage'] != 'pt':
-        return 'packing is on and neat_packing is not, so rows are joined without a mask'
+    elif c.form == 'llamafactory' and c.on('packing') and c['stage'] != 'pt':
+        if not c.on('neat_packing'):
+            return 'packing is on and neat_packing is not, so rows are joined without a mask'
     elif c.form == 'trl' and c.on('packing') and c['packing_strategy'] == 'wrapped':
         return 'packing_strategy is wrapped, which joins rows without borders'
     elif c.form == 'trl' and c.on('packing') and c['max_seq_length'] and not c['packing_strategy']:
@@ -104,18 +108,19 @@ def _wrapped_packing():
 def evaluation_packed(case):
     c = case.config
     if c.form == 'axolotl' and c.on('sample_packing') and c.on('eval_sample_packing'):
-        small = (c.number('val_set_size') or 0) <= .1
-        return ('warning' if small else 'note'), f'eval_sample_packing is on, with val_set_size {c["val_set_size"]}'
+        size = c.number('val_set_size') or 0
+        small = 1 <= size <= 200 # a share says nothing of the number of rows
+        return ('warning' if small else 'note'), f'eval_sample_packing is on, with val_set_size {size:g}'
 
 @planted(evaluation_packed, 'eval_sample_packing is on')
 def _a_packed_evaluation():
-    return elsewhere(config=AXOLOTL | dict(eval_sample_packing=True))
+    return elsewhere(config=AXOLOTL | dict(eval_sample_packing=True, val_set_size=20))
 
 def _plain_text(c) -> bool:
     "Return whether the data sets are running text, which has no prompts"
     kinds = [str(d.get('type')) for d in c['datasets'] or [] if isinstance(d, dict)]
-    return bool(c['pretraining_dataset'] or c['stage'] == 'pt' or kinds and all(k in ('completion', 'pretrain')
-                                                                               for k in kinds))
+    plain = bool(kinds) and set(kinds) <= {'completion', 'pretrain'}
+    return bool(c['pretraining_dataset']) or c['stage'] == 'pt' or plain
 
 @check('elsewhere', 'warning', why='the model also learns to write the questions, and most tokens are spent on them',
        fix='set train_on_inputs: false (axolotl), completion_only_loss or assistant_only_loss: true (trl)',
@@ -148,13 +153,18 @@ def end_never_learned(case):
 
 @planted(end_never_learned, 'train_on_eos is none')
 def _no_end_of_turn():
-    return elsewhere(config=AXOLOTL | dict(datasets=[dict(path='x', type='chat_template', train_on_eos='none')]))
+    rows = dict(path='x', type='chat_template', train_on_eos='none')
+    return elsewhere(config=AXOLOTL | dict(datasets=[rows]))
+
+def _special(c) -> dict:
+    given = c['special_tokens']
+    return given if isinstance(given, dict) else {}
 
 @check('elsewhere', 'warning', why='where padding is masked by its id, the end of an answer is masked with it and '
                                    'never learned',
        fix='give padding a token of its own', source='unslothai/unsloth#416')
 def pad_is_end(case):
-    special = case.config['special_tokens'] or {}
+    special = _special(case.config)
     pad = special.get('pad_token') or case.config['pad_token']
     end = special.get('eos_token') or case.config['eos_token']
     if pad and pad == end:
@@ -189,10 +199,11 @@ def rows_too_long(case):
 
 @planted(rows_too_long, 'gpt2 has 1024 positions')
 def _rows_beyond_the_positions():
-    return elsewhere(config=AXOLOTL | dict(base_model='openai-community/gpt2', lora_target_modules=['c_attn']))
+    small = dict(base_model='openai-community/gpt2', lora_target_modules=['c_attn'])
+    return elsewhere(config=AXOLOTL | small)
 
 # %% ../../../nbs/instruments/checks/config.ipynb #000ecd6c
-ADAM = re.compile(r'adam|lion|^None$', re.I)
+ADAM = re.compile(r'adam|^None$', re.I)
 RATES = dict(full=(1e-7, 1.5e-4, 1e-3), lora=(4e-6, 2e-3, 1e-2)) # lowest, highest, ruinous
 
 @check('elsewhere', 'warning', why='the learning rate affects the result more than any other setting',
@@ -214,11 +225,60 @@ def rate_unusual(case):
 
 @planted(rate_unusual, 'high for full fine-tuning')
 def _a_rate_for_adapters_in_full():
-    return elsewhere(config={k: v for k, v in AXOLOTL.items() if 'lora' not in k and k != 'adapter'})
+    full = {k: v for k, v in AXOLOTL.items() if 'lora' not in k and k != 'adapter'}
+    return elsewhere(config=full)
 
 @planted(rate_unusual, 'will hardly change')
 def _an_adapter_at_a_tiny_rate():
     return elsewhere(config=AXOLOTL | dict(learning_rate=1e-6))
+
+@check('elsewhere', 'error', why='the trainer stops, or uses something else than what the file says',
+       fix='write a plain number, such as 0.0002', source='huggingface/transformers#37766')
+def setting_no_number(case):
+    c = case.config
+    for name in ('lr', 'batch', 'accumulate', 'epochs', 'steps', 'length', 'warmup_steps', 'r', 'alpha'):
+        value, number = c[name], c.number(name)
+        if value is None or value in ('auto', 'max', -1):
+            continue
+        if number is None or not math.isfinite(number) or number < 0:
+            key = next(k for k in NAMES[name].split() if c.raw.get(k) is not None)
+            return f'{key} is {value!r}, which is not a number that it can be'
+
+@planted(setting_no_number, "learning_rate is 'fast'")
+def _a_rate_in_words():
+    return elsewhere(config=AXOLOTL | dict(learning_rate='fast'))
+
+@check('elsewhere', 'warning', why='one of the two counts, and nobody can see which',
+       fix='remove one of them', source='huggingface/transformers#256')
+def setting_twice(case):
+    if case.config.twice:
+        return f'set twice, with different values: {some(case.config.twice)}'
+
+@planted(setting_twice, 'set twice, with different values: learning_rate')
+def _two_rates():
+    return elsewhere(config=AXOLOTL | dict(training=dict(learning_rate=5.)))
+
+REFUSED = ( # form, two settings that its trainer refuses together, and the value of each; None: any
+    ('axolotl', 'rl', None, 'sample_packing', True), ('axolotl', 'deepspeed', None, 'fsdp', None),
+    ('axolotl', 'deepspeed', None, 'fsdp_config', None),
+    ('axolotl', 'eval_steps', None, 'evals_per_epoch', None),
+    ('axolotl', 'save_steps', None, 'saves_per_epoch', None),
+    ('llamafactory', 'mask_history', True, 'train_on_prompt', True))
+
+@check('elsewhere', 'error', why='the trainer refuses them together, or ignores one of them',
+       fix='keep the one that you mean', source='axolotl-ai-cloud/axolotl#1692')
+def settings_exclude_each_other(case):
+    c = case.config
+    there = lambda name, value: c.on(name) if value else bool(c.source.get(name))
+    for form, a, one, b, two in REFUSED:
+        if c.form == form and there(a, one) and there(b, two):
+            return f'{a} and {b} are both set'
+    if c.form == 'llamafactory' and c.on('neat_packing') and c['stage'] not in (None, 'sft', 'pt'):
+        return f'neat_packing is on, and the stage is {c["stage"]}'
+
+@planted(settings_exclude_each_other, 'deepspeed and fsdp are both set')
+def _two_ways_to_share():
+    return elsewhere(config=AXOLOTL | dict(deepspeed='zero2.json', fsdp=['full_shard']))
 
 @check('elsewhere', 'warning', why='the change is multiplied by alpha/r, which acts like a learning rate',
        fix='set alpha to r or twice r', source='bitsandbytes-foundation/bitsandbytes#762')
@@ -228,7 +288,8 @@ def scale_unusual(case):
         raise NotApplicable('there is no adapter with a rank and a scale')
     if r <= 0 or alpha <= 0:
         return 'error', f'the rank is {r:g} and alpha is {alpha:g}; both must be above 0'
-    scale = alpha/r**.5 if case.config.on('use_rslora') or case.config.on('peft_use_rslora') else alpha/r
+    rooted = case.config.on('use_rslora') or case.config.on('peft_use_rslora')
+    scale = alpha/r**.5 if rooted else alpha/r
     if scale > 16 or scale < 1/32:
         return f'alpha {alpha:g} with rank {r:g} scales the change by {scale:.3g}'
 
@@ -280,6 +341,8 @@ def _a_batch_of_all_rows():
        source='huggingface/transformers#11931')
 def evaluation_off(case):
     c = case.config
+    if c.rewarded or _plain_text(c):
+        raise NotApplicable('rewards are an evaluation of their own, and so is the loss of new text')
     if c.form == 'axolotl':
         if not (c.number('val_set_size') or 0) > 0 and not c['test_datasets']:
             return 'val_set_size is 0 or missing, and there is no test_datasets'
@@ -304,29 +367,26 @@ def _evaluation_switched_off():
        fix='evaluate and save at the same steps; greater_is_better is false for a loss and true for a score',
        source='huggingface/transformers#12685')
 def best_not_found(case):
-    c, plan = case.config, str(case.config['evaluation'])
-    if c.on('load_best_model_at_end') and plan == 'no':
-        return 'load_best_model_at_end is on, and nothing is evaluated'
-    saving = c['saving']
-    if c.on('load_best_model_at_end') and saving and c['evaluation'] and saving != 'best' and str(saving) != plan:
-        return f'load_best_model_at_end is on, but saving is by {saving} and evaluation by {plan}'
-    save, test = c.number('save_steps'), c.number('eval_steps')
-    if c.on('load_best_model_at_end') and plan == 'steps' and save and test and save >= 1 <= test and save % test:
-        return f'save_steps {save:g} is no multiple of eval_steps {test:g}'
-    metric = str(c['metric_for_best_model'] or '')
+    c = case.config
+    if c.on('load_best_model_at_end') and (seen := at_odds(c)):
+        return seen
+    metric, greater = str(c['metric_for_best_model'] or ''), c['greater_is_better']
     score = re.search('acc|f1|bleu|rouge|exact|precision|recall|reward', metric)
-    if c.on('greater_is_better') and metric.endswith('loss') or score and c.off('greater_is_better'):
-        return f'metric_for_best_model is {metric}, and greater_is_better is {c["greater_is_better"]}'
-    if c['early_stopping_patience'] and c.form == 'axolotl' and not (c.number('val_set_size') or c['test_datasets']):
+    lowest_wins = metric.endswith('loss') and c.on('greater_is_better')
+    if lowest_wins or score and c.off('greater_is_better'):
+        return f'metric_for_best_model is {metric}, and greater_is_better is {greater}'
+    evaluated = c.number('val_set_size') or c['test_datasets']
+    if c['early_stopping_patience'] and c.form == 'axolotl' and not evaluated:
         return 'early_stopping_patience is set, and nothing is evaluated'
 
 @planted(best_not_found, 'greater_is_better is True')
 def _the_worst_is_kept():
-    return elsewhere(args=dict(metric_for_best_model='eval_loss', greater_is_better=True, eval_strategy='steps',
-                               learning_rate=1e-4))
+    return elsewhere(args=dict(metric_for_best_model='eval_loss', greater_is_better=True,
+                               eval_strategy='steps', learning_rate=1e-4))
 
 LINEAR = { # names of the linear layers of families, from their code in transformers
-    r'llama|mistral|qwen[12.]*[23](?!.*moe)|gemma|yi-|vicuna|alpaca|smollm|zephyr|hermes|tinyllama|deepseek-(llm|coder)':
+    r'llama|mistral|qwen[12.]*[23](?!.*moe)|gemma|yi-|vicuna|alpaca|smollm|zephyr|hermes|tinyllama|'
+    r'deepseek-(llm|coder)':
         'q_proj k_proj v_proj o_proj gate_proj up_proj down_proj',
     r'phi-?3': 'qkv_proj o_proj gate_up_proj down_proj', r'phi-?(1|2)': 'q_proj k_proj v_proj dense fc1 fc2',
     r'gpt-?2': 'c_attn c_proj c_fc', r'pythia|neox': 'query_key_value dense dense_h_to_4h dense_4h_to_h',
@@ -368,7 +428,7 @@ def _the_targets_of_another_architecture():
 def _new_tokens(case) -> list[str]:
     "Return tokens that the settings add, without padding, which nothing learns"
     c = case.config
-    special = {k: v for k, v in (c['special_tokens'] or {}).items() if k != 'pad_token'}
+    special = {k: v for k, v in _special(c).items() if k != 'pad_token'}
     try:
         known = case.base[1].get_vocab()
         every = (*c.words('tokens'), *c.words('new_special_tokens'), *special.values())
@@ -429,7 +489,8 @@ MORE = ('eval_steps save_steps load_in_4bit load_in_8bit lora_modules_to_save lo
         'assistant_only_loss packing_strategy eval_packing save_total_limit logging_steps metric_for_best_model '
         'greater_is_better report_to adam_beta1 adam_beta2 adam_epsilon tf32 group_by_length neftune_noise_alpha '
         'eval_sample_packing pad_to_sequence_len output_dir dataset_prepared_path saves_per_epoch evals_per_epoch '
-        'train_on_eos roles_to_train eval_dataset use_rslora lora_r lora_alpha lora_dropout').split()
+        'train_on_eos roles_to_train eval_dataset use_rslora lora_r lora_alpha '
+        'lora_dropout').split()
 
 @planted(setting_misspelled, 'train_on_input is no setting; train_on_inputs is')
 def _a_misspelled_setting():

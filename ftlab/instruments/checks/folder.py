@@ -201,6 +201,13 @@ MEANING = ('rope_theta', 'rope_scaling', 'rope_parameters', 'num_attention_heads
            'hidden_act', 'rms_norm_eps', 'layer_norm_eps', 'norm_epsilon', 'model_type', 'sliding_window',
            'partial_rotary_factor', 'scale_attn_weights', 'attn_logit_softcapping', 'final_logit_softcapping')
 
+def _extended(new, old) -> bool:
+    "Return whether positions were scaled on purpose: another type of rope with the same theta"
+    if not (isinstance(new, dict) and isinstance(old, dict)):
+        return False
+    kind = new.get('rope_type') or new.get('type')
+    return kind not in (None, 'default') and new.get('rope_theta') == old.get('rope_theta')
+
 @check('elsewhere', 'error', why='the weights are then read in another way than they were trained',
        fix='copy the entry from the config.json of the base', source='LLaVA-VL/LLaVA-NeXT#393')
 def config_differs(case):
@@ -208,6 +215,8 @@ def config_differs(case):
     # an entry that only one has is a default that another version wrote
     odd = [k for k in MEANING if new.get(k) is not None and old.get(k) is not None
            and new[k] != old[k]]
+    if odd and all(_extended(new[k], old[k]) for k in odd):
+        return 'note', f'{odd[0]} is {new[odd[0]]}, and {old[odd[0]]} in the base: a longer context, on purpose'
     if odd:
         return ', '.join(f'{k} is {new[k]}, and {old[k]} in the base' for k in odd[:3])
 
@@ -306,13 +315,12 @@ def _ends(case) -> set:
     folder = case.found.weights
     if folder is None:
         raise NotApplicable('there is no whole model')
-    found = []
     for name in ('generation_config.json', 'config.json'):
         if (folder/name).is_file():
             value = read_json(folder/name).get('eos_token_id')
             if value is not None:
                 return set(value if isinstance(value, list) else [value])
-    return set(found)
+    return set()
 
 @check('elsewhere', 'warning', why='the model ends its turn, and nothing stops there',
        fix='add the id to eos_token_id in generation_config.json', source='meta-llama/llama-cookbook#640')

@@ -10,9 +10,10 @@ from ..case import NotApplicable, check
 from ..planted import elsewhere, planted, toy_log
 
 # %% auto #0
-__all__ = ['log_not_finite', 'loss_zero', 'loss_diverges', 'loss_starts_high', 'log_flat', 'loss_memorized', 'gradient_zero',
-           'gradient_explodes', 'rate_zero', 'rate_off_plan', 'resume_jump', 'reward_constant', 'preference_inverted',
-           'evaluation_missing', 'evaluation_rises', 'evaluation_constant', 'passes_many']
+__all__ = ['log_not_finite', 'log_without_numbers', 'loss_zero', 'loss_diverges', 'loss_starts_high', 'log_flat',
+           'loss_memorized', 'gradient_zero', 'gradient_explodes', 'rate_zero', 'rate_off_plan', 'resume_jump',
+           'reward_constant', 'preference_inverted', 'evaluation_missing', 'evaluation_rises', 'best_is_worst',
+           'evaluation_constant', 'passes_many']
 
 # %% ../../../nbs/instruments/checks/log.ipynb #0005490a
 def _levels(series, parts:int=10) -> list[float]:
@@ -33,17 +34,34 @@ def _run(values, odd) -> int:
        fix='start again from the base or an earlier checkpoint, with bf16 instead of fp16 or a lower rate',
        source='google/gemma_pytorch#24')
 def log_not_finite(case):
-    for what, series in (('training', case.log.loss), ('evaluation', case.log.eval_loss)):
+    evals = [('evaluation', series) for series in case.log.eval_losses.values()]
+    for what, series in (('training', case.log.loss), *evals):
         if bad := [s for s, v in series if not math.isfinite(v)]:
             return f'the {what} loss is NaN or infinite {len(bad)} times, first at step {bad[0]:g}'
     norms = [v for _, v in case.log.series('grad_norm')]
-    n = _run(norms, lambda v: not math.isfinite(v))
-    if n >= 3: # one or two are how a loss scale finds its size
+    first = next((i for i, v in enumerate(norms) if math.isfinite(v)), 0)
+    # before the first finite norm, and once or twice later, a loss scale finds its size
+    n = _run(norms[first:], lambda v: not math.isfinite(v))
+    if n >= 3:
         return f'the gradient is NaN or infinite {n} times in a row'
 
 @planted(log_not_finite, 'NaN or infinite 1 times, first at step 30')
 def _a_nan_in_the_log():
     return elsewhere(trainer_state=toy_log(loss={30: float('nan')}))
+
+@check('elsewhere', 'error', why='nothing was examined, and silence would mean nothing',
+       fix='give the trainer_state.json, or lines of {"loss": 1.5, "step": 10}',
+       source='huggingface/transformers#11931')
+def log_without_numbers(case):
+    if case.log.loss or case.log.eval_losses:
+        return None
+    if not case.log.entries:
+        return 'note', 'the log has no entry, so nothing was examined'
+    return f'of {case.log.entries} entries of the log none has a loss that is a number'
+
+@planted(log_without_numbers, 'none has a loss that is a number')
+def _a_log_of_words():
+    return elsewhere(trainer_state=dict(log_history=[dict(step=1, loss='low')]*9))
 
 @check('elsewhere', 'error',
        why='a loss of exactly 0 teaches nothing: no token had a label, or half precision made it 0',
@@ -58,8 +76,7 @@ def loss_zero(case):
         seen = f'the training loss is exactly 0 in {n} entries in a row'
         return ('warning' if any('rewards/accuracies' in r for r in case.log.rows)
                 else 'error'), seen
-    evals = [v for _, v in case.log.eval_loss]
-    if evals and all(v == 0 for v in evals):
+    if any(all(v == 0 for _, v in series) for series in case.log.eval_losses.values()):
         return 'the evaluation loss is exactly 0'
 
 @planted(loss_zero, r'exactly 0 in \d+ entries')
@@ -274,6 +291,11 @@ def _chosen_and_rejected_swapped():
                                                                                         10), .2)}))
 
 # %% ../../../nbs/instruments/checks/log.ipynb #000c490a
+def _passes(log) -> float:
+    "Return how often the rows were seen; 0 if the log does not say"
+    each = [v for _, v in log.series('epoch')]
+    return max([*each, float(log.state.get('epoch') or 0)])
+
 @check('elsewhere', 'warning', why='without an evaluation nothing shows when the model starts to learn by heart',
        fix='keep some rows apart and evaluate on them: eval_strategy="steps", or val_set_size in axolotl',
        source='huggingface/transformers#11931')
@@ -281,7 +303,10 @@ def evaluation_missing(case):
     if case.log.rewarded:
         raise NotApplicable('rewards are an evaluation of their own')
     if not case.log.evals and len(case.log.loss) >= 5 and case.log.last >= 20:
-        return f'{case.log.last:g} steps were logged and not one evaluation'
+        # in a single pass every row is new when it is trained on, and its loss is an evaluation
+        once = 0 < _passes(case.log) <= 1
+        seen = f'{case.log.last:g} steps were logged and not one evaluation'
+        return ('note' if once else 'warning'), seen
 
 @planted(evaluation_missing, '300 steps were logged and not one evaluation')
 def _no_evaluation():
@@ -311,13 +336,32 @@ def _evaluation_that_rises():
     return elsewhere(trainer_state=toy_log(evals={50: 2., 100: 1.5, 150: 1.6, 200: 1.8, 250: 2.,
                                                   300: 2.2}))
 
+@check('elsewhere', 'error', why='the checkpoint that was kept as the best is the worst',
+       fix='set greater_is_better to false for a loss, and take an earlier or later checkpoint',
+       source='huggingface/transformers#12685')
+def best_is_worst(case):
+    best = case.log.state.get('best_metric')
+    if not isinstance(best, (int, float)):
+        raise NotApplicable('the log names no best value')
+    for key, series in case.log.eval_losses.items():
+        values = [v for _, v in series if math.isfinite(v)]
+        kept = len(values) >= 3 and abs(best - max(values)) <= 1e-6*abs(best)
+        if kept and min(values) < .98*best:
+            return f'the best is said to be {best:.4g}, the highest {key} of all; the lowest is {min(values):.4g}'
+
+@planted(best_is_worst, 'the highest eval_loss of all')
+def _the_highest_loss_is_kept():
+    return elsewhere(trainer_state=toy_log() | dict(best_metric=1.6))
+
 @check('elsewhere', 'error', why='the weights that were evaluated did not change, so they are not those that train',
        fix='check that the adapter is active during evaluation and that the optimizer has its parameters',
        source='huggingface/peft#793')
 def evaluation_constant(case):
-    values = [v for _, v in case.log.eval_loss if math.isfinite(v)]
-    if len(values) >= 3 and max(values) - min(values) <= 1e-6*abs(values[0]) and values[0] != 0:
-        return f'{len(values)} evaluations all have the loss {values[0]:.6g}'
+    for series in case.log.eval_losses.values():
+        values = [v for _, v in series if math.isfinite(v)]
+        same = len(values) >= 3 and max(values) - min(values) <= 1e-6*abs(values[0])
+        if same and values[0] != 0:
+            return f'{len(values)} evaluations all have the loss {values[0]:.6g}'
 
 @planted(evaluation_constant, '3 evaluations all have the loss 2')
 def _evaluation_that_stays():
@@ -327,8 +371,7 @@ def _evaluation_that_stays():
        fix='two or three passes are usual; with few rows evaluate after each pass and keep the best',
        source='artidoro/qlora#87')
 def passes_many(case):
-    passes = max([float(r.get('epoch') or 0)
-                  for r in case.log.rows] + [float(case.log.state.get('epoch') or 0)])
+    passes = _passes(case.log)
     if passes > 10.5 and not case.log.rewarded:
         return f'the rows were seen {passes:.3g} times'
 
