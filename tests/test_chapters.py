@@ -519,7 +519,8 @@ def test_the_choice_within_a_limit_is_that_of_a_comparison():
 
 def test_the_bytes_of_adapters_are_those_of_a_lora():
     model, tok = ftlab.load('lab-s')
-    run = ftlab.fit(model, tok, ftlab.data('sort', n=8), ftlab.methods.lora(r=2), steps=1, batch_size=4)
+    run = ftlab.fit(model, tok, ftlab.data('sort', n=8), ftlab.methods.lora(r=2), steps=1,
+                    batch_size=4)
     shapes = [d.A.shape[1:] + d.B.shape[:1] for d in run.delta.attached.deltas.values()]
     found = serving_bytes([(b, a) for a, b in shapes], 2, 1)
     assert found['peft'] - found['plain'] == 2*run.cost['trainable']
