@@ -310,7 +310,7 @@ RUNS = dict(
     papers='papers hft')
 # read by `main` itself, or only in the other mode of the command: `REFUSED` holds that they are not ignored there
 BY_MAIN = {'command', 'json', 'debug', 'run', 'options', 'read'}
-ELSEWHERE = dict(report={'eval', 'columns', 'carry', 'wanted', 'empty'})
+ELSEWHERE = dict(report={'eval', 'columns', 'carry', 'wanted', 'labels', 'empty'})
 
 @pytest.mark.parametrize('command', RUNS)
 def test_every_option_is_read(command, place, tmp_path, capfd):
