@@ -110,7 +110,7 @@ def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
     metric, before = metric_for(data, a.metric), _score(a, model, tok, data)
     run = _trained(a, model, tok, data, recipe, grid[0])
     record = dict(model=a.model, revision=a.revision, data=data.name, eval=a.eval,
-                  columns=columns_of(a), carry=listed(a.carry or ''), wanted=a.wanted,
+                  columns=columns_of(a), carry=listed(a.carry or ''), wanted=a.wanted, empty=a.empty,
                   mixture=mixture_of(a), label_order=listed(a.labels or '') or None,
                   labels=data.labels, seed=a.seed,
                   recipe=recipe.describe(), settings=run.settings, cost=run.cost,
@@ -147,7 +147,7 @@ def _keep_others(a, out:Path, recipe, lr:float, data):
     if was.get('interrupted') or not isinstance(was.get('settings'), dict):
         return
     now = dict(model=a.model, revision=a.revision, data=data.name, seed=a.seed, head=a.head,
-               eval=a.eval, columns=columns_of(a), carry=listed(a.carry or ''), wanted=a.wanted,
+               eval=a.eval, columns=columns_of(a), carry=listed(a.carry or ''), wanted=a.wanted, empty=a.empty,
                recipe=recipe.describe(), lr=lr, **{k: getattr(a, k) for k in OWN})
     then = ({k: was['settings'].get(k, was.get(k)) for k in now}
             | {k: was.get(k) for k in ('model', 'data')})
@@ -189,7 +189,7 @@ def _own_run(a):
         raise ValueError('name the folder that ftlab fit wrote, or --model, --delta and --data; or, for a run '
                          'made elsewhere, --tuned, --base and --data')
     if not a.data:
-        refuse_unused(a, 'eval columns carry wanted labels',
+        refuse_unused(a, 'eval columns carry wanted empty labels',
                       'the data are those of the run, as it read them, without --data')
     return read_run(a.folder, a.model, a.delta, data_of(a) if a.data else None, a.revision,
                     a.device, a.dtype)
@@ -238,7 +238,7 @@ def run_doctor(a:argparse.Namespace) -> tuple[dict, str]:
     from ftlab.instruments.report import read_run
     data = data_of(a) if a.data else None
     if not a.data:
-        refuse_unused(a, 'eval columns carry wanted labels', 'it says how to read --data, which is not given')
+        refuse_unused(a, 'eval columns carry wanted empty labels', 'it says how to read --data, which is not given')
     if a.folder and is_foreign(a.folder):
         found = _foreign(a, data)
     elif a.base:
@@ -309,6 +309,7 @@ COMMON = {
                            'prompt=instruction+input joins two'),
     '--carry': dict(metavar='COLUMNS', help='columns to leave unread, such as context,weight'),
     '--wanted': dict(choices=('only',), help='only: of rows labelled true or false, keep those that are true'),
+    '--empty': dict(choices=('drop',), help='drop: leave out rows whose text is empty, and count them'),
     '--labels': dict(metavar='NAMES', help='names of the labels in order, with commas between: no,maybe,yes '
                                            '(default: those of the data, sorted)'),
     '--old': dict(metavar='SOURCE',
@@ -340,7 +341,7 @@ COMMON = {
 
 def _take(p, names:str, **more):
     "Add common arguments to a parser; `more` changes one of them: data=dict(required=True)"
-    for n in names.replace('columns', 'columns carry wanted labels').split():
+    for n in names.replace('columns', 'columns carry wanted empty labels').split():
         p.add_argument(f'--{n}', *(['--methods'] if n == 'method' else []),
                        **COMMON[f'--{n}'] | more.get(n.replace('-', '_'), {}))
     return p.add_argument

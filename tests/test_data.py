@@ -235,7 +235,7 @@ def test_labels():
     d = data(named)
     assert d.labels[0] == 'l11' and all(r['label'] == int(r['text'][1:]) % 12 for r in d.train)
     assert rows[5] == dict(text='t5', label=5) # the caller's rows are not touched
-    with pytest.raises(ValueError, match='names the labels 0 to 11'):
+    with pytest.raises(ValueError, match='all 1 test rows have the label -1'):
         data(dict(train=named, test=[dict(text='x', label=-1)]))
 
 def test_rare_labels_stay_in_train():

@@ -791,7 +791,7 @@ def test_the_shell_says_the_same_in_its_own_words():
     from argparse import Namespace
     from ftlab.commands.given import columns_of
     from ftlab.commands.words import with_options
-    names = {'columns', 'carry', 'wanted'}
+    names = {'columns', 'carry', 'wanted', 'empty'}
     says = with_options(refused(ALPACA,
                                 columns=dict(prompt='instruction', response='output')), names)
     typed = 'prompt=instruction+input,response=output'
@@ -818,3 +818,99 @@ def test_pairs_of_conversations_are_compared():
     state.data = data([dict(messages=talk(f'q{i}', 'a')) for i in range(60)])
     with pytest.raises(ValueError, match='no conversation in the column'):
         Pairs(state)
+
+# ---- what says nothing, what is empty, and what to write for it
+QUIET = dict(deleted=False, exclude=0, skip='false', is_test=False, keep=True, is_train=1, weight=1.0,
+             split='train', fold='training')
+
+@pytest.mark.parametrize('column', QUIET)
+def test_a_column_that_says_nothing_is_carried_along(column):
+    rows = [dict(r, **{column: QUIET[column]}) for r in QA]
+    assert data(rows).counts['unread'] == {column: len(QA)}
+    other = dict(split='test', fold='dev', weight=.5).get(column, not QUIET[column])
+    other = True if column == 'skip' else other
+    assert f"'{column}' " in refused([*rows[:-1], dict(rows[-1], **{column: other})])
+
+def test_a_split_is_compared_with_the_rows_own():
+    train, test = ([dict(r, split=s) for r in QA] for s in ('train', 'test'))
+    assert data(train, validation=QA[:2], test=test).counts['unread'] == {'split': 2*len(QA)}
+    assert "'split' says" in refused(train, validation=QA[:2], test=train)
+
+def test_a_text_that_stands_in_the_messages_is_no_other_text():
+    row = dict(conversations=[{'from': 'human', 'value': 'q '}, {'from': 'gpt', 'value': 'a'}])
+    assert data(both(row | dict(instruction='q'))).kind == 'chat'
+    assert "'instruction' changes" in refused(both(row | dict(instruction='other')))
+
+def test_all_columns_that_mean_something_are_named_at_once():
+    rows = [dict(r) for r in QA]
+    rows[1]['weight'], rows[4]['context'], rows[5]['split'] = .5, 'c', 'test'
+    says = refused(rows)
+    assert "train row 2: the columns 'weight', 'context', 'split' change what" in says
+    assert "'context': to join it to the prompt" in says and "'split': write one file for each" in says
+    assert "carry=['weight', 'context', 'split']" in says
+    assert data(rows, carry=['weight', 'context', 'split']).counts['carried']
+
+def test_empty_rows_are_left_out_and_counted_if_that_is_asked_for():
+    lines = [dict(text='' if i % 3 else f'line {i}') for i in range(90)]
+    assert "text is empty" in refused(lines) and "pass empty='drop'" in refused(lines)
+    d = data(lines, empty='drop')
+    assert len(all_rows(d)) == 30 and d.counts['empty'] == {'rows': 60}
+    assert 'left out, because a text is empty: rows (60)' in d.note
+    for row, none in ((ALPACA[0], dict(output='')), (dict(conversations=talk('a', 'b')), dict(conversations=[])),
+                      (dict(prompt='a', chosen='b', rejected='c'), dict(rejected=None))):
+        rows = [dict(row), row | none]
+        assert "empty='drop'" in refused(dict(train=rows, validation=rows[:1], test=rows[:1]))
+        d = data(dict(train=rows, validation=rows[:1], test=rows[:1]), empty='drop')
+        assert len(d.train) == 1 and d.counts['empty'] == {'rows': 1}
+    assert 'all are empty' in refused(lines[1:3], empty='drop')
+    assert "must be 'drop'" in refused(lines, empty='keep')
+
+def test_empty_is_kept_in_the_origin(tmp_path):
+    from ftlab.core.data import read_again
+    (tmp_path/'d.jsonl').write_text(''.join(f'{{"text": "{"" if i % 2 else i}"}}\n' for i in range(60)))
+    d = data(tmp_path/'d.jsonl', empty='drop')
+    assert read_again(d.origin).fingerprint == d.fingerprint
+
+def test_a_split_without_labels_names_the_mend():
+    rows = [dict(text=f't{i}', label=i % 2) for i in range(40)]
+    kind = datasets.ClassLabel(names=['a', 'b'])
+    good, none = (datasets.Dataset.from_list(r).cast_column('label', kind)
+                  for r in (rows, [dict(r, label=-1) for r in rows]))
+    source = datasets.DatasetDict(train=good, test=none)
+    assert "data({k: v for k, v in source.items() if k != 'test'})" in refused(source)
+    assert data({k: v for k, v in source.items() if k != 'test'}).kind == 'label'
+
+@pytest.mark.parametrize('more', [dict(coarse_label=1, fine_label=2), dict(summary='s'), dict(answers='a'),
+                                  dict(question='q', answer='a'), dict(role='user')])
+def test_text_with_its_label_or_answer_is_no_plain_text(more):
+    says = refused(both(dict(text='t') | more))
+    assert all(repr(c) in says for c in more) and f'carry={[*more]}' in says
+    assert data(both(dict(text='t') | more), carry=list(more)).kind == 'lm'
+
+def test_a_class_of_the_source_is_a_label():
+    rows = datasets.Dataset.from_list([dict(text=f't{i}', mood=i % 2) for i in range(40)])
+    rows = rows.cast_column('mood', datasets.ClassLabel(names=['a', 'b']))
+    assert "pass columns={'label': 'mood'}" in refused(rows)
+    assert data(rows, columns={'label': 'mood'}).labels == ['a', 'b']
+
+HINTED = dict(
+    lmsys=dict(conversation=talk('a', 'b'), model='m'), xsum=dict(document='d', summary='s', id='1'),
+    cnn=dict(article='d', highlights='s'), samsum=dict(dialogue='d', summary='s'), aya=dict(inputs='a', targets='b'),
+    mrpc=dict(sentence1='a', sentence2='b', label=1), nli=dict(premise='a', hypothesis='b', label=1),
+    sms=dict(sms='a', label=1), orca=dict(system='s', question='q', chosen='a', rejected='b'),
+    argilla=dict(system='s', input='q', chosen='a', rejected='b'), boolq=dict(question='q', answer=True),
+    math=dict(instruction='q', chosen_response='a', rejected_response='b'))
+
+@pytest.mark.parametrize('name', HINTED)
+def test_the_suggested_columns_work(name):
+    row = HINTED[name]
+    says = refused(both(row))
+    d = data(both(row), columns=ast.literal_eval(says.split('pass columns=')[1].split('. Rows need')[0]))
+    assert d.kind == dict(mrpc='label', nli='label', sms='label', boolq='label').get(
+        name, 'chat' if 'system' in row or name == 'lmsys' else 'text')
+    assert ('rejected' in d.train[0]) == (name in ('orca', 'argilla', 'math'))
+
+def test_what_cannot_be_read_gets_no_suggestion():
+    assert 'pass columns' not in refused(both(dict(chosen='q a', rejected='q b')))
+    assert 'move that beginning' in refused(both(dict(chosen='q a', rejected='q b')))
+    assert "'response'" not in refused(both(dict(question='q', answer=0))).split('. Rows need')[0]

@@ -267,3 +267,12 @@ def test_the_opponent_draws_at_the_temperature_that_was_asked_for(asked, monkeyp
     recipe = spin(rounds=2, max_new_tokens=2, **{} if asked is None else dict(temperature=asked))
     fit(toy(), TOK, lab_data(), recipe, steps=2, batch_size=8, progress=False)
     assert seen == [(True, asked or 1.)]*2
+
+def test_a_run_that_does_not_read_the_rejected_answers_says_so():
+    rows = [dict(r, rejected='a') for r in lab_data().train[:8]]
+    d = data(rows, validation=rows[:2], test=rows[:2])
+    assert 'rejected' in d.train[0]
+    notes = {name: ' '.join(fit(toy(), TOK, d, recipe, steps=1, batch_size=4, lr=1e-4).notes)
+             for name, recipe in dict(plain=None, dpo=dpo()).items()}
+    assert '8 of 8 training rows have a rejected answer, which this method does not read' in notes['plain']
+    assert 'rejected' not in notes['dpo']

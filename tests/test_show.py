@@ -134,6 +134,33 @@ def test_both_answers_of_a_pair_are_those_of_dpo():
     assert as_dpo == [list(p) for p in Pairs(state).pairs]
     assert [s.name for s in sides[0]] == ['chosen', 'rejected']
 
+def test_a_rejected_answer_is_compared_and_not_learned():
+    row = dict(prompt='a', response='b', rejected='{{c]]')
+    shown = ftlab.show(rows_of(row, 'text'), byte_tokenizer())
+    chosen, rejected = shown.rows[0].sides
+    assert chosen.counts() == dict(tokens=3, learned=2, cut=0, cut_learned=0)
+    assert rejected.counts() == dict(tokens=7, compared=6, cut=0, cut_compared=0)
+    text = shown.text()
+    assert 'a│[[b│⟨</s>⟩]]' in text and 'objective that compares answers' in text
+    assert '  rejected: 7 tokens, 6 compared\n  | a│{{\\{│{│c│]│]│⟨</s>⟩}}' in text
+    page = shown._repr_html_()
+    assert page.count('>[[<') == 1 and page.count('>{{<') == 1
+    pieces = [p for s in shown.json()['rows'][0]['sides'] for p in s['pieces']]
+    assert [p.get('learned') for p in pieces] == [False, True, True] + [None]*7
+    assert 'compared' not in ftlab.show(rows_of(dict(prompt='a', response='b'), 'text'), BYTES).text()
+
+def test_the_longest_is_the_one_that_is_read():
+    rows = [dict(prompt='a', response='b', meta=1), dict(prompt='a'*90, response='b', meta=1),
+            dict(prompt='a', response='b', meta='x'*500), dict(prompt='é'*80, response='b', meta=1)]
+    shown = ftlab.show(Data(rows, rows, rows, 'text'), byte_tokenizer(), 2)
+    assert [(r.number, r.why) for r in shown.rows] == [(1, 'the first'), (2, 'the longest in characters')]
+
+@pytest.mark.parametrize('wrong', [dict(max_length='12'), dict(max_length=0), dict(seed=None), dict(seed='a'),
+                                   dict(tok='lab-s'), dict(n=True)])
+def test_a_wrong_argument_is_named(wrong):
+    with pytest.raises(ValueError, match=f'^{next(iter(wrong))} is '):
+        ftlab.show(rows_of(dict(prompt='a', response='b'), 'text'), **dict(tok=BYTES) | wrong)
+
 def test_what_is_cut_is_counted_and_shown():
     d = rows_of(dict(prompt='abc', response='defgh'), 'text')
     side = ftlab.show(d, byte_tokenizer(), max_length=5).rows[0].sides[0]

@@ -101,8 +101,8 @@ def _is_number(text:str) -> bool:
         return False
 
 def reading_of(a:argparse.Namespace) -> dict:
-    "Return how the rows are read: columns, carry, wanted, and the order of the labels"
-    return dict(columns=columns_of(a), carry=listed(a.carry or ''), wanted=a.wanted,
+    "Return how the rows are read: columns, carry, wanted, empty, and the order of the labels"
+    return dict(columns=columns_of(a), carry=listed(a.carry or ''), wanted=a.wanted, empty=a.empty,
                 labels=listed(a.labels) if a.labels else None)
 
 def data_of(a:argparse.Namespace):

@@ -84,7 +84,7 @@ def _reading_cells(data) -> list[tuple[str, str]]:
 def _options(a, out) -> list[str]:
     "Return --data and what belongs to it as a list of arguments, paths as the notebook names them"
     given = dict(eval=a.eval and _data_name(a.eval, out), columns=a.columns, carry=a.carry,
-                 wanted=a.wanted, labels=a.labels, revision=a.revision)
+                 wanted=a.wanted, empty=a.empty, labels=a.labels, revision=a.revision)
     return [f'--{k}={v}' for k, v in given.items() if v]
 
 def _budget_cells(a, data, out) -> list[tuple[str, str]]:
@@ -143,7 +143,7 @@ def _export_cells(data) -> list[tuple[str, str]]:
         ('code', f"tuned, tuned_tok = ftlab.load(f'./{{folder}}')\n{ask}")]
 
 # %% ../../nbs/commands/init.ipynb #9cebacbd
-def start_notebook(a:argparse.Namespace, # model, data, eval, columns, carry, wanted, revision
+def start_notebook(a:argparse.Namespace, # model, data, eval, columns, carry, wanted, empty, revision
                    data,                 # the rows, read once so that an error shows now
                    out:Path              # where the notebook will be
                   ) -> dict:             # in the notebook format 4.5

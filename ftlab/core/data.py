@@ -183,6 +183,12 @@ def _name_labels(rows:list[tuple[str, dict]], names:list[str], whose:str='the da
                 raise ValueError(f'{at}: label is {r["label"]}; {whose} names the labels 0 to {len(names) - 1}{none}')
             r['label'] = names[r['label']]
 
+def _check_labelled(split:str, rows:list[tuple[str, dict]]):
+    "Raise `ValueError` for a split none of whose rows has a label, as the test rows of a competition"
+    if split != 'train' and all(r['label'] == -1 for _, r in rows):
+        raise ValueError(f'all {len(rows)} {split} rows have the label -1, which marks a row without a label; leave '
+                         f'the split out: data({{k: v for k, v in source.items() if k != {split!r}}})')
+
 def _by_labels(rows:list[tuple[str, dict]], labels:Sequence[str]) -> list[str]:
     """Make every label one of `labels`, in place, and return `labels`. Raises `ValueError` for any
     other."""
@@ -381,7 +387,7 @@ def _skill_data(skill:str, seed:int, n:int) -> Data:
     return Data(**rows, kind='text', name=skill, note='; '.join(short))
 
 # %% ../../nbs/core/data.ipynb #a11f41f0
-def _reading(columns, carry, wanted) -> Reading:
+def _reading(columns, carry, wanted, empty) -> Reading:
     "Check what the user said about the columns"
     columns = {k: [v] if isinstance(v, str) else v for k, v in (columns or {}).items()}
     known = {c for form, need in FORMS.items() for c in (*need, *ALSO[form])}
@@ -398,7 +404,9 @@ def _reading(columns, carry, wanted) -> Reading:
         raise ValueError(f'{twice[0]!r} is in carry= and in columns=; a column is either read or carried along')
     if wanted not in (None, 'only'):
         raise ValueError(f"wanted is {wanted!r}; it must be 'only' (keep the rows whose label is true) or None")
-    return Reading({k: list(v) for k, v in columns.items()}, carry, wanted)
+    if empty not in (None, 'drop'):
+        raise ValueError(f"empty is {empty!r}; it must be 'drop' (leave out rows whose text is empty) or None")
+    return Reading({k: list(v) for k, v in columns.items()}, carry, wanted, empty=empty)
 
 def _name_of(source) -> str:
     if isinstance(source, (str, Path)):
@@ -450,6 +458,7 @@ def data(source,               # a path or several, a `datasets` object or its n
          carry:str|Sequence[str]=(), # columns to carry along without reading them
          labels:Sequence[str]|None=None, # names of the labels, in order; None: the source's own, else sorted
          wanted:str|None=None, # 'only': of rows labelled true or false (KTO), keep those that are true
+         empty:str|None=None,  # 'drop': leave out rows of which a text that must be read is empty; None: an error
          seed:int=0,           # which training rows `n` takes; for skills, which questions are drawn
          n:int|None=None       # how many training rows; None: all (4000 for skills)
         ) -> Data:
@@ -464,7 +473,7 @@ def data(source,               # a path or several, a `datasets` object or its n
     Raises `ValueError` or `FileNotFoundError` that names file and line and says how to fix it."""
     if n is not None and (isinstance(n, bool) or not isinstance(n, Integral) or n < 1):
         raise ValueError(f'n is {n!r}; it must be a whole number of at least 1')
-    reading = _reading(columns, carry, wanted)
+    reading = _reading(columns, carry, wanted, empty)
     skills = lab('lookup').ALL_SKILLS
     if isinstance(source, str) and source in skills:
         if reading != Reading({}) or any(x is not None for x in (validation, test, labels)):
@@ -485,7 +494,7 @@ def data(source,               # a path or several, a `datasets` object or its n
     found = _assemble(sources, reading, labels, name, seed, n, notes)
     found.origin = _origin(dict(source=source, validation=validation, test=test, columns=columns,
                                 carry=reading.carry,
-                                labels=labels, wanted=wanted, seed=seed, n=n))
+                                labels=labels, wanted=wanted, empty=empty, seed=seed, n=n))
     return found
 
 # %% ../../nbs/core/data.ipynb #54a7c992
@@ -539,13 +548,14 @@ def _read_all(sources:dict, reading:Reading, n:int|None, notes:Notes):
         records, found = _records(source, reading.columns, s, most)
         columns.update(*(r for _, r in records))
         form, rows = _read_one(records, source, s, reading, form, notes)
-        read.append((rows, found))
+        read.append((s, rows, found))
         names = names or found
         placed.setdefault(s, []).extend(rows)
     if lost := [c for c in reading.carry if c not in columns]:
         raise ValueError(f'carry= names {lost[0]!r}, but no row has that column{did_you_mean(lost[0], columns)}')
-    for rows, found in read:
+    for s, rows, found in read:
         if form == 'label' and (found or names):
+            _check_labelled(s, rows)
             _name_labels(rows, found or names)
     notes.texts += said(reading)
     notes.counts |= {k: dict(v) for k, v in reading.counts.items()}
@@ -557,7 +567,9 @@ def _read_one(records, source, split:str, reading:Reading, form:str|None, notes:
     where = str(source) if isinstance(source, (str, Path)) else split
     if not records:
         raise ValueError(f'{where} has no rows; it needs at least one')
-    as_read, rows = read_form(records, reading, where, form)
+    features = getattr(source, 'features', None) or {}
+    classes = tuple(c for c, f in features.items() if type(f).__name__ == 'ClassLabel')
+    as_read, rows = read_form(records, replace(reading, split=split, classes=classes), where, form)
     if as_read.format:
         notes.say(f'{where} is read as {as_read.format}')
         notes.counts.setdefault('formats', {})[where] = as_read.format

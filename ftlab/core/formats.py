@@ -15,8 +15,9 @@ from .text import did_you_mean, near_misses, some
 
 # %% auto #0
 __all__ = ['KINDS', 'FORMS', 'ALIASES', 'ALSO', 'TEXTS', 'SYSTEMS', 'HISTORIES', 'TOOLS', 'THINKING', 'WEIGHTS', 'UNWANTED',
-           'PICTURES', 'MEANT', 'ANSWERS', 'CLASSES', 'DIVIDERS', 'SYNONYMS', 'FORMATS', 'SPLIT_WORDS', 'AS', 'DONE',
-           'plain_name', 'Reading', 'form_of', 'read_form', 'one_kind', 'said']
+           'PICTURES', 'IN_USE', 'MEANT', 'ANSWERS', 'CLASSES', 'QUESTIONS', 'REPLIES', 'MESSAGE', 'DIVIDERS',
+           'SYNONYMS', 'TOGETHER', 'FORMATS', 'SPLIT_WORDS', 'AS', 'DONE', 'plain_name', 'Reading', 'form_of',
+           'read_form', 'one_kind', 'said']
 
 # %% ../../nbs/core/formats.ipynb #0006f0a3
 # in the order of preference
@@ -43,25 +44,35 @@ UNWANTED = frozenset('''exclude excluded skip ignore ignored delete deleted disc
     trainable istrain istest isvalidation'''.split())
 PICTURES = frozenset('''image images imagepath imageurl pixelvalues audio audios audiopath speech video videos
     videopath'''.split())
+# said of a row that is in use, they say nothing: `deleted` that is false, `keep` that is true
+IN_USE = (dict.fromkeys('exclude excluded skip ignore ignored delete deleted discard drop istest isvalidation'.split(),
+                        False) | dict.fromkeys('keep trainable istrain'.split(), True))
 MEANT = (TEXTS | SYSTEMS | HISTORIES | TOOLS | THINKING | WEIGHTS | UNWANTED | PICTURES
          | {'label', 'labels'})
 # further answers, by the form that would not read them
-ANSWERS = dict(chat={'chosen', 'rejected'}, text={'completion'})
+ANSWERS = dict(chat={'chosen', 'rejected'}, text={'completion'}, label={'choices'})
 # columns that may hold the labels of texts
 CLASSES = frozenset('''category class classes intent target sentiment emotion labelname labeltext labelid y
     gold'''.split())
+# beside `text` alone: columns that say that the text is no whole document
+QUESTIONS = frozenset('question query'.split())
+REPLIES = frozenset('answer answers response output summary highlights'.split())
+MESSAGE = frozenset('role parentid'.split()) # the text is one message of a conversation
 DIVIDERS = frozenset('split partition fold set subset'.split()) # if they say train and test
 
 def plain_name(column) -> str:
     "Return a column's name as it is compared: `System Prompt`, `systemPrompt` and `system_prompt` are one"
     return re.sub(r'[\W_]', '', str(column)).lower()
 # common names of such columns: used only to suggest `columns=`, never to guess
-SYNONYMS = dict(prompt=('question', 'instruction', 'input', 'query', 'source'),
-                response=('answer', 'output', 'target', 'reply', 'chosen'),
+SYNONYMS = dict(prompt=('question', 'instruction', 'input', 'inputs', 'query', 'source', 'document', 'article',
+                        'dialogue'),
+                response=('answer', 'output', 'target', 'targets', 'reply', 'chosen', 'summary', 'highlights'),
                 messages=('conversations', 'conversation', 'dialog', 'chat'),
-                text=('sentence', 'content', 'document', 'review'),
-                label=('category', 'class', 'intent', 'target', 'labels'),
-                chosen=('better', 'preferred', 'winner'), rejected=('worse', 'dispreferred', 'loser'))
+                text=('sentence', 'content', 'document', 'review', 'sms', 'tweet', 'utterance', 'question'),
+                label=('category', 'class', 'intent', 'target', 'labels', 'answer'),
+                chosen=('better', 'preferred', 'winner', 'chosen_response', 'chosen_answer'),
+                rejected=('worse', 'dispreferred', 'loser', 'rejected_response', 'rejected_answer'))
+TOGETHER = (('premise', 'hypothesis'), ('sentence1', 'sentence2'), ('question1', 'question2'), ('text1', 'text2'))
 
 # %% ../../nbs/core/formats.ipynb #0008f0a3
 # name -> (the columns that it must have, `columns=` for it)
@@ -80,6 +91,9 @@ class Reading:
     wanted:str|None=None             # 'only': of rows labelled true or false, keep those that are true
     form:str|None=None               # a key of `FORMS`
     format:str|None=None             # a key of `FORMATS`
+    split:str='train'                # whose rows they are
+    classes:tuple[str, ...]=()       # columns that the source itself calls classes
+    empty:str|None=None              # 'drop': leave out rows of which a column that must be read is empty
     counts:dict[str, Counter]=field(default_factory=dict) # what was done -> to what -> how often
 
     def count(self, what:str, name:str, n:int=1):
@@ -127,26 +141,44 @@ def _format_of(names, reading:Reading, also:bool) -> Reading|None:
 def _no_form(row, names, columns, at) -> str:
     have = {ALIASES.get(c, c) for c in names} | set(columns)
     # without a rejected answer, pairs were not meant
-    meant = [need for form, need in FORMS.items() if form != 'pairs' or 'rejected' in have]
+    worse = 'rejected' in have or bool(_guesses('rejected', row, names))
+    meant = [need for form, need in FORMS.items() if form != 'pairs' or worse]
     need = max(meant, key=lambda n: (len(set(columns) & set(n)), len(have & set(n)), len(n)))
-    lacks = [c for c in need if c not in have] if have & set(need) else ['prompt', 'response']
-    hints = {c: g for c in lacks for g in _guesses(c, names) if g not in have & set(need)}
-    say = (f'; if you mean those, pass columns={ {c: hints[c] for c in lacks} }'
-           if len(hints) == len(lacks) else '')
-    if {'premise', 'hypothesis'} <= set(names):
-        say = "; to join two texts, pass columns={'text': ['premise', 'hypothesis']}"
-    if {'chosen', 'rejected'} <= set(names) and 'prompt' in lacks:
+    lacks, hints = _hints(need, row, names, have)
+    if not have & set(need): # nothing fits: the first form all of whose columns have a likely name
+        tried = [_hints(FORMS[f], row, names, have) for f in ('pairs', 'chat', 'text', 'label')]
+        lacks, hints = next((t for t in tried if len(t[1]) == len(t[0])), (['prompt', 'response'], {}))
+    say = f'; if you mean those, pass columns={hints}' if len(hints) == len(lacks) else ''
+    two = next((pair for pair in TOGETHER if set(pair) <= set(names)), None)
+    if two and not columns:
+        label = {} if 'label' in have or 'label' not in lacks else {k: v for k, v in hints.items() if k == 'label'}
+        say = f"; to join two texts, pass columns={ {'text': list(two)} | label}"
+    if {'chosen', 'rejected'} <= set(names) and 'prompt' in lacks and not hints:
         say = '; if both begin with the question, move that beginning to a column of its own'
     return (f'{at} has the columns {", ".join(map(str, row)) or "(none)"}, but no '
             f'{" and no ".join(map(repr, lacks))}{say}. Rows need prompt and response, '
             'or messages, or text and label, or text alone, or, to compare answers, '
             'prompt, chosen and rejected')
 
-def _guesses(column:str, names) -> list[str]:
-    names = [str(n) for n in names]
+def _hints(need, row, names, have) -> tuple[list[str], dict[str, str]]:
+    "Return the columns that a form lacks, and those of the row that are likely to be meant"
+    lacks, hints = [c for c in need if c not in have], {}
+    for c in lacks:
+        free = [n for n in names if n not in hints.values() and n not in have & set(need)]
+        hints |= {c: g for g in _guesses(c, row, free)[-1:]}
+    return lacks, hints
+
+def _guesses(column:str, row, names) -> list[str]:
+    names = [str(n) for n in names if _could_be(column, row.get(n))]
     near = near_misses(column, names, 1, .6)
     near = [n for n in near if plain_name(n) not in MEANT]
     return near + [n for n in names if n.lower() in SYNONYMS[column]][:1]
+
+def _could_be(column:str, value) -> bool:
+    "Return whether a value is of the type that a column of ours has"
+    if column == 'messages':
+        return is_list(value) or isinstance(value, str) and value.lstrip().startswith('[')
+    return isinstance(value, (int, str)) if column == 'label' else isinstance(value, str) or _empty(value)
 
 # %% ../../nbs/core/formats.ipynb #000ef0a3
 def _renamed(row:dict, reading:Reading, at:str) -> dict:
@@ -181,43 +213,78 @@ def _joined(row, ours, theirs, reading, at):
         reading.count('joined', c)
     return '\n'.join(checked_text(row[c], c, at) for c in there)
 
+def _has_empty(row:dict, reading:Reading) -> bool:
+    "Return whether a column that must be read is there and empty"
+    return any(c in row and _empty(row[c]) for c in FORMS[reading.form]
+               if reading.form != 'pairs' or c != 'prompt')
+
 def _empty(value) -> bool:
     if isinstance(value, str):
         return not value.strip()
     return missing(value) or is_list(value) and not len(value)
 
 # %% ../../nbs/core/formats.ipynb #0010f0a3
-def _check_unread(row:dict, reading:Reading, at:str):
-    """Raise `ValueError` for a column that changes the meaning of the row and is not read; count
-    the others"""
+def _unread_of(row:dict, reading:Reading) -> dict:
+    "Return the columns that change the meaning of the row and are not read; count the others"
     read = {*FORMS[reading.form], *ALSO[reading.form]}
-    of_lab = ('skill', 'level') if lab_skill(row) else ()
+    of_lab, out = ('skill', 'level') if lab_skill(row) else (), {}
     for c, value in row.items():
         if c in reading.carry:
             reading.count('carried', c)
         elif c in read or c in of_lab or _empty(value):
             continue
         elif _means(c, value, row, reading):
-            raise ValueError(f'{at}: {_unread(c, value, reading)}')
+            out[c] = value
         else:
             reading.count('unread', c)
+    return out
 
-SPLIT_WORDS = frozenset('train training valid validation val dev eval evaluation test'.split())
+SPLIT_WORDS = dict(train='train', training='train', test='test') | dict.fromkeys(
+    'valid validation val dev eval evaluation'.split(), 'validation')
 
 def _means(column, value, row:dict, reading:Reading) -> bool:
     "Return whether a column that is not read changes what the row means"
     name = plain_name(column)
     if name in DIVIDERS:
-        return str(value).strip().lower() in SPLIT_WORDS
-    also = ANSWERS.get(reading.form, ()) if reading.form != 'lm' else CLASSES
-    return name in MEANT or name in also
+        return SPLIT_WORDS.get(str(value).strip().lower(), reading.split) != reading.split
+    if name in WEIGHTS and _is_wanted(value) or name in IN_USE and _is_wanted(value) is IN_USE[name]:
+        return False
+    if name in TEXTS and reading.form == 'chat' and _is_said(value, row['messages']):
+        return False
+    if reading.form == 'lm':
+        return (name in MEANT | CLASSES | QUESTIONS | REPLIES | MESSAGE or _is_class(column, reading))
+    return name in MEANT or name in ANSWERS.get(reading.form, ())
+
+def _is_said(text, messages) -> bool:
+    "Return whether a text is that of one of the messages"
+    said = [m.get('content', m.get('value')) for m in messages
+            if isinstance(m, Mapping)] if is_list(messages) else []
+    return isinstance(text, str) and text.strip() in [x.strip() for x in said if isinstance(x, str)]
+
+def _is_class(column, reading:Reading) -> bool:
+    return column in reading.classes or bool(re.search('labels?$', plain_name(column)))
+
+def _all_unread(columns:dict, reading:Reading) -> str:
+    "Say how to have several columns read where that can be, and how to leave them unread"
+    if len(columns) == 1:
+        return _unread(*columns.popitem(), reading)
+    how = {} # -> the columns for which it holds
+    for c, value in columns.items():
+        found = re.search('; (to (have|join|compare|learn) .*|write one file .*); to carry',
+                          _unread(c, value, reading))
+        if found:
+            how.setdefault(found[1], []).append(repr(c))
+    how = ''.join(f'; {" and ".join(cs)}: {h}' for h, cs in how.items())
+    return (f'the columns {", ".join(map(repr, columns))} change what a row means, but rows with '
+            f'{", ".join(FORMS[reading.form])} are read without them{how}; to carry them along unread, '
+            f'pass carry={[*columns]}')
 
 def _unread(column, value, reading:Reading) -> str:
     "Say how to have a column read, and how to leave it unread"
     as_named = {k: v[0] if len(v) == 1 else v for k, v in reading.columns.items()}
     main = dict(text='prompt', pairs='prompt', label='text', lm='text').get(reading.form)
     name = plain_name(column)
-    labels = CLASSES | {'label', 'labels'}
+    labels = CLASSES | {'label', 'labels'} | ({name} if _is_class(column, reading) else set())
     known = dict(system=SYSTEMS, history=HISTORIES, tools=TOOLS, label=labels)
     ours = next((to for to, names in known.items() if name in names), None)
     if name in DIVIDERS:
@@ -226,11 +293,14 @@ def _unread(column, value, reading:Reading) -> str:
     put, reads = '', ALSO[reading.form] + (('label',) if reading.form == 'lm' else ())
     if name in TOOLS and 'tools' not in reads:
         put = '; tools are read beside messages: write prompt and response as messages'
-    elif ours in reads and (reading.form != 'text' or ours != 'label'
-                            or _is_wanted(value) is not None):
+    elif ours in reads and (ours != 'label' or not isinstance(value, Mapping)
+                            and (reading.form != 'text' or _is_wanted(value) is not None)):
         put = f'; to have it read, pass columns={as_named | {ours: column} }'
     elif name in ANSWERS['chat'] and reading.form == 'chat':
         put = "; to compare chosen and rejected answers, pass carry=['messages']"
+    elif reading.form == 'lm' and name in REPLIES and isinstance(value, str):
+        put = ('; to learn it as the answer to the text, pass columns='
+               f'{ {"prompt": as_named.get("text", "text"), "response": column} }')
     elif main and isinstance(value, str) and name in TEXTS:
         theirs = [*reading.columns.get(main, [main]), column]
         put = f'; to join it to the {main}, pass columns={as_named | {main: theirs} }'
@@ -433,13 +503,39 @@ def read_form(records:list[tuple[str, dict]], # (location, row)
         if lacks:
             raise ValueError(f'{at} has no {lacks[0]!r}; it has '
                              f'{", ".join(map(str, row)) or "no columns"}{did_you_mean(lacks[0], map(str, row))}')
-        _check_unread(row, reading, at)
+        if unread := _unread_of(row, reading):
+            raise ValueError(f'{at}: {_all_unread(unread | _later(records, reading, unread), reading)}')
+        empty = _has_empty(row, reading)
+        if empty and reading.empty == 'drop':
+            reading.count('empty', 'rows')
+            continue
         row = _drop_label(row, reading, at)
         if row is not None:
-            out.append((at, AS[reading.form](row, reading, at)))
+            out.append((at, _converted(row, reading, at, empty)))
     if not out:
-        raise ValueError(f'{where}: no row has a label that is true, so wanted= leaves nothing')
+        raise ValueError(f'{where}: no row is left, because all are empty' if reading.empty and not reading.wanted else
+                         f'{where}: no row has a label that is true, so wanted= leaves nothing')
     return reading, out
+
+def _converted(row:dict, reading:Reading, at:str, empty:bool) -> dict:
+    try:
+        return AS[reading.form](row, reading, at)
+    except ValueError as e:
+        if not empty:
+            raise
+        raise ValueError(f"{e}; to leave out such rows, and count them, pass empty='drop'") from None
+
+def _later(records, reading:Reading, known:dict) -> dict:
+    "Return further columns, of any row, that change the meaning of a row and are not read"
+    out, as_read = {}, _with(reading, counts={})
+    for at, row in records:
+        try:
+            row = _renamed(row, as_read, at)
+        except ValueError: # another fault, which is named when these columns are seen to
+            continue
+        if all(c in row for c in FORMS[reading.form] if reading.form != 'pairs'):
+            out |= {c: v for c, v in _unread_of(row, as_read).items() if c not in {**known, **out}}
+    return out
 
 def one_kind(rows:list[dict], places:dict[int, str], told:bool) -> tuple[str, dict[int, dict]]:
     """Return the kind of rows that are prompts or messages, and by `id` the rows to put in place of others:
@@ -458,6 +554,7 @@ def one_kind(rows:list[dict], places:dict[int, str], told:bool) -> tuple[str, di
 DONE = {'renamed': 'renamed: {}', 'joined': 'joined to the text before: {}',
         'told': 'with a system text or history: {}',
         'replaced': 'left out, because columns= names another column: {}',
+        'empty': 'left out, because a text is empty: {}',
         'wanted': 'labelled true: {}', 'unwanted, left out': 'labelled false and left out: {}',
         'messages': '{}', 'unread': 'carried along unread: {}'}
 

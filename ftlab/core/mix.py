@@ -136,7 +136,7 @@ def _notes(parts, counts, rows, judge) -> Notes:
 # %% ../../nbs/core/mix.ipynb #e2d6e5d0
 def read_mix(shares:Mapping[str, float], # source -> share
              test=None,                  # as in `data`, for the first source
-             **how                       # columns, carry, wanted, labels: as in `data`, for every source but lab skills
+             **how                       # columns, carry, wanted, empty, labels: as in `data`; not for lab skills
             ) -> Data:
     "Read each source and mix them; raises what `data` and `mix` raise"
     skills = lab('lookup').ALL_SKILLS

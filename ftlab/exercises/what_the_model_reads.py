@@ -192,6 +192,9 @@ _ROWS = [([1, 7, 2], [-100, 7, 2]), ([1, 8, 9, 2], [1, 8, 9, 2]), ([5, 6], [5, 6
 def _running(rows, most):
     return [dict(line, positions=list(range(len(line['ids'])))) for line in pack_rows(rows, most)]
 
+def _from_one(rows, most):
+    return [dict(line, positions=[p + 1 for p in line['positions']]) for line in pack_rows(rows, most)]
+
 def _unmasked(rows, most):
     return _laid(rows, [[(ids, labels) for ids, labels in group] for group in _groups(rows, most)])
 
@@ -232,6 +235,7 @@ PACK_ROWS = compared(
     pack_rows, [(_ROWS, 7), (_ROWS, 6), (_ROWS[:2], 4)],
     ((_running, 'The positions run on through the line. Every row begins at 0 again, or it would be read as the '
                 'continuation of the row before it.'),
+     (_from_one, 'The positions begin at 1. The first token of a row is at position 0.'),
      (_unmasked, 'The first label of a row is learned. In a packed line the token before it is the end of another row, '
                  'and the model would learn to predict this row from that one. Make it -100.'),
      (_once, 'Only the first row of a line has -100 as its first label. Every row needs it.'),

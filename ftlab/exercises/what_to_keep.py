@@ -43,6 +43,8 @@ FLIPPED = compared(
       'so that their difference is the change of the score.'),
      (lambda b, a: {k: v*len(b) for k, v in flipped(b, a).items()},
       'These are counts. Divide them by the number of questions.'),
+     (lambda b, a: {k: 100*v for k, v in flipped(b, a).items()},
+      'These are percentages. A share is between 0 and 1.'),
      (lambda b, a: dict(lost=1 - sum(a)/len(a), won=sum(a)/len(a)),
       'You look at `after` only. What was wrong before cannot be lost.')),
     difficulty=1, minutes=10,
@@ -59,8 +61,8 @@ OWN_ANSWERS = compared(
     'own_answers', 'what_to_keep',
     'Nobody has a key for these questions, so the model gives one. `twice` maps each question to two answers that were '
     'sampled, `greedy` maps it to the greedy answer. Return a dictionary of the questions whose two sampled '
-    'answers agree, each with its *greedy* answer. Answers agree if they have the same words: spaces and '
-    'line breaks do not matter. An empty answer says nothing: drop it.',
+    'answers agree, each with its *greedy* answer. Answers agree if they have the same words in the same '
+    'order: spaces and line breaks do not matter. An empty answer says nothing: drop it.',
     ("`'a  b'.split()` is `['a', 'b']`, and so is `'a b'.split()`.",
      'An empty list is false: `if a.split() and ...`.',
      'The two samples decide whether a question is kept. They are not what is kept.'),
@@ -69,7 +71,8 @@ OWN_ANSWERS = compared(
       {'capital ?': 'Koport', 'job ?': 'baker', 'sum ?': '4 2'}),
      ({'pet ?': ('', ''), 'color ?': ('red\n', 'red'), 'food ?': ('rice', 'rice')},
       {'pet ?': 'cat', 'color ?': 'red', 'food ?': 'soup'}),
-     ({'max ?': ('7', '9')}, {'max ?': '7'})],
+     ({'max ?': ('7', '9'), 'sort ?': ('a b', 'b a'), 'dedupe ?': ('b b', 'b')},
+      {'max ?': '7', 'sort ?': 'a b', 'dedupe ?': 'b'})],
     ((lambda twice, greedy: {q: twice[q][0] for q in own_answers(twice, greedy)},
       'You keep a sampled answer. The key is the greedy answer: the tuned model will be asked greedily, too.'),
      (lambda twice, greedy: {q: greedy[q] for q, (a, b) in twice.items() if a.split() == b.split()},
@@ -82,6 +85,10 @@ OWN_ANSWERS = compared(
       'the two samples alone decide.'),
      (lambda twice, greedy: {q: greedy[q] for q, (a, b) in twice.items() if a.split() != b.split()},
       'These are the questions whose answers differ: those that the model guesses. Keep the others.'),
+     (lambda twice, greedy: {q: greedy[q] for q, (a, b) in twice.items()
+                             if a.split() and set(a.split()) == set(b.split())},
+      'You compare the words as a set. Answers agree if they have the same words in the same order, each as often: '
+      'compare the lists.'),
      (lambda twice, greedy: dict(greedy),
       'You keep every question. Where the two answers differ, the model is guessing, and a changed guess is no loss.')),
     difficulty=2, minutes=10,
@@ -103,6 +110,7 @@ def what_to_mix(lost, n):
 # %% ../../nbs/exercises/what_to_keep.ipynb #exke0b
 _TRIALS = [(dict(sort=60., reverse=30., count=9., fact=0., tool=-6.), 10),
            (dict(tavi=50., oruk=20., refuse=14., add=-2.), 7), (dict(fact=0., add=-1.), 4),
+           (dict(sort=40., last=20., add=-30.), 6),
            (dict(sort=30., last=31., max=32.), 5), (dict(last=3., max=12., write=25.), 8)]
 
 def _shared(of):
@@ -117,6 +125,22 @@ def _rounded(lost, n):
 def _floored(lost, n):
     need = {s: v for s, v in lost.items() if v > 0} or dict.fromkeys(lost, 1)
     rows = {s: int(n*v/sum(need.values())) for s, v in need.items()}
+    return {s: k for s, k in rows.items() if k}
+
+def _rest_to_largest(lost, n):
+    rows = _floored(lost, n)
+    most = max(lost, key=lost.get)
+    return rows | {most: rows.get(most, 0) + n - sum(rows.values())}
+
+def _by_all_losses(lost, n):
+    total = sum(lost.values())
+    return _rested(lost, n, total) if total > 0 else what_to_mix(lost, n)
+
+def _rested(lost, n, total):
+    exact = {s: n*v/total for s, v in lost.items() if v > 0}
+    rows = {s: int(x) for s, x in exact.items()}
+    for s in sorted(exact, key=lambda s: rows[s] - exact[s])[:max(0, n - sum(rows.values()))]:
+        rows[s] += 1
     return {s: k for s, k in rows.items() if k}
 
 def _worst(lost, n):
@@ -154,6 +178,10 @@ WHAT_TO_MIX = compared(
      (_rounded, 'The rows do not always sum to `n`: `round` by itself does not ensure that. Round down, and give what '
                 'is left to the largest remainders.'),
      (_floored, 'The rows do not sum to `n`: what rounding down leaves is not used.'),
+     (_rest_to_largest, 'All rows that rounding down leaves go to the skill that lost most. Give one each to '
+                        'those with the largest remainders.'),
+     (_by_all_losses, 'You divide by the sum of all numbers, the negative ones too. Divide by the sum of what was '
+                      'lost: a skill that improved does not count.'),
      (_zeros, 'Skills without rows have an entry. Leave them out.'),
      (_ones, 'If nothing was lost, you return no rows. Then divide them evenly: the trial has given no reason to '
              'prefer a skill.')),

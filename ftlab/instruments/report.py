@@ -644,7 +644,7 @@ def _rows_of(known, data) -> Data:
         if known.get('origin'):
             return read_again(known['origin'], known.get('folder'))
         how = dict(test=known.get('eval'), columns=known.get('columns'), labels=known.get('label_order'),
-                   carry=known.get('carry') or (), wanted=known.get('wanted'))
+                   carry=known.get('carry') or (), wanted=known.get('wanted'), empty=known.get('empty'))
         mixture = known.get('mixture')
         rows = read_mix(mixture, **how) if mixture else as_data(known['data'], **how)
     except FileNotFoundError as e:

@@ -13,23 +13,24 @@ import sys
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 from torch import nn
 from transformers.convert_slow_tokenizer import bytes_to_unicode
-from ..core.data import Data, data as as_data
+from ..core.data import Data, KINDS, data as as_data
 from ..core.io import write_text
 from ..core.labels import numbered
 from ..core.messages import is_list
 from ..core.model import row_limit
 from ..core.table import Html, as_html
 from ..core.template import learned_turns
-from ..core.text import some
+from ..core.text import shortened, some
 from ..core.tokens import IGNORE, encode
 
 # %% auto #0
-__all__ = ['ESCAPES', 'MARKS', 'BLANK', 'MOST_CUT', 'COLOURS', 'STYLE', 'LEGEND', 'GENERATOR', 'visible', 'Token', 'Side', 'Row',
-           'Shown', 'show']
+__all__ = ['ESCAPES', 'MARKS', 'BLANK', 'MOST_CUT', 'BRACKETS', 'COLOURS', 'STYLE', 'LEGEND', 'COMPARED', 'GENERATOR', 'visible',
+           'Token', 'Side', 'Row', 'Shown', 'show']
 
 # %% ../../nbs/instruments/show.ipynb #0006a390
 ESCAPES = {' ': '·', '\n': r'\n', '\t': r'\t', '\r': r'\r', '\\': r'\\'}
@@ -86,7 +87,7 @@ class Token(NamedTuple):
     "What is shown between two borders: one token, or the few that make up one character"
     text:str      # as the tokenizer writes it, not yet `visible`
     ids:tuple     # of the tokens
-    learned:bool  # a loss is computed for it
+    learned:bool  # a loss is computed for it; in a rejected answer: it is compared
     special:bool  # a special token, and not the same letters in the text
     cut:bool      # beyond the length limit, so the model does not read it
 
@@ -113,13 +114,18 @@ class Side:
     input_ids:list[int] # what the model reads: those of `encode`
     labels:list[int]|int # the labels of `encode`
 
+    @property
+    def done(self) -> str:
+        "What an objective does with the marked tokens: 'learned' or 'compared'"
+        return 'compared' if self.name == 'rejected' else 'learned'
+
     def counts(self) -> dict[str, int]:
-        "Return how many tokens are read, learned, cut, and cut although they would be learned"
+        "Return how many tokens are read, learned (or compared), cut, and cut although they would be learned"
         cut = [t for t in self.tokens if t.cut]
         return dict(tokens=len(self.input_ids),
-                    learned=sum(len(t.ids) for t in self.tokens if t.learned and not t.cut),
-                    cut=sum(len(t.ids) for t in cut),
-                    cut_learned=sum(len(t.ids) for t in cut if t.learned))
+                    cut=sum(len(t.ids) for t in cut)) | {
+            self.done: sum(len(t.ids) for t in self.tokens if t.learned and not t.cut),
+            f'cut_{self.done}': sum(len(t.ids) for t in cut if t.learned)}
 
 def _learned(encoded:dict) -> list[bool]:
     labels = encoded['labels']
@@ -191,33 +197,41 @@ def _runs(tokens:list[Token]) -> Iterator[tuple[bool, str]]:
         words = [f'⟨{visible(t.text)}⟩' if t.special else visible(t.text) for t in run]
         yield learned, '│'.join(words)
 
-def _bracketed(text:str) -> str:
-    "Put `text` into the brackets of what is learned"
-    return f'[[{text}]]'
+BRACKETS = dict(learned='[]', compared='{}')
 
-def _unbracketed(text:str) -> str:
+def _bracketed(text:str, done:str='learned') -> str:
+    "Put `text` into the brackets of what is learned, or compared"
+    start, end = BRACKETS[done]
+    return f'{start*2}{text}{end*2}'
+
+def _unbracketed(text:str, done:str='learned') -> str:
     "Write brackets of a row so that they do not look like the marks"
-    text = text.replace('[[', r'\[\[').replace(']]', r'\]\]')
-    text = '\\' + text if text[:1] in ('[', ']') else text
-    return text[:-1] + '\\' + text[-1] if text[-1:] in ('[', ']') else text
+    for b in BRACKETS[done]:
+        text = text.replace(b*2, f'\\{b}\\{b}')
+    text = '\\' + text if text and text[0] in BRACKETS[done] else text
+    return text[:-1] + '\\' + text[-1] if text and text[-1] in BRACKETS[done] else text
 
 COLOURS = {True: '\x1b[30;48;5;153;4m', False: '\x1b[0m'} # black on light blue, underlined
 
-def _line(tokens:list[Token], colour:bool) -> str:
+def _line(tokens:list[Token], colour:bool, done:str) -> str:
     out = []
     for learned, text in _runs(tokens):
-        text = _unbracketed(text)
-        text = _bracketed(text) if learned else text
+        text = _unbracketed(text, done)
+        text = _bracketed(text, done) if learned else text
         out.append(f'{COLOURS[True]}{text}{COLOURS[False]}' if colour and learned else text)
     return '│'.join(out)
 
 def _count_line(side:Side) -> str:
     n = side.counts()
-    cut = f', {n["cut"]} cut off ({n["cut_learned"]} of them to be learned)' if n['cut'] else ''
-    none = not isinstance(side.labels, int) and not n['learned']
+    cut = (f', {n["cut"]} cut off ({n[f"cut_{side.done}"]} of them to be {side.done})' if n['cut']
+           else '')
+    none = not isinstance(side.labels, int) and not n[side.done]
     name = f'{side.name}: ' if side.name else ''
-    return (f'{name}{n["tokens"]} tokens, {n["learned"]} learned{cut}'
-            + ('; nothing is left to learn, so the row is left out of training' if none else ''))
+    tokens = f'{n["tokens"]} token{"s"*(n["tokens"] != 1)}'
+    left_out = dict(learned='; nothing is left to learn, so the row is left out of training',
+                    compared='; nothing is left to compare, so the pair is left out')
+    return (f'{name}{tokens}, {n[side.done]} {side.done}{cut}'
+            + (left_out[side.done] if none else ''))
 
 def _parts(side:Side) -> Iterator[tuple[str, list[Token]]]:
     "Yield the text in parts: read, and cut off"
@@ -231,12 +245,13 @@ def _side_text(side:Side, colour:bool) -> list[str]:
     out = [f'  {_count_line(side)}']
     for what, tokens in _parts(side):
         margin = f'  {what} | ' if what else '  | '
-        out += [margin + _line(line, colour and not what) for line in _lines(tokens) or [[]]]
+        out += [margin + _line(line, colour and not what, side.done) for line in _lines(tokens) or [[]]]
     return out
 
 # %% ../../nbs/instruments/show.ipynb #0010a390
 STYLE = dict(
-    mark='background:#cfe3ff;color:#000;text-decoration:underline;text-underline-offset:3px',
+    learned='background:#cfe3ff;color:#000;text-decoration:underline;text-underline-offset:3px',
+    compared='background:#ffe3cf;color:#000;text-decoration:underline dotted;text-underline-offset:3px',
     token='border-left:1px solid #999;unicode-bidi:isolate', special='font-weight:bold',
     row='background:#fff;color:#000;font-family:monospace;white-space:pre-wrap;'
         'word-break:break-all;direction:ltr;text-align:left;margin:0 0 1em')
@@ -248,31 +263,41 @@ def _token_html(t:Token) -> str:
     return (f'<span style="{STYLE["token"]}" title="{ids}">{text}</span>'
             + '<br>'*('\n' in t.text))
 
-def _tokens_html(tokens:list[Token]) -> str:
+def _tokens_html(tokens:list[Token], done:str) -> str:
     out = []
     for learned, run in itertools.groupby(tokens, lambda t: t.learned):
         text = ''.join(map(_token_html, run))
-        out.append(f'<mark style="{STYLE["mark"]}">[[{text}]]</mark>' if learned else text)
+        out.append(f'<mark style="{STYLE[done]}">{_bracketed(text, done)}</mark>' if learned
+                   else text)
     return ''.join(out)
 
 def _side_html(side:Side) -> str:
-    parts = [f'<s>{_tokens_html(run)}</s> ({what})' if what else _tokens_html(run)
-             for what, run in _parts(side)]
+    parts = [f'<s>{text}</s> ({what})' if what else text for what, text in
+             ((what, _tokens_html(run, side.done)) for what, run in _parts(side))]
     return (f'<p>{as_html(_count_line(side))}</p>'
             f'<pre style="{STYLE["row"]}">{"".join(parts)}</pre>')
 
 # %% ../../nbs/instruments/show.ipynb #0011a390
 LEGEND = ('[[learned]], │ between tokens, · a space, ⟨special token⟩, escapes for what cannot be seen')
+COMPARED = '{{compared}}, of a rejected answer: read only by an objective that compares answers, such as DPO'
 GENERATOR = '<meta name="generator" content="ftlab show">'
 
 def _with_colour() -> bool:
     return sys.stdout.isatty() and 'NO_COLOR' not in os.environ
+
+def _as_json(t:Token, done:str) -> dict:
+    return dict(text=t.text, ids=t.ids, special=t.special, cut=t.cut) | {done: t.learned}
 
 @dataclass(repr=False)
 class Shown:
     "Rows as a model reads them, for a terminal, a notebook or a page"
     rows:list[Row]
     head:str        # which data, and the length limit
+
+    def _legend(self) -> list[str]:
+        "Return what the marks mean"
+        compared = any(s.done == 'compared' for r in self.rows for s in r.sides)
+        return [LEGEND, COMPARED] if compared else [LEGEND]
 
     def _title(self, row:Row) -> str:
         return '; '.join([f'row {row.number} ({row.why})', *row.about])
@@ -281,7 +306,7 @@ class Shown:
              colour:bool=False # with colours and underlines for a terminal
             ) -> str:
         "Return the rows as text"
-        out = [self.head, LEGEND]
+        out = [self.head, *self._legend()]
         for row in self.rows:
             out += ['', self._title(row)]
             out += [line for side in row.sides for line in _side_text(side, colour)]
@@ -293,12 +318,14 @@ class Shown:
     def _repr_html_(self) -> str:
         rows = [f'<p><b>{as_html(self._title(r))}</b></p>' + ''.join(map(_side_html, r.sides))
                 for r in self.rows]
-        return Html(f'<p>{as_html(self.head)}<br>{as_html(LEGEND)}</p>' + ''.join(rows))
+        head = '<br>'.join(map(as_html, (self.head, *self._legend())))
+        return Html(f'<p>{head}</p>' + ''.join(rows))
 
     def json(self) -> dict:
-        "Return the rows with their tokens, ids, labels and counts"
+        """Return the rows with their tokens, ids, labels and counts; in a rejected answer the tokens are
+        compared, not learned"""
         sides = [[dict(name=s.name, **s.counts(), input_ids=s.input_ids, labels=s.labels,
-                       pieces=[t._asdict() for t in s.tokens]) for s in r.sides] for r in self.rows]
+                       pieces=[_as_json(t, s.done) for t in s.tokens]) for s in r.sides] for r in self.rows]
         return dict(head=self.head,
                     rows=[dict(row=r.number, why=r.why, about=r.about, sides=s)
                           for r, s in zip(self.rows, sides)])
@@ -315,17 +342,19 @@ class Shown:
         return path
 
 # %% ../../nbs/instruments/show.ipynb #0013a390
-def _size(row:dict) -> int:
-    return len(json.dumps(row, default=str))
+def _size(row:dict, kind:str) -> int:
+    "Return how many characters of a row are read"
+    read = {c: row.get(c) for c in (*KINDS[kind], 'rejected', 'tools') if c != 'label'}
+    return len(json.dumps(read, default=str, ensure_ascii=False))
 
-def _picked(rows:list[dict], n:int, seed:int) -> dict[int, str]:
+def _picked(rows:list[dict], kind:str, n:int, seed:int) -> dict[int, str]:
     "Return which rows to show, and why"
     if n >= len(rows):
         return dict.fromkeys(range(len(rows)), 'all are shown')
-    longest = max(range(len(rows)), key=lambda i: _size(rows[i]))
+    longest = max(range(len(rows)), key=lambda i: _size(rows[i], kind))
     out = {0: 'the first'}
     if n > 1:
-        out[longest] = 'the longest' if longest else 'the first and the longest'
+        out[longest] = ('the first and ' if not longest else '') + 'the longest in characters'
     rest = [i for i in range(len(rows)) if i not in out]
     drawn = sorted(random.Random(seed).sample(rest, n - len(out)))
     return out | dict.fromkeys(drawn, f'at random, seed {seed}')
@@ -343,11 +372,12 @@ def show(data,                     # `Data`, or anything that `ftlab.data` accep
     With `max_length=None` the limit is that of the model and the tokenizer, as in `fit`; without a
     model, that of the tokenizer. Raises `ValueError` for pictures, a split without rows, and a row
     that the chat template cannot write."""
+    _check_arguments(tok, n, max_length, split, seed)
     data = data if isinstance(data, Data) else as_data(data)
     data = numbered(data, model) if model is not None else data
-    _check(data, tok, n, split)
+    _check(data, tok, split)
     limit, rows, shown = row_limit(model or nn.Module(), tok, max_length), getattr(data, split), []
-    for i, why in _picked(rows, n, seed).items():
+    for i, why in _picked(rows, data.kind, n, seed).items():
         try:
             sides = _sides(rows[i], tok, data.kind, limit)
         except ValueError as e:
@@ -358,11 +388,21 @@ def show(data,                     # `Data`, or anything that `ftlab.data` accep
             f'{data.kind}; at most {limit} tokens a row{unknown}')
     return Shown(shown, head)
 
-def _check(data:Data, tok, n:int, split:str):
+def _check_arguments(tok, n, max_length, split, seed):
+    "Raise `ValueError` for a wrong argument, whatever the data are"
+    if tok is not None and not hasattr(tok, 'convert_ids_to_tokens'):
+        raise ValueError(f'tok is {shortened(repr(tok), 60)}; it must be a tokenizer, such as the second of '
+                         "model, tok = ftlab.load('lab-s')")
+    numbers = dict(n=(n, 1), max_length=(max_length, 1), seed=(seed, None))
+    for name, (value, least) in numbers.items():
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if not (whole and (least is None or value >= least) or name == 'max_length' and value is None):
+            at_least = '' if least is None else f' of at least {least}'
+            raise ValueError(f'{name} is {shortened(repr(value), 60)}; it must be a whole number{at_least}')
     if split not in ('train', 'validation', 'test'):
         raise ValueError(f"split is {split!r}; it must be 'train', 'validation' or 'test'")
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f'n is {n!r}; it must be a whole number of at least 1')
+
+def _check(data:Data, tok, split:str):
     if data.kind == 'image' or tok is None:
         raise ValueError('there is no text to show: the rows are pictures, or no tokenizer was given')
     if not getattr(data, split):

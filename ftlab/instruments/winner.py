@@ -341,6 +341,7 @@ def _record(run:Run, p:Mapping, base:Base, before, result:Mapping) -> dict:
                 dtype=known.get('dtype'),
                 data=run.data.name, origin=run.data.origin, folder=os.getcwd(), eval=origin.get('test'),
                 columns=origin.get('columns'), carry=origin.get('carry', []), wanted=origin.get('wanted'),
+                empty=origin.get('empty'),
                 labels=run.data.labels, seed=run.settings['seed'], recipe=run.recipe.describe(),
                 settings=run.settings, cost=run.cost, interrupted=run.interrupted, metric=p['metric'], before=before,
                 items=min(p['items'], len(run.data.test)),

@@ -181,7 +181,7 @@ def _job(model, tok, data, recipe, settings, device, out, trackers, callbacks) -
     limit = row_limit(model, tok, settings['max_length'])
     rows = encode_all(data.train, tok, data.kind, limit)
     validation = encode_all(data.validation, tok, data.kind, limit) if data.validation else []
-    notes = [*notes_of(model), *filter(None, (data.note, special_note(data, tok),
+    notes = [*notes_of(model), *filter(None, (data.note, special_note(data, tok), _unread_note(data, recipe),
              cut_note(rows, data.train, tok, limit, 'training'),
              cut_note(validation, data.validation, tok, limit, 'validation')))]
     asked = {k: settings[k] for k in ('lr', 'schedule')}
@@ -345,6 +345,15 @@ def special_note(data:Data, tok) -> str: # '' if there is nothing to say
     if data.kind in ('text', 'chat') and 'strftime_now' in str(tok.chat_template):
         said.append('the chat template writes the date of the day, so on another day the prompts are others')
     return '; '.join(said)
+
+def _unread_note(data:Data, recipe:Recipe) -> str: # '' if there is nothing to say
+    "Say that rejected answers are not read, if the recipe trains on the rows as they are"
+    worse = {'text': str, 'chat': list}.get(data.kind, ())
+    pairs = sum(isinstance(r.get('rejected'), worse) for r in data.train)
+    if not pairs or not all(isinstance(t, Recipe) and not t.own_source for t in recipe.turns):
+        return ''
+    return (f'{pairs} of {len(data.train)} training rows have a rejected answer, which this method does not read: it '
+            'learns the chosen ones alone (dpo compares the two)')
 
 def cut_note(encoded:list, # what `encode_all` made of the rows
              rows:list[dict], tok, limit:int|None, what:str # such as 'training'
