@@ -820,7 +820,8 @@ def test_pairs_of_conversations_are_compared():
         Pairs(state)
 
 # ---- what says nothing, what is empty, and what to write for it
-QUIET = dict(deleted=False, exclude=0, skip='false', is_test=False, keep=True, is_train=1, weight=1.0,
+QUIET = dict(deleted=False, exclude=0, skip='false', is_test=False, keep=True,
+             is_train=1, weight=1.0,
              split='train', fold='training')
 
 @pytest.mark.parametrize('column', QUIET)
@@ -846,7 +847,8 @@ def test_all_columns_that_mean_something_are_named_at_once():
     rows[1]['weight'], rows[4]['context'], rows[5]['split'] = .5, 'c', 'test'
     says = refused(rows)
     assert "train row 2: the columns 'weight', 'context', 'split' change what" in says
-    assert "'context': to join it to the prompt" in says and "'split': write one file for each" in says
+    assert "'context': to join it to the prompt" in says
+    assert "'split': write one file for each" in says
     assert "carry=['weight', 'context', 'split']" in says
     assert data(rows, carry=['weight', 'context', 'split']).counts['carried']
 
@@ -856,7 +858,8 @@ def test_empty_rows_are_left_out_and_counted_if_that_is_asked_for():
     d = data(lines, empty='drop')
     assert len(all_rows(d)) == 30 and d.counts['empty'] == {'rows': 60}
     assert 'left out, because a text is empty: rows (60)' in d.note
-    for row, none in ((ALPACA[0], dict(output='')), (dict(conversations=talk('a', 'b')), dict(conversations=[])),
+    for row, none in ((ALPACA[0], dict(output='')),
+                      (dict(conversations=talk('a', 'b')), dict(conversations=[])),
                       (dict(prompt='a', chosen='b', rejected='c'), dict(rejected=None))):
         rows = [dict(row), row | none]
         assert "empty='drop'" in refused(dict(train=rows, validation=rows[:1], test=rows[:1]))
