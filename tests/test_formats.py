@@ -820,7 +820,8 @@ def test_pairs_of_conversations_are_compared():
         Pairs(state)
 
 # ---- what says nothing, what is empty, and what to write for it
-QUIET = dict(deleted=False, exclude=0, skip='false', is_test=False, keep=True, is_train=1, weight=1.0,
+QUIET = dict(deleted=False, exclude=0, skip='false', is_test=False, keep=True,
+             is_train=1, weight=1.0,
              split='train', fold='training')
 
 @pytest.mark.parametrize('column', QUIET)
@@ -846,7 +847,8 @@ def test_all_columns_that_mean_something_are_named_at_once():
     rows[1]['weight'], rows[4]['context'], rows[5]['split'] = .5, 'c', 'test'
     says = refused(rows)
     assert "train row 2: the columns 'weight', 'context', 'split' change what" in says
-    assert "'context': to join it to the prompt" in says and "'split': write one file for each" in says
+    assert "'context': to join it to the prompt" in says
+    assert "'split': write one file for each" in says
     assert "carry=['weight', 'context', 'split']" in says
     assert data(rows, carry=['weight', 'context', 'split']).counts['carried']
 
@@ -856,7 +858,8 @@ def test_empty_rows_are_left_out_and_counted_if_that_is_asked_for():
     d = data(lines, empty='drop')
     assert len(all_rows(d)) == 30 and d.counts['empty'] == {'rows': 60}
     assert 'left out, because a text is empty: rows (60)' in d.note
-    for row, none in ((ALPACA[0], dict(output='')), (dict(conversations=talk('a', 'b')), dict(conversations=[])),
+    for row, none in ((ALPACA[0], dict(output='')),
+                      (dict(conversations=talk('a', 'b')), dict(conversations=[])),
                       (dict(prompt='a', chosen='b', rejected='c'), dict(rejected=None))):
         rows = [dict(row), row | none]
         assert "empty='drop'" in refused(dict(train=rows, validation=rows[:1], test=rows[:1]))
@@ -867,7 +870,8 @@ def test_empty_rows_are_left_out_and_counted_if_that_is_asked_for():
 
 def test_empty_is_kept_in_the_origin(tmp_path):
     from ftlab.core.data import read_again
-    (tmp_path/'d.jsonl').write_text(''.join(f'{{"text": "{"" if i % 2 else i}"}}\n' for i in range(60)))
+    rows = ['{"text": "%s"}\n' % ('' if i % 2 else i) for i in range(60)]
+    (tmp_path/'d.jsonl').write_text(''.join(rows))
     d = data(tmp_path/'d.jsonl', empty='drop')
     assert read_again(d.origin).fingerprint == d.fingerprint
 
@@ -880,7 +884,8 @@ def test_a_split_without_labels_names_the_mend():
     assert "data({k: v for k, v in source.items() if k != 'test'})" in refused(source)
     assert data({k: v for k, v in source.items() if k != 'test'}).kind == 'label'
 
-@pytest.mark.parametrize('more', [dict(coarse_label=1, fine_label=2), dict(summary='s'), dict(answers='a'),
+@pytest.mark.parametrize('more', [dict(coarse_label=1, fine_label=2), dict(summary='s'),
+                                  dict(answers='a'),
                                   dict(question='q', answer='a'), dict(role='user')])
 def test_text_with_its_label_or_answer_is_no_plain_text(more):
     says = refused(both(dict(text='t') | more))
@@ -894,18 +899,22 @@ def test_a_class_of_the_source_is_a_label():
     assert data(rows, columns={'label': 'mood'}).labels == ['a', 'b']
 
 HINTED = dict(
-    lmsys=dict(conversation=talk('a', 'b'), model='m'), xsum=dict(document='d', summary='s', id='1'),
+    lmsys=dict(conversation=talk('a', 'b'), model='m'),
+    xsum=dict(document='d', summary='s', id='1'),
     cnn=dict(article='d', highlights='s'), samsum=dict(dialogue='d', summary='s'), aya=dict(inputs='a', targets='b'),
-    mrpc=dict(sentence1='a', sentence2='b', label=1), nli=dict(premise='a', hypothesis='b', label=1),
+    mrpc=dict(sentence1='a', sentence2='b', label=1),
+    nli=dict(premise='a', hypothesis='b', label=1),
     sms=dict(sms='a', label=1), orca=dict(system='s', question='q', chosen='a', rejected='b'),
-    argilla=dict(system='s', input='q', chosen='a', rejected='b'), boolq=dict(question='q', answer=True),
+    argilla=dict(system='s', input='q', chosen='a', rejected='b'),
+    boolq=dict(question='q', answer=True),
     math=dict(instruction='q', chosen_response='a', rejected_response='b'))
 
 @pytest.mark.parametrize('name', HINTED)
 def test_the_suggested_columns_work(name):
     row = HINTED[name]
     says = refused(both(row))
-    d = data(both(row), columns=ast.literal_eval(says.split('pass columns=')[1].split('. Rows need')[0]))
+    columns = says.split('pass columns=')[1].split('. Rows need')[0]
+    d = data(both(row), columns=ast.literal_eval(columns))
     assert d.kind == dict(mrpc='label', nli='label', sms='label', boolq='label').get(
         name, 'chat' if 'system' in row or name == 'lmsys' else 'text')
     assert ('rejected' in d.train[0]) == (name in ('orca', 'argilla', 'math'))

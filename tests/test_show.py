@@ -147,7 +147,8 @@ def test_a_rejected_answer_is_compared_and_not_learned():
     assert page.count('>[[<') == 1 and page.count('>{{<') == 1
     pieces = [p for s in shown.json()['rows'][0]['sides'] for p in s['pieces']]
     assert [p.get('learned') for p in pieces] == [False, True, True] + [None]*7
-    assert 'compared' not in ftlab.show(rows_of(dict(prompt='a', response='b'), 'text'), BYTES).text()
+    plain = rows_of(dict(prompt='a', response='b'), 'text')
+    assert 'compared' not in ftlab.show(plain, BYTES).text()
 
 def test_the_longest_is_the_one_that_is_read():
     rows = [dict(prompt='a', response='b', meta=1), dict(prompt='a'*90, response='b', meta=1),
@@ -155,7 +156,8 @@ def test_the_longest_is_the_one_that_is_read():
     shown = ftlab.show(Data(rows, rows, rows, 'text'), byte_tokenizer(), 2)
     assert [(r.number, r.why) for r in shown.rows] == [(1, 'the first'), (2, 'the longest in characters')]
 
-@pytest.mark.parametrize('wrong', [dict(max_length='12'), dict(max_length=0), dict(seed=None), dict(seed='a'),
+@pytest.mark.parametrize('wrong', [dict(max_length='12'), dict(max_length=0), dict(seed=None),
+                                   dict(seed='a'),
                                    dict(tok='lab-s'), dict(n=True)])
 def test_a_wrong_argument_is_named(wrong):
     with pytest.raises(ValueError, match=f'^{next(iter(wrong))} is '):

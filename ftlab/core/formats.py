@@ -64,8 +64,8 @@ def plain_name(column) -> str:
     "Return a column's name as it is compared: `System Prompt`, `systemPrompt` and `system_prompt` are one"
     return re.sub(r'[\W_]', '', str(column)).lower()
 # common names of such columns: used only to suggest `columns=`, never to guess
-SYNONYMS = dict(prompt=('question', 'instruction', 'input', 'inputs', 'query', 'source', 'document', 'article',
-                        'dialogue'),
+SYNONYMS = dict(prompt=('question', 'instruction', 'input', 'inputs', 'query', 'source',
+                        'document', 'article', 'dialogue'),
                 response=('answer', 'output', 'target', 'targets', 'reply', 'chosen', 'summary', 'highlights'),
                 messages=('conversations', 'conversation', 'dialog', 'chat'),
                 text=('sentence', 'content', 'document', 'review', 'sms', 'tweet', 'utterance', 'question'),
@@ -147,11 +147,12 @@ def _no_form(row, names, columns, at) -> str:
     lacks, hints = _hints(need, row, names, have)
     if not have & set(need): # nothing fits: the first form all of whose columns have a likely name
         tried = [_hints(FORMS[f], row, names, have) for f in ('pairs', 'chat', 'text', 'label')]
-        lacks, hints = next((t for t in tried if len(t[1]) == len(t[0])), (['prompt', 'response'], {}))
+        lacks, hints = next((t for t in tried if len(t[1]) == len(t[0])),
+                            (['prompt', 'response'], {}))
     say = f'; if you mean those, pass columns={hints}' if len(hints) == len(lacks) else ''
     two = next((pair for pair in TOGETHER if set(pair) <= set(names)), None)
     if two and not columns:
-        label = {} if 'label' in have or 'label' not in lacks else {k: v for k, v in hints.items() if k == 'label'}
+        label = {k: v for k, v in hints.items() if k == 'label'}
         say = f"; to join two texts, pass columns={ {'text': list(two)} | label}"
     if {'chosen', 'rejected'} <= set(names) and 'prompt' in lacks and not hints:
         say = '; if both begin with the question, move that beginning to a column of its own'
@@ -178,7 +179,9 @@ def _could_be(column:str, value) -> bool:
     "Return whether a value is of the type that a column of ours has"
     if column == 'messages':
         return is_list(value) or isinstance(value, str) and value.lstrip().startswith('[')
-    return isinstance(value, (int, str)) if column == 'label' else isinstance(value, str) or _empty(value)
+    if column == 'label':
+        return isinstance(value, (int, str))
+    return isinstance(value, str) or _empty(value)
 
 # %% ../../nbs/core/formats.ipynb #000ef0a3
 def _renamed(row:dict, reading:Reading, at:str) -> dict:
@@ -247,12 +250,14 @@ def _means(column, value, row:dict, reading:Reading) -> bool:
     name = plain_name(column)
     if name in DIVIDERS:
         return SPLIT_WORDS.get(str(value).strip().lower(), reading.split) != reading.split
-    if name in WEIGHTS and _is_wanted(value) or name in IN_USE and _is_wanted(value) is IN_USE[name]:
+    said = _is_wanted(value)
+    if name in WEIGHTS and said or name in IN_USE and said is IN_USE[name]:
         return False
     if name in TEXTS and reading.form == 'chat' and _is_said(value, row['messages']):
         return False
     if reading.form == 'lm':
-        return (name in MEANT | CLASSES | QUESTIONS | REPLIES | MESSAGE or _is_class(column, reading))
+        beside = MEANT | CLASSES | QUESTIONS | REPLIES | MESSAGE
+        return name in beside or _is_class(column, reading)
     return name in MEANT or name in ANSWERS.get(reading.form, ())
 
 def _is_said(text, messages) -> bool:
@@ -513,8 +518,9 @@ def read_form(records:list[tuple[str, dict]], # (location, row)
         if row is not None:
             out.append((at, _converted(row, reading, at, empty)))
     if not out:
-        raise ValueError(f'{where}: no row is left, because all are empty' if reading.empty and not reading.wanted else
-                         f'{where}: no row has a label that is true, so wanted= leaves nothing')
+        if reading.empty and not reading.wanted:
+            raise ValueError(f'{where}: no row is left, because all are empty')
+        raise ValueError(f'{where}: no row has a label that is true, so wanted= leaves nothing')
     return reading, out
 
 def _converted(row:dict, reading:Reading, at:str, empty:bool) -> dict:
@@ -523,7 +529,8 @@ def _converted(row:dict, reading:Reading, at:str, empty:bool) -> dict:
     except ValueError as e:
         if not empty:
             raise
-        raise ValueError(f"{e}; to leave out such rows, and count them, pass empty='drop'") from None
+        say = "; to leave out such rows, and count them, pass empty='drop'"
+        raise ValueError(f'{e}{say}') from None
 
 def _later(records, reading:Reading, known:dict) -> dict:
     "Return further columns, of any row, that change the meaning of a row and are not read"

@@ -193,7 +193,8 @@ def _running(rows, most):
     return [dict(line, positions=list(range(len(line['ids'])))) for line in pack_rows(rows, most)]
 
 def _from_one(rows, most):
-    return [dict(line, positions=[p + 1 for p in line['positions']]) for line in pack_rows(rows, most)]
+    return [dict(line, positions=[p + 1 for p in line['positions']])
+            for line in pack_rows(rows, most)]
 
 def _unmasked(rows, most):
     return _laid(rows, [[(ids, labels) for ids, labels in group] for group in _groups(rows, most)])

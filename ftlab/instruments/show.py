@@ -245,7 +245,8 @@ def _side_text(side:Side, colour:bool) -> list[str]:
     out = [f'  {_count_line(side)}']
     for what, tokens in _parts(side):
         margin = f'  {what} | ' if what else '  | '
-        out += [margin + _line(line, colour and not what, side.done) for line in _lines(tokens) or [[]]]
+        out += [margin + _line(line, colour and not what, side.done)
+                for line in _lines(tokens) or [[]]]
     return out
 
 # %% ../../nbs/instruments/show.ipynb #0010a390
@@ -325,7 +326,8 @@ class Shown:
         """Return the rows with their tokens, ids, labels and counts; in a rejected answer the tokens are
         compared, not learned"""
         sides = [[dict(name=s.name, **s.counts(), input_ids=s.input_ids, labels=s.labels,
-                       pieces=[_as_json(t, s.done) for t in s.tokens]) for s in r.sides] for r in self.rows]
+                       pieces=[_as_json(t, s.done) for t in s.tokens]) for s in r.sides]
+                 for r in self.rows]
         return dict(head=self.head,
                     rows=[dict(row=r.number, why=r.why, about=r.about, sides=s)
                           for r, s in zip(self.rows, sides)])
@@ -396,7 +398,9 @@ def _check_arguments(tok, n, max_length, split, seed):
     numbers = dict(n=(n, 1), max_length=(max_length, 1), seed=(seed, None))
     for name, (value, least) in numbers.items():
         whole = isinstance(value, Integral) and not isinstance(value, bool)
-        if not (whole and (least is None or value >= least) or name == 'max_length' and value is None):
+        if name == 'max_length' and value is None:
+            continue
+        if not whole or least is not None and value < least:
             at_least = '' if least is None else f' of at least {least}'
             raise ValueError(f'{name} is {shortened(repr(value), 60)}; it must be a whole number{at_least}')
     if split not in ('train', 'validation', 'test'):

@@ -181,7 +181,8 @@ def _job(model, tok, data, recipe, settings, device, out, trackers, callbacks) -
     limit = row_limit(model, tok, settings['max_length'])
     rows = encode_all(data.train, tok, data.kind, limit)
     validation = encode_all(data.validation, tok, data.kind, limit) if data.validation else []
-    notes = [*notes_of(model), *filter(None, (data.note, special_note(data, tok), _unread_note(data, recipe),
+    notes = [*notes_of(model), *filter(None, (data.note,
+             special_note(data, tok), _unread_note(data, recipe),
              cut_note(rows, data.train, tok, limit, 'training'),
              cut_note(validation, data.validation, tok, limit, 'validation')))]
     asked = {k: settings[k] for k in ('lr', 'schedule')}
