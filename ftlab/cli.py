@@ -110,8 +110,8 @@ def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
     metric, before = metric_for(data, a.metric), _score(a, model, tok, data)
     run = _trained(a, model, tok, data, recipe, grid[0])
     record = dict(model=a.model, revision=a.revision, data=data.name, eval=a.eval,
-                  columns=columns_of(a), carry=listed(a.carry or ''), wanted=a.wanted, empty=a.empty,
-                  mixture=mixture_of(a), label_order=listed(a.labels or '') or None,
+                  columns=columns_of(a), carry=listed(a.carry or ''), wanted=a.wanted,
+                  empty=a.empty, mixture=mixture_of(a), label_order=listed(a.labels or '') or None,
                   labels=data.labels, seed=a.seed,
                   recipe=recipe.describe(), settings=run.settings, cost=run.cost,
                   interrupted=run.interrupted, metric=metric, before=before,
@@ -147,8 +147,8 @@ def _keep_others(a, out:Path, recipe, lr:float, data):
     if was.get('interrupted') or not isinstance(was.get('settings'), dict):
         return
     now = dict(model=a.model, revision=a.revision, data=data.name, seed=a.seed, head=a.head,
-               eval=a.eval, columns=columns_of(a), carry=listed(a.carry or ''), wanted=a.wanted, empty=a.empty,
-               recipe=recipe.describe(), lr=lr, **{k: getattr(a, k) for k in OWN})
+               eval=a.eval, columns=columns_of(a), carry=listed(a.carry or ''), wanted=a.wanted,
+               empty=a.empty, recipe=recipe.describe(), lr=lr, **{k: getattr(a, k) for k in OWN})
     then = ({k: was['settings'].get(k, was.get(k)) for k in now}
             | {k: was.get(k) for k in ('model', 'data')})
     if diff := [k for k in now if now[k] != then[k]]:
