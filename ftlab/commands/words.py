@@ -113,6 +113,7 @@ PHRASES = (  # (what an error of the library says, what the shell says instead)
     (r'which ftlab does not know; pass kind= one of .*$',
      'which the command line cannot load'),
     (r', or holds another kind of model: pass kind=, or labels= for a new head', ', or holds another kind of model'),
+    (r'leave the split out: data\(.*\)', 'name files of rows with labels with --data and --eval'),
     (r'or give validation= and test=', 'or name test rows with --eval'),
     (r"the keys are the names ftlab uses (\(.*?\)), the values those in the source",
      r'write the names that ftlab uses \1 left of =, and those of your columns right of it'),
