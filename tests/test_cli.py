@@ -417,7 +417,8 @@ NOT_IN_THE_SHELL = (
     'len("house")',                       # expressions that a model is asked
     'args.to_dict()', 'model.merge_and_unload()', 'model.enable_input_require_grads()',
     'trainer.train(',                     # what the doctor says about a program that is not ours
-    'data = ftlab.data(', 'model, tok = ftlab.load(X', 'model = AutoPeftModel', 'run = ftlab.fit(', # code in a model card
+    'data = ftlab.data(', 'model, tok = ftlab.load(X', 'model = AutoPeftModel',
+    'run = ftlab.fit(',                   # code in a model card
     'leave executor or keep out', 'it must be a tokenizer',
     'ftlab.lab.',                         # parts of an error that PHRASES replaces as a whole
     'python -c')                          # a line for the shell
