@@ -55,7 +55,7 @@ def test_a_tie_is_said_and_the_faster_method_taken():
 
 def test_two_seeds_decide_by_means_and_the_sentence_says_so():
     found = choose(result(method('a', [.6, .5], [.3]*2), method('b', [.5, .5], [.0]*2)))
-    assert found.method == 'a' and 'without intervals' in found.why
+    assert found.method == 'a' and 'by chance' in found.why
 
 def test_within_a_limit_the_best_gain_wins_with_its_dose():
     a = method('a', [.9]*3, [.3]*3, within=within(.4, .019, dose=.5))

@@ -24,7 +24,7 @@ from .table import as_html, html_table, to_the_left
 from .text import did_you_mean, some, split_of
 
 # %% auto #0
-__all__ = ['SPLITS', 'NAMED', 'SHARD', 'Data', 'Notes', 'question_of', 'note_overlap', 'on_hub', 'data']
+__all__ = ['NOT_BY_HASH', 'SPLITS', 'NAMED', 'SHARD', 'Data', 'Notes', 'question_of', 'note_overlap', 'on_hub', 'data']
 
 # %% ../../nbs/core/data.ipynb #001341f0
 @dataclass(repr=False)
@@ -124,6 +124,9 @@ def question_of(row:dict, kind:str) -> str:
         return '\n'.join(m['content'] for m in asked) or talk[0]['content'] or ''
     return row['prompt'] if kind == 'text' else row['text']
 
+NOT_BY_HASH = ('a hash of each question decides, and it puts none there, as with rows that were taken from a '
+               'training split; give such rows yourself, as a folder with train, validation and test files')
+
 def _split(parts:dict[str, list[dict]|None], kind:str, notes:Notes) -> dict[str, list[dict]]:
     "Return `parts`, with missing validation and test sets taken from train by hash"
     cut = [s for s in ('validation', 'test') if parts[s] is None]
@@ -138,6 +141,7 @@ def _split(parts:dict[str, list[dict]|None], kind:str, notes:Notes) -> dict[str,
     few = '' if asked == rows else f', with {asked} different question{"s"*(asked > 1)}'
     kept = 'kept_in_train' in notes.counts and asked > 30
     why = ('all of its rows have rare labels' if kept else
+           NOT_BY_HASH if asked > 30 else
            f'too few rows to take a tenth from{few and f" ({rows} rows{few})"}')
     for s in ('validation', 'test'):
         if not out[s]:

@@ -131,8 +131,11 @@ def _without_limit(sound:list, result) -> Choice:
     level = [m for m in others if not _gap(_over(first, 'gain'), _over(m, 'gain')).clear]
     if not others:
         return _at_end(first, f'{first["name"]} is the only method that ran without an error')
+    more = 'gains clearly more than every other method'
+    if few:
+        more = f'has the largest mean gain; with {n} seed{"s"*(n > 1)} nothing says whether by chance'
     if not level:
-        return _at_end(first, f'{first["name"]} gains clearly more than every other method{few}')
+        return _at_end(first, f'{first["name"]} {more}')
     return _least_forgetting([first, *level], result, few)
 
 def _least_forgetting(level:list, result, few:str) -> Choice:
