@@ -41,7 +41,7 @@ def prompts(n=40):
     return ftlab.data([dict(prompt=f'{WORDS[i % 7]} {WORDS[i % 11]} =', response=WORDS[i % 5])
                        for i in range(n)])
 
-# ---- bit for bit as before
+# ---- as before; the last digits depend on the processor
 
 PINNED = {
     'full': ('0x1.c365820000000p-12', '-0x1.872c0d4b40000p-2'),
@@ -50,7 +50,11 @@ PINNED = {
 
 def ends(run):
     moved = sum(v.double().sum() for v in run.delta.tensors().values())
-    return run.log[-1]['loss'].hex(), float(moved).hex()
+    return run.log[-1]['loss'], float(moved)
+
+def near(loss, moved):
+    return (pytest.approx(float.fromhex(loss), rel=1e-4),
+            pytest.approx(float.fromhex(moved), rel=5e-3))
 
 @pytest.mark.parametrize('name', PINNED)
 def test_a_lab_model_trains_as_before(name):
@@ -58,13 +62,13 @@ def test_a_lab_model_trains_as_before(name):
                     batch_size=8, progress=False)
     assert (run.settings['data'], run.settings['encoded'], run.settings['model']) == (
         'a60463a2c5ff8e36', '05f66ad3c3fdaef0', '0e8b60bcc972ca9c')
-    assert ends(run) == PINNED[name]
+    assert ends(run) == near(*PINNED[name])
 
 def test_a_new_head_trains_as_before():
     d = ftlab.data([dict(text=f'w {i % 7} x', label='b' if i % 2 else 'a') for i in range(60)])
     run = ftlab.fit(*load('lab-e', labels=d.labels, seed=1), d, steps=3, batch_size=8,
                     progress=False)
-    assert ends(run) == ('0x1.a378540000000p-1', '-0x1.96cb7b90c3000p-2')
+    assert ends(run) == near('0x1.a378540000000p-1', '-0x1.96cb7b90c3000p-2')
     assert run.settings['model'] == 'b28c4f0baa970c24' and numbered(d, run.model) is d
     assert Base('lab-s').fingerprint(0) == '5280385e65bafede3f1f'
     assert Base('lab-e', labels=d.labels).fingerprint(1) == '7a566a371106dea6c421'

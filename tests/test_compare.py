@@ -326,7 +326,7 @@ METHOD_KEYS = {'name', 'recipe', 'seeds', 'gain', 'forgetting', 'forgetting_matc
                'gain_matched', 'lost', 'won',
                'rate', 'rate_matched', 'frontier', 'paths', 'within', 'hangs', 'stopped'}
 RESULT_KEYS = {'version', 'model', 'data', 'protocol', 'methods', 'tuning', 'versions', 'target',
-               'common', 'lose_at_most', 'findings',
+               'common', 'lose_at_most', 'findings', 'inputs',
                'runs'}
 
 def without_counts(result):
@@ -413,12 +413,14 @@ def test_each_run_is_reported_to_a_function(plain, tmp_path):
     ask = dict(seeds=1, lrs=[3e-3, 1e-2], out=tmp_path, max_runs=8,
                **FAST | dict(steps=2, evaluations=1))
     one = compare(['full', 'lora'], *plain, **ask | dict(progress=heard.append))
-    assert [x['run'] for x in heard] == [*range(1, len(heard) + 1)]
+    begins, *heard = heard
+    assert begins['run'] == 0 and [x['run'] for x in heard] == [*range(1, len(heard) + 1)]
     assert heard[-1]['of'] == len(heard) and heard[-1]['left'] == 0 and heard[-1]['exact']
     assert {x['exact'] for x in heard if x['kind'] == 'tuning'} == {False}
     assert all(x['left'] > 0 for x in heard[:-1]) and not any(x['kept'] for x in heard)
     assert [x['elapsed'] for x in heard] == sorted(x['elapsed'] for x in heard)
     two = compare(['full', 'lora'], *plain, **ask | dict(progress=again.append))
+    again = again[1:]
     assert all(x['kept'] for x in again) and len(again) == len(heard)
     assert two.json()['methods'] == one.json()['methods'], 'nothing in the result depends on what is shown'
 

@@ -869,7 +869,7 @@ def test_empty_rows_are_left_out_and_counted_if_that_is_asked_for():
     assert "must be 'drop'" in refused(lines, empty='keep')
 
 def test_empty_is_kept_in_the_origin(tmp_path):
-    from ftlab.core.data import read_again
+    from ftlab.core.mix import read_again
     rows = ['{"text": "%s"}\n' % ('' if i % 2 else i) for i in range(60)]
     (tmp_path/'d.jsonl').write_text(''.join(rows))
     d = data(tmp_path/'d.jsonl', empty='drop')

@@ -142,7 +142,7 @@ SERVING_BYTES = compared(
       'You count one whole model only. In the plain form each fine-tune is a whole model.'),
      (lambda shapes, r, models: {k: v//2 for k, v in serving_bytes(shapes, r, models).items()},
       'These are numbers of values. Each takes 2 bytes.')),
-    difficulty=2, minutes=10,
+    difficulty=3, minutes=15,
     means='With many fine-tunes the adapters save nearly all of the memory, which is why servers can load several '
           'beside one base. With a single one, the plain folder is smaller, and nothing has to be added while an '
           'answer is computed. What is not low-rank, such as full fine-tuning, has the plain form only.')
