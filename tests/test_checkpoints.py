@@ -53,8 +53,8 @@ def ends(run):
     return run.log[-1]['loss'], float(moved)
 
 def near(loss, moved):
-    return (pytest.approx(float.fromhex(loss), rel=1e-4),
-            pytest.approx(float.fromhex(moved), rel=5e-3))
+    return (pytest.approx(float.fromhex(loss), rel=5e-5),
+            pytest.approx(float.fromhex(moved), rel=2e-3))
 
 @pytest.mark.parametrize('name', PINNED)
 def test_a_lab_model_trains_as_before(name):
