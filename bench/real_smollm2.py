@@ -22,7 +22,6 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 import torch, ftlab
 from ftlab.core.data import Data
 from ftlab.core.generate import generate
-from ftlab.core.io import write_text
 from ftlab.core.loading import smollm2_file
 from ftlab.evaluators.old_sets import OldSet
 
