@@ -5,7 +5,7 @@
 DATA holds banking77/{train,test}.csv, wikitext2/ and known1000/known_1000.json; RUNS is where finished
 runs are kept (default: ftlab-runs/real_smollm2), and a stopped call goes on from there.
 
-A customer's message is the question; the answer is the name of its intent, in words, one of the 20 intents
+A customer's message is the question; the answer is the name of its intent, in words, one of the 30 intents
 with the most training rows. An answer counts if it is right to the letter; it has at most as many tokens as
 the longest name. The model, which knows nothing of these names, begins at 0.
 
@@ -26,7 +26,7 @@ from ftlab.core.loading import smollm2_file
 from ftlab.evaluators.old_sets import OldSet
 
 OUT = Path(__file__).parent/'results'/'real_smollm2'
-INTENTS, STEPS, BATCH, LENGTH = 20, 60, 8, 96
+INTENTS, STEPS, BATCH, LENGTH = 30, 60, 8, 96
 RATES = dict(full=[3e-5, 1e-4, 3e-4], lora=[3e-4, 1e-3, 3e-3], hft=[3e-5, 1e-4, 3e-4],
              lift=[1e-4, 3e-4, 1e-3], dft=[3e-5, 1e-4, 3e-4])
 QUESTIONS = """What is the capital of Peru?|How do I boil an egg?|Why is the sky blue?|Name three fruits.
