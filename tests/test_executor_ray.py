@@ -1,14 +1,12 @@
 "Runs made by two workers of Ray: the numbers of one process, errors with names, and nothing left behind"
 
-import os
 import socket
-import time
 
 import pytest
 
 import ftlab
 from ftlab.instruments.compare import compare
-from ftlab.instruments.executor import RayTasks, ray_map
+from ftlab.instruments.executor import ray_map
 from sums import rows, save_small
 from test_executor import numbers
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -116,12 +117,19 @@ def _connect(address, cpus) -> None:
     where = dict(address=address) if address else dict(address='local', num_cpus=cpus,
                                                        include_dashboard=False)
     try:
+        _check_port(address or '') # Ray itself would wait for many minutes
         ray.init(**where, **quiet)
     except Exception as e:
-        failed = (f'no Ray cluster answers at {address!r}; give the address that ray start --head printed'
-                  if address else 'Ray did not start on this machine; on a busy one start it beforehand, with '
-                  'ray start --head, and give its address')
-        raise RuntimeError(f'{failed} ({_first_line(e)})') from e
+        failed = (f'no connection to Ray at {address!r}; give the address that ray start --head printed, and set '
+                  'RAY_AUTH_MODE=token if the cluster asks for a token' if address else 'Ray did not start on this machine; on a busy one start it beforehand, with '
+                  'ray start --head, and give address=')
+        raise ConnectionError(f'{failed} ({_first_line(e)})') from e
+
+def _check_port(address:str, seconds:float=20.) -> None:
+    "Raise `OSError` if nothing listens at host:port"
+    host, _, port = address.removeprefix('ray://').rpartition(':')
+    if port.isdigit():
+        socket.create_connection((host, int(port)), seconds).close()
 
 def _first_line(e:Exception) -> str:
     return f'{type(e).__name__}: {e}'.strip().splitlines()[0]
@@ -148,7 +156,8 @@ class RayTasks:
         self.needs, self.at_once = needs, at_once
 
     def __call__(self, f:Callable, jobs:list[tuple]) -> Iterator[tuple]:
-        "Yield f(job) for each job. Raises `RuntimeError` for the first that fails, with its name"
+        """Yield f(job) for each job. The first that fails raises `ValueError` for wrong input, else `RuntimeError`,
+        with its name"""
         import ray
         task = ray.remote(**self.needs)(_on_worker)
         # in a list it is sent as a reference, and the worker keeps what it fetched
@@ -172,8 +181,9 @@ def _result(ref, job) -> tuple:
     except ray.exceptions.RayError as e:
         why = getattr(e, 'cause', None) or e
         name, split, rate, seed = job[0].name, job[3], job[1], job[2]
-        raise RuntimeError(f'{name} at {rate:g}, seed {seed} ({split}), failed on a worker of Ray: '
-                           f'{_first_line(why)}') from e
+        kind = ValueError if isinstance(why, (ValueError, KeyError, OSError)) else RuntimeError
+        raise kind(f'{name} at {rate:g}, seed {seed} ({split}), failed on a worker of Ray: '
+                   f'{_first_line(why)}') from e
 
 @lru_cache(maxsize=1)
 def _fetched(ref) -> Callable:
@@ -185,7 +195,7 @@ def _on_worker(sent, job, folder, needed) -> tuple:
     own = versions()
     odd = [f'{k} {own[k]}, not {v}' for k, v in needed.items() if own[k] != v]
     if odd:
-        raise RuntimeError(f'this worker has {", ".join(odd)}; install the same there')
+        raise ValueError(f'this worker has {", ".join(odd)}; install the same there')
     if Path(folder).is_dir():
         os.chdir(folder)
     return _fetched(*sent)(job)
