@@ -110,19 +110,22 @@ class ray_map:
                     signal.signal(signal.SIGTERM, handler) # Ray puts its own there
 
 def _connect(address, cpus) -> None:
-    "Connect to a cluster, or start one of so many cores"
+    "Connect to a cluster, or start one of so many cores. Raises `ConnectionError`"
     import ray
     address = address or os.environ.get('RAY_ADDRESS')
     quiet = dict(logging_level='ERROR', log_to_driver=False)
-    where = dict(address=address) if address else dict(address='local', num_cpus=cpus,
-                                                       include_dashboard=False)
     try:
-        _check_port(address or '') # Ray itself would wait for many minutes
-        ray.init(**where, **quiet)
+        if address:
+            _check_port(address) # Ray itself would wait for many minutes
+            ray.init(address, **quiet)
+        else:
+            ray.init('local', num_cpus=cpus, include_dashboard=False, **quiet)
     except Exception as e:
-        failed = (f'no connection to Ray at {address!r}; give the address that ray start --head printed, and set '
-                  'RAY_AUTH_MODE=token if the cluster asks for a token' if address else 'Ray did not start on this machine; on a busy one start it beforehand, with '
-                  'ray start --head, and give address=')
+        failed = ('Ray did not start on this machine; if it is busy, start Ray beforehand with ray start --head, '
+                  'and give address=')
+        if address:
+            failed = (f'no connection to Ray at {address!r}; give the address that ray start --head printed, and '
+                      'set RAY_AUTH_MODE=token if the cluster asks for a token')
         raise ConnectionError(f'{failed} ({_first_line(e)})') from e
 
 def _check_port(address:str, seconds:float=20.) -> None:
