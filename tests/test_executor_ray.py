@@ -26,30 +26,36 @@ from test_executor import numbers
 ray = pytest.importorskip('ray')
 cluster_utils = pytest.importorskip('ray.cluster_utils')
 
-PORTS = ('metrics_agent_port', 'metrics_export_port', 'dashboard_agent_listen_port', 'runtime_env_agent_port')
 ON_CPU = SimpleNamespace(device=torch.device('cpu'))  # what a comparison says of itself
 JOBS = [(SimpleNamespace(name=n), 1e-3, 0, 'test', 3, ()) for n in ('full', 'lora')]
 NAMES = [('full', 1e-3, 0, 'test'), ('lora', 1e-3, 0, 'test')]
 
 
-def ports() -> dict:
-    "Free ports. Where they are given, a machine does not give up when Ray's helpers start slowly"
-    held = [socket.socket() for _ in PORTS]
-    for s in held:
+def closed_port() -> int:
+    with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
-    found = {k: s.getsockname()[1] for k, s in zip(PORTS, held)}
-    for s in held:
-        s.close()
-    return found
+        return s.getsockname()[1]
 
 
 @pytest.fixture(scope='module')
 def address():
     cluster = cluster_utils.Cluster()
     for _ in range(2):
-        cluster.add_node(num_cpus=1, include_dashboard=False, **ports())
+        add_node(cluster)
     yield cluster.address
     cluster.shutdown()
+
+
+def add_node(cluster, tries: int = 3) -> None:
+    "Ray gives up after 15 seconds where a machine is busy"
+    while tries:
+        try:
+            cluster.add_node(num_cpus=1, include_dashboard=False)
+            return
+        except Exception:
+            tries -= 1
+            if not tries:
+                raise
 
 
 @pytest.fixture(scope='module')
@@ -157,7 +163,7 @@ def test_what_the_cluster_does_not_have_is_said(address):
 
 
 def test_a_wrong_address_is_said_at_once(monkeypatch):
-    nowhere = f'127.0.0.1:{ports()[PORTS[0]]}'
+    nowhere = f'127.0.0.1:{closed_port()}'
     monkeypatch.setenv('RAY_ADDRESS', nowhere)
     with pytest.raises(ConnectionError, match=f"^no connection to Ray at '{nowhere}'"):
         with ray_map().started(ON_CPU):
