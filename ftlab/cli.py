@@ -21,6 +21,7 @@ from .commands.given import (columns_of, data_of, finite, listed, mixture_of, mo
                                   refuse_unused)
 from .commands.init import run_init
 from .commands.jupyter import run_lab
+from .commands.machines import add_executor, executor_from
 from .commands.memory import estimate, estimate_lines
 from .commands.merge import merge_rules, run_merge
 from .commands.serving import add_push, add_serve_check, run_push, run_serve_check
@@ -42,6 +43,7 @@ def run_compare(a:argparse.Namespace) -> tuple[dict, str]:
     arms, data = plan(methods, a.lrs, a.tune), data_of(a)
     if not a.tune:
         refuse_unused(a, 'max_runs', 'it thins the search for rates, and --no-tune searches none')
+    executor = executor_from(a)
     if a.dry_run and a.background:
         raise ValueError('--dry-run trains nothing; give it or --background')
     if a.dry_run:
@@ -51,17 +53,17 @@ def run_compare(a:argparse.Namespace) -> tuple[dict, str]:
         check_start(a, arms, data)
         return start(a)
     with reported(a) as progress:
-        c = _compared(a, methods, data, progress)
+        c = _compared(a, methods, data, progress, executor)
     return c.json(), f'{c!r}\n{Path(a.out)/"index.html"}'
 
-def _compared(a, methods, data, progress):
+def _compared(a, methods, data, progress, executor):
     return ftlab.compare(methods, a.model, data, old=old_of(a), metric=a.metric, seeds=a.seeds,
                          steps=a.steps, batch_size=a.batch_size, lrs=a.lrs, tune=a.tune,
                          items=a.items, old_items=a.old_items, max_length=a.max_length,
                          device=a.device, precision=a.precision, dtype=a.dtype,
                          revision=a.revision, head=a.head, budget=a.budget, out=a.out,
                          resume=a.resume, lose_at_most=a.lose_at_most, max_runs=a.max_runs,
-                         race=a.race, progress=progress)
+                         race=a.race, progress=progress, executor=executor)
 
 def _about_background(a):
     "Do what --status or --stop asks; raise `ValueError` for another option, which nothing would read"
@@ -404,6 +406,7 @@ def _compare(p):
     add('--race', action='store_true',
         help='stop methods early that are beaten beyond doubt at every gain')
     add('--resume', action=switch, default=True, help='reuse the finished runs in --out (default: yes)')
+    add_executor(add)
     add('--quiet', action='store_true', help='print no line for each finished run')
     add('--background', action='store_true',
         help='go on after the terminal is closed; background/index.html in --out shows how far it is '

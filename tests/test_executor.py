@@ -6,6 +6,8 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 import pytest
 
 import ftlab
+from ftlab.cli import main
+from ftlab.instruments import executor
 from ftlab.instruments.compare import compare
 from sums import rows, save_small
 
@@ -69,7 +71,7 @@ def test_what_ends_first_does_not_matter(ask, serial, tmp_path):
 
 
 def test_what_cannot_be_is_said(ask, tmp_path):
-    with pytest.raises(ValueError, match='must be a function'):
+    with pytest.raises(ValueError, match="must be 'ray', or a function"):
         compare(**ask, out=tmp_path, progress=False, executor='slurm')
     with pytest.raises(ValueError, match='keep'):
         compare(**ask, out=tmp_path, progress=False, executor=map, keep=True)
@@ -80,6 +82,59 @@ def test_two_processes_give_the_numbers_of_one(ask, serial, tmp_path):
     with ProcessPoolExecutor(2, mp_context=apart) as pool:
         c = compare(**ask, out=tmp_path, progress=False, executor=pool.map)
     assert numbers(c.json()) == serial[0]
+
+
+class AsTheyEnd:
+    "Give the results as they are there: here the last first"
+
+    any_order = True
+
+    def __init__(self, wrong=lambda found: found):
+        self.wrong = wrong
+
+    def __call__(self, f, jobs):
+        return iter(self.wrong([f(job) for job in reversed(jobs)]))
+
+
+def test_results_may_come_in_any_order_where_that_is_said(ask, serial, tmp_path):
+    heard = []
+    c = compare(**ask, out=tmp_path, progress=heard.append, executor=AsTheyEnd())
+    assert numbers(c.json()) == serial[0]
+    first = [[h['rate'] for h in of if h['run'] in (1, 2)] for of in (heard, serial[1])]
+    assert first[0] == first[1][::-1] != first[1]
+
+
+@pytest.mark.parametrize(
+    'wrong, said',
+    [(lambda found: found[1:], 'no result'), (lambda found: [*found, found[0]], 'a second one')],
+    ids=['too short', 'twice'],
+)
+def test_in_any_order_each_result_is_wanted_once(ask, tmp_path, wrong, said):
+    few = ask | dict(seeds=1, tune=False, lrs=1e-3, max_runs=None, out=tmp_path, progress=False)
+    with pytest.raises(ValueError, match=said):
+        compare(**few, executor=AsTheyEnd(wrong))
+    kept = 1 if said == 'no result' else 2
+    assert len(list((tmp_path / 'runs').glob('*.json'))) == kept
+
+
+def test_without_ray_one_sentence_says_so(ask, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(executor, 'find_spec', lambda name: None)
+    with pytest.raises(ImportError, match='^the package ray is not installed: pip install ray$'):
+        compare(**ask, out=tmp_path, progress=False, executor='ray')
+    shell = ['compare', '--model=lab-s', '--data=new-procedure', '--methods=full', f'--out={tmp_path}']
+    for background in ([], ['--background']):
+        assert main([*shell, '--executor=ray', *background]) == 1
+        assert capsys.readouterr().err == 'ftlab: the package ray is not installed: pip install ray\n'
+    assert not list(tmp_path.iterdir()), 'nothing was begun'
+    for option in ('--workers=2', '--ray-address=here:1', '--gpus-per-run=.5'):
+        assert main([*shell, option]) == 1
+        assert f'ftlab: {option.split("=")[0]} would not be used' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('wrong', [dict(workers=0), dict(cpus_per_run=1.5), dict(gpus_per_run=-1)])
+def test_wrong_numbers_for_ray_are_refused(wrong):
+    with pytest.raises(ValueError, match=f'{next(iter(wrong))} is .*; it must be'):
+        executor.ray_map(**wrong)
 
 
 def test_threads_are_refused(ask, tmp_path):

@@ -19,7 +19,7 @@ __all__ = ['ELSEWHERE', 'SWITCHES', 'PHRASES', 'FORESEEN', 'OUT_OF_MEMORY', 'opt
            'spoken', 'notes']
 
 # %% ../../nbs/commands/words.ipynb #0006w5c1
-ELSEWHERE = MappingProxyType(dict(test='eval'))  # parameters whose option has another name
+ELSEWHERE = MappingProxyType(dict(test='eval', address='ray_address'))  # parameters whose option has another name
 SWITCHES = ('resume', 'tune')                    # options that have a `--no-` form
 _TEXT = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
 _FREE = r"""(?<![\w./\\?&'"-])"""                # not inside a name, a path, an address or a quotation

@@ -24,7 +24,7 @@ from .case import SETTINGS
 from .doctor import examine_data
 from .frontier import (at_gain, best_gain, common_gain, frontier,
                                         paired_difference, pooled, reading)
-from .executor import mapped
+from .executor import executor_of, mapped, opened
 from .progress import Remaining, Reporter
 from .rates import SEEDS, Grid, Tried, Want, half_decades, search
 from .runs import Runs, name_of_metric
@@ -375,7 +375,7 @@ class Told:
             else:
                 todo.append((recipe, rate, seed, split, steps, doses))
         t = time.monotonic()
-        for o, job in zip(self.elsewhere(todo) if todo else (), todo): # asks for one too many, see `mapped`
+        for job, o in self.elsewhere(todo) if todo else ():
             o = self.runs.write(o, bench, *job)
             self._tell(bench, *job[:5], o, time.monotonic() - t)
             self.known[job[0].name, *job[1:4]] = o
@@ -482,7 +482,7 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
             out:str|Path='ftlab-runs/compare', # folder of the runs, result.json, tradeoff.png and index.html
             resume:bool=True,          # take finished runs from `out`
             keep:bool=False,           # keep the change of every run beside its numbers
-            executor:Callable|None=None, # map(f, jobs) makes the runs elsewhere: see `mapped`; None: here
+            executor=None,             # 'ray', `ray_map(...)` or map(f, jobs) makes the runs elsewhere; None: here
             progress:bool|Callable=True, # say what ran and how long the rest takes; a function gets it: see `Reporter`
             **settings                 # go to `fit`: schedule, warmup, weight_decay, ...
            ) -> Comparison:
@@ -500,6 +500,7 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
     if len({len(set(rates)) for _, rates in arms.values()}) > 1:
         raise ValueError('every method must get the same number of learning rates; there are '
                          + ', '.join(f'{len(set(r))} for {n}' for n, (_, r) in arms.items()))
+    executor = executor_of(executor)
     if executor and keep:
         raise ValueError('keep=True keeps the changes of runs that are made here; leave executor or keep out')
     work = effort(arms, len(seeds), max_runs, tune, 2 if lose_at_most is None else 3)
@@ -515,9 +516,9 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
     recipes = {n: recipe for n, (recipe, _) in arms.items()}
     check_room(out) # before the first run, not after it
     found = _found(bench)
-    with only_writer(out):
+    with only_writer(out), opened(executor, bench) as made_by:
         reporter = _begun(bench, arms, work, progress, found, tune_steps)
-        elsewhere = mapped(executor, bench) if executor else None
+        elsewhere = mapped(made_by, bench) if made_by else None
         runs = Told(Runs(Path(out)/'runs', resume, keep), reporter, elsewhere)
         result = _compared(bench, arms, runs, seeds, work, race, limit, tune_steps)
         about = dict(model=_model_name(model), findings=found, versions=versions(),
