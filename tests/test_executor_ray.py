@@ -120,7 +120,7 @@ def test_an_error_names_its_run(address):
             time.sleep(600)
         raise FileNotFoundError('no such folder:\nmodel')
 
-    said = r'^lora at 0\.001, seed 0 \(test\), failed on a worker of Ray: FileNotFoundError: no such folder:$'
+    said = r'^lora at 0\.001, seed 0 \(test\), failed on a worker of Ray: FileNotFoundError: no such folder: model$'
     start = time.monotonic()
     with pytest.raises(ValueError, match=said), ray_map(address=address).started(ON_CPU) as go:
         list(go(f, JOBS))

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 import torch
 from ..core.record import versions
+from ..core.text import shortened
 from .bench import Bench
 
 # %% auto #0
@@ -48,6 +50,9 @@ def mapped(executor:Callable, # map(f, jobs): the results in the order of the jo
 
 MUST = 'it must give what f returned for each job, once and in the order of the jobs'
 
+def _is_pair(said) -> bool:
+    return isinstance(said, (tuple, list)) and len(said) == 2 and isinstance(said[0], (tuple, list))
+
 def _in_order(found, jobs:list[tuple]) -> Iterator[tuple]:
     "Yield each job with its outcome"
     found = iter(found)
@@ -55,7 +60,7 @@ def _in_order(found, jobs:list[tuple]) -> Iterator[tuple]:
         name, said = job_name(job), next(found, None)
         if said is None:
             raise ValueError(f'the executor gave no result for {name}; {MUST}')
-        if not isinstance(said, (tuple, list)) or len(said) != 2 or tuple(said[0]) != name:
+        if not _is_pair(said) or tuple(said[0]) != name:
             raise ValueError(f'the executor gave something else than the result for {name}; {MUST}')
         yield job, said[1]
     if next(found, None) is not None:
@@ -64,10 +69,11 @@ def _in_order(found, jobs:list[tuple]) -> Iterator[tuple]:
 def _as_they_end(found, jobs:list[tuple]) -> Iterator[tuple]:
     "Yield each job with its outcome, in the order in which they came"
     todo = {job_name(job): job for job in jobs}
-    for name, outcome in found:
-        if name not in todo:
-            raise ValueError(f'the executor gave a result for {name}, which was not asked for, or a second one')
-        yield todo.pop(name), outcome
+    for said in found:
+        if not _is_pair(said) or tuple(said[0]) not in todo:
+            raise ValueError('the executor gave something else than the result for a job of the list, or a second '
+                             'one; it must give what f returned for each job, once')
+        yield todo.pop(tuple(said[0])), said[1]
     if todo:
         raise ValueError(f'the executor gave no result for {next(iter(todo))}')
 
@@ -75,7 +81,7 @@ def _as_they_end(found, jobs:list[tuple]) -> Iterator[tuple]:
 @dataclass(frozen=True)
 class ray_map:
     """Make the runs of a comparison as tasks of Ray, as an `executor` of `compare`. Raises `ImportError` without
-    the package ray, and `ValueError` for a number that is not above 0"""
+    the package ray, and `ValueError` for wrong numbers"""
     address:str|None=None # of a running cluster; None: that in RAY_ADDRESS, else one is started here and ended
     workers:int|None=None # runs at the same time, at most; None: as many as there is room for
     cpus_per_run:int|None=None # cores that a run is given; None: as many as torch has threads here
@@ -85,8 +91,8 @@ class ray_map:
         for k in ('workers', 'cpus_per_run'):
             if (v := getattr(self, k)) is not None and (not isinstance(v, int) or v < 1):
                 raise ValueError(f'{k} is {v!r}; it must be a whole number above 0')
-        if self.gpus_per_run is not None and not 0 <= self.gpus_per_run < float('inf'):
-            raise ValueError(f'gpus_per_run is {self.gpus_per_run!r}; it must be a number, 0 or more')
+        if (n := self.gpus_per_run) is not None and not (0 <= n <= 1 or n > 1 and n % 1 == 0):
+            raise ValueError(f'gpus_per_run is {n!r}; it must be a whole number, or one between 0 and 1')
         # a folder that happens to be called ray has no origin
         if getattr(find_spec('ray'), 'origin', None) is None:
             raise ImportError('the package ray is not installed: pip install ray')
@@ -95,19 +101,38 @@ class ray_map:
     def started(self, bench:Bench):
         "Give the function map(f, jobs), inside a `with` block; Ray is left as it was found"
         import ray
-        gpus = (bench.device.type == 'cuda') if self.gpus_per_run is None else self.gpus_per_run
-        needs = dict(num_cpus=self.cpus_per_run or torch.get_num_threads(), num_gpus=float(gpus))
+        needs = dict(num_cpus=self.cpus_per_run or torch.get_num_threads(),
+                     num_gpus=_gpus(bench.device, self.gpus_per_run))
+        if self.address and ray.is_initialized():
+            raise ValueError(f'address is {self.address!r}, and this process uses a Ray already; leave it out, or call '
+                             'ray.shutdown() first')
         ours, handler = not ray.is_initialized(), signal.getsignal(signal.SIGTERM)
         try:
             if ours:
                 _connect(self.address, self.workers and self.workers*needs['num_cpus'])
             room = _room(needs)
+            if room == 1 and self.workers != 1:
+                warnings.warn('Ray has room for one run at a time, so nothing gets faster; a run takes '
+                              f'{_words(needs)}, and OMP_NUM_THREADS says how many cores')
             yield RayTasks(needs, min(room, self.workers or room))
         finally:
             if ours:
                 ray.shutdown()
                 if threading.current_thread() is threading.main_thread():
                     signal.signal(signal.SIGTERM, handler) # Ray puts its own there
+
+def _gpus(device, given) -> float:
+    "Return how many GPUs a run takes. Raises `ValueError` if it would not use them, or has none"
+    on_gpu = device.type == 'cuda'
+    if device.index:
+        raise ValueError(f"device is {str(device)!r}, but Ray gives each run a GPU of its own; device must be 'cuda'")
+    if given is not None and (given > 0) != on_gpu:
+        raise ValueError(f'gpus_per_run is {given:g}, but the comparison is on {device.type}; give another device, or '
+                         'leave gpus_per_run out')
+    return float(on_gpu if given is None else given)
+
+def _words(needs) -> str:
+    return f'{needs["num_cpus"]} cores and {needs["num_gpus"]:g} GPUs'
 
 def _connect(address, cpus) -> None:
     "Connect to a cluster, or start one of so many cores. Raises `ConnectionError`"
@@ -119,6 +144,7 @@ def _connect(address, cpus) -> None:
             _check_port(address) # Ray itself would wait for many minutes
             ray.init(address, **quiet)
         else:
+            os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0') # else Ray tells its makers how it is used
             ray.init('local', num_cpus=cpus, include_dashboard=False, **quiet)
     except Exception as e:
         failed = ('Ray did not start on this machine; if it is busy, start Ray beforehand with ray start --head, '
@@ -126,7 +152,7 @@ def _connect(address, cpus) -> None:
         if address:
             failed = (f'no connection to Ray at {address!r}; give the address that ray start --head printed, and '
                       'set RAY_AUTH_MODE=token if the cluster asks for a token')
-        raise ConnectionError(f'{failed} ({_first_line(e)})') from e
+        raise ConnectionError(f'{failed} ({_one_line(e)})') from e
 
 def _check_port(address:str, seconds:float=20.) -> None:
     "Raise `OSError` if nothing listens at host:port"
@@ -134,8 +160,8 @@ def _check_port(address:str, seconds:float=20.) -> None:
     if port.isdigit():
         socket.create_connection((host, int(port)), seconds).close()
 
-def _first_line(e:Exception) -> str:
-    return f'{type(e).__name__}: {e}'.strip().splitlines()[0]
+def _one_line(e:BaseException) -> str:
+    return shortened(f'{type(e).__name__}: {e}', 300)
 
 def _room(needs) -> int:
     "Return how many runs the cluster can make at a time. Raises `ValueError` if it cannot make one"
@@ -146,8 +172,8 @@ def _room(needs) -> int:
         return int(min(ratios))
     found = sum(map(at_once, nodes))
     if not found:
-        raise ValueError(f'a run takes {needs["num_cpus"]} cores and {needs["num_gpus"]:g} GPUs, and no machine of '
-                         'the Ray cluster has them; set OMP_NUM_THREADS to the cores of a run, or give gpus_per_run')
+        raise ValueError(f'a run takes {_words(needs)}, and no machine of the Ray cluster has them; set '
+                         'OMP_NUM_THREADS to fewer cores, or give a smaller gpus_per_run')
     return found
 
 # %% ../../nbs/instruments/executor.ipynb #ray0d001
@@ -159,23 +185,31 @@ class RayTasks:
         self.needs, self.at_once = needs, at_once
 
     def __call__(self, f:Callable, jobs:list[tuple]) -> Iterator[tuple]:
-        """Yield f(job) for each job. The first that fails raises `ValueError` for wrong input, else `RuntimeError`,
-        with its name"""
+        """Yield f(job) for each job. The first that fails raises `ValueError` for wrong input, `MemoryError` for want
+        of memory, else `RuntimeError`, with its name. Raises `ValueError` for what cannot be sent"""
         import ray
         task = ray.remote(**self.needs)(_on_worker)
         # in a list it is sent as a reference, and the worker keeps what it fetched
-        sent, todo, running = [ray.put(f)], list(reversed(jobs)), {}
+        sent, todo, running = [_put((f, jobs))], list(reversed(range(len(jobs)))), {}
         try:
             while todo or running:
                 while todo and len(running) < self.at_once:
-                    job = todo.pop()
-                    running[task.remote(sent, job, os.getcwd(), versions())] = job
+                    i = todo.pop()
+                    running[task.remote(sent, i, os.getcwd(), versions())] = jobs[i]
                 done, _ = ray.wait(list(running))
                 for ref in done:
                     yield _result(ref, running.pop(ref))
         finally:
             for ref in running:
                 ray.cancel(ref, force=True)
+
+def _put(what):
+    import ray
+    try:
+        return ray.put(what)
+    except Exception as e: # Ray's own message has dozens of lines, and the cause one
+        raise ValueError('executor is Ray, so model, data, metric and Recipes must be sent to other processes, and one '
+                         f'of them cannot be sent ({_one_line(e.__cause__ or e)})') from e
 
 def _result(ref, job) -> tuple:
     import ray
@@ -184,24 +218,27 @@ def _result(ref, job) -> tuple:
     except ray.exceptions.RayError as e:
         why = getattr(e, 'cause', None) or e
         name, split, rate, seed = job[0].name, job[3], job[1], job[2]
-        kind = ValueError if isinstance(why, (ValueError, KeyError, OSError)) else RuntimeError
+        full = (MemoryError, torch.OutOfMemoryError, ray.exceptions.OutOfMemoryError)
+        kinds = {MemoryError: full, ValueError: (ValueError, KeyError, OSError)}
+        kind = next((k for k, of in kinds.items() if isinstance(why, of)), RuntimeError)
         raise kind(f'{name} at {rate:g}, seed {seed} ({split}), failed on a worker of Ray: '
-                   f'{_first_line(why)}') from e
+                   f'{_one_line(why)}') from e
 
 @lru_cache(maxsize=1)
-def _fetched(ref) -> Callable:
+def _fetched(ref) -> tuple[Callable, list[tuple]]:
     import ray
     return ray.get(ref)
 
-def _on_worker(sent, job, folder, needed) -> tuple:
-    "Make a job in a process of Ray, in the folder of the comparison if there is one of that name"
+def _on_worker(sent, i, folder, needed) -> tuple:
+    "Make job i in a process of Ray, in the folder of the comparison if there is one of that name"
     own = versions()
-    odd = [f'{k} {own[k]}, not {v}' for k, v in needed.items() if own[k] != v]
+    odd = [f'{k} {own.get(k)}, not {v}' for k, v in needed.items() if own.get(k) != v]
     if odd:
         raise ValueError(f'this worker has {", ".join(odd)}; install the same there')
     if Path(folder).is_dir():
         os.chdir(folder)
-    return _fetched(*sent)(job)
+    f, jobs = _fetched(*sent)
+    return f(jobs[i])
 
 # %% ../../nbs/instruments/executor.ipynb #ray0f001
 def opened(executor:str|Callable|None, bench:Bench):
