@@ -70,8 +70,9 @@ def test_a_new_head_trains_as_before():
                     progress=False)
     assert ends(run) == near('0x1.a378540000000p-1', '-0x1.96cb7b90c3000p-2')
     assert run.settings['model'] == 'b28c4f0baa970c24' and numbered(d, run.model) is d
-    assert Base('lab-s').fingerprint(0) == '5280385e65bafede3f1f'
-    assert Base('lab-e', labels=d.labels).fingerprint(1) == '7a566a371106dea6c421'
+    if T.__version__ == '5.23.0':  # the configuration, and so the fingerprint, names the version
+        assert Base('lab-s').fingerprint(0) == '5280385e65bafede3f1f'
+        assert Base('lab-e', labels=d.labels).fingerprint(1) == '7a566a371106dea6c421'
 
 # ---- labels
 
