@@ -833,6 +833,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'ftlab.core.io.remove': ('core/io.html#remove', 'ftlab/core/io.py'),
                                'ftlab.core.io.staging': ('core/io.html#staging', 'ftlab/core/io.py'),
                                'ftlab.core.io.sweep': ('core/io.html#sweep', 'ftlab/core/io.py'),
+                               'ftlab.core.io.usual_modes': ('core/io.html#usual_modes', 'ftlab/core/io.py'),
                                'ftlab.core.io.write_atomically': ('core/io.html#write_atomically', 'ftlab/core/io.py'),
                                'ftlab.core.io.write_tensors': ('core/io.html#write_tensors', 'ftlab/core/io.py'),
                                'ftlab.core.io.write_text': ('core/io.html#write_text', 'ftlab/core/io.py')},
