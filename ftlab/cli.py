@@ -15,7 +15,7 @@ from pathlib import Path
 import ftlab
 from .commands.background import check_start, reported, run_status, run_stop, start
 from .commands.claims import run_claims
-from .commands.export import add_export, exported, run_export
+from .commands.export import add_export, run_export
 from .commands.given import (columns_of, data_of, finite, listed, mixture_of, model_of,
                                   new_folder, not_negative, old_of, positive, rate, rates,
                                   refuse_unused)
@@ -122,7 +122,7 @@ def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
     if run.interrupted:
         raise KeyboardInterrupt(f'stopped after {len(run.log)} steps; what was learned is in {out}')
     if a.export:
-        exported(run, a.export, record=record)
+        ftlab.export(run, a.export, record=record)
     said = '' if before is None else f'; {metric} on test rows {before:.3f} -> {record["after"]:.3f}'
     noted = ''.join(f'\nnote: {in_shell_words(n, _options(a))}' for n in record['notes'])
     files = f'\n{out/"delta.safetensors"}' + (f'\n{a.export}' if a.export else '')

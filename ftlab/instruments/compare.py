@@ -18,8 +18,8 @@ from ..core.io import check_room, only_writer, write_atomically
 from ..core.recipe import Recipe
 from ..core.record import versions
 from .bench import Bench, evaluation_steps
-from .compare_page import (html_page, image, picture, table_html, table_of, tag,
-                                            titles)
+from .compare_page import (html_page, image, picture, table_html, table_of,
+                                            table_text, tag, titles)
 from .case import SETTINGS
 from .doctor import examine_data
 from .frontier import (at_gain, best_gain, common_gain, frontier,
@@ -317,8 +317,7 @@ class Comparison:
         return table_html(self.result) + tag(self.result)
 
     def __repr__(self) -> str:
-        return self.table[['rate', *titles(self.result).values(), 'seconds']].to_string(
-            float_format=lambda x: f'{x:.4g}')
+        return table_text(self.result)
 
     def html(self, path:str|Path) -> Path:
         """Write one self-contained page: the picture, the table, the protocol in words,
