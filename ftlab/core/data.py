@@ -394,7 +394,7 @@ def _skill_data(skill:str, seed:int, n:int) -> Data:
 def _reading(columns, carry, wanted, empty) -> Reading:
     "Check what the user said about the columns"
     columns = {k: [v] if isinstance(v, str) else v for k, v in (columns or {}).items()}
-    known = {c for form, need in FORMS.items() for c in (*need, *ALSO[form])}
+    known = {c for form, need in FORMS.items() for c in (*need, *ALSO[form])} | {'alternating'}
     if set(columns) - known:
         raise ValueError(f'columns= renames to {", ".join(sorted(map(str, set(columns) - known)))}; the keys '
                          f'are the names ftlab uses ({", ".join(sorted(known))}), the values those in the source')
@@ -470,9 +470,11 @@ def data(source,               # a path or several, a `datasets` object or its n
 
     A path is a .jsonl, .json, .csv, .tsv or .parquet file, or a folder of train, validation (or eval, dev) and test
     files, which may be in shards. A data set of the hub is 'owner/name' or 'owner/name:config'; a streamed one needs
-    `n`. `columns` is such as `{'prompt': 'question'}`, or `{'prompt': ['question', 'context']}` to join two texts.
+    `n`. `columns` is such as `{'prompt': 'question'}`, or `{'prompt': ['question', 'context']}` to join two texts,
+    or `{'alternating': 'data'}` for a list of texts of the user and the assistant in turn.
     Rows are prompt and response (or completion), messages, ShareGPT's conversations, Alpaca's instruction, input and
     output, Dolly's instruction, context and response, KTO's prompt, completion and label, prompt, chosen and rejected,
+    HH-RLHF's two dialogues, Capybara's conversation,
     text and label, or text. `Data.note` and `Data.counts` say what was renamed, joined, left out and carried along.
     Raises `ValueError` or `FileNotFoundError` that names file and line and says how to fix it."""
     if n is not None and (isinstance(n, bool) or not isinstance(n, Integral) or n < 1):
