@@ -107,6 +107,7 @@ def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
     model, tok = model_of(a, labels=data.labels, seed=a.seed, head=a.head)
     check_fits(model, tok, data)
     data = numbered(data, model)
+    _keep_rows(a, out, data)
     metric, before = metric_for(data, a.metric), _score(a, model, tok, data)
     run = _trained(a, model, tok, data, recipe, grid[0])
     record = dict(model=a.model, revision=a.revision, data=data.name, eval=a.eval,
@@ -138,13 +139,8 @@ def _keep_others(a, out:Path, recipe, lr:float, data):
         raise FileExistsError(f'--out {str(out)!r} holds a comparison; name another folder')
     if a.export:
         new_folder(a.export, '--export')
-    if a.resume is not None or not (out/'run.json').exists():
-        return
-    try:
-        was = json.loads((out/'run.json').read_text())
-    except ValueError:
-        return # half written, or damaged: there is nothing to keep
-    if was.get('interrupted') or not isinstance(was.get('settings'), dict):
+    was = _finished(a, out)
+    if was is None:
         return
     now = dict(model=a.model, revision=a.revision, data=data.name, seed=a.seed, head=a.head,
                eval=a.eval, columns=columns_of(a), carry=listed(a.carry or ''), wanted=a.wanted,
@@ -156,6 +152,24 @@ def _keep_others(a, out:Path, recipe, lr:float, data):
         old, new = (x[k].get('name') if k == 'recipe' else x[k] for x in (then, now))
         raise FileExistsError(f'--out {str(out)!r} holds a finished run, in which {OWN.get(k, k)} is '
                               f'{old!r} and not {new!r}; name another folder, or replace that run with --no-resume')
+
+def _finished(a, out:Path) -> dict|None:
+    "Return run.json of a finished run that this one would replace unasked; `None` if there is none"
+    if a.resume is not None or not (out/'run.json').exists():
+        return None
+    try:
+        was = json.loads((out/'run.json').read_text())
+    except ValueError:
+        return None # half written, or damaged: there is nothing to keep
+    settings = isinstance(was.get('settings'), dict)
+    return was if settings and not was.get('interrupted') else None
+
+def _keep_rows(a, out:Path, data):
+    "Raise `FileExistsError` if `out` holds a finished run on other rows, which were read from files of these names"
+    was = _finished(a, out)
+    if was and was['settings'].get('data', data.fingerprint) != data.fingerprint:
+        raise FileExistsError(f'--out {str(out)!r} holds a finished run on other rows: {data.name} has changed since, '
+                              'or what is read with it; name another folder, or replace that run with --no-resume')
 
 def _test_notes(a, model, tok, data) -> list[str]:
     "Say how many of the measured test rows the length limit cut or left out"

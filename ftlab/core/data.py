@@ -24,7 +24,8 @@ from .table import as_html, html_table, to_the_left
 from .text import did_you_mean, some, split_of
 
 # %% auto #0
-__all__ = ['NOT_BY_HASH', 'SPLITS', 'NAMED', 'SHARD', 'Data', 'Notes', 'question_of', 'note_overlap', 'on_hub', 'data']
+__all__ = ['NOT_BY_HASH', 'NO_VALUE', 'SPLITS', 'NAMED', 'SHARD', 'Data', 'Notes', 'question_of', 'note_overlap', 'without_value',
+           'on_hub', 'data']
 
 # %% ../../nbs/core/data.ipynb #001341f0
 @dataclass(repr=False)
@@ -163,6 +164,21 @@ def note_overlap(parts:dict[str, list[dict]], kind:str, notes:Notes):
         if both:
             notes.say(f'{s} and train overlap: {both} of {len(parts[s])} {s} rows have the question of a training row',
                       **{f'{s}_in_train': both})
+
+# %% ../../nbs/core/data.ipynb #001741f2
+NO_VALUE = frozenset('NULL null NaN nan None <NA> NaT #N/A'.split()) # how tables write an empty cell
+
+def without_value(rows:list[dict], kind:str) -> dict[int, tuple[str, str]]:
+    "Return the rows of which a text is nothing but a word of `NO_VALUE`: index -> (column, word)"
+    out = {}
+    for i, row in enumerate(rows):
+        said = {c: row.get(c) for c in (*KINDS.get(kind, ()), 'rejected')}
+        for c, value in said.items():
+            talk = [m.get('content') for m in value if isinstance(m, Mapping)] if is_list(value) else [value]
+            word = next((t.strip() for t in talk if isinstance(t, str) and t.strip() in NO_VALUE), None)
+            if word:
+                out.setdefault(i, (c, word))
+    return out
 
 # %% ../../nbs/core/data.ipynb #e000a1c6
 def _keep_every_label(out:dict[str, list[dict]], cut:list[str], notes:Notes):
