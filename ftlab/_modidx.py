@@ -742,6 +742,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'ftlab.core.formats._check_split': ('core/formats.html#_check_split', 'ftlab/core/formats.py'),
                                     'ftlab.core.formats._converted': ('core/formats.html#_converted', 'ftlab/core/formats.py'),
                                     'ftlab.core.formats._could_be': ('core/formats.html#_could_be', 'ftlab/core/formats.py'),
+                                    'ftlab.core.formats._dialogues': ('core/formats.html#_dialogues', 'ftlab/core/formats.py'),
                                     'ftlab.core.formats._drop_label': ('core/formats.html#_drop_label', 'ftlab/core/formats.py'),
                                     'ftlab.core.formats._empty': ('core/formats.html#_empty', 'ftlab/core/formats.py'),
                                     'ftlab.core.formats._ended': ('core/formats.html#_ended', 'ftlab/core/formats.py'),

@@ -174,9 +174,10 @@ def without_value(rows:list[dict], kind:str) -> dict[int, tuple[str, str]]:
     for i, row in enumerate(rows):
         said = {c: row.get(c) for c in (*KINDS.get(kind, ()), 'rejected')}
         for c, value in said.items():
-            talk = [m.get('content') for m in value if isinstance(m, Mapping)] if is_list(value) else [value]
-            word = next((t.strip() for t in talk if isinstance(t, str) and t.strip() in NO_VALUE), None)
-            if word:
+            talk = value if is_list(value) else [dict(content=value)]
+            texts = [str(m.get('content')).strip() for m in talk if isinstance(m, Mapping)
+                     and isinstance(m.get('content'), str)]
+            if word := next((t for t in texts if t in NO_VALUE), None):
                 out.setdefault(i, (c, word))
     return out
 

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from .lab import lab_skill
-from .messages import (answered, are_exchanges, are_texts, dialogue_of, in_turn, is_dialogue,
-                                 is_list, messages_of, tools_of)
+from .messages import (answered, are_exchanges, are_texts, dialogue_of, in_turn,
+                                 is_dialogue, is_list, messages_of, tools_of)
 from .rows import checked_text, missing
 from .text import did_you_mean, near_misses, some
 
@@ -140,8 +140,8 @@ def _in_turn(reading:Reading) -> Reading:
     if 'messages' in reading.columns or len(theirs) > 1:
         raise ValueError("columns= names one column as 'alternating', and then none as 'messages'")
     others = {k: v for k, v in reading.columns.items() if k != 'alternating'}
-    return _with(reading, form='chat', format='texts of user and assistant in turn', alternating=True,
-                 columns=dict(messages=theirs) | others)
+    return _with(reading, form='chat', format='texts of user and assistant in turn',
+                 alternating=True, columns=dict(messages=theirs) | others)
 
 def _format_of(row, names, reading:Reading, also:bool) -> Reading|None:
     for name, (need, columns) in FORMATS.items():
@@ -555,6 +555,7 @@ def read_form(records:list[tuple[str, dict]], # (location, row)
     """Recognize the form of rows, rename, check and convert each. Raises `ValueError` that names
     the row."""
     reading, out = form_of(records[0][1], reading, where, first), []
+    left_out = _dialogues(reading)
     if clash := [c for c in FORMS[reading.form] if c in reading.carry and (reading.form, c) != ('pairs', 'prompt')]:
         raise ValueError(f'carry= names {clash[0]!r}, but another column is read under that name; rename it in {where}')
     alike = ((first, reading.form) if reading.form in ('label', 'lm') or first in ('label', 'lm')
@@ -579,16 +580,19 @@ def read_form(records:list[tuple[str, dict]], # (location, row)
         row = row and _split(row, reading)
         if row is not None:
             out.append((at, _converted(row, reading, at, empty)))
-    _check_split(len(out), reading, where)
+    _check_split(len(out), _dialogues(reading) - left_out, reading, where)
     if not out:
         if reading.empty and not reading.wanted:
             raise ValueError(f'{where}: no row is left, because all are empty')
         raise ValueError(f'{where}: no row has a label that is true, so wanted= leaves nothing')
     return reading, out
 
-def _check_split(n:int, reading:Reading, where:str):
+def _dialogues(reading:Reading) -> int:
+    "Return how many dialogues were left out so far"
+    return sum(reading.counts.get('dialogues', {}).values())
+
+def _check_split(n:int, lost:int, reading:Reading, where:str):
     "Raise `ValueError` if more dialogues were left out than read: then they are not what they were taken for"
-    lost = sum(reading.counts.get('dialogues', {}).values())
     if lost > n:
         why = some([f'{k} ({v})' for k, v in reading.counts['dialogues'].items()])
         raise ValueError(f'{where}: of {n + lost} pairs of dialogues only {n} could be split into turns: {why}. Write '

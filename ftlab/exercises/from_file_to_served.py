@@ -100,7 +100,8 @@ BEST_WITHIN = compared(
      (lambda methods, limit: max(methods, key=lambda m: m['gain'] - m['lost'])['name'],
       'You subtract what is lost from the gain, and ignore the limit. The limit rules methods out; of the others, the '
       'gain alone decides.'),
-     (lambda methods, limit: best_within([m | dict(gain=m['gain'] or 1e-9) for m in methods], limit),
+     (lambda methods, limit: best_within([m | dict(gain=m['gain'] or 1e-9) for m in methods],
+                                         limit),
       'You choose a method that gains exactly nothing: its gain has to be above 0.'),
      (_first, 'You return the first that is within the limit. Take the one with the largest gain.'),
      (lambda methods, limit: best_within([m for m in methods if m['lost'] < limit], limit),

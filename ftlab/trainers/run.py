@@ -60,7 +60,8 @@ class Run:
                dtype:str|None=None    # of the matrices in a GGUF file: 'f32' (None), 'f16' or 'bf16'
               ) -> Path:
         """Save the changed model as a plain Hugging Face folder that loads without ftlab, as one GGUF file, or what
-        changed as an adapter of peft. With a model card: `ftlab.export(run, folder)`. Raises `FileExistsError` for a folder that is not empty, `ValueError` for what
+        changed as an adapter of peft. With a model card: `ftlab.export(run, folder)`. Raises
+        `FileExistsError` for a folder that is not empty, `ValueError` for what
         the form cannot hold."""
         if form not in FORMS:
             raise ValueError(f'form is {form!r}; it must be {", ".join(FORMS)}')
@@ -171,7 +172,8 @@ def export(model, tok, attached:Attached|None, folder:str|Path) -> Path:
     try:
         with staging(folder) as made:
             with quiet():
-                model.save_pretrained(made, state_dict={k: v.contiguous() for k, v in weights.items()})
+                whole = {k: v.contiguous() for k, v in weights.items()}
+                model.save_pretrained(made, state_dict=whole)
             if tok is not None:
                 tok.save_pretrained(made)
             _check_written(made, weights, tok)
