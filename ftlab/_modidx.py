@@ -739,6 +739,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'ftlab.core.formats._as_talk': ('core/formats.html#_as_talk', 'ftlab/core/formats.py'),
                                     'ftlab.core.formats._as_text': ('core/formats.html#_as_text', 'ftlab/core/formats.py'),
                                     'ftlab.core.formats._asked': ('core/formats.html#_asked', 'ftlab/core/formats.py'),
+                                    'ftlab.core.formats._check_columns': ('core/formats.html#_check_columns', 'ftlab/core/formats.py'),
                                     'ftlab.core.formats._check_split': ('core/formats.html#_check_split', 'ftlab/core/formats.py'),
                                     'ftlab.core.formats._converted': ('core/formats.html#_converted', 'ftlab/core/formats.py'),
                                     'ftlab.core.formats._could_be': ('core/formats.html#_could_be', 'ftlab/core/formats.py'),

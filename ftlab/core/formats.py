@@ -566,12 +566,7 @@ def read_form(records:list[tuple[str, dict]], # (location, row)
     need = [c for c in FORMS[reading.form] if not (reading.form == 'pairs' and c == 'prompt')]
     for at, row in records:
         row = _renamed(row, reading, at)
-        lacks = [c for c in need if c not in row]
-        if lacks:
-            raise ValueError(f'{at} has no {lacks[0]!r}; it has '
-                             f'{", ".join(map(str, row)) or "no columns"}{did_you_mean(lacks[0], map(str, row))}')
-        if unread := _unread_of(row, reading):
-            raise ValueError(f'{at}: {_all_unread(unread | _later(records, reading, unread), reading)}')
+        _check_columns(row, need, records, reading, at)
         empty = _has_empty(row, reading)
         if empty and reading.empty == 'drop':
             reading.count('empty', 'rows')
@@ -586,6 +581,15 @@ def read_form(records:list[tuple[str, dict]], # (location, row)
             raise ValueError(f'{where}: no row is left, because all are empty')
         raise ValueError(f'{where}: no row has a label that is true, so wanted= leaves nothing')
     return reading, out
+
+def _check_columns(row:dict, need:list[str], records, reading:Reading, at:str):
+    "Raise `ValueError` for a column that is missing, or changes the meaning of the row and is not read"
+    lacks = [c for c in need if c not in row]
+    if lacks:
+        raise ValueError(f'{at} has no {lacks[0]!r}; it has '
+                         f'{", ".join(map(str, row)) or "no columns"}{did_you_mean(lacks[0], map(str, row))}')
+    if unread := _unread_of(row, reading):
+        raise ValueError(f'{at}: {_all_unread(unread | _later(records, reading, unread), reading)}')
 
 def _dialogues(reading:Reading) -> int:
     "Return how many dialogues were left out so far"
