@@ -434,7 +434,8 @@ def _within(limit, found, rows) -> dict|None:
 def check_limit(limit:float|None,
                 how:str,               # what measures forgetting, as `Bench.how`
                 in_nats:list[str]=(),  # names of the old sets that are scored by likelihood
-                searched:bool=True     # are there tuning runs to choose from?
+                searched:bool=True,    # are there tuning runs to choose from?
+                least:int=0            # how many runs allow them; 0: not known
                ) -> float|None:        # a share
     """Return the limit as a share. Raises `ValueError` for one that is negative or NaN, where forgetting is not
     a score in points, or where no rate is searched"""
@@ -451,7 +452,8 @@ def check_limit(limit:float|None,
                          'a lab skill, "auto", or a task of lm-eval')
     if not searched:
         raise ValueError(f'lose_at_most is {limit:g} points, but nothing is tuned, so there is nothing to choose from; '
-                         'give several learning rates, and max_runs that leaves two of them')
+                         'give several learning rates, and max_runs that leaves two of them'
+                         + (f': at least {least}' if least else ''))
     return limit/100
 
 # %% ../../nbs/instruments/compare.ipynb #d2dcc357
@@ -510,7 +512,9 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
                   progress=progress is True,
                   batch_size=batch_size, precision=precision, **settings)
     in_nats = [s.name for s in bench.old_sets(0, 'validation') if s.metric == 'nll']
-    limit = check_limit(lose_at_most, bench.how, in_nats, bool(work['tuning']))
+    # two rates a method, and three points on each test seed
+    limit = check_limit(lose_at_most, bench.how, in_nats, bool(work['tuning']),
+                        len(arms)*(2 + 3*len(seeds)))
     recipes = {n: recipe for n, (recipe, _) in arms.items()}
     check_room(out) # before the first run, not after it
     found = _found(bench)
