@@ -17,6 +17,7 @@ _PUBLIC = dict(
     Recipe=('ftlab.core.recipe', 'Recipe'),
     attach=('ftlab.adapters.delta', 'attach'), load_delta=('ftlab.adapters.delta', 'load_delta'),
     fit=('ftlab.trainers.fit', 'fit'), Run=('ftlab.trainers.run', 'Run'),
+    export=('ftlab.instruments.card', 'exported'),
     Monitor=('ftlab.instruments.monitor', 'Monitor'),
     compare=('ftlab.instruments.compare', 'compare'), methods=('ftlab.methods', None),
     report=('ftlab.instruments.report', 'report'), Report=('ftlab.instruments.report', 'Report'),

@@ -5,7 +5,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 
 def rows(path: Path, n: int = 40, ours: tuple = ('prompt', 'response')) -> Path:
@@ -45,3 +51,18 @@ def save_small(folder: Path) -> Path:
     for made in (LlamaForCausalLM(LlamaConfig(**sizes)), tok):
         made.save_pretrained(folder)
     return folder
+
+
+def save_encoder(folder: Path) -> Path:
+    "Save an encoder of one block, which gets a head for labels when it is loaded, and its tokenizer"
+    sizes = dict(vocab_size=80, hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+    BertModel(BertConfig(**sizes, num_attention_heads=2, pad_token_id=0)).save_pretrained(folder)
+    words().save_pretrained(folder)
+    return folder
+
+
+def labelled(path: Path, *labels: str, n: int = 60) -> Path:
+    "Write rows of text with these labels in turn"
+    lines = [json.dumps(dict(text=f'{i} plus', label=labels[i % len(labels)])) for i in range(n)]
+    path.write_text('\n'.join(lines))
+    return path

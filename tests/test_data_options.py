@@ -4,13 +4,12 @@ import argparse
 import json
 
 import pytest
-from transformers import BertConfig, BertModel
 
 import ftlab
 from ftlab.cli import main
 from ftlab.commands.given import mixture_of
 from ftlab.instruments.report import read_run
-from sums import rows, save_small, words
+from sums import labelled, rows, save_encoder, save_small
 
 
 @pytest.fixture(scope='module')
@@ -20,20 +19,8 @@ def made(tmp_path_factory):
     rows(d / 'new.jsonl', 50, ours=('q', 'a'))
     rows(d / 'old.jsonl', 59, ours=('q', 'a'))
     rows(d / 'test.jsonl', 7, ours=('q', 'a'))
-    BertModel(
-        BertConfig(
-            vocab_size=80,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            pad_token_id=0,
-        )
-    ).save_pretrained(d / 'enc')
-    words().save_pretrained(d / 'enc')
-    (d / 'labels.jsonl').write_text(
-        '\n'.join(json.dumps(dict(text=f'{i} plus', label=['no', 'yes'][i % 2])) for i in range(60))
-    )
+    save_encoder(d / 'enc')
+    labelled(d / 'labels.jsonl', 'no', 'yes')
     return d
 
 

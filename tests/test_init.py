@@ -7,12 +7,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from transformers import BertConfig, BertModel
 
 from ftlab.cli import main
 from ftlab.commands.init import from_notebook
 from ftlab.instruments.compare import effort, plan
-from sums import rows, save_small, words
+from sums import labelled, rows, save_encoder, save_small
 
 ODD = "o'd \"d$(touch x);ä #{n}\\"  # a folder's name that a shell, a string or a template might take for code
 
@@ -22,10 +21,10 @@ def small(tmp_path_factory) -> Path:
     return save_small(tmp_path_factory.mktemp('small'))
 
 
-def run(path: Path, again: int = 0) -> dict:
+def run(path: Path, again: int = 0, method: str | None = None, steps: int = 2) -> dict:
     "Execute the code of a notebook with little training, in its own folder, its last cells `again`; its names"
     small = [
-        (r'STEPS = \d+', 'STEPS = 2'),
+        (r'STEPS = \d+', f'STEPS = {steps}'),
         ('MAX_RUNS = 12', 'MAX_RUNS = 4'),
         (r'items=50', 'items=3'),
         ('old_items=10', 'old_items=1'),
@@ -33,6 +32,7 @@ def run(path: Path, again: int = 0) -> dict:
         ("'--old-items=10'", "'--old-items=1'"),
         ('matrices=8', 'matrices=0'),
         ("'full', 'hft', 'lora'", "'full', 'hft'"),
+        ('METHOD = None', f'METHOD = {method!r}'),
     ]
     space = {}
     cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == 'code']
@@ -52,7 +52,9 @@ def test_runs_on_a_lab_skill_twice_and_removes_nothing(tmp_path, monkeypatch, ca
     for name in ('tuned', 'tuned-1'):
         (tmp_path / name).mkdir()
         (tmp_path / name / 'mine.txt').write_text('kept')
-    space = run(tmp_path / 'start.ipynb', again=1)
+    # after two steps no method has gained anything, so none is chosen unless it is named
+    space = run(tmp_path / 'start.ipynb', again=1, method='hft')
+    assert space['run'].recipe.name == 'hft' and (tmp_path / 'tuned-2/README.md').exists()
     assert space['folder'] == Path('tuned-3') and (tmp_path / 'tuned-2/model.safetensors').exists()
     assert (
         (tmp_path / 'tuned/mine.txt').read_text()
@@ -62,6 +64,7 @@ def test_runs_on_a_lab_skill_twice_and_removes_nothing(tmp_path, monkeypatch, ca
     assert {x.name for x in (tmp_path / 'ftlab-runs/start').iterdir()} == {
         'compare',
         'report-1',
+        'run-1',
     }
     found = re.findall(r'(\d+) runs and (\d+) to tune', capsys.readouterr().out)
     runs, tuning = found[0]
@@ -98,26 +101,16 @@ def test_runs_on_forty_rows_of_ones_own_in_a_folder_of_any_name(
         == 0
     )
     monkeypatch.chdir(out.parent)
-    space = run(Path('start.ipynb'))
+    space = run(Path('start.ipynb'), steps=12)
+    assert space['run'].recipe.name == space['found'].winner().method
     assert space['fits'] and len(space['data'].test) == 8 and space['folder'] == Path('tuned-1')
     assert not (tmp_path / 'x').exists() and not Path('x').exists()
 
 
 def test_runs_on_labels(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    lines = [json.dumps(dict(text=f'{i} plus', label='ab'[i % 2])) for i in range(60)]
-    Path('labels.jsonl').write_text('\n'.join(lines))
-    BertModel(
-        BertConfig(
-            vocab_size=80,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            pad_token_id=0,
-        )
-    ).save_pretrained('models/mine')
-    words().save_pretrained('models/mine')
+    labelled(Path('labels.jsonl'), 'a', 'b')
+    save_encoder(Path('models/mine'))
     assert (
         main(
             ['init', '--model', 'models/mine', '--data', 'labels.jsonl', '--out', 'nb/first.ipynb']
@@ -126,7 +119,7 @@ def test_runs_on_labels(tmp_path, monkeypatch, capsys):
     )
     assert "'../models/mine'" in Path('nb/first.ipynb').read_text()
     monkeypatch.chdir('nb')
-    assert run(Path('first.ipynb'))['data'].labels == ['a', 'b']
+    assert run(Path('first.ipynb'), method='full')['data'].labels == ['a', 'b']
 
 
 def test_two_notebooks_of_one_folder_write_into_folders_of_their_own(tmp_path, monkeypatch, capsys):

@@ -5,25 +5,13 @@
 # %% ../../nbs/commands/export.ipynb #27ac9b5e
 from __future__ import annotations
 import argparse
-from pathlib import Path
+import ftlab
 from .given import new_folder
 
 # %% auto #0
-__all__ = ['exported', 'add_export', 'add_form', 'check_form', 'run_export']
+__all__ = ['add_export', 'add_form', 'check_form', 'run_export']
 
 # %% ../../nbs/commands/export.ipynb #b472e721
-def exported(run, path:str,        # a new folder
-             form:str='plain',     # as in `Run.export`
-             record:dict|None=None, # what run.json holds; None: the one in the run's folder
-             dtype:str|None=None   # of a GGUF file
-            ) -> Path:
-    "Export a run, with a model card in the folder"
-    from ftlab.instruments.card import write_card
-    made = run.export(path, form, dtype)
-    if made.is_dir():
-        write_card(run, made, record=record, form=form)
-    return made
-
 def add_export(p:argparse.ArgumentParser) -> None:
     "Add the arguments of `ftlab export`"
     add = p.add_argument
@@ -52,7 +40,7 @@ def run_export(a:argparse.Namespace) -> tuple[dict, str]:
     check_form(a.form, a.gguf_dtype)
     new_folder(a.out, '--out')
     run = read_run(a.folder, a.model, revision=a.revision)
-    made = exported(run, a.out, a.form, dtype=a.gguf_dtype)
+    made = ftlab.export(run, a.out, a.form, a.gguf_dtype)
     size = sum(f.stat().st_size for f in ([made] if made.is_file() else made.rglob('*'))
                if f.is_file())
     return dict(run=a.folder, form=a.form, out=str(made), bytes=size), f'{made} ({size:,} bytes)'

@@ -70,9 +70,8 @@ def _data_cells(a, data, out) -> list[tuple[str, str]]:
                'for the test, unless you named test rows. The note says what was renamed or left out.'),
         ('code', f'data = ftlab.data(DATA{_call(how)})\ndata'),
         ('md', '## The model'),
-        ('code', f'def fresh():\n    "Load the model as it was before any training"\n'
-                 f'    return ftlab.load(MODEL{revision}{labels})\n\n'
-                 "model, tok = fresh()\nf'{model.num_parameters():,} parameters'")]
+        ('code', f'model, tok = ftlab.load(MODEL{revision}{labels})\n'
+                 "f'{model.num_parameters():,} parameters'")]
 
 def _reading_cells(data) -> list[tuple[str, str]]:
     about = ('## What the model reads\n\nThe first training row, token by token, exactly as the model gets it, '
@@ -118,12 +117,10 @@ def _work_cells(a, data, out) -> list[tuple[str, str]]:
                  f"found = ftlab.compare(METHODS, MODEL, data,{revision} seeds=1, max_runs=MAX_RUNS,\n"
                  "                      steps=STEPS, batch_size=BATCH, items=50, old_items=10,\n"
                  "                      out=OUT/'compare')\nfound"),
-        ('md', '## Train the one you choose\n\nAt the learning rate that the comparison chose for it.'),
-        ('code', "METHOD = 'hft'\n\n"
-                 "rate = next(m['rate'] for m in found.result['methods'] if m['name'] == METHOD)\n"
-                 "model, tok = fresh()\n"
-                 "run = ftlab.fit(model, tok, data, ftlab.methods.get(METHOD), lr=rate,\n"
-                 "                steps=STEPS, batch_size=BATCH)\nrun"),
+        ('md', '## Choose, and train it once more\n\nThe comparison keeps no model, so its winner is trained again, '
+               'as it was measured. To train another method, put its name in place of `None`, such as `\'lora\'`.'),
+        ('code', "METHOD = None # the winner\n\nfound.winner(METHOD).why"),
+        ('code', "run = found.train(METHOD, out=new_folder(OUT/'run'))\nrun"),
         ('md', '## What it learned, and what it broke\n\nIf you have a test of what the model could do before, '
                'give it as `old=`, such as `old={\'mine\': \'tests.jsonl\', \'own\': \'auto\'}`. '
                'Each report gets a folder of its own.'),
@@ -136,9 +133,9 @@ def _export_cells(data) -> list[tuple[str, str]]:
     if data.kind != 'text':
         ask = "f'{tuned.num_parameters():,} parameters'"
     return [
-        ('md', '## Export\n\nA plain Hugging Face folder, which loads without ftlab. Each time this cell runs it '
-               'takes a new name, `tuned-1`, `tuned-2` and so on.'),
-        ('code', "folder = new_folder('tuned')\nrun.export(folder)"),
+        ('md', '## Export\n\nA plain Hugging Face folder with a model card, which loads without ftlab. Each time this '
+               'cell runs it takes a new name, `tuned-1`, `tuned-2` and so on.'),
+        ('code', "folder = new_folder('tuned')\nftlab.export(run, folder, report=report)"),
         ('md', 'The exported model, loaded again:'),
         ('code', f"tuned, tuned_tok = ftlab.load(f'./{{folder}}')\n{ask}")]
 

@@ -6,7 +6,8 @@
 from __future__ import annotations
 import argparse
 from pathlib import Path
-from .export import add_form, check_form, exported
+import ftlab
+from .export import add_form, check_form
 from .given import columns_of, finite, listed, new_folder
 
 # %% auto #0
@@ -34,7 +35,6 @@ def add_winner(p:argparse.ArgumentParser) -> None:
 # %% ../../nbs/commands/winner.ipynb #9919d266
 def _rows(a):
     "Read --data, if it was given. Raises `ValueError` for options that belong to it without it"
-    import ftlab
     alone = [f'--{k}' for k in ('eval', 'columns', 'carry', 'wanted') if getattr(a, k)]
     if not a.data and alone:
         raise ValueError(f'{alone[0]} belongs to --data, which was not given; the comparison records how its data '
@@ -66,7 +66,7 @@ def _checked(a, comparison, method:str) -> Path:
 
 def _export(a, run, record) -> Path:
     try:
-        return exported(run, a.export, a.form, record, a.gguf_dtype)
+        return ftlab.export(run, a.export, a.form, a.gguf_dtype, record=record)
     except (ValueError, OSError) as e:
         raise type(e)(f'{e}. The run is kept: ftlab export {a.out} --out NEW writes it in another form') from None
 

@@ -24,7 +24,8 @@ from .table import as_html, html_table, to_the_left
 from .text import did_you_mean, some, split_of
 
 # %% auto #0
-__all__ = ['NOT_BY_HASH', 'SPLITS', 'NAMED', 'SHARD', 'Data', 'Notes', 'question_of', 'note_overlap', 'on_hub', 'data']
+__all__ = ['NOT_BY_HASH', 'NO_VALUE', 'SPLITS', 'NAMED', 'SHARD', 'Data', 'Notes', 'question_of', 'note_overlap', 'without_value',
+           'on_hub', 'data']
 
 # %% ../../nbs/core/data.ipynb #001341f0
 @dataclass(repr=False)
@@ -163,6 +164,22 @@ def note_overlap(parts:dict[str, list[dict]], kind:str, notes:Notes):
         if both:
             notes.say(f'{s} and train overlap: {both} of {len(parts[s])} {s} rows have the question of a training row',
                       **{f'{s}_in_train': both})
+
+# %% ../../nbs/core/data.ipynb #001741f2
+NO_VALUE = frozenset('NULL null NaN nan None <NA> NaT #N/A'.split()) # how tables write an empty cell
+
+def without_value(rows:list[dict], kind:str) -> dict[int, tuple[str, str]]:
+    "Return the rows of which a text is nothing but a word of `NO_VALUE`: index -> (column, word)"
+    out = {}
+    for i, row in enumerate(rows):
+        said = {c: row.get(c) for c in (*KINDS.get(kind, ()), 'rejected')}
+        for c, value in said.items():
+            talk = value if is_list(value) else [dict(content=value)]
+            texts = [str(m.get('content')).strip() for m in talk if isinstance(m, Mapping)
+                     and isinstance(m.get('content'), str)]
+            if word := next((t for t in texts if t in NO_VALUE), None):
+                out.setdefault(i, (c, word))
+    return out
 
 # %% ../../nbs/core/data.ipynb #e000a1c6
 def _keep_every_label(out:dict[str, list[dict]], cut:list[str], notes:Notes):
@@ -394,7 +411,7 @@ def _skill_data(skill:str, seed:int, n:int) -> Data:
 def _reading(columns, carry, wanted, empty) -> Reading:
     "Check what the user said about the columns"
     columns = {k: [v] if isinstance(v, str) else v for k, v in (columns or {}).items()}
-    known = {c for form, need in FORMS.items() for c in (*need, *ALSO[form])}
+    known = {c for form, need in FORMS.items() for c in (*need, *ALSO[form])} | {'alternating'}
     if set(columns) - known:
         raise ValueError(f'columns= renames to {", ".join(sorted(map(str, set(columns) - known)))}; the keys '
                          f'are the names ftlab uses ({", ".join(sorted(known))}), the values those in the source')
@@ -470,9 +487,11 @@ def data(source,               # a path or several, a `datasets` object or its n
 
     A path is a .jsonl, .json, .csv, .tsv or .parquet file, or a folder of train, validation (or eval, dev) and test
     files, which may be in shards. A data set of the hub is 'owner/name' or 'owner/name:config'; a streamed one needs
-    `n`. `columns` is such as `{'prompt': 'question'}`, or `{'prompt': ['question', 'context']}` to join two texts.
+    `n`. `columns` is such as `{'prompt': 'question'}`, or `{'prompt': ['question', 'context']}` to join two texts,
+    or `{'alternating': 'data'}` for a list of texts of the user and the assistant in turn.
     Rows are prompt and response (or completion), messages, ShareGPT's conversations, Alpaca's instruction, input and
     output, Dolly's instruction, context and response, KTO's prompt, completion and label, prompt, chosen and rejected,
+    HH-RLHF's two dialogues, Capybara's conversation,
     text and label, or text. `Data.note` and `Data.counts` say what was renamed, joined, left out and carried along.
     Raises `ValueError` or `FileNotFoundError` that names file and line and says how to fix it."""
     if n is not None and (isinstance(n, bool) or not isinstance(n, Integral) or n < 1):

@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from .lab import lab_skill
-from .messages import answered, is_list, messages_of, tools_of
+from .messages import (answered, are_exchanges, are_texts, dialogue_of, in_turn,
+                                 is_dialogue, is_list, messages_of, tools_of)
 from .rows import checked_text, missing
 from .text import did_you_mean, near_misses, some
 
@@ -78,6 +79,7 @@ TOGETHER = (('premise', 'hypothesis'), ('sentence1', 'sentence2'), ('question1',
 # name -> (the columns that it must have, `columns=` for it)
 FORMATS = {
     'ShareGPT': (('conversations',), dict(messages=['conversations'])),
+    'Capybara': (('conversation',), dict(messages=['conversation'])), # a list of {input, output}
     'Alpaca': (('instruction', 'output'),
                dict(prompt=['instruction', 'input'], response=['output'])),
     'Dolly': (('instruction', 'response'), dict(prompt=['instruction', 'context']))}
@@ -94,6 +96,7 @@ class Reading:
     split:str='train'                # whose rows they are
     classes:tuple[str, ...]=()       # columns that the source itself calls classes
     empty:str|None=None              # 'drop': leave out rows of which a column that must be read is empty
+    alternating:bool=False           # messages are texts without roles, of user and assistant in turn
     counts:dict[str, Counter]=field(default_factory=dict) # what was done -> to what -> how often
 
     def count(self, what:str, name:str, n:int=1):
@@ -106,17 +109,21 @@ def form_of(row:Mapping, reading:Reading, at:str,
     """Return `reading` with its form, and with the columns of its format.
     Raises `ValueError` that says what is missing."""
     names = [c for c in row if c not in reading.carry]
+    if 'alternating' in reading.columns:
+        return _in_turn(reading)
     if first and _fits(first, names, reading.columns, True):
         return _with(reading, form=first)
     for also in (False, True): # a form that needs all that `columns=` names, before one that only reads it
         for form in ('chat', 'text', 'pairs', 'a known format', 'label', 'lm'):
             if form in FORMS and _fits(form, names, reading.columns, also):
                 return _with(reading, form=form)
-            found = _format_of(names, reading, also) if form not in FORMS else None
+            found = _format_of(row, names, reading, also) if form not in FORMS else None
             if found:
                 return found
     if all(is_list(row.get(reading.columns.get(c, [c])[0])) for c in ('chosen', 'rejected')):
         return _with(reading, form='pairs')
+    if all(is_dialogue(row.get(reading.columns.get(c, [c])[0])) for c in ('chosen', 'rejected')):
+        return _with(reading, form='pairs', format='HH-RLHF')
     raise ValueError(_no_form(row, names, reading.columns, at))
 
 def _with(reading:Reading, **more) -> Reading:
@@ -127,8 +134,19 @@ def _fits(form:str, names, columns, also:bool) -> bool:
     need, have = set(FORMS[form]), {ALIASES.get(c, c) for c in names} | set(columns)
     return need <= have and set(columns) <= (need | set(ALSO[form]) if also else need)
 
-def _format_of(names, reading:Reading, also:bool) -> Reading|None:
+def _in_turn(reading:Reading) -> Reading:
+    "Return `reading` for texts without roles, which only `columns=` can say to be those of user and assistant in turn"
+    theirs = reading.columns['alternating']
+    if 'messages' in reading.columns or len(theirs) > 1:
+        raise ValueError("columns= names one column as 'alternating', and then none as 'messages'")
+    others = {k: v for k, v in reading.columns.items() if k != 'alternating'}
+    return _with(reading, form='chat', format='texts of user and assistant in turn',
+                 alternating=True, columns=dict(messages=theirs) | others)
+
+def _format_of(row, names, reading:Reading, also:bool) -> Reading|None:
     for name, (need, columns) in FORMATS.items():
+        if name == 'Capybara' and not are_exchanges(row.get('conversation')):
+            continue
         form = 'chat' if 'messages' in columns else 'text'
         beside = set(ALSO[form]) if also else set()
         if set(need) <= set(names) and reading.columns.keys() <= beside:
@@ -154,12 +172,30 @@ def _no_form(row, names, columns, at) -> str:
     if two and not columns:
         label = {k: v for k, v in hints.items() if k == 'label'}
         say = f"; to join two texts, pass columns={ {'text': list(two)} | label}"
+    say = _advice(row, names) or say
     if {'chosen', 'rejected'} <= set(names) and 'prompt' in lacks and not hints:
         say = '; if both begin with the question, move that beginning to a column of its own'
     return (f'{at} has the columns {", ".join(map(str, row)) or "(none)"}, but no '
             f'{" and no ".join(map(repr, lacks))}{say}. Rows need prompt and response, '
             'or messages, or text and label, or text alone, or, to compare answers, '
             'prompt, chosen and rejected')
+
+def _advice(row, names) -> str:
+    "Return what helps for data sets whose columns no `columns=` can name; '' for others"
+    told = [n for n in names if are_texts(row.get(n))]
+    if {'context', 'question', 'answers'} <= set(names) and isinstance(row['answers'], Mapping): # SQuAD
+        return ("; answers holds several texts: choose one of each row, such as rows = [dict(context=r['context'], "
+                "question=r['question'], response=r['answers']['text'][0]) for r in rows if r['answers']['text']], "
+                "and pass columns={'prompt': ['context', 'question']}")
+    if {'query', 'answers', 'tools'} <= set(names): # xLAM
+        return ("; answers holds calls of tools: write them as messages, such as rows = [dict(messages=[dict("
+                "role='user', content=r['query']), dict(role='assistant', content=None, tool_calls=[dict("
+                "type='function', function=c) for c in json.loads(r['answers'])])], tools=[dict(type='function', "
+                "function=t) for t in json.loads(r['tools'])]) for r in rows]")
+    if told:
+        return (f'; {told[0]} is a list of texts without roles: if the first is the user\'s, the second the '
+                f'assistant\'s, and so on, pass columns={ {"alternating": told[0]} }')
+    return ''
 
 def _hints(need, row, names, have) -> tuple[list[str], dict[str, str]]:
     "Return the columns that a form lacks, and those of the row that are likely to be meant"
@@ -339,6 +375,12 @@ def _drop_label(row:dict, reading:Reading, at:str) -> dict|None:
 # %% ../../nbs/core/formats.ipynb #0014f0a3
 def _talk(value, reading, at, column='messages') -> list[dict]:
     counts = Counter()
+    if reading.alternating and column == 'messages':
+        value = in_turn(value, at, reading.columns['messages'][0])
+    elif column == 'messages' and are_texts(value):
+        theirs = reading.columns.get('messages', ['messages'])[0]
+        raise ValueError(f"{at}: {theirs} is a list of texts without roles; if the first is the user's, the second the "
+                         f"assistant's, and so on, pass columns={ {'alternating': theirs} }")
     out = messages_of(value, at, column, counts)
     for what, n in counts.items():
         reading.count('messages', what, n)
@@ -403,7 +445,8 @@ def _as_talk(row:dict, before:list[dict]=()) -> dict:
     return out
 
 def _as_chat(row:dict, reading:Reading, at:str) -> dict:
-    shared = is_list(row['messages']) and any(isinstance(m, Mapping) and 'from' in m for m in row['messages'])
+    shared = reading.alternating or is_list(row['messages']) and any(
+        isinstance(m, Mapping) and 'from' in m for m in row['messages'])
     talk = _talk(row['messages'], reading, at)
     out = row | dict(messages=_ended(talk, shared, reading, at))
     if 'tools' in reading.carry:
@@ -420,7 +463,25 @@ def _as_chat(row:dict, reading:Reading, at:str) -> dict:
     return _without(out, 'system') | dict(messages=before + out['messages'])
 
 # %% ../../nbs/core/formats.ipynb #0018f0a3
+def _split(row:dict, reading:Reading) -> dict|None:
+    "Return a row of HH-RLHF with its dialogues as messages, or `None`, counted, if that would be a guess"
+    if reading.format != 'HH-RLHF':
+        return row
+    talks = {c: dialogue_of(row[c]) for c in ('chosen', 'rejected')}
+    if None in talks.values():
+        reading.count('dialogues', 'not in turns of Human and Assistant that end in an answer')
+        return None
+    if talks['chosen'][0] != talks['rejected'][0]:
+        reading.count('dialogues', 'two different first questions')
+        return None
+    return row | talks
+
 def _as_pair(row:dict, reading:Reading, at:str) -> dict:
+    if 'prompt' in reading.carry: # the answers have one of their own, which gets that name
+        row = _without(row, 'prompt')
+    if is_dialogue(row['chosen']) and is_dialogue(row['rejected']):
+        raise ValueError(f'{at}: chosen and rejected are whole dialogues, which begin with "Human:", beside a prompt; '
+                         "to read them without it, pass carry=['prompt']")
     if not is_list(row['chosen']) and not is_list(row['rejected']):
         if is_list(row.get('prompt')):
             raise ValueError(f'{at}: prompt is a list of messages, so chosen and rejected must be lists too')
@@ -494,7 +555,8 @@ def read_form(records:list[tuple[str, dict]], # (location, row)
     """Recognize the form of rows, rename, check and convert each. Raises `ValueError` that names
     the row."""
     reading, out = form_of(records[0][1], reading, where, first), []
-    if clash := [c for c in FORMS[reading.form] if c in reading.carry]:
+    left_out = _dialogues(reading)
+    if clash := [c for c in FORMS[reading.form] if c in reading.carry and (reading.form, c) != ('pairs', 'prompt')]:
         raise ValueError(f'carry= names {clash[0]!r}, but another column is read under that name; rename it in {where}')
     alike = ((first, reading.form) if reading.form in ('label', 'lm') or first in ('label', 'lm')
              else ())
@@ -504,24 +566,41 @@ def read_form(records:list[tuple[str, dict]], # (location, row)
     need = [c for c in FORMS[reading.form] if not (reading.form == 'pairs' and c == 'prompt')]
     for at, row in records:
         row = _renamed(row, reading, at)
-        lacks = [c for c in need if c not in row]
-        if lacks:
-            raise ValueError(f'{at} has no {lacks[0]!r}; it has '
-                             f'{", ".join(map(str, row)) or "no columns"}{did_you_mean(lacks[0], map(str, row))}')
-        if unread := _unread_of(row, reading):
-            raise ValueError(f'{at}: {_all_unread(unread | _later(records, reading, unread), reading)}')
+        _check_columns(row, need, records, reading, at)
         empty = _has_empty(row, reading)
         if empty and reading.empty == 'drop':
             reading.count('empty', 'rows')
             continue
         row = _drop_label(row, reading, at)
+        row = row and _split(row, reading)
         if row is not None:
             out.append((at, _converted(row, reading, at, empty)))
+    _check_split(len(out), _dialogues(reading) - left_out, reading, where)
     if not out:
         if reading.empty and not reading.wanted:
             raise ValueError(f'{where}: no row is left, because all are empty')
         raise ValueError(f'{where}: no row has a label that is true, so wanted= leaves nothing')
     return reading, out
+
+def _check_columns(row:dict, need:list[str], records, reading:Reading, at:str):
+    "Raise `ValueError` for a column that is missing, or changes the meaning of the row and is not read"
+    lacks = [c for c in need if c not in row]
+    if lacks:
+        raise ValueError(f'{at} has no {lacks[0]!r}; it has '
+                         f'{", ".join(map(str, row)) or "no columns"}{did_you_mean(lacks[0], map(str, row))}')
+    if unread := _unread_of(row, reading):
+        raise ValueError(f'{at}: {_all_unread(unread | _later(records, reading, unread), reading)}')
+
+def _dialogues(reading:Reading) -> int:
+    "Return how many dialogues were left out so far"
+    return sum(reading.counts.get('dialogues', {}).values())
+
+def _check_split(n:int, lost:int, reading:Reading, where:str):
+    "Raise `ValueError` if more dialogues were left out than read: then they are not what they were taken for"
+    if lost > n:
+        why = some([f'{k} ({v})' for k, v in reading.counts['dialogues'].items()])
+        raise ValueError(f'{where}: of {n + lost} pairs of dialogues only {n} could be split into turns: {why}. Write '
+                         'them as prompt, chosen and rejected')
 
 def _converted(row:dict, reading:Reading, at:str, empty:bool) -> dict:
     try:
@@ -562,6 +641,7 @@ DONE = {'renamed': 'renamed: {}', 'joined': 'joined to the text before: {}',
         'told': 'with a system text or history: {}',
         'replaced': 'left out, because columns= names another column: {}',
         'empty': 'left out, because a text is empty: {}',
+        'dialogues': 'dialogues left out: {}',
         'wanted': 'labelled true: {}', 'unwanted, left out': 'labelled false and left out: {}',
         'messages': '{}', 'unread': 'carried along unread: {}'}
 

@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['LOCK', 'DiskFull', 'disk_trouble', 'leftovers', 'remove', 'staging', 'flush', 'write_atomically', 'write_text',
-           'write_tensors', 'read_metadata', 'read_tensors', 'Busy', 'only_writer', 'check_room', 'TemporaryFolder',
-           'sweep']
+__all__ = ['LOCK', 'DiskFull', 'disk_trouble', 'leftovers', 'remove', 'staging', 'usual_modes', 'flush', 'write_atomically',
+           'write_text', 'write_tensors', 'read_metadata', 'read_tensors', 'Busy', 'only_writer', 'check_room',
+           'TemporaryFolder', 'sweep']
 
 # %% ../../nbs/core/io.ipynb #0005bdb4
 class DiskFull(OSError):
@@ -137,8 +137,20 @@ def _sync(path:Path) -> None:
     finally:
         os.close(at)
 
+def usual_modes(folder:Path) -> None:
+    """Give each file in a folder the mode that a new file gets here. safetensors makes files that only their
+    owner can read, so a server under another user could not."""
+    new = folder/'.mode'
+    new.touch() # the umask can only be asked by setting it, for all threads at once
+    mode = new.stat().st_mode
+    new.unlink()
+    for p in folder.rglob('*'):
+        if p.is_file() and p.stat().st_mode != mode:
+            p.chmod(mode & 0o777)
+
 def flush(folder:Path) -> None:
-    "Flush a folder and everything in it to the disk"
+    "Give each file in a folder its usual mode, and flush the folder and everything in it to the disk"
+    usual_modes(folder)
     for p in (*folder.rglob('*'), folder):
         _sync(p)
 
@@ -153,6 +165,7 @@ def write_atomically(path:str|Path,     # the file
     try:
         with staging(path) as folder:
             write(folder/path.name)
+            usual_modes(folder)
             _sync(folder/path.name)
             os.replace(folder/path.name, path)
         _sync(path.parent)

@@ -5,13 +5,15 @@
 # %% ../../nbs/core/messages.ipynb #00043e55
 from __future__ import annotations
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from .rows import checked_text, clean_values, missing
 from .text import did_you_mean
 
 # %% auto #0
-__all__ = ['TEXT_PARTS', 'READ', 'INSTEAD', 'SPEAKERS', 'ROLES', 'is_list', 'tools_of', 'messages_of', 'answered']
+__all__ = ['TEXT_PARTS', 'READ', 'INSTEAD', 'SPEAKERS', 'ROLES', 'is_list', 'tools_of', 'are_texts', 'are_exchanges', 'in_turn',
+           'is_dialogue', 'dialogue_of', 'messages_of', 'answered']
 
 # %% ../../nbs/core/messages.ipynb #00063e55
 def _listed(value):
@@ -108,6 +110,40 @@ def _calls(text:str, i:int, at:str) -> list[dict]:
     return [dict(type='function', function=c)
             for c in (calls if isinstance(calls, list) else [calls])]
 
+# %% ../../nbs/core/messages.ipynb #000c3e57
+def are_texts(value) -> bool:
+    "Return whether a value is a list of two texts or more"
+    value = _listed(value)
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(t, str) for t in value)
+
+def are_exchanges(value) -> bool:
+    "Return whether a value is a list of {input, output} and nothing else, as in Capybara"
+    value = _listed(value)
+    return (isinstance(value, list) and len(value) > 0
+            and all(isinstance(t, Mapping) and set(t) == {'input', 'output'} for t in value))
+
+def in_turn(value, at:str, column:str) -> list[dict]:
+    "Return a list of texts as messages of user and assistant in turn. Raises `ValueError` for anything else"
+    texts = _listed(value)
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
+        raise ValueError(f'{at}: {column} is {str(value)[:60]!r}; it must be a list of texts, of the user and the '
+                         'assistant in turn')
+    return [dict(role=('user', 'assistant')[i % 2], content=t) for i, t in enumerate(texts)]
+
+def is_dialogue(value) -> bool:
+    "Return whether a text is a dialogue of Human and Assistant, as in HH-RLHF"
+    return (isinstance(value, str) and value.lstrip().startswith('Human:')
+            and '\n\nAssistant:' in value)
+
+def dialogue_of(text:str) -> list[dict]|None:
+    "Return a dialogue of Human and Assistant as messages; `None` if it does not split into their turns"
+    parts = re.split(r'(?:^|\n\n)(Human|Assistant):', text.strip())
+    names, said = parts[1::2], [t.strip() for t in parts[2::2]]
+    turns = ['Human', 'Assistant']*(len(names)//2)
+    if parts[0] or not names or names != turns or not all(said):
+        return None
+    return in_turn(said, '', '')
+
 # %% ../../nbs/core/messages.ipynb #000e3e55
 def _message(m, i:int, column:str, at:str, counts:Counter) -> Mapping:
     "Return one message as ftlab reads it"
@@ -151,8 +187,13 @@ def messages_of(value, at:str, column:str='messages', counts:Counter|None=None) 
         fix = ', or that list as JSON' if isinstance(value, str) else ''
         raise ValueError(f'{at}: {column} is {str(value)[:40]!r}; it must be a list of {{"role": '
                          f'..., "content": ...}}{fix}')
+    if are_exchanges(talk):
+        counts['exchanges of input and output, read as user and assistant'] += len(talk)
+        talk = in_turn([t for e in talk for t in (e['input'], e['output'])], at, column)
     out = [_message(m, i, column, at, counts) for i, m in enumerate(talk, 1)]
     counts['messages with weight 0'] += sum(m.get('weight') == 0 for m in out)
+    others = sum(m.get('weight') == 1 and m['role'] != 'assistant' for m in out)
+    counts["messages with weight 1 that are not the assistant's, and so not learned"] += others
     return out
 
 # %% ../../nbs/core/messages.ipynb #00103e55

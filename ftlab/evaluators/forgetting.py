@@ -10,7 +10,7 @@ from numbers import Integral
 from statistics import fmean
 
 # %% auto #0
-__all__ = ['RIGHT', 'CORRECTIONS', 'Z', 'right', 'wilson', 'flips', 'mean_flips']
+__all__ = ['RIGHT', 'CORRECTIONS', 'Z', 'MARGINS', 'right', 'wilson', 'flips', 'mean_flips', 'change_in_words']
 
 # %% ../../nbs/evaluators/forgetting.ipynb #0006e21b
 RIGHT = .5 # the score from which an answer counts as right
@@ -148,3 +148,21 @@ def _mean_side(sides:list[dict]) -> dict:
                         + sign*math.hypot(*(s[end] - s[middle] for s in sides))/len(sides)
                         if known else None)
     return out
+
+# %% ../../nbs/evaluators/forgetting.ipynb #001de21d
+MARGINS = {'points': 2., 'nats per token': .05} # a change is called none if its whole interval is no further from 0
+
+def change_in_words(low:float|None, high:float|None, # 95% interval of the change; better is positive
+                    unit:str='points',  # of both, a key of `MARGINS`
+                    digits:int=1
+                   ) -> str: # follows the name of what changed
+    "Say what an interval allows: a gain, a loss, no change within the margin, or nothing that can be told"
+    if low is None or high is None:
+        return 'too few to tell a gain from a loss'
+    ends = f'between {low + 0.:+.{digits}f} and {high + 0.:+.{digits}f} {unit}'
+    if low > 0 or high < 0:
+        return f'{"gained" if low > 0 else "lost"}, {ends}'
+    if max(-low, high) <= MARGINS[unit] + 1e-9:
+        return f'no change of more than {MARGINS[unit]:g} {unit} ({ends.removesuffix(" " + unit)})'
+    return f'{ends}: a loss cannot be told from a gain'
+

@@ -69,8 +69,8 @@ OWN_ANSWERS = compared(
     own_answers,
     [({'capital ?': ('Koport', 'Koport'), 'job ?': ('baker', 'pilot'), 'sum ?': ('4  2', '4 2')},
       {'capital ?': 'Koport', 'job ?': 'baker', 'sum ?': '4 2'}),
-     ({'pet ?': ('', ''), 'color ?': ('red\n', 'red'), 'food ?': ('rice', 'rice')},
-      {'pet ?': 'cat', 'color ?': 'red', 'food ?': 'soup'}),
+     ({'shoe ?': (' ', '\n'), 'pet ?': ('', ''), 'color ?': ('red\n', 'red'), 'food ?': ('rice', 'rice')},
+      {'shoe ?': 'boot', 'pet ?': 'cat', 'color ?': 'red', 'food ?': 'soup'}),
      ({'max ?': ('7', '9'), 'sort ?': ('a b', 'b a'), 'dedupe ?': ('b b', 'b')},
       {'max ?': '7', 'sort ?': 'a b', 'dedupe ?': 'b'})],
     ((lambda twice, greedy: {q: twice[q][0] for q in own_answers(twice, greedy)},
@@ -111,7 +111,8 @@ def what_to_mix(lost, n):
 _TRIALS = [(dict(sort=60., reverse=30., count=9., fact=0., tool=-6.), 10),
            (dict(tavi=50., oruk=20., refuse=14., add=-2.), 7), (dict(fact=0., add=-1.), 4),
            (dict(sort=40., last=20., add=-30.), 6),
-           (dict(sort=30., last=31., max=32.), 5), (dict(last=3., max=12., write=25.), 8)]
+           (dict(sort=30., last=31., max=32.), 5), (dict(last=3., max=12., write=25.), 8),
+           (dict(sort=.4, last=.9, max=-.2), 5)]
 
 def _shared(of):
     "Return a wrong solution: n rows in proportion to of(lost)"

@@ -18,11 +18,12 @@ from ..core.labels import numbered
 from ..core.mix import read_again
 from ..core.model import notes_of
 from ..core.record import digest, versions
+from ..evaluators.forgetting import change_in_words
 from ..methods import get
 from ..trainers.run import NOT_ITS_FILES, Run
 
 # %% auto #0
-__all__ = ['HUB_ID', 'PIPELINES', 'hub_id', 'last_part', 'escaped', 'without_paths', 'head_of', 'card', 'write_card']
+__all__ = ['HUB_ID', 'PIPELINES', 'hub_id', 'last_part', 'escaped', 'without_paths', 'head_of', 'card', 'write_card', 'exported']
 
 # %% ../../nbs/instruments/card.ipynb #6651a668
 HUB_ID = re.compile(r'[\w][\w.-]*/[\w][\w.-]*')
@@ -244,7 +245,8 @@ def _measured(run:Run, record:Mapping, report:Mapping|None) -> list[str]:
                      f'{s["before"]:.3f} -> {s["after"]:.3f}, change {_span(s)}')
     lost = (report or {}).get('forgetting')
     if lost and lost.get('mean') is not None:
-        lines.append(f'- forgetting, mean over {lost["sets"]} sets: {_span(lost)} (95% interval over questions)')
+        lines.append(f'- forgetting, mean over {lost["sets"]} sets: {_span(lost)} (95% interval over questions)'
+                     + _allows(lost, (report or {})['sets']))
     if c := run.settings.get('comparison'):
         unit = dict(nll='nats a token').get(c['metric'], f'in {c["metric"]}')
         lines += [f'- in a comparison of {escaped(", ".join(c["methods"]))} over {c["seeds"]} seeds: '
@@ -252,6 +254,14 @@ def _measured(run:Run, record:Mapping, report:Mapping|None) -> list[str]:
                   '(95% interval over seeds, where there are three or more)',
                   f'- {escaped(c["why"])}']
     return lines or ['- nothing: no report, no test score and no comparison belongs to this run']
+
+def _allows(lost:Mapping, sets:list) -> str:
+    "Return what the interval of forgetting allows, by the rule of the report"
+    if lost.get('low') is None:
+        return ''
+    nats = all(s['metric'] == 'nll' for s in sets if s['old'])
+    scale, unit, digits = (1., 'nats per token', 2) if nats else (100., 'points', 1)
+    return f'; old skills: {change_in_words(-scale*lost["high"], -scale*lost["low"], unit, digits)}'
 
 def _lost(c:Mapping) -> str:
     "Return what a comparison measured as forgetting, and in what"
@@ -332,3 +342,16 @@ def write_card(run:Run, folder:str|Path, **given) -> Path:
     at = Path(folder)/'README.md'
     write_text(at, card(run, **given))
     return at
+
+# %% ../../nbs/instruments/card.ipynb #7796c876
+def exported(run:Run,
+             folder:str|Path,   # a new folder; for 'gguf' a new file, which has no card
+             form:str='plain',  # as in `Run.export`
+             dtype:str|None=None, # of a GGUF file
+             **given            # go to `card`: record, report, title
+            ) -> Path:
+    "Export a run as `Run.export` does, with a model card in the folder"
+    made = run.export(folder, form, dtype)
+    if made.is_dir():
+        write_card(run, made, form=form, **given)
+    return made

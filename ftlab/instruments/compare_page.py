@@ -10,12 +10,13 @@ import pandas as pd
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
-from ..core.table import html_table
+from ..core.table import html_table, text_table
+from ..evaluators.forgetting import change_in_words
 from .views import method_styles
 
 # %% auto #0
-__all__ = ['MEANT', 'PAGE', 'titles', 'table_of', 'span', 'off_target', 'table_html', 'picture', 'image', 'tag', 'reading',
-           'warned', 'in_words', 'tuning_words', 'html_page']
+__all__ = ['MEANT', 'PAGE', 'titles', 'table_of', 'span', 'off_target', 'cells_of', 'table_html', 'table_text', 'picture',
+           'image', 'tag', 'reading', 'allowed', 'warned', 'in_words', 'tuning_words', 'html_page']
 
 # %% ../../nbs/instruments/compare_page.ipynb #0026c6d6
 def titles(result:dict) -> dict[str, str]:
@@ -39,7 +40,8 @@ def _row(method:dict, titles:dict[str, str], limit) -> dict:
     row |= {'rate at equal gain': method['rate_matched'], 'gain reached': method['gain_matched']['mean']}
     if limit is not None:
         within = method['within']
-        row |= {f'gain within {limit:g} points': within and within['gain']['mean']}
+        row |= {f'{k} within {limit:g} points': within and within[k]['mean']
+                for k in ('gain', 'forgetting')}
 
     def over(key, f):
         known = [s[key] for s in seeds if s[key] is not None]
@@ -61,12 +63,12 @@ def off_target(method:dict, target:float|None) -> bool:
     reached = method['gain_matched']['mean']
     return target is not None and reached is not None and abs(reached - target) > .02
 
-def table_html(result:dict) -> str:
-    "Return the table as HTML"
+def cells_of(result:dict) -> tuple[list[str], list[list[str]]]: # the names of the columns; one row a method
+    "Return the table as text, the same wherever it is shown"
     names, limit = titles(result), result['lose_at_most']
-    lost = names['forgetting']
+    lost, kept = names['forgetting'], () if limit is None else ('gain', 'forgetting')
     head = ['method', 'rate', 'gain', lost, 'rate at equal gain', names['forgetting_matched'],
-            *([] if limit is None else [f'gain within {limit:g} points']),
+            *(f'{k} within {limit:g} points' for k in kept),
             'lost', 'won', 'seconds', 'peak MB', 'trained', 'head', 'saved KB']
     num = lambda x, f: '–' if x is None or pd.isna(x) else format(x, f)
     elsewhere = lambda m: ' †' if off_target(m, result['target']) else ''
@@ -75,13 +77,22 @@ def table_html(result:dict) -> str:
         mark = ' ‡' if m['hangs'] else ' (stopped early)' if m['stopped'] else ''
         cost = [num(r[k], f) for k, f in (('seconds', '.1f'), ('peak_MB', '.0f'), ('trained', ',.0f'),
                                           ('head', ',.0f'), ('saved_KB', ',.0f'))]
-        within = [] if limit is None else [span(m['within'] and m['within']['gain'])]
+        within = [span(m['within'] and m['within'][k]) for k in kept]
         within += [num(m[k]['mean'], '.3f') for k in ('lost', 'won')]
         return [m['name'] + mark + crashed, num(m['rate'], 'g'), span(m['gain']), span(m['forgetting']),
                 num(m['rate_matched'], 'g'), span(m['forgetting_matched']) + elsewhere(m),
                 *within, *cost]
-    return html_table(
-        head, [cells(m, r) for m, (_, r) in zip(result['methods'], table_of(result).iterrows())])
+    rows = zip(result['methods'], table_of(result).iterrows())
+    return head, [cells(m, r) for m, (_, r) in rows]
+
+def table_html(result:dict) -> str:
+    "Return the table as HTML, one row a method"
+    return html_table(*cells_of(result))
+
+def table_text(result:dict) -> str:
+    "Return the table for a shell, one column a method"
+    head, rows = cells_of(result)
+    return text_table((), zip(head, *rows))
 
 # %% ../../nbs/instruments/compare_page.ipynb #0028c6d6
 def picture(result:dict) -> Figure:
@@ -180,7 +191,20 @@ def reading(r:dict) -> list[str]:
             f'Both are measured on test questions, with {chance}',
             'Choose the curve that is highest at the gain you need; '
             'a curve that ends before that gain cannot reach it.']
-    return said + warned(r)
+    return said + allowed(r) + warned(r)
+
+def allowed(r:dict) -> list[str]:
+    "Say what the interval of each method's forgetting allows, where it contains 0"
+    said = []
+    for m in r['methods']:
+        low, high = m['forgetting']['low'], m['forgetting']['high']
+        if r['protocol']['forgetting'].startswith('drift') or low is None or low > 0 or high < 0:
+            continue
+        scores = m['lost']['mean'] is not None # flips are of scores; the rest is in nats
+        scale, unit, digits = (100, 'points', 1) if scores else (1, 'nats per token', 2)
+        words = change_in_words(-scale*high, -scale*low, unit, digits)
+        said.append(f'{m["name"]}, old questions at its largest gain: {words}.')
+    return said
 
 def warned(r:dict) -> list[str]:
     "Say what casts doubt on the order of a result"

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from ..core.io import write_atomically
 from ..core.table import Html, html_table
-from ..evaluators.forgetting import CORRECTIONS
+from ..evaluators.forgetting import CORRECTIONS, change_in_words
 
 # %% auto #0
 __all__ = ['STYLE', 'PAGE', 'VERSION', 'RENAMED', 'HOW', 'percent', 'signed', 'level', 'spread', 'count', 'duration', 'headline',
@@ -104,7 +104,8 @@ def _lost(r) -> str:
                 + f' {path}')
     if f['high'] < 0:
         return f'gained {size} on {over}'
-    return f'no measurable loss on {over} ({spread(_gained(f), scale, digits)} {unit.split()[0]})'
+    change = _gained(f)
+    return f'on {over} {change_in_words(scale*change["low"], scale*change["high"], unit, digits)}'
 
 def _worst(r):
     return next(s for s in r['sets'] if s['old'] and s['name'] == r['forgetting']['worst'])

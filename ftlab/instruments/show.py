@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 from torch import nn
 from transformers.convert_slow_tokenizer import bytes_to_unicode
-from ..core.data import Data, KINDS, data as as_data
+from ..core.data import Data, KINDS, data as as_data, without_value
 from ..core.io import write_text
 from ..core.labels import numbered
 from ..core.messages import is_list
@@ -166,6 +166,8 @@ def _about(row:dict, data:Data) -> list[str]:
         out.append(f'label {row["label"]} = {visible(str(data.labels[row["label"]]), False)}')
     if data.kind == 'chat':
         out.append(f'messages: {_roles(row)}')
+    if word := without_value([row], data.kind):
+        out.append(f'{word[0][0]}: {word[0][1]!r}, as tables write an empty cell')
     if row.get('tools'):
         calls = [str(t.get('function', t).get('name')) for t in row['tools']]
         out.append(f'tools: {visible(some(calls, 6), False)}')
@@ -388,6 +390,9 @@ def show(data,                     # `Data`, or anything that `ftlab.data` accep
     unknown = '' if model is not None or max_length else " (the model's own limit may be lower)"
     head = (f'{visible(data.name, False)}: {len(shown)} of {len(rows)} {split} rows of kind '
             f'{data.kind}; at most {limit} tokens a row{unknown}')
+    if blank := without_value(rows, data.kind):
+        words = some(dict.fromkeys(repr(w) for _, w in blank.values()))
+        head += f'; in {len(blank)} of all a text is only {words}, as tables write an empty cell'
     return Shown(shown, head)
 
 def _check_arguments(tok, n, max_length, split, seed):

@@ -42,13 +42,14 @@ class Choice:
     forgetting:dict
 
 def _gap(a:list, b:list) -> SimpleNamespace:
-    "Compare two methods over the same seeds: the mean of a - b, and whether it is clearly above 0"
+    """Compare two methods over the same seeds: the mean of a - b, whether it is clearly above 0, and what its
+    interval allows, in words"""
     d = [x - y for x, y in zip(a, b)]
     mean, n = fmean(d), len(d)
     if n < 3:
-        return SimpleNamespace(mean=mean, clear=mean > 0)
-    spread = math.sqrt(sum((x - mean)**2 for x in d)/(n - 1)/n)
-    return SimpleNamespace(mean=mean, clear=mean - float(stats.t.ppf(.975, n - 1))*spread > 0)
+        return SimpleNamespace(clear=mean > 0, words='')
+    half = float(stats.t.ppf(.975, n - 1))*math.sqrt(sum((x - mean)**2 for x in d)/(n - 1)/n)
+    return SimpleNamespace(clear=mean - half > 0, words=f'{mean - half:+.3f} to {mean + half:+.3f}')
 
 def _over(method:Mapping, key:str) -> list:
     "Return one value a seed; empty if one is missing"
@@ -148,12 +149,21 @@ def _least_forgetting(level:list, result, few:str) -> Choice:
     verb = 'drifts least' if how.startswith('drift') else 'forgets least'
     least = min(level, key=lambda m: fmean(_over(m, key)))
     tied = [m for m in level if m is not least and not _gap(_over(m, key), _over(least, key)).clear]
-    said = f'{_list(level)} are level in gain{few}'
+    said = f'the gains of {_list(level)} cannot be told apart{_differences(level, "gain")}{few}'
     if not tied:
         return _at_end(least, f'{said}, and of these {least["name"]} {verb} {at}')
     won = min([least, *tied], key=_seconds)
-    return _at_end(won, f'{said}, and {_list([least, *tied])} are tied in what they lose {at}, so the one that took '
-                        f'the fewest seconds was taken: {won["name"]}')
+    return _at_end(won, f'{said}, and what {_list([least, *tied])} lose {at} cannot be told apart'
+                        f'{_differences([least, *tied], key)}, so the one that took the fewest seconds was taken: '
+                        f'{won["name"]}')
+
+def _differences(methods:list, key:str) -> str:
+    "Return the intervals of the differences from the first of some methods; none with few seeds"
+    first, *others = methods
+    found = [(f'{first["name"]} - {m["name"]}', _gap(_over(first, key), _over(m, key)).words)
+             for m in others]
+    said = '; '.join(f'{name}: {words}' for name, words in found if words)
+    return f' ({said})' if said else ''
 
 # %% ../../nbs/instruments/winner.ipynb #d34dda37
 def inputs_of(bench, seeds:list[int]) -> dict:

@@ -21,6 +21,7 @@ from ..core.gguf_file import gguf_notes, write_gguf
 from ..core.io import disk_trouble, flush, read_tensors, staging, write_text
 from ..core.data import Data
 from ..core.folder import check_folder, tensor_shapes, weight_files
+from ..core.loading import quiet
 from ..core.model import device_of, notes_of
 from ..core.recipe import Recipe
 from ..core.state import State
@@ -59,7 +60,8 @@ class Run:
                dtype:str|None=None    # of the matrices in a GGUF file: 'f32' (None), 'f16' or 'bf16'
               ) -> Path:
         """Save the changed model as a plain Hugging Face folder that loads without ftlab, as one GGUF file, or what
-        changed as an adapter of peft. Raises `FileExistsError` for a folder that is not empty, `ValueError` for what
+        changed as an adapter of peft. With a model card: `ftlab.export(run, folder)`. Raises
+        `FileExistsError` for a folder that is not empty, `ValueError` for what
         the form cannot hold."""
         if form not in FORMS:
             raise ValueError(f'form is {form!r}; it must be {", ".join(FORMS)}')
@@ -169,7 +171,9 @@ def export(model, tok, attached:Attached|None, folder:str|Path) -> Path:
         raise FileExistsError(f'{str(folder)!r} is not empty; export to a new folder')
     try:
         with staging(folder) as made:
-            model.save_pretrained(made, state_dict={k: v.contiguous() for k, v in weights.items()})
+            with quiet():
+                whole = {k: v.contiguous() for k, v in weights.items()}
+                model.save_pretrained(made, state_dict=whole)
             if tok is not None:
                 tok.save_pretrained(made)
             _check_written(made, weights, tok)

@@ -6,15 +6,16 @@
 from __future__ import annotations
 import unicodedata
 from collections import Counter
-from ...core.data import question_of
+from dataclasses import replace
+from ...core.data import NO_VALUE, question_of, without_value
 from ...core.text import shortened, some
 from ..case import NotApplicable, check
 from ..planted import (before, labelled_data, planted, text_data, toy_classifier,
                                        toy_rows)
 
 # %% auto #0
-__all__ = ['FEW', 'train_test_overlap', 'duplicate_rows', 'answers_contradict', 'few_test_rows', 'labels_missing',
-           'labels_unbalanced', 'passes_over_data', 'unknown_words']
+__all__ = ['FEW', 'train_test_overlap', 'duplicate_rows', 'cells_without_value', 'answers_contradict', 'few_test_rows',
+           'labels_missing', 'labels_unbalanced', 'passes_over_data', 'unknown_words']
 
 # %% ../../../nbs/instruments/checks/data.ipynb #000574e9
 def _normal(text:str) -> str:
@@ -67,6 +68,34 @@ def duplicate_rows(case):
 @planted(duplicate_rows, r'10 of 50 training rows repeat .* 11 times')
 def _one_row_eleven_times():
     return before(data=text_data(toy_rows(40) + toy_rows(1)*10))
+
+# %% ../../../nbs/instruments/checks/data.ipynb #000774ea
+@check('before', 'warning',
+       why='a table wrote an empty cell in words, and the model learns to read or to answer that word',
+       fix='leave these rows out of the file; ignore this if the word is meant',
+       source='fritshermans/deduplipy#24')
+def cells_without_value(case):
+    case.require_text()
+    found = without_value(case.data.train, case.kind)
+    label = set(case.data.labels or ()) & NO_VALUE
+    if not found and not label:
+        return None
+    if label:
+        return f'a label is called {min(label)!r}, as tables write an empty cell'
+    words = Counter(found.values())
+    (column, word), times = words.most_common(1)[0]
+    seen = (f'{len(found)} of {len(case.data.train)} training rows have a text that is only a word for an empty cell, '
+            f'most often {word!r} as {column} ({times})')
+    return ('note' if all(w == 'None' for _, w in words) else 'warning'), seen
+
+@planted(cells_without_value, r"2 of 42 training rows .* most often '(NULL|nan)' as response \(1\)")
+def _empty_cells_in_words():
+    empty = [dict(toy_rows(1, 700)[0], response=w) for w in ('NULL', 'nan')]
+    return before(data=text_data(toy_rows(40) + empty, toy_rows(30, 500)))
+
+@planted(cells_without_value, "a label is called 'nan'")
+def _a_label_without_a_name():
+    return before(model=toy_classifier(), data=replace(labelled_data([0, 1]*12, [0]*30), labels=['nan', 'z']))
 
 # %% ../../../nbs/instruments/checks/data.ipynb #000974e9
 @check('before', 'warning',
