@@ -21,8 +21,8 @@ from ..core.text import shortened, some
 from .case import NotApplicable
 
 # %% auto #0
-__all__ = ['NAMES', 'FORMS', 'OWN', 'KEEP', 'TRAINERS', 'PICKLES', 'PICKLED', 'Log', 'log_of', 'Config', 'flat', 'renamed',
-           'at_odds', 'form_of', 'Found', 'recognize', 'Elsewhere']
+__all__ = ['REWARDS', 'NAMES', 'FORMS', 'OWN', 'KEEP', 'TRAINERS', 'PICKLES', 'PICKLED', 'CONVERT', 'HELD', 'Log', 'log_of',
+           'Config', 'flat', 'renamed', 'at_odds', 'form_of', 'Found', 'recognize', 'Elsewhere']
 
 # %% ../../nbs/instruments/artifact.ipynb #00057975
 @dataclass
@@ -69,8 +69,15 @@ class Log:
     @property
     def rewarded(self) -> bool:
         "Return whether the loss is that of reinforcement learning, whose size says nothing"
-        return any('reward' in r or 'reward_std' in r for r in self.rows)
+        return any(k in r for r in self.rows for k in ('reward_std', *REWARDS))
 
+    @property
+    def preferred(self) -> bool:
+        "Return whether the loss is of preferences, such as that of DPO"
+        return any('rewards/margins' in r or 'rewards/accuracies' in r for r in self.rows)
+
+# the mean reward of a step: GRPO and PPO of trl, verl, OpenRLHF
+REWARDS = ('reward', 'objective/scores', 'objective/rlhf_reward', 'critic/score/mean')
 _EVAL_LOSS = re.compile(r'eval_(.+_)?loss$')
 
 def _number(x) -> bool:
@@ -87,7 +94,8 @@ def log_of(entries:list[dict], state:dict|None=None) -> Log:
     rows = [{k: _as_number(v) for k, v in r.items()} for r in entries if isinstance(r, dict)]
     rows = [dict(r, learning_rate=r['lr']) if 'lr' in r and 'learning_rate' not in r else r
             for r in rows]
-    return Log([r for r in rows if 'loss' in r and 'train_runtime' not in r],
+    trained = {'loss', *REWARDS}
+    return Log([r for r in rows if trained & r.keys() and 'train_runtime' not in r],
                [r for r in rows if any(k.startswith('eval_') and k != 'eval_runtime' for k in r)],
                len(rows), state or {})
 
@@ -337,6 +345,12 @@ TRAINERS = dict(trl='trl or transformers', axolotl='axolotl', llamafactory='LLaM
 # %% ../../nbs/instruments/artifact.ipynb #000d7975
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 PICKLED = 'a pickle, which can run any program when it is read; it was not opened'
+CONVERT = ('if you trust it, convert it once: python -c "import torch, safetensors.torch as s; '
+           "d = torch.load('pytorch_model.bin', weights_only=True, map_location='cpu'); "
+           's.save_file({k: v.clone().contiguous() for k, v in d.items()}, \'model.safetensors\')"')
+HELD = dict(pytorch_model='the weights of a model', adapter_model='an adapter', optimizer="an optimizer's state",
+            scheduler='the plan of the learning rate', training_args='the settings of a Trainer',
+            rng_state='the states of random numbers', scaler="a loss scale", consolidated='the weights of a model')
 
 def recognize(path:str|Path) -> Found:
     """Say what a file or folder holds. Raises `FileNotFoundError` if there is nothing, and `ValueError`
@@ -376,7 +390,12 @@ def _take_folder(found:Found) -> None:
             found.more += [p.relative_to(folder).as_posix() for p in files[taken + 1:]]
     found.unread = [f'{p.name}: {PICKLED}' for p in sorted(folder.iterdir()) if p.suffix in PICKLES]
     if found.unread and not found.what:
-        found.what.append('a folder of pickles alone')
+        names = [u.partition(':')[0] for u in found.unread]
+        known = [f'{n} ({next((w for k, w in HELD.items() if n.startswith(k)), "unknown")})' for n in names]
+        raise ValueError(f'{folder} holds pickles alone: {some(known, 6)}. A pickle can run any program when it is '
+                         f'read, so none was opened, and nothing could be examined. Weights: {CONVERT}. Settings: '
+                         'json.dump(args.to_dict(), file). Beside them the doctor reads trainer_state.json, '
+                         'config.json and adapter_config.json')
 
 def _take_weights(found, folders) -> None:
     "Add the adapter and the model of the first folder that has one"
