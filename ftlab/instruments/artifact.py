@@ -19,6 +19,7 @@ from ..core.folder import read_json
 from ..core.loading import skeleton
 from ..core.text import shortened, some
 from .case import NotApplicable
+from .named_rows import LARGEST, NamedRows, Rows, as_training, named_rows, rows_of
 
 # %% auto #0
 __all__ = ['REWARDS', 'NAMES', 'FORMS', 'OWN', 'KEEP', 'TRAINERS', 'PICKLES', 'PICKLED', 'CONVERT', 'HELD', 'Log', 'log_of',
@@ -128,15 +129,16 @@ FORMS = dict( # a file is of the form of which it has the most words
 OWN = dict( # words that only one trainer has decide, before all others
     axolotl='micro_batch_size sequence_len sample_packing eval_sample_packing val_set_size train_on_inputs '
             'lora_target_linear',
-    llamafactory='finetuning_type cutoff_len stage lora_target quantization_bit neat_packing val_size',
+    llamafactory='finetuning_type cutoff_len stage lora_target quantization_bit neat_packing val_size dataset_dir',
     trl='use_peft dataset_name assistant_only_loss completion_only_loss packing_strategy num_generations')
-KEEP = ('special_tokens datasets test_datasets rope_scaling overrides_of_model_config deepspeed fsdp_config '
+KEEP = ('dataset_mixer special_tokens datasets test_datasets rope_scaling overrides_of_model_config deepspeed fsdp_config '
         'gradient_checkpointing_kwargs tokens added_tokens_overrides').split() # their inner names are not settings
 
 class Config:
     "Hold the settings of another trainer by one name"
-    def __init__(self, raw:Mapping, form:str):
+    def __init__(self, raw:Mapping, form:str, repeated:Mapping|None=None):
         self.form = form      # 'trl', 'axolotl' or 'llamafactory'
+        self.repeated = dict(repeated or {}) # keys that the file has twice -> lines
         self.source = raw     # as the file has it
         self.raw = flat(raw)  # without groups
 
@@ -194,6 +196,13 @@ class Config:
         return bool(self['rl'] or self['stage'] in ('dpo', 'kto', 'ppo', 'rm')
                     or self['beta'] is not None or self['max_prompt_length']
                     or self['loss_type'] in ('sigmoid', 'hinge', 'ipo') or self.rewarded)
+
+    @property
+    def handbook(self) -> bool:
+        """Return whether it is a file for a script that trains all weights unless use_peft is on, as those of
+        trl and of the alignment handbook do (trl/scripts, scripts/run_dpo.py)"""
+        given = self['model'] and (self['dataset_name'] or self['dataset_mixer'])
+        return self.form == 'trl' and self.method != 'lora' and bool(given)
 
     @property
     def rewarded(self) -> bool:
@@ -264,6 +273,7 @@ class Found:
     adapter:Path|None=None        # the folder of an adapter
     weights:Path|None=None        # the folder of a whole model
     rows:Path|None=None           # a file of rows
+    beside:Path|None=None         # the folder of the settings
     unread:list[str] = field(default_factory=list) # pickles, and why they were not read
     more:list[str] = field(default_factory=list)   # files that were not read, because another one was
 
@@ -304,11 +314,40 @@ def _lines(path:Path) -> list[dict]:
         found = first + list(entries) if _logged(first) or path.suffix != '.jsonl' else []
     return found if _logged(found) else []
 
-def _parsed(path:Path):
-    "Read a JSON or YAML file"
+class _Counting(yaml.SafeLoader):
+    "Read YAML as `safe_load` does, and note keys that a mapping has twice, of which it keeps the last"
+    def construct_mapping(self, node, deep=False):
+        seen = {}
+        for key, _ in getattr(node, 'value', ()):
+            name = str(getattr(key, 'value', ''))
+            if name in seen and name != '<<':
+                self.repeated.setdefault(name, [seen[name]]).append(key.start_mark.line + 1)
+            seen[name] = key.start_mark.line + 1
+        return super().construct_mapping(node, deep)
+
+def _yaml(text:str) -> tuple:
+    "Return what YAML says, and {key: lines} of keys that stand twice in one mapping"
+    reader = _Counting(text)
+    reader.repeated = {}
+    try:
+        return reader.get_single_data(), reader.repeated
+    finally:
+        reader.dispose()
+
+def _json(text:str) -> tuple:
+    "Return what JSON says, and the keys that stand twice in one object"
+    repeated = {}
+    def once(pairs):
+        names = [k for k, _ in pairs]
+        repeated.update({k: [] for k in names if names.count(k) > 1} if len(set(names)) < len(names) else {})
+        return dict(pairs)
+    return json.loads(text, object_pairs_hook=once), repeated
+
+def _parsed(path:Path) -> tuple:
+    "Read a JSON or YAML file; return what it says and the keys that it repeats"
     text = path.read_text(encoding='utf-8-sig', errors='replace')
     try:
-        return json.loads(text) if path.suffix == '.json' else yaml.safe_load(text)
+        return _json(text) if path.suffix == '.json' else _yaml(text)
     except (ValueError, yaml.YAMLError, RecursionError) as e:
         form = path.suffix[1:].upper()
         raise ValueError(f'{path} cannot be read as {form}: {shortened(str(e))}') from None
@@ -323,10 +362,11 @@ def _logged(value) -> bool:
 def _take(found:Found, path:Path) -> bool:
     "Add what a file holds; return whether it was recognized"
     name = path.relative_to(found.path).as_posix() if found.path.is_dir() else path.name
+    value, repeated = None, {}
     if path.suffix in ('.jsonl', '.log', '.txt', '.out', '.csv', '.tsv'):
         value = _lines(path)
-    else:
-        value = _parsed(path) if path.suffix in ('.json', '.yaml', '.yml') else None
+    elif path.suffix in ('.json', '.yaml', '.yml'):
+        value, repeated = _parsed(path)
     if isinstance(value, dict) and isinstance(value.get('log_history'), list):
         found.log = log_of(value['log_history'], value)
         found.what.append(f"a Trainer's log ({name})")
@@ -334,7 +374,8 @@ def _take(found:Found, path:Path) -> bool:
         found.log = log_of(value)
         found.what.append(f'a log ({name})')
     elif isinstance(value, dict) and 'peft_type' not in value and (form := form_of(value)):
-        found.config = Config(value, form)
+        found.config = Config(value, form, repeated)
+        found.beside = path.parent
         found.what.append(f'settings of {TRAINERS[form]} ({name})')
     else:
         return False
@@ -428,9 +469,14 @@ class Elsewhere:
 
     def about(self) -> str:
         "Say what was read"
-        more = [f'against {self.named}'] if self.named else []
+        alone = self.found.what and all(w.startswith(("a Trainer's log", 'a log')) for w in self.found.what)
+        more = [f'against {self.named}'] if self.named and not alone else []
         said = f'{self.found.path.name} holds ' + ', '.join(self.found.what + more)
         left = [f'also there, and not read: {some(self.found.more)}'] if self.found.more else []
+        if alone and self.named:
+            left.append(f'of {self.named} a log alone needs only the number of tokens; to compare weights, name '
+                        'the folder of the run')
+        left += [f'rows: {n.path}' for n, _ in self.read_rows]
         return '; '.join([said, *left, *self.found.unread])
 
     def _part(self, name, what):
@@ -482,10 +528,40 @@ class Elsewhere:
             raise NotApplicable(f'the base cannot be read: {shortened(str(e))}') from None
 
     @cached_property
+    def named_rows(self) -> list[NamedRows]:
+        "Return the rows that the settings name; none if others were given"
+        if self.given is not None or self.found.config is None or self.found.beside is None:
+            return []
+        return named_rows(self.found.config, self.found.beside)
+
+    @cached_property
+    def read_rows(self) -> list[tuple[NamedRows, Rows]]:
+        "Return what could be read of them"
+        here = [n for n in self.named_rows if n.path and n.path.stat().st_size <= LARGEST]
+        out = []
+        for n in here:
+            try:
+                out.append((n, rows_of(n, self.found.config)))
+            except ValueError as e:
+                self.unread_rows = shortened(str(e), 300)
+        return out
+
+    unread_rows = '' # why rows that the settings name could not be read
+
+    @property
+    def all_rows(self) -> int:
+        "Count the training rows. Raises `NotApplicable` if not all of them are here"
+        if self.given is not None:
+            return len(self.data.train)
+        if not self.read_rows or len(self.read_rows) < len(self.named_rows):
+            raise NotApplicable('there are no rows, or not all of them are here')
+        return sum(r.total for _, r in self.read_rows)
+
+    @cached_property
     def data(self) -> Data:
         "Return the rows"
         if self.given is None:
-            raise NotApplicable('there are no rows')
+            return self._named_data()
         if isinstance(self.given, Data):
             return self.given
         try:
@@ -493,9 +569,21 @@ class Elsewhere:
         except (ValueError, FileNotFoundError, TypeError) as e:
             raise NotApplicable(f'the rows cannot be read: {shortened(str(e), 300)}') from None
 
+    def _named_data(self) -> Data:
+        rows = [row for _, r in self.read_rows for row in r.rows]
+        kinds = {frozenset(r) for r in rows}
+        if not rows or len(kinds) > 1:
+            raise NotApplicable('there are no rows' if not rows else 'the settings name rows of several kinds')
+        try:
+            return as_training(rows)
+        except ValueError as e:
+            raise NotApplicable(f'the rows cannot be read: {shortened(str(e), 300)}') from None
+
     def unreadable(self) -> str:
         "Say why the rows cannot be read; '' if they can, or if there are none"
-        if self.given is None or isinstance(self.given, Data):
+        if self.given is None:
+            return self.unread_rows if self.named_rows and not self.read_rows else ''
+        if isinstance(self.given, Data):
             return ''
         try:
             self.data

@@ -24,7 +24,8 @@ from ..planted import planted, toy_adapter, toy_model, toy_tokenizer
 # %% auto #0
 __all__ = ['MEANING', 'weights_missing', 'alone', 'adapter_left_over', 'weights_pickled', 'weights_not_finite', 'weights_zero',
            'weights_named_by_wrapper', 'weights_unchanged', 'weights_far', 'saved', 'config_differs', 'head_untied',
-           'tokens_without_row', 'tokens_renumbered', 'template_lost', 'end_not_set', 'labels_unnamed']
+           'own_tokenizer', 'tokens_without_row', 'embedding_rows', 'tokens_renumbered', 'template_lost', 'end_not_set',
+           'labels_unnamed']
 
 # %% ../../../nbs/instruments/checks/folder.ipynb #0005de01
 def _folder(case) -> Path:
@@ -314,8 +315,8 @@ def head_untied(case):
 def _a_head_that_is_dropped():
     return saved(tie_word_embeddings=False, config=dict(tie_word_embeddings=True))
 
-def _tokenizer(case):
-    "Return the tokenizer in the folder"
+def own_tokenizer(case):
+    "Return the tokenizer in the folder of a model or an adapter"
     folder = case.found.weights or case.found.adapter
     if folder is None or not any(folder.glob('tokenizer*')):
         raise NotApplicable('there is no tokenizer')
@@ -329,17 +330,20 @@ def _tokenizer(case):
        fix='resize the embedding to the tokenizer before training, and save both',
        source='huggingface/transformers#12842')
 def tokens_without_row(case):
+    rows, top = embedding_rows(case), max(own_tokenizer(case).get_vocab().values())
+    if top >= rows:
+        return f'the tokenizer has token ids up to {top}, and the embedding has {rows} rows'
+    said = read_json(_folder(case)/'config.json').get('vocab_size')
+    if isinstance(said, int) and said != rows:
+        return f'config.json says vocab_size {said}, and the embedding has {rows} rows'
+
+def embedding_rows(case) -> int:
+    "Return how many rows the embedding of a whole model has"
     rows = [s[0] for n, s in _shapes(_files(case)).items()
-            if re.search(r'(embed_tokens|wte|word_embeddings|embed_in)\.weight$', n)
-            and len(s) == 2]
+            if re.search(r'(embed_tokens|wte|word_embeddings|embed_in)\.weight$', n) and len(s) == 2]
     if not rows:
         raise NotApplicable('the embedding was not found')
-    top = max(_tokenizer(case).get_vocab().values())
-    if top >= rows[0]:
-        return f'the tokenizer has token ids up to {top}, and the embedding has {rows[0]} rows'
-    said = read_json(_folder(case)/'config.json').get('vocab_size')
-    if isinstance(said, int) and said != rows[0]:
-        return f'config.json says vocab_size {said}, and the embedding has {rows[0]} rows'
+    return rows[0]
 
 @planted(tokens_without_row, 'token ids up to')
 def _a_token_beyond_the_embedding():
@@ -350,7 +354,7 @@ def _a_token_beyond_the_embedding():
 @check('elsewhere', 'error', why='the same words are then other rows of the embedding',
        fix='save the tokenizer with which the model was trained', source='huggingface/transformers#12842')
 def tokens_renumbered(case):
-    new, old = _tokenizer(case).get_vocab(), case.base[1]
+    new, old = own_tokenizer(case).get_vocab(), case.base[1]
     if old is None:
         raise NotApplicable('the base has no tokenizer')
     old = old.get_vocab()
@@ -376,7 +380,7 @@ def _another_tokenizer():
        fix='save the tokenizer of the training beside the model, with its chat_template',
        source='hiyouga/LlamaFactory#8399')
 def template_lost(case):
-    tok, old = _tokenizer(case), case.base[1]
+    tok, old = own_tokenizer(case), case.base[1]
     if old is not None and old.chat_template and not tok.chat_template:
         return 'the base has a chat template, and this folder has none'
 
@@ -399,7 +403,7 @@ def _ends(case) -> set:
 @check('elsewhere', 'warning', why='the model ends its turn, and nothing stops there',
        fix='add the id to eos_token_id in generation_config.json', source='meta-llama/llama-cookbook#640')
 def end_not_set(case):
-    tok = _tokenizer(case)
+    tok = own_tokenizer(case)
     ends = _ends(case)
     if tok.eos_token_id is None and not ends:
         return 'neither the tokenizer nor the generation settings have an end'
