@@ -213,7 +213,9 @@ class Config:
     @cached_property
     def twice(self) -> list[str]:
         "Return the names that stand in several groups with different values"
-        return sorted(_twice(self.source))
+        # groups may have names and seeds of their own
+        words = {w for group in (*NAMES.values(), *FORMS.values()) for w in group.split()}
+        return sorted(_twice(self.source) & words)
 
 # %% ../../nbs/instruments/artifact.ipynb #00097975
 def flat(raw:Mapping) -> dict:

@@ -92,13 +92,17 @@ def _entry(name, known, info, config) -> NamedRows:
     if not path.exists():
         return NamedRows(name, unknown=f'{info} says that {name} is {entry["file_name"]}, which is not in {info.parent}')
     columns, tags = entry.get('columns') or {}, entry.get('tags') or {}
-    reads = (dict(messages=columns.get('messages') or 'conversations', role=tags.get('role_tag') or 'from',
-                  content=tags.get('content_tag') or 'value') if chat else
-             dict(prompt=columns.get('prompt') or 'instruction', more=columns.get('query') or 'input',
-                  response=columns.get('response') or 'output'))
+    if chat:
+        reads = dict(messages=columns.get('messages') or 'conversations', role=tags.get('role_tag') or 'from',
+                     content=tags.get('content_tag') or 'value')
+    elif config['stage'] == 'pt': # running text stands where a question would
+        reads = dict(text=columns.get('prompt') or 'instruction')
+    else: # of columns that are named, one that is left out is not read
+        reads = columns or dict(prompt='instruction', query='input', response='output')
+        reads = {dict(query='more').get(k, k): v for k, v in reads.items() if k in ('prompt', 'query', 'response')}
     if entry.get('ranking'):
         reads.pop('response', None)
-        reads |= dict(chosen=columns.get('chosen') or 'chosen', rejected=columns.get('rejected') or 'rejected')
+        reads |= {k: columns.get(k) or k for k in ('chosen', 'rejected')}
     most = config.number('max_samples')
     return NamedRows(name, _where(entry['file_name'], [info.parent]), str(entry.get('formatting') or 'alpaca'), reads,
                      most=int(most) if most else None)
@@ -162,12 +166,14 @@ def rows_of(named:NamedRows, config # settings
 
 def _row(row, reads):
     "Return a row as ours; None if it has no answer, 0 if its form is another"
+    if 'chosen' in reads:
+        return 0 # pairs, whose chosen answers may be texts or turns
     if 'text' in reads:
         return dict(text=str(row[reads['text']])) if row.get(reads['text']) else None
     if 'messages' in reads:
         return _talk(row.get(reads['messages']), reads)
-    if 'chosen' in reads:
-        return 0 # pairs, whose chosen answers may be texts or turns
+    if not {'prompt', 'response'} <= reads.keys():
+        return 0
     asked, answer, more = row.get(reads['prompt']), row.get(reads['response']), row.get(reads.get('more'))
     if not isinstance(asked, str) or not isinstance(answer, str|None) or not isinstance(more, str|None):
         return 0

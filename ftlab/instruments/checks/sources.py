@@ -58,7 +58,7 @@ def rows_do_not_fit(case):
                     f'{some(rows.first, 6)}')
         if named.kind == 'trl' and rows.total and not (rows.rows or rows.odd or rows.unanswered):
             return f'{named.said} has none of the forms that trl reads; its rows have {some(rows.first, 6)}'
-        if rows.odd > .5*rows.total and named.reads.get('messages'):
+        if rows.odd > .5*rows.total and 'messages' in named.reads and 'chosen' not in named.reads:
             r = named.reads
             return (f'{rows.odd} of {rows.total} rows of {named.said} have no turns with {r["role"]} and {r["content"]} '
                     'whose roles are known')
