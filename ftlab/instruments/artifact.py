@@ -131,8 +131,9 @@ OWN = dict( # words that only one trainer has decide, before all others
             'lora_target_linear',
     llamafactory='finetuning_type cutoff_len stage lora_target quantization_bit neat_packing val_size dataset_dir',
     trl='use_peft dataset_name assistant_only_loss completion_only_loss packing_strategy num_generations')
-KEEP = ('dataset_mixer special_tokens datasets test_datasets rope_scaling overrides_of_model_config deepspeed fsdp_config '
-        'gradient_checkpointing_kwargs tokens added_tokens_overrides').split() # their inner names are not settings
+KEEP = ('special_tokens datasets test_datasets dataset_mixer rope_scaling overrides_of_model_config deepspeed '
+        # their inner names are not settings
+        'fsdp_config gradient_checkpointing_kwargs tokens added_tokens_overrides').split()
 
 class Config:
     "Hold the settings of another trainer by one name"
@@ -341,7 +342,8 @@ def _json(text:str) -> tuple:
     repeated = {}
     def once(pairs):
         names = [k for k, _ in pairs]
-        repeated.update({k: [] for k in names if names.count(k) > 1} if len(set(names)) < len(names) else {})
+        repeated.update({k: [] for k in names if names.count(k) > 1}
+                        if len(set(names)) < len(names) else {})
         return dict(pairs)
     return json.loads(text, object_pairs_hook=once), repeated
 
@@ -434,7 +436,8 @@ def _take_folder(found:Found) -> None:
     found.unread = [f'{p.name}: {PICKLED}' for p in sorted(folder.iterdir()) if p.suffix in PICKLES]
     if found.unread and not found.what:
         names = [u.partition(':')[0] for u in found.unread]
-        known = [f'{n} ({next((w for k, w in HELD.items() if n.startswith(k)), "unknown")})' for n in names]
+        known = [f'{n} ({next((w for k, w in HELD.items() if n.startswith(k)), "unknown")})'
+                 for n in names]
         raise ValueError(f'{folder} holds pickles alone: {some(known, 6)}. A pickle can run any program when it is '
                          f'read, so none was opened, and nothing could be examined. Weights: {CONVERT}. Settings: '
                          'json.dump(args.to_dict(), file). Beside them the doctor reads trainer_state.json, '
@@ -471,7 +474,8 @@ class Elsewhere:
 
     def about(self) -> str:
         "Say what was read"
-        alone = self.found.what and all(w.startswith(("a Trainer's log", 'a log')) for w in self.found.what)
+        alone = self.found.what and all(w.startswith(("a Trainer's log", 'a log'))
+                                        for w in self.found.what)
         more = [f'against {self.named}'] if self.named and not alone else []
         said = f'{self.found.path.name} holds ' + ', '.join(self.found.what + more)
         left = [f'also there, and not read: {some(self.found.more)}'] if self.found.more else []

@@ -19,6 +19,7 @@ from .checks.config import refused
 from .checks.vocabulary import MARKS
 from ..methods import make_of
 from ..trainers.fit import fit
+from ..trainers.objective import IGNORE
 
 # %% auto #0
 __all__ = ['SETTINGS_OF_OTHERS', 'OWN_SETTINGS', 'OWN_ROWS', 'PLANNED', 'SHOWN', 'put', 'own_name', 'Tried', 'one_step',
@@ -103,7 +104,8 @@ def _groups(c):
     batch = int((c.number('batch') or 1)*(c.number('accumulate') or 1))
     fits = [d for d in range(min(n, batch), 1, -1) if batch % d == 0]
     if c['generation_batch_size']:
-        return dict(generation_batch_size=n*max(1, int(c.number('generation_batch_size'))//n), num_generations=n)
+        return dict(generation_batch_size=n*max(1, int(c.number('generation_batch_size'))//n),
+                    num_generations=n)
     return dict(num_generations=fits[0]) if fits else {
         'num_generations': n, own_name(c, 'batch', 'per_device_train_batch_size'): n}
 
@@ -145,7 +147,8 @@ SETTINGS_OF_OTHERS:dict[str, Callable] = {
     'warmup-too-long': _warmup, 'evaluation-off': _evaluation, 'best-not-found': _best,
     'targets-unmatched': lambda c: {own_name(c, 'targets', 'lora_target_modules'): 'all-linear'},
     'tokens-not-trained': _embedding,
-    'template-of-another-model': _template, 'sampling-greedy': _warm_sampling, 'groups-undivided': _groups,
+    'template-of-another-model': _template,
+    'sampling-greedy': _warm_sampling, 'groups-undivided': _groups,
     'settings-exclude-each-other': _one_of_two, 'setting-repeated': lambda c: {},
     'tokens-unknown': _known_tokens, 'end-mark-unknown': _with_marks,
     'assistant-unmarked': lambda c: dict(assistant_only_loss=False, completion_only_loss=True)}
@@ -248,7 +251,8 @@ def _as_targets(config, model) -> dict:
     "Return the targets as `lora` takes them; {} for all matrices, or if none of the names is in the model"
     names = [re.escape(t) for t in config.words('targets')]
     pattern = '|'.join(names)
-    there = any(re.search(rf'(^|\.)({pattern})$', n) for n, _ in model.named_modules()) if names else False
+    fits = lambda name: bool(names) and re.search(rf'(^|\.)({pattern})$', name)
+    there = any(fits(n) for n, _ in model.named_modules())
     return dict(targets=rf'(^|\.)({pattern})(\.weight)?$') if there else {}
 
 def _prompts_too(config) -> bool:
@@ -280,7 +284,8 @@ def try_elsewhere(case:Elsewhere, check, again:Callable, load:Callable # of a ba
                      'left out', not again(other, check))
     changes = _changes(case, name) if check.stage in PLANNED else None
     if changes is None:
-        why = ('what is finished is not changed by other settings' if check.stage in ('log', 'rewards', 'adapter', 'folder')
+        why = ('what is finished is not changed by other settings'
+               if check.stage in ('log', 'rewards', 'adapter', 'folder')
                else 'its fix is a choice, or no change of settings or rows')
         return Tried(name, 'none', f'{why}. {check.fix}')
     config = Config(put(c.source, changes), c.form)

@@ -27,7 +27,8 @@ TYPES = dict( # of axolotl: what it reads, and the columns
     chat_template=dict(messages='messages', role='role', content='content'),
     sharegpt=dict(messages='conversations', role='from', content='value'))
 TYPES['alpaca_chat.load_qa'] = dict(prompt='question', response='answer')
-ROLES = dict(human='user', user='user', input='user', gpt='assistant', assistant='assistant', model='assistant',
+ROLES = dict(human='user', user='user', input='user', gpt='assistant', assistant='assistant',
+             model='assistant',
              output='assistant', chatgpt='assistant', bot='assistant', system='system', developer='system')
 LARGEST = 200*2**20 # bytes of a file that is read
 
@@ -44,7 +45,8 @@ class NamedRows:
     @property
     def needs(self) -> list[str]:
         "Return the columns without which a row cannot be read"
-        return [v for k, v in self.reads.items() if k in ('prompt', 'response', 'text', 'messages', 'chosen', 'rejected')]
+        return [v for k, v in self.reads.items()
+                if k in ('prompt', 'response', 'text', 'messages', 'chosen', 'rejected')]
 
 def _where(said, folders) -> Path|None:
     "Return the file, if it is here and of a kind that can be read"
@@ -77,7 +79,8 @@ def _axolotl(d:Mapping, folders) -> NamedRows:
 def _factory(config, folders) -> list[NamedRows]:
     "Read the entries of dataset_info.json that `dataset` names (LLaMA-Factory, data/parser.py)"
     where = str(config['dataset_dir'] or 'data')
-    info = next((f/where/'dataset_info.json' for f in folders if (f/where/'dataset_info.json').is_file()), None)
+    info = next((f/where/'dataset_info.json' for f in folders
+                 if (f/where/'dataset_info.json').is_file()), None)
     known = read_json(info) if info else {}
     return [_entry(name, known, info, config) for name in config.words('dataset')]
 
@@ -90,10 +93,12 @@ def _entry(name, known, info, config) -> NamedRows:
         return NamedRows(name) # of the hub, or a script
     path, chat = info.parent/str(entry['file_name']), entry.get('formatting') == 'sharegpt'
     if not path.exists():
-        return NamedRows(name, unknown=f'{info} says that {name} is {entry["file_name"]}, which is not in {info.parent}')
+        return NamedRows(name, unknown=f'{info} says that {name} is {entry["file_name"]}, which is not in '
+                                       f'{info.parent}')
     columns, tags = entry.get('columns') or {}, entry.get('tags') or {}
     if chat:
-        reads = dict(messages=columns.get('messages') or 'conversations', role=tags.get('role_tag') or 'from',
+        reads = dict(messages=columns.get('messages') or 'conversations',
+                     role=tags.get('role_tag') or 'from',
                      content=tags.get('content_tag') or 'value')
     elif config['stage'] == 'pt': # running text stands where a question would
         reads = dict(text=columns.get('prompt') or 'instruction')
@@ -104,7 +109,8 @@ def _entry(name, known, info, config) -> NamedRows:
         reads.pop('response', None)
         reads |= {k: columns.get(k) or k for k in ('chosen', 'rejected')}
     most = config.number('max_samples')
-    return NamedRows(name, _where(entry['file_name'], [info.parent]), str(entry.get('formatting') or 'alpaca'), reads,
+    return NamedRows(name, _where(entry['file_name'], [info.parent]),
+                     str(entry.get('formatting') or 'alpaca'), reads,
                      most=int(most) if most else None)
 
 def _trl(config, folders) -> list[NamedRows]:
@@ -143,7 +149,8 @@ def _trl_reads(row, config) -> dict:
     text = str(config['dataset_text_field'] or 'text')
     for reads in (dict(messages='messages', role='role', content='content'),
                   dict(messages='conversations', role='from', content='value'),
-                  dict(prompt='prompt', chosen='chosen', rejected='rejected'), dict(chosen='chosen', rejected='rejected'),
+                  dict(prompt='prompt', chosen='chosen', rejected='rejected'),
+                  dict(chosen='chosen', rejected='rejected'),
                   dict(prompt='prompt', response='completion'), dict(text=text)):
         if {v for k, v in reads.items() if k not in ('role', 'content')} <= row.keys():
             return reads
@@ -175,7 +182,8 @@ def _row(row, reads):
     if not {'prompt', 'response'} <= reads.keys():
         return 0
     asked, answer, more = row.get(reads['prompt']), row.get(reads['response']), row.get(reads.get('more'))
-    if not isinstance(asked, str) or not isinstance(answer, str|None) or not isinstance(more, str|None):
+    texts = all(isinstance(t, str|None) for t in (answer, more))
+    if not isinstance(asked, str) or not texts:
         return 0
     whole = '\n\n'.join(t for t in (asked, more) if t)
     return dict(prompt=whole, response=answer) if answer and answer.strip() and whole else None
@@ -183,7 +191,8 @@ def _row(row, reads):
 def _talk(turns, reads):
     "Return the turns up to the last answer"
     try:
-        said = [dict(role=ROLES[str(t[reads['role']]).lower()], content=t[reads['content']]) for t in turns or []]
+        said = [dict(role=ROLES[str(t[reads['role']]).lower()], content=t[reads['content']])
+                for t in turns or []]
     except (KeyError, TypeError):
         return 0
     if not all(isinstance(t['content'], str) for t in said):

@@ -15,13 +15,13 @@ from ..case import NotApplicable, check
 from ..planted import elsewhere, planted
 
 # %% auto #0
-__all__ = ['AXOLOTL', 'APART', 'POSITIONS', 'ADAM', 'RATES', 'REFUSED', 'GRPO', 'LINEAR', 'SMALL', 'ADDED', 'TEMPLATES', 'FAMILY',
-           'MORE', 'precision_twice', 'quantized_in_full', 'adapter_not_on', 'packing_mixes_rows', 'evaluation_packed',
-           'prompts_learned', 'end_never_learned', 'pad_is_end', 'rows_too_long', 'rate_unusual', 'setting_no_number',
-           'setting_twice', 'refused', 'settings_exclude_each_other', 'setting_repeated', 'scale_unusual',
-           'passes_planned', 'warmup_too_long', 'batch_over_rows', 'sampling_greedy', 'groups_undivided',
-           'evaluation_off', 'best_not_found', 'unmatched', 'targets_unmatched', 'tokens_not_trained',
-           'template_of_another_model', 'setting_misspelled']
+__all__ = ['AXOLOTL', 'APART', 'POSITIONS', 'ADAM', 'RATES', 'REFUSED', 'NOTHING', 'GRPO', 'LINEAR', 'SMALL', 'ADDED',
+           'TEMPLATES', 'FAMILY', 'MORE', 'precision_twice', 'quantized_in_full', 'adapter_not_on',
+           'packing_mixes_rows', 'evaluation_packed', 'prompts_learned', 'end_never_learned', 'pad_is_end',
+           'rows_too_long', 'rate_unusual', 'setting_no_number', 'setting_twice', 'refused',
+           'settings_exclude_each_other', 'setting_repeated', 'scale_unusual', 'passes_planned', 'warmup_too_long',
+           'batch_over_rows', 'sampling_greedy', 'groups_undivided', 'evaluation_off', 'best_not_found', 'unmatched',
+           'targets_unmatched', 'tokens_not_trained', 'template_of_another_model', 'setting_misspelled']
 
 # %% ../../../nbs/instruments/checks/config.ipynb #0005cd6c
 @check('elsewhere', 'error', why='the two formats exclude each other, and the trainer stops or takes one of them',
@@ -273,34 +273,45 @@ def setting_twice(case):
 def _two_rates():
     return elsewhere(config=AXOLOTL | dict(training=dict(learning_rate=5.)))
 
-REFUSED = ( # form, two settings that its trainer refuses together, and the value of each; None: any that counts
+REFUSED = ( # form, two settings that its trainer refuses together, and the value of each; None: any
     # axolotl, utils/schemas/validation.py
-    ('axolotl', 'rl', None, 'sample_packing', True), ('axolotl', 'deepspeed', None, 'fsdp', None),
-    ('axolotl', 'deepspeed', None, 'fsdp_config', None), ('axolotl', 'eval_steps', None, 'evals_per_epoch', None),
-    ('axolotl', 'save_steps', None, 'saves_per_epoch', None), ('axolotl', 'warmup_steps', None, 'warmup_ratio', None),
-    ('axolotl', 'val_set_size', None, 'test_datasets', None), ('axolotl', 'batch_size', None, 'gradient_accumulation_steps', None),
-    ('axolotl', 'sample_packing', True, 's2_attention', True), ('axolotl', 'lr_groups', None, 'loraplus_lr_ratio', None),
-    ('axolotl', 'sample_packing', True, 'batch_flattening', True), ('axolotl', 'max_memory', None, 'gpu_memory_limit', None),
-    ('axolotl', 'pretraining_dataset', None, 'val_set_size', None), ('axolotl', 'streaming', True, 'val_set_size', None),
-    ('axolotl', 'optimizer', 'muon', 'deepspeed', None), ('axolotl', 'do_causal_lm_eval', True, 'eval_sample_packing', True),
+    ('axolotl', 'rl', None, 'sample_packing', True),
+    ('axolotl', 'deepspeed', None, 'fsdp', None),
+    ('axolotl', 'deepspeed', None, 'fsdp_config', None),
+    ('axolotl', 'eval_steps', None, 'evals_per_epoch', None),
+    ('axolotl', 'save_steps', None, 'saves_per_epoch', None),
+    ('axolotl', 'warmup_steps', None, 'warmup_ratio', None),
+    ('axolotl', 'val_set_size', None, 'test_datasets', None),
+    ('axolotl', 'batch_size', None, 'gradient_accumulation_steps', None),
+    ('axolotl', 'sample_packing', True, 's2_attention', True),
+    ('axolotl', 'sample_packing', True, 'batch_flattening', True),
+    ('axolotl', 'lr_groups', None, 'loraplus_lr_ratio', None),
+    ('axolotl', 'max_memory', None, 'gpu_memory_limit', None),
+    ('axolotl', 'pretraining_dataset', None, 'val_set_size', None),
+    ('axolotl', 'streaming', True, 'val_set_size', None),
+    ('axolotl', 'optimizer', 'muon', 'deepspeed', None),
+    ('axolotl', 'do_causal_lm_eval', True, 'eval_sample_packing', True),
     # LLaMA-Factory, hparams/parser.py and hparams/data_args.py
     ('llamafactory', 'mask_history', True, 'train_on_prompt', True),
-    ('llamafactory', 'quantization_bit', None, 'resize_vocab', True), ('llamafactory', 'use_galore', True, 'deepspeed', None),
-    ('llamafactory', 'quantization_bit', None, 'pissa_init', True), ('llamafactory', 'streaming', True, 'max_samples', None),
+    ('llamafactory', 'quantization_bit', None, 'resize_vocab', True),
+    ('llamafactory', 'quantization_bit', None, 'pissa_init', True),
+    ('llamafactory', 'use_galore', True, 'deepspeed', None),
+    ('llamafactory', 'streaming', True, 'max_samples', None),
     ('llamafactory', 'predict_with_generate', True, 'compute_accuracy', True),
-    # trl, trainer/grpo_config.py and trainer/dpo_trainer.py; transformers, training_args.py
+    # trl, trainer/grpo_config.py and dpo_trainer.py; transformers, training_args.py
     ('trl', 'generation_batch_size', None, 'steps_per_generation', None),
-    ('trl', 'sync_ref_model', True, 'precompute_ref_log_probs', True), ('trl', 'fp16_full_eval', True, 'bf16_full_eval', True),
-    ('trl', 'num_generations', None, 'auto_find_batch_size', True), ('trl', 'deepspeed', None, 'fsdp', None))
+    ('trl', 'sync_ref_model', True, 'precompute_ref_log_probs', True),
+    ('trl', 'num_generations', None, 'auto_find_batch_size', True),
+    ('trl', 'fp16_full_eval', True, 'bf16_full_eval', True),
+    ('trl', 'deepspeed', None, 'fsdp', None))
+NOTHING = (None, False, 0, '', [], {}, 'no', 'false')
 
 def _there(c, name, value) -> bool:
     "Return whether a setting has the value of the table"
-    if value is True:
-        return c.on(name)
-    if value is False:
-        return c.off(name)
+    if isinstance(value, bool):
+        return c.on(name) if value else c.off(name)
     given = c.source.get(name)
-    return str(given).lower() == value if isinstance(value, str) else given not in (None, False, 0, '', [], {}, 'no', 'false')
+    return given not in NOTHING if value is None else str(given).lower() == value
 
 def refused(c) -> tuple[str, str]|None:
     "Return two settings that exclude each other"
@@ -407,8 +418,8 @@ def _a_batch_of_all_rows():
 
 # ---------- rewards
 
-@check('elsewhere', 'error', why='all answers to a question are then the same, so none is better than another, and there '
-                                 'is no gradient',
+@check('elsewhere', 'error', why='all answers to a question are then the same: none is better than another, '
+                                 'and there is no gradient',
        fix='sample at a temperature of about 1', source='modelscope/ms-swift#4570')
 def sampling_greedy(case):
     c = case.config
@@ -419,7 +430,8 @@ def sampling_greedy(case):
     if c.off('do_sample') or c.number('top_k') == 1:
         return 'do_sample is off' if c.off('do_sample') else 'top_k is 1'
 
-GRPO = dict(model_name_or_path='Qwen/Qwen2.5-7B-Instruct', num_generations=8, per_device_train_batch_size=8,
+GRPO = dict(model_name_or_path='Qwen/Qwen2.5-7B-Instruct', num_generations=8,
+            per_device_train_batch_size=8,
             gradient_accumulation_steps=2, learning_rate=1e-6, temperature=1., num_train_epochs=1)
 
 @planted(sampling_greedy, 'the temperature is 0')
@@ -586,7 +598,8 @@ def tokens_not_trained(case):
     if new and not re.search('embed|wte|word_embeddings', trained):
         if c.form == 'llamafactory' and not c['saved']:
             # model/adapter.py: new tokens resize the vocabulary, and then embedding and head train
-            return 'note', f'{len(new)} tokens are added ({some(new)}): LLaMA-Factory then trains embedding and head whole'
+            return 'note', (f'{len(new)} tokens are added ({some(new)}): LLaMA-Factory then trains embedding and '
+                            f'head whole')
         return f'{len(new)} tokens are added ({some(new)}), and the embedding does not train'
 
 @planted(tokens_not_trained, '2 tokens are added')

@@ -98,12 +98,14 @@ def _made_anew(folder, shapes) -> list[str]:
     config = read_json(folder/'config.json')
     wrapped = any(WRAPPED.search(n) or 0 in s for n, s in shapes.items())
     kind = str((config.get('architectures') or [''])[0])
-    if wrapped or config.get('quantization_config') or config.get('auto_map') or not hasattr(transformers, kind):
+    own = config.get('quantization_config') or config.get('auto_map')
+    if wrapped or own or not hasattr(transformers, kind):
         return [] # names say nothing here, or the folder brings its own code
     made = getattr(transformers, kind)
     try:
         with quiet(), torch.random.fork_rng(devices=[]), alone(folder) as only:
-            _, said = made.from_pretrained(only, output_loading_info=True, device_map='meta', local_files_only=True)
+            _, said = made.from_pretrained(only, output_loading_info=True, device_map='meta',
+                                           local_files_only=True)
     except Exception: # a loader raises many kinds, and what it cannot load other checks say
         return []
     return sorted(said['missing_keys'])
@@ -112,8 +114,9 @@ def _made_anew(folder, shapes) -> list[str]:
 def alone(folder:Path):
     "Yield a folder with links to a model's files, without an adapter that lies beside them"
     with tempfile.TemporaryDirectory() as there:
-        for file in folder.iterdir():
-            if file.is_file() and file.suffix in ('.json', '.safetensors') and not file.name.startswith('adapter_'):
+        files = [p for e in ('*.json', '*.safetensors') for p in folder.glob(e)]
+        for file in files:
+            if not file.name.startswith('adapter_'):
                 (Path(there)/file.name).symlink_to(file.resolve())
         yield there
 
@@ -145,7 +148,7 @@ def _a_merged_model_with_its_adapter():
         (Path(given['model'])/file.name).write_bytes(file.read_bytes())
     return given
 
-@check('elsewhere', 'note', why='a pickle can run any program when it is read, so nothing of these weights was examined',
+@check('elsewhere', 'note', why='a pickle can run any program when it is read, so these weights were not examined',
        fix=CONVERT, source='google/gemma_pytorch#1')
 def weights_pickled(case):
     bad = [u.partition(':')[0] for u in case.found.unread]
@@ -340,7 +343,8 @@ def tokens_without_row(case):
 def embedding_rows(case) -> int:
     "Return how many rows the embedding of a whole model has"
     rows = [s[0] for n, s in _shapes(_files(case)).items()
-            if re.search(r'(embed_tokens|wte|word_embeddings|embed_in)\.weight$', n) and len(s) == 2]
+            if re.search(r'(embed_tokens|wte|word_embeddings|embed_in)\.weight$', n)
+            and len(s) == 2]
     if not rows:
         raise NotApplicable('the embedding was not found')
     return rows[0]

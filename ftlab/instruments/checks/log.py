@@ -76,7 +76,8 @@ def end_above_ln2(log) -> float|None:
     end = values[-(len(values)//3):]
     size = max(1, len(end)//5)
     # medians of means: the loss swings from batch to batch, and one spike is no divergence
-    mean = median(sum(p)/len(p) for i in range(0, len(end) - size + 1, size) if (p := end[i:i + size]))
+    mean = median(sum(p)/len(p) for i in range(0, len(end) - size + 1, size)
+                  if (p := end[i:i + size]))
     return mean if mean > math.log(2) + .07 else None
 
 @check('elsewhere', 'error',
@@ -131,7 +132,8 @@ def loss_starts_high(case):
     tokens = _tokens(case)
     guess = math.log(tokens or 150_000)
     if math.isfinite(first) and first > guess + 2.1:
-        return f'the training loss starts at {first:.3g}, above that of guessing among {tokens or 150_000:,} tokens ({guess:.3g})'
+        return (f'the training loss starts at {first:.3g}, above that of guessing among {tokens or 150_000:,} '
+                f'tokens ({guess:.3g})')
 
 def _tokens(case) -> int|None:
     "Return the number of tokens of the base; None if it was not given"
@@ -422,7 +424,8 @@ def best_is_worst(case):
     if not isinstance(best, (int, float)):
         raise NotApplicable('the log names no best value')
     same = lambda v: math.isfinite(v) and abs(best - v) <= 1e-6*max(abs(best), 1e-9)
-    values = {k: [v for _, v in case.log.series(k, case.log.evals) if math.isfinite(v)] for k in _measured(case.log)}
+    values = {k: [v for _, v in case.log.series(k, case.log.evals) if math.isfinite(v)]
+              for k in _measured(case.log)}
     whose = [k for k, v in values.items() if any(map(same, v))]
     for key in whose:
         lowest, highest = min(values[key]), max(values[key])
@@ -440,7 +443,8 @@ def best_is_worst(case):
 def _measured(log) -> list[str]:
     "Return the names of what was evaluated, without times"
     times = ('runtime', 'per_second', 'epoch', 'num_tokens', 'compilation_time')
-    return sorted({k for r in log.evals for k in r if k.startswith('eval_') and not k.endswith(times)})
+    return sorted({k for r in log.evals for k in r if k.startswith('eval_')
+                   and not k.endswith(times)})
 
 def _logged_where(log) -> bool:
     "Return whether the log has an evaluation at the step of the best checkpoint"

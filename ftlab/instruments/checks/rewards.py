@@ -79,7 +79,8 @@ def _a_divergence_that_explodes():
 def _a_divergence_below_zero():
     kl = {s: -s/75 for s in range(10, 310, 10)}
     flat = dict.fromkeys(range(10, 310, 10), .5)
-    return elsewhere(trainer_state=toy_log(evals={}, **{'objective/kl': kl, 'objective/scores': flat}))
+    return elsewhere(trainer_state=toy_log(evals={},
+                                           **{'objective/kl': kl, 'objective/scores': flat}))
 
 @check('elsewhere', 'warning', why='a cut answer never reaches its result, so its reward says nothing about it',
        fix='raise max_completion_length, shorten what is asked for, or reward short answers',
@@ -92,7 +93,8 @@ def answers_at_limit(case):
 @planted(answers_at_limit, '100% of the answers are cut')
 def _answers_that_never_end():
     steps = range(10, 310, 10)
-    given = {'completions/clipped_ratio': dict.fromkeys(steps, 1.), 'reward': dict.fromkeys(steps, .1)}
+    given = {'completions/clipped_ratio': dict.fromkeys(steps, 1.),
+             'reward': dict.fromkeys(steps, .1)}
     return elsewhere(trainer_state=toy_log(evals={}, **given))
 
 # %% ../../../nbs/instruments/checks/rewards.ipynb #0009acbe
@@ -108,7 +110,8 @@ def preference_diverged(case):
         return None
     wins = [v for _, v in case.log.series('rewards/accuracies')]
     third = wins[-max(1, len(wins)//3):]
-    rest = f', and the chosen answer wins in {sum(third)/len(third):.0%} of the pairs' if wins else ''
+    share = sum(third)/max(1, len(third))
+    rest = f', and the chosen answer wins in {share:.0%} of the pairs' if wins else ''
     return f'the loss begins at ln 2 (0.693), its mean at the end is {mean:.3g}{rest}'
 
 @planted(preference_diverged, 'its mean at the end is .*wins in 50%')

@@ -54,14 +54,14 @@ def _a_data_set_that_is_not_listed():
 def rows_do_not_fit(case):
     for named, rows in _read(case):
         if rows.lacking:
-            return (f'{named.said} is read as {named.kind}, which needs {some(named.needs or rows.lacking)}; its rows have '
-                    f'{some(rows.first, 6)}')
+            return (f'{named.said} is read as {named.kind}, which needs {some(named.needs or rows.lacking)}; its '
+                    f'rows have {some(rows.first, 6)}')
         if named.kind == 'trl' and rows.total and not (rows.rows or rows.odd or rows.unanswered):
             return f'{named.said} has none of the forms that trl reads; its rows have {some(rows.first, 6)}'
         if rows.odd > .5*rows.total and 'messages' in named.reads and 'chosen' not in named.reads:
             r = named.reads
-            return (f'{rows.odd} of {rows.total} rows of {named.said} have no turns with {r["role"]} and {r["content"]} '
-                    'whose roles are known')
+            return (f'{rows.odd} of {rows.total} rows of {named.said} have no turns with {r["role"]} and '
+                    f'{r["content"]} whose roles are known')
 
 @planted(rows_do_not_fit, 'needs instruction, output; its rows have conversations')
 def _conversations_read_as_instructions():
@@ -84,12 +84,14 @@ def rows_unanswered(case):
 
 @planted(rows_unanswered, '15 of 60 rows of rows.jsonl have no answer')
 def _rows_without_an_answer():
-    rows = [dict(instruction=f'what is {i}?', output='' if i % 4 == 0 else f'it is {i}') for i in range(60)]
+    rows = [dict(instruction=f'what is {i}?', output='' if i % 4 == 0 else f'it is {i}')
+            for i in range(60)]
     return with_rows(AXOLOTL | dict(datasets=[dict(path='rows.jsonl', type='alpaca')]), rows)
 
 FACTORY = dict(model_name_or_path='Qwen/Qwen2.5-7B', stage='sft', do_train=True, finetuning_type='lora',
                lora_target='all', template='qwen', dataset='mine', cutoff_len=2048, output_dir='out', val_size=.1,
-               per_device_train_batch_size=1, gradient_accumulation_steps=8, learning_rate=1e-4, bf16=True,
+               per_device_train_batch_size=1, gradient_accumulation_steps=8, learning_rate=1e-4,
+               bf16=True,
                num_train_epochs=3., lr_scheduler_type='cosine', eval_strategy='steps')
 
 # %% ../../../nbs/instruments/checks/sources.ipynb #0009f34e
@@ -104,8 +106,8 @@ def most_steps(c:Config, rows:int) -> float|None:
     batch = (c.number('batch') or 1)*(c.number('accumulate') or 1)
     return passes*math.ceil(kept/max(batch, 1))
 
-@check('elsewhere', 'warning', why='the optimizer has hardly begun: its averages need tens of steps, and a schedule its '
-                                   'warm-up',
+@check('elsewhere', 'warning', why='the optimizer has hardly begun: its averages need tens of steps, and a schedule '
+                                   'its warm-up',
        fix='lower batch size or accumulation, take more rows, or more passes', source='huggingface/transformers#37766')
 def steps_few(case):
     c, rows = case.config, case.all_rows
@@ -126,5 +128,6 @@ def _eight_steps():
 @planted(steps_few, 'warmup takes 100 steps')
 def _a_warmup_longer_than_the_rows():
     rows = [dict(instruction=f'what is {i}?', output=f'it is {i}') for i in range(90)]
-    more = dict(datasets=[dict(path='rows.jsonl', type='alpaca')], warmup_steps=100, warmup_ratio=None)
+    more = dict(datasets=[dict(path='rows.jsonl', type='alpaca')], warmup_steps=100,
+                warmup_ratio=None)
     return with_rows(AXOLOTL | more, rows)

@@ -21,11 +21,13 @@ __all__ = ['MARKS', 'WITHOUT', 'MARKED', 'FAMILIES', 'tokens_unknown', 'end_mark
            'assistant_unmarked', 'mark_after_answer', 'end_mark_split', 'end_beyond_rows']
 
 # %% ../../../nbs/instruments/checks/vocabulary.ipynb #0005e0a0
-MARKS = {r'^chatml': '<|im_end|>', r'^qwen': '<|im_end|>', r'^llama-?[34]': '<|eot_id|>', r'^gemma': '<end_of_turn>',
+MARKS = {r'^chatml': '<|im_end|>', r'^qwen': '<|im_end|>', r'^llama-?[34]': '<|eot_id|>',
+         r'^gemma': '<end_of_turn>',
          r'^phi_?-?(3|4|small)': '<|end|>', r'^(alpaca|vicuna|llama-?2|mistral)': '</s>'} # the end of a turn
 # base models that have no ChatML, by the names under which they are found; others may have been given it
 WITHOUT = re.compile(r'^(meta-llama/|huggyllama/|mistralai/|google/gemma|nousresearch/(meta-)?llama-|tiiuae/|'
-                     r'unsloth/(meta-)?(llama|mistral|gemma)|eleutherai/|openai-community/gpt2)', re.I)
+                     r'unsloth/(meta-)?(llama|mistral|gemma)|eleutherai/|openai-community/gpt2)',
+                     re.I)
 
 def _vocabulary(case) -> dict:
     "Return the tokens of the base"
@@ -52,7 +54,8 @@ def tokens_unknown(case):
         raise NotApplicable('the settings name no tokens')
     for key, token in given.items():
         if token == f'<{key.upper()}>': # to_dict of transformers writes this in place of every token
-            return 'note', f'{key} is {token!r}, which stands for a token that was left out when the settings were saved'
+            return 'note', (f'{key} is {token!r}, which stands for a token that was left out when the settings were '
+                            f'saved')
         if c['chat_template_path']:
             continue # its tokenizer brings tokens of its own
         if token not in _vocabulary(case):
@@ -66,10 +69,11 @@ def _an_end_that_is_no_token():
 
 @planted(tokens_unknown, 'which stands for a token')
 def _a_placeholder():
-    return elsewhere(args=dict(learning_rate=1e-5, eval_strategy='steps', eos_token='<EOS_TOKEN>', max_length=99))
+    return elsewhere(args=dict(learning_rate=1e-5, eval_strategy='steps', eos_token='<EOS_TOKEN>',
+                               max_length=99))
 
-@check('elsewhere', 'warning', why='the mark is written as several common tokens: the model learns it late, and no server '
-                                   'stops there',
+@check('elsewhere', 'warning', why='the mark is written as several common tokens: the model learns it late, and no '
+                                   'server stops there',
        fix='axolotl: special_tokens: {eos_token: "<|im_end|>"} and tokens: ["<|im_start|>"], with '
            'lora_modules_to_save: [embed_tokens, lm_head]; LLaMA-Factory: resize_vocab: true; or take a template whose '
            'marks the base has',
@@ -88,7 +92,8 @@ def end_mark_unknown(case):
             raise
         known = False
     if not known:
-        return f'the template {template} ends turns with {mark}, which {case.model_name} does not have, and nothing adds it'
+        return (f'the template {template} ends turns with {mark}, which {case.model_name} does not have, and '
+                f'nothing adds it')
 
 @planted(end_mark_unknown, 'chatml ends turns with <|im_end|>, which mistralai')
 def _chatml_without_its_token():
@@ -97,7 +102,8 @@ def _chatml_without_its_token():
 @planted(end_mark_unknown, 'llama3 ends turns with <|eot_id|>')
 def _marks_that_the_base_lacks():
     base = saved_toy()
-    more = dict(base_model=base, chat_template='llama3', lora_target_modules=['q_proj'], sequence_len=64)
+    more = dict(base_model=base, chat_template='llama3', lora_target_modules=['q_proj'],
+                sequence_len=64)
     return elsewhere(config=AXOLOTL | more) | dict(base=base)
 
 MARKED = re.compile(r'\{%-?\s*generation\b')
@@ -136,7 +142,8 @@ def assistant_unmarked(case):
 @planted(assistant_unmarked, 'has no {% generation %}')
 def _nothing_marks_the_assistant():
     base = saved_toy()
-    args = dict(model_name_or_path=base, learning_rate=1e-5, eval_strategy='steps', assistant_only_loss=True)
+    args = dict(model_name_or_path=base, learning_rate=1e-5, eval_strategy='steps',
+                assistant_only_loss=True)
     return elsewhere(args=args) | dict(base=base)
 
 # %% ../../../nbs/instruments/checks/vocabulary.ipynb #000ae0a0
@@ -151,8 +158,8 @@ def mark_after_answer(tok) -> str|None:
     found = re.match(r'\s*(<\|[^|<>\s]+\|>|</?[a-z_]+>)', text.partition(said)[2])
     return found[1] if found else None
 
-@check('elsewhere', 'warning', why='the mark is written as several tokens, so the model learns it late, and no server stops '
-                                   'at it',
+@check('elsewhere', 'warning', why='the mark is written as several tokens, so the model learns it late, and no '
+                                   'server stops at it',
        fix='add the mark as a special token before training and train its row (modules_to_save), or take a template '
            'whose marks the tokenizer has',
        source='imoneoi/openchat#104')
