@@ -2457,6 +2457,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'ftlab/instruments/checks/log.py'),
                                               'ftlab.instruments.checks.log._warmups': ( 'instruments/checks/log.html#_warmups',
                                                                                          'ftlab/instruments/checks/log.py'),
+                                              'ftlab.instruments.checks.log.begins_at_ln2': ( 'instruments/checks/log.html#begins_at_ln2',
+                                                                                              'ftlab/instruments/checks/log.py'),
                                               'ftlab.instruments.checks.log.best_is_worst': ( 'instruments/checks/log.html#best_is_worst',
                                                                                               'ftlab/instruments/checks/log.py'),
                                               'ftlab.instruments.checks.log.end_above_ln2': ( 'instruments/checks/log.html#end_above_ln2',

@@ -6,16 +6,16 @@
 from __future__ import annotations
 import math
 import re
-from statistics import median
+from statistics import fmean, median, stdev
 from ...core.text import some
 from ..case import NotApplicable, check
 from ..planted import elsewhere, planted, toy_log
 
 # %% auto #0
-__all__ = ['HIGHER', 'log_not_finite', 'log_without_numbers', 'end_above_ln2', 'loss_zero', 'loss_diverges', 'loss_starts_high',
-           'log_flat', 'loss_memorized', 'gradient_zero', 'gradient_explodes', 'rate_zero', 'rate_off_plan',
-           'warmup_again', 'resume_jump', 'reward_constant', 'preference_inverted', 'evaluation_missing',
-           'evaluation_rises', 'best_is_worst', 'evaluation_constant', 'passes_many']
+__all__ = ['HIGHER', 'log_not_finite', 'log_without_numbers', 'begins_at_ln2', 'end_above_ln2', 'loss_zero', 'loss_diverges',
+           'loss_starts_high', 'log_flat', 'loss_memorized', 'gradient_zero', 'gradient_explodes', 'rate_zero',
+           'rate_off_plan', 'warmup_again', 'resume_jump', 'reward_constant', 'preference_inverted',
+           'evaluation_missing', 'evaluation_rises', 'best_is_worst', 'evaluation_constant', 'passes_many']
 
 # %% ../../../nbs/instruments/checks/log.ipynb #0005490a
 def _levels(series, parts:int=10) -> list[float]:
@@ -65,20 +65,24 @@ def log_without_numbers(case):
 def _a_log_of_words():
     return elsewhere(trainer_state=dict(log_history=[dict(step=1, loss='low')]*9))
 
-def end_above_ln2(log) -> float|None:
-    """Return the mean loss of preferences at the end, if it began at ln 2 and ends clearly above it;
-    None if it did not, or if the loss is another one (those of IPO, hinge, KTO and ORPO begin elsewhere)"""
+def begins_at_ln2(log) -> bool:
+    """Return whether it is a loss of preferences that begins at ln 2, as that of DPO; those of IPO, hinge,
+    KTO and ORPO begin elsewhere"""
     values = [v for _, v in log.loss if math.isfinite(v)]
-    if not log.preferred or len(values) < 20:
+    return log.preferred and len(values) >= 3 and abs(median(values[:3]) - math.log(2)) <= .12
+
+def end_above_ln2(log) -> float|None:
+    """Return the mean loss of preferences at the end, if it began at ln 2 and ends clearly above it, with
+    answers told apart no better than by chance; else None"""
+    values = [v for _, v in log.loss if math.isfinite(v)]
+    if len(values) < 20 or not begins_at_ln2(log):
         return None
-    if abs(median(values[:3]) - math.log(2)) > .12:
-        return None
-    end = values[-(len(values)//3):]
-    size = max(1, len(end)//5)
-    # medians of means: the loss swings from batch to batch, and one spike is no divergence
-    mean = median(sum(p)/len(p) for i in range(0, len(end) - size + 1, size)
-                  if (p := end[i:i + size]))
-    return mean if mean > math.log(2) + .07 else None
+    # the loss swings from batch to batch, so the mean must be clear of its own error; one spike is no divergence
+    end = [min(v, 3.) for v in values[len(values)//2:]]
+    mean, error = fmean(end), stdev(end)/len(end)**.5
+    wins = [v for _, v in log.series('rewards/accuracies')]
+    apart = bool(wins) and fmean(wins[len(wins)//2:]) > .62 # too sure of itself, and right all the same
+    return mean if mean > math.log(2) + max(.07, error) and not apart else None
 
 @check('elsewhere', 'error',
        why='a loss of exactly 0 teaches nothing: no token had a label, or half precision made it 0',
@@ -108,6 +112,8 @@ def _a_loss_that_stays_zero():
 def loss_diverges(case):
     if case.log.rewarded:
         raise NotApplicable('the loss of reinforcement learning says nothing by its size')
+    if begins_at_ln2(case.log):
+        raise NotApplicable('the loss of preferences swings, and is compared with ln 2')
     levels = _levels(case.log.loss)
     if len(levels) < 2:
         raise NotApplicable('the log is too short')
@@ -312,8 +318,8 @@ def _a_resume_without_its_scheduler():
        source='huggingface/transformers#33336')
 def resume_jump(case):
     loss = [(s, v) for s, v in case.log.loss if math.isfinite(v)]
-    if case.log.rewarded or len(loss) < 12:
-        raise NotApplicable('the log is too short')
+    if case.log.rewarded or begins_at_ln2(case.log) or len(loss) < 12:
+        raise NotApplicable('the log is too short, or its loss swings')
     values = [v for _, v in loss]
     for i in range(4, len(loss) - 3):
         before, after = values[i - 4:i], values[i:i + 4]
@@ -350,11 +356,13 @@ def _one_reward_for_all():
        fix='check which column is chosen and which is rejected, and that the reference is the model at the start',
        source='huggingface/trl#2371')
 def preference_inverted(case):
-    levels = _levels(case.log.series('rewards/accuracies'))
-    if len(levels) < 2:
+    wins = [v for _, v in case.log.series('rewards/accuracies') if math.isfinite(v)]
+    if len(wins) < 6:
         raise NotApplicable('the log has no accuracies of preferences')
-    if levels[-1] < .45:
-        return f'at the end the chosen answer wins in {levels[-1]:.0%} of the pairs'
+    end = wins[len(wins)//2:]
+    error = stdev(end)/len(end)**.5 # a batch of one pair wins or loses as a whole
+    if fmean(end) + 1.5*error < .47:
+        return f'at the end the chosen answer wins in {fmean(end):.0%} of the pairs'
 
 @planted(preference_inverted, 'wins in 20%')
 def _chosen_and_rejected_swapped():

@@ -44,8 +44,9 @@ def reward_falls(case):
     first, peak, end = levels[0], max(levels), levels[-1]
     spread = [v for _, v in case.log.series('reward_std') if v > 0]
     # a level is the median of a tenth of the entries, so its noise is that of one entry over the root
+    # and rewards drift, so the fall must be larger than what one level usually differs from the next
     least = max(6*_noise(values)/(len(values)//10)**.5, .5*median(spread) if spread else 0.,
-                .25*max(abs(peak), abs(first)))
+                .25*max(abs(peak), abs(first)), 5*_noise(levels))
     if peak - end > least and end < first + .25*(peak - first):
         return f'the reward is {first:.3g} at the beginning, {peak:.3g} at its best and {end:.3g} at the end'
 
