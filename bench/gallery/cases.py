@@ -89,12 +89,14 @@ FOUND = dict(
     best_kept=dict(ftlab='best-is-worst', others=r'best'),
     greedy=dict(ftlab='sampling-greedy', others=r'temperature|greedy|sampl'),
     groups=dict(ftlab='groups-undivided', others=r'num_generations|group|generations|divis'),
-    refused=dict(ftlab='settings-exclude-each-other', others=r'conflict|exclus|incompatib|both|together|fsdp|pack|eval'),
+    refused=dict(ftlab='settings-exclude-each-other',
+                 others=r'conflict|exclus|incompatib|both|together|fsdp|pack|eval'),
     repeated=dict(ftlab='setting-repeated', others=r'duplicate|twice|repeat'),
     mark=dict(ftlab='end-mark', others=r'eos|special.?token|im_end|template|token'),
     unknown_token=dict(ftlab='tokens-unknown|end-beyond-rows', others=r'eos|vocab|token'),
     unmarked=dict(ftlab='assistant-unmarked', others=r'assistant_only|generation|mask|template'),
-    rows=dict(ftlab='rows-(do-not-fit|not-found|unanswered)', others=r'column|field|dataset|format|schema|missing|empty'),
+    rows=dict(ftlab='rows-(do-not-fit|not-found|unanswered)',
+              others=r'column|field|dataset|format|schema|missing|empty'),
     few_steps=dict(ftlab='steps-few|batch-over-rows|warmup-too-long', others=r'step|batch|warm|small|rows'),
     head=dict(ftlab='head-lost|weights-missing', others=r'head|score|classifier|missing'),
     head_only=dict(ftlab='changes-nothing', others=r'zero|untrained|no.?effect|lora_B'),
@@ -157,9 +159,12 @@ def more_healthy_logs(good, each):
     ends = lambda s, r, g: rewarded(s, r, g, reward=-2. + s/600 + g.gauss(0, .1),
                                     **{'completions/clipped_ratio': max(.03, .95 - s/400)})
     swings = lambda s, r, g: r.update({'rewards/accuracies': g.choice([.5, .75, 1.]),
-                                       'rewards/margins': s/500 + g.gauss(0, .4), 'rewards/chosen': -s/400,
-                                       'loss': .6931 if s < 30 else max(.05, .55 - s/2500 + g.gauss(0, .2))})
-    hinge = lambda s, r, g: r.update({'rewards/accuracies': min(.8, .5 + s/900), 'loss': 1. - s/1500})
+                                       'rewards/margins': s/500 + g.gauss(0, .4),
+                                       'rewards/chosen': -s/400,
+                                       'loss': .6931 if s < 30
+                                       else max(.05, .55 - s/2500 + g.gauss(0, .2))})
+    hinge = lambda s, r, g: r.update({'rewards/accuracies': min(.8, .5 + s/900),
+                                      'loss': 1. - s/1500})
     triangle = lambda s, r, g: r.update(learning_rate=2e-4*abs((s/75) % 2 - 1))
     kept = dict(best_metric=.91, best_model_checkpoint='out/checkpoint-400')
     scored = lambda s, r, g: None
@@ -169,9 +174,11 @@ def more_healthy_logs(good, each):
         good('-reward-flat', seed=10, evals=0, change=flat, steps=2000),
         good('-divergence-grows', seed=11, evals=0, change=slow),
         good('-answers-shorten', seed=12, evals=0, change=ends),
-        good('-preferences-of-small-batches', seed=13, rate=5e-7, change=swings, evals=0, epochs=1.),
+        good('-preferences-of-small-batches', seed=13, rate=5e-7, change=swings, evals=0,
+             epochs=1.),
         good('-hinge', seed=14, rate=5e-6, change=hinge, evals=0, epochs=1.),
-        good('-best-by-accuracy', seed=15, change=scored, scores=lambda s: .91 if s == 400 else .8 + s/6000, state=kept)]
+        good('-best-by-accuracy', seed=15, change=scored, scores=lambda s: .91 if s == 400
+             else .8 + s/6000, state=kept)]
 
 
 def logs():
@@ -190,23 +197,30 @@ def logs():
     collapse = lambda s, r, g: reward(s, r, g) | dict(
         reward=(.3 + s/700 if s < 350 else .05) + g.gauss(0, .04), kl=.01)
     runs_away = lambda s, r, g: reward(s, r, g) | dict(reward=.5 + g.gauss(0, .05),
-                                                       kl=.01 if s < 300 else math.exp((s - 300)/45))
+                                                       kl=.01 if s < 300
+                                                       else math.exp((s - 300)/45))
     cut = lambda s, r, g: reward(s, r, g) | {'reward': .1 + g.gauss(0, .02), 'completions/clipped_ratio': .97}
-    apart = lambda s, r, g: {'rewards/accuracies': g.choice([0., .5, 1.]), 'rewards/margins': g.gauss(0, 4.),
+    apart = lambda s, r, g: {'rewards/accuracies': g.choice([0., .5, 1.]),
+                             'rewards/margins': g.gauss(0, 4.),
                              'loss': .6931 if s < 40 else g.choice([0., .3, 1.6, 4.2])}
     shrink = lambda s, r, g: {'rewards/accuracies': .8 if s < 400 else .55,
-                              'rewards/margins': (s/200 if s < 300 else max(.1, 1.5 - (s - 300)/150)) + g.gauss(0, .05),
+                              'rewards/margins': (s/200 if s < 300
+                                                  else max(.1, 1.5 - (s - 300)/150)) + g.gauss(0, .05),
                               'loss': .69 - s/2000}
     of_another = dict(best_metric=.9, best_model_checkpoint='out/checkpoint-400')
     lowest = dict(best_metric=.8, best_model_checkpoint='out/checkpoint-400')
     return [
         bad('warm-again', 'warm_again', **after(400, second)),
-        bad('reward-collapses', 'reward_falls', 'log-healthy-reward-flat', evals=0, **after(0, collapse)),
-        bad('divergence-explodes', 'kl', 'log-healthy-divergence-grows', evals=0, **after(0, runs_away)),
+        bad('reward-collapses', 'reward_falls', 'log-healthy-reward-flat', evals=0,
+            **after(0, collapse)),
+        bad('divergence-explodes', 'kl', 'log-healthy-divergence-grows', evals=0,
+            **after(0, runs_away)),
         bad('answers-cut', 'truncated', 'log-healthy-answers-shorten', evals=0, **after(0, cut)),
-        bad('preferences-diverge', 'preferences', 'log-healthy-preferences-of-small-batches', evals=0, epochs=1.,
+        bad('preferences-diverge', 'preferences', 'log-healthy-preferences-of-small-batches',
+            evals=0, epochs=1.,
             **after(0, apart)),
-        bad('margins-shrink', 'margins', 'log-healthy-preferences-of-small-batches', evals=0, epochs=1.,
+        bad('margins-shrink', 'margins', 'log-healthy-preferences-of-small-batches', evals=0,
+            epochs=1.,
             **after(0, shrink)),
         bad('best-of-another-run', 'best_kept', 'log-healthy-early-stop', state=of_another),
         bad('lowest-score-kept', 'best_kept', 'log-healthy-best-by-accuracy',
@@ -335,13 +349,16 @@ def healthy_configs():
     ends = dict(base_model='mistralai/Mistral-7B-v0.1', chat_template='chatml', tokens=['<|im_start|>'],
                 special_tokens=dict(eos_token='<|im_end|>', pad_token='</s>'),
                 lora_modules_to_save=['embed_tokens', 'lm_head'])
-    grpo = dict(num_generations=8, temperature=.9, per_device_train_batch_size=8, learning_rate=1e-6, beta=0.,
+    grpo = dict(num_generations=8, temperature=.9, per_device_train_batch_size=8,
+                learning_rate=1e-6, beta=0.,
                 use_peft=False, eval_strategy='no')
     steps = dict(max_steps=200, warmup_steps=10)
     return dict(axolotl=AXOLOTL, full=FULL, trl=TRL, factory=FACTORY, sdpa=TRL | packed,
-                text=FULL | books, preferences=TRL | preferences, embeddings=AXOLOTL | saved, marks=AXOLOTL | ends,
+                text=FULL | books, preferences=TRL | preferences, embeddings=AXOLOTL | saved,
+                marks=AXOLOTL | ends,
                 grpo=without(TRL, 'lora_r', 'lora_alpha', 'lora_target_modules') | grpo,
-                accelerated=AXOLOTL | dict(deepspeed='deepspeed_configs/zero2.json', fsdp=None, fsdp_config=None),
+                accelerated=AXOLOTL | dict(deepspeed='deepspeed_configs/zero2.json', fsdp=None,
+                                           fsdp_config=None),
                 steps=without(TRL, 'num_train_epochs', 'warmup_ratio') | steps)
 
 
@@ -363,7 +380,8 @@ def named():
     "Return settings that name rows, with the rows"
     asked = questions(400)
     tasks = [dict(instruction=r['prompt'], input='', output=r['response']) for r in asked]
-    turns = [dict(conversations=[{'from': 'human', 'value': r['prompt']}, {'from': 'gpt', 'value': r['response']}])
+    turns = [dict(conversations=[{'from': 'human', 'value': r['prompt']},
+                                 {'from': 'gpt', 'value': r['response']}])
              for r in asked]
     of = lambda **more: AXOLOTL | dict(datasets=[dict(path='mine.jsonl', ds_type='json') | more])
     read = dict(type='chat_template', field_messages='conversations',
@@ -375,18 +393,23 @@ def named():
     bad = lambda name, failure, twin, d, **more: Case(f'config-{name}', 'config', failure,
                                                       f'config-healthy-{twin}', here(d, **more))
     few = dict(micro_batch_size=8, gradient_accumulation_steps=16)
-    short = of(type='alpaca') | dict(micro_batch_size=1, gradient_accumulation_steps=2, warmup_steps=4)
+    short = of(type='alpaca') | dict(micro_batch_size=1, gradient_accumulation_steps=2,
+                                     warmup_steps=4)
     twice = yaml.safe_dump(AXOLOTL, sort_keys=False) + 'learning_rate: 0.00002\n'
     return [
-        good('rows-alpaca', of(type='alpaca'), rows=tasks), good('rows-chat', of(**read), rows=turns),
-        good('rows-few', short, rows=tasks[:40]), good('rows-factory', FACTORY, rows=turns, info=columns),
+        good('rows-alpaca', of(type='alpaca'), rows=tasks),
+            good('rows-chat', of(**read), rows=turns),
+        good('rows-few', short, rows=tasks[:40]),
+            good('rows-factory', FACTORY, rows=turns, info=columns),
         bad('rows-of-another-type', 'rows', 'rows-alpaca', of(type='alpaca'), rows=turns),
         bad('rows-of-other-names', 'rows', 'rows-chat', of(**without(read, 'message_property_mappings')), rows=turns),
         bad('rows-without-answers', 'rows', 'rows-alpaca', of(type='alpaca'), rows=gaps),
         bad('rows-factory-columns', 'rows', 'rows-factory', FACTORY, rows=tasks, info=wrong),
-        bad('rows-factory-unlisted', 'rows', 'rows-factory', FACTORY, rows=turns, info=dict(other=columns['mine'])),
+        bad('rows-factory-unlisted', 'rows', 'rows-factory', FACTORY, rows=turns,
+            info=dict(other=columns['mine'])),
         bad('rows-hardly-a-step', 'few_steps', 'rows-few', short | few, rows=tasks[:40]),
-        bad('rows-end-in-warmup', 'few_steps', 'rows-few', short | dict(warmup_steps=100), rows=tasks[:40]),
+        bad('rows-end-in-warmup', 'few_steps', 'rows-few', short | dict(warmup_steps=100),
+            rows=tasks[:40]),
         bad('key-twice', 'repeated', 'axolotl', AXOLOTL, text=twice)]
 
 
@@ -394,13 +417,16 @@ def against_base(root):
     "Return settings whose tokens or template the base decides"
     of = lambda base, **more: TRL | dict(model_name_or_path=str(root/base), max_length=64) | more
     case = lambda name, failure, twin, base, **more: Case(
-        f'config-{name}', 'config', failure, twin and f'config-{twin}', here(of(base, **more)), base)
+        f'config-{name}', 'config', failure, twin and f'config-{twin}', here(of(base, **more)),
+                                                          base)
     return [
         case('healthy-end', '', '', 'base', eos_token='<eos>', pad_token='<pad>'),
         case('healthy-assistant', '', '', 'marked', assistant_only_loss=True),
         case('end-unknown', 'unknown_token', 'healthy-end', 'base', eos_token='<|im_end|>'),
-        case('padding-unknown', 'unknown_token', 'healthy-end', 'base', eos_token='<eos>', pad_token='[PAD]'),
-        case('assistant-unmarked', 'unmarked', 'healthy-assistant', 'base', assistant_only_loss=True)]
+        case('padding-unknown', 'unknown_token', 'healthy-end', 'base', eos_token='<eos>',
+             pad_token='[PAD]'),
+        case('assistant-unmarked', 'unmarked', 'healthy-assistant', 'base',
+             assistant_only_loss=True)]
 
 
 def configs():
@@ -496,14 +522,16 @@ ATTENTION = ['q_proj', 'k_proj', 'v_proj', 'o_proj']
 
 def scored(tensors):
     "Add the head of a classifier"
-    return tensors | {'base_model.model.score.weight': torch.randn(3, 32, generator=torch.Generator().manual_seed(2))}
+    return tensors | {'base_model.model.score.weight': torch.randn(3, 32,
+                                                                   generator=torch.Generator().manual_seed(2))}
 
 
 def headed(tensors):
     "Add a LoRA of the head"
     g, rows = torch.Generator().manual_seed(3), len(toy_tokenizer())
     return tensors | {'base_model.model.lm_head.lora_A.weight': torch.randn(8, 32, generator=g)/6,
-                      'base_model.model.lm_head.lora_B.weight': .02*torch.randn(rows, 8, generator=g)}
+                      'base_model.model.lm_head.lora_B.weight': .02*torch.randn(rows, 8,
+                                                                                generator=g)}
 
 
 def adapters(root):
@@ -520,15 +548,20 @@ def adapters(root):
              put(config=dict(use_rslora=True)), 'base'),
         Case('adapter-healthy-bfloat16', 'adapter', '', '',
              put(change=lambda t: {n: x.bfloat16() for n, x in t.items()}), 'base'),
-        Case('adapter-healthy-classifier', 'adapter', '', '', put(config=dict(task_type='SEQ_CLS'), change=scored), 'base'),
+        Case('adapter-healthy-classifier', 'adapter', '', '',
+             put(config=dict(task_type='SEQ_CLS'), change=scored), 'base'),
         Case('adapter-healthy-own-head', 'adapter', '', '', lambda folder: adapter(
-            folder, root/'untied', change=headed, config=dict(target_modules=[*ATTENTION, 'lm_head'])), 'untied'),
-        Case('adapter-head-lost', 'adapter', 'head', 'adapter-healthy-classifier', put(config=dict(task_type='SEQ_CLS')),
+            folder, root/'untied', change=headed, config=dict(target_modules=[*ATTENTION,
+                                                                              'lm_head'])), 'untied'),
+        Case('adapter-head-lost', 'adapter', 'head', 'adapter-healthy-classifier',
+             put(config=dict(task_type='SEQ_CLS')),
              'base'),
-        Case('adapter-head-alone', 'adapter', 'head_only', 'adapter-healthy-own-head', lambda folder: adapter(
+        Case('adapter-head-alone', 'adapter', 'head_only', 'adapter-healthy-own-head',
+             lambda folder: adapter(
             folder, root/'untied', config=dict(target_modules=[*ATTENTION, 'lm_head']),
             change=lambda t: headed({n: x*0 if second(n) else x for n, x in t.items()})), 'untied'),
-        bad('head-tied', 'tied', change=headed, config=dict(target_modules=[*ATTENTION, 'lm_head'])),
+        bad('head-tied', 'tied', change=headed,
+            config=dict(target_modules=[*ATTENTION, 'lm_head'])),
         bad('untrained', 'no_change',
             change=lambda t: {n: x*0 if second(n) else x for n, x in t.items()}),
         bad('nan', 'nan', change=lambda t: {n: x*nan if 'layers.1.self_attn.q' in n else x
@@ -586,8 +619,10 @@ def folders():
         Case('folder-healthy-with-notes', 'folder', '', '', noted, 'base'),
         Case('folder-head-lost', 'folder', 'head', 'folder-healthy-untied',
              put(tie_word_embeddings=False, leave_out='lm_head.weight'), 'untied'),
-        Case('folder-adapter-left-over', 'folder', 'left_over', 'folder-healthy-with-notes', beside, 'base'),
-        bad('mark-split', 'mark', tok=toy_tokenizer(chat_template=toy_tokenizer().chat_template.replace(
+        Case('folder-adapter-left-over', 'folder', 'left_over', 'folder-healthy-with-notes',
+             beside, 'base'),
+        bad('mark-split', 'mark',
+            tok=toy_tokenizer(chat_template=toy_tokenizer().chat_template.replace(
             "' ' + eos_token", "'<|im_end|>'"))),
         bad('end-beyond-rows', 'unknown_token', generation=dict(eos_token_id=32000)),
         bad('is-the-base', 'no_change', size=0.),
@@ -635,19 +670,23 @@ def rows():
 
 def cases(root:Path) -> list[Case]:
     "Return every case"
-    return [*logs(), *configs(), *named(), *against_base(root), *adapters(root), *folders(), *rows()]
+    return [*logs(), *configs(), *named(), *against_base(root), *adapters(root), *folders(),
+            *rows()]
 
 
 def write(root:Path) -> list[Case]:
     "Write the whole gallery, and its bases, below `root`"
     # the same template, with marks around what the assistant says
     said = '{% generation %}{{ m.content + " " + eos_token }}{% endgeneration %}'
-    marked = '{% for m in messages %}{% if m.role == "assistant" %}' + said + '{% else %}{{ m.content }}{% endif %}{% endfor %}'
-    for name, sizes in (('base', {}), ('wide', dict(hidden_size=64)), ('untied', dict(tie_word_embeddings=False)),
+    marked = '{% for m in messages %}{% if m.role == "assistant" %}' + said + ('{% else %}{{ m.content }}{% endif '
+                                                                               '%}{% endfor %}')
+    for name, sizes in (('base', {}), ('wide', dict(hidden_size=64)),
+                        ('untied', dict(tie_word_embeddings=False)),
                         ('marked', {})):
         (root/name).mkdir(parents=True)
         toy_model(**sizes).save_pretrained(root/name)
-        toy_tokenizer(**(dict(chat_template=marked) if name == 'marked' else {})).save_pretrained(root/name)
+        toy_tokenizer(**(dict(chat_template=marked) if name == 'marked'
+                         else {})).save_pretrained(root/name)
     found = cases(root)
     for case in found:
         folder = root/'cases'/case.name

@@ -23,7 +23,7 @@ from ..trainers.objective import IGNORE
 
 # %% auto #0
 __all__ = ['SETTINGS_OF_OTHERS', 'OWN_SETTINGS', 'OWN_ROWS', 'PLANNED', 'SHOWN', 'put', 'own_name', 'Tried', 'one_step',
-           'try_own', 'try_elsewhere']
+           'try_own', 'as_case', 'try_elsewhere']
 
 # %% ../../nbs/instruments/fixes.ipynb #00053e25
 def put(raw:Mapping, changes:Mapping) -> dict:
@@ -265,7 +265,7 @@ def _all_learned(batch, state):
     labels = batch['input_ids'].masked_fill(batch['attention_mask'] == 0, IGNORE)
     return dict(batch, labels=labels)
 
-def _as_case(case:Elsewhere, config:Config, model, tok) -> Case:
+def as_case(case:Elsewhere, config:Config, model, tok) -> Case:
     "Return settings of another trainer as a run of ftlab would have them"
     recipe = _as_recipe(config, model)
     length = config.number('length')
@@ -327,6 +327,6 @@ def _dry(case, before, after, load) -> tuple:
             return None, None, ('a dry step takes over rate, length, batch, method, rank, scale, targets and what is '
                                 'learned, and is the same with it')
         model, tok = load(name)
-        return tuple(one_step(_as_case(case, c, model, tok)) for c in (before, after))
+        return tuple(one_step(as_case(case, c, model, tok)) for c in (before, after))
     except NotApplicable as e:
         return None, None, f'no dry step could be taken: {e}'

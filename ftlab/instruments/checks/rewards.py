@@ -110,8 +110,8 @@ def preference_diverged(case):
     if (mean := end_above_ln2(case.log)) is None:
         return None
     wins = [v for _, v in case.log.series('rewards/accuracies')]
-    third = wins[-max(1, len(wins)//3):]
-    share = sum(third)/max(1, len(third))
+    half = wins[len(wins)//2:]
+    share = sum(half)/max(1, len(half))
     rest = f', and the chosen answer wins in {share:.0%} of the pairs' if wins else ''
     return f'the loss begins at ln 2 (0.693), its mean at the end is {mean:.3g}{rest}'
 
