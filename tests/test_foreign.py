@@ -492,7 +492,7 @@ def test_the_best_value_is_looked_for_among_all_that_was_evaluated():
 
 
 @pytest.mark.parametrize('before, after', [
-    (dict(lora_r=4, lora_alpha=8), dict(lora_r=32, lora_alpha=64)),
+    (dict(lora_r=4, lora_alpha=8), dict(lora_r=16, lora_alpha=32)),
                                            (dict(lora_alpha=8), dict(lora_alpha=2048)),
     (dict(lora_target_modules=['q_proj']), dict(lora_target_modules=['down_proj'])),
     (dict(train_on_inputs=False), dict(train_on_inputs=True)),

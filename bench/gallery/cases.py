@@ -203,10 +203,9 @@ def logs():
     apart = lambda s, r, g: {'rewards/accuracies': g.choice([0., .5, 1.]),
                              'rewards/margins': g.gauss(0, 4.),
                              'loss': .6931 if s < 40 else g.choice([0., .3, 1.6, 4.2])}
-    shrink = lambda s, r, g: {'rewards/accuracies': .8 if s < 400 else .55,
-                              'rewards/margins': (s/200 if s < 300
-                                                  else max(.1, 1.5 - (s - 300)/150)) + g.gauss(0, .05),
-                              'loss': .69 - s/2000}
+    narrows = lambda s: s/200 if s < 300 else max(.1, 1.5 - (s - 300)/150)
+    shrink = lambda s, r, g: {'rewards/accuracies': .8 if s < 400 else .55, 'loss': .69 - s/2000,
+                              'rewards/margins': narrows(s) + g.gauss(0, .05)}
     of_another = dict(best_metric=.9, best_model_checkpoint='out/checkpoint-400')
     lowest = dict(best_metric=.8, best_model_checkpoint='out/checkpoint-400')
     return [
@@ -522,8 +521,8 @@ ATTENTION = ['q_proj', 'k_proj', 'v_proj', 'o_proj']
 
 def scored(tensors):
     "Add the head of a classifier"
-    return tensors | {'base_model.model.score.weight': torch.randn(3, 32,
-                                                                   generator=torch.Generator().manual_seed(2))}
+    g = torch.Generator().manual_seed(2)
+    return tensors | {'base_model.model.score.weight': torch.randn(3, 32, generator=g)}
 
 
 def headed(tensors):
