@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
+from ...core.loading import quiet
 from ...core.text import some
 from ..case import NotApplicable, check
 from ..planted import elsewhere, planted, toy_adapter, toy_model, toy_tokenizer
@@ -258,7 +259,8 @@ def _a_wider_base():
 def saved_toy(tok=None, **config) -> str:
     "Save a toy model with its tokenizer, and return the folder"
     folder = Path(tempfile.mkdtemp())/'base'
-    toy_model(**config).save_pretrained(folder)
+    with quiet():
+        toy_model(**config).save_pretrained(folder)
     (tok or toy_tokenizer()).save_pretrained(folder)
     return str(folder)
 

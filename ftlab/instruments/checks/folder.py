@@ -258,7 +258,8 @@ def saved(change=lambda model: None, # of the model, in place
     "Save a base and a tuned model; return arguments of the doctor"
     root = Path(tempfile.mkdtemp())
     model, own = toy_model(**sizes), toy_tokenizer()
-    model.save_pretrained(root/'base')
+    with quiet():
+        model.save_pretrained(root/'base')
     own.save_pretrained(root/'base')
     for p in model.parameters():
         p.add_(.002*torch.sin(torch.arange(p.numel()).reshape(p.shape)))
@@ -266,7 +267,8 @@ def saved(change=lambda model: None, # of the model, in place
     state = {(names or str)(n): p.clone() for n, p in model.named_parameters()} if names else None
     if leave_out:
         state = {n: p for n, p in model.state_dict().items() if n != leave_out}
-    model.save_pretrained(root/'tuned', **({'state_dict': state} if state else {}))
+    with quiet():
+        model.save_pretrained(root/'tuned', **({'state_dict': state} if state else {}))
     (tok or own).save_pretrained(root/'tuned')
     for file, more in (('config.json', config), ('generation_config.json', generation)):
         path = root/'tuned'/file

@@ -169,10 +169,9 @@ def end_mark_split(case):
     if mark is None:
         raise NotApplicable('there is no chat template, or no mark ends its turns')
     if mark not in tok.get_vocab():
-        n = len(tok(mark, add_special_tokens=False).input_ids)
-        return f'the chat template ends turns with {mark}, which the tokenizer writes as {n} tokens'
+        return f'the chat template ends turns with {mark}, which is not in the vocabulary of the tokenizer'
 
-@planted(end_mark_split, 'ends turns with <|im_end|>, which the tokenizer writes as')
+@planted(end_mark_split, 'ends turns with <|im_end|>, which is not in the vocabulary')
 def _a_template_whose_marks_are_no_tokens():
     template = toy_tokenizer().chat_template.replace("' ' + eos_token", "'<|im_end|>'")
     return saved(tok=toy_tokenizer(chat_template=template))
