@@ -21,9 +21,9 @@ __all__ = ['MARKS', 'WITHOUT', 'MARKED', 'FAMILIES', 'tokens_unknown', 'end_mark
            'assistant_unmarked', 'mark_after_answer', 'end_mark_split', 'end_beyond_rows']
 
 # %% ../../../nbs/instruments/checks/vocabulary.ipynb #0005e0a0
-MARKS = {r'^chatml': '<|im_end|>', r'^qwen': '<|im_end|>', r'^llama-?[34]': '<|eot_id|>',
-         r'^gemma': '<end_of_turn>',
-         r'^phi_?-?(3|4|small)': '<|end|>', r'^(alpaca|vicuna|llama-?2|mistral)': '</s>'} # the end of a turn
+# the end of a turn in templates of axolotl and LLaMA-Factory that write it as text; others write eos_token
+MARKS = {r'^chatml': '<|im_end|>', r'^qwen': '<|im_end|>', r'^llama-?3': '<|eot_id|>',
+         r'^gemma[23]?$': '<end_of_turn>', r'^phi_?-?3': '<|end|>'}
 # base models that have no ChatML, by the names under which they are found; others may have been given it
 WITHOUT = re.compile(r'^(meta-llama/|huggyllama/|mistralai/|google/gemma|nousresearch/(meta-)?llama-|tiiuae/|'
                      r'unsloth/(meta-)?(llama|mistral|gemma)|eleutherai/|openai-community/gpt2)',
