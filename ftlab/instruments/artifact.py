@@ -206,6 +206,11 @@ class Config:
         return self.form == 'trl' and self.method != 'lora' and bool(given)
 
     @property
+    def complete(self) -> bool:
+        "Return whether `to_dict` of transformers wrote it: then it has every default, and what follows from others"
+        return {'adam_beta1', 'adam_epsilon', 'weight_decay', 'dataloader_drop_last'} <= self.source.keys()
+
+    @property
     def rewarded(self) -> bool:
         "Return whether it trains on rewards, which are an evaluation of their own"
         return bool(self['num_generations'] or self['reward_funcs'] or self['stage'] == 'ppo'
@@ -219,13 +224,15 @@ class Config:
         return sorted(_twice(self.source) & words)
 
 # %% ../../nbs/instruments/artifact.ipynb #00097975
-def flat(raw:Mapping) -> dict:
+def flat(raw:Mapping,
+         depth:int=4  # groups in groups that are read; an alias of YAML may hold itself
+        ) -> dict:
     """Return settings without their groups: {'lora': {'r': 8}} becomes {'lora_r': 8}. A name that is
     there twice keeps the outer value"""
     out = {k: v for k, v in raw.items() if not isinstance(v, Mapping) or k in KEEP}
     for k, v in raw.items():
-        if isinstance(v, Mapping) and k not in KEEP:
-            out = renamed(flat(v)) | out
+        if isinstance(v, Mapping) and k not in KEEP and depth:
+            out = renamed(flat(v, depth - 1)) | out
     return out
 
 def _twice(raw) -> set[str]:
@@ -319,14 +326,15 @@ def _lines(path:Path) -> list[dict]:
 
 class _Counting(yaml.SafeLoader):
     "Read YAML as `safe_load` does, and note keys that a mapping has twice, of which it keeps the last"
-    def construct_mapping(self, node, deep=False):
-        seen = {}
-        for key, _ in getattr(node, 'value', ()):
-            name = str(getattr(key, 'value', ''))
-            if name in seen and name != '<<':
+    def compose_mapping_node(self, anchor):
+        node, seen = super().compose_mapping_node(anchor), {}
+        # before keys of an alias (<<) are put in front of a mapping's own, which may replace them
+        for key, _ in node.value:
+            name = key.value
+            if isinstance(name, str) and name in seen and name != '<<':
                 self.repeated.setdefault(name, [seen[name]]).append(key.start_mark.line + 1)
-            seen[name] = key.start_mark.line + 1
-        return super().construct_mapping(node, deep)
+            seen[str(name)] = key.start_mark.line + 1
+        return node
 
 def _yaml(text:str) -> tuple:
     "Return what YAML says, and {key: lines} of keys that stand twice in one mapping"
@@ -538,7 +546,11 @@ class Elsewhere:
         "Return the rows that the settings name; none if others were given"
         if self.given is not None or self.found.config is None or self.found.beside is None:
             return []
-        return named_rows(self.found.config, self.found.beside)
+        try:
+            return named_rows(self.found.config, self.found.beside)
+        except ValueError as e: # a dataset_info.json that cannot be read
+            self.unread_rows = shortened(str(e), 300)
+            return []
 
     @cached_property
     def read_rows(self) -> list[tuple[NamedRows, Rows]]:
@@ -588,7 +600,7 @@ class Elsewhere:
     def unreadable(self) -> str:
         "Say why the rows cannot be read; '' if they can, or if there are none"
         if self.given is None:
-            return self.unread_rows if self.named_rows and not self.read_rows else ''
+            return '' if self.read_rows else self.unread_rows
         if isinstance(self.given, Data):
             return ''
         try:

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/instruments/named_rows.ipynb #000386bf
 from __future__ import annotations
-import re
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,11 +48,22 @@ class NamedRows:
         return [v for k, v in self.reads.items()
                 if k in ('prompt', 'response', 'text', 'messages', 'chosen', 'rejected')]
 
+def _dict(value) -> Mapping:
+    "Return a group of settings; {} for anything else"
+    return value if isinstance(value, Mapping) else {}
+
+def _list(value) -> list:
+    return value if isinstance(value, list) else []
+
+def _column(value, default:str) -> str:
+    "Return the name of a column"
+    return value if value and isinstance(value, str) else default
+
 def _where(said, folders) -> Path|None:
     "Return the file, if it is here and of a kind that can be read"
     for folder in folders:
         path = folder/str(said)
-        if path.is_file() and path.suffix.lower() in READERS:
+        if path.suffix.lower() in READERS and os.path.isfile(path): # False for a name that no file can have
             return path
     return None
 
@@ -61,18 +72,19 @@ def _axolotl(d:Mapping, folders) -> NamedRows:
     kind, files = d.get('type'), d.get('data_files')
     said = files if isinstance(files, str) else str(d.get('path'))
     if isinstance(kind, Mapping): # columns of one's own
-        reads = dict(prompt=kind.get('field_instruction') or 'instruction', more=kind.get('field_input') or 'input',
-                     response=kind.get('field_output') or 'output')
+        reads = dict(prompt=_column(kind.get('field_instruction'), 'instruction'),
+                     more=_column(kind.get('field_input'), 'input'),
+                     response=_column(kind.get('field_output'), 'output'))
         return NamedRows(said, _where(said, folders), 'a type of its own', reads)
     kind = str(kind or '')
-    reads = dict(TYPES.get(kind) or TYPES.get(re.split('[:.]', kind)[0]) or {})
-    if 'text' in reads and d.get('field'):
-        reads['text'] = d['field']
+    reads = dict(TYPES.get(kind) or TYPES.get(kind.partition(':')[0]) or {})
+    if 'text' in reads:
+        reads['text'] = _column(d.get('field'), reads['text'])
     if 'messages' in reads:
-        mapped = d.get('message_property_mappings') or {}
-        reads |= dict(messages=d.get('field_messages') or reads['messages'],
-                      role=mapped.get('role') or d.get('message_field_role') or reads['role'],
-                      content=mapped.get('content') or d.get('message_field_content') or reads['content'])
+        mapped = _dict(d.get('message_property_mappings'))
+        role, content = (mapped.get(k) or d.get(f'message_field_{k}') for k in ('role', 'content'))
+        reads |= dict(messages=_column(d.get('field_messages'), reads['messages']),
+                      role=_column(role, reads['role']), content=_column(content, reads['content']))
     whole = not d.get('shards') and '[' not in str(d.get('split') or '')
     return NamedRows(said, _where(said, folders) if whole else None, kind, reads)
 
@@ -92,14 +104,17 @@ def _entry(name, known, info, config) -> NamedRows:
     if 'file_name' not in entry:
         return NamedRows(name) # of the hub, or a script
     path, chat = info.parent/str(entry['file_name']), entry.get('formatting') == 'sharegpt'
-    if not path.exists():
+    if not os.path.exists(path):
         return NamedRows(name, unknown=f'{info} says that {name} is {entry["file_name"]}, which is not in '
                                        f'{info.parent}')
-    columns, tags = entry.get('columns') or {}, entry.get('tags') or {}
+    columns = {k: v for k, v in _dict(entry.get('columns')).items() if isinstance(v, str)}
+    tags = _dict(entry.get('tags'))
     if chat:
         reads = dict(messages=columns.get('messages') or 'conversations',
-                     role=tags.get('role_tag') or 'from',
-                     content=tags.get('content_tag') or 'value')
+                     role=_column(tags.get('role_tag'), 'from'),
+                     content=_column(tags.get('content_tag'), 'value'))
+    elif entry.get('formatting') not in (None, 'alpaca'):
+        reads = {}
     elif config['stage'] == 'pt': # running text stands where a question would
         reads = dict(text=columns.get('prompt') or 'instruction')
     else: # of columns that are named, one that is left out is not read
@@ -115,7 +130,7 @@ def _entry(name, known, info, config) -> NamedRows:
 
 def _trl(config, folders) -> list[NamedRows]:
     "Read the file that `dataset_name` names; its columns say what it is (trl, docs/source/dataset_formats)"
-    sets = [d for d in config['datasets'] or [] if isinstance(d, Mapping)]
+    sets = [d for d in _list(config['datasets']) if isinstance(d, Mapping)]
     names = [d.get('data_files') or d.get('path') for d in sets]
     names = names or [config[k] for k in ('dataset_path', 'data_files', 'train_file', 'dataset_name') if config[k]][:1]
     return [NamedRows(str(n), _where(n, folders), 'trl') for n in names]
@@ -131,7 +146,7 @@ def named_rows(config,             # settings of another trainer: a `Config`
         return _trl(config, folders)
     if config['rl'] or config['pretraining_dataset']:
         return []
-    return [_axolotl(d, folders) for d in config['datasets'] or [] if isinstance(d, Mapping)]
+    return [_axolotl(d, folders) for d in _list(config['datasets']) if isinstance(d, Mapping)]
 
 # %% ../../nbs/instruments/named_rows.ipynb #000986bf
 @dataclass(frozen=True)
@@ -143,6 +158,7 @@ class Rows:
     first:tuple=()      # columns of the first row
     lacking:tuple=()    # columns that the type needs, and most rows lack
     odd:int=0           # rows in another form
+    other:int=0         # talks with tools, images or roles of their own, which are not judged
 
 def _trl_reads(row, config) -> dict:
     "Return what trl reads of a row by its columns; {} if it knows none of them"
@@ -151,7 +167,8 @@ def _trl_reads(row, config) -> dict:
                   dict(messages='conversations', role='from', content='value'),
                   dict(prompt='prompt', chosen='chosen', rejected='rejected'),
                   dict(chosen='chosen', rejected='rejected'),
-                  dict(prompt='prompt', response='completion'), dict(text=text)):
+                  dict(prompt='prompt', response='completion'), dict(text=text),
+                  dict(prompt='prompt'), dict(ids='input_ids')): # answers are sampled; tokens
         if {v for k, v in reads.items() if k not in ('role', 'content')} <= row.keys():
             return reads
     return {}
@@ -169,10 +186,10 @@ def rows_of(named:NamedRows, config # settings
         return Rows([], lacking=lacking, **shape)
     made = [_row(r, reads) for r in records]
     good = [r for r in made if isinstance(r, dict)]
-    return Rows(good, unanswered=made.count(None), odd=made.count(0), **shape)
+    return Rows(good, unanswered=made.count(None), odd=made.count(0), other=made.count(''), **shape)
 
 def _row(row, reads):
-    "Return a row as ours; None if it has no answer, 0 if its form is another"
+    "Return a row as ours; None if it has no answer, 0 if its form is another, '' for a talk that is not judged"
     if 'chosen' in reads:
         return 0 # pairs, whose chosen answers may be texts or turns
     if 'text' in reads:
@@ -191,12 +208,14 @@ def _row(row, reads):
 def _talk(turns, reads):
     "Return the turns up to the last answer"
     try:
-        said = [dict(role=ROLES[str(t[reads['role']]).lower()], content=t[reads['content']])
+        said = [dict(role=ROLES.get(str(t[reads['role']]).lower()), content=t.get(reads['content'], ''))
                 for t in turns or []]
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError):
         return 0
-    if not all(isinstance(t['content'], str) for t in said):
+    if said and not any(reads['content'] in t for t in turns):
         return 0
+    if not all(t['role'] and isinstance(t['content'], str) for t in said):
+        return '' # a call of a tool has no content, its result has a role of its own
     while said and said[-1]['role'] != 'assistant':
         said.pop()
     answered = said and any(t['content'].strip() for t in said if t['role'] == 'assistant')

@@ -316,10 +316,13 @@ def _there(c, name, value) -> bool:
 def refused(c) -> tuple[str, str]|None:
     "Return two settings that exclude each other"
     for form, a, one, b, two in REFUSED:
-        if c.form == form and _there(c, a, one) and _there(c, b, two):
+        # trl itself works out one from the other, and to_dict writes both
+        derived = c.complete and a == 'generation_batch_size'
+        if c.form == form and _there(c, a, one) and _there(c, b, two) and not derived:
             return a, b
-    if c.form == 'trl' and c.preference and not c.rewarded and c.on('packing'):
-        return 'packing', 'loss_type' if c['loss_type'] else 'beta' # SFTConfig alone has packing
+    if c.form == 'trl' and c.preference and not c.rewarded and c.on('packing') and c['lmbda'] is None:
+        # SFTConfig and GKDConfig (with lmbda) alone have packing
+        return 'packing', 'loss_type' if c['loss_type'] else 'beta'
 
 @check('elsewhere', 'error', why='the trainer refuses them together, or ignores one of them',
        fix='keep the one that you mean', source='axolotl-ai-cloud/axolotl#1692')
@@ -332,7 +335,7 @@ def settings_exclude_each_other(case):
             return f'{on[0]} is on, and the stage is {c["stage"]}'
     if c.form == 'axolotl' and (c['streaming'] or c['pretraining_dataset']) and not c['max_steps']:
         return 'the rows are streamed, and max_steps is not set'
-    if (c.number('steps') or 0) > 0 and c['epochs'] is not None:
+    if (c.number('steps') or 0) > 0 and c['epochs'] is not None and not c.complete:
         return 'note', f'max_steps {c.number("steps"):g} counts, and the {c["epochs"]} passes do not'
 
 @planted(settings_exclude_each_other, 'deepspeed and fsdp are both set')
@@ -347,7 +350,7 @@ def _two_warmups():
 def _packed_preferences():
     return elsewhere(args=dict(beta=.1, packing=True, learning_rate=5e-6, eval_strategy='steps'))
 
-@check('elsewhere', 'error', why='a reader of YAML keeps the last one without a word, or stops (LLaMA-Factory)',
+@check('elsewhere', 'error', why='a reader of YAML or JSON keeps the last one without a word, or stops (LLaMA-Factory)',
        fix='remove all but the one that you mean', source='yaml/pyyaml#165')
 def setting_repeated(case):
     if twice := case.config.repeated:
@@ -450,7 +453,7 @@ def groups_undivided(case):
     batch, whole = c.number('batch'), c.number('generation_batch_size')
     if whole and whole % n:
         return f'generation_batch_size {whole:g} is no multiple of num_generations {n:g}'
-    if whole or batch is None or c.form != 'trl' or n != int(n):
+    if whole or batch is None or c.form != 'trl' or not n.is_integer():
         raise NotApplicable('the size of a batch is not given')
     batch = int(batch*(c.number('steps_per_generation') or c.number('accumulate') or 1))
     needed = int(n)//math.gcd(batch, int(n)) # processes

@@ -56,12 +56,13 @@ def rows_do_not_fit(case):
         if rows.lacking:
             return (f'{named.said} is read as {named.kind}, which needs {some(named.needs or rows.lacking)}; its '
                     f'rows have {some(rows.first, 6)}')
-        if named.kind == 'trl' and rows.total and not (rows.rows or rows.odd or rows.unanswered):
-            return f'{named.said} has none of the forms that trl reads; its rows have {some(rows.first, 6)}'
+        if named.kind == 'trl' and rows.total and not (rows.rows or rows.odd or rows.unanswered or rows.other):
+            return 'warning', (f'{named.said} has none of the forms that trl reads by itself; its rows have '
+                               f'{some(rows.first, 6)}')
         if rows.odd > .5*rows.total and 'messages' in named.reads and 'chosen' not in named.reads:
             r = named.reads
             return (f'{rows.odd} of {rows.total} rows of {named.said} have no turns with {r["role"]} and '
-                    f'{r["content"]} whose roles are known')
+                    f'{r["content"]}')
 
 @planted(rows_do_not_fit, 'needs instruction, output; its rows have conversations')
 def _conversations_read_as_instructions():
