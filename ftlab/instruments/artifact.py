@@ -174,6 +174,11 @@ class Config:
                                                                                     list) else []
         return [str(p).strip() for p in parts if str(p).strip()]
 
+    def groups(self, name:str) -> list[Mapping]:
+        "Return a setting that is a list of groups, such as `datasets`; without what is no group"
+        value = self[name]
+        return [d for d in value if isinstance(d, Mapping)] if isinstance(value, list) else []
+
     @cached_property
     def method(self) -> str|None:
         "Return 'lora', 'full', or None if the file does not say"

@@ -52,9 +52,6 @@ def _dict(value) -> Mapping:
     "Return a group of settings; {} for anything else"
     return value if isinstance(value, Mapping) else {}
 
-def _list(value) -> list:
-    return value if isinstance(value, list) else []
-
 def _column(value, default:str) -> str:
     "Return the name of a column"
     return value if value and isinstance(value, str) else default
@@ -130,8 +127,7 @@ def _entry(name, known, info, config) -> NamedRows:
 
 def _trl(config, folders) -> list[NamedRows]:
     "Read the file that `dataset_name` names; its columns say what it is (trl, docs/source/dataset_formats)"
-    sets = [d for d in _list(config['datasets']) if isinstance(d, Mapping)]
-    names = [d.get('data_files') or d.get('path') for d in sets]
+    names = [d.get('data_files') or d.get('path') for d in config.groups('datasets')]
     names = names or [config[k] for k in ('dataset_path', 'data_files', 'train_file', 'dataset_name') if config[k]][:1]
     return [NamedRows(str(n), _where(n, folders), 'trl') for n in names]
 
@@ -146,7 +142,7 @@ def named_rows(config,             # settings of another trainer: a `Config`
         return _trl(config, folders)
     if config['rl'] or config['pretraining_dataset']:
         return []
-    return [_axolotl(d, folders) for d in _list(config['datasets']) if isinstance(d, Mapping)]
+    return [_axolotl(d, folders) for d in config.groups('datasets')]
 
 # %% ../../nbs/instruments/named_rows.ipynb #000986bf
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def _a_packed_evaluation():
 
 def _plain_text(c) -> bool:
     "Return whether the data sets are running text, which has no prompts"
-    kinds = [str(d.get('type')) for d in c['datasets'] or [] if isinstance(d, dict)]
+    kinds = [str(d.get('type')) for d in c.groups('datasets')]
     plain = bool(kinds) and set(kinds) <= {'completion', 'pretrain'}
     return bool(c['pretraining_dataset']) or c['stage'] == 'pt' or plain
 
@@ -145,7 +145,7 @@ def _prompts_are_learned():
        fix='leave train_on_eos at turn, and roles_to_train at assistant', source='huggingface/trl#1623')
 def end_never_learned(case):
     c = case.config
-    for d in [c.raw, *(d for d in c['datasets'] or [] if isinstance(d, dict))]:
+    for d in [c.raw, *c.groups('datasets')]:
         if str(d.get('train_on_eos')).lower() in ('none',
                                                   'false') and d.get('train_on_eos') is not None:
             return f'train_on_eos is {d["train_on_eos"]}'

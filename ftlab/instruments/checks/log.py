@@ -106,6 +106,19 @@ def loss_zero(case):
 def _a_loss_that_stays_zero():
     return elsewhere(trainer_state=toy_log(loss=dict.fromkeys(range(100, 300, 10), 0.)))
 
+def _quiet(series) -> tuple[list[float], float]:
+    "Return levels of a loss of tokens, whose noise is far below what counts as a rise"
+    return _levels(series), 0.
+
+def _thirds(series) -> tuple[list[float], float]:
+    "Return the mean loss of three parts and the standard error of a difference of two of them"
+    values = [v for _, v in series if math.isfinite(v)]
+    size = len(values)//3
+    if size < 5:
+        return [], 0.
+    parts = [values[i*size:(i + 1)*size] for i in range(2)] + [values[-size:]]
+    return [fmean(p) for p in parts], max(map(stdev, parts))*(2/size)**.5
+
 @check('elsewhere', 'error', why='training made the model worse than it was earlier in the same run',
        fix='lower the learning rate or add warmup, clip gradients, and start from a checkpoint before the rise',
        source='google/gemma_pytorch#24')
@@ -114,11 +127,11 @@ def loss_diverges(case):
         raise NotApplicable('the loss of reinforcement learning says nothing by its size')
     if begins_at_ln2(case.log):
         raise NotApplicable('the loss of preferences swings, and is compared with ln 2')
-    levels = _levels(case.log.loss)
+    levels, error = (_thirds if case.log.preferred else _quiet)(case.log.loss)
     if len(levels) < 2:
         raise NotApplicable('the log is too short')
     low = min(levels)
-    if levels[-1] > 1.5*low and levels[-1] - low > .3:
+    if levels[-1] > 1.5*low and levels[-1] - low > max(.3, 3*error):
         return f'the training loss falls to {low:.3g} and ends at {levels[-1]:.3g}'
 
 @planted(loss_diverges, 'ends at')
@@ -318,7 +331,7 @@ def _a_resume_without_its_scheduler():
        source='huggingface/transformers#33336')
 def resume_jump(case):
     loss = [(s, v) for s, v in case.log.loss if math.isfinite(v)]
-    if case.log.rewarded or begins_at_ln2(case.log) or len(loss) < 12:
+    if case.log.rewarded or case.log.preferred or len(loss) < 12:
         raise NotApplicable('the log is too short, or its loss swings')
     values = [v for _, v in loss]
     for i in range(4, len(loss) - 3):
