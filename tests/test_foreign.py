@@ -357,7 +357,7 @@ def test_a_key_that_stands_twice_is_named_with_its_lines_and_inside_a_group_too(
     (tmp_path/'b.yaml').write_text('a: &a {learning_rate: 1.0e-4}\nb: {<<: *a, learning_rate: 1.0e-4}\n'
                                    'max_length: 512\neval_strategy: steps\n')
     assert not alarms(tmp_path/'b.yaml')
-    (tmp_path/'c.yaml').write_text('g:\n  h:\n    a: &a {<<: {bf16: true, learning_rate: 2.0e-4}, learning_rate: 1.0e-4}\n'
+    (tmp_path/'c.yaml').write_text('g:\n  h:\n    a: &a {<<: {learning_rate: 2.0e-4}, learning_rate: 1.0e-4}\n'
                                    'b: {<<: *a}\nmax_length: 512\neval_strategy: steps\n')
     assert not alarms(tmp_path/'c.yaml')
 
@@ -368,8 +368,8 @@ def test_a_key_that_stands_twice_is_named_with_its_lines_and_inside_a_group_too(
     '{path: r.jsonl, type: chat_template, message_property_mappings: 5, field_messages: [x]}]\n',
     f'datasets: [{{path: {"x"*300}.jsonl, type: alpaca}}, {{path: "a\\0.jsonl"}}]\n'])
 def test_settings_of_odd_types_do_not_end_the_doctor(tmp_path, text):
-    (tmp_path/'a.yaml').write_text(text + yaml.safe_dump({k: v for k, v in AXOLOTL.items()
-                                                          if k not in ('datasets', 'special_tokens')}))
+    rest = {k: v for k, v in AXOLOTL.items() if k not in ('datasets', 'special_tokens')}
+    (tmp_path/'a.yaml').write_text(text + yaml.safe_dump(rest))
     (tmp_path/'r.jsonl').write_text('{"instruction": 5, "messages": "hello"}\n'*30)
     assert not any('itself failed' in f.seen for f in doctor(tmp_path))
 
@@ -458,18 +458,20 @@ def test_rows_of_llamafactory_are_read_by_dataset_info():
 @pytest.mark.parametrize('turns', [
     [dict(role='user', content='the time?'), dict(role='assistant', content=None, tool_calls=[{}]),
      dict(role='tool', content='noon'), dict(role='assistant', content='noon')],
-    [dict(role='user', content=[dict(type='image')]), dict(role='assistant', content=[dict(type='text', text='a cat')])],
+    [dict(role='user', content=[dict(type='image')]),
+     dict(role='assistant', content=[dict(type='text', text='a cat')])],
     [dict(role='user', content='hi'), dict(role='assistant', tool_calls=[{}])]])
 def test_talks_with_tools_or_images_are_no_failure(turns):
     rows = [dict(messages=turns) for _ in ASKED]
     assert 'rows-do-not-fit' not in alarms(with_rows(of_type(type='chat_template'), rows)['model'])
-    args = dict(dataset_name='rows.jsonl', learning_rate=1e-5, eval_strategy='steps', model_name_or_path='a/b')
+    args = dict(dataset_name='rows.jsonl', learning_rate=1e-5, eval_strategy='steps',
+                model_name_or_path='a/b')
     assert 'rows-do-not-fit' not in alarms(with_rows(args, rows)['model'])
 
 
 def test_rows_of_questions_alone_are_read_by_trl_and_rows_in_a_format_of_ones_own_are_not_judged():
-    grpo = dict(dataset_name='rows.jsonl', learning_rate=1e-6, model_name_or_path='a/b', num_generations=8,
-                per_device_train_batch_size=8)
+    grpo = dict(dataset_name='rows.jsonl', learning_rate=1e-6, model_name_or_path='a/b',
+                num_generations=8, per_device_train_batch_size=8)
     assert not alarms(with_rows(grpo, [dict(prompt=r['instruction'], answer='4') for r in ASKED])['model'])
     info = dict(mine=dict(file_name='../rows.jsonl', formatting='openai'))
     assert not alarms(with_rows(FACTORY, [dict(messages=[])]*200, info=info)['model'])
@@ -508,19 +510,21 @@ def test_groups_that_fit_raise_no_alarm(settings):
 
 
 # what `to_dict` writes has every default, and what trl works out from others
-DUMP = dict(adam_beta1=.9, adam_epsilon=1e-8, weight_decay=0., dataloader_drop_last=False, num_train_epochs=3.,
-            per_device_train_batch_size=8, learning_rate=1e-6, eval_strategy='steps')
+DUMP = dict(adam_beta1=.9, adam_epsilon=1e-8, weight_decay=0., dataloader_drop_last=False,
+            num_train_epochs=3., per_device_train_batch_size=8, learning_rate=1e-6,
+            eval_strategy='steps')
 
 
 @pytest.mark.parametrize('settings', [
-    dict(num_generations=8, generation_batch_size=16, steps_per_generation=2, gradient_accumulation_steps=2),
+    dict(num_generations=8, generation_batch_size=16, steps_per_generation=2),
     dict(max_steps=300), dict(beta=.5, lmbda=.5, packing=True)])
 def test_settings_that_follow_from_others_exclude_nothing(settings):
     found = doctor(elsewhere(args=DUMP | settings)['model'])
     assert 'settings-exclude-each-other' not in found.names
     short = {k: v for k, v in DUMP.items() if k != 'adam_beta1'}
     if 'lmbda' not in settings: # written by hand, it is said
-        assert 'settings-exclude-each-other' in doctor(elsewhere(args=short | settings)['model']).names
+        by_hand = doctor(elsewhere(args=short | settings)['model'])
+        assert 'settings-exclude-each-other' in by_hand.names
 
 
 def preferred(seed, size=60):
@@ -529,8 +533,9 @@ def preferred(seed, size=60):
     for i in range(size):
         gain = 1 - math.exp(-(i + 1)/size/.05)
         margin = [draw.gauss(2.5*gain, 2.5*gain) for _ in range(4)]
-        rows.append(dict(step=10*i + 10, loss=sum(math.log1p(math.exp(-m)) for m in margin)/4, epoch=i/size)
-                    | {'rewards/margins': sum(margin)/4, 'rewards/accuracies': sum(m > 0 for m in margin)/4})
+        loss, wins = sum(math.log1p(math.exp(-m)) for m in margin)/4, sum(m > 0 for m in margin)/4
+        rows.append({'step': 10*i + 10, 'epoch': i/size, 'loss': loss,
+                     'rewards/margins': sum(margin)/4, 'rewards/accuracies': wins})
     return rows
 
 

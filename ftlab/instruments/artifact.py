@@ -213,7 +213,8 @@ class Config:
     @property
     def complete(self) -> bool:
         "Return whether `to_dict` of transformers wrote it: then it has every default, and what follows from others"
-        return {'adam_beta1', 'adam_epsilon', 'weight_decay', 'dataloader_drop_last'} <= self.source.keys()
+        always = {'adam_beta1', 'adam_epsilon', 'weight_decay', 'dataloader_drop_last'}
+        return always <= self.source.keys()
 
     @property
     def rewarded(self) -> bool:

@@ -204,7 +204,8 @@ def _row(row, reads):
 def _talk(turns, reads):
     "Return the turns up to the last answer"
     try:
-        said = [dict(role=ROLES.get(str(t[reads['role']]).lower()), content=t.get(reads['content'], ''))
+        said = [dict(role=ROLES.get(str(t[reads['role']]).lower()),
+                     content=t.get(reads['content'], ''))
                 for t in turns or []]
     except (KeyError, TypeError, AttributeError):
         return 0

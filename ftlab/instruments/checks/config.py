@@ -320,8 +320,8 @@ def refused(c) -> tuple[str, str]|None:
         derived = c.complete and a == 'generation_batch_size'
         if c.form == form and _there(c, a, one) and _there(c, b, two) and not derived:
             return a, b
-    if c.form == 'trl' and c.preference and not c.rewarded and c.on('packing') and c['lmbda'] is None:
-        # SFTConfig and GKDConfig (with lmbda) alone have packing
+    pairs = c.preference and not c.rewarded and c['lmbda'] is None # which GKDConfig has, with packing
+    if c.form == 'trl' and pairs and c.on('packing'): # of the others SFTConfig alone has it
         return 'packing', 'loss_type' if c['loss_type'] else 'beta'
 
 @check('elsewhere', 'error', why='the trainer refuses them together, or ignores one of them',

@@ -56,7 +56,8 @@ def rows_do_not_fit(case):
         if rows.lacking:
             return (f'{named.said} is read as {named.kind}, which needs {some(named.needs or rows.lacking)}; its '
                     f'rows have {some(rows.first, 6)}')
-        if named.kind == 'trl' and rows.total and not (rows.rows or rows.odd or rows.unanswered or rows.other):
+        known = rows.rows or rows.odd or rows.unanswered or rows.other
+        if named.kind == 'trl' and rows.total and not known:
             return 'warning', (f'{named.said} has none of the forms that trl reads by itself; its rows have '
                                f'{some(rows.first, 6)}')
         if rows.odd > .5*rows.total and 'messages' in named.reads and 'chosen' not in named.reads:
