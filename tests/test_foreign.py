@@ -1,6 +1,8 @@
 "The doctor on what other programs made: what it recognizes, what it finds, how long it takes, and which fixes it tries"
 import importlib.util
 import json
+import math
+import random
 import re
 import sys
 import time
@@ -13,8 +15,9 @@ from ftlab.cli import main
 from ftlab.instruments.artifact import Config, Elsewhere, form_of, log_of, recognize
 from ftlab.instruments.checks.config import AXOLOTL, unmatched
 from ftlab.instruments.checks.folder import saved
+from ftlab.instruments.checks.sources import with_rows
 from ftlab.instruments.doctor import CHECKS, doctor
-from ftlab.instruments.fixes import SETTINGS_OF_OTHERS, put
+from ftlab.instruments.fixes import PLANNED, SETTINGS_OF_OTHERS, put
 from ftlab.instruments.planted import before, elsewhere, toy_adapter, toy_log, toy_rows
 
 GALLERY = Path(__file__).parent.parent/'bench'/'gallery'/'cases.py'
@@ -89,12 +92,12 @@ def test_the_gallery_is_large_and_each_failure_has_a_healthy_twin(gallery):
     module, root, cases = gallery
     names = [c.name for c in cases]
     assert len(set(names)) == len(names)
-    assert sum(bool(c.failure) for c in cases) >= 30 and sum(not c.failure for c in cases) >= 15
+    assert sum(bool(c.failure) for c in cases) >= 90 and sum(not c.failure for c in cases) >= 40
     healthy = {c.name for c in cases if not c.failure}
     assert all(c.twin in healthy and c.failure in module.FOUND for c in cases if c.failure)
 
 
-@pytest.mark.parametrize('form', ['log', 'config', 'adapter', 'rows'])
+@pytest.mark.parametrize('form', ['log', 'config', 'adapter', 'folder', 'rows'])
 def test_healthy_cases_are_silent_and_most_failures_are_found(form, gallery):
     module, root, cases = gallery
     missed = []
@@ -187,15 +190,14 @@ def test_a_fix_keeps_every_other_setting():
 
 def test_every_fix_of_settings_makes_its_finding_go_away():
     tried = {}
-    for k in (k for k in CHECKS if k.stage == 'config'):
+    for k in (k for k in CHECKS if k.stage in PLANNED):
         for plant in k.planted:
             given = plant.make()
-            file = next(Path(given['model']).glob('*.yaml'))
-            was = file.read_bytes()
+            files = {p: p.read_bytes() for p in Path(given['model']).glob('*.yaml')}
             for t in doctor(**given, try_fix=True).tried:
                 assert t.kind == 'none' or t.gone, t
                 tried[t.name] = t.kind
-            assert file.read_bytes() == was
+            assert all(p.read_bytes() == was for p, was in files.items())
     assert {n for n, kind in tried.items() if kind != 'none'} >= set(SETTINGS_OF_OTHERS)
 
 
@@ -286,9 +288,9 @@ def test_evaluations_of_several_sets_are_all_read():
 
 
 def test_a_dry_step_that_would_be_the_same_gives_no_losses():
-    bad = elsewhere(config=AXOLOTL | dict(train_on_inputs=True, sequence_len=64))
+    bad = elsewhere(config=AXOLOTL | dict(fp16=True, bf16=True, sequence_len=64))
     t = doctor(**bad, base=saved()['base'], data=toy_rows(60), try_fix=True).tried[0]
-    assert t.name == 'prompts-learned' and t.gone and t.without is None
+    assert t.name == 'precision-twice' and t.gone and t.without is None
     assert 'is the same with it' in str(t)
 
 
@@ -330,3 +332,288 @@ def test_a_rate_of_adapters_on_the_command_line_of_trl():
     args = dict(model_name_or_path='a/b', dataset_name='c', learning_rate=5e-4, eval_strategy='steps')
     assert alarms(elsewhere(args=args | dict(learning_rate=2e-3))['model']) == ['rate-unusual']
     assert not alarms(elsewhere(args=args | dict(use_peft=True))['model'])
+
+
+# ---------- what a set of another person showed
+
+def with_line(settings, line):
+    "Write settings with one more line"
+    given = elsewhere(config=settings)
+    file = next(Path(given['model']).glob('*.yaml'))
+    file.write_text(file.read_text() + line)
+    return file
+
+
+def test_a_key_that_stands_twice_is_named_with_its_lines_and_inside_a_group_too(tmp_path):
+    found = doctor(with_line(AXOLOTL, 'learning_rate: 0.5\n'))
+    twice = next(f for f in found if f.name == 'setting-repeated')
+    assert twice.severity == 'error' and 'learning_rate (lines ' in twice.seen
+    assert 'rate-unusual' in found.names # the last one counts, and it is examined
+    (tmp_path/'a.yaml').write_text('training:\n  learning_rate: 1.0e-4\n  bf16: true\n  learning_rate: 2.0e-4\n'
+                                   '  max_length: 512\n  eval_strategy: steps\n')
+    assert alarms(tmp_path/'a.yaml') == ['setting-repeated']
+    (tmp_path/'a.json').write_text('{"learning_rate": 1e-4, "eval_strategy": "steps", "learning_rate": 2e-4}')
+    assert alarms(tmp_path/'a.json') == ['setting-repeated']
+    (tmp_path/'b.yaml').write_text('a: &a {learning_rate: 1.0e-4}\nb: {<<: *a, learning_rate: 1.0e-4}\n'
+                                   'max_length: 512\neval_strategy: steps\n')
+    assert not alarms(tmp_path/'b.yaml')
+    (tmp_path/'c.yaml').write_text('g:\n  h:\n    a: &a {<<: {learning_rate: 2.0e-4}, learning_rate: 1.0e-4}\n'
+                                   'b: {<<: *a}\nmax_length: 512\neval_strategy: steps\n')
+    assert not alarms(tmp_path/'c.yaml')
+
+
+@pytest.mark.parametrize('text', [
+    '&a\nloop: *a\n', 'datasets: 5\nspecial_tokens: 7\ntokens: 3\n',
+    'datasets: [5, null, {path: [a], type: [b]}, {path: r.jsonl, type: {field_output: [1]}}, '
+    '{path: r.jsonl, type: chat_template, message_property_mappings: 5, field_messages: [x]}]\n',
+    f'datasets: [{{path: {"x"*300}.jsonl, type: alpaca}}, {{path: "a\\0.jsonl"}}]\n'])
+def test_settings_of_odd_types_do_not_end_the_doctor(tmp_path, text):
+    rest = {k: v for k, v in AXOLOTL.items() if k not in ('datasets', 'special_tokens')}
+    (tmp_path/'a.yaml').write_text(text + yaml.safe_dump(rest))
+    (tmp_path/'r.jsonl').write_text('{"instruction": 5, "messages": "hello"}\n'*30)
+    assert not any('itself failed' in f.seen for f in doctor(tmp_path))
+
+
+@pytest.mark.parametrize('info', [[1], dict(mine=dict(file_name=['x'], columns=5, tags=[1])),
+                                  dict(mine=dict(file_name='../rows.jsonl', columns=5))])
+def test_a_list_of_data_sets_of_odd_types_does_not_end_the_doctor(info):
+    found = doctor(with_rows(FACTORY, ASKED, info=info)['model'])
+    assert not any('itself failed' in f.seen for f in found)
+    assert ('rows-unreadable' in found.names) == (info == [1])
+
+
+def test_a_folder_of_pickles_is_said_to_be_one_and_how_to_convert_it(tmp_path):
+    for name in ('pytorch_model.bin', 'optimizer.pt', 'scheduler.pt'):
+        (tmp_path/name).write_bytes(b'\x80\x04.')
+    with pytest.raises(ValueError) as e:
+        doctor(tmp_path)
+    for said in ("holds pickles alone", "pytorch_model.bin (the weights of a model)",
+                 "optimizer.pt (an optimizer's state)", 'weights_only=True', 'none was opened'):
+        assert said in str(e.value)
+
+
+def test_a_base_beside_a_log_alone_is_used_or_said_to_be_of_no_use():
+    base = saved()['base']
+    found = doctor(**elsewhere(trainer_state=toy_log()), base=base)
+    assert 'a log alone needs only the number of tokens' in found.about and not found.names
+    high = elsewhere(trainer_state=toy_log(loss={s: 9.5 - s/300 for s in range(10, 310, 10)}))
+    assert 'loss-starts-high' in doctor(**high, base=base).names # the toy has 312 tokens: ln 312 = 5.7
+    assert 'loss-starts-high' not in doctor(**high).names
+
+
+ASKED = [dict(instruction=f'what is {i} ?', input='', output=f'it is {i}') for i in range(200)]
+TALKS = [dict(conversations=[{'from': 'human', 'value': r['instruction']},
+                             {'from': 'gpt', 'value': r['output']}])
+         for r in ASKED]
+
+
+def of_type(**entry):
+    return AXOLOTL | dict(datasets=[dict(path='rows.jsonl') | entry])
+
+
+@pytest.mark.parametrize('entry, rows', [
+    (dict(type='alpaca'), ASKED), (dict(type='alpaca:chat'), ASKED), (dict(type='sharegpt'), TALKS),
+    (dict(type='chat_template', field_messages='conversations', message_field_role='from',
+          message_field_content='value'), TALKS),
+    (dict(type='completion', field='output'), ASKED),
+    (dict(type=dict(field_instruction='instruction', field_output='output')), ASKED),
+    (dict(type='a.type.of.ones.own'), TALKS),
+    (dict(type='alpaca'), [dict(r, output='') if i == 7 else r for i, r in enumerate(ASKED)])])
+def test_rows_that_fit_their_type_raise_no_alarm(entry, rows):
+    assert not alarms(with_rows(of_type(**entry), rows)['model'])
+
+
+@pytest.mark.parametrize('entry, rows, name', [
+    (dict(type='alpaca'), TALKS, 'rows-do-not-fit'), (dict(type='completion'), ASKED, 'rows-do-not-fit'),
+    (dict(type='chat_template'), TALKS, 'rows-do-not-fit'), (dict(type='alpaca'), ASKED + ASKED, 'duplicate-rows'),
+    (dict(type='alpaca'), ASKED[:30], 'steps-few'),
+    (dict(type='alpaca'), [dict(r, output='') for r in ASKED[:60]] + ASKED, 'rows-unanswered'),
+    (dict(type='alpaca'), [dict(r, output=r['output'] + '<|im_end|>') for r in ASKED], 'marks-in-text')])
+def test_rows_that_settings_name_are_judged(entry, rows, name):
+    assert name in alarms(with_rows(of_type(**entry), rows)['model'])
+
+
+def test_rows_that_are_given_take_the_place_of_those_that_are_named():
+    given = with_rows(of_type(type='alpaca'), TALKS)
+    assert 'rows-do-not-fit' not in doctor(**given, data=toy_rows(60)).names
+    assert 'rows-unreadable' in doctor(**given, data='/nowhere/rows.jsonl').names
+
+
+def test_rows_of_llamafactory_are_read_by_dataset_info():
+    info = dict(mine=dict(file_name='../rows.jsonl', columns=dict(prompt='instruction', response='output')))
+    assert not alarms(with_rows(FACTORY, ASKED, info=info)['model'])
+    pairs = dict(mine=dict(file_name='../rows.jsonl', formatting='sharegpt', ranking=True,
+                           columns=dict(messages='conversations', chosen='a', rejected='b')))
+    rows = [dict(conversations=t['conversations'][:1], a=dict(value='x'), b=dict(value='y'))
+            for t in TALKS]
+    preferred = FACTORY | dict(stage='dpo', learning_rate=5e-6)
+    assert not alarms(with_rows(preferred, rows, info=pairs)['model'])
+    books = dict(mine=dict(file_name='../rows.jsonl', columns=dict(prompt='output')))
+    assert not alarms(with_rows(FACTORY | dict(stage='pt'), ASKED, info=books)['model'])
+    assert alarms(with_rows(FACTORY, TALKS, info=info)['model']) == ['rows-do-not-fit']
+    gone = dict(mine=dict(file_name='none.json'))
+    assert alarms(with_rows(FACTORY, ASKED, info=gone)['model']) == ['rows-not-found']
+
+
+@pytest.mark.parametrize('turns', [
+    [dict(role='user', content='the time?'), dict(role='assistant', content=None, tool_calls=[{}]),
+     dict(role='tool', content='noon'), dict(role='assistant', content='noon')],
+    [dict(role='user', content=[dict(type='image')]),
+     dict(role='assistant', content=[dict(type='text', text='a cat')])],
+    [dict(role='user', content='hi'), dict(role='assistant', tool_calls=[{}])]])
+def test_talks_with_tools_or_images_are_no_failure(turns):
+    rows = [dict(messages=turns) for _ in ASKED]
+    assert 'rows-do-not-fit' not in alarms(with_rows(of_type(type='chat_template'), rows)['model'])
+    args = dict(dataset_name='rows.jsonl', learning_rate=1e-5, eval_strategy='steps',
+                model_name_or_path='a/b')
+    assert 'rows-do-not-fit' not in alarms(with_rows(args, rows)['model'])
+
+
+def test_rows_of_questions_alone_are_read_by_trl_and_rows_in_a_format_of_ones_own_are_not_judged():
+    grpo = dict(dataset_name='rows.jsonl', learning_rate=1e-6, model_name_or_path='a/b',
+                num_generations=8, per_device_train_batch_size=8)
+    assert not alarms(with_rows(grpo, [dict(prompt=r['instruction'], answer='4') for r in ASKED])['model'])
+    info = dict(mine=dict(file_name='../rows.jsonl', formatting='openai'))
+    assert not alarms(with_rows(FACTORY, [dict(messages=[])]*200, info=info)['model'])
+    assert 'rows-do-not-fit' not in alarms(with_rows(of_type(type='alpaca.load_mine'), TALKS)['model'])
+
+
+def test_rows_of_trl_are_told_by_their_columns():
+    args = dict(dataset_name='rows.jsonl', learning_rate=1e-5, eval_strategy='steps',
+                max_length=64, model_name_or_path='a/b')
+    plain = [dict(prompt=r['instruction'], completion=r['output']) for r in ASKED]
+    assert not alarms(with_rows(args, plain)['model'])
+    assert alarms(with_rows(args, [dict(q='x', a='y')]*50)['model']) == ['rows-do-not-fit']
+    assert not alarms(with_rows(args | dict(dataset_text_field='a'),
+                                [dict(a=f'y {i}') for i in range(50)])['model'])
+
+
+@pytest.mark.parametrize('settings', [
+    dict(chat_template='chatml', base_model='NousResearch/Hermes-2-Pro-Llama-3-8B'),
+    dict(chat_template='chatml', base_model='mistralai/Mistral-7B-v0.1', tokens=['<|im_start|>'],
+         special_tokens=dict(eos_token='<|im_end|>'), lora_modules_to_save=['embed_tokens', 'lm_head']),
+    dict(warmup_ratio=None, warmup_steps=10),
+                                      dict(deepspeed='zero2.json', fsdp=None, fsdp_config={}),
+    dict(val_set_size=0, num_epochs=1, evals_per_epoch=None), dict(max_steps=300, num_epochs=2)])
+def test_tokens_and_pairs_of_settings_that_are_right(settings):
+    assert not alarms(elsewhere(config=AXOLOTL | settings)['model'])
+
+
+@pytest.mark.parametrize('settings', [
+    dict(num_generations=8, per_device_train_batch_size=1, gradient_accumulation_steps=1), # on 8 GPUs
+    dict(num_generations=14, per_device_train_batch_size=16, use_vllm=True),               # 7 of 8, one serves
+    dict(num_generations=4, per_device_train_batch_size=4, temperature=.6),
+    dict(num_generations=16, generation_batch_size=64, per_device_train_batch_size=2)])
+def test_groups_that_fit_raise_no_alarm(settings):
+    args = dict(learning_rate=1e-6, model_name_or_path='a/b') | settings
+    assert not alarms(elsewhere(args=args)['model'])
+
+
+# what `to_dict` writes has every default, and what trl works out from others
+DUMP = dict(adam_beta1=.9, adam_epsilon=1e-8, weight_decay=0., dataloader_drop_last=False,
+            num_train_epochs=3., per_device_train_batch_size=8, learning_rate=1e-6,
+            eval_strategy='steps')
+
+
+@pytest.mark.parametrize('settings', [
+    dict(num_generations=8, generation_batch_size=16, steps_per_generation=2),
+    dict(max_steps=300), dict(beta=.5, lmbda=.5, packing=True)])
+def test_settings_that_follow_from_others_exclude_nothing(settings):
+    found = doctor(elsewhere(args=DUMP | settings)['model'])
+    assert 'settings-exclude-each-other' not in found.names
+    short = {k: v for k, v in DUMP.items() if k != 'adam_beta1'}
+    if 'lmbda' not in settings: # written by hand, it is said
+        by_hand = doctor(elsewhere(args=short | settings)['model'])
+        assert 'settings-exclude-each-other' in by_hand.names
+
+
+def preferred(seed, size=60):
+    "Return a log of DPO as it should be, whose first entries are means of many steps, and so below ln 2"
+    draw, rows = random.Random(seed), []
+    for i in range(size):
+        gain = 1 - math.exp(-(i + 1)/size/.05)
+        margin = [draw.gauss(2.5*gain, 2.5*gain) for _ in range(4)]
+        loss, wins = sum(math.log1p(math.exp(-m)) for m in margin)/4, sum(m > 0 for m in margin)/4
+        rows.append({'step': 10*i + 10, 'epoch': i/size, 'loss': loss,
+                     'rewards/margins': sum(margin)/4, 'rewards/accuracies': wins})
+    return rows
+
+
+def test_losses_of_preferences_that_swing_do_not_diverge_and_those_that_rise_do(tmp_path):
+    seen = []
+    for seed in range(40):
+        rows = preferred(seed)
+        (tmp_path/'trainer_state.json').write_text(json.dumps(dict(log_history=rows)))
+        seen += {'loss-diverges', 'resume-jump', 'margins-fall'} & set(alarms(tmp_path))
+    assert len(seen) <= 1, seen
+    rows = [r | dict(loss=r['loss'] + max(0, i - 30)/10) for i, r in enumerate(preferred(0))]
+    (tmp_path/'trainer_state.json').write_text(json.dumps(dict(log_history=rows)))
+    assert {'loss-diverges', 'preference-diverged'} & set(alarms(tmp_path))
+
+
+def test_a_template_that_trl_replaces_is_no_failure():
+    trl = pytest.importorskip('trl')
+    from ftlab.instruments.checks.vocabulary import replaced_by_trl
+    folder = Path(trl.__file__).parent/'chat_templates'
+    assert replaced_by_trl((folder/'qwen2_5.jinja').read_text()) and not replaced_by_trl('{{ messages }}')
+
+
+@pytest.mark.parametrize('more', [
+    dict(learning_rate={s: 1e-4*abs((s/50) % 2 - 1) for s in range(10, 310, 10)}),          # cycles
+    dict(learning_rate={s: 1e-4*(1 - (s % 100)/100) for s in range(10, 310, 10)}),          # restarts at once
+    dict(reward={s: .6 + .1*(-1)**(s//10) for s in range(10, 310, 10)}, evals={}),          # a flat reward
+    dict(reward=dict.fromkeys(range(10, 310, 10), 1.), kl={s: s/3000 for s in range(10, 310, 10)},
+         evals={}),
+    {'rewards/margins': {s: s/200 for s in range(10, 310, 10)},
+     'rewards/accuracies': {s: (.5, 1.)[s//10 % 2] for s in range(10, 310, 10)}}])
+def test_more_logs_that_are_right_raise_no_alarm(more):
+    assert not alarms(elsewhere(trainer_state=toy_log(**more))['model'])
+
+
+def test_the_best_value_is_looked_for_among_all_that_was_evaluated():
+    state = toy_log()
+    for r in state['log_history'][-3:]:
+        r['eval_accuracy'] = .9 if r['step'] == 200 else .8
+    kept = dict(best_model_checkpoint='out/checkpoint-200')
+    assert not alarms(elsewhere(trainer_state=state | kept | dict(best_metric=.9))['model'])
+    assert alarms(elsewhere(trainer_state=state | kept | dict(best_metric=.8))['model']) == ['best-is-worst']
+    assert alarms(elsewhere(trainer_state=state | kept | dict(best_metric=.5))['model']) == ['best-is-worst']
+    assert not alarms(elsewhere(trainer_state=state | dict(best_metric=.5))['model']) # nothing says where
+
+
+@pytest.mark.parametrize('before, after', [
+    (dict(lora_r=4, lora_alpha=8), dict(lora_r=16, lora_alpha=32)),
+                                           (dict(lora_alpha=8), dict(lora_alpha=2048)),
+    (dict(lora_target_modules=['q_proj']), dict(lora_target_modules=['down_proj'])),
+    (dict(train_on_inputs=False), dict(train_on_inputs=True)),
+                                           (dict(learning_rate=1e-4), dict(learning_rate=1e-2))])
+def test_the_dry_step_takes_over_what_the_settings_say(before, after):
+    from ftlab.core.loading import load
+    from ftlab.instruments.fixes import as_case, one_step
+    base = saved()['base']
+    case = Elsewhere(recognize(Path(elsewhere(config=AXOLOTL)['model'])), base, toy_rows(60))
+    model, tok = load(base)
+    lengths = dict(sequence_len=64)
+    steps = [one_step(as_case(case, Config(AXOLOTL | lengths | more, 'axolotl'), model, tok))
+             for more in (before, after)]
+    assert steps[0] != steps[1]
+
+
+def test_prompts_that_are_learned_change_the_dry_step():
+    bad = elsewhere(config=AXOLOTL | dict(train_on_inputs=True, sequence_len=64,
+                                          learning_rate=1e-3))
+    t = doctor(**bad, base=saved()['base'], data=toy_rows(60), try_fix=True).tried
+    t = next(x for x in t if x.name == 'prompts-learned')
+    assert t.gone and t.without is not None and t.without != t.with_fix
+
+
+def test_a_model_without_the_code_of_its_own_is_not_said_to_lack_parameters():
+    given = saved(config=dict(auto_map=dict(AutoModel='x.Y')), tie_word_embeddings=False)
+    assert 'weights-missing' not in alarms(given['model'])
+    from ftlab.instruments.planted import toy_classifier, toy_tokenizer
+    folder = Path(saved()['model']).parent/'classifier'
+    model = toy_classifier()
+    model.config.id2label = dict(enumerate('abc'))
+    model.save_pretrained(folder)
+    toy_tokenizer().save_pretrained(folder)
+    assert not alarms(folder)

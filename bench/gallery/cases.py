@@ -79,13 +79,35 @@ FOUND = dict(
     overlap=dict(ftlab='train-test-overlap', others=r'overlap|leak'),
     duplicates=dict(ftlab='duplicate-rows', others=r'duplic'),
     contradict=dict(ftlab='answers-contradict', others=r'contradict|conflict|inconsist'),
-    blank=dict(ftlab='answers-empty|labels-all-masked', others=r'empty|blank|short_resp'))
+    blank=dict(ftlab='answers-empty|labels-all-masked', others=r'empty|blank|short_resp'),
+    warm_again=dict(ftlab='warmup-again', others=r'warm|schedul|restart|resum|\blr\b|learning.?rate'),
+    reward_falls=dict(ftlab='reward-falls', others=r'reward|collaps|diverg'),
+    kl=dict(ftlab='kl-runs-away', others=r'\bkl\b|divergence|diverg'),
+    truncated=dict(ftlab='answers-at-limit', others=r'clip|truncat|length|limit'),
+    preferences=dict(ftlab='preference-diverged', others=r'diverg|unstable|spike|explod|accurac|preferen'),
+    margins=dict(ftlab='margins-fall|preference-inverted', others=r'margin|preferen'),
+    best_kept=dict(ftlab='best-is-worst', others=r'best'),
+    greedy=dict(ftlab='sampling-greedy', others=r'temperature|greedy|sampl'),
+    groups=dict(ftlab='groups-undivided', others=r'num_generations|group|generations|divis'),
+    refused=dict(ftlab='settings-exclude-each-other',
+                 others=r'conflict|exclus|incompatib|both|together|fsdp|pack|eval'),
+    repeated=dict(ftlab='setting-repeated', others=r'duplicate|twice|repeat'),
+    mark=dict(ftlab='end-mark', others=r'eos|special.?token|im_end|template|token'),
+    unknown_token=dict(ftlab='tokens-unknown|end-beyond-rows', others=r'eos|vocab|token'),
+    unmarked=dict(ftlab='assistant-unmarked', others=r'assistant_only|generation|mask|template'),
+    rows=dict(ftlab='rows-(do-not-fit|not-found|unanswered)',
+              others=r'column|field|dataset|format|schema|missing|empty'),
+    few_steps=dict(ftlab='steps-few|batch-over-rows|warmup-too-long', others=r'step|batch|warm|small|rows'),
+    head=dict(ftlab='head-lost|weights-missing', others=r'head|score|classifier|missing'),
+    head_only=dict(ftlab='changes-nothing', others=r'zero|untrained|no.?effect|lora_B'),
+    tied=dict(ftlab='head-tied', others=r'tied|tie_|lm_head'),
+    left_over=dict(ftlab='adapter-left-over', others=r'adapter'))
 
 
 # ---------- logs
 
 def history(folder, seed=0, steps=600, every=10, start=2.2, end=1.1, rate=2e-4, warm=30, evals=6, epochs=3.,
-            change=None, evaluated=None, state=None, noise=.05):
+            change=None, evaluated=None, state=None, noise=.05, scores=None):
     "Write the log of a Trainer, with the noise of real ones; `change(step, row, rng)` and `evaluated(step)` break it"
     rng, rows = random.Random(seed), []
     for s in range(every, steps + 1, every):
@@ -98,7 +120,8 @@ def history(folder, seed=0, steps=600, every=10, start=2.2, end=1.1, rate=2e-4, 
             usual = end + .08 + (start - end)*math.exp(-4*s/steps)
             value = evaluated(s) if evaluated else usual
             value += 0. if evaluated else rng.gauss(0, .003)
-            rows.append(dict(epoch=epochs*s/steps, eval_loss=round(value, 4), step=s))
+            more = dict(eval_accuracy=scores(s)) if scores else {}
+            rows.append(dict(epoch=epochs*s/steps, eval_loss=round(value, 4), step=s) | more)
     whole = dict(best_metric=None, best_model_checkpoint=None, epoch=epochs, global_step=steps,
                  max_steps=steps, num_train_epochs=int(epochs), is_local_process_zero=True,
                  log_history=rows)
@@ -119,7 +142,43 @@ def healthy_logs(put, each):
         good('-early-stop', seed=4, evaluated=lambda s: 1.3 + abs(s - 400)/4000, state=stopped),
         good('-reinforcement', seed=5, evals=0, change=rewards),
         good('-preferences', seed=6, start=.69, end=.3, noise=.03, rate=5e-6, change=wins),
-        good('-constant-rate', seed=7, **each('learning_rate', lambda s, r, g: 2e-5))]
+        good('-constant-rate', seed=7, **each('learning_rate', lambda s, r, g: 2e-5)),
+        *more_healthy_logs(good, each)]
+
+
+def cycles(s, steps, times):
+    "Return a rate that falls along a cosine, several times"
+    return 1e-4*(1 + math.cos(math.pi*((s*times/steps) % 1.)))
+
+
+def more_healthy_logs(good, each):
+    "Return logs that went well, and look in one part like one that did not"
+    rewarded = lambda s, r, g, **more: r.update(dict(loss=g.gauss(0, .01), reward_std=.3) | more)
+    flat = lambda s, r, g: rewarded(s, r, g, reward=.62 + g.gauss(0, .08), kl=.002*g.random())
+    slow = lambda s, r, g: rewarded(s, r, g, reward=.3 + s/1200 + g.gauss(0, .05), kl=s/2000)
+    ends = lambda s, r, g: rewarded(s, r, g, reward=-2. + s/600 + g.gauss(0, .1),
+                                    **{'completions/clipped_ratio': max(.03, .95 - s/400)})
+    swings = lambda s, r, g: r.update({'rewards/accuracies': g.choice([.5, .75, 1.]),
+                                       'rewards/margins': s/500 + g.gauss(0, .4),
+                                       'rewards/chosen': -s/400,
+                                       'loss': .6931 if s < 30
+                                       else max(.05, .55 - s/2500 + g.gauss(0, .2))})
+    hinge = lambda s, r, g: r.update({'rewards/accuracies': min(.8, .5 + s/900),
+                                      'loss': 1. - s/1500})
+    triangle = lambda s, r, g: r.update(learning_rate=2e-4*abs((s/75) % 2 - 1))
+    kept = dict(best_metric=.91, best_model_checkpoint='out/checkpoint-400')
+    scored = lambda s, r, g: None
+    return [
+        good('-restarts', seed=8, **each('learning_rate', lambda s, r, g: cycles(s, 600, 3))),
+        good('-cycles', seed=9, change=triangle),
+        good('-reward-flat', seed=10, evals=0, change=flat, steps=2000),
+        good('-divergence-grows', seed=11, evals=0, change=slow),
+        good('-answers-shorten', seed=12, evals=0, change=ends),
+        good('-preferences-of-small-batches', seed=13, rate=5e-7, change=swings, evals=0,
+             epochs=1.),
+        good('-hinge', seed=14, rate=5e-6, change=hinge, evals=0, epochs=1.),
+        good('-best-by-accuracy', seed=15, change=scored, scores=lambda s: .91 if s == 400
+             else .8 + s/6000, state=kept)]
 
 
 def logs():
@@ -133,7 +192,38 @@ def logs():
     again = lambda s, r, g: dict(loss=1.95 - (s - 400)/600 + g.gauss(0, .04), learning_rate=2e-4)
     by_heart = lambda s, r, g: dict(loss=2.2*math.exp(-s/70) + abs(g.gauss(0, .0008)))
     inverted = lambda s, r, g: {'rewards/accuracies': .5 - s/1500, 'rewards/margins': -s/800}
+    second = lambda s, r, g: dict(learning_rate=2e-4*min((s - 400)/60, (700 - s)/240))
+    reward = lambda s, r, g: dict(loss=g.gauss(0, .01), reward_std=.2)
+    collapse = lambda s, r, g: reward(s, r, g) | dict(
+        reward=(.3 + s/700 if s < 350 else .05) + g.gauss(0, .04), kl=.01)
+    runs_away = lambda s, r, g: reward(s, r, g) | dict(reward=.5 + g.gauss(0, .05),
+                                                       kl=.01 if s < 300
+                                                       else math.exp((s - 300)/45))
+    cut = lambda s, r, g: reward(s, r, g) | {'reward': .1 + g.gauss(0, .02), 'completions/clipped_ratio': .97}
+    apart = lambda s, r, g: {'rewards/accuracies': g.choice([0., .5, 1.]),
+                             'rewards/margins': g.gauss(0, 4.),
+                             'loss': .6931 if s < 40 else g.choice([0., .3, 1.6, 4.2])}
+    narrows = lambda s: s/200 if s < 300 else max(.1, 1.5 - (s - 300)/150)
+    shrink = lambda s, r, g: {'rewards/accuracies': .8 if s < 400 else .55, 'loss': .69 - s/2000,
+                              'rewards/margins': narrows(s) + g.gauss(0, .05)}
+    of_another = dict(best_metric=.9, best_model_checkpoint='out/checkpoint-400')
+    lowest = dict(best_metric=.8, best_model_checkpoint='out/checkpoint-400')
     return [
+        bad('warm-again', 'warm_again', **after(400, second)),
+        bad('reward-collapses', 'reward_falls', 'log-healthy-reward-flat', evals=0,
+            **after(0, collapse)),
+        bad('divergence-explodes', 'kl', 'log-healthy-divergence-grows', evals=0,
+            **after(0, runs_away)),
+        bad('answers-cut', 'truncated', 'log-healthy-answers-shorten', evals=0, **after(0, cut)),
+        bad('preferences-diverge', 'preferences', 'log-healthy-preferences-of-small-batches',
+            evals=0, epochs=1.,
+            **after(0, apart)),
+        bad('margins-shrink', 'margins', 'log-healthy-preferences-of-small-batches', evals=0,
+            epochs=1.,
+            **after(0, shrink)),
+        bad('best-of-another-run', 'best_kept', 'log-healthy-early-stop', state=of_another),
+        bad('lowest-score-kept', 'best_kept', 'log-healthy-best-by-accuracy',
+            scores=lambda s: .8 if s == 400 else .9 + s/6000, state=lowest),
         *healthy_logs(put, each),
         bad('nan', 'nan', **after(300, lambda s, r, g: dict(loss=nan, grad_norm=nan))),
         bad('zero', 'loss_zero', **after(20, lambda s, r, g: dict(loss=0., grad_norm=nan))),
@@ -255,8 +345,87 @@ def healthy_configs():
     books = dict(datasets=[dict(path='books', type='completion')], train_on_inputs=True)
     saved = dict(tokens=['<tool>'], lora_modules_to_save=['embed_tokens', 'lm_head'])
     preferences = dict(beta=.1, loss_type='sigmoid', learning_rate=5e-6)
+    ends = dict(base_model='mistralai/Mistral-7B-v0.1', chat_template='chatml', tokens=['<|im_start|>'],
+                special_tokens=dict(eos_token='<|im_end|>', pad_token='</s>'),
+                lora_modules_to_save=['embed_tokens', 'lm_head'])
+    grpo = dict(num_generations=8, temperature=.9, per_device_train_batch_size=8,
+                learning_rate=1e-6, beta=0.,
+                use_peft=False, eval_strategy='no')
+    steps = dict(max_steps=200, warmup_steps=10)
     return dict(axolotl=AXOLOTL, full=FULL, trl=TRL, factory=FACTORY, sdpa=TRL | packed,
-                text=FULL | books, preferences=TRL | preferences, embeddings=AXOLOTL | saved)
+                text=FULL | books, preferences=TRL | preferences, embeddings=AXOLOTL | saved,
+                marks=AXOLOTL | ends,
+                grpo=without(TRL, 'lora_r', 'lora_alpha', 'lora_target_modules') | grpo,
+                accelerated=AXOLOTL | dict(deepspeed='deepspeed_configs/zero2.json', fsdp=None,
+                                           fsdp_config=None),
+                steps=without(TRL, 'num_train_epochs', 'warmup_ratio') | steps)
+
+
+def here(settings, rows=None, info=None, text=''):
+    "Return a function that writes settings, and beside them the rows that they name"
+    def make(folder):
+        whole = text or yaml.safe_dump(settings, sort_keys=False)
+        (folder/'config.yaml').write_text(whole)
+        if rows is not None:
+            (folder/'mine.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+        if info is not None:
+            (folder/'data').mkdir()
+            (folder/'data'/'mine.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+            (folder/'data'/'dataset_info.json').write_text(json.dumps(info))
+    return make
+
+
+def named():
+    "Return settings that name rows, with the rows"
+    asked = questions(400)
+    tasks = [dict(instruction=r['prompt'], input='', output=r['response']) for r in asked]
+    turns = [dict(conversations=[{'from': 'human', 'value': r['prompt']},
+                                 {'from': 'gpt', 'value': r['response']}])
+             for r in asked]
+    of = lambda **more: AXOLOTL | dict(datasets=[dict(path='mine.jsonl', ds_type='json') | more])
+    read = dict(type='chat_template', field_messages='conversations',
+                message_property_mappings=dict(role='from', content='value'))
+    gaps = [t if i % 3 else t | dict(output='') for i, t in enumerate(tasks)]
+    columns = dict(mine=dict(file_name='mine.jsonl', formatting='sharegpt', columns=dict(messages='conversations')))
+    wrong = dict(mine=dict(file_name='mine.jsonl', columns=dict(prompt='question', response='answer')))
+    good = lambda name, d, **more: Case(f'config-healthy-{name}', 'config', '', '', here(d, **more))
+    bad = lambda name, failure, twin, d, **more: Case(f'config-{name}', 'config', failure,
+                                                      f'config-healthy-{twin}', here(d, **more))
+    few = dict(micro_batch_size=8, gradient_accumulation_steps=16)
+    short = of(type='alpaca') | dict(micro_batch_size=1, gradient_accumulation_steps=2,
+                                     warmup_steps=4)
+    twice = yaml.safe_dump(AXOLOTL, sort_keys=False) + 'learning_rate: 0.00002\n'
+    return [
+        good('rows-alpaca', of(type='alpaca'), rows=tasks),
+            good('rows-chat', of(**read), rows=turns),
+        good('rows-few', short, rows=tasks[:40]),
+            good('rows-factory', FACTORY, rows=turns, info=columns),
+        bad('rows-of-another-type', 'rows', 'rows-alpaca', of(type='alpaca'), rows=turns),
+        bad('rows-of-other-names', 'rows', 'rows-chat', of(**without(read, 'message_property_mappings')), rows=turns),
+        bad('rows-without-answers', 'rows', 'rows-alpaca', of(type='alpaca'), rows=gaps),
+        bad('rows-factory-columns', 'rows', 'rows-factory', FACTORY, rows=tasks, info=wrong),
+        bad('rows-factory-unlisted', 'rows', 'rows-factory', FACTORY, rows=turns,
+            info=dict(other=columns['mine'])),
+        bad('rows-hardly-a-step', 'few_steps', 'rows-few', short | few, rows=tasks[:40]),
+        bad('rows-end-in-warmup', 'few_steps', 'rows-few', short | dict(warmup_steps=100),
+            rows=tasks[:40]),
+        bad('key-twice', 'repeated', 'axolotl', AXOLOTL, text=twice)]
+
+
+def against_base(root):
+    "Return settings whose tokens or template the base decides"
+    of = lambda base, **more: TRL | dict(model_name_or_path=str(root/base), max_length=64) | more
+    case = lambda name, failure, twin, base, **more: Case(
+        f'config-{name}', 'config', failure, twin and f'config-{twin}', here(of(base, **more)),
+                                                          base)
+    return [
+        case('healthy-end', '', '', 'base', eos_token='<eos>', pad_token='<pad>'),
+        case('healthy-assistant', '', '', 'marked', assistant_only_loss=True),
+        case('end-unknown', 'unknown_token', 'healthy-end', 'base', eos_token='<|im_end|>'),
+        case('padding-unknown', 'unknown_token', 'healthy-end', 'base', eos_token='<eos>',
+             pad_token='[PAD]'),
+        case('assistant-unmarked', 'unmarked', 'healthy-assistant', 'base',
+             assistant_only_loss=True)]
 
 
 def configs():
@@ -299,6 +468,15 @@ def configs():
             dict(metric_for_best_model='eval_loss', greater_is_better=True)),
         bad('warmup', 'never_warm', 'trl', dict(max_steps=200, warmup_steps=1000)),
         bad('alpha', 'scale', 'trl', dict(lora_r=8, lora_alpha=512)),
+        bad('marks-unknown', 'mark', 'marks', dict(special_tokens=dict(pad_token='</s>')), ['tokens']),
+        bad('greedy', 'greedy', 'grpo', dict(temperature=0.)),
+        bad('groups-of-seven', 'groups', 'grpo', dict(num_generations=7)),
+        bad('one-answer', 'groups', 'grpo', dict(num_generations=1)),
+        bad('two-strategies', 'refused', 'accelerated', dict(fsdp=['full_shard', 'auto_wrap'])),
+        bad('packed-preferences', 'refused', 'preferences', dict(packing=True)),
+        bad('rl-packed', 'refused', 'axolotl', dict(rl='dpo', learning_rate=5e-6)),
+        bad('steps-and-passes', 'refused', 'axolotl', dict(eval_steps=50)),
+        bad('quantized-resized', 'refused', 'factory', dict(quantization_bit=4, resize_vocab=True)),
         bad('forty-passes', 'memorized', 'factory', dict(num_train_epochs=40))]
 
 
@@ -322,19 +500,37 @@ def adapter(folder, base, change=None, config=None, scale=.02):
                   metadata=dict(format='pt'))
 
 
-def whole(folder, change=None, config=None, tok=None, generation=None, seed=9, size=.004):
+def whole(folder, change=None, config=None, tok=None, generation=None, seed=9, size=.004, leave_out='', **sizes):
     "Write a tuned model: the base plus a little in every weight"
-    model, g = toy_model(), torch.Generator().manual_seed(seed)
+    model, g = toy_model(**sizes), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(size*torch.randn(p.shape, generator=g))
         if change:
             change(model)
-    model.save_pretrained(folder)
+    kept = {n: p for n, p in model.state_dict().items() if n != leave_out}
+    model.save_pretrained(folder, **(dict(state_dict=kept) if leave_out else {}))
     (tok or toy_tokenizer()).save_pretrained(folder)
     for name, more in (('config.json', config), ('generation_config.json', generation)):
         if more:
             (folder/name).write_text(json.dumps(json.loads((folder/name).read_text()) | more))
+
+
+ATTENTION = ['q_proj', 'k_proj', 'v_proj', 'o_proj']
+
+
+def scored(tensors):
+    "Add the head of a classifier"
+    g = torch.Generator().manual_seed(2)
+    return tensors | {'base_model.model.score.weight': torch.randn(3, 32, generator=g)}
+
+
+def headed(tensors):
+    "Add a LoRA of the head"
+    g, rows = torch.Generator().manual_seed(3), len(toy_tokenizer())
+    return tensors | {'base_model.model.lm_head.lora_A.weight': torch.randn(8, 32, generator=g)/6,
+                      'base_model.model.lm_head.lora_B.weight': .02*torch.randn(rows, 8,
+                                                                                generator=g)}
 
 
 def adapters(root):
@@ -351,6 +547,20 @@ def adapters(root):
              put(config=dict(use_rslora=True)), 'base'),
         Case('adapter-healthy-bfloat16', 'adapter', '', '',
              put(change=lambda t: {n: x.bfloat16() for n, x in t.items()}), 'base'),
+        Case('adapter-healthy-classifier', 'adapter', '', '',
+             put(config=dict(task_type='SEQ_CLS'), change=scored), 'base'),
+        Case('adapter-healthy-own-head', 'adapter', '', '', lambda folder: adapter(
+            folder, root/'untied', change=headed, config=dict(target_modules=[*ATTENTION,
+                                                                              'lm_head'])), 'untied'),
+        Case('adapter-head-lost', 'adapter', 'head', 'adapter-healthy-classifier',
+             put(config=dict(task_type='SEQ_CLS')),
+             'base'),
+        Case('adapter-head-alone', 'adapter', 'head_only', 'adapter-healthy-own-head',
+             lambda folder: adapter(
+            folder, root/'untied', config=dict(target_modules=[*ATTENTION, 'lm_head']),
+            change=lambda t: headed({n: x*0 if second(n) else x for n, x in t.items()})), 'untied'),
+        bad('head-tied', 'tied', change=headed,
+            config=dict(target_modules=[*ATTENTION, 'lm_head'])),
         bad('untrained', 'no_change',
             change=lambda t: {n: x*0 if second(n) else x for n, x in t.items()}),
         bad('nan', 'nan', change=lambda t: {n: x*nan if 'layers.1.self_attn.q' in n else x
@@ -379,6 +589,19 @@ def swapped():
                                    chat_template=toy_tokenizer().chat_template)
 
 
+def beside(folder):
+    "Write a whole model with an adapter beside it, as after a merge into the same folder"
+    whole(folder)
+    adapter(folder, 'base')
+
+
+def noted(folder):
+    "Write a whole model with what trainers leave beside it"
+    whole(folder)
+    (folder/'all_results.json').write_text(json.dumps(dict(epoch=3., train_loss=1.02)))
+    (folder/'README.md').write_text('# tuned\n')
+
+
 def folders():
     "Return the cases that are whole models"
     put = lambda **more: lambda folder: whole(folder, **more)
@@ -391,6 +614,16 @@ def folders():
         good(''),
         good('-half-frozen', change=lambda m: m.model.layers[0].load_state_dict(first)),
         good('-bfloat16', change=lambda m: m.bfloat16()),
+        Case('folder-healthy-untied', 'folder', '', '', put(tie_word_embeddings=False), 'untied'),
+        Case('folder-healthy-with-notes', 'folder', '', '', noted, 'base'),
+        Case('folder-head-lost', 'folder', 'head', 'folder-healthy-untied',
+             put(tie_word_embeddings=False, leave_out='lm_head.weight'), 'untied'),
+        Case('folder-adapter-left-over', 'folder', 'left_over', 'folder-healthy-with-notes',
+             beside, 'base'),
+        bad('mark-split', 'mark',
+            tok=toy_tokenizer(chat_template=toy_tokenizer().chat_template.replace(
+            "' ' + eos_token", "'<|im_end|>'"))),
+        bad('end-beyond-rows', 'unknown_token', generation=dict(eos_token_id=32000)),
         bad('is-the-base', 'no_change', size=0.),
         bad('nan', 'nan',
             change=lambda m: m.model.layers[1].mlp.gate_proj.weight.data[3].fill_(nan)),
@@ -436,15 +669,23 @@ def rows():
 
 def cases(root:Path) -> list[Case]:
     "Return every case"
-    return [*logs(), *configs(), *adapters(root), *folders(), *rows()]
+    return [*logs(), *configs(), *named(), *against_base(root), *adapters(root), *folders(),
+            *rows()]
 
 
 def write(root:Path) -> list[Case]:
     "Write the whole gallery, and its bases, below `root`"
-    for name, sizes in (('base', {}), ('wide', dict(hidden_size=64))):
+    # the same template, with marks around what the assistant says
+    said = '{% generation %}{{ m.content + " " + eos_token }}{% endgeneration %}'
+    marked = '{% for m in messages %}{% if m.role == "assistant" %}' + said + ('{% else %}{{ m.content }}{% endif '
+                                                                               '%}{% endfor %}')
+    for name, sizes in (('base', {}), ('wide', dict(hidden_size=64)),
+                        ('untied', dict(tie_word_embeddings=False)),
+                        ('marked', {})):
         (root/name).mkdir(parents=True)
         toy_model(**sizes).save_pretrained(root/name)
-        toy_tokenizer().save_pretrained(root/name)
+        toy_tokenizer(**(dict(chat_template=marked) if name == 'marked'
+                         else {})).save_pretrained(root/name)
     found = cases(root)
     for case in found:
         folder = root/'cases'/case.name

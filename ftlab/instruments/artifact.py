@@ -19,10 +19,11 @@ from ..core.folder import read_json
 from ..core.loading import skeleton
 from ..core.text import shortened, some
 from .case import NotApplicable
+from .named_rows import LARGEST, NamedRows, Rows, as_training, named_rows, rows_of
 
 # %% auto #0
-__all__ = ['NAMES', 'FORMS', 'OWN', 'KEEP', 'TRAINERS', 'PICKLES', 'PICKLED', 'Log', 'log_of', 'Config', 'flat', 'renamed',
-           'at_odds', 'form_of', 'Found', 'recognize', 'Elsewhere']
+__all__ = ['REWARDS', 'NAMES', 'FORMS', 'OWN', 'KEEP', 'TRAINERS', 'PICKLES', 'PICKLED', 'CONVERT', 'HELD', 'Log', 'log_of',
+           'Config', 'flat', 'renamed', 'at_odds', 'form_of', 'Found', 'recognize', 'Elsewhere']
 
 # %% ../../nbs/instruments/artifact.ipynb #00057975
 @dataclass
@@ -69,8 +70,15 @@ class Log:
     @property
     def rewarded(self) -> bool:
         "Return whether the loss is that of reinforcement learning, whose size says nothing"
-        return any('reward' in r or 'reward_std' in r for r in self.rows)
+        return any(k in r for r in self.rows for k in ('reward_std', *REWARDS))
 
+    @property
+    def preferred(self) -> bool:
+        "Return whether the loss is of preferences, such as that of DPO"
+        return any('rewards/margins' in r or 'rewards/accuracies' in r for r in self.rows)
+
+# the mean reward of a step: GRPO and PPO of trl, verl, OpenRLHF
+REWARDS = ('reward', 'objective/scores', 'objective/rlhf_reward', 'critic/score/mean')
 _EVAL_LOSS = re.compile(r'eval_(.+_)?loss$')
 
 def _number(x) -> bool:
@@ -87,7 +95,8 @@ def log_of(entries:list[dict], state:dict|None=None) -> Log:
     rows = [{k: _as_number(v) for k, v in r.items()} for r in entries if isinstance(r, dict)]
     rows = [dict(r, learning_rate=r['lr']) if 'lr' in r and 'learning_rate' not in r else r
             for r in rows]
-    return Log([r for r in rows if 'loss' in r and 'train_runtime' not in r],
+    trained = {'loss', *REWARDS}
+    return Log([r for r in rows if trained & r.keys() and 'train_runtime' not in r],
                [r for r in rows if any(k.startswith('eval_') and k != 'eval_runtime' for k in r)],
                len(rows), state or {})
 
@@ -120,15 +129,17 @@ FORMS = dict( # a file is of the form of which it has the most words
 OWN = dict( # words that only one trainer has decide, before all others
     axolotl='micro_batch_size sequence_len sample_packing eval_sample_packing val_set_size train_on_inputs '
             'lora_target_linear',
-    llamafactory='finetuning_type cutoff_len stage lora_target quantization_bit neat_packing val_size',
+    llamafactory='finetuning_type cutoff_len stage lora_target quantization_bit neat_packing val_size dataset_dir',
     trl='use_peft dataset_name assistant_only_loss completion_only_loss packing_strategy num_generations')
-KEEP = ('special_tokens datasets test_datasets rope_scaling overrides_of_model_config deepspeed fsdp_config '
-        'gradient_checkpointing_kwargs tokens added_tokens_overrides').split() # their inner names are not settings
+KEEP = ('special_tokens datasets test_datasets dataset_mixer rope_scaling overrides_of_model_config deepspeed '
+        # their inner names are not settings
+        'fsdp_config gradient_checkpointing_kwargs tokens added_tokens_overrides').split()
 
 class Config:
     "Hold the settings of another trainer by one name"
-    def __init__(self, raw:Mapping, form:str):
+    def __init__(self, raw:Mapping, form:str, repeated:Mapping|None=None):
         self.form = form      # 'trl', 'axolotl' or 'llamafactory'
+        self.repeated = dict(repeated or {}) # keys that the file has twice -> lines
         self.source = raw     # as the file has it
         self.raw = flat(raw)  # without groups
 
@@ -163,6 +174,11 @@ class Config:
                                                                                     list) else []
         return [str(p).strip() for p in parts if str(p).strip()]
 
+    def groups(self, name:str) -> list[Mapping]:
+        "Return a setting that is a list of groups, such as `datasets`; without what is no group"
+        value = self[name]
+        return [d for d in value if isinstance(d, Mapping)] if isinstance(value, list) else []
+
     @cached_property
     def method(self) -> str|None:
         "Return 'lora', 'full', or None if the file does not say"
@@ -188,6 +204,19 @@ class Config:
                     or self['loss_type'] in ('sigmoid', 'hinge', 'ipo') or self.rewarded)
 
     @property
+    def handbook(self) -> bool:
+        """Return whether it is a file for a script that trains all weights unless use_peft is on, as those of
+        trl and of the alignment handbook do (trl/scripts, scripts/run_dpo.py)"""
+        given = self['model'] and (self['dataset_name'] or self['dataset_mixer'])
+        return self.form == 'trl' and self.method != 'lora' and bool(given)
+
+    @property
+    def complete(self) -> bool:
+        "Return whether `to_dict` of transformers wrote it: then it has every default, and what follows from others"
+        always = {'adam_beta1', 'adam_epsilon', 'weight_decay', 'dataloader_drop_last'}
+        return always <= self.source.keys()
+
+    @property
     def rewarded(self) -> bool:
         "Return whether it trains on rewards, which are an evaluation of their own"
         return bool(self['num_generations'] or self['reward_funcs'] or self['stage'] == 'ppo'
@@ -196,16 +225,20 @@ class Config:
     @cached_property
     def twice(self) -> list[str]:
         "Return the names that stand in several groups with different values"
-        return sorted(_twice(self.source))
+        # groups may have names and seeds of their own
+        words = {w for group in (*NAMES.values(), *FORMS.values()) for w in group.split()}
+        return sorted(_twice(self.source) & words)
 
 # %% ../../nbs/instruments/artifact.ipynb #00097975
-def flat(raw:Mapping) -> dict:
+def flat(raw:Mapping,
+         depth:int=4  # groups in groups that are read; an alias of YAML may hold itself
+        ) -> dict:
     """Return settings without their groups: {'lora': {'r': 8}} becomes {'lora_r': 8}. A name that is
     there twice keeps the outer value"""
     out = {k: v for k, v in raw.items() if not isinstance(v, Mapping) or k in KEEP}
     for k, v in raw.items():
-        if isinstance(v, Mapping) and k not in KEEP:
-            out = renamed(flat(v)) | out
+        if isinstance(v, Mapping) and k not in KEEP and depth:
+            out = renamed(flat(v, depth - 1)) | out
     return out
 
 def _twice(raw) -> set[str]:
@@ -256,6 +289,7 @@ class Found:
     adapter:Path|None=None        # the folder of an adapter
     weights:Path|None=None        # the folder of a whole model
     rows:Path|None=None           # a file of rows
+    beside:Path|None=None         # the folder of the settings
     unread:list[str] = field(default_factory=list) # pickles, and why they were not read
     more:list[str] = field(default_factory=list)   # files that were not read, because another one was
 
@@ -296,11 +330,42 @@ def _lines(path:Path) -> list[dict]:
         found = first + list(entries) if _logged(first) or path.suffix != '.jsonl' else []
     return found if _logged(found) else []
 
-def _parsed(path:Path):
-    "Read a JSON or YAML file"
+class _Counting(yaml.SafeLoader):
+    "Read YAML as `safe_load` does, and note keys that a mapping has twice, of which it keeps the last"
+    def compose_mapping_node(self, anchor):
+        node, seen = super().compose_mapping_node(anchor), {}
+        # before keys of an alias (<<) are put in front of a mapping's own, which may replace them
+        for key, _ in node.value:
+            name = key.value
+            if isinstance(name, str) and name in seen and name != '<<':
+                self.repeated.setdefault(name, [seen[name]]).append(key.start_mark.line + 1)
+            seen[str(name)] = key.start_mark.line + 1
+        return node
+
+def _yaml(text:str) -> tuple:
+    "Return what YAML says, and {key: lines} of keys that stand twice in one mapping"
+    reader = _Counting(text)
+    reader.repeated = {}
+    try:
+        return reader.get_single_data(), reader.repeated
+    finally:
+        reader.dispose()
+
+def _json(text:str) -> tuple:
+    "Return what JSON says, and the keys that stand twice in one object"
+    repeated = {}
+    def once(pairs):
+        names = [k for k, _ in pairs]
+        repeated.update({k: [] for k in names if names.count(k) > 1}
+                        if len(set(names)) < len(names) else {})
+        return dict(pairs)
+    return json.loads(text, object_pairs_hook=once), repeated
+
+def _parsed(path:Path) -> tuple:
+    "Read a JSON or YAML file; return what it says and the keys that it repeats"
     text = path.read_text(encoding='utf-8-sig', errors='replace')
     try:
-        return json.loads(text) if path.suffix == '.json' else yaml.safe_load(text)
+        return _json(text) if path.suffix == '.json' else _yaml(text)
     except (ValueError, yaml.YAMLError, RecursionError) as e:
         form = path.suffix[1:].upper()
         raise ValueError(f'{path} cannot be read as {form}: {shortened(str(e))}') from None
@@ -315,10 +380,11 @@ def _logged(value) -> bool:
 def _take(found:Found, path:Path) -> bool:
     "Add what a file holds; return whether it was recognized"
     name = path.relative_to(found.path).as_posix() if found.path.is_dir() else path.name
+    value, repeated = None, {}
     if path.suffix in ('.jsonl', '.log', '.txt', '.out', '.csv', '.tsv'):
         value = _lines(path)
-    else:
-        value = _parsed(path) if path.suffix in ('.json', '.yaml', '.yml') else None
+    elif path.suffix in ('.json', '.yaml', '.yml'):
+        value, repeated = _parsed(path)
     if isinstance(value, dict) and isinstance(value.get('log_history'), list):
         found.log = log_of(value['log_history'], value)
         found.what.append(f"a Trainer's log ({name})")
@@ -326,7 +392,8 @@ def _take(found:Found, path:Path) -> bool:
         found.log = log_of(value)
         found.what.append(f'a log ({name})')
     elif isinstance(value, dict) and 'peft_type' not in value and (form := form_of(value)):
-        found.config = Config(value, form)
+        found.config = Config(value, form, repeated)
+        found.beside = path.parent
         found.what.append(f'settings of {TRAINERS[form]} ({name})')
     else:
         return False
@@ -337,6 +404,12 @@ TRAINERS = dict(trl='trl or transformers', axolotl='axolotl', llamafactory='LLaM
 # %% ../../nbs/instruments/artifact.ipynb #000d7975
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.pkl')
 PICKLED = 'a pickle, which can run any program when it is read; it was not opened'
+CONVERT = ('if you trust it, convert it once: python -c "import torch, safetensors.torch as s; '
+           "d = torch.load('pytorch_model.bin', weights_only=True, map_location='cpu'); "
+           's.save_file({k: v.clone().contiguous() for k, v in d.items()}, \'model.safetensors\')"')
+HELD = dict(pytorch_model='the weights of a model', adapter_model='an adapter', optimizer="an optimizer's state",
+            scheduler='the plan of the learning rate', training_args='the settings of a Trainer',
+            rng_state='the states of random numbers', scaler="a loss scale", consolidated='the weights of a model')
 
 def recognize(path:str|Path) -> Found:
     """Say what a file or folder holds. Raises `FileNotFoundError` if there is nothing, and `ValueError`
@@ -376,7 +449,13 @@ def _take_folder(found:Found) -> None:
             found.more += [p.relative_to(folder).as_posix() for p in files[taken + 1:]]
     found.unread = [f'{p.name}: {PICKLED}' for p in sorted(folder.iterdir()) if p.suffix in PICKLES]
     if found.unread and not found.what:
-        found.what.append('a folder of pickles alone')
+        names = [u.partition(':')[0] for u in found.unread]
+        known = [f'{n} ({next((w for k, w in HELD.items() if n.startswith(k)), "unknown")})'
+                 for n in names]
+        raise ValueError(f'{folder} holds pickles alone: {some(known, 6)}. A pickle can run any program when it is '
+                         f'read, so none was opened, and nothing could be examined. Weights: {CONVERT}. Settings: '
+                         'json.dump(args.to_dict(), file). Beside them the doctor reads trainer_state.json, '
+                         'config.json and adapter_config.json')
 
 def _take_weights(found, folders) -> None:
     "Add the adapter and the model of the first folder that has one"
@@ -409,9 +488,15 @@ class Elsewhere:
 
     def about(self) -> str:
         "Say what was read"
-        more = [f'against {self.named}'] if self.named else []
+        alone = self.found.what and all(w.startswith(("a Trainer's log", 'a log'))
+                                        for w in self.found.what)
+        more = [f'against {self.named}'] if self.named and not alone else []
         said = f'{self.found.path.name} holds ' + ', '.join(self.found.what + more)
         left = [f'also there, and not read: {some(self.found.more)}'] if self.found.more else []
+        if alone and self.named:
+            left.append(f'of {self.named} a log alone needs only the number of tokens; to compare weights, name '
+                        'the folder of the run')
+        left += [f'rows: {n.path}' for n, _ in self.read_rows]
         return '; '.join([said, *left, *self.found.unread])
 
     def _part(self, name, what):
@@ -463,10 +548,44 @@ class Elsewhere:
             raise NotApplicable(f'the base cannot be read: {shortened(str(e))}') from None
 
     @cached_property
+    def named_rows(self) -> list[NamedRows]:
+        "Return the rows that the settings name; none if others were given"
+        if self.given is not None or self.found.config is None or self.found.beside is None:
+            return []
+        try:
+            return named_rows(self.found.config, self.found.beside)
+        except ValueError as e: # a dataset_info.json that cannot be read
+            self.unread_rows = shortened(str(e), 300)
+            return []
+
+    @cached_property
+    def read_rows(self) -> list[tuple[NamedRows, Rows]]:
+        "Return what could be read of them"
+        here = [n for n in self.named_rows if n.path and n.path.stat().st_size <= LARGEST]
+        out = []
+        for n in here:
+            try:
+                out.append((n, rows_of(n, self.found.config)))
+            except ValueError as e:
+                self.unread_rows = shortened(str(e), 300)
+        return out
+
+    unread_rows = '' # why rows that the settings name could not be read
+
+    @property
+    def all_rows(self) -> int:
+        "Count the training rows. Raises `NotApplicable` if not all of them are here"
+        if self.given is not None:
+            return len(self.data.train)
+        if not self.read_rows or len(self.read_rows) < len(self.named_rows):
+            raise NotApplicable('there are no rows, or not all of them are here')
+        return sum(r.total for _, r in self.read_rows)
+
+    @cached_property
     def data(self) -> Data:
         "Return the rows"
         if self.given is None:
-            raise NotApplicable('there are no rows')
+            return self._named_data()
         if isinstance(self.given, Data):
             return self.given
         try:
@@ -474,9 +593,21 @@ class Elsewhere:
         except (ValueError, FileNotFoundError, TypeError) as e:
             raise NotApplicable(f'the rows cannot be read: {shortened(str(e), 300)}') from None
 
+    def _named_data(self) -> Data:
+        rows = [row for _, r in self.read_rows for row in r.rows]
+        kinds = {frozenset(r) for r in rows}
+        if not rows or len(kinds) > 1:
+            raise NotApplicable('there are no rows' if not rows else 'the settings name rows of several kinds')
+        try:
+            return as_training(rows)
+        except ValueError as e:
+            raise NotApplicable(f'the rows cannot be read: {shortened(str(e), 300)}') from None
+
     def unreadable(self) -> str:
         "Say why the rows cannot be read; '' if they can, or if there are none"
-        if self.given is None or isinstance(self.given, Data):
+        if self.given is None:
+            return '' if self.read_rows else self.unread_rows
+        if isinstance(self.given, Data):
             return ''
         try:
             self.data

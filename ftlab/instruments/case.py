@@ -35,7 +35,8 @@ SEVERITIES = ('error', 'warning', 'note')  # worst first
 WHEN = ('before', 'after', 'both', 'elsewhere')
 # the files in `checks`, in the order of a run
 STAGES = ('selection', 'rows', 'data', 'settings', 'step', 'change', 'promised', 'cost',
-          'log', 'config', 'adapter', 'folder', 'texts') # the last five: of runs made elsewhere
+          'log', 'rewards', 'config', 'vocabulary', 'sources', 'adapter', 'folder',
+          'texts') # from 'log' on: of runs made elsewhere
 
 class NotApplicable(Exception):
     "Say that a check has nothing to examine, and why"

@@ -26,8 +26,8 @@ from .report import read_run
 from ..trainers.run import Run
 
 # %% auto #0
-__all__ = ['CHECKS', 'ROWS', 'TOKENS', 'PLAN', 'ALONE', 'Finding', 'Diagnosis', 'check_modules', 'checks_of', 'checks', 'examine',
-           'doctor', 'examine_data', 'case_before', 'case_after', 'is_foreign', 'examine_elsewhere']
+__all__ = ['CHECKS', 'ROWS', 'TOKENS', 'PLAN', 'ALONE', 'NAMED', 'Finding', 'Diagnosis', 'check_modules', 'checks_of', 'checks',
+           'examine', 'doctor', 'examine_data', 'case_before', 'case_after', 'is_foreign', 'examine_elsewhere']
 
 # %% ../../nbs/instruments/doctor.ipynb #0005d3f9
 @dataclass(frozen=True, repr=False)
@@ -319,10 +319,13 @@ def _rows_and_model(case) -> Diagnosis|None:
     length = case.found.config.number('length') if case.found.config else None
     before = case_before(model, tok, rows, max_length=int(length) if length else None)
     asked = [k for k in CHECKS if k.stage in ROWS and k.name not in PLAN or k.name in TOKENS]
+    if case.given is None: # the trainer writes the turns in its own way, and splits the rows itself
+        asked = [k for k in asked if k.name in (*NAMED, *TOKENS)]
     return examine(before, 'before', asked)
 
 ALONE = ('train-test-overlap', 'duplicate-rows', 'answers-contradict', 'few-test-rows', 'labels-missing',
          'labels-unbalanced') # checks that need nothing but rows
+NAMED = ('duplicate-rows', 'answers-contradict') # of rows that settings name
 
 def _rows_alone(case) -> Diagnosis|None:
     "Ask the checks that need only rows; `None` if there are none"
@@ -331,4 +334,5 @@ def _rows_alone(case) -> Diagnosis|None:
     except NotApplicable:
         return None
     asked = Elsewhere(case.found, case.named, case.data)
-    return examine(asked, 'before', [k for k in CHECKS if k.name in ALONE])
+    names = NAMED if case.given is None else ALONE
+    return examine(asked, 'before', [k for k in CHECKS if k.name in names])

@@ -5,20 +5,25 @@
 # %% ../../nbs/instruments/fixes.ipynb #00033e25
 from __future__ import annotations
 import copy
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from ..core.data import question_of
 from ..core.model import positions
+from ..core.recipe import viewed
 from ..core.scorers import nll
 from ..core.text import shortened
 from .artifact import NAMES, Config, Elsewhere, at_odds
 from .case import COPY_LIMIT, SETTINGS, Case, NotApplicable
+from .checks.config import refused
+from .checks.vocabulary import MARKS
 from ..methods import make_of
 from ..trainers.fit import fit
+from ..trainers.objective import IGNORE
 
 # %% auto #0
-__all__ = ['SETTINGS_OF_OTHERS', 'OWN_SETTINGS', 'OWN_ROWS', 'SHOWN', 'put', 'own_name', 'Tried', 'one_step', 'try_own',
-           'try_elsewhere']
+__all__ = ['SETTINGS_OF_OTHERS', 'OWN_SETTINGS', 'OWN_ROWS', 'PLANNED', 'SHOWN', 'put', 'own_name', 'Tried', 'one_step',
+           'try_own', 'as_case', 'try_elsewhere']
 
 # %% ../../nbs/instruments/fixes.ipynb #00053e25
 def put(raw:Mapping, changes:Mapping) -> dict:
@@ -94,6 +99,45 @@ def _embedding(c):
 def _template(c):
     return {own_name(c, 'template', 'chat_template'): 'tokenizer_default'}
 
+def _groups(c):
+    n = max(2, int(c.number('num_generations') or 2))
+    batch = int((c.number('batch') or 1)*(c.number('accumulate') or 1))
+    fits = [d for d in range(min(n, batch), 1, -1) if batch % d == 0]
+    if c['generation_batch_size']:
+        return dict(generation_batch_size=n*max(1, int(c.number('generation_batch_size'))//n),
+                    num_generations=n)
+    return dict(num_generations=fits[0]) if fits else {
+        'num_generations': n, own_name(c, 'batch', 'per_device_train_batch_size'): n}
+
+def _warm_sampling(c):
+    return dict(temperature=1.) | ({'do_sample': True} if c.off('do_sample') else {}) | (
+        {'top_k': 0} if c['top_k'] is not None else {})
+
+def _one_of_two(c):
+    if c.form == 'llamafactory' and c['stage'] not in (None, 'sft', 'pt') and not refused(c):
+        names = ('neat_packing', 'train_on_prompt', 'mask_history', 'predict_with_generate')
+        return {k: False for k in names if c.on(k)}
+    out = {}
+    while (pair := refused(Config(put(c.source, out), c.form))) and len(out) < 5:
+        out[pair[1] if pair[0] != 'packing' else 'packing'] = None
+    if out:
+        return out
+    if (c.number('steps') or 0) > 0 and c['epochs'] is not None:
+        return {own_name(c, 'epochs', 'num_train_epochs'): None}
+    return dict(max_steps=1000)
+
+def _known_tokens(c):
+    return {k: None for k in ('eos_token', 'pad_token') if c[k] is not None}
+
+def _with_marks(c):
+    if c.form == 'llamafactory':
+        return dict(resize_vocab=True)
+    special = c['special_tokens'] if isinstance(c['special_tokens'], dict) else {}
+    template = str(c['template']).lower()
+    mark = next((m for pattern, m in MARKS.items() if re.match(pattern, template)), '<|im_end|>')
+    start = ['<|im_start|>'] if mark == '<|im_end|>' else []
+    return dict(special_tokens=special | dict(eos_token=mark), tokens=start) | _embedding(c)
+
 SETTINGS_OF_OTHERS:dict[str, Callable] = {
     'precision-twice': lambda c: dict(fp16=False), 'quantized-in-full': _bits,
     'adapter-not-on': _adapter_on, 'packing-mixes-rows': _packing,
@@ -103,7 +147,11 @@ SETTINGS_OF_OTHERS:dict[str, Callable] = {
     'warmup-too-long': _warmup, 'evaluation-off': _evaluation, 'best-not-found': _best,
     'targets-unmatched': lambda c: {own_name(c, 'targets', 'lora_target_modules'): 'all-linear'},
     'tokens-not-trained': _embedding,
-    'template-of-another-model': _template}
+    'template-of-another-model': _template,
+    'sampling-greedy': _warm_sampling, 'groups-undivided': _groups,
+    'settings-exclude-each-other': _one_of_two, 'setting-repeated': lambda c: {},
+    'tokens-unknown': _known_tokens, 'end-mark-unknown': _with_marks,
+    'assistant-unmarked': lambda c: dict(assistant_only_loss=False, completion_only_loss=True)}
 
 # %% ../../nbs/instruments/fixes.ipynb #00083e25
 def _without_repeats(data):
@@ -190,9 +238,36 @@ def try_own(case:Case, check, # a `Check` that found something
 def _fresh(case, data, settings) -> Case:
     return Case(case.model, case.tokenizer, data, case.recipe, dict(settings))
 
-def _as_case(case:Elsewhere, config:Config, model, tok) -> Case:
+def _as_recipe(config:Config, model):
+    "Return LoRA or full fine-tuning with the rank, the scale and the targets of the settings, and what is learned"
+    recipe = make_of('full')()
+    if config.method == 'lora':
+        given = dict(r=config.number('r'), alpha=config.number('alpha'))
+        given = {k: int(v) if k == 'r' else v for k, v in given.items() if v and v > 0}
+        recipe = make_of('lora')(**given | _as_targets(config, model))
+    return replace(recipe, source=viewed(_all_learned)) if _prompts_too(config) else recipe
+
+def _as_targets(config, model) -> dict:
+    "Return the targets as `lora` takes them; {} for all matrices, or if none of the names is in the model"
+    names = [re.escape(t) for t in config.words('targets')]
+    pattern = '|'.join(names)
+    fits = lambda name: bool(names) and re.search(rf'(^|\.)({pattern})$', name)
+    there = any(fits(n) for n, _ in model.named_modules())
+    return dict(targets=rf'(^|\.)({pattern})(\.weight)?$') if there else {}
+
+def _prompts_too(config) -> bool:
+    "Return whether the settings say that the questions are learned as well"
+    return (config.on('train_on_inputs') or config.on('train_on_prompt')
+            or config.off('completion_only_loss') and not config.on('assistant_only_loss'))
+
+def _all_learned(batch, state):
+    "Return a batch in which every token that is no padding is learned"
+    labels = batch['input_ids'].masked_fill(batch['attention_mask'] == 0, IGNORE)
+    return dict(batch, labels=labels)
+
+def as_case(case:Elsewhere, config:Config, model, tok) -> Case:
     "Return settings of another trainer as a run of ftlab would have them"
-    recipe = make_of('lora')() if config.method == 'lora' else make_of('full')()
+    recipe = _as_recipe(config, model)
     length = config.number('length')
     known = dict(lr=config.number('lr') or recipe.lr, max_length=int(length) if length else None,
                  batch_size=int(min(config.number('batch') or 8, len(case.data.train))))
@@ -207,9 +282,10 @@ def try_elsewhere(case:Elsewhere, check, again:Callable, load:Callable # of a ba
         other = Elsewhere(case.found, case.named, data)
         return Tried(name, 'rows', f'{len(case.data.train) - len(data.train)} of {len(case.data.train)} training rows '
                      'left out', not again(other, check))
-    changes = _changes(case, name) if check.stage == 'config' else None
+    changes = _changes(case, name) if check.stage in PLANNED else None
     if changes is None:
-        why = ('what is finished is not changed by other settings' if check.stage in ('log', 'adapter', 'folder')
+        why = ('what is finished is not changed by other settings'
+               if check.stage in ('log', 'rewards', 'adapter', 'folder')
                else 'its fix is a choice, or no change of settings or rows')
         return Tried(name, 'none', f'{why}. {check.fix}')
     config = Config(put(c.source, changes), c.form)
@@ -217,7 +293,8 @@ def try_elsewhere(case:Elsewhere, check, again:Callable, load:Callable # of a ba
     said = ', '.join(f'{k}={shortened(str(v), 60)}' for k, v in changes.items())
     return Tried(name, 'settings', said, not again(other, check), *_dry(case, c, config, load))
 
-SHOWN = ('lr', 'length', 'batch', 'method') # what the dry step takes over from settings of others
+PLANNED = ('config', 'vocabulary', 'sources') # stages that examine settings
+SHOWN = ('lr', 'length', 'batch', 'method', 'r', 'alpha', 'targets') # what the dry step takes over of them
 
 def _changes(case, name) -> dict|None:
     "Return the settings that fix a finding; None if that is not known"
@@ -226,23 +303,30 @@ def _changes(case, name) -> dict|None:
             return {own_name(case.found.config, 'length', 'max_length'): positions(case.base[0])}
         except NotApplicable:
             return None
-    if name == 'batch-over-rows':
-        c, rows = case.found.config, len(case.data.train)
-        return {own_name(c, 'accumulate', 'gradient_accumulation_steps'): 1,
-                own_name(c, 'batch', 'per_device_train_batch_size'): min(int(c.number('batch')
-                                                                             or 1),
-                                                                         max(1, rows//10))}
+    if name in ('batch-over-rows', 'steps-few'):
+        return _more_steps(case.found.config, case.all_rows, name == 'steps-few')
     make = SETTINGS_OF_OTHERS.get(name)
     return make(case.found.config) if make else None
 
+def _more_steps(c, rows, many) -> dict:
+    "Return a batch of at most a tenth of the rows; with a short warm-up, and passes for at least ten steps"
+    batch = min(int(c.number('batch') or 1), max(1, rows//(20 if many else 10)))
+    out = {own_name(c, 'accumulate', 'gradient_accumulation_steps'): 1,
+           own_name(c, 'batch', 'per_device_train_batch_size'): batch}
+    if many and (c.number('warmup_steps') or 0) >= 1:
+        out['warmup_steps'] = 1
+    return out
+
 def _dry(case, before, after, load) -> tuple:
     "Return the loss after one step with both settings, or None twice, and why there is none"
-    shown = lambda c: [c.method if n == 'method' else c.number(n) for n in SHOWN]
+    shown = lambda c: [_prompts_too(c), *(c.method if n == 'method' else c.words(n) if n == 'targets' else c.number(n)
+                                          for n in SHOWN)]
     try:
         name, _ = case.base_name, case.data
         if shown(before) == shown(after):
-            return None, None, 'a dry step takes over rate, length, batch and method alone, and is the same with it'
+            return None, None, ('a dry step takes over rate, length, batch, method, rank, scale, targets and what is '
+                                'learned, and is the same with it')
         model, tok = load(name)
-        return tuple(one_step(_as_case(case, c, model, tok)) for c in (before, after))
+        return tuple(one_step(as_case(case, c, model, tok)) for c in (before, after))
     except NotApplicable as e:
         return None, None, f'no dry step could be taken: {e}'

@@ -9,15 +9,16 @@ import tempfile
 from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
+from ...core.loading import quiet
 from ...core.text import some
 from ..case import NotApplicable, check
 from ..planted import elsewhere, planted, toy_adapter, toy_model, toy_tokenizer
 
 # %% auto #0
-__all__ = ['WRAPPED', 'adapter_empty', 'adapter_not_finite', 'adapter_changes_nothing', 'adapter_names_wrapped',
+__all__ = ['WRAPPED', 'HEAD', 'adapter_empty', 'adapter_not_finite', 'adapter_changes_nothing', 'adapter_names_wrapped',
            'adapter_half_missing', 'adapter_head_lost', 'adapter_rank_differs', 'adapter_scale',
-           'adapter_targets_differ', 'adapter_of_another_base', 'saved_toy', 'adapter_base_unnamed',
-           'adapter_too_large', 'adapter_tokens_frozen']
+           'adapter_targets_differ', 'adapter_of_another_base', 'saved_toy', 'adapter_head_tied',
+           'adapter_base_unnamed', 'adapter_too_large', 'adapter_tokens_frozen']
 
 # %% ../../../nbs/instruments/checks/adapter.ipynb #0005269a
 def _tensors(case):
@@ -112,8 +113,12 @@ def adapter_changes_nothing(case):
         rest = f', and only {some(whole)} can have changed' if whole else ''
         return ('warning' if whole else 'error'), f'all {len(norms)} matrices B are 0{rest}'
     dead = [n for n, v in norms.items() if v == 0]
-    if dead and not whole and len(dead) < len(norms):
-        return 'warning', f'{len(dead)} of {len(norms)} matrices B are 0: {some(dead)}'
+    if dead and len(dead) < len(norms):
+        # no token was sent to some experts of a mixture: that can be
+        asked = all('expert' in n for n in dead)
+        live = [n for n in norms if norms[n] and re.search(r'\.\d+\.', n)]
+        below = '' if live else ', all those of the blocks: no gradient reached them'
+        return ('note' if asked else 'warning'), f'{len(dead)} of {len(norms)} matrices B are 0{below}: {some(dead)}'
 
 @planted(adapter_changes_nothing, 'all 4 matrices B are 0')
 def _an_adapter_that_did_not_train():
@@ -159,12 +164,26 @@ def _a_lost_factor():
            'and the right task_type from the start',
        source='huggingface/peft#453')
 def adapter_head_lost(case):
-    if case.adapter.get('task_type') not in ('SEQ_CLS', 'TOKEN_CLS'):
+    if case.adapter.get('task_type') not in ('SEQ_CLS', 'TOKEN_CLS', 'QUESTION_ANS'):
         raise NotApplicable('it is no classifier')
     _readable(case)
-    head = re.compile(r'(^|\.)(score|classifier|pre_classifier|head)\b')
-    if not any(head.search(n) for n in _shapes(case)):
-        return f'task_type is {case.adapter["task_type"]}, and no tensor belongs to a head'
+    if any(HEAD.search(n) for n in _shapes(case)):
+        return None
+    seen = f'task_type is {case.adapter["task_type"]}, and no tensor belongs to a head'
+    if _has_head(case):
+        return 'note', f'{seen}: the head of the base is used as it is'
+    return seen
+
+HEAD = re.compile(r'(^|\.)(score|classifier|pre_classifier|head|classification_head|logits_proj|qa_outputs)\b')
+
+def _has_head(case) -> bool:
+    "Return whether the base is a classifier itself"
+    try:
+        model = case.base[0]
+    except NotApplicable:
+        return False
+    kinds = str((model.config.architectures or [''])[0])
+    return kinds.endswith(('ForSequenceClassification', 'ForTokenClassification', 'ForQuestionAnswering'))
 
 @planted(adapter_head_lost, 'no tensor belongs to a head')
 def _a_classifier_without_its_head():
@@ -240,9 +259,37 @@ def _a_wider_base():
 def saved_toy(tok=None, **config) -> str:
     "Save a toy model with its tokenizer, and return the folder"
     folder = Path(tempfile.mkdtemp())/'base'
-    toy_model(**config).save_pretrained(folder)
+    with quiet():
+        toy_model(**config).save_pretrained(folder)
     (tok or toy_tokenizer()).save_pretrained(folder)
     return str(folder)
+
+@check('elsewhere', 'warning',
+       why='head and embedding are one matrix: once the adapter is merged, the change of the head also changes '
+           'what every input token is',
+       fix='leave lm_head and embed_tokens out of the targets, do not merge, or untie the base before training '
+           '(tie_word_embeddings: false, with a copy of the embedding as lm_head)',
+       source='huggingface/peft#2018')
+def adapter_head_tied(case):
+    config = case.base[0].config
+    if not getattr(config, 'tie_word_embeddings', False) or case.adapter.get('ensure_weight_tying'):
+        raise NotApplicable('head and embedding of the base are not tied')
+    ends = ('lm_head', 'embed_tokens', 'wte', 'embed_out')
+    if found := [m for m in _factors(case) if m.rpartition('.')[2] in ends]:
+        names = [m.removeprefix('base_model.model.') for m in found]
+        return f'{some(names)} has an adapter, and the base ties it to the other end of the model'
+
+@planted(adapter_head_tied, 'lm_head has an adapter, and the base ties it')
+def _an_adapter_of_a_tied_head():
+    given = toy_adapter(change=_with_head, target_modules=['q_proj', 'v_proj', 'lm_head'])
+    return given | dict(base=saved_toy())
+
+def _with_head(tensors):
+    "Add a LoRA of the head"
+    rows, g = len(toy_tokenizer()), torch.Generator().manual_seed(1)
+    head = 'base_model.model.lm_head'
+    return tensors | {f'{head}.lora_A.weight': .1*torch.randn(4, 32, generator=g),
+                      f'{head}.lora_B.weight': .01*torch.randn(rows, 4, generator=g)}
 
 @check('elsewhere', 'warning', why='nobody can load it without knowing the base',
        fix='write the name of the base into base_model_name_or_path', source='huggingface/peft#758')

@@ -7,21 +7,25 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 import torch
+import transformers
 from safetensors import safe_open
 from ...core.folder import read_json, tensor_shapes, weight_files
-from ...core.loading import lab_folder
+from ...core.loading import lab_folder, quiet
 from ...core.template import end_of_turn
 from ...core.text import shortened, some
+from ..artifact import CONVERT
 from ..case import NotApplicable, check
 from .adapter import WRAPPED
-from ..planted import planted, toy_model, toy_tokenizer
+from ..planted import planted, toy_adapter, toy_model, toy_tokenizer
 
 # %% auto #0
-__all__ = ['MEANING', 'weights_missing', 'weights_not_finite', 'weights_zero', 'weights_named_by_wrapper', 'weights_unchanged',
-           'weights_far', 'saved', 'config_differs', 'head_untied', 'tokens_without_row', 'tokens_renumbered',
-           'template_lost', 'end_not_set', 'labels_unnamed']
+__all__ = ['MEANING', 'weights_missing', 'alone', 'adapter_left_over', 'weights_pickled', 'weights_not_finite', 'weights_zero',
+           'weights_named_by_wrapper', 'weights_unchanged', 'weights_far', 'saved', 'config_differs', 'head_untied',
+           'own_tokenizer', 'tokens_without_row', 'embedding_rows', 'tokens_renumbered', 'template_lost', 'end_not_set',
+           'labels_unnamed']
 
 # %% ../../../nbs/instruments/checks/folder.ipynb #0005de01
 def _folder(case) -> Path:
@@ -85,10 +89,81 @@ def weights_missing(case):
     many = config.get('num_hidden_layers') or config.get('n_layer')
     if layers and isinstance(many, int) and len(layers) != many and not config.get('text_config'):
         return f'config.json says {many} layers, and the weights have {len(layers)}'
+    if gone := _made_anew(folder, shapes):
+        return f'config.json makes {len(gone)} parameters that no file has: {some(gone)}'
+
+def _made_anew(folder, shapes) -> list[str]:
+    """Return the parameters that a loader would fill with random values, as transformers says when it
+    loads the folder without its values; its own rules say which names are tied, renamed or not needed"""
+    config = read_json(folder/'config.json')
+    wrapped = any(WRAPPED.search(n) or 0 in s for n, s in shapes.items())
+    kind = str((config.get('architectures') or [''])[0])
+    own = config.get('quantization_config') or config.get('auto_map')
+    if wrapped or own or not hasattr(transformers, kind):
+        return [] # names say nothing here, or the folder brings its own code
+    made = getattr(transformers, kind)
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]), alone(folder) as only:
+            _, said = made.from_pretrained(only, output_loading_info=True, device_map='meta',
+                                           local_files_only=True)
+    except Exception: # a loader raises many kinds, and what it cannot load other checks say
+        return []
+    # encoders are often saved without the pooler, which nothing reads
+    return sorted(k for k in said['missing_keys'] if 'pooler.' not in k)
+
+@contextmanager
+def alone(folder:Path):
+    "Yield a folder with links to a model's files, without an adapter that lies beside them"
+    with tempfile.TemporaryDirectory() as there:
+        files = [p for e in ('*.json', '*.safetensors') for p in folder.glob(e)]
+        for file in files:
+            if not file.name.startswith('adapter_'):
+                (Path(there)/file.name).symlink_to(file.resolve())
+        yield there
 
 @planted(weights_missing, 'config.json says 3 layers, and the weights have 2')
 def _a_missing_layer():
     return saved(config=dict(num_hidden_layers=3))
+
+@planted(weights_missing, 'makes 1 parameters that no file has: lm_head.weight')
+def _a_lost_head():
+    return saved(leave_out='lm_head.weight', tie_word_embeddings=False)
+
+@check('elsewhere', 'warning',
+       why='from_pretrained of transformers, with peft installed, puts the adapter onto these weights: if they '
+           'already hold it, it counts twice',
+       fix='move adapter_config.json and adapter_model.safetensors to a folder of their own',
+       source='huggingface/peft#1381')
+def adapter_left_over(case):
+    folder = _folder(case)
+    if case.found.adapter != folder or not _files(case):
+        raise NotApplicable('there is no adapter beside the weights')
+    if any('.lora_' in n for n in _shapes(_files(case))):
+        raise NotApplicable('the weights themselves hold a LoRA')
+    return 'an adapter lies beside the weights of a whole model'
+
+@planted(adapter_left_over, 'beside the weights of a whole model')
+def _a_merged_model_with_its_adapter():
+    given, adapter = saved(), Path(toy_adapter()['model'])
+    for file in adapter.iterdir():
+        (Path(given['model'])/file.name).write_bytes(file.read_bytes())
+    return given
+
+@check('elsewhere', 'note', why='a pickle can run any program when it is read, so these weights were not examined',
+       fix=CONVERT, source='google/gemma_pytorch#1')
+def weights_pickled(case):
+    bad = [u.partition(':')[0] for u in case.found.unread]
+    weights = [n for n in bad if re.match(r'(pytorch_model|model|consolidated)', n)]
+    if weights and not weight_files(_folder(case)):
+        return f'the weights are in {some(weights)}, which is a pickle and was not read'
+
+@planted(weights_pickled, 'pytorch_model.bin, which is a pickle')
+def _weights_as_a_pickle():
+    given = saved()
+    folder = Path(given['model'])
+    (folder/'model.safetensors').unlink()
+    (folder/'pytorch_model.bin').write_bytes(b'PK')
+    return given
 
 @check('elsewhere', 'error', why='one NaN spreads to every output of the model',
        fix='take an earlier checkpoint; train with a lower rate, or in bf16 instead of fp16',
@@ -178,17 +253,23 @@ def _weights_that_ran_away():
 def saved(change=lambda model: None, # of the model, in place
           names=None,                # of the tensors
           config:dict|None=None,     # entries of config.json
-          tok=None, generation:dict|None=None, **sizes) -> dict:
+          tok=None, generation:dict|None=None,
+          leave_out:str='',          # a tensor that is not saved
+          **sizes) -> dict:
     "Save a base and a tuned model; return arguments of the doctor"
     root = Path(tempfile.mkdtemp())
     model, own = toy_model(**sizes), toy_tokenizer()
-    model.save_pretrained(root/'base')
+    with quiet():
+        model.save_pretrained(root/'base')
     own.save_pretrained(root/'base')
     for p in model.parameters():
         p.add_(.002*torch.sin(torch.arange(p.numel()).reshape(p.shape)))
     change(model)
     state = {(names or str)(n): p.clone() for n, p in model.named_parameters()} if names else None
-    model.save_pretrained(root/'tuned', **({'state_dict': state} if names else {}))
+    if leave_out:
+        state = {n: p for n, p in model.state_dict().items() if n != leave_out}
+    with quiet():
+        model.save_pretrained(root/'tuned', **({'state_dict': state} if state else {}))
     (tok or own).save_pretrained(root/'tuned')
     for file, more in (('config.json', config), ('generation_config.json', generation)):
         path = root/'tuned'/file
@@ -240,8 +321,8 @@ def head_untied(case):
 def _a_head_that_is_dropped():
     return saved(tie_word_embeddings=False, config=dict(tie_word_embeddings=True))
 
-def _tokenizer(case):
-    "Return the tokenizer in the folder"
+def own_tokenizer(case):
+    "Return the tokenizer in the folder of a model or an adapter"
     folder = case.found.weights or case.found.adapter
     if folder is None or not any(folder.glob('tokenizer*')):
         raise NotApplicable('there is no tokenizer')
@@ -255,17 +336,21 @@ def _tokenizer(case):
        fix='resize the embedding to the tokenizer before training, and save both',
        source='huggingface/transformers#12842')
 def tokens_without_row(case):
+    rows, top = embedding_rows(case), max(own_tokenizer(case).get_vocab().values())
+    if top >= rows:
+        return f'the tokenizer has token ids up to {top}, and the embedding has {rows} rows'
+    said = read_json(_folder(case)/'config.json').get('vocab_size')
+    if isinstance(said, int) and said != rows:
+        return f'config.json says vocab_size {said}, and the embedding has {rows} rows'
+
+def embedding_rows(case) -> int:
+    "Return how many rows the embedding of a whole model has"
     rows = [s[0] for n, s in _shapes(_files(case)).items()
             if re.search(r'(embed_tokens|wte|word_embeddings|embed_in)\.weight$', n)
             and len(s) == 2]
     if not rows:
         raise NotApplicable('the embedding was not found')
-    top = max(_tokenizer(case).get_vocab().values())
-    if top >= rows[0]:
-        return f'the tokenizer has token ids up to {top}, and the embedding has {rows[0]} rows'
-    said = read_json(_folder(case)/'config.json').get('vocab_size')
-    if isinstance(said, int) and said != rows[0]:
-        return f'config.json says vocab_size {said}, and the embedding has {rows[0]} rows'
+    return rows[0]
 
 @planted(tokens_without_row, 'token ids up to')
 def _a_token_beyond_the_embedding():
@@ -276,7 +361,7 @@ def _a_token_beyond_the_embedding():
 @check('elsewhere', 'error', why='the same words are then other rows of the embedding',
        fix='save the tokenizer with which the model was trained', source='huggingface/transformers#12842')
 def tokens_renumbered(case):
-    new, old = _tokenizer(case).get_vocab(), case.base[1]
+    new, old = own_tokenizer(case).get_vocab(), case.base[1]
     if old is None:
         raise NotApplicable('the base has no tokenizer')
     old = old.get_vocab()
@@ -302,7 +387,7 @@ def _another_tokenizer():
        fix='save the tokenizer of the training beside the model, with its chat_template',
        source='hiyouga/LlamaFactory#8399')
 def template_lost(case):
-    tok, old = _tokenizer(case), case.base[1]
+    tok, old = own_tokenizer(case), case.base[1]
     if old is not None and old.chat_template and not tok.chat_template:
         return 'the base has a chat template, and this folder has none'
 
@@ -325,7 +410,7 @@ def _ends(case) -> set:
 @check('elsewhere', 'warning', why='the model ends its turn, and nothing stops there',
        fix='add the id to eos_token_id in generation_config.json', source='meta-llama/llama-cookbook#640')
 def end_not_set(case):
-    tok = _tokenizer(case)
+    tok = own_tokenizer(case)
     ends = _ends(case)
     if tok.eos_token_id is None and not ends:
         return 'neither the tokenizer nor the generation settings have an end'

@@ -5,15 +5,17 @@
 # %% ../../../nbs/instruments/checks/log.ipynb #0003490a
 from __future__ import annotations
 import math
-from statistics import median
+import re
+from statistics import fmean, median, stdev
+from ...core.text import some
 from ..case import NotApplicable, check
 from ..planted import elsewhere, planted, toy_log
 
 # %% auto #0
-__all__ = ['log_not_finite', 'log_without_numbers', 'loss_zero', 'loss_diverges', 'loss_starts_high', 'log_flat',
-           'loss_memorized', 'gradient_zero', 'gradient_explodes', 'rate_zero', 'rate_off_plan', 'resume_jump',
-           'reward_constant', 'preference_inverted', 'evaluation_missing', 'evaluation_rises', 'best_is_worst',
-           'evaluation_constant', 'passes_many']
+__all__ = ['HIGHER', 'log_not_finite', 'log_without_numbers', 'begins_at_ln2', 'end_above_ln2', 'loss_zero', 'loss_diverges',
+           'loss_starts_high', 'log_flat', 'loss_memorized', 'gradient_zero', 'gradient_explodes', 'rate_zero',
+           'rate_off_plan', 'warmup_again', 'resume_jump', 'reward_constant', 'preference_inverted',
+           'evaluation_missing', 'evaluation_rises', 'best_is_worst', 'evaluation_constant', 'passes_many']
 
 # %% ../../../nbs/instruments/checks/log.ipynb #0005490a
 def _levels(series, parts:int=10) -> list[float]:
@@ -53,7 +55,7 @@ def _a_nan_in_the_log():
        fix='give the trainer_state.json, or lines of {"loss": 1.5, "step": 10}',
        source='huggingface/transformers#11931')
 def log_without_numbers(case):
-    if case.log.loss or case.log.eval_losses:
+    if case.log.loss or case.log.eval_losses or case.log.rewarded:
         return None
     if not case.log.entries:
         return 'note', 'the log has no entry, so nothing was examined'
@@ -63,6 +65,25 @@ def log_without_numbers(case):
 def _a_log_of_words():
     return elsewhere(trainer_state=dict(log_history=[dict(step=1, loss='low')]*9))
 
+def begins_at_ln2(log) -> bool:
+    """Return whether it is a loss of preferences that begins at ln 2, as that of DPO; those of IPO, hinge,
+    KTO and ORPO begin elsewhere"""
+    values = [v for _, v in log.loss if math.isfinite(v)]
+    return log.preferred and len(values) >= 3 and abs(median(values[:3]) - math.log(2)) <= .12
+
+def end_above_ln2(log) -> float|None:
+    """Return the mean loss of preferences at the end, if it began at ln 2 and ends clearly above it, with
+    answers told apart no better than by chance; else None"""
+    values = [v for _, v in log.loss if math.isfinite(v)]
+    if len(values) < 20 or not begins_at_ln2(log):
+        return None
+    # the loss swings from batch to batch, so the mean must be clear of its own error; one spike is no divergence
+    end = [min(v, 3.) for v in values[len(values)//2:]]
+    mean, error = fmean(end), stdev(end)/len(end)**.5
+    wins = [v for _, v in log.series('rewards/accuracies')]
+    apart = bool(wins) and fmean(wins[len(wins)//2:]) > .62 # too sure of itself, and right all the same
+    return mean if mean > math.log(2) + max(.07, error) and not apart else None
+
 @check('elsewhere', 'error',
        why='a loss of exactly 0 teaches nothing: no token had a label, or half precision made it 0',
        fix='look at the labels of one batch: some must not be -100; then at the precision (bf16 instead of fp16)',
@@ -71,6 +92,8 @@ def loss_zero(case):
     values = [v for _, v in case.log.loss]
     if case.log.rewarded:
         raise NotApplicable('the loss of reinforcement learning begins at 0')
+    if end_above_ln2(case.log) is not None:
+        raise NotApplicable('the loss of preferences swings: see preference-diverged')
     n = _run(values, lambda v: v == 0)
     if n >= 3 or values and n == len(values):
         seen = f'the training loss is exactly 0 in {n} entries in a row'
@@ -83,17 +106,32 @@ def loss_zero(case):
 def _a_loss_that_stays_zero():
     return elsewhere(trainer_state=toy_log(loss=dict.fromkeys(range(100, 300, 10), 0.)))
 
+def _quiet(series) -> tuple[list[float], float]:
+    "Return levels of a loss of tokens, whose noise is far below what counts as a rise"
+    return _levels(series), 0.
+
+def _thirds(series) -> tuple[list[float], float]:
+    "Return the mean loss of three parts and the standard error of a difference of two of them"
+    values = [v for _, v in series if math.isfinite(v)]
+    size = len(values)//3
+    if size < 5:
+        return [], 0.
+    parts = [values[i*size:(i + 1)*size] for i in range(2)] + [values[-size:]]
+    return [fmean(p) for p in parts], max(map(stdev, parts))*(2/size)**.5
+
 @check('elsewhere', 'error', why='training made the model worse than it was earlier in the same run',
        fix='lower the learning rate or add warmup, clip gradients, and start from a checkpoint before the rise',
        source='google/gemma_pytorch#24')
 def loss_diverges(case):
     if case.log.rewarded:
         raise NotApplicable('the loss of reinforcement learning says nothing by its size')
-    levels = _levels(case.log.loss)
+    if begins_at_ln2(case.log):
+        raise NotApplicable('the loss of preferences swings, and is compared with ln 2')
+    levels, error = (_thirds if case.log.preferred else _quiet)(case.log.loss)
     if len(levels) < 2:
         raise NotApplicable('the log is too short')
     low = min(levels)
-    if levels[-1] > 1.5*low and levels[-1] - low > .3:
+    if levels[-1] > 1.5*low and levels[-1] - low > max(.3, 3*error):
         return f'the training loss falls to {low:.3g} and ends at {levels[-1]:.3g}'
 
 @planted(loss_diverges, 'ends at')
@@ -110,8 +148,20 @@ def loss_starts_high(case):
     if case.log.rewarded or not case.log.loss:
         raise NotApplicable('there is no loss of tokens')
     first = median([v for _, v in case.log.loss[:3]])
-    if math.isfinite(first) and first > 14:
-        return f'the training loss starts at {first:.3g}, above that of guessing among 150,000 tokens (11.9)'
+    tokens = _tokens(case)
+    guess = math.log(tokens or 150_000)
+    if math.isfinite(first) and first > guess + 2.1:
+        return (f'the training loss starts at {first:.3g}, above that of guessing among {tokens or 150_000:,} '
+                f'tokens ({guess:.3g})')
+
+def _tokens(case) -> int|None:
+    "Return the number of tokens of the base; None if it was not given"
+    if not case.named:
+        return None
+    try:
+        return case.base[0].get_input_embeddings().weight.shape[0]
+    except NotApplicable:
+        return None
 
 @planted(loss_starts_high, 'starts at 3')
 def _a_summed_loss():
@@ -125,6 +175,8 @@ def log_flat(case):
     levels, evals = _levels(case.log.loss), [v for _, v in case.log.eval_loss]
     if case.log.rewarded or len(levels) < 3 or len(case.log.loss) < 10:
         raise NotApplicable('the log is too short, or its loss is a reward')
+    if end_above_ln2(case.log) is not None:
+        raise NotApplicable('the loss of preferences swings: see preference-diverged')
     better = len(evals) > 1 and min(evals[1:]) < .99*evals[0]
     third = max(1, len(levels)//3)
     first, last = median(levels[:third]), median(levels[-third:])
@@ -235,14 +287,52 @@ def _a_schedule_that_did_not_run():
     return elsewhere(trainer_state=toy_log(learning_rate=dict.fromkeys(range(10, 310, 10), 1e-4)),
                      training_args=dict(lr_scheduler_type='cosine', learning_rate=1e-4))
 
+@check('elsewhere', 'warning',
+       why='the run continued without its scheduler: a second warm-up after the rate had come down throws the '
+           'weights out of the minimum that they were in',
+       fix='continue with trainer.train(resume_from_checkpoint=...), from a checkpoint that has scheduler.pt and with '
+           'the same number of steps',
+       source='aqlaboratory/openfold#181')
+def warmup_again(case):
+    rates = [(s, v) for s, v in case.log.rates if math.isfinite(v)]
+    if len(rates) < 12:
+        raise NotApplicable('the log has too few rates')
+    plan = str(case.found.config['schedule']) if case.found.config else ''
+    if 'restart' in plan or 'cycl' in plan or case.found.config and case.found.config['relora']:
+        raise NotApplicable('the schedule begins again on purpose')
+    again = _warmups(rates)[1:]
+    # a schedule of cycles rises more than twice; one resume rises once
+    if len(again) == 1:
+        low, high = again[0]
+        return (f'the learning rate is warmed up a second time: {rates[low][1]:.3g} at step {rates[low][0]:g}, '
+                f'{rates[high][1]:.3g} at step {rates[high][0]:g}')
+
+def _warmups(rates) -> list[tuple[int, int]]:
+    "Return (first, last) of each gradual rise from below a fifth of the highest rate to above two fifths of it"
+    top, found, i = max(v for _, v in rates), [], 0
+    while i < len(rates) - 1:
+        j = i
+        while j + 1 < len(rates) and rates[j + 1][1] > rates[j][1]:
+            j += 1
+        # one step up is a restart without warm-up, as in cosine_with_restarts
+        if j - i >= 2 and rates[i][1] < .2*top and rates[j][1] > .4*top:
+            found.append((i, j))
+        i = max(j, i + 1)
+    return found if not found or found[0][0] < .2*len(rates) else [(0, 0), *found]
+
+@planted(warmup_again, 'warmed up a second time: 0 at step 160')
+def _a_resume_without_its_scheduler():
+    second = {s: 1e-4*min((s - 160)/30, (330 - s)/140) for s in range(160, 310, 10)}
+    return elsewhere(trainer_state=toy_log(learning_rate=second))
+
 @check('elsewhere', 'warning', why='a run that continues without its optimizer or with other weights loses what it had',
        fix='continue with trainer.train(resume_from_checkpoint=...), '
            'from a checkpoint that has optimizer and scheduler',
        source='huggingface/transformers#33336')
 def resume_jump(case):
     loss = [(s, v) for s, v in case.log.loss if math.isfinite(v)]
-    if case.log.rewarded or len(loss) < 12:
-        raise NotApplicable('the log is too short')
+    if case.log.rewarded or case.log.preferred or len(loss) < 12:
+        raise NotApplicable('the log is too short, or its loss swings')
     values = [v for _, v in loss]
     for i in range(4, len(loss) - 3):
         before, after = values[i - 4:i], values[i:i + 4]
@@ -279,11 +369,13 @@ def _one_reward_for_all():
        fix='check which column is chosen and which is rejected, and that the reference is the model at the start',
        source='huggingface/trl#2371')
 def preference_inverted(case):
-    levels = _levels(case.log.series('rewards/accuracies'))
-    if len(levels) < 2:
+    wins = [v for _, v in case.log.series('rewards/accuracies') if math.isfinite(v)]
+    if len(wins) < 6:
         raise NotApplicable('the log has no accuracies of preferences')
-    if levels[-1] < .45:
-        return f'at the end the chosen answer wins in {levels[-1]:.0%} of the pairs'
+    end = wins[len(wins)//2:]
+    error = stdev(end)/len(end)**.5 # a batch of one pair wins or loses as a whole
+    if fmean(end) + 1.5*error < .47:
+        return f'at the end the chosen answer wins in {fmean(end):.0%} of the pairs'
 
 @planted(preference_inverted, 'wins in 20%')
 def _chosen_and_rejected_swapped():
@@ -330,28 +422,64 @@ def evaluation_rises(case):
     loss = _levels([x for x in case.log.loss if x[0] >= evals[0][0]])
     if len(loss) > 2 and loss[-1] < .6*loss[0] and best > .99*evals[0][1]:
         return f'the evaluation loss never improves ({evals[0][1]:.3g} to {last:.3g}), while the training loss falls'
+    if worse := [k for k, v in list(case.log.eval_losses.items())[1:] if _ends_worse(v)]:
+        # a set of old tasks may rise while the new one is learned: that is forgetting, and no mistake of the run
+        return 'note', f'{some(worse)} ends clearly above its best'
+
+def _ends_worse(series) -> bool:
+    values = [v for _, v in series if math.isfinite(v)]
+    return len(values) >= 3 and min(values[-2:]) > 1.2*min(values) > 0
 
 @planted(evaluation_rises, 'best at step 100 of 300')
 def _evaluation_that_rises():
     return elsewhere(trainer_state=toy_log(evals={50: 2., 100: 1.5, 150: 1.6, 200: 1.8, 250: 2.,
                                                   300: 2.2}))
 
-@check('elsewhere', 'error', why='the checkpoint that was kept as the best is the worst',
-       fix='set greater_is_better to false for a loss, and take an earlier or later checkpoint',
+HIGHER = re.compile(r'eval_(.+_)?(accuracy|acc|f1|exact_match|bleu|rouge\w*|precision|recall|reward)$')
+
+@check('elsewhere', 'error', why='the checkpoint that was kept as the best is not the best',
+       fix='set greater_is_better to false for a loss and true for a score, and take an earlier or later checkpoint',
        source='huggingface/transformers#12685')
 def best_is_worst(case):
     best = case.log.state.get('best_metric')
     if not isinstance(best, (int, float)):
         raise NotApplicable('the log names no best value')
-    for key, series in case.log.eval_losses.items():
-        values = [v for _, v in series if math.isfinite(v)]
-        kept = len(values) >= 3 and abs(best - max(values)) <= 1e-6*abs(best)
-        if kept and min(values) < .98*best:
-            return f'the best is said to be {best:.4g}, the highest {key} of all; the lowest is {min(values):.4g}'
+    same = lambda v: math.isfinite(v) and abs(best - v) <= 1e-6*max(abs(best), 1e-9)
+    values = {k: [v for _, v in case.log.series(k, case.log.evals) if math.isfinite(v)]
+              for k in _measured(case.log)}
+    whose = [k for k, v in values.items() if any(map(same, v))]
+    for key in whose:
+        lowest, highest = min(values[key]), max(values[key])
+        loss = key.endswith('loss')
+        if len(values[key]) < 3 or not (loss or HIGHER.match(key)) or len(whose) > 1:
+            continue
+        if loss and same(highest) and lowest < .98*best:
+            return f'the best is said to be {best:.4g}, the highest {key} of all; the lowest is {lowest:.4g}'
+        if not loss and same(lowest) and highest > 1.02*best:
+            return f'the best is said to be {best:.4g}, the lowest {key} of all; the highest is {highest:.4g}'
+    if values and not whose and _logged_where(case.log):
+        return 'warning', (f'the best is said to be {best:.4g}, and no evaluation in the log has that value: '
+                           'the log and the checkpoint are of different runs, or entries were lost')
+
+def _measured(log) -> list[str]:
+    "Return the names of what was evaluated, without times"
+    times = ('runtime', 'per_second', 'epoch', 'num_tokens', 'compilation_time')
+    return sorted({k for r in log.evals for k in r if k.startswith('eval_')
+                   and not k.endswith(times)})
+
+def _logged_where(log) -> bool:
+    "Return whether the log has an evaluation at the step of the best checkpoint"
+    step = str(log.state.get('best_model_checkpoint') or '').rpartition('-')[2]
+    return step.isdigit() and any(r.get('step') == int(step) for r in log.evals)
 
 @planted(best_is_worst, 'the highest eval_loss of all')
 def _the_highest_loss_is_kept():
     return elsewhere(trainer_state=toy_log() | dict(best_metric=1.6))
+
+@planted(best_is_worst, 'no evaluation in the log has that value')
+def _a_best_value_of_another_run():
+    kept = dict(best_metric=.9, best_model_checkpoint='out/checkpoint-200')
+    return elsewhere(trainer_state=toy_log() | kept)
 
 @check('elsewhere', 'error', why='the weights that were evaluated did not change, so they are not those that train',
        fix='check that the adapter is active during evaluation and that the optimizer has its parameters',
