@@ -65,6 +65,18 @@ def test_it_is_unpacked_once(tmp_path, cache, monkeypatch):
     with pytest.raises(TypeError):  # another name is unpacked again: the notes name the file
         plain_folder(tmp_path/'other name.gguf')
 
+@pytest.mark.parametrize('name', ['model.safetensors', 'config.json', 'ftlab_gguf.json'])
+def test_a_damaged_folder_is_unpacked_again(name, tmp_path):
+    model, tok = made('llama')
+    path = write_gguf(tmp_path/'m.gguf', model, tok, plain(model))
+    at = plain_folder(path)/name
+    whole = at.read_bytes()
+    at.write_bytes(whole[:len(whole)//2])
+    ftlab.load(path)
+    assert at.read_bytes() == whole
+    at.unlink()
+    ftlab.load(path)
+
 def test_an_interrupted_unpacking_leaves_nothing(tmp_path, cache, monkeypatch):
     model, tok = made('llama')
     path = write_gguf(tmp_path/'m.gguf', model, tok, plain(model))

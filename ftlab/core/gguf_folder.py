@@ -17,7 +17,7 @@ from huggingface_hub.constants import HF_HOME
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from .gguf_file import RULES, gguf_package
-from .io import flush, staging
+from .io import flush, remove, staging
 
 # %% auto #0
 __all__ = ['HARMLESS', 'NEEDED', 'EXACT', 'ALIASES', 'CACHE', 'NOTE', 'UNREADABLE', 'PROBE', 'open_gguf', 'said', 'check_keys',
@@ -152,7 +152,9 @@ def plain_folder(file:str|Path,        # ends in .gguf
     gguf_package()
     folder = (cache or CACHE)/_key(file)
     if folder.is_dir():
-        return folder
+        if _whole(folder):
+            return folder
+        remove(folder)
     reader = open_gguf(file)
     check_keys(file, reader)
     with staging(folder) as at:
@@ -164,6 +166,16 @@ def plain_folder(file:str|Path,        # ends in .gguf
             if not folder.is_dir():
                 raise
     return folder
+
+def _sizes(folder:Path) -> dict:
+    return {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.name != NOTE}
+
+def _whole(folder:Path) -> bool:
+    "Return whether the files of an unpacked model are as long as they were"
+    try:
+        return json.loads((folder/NOTE).read_text(encoding='utf-8'))['sizes'] == _sizes(folder)
+    except (OSError, ValueError, LookupError):
+        return False
 
 UNREADABLE = (ValueError, LookupError, RuntimeError, TypeError, AttributeError, OSError)
 
@@ -186,7 +198,8 @@ def _unpack(file:Path, reader, at:Path) -> None:
     model.save_pretrained(at)
     note = _save_tokenizer(file, reader, tok, at)
     of = ', '.join(f'{k} of type {n}' for n, k in kinds.most_common())
-    told = dict(file=file.name, types=dict(kinds), notes=[f'unpacked from {file.name}: matrices: {of}', note])
+    told = dict(file=file.name, types=dict(kinds), notes=[f'unpacked from {file.name}: matrices: {of}', note],
+                sizes=_sizes(at))
     (at/NOTE).write_text(json.dumps(told, indent=1) + '\n', encoding='utf-8')
 
 def _begins(reader) -> dict:
