@@ -17,16 +17,17 @@ from huggingface_hub.constants import HF_HOME
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from .gguf_file import RULES, gguf_package
-from .io import flush, staging
+from .io import flush, remove, staging
 
 # %% auto #0
-__all__ = ['HARMLESS', 'EXACT', 'CACHE', 'NOTE', 'UNREADABLE', 'PROBE', 'open_gguf', 'said', 'check_keys', 'follow_rule',
-           'plain_folder', 'notes_in']
+__all__ = ['HARMLESS', 'NEEDED', 'EXACT', 'ALIASES', 'CACHE', 'NOTE', 'UNREADABLE', 'PROBE', 'open_gguf', 'said', 'check_keys',
+           'check_config', 'follow_rule', 'follow_prefix', 'plain_folder', 'notes_in']
 
 # %% ../../nbs/core/gguf_folder.ipynb #bbe61f3d
 # keys that hold numbers of the model and no other way to compute
 HARMLESS = ('context_length', 'vocab_size', 'block_count', 'rope.dimension_count', 'attention.key_length',
             'attention.value_length', 'expert_count', 'expert_used_count')
+NEEDED = ('.context_length', '_epsilon', 'tokenizer.ggml.tokens', 'tokenizer.ggml.eos_token_id')
 EXACT = dict(F16=torch.float16, BF16=torch.bfloat16) # types that lose nothing when kept
 
 def open_gguf(file:Path):
@@ -51,12 +52,18 @@ def check_keys(file:Path, reader) -> None:
     or a key that changes what the model computes and is not read"""
     from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
     arch = said(reader, 'general.architecture', '')
-    if arch not in GGUF_CONFIG_MAPPING:
-        raise ValueError(f'{file} is a model of the architecture {arch!r}, which transformers cannot read from GGUF '
-                         f'(it can: {", ".join(sorted(set(GGUF_CONFIG_MAPPING) - {"general", "tokenizer"}))}); '
-                         'load the folder that the file was made from')
+    able = sorted(set(GGUF_CONFIG_MAPPING) & set(gguf_package().MODEL_ARCH_NAMES.values()))
+    if arch not in able:
+        raise ValueError(f'{file} is a model of the architecture {arch!r}, which ftlab does not read from GGUF '
+                         f'(it reads: {", ".join(able)}); load the folder that the file was made from')
     if said(reader, 'general.type', 'model') != 'model':
         raise ValueError(f'{file} holds {said(reader, "general.type")!r}, not a whole model')
+    if (parts := said(reader, 'split.count', 1)) > 1:
+        raise ValueError(f'{file} is one of {parts} parts of a model; join them with llama-gguf-split --merge of '
+                         'llama.cpp, and load the result')
+    for key in NEEDED:
+        if not any(k.endswith(key) for k in reader.fields):
+            raise ValueError(f'{file} does not say {key.strip("._")}, which would be made up')
     read = {*GGUF_CONFIG_MAPPING[arch], *HARMLESS}
     left = (k for k in reader.fields
             if k.startswith(f'{arch}.') and k.partition('.')[2] not in read)
@@ -70,22 +77,57 @@ def _neutral(key:str, reader) -> bool:
     value = said(reader, key)
     if key.endswith('rope.scaling.type'):
         return value == 'none'
-    return value in (0, 1, False) and key.endswith(('factor', 'scale', '_window', 'softcapping'))
+    if key.endswith(('attention.scale', '_window', 'softcapping')):
+        return value == 0
+    return value in (0, 1) and key.endswith(('factor', 'scale'))
+
+def check_config(file:Path, reader, config) -> None:
+    "Raise `ValueError` if a configuration that was made of the header says something else than the header"
+    arch = said(reader, 'general.architecture')
+    heads = getattr(config, 'num_attention_heads', None)
+    head = getattr(config, 'head_dim', None) or (config.hidden_size//heads if heads else None)
+    rope = getattr(config, 'rope_parameters', None) or {}
+    rope = rope.get('full_attention', rope)
+    made = {'attention.key_length': (head, head), 'attention.value_length': (head, head)}
+    if rope:
+        turned = rope.get('partial_rotary_factor', getattr(config, 'partial_rotary_factor', None)) or 1
+        made['rope.dimension_count'] = (int(head*turned), head)
+        made['rope.freq_base'] = (rope['rope_theta'], 10_000) # the second is what llama.cpp takes if none is said
+    for key, (value, default) in made.items():
+        asked = said(reader, f'{arch}.{key}', default)
+        if value is not None and abs(asked - value) > 1e-6*abs(value):
+            raise ValueError(f'{file} means {key}={asked!r}, and the model that transformers makes of it has '
+                             f'{value!r}, so it would compute something else; load the folder that the file was '
+                             'made from')
 
 # %% ../../nbs/core/gguf_folder.ipynb #9aafc3cd
+ALIASES = {'llama3': 'llama-bpe', 'llama-v3': 'llama-bpe', 'deepseek-r1-qwen': 'qwen2'} # src/llama-vocab.cpp
+
 def follow_rule(rules:dict,    # what tokenizer.json holds; changed in place
                 name:str|None  # llama.cpp's name for the rule
                ) -> str:
     "Cut words as llama.cpp does by the rule of that name; return a note where the rule is unknown"
-    if name is None or rules['model']['type'] != 'BPE' or rules['model'].get('byte_fallback'):
+    if rules['model']['type'] != 'BPE' or rules['model'].get('byte_fallback'):
         return '' # only byte-level BPE has such a rule
+    name = ALIASES.get(name, name)
     if name not in RULES:
-        return (f'the file cuts text into words by the rule {name!r}, which ftlab does not know; by that of GPT-2, '
-                'which is used, some texts may have other tokens than in training')
+        names = 'names no rule by which it' if name is None else f'names {name!r} as the rule by which it'
+        return (f'the file {names} cuts text into words, and ftlab knows only {", ".join(RULES)}; what transformers '
+                'takes instead may give some texts other tokens than in training')
     steps = [s | dict(trim_offsets=False) if s['type'] == 'ByteLevel' else s for s in RULES[name]]
     rules['pre_tokenizer'] = dict(type='Sequence', pretokenizers=steps)
     rules['model']['ignore_merges'] = name == 'llama-bpe'
     return ''
+
+def follow_prefix(rules:dict, # as in `follow_rule`
+                  prefix:bool # whether the file wants a space before text
+                 ) -> None:
+    "Put a space before each stretch of text between marks, or none, as llama.cpp does in a sentencepiece vocabulary"
+    steps = [dict(type='Prepend', prepend='▁'), dict(type='Replace', pattern=dict(String=' '), content='▁')]
+    rules['normalizer'] = dict(type='Sequence', normalizers=steps[0 if prefix else 1:])
+    rules['pre_tokenizer'] = None
+    if not prefix:
+        rules['decoder']['decoders'] = [d for d in rules['decoder']['decoders'] if d['type'] != 'Strip']
 
 # %% ../../nbs/core/gguf_folder.ipynb #55301931
 CACHE = Path(HF_HOME)/'ftlab-gguf'
@@ -95,7 +137,7 @@ def _key(file:Path) -> str:
     "Return the name of the folder: the content of the file, and what unpacks it"
     with file.open('rb') as f:
         content = hashlib.file_digest(f, 'sha256').hexdigest()
-    by = f'{content} {transformers.__version__} {importlib.metadata.version("gguf")} 1'
+    by = f'{content} {transformers.__version__} {importlib.metadata.version("gguf")} 2'
     return f'{file.stem}-{hashlib.sha256(by.encode()).hexdigest()[:16]}'
 
 def plain_folder(file:str|Path,        # ends in .gguf
@@ -110,7 +152,9 @@ def plain_folder(file:str|Path,        # ends in .gguf
     gguf_package()
     folder = (cache or CACHE)/_key(file)
     if folder.is_dir():
-        return folder
+        if _whole(folder):
+            return folder
+        remove(folder)
     reader = open_gguf(file)
     check_keys(file, reader)
     with staging(folder) as at:
@@ -123,6 +167,16 @@ def plain_folder(file:str|Path,        # ends in .gguf
                 raise
     return folder
 
+def _sizes(folder:Path) -> dict:
+    return {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.name != NOTE}
+
+def _whole(folder:Path) -> bool:
+    "Return whether the files of an unpacked model are as long as they were"
+    try:
+        return json.loads((folder/NOTE).read_text(encoding='utf-8'))['sizes'] == _sizes(folder)
+    except (OSError, ValueError, LookupError):
+        return False
+
 UNREADABLE = (ValueError, LookupError, RuntimeError, TypeError, AttributeError, OSError)
 
 def _unpack(file:Path, reader, at:Path) -> None:
@@ -133,17 +187,34 @@ def _unpack(file:Path, reader, at:Path) -> None:
     try:
         model, info = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32,
                                                            output_loading_info=True, **where)
-        tok = AutoTokenizer.from_pretrained(file.parent, **where)
+        tok = AutoTokenizer.from_pretrained(file.parent, **where, **_begins(reader))
     except UNREADABLE as e:
         raise ValueError(f'transformers cannot read {file}: {type(e).__name__}: '
                          f'{" ".join(str(e).split())[:160]}') from None
     _check_tensors(file, reader, model, info)
+    check_config(file, reader, model.config)
+    _set_ends(reader, model)
     model = _without_marks(model).to(dtype)
     model.save_pretrained(at)
     note = _save_tokenizer(file, reader, tok, at)
     of = ', '.join(f'{k} of type {n}' for n, k in kinds.most_common())
-    told = dict(file=file.name, types=dict(kinds), notes=[f'unpacked from {file.name}: matrices: {of}', note])
+    told = dict(file=file.name, types=dict(kinds), notes=[f'unpacked from {file.name}: matrices: {of}', note],
+                sizes=_sizes(at))
     (at/NOTE).write_text(json.dumps(told, indent=1) + '\n', encoding='utf-8')
+
+def _begins(reader) -> dict:
+    "Return whether text begins with BOS, where the file leaves it to llama.cpp and transformers would not add it"
+    rule = said(reader, 'tokenizer.ggml.pre')
+    left = said(reader, 'tokenizer.ggml.add_bos_token') is None
+    return dict(add_bos_token=True) if left and ALIASES.get(rule, rule) == 'llama-bpe' else {}
+
+def _set_ends(reader, model) -> None:
+    "Give the model the marks of the file; those of its class would be ordinary words"
+    ids = [said(reader, f'tokenizer.ggml.{k}_token_id') for k in ('bos', 'eos', 'eot', 'eom', 'padding')]
+    ends = [*dict.fromkeys(i for i in ids[1:4] if i is not None)]
+    for c in (model.config, model.generation_config):
+        c.bos_token_id, c.pad_token_id = ids[0], ids[4]
+        c.eos_token_id = ends[0] if len(ends) == 1 else ends
 
 PROBE = "it's  1234567, WE'RE naïve\r\n\r\n  x_y ☃ 東京" # text that every rule cuts in its own way
 
@@ -157,6 +228,8 @@ def _save_tokenizer(file:Path, reader, tok, at:Path) -> str:
     extra = {t['content'] for t in rules['added_tokens'] if t['id'] >= count}
     rules['added_tokens'] = [t for t in rules['added_tokens'] if t['content'] not in extra]
     note = follow_rule(rules, said(reader, 'tokenizer.ggml.pre'))
+    if said(reader, 'tokenizer.ggml.model') == 'llama':
+        follow_prefix(rules, said(reader, 'tokenizer.ggml.add_space_prefix', True))
     path.write_text(json.dumps(rules, ensure_ascii=False), encoding='utf-8')
     told = json.loads(settings.read_text(encoding='utf-8'))
     told = {k: None if isinstance(v, str) and v in extra else v for k, v in told.items()}
