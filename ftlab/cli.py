@@ -18,7 +18,7 @@ from .commands.claims import run_claims
 from .commands.export import add_export, exported, run_export
 from .commands.given import (columns_of, data_of, finite, listed, mixture_of, model_of,
                                   new_folder, not_negative, old_of, positive, rate, rates,
-                                  refuse_unused)
+                                  refuse_unused, tokens_of)
 from .commands.init import run_init
 from .commands.jupyter import run_lab
 from .commands.memory import estimate, estimate_lines
@@ -59,7 +59,8 @@ def _compared(a, methods, data, progress):
                          steps=a.steps, batch_size=a.batch_size, lrs=a.lrs, tune=a.tune,
                          items=a.items, old_items=a.old_items, max_length=a.max_length,
                          device=a.device, precision=a.precision, dtype=a.dtype,
-                         revision=a.revision, head=a.head, budget=a.budget, out=a.out,
+                         revision=a.revision, head=a.head, add_tokens=tokens_of(a),
+                         budget=a.budget, out=a.out,
                          resume=a.resume, lose_at_most=a.lose_at_most, max_runs=a.max_runs,
                          race=a.race, progress=progress)
 
@@ -116,7 +117,7 @@ def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
                   recipe=recipe.describe(), settings=run.settings, cost=run.cost,
                   interrupted=run.interrupted, metric=metric, before=before,
                   items=min(a.items, len(data.test)),
-                  after=_score(a, model, tok, data), head=a.head,
+                  after=_score(a, model, tok, data), head=a.head, add_tokens=tokens_of(a),
                   notes=run.notes + _test_notes(a, model, tok, data))
     record['saved_bytes'] = _keep(run, record, out)
     if run.interrupted:
@@ -147,6 +148,7 @@ def _keep_others(a, out:Path, recipe, lr:float, data):
     if was.get('interrupted') or not isinstance(was.get('settings'), dict):
         return
     now = dict(model=a.model, revision=a.revision, data=data.name, seed=a.seed, head=a.head,
+               add_tokens=tokens_of(a),
                eval=a.eval, columns=columns_of(a), carry=listed(a.carry or ''), wanted=a.wanted,
                empty=a.empty, recipe=recipe.describe(), lr=lr, **{k: getattr(a, k) for k in OWN})
     then = ({k: was['settings'].get(k, was.get(k)) for k in now}
@@ -225,7 +227,7 @@ def _foreign(a, data):
     from ftlab.instruments.doctor import doctor
     unused = dict(exported=None, lr=None, method='full', steps=200, batch_size=32, accumulate=1,
                   max_length=None, device=None, dtype=None, precision='no', head='auto',
-                  revision=None)
+                  revision=None, add_tokens=None, add_special_tokens=None)
     odd = [k for k, default in unused.items() if getattr(a, k) != default]
     if odd or (a.model and a.base):
         name = odd[0].replace('_', '-') if odd else 'model'
@@ -244,7 +246,8 @@ def run_doctor(a:argparse.Namespace) -> tuple[dict, str]:
     elif a.base:
         raise ValueError('--base is the model before a run made elsewhere; name the folder or file of that run')
     elif a.folder:
-        refuse_unused(a, 'method lr steps batch_size accumulate max_length precision head',
+        refuse_unused(a, 'method lr steps batch_size accumulate max_length precision head '
+                         'add_tokens add_special_tokens',
                       f'the run in {a.folder} has its own')
         found = doctor(read_run(a.folder, a.model, None, data, a.revision, a.device, a.dtype),
                        exported=a.exported, try_fix=a.try_fix)
@@ -299,6 +302,11 @@ class _Parser(argparse.ArgumentParser):
 COMMON = {
     '--model': dict(metavar='NAME', help='lab-s or another lab model, a folder, or a Hugging Face id'),
     '--revision': dict(metavar='NAME', help='revision of the model (default: its newest)'),
+    '--add-tokens': dict(type=listed, metavar='TOKENS',
+                         help="tokens that the model does not have, with commas between: '<tool_call>,</tool_call>'; "
+                              'every method trains their rows'),
+    '--add-special-tokens': dict(type=listed, metavar='TOKENS',
+                                 help="the same for marks that no answer shows: '<|im_start|>,<|im_end|>'"),
     '--data': dict(metavar='PATH',
                    help='a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, a data set of the '
                         'Hugging Face hub (owner/name), or the name of a lab skill; several with their shares of the '
@@ -341,7 +349,8 @@ COMMON = {
 
 def _take(p, names:str, **more):
     "Add common arguments to a parser; `more` changes one of them: data=dict(required=True)"
-    for n in names.replace('columns', 'columns carry wanted empty labels').split():
+    both = {'columns': 'columns carry wanted empty labels', 'add-tokens': 'add-tokens add-special-tokens'}
+    for n in ' '.join(both.get(n, n) for n in names.split()).split():
         p.add_argument(f'--{n}', *(['--methods'] if n == 'method' else []),
                        **COMMON[f'--{n}'] | more.get(n.replace('-', '_'), {}))
     return p.add_argument
@@ -350,7 +359,7 @@ def _take(p, names:str, **more):
 def _training(p, out:str):
     "Add the arguments of both commands that train"
     must = dict(required=True)
-    add = _take(p, 'model revision data eval columns metric steps batch-size max-length '
+    add = _take(p, 'model revision add-tokens data eval columns metric steps batch-size max-length '
                    'device dtype precision head out',
                 model=must, data=must,
                 out=dict(default=out, type=lambda text: text or out, # --out "$UNSET"
@@ -457,7 +466,8 @@ def _doctor(p):
     add('--base', metavar='NAME', help='the model before a run made elsewhere')
     add('--try-fix', action='store_true',
         help='apply the fix of each finding to a copy, take one step with and without it, and ask again')
-    _take(p, 'model revision data eval columns method lr steps batch-size max-length device dtype precision head')
+    _take(p, 'model revision add-tokens data eval columns method lr steps batch-size max-length device dtype '
+             'precision head')
     add('--exported', metavar='DIR', help='a merged model to compare with the run')
     add('--accumulate', type=positive, default=1, metavar='N',
         help='micro-batches in a step (default: %(default)s)')
@@ -472,7 +482,7 @@ def _lab(p):
 
 def _init(p):
     must = dict(required=True)
-    _take(p, 'model revision data eval columns out', model=must, data=must,
+    _take(p, 'model revision add-tokens data eval columns out', model=must, data=must,
           out=dict(default='start.ipynb', help='the notebook to write (default: %(default)s)'))
 
 def _skills(p):
