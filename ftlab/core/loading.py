@@ -363,8 +363,9 @@ def _given_rows(model, tok, new:list[int]) -> str:
     old = [i for i in tok.get_vocab().values() if i not in set(new)]
     with quiet(), torch.random.fork_rng(devices=[]):
         grown = give_rows(model, new, old)
-    where = f'the embedding got {grown} rows' if grown else 'the embedding had spare rows'
-    return f'{where} for new tokens, which begin as the mean of the old rows; every method trains them'
+    where = 'the embedding got rows' if grown else 'the embedding had spare rows'
+    return (f'{where} for {len(new)} token{"s"*(len(new) > 1)}, which begin as the mean of the old rows; '
+            'every method trains them')
 
 # %% ../../nbs/core/loading.ipynb #00111c17
 def _check_gaps(info:dict, head:set[str], name:str) -> list[str]:
