@@ -516,4 +516,5 @@ def _parametrize(att, name, d):
         module, attribute = owner_of(att.model, n)
         layer = _Weight(att, d, is_transposed(att.model, n))
         parametrize.register_parametrization(module, attribute, layer)
+        module.parametrizations.train(module.training)
         module.parametrizations[attribute].original.requires_grad_(False)

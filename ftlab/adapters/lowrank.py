@@ -97,10 +97,10 @@ def to_peft(att:Attached,      # LoRA, and perhaps rows of new tokens and a clas
 
 def _token_rows(att:Attached) -> dict[str, list[int]]:
     "Return the rows of embedding and head that changed whole and alone, by name"
-    out, ends = {}, (att.model.get_input_embeddings(), att.model.get_output_embeddings())
-    for n, d in att.deltas.items():
-        W = att.before(n)
-        if type(d) is not Entries or W.ndim != 2 or owner_of(att.model, n)[0] not in ends:
+    out = {}
+    for n, d in ((n, d) for n, d in att.deltas.items() if type(d) is Entries):
+        W, ends = att.before(n), (att.model.get_input_embeddings(), att.model.get_output_embeddings())
+        if W.ndim != 2 or owner_of(att.model, n)[0] not in ends:
             continue
         ids = d.index[::W.shape[1]].long()//W.shape[1]
         whole = (ids[:, None]*W.shape[1] + torch.arange(W.shape[1], device=ids.device)).flatten()
