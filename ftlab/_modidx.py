@@ -137,6 +137,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'ftlab.adapters.lowrank._head_modules': ( 'adapters/lowrank.html#_head_modules',
                                                                                   'ftlab/adapters/lowrank.py'),
                                         'ftlab.adapters.lowrank._layer': ('adapters/lowrank.html#_layer', 'ftlab/adapters/lowrank.py'),
+                                        'ftlab.adapters.lowrank._module': ('adapters/lowrank.html#_module', 'ftlab/adapters/lowrank.py'),
                                         'ftlab.adapters.lowrank._pairs': ('adapters/lowrank.html#_pairs', 'ftlab/adapters/lowrank.py'),
                                         'ftlab.adapters.lowrank._peft_name': ( 'adapters/lowrank.html#_peft_name',
                                                                                'ftlab/adapters/lowrank.py'),

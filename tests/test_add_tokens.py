@@ -1,4 +1,4 @@
-"Tokens that are added to a model: known to the tokenizer, with rows that every method trains, kept wherever the run goes"
+"Tokens that are added to a model: rows that every method trains, kept wherever the run goes"
 import copy, json
 import pytest, torch
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
@@ -11,6 +11,7 @@ from ftlab.core.model import notes_of
 from ftlab.core.new_tokens import (add_to, give_rows, given_tokens, new_row_masks, new_rows,
                                    token_tables, tokens_json)
 from ftlab.instruments.bench import Base
+from ftlab.instruments.compare import Comparison
 from ftlab.instruments.report import read_run
 from ftlab.methods import get
 from ftlab.trainers.fit import fit
@@ -38,7 +39,8 @@ def tables(model) -> dict:
     return {n: p.detach().clone() for n, p in token_tables(model).items()}
 
 def rows_that_differ(a, b) -> list[int]:
-    return (a != b).any(-1).nonzero().flatten().tolist() if a.ndim > 1 else (a != b).nonzero().flatten().tolist()
+    other = (a != b).any(-1) if a.ndim > 1 else a != b
+    return other.nonzero().flatten().tolist()
 
 # ---------- which tokens
 
@@ -51,7 +53,8 @@ def test_wrong_tokens_are_refused(tokens, said):
         given_tokens(tokens)
 
 def test_tokens_go_through_json():
-    assert tokens_json(TOKENS) == TOKENS == json.loads(json.dumps(tokens_json(given_tokens(TOKENS))))
+    through = tokens_json(given_tokens(TOKENS))
+    assert tokens_json(TOKENS) == TOKENS == json.loads(json.dumps(through))
     assert tokens_json(None) is None
 
 def test_the_tokenizer_knows_them_and_old_ones_are_counted(tmp_path):
@@ -101,17 +104,20 @@ def test_spare_rows_are_taken_before_the_embedding_grows(tmp_path):
     wide.resize_token_embeddings(len(TOK) + 5)
     folder = saved(wide, tmp_path/'wide')
     model, tok = load(folder, add_tokens=TOKENS)
-    assert len(model.lm_head.weight) == len(TOK) + 5 and any('spare rows' in n for n in notes_of(model))
+    assert len(model.lm_head.weight) == len(TOK) + 5
+    assert any('spare rows' in n for n in notes_of(model))
     run = fit(model, tok, ftlab.data(ROWS), get('lora'), steps=3, batch_size=4, progress=False)
     before, after = run.delta.attached.weight('model.embed_tokens.weight')
     assert set(rows_that_differ(before, after)) <= set(new_rows(model)) and (before != after).any()
-    assert torch.equal(before[len(TOK) + 3:], load(folder)[0].get_input_embeddings().weight[len(TOK) + 3:])
+    files = load(folder)[0].get_input_embeddings().weight
+    assert torch.equal(before[len(TOK) + 3:], files[len(TOK) + 3:])
 
 def test_a_skeleton_has_the_same_shapes(tmp_path):
     folder = saved(toy(tied=False), tmp_path/'m')
     bones, tok = skeleton(folder, add_tokens=TOKENS)
     whole, _ = load(folder, add_tokens=TOKENS)
-    assert {n: p.shape for n, p in bones.named_parameters()} == {n: p.shape for n, p in whole.named_parameters()}
+    shapes = [{n: p.shape for n, p in m.named_parameters()} for m in (bones, whole)]
+    assert shapes[0] == shapes[1]
     assert len(tok) == len(TOK) + 3
 
 # ---------- every method trains them, once
@@ -129,7 +135,7 @@ def test_every_method_trains_the_new_rows(name, tmp_path):
     run = run_on(model, tok)
     name = 'model.embed_tokens.weight'
     def embedding(r):
-        return r.delta.attached.values().get(name, tables_of_base(r)[name])
+        return r.delta.attached.values().get(name, base)
     free, moved = (rows_that_differ(base, embedding(r)) for r in (without, run))
     assert set(new_rows(model)) <= set(moved), 'a new row did not train'
     if not free:
@@ -145,11 +151,6 @@ def test_every_method_trains_the_new_rows(name, tmp_path):
     again, _ = grown()
     load_delta(again, tmp_path/'delta.safetensors')
     assert torch.equal(logits(again), tuned)
-
-def tables_of_base(run) -> dict:
-    with run.disabled():
-        return {n: run.delta.attached.before(n) if n in (*run.delta.attached.whole, *run.delta.attached.deltas)
-                else run.model.get_parameter(n).detach() for n in ['model.embed_tokens.weight']}
 
 def test_an_entry_has_one_change():
     model, _ = grown(tied=False)
@@ -174,8 +175,10 @@ def test_the_head_of_an_untied_model_trains_too():
 
 def test_a_classifier_trains_them_beside_its_head(tmp_path):
     from toys import classifier, label_data
-    model, tok = load(saved(classifier(), tmp_path/'c'), labels=label_data().labels, add_tokens=TOKENS)
-    rows = [dict(text=f'<tool_call> {r["text"]}', label='abc'[r['label']]) for r in label_data().train[:40]]
+    folder = saved(classifier(), tmp_path/'c')
+    model, tok = load(folder, labels=label_data().labels, head='new', add_tokens=TOKENS)
+    rows = [dict(text=f'<tool_call> {r["text"]}', label='abc'[r['label']])
+            for r in label_data().train[:40]]
     run = fit(model, tok, ftlab.data(rows), get('lora'), steps=2, batch_size=8, progress=False)
     before, after = run.delta.attached.weight('bert.embeddings.word_embeddings.weight')
     assert rows_that_differ(before, after) == [new_rows(model)[0]]
@@ -188,19 +191,26 @@ def test_a_run_that_is_cut_off_goes_on_bit_for_bit(tmp_path):
             if state.step == 2:
                 raise KeyboardInterrupt
     how = dict(steps=4, batch_size=4, progress=False, save_every=1)
-    whole = fit(*grown(tied=False), ftlab.data(ROWS), get('lora'), out=tmp_path/'a', **how)
-    fit(*grown(tied=False), ftlab.data(ROWS), get('lora'), out=tmp_path/'b', callbacks=(Stop(),), **how)
-    again = fit(*grown(tied=False), ftlab.data(ROWS), get('lora'), out=tmp_path/'b', resume=True, **how)
+    def run(out, **more):
+        return fit(*grown(tied=False), ftlab.data(ROWS), get('lora'), out=tmp_path/out, **how | more)
+    whole = run('a')
+    run('b', callbacks=(Stop(),))
+    again = run('b', resume=True)
     assert len(again.log) == 4 and torch.equal(logits(again.model), logits(whole.model))
+
+def tuned_by_lora(model, tok, method='lora'):
+    return fit(model, tok, ftlab.data(ROWS), get(method), steps=3, batch_size=4, progress=False,
+               lr=1e-2)
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_an_exported_folder_loads_in_transformers(dtype, tmp_path):
     folder = saved(toy(tied=False), tmp_path/'m')
     model, tok = load(folder, add_tokens=TOKENS, dtype=dtype)
     old = model.get_input_embeddings().weight.detach()[:len(TOK)].clone()
-    run = fit(model, tok, ftlab.data(ROWS), get('lora'), steps=3, batch_size=4, progress=False, lr=1e-2)
+    run = tuned_by_lora(model, tok)
     run.export(tmp_path/'out')
-    theirs, t = AutoModelForCausalLM.from_pretrained(tmp_path/'out'), AutoTokenizer.from_pretrained(tmp_path/'out')
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path/'out')
+    t = AutoTokenizer.from_pretrained(tmp_path/'out')
     ids = t('<tool_call> sort a <|turn|>', return_tensors='pt').input_ids
     assert torch.equal(ids, tok('<tool_call> sort a <|turn|>', return_tensors='pt').input_ids)
     torch.testing.assert_close(theirs(ids).logits, model(ids).logits, atol=1e-5 if dtype == 'float32' else .02, rtol=0)
@@ -212,7 +222,7 @@ def test_peft_holds_them_and_a_report_reads_that(tied, tmp_path):
     from ftlab.instruments.elsewhere import read_tuned
     folder = saved(toy(tied=tied), tmp_path/'m')
     model, tok = load(folder, add_tokens=TOKENS)
-    run = fit(model, tok, ftlab.data(ROWS), get('lora'), steps=3, batch_size=4, progress=False, lr=1e-2)
+    run = tuned_by_lora(model, tok)
     run.export(tmp_path/'p', form='peft')
     said = json.loads((tmp_path/'p'/'adapter_config.json').read_text())['trainable_token_indices']
     assert all(ids == new_rows(model) for ids in said.values()) and len(said) == 1 + (not tied)
@@ -224,44 +234,48 @@ def test_peft_holds_them_and_a_report_reads_that(tied, tmp_path):
 
 def test_peft_cannot_hold_them_in_a_change_of_low_rank(tmp_path):
     model, tok = load(saved(toy(tied=False), tmp_path/'m'), add_tokens=TOKENS)
-    run = fit(model, tok, ftlab.data(ROWS), get("lora(targets='embed_tokens|q_proj')"), steps=2, batch_size=4,
-              progress=False)
+    run = tuned_by_lora(model, tok, "lora(targets='embed_tokens|q_proj')")
     with pytest.raises(ValueError, match='has rows of new tokens'):
         run.export(tmp_path/'p', form='peft')
+
+def begin_alike(params, start):
+    "Give peft's LoRA the values that ours began with"
+    for n, p in params.items():
+        if 'lora' in n:
+            own = n.removeprefix('base_model.model.').replace('.default.weight', '')
+            p.data.copy_(start[own.replace('.lora_', '.weight::')])
+
+def train_plainly(model, params, rows, lr, steps):
+    from ftlab.core.batches import batch_at
+    opt = torch.optim.AdamW(params.values(), lr=lr, weight_decay=0.)
+    model.train()
+    for s in range(steps):
+        model(**batch_at(rows, s, 8, TOK.pad_token_id)).loss.backward()
+        opt.step()
+        opt.zero_grad()
 
 @pytest.mark.parametrize('tied', [True, False])
 def test_trained_as_peft_trains_them(tied):
     "LoRA with new rows, held against `trainable_token_indices` on the same tensors"
     peft = pytest.importorskip('peft')
     from ftlab.adapters.modules.lora import lora
-    from ftlab.core.batches import batch_at
     from ftlab.core.tokens import encode_all
-    start, lr, steps = {}, 3e-3, 3
+    start, lr, steps, made = {}, 3e-3, 3, grown(tied)
     class Start:
         def before_fit(self, state):
             start.update({n: p.detach().clone() for n, p in state.attached.parameters().items()})
-    model, tok = grown(tied)
     data = ftlab.data(ROWS)
-    run = fit(model, tok, data, lora(r=4, alpha=8., targets='q_proj|v_proj'), steps=steps, batch_size=8, lr=lr,
-              clip=None, schedule='constant', callbacks=(Start(),), progress=False)
-    base, _ = grown(tied)
+    run = fit(*made, data, lora(r=4, alpha=8., targets='q_proj|v_proj'), steps=steps, batch_size=8,
+              lr=lr, clip=None, schedule='constant', callbacks=(Start(),), progress=False)
+    model, (base, tok) = made[0], grown(tied)
     ends = ['embed_tokens'] + ['lm_head']*(not tied)
     theirs = peft.get_peft_model(base, peft.LoraConfig(
         r=4, lora_alpha=8, target_modules=['q_proj', 'v_proj'], lora_dropout=0.,
         trainable_token_indices={e: new_rows(base) for e in ends}))
     params = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
-    for n, p in params.items():
-        if 'lora' in n:
-            own = n.removeprefix('base_model.model.').replace('.default.weight', '').replace('.lora_', '.weight::')
-            p.data.copy_(start[own])
+    begin_alike(params, start)
     assert sum(p.numel() for p in params.values()) == run.cost['trainable']
-    opt = torch.optim.AdamW(params.values(), lr=lr, weight_decay=0.)
-    rows = encode_all(data.train, tok, 'text', 128)
-    theirs.train()
-    for s in range(steps):
-        theirs(**batch_at(rows, s, 8, tok.pad_token_id)).loss.backward()
-        opt.step()
-        opt.zero_grad()
+    train_plainly(theirs, params, encode_all(data.train, tok, 'text', 128), lr, steps)
     now = run.delta.attached.values()
     for e in ends:
         n = next(n for n in now if e in n)
@@ -283,7 +297,8 @@ def test_gguf_holds_them(tmp_path):
 def test_a_base_is_made_again_with_its_tokens(tmp_path):
     folder = saved(toy(), tmp_path/'m')
     a, b, bare = (Base(folder, add_tokens=t) for t in (TOKENS, TOKENS, None))
-    assert a.fingerprint(0) == b.fingerprint(1) != bare.fingerprint(0) and len(a(0)[1]) == len(TOK) + 3
+    assert a.fingerprint(0) == b.fingerprint(1) != bare.fingerprint(0)
+    assert len(a(0)[1]) == len(TOK) + 3
     with pytest.raises(ValueError, match='goes with the name'):
         Base((toy(), TOK), add_tokens=TOKENS)
 
@@ -302,7 +317,7 @@ def test_the_winner_is_trained_with_the_same_tokens(tmp_path):
     run = read_run(tmp_path/'w')
     assert new_rows(run.model) == [len(TOK) + i for i in range(3)]
     with pytest.raises(ValueError, match='not the one of the comparison'):
-        ftlab.instruments.compare.Comparison.read(tmp_path/'c'/'result.json').train('lora', model=load(folder))
+        Comparison.read(tmp_path/'c'/'result.json').train('lora', model=load(folder))
 
 def test_the_shell(tmp_path, capsys):
     folder = saved(toy(), tmp_path/'m')
@@ -317,8 +332,10 @@ def test_the_shell(tmp_path, capsys):
     assert cli.main(['show', *given]) == 0 and '│<tool_call>│' in capsys.readouterr().out
     assert cli.main([*fitted, '--dry-run', '--json']) == 0
     planned = json.loads(capsys.readouterr().out)
-    assert str(json.loads((tmp_path/'r'/'run.json').read_text())['cost']['trainable']) in json.dumps(planned)
+    trained = json.loads((tmp_path/'r'/'run.json').read_text())['cost']['trainable']
+    assert str(trained) in json.dumps(planned)
     assert cli.main([*fitted[:-6], '--method', 'lora', '--steps', '3', '--batch-size', '4', '--add-tokens', '<b>',
                      '--out', str(tmp_path/'r')]) == 1
-    assert cli.main(['fit', *given[:-1], '<a>,<a>', '--steps', '1', '--out', str(tmp_path/'x')]) == 1
+    again = ['fit', *given[:-1], '<a>,<a>', '--steps', '1', '--out', str(tmp_path/'x')]
+    assert cli.main(again) == 1
     assert "--add-tokens holds '<a>' twice" in capsys.readouterr().err

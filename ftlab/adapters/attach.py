@@ -413,7 +413,8 @@ def attach(model:nn.Module,          # changed in place: frozen except for what 
     check_selection(model, chosen)
     params = dict(model.named_parameters())
     # a weight that was chosen whole has these entries already; each entry has one change
-    beside = {n: m for n, m in (beside or {}).items() if n not in also and chosen.get(n) is not True}
+    beside = {n: m for n, m in (beside or {}).items()
+              if n not in also and chosen.get(n) is not True}
     chosen = {n: m | beside.pop(n) if n in beside else m for n, m in chosen.items()}
     written = {n: m for n, m in chosen.items() if n not in also
                and (delta is not None or m is not True)}

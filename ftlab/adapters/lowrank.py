@@ -75,8 +75,7 @@ def to_peft(att:Attached,      # LoRA, and perhaps rows of new tokens and a clas
             names[n.rpartition('.')[0]] = d
             tensors |= _peft_tensors(att.model, n, d)
     for n, ids in rows.items(): # peft holds the new rows themselves
-        m = n.rpartition('.')[0]
-        tensors[f'base_model.model.{m}.token_adapter.trainable_tokens_delta'] = (
+        tensors[f'base_model.model.{_module(n)}.token_adapter.trainable_tokens_delta'] = (
             att.before(n)[ids].float() + att.deltas[n].value.view(len(ids), -1))
     heads = _head_modules(att)
     for m in heads:
@@ -85,7 +84,7 @@ def to_peft(att:Attached,      # LoRA, and perhaps rows of new tokens and a clas
     config = dict(peft_type='LORA', base_model_name_or_path=base, revision=revision,
                   **_peft_settings(names),
                   target_modules=list(names), bias='none', modules_to_save=heads or None,
-                  trainable_token_indices={n.rpartition('.')[0]: i for n, i in rows.items()} or None,
+                  trainable_token_indices={_module(n): i for n, i in rows.items()} or None,
                   fan_in_fan_out=any(is_transposed(att.model, n) for n in att.deltas),
                   task_type=_task(att.model), inference_mode=True)
     folder = Path(folder)
@@ -95,11 +94,15 @@ def to_peft(att:Attached,      # LoRA, and perhaps rows of new tokens and a clas
                      lambda p: p.write_text(json.dumps(config, indent=2)))
     return folder
 
+def _module(name:str) -> str:
+    return name.rpartition('.')[0]
+
 def _token_rows(att:Attached) -> dict[str, list[int]]:
     "Return the rows of embedding and head that changed whole and alone, by name"
     out = {}
     for n, d in ((n, d) for n, d in att.deltas.items() if type(d) is Entries):
-        W, ends = att.before(n), (att.model.get_input_embeddings(), att.model.get_output_embeddings())
+        ends = att.model.get_input_embeddings(), att.model.get_output_embeddings()
+        W = att.before(n)
         if W.ndim != 2 or owner_of(att.model, n)[0] not in ends:
             continue
         ids = d.index[::W.shape[1]].long()//W.shape[1]

@@ -162,7 +162,8 @@ def inputs_of(bench, seeds:list[int]) -> dict:
     b = bench.base
     return dict(model=str(b.source) if b.named else None, revision=b.revision,
                 dtype=None if b.dtype is None else str(b.dtype).removeprefix('torch.'),
-                head=b.head, add_tokens=b.add_tokens, labels=bench.given.labels, data=bench.given.origin,
+                head=b.head, add_tokens=b.add_tokens,
+                labels=bench.given.labels, data=bench.given.origin,
                 folder=os.getcwd(), seed=seeds[0], base=b.fingerprint(seeds[0]))
 
 def _data_again(known:Mapping, given, seen:str) -> Data:
