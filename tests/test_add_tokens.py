@@ -192,7 +192,7 @@ def test_a_run_that_is_cut_off_goes_on_bit_for_bit(tmp_path):
                 raise KeyboardInterrupt
     how = dict(steps=4, batch_size=4, progress=False, save_every=1)
     def run(out, **more):
-        return fit(*grown(tied=False), ftlab.data(ROWS), get('lora'), out=tmp_path/out, **how | more)
+        return fit(*grown(tied=False), ROWS, get('lora'), out=tmp_path/out, **how | more)
     whole = run('a')
     run('b', callbacks=(Stop(),))
     again = run('b', resume=True)
@@ -339,3 +339,13 @@ def test_the_shell(tmp_path, capsys):
     again = ['fit', *given[:-1], '<a>,<a>', '--steps', '1', '--out', str(tmp_path/'x')]
     assert cli.main(again) == 1
     assert "--add-tokens holds '<a>' twice" in capsys.readouterr().err
+
+def test_a_starting_notebook_names_them_once(tmp_path):
+    folder = saved(toy(), tmp_path/'m')
+    (tmp_path/'d.jsonl').write_text('\n'.join(map(json.dumps, ROWS)))
+    assert cli.main(['init', '--model', folder, '--data', str(tmp_path/'d.jsonl'), '--add-tokens',
+                     '<tool_call>,</tool_call>', '--out', str(tmp_path/'s.ipynb')]) == 0
+    cells = json.loads((tmp_path/'s.ipynb').read_text())['cells']
+    text = '\n'.join(''.join(c['source']) for c in cells)
+    assert text.count("TOKENS = ['<tool_call>', '</tool_call>']") == 1
+    assert text.count('add_tokens=TOKENS') == 2 and "'--add-tokens=<tool_call>,</tool_call>'" in text

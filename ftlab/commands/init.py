@@ -61,7 +61,8 @@ def _data_cells(a, data, out) -> list[tuple[str, str]]:
     how = dict(test=a.eval and _data_name(a.eval, out), **reading_of(a))
     labels = ', labels=data.labels' if data.labels else ''
     revision = f', revision={a.revision!r}' if a.revision else ''
-    tokens = f', add_tokens={tokens!r}' if (tokens := tokens_of(a)) else ''
+    tokens = ', add_tokens=TOKENS' if tokens_of(a) else ''
+    model += f'\nTOKENS = {tokens_of(a)!r}' if tokens else ''
     return [
         ('md', '# Your model and your data\n\nRun the cells from top to bottom. Each ends in what it found. '
                'Nothing is deleted, and nothing is written outside `ftlab-runs` and the exported folders. '
@@ -109,7 +110,7 @@ def _also(options:list[str]) -> str:
 # %% ../../nbs/commands/init.ipynb #d734fab4
 def _work_cells(a, data, out) -> list[tuple[str, str]]:
     revision = f' revision={a.revision!r},' if a.revision else ''
-    revision += f' add_tokens={tokens!r},' if (tokens := tokens_of(a)) else ''
+    revision += ' add_tokens=TOKENS,' if tokens_of(a) else ''
     return [
         ('md', '## Compare\n\nThree methods, tuned alike, on one seed: `full` trains every weight, `hft` half of them, '
                '`lora` a small addition. `gain` is what was learned, the next column what was forgotten. One '
