@@ -285,12 +285,21 @@ def test_trained_as_peft_trains_them(tied):
 
 def test_gguf_holds_them(tmp_path):
     gguf = pytest.importorskip('gguf')
-    from ftlab.core.gguf_file import _tokens
-    tok = copy.deepcopy(TOK)
-    add_to(tok, TOKENS)
-    texts, kinds = _tokens(tok, len(tok), gguf.TokenType)
-    assert texts[-3:] == ['<tool_call>', '</tool_call>', '<|turn|>']
-    assert kinds[-3:] == [gguf.TokenType.USER_DEFINED]*2 + [gguf.TokenType.CONTROL]
+    from served import served
+    model, tok = served('llama')
+    old = list(tok.get_vocab().values())
+    ids, _ = add_to(tok, TOKENS)
+    give_rows(model, ids, old)
+    rows = [dict(r, prompt='the ' + r['prompt']) for r in ROWS]
+    run = fit(model, tok, rows, get('lora'), steps=2, batch_size=4, progress=False, lr=1e-2)
+    run.export(tmp_path/'m.gguf', form='gguf')
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file='m.gguf', dtype=torch.float32)
+    x = torch.tensor([[3, *ids, 5]])
+    torch.testing.assert_close(theirs.eval()(x).logits, model(x).logits, atol=1e-4, rtol=0)
+    said = {k: f.contents() for k, f in gguf.GGUFReader(tmp_path/'m.gguf').fields.items()}
+    assert [said['tokenizer.ggml.tokens'][i] for i in ids] == [t.content for t in given_tokens(TOKENS)]
+    kinds, K = said['tokenizer.ggml.token_type'], gguf.TokenType
+    assert [kinds[i] for i in ids] == [K.USER_DEFINED, K.USER_DEFINED, K.CONTROL]
 
 # ---------- compare and the shell
 
