@@ -297,7 +297,8 @@ def test_gguf_holds_them(tmp_path):
     x = torch.tensor([[3, *ids, 5]])
     torch.testing.assert_close(theirs.eval()(x).logits, model(x).logits, atol=1e-4, rtol=0)
     said = {k: f.contents() for k, f in gguf.GGUFReader(tmp_path/'m.gguf').fields.items()}
-    assert [said['tokenizer.ggml.tokens'][i] for i in ids] == [t.content for t in given_tokens(TOKENS)]
+    texts = [said['tokenizer.ggml.tokens'][i] for i in ids]
+    assert texts == [t.content for t in given_tokens(TOKENS)]
     kinds, K = said['tokenizer.ggml.token_type'], gguf.TokenType
     assert [kinds[i] for i in ids] == [K.USER_DEFINED, K.USER_DEFINED, K.CONTROL]
 
@@ -357,4 +358,5 @@ def test_a_starting_notebook_names_them_once(tmp_path):
     cells = json.loads((tmp_path/'s.ipynb').read_text())['cells']
     text = '\n'.join(''.join(c['source']) for c in cells)
     assert text.count("TOKENS = ['<tool_call>', '</tool_call>']") == 1
-    assert text.count('add_tokens=TOKENS') == 2 and "'--add-tokens=<tool_call>,</tool_call>'" in text
+    assert text.count('add_tokens=TOKENS') == 2
+    assert "'--add-tokens=<tool_call>,</tool_call>'" in text
