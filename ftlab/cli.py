@@ -15,10 +15,10 @@ from pathlib import Path
 import ftlab
 from .commands.background import check_start, reported, run_status, run_stop, start
 from .commands.claims import run_claims
-from .commands.export import add_export, exported, run_export
+from .commands.export import add_export, run_export
 from .commands.given import (columns_of, data_of, finite, listed, mixture_of, model_of,
                                   new_folder, not_negative, old_of, positive, rate, rates,
-                                  refuse_unused)
+                                  refuse_unused, tokens_of)
 from .commands.init import run_init
 from .commands.jupyter import run_lab
 from .commands.machines import add_executor, executor_from
@@ -61,7 +61,8 @@ def _compared(a, methods, data, progress, executor):
                          steps=a.steps, batch_size=a.batch_size, lrs=a.lrs, tune=a.tune,
                          items=a.items, old_items=a.old_items, max_length=a.max_length,
                          device=a.device, precision=a.precision, dtype=a.dtype,
-                         revision=a.revision, head=a.head, budget=a.budget, out=a.out,
+                         revision=a.revision, head=a.head, add_tokens=tokens_of(a),
+                         budget=a.budget, out=a.out,
                          resume=a.resume, lose_at_most=a.lose_at_most, max_runs=a.max_runs,
                          race=a.race, progress=progress, executor=executor)
 
@@ -109,6 +110,7 @@ def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
     model, tok = model_of(a, labels=data.labels, seed=a.seed, head=a.head)
     check_fits(model, tok, data)
     data = numbered(data, model)
+    _keep_rows(a, out, data)
     metric, before = metric_for(data, a.metric), _score(a, model, tok, data)
     run = _trained(a, model, tok, data, recipe, grid[0])
     record = dict(model=a.model, revision=a.revision, data=data.name, eval=a.eval,
@@ -118,13 +120,13 @@ def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
                   recipe=recipe.describe(), settings=run.settings, cost=run.cost,
                   interrupted=run.interrupted, metric=metric, before=before,
                   items=min(a.items, len(data.test)),
-                  after=_score(a, model, tok, data), head=a.head,
+                  after=_score(a, model, tok, data), head=a.head, add_tokens=tokens_of(a),
                   notes=run.notes + _test_notes(a, model, tok, data))
     record['saved_bytes'] = _keep(run, record, out)
     if run.interrupted:
         raise KeyboardInterrupt(f'stopped after {len(run.log)} steps; what was learned is in {out}')
     if a.export:
-        exported(run, a.export, record=record)
+        ftlab.export(run, a.export, record=record)
     said = '' if before is None else f'; {metric} on test rows {before:.3f} -> {record["after"]:.3f}'
     noted = ''.join(f'\nnote: {in_shell_words(n, _options(a))}' for n in record['notes'])
     files = f'\n{out/"delta.safetensors"}' + (f'\n{a.export}' if a.export else '')
@@ -140,15 +142,11 @@ def _keep_others(a, out:Path, recipe, lr:float, data):
         raise FileExistsError(f'--out {str(out)!r} holds a comparison; name another folder')
     if a.export:
         new_folder(a.export, '--export')
-    if a.resume is not None or not (out/'run.json').exists():
-        return
-    try:
-        was = json.loads((out/'run.json').read_text())
-    except ValueError:
-        return # half written, or damaged: there is nothing to keep
-    if was.get('interrupted') or not isinstance(was.get('settings'), dict):
+    was = _finished(a, out)
+    if was is None:
         return
     now = dict(model=a.model, revision=a.revision, data=data.name, seed=a.seed, head=a.head,
+               add_tokens=tokens_of(a),
                eval=a.eval, columns=columns_of(a), carry=listed(a.carry or ''), wanted=a.wanted,
                empty=a.empty, recipe=recipe.describe(), lr=lr, **{k: getattr(a, k) for k in OWN})
     then = ({k: was['settings'].get(k, was.get(k)) for k in now}
@@ -158,6 +156,24 @@ def _keep_others(a, out:Path, recipe, lr:float, data):
         old, new = (x[k].get('name') if k == 'recipe' else x[k] for x in (then, now))
         raise FileExistsError(f'--out {str(out)!r} holds a finished run, in which {OWN.get(k, k)} is '
                               f'{old!r} and not {new!r}; name another folder, or replace that run with --no-resume')
+
+def _finished(a, out:Path) -> dict|None:
+    "Return run.json of a finished run that this one would replace unasked; `None` if there is none"
+    if a.resume is not None or not (out/'run.json').exists():
+        return None
+    try:
+        was = json.loads((out/'run.json').read_text())
+    except ValueError:
+        return None # half written, or damaged: there is nothing to keep
+    settings = isinstance(was.get('settings'), dict)
+    return was if settings and not was.get('interrupted') else None
+
+def _keep_rows(a, out:Path, data):
+    "Raise `FileExistsError` if `out` holds a finished run on other rows, which were read from files of these names"
+    was = _finished(a, out)
+    if was and was['settings'].get('data', data.fingerprint) != data.fingerprint:
+        raise FileExistsError(f'--out {str(out)!r} holds a finished run on other rows: {data.name} has changed since, '
+                              'or what is read with it; name another folder, or replace that run with --no-resume')
 
 def _test_notes(a, model, tok, data) -> list[str]:
     "Say how many of the measured test rows the length limit cut or left out"
@@ -227,7 +243,7 @@ def _foreign(a, data):
     from ftlab.instruments.doctor import doctor
     unused = dict(exported=None, lr=None, method='full', steps=200, batch_size=32, accumulate=1,
                   max_length=None, device=None, dtype=None, precision='no', head='auto',
-                  revision=None)
+                  revision=None, add_tokens=None, add_special_tokens=None)
     odd = [k for k, default in unused.items() if getattr(a, k) != default]
     if odd or (a.model and a.base):
         name = odd[0].replace('_', '-') if odd else 'model'
@@ -246,7 +262,8 @@ def run_doctor(a:argparse.Namespace) -> tuple[dict, str]:
     elif a.base:
         raise ValueError('--base is the model before a run made elsewhere; name the folder or file of that run')
     elif a.folder:
-        refuse_unused(a, 'method lr steps batch_size accumulate max_length precision head',
+        refuse_unused(a, 'method lr steps batch_size accumulate max_length precision head '
+                         'add_tokens add_special_tokens',
                       f'the run in {a.folder} has its own')
         found = doctor(read_run(a.folder, a.model, None, data, a.revision, a.device, a.dtype),
                        exported=a.exported, try_fix=a.try_fix)
@@ -301,6 +318,11 @@ class _Parser(argparse.ArgumentParser):
 COMMON = {
     '--model': dict(metavar='NAME', help='lab-s or another lab model, a folder, or a Hugging Face id'),
     '--revision': dict(metavar='NAME', help='revision of the model (default: its newest)'),
+    '--add-tokens': dict(type=listed, metavar='TOKENS',
+                         help="tokens that the model does not have, with commas between: '<tool_call>,</tool_call>'; "
+                              'every method trains their rows'),
+    '--add-special-tokens': dict(type=listed, metavar='TOKENS',
+                                 help="the same for marks that no answer shows: '<|im_start|>,<|im_end|>'"),
     '--data': dict(metavar='PATH',
                    help='a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, a data set of the '
                         'Hugging Face hub (owner/name), or the name of a lab skill; several with their shares of the '
@@ -343,7 +365,8 @@ COMMON = {
 
 def _take(p, names:str, **more):
     "Add common arguments to a parser; `more` changes one of them: data=dict(required=True)"
-    for n in names.replace('columns', 'columns carry wanted empty labels').split():
+    both = {'columns': 'columns carry wanted empty labels', 'add-tokens': 'add-tokens add-special-tokens'}
+    for n in ' '.join(both.get(n, n) for n in names.split()).split():
         p.add_argument(f'--{n}', *(['--methods'] if n == 'method' else []),
                        **COMMON[f'--{n}'] | more.get(n.replace('-', '_'), {}))
     return p.add_argument
@@ -352,7 +375,7 @@ def _take(p, names:str, **more):
 def _training(p, out:str):
     "Add the arguments of both commands that train"
     must = dict(required=True)
-    add = _take(p, 'model revision data eval columns metric steps batch-size max-length '
+    add = _take(p, 'model revision add-tokens data eval columns metric steps batch-size max-length '
                    'device dtype precision head out',
                 model=must, data=must,
                 out=dict(default=out, type=lambda text: text or out, # --out "$UNSET"
@@ -460,7 +483,8 @@ def _doctor(p):
     add('--base', metavar='NAME', help='the model before a run made elsewhere')
     add('--try-fix', action='store_true',
         help='apply the fix of each finding to a copy, take one step with and without it, and ask again')
-    _take(p, 'model revision data eval columns method lr steps batch-size max-length device dtype precision head')
+    _take(p, 'model revision add-tokens data eval columns method lr steps batch-size max-length device dtype '
+             'precision head')
     add('--exported', metavar='DIR', help='a merged model to compare with the run')
     add('--accumulate', type=positive, default=1, metavar='N',
         help='micro-batches in a step (default: %(default)s)')
@@ -475,7 +499,7 @@ def _lab(p):
 
 def _init(p):
     must = dict(required=True)
-    _take(p, 'model revision data eval columns out', model=must, data=must,
+    _take(p, 'model revision add-tokens data eval columns out', model=must, data=must,
           out=dict(default='start.ipynb', help='the notebook to write (default: %(default)s)'))
 
 def _skills(p):

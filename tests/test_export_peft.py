@@ -182,6 +182,6 @@ def test_a_tied_embedding_is_never_half_changed(tmp_path):
 def test_a_base_that_differs_from_its_files_is_refused(tmp_path):
     model, tok = load(saved(toy(), tmp_path/'base'))
     run = fit(model, tok, lab_data(), get('lora'), steps=1, batch_size=4, progress=False)
-    model.load_notes = ['the embedding got rows up to 99 for 3 tokens, near the mean of the old rows']
+    model.load_notes = ['only the text part of Gemma3ForConditionalGeneration was loaded']
     with pytest.raises(ValueError, match='the base is not what its files hold'):
         run.export(tmp_path/'a', form='peft')

@@ -193,12 +193,18 @@ class Attached:
         self.model, self.deltas, self.handles, self.originals = model, deltas, handles, originals
         self._chosen = {n: m if m is True else _bits(m) for n, m in chosen.items()}
         self.enabled, self.recorded, self.twins = True, None, {}
+        self.beside = frozenset() # weights of which only entries that were not chosen by the method train
         self.frozen = [p for p in model.parameters() if not p.requires_grad]
 
     @property
     def whole(self) -> list[str]:
         "Names of the weights that train directly"
         return [n for n in self._chosen if n not in self.deltas]
+
+    @property
+    def own(self) -> dict[str, nn.Module]:
+        "The deltas at what the method chose, without those of entries that train beside it"
+        return {n: d for n, d in self.deltas.items() if n not in self.beside}
 
     @property
     def chosen(self) -> dict[str, Tensor|bool]:
@@ -398,13 +404,18 @@ def attach(model:nn.Module,          # changed in place: frozen except for what 
            chosen:Mapping,           # {parameter name: True or a boolean mask}, what a selection returns
            delta:Callable|None=None, # (weight [out, in], mask) -> module; None: the weight, or `Entries` for a mask
            also:tuple[str, ...]=(),  # names of weights that always train, such as a fresh classifier
-           originals:Mapping|None=None # {name: tensor}: the base's weights, instead of copies in memory
+           originals:Mapping|None=None, # {name: tensor}: the base's weights, instead of copies in memory
+           beside:Mapping|None=None  # {name: mask}: entries that train whatever was chosen, such as rows of new tokens
           ) -> Attached:
     """Freeze `model` and make what was chosen trainable, through `delta`.
     Raises `ValueError` for an empty or impossible choice."""
     check_bare(model)
     check_selection(model, chosen)
     params = dict(model.named_parameters())
+    # a weight that was chosen whole has these entries already; each entry has one change
+    beside = {n: m for n, m in (beside or {}).items()
+              if n not in also and chosen.get(n) is not True}
+    chosen = {n: m | beside.pop(n) if n in beside else m for n, m in chosen.items()}
     written = {n: m for n, m in chosen.items() if n not in also
                and (delta is not None or m is not True)}
     make = delta or Entries
@@ -412,10 +423,13 @@ def attach(model:nn.Module,          # changed in place: frozen except for what 
         check_delta(model, n, make)
     # all deltas are made before the model is touched, so an error in one leaves the model as it was
     deltas = {n: make_delta(model, n, mask, make) for n, mask in written.items()}
-    chosen = {**chosen, **dict.fromkeys(also, True)}
+    deltas |= {n: make_delta(model, n, mask, Entries) for n, mask in beside.items()}
+    chosen = {**chosen, **beside, **dict.fromkeys(also, True)}
     if originals is None:
-        originals = {n: params[n].detach().clone() for n in chosen if n not in written}
-    return place(Attached(model, chosen, deltas, {}, originals))
+        originals = {n: params[n].detach().clone() for n in chosen if n not in deltas}
+    att = Attached(model, chosen, deltas, {}, originals)
+    att.beside = frozenset(beside)
+    return place(att)
 
 # %% ../../nbs/adapters/attach.ipynb #f003024b
 def place(att:Attached,            # not on the model yet
@@ -503,4 +517,5 @@ def _parametrize(att, name, d):
         module, attribute = owner_of(att.model, n)
         layer = _Weight(att, d, is_transposed(att.model, n))
         parametrize.register_parametrization(module, attribute, layer)
+        module.parametrizations.train(module.training)
         module.parametrizations[attribute].original.requires_grad_(False)

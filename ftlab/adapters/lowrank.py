@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 from .attach import Attached, attach, is_transposed, oriented, owner_of
+from .delta import Entries
 from ..core.folder import read_json
 from ..core.io import write_atomically
 from ..core.loading import head_names
@@ -59,18 +60,23 @@ class LoRA(nn.Module):
         return self.s*((x @ self.A.T) @ self.B.T)
 
 # %% ../../nbs/adapters/lowrank.ipynb #0013af9e
-def to_peft(att:Attached,      # a change that consists of LoRA, and perhaps of a classifier's head
+def to_peft(att:Attached,      # LoRA, and perhaps rows of new tokens and a classifier's head
             folder:str|Path,   # the adapter folder to write
             base:str='',       # the name of the base in the adapter's configuration
             revision:str|None=None # of the base, on the hub
            ) -> Path:          # the folder
-    """Write an attached LoRA as a peft adapter folder, with which peft computes the same.
+    """Write an attached LoRA as a peft adapter folder, with which peft computes the same; trained rows
+    of new tokens become its `trainable_token_indices`.
     Raises `ValueError` for a change that such a folder cannot hold."""
     check_peft(att)
-    tensors, names = {}, {}
+    tensors, names, rows = {}, {}, _token_rows(att)
     for n, d in att.deltas.items():
-        names[n.rpartition('.')[0]] = d
-        tensors |= _peft_tensors(att.model, n, d)
+        if n not in rows:
+            names[n.rpartition('.')[0]] = d
+            tensors |= _peft_tensors(att.model, n, d)
+    for n, ids in rows.items(): # peft holds the new rows themselves
+        tensors[f'base_model.model.{_module(n)}.token_adapter.trainable_tokens_delta'] = (
+            att.before(n)[ids].float() + att.deltas[n].value.view(len(ids), -1))
     heads = _head_modules(att)
     for m in heads:
         tensors |= {f'base_model.model.{m}.{k}': t for k,
@@ -78,6 +84,7 @@ def to_peft(att:Attached,      # a change that consists of LoRA, and perhaps of 
     config = dict(peft_type='LORA', base_model_name_or_path=base, revision=revision,
                   **_peft_settings(names),
                   target_modules=list(names), bias='none', modules_to_save=heads or None,
+                  trainable_token_indices={_module(n): i for n, i in rows.items()} or None,
                   fan_in_fan_out=any(is_transposed(att.model, n) for n in att.deltas),
                   task_type=_task(att.model), inference_mode=True)
     folder = Path(folder)
@@ -86,6 +93,23 @@ def to_peft(att:Attached,      # a change that consists of LoRA, and perhaps of 
     write_atomically(folder/'adapter_config.json',
                      lambda p: p.write_text(json.dumps(config, indent=2)))
     return folder
+
+def _module(name:str) -> str:
+    return name.rpartition('.')[0]
+
+def _token_rows(att:Attached) -> dict[str, list[int]]:
+    "Return the rows of embedding and head that changed whole and alone, by name"
+    out = {}
+    for n, d in ((n, d) for n, d in att.deltas.items() if type(d) is Entries):
+        ends = att.model.get_input_embeddings(), att.model.get_output_embeddings()
+        W = att.before(n)
+        if W.ndim != 2 or owner_of(att.model, n)[0] not in ends:
+            continue
+        ids = d.index[::W.shape[1]].long()//W.shape[1]
+        whole = (ids[:, None]*W.shape[1] + torch.arange(W.shape[1], device=ids.device)).flatten()
+        if torch.equal(whole, d.index.long()) and not len(d.left_index):
+            out[n] = ids.tolist()
+    return out
 
 def _task(model) -> str|None:
     "Return what peft calls the kind of model, so that its automatic classes find it"
@@ -128,9 +152,10 @@ def check_peft(att:Attached) -> None:
     lora = {n: d for n, d in att.deltas.items() if type(d) is LoRA}
     heads = tuple(f'{m}.' for m in _head_modules(att))
     whole = [n for n in att.whole if not n.startswith(heads or '?')]
-    if not lora or len(lora) < len(att.deltas) or whole:
+    rows = _token_rows(att)
+    if not lora or len(lora) + len(rows) < len(att.deltas) or whole:
         odd = next((f'{n!r} is changed by {type(d).__name__}' for n, d in att.deltas.items()
-                    if n not in lora),
+                    if n not in lora and n not in rows),
                    f'{whole[0]!r} is trained directly' if whole else 'there is none')
         raise ValueError(f'only a change that consists of LoRA alone can be written for peft, and {odd}; {way}')
     if len({d.dropout for d in lora.values()}) > 1:

@@ -14,7 +14,7 @@ import ftlab
 
 # %% auto #0
 __all__ = ['positive', 'not_negative', 'rate', 'finite', 'listed', 'rates', 'columns_of', 'old_of', 'mixture_of', 'reading_of',
-           'data_of', 'model_of', 'bench_of', 'refuse_unused', 'new_folder']
+           'tokens_of', 'data_of', 'model_of', 'bench_of', 'refuse_unused', 'new_folder']
 
 # %% ../../nbs/commands/given.ipynb #00066f2e
 def _number(text:str, make:Callable, fits:Callable, must:str):
@@ -105,6 +105,12 @@ def reading_of(a:argparse.Namespace) -> dict:
     return dict(columns=columns_of(a), carry=listed(a.carry or ''), wanted=a.wanted, empty=a.empty,
                 labels=listed(a.labels) if a.labels else None)
 
+def tokens_of(a:argparse.Namespace) -> list|None:
+    "Return the tokens to add, as `ftlab.load` takes them; `None` for none"
+    plain, special = (getattr(a, k, None) for k in ('add_tokens', 'add_special_tokens'))
+    typed = [*(plain or []), *(dict(content=t, special=True) for t in special or [])]
+    return typed or None
+
 def data_of(a:argparse.Namespace):
     """Read the data of `--data`, one source or a mixture, with the test rows of `--eval`. Raises `ValueError`
     if `--head` was typed for data without labels."""
@@ -120,7 +126,8 @@ def data_of(a:argparse.Namespace):
 
 def model_of(a:argparse.Namespace, **more):
     "Load the model of `--model`, and its tokenizer"
-    return ftlab.load(a.model, revision=a.revision, dtype=a.dtype, device=a.device, **more)
+    return ftlab.load(a.model, revision=a.revision, dtype=a.dtype, device=a.device,
+                      add_tokens=tokens_of(a), **more)
 
 def bench_of(a:argparse.Namespace, data):
     "Make the `Bench` of a comparison, for `--dry-run`"
@@ -128,7 +135,7 @@ def bench_of(a:argparse.Namespace, data):
     return Bench(a.model, data, old_of(a), a.metric, steps=a.steps,
                  max_length=a.max_length, device=a.device, dtype=a.dtype, revision=a.revision,
                  budget=a.budget, batch_size=a.batch_size, precision=a.precision, head=a.head,
-                 items=a.items, old_items=getattr(a, 'old_items', 100))
+                 items=a.items, old_items=getattr(a, 'old_items', 100), add_tokens=tokens_of(a))
 
 def refuse_unused(a:argparse.Namespace, options:str, why:str):
     "Raise `ValueError` for the first of some options that was typed although nothing would read it"

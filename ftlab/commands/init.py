@@ -11,7 +11,7 @@ import os
 import shlex
 from pathlib import Path
 import ftlab
-from .given import data_of, mixture_of, reading_of
+from .given import data_of, mixture_of, reading_of, tokens_of
 
 # %% auto #0
 __all__ = ['from_notebook', 'small_budget', 'start_notebook', 'run_init']
@@ -61,6 +61,8 @@ def _data_cells(a, data, out) -> list[tuple[str, str]]:
     how = dict(test=a.eval and _data_name(a.eval, out), **reading_of(a))
     labels = ', labels=data.labels' if data.labels else ''
     revision = f', revision={a.revision!r}' if a.revision else ''
+    tokens = ', add_tokens=TOKENS' if tokens_of(a) else ''
+    model += f'\nTOKENS = {tokens_of(a)!r}' if tokens else ''
     return [
         ('md', '# Your model and your data\n\nRun the cells from top to bottom. Each ends in what it found. '
                'Nothing is deleted, and nothing is written outside `ftlab-runs` and the exported folders. '
@@ -70,7 +72,7 @@ def _data_cells(a, data, out) -> list[tuple[str, str]]:
                'for the test, unless you named test rows. The note says what was renamed or left out.'),
         ('code', f'data = ftlab.data(DATA{_call(how)})\ndata'),
         ('md', '## The model'),
-        ('code', f'model, tok = ftlab.load(MODEL{revision}{labels})\n'
+        ('code', f'model, tok = ftlab.load(MODEL{revision}{labels}{tokens})\n'
                  "f'{model.num_parameters():,} parameters'")]
 
 def _reading_cells(data) -> list[tuple[str, str]]:
@@ -83,8 +85,10 @@ def _reading_cells(data) -> list[tuple[str, str]]:
 def _options(a, out) -> list[str]:
     "Return --data and what belongs to it as a list of arguments, paths as the notebook names them"
     given = dict(eval=a.eval and _data_name(a.eval, out), columns=a.columns, carry=a.carry,
-                 wanted=a.wanted, empty=a.empty, labels=a.labels, revision=a.revision)
-    return [f'--{k}={v}' for k, v in given.items() if v]
+                 wanted=a.wanted, empty=a.empty, labels=a.labels, revision=a.revision,
+                 add_tokens=a.add_tokens, add_special_tokens=a.add_special_tokens)
+    text = lambda v: ','.join(v) if isinstance(v, list) else v
+    return [f'--{k.replace("_", "-")}={text(v)}' for k, v in given.items() if v]
 
 def _budget_cells(a, data, out) -> list[tuple[str, str]]:
     b = small_budget(len(data.train))
@@ -105,6 +109,7 @@ def _also(options:list[str]) -> str:
 # %% ../../nbs/commands/init.ipynb #d734fab4
 def _work_cells(a, data, out) -> list[tuple[str, str]]:
     revision = f' revision={a.revision!r},' if a.revision else ''
+    revision += ' add_tokens=TOKENS,' if tokens_of(a) else ''
     return [
         ('md', '## Compare\n\nThree methods, tuned alike, on one seed: `full` trains every weight, `hft` half of them, '
                '`lora` a small addition. `gain` is what was learned, the next column what was forgotten. One '
@@ -179,7 +184,8 @@ def _check_model(a, data):
     from ftlab.core.loading import skeleton
     if not a.model:
         raise ValueError('--model is empty; name a lab model, a folder or a model of the hub')
-    model, tok = skeleton(os.path.expanduser(a.model), a.revision, labels=data.labels)
+    model, tok = skeleton(os.path.expanduser(a.model), a.revision, labels=data.labels,
+                          add_tokens=tokens_of(a))
     ftlab.show(data, tok, 1, model=model)
 
 def _create(path:Path, text:str):

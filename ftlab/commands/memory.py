@@ -9,7 +9,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 import ftlab
-from .given import bench_of, model_of
+from .given import bench_of, model_of, tokens_of
 
 # %% auto #0
 __all__ = ['PARTS', 'available', 'kept_bytes', 'training_bytes', 'planned', 'Marks', 'timed', 'estimate', 'size_words',
@@ -45,10 +45,12 @@ def _attached(model, recipe, labels:bool):
     a stage that is a function counts as full fine-tuning"""
     from ftlab.adapters.attach import attach
     from ftlab.adapters.select import everything
+    from ftlab.core.new_tokens import new_row_masks
     from ftlab.trainers.stage import head_names
     select = getattr(recipe, 'select', None) or everything
     head = tuple(head_names(model)) if labels else ()
-    att = attach(model, select(model, None, 0), getattr(recipe, 'delta', None), head, {})
+    att = attach(model, select(model, None, 0), getattr(recipe, 'delta', None), head, {},
+                 new_row_masks(model))
     try:
         yield att
     finally:
@@ -125,7 +127,8 @@ def planned(a, recipe, data) -> dict:
     device = str(find_device(a.device))
     free = available(device)
     with (fake := FakeTensorMode()):
-        model, tok = skeleton(a.model, a.revision, a.dtype, data.labels, device=device, head=a.head)
+        model, tok = skeleton(a.model, a.revision, a.dtype, data.labels, device=device, head=a.head,
+                              add_tokens=tokens_of(a))
         total = _size(model.parameters())
     limit = row_limit(model, tok, a.max_length)
     longest = max(len(r['input_ids']) for r in encode_all(data.train[:2000], tok, data.kind, limit))

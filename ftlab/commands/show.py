@@ -7,7 +7,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 import ftlab
-from .given import data_of, not_negative, positive
+from .given import data_of, not_negative, positive, tokens_of
 
 # %% auto #0
 __all__ = ['add_show', 'run_show']
@@ -18,8 +18,8 @@ def add_show(p:argparse.ArgumentParser,
             ):
     "Add the arguments of `ftlab show`"
     must = dict(required=True)
-    add = take(p, 'model revision data eval columns max-length head out', model=must, data=must,
-               out=dict(metavar='PAGE', help='also write an HTML page, such as rows.html'))
+    add = take(p, 'model revision add-tokens data eval columns max-length head out', model=must,
+               data=must, out=dict(metavar='PAGE', help='also write an HTML page, such as rows.html'))
     add('-n', '--rows', type=positive, default=3, metavar='N',
         help='how many rows: the first, the longest, the others at random (default: %(default)s)')
     add('--split', choices=('train', 'validation', 'test'), default='train',
@@ -31,7 +31,8 @@ def run_show(a:argparse.Namespace) -> tuple[dict, str]:
     "Show rows as the model reads them"
     from ftlab.core.loading import skeleton
     data = data_of(a)
-    model, tok = skeleton(a.model, a.revision, labels=data.labels, head=a.head)
+    model, tok = skeleton(a.model, a.revision, labels=data.labels, head=a.head,
+                          add_tokens=tokens_of(a))
     shown = ftlab.show(data, tok, a.rows, model=model, max_length=a.max_length, split=a.split,
                        seed=a.seed)
     page = shown.save(a.out) if a.out else None

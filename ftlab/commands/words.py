@@ -91,6 +91,9 @@ PHRASES = (  # (what an error of the library says, what the shell says instead)
     (r'model, tok = ftlab\.load\(name, resize=True\); model\.save_pretrained\(folder\); tok\.save_pretrained\(folder\)',
      "python -c \"import ftlab; m, t = ftlab.load('MODEL', resize=True); m.save_pretrained('NEW'); "
      't.save_pretrained(\'NEW\')"'),
+    (r'add the tokens with ftlab\.load\(name, add_tokens=\[\.\.\.\]\) to a model that lacks them, or name their rows, '
+     r'model\.new_rows = tok\.convert_tokens_to_ids\(\[\.\.\.\]\): every method trains both',
+     'take the model without these tokens and add them with --add-tokens: every method trains their rows'),
     (r'give the same labels when you read both',
      'name the labels of both, in order, with --labels'),
     (r'load the model with resize=True and train it again',

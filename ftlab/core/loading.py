@@ -25,6 +25,7 @@ from .gguf_folder import notes_in, plain_folder
 from .labels import match_labels, model_labels, unnamed
 from .lab import lab
 from .model import TABLE
+from .new_tokens import add_to, give_rows
 from .text import did_you_mean
 
 # %% auto #0
@@ -349,20 +350,28 @@ def row_advice(model, tok, used:Iterable[int]) -> str:
             'model: model, tok = ftlab.load(name, resize=True); model.save_pretrained(folder); '
             'tok.save_pretrained(folder). Or take the tokenizer that belongs to the model')
 
-def _rows_for(model, tok, resize:bool, seed:int, name) -> list[str]:
-    "Add the rows that the embedding lacks if asked to; return notes"
+def _rows_for(model, tok, resize:bool, name, tokens:Iterable|None) -> list[str]:
+    "Add tokens, and the rows that the embedding lacks, if asked to; return notes"
+    ids, said = add_to(tok, tokens) if tokens else ([], '')
     lacking = without_row(model, tok)
+    if ids or (lacking and resize):
+        return [*filter(None, (said,)), _given_rows(model, tok, sorted({*ids, *lacking}))]
     if not lacking:
-        return []
+        return [said]*bool(said)
     if not resize:
         if tok.pad_token_id in lacking:
             raise ValueError(f'{name} cannot pad: {row_advice(model, tok, [tok.pad_token_id])}')
-        return [f'the embedding has no row for {len(lacking)} tokens of the tokenizer, {lacking[0]} to {lacking[-1]}']
+        lack = f'the embedding has no row for {len(lacking)} tokens of the tokenizer, {lacking[0]} to {lacking[-1]}'
+        return [*[said]*bool(said), lack]
+
+def _given_rows(model, tok, new:list[int]) -> str:
+    "Give tokens their rows; return a note"
+    old = [i for i in tok.get_vocab().values() if i not in set(new)]
     with quiet(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model.resize_token_embeddings(lacking[-1] + 1)
-    return [f'the embedding got rows up to {lacking[-1]} for {len(lacking)} tokens, near the mean of the old rows; '
-            'a method that freezes the embedding does not train them']
+        grown = give_rows(model, new, old)
+    where = 'the embedding got rows' if grown else 'the embedding had spare rows'
+    return (f'{where} for {len(new)} token{"s"*(len(new) > 1)}, which begin as the mean of the old rows; '
+            'every method trains them')
 
 # %% ../../nbs/core/loading.ipynb #00111c17
 def _check_gaps(info:dict, head:set[str], name:str) -> list[str]:
@@ -539,7 +548,8 @@ def load(name:str|Path,              # 'lab-s' or another lab model, a local fol
          labels:list[str]|None=None, # names of the labels; a model without a head for them gets a new one
          seed:int=0,                 # of the new head
          head:str='auto',            # 'auto': a head that knows the labels is kept; 'new': never; 'exact': see below
-         resize:bool=False           # add rows to the embedding for tokens that have none
+         resize:bool=False,          # add rows to the embedding for tokens that have none
+         add_tokens:Iterable|None=None # texts, or `AddedToken`s of transformers; every method trains their rows
         ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase|None]:
     """Load a model, in eval mode, and its tokenizer (`None` for a model that reads images).
 
@@ -558,7 +568,7 @@ def load(name:str|Path,              # 'lab-s' or another lab model, a local fol
     if plan.fresh:
         fresh_head(model, seed)
     if plan.tok is not None:
-        notes += _rows_for(model, plan.tok, resize, seed, name)
+        notes += _rows_for(model, plan.tok, resize, name, add_tokens)
         notes += _same_padding(model, plan.tok, plan.sort)
     model.load_notes = notes
     return model.to(device).eval(), plan.tok
@@ -569,7 +579,8 @@ def skeleton(name:str|Path,              # as in `load`, like the next three
              dtype:str|torch.dtype|None=None,
              labels:list[str]|None=None,
              device:str='meta', # of its tensors
-             head:str='auto'    # as in `load`
+             head:str='auto',   # as in `load`
+             add_tokens:Iterable|None=None
             ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase|None]:
     """Return the model's names and shapes without its weights, and its tokenizer: what `load` would
     give, at the cost of reading a config. Raises what `load` raises for a missing model."""
@@ -578,7 +589,10 @@ def skeleton(name:str|Path,              # as in `load`, like the next three
     plan = _plan(where, revision, name, 'auto', labels, head, warn=False)
     if dtype == 'auto':
         dtype = plan.config.dtype or _stored(where)
-    return _bones(plan.sort, plan.config, dtype, device, name), plan.tok
+    model = _bones(plan.sort, plan.config, dtype, device, name)
+    if add_tokens and plan.tok is not None:
+        _rows_for(model, plan.tok, False, name, add_tokens)
+    return model, plan.tok
 
 def _stored(where:str) -> torch.dtype:
     """Return the dtype of a folder's weights, from the header of its first safetensors file;

@@ -19,6 +19,7 @@ from ..core.tokens import encode_all
 from ..core.labels import numbered
 from ..core.loading import find_device, load
 from ..core.model import device_of, model_inputs, notes_of, pad_id, row_limit, to_device
+from ..core.new_tokens import tokens_json
 from ..core.recipe import Recipe
 from ..core.record import digest
 from ..core.scorers import WORLD, answer_scores, label_hits, nll, row_nlls
@@ -170,13 +171,18 @@ class Base:
                  labels=None,    # names of the labels, if the data have some
                  revision=None, dtype=None,
                  device=None,    # as in `ftlab.load`; None: a model that was handed over stays where it is
-                 head='auto'):   # as in `ftlab.load`
+                 head='auto',    # as in `ftlab.load`
+                 add_tokens=None): # as in `ftlab.load`; a model that was handed over has its own
         self.source = model
         self.named = isinstance(model, (str, Path))
         self.labels = labels
         self.revision = revision
         self.dtype = dtype
         self.head = head
+        self.add_tokens = tokens_json(add_tokens)
+        if add_tokens and not self.named:
+            raise ValueError('add_tokens goes with the name of a model; add them to this one when you load it: '
+                             'ftlab.load(name, add_tokens=...)')
         self.device = find_device(device or ('cpu' if self.named else device_of(model[0])))
         self._prints = {}
 
@@ -186,7 +192,7 @@ class Base:
         if not self.named:
             return copy.deepcopy(self.source[0]).to(self.device).eval(), self.source[1]
         return load(self.source, revision=self.revision, dtype=self.dtype, device=self.device,
-                    labels=self.labels, seed=seed, head=self.head)
+                    labels=self.labels, seed=seed, head=self.head, add_tokens=self.add_tokens)
 
     def fingerprint(self, seed:int) -> str:
         "Return a hash of this base; with a new head it depends on the seed"
@@ -228,7 +234,7 @@ class Bench:
     def __init__(self, model, data, old=None, metric=None, *, items=400, old_items=100,
                  validation_items=100, old_validation_items=50, steps=200, evaluations=4,
                  evaluate_every=None, max_length=None, device=None, dtype=None, revision=None,
-                 budget=None, progress=True, head='auto',
+                 budget=None, progress=True, head='auto', add_tokens=None,
                  **settings): # all as in `compare`; settings go to `fit`
         self.given = data if isinstance(data, Data) else as_data(data)
         self.old = old
@@ -246,7 +252,7 @@ class Bench:
         self.progress = progress
         self.settings, self.skill = settings, taught(self.given)
         self._before, self._drawn, self._sets = {}, {}, {}
-        self.base = Base(model, self.given.labels, revision, dtype, device, head)
+        self.base = Base(model, self.given.labels, revision, dtype, device, head, add_tokens)
         self.device = self.base.device
         self._know(*self.base(0))
 

@@ -204,7 +204,8 @@ def _load_code(run:Run, record:Mapping) -> str:
     dtype, head = str(run.model.dtype).removeprefix('torch.'), record.get('head', 'auto')
     more = dict(revision=record.get('revision') or getattr(run.model.config, '_commit_hash', None),
                 dtype=None if dtype == 'float32' else dtype,
-                head=None if head == 'auto' or not run.data.labels else head)
+                head=None if head == 'auto' or not run.data.labels else head,
+                add_tokens=record.get('add_tokens'))
     labels = f', labels=data.labels, seed={run.settings.get("seed", 0)}' if run.data.labels else ''
     return f'{_called(run)[0]!r}' + ''.join(f', {k}={v!r}' for k, v in more.items() if v) + labels
 

@@ -18,8 +18,8 @@ from ..core.io import check_room, only_writer, write_atomically
 from ..core.recipe import Recipe
 from ..core.record import versions
 from .bench import Bench, evaluation_steps
-from .compare_page import (html_page, image, picture, table_html, table_of, tag,
-                                            titles)
+from .compare_page import (html_page, image, picture, table_html, table_of,
+                                            table_text, tag, titles)
 from .case import SETTINGS
 from .doctor import examine_data
 from .frontier import (at_gain, best_gain, common_gain, frontier,
@@ -317,8 +317,7 @@ class Comparison:
         return table_html(self.result) + tag(self.result)
 
     def __repr__(self) -> str:
-        return self.table[['rate', *titles(self.result).values(), 'seconds']].to_string(
-            float_format=lambda x: f'{x:.4g}')
+        return table_text(self.result)
 
     def html(self, path:str|Path) -> Path:
         """Write one self-contained page: the picture, the table, the protocol in words,
@@ -435,7 +434,8 @@ def _within(limit, found, rows) -> dict|None:
 def check_limit(limit:float|None,
                 how:str,               # what measures forgetting, as `Bench.how`
                 in_nats:list[str]=(),  # names of the old sets that are scored by likelihood
-                searched:bool=True     # are there tuning runs to choose from?
+                searched:bool=True,    # are there tuning runs to choose from?
+                least:int=0            # how many runs allow them; 0: not known
                ) -> float|None:        # a share
     """Return the limit as a share. Raises `ValueError` for one that is negative or NaN, where forgetting is not
     a score in points, or where no rate is searched"""
@@ -452,7 +452,8 @@ def check_limit(limit:float|None,
                          'a lab skill, "auto", or a task of lm-eval')
     if not searched:
         raise ValueError(f'lose_at_most is {limit:g} points, but nothing is tuned, so there is nothing to choose from; '
-                         'give several learning rates, and max_runs that leaves two of them')
+                         'give several learning rates, and max_runs that leaves two of them'
+                         + (f': at least {least}' if least else ''))
     return limit/100
 
 # %% ../../nbs/instruments/compare.ipynb #d2dcc357
@@ -484,7 +485,7 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
             keep:bool=False,           # keep the change of every run beside its numbers
             executor=None,             # 'ray', `ray_map(...)` or map(f, jobs) makes the runs elsewhere; None: here
             progress:bool|Callable=True, # say what ran and how long the rest takes; a function gets it: see `Reporter`
-            **settings                 # go to `fit`: schedule, warmup, weight_decay, ...
+            **settings                 # go to `load`: head, add_tokens; or to `fit`: schedule, warmup, ...
            ) -> Comparison:
     """Fine-tune by each method, over rates and seeds, all tuned alike, and measure what each gained and broke.
 
@@ -512,7 +513,9 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
                   progress=progress is True,
                   batch_size=batch_size, precision=precision, **settings)
     in_nats = [s.name for s in bench.old_sets(0, 'validation') if s.metric == 'nll']
-    limit = check_limit(lose_at_most, bench.how, in_nats, bool(work['tuning']))
+    # two rates a method, and three points on each test seed
+    limit = check_limit(lose_at_most, bench.how, in_nats, bool(work['tuning']),
+                        len(arms)*(2 + 3*len(seeds)))
     recipes = {n: recipe for n, (recipe, _) in arms.items()}
     check_room(out) # before the first run, not after it
     found = _found(bench)

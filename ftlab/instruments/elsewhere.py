@@ -176,12 +176,16 @@ def _adds_nothing(att) -> bool:
     return bool(att.deltas) and not att.whole and not moves
 
 def _stored_rows(model, folder) -> int:
-    "Return how many rows the adapter's copy of the embedding has, or else the model's"
+    "Return how many rows the adapter's copy of the embedding has, or its trained rows need, or else the model's"
     n = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
     shapes = tensor_shapes(folder/ADAPTER[1]) if (folder/ADAPTER[1]).is_file() else {}
     whole = [s[0] for k, s in shapes.items()
              if n in k and 'lora_' not in k and k.endswith('.weight') and len(s) == 2]
-    return whole[0] if whole else model.get_input_embeddings().weight.shape[0]
+    if whole:
+        return whole[0]
+    rows = read_json(folder/ADAPTER[0]).get('trainable_token_indices') or []
+    ids = [i for part in (rows.values() if isinstance(rows, dict) else [rows]) for i in part]
+    return max([model.get_input_embeddings().weight.shape[0], *(i + 1 for i in ids)])
 
 def _from_adapter(folder, base, data, revision, how) -> tuple:
     "Return base with adapter, tokenizer, change, the base's identity, its name, notes and what is unknown"

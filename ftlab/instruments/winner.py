@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
 from scipy import stats
+from ..adapters.delta import Entries
 from ..adapters.edit import attach_change, scale
 from ..adapters.lowrank import LoRA
 from ..core.data import Data, data as as_data
@@ -171,7 +172,8 @@ def inputs_of(bench, seeds:list[int]) -> dict:
     b = bench.base
     return dict(model=str(b.source) if b.named else None, revision=b.revision,
                 dtype=None if b.dtype is None else str(b.dtype).removeprefix('torch.'),
-                head=b.head, labels=bench.given.labels, data=bench.given.origin,
+                head=b.head, add_tokens=b.add_tokens,
+                labels=bench.given.labels, data=bench.given.origin,
                 folder=os.getcwd(), seed=seeds[0], base=b.fingerprint(seeds[0]))
 
 def _data_again(known:Mapping, given, seen:str) -> Data:
@@ -195,7 +197,8 @@ def _base_again(known:Mapping, given, data:Data, device) -> Base:
                          'earlier version; give it: model=, a name or folder, or (model, tok)')
     if isinstance(model, str) and known.get('folder') and (Path(known['folder'])/model).is_dir():
         model = str(Path(known['folder'])/model)
-    return Base(model, data.labels, known.get('revision'), known.get('dtype'), device, known.get('head', 'auto'))
+    return Base(model, data.labels, known.get('revision'), known.get('dtype'), device, known.get('head', 'auto'),
+                None if isinstance(model, tuple) else known.get('add_tokens'))
 
 # %% ../../nbs/instruments/winner.ipynb #3e664a1b
 def _checked(result:Mapping, base:Base, data:Data, model, tok, seed:int) -> tuple[Data, list[str]]:
@@ -249,9 +252,10 @@ class StopAt:
 def _scaled(run:Run, dose:float) -> Run:
     "Return the run with a share of its change"
     att = run.delta.attached
-    if not att.whole and all(isinstance(d, LoRA) for d in att.deltas.values()):
-        for d in att.deltas.values(): # stays low rank
-            d.B.data.mul_(dose)
+    if not att.whole and all(isinstance(d, (LoRA, Entries)) for d in att.deltas.values()):
+        for d in att.deltas.values(): # stays low rank, or sparse
+            for t in (d.B,) if isinstance(d, LoRA) else (d.value, d.left_value):
+                t.data.mul_(dose)
         return run
     change = {n: t.clone() for n, t in att.changes().items()}
     att.detach()
@@ -350,7 +354,7 @@ def _record(run:Run, p:Mapping, base:Base, before, result:Mapping) -> dict:
     origin = run.data.origin or {}
     known = result.get('inputs') or {}
     return dict(model=str(base.source) if base.named else None, revision=base.revision,
-                head=base.head,
+                head=base.head, add_tokens=base.add_tokens,
                 dtype=known.get('dtype'),
                 data=run.data.name, origin=run.data.origin, folder=os.getcwd(), eval=origin.get('test'),
                 columns=origin.get('columns'), carry=origin.get('carry', []), wanted=origin.get('wanted'),

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from ..adapters.attach import Attached, oriented, own_buffers, own_weights
-from ..adapters.lowrank import check_peft, to_peft
+from ..adapters.attach import Attached, oriented, own_buffers, own_weights, owner_of
+from ..adapters.lowrank import LoRA, check_peft, to_peft
 from ..adapters.store import pack, save_delta
 from ..core.gguf_file import gguf_notes, write_gguf
 from ..core.io import disk_trouble, flush, read_tensors, staging, write_text
@@ -23,6 +23,7 @@ from ..core.data import Data
 from ..core.folder import check_folder, tensor_shapes, weight_files
 from ..core.loading import quiet
 from ..core.model import device_of, notes_of
+from ..core.new_tokens import new_rows
 from ..core.recipe import Recipe
 from ..core.state import State
 
@@ -252,7 +253,7 @@ def _transient(model) -> set[str]:
 
 # %% ../../nbs/trainers/run.ipynb #d11da0ac
 FORMS = ('plain', 'peft', 'gguf')
-NOT_ITS_FILES = ('it starts with random values', 'the embedding got rows', 'only the text part', 'an adapter beside it')
+NOT_ITS_FILES = ('it starts with random values', 'only the text part', 'an adapter beside it')
 
 def export_peft(run:Run, folder:str|Path) -> Path:
     """Write the change as an adapter folder of peft, with the tokenizer. Raises `FileExistsError` for a folder
@@ -267,6 +268,7 @@ def export_peft(run:Run, folder:str|Path) -> Path:
     if run.beyond:
         raise ValueError(f'{run.recipe.name} answers with {run.beyond}, which an adapter cannot hold; {way}')
     check_peft(run.delta.attached)
+    _check_new_rows(run, way)
     with staging(folder) as made:
         to_peft(run.delta.attached, made, getattr(run.model, 'name_or_path', '') or '',
                 getattr(run.model.config, '_commit_hash', None))
@@ -281,3 +283,12 @@ def export_peft(run:Run, folder:str|Path) -> Path:
             folder.rmdir()
         made.rename(folder)
     return folder
+
+def _check_new_rows(run:Run, way:str) -> None:
+    "Raise `ValueError` if rows that the files of the base lack have a change of low rank"
+    model, deltas = run.model, run.delta.attached.deltas
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    odd = [n for n, d in deltas.items() if type(d) is LoRA and owner_of(model, n)[0] in ends]
+    if new_rows(model) and odd:
+        raise ValueError(f'{odd[0]!r} has rows of new tokens, which the files of the base lack, and a change of low '
+                         f'rank does not hold them; {way}')

@@ -19,6 +19,7 @@ from ..core.data import Data
 from ..core.loading import head_names
 from ..core.io import check_room
 from ..core.model import pad_id
+from ..core.new_tokens import new_row_masks
 from ..core.recipe import Recipe
 from ..core.state import State
 from .checkpoint import (bytes_of_checkpoint, header_of, load_checkpoint,
@@ -209,7 +210,7 @@ def _attach(job:Job, recipe:Recipe, settings:dict) -> tuple[Attached, int]:
     if moving:
         originals = Originals(job.folder/'originals.safetensors',
                               {n: params[n] for n in moving if n in params})
-    att = attach(model, chosen, recipe.delta, also, originals)
+    att = attach(model, chosen, recipe.delta, also, originals, new_row_masks(model))
     return att, sum(params[n].numel() for n in also)
 
 # %% ../../nbs/trainers/stage.ipynb #b97f95bd

@@ -118,7 +118,8 @@ class lasso(Term):
     weight:float # the factor of that sum
 
     def __call__(self, state) -> Tensor:
-        size = sum(p.abs().sum() for p in state.attached.parameters().values())
+        own = state.attached.own.values()
+        size = sum(p.abs().sum() for d in own for p in d.parameters())
         return self.weight*size/len(state.batches)
 
     def __repr__(self):
@@ -148,7 +149,7 @@ class tune:
     lr:float    # learning rate, if `fit` is given none
 
     def __call__(self, context) -> Recipe:
-        found = context.runs[-1].delta.attached.deltas
+        found = context.runs[-1].delta.attached.own
         scales = {n: d.A.detach().clone() for n, d in found.items()}
         context.reset()
         width, model = head_width(context.model), context.model

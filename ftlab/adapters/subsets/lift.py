@@ -75,7 +75,7 @@ class Refresh:
     def after_step(self, state):
         if state.step % self.every or state.step >= state.steps:
             return
-        for n, d in state.attached.deltas.items():
+        for n, d in state.attached.own.items():
             new = d.move(self.choose(state.attached.weight(n)[1]))
             moments = state.optimizer.state[d.value].values() if state.optimizer else ()
             for t in moments:

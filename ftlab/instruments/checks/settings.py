@@ -7,15 +7,19 @@ from __future__ import annotations
 import copy
 import torch
 from ...adapters.attach import HALF
+from ...core.loading import quiet
 from ...core.model import positions
+from ...core.new_tokens import new_rows
+from ...core.text import some
 from ..case import NotApplicable, check, vocabulary_size
-from ..planted import after, before, planted, toy_model, toy_tokenizer
+from ..planted import (after, before, planted, text_data, toy_model, toy_rows,
+                                       toy_tokenizer)
 from ...methods import make_of
 from ...trainers.stage import lost_to_rounding
 
 # %% auto #0
-__all__ = ['pad_unusable', 'vocabulary_mismatch', 'too_long_for_positions', 'learning_rate', 'updates_round_away',
-           'fp16_unscaled']
+__all__ = ['pad_unusable', 'vocabulary_mismatch', 'too_long_for_positions', 'new_rows_frozen', 'learning_rate',
+           'updates_round_away', 'fp16_unscaled']
 
 # %% ../../../nbs/instruments/checks/settings.ipynb #0005291e
 @check('before', 'error',
@@ -69,6 +73,55 @@ def too_long_for_positions(case):
 @planted(too_long_for_positions, 'the model has 16 positions')
 def _sixteen_positions():
     return before(model=toy_model(max_position_embeddings=16), max_length=64)
+
+# %% ../../../nbs/instruments/checks/settings.ipynb #4a1c77e1
+@check('both', 'warning',
+       why='a row that never trained says nothing about its token, and this method leaves it as it is',
+       fix='add the tokens with ftlab.load(name, add_tokens=[...]) to a model that lacks them, or name their rows, '
+           'model.new_rows = tok.convert_tokens_to_ids([...]): every method trains both; or take a method that '
+           'trains embedding and head',
+       source='axolotl-ai-cloud/axolotl#1570')
+def new_rows_frozen(case):
+    used = ({i for r in case.whole for i in r['input_ids']}
+            - {case.pad, *new_rows(case.model)})
+    odd = set()
+    for n, table in _tables(case).items():
+        frozen = [i for i in sorted(used) if i < len(table) and not _trains(case, n, i)]
+        odd |= {i for i, bare in zip(frozen, _untrained(table, frozen)) if bare}
+    if odd:
+        names = [repr(t) for t in case.tok.convert_ids_to_tokens(sorted(odd))]
+        return (f'the data use {len(odd)} token{"s"*(len(odd) > 1)} ({some(names)}) whose rows never trained, and '
+                f'{case.recipe.name} does not train them')
+
+def _tables(case) -> dict:
+    "Return the weights with one row a token, without a change"
+    ends = (case.model.get_input_embeddings(), case.model.get_output_embeddings())
+    names = [f'{n}.weight' for n, m in case.model.named_modules() if m in ends]
+    return {n: case.params[n].detach() for n in names if n in case.params}
+
+def _trains(case, name:str, row:int) -> bool:
+    masks = [chosen[name] for _, chosen in case.selections if name in chosen]
+    return any(m is True or bool(m[row].any()) for m in masks)
+
+def _untrained(table:torch.Tensor, ids:list[int]) -> list[bool]:
+    "Return for each row whether it is 0, equal to another of these rows, or the mean of all"
+    rows = table[ids].float()
+    if len(rows) < 2:
+        return [False]*len(rows)
+    mean = sum(part.double().sum(0) for part in table.split(4096))/len(table)
+    near = (rows - mean.float()).norm(dim=1) < .02*(rows - mean.float()).norm(dim=1).median()
+    _, which, count = rows.unique(dim=0, return_inverse=True, return_counts=True)
+    return (near | (count[which] > 1) | (rows == 0).all(1)).tolist()
+
+@planted(new_rows_frozen, r"the data use 2 tokens \('<tool>', '</tool>'\) whose rows never trained, and lora does not")
+def _tokens_added_by_hand():
+    tok, model = toy_tokenizer(), toy_model()
+    tok.add_tokens(['<tool>', '</tool>'])
+    with quiet(), torch.random.fork_rng():
+        model.resize_token_embeddings(len(tok))
+    rows = [dict(r, prompt=f'<tool> {r["prompt"]}', response=f'{r["response"]} </tool>')
+            for r in toy_rows(40)]
+    return before(make_of('lora')(), model=model, tok=tok, data=text_data(rows))
 
 # %% ../../../nbs/instruments/checks/settings.ipynb #0009291e
 @check('both', 'warning',
