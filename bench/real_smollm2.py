@@ -88,7 +88,8 @@ def known(folder, model, tok):
 def compare(folder, runs='ftlab-runs/real_smollm2'):
     old = known(folder, *ftlab.load(smollm2_file()))
     r = ftlab.compare(list(RATES), str(smollm2_file()), banking(folder), old=old,
-                      metric='exact', seeds=3, steps=STEPS, batch_size=BATCH, max_length=LENGTH, lrs=RATES, evaluations=2,
+                      metric='exact', seeds=3, steps=STEPS, batch_size=BATCH,
+                      max_length=LENGTH, lrs=RATES, evaluations=2,
                       max_runs=9*len(RATES), # one tuning seed, and three seeds at one or two rates
                       items=150, old_items=30, validation_items=60,
                       old_validation_items=15, out=runs)
