@@ -87,10 +87,12 @@ def known(folder, model, tok):
 
 def compare(folder, runs='ftlab-runs/real_smollm2'):
     old = known(folder, *ftlab.load(smollm2_file()))
-    r = ftlab.compare(list(RATES), str(smollm2_file()), banking(folder), old=old, metric='exact', seeds=3,
-                      steps=STEPS, batch_size=BATCH, max_length=LENGTH, lrs=RATES, evaluations=2,
+    r = ftlab.compare(list(RATES), str(smollm2_file()), banking(folder), old=old,
+                      metric='exact', seeds=3, steps=STEPS, batch_size=BATCH,
+                      max_length=LENGTH, lrs=RATES, evaluations=2,
                       max_runs=9*len(RATES), # one tuning seed, and three seeds at one or two rates
-                      items=150, old_items=30, validation_items=60, old_validation_items=15, out=runs)
+                      items=150, old_items=30, validation_items=60,
+                      old_validation_items=15, out=runs)
     r.result['model'] = f'SmolLM2-135M-Instruct ({smollm2_file().stem.rpartition(".")[2]})'
     r.result['machine'] = platform.processor() or platform.machine()
     r.save(OUT)

@@ -192,7 +192,8 @@ def test_sentencepiece_begins_words_as_llama_cpp_does(prefix, tmp_path, monkeypa
     assert cut('the<|im_end|>the') == ['<s>', *first, '<|im_end|>', *first]
     assert tok.decode(tok('the cat').input_ids, skip_special_tokens=True) == 'the cat'
     ask = llama_cpp(path)
-    for t in ['the cat', ' the', '  in the', 'Ü cat', 'a<tool> cat', 'the<|im_end|>the', 'the\ncat']:
+    for t in ['the cat', ' the', '  in the', 'Ü cat', 'a<tool> cat', 'the<|im_end|>the',
+              'the\ncat']:
         found = ask('tokenize', content=t, add_special=True, parse_special=True)
         assert found['tokens'] == tok(t).input_ids, t
 

@@ -90,8 +90,9 @@ def check_config(file:Path, reader, config) -> None:
     rope = rope.get('full_attention', rope)
     made = {'attention.key_length': (head, head), 'attention.value_length': (head, head)}
     if rope:
-        turned = rope.get('partial_rotary_factor', getattr(config, 'partial_rotary_factor', None)) or 1
-        made['rope.dimension_count'] = (int(head*turned), head)
+        part = getattr(config, 'partial_rotary_factor', None)
+        part = rope.get('partial_rotary_factor', part) or 1
+        made['rope.dimension_count'] = (int(head*part), head)
         made['rope.freq_base'] = (rope['rope_theta'], 10_000) # the second is what llama.cpp takes if none is said
     for key, (value, default) in made.items():
         asked = said(reader, f'{arch}.{key}', default)
@@ -123,7 +124,8 @@ def follow_prefix(rules:dict, # as in `follow_rule`
                   prefix:bool # whether the file wants a space before text
                  ) -> None:
     "Put a space before each stretch of text between marks, or none, as llama.cpp does in a sentencepiece vocabulary"
-    steps = [dict(type='Prepend', prepend='▁'), dict(type='Replace', pattern=dict(String=' '), content='▁')]
+    mark = dict(type='Replace', pattern=dict(String=' '), content='▁')
+    steps = [dict(type='Prepend', prepend='▁'), mark]
     rules['normalizer'] = dict(type='Sequence', normalizers=steps[0 if prefix else 1:])
     rules['pre_tokenizer'] = None
     if not prefix:
