@@ -617,3 +617,35 @@ def test_a_model_without_the_code_of_its_own_is_not_said_to_lack_parameters():
     model.save_pretrained(folder)
     toy_tokenizer().save_pretrained(folder)
     assert not alarms(folder)
+
+
+# ---------- rows that other trainers take
+
+KTO = [dict(prompt=f'what is {i} ?', completion=f'it is {i}', label=i%3 == 0) for i in range(60)]
+TOKENISED = [dict(input_ids=[5, 6, i + 7], attention_mask=[1, 1, 1], labels=[-100, -100, i + 7]) for i in range(60)]
+PROMPTED = [dict(prompt=f'what is {i} ?', solution=str(i)) for i in range(60)]
+
+
+@pytest.mark.parametrize('rows, name', [(KTO, ''), (TOKENISED, ''), (PROMPTED, ''),
+                                        ([r | dict(label=True) for r in KTO], 'labels-one-sided'),
+                                        ([r | dict(labels=[-100]*3) for r in TOKENISED], 'tokens-without-labels'),
+                                        ([dict(prompt='a', response=5)]*60, 'rows-unreadable')])
+def test_rows_in_a_form_of_another_trainer_are_no_error(tmp_path, rows, name):
+    (tmp_path/'r.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    assert alarms(saved()['base'], data=tmp_path/'r.jsonl') == ([name] if name else [])
+
+
+def test_a_column_that_the_settings_name_is_read_by_the_trainer(tmp_path):
+    (tmp_path/'r.jsonl').write_text('\n'.join(json.dumps(dict(content=f'text {i}')) for i in range(60)))
+    for named, alarm in (('content', False), ('contents', True)):
+        given = elsewhere(args=dict(dataset_text_field=named, learning_rate=1e-4, num_train_epochs=1))
+        assert ('rows-unreadable' in alarms(given['model'], data=tmp_path/'r.jsonl')) == alarm
+
+
+def test_few_test_rows_of_the_doctors_own_split_are_a_note(tmp_path):
+    path = tmp_path/'r.jsonl'
+    path.write_text('\n'.join(map(json.dumps, toy_rows(60))))
+    assert 'few-test-rows' in doctor(saved()['base'], data=path).names
+    assert 'few-test-rows' not in alarms(saved()['base'], data=path)
+    given = dict(train=path, test=toy_rows(10, 500))
+    assert 'few-test-rows' in alarms(saved()['base'], data=given)

@@ -17,13 +17,15 @@ import yaml
 from ..core.data import KINDS, Data, data as as_data
 from ..core.folder import read_json
 from ..core.loading import skeleton
+from ..core.rows import read_rows
 from ..core.text import shortened, some
 from .case import NotApplicable
 from .named_rows import LARGEST, NamedRows, Rows, as_training, named_rows, rows_of
 
 # %% auto #0
-__all__ = ['REWARDS', 'NAMES', 'FORMS', 'OWN', 'KEEP', 'TRAINERS', 'PICKLES', 'PICKLED', 'CONVERT', 'HELD', 'Log', 'log_of',
-           'Config', 'flat', 'renamed', 'at_odds', 'form_of', 'Found', 'recognize', 'Elsewhere']
+__all__ = ['REWARDS', 'NAMES', 'FORMS', 'OWN', 'KEEP', 'TRAINERS', 'PICKLES', 'PICKLED', 'CONVERT', 'HELD', 'PROMPTS',
+           'ROWS_OF_TRAINERS', 'Log', 'log_of', 'Config', 'flat', 'renamed', 'at_odds', 'form_of', 'Found', 'recognize',
+           'Elsewhere']
 
 # %% ../../nbs/instruments/artifact.ipynb #00057975
 @dataclass
@@ -475,6 +477,19 @@ def _checkpoint(path) -> int:
     return int(number) if number.isdigit() else -1
 
 # %% ../../nbs/instruments/artifact.ipynb #00117975
+PROMPTS = 'prompts without answers'
+_ANSWERS = ('response', 'completion', 'chosen', 'rejected', 'output', 'label', 'text', 'messages')
+
+def _tokens(row) -> bool:
+    ids = row.get('input_ids')
+    return isinstance(ids, list) and bool(ids) and all(type(i) is int for i in ids)
+
+# TRL's dataset formats (docs/source/dataset_formats.md) and transformers' rows of tokens
+ROWS_OF_TRAINERS = {
+    'rows of tokens': _tokens,
+    'rows of KTO': lambda r: bool(r.get('completion')) and isinstance(r.get('label'), bool),
+    PROMPTS: lambda r: bool(r.get('prompt')) and not any(k in r for k in _ANSWERS)}
+
 class Elsewhere:
     "Hold what the checks of a run made elsewhere examine"
     def __init__(self,
@@ -607,13 +622,45 @@ class Elsewhere:
         "Say why the rows cannot be read; '' if they can, or if there are none"
         if self.given is None:
             return '' if self.read_rows else self.unread_rows
-        if isinstance(self.given, Data):
+        if isinstance(self.given, Data) or self.trainer_form:
             return ''
         try:
             self.data
         except NotApplicable as e:
             return str(e)
         return ''
+
+    @cached_property
+    def records(self) -> list[dict]:
+        "Return the rows as they stand in the file or list that was given; none if there is none"
+        if isinstance(self.given, (str, Path)) and Path(self.given).is_file():
+            try:
+                return [row for _, row in read_rows(Path(self.given))]
+            except (ValueError, OSError):
+                return []
+        rows = self.given if isinstance(self.given, list) else []
+        return rows if all(isinstance(r, Mapping) for r in rows) else []
+
+    @cached_property
+    def trainer_form(self) -> str:
+        "Say which form of rows this is that other trainers take and `ftlab.data` does not; '' if it is none"
+        for form, fits in ROWS_OF_TRAINERS.items():
+            if self.records and all(map(fits, self.records)):
+                rewarded = self.found.config is None or self.found.config.rewarded
+                return form if form != PROMPTS or rewarded else ''
+        field = self.found.config['dataset_text_field'] if self.found.config else None
+        if field and self.records and all(isinstance(r.get(field), str) for r in self.records):
+            return f'rows with their text in {field}'
+        return ''
+
+    @property
+    def split_here(self) -> bool:
+        "Return whether the test rows were split off one file or list, and not given"
+        source = self.given
+        if isinstance(source, Data):
+            origin = source.origin or {}
+            source = None if 'test' in origin else origin.get('source')
+        return isinstance(source, list) or isinstance(source, (str, Path)) and Path(source).is_file()
 
     @property
     def kind(self) -> str|None:

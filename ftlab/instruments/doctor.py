@@ -6,7 +6,7 @@
 from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -321,7 +321,14 @@ def _rows_and_model(case) -> Diagnosis|None:
     asked = [k for k in CHECKS if k.stage in ROWS and k.name not in PLAN or k.name in TOKENS]
     if case.given is None: # the trainer writes the turns in its own way, and splits the rows itself
         asked = [k for k in asked if k.name in (*NAMED, *TOKENS)]
-    return examine(before, 'before', asked)
+    return _own_split(case, examine(before, 'before', asked))
+
+def _own_split(case, found) -> Diagnosis:
+    "Make a note of few test rows that the doctor split off itself: they are no evaluation of the run"
+    if not case.split_here:
+        return found
+    findings = [replace(f, severity='note') if f.name == 'few-test-rows' else f for f in found]
+    return Diagnosis(found.when, findings, found.ran, found.skipped, found.about)
 
 ALONE = ('train-test-overlap', 'duplicate-rows', 'answers-contradict', 'few-test-rows', 'labels-missing',
          'labels-unbalanced') # checks that need nothing but rows
@@ -335,4 +342,4 @@ def _rows_alone(case) -> Diagnosis|None:
         return None
     asked = Elsewhere(case.found, case.named, case.data)
     names = NAMED if case.given is None else ALONE
-    return examine(asked, 'before', [k for k in CHECKS if k.name in names])
+    return _own_split(case, examine(asked, 'before', [k for k in CHECKS if k.name in names]))

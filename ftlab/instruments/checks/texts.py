@@ -11,8 +11,8 @@ from ..case import NotApplicable, check
 from ..planted import elsewhere, planted, toy_rows
 
 # %% auto #0
-__all__ = ['EMPTY', 'DAMAGE', 'MARKS', 'SETTINGS', 'rows_unreadable', 'answers_empty', 'answers_cut_alike', 'text_damaged',
-           'marks_in_text']
+__all__ = ['EMPTY', 'DAMAGE', 'MARKS', 'SETTINGS', 'rows_unreadable', 'labels_one_sided', 'tokens_without_labels',
+           'answers_empty', 'answers_cut_alike', 'text_damaged', 'marks_in_text']
 
 # %% ../../../nbs/instruments/checks/texts.ipynb #0005865e
 def _answers(case) -> list[str]:
@@ -40,6 +40,39 @@ def rows_unreadable(case):
     said = case.unreadable()
     if said and not EMPTY.search(said):
         return said
+    if case.trainer_form:
+        return 'note', f'these are {case.trainer_form}, which other trainers take; their texts were not examined'
+
+@check('elsewhere', 'error', why='without both kinds there is nothing to tell apart',
+       fix='add answers that are not wanted (label false), or train on the wanted ones alone without KTO',
+       source='huggingface/trl#3140')
+def labels_one_sided(case):
+    if case.trainer_form != 'rows of KTO':
+        raise NotApplicable('the rows are not those of KTO')
+    labels = [r['label'] for r in case.records]
+    if len(labels) >= 10 and len(set(labels)) == 1:
+        return f'label is {str(labels[0]).lower()} in all {len(labels)} rows'
+
+@planted(labels_one_sided, 'label is true in all 30 rows')
+def _only_wanted_answers():
+    rows = [dict(prompt=f'what is {i} ?', completion=f'it is {i}', label=True) for i in range(30)]
+    return elsewhere(config=dict(base_model='a/b', micro_batch_size=1), data=rows)
+
+@check('elsewhere', 'error', why='a row in which every label is -100 teaches nothing, and a batch of them has no loss',
+       fix='find out why no answer was found: the marks of the template, or a length that cuts it off',
+       source='huggingface/trl#3140')
+def tokens_without_labels(case):
+    if case.trainer_form != 'rows of tokens' or not all(isinstance(r.get('labels'), list) for r in case.records):
+        raise NotApplicable('there are no labels of tokens')
+    masked = sum(all(i == -100 for i in r['labels']) for r in case.records)
+    if masked > .01*len(case.records):
+        severity = 'error' if masked > .2*len(case.records) else 'warning'
+        return severity, f'in {masked} of {len(case.records)} rows every label is -100'
+
+@planted(tokens_without_labels, 'in 15 of 30 rows every label is -100')
+def _rows_of_masked_labels():
+    rows = [dict(input_ids=[5, 6, i + 7], labels=[-100, -100, -100 if i%2 else i + 7]) for i in range(30)]
+    return elsewhere(config=dict(base_model='a/b', micro_batch_size=1), data=rows)
 
 @planted(rows_unreadable, 'row|columns')
 def _rows_of_no_form():
