@@ -649,3 +649,18 @@ def test_few_test_rows_of_the_doctors_own_split_are_a_note(tmp_path):
     assert 'few-test-rows' not in alarms(saved()['base'], data=path)
     given = dict(train=path, test=toy_rows(10, 500))
     assert 'few-test-rows' in alarms(saved()['base'], data=given)
+
+
+@pytest.mark.parametrize('epochs, alarm', [(1, False), (2, False), (3, True), (10, True)])
+def test_an_evaluation_that_is_off_is_a_warning_only_where_rows_are_seen_often(epochs, alarm):
+    off = elsewhere(args=dict(eval_strategy='no', learning_rate=1e-4, num_train_epochs=epochs))
+    assert ('evaluation-off' in alarms(off['model'])) == alarm
+    logged = elsewhere(trainer_state=toy_log(evals={}, epochs=epochs))
+    assert ('evaluation-missing' in alarms(logged['model'])) == alarm
+
+
+@pytest.mark.parametrize('entries, alarm', [(5, False), (40, True)])
+def test_a_peak_that_is_soon_gone_is_no_resume(tmp_path, entries, alarm):
+    rows = [dict(step=10*i, loss=(2.5 if 30 <= i < 30 + entries else 1.3) + i%3/100) for i in range(1, 70)]
+    (tmp_path/'trainer_state.json').write_text(json.dumps(dict(log_history=rows)))
+    assert ('resume-jump' in alarms(tmp_path)) == alarm

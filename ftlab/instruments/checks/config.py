@@ -15,7 +15,7 @@ from ..case import NotApplicable, check
 from ..planted import elsewhere, planted
 
 # %% auto #0
-__all__ = ['AXOLOTL', 'APART', 'POSITIONS', 'ADAM', 'RATES', 'REFUSED', 'NOTHING', 'GRPO', 'LINEAR', 'SMALL', 'ADDED',
+__all__ = ['AXOLOTL', 'APART', 'POSITIONS', 'ADAM', 'RATES', 'REFUSED', 'NOTHING', 'GRPO', 'SHORT', 'LINEAR', 'SMALL', 'ADDED',
            'TEMPLATES', 'FAMILY', 'MORE', 'precision_twice', 'quantized_in_full', 'adapter_not_on',
            'packing_mixes_rows', 'evaluation_packed', 'prompts_learned', 'end_never_learned', 'pad_is_end',
            'rows_too_long', 'rate_unusual', 'setting_no_number', 'setting_twice', 'refused',
@@ -473,6 +473,8 @@ def _one_answer_a_question():
     return elsewhere(args=GRPO | dict(num_generations=1))
 
 # %% ../../../nbs/instruments/checks/config.ipynb #0011cd6c
+SHORT = 2 # passes: so few seldom teach rows by heart, and many published recipes then evaluate afterwards
+
 @check('elsewhere', 'warning', why='nothing shows when the model starts to learn by heart',
        fix='axolotl: val_set_size: 0.05; trl: eval_strategy: steps; LLaMA-Factory: val_size: 0.05',
        source='huggingface/transformers#11931')
@@ -482,15 +484,16 @@ def evaluation_off(case):
         raise NotApplicable('rewards are an evaluation of their own, and so is the loss of new text')
     if c.form == 'axolotl':
         if not (c.number('val_set_size') or 0) > 0 and not c['test_datasets']:
-            # in a single pass, its default, every row is new when it is trained on
-            once = (c.number('epochs') or 1) <= 1
-            return ('note' if once else 'warning'), 'val_set_size is 0 or missing, and there is no test_datasets'
+            # one pass is its default
+            short = (c.number('epochs') or 1) <= SHORT
+            return ('note' if short else 'warning'), 'val_set_size is 0 or missing, and there is no test_datasets'
     elif c.form == 'llamafactory':
         if not (c.number('val_size') or 0) > 0 and not c['eval_dataset']:
-            severity = 'note' if c['val_size'] is None else 'warning'
+            severity = 'note' if c['val_size'] is None or (c.number('epochs') or 3) <= SHORT else 'warning'
             return severity, 'val_size is 0 or missing, and there is no eval_dataset'
     elif str(c['evaluation']).lower() in ('no', 'false') or c['evaluation'] is False:
-        return 'eval_strategy is no'
+        # three passes are the default of transformers
+        return ('note' if (c.number('epochs') or 3) <= SHORT else 'warning'), 'eval_strategy is no'
     elif c['evaluation'] is None and not c.on('do_eval') and len(c.raw) > 3:
         return 'note', 'nothing says that evaluation is on'
 

@@ -340,6 +340,8 @@ def resume_jump(case):
         # one clean step between two levels, larger than the noise; a loss that goes on rising diverges
         if (step > max(.1, .15*max(before), 2*(max(before) - min(before)))
                 and values[-1] < 1.1*max(after)):
+            if min(values[i:i + 10]) <= max(before):
+                return 'note', f'the training loss has a peak at step {loss[i][0]:g}, and is soon back at its level'
             return (f'at step {loss[i][0]:g} the training loss rises at once from {median(before):.3g} '
                     f'to {median(after):.3g}')
     back = [a for (a, _), (b, _) in zip(loss, loss[1:]) if b < a]
@@ -395,8 +397,8 @@ def evaluation_missing(case):
     if case.log.rewarded:
         raise NotApplicable('rewards are an evaluation of their own')
     if not case.log.evals and len(case.log.loss) >= 5 and case.log.last >= 20:
-        # in a single pass every row is new when it is trained on, and its loss is an evaluation
-        once = 0 < _passes(case.log) <= 1
+        # in a single pass each row is new when it is trained on, and two seldom teach rows by heart
+        once = 0 < _passes(case.log) <= 2
         seen = f'{case.log.last:g} steps were logged and not one evaluation'
         return ('note' if once else 'warning'), seen
 
