@@ -397,8 +397,8 @@ def evaluation_missing(case):
     if case.log.rewarded:
         raise NotApplicable('rewards are an evaluation of their own')
     if not case.log.evals and len(case.log.loss) >= 5 and case.log.last >= 20:
-        # in a single pass each row is new when it is trained on, and two seldom teach rows by heart
-        once = 0 < _passes(case.log) <= 2
+        # in a single pass every row is new when it is trained on, and its loss is an evaluation
+        once = 0 < _passes(case.log) <= 1
         seen = f'{case.log.last:g} steps were logged and not one evaluation'
         return ('note' if once else 'warning'), seen
 
