@@ -140,7 +140,8 @@ def test_random_heads_are_as_many_and_depend_on_the_seed():
 
 def test_the_price_of_scales_is_their_sum_and_shrinks_them():
     class State:
-        delta = type('D', (), dict(parameters=lambda _: [torch.tensor([1., -2.]), torch.tensor([3.])]))()
+        values = [torch.tensor([1., -2.]), torch.tensor([3.])]
+        delta = type('D', (), dict(parameters=lambda _: State.values))()
         attached = type('A', (), dict(own=dict(a=delta)))()
         batches = [0, 1]
 
