@@ -11,6 +11,7 @@ from ftlab.core.model import notes_of
 from ftlab.core.new_tokens import (add_to, give_rows, given_tokens, new_row_masks, new_rows,
                                    token_tables, tokens_json)
 from ftlab.instruments.bench import Base
+from ftlab.instruments.card import card
 from ftlab.instruments.compare import Comparison
 from ftlab.instruments.report import read_run
 from ftlab.methods import get
@@ -68,6 +69,36 @@ def test_the_tokenizer_knows_them_and_old_ones_are_counted(tmp_path):
     model, _ = load(saved(toy(), tmp_path/'again'), add_tokens=['sort'])
     assert not new_rows(model) and not new_row_masks(model)
     assert len(token_tables(model)['model.embed_tokens.weight']) == n
+
+def test_what_a_token_does_to_the_tokenizer_is_said(tmp_path):
+    folder = saved(toy(), tmp_path/'m')
+    model, _ = load(folder, add_tokens=['so'])
+    assert "'so' now cuts words that hold it, such as" in notes_of(model)[0]
+    for t in (AddedToken('so', single_word=True, normalized=False), '<so>'):
+        assert 'cuts' not in notes_of(load(folder, add_tokens=[t])[0])[0]
+    model, tok = load(folder, add_tokens=[dict(content='sort', special=True)])
+    assert "not special, and left so: 'sort'" in notes_of(model)[0]
+    assert tok.decode(tok('sort').input_ids, skip_special_tokens=True).strip() == 'sort'
+
+def test_tokens_that_a_tokenizer_has_and_the_model_lacks_get_rows(tmp_path):
+    tok = copy.deepcopy(TOK)
+    add_to(tok, TOKENS)
+    folder = saved(toy(), tmp_path/'m', tok)
+    model, again = load(folder, add_tokens=TOKENS)
+    assert new_rows(model) == tok.convert_tokens_to_ids(['<tool_call>', '</tool_call>', '<|turn|>'])
+    assert len(again) == len(tok) == len(model.get_input_embeddings().weight)
+    assert 'whose rows are not new' not in notes_of(model)[0]
+    assert not new_rows(load(folder)[0]) and not new_rows(load(folder, add_tokens=['sort'])[0])
+
+def test_a_model_that_reads_images_takes_no_tokens(tmp_path):
+    from transformers import ViTConfig, ViTForImageClassification
+    ViTForImageClassification(ViTConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+        image_size=8, patch_size=4)).save_pretrained(tmp_path/'v')
+    for read in (load, skeleton):
+        assert read(tmp_path/'v')[1] is None
+        with pytest.raises(ValueError, match='no tokens can be added'):
+            read(tmp_path/'v', add_tokens=TOKENS)
 
 # ---------- their rows
 
@@ -311,6 +342,37 @@ def test_a_base_is_made_again_with_its_tokens(tmp_path):
     assert len(a(0)[1]) == len(TOK) + 3
     with pytest.raises(ValueError, match='goes with the name'):
         Base((toy(), TOK), add_tokens=TOKENS)
+
+def test_runs_are_shared_only_if_the_same_rows_train(tmp_path, monkeypatch):
+    "A grown model that is saved has the same weights and tokenizer, and no new rows"
+    monkeypatch.setenv('FTLAB_RUNS', str(tmp_path/'runs'))
+    folder = saved(toy(tied=False), tmp_path/'m')
+    model, tok = load(folder, add_tokens=TOKENS)
+    grown_folder = saved(model, tmp_path/'g', tok)
+    by_hand = copy.deepcopy(model)
+    by_hand.new_rows = new_rows(model)[:1]
+    prints = {Base(m).fingerprint(0) for m in (grown_folder, (model, tok), (by_hand, tok))}
+    assert len(prints) == 3 and Base(folder, add_tokens=TOKENS).fingerprint(0) in prints
+    (tmp_path/'d.jsonl').write_text('\n'.join(map(json.dumps, ROWS*2)))
+    def trained(model, **more):
+        c = ftlab.compare(['lora'], model, ftlab.data(str(tmp_path/'d.jsonl')), seeds=1, steps=2,
+                          tune=False, items=4, old_items=2, batch_size=4, out=tmp_path/'c',
+                          resume=True, progress=False, **more)
+        return int(c.table['trained'].iloc[0])
+    without = trained(grown_folder)
+    assert trained(folder, add_tokens=TOKENS) - without == 2*3*32
+
+def test_the_card_repeats_only_what_it_can(tmp_path):
+    folder = saved(toy(), tmp_path/'m')
+    (tmp_path/'d.jsonl').write_text('\n'.join(map(json.dumps, ROWS)))
+    data = ftlab.data(str(tmp_path/'d.jsonl'))
+    def text(model, tok):
+        return card(fit(model, tok, data, get('lora'), steps=2, batch_size=4, progress=False))
+    assert f'add_tokens={TOKENS!r}' in text(*load(folder, add_tokens=TOKENS))
+    model, tok = load(folder)
+    model.new_rows = tok.convert_tokens_to_ids(['sort'])
+    assert 'got rows for tokens after its files were read' in text(model, tok)
+    assert 'add_tokens' not in text(*load(folder))
 
 def test_the_winner_is_trained_with_the_same_tokens(tmp_path):
     folder = saved(toy(), tmp_path/'m')

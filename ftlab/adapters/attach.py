@@ -415,7 +415,7 @@ def attach(model:nn.Module,          # changed in place: frozen except for what 
     # a weight that was chosen whole has these entries already; each entry has one change
     beside = {n: m for n, m in (beside or {}).items()
               if n not in also and chosen.get(n) is not True}
-    chosen = {n: m | beside.pop(n) if n in beside else m for n, m in chosen.items()}
+    chosen = {n: m | beside.pop(n).to(m.device) if n in beside else m for n, m in chosen.items()}
     written = {n: m for n, m in chosen.items() if n not in also
                and (delta is not None or m is not True)}
     make = delta or Entries

@@ -25,7 +25,7 @@ from .gguf_folder import notes_in, plain_folder
 from .labels import match_labels, model_labels, unnamed
 from .lab import lab
 from .model import TABLE
-from .new_tokens import add_to, give_rows
+from .new_tokens import add_to, give_rows, given_tokens, tokens_json
 from .text import did_you_mean
 
 # %% auto #0
@@ -352,8 +352,13 @@ def row_advice(model, tok, used:Iterable[int]) -> str:
 
 def _rows_for(model, tok, resize:bool, name, tokens:Iterable|None) -> list[str]:
     "Add tokens, and the rows that the embedding lacks, if asked to; return notes"
-    ids, said = add_to(tok, tokens) if tokens else ([], '')
-    lacking = without_row(model, tok)
+    if tok is None:
+        if tokens:
+            raise ValueError(f'{name} reads images and has no tokenizer, so no tokens can be added')
+        return []
+    tokens, lacking = given_tokens(tokens) if tokens else [], without_row(model, tok)
+    ids, said = add_to(tok, tokens, lacking) if tokens else ([], '')
+    model.new_tokens = tokens_json(tokens) if ids else None
     if ids or (lacking and resize):
         return [*filter(None, (said,)), _given_rows(model, tok, sorted({*ids, *lacking}))]
     if not lacking:
@@ -567,8 +572,8 @@ def load(name:str|Path,              # 'lab-s' or another lab model, a local fol
     notes = plan.notes + _check_gaps(info, tops if plan.fresh else set(), str(name))
     if plan.fresh:
         fresh_head(model, seed)
+    notes += _rows_for(model, plan.tok, resize, name, add_tokens)
     if plan.tok is not None:
-        notes += _rows_for(model, plan.tok, resize, name, add_tokens)
         notes += _same_padding(model, plan.tok, plan.sort)
     model.load_notes = notes
     return model.to(device).eval(), plan.tok
@@ -590,7 +595,7 @@ def skeleton(name:str|Path,              # as in `load`, like the next three
     if dtype == 'auto':
         dtype = plan.config.dtype or _stored(where)
     model = _bones(plan.sort, plan.config, dtype, device, name)
-    if add_tokens and plan.tok is not None:
+    if add_tokens:
         _rows_for(model, plan.tok, False, name, add_tokens)
     return model, plan.tok
 

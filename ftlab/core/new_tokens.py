@@ -11,7 +11,7 @@ from transformers import AddedToken
 from .text import some
 
 # %% auto #0
-__all__ = ['given_tokens', 'tokens_json', 'token_tables', 'give_rows', 'new_rows', 'new_row_masks', 'add_to']
+__all__ = ['given_tokens', 'tokens_json', 'token_tables', 'give_rows', 'new_rows', 'new_tokens', 'new_row_masks', 'add_to']
 
 # %% ../../nbs/core/new_tokens.ipynb #950dacae
 def given_tokens(tokens:Iterable[str|AddedToken|Mapping] # texts, `AddedToken`s, or its arguments
@@ -79,6 +79,10 @@ def new_rows(model) -> list[int]:
     "Return the ids of tokens whose rows are new; every method trains them"
     return list(getattr(model, 'new_rows', ()))
 
+def new_tokens(model) -> list|None:
+    "Return the tokens that `load` added, as JSON holds them; `None` for none"
+    return getattr(model, 'new_tokens', None)
+
 def new_row_masks(model) -> dict[str, Tensor]:
     "Return {name: mask} of the new rows in the embedding and the head; empty if there are none"
     out = {}
@@ -88,19 +92,39 @@ def new_row_masks(model) -> dict[str, Tensor]:
     return out
 
 # %% ../../nbs/core/new_tokens.ipynb #4abf9ecf
-def add_to(tok,            # changed in place
-           tokens:Iterable # as `given_tokens` takes them
-          ) -> tuple[list[int], str]: # the ids of the new ones; a note
+def add_to(tok,             # changed in place
+           tokens:Iterable, # as `given_tokens` takes them
+           rowless:Iterable[int]=() # ids for which the model has no row
+          ) -> tuple[list[int], str]: # the ids of tokens that need a row; a note
     "Add tokens to a tokenizer; those that it knows stay as they are"
-    had = tok.get_vocab()
-    given = given_tokens(tokens)
+    had, given = tok.get_vocab(), given_tokens(tokens)
+    words = had.keys() - tok.get_added_vocab().keys()
     new = [t for t in given if t.content not in had]
     for t in new: # one at a time: their ids follow the order in which they were named
         tok.add_tokens([t], special_tokens=t.special)
     ids = [tok.convert_tokens_to_ids(t.content) for t in new]
     if lost := [t.content for t, i in zip(new, ids) if i in had.values() or i is None]:
         raise ValueError(f'the tokenizer gave {lost[0]!r} no number of its own, so it cannot be added')
-    known = [repr(t.content) for t in given if t.content in had]
+    bare = [t for t in given if had.get(t.content) in set(rowless)]
+    said = _said(given, new, bare) + _not_special(tok, [t for t in given if t.content in had])
+    return ids + [had[t.content] for t in bare], said + _cut(new, words)
+
+def _said(given:list, new:list, bare:list) -> str:
     said = f'{len(new)} of {len(given)} tokens to add are new to the tokenizer'
     said += f' ({some(repr(t.content) for t in new)})' if new else ''
-    return ids, said + (f'; it knew {some(known)} already, whose rows are not new' if known else '')
+    known = [repr(t.content) for t in given if t not in new and t not in bare]
+    said += f'; it knew {some(repr(t.content) for t in bare)}, and the model had no row' if bare else ''
+    return said + (f'; it knew {some(known)} already, whose rows are not new' if known else '')
+
+def _not_special(tok, known:list) -> str:
+    "Say which tokens were to be special, are known, and are not"
+    special = {t.content for t in tok.added_tokens_decoder.values() if t.special}
+    odd = [repr(t.content) for t in known if t.special and t.content not in special]
+    return f'; not special, and left so: {some(odd)}' if odd else ''
+
+def _cut(new:list, words:Iterable[str]) -> str:
+    "Say which words of the tokenizer are cut in pieces by a new token"
+    for t in new:
+        if not t.single_word and (cut := sorted(w for w in words if t.content in w)):
+            return f'; {t.content!r} now cuts words that hold it, such as {cut[0]!r}'
+    return ''

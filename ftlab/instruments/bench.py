@@ -19,7 +19,7 @@ from ..core.tokens import encode_all
 from ..core.labels import numbered
 from ..core.loading import find_device, load
 from ..core.model import device_of, model_inputs, notes_of, pad_id, row_limit, to_device
-from ..core.new_tokens import tokens_json
+from ..core.new_tokens import new_rows, tokens_json
 from ..core.recipe import Recipe
 from ..core.record import digest
 from ..core.scorers import WORLD, answer_scores, label_hits, nll, row_nlls
@@ -200,7 +200,10 @@ class Base:
         if s not in self._prints:
             model, tok = self(s)
             config = {k: v for k, v in model.config.to_dict().items() if k != '_name_or_path'}
-            self._prints[s] = digest([identity(model), config, tokenizer_print(tok)])
+            parts = [identity(model), config, tokenizer_print(tok)]
+            if rows := new_rows(model): # they train, which no weight shows
+                parts.append(rows)
+            self._prints[s] = digest(parts)
         return self._prints[s]
 
 # %% ../../nbs/instruments/bench.ipynb #c0d3464d

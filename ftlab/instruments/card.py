@@ -17,6 +17,7 @@ from ..core.io import write_text
 from ..core.labels import numbered
 from ..core.mix import read_again
 from ..core.model import notes_of
+from ..core.new_tokens import new_rows, new_tokens
 from ..core.record import digest, versions
 from ..evaluators.forgetting import change_in_words
 from ..methods import get
@@ -161,6 +162,8 @@ def _not_repeatable(run:Run) -> str:
         return 'callbacks took part in it'
     if not (run.settings.get('model_name') or getattr(run.model, 'name_or_path', '')):
         return 'the model was made in memory'
+    if new_rows(run.model) and not new_tokens(run.model):
+        return 'its model got rows for tokens after its files were read'
     if changed := [n for n in notes_of(run.model) if any(k in n for k in NOT_ITS_FILES[1:])]:
         return f'the model was changed after it was loaded ({changed[0]})'
     try:
@@ -205,7 +208,7 @@ def _load_code(run:Run, record:Mapping) -> str:
     more = dict(revision=record.get('revision') or getattr(run.model.config, '_commit_hash', None),
                 dtype=None if dtype == 'float32' else dtype,
                 head=None if head == 'auto' or not run.data.labels else head,
-                add_tokens=record.get('add_tokens'))
+                add_tokens=new_tokens(run.model))
     labels = f', labels=data.labels, seed={run.settings.get("seed", 0)}' if run.data.labels else ''
     return f'{_called(run)[0]!r}' + ''.join(f', {k}={v!r}' for k, v in more.items() if v) + labels
 
