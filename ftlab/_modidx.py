@@ -978,8 +978,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ftlab.core.model.row_limit': ('core/model.html#row_limit', 'ftlab/core/model.py'),
                                   'ftlab.core.model.to_device': ('core/model.html#to_device', 'ftlab/core/model.py')},
             'ftlab.core.new_tokens': { 'ftlab.core.new_tokens._cut': ('core/new_tokens.html#_cut', 'ftlab/core/new_tokens.py'),
-                                       'ftlab.core.new_tokens._not_special': ( 'core/new_tokens.html#_not_special',
-                                                                               'ftlab/core/new_tokens.py'),
                                        'ftlab.core.new_tokens._said': ('core/new_tokens.html#_said', 'ftlab/core/new_tokens.py'),
                                        'ftlab.core.new_tokens._set_to_mean': ( 'core/new_tokens.html#_set_to_mean',
                                                                                'ftlab/core/new_tokens.py'),

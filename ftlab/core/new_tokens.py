@@ -106,21 +106,19 @@ def add_to(tok,             # changed in place
     if lost := [t.content for t, i in zip(new, ids) if i in had.values() or i is None]:
         raise ValueError(f'the tokenizer gave {lost[0]!r} no number of its own, so it cannot be added')
     bare = [t for t in given if had.get(t.content) in set(rowless)]
-    said = _said(given, new, bare) + _not_special(tok, [t for t in given if t.content in had])
-    return ids + [had[t.content] for t in bare], said + _cut(new, words)
+    return ids + [had[t.content] for t in bare], _said(tok, given, new, bare) + _cut(new, words)
 
-def _said(given:list, new:list, bare:list) -> str:
-    said = f'{len(new)} of {len(given)} tokens to add are new to the tokenizer'
-    said += f' ({some(repr(t.content) for t in new)})' if new else ''
-    known = [repr(t.content) for t in given if t not in new and t not in bare]
-    said += f'; it knew {some(repr(t.content) for t in bare)}, and the model had no row' if bare else ''
-    return said + (f'; it knew {some(known)} already, whose rows are not new' if known else '')
-
-def _not_special(tok, known:list) -> str:
-    "Say which tokens were to be special, are known, and are not"
+def _said(tok, given:list, new:list, bare:list) -> str:
+    "Say which tokens are new, which were known, and which of these were to be special and are not"
     special = {t.content for t in tok.added_tokens_decoder.values() if t.special}
-    odd = [repr(t.content) for t in known if t.special and t.content not in special]
-    return f'; not special, and left so: {some(odd)}' if odd else ''
+    known = [t for t in given if t not in new + bare]
+    plain = [t for t in bare + known if t.special and t.content not in special]
+    texts = lambda tokens: some(repr(t.content) for t in tokens)
+    said = f'{len(new)} of {len(given)} tokens to add are new to the tokenizer'
+    said += f' ({texts(new)})' if new else ''
+    said += f'; it knew {texts(bare)}, for which the model had no row' if bare else ''
+    said += f'; it knew {texts(known)} already, whose rows are not new' if known else ''
+    return said + (f'; not special, and left so: {texts(plain)}' if plain else '')
 
 def _cut(new:list, words:Iterable[str]) -> str:
     "Say which words of the tokenizer are cut in pieces by a new token"
