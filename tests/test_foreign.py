@@ -624,7 +624,8 @@ def test_a_model_without_the_code_of_its_own_is_not_said_to_lack_parameters():
 # ---------- rows that other trainers take
 
 KTO = [dict(prompt=f'what is {i} ?', completion=f'it is {i}', label=i%3 == 0) for i in range(60)]
-TOKENISED = [dict(input_ids=[5, 6, i + 7], attention_mask=[1, 1, 1], labels=[-100, -100, i + 7]) for i in range(60)]
+TOKENISED = [dict(input_ids=[5, 6, i + 7], attention_mask=[1, 1, 1], labels=[-100, -100, i + 7])
+             for i in range(60)]
 PROMPTED = [dict(prompt=f'what is {i} ?', solution=str(i)) for i in range(60)]
 
 
@@ -638,9 +639,11 @@ def test_rows_in_a_form_of_another_trainer_are_no_error(tmp_path, rows, name):
 
 
 def test_a_column_that_the_settings_name_is_read_by_the_trainer(tmp_path):
-    (tmp_path/'r.jsonl').write_text('\n'.join(json.dumps(dict(content=f'text {i}')) for i in range(60)))
+    lines = (json.dumps(dict(content=f'text {i}')) for i in range(60))
+    (tmp_path/'r.jsonl').write_text('\n'.join(lines))
     for named, alarm in (('content', False), ('contents', True)):
-        given = elsewhere(args=dict(dataset_text_field=named, learning_rate=1e-4, num_train_epochs=1))
+        given = elsewhere(args=dict(dataset_text_field=named, learning_rate=1e-4,
+                                    num_train_epochs=1))
         assert ('rows-unreadable' in alarms(given['model'], data=tmp_path/'r.jsonl')) == alarm
 
 
@@ -653,7 +656,7 @@ def test_few_test_rows_of_the_doctors_own_split_are_a_note(tmp_path):
     assert 'few-test-rows' in alarms(saved()['base'], data=given)
 
 
-@pytest.mark.parametrize('epochs, alarm', [(1, False), (2, False), (3, True), (10, True)])
+@pytest.mark.parametrize('epochs, alarm', [(1, False), (2, True), (10, True)])
 def test_an_evaluation_that_is_off_is_a_warning_only_where_rows_are_seen_often(epochs, alarm):
     off = elsewhere(args=dict(eval_strategy='no', learning_rate=1e-4, num_train_epochs=epochs))
     assert ('evaluation-off' in alarms(off['model'])) == alarm
@@ -661,7 +664,8 @@ def test_an_evaluation_that_is_off_is_a_warning_only_where_rows_are_seen_often(e
     assert ('evaluation-missing' in alarms(logged['model'])) == alarm
 
 
-@pytest.mark.parametrize('entries, rate, alarm', [(5, 1e-4, False), (40, 1e-4, True), (5, 2e-4, True)])
+@pytest.mark.parametrize('entries, rate, alarm', [(5, 1e-4, False), (40, 1e-4, True),
+                                                  (5, 2e-4, True), (5, 2e-5, True)])
 def test_a_peak_that_is_soon_gone_is_no_resume(tmp_path, entries, rate, alarm):
     rows = [dict(step=10*i, loss=(2.5 if 30 <= i < 30 + entries else 1.3) + i%3/100,
                  learning_rate=1e-4 if i < 30 else rate) for i in range(1, 70)]
@@ -679,8 +683,10 @@ def test_an_adapter_that_is_whole_raises_no_alarm():
                       n.replace('lora_A.weight', 'lora_magnitude_vector'): torch.ones(32)
                       for n in t if 'lora_A' in n})):
         found = alarms(given.pop('model'), **given)
-        assert not {'adapter-parts-lost', 'adapter-layers-missing', 'adapter-changes-nothing'} & set(found), found
+        asked = {'adapter-parts-lost', 'adapter-layers-missing', 'adapter-changes-nothing'}
+        assert not asked & set(found), found
     assert 'adapter-layers-missing' in alarms(toy_adapter()['model'], **deeper)
     cut = Path(toy_adapter()['model'])
-    (cut/'adapter_model.safetensors').write_bytes((cut/'adapter_model.safetensors').read_bytes()[:200])
+    file = cut/'adapter_model.safetensors'
+    file.write_bytes(file.read_bytes()[:200])
     assert 'adapter-layers-missing' not in alarms(cut, **deeper)

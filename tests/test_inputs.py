@@ -310,7 +310,8 @@ RUNS = dict(
     papers='papers hft')
 # read by `main` itself, or only in the other mode of the command: `REFUSED` holds that they are not ignored there
 BY_MAIN = {'command', 'json', 'debug', 'run', 'options', 'read'}
-ELSEWHERE = dict(report={'eval', 'columns', 'carry', 'wanted', 'labels', 'empty'})
+ELSEWHERE = dict(report={'eval', 'columns', 'carry', 'wanted', 'labels', 'empty'},
+                 compare={'ray_address', 'workers', 'gpus_per_run'})  # with --executor alone, else refused
 
 @pytest.mark.parametrize('command', RUNS)
 def test_every_option_is_read(command, place, tmp_path, capfd):
@@ -328,7 +329,9 @@ REFUSED = ['doctor {d}/run --lr 1e-3', 'doctor {d}/run --method lora', 'doctor {
            'report {d}/run --wanted only', 'claims list --jobs 2', 'claims list --all', 'claims run hft --because x',
            'claims explain hft --jobs 2', f'fit {LM_RUN} --head new',
            'show --model {d}/m --data {d}/d.jsonl --head new',
-           f'compare {LM_RUN} --methods full --no-tune --max-runs 3']
+           f'compare {LM_RUN} --methods full --no-tune --max-runs 3',
+           f'compare {LM_RUN} --methods full --workers 2', f'compare {LM_RUN} --methods full --ray-address x',
+           f'compare {LM_RUN} --methods full --gpus-per-run 1']
 
 @pytest.mark.parametrize('line', REFUSED)
 def test_an_option_that_nothing_would_read_is_refused(line, place, tmp_path, monkeypatch, capfd):

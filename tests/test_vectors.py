@@ -140,9 +140,9 @@ def test_random_heads_are_as_many_and_depend_on_the_seed():
 
 def test_the_price_of_scales_is_their_sum_and_shrinks_them():
     class State:
-        attached = type(
-            'A', (),
-            dict(parameters=lambda self: dict(a=torch.tensor([1., -2.]), b=torch.tensor([3.]))))()
+        values = [torch.tensor([1., -2.]), torch.tensor([3.])]
+        delta = type('D', (), dict(parameters=lambda _: State.values))()
+        attached = type('A', (), dict(own=dict(a=delta)))()
         batches = [0, 1]
 
     assert float(lasso(.5)(State)) == .5*6/2

@@ -660,7 +660,8 @@ class Elsewhere:
         if isinstance(source, Data):
             origin = source.origin or {}
             source = None if 'test' in origin else origin.get('source')
-        return isinstance(source, list) or isinstance(source, (str, Path)) and Path(source).is_file()
+        named = isinstance(source, (str, Path))
+        return isinstance(source, list) or named and Path(source).is_file()
 
     @property
     def kind(self) -> str|None:

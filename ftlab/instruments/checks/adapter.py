@@ -133,10 +133,11 @@ def _a_part_that_did_not_train():
     return toy_adapter(change=lambda t: t | {n: x*0 for n,
                                              x in [k for k in t.items() if _second(k[0])][:1]})
 
-@planted(adapter_changes_nothing, 'all 2 vectors of IA3 are 1')
+@planted(adapter_changes_nothing, 'all 4 vectors of IA3 are 1')
 def _vectors_of_ones():
-    return toy_adapter(peft_type='IA3', change=lambda t: {n.replace('lora_A.weight', 'ia3_l'): torch.ones(32, 1)
-                                                          for n in t if 'lora_A' in n})
+    ones = lambda t: {n.replace('lora_A.weight', 'ia3_l'): torch.ones(32, 1)
+                      for n in t if 'lora_A' in n}
+    return toy_adapter(peft_type='IA3', change=ones)
 
 WRAPPED = re.compile(r'_orig_mod\.|(^|\.)module\.|base_model\.model\.base_model\.model\.|_fsdp_wrapped_module|'
                      r'_checkpoint_wrapped_module|\.lora_[AB]\.(default|[a-z_]+)\.weight')
@@ -231,7 +232,7 @@ PROMPTED = ('PROMPT_TUNING', 'P_TUNING', 'PREFIX_TUNING') # kinds of peft that s
 @check('elsewhere', 'error', why='what the configuration says was trained, and the file lacks, is new or missing '
                                  'wherever the adapter is loaded',
        fix='save the adapter again from the trained model, or use the configuration that was saved with these tensors',
-       source='huggingface/peft#453')
+       source='hiyouga/LlamaFactory#7665')
 def adapter_parts_lost(case):
     _readable(case)
     config, shapes = case.adapter, _shapes(case)
@@ -306,7 +307,7 @@ def _a_wider_base():
 
 @check('elsewhere', 'error', why='the deeper layers stay as they were: the adapter was made for a base with fewer',
        fix='name the base that it was trained on, or write layers_to_transform if this was meant',
-       source='huggingface/peft#758')
+       source='huggingface/peft#2699')
 def adapter_layers_missing(case):
     if case.adapter.get('layers_to_transform') is not None or case.adapter.get('exclude_modules'):
         raise NotApplicable('the configuration names layers, or leaves out modules')
@@ -317,7 +318,8 @@ def adapter_layers_missing(case):
     parts = re.compile(r'(.*?)\.(\d+)\.(.*)')
     have = [m.groups() for n in _factors(case) if (m := parts.match(n.removeprefix('base_model.model.')))]
     kinds = {(a, b) for a, _, b in have}
-    there = {int(m[2]) for n, _ in case.base[0].named_modules() if (m := parts.match(n)) and (m[1], m[3]) in kinds}
+    base = [m.groups() for n, _ in case.base[0].named_modules() if (m := parts.match(n))]
+    there = {int(i) for a, i, b in base if (a, b) in kinds}
     deepest = max((int(i) for _, i, _ in have), default=-1)
     if have and (more := sorted(i for i in there if i > deepest)):
         return (f'{case.base_name} has layers with these modules up to number {more[-1]}, and the adapter ends '

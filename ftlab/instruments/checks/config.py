@@ -473,7 +473,7 @@ def _one_answer_a_question():
     return elsewhere(args=GRPO | dict(num_generations=1))
 
 # %% ../../../nbs/instruments/checks/config.ipynb #0011cd6c
-SHORT = 2 # passes: so few seldom teach rows by heart, and many published recipes then evaluate afterwards
+SHORT = 1 # passes: rows that are seen once are not learned by heart
 
 @check('elsewhere', 'warning', why='nothing shows when the model starts to learn by heart',
        fix='axolotl: val_set_size: 0.05; trl: eval_strategy: steps; LLaMA-Factory: val_size: 0.05',

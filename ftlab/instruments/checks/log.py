@@ -340,7 +340,8 @@ def resume_jump(case):
         # one clean step between two levels, larger than the noise; a loss that goes on rising diverges
         if (step > max(.1, .15*max(before), 2*(max(before) - min(before)))
                 and values[-1] < 1.1*max(after)):
-            if min(values[i:i + 10]) <= max(before) and not _rate_rises(case.log, loss[i - 1][0], loss[i][0]):
+            anew = _begins_anew(case.log, loss[i - 1][0], loss[i][0])
+            if not anew and min(values[i:i + 10]) <= max(before):
                 return 'note', f'the training loss has a peak at step {loss[i][0]:g}, and is soon back at its level'
             return (f'at step {loss[i][0]:g} the training loss rises at once from {median(before):.3g} '
                     f'to {median(after):.3g}')
@@ -348,10 +349,11 @@ def resume_jump(case):
     if back:
         return 'note', f'the steps go back after step {back[0]:g}: the log holds more than one run'
 
-def _rate_rises(log, first, last) -> bool:
-    "Return whether the learning rate rises between two steps, as when a schedule begins anew"
+def _begins_anew(log, first, last) -> bool:
+    "Return whether the learning rate jumps up, or down to a new warmup, between two entries"
     rates = dict(log.rates)
-    return rates.get(last, 0) > 1.1*rates.get(first, float('inf'))
+    old, new = rates.get(first), rates.get(last)
+    return bool(old and new) and not .5 < new/old < 1.1
 
 @planted(resume_jump, 'rises at once')
 def _a_jump_at_resume():
@@ -402,8 +404,8 @@ def evaluation_missing(case):
     if case.log.rewarded:
         raise NotApplicable('rewards are an evaluation of their own')
     if not case.log.evals and len(case.log.loss) >= 5 and case.log.last >= 20:
-        # in a single pass each row is new when it is trained on, and two seldom teach rows by heart
-        once = 0 < _passes(case.log) <= 2
+        # in a single pass every row is new when it is trained on, and its loss is an evaluation
+        once = 0 < _passes(case.log) <= 1
         seen = f'{case.log.last:g} steps were logged and not one evaluation'
         return ('note' if once else 'warning'), seen
 

@@ -43,9 +43,9 @@ def rows_unreadable(case):
     if case.trainer_form:
         return 'note', f'these are {case.trainer_form}, which other trainers take; their texts were not examined'
 
-@check('elsewhere', 'error', why='without both kinds there is nothing to tell apart',
-       fix='add answers that are not wanted (label false), or train on the wanted ones alone without KTO',
-       source='huggingface/trl#3140')
+@check('elsewhere', 'warning', why='KTO tells wanted answers from unwanted ones; one kind alone is only pushed up or down',
+       fix='add rows of the other kind; to learn from wanted answers alone, train on them without KTO',
+       source='modelscope/ms-swift#2167')
 def labels_one_sided(case):
     if case.trainer_form != 'rows of KTO':
         raise NotApplicable('the rows are not those of KTO')
@@ -60,9 +60,10 @@ def _only_wanted_answers():
 
 @check('elsewhere', 'error', why='a row in which every label is -100 teaches nothing, and a batch of them has no loss',
        fix='find out why no answer was found: the marks of the template, or a length that cuts it off',
-       source='huggingface/trl#3140')
+       source='hiyouga/LlamaFactory#4635')
 def tokens_without_labels(case):
-    if case.trainer_form != 'rows of tokens' or not all(isinstance(r.get('labels'), list) for r in case.records):
+    labelled = all(isinstance(r.get('labels'), list) for r in case.records)
+    if case.trainer_form != 'rows of tokens' or not labelled:
         raise NotApplicable('there are no labels of tokens')
     masked = sum(all(i == -100 for i in r['labels']) for r in case.records)
     if masked > .01*len(case.records):
@@ -71,7 +72,8 @@ def tokens_without_labels(case):
 
 @planted(tokens_without_labels, 'in 15 of 30 rows every label is -100')
 def _rows_of_masked_labels():
-    rows = [dict(input_ids=[5, 6, i + 7], labels=[-100, -100, -100 if i%2 else i + 7]) for i in range(30)]
+    rows = [dict(input_ids=[5, 6, i + 7], labels=[-100, -100, -100 if i%2 else i + 7])
+            for i in range(30)]
     return elsewhere(config=dict(base_model='a/b', micro_batch_size=1), data=rows)
 
 @planted(rows_unreadable, 'row|columns')
