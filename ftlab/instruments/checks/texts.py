@@ -43,7 +43,8 @@ def rows_unreadable(case):
     if case.trainer_form:
         return 'note', f'these are {case.trainer_form}, which other trainers take; their texts were not examined'
 
-@check('elsewhere', 'warning', why='KTO tells wanted answers from unwanted ones; one kind alone is only pushed up or down',
+@check('elsewhere', 'warning',
+       why='KTO tells wanted answers from unwanted ones; one kind alone is only pushed up or down',
        fix='add rows of the other kind; to learn from wanted answers alone, train on them without KTO',
        source='modelscope/ms-swift#2167')
 def labels_one_sided(case):
