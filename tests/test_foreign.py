@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from ftlab.cli import main
 from ftlab.instruments.artifact import Config, Elsewhere, form_of, log_of, recognize
+from ftlab.instruments.checks.adapter import saved_toy
 from ftlab.instruments.checks.config import AXOLOTL, unmatched
 from ftlab.instruments.checks.folder import saved
 from ftlab.instruments.checks.sources import with_rows
@@ -662,9 +664,29 @@ def test_an_evaluation_that_is_off_is_a_warning_only_where_rows_are_seen_often(e
     assert ('evaluation-missing' in alarms(logged['model'])) == alarm
 
 
-@pytest.mark.parametrize('entries, alarm', [(5, False), (40, True)])
-def test_a_peak_that_is_soon_gone_is_no_resume(tmp_path, entries, alarm):
-    rows = [dict(step=10*i, loss=(2.5 if 30 <= i < 30 + entries else 1.3) + i%3/100)
-            for i in range(1, 70)]
+@pytest.mark.parametrize('entries, rate, alarm', [(5, 1e-4, False), (40, 1e-4, True),
+                                                  (5, 2e-4, True), (5, 2e-5, True)])
+def test_a_peak_that_is_soon_gone_is_no_resume(tmp_path, entries, rate, alarm):
+    rows = [dict(step=10*i, loss=(2.5 if 30 <= i < 30 + entries else 1.3) + i%3/100,
+                 learning_rate=1e-4 if i < 30 else rate) for i in range(1, 70)]
     (tmp_path/'trainer_state.json').write_text(json.dumps(dict(log_history=rows)))
     assert ('resume-jump' in alarms(tmp_path)) == alarm
+
+
+def test_an_adapter_that_is_whole_raises_no_alarm():
+    deeper = dict(base=saved_toy(num_hidden_layers=4))
+    for given in (toy_adapter(layers_to_transform=[0, 1]) | deeper, toy_adapter(modules_to_save=[]),
+                  toy_adapter() | dict(base=saved_toy()),
+                  toy_adapter(peft_type='PROMPT_TUNING', num_virtual_tokens=8,
+                              change=lambda t: {'prompt_embeddings': .1*torch.ones(8, 32)}),
+                  toy_adapter(use_dora=True, change=lambda t: t | {
+                      n.replace('lora_A.weight', 'lora_magnitude_vector'): torch.ones(32)
+                      for n in t if 'lora_A' in n})):
+        found = alarms(given.pop('model'), **given)
+        asked = {'adapter-parts-lost', 'adapter-layers-missing', 'adapter-changes-nothing'}
+        assert not asked & set(found), found
+    assert 'adapter-layers-missing' in alarms(toy_adapter()['model'], **deeper)
+    cut = Path(toy_adapter()['model'])
+    file = cut/'adapter_model.safetensors'
+    file.write_bytes(file.read_bytes()[:200])
+    assert 'adapter-layers-missing' not in alarms(cut, **deeper)

@@ -15,10 +15,11 @@ from ..case import NotApplicable, check
 from ..planted import elsewhere, planted, toy_adapter, toy_model, toy_tokenizer
 
 # %% auto #0
-__all__ = ['WRAPPED', 'HEAD', 'adapter_empty', 'adapter_not_finite', 'adapter_changes_nothing', 'adapter_names_wrapped',
-           'adapter_half_missing', 'adapter_head_lost', 'adapter_rank_differs', 'adapter_scale',
-           'adapter_targets_differ', 'adapter_of_another_base', 'saved_toy', 'adapter_head_tied',
-           'adapter_base_unnamed', 'adapter_too_large', 'adapter_tokens_frozen']
+__all__ = ['WRAPPED', 'HEAD', 'PROMPTED', 'adapter_empty', 'adapter_not_finite', 'adapter_changes_nothing',
+           'adapter_names_wrapped', 'adapter_half_missing', 'adapter_head_lost', 'adapter_rank_differs',
+           'adapter_scale', 'adapter_parts_lost', 'adapter_targets_differ', 'adapter_of_another_base',
+           'adapter_layers_missing', 'saved_toy', 'adapter_head_tied', 'adapter_base_unnamed', 'adapter_too_large',
+           'adapter_tokens_frozen']
 
 # %% ../../../nbs/instruments/checks/adapter.ipynb #0005269a
 def _tensors(case):
@@ -108,6 +109,9 @@ def _second(name) -> bool:
 def adapter_changes_nothing(case):
     _readable(case)
     norms = {n: float(t.float().norm()) for n, t in _tensors(case) if _second(n)}
+    scales = [t.float() for n, t in _tensors(case) if re.search(r'\.ia3_l\b', n)]
+    if scales and all(bool((t == 1).all()) for t in scales):
+        return f'all {len(scales)} vectors of IA3 are 1'
     whole = [n for n, t in _tensors(case) if 'lora_' not in n]
     if norms and not any(norms.values()):
         rest = f', and only {some(whole)} can have changed' if whole else ''
@@ -128,6 +132,12 @@ def _an_adapter_that_did_not_train():
 def _a_part_that_did_not_train():
     return toy_adapter(change=lambda t: t | {n: x*0 for n,
                                              x in [k for k in t.items() if _second(k[0])][:1]})
+
+@planted(adapter_changes_nothing, 'all 4 vectors of IA3 are 1')
+def _vectors_of_ones():
+    ones = lambda t: {n.replace('lora_A.weight', 'ia3_l'): torch.ones(32, 1)
+                      for n in t if 'lora_A' in n}
+    return toy_adapter(peft_type='IA3', change=ones)
 
 WRAPPED = re.compile(r'_orig_mod\.|(^|\.)module\.|base_model\.model\.base_model\.model\.|_fsdp_wrapped_module|'
                      r'_checkpoint_wrapped_module|\.lora_[AB]\.(default|[a-z_]+)\.weight')
@@ -217,6 +227,45 @@ def adapter_scale(case):
 def _a_scale_of_zero():
     return toy_adapter(lora_alpha=0)
 
+PROMPTED = ('PROMPT_TUNING', 'P_TUNING', 'PREFIX_TUNING') # kinds of peft that store rows of virtual tokens
+
+@check('elsewhere', 'error', why='what the configuration says was trained, and the file lacks, is new or missing '
+                                 'wherever the adapter is loaded',
+       fix='save the adapter again from the trained model, or use the configuration that was saved with these tensors',
+       source='hiyouga/LlamaFactory#7665')
+def adapter_parts_lost(case):
+    _readable(case)
+    config, shapes = case.adapter, _shapes(case)
+    saved = config.get('modules_to_save') or []
+    saved = saved if isinstance(saved, list) else []
+    lost = [str(m) for m in saved if not any(f'.{m}.' in f'.{n}' for n in shapes)]
+    if config.get('ensure_weight_tying') and len(lost) < len(saved):
+        lost = [] # the two that are tied are stored once
+    if config.get('task_type') in ('SEQ_CLS', 'TOKEN_CLS', 'QUESTION_ANS'):
+        lost = [] # peft names every head that such a model may have, and adapter-head-lost asks for one
+    if lost:
+        return f'modules_to_save names {some(lost)}, and no tensor of that name is in the file'
+    if config.get('use_dora') is True and not any('lora_magnitude_vector' in n for n in shapes):
+        return 'use_dora is true, and the file has no lora_magnitude_vector'
+    rows, many = shapes.get('prompt_embeddings'), config.get('num_virtual_tokens')
+    if config.get('peft_type') in PROMPTED and rows and isinstance(many, int):
+        parts = config.get('num_transformer_submodules') or 1
+        if rows[0] not in (many, many*parts):
+            return f'num_virtual_tokens is {many}, and the file has {rows[0]} rows of prompt_embeddings'
+
+@planted(adapter_parts_lost, 'modules_to_save names lm_head')
+def _a_lost_copy():
+    return toy_adapter(modules_to_save=['lm_head'])
+
+@planted(adapter_parts_lost, 'no lora_magnitude_vector')
+def _lost_magnitudes():
+    return toy_adapter(use_dora=True)
+
+@planted(adapter_parts_lost, 'num_virtual_tokens is 20, and the file has 8 rows')
+def _other_virtual_tokens():
+    return toy_adapter(peft_type='PROMPT_TUNING', num_virtual_tokens=20,
+                       change=lambda t: {'prompt_embeddings': .1*torch.ones(8, 32)})
+
 def _targets(case) -> list[str]:
     targets = case.adapter.get('target_modules')
     if not isinstance(targets, list) or not targets:
@@ -255,6 +304,30 @@ def adapter_of_another_base(case):
 @planted(adapter_of_another_base, '4 modules of the adapter are not in')
 def _a_wider_base():
     return toy_adapter() | dict(base=saved_toy(hidden_size=64))
+
+@check('elsewhere', 'error', why='the deeper layers stay as they were: the adapter was made for a base with fewer',
+       fix='name the base that it was trained on, or write layers_to_transform if this was meant',
+       source='huggingface/peft#2699')
+def adapter_layers_missing(case):
+    if case.adapter.get('layers_to_transform') is not None or case.adapter.get('exclude_modules'):
+        raise NotApplicable('the configuration names layers, or leaves out modules')
+    _readable(case)
+    targets = _targets(case)
+    if any(re.search(r'\d', t) for t in targets):
+        raise NotApplicable('the targets may be of single layers')
+    parts = re.compile(r'(.*?)\.(\d+)\.(.*)')
+    have = [m.groups() for n in _factors(case) if (m := parts.match(n.removeprefix('base_model.model.')))]
+    kinds = {(a, b) for a, _, b in have}
+    base = [m.groups() for n, _ in case.base[0].named_modules() if (m := parts.match(n))]
+    there = {int(i) for a, i, b in base if (a, b) in kinds}
+    deepest = max((int(i) for _, i, _ in have), default=-1)
+    if have and (more := sorted(i for i in there if i > deepest)):
+        return (f'{case.base_name} has layers with these modules up to number {more[-1]}, and the adapter ends '
+                f'with layer {deepest}')
+
+@planted(adapter_layers_missing, 'up to number 3, and the adapter ends with layer 1')
+def _a_deeper_base():
+    return toy_adapter() | dict(base=saved_toy(num_hidden_layers=4))
 
 def saved_toy(tok=None, **config) -> str:
     "Save a toy model with its tokenizer, and return the folder"

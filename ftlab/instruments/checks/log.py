@@ -340,13 +340,20 @@ def resume_jump(case):
         # one clean step between two levels, larger than the noise; a loss that goes on rising diverges
         if (step > max(.1, .15*max(before), 2*(max(before) - min(before)))
                 and values[-1] < 1.1*max(after)):
-            if min(values[i:i + 10]) <= max(before):
+            anew = _begins_anew(case.log, loss[i - 1][0], loss[i][0])
+            if not anew and min(values[i:i + 10]) <= max(before):
                 return 'note', f'the training loss has a peak at step {loss[i][0]:g}, and is soon back at its level'
             return (f'at step {loss[i][0]:g} the training loss rises at once from {median(before):.3g} '
                     f'to {median(after):.3g}')
     back = [a for (a, _), (b, _) in zip(loss, loss[1:]) if b < a]
     if back:
         return 'note', f'the steps go back after step {back[0]:g}: the log holds more than one run'
+
+def _begins_anew(log, first, last) -> bool:
+    "Return whether the learning rate jumps up, or down to a new warmup, between two entries"
+    rates = dict(log.rates)
+    old, new = rates.get(first), rates.get(last)
+    return bool(old and new) and not .5 < new/old < 1.1
 
 @planted(resume_jump, 'rises at once')
 def _a_jump_at_resume():

@@ -43,9 +43,10 @@ def rows_unreadable(case):
     if case.trainer_form:
         return 'note', f'these are {case.trainer_form}, which other trainers take; their texts were not examined'
 
-@check('elsewhere', 'error', why='without both kinds there is nothing to tell apart',
-       fix='add answers that are not wanted (label false), or train on the wanted ones alone without KTO',
-       source='huggingface/trl#3140')
+@check('elsewhere', 'warning',
+       why='KTO tells wanted answers from unwanted ones; one kind alone is only pushed up or down',
+       fix='add rows of the other kind; to learn from wanted answers alone, train on them without KTO',
+       source='modelscope/ms-swift#2167')
 def labels_one_sided(case):
     if case.trainer_form != 'rows of KTO':
         raise NotApplicable('the rows are not those of KTO')
@@ -60,7 +61,7 @@ def _only_wanted_answers():
 
 @check('elsewhere', 'error', why='a row in which every label is -100 teaches nothing, and a batch of them has no loss',
        fix='find out why no answer was found: the marks of the template, or a length that cuts it off',
-       source='huggingface/trl#3140')
+       source='hiyouga/LlamaFactory#4635')
 def tokens_without_labels(case):
     labelled = all(isinstance(r.get('labels'), list) for r in case.records)
     if case.trainer_form != 'rows of tokens' or not labelled:
