@@ -10,6 +10,7 @@ from ftlab.adapters.store import load_delta
 from ftlab.adapters.yardsticks.low_rank import (OFT, STARTS, DoRA, Rescale, Started, TwoRates,
                                                 VeRA, frozen_pair)
 from ftlab.core.batches import batch_at
+from ftlab.core.recipe import Recipe
 from ftlab.core.tokens import encode_all
 from ftlab.trainers.fit import fit
 from tiny import example_inputs, tiny
@@ -91,7 +92,8 @@ def test_dora(peft):
         r=4, lora_alpha=8, use_dora=True, target_modules=modules(run), lora_dropout=0.))
     pairs = lora_pairs(start, {'m': 'lora_magnitude_vector.default.weight'})
     params = dict(theirs.named_parameters())
-    assert all(torch.equal(start.parameters[k], params[n]) for k, (n, _) in pairs.items() if k.endswith('m'))
+    assert all(torch.equal(start.parameters[k], params[n]) for k, (n, _) in pairs.items()
+               if k.endswith('m'))
     copied(theirs, start, pairs)
     alike(run, start, theirs, pairs, 1e-6)
 
@@ -100,7 +102,8 @@ def test_dora(peft):
 def test_starts(peft, name, alpha):
     run, start = ours(methods.make_of(name)(r=4, alpha=alpha))
     theirs = peft.get_peft_model(toy(), peft.LoraConfig(
-        r=4, lora_alpha=alpha, init_lora_weights=name, target_modules=modules(run), lora_dropout=0.))
+        r=4, lora_alpha=alpha, init_lora_weights=name, target_modules=modules(run),
+        lora_dropout=0.))
     pairs, params = lora_pairs(start), dict(theirs.named_parameters())
     # nothing is copied: the starts themselves are the same
     assert all(torch.equal(start.parameters[k], params[n]) for k, (n, _) in pairs.items())
@@ -142,14 +145,17 @@ def test_vera(peft):
     base = theirs.base_model
     A, B = frozen_pair(32, 32, 8)
     assert torch.equal(base.vera_A['default'], A) and torch.equal(base.vera_B['default'], B)
-    pairs = {k: (below(k.split('::')[0], f'vera_lambda_{k[-1]}.default'), same) for k in start.parameters}
+    pairs = {k: (below(k.split('::')[0], f'vera_lambda_{k[-1]}.default'), same)
+             for k in start.parameters}
     alike(run, start, theirs, pairs, 1e-6)
 
 def test_oft(peft):
     run, start = ours(methods.oft(block=16))
     theirs = peft.get_peft_model(toy(), peft.OFTConfig(
-        r=0, oft_block_size=16, target_modules=modules(run), use_cayley_neumann=False, module_dropout=0.))
-    pairs = {k: (below(k.split('::')[0], 'oft_R.default.weight'), same) for k in start.parameters}
+        r=0, oft_block_size=16, target_modules=modules(run), use_cayley_neumann=False,
+        module_dropout=0.))
+    pairs = {k: (below(k.split('::')[0], 'oft_R.default.weight'), same)
+             for k in start.parameters}
     alike(run, start, theirs, pairs, 1e-5)
 
 # ---------- by formula
@@ -194,14 +200,16 @@ def test_resumed_is_uninterrupted(name, tmp_path):
         def after_step(self, state):
             if state.step == 1:
                 raise KeyboardInterrupt
-    part = fit(toy(), TOK, lab_data(), recipe, **how, out=tmp_path, save_every=1, callbacks=(Stop(),))
+    how |= dict(out=tmp_path, save_every=1)
+    part = fit(toy(), TOK, lab_data(), recipe, **how, callbacks=(Stop(),))
     assert part.interrupted
-    again = fit(toy(), TOK, lab_data(), recipe, **how, out=tmp_path, save_every=1, resume=True)
+    again = fit(toy(), TOK, lab_data(), recipe, **how, resume=True)
     assert torch.equal(logits(again.model), logits(whole.model))
 
 def test_a_saved_start_needs_no_decomposition_of_the_same_library(tmp_path, monkeypatch):
     "What A and B started at is in the file: another processor's SVD may differ"
-    run = fit(toy(), TOK, lab_data(), methods.pissa(r=2), steps=2, batch_size=4, lr=1e-2, progress=False)
+    run = fit(toy(), TOK, lab_data(), methods.pissa(r=2), steps=2, batch_size=4, lr=1e-2,
+              progress=False)
     tuned = logits(run.model)
     run.delta.save(tmp_path/'x.safetensors')
     flipped = lambda W, r, s, was=STARTS['pissa']: tuple(-t for t in was(W, r, s))
@@ -246,7 +254,8 @@ MASK = torch.rand(6, 4, generator=torch.Generator().manual_seed(0)) > .5
     (lambda: Started(W, MASK), 'cannot use a mask'), (lambda: Started(W, r=5), 'rank 5 does not fit'),
     (lambda: Started(W, r=2, start='pisa'), "start is 'pisa'; it must be pissa"),
     (lambda: Started(W, r=2, alpha=0.), 'above 0'), (lambda: Started(W, r=2, alpha=math.nan), 'above 0'),
-    (lambda: Rescale(W, MASK), 'mask of some entries'), (lambda: Rescale(W, side='up'), 'out or in'),
+    (lambda: Rescale(W, MASK), 'mask of some entries'),
+    (lambda: Rescale(W, side='up'), 'out or in'),
     (lambda: VeRA(W, MASK), 'cannot use a mask'), (lambda: VeRA(W, r=0), 'at least 1'),
     (lambda: OFT(W, MASK), 'cannot use a mask'), (lambda: OFT(torch.zeros(2, 7), block=4), 'divides the 7 inputs'),
     (lambda: OFT(W, block=1), 'no size from 2 to 1'),
@@ -257,12 +266,13 @@ def test_wrong_arguments_are_named(make, says):
 
 def test_lora_plus_needs_a_b():
     with pytest.raises(ValueError, match='none is trained'):
-        fit(toy(), TOK, lab_data(), methods.hft()*methods.Recipe(step=TwoRates), steps=1, batch_size=4,
+        fit(toy(), TOK, lab_data(), methods.hft()*Recipe(step=TwoRates), steps=1, batch_size=4,
             progress=False)
 
 def test_lora_plus_goes_with_dora():
-    run = fit(toy(), TOK, lab_data(), methods.dora(r=2)*methods.Recipe('plus', step=TwoRates), steps=1,
-              batch_size=4, lr=1e-4, clip=None, progress=False)
+    both = methods.dora(r=2)*Recipe('plus', step=TwoRates)
+    run = fit(toy(), TOK, lab_data(), both, steps=1, batch_size=4, lr=1e-4, clip=None,
+              progress=False)
     d = next(iter(run.delta.attached.deltas.values()))
     assert float(d.low.B.detach().abs().max()) == pytest.approx(16e-4, rel=1e-2)
 

@@ -63,7 +63,8 @@ def method(title:str,                    # as printed
           ) -> Callable:                 # a decorator of a function that returns a Recipe
     """Mark a function as a paper's method, and put its name, arguments and learning rates
     into the `meta` of the Recipe that it returns. Calling it raises `TypeError` if it returns anything else."""
-    return _recording(Paper(title, arxiv, claim, source, 'method', toy or {}), lr, lrs, schedule, waives)
+    paper = Paper(title, arxiv, claim, source, 'method', toy or {})
+    return _recording(paper, lr, lrs, schedule, waives)
 
 def _recording(paper, lr=LR, lrs=LRS, schedule=SCHEDULE, waives=None):
     def bind(f):

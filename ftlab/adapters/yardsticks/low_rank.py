@@ -107,7 +107,7 @@ def _started(start, r, alpha, targets):
 # %% ../../../nbs/adapters/yardsticks/low_rank.ipynb #lrk00023
 @yardstick('PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models',
            '2404.02948', 'the paper, section 3; equal to peft (tuners/lora/layer.py, pissa_init)',
-           lr=1e-3, lrs=(3e-4, 1e-3, 3e-3))
+           lr=3e-3, lrs=(1e-3, 3e-3, 1e-2))
 def pissa(r:int=8, alpha:float=8.,      # as in `LoRA`; the paper has alpha = r
           targets:str|tuple=MATRICES    # as in `dora`
          ) -> Recipe:
@@ -116,7 +116,7 @@ def pissa(r:int=8, alpha:float=8.,      # as in `LoRA`; the paper has alpha = r
 
 @yardstick('OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models', '2406.01775',
            'the paper; equal to peft (tuners/lora/layer.py, olora_init)',
-           lr=1e-3, lrs=(3e-4, 1e-3, 3e-3))
+           lr=3e-3, lrs=(1e-3, 3e-3, 1e-2))
 def olora(r:int=8, alpha:float=8.,      # as in `LoRA`
           targets:str|tuple=MATRICES    # as in `dora`
          ) -> Recipe:
@@ -125,7 +125,7 @@ def olora(r:int=8, alpha:float=8.,      # as in `LoRA`
 
 @yardstick('MiLoRA: Harnessing Minor Singular Components for Parameter-Efficient LLM Finetuning',
            '2406.09044', 'the abstract and the authors\' svd_init.py, whose formula is tested; '
-           'peft has no such start', lr=3e-3, lrs=(1e-3, 3e-3, 1e-2))
+           'peft has no such start', lr=1e-2, lrs=(3e-3, 1e-2, 3e-2))
 def milora(r:int=8, alpha:float=8.,     # as in `LoRA`; the authors have alpha = r
            targets:str|tuple=MATRICES   # as in `dora`
           ) -> Recipe:
@@ -154,7 +154,8 @@ class TwoRates(Backprop):
                  ratio:float=16.):         # the rate of `B` over that of `A`
         if not ratio > 0:
             raise ValueError(f'ratio is {ratio}; it must be above 0')
-        fast = {n: p for n, p in params.items() if '::' in n and n.split('::')[1].split('.')[-1] == 'B'}
+        own = {n: n.partition('::')[2].rpartition('.')[2] for n in params}  # its name in the delta
+        fast = {n: p for n, p in params.items() if own[n] == 'B'}
         if not fast:
             raise ValueError('LoRA+ sets the rate of the B of a low-rank change, and none is trained; '
                              'combine it with lora, dora, pissa or another of their kind')
@@ -174,7 +175,8 @@ def lora_plus(ratio:float=16.,   # the rate of B over that of A, which is the ru
               r:int=8, alpha:float=16., targets:str|tuple=MATRICES # as in `dora`
              ) -> Recipe:
     "LoRA whose B learns faster than its A"
-    return Recipe(select=_where(targets), delta=low_rank(r, alpha), step=With(TwoRates, ratio=ratio))
+    return Recipe(select=_where(targets), delta=low_rank(r, alpha),
+                  step=With(TwoRates, ratio=ratio))
 
 # %% ../../../nbs/adapters/yardsticks/low_rank.ipynb #lrk00051
 class Rescale(nn.Module):
@@ -201,7 +203,8 @@ class Rescale(nn.Module):
 
 @dataclass(frozen=True)
 class keys_values_hidden:
-    "Select the matrices of keys and values, and by a full mask those that read the hidden units"
+    """Select the matrices of keys and values, and by a full mask those that read the hidden
+    units"""
     def __call__(self, model, batches=None, seed=0) -> dict:
         """Return {name: True or a full mask}.
         Raises `ValueError` where keys and values have no matrix of their own."""
@@ -258,7 +261,7 @@ class VeRA(nn.Module):
 
 @yardstick('VeRA: Vector-based Random Matrix Adaptation', '2310.11454',
            'the paper, section 3; equal to peft (tuners/vera) with the same matrices',
-           lr=1e-2, lrs=(3e-3, 1e-2, 3e-2))
+           lr=3e-2, lrs=(1e-2, 3e-2, 1e-1))
 def vera(r:int=256, d:float=.1, seed:int=0, # as in `VeRA`
          targets:str|tuple=MATRICES         # as in `dora`
         ) -> Recipe:

@@ -1,0 +1,41 @@
+"""What a page of yardsticks shows: its methods beside `full` and `lora`, each tuned alike, on one lab skill.
+
+    python bench/yardsticks.py low_rank     # writes bench/results/yardsticks_low_rank.json
+
+The kind is the name of the page's module. One tuning seed, two test seeds: a comparison, no verdict."""
+import json, sys, tempfile, time
+from pathlib import Path
+import ftlab
+from ftlab.core.io import write_atomically
+from ftlab.core.record import versions
+
+TASK, BESIDE = 'new-procedure', ('full', 'lora')
+# small on purpose: minutes on one core. `max_runs` thins the search for rates
+SETTINGS = dict(seeds=2, steps=40, batch_size=16, evaluations=2, items=80, old_items=12,
+                validation_items=50, old_validation_items=6)
+RUNS_PER_METHOD = 6
+KEPT = ('gain', 'forgetting', 'forgetting_matched')
+
+def compared(kind:str) -> dict:
+    "Compare the yardsticks of a kind; return settings and a row for each method"
+    names = sorted(n for n, file in ftlab.methods.yardsticks().items() if file.stem == kind)
+    if not names:
+        kinds = sorted({file.stem for file in ftlab.methods.yardsticks().values()})
+        raise SystemExit(f'no yardsticks of kind {kind!r}; there are {", ".join(kinds)}')
+    arms, began = [*BESIDE, *names], time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        found = ftlab.compare(arms, 'lab-s', TASK, max_runs=RUNS_PER_METHOD*len(arms), out=folder,
+                              **SETTINGS).json()
+    rows = {m['name']: {k: m[k] for k in KEPT} | dict(
+        rate=m['rate'], rate_matched=m['rate_matched'], trained=m['seeds'][0].get('trainable'))
+        for m in found['methods']}
+    return dict(kind=kind, task=TASK, settings=SETTINGS, methods=rows, versions=versions(),
+                cpu_minutes=round((time.process_time() - began)/60, 1))
+
+if __name__ == '__main__':
+    if len(sys.argv) != 2:
+        raise SystemExit(__doc__)
+    result = compared(sys.argv[1])
+    file = Path(__file__).parent/'results'/f'yardsticks_{result["kind"]}.json'
+    write_atomically(file, lambda p: p.write_text(json.dumps(result, indent=1) + '\n'))
+    print(file)
