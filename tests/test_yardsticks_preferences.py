@@ -172,9 +172,9 @@ def test_the_other_answers_are_those_that_trl_prepares(trl, tmp_path):
     trainer = trl.KTOTrainer(model=toy(0), ref_model=toy(1), args=args, processing_class=TOK,
                              train_dataset=as_answers(d))
     rows = [e for e, _ in Judged(state_of(d, Judged)).rows]
-    ours = [with_answer_of(e, before)['input_ids'] for e, before in zip(rows, [rows[-1], *rows])]
-    theirs = [r['prompt_ids'] + r['KL_completion_ids'] for r in trainer.train_dataset]
-    assert ours == theirs
+    ours = [with_answer_of(e, before)['labels'] for e, before in zip(rows, [rows[-1], *rows])]
+    theirs = [r['KL_completion_ids'] for r in trainer.train_dataset]
+    assert [[y for y in ids if y != IGNORE] for ids in ours] == theirs
     s = state_of(d, Judged, 4)
     cut = lambda b, k: [[t for t, y in zip(x.tolist(), l.tolist()) if y != IGNORE]
                         for x, l in zip(b[f'{k}input_ids'], b[f'{k}labels'])]
