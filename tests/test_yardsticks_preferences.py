@@ -322,9 +322,10 @@ def test_recipes_are_values():
     (lambda: state_of(kto_data(), Judged, 1), 'batch_size is 1'),
     (lambda: state_of(kto_data(), Judged, 4, 3), 'accumulate 3'),
     (lambda: state_of(kto_data(), Judged, limit=2), 'max_length=2 leaves nothing'),
-    (lambda: state_of(kto_data(label=lambda i: 'good'), Judged), "has 'good' in the column 'label'"),
+    (lambda: state_of(kto_data(label=lambda i: 'good'), Judged),
+     "has 'good' in the column 'label'"),
     (lambda: state_of(data([dict(text='a b c')]*30), Judged, 4), "of kind 'lm'"),
-    (lambda: state_of(data([dict(text='a b c', label='x'), dict(text='b', label='y')]*9), Judged, 4),
+    (lambda: state_of(data([dict(text='a b', label='x'), dict(text='b', label='y')]*9), Judged, 4),
      "of kind 'label'")])
 def test_wrong_arguments_are_named(make, says):
     with pytest.raises(ValueError, match=says):

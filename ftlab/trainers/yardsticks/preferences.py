@@ -136,7 +136,8 @@ def with_answer_of(row:dict, other:dict, # encoded, each with an answer
                    limit:int|None=None   # most tokens to keep
                   ) -> dict:
     "Return the prompt of `row` with the answer of `other`"
-    start, theirs = (next(i for i, l in enumerate(r['labels']) if l != IGNORE) for r in (row, other))
+    start, theirs = (next(i for i, l in enumerate(r['labels']) if l != IGNORE)
+                     for r in (row, other))
     return {k: (row[k][:start] + other[k][theirs:])[:limit] for k in ('input_ids', 'labels')}
 
 _SAYS = dict.fromkeys(('true', '1', '1.0'), True) | dict.fromkeys(('false', '0', '0.0'), False)
@@ -156,7 +157,8 @@ class Judged:
                  label:str='label',                # column that says whether the answer is wanted
                  rejected:str|Callable='rejected'): # without labels: as in `Pairs`
         self.batch_size = state.settings['batch_size']
-        self.micro, self.limit = micro_size(self.batch_size, state.settings['accumulate']), state.limit
+        self.micro = micro_size(self.batch_size, state.settings['accumulate'])
+        self.limit = state.limit
         if self.batch_size < 2:
             raise ValueError('batch_size is 1; KTO needs at least 2, as each prompt also gets another row\'s answer')
         self.rows = [(e, good) for e, good in self._read(state, label, rejected)
@@ -180,7 +182,8 @@ class Judged:
 
     def next(self, state) -> list[dict]:
         "Return the micro-batches of step `state.step`"
-        picked = [self.rows[i] for i in indices(state.step, self.batch_size, len(self.rows), state.seed)]
+        picked = [self.rows[i] for i in indices(state.step, self.batch_size, len(self.rows),
+                                                state.seed)]
         before = [picked[-1], *picked[:-1]]
         other = [with_answer_of(e, o, self.limit) for (e, _), (o, _) in zip(picked, before)]
         out = []
