@@ -2,8 +2,9 @@
 
     python bench/yardsticks.py low_rank     # writes bench/results/yardsticks_low_rank.json
 
-The kind is the name of the page's module. One tuning seed, two test seeds: a comparison, no verdict."""
-import json, sys, tempfile, time
+The kind is the name of the page's module. One tuning seed, two test seeds: a comparison, no verdict.
+About 25 CPU-seconds a method. Finished runs are kept in `ftlab-runs`, so the same call goes on."""
+import json, sys
 from pathlib import Path
 import ftlab
 from ftlab.core.io import write_atomically
@@ -14,7 +15,7 @@ TASK, BESIDE = 'new-procedure', ('full', 'lora')
 SETTINGS = dict(seeds=2, steps=40, batch_size=16, evaluations=2, items=80, old_items=12,
                 validation_items=50, old_validation_items=6)
 RUNS_PER_METHOD = 6
-KEPT = ('gain', 'forgetting', 'forgetting_matched')
+KEPT = ('gain', 'forgetting', 'forgetting_matched') # of each test seed
 
 def compared(kind:str) -> dict:
     "Compare the yardsticks of a kind; return settings and a row for each method"
@@ -22,15 +23,13 @@ def compared(kind:str) -> dict:
     if not names:
         kinds = sorted({file.stem for file in ftlab.methods.yardsticks().values()})
         raise SystemExit(f'no yardsticks of kind {kind!r}; there are {", ".join(kinds)}')
-    arms, began = [*BESIDE, *names], time.process_time()
-    with tempfile.TemporaryDirectory() as folder:
-        found = ftlab.compare(arms, 'lab-s', TASK, max_runs=RUNS_PER_METHOD*len(arms), out=folder,
-                              **SETTINGS).json()
-    rows = {m['name']: {k: m[k] for k in KEPT} | dict(
-        rate=m['rate'], rate_matched=m['rate_matched'], trained=m['seeds'][0].get('trainable'))
-        for m in found['methods']}
-    return dict(kind=kind, task=TASK, settings=SETTINGS, methods=rows, versions=versions(),
-                cpu_minutes=round((time.process_time() - began)/60, 1))
+    arms = [*BESIDE, *names]
+    found = ftlab.compare(arms, 'lab-s', TASK, max_runs=RUNS_PER_METHOD*len(arms),
+                          out=f'ftlab-runs/yardsticks_{kind}', **SETTINGS).json()
+    rows = {m['name']: dict(rate=m['rate'], rate_matched=m['rate_matched'],
+                            **{k: [row[k] for row in m['seeds']] for k in KEPT})
+            for m in found['methods']}
+    return dict(kind=kind, task=TASK, settings=SETTINGS, methods=rows, versions=versions())
 
 if __name__ == '__main__':
     if len(sys.argv) != 2:

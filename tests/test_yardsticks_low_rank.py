@@ -243,6 +243,15 @@ def test_matrices_that_are_stored_in_by_out(name):
     att.fold()
     torch.testing.assert_close(logits(m, x), tuned, atol=1e-5, rtol=0)
 
+@pytest.mark.parametrize('name', NAMES)
+def test_half_precision_starts_as_the_base_and_trains_in_full(name):
+    m = toy().bfloat16()
+    base = logits(m)
+    recipe = methods.get(name)
+    att = attach(m, recipe.select(m), recipe.delta)
+    assert torch.equal(logits(m), base)
+    assert {p.dtype for p in att.parameters().values()} == {torch.float32}
+
 # ---------- wrong arguments
 
 W = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))

@@ -45,7 +45,7 @@ class DoRA(nn.Module):
         return (self.m/V.norm(dim=1).detach())[:, None]*V
 
 @yardstick('DoRA: Weight-Decomposed Low-Rank Adaptation', '2402.09353',
-           'the paper, equation 5 and section 4.3; equal to peft (tuners/lora/dora.py)',
+           'peft 0.21.2 (tuners/lora/dora.py), to which it is equal, and section 4.3 as quoted there',
            lr=3e-3, lrs=(1e-3, 3e-3, 1e-2))
 def dora(r:int=8,           # the rank
          alpha:float=16.,   # scale: alpha/r
@@ -106,16 +106,16 @@ def _started(start, r, alpha, targets):
 
 # %% ../../../nbs/adapters/yardsticks/low_rank.ipynb #lrk00023
 @yardstick('PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large Language Models',
-           '2404.02948', 'the paper, section 3; equal to peft (tuners/lora/layer.py, pissa_init)',
+           '2404.02948', 'peft 0.21.2 (tuners/lora/layer.py, pissa_init), to which it is equal',
            lr=3e-3, lrs=(1e-3, 3e-3, 1e-2))
-def pissa(r:int=8, alpha:float=8.,      # as in `LoRA`; the paper has alpha = r
+def pissa(r:int=8, alpha:float=8.,      # as in `LoRA`; alpha = r is a scale of 1
           targets:str|tuple=MATRICES    # as in `dora`
          ) -> Recipe:
     "LoRA that starts at the strongest singular directions of each weight"
     return _started('pissa', r, alpha, targets)
 
 @yardstick('OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models', '2406.01775',
-           'the paper; equal to peft (tuners/lora/layer.py, olora_init)',
+           'peft 0.21.2 (tuners/lora/layer.py, olora_init), to which it is equal',
            lr=3e-3, lrs=(1e-3, 3e-3, 1e-2))
 def olora(r:int=8, alpha:float=8.,      # as in `LoRA`
           targets:str|tuple=MATRICES    # as in `dora`
@@ -134,7 +134,7 @@ def milora(r:int=8, alpha:float=8.,     # as in `LoRA`; the authors have alpha =
 
 # %% ../../../nbs/adapters/yardsticks/low_rank.ipynb #lrk00031
 @yardstick('A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA', '2312.03732',
-           'the paper; equal to peft (LoraConfig(use_rslora=True))',
+           'peft 0.21.2 (LoraConfig(use_rslora=True)), to which it is equal',
            lr=1e-3, lrs=(3e-4, 1e-3, 3e-3),
            waives=lambda a: ({'accumulates': 'dropout draws other numbers for micro-batches'}
                              if a['dropout'] else {}))
@@ -169,7 +169,7 @@ class TwoRates(Backprop):
             lr=ratio*opt.param_groups[0]['lr']))
 
 @yardstick('LoRA+: Efficient Low Rank Adaptation of Large Models', '2402.12354',
-           'the abstract and peft (optimizers/loraplus.py), to which it is equal',
+           'the abstract and peft 0.21.2 (optimizers/loraplus.py), to which it is equal',
            lr=1e-3, lrs=(3e-4, 1e-3, 3e-3))
 def lora_plus(ratio:float=16.,   # the rate of B over that of A, which is the run's
               r:int=8, alpha:float=16., targets:str|tuple=MATRICES # as in `dora`
@@ -218,8 +218,8 @@ class keys_values_hidden:
 
 # %% ../../../nbs/adapters/yardsticks/low_rank.ipynb #lrk00052
 @yardstick('Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning',
-           '2205.05638', 'the paper, section 3.3; equal to peft (tuners/ia3/layer.py) where keys and values '
-           'have no bias', lr=3e-2, lrs=(1e-2, 3e-2, 1e-1))
+           '2205.05638', 'peft 0.21.2 (tuners/ia3/layer.py), to which it is equal where keys and '
+           'values have no bias', lr=3e-2, lrs=(1e-2, 3e-2, 1e-1))
 def ia3() -> Recipe:
     "Scale keys, values and hidden units"
     return Recipe(select=keys_values_hidden(), delta=With(Rescale))
@@ -260,7 +260,7 @@ class VeRA(nn.Module):
         return self.b*((self.d*(x @ self.A.T)) @ self.B.T)
 
 @yardstick('VeRA: Vector-based Random Matrix Adaptation', '2310.11454',
-           'the paper, section 3; equal to peft (tuners/vera) with the same matrices',
+           'peft 0.21.2 (tuners/vera), to which it is equal with the same matrices',
            lr=3e-2, lrs=(1e-2, 3e-2, 1e-1))
 def vera(r:int=256, d:float=.1, seed:int=0, # as in `VeRA`
          targets:str|tuple=MATRICES         # as in `dora`
@@ -301,7 +301,7 @@ class OFT(nn.Module):
         return torch.einsum('nkc,onc->onk', R, W.reshape(len(W), -1, self.b)).reshape(W.shape)
 
 @yardstick('Controlling Text-to-Image Diffusion by Orthogonal Finetuning', '2306.07280',
-           'the abstract and peft (tuners/oft), to which it is equal with use_cayley_neumann=False',
+           'peft 0.21.2 (tuners/oft), to which it is equal with use_cayley_neumann=False',
            lr=3e-3, lrs=(1e-3, 3e-3, 1e-2))
 def oft(block:int=32,              # as in `OFT`
         targets:str|tuple=MATRICES # as in `dora`
