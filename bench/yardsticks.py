@@ -1,4 +1,5 @@
 """What a page of yardsticks shows: its methods beside `full` and `lora`, each tuned alike, on one lab skill.
+Those of preferences stand beside `full` and `dpo`, on pairs of the model's own answers.
 
     python bench/yardsticks.py low_rank     # writes bench/results/yardsticks_low_rank.json
 
@@ -9,13 +10,25 @@ from pathlib import Path
 import ftlab
 from ftlab.core.io import write_atomically
 from ftlab.core.record import versions
+from ftlab.trainers.preferences import judged_pairs
 
 TASK, BESIDE = 'new-procedure', ('full', 'lora')
+YOUNG = 'step-1000' # of lab-s: it writes lists, and breaks half of the rules
 # small on purpose: minutes on one core. `max_runs` thins the search for rates
 SETTINGS = dict(seeds=2, steps=40, batch_size=16, evaluations=2, items=80, old_items=12,
                 validation_items=50, old_validation_items=6)
 RUNS_PER_METHOD = 6
 KEPT = ('gain', 'forgetting', 'forgetting_matched') # of each test seed
+
+def setting(kind:str) -> tuple[tuple[str, ...], str, dict]:
+    "Return the methods beside, what is learned in words, and `compare`'s arguments for it"
+    if kind != 'preferences':
+        return BESIDE, TASK, dict(data=TASK)
+    asked = ftlab.data('write', n=400, seed=7)
+    model, tok = ftlab.load('lab-s', revision=YOUNG)
+    pairs = ftlab.data(dict(train=judged_pairs(model, tok, asked.train),
+                            validation=asked.validation, test=asked.test))
+    return ('full', 'dpo'), f'write, {len(pairs.train)} pairs', dict(data=pairs, revision=YOUNG)
 
 def compared(kind:str) -> dict:
     "Compare the yardsticks of a kind; return settings and a row for each method"
@@ -23,13 +36,14 @@ def compared(kind:str) -> dict:
     if not names:
         kinds = sorted({file.stem for file in ftlab.methods.yardsticks().values()})
         raise SystemExit(f'no yardsticks of kind {kind!r}; there are {", ".join(kinds)}')
-    arms = [*BESIDE, *names]
-    found = ftlab.compare(arms, 'lab-s', TASK, max_runs=RUNS_PER_METHOD*len(arms),
+    beside, task, how = setting(kind)
+    arms = [*beside, *names]
+    found = ftlab.compare(arms, 'lab-s', **how, max_runs=RUNS_PER_METHOD*len(arms),
                           out=f'ftlab-runs/yardsticks_{kind}', **SETTINGS).json()
     rows = {m['name']: dict(rate=m['rate'], rate_matched=m['rate_matched'],
                             **{k: [row[k] for row in m['seeds']] for k in KEPT})
             for m in found['methods']}
-    return dict(kind=kind, task=TASK, settings=SETTINGS, methods=rows, versions=versions())
+    return dict(kind=kind, task=task, settings=SETTINGS, methods=rows, versions=versions())
 
 if __name__ == '__main__':
     if len(sys.argv) != 2:
