@@ -13,7 +13,7 @@ from ftlab.core.record import versions
 from ftlab.trainers.preferences import judged_pairs
 
 TASK, BESIDE = 'new-procedure', ('full', 'lora')
-YOUNG = 'step-1000' # of lab-s: it writes lists, and breaks half of the rules
+YOUNG = 'step-1000' # of lab-s: it writes lists, some of which break the rule
 # small on purpose: minutes on one core. `max_runs` thins the search for rates
 SETTINGS = dict(seeds=2, steps=40, batch_size=16, evaluations=2, items=80, old_items=12,
                 validation_items=50, old_validation_items=6)
