@@ -16,7 +16,7 @@ from .core.recipe import Recipe
 from .core.text import near_misses
 
 # %% auto #0
-__all__ = ['PARTS', 'full', 'paper_modules', 'names', 'make_of', 'get', 'merging_rules', 'merging_rule', 'probes']
+__all__ = ['PARTS', 'full', 'paper_modules', 'yardsticks', 'names', 'make_of', 'get', 'merging_rules', 'merging_rule', 'probes']
 
 # %% ../nbs/methods.ipynb #0006f769
 def full() -> Recipe:
@@ -31,7 +31,8 @@ def paper_modules(package:Path|None=None # a folder like `ftlab`'s; None: `ftlab
     "Return the modules of all papers by key, from the file names alone"
     package = package or Path(find_spec('ftlab').origin).parent
     found = (f for part in PARTS for f in sorted((package/part).glob('*/*.py')))
-    return {f.stem: f for f in found if not f.stem.startswith('_')}
+    return {f.stem: f for f in found
+            if not f.stem.startswith('_') and f.parent.name != 'yardsticks'}
 
 @lru_cache(1)
 def _files() -> dict[str, Path]:
@@ -50,14 +51,26 @@ def _keys_marked(mark:str, # the text of a decorator, as a regular expression
 
 def _module_of(key:str):
     "Import the module of a paper"
-    file = _files()[key]
-    return importlib.import_module('.'.join(('ftlab', *file.parts[-3:-1], key)))
+    return _imported(_files()[key])
+
+def _imported(file:Path):
+    return importlib.import_module('.'.join(('ftlab', *file.parts[-3:-1], file.stem)))
 
 # %% ../nbs/methods.ipynb #c106f769
 @lru_cache(1)
 def _marked() -> tuple[str, ...]:
-    "Return the sorted names of all methods: `full`, and the keys of papers with one"
-    return tuple(sorted(['full', *_keys_marked(r'method\(', '{key}')]))
+    "Return the sorted names of all methods: `full`, the keys of papers with one, the yardsticks"
+    return tuple(sorted(['full', *_keys_marked(r'method\(', '{key}'), *yardsticks()]))
+
+@lru_cache(1)
+def yardsticks() -> dict[str, Path]:
+    "Return {name: the module's file} of the common methods; import nothing"
+    package, found = Path(find_spec('ftlab').origin).parent, {}
+    for file in (f for part in PARTS for f in sorted((package/part).glob('yardsticks/[!_]*.py'))):
+        text = file.read_text(encoding='utf-8')
+        marks = re.finditer(r'^@yardstick\((?:(?!^def ).)*?^def (\w+)\(', text, re.M | re.S)
+        found |= {m[1]: file for m in marks}
+    return found
 
 def names() -> list[str]:
     "Return the names of all methods, sorted"
@@ -68,7 +81,8 @@ def make_of(name:str) -> Callable:
     if name == 'full':
         return full
     if name in _marked():
-        return getattr(_module_of(name), name)
+        module = _imported(yardsticks()[name]) if name in yardsticks() else _module_of(name)
+        return getattr(module, name)
     near = near_misses(name, names(), cutoff=.4)
     raise KeyError(f'no method is called {name!r}; '
                    + (f'did you mean {" or ".join(near)}?' if near else f'there are: {", ".join(names())}'))

@@ -71,7 +71,7 @@ def modules() -> list[tuple[str, str, str]]:
     "Return (part, family, key) of every paper's module, sorted"
     package = Path(ftlab.__file__).resolve().parent
     files = (p.relative_to(package) for part in PARTS for p in (package/part).glob('*/[!_]*.py'))
-    return sorted((p.parts[0], p.parts[1], p.stem) for p in files)
+    return sorted((p.parts[0], p.parts[1], p.stem) for p in files if p.parts[1] != 'yardsticks')
 
 @lru_cache(1)
 def marked() -> tuple[Mark, ...]:

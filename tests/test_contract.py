@@ -1,6 +1,8 @@
 "Every method keeps the promises that it makes; and each check notices a method that breaks its promise"
 import dataclasses, importlib, inspect, random
 from functools import partial
+from pathlib import Path
+import ftlab
 import pytest, torch
 from transformers import AutoModelForCausalLM
 from ftlab import methods
@@ -18,6 +20,8 @@ from ftlab.trainers.fit import fit
 from ftlab.trainers.objective import token_nll, loss_mask
 from ftlab.trainers.losses.dft import dft
 from toys import TOK, lab_data, logits, same, toy, weights
+
+PACKAGE = Path(ftlab.__file__).parent
 
 def made(name):
     """A method with its toy arguments: those in place of defaults that would be slow,
@@ -188,7 +192,18 @@ def test_marks_found_in_the_text_of_files_are_those_of_the_modules():
     def marked(kind):
         is_kind = lambda f: getattr(getattr(f, 'paper', None), 'kind', '') == kind
         return {key: list(filter(is_kind, there)) for key, there in at_home.items()}
-    assert {key for key, there in marked('method').items() if there} == set(methods.names()) - {'full'}
+    yardsticks = methods.yardsticks()
+    assert {key for key, there in marked('method').items() if there} == (
+        set(methods.names()) - {'full', *yardsticks})
+    files = {f for part in methods.PARTS for f in (PACKAGE/part).glob('yardsticks/[!_]*.py')}
+    assert files == set(yardsticks.values())
+    for file in files:
+        module = importlib.import_module('.'.join(('ftlab', *file.parts[-3:-1], file.stem)))
+        own = {n for n, f in vars(module).items() if inspect.isfunction(f) and hasattr(f, 'paper')
+               and f.__module__ == module.__name__}
+        assert own == {n for n, at in yardsticks.items() if at == file}
+        assert all(getattr(module, n).paper.kind == 'yardstick' and getattr(module, n).paper.source
+                   and not getattr(module, n).paper.claim for n in own)
     assert {(on, f) for on in ASKED_ON for f in methods.probes(on).values()} == {
         (f.paper.on, f) for there in marked('probe').values() for f in there if f.paper.on}
     rules = {key: [f for f in there if hasattr(f, 'dial')] for key, there in at_home.items()}

@@ -86,7 +86,7 @@ class Project:
     def families(self, part: str) -> list[str]:
         "The families of a part: folders of `nbs/<part>` that hold pages"
         folder = self.root/'nbs'/part
-        return (sorted(p.name for p in folder.iterdir() if p.is_dir()
+        return (sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name != 'yardsticks'
                        and any(p.glob('[!.]*.ipynb'))) if folder.is_dir() else [])
 
     def keys(self, part: str, family: str) -> list[str]:
@@ -199,12 +199,26 @@ def methods(p: Project) -> str:
     for e in sorted(_methods(p), key=lambda e: e['key']):
         asked = '; '.join(ASKS[n] for n in nouns(e))
         rows.append((_code(e, e['notebook'].removeprefix('nbs/')), asked, e['claim'], _said(e)))
+    rows += [(f'[`{name}`]({page})', asked, '', 'a yardstick, so no claim')
+             for name, page, asked in _yardsticks()]
     return _table('method', 'what it answers', 'what its paper claims', 'verdict here', rows=rows)
 
 
 def _methods(p: Project) -> list[dict]:
     import ftlab.methods
     return [e for e in p.papers if e['key'] in ftlab.methods.names()]
+
+
+def _yardsticks() -> list[tuple[str, str, str]]:
+    "(name, page, what it answers) of every common method"
+    import ftlab.methods
+    rows = []
+    for name, file in sorted(ftlab.methods.yardsticks().items()):
+        recipe = ftlab.methods.get(name)
+        asked = '; '.join(text for noun, text in ASKS.items()
+                          if getattr(recipe, noun, None) is not None)
+        rows.append((name, f'{file.parts[-3]}/yardsticks/{file.stem}.ipynb', asked))
+    return rows
 
 
 def which(p: Project) -> str:

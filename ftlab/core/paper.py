@@ -12,7 +12,7 @@ from functools import wraps
 from .text import shortened
 
 # %% auto #0
-__all__ = ['LR', 'LRS', 'SCHEDULE', 'ASKED_ON', 'Paper', 'Method', 'method', 'probe', 'study', 'Evidence', 'merging']
+__all__ = ['LR', 'LRS', 'SCHEDULE', 'ASKED_ON', 'Paper', 'Method', 'method', 'yardstick', 'probe', 'study', 'Evidence', 'merging']
 
 # %% ../../nbs/core/paper.ipynb #00044c37
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Paper:
     "A paper: where an idea comes from"
     title:str           # as printed
     arxiv:str           # e.g. '2106.09685'
-    claim:str           # what it says, in one sentence
+    claim:str           # what it says, in one sentence; '' for a yardstick
     source:str          # what was read to build it: the paper, its official code, what is our reading
-    kind:str='method'   # 'method', 'probe' or 'study'
+    kind:str='method'   # 'method', 'probe', 'study' or 'yardstick'
     # arguments for a toy setting, or a function that makes them
     toy:Mapping|Callable=field(default_factory=dict, repr=False, compare=False)
     on:str=field(default='', repr=False) # what the report applies a probe to, of `ASKED_ON`; '': nothing
@@ -64,6 +64,9 @@ def method(title:str,                    # as printed
     """Mark a function as a paper's method, and put its name, arguments and learning rates
     into the `meta` of the Recipe that it returns. Calling it raises `TypeError` if it returns anything else."""
     paper = Paper(title, arxiv, claim, source, 'method', toy or {})
+    return _recording(paper, lr, lrs, schedule, waives)
+
+def _recording(paper, lr=LR, lrs=LRS, schedule=SCHEDULE, waives=None):
     def bind(f):
         signature = inspect.signature(f)
         @wraps(f)
@@ -83,6 +86,16 @@ def method(title:str,                    # as printed
         made.paper = paper
         return made
     return bind
+
+# %% ../../nbs/core/paper.ipynb #yard0002
+def yardstick(title:str,      # of the paper, as printed
+              arxiv:str,      # its number; '' where it has none
+              source:str,     # what was read to build it, and what it is compared with
+              toy:Mapping|Callable|None=None, # as in `method`
+              **rates         # lr, lrs, schedule and waives, as in `method`
+             ) -> Callable:   # a decorator of a function that returns a Recipe
+    "Mark a function as a common method that makes no claim here; everything else is as in `method`"
+    return _recording(Paper(title, arxiv, '', source, 'yardstick', toy or {}), **rates)
 
 # %% ../../nbs/core/paper.ipynb #195ea3c1
 ASKED_ON = {

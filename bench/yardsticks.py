@@ -1,0 +1,54 @@
+"""What a page of yardsticks shows: its methods beside `full` and `lora`, each tuned alike, on one lab skill.
+Those of preferences stand beside `full` and `dpo`, on pairs of the model's own answers.
+
+    python bench/yardsticks.py low_rank     # writes bench/results/yardsticks_low_rank.json
+
+The kind is the name of the page's module. One tuning seed, two test seeds: a comparison, no verdict.
+About 25 CPU-seconds a method. Finished runs are kept in `ftlab-runs`, so the same call goes on."""
+import json, sys
+from pathlib import Path
+import ftlab
+from ftlab.core.io import write_atomically
+from ftlab.core.record import versions
+from ftlab.trainers.preferences import judged_pairs
+
+TASK, BESIDE = 'new-procedure', ('full', 'lora')
+YOUNG = 'step-1000' # of lab-s: it writes lists, some of which break the rule
+# small on purpose: minutes on one core. `max_runs` thins the search for rates
+SETTINGS = dict(seeds=2, steps=40, batch_size=16, evaluations=2, items=80, old_items=12,
+                validation_items=50, old_validation_items=6)
+RUNS_PER_METHOD = 6
+KEPT = ('gain', 'forgetting', 'forgetting_matched') # of each test seed
+
+def setting(kind:str) -> tuple[tuple[str, ...], str, dict]:
+    "Return the methods beside, what is learned in words, and `compare`'s arguments for it"
+    if kind != 'preferences':
+        return BESIDE, TASK, dict(data=TASK)
+    asked = ftlab.data('write', n=400, seed=7)
+    model, tok = ftlab.load('lab-s', revision=YOUNG)
+    pairs = ftlab.data(dict(train=judged_pairs(model, tok, asked.train),
+                            validation=asked.validation, test=asked.test))
+    return ('full', 'dpo'), f'write, {len(pairs.train)} pairs', dict(data=pairs, revision=YOUNG)
+
+def compared(kind:str) -> dict:
+    "Compare the yardsticks of a kind; return settings and a row for each method"
+    names = sorted(n for n, file in ftlab.methods.yardsticks().items() if file.stem == kind)
+    if not names:
+        kinds = sorted({file.stem for file in ftlab.methods.yardsticks().values()})
+        raise SystemExit(f'no yardsticks of kind {kind!r}; there are {", ".join(kinds)}')
+    beside, task, how = setting(kind)
+    arms = [*beside, *names]
+    found = ftlab.compare(arms, 'lab-s', **how, max_runs=RUNS_PER_METHOD*len(arms),
+                          out=f'ftlab-runs/yardsticks_{kind}', **SETTINGS).json()
+    rows = {m['name']: dict(rate=m['rate'], rate_matched=m['rate_matched'],
+                            **{k: [row[k] for row in m['seeds']] for k in KEPT})
+            for m in found['methods']}
+    return dict(kind=kind, task=task, settings=SETTINGS, methods=rows, versions=versions())
+
+if __name__ == '__main__':
+    if len(sys.argv) != 2:
+        raise SystemExit(__doc__)
+    result = compared(sys.argv[1])
+    file = Path(__file__).parent/'results'/f'yardsticks_{result["kind"]}.json'
+    write_atomically(file, lambda p: p.write_text(json.dumps(result, indent=1) + '\n'))
+    print(file)
