@@ -367,8 +367,8 @@ def _drop_label(row:dict, reading:Reading, at:str) -> dict|None:
         raise ValueError(f'{at}: {_unread("label", row["label"], reading)}')
     if reading.wanted is None:
         raise ValueError(f'{at}: label is {row["label"]!r}; it says whether the answer is wanted (rows for KTO). To '
-                         "learn from the wanted answers alone, pass wanted='only'; to learn from all of them, pass "
-                         "carry=['label']")
+                         "learn from the wanted answers alone, pass wanted='only'; to train on all of them, "
+                         "as kto does, pass carry=['label']")
     reading.count('wanted' if good else 'unwanted, left out', 'rows')
     return {k: v for k, v in row.items() if k != 'label'} if good else None
 

@@ -47,7 +47,7 @@ def said(reader, key:str, default=None):
     field = reader.get_field(key)
     return default if field is None else field.contents()
 
-# %% ../../nbs/core/gguf_folder.ipynb #292bd69f
+# %% ../../nbs/core/gguf_folder.ipynb #d464087c
 def check_keys(file:Path, reader) -> None:
     """Raise `ValueError` for an architecture that transformers does not read,
     or a key that changes what the model computes and is not read"""
@@ -82,7 +82,7 @@ def _neutral(key:str, reader) -> bool:
         return value == 0
     return value in (0, 1) and key.endswith(('factor', 'scale'))
 
-# %% ../../nbs/core/gguf_folder.ipynb #e2dff4ea
+# %% ../../nbs/core/gguf_folder.ipynb #df42e300
 def check_config(file:Path, reader, config) -> None:
     "Raise `ValueError` if a configuration that was made of the header says something else than the header"
     arch = said(reader, 'general.architecture')
@@ -122,7 +122,7 @@ def follow_rule(rules:dict,    # what tokenizer.json holds; changed in place
     rules['model']['ignore_merges'] = name == 'llama-bpe'
     return ''
 
-# %% ../../nbs/core/gguf_folder.ipynb #d2892eb0
+# %% ../../nbs/core/gguf_folder.ipynb #c508714c
 def follow_prefix(rules:dict, # as in `follow_rule`
                   prefix:bool # whether the file wants a space before text
                  ) -> None:
@@ -172,7 +172,7 @@ def plain_folder(file:str|Path,        # ends in .gguf
                 raise
     return folder
 
-# %% ../../nbs/core/gguf_folder.ipynb #a77bd6f0
+# %% ../../nbs/core/gguf_folder.ipynb #d7abc8c9
 def _sizes(folder:Path) -> dict:
     return {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.name != NOTE}
 
@@ -183,7 +183,7 @@ def _whole(folder:Path) -> bool:
     except (OSError, ValueError, LookupError):
         return False
 
-# %% ../../nbs/core/gguf_folder.ipynb #d7f893be
+# %% ../../nbs/core/gguf_folder.ipynb #d4fdc7cd
 UNREADABLE = (ValueError, LookupError, RuntimeError, TypeError, AttributeError, OSError)
 
 def _unpack(file:Path, reader, at:Path) -> None:
@@ -209,7 +209,7 @@ def _unpack(file:Path, reader, at:Path) -> None:
                 sizes=_sizes(at))
     (at/NOTE).write_text(json.dumps(told, indent=1) + '\n', encoding='utf-8')
 
-# %% ../../nbs/core/gguf_folder.ipynb #b5281d76
+# %% ../../nbs/core/gguf_folder.ipynb #77fa4efe
 def _begins(reader) -> dict:
     "Return whether text begins with BOS, where the file leaves it to llama.cpp and transformers would not add it"
     rule = said(reader, 'tokenizer.ggml.pre')
@@ -224,7 +224,7 @@ def _set_ends(reader, model) -> None:
         c.bos_token_id, c.pad_token_id = ids[0], ids[4]
         c.eos_token_id = ends[0] if len(ends) == 1 else ends
 
-# %% ../../nbs/core/gguf_folder.ipynb #d77cac52
+# %% ../../nbs/core/gguf_folder.ipynb #edcaa763
 PROBE = "it's  1234567, WE'RE naïve\r\n\r\n  x_y ☃ 東京" # text that every rule cuts in its own way
 
 def _save_tokenizer(file:Path, reader, tok, at:Path) -> str:
@@ -251,7 +251,7 @@ def _save_tokenizer(file:Path, reader, tok, at:Path) -> str:
                          'made from')
     return note
 
-# %% ../../nbs/core/gguf_folder.ipynb #5467a53e
+# %% ../../nbs/core/gguf_folder.ipynb #9de94145
 def _check_tensors(file:Path, reader, model, info) -> None:
     "Raise `ValueError` if the file lacks tensors of the model, or the model has no use for one of the file"
     if info['missing_keys']:
@@ -276,7 +276,7 @@ def _without_marks(model):
     plain.generation_config = model.generation_config
     return plain
 
-# %% ../../nbs/core/gguf_folder.ipynb #2830a393
+# %% ../../nbs/core/gguf_folder.ipynb #f1194364
 def notes_in(folder:str|Path) -> list[str]:
     "Return what was noted when a folder was unpacked; nothing for any other folder"
     path = Path(folder)/NOTE
