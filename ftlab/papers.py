@@ -19,8 +19,8 @@ from .instruments.verdicts import (EDITION, Claim, bar_of, contrast,
                                         contrast_verdict, judged, read_claim, verdict)
 
 # %% auto #0
-__all__ = ['PARTS', 'EARLIER', 'OUTSIDE', 'NOUNS', 'catalogue', 'Mark', 'modules', 'marked', 'claims_folder', 'claims', 'index',
-           'scoreboard', 'scoreboard_html', 'effect_line', 'nouns', 'papers_html']
+__all__ = ['PARTS', 'EARLIER', 'OUTSIDE', 'NOUNS', 'catalogue', 'Mark', 'modules', 'marked', 'claims_folder', 'claims',
+           'real_claims', 'index', 'scoreboard', 'scoreboard_html', 'effect_line', 'nouns', 'papers_html']
 
 # %% ../nbs/papers.ipynb #000e603a
 def _beside(name:str) -> Path|None:
@@ -94,8 +94,15 @@ def claims_folder() -> Path|None:
 def claims(folder:Path|None=None) -> list[Claim]:
     """Return every claim, sorted by key: those in `folder`, by default the repository's, or the
     copies in the installed package. Raises `ValueError` for a file that is not a claim"""
+    return _read_all('claim.toml', folder)
+
+def real_claims(folder:Path|None=None) -> list[Claim]:
+    "Return every claim about a real model; arguments and errors as in `claims`"
+    return _read_all('real.toml', folder)
+
+def _read_all(file:str, folder:Path|None) -> list[Claim]:
     folder = folder or claims_folder() or Path(ftlab.__file__).resolve().parent/'data'/'claims'
-    return [read_claim(p.parent) for p in sorted(folder.glob('*/claim.toml'))]
+    return [read_claim(p.parent, file) for p in sorted(folder.glob(f'*/{file}'))]
 
 # %% ../nbs/papers.ipynb #c108603a
 EARLIER = 'judged by an earlier rule, and being written anew'
