@@ -12,7 +12,8 @@ DOSES = (.3, .5, .7, .85)
 def counted(name, seed):
     "Intruders of each matrix"
     model, _ = lines.bench().base(seed)
-    att = attach_change(model, {n: c for n, c in lines.change_of(name, RATES[name], seed).items() if c.ndim == 2})
+    change = lines.change_of(name, RATES[name], seed)
+    att = attach_change(model, {n: c for n, c in change.items() if c.ndim == 2})
     return [k for n, k in count_intruders(att).items() if 'embed' not in n]
 
 def shrunk(seed, split):
@@ -23,7 +24,8 @@ def shrunk(seed, split):
     cut = shrink_intruders(.7)(change, model)
     att.detach()
     less = lines.found(cut, seed, split)
-    path = [dict(step=d, **lines.found(scale(d)(change, model), seed, split)) for d in DOSES] + [dict(step=1, **plain)]
+    path = [dict(step=d, **lines.found(scale(d)(change, model), seed, split)) for d in DOSES]
+    path.append(dict(step=1, **plain))
     # the whole change shrunk until it gains the same; where it gains less at every dose, the dose that gains most
     same = at_gain(path, less['gain']) or max(path, key=lambda r: r['gain'])
     undone = lambda r: 1 - r['forgetting']/plain['forgetting']

@@ -12,13 +12,14 @@ from ftlab.instruments.real import MODEL, TASK, real_bench
 from ftlab.instruments.runs import library_code
 
 RATE, STEPS = 3e-4, 60  # the rate that learns best on the tuning seed
-EDITS = dict(lines=lambda g: by_depth(g, 1 - g), uniform=scale, reverse=lambda g: by_depth(1, g - 1),
-             plain=lambda g: unchanged)
+EDITS = dict(lines=lambda g: by_depth(g, 1 - g), uniform=scale,
+             reverse=lambda g: by_depth(1, g - 1), plain=lambda g: unchanged)
 
 @lru_cache(1)
 def bench():
-    return real_bench(MODEL, TASK, metric='exact', steps=STEPS, batch_size=8, evaluations=2, max_length=96, items=150,
-                      old_items=30, validation_items=60, old_validation_items=15)
+    return real_bench(MODEL, TASK, metric='exact', steps=STEPS, batch_size=8, evaluations=2,
+                      max_length=96, items=150, old_items=30, validation_items=60,
+                      old_validation_items=15)
 
 @lru_cache(1)
 def change_of(name, rate, seed):
@@ -27,9 +28,10 @@ def change_of(name, rate, seed):
     if not file.exists():
         model, tok = bench().base(seed)
         recipe = Recipe('full') if name == 'full' else ftlab.methods.get(name)
-        run = ftlab.fit(model, tok, bench().data(seed), recipe, steps=STEPS, lr=rate, seed=seed, max_length=96,
-                        batch_size=8, progress=False)
-        change = {n: c.detach().clone().contiguous() for n, c in run.delta.attached.changes().items()}
+        run = ftlab.fit(model, tok, bench().data(seed), recipe, steps=STEPS, lr=rate, seed=seed,
+                        max_length=96, batch_size=8, progress=False)
+        change = {n: c.detach().clone().contiguous()
+                  for n, c in run.delta.attached.changes().items()}
         write_atomically(file, lambda p: save_file(change, p))
     return load_file(file)
 

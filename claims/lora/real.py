@@ -3,4 +3,4 @@
 
 def derive(found):
     half = found['full']['path'][-2]
-    return dict(halfway=dict(gain=half['gain'], forgetting=half['forgetting'], error=None)) if half['step'] else {}
+    return dict(halfway=dict(gain=half['gain'], forgetting=half['forgetting'], error=None))

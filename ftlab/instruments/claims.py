@@ -704,7 +704,9 @@ def _excluded(cells) -> dict:
 
 def _same_seeds(c) -> str:
     "Say what the chosen rates give on the seeds of the other rates, as the test seeds are others"
-    return f' (chosen rates on the same seeds: {fmean(c["at_chosen"]):+.3f})' if c.get('at_chosen') else ''
+    if not c.get('at_chosen'):
+        return ''
+    return f' (chosen rates on the same seeds: {fmean(c["at_chosen"]):+.3f})'
 
 def also_seen(result:Mapping) -> list[str]:
     "Describe what in a run speaks against the claim, in sentences"

@@ -389,6 +389,8 @@ def _check_items(spec, wrong):
         return
     small = next((c for c in spec.get('contrast', ()) if c.get('primary')
                   and c.get('margin', 1) <= ITEMS['small_margin']), None)
+    if spec['scope'] == 'real':
+        small = None
     least = ITEMS['real' if spec['scope'] == 'real' else 'for_small' if small else 'least']
     if not isinstance(items, int) or items < least:
         why = ''
