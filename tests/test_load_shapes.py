@@ -36,12 +36,13 @@ def adapter(base:Path, folder:Path, cls=AutoModelForCausalLM, rows=None, **confi
     model.save_pretrained(folder)
     return folder
 
-def by_peft(base, folder, cls=AutoModelForCausalLM, rows=None):
+def by_peft(base, folder, cls=AutoModelForCausalLM, rows=None, merge=True):
     from peft import PeftModel
     model = cls.from_pretrained(base)
     if rows:
         model.resize_token_embeddings(rows, mean_resizing=False)
-    return PeftModel.from_pretrained(model, folder).merge_and_unload().eval()
+    model = PeftModel.from_pretrained(model, folder).eval()
+    return model.merge_and_unload() if merge else model
 
 ATTENTION = ['q_proj', 'v_proj']
 KINDS = dict(plain=dict(target_modules=ATTENTION),
@@ -52,7 +53,7 @@ KINDS = dict(plain=dict(target_modules=ATTENTION),
              table=dict(target_modules=ATTENTION, modules_to_save=['embed_tokens']),
              tokens=dict(target_modules=ATTENTION, trainable_token_indices=[5, 9]),
              embedding=dict(target_modules=[*ATTENTION, 'embed_tokens']),
-             both=dict(target_modules=['q_proj', 'embed_tokens', 'lm_head']))
+             both=dict(target_modules=["q_proj", "embed_tokens", "lm_head"]))
 
 @pytest.mark.parametrize('tied', [False, True])
 @pytest.mark.parametrize('kind', KINDS)
@@ -60,7 +61,9 @@ KINDS = dict(plain=dict(target_modules=ATTENTION),
 def test_an_adapter_folder_is_loaded_as_peft_merges_it(tmp_path, kind, tied):
     base = stored(wide(tie_word_embeddings=tied), tmp_path/'base')
     folder = adapter(base, tmp_path/'adapter', r=3, lora_alpha=7, task_type='CAUSAL_LM', **KINDS[kind])
-    want, (model, own) = by_peft(base, folder), load(folder)
+    # peft 0.21 changes the head too when it merges a LoRA on a tied embedding
+    merge = not (tied and kind in ('embedding', 'both'))
+    want, (model, own) = by_peft(base, folder, merge=merge), load(folder)
     x = example_inputs()
     plain = load(base)[0](**x).logits
     assert torch.allclose(model(**x).logits, want(**x).logits, atol=1e-5)

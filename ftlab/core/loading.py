@@ -19,7 +19,7 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM,
                           AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer,
                           PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase)
 from transformers.utils import logging
-from .folder import (ADAPTER, ROOM, adapter_alone, check_folder, left_adapter,
+from .folder import (ADAPTER, ROOM, adapter_alone, check_folder, left_adapter, stale_index,
                                tensor_shapes, weight_files)
 from .gguf_folder import notes_in, plain_folder
 from .labels import match_labels, model_labels, unnamed
@@ -148,7 +148,7 @@ def _sort(config:PretrainedConfig, kind:str, labels:list[str]|None, name:str) ->
 
 
 # %% ../../nbs/core/loading.ipynb #f7f1f60a
-IN_TEXT = {r'^model\.language_model\.': 'model.', r'^language_model\.': ''} # names of its tensors -> alone
+IN_TEXT = {r'^model\.language_model\.': 'model.', r'^model\.text_model\.': 'model.', r'^language_model\.': ''} # names of its tensors -> alone
 
 def _reads_pictures(config:PretrainedConfig) -> bool:
     "Return whether a causal language model is only a part of the model"
@@ -166,7 +166,8 @@ def _text_part(config:PretrainedConfig, # of the whole model
     if text is config or type(text) not in CLASSES[sort]._model_mapping:
         raise ValueError(f'{name} is a {config.architectures[0]}, whose text part ({text.model_type}) this version '
                          'of transformers cannot load alone, and ftlab does not train models that '
-                         'read more than text')
+                         f'read more than text. transformers itself loads it: {config.architectures[0]}, '
+                         'or AutoModelForImageTextToText')
     text.tie_word_embeddings = config.tie_word_embeddings
     text.dtype = config.dtype if text.dtype is None else text.dtype
     return text, IN_TEXT
@@ -527,6 +528,20 @@ class _Plan(NamedTuple):
     tok:object              # its tokenizer; None for a model that reads images
     notes:list              # what was decided
 
+def _said_of_parts(config, whole, sort:str, name, renamed) -> str:
+    "Return a note on a text part, or on experts. Raises `ValueError` for a class that transformers does not have."
+    said, auto = (whole.architectures or [''])[0], CLASSES[sort]
+    if type(config) not in auto._model_mapping:
+        raise ValueError(f'{name} is a {said or config.model_type}, and transformers has no {auto.__name__} for it; '
+                         'ftlab loads language models, encoders, classifiers, and vision transformers that '
+                         'classify' + (f'. transformers itself loads it: {said}' if said else ''))
+    if renamed:
+        made = auto._model_mapping[type(config)].__name__
+        return f'only the text part of {said} was loaded; what is saved or exported is a {made}, which reads text alone'
+    coef = getattr(config, 'router_aux_loss_coef', None)
+    return '' if coef is None else ('the model is a mixture of experts; training does not add the router\'s auxiliary '
+                                    f'loss (router_aux_loss_coef is {coef})')
+
 def _plan(where:str, revision:str|None, name, kind:str, labels:list[str]|None, head:str,
           warn:bool=True) -> _Plan:
     "Read configuration and tokenizer, and decide what to load"
@@ -540,9 +555,9 @@ def _plan(where:str, revision:str|None, name, kind:str, labels:list[str]|None, h
     for said in filter(None, (adapter, replaced if head == 'auto' else '')):
         if warn:
             warnings.warn(said, stacklevel=3)
-    text = f'only the text part of {whole.architectures[0]} was loaded' if renamed else ''
+    text = _said_of_parts(config, whole, sort, name, renamed)
     pads = '' if tok is None else _give_padding(tok, config)
-    notes = [said for said in (*notes_in(where), adapter, text, replaced, pads) if said]
+    notes = [said for said in (*notes_in(where), stale_index(Path(where)), adapter, text, replaced, pads) if said]
     return _Plan(config, sort, fresh, renamed, tok, notes)
 
 # %% ../../nbs/core/loading.ipynb #9e020002

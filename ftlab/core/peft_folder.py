@@ -23,7 +23,7 @@ __all__ = ['HARMLESS', 'USED', 'SAME_BASE', 'TASKS', 'PARTS', 'Adapter', 'read_a
 HARMLESS = ('peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r '
             'lora_dropout target_modules exclude_modules layers_to_transform layers_pattern megatron_core '
             'rank_pattern loftq_config eva_config corda_config lora_ga_config qalora_group_size runtime_config '
-            'fan_in_fan_out bias lora_bias modules_to_save trainable_token_indices ensure_weight_tying').split()
+            'fan_in_fan_out bias lora_bias modules_to_save trainable_token_indices').split()
 USED = ('lora_alpha', 'alpha_pattern', 'use_rslora', 'use_dora', 'init_lora_weights')
 SAME_BASE = (True, False, None, 'gaussian', 'eva', 'orthogonal', 'mica') # initializations that leave the base as it is
 TASKS = dict(CAUSAL_LM='causal', SEQ_CLS='label', SEQ_2_SEQ_LM='seq2seq', FEATURE_EXTRACTION='encoder')
@@ -184,9 +184,12 @@ def fold(model:nn.Module, # the base, changed in place
         raise ValueError(f'the adapter in {adapter.folder} holds no tensors')
     values = {f'{n}.weight': _new_weight(adapter, modules[n], n, p, under) for n, p in changes.items()}
     values |= {f'{n}.bias': _new_bias(adapter, modules[n], n, p) for n, p in changes.items() if 'b' in p}
-    for n, v in (under | values).items():
+    for n, v in under.items():
         params[n].copy_(v)
-    _replace(model, params, whole)
+    rows = {f'{n}.weight' for n, p in changes.items() if 'rows' in p} # peft ties these where the weights are tied
+    for n in rows:
+        params[n].copy_(values.pop(n))
+    _replace(model, params, values | whole)
     dora = ' (DoRA)' if adapter.config.get('use_dora') else ''
     rest = f', and {len(whole)} tensors replaced' if whole else ''
     return f'the adapter in {adapter.folder} was folded into {len(changes)} weights{dora}{rest}'
