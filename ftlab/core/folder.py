@@ -89,8 +89,8 @@ def left_adapter(folder:Path) -> str:
         return ''
     return (f'the folder {folder} holds a full model and an adapter beside it ({", ".join(there)}); '
             'the model is loaded without the adapter, because its weights usually include it '
-            'already (merge_and_unload). If they do not, move these files to another folder, load the '
-            'model, and apply them: ftlab.adapters.lowrank.from_peft(model, that folder)')
+            'already (merge_and_unload). If so, delete these files. If they do not, fold the adapter in: '
+            f'ftlab.load({str(folder)!r}, base={str(folder)!r})')
 
 def adapter_alone(folder:Path) -> str:
     "Return what an adapter's folder is, and how to proceed"
