@@ -69,7 +69,9 @@ def _read_tensors(folder) -> dict[str, Tensor]:
     for n, t in tensors.items():
         if not t.is_floating_point() or not torch.isfinite(t.float()).all():
             raise ValueError(f'{file} holds {n!r}, which is not a tensor of finite numbers')
-    return {n.removeprefix('base_model.model.'): t for n, t in tensors.items()}
+    # beside trained modules peft keeps the base's own where rows were added to the embedding
+    return {n.removeprefix('base_model.model.').replace('.modules_to_save.', '.'): t for n, t in tensors.items()
+            if '.original_module.' not in n}
 
 # %% ../../nbs/core/peft_folder.ipynb #9e010008
 def base_named(adapter:Adapter,
