@@ -101,7 +101,8 @@ FAMILIES = dict( # by the model_type of the configuration
     llama=_decoder(_NORMS), qwen2=_decoder(_NORMS), mistral=_decoder(_NORMS),
     gemma=_decoder(_NORMS),
     qwen3=_decoder(_NORMS | _QK), gemma2=_decoder(_SANDWICH), gemma3_text=_decoder(_SANDWICH | _QK),
-    mixtral=replace(_decoder({}), layouts=(_mixture(),)), olmoe=replace(_decoder({}), layouts=(_mixture(norms=_QK),)),
+    mixtral=replace(_decoder({}), layouts=(_mixture(),)),
+    olmoe=replace(_decoder({}), layouts=(_mixture(norms=_QK),)),
     qwen3_moe=replace(_decoder({}), layouts=(_mixture(_DENSE, _QK),)),
     qwen2_moe=replace(_decoder({}), layouts=(_mixture(_SHARED, shared_router='mlp.shared_expert_gate'),)),
     gpt2=Family('wte', (_GPT2,), dict(final='ln_f'), ('lm_head', 'score', 'classifier', 'qa_outputs'), 'wpe'),
@@ -210,7 +211,8 @@ def _row(a:Anatomy, where:str, part:str, role:str, name:str, bias,
                 bias='bias' if bias else '')
 
 def _block_rows(a:Anatomy, b:Block, where:str='') -> list[dict[str,str]]:
-    parts = dict(attention=b.attention, mlp=b.mlp, experts=b.experts, norm=b.norms, embedding=b.positions)
+    parts = dict(attention=b.attention, mlp=b.mlp, experts=b.experts, norm=b.norms,
+                 embedding=b.positions)
     return [_row(a, where, part, r, n, b.biases.get(r), len(b.name) + 1)
             for part, names in parts.items() for r, n in names.items()]
 
@@ -266,7 +268,8 @@ def _block(index, name, inside, layout, family) -> Block:
     weights = {r: n for d in parts for r, n in d.items()}
     bias = {r: n.removesuffix('weight') + 'bias' for r, n in weights.items()}
     missing = [n for n in (*weights.values(), *experts.values()) if n not in inside]
-    extra = [n for n in inside if n not in {*weights.values(), *bias.values(), *positions.values(), *experts.values()}]
+    placed = {*weights.values(), *bias.values(), *positions.values(), *experts.values()}
+    extra = [n for n in inside if n not in placed]
     if missing or extra:
         raise UnknownArchitecture(f'{name} is not laid out like a {family} block: ' + '; '.join(
             f'{what} {_some(names)}' for what, names in (('it has no', missing),

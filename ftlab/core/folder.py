@@ -178,7 +178,8 @@ def _check_products(folder, sizes, bytes):
 def _check_named(folder, files):
     "Raise `ValueError` for files of weights that neither have the usual name nor are in an index"
     if not any((folder/f'model.safetensors{end}').is_file() for end in ('', '.index.json')):
-        raise ValueError(f'the folder {folder} has {", ".join(f.name for f in files[:3])}{", ..."*(len(files) > 3)}, but '
+        raise ValueError(f'the folder {folder} has {", ".join(f.name for f in files[:3])}'
+                         f'{", ..."*(len(files) > 3)}, but '
                          'neither model.safetensors nor model.safetensors.index.json, which would say what belongs '
                          'to the model: rename a single file to model.safetensors, or copy the index of the model too')
 

@@ -19,7 +19,8 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM,
                           AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer,
                           PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase)
 from transformers.utils import logging
-from .folder import (ADAPTER, ROOM, adapter_alone, check_folder, left_adapter, stale_index,
+from .folder import (ADAPTER, ROOM, adapter_alone, check_folder, left_adapter,
+                               stale_index,
                                tensor_shapes, weight_files)
 from .gguf_folder import notes_in, plain_folder
 from .labels import match_labels, model_labels, unnamed
@@ -148,7 +149,9 @@ def _sort(config:PretrainedConfig, kind:str, labels:list[str]|None, name:str) ->
 
 
 # %% ../../nbs/core/loading.ipynb #f7f1f60a
-IN_TEXT = {r'^model\.language_model\.': 'model.', r'^model\.text_model\.': 'model.', r'^language_model\.': ''} # names of its tensors -> alone
+# names of its tensors -> alone
+IN_TEXT = {r'^model\.language_model\.': 'model.', r'^model\.text_model\.': 'model.',
+           r'^language_model\.': ''}
 
 def _reads_pictures(config:PretrainedConfig) -> bool:
     "Return whether a causal language model is only a part of the model"
@@ -557,7 +560,8 @@ def _plan(where:str, revision:str|None, name, kind:str, labels:list[str]|None, h
             warnings.warn(said, stacklevel=3)
     text = _said_of_parts(config, whole, sort, name, renamed)
     pads = '' if tok is None else _give_padding(tok, config)
-    notes = [said for said in (*notes_in(where), stale_index(Path(where)), adapter, text, replaced, pads) if said]
+    notes = [said for said in (*notes_in(where), stale_index(Path(where)), adapter,
+                               text, replaced, pads) if said]
     return _Plan(config, sort, fresh, renamed, tok, notes)
 
 # %% ../../nbs/core/loading.ipynb #9e020002
@@ -638,7 +642,8 @@ def load(name:str|Path,              # 'lab-s' or another lab model, a local fol
     if adapter := _adapter_in(name, revision, base):
         how = dict(dtype=dtype, kind=kind, labels=labels, seed=seed, head=head)
         model, tok = _with_adapter(adapter, base, how)
-        model.load_notes += _rows_for(model, tok, resize, name, add_tokens) if resize or add_tokens else []
+        if resize or add_tokens:
+            model.load_notes += _rows_for(model, tok, resize, name, add_tokens)
         return model.to(find_device(device)).eval(), tok
     where, revision = _find(name, revision)
     dtype, device = _dtype(dtype), find_device(device)

@@ -70,8 +70,8 @@ def _read_tensors(folder) -> dict[str, Tensor]:
         if not t.is_floating_point() or not torch.isfinite(t.float()).all():
             raise ValueError(f'{file} holds {n!r}, which is not a tensor of finite numbers')
     # beside trained modules peft keeps the base's own where rows were added to the embedding
-    return {n.removeprefix('base_model.model.').replace('.modules_to_save.', '.'): t for n, t in tensors.items()
-            if '.original_module.' not in n}
+    return {n.removeprefix('base_model.model.').replace('.modules_to_save.', '.'): t
+            for n, t in tensors.items() if '.original_module.' not in n}
 
 # %% ../../nbs/core/peft_folder.ipynb #9e010008
 def base_named(adapter:Adapter,
@@ -125,9 +125,9 @@ def folded(W:Tensor,         # [out, in]
 # %% ../../nbs/core/peft_folder.ipynb #9e01000e
 def _lora(adapter, module, name:str, W:Tensor, parts) -> Tensor:
     "Return the new weight of one module"
-    turned = isinstance(module, Conv1D)
+    transposed = isinstance(module, Conv1D)
     if isinstance(module, nn.Embedding):
-        keys, turned = ('embedding_A', 'embedding_B'), True
+        keys, transposed = ('embedding_A', 'embedding_B'), True
     else:
         keys = 'A', 'B'
     extra = parts.keys() - {*keys, 'b', 'm'}
@@ -135,12 +135,12 @@ def _lora(adapter, module, name:str, W:Tensor, parts) -> Tensor:
         raise ValueError(f'the adapter in {adapter.folder} holds {", ".join(sorted(parts))} for {name}, a '
                          f'{type(module).__name__} of shape {tuple(W.shape)}, which ftlab cannot fold')
     A, B = (parts[k] for k in keys)
-    shape = tuple(W.T.shape if turned else W.shape)
+    shape = tuple(W.T.shape if transposed else W.shape)
     if A.ndim != 2 or B.ndim != 2 or (B.shape[0], A.shape[1]) != shape or A.shape[0] != B.shape[1]:
         raise ValueError(f'the adapter in {adapter.folder} does not fit this base: {name} is {shape}, and '
                          f'A and B are {tuple(A.shape)} and {tuple(B.shape)}')
-    new = folded(W.T if turned else W, A, B, _scale(adapter.config, name, len(A)), parts.get('m'))
-    return new.T.contiguous() if turned else new
+    new = folded(W.T if transposed else W, A, B, _scale(adapter.config, name, len(A)), parts.get('m'))
+    return new.T.contiguous() if transposed else new
 
 def _new_weight(adapter, module, name, parts, under) -> Tensor:
     "Return the new weight of a module: LoRA, or trained rows of the embedding"
@@ -148,7 +148,9 @@ def _new_weight(adapter, module, name, parts, under) -> Tensor:
     if 'rows' not in parts:
         return _lora(adapter, module, name, W, parts)
     wanted = adapter.config.get('trainable_token_indices')
-    ids = next((i for k, i in wanted.items() if name.endswith(k)), []) if isinstance(wanted, dict) else wanted or []
+    if isinstance(wanted, dict):
+        wanted = next((i for k, i in wanted.items() if name.endswith(k)), [])
+    ids = wanted or []
     if len(ids) != len(parts['rows']) or len(parts) > 1 or parts['rows'].shape[1:] != W.shape[1:]:
         raise ValueError(f'the adapter in {adapter.folder} trains rows of {name}, and its trainable_token_indices '
                          f'name {len(ids)} tokens for {tuple(parts["rows"].shape)} values')
@@ -176,7 +178,8 @@ def fold(model:nn.Module, # the base, changed in place
     changes, whole = _grouped(adapter)
     # an embedding's own values, which peft saves with the LoRA on top of them
     under = {n.replace('.base_layer.', '.'): whole.pop(n) for n in [*whole] if '.base_layer.' in n}
-    modules, params = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
+    modules = dict(model.named_modules())
+    params = dict(model.named_parameters(remove_duplicate=False))
     lost = [n for n in changes if getattr(modules.get(n), 'weight', None) is None] + [
         n for n, t in (whole | under).items() if n not in params or params[n].shape != t.shape]
     if lost:
@@ -184,8 +187,10 @@ def fold(model:nn.Module, # the base, changed in place
                          f'no such place: {", ".join(sorted(lost)[:3])}{", ..."*(len(lost) > 3)}')
     if not changes and not whole:
         raise ValueError(f'the adapter in {adapter.folder} holds no tensors')
-    values = {f'{n}.weight': _new_weight(adapter, modules[n], n, p, under) for n, p in changes.items()}
-    values |= {f'{n}.bias': _new_bias(adapter, modules[n], n, p) for n, p in changes.items() if 'b' in p}
+    values = {f'{n}.weight': _new_weight(adapter, modules[n], n, p, under)
+              for n, p in changes.items()}
+    values |= {f'{n}.bias': _new_bias(adapter, modules[n], n, p)
+               for n, p in changes.items() if 'b' in p}
     for n, v in under.items():
         params[n].copy_(v)
     rows = {f'{n}.weight' for n, p in changes.items() if 'rows' in p} # peft ties these where the weights are tied
@@ -199,7 +204,8 @@ def fold(model:nn.Module, # the base, changed in place
 def _new_bias(adapter, module, name, parts) -> Tensor:
     if getattr(module, 'bias', None) is None:
         raise ValueError(f'the adapter in {adapter.folder} adds a bias to {name}, which has none')
-    return module.bias + _scale(adapter.config, name, len(parts['A']))*parts['b'].to(module.bias.dtype)
+    s = _scale(adapter.config, name, len(parts['A']))
+    return module.bias + s*parts['b'].to(module.bias.dtype)
 
 def _replace(model, params, whole):
     "Put whole tensors into the model; a tensor that another name shares is replaced for its own name alone"
@@ -210,6 +216,7 @@ def _replace(model, params, whole):
             params[n].copy_(value)
             continue
         owner, _, last = n.rpartition('.')
-        setattr(model.get_submodule(owner), last, nn.Parameter(value, requires_grad=params[n].requires_grad))
+        alone = nn.Parameter(value, requires_grad=params[n].requires_grad)
+        setattr(model.get_submodule(owner), last, alone)
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys = {}
