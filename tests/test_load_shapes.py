@@ -104,9 +104,9 @@ KINDS = dict(
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.filterwarnings('ignore')
 def test_an_adapter_folder_is_loaded_as_peft_merges_it(tmp_path, kind, tied):
-    base = stored(wide(tie_word_embeddings=tied), tmp_path / 'base')
+    base = stored(wide(tie_word_embeddings=tied), tmp_path/'base')
     folder = adapter(
-        base, tmp_path / 'adapter', r=3, lora_alpha=7, task_type='CAUSAL_LM', **KINDS[kind]
+        base, tmp_path/'adapter', r=3, lora_alpha=7, task_type='CAUSAL_LM', **KINDS[kind]
     )
     # peft 0.21 changes the head too when it merges a LoRA on a tied embedding
     merge = not (tied and kind in ('embedding', 'both'))
@@ -120,7 +120,7 @@ def test_an_adapter_folder_is_loaded_as_peft_merges_it(tmp_path, kind, tied):
         str(folder) in n for n in notes_of(model)
     )
     # saved again, it is a plain model
-    again = load(stored(model, tmp_path / 'again'))[0]
+    again = load(stored(model, tmp_path/'again'))[0]
     assert torch.allclose(again(**x).logits, want(**x).logits, atol=1e-5)
     bones = skeleton(folder)[0]
     assert bones.num_parameters() == load(base)[0].num_parameters()
@@ -136,9 +136,9 @@ PLAIN = dict(r=3, lora_alpha=7, task_type='CAUSAL_LM', target_modules=ATTENTION)
 def test_adapters_on_transposed_matrices_and_in_half_precision(tmp_path, family, targets):
     "GPT-2 stores its matrices as [in, out]; a base in bfloat16 is changed in float32 and rounded once"
     base = stored(
-        wide(family).to(torch.float32 if family == 'gpt2' else torch.bfloat16), tmp_path / 'base'
+        wide(family).to(torch.float32 if family == 'gpt2' else torch.bfloat16), tmp_path/'base'
     )
-    folder = adapter(base, tmp_path / 'adapter', **PLAIN | dict(target_modules=targets))
+    folder = adapter(base, tmp_path/'adapter', **PLAIN | dict(target_modules=targets))
     want, model = by_peft(base, folder), load(folder)[0]
     assert model.dtype == want.dtype
     for a, b in zip(model.parameters(), want.parameters(), strict=True):
@@ -147,10 +147,10 @@ def test_adapters_on_transposed_matrices_and_in_half_precision(tmp_path, family,
 
 @pytest.mark.filterwarnings('ignore')
 def test_an_adapter_with_a_head_for_labels(tmp_path):
-    base = stored(wide(), tmp_path / 'base')
+    base = stored(wide(), tmp_path/'base')
     folder = adapter(
         base,
-        tmp_path / 'adapter',
+        tmp_path/'adapter',
         AutoModelForSequenceClassification,
         r=3,
         lora_alpha=7,
@@ -168,10 +168,10 @@ def test_an_adapter_with_a_head_for_labels(tmp_path):
 
 @pytest.mark.filterwarnings('ignore')
 def test_an_adapter_with_more_tokens_than_its_base(tmp_path):
-    base, rows = stored(wide(), tmp_path / 'base'), len(tok) + 3
+    base, rows = stored(wide(), tmp_path/'base'), len(tok) + 3
     folder = adapter(
         base,
-        tmp_path / 'adapter',
+        tmp_path/'adapter',
         rows=rows,
         **PLAIN | dict(modules_to_save=['embed_tokens', 'lm_head']),
     )
@@ -187,15 +187,15 @@ def test_an_adapter_with_more_tokens_than_its_base(tmp_path):
 def pair(tmp_path_factory):
     "A base and an adapter beside it"
     there = tmp_path_factory.mktemp('pair')
-    base = stored(wide(), there / 'base')
-    return base, adapter(base, there / 'adapter', **PLAIN)
+    base = stored(wide(), there/'base')
+    return base, adapter(base, there/'adapter', **PLAIN)
 
 
 def changed(folder, new, **config):
     "Copy an adapter's folder with other entries in its configuration"
     shutil.copytree(folder, new)
-    said = json.loads((new / 'adapter_config.json').read_text())
-    (new / 'adapter_config.json').write_text(json.dumps(said | config))
+    said = json.loads((new/'adapter_config.json').read_text())
+    (new/'adapter_config.json').write_text(json.dumps(said | config))
     return new
 
 
@@ -209,20 +209,20 @@ def test_where_the_base_is(pair, tmp_path, monkeypatch):
             for x, y in zip(want.parameters(), load(*a, **k)[0].parameters(), strict=True)
         )
 
-    shutil.copytree(base, tmp_path / 'model')
-    beside = changed(folder, tmp_path / 'beside', base_model_name_or_path='../model')
+    shutil.copytree(base, tmp_path/'model')
+    beside = changed(folder, tmp_path/'beside', base_model_name_or_path='../model')
     assert same(beside) and same(tmp_path, revision='beside')
-    lost = changed(folder, tmp_path / 'lost', base_model_name_or_path='./gone')
+    lost = changed(folder, tmp_path/'lost', base_model_name_or_path='./gone')
     with pytest.raises(
         FileNotFoundError, match=r"needs its base, './gone'.*base=.*base_model_name_or_path"
     ):
         load(lost)
     assert same(lost, base=base)
     with pytest.raises(ValueError, match='names no base; give it: base='):
-        load(changed(folder, tmp_path / 'none', base_model_name_or_path=None))
+        load(changed(folder, tmp_path/'none', base_model_name_or_path=None))
     with pytest.raises(ValueError, match='is not the folder of an adapter'):
         load(base, base=base)
-    other = stored(tiny('gpt2', vocab_size=len(tok)), tmp_path / 'other')
+    other = stored(tiny('gpt2', vocab_size=len(tok)), tmp_path/'other')
     with pytest.raises(ValueError, match='does not fit this base .GPT2LMHeadModel.*q_proj'):
         load(folder, base=other)
 
@@ -241,23 +241,23 @@ def test_where_the_base_is(pair, tmp_path, monkeypatch):
 )
 def test_an_adapter_that_cannot_be_read_is_named(pair, tmp_path, config, says):
     with pytest.raises(ValueError, match=says):
-        load(changed(pair[1], tmp_path / 'new', **config))
+        load(changed(pair[1], tmp_path/'new', **config))
 
 
 def test_a_pickled_adapter_is_not_read(pair, tmp_path, monkeypatch):
-    folder = changed(pair[1], tmp_path / 'new')
-    torch.save(load_file(folder / 'adapter_model.safetensors'), folder / 'adapter_model.bin')
-    (folder / 'adapter_model.safetensors').unlink()
+    folder = changed(pair[1], tmp_path/'new')
+    torch.save(load_file(folder/'adapter_model.safetensors'), folder/'adapter_model.bin')
+    (folder/'adapter_model.safetensors').unlink()
     monkeypatch.setattr(torch, 'load', lambda *a, **k: pytest.fail('a pickle was read'))
     with pytest.raises(ValueError, match='only adapter_model.bin, a pickle.*save it again'):
         load(folder)
 
 
 def test_tensors_that_do_not_belong_or_are_not_finite(pair, tmp_path):
-    folder = changed(pair[1], tmp_path / 'new')
+    folder = changed(pair[1], tmp_path/'new')
     tensors, file = (
-        load_file(folder / 'adapter_model.safetensors'),
-        folder / 'adapter_model.safetensors',
+        load_file(folder/'adapter_model.safetensors'),
+        folder/'adapter_model.safetensors',
     )
     first = next(iter(tensors))
     for bad, says in (
@@ -276,7 +276,7 @@ def test_tensors_that_do_not_belong_or_are_not_finite(pair, tmp_path):
 
 def test_an_adapter_left_beside_whole_weights_is_left_out_or_folded_in_if_asked(pair, tmp_path):
     base, folder = pair
-    both = changed(folder, tmp_path / 'both')
+    both = changed(folder, tmp_path/'both')
     shutil.copytree(base, both, dirs_exist_ok=True)
     with pytest.warns(UserWarning, match='loaded without the adapter.*base='):
         model = load(both)[0]
@@ -304,7 +304,7 @@ def in_pieces(folder):
 
 
 def test_folders_of_several_files(tmp_path):
-    folder, files = in_pieces(tmp_path / 'm')
+    folder, files = in_pieces(tmp_path/'m')
     want = [p.clone() for p in wide().parameters()]
 
     def same():
@@ -313,13 +313,13 @@ def test_folders_of_several_files(tmp_path):
         )
 
     assert same()
-    index = folder / 'model.safetensors.index.json'
+    index = folder/'model.safetensors.index.json'
     said = json.loads(index.read_text())
-    first = load_file(folder / files[0])
+    first = load_file(folder/files[0])
     # a tensor that no one asked for is counted; one that the index forgot is read all the same
-    save_file(first | {'stray': torch.ones(2)}, folder / files[0], metadata=dict(format='pt'))
+    save_file(first | {'stray': torch.ones(2)}, folder/files[0], metadata=dict(format='pt'))
     assert same() and any('left out (1): stray' in n for n in notes_of(load(folder)[0]))
-    save_file(first, folder / files[0], metadata=dict(format='pt'))
+    save_file(first, folder/files[0], metadata=dict(format='pt'))
     name = next(
         k for k, f in said['weight_map'].items() if list(said['weight_map'].values()).count(f) > 1
     )
@@ -333,28 +333,32 @@ def test_folders_of_several_files(tmp_path):
     index.write_text(json.dumps(said))
     # the same tensor in two files
     save_file(
-        first | {name: load_file(folder / source)[name] + 1},
-        folder / files[0],
+        first | {name: load_file(folder/source)[name] + 1},
+        folder/files[0],
         metadata=dict(format='pt'),
     )
     with pytest.raises(ValueError, match=f'{name} of .* is in {files[0]} and in {source}'):
         load(folder)
-    save_file(first, folder / files[0], metadata=dict(format='pt'))
-    # a stale index beside a single file
+    save_file(first, folder/files[0], metadata=dict(format='pt'))
+
+def test_a_stale_index_and_missing_files(tmp_path):
+    folder, files = in_pieces(tmp_path/'m')
+    index = folder/'model.safetensors.index.json'
+    said = json.loads(index.read_text())
     with quiet():
-        wide(seed=1).save_pretrained(tmp_path / 'single')
-    shutil.copy(tmp_path / 'single' / 'model.safetensors', folder)
+        wide(seed=1).save_pretrained(tmp_path/'single')
+    shutil.copy(tmp_path/'single' / 'model.safetensors', folder)
     model = load(folder)[0]
     assert any('model.safetensors is read and the index is not' in n for n in notes_of(model))
     assert torch.equal(next(model.parameters()), next(wide(seed=1).parameters()))
-    (folder / 'model.safetensors').unlink()
+    (folder/'model.safetensors').unlink()
     index.unlink()
     with pytest.raises(
         ValueError, match='neither model.safetensors nor model.safetensors.index.json'
     ):
         load(folder)
     index.write_text(json.dumps(said))
-    (folder / files[1]).unlink()
+    (folder/files[1]).unlink()
     with pytest.raises(ValueError, match=f"'{files[1]}', which does not exist"):
         load(folder)
 
@@ -411,7 +415,7 @@ def reads_pictures(kind):
 )
 def test_the_text_part_of_a_model_that_reads_pictures(tmp_path, kind, made):
     whole = reads_pictures(kind)
-    model, x = load(stored(whole, tmp_path / 'm'))[0], example_inputs()
+    model, x = load(stored(whole, tmp_path/'m'))[0], example_inputs()
     assert type(model).__name__ == made and torch.allclose(
         model(**x).logits, whole(**x).logits, atol=1e-5
     )
@@ -422,7 +426,7 @@ def test_the_text_part_of_a_model_that_reads_pictures(tmp_path, kind, made):
         if 'vision' in n or 'connector' in n or 'multi_modal' in n
     }
     assert f'what is saved or exported is a {made}' in said and f'left out ({len(left)})' in said
-    again = load(stored(model, tmp_path / 'again'))[0]
+    again = load(stored(model, tmp_path/'again'))[0]
     assert torch.equal(again(**x).logits, model(**x).logits)
 
 
@@ -435,7 +439,7 @@ def test_classes_without_a_text_part_are_named(tmp_path):
     with pytest.raises(
         ValueError, match='cannot load alone.*transformers itself loads it: Qwen2VLForCond'
     ):
-        load(stored(model, tmp_path / 'vl'))
+        load(stored(model, tmp_path/'vl'))
     sizes = {
         f'{p}_{k}': v
         for p in ('encoder', 'decoder')
@@ -456,7 +460,7 @@ def test_classes_without_a_text_part_are_named(tmp_path):
         ValueError,
         match='is a WhisperForConditionalGeneration, and transformers has no AutoModelForSeq2SeqLM',
     ):
-        load(stored(ears, tmp_path / 'ears'))
+        load(stored(ears, tmp_path/'ears'))
 
 
 MIXED = dict(
@@ -483,7 +487,7 @@ MIXED = dict(
 def test_mixtures_of_experts(tmp_path, kind):
     make, more = MIXED[kind]
     torch.manual_seed(0)
-    folder = stored(AutoModelForCausalLM.from_config(make(**TEXT, **more)), tmp_path / 'm')
+    folder = stored(AutoModelForCausalLM.from_config(make(**TEXT, **more)), tmp_path/'m')
     model = load(folder)[0]
     assert any("does not add the router's auxiliary loss" in n for n in notes_of(model))
     a = anatomy(model)
