@@ -977,6 +977,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'ftlab.core.loading': { 'ftlab.core.loading._Plan': ('core/loading.html#_plan', 'ftlab/core/loading.py'),
                                     'ftlab.core.loading._adapter_in': ('core/loading.html#_adapter_in', 'ftlab/core/loading.py'),
                                     'ftlab.core.loading._bones': ('core/loading.html#_bones', 'ftlab/core/loading.py'),
+                                    'ftlab.core.loading._check_chain': ('core/loading.html#_check_chain', 'ftlab/core/loading.py'),
                                     'ftlab.core.loading._check_gaps': ('core/loading.html#_check_gaps', 'ftlab/core/loading.py'),
                                     'ftlab.core.loading._check_shapes': ('core/loading.html#_check_shapes', 'ftlab/core/loading.py'),
                                     'ftlab.core.loading._config': ('core/loading.html#_config', 'ftlab/core/loading.py'),

@@ -244,6 +244,18 @@ def test_an_adapter_that_cannot_be_read_is_named(pair, tmp_path, config, says):
         load(changed(pair[1], tmp_path/'new', **config))
 
 
+def test_an_adapter_whose_base_leads_back_to_it(pair, tmp_path):
+    "Else it would call itself until Python gives up"
+    one, two = tmp_path/'one', tmp_path/'two'
+    for folder, base in ((one, two), (two, one)):
+        shutil.copytree(pair[1], folder)
+        config = json.loads((folder/'adapter_config.json').read_text())
+        config['base_model_name_or_path'] = str(base)
+        (folder/'adapter_config.json').write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r'leads back here; give the model: ftlab.load\('):
+        load(two)
+
+
 def test_a_pickled_adapter_is_not_read(pair, tmp_path, monkeypatch):
     folder = changed(pair[1], tmp_path/'new')
     torch.save(load_file(folder/'adapter_model.safetensors'), folder/'adapter_model.bin')

@@ -20,7 +20,7 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM,
                           PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase)
 from transformers.utils import logging
 from .folder import (ADAPTER, ROOM, adapter_alone, check_folder, left_adapter,
-                               stale_index,
+                               read_json, stale_index,
                                tensor_shapes, weight_files)
 from .gguf_folder import notes_in, plain_folder
 from .labels import match_labels, model_labels, unnamed
@@ -588,10 +588,21 @@ def _task(adapter, how:dict) -> dict:
         return how | dict(labels=[f'LABEL_{i}' for i in range(len(head))])
     return how | dict(kind=TASKS[task])
 
+def _check_chain(adapter, base:str) -> None:
+    "Raise `ValueError` if an adapter's base is an adapter that leads back to it"
+    seen, at = [adapter.folder.resolve()], base
+    while at := _adapter_in(at, None, None):
+        if at.resolve() in seen:
+            raise ValueError(f'the adapter in {adapter.folder} has the base {base!r}, which is an adapter, too, and '
+                             f'leads back here; give the model: ftlab.load({str(adapter.folder)!r}, base=...)')
+        seen.append(at.resolve())
+        at, _ = base_named(adapter._replace(folder=at, config=read_json(at/ADAPTER[0])), None)
+
 def _with_adapter(folder:Path, base:str|Path|None, how:dict, bones:str|None=None) -> tuple:
     "Load an adapter's base and fold the adapter into it; with `bones`, only its shapes, on that device"
     adapter = read_adapter(folder)
     name, revision = base_named(adapter, base)
+    _check_chain(adapter, name)
     how = _task(adapter, how) | dict(revision=revision)
     try:
         with warnings.catch_warnings():
