@@ -291,8 +291,9 @@ def check_fits(model, tok, data:Data) -> None:
 def _check_kind(model, tok, data:Data) -> None:
     name = type(model).__name__
     if getattr(model.config, 'is_encoder_decoder', False):
-        raise ValueError(f'{name} is an encoder-decoder model, which fit does not train yet; '
-                         f'anatomy and selections work on it')
+        raise ValueError(f'{name} is an encoder-decoder model, which fit does not train; '
+                         'take a causal language model such as Llama or Qwen, or train this one with '
+                         'the Seq2SeqTrainer of transformers')
     if tok is None:
         raise ValueError(f'the data are of kind {data.kind!r}, which needs a tokenizer, and tok is None')
     if data.kind == 'label':
