@@ -460,6 +460,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'ftlab/adapters/yardsticks/low_rank.py'),
                                                     'ftlab.adapters.yardsticks.low_rank.VeRA.forward': ( 'adapters/yardsticks/low_rank.html#vera.forward',
                                                                                                          'ftlab/adapters/yardsticks/low_rank.py'),
+                                                    'ftlab.adapters.yardsticks.low_rank._has_values': ( 'adapters/yardsticks/low_rank.html#_has_values',
+                                                                                                        'ftlab/adapters/yardsticks/low_rank.py'),
                                                     'ftlab.adapters.yardsticks.low_rank._singular': ( 'adapters/yardsticks/low_rank.html#_singular',
                                                                                                       'ftlab/adapters/yardsticks/low_rank.py'),
                                                     'ftlab.adapters.yardsticks.low_rank._started': ( 'adapters/yardsticks/low_rank.html#_started',

@@ -4,6 +4,7 @@ from functools import partial
 from types import SimpleNamespace
 import pytest, torch
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from ftlab import methods
 from ftlab.adapters.attach import attach
 from ftlab.adapters.lowrank import LoRA, to_peft
@@ -12,6 +13,7 @@ from ftlab.adapters.store import load_delta
 from ftlab.adapters.yardsticks import low_rank
 from ftlab.adapters.yardsticks.low_rank import (OFT, STARTS, DoRA, Rescale, Started, TwoRates,
                                                 VeRA, frozen_pair)
+from ftlab.commands.memory import training_bytes
 from ftlab.core.batches import batch_at
 from ftlab.core.recipe import Recipe, With
 from ftlab.core.tokens import encode_all
@@ -362,7 +364,8 @@ MASK = torch.rand(6, 4, generator=torch.Generator().manual_seed(0)) > .5
 
 @pytest.mark.parametrize('make, says', [
     (lambda: DoRA(W, MASK), 'cannot use a mask'), (lambda: DoRA(W, r=5), 'rank 5 does not fit'),
-    (lambda: DoRA(W*torch.tensor([[1.], [1], [0], [1], [1], [1]]), r=2), '1 of the 6 rows are zero, the first of them row 2; leave'),
+    (lambda: DoRA(W*torch.tensor([[1.], [1], [0], [1], [1], [1]]), r=2),
+     '1 of the 6 rows are zero, the first of them row 2; leave'),
     (lambda: Started(W, MASK), 'cannot use a mask'), (lambda: Started(W, r=5), 'rank 5 does not fit'),
     (lambda: Started(W, r=2, start='pisa'), "start is 'pisa'; it must be pissa"),
     (lambda: Started(W, r=2, alpha=0.), 'above 0'), (lambda: Started(W, r=2, alpha=math.nan), 'above 0'),
@@ -403,3 +406,15 @@ def test_an_error_names_the_weight():
         m.get_parameter(name)[3] = 0.
     with pytest.raises(ValueError, match=f"'{name}': DoRA divides .* row 3"):
         attach(m, parts()(m), methods.dora().delta)
+
+@pytest.mark.parametrize('name', NAMES)
+def test_a_dry_run_counts_without_values_and_leaves_nothing_behind(name):
+    recipe = methods.get(name)
+    with FakeTensorMode():
+        planned = training_bytes(toy(), recipe)
+    m = toy()
+    att = attach(m, recipe.select(m), recipe.delta)
+    assert planned['trainable'] == sum(p.numel() for p in att.parameters().values())
+    held = {t.data_ptr(): t for d in att.deltas.values() for t in (*d.parameters(), *d.buffers())}
+    assert planned['delta'] == sum(t.numel()*t.element_size() for t in held.values())
+    logits(m) # nothing of the dry run is in use

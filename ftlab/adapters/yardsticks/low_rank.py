@@ -27,6 +27,9 @@ MATRICES = ('attention', 'mlp')
 def _where(targets):
     return named(targets) if isinstance(targets, str) else parts(*targets)
 
+def _has_values(W): # a dry run counts in tensors without values
+    return getattr(W, 'fake_mode', None) is None
+
 # %% ../../../nbs/adapters/yardsticks/low_rank.ipynb #lrk00011
 class DoRA(nn.Module):
     """`m (W + s B A)/||W + s B A||`, row by row, with the norm as a constant; A, B and m are trained.
@@ -37,7 +40,7 @@ class DoRA(nn.Module):
         super().__init__()
         self.low = LoRA(W, mask, r, alpha)
         self.m = nn.Parameter(W.norm(dim=1))
-        if len(zero := (self.m == 0).nonzero()):
+        if _has_values(W) and len(zero := (self.m == 0).nonzero()):
             raise ValueError(f'DoRA divides each row by its length, and {len(zero)} of the {len(W)} rows are zero, '
                              f'the first of them row {int(zero[0])}; leave this weight out (targets=), or use lora')
         self.config = dict(r=r, alpha=alpha)
@@ -242,15 +245,18 @@ def ia3() -> Recipe:
 _DRAWN = WeakValueDictionary() # the matrices in use, so that layers of one shape share them
 
 def frozen_pair(out:int, inp:int, r:int, seed:int=0,
-                device='cpu', dtype=torch.float32 # where it is used; it is drawn on the CPU in float32
+                like:Tensor|None=None # whose device and dtype it has; None: CPU, float32, as it is drawn
                ) -> tuple[Tensor, Tensor]:
     """Return VeRA's fixed A [r, in] and B [out, r]. The same arguments give the same matrices, and the
     very same tensors as long as these are in use"""
-    keys = [(out, inp, r, seed, str(device), dtype, which) for which in 'AB']
+    like = torch.empty(0, dtype=torch.float32) if like is None else like
+    # tensors without values, in which a dry run counts, cannot be used with others
+    about = out, inp, r, seed, like.device, like.dtype, id(getattr(like, 'fake_mode', None))
+    keys = [(*about, which) for which in 'AB']
     known = [_DRAWN.get(key) for key in keys]
     if any(t is None for t in known):
         g = torch.Generator().manual_seed(seed)
-        known = [nn.init.kaiming_uniform_(torch.empty(shape, dtype=torch.float32), generator=g).to(device, dtype)
+        known = [nn.init.kaiming_uniform_(torch.empty(shape, dtype=torch.float32), generator=g).to(like)
                  for shape in ((r, inp), (out, r))]
         _DRAWN.update(zip(keys, known))
     return tuple(known)
@@ -270,10 +276,10 @@ class VeRA(nn.Module):
             raise ValueError('VeRA changes whole matrices; it cannot use a mask of entries')
         if r < 1:
             raise ValueError(f'rank {r} is too small: it must be at least 1')
-        A, B = frozen_pair(*W.shape, r, seed, W.device, W.dtype)
+        A, B = frozen_pair(*W.shape, r, seed, W)
         self.register_buffer('A', A, persistent=False)
         self.register_buffer('B', B, persistent=False)
-        here = f'{fingerprint(A)} {fingerprint(B)}'
+        here = f'{fingerprint(A)} {fingerprint(B)}' if _has_values(W) else ''
         if drawn not in ('', here):
             raise ValueError('this torch draws other fixed matrices from the seed than those of the file, which '
                              'keeps only the seed; load it with the version of torch that wrote it')
