@@ -1,5 +1,5 @@
 "The relatives of LoRA against peft: the same start, the same training, on the same tensors (skipped without peft)"
-import json, math, weakref
+import json, math, warnings, weakref
 from functools import partial
 from types import SimpleNamespace
 import pytest, torch
@@ -286,12 +286,14 @@ def test_a_pissa_is_written_as_peft_converts_it(peft, tmp_path):
     run, _ = ours(methods.pissa(r=4, alpha=10.))
     run.export(tmp_path/'ours', form='peft')
     theirs = peft.get_peft_model(toy(), peft.LoraConfig(
-        r=4, lora_alpha=10, init_lora_weights='pissa', target_modules=modules(run), lora_dropout=0.))
+        r=4, lora_alpha=10, init_lora_weights='pissa', target_modules=modules(run),
+        lora_dropout=0.))
     theirs.peft_config['default'].init_lora_weights = True # as peft's docs say, before the start is saved
     theirs.save_pretrained(tmp_path/'start')
     theirs.peft_config['default'].init_lora_weights = 'pissa'
     trained(theirs)
-    theirs.save_pretrained(tmp_path/'theirs', path_initial_model_for_weight_conversion=str(tmp_path/'start'))
+    theirs.save_pretrained(tmp_path/'theirs',
+                           path_initial_model_for_weight_conversion=str(tmp_path/'start'))
     a, b = (load_file(tmp_path/k/'adapter_model.safetensors') for k in ('ours', 'theirs'))
     assert set(a) == set(b) and max((a[k] - b[k]).abs().max() for k in a) < 1e-5
     x, y = (json.loads((tmp_path/k/'adapter_config.json').read_text()) for k in ('ours', 'theirs'))
@@ -332,7 +334,8 @@ def test_other_matrices_from_the_same_seed_are_refused(tmp_path, monkeypatch):
     run = fit(toy(), TOK, lab_data(), methods.vera(r=4), steps=1, batch_size=4, progress=False)
     run.delta.save(tmp_path/'x.safetensors')
     load_delta(toy(), tmp_path/'x.safetensors')
-    monkeypatch.setattr(low_rank, 'frozen_pair', lambda o, i, r, *_: (torch.ones(r, i), torch.ones(o, r)))
+    monkeypatch.setattr(low_rank, 'frozen_pair',
+                        lambda o, i, r, *_: (torch.ones(r, i), torch.ones(o, r)))
     with pytest.raises(ValueError, match='other fixed matrices from the seed'):
         load_delta(toy(), tmp_path/'x.safetensors')
 
@@ -371,10 +374,13 @@ MASK = torch.rand(6, 4, generator=torch.Generator().manual_seed(0)) > .5
     (lambda: Started(W, r=2, alpha=0.), 'above 0'), (lambda: Started(W, r=2, alpha=math.nan), 'above 0'),
     (lambda: Rescale(W, MASK), 'mask of some entries'),
     (lambda: Rescale(W, side='up'), 'out or in'),
-    (lambda: VeRA(W, MASK), 'cannot use a mask'), (lambda: VeRA(W, r=0), 'at least 1'),
+    (lambda: VeRA(W, MASK), 'cannot use a mask'), (lambda: VeRA(W, r=0), 'whole number and at least 1'),
     (lambda: OFT(W, MASK), 'cannot use a mask'), (lambda: OFT(torch.zeros(2, 7), block=4), 'divides the 7 inputs'),
     (lambda: OFT(W, block=1), 'no size from 2 to 1'),
-    (lambda: TwoRates({'a::B': torch.nn.Parameter(W)}, SimpleNamespace(), 0.), 'above 0')])
+    (lambda: TwoRates({'a::B': torch.nn.Parameter(W)}, SimpleNamespace(), 0.), 'above 0'),
+    (lambda: TwoRates({'a::B': torch.nn.Parameter(W)}, SimpleNamespace(), math.inf), 'and finite'),
+    (lambda: VeRA(W, r=2, d=math.nan), 'd is nan'), (lambda: VeRA(W, r=2.), 'rank 2.0'),
+    (lambda: OFT(W, block=2.), 'block is 2.0'), (lambda: LoRA(W, r='2'), "rank '2' does not fit")])
 def test_wrong_arguments_are_named(make, says):
     with pytest.raises(ValueError, match=says):
         make()
@@ -419,3 +425,10 @@ def test_a_dry_run_counts_without_values_and_leaves_nothing_behind(name):
     held = {t.data_ptr(): t for d in att.deltas.values() for t in (*d.parameters(), *d.buffers())}
     assert planned['delta'] == sum(t.numel()*t.element_size() for t in held.values())
     logits(m) # nothing of the dry run is in use
+
+@pytest.mark.parametrize('family, has', [('qwen2', True), ('llama', False)])
+def test_biases_that_ia3_leaves_are_said(family, has):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        methods.ia3().select(tiny(family))
+    assert [str(w.message).split(';')[0] for w in said] == ['IA3 scales keys and values with their biases']*has

@@ -60,8 +60,8 @@ class LoRA(nn.Module):
         out, inp = W.shape
         if mask is not True:
             raise ValueError('LoRA changes whole matrices; it cannot use a mask of entries')
-        if not 1 <= r <= min(out, inp):
-            raise ValueError(f'rank {r} does not fit a matrix of {out} x {inp}: it must be between '
+        if not isinstance(r, int) or not 1 <= r <= min(out, inp):
+            raise ValueError(f'rank {r!r} does not fit a matrix of {out} x {inp}: it must be between '
                              f'1 and {min(out, inp)}')
         if not 0 <= dropout <= 1:
             raise ValueError(f'dropout is {dropout}; it must be between 0 and 1')

@@ -4,6 +4,7 @@
 
 # %% ../../../nbs/adapters/yardsticks/low_rank.ipynb #lrk00004
 from __future__ import annotations
+import math, warnings
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 import torch
@@ -166,8 +167,8 @@ class TwoRates(Backprop):
     the rest. Raises `ValueError` for a ratio that is not positive, and where nothing is called `B`."""
     def __init__(self, params, settings,   # as in `Backprop`
                  ratio:float=16.):         # the rate of `B` over that of `A`
-        if not ratio > 0:
-            raise ValueError(f'ratio is {ratio}; it must be above 0')
+        if not 0 < ratio < math.inf:
+            raise ValueError(f'ratio is {ratio}; it must be above 0 and finite')
         B = {n for n in params if n.partition('::')[2].rpartition('.')[2] == 'B'} # by its name in the delta
         if not B:
             raise ValueError('LoRA+ sets the rate of the B of a low-rank change, and none is trained; '
@@ -230,6 +231,9 @@ class keys_values_hidden:
                              'which IA3 scales: it stores them in one matrix with the queries; use lora or another '
                              'method of matrices')
         shapes = dict(model.named_parameters())
+        if left := [b for n in rows if (b := n.removesuffix('weight') + 'bias') in shapes]:
+            warnings.warn(f'IA3 scales keys and values with their biases; {len(left)} biases, such as {left[0]!r}, '
+                          'are left as they are')
         return dict.fromkeys(rows, True) | {
             n: torch.ones_like(shapes[n], dtype=torch.bool) for n in of('down')}
 
@@ -256,8 +260,8 @@ def frozen_pair(out:int, inp:int, r:int, seed:int=0,
     known = [_DRAWN.get(key) for key in keys]
     if any(t is None for t in known):
         g = torch.Generator().manual_seed(seed)
-        known = [nn.init.kaiming_uniform_(torch.empty(shape, dtype=torch.float32), generator=g).to(like)
-                 for shape in ((r, inp), (out, r))]
+        empty = (torch.empty(shape, dtype=torch.float32) for shape in ((r, inp), (out, r)))
+        known = [nn.init.kaiming_uniform_(t, generator=g).to(like) for t in empty]
         _DRAWN.update(zip(keys, known))
     return tuple(known)
 
@@ -274,8 +278,10 @@ class VeRA(nn.Module):
         super().__init__()
         if mask is not True:
             raise ValueError('VeRA changes whole matrices; it cannot use a mask of entries')
-        if r < 1:
-            raise ValueError(f'rank {r} is too small: it must be at least 1')
+        if not isinstance(r, int) or r < 1:
+            raise ValueError(f'rank {r!r} must be a whole number and at least 1')
+        if not isinstance(d, (int, float)) or not math.isfinite(d):
+            raise ValueError(f'd is {d!r}; it must be a finite number')
         A, B = frozen_pair(*W.shape, r, seed, W)
         self.register_buffer('A', A, persistent=False)
         self.register_buffer('B', B, persistent=False)
@@ -294,7 +300,7 @@ class VeRA(nn.Module):
         return self.b*((self.d*(x @ self.A.T)) @ self.B.T)
 
 @yardstick('VeRA: Vector-based Random Matrix Adaptation', '2310.11454',
-           'peft 0.21.2 (tuners/vera), to which it is equal with the same matrices',
+           'peft 0.21.2 (tuners/vera), to which it is equal on matrices of one shape',
            lr=3e-2, lrs=(1e-2, 3e-2, 1e-1))
 def vera(r:int=256, d:float=.1, seed:int=0, # as in `VeRA`
          targets:str|tuple=MATRICES         # as in `dora`
@@ -314,6 +320,8 @@ class OFT(nn.Module):
         width = W.shape[1]
         if mask is not True:
             raise ValueError('OFT changes whole matrices; it cannot use a mask of entries')
+        if not isinstance(block, int):
+            raise ValueError(f'block is {block!r}; it must be a whole number')
         self.b = next((b for b in range(min(block, width), 1, -1) if width % b == 0), None)
         if self.b is None:
             raise ValueError(f'block is {block}; no size from 2 to {block} divides the {width} inputs')
@@ -335,7 +343,8 @@ class OFT(nn.Module):
         return torch.einsum('nkc,onc->onk', R, W.reshape(len(W), -1, self.b)).reshape(W.shape)
 
 @yardstick('Controlling Text-to-Image Diffusion by Orthogonal Finetuning', '2306.07280',
-           'peft 0.21.2 (tuners/oft), to which it is equal with use_cayley_neumann=False',
+           'peft 0.21.2 (tuners/oft), to which it is equal with use_cayley_neumann=False, '
+           'where block divides the width',
            lr=3e-3, lrs=(1e-3, 3e-3, 1e-2))
 def oft(block:int=32,              # as in `OFT`
         targets:str|tuple=MATRICES # as in `dora`
