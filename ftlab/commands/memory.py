@@ -105,7 +105,8 @@ def _stage_bytes(model, stage, labels, shape, precision) -> dict:
     with _attached(model, stage, labels) as att:
         moving, weights, cfg = list(att.parameters().values()), _own_weights(model), model.config
         kept = _activations(model, shape, labels, precision)
-        delta = _size(t for d in att.deltas.values() for t in (*d.parameters(), *d.buffers()))
+        own = {id(t): t for d in att.deltas.values() for t in (*d.parameters(), *d.buffers())}
+        delta = _size(own.values()) # layers may share a tensor
         logits = (
             4*shape[0]*(cfg.num_labels if labels else shape[1]*cfg.get_text_config().vocab_size))
         reference = (((_size(weights) if att.whole else 0) + logits)
