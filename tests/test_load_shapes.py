@@ -19,12 +19,8 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    MixtralConfig,
-    OlmoeConfig,
-    Qwen2MoeConfig,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
-    Qwen3MoeConfig,
     SiglipVisionConfig,
     WhisperConfig,
     WhisperForConditionalGeneration,
@@ -40,7 +36,7 @@ from ftlab.core.paper import Method
 from ftlab.core.recipe import Recipe
 from ftlab.lab.models import lab_tokenizer
 from ftlab.trainers.fit import fit
-from tiny import example_inputs, tiny
+from tiny import MIXED, example_inputs, tiny
 
 tok = lab_tokenizer()
 
@@ -475,31 +471,9 @@ def test_classes_without_a_text_part_are_named(tmp_path):
         load(stored(ears, tmp_path/'ears'))
 
 
-MIXED = dict(
-    mixtral=(MixtralConfig, dict(num_local_experts=4)),
-    olmoe=(OlmoeConfig, dict(num_experts=4, num_experts_per_tok=2)),
-    qwen2_moe=(
-        Qwen2MoeConfig,
-        dict(num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=24),
-    ),
-    qwen3_moe=(
-        Qwen3MoeConfig,
-        dict(
-            num_experts=4,
-            num_experts_per_tok=2,
-            moe_intermediate_size=16,
-            head_dim=8,
-            mlp_only_layers=[1],
-        ),
-    ),
-)
-
-
 @pytest.mark.parametrize('kind', MIXED)
 def test_mixtures_of_experts(tmp_path, kind):
-    make, more = MIXED[kind]
-    torch.manual_seed(0)
-    folder = stored(AutoModelForCausalLM.from_config(make(**TEXT, **more)), tmp_path/'m')
+    folder = stored(wide(kind), tmp_path/'m')
     model = load(folder)[0]
     assert any("does not add the router's auxiliary loss" in n for n in notes_of(model))
     a = anatomy(model)
