@@ -4,7 +4,7 @@ Those of preferences stand beside `full` and `dpo`, on pairs of the model's own 
     python bench/yardsticks.py low_rank     # writes bench/results/yardsticks_low_rank.json
 
 The kind is the name of the page's module. One tuning seed, two test seeds: a comparison, no verdict.
-About 25 CPU-seconds a method. Finished runs are kept in `ftlab-runs`, so the same call goes on."""
+About 25 CPU-seconds a method (preferences: 60). Finished runs are kept in `ftlab-runs`, so the same call goes on."""
 import json, sys
 from pathlib import Path
 import ftlab
@@ -17,7 +17,7 @@ YOUNG = 'step-1000' # of lab-s: it writes lists, some of which break the rule
 # small on purpose: minutes on one core. `max_runs` thins the search for rates
 SETTINGS = dict(seeds=2, steps=40, batch_size=16, evaluations=2, items=80, old_items=12,
                 validation_items=50, old_validation_items=6)
-RUNS_PER_METHOD = 6
+RUNS_PER_METHOD, MORE_RUNS = 6, dict(preferences=8) # two rates; three, extended once at an edge
 KEPT = ('gain', 'forgetting', 'forgetting_matched') # of each test seed
 
 def setting(kind:str) -> tuple[tuple[str, ...], str, dict]:
@@ -38,9 +38,10 @@ def compared(kind:str) -> dict:
         raise SystemExit(f'no yardsticks of kind {kind!r}; there are {", ".join(kinds)}')
     beside, task, how = setting(kind)
     arms = [*beside, *names]
-    found = ftlab.compare(arms, 'lab-s', **how, max_runs=RUNS_PER_METHOD*len(arms),
+    found = ftlab.compare(arms, 'lab-s', **how, max_runs=MORE_RUNS.get(kind, RUNS_PER_METHOD)*len(arms),
                           out=f'ftlab-runs/yardsticks_{kind}', **SETTINGS).json()
-    rows = {m['name']: dict(rate=m['rate'], rate_matched=m['rate_matched'],
+    tried = {n: m['tried'] for n, m in found['tuning']['methods'].items()}
+    rows = {m['name']: dict(rate=m['rate'], rate_matched=m['rate_matched'], tried=tried[m['name']],
                             **{k: [row[k] for row in m['seeds']] for k in KEPT})
             for m in found['methods']}
     return dict(kind=kind, task=task, settings=SETTINGS, methods=rows, versions=versions())
