@@ -40,7 +40,8 @@ def compared(kind:str) -> dict:
         raise SystemExit(f'no yardsticks of kind {kind!r}; there are {", ".join(kinds)}')
     beside, task, how = setting(kind)
     arms = [*beside, *names]
-    found = ftlab.compare(arms, 'lab-s', **how, max_runs=MORE_RUNS.get(kind, RUNS_PER_METHOD)*len(arms),
+    runs = MORE_RUNS.get(kind, RUNS_PER_METHOD)*len(arms)
+    found = ftlab.compare(arms, 'lab-s', **how, max_runs=runs,
                           out=f'ftlab-runs/yardsticks_{kind}', **SETTINGS).json()
     tried = {n: m['tried'] for n, m in found['tuning']['methods'].items()}
     rows = {m['name']: dict(rate=m['rate'], rate_matched=m['rate_matched'], tried=tried[m['name']],

@@ -348,7 +348,8 @@ def test_unwanted_answers_are_never_learned_silently(true, false):
 def test_only_wanted_answers_are_asked_for_at_test():
     some, rest = KTO[:80], [dict(prompt=r['prompt'], completion=r['completion']) for r in KTO[100:]]
     d = data(some, validation=KTO[80:100], test=rest, carry='label')
-    assert [r['label'] for r in d.validation] == [True]*10 and len(d.test) == 20 and len(d.train) == 80
+    assert [r['label'] for r in d.validation] == [True]*10
+    assert len(d.test) == 20 and len(d.train) == 80
     assert '10 of 20 validation rows are left out: their label is false' in d.note
     kinds = data([dict(r, label='ab'[i % 2]) for i, r in enumerate(KTO)], carry='label')
     assert len(all_rows(kinds)) == 120

@@ -364,8 +364,9 @@ def test_with_lora(name):
 
 def test_a_method_that_learns_unwanted_answers_says_so():
     d = kto_data(24)
-    notes = lambda recipe: str(fit(toy(), TOK, d, recipe, steps=1, batch_size=4, progress=False).notes)
-    assert "8 of 24 training rows are labelled false, and this method learns" in notes(methods.full())
+    how = dict(steps=1, batch_size=4, progress=False)
+    notes = lambda recipe: str(fit(toy(), TOK, d, recipe, **how).notes)
+    assert '8 of 24 training rows are labelled false, and this' in notes(methods.full())
     assert 'labelled false' not in notes(methods.kto())
 
 def test_recipes_are_values():

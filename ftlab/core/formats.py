@@ -353,7 +353,8 @@ def is_wanted(value) -> bool|None:
     "Return what a label says; `None` if it says neither true nor false"
     said = value.strip().lower() if isinstance(value, str) else value
     if isinstance(said, str):
-        return {'true': True, '1': True, '1.0': True, 'false': False, '0': False, '0.0': False}.get(said)
+        return {'true': True, '1': True, '1.0': True,
+                'false': False, '0': False, '0.0': False}.get(said)
     return bool(said) if not is_list(said) and said in (0, 1) else None
 
 def _drop_label(row:dict, reading:Reading, at:str) -> dict|None:

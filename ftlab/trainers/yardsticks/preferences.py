@@ -212,7 +212,8 @@ def reference_point(state) -> Tensor: # a scalar
         found = []
         with evaluating(state.model):
             for b in state.batches:
-                other = {k.removeprefix('other_'): v for k, v in b.items() if k.startswith('other_')}
+                other = {k.removeprefix('other_'): v for k, v in b.items()
+                         if k.startswith('other_')}
                 found.append(log_ratios(state, other, state.model(**model_inputs(other)).logits))
         point = torch.cat(found).mean().clamp(min=0)
         state.extra['kto'] = state.batches, point
