@@ -4,7 +4,7 @@ Those of preferences stand beside `full` and `dpo`, on pairs of the model's own 
     python bench/yardsticks.py low_rank     # writes bench/results/yardsticks_low_rank.json
 
 The kind is the name of the page's module. One tuning seed, two test seeds: a comparison, no verdict.
-About 25 CPU-seconds a method. Finished runs are kept in `ftlab-runs`, so the same call goes on."""
+About 25 CPU-seconds a method (preferences: 60). Finished runs are kept in `ftlab-runs`, so the same call goes on."""
 import json, sys
 from pathlib import Path
 import ftlab
@@ -17,7 +17,9 @@ YOUNG = 'step-1000' # of lab-s: it writes lists, some of which break the rule
 # small on purpose: minutes on one core. `max_runs` thins the search for rates
 SETTINGS = dict(seeds=2, steps=40, batch_size=16, evaluations=2, items=80, old_items=12,
                 validation_items=50, old_validation_items=6)
-RUNS_PER_METHOD = 6
+RUNS_PER_METHOD, MORE_RUNS = 6, dict(preferences=8) # two rates; three, extended once at an edge
+# a method at a rate that the search passes over, though it gains on the test seeds
+PASSED_OVER = dict(preferences=('kto', 9.49e-5))
 KEPT = ('gain', 'forgetting', 'forgetting_matched') # of each test seed
 
 def setting(kind:str) -> tuple[tuple[str, ...], str, dict]:
@@ -38,12 +40,22 @@ def compared(kind:str) -> dict:
         raise SystemExit(f'no yardsticks of kind {kind!r}; there are {", ".join(kinds)}')
     beside, task, how = setting(kind)
     arms = [*beside, *names]
-    found = ftlab.compare(arms, 'lab-s', **how, max_runs=RUNS_PER_METHOD*len(arms),
+    runs = MORE_RUNS.get(kind, RUNS_PER_METHOD)*len(arms)
+    found = ftlab.compare(arms, 'lab-s', **how, max_runs=runs,
                           out=f'ftlab-runs/yardsticks_{kind}', **SETTINGS).json()
-    rows = {m['name']: dict(rate=m['rate'], rate_matched=m['rate_matched'],
+    tried = {n: m['tried'] for n, m in found['tuning']['methods'].items()}
+    rows = {m['name']: dict(rate=m['rate'], rate_matched=m['rate_matched'], tried=tried[m['name']],
                             **{k: [row[k] for row in m['seeds']] for k in KEPT})
             for m in found['methods']}
-    return dict(kind=kind, task=task, settings=SETTINGS, methods=rows, versions=versions())
+    also = passed_over(*PASSED_OVER[kind], how, kind) if kind in PASSED_OVER else {}
+    return dict(kind=kind, task=task, settings=SETTINGS, methods=rows, **also, versions=versions())
+
+def passed_over(name:str, rate:float, how:dict, kind:str) -> dict:
+    "Run a method at one rate on the test seeds, without a search"
+    found = ftlab.compare([name], 'lab-s', **how, lrs=[rate], tune=False,
+                          out=f'ftlab-runs/yardsticks_{kind}_{name}', **SETTINGS).json()
+    gain = [row['gain'] for row in found['methods'][0]['seeds']]
+    return dict(passed_over=dict(method=name, rate=rate, gain=gain))
 
 if __name__ == '__main__':
     if len(sys.argv) != 2:
