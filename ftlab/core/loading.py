@@ -21,6 +21,7 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM,
 from transformers.utils import logging
 from .folder import (ADAPTER, ROOM, adapter_alone, check_folder, left_adapter,
                                tensor_shapes, weight_files)
+from .four_bits import bitsandbytes_package, check_quantize, quantize as pack
 from .gguf_folder import notes_in, plain_folder
 from .labels import match_labels, model_labels, unnamed
 from .lab import lab
@@ -545,6 +546,16 @@ def _plan(where:str, revision:str|None, name, kind:str, labels:list[str]|None, h
     return _Plan(config, sort, fresh, renamed, tok, notes)
 
 # %% ../../nbs/core/loading.ipynb #00151c17
+def _ready_for(quantize:str|None) -> None:
+    "Raise now what packing the weights would raise after they were read"
+    check_quantize(quantize)
+    if quantize:
+        bitsandbytes_package()
+
+def _unpacked(model, plan:_Plan) -> tuple[str, ...]:
+    "Return the parameters that are never in 4 bits: the head of a classifier"
+    return tuple(head_names(model)) if plan.sort in ('label', 'image') else ()
+
 def load(name:str|Path,              # 'lab-s' or another lab model, a local folder, a .gguf file, or a Hugging Face id
          revision:str|None=None,     # 'step-500' of a lab model, a subfolder, or a branch, tag or commit on the hub
          dtype:str|torch.dtype|None=None, # None: what the model's config says; float32 for lab models
@@ -554,7 +565,8 @@ def load(name:str|Path,              # 'lab-s' or another lab model, a local fol
          seed:int=0,                 # of the new head
          head:str='auto',            # 'auto': a head that knows the labels is kept; 'new': never; 'exact': see below
          resize:bool=False,          # add rows to the embedding for tokens that have none
-         add_tokens:Iterable|None=None # texts, or `AddedToken`s of transformers; every method trains their rows
+         add_tokens:Iterable|None=None, # texts, or `AddedToken`s of transformers; every method trains their rows
+         quantize:str|None=None      # 'nf4': keep the matrices in 4 bits, for methods that train a delta
         ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase|None]:
     """Load a model, in eval mode, and its tokenizer (`None` for a model that reads images).
 
@@ -562,7 +574,8 @@ def load(name:str|Path,              # 'lab-s' or another lab model, a local fol
     out is noted: `ftlab.core.model.notes_of(model)`. A replaced head and an ignored adapter are
     also warned of. `head='exact'` keeps a head only if the labels are the same in the same order, as
     version 0.1 did. Raises `FileNotFoundError` if the model is not found and `ValueError` if it is
-    found but wrong."""
+    found but wrong. `quantize` needs the package bitsandbytes, else that is an `ImportError`."""
+    _ready_for(quantize)
     where, revision = _find(name, revision)
     dtype, device = _dtype(dtype), find_device(device)
     plan = _plan(where, revision, name, kind, labels, head)
@@ -575,6 +588,8 @@ def load(name:str|Path,              # 'lab-s' or another lab model, a local fol
     notes += _rows_for(model, plan.tok, resize, name, add_tokens)
     if plan.tok is not None:
         notes += _same_padding(model, plan.tok, plan.sort)
+    if quantize:
+        notes.append(pack(model, _unpacked(model, plan)))
     model.load_notes = notes
     return model.to(device).eval(), plan.tok
 
@@ -585,10 +600,12 @@ def skeleton(name:str|Path,              # as in `load`, like the next three
              labels:list[str]|None=None,
              device:str='meta', # of its tensors
              head:str='auto',   # as in `load`
-             add_tokens:Iterable|None=None
+             add_tokens:Iterable|None=None,
+             quantize:str|None=None
             ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase|None]:
     """Return the model's names and shapes without its weights, and its tokenizer: what `load` would
     give, at the cost of reading a config. Raises what `load` raises for a missing model."""
+    check_quantize(quantize)
     where, revision = _find(name, revision)
     dtype = _dtype(dtype)
     plan = _plan(where, revision, name, 'auto', labels, head, warn=False)
@@ -597,6 +614,8 @@ def skeleton(name:str|Path,              # as in `load`, like the next three
     model = _bones(plan.sort, plan.config, dtype, device, name)
     if add_tokens:
         _rows_for(model, plan.tok, False, name, add_tokens)
+    if quantize:
+        pack(model, _unpacked(model, plan))
     return model, plan.tok
 
 def _stored(where:str) -> torch.dtype:
