@@ -155,7 +155,8 @@ def quantize(model:nn.Module,    # changed in place
         m.weight = nn.Parameter(packed(m.weight.detach()), requires_grad=False)
     held = sum(m.weight.numel() for _, m in found)
     share = held/sum(p.numel() for p in model.parameters())
-    return f'{len(found)} matrices of the base are in 4 bits (nf4), {share:.0%} of its parameters'
+    return (f'{len(found)} matrices of the base are in 4 bits (nf4), {share:.0%} of its parameters; an export writes '
+            'them as whole matrices, with the values that the 4 bits give')
 
 def quantization_of(model:nn.Module) -> str|None:
     "Return how the base of a model is packed; `None` for an ordinary model"

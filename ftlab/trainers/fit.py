@@ -22,6 +22,7 @@ from ..adapters.attach import check_bare
 from ..adapters.store import identity
 from ..core.data import Data, KINDS, data as as_data
 from ..core.tokens import encode_all
+from ..core.four_bits import quantization_of
 from ..core.io import TemporaryFolder, check_room, leftovers, only_writer, remove
 from ..core.labels import model_labels, numbered, unnamed
 from ..core.loading import find_device, row_advice, without_row
@@ -164,10 +165,20 @@ def _checked_callbacks(callbacks) -> tuple:
     return callbacks
 
 # %% ../../nbs/trainers/fit.ipynb #c11b191a
+def _packed(model, recipe) -> dict:
+    """Return what the settings of a run say about a base in 4 bits, nothing for another base. Raises `ValueError` for a
+    recipe that needs a copy of the base"""
+    found = quantization_of(model)
+    if found and recipe.stages:
+        raise ValueError(f'{recipe.name} trains in stages, which begin from a copy of the base, and a base in 4 bits '
+                         'cannot be restored from one; load the base without quantize')
+    return dict(quantize=found) if found else {}
+
 def _job(model, tok, data, recipe, settings, device, out, trackers, callbacks) -> Job:
     "Collect what all stages of a run share"
     data = data if isinstance(data, Data) else as_data(data)
     check_fits(model, tok, data)
+    packed = _packed(model, recipe)
     data = numbered(data, model)
     device = _device(device, model)
     acc = _accelerator(settings['precision'], device, trackers, out)
@@ -191,7 +202,7 @@ def _job(model, tok, data, recipe, settings, device, out, trackers, callbacks) -
     settings |= dict(accumulate=settings['accumulate']*processes.count, data=data.fingerprint,
                      encoded=_fingerprint(rows, validation),
                      model=hashlib.blake2s(json.dumps(base).encode()).hexdigest()[:16],
-                     callbacks=[c.describe() for c in callbacks if hasattr(c, 'describe')])
+                     callbacks=[c.describe() for c in callbacks if hasattr(c, 'describe')], **packed)
     # the holder deletes the temporary folder with the run
     holder = None if out and processes.main else TemporaryFolder()
     folder = Path(holder.name if holder else out)
