@@ -15,7 +15,7 @@ from ftlab.core.record import versions
 from ftlab.lab.models import lab_tokenizer
 from ftlab.trainers.watch import free_memory
 
-ROWS, TOKENS = 4, 128
+ROWS, TOKENS = 2, 64
 
 def made(tok):
     torch.manual_seed(0)

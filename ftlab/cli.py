@@ -325,8 +325,8 @@ COMMON = {
     '--add-special-tokens': dict(type=listed, metavar='TOKENS',
                                  help="the same for marks that no answer shows: '<|im_start|>,<|im_end|>'"),
     '--quantize': dict(choices=QUANTIZED,
-                       help='nf4: keep the matrices of the base in 4 bits, for methods that train a delta, such as lora; '
-                            'needs the package bitsandbytes'),
+                       help='nf4: keep the matrices of the base in 4 bits, for methods that train a delta, such as '
+                            'lora; needs the package bitsandbytes'),
     '--data': dict(metavar='PATH',
                    help='a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, a data set of the '
                         'Hugging Face hub (owner/name), or the name of a lab skill; several with their shares of the '

@@ -159,8 +159,8 @@ def test_a_checkpoint_knows_its_base(folder, tmp_path):
         trained(widened(narrow(folder)[0]), out=tmp_path, resume=True)
 
 def test_a_comparison_and_its_winner(folder, tmp_path):
-    c = ftlab.compare(['lora'], folder, lab_data(), old=lab_data(), seeds=1, steps=2, items=4, old_items=2, tune=False, batch_size=4,
-                      quantize='nf4', out=tmp_path/'c', progress=False)
+    c = ftlab.compare(['lora'], folder, lab_data(), old=lab_data(), seeds=1, steps=2, items=4, old_items=2, tune=False,
+                      batch_size=4, quantize='nf4', out=tmp_path/'c', progress=False)
     assert json.loads((tmp_path/'c'/'result.json').read_text())['inputs']['quantize'] == 'nf4'
     run = c.train('lora', tmp_path/'w', progress=False)
     assert json.loads((tmp_path/'w'/'run.json').read_text())['quantize'] == 'nf4' == quantization_of(run.model)
