@@ -201,7 +201,7 @@ def _job(model, tok, data, recipe, settings, device, out, trackers, callbacks) -
     settings |= rate_settings(recipe, **asked)
     settings |= dict(accumulate=settings['accumulate']*processes.count, data=data.fingerprint,
                      encoded=_fingerprint(rows, validation),
-                     model=hashlib.blake2s(json.dumps(base).encode()).hexdigest()[:16],
+                     model=hashlib.blake2s(json.dumps([base, packed] if packed else base).encode()).hexdigest()[:16],
                      callbacks=[c.describe() for c in callbacks if hasattr(c, 'describe')], **packed)
     # the holder deletes the temporary folder with the run
     holder = None if out and processes.main else TemporaryFolder()
