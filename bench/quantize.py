@@ -1,5 +1,6 @@
 """Measure the memory of LoRA on a random Llama of 100 million parameters, its base in float32 and in 4 bits,
-and compare it with the estimate of --dry-run: python bench/quantize.py writes bench/results/quantize.json; needs bitsandbytes"""
+and compare it with the estimate of --dry-run. `python bench/quantize.py` writes bench/results/quantize.json;
+it needs bitsandbytes"""
 import argparse
 import gc
 import json

@@ -199,9 +199,10 @@ def _job(model, tok, data, recipe, settings, device, out, trackers, callbacks) -
     asked = {k: settings[k] for k in ('lr', 'schedule')}
     settings = dict(recipe=recipe.describe(), **settings)
     settings |= rate_settings(recipe, **asked)
+    known = [base, packed] if packed else base
     settings |= dict(accumulate=settings['accumulate']*processes.count, data=data.fingerprint,
                      encoded=_fingerprint(rows, validation),
-                     model=hashlib.blake2s(json.dumps([base, packed] if packed else base).encode()).hexdigest()[:16],
+                     model=hashlib.blake2s(json.dumps(known).encode()).hexdigest()[:16],
                      callbacks=[c.describe() for c in callbacks if hasattr(c, 'describe')], **packed)
     # the holder deletes the temporary folder with the run
     holder = None if out and processes.main else TemporaryFolder()
