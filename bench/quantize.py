@@ -21,8 +21,10 @@ ROWS, TOKENS = 2, 64
 def made(tok):
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tok), hidden_size=768, intermediate_size=2048, num_hidden_layers=14, num_attention_heads=12,
-        max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval()
+        vocab_size=len(tok), hidden_size=768, intermediate_size=2048,
+        num_hidden_layers=14, num_attention_heads=12,
+        max_position_embeddings=512, tie_word_embeddings=True,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval()
 
 def resident() -> int:
     "Return the bytes of memory that this process holds now"
@@ -41,9 +43,11 @@ def measure(kind:str) -> dict:
     data = ftlab.data([row]*8 + [dict(text=f'{i} {row["text"]}') for i in range(8)])
     recipe = ftlab.methods.get('lora')
     told = training_bytes(model, recipe, shape=(ROWS, TOKENS))
-    run = ftlab.fit(model, tok, data, recipe, steps=2, batch_size=ROWS, max_length=TOKENS, progress=False)
+    run = ftlab.fit(model, tok, data, recipe, steps=2, batch_size=ROWS,
+                    max_length=TOKENS, progress=False)
     return dict(parameters=sum(p.numel() for p in model.parameters()) - told['trainable'],
-                parameter_bytes=told['weights'], resident_bytes=held, peak_bytes_of_training=run.cost['peak_bytes'],
+                parameter_bytes=told['weights'], resident_bytes=held,
+                peak_bytes_of_training=run.cost['peak_bytes'],
                 estimate=told, seconds_per_step=run.cost['seconds']/len(run.log))
 
 def main():

@@ -121,7 +121,8 @@ def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
                   recipe=recipe.describe(), settings=run.settings, cost=run.cost,
                   interrupted=run.interrupted, metric=metric, before=before,
                   items=min(a.items, len(data.test)),
-                  after=_score(a, model, tok, data), head=a.head, add_tokens=tokens_of(a), quantize=a.quantize,
+                  after=_score(a, model, tok, data), head=a.head,
+                  add_tokens=tokens_of(a), quantize=a.quantize,
                   notes=run.notes + _test_notes(a, model, tok, data))
     record['saved_bytes'] = _keep(run, record, out)
     if run.interrupted:

@@ -18,7 +18,8 @@ def add_show(p:argparse.ArgumentParser,
             ):
     "Add the arguments of `ftlab show`"
     must = dict(required=True)
-    add = take(p, 'model revision add-tokens quantize data eval columns max-length head out', model=must,
+    add = take(p, 'model revision add-tokens quantize data eval columns max-length head out',
+               model=must,
                data=must, out=dict(metavar='PAGE', help='also write an HTML page, such as rows.html'))
     add('-n', '--rows', type=positive, default=3, metavar='N',
         help='how many rows: the first, the longest, the others at random (default: %(default)s)')

@@ -68,7 +68,8 @@ class FourBit(Tensor):
         if isinstance(self.packed, FakeTensor) or self.device.type == 'meta':
             return torch.empty(self.shape, dtype=self.dtype, device=self.device)
         bits = bitsandbytes_package()
-        state = bits.QuantState(self.scales, self.shape, _values(self.device), BLOCK, 'nf4', self.dtype)
+        state = bits.QuantState(self.scales, self.shape, _values(self.device), BLOCK, 'nf4',
+                                self.dtype)
         return bits.dequantize_4bit(self.packed, state)
 
     @classmethod
@@ -93,7 +94,8 @@ def _dispatched(func, args, kwargs):
     if func is aten.clone.default:
         return _mapped(W, torch.clone, W.dtype)
     if func is aten._to_copy.default:
-        return _mapped(W, lambda t: t.to(kwargs.get('device'), copy=True), kwargs.get('dtype') or W.dtype)
+        moved = lambda t: t.to(kwargs.get('device'), copy=True)
+        return _mapped(W, moved, kwargs.get('dtype') or W.dtype)
     if func.__name__.partition('.')[0].endswith('_') and isinstance(W, FourBit): # torch's mark for in place
         raise ValueError(READ_ONLY)
     return func(*tree_map(made_whole, args), **tree_map(made_whole, kwargs))
@@ -135,7 +137,8 @@ def packed(W:Tensor) -> FourBit:
     if isinstance(W, FakeTensor) or W.device.type == 'meta':
         codes = torch.empty((n + 1)//2, 1, dtype=torch.uint8, device=W.device)
         return FourBit(codes, torch.empty(math.ceil(n/BLOCK), device=W.device), shape, W.dtype)
-    codes, state = bitsandbytes_package().quantize_4bit(W.contiguous(), blocksize=BLOCK, quant_type='nf4')
+    pack = bitsandbytes_package().quantize_4bit
+    codes, state = pack(W.contiguous(), blocksize=BLOCK, quant_type='nf4')
     return FourBit(codes, state.absmax, shape, W.dtype)
 
 @torch.no_grad()

@@ -203,7 +203,8 @@ def _job(model, tok, data, recipe, settings, device, out, trackers, callbacks) -
     settings |= dict(accumulate=settings['accumulate']*processes.count, data=data.fingerprint,
                      encoded=_fingerprint(rows, validation),
                      model=hashlib.blake2s(json.dumps(known).encode()).hexdigest()[:16],
-                     callbacks=[c.describe() for c in callbacks if hasattr(c, 'describe')], **packed)
+                     callbacks=[c.describe() for c in callbacks if hasattr(c, 'describe')],
+                     **packed)
     # the holder deletes the temporary folder with the run
     holder = None if out and processes.main else TemporaryFolder()
     folder = Path(holder.name if holder else out)
