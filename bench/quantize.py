@@ -59,7 +59,8 @@ def main():
         return print(json.dumps(measure(a.one)))
     found = dict(rows=ROWS, tokens=TOKENS, versions=versions())
     for kind in ('float32', 'nf4'): # a process each, so that no memory is shared
-        said = subprocess.run([sys.executable, __file__, '--one', kind], stdout=subprocess.PIPE, text=True, check=True)
+        said = subprocess.run([sys.executable, __file__, '--one', kind], stdout=subprocess.PIPE,
+                              text=True, check=True)
         found[kind] = json.loads(said.stdout.splitlines()[-1])
     Path(a.out).write_text(json.dumps(found, indent=1) + '\n')
     print(json.dumps(found, indent=1))

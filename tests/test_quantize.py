@@ -32,7 +32,8 @@ def widened(model):
     return out
 
 def trained(model, recipe='lora', **more):
-    return ftlab.fit(model, TOK, lab_data(), ftlab.methods.get(recipe), steps=3, batch_size=8, progress=False, **more)
+    return ftlab.fit(model, TOK, lab_data(), ftlab.methods.get(recipe), steps=3, batch_size=8,
+                     progress=False, **more)
 
 # ---- the tensor
 def test_values_and_copies():
@@ -42,7 +43,8 @@ def test_values_and_copies():
     assert torch.equal(Q.whole(), bits.dequantize_4bit(codes, state)) and Q.shape == W.shape
     assert torch.equal(Q.T + 1, Q.whole().T + 1) and type(Q*2) is torch.Tensor
     assert held_bytes(Q) == 48*70//2 + 4*-(-48*70//64)
-    for c in (Q.detach(), Q.clone(), Q.data, Q.float(), nn.Parameter(Q, requires_grad=False), copy.deepcopy(Q)):
+    for c in (Q.detach(), Q.clone(), Q.data, Q.float(),
+              nn.Parameter(Q, requires_grad=False), copy.deepcopy(Q)):
         assert isinstance(c, FourBit) and torch.equal(c, Q)
     with pytest.raises(ValueError, match='cannot be changed in place'):
         Q.mul_(2)
@@ -88,12 +90,14 @@ def test_a_run_equals_one_on_the_whole_matrices(folder, recipe):
 def test_it_computes_what_peft_computes(folder):
     peft = pytest.importorskip('peft')
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_compute_dtype=torch.float32)
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4',
+                             bnb_4bit_compute_dtype=torch.float32)
     theirs = AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, device_map='cpu')
     theirs = peft.prepare_model_for_kbit_training(theirs, use_gradient_checkpointing=False)
     theirs.train() # in eval mode bitsandbytes has a CPU kernel of its own, in bfloat16
     names = ['q_proj', 'v_proj']
-    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=8, target_modules=names)).train()
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=names)
+    theirs = peft.get_peft_model(theirs, config).train()
     model, _ = narrow(folder)
     chosen = {n: True for n, _ in model.named_parameters() if any(k in n for k in names)}
     att = attach(model, chosen, lambda W, mask: LoRA(W, mask, r=4, alpha=8))
@@ -110,8 +114,9 @@ def test_it_computes_what_peft_computes(folder):
         f.loss.backward()
     for n, d in att.deltas.items():
         layer = theirs.base_model.model.get_submodule(n.removesuffix('.weight'))
-        torch.testing.assert_close(d.A.grad, layer.lora_A['default'].weight.grad, rtol=1e-3, atol=1e-6)
-        torch.testing.assert_close(d.B.grad, layer.lora_B['default'].weight.grad, rtol=1e-3, atol=1e-6)
+        for mine, other in ((d.A, layer.lora_A), (d.B, layer.lora_B)):
+            theirs_grad = other['default'].weight.grad
+            torch.testing.assert_close(mine.grad, theirs_grad, rtol=1e-3, atol=1e-6)
 
 # ---- what is refused
 @pytest.mark.parametrize('recipe, said', [('full', 'cannot train itself'), ('hft', 'cannot train itself')])
@@ -133,7 +138,8 @@ def test_a_change_is_not_folded_and_an_export_is_whole(folder, tmp_path):
     again, _ = ftlab.load(tmp_path/'e')
     torch.testing.assert_close(logits(again), after, rtol=1e-4, atol=1e-4)
     card = (tmp_path/'e'/'README.md').read_text()
-    assert "quantize='nf4'" in card and 'in 4 bits' in card and any('in 4 bits' in n for n in run.notes)
+    assert "quantize='nf4'" in card and 'in 4 bits' in card
+    assert any('in 4 bits' in n for n in run.notes)
 
 def test_without_the_package(folder, monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'bitsandbytes.functional', None)
@@ -142,7 +148,8 @@ def test_without_the_package(folder, monkeypatch):
 
 # ---- what a run knows
 def test_bases_share_no_run(folder):
-    bases = [Base(folder), Base(folder, quantize='nf4'), Base(narrow(folder)), Base((widened(narrow(folder)[0]), TOK))]
+    bases = [Base(folder), Base(folder, quantize='nf4'), Base(narrow(folder)),
+             Base((widened(narrow(folder)[0]), TOK))]
     prints = [b.fingerprint(0) for b in bases]
     assert len(set(prints)) == 3 and prints[1] == prints[2]
     with pytest.raises(ValueError, match='quantize goes with the name'):
@@ -159,7 +166,8 @@ def test_a_checkpoint_knows_its_base(folder, tmp_path):
         trained(widened(narrow(folder)[0]), out=tmp_path, resume=True)
 
 def test_a_comparison_and_its_winner(folder, tmp_path):
-    c = ftlab.compare(['lora'], folder, lab_data(), old=lab_data(), seeds=1, steps=2, items=4, old_items=2, tune=False,
+    c = ftlab.compare(['lora'], folder, lab_data(), old=lab_data(), seeds=1, steps=2,
+                      items=4, old_items=2, tune=False,
                       batch_size=4, quantize='nf4', out=tmp_path/'c', progress=False)
     assert json.loads((tmp_path/'c'/'result.json').read_text())['inputs']['quantize'] == 'nf4'
     run = c.train('lora', tmp_path/'w', progress=False)
