@@ -171,4 +171,5 @@ def test_a_comparison_and_its_winner(folder, tmp_path):
                       batch_size=4, quantize='nf4', out=tmp_path/'c', progress=False)
     assert json.loads((tmp_path/'c'/'result.json').read_text())['inputs']['quantize'] == 'nf4'
     run = c.train('lora', tmp_path/'w', progress=False)
-    assert json.loads((tmp_path/'w'/'run.json').read_text())['quantize'] == 'nf4' == quantization_of(run.model)
+    record = json.loads((tmp_path/'w'/'run.json').read_text())
+    assert record['quantize'] == quantization_of(run.model) == 'nf4'
