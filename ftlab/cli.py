@@ -13,6 +13,7 @@ import sys
 import textwrap
 from pathlib import Path
 import ftlab
+from .core.four_bits import QUANTIZED
 from .commands.background import check_start, reported, run_status, run_stop, start
 from .commands.claims import run_claims
 from .commands.export import add_export, run_export
@@ -62,7 +63,7 @@ def _compared(a, methods, data, progress, executor):
                          items=a.items, old_items=a.old_items, max_length=a.max_length,
                          device=a.device, precision=a.precision, dtype=a.dtype,
                          revision=a.revision, head=a.head, add_tokens=tokens_of(a),
-                         budget=a.budget, out=a.out,
+                         quantize=a.quantize, budget=a.budget, out=a.out,
                          resume=a.resume, lose_at_most=a.lose_at_most, max_runs=a.max_runs,
                          race=a.race, progress=progress, executor=executor)
 
@@ -120,7 +121,8 @@ def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
                   recipe=recipe.describe(), settings=run.settings, cost=run.cost,
                   interrupted=run.interrupted, metric=metric, before=before,
                   items=min(a.items, len(data.test)),
-                  after=_score(a, model, tok, data), head=a.head, add_tokens=tokens_of(a),
+                  after=_score(a, model, tok, data), head=a.head,
+                  add_tokens=tokens_of(a), quantize=a.quantize,
                   notes=run.notes + _test_notes(a, model, tok, data))
     record['saved_bytes'] = _keep(run, record, out)
     if run.interrupted:
@@ -146,7 +148,7 @@ def _keep_others(a, out:Path, recipe, lr:float, data):
     if was is None:
         return
     now = dict(model=a.model, revision=a.revision, data=data.name, seed=a.seed, head=a.head,
-               add_tokens=tokens_of(a),
+               add_tokens=tokens_of(a), quantize=a.quantize,
                eval=a.eval, columns=columns_of(a), carry=listed(a.carry or ''), wanted=a.wanted,
                empty=a.empty, recipe=recipe.describe(), lr=lr, **{k: getattr(a, k) for k in OWN})
     then = ({k: was['settings'].get(k, was.get(k)) for k in now}
@@ -243,7 +245,7 @@ def _foreign(a, data):
     from ftlab.instruments.doctor import doctor
     unused = dict(exported=None, lr=None, method='full', steps=200, batch_size=32, accumulate=1,
                   max_length=None, device=None, dtype=None, precision='no', head='auto',
-                  revision=None, add_tokens=None, add_special_tokens=None)
+                  revision=None, add_tokens=None, add_special_tokens=None, quantize=None)
     odd = [k for k, default in unused.items() if getattr(a, k) != default]
     if odd or (a.model and a.base):
         name = odd[0].replace('_', '-') if odd else 'model'
@@ -263,7 +265,7 @@ def run_doctor(a:argparse.Namespace) -> tuple[dict, str]:
         raise ValueError('--base is the model before a run made elsewhere; name the folder or file of that run')
     elif a.folder:
         refuse_unused(a, 'method lr steps batch_size accumulate max_length precision head '
-                         'add_tokens add_special_tokens',
+                         'add_tokens add_special_tokens quantize',
                       f'the run in {a.folder} has its own')
         found = doctor(read_run(a.folder, a.model, None, data, a.revision, a.device, a.dtype),
                        exported=a.exported, try_fix=a.try_fix)
@@ -323,6 +325,9 @@ COMMON = {
                               'every method trains their rows'),
     '--add-special-tokens': dict(type=listed, metavar='TOKENS',
                                  help="the same for marks that no answer shows: '<|im_start|>,<|im_end|>'"),
+    '--quantize': dict(choices=QUANTIZED,
+                       help='nf4: keep the matrices of the base in 4 bits, for methods that train a delta, such as '
+                            'lora; needs the package bitsandbytes'),
     '--data': dict(metavar='PATH',
                    help='a .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, a data set of the '
                         'Hugging Face hub (owner/name), or the name of a lab skill; several with their shares of the '
@@ -375,7 +380,7 @@ def _take(p, names:str, **more):
 def _training(p, out:str):
     "Add the arguments of both commands that train"
     must = dict(required=True)
-    add = _take(p, 'model revision add-tokens data eval columns metric steps batch-size max-length '
+    add = _take(p, 'model revision add-tokens quantize data eval columns metric steps batch-size max-length '
                    'device dtype precision head out',
                 model=must, data=must,
                 out=dict(default=out, type=lambda text: text or out, # --out "$UNSET"
@@ -483,7 +488,7 @@ def _doctor(p):
     add('--base', metavar='NAME', help='the model before a run made elsewhere')
     add('--try-fix', action='store_true',
         help='apply the fix of each finding to a copy, take one step with and without it, and ask again')
-    _take(p, 'model revision add-tokens data eval columns method lr steps batch-size max-length device dtype '
+    _take(p, 'model revision add-tokens quantize data eval columns method lr steps batch-size max-length device dtype '
              'precision head')
     add('--exported', metavar='DIR', help='a merged model to compare with the run')
     add('--accumulate', type=positive, default=1, metavar='N',

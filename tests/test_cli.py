@@ -421,7 +421,7 @@ NOT_IN_THE_SHELL = (
     'run = ftlab.fit(',                   # code in a model card
     'leave executor or keep out', 'it must be a tokenizer',
     'ftlab.lab.',                         # parts of an error that PHRASES replaces as a whole
-    'add them to this one when you load it',  # what a program does before it calls
+    'add them to this one when you load it', 'pack this one when you load it',  # what a program does before it calls
     'rows = [dict(messages=', 'call ray.shutdown()',
     'python -c')                          # a line for the shell
 

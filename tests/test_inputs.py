@@ -325,7 +325,7 @@ REFUSED = ['doctor {d}/run --lr 1e-3', 'doctor {d}/run --method lora', 'doctor {
            'doctor {d}/run --precision bf16', 'doctor {d}/run --head new', 'doctor {d}/run --carry x',
            'doctor {d}/run --columns prompt=x', 'doctor {d}/run --eval x', 'doctor {d}/run --wanted only',
            'report {d}/run --carry x', 'report {d}/run --columns prompt=x', 'report {d}/run --eval x',
-           'report {d}/run --empty drop', 'doctor {d}/run --empty drop',
+           'report {d}/run --empty drop', 'doctor {d}/run --empty drop', 'doctor {d}/run --quantize nf4',
            'report {d}/run --wanted only', 'claims list --jobs 2', 'claims list --all', 'claims run hft --because x',
            'claims explain hft --jobs 2', f'fit {LM_RUN} --head new',
            'show --model {d}/m --data {d}/d.jsonl --head new',

@@ -18,12 +18,13 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 from .delta import Entries
 from .select import check_selection
+from ..core.four_bits import FourBit
 from ..core.recipe import name_of
 
 # %% auto #0
 __all__ = ['HALF', 'owner_of', 'is_transposed', 'oriented', 'tied_names', 'set_weights', 'own_weights', 'own_buffers',
-           'base_below', 'changed_weight', 'in_full', 'Attached', 'attach', 'place', 'check_bare', 'declared', 'unties',
-           'check_delta', 'make_delta']
+           'base_below', 'changed_weight', 'in_full', 'Attached', 'attach', 'place', 'check_packed', 'check_bare',
+           'declared', 'unties', 'check_delta', 'make_delta']
 
 # %% ../../nbs/adapters/attach.ipynb #2a699f8d
 def owner_of(model:nn.Module, name:str) -> tuple[nn.Module, str]:
@@ -367,6 +368,10 @@ def _fold(att):
     if held := [n for n, d in att.deltas.items() if d.site != 'weight']:
         raise ValueError(f'{type(att.deltas[held[0]]).__name__} at {held[0]!r} changes activations, not weights, '
                          'and cannot be folded into them')
+    below = own_weights(att.model)
+    if narrow := [n for n in att.deltas if isinstance(below[n], FourBit)]:
+        raise ValueError(f'{narrow[0]!r} is in 4 bits, into which its change cannot be folded; export writes the base '
+                         'with the change as whole matrices, and detach removes the change')
     new = att.values()
     att.release()
     set_weights(att.model, new)
@@ -419,6 +424,7 @@ def attach(model:nn.Module,          # changed in place: frozen except for what 
     written = {n: m for n, m in chosen.items() if n not in also
                and (delta is not None or m is not True)}
     make = delta or Entries
+    check_packed(params, [n for n in chosen if n not in written and n not in beside])
     for n in written:
         check_delta(model, n, make)
     # all deltas are made before the model is touched, so an error in one leaves the model as it was
@@ -454,6 +460,14 @@ def place(att:Attached,            # not on the model yet
     return att
 
 # %% ../../nbs/adapters/attach.ipynb #730f34bb
+def check_packed(params:Mapping, # the model's parameters, by name
+                 whole:list[str] # those that would train directly
+                ) -> None:
+    "Raise `ValueError` if a weight in 4 bits would train directly"
+    if narrow := [n for n in whole if isinstance(params[n], FourBit)]:
+        raise ValueError(f'{narrow[0]!r} is in 4 bits, and a weight in 4 bits cannot train itself; use a method that '
+                         'trains a delta beside it, such as lora, or load the base without quantize')
+
 def check_bare(model:nn.Module) -> None:
     """Raise `ValueError` if the model has a change already:
     a second one would be saved and switched off as if the first were the base"""

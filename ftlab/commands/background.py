@@ -157,7 +157,8 @@ def check_start(a:argparse.Namespace, arms:dict, data) -> None:
     effort(arms, a.seeds, a.max_runs, a.tune, 2 if a.lose_at_most is None else 3)
     old_of(a)
     if data.kind != 'image':
-        skeleton(a.model, a.revision, labels=data.labels, head=a.head, add_tokens=tokens_of(a))
+        skeleton(a.model, a.revision, labels=data.labels, head=a.head,
+                 add_tokens=tokens_of(a), quantize=a.quantize)
 
 def _own_folder(out:Path) -> Path:
     "Return the folder for what is written on the way. Raises `Failed` if it holds something else"

@@ -127,7 +127,7 @@ def data_of(a:argparse.Namespace):
 def model_of(a:argparse.Namespace, **more):
     "Load the model of `--model`, and its tokenizer"
     return ftlab.load(a.model, revision=a.revision, dtype=a.dtype, device=a.device,
-                      add_tokens=tokens_of(a), **more)
+                      add_tokens=tokens_of(a), quantize=a.quantize, **more)
 
 def bench_of(a:argparse.Namespace, data):
     "Make the `Bench` of a comparison, for `--dry-run`"
@@ -135,7 +135,8 @@ def bench_of(a:argparse.Namespace, data):
     return Bench(a.model, data, old_of(a), a.metric, steps=a.steps,
                  max_length=a.max_length, device=a.device, dtype=a.dtype, revision=a.revision,
                  budget=a.budget, batch_size=a.batch_size, precision=a.precision, head=a.head,
-                 items=a.items, old_items=getattr(a, 'old_items', 100), add_tokens=tokens_of(a))
+                 items=a.items, old_items=getattr(a, 'old_items', 100), add_tokens=tokens_of(a),
+                 quantize=a.quantize)
 
 def refuse_unused(a:argparse.Namespace, options:str, why:str):
     "Raise `ValueError` for the first of some options that was typed although nothing would read it"

@@ -37,7 +37,8 @@ def available(device:str='cpu') -> int|None:
 
 # %% ../../nbs/commands/memory.ipynb #00061a7d
 def _size(tensors) -> int:
-    return sum(t.numel()*t.element_size() for t in tensors)
+    from ftlab.core.four_bits import held_bytes
+    return sum(map(held_bytes, tensors))
 
 @contextmanager
 def _attached(model, recipe, labels:bool):
@@ -64,8 +65,10 @@ def kept_bytes(model,    # real or fake
     """Count the bytes that a forward pass and its loss keep for the backward pass: every tensor
     once, without the parameters"""
     import torch
+    from ftlab.core.four_bits import parts_of
     from ftlab.trainers.objective import token_nll
-    own, seen = {p.untyped_storage()._cdata for p in model.parameters()}, {}
+    own = {t.untyped_storage()._cdata for p in model.parameters() for t in parts_of(p)}
+    seen = {}
     def note(t):
         s = t.untyped_storage()
         if s._cdata not in own:
@@ -92,6 +95,11 @@ def _own_weights(model) -> list:
     return list(own_weights(model).values())
 
 # %% ../../nbs/commands/memory.ipynb #0007513c
+def _made_whole(weights) -> int:
+    "Return the bytes of the largest matrix in 4 bits, which is made whole while it is used"
+    from ftlab.core.four_bits import FourBit
+    return max((t.numel()*t.element_size() for t in weights if isinstance(t, FourBit)), default=0)
+
 def training_bytes(model,                        # from `load` or `skeleton`; is not changed
                    recipe, labels:bool=False,    # the method; whether the data have labels
                    shape:tuple[int, int]=(1, 1), # rows and tokens of a micro-batch
@@ -115,7 +123,7 @@ def _stage_bytes(model, stage, labels, shape, precision) -> dict:
                     gradients=_size(moving),
                     optimizer=2*_size(moving) + 4*len(moving), # AdamW counts its steps per tensor
                     # the gradient of the logits, and two copies on the way through the loss
-                    reference=reference, activations=kept + 3*logits)
+                    reference=reference, activations=kept + 3*logits + _made_whole(weights))
 
 # %% ../../nbs/commands/memory.ipynb #000a513c
 def planned(a, recipe, data) -> dict:
@@ -129,7 +137,7 @@ def planned(a, recipe, data) -> dict:
     free = available(device)
     with (fake := FakeTensorMode()):
         model, tok = skeleton(a.model, a.revision, a.dtype, data.labels, device=device, head=a.head,
-                              add_tokens=tokens_of(a))
+                              add_tokens=tokens_of(a), quantize=a.quantize)
         total = _size(model.parameters())
     limit = row_limit(model, tok, a.max_length)
     longest = max(len(r['input_ids']) for r in encode_all(data.train[:2000], tok, data.kind, limit))

@@ -66,13 +66,13 @@ def base_of(paths:list[Path],      # of saved changes
     if they name different bases, or none."""
     records = _records(paths)
     first = next(iter(records.values()), {})
-    known = ('model', 'revision', 'labels', 'seed', 'head', 'add_tokens')
+    known = ('model', 'revision', 'labels', 'seed', 'head', 'add_tokens', 'quantize')
     base = {k: getattr(a, k, None) or first.get(k) for k in known}
     if not base['model']:
         raise ValueError(f'there is no run.json beside {paths[0]}; name the base with --model'
                          + _peft_base(paths[0]))
     # only the head of a classifier depends on the seed
-    same = [k for k in ('model', 'revision') if not getattr(a, k)] + ['labels', 'add_tokens']
+    same = [k for k in ('model', 'revision') if not getattr(a, k)] + ['labels', 'add_tokens', 'quantize']
     for k in same + ['seed']*bool(base['labels']):
         said = {folder: r.get(k) for folder, r in records.items()}
         if any(s != base[k] for s in said.values()):
@@ -93,7 +93,7 @@ def run_merge(a:argparse.Namespace) -> tuple[dict, str]:
     out = new_folder(a.out, '--out')
     model, tok = ftlab.load(base['model'], revision=base['revision'], dtype=a.dtype,
                             labels=base['labels'], seed=base['seed'] or 0, head=base['head'] or 'exact',
-                            add_tokens=base['add_tokens'])
+                            add_tokens=base['add_tokens'], quantize=base['quantize'])
     att, made, said = _with_changes(model, paths, a)
     folder = export(model, tok, att, out)
     return dict(model=str(base['model'])) | made | dict(folder=str(folder)), f'{said}{folder}'

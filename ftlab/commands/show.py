@@ -18,7 +18,8 @@ def add_show(p:argparse.ArgumentParser,
             ):
     "Add the arguments of `ftlab show`"
     must = dict(required=True)
-    add = take(p, 'model revision add-tokens data eval columns max-length head out', model=must,
+    add = take(p, 'model revision add-tokens quantize data eval columns max-length head out',
+               model=must,
                data=must, out=dict(metavar='PAGE', help='also write an HTML page, such as rows.html'))
     add('-n', '--rows', type=positive, default=3, metavar='N',
         help='how many rows: the first, the longest, the others at random (default: %(default)s)')
@@ -32,7 +33,7 @@ def run_show(a:argparse.Namespace) -> tuple[dict, str]:
     from ftlab.core.loading import skeleton
     data = data_of(a)
     model, tok = skeleton(a.model, a.revision, labels=data.labels, head=a.head,
-                          add_tokens=tokens_of(a))
+                          add_tokens=tokens_of(a), quantize=a.quantize)
     if getattr(model.config, 'is_encoder_decoder', False):
         raise ValueError(f'{a.model} is an encoder-decoder model, which fit does not train; '
                          'take a causal language model such as Llama or Qwen')

@@ -22,6 +22,7 @@ from transformers.utils import logging
 from .folder import (ADAPTER, ROOM, adapter_alone, check_folder, left_adapter,
                                read_json, stale_index,
                                tensor_shapes, weight_files)
+from .four_bits import bitsandbytes_package, check_quantize, quantize as pack
 from .gguf_folder import notes_in, plain_folder
 from .labels import match_labels, model_labels, unnamed
 from .lab import lab
@@ -631,6 +632,21 @@ def _with_adapter(folder:Path, base:str|Path|None, how:dict, bones:str|None=None
 
 
 # %% ../../nbs/core/loading.ipynb #00151c17
+def _ready_for(quantize:str|None) -> None:
+    "Raise now what packing the weights would raise after they were read"
+    check_quantize(quantize)
+    if quantize:
+        bitsandbytes_package()
+
+def _unpacked(model, plan:_Plan) -> tuple[str, ...]:
+    "Return the parameters that are never in 4 bits: the head of a classifier"
+    return tuple(head_names(model)) if plan.sort in ('label', 'image') else ()
+
+def _whole_with(adapter:Path, quantize:str|None) -> None:
+    if quantize:
+        raise ValueError(f'{adapter} is the folder of an adapter, which is folded into the whole weights of its base; '
+                         'for 4 bits, save the folded model in a folder of its own and load that')
+
 def load(name:str|Path,              # 'lab-s' or another lab model, a local folder, a .gguf file, or a Hugging Face id
          revision:str|None=None,     # 'step-500' of a lab model, a subfolder, or a branch, tag or commit on the hub
          dtype:str|torch.dtype|None=None, # None: what the model's config says; float32 for lab models
@@ -641,7 +657,8 @@ def load(name:str|Path,              # 'lab-s' or another lab model, a local fol
          head:str='auto',            # 'auto': a head that knows the labels is kept; 'new': never; 'exact': see below
          resize:bool=False,          # add rows to the embedding for tokens that have none
          add_tokens:Iterable|None=None, # texts, or `AddedToken`s of transformers; every method trains their rows
-         base:str|Path|None=None     # of an adapter's folder; None: the one that the adapter names
+         base:str|Path|None=None,    # of an adapter's folder; None: the one that the adapter names
+         quantize:str|None=None      # 'nf4': keep the matrices in 4 bits, for methods that train a delta
         ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase|None]:
     """Load a model, in eval mode, and its tokenizer (`None` for a model that reads images).
 
@@ -649,8 +666,10 @@ def load(name:str|Path,              # 'lab-s' or another lab model, a local fol
     out is noted: `ftlab.core.model.notes_of(model)`. A replaced head and an ignored adapter are
     also warned of. `head='exact'` keeps a head only if the labels are the same in the same order, as
     version 0.1 did. Raises `FileNotFoundError` if the model is not found and `ValueError` if it is
-    found but wrong."""
+    found but wrong. `quantize` needs the package bitsandbytes, else that is an `ImportError`."""
+    _ready_for(quantize)
     if adapter := _adapter_in(name, revision, base):
+        _whole_with(adapter, quantize)
         how = dict(dtype=dtype, kind=kind, labels=labels, seed=seed, head=head)
         model, tok = _with_adapter(adapter, base, how)
         if resize or add_tokens:
@@ -668,6 +687,8 @@ def load(name:str|Path,              # 'lab-s' or another lab model, a local fol
     notes += _rows_for(model, plan.tok, resize, name, add_tokens)
     if plan.tok is not None:
         notes += _same_padding(model, plan.tok, plan.sort)
+    if quantize:
+        notes.append(pack(model, _unpacked(model, plan)))
     model.load_notes = notes
     return model.to(device).eval(), plan.tok
 
@@ -679,11 +700,14 @@ def skeleton(name:str|Path,              # as in `load`, like the next three
              device:str='meta', # of its tensors
              head:str='auto',   # as in `load`
              add_tokens:Iterable|None=None,
-             kind:str='auto'    # as in `load`
+             kind:str='auto',   # as in `load`
+             quantize:str|None=None
             ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase|None]:
     """Return the model's names and shapes without its weights, and its tokenizer: what `load` would
     give, at the cost of reading a config. Raises what `load` raises for a missing model."""
+    check_quantize(quantize)
     if adapter := _adapter_in(name, revision, None):
+        _whole_with(adapter, quantize)
         how = dict(dtype=dtype, labels=labels, head=head)
         model, tok = _with_adapter(adapter, None, how, device)
         if add_tokens:
@@ -697,6 +721,8 @@ def skeleton(name:str|Path,              # as in `load`, like the next three
     model = _bones(plan.sort, plan.config, dtype, device, name)
     if add_tokens:
         _rows_for(model, plan.tok, False, name, add_tokens)
+    if quantize:
+        pack(model, _unpacked(model, plan))
     return model, plan.tok
 
 def _stored(where:str) -> torch.dtype:

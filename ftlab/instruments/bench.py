@@ -15,6 +15,7 @@ from ..adapters.store import identity
 from ..core.lab import lab_skill
 from ..core.batches import collate
 from ..core.data import Data, data as as_data
+from ..core.four_bits import check_quantize, quantization_of
 from ..core.tokens import encode_all
 from ..core.labels import numbered
 from ..core.loading import find_device, load
@@ -172,7 +173,7 @@ class Base:
                  revision=None, dtype=None,
                  device=None,    # as in `ftlab.load`; None: a model that was handed over stays where it is
                  head='auto',    # as in `ftlab.load`
-                 add_tokens=None): # as in `ftlab.load`; a model that was handed over has its own
+                 add_tokens=None, quantize=None): # as in `ftlab.load`; a model that was handed over has its own
         self.source = model
         self.named = isinstance(model, (str, Path))
         self.labels = labels
@@ -180,9 +181,14 @@ class Base:
         self.dtype = dtype
         self.head = head
         self.add_tokens = tokens_json(add_tokens)
+        check_quantize(quantize)
+        self.quantize = quantize if self.named else quantization_of(model[0])
         if add_tokens and not self.named:
             raise ValueError('add_tokens goes with the name of a model; add them to this one when you load it: '
                              'ftlab.load(name, add_tokens=...)')
+        if quantize and not self.named:
+            raise ValueError('quantize goes with the name of a model; pack this one when you load it: '
+                             f'ftlab.load(name, quantize={quantize!r})')
         self.device = find_device(device or ('cpu' if self.named else device_of(model[0])))
         self._prints = {}
 
@@ -192,7 +198,8 @@ class Base:
         if not self.named:
             return copy.deepcopy(self.source[0]).to(self.device).eval(), self.source[1]
         return load(self.source, revision=self.revision, dtype=self.dtype, device=self.device,
-                    labels=self.labels, seed=seed, head=self.head, add_tokens=self.add_tokens)
+                    labels=self.labels, seed=seed, head=self.head, add_tokens=self.add_tokens,
+                    quantize=self.quantize)
 
     def fingerprint(self, seed:int) -> str:
         "Return a hash of this base; with a new head it depends on the seed"
@@ -203,6 +210,8 @@ class Base:
             parts = [identity(model), config, tokenizer_print(tok)]
             if rows := new_rows(model): # they train, which no weight shows
                 parts.append(rows)
+            if self.quantize: # the same values may also stand in float32
+                parts.append(self.quantize)
             self._prints[s] = digest(parts)
         return self._prints[s]
 
@@ -237,7 +246,7 @@ class Bench:
     def __init__(self, model, data, old=None, metric=None, *, items=400, old_items=100,
                  validation_items=100, old_validation_items=50, steps=200, evaluations=4,
                  evaluate_every=None, max_length=None, device=None, dtype=None, revision=None,
-                 budget=None, progress=True, head='auto', add_tokens=None,
+                 budget=None, progress=True, head='auto', add_tokens=None, quantize=None,
                  **settings): # all as in `compare`; settings go to `fit`
         self.given = data if isinstance(data, Data) else as_data(data)
         self.old = old
@@ -255,7 +264,8 @@ class Bench:
         self.progress = progress
         self.settings, self.skill = settings, taught(self.given)
         self._before, self._drawn, self._sets = {}, {}, {}
-        self.base = Base(model, self.given.labels, revision, dtype, device, head, add_tokens)
+        self.base = Base(model, self.given.labels, revision, dtype, device, head, add_tokens,
+                         quantize)
         self.device = self.base.device
         self._know(*self.base(0))
 

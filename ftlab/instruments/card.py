@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import metadata_load, try_to_load_from_cache
 from ..adapters.store import change_digest
 from ..core.data import on_hub
+from ..core.four_bits import quantization_of
 from ..core.io import write_text
 from ..core.labels import numbered
 from ..core.mix import read_again
@@ -208,7 +209,7 @@ def _load_code(run:Run, record:Mapping) -> str:
     more = dict(revision=record.get('revision') or getattr(run.model.config, '_commit_hash', None),
                 dtype=None if dtype == 'float32' else dtype,
                 head=None if head == 'auto' or not run.data.labels else head,
-                add_tokens=new_tokens(run.model))
+                add_tokens=new_tokens(run.model), quantize=quantization_of(run.model))
     labels = f', labels=data.labels, seed={run.settings.get("seed", 0)}' if run.data.labels else ''
     return f'{_called(run)[0]!r}' + ''.join(f', {k}={v!r}' for k, v in more.items() if v) + labels
 

@@ -485,7 +485,7 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
             keep:bool=False,           # keep the change of every run beside its numbers
             executor=None,             # 'ray', `ray_map(...)` or map(f, jobs) makes the runs elsewhere; None: here
             progress:bool|Callable=True, # say what ran and how long the rest takes; a function gets it: see `Reporter`
-            **settings                 # go to `load`: head, add_tokens; or to `fit`: schedule, warmup, ...
+            **settings                 # go to `load`: head, add_tokens, quantize; or to `fit`: schedule, warmup, ...
            ) -> Comparison:
     """Fine-tune by each method, over rates and seeds, all tuned alike, and measure what each gained and broke.
 

@@ -605,7 +605,8 @@ def read_run(folder:str|Path|None=None, # what `ftlab fit` wrote; None: give mod
     # runs of version 0.1 kept a head only for the same labels in the same order
     net, tok = load(name, revision=revision, dtype=dtype, device=device,
                     labels=known.get('labels') or data.labels, seed=known.get('seed', 0),
-                    head=known.get('head', 'exact'), add_tokens=known.get('add_tokens'))
+                    head=known.get('head', 'exact'), add_tokens=known.get('add_tokens'),
+                    quantize=known.get('quantize'))
     data = numbered(data, net)
     if not given:
         _check_rows(known, data)

@@ -172,7 +172,7 @@ def inputs_of(bench, seeds:list[int]) -> dict:
     b = bench.base
     return dict(model=str(b.source) if b.named else None, revision=b.revision,
                 dtype=None if b.dtype is None else str(b.dtype).removeprefix('torch.'),
-                head=b.head, add_tokens=b.add_tokens,
+                head=b.head, add_tokens=b.add_tokens, quantize=b.quantize,
                 labels=bench.given.labels, data=bench.given.origin,
                 folder=os.getcwd(), seed=seeds[0], base=b.fingerprint(seeds[0]))
 
@@ -197,8 +197,8 @@ def _base_again(known:Mapping, given, data:Data, device) -> Base:
                          'earlier version; give it: model=, a name or folder, or (model, tok)')
     if isinstance(model, str) and known.get('folder') and (Path(known['folder'])/model).is_dir():
         model = str(Path(known['folder'])/model)
-    return Base(model, data.labels, known.get('revision'), known.get('dtype'), device, known.get('head', 'auto'),
-                None if isinstance(model, tuple) else known.get('add_tokens'))
+    own = {} if isinstance(model, tuple) else {k: known.get(k) for k in ('add_tokens', 'quantize')}
+    return Base(model, data.labels, known.get('revision'), known.get('dtype'), device, known.get('head', 'auto'), **own)
 
 # %% ../../nbs/instruments/winner.ipynb #3e664a1b
 def _checked(result:Mapping, base:Base, data:Data, model, tok, seed:int) -> tuple[Data, list[str]]:
@@ -354,7 +354,7 @@ def _record(run:Run, p:Mapping, base:Base, before, result:Mapping) -> dict:
     origin = run.data.origin or {}
     known = result.get('inputs') or {}
     return dict(model=str(base.source) if base.named else None, revision=base.revision,
-                head=base.head, add_tokens=base.add_tokens,
+                head=base.head, add_tokens=base.add_tokens, quantize=base.quantize,
                 dtype=known.get('dtype'),
                 data=run.data.name, origin=run.data.origin, folder=os.getcwd(), eval=origin.get('test'),
                 columns=origin.get('columns'), carry=origin.get('carry', []), wanted=origin.get('wanted'),

@@ -22,6 +22,8 @@ from ..adapters.attach import check_bare
 from ..adapters.store import identity
 from ..core.data import Data, KINDS, data as as_data
 from ..core.tokens import encode_all
+from ..core.formats import is_wanted
+from ..core.four_bits import quantization_of
 from ..core.io import TemporaryFolder, check_room, leftovers, only_writer, remove
 from ..core.labels import model_labels, numbered, unnamed
 from ..core.loading import find_device, row_advice, without_row
@@ -164,10 +166,20 @@ def _checked_callbacks(callbacks) -> tuple:
     return callbacks
 
 # %% ../../nbs/trainers/fit.ipynb #c11b191a
+def _packed(model, recipe) -> dict:
+    """Return what the settings of a run say about a base in 4 bits, nothing for another base. Raises `ValueError` for a
+    recipe that needs a copy of the base"""
+    found = quantization_of(model)
+    if found and recipe.stages:
+        raise ValueError(f'{recipe.name} trains in stages, which begin from a copy of the base, and a base in 4 bits '
+                         'cannot be restored from one; load the base without quantize')
+    return dict(quantize=found) if found else {}
+
 def _job(model, tok, data, recipe, settings, device, out, trackers, callbacks) -> Job:
     "Collect what all stages of a run share"
     data = data if isinstance(data, Data) else as_data(data)
     check_fits(model, tok, data)
+    packed = _packed(model, recipe)
     data = numbered(data, model)
     device = _device(device, model)
     acc = _accelerator(settings['precision'], device, trackers, out)
@@ -188,10 +200,12 @@ def _job(model, tok, data, recipe, settings, device, out, trackers, callbacks) -
     asked = {k: settings[k] for k in ('lr', 'schedule')}
     settings = dict(recipe=recipe.describe(), **settings)
     settings |= rate_settings(recipe, **asked)
+    known = [base, packed] if packed else base
     settings |= dict(accumulate=settings['accumulate']*processes.count, data=data.fingerprint,
                      encoded=_fingerprint(rows, validation),
-                     model=hashlib.blake2s(json.dumps(base).encode()).hexdigest()[:16],
-                     callbacks=[c.describe() for c in callbacks if hasattr(c, 'describe')])
+                     model=hashlib.blake2s(json.dumps(known).encode()).hexdigest()[:16],
+                     callbacks=[c.describe() for c in callbacks if hasattr(c, 'describe')],
+                     **packed)
     # the holder deletes the temporary folder with the run
     holder = None if out and processes.main else TemporaryFolder()
     folder = Path(holder.name if holder else out)
@@ -349,13 +363,19 @@ def special_note(data:Data, tok) -> str: # '' if there is nothing to say
     return '; '.join(said)
 
 def _unread_note(data:Data, recipe:Recipe) -> str: # '' if there is nothing to say
-    "Say that rejected answers are not read, if the recipe trains on the rows as they are"
+    "Say which answers are not read, or learned though unwanted, if the recipe trains on the rows as they are"
     worse = {'text': str, 'chat': list}.get(data.kind, ())
-    pairs = sum(isinstance(r.get('rejected'), worse) for r in data.train)
-    if not pairs or not all(isinstance(t, Recipe) and not t.own_source for t in recipe.turns):
+    if not worse or not all(isinstance(t, Recipe) and not t.own_source for t in recipe.turns):
         return ''
-    return (f'{pairs} of {len(data.train)} training rows have a rejected answer, which this method does not read: it '
-            'learns the chosen ones alone (dpo compares the two)')
+    rows, said = data.train, []
+    if pairs := sum(isinstance(r.get('rejected'), worse) for r in rows):
+        said.append(f'{pairs} of {len(rows)} training rows have a rejected answer, which this method does not read: '
+                    'it learns the chosen ones alone (dpo compares the two)')
+    labels = [is_wanted(r.get('label')) for r in rows]
+    if None not in labels and False in labels:
+        said.append(f'{labels.count(False)} of {len(rows)} training rows are labelled false, and this method learns '
+                    "their answers as if they were wanted (kto makes them less likely; wanted='only' leaves them out)")
+    return '; '.join(said)
 
 def cut_note(encoded:list, # what `encode_all` made of the rows
              rows:list[dict], tok, limit:int|None, what:str # such as 'training'

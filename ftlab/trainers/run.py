@@ -21,6 +21,7 @@ from ..core.gguf_file import gguf_notes, write_gguf
 from ..core.io import disk_trouble, flush, read_tensors, staging, write_text
 from ..core.data import Data
 from ..core.folder import check_folder, tensor_shapes, weight_files
+from ..core.four_bits import made_whole
 from ..core.loading import quiet
 from ..core.model import device_of, notes_of
 from ..core.new_tokens import new_rows
@@ -211,7 +212,7 @@ def merged_weights(model, attached:Attached|None) -> dict[str, Tensor]:
                              f'hold; save the delta instead')
         merged = attached.values()
     for n, p in own_weights(model).items():
-        out[n] = merged.get(n, p.detach())
+        out[n] = made_whole(merged.get(n, p.detach()))
     gone = _transient(model)
     return out | {n: b for n, b in own_buffers(model).items() if n not in gone}
 

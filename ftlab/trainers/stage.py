@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 import torch
-from ..adapters.attach import Attached, attach, set_weights
+from ..adapters.attach import Attached, attach, check_packed, set_weights
 from ..adapters.edit import write_change
 from ..adapters.select import check_selection, everything
 from ..core.batches import collate, packing
@@ -204,6 +204,7 @@ def _attach(job:Job, recipe:Recipe, settings:dict) -> tuple[Attached, int]:
     params = dict(model.named_parameters())
     moving = [n for n in (*chosen, *also)
               if n in also or (recipe.delta is None and chosen[n] is True)]
+    check_packed(params, [n for n in moving if n in params])
     if settings['precision'] != 'pure_bf16' and recipe.step is None:
         _check_rounding([params[n] for n in moving if n in params], settings['lr'])
     originals = {}

@@ -10,6 +10,7 @@ from ...adapters.attach import unties
 from ...adapters.delta import Entries
 from ...adapters.select import PARTS, coverage, named, parts
 from ...core.anatomy import UnknownArchitecture
+from ...core.four_bits import FourBit
 from ...core.recipe import Recipe
 from ...core.text import shortened, some
 from ..case import NotApplicable, check
@@ -103,7 +104,8 @@ def _one_part_of_two():
        fix='leave those names out of the selection; the selection alone decides what is trained',
        source='huggingface/peft#2250')
 def frozen_but_selected(case):
-    was = [n for n in case.chosen if n in case.params and not case.params[n].requires_grad]
+    was = [n for n in case.chosen if n in case.params and not case.params[n].requires_grad
+           and not isinstance(case.params[n], FourBit)] # a delta trains beside these
     if was:
         return (f'{len(was)} of {len(case.chosen)} selected tensors had requires_grad=False '
                 f'before, e.g. {some(was)}; they will be trained anyway')
