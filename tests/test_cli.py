@@ -384,7 +384,8 @@ WRONG = {
     'a reason that is missing': ('claims supersede hft', 1, ['--because']),
     'a model with pickled weights': ('fit --model {d}/pickled --data {d}/sums.jsonl', 1,
                                    ['python -c "from transformers']),
-    'an adapter': ('fit --model {d}/adapter --data {d}/sums.jsonl', 1, ['ftlab merge ADAPTER --model BASE']),
+    'an adapter': ('fit --model {d}/adapter --data {d}/sums.jsonl', 1,
+                   ['is of kind unknown, and only LORA can be folded']),
     'a base that cannot be read': ('merge {d}/badrun --out x', 1, ['badrun/run.json cannot be read as JSON']),
     'a page that is not there': ('lab nbs/nope.ipynb', 1, ["no page 'nbs/nope.ipynb'"])}
 
@@ -410,6 +411,7 @@ def test_a_loss_has_one_sign(call):
 
 # Errors and advice in the library that no command can print
 NOT_IN_THE_SHELL = (
+    'use_cayley_neumann=False',           # what peft was asked for
     'run.delta.attached.fold()',          # a model that was changed by hand
     'mask', 'model.eval()', 'requires_grad=False',  # models and recipes made in Python
     'Run', 'df.to_dict', 'side_by_side', 'a Recipe, such as', 'a name; load it first',

@@ -38,7 +38,7 @@ def read_adapter(folder:Path # holds adapter_config.json and adapter_model.safet
                 ) -> Adapter:
     "Read an adapter. Raises `ValueError` that names what cannot be read."
     config = read_json(folder/ADAPTER[0])
-    kind = config.get('peft_type')
+    kind = config.get('peft_type', 'unknown')
     if kind != 'LORA':
         raise ValueError(f'the adapter in {folder} is of kind {kind}, and only LORA can be folded into its base; '
                          'merge it with peft (merge_and_unload), if it can be merged, and load that folder')
