@@ -30,7 +30,7 @@ def shrunk(seed, split):
     same = at_gain(path, less['gain']) or max(path, key=lambda r: r['gain'])
     undone = lambda r: 1 - r['forgetting']/plain['forgetting']
     return dict(gain=plain['gain'], rise=plain['forgetting'], lost=plain['gain'] - less['gain'],
-                undone=undone(less), scaled_undone=undone(same), ahead=undone(less) - undone(same))
+                undone=undone(less), scaled_undone=undone(same), scaled_gain=same['gain'])
 
 def run(arm, rate, seed, split, steps):
     if arm == 'shrunk':
@@ -38,3 +38,10 @@ def run(arm, rate, seed, split, steps):
     counts = counted(arm, seed)
     out = dict(intruders=fmean(counts), touched=fmean(k > 0 for k in counts))
     return out | lines.found(lines.change_of(arm, RATES[arm], seed), seed, split)
+
+def derive(found):
+    "The whole change, shrunk until it gains what the model with shrunk intruders gains"
+    if 'shrunk' not in found:
+        return {}
+    s = found['shrunk']
+    return dict(scaled=dict(undone=s['scaled_undone'], gain=s['scaled_gain'], error=None))
