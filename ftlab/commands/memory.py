@@ -8,6 +8,7 @@ import math
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 import ftlab
 from .given import bench_of, model_of, tokens_of
 
@@ -101,6 +102,16 @@ def training_bytes(model,                        # from `load` or `skeleton`; is
     return max((_stage_bytes(model, s, labels, shape, precision) for s in recipe.turns),
                key=lambda d: sum(d[k] for k in PARTS))
 
+def _optimizer_bytes(model, stage, params:dict) -> int:
+    "Ask the stage's step what it will keep; one that cannot tell counts as AdamW"
+    from ftlab.trainers.step import adamw_bytes
+    if getattr(stage, 'step', None) is None:
+        return adamw_bytes(params.values())
+    how = SimpleNamespace(lr=stage.lr, weight_decay=0., betas=(.9, .999), clip=None, model=model)
+    step = stage.step(params, how)
+    counted = getattr(step, 'state_bytes', None)
+    return adamw_bytes(params.values()) if counted is None else counted()
+
 def _stage_bytes(model, stage, labels, shape, precision) -> dict:
     with _attached(model, stage, labels) as att:
         moving, weights, cfg = list(att.parameters().values()), _own_weights(model), model.config
@@ -112,7 +123,7 @@ def _stage_bytes(model, stage, labels, shape, precision) -> dict:
                      if 'reference' in getattr(stage, 'needs', ()) else 0)
         return dict(trainable=sum(p.numel() for p in moving), weights=_size(weights), delta=delta,
                     gradients=_size(moving),
-                    optimizer=2*_size(moving) + 4*len(moving), # AdamW counts its steps per tensor
+                    optimizer=_optimizer_bytes(model, stage, att.parameters()),
                     # the gradient of the logits, and two copies on the way through the loss
                     reference=reference, activations=kept + 3*logits)
 
