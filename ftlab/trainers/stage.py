@@ -227,7 +227,7 @@ def lost_to_rounding(weights:list, # tensors that train directly
 
 def _steps_like_adamw(step) -> bool:
     "Whether the rate is about the size of a step, as in `Backprop` and its kind"
-    of = step.func if isinstance(step, With) else step
+    of = step.func if isinstance(step, (With, partial)) else step
     return step is None or (isinstance(of, type) and issubclass(of, Backprop))
 
 def _check_rounding(weights:list, lr:float) -> None:
