@@ -1,5 +1,4 @@
 "The relatives of AdamW against their origins: the same steps from the same gradients (skipped without the packages)"
-import copy
 from types import SimpleNamespace
 import pytest, torch
 from torch import nn
@@ -9,7 +8,7 @@ from ftlab.trainers.fit import fit
 from ftlab.trainers.step import Backprop
 from ftlab.trainers.yardsticks.optimizers import (Averaged, EightBit, GaLoreAdamW, LowRankMoments,
                                                   MuonAndAdamW, Orthogonal, ScheduleFreeAdamW,
-                                                  eight_bit_bytes, factors, hidden_matrices)
+                                                  eight_bit_bytes, hidden_matrices)
 from tiny import tiny
 from toys import TOK, lab_data, logits, same, toy, weights
 
@@ -18,7 +17,7 @@ STEPS, LR = 5, 3e-3
 BETAS = (.9, .999)
 
 def needs_package(name):
-    if name == 'adam8bit':
+    if 'adam8bit' in name:
         pytest.importorskip('bitsandbytes', reason='adam8bit needs bitsandbytes')
 
 def tuned(recipe, model=None, **more):
@@ -190,14 +189,13 @@ def test_the_average_is_the_mean_of_the_fast_sequence():
 
 # ---------- resumed, and counted
 
-@pytest.mark.parametrize('also', ['', 'lora * ', 'hft * '])
-@pytest.mark.parametrize('name', NAMES)
-def test_resumed_is_uninterrupted(name, also, tmp_path):
+MIXED = [also + n for n in NAMES for also in ('', 'lora * ', 'hft * ') if also + n != 'lora * galore']
+
+@pytest.mark.parametrize('name', MIXED)
+def test_resumed_is_uninterrupted(name, tmp_path):
     needs_package(name)
-    if name == 'galore' and also == 'lora * ':
-        pytest.skip('galore refuses a low-rank change')
     how = dict(steps=4, batch_size=4, lr=1e-2, progress=False, warmup=3)
-    recipe = methods.get(also + (name if name != 'galore' else 'galore(r=3, every=3)'))
+    recipe = methods.get(name.replace('galore', 'galore(r=3, every=3)'))
     whole = fit(toy(), TOK, lab_data(), recipe, **how)
     class Stop:
         def after_step(self, state):
@@ -221,22 +219,20 @@ class Holds:
     def after_step(self, state):
         self.bytes = held(state.optimizer)
 
-@pytest.mark.parametrize('also', ['', 'lora * ', 'hft * '])
-@pytest.mark.parametrize('name', (*NAMES, 'full'))
-def test_the_dry_run_counts_what_a_run_holds(name, also):
+@pytest.mark.parametrize('name', ['full', 'lora', *MIXED])
+def test_the_dry_run_counts_what_a_run_holds(name):
     needs_package(name)
-    if name == 'galore' and also == 'lora * ':
-        pytest.skip('galore refuses a low-rank change')
-    holds, recipe = Holds(), methods.get(also + name)
+    holds, recipe = Holds(), methods.get(name)
     tuned(recipe, toy(hidden=64), callbacks=(holds,), steps=2)
     assert training_bytes(toy(hidden=64), recipe)['optimizer'] == holds.bytes
 
-def test_the_dry_run_counts_without_weights():
+@pytest.mark.parametrize('name', ['full', *NAMES])
+def test_the_dry_run_counts_without_weights(name):
     from torch._subclasses.fake_tensor import FakeTensorMode
+    needs_package(name)
     with FakeTensorMode():
-        found = {n: training_bytes(toy(), methods.get(n))['optimizer']
-                 for n in ('full', 'muon', 'galore', 'schedule_free')}
-    assert found == {n: training_bytes(toy(), methods.get(n))['optimizer'] for n in found}
+        found = training_bytes(toy(), methods.get(name))
+    assert found == training_bytes(toy(), methods.get(name))
 
 def test_eight_bits_are_counted_by_tensor():
     big, odd, small = (torch.zeros(n) for n in (8192, 4097, 4095))
@@ -324,10 +320,8 @@ def test_new_entries_of_lift_start_at_the_average():
     moved = max(float((p - weights(toy())[n]).abs().max()) for n, p in weights(run.model).items())
     assert moved < 5e-3
 
-@pytest.mark.parametrize('name', ['muon', 'galore', 'lora_plus * dora'])
+@pytest.mark.parametrize('name', ['muon', 'galore', 'lisa'])
 def test_half_precision_that_rounds_steps_away_is_refused(name):
-    if '*' in name:
-        pytest.skip('its own parameters are in float32')
     with pytest.raises(ValueError, match='half precision'):
         tuned(methods.get(name), toy().bfloat16(), lr=1e-5)
 
@@ -349,11 +343,9 @@ def test_the_plain_step_counts_as_before():
     params = dict(toy().named_parameters())
     assert made(Backprop).state_bytes() == sum(8*p.numel() + 4 for p in params.values())
 
-def test_a_directionless_gradient_moves_nothing():
+def test_a_gradient_of_zeros_moves_nothing():
     p = nn.Parameter(torch.ones(6, 8))
     opt = GaLoreAdamW([p], [], 2, 1., 5, lr=.1, betas=BETAS, weight_decay=0.)
     p.grad = torch.zeros(6, 8)
     opt.step()
     assert torch.equal(p.detach(), torch.ones(6, 8))
-    assert not factors(dict(p=p))
-    assert copy.deepcopy(p).shape == (6, 8)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 from ...adapters.attach import is_transposed, owner_of
@@ -124,7 +125,7 @@ class Orthogonal(OwnOptimizer):
 # %% ../../../nbs/trainers/yardsticks/optimizers.ipynb #opt00023
 @yardstick('Muon is Scalable for LLM Training', '2502.16982',
            'torch 2.13 (torch/optim/_muon.py), which it wraps, and KellerJordan/Muon (muon.py, commit 00ba60d) '
-           'for which parameters it trains', lr=3e-4, lrs=(1e-4, 3e-4, 1e-3),
+           'for which parameters it trains', lr=3e-3, lrs=(1e-3, 3e-3, 1e-2),
            waives={'accumulates': 'it rounds each gradient to bfloat16, so a last digit becomes a step of its own; '
                                   'tests/test_yardsticks_optimizers.py compares the steps within that rounding'})
 def muon(adjust:str='match_rms_adamw', momentum:float=.95, rest:float=1. # as in `Orthogonal`
@@ -140,6 +141,7 @@ def directions(G:Tensor, # a gradient, [m, n]
     U, _, Vh = torch.linalg.svd(G.float(), full_matrices=False)
     return (U[:, :r] if G.shape[0] < G.shape[1] else Vh[:r]).to(G.dtype)
 
+# %% ../../../nbs/trainers/yardsticks/optimizers.ipynb #opt00037
 class GaLoreAdamW(torch.optim.AdamW):
     "AdamW with the moments of some matrices in a few directions of their gradients"
     def __init__(self, matrices:list[nn.Parameter],
@@ -204,9 +206,10 @@ class LowRankMoments(OwnOptimizer):
         small = sum((2*max(p.shape) + min(p.shape))*p.element_size() for p in ours)
         return self.how['r']*small + adamw_bytes(rest)
 
+# %% ../../../nbs/trainers/yardsticks/optimizers.ipynb #opt00038
 @yardstick('GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection', '2403.03507',
            'galore_torch 1.0 (adamw.py, galore_projector.py), to which it is equal, and its README',
-           lr=1e-4, lrs=(3e-5, 1e-4, 3e-4))
+           lr=1e-3, lrs=(3e-4, 1e-3, 3e-3))
 def galore(r:int=4,          # directions of each gradient
            alpha:float=4.,   # scale of the update of a matrix
            every:int=500     # steps between two choices of the directions
@@ -234,12 +237,15 @@ def _bitsandbytes():
                           'pip install "bitsandbytes>=0.50"') from None
     return bitsandbytes
 
+# %% ../../../nbs/trainers/yardsticks/optimizers.ipynb #opt00046
 class EightBit(OwnOptimizer):
     """AdamW with moments of eight bits, by bitsandbytes. Raises `ImportError` without that package, and
     `ValueError` beside a callback that resets moments (LIFT)."""
     def make(self, params):
-        return _bitsandbytes().optim.AdamW8bit(list(params.values()), lr=self.s.lr, betas=self.s.betas,
-                                               weight_decay=self.s.weight_decay)
+        made = _bitsandbytes().optim.AdamW8bit
+        with unset_fake_temporarily(): # it computes its table, which a dry run has no values for
+            return made(list(params.values()), lr=self.s.lr, betas=self.s.betas,
+                        weight_decay=self.s.weight_decay)
 
     def __call__(self, state, losses) -> float:
         "Take one step"
@@ -260,6 +266,16 @@ def adam8bit() -> Recipe:
     return Recipe(step=EightBit)
 
 # %% ../../../nbs/trainers/yardsticks/optimizers.ipynb #opt00051
+def _to_direction(p, kept, group, steps):
+    "Replace the gradient of `p` by Adam's direction without momentum, plus weight decay"
+    v = kept.setdefault('exp_avg_sq', torch.zeros_like(p))
+    kept.setdefault('d', torch.zeros_like(p)) # z - x
+    b2 = group['betas'][1]
+    v.mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2)
+    root = (v/(1 - b2**steps)).sqrt_().add_(group['eps'])
+    p.grad.div_(root).add_(p, alpha=group['weight_decay'])
+
+# %% ../../../nbs/trainers/yardsticks/optimizers.ipynb #opt00058
 class ScheduleFreeAdamW(torch.optim.Optimizer):
     """Schedule-Free AdamW: the parameters hold the average between steps, and the point of the gradient
     between `look_ahead` and `step`"""
@@ -287,22 +303,13 @@ class ScheduleFreeAdamW(torch.optim.Optimizer):
         s['steps'], s['top'] = s['steps'] + 1, max(s['top'], group['lr'])
         s['total'] += s['top']**2
         for p in some:
-            self._direction(p, group)
+            _to_direction(p, self.state[p], group, s['steps'])
         self.look(ahead=False)
         c = s['top']**2/s['total'] if s['total'] else 0.
         for p in some:
             d = self.state[p]['d'].sub_(p.grad, alpha=group['lr']) # z' - x
             p.add_(d, alpha=c)
             d.mul_(1 - c)
-
-    def _direction(self, p, group):
-        "Replace the gradient by Adam's direction, with weight decay"
-        kept, b2 = self.state[p], group['betas'][1]
-        v = kept.setdefault('exp_avg_sq', torch.zeros_like(p))
-        kept.setdefault('d', torch.zeros_like(p))
-        v.mul_(b2).addcmul_(p.grad, p.grad, value=1 - b2)
-        root = (v/(1 - b2**self.sums['steps'])).sqrt_().add_(group['eps'])
-        p.grad.div_(root).add_(p, alpha=group['weight_decay'])
 
 # %% ../../../nbs/trainers/yardsticks/optimizers.ipynb #opt00052
 class Averaged(OwnOptimizer):
