@@ -10,7 +10,7 @@ from ftlab.trainers.yardsticks.optimizers import (Averaged, EightBit, GaLoreAdam
                                                   MuonAndAdamW, Orthogonal, ScheduleFreeAdamW,
                                                   eight_bit_bytes, hidden_matrices)
 from tiny import tiny
-from toys import TOK, lab_data, logits, same, toy, weights
+from toys import TOK, classifier, lab_data, label_data, logits, same, toy, weights
 
 NAMES = ('adam8bit', 'galore', 'muon', 'schedule_free')
 STEPS, LR = 5, 3e-3
@@ -83,8 +83,8 @@ def test_muon_is_the_formula_of_the_reference(shape):
     g = torch.Generator().manual_seed(0)
     W = torch.randn(shape, generator=g)
     p, M, theirs = nn.Parameter(W.clone()), torch.zeros(shape), W.clone()
-    opt = MuonAndAdamW([p], [], 1., dict(momentum=.95, adjust_lr_fn='original'), lr=.02, betas=BETAS,
-                       weight_decay=.1)
+    opt = MuonAndAdamW([p], [], 1., dict(momentum=.95, adjust_lr_fn='original'), lr=.02,
+                       betas=BETAS, weight_decay=.1)
     for _ in range(STEPS):
         G = torch.randn(shape, generator=g)
         p.grad = G.clone()
@@ -124,7 +124,8 @@ def test_8_bit_adam_is_bitsandbytes():
 
 @pytest.mark.parametrize('decay, warmup', [(0., 0), (.1, 0), (.1, 3)])
 def test_schedule_free_is_schedulefrees(decay, warmup):
-    theirs = pytest.importorskip('schedulefree', reason='the peer of schedule_free').AdamWScheduleFree
+    peer = pytest.importorskip('schedulefree', reason='the peer of schedule_free')
+    theirs = peer.AdamWScheduleFree
     made = []
     def optimizers(model):
         made.append(theirs(model.parameters(), lr=LR, betas=BETAS, weight_decay=decay,
@@ -140,21 +141,24 @@ def test_schedule_free_is_schedulefrees(decay, warmup):
 
 # ---------- Schedule-Free: the average is what everyone sees
 
+def one(model):
+    return model.get_parameter('model.layers.0.mlp.up_proj.weight').detach().clone()
+
 class Sees:
     "Keeps the outputs of the model after each step, and the weights at each gradient"
     def __init__(self):
         self.between, self.within = [], []
 
     def after_backward(self, state):
-        self.within.append(state.model.get_parameter('model.layers.0.mlp.up_proj.weight').detach().clone())
+        self.within.append(one(state.model))
 
     def after_step(self, state):
-        self.between.append(state.model.get_parameter('model.layers.0.mlp.up_proj.weight').detach().clone())
+        self.between.append(one(state.model))
 
 def test_callbacks_see_the_average_and_the_gradient_is_taken_elsewhere():
     sees = Sees()
     run = tuned(methods.schedule_free(), callbacks=(sees,))
-    last = run.model.get_parameter('model.layers.0.mlp.up_proj.weight')
+    last = one(run.model)
     assert torch.equal(sees.between[-1], last)
     assert not torch.equal(sees.within[-1], sees.between[-2])
 
@@ -168,8 +172,8 @@ def test_what_stops_inside_a_step_leaves_the_average(trouble):
     sees, model = Stop(), toy()
     if trouble is KeyboardInterrupt:
         assert tuned(methods.schedule_free(), model, callbacks=(sees,)).interrupted
-        left = model.get_parameter('model.layers.0.mlp.up_proj.weight')
-        torch.testing.assert_close(left.detach(), sees.between[-1], atol=1e-7, rtol=0)
+        left = one(model)
+        torch.testing.assert_close(left, sees.between[-1], atol=1e-7, rtol=0)
         assert (left - sees.within[-1]).abs().max() > 1e-5
     else:
         with pytest.raises(trouble):
@@ -189,7 +193,7 @@ def test_the_average_is_the_mean_of_the_fast_sequence():
 
 # ---------- resumed, and counted
 
-MIXED = [also + n for n in NAMES for also in ('', 'lora * ', 'hft * ') if also + n != 'lora * galore']
+MIXED = [m for n in NAMES for m in (n, f'lora * {n}', f'hft * {n}') if m != 'lora * galore']
 
 @pytest.mark.parametrize('name', MIXED)
 def test_resumed_is_uninterrupted(name, tmp_path):
@@ -244,26 +248,28 @@ def test_eight_bits_are_counted_by_tensor():
 def test_hidden_matrices_are_those_in_blocks(name, count):
     model = tiny(name)
     found = hidden_matrices(dict(model.named_parameters()), model)
-    assert len(found) == count and not any(w in n for n in found for w in ('embed', 'wte', 'head', 'norm', 'ln_'))
+    others = ('embed', 'wte', 'head', 'norm', 'ln_')
+    assert len(found) == count and not any(w in n for n in found for w in others)
 
 def test_muon_trains_the_factors_of_a_change_and_no_other_part_of_it():
-    seen = []
+    seen = {}
     class Look:
         def after_step(self, state):
-            seen[:] = [{k for k in state.optimizer.state[p]} for p in state.attached.parameters().values()]
-            self.names = list(state.attached.parameters())
-    look = Look()
-    tuned(methods.get('dora * muon'), steps=1, callbacks=(look,))
-    for n, entries in zip(look.names, seen):
-        assert ('momentum_buffer' in entries) == (n[-1] in 'AB') and ('exp_avg' in entries) == (n[-1] == 'm'), n
+            params = state.attached.parameters()
+            seen.update({n: set(state.optimizer.state[p]) for n, p in params.items()})
+    tuned(methods.get('dora * muon'), steps=1, callbacks=(Look(),))
+    assert {n[-1] for n in seen} == set('ABm')
+    for n, entries in seen.items():
+        assert ('momentum_buffer' in entries) == (n[-1] in 'AB')
+        assert ('exp_avg' in entries) == (n[-1] == 'm')
 
 def test_a_fresh_head_is_not_made_orthogonal():
-    from toys import classifier, label_data
     holds = []
     class Look:
         def after_step(self, state):
             params = state.attached.parameters()
-            holds[:] = [n for n, p in params.items() if 'momentum_buffer' in state.optimizer.state[p]]
+            kept = state.optimizer.state
+            holds[:] = [n for n, p in params.items() if 'momentum_buffer' in kept[p]]
     fit(classifier(), TOK, label_data(), methods.muon(), steps=1, batch_size=4, progress=False,
         callbacks=(Look(),))
     assert len(holds) == 12 and all('encoder.layer' in n for n in holds)
@@ -278,8 +284,7 @@ def test_muon_accumulates_within_its_rounding():
 
 def made(cls, model=None, params=None, **options):
     model = model or toy()
-    how = SimpleNamespace(lr=.1, weight_decay=0., betas=BETAS, clip=None, factor=lambda s: 1., backward=None,
-                          model=model)
+    how = SimpleNamespace(lr=.1, weight_decay=0., betas=BETAS, clip=None, model=model)
     return cls(dict(model.named_parameters()) if params is None else params, how, **options)
 
 VECTOR = {'norm': nn.Parameter(torch.ones(3))}
@@ -290,7 +295,8 @@ VECTOR = {'norm': nn.Parameter(torch.ones(3))}
     (lambda: made(Orthogonal, momentum=1.), 'below 1'),
     (lambda: made(Orthogonal, params=VECTOR), 'this recipe trains none'),
     (lambda: made(Orthogonal, tiny('gpt2'), adjust='original'), 'stores its matrices transposed'),
-    (lambda: made(LowRankMoments, r=0), 'at least 1'), (lambda: made(LowRankMoments, every=1.5), 'whole numbers'),
+    (lambda: made(LowRankMoments, r=0), 'at least 1'),
+    (lambda: made(LowRankMoments, every=1.5), 'whole numbers'),
     (lambda: made(LowRankMoments, alpha=0.), 'alpha above 0'),
     (lambda: made(LowRankMoments, r=32), 'larger than 32 in both'),
     (lambda: made(LowRankMoments, params=VECTOR), 'larger than 4 in both'),
@@ -300,7 +306,8 @@ def test_wrong_arguments_are_named(make, says):
         make()
 
 @pytest.mark.parametrize('name, says', [
-    ('lora * galore', 'small already'), ('ia3 * muon', 'trains none'), ('oft * muon', 'trains none'),
+    ('lora * galore', 'small already'), ('ia3 * muon', 'trains none'),
+    ('oft * muon', 'trains none'),
     ('lift * muon', 'trains none'), ('lift * galore', 'small already')])
 def test_what_does_not_fit_together_is_refused(name, says):
     with pytest.raises(ValueError, match=says):

@@ -73,7 +73,8 @@ class MuonAndAdamW(torch.optim.AdamW):
                  muon:Mapping,              # options of `torch.optim.Muon` alone
                  **both):                   # lr and weight_decay of both; options of AdamW
         super().__init__([dict(params=matrices), dict(params=rest)], fused=True, **both)
-        self.muon = torch.optim.Muon(matrices, lr=both['lr'], weight_decay=both['weight_decay'], **muon)
+        self.muon = torch.optim.Muon(matrices, lr=both['lr'], **muon,
+                                     weight_decay=both['weight_decay'])
         self.muon.state = self.state # one state for both
         self.ratio = ratio
 
@@ -105,7 +106,8 @@ class Orthogonal(OwnOptimizer):
         if not self.own:
             raise ValueError('Muon makes the updates of matrices orthogonal, and this recipe trains none: no '
                              'whole weight of a linear layer in a block, and no low-rank change')
-        if adjust == 'original' and any('::' not in n and is_transposed(settings.model, n) for n in self.own):
+        whole = [n for n in self.own if '::' not in n]
+        if adjust == 'original' and any(is_transposed(settings.model, n) for n in whole):
             raise ValueError("adjust='original' depends on which side of a matrix is longer, and this model "
                              "stores its matrices transposed; use adjust='match_rms_adamw'")
         self.muon, self.ratio = dict(momentum=momentum, adjust_lr_fn=adjust), rest
@@ -188,8 +190,9 @@ class LowRankMoments(OwnOptimizer):
                              'at least 1, alpha above 0')
         self.own = [n for n in hidden_matrices(params, settings.model) if min(params[n].shape) > r]
         if not self.own:
-            why = ('a change beside the weights, which is small already' if any('::' in n for n in params)
-                   else f'none that is larger than {r} in both dimensions')
+            beside = any('::' in n for n in params)
+            why = ('a change beside the weights, which is small already' if beside else
+                   f'none that is larger than {r} in both dimensions')
             raise ValueError(f'GaLore makes the moments of whole matrices small, and this recipe trains {why}')
         self.how = dict(r=r, alpha=alpha, every=every)
         super().__init__(params, settings)
@@ -218,7 +221,8 @@ def galore(r:int=4,          # directions of each gradient
     return Recipe(step=With(LowRankMoments, r=r, alpha=alpha, every=every))
 
 # %% ../../../nbs/trainers/yardsticks/optimizers.ipynb #opt00041
-SMALLEST, BLOCK = 4096, 256 # bitsandbytes' own: values in the smallest tensor in 8 bits, and in a block
+# bitsandbytes' own: values in the smallest tensor in 8 bits, and in a block
+SMALLEST, BLOCK = 4096, 256
 
 def eight_bit_bytes(params:Iterable[Tensor] # what 8-bit Adam trains
                    ) -> int:
@@ -279,7 +283,8 @@ def _to_direction(p, kept, group, steps):
 class ScheduleFreeAdamW(torch.optim.Optimizer):
     """Schedule-Free AdamW: the parameters hold the average between steps, and the point of the gradient
     between `look_ahead` and `step`"""
-    def __init__(self, params, lr:float, betas:tuple[float, float], weight_decay:float, eps:float=1e-8):
+    def __init__(self, params, lr:float, betas:tuple[float, float], weight_decay:float,
+                 eps:float=1e-8):
         super().__init__(params, dict(lr=lr, betas=betas, weight_decay=weight_decay, eps=eps))
         self.ahead, self.sums = False, dict(steps=0, top=0., total=0.)
 
