@@ -5141,6 +5141,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                          'ftlab/trainers/optimizers/mezo.py'),
                                                 'ftlab.trainers.optimizers.mezo.MeZO.replay': ( 'trainers/optimizers/mezo.html#mezo.replay',
                                                                                                 'ftlab/trainers/optimizers/mezo.py'),
+                                                'ftlab.trainers.optimizers.mezo.MeZO.state_bytes': ( 'trainers/optimizers/mezo.html#mezo.state_bytes',
+                                                                                                     'ftlab/trainers/optimizers/mezo.py'),
                                                 'ftlab.trainers.optimizers.mezo.MeZO.state_dict': ( 'trainers/optimizers/mezo.html#mezo.state_dict',
                                                                                                     'ftlab/trainers/optimizers/mezo.py'),
                                                 'ftlab.trainers.optimizers.mezo.mezo': ( 'trainers/optimizers/mezo.html#mezo',

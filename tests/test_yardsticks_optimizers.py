@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest, torch
 from torch import nn
 from ftlab import methods
-from ftlab.commands.memory import training_bytes
+from ftlab.commands.memory import planned, training_bytes
 from ftlab.trainers.fit import fit
 from ftlab.trainers.step import Backprop
 from ftlab.trainers.yardsticks.optimizers import (Averaged, EightBit, GaLoreAdamW, LowRankMoments,
@@ -230,13 +230,36 @@ def test_the_dry_run_counts_what_a_run_holds(name):
     tuned(recipe, toy(hidden=64), callbacks=(holds,), steps=2)
     assert training_bytes(toy(hidden=64), recipe)['optimizer'] == holds.bytes
 
-@pytest.mark.parametrize('name', ['full', *NAMES])
+@pytest.mark.parametrize('name', ['full', 'lora', 'lora * muon', 'lora_plus', 'mezo', *NAMES])
 def test_the_dry_run_counts_without_weights(name):
     from torch._subclasses.fake_tensor import FakeTensorMode
     needs_package(name)
     with FakeTensorMode():
         found = training_bytes(toy(), methods.get(name))
     assert found == training_bytes(toy(), methods.get(name))
+
+@pytest.mark.parametrize('name', ['full', 'mezo', 'lora * muon', *NAMES])
+def test_the_room_asked_for_is_about_the_size_of_the_checkpoint(name, tmp_path, monkeypatch):
+    needs_package(name)
+    from ftlab.trainers import stage
+    asked = []
+    monkeypatch.setattr(stage, 'check_room', lambda folder, need: asked.append(need))
+    run = fit(toy(hidden=64), TOK, lab_data(), methods.get(name), steps=2, batch_size=4,
+              progress=False, out=tmp_path, save_every=1)
+    file = (tmp_path/'checkpoint.safetensors').stat().st_size
+    # beside what is asked for: the random state, the record of the run, and the names
+    assert 0 < file - asked[0] < 40_000, (asked, file)
+
+def test_zeroth_order_keeps_no_optimizer_state():
+    assert training_bytes(toy(), methods.mezo())['optimizer'] == 0
+
+@pytest.mark.parametrize('name', ['vera', 'randlora(r=4)', 'dora'])
+def test_the_plan_of_what_starts_by_values_reads_the_weights(name):
+    a = SimpleNamespace(device='cpu', model='lab-s', revision=None, dtype=None, head='auto',
+                        max_length=None, batch_size=1, precision='no', add_tokens=None,
+                        add_special_tokens=None)
+    found = planned(a, methods.get(name), lab_data())
+    assert found['trainable'] > 0 and found['memory']['optimizer'] > 8*found['trainable']
 
 def test_eight_bits_are_counted_by_tensor():
     big, odd, small = (torch.zeros(n) for n in (8192, 4097, 4095))

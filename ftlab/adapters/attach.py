@@ -494,7 +494,10 @@ def make_delta(model:nn.Module, name:str, mask, delta:Callable) -> nn.Module:
     in float32 if the weight is in half precision"""
     W = oriented(model, name, model.get_parameter(name).detach())
     W = W.float() if W.dtype in HALF else W
-    return delta(W, mask if mask is True else oriented(model, name, mask)).to(W.device)
+    made = delta(W, mask if mask is True else oriented(model, name, mask))
+    # a delta without values, as in a dry run, cannot be moved, not even to where it is
+    there = all(t.device == W.device for t in (*made.parameters(), *made.buffers()))
+    return made if there else made.to(W.device)
 
 def _place(att, name, d):
     "Attach one delta to its layer, in the layer's mode (training or evaluation)"

@@ -147,7 +147,8 @@ def planned(a, recipe, data) -> dict:
     try:
         with fake:
             found = training_bytes(model, recipe, **given)
-    except RuntimeError: # the method selects by the values of weights
+    # the method selects or starts by the values of weights
+    except (RuntimeError, AssertionError):
         if free is not None and total > free:
             found = dict(trainable=None, **dict.fromkeys(PARTS, 0) | dict(weights=total))
         else:

@@ -118,7 +118,7 @@ class _Stage:
         _supply(job, recipe, state, self.params, how)
         self.parts = survivors(state, self.step, recipe.objective)
         if self.saving and job.processes.main:
-            check_room(job.checkpoint.parent, bytes_of_checkpoint(state))
+            check_room(job.checkpoint.parent, bytes_of_checkpoint(state, self.step))
         state.emit('before_load') # callbacks that resize buffers need this moment
         if self.resuming:
             load_checkpoint(job.checkpoint, self.parts, state, self.settings)
