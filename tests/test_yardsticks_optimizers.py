@@ -139,6 +139,28 @@ def test_schedule_free_is_schedulefrees(decay, warmup):
     print('schedule_free', decay, warmup, apart, 'the fast side', fast)
     assert apart < 1e-6 < fast
 
+@pytest.mark.parametrize('rates', [(.02, .04, .06, .06), (.06, .04, .02, 0., .05)])
+def test_schedule_free_is_schedulefrees_while_the_rate_changes(rates):
+    "Large steps and decay, so that a decay taken at the average, or another weight of a step, shows"
+    theirs = pytest.importorskip('schedulefree', reason='the peer of schedule_free').AdamWScheduleFree
+    g = torch.Generator().manual_seed(0)
+    start = torch.randn(5, 7, generator=g)
+    p, q = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    ours = ScheduleFreeAdamW([p], lr=.1, betas=(.8, .99), weight_decay=.5)
+    other = theirs([q], lr=.1, betas=(.8, .99), weight_decay=.5)
+    for lr in rates:
+        ours.look(ahead=True)
+        other.train()
+        torch.testing.assert_close(p.detach(), q.detach(), atol=1e-6, rtol=0)
+        p.grad = torch.randn(5, 7, generator=g)
+        q.grad = p.grad.clone()
+        ours.param_groups[0]['lr'] = other.param_groups[0]['lr'] = lr
+        ours.step()
+        other.step()
+        other.eval()
+        torch.testing.assert_close(p.detach(), q.detach(), atol=1e-6, rtol=0)
+    assert (p.detach() - start).abs().max() > .05
+
 # ---------- Schedule-Free: the average is what everyone sees
 
 def one(model):
@@ -354,6 +376,11 @@ def test_new_entries_of_lift_start_at_the_average():
 def test_half_precision_that_rounds_steps_away_is_refused(name):
     with pytest.raises(ValueError, match='half precision'):
         tuned(methods.get(name), toy().bfloat16(), lr=1e-5)
+
+@pytest.mark.parametrize('name', ['mezo', 'lora_plus', 'lora * muon', 'lora * schedule_free'])
+def test_half_precision_is_fine_where_no_step_is_lost(name):
+    "MeZO's rate is not the size of a step, and a change beside the weights is in float32"
+    tuned(methods.get(name), toy().bfloat16(), lr=1e-5, steps=1)
 
 @pytest.mark.parametrize('name', NAMES)
 def test_sharded_weights_are_refused(name, monkeypatch):
