@@ -5121,6 +5121,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                           'ftlab/trainers/optimizers/lisa.py'),
                                                 'ftlab.trainers.optimizers.lisa.BlocksInTurn.__init__': ( 'trainers/optimizers/lisa.html#blocksinturn.__init__',
                                                                                                           'ftlab/trainers/optimizers/lisa.py'),
+                                                'ftlab.trainers.optimizers.lisa.BlocksInTurn.state_bytes': ( 'trainers/optimizers/lisa.html#blocksinturn.state_bytes',
+                                                                                                             'ftlab/trainers/optimizers/lisa.py'),
                                                 'ftlab.trainers.optimizers.lisa.BlocksInTurn.switch': ( 'trainers/optimizers/lisa.html#blocksinturn.switch',
                                                                                                         'ftlab/trainers/optimizers/lisa.py'),
                                                 'ftlab.trainers.optimizers.lisa.block_of': ( 'trainers/optimizers/lisa.html#block_of',

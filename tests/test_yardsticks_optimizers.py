@@ -245,7 +245,7 @@ class Holds:
     def after_step(self, state):
         self.bytes = held(state.optimizer)
 
-@pytest.mark.parametrize('name', ['full', 'lora', *MIXED])
+@pytest.mark.parametrize('name', ['full', 'lora', 'lisa(gamma=1)', 'lisa(gamma=1, period=1)', *MIXED])
 def test_the_dry_run_counts_what_a_run_holds(name):
     needs_package(name)
     holds, recipe = Holds(), methods.get(name)
