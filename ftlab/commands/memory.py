@@ -130,7 +130,7 @@ def _stage_bytes(model, stage, labels, shape, precision) -> dict:
 # %% ../../nbs/commands/memory.ipynb #000a513c
 def planned(a, recipe, data) -> dict:
     """Return the memory of one method on the model that `a` names, from its config;
-    weights are read only if the method selects by their values, and if they fit"""
+    weights are read only if the method selects or starts by their values, and if they fit"""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from ftlab.core.tokens import encode_all
     from ftlab.core.loading import find_device, skeleton
