@@ -261,7 +261,8 @@ def test_what_is_too_large_says_so_and_is_not_opened(call, giant, tmp_path):
             and 70e9 < m['trainable'] < 75e9 and m['memory']['weights'] == 2*m['trainable']
             and m['memory']['optimizer'] > 2*m['memory']['weights'])
     assert (lora['memory']['weights'] == m['memory']['weights']
-            and lora['memory']['optimizer'] < m['memory']['optimizer']/50
+            and 0 < lora['memory']['optimizer'] < m['memory']['optimizer']/50
+            and 0 < lora['trainable'] < m['trainable']/50
             and not list(tmp_path.iterdir()))
     code, out, err = call(f'fit --model {giant} --data {{d}}/sums.jsonl {FAST} --dry-run')
     assert code == 1 and 'it does not fit' in out

@@ -54,6 +54,8 @@ RECIPES = {n: partial(made, n) for n in methods.names()} | {
                                          lambda state: state.models['watcher'](
                                              state.logits).square().mean()/len(state.batches))}))}
 
+PACKAGES = {'adam8bit': 'bitsandbytes'} # method -> the optional package that it trains with
+
 SETTINGS = dict(batch_size=8, weight_decay=.1, progress=False)
 
 def tune(recipe, steps=5, seed=0, model=None, **more):
@@ -236,6 +238,8 @@ def test_a_promise_is_waived_only_for_a_reason(name):
 @pytest.mark.parametrize('promise', PROMISES)
 @pytest.mark.parametrize('name', RECIPES)
 def test_contract(name, promise, tmp_path):
+    if name in PACKAGES:
+        pytest.importorskip(PACKAGES[name], reason=f'{name} needs {PACKAGES[name]}')
     r = RECIPES[name]()
     if promise not in r.promises:
         pytest.skip(f'{name} does not promise it: {r.waives[promise]}')
