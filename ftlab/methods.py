@@ -148,8 +148,8 @@ def merging_rules() -> dict[str, float]:
 @lru_cache(1)
 def _common_rules() -> dict[str, tuple[float, Path]]:
     "Return {name: (default dial, file)} of the merging rules that are no paper's"
-    mark = re.compile(r'^@merging_yardstick\((?:(?!^def ).)*?\bdial=(?P<dial>[-+.\de]+)'
-                      r'(?:(?!^def ).)*?^def (?P<name>\w+)\(', re.M | re.S)
+    mark = re.compile(r'^@merging_yardstick\((?:(?!^def ).)*?\bdial=(?P<dial>[-+.\de]+)\)\n'
+                      r'def (?P<name>\w+)\(', re.M | re.S)
     return {m['name']: (float(m['dial']), file) for file in _yardstick_files()
             for m in mark.finditer(file.read_text(encoding='utf-8'))}
 

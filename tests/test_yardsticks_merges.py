@@ -5,7 +5,6 @@ import json
 import pytest, torch
 import ftlab
 from ftlab import methods
-from ftlab.adapters.attach import attach
 from ftlab.adapters.edit import attach_change, merge, saved_changes
 from ftlab.adapters.lowrank import to_peft
 from ftlab.adapters.store import WrongBase

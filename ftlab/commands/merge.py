@@ -68,8 +68,9 @@ def _check_adapters(paths:list[Path], of_runs:dict) -> None:
     """Raise `ValueError` if adapters of peft name another base than the others or the runs (`of_runs`). They
     hold no fingerprint of it, so the last part of its name is all there is to compare: a folder and a name on
     the hub may be one model."""
-    said = of_runs | {p: name for p in paths if (name := _peft_base(p))}
-    if len({str(name).rstrip('/').rpartition('/')[2] for name in said.values()}) > 1:
+    adapters = {p: name for p in paths if (name := _peft_base(p))}
+    said = of_runs | adapters
+    if adapters and len({str(name).rstrip('/').rpartition('/')[2] for name in said.values()}) > 1:
         found = ', '.join(f'{str(name)!r} in {p}' for p, name in said.items())
         raise ValueError(f'the changes were not made from one base: it is {found}; merge changes of one base, or, if '
                          'these are names of one model, write one of them into each adapter_config.json')
