@@ -1,4 +1,4 @@
-"""Two skills, tuned separately from lab-s by full fine-tuning, merged by every common rule (for `yardsticks.py merges`).
+"""Two skills, tuned separately from lab-s by full fine-tuning, merged by every common rule: `yardsticks.py merges`.
 
 Each rule has three strengths, or weights, tried on the validation questions of a tuning seed; the one with the most
 gain goes to the test seeds. Beside them: each fine-tune alone, and one run on both skills with as many steps in all."""
@@ -26,7 +26,8 @@ TRIED = { # rule -> (text, scale) of what is tried
 
 def tuned(model, tok, data, steps, seed):
     "Return the change of one fine-tune; the model stays as it was"
-    run = ftlab.fit(model, tok, data, steps=steps, batch_size=BATCH, lr=RATE, seed=seed, progress=False)
+    run = ftlab.fit(model, tok, data, steps=steps, batch_size=BATCH, lr=RATE, seed=seed,
+                    progress=False)
     change = {n: t.clone() for n, t in run.delta.tensors().items()}
     run.delta.attached.detach()
     return change

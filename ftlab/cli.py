@@ -451,8 +451,8 @@ def _merge(p):
     add('--delta', metavar='CHANGE', help='one more change, as an option')
     rules = merge_rules()
     add('--rule', type=rule_text, metavar='RULE',
-        help='how several changes become one (default: task_arithmetic, their sum): ' + ', '.join(rules)
-        + '; with settings in quotes, such as "ties(density=.5)"')
+        help='how several changes become one (default: task_arithmetic, their sum): '
+        + ', '.join(rules) + '; with settings in quotes, such as "ties(density=.5)"')
     add('--scale', type=finite, metavar='X', help='strength of the rule (default: '
         + ', '.join(f'{v:g} for {k}' for k, v in rules.items()) + ')')
 

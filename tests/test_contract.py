@@ -235,7 +235,8 @@ def test_a_common_rule_s_dial_is_found_anywhere_in_its_mark(tmp_path, monkeypatc
     file.write_text(f"@merging_yardstick('A (b)', '',\n    'dial=3 in it', dial=-.5)\ndef one{body}"
                     f"@merging_yardstick('A', '', 'read', dial=1e-1)\ndef two{body}")
     monkeypatch.setattr(methods, '_yardstick_files', lambda: [file])
-    assert {n: x for n, (x, _) in methods._common_rules.__wrapped__().items()} == dict(one=-.5, two=.1)
+    found = methods._common_rules.__wrapped__()
+    assert {n: dial for n, (dial, _) in found.items()} == dict(one=-.5, two=.1)
 
 @pytest.mark.parametrize('name', RECIPES)
 def test_a_promise_is_waived_only_for_a_reason(name):

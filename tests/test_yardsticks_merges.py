@@ -2,14 +2,15 @@
 the same tensors, and on the command line"""
 import inspect
 import json
+import shutil
 import pytest, torch
 import ftlab
 from ftlab import methods
 from ftlab.adapters.edit import attach_change, merge, saved_changes
 from ftlab.adapters.lowrank import to_peft
 from ftlab.adapters.store import WrongBase
-from ftlab.adapters.yardsticks.merges import (dare, dropped, elected, largest, linear, on_arc, slerp, stacked,
-                                              task_arithmetic, ties, thinned)
+from ftlab.adapters.yardsticks.merges import (dare, dropped, elected, largest, linear, on_arc,
+                                              slerp, stacked, task_arithmetic, thinned, ties)
 from ftlab.cli import main
 from ftlab.commands.merge import merge_rules, merged_change
 from ftlab.trainers.fit import fit
@@ -24,7 +25,8 @@ def drawn(seed, n=3, scale=.1):
     g = torch.Generator().manual_seed(seed)
     shapes = dict(matrix=(40, 25), vector=(32,), table=(60, 8), kernel=(3, 4, 5))
     base = {k: torch.randn(s, generator=g) for k, s in shapes.items()}
-    return base, [{k: scale*torch.randn(s, generator=g) for k, s in shapes.items()} for _ in range(n)]
+    return base, [{k: scale*torch.randn(s, generator=g) for k, s in shapes.items()}
+                  for _ in range(n)]
 
 class Base(torch.nn.Module):
     "A model that is nothing but these tensors"
@@ -88,8 +90,9 @@ def test_slerp_is_mergekit_s(kit, t, scale):
 @pytest.mark.parametrize('t', [.25, .5])
 def test_an_arc_has_mergekit_s_corner_cases(kit, t):
     x, zero = torch.tensor([3., 4.]), torch.zeros(2)
-    for a, b in ((x, x), (x, -x), (x, 2*x), (zero, x), (x, zero), (zero, zero), (x, torch.tensor([-4., 3.])),
-                 (x, torch.tensor([3., 4.1])), (x, torch.tensor([3., 4.3]))):
+    across, near, nearer = (torch.tensor(v) for v in ([-4., 3.], [3., 4.3], [3., 4.1]))
+    for a, b in ((x, x), (x, -x), (x, 2*x), (zero, x), (x, zero), (zero, zero), (x, across),
+                 (x, near), (x, nearer)):
         want = kit.merge_tensors([a, b], 'slerp', base_index=0, parameters=dict(t=t))
         torch.testing.assert_close(on_arc(a, b, t), want, **CLOSE)
 
@@ -165,7 +168,8 @@ def test_task_arithmetic_and_ties_are_peft_s(peft):
     w = torch.tensor([.3, .7, 1.1])
     close(task_arithmetic(changes, weights=w.tolist()), by_peft(peft.task_arithmetic, changes, w))
     pruned = [{n: largest(t, .3) for n, t in c.items()} for c in changes]
-    close(task_arithmetic(pruned, weights=w.tolist()), by_peft(peft.magnitude_prune, changes, w, .3))
+    close(task_arithmetic(pruned, weights=w.tolist()),
+          by_peft(peft.magnitude_prune, changes, w, .3))
     for density in (.1, .2, .5):
         close(ties(changes, density=density), by_peft(peft.ties, changes, torch.ones(3), density))
 
@@ -272,7 +276,8 @@ def test_rules_are_found_by_their_marks():
     assert list(methods.merging_rules())[:2] == ['breadcrumbs', 'lines']
     for name in RULES:
         f = methods.merging_rule(name)
-        assert (f.paper.kind, f.paper.claim, f.dial) == ('yardstick', '', methods.merging_rules()[name])
+        assert f.paper.kind == 'yardstick' and f.paper.claim == ''
+        assert f.dial == methods.merging_rules()[name]
         assert inspect.signature(f).parameters['dial'].default == f.dial and f.paper.source
         assert name not in methods.names()
     assert merge_rules() == {'task_arithmetic': 1.} | methods.merging_rules()
@@ -300,7 +305,8 @@ def saved(tmp_path_factory):
     TOK.save_pretrained(d/'base')
     recipes = dict(a=None, b=None, low=methods.lora(r=2))
     for seed, (name, recipe) in enumerate(recipes.items()):
-        run = fit(toy(), TOK, lab_data(), recipe, steps=3, batch_size=8, seed=seed, progress=False, lr=1e-2)
+        run = fit(toy(), TOK, lab_data(), recipe, steps=3, batch_size=8, seed=seed, lr=1e-2,
+                  progress=False)
         run.delta.save(d/f'{name}.safetensors')
         if name == 'low':
             to_peft(run.delta.attached, d/'adapter')
@@ -330,14 +336,16 @@ def shell(capfd, *line):
 
 @pytest.mark.parametrize('rule', ['ties(density=.5)', 'slerp', 'task-arithmetic'])
 def test_the_command_merges_a_change_and_an_adapter(saved, tmp_path, capfd, rule):
-    code, out, err = shell(capfd, 'merge', saved/'a.safetensors', saved/'adapter', '--model', saved/'base',
-                           '--rule', rule, '--scale', '.6', '--out', tmp_path/'out', '--json')
+    code, out, err = shell(capfd, 'merge', saved/'a.safetensors', saved/'adapter',
+                           '--model', saved/'base', '--rule', rule, '--scale', '.6',
+                           '--out', tmp_path/'out', '--json')
     assert code == 0, err
     r = json.loads(out)
     rule = rule.replace('-', '_')
     assert (r['rule'], r['scale']) == (rule, .6) and len(r['deltas']) == 2
     model, _ = ftlab.load(str(saved/'base'))
-    change = merged_change(saved_changes(model, saved/'a.safetensors', saved/'adapter'), model, rule, .6)
+    changes = saved_changes(model, saved/'a.safetensors', saved/'adapter')
+    change = merged_change(changes, model, rule, .6)
     merged, _ = ftlab.load(str(tmp_path/'out'))
     got, base = dict(merged.named_parameters()), dict(model.named_parameters())
     assert all(torch.equal(got[n], base[n] + change[n]) for n in base)
@@ -351,7 +359,8 @@ def test_another_base_and_other_adapters_are_refused(saved, tmp_path, capfd):
         for file in (saved/'adapter').iterdir():
             (to/file.name).write_bytes(file.read_bytes())
         config = json.loads((to/'adapter_config.json').read_text())
-        (to/'adapter_config.json').write_text(json.dumps(config | dict(base_model_name_or_path=base)))
+        config |= dict(base_model_name_or_path=base)
+        (to/'adapter_config.json').write_text(json.dumps(config))
     line = ['merge', '--model', saved/'base', '--out', tmp_path/'out', '--rule', 'ties']
     code, out, err = shell(capfd, *line, tmp_path/'x', tmp_path/'y')
     assert code == 1 and 'not made from one base' in err and "'someone/small' in" in err
@@ -362,16 +371,19 @@ def test_another_base_and_other_adapters_are_refused(saved, tmp_path, capfd):
     ('ties(size=2)', 1, "no setting 'size'"), ('ties(density=2)', 1, 'density is 2'),
     ('tied', 2, "invalid choice: 'tied'"), ('ties(weights=(1,))', 1, 'one for each change')])
 def test_a_wrong_rule_leaves_nothing(saved, tmp_path, capfd, rule, code, words):
-    got, out, err = shell(capfd, 'merge', saved/'a.safetensors', saved/'b.safetensors', '--model', saved/'base',
-                          '--rule', rule, '--out', tmp_path/'out')
+    got, out, err = shell(capfd, 'merge', saved/'a.safetensors', saved/'b.safetensors',
+                          '--model', saved/'base', '--rule', rule, '--out', tmp_path/'out')
     assert got == code and words in err and out == '' and not list(tmp_path.iterdir())
 
 def test_new_tokens_merge_with_the_same_and_not_with_none(saved, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train = f'fit --model {saved}/base --data new-procedure --steps 2 --batch-size 4 --items 5 --lr 1e-2'.split()
-    for name, more in (('a', ['--add-tokens', '<x>']), ('b', ['--add-tokens', '<x>', '--method', 'lora(r=2)']),
-                       ('plain', [])):
-        assert main([*train, *more, '--out', name]) == 0
+    for name, more in (('a', []), ('b', ['--method', 'lora(r=2)'])):
+        assert main([*train, '--add-tokens', '<x>', *more, '--out', name]) == 0
+    shutil.copytree('b', 'plain')
+    record = json.loads((tmp_path/'plain/run.json').read_text())
+    assert record['add_tokens'] == ['<x>']
+    (tmp_path/'plain/run.json').write_text(json.dumps(record | dict(add_tokens=None)))
     capfd.readouterr()
     code, out, err = shell(capfd, 'merge', 'a', 'b', '--rule', 'ties(density=1.)', '--out', 'both')
     assert code == 0, err
@@ -381,10 +393,12 @@ def test_new_tokens_merge_with_the_same_and_not_with_none(saved, tmp_path, capfd
     moved = model.get_input_embeddings().weight[row] - base.get_input_embeddings().weight[row]
     changes = saved_changes(base, 'a/delta.safetensors', 'b/delta.safetensors')
     name = 'model.embed_tokens.weight'
-    assert torch.allclose(moved, ties(changes, density=1.)[name][row], atol=1e-6) and moved.abs().max() > 1e-3
+    assert torch.allclose(moved, ties(changes, density=1.)[name][row], atol=1e-6)
+    assert moved.abs().max() > 1e-3
     assert changes[1][name][row].any() # the rows of LoRA's run trained as well
     code, out, err = shell(capfd, 'merge', 'a', 'plain', '--rule', 'ties', '--out', 'none')
-    assert code == 1 and 'not made from one base: add_tokens is' in err and not (tmp_path/'none').exists()
+    assert code == 1 and 'not made from one base: add_tokens is' in err
+    assert not (tmp_path/'none').exists()
 
 def test_the_sum_is_that_of_merge():
     _, changes = drawn(13)

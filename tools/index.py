@@ -235,7 +235,8 @@ def rules(p: Project) -> str:
                 else e['notebook'].removeprefix('nbs/'))
         rows.append((f'[`{name}`](../{page})', _title(e), f'{strength:g}', settings or 'none',
                      'a yardstick, so no claim' if name in common else _said(e)))
-    return _table('rule', 'from', 'strength if none is given', 'settings', 'verdict here', rows=rows)
+    return _table('rule', 'from', 'strength if none is given', 'settings', 'verdict here',
+                  rows=rows)
 
 
 def which(p: Project) -> str:

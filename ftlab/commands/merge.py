@@ -62,7 +62,9 @@ def _records(paths:list[Path]) -> dict[Path, dict]:
 def _peft_base(path:Path) -> str:
     "Return which base an adapter of peft names, if it does"
     from ftlab.core.folder import read_json
-    return read_json(path/'adapter_config.json').get('base_model_name_or_path') or '' if path.is_dir() else ''
+    if not path.is_dir():
+        return ''
+    return read_json(path/'adapter_config.json').get('base_model_name_or_path') or ''
 
 def _check_adapters(paths:list[Path], of_runs:dict) -> None:
     """Raise `ValueError` if adapters of peft name another base than the others or the runs (`of_runs`). They

@@ -16,7 +16,7 @@ from ...native.magnitude import kth_magnitude, unpack_mask
 __all__ = ['RESCALES', 'wide', 'one_each', 'weighted', 'stacked', 'linear', 'on_arc', 'slerp', 'task_arithmetic', 'checked_share',
            'largest', 'elected', 'ties', 'dropped', 'thinned', 'dare']
 
-# %% ../../../nbs/adapters/yardsticks/merges.ipynb #mrg00006
+# %% ../../../nbs/adapters/yardsticks/merges.ipynb #mrg00007
 def wide(t:Tensor) -> Tensor:
     "Return half precision as float32, everything else as it is"
     return t.to(torch.promote_types(t.dtype, torch.float32))
@@ -45,7 +45,7 @@ def stacked(changes:list[Mapping]) -> Iterator[tuple[str, Tensor]]:
         none = torch.zeros_like(wide(next(c[n] for c in changes if n in c)))
         yield n, torch.stack([wide(c[n]) if n in c else none for c in changes])
 
-# %% ../../../nbs/adapters/yardsticks/merges.ipynb #mrg00009
+# %% ../../../nbs/adapters/yardsticks/merges.ipynb #mrg00010
 @merging_yardstick('Model soups: averaging weights of multiple fine-tuned models improves accuracy '
                    'without increasing inference time', '2203.05482',
                    'mergekit 0.1.5 (merge_methods/linear.py), to which it is equal', dial=1.)
@@ -61,7 +61,7 @@ def linear(changes:list[Mapping], # one change a task, all from one base
         raise ValueError(f'weights is {weights!r}, which adds up to zero; an average divides by the sum')
     return merge(weighted(changes, [w/sum(given) for w in given]), dial)
 
-# %% ../../../nbs/adapters/yardsticks/merges.ipynb #mrg00013
+# %% ../../../nbs/adapters/yardsticks/merges.ipynb #mrg00014
 def on_arc(a:Tensor, b:Tensor, t:float) -> Tensor:
     "Go `t` of the way from `a` to `b` along an arc; along a straight line if they are nearly parallel"
     unit = [x.flatten()/(x.norm() if x.norm() > 1e-8 else 1.) for x in (a, b)]
@@ -92,7 +92,7 @@ def slerp(changes:list[Mapping], # two changes of one base, or one, which is mer
         out[n] = on_arc(*ends, dial) - W
     return out
 
-# %% ../../../nbs/adapters/yardsticks/merges.ipynb #mrg00020
+# %% ../../../nbs/adapters/yardsticks/merges.ipynb #mrg00021
 @merging_yardstick('Editing Models with Task Arithmetic', '2212.04089',
                    "the abstract, the authors' src/task_vectors.py, mergekit 0.1.5 and peft 0.21.2, "
                    'to both of which it is equal', dial=1.)
@@ -103,7 +103,7 @@ def task_arithmetic(changes:list[Mapping], model=None, # as in `linear`
     "Add the changes up and scale the sum"
     return merge(weighted(changes, weights), dial)
 
-# %% ../../../nbs/adapters/yardsticks/merges.ipynb #mrg00024
+# %% ../../../nbs/adapters/yardsticks/merges.ipynb #mrg00025
 def checked_share(density:float) -> float:
     "Return the share of entries to keep. Raises `ValueError` unless it is above 0 and at most 1."
     if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
@@ -130,7 +130,7 @@ def elected(x:Tensor,                # changes of one tensor, [changes, ...]
     total, share = (x*agree).sum(0), (w*agree).sum(0)
     return total/share.where(share != 0, 1) if normalize else total
 
-# %% ../../../nbs/adapters/yardsticks/merges.ipynb #mrg00025
+# %% ../../../nbs/adapters/yardsticks/merges.ipynb #mrg00026
 @merging_yardstick('TIES-Merging: Resolving Interference When Merging Models', '2306.01708',
                    'the official merge_utils.py, mergekit 0.1.5 and peft 0.21.2, to both of which it is '
                    'equal', dial=1.)
@@ -146,7 +146,7 @@ def ties(changes:list[Mapping], model=None, # as in `linear`
     w = one_each(changes, weights)
     return {n: dial*elected(x, w, normalize) for n, x in stacked(trimmed)}
 
-# %% ../../../nbs/adapters/yardsticks/merges.ipynb #mrg00030
+# %% ../../../nbs/adapters/yardsticks/merges.ipynb #mrg00031
 RESCALES = ('density', 'l1')
 
 def dropped(c:Tensor, density:float,   # the share of entries to keep
@@ -168,7 +168,7 @@ def thinned(changes:list[Mapping], density:float, seed:int, rescale:str) -> list
     g = torch.Generator().manual_seed(seed)
     return [{n: dropped(wide(c[n]), density, g, rescale) for n in sorted(c)} for c in changes]
 
-# %% ../../../nbs/adapters/yardsticks/merges.ipynb #mrg00031
+# %% ../../../nbs/adapters/yardsticks/merges.ipynb #mrg00032
 @merging_yardstick('Language Models are Super Mario: Absorbing Abilities from Homologous Models as a '
                    'Free Lunch', '2311.03099',
                    "the abstract, the authors' mask_weights_utils.py, mergekit 0.1.5 and peft 0.21.2, "
