@@ -2,6 +2,7 @@
 the same tensors, and on the command line"""
 import inspect
 import json
+import math
 import shutil
 import pytest, torch
 import ftlab
@@ -218,6 +219,40 @@ def test_a_tensor_that_one_change_lacks_counts_as_zero():
     names = [n for n, _ in stacked([less, a])]
     assert sorted(names) == sorted(base)
     assert same(dare([a, less], seed=3), dare([dict(reversed(a.items())), less], seed=3))
+
+def test_linear_and_the_sum_by_hand():
+    base, (a, b) = drawn(14, 2)
+    for n in base: # the weighted average of the models, and base plus the weighted sum
+        average = (3*(base[n] + a[n]) + base[n] + b[n])/4
+        torch.testing.assert_close(base[n] + linear([a, b], weights=(3, 1))[n], average, **CLOSE)
+        half = linear([a, b], dial=.5, weights=(3, 1))[n]
+        torch.testing.assert_close(half, (average - base[n])/2, **CLOSE)
+        torch.testing.assert_close(task_arithmetic([a, b], dial=.5, weights=(3, -1))[n],
+                                   1.5*a[n] - .5*b[n], **CLOSE)
+
+def test_slerp_by_hand():
+    base, changes = drawn(15, 2, 1.)
+    for n, c in slerp(changes, Base(base), .3).items():
+        x, y = ((base[n] + c[n]).double() for c in changes)
+        angle = torch.acos((x*y).sum()/(x.norm()*y.norm()))
+        want = (torch.sin(.7*angle)*x + torch.sin(.3*angle)*y)/torch.sin(angle)
+        torch.testing.assert_close((base[n] + c).double(), want, **CLOSE)
+    # the line for a cosine of .9997, the arc for one of .9991
+    turned = lambda a: (torch.tensor([1., 0.]), torch.tensor([math.cos(a), math.sin(a)]))
+    line, arc = (float(on_arc(*turned(math.acos(x)), .5).norm()) for x in (.9997, .9991))
+    assert line < 1 - 5e-5 and abs(arc - 1) < 1e-6
+
+@pytest.mark.parametrize('normalize', [None, True, False])
+@pytest.mark.parametrize('then', ['linear', 'ties'])
+def test_dare_is_another_rule_on_thinned_changes(then, normalize):
+    _, changes = drawn(16)
+    given, parts = (.3, .7, 1.1), thinned(changes, .4, 2, 'density')
+    got = dare(changes, None, .7, .4, then, given, normalize, seed=2)
+    if then == 'ties':
+        want = ties(parts, None, .7, 1., given, normalize is not False)
+    else:
+        want = (linear if normalize else task_arithmetic)(parts, None, .7, given)
+    assert same(got, want)
 
 def test_elected_by_hand():
     x = torch.tensor([[4., 1., -2., 0., 1.], [-1., 3., -1., 0., -1.], [-1., 0., 5., 0., 0.]])
