@@ -445,7 +445,8 @@ FROM_RUN = dict(help='the base (default: the one that run.json beside the change
 def _merge(p):
     add = p.add_argument
     add('changes', nargs='*', metavar='CHANGE',
-        help='a folder that ftlab fit wrote, or its delta.safetensors; several must have the same base')
+        help='a folder that ftlab fit wrote, its delta.safetensors, or an adapter of peft; several must have the '
+             'same base')
     _take(p, 'model revision dtype out', model=FROM_RUN,
           out=dict(help='the new folder to write (required)'))
     add('--delta', metavar='CHANGE', help='one more change, as an option')

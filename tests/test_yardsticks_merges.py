@@ -238,8 +238,8 @@ def test_slerp_by_hand():
         want = (torch.sin(.7*angle)*x + torch.sin(.3*angle)*y)/torch.sin(angle)
         torch.testing.assert_close((base[n] + c).double(), want, **CLOSE)
     # the line for a cosine of .9997, the arc for one of .9991
-    turned = lambda a: (torch.tensor([1., 0.]), torch.tensor([math.cos(a), math.sin(a)]))
-    line, arc = (float(on_arc(*turned(math.acos(x)), .5).norm()) for x in (.9997, .9991))
+    unit_at = lambda a: (torch.tensor([1., 0.]), torch.tensor([math.cos(a), math.sin(a)]))
+    line, arc = (float(on_arc(*unit_at(math.acos(x)), .5).norm()) for x in (.9997, .9991))
     assert line < 1 - 5e-5 and abs(arc - 1) < 1e-6
 
 @pytest.mark.parametrize('normalize', [None, True, False])
