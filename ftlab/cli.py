@@ -454,7 +454,8 @@ def _merge(p):
     add('--rule', type=rule_text, metavar='RULE',
         help='how several changes become one (default: task_arithmetic, their sum): '
         + ', '.join(rules) + '; with settings in quotes, such as "ties(density=.5)"')
-    add('--scale', type=finite, metavar='X', help='strength of the rule (default: '
+    add('--scale', type=finite, metavar='X', help='strength of the rule; for slerp the way from '
+        'the first model to the second (default: '
         + ', '.join(f'{v:g} for {k}' for k, v in rules.items()) + ')')
 
 def _report(p):

@@ -180,12 +180,13 @@ def merging_rule(text:str     # a name of `merging_rules()`, or with settings: '
 def _rule_read(text:str) -> tuple[str, dict]:
     "Return a rule's name and settings"
     try:
-        node = ast.parse(text, mode='eval').body
+        node = ast.parse(text.strip(), mode='eval').body
         call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-        if not isinstance(call.func, ast.Name) or call.args:
-            raise SyntaxError
+        given = [k.arg for k in call.keywords]
+        if not isinstance(call.func, ast.Name) or call.args or len(set(given)) < len(given):
+            raise SyntaxError # also for a setting that is given twice
         return call.func.id, {k.arg: ast.literal_eval(k.value) for k in call.keywords}
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, TypeError):
         raise ValueError(f'cannot read {text!r} as a rule to merge by; write a name such as \'ties\', or '
                          'with settings by name \'ties(density=.5)\'') from None
 

@@ -13,7 +13,7 @@ from ftlab.adapters.store import WrongBase
 from ftlab.adapters.yardsticks.merges import (dare, dropped, elected, largest, linear, on_arc,
                                               slerp, stacked, task_arithmetic, thinned, ties)
 from ftlab.cli import main
-from ftlab.commands.merge import merge_rules, merged_change
+from ftlab.commands.merge import check_rule, merge_rules, merged_change, strength_of
 from ftlab.trainers.fit import fit
 from toys import TOK, lab_data, same, toy, weights
 
@@ -282,7 +282,15 @@ WRONG = {
     'density above 1': (lambda c: ties(c, density=1.5), 'density is 1.5'),
     'density of zero': (lambda c: dare(c, density=0), 'density is 0; it is the share'),
     'too few weights': (lambda c: linear(c, weights=(1,)), 'must be 2 finite numbers'),
-    'weights that are no list': (lambda c: ties(c, weights=.5), 'a number for each change'),
+    'weights that are no list': (lambda c: ties(c, weights=.5), 'a list with a number for each change'),
+    'weights as text': (lambda c: ties(c, weights='12'), "weights is '12'; it must be a list"),
+    'weights without an order': (lambda c: linear(c, weights={2, 1}), 'it must be a list'),
+    'weights by number': (lambda c: dare(c, weights={0: 1, 1: 2}), 'it must be a list'),
+    'a weight that is too large': (lambda c: linear(c, weights=(10**400, 1)), 'it must be a list'),
+    'a switch that is text': (lambda c: ties(c, normalize='False'), "normalize is 'False'; it must be True or False$"),
+    'a switch that is a number': (lambda c: dare(c, normalize=0), 'normalize is 0; .*True or False, or None'),
+    'half a seed': (lambda c: dare(c, seed=1.5), 'seed is 1.5; it must be a whole number'),
+    'no seed': (lambda c: dare(c, seed=None), 'seed is None'),
     'a weight that is NaN': (lambda c: task_arithmetic(c, weights=(1, float('nan'))), 'finite'),
     'weights that cancel': (lambda c: linear(c, weights=(1, -1)), 'adds up to zero'),
     'an unknown vote': (lambda c: dare(c, then='sum'), "then is 'sum'; it must be linear or ties"),
@@ -325,9 +333,47 @@ def test_settings_stand_in_the_text():
     for text, words in {'ties(size=2)': "no setting 'size'; it takes density, weights, normalize",
                         'lines(beta=1)': 'it takes no settings', 'ties(.5)': 'with settings by name',
                         'ties(': 'cannot read', 'ties(density=x)': 'cannot read',
-                        'ties(dial=2)': "no setting 'dial'", 'slurp': 'there are breadcrumbs, lines, dare'}.items():
+                        'ties(dial=2)': "no setting 'dial'", 'ties(weights={[1]: 2})': 'cannot read',
+                        'ties(density=.5, density=.2)': 'cannot read', 'ties(density=open("x"))': 'cannot read', 'slurp': 'there are breadcrumbs, lines, dare'}.items():
         with pytest.raises(ValueError, match=words):
             merged_change(changes, None, text)
+
+@pytest.mark.parametrize('text', ['task-arithmetic', ' task-arithmetic ', 'task-arithmetic(weights=(1, 1))'])
+def test_the_sum_is_still_found_by_its_old_name(text):
+    _, changes = drawn(17, 2)
+    assert same(merged_change(changes, None, text), merge(changes, 1.))
+
+def test_the_strength_is_found_however_a_rule_is_written():
+    texts = {'slerp': .5, ' slerp ': .5, '(slerp)': .5, 'ties (density=.5)': 1., 'breadcrumbs': .2,
+             'task-arithmetic': 1.}
+    assert {t: strength_of(t) for t in texts} == texts
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.float16])
+def test_every_precision_is_trimmed(dtype):
+    _, changes = drawn(18)
+    for n, t in ties([{n: t.T.to(dtype) for n, t in c.items() if t.ndim == 2} for c in changes]).items():
+        want = ties([{n: c[n].T.to(dtype).float()} for c in changes])[n]
+        assert t.dtype == (dtype if dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(t.float(), want, **CLOSE)
+
+@pytest.mark.parametrize('rule, count, words', [
+    ('ties(density=2)', 2, 'density is 2'), ('ties(weights=(1,))', 2, 'must be 2 finite numbers'),
+    ('slerp', 3, 'there are 3 changes'), ('linear(weights=(1, -1))', 2, 'adds up to zero'),
+    ('dare(seed="x")', 1, "seed is 'x'"), ('lines(beta=1)', 1, 'it takes no settings')])
+def test_a_rule_is_tried_before_a_model_is_loaded(rule, count, words, tmp_path, monkeypatch, capfd):
+    with pytest.raises(ValueError, match=words):
+        check_rule(rule, count)
+    for name in 'abc'[:count]:
+        (tmp_path/f'{name}.safetensors').touch()
+    monkeypatch.setattr(ftlab, 'load', lambda *a, **k: pytest.fail('a model was loaded'))
+    code, out, err = shell(capfd, 'merge', *tmp_path.iterdir(), '--model', 'x', '--rule', rule,
+                           '--out', tmp_path/'out')
+    assert code == 1 and words in err
+
+@pytest.mark.parametrize('rule', merge_rules())
+def test_rules_that_make_sense_pass(rule):
+    check_rule(rule, 2)
+    check_rule(rule, 1)
 
 # ---------- changes as they are saved
 

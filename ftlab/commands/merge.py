@@ -10,7 +10,8 @@ import ftlab
 from .given import new_folder
 
 # %% auto #0
-__all__ = ['PLAIN_SUM', 'merge_rules', 'rule_text', 'merged_change', 'strength_of', 'saved_at', 'base_of', 'run_merge']
+__all__ = ['PLAIN_SUM', 'merge_rules', 'as_now_called', 'rule_text', 'merged_change', 'strength_of', 'check_rule', 'saved_at',
+           'base_of', 'run_merge']
 
 # %% ../../nbs/commands/merge.ipynb #0013513c
 PLAIN_SUM = 'task_arithmetic'
@@ -21,9 +22,13 @@ def merge_rules() -> dict[str, float]:
     rules = merging_rules()
     return {PLAIN_SUM: rules[PLAIN_SUM], **rules}
 
+def as_now_called(rule:str) -> str:
+    "Return the text of a rule with the name of the plain sum as it is now"
+    return rule.strip().replace('task-arithmetic', PLAIN_SUM)
+
 def rule_text(text:str) -> str:
-    "Check the name of a rule on the command line; its settings are checked before anything is loaded"
-    text = text.replace('task-arithmetic', PLAIN_SUM) # as it was once called
+    "Check the name of a rule on the command line; `check_rule` checks its settings"
+    text = as_now_called(text)
     if text.partition('(')[0].strip() not in merge_rules():
         raise argparse.ArgumentTypeError(f'invalid choice: {text!r} (choose from {", ".join(merge_rules())})')
     return text
@@ -35,12 +40,25 @@ def merged_change(changes:list, # one {name: new weight minus base weight} each;
                  ) -> dict:     # one change
     "Combine several changes into one by a rule; raises `ValueError` as `ftlab.methods.merging_rule` does"
     from ftlab.methods import merging_rule
-    apply = merging_rule(rule)
+    apply = merging_rule(as_now_called(rule))
     return apply(changes, model, strength_of(rule) if scale is None else scale)
 
 def strength_of(rule:str) -> float:
     "Return the default strength of a rule, which may have settings"
-    return merge_rules()[rule.partition('(')[0].strip()]
+    from ftlab.methods import merging_rule
+    found = merging_rule(as_now_called(rule))
+    return getattr(found, 'func', found).dial
+
+def check_rule(rule:str, # of `merge_rules()`, also with settings
+               count:int # how many changes are to be merged
+              ) -> None:
+    """Try a rule on changes of one number each, so that a setting that makes no sense, or a count that the rule
+    does not take, raises `ValueError` before a model is loaded"""
+    from torch import nn, ones
+    from ftlab.methods import merging_rule, merging_yardsticks
+    name, tried = as_now_called(rule).partition('(')[0].strip(), merging_rule(as_now_called(rule))
+    if name in merging_yardsticks(): # those of papers have no settings, and ask for a whole model
+        tried([dict(weight=ones(1, 1))]*count, nn.Linear(1, 1, bias=False), strength_of(rule))
 
 # %% ../../nbs/commands/merge.ipynb #0015513c
 def saved_at(path:str) -> Path:
@@ -50,7 +68,8 @@ def saved_at(path:str) -> Path:
         return p
     p = p/'delta.safetensors' if p.is_dir() else p
     if not p.is_file():
-        raise FileNotFoundError(f'no delta at {str(p)!r}; name a folder that ftlab fit wrote, or a saved change')
+        raise FileNotFoundError(f'no delta at {str(p)!r}; name a folder that ftlab fit wrote, a saved change, '
+                                'or the folder of an adapter of peft')
     return p
 
 def _records(paths:list[Path]) -> dict[Path, dict]:
@@ -103,14 +122,13 @@ def base_of(paths:list[Path],      # of saved changes
 # %% ../../nbs/commands/merge.ipynb #00089b3a
 def run_merge(a:argparse.Namespace) -> tuple[dict, str]:
     "Write a base with one change, or with several as one, as a Hugging Face folder"
-    from ftlab.methods import merging_rule
     from ftlab.trainers.run import export
     paths = [saved_at(p) for p in [*a.changes, *([a.delta] if a.delta else [])]]
     if not paths:
         raise ValueError('name a saved change, or several: folders that ftlab fit wrote, or their delta.safetensors')
     base = base_of(paths, a)
     if a.rule:
-        merging_rule(a.rule) # raises for settings that it does not take
+        check_rule(a.rule, len(paths))
     if not a.out:
         raise ValueError('name the folder to write with --out')
     out = new_folder(a.out, '--out')

@@ -30,8 +30,8 @@ class Paper:
 
     @property
     def url(self) -> str:
-        "The paper's page on arXiv"
-        return f'https://arxiv.org/abs/{self.arxiv}'
+        "The paper's page on arXiv; '' where it has none"
+        return f'https://arxiv.org/abs/{self.arxiv}' if self.arxiv else ''
 
     def toy_arguments(self) -> dict:
         "Return the arguments for a toy setting, calling `toy` if it is a function"

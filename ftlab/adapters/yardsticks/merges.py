@@ -5,7 +5,7 @@
 # %% ../../../nbs/adapters/yardsticks/merges.ipynb #mrg00003
 from __future__ import annotations
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 import torch
 from torch import Tensor
 from ..edit import listed_changes, merge
@@ -14,7 +14,7 @@ from ...native.magnitude import kth_magnitude, unpack_mask
 
 # %% auto #0
 __all__ = ['RESCALES', 'wide', 'one_each', 'weighted', 'stacked', 'linear', 'on_arc', 'slerp', 'task_arithmetic', 'checked_share',
-           'largest', 'elected', 'ties', 'dropped', 'thinned', 'dare']
+           'largest', 'checked_switch', 'elected', 'ties', 'dropped', 'thinned', 'dare']
 
 # %% ../../../nbs/adapters/yardsticks/merges.ipynb #mrg00007
 def wide(t:Tensor) -> Tensor:
@@ -26,9 +26,11 @@ def one_each(changes:Sequence, weights:Iterable[float]|None) -> list[float]:
     if weights is None:
         return [1.]*len(changes)
     try:
+        if isinstance(weights, (str, Mapping, Set)): # which also yield numbers, of digits or in no order
+            raise TypeError
         given = [float(w) for w in weights]
-    except (TypeError, ValueError):
-        raise ValueError(f'weights is {weights!r}; it must be a number for each change') from None
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f'weights is {weights!r}; it must be a list with a number for each change') from None
     if len(given) != len(changes) or not all(map(math.isfinite, given)):
         raise ValueError(f'weights is {weights!r}; it must be {len(changes)} finite numbers, one for each change')
     return given
@@ -57,7 +59,7 @@ def linear(changes:list[Mapping], # one change a task, all from one base
     "Average the changes. Raises `ValueError` for weights that add up to zero."
     changes = listed_changes(changes)
     given = one_each(changes, weights)
-    if abs(sum(given)) < 1e-8: # where mergekit, too, sees a sum of zero
+    if abs(sum(given)) < 1e-8: # mergekit divides by it and writes NaN
         raise ValueError(f'weights is {weights!r}, which adds up to zero; an average divides by the sum')
     return merge(weighted(changes, [w/sum(given) for w in given]), dial)
 
@@ -116,7 +118,13 @@ def largest(c:Tensor, density:float) -> Tensor:
     if density == 1 or not c.numel():
         return c
     k = max(1, int(density*c.numel()))
-    return c.where(unpack_mask(kth_magnitude(c.contiguous(), k, 'mask'), c), 0)
+    sizes = c.float().contiguous() # mergekit, too, ranks float64 in float32
+    return c.where(unpack_mask(kth_magnitude(sizes, k, 'mask'), c), 0)
+
+def checked_switch(name:str, value, none:bool=False) -> None:
+    "Raise `ValueError` unless a setting is True or False, or None where that has a meaning"
+    if not (isinstance(value, bool) or none and value is None):
+        raise ValueError(f'{name} is {value!r}; it must be True or False{", or None"*none}')
 
 def elected(x:Tensor,                # changes of one tensor, [changes, ...]
             weights:Sequence[float], # one for each change
@@ -132,16 +140,17 @@ def elected(x:Tensor,                # changes of one tensor, [changes, ...]
 
 # %% ../../../nbs/adapters/yardsticks/merges.ipynb #mrg00026
 @merging_yardstick('TIES-Merging: Resolving Interference When Merging Models', '2306.01708',
-                   'the official merge_utils.py, mergekit 0.1.5 and peft 0.21.2, to both of which it is '
-                   'equal', dial=1.)
+                   'the official merge_utils.py, mergekit 0.1.5, to which it is equal, and peft 0.21.2, to which '
+                   'it is equal with equal weights', dial=1.)
 def ties(changes:list[Mapping], model=None, # as in `linear`
          dial:float=1.,        # the factor of the average
          density:float=.2,     # the share of each tensor's entries that is kept, as in the official README
-         weights:Iterable[float]|None=None, # one for each change; None: 1
+         weights:Iterable[float]|None=None, # one for each change, not negative ones with `normalize`; None: 1
          normalize:bool=True   # as in `elected`
         ) -> dict[str, Tensor]:
     "Keep the largest entries of each change, elect signs, and average what agrees"
     changes, density = listed_changes(changes), checked_share(density)
+    checked_switch('normalize', normalize)
     trimmed = [{n: largest(t, density) for n, t in c.items()} for c in changes]
     w = one_each(changes, weights)
     return {n: dial*elected(x, w, normalize) for n, x in stacked(trimmed)}
@@ -172,7 +181,8 @@ def thinned(changes:list[Mapping], density:float, seed:int, rescale:str) -> list
 @merging_yardstick('Language Models are Super Mario: Absorbing Abilities from Homologous Models as a '
                    'Free Lunch', '2311.03099',
                    "the abstract, the authors' mask_weights_utils.py, mergekit 0.1.5 and peft 0.21.2, "
-                   'to both of which it is equal with the same mask', dial=1.)
+                   'to both of which it is equal with the same mask (to peft after the vote: with equal weights)',
+                   dial=1.)
 def dare(changes:list[Mapping], model=None, # as in `linear`
          dial:float=1.,          # the factor of the result
          density:float=.5,       # the share of the entries that is kept
@@ -187,6 +197,9 @@ def dare(changes:list[Mapping], model=None, # as in `linear`
     for name, value, known in (('then', then, ('linear', 'ties')), ('rescale', rescale, RESCALES)):
         if value not in known:
             raise ValueError(f'{name} is {value!r}; it must be {" or ".join(known)}')
+    checked_switch('normalize', normalize, none=True)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f'seed is {seed!r}; it must be a whole number')
     parts, w = thinned(changes, density, seed, rescale), one_each(changes, weights)
     if then == 'linear':
         return (linear if normalize else task_arithmetic)(parts, model, dial, weights)
