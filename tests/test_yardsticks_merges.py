@@ -334,7 +334,8 @@ def test_settings_stand_in_the_text():
                         'lines(beta=1)': 'it takes no settings', 'ties(.5)': 'with settings by name',
                         'ties(': 'cannot read', 'ties(density=x)': 'cannot read',
                         'ties(dial=2)': "no setting 'dial'", 'ties(weights={[1]: 2})': 'cannot read',
-                        'ties(density=.5, density=.2)': 'cannot read', 'ties(density=open("x"))': 'cannot read', 'slurp': 'there are breadcrumbs, lines, dare'}.items():
+                        'ties(density=.5, density=.2)': 'cannot read', 'ties(density=open("x"))': 'cannot read',
+                        'slurp': 'there are breadcrumbs, lines, dare'}.items():
         with pytest.raises(ValueError, match=words):
             merged_change(changes, None, text)
 
@@ -351,8 +352,9 @@ def test_the_strength_is_found_however_a_rule_is_written():
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.float16])
 def test_every_precision_is_trimmed(dtype):
     _, changes = drawn(18)
-    for n, t in ties([{n: t.T.to(dtype) for n, t in c.items() if t.ndim == 2} for c in changes]).items():
-        want = ties([{n: c[n].T.to(dtype).float()} for c in changes])[n]
+    turned = [{n: t.T.to(dtype) for n, t in c.items() if t.ndim == 2} for c in changes]
+    for n, t in ties(turned).items():
+        want = ties([{n: c[n].float()} for c in turned])[n]
         assert t.dtype == (dtype if dtype == torch.float64 else torch.float32)
         torch.testing.assert_close(t.float(), want, **CLOSE)
 

@@ -30,7 +30,8 @@ def one_each(changes:Sequence, weights:Iterable[float]|None) -> list[float]:
             raise TypeError
         given = [float(w) for w in weights]
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f'weights is {weights!r}; it must be a list with a number for each change') from None
+        raise ValueError(f'weights is {weights!r}; it must be a list with a number for each '
+                         'change') from None
     if len(given) != len(changes) or not all(map(math.isfinite, given)):
         raise ValueError(f'weights is {weights!r}; it must be {len(changes)} finite numbers, one for each change')
     return given
