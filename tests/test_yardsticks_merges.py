@@ -1,4 +1,4 @@
-"""The common rules for merging against mergekit (skipped without it: `pip install --no-deps mergekit`) and peft, on
+"""The common rules for merging against mergekit (skipped without it: it is in the bench extra) and peft, on
 the same tensors, and on the command line"""
 import inspect
 import json
@@ -40,7 +40,7 @@ class Base(torch.nn.Module):
 
 @pytest.fixture
 def kit():
-    pytest.importorskip('mergekit', reason='mergekit is not installed')
+    pytest.importorskip('mergekit', reason='mergekit is in the bench extra')
     return pytest.importorskip('mergekit.merge_methods')
 
 def theirs(kit, name, base, changes, weights=None, models_only=False, **parameters):
@@ -323,6 +323,7 @@ def test_rules_are_found_by_their_marks():
         assert f.dial == methods.merging_rules()[name]
         assert inspect.signature(f).parameters['dial'].default == f.dial and f.paper.source
         assert name not in methods.names()
+        assert f.paper.url == (f'https://arxiv.org/abs/{f.paper.arxiv}' if name != 'slerp' else '')
     assert merge_rules() == {'task_arithmetic': 1.} | methods.merging_rules()
 
 def test_settings_stand_in_the_text():
