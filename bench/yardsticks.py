@@ -1,5 +1,6 @@
 """What a page of yardsticks shows: its methods beside `full` and `lora`, each tuned alike, on one lab skill.
-Those of preferences stand beside `full` and `dpo`, on pairs of the model's own answers.
+Those of preferences stand beside `full` and `dpo`, on pairs of the model's own answers; merges are compared in
+`merges.py`.
 
     python bench/yardsticks.py low_rank     # writes bench/results/yardsticks_low_rank.json
 
@@ -11,6 +12,7 @@ import ftlab
 from ftlab.core.io import write_atomically
 from ftlab.core.record import versions
 from ftlab.trainers.preferences import judged_pairs
+from merges import merged
 
 TASK, BESIDE = 'new-procedure', ('full', 'lora')
 YOUNG = 'step-1000' # of lab-s: it writes lists, some of which break the rule
@@ -60,7 +62,7 @@ def passed_over(name:str, rate:float, how:dict, kind:str) -> dict:
 if __name__ == '__main__':
     if len(sys.argv) != 2:
         raise SystemExit(__doc__)
-    result = compared(sys.argv[1])
+    result = merged() if sys.argv[1] == 'merges' else compared(sys.argv[1])
     file = Path(__file__).parent/'results'/f'yardsticks_{result["kind"]}.json'
     write_atomically(file, lambda p: p.write_text(json.dumps(result, indent=1) + '\n'))
     print(file)

@@ -8,6 +8,7 @@ claim, and touch none of these by hand. `--check` writes nothing and fails namin
 """
 from __future__ import annotations
 import argparse
+import inspect
 import json
 import os
 import re
@@ -220,6 +221,23 @@ def _yardsticks() -> list[tuple[str, str, str]]:
                           if getattr(recipe, noun, None) is not None)
         rows.append((name, f'{file.parts[-3]}/yardsticks/{file.stem}.ipynb', asked))
     return rows
+
+
+def rules(p: Project) -> str:
+    "Every rule to merge by: where it is from, its strength and settings, what became of its claim"
+    import ftlab.methods
+    common, papers = ftlab.methods.merging_yardsticks(), {e['key']: e for e in p.papers}
+    rows = []
+    for name, strength in ftlab.methods.merging_rules().items():
+        rule = ftlab.methods.merging_rule(name)
+        settings = ', '.join(f'`{k}`' for k in list(inspect.signature(rule).parameters)[3:])
+        e = papers.get(name) or dict(title=rule.paper.title, arxiv=rule.paper.arxiv)
+        page = (f'{common[name].parts[-3]}/yardsticks/{common[name].stem}.ipynb' if name in common
+                else e['notebook'].removeprefix('nbs/'))
+        rows.append((f'[`{name}`](../{page})', _title(e), f'{strength:g}', settings or 'none',
+                     'a yardstick, so no claim' if name in common else _said(e)))
+    return _table('rule', 'from', 'strength if none is given', 'settings', 'verdict here',
+                  rows=rows)
 
 
 def which(p: Project) -> str:
@@ -436,6 +454,7 @@ def made(root: Path) -> dict[str, str]:
         for name in p.families(part):
             p.fill(f'{part}/{name}/index.ipynb', dict(papers=family(p, part, name)))
     p.fill('methods.ipynb', dict(which=which(p), methods=methods(p)))
+    p.fill('commands/merge.ipynb', dict(rules=rules(p)))
     p.fill('index.ipynb', dict(families=families(p),
                                counts=counts(p) + ' [The scoreboard](papers/scoreboard.ipynb) has the numbers.'))
     both = f'{counts(p)} {real_counts(p)}'.rstrip()
