@@ -5526,6 +5526,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                           'ftlab/trainers/yardsticks/regularisers.py'),
                                                         'ftlab.trainers.yardsticks.regularisers._recorded': ( 'trainers/yardsticks/regularisers.html#_recorded',
                                                                                                               'ftlab/trainers/yardsticks/regularisers.py'),
+                                                        'ftlab.trainers.yardsticks.regularisers._shares': ( 'trainers/yardsticks/regularisers.html#_shares',
+                                                                                                            'ftlab/trainers/yardsticks/regularisers.py'),
                                                         'ftlab.trainers.yardsticks.regularisers.acceptable': ( 'trainers/yardsticks/regularisers.html#acceptable',
                                                                                                                'ftlab/trainers/yardsticks/regularisers.py'),
                                                         'ftlab.trainers.yardsticks.regularisers.diagonal_fisher': ( 'trainers/yardsticks/regularisers.html#diagonal_fisher',

@@ -17,7 +17,7 @@ from ...core.data import Data, data as as_data
 from ...core.generate import generate
 from ...core.lab import lab_skill
 from ...core.mix import read_mix
-from ...core.model import evaluating, model_inputs
+from ...core.model import evaluating, model_inputs, to_device
 from ...core.paper import Method, yardstick
 from ...core.recipe import Loop, Recipe, With
 from ...core.scorers import answer_length, judge
@@ -28,7 +28,7 @@ from ..step import placed_like, whole
 
 # %% auto #0
 __all__ = ['TEMPLATE', 'BANNED', 'AtEmbeddings', 'uniform_noise', 'neftune', 'moved', 'distance_to_start', 'l2_sp', 'focal_loss',
-           'focal', 'old_data', 'old_rows', 'passing', 'Replaying', 'replay', 'diagonal_fisher', 'fisher_distance',
+           'focal', 'old_data', 'passing', 'old_rows', 'Replaying', 'replay', 'diagonal_fisher', 'fisher_distance',
            'ewc', 'has_dropout', 'two_passes', 'dropped', 'r_drop', 'acceptable', 'rewritten', 'Rewriting', 'sdft']
 
 # %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00009
@@ -139,29 +139,18 @@ def focal(gamma:float=2. # how much certain tokens are ignored; 0 is plain fine-
 def old_data(old) -> Data: # the name of a skill or file, `Data`, rows, or {source: share} as in `mix`
     "Read old data. Raises `ValueError` if there are none, and whatever `data` and `mix` raise."
     if old is None:
-        raise ValueError("old rows are needed: give old=, a lab skill such as 'sort', a file, rows, or a mixture such as "
-                         "{'sort': .5, 'reverse': .5}")
+        raise ValueError("old rows are needed: give old=, a lab skill such as 'sort', a file, rows, or a "
+                         "mixture such as {'sort': .5, 'reverse': .5}")
     if isinstance(old, Data):
         return old
-    shares = isinstance(old, Mapping) and all(isinstance(s, Real) for s in old.values())
-    return read_mix(old) if shares else as_data(old)
+    return read_mix(old) if _shares(old) else as_data(old)
 
-def old_rows(old, state) -> list[dict]:
-    "Encode old training rows as the run's own are. Raises `ValueError` for another kind or other labels."
-    d, new = old_data(old), state.data
-    if d.kind != new.kind or set(d.labels or ()) != set(new.labels or ()):
-        raise ValueError(f'the old rows are of kind {d.kind!r} with labels {d.labels}, the new ones of kind '
-                         f'{new.kind!r} with labels {new.labels}; both must be alike')
-    rows = d.train
-    if d.labels != new.labels:
-        rows = [dict(r, label=new.labels.index(d.labels[r['label']])) for r in rows]
-    return encode_all(rows, state.tok, d.kind, state.limit)
+def _shares(old) -> bool:
+    return isinstance(old, Mapping) and all(isinstance(s, Real) for s in old.values())
 
 def _kept(old):
     "Read rows at once, so that a Recipe holds one `Data` and not a list; leave names and shares to the run"
-    by_name = old is None or isinstance(old, (str, Data))
-    by_share = isinstance(old, Mapping) and all(isinstance(s, Real) for s in old.values())
-    return old if by_name or by_share else as_data(old)
+    return old if old is None or isinstance(old, (str, Data)) or _shares(old) else as_data(old)
 
 def _recorded(name, old, **others):
     said = f'{old.name} {old.fingerprint}' if isinstance(old, Data) else old
@@ -173,6 +162,20 @@ def passing(start:int, stop:int, n:int, seed:int) -> list[int]:
     orders = {e: order(n, e, seed) for e in {p//n for p in range(start, stop)}}
     return [int(orders[p//n][p % n]) for p in range(start, stop)]
 
+def old_rows(old, state, most:int|None=None) -> list[dict]: # most: how many; None: all
+    "Encode old training rows as the run's own are. Raises `ValueError` for another kind or other labels."
+    d, new = old_data(old), state.data
+    if d.kind != new.kind or set(d.labels or ()) != set(new.labels or ()):
+        raise ValueError(f'the old rows are of kind {d.kind!r} with labels {d.labels}, the new ones of kind '
+                         f'{new.kind!r} with labels {new.labels}; both must be alike')
+    rows = d.train
+    if most is not None:
+        rows = [rows[i] for i in passing(0, min(most, len(rows)), len(rows), state.seed)]
+    if d.labels != new.labels:
+        rows = [dict(r, label=new.labels.index(d.labels[r['label']])) for r in rows]
+    return encode_all(rows, state.tok, d.kind, state.limit)
+
+# %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00026
 class Replaying:
     "New rows and a share of old ones, in an order that depends only on the seed and the step"
     def __init__(self, state, # `State` of the run
@@ -194,7 +197,7 @@ class Replaying:
         # every micro-batch gets its part of both
         return [collate(picked[j::self.parts], state.pad_id) for j in range(self.parts)]
 
-# %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00026
+# %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00027
 @yardstick('Experience Replay for Continual Learning', '1811.11682',
            'the idea of the paper\'s baseline; the shares of each batch are ours and equal to counting rows',
            toy=dict(old='sort', share=.25))
@@ -208,7 +211,7 @@ def replay(old=None,       # old rows, as in `old_data`; needed
     return Recipe(_recorded('replay', old, share=share),
                   source=With(Replaying, old=old, share=share))
 
-# %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00030
+# %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00031
 def diagonal_fisher(model, rows:list[dict],  # batches of one row each, with labels
                     params:Mapping[str, Tensor] # whose Fisher it is, by name
                    ) -> dict[str, Tensor]:
@@ -230,7 +233,7 @@ def diagonal_fisher(model, rows:list[dict],  # batches of one row each, with lab
             p.requires_grad_(ready[n])
     return {n: t/len(rows) for n, t in total.items()}
 
-# %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00031
+# %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00032
 @dataclass(frozen=True)
 class fisher_distance(Term):
     "Half of `strength` times the squared distance to the start, each weight times its Fisher on old rows"
@@ -241,11 +244,9 @@ class fisher_distance(Term):
     def fisher(self, state) -> dict[str, Tensor]:
         "Compute the Fisher of every weight that the run changes, at the base; once a run"
         if 'fisher' not in state.extra:
-            rows, att = old_rows(self.old, state), state.attached
-            few = passing(0, min(self.rows, len(rows)), len(rows), state.seed)
-            device = state.batch['labels'].device
-            one = [{k: v.to(device) for k, v in collate([rows[i]], state.pad_id).items()}
-                   for i in few]
+            att, device = state.attached, state.batch['labels'].device
+            one = [to_device(collate([r], state.pad_id), device)
+                   for r in old_rows(self.old, state, self.rows)]
             # at the base, not where the run is: a resumed run computes the same
             with att.disabled(), torch.autocast(device.type, enabled=False):
                 own = own_weights(att.model)
@@ -262,7 +263,7 @@ class fisher_distance(Term):
     def __repr__(self):
         return f'fisher_distance({self.strength:g}, {self.rows} old rows)'
 
-# %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00032
+# %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00033
 @yardstick('Overcoming catastrophic forgetting in neural networks', '1612.00796',
            'equation 3 with the empirical Fisher of whole answers; equal to the formula in torch',
            toy=dict(old='sort', rows=5))
@@ -278,7 +279,7 @@ def ewc(old=None,            # old rows, as in `old_data`; needed
     return Recipe(_recorded('ewc', old, strength=strength, rows=rows),
                   objective=nll() + fisher_distance(old, strength, rows))
 
-# %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00036
+# %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00037
 def has_dropout(model) -> bool:
     "Whether any part of the model, or of a change on it, drops something in training mode"
     for m in model.modules():
@@ -305,7 +306,7 @@ class two_passes:
         likely = (token_nll(first, labels) + token_nll(second, labels))/2
         return (likely.sum() + self.alpha*apart.sum())/state.count
 
-# %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00037
+# %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00038
 @dataclass(frozen=True)
 class dropped:
     "Dropout on embeddings of any shape"
@@ -327,7 +328,7 @@ def r_drop(alpha:float=1.,  # the weight of the KL divergence; half of the paper
     own = Loop(callbacks=(With(AtEmbeddings, change=dropped(dropout)),)) if dropout else None
     return Recipe(objective=Objective(two_passes(alpha)), loop=own)
 
-# %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00041
+# %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00042
 TEMPLATE = ('Below are an instruction that describes a task along with a reference answer. Using the reference answer '
             'as a guide, write your own response.\n\n### Instruction:\n{prompt}\n\n### Reference Answer:\n{response}'
             '\n\n### Response:\n')
@@ -351,7 +352,7 @@ def _asked(template, row):
         raise ValueError('the template leaves out {prompt}, the question')
     return text
 
-# %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00042
+# %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00043
 def rewritten(model, tok, rows:list[dict],  # with prompt and response
               template:str=TEMPLATE,        # what the model is asked, with {prompt} and {response}
               accept:Callable=acceptable,   # (row, rewriting) -> whether it replaces the response
@@ -369,7 +370,7 @@ def rewritten(model, tok, rows:list[dict],  # with prompt and response
     return [dict(r, response=s) if done and accept(r, s) else r
             for r, s, done in zip(rows, said, ended)]
 
-# %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00043
+# %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00044
 @dataclass(frozen=True)
 class Rewriting:
     """Make the source of self-distillation: before the first step the model rewrites the answers that the run
@@ -395,7 +396,7 @@ class Rewriting:
     def __repr__(self):
         return f'Rewriting({self.temperature:g})'
 
-# %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00044
+# %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00045
 @yardstick('Self-Distillation Bridges Distribution Gap in Language Model Fine-Tuning', '2402.13669',
            'section 4, and the template and the check of the official code (sail-sg/sdft)',
            toy=dict(template='{prompt}', max_new_tokens=4))
