@@ -238,7 +238,7 @@ def diagonal_fisher(model, rows:list[dict],  # batches of one row each, with lab
 class fisher_distance(Term):
     "Half of `strength` times the squared distance to the start, each weight times its Fisher on old rows"
     old:object=field(default=None, hash=False) # as in `old_data`
-    strength:float=100.                        # lambda
+    strength:float=1e4                         # lambda
     rows:int=200                               # old rows that are read, the first in a shuffled order
 
     def fisher(self, state) -> dict[str, Tensor]:
@@ -268,7 +268,7 @@ class fisher_distance(Term):
            'equation 3 with the empirical Fisher of whole answers; equal to the formula in torch',
            toy=dict(old='sort', rows=5))
 def ewc(old=None,            # old rows, as in `old_data`; needed
-        strength:float=100., # of the pull, lambda; 0 is plain fine-tuning
+        strength:float=1e4, # of the pull, lambda; 0 is plain fine-tuning
         rows:int=200         # how many old rows the Fisher is measured on
        ) -> Recipe:
     "Pull weights to where they started, in proportion to what they mean for old rows"
