@@ -25,6 +25,8 @@ KEPT = ('gain', 'forgetting', 'forgetting_matched') # of each test seed
 
 def setting(kind:str) -> tuple[tuple[str, ...], str, dict]:
     "Return the methods beside, what is learned in words, and `compare`'s arguments for it"
+    if kind == 'regularisers':
+        return ('full',), TASK, dict(data=TASK)
     if kind != 'preferences':
         return BESIDE, TASK, dict(data=TASK)
     asked = ftlab.data('write', n=400, seed=7)
@@ -39,7 +41,7 @@ def arms_of(kind:str, names:list[str]) -> list:
         return names
     known = skills_of(ftlab.load('lab-s')[1])
     old = mix({s: (ftlab.data(s, n=40), 1/len(known)) for s in known})
-    given = dict(replay=dict(old=old), ewc=dict(old=old), r_drop=dict(dropout=.1),
+    given = dict(replay=dict(old=old), ewc=dict(old=old, rows=66), r_drop=dict(dropout=.1),
                  sdft=dict(template='{prompt}'))
     return [getattr(ftlab.methods, n)(**given.get(n, {})) for n in names]
 

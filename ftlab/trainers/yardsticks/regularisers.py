@@ -7,10 +7,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Real
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from ...adapters.attach import base_below, own_weights, oriented
 from ...core.batches import collate, order
 from ...core.data import Data, data as as_data
@@ -28,8 +30,9 @@ from ..step import placed_like, whole
 
 # %% auto #0
 __all__ = ['TEMPLATE', 'BANNED', 'AtEmbeddings', 'uniform_noise', 'neftune', 'moved', 'distance_to_start', 'l2_sp', 'focal_loss',
-           'focal', 'old_data', 'passing', 'old_rows', 'Replaying', 'replay', 'diagonal_fisher', 'fisher_distance',
-           'ewc', 'has_dropout', 'two_passes', 'dropped', 'r_drop', 'acceptable', 'rewritten', 'Rewriting', 'sdft']
+           'focal', 'old_data', 'passing', 'old_rows', 'Replaying', 'replay', 'diagonal_fisher', 'base_fisher',
+           'fisher_distance', 'ewc', 'has_dropout', 'two_passes', 'dropped', 'r_drop', 'acceptable', 'rewritten',
+           'Rewriting', 'sdft']
 
 # %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00009
 def _at_least(low:float, **values):
@@ -97,19 +100,22 @@ def moved(state) -> Iterator[tuple[str, Tensor]]:
         W = oriented(att.model, n, base_below(att.model, n)).float()
         yield n, oriented(att.model, n, d(W) - W)
 
+def _device_of(state):
+    return next(iter(state.batch.values())).device
+
 @dataclass(frozen=True)
 class distance_to_start(Term):
     "Half of `alpha` times the squared distance of the weights to where they started"
     alpha:float=.1 # the pull
 
     def __call__(self, state) -> Tensor:
-        with torch.autocast(state.batch['input_ids'].device.type, enabled=False):
+        with torch.autocast(_device_of(state).type, enabled=False):
             far = sum(whole(x.square().sum()) for _, x in moved(state))
         return self.alpha/2*far/len(state.batches)
 
 # %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00016
 @yardstick('Explicit Inductive Bias for Transfer Learning with Convolutional Networks', '1802.01483',
-           'equation 2, without the separate decay of a fresh output layer; equal to the formula in torch')
+           'the penalty of the paper, without the separate decay of a fresh output layer; equal to the formula in torch')
 def l2_sp(alpha:float=.1 # the pull; 0 is plain fine-tuning
          ) -> Recipe:
     "Pull every weight to where it started"
@@ -199,7 +205,7 @@ class Replaying:
 
 # %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00027
 @yardstick('Experience Replay for Continual Learning', '1811.11682',
-           'the idea of the paper\'s baseline; the shares of each batch are ours and equal to counting rows',
+           'the idea; the shares of each batch are ours and equal to counting rows',
            toy=dict(old='sort', share=.25))
 def replay(old=None,       # old rows, as in `old_data`; needed
            share:float=.1  # of the rows of the run that are old
@@ -212,26 +218,36 @@ def replay(old=None,       # old rows, as in `old_data`; needed
                   source=With(Replaying, old=old, share=share))
 
 # %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00031
-def diagonal_fisher(model, rows:list[dict],  # batches of one row each, with labels
-                    params:Mapping[str, Tensor] # whose Fisher it is, by name
+def diagonal_fisher(call:Callable,              # (input_ids=..., ...) -> output with logits
+                    rows:list[dict],            # batches of one row each, with labels
+                    params:Mapping[str, Tensor] # whose Fisher it is, by name; `call` must use them
                    ) -> dict[str, Tensor]:
-    "Return the mean over rows of the squared gradient of the row's log-likelihood, without dropout"
+    "Return the mean over rows of the squared gradient of the row's log-likelihood"
     total = {n: torch.zeros_like(p) for n, p in params.items()}
-    ready = {n: p.requires_grad for n, p in params.items()}
-    try:
-        for p in params.values():
-            p.requires_grad_(True)
-        with evaluating(model), torch.enable_grad():
-            for b in rows:
-                loss = token_nll(model(**model_inputs(b)).logits, b['labels']).sum()
-                grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
-                for n, g in zip(params, grads):
-                    if g is not None:
-                        total[n] += g.square()
-    finally:
-        for n, p in params.items():
-            p.requires_grad_(ready[n])
+    for b in rows:
+        loss = token_nll(call(**model_inputs(b)).logits, b['labels']).sum()
+        grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+        for n, g in zip(params, grads):
+            if g is not None:
+                total[n] += g.square()
     return {n: t/len(rows) for n, t in total.items()}
+
+def base_fisher(att,            # the change on a model, wherever training has brought it
+                rows:list[dict] # as in `diagonal_fisher`
+               ) -> dict[str, Tensor]:
+    "Return the Fisher of every weight that a change changes, at the base and without dropout"
+    model, device = att.model, rows[0]['labels'].device
+    plain = {id(p): n for n, p in own_weights(model).items()}
+    stored = {plain[id(p)]: n for n, p in model.named_parameters() if id(p) in plain}
+    names = [*att.whole, *(n for n, d in att.deltas.items() if d.site == 'weight')]
+    at = {n: att.before(n).to(device).clone().requires_grad_() for n in names}
+    call = partial(functional_call, model, {stored[n]: v for n, v in at.items()})
+    was, att.enabled = att.enabled, False
+    try:
+        with evaluating(model), torch.enable_grad():
+            return diagonal_fisher(lambda **inputs: call((), inputs), rows, at)
+    finally:
+        att.enabled = was
 
 # %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00032
 @dataclass(frozen=True)
@@ -242,21 +258,18 @@ class fisher_distance(Term):
     rows:int=200                               # old rows that are read, the first in a shuffled order
 
     def fisher(self, state) -> dict[str, Tensor]:
-        "Compute the Fisher of every weight that the run changes, at the base; once a run"
+        "Compute the Fisher of every weight that the run changes; once a run, also if it is resumed"
         if 'fisher' not in state.extra:
-            att, device = state.attached, state.batch['labels'].device
+            device = _device_of(state)
             one = [to_device(collate([r], state.pad_id), device)
                    for r in old_rows(self.old, state, self.rows)]
-            # at the base, not where the run is: a resumed run computes the same
-            with att.disabled(), torch.autocast(device.type, enabled=False):
-                own = own_weights(att.model)
-                names = [*att.whole, *(n for n, d in att.deltas.items() if d.site == 'weight')]
-                state.extra['fisher'] = diagonal_fisher(att.model, one, {n: own[n] for n in names})
+            with torch.autocast(device.type, enabled=False):
+                state.extra['fisher'] = base_fisher(state.attached, one)
         return state.extra['fisher']
 
     def __call__(self, state) -> Tensor:
         fisher = self.fisher(state)
-        with torch.autocast(state.batch['labels'].device.type, enabled=False):
+        with torch.autocast(_device_of(state).type, enabled=False):
             far = sum((fisher[n]*x.square()).sum() for n, x in moved(state))
         return self.strength/2*far/len(state.batches)
 
@@ -316,7 +329,7 @@ class dropped:
         return F.dropout(h, self.p)
 
 @yardstick('R-Drop: Regularized Dropout for Neural Networks', '2106.14448',
-           'equations 2 to 4 with the mean of both likelihoods, and the official README; equal to its compute_kl_loss',
+           'the paper with the mean of both likelihoods, and the official README; equal to its compute_kl_loss',
            waives={'accumulates': 'dropout draws other numbers for micro-batches'}, toy=dict(dropout=.1))
 def r_drop(alpha:float=1.,  # the weight of the KL divergence; half of the paper's
            dropout:float=0. # on the token embeddings, besides the model's own
@@ -398,7 +411,7 @@ class Rewriting:
 
 # %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00045
 @yardstick('Self-Distillation Bridges Distribution Gap in Language Model Fine-Tuning', '2402.13669',
-           'section 4, and the template and the check of the official code (sail-sg/sdft)',
+           'the template and the check of the official code (sail-sg/sdft); no peer to compare with',
            toy=dict(template='{prompt}', max_new_tokens=4))
 def sdft(template:str=TEMPLATE,        # what the model is asked, with {prompt} and {response}
          accept:Callable=acceptable,   # (row, rewriting) -> whether it replaces the response
