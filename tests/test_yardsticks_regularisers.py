@@ -285,7 +285,8 @@ def test_r_drop_of_a_classifier():
 
 # ---------- replay
 
-@pytest.mark.parametrize('share, batch_size, parts', [(.1, 8, 1), (.25, 6, 2), (.5, 4, 4), (1/3, 9, 3)])
+@pytest.mark.parametrize('share, batch_size, parts', [
+    (.1, 8, 1), (.25, 6, 2), (.5, 4, 4), (1/3, 9, 3)])
 def test_replay_counts(share, batch_size, parts):
     new = encode_all(lab_data().train, TOK, 'text')
     s = State(toy(), TOK, data=lab_data(), rows=new,

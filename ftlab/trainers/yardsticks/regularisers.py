@@ -115,7 +115,7 @@ class distance_to_start(Term):
 
 # %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00016
 @yardstick('Explicit Inductive Bias for Transfer Learning with Convolutional Networks', '1802.01483',
-           'the penalty of the paper, without the separate decay of a fresh output layer; equal to the formula in torch')
+           'the paper\'s penalty, without the separate decay of a fresh output layer; equal to the formula in torch')
 def l2_sp(alpha:float=.1 # the pull; 0 is plain fine-tuning
          ) -> Recipe:
     "Pull every weight to where it started"
@@ -330,7 +330,8 @@ class dropped:
 
 @yardstick('R-Drop: Regularized Dropout for Neural Networks', '2106.14448',
            'the paper with the mean of both likelihoods, and the official README; equal to its compute_kl_loss',
-           waives={'accumulates': 'dropout draws other numbers for micro-batches'}, toy=dict(dropout=.1))
+           waives={'accumulates': 'dropout draws other numbers for micro-batches'},
+           toy=dict(dropout=.1))
 def r_drop(alpha:float=1.,  # the weight of the KL divergence; half of the paper's
            dropout:float=0. # on the token embeddings, besides the model's own
           ) -> Recipe:
@@ -378,7 +379,8 @@ def rewritten(model, tok, rows:list[dict],  # with prompt and response
     how = dict(sample=True, temperature=temperature) if temperature else {}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        said = generate(model, tok, [_asked(template, r) for r in rows], max_new_tokens=limit, **how)
+        said = generate(model, tok, [_asked(template, r) for r in rows], max_new_tokens=limit,
+                        **how)
     ended = [len(tok(s, add_special_tokens=False).input_ids) < limit for s in said]
     return [dict(r, response=s) if done and accept(r, s) else r
             for r, s, done in zip(rows, said, ended)]
