@@ -253,9 +253,9 @@ def official_kl(p, q):
     q_loss = F.kl_div(F.log_softmax(q, -1), F.softmax(p, -1), reduction='none')
     return (p_loss.sum(-1) + q_loss.sum(-1))/2
 
-@pytest.mark.parametrize('alpha', [0., 1., 4.])
+@pytest.mark.parametrize('alpha', [0., 1., 1e5])
 def test_r_drop_is_the_official_formula(alpha):
-    s = state_of(toy(dropout=.2).train())
+    s = state_of(toy(dropout=.5).train())
     torch.manual_seed(0)
     ours = two_passes(alpha)(s)
     torch.manual_seed(0)
@@ -339,10 +339,11 @@ def test_replay_of_labels_in_another_order():
 
 def test_sdft_trains_on_what_a_hand_written_generation_accepts():
     rows = lab_data().train[:20]
-    model = toy()
+    model = toy(1, hidden=64, tied=False) # a tied one says nothing
     def accept(row, said):
         return len(said.split()) > 2
     own = rewritten(model, TOK, rows, '{prompt} {response}', accept, max_new_tokens=6)
+    found = []
     for r, o in zip(rows, own):
         ids = torch.tensor(render([f'{r["prompt"]} {r["response"]}'], TOK))
         new = []
@@ -353,7 +354,9 @@ def test_sdft_trains_on_what_a_hand_written_generation_accepts():
             ids = torch.cat([ids, torch.tensor([[new[-1]]])], 1)
         said = TOK.decode(new, skip_special_tokens=True).strip()
         ended = len(TOK(said, add_special_tokens=False).input_ids) < 6
+        found.append((ended, accept(r, said)))
         assert o == (dict(r, response=said) if ended and accept(r, said) else r)
+    assert (False, True) in found
 
 def test_sdft_with_nothing_accepted_is_plain_and_otherwise_not():
     never = methods.sdft('{prompt}', accept=lambda row, said: False, max_new_tokens=3)
