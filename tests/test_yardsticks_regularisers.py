@@ -3,19 +3,22 @@ import math
 from functools import partial
 import pytest, torch
 import torch.nn.functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
 from ftlab import methods
 from ftlab.adapters.attach import attach
 from ftlab.adapters.delta import Offset
 from ftlab.adapters.lowrank import LoRA
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import top
+from ftlab.commands.memory import training_bytes
 from ftlab.core.batches import collate
 from ftlab.core.data import Data, data
-from ftlab.core.generate import render
+from ftlab.core.generate import answers_and_ends, generate, render
 from ftlab.core.recipe import CannotCompose, Recipe
 from ftlab.core.state import State
 from ftlab.core.tokens import IGNORE, encode, encode_all
 from ftlab.trainers.fit import fit
+from ftlab.trainers.objective import token_nll
 from ftlab.trainers.source import Rows
 from ftlab.trainers.yardsticks.regularisers import (AtEmbeddings, Replaying, acceptable,
                                                     distance_to_start, fisher_distance, focal_loss,
@@ -184,6 +187,57 @@ def test_ewc_is_its_formula_for_weights_and_through_deltas():
         trains = sum(p.numel() for p in model.parameters() if p.requires_grad)
         assert trains == sum(p.numel() for p in att.parameters().values())
 
+def test_pulls_of_half_precision_are_computed_in_float32():
+    model, base = toy().bfloat16(), dict(toy().bfloat16().named_parameters())
+    att = attach(model, {n: True for n, _ in model.named_parameters()})
+    s = state_of(model, att)
+    fisher = fisher_distance(OLD, 50., 40).fisher(s)
+    want = {n: torch.zeros(p.shape) for n, p in base.items()}
+    for r in old_rows(OLD, s, 40):
+        b = collate([r], 0)
+        out = model(input_ids=b['input_ids'], attention_mask=b['attention_mask'])
+        loss = token_nll(out.logits, b['labels']).sum()
+        for n, g in zip(want, torch.autograd.grad(loss, list(model.parameters()))):
+            want[n] += g.float().square()/40
+    assert all(gap(fisher[n], f) < 1e-5 for n, f in want.items() if f.norm() > 0)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(1)
+        for p in model.parameters():
+            p += .02*torch.randn_like(p)
+    far = sum((p.float() - base[n].float()).square().sum() for n, p in model.named_parameters())
+    assert gap(distance_to_start(.3)(s), .15*far) < 1e-5
+
+def conv1d(**more):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(
+            vocab_size=len(TOK), n_positions=32, n_embd=30, n_layer=1, n_head=2, bos_token_id=1,
+            eos_token_id=2, pad_token_id=0, **more)).eval()
+
+def test_pulls_of_weights_that_are_stored_transposed():
+    model = conv1d()
+    att = attach(model, lora().select(model), partial(LoRA, r=2))
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(1)
+        for p in att.parameters().values():
+            p += .02*torch.randn_like(p)
+    s, far = state_of(model, att), {n: d.s*d.B @ d.A for n, d in att.deltas.items()}
+    term = fisher_distance(OLD, 50., 4)
+    want = 25*sum((term.fisher(s)[n].T*x.square()).sum() for n, x in far.items())
+    assert gap(distance_to_start(.3)(s), .15*sum(x.square().sum() for x in far.values())) < 1e-5
+    assert gap(term(s), want) < 1e-5
+
+def test_the_dry_run_counts_what_pulls_and_passes_hold():
+    size = 4*toy().num_parameters()
+    of = lambda r: training_bytes(toy(), r, shape=(4, 16))
+    plain, twice = of(Recipe()), of(methods.r_drop())
+    assert of(methods.l2_sp())['reference'] == 2*size and of(made('ewc'))['reference'] == 3*size
+    assert twice['activations'] == 2*plain['activations'] and not plain['reference']
+    model = toy()
+    under = 4*sum(model.get_parameter(n).numel() for n in lora().select(model))
+    assert of(methods.l2_sp()*methods.lora())['reference'] == under
+    assert of(made('ewc')*methods.lora())['reference'] == 2*under
+
 @pytest.mark.parametrize('name, none, strong', [('l2_sp', dict(alpha=0.), dict(alpha=1e3)),
                                                 ('ewc', dict(strength=0.), dict(strength=1e6))])
 def test_a_pull_of_nothing_is_plain_and_a_strong_one_holds(name, none, strong):
@@ -325,6 +379,16 @@ def test_replay_reads_what_mix_reads_and_says_what_is_wrong():
     assert methods.replay(mixed).arguments['old'] == mixed
     assert len(old_rows(mixed, state_of(toy()), 10)) == 10
 
+@pytest.mark.parametrize('make', [methods.replay, methods.ewc])
+def test_another_content_of_a_file_is_another_run(make, tmp_path):
+    file, told = tmp_path/'old.jsonl', []
+    for word in 'ab':
+        file.write_text(''.join(f'{{"prompt": "{word} {i}", "response": "b"}}\n' for i in range(40)))
+        told += [make(str(file)).describe(), make({str(file): .5, 'sort': .5}).describe()]
+    assert told[0] != told[2] and told[1] != told[3]
+    assert str(file) in told[0]['arguments']['old']
+    assert make('sort').arguments['old'] == 'sort'
+
 def test_replay_of_labels_in_another_order():
     new = label_data()
     names = list(reversed(new.labels))
@@ -337,9 +401,19 @@ def test_replay_of_labels_in_another_order():
 
 # ---------- SDFT
 
+def talker():
+    "A model that ends some answers early and others not; one with tied embeddings says nothing"
+    model = toy(1, hidden=64, tied=False)
+    with torch.no_grad():
+        model.lm_head.weight[TOK.eos_token_id] *= 2.5
+    return model
+
+def always(row, said):
+    return True
+
 def test_sdft_trains_on_what_a_hand_written_generation_accepts():
     rows = lab_data().train[:20]
-    model = toy(1, hidden=64, tied=False) # a tied one says nothing
+    model = talker()
     def accept(row, said):
         return len(said.split()) > 2
     own = rewritten(model, TOK, rows, '{prompt} {response}', accept, max_new_tokens=6)
@@ -353,16 +427,28 @@ def test_sdft_trains_on_what_a_hand_written_generation_accepts():
                 break
             ids = torch.cat([ids, torch.tensor([[new[-1]]])], 1)
         said = TOK.decode(new, skip_special_tokens=True).strip()
-        ended = len(TOK(said, add_special_tokens=False).input_ids) < 6
+        ended = new[-1] == TOK.eos_token_id
         found.append((ended, accept(r, said)))
         assert o == (dict(r, response=said) if ended and accept(r, said) else r)
-    assert (False, True) in found
+    assert {(False, True), (True, True)} <= set(found)
+
+def test_an_answer_that_was_cut_is_not_accepted():
+    "Also if the position table cuts it, before `max_new_tokens`"
+    rows, model = lab_data().train[:20], conv1d(tie_word_embeddings=False)
+    with torch.no_grad():
+        model.lm_head.weight[TOK.eos_token_id] *= 2.5
+    asked = [r['prompt'] for r in rows]
+    found = answers_and_ends(model, TOK, asked, 40)
+    assert [said for said, _ in found] == generate(model, TOK, asked, 40)
+    own = rewritten(model, TOK, rows, '{prompt}', always, max_new_tokens=40)
+    assert {ended for _, ended in found} == {True, False}
+    assert own == [dict(r, response=said) if ended else r for r, (said, ended) in zip(rows, found)]
 
 def test_sdft_with_nothing_accepted_is_plain_and_otherwise_not():
     never = methods.sdft('{prompt}', accept=lambda row, said: False, max_new_tokens=3)
     assert torch.equal(logits(tune(never).model), logits(tune(Recipe()).model))
-    always = methods.sdft('{prompt}', accept=lambda row, said: True, max_new_tokens=60)
-    run = tune(always, steps=1)
+    all_of_them = methods.sdft('{prompt}', accept=always, max_new_tokens=60)
+    run = tune(all_of_them, talker(), steps=1)
     assert run.source.rows != encode_all(lab_data().train, TOK, 'text')
 
 def test_what_is_acceptable():
@@ -374,17 +460,27 @@ def test_what_is_acceptable():
 
 # ---------- all of them: resumed, combined, as values, wrong arguments
 
+def to_resume(name):
+    "With a source that differs from the data, also for SDFT"
+    if name == 'sdft':
+        return methods.sdft('{prompt}', accept=always, max_new_tokens=6)
+    return made(name)
+
 @pytest.mark.parametrize('name', NAMES)
 def test_resumed_is_uninterrupted(name, tmp_path):
     how = dict(steps=4, lr=1e-3)
-    whole = tune(made(name), **how)
+    tune = lambda recipe, **more: fit(talker(), TOK, lab_data(), recipe, batch_size=8, progress=False,
+                                      **more)
+    whole = tune(to_resume(name), **how)
+    plain = tune(Recipe(), **how)
+    assert not torch.equal(logits(whole.model), logits(plain.model))
     class Stop:
         def after_step(self, state):
             if state.step == 2:
                 raise KeyboardInterrupt
     how |= dict(out=tmp_path, save_every=1)
-    assert tune(made(name), **how, callbacks=(Stop(),)).interrupted
-    again = tune(made(name), **how, resume=True)
+    assert tune(to_resume(name), **how, callbacks=(Stop(),)).interrupted
+    again = tune(to_resume(name), **how, resume=True)
     assert torch.equal(logits(again.model), logits(whole.model))
 
 @pytest.mark.parametrize('name', NAMES)
@@ -418,6 +514,7 @@ def test_recipes_are_values(name):
     (lambda: methods.r_drop(dropout=1.), 'dropout is 1.0; it must be at least 0 and below 1'),
     (lambda: methods.sdft('{response}'), 'leaves out {prompt}'),
     (lambda: methods.sdft(temperature=-1.), 'temperature is -1.0'),
+    (lambda: methods.sdft(max_new_tokens=0), 'max_new_tokens is 0; it must be a whole number of at least 1'),
     (lambda: tune(methods.sdft('{prompt} {answer}')), 'cannot be filled'),
     (lambda: tune(methods.sdft(), classifier(), label_data()), "of kind 'label'"),
     (lambda: AtEmbeddings(uniform_noise()).before_fit(State(torch.nn.Linear(2, 2))),

@@ -101,6 +101,13 @@ def training_bytes(model,                        # from `load` or `skeleton`; is
     return max((_stage_bytes(model, s, labels, shape, precision) for s in recipe.turns),
                key=lambda d: sum(d[k] for k in PARTS))
 
+def _pull_bytes(att, terms) -> int:
+    "Count the float32 copies of changed weights that terms hold; a delta leaves the start in the model"
+    copies = [t.copies for t in terms if getattr(t, 'copies', 0)]
+    direct = sum(att.model.get_parameter(n).numel() for n in att.whole)
+    below = sum(att.before(n).numel() for n, d in att.deltas.items() if d.site == 'weight')
+    return 4*sum(c*direct + (c - 1)*below for c in copies)
+
 def _stage_bytes(model, stage, labels, shape, precision) -> dict:
     with _attached(model, stage, labels) as att:
         moving, weights, cfg = list(att.parameters().values()), _own_weights(model), model.config
@@ -108,13 +115,15 @@ def _stage_bytes(model, stage, labels, shape, precision) -> dict:
         delta = _size(t for d in att.deltas.values() for t in (*d.parameters(), *d.buffers()))
         logits = (
             4*shape[0]*(cfg.num_labels if labels else shape[1]*cfg.get_text_config().vocab_size))
+        passes = getattr(getattr(getattr(stage, 'objective', None), 'loss', None), 'passes', 1)
         reference = (((_size(weights) if att.whole else 0) + logits)
                      if 'reference' in getattr(stage, 'needs', ()) else 0)
+        reference += _pull_bytes(att, getattr(stage, 'terms', ()))
         return dict(trainable=sum(p.numel() for p in moving), weights=_size(weights), delta=delta,
                     gradients=_size(moving),
                     optimizer=2*_size(moving) + 4*len(moving), # AdamW counts its steps per tensor
                     # the gradient of the logits, and two copies on the way through the loss
-                    reference=reference, activations=kept + 3*logits)
+                    reference=reference, activations=passes*(kept + 3*logits))
 
 # %% ../../nbs/commands/memory.ipynb #000a513c
 def planned(a, recipe, data) -> dict:

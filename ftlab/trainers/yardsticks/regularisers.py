@@ -4,11 +4,13 @@
 
 # %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00004
 from __future__ import annotations
+import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
+from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from torch.func import functional_call
 from ...adapters.attach import base_below, own_weights, oriented
 from ...core.batches import collate, order
 from ...core.data import Data, data as as_data
-from ...core.generate import generate
+from ...core.generate import answers_and_ends
 from ...core.lab import lab_skill
 from ...core.mix import read_mix
 from ...core.model import evaluating, model_inputs, to_device
@@ -84,15 +86,15 @@ def neftune(alpha:float=5. # of the noise; the paper tries 5, 10 and 15; 0 is pl
 
 # %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00015
 def moved(state) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, weight minus its value at the start) of every weight that a run changes, as the model
-    stores it, with the gradient to whatever trains. Raises `ValueError` for a change on activations."""
+    """Yield (name, weight minus its value at the start, in float32) of every weight that a run changes, as the
+    model stores it, with the gradient to whatever trains. Raises `ValueError` for a change on activations."""
     att = state.attached
     if 'start' not in state.extra: # read once; the base's values may lie in a file
         params = dict(att.model.named_parameters())
         state.extra['start'] = {n: placed_like(att.before(n).to(params[n].device), params[n])
                                 for n in att.whole}
     for n, start in state.extra['start'].items():
-        yield n, att.model.get_parameter(n) - start
+        yield n, att.model.get_parameter(n).float() - start.float()
     for n, d in att.deltas.items():
         if d.site != 'weight':
             raise ValueError(f'{type(d).__name__} at {n!r} changes activations; a penalty on how far weights moved '
@@ -107,6 +109,7 @@ def _device_of(state):
 class distance_to_start(Term):
     "Half of `alpha` times the squared distance of the weights to where they started"
     alpha:float=.1 # the pull
+    copies = 2     # of the weights, in memory: where they started, and the distance
 
     def __call__(self, state) -> Tensor:
         with torch.autocast(_device_of(state).type, enabled=False):
@@ -158,9 +161,22 @@ def _kept(old):
     "Read rows at once, so that a Recipe holds one `Data` and not a list; leave names and shares to the run"
     return old if old is None or isinstance(old, (str, Data)) or _shares(old) else as_data(old)
 
+def _said(old):
+    "Name old data for the record; with their content, so that a changed file is another run"
+    if isinstance(old, Data):
+        return f'{old.name} {old.fingerprint}'
+    if isinstance(old, Mapping):
+        return {_said(k): share for k, share in old.items()}
+    path = Path(old) if isinstance(old, str) else None
+    if path is None or not path.exists():
+        return old
+    found = hashlib.blake2s(digest_size=8)
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob('*') if p.is_file()):
+        found.update(file.read_bytes())
+    return f'{old} {found.hexdigest()}'
+
 def _recorded(name, old, **others):
-    said = f'{old.name} {old.fingerprint}' if isinstance(old, Data) else old
-    return Method(name, arguments=dict(others, old=said))
+    return Method(name, arguments=dict(others, old=_said(old)))
 
 # %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00025
 def passing(start:int, stop:int, n:int, seed:int) -> list[int]:
@@ -222,14 +238,14 @@ def diagonal_fisher(call:Callable,              # (input_ids=..., ...) -> output
                     rows:list[dict],            # batches of one row each, with labels
                     params:Mapping[str, Tensor] # whose Fisher it is, by name; `call` must use them
                    ) -> dict[str, Tensor]:
-    "Return the mean over rows of the squared gradient of the row's log-likelihood"
-    total = {n: torch.zeros_like(p) for n, p in params.items()}
+    "Return the mean over rows of the squared gradient of the row's log-likelihood, in float32"
+    total = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in params.items()}
     for b in rows:
         loss = token_nll(call(**model_inputs(b)).logits, b['labels']).sum()
         grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
         for n, g in zip(params, grads):
             if g is not None:
-                total[n] += g.square()
+                total[n] += g.float().square()
     return {n: t/len(rows) for n, t in total.items()}
 
 def base_fisher(att,            # the change on a model, wherever training has brought it
@@ -256,6 +272,7 @@ class fisher_distance(Term):
     old:object=field(default=None, hash=False) # as in `old_data`
     strength:float=1e4                         # lambda
     rows:int=200                               # old rows that are read, the first in a shuffled order
+    copies = 3 # of the weights, in memory: where they started, the distance, and the Fisher
 
     def fisher(self, state) -> dict[str, Tensor]:
         "Compute the Fisher of every weight that the run changes; once a run, also if it is resumed"
@@ -306,6 +323,7 @@ class two_passes:
     """The mean negative log-likelihood of two passes plus `alpha` times the symmetric KL divergence
     between them, per labelled token. Raises `ValueError` for a model without dropout."""
     alpha:float=1. # the weight of the KL divergence
+    passes = 2
 
     def __call__(self, state) -> Tensor:
         labels = state.batch['labels']
@@ -379,11 +397,10 @@ def rewritten(model, tok, rows:list[dict],  # with prompt and response
     how = dict(sample=True, temperature=temperature) if temperature else {}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        said = generate(model, tok, [_asked(template, r) for r in rows], max_new_tokens=limit,
-                        **how)
-    ended = [len(tok(s, add_special_tokens=False).input_ids) < limit for s in said]
-    return [dict(r, response=s) if done and accept(r, s) else r
-            for r, s, done in zip(rows, said, ended)]
+        found = answers_and_ends(model, tok, [_asked(template, r) for r in rows],
+                                 max_new_tokens=limit, **how)
+    return [dict(r, response=s) if ended and accept(r, s) else r
+            for r, (s, ended) in zip(rows, found)]
 
 # %% ../../../nbs/trainers/yardsticks/regularisers.ipynb #reg00044
 @dataclass(frozen=True)
@@ -422,6 +439,8 @@ def sdft(template:str=TEMPLATE,        # what the model is asked, with {prompt} 
         ) -> Recipe:
     "Train on the model's own rewriting of each answer"
     _at_least(0, temperature=temperature)
+    if max_new_tokens is not None and (type(max_new_tokens) is not int or max_new_tokens < 1):
+        raise ValueError(f'max_new_tokens is {max_new_tokens!r}; it must be a whole number of at least 1, or None')
     if '{prompt}' not in template:
         raise ValueError('the template leaves out {prompt}, the question')
     return Recipe(source=Rewriting(template, accept, temperature, max_new_tokens))
