@@ -11,6 +11,7 @@ from ftlab.adapters.lowrank import LoRA
 from ftlab.adapters.modules.lora import lora
 from ftlab.adapters.select import top
 from ftlab.commands.memory import training_bytes
+from ftlab.commands.words import with_options
 from ftlab.core.batches import collate
 from ftlab.core.data import Data, data
 from ftlab.core.generate import answers_and_ends, generate, render
@@ -365,8 +366,9 @@ def test_replay_counts(share, batch_size, parts):
 
 def test_replay_reads_what_mix_reads_and_says_what_is_wrong():
     d = label_data()
-    with pytest.raises(ValueError, match='old rows are needed: give old='):
+    with pytest.raises(ValueError, match=r'as in \'replay\(old="sort"\)\'') as e:
         tune(methods.replay())
+    assert with_options(str(e.value), ['old']) == str(e.value) # --old is another thing
     with pytest.raises(ValueError, match='old rows are needed'):
         tune(methods.ewc())
     with pytest.raises(ValueError, match="old rows are of kind 'label'"):

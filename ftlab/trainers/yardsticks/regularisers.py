@@ -148,8 +148,10 @@ def focal(gamma:float=2. # how much certain tokens are ignored; 0 is plain fine-
 def old_data(old) -> Data: # the name of a skill or file, `Data`, rows, or {source: share} as in `mix`
     "Read old data. Raises `ValueError` if there are none, and whatever `data` and `mix` raise."
     if old is None:
-        raise ValueError("old rows are needed: give old=, a lab skill such as 'sort', a file, rows, or a "
-                         "mixture such as {'sort': .5, 'reverse': .5}")
+        # in quotes, so that the command line does not take `old` for its own option
+        raise ValueError("old rows are needed; name them with the method, as in 'replay(old=\"sort\")' or "
+                         "'ewc(old=\"sort\")': a lab skill, a file, rows, or shares of several, "
+                         "'{\"sort\": .5, \"reverse\": .5}'")
     if isinstance(old, Data):
         return old
     return read_mix(old) if _shares(old) else as_data(old)
