@@ -102,7 +102,7 @@ def training_bytes(model,                        # from `load` or `skeleton`; is
                key=lambda d: sum(d[k] for k in PARTS))
 
 def _pull_bytes(att, terms) -> int:
-    "Count the float32 copies of changed weights that terms hold; a delta leaves the start in the model"
+    "Count the float32 copies of changed weights that pulls hold; under a delta the start is in the model"
     copies = [t.copies for t in terms if getattr(t, 'copies', 0)]
     direct = sum(att.model.get_parameter(n).numel() for n in att.whole)
     below = sum(att.before(n).numel() for n, d in att.deltas.items() if d.site == 'weight')

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -408,7 +409,7 @@ def rewritten(model, tok, rows:list[dict],  # with prompt and response
 @dataclass(frozen=True)
 class Rewriting:
     """Make the source of self-distillation: before the first step the model rewrites the answers that the run
-    will see. Raises `ValueError` for data without prompt and response."""
+    will see. Warns if no rewriting is accepted. Raises `ValueError` for data without prompt and response."""
     template:str=TEMPLATE         # this and the others as in `rewritten`
     accept:Callable=acceptable
     temperature:float=0.
@@ -422,6 +423,9 @@ class Rewriting:
         seen = passing(0, min(len(rows), state.steps*how['batch_size']), len(rows), state.seed)
         own = rewritten(state.model, state.tok, [rows[i] for i in seen], self.template,
                         self.accept, self.temperature, self.max_new_tokens, state.seed)
+        if all(rows[i] is r for i, r in zip(seen, own)):
+            warnings.warn(f'none of {len(own)} rewritings is acceptable, so sdft is plain fine-tuning here; it needs '
+                          'a model that can do the task and follows the template')
         for i, r in zip(seen, own):
             rows[i] = r
         encoded = encode_all(rows, state.tok, 'text', state.limit)
