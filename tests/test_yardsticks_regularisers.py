@@ -385,7 +385,8 @@ def test_replay_reads_what_mix_reads_and_says_what_is_wrong():
 def test_another_content_of_a_file_is_another_run(make, tmp_path):
     file, told = tmp_path/'old.jsonl', []
     for word in 'ab':
-        file.write_text(''.join(f'{{"prompt": "{word} {i}", "response": "b"}}\n' for i in range(40)))
+        rows = (f'{{"prompt": "{word} {i}", "response": "b"}}\n' for i in range(40))
+        file.write_text(''.join(rows))
         told += [make(str(file)).describe(), make({str(file): .5, 'sort': .5}).describe()]
     assert told[0] != told[2] and told[1] != told[3]
     assert str(file) in told[0]['arguments']['old']
@@ -474,8 +475,9 @@ def to_resume(name):
 @pytest.mark.parametrize('name', NAMES)
 def test_resumed_is_uninterrupted(name, tmp_path):
     how = dict(steps=4, lr=1e-3)
-    tune = lambda recipe, **more: fit(talker(), TOK, lab_data(), recipe, batch_size=8, progress=False,
-                                      **more)
+    def tune(recipe, **more):
+        return fit(talker(), TOK, lab_data(), recipe, batch_size=8, progress=False, **more)
+
     whole = tune(to_resume(name), **how)
     plain = tune(Recipe(), **how)
     assert not torch.equal(logits(whole.model), logits(plain.model))

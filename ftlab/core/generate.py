@@ -91,5 +91,6 @@ def answers_and_ends(model, tok, prompts:list, # this and all others as in `gene
         with evaluating(model):
             y = model.generate(**b, **how)
         for i, row in zip(part, y[:, b['input_ids'].shape[1]:]):
-            out[i] = answer_text(row, tok, stops), bool(torch.isin(row, row.new_tensor(stops)).any())
+            ended = torch.isin(row, row.new_tensor(stops)).any()
+            out[i] = answer_text(row, tok, stops), bool(ended)
     return out
