@@ -270,11 +270,14 @@ def test_pulls_refuse_a_change_of_activations():
 
 @pytest.mark.parametrize('gamma', [.5, 1., 2.])
 def test_focal_is_torchvision_s_for_two_classes(gamma):
-    ops = pytest.importorskip('torchvision.ops', reason='torchvision is not needed otherwise')
     x = torch.randn(40, generator=torch.Generator().manual_seed(0)).mul(3).requires_grad_()
     y = torch.arange(40) % 2
     s = State(lambda **_: type('Out', (), dict(logits=torch.stack([torch.zeros(40), x], 1))))
     s.batch, s.count = dict(labels=y), 40
+    p, ce = x.sigmoid(), F.binary_cross_entropy_with_logits(x, y.float(), reduction='none')
+    right = p*y + (1 - p)*(1 - y)
+    equal(focal_loss(gamma)(s), (ce*(1 - right)**gamma).mean(), [x]) # torchvision's formula
+    ops = pytest.importorskip('torchvision.ops', reason='torchvision is not needed otherwise')
     theirs = ops.sigmoid_focal_loss(x, y.float(), alpha=-1, gamma=gamma, reduction='mean')
     equal(focal_loss(gamma)(s), theirs, [x])
 
