@@ -1,6 +1,6 @@
 """What a page of yardsticks shows: its methods beside `full` and `lora`, each tuned alike, on one lab skill.
-Those of preferences stand beside `full` and `dpo`, on pairs of the model's own answers; merges are compared in
-`merges.py`.
+Those of preferences stand beside `full` and `dpo`, on pairs of the model's own answers; regularisers that read
+old rows get 40 of each skill that the model knows; merges are compared in `merges.py`.
 
     python bench/yardsticks.py low_rank     # writes bench/results/yardsticks_low_rank.json
 
@@ -10,7 +10,9 @@ import json, sys
 from pathlib import Path
 import ftlab
 from ftlab.core.io import write_atomically
+from ftlab.core.mix import mix
 from ftlab.core.record import versions
+from ftlab.lab.models import skills_of
 from ftlab.trainers.preferences import judged_pairs
 from merges import merged
 
@@ -26,6 +28,8 @@ KEPT = ('gain', 'forgetting', 'forgetting_matched') # of each test seed
 
 def setting(kind:str) -> tuple[tuple[str, ...], str, dict]:
     "Return the methods beside, what is learned in words, and `compare`'s arguments for it"
+    if kind == 'regularisers':
+        return ('full',), TASK, dict(data=TASK)
     if kind != 'preferences':
         return BESIDE, TASK, dict(data=TASK)
     asked = ftlab.data('write', n=400, seed=7)
@@ -34,6 +38,16 @@ def setting(kind:str) -> tuple[tuple[str, ...], str, dict]:
                             validation=asked.validation, test=asked.test))
     return ('full', 'dpo'), f'write, {len(pairs.train)} pairs', dict(data=pairs, revision=YOUNG)
 
+def arms_of(kind:str, names:list[str]) -> list:
+    "Return the methods, with arguments where their defaults mean nothing to a lab model"
+    if kind != 'regularisers':
+        return names
+    known = skills_of(ftlab.load('lab-s')[1])
+    old = mix({s: (ftlab.data(s, n=40), 1/len(known)) for s in known})
+    given = dict(replay=dict(old=old), ewc=dict(old=old, rows=66), r_drop=dict(dropout=.1),
+                 sdft=dict(template='{prompt}'))
+    return [getattr(ftlab.methods, n)(**given.get(n, {})) for n in names]
+
 def compared(kind:str) -> dict:
     "Compare the yardsticks of a kind; return settings and a row for each method"
     names = sorted(n for n, file in ftlab.methods.yardsticks().items() if file.stem == kind)
@@ -41,7 +55,7 @@ def compared(kind:str) -> dict:
         kinds = sorted({file.stem for file in ftlab.methods.yardsticks().values()})
         raise SystemExit(f'no yardsticks of kind {kind!r}; there are {", ".join(kinds)}')
     beside, task, how = setting(kind)
-    arms = [*beside, *names]
+    arms = [*beside, *arms_of(kind, names)]
     runs = MORE_RUNS.get(kind, RUNS_PER_METHOD)*len(arms)
     found = ftlab.compare(arms, 'lab-s', **how, max_runs=runs,
                           out=f'ftlab-runs/yardsticks_{kind}', **SETTINGS).json()

@@ -120,6 +120,13 @@ def _optimizer_bytes(model, stage, params:dict) -> int:
     counted = getattr(step, 'state_bytes', None)
     return adamw_bytes(params.values()) if counted is None else counted()
 
+def _pull_bytes(att, terms) -> int:
+    "Count the float32 copies of changed weights that pulls hold; under a delta the start is in the model"
+    copies = [t.copies for t in terms if getattr(t, 'copies', 0)]
+    direct = sum(att.model.get_parameter(n).numel() for n in att.whole)
+    below = sum(att.before(n).numel() for n, d in att.deltas.items() if d.site == 'weight')
+    return 4*sum(c*direct + (c - 1)*below for c in copies)
+
 def _stage_bytes(model, stage, labels, shape, precision) -> dict:
     with _attached(model, stage, labels) as att:
         moving, weights, cfg = list(att.parameters().values()), _own_weights(model), model.config
@@ -128,13 +135,17 @@ def _stage_bytes(model, stage, labels, shape, precision) -> dict:
         delta = _size(own.values()) # layers may share a tensor
         logits = (
             4*shape[0]*(cfg.num_labels if labels else shape[1]*cfg.get_text_config().vocab_size))
+        passes = getattr(getattr(getattr(stage, 'objective', None), 'loss', None), 'passes', 1)
         reference = (((_size(weights) if att.whole else 0) + logits)
                      if 'reference' in getattr(stage, 'needs', ()) else 0)
+        reference += _pull_bytes(att, getattr(stage, 'terms', ()))
         return dict(trainable=sum(p.numel() for p in moving), weights=_size(weights), delta=delta,
                     gradients=_size(moving),
                     optimizer=_optimizer_bytes(model, stage, att.parameters()),
                     # the gradient of the logits, and two copies on the way through the loss
-                    reference=reference, activations=kept + 3*logits + _made_whole(weights))
+                    reference=reference,
+                    activations=passes*(kept + 3*logits) + _made_whole(weights))
+
 
 # %% ../../nbs/commands/memory.ipynb #000a513c
 def planned(a, recipe, data) -> dict:

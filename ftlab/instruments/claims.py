@@ -465,23 +465,17 @@ def turned_rows(part, c, row) -> list[dict]:
     e, out = part.experiment, []
     for arm in want_of(c, e).arms:
         chosen = row['rates'][arm]
-        for rate in _rates_around(part, arm, chosen):
+        for way in (-.5, .5):
+            rate = e.grids[arm].moved(chosen, way)
+            if rate is None:
+                continue
             seen = sensitive(part, row, instead={arm: rate})
             out.append(dict(arm=arm, chosen=chosen, rate=rate) | effects_of(c, seen, row['target']))
     return out
 
-def _rates_around(part, arm, chosen) -> list[float]:
-    "Return the rates beside the chosen one: half a step away, of a real model the next of its grid"
-    grid = part.experiment.grids[arm]
-    if not part.claim.real:
-        return [r for way in (-.5, .5) if (r := grid.moved(chosen, way)) is not None]
-    known = sorted(grid.values)
-    i = known.index(chosen)
-    return known[max(0, i - 1):i] + known[i + 1:i + 2]
-
 def sensitive(part, row, instead=()) -> list[dict]:
     """Return the outcomes by which it is seen whether an effect hangs on a rate: on two seeds of their own.
-    Of a real model they are those of the tuning seed, which exist at every rate of the grid"""
+    Of a real model, whose runs take minutes, they are those of the tuning seed"""
     real = part.claim.real
     return [part.found(row, s, 'validation' if real else 'test', instead=instead)
             for s in (part.seeds if real else SENSITIVITY_SEEDS)]
