@@ -354,9 +354,9 @@ def test_the_strength_is_found_however_a_rule_is_written():
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.float16])
 def test_every_precision_is_trimmed(dtype):
     _, changes = drawn(18)
-    turned = [{n: t.T.to(dtype) for n, t in c.items() if t.ndim == 2} for c in changes]
-    for n, t in ties(turned).items():
-        want = ties([{n: c[n].float()} for c in turned])[n]
+    transposed = [{n: t.T.to(dtype) for n, t in c.items() if t.ndim == 2} for c in changes]
+    for n, t in ties(transposed).items():
+        want = ties([{n: c[n].float()} for c in transposed])[n]
         assert t.dtype == (dtype if dtype == torch.float64 else torch.float32)
         torch.testing.assert_close(t.float(), want, **CLOSE)
 
