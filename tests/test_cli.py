@@ -414,6 +414,7 @@ def test_a_loss_has_one_sign(call):
 # Errors and advice in the library that no command can print
 NOT_IN_THE_SHELL = (
     'use_cayley_neumann=False',           # what peft was asked for
+    "use adjust='match_rms_adamw'",       # within a method's text, as the shell takes it
     'run.delta.attached.fold()',          # a model that was changed by hand
     'mask', 'model.eval()', 'requires_grad=False',  # models and recipes made in Python
     'Run', 'df.to_dict', 'side_by_side', 'a Recipe, such as', 'a name; load it first',

@@ -49,7 +49,8 @@ def tuned(real, data, name, **more):
         model, tok = ftlab.load(path, quantize=how.pop('quantize'))
     else:
         model = copy.deepcopy(model)
-    return ftlab.fit(model, tok, data, ftlab.methods.get(how['recipe']), lr=how['lr'], **TRAIN | more)
+    recipe = ftlab.methods.get(how['recipe'])
+    return ftlab.fit(model, tok, data, recipe, lr=how['lr'], **TRAIN | more)
 
 
 def test_it_knows_what_it_should_and_the_answer_alone_is_learned(real, data):

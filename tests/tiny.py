@@ -12,7 +12,8 @@ OTHERS = 'vit t5'.split()
 MIXED = dict( # mixtures of experts
     mixtral=dict(num_local_experts=4), olmoe=dict(num_experts=4, num_experts_per_tok=2),
     qwen2_moe=dict(num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=24),
-    qwen3_moe=dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8, mlp_only_layers=[1]))
+    qwen3_moe=dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8,
+                   mlp_only_layers=[1]))
 HEADS = dict(causal=AutoModelForCausalLM, masked=AutoModelForMaskedLM,
              classifier=AutoModelForSequenceClassification, image=AutoModelForImageClassification,
              seq2seq=AutoModelForSeq2SeqLM, none=AutoModel)

@@ -196,7 +196,7 @@ def fold(model:nn.Module, # the base, changed in place
     rows = {f'{n}.weight' for n, p in changes.items() if 'rows' in p} # peft ties these where the weights are tied
     for n in rows:
         params[n].copy_(values.pop(n))
-    _replace(model, params, values | whole)
+    _put(model, params, values | whole)
     dora = ' (DoRA)' if adapter.config.get('use_dora') else ''
     rest = f', and {len(whole)} tensors replaced' if whole else ''
     return f'the adapter in {adapter.folder} was folded into {len(changes)} weights{dora}{rest}'
@@ -207,7 +207,7 @@ def _new_bias(adapter, module, name, parts) -> Tensor:
     s = _scale(adapter.config, name, len(parts['A']))
     return module.bias + s*parts['b'].to(module.bias.dtype)
 
-def _replace(model, params, whole):
+def _put(model, params, whole):
     "Put whole tensors into the model; a tensor that another name shares is replaced for its own name alone"
     for n, t in whole.items():
         shared = [k for k, p in params.items() if p is params[n] and k != n]

@@ -72,7 +72,7 @@ class scales_and_biases:
                               or re.search(self.classes, n))
         own = {n: torch.ones_like(p, dtype=torch.bool)
                for n, p in model.named_parameters() if small(n, p)}
-        return own | {n: True for b in first for n in (b.attention['o'], b.mlp.get('down')) if n}
+        return own | {n: True for b in first for n in (b.attention['o'], b.mlp['down'])}
 
     def __repr__(self):
         return f'scales_and_biases({self.scaled})'

@@ -8,7 +8,7 @@ import random
 import re
 from ...core.paper import method
 from ...core.recipe import Loop, Recipe, With
-from ..step import Backprop, adamw_bytes
+from ..step import Backprop
 
 # %% auto #0
 __all__ = ['block_of', 'draw', 'BlocksInTurn', 'AsBefore', 'lisa']
@@ -62,16 +62,6 @@ class BlocksInTurn(Backprop):
             p.requires_grad_(block is None or blocks.index(block) in self.active)
             if forget and block is not None:
                 self.opt.state.pop(p, None)
-
-    def state_bytes(self) -> int:
-        "Count AdamW's state of what trains at a time, or of everything with `keep_state`"
-        if self.keep_state:
-            return super().state_bytes()
-        blocks = {}
-        for n, p in zip(self.names, self.params):
-            blocks.setdefault(block_of(n), []).append(p)
-        always = adamw_bytes(blocks.pop(None, []))
-        return always + sum(sorted(map(adamw_bytes, blocks.values()))[-self.gamma:])
 
 # %% ../../../nbs/trainers/optimizers/lisa.ipynb #c2005942d
 class AsBefore:

@@ -83,10 +83,6 @@ class MeZO:
             perturb_(self.params, seed, -2*self.eps, self.dist)
             self._step(seed, g, lr)
 
-    def state_bytes(self) -> int:
-        "There is no optimizer state; the log has 24 bytes a step"
-        return 0
-
     def state_dict(self) -> dict[str, Tensor]:
         "Return the log for a checkpoint; the next step itself depends only on the weights"
         columns = dict(seed=torch.int64, gradient=torch.float64, lr=torch.float64)
