@@ -142,7 +142,8 @@ def test_it_computes_what_peft_computes(folder):
             torch.testing.assert_close(mine.grad, theirs_grad, rtol=1e-3, atol=1e-6)
 
 # ---- what is refused
-@pytest.mark.parametrize('recipe, said', [('full', 'cannot train itself'), ('hft', 'cannot train itself')])
+@pytest.mark.parametrize('recipe, said', [('full', 'cannot train itself'), ('hft', 'cannot train itself'),
+                                          ('breadcrumbs * lora', 'writes it into the weights')])
 def test_weights_do_not_train_themselves(folder, recipe, said):
     model, _ = narrow(folder)
     before = identity(model)
