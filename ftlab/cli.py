@@ -24,7 +24,7 @@ from .commands.init import run_init
 from .commands.jupyter import run_lab
 from .commands.machines import add_executor, executor_from
 from .commands.memory import estimate, estimate_lines
-from .commands.merge import merge_rules, run_merge
+from .commands.merge import merge_rules, rule_text, run_merge
 from .commands.serving import add_push, add_serve_check, run_push, run_serve_check
 from .commands.show import add_show, run_show
 from .commands.winner import add_winner, run_winner
@@ -450,14 +450,17 @@ FROM_RUN = dict(help='the base (default: the one that run.json beside the change
 def _merge(p):
     add = p.add_argument
     add('changes', nargs='*', metavar='CHANGE',
-        help='a folder that ftlab fit wrote, or its delta.safetensors; several must have the same base')
+        help='a folder that ftlab fit wrote, its delta.safetensors, or an adapter of peft; several must have the '
+             'same base')
     _take(p, 'model revision dtype out', model=FROM_RUN,
           out=dict(help='the new folder to write (required)'))
     add('--delta', metavar='CHANGE', help='one more change, as an option')
     rules = merge_rules()
-    add('--rule', choices=tuple(rules),
-        help='how several changes become one (default: task-arithmetic, their sum)')
-    add('--scale', type=finite, metavar='X', help='strength of the rule (default: '
+    add('--rule', type=rule_text, metavar='RULE',
+        help='how several changes become one (default: task_arithmetic, their sum): '
+        + ', '.join(rules) + '; with settings in quotes, such as "ties(density=.5)"')
+    add('--scale', type=finite, metavar='X', help='strength of the rule; for slerp the way from '
+        'the first model to the second (default: '
         + ', '.join(f'{v:g} for {k}' for k, v in rules.items()) + ')')
 
 def _report(p):

@@ -9,14 +9,15 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from .core.recipe import Recipe
 from .core.text import near_misses
 
 # %% auto #0
-__all__ = ['PARTS', 'full', 'paper_modules', 'yardsticks', 'names', 'make_of', 'get', 'merging_rules', 'merging_rule', 'probes']
+__all__ = ['PARTS', 'full', 'paper_modules', 'yardsticks', 'names', 'make_of', 'get', 'merging_rules', 'merging_yardsticks',
+           'merging_rule', 'probes']
 
 # %% ../nbs/methods.ipynb #0006f769
 def full() -> Recipe:
@@ -65,12 +66,16 @@ def _marked() -> tuple[str, ...]:
 @lru_cache(1)
 def yardsticks() -> dict[str, Path]:
     "Return {name: the module's file} of the common methods; import nothing"
-    package, found = Path(find_spec('ftlab').origin).parent, {}
-    for file in (f for part in PARTS for f in sorted((package/part).glob('yardsticks/[!_]*.py'))):
+    found = {}
+    for file in _yardstick_files():
         text = file.read_text(encoding='utf-8')
         marks = re.finditer(r'^@yardstick\((?:(?!^def ).)*?^def (\w+)\(', text, re.M | re.S)
         found |= {m[1]: file for m in marks}
     return found
+
+def _yardstick_files() -> list[Path]:
+    package = Path(find_spec('ftlab').origin).parent
+    return [f for part in PARTS for f in sorted((package/part).glob('yardsticks/[!_]*.py'))]
 
 def names() -> list[str]:
     "Return the names of all methods, sorted"
@@ -135,19 +140,57 @@ def _build(node, text):
 # %% ../nbs/methods.ipynb #001bf769
 @lru_cache(1)
 def merging_rules() -> dict[str, float]:
-    """Return {paper's key: default dial} of every merging rule, without importing any paper"""
+    """Return {name: default dial} of every merging rule, those of papers first; nothing is imported"""
     found = _keys_marked(r'merging\((?:dial=)?(?P<dial>[-+.\de]+)\)')
-    return {key: float(hit['dial']) for key, hit in sorted(found.items())}
+    return {key: float(hit['dial']) for key, hit in sorted(found.items())} | {
+        name: dial for name, (dial, file) in sorted(_common_rules().items())}
 
-def merging_rule(key:str) -> Callable:
-    """Return the merging rule `(changes, model, dial) -> change` of the paper `key`. Raises
-    `ValueError` listing the papers that have one."""
-    if key not in merging_rules():
-        raise ValueError(f'no paper called {key!r} has a rule to merge by; there are {", ".join(merging_rules())}')
-    module = _module_of(key) # it may have imported another paper's rule, hence the test of `__module__`
-    return next(f for f in vars(module).values() if inspect.isfunction(f)
-                and hasattr(f, 'dial') and f.__module__ == module.__name__)
+@lru_cache(1)
+def _common_rules() -> dict[str, tuple[float, Path]]:
+    "Return {name: (default dial, file)} of the merging rules that are no paper's"
+    mark = re.compile(r'^@merging_yardstick\((?:(?!^def ).)*?\bdial=(?P<dial>[-+.\de]+)\)\n'
+                      r'def (?P<name>\w+)\(', re.M | re.S)
+    return {m['name']: (float(m['dial']), file) for file in _yardstick_files()
+            for m in mark.finditer(file.read_text(encoding='utf-8'))}
 
+def merging_yardsticks() -> dict[str, Path]:
+    "Return {name: the module's file} of the common merging rules, which make no claim; import nothing"
+    return {name: file for name, (dial, file) in _common_rules().items()}
+
+# %% ../nbs/methods.ipynb #001bf76a
+def merging_rule(text:str     # a name of `merging_rules()`, or with settings: 'ties(density=.5)'
+                ) -> Callable: # (changes, model, dial) -> change
+    """Return the merging rule that `text` names. Raises `ValueError` for an unknown rule, listing those
+    that there are, and for settings that it does not take."""
+    name, given = _rule_read(text)
+    if name not in merging_rules():
+        raise ValueError(f'no rule to merge by is called {name!r}; there are {", ".join(merging_rules())}')
+    if name in merging_yardsticks():
+        rule = getattr(_imported(merging_yardsticks()[name]), name)
+    else:
+        module = _module_of(name) # it may have imported another paper's rule, hence the test of `__module__`
+        rule = next(f for f in vars(module).values() if inspect.isfunction(f)
+                    and hasattr(f, 'dial') and f.__module__ == module.__name__)
+    takes = list(inspect.signature(rule).parameters)[3:] # after changes, model and dial
+    if odd := [k for k in given if k not in takes]:
+        raise ValueError(f'{text!r}: {name} has no setting {odd[0]!r}; it takes '
+                         f'{", ".join(takes) or "no settings"}')
+    return partial(rule, **given) if given else rule
+
+def _rule_read(text:str) -> tuple[str, dict]:
+    "Return a rule's name and settings"
+    try:
+        node = ast.parse(text.strip(), mode='eval').body
+        call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+        given = [k.arg for k in call.keywords]
+        if not isinstance(call.func, ast.Name) or call.args or len(set(given)) < len(given):
+            raise SyntaxError # also for a setting that is given twice
+        return call.func.id, {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError, TypeError):
+        raise ValueError(f'cannot read {text!r} as a rule to merge by; write a name such as \'ties\', or '
+                         'with settings by name \'ties(density=.5)\'') from None
+
+# %% ../nbs/methods.ipynb #001bf76b
 def probes(on:str # one of `ftlab.core.paper.ASKED_ON`
           ) -> dict[str, Callable]:
     "Return {paper's key: probe} of the probes that the report runs on directions, or on prompts"

@@ -19,8 +19,8 @@ from .instruments.verdicts import (EDITION, Claim, bar_of, contrast,
                                         contrast_verdict, judged, read_claim, verdict)
 
 # %% auto #0
-__all__ = ['PARTS', 'EARLIER', 'OUTSIDE', 'NOUNS', 'catalogue', 'Mark', 'modules', 'marked', 'claims_folder', 'claims', 'index',
-           'scoreboard', 'scoreboard_html', 'effect_line', 'nouns', 'papers_html']
+__all__ = ['PARTS', 'EARLIER', 'OUTSIDE', 'NOUNS', 'catalogue', 'Mark', 'modules', 'marked', 'claims_folder', 'claims',
+           'real_claims', 'index', 'scoreboard', 'scoreboard_html', 'effect_line', 'nouns', 'papers_html']
 
 # %% ../nbs/papers.ipynb #000e603a
 def _beside(name:str) -> Path|None:
@@ -94,8 +94,15 @@ def claims_folder() -> Path|None:
 def claims(folder:Path|None=None) -> list[Claim]:
     """Return every claim, sorted by key: those in `folder`, by default the repository's, or the
     copies in the installed package. Raises `ValueError` for a file that is not a claim"""
+    return _read_all('claim.toml', folder)
+
+def real_claims(folder:Path|None=None) -> list[Claim]:
+    "Return every claim about a real model; arguments and errors as in `claims`"
+    return _read_all('real.toml', folder)
+
+def _read_all(file:str, folder:Path|None) -> list[Claim]:
     folder = folder or claims_folder() or Path(ftlab.__file__).resolve().parent/'data'/'claims'
-    return [read_claim(p.parent) for p in sorted(folder.glob('*/claim.toml'))]
+    return [read_claim(p.parent, file) for p in sorted(folder.glob(f'*/{file}'))]
 
 # %% ../nbs/papers.ipynb #c108603a
 EARLIER = 'judged by an earlier rule, and being written anew'
@@ -103,7 +110,8 @@ OUTSIDE = 'no claims here: neither a repository nor an installed package with co
 
 def index() -> list[dict]:
     """Return one entry per paper: key, family, home, kind (of its mark), title, arxiv, claim, source,
-    symbols, notebook, claims, verdict (recomputed from the results), scope, evidence, note.
+    symbols, notebook, claims, verdict (recomputed from the results), scope, evidence, note; and the last
+    five once more under `real`, for a claim about a real model.
     Raises `ValueError` for a claim that belongs to no paper"""
     papers = {}
     for m in marked():
@@ -112,10 +120,11 @@ def index() -> list[dict]:
                      claim=m.paper.claim, source=m.paper.source)
         papers.setdefault(m.key, about | dict(symbols=[], notebook=m.page))['symbols'].append(
             m.symbol)
-    found = {c.key: c for c in claims()}
-    if odd := sorted(set(found) - set(papers)):
+    found, real = ({c.key: c for c in of()} for of in (claims, real_claims))
+    if odd := sorted((set(found) | set(real)) - set(papers)):
         raise ValueError(f'claims/{odd[0]} belongs to no paper: there is no module {odd[0]}.py with a mark')
-    return [e | _evidence(found.get(key), bool(found)) for key, e in papers.items()]
+    return [e | _evidence(found.get(key), bool(found)) | dict(
+        real=_evidence(real[key], True) if key in real else None) for key, e in papers.items()]
 
 def _evidence(claim:Claim|None, any_claims:bool) -> dict:
     "Return the fields of an entry that a claim fills"
@@ -132,16 +141,17 @@ def _evidence(claim:Claim|None, any_claims:bool) -> dict:
     elif result.get('edition') != EDITION:
         note = EARLIER
     return none | dict(verdict=verdict(result), scope=claim.spec['scope'],
-                       evidence=f'claims/{claim.key}/result.json', note=note)
+                       evidence=f'claims/{claim.key}/{claim.result.name}', note=note)
 
 # %% ../nbs/papers.ipynb #000c603a
 def scoreboard() -> pd.DataFrame:
-    """Return one row per contrast: claim (the paper's key), verdict on the whole claim, effect with
+    """Return one row per contrast: claim (its name), verdict on the whole claim, effect with
     interval, margin, seeds, scope"""
-    return pd.DataFrame([row for c in claims() for row in _rows(c)])
+    every = sorted((*claims(), *real_claims()), key=lambda c: c.name)
+    return pd.DataFrame([row for c in every for row in _rows(c)])
 
 def _rows(c:Claim) -> list[dict]:
-    head = dict(claim=c.key, sentence=c.spec['sentence'])
+    head = dict(claim=c.name, sentence=c.spec['sentence'])
     if not c.result.exists():
         return [head | dict(verdict='not yet run', scope=c.spec['scope'])]
     r = json.loads(c.result.read_text(encoding='utf-8'))

@@ -7,17 +7,18 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 from ftlab.core.anatomy import FAMILIES, Family, Layout, UnknownArchitecture, anatomy
-from tiny import (DECODERS, ENCODERS, OTHERS, PLAIN, USUAL, example_inputs, inputs_for, tiny,
+from tiny import (DECODERS, ENCODERS, MIXED, OTHERS, PLAIN, USUAL, example_inputs, inputs_for, tiny,
                   tiny_models)
 
 EVERY = DECODERS + ENCODERS
 CASES = ([(f, None) for f in EVERY] + [(f, h) for f in ENCODERS for h in ('classifier', 'none')]
          + [(f, 'classifier') for f in ('llama', 'gpt2', 'opt', 'gpt_neox', 'phi')]
-         + [(f, 'none') for f in ('qwen2', 'gpt2', *PLAIN)] + [(f, None) for f in PLAIN])
+         + [(f, 'none') for f in ('qwen2', 'gpt2', *PLAIN)] + [(f, None) for f in (*PLAIN, *MIXED)])
 
 def listed(a):
     "Every name in the fields of an Anatomy, as often as it occurs"
-    inside = [n for b in a.blocks for d in (b.attention, b.mlp, b.norms, b.biases, b.positions)
+    inside = [n for b in a.blocks for d in (b.attention, b.mlp, b.norms, b.biases, b.positions,
+                                         b.experts)
               for n in d.values() if n]
     outside = [a.embedding, a.positions, None if a.tied else a.head, *a.norms.values(),
                *a.biases.values(), *a.around, *a.other]
@@ -47,7 +48,7 @@ def shake(p):
 # ---------- one place for everything
 
 def test_the_families_are_the_ones_in_the_table():
-    assert set(EVERY + PLAIN + OTHERS) == set(FAMILIES) == set(USUAL)
+    assert {*EVERY, *PLAIN, *OTHERS, *MIXED} == set(FAMILIES) == set(USUAL)
 
 @pytest.mark.parametrize('family,head', CASES)
 def test_every_parameter_has_exactly_one_place(family, head):

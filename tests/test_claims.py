@@ -7,23 +7,27 @@ import pytest
 from scipy import stats
 from ftlab import papers
 import ftlab.instruments.claims as C
-from ftlab.instruments.claims import (SENSITIVITY_SEEDS, again, carry, effects_of, explain,
+from ftlab.instruments.bench import Bench
+from ftlab.instruments.claims import (SENSITIVITY_SEEDS, Experiment, again, carry,
+                                      effects_of, explain,
                                       own_code, own_definitions, quickest_seed,
                                       read_result, recipes_of, run_claim, run_claims, run_code,
                                       script_of,
                                       status, supersede,
                                       tuned_part)
 from ftlab.instruments.rates import SEEDS
+from ftlab.instruments.real import data_folder, lacks_real, real_bench
 from ftlab.instruments.runs import papers_code
 from ftlab.instruments.verdicts import (EDITION, arms_said, check_reviewed, contrast,
                                         ahead, contrast_verdict, hangs, judged,
                                         lacks_room, read_claim, room, verdict)
 
-CLAIMS = papers.claims()
+CLAIMS = papers.claims() + papers.real_claims()
 DONE = [c for c in CLAIMS if c.result.exists() and read_result(c).get('edition') == EDITION]
-EARLIER = [p for c in CLAIMS for p in sorted(c.path.parent.glob('result*.json'))
+EARLIER = [p for c in papers.claims() for p in sorted(c.path.parent.glob('result*.json'))
            if json.loads(p.read_text()).get('edition') != EDITION]
-named = lambda cs: dict(argvalues=cs, ids=[getattr(c, 'key', None) or c.parent.name for c in cs])
+named = lambda cs: dict(argvalues=cs, ids=[c.parent.name if isinstance(c, Path) else c.name
+                                           for c in cs])
 
 # ---------- what is committed
 
@@ -68,7 +72,7 @@ def test_a_claim_can_be_run(claim):
         recipes_of(claim)
         if claim.script:
             script = script_of(claim)
-            assert callable(getattr(script, 'run', None) or script.identities)
+            assert any(callable(getattr(script, n, None)) for n in ('run', 'derive', 'identities'))
 
 @pytest.mark.parametrize('path', **named(EARLIER))
 def test_a_verdict_of_the_first_edition_still_follows_from_its_numbers(path):
@@ -394,6 +398,58 @@ def test_a_claim_of_recipes_runs_and_goes_on_where_it_stopped(runs, monkeypatch)
     again_ = run_claim(other)
     assert again_['shared']['made'] == 0 and again_['shared']['taken'] == r['shared']['made'] + r['shared']['taken']
     assert again_['contrasts'][0]['treatment'] == row['treatment'], 'two claims that share runs give the same numbers'
+
+REAL = (SPEC.replace('scope = "lab"', 'scope = "real"')
+        .replace('model = "lab-s"', 'model = "SmolLM2-135M-Instruct"')
+        .replace('data = "new-procedure"', 'data = "banking77-30"'))
+
+def real_claim_at(tmp_path, text=REAL):
+    (tmp_path/'hft').mkdir(exist_ok=True)
+    (tmp_path/'hft'/'real.toml').write_text(text)
+    return read_claim(tmp_path/'hft', 'real.toml')
+
+def test_a_claim_about_a_real_model_has_one_tuning_seed_and_the_rates_of_its_file(runs, monkeypatch):
+    "A run takes minutes there, so nothing is refined, and sensitivity is read where every rate was run"
+    few = dict(least=1, small_margin=.02, for_small=1, real=1)
+    monkeypatch.setattr('ftlab.instruments.verdicts.ITEMS', few)
+    monkeypatch.setattr('ftlab.instruments.claims.real_bench', lambda model, task, **how: Bench(
+        'lab-s', 'new-procedure', progress=False, **how))
+    claim = real_claim_at(runs)
+    assert (claim.name, claim.slug, claim.result.name) == ('hft/real', 'hft-real', 'real.json')
+    r = run_claim(claim)
+    row, = r['contrasts']
+    assert r['claim'] == 'hft/real' and json.loads(claim.result.read_text())['scope'] == 'real'
+    assert len(row['treatment']) == 5 and 'half' not in row and r['verdict'] == verdict(r)
+    kept = [json.loads(p.read_text()) for p in (runs/'runs'/'outcomes').glob('*.json')]
+    grid = {rate for arm in claim.spec['arms'] for rate in Experiment(claim).grids[arm].values}
+    assert {x['seed'] for x in kept if x['split'] == 'validation'} == {SEEDS[0]}
+    assert {x['seed'] for x in kept if x['split'] == 'test'} == {0, 1, 2, 3, 4}
+    around = {t['rate'] for t in row['sensitivity']}
+    assert {x['rate'] for x in kept} == grid | around and not around & grid
+    assert all(len(t['effects']) == 1 for t in row['sensitivity'])
+
+@pytest.mark.parametrize('text, says', [
+    (REAL.replace('scope = "real"', 'scope = "lab"'), "hft/real.toml: scope is 'lab'; it must be real in real.toml"),
+    (REAL.replace('"superiority"', '"noninferiority"').replace('items = 6', 'items = 150', 1),
+     'needs worse: an arm that is known to be worse'),
+    (REAL.replace('items = 6', 'items = 149'), 'items is 149; it must be at least 150')])
+def test_what_is_wrong_in_a_real_claim_is_named(tmp_path, text, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        real_claim_at(tmp_path, text)
+
+def test_a_machine_without_the_real_model_or_its_data_says_what_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setenv('FTLAB_DATA', str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"train.csv' is missing; it is from PolyAI-LDN"):
+        data_folder()
+    monkeypatch.delenv('FTLAB_DATA')
+    assert lacks_real()
+    said = []
+    monkeypatch.setattr('ftlab.instruments.claims._run_one', lambda key: 'holds')
+    run_claims(say=said.append)
+    assert said[0].startswith('without the claims about a real model: ')
+    assert not any('/real' in s for s in said)
+    with pytest.raises(ValueError, match="data 'other'; a claim about a real model has"):
+        real_bench('SmolLM2-135M-Instruct', 'other')
 
 def test_a_script_claim_end_to_end(runs):
     said = []

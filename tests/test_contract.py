@@ -54,6 +54,8 @@ RECIPES = {n: partial(made, n) for n in methods.names()} | {
                                          lambda state: state.models['watcher'](
                                              state.logits).square().mean()/len(state.batches))}))}
 
+PACKAGES = {'adam8bit': 'bitsandbytes'} # method -> the optional package that it trains with
+
 SETTINGS = dict(batch_size=8, weight_decay=.1, progress=False)
 
 def tune(recipe, steps=5, seed=0, model=None, **more):
@@ -192,23 +194,26 @@ def test_marks_found_in_the_text_of_files_are_those_of_the_modules():
     def marked(kind):
         is_kind = lambda f: getattr(getattr(f, 'paper', None), 'kind', '') == kind
         return {key: list(filter(is_kind, there)) for key, there in at_home.items()}
-    yardsticks = methods.yardsticks()
+    yardsticks, rules = methods.yardsticks(), methods.merging_yardsticks()
+    assert not set(yardsticks) & set(rules)
     assert {key for key, there in marked('method').items() if there} == (
         set(methods.names()) - {'full', *yardsticks})
     files = {f for part in methods.PARTS for f in (PACKAGE/part).glob('yardsticks/[!_]*.py')}
-    assert files == set(yardsticks.values())
+    assert files == {*yardsticks.values(), *rules.values()}
     for file in files:
         module = importlib.import_module('.'.join(('ftlab', *file.parts[-3:-1], file.stem)))
         own = {n for n, f in vars(module).items() if inspect.isfunction(f) and hasattr(f, 'paper')
                and f.__module__ == module.__name__}
-        assert own == {n for n, at in yardsticks.items() if at == file}
+        assert own == {n for n, at in (yardsticks | rules).items() if at == file}
         assert all(getattr(module, n).paper.kind == 'yardstick' and getattr(module, n).paper.source
                    and not getattr(module, n).paper.claim for n in own)
     assert {(on, f) for on in ASKED_ON for f in methods.probes(on).values()} == {
         (f.paper.on, f) for there in marked('probe').values() for f in there if f.paper.on}
-    rules = {key: [f for f in there if hasattr(f, 'dial')] for key, there in at_home.items()}
-    assert methods.merging_rules() == {key: f.dial for key, there in rules.items() for f in there}
-    assert all([methods.merging_rule(key)] == rules[key] for key in methods.merging_rules())
+    of_papers = {key: [f for f in there if hasattr(f, 'dial')] for key, there in at_home.items()}
+    assert {n: x for n, x in methods.merging_rules().items() if n not in rules} == {
+        key: f.dial for key, there in of_papers.items() for f in there}
+    assert all([methods.merging_rule(key)] == there for key, there in of_papers.items() if there)
+    assert all(methods.merging_rule(n).dial == methods.merging_rules()[n] for n in rules)
 
 def test_a_rule_that_a_paper_imports_is_not_its_own(monkeypatch):
     import ftlab.adapters.merging.breadcrumbs as theirs
@@ -224,7 +229,16 @@ def test_a_rule_s_dial_may_be_written_in_any_way(mark, dial, tmp_path, monkeypat
     file = tmp_path/'mine.py'
     file.write_text(f"@merging({mark})\ndef by_mine(changes, model, dial):\n    pass\n")
     monkeypatch.setattr(methods, '_files', lambda: {'mine': file})
-    assert methods.merging_rules.__wrapped__() == {'mine': dial}
+    assert methods.merging_rules.__wrapped__()['mine'] == dial
+
+def test_a_common_rule_s_dial_is_found_anywhere_in_its_mark(tmp_path, monkeypatch):
+    file = tmp_path/'mine.py'
+    body = '(changes, model, dial):\n    pass\n\n'
+    file.write_text(f"@merging_yardstick('A (b)', '',\n    'dial=3 in it', dial=-.5)\ndef one{body}"
+                    f"@merging_yardstick('A', '', 'read', dial=1e-1)\ndef two{body}")
+    monkeypatch.setattr(methods, '_yardstick_files', lambda: [file])
+    found = methods._common_rules.__wrapped__()
+    assert {n: dial for n, (dial, _) in found.items()} == dict(one=-.5, two=.1)
 
 @pytest.mark.parametrize('name', RECIPES)
 def test_a_promise_is_waived_only_for_a_reason(name):
@@ -236,6 +250,8 @@ def test_a_promise_is_waived_only_for_a_reason(name):
 @pytest.mark.parametrize('promise', PROMISES)
 @pytest.mark.parametrize('name', RECIPES)
 def test_contract(name, promise, tmp_path):
+    if name in PACKAGES:
+        pytest.importorskip(PACKAGES[name], reason=f'{name} needs {PACKAGES[name]}')
     r = RECIPES[name]()
     if promise not in r.promises:
         pytest.skip(f'{name} does not promise it: {r.waives[promise]}')

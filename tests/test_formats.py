@@ -340,7 +340,21 @@ def test_unwanted_answers_are_never_learned_silently(true, false):
                for r in all_rows(d))
     assert d.counts['unwanted, left out'] == {'rows': 60} and 'labelled false and left out: rows (60)' in d.note
     assert all('label' not in r for r in all_rows(d))
-    assert len(all_rows(data(rows, carry='label'))) == 120
+    d = data(rows, carry='label')
+    false_rows = sum(d.counts[f'unwanted_{s}'] for s in ('validation', 'test'))
+    assert false_rows > 0 and len(all_rows(d)) == 120 - false_rows
+    assert sum(r['label'] == false for r in d.train) == 60 - false_rows
+
+def test_only_wanted_answers_are_asked_for_at_test():
+    some, rest = KTO[:80], [dict(prompt=r['prompt'], completion=r['completion']) for r in KTO[100:]]
+    d = data(some, validation=KTO[80:100], test=rest, carry='label')
+    assert [r['label'] for r in d.validation] == [True]*10
+    assert len(d.test) == 20 and len(d.train) == 80
+    assert '10 of 20 validation rows are left out: their label is false' in d.note
+    kinds = data([dict(r, label='ab'[i % 2]) for i, r in enumerate(KTO)], carry='label')
+    assert len(all_rows(kinds)) == 120
+    one = data([dict(r, label=True) for r in KTO], carry='label')
+    assert 'label is true in all training rows; kto needs both kinds' in one.note
 
 def test_wanted_is_checked():
     liked = [dict(prompt=r['prompt'], response=r['completion'], liked=r['label']) for r in KTO]

@@ -322,13 +322,16 @@ def test_an_adapter_beside_whole_weights_is_left_out_and_named(copy, tmp_path):
     assert again.keys() == disk.keys() and all(torch.equal(again[k], disk[k]) for k in disk)
 
 def test_an_adapter_without_its_model_is_named(tmp_path):
-    (tmp_path/'adapter_config.json').write_text('{"base_model_name_or_path": "some/base"}')
-    with pytest.raises(FileNotFoundError, match='an adapter without its model.*some/base.*ftlab merge'):
+    (tmp_path/'adapter_config.json').write_text(
+        '{"base_model_name_or_path": "some/base", "peft_type": "LORA", "lora_alpha": 8}')
+    with pytest.raises(ValueError, match='no adapter_model.safetensors'):
+        load(tmp_path)
+    save_file({'x': torch.zeros(1)}, tmp_path/'adapter_model.safetensors')
+    with pytest.raises(FileNotFoundError, match="needs its base, 'some/base'.*base="):
         load(tmp_path)
     # with the config of its base, as some trainers leave it, but without the weights
     (tmp_path/'config.json').write_text('{"model_type": "llama"}')
-    save_file({'x': torch.zeros(1)}, tmp_path/'adapter_model.safetensors')
-    with pytest.raises(FileNotFoundError, match='an adapter without its model.*some/base'):
+    with pytest.raises(FileNotFoundError, match="needs its base, 'some/base'.*base="):
         load(tmp_path)
 
 @pytest.mark.parametrize('target, says', [('weights.bin', 'not a safetensors file; a pickle can run'),

@@ -162,7 +162,7 @@ def test_a_change_is_not_folded_and_an_export_is_whole(folder, tmp_path):
     again, _ = ftlab.load(tmp_path/'e')
     torch.testing.assert_close(logits(again), after, rtol=1e-4, atol=1e-4)
     card = (tmp_path/'e'/'README.md').read_text()
-    assert "quantize='nf4'" in card and 'in 4 bits' in card
+    assert "quantize='nf4'" in card and 'in 4 bits' in card, card
     assert any('in 4 bits' in n for n in run.notes)
 
 def test_without_the_package(folder, monkeypatch):

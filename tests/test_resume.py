@@ -450,9 +450,10 @@ def test_a_full_disk_is_noticed_before_the_first_step(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, 'disk_usage', lambda p: usage._replace(free=400_000))
     m, was = toy(), weights(toy())
-    size = sum(p.numel()*4 for p in m.parameters())
+    # the weights, two moments of each, and a count of steps for each tensor
+    size = sum(3*p.numel()*4 + 4 for p in m.parameters())
     with pytest.raises(DiskFull,
-                       match=f'it needs {3*size:,} bytes, and 400,000 bytes are free') as e:
+                       match=f'it needs {size:,} bytes, and 400,000 bytes are free') as e:
         tune(model=m, out=tmp_path, save_every=2, callbacks=(SimpleNamespace(before_fit=never),))
     assert (e.value.errno == 28 and same(weights(m), was)
             and all(p.requires_grad for p in m.parameters()))

@@ -143,17 +143,21 @@ def test_a_point_within_a_limit_is_trained_as_it_was_measured(made):
     short = Comparison(r, found.bench, found.recipes).train('full', progress=False)
     assert len(short.log) == 3 and short.log[2]['lr'] > 0, 'the schedule is that of the whole run'
 
-@pytest.mark.parametrize('name', ['full', 'lora'])
+@pytest.mark.parametrize('name', ['full', 'lora', 'pissa', 'dora', 'vera'])
 def test_a_dose_of_each_kind_of_change(made, name):
+    "PiSSA is a LoRA whose `B` does not start at zero, so half of its `B` is not half of its change"
     _, found = made
     r = copy.deepcopy(found.result)
-    row = next(m for m in r['methods'] if m['name'] == name)
+    row = next(m for m in r['methods'] if m['name'] == ('full' if name == 'full' else 'lora'))
+    row['name'] = name
     point = dict(rate=1e-2, step=6, gain=mean([.1]), forgetting=mean([.0]))
     def at(dose):
         only = r | dict(methods=[row | dict(within=point | dict(dose=dose))])
-        again = Comparison(only, found.bench, found.recipes)
-        return again.train(name, progress=False).delta.tensors()
+        again = Comparison(only, found.bench, {name: ftlab.methods.get(name)})
+        run = again.train(name, progress=False)
+        return {n: c.clone() for n, c in run.delta.attached.changes().items()}
     full, half = at(1.), at(.5)
+    assert max(c.abs().max() for c in full.values()) > 1e-3
     assert all(torch.allclose(half[k], full[k]/2, atol=1e-6) for k in full)
 
 def test_changed_rows_and_another_model_are_refused(made, tmp_path):

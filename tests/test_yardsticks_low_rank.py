@@ -1,19 +1,25 @@
 "The relatives of LoRA against peft: the same start, the same training, on the same tensors (skipped without peft)"
-import math
+import json, math, warnings, weakref
+from functools import partial
 from types import SimpleNamespace
 import pytest, torch
+from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from ftlab import methods
 from ftlab.adapters.attach import attach
 from ftlab.adapters.lowrank import LoRA, to_peft
 from ftlab.adapters.select import parts
 from ftlab.adapters.store import load_delta
+from ftlab.adapters.yardsticks import low_rank
 from ftlab.adapters.yardsticks.low_rank import (OFT, STARTS, DoRA, Rescale, Started, TwoRates,
                                                 VeRA, frozen_pair)
+from ftlab.commands.memory import training_bytes
 from ftlab.core.batches import batch_at
-from ftlab.core.recipe import Recipe
+from ftlab.core.recipe import Recipe, With
 from ftlab.core.tokens import encode_all
 from ftlab.trainers.fit import fit
-from tiny import example_inputs, tiny
+from ftlab.trainers.step import schedule
+from tiny import example_inputs, inputs_for, tiny
 from toys import TOK, lab_data, logits, toy
 
 NAMES = ('dora', 'ia3', 'lora_plus', 'milora', 'oft', 'olora', 'pissa', 'rslora', 'vera')
@@ -25,31 +31,33 @@ class Start:
         self.parameters = {n: p.detach().clone() for n, p in state.attached.parameters().items()}
         self.logits = logits(state.model)
 
-def ours(recipe, lr=3e-3):
+def ours(recipe, lr=3e-3, **more):
     start = Start()
     run = fit(toy(), TOK, lab_data(), recipe, steps=STEPS, batch_size=8, lr=lr, clip=None,
-              schedule='constant', callbacks=(start,), progress=False)
+              **dict(schedule='constant') | more, callbacks=(start,), progress=False)
     return run, start
 
-def trained(model, lr=3e-3, optimizer=None):
+def trained(model, lr=3e-3, optimizer=None, factor=lambda s: 1.):
     "Train a peft model on the same batches"
     model.train()
     params = [p for p in model.parameters() if p.requires_grad]
     opt = optimizer or torch.optim.AdamW(params, lr=lr, betas=(.9, .999), weight_decay=0.)
     rows = encode_all(lab_data().train, TOK, 'text', 256)
+    rates = torch.optim.lr_scheduler.LambdaLR(opt, factor)
     for s in range(STEPS):
         model(**batch_at(rows, s, 8, TOK.pad_token_id)).loss.backward()
         opt.step()
+        rates.step()
         opt.zero_grad()
 
-def alike(run, start, theirs, pairs, atol, lr=3e-3, optimizer=None):
+def alike(run, start, theirs, pairs, atol, lr=3e-3, optimizer=None, **more):
     """Start peft's model where ours started, compare outputs, train, compare parameters and outputs.
     `pairs` is {our parameter: (peft's, function from its value to ours)}; return the largest gaps"""
     params = dict(theirs.named_parameters())
     free = {n for n, p in params.items() if p.requires_grad}
     assert set(pairs) == set(start.parameters) and {n for n, _ in pairs.values()} == free
     first = (logits(theirs) - start.logits).abs().max()
-    trained(theirs, lr, optimizer)
+    trained(theirs, lr, optimizer, **more)
     now = run.delta.attached.parameters()
     assert min((now[k] - start.parameters[k]).abs().max() for k in pairs) > 1e-4, 'nothing was learned'
     last = max((now[k].detach() - f(params[n].detach())).abs().max() for k, (n, f) in pairs.items())
@@ -129,6 +137,22 @@ def test_lora_plus(peft, ratio):
     opt = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=lr, loraplus_lr_ratio=ratio)
     alike(run, start, theirs, pairs, 1e-6, lr, opt)
 
+@pytest.mark.parametrize('dora', [False, True])
+def test_lora_plus_with_decay_and_a_schedule(peft, dora):
+    "Of DoRA, the lengths are fast too, because peft and the authors' code count vectors with B"
+    from peft.optimizers import create_loraplus_optimizer
+    how = dict(r=4, alpha=8.)
+    recipe = (methods.dora(**how)*Recipe('plus', step=With(TwoRates, ratio=8.)) if dora
+              else methods.lora_plus(8., **how))
+    run, start = ours(recipe, 1e-3, weight_decay=.1, schedule='linear', warmup=1)
+    theirs = peft.get_peft_model(toy(), peft.LoraConfig(
+        r=4, lora_alpha=8, use_dora=dora, target_modules=modules(run), lora_dropout=0.))
+    pairs = lora_pairs(start, {'m': 'lora_magnitude_vector.default.weight'})
+    copied(theirs, start, pairs)
+    opt = create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=8.,
+                                    loraplus_weight_decay=.1)
+    alike(run, start, theirs, pairs, 1e-6, 1e-3, opt, factor=schedule('linear', STEPS, 1))
+
 def test_ia3(peft):
     run, start = ours(methods.ia3(), 1e-2)
     theirs = peft.get_peft_model(toy(), peft.IA3Config(
@@ -137,6 +161,24 @@ def test_ia3(peft):
              for k in start.parameters}
     assert modules(run) == ['down_proj', 'k_proj', 'v_proj']
     alike(run, start, theirs, pairs, 1e-6, 1e-2)
+
+def test_ia3_where_a_decoder_reads_an_encoder(peft):
+    "T5, the paper's model: its cross-attention has keys and values too"
+    m, x = tiny('t5'), inputs_for('t5')
+    base, recipe = logits(m, x), methods.ia3()
+    att = attach(m, recipe.select(m), recipe.delta)
+    shake(att)
+    changed = logits(m, x)
+    theirs = peft.get_peft_model(tiny('t5'), peft.IA3Config(
+        target_modules=['k', 'v', 'wo'], feedforward_modules=['wo']))
+    params = {n: p for n, p in theirs.named_parameters() if p.requires_grad}
+    pairs = {k: below(k.split('::')[0], 'ia3_l.default') for k in att.parameters()}
+    assert set(pairs.values()) == set(params) and len(pairs) == 16
+    with torch.no_grad():
+        for k, p in att.parameters().items():
+            params[pairs[k]].copy_((1 + p).view_as(params[pairs[k]]))
+    torch.testing.assert_close(logits(theirs.eval(), x), changed, atol=1e-5, rtol=0)
+    assert (changed - base).abs().max() > .01
 
 def test_vera(peft):
     run, start = ours(methods.vera(r=8, targets='q_proj'))
@@ -218,15 +260,84 @@ def test_a_saved_start_needs_no_decomposition_of_the_same_library(tmp_path, monk
     load_delta(fresh, tmp_path/'x.safetensors')
     assert torch.equal(logits(fresh), tuned)
 
-def test_only_plain_lora_is_written_for_peft(tmp_path):
-    m = tiny('llama')
-    att = attach(m, parts()(m), methods.lora_plus(r=2).delta)
-    to_peft(att, tmp_path/'plain')
-    for name in ('dora', 'pissa', 'vera', 'oft'):
+@torch.no_grad()
+def shake(att, scale=.05):
+    g = torch.Generator().manual_seed(1)
+    for p in att.parameters().values():
+        p.add_(scale*torch.randn(p.shape, generator=g))
+
+@pytest.mark.filterwarnings('ignore:fan_in_fan_out', 'ignore:Could not find a config file')
+@pytest.mark.parametrize('family', ['llama', 'gpt2', 'qwen2'])
+@pytest.mark.parametrize('name', ['dora', 'pissa', 'olora', 'milora', 'rslora', 'lora_plus'])
+def test_written_for_peft_on_the_untouched_base(peft, name, family, tmp_path):
+    m, x = tiny(family), example_inputs()
+    base = logits(m, x)
+    att = attach(m, parts()(m), methods.make_of(name)(r=3, alpha=5.).delta)
+    shake(att)
+    changed = logits(m, x)
+    assert (changed - base).abs().max() > .03
+    to_peft(att, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny(family), tmp_path).eval()
+    torch.testing.assert_close(logits(theirs, x), changed, atol=1e-5, rtol=0)
+    merged = theirs.merge_and_unload()
+    torch.testing.assert_close(logits(merged, x), changed, atol=1e-5, rtol=0)
+
+def test_a_pissa_is_written_as_peft_converts_it(peft, tmp_path):
+    run, _ = ours(methods.pissa(r=4, alpha=10.))
+    run.export(tmp_path/'ours', form='peft')
+    theirs = peft.get_peft_model(toy(), peft.LoraConfig(
+        r=4, lora_alpha=10, init_lora_weights='pissa', target_modules=modules(run),
+        lora_dropout=0.))
+    theirs.peft_config['default'].init_lora_weights = True # as peft's docs say, before the start is saved
+    theirs.save_pretrained(tmp_path/'start')
+    theirs.peft_config['default'].init_lora_weights = 'pissa'
+    trained(theirs)
+    theirs.save_pretrained(tmp_path/'theirs',
+                           path_initial_model_for_weight_conversion=str(tmp_path/'start'))
+    a, b = (load_file(tmp_path/k/'adapter_model.safetensors') for k in ('ours', 'theirs'))
+    assert set(a) == set(b) and max((a[k] - b[k]).abs().max() for k in a) < 1e-5
+    x, y = (json.loads((tmp_path/k/'adapter_config.json').read_text()) for k in ('ours', 'theirs'))
+    assert (x['r'], x['lora_alpha']) == (y['r'], y['lora_alpha']) == (8, 20)
+
+def test_what_no_peft_folder_of_lora_holds(tmp_path):
+    for name in ('vera', 'oft', 'ia3'):
         m = tiny('llama')
-        att = attach(m, parts()(m), methods.get(name).delta)
-        with pytest.raises(ValueError, match='consists of LoRA alone'):
+        recipe = methods.get(name)
+        att = attach(m, recipe.select(m), recipe.delta)
+        with pytest.raises(ValueError, match='consists of LoRA alone, or of DoRA, PiSSA'):
             to_peft(att, tmp_path/name)
+    m = tiny('llama')
+    made = iter([DoRA, LoRA])
+    q, v = (f'model.layers.0.self_attn.{k}_proj.weight' for k in 'qv')
+    att = attach(m, {q: True, v: True}, lambda W, mask: next(made)(W, mask, r=2))
+    with pytest.raises(ValueError, match='one rule for all'):
+        to_peft(att, tmp_path/'both')
+    m = tiny('llama', tie_word_embeddings=False)
+    att = attach(m, {'model.embed_tokens.weight': True}, partial(DoRA, r=2))
+    with pytest.raises(ValueError, match='lengths of the columns'):
+        to_peft(att, tmp_path/'embedding')
+
+def test_layers_of_one_shape_share_the_matrices_of_vera():
+    m = toy()
+    recipe = methods.vera(r=8)
+    att = attach(m, recipe.select(m), recipe.delta)
+    shapes = {tuple(W.shape) for _, W, _ in att.weights()}
+    assert len(shapes) < len(att.deltas)
+    assert len({d.A.data_ptr() for d in att.deltas.values()}) == len(shapes)
+    assert len({d.B.data_ptr() for d in att.deltas.values()}) == len(shapes)
+    known = weakref.ref(next(iter(att.deltas.values())).A)
+    att.detach()
+    del att
+    assert known() is None, 'kept for nobody'
+
+def test_other_matrices_from_the_same_seed_are_refused(tmp_path, monkeypatch):
+    run = fit(toy(), TOK, lab_data(), methods.vera(r=4), steps=1, batch_size=4, progress=False)
+    run.delta.save(tmp_path/'x.safetensors')
+    load_delta(toy(), tmp_path/'x.safetensors')
+    monkeypatch.setattr(low_rank, 'frozen_pair',
+                        lambda o, i, r, *_: (torch.ones(r, i), torch.ones(o, r)))
+    with pytest.raises(ValueError, match='other fixed matrices from the seed'):
+        load_delta(toy(), tmp_path/'x.safetensors')
 
 @pytest.mark.parametrize('name', [n for n in NAMES if n != 'ia3'])
 def test_matrices_that_are_stored_in_by_out(name):
@@ -234,10 +345,7 @@ def test_matrices_that_are_stored_in_by_out(name):
     base = logits(m, x)
     att = attach(m, parts()(m), methods.get(name).delta)
     torch.testing.assert_close(logits(m, x), base, atol=0, rtol=0)
-    g = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in att.parameters().values():
-            p.add_(.05*torch.randn(p.shape, generator=g))
+    shake(att)
     tuned = logits(m, x)
     assert (tuned - base).abs().max() > 1e-3
     att.fold()
@@ -259,16 +367,20 @@ MASK = torch.rand(6, 4, generator=torch.Generator().manual_seed(0)) > .5
 
 @pytest.mark.parametrize('make, says', [
     (lambda: DoRA(W, MASK), 'cannot use a mask'), (lambda: DoRA(W, r=5), 'rank 5 does not fit'),
-    (lambda: DoRA(W*torch.tensor([[1.], [1], [0], [1], [1], [1]]), r=2), 'row of zeros'),
+    (lambda: DoRA(W*torch.tensor([[1.], [1], [0], [1], [1], [1]]), r=2),
+     '1 of the 6 rows are zero, the first of them row 2; leave'),
     (lambda: Started(W, MASK), 'cannot use a mask'), (lambda: Started(W, r=5), 'rank 5 does not fit'),
     (lambda: Started(W, r=2, start='pisa'), "start is 'pisa'; it must be pissa"),
     (lambda: Started(W, r=2, alpha=0.), 'above 0'), (lambda: Started(W, r=2, alpha=math.nan), 'above 0'),
     (lambda: Rescale(W, MASK), 'mask of some entries'),
     (lambda: Rescale(W, side='up'), 'out or in'),
-    (lambda: VeRA(W, MASK), 'cannot use a mask'), (lambda: VeRA(W, r=0), 'at least 1'),
+    (lambda: VeRA(W, MASK), 'cannot use a mask'), (lambda: VeRA(W, r=0), 'whole number and at least 1'),
     (lambda: OFT(W, MASK), 'cannot use a mask'), (lambda: OFT(torch.zeros(2, 7), block=4), 'divides the 7 inputs'),
     (lambda: OFT(W, block=1), 'no size from 2 to 1'),
-    (lambda: TwoRates({'a::B': torch.nn.Parameter(W)}, SimpleNamespace(), 0.), 'above 0')])
+    (lambda: TwoRates({'a::B': torch.nn.Parameter(W)}, SimpleNamespace(), 0.), 'above 0'),
+    (lambda: TwoRates({'a::B': torch.nn.Parameter(W)}, SimpleNamespace(), math.inf), 'and finite'),
+    (lambda: VeRA(W, r=2, d=math.nan), 'd is nan'), (lambda: VeRA(W, r=2.), 'rank 2.0'),
+    (lambda: OFT(W, block=2.), 'block is 2.0'), (lambda: LoRA(W, r='2'), "rank '2' does not fit")])
 def test_wrong_arguments_are_named(make, says):
     with pytest.raises(ValueError, match=says):
         make()
@@ -292,3 +404,31 @@ def test_fused_queries_are_refused_by_ia3():
 def test_a_plain_lora_is_what_rslora_is():
     d = methods.rslora(r=4, alpha=8.).delta(W)
     assert type(d) is LoRA and d.s == 4.
+
+def test_an_error_names_the_weight():
+    m = toy()
+    name = 'model.layers.1.mlp.up_proj.weight'
+    with torch.no_grad():
+        m.get_parameter(name)[3] = 0.
+    with pytest.raises(ValueError, match=f"'{name}': DoRA divides .* row 3"):
+        attach(m, parts()(m), methods.dora().delta)
+
+@pytest.mark.parametrize('name', ['lora', *(n for n in NAMES if n != 'ia3')])
+def test_a_dry_run_counts_without_values_and_leaves_nothing_behind(name):
+    "IA3 marks its columns by a mask, whose values a dry run reads"
+    recipe = methods.get(name)
+    with FakeTensorMode():
+        planned = training_bytes(toy(), recipe)
+    m = toy()
+    att = attach(m, recipe.select(m), recipe.delta)
+    assert planned['trainable'] == sum(p.numel() for p in att.parameters().values())
+    held = {t.data_ptr(): t for d in att.deltas.values() for t in (*d.parameters(), *d.buffers())}
+    assert planned['delta'] == sum(t.numel()*t.element_size() for t in held.values())
+    logits(m) # nothing of the dry run is in use
+
+@pytest.mark.parametrize('family, has', [('qwen2', True), ('llama', False)])
+def test_biases_that_ia3_leaves_are_said(family, has):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        methods.ia3().select(tiny(family))
+    assert [str(w.message).split(';')[0] for w in said] == ['IA3 scales keys and values with their biases']*has

@@ -3,7 +3,9 @@ import copy
 from types import SimpleNamespace
 import pytest, torch
 import torch.nn.functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
 from ftlab import methods
+from ftlab.core.batches import collate
 from ftlab.core.data import data
 from ftlab.core.state import State
 from ftlab.core.tokens import IGNORE, encode
@@ -138,6 +140,31 @@ def test_orpo_is_trl_s(trl, beta):
     equal(odds_ratio(beta), s, theirs)
 
 @quiet
+@pytest.mark.parametrize('beta', [.1, 1.])
+def test_orpo_is_all_of_trl_s_where_the_prompt_has_no_loss(trl, beta):
+    "Of a prompt of one token trl can learn nothing: its first term is then that of the answers"
+    from trl.experimental.orpo import ORPOTrainer
+    s = state_of(pair_data(), Pairs)
+    rows = [cut_to_one(x, y) for x, y in zip(s.batch['input_ids'], s.batch['labels'])]
+    s.batch = collate(rows, 0)
+    s.batches = [s.batch]
+    n = len(rows)//2
+    batch = {f'{name}_{k}': s.batch[k][side*n:(side + 1)*n]
+             for side, name in enumerate(('chosen', 'rejected'))
+             for k in ('input_ids', 'attention_mask', 'labels')}
+    trainer = object.__new__(ORPOTrainer)
+    vars(trainer).update(
+        beta=beta, is_encoder_decoder=False, aux_loss_enabled=False, padding_value=0,
+        accelerator=SimpleNamespace(device=torch.device('cpu'), gather_for_metrics=lambda x: x))
+    equal(odds_ratio(beta), s, lambda policy: trainer.get_batch_loss_metrics(policy, batch)[0])
+
+def cut_to_one(ids, labels):
+    "The last token of the prompt and the answer"
+    on = [i for i, y in enumerate(labels.tolist()) if y != IGNORE]
+    return dict(input_ids=ids[on[0] - 1:on[-1] + 1].tolist(),
+                labels=labels[on[0] - 1:on[-1] + 1].tolist())
+
+@quiet
 @pytest.mark.parametrize('beta, wanted, unwanted', [(.1, 1., 1.), (.5, 1.3, .6)])
 @pytest.mark.parametrize('seed', [1, 2]) # of the reference: with one z is 0
 def test_kto_is_trl_s(trl, beta, wanted, unwanted, seed, tmp_path):
@@ -245,6 +272,23 @@ def test_the_reference_point_is_of_the_whole_step_and_computed_once():
     reference_point(two)
     assert len(calls) == 3 and float(reference_point(one)) >= 0
 
+def dropping(seed):
+    torch.manual_seed(seed)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(TOK), n_positions=128, n_embd=32, n_layer=2,
+                                      n_head=2, initializer_range=.2))
+
+def test_dropout_does_not_change_the_reference_point():
+    "Otherwise it would differ between processes, which draw different numbers"
+    s = state_of(kto_data(), Judged)
+    s.model = dropping(0).eval()
+    s.models = dict(policy=s.model, reference=dropping(1).eval())
+    still = reference_point(s)
+    s.extra.clear()
+    s.model.train()
+    random = torch.get_rng_state()
+    assert still > 0 and reference_point(s) == still and s.model.training
+    assert torch.equal(torch.get_rng_state(), random)
+
 def test_an_answer_with_another_prompt_is_cut_to_the_limit():
     rows = [encode(r, TOK, 'text') for r in lab_data().train[:2]]
     at = [next(i for i, l in enumerate(r['labels']) if l != IGNORE) for r in rows]
@@ -301,10 +345,29 @@ def test_resumed_is_uninterrupted(name, tmp_path):
     assert torch.equal(logits(again.model), logits(whole.model))
 
 @pytest.mark.parametrize('name', NAMES)
+def test_micro_batches_add_up(name):
+    "Their answers differ in length, and for KTO in kind"
+    source, d = (Judged, kto_data()) if name == 'kto' else (Pairs, pair_data(12))
+    gradients = []
+    for accumulate in (1, 3):
+        s = state_of(d, source, 6, accumulate)
+        for s.batch in s.batches:
+            methods.get(name).objective(s).backward()
+        gradients.append(gradient(s.model))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+@pytest.mark.parametrize('name', NAMES)
 def test_with_lora(name):
     both = methods.get(f'lora * {name}')
     run = fit(toy(), TOK, pair_data(16), both, steps=3, batch_size=4, lr=1e-2, progress=False)
     assert not torch.equal(logits(run.model), logits(toy()))
+
+def test_a_method_that_learns_unwanted_answers_says_so():
+    d = kto_data(24)
+    how = dict(steps=1, batch_size=4, progress=False)
+    notes = lambda recipe: str(fit(toy(), TOK, d, recipe, **how).notes)
+    assert '8 of 24 training rows are labelled false, and this' in notes(methods.full())
+    assert 'labelled false' not in notes(methods.kto())
 
 def test_recipes_are_values():
     assert methods.kto() == methods.kto() and methods.kto(.2) != methods.kto()
@@ -315,7 +378,10 @@ def test_recipes_are_values():
 # ---------- wrong arguments
 
 @pytest.mark.parametrize('make, says', [
-    (lambda: methods.ipo(beta=0.), 'beta is 0.0; it must be above 0'),
+    (lambda: methods.ipo(beta=0.), 'beta is 0.0; it must be a number above 0'),
+    (lambda: methods.ipo(beta=float('inf')), 'beta is inf'), (lambda: methods.orpo('a'), "beta is 'a'"),
+    (lambda: methods.simpo(gamma=float('nan')), 'gamma is nan; it must be a number of at least 0'),
+    (lambda: methods.simpo(gamma=-1), 'gamma is -1'), (lambda: methods.kto(wanted=True), 'wanted is True'),
     (lambda: methods.simpo(beta=-1.), 'beta is -1.0'), (lambda: methods.orpo(beta=0.), 'beta is 0.0'),
     (lambda: methods.kto(unwanted=0.), 'unwanted is 0.0'),
     (lambda: state_of(lab_data(), Judged), "column 'label'.*carry='label'.*or a column 'rejected'"),

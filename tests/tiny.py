@@ -9,10 +9,16 @@ DECODERS = 'llama qwen2 qwen3 mistral gemma gemma2 gemma3_text gpt2'.split()
 PLAIN = 'phi phi3 opt gpt_neox'.split() # further decoders, without a gate or with a fused one
 ENCODERS = 'bert roberta'.split()
 OTHERS = 'vit t5'.split()
+MIXED = dict( # mixtures of experts
+    mixtral=dict(num_local_experts=4), olmoe=dict(num_experts=4, num_experts_per_tok=2),
+    qwen2_moe=dict(num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=24),
+    qwen3_moe=dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, head_dim=8,
+                   mlp_only_layers=[1]))
 HEADS = dict(causal=AutoModelForCausalLM, masked=AutoModelForMaskedLM,
              classifier=AutoModelForSequenceClassification, image=AutoModelForImageClassification,
              seq2seq=AutoModelForSeq2SeqLM, none=AutoModel)
-USUAL = dict.fromkeys(DECODERS + PLAIN, 'causal') | dict.fromkeys(ENCODERS, 'masked') | dict(vit='image', t5='seq2seq')
+USUAL = (dict.fromkeys([*DECODERS, *PLAIN, *MIXED], 'causal') | dict.fromkeys(ENCODERS, 'masked')
+         | dict(vit='image', t5='seq2seq'))
 
 def tiny(family:str,     # model_type, e.g. 'qwen2'
          head:str|None=None, # a key of HEADS; left out, the family's usual one
@@ -24,7 +30,8 @@ def tiny(family:str,     # model_type, e.g. 'qwen2'
                  max_position_embeddings=64, bos_token_id=0, eos_token_id=2, pad_token_id=1)
     if family != 'gpt2':
         sizes['intermediate_size'] = 80
-    if family in DECODERS and family != 'gpt2':
+    sizes |= MIXED.get(family, {})
+    if (family in DECODERS or family in MIXED) and family != 'gpt2':
         sizes['num_key_value_heads'] = 2
     if family in ('qwen3', 'gemma', 'gemma2', 'gemma3_text'):
         sizes['head_dim'] = 8

@@ -8,10 +8,12 @@ claim, and touch none of these by hand. `--check` writes nothing and fails namin
 """
 from __future__ import annotations
 import argparse
+import inspect
 import json
 import os
 import re
 import sys
+import tomllib
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -22,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT/'tests'), str(ROOT/'docs')]
 
 from ftlab.instruments.verdicts import contrast, contrast_verdict # noqa: E402
 from ftlab.map import CHAPTERS, chapter_named # noqa: E402
-from ftlab.papers import (PARTS, claims, index, nouns, papers_html, scoreboard, scoreboard_html,
+from ftlab.papers import (PARTS, index, nouns, papers_html, scoreboard, scoreboard_html,
                           effect_line) # noqa: E402
 from readme import readme  # noqa: E402
 
@@ -221,6 +223,23 @@ def _yardsticks() -> list[tuple[str, str, str]]:
     return rows
 
 
+def rules(p: Project) -> str:
+    "Every rule to merge by: where it is from, its strength and settings, what became of its claim"
+    import ftlab.methods
+    common, papers = ftlab.methods.merging_yardsticks(), {e['key']: e for e in p.papers}
+    rows = []
+    for name, strength in ftlab.methods.merging_rules().items():
+        rule = ftlab.methods.merging_rule(name)
+        settings = ', '.join(f'`{k}`' for k in list(inspect.signature(rule).parameters)[3:])
+        e = papers.get(name) or dict(title=rule.paper.title, arxiv=rule.paper.arxiv)
+        page = (f'{common[name].parts[-3]}/yardsticks/{common[name].stem}.ipynb' if name in common
+                else e['notebook'].removeprefix('nbs/'))
+        rows.append((f'[`{name}`](../{page})', _title(e), f'{strength:g}', settings or 'none',
+                     'a yardstick, so no claim' if name in common else _said(e)))
+    return _table('rule', 'from', 'strength if none is given', 'settings', 'verdict here',
+                  rows=rows)
+
+
 def which(p: Project) -> str:
     "What a reader lacks, and the methods whose pages say that they are for it"
     found = {need: [] for need in NEEDS}
@@ -292,12 +311,22 @@ ONE = dict(WORDS, holds='holds', fails='fails', unclear='remains unclear')
 
 def counts(p: Project) -> str:
     "How many claims came to what"
-    claimed = [e for e in p.papers if e['claims']]
+    return _counted(p, p.papers, 'claims')
+
+
+def real_counts(p: Project) -> str:
+    "How many claims about a real model came to what; '' if there are none"
+    real = [e['real'] for e in p.papers if e['real']]
+    return _counted(p, real, 'claims about a real model') if real else ''
+
+
+def _counted(p: Project, entries: list[dict], what: str) -> str:
+    claimed = [e for e in entries if e['claims']]
     said = [(n, v) for v in WORDS if (n := sum(e['verdict'] == v for e in claimed))]
     parts = [f'**{n}** {(ONE if n == 1 else WORDS)[v]}' for n, v in said]
     if waiting := sum(e['verdict'] is None for e in claimed):
         parts.append(f'**{waiting}** not yet run')
-    text = (f'Of {len(claimed)} claims, each written down before its run and judged by one fixed rule: '
+    text = (f'Of {len(claimed)} {what}, each written down before its run and judged by one fixed rule: '
             f'{", ".join(parts)}.')
     results = [json.loads((p.root/e['evidence']).read_text(encoding='utf-8')) for e in claimed
                if e['evidence'] and e['verdict']]
@@ -331,13 +360,13 @@ def against(p: Project, e: dict) -> list[str]:
     """A line for whatever speaks against the sentence, for what differs from the paper, and for an
     old verdict"""
     result = json.loads((p.root/e['evidence']).read_text(encoding='utf-8'))
-    spec = next(c.spec for c in claims() if c.key == e['key'])
+    spec = tomllib.loads((p.root/e['claims'][0]).read_text(encoding='utf-8'))
     out = [f'also seen: {x}' for x in (*result.get('also_seen', ()), *result.get('noted', ()))]
     out += [f'excluded in {arm}: {why} ({", ".join(map(str, counts))} of each seed)'
             for arm, of in (result.get('excluded') or {}).items() for why, counts in of.items()]
     out += [f'differs from the paper: {x}' for x in spec.get('differs', ())]
     out += [f'left out: {x}' for x in spec.get('left_out', ())]
-    earlier = (p.root/e['evidence']).with_name('result.1.json')
+    earlier = (p.root/e['evidence']).with_suffix('.1.json')
     if earlier.exists():
         was = json.loads(earlier.read_text(encoding='utf-8'))['verdict']
         out.append(f'an earlier claim on this paper came to *{was}*, and was superseded: {spec["superseded"]}')
@@ -368,20 +397,29 @@ def _effect(c: dict, arm: str, chosen: float, nearest) -> str:
     return f'{fmean(found[0]["effects"]):+.3f}' if found[0]['effects'] else 'gain not reached'
 
 
-def verdict(p: Project, e: dict, rows: list[dict]) -> str:
-    "What became of a paper's claim, for its own page"
-    folder = '../../'
+def verdict(p: Project, e: dict, rows: dict[str, list[dict]]) -> str:
+    "What became of a paper's claims, for its own page"
+    said = _verdict(p, e, rows.get(e['key'], []), 'Verdict')
+    if e['real']:
+        name = f'{e["key"]}/real'
+        said += '\n\n' + _verdict(p, e | e['real'] | dict(key=name), rows.get(name, []), 'With a real model')
+    if e['verdict'] or e['real'] and e['real']['verdict']:
+        said += ('\n\n[How a verdict is made](../../instruments/verdicts.ipynb); '
+                 '[all verdicts](../../papers/scoreboard.ipynb).')
+    return said
+
+
+def _verdict(p: Project, e: dict, rows: list[dict], head: str) -> str:
     if not e['claims']:
-        return '**Verdict: none.** No claim has been written down yet.'
+        return f'**{head}: none.** No claim has been written down yet.'
     if not e['verdict']:
-        return f'**Verdict: not yet run.** The claim is in `{e["claims"][0]}`: `ftlab claims run {e["key"]}`.'
+        return f'**{head}: not yet run.** The claim is in `{e["claims"][0]}`: `ftlab claims run {e["key"]}`.'
     said = [*map(effect_line, rows), *failed_controls(p, e), *against(p, e)]
     lines = '\n'.join(f'- {m}' for m in said if m)
-    said = f'**Verdict: {_said(e)}** ({e["scope"]}). {rows[0]["sentence"]}\n\n{lines}'.rstrip()
+    said = f'**{head}: {_said(e)}** ({e["scope"]}). {rows[0]["sentence"]}\n\n{lines}'.rstrip()
     if curves := rate_curves(p, e):
         said += f'\n\n{curves}'
-    return (said + f'\n\n[How a verdict is made]({folder}instruments/verdicts.ipynb); [all '
-            f'verdicts]({folder}papers/scoreboard.ipynb).')
+    return said
 
 
 def reasons(p: Project) -> str:
@@ -411,14 +449,16 @@ def made(root: Path) -> dict[str, str]:
             else {})
     for e in p.papers:
         p.fill(e['notebook'].removeprefix('nbs/'),
-               dict(words=words(e), verdict=verdict(p, e, rows.get(e['key'], []))))
+               dict(words=words(e), verdict=verdict(p, e, rows)))
     for part in PARTS:
         for name in p.families(part):
             p.fill(f'{part}/{name}/index.ipynb', dict(papers=family(p, part, name)))
     p.fill('methods.ipynb', dict(which=which(p), methods=methods(p)))
+    p.fill('commands/merge.ipynb', dict(rules=rules(p)))
     p.fill('index.ipynb', dict(families=families(p),
                                counts=counts(p) + ' [The scoreboard](papers/scoreboard.ipynb) has the numbers.'))
-    p.fill('papers/scoreboard.ipynb', dict(counts=counts(p), reasons=reasons(p)))
+    both = f'{counts(p)} {real_counts(p)}'.rstrip()
+    p.fill('papers/scoreboard.ipynb', dict(counts=both, reasons=reasons(p)))
     p.store('papers/scoreboard.ipynb', 'HTML(scoreboard_html(board))', scoreboard_html(board))
     p.store('papers/table.ipynb', 'HTML(papers_html())', papers_html())
     nav = sidebar(p)

@@ -508,7 +508,13 @@ def make_delta(model:nn.Module, name:str, mask, delta:Callable) -> nn.Module:
     in float32 if the weight is in half precision"""
     W = oriented(model, name, model.get_parameter(name).detach())
     W = W.float() if W.dtype in HALF else W
-    return delta(W, mask if mask is True else oriented(model, name, mask)).to(W.device)
+    try:
+        d = delta(W, mask if mask is True else oriented(model, name, mask))
+    except ValueError as e:
+        raise ValueError(f'{name!r}: {e}') from None
+    # a module is moved only if it must be: tensors without values, in which a dry run counts, cannot be
+    there = all(t.device == W.device for t in (*d.parameters(), *d.buffers()))
+    return d if there else d.to(W.device)
 
 def _place(att, name, d):
     "Attach one delta to its layer, in the layer's mode (training or evaluation)"

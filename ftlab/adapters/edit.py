@@ -6,15 +6,18 @@
 from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 import torch
 from torch import Tensor
 from torch import nn
 from .attach import Attached, attach
+from .lowrank import from_peft
 from .store import load_delta
 from ..core.anatomy import anatomy
 
 # %% auto #0
-__all__ = ['scale', 'unchanged', 'norm', 'write_change', 'depth', 'check_changes', 'merge', 'saved_changes', 'attach_change']
+__all__ = ['scale', 'unchanged', 'norm', 'write_change', 'depth', 'check_changes', 'listed_changes', 'merge', 'saved_changes',
+           'attach_change']
 
 # %% ../../nbs/adapters/edit.ipynb #0004e5f6
 @dataclass(frozen=True)
@@ -76,14 +79,9 @@ def check_changes(changes:Mapping[str, Mapping] # by the name that an error call
                 raise ValueError(f'{n!r} is {tuple(shapes[n])} in one change and '
                                  f'{tuple(t.shape)} in another; they were not made from one base')
 
-def merge(changes:list[Mapping], # each {name: new weight minus base weight}, all from one base
-          alpha:float=1.,        # the factor of the sum
-          edit:Callable|None=None, # (change, model) -> change, applied to each change before the sum
-          model=None             # for edits that need it
-         ) -> dict[str, Tensor]: # one change, over every tensor that any of them names
-    """Compute `alpha` times the sum of several changes.
-    Raises `ValueError` for an empty list, for anything that is not a list of changes, or for tensors
-    of one name and two shapes."""
+def listed_changes(changes:Iterable[Mapping]) -> list[Mapping]:
+    """Return changes as a list. Raises `ValueError` for an empty list, for anything that is not a list
+    of changes, or for tensors of one name and two shapes."""
     if isinstance(changes, Mapping) or not isinstance(changes, Iterable):
         given = 'single change' if isinstance(changes, Mapping) else type(changes).__name__
         raise ValueError(f'changes is a {given}; it must be a list of changes')
@@ -91,19 +89,27 @@ def merge(changes:list[Mapping], # each {name: new weight minus base weight}, al
     if not changes:
         raise ValueError('there is no change to merge; give at least one')
     check_changes({f'changes[{i}]': c for i, c in enumerate(changes)})
+    return changes
+
+def merge(changes:list[Mapping], # each {name: new weight minus base weight}, all from one base
+          alpha:float=1.,        # the factor of the sum
+          edit:Callable|None=None, # (change, model) -> change, applied to each change before the sum
+          model=None             # for edits that need it
+         ) -> dict[str, Tensor]: # one change, over every tensor that any of them names
+    "Compute `alpha` times the sum of several changes. Raises `ValueError` as `listed_changes` does."
     out = {}
-    for c in changes:
+    for c in listed_changes(changes):
         for n, t in (edit(c, model) if edit else c).items():
             out[n] = out[n] + t if n in out else t
     return {n: alpha*t for n, t in out.items()}
 
 # %% ../../nbs/adapters/edit.ipynb #2f6dabd0
 def saved_changes(model:nn.Module, *paths) -> list[dict]:
-    """Load saved changes as tensors; `model` is their base and stays as it is.
-    Raises `WrongBase` if it is not their base."""
+    """Load saved changes as tensors; `model` is their base and stays as it is. A folder is an adapter of
+    peft. Raises `WrongBase` if it is not the base of a change; an adapter says too little to be sure."""
     out = []
     for p in paths:
-        att = load_delta(model, p)
+        att = from_peft(model, p) if Path(p).is_dir() else load_delta(model, p)
         out.append(att.changes())
         att.detach()
     return out

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json, math, re
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -20,9 +21,27 @@ from ..core.io import write_atomically
 from ..core.loading import head_names
 
 # %% auto #0
-__all__ = ['PLAIN', 'STARTS', 'LoRA', 'to_peft', 'check_peft', 'from_peft']
+__all__ = ['PLAIN', 'STARTS', 'Pair', 'LoRA', 'pair_of', 'to_peft', 'check_peft', 'from_peft']
 
 # %% ../../nbs/adapters/lowrank.ipynb #0005af9e
+class Pair(NamedTuple):
+    "A low-rank change as a peft folder holds it"
+    A:Tensor                   # [r, in]
+    B:Tensor                   # [out, r]
+    alpha:float
+    dropout:float = 0.
+    rs:bool = False            # as in `LoRA`
+    lengths:Tensor|None = None # of the changed weight's rows, as DoRA sets them
+
+    @property
+    def r(self) -> int:
+        return len(self.A)
+
+    @property
+    def scale(self) -> float:
+        "The factor of `B A`"
+        return self.alpha/(math.sqrt(self.r) if self.rs else self.r)
+
 class LoRA(nn.Module):
     """`W + (alpha/r) B A`: A [r, in] initialized as in the official code (Kaiming uniform with
     a=sqrt(5)), B [out, r] zero (Hu et al. 2021). Raises `ValueError` for a mask, or a rank or
@@ -41,8 +60,8 @@ class LoRA(nn.Module):
         out, inp = W.shape
         if mask is not True:
             raise ValueError('LoRA changes whole matrices; it cannot use a mask of entries')
-        if not 1 <= r <= min(out, inp):
-            raise ValueError(f'rank {r} does not fit a matrix of {out} x {inp}: it must be between '
+        if not isinstance(r, int) or not 1 <= r <= min(out, inp):
+            raise ValueError(f'rank {r!r} does not fit a matrix of {out} x {inp}: it must be between '
                              f'1 and {min(out, inp)}')
         if not 0 <= dropout <= 1:
             raise ValueError(f'dropout is {dropout}; it must be between 0 and 1')
@@ -59,21 +78,29 @@ class LoRA(nn.Module):
         x = nn.functional.dropout(x, self.dropout, self.training)
         return self.s*((x @ self.A.T) @ self.B.T)
 
+    def pair(self) -> Pair:
+        "Return the change as a peft folder holds it"
+        return Pair(self.A, self.B, self.config['alpha'], self.dropout, self.config['rs'])
+
+def pair_of(delta:nn.Module) -> Pair|None:
+    "Return a delta as a pair, if its own class says how (a subclass may compute something else)"
+    return delta.pair() if 'pair' in vars(type(delta)) else None
+
 # %% ../../nbs/adapters/lowrank.ipynb #0013af9e
-def to_peft(att:Attached,      # LoRA, and perhaps rows of new tokens and a classifier's head
+def to_peft(att:Attached,      # LoRA or its kin, and perhaps rows of new tokens and a classifier's head
             folder:str|Path,   # the adapter folder to write
             base:str='',       # the name of the base in the adapter's configuration
             revision:str|None=None # of the base, on the hub
            ) -> Path:          # the folder
-    """Write an attached LoRA as a peft adapter folder, with which peft computes the same; trained rows
-    of new tokens become its `trainable_token_indices`.
+    """Write an attached LoRA, or whatever has a `pair`, as a peft adapter folder, with which peft computes
+    the same; trained rows of new tokens become its `trainable_token_indices`.
     Raises `ValueError` for a change that such a folder cannot hold."""
     check_peft(att)
-    tensors, names, rows = {}, {}, _token_rows(att)
+    tensors, pairs, rows = {}, {}, _token_rows(att)
     for n, d in att.deltas.items():
         if n not in rows:
-            names[n.rpartition('.')[0]] = d
-            tensors |= _peft_tensors(att.model, n, d)
+            pairs[_module(n)] = pair_of(d)
+            tensors |= _peft_tensors(att.model, n, pair_of(d))
     for n, ids in rows.items(): # peft holds the new rows themselves
         tensors[f'base_model.model.{_module(n)}.token_adapter.trainable_tokens_delta'] = (
             att.before(n)[ids].float() + att.deltas[n].value.view(len(ids), -1))
@@ -82,8 +109,8 @@ def to_peft(att:Attached,      # LoRA, and perhaps rows of new tokens and a clas
         tensors |= {f'base_model.model.{m}.{k}': t for k,
                     t in att.model.get_submodule(m).state_dict().items()}
     config = dict(peft_type='LORA', base_model_name_or_path=base, revision=revision,
-                  **_peft_settings(names),
-                  target_modules=list(names), bias='none', modules_to_save=heads or None,
+                  **_peft_settings(pairs),
+                  target_modules=list(pairs), bias='none', modules_to_save=heads or None,
                   trainable_token_indices={_module(n): i for n, i in rows.items()} or None,
                   fan_in_fan_out=any(is_transposed(att.model, n) for n in att.deltas),
                   task_type=_task(att.model), inference_mode=True)
@@ -121,35 +148,36 @@ def _task(model) -> str|None:
 def _peft_name(module:str, k:str) -> str:
     return f'base_model.model.{module}.lora_{k}.weight'
 
-def _peft_tensors(model, name:str, d:LoRA) -> dict[str, Tensor]:
+def _peft_tensors(model, name:str, d:Pair) -> dict[str, Tensor]:
     """Return the tensors of one layer by peft's names; an embedding has [rows, width], which peft
     calls [in, out]"""
-    module = name.rpartition('.')[0]
+    module = _module(name)
     if _layer(model, name) is nn.Embedding:
         begin = f'base_model.model.{module}.lora_embedding_'
         return {f'{begin}A': d.B.T, f'{begin}B': d.A.T}
-    return {_peft_name(module, 'A'): d.A, _peft_name(module, 'B'): d.B}
+    out = {_peft_name(module, 'A'): d.A, _peft_name(module, 'B'): d.B}
+    if d.lengths is not None:
+        out[f'base_model.model.{module}.lora_magnitude_vector'] = d.lengths
+    return out
 
-def _peft_settings(deltas:dict) -> dict:
+def _peft_settings(pairs:dict[str, Pair]) -> dict:
     "Return rank and scale of every layer: those of the first, and patterns for layers that differ"
-    first = next(iter(deltas.values())).config
-    rs = {d.config['rs'] for d in deltas.values()}
-    same_rule = len(rs) == 1
+    first = next(iter(pairs.values()))
+    same_rule = len({d.rs for d in pairs.values()}) == 1
     # alpha/r gives any scale, so layers under two rules have one
-    alpha = {m: d.config['alpha'] if same_rule else d.s*d.config['r'] for m, d in deltas.items()}
+    alpha = {m: d.alpha if same_rule else d.scale*d.r for m, d in pairs.items()}
     usual = next(iter(alpha.values()))
     key = lambda m: '^' + re.escape(m)
-    return dict(r=first['r'], lora_alpha=usual, lora_dropout=first['dropout'],
-                use_rslora=same_rule and first['rs'],
-                rank_pattern={key(m): d.config['r'] for m, d in deltas.items()
-                              if d.config['r'] != first['r']},
+    return dict(r=first.r, lora_alpha=usual, lora_dropout=first.dropout,
+                use_rslora=same_rule and first.rs, use_dora=first.lengths is not None,
+                rank_pattern={key(m): d.r for m, d in pairs.items() if d.r != first.r},
                 alpha_pattern={key(m): a for m, a in alpha.items() if a != usual})
 
 # %% ../../nbs/adapters/lowrank.ipynb #e7971a89
 def check_peft(att:Attached) -> None:
     "Raise `ValueError` unless a peft folder can hold the whole change"
     way = 'export the whole model as a plain folder instead'
-    lora = {n: d for n, d in att.deltas.items() if type(d) is LoRA}
+    lora = {n: p for n, d in att.deltas.items() if (p := pair_of(d)) is not None}
     heads = tuple(f'{m}.' for m in _head_modules(att))
     whole = [n for n in att.whole if not n.startswith(heads or '?')]
     rows = _token_rows(att)
@@ -157,12 +185,18 @@ def check_peft(att:Attached) -> None:
         odd = next((f'{n!r} is changed by {type(d).__name__}' for n, d in att.deltas.items()
                     if n not in lora and n not in rows),
                    f'{whole[0]!r} is trained directly' if whole else 'there is none')
-        raise ValueError(f'only a change that consists of LoRA alone can be written for peft, and {odd}; {way}')
+        raise ValueError('only a change that consists of LoRA alone, or of DoRA, PiSSA or another of its kin, '
+                         f'can be written for peft, and {odd}; {way}')
     if len({d.dropout for d in lora.values()}) > 1:
         raise ValueError(f'the layers have different dropout, of which a peft folder holds one; {way}')
+    if len({d.lengths is None for d in lora.values()}) > 1:
+        raise ValueError(f'some layers have lengths of their rows (DoRA) and others have none, and a peft folder '
+                         f'has one rule for all; {way}')
     modules = [n for n, _ in att.model.named_modules()]
-    for n in lora:
-        _check_layer(att, n, modules, {x.rpartition('.')[0] for x in lora}, way)
+    for n, d in lora.items():
+        _check_layer(att, n, modules, {_module(x) for x in lora}, way)
+        if d.lengths is not None and _layer(att.model, n) is nn.Embedding:
+            raise ValueError(f'{n!r} belongs to an Embedding, of which peft takes the lengths of the columns; {way}')
 
 def _layer(model, name:str) -> type:
     return parametrize.type_before_parametrizations(owner_of(model, name)[0])

@@ -31,7 +31,7 @@ def everything(model, batches=None, seed=0) -> dict:
     return {n: True for n, _ in model.named_parameters()}
 
 # %% ../../nbs/adapters/select.ipynb #00088e82
-PARTS = ('attention', 'mlp', 'norm', 'bias', 'embedding', 'head', 'other')
+PARTS = ('attention', 'mlp', 'experts', 'norm', 'bias', 'embedding', 'head', 'other')
 
 @dataclass(frozen=True, init=False)
 class parts:
@@ -47,7 +47,8 @@ class parts:
         a, out = anatomy(model), {}
         for n, _ in model.named_parameters():
             block, part, role = a.location(n)
-            chosen = part in self.which or (part in ('attention', 'mlp') and role in self.which)
+            named_by_role = part in ('attention', 'mlp', 'experts') and role in self.which
+            chosen = part in self.which or named_by_role
             if chosen and (self.blocks is None or block in self.blocks):
                 out[n] = True
         return out

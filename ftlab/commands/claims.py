@@ -27,12 +27,12 @@ def run_claims(a:argparse.Namespace) -> tuple[dict, str]:
 def _listed(a):
     "List each claim's verdict, and whether its evidence is current"
     from ftlab.instruments.claims import status
-    from ftlab.papers import claims, scoreboard
+    from ftlab.papers import claims, real_claims, scoreboard
     if a.names:
         raise ValueError(f'ftlab claims list takes no name; to see one claim, use ftlab claims explain {a.names[0]}')
-    state, board = {c.key: status(c) for c in claims()}, scoreboard()
+    state, board = {c.name: status(c) for c in (*claims(), *real_claims())}, scoreboard()
     rows = board.drop_duplicates('claim').set_index('claim') if len(board) else board
-    lines = [f'{n:14} {rows.verdict[n]:12} {s:13} {rows.sentence[n]}' for n, s in state.items()]
+    lines = [f'{n:15} {rows.verdict[n]:12} {s:13} {rows.sentence[n]}' for n, s in state.items()]
     return (
         {n: dict(verdict=rows.verdict[n], scope=rows.scope[n], status=s) for n, s in state.items()},
         '\n'.join(lines))

@@ -8,6 +8,7 @@ import math
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 import ftlab
 from .given import bench_of, model_of, tokens_of
 
@@ -109,25 +110,47 @@ def training_bytes(model,                        # from `load` or `skeleton`; is
     return max((_stage_bytes(model, s, labels, shape, precision) for s in recipe.turns),
                key=lambda d: sum(d[k] for k in PARTS))
 
+def _optimizer_bytes(model, stage, params:dict) -> int:
+    "Ask the stage's step what it will keep; one that cannot tell counts as AdamW"
+    from ftlab.trainers.step import adamw_bytes
+    if getattr(stage, 'step', None) is None:
+        return adamw_bytes(params.values())
+    how = SimpleNamespace(lr=stage.lr, weight_decay=0., betas=(.9, .999), clip=None, model=model)
+    step = stage.step(params, how)
+    counted = getattr(step, 'state_bytes', None)
+    return adamw_bytes(params.values()) if counted is None else counted()
+
+def _pull_bytes(att, terms) -> int:
+    "Count the float32 copies of changed weights that pulls hold; under a delta the start is in the model"
+    copies = [t.copies for t in terms if getattr(t, 'copies', 0)]
+    direct = sum(att.model.get_parameter(n).numel() for n in att.whole)
+    below = sum(att.before(n).numel() for n, d in att.deltas.items() if d.site == 'weight')
+    return 4*sum(c*direct + (c - 1)*below for c in copies)
+
 def _stage_bytes(model, stage, labels, shape, precision) -> dict:
     with _attached(model, stage, labels) as att:
         moving, weights, cfg = list(att.parameters().values()), _own_weights(model), model.config
         kept = _activations(model, shape, labels, precision)
-        delta = _size(t for d in att.deltas.values() for t in (*d.parameters(), *d.buffers()))
+        own = {id(t): t for d in att.deltas.values() for t in (*d.parameters(), *d.buffers())}
+        delta = _size(own.values()) # layers may share a tensor
         logits = (
             4*shape[0]*(cfg.num_labels if labels else shape[1]*cfg.get_text_config().vocab_size))
+        passes = getattr(getattr(getattr(stage, 'objective', None), 'loss', None), 'passes', 1)
         reference = (((_size(weights) if att.whole else 0) + logits)
                      if 'reference' in getattr(stage, 'needs', ()) else 0)
+        reference += _pull_bytes(att, getattr(stage, 'terms', ()))
         return dict(trainable=sum(p.numel() for p in moving), weights=_size(weights), delta=delta,
                     gradients=_size(moving),
-                    optimizer=2*_size(moving) + 4*len(moving), # AdamW counts its steps per tensor
+                    optimizer=_optimizer_bytes(model, stage, att.parameters()),
                     # the gradient of the logits, and two copies on the way through the loss
-                    reference=reference, activations=kept + 3*logits + _made_whole(weights))
+                    reference=reference,
+                    activations=passes*(kept + 3*logits) + _made_whole(weights))
+
 
 # %% ../../nbs/commands/memory.ipynb #000a513c
 def planned(a, recipe, data) -> dict:
     """Return the memory of one method on the model that `a` names, from its config;
-    weights are read only if the method selects by their values, and if they fit"""
+    weights are read only if the method selects or starts by their values, and if they fit"""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from ftlab.core.tokens import encode_all
     from ftlab.core.loading import find_device, skeleton
@@ -144,7 +167,8 @@ def planned(a, recipe, data) -> dict:
     try:
         with fake:
             found = training_bytes(model, recipe, **given)
-    except RuntimeError: # the method selects by the values of weights
+    # the method selects or starts by the values of weights
+    except (RuntimeError, AssertionError):
         if free is not None and total > free:
             found = dict(trainable=None, **dict.fromkeys(PARTS, 0) | dict(weights=total))
         else:

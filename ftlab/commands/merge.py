@@ -10,29 +10,55 @@ import ftlab
 from .given import new_folder
 
 # %% auto #0
-__all__ = ['PLAIN_SUM', 'merge_rules', 'merged_change', 'saved_at', 'base_of', 'run_merge']
+__all__ = ['PLAIN_SUM', 'merge_rules', 'as_now_called', 'rule_text', 'merged_change', 'strength_of', 'check_rule', 'saved_at',
+           'base_of', 'run_merge']
 
 # %% ../../nbs/commands/merge.ipynb #0013513c
-PLAIN_SUM = 'task-arithmetic'
+PLAIN_SUM = 'task_arithmetic'
 
 def merge_rules() -> dict[str, float]:
-    "Return {rule: its default setting}: the plain sum, and the rules of papers"
+    "Return {rule: its default setting}: the plain sum first, which is used if none is named"
     from ftlab.methods import merging_rules
-    return {PLAIN_SUM: 1., **merging_rules()}
+    rules = merging_rules()
+    return {PLAIN_SUM: rules[PLAIN_SUM], **rules}
+
+def as_now_called(rule:str) -> str:
+    "Return the text of a rule with the name of the plain sum as it is now"
+    return rule.strip().replace('task-arithmetic', PLAIN_SUM)
+
+def rule_text(text:str) -> str:
+    "Check the name of a rule on the command line; `check_rule` checks its settings"
+    text = as_now_called(text)
+    if text.partition('(')[0].strip() not in merge_rules():
+        raise argparse.ArgumentTypeError(f'invalid choice: {text!r} (choose from {", ".join(merge_rules())})')
+    return text
 
 def merged_change(changes:list, # one {name: new weight minus base weight} each; see `ftlab.adapters.edit.saved_changes`
                   model,        # their base
-                  rule:str=PLAIN_SUM, # one of `merge_rules()`
-                  scale:float|None=None # the rule's setting; None: its default
+                  rule:str=PLAIN_SUM, # one of `merge_rules()`, or with settings: 'ties(density=.5)'
+                  scale:float|None=None # the rule's strength; None: its default
                  ) -> dict:     # one change
-    "Combine several changes into one by a rule; raises `ValueError` for an unknown rule"
-    from ftlab.adapters.edit import merge
+    "Combine several changes into one by a rule; raises `ValueError` as `ftlab.methods.merging_rule` does"
     from ftlab.methods import merging_rule
-    rules = merge_rules()
-    if rule not in rules:
-        raise ValueError(f'rule is {rule!r}; it must be {", ".join(rules)}')
-    x = rules[rule] if scale is None else scale
-    return merge(changes, x) if rule == PLAIN_SUM else merging_rule(rule)(changes, model, x)
+    apply = merging_rule(as_now_called(rule))
+    return apply(changes, model, strength_of(rule) if scale is None else scale)
+
+def strength_of(rule:str) -> float:
+    "Return the default strength of a rule, which may have settings"
+    from ftlab.methods import merging_rule
+    found = merging_rule(as_now_called(rule))
+    return getattr(found, 'func', found).dial
+
+def check_rule(rule:str, # of `merge_rules()`, also with settings
+               count:int # how many changes are to be merged
+              ) -> None:
+    """Try a rule on changes of one number each, so that a setting that makes no sense, or a count that the rule
+    does not take, raises `ValueError` before a model is loaded"""
+    from torch import nn, ones
+    from ftlab.methods import merging_rule, merging_yardsticks
+    name, tried = as_now_called(rule).partition('(')[0].strip(), merging_rule(as_now_called(rule))
+    if name in merging_yardsticks(): # those of papers have no settings, and ask for a whole model
+        tried([dict(weight=ones(1, 1))]*count, nn.Linear(1, 1, bias=False), strength_of(rule))
 
 # %% ../../nbs/commands/merge.ipynb #0015513c
 def saved_at(path:str) -> Path:
@@ -42,7 +68,8 @@ def saved_at(path:str) -> Path:
         return p
     p = p/'delta.safetensors' if p.is_dir() else p
     if not p.is_file():
-        raise FileNotFoundError(f'no delta at {str(p)!r}; name a folder that ftlab fit wrote, or a saved change')
+        raise FileNotFoundError(f'no delta at {str(p)!r}; name a folder that ftlab fit wrote, a saved change, '
+                                'or the folder of an adapter of peft')
     return p
 
 def _records(paths:list[Path]) -> dict[Path, dict]:
@@ -52,12 +79,22 @@ def _records(paths:list[Path]) -> dict[Path, dict]:
     return {folder: read_json(r) for folder, r in found.items() if r.exists()}
 
 def _peft_base(path:Path) -> str:
-    "Return which base an adapter of peft names"
+    "Return which base an adapter of peft names, if it does"
     from ftlab.core.folder import read_json
     if not path.is_dir():
         return ''
-    said = read_json(path/'adapter_config.json').get('base_model_name_or_path')
-    return f'; its adapter_config.json names {said}' if said else ''
+    return read_json(path/'adapter_config.json').get('base_model_name_or_path') or ''
+
+def _check_adapters(paths:list[Path], of_runs:dict) -> None:
+    """Raise `ValueError` if adapters of peft name another base than the others or the runs (`of_runs`). They
+    hold no fingerprint of it, so the last part of its name is all there is to compare: a folder and a name on
+    the hub may be one model."""
+    adapters = {p: name for p in paths if (name := _peft_base(p))}
+    said = of_runs | adapters
+    if adapters and len({str(name).rstrip('/').rpartition('/')[2] for name in said.values()}) > 1:
+        found = ', '.join(f'{str(name)!r} in {p}' for p, name in said.items())
+        raise ValueError(f'the changes were not made from one base: it is {found}; merge changes of one base, or, if '
+                         'these are names of one model, write one of them into each adapter_config.json')
 
 def base_of(paths:list[Path],      # of saved changes
             a:argparse.Namespace   # `--model` and `--revision` take precedence
@@ -68,9 +105,11 @@ def base_of(paths:list[Path],      # of saved changes
     first = next(iter(records.values()), {})
     known = ('model', 'revision', 'labels', 'seed', 'head', 'add_tokens', 'quantize')
     base = {k: getattr(a, k, None) or first.get(k) for k in known}
+    _check_adapters(paths, {} if a.model else {p: r['model'] for p, r in records.items() if r.get('model')})
     if not base['model']:
+        said = _peft_base(paths[0])
         raise ValueError(f'there is no run.json beside {paths[0]}; name the base with --model'
-                         + _peft_base(paths[0]))
+                         + (f'; its adapter_config.json names {said}' if said else ''))
     # only the head of a classifier depends on the seed
     same = [k for k in ('model', 'revision') if not getattr(a, k)] + ['labels', 'add_tokens', 'quantize']
     for k in same + ['seed']*bool(base['labels']):
@@ -88,6 +127,8 @@ def run_merge(a:argparse.Namespace) -> tuple[dict, str]:
     if not paths:
         raise ValueError('name a saved change, or several: folders that ftlab fit wrote, or their delta.safetensors')
     base = base_of(paths, a)
+    if a.rule:
+        check_rule(a.rule, len(paths))
     if not a.out:
         raise ValueError('name the folder to write with --out')
     out = new_folder(a.out, '--out')
@@ -102,15 +143,11 @@ def _with_changes(model, paths:list[Path], a) -> tuple:
     "Attach the changes to the model; say how, for --json and for reading"
     from ftlab.adapters.edit import attach_change, saved_changes
     from ftlab.adapters.lowrank import from_peft
-    if folders := [p for p in paths if p.is_dir()]:
-        if len(paths) > 1 or a.rule is not None or a.scale is not None:
-            raise ValueError(f'{folders[0]} is an adapter of peft, which is merged alone and without a rule: '
-                             'merge it first, then name the merged folder with --model')
-        return from_peft(model, folders[0]), dict(delta=str(folders[0])), ''
     if len(paths) == 1 and a.rule is None and a.scale is None:
-        return ftlab.load_delta(model, paths[0]), dict(delta=a.delta or a.changes[0]), ''
+        read = from_peft if paths[0].is_dir() else ftlab.load_delta
+        return read(model, paths[0]), dict(delta=a.delta or a.changes[0]), ''
     rule = a.rule or PLAIN_SUM
-    scale = merge_rules()[rule] if a.scale is None else a.scale
+    scale = strength_of(rule) if a.scale is None else a.scale
     att = attach_change(model, merged_change(saved_changes(model, *paths), model, rule, scale))
     made = dict(deltas=[str(p) for p in paths], rule=rule, scale=scale)
     return att, made, f'{len(paths)} changes by {rule}, {scale:g}\n'

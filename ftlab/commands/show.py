@@ -34,6 +34,9 @@ def run_show(a:argparse.Namespace) -> tuple[dict, str]:
     data = data_of(a)
     model, tok = skeleton(a.model, a.revision, labels=data.labels, head=a.head,
                           add_tokens=tokens_of(a), quantize=a.quantize)
+    if getattr(model.config, 'is_encoder_decoder', False):
+        raise ValueError(f'{a.model} is an encoder-decoder model, which fit does not train; '
+                         'take a causal language model such as Llama or Qwen')
     shown = ftlab.show(data, tok, a.rows, model=model, max_length=a.max_length, split=a.split,
                        seed=a.seed)
     page = shown.save(a.out) if a.out else None

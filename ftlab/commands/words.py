@@ -82,8 +82,12 @@ def with_options(text:str,           # an error of the library
 _ADAPTER = r'ftlab\.adapters\.lowrank\.from_peft\(model, (?:that )?folder\)'
 
 PHRASES = (  # (what an error of the library says, what the shell says instead)
-    (rf'move these files to another folder, load the model, and apply them: {_ADAPTER}',
-     'move these files to another folder and merge them: ftlab merge OTHER --model THIS --out NEW'),
+    (r'fold the adapter in: ftlab\.load\([^\n]*, base=[^\n]*?\)(?=$|[\s;.])',
+     'move them to another folder and merge them: ftlab merge OTHER --model THIS --out NEW'),
+    (r'Give it: ftlab\.load\([^\n]*?base=\.\.\.\), or write where it is', 'Write where it is'),
+    (r'give the model: ftlab\.load\([^\n]*?base=\.\.\.\)',
+     'write where the model is into base_model_name_or_path of its adapter_config.json'),
+    (r'names no base; give it: base=', 'names no base; write where it is into base_model_name_or_path'),
     (rf'load the model that it was trained on(.*?), then {_ADAPTER}; or write both as one folder: ',
      r'write it and the model that it was trained on\1 as one folder: '),
     (rf'load the model that it was trained on, then {_ADAPTER}',

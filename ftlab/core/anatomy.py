@@ -24,6 +24,7 @@ class Layout:
     mlp:dict[str,str]         # role -> module inside the block
     norms:dict[str,str]       # role -> module inside the block
     positions:dict[str,str] = field(default_factory=dict) # role -> module of learned positions
+    experts:dict[str,str] = field(default_factory=dict)   # role -> router, or stacked matrices of all experts
 
 @dataclass(frozen=True)
 class Family:
@@ -64,6 +65,15 @@ _NEOX = Layout('layers.#', dict(qkv='attention.query_key_value', o='attention.de
 _VIT = Layout('layers.#', {r: f'attention.{r}_proj' for r in 'qkvo'},
               dict(up='mlp.fc1', down='mlp.fc2'), dict(attention='layernorm_before', mlp='layernorm_after'))
 
+_EXPERTS = dict(router='mlp.gate', expert_gate_up='mlp.experts.gate_up_proj', expert_down='mlp.experts.down_proj')
+
+def _mixture(mlp={}, norms={}, **more):
+    "Lay out a Llama block with experts; a '?' marks what blocks without experts, or with them, lack"
+    experts = {r: m + '?'*bool(mlp) for r, m in (_EXPERTS | more).items()}
+    return Layout('layers.#', _LLAMA.attention, mlp, _NORMS | norms, experts=experts)
+_DENSE = {r: f'mlp.{r}_proj?' for r in ('gate', 'up', 'down')}
+_SHARED = {r: f'mlp.shared_expert.{r}_proj|mlp.{r}_proj?' for r in ('gate', 'up', 'down')}
+
 def _t5(stack, mlp, cross={}, norms={}):
     "Lay out one of T5's stacks; the MLP is the last part of a block: number 1 in the encoder, 2 in the decoder"
     dense = f'layer.{mlp}.DenseReluDense'
@@ -91,6 +101,10 @@ FAMILIES = dict( # by the model_type of the configuration
     llama=_decoder(_NORMS), qwen2=_decoder(_NORMS), mistral=_decoder(_NORMS),
     gemma=_decoder(_NORMS),
     qwen3=_decoder(_NORMS | _QK), gemma2=_decoder(_SANDWICH), gemma3_text=_decoder(_SANDWICH | _QK),
+    mixtral=replace(_decoder({}), layouts=(_mixture(),)),
+    olmoe=replace(_decoder({}), layouts=(_mixture(norms=_QK),)),
+    qwen3_moe=replace(_decoder({}), layouts=(_mixture(_DENSE, _QK),)),
+    qwen2_moe=replace(_decoder({}), layouts=(_mixture(_SHARED, shared_router='mlp.shared_expert_gate'),)),
     gpt2=Family('wte', (_GPT2,), dict(final='ln_f'), ('lm_head', 'score', 'classifier', 'qa_outputs'), 'wpe'),
     bert=_encoder('cls.predictions.decoder'),
     roberta=_encoder('lm_head.decoder', 'classifier.out_proj'),
@@ -121,6 +135,7 @@ class Block:
     biases:dict[str,str]        # every role above -> name of its bias, '' if it has none
     parameters:tuple[str,...]   # every parameter of the block, in the model's order
     positions:dict[str,str] = field(default_factory=dict) # role (relative) -> name of learned positions
+    experts:dict[str,str] = field(default_factory=dict) # role (router, expert_gate_up, expert_down) -> name
 
 # %% ../../nbs/core/anatomy.ipynb #0014ebff
 @dataclass(frozen=True, repr=False)
@@ -145,7 +160,7 @@ class Anatomy:
         return _locations(self)
 
     def location(self, name:str) -> tuple[int|None,str,str]:
-        """Return (block index or None, part, role) of a parameter. Parts: attention, mlp, norm, bias,
+        """Return (block index or None, part, role) of a parameter. Parts: attention, mlp, experts, norm, bias,
         embedding, head, other. Raises `KeyError` for a name that the model does not have."""
         if name not in self.locations:
             raise KeyError(f'this {self.family} model has no parameter called {name!r}; its first '
@@ -183,7 +198,7 @@ def _locations(a:Anatomy) -> dict[str,tuple[int|None,str,str]]:
     out[a.embedding] = None, 'embedding', 'tokens'
     for b in a.blocks:
         for part, names in dict(attention=b.attention, mlp=b.mlp, norm=b.norms, bias=b.biases,
-                                embedding=b.positions).items():
+                                embedding=b.positions, experts=b.experts).items():
             out |= {n: (b.index, part, r) for r, n in names.items() if n}
     return {n: out[n] for n in a.shapes}
 
@@ -196,7 +211,8 @@ def _row(a:Anatomy, where:str, part:str, role:str, name:str, bias,
                 bias='bias' if bias else '')
 
 def _block_rows(a:Anatomy, b:Block, where:str='') -> list[dict[str,str]]:
-    parts = dict(attention=b.attention, mlp=b.mlp, norm=b.norms, embedding=b.positions)
+    parts = dict(attention=b.attention, mlp=b.mlp, experts=b.experts, norm=b.norms,
+                 embedding=b.positions)
     return [_row(a, where, part, r, n, b.biases.get(r), len(b.name) + 1)
             for part, names in parts.items() for r, n in names.items()]
 
@@ -239,20 +255,27 @@ def _named(prefix, modules, there) -> dict[str,str]:
             if not modules[r].endswith('?') or set(names) & set(there)}
 
 # %% ../../nbs/core/anatomy.ipynb #001cebff
+def _stacks(prefix, experts, inside) -> dict[str,str]:
+    "Map role -> parameter: a router's weight, or one tensor with the matrices of all experts"
+    found = {r: _weight(prefix + m.removesuffix('?'), inside) for r, m in experts.items()}
+    return {r: n or prefix + experts[r] for r, n in found.items() if n or not experts[r].endswith('?')}
+
 def _block(index, name, inside, layout, family) -> Block:
     "Build the block called `name`, whose parameters are `inside`"
     parts = [_named(f'{name}.', d, inside) for d in (layout.attention, layout.mlp, layout.norms)]
     positions = _named(f'{name}.', layout.positions, inside)
+    experts = _stacks(f'{name}.', layout.experts, inside)
     weights = {r: n for d in parts for r, n in d.items()}
     bias = {r: n.removesuffix('weight') + 'bias' for r, n in weights.items()}
-    missing = [n for n in weights.values() if n not in inside]
-    extra = [n for n in inside if n not in {*weights.values(), *bias.values(), *positions.values()}]
+    missing = [n for n in (*weights.values(), *experts.values()) if n not in inside]
+    placed = {*weights.values(), *bias.values(), *positions.values(), *experts.values()}
+    extra = [n for n in inside if n not in placed]
     if missing or extra:
         raise UnknownArchitecture(f'{name} is not laid out like a {family} block: ' + '; '.join(
             f'{what} {_some(names)}' for what, names in (('it has no', missing),
                                                          ('no rule places', extra)) if names) + f'. {_WRAPPED}.')
     return Block(index, name, *parts, {r: n if n in inside else '' for r, n in bias.items()},
-                 tuple(inside), positions)
+                 tuple(inside), positions, experts)
 
 def _blocks(names, stem, row, family) -> tuple[Block,...]:
     "Build all blocks of a model with parameters `names`, layout by layout"

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral
 from pathlib import Path
 import torch
-from .formats import ALSO, FORMS, KINDS, Reading, one_kind, read_form, said
+from .formats import ALSO, FORMS, KINDS, Reading, is_wanted, one_kind, read_form, said
 from .lab import lab
 from .messages import is_list
 from .rows import DIGITS, READERS, as_row, read_rows
@@ -556,6 +556,8 @@ def _assemble(sources:dict, reading:Reading, labels, name:str, seed:int, n:int|N
             labels = _by_labels([*itertools.chain(*placed.values())], labels)
         labels = _number_labels(placed, labels or names, labels is not None, notes)
     parts = _split({s: parts.get(s) for s in sources}, kind, notes)
+    if 'label' in reading.carry and kind in ('text', 'chat'):
+        _ask_for_wanted(parts, notes)
     if n is not None:
         parts['train'] = _some_of(parts['train'], n, seed, notes)
     return Data(**parts, kind=kind, labels=labels, name=name, note='; '.join(notes.texts),
@@ -607,6 +609,21 @@ def _some_of(rows:list[dict], n:int, seed:int, notes:Notes) -> list[dict]:
         notes.say(f'{n} training rows were asked for, but there are only {len(rows)}',
                   missing_rows=n - len(rows))
     return random.Random(seed).sample(rows, min(n, len(rows)))
+
+def _ask_for_wanted(parts:dict, notes:Notes):
+    """Leave unwanted answers out of validation and test, in place, if the labels are true or false (KTO):
+    what is measured is whether the model gives the answer of a row"""
+    good = {s: [is_wanted(r.get('label')) for r in rows] for s, rows in parts.items()}
+    if None in good['train']:
+        return
+    for s in ('validation', 'test'):
+        if bad := good[s].count(False):
+            notes.say(f'{bad} of {len(good[s])} {s} rows are left out: their label is false, so their answers should '
+                      'not be given', **{f'unwanted_{s}': bad})
+            parts[s] = [r for r, wanted in zip(parts[s], good[s]) if wanted is not False]
+    if len(set(good['train'])) == 1:
+        notes.say(f'label is {str(good["train"][0]).lower()} in all training rows; kto needs both kinds',
+                  one_label=1)
 
 def _note_equal_pairs(parts:dict, notes:Notes):
     "Add a note of how many pairs have two equal answers"

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['HEADER_LIMIT', 'ADAPTER', 'IMPLEMENTATIONS', 'ROOM', 'read_json', 'weight_files', 'tensor_shapes', 'left_adapter',
-           'adapter_alone', 'check_requests', 'check_sizes', 'check_folder']
+__all__ = ['HEADER_LIMIT', 'ADAPTER', 'IMPLEMENTATIONS', 'ROOM', 'read_json', 'stale_index', 'weight_files', 'tensor_shapes',
+           'left_adapter', 'adapter_alone', 'check_requests', 'check_sizes', 'check_folder']
 
 # %% ../../nbs/core/folder.ipynb #b4824b50
 HEADER_LIMIT = 100_000_000 # bytes, as in safetensors itself
@@ -25,6 +25,13 @@ def read_json(path:Path) -> dict:
     if not isinstance(value, dict):
         raise ValueError(f'{path} holds a JSON {type(value).__name__}; it must hold an object')
     return value
+
+def stale_index(folder:Path) -> str:
+    "Return a note about an index of several files beside a single file of weights; '' if there is none"
+    if (folder/'model.safetensors').is_file() and (folder/'model.safetensors.index.json').is_file():
+        return (f'the folder {folder} holds model.safetensors and an index of several files; model.safetensors is read '
+                'and the index is not. If the files of the index are the newer ones, move model.safetensors away')
+    return ''
 
 def weight_files(folder:Path) -> list[Path]:
     """Return the safetensors files that hold the weights.
@@ -82,8 +89,8 @@ def left_adapter(folder:Path) -> str:
         return ''
     return (f'the folder {folder} holds a full model and an adapter beside it ({", ".join(there)}); '
             'the model is loaded without the adapter, because its weights usually include it '
-            'already (merge_and_unload). If they do not, move these files to another folder, load the '
-            'model, and apply them: ftlab.adapters.lowrank.from_peft(model, that folder)')
+            'already (merge_and_unload). If so, delete these files. If they do not, fold the adapter in: '
+            f'ftlab.load({str(folder)!r}, base={str(folder)!r})')
 
 def adapter_alone(folder:Path) -> str:
     "Return what an adapter's folder is, and how to proceed"
@@ -168,6 +175,24 @@ def _check_products(folder, sizes, bytes):
                              f'than its weights ({bytes:,} bytes); one of the two is wrong')
 
 # %% ../../nbs/core/folder.ipynb #de0aa468
+def _check_named(folder, files):
+    "Raise `ValueError` for files of weights that neither have the usual name nor are in an index"
+    if not any((folder/f'model.safetensors{end}').is_file() for end in ('', '.index.json')):
+        raise ValueError(f'the folder {folder} has {", ".join(f.name for f in files[:3])}'
+                         f'{", ..."*(len(files) > 3)}, but '
+                         'neither model.safetensors nor model.safetensors.index.json, which would say what belongs '
+                         'to the model: rename a single file to model.safetensors, or copy the index of the model too')
+
+def _check_once(folder, files, shapes):
+    "Raise `ValueError` for a tensor that is in two files"
+    first = {}
+    for file, names in zip(files, shapes, strict=True):
+        for n in names:
+            if n in first:
+                raise ValueError(f'the tensor {n} of {folder} is in {first[n]} and in {file.name}, so it is unclear '
+                                 'which one belongs to the model; save the model again with save_pretrained')
+            first[n] = file.name
+
 def check_folder(folder:Path) -> None:
     """Check a model's folder before it is loaded.
     Raises `ValueError` that says what is wrong and how to fix it, and `FileNotFoundError` for a
@@ -182,5 +207,7 @@ def check_folder(folder:Path) -> None:
     if not files:
         raise FileNotFoundError(f'the folder {folder} has a config.json but no weights; there should be '
                                 'a model.safetensors')
+    _check_named(folder, files)
     shapes = [tensor_shapes(f) for f in files]
+    _check_once(folder, files, shapes)
     check_sizes(folder, config, sum(map(len, shapes)), sum(f.stat().st_size for f in files))

@@ -18,7 +18,7 @@ from .text import did_you_mean, near_misses, some
 __all__ = ['KINDS', 'FORMS', 'ALIASES', 'ALSO', 'TEXTS', 'SYSTEMS', 'HISTORIES', 'TOOLS', 'THINKING', 'WEIGHTS', 'UNWANTED',
            'PICTURES', 'IN_USE', 'MEANT', 'ANSWERS', 'CLASSES', 'QUESTIONS', 'REPLIES', 'MESSAGE', 'DIVIDERS',
            'SYNONYMS', 'TOGETHER', 'FORMATS', 'SPLIT_WORDS', 'AS', 'DONE', 'plain_name', 'Reading', 'form_of',
-           'read_form', 'one_kind', 'said']
+           'is_wanted', 'read_form', 'one_kind', 'said']
 
 # %% ../../nbs/core/formats.ipynb #0006f0a3
 # in the order of preference
@@ -286,7 +286,7 @@ def _means(column, value, row:dict, reading:Reading) -> bool:
     name = plain_name(column)
     if name in DIVIDERS:
         return SPLIT_WORDS.get(str(value).strip().lower(), reading.split) != reading.split
-    said = _is_wanted(value)
+    said = is_wanted(value)
     if name in WEIGHTS and said or name in IN_USE and said is IN_USE[name]:
         return False
     if name in TEXTS and reading.form == 'chat' and _is_said(value, row['messages']):
@@ -335,7 +335,7 @@ def _unread(column, value, reading:Reading) -> str:
     if name in TOOLS and 'tools' not in reads:
         put = '; tools are read beside messages: write prompt and response as messages'
     elif ours in reads and (ours != 'label' or not isinstance(value, Mapping)
-                            and (reading.form != 'text' or _is_wanted(value) is not None)):
+                            and (reading.form != 'text' or is_wanted(value) is not None)):
         put = f'; to have it read, pass columns={as_named | {ours: column} }'
     elif name in ANSWERS['chat'] and reading.form == 'chat':
         put = "; to compare chosen and rejected answers, pass carry=['messages']"
@@ -349,11 +349,12 @@ def _unread(column, value, reading:Reading) -> str:
             f'read without it{put}; to carry it along unread, pass carry={[column]}')
 
 # %% ../../nbs/core/formats.ipynb #0012f0a3
-def _is_wanted(value) -> bool|None:
+def is_wanted(value) -> bool|None:
     "Return what a label says; `None` if it says neither true nor false"
     said = value.strip().lower() if isinstance(value, str) else value
     if isinstance(said, str):
-        return {'true': True, 'false': False, '1': True, '0': False}.get(said)
+        return {'true': True, '1': True, '1.0': True,
+                'false': False, '0': False, '0.0': False}.get(said)
     return bool(said) if not is_list(said) and said in (0, 1) else None
 
 def _drop_label(row:dict, reading:Reading, at:str) -> dict|None:
@@ -362,7 +363,7 @@ def _drop_label(row:dict, reading:Reading, at:str) -> dict|None:
         if reading.wanted:
             raise ValueError(f'{at} has no label that is true or false, which wanted= needs')
         return row
-    good = _is_wanted(row['label'])
+    good = is_wanted(row['label'])
     if good is None:
         raise ValueError(f'{at}: {_unread("label", row["label"], reading)}')
     if reading.wanted is None:

@@ -10,7 +10,7 @@ from .template import chat_prompt, end_of_turn
 from .tokens import outer_ids, token_ids
 
 # %% auto #0
-__all__ = ['render', 'render_within', 'left_pad', 'stop_ids', 'answer_text', 'generate']
+__all__ = ['render', 'render_within', 'left_pad', 'stop_ids', 'answer_text', 'generate', 'answers_and_ends']
 
 # %% ../../nbs/core/generate.ipynb #0005d6cd
 def render(prompts:list, # texts, lists of chat messages, or dicts of `messages` and `tools`
@@ -56,7 +56,6 @@ def answer_text(ids:torch.Tensor, tok, stops:list[int]) -> str: # `ids` [tokens]
     ends = torch.isin(ids, ids.new_tensor(stops)).nonzero()
     return tok.decode(ids[:int(ends[0])] if len(ends) else ids, skip_special_tokens=True).strip()
 
-@torch.no_grad()
 def generate(model, tok, prompts:list, # as in `render`
              max_new_tokens:int=64,    # longest answer, in tokens
              sample:bool=False,        # sample from the model's distribution; False: always the most likely token
@@ -66,6 +65,16 @@ def generate(model, tok, prompts:list, # as in `render`
             ) -> list[str]:            # one answer a prompt, without special tokens
     """Answer every prompt, in evaluation mode; the model's own mode is restored afterwards.
     Prompts and answers are cut to the model's position table: see `answer_room`."""
+    found = answers_and_ends(model, tok, prompts, max_new_tokens, sample, temperature, batch_size,
+                             generator_seed)
+    return [said for said, _ in found]
+
+@torch.no_grad()
+def answers_and_ends(model, tok, prompts:list, # this and all others as in `generate`
+                     max_new_tokens:int=64, sample:bool=False, temperature:float=1.,
+                     batch_size:int=200, generator_seed:int|None=None
+                    ) -> list[tuple[str, bool]]: # (answer, whether it ended before it was cut)
+    "Answer as `generate` does, and say of each answer whether the model ended it by itself"
     ids, longest = render_within(prompts, tok, max_new_tokens, model)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     out = [None]*len(ids)
@@ -82,5 +91,6 @@ def generate(model, tok, prompts:list, # as in `render`
         with evaluating(model):
             y = model.generate(**b, **how)
         for i, row in zip(part, y[:, b['input_ids'].shape[1]:]):
-            out[i] = answer_text(row, tok, stops)
+            ended = torch.isin(row, row.new_tensor(stops)).any()
+            out[i] = answer_text(row, tok, stops), bool(ended)
     return out

@@ -20,12 +20,14 @@ from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM,
                           PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase)
 from transformers.utils import logging
 from .folder import (ADAPTER, ROOM, adapter_alone, check_folder, left_adapter,
+                               read_json, stale_index,
                                tensor_shapes, weight_files)
 from .four_bits import bitsandbytes_package, check_quantize, quantize as pack
 from .gguf_folder import notes_in, plain_folder
 from .labels import match_labels, model_labels, unnamed
 from .lab import lab
-from .model import TABLE
+from .model import TABLE, notes_of
+from .peft_folder import TASKS, base_named, fold, read_adapter, rows_needed
 from .new_tokens import add_to, give_rows, given_tokens, tokens_json
 from .text import did_you_mean
 
@@ -148,7 +150,9 @@ def _sort(config:PretrainedConfig, kind:str, labels:list[str]|None, name:str) ->
 
 
 # %% ../../nbs/core/loading.ipynb #f7f1f60a
-IN_TEXT = {r'^model\.language_model\.': 'model.', r'^language_model\.': ''} # names of its tensors -> alone
+# names of its tensors -> alone
+IN_TEXT = {r'^model\.language_model\.': 'model.', r'^model\.text_model\.': 'model.',
+           r'^language_model\.': ''}
 
 def _reads_pictures(config:PretrainedConfig) -> bool:
     "Return whether a causal language model is only a part of the model"
@@ -166,7 +170,8 @@ def _text_part(config:PretrainedConfig, # of the whole model
     if text is config or type(text) not in CLASSES[sort]._model_mapping:
         raise ValueError(f'{name} is a {config.architectures[0]}, whose text part ({text.model_type}) this version '
                          'of transformers cannot load alone, and ftlab does not train models that '
-                         'read more than text')
+                         f'read more than text. transformers itself loads it: {config.architectures[0]}, '
+                         'or AutoModelForImageTextToText')
     text.tie_word_embeddings = config.tie_word_embeddings
     text.dtype = config.dtype if text.dtype is None else text.dtype
     return text, IN_TEXT
@@ -527,6 +532,20 @@ class _Plan(NamedTuple):
     tok:object              # its tokenizer; None for a model that reads images
     notes:list              # what was decided
 
+def _said_of_parts(config, whole, sort:str, name, renamed) -> str:
+    "Return a note on a text part, or on experts. Raises `ValueError` for a class that transformers does not have."
+    said, auto = (whole.architectures or [''])[0], CLASSES[sort]
+    if type(config) not in auto._model_mapping:
+        raise ValueError(f'{name} is a {said or config.model_type}, and transformers has no {auto.__name__} for it; '
+                         'ftlab loads language models, encoders, classifiers, and vision transformers that '
+                         'classify' + (f'. transformers itself loads it: {said}' if said else ''))
+    if renamed:
+        made = auto._model_mapping[type(config)].__name__
+        return f'only the text part of {said} was loaded; what is saved or exported is a {made}, which reads text alone'
+    coef = getattr(config, 'router_aux_loss_coef', None)
+    return '' if coef is None else ('the model is a mixture of experts; training does not add the router\'s auxiliary '
+                                    f'loss (router_aux_loss_coef is {coef})')
+
 def _plan(where:str, revision:str|None, name, kind:str, labels:list[str]|None, head:str,
           warn:bool=True) -> _Plan:
     "Read configuration and tokenizer, and decide what to load"
@@ -540,10 +559,77 @@ def _plan(where:str, revision:str|None, name, kind:str, labels:list[str]|None, h
     for said in filter(None, (adapter, replaced if head == 'auto' else '')):
         if warn:
             warnings.warn(said, stacklevel=3)
-    text = f'only the text part of {whole.architectures[0]} was loaded' if renamed else ''
+    text = _said_of_parts(config, whole, sort, name, renamed)
     pads = '' if tok is None else _give_padding(tok, config)
-    notes = [said for said in (*notes_in(where), adapter, text, replaced, pads) if said]
+    notes = [said for said in (*notes_in(where), stale_index(Path(where)), adapter,
+                               text, replaced, pads) if said]
     return _Plan(config, sort, fresh, renamed, tok, notes)
+
+# %% ../../nbs/core/loading.ipynb #9e020002
+def _adapter_in(name:str|Path, revision:str|None, base:str|Path|None) -> Path|None:
+    """Return the folder of an adapter that is to be folded into its base: one without a model's weights,
+    or any if `base` is given. Raises `ValueError` if `base` is given for anything else."""
+    folder = Path(name)/(revision or '')
+    there = (folder/ADAPTER[0]).is_file()
+    if base is not None and not there:
+        raise ValueError(f'base is {str(base)!r}, and {name} is not the folder of an adapter ({ADAPTER[0]})')
+    whole = any(p for p in folder.glob('*.safetensors') if p.name != ADAPTER[1]) if there else True
+    return folder if base is not None or not whole else None
+
+def _task(adapter, how:dict) -> dict:
+    "Return as what to load the base: the adapter's task, and the number of its labels"
+    task = adapter.config.get('task_type')
+    if how.get('kind', 'auto') != 'auto' or how['labels'] is not None or task is None:
+        return how
+    if task not in TASKS:
+        raise ValueError(f'the adapter in {adapter.folder} was trained for {task}; ftlab loads {", ".join(TASKS)}')
+    head = next((t for n, t in adapter.tensors.items()
+                 if n in ('score.weight', 'classifier.weight', 'classifier.out_proj.weight')), None)
+    if TASKS[task] == 'label' and head is not None:
+        return how | dict(labels=[f'LABEL_{i}' for i in range(len(head))])
+    return how | dict(kind=TASKS[task])
+
+def _check_chain(adapter, base:str) -> None:
+    "Raise `ValueError` if an adapter's base is an adapter that leads back to it"
+    seen, at = [adapter.folder.resolve()], base
+    while at := _adapter_in(at, None, None):
+        if at.resolve() in seen:
+            raise ValueError(f'the adapter in {adapter.folder} has the base {base!r}, which is an adapter, too, and '
+                             f'leads back here; give the model: ftlab.load({str(adapter.folder)!r}, base=...)')
+        seen.append(at.resolve())
+        at, _ = base_named(adapter._replace(folder=at, config=read_json(at/ADAPTER[0])), None)
+
+def _with_adapter(folder:Path, base:str|Path|None, how:dict, bones:str|None=None) -> tuple:
+    "Load an adapter's base and fold the adapter into it; with `bones`, only its shapes, on that device"
+    adapter = read_adapter(folder)
+    name, revision = base_named(adapter, base)
+    _check_chain(adapter, name)
+    how = _task(adapter, how) | dict(revision=revision)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', '.*the model is loaded without the adapter')
+            model, tok = load(name, **how) if bones is None else skeleton(name, device=bones, **how)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(f'the adapter in {folder} needs its base, {name!r}, which cannot be loaded. Give it: '
+                                f'ftlab.load({str(folder)!r}, base=...), or write where it is into '
+                                f'base_model_name_or_path of its {ADAPTER[0]}. {e}') from None
+    notes = [n for n in notes_of(model) if n != left_adapter(Path(name))]
+    if tok is not None and any(folder.glob('tokenizer*')):
+        tok = _tokenizer(str(folder), None, str(folder))
+        notes += [n for n in (_give_padding(tok, model.config),) if n]
+    had, rows = model.get_input_embeddings().weight.shape[0], rows_needed(model, adapter)
+    if rows != had:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(how.get('seed', 0))
+            model.resize_token_embeddings(rows, mean_resizing=False)
+        notes.append(f'the embedding of the base has {had} rows, and the adapter needs {rows}')
+    if bones is None:
+        notes += [f'the base is {name}', fold(model, adapter)]
+    model.load_notes = notes
+    for part in (model, model.config):
+        part.name_or_path = str(folder)
+    return model, tok
+
 
 # %% ../../nbs/core/loading.ipynb #00151c17
 def _ready_for(quantize:str|None) -> None:
@@ -556,6 +642,11 @@ def _unpacked(model, plan:_Plan) -> tuple[str, ...]:
     "Return the parameters that are never in 4 bits: the head of a classifier"
     return tuple(head_names(model)) if plan.sort in ('label', 'image') else ()
 
+def _whole_with(adapter:Path, quantize:str|None) -> None:
+    if quantize:
+        raise ValueError(f'{adapter} is the folder of an adapter, which is folded into the whole weights of its base; '
+                         'for 4 bits, save the folded model in a folder of its own and load that')
+
 def load(name:str|Path,              # 'lab-s' or another lab model, a local folder, a .gguf file, or a Hugging Face id
          revision:str|None=None,     # 'step-500' of a lab model, a subfolder, or a branch, tag or commit on the hub
          dtype:str|torch.dtype|None=None, # None: what the model's config says; float32 for lab models
@@ -566,6 +657,7 @@ def load(name:str|Path,              # 'lab-s' or another lab model, a local fol
          head:str='auto',            # 'auto': a head that knows the labels is kept; 'new': never; 'exact': see below
          resize:bool=False,          # add rows to the embedding for tokens that have none
          add_tokens:Iterable|None=None, # texts, or `AddedToken`s of transformers; every method trains their rows
+         base:str|Path|None=None,    # of an adapter's folder; None: the one that the adapter names
          quantize:str|None=None      # 'nf4': keep the matrices in 4 bits, for methods that train a delta
         ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase|None]:
     """Load a model, in eval mode, and its tokenizer (`None` for a model that reads images).
@@ -576,6 +668,13 @@ def load(name:str|Path,              # 'lab-s' or another lab model, a local fol
     version 0.1 did. Raises `FileNotFoundError` if the model is not found and `ValueError` if it is
     found but wrong. `quantize` needs the package bitsandbytes, else that is an `ImportError`."""
     _ready_for(quantize)
+    if adapter := _adapter_in(name, revision, base):
+        _whole_with(adapter, quantize)
+        how = dict(dtype=dtype, kind=kind, labels=labels, seed=seed, head=head)
+        model, tok = _with_adapter(adapter, base, how)
+        if resize or add_tokens:
+            model.load_notes += _rows_for(model, tok, resize, name, add_tokens)
+        return model.to(find_device(device)).eval(), tok
     where, revision = _find(name, revision)
     dtype, device = _dtype(dtype), find_device(device)
     plan = _plan(where, revision, name, kind, labels, head)
@@ -601,14 +700,22 @@ def skeleton(name:str|Path,              # as in `load`, like the next three
              device:str='meta', # of its tensors
              head:str='auto',   # as in `load`
              add_tokens:Iterable|None=None,
+             kind:str='auto',   # as in `load`
              quantize:str|None=None
             ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase|None]:
     """Return the model's names and shapes without its weights, and its tokenizer: what `load` would
     give, at the cost of reading a config. Raises what `load` raises for a missing model."""
     check_quantize(quantize)
+    if adapter := _adapter_in(name, revision, None):
+        _whole_with(adapter, quantize)
+        how = dict(dtype=dtype, labels=labels, head=head)
+        model, tok = _with_adapter(adapter, None, how, device)
+        if add_tokens:
+            _rows_for(model, tok, False, name, add_tokens)
+        return model, tok
     where, revision = _find(name, revision)
     dtype = _dtype(dtype)
-    plan = _plan(where, revision, name, 'auto', labels, head, warn=False)
+    plan = _plan(where, revision, name, kind, labels, head, warn=False)
     if dtype == 'auto':
         dtype = plan.config.dtype or _stored(where)
     model = _bones(plan.sort, plan.config, dtype, device, name)

@@ -12,7 +12,8 @@ from functools import wraps
 from .text import shortened
 
 # %% auto #0
-__all__ = ['LR', 'LRS', 'SCHEDULE', 'ASKED_ON', 'Paper', 'Method', 'method', 'yardstick', 'probe', 'study', 'Evidence', 'merging']
+__all__ = ['LR', 'LRS', 'SCHEDULE', 'ASKED_ON', 'Paper', 'Method', 'method', 'yardstick', 'probe', 'study', 'Evidence', 'merging',
+           'merging_yardstick']
 
 # %% ../../nbs/core/paper.ipynb #00044c37
 @dataclass(frozen=True)
@@ -29,8 +30,8 @@ class Paper:
 
     @property
     def url(self) -> str:
-        "The paper's page on arXiv"
-        return f'https://arxiv.org/abs/{self.arxiv}'
+        "The paper's page on arXiv; '' where it has none"
+        return f'https://arxiv.org/abs/{self.arxiv}' if self.arxiv else ''
 
     def toy_arguments(self) -> dict:
         "Return the arguments for a toy setting, calling `toy` if it is a function"
@@ -169,5 +170,17 @@ def merging(dial:float # the rule's setting if none is given
     paper's rule"""
     def mark(f):
         f.dial = dial
+        return f
+    return mark
+
+def merging_yardstick(title:str,  # of the paper, as printed
+                      arxiv:str,  # its number; '' where it has none
+                      source:str, # what was read to build it, and what it is compared with
+                      *, dial:float # the rule's setting if none is given
+                     ) -> Callable: # a decorator; the function stays the same object
+    """Mark a function `(changes, model, dial, ...) -> change` as a common rule of `ftlab merge`, which
+    makes no claim here. Its further arguments are the rule's settings."""
+    def mark(f):
+        f.paper, f.dial = Paper(title, arxiv, '', source, 'yardstick'), dial
         return f
     return mark

@@ -25,9 +25,10 @@ from ..core.record import versions
 from .bench import Bench
 from .frontier import MATCHED, at_gain, choose, reading
 from .rates import SEEDS, Grid, Tried, Want, search
+from .real import lacks_real, real_bench
 from .runs import Runs, library_code, papers_code, runs_folder
 from ..methods import get
-from ..papers import claims, claims_folder, marked
+from ..papers import claims, claims_folder, marked, real_claims
 from .verdicts import (DEFAULTS, EDITION, SCOPES, VERDICTS, Claim, arms_said,
                                         bar_of, bare,
                                         check_reviewed, closure,
@@ -39,9 +40,9 @@ from .verdicts import (DEFAULTS, EDITION, SCOPES, VERDICTS, Claim, arms_said,
 __all__ = ['SENSITIVITY_SEEDS', 'STATES', 'WORDS_ALONE', 'SAME_GAIN', 'workplace', 'Experiment', 'recipes_of', 'bench_of',
            'named_arms', 'needed_arms', 'want_of', 'planned', 'side', 'outcome_of', 'arm_value', 'effect',
            'own_definitions', 'own_code', 'run_code', 'core_code', 'read_result', 'write_result', 'status',
-           'named_claim', 'script_of', 'beside', 'Kept', 'Part', 'test_row', 'effects_of', 'turned_rows', 'half_row',
-           'run_claim', 'tuned_part', 'assemble_claim', 'also_seen', 'again', 'replay', 'quickest_seed', 'carry',
-           'supersede', 'explain', 'note', 'run_claims', 'carry_claims', 'build_runs']
+           'named_claim', 'script_of', 'beside', 'Kept', 'Part', 'test_row', 'effects_of', 'turned_rows', 'sensitive',
+           'half_row', 'run_claim', 'tuned_part', 'assemble_claim', 'also_seen', 'again', 'replay', 'quickest_seed',
+           'carry', 'supersede', 'explain', 'note', 'run_claims', 'carry_claims', 'build_runs']
 
 # %% ../../nbs/instruments/claims.ipynb #000513be
 SENSITIVITY_SEEDS = (20_000, 20_001)
@@ -62,7 +63,7 @@ class Experiment:
         self.seconds = {}     # of each run, by its name
         self.seen = {}        # outcomes, so that none is made or read a second time
         if claim.runs:
-            kept = Kept(workplace()/f'{claim.key}-{run_code(claim)}')
+            kept = Kept(workplace()/f'{claim.slug}-{run_code(claim)}')
             self.kept = kept if keep else lambda name, make: make()
         self.recipes = recipes_of(claim)
         self.runs = Runs(resume=keep)
@@ -124,8 +125,11 @@ def bench_of(claim:Claim) -> Bench:
     s = DEFAULTS | claim.spec
     model, _, revision = s['model'].partition('@')
     sizes = ('items', 'old_items', 'validation_items', 'evaluations', 'steps', 'batch_size')
+    how = dict({k: s[k] for k in sizes}, **s.get('settings', {}))
+    if claim.real:
+        return real_bench(model, s['data'], **how)
     return Bench(model, s['data'], revision=revision or None, budget=s.get('budget'),
-                 progress=False, **{k: s[k] for k in sizes}, **s.get('settings', {}))
+                 progress=False, **how)
 
 # %% ../../nbs/instruments/claims.ipynb #2d166853
 def named_arms(c:Mapping) -> set[str]:
@@ -262,7 +266,7 @@ def _script_trees(claim:Claim) -> list[str]:
     others = [n.args[0].value for n in ast.walk(tree) if isinstance(n, ast.Call)
               and getattr(n.func, 'id', '') == 'beside']
     return [dumped(bare(tree)),
-            *(t for key in others for t in _script_trees(read_claim(claim.path.parent.parent/key)))]
+            *(t for key in others for t in _script_trees(_beside(claim.path.parent.parent, key)))]
 
 @lru_cache(None)
 def _tree(source:str) -> str:
@@ -299,18 +303,19 @@ def status(claim:Claim) -> str:
     return 'core changed' if r['core'] != core_code() else 'current'
 
 # %% ../../nbs/instruments/claims.ipynb #001213be
-def named_claim(key:str) -> Claim:
-    """Return the claim of the paper called `key`; raises `ValueError` that lists the claims there
-    are"""
+def named_claim(key:str # the paper's; 'hft/real' is its claim about a real model
+               ) -> Claim:
+    "Return a claim by its name; raises `ValueError` that lists the claims there are"
     if claims_folder() is None:
         raise ValueError('the claims are in the repository, not in the installed package; clone it and run there')
-    if not (folder := claims_folder()/key).joinpath('claim.toml').exists():
-        raise ValueError(f'no claim is called {key!r}; there are: {", ".join(c.key for c in claims())}')
-    return read_claim(folder)
+    there = {c.name: c for c in (*claims(), *real_claims())}
+    if key not in there:
+        raise ValueError(f'no claim is called {key!r}; there are: {", ".join(there)}')
+    return there[key]
 
 def script_of(claim:Claim):
     "Return a claim's script as a module"
-    spec = importlib.util.spec_from_file_location(f'claim_{claim.key}', claim.script)
+    spec = importlib.util.spec_from_file_location(f'claim_{claim.slug}', claim.script)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -320,7 +325,11 @@ def beside(key:str):
     """Return the script of another claim, for a claim that shares parts of its experiment;
     it counts in the hash of both"""
     folder = claims_folder() or Path(ftlab.__file__).resolve().parent/'data'/'claims'  # an installed package has copies
-    return script_of(read_claim(folder/key))
+    return script_of(_beside(folder, key))
+
+def _beside(folder, key) -> Claim:
+    paper, _, real = key.partition('/')
+    return read_claim(folder/paper, f'{real or "claim"}.toml')
 
 class Kept:
     """Keep finished parts of a claim as JSON files: `kept(name, make)` reads a part, or makes it"""
@@ -347,20 +356,24 @@ class Part:
     def __init__(self, claim:Claim, experiment:Experiment, say:Callable=lambda s: None):
         self.claim, self.experiment, self.say = claim, experiment, say
         self.contrasts = claim.spec['contrast']
+        self.seeds = SEEDS[:1] if claim.real else SEEDS
 
     def tune(self) -> None:
         "Search the rates and plan every contrast"
         e = self.experiment
         def run(arm, rate, seed):
             o = e.outcome(arm, rate, seed, 'validation')
-            self.say(f'{self.claim.key}: tuning {arm} at {rate:g}, seed {seed}: {_line(self.contrasts, o)}')
+            self.say(f'{self.claim.name}: tuning {arm} at {rate:g}, seed {seed}: {_line(self.contrasts, o)}')
             return o
         alone = {n: g for n, g in e.grids.items() if len(g.values) == 1}
         # primary contrasts come first: their choices are refined, and only they make the grids grow
         first = sorted(self.contrasts, key=lambda c: not c.get('primary', False))
         wants = [w for c in first if (w := want_of(c, e)).arms]
         primary = sum(c.get('primary', False) for c in self.contrasts if want_of(c, e).arms)
-        self.tried = (search(e.grids, run, wants, refine=not alone, deciding=primary or None)
+        # a run of a real model takes minutes: one tuning seed, and the rates of the file alone
+        how = (dict(refine=False, extend=0, again=0) if self.claim.real
+               else dict(refine=not alone, deciding=primary or None))
+        self.tried = (search(e.grids, run, wants, self.seeds, **how)
                       if e.grids else Tried({}, {}))
         self.plans = [planned(c, self.tried, e) for c in self.contrasts]
         self._plan_controls()
@@ -411,7 +424,7 @@ class Part:
 
     def tuning_row(self, c, plan) -> dict:
         "Return a contrast after tuning: its rates, and the levels on the tuning seeds"
-        seen = self.levels(c, plan, 'validation', SEEDS)
+        seen = self.levels(c, plan, 'validation', self.seeds)
         row = {k: c[k] for k in ('name', 'kind', 'margin', 'metric')}
         row |= dict(primary=c.get('primary', False), arms=[c['treatment'], c['baseline']],
                     higher_is_better=c.get('higher_is_better', True),
@@ -456,14 +469,21 @@ def turned_rows(part, c, row) -> list[dict]:
             rate = e.grids[arm].moved(chosen, way)
             if rate is None:
                 continue
-            seen = [part.found(row, s, 'test', instead={arm: rate}) for s in SENSITIVITY_SEEDS]
+            seen = sensitive(part, row, instead={arm: rate})
             out.append(dict(arm=arm, chosen=chosen, rate=rate) | effects_of(c, seen, row['target']))
     return out
+
+def sensitive(part, row, instead=()) -> list[dict]:
+    """Return the outcomes by which it is seen whether an effect hangs on a rate: on two seeds of their own.
+    Of a real model, whose runs take minutes, they are those of the tuning seed"""
+    real = part.claim.real
+    return [part.found(row, s, 'validation' if real else 'test', instead=instead)
+            for s in (part.seeds if real else SENSITIVITY_SEEDS)]
 
 def half_row(part, c, row) -> dict|None:
     "Return the effect after half of the steps, and the change of the baseline"
     arms, steps = [a for a in row['arms'] if isinstance(a, str)], part.experiment.arms
-    if all(steps[a]['steps'] is None for a in row['rates']):
+    if part.claim.real or all(steps[a]['steps'] is None for a in row['rates']):
         return None
     full = [part.found(row, s, 'test') for s in SENSITIVITY_SEEDS]
     half = [part.found(row, s, 'test', half=True) for s in SENSITIVITY_SEEDS]
@@ -535,21 +555,20 @@ def _rows(part) -> list[dict]:
     part.tune()
     rows = [part.tuning_row(c, p) for c, p in zip(part.contrasts, part.plans)]
     for row in rows:
-        part.say(f'{part.claim.key}: {row["name"]}: '
+        part.say(f'{part.claim.name}: {row["name"]}: '
                  + (room(row) or ('' if row['common'] else 'no common gain') or 'room'))
     if any(r['primary'] and (room(r) or not r['common']) for r in rows):
         return rows
     for seed in part.claim.spec['seeds']:
         for row in rows:
             part.found(row, seed, 'test')
-        part.say(f'{part.claim.key}: seed {seed} done')
+        part.say(f'{part.claim.name}: seed {seed} done')
     done = []
     for c, row in zip(part.contrasts, rows):
         row = test_row(part, c, row)
         if row['primary']:
-            chosen = [part.found(row, s, 'test') for s in SENSITIVITY_SEEDS]
             row |= dict(sensitivity=turned_rows(part, c, row),
-                        at_chosen=effects_of(c, chosen, row['target'])['effects'])
+                        at_chosen=effects_of(c, sensitive(part, row), row['target'])['effects'])
             if half := half_row(part, c, row):
                 row |= dict(half=half)
             row |= _known_worse(part, c, row)
@@ -617,7 +636,7 @@ def assemble_claim(claim:Claim, rows:list[dict], cells:Mapping[str, dict],
     spec = claim.spec
     controls = ([_control(c, rows, cells) for c in spec.get('control', ())] if cells
                 else []) + _same_gain(rows)
-    out = dict(claim=claim.key, sentence=spec['sentence'], contrasts=rows, controls=controls,
+    out = dict(claim=claim.name, sentence=spec['sentence'], contrasts=rows, controls=controls,
                controls_ok=all(c['ok'] for c in controls),
                room_ok=not any(room(r) or not r['common'] for r in rows if r['primary']),
                rate_ok=_rate_ok(rows),
@@ -679,7 +698,9 @@ def _excluded(cells) -> dict:
 
 def _same_seeds(c) -> str:
     "Say what the chosen rates give on the seeds of the other rates, as the test seeds are others"
-    return f' (chosen rates on the same two seeds: {fmean(c["at_chosen"]):+.3f})' if c.get('at_chosen') else ''
+    if not c.get('at_chosen'):
+        return ''
+    return f' (chosen rates on the same seeds: {fmean(c["at_chosen"]):+.3f})'
 
 def also_seen(result:Mapping) -> list[str]:
     "Describe what in a run speaks against the claim, in sentences"
@@ -716,7 +737,7 @@ def replay(claim:Claim, seed:int) -> list[dict]:
     repeated at the stored learning rates"""
     r = read_result(claim)
     if seed not in r['seeds']:
-        raise ValueError(f'{claim.key}: seed {seed} is none of the result\'s; '
+        raise ValueError(f'{claim.name}: seed {seed} is none of the result\'s; '
                          f'they are {", ".join(map(str, r["seeds"]))}')
     part, i, out = Part(claim, Experiment(claim, keep=False)), r['seeds'].index(seed), []
     known = {}
@@ -749,18 +770,19 @@ def carry(claim:Claim|str,             # a claim with a result, or its key
     claim = claim if isinstance(claim, Claim) else named_claim(claim)
     state = status(claim)
     if state in ('missing', 'superseded', 'first edition'):
-        raise ValueError(f'{claim.key} cannot be carried over: {STATES[state]} (ftlab claims run {claim.key})')
+        raise ValueError(f'{claim.name} cannot be carried over: {STATES[state]} (ftlab claims run {claim.name})')
     if state in ('current', 'core changed'):
         return []
     seed = quickest_seed(claim) if seed is None else seed
     result, stamp = read_result(claim), _stamp(claim)
-    kept = Kept(workplace()/'carried'/f'{claim.key}-{code_hash(stamp["code"], stamp["core"], result["code"])}')
+    codes = code_hash(stamp['code'], stamp['core'], result['code'])
+    kept = Kept(workplace()/'carried'/f'{claim.slug}-{codes}')
     seen = kept(f'seed-{seed}', lambda: _seen(claim, seed))
     for d in seen:
-        say(f'{claim.key}, seed {seed}: {_far_off(d)}')
+        say(f'{claim.name}, seed {seed}: {_far_off(d)}')
     if far := [d for d in seen if d['new'] is None or abs(d['stored'] - d['new']) > d['allowed']]:
         off = '; '.join(map(_far_off, far))
-        raise ValueError(f'{claim.key} stays {state}: on seed {seed}, {off}; run it again: '
+        raise ValueError(f'{claim.name} stays {state}: on seed {seed}, {off}; run it again: '
                          f'ftlab claims run {claim.key}')
     told = dict({'from': result['code'], 'to': stamp['code']}, hash=result.get('hash', 'text'),
                 seed=seed, differences=seen)
@@ -797,7 +819,7 @@ def supersede(claim:Claim|str, reason:str) -> None:
 def explain(key:str) -> str:
     "Return a claim in words: the sentence, how it was tested, what came out and what that means"
     claim = named_claim(key)
-    s, title = claim.spec, next((p.title for p in marked() if p.key == key), key)
+    s, title = claim.spec, next((p.title for p in marked() if p.key == claim.key), key)
     lines = [title, '']
     if 'paper_says' in s:
         lines += [f'The paper says ({s["where"]}): {s["paper_says"]}']
@@ -842,14 +864,17 @@ def run_claims(keys:list[str]|None=None, jobs:int=1, everything:bool=False,
     """Run the claims whose evidence is missing, stale or superseded (`everything`: all), or those in
     `keys`; return {key: verdict, or what went wrong}"""
     unproven = ('missing', 'stale', 'old hash', 'superseded')
-    todo = (keys or [c.key for c in claims() if c.edition == EDITION
+    if keys is None and (why := lacks_real()):
+        say(f'without the claims about a real model: {why}')
+    every = claims() + ([] if keys or why else real_claims())
+    todo = (keys or [c.name for c in every if c.edition == EDITION
                      and (everything or status(c) in unproven)])
     return _each(_run_one, todo, jobs, say)
 
 def carry_claims(keys:list[str]|None=None, jobs:int=1, say:Callable=print) -> dict[str, str]:
     """Carry over the results whose code changed, or those in `keys`; return {key: 'carried over',
     'needs no carrying', or what went wrong}"""
-    todo = keys or [c.key for c in claims() if status(c) in ('stale', 'old hash')]
+    todo = keys or [c.name for c in claims() if status(c) in ('stale', 'old hash')]
     return _each(_carry_one, todo, jobs, say)
 
 def _each(work:Callable, keys:list[str], jobs:int, say:Callable) -> dict[str, str]:

@@ -208,15 +208,31 @@ INSIDE = dict(
 DEFAULTS = dict(batch_size=32, items=400, old_items=100, validation_items=100, evaluations=4)
 # at most three tasks, at most two contrasts that decide, at least three objections
 PILOTS, PRIMARY, OBJECTIONS = 3, 2, 3
-# test items of one skill, and how many where a primary margin is as small as this or smaller
-ITEMS = dict(least=400, small_margin=.02, for_small=1000)
+# test items of one skill, and how many where a primary margin is as small as this or smaller;
+# a real model takes seconds for an answer, so it may be asked less
+ITEMS = dict(least=400, small_margin=.02, for_small=1000, real=150)
 
 @dataclass(frozen=True)
 class Claim:
     "Hold one claim, as it is in its folder"
     key: str    # the paper's
-    spec: dict  # what `claim.toml` says
-    path: Path  # `claim.toml` itself
+    spec: dict  # what the file says
+    path: Path  # the file itself: `claim.toml`, or `real.toml` with a real model and real data
+
+    @property
+    def name(self) -> str:
+        "Return what it is called: `hft`, or `hft/real`"
+        return self.key if self.path.stem == 'claim' else f'{self.key}/{self.path.stem}'
+
+    @property
+    def slug(self) -> str:
+        "Return its name without a slash, for files and modules"
+        return self.name.replace('/', '-')
+
+    @property
+    def real(self) -> bool:
+        "Return whether it is about a real model and real data"
+        return self.path.stem == 'real'
 
     @property
     def edition(self) -> int:
@@ -231,7 +247,7 @@ class Claim:
     @property
     def script(self) -> Path|None:
         "Return the path of its script, if there is one"
-        p = self.path.with_name('claim.py')
+        p = self.path.with_suffix('.py')
         return p if p.exists() else None
 
     @property
@@ -242,23 +258,29 @@ class Claim:
     @property
     def result(self) -> Path:
         "Return the path of its evidence, once it has run"
-        return self.path.with_name('result.json')
+        return self.path.with_name(f'{self._result}.json')
 
     @property
     def earlier(self) -> Path|None:
         "Return the path of the result that it superseded, if there is one"
-        p = self.path.with_name('result.1.json')
+        p = self.path.with_name(f'{self._result}.1.json')
         return p if p.exists() else None
+
+    @property
+    def _result(self) -> str:
+        return 'real' if self.real else 'result'
 
 def _defines(path, name) -> bool:
     body = ast.parse(path.read_text(encoding='utf-8')).body
     return any(isinstance(n, ast.FunctionDef) and n.name == name for n in body)
 
 # %% ../../nbs/instruments/verdicts.ipynb #001308ff
-def read_claim(folder:str|Path) -> Claim:
+def read_claim(folder:str|Path,
+               file:str='claim.toml' # or 'real.toml'
+              ) -> Claim:
     """Return the claim in a folder; raises `ValueError` that names the file, what is wrong in it,
     and what would be right"""
-    path = Path(folder)/'claim.toml'
+    path = Path(folder)/file
     name = f'{path.parent.name}/{path.name}'
     wrong = lambda text: ValueError(f'{name}: {text}')
     try:
@@ -288,10 +310,10 @@ def _check_keys(claim, wrong):
     for k, kind in {**NEEDED, **(dict(model=str, data=str, steps=int) if own else {})}.items():
         if not isinstance(spec.get(k), kind):
             raise wrong(f'{k} is {spec.get(k)!r}; it must be a {kind.__name__}')
-    if spec['scope'] not in SCOPES:
-        raise wrong(f'scope is {spec["scope"]!r}; it must be {", ".join(SCOPES)}')
+    _check_scope(claim, wrong)
     if unrun := [n for n, a in arms_said(spec).items() if 'recipe' not in a and not claim.runs]:
-        raise wrong(f'arm {unrun[0]!r} has no recipe, and there is no claim.py with run(arm, rate, seed, split, steps)')
+        raise wrong(f'arm {unrun[0]!r} has no recipe, and there is no {claim.path.stem}.py with '
+                    'run(arm, rate, seed, split, steps)')
     if odd := set(spec) - {*NEEDED, *RUNS, *SAID}:
         raise wrong(f'{sorted(odd)[0]!r} is no key of a claim')
     for kind, table in _tables(spec):
@@ -312,6 +334,13 @@ def _check_keys(claim, wrong):
         raise wrong('one or two contrasts must say primary = true: they alone decide')
     if len({p.get('task') for p in spec.get('pilot', ())}) > PILOTS:
         raise wrong(f'there are pilots on more than {PILOTS} tasks')
+
+def _check_scope(claim, wrong):
+    scope = claim.spec['scope']
+    if scope not in SCOPES:
+        raise wrong(f'scope is {scope!r}; it must be {", ".join(SCOPES)}')
+    if claim.real != (scope == 'real'):
+        raise wrong(f'scope is {scope!r}; it must be real in real.toml, and only there')
 
 def _tables(spec):
     "Return (kind, table) of every table in a claim's file"
@@ -360,7 +389,9 @@ def _check_items(spec, wrong):
         return
     small = next((c for c in spec.get('contrast', ()) if c.get('primary')
                   and c.get('margin', 1) <= ITEMS['small_margin']), None)
-    least = ITEMS['for_small' if small else 'least']
+    if spec['scope'] == 'real':
+        small = None
+    least = ITEMS['real' if spec['scope'] == 'real' else 'for_small' if small else 'least']
     if not isinstance(items, int) or items < least:
         why = ''
         if small:
@@ -406,8 +437,8 @@ def _check_contrast(c, spec, claim, wrong):
     steps = {n: a['steps'] for n, a in arms_said(spec).items()}
     sides = [c[s] for s in ('treatment', 'baseline') if isinstance(c[s], str)]
     if (c['kind'] != 'superiority' and c.get('primary') and 'worse' not in c
-            and None in [steps.get(s) for s in sides]):
-        raise wrong(f'{name} needs worse: an arm that is known to be worse, as no arm can run half of its steps')
+            and (claim.real or None in [steps.get(s) for s in sides])):
+        raise wrong(f'{name} needs worse: an arm that is known to be worse, as no arm runs half of its steps')
     if claim.runs and 'worst' not in c:
         raise wrong(f'{name} needs worst: the value that a run which breaks down counts as')
 

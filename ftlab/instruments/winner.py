@@ -252,9 +252,9 @@ class StopAt:
 def _scaled(run:Run, dose:float) -> Run:
     "Return the run with a share of its change"
     att = run.delta.attached
-    if not att.whole and all(isinstance(d, (LoRA, Entries)) for d in att.deltas.values()):
+    if not att.whole and all(type(d) in (LoRA, Entries) for d in att.deltas.values()):
         for d in att.deltas.values(): # stays low rank, or sparse
-            for t in (d.B,) if isinstance(d, LoRA) else (d.value, d.left_value):
+            for t in (d.B,) if type(d) is LoRA else (d.value, d.left_value):
                 t.data.mul_(dose)
         return run
     change = {n: t.clone() for n, t in att.changes().items()}

@@ -146,10 +146,14 @@ def header_of(run:str,         # the random mark of this run, drawn when it star
     return dict(format=FORMAT, run=run, whole=settings, settings=own, versions=versions(),
                 short=short, callbacks=[type(c).__name__ for c in callbacks])
 
-def bytes_of_checkpoint(state:State) -> int:
-    """Estimate the size of a checkpoint in bytes:
-    the trained parameters, and two moments of each if there is an optimizer"""
+def bytes_of_checkpoint(state:State, # of the run
+                        step         # what its recipe's `step` made
+                       ) -> int:
+    """Estimate the size of a checkpoint in bytes: the trained parameters and what the step keeps.
+    One that cannot tell counts as two moments of each if it has an optimizer"""
     trained = sum(p.numel()*p.element_size() for p in state.attached.parameters().values())
+    if hasattr(step, 'state_bytes'):
+        return trained + step.state_bytes()
     return trained*(1 if state.optimizer is None else 3)
 
 # %% ../../nbs/trainers/checkpoint.ipynb #0011191a

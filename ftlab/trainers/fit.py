@@ -22,6 +22,7 @@ from ..adapters.attach import check_bare
 from ..adapters.store import identity
 from ..core.data import Data, KINDS, data as as_data
 from ..core.tokens import encode_all
+from ..core.formats import is_wanted
 from ..core.four_bits import quantization_of
 from ..core.io import TemporaryFolder, check_room, leftovers, only_writer, remove
 from ..core.labels import model_labels, numbered, unnamed
@@ -307,8 +308,9 @@ def check_fits(model, tok, data:Data) -> None:
 def _check_kind(model, tok, data:Data) -> None:
     name = type(model).__name__
     if getattr(model.config, 'is_encoder_decoder', False):
-        raise ValueError(f'{name} is an encoder-decoder model, which fit does not train yet; '
-                         f'anatomy and selections work on it')
+        raise ValueError(f'{name} is an encoder-decoder model, which fit does not train; '
+                         'take a causal language model such as Llama or Qwen, or train this one with '
+                         'the Seq2SeqTrainer of transformers')
     if tok is None:
         raise ValueError(f'the data are of kind {data.kind!r}, which needs a tokenizer, and tok is None')
     if data.kind == 'label':
@@ -364,13 +366,19 @@ def special_note(data:Data, tok) -> str: # '' if there is nothing to say
     return '; '.join(said)
 
 def _unread_note(data:Data, recipe:Recipe) -> str: # '' if there is nothing to say
-    "Say that rejected answers are not read, if the recipe trains on the rows as they are"
+    "Say which answers are not read, or learned though unwanted, if the recipe trains on the rows as they are"
     worse = {'text': str, 'chat': list}.get(data.kind, ())
-    pairs = sum(isinstance(r.get('rejected'), worse) for r in data.train)
-    if not pairs or not all(isinstance(t, Recipe) and not t.own_source for t in recipe.turns):
+    if not worse or not all(isinstance(t, Recipe) and not t.own_source for t in recipe.turns):
         return ''
-    return (f'{pairs} of {len(data.train)} training rows have a rejected answer, which this method does not read: it '
-            'learns the chosen ones alone (dpo compares the two)')
+    rows, said = data.train, []
+    if pairs := sum(isinstance(r.get('rejected'), worse) for r in rows):
+        said.append(f'{pairs} of {len(rows)} training rows have a rejected answer, which this method does not read: '
+                    'it learns the chosen ones alone (dpo compares the two)')
+    labels = [is_wanted(r.get('label')) for r in rows]
+    if None not in labels and False in labels:
+        said.append(f'{labels.count(False)} of {len(rows)} training rows are labelled false, and this method learns '
+                    "their answers as if they were wanted (kto makes them less likely; wanted='only' leaves them out)")
+    return '; '.join(said)
 
 def cut_note(encoded:list, # what `encode_all` made of the rows
              rows:list[dict], tok, limit:int|None, what:str # such as 'training'

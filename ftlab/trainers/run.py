@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from ..adapters.attach import Attached, oriented, own_buffers, own_weights, owner_of
-from ..adapters.lowrank import LoRA, check_peft, to_peft
+from ..adapters.lowrank import check_peft, pair_of, to_peft
 from ..adapters.store import pack, save_delta
 from ..core.gguf_file import gguf_notes, write_gguf
 from ..core.io import disk_trouble, flush, read_tensors, staging, write_text
@@ -289,7 +289,7 @@ def _check_new_rows(run:Run, way:str) -> None:
     "Raise `ValueError` if rows that the files of the base lack have a change of low rank"
     model, deltas = run.model, run.delta.attached.deltas
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    odd = [n for n, d in deltas.items() if type(d) is LoRA and owner_of(model, n)[0] in ends]
+    odd = [n for n, d in deltas.items() if pair_of(d) is not None and owner_of(model, n)[0] in ends]
     if new_rows(model) and odd:
         raise ValueError(f'{odd[0]!r} has rows of new tokens, which the files of the base lack, and a change of low '
                          f'rank does not hold them; {way}')

@@ -20,7 +20,7 @@ from ..core.loading import head_names
 from ..core.io import check_room
 from ..core.model import pad_id
 from ..core.new_tokens import new_row_masks
-from ..core.recipe import Recipe
+from ..core.recipe import Recipe, With
 from ..core.state import State
 from .checkpoint import (bytes_of_checkpoint, header_of, load_checkpoint,
                                        save_checkpoint, survivors)
@@ -112,13 +112,13 @@ class _Stage:
         if job.shard:
             self.sharded = Sharded(state, job.processes)
         self.params = state.attached.parameters()
-        how = _step_settings(self.settings, job.acc)
+        how = _step_settings(self.settings, job.acc, job.model)
         self.step = (recipe.step or Backprop)(self.params, how)
         state.optimizer = getattr(self.step, 'optimizer', None)
         _supply(job, recipe, state, self.params, how)
         self.parts = survivors(state, self.step, recipe.objective)
         if self.saving and job.processes.main:
-            check_room(job.checkpoint.parent, bytes_of_checkpoint(state))
+            check_room(job.checkpoint.parent, bytes_of_checkpoint(state, self.step))
         state.emit('before_load') # callbacks that resize buffers need this moment
         if self.resuming:
             load_checkpoint(job.checkpoint, self.parts, state, self.settings)
@@ -205,7 +205,7 @@ def _attach(job:Job, recipe:Recipe, settings:dict) -> tuple[Attached, int]:
     moving = [n for n in (*chosen, *also)
               if n in also or (recipe.delta is None and chosen[n] is True)]
     check_packed(params, [n for n in moving if n in params])
-    if settings['precision'] != 'pure_bf16' and recipe.step is None:
+    if settings['precision'] != 'pure_bf16' and _steps_like_adamw(recipe.step):
         _check_rounding([params[n] for n in moving if n in params], settings['lr'])
     originals = {}
     if moving:
@@ -226,6 +226,11 @@ def lost_to_rounding(weights:list, # tensors that train directly
     unmoved = lambda w: int((w.float() + lr).to(w.dtype).eq(w).sum())
     return sum(map(unmoved, half))/sum(map(len, half))
 
+def _steps_like_adamw(step) -> bool:
+    "Whether the rate is about the size of a step, as in `Backprop` and its kind"
+    of = step.func if isinstance(step, (With, partial)) else step
+    return step is None or (isinstance(of, type) and issubclass(of, Backprop))
+
 def _check_rounding(weights:list, lr:float) -> None:
     lost = lost_to_rounding(weights, lr)
     if lost is not None and lost > .5:
@@ -243,13 +248,13 @@ def rate_settings(recipe:Recipe,         # of the run, or of one stage
     return dict(lr=recipe.lr if lr is None else lr,
                 schedule=recipe.schedule if schedule is None else schedule)
 
-def _step_settings(settings:dict, acc) -> SimpleNamespace:
+def _step_settings(settings:dict, acc, model) -> SimpleNamespace:
     "Collect what a step receives besides the parameters"
     return SimpleNamespace(
         lr=settings['lr'], weight_decay=settings['weight_decay'], betas=tuple(settings['betas']),
         clip=settings['clip'],
         factor=schedule(settings['schedule'], settings['steps'], settings['warmup']),
-        backward=acc.backward)
+        backward=acc.backward, model=model)
 
 # %% ../../nbs/trainers/stage.ipynb #5f7ce8b7
 def _state(job:Job, recipe:Recipe, settings:dict, att:Attached) -> State:

@@ -5,7 +5,7 @@
 # %% ../../nbs/trainers/step.ipynb #0003fac8
 from __future__ import annotations
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from types import SimpleNamespace
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 # %% auto #0
-__all__ = ['NotFinite', 'schedule', 'placed_like', 'whole', 'Backprop', 'Processes']
+__all__ = ['NotFinite', 'schedule', 'placed_like', 'whole', 'adamw_bytes', 'Backprop', 'Processes']
 
 # %% ../../nbs/trainers/step.ipynb #0005fac8
 class NotFinite(FloatingPointError):
@@ -46,11 +46,16 @@ def whole(x:Tensor) -> Tensor:
     "Gather `x` from all processes if it is sharded"
     return x.full_tensor() if isinstance(x, DTensor) else x
 
+def adamw_bytes(params:Iterable[Tensor] # what AdamW trains
+               ) -> int:
+    "Count the bytes of AdamW's state: two moments of each value, and a count of steps for each tensor"
+    return sum(2*p.numel()*p.element_size() + 4 for p in params)
+
 # %% ../../nbs/trainers/step.ipynb #000cfac8
 class Backprop:
     "Backpropagation and AdamW: the plain step"
     def __init__(self, params:Mapping[str, nn.Parameter], # what trains, by name
-                 settings:SimpleNamespace): # lr, weight_decay, betas, clip (or None), factor, backward
+                 settings:SimpleNamespace): # lr, weight_decay, betas, clip (or None), factor, backward, model
         self.names, self.params, self.s = list(params), list(params.values()), settings
         self.opt = torch.optim.AdamW(self.params, lr=settings.lr, betas=settings.betas,
                                      weight_decay=settings.weight_decay, fused=True)
@@ -79,6 +84,10 @@ class Backprop:
         self.opt.step()
         self.opt.zero_grad()
         return total
+
+    def state_bytes(self) -> int:
+        "Count the bytes that the optimizer will keep between steps"
+        return adamw_bytes(self.params)
 
     def _check(self, x, state, what='loss'):
         if not torch.isfinite(x):

@@ -50,7 +50,8 @@ def _draw(a, ratio, granularity, rng):
     if granularity == 'block':
         blocks = rng.sample(a.blocks, round(ratio*len(a.blocks)))
         return [n for b in blocks for n in b.parameters]
-    groups = [[list(d.values()) for d in (b.attention, b.mlp, b.norms)] for b in a.blocks]
+    kinds = ('attention', 'mlp', 'norms') + ('experts',)*any(b.experts for b in a.blocks)
+    groups = [[list(getattr(b, k).values()) for k in kinds] for b in a.blocks]
     if granularity == 'model':
         names = [n for g in groups for d in g for n in d]
         return rng.sample(names, round(ratio*len(names)))

@@ -4,27 +4,32 @@
 
 # %% ../../../nbs/adapters/yardsticks/low_rank.ipynb #lrk00004
 from __future__ import annotations
+import math, warnings
 from dataclasses import dataclass
-from functools import lru_cache
+from weakref import WeakValueDictionary
 import torch
 from torch import Tensor, nn
-from ..lowrank import LoRA
+from ..lowrank import LoRA, Pair
 from ..modules.lora import low_rank
 from ..select import named, parts
+from ..store import fingerprint
 from ...core.paper import yardstick
 from ...core.recipe import Recipe, With
 from ...trainers.step import Backprop
 
 # %% auto #0
-__all__ = ['MATRICES', 'STARTS', 'DoRA', 'dora', 'principal', 'minor', 'orthogonal', 'Started', 'pissa', 'olora', 'milora',
-           'rslora', 'TwoRates', 'lora_plus', 'Rescale', 'keys_values_hidden', 'ia3', 'frozen_pair', 'VeRA', 'vera',
-           'OFT', 'oft']
+__all__ = ['MATRICES', 'STARTS', 'KEYS_AND_VALUES', 'DoRA', 'dora', 'principal', 'minor', 'orthogonal', 'Started', 'pissa',
+           'olora', 'milora', 'rslora', 'TwoRates', 'lora_plus', 'Rescale', 'keys_values_hidden', 'ia3', 'frozen_pair',
+           'VeRA', 'vera', 'OFT', 'oft']
 
 # %% ../../../nbs/adapters/yardsticks/low_rank.ipynb #lrk00006
 MATRICES = ('attention', 'mlp')
 
 def _where(targets):
     return named(targets) if isinstance(targets, str) else parts(*targets)
+
+def _has_values(W): # a dry run counts in tensors without values
+    return getattr(W, 'fake_mode', None) is None
 
 # %% ../../../nbs/adapters/yardsticks/low_rank.ipynb #lrk00011
 class DoRA(nn.Module):
@@ -36,13 +41,18 @@ class DoRA(nn.Module):
         super().__init__()
         self.low = LoRA(W, mask, r, alpha)
         self.m = nn.Parameter(W.norm(dim=1))
-        if not self.m.all():
-            raise ValueError('DoRA divides each row by its length; this weight has a row of zeros')
+        if _has_values(W) and len(zero := (self.m == 0).nonzero()):
+            raise ValueError(f'DoRA divides each row by its length, and {len(zero)} of the {len(W)} rows are zero, '
+                             f'the first of them row {int(zero[0])}; leave this weight out (targets=), or use lora')
         self.config = dict(r=r, alpha=alpha)
 
     def forward(self, W):
         V = self.low(W)
         return (self.m/V.norm(dim=1).detach())[:, None]*V
+
+    def pair(self) -> Pair:
+        "Return the change as a peft folder holds it"
+        return self.low.pair()._replace(lengths=self.m)
 
 @yardstick('DoRA: Weight-Decomposed Low-Rank Adaptation', '2402.09353',
            'peft 0.21.2 (tuners/lora/dora.py), to which it is equal, and section 4.3 as quoted there',
@@ -100,6 +110,11 @@ class Started(LoRA):
     def branch(self, x):
         return self.s*((x @ self.A.T) @ self.B.T - (x @ self.A0.T) @ self.B0.T)
 
+    def pair(self) -> Pair:
+        "Return the change as a plain LoRA of rank 2r on the untouched base"
+        return Pair(torch.cat([self.A, self.A0]), torch.cat([self.B, -self.B0], 1),
+                    2*self.config['alpha'])
+
 def _started(start, r, alpha, targets):
     return Recipe(select=_where(targets),
                   delta=With(Started, r=r, alpha=alpha, start=start))
@@ -148,17 +163,17 @@ def rslora(r:int=8,           # the rank
 
 # %% ../../../nbs/adapters/yardsticks/low_rank.ipynb #lrk00041
 class TwoRates(Backprop):
-    """AdamW in which every `B` of a low-rank change learns `ratio` times as fast as everything else.
-    Raises `ValueError` for a ratio that is not positive, and where nothing is called `B`."""
+    """AdamW in which every `B` of a low-rank change, and every vector, learns `ratio` times as fast as
+    the rest. Raises `ValueError` for a ratio that is not positive, and where nothing is called `B`."""
     def __init__(self, params, settings,   # as in `Backprop`
                  ratio:float=16.):         # the rate of `B` over that of `A`
-        if not ratio > 0:
-            raise ValueError(f'ratio is {ratio}; it must be above 0')
-        own = {n: n.partition('::')[2].rpartition('.')[2] for n in params}  # its name in the delta
-        fast = {n: p for n, p in params.items() if own[n] == 'B'}
-        if not fast:
+        if not 0 < ratio < math.inf:
+            raise ValueError(f'ratio is {ratio}; it must be above 0 and finite')
+        B = {n for n in params if n.partition('::')[2].rpartition('.')[2] == 'B'} # by its name in the delta
+        if not B:
             raise ValueError('LoRA+ sets the rate of the B of a low-rank change, and none is trained; '
                              'combine it with lora, dora, pissa or another of their kind')
+        fast = {n: p for n, p in params.items() if n in B or p.ndim == 1}
         slow = {n: p for n, p in params.items() if n not in fast}
         super().__init__(slow | fast, settings)
         group = self.opt.param_groups[0]
@@ -201,6 +216,8 @@ class Rescale(nn.Module):
         scale = 1 + self.l
         return scale[:, None]*W if self.side == 'out' else W*scale
 
+KEYS_AND_VALUES = ('k', 'v', 'cross_k', 'cross_v') # the last two: a decoder's, of what the encoder read
+
 @dataclass(frozen=True)
 class keys_values_hidden:
     """Select the matrices of keys and values, and by a full mask those that read the hidden
@@ -209,10 +226,14 @@ class keys_values_hidden:
         """Return {name: True or a full mask}.
         Raises `ValueError` where keys and values have no matrix of their own."""
         of = lambda role: list(parts(role)(model))
-        if not (rows := of('k') + of('v')):
+        if not (rows := [n for role in KEYS_AND_VALUES for n in of(role)]):
             raise ValueError(f'{type(model).__name__} has no matrices of its own for keys and values, '
-                             'which IA3 scales')
+                             'which IA3 scales: it stores them in one matrix with the queries; use lora or another '
+                             'method of matrices')
         shapes = dict(model.named_parameters())
+        if left := [b for n in rows if (b := n.removesuffix('weight') + 'bias') in shapes]:
+            warnings.warn(f'IA3 scales keys and values with their biases; {len(left)} biases, such as {left[0]!r}, '
+                          'are left as they are')
         return dict.fromkeys(rows, True) | {
             n: torch.ones_like(shapes[n], dtype=torch.bool) for n in of('down')}
 
@@ -225,33 +246,52 @@ def ia3() -> Recipe:
     return Recipe(select=keys_values_hidden(), delta=With(Rescale))
 
 # %% ../../../nbs/adapters/yardsticks/low_rank.ipynb #lrk00061
-@lru_cache(16)
-def frozen_pair(out:int, inp:int, r:int, seed:int=0) -> tuple[Tensor, Tensor]:
-    "Draw VeRA's fixed A [r, in] and B [out, r]; the same arguments give the same matrices"
-    g = torch.Generator().manual_seed(seed)
-    return tuple(nn.init.kaiming_uniform_(torch.empty(shape), generator=g)
-                 for shape in ((r, inp), (out, r)))
+_DRAWN = WeakValueDictionary() # the matrices in use, so that layers of one shape share them
+
+def frozen_pair(out:int, inp:int, r:int, seed:int=0,
+                like:Tensor|None=None # whose device and dtype it has; None: CPU, float32, as it is drawn
+               ) -> tuple[Tensor, Tensor]:
+    """Return VeRA's fixed A [r, in] and B [out, r]. The same arguments give the same matrices, and the
+    very same tensors as long as these are in use"""
+    like = torch.empty(0, dtype=torch.float32) if like is None else like
+    # tensors without values, in which a dry run counts, cannot be used with others
+    about = out, inp, r, seed, like.device, like.dtype, id(getattr(like, 'fake_mode', None))
+    keys = [(*about, which) for which in 'AB']
+    known = [_DRAWN.get(key) for key in keys]
+    if any(t is None for t in known):
+        g = torch.Generator().manual_seed(seed)
+        empty = (torch.empty(shape, dtype=torch.float32) for shape in ((r, inp), (out, r)))
+        known = [nn.init.kaiming_uniform_(t, generator=g).to(like) for t in empty]
+        _DRAWN.update(zip(keys, known))
+    return tuple(known)
 
 class VeRA(nn.Module):
     """`W + diag(b) B diag(d) A` with fixed random A and B; only b [out] and d [r] are trained.
-    Raises `ValueError` for a mask or a rank below 1."""
+    Raises `ValueError` for a mask, a rank below 1, or matrices that are drawn otherwise than `drawn`."""
     kind, site = 'low_rank.vera', 'weight'
 
     def __init__(self, W:Tensor, mask=True,
                  r:int=256,      # the rank, which may be larger than the matrix
                  d:float=.1,     # where the scales of the directions start
-                 seed:int=0):    # of A and B
+                 seed:int=0,     # of A and B
+                 drawn:str=''):  # when loading: the fingerprints of the A and B of the file
         super().__init__()
         if mask is not True:
             raise ValueError('VeRA changes whole matrices; it cannot use a mask of entries')
-        if r < 1:
-            raise ValueError(f'rank {r} is too small: it must be at least 1')
-        A, B = frozen_pair(*W.shape, r, seed)
-        self.register_buffer('A', A.to(W), persistent=False)
-        self.register_buffer('B', B.to(W), persistent=False)
+        if not isinstance(r, int) or r < 1:
+            raise ValueError(f'rank {r!r} must be a whole number and at least 1')
+        if not isinstance(d, (int, float)) or not math.isfinite(d):
+            raise ValueError(f'd is {d!r}; it must be a finite number')
+        A, B = frozen_pair(*W.shape, r, seed, W)
+        self.register_buffer('A', A, persistent=False)
+        self.register_buffer('B', B, persistent=False)
+        here = f'{fingerprint(A)} {fingerprint(B)}' if _has_values(W) else ''
+        if drawn not in ('', here):
+            raise ValueError('this torch draws other fixed matrices from the seed than those of the file, which '
+                             'keeps only the seed; load it with the version of torch that wrote it')
         self.d = nn.Parameter(torch.full((r,), float(d), dtype=W.dtype, device=W.device))
         self.b = nn.Parameter(torch.zeros(W.shape[0], dtype=W.dtype, device=W.device))
-        self.config = dict(r=r, d=d, seed=seed)
+        self.config = dict(r=r, d=d, seed=seed, drawn=here)
 
     def forward(self, W):
         return W + (self.b[:, None]*self.B) @ (self.d[:, None]*self.A)
@@ -260,7 +300,7 @@ class VeRA(nn.Module):
         return self.b*((self.d*(x @ self.A.T)) @ self.B.T)
 
 @yardstick('VeRA: Vector-based Random Matrix Adaptation', '2310.11454',
-           'peft 0.21.2 (tuners/vera), to which it is equal with the same matrices',
+           'peft 0.21.2 (tuners/vera), to which it is equal on matrices of one shape',
            lr=3e-2, lrs=(1e-2, 3e-2, 1e-1))
 def vera(r:int=256, d:float=.1, seed:int=0, # as in `VeRA`
          targets:str|tuple=MATRICES         # as in `dora`
@@ -280,6 +320,8 @@ class OFT(nn.Module):
         width = W.shape[1]
         if mask is not True:
             raise ValueError('OFT changes whole matrices; it cannot use a mask of entries')
+        if not isinstance(block, int):
+            raise ValueError(f'block is {block!r}; it must be a whole number')
         self.b = next((b for b in range(min(block, width), 1, -1) if width % b == 0), None)
         if self.b is None:
             raise ValueError(f'block is {block}; no size from 2 to {block} divides the {width} inputs')
@@ -301,7 +343,8 @@ class OFT(nn.Module):
         return torch.einsum('nkc,onc->onk', R, W.reshape(len(W), -1, self.b)).reshape(W.shape)
 
 @yardstick('Controlling Text-to-Image Diffusion by Orthogonal Finetuning', '2306.07280',
-           'peft 0.21.2 (tuners/oft), to which it is equal with use_cayley_neumann=False',
+           'peft 0.21.2 (tuners/oft), to which it is equal with use_cayley_neumann=False, '
+           'where block divides the width',
            lr=3e-3, lrs=(1e-3, 3e-3, 1e-2))
 def oft(block:int=32,              # as in `OFT`
         targets:str|tuple=MATRICES # as in `dora`

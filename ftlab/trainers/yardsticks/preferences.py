@@ -4,13 +4,16 @@
 
 # %% ../../../nbs/trainers/yardsticks/preferences.ipynb #prf00004
 from __future__ import annotations
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from ...core.batches import collate, indices
-from ...core.model import model_inputs
+from ...core.formats import is_wanted
+from ...core.model import evaluating, model_inputs
 from ...core.paper import yardstick
 from ...core.recipe import Recipe, With
 from ...core.tokens import IGNORE, encode_each
@@ -35,10 +38,13 @@ def log_ratios(state, batch, logits:Tensor) -> Tensor: # [batch]
         reference = state.models['reference'](**model_inputs(batch)).logits
     return answer_logp(logits, batch['labels']) - answer_logp(reference, batch['labels'])
 
+def _number(x) -> bool:
+    return isinstance(x, Real) and not isinstance(x, bool) and math.isfinite(x)
+
 def _above(**numbers):
     for name, x in numbers.items():
-        if not x > 0:
-            raise ValueError(f'{name} is {x}; it must be above 0')
+        if not _number(x) or x <= 0:
+            raise ValueError(f'{name} is {x!r}; it must be a number above 0')
 
 def _mean_over_pairs(losses, state):
     return losses.sum()/sum(len(b['labels'])//2 for b in state.batches)
@@ -75,12 +81,15 @@ def ipo(beta:float=.1,                   # as in `margin_target`
 @dataclass(frozen=True)
 class mean_margin:
     """The mean of `-log sigmoid(beta * d - gamma)` over pairs, d the difference of the two answers' mean
-    log-probability; the batches must come from `Pairs`. Raises `ValueError` for a beta that is not positive."""
+    log-probability; the batches must come from `Pairs`. Raises `ValueError` for a beta that is not positive,
+    or a gamma below 0."""
     beta:float=2.   # the scale of the reward
     gamma:float=1.  # by how much the chosen answer's reward must lead
 
     def __post_init__(self):
         _above(beta=self.beta)
+        if not _number(self.gamma) or self.gamma < 0:
+            raise ValueError(f'gamma is {self.gamma!r}; it must be a number of at least 0')
 
     def __call__(self, state) -> Tensor:
         y = state.batch['labels']
@@ -140,10 +149,8 @@ def with_answer_of(row:dict, other:dict, # encoded, each with an answer
                      for r in (row, other))
     return {k: (row[k][:start] + other[k][theirs:])[:limit] for k in ('input_ids', 'labels')}
 
-_SAYS = dict.fromkeys(('true', '1', '1.0'), True) | dict.fromkeys(('false', '0', '0.0'), False)
-
 def _wanted(row, label):
-    said = _SAYS.get(str(row.get(label)).strip().lower())
+    said = is_wanted(row.get(label))
     if said is None:
         raise ValueError(f'a row has {row.get(label)!r} in the column {label!r}; KTO needs true or false '
                          '(or 1 or 0) in every row')
@@ -199,13 +206,15 @@ class Judged:
 @torch.no_grad()
 def reference_point(state) -> Tensor: # a scalar
     """Estimate how far the policy is from the reference: the mean log-ratio of other rows' answers over
-    all micro-batches of the step, at least 0. It is computed once a step."""
+    all micro-batches of the step, without dropout, at least 0. It is computed once a step."""
     batches, point = state.extra.get('kto', (None, None))
     if batches is not state.batches:
         found = []
-        for b in state.batches:
-            other = {k.removeprefix('other_'): v for k, v in b.items() if k.startswith('other_')}
-            found.append(log_ratios(state, other, state.model(**model_inputs(other)).logits))
+        with evaluating(state.model):
+            for b in state.batches:
+                other = {k.removeprefix('other_'): v for k, v in b.items()
+                         if k.startswith('other_')}
+                found.append(log_ratios(state, other, state.model(**model_inputs(other)).logits))
         point = torch.cat(found).mean().clamp(min=0)
         state.extra['kto'] = state.batches, point
     return point
