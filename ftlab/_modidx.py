@@ -954,6 +954,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'ftlab.core.four_bits._linear': ('core/four_bits.html#_linear', 'ftlab/core/four_bits.py'),
                                       'ftlab.core.four_bits._mapped': ('core/four_bits.html#_mapped', 'ftlab/core/four_bits.py'),
                                       'ftlab.core.four_bits._values': ('core/four_bits.html#_values', 'ftlab/core/four_bits.py'),
+                                      'ftlab.core.four_bits._written': ('core/four_bits.html#_written', 'ftlab/core/four_bits.py'),
                                       'ftlab.core.four_bits.bitsandbytes_package': ( 'core/four_bits.html#bitsandbytes_package',
                                                                                      'ftlab/core/four_bits.py'),
                                       'ftlab.core.four_bits.check_quantize': ( 'core/four_bits.html#check_quantize',

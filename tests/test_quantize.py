@@ -49,6 +49,29 @@ def test_values_and_copies():
     with pytest.raises(ValueError, match='cannot be changed in place'):
         Q.mul_(2)
 
+@pytest.mark.parametrize('write', [
+    lambda Q: Q.__setitem__(0, 0.), lambda Q: setattr(Q, 'data', torch.zeros(48, 70)),
+    lambda Q: torch.mul(torch.ones(48, 70), 2, out=Q), lambda Q: torch._foreach_mul_([Q], 2),
+    lambda Q: Q.copy_(torch.zeros(48, 70))], ids=['item', 'data', 'out', 'foreach', 'copy'])
+def test_nothing_is_written_and_lost(write):
+    Q = packed(torch.ones(48, 70))
+    with pytest.raises(ValueError, match='cannot be changed in place'):
+        write(Q)
+
+def test_linear_by_keywords_of_one_row_and_in_float64():
+    Q, x = packed(torch.randn(48, 70)), torch.randn(70).requires_grad_()
+    bias = torch.zeros(48).requires_grad_()
+    linear = nn.functional.linear
+    y = linear(input=x, weight=Q, bias=bias)
+    assert torch.equal(y, linear(x, Q.whole(), bias))
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, Q.whole().sum(0), rtol=1e-5, atol=1e-5)
+    assert torch.equal(bias.grad, torch.ones(48))
+    two = torch.ones(2, 70)
+    assert torch.equal(linear(weight=two, input=Q), linear(Q.whole(), two))
+    assert torch.equal(Q.double().whole(), Q.whole().double())
+    assert torch.equal(packed(Q.double().whole()).whole(), packed(Q.whole()).whole().double())
+
 def test_gradients_are_those_of_the_whole_matrix():
     layer = nn.Linear(70, 48)
     layer.weight = nn.Parameter(packed(layer.weight.detach()), requires_grad=False)
@@ -119,7 +142,8 @@ def test_it_computes_what_peft_computes(folder):
             torch.testing.assert_close(mine.grad, theirs_grad, rtol=1e-3, atol=1e-6)
 
 # ---- what is refused
-@pytest.mark.parametrize('recipe, said', [('full', 'cannot train itself'), ('hft', 'cannot train itself')])
+@pytest.mark.parametrize('recipe, said', [('full', 'cannot train itself'), ('hft', 'cannot train itself'),
+                                          ('breadcrumbs * lora', 'writes it into the weights')])
 def test_weights_do_not_train_themselves(folder, recipe, said):
     model, _ = narrow(folder)
     before = identity(model)
@@ -148,6 +172,15 @@ def test_without_the_package(folder, monkeypatch):
     monkeypatch.setitem(__import__('sys').modules, 'bitsandbytes.functional', None)
     with pytest.raises(ImportError, match='pip install bitsandbytes'):
         narrow(folder)
+
+def test_a_start_in_the_background_without_the_package(folder, monkeypatch):
+    from ftlab.cli import main
+    monkeypatch.setitem(__import__('sys').modules, 'bitsandbytes.functional', None)
+    made = []
+    monkeypatch.setattr('ftlab.cli.start', lambda a: made.append(a) or ({}, ''))
+    asked = ['compare', '--background', '--methods=lora', '--quantize=nf4', f'--model={folder}']
+    assert main([*asked, '--data=new-procedure', f'--out={folder}/c', '--seeds=1']) != 0
+    assert not made
 
 # ---- what a run knows
 def test_bases_share_no_run(folder):

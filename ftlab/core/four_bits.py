@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 # %% auto #0
 __all__ = ['BLOCK', 'QUANTIZED', 'READ_ONLY', 'bitsandbytes_package', 'check_quantize', 'FourBit', 'made_whole', 'packed',
@@ -40,7 +40,7 @@ def _values(device:torch.device) -> Tensor:
 # %% ../../nbs/core/four_bits.ipynb #f4b10009
 class FourBit(Tensor):
     """A matrix stored as NF4. Operations on it get the whole matrix, in the tensor's dtype; those that would change it
-    raise `ValueError`. Moved or copied, it stays packed."""
+    raise `ValueError`; a view of it is one of the whole matrix, a copy. Moved or copied, it stays packed."""
 
     @staticmethod
     def __new__(cls,
@@ -68,16 +68,18 @@ class FourBit(Tensor):
         if isinstance(self.packed, FakeTensor) or self.device.type == 'meta':
             return torch.empty(self.shape, dtype=self.dtype, device=self.device)
         bits = bitsandbytes_package()
-        state = bits.QuantState(self.scales, self.shape, _values(self.device), BLOCK, 'nf4',
-                                self.dtype)
-        return bits.dequantize_4bit(self.packed, state)
+        dtype = torch.float32 if self.dtype == torch.float64 else self.dtype # it knows no float64
+        state = bits.QuantState(self.scales, self.shape, _values(self.device), BLOCK, 'nf4', dtype)
+        return bits.dequantize_4bit(self.packed, state).to(self.dtype)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func is nn.functional.linear and len(args) > 1 and type(args[1]) is FourBit:
+        if func is nn.functional.linear:
             return _linear(*args, **kwargs or {})
         if func is Tensor.data.__get__:
             return args[0].detach()
+        if func in (Tensor.data.__set__, Tensor.__setitem__) and isinstance(args[0], FourBit):
+            raise ValueError(READ_ONLY)
         with torch._C.DisableTorchFunctionSubclass(): # else every result would become a FourBit
             return func(*args, **kwargs or {})
 
@@ -96,9 +98,14 @@ def _dispatched(func, args, kwargs):
     if func is aten._to_copy.default:
         moved = lambda t: t.to(kwargs.get('device'), copy=True)
         return _mapped(W, moved, kwargs.get('dtype') or W.dtype)
-    if func.__name__.partition('.')[0].endswith('_') and isinstance(W, FourBit): # torch's mark for in place
+    if any(isinstance(t, FourBit) for t in _written(func, args, kwargs)):
         raise ValueError(READ_ONLY)
     return func(*tree_map(made_whole, args), **tree_map(made_whole, kwargs))
+
+def _written(func, args, kwargs) -> list:
+    "Return the tensors that an operation changes: torch marks one in place by `_`, one with results given by `out`"
+    name, _, form = func.__name__.partition('.')
+    return tree_leaves([args[0] if name.endswith('_') else None, kwargs if 'out' in form else None])
 
 READ_ONLY = ('a weight of the base is in 4 bits, which cannot be changed in place; use a method that trains a delta, '
              'such as lora, or load the base without quantize')
@@ -120,10 +127,13 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        bias = g.flatten(0, -2).sum(0) if ctx.bias else None
+        bias = g.reshape(-1, g.shape[-1]).sum(0) if ctx.bias else None
         return g @ ctx.W.whole().to(g.dtype), None, bias
 
 def _linear(input, weight, bias=None):
+    if type(weight) is not FourBit: # the input or the bias is
+        with torch._C.DisableTorchFunctionSubclass():
+            return nn.functional.linear(input, weight, bias)
     kind = input.device.type
     if torch.is_autocast_enabled(kind):
         low = torch.get_autocast_dtype(kind)
@@ -138,7 +148,8 @@ def packed(W:Tensor) -> FourBit:
         codes = torch.empty((n + 1)//2, 1, dtype=torch.uint8, device=W.device)
         return FourBit(codes, torch.empty(math.ceil(n/BLOCK), device=W.device), shape, W.dtype)
     pack = bitsandbytes_package().quantize_4bit
-    codes, state = pack(W.contiguous(), blocksize=BLOCK, quant_type='nf4')
+    known = W.float() if W.dtype == torch.float64 else W
+    codes, state = pack(known.contiguous(), blocksize=BLOCK, quant_type='nf4')
     return FourBit(codes, state.absmax, shape, W.dtype)
 
 @torch.no_grad()

@@ -168,11 +168,14 @@ def _checked_callbacks(callbacks) -> tuple:
 # %% ../../nbs/trainers/fit.ipynb #c11b191a
 def _packed(model, recipe) -> dict:
     """Return what the settings of a run say about a base in 4 bits, nothing for another base. Raises `ValueError` for a
-    recipe that needs a copy of the base"""
+    recipe that needs a copy of the base, or writes into it"""
     found = quantization_of(model)
     if found and recipe.stages:
         raise ValueError(f'{recipe.name} trains in stages, which begin from a copy of the base, and a base in 4 bits '
                          'cannot be restored from one; load the base without quantize')
+    if found and recipe.edit is not None:
+        raise ValueError(f'{recipe.name} edits the change and writes it into the weights, and those in 4 bits cannot '
+                         'be written; load the base without quantize')
     return dict(quantize=found) if found else {}
 
 def _job(model, tok, data, recipe, settings, device, out, trackers, callbacks) -> Job:
