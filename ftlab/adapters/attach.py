@@ -503,6 +503,7 @@ def check_delta(model:nn.Module, name:str, delta:Callable) -> None:
         raise ValueError(f'{name!r} belongs to an embedding, which looks rows up; {title} changes the activations of '
                          'a layer: select the weights of linear layers only')
 
+# %% ../../nbs/adapters/attach.ipynb #730f34bc1
 def make_delta(model:nn.Module, name:str, mask, delta:Callable) -> nn.Module:
     """Make the delta of one weight, which it sees as [out, in], on the weight's device;
     in float32 if the weight is in half precision"""

@@ -121,6 +121,7 @@ def to_peft(att:Attached,      # LoRA or its kin, and perhaps rows of new tokens
                      lambda p: p.write_text(json.dumps(config, indent=2)))
     return folder
 
+# %% ../../nbs/adapters/lowrank.ipynb #0013af9c1
 def _module(name:str) -> str:
     return name.rpartition('.')[0]
 

@@ -100,6 +100,7 @@ def _is_number(text:str) -> bool:
     except ValueError:
         return False
 
+# %% ../../nbs/commands/given.ipynb #00096f2c1
 def reading_of(a:argparse.Namespace) -> dict:
     "Return how the rows are read: columns, carry, wanted, empty, and the order of the labels"
     return dict(columns=columns_of(a), carry=listed(a.carry or ''), wanted=a.wanted, empty=a.empty,
@@ -138,6 +139,7 @@ def bench_of(a:argparse.Namespace, data):
                  items=a.items, old_items=getattr(a, 'old_items', 100), add_tokens=tokens_of(a),
                  quantize=a.quantize)
 
+# %% ../../nbs/commands/given.ipynb #00096f2c2
 def refuse_unused(a:argparse.Namespace, options:str, why:str):
     "Raise `ValueError` for the first of some options that was typed although nothing would read it"
     typed = [n for n in options.split() if n in getattr(a, 'typed', ())]

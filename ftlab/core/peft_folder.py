@@ -54,6 +54,7 @@ def read_adapter(folder:Path # holds adapter_config.json and adapter_model.safet
                          'it must be a number')
     return Adapter(folder, config, _read_tensors(folder))
 
+# %% ../../nbs/core/peft_folder.ipynb #9e01000c1
 def _read_tensors(folder) -> dict[str, Tensor]:
     "Read the tensors; raise `ValueError` for a pickle, a damaged file, or values that are NaN or infinite"
     file = folder/ADAPTER[1]
@@ -169,6 +170,7 @@ def rows_needed(model:nn.Module, adapter:Adapter) -> int:
     given = given if given is not None else adapter.tensors.get(f'{own}.base_layer.weight')
     return len(given) if given is not None else max([table.weight.shape[0], *(i + 1 for i in ids)])
 
+# %% ../../nbs/core/peft_folder.ipynb #9e01001c1
 @torch.no_grad()
 def fold(model:nn.Module, # the base, changed in place
          adapter:Adapter
@@ -201,6 +203,7 @@ def fold(model:nn.Module, # the base, changed in place
     rest = f', and {len(whole)} tensors replaced' if whole else ''
     return f'the adapter in {adapter.folder} was folded into {len(changes)} weights{dora}{rest}'
 
+# %% ../../nbs/core/peft_folder.ipynb #9e01001c2
 def _new_bias(adapter, module, name, parts) -> Tensor:
     if getattr(module, 'bias', None) is None:
         raise ValueError(f'the adapter in {adapter.folder} adds a bias to {name}, which has none')

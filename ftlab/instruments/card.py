@@ -130,6 +130,7 @@ def head_of(run:Run, form:str='plain') -> dict:
                  pipeline_tag=pipeline, tags=['ftlab', 'fine-tuned', *([method] if method else [])])
     return {k: v for k, v in found.items() if v}
 
+# %% ../../nbs/instruments/card.ipynb #4af8037c1
 def _data_lines(run:Run, known) -> list[str]:
     d = run.data
     name = d.name if on_hub(d.name) else last_part(d.name)
@@ -155,6 +156,7 @@ def _data_code(origin:Mapping) -> str:
     source = given.pop('source')
     return f'ftlab.data({source!r}' + ''.join(f', {k}={v!r}' for k, v in given.items()) + ')'
 
+# %% ../../nbs/instruments/card.ipynb #4af8037c2
 def _not_repeatable(run:Run) -> str:
     "Return why code on the card would not repeat the run; '' if it would"
     if run.interrupted or len(run.log) < run.settings.get('steps', 0):
@@ -186,6 +188,7 @@ def _fenced(code:list, language:str) -> list[str]:
     fence = '`'*max(3, 1 + max(map(len, re.findall('`+', '\n'.join(code))), default=0))
     return [f'{fence}{language}', *code, fence]
 
+# %% ../../nbs/instruments/card.ipynb #4af8037c3
 def _repeat(run:Run, record:Mapping) -> list[str]:
     "Return what repeats the run, or why nothing on the card does"
     if c := run.settings.get('comparison'):

@@ -550,6 +550,7 @@ def tuned_part(claim:Claim|str, say:Callable=lambda s: None,
     part.tune()
     return part, [part.tuning_row(c, p) for c, p in zip(part.contrasts, part.plans)]
 
+# %% ../../nbs/instruments/claims.ipynb #001613bc1
 def _rows(part) -> list[dict]:
     "Return the contrasts of a result, after tuning, test seeds, sensitivity and half of the steps"
     part.tune()
@@ -587,6 +588,7 @@ def _known_worse(part, c, row) -> dict:
     return (dict(worse=dict(name='the baseline after half of its steps',
                             effects=row['half']['baseline'])) if 'half' in row else {})
 
+# %% ../../nbs/instruments/claims.ipynb #001613bc2
 def _cells(part, rows) -> tuple[dict, dict]:
     "Return the values of each test run by seed, and the seconds of each seed"
     e, cells = part.experiment, {}

@@ -265,6 +265,7 @@ def frozen_pair(out:int, inp:int, r:int, seed:int=0,
         _DRAWN.update(zip(keys, known))
     return tuple(known)
 
+# %% ../../../nbs/adapters/yardsticks/low_rank.ipynb #lrk0006c1
 class VeRA(nn.Module):
     """`W + diag(b) B diag(d) A` with fixed random A and B; only b [out] and d [r] are trained.
     Raises `ValueError` for a mask, a rank below 1, or matrices that are drawn otherwise than `drawn`."""
@@ -299,6 +300,7 @@ class VeRA(nn.Module):
     def branch(self, x):
         return self.b*((self.d*(x @ self.A.T)) @ self.B.T)
 
+# %% ../../../nbs/adapters/yardsticks/low_rank.ipynb #lrk0006c2
 @yardstick('VeRA: Vector-based Random Matrix Adaptation', '2310.11454',
            'peft 0.21.2 (tuners/vera), to which it is equal on matrices of one shape',
            lr=3e-2, lrs=(1e-2, 3e-2, 1e-1))
