@@ -20,7 +20,7 @@ from ftlab.core.tokens import encode_all
 from ftlab.trainers.fit import fit
 from ftlab.trainers.step import schedule
 from tiny import example_inputs, inputs_for, tiny
-from toys import TOK, lab_data, logits, toy
+from toys import TOK, assert_resumes, lab_data, logits, toy
 
 NAMES = ('dora', 'ia3', 'lora_plus', 'milora', 'oft', 'olora', 'pissa', 'rslora', 'vera')
 STEPS = 3
@@ -237,16 +237,7 @@ def test_a_rotation_is_one():
 def test_resumed_is_uninterrupted(name, tmp_path):
     how = dict(steps=4, batch_size=4, lr=1e-2, progress=False)
     recipe = methods.get(name)
-    whole = fit(toy(), TOK, lab_data(), recipe, **how)
-    class Stop:
-        def after_step(self, state):
-            if state.step == 1:
-                raise KeyboardInterrupt
-    how |= dict(out=tmp_path, save_every=1)
-    part = fit(toy(), TOK, lab_data(), recipe, **how, callbacks=(Stop(),))
-    assert part.interrupted
-    again = fit(toy(), TOK, lab_data(), recipe, **how, resume=True)
-    assert torch.equal(logits(again.model), logits(whole.model))
+    assert_resumes(lambda **more: fit(toy(), TOK, lab_data(), recipe, **how, **more), tmp_path)
 
 def test_a_saved_start_needs_no_decomposition_of_the_same_library(tmp_path, monkeypatch):
     "What A and B started at is in the file: another processor's SVD may differ"

@@ -10,7 +10,7 @@ from ftlab.trainers.yardsticks.optimizers import (Averaged, EightBit, GaLoreAdam
                                                   MuonAndAdamW, Orthogonal, ScheduleFreeAdamW,
                                                   eight_bit_bytes, hidden_matrices)
 from tiny import tiny
-from toys import TOK, classifier, lab_data, label_data, logits, same, toy, weights
+from toys import TOK, assert_resumes, classifier, lab_data, label_data, toy, weights
 
 NAMES = ('adam8bit', 'galore', 'muon', 'schedule_free')
 STEPS, LR = 5, 3e-3
@@ -222,18 +222,7 @@ def test_resumed_is_uninterrupted(name, tmp_path):
     needs_package(name)
     how = dict(steps=4, batch_size=4, lr=1e-2, progress=False, warmup=3)
     recipe = methods.get(name.replace('galore', 'galore(r=3, every=3)'))
-    whole = fit(toy(), TOK, lab_data(), recipe, **how)
-    class Stop:
-        def after_step(self, state):
-            if state.step == 2:
-                raise KeyboardInterrupt
-    how |= dict(out=tmp_path, save_every=1)
-    part = fit(toy(), TOK, lab_data(), recipe, **how, callbacks=(Stop(),))
-    assert part.interrupted
-    again = fit(toy(), TOK, lab_data(), recipe, **how, resume=True)
-    assert torch.equal(logits(again.model), logits(whole.model))
-    assert same(weights(again.model), weights(whole.model))
-    assert again.log == whole.log
+    assert_resumes(lambda **more: fit(toy(), TOK, lab_data(), recipe, **how, **more), tmp_path, 2)
 
 def held(optimizer):
     "The bytes of an optimizer's tensors, each once"

@@ -14,7 +14,7 @@ from ftlab.trainers.preferences import Pairs, answer_logp
 from ftlab.trainers.yardsticks.preferences import (Judged, answer_lengths, desirability, log_odds,
                                                    margin_target, mean_margin, odds_ratio,
                                                    reference_point, with_answer_of)
-from toys import TOK, lab_data, logits, toy
+from toys import TOK, assert_resumes, lab_data, logits, toy
 
 NAMES = ('ipo', 'kto', 'orpo', 'simpo')
 quiet = pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::UserWarning')
@@ -333,16 +333,7 @@ def test_resumed_is_uninterrupted(name, tmp_path):
     d = kto_data(24) if name == 'kto' else pair_data(24)
     how = dict(steps=4, batch_size=4, lr=1e-3, progress=False)
     recipe = methods.get(name)
-    whole = fit(toy(), TOK, d, recipe, **how)
-    class Stop:
-        def after_step(self, state):
-            if state.step == 1:
-                raise KeyboardInterrupt
-    how |= dict(out=tmp_path, save_every=1)
-    part = fit(toy(), TOK, d, recipe, **how, callbacks=(Stop(),))
-    assert part.interrupted
-    again = fit(toy(), TOK, d, recipe, **how, resume=True)
-    assert torch.equal(logits(again.model), logits(whole.model))
+    assert_resumes(lambda **more: fit(toy(), TOK, d, recipe, **how, **more), tmp_path)
 
 @pytest.mark.parametrize('name', NAMES)
 def test_micro_batches_add_up(name):

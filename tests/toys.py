@@ -73,3 +73,18 @@ def assert_off_saved_folded(run, base, fresh, ask, path):
     run.delta.attached.fold()
     torch.testing.assert_close(ask(run.model), tuned, atol=1e-5, rtol=0)
     return tuned
+
+
+def assert_resumes(run, folder, at=1):
+    """A run that is stopped after step `at` and goes on is the run that was never stopped, which is returned;
+    `run(**more)` calls `fit` on a fresh model"""
+    class Stop:
+        def after_step(self, state):
+            if state.step == at:
+                raise KeyboardInterrupt
+    whole, kept = run(), dict(out=folder, save_every=1)
+    assert run(**kept, callbacks=(Stop(),)).interrupted
+    again = run(**kept, resume=True)
+    assert torch.equal(logits(again.model), logits(whole.model))
+    assert same(weights(again.model), weights(whole.model)) and again.log == whole.log
+    return whole
