@@ -386,12 +386,14 @@ def test_settings_that_change_what_a_and_b_mean_are_refused(setting, tmp_path):
 
 def test_every_setting_of_this_peft_is_known_or_refused():
     import dataclasses
-    from ftlab.adapters.lowrank import PLAIN
+    from ftlab.adapters.lowrank import BEYOND
+    from ftlab.core.peft_folder import HARMLESS, USED
     refused = set('use_dora rank_pattern alpha_pattern modules_to_save lora_bias layer_replication '
                   'velora_config alora_invocation_tokens use_qalora trainable_token_indices '
                   'monteclora_config target_parameters use_bdlora arrow_config kasa_config '
                   'megatron_config ensure_weight_tying'.split())
-    assert {f.name for f in dataclasses.fields(peft.LoraConfig)} - set(PLAIN) <= refused, (
+    known = {*HARMLESS, *USED} - {*BEYOND}
+    assert {f.name for f in dataclasses.fields(peft.LoraConfig)} - known <= refused, (
         'a new setting of peft: does it change what A and B mean?')
 
 def test_adapters_that_do_not_fit_are_refused_and_leave_the_model_alone(tmp_path):

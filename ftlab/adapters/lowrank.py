@@ -19,9 +19,10 @@ from .delta import Entries
 from ..core.folder import read_json
 from ..core.io import write_atomically
 from ..core.loading import head_names
+from ..core.peft_folder import HARMLESS, SAME_BASE, USED
 
 # %% auto #0
-__all__ = ['PLAIN', 'STARTS', 'Pair', 'LoRA', 'pair_of', 'to_peft', 'check_peft', 'from_peft']
+__all__ = ['BEYOND', 'Pair', 'LoRA', 'pair_of', 'to_peft', 'check_peft', 'from_peft']
 
 # %% ../../nbs/adapters/lowrank.ipynb #0005af9e
 class Pair(NamedTuple):
@@ -224,12 +225,8 @@ def _head_modules(att:Attached) -> list[str]:
 # %% ../../nbs/adapters/lowrank.ipynb #877cbe45
 # settings that do not change what A and B mean; any other one that is set is an error,
 # even one that does not exist yet
-PLAIN = ('peft_type task_type auto_mapping peft_version base_model_name_or_path revision '
-         'inference_mode r lora_alpha lora_dropout '
-         'use_rslora fan_in_fan_out target_modules exclude_modules layers_to_transform '
-         'layers_pattern megatron_core loftq_config '
-         'eva_config corda_config lora_ga_config qalora_group_size runtime_config init_lora_weights bias').split()
-STARTS = (True, False, None, 'gaussian', 'eva', 'orthogonal', 'mica') # initializations that leave the base as it is
+# fields that change the result and belong to more than a plain LoRA
+BEYOND = ('rank_pattern', 'alpha_pattern', 'use_dora', 'lora_bias', 'modules_to_save', 'trainable_token_indices')
 
 def from_peft(model:nn.Module,  # the base, changed in place
               folder:str|Path   # holds adapter_config.json and adapter_model.safetensors
@@ -255,11 +252,11 @@ def _plain_config(folder) -> dict:
     if not (folder/'adapter_config.json').is_file():
         raise FileNotFoundError(f'{str(folder)!r} has no adapter_config.json, so it is not an adapter saved by peft')
     c = read_json(folder/'adapter_config.json')
-    odd = [k for k, v in c.items() if k not in PLAIN and v]
+    odd = [k for k, v in c.items() if v and (k in BEYOND or k not in (*HARMLESS, *USED))]
     odd += ['bias'] if c.get('bias', 'none') != 'none' else []
     if c.get('peft_type') != 'LORA' or odd:
         raise ValueError(f'{str(folder)!r} is not a plain LoRA: {", ".join(odd) or c.get("peft_type")}')
-    if (start := c.get('init_lora_weights', True)) not in STARTS:
+    if (start := c.get('init_lora_weights', True)) not in SAME_BASE:
         raise ValueError(f'{str(folder)!r} was initialized with init_lora_weights={start!r}, which '
                          'changes the base that A and B belong to. '
                          'Save it again in peft with path_initial_model_for_weight_conversion, '
