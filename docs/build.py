@@ -49,6 +49,7 @@ def with_sphinx(proc:Path, out:Path):
     from sphinx.cmd.build import main
     if main(['-c', str(ROOT/'docs'), '-d', str(proc/'.doctrees'), '-q', '-W', '--keep-going',
              str(proc), str(out)]):
+        shutil.rmtree(proc/'.doctrees', ignore_errors=True)  # a page that is kept there warns no second time
         sys.exit('the site is not whole: see the warnings above')
     for page in out.rglob('*.html'):
         page.write_text(tidied(page.read_text(encoding='utf-8')), encoding='utf-8')

@@ -25,7 +25,7 @@ def rows_at(path, n=40):
                             for r in [*d.train[:n], *d.validation[:5], *d.test[:5]]))
     return path
 
-def test_the_head_is_what_the_hub_reads():
+def test_the_head_is_what_the_hub_reads(monkeypatch):
     found, _ = head(card(run_of()))
     assert found['library_name'] == 'transformers' and found['pipeline_tag'] == 'text-generation'
     assert 'base_model' not in found and 'datasets' not in found and 'license' not in found and 'lora' in found['tags']
@@ -33,10 +33,9 @@ def test_the_head_is_what_the_hub_reads():
     run.settings['model_name'] = 'ann/small'
     assert 'base_model' not in head_of(run), 'a folder may have such a name'
     run.model.config._commit_hash = 'abc'
-    run.data.origin = dict(source='bob/talks:en')
+    monkeypatch.setattr(run.data, 'origin', dict(source='bob/talks:en'))  # its rows are shared with other tests
     assert head_of(run)['base_model'] == 'ann/small' and head_of(run)['datasets'] == ['bob/talks']
     assert head_of(run, 'peft')['library_name'] == 'peft'
-    run.data.origin = None
 
 def test_a_folder_is_no_model_of_the_hub(tmp_path, monkeypatch):
     (tmp_path/'ann'/'small').mkdir(parents=True)

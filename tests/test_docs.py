@@ -262,6 +262,21 @@ def test_a_formula_that_cannot_be_set_fails_the_build(tmp_path):
                 and ('index.md' in r.stderr) == bool(ends))
         assert ends or (tmp_path/'out'/'index.html').read_text().count('<mfrac>') == 2
 
+def test_every_formula_can_be_set():
+    "Seen here in a second, not only when the site is built"
+    math = pytest.importorskip('docutils.utils.math', reason='docutils is not installed')
+    from docutils.utils.math.latex2mathml import tex2mathml
+    wrong = []
+    for page in sorted(NBS.rglob('*.ipynb')):
+        cells = json.loads(page.read_text(encoding='utf-8'))['cells']
+        prose = '\n\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'markdown')
+        for formula in re.findall(r'\$\$(.+?)\$\$', prose, re.S):
+            try:
+                tex2mathml(formula)
+            except math.MathError as e:
+                wrong.append(f'{page.relative_to(NBS)}: {formula.strip()}: {e}')
+    assert not wrong, '\n'.join(wrong)
+
 def test_no_notebook_is_too_heavy(tmp_path):
     "The built pages are weighed when the site is built"
     assert not (heavy := build.too_heavy(NBS)), '\n'.join(heavy)
