@@ -18,6 +18,7 @@ YOUNG = 'step-1000' # of lab-s: it writes lists, some of which break the rule
 SETTINGS = dict(seeds=2, steps=40, batch_size=16, evaluations=2, items=80, old_items=12,
                 validation_items=50, old_validation_items=6)
 RUNS_PER_METHOD = 6
+ASKED = dict(bitfit='bitfit(norms=True)') # what is asked of a model without biases
 KEPT = ('gain', 'forgetting', 'forgetting_matched') # of each test seed
 
 def setting(kind:str) -> tuple[tuple[str, ...], str, dict]:
@@ -37,7 +38,7 @@ def compared(kind:str) -> dict:
         kinds = sorted({file.stem for file in ftlab.methods.yardsticks().values()})
         raise SystemExit(f'no yardsticks of kind {kind!r}; there are {", ".join(kinds)}')
     beside, task, how = setting(kind)
-    arms = [*beside, *names]
+    arms = [*beside, *(ASKED.get(n, n) for n in names)]
     found = ftlab.compare(arms, 'lab-s', **how, max_runs=RUNS_PER_METHOD*len(arms),
                           out=f'ftlab-runs/yardsticks_{kind}', **SETTINGS).json()
     rows = {m['name']: dict(rate=m['rate'], rate_matched=m['rate_matched'],
