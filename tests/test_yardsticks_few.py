@@ -36,11 +36,14 @@ def test_bitfit_is_adamw_on_the_biases():
         opt.zero_grad()
     theirs.eval()
     now = dict(run.model.named_parameters())
-    gap = max(float((now[n].detach() - p.detach()).abs().max())
-              for n, p in theirs.named_parameters())
+    away = {n: (now[n].detach() - p.detach()).abs() for n, p in theirs.named_parameters()}
+    for n, t in away.items():
+        if n.endswith('c_attn.bias'): # softmax ignores the bias of keys: its gradient is rounding alone
+            t[32:64] = 0.
+    gap = max(float(t.max()) for t in away.values())
     out = float((logits(run.model) - logits(theirs)).abs().max())
     print(dict(parameters=gap, outputs=out))
-    assert gap <= 1e-6 and out <= 1e-5
+    assert gap <= 1e-6 and out <= 2e-6
     assert len(run.delta.attached.whole) == len(free)
 
 @pytest.mark.parametrize('by', ['random', 'magnitude'])
