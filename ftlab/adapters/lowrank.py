@@ -69,6 +69,11 @@ def to_peft(att:Attached,      # LoRA, and perhaps rows of new tokens and a clas
     of new tokens become its `trainable_token_indices`.
     Raises `ValueError` for a change that such a folder cannot hold."""
     check_peft(att)
+    if (own := _own_form(att)) is not None:
+        tensors, config = own
+        config |= dict(base_model_name_or_path=base, revision=revision, task_type=_task(att.model),
+                       inference_mode=True)
+        return _written(Path(folder), tensors, config)
     tensors, names, rows = {}, {}, _token_rows(att)
     for n, d in att.deltas.items():
         if n not in rows:
@@ -87,7 +92,14 @@ def to_peft(att:Attached,      # LoRA, and perhaps rows of new tokens and a clas
                   trainable_token_indices={_module(n): i for n, i in rows.items()} or None,
                   fan_in_fan_out=any(is_transposed(att.model, n) for n in att.deltas),
                   task_type=_task(att.model), inference_mode=True)
-    folder = Path(folder)
+    return _written(Path(folder), tensors, config)
+
+def _own_form(att:Attached) -> tuple[dict, dict]|None:
+    "Return tensors and configuration, if the change is one delta that says how peft keeps it"
+    deltas = list(att.deltas.values())
+    return deltas[0].peft() if len(deltas) == 1 and not att.whole and hasattr(deltas[0], 'peft') else None
+
+def _written(folder, tensors, config):
     tensors = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
     write_atomically(folder/'adapter_model.safetensors', lambda p: save_file(tensors, p, metadata={'format': 'pt'}))
     write_atomically(folder/'adapter_config.json',
@@ -148,6 +160,8 @@ def _peft_settings(deltas:dict) -> dict:
 # %% ../../nbs/adapters/lowrank.ipynb #e7971a89
 def check_peft(att:Attached) -> None:
     "Raise `ValueError` unless a peft folder can hold the whole change"
+    if _own_form(att) is not None:
+        return
     way = 'export the whole model as a plain folder instead'
     lora = {n: d for n, d in att.deltas.items() if type(d) is LoRA}
     heads = tuple(f'{m}.' for m in _head_modules(att))
