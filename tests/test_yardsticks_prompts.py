@@ -5,7 +5,7 @@ from ftlab.adapters.attach import attach
 from ftlab.adapters.yardsticks.prompts import Prompt
 from ftlab.core.generate import generate
 from ftlab.trainers.fit import fit
-from test_yardsticks_low_rank import STEPS, ours, trained
+from test_yardsticks_low_rank import ours, trained
 from tiny import example_inputs, tiny
 from toys import TOK, lab_data, logits, probe, toy
 
@@ -74,7 +74,8 @@ def test_written_for_peft(peft, tmp_path):
     b = {k: v for k, v in probe().items() if k in ('input_ids', 'attention_mask')}
     one = {k: v[:1, :5] for k, v in b.items()}
     how = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
-    assert torch.equal(theirs.generate(**one, **how)[:, -6:], run.model.generate(**one, **how)[:, -6:])
+    a, b = (m.generate(**one, **how)[:, -6:] for m in (theirs, run.model))
+    assert torch.equal(a, b)
 
 def test_resumed_is_uninterrupted(tmp_path):
     how = dict(steps=4, batch_size=4, lr=1e-2, progress=False)
@@ -92,8 +93,8 @@ def test_resumed_is_uninterrupted(tmp_path):
 def test_packed_rows_and_new_tokens_are_refused():
     m = toy()
     with pytest.raises(ValueError, match='cannot be packed'):
-        fit(m, TOK, lab_data(), methods.prompt_tuning(tokens=2), steps=1, batch_size=4, packing=True,
-            progress=False)
+        fit(m, TOK, lab_data(), methods.prompt_tuning(tokens=2), steps=1, batch_size=4,
+            packing=True, progress=False)
     recipe, m = methods.prompt_tuning(tokens=2), toy()
     chosen = recipe.select(m)
     rows = {n: torch.ones_like(m.get_parameter(n), dtype=torch.bool) for n in chosen}

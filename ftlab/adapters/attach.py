@@ -531,7 +531,7 @@ def _check_prompt(model, name):
     "Raise `ValueError` unless vectors can be put before the input of this model"
     causal = any(getattr(m, 'is_causal', False) is True for m in model.modules())
     if not causal or model.config.is_encoder_decoder or model.base_model is model:
-        raise ValueError(f'{type(model).__name__} is no decoder with a head, so a prompt cannot be put before its input; '
+        raise ValueError(f'{type(model).__name__} is no decoder with a head, so no prompt can stand before its input; '
                          'use another method, such as lora')
     if owner_of(model, name)[0] is not model.get_input_embeddings():
         raise ValueError(f'{name!r} is not the input embedding, before which a prompt is put')

@@ -97,7 +97,8 @@ def to_peft(att:Attached,      # LoRA, and perhaps rows of new tokens and a clas
 def _own_form(att:Attached) -> tuple[dict, dict]|None:
     "Return tensors and configuration, if the change is one delta that says how peft keeps it"
     deltas = list(att.deltas.values())
-    return deltas[0].peft() if len(deltas) == 1 and not att.whole and hasattr(deltas[0], 'peft') else None
+    alone = len(deltas) == 1 and not att.whole and hasattr(deltas[0], 'peft')
+    return deltas[0].peft() if alone else None
 
 def _written(folder, tensors, config):
     tensors = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
