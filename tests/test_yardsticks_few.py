@@ -71,6 +71,10 @@ def test_every_bias_is_chosen_and_nothing_else():
     scales = {n for n, _ in m.named_parameters() if n.endswith('LayerNorm.weight')}
     assert set(more) - set(chosen) == scales
 
+def test_biases_that_a_module_holds_beside_its_weights_are_chosen():
+    attention = torch.nn.MultiheadAttention(8, 2)
+    assert set(biases()(attention)) == {'in_proj_bias', 'out_proj.bias'}
+
 def test_a_model_without_biases_is_refused_and_the_way_out_named():
     with pytest.raises(ValueError, match=r'has no biases.*bitfit\(norms=True\)'):
         fit(toy(), TOK, lab_data(), methods.bitfit(), steps=1, batch_size=4, progress=False)

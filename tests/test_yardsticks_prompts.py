@@ -7,7 +7,7 @@ from ftlab.core.generate import generate
 from ftlab.trainers.fit import fit
 from test_yardsticks_low_rank import ours, trained
 from tiny import example_inputs, tiny
-from toys import TOK, lab_data, logits, probe, toy
+from toys import TOK, lab_data, label_data, logits, probe, toy
 
 @pytest.fixture
 def peft():
@@ -34,10 +34,10 @@ def test_equal_to_peft(peft):
     print(dict(start=float(at_start), parameters=float(gap), outputs=float(out)))
     assert max(at_start, gap, out) <= 1e-5
 
-@pytest.mark.parametrize('family', ['llama', 'gpt2', 'qwen2', 'gpt_neox'])
+@pytest.mark.parametrize('family', ['llama', 'gpt2', 'qwen2', 'gpt_neox', 'opt'])
 def test_a_prompt_of_known_tokens_says_what_they_say(family):
     m, x = tiny(family), example_inputs()
-    ids = [7, 9, 30]
+    ids = [7, 9, 30] # OPT's head calls the decoder past its base model
     text = torch.tensor([ids]*len(x['input_ids']))
     told = logits(m, dict(input_ids=torch.cat([text, x['input_ids']], 1)))[:, 3:]
     recipe = methods.prompt_tuning(tokens=3, start=ids)
@@ -124,3 +124,24 @@ W = torch.randn(6, 4)
 def test_wrong_arguments_are_named(make, says):
     with pytest.raises(ValueError, match=says):
         make()
+
+@pytest.mark.parametrize('family', ['gpt2', 'opt'])
+def test_rows_longer_than_the_positions_left_are_refused(family):
+    m, recipe = tiny(family, max_position_embeddings=12), methods.prompt_tuning(tokens=5)
+    attach(m, recipe.select(m), recipe.delta)
+    assert logits(m, example_inputs(length=7)).shape[1] == 7
+    with pytest.raises(ValueError, match='has 12 positions and the prompt takes 5.*at most 7 tokens'):
+        m(**example_inputs(length=8))
+
+def test_a_loss_that_counts_routing_is_refused():
+    m, recipe = toy(), methods.prompt_tuning(tokens=2)
+    m.config.output_router_logits = True
+    with pytest.raises(ValueError, match='output_router_logits'):
+        attach(m, recipe.select(m), recipe.delta)
+
+def test_a_prompt_beside_a_head_is_not_written_for_peft(tmp_path):
+    m = tiny('llama', 'classifier', num_labels=3, vocab_size=len(TOK), pad_token_id=0)
+    run = fit(m, TOK, label_data(), methods.prompt_tuning(tokens=2), steps=1, batch_size=4,
+              progress=False)
+    with pytest.raises(ValueError, match="whole change, and 'score.weight' is trained beside it"):
+        run.export(tmp_path/'x', form='peft')

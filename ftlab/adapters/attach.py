@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 from .delta import Entries
 from .select import check_selection
+from ..core.model import position_table
 from ..core.recipe import name_of
 
 # %% auto #0
@@ -133,6 +134,7 @@ class _Prompt:
 
     def __init__(self, owner, delta, embed):
         self.owner, self.delta, self.embed, self.put = owner, delta, embed, 0
+        self.most = position_table(owner.model)
 
     def before(self, module, args, kwargs):
         if not self.owner.enabled:
@@ -142,7 +144,9 @@ class _Prompt:
         x = self.embed(k.pop('input_ids')) if x is None else x
         V = self.delta.vectors_for(len(x)).to(x.dtype)
         size, mask, cache = V.shape[1], k.get('attention_mask'), k.get('past_key_values')
-        self.put = 0 if cache is not None and cache.get_seq_length() else size
+        seen = cache.get_seq_length() if cache is not None else 0
+        self.put = 0 if seen else size
+        self._check_room(size, x.shape[1], seen)
         if mask is not None:
             if mask.ndim != 2:
                 raise ValueError('a prompt stands before each row, so rows cannot be packed: '
@@ -152,6 +156,12 @@ class _Prompt:
             first = torch.arange(self.put, device=place.device).expand(len(place), -1)
             k['position_ids'] = torch.cat([first, place + size], 1)
         return (), k | dict(inputs_embeds=torch.cat([V, x], 1) if self.put else x)
+
+    def _check_room(self, size, length, seen):
+        if self.most and seen + self.put + length > self.most:
+            raise ValueError(f'the model has {self.most} positions and the prompt takes {size} of them; rows and '
+                             f'answers have at most {max(0, self.most - size)} tokens: give a smaller max_length, '
+                             'or a shorter prompt')
 
     def after(self, module, args, kwargs, out):
         if self.owner.enabled and self.put:
@@ -527,12 +537,19 @@ def check_delta(model:nn.Module, name:str, delta:Callable) -> None:
         raise ValueError(f'{name!r} belongs to an embedding, which looks rows up; {title} changes the activations of '
                          'a layer: select the weights of linear layers only')
 
+def _decoder(model):
+    "Return the module whose forward pass reads the embeddings; OPT's head calls it past its base model"
+    return model.get_decoder() if hasattr(model, 'get_decoder') else model.base_model
+
 def _check_prompt(model, name):
     "Raise `ValueError` unless vectors can be put before the input of this model"
     causal = any(getattr(m, 'is_causal', False) is True for m in model.modules())
     if not causal or model.config.is_encoder_decoder or model.base_model is model:
-        raise ValueError(f'{type(model).__name__} is no decoder with a head, so no prompt can stand before its input; '
-                         'use another method, such as lora')
+        raise ValueError(f'{type(model).__name__} is no decoder with a head and causal attention that ftlab knows, '
+                         'so no prompt can stand before its input; use another method, such as lora')
+    if getattr(model.config, 'output_router_logits', False):
+        raise ValueError(f'the loss of {type(model).__name__} counts the experts of each token of a row, and a prompt '
+                         'is no part of the row; set output_router_logits to False in its configuration')
     if owner_of(model, name)[0] is not model.get_input_embeddings():
         raise ValueError(f'{name!r} is not the input embedding, before which a prompt is put')
     if hasattr(owner_of(model, name)[0], 'embed_scale'):
@@ -555,7 +572,7 @@ def _place(att, name, d):
         return _parametrize(att, name, d)
     module.add_module(f'delta_{attribute}', d)
     if d.site == 'prompt':
-        put, decoder = _Prompt(att, d, module), att.model.base_model
+        put, decoder = _Prompt(att, d, module), _decoder(att.model)
         att.handles[name] = decoder.register_forward_pre_hook(put.before, with_kwargs=True)
         att.handles[f'{name} after'] = decoder.register_forward_hook(put.after, with_kwargs=True)
     elif d.site == 'input':

@@ -164,6 +164,10 @@ def check_peft(att:Attached) -> None:
     if _own_form(att) is not None:
         return
     way = 'export the whole model as a plain folder instead'
+    if prompts := [n for n, d in att.deltas.items() if d.site == 'prompt']:
+        raise ValueError(f'the prompt at {prompts[0]!r} can be written for peft only if it is the whole change, and '
+                         f'{next(n for n in (*att.whole, *att.deltas) if n != prompts[0])!r} is trained beside it; '
+                         'keep the folder of the run instead')
     lora = {n: d for n, d in att.deltas.items() if type(d) is LoRA}
     heads = tuple(f'{m}.' for m in _head_modules(att))
     whole = [n for n in att.whole if not n.startswith(heads or '?')]

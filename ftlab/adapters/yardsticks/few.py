@@ -24,7 +24,7 @@ class biases:
     def __call__(self, model, batches=None, seed=0) -> dict: # {name: True}
         """Return {name: True}.
         Raises `ValueError` for a model in which there is nothing to select."""
-        out = {n: True for n, _ in model.named_parameters() if n.rpartition('.')[2] == 'bias'}
+        out = {n: True for n, _ in model.named_parameters() if n.endswith('bias')}
         if self.norms:
             out |= parts('norm')(model)
         if not out:
