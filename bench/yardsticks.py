@@ -24,6 +24,7 @@ SETTINGS = dict(seeds=2, steps=40, batch_size=16, evaluations=2, items=80, old_i
 RUNS_PER_METHOD, MORE_RUNS = 6, dict(preferences=8) # two rates; three, extended once at an edge
 # a method at a rate that the search passes over, though it gains on the test seeds
 PASSED_OVER = dict(preferences=('kto', 9.49e-5))
+ASKED = dict(bitfit='bitfit(norms=True)') # what is asked of a model without biases
 KEPT = ('gain', 'forgetting', 'forgetting_matched') # of each test seed
 
 def setting(kind:str) -> tuple[tuple[str, ...], str, dict]:
@@ -41,7 +42,7 @@ def setting(kind:str) -> tuple[tuple[str, ...], str, dict]:
 def arms_of(kind:str, names:list[str]) -> list:
     "Return the methods, with arguments where their defaults mean nothing to a lab model"
     if kind != 'regularisers':
-        return names
+        return [ASKED.get(n, n) for n in names]
     known = skills_of(ftlab.load('lab-s')[1])
     old = mix({s: (ftlab.data(s, n=40), 1/len(known)) for s in known})
     given = dict(replay=dict(old=old), ewc=dict(old=old, rows=66), r_drop=dict(dropout=.1),

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from .delta import Entries
 from .select import check_selection
 from ..core.four_bits import FourBit
+from ..core.model import position_table
 from ..core.recipe import name_of
 
 # %% auto #0
@@ -127,6 +128,48 @@ class _Input:
 
     def __call__(self, module, args):
         return (in_full(self.delta, args[0]), *args[1:]) if self.owner.enabled else None
+
+# %% ../../nbs/adapters/attach.ipynb #a7prompt
+class _Prompt:
+    "Put a delta's vectors before a decoder's embeddings, and leave their outputs out of its result"
+
+    def __init__(self, owner, delta, embed):
+        self.owner, self.delta, self.embed, self.put = owner, delta, embed, 0
+        self.most = position_table(owner.model)
+
+    def before(self, module, args, kwargs):
+        if not self.owner.enabled:
+            return None
+        k = kwargs | dict(zip(('input_ids',), args))
+        x = k.pop('inputs_embeds', None)
+        x = self.embed(k.pop('input_ids')) if x is None else x
+        V = self.delta.vectors_for(len(x)).to(x.dtype)
+        size, mask, cache = V.shape[1], k.get('attention_mask'), k.get('past_key_values')
+        seen = cache.get_seq_length() if cache is not None else 0
+        self.put = 0 if seen else size
+        self._check_room(size, x.shape[1], seen)
+        if mask is not None:
+            if mask.ndim != 2:
+                raise ValueError('a prompt stands before each row, so rows cannot be packed: '
+                                 'it needs an attention mask of [rows, tokens]')
+            k['attention_mask'] = torch.cat([mask.new_ones(len(x), size), mask], 1)
+        if (place := k.get('position_ids')) is not None:
+            first = torch.arange(self.put, device=place.device).expand(len(place), -1)
+            k['position_ids'] = torch.cat([first, place + size], 1)
+        return (), k | dict(inputs_embeds=torch.cat([V, x], 1) if self.put else x)
+
+    def _check_room(self, size, length, seen):
+        if self.most and seen + self.put + length > self.most:
+            raise ValueError(f'the model has {self.most} positions and the prompt takes {size} of them; rows and '
+                             f'answers have at most {max(0, self.most - size)} tokens: give a smaller max_length, '
+                             'or a shorter prompt')
+
+    def after(self, module, args, kwargs, out):
+        if self.owner.enabled and self.put:
+            out.last_hidden_state = out.last_hidden_state[:, self.put:]
+            if out.get('hidden_states') is not None:
+                out.hidden_states = tuple(h[:, self.put:] for h in out.hidden_states)
+        return out
 
 # %% ../../nbs/adapters/attach.ipynb #7b217392
 class _Weight(nn.Module):
@@ -417,6 +460,9 @@ def attach(model:nn.Module,          # changed in place: frozen except for what 
     check_bare(model)
     check_selection(model, chosen)
     params = dict(model.named_parameters())
+    if beside and declared(delta, 'site', 'weight') == 'prompt':
+        raise ValueError('the model has new tokens, whose rows train beside the method, and a prompt '
+                         'cannot stand on the same embedding; use another method, such as lora')
     # a weight that was chosen whole has these entries already; each entry has one change
     beside = {n: m for n, m in (beside or {}).items()
               if n not in also and chosen.get(n) is not True}
@@ -499,9 +545,31 @@ def check_delta(model:nn.Module, name:str, delta:Callable) -> None:
                          'the matrices of attention by name, or train the stack itself (full)')
     if len(shape) < 2 and site == 'weight' and not declared(delta, 'vectors', False):
         raise ValueError(f'{name!r} is a vector of shape {shape}; {title} changes matrices: select matrices only')
+    if site == 'prompt':
+        return _check_prompt(model, name)
     if site != 'weight' and isinstance(owner_of(model, name)[0], nn.Embedding):
         raise ValueError(f'{name!r} belongs to an embedding, which looks rows up; {title} changes the activations of '
                          'a layer: select the weights of linear layers only')
+
+# %% ../../nbs/adapters/attach.ipynb #a7check
+def _decoder(model):
+    "Return the module whose forward pass reads the embeddings; OPT's head calls it past its base model"
+    return model.get_decoder() if hasattr(model, 'get_decoder') else model.base_model
+
+def _check_prompt(model, name):
+    "Raise `ValueError` unless vectors can be put before the input of this model"
+    causal = any(getattr(m, 'is_causal', False) is True for m in model.modules())
+    if not causal or model.config.is_encoder_decoder or model.base_model is model:
+        raise ValueError(f'{type(model).__name__} is no decoder with a head and causal attention that ftlab knows, '
+                         'so no prompt can stand before its input; use another method, such as lora')
+    if getattr(model.config, 'output_router_logits', False):
+        raise ValueError(f'the loss of {type(model).__name__} counts the experts of each token of a row, and a prompt '
+                         'is no part of the row; set output_router_logits to False in its configuration')
+    if owner_of(model, name)[0] is not model.get_input_embeddings():
+        raise ValueError(f'{name!r} is not the input embedding, before which a prompt is put')
+    if hasattr(owner_of(model, name)[0], 'embed_scale'):
+        raise ValueError(f'{type(model).__name__} scales what it looks up in its embedding, which a prompt does not; '
+                         'use another method, such as lora')
 
 # %% ../../nbs/adapters/attach.ipynb #730f34bc1
 def make_delta(model:nn.Module, name:str, mask, delta:Callable) -> nn.Module:
@@ -525,7 +593,11 @@ def _place(att, name, d):
     if d.site == 'weight' and not branches:
         return _parametrize(att, name, d)
     module.add_module(f'delta_{attribute}', d)
-    if d.site == 'input':
+    if d.site == 'prompt':
+        put, decoder = _Prompt(att, d, module), _decoder(att.model)
+        att.handles[name] = decoder.register_forward_pre_hook(put.before, with_kwargs=True)
+        att.handles[f'{name} after'] = decoder.register_forward_hook(put.after, with_kwargs=True)
+    elif d.site == 'input':
         att.handles[name] = module.register_forward_pre_hook(_Input(att, d))
     else:
         hook = _Output if d.site == 'activation' else _Branch

@@ -97,6 +97,11 @@ def to_peft(att:Attached,      # LoRA or its kin, and perhaps rows of new tokens
     the same; trained rows of new tokens become its `trainable_token_indices`.
     Raises `ValueError` for a change that such a folder cannot hold."""
     check_peft(att)
+    if (own := _own_form(att)) is not None:
+        tensors, config = own
+        config |= dict(base_model_name_or_path=base, revision=revision, task_type=_task(att.model),
+                       inference_mode=True)
+        return _written(Path(folder), tensors, config)
     tensors, pairs, rows = {}, {}, _token_rows(att)
     for n, d in att.deltas.items():
         if n not in rows:
@@ -115,7 +120,15 @@ def to_peft(att:Attached,      # LoRA or its kin, and perhaps rows of new tokens
                   trainable_token_indices={_module(n): i for n, i in rows.items()} or None,
                   fan_in_fan_out=any(is_transposed(att.model, n) for n in att.deltas),
                   task_type=_task(att.model), inference_mode=True)
-    folder = Path(folder)
+    return _written(Path(folder), tensors, config)
+
+def _own_form(att:Attached) -> tuple[dict, dict]|None:
+    "Return tensors and configuration, if the change is one delta that says how peft keeps it"
+    deltas = list(att.deltas.values())
+    alone = len(deltas) == 1 and not att.whole and hasattr(deltas[0], 'peft')
+    return deltas[0].peft() if alone else None
+
+def _written(folder, tensors, config):
     tensors = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
     write_atomically(folder/'adapter_model.safetensors', lambda p: save_file(tensors, p, metadata={'format': 'pt'}))
     write_atomically(folder/'adapter_config.json',
@@ -178,7 +191,13 @@ def _peft_settings(pairs:dict[str, Pair]) -> dict:
 # %% ../../nbs/adapters/lowrank.ipynb #e7971a89
 def check_peft(att:Attached) -> None:
     "Raise `ValueError` unless a peft folder can hold the whole change"
+    if _own_form(att) is not None:
+        return
     way = 'export the whole model as a plain folder instead'
+    if prompts := [n for n, d in att.deltas.items() if d.site == 'prompt']:
+        raise ValueError(f'the prompt at {prompts[0]!r} can be written for peft only if it is the whole change, and '
+                         f'{next(n for n in (*att.whole, *att.deltas) if n != prompts[0])!r} is trained beside it; '
+                         'keep the folder of the run instead')
     lora = {n: p for n, d in att.deltas.items() if (p := pair_of(d)) is not None}
     heads = tuple(f'{m}.' for m in _head_modules(att))
     whole = [n for n in att.whole if not n.startswith(heads or '?')]
