@@ -17,8 +17,8 @@ from .core.four_bits import QUANTIZED
 from .commands.background import check_start, reported, run_status, run_stop, start
 from .commands.claims import run_claims
 from .commands.export import add_export, run_export
-from .commands.given import (columns_of, data_of, finite, listed, mixture_of, model_of,
-                                  new_folder, not_negative, old_of, positive, rate, rates,
+from .commands.given import (columns_of, data_of, finite, length_of, listed, mixture_of, model_of,
+                                  new_folder, not_negative, old_of, passes, positive, rate, rates,
                                   refuse_unused, tokens_of)
 from .commands.init import run_init
 from .commands.jupyter import run_lab
@@ -59,7 +59,7 @@ def run_compare(a:argparse.Namespace) -> tuple[dict, str]:
 
 def _compared(a, methods, data, progress, executor):
     return ftlab.compare(methods, a.model, data, old=old_of(a), metric=a.metric, seeds=a.seeds,
-                         steps=a.steps, batch_size=a.batch_size, lrs=a.lrs, tune=a.tune,
+                         **length_of(a), batch_size=a.batch_size, lrs=a.lrs, tune=a.tune,
                          items=a.items, old_items=a.old_items, max_length=a.max_length,
                          device=a.device, precision=a.precision, dtype=a.dtype,
                          revision=a.revision, head=a.head, add_tokens=tokens_of(a),
@@ -90,7 +90,7 @@ def _score(a, model, tok, data) -> float|None:
 
 def _trained(a, model, tok, data, recipe, lr):
     from ftlab.instruments.bench import Budget
-    return ftlab.fit(model, tok, data, recipe, steps=a.steps, batch_size=a.batch_size, lr=lr,
+    return ftlab.fit(model, tok, data, recipe, **length_of(a), batch_size=a.batch_size, lr=lr,
                      seed=a.seed, max_length=a.max_length, packing=a.packing, device=a.device,
                      precision=a.precision, out=a.out, save_every=a.save_every, resume=a.resume,
                      trackers=listed(a.trackers), callbacks=(Budget(a.budget),)*bool(a.budget))
@@ -111,7 +111,7 @@ def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
     model, tok = model_of(a, labels=data.labels, seed=a.seed, head=a.head)
     check_fits(model, tok, data)
     data = numbered(data, model)
-    _keep_rows(a, out, data)
+    _keep_rows(a, out, data, model, tok)
     metric, before = metric_for(data, a.metric), _score(a, model, tok, data)
     run = _trained(a, model, tok, data, recipe, grid[0])
     record = dict(model=a.model, revision=a.revision, data=data.name, eval=a.eval,
@@ -147,10 +147,11 @@ def _keep_others(a, out:Path, recipe, lr:float, data):
     was = _finished(a, out)
     if was is None:
         return
+    own = {k: getattr(a, k) for k in OWN if k != 'steps' or a.epochs is None}
     now = dict(model=a.model, revision=a.revision, data=data.name, seed=a.seed, head=a.head,
                add_tokens=tokens_of(a), quantize=a.quantize,
                eval=a.eval, columns=columns_of(a), carry=listed(a.carry or ''), wanted=a.wanted,
-               empty=a.empty, recipe=recipe.describe(), lr=lr, **{k: getattr(a, k) for k in OWN})
+               empty=a.empty, recipe=recipe.describe(), lr=lr, **own)
     then = ({k: was['settings'].get(k, was.get(k)) for k in now}
             | {k: was.get(k) for k in ('model', 'data')})
     if diff := [k for k in now if now[k] != then[k]]:
@@ -170,12 +171,25 @@ def _finished(a, out:Path) -> dict|None:
     settings = isinstance(was.get('settings'), dict)
     return was if settings and not was.get('interrupted') else None
 
-def _keep_rows(a, out:Path, data):
-    "Raise `FileExistsError` if `out` holds a finished run on other rows, which were read from files of these names"
+def _keep_rows(a, out:Path, data, model, tok):
+    """Raise `FileExistsError` if `out` holds a finished run on other rows, which were read from files of
+    these names, or with another number of steps than `--epochs` makes"""
     was = _finished(a, out)
+    if was and a.epochs is not None and was['settings'].get('steps') != _steps(a, data, model, tok):
+        raise FileExistsError(f'--out {str(out)!r} holds a finished run, in which steps is {was["settings"]["steps"]}, '
+                              f'and --epochs {a.epochs:g} makes {_steps(a, data, model, tok)}; name another folder, or '
+                              'replace that run with --no-resume')
     if was and was['settings'].get('data', data.fingerprint) != data.fingerprint:
         raise FileExistsError(f'--out {str(out)!r} holds a finished run on other rows: {data.name} has changed since, '
                               'or what is read with it; name another folder, or replace that run with --no-resume')
+
+def _steps(a, data, model, tok) -> int:
+    "Return the steps that `--epochs` makes"
+    from ftlab.core.model import row_limit
+    from ftlab.core.tokens import encode_all
+    from ftlab.trainers.source import steps_of_epochs
+    rows = encode_all(data.train, tok, data.kind, row_limit(model, tok, a.max_length))
+    return steps_of_epochs(a.epochs, len(rows), a.batch_size)
 
 def _test_notes(a, model, tok, data) -> list[str]:
     "Say how many of the measured test rows the length limit cut or left out"
@@ -354,6 +368,7 @@ COMMON = {
                           "'hft * dft'; ftlab methods lists them (default: %(default)s)"),
     '--lr': dict(type=rate, metavar='RATE', help="learning rate (default: the method's own)"),
     '--steps': dict(type=positive, default=200, metavar='N', help='optimizer steps (default: %(default)s)'),
+    '--epochs': dict(type=passes, metavar='N', help='passes over the training rows, instead of --steps'),
     '--batch-size': dict(type=positive, default=32, metavar='ROWS', help='rows in a step (default: %(default)s)'),
     '--max-length': dict(type=positive, metavar='TOKENS',
                          help='longest row in tokens; what is longer is cut (default: what the model can read)'),
@@ -380,8 +395,8 @@ def _take(p, names:str, **more):
 def _training(p, out:str):
     "Add the arguments of both commands that train"
     must = dict(required=True)
-    add = _take(p, 'model revision add-tokens quantize data eval columns metric steps batch-size max-length '
-                   'device dtype precision head out',
+    add = _take(p, 'model revision add-tokens quantize data eval columns metric steps epochs batch-size '
+                   'max-length device dtype precision head out',
                 model=must, data=must,
                 out=dict(default=out, type=lambda text: text or out, # --out "$UNSET"
                          help='the folder to write (default: %(default)s)'))

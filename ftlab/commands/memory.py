@@ -9,7 +9,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 import ftlab
-from .given import bench_of, model_of, tokens_of
+from .given import bench_of, length_of, model_of, tokens_of
 
 # %% auto #0
 __all__ = ['PARTS', 'available', 'kept_bytes', 'training_bytes', 'planned', 'Marks', 'timed', 'estimate', 'size_words',
@@ -195,6 +195,7 @@ def estimate(a, data, arms, tuned:bool,
             ) -> dict:
     "Estimate what a comparison or one run takes: runs, memory and, if it fits, tokens and time"
     from ftlab.core.loading import find_device
+    from ftlab.trainers.source import check_epochs
     free = available(str(find_device(a.device)))
     work = dict(test=len(arms), tuning=0)
     if seeds is not None:
@@ -203,6 +204,8 @@ def estimate(a, data, arms, tuned:bool,
     methods = [dict(name=n, **planned(a, r, data), cells=work['test']//len(arms),
                     tuning=work['tuning']//len(arms)) for n, (r, _) in arms.items()]
     fits = None if free is None else all(m['fits'] for m in methods)
+    for r, _ in arms.values():
+        check_epochs(r, length_of(a).get('epochs'))
     bench = None if fits is False else bench_of(a, data)
     for m in methods if bench else ():
         recipe, rates = arms[m['name']]
@@ -215,9 +218,11 @@ def estimate(a, data, arms, tuned:bool,
         notes.append('these are the most runs there can be: a search that needs no extension takes fewer')
     if any(r.learners for r, _ in arms.values()):
         notes.append('a second model that a method trains is not counted')
+    notes += [bench.passes] if bench and bench.passes else []
     return dict(dry_run=True, model=str(a.model), data=data.name, methods=methods,
                 available_bytes=free, fits=fits,
                 seconds=sum(m['seconds'] for m in methods) if bench else None,
+                steps=bench.steps if bench else None,
                 note='; '.join(notes))
 
 def _in_all(m:dict, bench, seeds:int|None) -> dict:

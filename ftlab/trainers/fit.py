@@ -32,6 +32,7 @@ from ..core.recipe import Recipe
 from ..core.text import near_misses, shortened, some
 from .checkpoint import refuse_to_replace, resumable
 from .run import Run
+from .source import STEPS, check_epochs, check_length, epochs_note, steps_of_epochs
 from .stage import Job, head_names, rate_settings
 from .stages import run_recipe
 from .step import Processes
@@ -45,7 +46,8 @@ def fit(model,                     # changed in place: a causal language model, 
         tok,                       # its tokenizer; None for data that are not text
         data=None,                 # `Data`, or anything that `ftlab.data` accepts; required
         recipe:Recipe|None=None,   # the method; None: full fine-tuning
-        *, steps:int=200,          # optimizer steps
+        *, steps:int|None=None,    # optimizer steps; None: 200, or as many as `epochs` takes
+        epochs:float|None=None,    # passes over the training rows, instead of `steps`
         batch_size:int=32,         # rows per step, over all processes
         accumulate:int=1,          # micro-batches per step in each process
         lr:float|None=None,        # peak learning rate; None: the recipe's
@@ -79,6 +81,8 @@ def fit(model,                     # changed in place: a causal language model, 
     other error the model is as it was before the call. If a later checkpoint does not fit on the
     disk, `fit` warns and goes on. Under torchrun several processes share the run."""
     _check_model(model, data, recipe)
+    check_length(steps, epochs)
+    steps = STEPS if steps is None else steps
     _check_numbers(steps=steps, batch_size=batch_size, accumulate=accumulate, warmup=warmup,
                    seed=seed, save_every=save_every, max_length=max_length)
     callbacks = _checked_callbacks(callbacks)
@@ -87,7 +91,7 @@ def fit(model,                     # changed in place: a causal language model, 
                     clip=clip, seed=seed, max_length=max_length, precision=precision,
                     packing=packing)
     _check_arguments(lr, weight_decay, clip, save_every, resume, out)
-    job = _job(model, tok, data, recipe or Recipe(), settings, device, out, trackers,
+    job = _job(model, tok, data, recipe or Recipe(), settings, epochs, device, out, trackers,
                callbacks)
     job.save_every, job.progress, job.shard = save_every, progress and job.processes.main, shard
     if shard and job.processes.count == 1:
@@ -175,10 +179,18 @@ def _packed(model, recipe) -> dict:
                          'cannot be restored from one; load the base without quantize')
     return dict(quantize=found) if found else {}
 
-def _job(model, tok, data, recipe, settings, device, out, trackers, callbacks) -> Job:
+def _passes(epochs:float|None, rows:int, batch_size:int, notes:list) -> dict:
+    "Return the steps that `epochs` takes, and add a note that says so; nothing if it isn't given"
+    if epochs is None:
+        return {}
+    notes.append(epochs_note(epochs, rows, batch_size))
+    return dict(steps=steps_of_epochs(epochs, rows, batch_size))
+
+def _job(model, tok, data, recipe, settings, epochs, device, out, trackers, callbacks) -> Job:
     "Collect what all stages of a run share"
     data = data if isinstance(data, Data) else as_data(data)
     check_fits(model, tok, data)
+    check_epochs(recipe, epochs)
     packed = _packed(model, recipe)
     data = numbered(data, model)
     device = _device(device, model)
@@ -197,13 +209,12 @@ def _job(model, tok, data, recipe, settings, device, out, trackers, callbacks) -
              special_note(data, tok), _unread_note(data, recipe),
              cut_note(rows, data.train, tok, limit, 'training'),
              cut_note(validation, data.validation, tok, limit, 'validation')))]
+    settings = settings | _passes(epochs, len(rows), settings['batch_size'], notes)
     asked = {k: settings[k] for k in ('lr', 'schedule')}
-    settings = dict(recipe=recipe.describe(), **settings)
-    settings |= rate_settings(recipe, **asked)
-    known = [base, packed] if packed else base
+    settings = dict(recipe=recipe.describe(), **settings) | rate_settings(recipe, **asked)
     settings |= dict(accumulate=settings['accumulate']*processes.count, data=data.fingerprint,
                      encoded=_fingerprint(rows, validation),
-                     model=hashlib.blake2s(json.dumps(known).encode()).hexdigest()[:16],
+                     model=_mark([base, packed] if packed else base),
                      callbacks=[c.describe() for c in callbacks if hasattr(c, 'describe')],
                      **packed)
     # the holder deletes the temporary folder with the run
@@ -211,7 +222,7 @@ def _job(model, tok, data, recipe, settings, device, out, trackers, callbacks) -
     folder = Path(holder.name if holder else out)
     return Job(model=model, tok=tok, data=data, recipe=recipe, settings=settings, rows=rows,
                validation=validation, limit=limit, notes=notes,
-               **asked, base=base, device=device, acc=acc,
+               **asked, epochs=epochs, base=base, device=device, acc=acc,
                processes=processes, folder=folder, holder=holder,
                checkpoint=Path(out or folder)/'checkpoint.safetensors', mark=uuid.uuid4().hex,
                callbacks=callbacks)
@@ -227,6 +238,10 @@ def _fingerprint(*sets:list[dict]) -> str:
             for k in sorted(row):
                 found.update(k.encode() + _bytes(row[k]))
     return found.hexdigest()[:16]
+
+def _mark(known) -> str:
+    "Hash what is known of the base"
+    return hashlib.blake2s(json.dumps(known).encode()).hexdigest()[:16]
 
 def _bytes(v) -> bytes:
     if isinstance(v, torch.Tensor):

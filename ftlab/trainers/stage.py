@@ -29,7 +29,7 @@ from .loop import Loop
 from .reference import Originals, reference_of
 from .run import Change, Run
 from .shard import Sharded
-from .source import Rows, rows_of
+from .source import Rows, check_epochs, rows_of
 from .step import Backprop, NotFinite, Processes, schedule
 from .watch import PeakMemory, Progress, track
 
@@ -51,6 +51,7 @@ class Job:
     notes:list[str]          # what was cut, left out or renamed, one sentence each
     lr:float|None            # as given to `fit`; None: each recipe's own
     schedule:str|None        # as given to `fit`; None: each recipe's own
+    epochs:float|None=None   # as given to `fit`
     base:dict                # the identity of the base
     device:torch.device
     acc:object               # accelerate's
@@ -269,6 +270,7 @@ def _supply(job:Job, recipe:Recipe, state:State, params:dict, how:SimpleNamespac
     """Create the source, then the learners.
     Raises `ValueError` for packing with a recipe that has its own source."""
     packed, settings = state.settings['packing'], state.settings
+    check_epochs(recipe, job.epochs) # a stage that a function made is known only now
     if packed and recipe.own_source:
         raise ValueError(f'packing=True packs the data as given, but {recipe.name} has its own source; '
                          f'use packing=False')
