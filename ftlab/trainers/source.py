@@ -95,5 +95,5 @@ def check_epochs(recipe:Recipe, epochs:float|None) -> None:
     "Raise `ValueError` for a recipe that draws its own rows, of which a pass over the data says nothing"
     own = [t for t in recipe.turns if isinstance(t, Recipe) and t.own_source]
     if epochs is not None and own:
-        raise ValueError(f'epochs counts passes over the training rows, but {own[0].name} draws its own rows; '
-                         'give steps instead')
+        raise ValueError(f'{own[0].name} draws its own rows, not those that epochs={epochs:g} counts passes over; '
+                         'give steps= instead')
