@@ -17,7 +17,7 @@ from .core.four_bits import QUANTIZED
 from .commands.background import check_start, reported, run_status, run_stop, start
 from .commands.claims import run_claims
 from .commands.export import add_export, run_export
-from .commands.given import (columns_of, data_of, finite, length_of, listed, mixture_of, model_of,
+from .commands.given import (columns_of, data_of, finite, length_of, listed, memory_of, mixture_of, model_of,
                                   new_folder, not_negative, old_of, passes, positive, rate, rates,
                                   refuse_unused, tokens_of)
 from .commands.init import run_init
@@ -65,7 +65,7 @@ def _compared(a, methods, data, progress, executor):
                          revision=a.revision, head=a.head, add_tokens=tokens_of(a),
                          quantize=a.quantize, budget=a.budget, out=a.out,
                          resume=a.resume, lose_at_most=a.lose_at_most, max_runs=a.max_runs,
-                         race=a.race, progress=progress, executor=executor)
+                         race=a.race, progress=progress, executor=executor, **memory_of(a))
 
 def _about_background(a):
     "Do what --status or --stop asks; raise `ValueError` for another option, which nothing would read"
@@ -93,7 +93,8 @@ def _trained(a, model, tok, data, recipe, lr):
     return ftlab.fit(model, tok, data, recipe, **length_of(a), batch_size=a.batch_size, lr=lr,
                      seed=a.seed, max_length=a.max_length, packing=a.packing, device=a.device,
                      precision=a.precision, out=a.out, save_every=a.save_every, resume=a.resume,
-                     trackers=listed(a.trackers), callbacks=(Budget(a.budget),)*bool(a.budget))
+                     trackers=listed(a.trackers), callbacks=(Budget(a.budget),)*bool(a.budget),
+                     **memory_of(a))
 
 # %% ../nbs/cli.ipynb #0015d2b6
 def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
@@ -400,6 +401,8 @@ def _training(p, out:str):
                 model=must, data=must,
                 out=dict(default=out, type=lambda text: text or out, # --out "$UNSET"
                          help='the folder to write (default: %(default)s)'))
+    add('--gradient-checkpointing', action='store_true',
+        help='save memory and take longer: the backward pass computes each block again; the numbers are the same')
     add('--budget', type=positive, metavar='TOKENS', help='end a run after so many tokens (default: no limit)')
     add('--items', type=positive, default=400, metavar='ROWS',
         help='how many test rows to measure on, at most (default: %(default)s)')

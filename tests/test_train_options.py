@@ -1,11 +1,17 @@
 "Options of `fit` that say how long a run is, which weights it keeps, and what it holds in memory"
 import json
+from contextlib import nullcontext
 from pathlib import Path
 import pytest
 import torch
-from toys import TOK, lab_data, same, toy, weights
+from tiny import DECODERS, ENCODERS, MIXED, PLAIN, inputs_for, tiny
+from toys import TOK, classifier, lab_data, label_data, same, toy, weights
+from transformers import LlamaForCausalLM
 import ftlab
 from ftlab.cli import main
+from ftlab.commands.memory import training_bytes
+from ftlab.core.four_bits import quantize
+from ftlab.core.model import checkpointing
 from ftlab.core.recipe import Recipe, Stages
 from ftlab.instruments.bench import Bench
 from ftlab.trainers.source import steps_of_epochs
@@ -69,6 +75,109 @@ def test_a_comparison_makes_epochs_one_number_of_steps(tmp_path):
     again = ftlab.compare(['full', 'lora(r=2)'], (toy(), TOK), lab_data(), steps=3, out=tmp_path, **few)
     assert again.json()['runs']['made'] == 0
 
+# ---- gradient checkpointing: the same numbers, to the bit, in less memory
+def flags(model):
+    return {m.gradient_checkpointing for m in model.modules() if hasattr(m, 'gradient_checkpointing')}
+
+class Seen:
+    "Notes whether blocks are computed again, and what their gradients are"
+    def before_batch(self, state):
+        self.flags = flags(state.model)
+
+    def after_backward(self, state):
+        self.gradients = {n: p.grad.clone() for n, p in state.attached.parameters().items()}
+
+def both(make, data, recipe=None, **more):
+    "Two runs, without and with it: (run, what was seen)"
+    out = []
+    for on in (False, True):
+        seen = Seen()
+        run = ftlab.fit(make(), TOK, data, recipe, steps=2, gradient_checkpointing=on, callbacks=(seen,),
+                        **dict(batch_size=4, progress=False) | more)
+        out.append((run, seen))
+    return out
+
+def pairs():
+    rows = [dict(r, rejected=r['response'][::-1]) for r in lab_data().train[:40]]
+    return ftlab.data(rows, validation=rows[:4], test=rows[:4], carry=['skill', 'level'])
+
+CASES = dict(full={}, dropout=dict(make=lambda: toy(dropout=.2)), lora=dict(recipe='lora(r=2)', accumulate=2),
+             sparse=dict(recipe='lift'), heads=dict(recipe='lofit'), reference=dict(recipe='asft'),
+             dpo=dict(data=pairs, recipe='dpo'), packed=dict(packing=True), mixed=dict(precision='bf16'),
+             labels=dict(make=classifier, data=label_data, recipe='hft'))
+
+@pytest.mark.parametrize('case', CASES)
+def test_computing_blocks_again_changes_no_bit(case):
+    how = dict(dict(make=toy, data=lab_data, recipe='full'), **CASES[case])
+    make, data, recipe = (how.pop(k) for k in ('make', 'data', 'recipe'))
+    (plain, a), (thin, b) = both(make, data(), ftlab.methods.get(recipe), **how)
+    assert same(a.gradients, b.gradients) and plain.log == thin.log
+    assert same(weights(plain.model), weights(thin.model)) and plain.settings == thin.settings
+    # on in the run alone
+    assert True in b.flags and a.flags == flags(thin.model) == {False} and thin.model.config.use_cache is not False
+
+@pytest.mark.parametrize('family', [*DECODERS, *PLAIN, *MIXED, *ENCODERS, 'vit'])
+def test_every_family_has_the_same_gradient(family):
+    def gradients(on):
+        model, x = tiny(family).train(), inputs_for(family)
+        with torch.random.fork_rng(), checkpointing(model, on):
+            torch.manual_seed(0)
+            model(**x).logits.logsumexp(-1).sum().backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    a, b = gradients(False), gradients(True)
+    assert a and same(a, b)
+
+def test_a_base_in_4_bits_is_computed_again_too():
+    pytest.importorskip('bitsandbytes')
+    def packed():
+        model = toy(hidden=64)
+        quantize(model)
+        return model
+    (plain, a), (thin, b) = both(packed, lab_data(), ftlab.methods.lora(r=2))
+    assert same(a.gradients, b.gradients) and plain.log == thin.log
+
+def test_an_error_or_an_interrupt_switches_it_off():
+    class Stop:
+        def __init__(self, error):
+            self.error = error
+
+        def before_batch(self, state):
+            raise self.error
+    for error in (KeyboardInterrupt(), ValueError('x')):
+        model = toy()
+        with pytest.raises(ValueError, match='x') if type(error) is ValueError else nullcontext():
+            ftlab.fit(model, TOK, lab_data(), steps=2, gradient_checkpointing=True, callbacks=(Stop(error),), **QUICK)
+        assert flags(model) == {False} and model.config.use_cache
+
+def test_what_the_user_switched_on_stays_on():
+    model = toy()
+    model.activation_checkpointing_enable()
+    ftlab.fit(model, TOK, lab_data(), steps=1, gradient_checkpointing=True, **QUICK)
+    assert True in flags(model)
+
+def test_a_model_without_it_is_named():
+    class Unable(LlamaForCausalLM):
+        supports_gradient_checkpointing = False
+    model = Unable(toy().config)
+    with pytest.raises(ValueError, match='Unable does not support gradient checkpointing'):
+        ftlab.fit(model, TOK, lab_data(), steps=1, gradient_checkpointing=True, **QUICK)
+
+def test_a_run_is_resumed_with_it_or_without(tmp_path):
+    class Stop:
+        def after_step(self, state):
+            if state.step == 2:
+                raise KeyboardInterrupt
+    how = dict(steps=4, save_every=1, out=tmp_path)
+    assert fit(callbacks=(Stop(),), **how).interrupted
+    whole, resumed = fit(steps=4), fit(resume=True, gradient_checkpointing=True, **how)
+    assert same(weights(whole.model), weights(resumed.model))
+
+def test_the_plan_counts_what_is_saved():
+    model = tiny('llama', num_hidden_layers=8)
+    plain, thin = (training_bytes(model, ftlab.methods.lora(r=2), shape=(4, 32), recompute=on) for on in (False, True))
+    assert thin['activations'] < .4*plain['activations']
+    assert {k for k in plain if plain[k] != thin[k]} == {'activations'} and flags(model) == {False}
+
 # ---- the command line
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
@@ -114,4 +223,16 @@ def test_a_dry_run_counts_the_steps_of_the_epochs(call, made):
     assert e['steps'] == steps and f'make {steps} steps' in e['note']
     assert abs(e['methods'][0]['tokens'] - steps*e['methods'][0]['tokens_per_step']) <= 1
     code, out, err = call("fit --method grpo --epochs 3 --dry-run")
-    assert code == 1 and 'grpo draws its own rows, not those that --epochs 3 counts' in err and 'give --steps instead' in err
+    assert code == 1 and 'not those that --epochs 3 counts' in err and 'give --steps instead' in err
+
+def test_gradient_checkpointing_in_the_shell(call):
+    code, out, err = call('fit --method lora(r=2) --steps 2 --gradient-checkpointing --out thin --json')
+    thin = json.loads(out)
+    code, out, err = call('fit --method lora(r=2) --steps 2 --out plain --json')
+    assert json.loads(out)['after'] == thin['after'] and 'Caching' not in err
+    plans = [json.loads(call(f'fit --method lora(r=2) --steps 2 --dry-run --json{more}')[1])['methods'][0]['memory']
+             for more in ('', ' --gradient-checkpointing')]
+    assert plans[1]['activations'] < plans[0]['activations']
+    code, out, err = call('compare --methods full --no-tune --seeds 1 --steps 2 --gradient-checkpointing '
+                          '--out c --json')
+    assert code == 0 and json.loads(out)['protocol']['gradient_checkpointing'] is True, err

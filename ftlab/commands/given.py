@@ -14,7 +14,8 @@ import ftlab
 
 # %% auto #0
 __all__ = ['positive', 'not_negative', 'rate', 'passes', 'finite', 'listed', 'rates', 'columns_of', 'old_of', 'mixture_of',
-           'reading_of', 'tokens_of', 'data_of', 'length_of', 'model_of', 'bench_of', 'refuse_unused', 'new_folder']
+           'reading_of', 'tokens_of', 'data_of', 'length_of', 'memory_of', 'model_of', 'bench_of', 'refuse_unused',
+           'new_folder']
 
 # %% ../../nbs/commands/given.ipynb #00066f2e
 def _number(text:str, make:Callable, fits:Callable, must:str):
@@ -136,6 +137,10 @@ def length_of(a:argparse.Namespace) -> dict:
         refuse_unused(a, 'epochs', '--steps already says how long a run is')
     return dict(epochs=a.epochs)
 
+def memory_of(a:argparse.Namespace) -> dict:
+    "Return the settings of `fit` that were typed to save memory"
+    return dict(gradient_checkpointing=True) if a.gradient_checkpointing else {}
+
 def model_of(a:argparse.Namespace, **more):
     "Load the model of `--model`, and its tokenizer"
     return ftlab.load(a.model, revision=a.revision, dtype=a.dtype, device=a.device,
@@ -148,7 +153,7 @@ def bench_of(a:argparse.Namespace, data):
                  max_length=a.max_length, device=a.device, dtype=a.dtype, revision=a.revision,
                  budget=a.budget, batch_size=a.batch_size, precision=a.precision, head=a.head,
                  items=a.items, old_items=getattr(a, 'old_items', 100), add_tokens=tokens_of(a),
-                 quantize=a.quantize)
+                 quantize=a.quantize, **memory_of(a))
 
 def refuse_unused(a:argparse.Namespace, options:str, why:str):
     "Raise `ValueError` for the first of some options that was typed although nothing would read it"

@@ -78,16 +78,29 @@ def kept_bytes(model,    # real or fake
         token_nll(model(**batch).logits, labels).sum()
     return sum(n for n, _ in seen.values())
 
-def _activations(model, shape, labels, precision) -> int:
+def _activations(model, shape, labels, precision, recompute=False) -> int:
     "Count the bytes that one batch of the longest rows keeps for the backward pass"
     import torch
+    from ftlab.core.model import checkpointing
     ids = torch.ones(shape, dtype=torch.long, device=_own_weights(model)[0].device)
     training = model.training
     try:
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=precision == 'bf16'):
-            return kept_bytes(model.train(), dict(input_ids=ids), ids[:, 0] if labels else ids)
+            given = dict(input_ids=ids), ids[:, 0] if labels else ids
+            whole = kept_bytes(model.train(), *given)
+            if not recompute:
+                return whole
+            with checkpointing(model):
+                thin = kept_bytes(model, *given)
+            # the backward pass computes one block again at a time
+            return thin + (whole - thin)//_blocks(model)
     finally:
         model.train(training)
+
+def _blocks(model) -> int:
+    "Count the blocks that gradient checkpointing computes again"
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    return max(1, sum(isinstance(m, GradientCheckpointingLayer) for m in model.modules()))
 
 def _own_weights(model) -> list:
     "Return the model's own parameters, without those of a change"
@@ -103,16 +116,17 @@ def _made_whole(weights) -> int:
 def training_bytes(model,                        # from `load` or `skeleton`; is not changed
                    recipe, labels:bool=False,    # the method; whether the data have labels
                    shape:tuple[int, int]=(1, 1), # rows and tokens of a micro-batch
-                   precision:str='no'            # 'bf16': mixed precision
+                   precision:str='no',           # 'bf16': mixed precision
+                   recompute:bool=False          # with gradient checkpointing
                   ) -> dict:
     "Return the number of trained parameters, and the bytes by `PARTS`, of a recipe's largest stage"
-    return max((_stage_bytes(model, s, labels, shape, precision) for s in recipe.turns),
+    return max((_stage_bytes(model, s, labels, shape, precision, recompute) for s in recipe.turns),
                key=lambda d: sum(d[k] for k in PARTS))
 
-def _stage_bytes(model, stage, labels, shape, precision) -> dict:
+def _stage_bytes(model, stage, labels, shape, precision, recompute) -> dict:
     with _attached(model, stage, labels) as att:
         moving, weights, cfg = list(att.parameters().values()), _own_weights(model), model.config
-        kept = _activations(model, shape, labels, precision)
+        kept = _activations(model, shape, labels, precision, recompute)
         own = {id(t): t for d in att.deltas.values() for t in (*d.parameters(), *d.buffers())}
         delta = _size(own.values()) # layers may share a tensor
         logits = (
@@ -132,7 +146,7 @@ def planned(a, recipe, data) -> dict:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from ftlab.core.tokens import encode_all
     from ftlab.core.loading import find_device, skeleton
-    from ftlab.core.model import row_limit
+    from ftlab.core.model import check_checkpointing, row_limit
     device = str(find_device(a.device))
     free = available(device)
     with (fake := FakeTensorMode()):
@@ -141,7 +155,10 @@ def planned(a, recipe, data) -> dict:
         total = _size(model.parameters())
     limit = row_limit(model, tok, a.max_length)
     longest = max(len(r['input_ids']) for r in encode_all(data.train[:2000], tok, data.kind, limit))
-    given = dict(labels=data.kind == 'label', shape=(a.batch_size, longest), precision=a.precision)
+    if a.gradient_checkpointing:
+        check_checkpointing(model)
+    given = dict(labels=data.kind == 'label', shape=(a.batch_size, longest), precision=a.precision,
+                 recompute=a.gradient_checkpointing)
     try:
         with fake:
             found = training_bytes(model, recipe, **given)

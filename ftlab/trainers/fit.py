@@ -27,7 +27,7 @@ from ..core.four_bits import quantization_of
 from ..core.io import TemporaryFolder, check_room, leftovers, only_writer, remove
 from ..core.labels import model_labels, numbered, unnamed
 from ..core.loading import find_device, row_advice, without_row
-from ..core.model import device_of, notes_of, row_limit
+from ..core.model import check_checkpointing, device_of, notes_of, row_limit
 from ..core.recipe import Recipe
 from ..core.text import near_misses, shortened, some
 from .checkpoint import refuse_to_replace, resumable
@@ -59,6 +59,7 @@ def fit(model,                     # changed in place: a causal language model, 
         seed:int=0,                # of the selected parameters, the delta's start, data order and dropout
         max_length:int|None=None,  # tokens per row; None: what tokenizer and model allow, at most 1024
         packing:bool=False,        # put several rows in one sequence instead of padding; the same loss
+        gradient_checkpointing:bool=False, # compute each block again in the backward pass instead of keeping it
         device:str|None=None,      # 'cpu', 'cuda', ...; None: where the model is
         precision:str='no',        # 'no' (the model's own), 'bf16' (mixed), or 'pure_bf16': see below
         out:str|Path|None=None,    # folder for checkpoints and the base's weights; None: a temporary one
@@ -81,6 +82,8 @@ def fit(model,                     # changed in place: a causal language model, 
     other error the model is as it was before the call. If a later checkpoint does not fit on the
     disk, `fit` warns and goes on. Under torchrun several processes share the run."""
     _check_model(model, data, recipe)
+    if gradient_checkpointing:
+        check_checkpointing(model)
     check_length(steps, epochs)
     steps = STEPS if steps is None else steps
     _check_numbers(steps=steps, batch_size=batch_size, accumulate=accumulate, warmup=warmup,
@@ -94,6 +97,7 @@ def fit(model,                     # changed in place: a causal language model, 
     job = _job(model, tok, data, recipe or Recipe(), settings, epochs, device, out, trackers,
                callbacks)
     job.save_every, job.progress, job.shard = save_every, progress and job.processes.main, shard
+    job.checkpointing = gradient_checkpointing
     if shard and job.processes.count == 1:
         raise ValueError('shard=True shards a model over several processes, and this is the only one; '
                          'start the script with torchrun --nproc_per_node 2')

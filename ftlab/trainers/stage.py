@@ -18,7 +18,7 @@ from ..core.batches import collate, packing
 from ..core.data import Data
 from ..core.loading import head_names
 from ..core.io import check_room
-from ..core.model import pad_id
+from ..core.model import checkpointing, pad_id
 from ..core.new_tokens import new_row_masks
 from ..core.recipe import Recipe
 from ..core.state import State
@@ -66,6 +66,7 @@ class Job:
     callbacks:tuple=()       # as given to `fit`
     progress:bool=True
     shard:bool=False
+    checkpointing:bool=False # compute each block again in the backward pass
 
 # %% ../../nbs/trainers/stage.ipynb #0022191a
 def run_stage(job:Job,
@@ -136,7 +137,7 @@ class _Stage:
         self.bar = Progress(self.recipe.name, self.settings['steps'], job.progress)
         self.start = time.time()
         state.model.train()
-        with PeakMemory(job.device) as self.memory:
+        with PeakMemory(job.device) as self.memory, checkpointing(state.model, job.checkpointing):
             try:
                 Loop(state, self.recipe, self.step, job.processes).run(self.after)
                 self.interrupted = state.stop == 'by hand'
