@@ -94,17 +94,16 @@ def _trained(a, model, tok, data, recipe, lr):
                      seed=a.seed, max_length=a.max_length, packing=a.packing, device=a.device,
                      precision=a.precision, out=a.out, save_every=a.save_every, resume=a.resume,
                      trackers=listed(a.trackers), callbacks=(Budget(a.budget),)*bool(a.budget),
-                     **memory_of(a))
+                     keep=a.keep, evaluate_every=a.evaluate_every, **memory_of(a))
 
 # %% ../nbs/cli.ipynb #0015d2b6
 def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
     "Fine-tune by one method; write the change, the log and a record of the run"
     from ftlab.core.labels import numbered
     from ftlab.instruments.bench import metric_for
-    from ftlab.instruments.compare import plan
     from ftlab.trainers.fit import check_fits
-    (name, (recipe, grid)), = plan([a.method], a.lr, False).items()
-    data, out = data_of(a), Path(a.out)
+    name, recipe, grid, data = _asked(a)
+    out = Path(a.out)
     if a.dry_run:
         e = estimate(a, data, {name: (recipe, grid)}, False, None)
         return e, estimate_lines(e)
@@ -123,7 +122,7 @@ def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
                   interrupted=run.interrupted, metric=metric, before=before,
                   items=min(a.items, len(data.test)),
                   after=_score(a, model, tok, data), head=a.head,
-                  add_tokens=tokens_of(a), quantize=a.quantize,
+                  add_tokens=tokens_of(a), quantize=a.quantize, kept=run.kept,
                   notes=run.notes + _test_notes(a, model, tok, data))
     record['saved_bytes'] = _keep(run, record, out)
     if run.interrupted:
@@ -134,6 +133,14 @@ def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
     noted = ''.join(f'\nnote: {in_shell_words(n, _options(a))}' for n in record['notes'])
     files = f'\n{out/"delta.safetensors"}' + (f'\n{a.export}' if a.export else '')
     return record, f'{run!r}{said}{noted}{files}'
+
+def _asked(a) -> tuple:
+    "Return the name of the method, its recipe, its rates, and the data"
+    from ftlab.instruments.compare import plan
+    if a.keep != 'best':
+        refuse_unused(a, 'evaluate_every', 'it says how often --keep best evaluates')
+    (name, (recipe, grid)), = plan([a.method], a.lr, False).items()
+    return name, recipe, grid, data_of(a)
 
 OWN = dict(steps='steps', batch_size='batch-size', max_length='max-length', packing='packing',
            precision='precision') # settings, as the command line calls them
@@ -149,6 +156,8 @@ def _keep_others(a, out:Path, recipe, lr:float, data):
     if was is None:
         return
     own = {k: getattr(a, k) for k in OWN if k != 'steps' or a.epochs is None}
+    own |= dict(keep=a.keep if a.keep == 'best' else None) # run.json does not name the last weights
+    own |= dict(evaluate_every=a.evaluate_every) if a.evaluate_every else {}
     now = dict(model=a.model, revision=a.revision, data=data.name, seed=a.seed, head=a.head,
                add_tokens=tokens_of(a), quantize=a.quantize,
                eval=a.eval, columns=columns_of(a), carry=listed(a.carry or ''), wanted=a.wanted,
@@ -426,6 +435,11 @@ def _fit(p):
         help='put several rows into one line instead of padding: the same loss, fewer tokens computed')
     add('--trackers', metavar='NAMES', default='',
         help='send the log to tensorboard, wandb or another tracker of accelerate; with commas between (default: none)')
+    add('--keep', choices=('last', 'best'), default='last',
+        help='the weights to end with: of the last step, or those with the smallest loss on validation rows '
+             '(default: %(default)s)')
+    add('--evaluate-every', type=positive, metavar='STEPS',
+        help='steps between the evaluations of --keep best (default: ten in the run)')
     add('--save-every', type=not_negative, default=0, metavar='STEPS',
         help='steps between checkpoints (default: 0, none)')
     add('--resume', action=argparse.BooleanOptionalAction, default=None,

@@ -329,6 +329,7 @@ REFUSED = ['doctor {d}/run --lr 1e-3', 'doctor {d}/run --method lora', 'doctor {
            'report {d}/run --wanted only', 'claims list --jobs 2', 'claims list --all', 'claims run hft --because x',
            'claims explain hft --jobs 2', f'fit {LM_RUN} --head new', f'fit {LM_RUN} --epochs 2',
            f'compare {LM_RUN} --methods full --epochs 2', f'fit {LM_RUN} --dry-run --epochs 2',
+           f'fit {LM_RUN} --evaluate-every 2',
            'show --model {d}/m --data {d}/d.jsonl --head new',
            f'compare {LM_RUN} --methods full --no-tune --max-runs 3',
            f'compare {LM_RUN} --methods full --workers 2', f'compare {LM_RUN} --methods full --ray-address x',

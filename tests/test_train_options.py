@@ -1,6 +1,7 @@
 "Options of `fit` that say how long a run is, which weights it keeps, and what it holds in memory"
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 import pytest
 import torch
@@ -14,7 +15,12 @@ from ftlab.core.four_bits import quantize
 from ftlab.core.model import checkpointing
 from ftlab.core.recipe import Recipe, Stages
 from ftlab.instruments.bench import Bench
+from ftlab.instruments.card import card
+from ftlab.instruments.report import read_run
+from ftlab.trainers.callbacks import EarlyStop, Every, KeepBest
+from ftlab.trainers.checkpoint import change_tensors
 from ftlab.trainers.source import steps_of_epochs
+from ftlab.trainers.step import NotFinite
 
 QUICK = dict(batch_size=8, progress=False)
 
@@ -178,6 +184,95 @@ def test_the_plan_counts_what_is_saved():
     assert thin['activations'] < .4*plain['activations']
     assert {k for k in plain if plain[k] != thin[k]} == {'activations'} and flags(model) == {False}
 
+# ---- the best weights at the end
+class Snapshots:
+    "Notes the weights after every step"
+    def __init__(self):
+        self.weights, self.of = {}, {}
+
+    def before_fit(self, state):
+        self.after_step(state)
+
+    def after_step(self, state):
+        self.weights[state.step] = weights(state.model)
+        self.of[state.step] = {n: t.clone() for n, t in change_tensors(state.attached).items()}
+
+def best_step(run):
+    losses = {r['step']: r['validation_nll'] for r in run.path}
+    return min(losses, key=losses.get)
+
+WORSE = dict(steps=12, lr=.3, schedule='constant') # the loss falls for a few steps and then explodes
+
+@pytest.mark.parametrize('recipe', ['full', 'lora(r=2)', 'hft', 'lofit', 'copilot', 'lift(every=3)'])
+def test_a_run_ends_with_its_best_weights(recipe):
+    seen, how = Snapshots(), dict(WORSE, lr=.3 if recipe != 'lora(r=2)' else 1.)
+    run = fit(ftlab.methods.get(recipe), keep='best', evaluate_every=2, callbacks=(seen,), **how)
+    k = run.kept['step']
+    assert k == best_step(run) < 12 and run.kept['key'] == 'validation_nll' and len(run.log) == 12
+    assert {r['step'] for r in run.path} == {0, 2, 4, 6, 8, 10, 12}
+    now = {n: t.clone() for n, t in change_tensors(run.delta.attached).items()}
+    assert same(now, seen.of[k]) and not same(now, seen.of[12])
+    assert f'the weights after step {k} of 12 are kept: validation_nll {run.kept["value"]:.4f}' in run.notes[-1]
+    assert f'kept step {k}' in repr(run)
+
+def test_the_best_is_among_later_steps_too():
+    seen = Snapshots()
+    run = fit(steps=6, lr=3e-3, keep='best', evaluate_every=2, callbacks=(seen,))
+    assert run.kept['step'] == best_step(run) > 0
+    assert same(weights(run.model), seen.weights[run.kept['step']])
+    plain = fit(steps=6, lr=3e-3)
+    assert run.log == plain.log and plain.kept is None # an evaluation changes nothing
+
+@pytest.mark.parametrize('stop', [3, 7])
+def test_an_interrupted_run_is_resumed_to_the_same_best(stop, tmp_path):
+    class Stop:
+        def after_step(self, state):
+            if state.step == stop:
+                raise KeyboardInterrupt
+    how = dict(WORSE, lr=.03, keep='best', evaluate_every=2)
+    whole = fit(**how)
+    assert fit(out=tmp_path, save_every=1, callbacks=(Stop(),), **how).interrupted
+    resumed = fit(out=tmp_path, save_every=1, resume=True, **how)
+    assert resumed.kept == whole.kept and resumed.path == whole.path
+    assert same(weights(whole.model), weights(resumed.model))
+    with pytest.raises(ValueError, match='evaluate_every=2, this one has 3'):
+        fit(out=tmp_path, save_every=1, resume=True, **how | dict(evaluate_every=3))
+
+def test_early_stopping_and_a_number_of_ones_own():
+    run = fit(keep='best', callbacks=(EarlyStop(n=1, patience=2),), **WORSE)
+    assert len(run.log) == run.kept['step'] + 2 and run.kept['step'] == best_step(run)
+    mine = (Every(1, lambda state: dict(f1=-abs(state.step - 3))), KeepBest('f1', higher=True))
+    assert fit(steps=5, callbacks=mine).kept == dict(step=3, key='f1', value=0)
+    with pytest.warns(UserWarning, match="no 'f1' was measured"):
+        assert fit(steps=1, callbacks=(KeepBest('f1'),)).kept is None
+
+def test_a_nan_loss_leaves_the_best_weights():
+    seen = Snapshots()
+    with pytest.raises(NotFinite) as e:
+        fit(steps=12, lr=1e20, keep='best', evaluate_every=1, callbacks=(seen,))
+    run = e.value.run
+    assert same(weights(run.model), seen.weights[run.kept['step']])
+
+def test_what_the_best_cannot_be_kept_of():
+    stages = Recipe(loop=Stages(Recipe(), Recipe()))
+    for said, call in {
+            "keep is 'most'; it must be last or best": lambda: fit(keep='most'),
+            'trains in stages': lambda: fit(stages, steps=4, keep='best'),
+            'second evaluation': lambda: fit(keep='best', evaluate_every=2, callbacks=(EarlyStop(),)),
+            'keeps its last weights': lambda: fit(evaluate_every=2),
+            'evaluate_every is 0': lambda: fit(keep='best', evaluate_every=0),
+            'in a comparison it says': lambda: ftlab.compare(['full'], toy(), lab_data(), keep='best'),
+            'the data have none': lambda: ftlab.fit(toy(), TOK, replace(lab_data(), validation=[]), keep='best')}.items():
+        with pytest.raises(ValueError, match=said):
+            call()
+
+def test_report_and_export_are_of_the_kept_weights(tmp_path):
+    run = fit(keep='best', evaluate_every=2, **WORSE)
+    run.export(tmp_path/'plain')
+    again, mine = LlamaForCausalLM.from_pretrained(tmp_path/'plain').state_dict(), run.model.state_dict()
+    assert all(torch.equal(again[n], mine[n]) for n in again)
+    assert f'the weights after step {run.kept["step"]}' in card(run)
+
 # ---- the command line
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
@@ -236,3 +331,17 @@ def test_gradient_checkpointing_in_the_shell(call):
     code, out, err = call('compare --methods full --no-tune --seeds 1 --steps 2 --gradient-checkpointing '
                           '--out c --json')
     assert code == 0 and json.loads(out)['protocol']['gradient_checkpointing'] is True, err
+
+def test_the_best_in_the_shell(call, made):
+    line = 'fit --steps 12 --lr .3 --keep best --evaluate-every 2'
+    code, out, err = call(f'{line} --out run --json')
+    said = json.loads(out)
+    assert code == 0 and said['settings']['keep'] == 'best' and said['settings']['evaluate_every'] == 2, err
+    assert any(f'the weights after step {said["kept"]["step"]} of 12 are kept' in n for n in said['notes'])
+    assert read_run('run').kept == said['kept']
+    assert call(f'{line} --out run')[0] == 0 # the same run again
+    code, out, err = call('fit --steps 12 --lr .3 --out run')
+    assert code == 1 and "in which keep is 'best'" in err
+    plans = [json.loads(call(f'fit --steps 2 --dry-run --json{more}')[1])['methods'][0]
+             for more in ('', ' --keep best')]
+    assert plans[1]['memory']['best'] == plans[0]['memory']['gradients']

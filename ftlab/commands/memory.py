@@ -140,6 +140,11 @@ def _stage_bytes(model, stage, labels, shape, precision, recompute) -> dict:
                     reference=reference, activations=kept + 3*logits + _made_whole(weights))
 
 # %% ../../nbs/commands/memory.ipynb #000a513c
+def _best(a, device:str, found) -> dict:
+    "Return the bytes of the best weights so far, which are kept in the memory of the processor"
+    keeps = getattr(a, 'keep', None) == 'best' and device == 'cpu'
+    return dict(best=found['gradients']) if keeps else {}
+
 def planned(a, recipe, data) -> dict:
     """Return the memory of one method on the model that `a` names, from its config;
     weights are read only if the method selects by their values, and if they fit"""
@@ -167,6 +172,7 @@ def planned(a, recipe, data) -> dict:
             found = dict(trainable=None, **dict.fromkeys(PARTS, 0) | dict(weights=total))
         else:
             found = training_bytes(model_of(a, labels=data.labels)[0], recipe, **given)
+    found |= _best(a, device, found)
     m = dict(trainable=found.pop('trainable'), memory=found, bytes=sum(found.values()),
              longest_row=longest)
     return m | dict(fits=None if free is None else m['bytes'] < free)

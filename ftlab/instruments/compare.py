@@ -501,7 +501,7 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
         raise ValueError(f'seeds is {given!r}; give how many, such as 3, or a list of whole numbers, '
                          'each once')
     arms = plan(methods, lrs, tune)
-    _check_arms(arms, epochs)
+    _check_arms(arms, epochs, keep)
     executor = executor_of(executor)
     if executor and keep:
         raise ValueError('keep=True keeps the changes of runs that are made here; leave executor or keep out')
@@ -531,8 +531,11 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
         comparison.save(out)
     return comparison
 
-def _check_arms(arms, epochs) -> None:
+def _check_arms(arms, epochs, keep) -> None:
     "Raise `ValueError` for arms with more rates than others, or whose rows no number of passes counts"
+    if keep not in (True, False):
+        raise ValueError(f'keep is {keep!r}; in a comparison it says whether the changes are kept, True or False. '
+                         'Every evaluation on the way is in the result')
     if len({len(set(rates)) for _, rates in arms.values()}) > 1:
         raise ValueError('every method must get the same number of learning rates; there are '
                          + ', '.join(f'{len(set(r))} for {n}' for n, (_, r) in arms.items()))

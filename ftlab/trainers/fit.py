@@ -30,6 +30,7 @@ from ..core.loading import find_device, row_advice, without_row
 from ..core.model import check_checkpointing, device_of, notes_of, row_limit
 from ..core.recipe import Recipe
 from ..core.text import near_misses, shortened, some
+from .callbacks import EarlyStop, Every, KeepBest, validation_nll
 from .checkpoint import refuse_to_replace, resumable
 from .run import Run
 from .source import STEPS, check_epochs, check_length, epochs_note, steps_of_epochs
@@ -65,6 +66,8 @@ def fit(model,                     # changed in place: a causal language model, 
         out:str|Path|None=None,    # folder for checkpoints and the base's weights; None: a temporary one
         save_every:int=0,          # steps between checkpoints, which need `out`; 0: none
         resume:bool|None=None,     # True: continue; False: start over; None: an error if this run was cut off in `out`
+        keep:str='last',           # which weights the run ends with: 'last', or 'best' on the validation rows
+        evaluate_every:int|None=None, # steps between these evaluations; None: EarlyStop's, or ten in the run
         callbacks:tuple=(),        # objects with methods named after events; other methods are ignored
         trackers:tuple=(),         # names that accelerate knows, or `GeneralTracker` objects: receive the log
         shard:bool=False,          # with several processes: shard the model over them while it trains (FSDP2)
@@ -87,7 +90,8 @@ def fit(model,                     # changed in place: a causal language model, 
     check_length(steps, epochs)
     steps = STEPS if steps is None else steps
     _check_numbers(steps=steps, batch_size=batch_size, accumulate=accumulate, warmup=warmup,
-                   seed=seed, save_every=save_every, max_length=max_length)
+                   seed=seed, save_every=save_every, max_length=max_length,
+                   evaluate_every=evaluate_every)
     callbacks = _checked_callbacks(callbacks)
     settings = dict(steps=steps, batch_size=batch_size, accumulate=accumulate, lr=lr,
                     schedule=schedule, warmup=warmup, weight_decay=weight_decay, betas=list(betas),
@@ -101,6 +105,7 @@ def fit(model,                     # changed in place: a causal language model, 
     if shard and job.processes.count == 1:
         raise ValueError('shard=True shards a model over several processes, and this is the only one; '
                          'start the script with torchrun --nproc_per_node 2')
+    _keep_best(job, keep, evaluate_every)
     with only_writer(out) if out and job.processes.main else nullcontext():
         if out:
             _enter(job, resume)
@@ -128,15 +133,16 @@ def _check_model(model, data, recipe) -> None:
                            if isinstance(recipe, str) else ''))
     check_bare(model)
 
-_LEAST = dict(steps=1, batch_size=1, accumulate=1, max_length=1, warmup=0, save_every=0)
+_LEAST = dict(steps=1, batch_size=1, accumulate=1, max_length=1, warmup=0, save_every=0,
+              evaluate_every=1)
 
 def _check_numbers(**numbers) -> None:
-    """Raise `ValueError` for what is no whole number, or less than `_LEAST`; only `max_length` may
-    be None"""
+    """Raise `ValueError` for what is no whole number, or less than `_LEAST`; only `max_length` and
+    `evaluate_every` may be None"""
     for name, value in numbers.items():
         least = _LEAST.get(name, -math.inf)
         whole = isinstance(value, Integral) and not isinstance(value, bool)
-        if whole and value >= least or name == 'max_length' and value is None:
+        if whole and value >= least or name in ('max_length', 'evaluate_every') and value is None:
             continue
         at_least = f' of at least {least}' if name in _LEAST else ''
         raise ValueError(f'{name} is {shortened(repr(value), 60)}; it must be a whole number{at_least}')
@@ -274,6 +280,36 @@ def _tidy(job:Job, anew:bool) -> None:
     old = [p for p in folder.glob('.tmp??????') if p.name[4:].isalnum()]
     for p in (*leftovers(folder), *old, *(folder.glob('stage-*.safetensors') if anew else ())):
         remove(p)
+
+# %% ../../nbs/trainers/fit.ipynb #be57f171
+def _keep_best(job:Job, keep:str, every:int|None) -> None:
+    """Add the callbacks that end the run with its best weights. Raises `ValueError` if that cannot be done,
+    and for `evaluate_every` without it"""
+    if keep not in ('last', 'best'):
+        raise ValueError(f'keep is {shortened(repr(keep), 60)}; it must be last or best')
+    if keep == 'last' and every is None:
+        return
+    stops = any(isinstance(c, EarlyStop) for c in job.callbacks)
+    if why := _why_not_best(job, keep, every, stops):
+        raise ValueError(why)
+    every = None if stops else every or max(1, job.settings['steps']//10)
+    measure = () if stops else (Every(every, validation_nll),)
+    job.callbacks = (*job.callbacks, *measure, KeepBest())
+    job.settings |= dict(keep=keep, evaluate_every=every)
+
+def _why_not_best(job, keep, every, stops) -> str:
+    if keep == 'last':
+        return f"evaluate_every={every} is for keep='best', and this run keeps its last weights"
+    if job.recipe.stages:
+        return (f"keep='best' compares the weights of one run, and {job.recipe.name} trains in stages; "
+                "use keep='last'")
+    if job.shard:
+        return "keep='best' does not work with shard=True, which spreads the weights over processes; use keep='last'"
+    if not job.validation:
+        return "keep='best' needs validation rows, and the data have none; give a validation set, or use keep='last'"
+    if stops and every is not None:
+        return f'evaluate_every={every} would be a second evaluation beside that of EarlyStop; leave it out'
+    return ''
 
 # %% ../../nbs/trainers/fit.ipynb #0028191a
 def _accelerator(precision:str, device:torch.device, trackers=(), out=None) -> Accelerator:

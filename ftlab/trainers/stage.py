@@ -22,6 +22,7 @@ from ..core.model import checkpointing, pad_id
 from ..core.new_tokens import new_row_masks
 from ..core.recipe import Recipe
 from ..core.state import State
+from .callbacks import KeepBest
 from .checkpoint import (bytes_of_checkpoint, header_of, load_checkpoint,
                                        save_checkpoint, survivors)
 from .learner import Learning
@@ -120,7 +121,8 @@ class _Stage:
         _supply(job, recipe, state, self.params, how)
         self.parts = survivors(state, self.step, recipe.objective)
         if self.saving and job.processes.main:
-            check_room(job.checkpoint.parent, bytes_of_checkpoint(state))
+            best = any(isinstance(c, KeepBest) for c in state.callbacks)
+            check_room(job.checkpoint.parent, bytes_of_checkpoint(state, best))
         state.emit('before_load') # callbacks that resize buffers need this moment
         if self.resuming:
             load_checkpoint(job.checkpoint, self.parts, state, self.settings)
@@ -185,7 +187,13 @@ class _Stage:
         return Run(job.model, job.tok, job.data, self.recipe,
                    Change(self.att, job.base, self.recipe, models), state.log, cost, self.settings,
                    state.path, self.interrupted or self.trouble is not None, models=models,
-                   source=state.source)
+                   source=state.source, kept=self._kept())
+
+    def _kept(self) -> dict|None:
+        "Return which weights the run ends with, and add a note that says so; `None` for the last"
+        best = [c for c in self.state.callbacks if isinstance(c, KeepBest) and c.kept]
+        self.job.notes.extend(c.note(self.state) for c in best[-1:])
+        return best[-1].kept if best else None
 
 # %% ../../nbs/trainers/stage.ipynb #0023191a
 def _rest(state:State) -> None:
