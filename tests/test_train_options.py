@@ -17,6 +17,7 @@ from ftlab.core.recipe import Recipe, Stages
 from ftlab.instruments.bench import Bench
 from ftlab.instruments.card import card
 from ftlab.instruments.report import read_run
+from ftlab.instruments.winner import StopAt
 from ftlab.trainers.callbacks import EarlyStop, Every, KeepBest
 from ftlab.trainers.checkpoint import change_tensors
 from ftlab.trainers.source import steps_of_epochs
@@ -203,15 +204,25 @@ def best_step(run):
 
 WORSE = dict(steps=12, lr=.3, schedule='constant') # the loss falls for a few steps and then explodes
 
-@pytest.mark.parametrize('recipe', ['full', 'lora(r=2)', 'hft', 'lofit', 'copilot', 'lift(every=3)'])
-def test_a_run_ends_with_its_best_weights(recipe):
-    seen, how = Snapshots(), dict(WORSE, lr=.3 if recipe != 'lora(r=2)' else 1.)
-    run = fit(ftlab.methods.get(recipe), keep='best', evaluate_every=2, callbacks=(seen,), **how)
+@pytest.mark.parametrize('recipe', ['full', 'lora(r=2)', 'hft', 'ia3', 'copilot', 'lift(every=3)'])
+def test_every_part_of_the_change_is_put_back(recipe):
+    seen = Snapshots()
+    peak = Every(2, lambda state: dict(f1=-abs(state.step - 4))) # whatever the losses are
+    run = fit(ftlab.methods.get(recipe), steps=8, lr=3e-2, callbacks=(seen, peak, KeepBest('f1', higher=True)))
+    now = {n: t.clone() for n, t in change_tensors(run.delta.attached).items()}
+    assert run.kept == dict(step=4, key='f1', value=0) and len(run.log) == 8
+    assert same(now, seen.of[4]) and not same(now, seen.of[8])
+    shorter = fit(ftlab.methods.get(recipe), steps=8, lr=3e-2, callbacks=(StopAt(4),))
+    assert run.models.keys() == shorter.models.keys()
+    assert all(same(m.state_dict(), shorter.models[n].state_dict()) for n, m in run.models.items())
+
+def test_a_run_ends_with_its_best_weights():
+    seen = Snapshots()
+    run = fit(keep='best', evaluate_every=2, callbacks=(seen,), **WORSE)
     k = run.kept['step']
     assert k == best_step(run) < 12 and run.kept['key'] == 'validation_nll' and len(run.log) == 12
     assert {r['step'] for r in run.path} == {0, 2, 4, 6, 8, 10, 12}
-    now = {n: t.clone() for n, t in change_tensors(run.delta.attached).items()}
-    assert same(now, seen.of[k]) and not same(now, seen.of[12])
+    assert same(weights(run.model), seen.weights[k]) and not same(weights(run.model), seen.weights[12])
     assert f'the weights after step {k} of 12 are kept: validation_nll {run.kept["value"]:.4f}' in run.notes[-1]
     assert f'kept step {k}' in repr(run)
 
@@ -259,10 +270,12 @@ def test_what_the_best_cannot_be_kept_of():
             "keep is 'most'; it must be last or best": lambda: fit(keep='most'),
             'trains in stages': lambda: fit(stages, steps=4, keep='best'),
             'second evaluation': lambda: fit(keep='best', evaluate_every=2, callbacks=(EarlyStop(),)),
-            'keeps its last weights': lambda: fit(evaluate_every=2),
+            'is for keep=': lambda: fit(evaluate_every=2),
+            'trains in stages;': lambda: fit(stages, steps=4, callbacks=(KeepBest(),)),
             'evaluate_every is 0': lambda: fit(keep='best', evaluate_every=0),
             'in a comparison it says': lambda: ftlab.compare(['full'], toy(), lab_data(), keep='best'),
-            'the data have none': lambda: ftlab.fit(toy(), TOK, replace(lab_data(), validation=[]), keep='best')}.items():
+            'the data have none': lambda: ftlab.fit(toy(), TOK, replace(lab_data(), validation=[]), keep='best')
+            }.items():
         with pytest.raises(ValueError, match=said):
             call()
 

@@ -287,19 +287,20 @@ def _keep_best(job:Job, keep:str, every:int|None) -> None:
     and for `evaluate_every` without it"""
     if keep not in ('last', 'best'):
         raise ValueError(f'keep is {shortened(repr(keep), 60)}; it must be last or best')
-    if keep == 'last' and every is None:
-        return
-    stops = any(isinstance(c, EarlyStop) for c in job.callbacks)
-    if why := _why_not_best(job, keep, every, stops):
+    stops, own = (any(isinstance(c, kind) for c in job.callbacks) for kind in (EarlyStop, KeepBest))
+    best = keep == 'best' or own
+    if why := _why_not_best(job, every, stops) if best else '':
         raise ValueError(why)
+    if every is not None and keep == 'last':
+        raise ValueError(f"evaluate_every={every} is for keep='best', which this run doesn't have")
+    if keep == 'last':
+        return
     every = None if stops else every or max(1, job.settings['steps']//10)
     measure = () if stops else (Every(every, validation_nll),)
     job.callbacks = (*job.callbacks, *measure, KeepBest())
     job.settings |= dict(keep=keep, evaluate_every=every)
 
-def _why_not_best(job, keep, every, stops) -> str:
-    if keep == 'last':
-        return f"evaluate_every={every} is for keep='best', and this run keeps its last weights"
+def _why_not_best(job, every, stops) -> str:
     if job.recipe.stages:
         return (f"keep='best' compares the weights of one run, and {job.recipe.name} trains in stages; "
                 "use keep='last'")
