@@ -17,9 +17,9 @@ from .core.four_bits import QUANTIZED
 from .commands.background import check_start, reported, run_status, run_stop, start
 from .commands.claims import run_claims
 from .commands.export import add_export, run_export
-from .commands.given import (columns_of, data_of, finite, length_of, listed, memory_of, mixture_of, model_of,
-                                  new_folder, not_negative, old_of, passes, positive, rate, rates,
-                                  refuse_unused, tokens_of)
+from .commands.given import (columns_of, data_of, finite, length_of, listed, memory_of,
+                                  mixture_of, model_of, new_folder, not_negative, old_of, passes,
+                                  positive, rate, rates, refuse_unused, tokens_of)
 from .commands.init import run_init
 from .commands.jupyter import run_lab
 from .commands.machines import add_executor, executor_from

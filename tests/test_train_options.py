@@ -30,18 +30,22 @@ def fit(recipe=None, **more):
 
 # ---- epochs
 @pytest.mark.parametrize('epochs, rows, size, steps', [
-    (1, 200, 8, 25), (1, 201, 8, 26), (.5, 200, 8, 13), (3, 10, 32, 1), (1e-9, 10, 2, 1), (.1, 30, 1, 3)])
+    (1, 200, 8, 25), (1, 201, 8, 26), (.5, 200, 8, 13), (3, 10, 32, 1), (1e-9, 10, 2, 1),
+    (.1, 30, 1, 3)])
 def test_steps_are_rounded_up(epochs, rows, size, steps):
     assert steps_of_epochs(epochs, rows, size) == steps
 
 def test_epochs_are_the_same_run_as_their_steps():
-    one, two = fit(epochs=.05, max_length=20), fit(steps=len(fit(epochs=.05, max_length=20).log), max_length=20)
+    one = fit(epochs=.05, max_length=20)
+    two = fit(steps=len(one.log), max_length=20)
     assert one.log == two.log and one.settings == two.settings and len(one.log) == 2
     assert same(weights(one.model), weights(two.model))
-    assert any('0.05 passes over 200 training rows, 8 in a step, make 2 steps' in n for n in one.notes)
+    said = '0.05 passes over 200 training rows, 8 in a step, make 2 steps'
+    assert any(said in n for n in one.notes)
 
 def test_rows_that_are_left_out_are_not_passed_over():
-    rows = [dict(prompt='list a', response='b')]*12 + [dict(prompt='list ' + 'a '*40, response='b')]*12
+    rows = [dict(prompt='list a', response='b')]*12
+    rows += [dict(prompt='list ' + 'a '*40, response='b')]*12
     data = ftlab.data(rows, validation=rows[:1], test=rows[:1])
     run = ftlab.fit(toy(), TOK, data, epochs=2, max_length=12, **QUICK)
     assert any('12 of 24 training rows are left out' in n for n in run.notes)
@@ -57,7 +61,8 @@ def test_epochs_that_are_no_number_above_0(epochs):
         fit(epochs=epochs)
 
 def test_steps_and_epochs_exclude_each_other():
-    for call in (lambda: fit(epochs=1, steps=2), lambda: Bench(toy(), lab_data(), epochs=1, steps=2)):
+    both = dict(epochs=1, steps=2)
+    for call in (lambda: fit(**both), lambda: Bench(toy(), lab_data(), **both)):
         with pytest.raises(ValueError, match='steps is 2 and epochs is 1; give one of the two'):
             call()
 
@@ -73,13 +78,14 @@ def test_a_source_of_its_own_has_no_epochs():
         ftlab.compare([own.named('mine')], toy(), lab_data(), epochs=1)
 
 def test_a_comparison_makes_epochs_one_number_of_steps(tmp_path):
-    few = dict(seeds=1, tune=False, batch_size=8, items=4, old='add', old_items=4, validation_items=4,
-               evaluations=1, progress=False, max_length=20)
-    c = ftlab.compare(['full', 'lora(r=2)'], (toy(), TOK), lab_data(), epochs=.1, out=tmp_path, **few)
+    few = dict(seeds=1, tune=False, batch_size=8, items=4, old='add', old_items=4,
+               validation_items=4, evaluations=1, progress=False, max_length=20, out=tmp_path)
+    given = ['full', 'lora(r=2)'], (toy(), TOK), lab_data()
+    c = ftlab.compare(*given, epochs=.1, **few)
     p = c.json()['protocol']
     assert p['steps'] == 3 and any('0.1 passes' in n for n in p['notes'])
     assert {m['seeds'][0]['path'][-1]['step'] for m in c.json()['methods']} == {3}
-    again = ftlab.compare(['full', 'lora(r=2)'], (toy(), TOK), lab_data(), steps=3, out=tmp_path, **few)
+    again = ftlab.compare(*given, steps=3, **few)
     assert again.json()['runs']['made'] == 0
 
 # ---- gradient checkpointing: the same numbers, to the bit, in less memory
@@ -99,8 +105,8 @@ def both(make, data, recipe=None, **more):
     out = []
     for on in (False, True):
         seen = Seen()
-        run = ftlab.fit(make(), TOK, data, recipe, steps=2, gradient_checkpointing=on, callbacks=(seen,),
-                        **dict(batch_size=4, progress=False) | more)
+        run = ftlab.fit(make(), TOK, data, recipe, steps=2, gradient_checkpointing=on,
+                        callbacks=(seen,), **dict(batch_size=4, progress=False) | more)
         out.append((run, seen))
     return out
 
@@ -108,7 +114,8 @@ def pairs():
     rows = [dict(r, rejected=r['response'][::-1]) for r in lab_data().train[:40]]
     return ftlab.data(rows, validation=rows[:4], test=rows[:4], carry=['skill', 'level'])
 
-CASES = dict(full={}, dropout=dict(make=lambda: toy(dropout=.2)), lora=dict(recipe='lora(r=2)', accumulate=2),
+CASES = dict(full={}, dropout=dict(make=lambda: toy(dropout=.2)),
+             lora=dict(recipe='lora(r=2)', accumulate=2),
              sparse=dict(recipe='lift'), heads=dict(recipe='lofit'), reference=dict(recipe='asft'),
              dpo=dict(data=pairs, recipe='dpo'), packed=dict(packing=True), mixed=dict(precision='bf16'),
              labels=dict(make=classifier, data=label_data, recipe='hft'))
@@ -121,7 +128,8 @@ def test_computing_blocks_again_changes_no_bit(case):
     assert same(a.gradients, b.gradients) and plain.log == thin.log
     assert same(weights(plain.model), weights(thin.model)) and plain.settings == thin.settings
     # on in the run alone
-    assert True in b.flags and a.flags == flags(thin.model) == {False} and thin.model.config.use_cache is not False
+    assert True in b.flags and a.flags == flags(thin.model) == {False}
+    assert thin.model.config.use_cache is not False
 
 @pytest.mark.parametrize('family', [*DECODERS, *PLAIN, *MIXED, *ENCODERS, 'vit'])
 def test_every_family_has_the_same_gradient(family):
@@ -153,7 +161,8 @@ def test_an_error_or_an_interrupt_switches_it_off():
     for error in (KeyboardInterrupt(), ValueError('x')):
         model = toy()
         with pytest.raises(ValueError, match='x') if type(error) is ValueError else nullcontext():
-            ftlab.fit(model, TOK, lab_data(), steps=2, gradient_checkpointing=True, callbacks=(Stop(error),), **QUICK)
+            ftlab.fit(model, TOK, lab_data(), steps=2, gradient_checkpointing=True,
+                      callbacks=(Stop(error),), **QUICK)
         assert flags(model) == {False} and model.config.use_cache
 
 def test_what_the_user_switched_on_stays_on():
@@ -181,7 +190,8 @@ def test_a_run_is_resumed_with_it_or_without(tmp_path):
 
 def test_the_plan_counts_what_is_saved():
     model = tiny('llama', num_hidden_layers=8)
-    plain, thin = (training_bytes(model, ftlab.methods.lora(r=2), shape=(4, 32), recompute=on) for on in (False, True))
+    plain, thin = (training_bytes(model, ftlab.methods.lora(r=2), shape=(4, 32), recompute=on)
+                   for on in (False, True))
     assert thin['activations'] < .4*plain['activations']
     assert {k for k in plain if plain[k] != thin[k]} == {'activations'} and flags(model) == {False}
 
@@ -208,7 +218,8 @@ WORSE = dict(steps=12, lr=.3, schedule='constant') # the loss falls for a few st
 def test_every_part_of_the_change_is_put_back(recipe):
     seen = Snapshots()
     peak = Every(2, lambda state: dict(f1=-abs(state.step - 4))) # whatever the losses are
-    run = fit(ftlab.methods.get(recipe), steps=8, lr=3e-2, callbacks=(seen, peak, KeepBest('f1', higher=True)))
+    run = fit(ftlab.methods.get(recipe), steps=8, lr=3e-2,
+              callbacks=(seen, peak, KeepBest('f1', higher=True)))
     now = {n: t.clone() for n, t in change_tensors(run.delta.attached).items()}
     assert run.kept == dict(step=4, key='f1', value=0) and len(run.log) == 8
     assert same(now, seen.of[4]) and not same(now, seen.of[8])
@@ -222,8 +233,10 @@ def test_a_run_ends_with_its_best_weights():
     k = run.kept['step']
     assert k == best_step(run) < 12 and run.kept['key'] == 'validation_nll' and len(run.log) == 12
     assert {r['step'] for r in run.path} == {0, 2, 4, 6, 8, 10, 12}
-    assert same(weights(run.model), seen.weights[k]) and not same(weights(run.model), seen.weights[12])
-    assert f'the weights after step {k} of 12 are kept: validation_nll {run.kept["value"]:.4f}' in run.notes[-1]
+    now = weights(run.model)
+    assert same(now, seen.weights[k]) and not same(now, seen.weights[12])
+    said = f'the weights after step {k} of 12 are kept: validation_nll {run.kept["value"]:.4f}'
+    assert said in run.notes[-1]
     assert f'kept step {k}' in repr(run)
 
 def test_the_best_is_among_later_steps_too():
@@ -265,16 +278,17 @@ def test_a_nan_loss_leaves_the_best_weights():
     assert same(weights(run.model), seen.weights[run.kept['step']])
 
 def test_what_the_best_cannot_be_kept_of():
-    stages = Recipe(loop=Stages(Recipe(), Recipe()))
+    stages, bare = Recipe(loop=Stages(Recipe(), Recipe())), replace(lab_data(), validation=[])
     for said, call in {
             "keep is 'most'; it must be last or best": lambda: fit(keep='most'),
             'trains in stages': lambda: fit(stages, steps=4, keep='best'),
-            'second evaluation': lambda: fit(keep='best', evaluate_every=2, callbacks=(EarlyStop(),)),
+            'second evaluation': lambda: fit(keep='best', evaluate_every=2,
+                                             callbacks=(EarlyStop(),)),
             'is for keep=': lambda: fit(evaluate_every=2),
             'trains in stages;': lambda: fit(stages, steps=4, callbacks=(KeepBest(),)),
             'evaluate_every is 0': lambda: fit(keep='best', evaluate_every=0),
             'in a comparison it says': lambda: ftlab.compare(['full'], toy(), lab_data(), keep='best'),
-            'the data have none': lambda: ftlab.fit(toy(), TOK, replace(lab_data(), validation=[]), keep='best')
+            'the data have none': lambda: ftlab.fit(toy(), TOK, bare, keep='best')
             }.items():
         with pytest.raises(ValueError, match=said):
             call()
@@ -282,8 +296,8 @@ def test_what_the_best_cannot_be_kept_of():
 def test_report_and_export_are_of_the_kept_weights(tmp_path):
     run = fit(keep='best', evaluate_every=2, **WORSE)
     run.export(tmp_path/'plain')
-    again, mine = LlamaForCausalLM.from_pretrained(tmp_path/'plain').state_dict(), run.model.state_dict()
-    assert all(torch.equal(again[n], mine[n]) for n in again)
+    again = LlamaForCausalLM.from_pretrained(tmp_path/'plain').state_dict()
+    assert same(again, dict(run.model.state_dict()))
     assert f'the weights after step {run.kept["step"]}' in card(run)
 
 # ---- the command line
@@ -294,7 +308,8 @@ def made(tmp_path_factory):
     toy().save_pretrained(folder/'m')
     TOK.save_pretrained(folder/'m')
     d = lab_data()
-    rows = [dict(prompt=r['prompt'], response=r['response']) for r in d.train + d.validation[:40] + d.test[:40]]
+    rows = [dict(prompt=r['prompt'], response=r['response'])
+            for r in d.train + d.validation[:40] + d.test[:40]]
     (folder/'d.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
     return folder
 
@@ -304,7 +319,8 @@ def call(made, capfd, tmp_path, monkeypatch):
 
     def run(line):
         try:
-            code = main(f'{line} --model {made}/m --data {made}/d.jsonl --batch-size 8 --items 4'.split())
+            more = f'--model {made}/m --data {made}/d.jsonl --batch-size 8 --items 4'
+            code = main(f'{line} {more}'.split())
         except SystemExit as e:
             code = e.code
         return code, *capfd.readouterr()
@@ -319,7 +335,8 @@ def test_epochs_in_the_shell(call, made):
     assert f'note: 0.1 passes over {rows} training rows, 8 in a step, make {steps} steps' in out
     assert call('fit --epochs .1 --out run')[0] == 0 # the same run again
     code, out, err = call('fit --epochs .2 --out run')
-    assert code == 1 and f'steps is {steps}, and --epochs 0.2 makes {steps_of_epochs(.2, rows, 8)}' in err
+    said = f'steps is {steps}, and --epochs 0.2 makes {steps_of_epochs(.2, rows, 8)}'
+    assert code == 1 and said in err
     assert call(f'fit --steps {steps} --out run')[0] == 0
     assert 'above 0, such as 3 or 0.5' in call('fit --epochs 0')[2]
 
@@ -349,7 +366,8 @@ def test_the_best_in_the_shell(call, made):
     line = 'fit --steps 12 --lr .3 --keep best --evaluate-every 2'
     code, out, err = call(f'{line} --out run --json')
     said = json.loads(out)
-    assert code == 0 and said['settings']['keep'] == 'best' and said['settings']['evaluate_every'] == 2, err
+    how = said['settings']
+    assert code == 0 and how['keep'] == 'best' and how['evaluate_every'] == 2, err
     assert any(f'the weights after step {said["kept"]["step"]} of 12 are kept' in n for n in said['notes'])
     assert read_run('run').kept == said['kept']
     assert call(f'{line} --out run')[0] == 0 # the same run again

@@ -70,7 +70,7 @@ def tokens_of(batch:dict) -> int:
 STEPS = 200 # of a run for which nothing is said
 
 def check_length(steps:int|None, epochs:float|None) -> None:
-    "Raise `ValueError` if both are given, or for an `epochs` that is no number above 0"
+    "Raise `ValueError` if both are given, or if `epochs` isn't a number above 0"
     if epochs is None:
         return
     if steps is not None:
