@@ -17,9 +17,9 @@ from .core.four_bits import QUANTIZED
 from .commands.background import check_start, reported, run_status, run_stop, start
 from .commands.claims import run_claims
 from .commands.export import add_export, run_export
-from .commands.given import (columns_of, data_of, finite, listed, mixture_of, model_of,
-                                  new_folder, not_negative, old_of, positive, rate, rates,
-                                  refuse_unused, tokens_of)
+from .commands.given import (columns_of, data_of, finite, length_of, listed, memory_of,
+                                  mixture_of, model_of, new_folder, not_negative, old_of, passes,
+                                  positive, rate, rates, refuse_unused, tokens_of)
 from .commands.init import run_init
 from .commands.jupyter import run_lab
 from .commands.machines import add_executor, executor_from
@@ -59,13 +59,13 @@ def run_compare(a:argparse.Namespace) -> tuple[dict, str]:
 
 def _compared(a, methods, data, progress, executor):
     return ftlab.compare(methods, a.model, data, old=old_of(a), metric=a.metric, seeds=a.seeds,
-                         steps=a.steps, batch_size=a.batch_size, lrs=a.lrs, tune=a.tune,
+                         **length_of(a), batch_size=a.batch_size, lrs=a.lrs, tune=a.tune,
                          items=a.items, old_items=a.old_items, max_length=a.max_length,
                          device=a.device, precision=a.precision, dtype=a.dtype,
                          revision=a.revision, head=a.head, add_tokens=tokens_of(a),
                          quantize=a.quantize, budget=a.budget, out=a.out,
                          resume=a.resume, lose_at_most=a.lose_at_most, max_runs=a.max_runs,
-                         race=a.race, progress=progress, executor=executor)
+                         race=a.race, progress=progress, executor=executor, **memory_of(a))
 
 def _about_background(a):
     "Do what --status or --stop asks; raise `ValueError` for another option, which nothing would read"
@@ -90,20 +90,20 @@ def _score(a, model, tok, data) -> float|None:
 
 def _trained(a, model, tok, data, recipe, lr):
     from ftlab.instruments.bench import Budget
-    return ftlab.fit(model, tok, data, recipe, steps=a.steps, batch_size=a.batch_size, lr=lr,
+    return ftlab.fit(model, tok, data, recipe, **length_of(a), batch_size=a.batch_size, lr=lr,
                      seed=a.seed, max_length=a.max_length, packing=a.packing, device=a.device,
                      precision=a.precision, out=a.out, save_every=a.save_every, resume=a.resume,
-                     trackers=listed(a.trackers), callbacks=(Budget(a.budget),)*bool(a.budget))
+                     trackers=listed(a.trackers), callbacks=(Budget(a.budget),)*bool(a.budget),
+                     keep=a.keep, evaluate_every=a.evaluate_every, **memory_of(a))
 
 # %% ../nbs/cli.ipynb #0015d2b6
 def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
     "Fine-tune by one method; write the change, the log and a record of the run"
     from ftlab.core.labels import numbered
     from ftlab.instruments.bench import metric_for
-    from ftlab.instruments.compare import plan
     from ftlab.trainers.fit import check_fits
-    (name, (recipe, grid)), = plan([a.method], a.lr, False).items()
-    data, out = data_of(a), Path(a.out)
+    name, recipe, grid, data = _asked(a)
+    out = Path(a.out)
     if a.dry_run:
         e = estimate(a, data, {name: (recipe, grid)}, False, None)
         return e, estimate_lines(e)
@@ -111,7 +111,7 @@ def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
     model, tok = model_of(a, labels=data.labels, seed=a.seed, head=a.head)
     check_fits(model, tok, data)
     data = numbered(data, model)
-    _keep_rows(a, out, data)
+    _keep_rows(a, out, data, model, tok)
     metric, before = metric_for(data, a.metric), _score(a, model, tok, data)
     run = _trained(a, model, tok, data, recipe, grid[0])
     record = dict(model=a.model, revision=a.revision, data=data.name, eval=a.eval,
@@ -122,7 +122,7 @@ def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
                   interrupted=run.interrupted, metric=metric, before=before,
                   items=min(a.items, len(data.test)),
                   after=_score(a, model, tok, data), head=a.head,
-                  add_tokens=tokens_of(a), quantize=a.quantize,
+                  add_tokens=tokens_of(a), quantize=a.quantize, kept=run.kept,
                   notes=run.notes + _test_notes(a, model, tok, data))
     record['saved_bytes'] = _keep(run, record, out)
     if run.interrupted:
@@ -133,6 +133,14 @@ def run_fit(a:argparse.Namespace) -> tuple[dict, str]:
     noted = ''.join(f'\nnote: {in_shell_words(n, _options(a))}' for n in record['notes'])
     files = f'\n{out/"delta.safetensors"}' + (f'\n{a.export}' if a.export else '')
     return record, f'{run!r}{said}{noted}{files}'
+
+def _asked(a) -> tuple:
+    "Return the name of the method, its recipe, its rates, and the data"
+    from ftlab.instruments.compare import plan
+    if a.keep != 'best':
+        refuse_unused(a, 'evaluate_every', 'it says how often --keep best evaluates')
+    (name, (recipe, grid)), = plan([a.method], a.lr, False).items()
+    return name, recipe, grid, data_of(a)
 
 OWN = dict(steps='steps', batch_size='batch-size', max_length='max-length', packing='packing',
            precision='precision') # settings, as the command line calls them
@@ -147,10 +155,13 @@ def _keep_others(a, out:Path, recipe, lr:float, data):
     was = _finished(a, out)
     if was is None:
         return
+    own = {k: getattr(a, k) for k in OWN if k != 'steps' or a.epochs is None}
+    own |= dict(keep=a.keep if a.keep == 'best' else None) # run.json does not name the last weights
+    own |= dict(evaluate_every=a.evaluate_every) if a.evaluate_every else {}
     now = dict(model=a.model, revision=a.revision, data=data.name, seed=a.seed, head=a.head,
                add_tokens=tokens_of(a), quantize=a.quantize,
                eval=a.eval, columns=columns_of(a), carry=listed(a.carry or ''), wanted=a.wanted,
-               empty=a.empty, recipe=recipe.describe(), lr=lr, **{k: getattr(a, k) for k in OWN})
+               empty=a.empty, recipe=recipe.describe(), lr=lr, **own)
     then = ({k: was['settings'].get(k, was.get(k)) for k in now}
             | {k: was.get(k) for k in ('model', 'data')})
     if diff := [k for k in now if now[k] != then[k]]:
@@ -170,12 +181,25 @@ def _finished(a, out:Path) -> dict|None:
     settings = isinstance(was.get('settings'), dict)
     return was if settings and not was.get('interrupted') else None
 
-def _keep_rows(a, out:Path, data):
-    "Raise `FileExistsError` if `out` holds a finished run on other rows, which were read from files of these names"
+def _keep_rows(a, out:Path, data, model, tok):
+    """Raise `FileExistsError` if `out` holds a finished run on other rows, which were read from files of
+    these names, or with another number of steps than `--epochs` makes"""
     was = _finished(a, out)
+    if was and a.epochs is not None and was['settings'].get('steps') != _steps(a, data, model, tok):
+        raise FileExistsError(f'--out {str(out)!r} holds a finished run, in which steps is {was["settings"]["steps"]}, '
+                              f'and --epochs {a.epochs:g} makes {_steps(a, data, model, tok)}; name another folder, or '
+                              'replace that run with --no-resume')
     if was and was['settings'].get('data', data.fingerprint) != data.fingerprint:
         raise FileExistsError(f'--out {str(out)!r} holds a finished run on other rows: {data.name} has changed since, '
                               'or what is read with it; name another folder, or replace that run with --no-resume')
+
+def _steps(a, data, model, tok) -> int:
+    "Return the steps that `--epochs` makes"
+    from ftlab.core.model import row_limit
+    from ftlab.core.tokens import encode_all
+    from ftlab.trainers.source import steps_of_epochs
+    rows = encode_all(data.train, tok, data.kind, row_limit(model, tok, a.max_length))
+    return steps_of_epochs(a.epochs, len(rows), a.batch_size)
 
 def _test_notes(a, model, tok, data) -> list[str]:
     "Say how many of the measured test rows the length limit cut or left out"
@@ -354,6 +378,7 @@ COMMON = {
                           "'hft * dft'; ftlab methods lists them (default: %(default)s)"),
     '--lr': dict(type=rate, metavar='RATE', help="learning rate (default: the method's own)"),
     '--steps': dict(type=positive, default=200, metavar='N', help='optimizer steps (default: %(default)s)'),
+    '--epochs': dict(type=passes, metavar='N', help='passes over the training rows, instead of --steps'),
     '--batch-size': dict(type=positive, default=32, metavar='ROWS', help='rows in a step (default: %(default)s)'),
     '--max-length': dict(type=positive, metavar='TOKENS',
                          help='longest row in tokens; what is longer is cut (default: what the model can read)'),
@@ -380,11 +405,13 @@ def _take(p, names:str, **more):
 def _training(p, out:str):
     "Add the arguments of both commands that train"
     must = dict(required=True)
-    add = _take(p, 'model revision add-tokens quantize data eval columns metric steps batch-size max-length '
-                   'device dtype precision head out',
+    add = _take(p, 'model revision add-tokens quantize data eval columns metric steps epochs batch-size '
+                   'max-length device dtype precision head out',
                 model=must, data=must,
                 out=dict(default=out, type=lambda text: text or out, # --out "$UNSET"
                          help='the folder to write (default: %(default)s)'))
+    add('--gradient-checkpointing', action='store_true',
+        help='save memory and take longer: the backward pass computes each block again; the numbers are the same')
     add('--budget', type=positive, metavar='TOKENS', help='end a run after so many tokens (default: no limit)')
     add('--items', type=positive, default=400, metavar='ROWS',
         help='how many test rows to measure on, at most (default: %(default)s)')
@@ -408,6 +435,11 @@ def _fit(p):
         help='put several rows into one line instead of padding: the same loss, fewer tokens computed')
     add('--trackers', metavar='NAMES', default='',
         help='send the log to tensorboard, wandb or another tracker of accelerate; with commas between (default: none)')
+    add('--keep', choices=('last', 'best'), default='last',
+        help='the weights to end with: of the last step, or those with the smallest loss on validation rows '
+             '(default: %(default)s)')
+    add('--evaluate-every', type=positive, metavar='STEPS',
+        help='steps between the evaluations of --keep best (default: ten in the run)')
     add('--save-every', type=not_negative, default=0, metavar='STEPS',
         help='steps between checkpoints (default: 0, none)')
     add('--resume', action=argparse.BooleanOptionalAction, default=None,

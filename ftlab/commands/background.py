@@ -151,14 +151,17 @@ def _python(code:str, *arguments:str, **more) -> subprocess.Popen:
 
 def check_start(a:argparse.Namespace, arms:dict, data) -> None:
     "Raise now what the comparison would raise before its first run, as far as that is quickly known"
-    from ftlab.commands.given import old_of, tokens_of
+    from ftlab.commands.given import length_of, old_of, tokens_of
     from ftlab.core.four_bits import bitsandbytes_package
     from ftlab.core.loading import skeleton
     from ftlab.instruments.compare import effort
+    from ftlab.trainers.source import check_epochs
     effort(arms, a.seeds, a.max_runs, a.tune, 2 if a.lose_at_most is None else 3)
     old_of(a)
     if a.quantize: # the process in the background would say it where nobody looks
         bitsandbytes_package()
+    for recipe, _ in arms.values():
+        check_epochs(recipe, length_of(a).get('epochs'))
     if data.kind != 'image':
         skeleton(a.model, a.revision, labels=data.labels, head=a.head,
                  add_tokens=tokens_of(a), quantize=a.quantize)

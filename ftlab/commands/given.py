@@ -13,8 +13,9 @@ from pathlib import Path
 import ftlab
 
 # %% auto #0
-__all__ = ['positive', 'not_negative', 'rate', 'finite', 'listed', 'rates', 'columns_of', 'old_of', 'mixture_of', 'reading_of',
-           'tokens_of', 'data_of', 'model_of', 'bench_of', 'refuse_unused', 'new_folder']
+__all__ = ['positive', 'not_negative', 'rate', 'passes', 'finite', 'listed', 'rates', 'columns_of', 'old_of', 'mixture_of',
+           'reading_of', 'tokens_of', 'data_of', 'length_of', 'memory_of', 'model_of', 'bench_of', 'refuse_unused',
+           'new_folder']
 
 # %% ../../nbs/commands/given.ipynb #00066f2e
 def _number(text:str, make:Callable, fits:Callable, must:str):
@@ -38,6 +39,10 @@ def not_negative(text:str) -> int:
 def rate(text:str) -> float:
     "Read a learning rate"
     return _number(text, float, lambda x: 0 < x < math.inf, 'a number above 0, such as 1e-3')
+
+def passes(text:str) -> float:
+    "Read a number of passes over the data"
+    return _number(text, float, lambda x: 0 < x < math.inf, 'a number above 0, such as 3 or 0.5')
 
 def finite(text:str) -> float:
     "Read a finite number"
@@ -125,6 +130,18 @@ def data_of(a:argparse.Namespace):
         refuse_unused(a, 'head', f'the data are of kind {data.kind!r}, and only a classifier has a head for labels')
     return data
 
+def length_of(a:argparse.Namespace) -> dict:
+    "Return `--steps` or `--epochs`, as the library takes them. Raises `ValueError` if both were typed."
+    if a.epochs is None:
+        return dict(steps=a.steps)
+    if 'steps' in getattr(a, 'typed', ()):
+        refuse_unused(a, 'epochs', '--steps already says how long a run is')
+    return dict(epochs=a.epochs)
+
+def memory_of(a:argparse.Namespace) -> dict:
+    "Return the settings of `fit` that were typed to save memory"
+    return dict(gradient_checkpointing=True) if a.gradient_checkpointing else {}
+
 def model_of(a:argparse.Namespace, **more):
     "Load the model of `--model`, and its tokenizer"
     return ftlab.load(a.model, revision=a.revision, dtype=a.dtype, device=a.device,
@@ -133,11 +150,11 @@ def model_of(a:argparse.Namespace, **more):
 def bench_of(a:argparse.Namespace, data):
     "Make the `Bench` of a comparison, for `--dry-run`"
     from ftlab.instruments.bench import Bench
-    return Bench(a.model, data, old_of(a), a.metric, steps=a.steps,
+    return Bench(a.model, data, old_of(a), a.metric, **length_of(a),
                  max_length=a.max_length, device=a.device, dtype=a.dtype, revision=a.revision,
                  budget=a.budget, batch_size=a.batch_size, precision=a.precision, head=a.head,
                  items=a.items, old_items=getattr(a, 'old_items', 100), add_tokens=tokens_of(a),
-                 quantize=a.quantize)
+                 quantize=a.quantize, **memory_of(a))
 
 # %% ../../nbs/commands/given.ipynb #00096f2c2
 def refuse_unused(a:argparse.Namespace, options:str, why:str):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 import ftlab
-from .given import bench_of, model_of, tokens_of
+from .given import bench_of, length_of, model_of, tokens_of
 
 # %% auto #0
 __all__ = ['PARTS', 'available', 'kept_bytes', 'training_bytes', 'planned', 'Marks', 'timed', 'estimate', 'size_words',
@@ -79,16 +79,29 @@ def kept_bytes(model,    # real or fake
         token_nll(model(**batch).logits, labels).sum()
     return sum(n for n, _ in seen.values())
 
-def _activations(model, shape, labels, precision) -> int:
+def _activations(model, shape, labels, precision, recompute=False) -> int:
     "Count the bytes that one batch of the longest rows keeps for the backward pass"
     import torch
+    from ftlab.core.model import checkpointing
     ids = torch.ones(shape, dtype=torch.long, device=_own_weights(model)[0].device)
     training = model.training
     try:
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=precision == 'bf16'):
-            return kept_bytes(model.train(), dict(input_ids=ids), ids[:, 0] if labels else ids)
+            given = dict(input_ids=ids), ids[:, 0] if labels else ids
+            whole = kept_bytes(model.train(), *given)
+            if not recompute:
+                return whole
+            with checkpointing(model):
+                thin = kept_bytes(model, *given)
+            # the backward pass computes one block again at a time
+            return thin + (whole - thin)//_blocks(model)
     finally:
         model.train(training)
+
+def _blocks(model) -> int:
+    "Count the blocks that gradient checkpointing computes again"
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    return max(1, sum(isinstance(m, GradientCheckpointingLayer) for m in model.modules()))
 
 def _own_weights(model) -> list:
     "Return the model's own parameters, without those of a change"
@@ -104,10 +117,11 @@ def _made_whole(weights) -> int:
 def training_bytes(model,                        # from `load` or `skeleton`; is not changed
                    recipe, labels:bool=False,    # the method; whether the data have labels
                    shape:tuple[int, int]=(1, 1), # rows and tokens of a micro-batch
-                   precision:str='no'            # 'bf16': mixed precision
+                   precision:str='no',           # 'bf16': mixed precision
+                   recompute:bool=False          # with gradient checkpointing
                   ) -> dict:
     "Return the number of trained parameters, and the bytes by `PARTS`, of a recipe's largest stage"
-    return max((_stage_bytes(model, s, labels, shape, precision) for s in recipe.turns),
+    return max((_stage_bytes(model, s, labels, shape, precision, recompute) for s in recipe.turns),
                key=lambda d: sum(d[k] for k in PARTS))
 
 def _optimizer_bytes(model, stage, params:dict) -> int:
@@ -127,10 +141,10 @@ def _pull_bytes(att, terms) -> int:
     below = sum(att.before(n).numel() for n, d in att.deltas.items() if d.site == 'weight')
     return 4*sum(c*direct + (c - 1)*below for c in copies)
 
-def _stage_bytes(model, stage, labels, shape, precision) -> dict:
+def _stage_bytes(model, stage, labels, shape, precision, recompute) -> dict:
     with _attached(model, stage, labels) as att:
         moving, weights, cfg = list(att.parameters().values()), _own_weights(model), model.config
-        kept = _activations(model, shape, labels, precision)
+        kept = _activations(model, shape, labels, precision, recompute)
         own = {id(t): t for d in att.deltas.values() for t in (*d.parameters(), *d.buffers())}
         delta = _size(own.values()) # layers may share a tensor
         logits = (
@@ -146,15 +160,19 @@ def _stage_bytes(model, stage, labels, shape, precision) -> dict:
                     reference=reference,
                     activations=passes*(kept + 3*logits) + _made_whole(weights))
 
-
 # %% ../../nbs/commands/memory.ipynb #000a513c
+def _best(a, device:str, found) -> dict:
+    "Return the bytes of the best weights so far, which are kept in the memory of the processor"
+    keeps = getattr(a, 'keep', None) == 'best' and device == 'cpu'
+    return dict(best=found['gradients']) if keeps else {}
+
 def planned(a, recipe, data) -> dict:
     """Return the memory of one method on the model that `a` names, from its config;
     weights are read only if the method selects or starts by their values, and if they fit"""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from ftlab.core.tokens import encode_all
     from ftlab.core.loading import find_device, skeleton
-    from ftlab.core.model import row_limit
+    from ftlab.core.model import check_checkpointing, row_limit
     device = str(find_device(a.device))
     free = available(device)
     with (fake := FakeTensorMode()):
@@ -163,7 +181,10 @@ def planned(a, recipe, data) -> dict:
         total = _size(model.parameters())
     limit = row_limit(model, tok, a.max_length)
     longest = max(len(r['input_ids']) for r in encode_all(data.train[:2000], tok, data.kind, limit))
-    given = dict(labels=data.kind == 'label', shape=(a.batch_size, longest), precision=a.precision)
+    if a.gradient_checkpointing:
+        check_checkpointing(model)
+    given = dict(labels=data.kind == 'label', shape=(a.batch_size, longest), precision=a.precision,
+                 recompute=a.gradient_checkpointing)
     try:
         with fake:
             found = training_bytes(model, recipe, **given)
@@ -173,6 +194,7 @@ def planned(a, recipe, data) -> dict:
             found = dict(trainable=None, **dict.fromkeys(PARTS, 0) | dict(weights=total))
         else:
             found = training_bytes(model_of(a, labels=data.labels)[0], recipe, **given)
+    found |= _best(a, device, found)
     m = dict(trainable=found.pop('trainable'), memory=found, bytes=sum(found.values()),
              longest_row=longest)
     return m | dict(fits=None if free is None else m['bytes'] < free)
@@ -218,6 +240,7 @@ def estimate(a, data, arms, tuned:bool,
             ) -> dict:
     "Estimate what a comparison or one run takes: runs, memory and, if it fits, tokens and time"
     from ftlab.core.loading import find_device
+    from ftlab.trainers.source import check_epochs
     free = available(str(find_device(a.device)))
     work = dict(test=len(arms), tuning=0)
     if seeds is not None:
@@ -226,6 +249,8 @@ def estimate(a, data, arms, tuned:bool,
     methods = [dict(name=n, **planned(a, r, data), cells=work['test']//len(arms),
                     tuning=work['tuning']//len(arms)) for n, (r, _) in arms.items()]
     fits = None if free is None else all(m['fits'] for m in methods)
+    for r, _ in arms.values():
+        check_epochs(r, length_of(a).get('epochs'))
     bench = None if fits is False else bench_of(a, data)
     for m in methods if bench else ():
         recipe, rates = arms[m['name']]
@@ -238,9 +263,11 @@ def estimate(a, data, arms, tuned:bool,
         notes.append('these are the most runs there can be: a search that needs no extension takes fewer')
     if any(r.learners for r, _ in arms.values()):
         notes.append('a second model that a method trains is not counted')
+    notes += [bench.passes] if bench and bench.passes else []
     return dict(dry_run=True, model=str(a.model), data=data.name, methods=methods,
                 available_bytes=free, fits=fits,
                 seconds=sum(m['seconds'] for m in methods) if bench else None,
+                steps=bench.steps if bench else None,
                 note='; '.join(notes))
 
 def _in_all(m:dict, bench, seeds:int|None) -> dict:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 # %% auto #0
 __all__ = ['MODEL_INPUTS', 'LONGEST', 'TABLE', 'BOUND', 'model_inputs', 'to_device', 'device_of', 'pad_id', 'notes_of',
-           'evaluating', 'position_table', 'positions', 'row_limit', 'answer_room']
+           'evaluating', 'check_checkpointing', 'checkpointing', 'position_table', 'positions', 'row_limit',
+           'answer_room']
 
 # %% ../../nbs/core/model.ipynb #000556db
 MODEL_INPUTS = ('input_ids', 'attention_mask', 'token_type_ids', 'inputs_embeds', 'position_ids', 'pixel_values')
@@ -55,6 +56,41 @@ def evaluating(*models # modules; anything else is ignored, such as a reference 
     finally:
         for part, training in modes.items():
             part.training = training
+
+# %% ../../nbs/core/model.ipynb #0c1956db
+def check_checkpointing(model) -> None:
+    "Raise `ValueError` for a model whose blocks cannot be computed again"
+    able = getattr(model, 'supports_gradient_checkpointing', False)
+    if not able or not _checkpointed(model):
+        raise ValueError(f'{type(model).__name__} does not support gradient checkpointing; '
+                         'leave gradient_checkpointing=True out')
+
+def _checkpointed(model) -> list[bool]:
+    "Return the switch of every part that has one"
+    return [m.gradient_checkpointing for m in model.modules()
+            if hasattr(m, 'gradient_checkpointing')]
+
+@contextmanager
+def checkpointing(model, on:bool=True) -> Iterator[None]:
+    """Compute blocks again in the backward pass within this context. A model for which you switched
+    this on yourself is left alone."""
+    if not on or any(_checkpointed(model)):
+        yield
+        return
+    configs = [c for c in (model.config, model.config.get_text_config()) if hasattr(c, 'use_cache')]
+    caches = [c.use_cache for c in configs]
+    # transformers 5.17 has only the older names, and 6 will have only the new ones
+    new = hasattr(model, 'activation_checkpointing_enable')
+    name = 'activation_checkpointing' if new else 'gradient_checkpointing'
+    for c in configs:
+        c.use_cache = False # else transformers does it in each block, and warns
+    try:
+        getattr(model, f'{name}_enable')(dict(use_reentrant=False))
+        yield
+    finally:
+        getattr(model, f'{name}_disable')()
+        for c, was in zip(configs, caches):
+            c.use_cache = was
 
 # %% ../../nbs/core/model.ipynb #000b56db
 LONGEST = 1024 # default tokens of a row: a batch of 32 such rows fits into a laptop's memory

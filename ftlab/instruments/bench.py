@@ -33,6 +33,7 @@ from ..lab.world import is_lab
 from ..trainers.callbacks import Every
 from ..trainers.fit import check_fits, cut_note, fit
 from ..trainers.reference import SwitchedOff
+from ..trainers.source import STEPS, check_length, epochs_note, steps_of_epochs
 from ..trainers.watch import PeakMemory, free_memory
 from ..trainers.objective import loss_mask
 
@@ -229,14 +230,16 @@ def forgetting_is(data:Data, old, tok) -> str:
         return 'old data'
     return 'drift (1 - CKA)' if data.kind == 'label' else 'old skills' if is_lab(tok) else 'drift (KL)'
 
-def _check_bench(data:Data, steps:int, budget:int|None, evaluations:int) -> None:
+def _check_bench(data:Data, steps:int|None, epochs:float|None, budget:int|None,
+                 evaluations:int) -> None:
+    check_length(steps, epochs)
     for s in ('validation', 'test'):
         if not getattr(data, s):
             raise ValueError(f'{data.name} has no {s} row, and a comparison needs some; '
                              f'give more rows, or a {s} set of your own')
     if evaluations < 1:
         raise ValueError(f'evaluations is {evaluations}; it must be at least 1')
-    if steps < 1 or (budget is not None and budget < 1):
+    if (steps is not None and steps < 1) or (budget is not None and budget < 1):
         raise ValueError(f'steps is {steps} and budget {budget}; both must be at least 1')
 
 # %% ../../nbs/instruments/bench.ipynb #dc567b8b
@@ -244,17 +247,18 @@ class Bench:
     """Hold what all runs share: `base(seed)`, `data(seed)`, the scores of the base
     `before(seed, split)`; `run` fine-tunes once"""
     def __init__(self, model, data, old=None, metric=None, *, items=400, old_items=100,
-                 validation_items=100, old_validation_items=50, steps=200, evaluations=4,
-                 evaluate_every=None, max_length=None, device=None, dtype=None, revision=None,
+                 validation_items=100, old_validation_items=50, steps=None, epochs=None,
+                 evaluations=4, evaluate_every=None, max_length=None, device=None, dtype=None, revision=None,
                  budget=None, progress=True, head='auto', add_tokens=None, quantize=None,
                  **settings): # all as in `compare`; settings go to `fit`
         self.given = data if isinstance(data, Data) else as_data(data)
         self.old = old
-        _check_bench(self.given, steps, budget, evaluations)
+        _check_bench(self.given, steps, epochs, budget, evaluations)
         self.metric = metric_for(self.given, metric)
         self.sizes = dict(test=(items, old_items),
                           validation=(validation_items, old_validation_items))
-        self.steps = steps
+        self.steps = STEPS if steps is None else steps
+        self.epochs, self.passes = epochs, ''
         self.evaluations = evaluations
         self.every = evaluate_every
         self.revision = revision
@@ -275,6 +279,8 @@ class Bench:
         check_fits(probe, tok, self.given)
         self.given = numbered(self.given, probe)
         self.notes = self._notes(probe, tok)
+        if self.epochs is not None:
+            self._count_steps(probe, tok)
         self.size = sum(p.numel() for p in probe.parameters())
         self.how = forgetting_is(self.given, self.old, tok)
         if self.old is not None: # one harvest, one reading of files; halved below
@@ -298,6 +304,16 @@ class Bench:
                 encoded = encode_all(rows, tok, self.given.kind, limit)
                 found.append(cut_note(encoded, rows, tok, limit, s))
         return [n for n in found if n]
+
+    def _count_steps(self, probe, tok) -> None:
+        "Make `epochs` the same number of steps for all methods, and add a note that says so"
+        rows, limit = self.given.train, row_limit(probe, tok, self.max_length)
+        if self.given.kind != 'image' and not self.skill:
+            rows = encode_all(rows, tok, self.given.kind, limit)
+        of = (self.epochs, len(rows), self.settings.get('batch_size', 32))
+        self.steps = steps_of_epochs(*of)
+        self.passes = epochs_note(*of)
+        self.notes.append(self.passes)
 
     def data(self, seed:int) -> Data:
         "Return the data of a seed: for a lab skill it draws new questions, as many as are tested"

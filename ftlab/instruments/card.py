@@ -198,7 +198,7 @@ def _repeat(run:Run, record:Mapping) -> list[str]:
         return [f'No code on this card repeats the run: {escaped(without_paths(why))}.']
     own = ('steps', 'batch_size', 'accumulate', 'lr', 'schedule', 'warmup', 'weight_decay',
            'betas', 'clip', 'seed',
-           'max_length', 'precision', 'packing')
+           'max_length', 'precision', 'packing', 'keep', 'evaluate_every')
     settings = ', '.join(f'{k}={run.settings[k]!r}' for k in own if k in run.settings)
     code = ['import ftlab', f'data = {_data_code(run.data.origin)}',
             f'model, tok = ftlab.load({_load_code(run, record)})',

@@ -24,6 +24,7 @@ from ..core.scorers import nll
 from ..core.text import shortened
 from ..trainers.fit import fit
 from ..trainers.run import Run
+from ..trainers.source import STEPS
 from ..trainers.step import NotFinite
 
 # %% auto #0
@@ -172,6 +173,7 @@ COPY_LIMIT = 4*2**30    # bytes of parameters above which no second model is cre
 _TAKEN = ('steps', 'batch_size', 'accumulate', 'lr', 'schedule', 'warmup', 'weight_decay', 'betas',
           'clip', 'seed', 'max_length', 'device', 'precision')
 SETTINGS = {k: p.default for k, p in inspect.signature(fit).parameters.items() if k in _TAKEN}
+SETTINGS['steps'] = STEPS
 
 class Given:
     "Hold what is known without running the model: the arguments, and rows as tokens; each computed once"

@@ -32,6 +32,7 @@ from .winner import Choice, choose, inputs_of, train_again
 from ..methods import get
 from ..trainers.fit import fit
 from ..trainers.run import Run
+from ..trainers.source import check_epochs
 from ..trainers.watch import in_notebook
 
 # %% auto #0
@@ -463,7 +464,9 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
             *, old=None,               # a test of what it knew: a set or {name: set}; None: old lab skills, else drift
             metric=None,               # 'exact', 'accuracy', 'nll' or a function, see below; None: what fits the data
             seeds:int|list[int]=3,     # how many, or which
-            steps:int=200, batch_size:int=32, # of each run
+            steps:int|None=None,       # of each run; None: 200, or as many as `epochs` takes
+            epochs:float|None=None,    # passes over the training rows instead, the same for all methods
+            batch_size:int=32,         # rows in a step
             lrs=None,                  # learning rates: a list for all, or {method: list}; None: four for each Recipe
             tune:bool=True,            # search each method's rates on seeds of its own; False: see below
             tune_steps:int|None=None,  # steps of a tuning run; None: as many as the others
@@ -498,16 +501,14 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
         raise ValueError(f'seeds is {given!r}; give how many, such as 3, or a list of whole numbers, '
                          'each once')
     arms = plan(methods, lrs, tune)
-    if len({len(set(rates)) for _, rates in arms.values()}) > 1:
-        raise ValueError('every method must get the same number of learning rates; there are '
-                         + ', '.join(f'{len(set(r))} for {n}' for n, (_, r) in arms.items()))
+    _check_arms(arms, epochs, keep)
     executor = executor_of(executor)
     if executor and keep:
         raise ValueError('keep=True keeps the changes of runs that are made here; leave executor or keep out')
     work = effort(arms, len(seeds), max_runs, tune, 2 if lose_at_most is None else 3)
     bench = Bench(model, data, old, metric, items=items, old_items=old_items,
                   validation_items=validation_items, old_validation_items=old_validation_items,
-                  steps=steps,
+                  steps=steps, epochs=epochs,
                   evaluations=evaluations, evaluate_every=evaluate_every, max_length=max_length,
                   device=device, dtype=dtype, revision=revision, budget=budget,
                   progress=progress is True,
@@ -529,6 +530,17 @@ def compare(methods,                   # names as in `ftlab.methods`, such as 'l
         comparison = Comparison(result | about, bench, recipes)
         comparison.save(out)
     return comparison
+
+def _check_arms(arms, epochs, keep) -> None:
+    "Raise `ValueError` for arms with more rates than others, or whose rows no number of passes counts"
+    if keep not in (True, False):
+        raise ValueError(f'keep is {keep!r}; in a comparison it says whether the changes are kept, True or False. '
+                         'Every evaluation on the way is in the result')
+    if len({len(set(rates)) for _, rates in arms.values()}) > 1:
+        raise ValueError('every method must get the same number of learning rates; there are '
+                         + ', '.join(f'{len(set(r))} for {n}' for n, (_, r) in arms.items()))
+    for recipe, _ in arms.values():
+        check_epochs(recipe, epochs)
 
 NOT_TUNED = ('no rate is searched: each method runs at one rate, and another may reverse the order; '
              'allow more runs to tune them')

@@ -621,7 +621,7 @@ def read_run(folder:str|Path|None=None, # what `ftlab fit` wrote; None: give mod
     settings = dict(known.get('settings', {}), model_name=name)
     return Run(net, tok, data, recipe, change, _log(delta), cost, settings,
                interrupted=known.get('interrupted', False), folder=delta.parent, models=models,
-               notes=known.get('notes', []))
+               notes=known.get('notes', []), kept=known.get('kept'))
 
 # %% ../../nbs/instruments/report.ipynb #0029fa9f
 def _saved_change(folder, delta) -> Path:

@@ -18,8 +18,8 @@ from ..core.state import State
 from .step import placed_like, whole
 
 # %% auto #0
-__all__ = ['FORMAT', 'survivors', 'versions', 'ended', 'save_checkpoint', 'header_of', 'bytes_of_checkpoint', 'read_header',
-           'different', 'check_same_run', 'cut_off', 'refuse_to_replace', 'resumable', 'load_checkpoint']
+__all__ = ['FORMAT', 'survivors', 'change_tensors', 'versions', 'ended', 'save_checkpoint', 'header_of', 'bytes_of_checkpoint',
+           'read_header', 'different', 'check_same_run', 'cut_off', 'refuse_to_replace', 'resumable', 'load_checkpoint']
 
 # %% ../../nbs/trainers/checkpoint.ipynb #0fa078f7
 def survivors(state:State, # of the run
@@ -80,7 +80,7 @@ def _together(x:dict, tensors:Mapping[str, Tensor]):
     return [_together(y, tensors) for y in v] if kind == 'list' else v
 
 # %% ../../nbs/trainers/checkpoint.ipynb #0fa378f7
-def _change(attached) -> dict[str, Tensor]:
+def change_tensors(attached) -> dict[str, Tensor]:
     """Collect the tensors of a change by name: those of `attached.parameters()` and the buffers of
     its deltas"""
     own = {n: p for n, p in attached.parameters().items() if '::' not in n}
@@ -90,12 +90,12 @@ def _change(attached) -> dict[str, Tensor]:
 @torch.no_grad()
 def _load_change(attached, tensors:Mapping[str, Tensor]) -> None:
     "Restore the tensors of a change; a buffer of another size is left to the callback that resizes it"
-    for n, p in _change(attached).items():
+    for n, p in change_tensors(attached).items():
         if p.shape == tensors[n].shape:
             p.copy_(placed_like(tensors[n], p))
 
 def _check_change(path:Path, attached, tensors:Mapping[str, Tensor]) -> None:
-    for n, p in _change(attached).items():
+    for n, p in change_tensors(attached).items():
         if p.shape != tensors[n].shape:
             raise ValueError(f'{str(path)!r} holds {n.removeprefix("param|")!r} with shape '
                              f'{tuple(tensors[n].shape)}; here it has {tuple(p.shape)}')
@@ -122,7 +122,7 @@ def save_checkpoint(path:Path,        # the file
     If the disk is full, warn and leave the last checkpoint as it is."""
     tensors = _Tensors()
     # name -> the name under which the tensor is stored
-    change = {n: tensors.put(n, v) for n, v in _change(state.attached).items()}
+    change = {n: tensors.put(n, v) for n, v in change_tensors(state.attached).items()}
     kept = {n: _taken_apart(p.state_dict(), n, tensors, n) for n, p in parts.items()}
     tensors['rng|cpu'] = torch.get_rng_state()
     if torch.cuda.is_available():
@@ -146,15 +146,16 @@ def header_of(run:str,         # the random mark of this run, drawn when it star
     return dict(format=FORMAT, run=run, whole=settings, settings=own, versions=versions(),
                 short=short, callbacks=[type(c).__name__ for c in callbacks])
 
-def bytes_of_checkpoint(state:State, # of the run
-                        step         # what its recipe's `step` made
+def bytes_of_checkpoint(state:State,    # of the run
+                        step,           # what its recipe's `step` made
+                        best:bool=False # whether a callback keeps the best parameters so far
                        ) -> int:
-    """Estimate the size of a checkpoint in bytes: the trained parameters and what the step keeps.
-    One that cannot tell counts as two moments of each if it has an optimizer"""
+    """Estimate the size of a checkpoint in bytes: the trained parameters, the best ones so far if they are kept,
+    and what the step keeps. One that cannot tell counts as two moments of each if it has an optimizer"""
     trained = sum(p.numel()*p.element_size() for p in state.attached.parameters().values())
     if hasattr(step, 'state_bytes'):
-        return trained + step.state_bytes()
-    return trained*(1 if state.optimizer is None else 3)
+        return trained*(1 + best) + step.state_bytes()
+    return trained*((1 if state.optimizer is None else 3) + best)
 
 # %% ../../nbs/trainers/checkpoint.ipynb #0011191a
 def read_header(path:Path) -> dict:
@@ -258,7 +259,7 @@ def load_checkpoint(path:Path,     # the file
         raise ValueError(f'{str(path)!r} is of a run with other parts: {where} has a state for {odd[0]!r}; '
                          f'give the same recipe and callbacks')
     change = {n: tensors[at] for n, at in header['change'].items()}
-    if lacking := sorted(_change(state.attached).keys() ^ change.keys()):
+    if lacking := sorted(change_tensors(state.attached).keys() ^ change.keys()):
         raise ValueError(f'{str(path)!r} is of a run that trained other parameters, e.g. '
                          f'{lacking[0].removeprefix("param|")!r}; give the same recipe')
     _load_change(state.attached, change)

@@ -27,11 +27,13 @@ from ..core.four_bits import quantization_of
 from ..core.io import TemporaryFolder, check_room, leftovers, only_writer, remove
 from ..core.labels import model_labels, numbered, unnamed
 from ..core.loading import find_device, row_advice, without_row
-from ..core.model import device_of, notes_of, row_limit
+from ..core.model import check_checkpointing, device_of, notes_of, row_limit
 from ..core.recipe import Recipe
 from ..core.text import near_misses, shortened, some
+from .callbacks import EarlyStop, Every, KeepBest, validation_nll
 from .checkpoint import refuse_to_replace, resumable
 from .run import Run
+from .source import STEPS, check_epochs, check_length, epochs_note, steps_of_epochs
 from .stage import Job, head_names, rate_settings
 from .stages import run_recipe
 from .step import Processes
@@ -45,7 +47,8 @@ def fit(model,                     # changed in place: a causal language model, 
         tok,                       # its tokenizer; None for data that are not text
         data=None,                 # `Data`, or anything that `ftlab.data` accepts; required
         recipe:Recipe|None=None,   # the method; None: full fine-tuning
-        *, steps:int=200,          # optimizer steps
+        *, steps:int|None=None,    # optimizer steps; None: 200, or as many as `epochs` takes
+        epochs:float|None=None,    # passes over the training rows, instead of `steps`
         batch_size:int=32,         # rows per step, over all processes
         accumulate:int=1,          # micro-batches per step in each process
         lr:float|None=None,        # peak learning rate; None: the recipe's
@@ -57,11 +60,14 @@ def fit(model,                     # changed in place: a causal language model, 
         seed:int=0,                # of the selected parameters, the delta's start, data order and dropout
         max_length:int|None=None,  # tokens per row; None: what tokenizer and model allow, at most 1024
         packing:bool=False,        # put several rows in one sequence instead of padding; the same loss
+        gradient_checkpointing:bool=False, # compute each block again in the backward pass instead of keeping it
         device:str|None=None,      # 'cpu', 'cuda', ...; None: where the model is
         precision:str='no',        # 'no' (the model's own), 'bf16' (mixed), or 'pure_bf16': see below
         out:str|Path|None=None,    # folder for checkpoints and the base's weights; None: a temporary one
         save_every:int=0,          # steps between checkpoints, which need `out`; 0: none
         resume:bool|None=None,     # True: continue; False: start over; None: an error if this run was cut off in `out`
+        keep:str='last',           # which weights the run ends with: 'last', or 'best' on the validation rows
+        evaluate_every:int|None=None, # steps between these evaluations; None: EarlyStop's, or ten in the run
         callbacks:tuple=(),        # objects with methods named after events; other methods are ignored
         trackers:tuple=(),         # names that accelerate knows, or `GeneralTracker` objects: receive the log
         shard:bool=False,          # with several processes: shard the model over them while it trains (FSDP2)
@@ -79,20 +85,27 @@ def fit(model,                     # changed in place: a causal language model, 
     other error the model is as it was before the call. If a later checkpoint does not fit on the
     disk, `fit` warns and goes on. Under torchrun several processes share the run."""
     _check_model(model, data, recipe)
+    if gradient_checkpointing:
+        check_checkpointing(model)
+    check_length(steps, epochs)
+    steps = STEPS if steps is None else steps
     _check_numbers(steps=steps, batch_size=batch_size, accumulate=accumulate, warmup=warmup,
-                   seed=seed, save_every=save_every, max_length=max_length)
+                   seed=seed, save_every=save_every, max_length=max_length,
+                   evaluate_every=evaluate_every)
     callbacks = _checked_callbacks(callbacks)
     settings = dict(steps=steps, batch_size=batch_size, accumulate=accumulate, lr=lr,
                     schedule=schedule, warmup=warmup, weight_decay=weight_decay, betas=list(betas),
                     clip=clip, seed=seed, max_length=max_length, precision=precision,
                     packing=packing)
     _check_arguments(lr, weight_decay, clip, save_every, resume, out)
-    job = _job(model, tok, data, recipe or Recipe(), settings, device, out, trackers,
+    job = _job(model, tok, data, recipe or Recipe(), settings, epochs, device, out, trackers,
                callbacks)
     job.save_every, job.progress, job.shard = save_every, progress and job.processes.main, shard
+    job.checkpointing = gradient_checkpointing
     if shard and job.processes.count == 1:
         raise ValueError('shard=True shards a model over several processes, and this is the only one; '
                          'start the script with torchrun --nproc_per_node 2')
+    _keep_best(job, keep, evaluate_every)
     with only_writer(out) if out and job.processes.main else nullcontext():
         if out:
             _enter(job, resume)
@@ -120,15 +133,16 @@ def _check_model(model, data, recipe) -> None:
                            if isinstance(recipe, str) else ''))
     check_bare(model)
 
-_LEAST = dict(steps=1, batch_size=1, accumulate=1, max_length=1, warmup=0, save_every=0)
+_LEAST = dict(steps=1, batch_size=1, accumulate=1, max_length=1, warmup=0, save_every=0,
+              evaluate_every=1)
 
 def _check_numbers(**numbers) -> None:
-    """Raise `ValueError` for what is no whole number, or less than `_LEAST`; only `max_length` may
-    be None"""
+    """Raise `ValueError` for what is no whole number, or less than `_LEAST`; only `max_length` and
+    `evaluate_every` may be None"""
     for name, value in numbers.items():
         least = _LEAST.get(name, -math.inf)
         whole = isinstance(value, Integral) and not isinstance(value, bool)
-        if whole and value >= least or name == 'max_length' and value is None:
+        if whole and value >= least or name in ('max_length', 'evaluate_every') and value is None:
             continue
         at_least = f' of at least {least}' if name in _LEAST else ''
         raise ValueError(f'{name} is {shortened(repr(value), 60)}; it must be a whole number{at_least}')
@@ -178,10 +192,18 @@ def _packed(model, recipe) -> dict:
                          'be written; load the base without quantize')
     return dict(quantize=found) if found else {}
 
-def _job(model, tok, data, recipe, settings, device, out, trackers, callbacks) -> Job:
+def _passes(epochs:float|None, rows:int, batch_size:int, notes:list) -> dict:
+    "Return the steps that `epochs` takes, and add a note that says so; nothing if it isn't given"
+    if epochs is None:
+        return {}
+    notes.append(epochs_note(epochs, rows, batch_size))
+    return dict(steps=steps_of_epochs(epochs, rows, batch_size))
+
+def _job(model, tok, data, recipe, settings, epochs, device, out, trackers, callbacks) -> Job:
     "Collect what all stages of a run share"
     data = data if isinstance(data, Data) else as_data(data)
     check_fits(model, tok, data)
+    check_epochs(recipe, epochs)
     packed = _packed(model, recipe)
     data = numbered(data, model)
     device = _device(device, model)
@@ -200,13 +222,12 @@ def _job(model, tok, data, recipe, settings, device, out, trackers, callbacks) -
              special_note(data, tok), _unread_note(data, recipe),
              cut_note(rows, data.train, tok, limit, 'training'),
              cut_note(validation, data.validation, tok, limit, 'validation')))]
+    settings = settings | _passes(epochs, len(rows), settings['batch_size'], notes)
     asked = {k: settings[k] for k in ('lr', 'schedule')}
-    settings = dict(recipe=recipe.describe(), **settings)
-    settings |= rate_settings(recipe, **asked)
-    known = [base, packed] if packed else base
+    settings = dict(recipe=recipe.describe(), **settings) | rate_settings(recipe, **asked)
     settings |= dict(accumulate=settings['accumulate']*processes.count, data=data.fingerprint,
                      encoded=_fingerprint(rows, validation),
-                     model=hashlib.blake2s(json.dumps(known).encode()).hexdigest()[:16],
+                     model=_mark([base, packed] if packed else base),
                      callbacks=[c.describe() for c in callbacks if hasattr(c, 'describe')],
                      **packed)
     # the holder deletes the temporary folder with the run
@@ -214,7 +235,7 @@ def _job(model, tok, data, recipe, settings, device, out, trackers, callbacks) -
     folder = Path(holder.name if holder else out)
     return Job(model=model, tok=tok, data=data, recipe=recipe, settings=settings, rows=rows,
                validation=validation, limit=limit, notes=notes,
-               **asked, base=base, device=device, acc=acc,
+               **asked, epochs=epochs, base=base, device=device, acc=acc,
                processes=processes, folder=folder, holder=holder,
                checkpoint=Path(out or folder)/'checkpoint.safetensors', mark=uuid.uuid4().hex,
                callbacks=callbacks)
@@ -230,6 +251,10 @@ def _fingerprint(*sets:list[dict]) -> str:
             for k in sorted(row):
                 found.update(k.encode() + _bytes(row[k]))
     return found.hexdigest()[:16]
+
+def _mark(known) -> str:
+    "Hash what is known of the base"
+    return hashlib.blake2s(json.dumps(known).encode()).hexdigest()[:16]
 
 def _bytes(v) -> bytes:
     if isinstance(v, torch.Tensor):
@@ -258,6 +283,37 @@ def _tidy(job:Job, anew:bool) -> None:
     old = [p for p in folder.glob('.tmp??????') if p.name[4:].isalnum()]
     for p in (*leftovers(folder), *old, *(folder.glob('stage-*.safetensors') if anew else ())):
         remove(p)
+
+# %% ../../nbs/trainers/fit.ipynb #be57f171
+def _keep_best(job:Job, keep:str, every:int|None) -> None:
+    """Add the callbacks that end the run with its best weights. Raises `ValueError` if that cannot be done,
+    and for `evaluate_every` without it"""
+    if keep not in ('last', 'best'):
+        raise ValueError(f'keep is {shortened(repr(keep), 60)}; it must be last or best')
+    stops, own = (any(isinstance(c, kind) for c in job.callbacks) for kind in (EarlyStop, KeepBest))
+    best = keep == 'best' or own
+    if why := _why_not_best(job, every, stops) if best else '':
+        raise ValueError(why)
+    if every is not None and keep == 'last':
+        raise ValueError(f"evaluate_every={every} is for keep='best', which this run doesn't have")
+    if keep == 'last':
+        return
+    every = None if stops else every or max(1, job.settings['steps']//10)
+    measure = () if stops else (Every(every, validation_nll),)
+    job.callbacks = (*job.callbacks, *measure, KeepBest())
+    job.settings |= dict(keep=keep, evaluate_every=every)
+
+def _why_not_best(job, every, stops) -> str:
+    if job.recipe.stages:
+        return (f"keep='best' compares the weights of one run, and {job.recipe.name} trains in stages; "
+                "use keep='last'")
+    if job.shard:
+        return "keep='best' does not work with shard=True, which spreads the weights over processes; use keep='last'"
+    if not job.validation:
+        return "keep='best' needs validation rows, and the data have none; give a validation set, or use keep='last'"
+    if stops and every is not None:
+        return f'evaluate_every={every} would be a second evaluation beside that of EarlyStop; leave it out'
+    return ''
 
 # %% ../../nbs/trainers/fit.ipynb #0028191a
 def _accelerator(precision:str, device:torch.device, trackers=(), out=None) -> Accelerator:

@@ -52,6 +52,7 @@ class Run:
     holder:object=None          # the temporary folder of a run without `out`; deleted with the run
     notes:list[str] = field(default_factory=list) # what was cut, left out, renamed or replaced
     unknown:dict = field(default_factory=dict) # of a run made elsewhere, what cannot be known, by topic
+    kept:dict|None=None         # step, key and value of the evaluation whose weights it has; None: the last step's
 
     def disabled(self):
         "Return a context in which the model is the base"
@@ -102,7 +103,8 @@ class Run:
         if self.unknown:
             return f'{self.recipe.name}, on {self.data.name}: unknown are {", ".join(self.unknown)}'
         said = f'{self.recipe.name}: {len(self.log)} steps, {kind} {ends[0]:.3f} -> {ends[1]:.3f}'
-        return f'{said}, {self.cost["trainable"]:,} trained parameters' + (
+        best = f', kept step {self.kept["step"]}' if self.kept else ''
+        return f'{said}, {self.cost["trainable"]:,} trained parameters{best}' + (
             ', interrupted' if self.interrupted else '')
 
 # %% ../../nbs/trainers/run.ipynb #0006191a

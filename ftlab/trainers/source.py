@@ -4,12 +4,16 @@
 
 # %% ../../nbs/trainers/source.ipynb #0003060d
 from __future__ import annotations
+import math
 from collections.abc import Callable
+from numbers import Real
 from ..core.batches import collate, indices
+from ..core.recipe import Recipe
 from .objective import loss_mask
 
 # %% auto #0
-__all__ = ['micro_size', 'Rows', 'count_loss_tokens', 'rows_of', 'tokens_of']
+__all__ = ['STEPS', 'micro_size', 'Rows', 'count_loss_tokens', 'rows_of', 'tokens_of', 'check_length', 'steps_of_epochs',
+           'epochs_note', 'check_epochs']
 
 # %% ../../nbs/trainers/source.ipynb #0005060d
 def micro_size(batch_size:int, accumulate:int) -> int:
@@ -61,3 +65,35 @@ def tokens_of(batch:dict) -> int:
     if 'tokens' in batch:
         return int(batch['tokens'].sum()) # packed rows
     return int(batch['attention_mask'].sum()) if 'attention_mask' in batch else rows_of(batch)
+
+# %% ../../nbs/trainers/source.ipynb #0f1b060d
+STEPS = 200 # of a run for which nothing is said
+
+def check_length(steps:int|None, epochs:float|None) -> None:
+    "Raise `ValueError` if both are given, or if `epochs` isn't a number above 0"
+    if epochs is None:
+        return
+    if steps is not None:
+        raise ValueError(f'steps is {steps!r} and epochs is {epochs!r}; give one of the two')
+    number = isinstance(epochs, Real) and not isinstance(epochs, bool)
+    if not (number and 0 < epochs < math.inf):
+        raise ValueError(f'epochs is {epochs!r}; it must be a number above 0, such as 3 or 0.5')
+
+def steps_of_epochs(epochs:float, # passes over the rows
+                    rows:int,     # rows that are trained on
+                    batch_size:int) -> int:
+    "Return the steps after which every row has been drawn `epochs` times, rounded up"
+    return max(1, math.ceil(round(epochs*rows/batch_size, 9))) # .1*30 is a little more than 3
+
+def epochs_note(epochs:float, rows:int, batch_size:int) -> str:
+    "Say in how many steps the passes are made"
+    said = 'pass' if epochs == 1 else 'passes'
+    return (f'{epochs:g} {said} over {rows:,} training rows, {batch_size} in a step, '
+            f'make {steps_of_epochs(epochs, rows, batch_size):,} steps')
+
+def check_epochs(recipe:Recipe, epochs:float|None) -> None:
+    "Raise `ValueError` for a recipe that draws its own rows, of which a pass over the data says nothing"
+    own = [t for t in recipe.turns if isinstance(t, Recipe) and t.own_source]
+    if epochs is not None and own:
+        raise ValueError(f'{own[0].name} draws its own rows, not those that epochs={epochs:g} counts passes over; '
+                         'give steps= instead')

@@ -18,10 +18,11 @@ from ..core.batches import collate, packing
 from ..core.data import Data
 from ..core.loading import head_names
 from ..core.io import check_room
-from ..core.model import pad_id
+from ..core.model import checkpointing, pad_id
 from ..core.new_tokens import new_row_masks
 from ..core.recipe import Recipe, With
 from ..core.state import State
+from .callbacks import KeepBest
 from .checkpoint import (bytes_of_checkpoint, header_of, load_checkpoint,
                                        save_checkpoint, survivors)
 from .learner import Learning
@@ -29,7 +30,7 @@ from .loop import Loop
 from .reference import Originals, reference_of
 from .run import Change, Run
 from .shard import Sharded
-from .source import Rows, rows_of
+from .source import Rows, check_epochs, rows_of
 from .step import Backprop, NotFinite, Processes, schedule
 from .watch import PeakMemory, Progress, track
 
@@ -51,6 +52,7 @@ class Job:
     notes:list[str]          # what was cut, left out or renamed, one sentence each
     lr:float|None            # as given to `fit`; None: each recipe's own
     schedule:str|None        # as given to `fit`; None: each recipe's own
+    epochs:float|None=None   # as given to `fit`
     base:dict                # the identity of the base
     device:torch.device
     acc:object               # accelerate's
@@ -65,6 +67,7 @@ class Job:
     callbacks:tuple=()       # as given to `fit`
     progress:bool=True
     shard:bool=False
+    checkpointing:bool=False # compute each block again in the backward pass
 
 # %% ../../nbs/trainers/stage.ipynb #0022191a
 def run_stage(job:Job,
@@ -118,7 +121,8 @@ class _Stage:
         _supply(job, recipe, state, self.params, how)
         self.parts = survivors(state, self.step, recipe.objective)
         if self.saving and job.processes.main:
-            check_room(job.checkpoint.parent, bytes_of_checkpoint(state, self.step))
+            best = any(isinstance(c, KeepBest) for c in state.callbacks)
+            check_room(job.checkpoint.parent, bytes_of_checkpoint(state, self.step, best))
         state.emit('before_load') # callbacks that resize buffers need this moment
         if self.resuming:
             load_checkpoint(job.checkpoint, self.parts, state, self.settings)
@@ -135,7 +139,7 @@ class _Stage:
         self.bar = Progress(self.recipe.name, self.settings['steps'], job.progress)
         self.start = time.time()
         state.model.train()
-        with PeakMemory(job.device) as self.memory:
+        with PeakMemory(job.device) as self.memory, checkpointing(state.model, job.checkpointing):
             try:
                 Loop(state, self.recipe, self.step, job.processes).run(self.after)
                 self.interrupted = state.stop == 'by hand'
@@ -183,7 +187,13 @@ class _Stage:
         return Run(job.model, job.tok, job.data, self.recipe,
                    Change(self.att, job.base, self.recipe, models), state.log, cost, self.settings,
                    state.path, self.interrupted or self.trouble is not None, models=models,
-                   source=state.source)
+                   source=state.source, kept=self._kept())
+
+    def _kept(self) -> dict|None:
+        "Return which weights the run ends with, and add a note that says so; `None` for the last"
+        best = [c for c in self.state.callbacks if isinstance(c, KeepBest) and c.kept]
+        self.job.notes.extend(c.note(self.state) for c in best[-1:])
+        return best[-1].kept if best else None
 
 # %% ../../nbs/trainers/stage.ipynb #0023191a
 def _rest(state:State) -> None:
@@ -274,6 +284,7 @@ def _supply(job:Job, recipe:Recipe, state:State, params:dict, how:SimpleNamespac
     """Create the source, then the learners.
     Raises `ValueError` for packing with a recipe that has its own source."""
     packed, settings = state.settings['packing'], state.settings
+    check_epochs(recipe, job.epochs) # a stage that a function made is known only now
     if packed and recipe.own_source:
         raise ValueError(f'packing=True packs the data as given, but {recipe.name} has its own source; '
                          f'use packing=False')
