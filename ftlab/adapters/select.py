@@ -7,13 +7,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 import torch
 from torch import Tensor
 from ..core.anatomy import anatomy
 from ..core.recipe import name_of
+from ..native.magnitude import kth_magnitude, unpack_mask
 
 # %% auto #0
-__all__ = ['PARTS', 'SCORES', 'named', 'everything', 'parts', 'top', 'scores', 'coverage', 'check_selection']
+__all__ = ['PARTS', 'SCORES', 'EACH', 'named', 'everything', 'parts', 'top', 'scores', 'allowed', 'highest', 'best_units',
+           'coverage', 'check_selection']
 
 # %% ../../nbs/adapters/select.ipynb #00058e82
 @dataclass(frozen=True)
@@ -101,6 +104,62 @@ def scores(W:Tensor,                # a matrix
         raise ValueError(f'filter_rank is {k}; a matrix of {W.shape[0]} x {W.shape[1]} has at most {min(W.shape)}')
     U, S, V = torch.linalg.svd(W.float(), full_matrices=False)
     return ((U[:, :k]*S[:k]) @ V[:k]).abs()
+
+# %% ../../nbs/adapters/select.ipynb #s16bud01
+EACH = ('model', 'tensor', 'row')
+
+def allowed(model,
+            budget:float # a share of the model's parameters; tied tensors count once
+           ) -> int:
+    "Return how many parameters may train. Raises `ValueError` for a budget outside (0, 1]."
+    if isinstance(budget, bool) or not isinstance(budget, Real) or not 0 < budget <= 1:
+        raise ValueError(f'budget is {budget!r}; it is a share of the parameters, above 0 and at most 1')
+    return max(1, round(budget*sum(p.numel() for p in model.parameters())))
+
+def highest(scores:Mapping[str, Tensor], # of each entry, by name; none below 0
+            count:int,                   # how many entries to choose
+            each:str='model'             # who competes: all entries, those of a 'tensor', or those of a 'row'
+           ) -> dict[str, Tensor]:       # {name: mask}; tensors without a chosen entry are left out
+    """Choose the entries with the highest scores; ties go to the first. By 'tensor', each gets a share of
+    `count` by its size; by 'row', each row gets an equal number, at least 1.
+    Raises `ValueError` if there are fewer entries than `count`."""
+    if each not in EACH:
+        raise ValueError(f'each is {each!r}; it must be {", ".join(EACH)}')
+    total = sum(s.numel() for s in scores.values())
+    if not 1 <= count <= total:
+        raise ValueError(f'{count:,} entries should be chosen, and there are {total:,}; use a smaller budget')
+    if each == 'row':
+        k = max(1, round(count/sum(s.shape[0] for s in scores.values())))
+        return {n: _best_of_rows(s.flatten(1), k).view_as(s) for n, s in scores.items()}
+    if each == 'tensor':
+        return {n: _marked([s], max(1, round(count*s.numel()/total)))[0] for n, s in scores.items()}
+    masks = dict(zip(scores, _marked(list(scores.values()), count)))
+    return {n: m for n, m in masks.items() if m.any()}
+
+def _marked(scores, k):
+    flat = [s.float().contiguous() for s in scores]
+    return [unpack_mask(m, s) for m, s in zip(kth_magnitude(flat, k, 'mask'), flat)]
+
+def _best_of_rows(s, k):
+    best = s.argsort(dim=1, descending=True, stable=True)[:, :k]
+    return torch.zeros_like(s, dtype=torch.bool).scatter_(1, best, True)
+
+# %% ../../nbs/adapters/select.ipynb #s16bud02
+def best_units(scores:list[float], # of each unit: a row, a head, a block
+               sizes:list[int],    # how many parameters each of them has
+               count:int           # how many parameters may train
+              ) -> list[int]:      # indices of units, best first
+    """Choose the units with the highest scores that fit together; ties go to the first.
+    Raises `ValueError` if not even the smallest fits."""
+    if count < min(sizes):
+        raise ValueError(f'the budget allows {count:,} parameters, and the smallest unit has {min(sizes):,}; '
+                         'use a larger budget')
+    out, left = [], count
+    for i in sorted(range(len(scores)), key=lambda i: -scores[i]): # stable
+        if sizes[i] <= left:
+            out.append(i)
+            left -= sizes[i]
+    return out
 
 # %% ../../nbs/adapters/select.ipynb #000e8e82
 def coverage(model, chosen:dict) -> dict:

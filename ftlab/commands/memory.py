@@ -47,11 +47,12 @@ def _attached(model, recipe, labels:bool):
     a stage that is a function counts as full fine-tuning"""
     from ftlab.adapters.attach import attach
     from ftlab.adapters.select import everything
+    from ftlab.core.batches import Unread
     from ftlab.core.new_tokens import new_row_masks
     from ftlab.trainers.stage import head_names
     select = getattr(recipe, 'select', None) or everything
     head = tuple(head_names(model)) if labels else ()
-    att = attach(model, select(model, None, 0), getattr(recipe, 'delta', None), head, {},
+    att = attach(model, select(model, Unread(), 0), getattr(recipe, 'delta', None), head, {},
                  new_row_masks(model))
     try:
         yield att

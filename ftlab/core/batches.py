@@ -5,11 +5,13 @@
 # %% ../../nbs/core/batches.ipynb #000341f0
 from __future__ import annotations
 import hashlib
+from collections.abc import Iterator
 import torch
+from .model import to_device
 from .tokens import IGNORE
 
 # %% auto #0
-__all__ = ['PACKS', 'MOVED', 'collate', 'bins', 'pack', 'packing', 'order', 'indices', 'batch_at']
+__all__ = ['PACKS', 'MOVED', 'collate', 'bins', 'pack', 'packing', 'order', 'indices', 'batch_at', 'Sample', 'Unread']
 
 # %% ../../nbs/core/batches.ipynb #003f41f0
 def collate(rows:list[dict],    # encoded rows
@@ -129,6 +131,32 @@ def batch_at(rows:list[dict], step:int, batch_size:int, pad_id:int, seed:int=0,
              side:str='right') -> dict[str, torch.Tensor]:
     "Return the batch of step `step`: the encoded `rows` at `indices`, collated"
     return collate([rows[i] for i in indices(step, batch_size, len(rows), seed)], pad_id, side)
+
+# %% ../../nbs/core/batches.ipynb #b16rows1
+class Sample:
+    "Training rows, as a selection reads them. Raises `ValueError` if there are none."
+    def __init__(self,
+                 rows:list[dict],  # encoded
+                 pad_id:int,       # the padding token
+                 device:torch.device|str='cpu', # where the batches should be
+                 seed:int=0        # decides the order
+                ):
+        if not rows:
+            raise ValueError('there are no training rows to choose parameters by')
+        self.rows, self.pad_id, self.device, self.seed = rows, pad_id, device, seed
+
+    def take(self,
+             n:int,     # how many rows; all, if there are fewer
+             size:int=8 # rows in a batch
+            ) -> Iterator[dict]:
+        "Yield rows in batches of `size`, the same ones each time"
+        picked = order(len(self.rows), 0, self.seed)[:n].tolist()
+        for i in range(0, len(picked), size):
+            batch = collate([self.rows[j] for j in picked[i:i + size]], self.pad_id)
+            yield to_device(batch, self.device)
+
+class Unread:
+    "Stands for rows where none were read, as in a dry run: scores are random then"
 
 # %% ../../nbs/core/batches.ipynb #005641f0
 MOVED = dict(Data='data', data='data', encode='tokens', prompt_ids='tokens')

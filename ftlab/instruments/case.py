@@ -15,7 +15,7 @@ from torch import nn
 from ..adapters.attach import own_buffers, own_weights
 from ..adapters.select import everything
 from ..core.anatomy import UnknownArchitecture
-from ..core.batches import collate
+from ..core.batches import Sample, collate
 from ..core.data import KINDS, Data
 from ..core.tokens import encode
 from ..core.model import device_of, evaluating, model_inputs, row_limit, to_device
@@ -345,7 +345,7 @@ def _selections(case) -> list[tuple[Recipe, dict]]:
     bare = case.model if case.run is None else case.fresh()
     try:
         seed = case.settings['seed']
-        found = [(s, (s.select or everything)(bare, None, seed)) for s in case.stages]
+        found = [(s, (s.select or everything)(bare, _rows(case, seed), seed)) for s in case.stages]
     except UnknownArchitecture as e:
         raise NotApplicable(f'cannot be examined: {shortened(e)}') from None
     except Exception as e:
@@ -360,6 +360,16 @@ def _selections(case) -> list[tuple[Recipe, dict]]:
         if absent := [n for n in chosen if n not in dict(bare.named_parameters())]:
             raise NotApplicable(f'the selection names {absent[0]!r}, which the model does not have')
     return found
+
+def _rows(case, seed) -> Sample|None:
+    "Return the rows by which a selection chooses; `None` where they cannot be encoded, which other checks say"
+    image = case.kind == 'image'
+    try:
+        rows = (case.data.train if image
+                else [encode(r, case.tok, case.kind, case.limit) for r in case.sample])
+    except Exception:
+        return None
+    return Sample(rows, 0 if image else case.pad, device_of(case.model), seed) if rows else None
 
 def _six_rows(case) -> dict:
     "Return a batch of validation rows if there are any, else of training rows"

@@ -14,7 +14,7 @@ import torch
 from ..adapters.attach import Attached, attach, check_packed, set_weights
 from ..adapters.edit import write_change
 from ..adapters.select import check_selection, everything
-from ..core.batches import collate, packing
+from ..core.batches import Sample, collate, packing
 from ..core.data import Data
 from ..core.loading import head_names
 from ..core.io import check_room
@@ -204,11 +204,15 @@ def _rest(state:State) -> None:
         l.module.zero_grad(set_to_none=True)
 
 # %% ../../nbs/trainers/stage.ipynb #0026191a
+def _sample(job:Job, seed:int) -> Sample|None:
+    "Return the training rows for a selection; `None` if there are none"
+    return Sample(job.rows, pad_id(job.tok), job.device, seed) if job.rows else None
+
 def _attach(job:Job, recipe:Recipe, settings:dict) -> tuple[Attached, int]:
     """Select, save the originals of weights that train directly, attach;
     return the change and the size of a fresh head"""
     model = job.model
-    chosen = (recipe.select or everything)(model, None, settings['seed'])
+    chosen = (recipe.select or everything)(model, _sample(job, settings['seed']), settings['seed'])
     check_selection(model, chosen)
     also = tuple(head_names(model)) if job.data.kind == 'label' else ()
     params = dict(model.named_parameters())
