@@ -145,6 +145,23 @@ def test_a_stored_output_that_restates_data_is_held_against_a_fresh_run(tmp_path
             and 'stored: (nothing)' in r['empty']['wrong'])
 
 
+def test_cells_that_need_a_package_that_is_not_there_are_left_out(tmp_path):
+    """`#| needs: a b` marks them: the rest of the page runs, in a fork and in a kernel,
+    and nothing is stored over what the package gave"""
+    cells = ['#| needs: json no_such_package\n1/0', 'print("runs")', '#| needs: json\nprint("runs")']
+    path = notebook(tmp_path/'needs.ipynb', *cells)
+    result = worked(path)['needs']
+    assert not result['wrong'] and list(result['outputs']) == ['1', '2']
+    before, run = path.read_bytes(), [sys.executable, 'tests/run_notebooks.py', str(path)]
+    told = subprocess.run([*run, '--kernel'], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert 'needs.ipynb, without 1 cells that need no_such_package' in told.stdout
+    stored = subprocess.run([*run, '--store'], cwd=ROOT, capture_output=True, text=True)
+    assert stored.returncode == 1 and 'cells 0 need no_such_package: nothing is stored' in stored.stdout
+    assert path.read_bytes() == before
+    notebook(path, cells[2] + '; 1/0')
+    assert 'ZeroDivisionError' in worked(path)['needs']['wrong'], 'what it needs is there'
+
+
 def test_a_page_runs_where_its_own_module_has_not_been_imported():
     """It registers operators and kinds that a second registration would refuse;
     papers find the library imported"""
