@@ -59,7 +59,8 @@ def in_kernel(path: Path, timeout: int, store: bool = False) -> str:
     resources = {'metadata': {'path': str(path.parent)}}
     missing = {i: lacks(c) for i, c in enumerate(nb.cells) if lacks(c)}
     if missing and store:
-        return f'cells {", ".join(map(str, missing))} need {", ".join(sorted(set(missing.values())))}: nothing is stored'
+        lacking = ', '.join(sorted(set(missing.values())))
+        return f'cells {", ".join(map(str, missing))} need {lacking}: nothing is stored'
     for i in missing:
         nb.cells[i].metadata['tags'] = ['skip-execution']
     try:
