@@ -68,7 +68,10 @@ CHAPTERS = (
             20, ('objective', 'decode'), ('first_light',)),
     Chapter('from_file_to_served', 'From your file to a served model',
             'How does a file become a model that another program serves?',
-            20, ('delta', 'probe'), ('what_it_cost', 'what_the_model_reads')))
+            20, ('delta', 'probe'), ('what_it_cost', 'what_the_model_reads')),
+    Chapter('a_model_you_know', 'The same on a model that you know',
+            'What does a fine-tune teach a real model, what does it break, and what do 4 bits save?',
+            20, ('delta', 'probe'), ('low_rank', 'what_to_keep')))
 
 def chapter_named(name:str) -> Chapter:
     "Return the chapter; raises `ValueError` for an unknown name"
@@ -81,7 +84,7 @@ _ROWS = dict(adapters=('The change', 'adapters', '#0072B2'),
              trainers=('The learning', 'trainers', '#B84F00'),
              evaluators=('The outcome', 'evaluators', '#00785A'))
 
-def _words(x:float, y:float, text:str, size:int=12, color:str='#222', more:str='') -> str:
+def _words(x:float, y:float, text:str, size:float=12, color:str='#222', more:str='') -> str:
     return f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{color}" {more}>{html.escape(text)}</text>'
 
 def _box(x, y, number, noun, color, here) -> str:
@@ -94,8 +97,8 @@ def _box(x, y, number, noun, color, here) -> str:
            _words(x + 10, y + 21, f'{number}  {noun}', 14, color, 'font-weight="bold"')]
     out += [_words(x + 10, y + 39 + 14*i, line) for i, line in enumerate(ask)]
     return '\n'.join(out
-                     + [_words(x + 10, y + 41 + 14*len(ask) + 11*i, t, 11, '#555', 'font-style="italic"')
-                        for i, t in enumerate(told[:4])])
+                     + [_words(x + 10, y + 38 + 14*len(ask) + 11*i, t, 11 if len(t) < 30 else 9.5, '#555',
+                               'font-style="italic"') for i, t in enumerate(told[:4])])
 
 # %% ../nbs/map.ipynb #000aaabb
 def draw_map(here:Iterable[str]=() # nouns to shade: those of the reader's chapter
@@ -363,7 +366,27 @@ QUIZ = (
              ('It reads other tokens than in training', 'The server adds the chat template by itself',
               'An error, as the template is missing'),
              'The chat endpoint writes the template around messages; the completion endpoint sends the text as it '
-             'is. There is no error, only worse answers.'))
+             'is. There is no error, only worse answers.'),
+    Question('what_is_packed', 'a_model_you_know',
+             "You load a model with quantize='nf4' and train a LoRA on it. What is in 4 bits?",
+             ('The frozen matrices', 'The frozen matrices and the LoRA, but not the optimizer state',
+              'All that is trained, so that the optimizer fits'),
+             'What is trained stays in float32, with its gradient and optimizer state. Only matrices that never change '
+             'can be packed once and for all.'),
+    Question('few_facts', 'a_model_you_know',
+             'Of 60 facts, a model had 44 right before a fine-tune and 42 after it: 5 answers became wrong, 3 right. '
+             'What does that show?',
+             ('A change, but no direction', 'That 2 facts were lost, as both were counted on the same questions',
+              'That nothing was lost'),
+             'Eight answers changed. Five against three is what chance does often; it takes more questions to say '
+             'that more was lost than won.'),
+    Question('which_form', 'a_model_you_know',
+             'A model was taught to answer commands with calls. You ask it for facts, and it now answers with calls. '
+             'Is its knowledge gone?',
+             ('Not known: ask for it in another form, too', 'Yes: it does not answer any more',
+              'No: knowledge is never lost by so few steps, only covered'),
+             'An answer needs the fact and the habit to say it. A score of chat answers shows both together; the '
+             'same facts as plain sentences show the first without the second.'))
 
 def questions(chapter:str|None=None # its name; None: the first question of each chapter
              ) -> tuple[Question, ...]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from affected import Sources, key_of
 from pages import NBS, cells, exports, pages
-from worker import HEAVY, OURS, Workers, plain, preload
+from worker import HEAVY, OURS, Workers, lacks, plain, preload
 
 # Two pages share the cores: with one thread each they do not wait for one another. Nothing is downloaded.
 MOST = 5  # CPU-seconds that a paper's page should take
@@ -57,6 +57,12 @@ def in_kernel(path: Path, timeout: int, store: bool = False) -> str:
     from nbclient import NotebookClient
     nb = nbformat.read(path, as_version=4)
     resources = {'metadata': {'path': str(path.parent)}}
+    missing = {i: lacks(c) for i, c in enumerate(nb.cells) if lacks(c)}
+    if missing and store:
+        lacking = ', '.join(sorted(set(missing.values())))
+        return f'cells {", ".join(map(str, missing))} need {lacking}: nothing is stored'
+    for i in missing:
+        nb.cells[i].metadata['tags'] = ['skip-execution']
     try:
         NotebookClient(nb, timeout=timeout, kernel_name='python3', resources=resources,
                        extra_arguments=['--log-level=ERROR']).execute()
@@ -70,6 +76,12 @@ def in_kernel(path: Path, timeout: int, store: bool = False) -> str:
         nbformat.write(nb, path)
         nbdev_clean.__wrapped__(str(path))
     return ''
+
+
+def left_out(path: Path) -> str:
+    "Words for the cells of a page that cannot run here, for want of a package that they name"
+    missing = [p for c in cells(path) if (p := lacks(c))]
+    return f', without {len(missing)} cells that need {", ".join(sorted(set(missing)))}' if missing else ''
 
 
 def kernels(todo: list[tuple[str, Path]], timeout: int, store: bool):
@@ -102,8 +114,8 @@ def main(names: list[str], workers: int = 2, timeout: int = 600, kernel: bool = 
         used[name] = result['cpu']
         if result['wrong']:
             failed[name] = result['wrong']
-        print(f'{"FAILED" if name in failed else "ok":6} {result["seconds"]:6.1f} s {result["cpu"]:6.1f} CPU-s  {name}',
-              flush=True)
+        print(f'{"FAILED" if name in failed else "ok":6} {result["seconds"]:6.1f} s {result["cpu"]:6.1f} CPU-s  {name}'
+              f'{left_out(path_of(name))}', flush=True)
     for name, wrong in failed.items():
         print(f'\n--- {name}\n{wrong}')
     own, seconds = time.process_time(), time.perf_counter() - start

