@@ -581,6 +581,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                           'ftlab/adapters/yardsticks/prompts.py'),
                                                    'ftlab.adapters.yardsticks.prompts.Prefix.peft': ( 'adapters/yardsticks/prompts.html#prefix.peft',
                                                                                                       'ftlab/adapters/yardsticks/prompts.py'),
+                                                   'ftlab.adapters.yardsticks.prompts.Prefix.values': ( 'adapters/yardsticks/prompts.html#prefix.values',
+                                                                                                        'ftlab/adapters/yardsticks/prompts.py'),
                                                    'ftlab.adapters.yardsticks.prompts.Prefix.values_for': ( 'adapters/yardsticks/prompts.html#prefix.values_for',
                                                                                                             'ftlab/adapters/yardsticks/prompts.py'),
                                                    'ftlab.adapters.yardsticks.prompts.Prompt': ( 'adapters/yardsticks/prompts.html#prompt',
