@@ -6,7 +6,10 @@ from ftlab import methods
 from ftlab.adapters.attach import attach
 from ftlab.adapters.store import load_delta
 from ftlab.adapters.yardsticks.prompts import Prefix, Prompt
+from ftlab.core.data import data
 from ftlab.core.generate import generate
+from ftlab.core.model import answer_room, row_limit
+from ftlab.core.scorers import nll
 from ftlab.trainers.fit import fit
 from test_yardsticks_low_rank import ours, trained
 from tiny import example_inputs, tiny
@@ -144,6 +147,30 @@ def test_rows_longer_than_the_positions_left_are_refused(family, method):
     assert logits(m, example_inputs(length=7)).shape[1] == 7
     with pytest.raises(ValueError, match='has 12 positions and the .* takes 5.*at most 7 tokens'):
         m(**example_inputs(length=8))
+
+@both
+def test_the_length_of_a_row_counts_what_stands_before_it(method):
+    m, recipe = tiny('gpt2', vocab_size=len(TOK), max_position_embeddings=24), method(tokens=5)
+    limits = lambda m, **more: (row_limit(m, TOK, **more), row_limit(m, TOK, 100, **more),
+                                row_limit(m, TOK, 8, **more))
+    assert limits(m) == (24, 24, 8) and answer_room(4, m) == (20, 4)
+    assert limits(m, recipe=recipe) == (19, 19, 8) == limits(m, recipe=recipe*methods.get('dft'))
+    assert limits(m, recipe=methods.lora()) == (24, 24, 8)
+    assert row_limit(toy(), TOK) == 128 and row_limit(toy(), TOK, recipe=recipe) == 123
+    assert row_limit(toy(), TOK, 128, recipe) == 128 # positions are computed for any length
+    with pytest.raises(ValueError, match='has 24 positions, and 24 tokens before each row leave none'):
+        row_limit(m, TOK, recipe=method(tokens=24))
+    rows = [dict(prompt='sort a b c', response=' '.join('a b c d e f g'.split()*4))]*8
+    run = fit(m, TOK, data(rows, validation=rows[:2]), recipe, steps=1, batch_size=4, progress=False)
+    assert any('19' in n for n in run.notes), run.notes
+    assert limits(run.model) == (19, 19, 8) and answer_room(4, run.model) == (15, 4)
+    asked = 'sort ' + ' '.join('a b c d e f g'.split()*4)
+    assert len(generate(run.model, TOK, [asked, 'sort a'], max_new_tokens=30)) == 2
+    assert nll(run.model, TOK, rows) > 0
+    with run.disabled():
+        assert limits(run.model) == (19, 19, 8) # the base is asked with the same rows
+    run.delta.attached.detach()
+    assert limits(m) == (24, 24, 8)
 
 def test_a_loss_that_counts_routing_is_refused():
     m, recipe = toy(), methods.prompt_tuning(tokens=2)

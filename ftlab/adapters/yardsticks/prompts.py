@@ -35,7 +35,7 @@ def first_ids(W:Tensor,                  # the embedding, [rows, width]
 class Prompt(nn.Module):
     """Trained vectors before the input, [tokens, width]; at the start rows of the embedding.
     Raises `ValueError` as `first_ids` does."""
-    kind, site, ties = 'prompts.prompt', 'prompt', True
+    kind, site, ties, before_rows = 'prompts.prompt', 'prompt', True, True
 
     def __init__(self, W:Tensor, mask=True,      # the embedding, [rows, width]; whole only
                  tokens:int=20,                  # how many vectors
@@ -94,7 +94,7 @@ class Prefix(nn.Module):
     """Trained keys and values before the input, in every layer; at the start those of known tokens.
     With `hidden`, a network of one hidden layer is trained, and what it returns is added to them.
     Raises `ValueError` as `first_ids` and `keys_and_values` do, and for a negative `hidden`."""
-    kind, site, ties = 'prompts.prefix', 'prefix', True
+    kind, site, ties, before_rows = 'prompts.prefix', 'prefix', True, True
 
     def __init__(self, W:Tensor, mask=True,        # the embedding, [rows, width]; whole only
                  model:nn.Module|None=None,        # computes the start
