@@ -189,7 +189,8 @@ class _Prefix(_Before):
         k = kwargs | dict(zip(('input_ids',), args))
         x = k.get('inputs_embeds')
         rows, length = (k['input_ids'] if x is None else x).shape[:2]
-        if module.training and any(getattr(m, 'gradient_checkpointing', False) for m in module.modules()):
+        again = any(getattr(m, 'gradient_checkpointing', False) for m in module.modules())
+        if module.training and again:
             raise ValueError('gradient checkpointing drops the cache, in which a prefix stands; leave '
                              'gradient_checkpointing=True out, or use prompt_tuning')
         k = self.widened(k, rows, length)
@@ -214,7 +215,8 @@ class _Prefix(_Before):
 
 def _is_plain(cache) -> bool:
     "Whether each layer keeps all keys and values, and nothing else"
-    return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+    plain = all(type(layer) is DynamicLayer for layer in cache.layers)
+    return plain and isinstance(cache, DynamicCache)
 
 # %% ../../nbs/adapters/attach.ipynb #7b217392
 class _Weight(nn.Module):
@@ -653,10 +655,11 @@ def _place(att, name, d):
         return _parametrize(att, name, d)
     module.add_module(f'delta_{attribute}', d)
     if d.site in BEFORE:
-        put, decoder = (_Prompt if d.site == 'prompt' else _Prefix)(att, d, module), _decoder(att.model)
-        att.handles[name] = decoder.register_forward_pre_hook(put.before, with_kwargs=True)
+        put = (_Prompt if d.site == 'prompt' else _Prefix)(att, d, module)
+        on = _decoder(att.model)
+        att.handles[name] = on.register_forward_pre_hook(put.before, with_kwargs=True)
         if d.site == 'prompt':
-            att.handles[f'{name} after'] = decoder.register_forward_hook(put.after, with_kwargs=True)
+            att.handles[f'{name} after'] = on.register_forward_hook(put.after, with_kwargs=True)
     elif d.site == 'input':
         att.handles[name] = module.register_forward_pre_hook(_Input(att, d))
     else:

@@ -122,7 +122,9 @@ class Prefix(nn.Module):
 
     def values(self) -> Tensor:
         "Return keys and values, [tokens, layers, 2, heads, size of a head]"
-        return self.begin + self.net(self.e).view_as(self.begin) if self.config['hidden'] else self.p
+        if not self.config['hidden']:
+            return self.p
+        return self.begin + self.net(self.e).view_as(self.begin)
 
     def values_for(self, rows:int) -> list[tuple[Tensor, Tensor]]:
         "Return keys and values of each layer, both [rows, heads, tokens, size of a head]"
@@ -142,11 +144,13 @@ class Prefix(nn.Module):
            'the abstract and peft 0.21.2 (tuners/prefix_tuning), to which it is equal',
            lr=3e-2, lrs=(1e-2, 3e-2, 1e-1), waives={
                'starts as the base': 'a prefix of known words changes the answer',
-               'folds': 'a prefix is an input to attention, which no weight can hold'}, toy=dict(tokens=4))
+               'folds': 'a prefix is an input to attention, which no weight can hold'},
+           toy=dict(tokens=4))
 def prefix_tuning(tokens:int=20,                   # how many keys and values a layer
                   start:tuple[int, ...]|None=None, # ids of a text: tok('Sort:').input_ids; None: random tokens
                   hidden:int=0                     # units of a network that trains in their place; 0: none
                  ) -> Recipe:
     "Train keys and values before the input's, in every layer"
     start = None if start is None else tuple(start)
-    return Recipe(select=input_embedding, delta=With(Prefix, tokens=tokens, start=start, hidden=hidden))
+    delta = With(Prefix, tokens=tokens, start=start, hidden=hidden)
+    return Recipe(select=input_embedding, delta=delta)
