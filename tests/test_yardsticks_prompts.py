@@ -79,7 +79,8 @@ def test_answers_do_not_depend_on_padding_and_cache(model, method):
 def test_written_for_peft(peft, tmp_path, method):
     base = toy()
     base.save_pretrained(tmp_path/'base')
-    run = fit(toy(), TOK, lab_data(), method(tokens=4), steps=2, batch_size=4, lr=1e-1, progress=False)
+    run = fit(toy(), TOK, lab_data(), method(tokens=4), steps=2, batch_size=4, lr=1e-1,
+              progress=False)
     run.export(tmp_path/'out', form='peft')
     theirs = peft.PeftModel.from_pretrained(base, tmp_path/'out').eval()
     said = logits(run.model)
@@ -94,8 +95,9 @@ def test_written_for_peft(peft, tmp_path, method):
 
 @both
 def test_resumed_is_uninterrupted_and_saved(tmp_path, method):
-    whole = assert_resumes(lambda **more: fit(toy(), TOK, lab_data(), method(tokens=3), steps=4,
-                                              batch_size=4, lr=1e-2, progress=False, **more), tmp_path)
+    how = dict(steps=4, batch_size=4, lr=1e-2, progress=False)
+    run = lambda **more: fit(toy(), TOK, lab_data(), method(tokens=3), **how, **more)
+    whole = assert_resumes(run, tmp_path)
     whole.delta.save(tmp_path/'saved.safetensors')
     fresh = toy()
     load_delta(fresh, tmp_path/'saved.safetensors')
@@ -105,7 +107,8 @@ def test_resumed_is_uninterrupted_and_saved(tmp_path, method):
 def test_packed_rows_and_new_tokens_are_refused(method):
     m = toy()
     with pytest.raises(ValueError, match='cannot be packed'):
-        fit(m, TOK, lab_data(), method(tokens=2), steps=1, batch_size=4, packing=True, progress=False)
+        fit(m, TOK, lab_data(), method(tokens=2), steps=1, batch_size=4, packing=True,
+            progress=False)
     recipe, m = method(tokens=2), toy()
     chosen = recipe.select(m)
     rows = {n: torch.ones_like(m.get_parameter(n), dtype=torch.bool) for n in chosen}
@@ -161,7 +164,8 @@ def test_the_length_of_a_row_counts_what_stands_before_it(method):
     with pytest.raises(ValueError, match='has 24 positions, and 24 tokens before each row leave none'):
         row_limit(m, TOK, recipe=method(tokens=24))
     rows = [dict(prompt='sort a b c', response=' '.join('a b c d e f g'.split()*4))]*8
-    run = fit(m, TOK, data(rows, validation=rows[:2]), recipe, steps=1, batch_size=4, progress=False)
+    run = fit(m, TOK, data(rows, validation=rows[:2]), recipe, steps=1, batch_size=4,
+              progress=False)
     assert any('19' in n for n in run.notes), run.notes
     assert limits(run.model) == (19, 19, 8) and answer_room(4, run.model) == (15, 4)
     asked = 'sort ' + ' '.join('a b c d e f g'.split()*4)
@@ -203,7 +207,7 @@ def padded(side):
     return x
 
 @pytest.mark.parametrize('side', ['none', 'left', 'right'])
-@pytest.mark.parametrize('family', ['llama', 'gpt2', 'gpt_neox', 'opt', 'qwen3', 'gemma', 'mixtral'])
+@pytest.mark.parametrize('family', 'llama gpt2 gpt_neox opt qwen3 gemma mixtral'.split())
 def test_a_prefix_and_its_gradient_are_those_of_peft(peft, family, side):
     m, x = tiny(family), padded(side)
     d = with_prefix(m, tokens=3)
@@ -224,7 +228,8 @@ def test_the_network_is_that_of_peft(peft):
     d = with_prefix(m, tokens=3, hidden=6)
     d.begin.zero_() # peft adds nothing
     theirs = peft.get_peft_model(tiny('llama'), peft.PrefixTuningConfig(
-        task_type='CAUSAL_LM', num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=6)).eval()
+        task_type='CAUSAL_LM', num_virtual_tokens=3, prefix_projection=True,
+        encoder_hidden_size=6)).eval()
     encoder = theirs.prompt_encoder['default']
     encoder.embedding.weight.data.copy_(d.e.data)
     encoder.transform.load_state_dict(d.net.state_dict())
@@ -232,8 +237,9 @@ def test_the_network_is_that_of_peft(peft):
     for out in (a, b):
         out.square().sum().backward()
     torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
-    torch.testing.assert_close(d.net[0].weight.grad, encoder.transform[0].weight.grad, atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close(d.e.grad, encoder.embedding.weight.grad, atol=1e-4, rtol=1e-5)
+    near = dict(atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(d.net[0].weight.grad, encoder.transform[0].weight.grad, **near)
+    torch.testing.assert_close(d.e.grad, encoder.embedding.weight.grad, **near)
 
 def test_a_prefix_trains_as_in_peft(peft):
     lr = 1e-2

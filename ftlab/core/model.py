@@ -168,7 +168,8 @@ def answer_room(max_new_tokens:int, # requested length of the longest answer
                ) -> tuple[int|None, int]:
     """Return (tokens for a prompt, tokens for an answer) for models with position tables;
     (None, `max_new_tokens`) for others"""
-    tables = [most for m in models if isinstance(m, nn.Module) and (most := _left(position_table(m), m))]
+    found = [_left(position_table(m), m) for m in models if isinstance(m, nn.Module)]
+    tables = [most for most in found if most]
     if not tables:
         return None, max_new_tokens
     new = min(max_new_tokens, min(tables)//2)
