@@ -24,7 +24,9 @@ SETTINGS = dict(seeds=2, steps=40, batch_size=16, evaluations=2, items=80, old_i
 RUNS_PER_METHOD, MORE_RUNS = 6, dict(preferences=8) # two rates; three, extended once at an edge
 # a method at a rate that the search passes over, though it gains on the test seeds
 PASSED_OVER = dict(preferences=('kto', 9.49e-5))
-ASKED = dict(bitfit='bitfit(norms=True)') # what is asked of a model without biases
+# of a model without biases; and of one that has read only short rows, which twenty random words before a row confuse
+ASKED = dict(bitfit='bitfit(norms=True)', prompt_tuning='prompt_tuning(tokens=4)',
+             prefix_tuning='prefix_tuning(tokens=4)')
 KEPT = ('gain', 'forgetting', 'forgetting_matched') # of each test seed
 
 def setting(kind:str) -> tuple[tuple[str, ...], str, dict]:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.pytorch_utils import Conv1D
 from .delta import Entries
 from .select import check_selection
@@ -23,7 +24,7 @@ from ..core.model import position_table
 from ..core.recipe import name_of
 
 # %% auto #0
-__all__ = ['HALF', 'owner_of', 'is_transposed', 'oriented', 'tied_names', 'set_weights', 'own_weights', 'own_buffers',
+__all__ = ['HALF', 'BEFORE', 'owner_of', 'is_transposed', 'oriented', 'tied_names', 'set_weights', 'own_weights', 'own_buffers',
            'base_below', 'changed_weight', 'in_full', 'Attached', 'attach', 'place', 'check_packed', 'check_bare',
            'declared', 'unties', 'check_delta', 'make_delta']
 
@@ -130,12 +131,33 @@ class _Input:
         return (in_full(self.delta, args[0]), *args[1:]) if self.owner.enabled else None
 
 # %% ../../nbs/adapters/attach.ipynb #a7prompt
-class _Prompt:
-    "Put a delta's vectors before a decoder's embeddings, and leave their outputs out of its result"
+BEFORE = ('prompt', 'prefix') # sites of what stands before each row
+
+class _Before:
+    "Make room for what stands before each row of a decoder: in its mask, and among its positions"
 
     def __init__(self, owner, delta, embed):
         self.owner, self.delta, self.embed, self.put = owner, delta, embed, 0
-        self.most = position_table(owner.model)
+        self.most, self.size = position_table(owner.model), delta.config['tokens']
+
+    def widened(self, k:dict, rows:int, length:int) -> dict:
+        "Return a decoder's arguments with a wider mask; `put` says how many tokens come before these"
+        mask, cache = k.get('attention_mask'), k.get('past_key_values')
+        seen = cache.get_seq_length() if cache is not None else 0
+        self.put = 0 if seen else self.size
+        if self.most and seen + self.put + length > self.most:
+            raise ValueError(f'the model has {self.most} positions and the {self.delta.site} takes {self.size} of '
+                             f'them; rows and answers have at most {max(0, self.most - self.size)} tokens: give a '
+                             f'smaller max_length, or a shorter {self.delta.site}')
+        if mask is None:
+            return k
+        if mask.ndim != 2:
+            raise ValueError(f'a {self.delta.site} stands before each row, so rows cannot be packed: '
+                             'it needs an attention mask of [rows, tokens]')
+        return k | dict(attention_mask=torch.cat([mask.new_ones(rows, self.size), mask], 1))
+
+class _Prompt(_Before):
+    "Put a delta's vectors before a decoder's embeddings, and leave their outputs out of its result"
 
     def before(self, module, args, kwargs):
         if not self.owner.enabled:
@@ -143,26 +165,12 @@ class _Prompt:
         k = kwargs | dict(zip(('input_ids',), args))
         x = k.pop('inputs_embeds', None)
         x = self.embed(k.pop('input_ids')) if x is None else x
-        V = self.delta.vectors_for(len(x)).to(x.dtype)
-        size, mask, cache = V.shape[1], k.get('attention_mask'), k.get('past_key_values')
-        seen = cache.get_seq_length() if cache is not None else 0
-        self.put = 0 if seen else size
-        self._check_room(size, x.shape[1], seen)
-        if mask is not None:
-            if mask.ndim != 2:
-                raise ValueError('a prompt stands before each row, so rows cannot be packed: '
-                                 'it needs an attention mask of [rows, tokens]')
-            k['attention_mask'] = torch.cat([mask.new_ones(len(x), size), mask], 1)
+        k = self.widened(k, *x.shape[:2])
         if (place := k.get('position_ids')) is not None:
             first = torch.arange(self.put, device=place.device).expand(len(place), -1)
-            k['position_ids'] = torch.cat([first, place + size], 1)
+            k['position_ids'] = torch.cat([first, place + self.size], 1)
+        V = self.delta.vectors_for(len(x)).to(x.dtype)
         return (), k | dict(inputs_embeds=torch.cat([V, x], 1) if self.put else x)
-
-    def _check_room(self, size, length, seen):
-        if self.most and seen + self.put + length > self.most:
-            raise ValueError(f'the model has {self.most} positions and the prompt takes {size} of them; rows and '
-                             f'answers have at most {max(0, self.most - size)} tokens: give a smaller max_length, '
-                             'or a shorter prompt')
 
     def after(self, module, args, kwargs, out):
         if self.owner.enabled and self.put:
@@ -170,6 +178,45 @@ class _Prompt:
             if out.get('hidden_states') is not None:
                 out.hidden_states = tuple(h[:, self.put:] for h in out.hidden_states)
         return out
+
+# %% ../../nbs/adapters/attach.ipynb #a8prefix
+class _Prefix(_Before):
+    "Let a decoder begin with a cache of a delta's keys and values"
+
+    def before(self, module, args, kwargs):
+        if not self.owner.enabled:
+            return None
+        k = kwargs | dict(zip(('input_ids',), args))
+        x = k.get('inputs_embeds')
+        rows, length = (k['input_ids'] if x is None else x).shape[:2]
+        again = any(getattr(m, 'gradient_checkpointing', False) for m in module.modules())
+        if module.training and again:
+            raise ValueError('gradient checkpointing drops the cache, in which a prefix stands; leave '
+                             'gradient_checkpointing=True out, or use prompt_tuning')
+        k = self.widened(k, rows, length)
+        if (place := k.get('position_ids')) is not None:
+            k['position_ids'] = place + self.size
+        return (), k | dict(past_key_values=self._begun(k.get('past_key_values'), rows))
+
+    def _begun(self, cache, rows):
+        "Return the cache with keys and values in front, in place if there is an empty one"
+        if not self.put:
+            return cache
+        cache = DynamicCache(config=self.owner.model.config) if cache is None else cache
+        if not _is_plain(cache):
+            raise ValueError(f'a prefix needs the cache that grows with the text (dynamic), and this one is a '
+                             f'{type(cache).__name__}; leave cache_implementation out')
+        device = self.embed.weight.device.type
+        auto = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if auto else self.embed.weight.dtype
+        for layer, (K, V) in enumerate(self.delta.values_for(rows)):
+            cache.update(K.to(dtype), V.to(dtype), layer)
+        return cache
+
+def _is_plain(cache) -> bool:
+    "Whether each layer keeps all keys and values, and nothing else"
+    plain = all(type(layer) is DynamicLayer for layer in cache.layers)
+    return plain and isinstance(cache, DynamicCache)
 
 # %% ../../nbs/adapters/attach.ipynb #7b217392
 class _Weight(nn.Module):
@@ -460,8 +507,8 @@ def attach(model:nn.Module,          # changed in place: frozen except for what 
     check_bare(model)
     check_selection(model, chosen)
     params = dict(model.named_parameters())
-    if beside and declared(delta, 'site', 'weight') == 'prompt':
-        raise ValueError('the model has new tokens, whose rows train beside the method, and a prompt '
+    if beside and (site := declared(delta, 'site', 'weight')) in BEFORE:
+        raise ValueError(f'the model has new tokens, whose rows train beside the method, and a {site} '
                          'cannot stand on the same embedding; use another method, such as lora')
     # a weight that was chosen whole has these entries already; each entry has one change
     beside = {n: m for n, m in (beside or {}).items()
@@ -545,8 +592,9 @@ def check_delta(model:nn.Module, name:str, delta:Callable) -> None:
                          'the matrices of attention by name, or train the stack itself (full)')
     if len(shape) < 2 and site == 'weight' and not declared(delta, 'vectors', False):
         raise ValueError(f'{name!r} is a vector of shape {shape}; {title} changes matrices: select matrices only')
-    if site == 'prompt':
-        return _check_prompt(model, name)
+    if site in BEFORE:
+        _check_decoder(model, name, site)
+        return (_check_prompt if site == 'prompt' else _check_prefix)(model)
     if site != 'weight' and isinstance(owner_of(model, name)[0], nn.Embedding):
         raise ValueError(f'{name!r} belongs to an embedding, which looks rows up; {title} changes the activations of '
                          'a layer: select the weights of linear layers only')
@@ -556,20 +604,31 @@ def _decoder(model):
     "Return the module whose forward pass reads the embeddings; OPT's head calls it past its base model"
     return model.get_decoder() if hasattr(model, 'get_decoder') else model.base_model
 
-def _check_prompt(model, name):
-    "Raise `ValueError` unless vectors can be put before the input of this model"
+def _check_decoder(model, name, site):
+    "Raise `ValueError` unless something can stand before each row of this model"
     causal = any(getattr(m, 'is_causal', False) is True for m in model.modules())
     if not causal or model.config.is_encoder_decoder or model.base_model is model:
         raise ValueError(f'{type(model).__name__} is no decoder with a head and causal attention that ftlab knows, '
-                         'so no prompt can stand before its input; use another method, such as lora')
+                         f'so no {site} can stand before its input; use another method, such as lora')
+    if owner_of(model, name)[0] is not model.get_input_embeddings():
+        raise ValueError(f'{name!r} is not the input embedding, before which a {site} is put')
+
+def _check_prompt(model):
+    "Raise `ValueError` for a loss that would count a prompt, and for embeddings that are scaled"
     if getattr(model.config, 'output_router_logits', False):
         raise ValueError(f'the loss of {type(model).__name__} counts the experts of each token of a row, and a prompt '
                          'is no part of the row; set output_router_logits to False in its configuration')
-    if owner_of(model, name)[0] is not model.get_input_embeddings():
-        raise ValueError(f'{name!r} is not the input embedding, before which a prompt is put')
-    if hasattr(owner_of(model, name)[0], 'embed_scale'):
+    if hasattr(model.get_input_embeddings(), 'embed_scale'):
         raise ValueError(f'{type(model).__name__} scales what it looks up in its embedding, which a prompt does not; '
                          'use another method, such as lora')
+
+def _check_prefix(model):
+    "Raise `ValueError` for a model that does not keep plain keys and values in every layer"
+    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    if kinds != {DynamicLayer}:
+        odd = sorted(kind.__name__ for kind in kinds - {DynamicLayer})
+        raise ValueError(f'{type(model).__name__} does not keep the keys and values of all tokens in every layer '
+                         f'({", ".join(odd)}), so no prefix can stand before them; use prompt_tuning or lora')
 
 # %% ../../nbs/adapters/attach.ipynb #730f34bc1
 def make_delta(model:nn.Module, name:str, mask, delta:Callable) -> nn.Module:
@@ -578,7 +637,9 @@ def make_delta(model:nn.Module, name:str, mask, delta:Callable) -> nn.Module:
     W = oriented(model, name, model.get_parameter(name).detach())
     W = W.float() if W.dtype in HALF else W
     try:
-        d = delta(W, mask if mask is True else oriented(model, name, mask))
+        mask = mask if mask is True else oriented(model, name, mask)
+        # a prefix has the shape of what the model keeps, which no weight tells
+        d = delta(W, mask, *((model,) if declared(delta, 'site', 'weight') == 'prefix' else ()))
     except ValueError as e:
         raise ValueError(f'{name!r}: {e}') from None
     # a module is moved only if it must be: tensors without values, in which a dry run counts, cannot be
@@ -593,10 +654,12 @@ def _place(att, name, d):
     if d.site == 'weight' and not branches:
         return _parametrize(att, name, d)
     module.add_module(f'delta_{attribute}', d)
-    if d.site == 'prompt':
-        put, decoder = _Prompt(att, d, module), _decoder(att.model)
-        att.handles[name] = decoder.register_forward_pre_hook(put.before, with_kwargs=True)
-        att.handles[f'{name} after'] = decoder.register_forward_hook(put.after, with_kwargs=True)
+    if d.site in BEFORE:
+        put = (_Prompt if d.site == 'prompt' else _Prefix)(att, d, module)
+        on = _decoder(att.model)
+        att.handles[name] = on.register_forward_pre_hook(put.before, with_kwargs=True)
+        if d.site == 'prompt':
+            att.handles[f'{name} after'] = on.register_forward_hook(put.after, with_kwargs=True)
     elif d.site == 'input':
         att.handles[name] = module.register_forward_pre_hook(_Input(att, d))
     else:

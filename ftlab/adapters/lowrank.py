@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
-from .attach import Attached, attach, is_transposed, oriented, owner_of
+from .attach import BEFORE, Attached, attach, is_transposed, oriented, owner_of
 from .delta import Entries
 from ..core.folder import read_json
 from ..core.io import write_atomically
@@ -194,8 +194,9 @@ def check_peft(att:Attached) -> None:
     if _own_form(att) is not None:
         return
     way = 'export the whole model as a plain folder instead'
-    if prompts := [n for n, d in att.deltas.items() if d.site == 'prompt']:
-        raise ValueError(f'the prompt at {prompts[0]!r} can be written for peft only if it is the whole change, and '
+    if prompts := [n for n, d in att.deltas.items() if d.site in BEFORE]:
+        raise ValueError(f'the {att.deltas[prompts[0]].site} at {prompts[0]!r} can be written for peft only if it is '
+                         'the whole change, and '
                          f'{next(n for n in (*att.whole, *att.deltas) if n != prompts[0])!r} is trained beside it; '
                          'keep the folder of the run instead')
     lora = {n: p for n, d in att.deltas.items() if (p := pair_of(d)) is not None}

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 # %% auto #0
 __all__ = ['MODEL_INPUTS', 'LONGEST', 'TABLE', 'BOUND', 'model_inputs', 'to_device', 'device_of', 'pad_id', 'notes_of',
-           'evaluating', 'check_checkpointing', 'checkpointing', 'position_table', 'positions', 'row_limit',
-           'answer_room']
+           'evaluating', 'check_checkpointing', 'checkpointing', 'position_table', 'positions', 'tokens_before',
+           'row_limit', 'answer_room']
 
 # %% ../../nbs/core/model.ipynb #000556db
 MODEL_INPUTS = ('input_ids', 'attention_mask', 'token_type_ids', 'inputs_embeds', 'position_ids', 'pixel_values')
@@ -121,6 +121,24 @@ def positions(model:nn.Module) -> int|None:
     "Return how many positions a model has; None if its configuration sets no limit"
     return position_table(model) or _configured(model)
 
+def tokens_before(model:nn.Module, # a delta on it with `before_rows` counts
+                  recipe=None      # one that may be attached to it: what its stages declare
+                 ) -> int:
+    "Return how many tokens a change puts before each row, which take positions"
+    on = [m.config['tokens'] for m in model.modules() if getattr(m, 'before_rows', False)]
+    made = [getattr(stage, 'delta', None) for stage in getattr(recipe, 'turns', ())]
+    made = [d for d in made if getattr(getattr(d, 'func', None), 'before_rows', False)]
+    given = [dict(getattr(d, 'options', ()) or getattr(d, 'keywords', {})) for d in made] # a With, a partial
+    return max(on + [g.get('tokens', 0) for g in given], default=0)
+
+def _left(most:int|None, model, recipe=None) -> int|None:
+    "Return how many of these positions are left to a row. Raises `ValueError` if there are none"
+    taken = tokens_before(model, recipe)
+    if most and taken >= most:
+        raise ValueError(f'the model has {most} positions, and {taken} tokens before each row leave none to the row; '
+                         'give fewer tokens')
+    return most and most - taken
+
 def _configured(model) -> int|None:
     "Return the number of positions in a model's configuration"
     config = getattr(model, 'config', None)
@@ -130,17 +148,19 @@ def _configured(model) -> int|None:
 
 def row_limit(model:nn.Module,         # the model that reads the rows
               tok,                     # its tokenizer; None: rows are not text
-              max_length:int|None=None # what the caller asks for
+              max_length:int|None=None, # what the caller asks for
+              recipe=None              # a method that will be attached to the model
              ) -> int|None:            # None: rows are not cut
     """Return how many tokens a row may have: `max_length`, else the least of the tokenizer's
-    limit, the model's positions and 1,024; never more than a position table holds"""
+    limit, the model's positions and 1,024; never more than a position table holds.
+    What a change puts before each row is counted. Raises `ValueError` if it leaves no position"""
     if max_length is not None:
-        return min(max_length, position_table(model) or max_length)
+        return min(max_length, _left(position_table(model), model, recipe) or max_length)
     if tok is None:
         return None
     said = getattr(tok, 'model_max_length', None) # 1e30 if the tokenizer's files do not say
     own = int(said) if isinstance(said, (int, float)) and said >= 1 else LONGEST
-    return min(LONGEST, own, positions(model) or LONGEST)
+    return min(LONGEST, own, _left(positions(model), model, recipe) or LONGEST)
 
 # %% ../../nbs/core/model.ipynb #000e56db
 def answer_room(max_new_tokens:int, # requested length of the longest answer
@@ -148,7 +168,8 @@ def answer_room(max_new_tokens:int, # requested length of the longest answer
                ) -> tuple[int|None, int]:
     """Return (tokens for a prompt, tokens for an answer) for models with position tables;
     (None, `max_new_tokens`) for others"""
-    tables = [most for m in models if isinstance(m, nn.Module) and (most := position_table(m))]
+    found = [_left(position_table(m), m) for m in models if isinstance(m, nn.Module)]
+    tables = [most for most in found if most]
     if not tables:
         return None, max_new_tokens
     new = min(max_new_tokens, min(tables)//2)

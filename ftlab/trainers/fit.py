@@ -215,7 +215,7 @@ def _job(model, tok, data, recipe, settings, epochs, device, out, trackers, call
     heads = set(head_names(model)) if data.kind == 'label' else ()
     # a classifier's head is new, so it is not part of the base's identity
     base = {n: v for n, v in identity(model).items() if n not in heads}
-    limit = row_limit(model, tok, settings['max_length'])
+    limit = row_limit(model, tok, settings['max_length'], recipe)
     rows = encode_all(data.train, tok, data.kind, limit)
     validation = encode_all(data.validation, tok, data.kind, limit) if data.validation else []
     notes = [*notes_of(model), *filter(None, (data.note,

@@ -6,31 +6,42 @@
 from __future__ import annotations
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+from ...core.model import evaluating, position_table
 from ...core.paper import yardstick
 from ...core.recipe import Recipe, With
 
 # %% auto #0
-__all__ = ['Prompt', 'input_embedding', 'prompt_tuning']
+__all__ = ['first_ids', 'Prompt', 'input_embedding', 'prompt_tuning', 'keys_and_values', 'Prefix', 'prefix_tuning']
 
 # %% ../../../nbs/adapters/yardsticks/prompts.ipynb #prm00006
+def first_ids(W:Tensor,                  # the embedding, [rows, width]
+              mask,                      # must be True: the whole embedding
+              tokens:int,                # how many
+              start:tuple[int, ...]|None # ids of a text, repeated or cut to `tokens`; None: random ones
+             ) -> Tensor:                # ids, [tokens]
+    "Choose the tokens from which a prompt or prefix starts. Raises `ValueError` for what cannot be chosen"
+    if mask is not True:
+        raise ValueError('what stands before the input belongs to the whole embedding; '
+                         'it cannot use a mask of entries')
+    if tokens < 1:
+        raise ValueError(f'tokens is {tokens}; there must be at least 1')
+    if start is not None and not (start and all(0 <= i < len(W) for i in start)):
+        raise ValueError(f'start is {start}; it must be ids of tokens from 0 to {len(W) - 1}')
+    ids = (torch.randint(len(W), (tokens,)) if start is None
+           else torch.tensor([start[i % len(start)] for i in range(tokens)]))
+    return ids.to(W.device)
+
 class Prompt(nn.Module):
     """Trained vectors before the input, [tokens, width]; at the start rows of the embedding.
-    Raises `ValueError` for a mask, fewer tokens than one, or a token that does not exist."""
-    kind, site, ties = 'prompts.prompt', 'prompt', True
+    Raises `ValueError` as `first_ids` does."""
+    kind, site, ties, before_rows = 'prompts.prompt', 'prompt', True, True
 
     def __init__(self, W:Tensor, mask=True,      # the embedding, [rows, width]; whole only
                  tokens:int=20,                  # how many vectors
                  start:tuple[int, ...]|None=None): # ids of a text, repeated or cut to `tokens`; None: random rows
         super().__init__()
-        if mask is not True:
-            raise ValueError('a prompt belongs to the whole embedding; it cannot use a mask of entries')
-        if tokens < 1:
-            raise ValueError(f'tokens is {tokens}; a prompt has at least 1')
-        if start is not None and not (start and all(0 <= i < len(W) for i in start)):
-            raise ValueError(f'start is {start}; it must be ids of tokens from 0 to {len(W) - 1}')
-        ids = (torch.randint(len(W), (tokens,)) if start is None
-               else torch.tensor([start[i % len(start)] for i in range(tokens)]))
-        self.p = nn.Parameter(W[ids.to(W.device)].clone())
+        self.p = nn.Parameter(W[first_ids(W, mask, tokens, start)].clone())
         self.config = dict(tokens=tokens)
 
     def vectors_for(self, rows:int) -> Tensor:
@@ -60,3 +71,86 @@ def prompt_tuning(tokens:int=20,                  # how many vectors
     "Train vectors before the input's embeddings"
     return Recipe(select=input_embedding, delta=With(Prompt, tokens=tokens,
                                                      start=None if start is None else tuple(start)))
+
+# %% ../../../nbs/adapters/yardsticks/prompts.ipynb #pre00002
+@torch.no_grad()
+def keys_and_values(model, ids:Tensor # [tokens]
+                   ) -> Tensor: # [tokens, layers, 2, heads, size of a head]
+    """Compute what every layer keeps of a text.
+    Raises `ValueError` if there are fewer positions, or if keys and values differ in shape."""
+    if (most := position_table(model)) and len(ids) >= most:
+        raise ValueError(f'tokens is {len(ids)}; the model has {most} positions, and the input needs some of them')
+    cache = DynamicCache(config=model.config)
+    with evaluating(model):
+        model.base_model(input_ids=ids[None], past_key_values=cache, use_cache=True)
+    if len({t.shape for layer in cache.layers for t in (layer.keys, layer.values)}) > 1:
+        raise ValueError(f'{type(model).__name__} keeps keys and values of different shapes, which one prefix '
+                         'cannot hold')
+    kept = torch.stack([torch.stack([layer.keys[0], layer.values[0]]) for layer in cache.layers])
+    return kept.permute(3, 0, 1, 2, 4).contiguous()
+
+# %% ../../../nbs/adapters/yardsticks/prompts.ipynb #pre00003
+class Prefix(nn.Module):
+    """Trained keys and values before the input, in every layer; at the start those of known tokens.
+    With `hidden`, a network of one hidden layer is trained, and what it returns is added to them.
+    Raises `ValueError` as `first_ids` and `keys_and_values` do, and for a negative `hidden`."""
+    kind, site, ties, before_rows = 'prompts.prefix', 'prefix', True, True
+
+    def __init__(self, W:Tensor, mask=True,        # the embedding, [rows, width]; whole only
+                 model:nn.Module|None=None,        # computes the start
+                 tokens:int=20,                    # how many
+                 start:tuple[int, ...]|None=None,  # ids of a text, repeated or cut to `tokens`; None: random ones
+                 hidden:int=0,                     # units of the network; 0: the values themselves train
+                 layers:int=0, heads:int=0, size:int=0): # the shape, when a saved prefix is loaded
+        super().__init__()
+        if hidden < 0:
+            raise ValueError(f'hidden is {hidden}; it must be 0, or the number of hidden units')
+        ids = first_ids(W, mask, tokens, start)
+        values = (torch.zeros(tokens, layers, 2, heads, size, device=W.device) if layers
+                  else keys_and_values(model, ids)).to(W.dtype)
+        tokens, layers, _, heads, size = values.shape
+        self.config = dict(tokens=tokens, hidden=hidden, layers=layers, heads=heads, size=size)
+        if not hidden:
+            self.p = nn.Parameter(values)
+            return
+        self.register_buffer('begin', values)
+        self.e = nn.Parameter(torch.randn(tokens, heads*size))
+        out = nn.Linear(hidden, values[0].numel())
+        self.net = nn.Sequential(nn.Linear(heads*size, hidden), nn.Tanh(), out)
+        for p in out.parameters():
+            nn.init.zeros_(p)
+
+    def values(self) -> Tensor:
+        "Return keys and values, [tokens, layers, 2, heads, size of a head]"
+        if not self.config['hidden']:
+            return self.p
+        return self.begin + self.net(self.e).view_as(self.begin)
+
+    def values_for(self, rows:int) -> list[tuple[Tensor, Tensor]]:
+        "Return keys and values of each layer, both [rows, heads, tokens, size of a head]"
+        each = self.values().permute(1, 2, 3, 0, 4)[:, :, None].expand(-1, -1, rows, -1, -1, -1)
+        return [tuple(layer) for layer in each]
+
+    def peft(self) -> tuple[dict, dict]:
+        "Return the tensors and the configuration of the folder in which peft keeps a prefix"
+        c = self.config
+        return (dict(prompt_embeddings=self.values().flatten(1)),
+                dict(peft_type='PREFIX_TUNING', num_virtual_tokens=c['tokens'], num_layers=c['layers'],
+                     token_dim=c['heads']*c['size'], num_attention_heads=c['heads'],
+                     num_transformer_submodules=1, prefix_projection=False))
+
+# %% ../../../nbs/adapters/yardsticks/prompts.ipynb #pre00004
+@yardstick('Prefix-Tuning: Optimizing Continuous Prompts for Generation', '2101.00190',
+           'the abstract and peft 0.21.2 (tuners/prefix_tuning), to which it is equal',
+           lr=3e-2, lrs=(1e-2, 3e-2, 1e-1), waives={
+               'starts as the base': 'a prefix of known words changes the answer',
+               'folds': 'a prefix is an input to attention, which no weight can hold'},
+           toy=dict(tokens=4))
+def prefix_tuning(tokens:int=20,                   # how many keys and values a layer
+                  start:tuple[int, ...]|None=None, # ids of a text: tok('Sort:').input_ids; None: random tokens
+                  hidden:int=0                     # units of a network that trains in their place; 0: none
+                 ) -> Recipe:
+    "Train keys and values before the input's, in every layer"
+    start = None if start is None else tuple(start)
+    delta = With(Prefix, tokens=tokens, start=start, hidden=hidden)
+    return Recipe(select=input_embedding, delta=delta)
