@@ -180,7 +180,7 @@ def planned(a, recipe, data) -> dict:
         model, tok = skeleton(a.model, a.revision, a.dtype, data.labels, device=device, head=a.head,
                               add_tokens=tokens_of(a), quantize=a.quantize)
         total = _size(model.parameters())
-    limit = row_limit(model, tok, a.max_length)
+    limit = row_limit(model, tok, a.max_length, recipe)
     longest = max(len(r['input_ids']) for r in encode_all(data.train[:2000], tok, data.kind, limit))
     if a.gradient_checkpointing:
         check_checkpointing(model)

@@ -218,7 +218,7 @@ class Given:
     @cached_property
     def limit(self) -> int:
         "Return the most tokens that a row may have, as in `fit`"
-        return row_limit(self.model, self.tok, self.settings['max_length'])
+        return row_limit(self.model, self.tok, self.settings['max_length'], self.recipe)
 
     @cached_property
     def sample(self) -> list[dict]:
