@@ -439,7 +439,7 @@ def _fit(p):
         help='the weights to end with: of the last step, or those with the smallest loss on validation rows '
              '(default: %(default)s)')
     add('--evaluate-every', type=positive, metavar='STEPS',
-        help='steps between the evaluations of --keep best (default: ten in the run)')
+        help='steps between the evaluations of --keep best (default: at most ten in the run)')
     add('--save-every', type=not_negative, default=0, metavar='STEPS',
         help='steps between checkpoints (default: 0, none)')
     add('--resume', action=argparse.BooleanOptionalAction, default=None,
