@@ -226,7 +226,7 @@ class Snapshots:
         self.of[state.step] = {n: t.clone() for n, t in change_tensors(state.attached).items()}
 
 def best_step(run):
-    losses = {r['step']: r['validation_nll'] for r in run.path}
+    losses = {r['step']: r['validation_nll'] for r in run.path if 'validation_nll' in r}
     return min(losses, key=losses.get)
 
 WORSE = dict(steps=12, lr=.3, schedule='constant') # the loss falls for a few steps and then explodes
