@@ -326,6 +326,8 @@ class StopIn:
 def test_a_run_that_ends_early_is_evaluated_where_it_ends(how):
     run = fit(steps=20, lr=3e-3, keep='best', evaluate_every=10, callbacks=(StopIn(7, how),))
     assert [r['step'] for r in run.path] == [0, 7] and run.kept['step'] == 7
+    run = fit(steps=20, callbacks=(StopIn(7, how), EarlyStop(n=7)))
+    assert [r['step'] for r in run.path] == [0, 7] and len(run.log) == 7
 
 def test_an_interrupt_before_any_evaluation_keeps_what_was_learned():
     seen = Snapshots()
@@ -334,6 +336,15 @@ def test_an_interrupt_before_any_evaluation_keeps_what_was_learned():
                   callbacks=(seen, StopIn(7, KeyboardInterrupt)))
     assert run.interrupted and run.kept is None and same(weights(run.model), seen.weights[7])
     assert not same(seen.weights[7], seen.weights[0])
+
+def test_an_error_of_another_callback_is_not_hidden():
+    class Fails:
+        def before_fit(self, state):
+            raise ValueError('mine')
+    best = KeepBest('f1', higher=True)
+    fit(steps=2, callbacks=(peak(1), best))
+    with pytest.raises(ValueError, match='mine'):
+        fit(steps=2, callbacks=(Fails(), peak(1), best))
 
 def test_one_callback_decides():
     mine = peak(2), KeepBest('f1', higher=True)

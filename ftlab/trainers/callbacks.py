@@ -85,7 +85,8 @@ class EarlyStop:
             return
         seen = [r for r in state.path if 'validation_nll' in r]
         losses = list({r['step']: r['validation_nll'] for r in seen}.values())
-        state.stop = len(losses) - 1 - losses.index(min(losses)) >= self.patience
+        # a stop that another callback asked for stays one
+        state.stop = state.stop or len(losses) - 1 - losses.index(min(losses)) >= self.patience
 
 # %% ../../nbs/trainers/callbacks.ipynb #be571171
 class KeepBest:
@@ -139,6 +140,7 @@ class KeepBest:
     def after_fit(self, state):
         if self._nothing(state):
             self.kept, self.tensors = None, {}
+        if not self.tensors: # or another callback failed before this one began
             return
         for n, d in state.attached.deltas.items():
             if isinstance(d, Entries): # entries that were chosen anew have other indices
@@ -149,7 +151,7 @@ class KeepBest:
 
     def _nothing(self, state) -> bool:
         "Whether no step was evaluated, so that nothing says that other weights are better; if so, warn"
-        if self.kept and (self.kept['step'] or max(self.seen) or not state.step):
+        if self.kept and (self.kept['step'] or max(self.seen, default=0) or not state.step):
             return False
         if state.step: # else it failed before its first step
             when = ' after a step' if self.kept else ''
