@@ -5196,6 +5196,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'ftlab/trainers/callbacks.py'),
                                           'ftlab.trainers.callbacks._trained': ( 'trainers/callbacks.html#_trained',
                                                                                  'ftlab/trainers/callbacks.py'),
+                                          'ftlab.trainers.callbacks.usual_every': ( 'trainers/callbacks.html#usual_every',
+                                                                                    'ftlab/trainers/callbacks.py'),
                                           'ftlab.trainers.callbacks.validation_nll': ( 'trainers/callbacks.html#validation_nll',
                                                                                        'ftlab/trainers/callbacks.py')},
             'ftlab.trainers.checkpoint': { 'ftlab.trainers.checkpoint._Tensors': ( 'trainers/checkpoint.html#_tensors',

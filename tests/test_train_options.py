@@ -485,7 +485,10 @@ def test_the_best_in_the_shell(call, made):
     assert read_run('run').kept == said['kept']
     assert call(f'{line} --out run')[0] == 0 # the same run again
     code, out, err = call('fit --steps 12 --lr .3 --out run')
-    assert code == 1 and "in which keep is 'best'" in err
+    assert code == 1 and "in which keep is 'best' and not 'last'" in err
+    code, out, err = call('fit --steps 12 --lr .3 --keep best --evaluate-every 3 --out run')
+    assert code == 1 and 'in which --evaluate-every is 2 and not 3' in err
+    assert call('fit --steps 12 --lr .3 --keep best --out run')[0] == 0 # which is every two steps
     plans = [json.loads(call(f'fit --steps 2 --dry-run --json{more}')[1])['methods'][0]
              for more in ('', ' --keep best')]
     assert plans[1]['memory']['best'] == plans[0]['memory']['gradients']

@@ -17,7 +17,7 @@ from .objective import loss_mask, token_nll
 from .source import Rows
 
 # %% auto #0
-__all__ = ['Every', 'validation_nll', 'EarlyStop', 'KeepBest']
+__all__ = ['Every', 'validation_nll', 'EarlyStop', 'usual_every', 'KeepBest']
 
 # %% ../../nbs/trainers/callbacks.ipynb #0014191a
 class Every:
@@ -89,6 +89,11 @@ class EarlyStop:
         state.stop = state.stop or len(losses) - 1 - losses.index(min(losses)) >= self.patience
 
 # %% ../../nbs/trainers/callbacks.ipynb #be571171
+def usual_every(steps:int # of the run
+               ) -> int:
+    "Return the steps between evaluations, of which a run has at most ten then"
+    return math.ceil(steps/10)
+
 class KeepBest:
     """Keep the change at the best evaluation in the run's path, and put it back when training ends;
     `kept` says which it was. Raises `ValueError` for a value that is no number, and if what measures it

@@ -30,7 +30,7 @@ from ..core.loading import find_device, row_advice, without_row
 from ..core.model import check_checkpointing, device_of, notes_of, row_limit
 from ..core.recipe import Recipe
 from ..core.text import near_misses, shortened, some
-from .callbacks import EarlyStop, Every, KeepBest, validation_nll
+from .callbacks import EarlyStop, Every, KeepBest, usual_every, validation_nll
 from .checkpoint import refuse_to_replace, resumable
 from .run import Run
 from .source import STEPS, check_epochs, check_length, epochs_note, steps_of_epochs
@@ -301,7 +301,7 @@ def _keep_best(job:Job, keep:str, every:int|None) -> None:
         raise ValueError(f"evaluate_every={every} is for keep='best', which this run doesn't have")
     if keep == 'last':
         return
-    every = None if stops else every or math.ceil(job.settings['steps']/10)
+    every = None if stops else every or usual_every(job.settings['steps'])
     measure = () if stops else (Every(every, validation_nll),)
     job.callbacks = (*job.callbacks, *measure, KeepBest())
     job.settings |= dict(keep=keep, evaluate_every=every)
