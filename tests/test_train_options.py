@@ -354,7 +354,8 @@ def test_one_callback_decides():
 
 def test_a_number_of_ones_own_needs_no_validation_rows():
     bare = replace(lab_data(), validation=[])
-    run = ftlab.fit(toy(), TOK, bare, steps=3, callbacks=(peak(2), KeepBest('f1', higher=True)), **QUICK)
+    mine = peak(2), KeepBest('f1', higher=True)
+    run = ftlab.fit(toy(), TOK, bare, steps=3, callbacks=mine, **QUICK)
     assert run.kept['step'] == 2
 
 @pytest.mark.parametrize('steps, most', [(19, 10), (200, 10), (7, 7)])
