@@ -148,6 +148,7 @@ OWN = dict(steps='steps', batch_size='batch-size', max_length='max-length', pack
 def _keep_others(a, out:Path, recipe, lr:float, data):
     """Raise `FileExistsError` if `out` holds a finished run with other settings, or a comparison, which this run
     would replace, or if `--export` names a folder with something in it"""
+    from ftlab.trainers.callbacks import usual_every
     if (out/'result.json').exists() and not (out/'run.json').exists():
         raise FileExistsError(f'--out {str(out)!r} holds a comparison; name another folder')
     if a.export:
@@ -156,13 +157,15 @@ def _keep_others(a, out:Path, recipe, lr:float, data):
     if was is None:
         return
     own = {k: getattr(a, k) for k in OWN if k != 'steps' or a.epochs is None}
-    own |= dict(keep=a.keep if a.keep == 'best' else None) # run.json does not name the last weights
-    own |= dict(evaluate_every=a.evaluate_every) if a.evaluate_every else {}
+    kept = dict(keep='last') | was['settings'] # which names the best weights alone
+    own |= dict(keep=a.keep)
+    if a.keep == 'best':
+        own |= dict(evaluate_every=a.evaluate_every or usual_every(kept.get('steps', a.steps)))
     now = dict(model=a.model, revision=a.revision, data=data.name, seed=a.seed, head=a.head,
                add_tokens=tokens_of(a), quantize=a.quantize,
                eval=a.eval, columns=columns_of(a), carry=listed(a.carry or ''), wanted=a.wanted,
                empty=a.empty, recipe=recipe.describe(), lr=lr, **own)
-    then = ({k: was['settings'].get(k, was.get(k)) for k in now}
+    then = ({k: kept.get(k, was.get(k)) for k in now}
             | {k: was.get(k) for k in ('model', 'data')})
     if diff := [k for k in now if now[k] != then[k]]:
         k = diff[0]
@@ -439,7 +442,7 @@ def _fit(p):
         help='the weights to end with: of the last step, or those with the smallest loss on validation rows '
              '(default: %(default)s)')
     add('--evaluate-every', type=positive, metavar='STEPS',
-        help='steps between the evaluations of --keep best (default: ten in the run)')
+        help='steps between the evaluations of --keep best (default: at most ten in the run)')
     add('--save-every', type=not_negative, default=0, metavar='STEPS',
         help='steps between checkpoints (default: 0, none)')
     add('--resume', action=argparse.BooleanOptionalAction, default=None,

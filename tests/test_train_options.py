@@ -1,5 +1,6 @@
 "Options of `fit` that say how long a run is, which weights it keeps, and what it holds in memory"
 import json
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,7 @@ import pytest
 import torch
 from tiny import DECODERS, ENCODERS, MIXED, PLAIN, inputs_for, tiny
 from toys import TOK, classifier, lab_data, label_data, same, toy, weights
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 import ftlab
 from ftlab.cli import main
 from ftlab.commands.memory import training_bytes
@@ -20,7 +21,7 @@ from ftlab.instruments.report import read_run
 from ftlab.instruments.winner import StopAt
 from ftlab.trainers.callbacks import EarlyStop, Every, KeepBest
 from ftlab.trainers.checkpoint import change_tensors
-from ftlab.trainers.source import steps_of_epochs
+from ftlab.trainers.source import epochs_note, steps_of_epochs
 from ftlab.trainers.step import NotFinite
 
 QUICK = dict(batch_size=8, progress=False)
@@ -42,6 +43,22 @@ def test_epochs_are_the_same_run_as_their_steps():
     assert same(weights(one.model), weights(two.model))
     said = '0.05 passes over 200 training rows, 8 in a step, make 2 steps'
     assert any(said in n for n in one.notes)
+
+@pytest.mark.parametrize('rows, size, parts, epochs', [
+    (201, 8, 1, 3), (200, 8, 2, 3), (201, 6, 3, 1), (10, 32, 1, 3), (100, 8, 1, .5)])
+def test_steps_are_those_of_trainer_but_for_its_short_batches(rows, size, parts, epochs, tmp_path):
+    args = TrainingArguments(tmp_path, per_device_train_batch_size=size//parts, use_cpu=True,
+                             gradient_accumulation_steps=parts, num_train_epochs=epochs)
+    items = [dict(input_ids=[1], labels=[1])]*rows
+    trainer = Trainer(toy(), args, train_dataset=items, data_collator=lambda x: x)
+    _, a_pass, *_, steps = trainer.set_initial_training_values(args, trainer.get_train_dataloader())
+    mine = steps_of_epochs(epochs, rows, size)
+    assert a_pass == math.ceil(rows/size) # the last of them is short, if the division leaves a rest
+    assert steps == mine if rows % size == 0 or epochs <= 1 else mine <= steps <= mine + epochs
+
+def test_the_example_of_the_page():
+    assert steps_of_epochs(3, 201, 8) == 76
+    assert epochs_note(1, 8, 8) == '1 pass over 8 training rows, 8 in a step, makes 1 step'
 
 def test_rows_that_are_left_out_are_not_passed_over():
     rows = [dict(prompt='list a', response='b')]*12
@@ -209,7 +226,7 @@ class Snapshots:
         self.of[state.step] = {n: t.clone() for n, t in change_tensors(state.attached).items()}
 
 def best_step(run):
-    losses = {r['step']: r['validation_nll'] for r in run.path}
+    losses = {r['step']: r['validation_nll'] for r in run.path if 'validation_nll' in r}
     return min(losses, key=losses.get)
 
 WORSE = dict(steps=12, lr=.3, schedule='constant') # the loss falls for a few steps and then explodes
@@ -269,6 +286,103 @@ def test_early_stopping_and_a_number_of_ones_own():
     assert fit(steps=5, callbacks=mine).kept == dict(step=3, key='f1', value=0)
     with pytest.warns(UserWarning, match="no 'f1' was measured"):
         assert fit(steps=1, callbacks=(KeepBest('f1'),)).kept is None
+
+def peak(at, key='f1', value=lambda x: x):
+    return Every(1, lambda state: {key: value(-abs(state.step - at))})
+
+def test_other_measurements_do_not_hide_the_number():
+    run = fit(steps=5, callbacks=(peak(3), peak(1, 'other'), KeepBest('f1', higher=True)))
+    assert run.kept == dict(step=3, key='f1', value=0)
+    run = fit(keep='best', callbacks=(EarlyStop(n=1, patience=2), peak(1)), **WORSE)
+    assert run.kept['step'] == best_step(run)
+
+def test_it_stands_after_what_measures():
+    model = toy()
+    before = weights(model)
+    with pytest.raises(ValueError, match="'f1' was measured after step 0 when KeepBest had already looked"):
+        ftlab.fit(model, TOK, lab_data(), steps=4, callbacks=(KeepBest('f1'), peak(2)), **QUICK)
+    assert same(weights(model), before)
+
+def test_values_are_numbers():
+    tensors = fit(steps=3, callbacks=(peak(2, value=torch.tensor), KeepBest('f1', higher=True)))
+    assert json.loads(json.dumps(tensors.kept)) == dict(step=2, key='f1', value=0)
+    gaps = Every(1, lambda state: dict(f1=None if state.step == 3 else state.step))
+    run = fit(steps=3, callbacks=(gaps, KeepBest('f1', higher=True)))
+    assert run.kept['step'] == 2 and 'at the last evaluation not a finite number' in run.notes[-1]
+    with pytest.raises(ValueError, match="'f1' is 'high'; KeepBest compares numbers"):
+        fit(steps=1, callbacks=(Every(1, lambda state: dict(f1='high')), KeepBest('f1')))
+
+class StopIn:
+    "Ends a run in a step, as `how` says"
+    def __init__(self, step, how):
+        self.step, self.how = step, how
+
+    def after_step(self, state):
+        if state.step == self.step and self.how is KeyboardInterrupt:
+            raise self.how
+        state.stop = self.how if state.step == self.step else state.stop
+
+@pytest.mark.parametrize('how', [True, 'by hand'])
+def test_a_run_that_ends_early_is_evaluated_where_it_ends(how):
+    run = fit(steps=20, lr=3e-3, keep='best', evaluate_every=10, callbacks=(StopIn(7, how),))
+    assert [r['step'] for r in run.path] == [0, 7] and run.kept['step'] == 7
+    run = fit(steps=20, callbacks=(StopIn(7, how), EarlyStop(n=7)))
+    assert [r['step'] for r in run.path] == [0, 7] and len(run.log) == 7
+
+def test_an_interrupt_before_any_evaluation_keeps_what_was_learned():
+    seen = Snapshots()
+    with pytest.warns(UserWarning, match='measured after a step in this run, so the last weights are kept'):
+        run = fit(steps=20, lr=3e-3, keep='best', evaluate_every=10,
+                  callbacks=(seen, StopIn(7, KeyboardInterrupt)))
+    assert run.interrupted and run.kept is None and same(weights(run.model), seen.weights[7])
+    assert not same(seen.weights[7], seen.weights[0])
+
+def test_an_error_of_another_callback_is_not_hidden():
+    class Fails:
+        def before_fit(self, state):
+            raise ValueError('mine')
+    best = KeepBest('f1', higher=True)
+    fit(steps=2, callbacks=(peak(1), best))
+    with pytest.raises(ValueError, match='mine'):
+        fit(steps=2, callbacks=(Fails(), peak(1), best))
+
+def test_one_callback_decides():
+    mine = peak(2), KeepBest('f1', higher=True)
+    for more in (dict(keep='best', callbacks=mine), dict(callbacks=(*mine, KeepBest('f1')))):
+        with pytest.raises(ValueError, match='one KeepBest among the callbacks, or keep='):
+            fit(steps=3, **more)
+
+def test_a_number_of_ones_own_needs_no_validation_rows():
+    bare = replace(lab_data(), validation=[])
+    mine = peak(2), KeepBest('f1', higher=True)
+    run = ftlab.fit(toy(), TOK, bare, steps=3, callbacks=mine, **QUICK)
+    assert run.kept['step'] == 2
+
+@pytest.mark.parametrize('steps, most', [(19, 10), (200, 10), (7, 7)])
+def test_evaluations_are_at_most_ten(steps, most):
+    class At:
+        def before_fit(self, state):
+            state.steps = 0
+    run = fit(steps=steps, keep='best', callbacks=(At(),))
+    every = run.settings['evaluate_every']
+    assert math.ceil(steps/every) <= most
+
+def test_another_objective_is_said():
+    said = 'dpo trains on something else'
+    run = ftlab.fit(toy(), TOK, pairs(), ftlab.methods.get('dpo'), steps=2, keep='best', **QUICK)
+    assert any(said in n for n in run.notes)
+    assert not any('something else' in n for n in fit(steps=2, keep='best').notes)
+
+def test_keep_belongs_to_the_run_that_is_resumed(tmp_path):
+    how = dict(steps=8, out=tmp_path, save_every=1)
+    fit(keep='best', evaluate_every=2, callbacks=(StopIn(3, KeyboardInterrupt),), **how)
+    with pytest.raises(ValueError, match="a run with keep='best', this one has 'last'"):
+        fit(resume=True, **how)
+    with pytest.warns(UserWarning, match="its keep is 'best', here 'last'"):
+        fit(callbacks=(StopIn(3, KeyboardInterrupt),), **how)
+    with pytest.raises(ValueError, match="a run with keep='last', this one has 'best'"):
+        fit(resume=True, keep='best', **how)
+    assert len(fit(resume=True, **how).log) == 8
 
 def test_a_nan_loss_leaves_the_best_weights():
     seen = Snapshots()
@@ -372,7 +486,10 @@ def test_the_best_in_the_shell(call, made):
     assert read_run('run').kept == said['kept']
     assert call(f'{line} --out run')[0] == 0 # the same run again
     code, out, err = call('fit --steps 12 --lr .3 --out run')
-    assert code == 1 and "in which keep is 'best'" in err
+    assert code == 1 and "in which keep is 'best' and not 'last'" in err
+    code, out, err = call('fit --steps 12 --lr .3 --keep best --evaluate-every 3 --out run')
+    assert code == 1 and 'in which --evaluate-every is 2 and not 3' in err
+    assert call('fit --steps 12 --lr .3 --keep best --out run')[0] == 0 # which is every two steps
     plans = [json.loads(call(f'fit --steps 2 --dry-run --json{more}')[1])['methods'][0]
              for more in ('', ' --keep best')]
     assert plans[1]['memory']['best'] == plans[0]['memory']['gradients']

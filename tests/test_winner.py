@@ -143,6 +143,13 @@ def test_a_point_within_a_limit_is_trained_as_it_was_measured(made):
     short = Comparison(r, found.bench, found.recipes).train('full', progress=False)
     assert len(short.log) == 3 and short.log[2]['lr'] > 0, 'the schedule is that of the whole run'
 
+def test_steps_between_evaluations_in_an_older_file_are_not_those_of_fit(made):
+    _, found = made
+    r = copy.deepcopy(found.result)
+    r['protocol']['evaluate_every'] = 2 # which a comparison recorded before `evaluations`
+    again = Comparison(r, found.bench, found.recipes).train('full', progress=False)
+    assert again.kept is None and len(again.log) == r['protocol']['steps']
+
 @pytest.mark.parametrize('name', ['full', 'lora', 'pissa', 'dora', 'vera'])
 def test_a_dose_of_each_kind_of_change(made, name):
     "PiSSA is a LoRA whose `B` does not start at zero, so half of its `B` is not half of its change"

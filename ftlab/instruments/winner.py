@@ -321,8 +321,9 @@ def _same_device(result:Mapping) -> str|None:
 
 def _settings(protocol:Mapping) -> dict:
     "Return the settings of `fit` that a comparison was made with"
+    # `evaluate_every` of a comparison, in files of earlier versions, is another than that of `fit`
     own = set(inspect.signature(fit).parameters) - {'steps', 'max_length', 'device', 'data',
-                                                    'seed', 'lr'}
+                                                    'seed', 'lr', 'evaluate_every'}
     return {k: v for k, v in protocol.items() if k in own}
 
 def _callbacks(p:Mapping, choice:Choice) -> tuple:

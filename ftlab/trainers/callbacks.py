@@ -11,12 +11,13 @@ from types import SimpleNamespace
 import torch
 from ..adapters.delta import Entries
 from ..core.model import evaluating, model_inputs, to_device
+from ..core.text import shortened
 from .checkpoint import change_tensors
 from .objective import loss_mask, token_nll
 from .source import Rows
 
 # %% auto #0
-__all__ = ['Every', 'validation_nll', 'EarlyStop', 'KeepBest']
+__all__ = ['Every', 'validation_nll', 'EarlyStop', 'usual_every', 'KeepBest']
 
 # %% ../../nbs/trainers/callbacks.ipynb #0014191a
 class Every:
@@ -33,7 +34,7 @@ class Every:
 
     def after_step(self, state):
         due = state.step % self.n == 0 if isinstance(self.n, int) else state.step in self.n
-        if due or state.step == state.steps:
+        if due or state.step == state.steps or state.stop: # so that the last step is measured
             self._note(state)
 
     def _note(self, state):
@@ -84,16 +85,23 @@ class EarlyStop:
             return
         seen = [r for r in state.path if 'validation_nll' in r]
         losses = list({r['step']: r['validation_nll'] for r in seen}.values())
-        state.stop = len(losses) - 1 - losses.index(min(losses)) >= self.patience
+        # a stop that another callback asked for stays one
+        state.stop = state.stop or len(losses) - 1 - losses.index(min(losses)) >= self.patience
 
 # %% ../../nbs/trainers/callbacks.ipynb #be571171
+def usual_every(steps:int # of the run
+               ) -> int:
+    "Return the steps between evaluations, of which a run has at most ten then"
+    return math.ceil(steps/10)
+
 class KeepBest:
     """Keep the change at the best evaluation in the run's path, and put it back when training ends;
-    `kept` says which it was"""
+    `kept` says which it was. Raises `ValueError` for a value that is no number, and if what measures it
+    comes later among the callbacks"""
     def __init__(self, key:str='validation_nll', # of the number in the path
                  higher:bool=False):             # is more better?
         self.key, self.higher = key, higher
-        self.kept, self.tensors = None, {}
+        self.kept, self.tensors, self.seen = None, {}, set()
 
     def describe(self) -> dict:
         "Return the settings that decide which weights the run ends with"
@@ -102,6 +110,8 @@ class KeepBest:
     def before_fit(self, state):
         if state.step == 0:
             self.kept, self.tensors = None, {}
+        # a resumed run has seen what is in its path
+        self.seen = {r['step'] for r in state.path if self.key in r and r['step'] < state.step}
         self._note(state)
 
     def after_step(self, state):
@@ -109,20 +119,33 @@ class KeepBest:
 
     @torch.no_grad()
     def _note(self, state):
-        last = state.path[-1] if state.path else {}
-        value = last.get(self.key)
-        if last.get('step') != state.step or value is None or not math.isfinite(value):
+        found = {r['step']: r[self.key] for r in state.path if self.key in r}
+        if missed := found.keys() - self.seen - {state.step}:
+            raise ValueError(f'{self.key!r} was measured after step {min(missed)} when KeepBest had already looked; '
+                             'put KeepBest after the callback that measures')
+        self.seen |= found.keys()
+        value = self._number(found.get(state.step))
+        if value is None:
             return
         was = self.kept and self.kept['value']
         if was is None or (value > was if self.higher else value < was):
             self.kept = dict(step=state.step, key=self.key, value=value)
             self.tensors = {n: t.detach().cpu().clone() for n, t in _trained(state).items()}
 
+    def _number(self, value) -> float|None: # None: nothing to compare
+        if value is None:
+            return None
+        try:
+            found = float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f'{self.key!r} is {shortened(repr(value), 60)}; KeepBest compares numbers') from None
+        return found if math.isfinite(found) else None
+
     @torch.no_grad()
     def after_fit(self, state):
-        if self.kept is None:
-            if state.step: # else it failed before its first step
-                warnings.warn(f'no {self.key!r} was measured in this run, so the last weights are kept')
+        if self._nothing(state):
+            self.kept, self.tensors = None, {}
+        if not self.tensors: # or another callback failed before this one began
             return
         for n, d in state.attached.deltas.items():
             if isinstance(d, Entries): # entries that were chosen anew have other indices
@@ -131,12 +154,22 @@ class KeepBest:
             t.copy_(self.tensors[n])
         self.tensors = {}
 
+    def _nothing(self, state) -> bool:
+        "Whether no step was evaluated, so that nothing says that other weights are better; if so, warn"
+        if self.kept and (self.kept['step'] or max(self.seen, default=0) or not state.step):
+            return False
+        if state.step: # else it failed before its first step
+            when = ' after a step' if self.kept else ''
+            warnings.warn(f'no {self.key!r} was measured{when} in this run, so the last weights are kept')
+        return True
+
     def note(self, state) -> str:
         "Say which weights were kept, and by what number"
         k = self.kept
-        last = [r[self.key] for r in state.path if self.key in r][-1]
+        last = self._number([r[self.key] for r in state.path if self.key in r][-1])
+        said = 'not a finite number' if last is None else f'{last:.4f}'
         return (f'the weights after step {k["step"]} of {state.step} are kept: {self.key} {k["value"]:.4f}, '
-                f'at the last evaluation {last:.4f}')
+                f'at the last evaluation {said}')
 
     def state_dict(self) -> dict:
         return dict(kept=self.kept, tensors=self.tensors)

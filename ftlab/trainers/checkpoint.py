@@ -18,8 +18,9 @@ from ..core.state import State
 from .step import placed_like, whole
 
 # %% auto #0
-__all__ = ['FORMAT', 'survivors', 'change_tensors', 'versions', 'ended', 'save_checkpoint', 'header_of', 'bytes_of_checkpoint',
-           'read_header', 'different', 'check_same_run', 'cut_off', 'refuse_to_replace', 'resumable', 'load_checkpoint']
+__all__ = ['FORMAT', 'UNSAID', 'survivors', 'change_tensors', 'versions', 'ended', 'save_checkpoint', 'header_of',
+           'bytes_of_checkpoint', 'read_header', 'different', 'check_same_run', 'cut_off', 'refuse_to_replace',
+           'resumable', 'load_checkpoint']
 
 # %% ../../nbs/trainers/checkpoint.ipynb #0fa078f7
 def survivors(state:State, # of the run
@@ -171,8 +172,11 @@ def read_header(path:Path) -> dict:
     return {k: json.loads(v) for k, v in meta.items()}
 
 # %% ../../nbs/trainers/checkpoint.ipynb #dc659ba8
+UNSAID = dict(keep='last', evaluate_every=None) # settings of runs that do not name them
+
 def different(was:Mapping, settings:Mapping) -> list[str]:
     "List the names of the settings in which two runs differ"
+    was, settings = UNSAID | dict(was), UNSAID | dict(settings)
     # through JSON, as a header's settings went
     return [k for k, v in json.loads(json.dumps(settings)).items() if was.get(k) != v]
 
@@ -186,7 +190,8 @@ def check_same_run(path:Path, was:Mapping, settings:Mapping) -> None:
 def _compared(k:str, was:Mapping, settings:Mapping) -> str:
     hints = dict(model='it started from other weights',
                  encoded='its tokenizer or chat template encodes the data differently')
-    return f'{k}={was.get(k)!r}, this one has {settings[k]!r}' + (
+    had, has = ((UNSAID | dict(of)).get(k) for of in (was, settings))
+    return f'{k}={had!r}, this one has {has!r}' + (
         f' ({hints[k]})' if k in hints else '')
 
 # %% ../../nbs/trainers/checkpoint.ipynb #6f8f9f12
@@ -216,7 +221,8 @@ def refuse_to_replace(checkpoint:Path, settings:dict) -> None:
     if not diff:
         raise ValueError(f'{at}; resume=True (--resume) continues it, resume=False (--no-resume) starts over')
     k = diff[0]
-    apart = f'its {k} is {left["whole"].get(k)!r}, here {settings[k]!r}'
+    had, has = ((UNSAID | dict(of)).get(k) for of in (left['whole'], settings))
+    apart = f'its {k} is {had!r}, here {has!r}'
     if k == 'model':
         apart = 'it started from other weights'
     warnings.warn(f'{at} ({apart}): this one starts over and replaces it')

@@ -87,9 +87,9 @@ def steps_of_epochs(epochs:float, # passes over the rows
 
 def epochs_note(epochs:float, rows:int, batch_size:int) -> str:
     "Say in how many steps the passes are made"
-    said = 'pass' if epochs == 1 else 'passes'
+    said, steps = 'pass' if epochs == 1 else 'passes', steps_of_epochs(epochs, rows, batch_size)
     return (f'{epochs:g} {said} over {rows:,} training rows, {batch_size} in a step, '
-            f'make {steps_of_epochs(epochs, rows, batch_size):,} steps')
+            f'make{"s"*(epochs == 1)} {steps:,} step{"s"*(steps != 1)}')
 
 def check_epochs(recipe:Recipe, epochs:float|None) -> None:
     "Raise `ValueError` for a recipe that draws its own rows, of which a pass over the data says nothing"
