@@ -30,7 +30,7 @@ from ..core.loading import find_device, row_advice, without_row
 from ..core.model import check_checkpointing, device_of, notes_of, row_limit
 from ..core.recipe import Recipe
 from ..core.text import near_misses, shortened, some
-from .callbacks import EarlyStop, Every, KeepBest, validation_nll
+from .callbacks import EarlyStop, Every, KeepBest, usual_every, validation_nll
 from .checkpoint import refuse_to_replace, resumable
 from .run import Run
 from .source import STEPS, check_epochs, check_length, epochs_note, steps_of_epochs
@@ -67,7 +67,7 @@ def fit(model,                     # changed in place: a causal language model, 
         save_every:int=0,          # steps between checkpoints, which need `out`; 0: none
         resume:bool|None=None,     # True: continue; False: start over; None: an error if this run was cut off in `out`
         keep:str='last',           # which weights the run ends with: 'last', or 'best' on the validation rows
-        evaluate_every:int|None=None, # steps between these evaluations; None: EarlyStop's, or ten in the run
+        evaluate_every:int|None=None, # steps between these evaluations; None: EarlyStop's, or at most ten in the run
         callbacks:tuple=(),        # objects with methods named after events; other methods are ignored
         trackers:tuple=(),         # names that accelerate knows, or `GeneralTracker` objects: receive the log
         shard:bool=False,          # with several processes: shard the model over them while it trains (FSDP2)
@@ -290,26 +290,32 @@ def _keep_best(job:Job, keep:str, every:int|None) -> None:
     and for `evaluate_every` without it"""
     if keep not in ('last', 'best'):
         raise ValueError(f'keep is {shortened(repr(keep), 60)}; it must be last or best')
-    stops, own = (any(isinstance(c, kind) for c in job.callbacks) for kind in (EarlyStop, KeepBest))
-    best = keep == 'best' or own
-    if why := _why_not_best(job, every, stops) if best else '':
+    stops = any(isinstance(c, EarlyStop) for c in job.callbacks)
+    own = sum(isinstance(c, KeepBest) for c in job.callbacks)
+    if own + (keep == 'best') > 1:
+        raise ValueError('a run ends with the weights of one evaluation: give one KeepBest among the callbacks, '
+                         "or keep='best'")
+    if why := _why_not_best(job, every, stops, own) if own or keep == 'best' else '':
         raise ValueError(why)
     if every is not None and keep == 'last':
         raise ValueError(f"evaluate_every={every} is for keep='best', which this run doesn't have")
     if keep == 'last':
         return
-    every = None if stops else every or max(1, job.settings['steps']//10)
+    every = None if stops else every or usual_every(job.settings['steps'])
     measure = () if stops else (Every(every, validation_nll),)
     job.callbacks = (*job.callbacks, *measure, KeepBest())
     job.settings |= dict(keep=keep, evaluate_every=every)
+    if job.recipe.objective is not None or job.recipe.own_source:
+        job.notes.append(f"keep='best' compares the loss of the answers in the validation rows, and {job.recipe.name} "
+                         'trains on something else; KeepBest keeps the best of another number')
 
-def _why_not_best(job, every, stops) -> str:
+def _why_not_best(job, every, stops, own) -> str:
     if job.recipe.stages:
         return (f"keep='best' compares the weights of one run, and {job.recipe.name} trains in stages; "
                 "use keep='last'")
     if job.shard:
         return "keep='best' does not work with shard=True, which spreads the weights over processes; use keep='last'"
-    if not job.validation:
+    if not job.validation and not own: # its number may be of other rows
         return "keep='best' needs validation rows, and the data have none; give a validation set, or use keep='last'"
     if stops and every is not None:
         return f'evaluate_every={every} would be a second evaluation beside that of EarlyStop; leave it out'
