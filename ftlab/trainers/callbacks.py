@@ -96,8 +96,8 @@ def usual_every(steps:int # of the run
 
 class KeepBest:
     """Keep the change at the best evaluation in the run's path, and put it back when training ends;
-    `kept` says which it was. Raises `ValueError` for a value that is no number, and if what measures it
-    comes later among the callbacks"""
+    `kept` says which it was. Raises `ValueError` for a value that isn't a number, and if what
+    measures it comes later among the callbacks"""
     def __init__(self, key:str='validation_nll', # of the number in the path
                  higher:bool=False):             # is more better?
         self.key, self.higher = key, higher
