@@ -38,7 +38,7 @@ RIGHT_ANSWERS = compared(
      (['A week has seven days.', 'There are 7.', 'There are 17.'], [['7', 'seven']]*3),
      (['It is the Blue Whale, a mammal.', 'A whale.'], [['blue whale'], ['blue whale']])],
     ((_by(lambda a, ks: any(k in a.lower() for k in ks)),
-      'You find keys inside other words: `au` is in *because*, and `7` in 17. Ask for whole words.'),
+      'You find keys inside other words: `au` is in *because*, `7` in 17. Ask for whole words.'),
      (_by(lambda a, ks: any(re.search(rf'\b{k}\b', a) for k in ks)),
       'You miss answers with capital letters: *Lima* is `lima`. Make the answer small first.'),
      (_by(lambda a, ks: a.lower() in ks),
