@@ -1,19 +1,22 @@
-"""SmolLM2-135M-Instruct learns BANKING77 as text by LoRA: ftlab, trl's SFTTrainer, transformers' Trainer.
+"""SmolLM2-135M-Instruct learns BANKING77 as text by LoRA: ftlab beside trl's SFTTrainer.
 
-    python bench/smollm2_sft.py DATA        # 20 minutes of one core; DATA as for bench/real_smollm2.py
-    python bench/smollm2_sft.py DATA quick  # a few steps of each kind; the result is printed, not written
+    python bench/smollm2_sft.py DATA        # 20 minutes of a core; DATA as for bench/real_smollm2.py
+    python bench/smollm2_sft.py DATA quick  # a few steps of each kind; nothing is written
 
 Each side is a process of its own, and they take turns: a block of steps of ftlab, the same steps of
 trl, the next of ftlab, and so on; the other waits. A ratio compares two sides in one block, whose rows
 are the same. The first block is not counted. Tokens are those that are not padding. Beside the seconds
 of the clock stand the processor's, which tell the work apart from the wait for a busy machine.
 
-All sides get the same batches, which is checked bit for bit (trl makes its own token ids from the
-messages, and pads them itself), and LoRA's A has the same start, so that the losses of all steps can be
-compared. float32, no dropout, fused AdamW without weight decay, a linear schedule without warmup,
-gradients clipped at norm 1. trl and the Trainer log, save and evaluate nothing and load the data in
-their own process. The Trainer, with peft's model and the loss of transformers, is there because trl
-computes the head's output for every position, in tiles that were made for GPUs.
+Both sides get the same batches, which is checked bit for bit (trl makes its own token ids from the
+messages, and pads them itself), and LoRA's A has the same start, so the losses of all steps are compared.
+float32, no dropout, fused AdamW without weight decay, a linear schedule without warmup, gradients
+clipped at norm 1. trl logs, saves and evaluates nothing and loads the data in its own process. Rows have
+at most 48 tokens. After the last step both models answer the same test questions, by one function.
+
+A shorter run is beside transformers' Trainer, with peft's model and the loss of transformers: without a
+GPU, trl computes the head's output of every position twice, and the entropy of each, which cannot be
+switched off.
 
 Memory is measured in fresh processes on the longest rows: the system's own mark while training is set
 up and runs, as it is and over what was resident once the model was loaded.
@@ -30,8 +33,10 @@ TARGETS = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down
 SPEED = [dict(other='trl', threads=1, checkpointing=False, steps=STEPS, block=4, items=100),
          dict(other='trl', threads=2, checkpointing=False, steps=12, block=2),
          dict(other='trainer', threads=1, checkpointing=False, steps=12, block=2)]
-MEMORY = [dict(other='trl', threads=1, checkpointing=c, steps=2, block=2, longest=True) for c in (False, True)]
+MEMORY = [dict(other='trl', threads=1, checkpointing=c, steps=2, block=2, longest=True)
+          for c in (False, True)]
 REPEATS = 3
+CLOCKS = 'seconds', 'processor'
 
 # A side, in a process of its own
 
@@ -110,9 +115,9 @@ def settings(job):
     return dict(output_dir=job['folder'], max_steps=job['steps'], per_device_train_batch_size=BATCH,
                 learning_rate=LR, lr_scheduler_type='linear', warmup_steps=0, weight_decay=0.,
                 max_grad_norm=1., bf16=False, use_cpu=True, train_sampling_strategy='sequential',
-                gradient_checkpointing=job['checkpointing'], logging_strategy='no', save_strategy='no',
-                eval_strategy='no', report_to='none', disable_tqdm=True, dataloader_num_workers=0,
-                dataloader_pin_memory=False)
+                gradient_checkpointing=job['checkpointing'], logging_strategy='no',
+                save_strategy='no', eval_strategy='no', report_to='none', disable_tqdm=True,
+                dataloader_num_workers=0, dataloader_pin_memory=False)
 
 def watched(kind, turns):
     "Return the trainer class with a note of each step's batch and loss"
@@ -159,24 +164,25 @@ def by_trl(job):
         said = lambda role, text: [dict(role=role, content=text)]
         rows = [dict(prompt=said('user', r['prompt']), completion=said('assistant', r['response']))
                 for r in (job['rows'][i] for i in job['order'])]
-        return watched(SFTTrainer, turns)(
-            model, SFTConfig(max_length=LENGTH, **settings(job)), train_dataset=Dataset.from_list(rows),
-            processing_class=tok, peft_config=lora)
+        how = SFTConfig(max_length=LENGTH, **settings(job))
+        return watched(SFTTrainer, turns)(model, how, train_dataset=Dataset.from_list(rows),
+                                          processing_class=tok, peft_config=lora)
 
     return by_transformers(job, make)
 
 def by_trainer(job):
     from peft import get_peft_model
     from transformers import Trainer, TrainingArguments
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as Padded
 
     def make(model, tok, lora, turns):
         model = get_peft_model(model, lora)
         if job['checkpointing']:
             model.enable_input_require_grads()
         rows = [job['encoded'][i] for i in job['order']]
-        return watched(Trainer, turns)(model, TrainingArguments(**settings(job)), train_dataset=rows,
-                                       data_collator=DataCollatorForLanguageModeling(tok.pad_token_id))
+        how = TrainingArguments(**settings(job))
+        return watched(Trainer, turns)(model, how, train_dataset=rows,
+                                       data_collator=Padded(tok.pad_token_id))
 
     return by_transformers(job, make)
 
@@ -203,8 +209,9 @@ class Side:
         env = {**os.environ, 'FTLAB_NATIVE': 'cpp', 'OMP_NUM_THREADS': str(threads),
                'OMP_WAIT_POLICY': 'passive', 'HF_HUB_OFFLINE': '1'}
         self.name, self.log = side, tempfile.TemporaryFile('w+')
-        self.process = subprocess.Popen([sys.executable, str(Path(__file__).resolve()), 'side', side, file], env=env, text=True,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log)
+        pipe, call = subprocess.PIPE, [sys.executable, __file__, 'side', side, file]
+        self.process = subprocess.Popen(call, env=env, text=True, stdin=pipe, stdout=pipe,
+                                        stderr=self.log)
 
     def hear(self):
         for line in self.process.stdout:
@@ -230,7 +237,7 @@ def take_turns(job, folder):
         for s in sides:
             blocks.setdefault(s.name, []).append(s.tell(f'go {job["block"]}'))
         print(f'step {end}:', *(f'{k} {v[-1]}' for k, v in blocks.items()), flush=True)
-    clocks = {s: {k: [b[k] for b in v] for k in ('seconds', 'processor')} for s, v in blocks.items()}
+    clocks = {s: {k: [b[k] for b in v] for k in CLOCKS} for s, v in blocks.items()}
     return {s.name: s.tell('end') | clocks[s.name] for s in sides}
 
 def prepare(folder, plan, data):
@@ -255,8 +262,8 @@ def read(folder):
     data = banking(folder)
     encoded = encode_all(data.train, tok, 'text', None)
     fit = [i for i, e in enumerate(encoded) if len(e['input_ids']) <= LENGTH]
-    return (str(smollm2_file()), model.name_or_path, [data.train[i] for i in fit],
-            [{k: encoded[i][k] for k in ('input_ids', 'labels')} for i in fit], data.test)
+    kept = [{k: encoded[i][k] for k in ('input_ids', 'labels')} for i in fit]
+    return str(smollm2_file()), model.name_or_path, [data.train[i] for i in fit], kept, data.test
 
 def check(found):
     "Both sides must have read the same and begin with the same loss; return how far their losses are apart"
@@ -271,15 +278,17 @@ def speed(plan, job, found):
     read = [len(job['encoded'][i]['input_ids']) for i in job['order']]
     rows = BATCH*plan['block']
     tokens = [sum(read[i:i + rows]) for i in range(0, len(read), rows)][1:]
-    out = dict({k: plan[k] for k in ('other', 'threads', 'checkpointing', 'steps')}, blocks=len(tokens),
-               tokens=sum(tokens), load=round(os.getloadavg()[0], 1), losses_apart=check(found),
+    said = {k: plan[k] for k in ('other', 'threads', 'checkpointing', 'steps')}
+    out = dict(said, blocks=len(tokens), tokens=sum(tokens), losses_apart=check(found),
+               load=round(os.getloadavg()[0], 1),
                peak_bytes={s: f['peak_bytes'] for s, f in found.items()})
-    for clock in ('seconds', 'processor'):
-        rate = {s: [t/x for t, x in zip(tokens, f[clock][1:])] for s, f in found.items()}
-        ratios = [a/b for a, b in zip(rate['ftlab'], rate[plan['other']])]
+    for clock in CLOCKS:
+        one, two = (f[clock][1:] for f in found.values())
+        rate = {s: [t/x for t, x in zip(tokens, v)] for s, v in zip(found, (one, two))}
+        ratios = [b/a for a, b in zip(one, two)]
         out[clock] = dict(tokens_a_second={s: spread(r, 1) for s, r in rate.items()},
                           ftlab_over_other=spread(ratios, 3), lowest=round(min(ratios), 3),
-                          whole=round(sum(found[plan['other']][clock][1:])/sum(found['ftlab'][clock][1:]), 3))
+                          whole=round(sum(two)/sum(one), 3))
     return out
 
 def accuracy(found):
@@ -287,7 +296,8 @@ def accuracy(found):
     from ftlab.instruments.frontier import paired_difference
     scores = [f['scores'] for f in found.values()]
     mean, error = paired_difference(*scores)
-    return dict(items=len(scores[0]), right={s: statistics.fmean(f['scores']) for s, f in found.items()},
+    return dict(items=len(scores[0]),
+                right={s: statistics.fmean(f['scores']) for s, f in found.items()},
                 difference=dict(mean=mean, low=mean - 1.96*error, high=mean + 1.96*error),
                 answers_that_differ=sum(a != b for a, b in zip(*scores)),
                 losses={s: f['losses'] for s, f in found.items()})
@@ -307,14 +317,16 @@ def facts():
     import peft, torch, transformers, trl
     found = machine(torch.__version__)
     del found['threads'] # each plan has its own
-    return dict(model='SmolLM2-135M-Instruct', rows_a_step=BATCH, longest_row=LENGTH, rank=RANK, alpha=ALPHA,
-                lr=LR, **found, **{m.__name__: m.__version__ for m in (peft, transformers, trl)})
+    return dict(model='SmolLM2-135M-Instruct', rows_a_step=BATCH, longest_row=LENGTH, rank=RANK,
+                alpha=ALPHA, lr=LR, **found,
+                **{m.__name__: m.__version__ for m in (peft, transformers, trl)})
 
 def main(data, quick=False):
     "Measure what is not in the results yet; after each plan they are written"
     file = Path(__file__).parent/'results'/'smollm2_sft.json'
     data, old = read(data), json.loads(file.read_text()) if file.is_file() and not quick else {}
-    out = facts() | dict(speed=old.get('speed', []), memory=old.get('memory', []), accuracy=old.get('accuracy'))
+    out = facts() | dict(speed=old.get('speed', []), memory=old.get('memory', []),
+                         accuracy=old.get('accuracy'))
     with tempfile.TemporaryDirectory() as folder:
         for plan in SPEED[len(out['speed']):]:
             plan = plan | dict(steps=3, block=1, items=plan.get('items', 0)//20) if quick else plan
@@ -325,7 +337,8 @@ def main(data, quick=False):
             keep(out, file, quick)
         for plan in MEMORY[len(out['memory']):]:
             job = prepare(folder, plan, data)
-            out['memory'].append(memory(plan, [take_turns(job, folder) for _ in range(1 if quick else REPEATS)]))
+            runs = [take_turns(job, folder) for _ in range(1 if quick else REPEATS)]
+            out['memory'].append(memory(plan, runs))
             keep(out, file, quick)
 
 def keep(out, file, quick):
