@@ -5,8 +5,9 @@
 
 Each side is a process of its own, and they take turns: a block of steps of ftlab, the same steps of
 trl, the next of ftlab, and so on; the other waits. A ratio compares two sides in one block, whose rows
-are the same. The first block is not counted. Tokens are those that are not padding. Beside the seconds
-of the clock stand the processor's, which tell the work apart from the wait for a busy machine.
+are the same. The first block is not counted; what remains of the steps after the timed ones is done by
+both at once. Tokens are those that are not padding. Beside the seconds of the clock stand the
+processor's, which tell the work apart from the wait for a busy machine.
 
 Both sides get the same batches, which is checked bit for bit (trl makes its own token ids from the
 messages, and pads them itself), and LoRA's A has the same start, so the losses of all steps are compared.
@@ -30,10 +31,10 @@ from native import machine, save, spread, status
 STEPS, BATCH, LENGTH, RANK, ALPHA, LR = 60, 8, 48, 8, 16, 3e-3
 TARGETS = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
 # what is measured: ftlab beside another, on so many threads, with or without gradient checkpointing
-SPEED = [dict(other='trl', threads=1, checkpointing=False, steps=STEPS, block=4, items=100),
-         dict(other='trl', threads=2, checkpointing=False, steps=12, block=2),
-         dict(other='trainer', threads=1, checkpointing=False, steps=12, block=2)]
-MEMORY = [dict(other='trl', threads=1, checkpointing=c, steps=2, block=2, longest=True)
+SPEED = [dict(other='trl', threads=1, checkpointing=False, steps=STEPS, timed=24, block=4, items=100),
+         dict(other='trl', threads=2, checkpointing=False, steps=12, timed=12, block=2),
+         dict(other='trainer', threads=1, checkpointing=False, steps=12, timed=12, block=2)]
+MEMORY = [dict(other='trl', threads=1, checkpointing=c, steps=2, timed=2, block=2, longest=True)
           for c in (False, True)]
 REPEATS = 3
 CLOCKS = 'seconds', 'processor'
@@ -223,7 +224,6 @@ class Side:
     def tell(self, text):
         self.process.stdin.write(text + '\n')
         self.process.stdin.flush()
-        return self.hear()
 
 def take_turns(job, folder):
     "Return {side: what it found, with the seconds of each block}"
@@ -233,12 +233,18 @@ def take_turns(job, folder):
     for s in ('ftlab', job['other']):
         sides.append(Side(s, str(file), job['threads']))
         assert sides[-1].hear() == dict(ready=True)
-    for end in range(job['block'], job['steps'] + 1, job['block']):
+    for end in range(job['block'], job['timed'] + 1, job['block']):
         for s in sides:
-            blocks.setdefault(s.name, []).append(s.tell(f'go {job["block"]}'))
+            s.tell(f'go {job["block"]}')
+            blocks.setdefault(s.name, []).append(s.hear())
         print(f'step {end}:', *(f'{k} {v[-1]}' for k, v in blocks.items()), flush=True)
+    load = os.getloadavg()[0]
+    if left := job['steps'] - job['timed']: # both at once
+        [s.tell(f'go {left}') for s in sides]
+        [s.hear() for s in sides]
+    [s.tell('end') for s in sides]
     clocks = {s: {k: [b[k] for b in v] for k in CLOCKS} for s, v in blocks.items()}
-    return {s.name: s.tell('end') | clocks[s.name] for s in sides}
+    return {s.name: s.hear() | clocks[s.name] | dict(load=load) for s in sides}
 
 def prepare(folder, plan, data):
     "Return the job that a plan makes of the data: rows, their order and what ftlab encodes them to"
@@ -277,10 +283,10 @@ def speed(plan, job, found):
     "Return what one plan says of time: tokens a second of the clock and of the processor, and ratios"
     read = [len(job['encoded'][i]['input_ids']) for i in job['order']]
     rows = BATCH*plan['block']
-    tokens = [sum(read[i:i + rows]) for i in range(0, len(read), rows)][1:]
-    said = {k: plan[k] for k in ('other', 'threads', 'checkpointing', 'steps')}
+    tokens = [sum(read[i:i + rows]) for i in range(rows, BATCH*plan['timed'], rows)]
+    said = {k: plan[k] for k in ('other', 'threads', 'checkpointing', 'steps', 'timed')}
     out = dict(said, blocks=len(tokens), tokens=sum(tokens), losses_apart=check(found),
-               load=round(os.getloadavg()[0], 1),
+               load=round(found['ftlab']['load'], 1),
                peak_bytes={s: f['peak_bytes'] for s, f in found.items()})
     for clock in CLOCKS:
         one, two = (f[clock][1:] for f in found.values())
@@ -329,7 +335,7 @@ def main(data, quick=False):
                          accuracy=old.get('accuracy'))
     with tempfile.TemporaryDirectory() as folder:
         for plan in SPEED[len(out['speed']):]:
-            plan = plan | dict(steps=3, block=1, items=plan.get('items', 0)//20) if quick else plan
+            plan = plan | dict(steps=4, timed=3, block=1, items=plan.get('items', 0)//20) if quick else plan
             job = prepare(folder, plan, data)
             found = take_turns(job, folder)
             out['speed'].append(speed(plan, job, found))
