@@ -276,7 +276,7 @@ def check(found):
     assert one['batches'] == two['batches'], 'the batches differ'
     apart = [abs(a - b) for a, b in zip(one['losses'], two['losses'], strict=True)]
     assert apart[0] < 1e-4, apart
-    return dict(first=apart[0], ten=max(apart[:10]), all=max(apart))
+    return dict(first=apart[0], ten=max(apart[:10]), all=max(apart), steps=len(apart))
 
 def speed(plan, job, found):
     "Return what one plan says of time: tokens a second of the clock and of the processor, and ratios"
