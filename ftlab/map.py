@@ -369,7 +369,7 @@ QUIZ = (
              'is. There is no error, only worse answers.'),
     Question('what_is_packed', 'a_model_you_know',
              "You load a model with quantize='nf4' and train a LoRA on it. What is in 4 bits?",
-             ('The frozen matrices', 'The frozen matrices and the LoRA, but not the optimizer state',
+             ('The frozen matrices of the layers', 'All frozen parameters, and the LoRA',
               'All that is trained, so that the optimizer fits'),
              'What is trained stays in float32, with its gradient and optimizer state. Only matrices that never change '
              'can be packed once and for all.'),
@@ -386,7 +386,7 @@ QUIZ = (
              ('Not known: ask for it in another form, too', 'Yes: it does not answer any more',
               'No: knowledge is never lost by so few steps, only covered'),
              'An answer needs the fact and the habit to say it. A score of chat answers shows both together; the '
-             'same facts as plain sentences show the first without the second.'))
+             'same facts as plain text can show the first without the second.'))
 
 def questions(chapter:str|None=None # its name; None: the first question of each chapter
              ) -> tuple[Question, ...]:
