@@ -96,8 +96,8 @@ FOUR_BIT_BYTES = compared(
      (_memory(in_both=False),
       'The training is missing beside the base in float32. It costs the same in both.')),
     difficulty=3, minutes=15,
-    means='What remains is the embedding and what is trained: of a small model a third of the bytes, of a large one '
-          'next to nothing. Activations come on top, and 4 bits do not make them smaller. So 4 bits help where the '
+    means='The embedding and what is trained do not shrink: of this small model a quarter of the bytes, of a large one '
+          'a few in a hundred. Activations come on top, and 4 bits do not make them smaller. So 4 bits help where the '
           'base is what does not fit.')
 
 EXERCISES = (RIGHT_ANSWERS, FOUR_BIT_BYTES)
