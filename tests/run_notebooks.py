@@ -81,7 +81,8 @@ def in_kernel(path: Path, timeout: int, store: bool = False) -> str:
 def left_out(path: Path) -> str:
     "Words for the cells of a page that cannot run here, for want of a package that they name"
     missing = [p for c in cells(path) if (p := lacks(c))]
-    return f', without {len(missing)} cells that need {", ".join(sorted(set(missing)))}' if missing else ''
+    names = ', '.join(sorted(set(missing)))
+    return f', without {len(missing)} cells that need {names}' if missing else ''
 
 
 def kernels(todo: list[tuple[str, Path]], timeout: int, store: bool):

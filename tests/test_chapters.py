@@ -15,10 +15,11 @@ from ftlab.core.recipe import Recipe
 from ftlab.core.scorers import WORLD
 from ftlab.core.tokens import encode, piece_ids, pieces_of, prompt_ids
 from ftlab.evaluators.forgetting import flips
-from ftlab.exercises import (HalfUpdate, LowRank, best_within, compare_and_choose, flipped, four_bit_bytes,
-                             half_of, labels_of, lora_from, messages_of, own_answers, pack_rows,
-                             right_answers, serving_bytes, trained_numbers, training_bytes, truncate,
-                             what_to_mix, where_they_part, wrong_with)
+from ftlab.exercises import (HalfUpdate, LowRank, best_within, compare_and_choose, flipped,
+                             four_bit_bytes, half_of, labels_of, lora_from, messages_of,
+                             own_answers, pack_rows, right_answers, serving_bytes,
+                             trained_numbers, training_bytes, truncate, what_to_mix,
+                             where_they_part, wrong_with)
 from ftlab.exercises.what_the_model_reads import FAULTS, SHOWN
 from ftlab.instruments.frontier import at_gain
 from ftlab.instruments.verdicts import bar_of, contrast, contrast_verdict

@@ -265,8 +265,7 @@ def test_the_room_asked_for_is_about_the_size_of_the_checkpoint(name, tmp_path, 
 def test_the_plan_of_what_starts_by_values_reads_the_weights(name):
     a = SimpleNamespace(device='cpu', model='lab-s', revision=None, dtype=None, head='auto',
                         quantize=None, max_length=None, batch_size=1, precision='no',
-                        add_tokens=None,
-                        add_special_tokens=None)
+                        add_tokens=None, add_special_tokens=None, gradient_checkpointing=False)
     found = planned(a, methods.get(name), lab_data())
     assert found['trainable'] > 0 and found['memory']['optimizer'] > 8*found['trainable']
 

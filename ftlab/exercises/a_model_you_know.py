@@ -38,7 +38,7 @@ RIGHT_ANSWERS = compared(
      (['A week has seven days.', 'There are 7.', 'There are 17.'], [['7', 'seven']]*3),
      (['It is the Blue Whale, a mammal.', 'A whale.'], [['blue whale'], ['blue whale']])],
     ((_by(lambda a, ks: any(k in a.lower() for k in ks)),
-      'You find keys inside other words: `au` is in *because*. Ask for whole words.'),
+      'You find keys inside other words: `au` is in *because*, `7` in 17. Ask for whole words.'),
      (_by(lambda a, ks: any(re.search(rf'\b{k}\b', a) for k in ks)),
       'You miss answers with capital letters: *Lima* is `lima`. Make the answer small first.'),
      (_by(lambda a, ks: a.lower() in ks),
@@ -96,8 +96,8 @@ FOUR_BIT_BYTES = compared(
      (_memory(in_both=False),
       'The training is missing beside the base in float32. It costs the same in both.')),
     difficulty=3, minutes=15,
-    means='The embedding and what is trained do not shrink: of this small model a quarter of the bytes, of a '
-          'large one a few in a hundred. Activations come on top, and 4 bits do not make them smaller. So 4 bits '
-          'help where the base is what does not fit.')
+    means='The embedding and what is trained do not shrink: of this small model a quarter of the bytes, of a large one '
+          'a few in a hundred. Activations come on top, and 4 bits do not make them smaller. So 4 bits help where the '
+          'base is what does not fit.')
 
 EXERCISES = (RIGHT_ANSWERS, FOUR_BIT_BYTES)
