@@ -30,7 +30,8 @@ from native import machine, save, spread, status
 STEPS, BATCH, LENGTH, RANK, ALPHA, LR = 60, 8, 48, 8, 16, 3e-3
 TARGETS = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj']
 # what is measured: ftlab beside another, on so many threads, with or without gradient checkpointing
-SPEED = [dict(other='trl', threads=1, checkpointing=False, steps=STEPS, timed=24, block=4, items=100),
+SPEED = [dict(other='trl', threads=1, checkpointing=False, steps=STEPS, timed=24, block=4,
+              items=100),
          dict(other='trl', threads=2, checkpointing=False, steps=12, timed=12, block=2),
          dict(other='trainer', threads=1, checkpointing=False, steps=12, timed=12, block=2)]
 MEMORY = [dict(other='trl', threads=1, checkpointing=c, steps=2, timed=2, block=2, longest=True)
@@ -332,7 +333,8 @@ def main(data, quick=False):
     data, out = read(data), facts() | dict(speed=[], memory=[], accuracy=None)
     with tempfile.TemporaryDirectory() as folder:
         for plan in SPEED:
-            plan = plan | dict(steps=4, timed=3, block=1, items=plan.get('items', 0)//20) if quick else plan
+            if quick:
+                plan = plan | dict(steps=4, timed=3, block=1, items=plan.get('items', 0)//20)
             job = prepare(folder, plan, data)
             found = take_turns(job, folder)
             out['speed'].append(speed(plan, job, found))
