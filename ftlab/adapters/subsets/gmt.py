@@ -34,7 +34,9 @@ class LargestGradients:
     def after_backward(self, state):
         grads = {n: p.grad for n, p in state.attached.parameters().items() if p.grad is not None}
         total = sum(g.numel() for g in grads.values())
-        count = max(1, round(self.keep*total)) if self.budget is None else allowed(state.model, self.budget)
+        count = max(1, round(self.keep*total))
+        if self.budget is not None:
+            count = allowed(state.model, self.budget)
         masks = highest(self._scores(grads, state), count, self.each)
         for n, g in grads.items():
             if n in masks:

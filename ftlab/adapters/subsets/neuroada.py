@@ -37,14 +37,16 @@ class per_neuron:
     def __call__(self, model, batches=None, seed=0) -> dict: # {name: mask}
         params = dict(model.named_parameters())
         names = [n for n in parts()(model) if params[n].ndim == 2]
-        scores = {n: oriented(model, n, s) for n, s in self._scores(params, names, model, batches, seed).items()}
+        scores = self._scores(params, names, model, batches, seed)
+        scores = {n: oriented(model, n, s) for n, s in scores.items()}
         return {n: oriented(model, n, m) for n, m in self._masks(scores, model).items()}
 
     def _masks(self, scores, model):
         if self.budget is not None:
             return highest(scores, allowed(model, self.budget), self.each)
         if self.each == 'row': # a matrix at a time, as narrow ones may have fewer than `k` entries in a row
-            return {n: highest({n: s}, min(self.k*len(s), s.numel()), 'row')[n] for n, s in scores.items()}
+            return {n: highest({n: s}, min(self.k*len(s), s.numel()), 'row')[n]
+                    for n, s in scores.items()}
         count = self.k*sum(len(s) for s in scores.values())
         return highest(scores, min(count, sum(s.numel() for s in scores.values())), self.each)
 
@@ -53,7 +55,8 @@ class per_neuron:
             return {n: g.abs() for n, g in gradients(model, batches, names, of='mean').items()}
         if self.by == 'random':
             draw = torch.Generator().manual_seed(seed)
-            return {n: torch.rand(params[n].shape, generator=draw).to(params[n].device) for n in names}
+            return {n: torch.rand(params[n].shape, generator=draw).to(params[n].device)
+                    for n in names}
         sizes = {n: params[n].detach().abs() for n in names}
         return sizes if self.by == 'magnitude' else {n: s.max() - s for n, s in sizes.items()}
 
