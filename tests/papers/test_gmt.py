@@ -93,6 +93,23 @@ def test_the_mask_is_the_same_on_every_family(family):
         assert not g.any() or g[kept == 0].abs().max() <= kept[kept != 0].abs().min()
 
 
+def test_a_budget_of_everything_masks_nothing_though_some_weights_have_no_gradient():
+    model = tiny('mixtral') # a tensor of experts that no row reached has none
+    model(**inputs_for('mixtral'))[0].float().square().mean().backward()
+    params = dict(model.named_parameters())
+    next(p for n, p in params.items() if 'experts' in n).grad = None
+    grads = {n: p.grad.clone() for n, p in params.items() if p.grad is not None}
+    state = SimpleNamespace(attached=SimpleNamespace(parameters=lambda: params), model=model, seed=0, step=0)
+    for each in ('tensor', 'model'):
+        LargestGradients(.2, each, 'gradient', 1.).after_backward(state)
+        assert all(torch.equal(params[n].grad, g) for n, g in grads.items())
+
+
+def test_a_budget_that_is_more_than_what_trains_is_refused_before_the_first_step():
+    with pytest.raises(ValueError, match='entries a step, and only'):
+        fit(toy(), TOK, lab_data(), get('gmt(budget=.9) * lora(r=2)'), steps=1, **SETTINGS)
+
+
 def in_first_step(recipe, seed=0):
     run = fit(toy(), TOK, lab_data(), recipe, steps=1, seed=seed, **SETTINGS)
     return {n: c != 0 for n, c in run.delta.tensors().items()}

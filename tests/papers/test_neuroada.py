@@ -94,6 +94,26 @@ def test_the_baselines():
     assert least == float(flat.topk(count(in_model)).values.min())
 
 
+def test_the_smallest_are_the_smallest_in_bfloat16_and_over_the_model():
+    model = toy().bfloat16()
+    Ws = {n: W.abs().float() for n, W in matrices(model).items()}
+    rows = per_neuron(2, by='smallest')(model)
+    for n, W in Ws.items(): # of equal ones any will do
+        assert torch.equal(W[rows[n]].view(-1, 2).max(1).values, W.kthvalue(2, dim=1).values)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight *= 50 # another spread must not change who competes
+    Ws = {n: W.abs().float() for n, W in matrices(model).items()}
+    masks = per_neuron(2, by='smallest', each='model')(model)
+    flat, k = torch.cat([W.flatten() for W in Ws.values()]), count(masks)
+    assert max(float(Ws[n][m].max()) for n, m in masks.items()) == float(flat.kthvalue(k).values)
+
+
+@pytest.mark.parametrize('family', 'mixtral qwen2_moe'.split())
+def test_in_a_mixture_of_experts_the_tensors_of_experts_stay(family):
+    masks = per_neuron(2)(tiny(family))
+    assert masks and not any('experts.' in n and 'shared' not in n for n in masks)
+
+
 def test_optimizer_and_file_scale_with_what_trains(tmp_path):
     sizes = {}
     for k in (1, 4):
@@ -109,7 +129,7 @@ def test_optimizer_and_file_scale_with_what_trains(tmp_path):
 
 @pytest.mark.parametrize('wrong, says', [
     (dict(k=0), 'k is 0; it must be a whole number'), (dict(k=1.5), 'k is 1.5'), (dict(by='size'), "by is 'size'"),
-    (dict(each='neuron'), "each 'neuron'"), (dict(budget=0.), 'budget is 0.0')])
+    (dict(each='neuron'), "each 'neuron'"), (dict(budget=0.), 'budget is 0.0'), (dict(budget=1.5), 'budget is 1.5')])
 def test_wrong_arguments_are_refused(wrong, says):
     with pytest.raises(ValueError, match=says):
-        neuroada(**wrong).select(toy())
+        neuroada(**wrong)

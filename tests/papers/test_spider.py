@@ -1,10 +1,14 @@
 "spider: what its page cannot say about itself"
+from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import inputs_for, tiny
 from toys import TOK, assert_resumes, classifier, lab_data, label_data, toy, weights
 from ftlab import papers
-from ftlab.adapters.subsets.spider import discrepancy, importance, spider
+from ftlab.adapters.attach import attach
+from ftlab.adapters.select import everything
+from ftlab.adapters.subsets.spider import PullBack, discrepancy, importance, spider
 from ftlab.methods import get
 from ftlab.trainers.fit import fit
 
@@ -85,6 +89,39 @@ def test_two_steps_are_those_of_the_official_loop():
     off = share((ours[n] - theirs[n]).abs() > 1e-4 for n in base)
     stayed = share(ours[n] == base[n] for n in base)
     assert off < 1e-3 and .3 < stayed < .95, (off, stayed)
+
+
+@pytest.mark.parametrize('family', 'llama qwen2 gemma gpt2 opt gpt_neox bert vit mixtral'.split())
+def test_a_step_is_pulled_back_by_the_official_mask_on_every_family(family):
+    model = tiny(family)
+    base = {n: p.detach().clone() for n, p in model.named_parameters()}
+    att = attach(model, everything(model))
+    state = SimpleNamespace(model=model, attached=att, device='cpu', data=SimpleNamespace(kind='text'))
+    pull = PullBack()
+    pull.before_load(state)
+    model(**inputs_for(family))[0].float().square().mean().backward()
+    pull.after_backward(state)
+    grads = {n: 0*p if p.grad is None else p.grad for n, p in model.named_parameters()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p += .05
+    pull.after_step(state)
+    for n, W0 in base.items():
+        s = challenge(W0, grads[n])
+        torch.testing.assert_close(model.get_parameter(n).detach(), W0 + .05*s, atol=1e-5, rtol=0)
+    assert 0 < sum(int((model.get_parameter(n) == W0).sum()) for n, W0 in base.items())
+
+
+def test_an_entry_gets_no_further_than_its_share_allows():
+    "s/(1 - s) steps, and no share between 0 and a half: what the page says"
+    g = torch.Generator().manual_seed(0)
+    s = discrepancy(torch.randn(80, 80, generator=g), torch.randn(80, 80, generator=g))
+    assert s[s > 0].min() > .5
+    d = torch.zeros_like(s)
+    for _ in range(200):
+        d = s*(d + 1)
+    some = (s > 0) & (s < .9)
+    torch.testing.assert_close(d[some], (s/(1 - s))[some], atol=1e-3, rtol=0)
 
 
 def test_a_fresh_classifier_is_not_pulled_back():
