@@ -370,6 +370,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'ftlab/adapters/subsets/gmt.py'),
                                             'ftlab.adapters.subsets.gmt.LargestGradients.__init__': ( 'adapters/subsets/gmt.html#largestgradients.__init__',
                                                                                                       'ftlab/adapters/subsets/gmt.py'),
+                                            'ftlab.adapters.subsets.gmt.LargestGradients._mask': ( 'adapters/subsets/gmt.html#largestgradients._mask',
+                                                                                                   'ftlab/adapters/subsets/gmt.py'),
                                             'ftlab.adapters.subsets.gmt.LargestGradients._scores': ( 'adapters/subsets/gmt.html#largestgradients._scores',
                                                                                                      'ftlab/adapters/subsets/gmt.py'),
                                             'ftlab.adapters.subsets.gmt.LargestGradients.after_backward': ( 'adapters/subsets/gmt.html#largestgradients.after_backward',

@@ -27,28 +27,38 @@ class LargestGradients:
         self.keep, self.each, self.by, self.budget = keep, each, by, budget
 
     def before_fit(self, state):
-        if any(isinstance(p, DTensor) for p in state.attached.parameters().values()):
+        params = state.attached.parameters().values()
+        if any(isinstance(p, DTensor) for p in params):
             raise ValueError('gmt ranks whole gradients, and shard=True divides them over processes; use shard=False')
+        trains = sum(p.numel() for p in params)
+        if self.budget is not None and allowed(state.model, self.budget) > trains:
+            raise ValueError(f'budget={self.budget} is {allowed(state.model, self.budget):,} entries a step, and '
+                             f'only {trains:,} train; use a smaller budget, or keep=')
 
     @torch.no_grad()
     def after_backward(self, state):
         grads = {n: p.grad for n, p in state.attached.parameters().items() if p.grad is not None}
         total = sum(g.numel() for g in grads.values())
-        count = max(1, round(self.keep*total))
-        if self.budget is not None:
-            count = allowed(state.model, self.budget)
-        masks = highest(self._scores(grads, state), count, self.each)
+        share = self.keep
+        if self.budget is not None: # what had no part in this step has no gradient
+            share = min(1., allowed(state.model, self.budget)/total)
+        draw = torch.Generator().manual_seed(hash((state.seed, state.step)) % 2**63)
+        # a tensor at a time where possible, so that only its scores are in memory
+        rivals = [grads] if self.each == 'model' else [{n: g} for n, g in grads.items()]
+        for some in rivals:
+            self._mask(some, share, draw)
+
+    def _mask(self, grads, share, draw):
+        count = max(1, round(share*sum(g.numel() for g in grads.values())))
+        masks = highest({n: self._scores(g, draw) for n, g in grads.items()}, count)
         for n, g in grads.items():
             if n in masks:
                 g.mul_(masks[n])
             else:
                 g.zero_()
 
-    def _scores(self, grads, state):
-        if self.by == 'gradient':
-            return {n: g.abs() for n, g in grads.items()}
-        draw = torch.Generator().manual_seed(hash((state.seed, state.step)) % 2**63)
-        return {n: torch.rand(g.shape, generator=draw).to(g.device) for n, g in grads.items()}
+    def _scores(self, g, draw):
+        return g.abs() if self.by == 'gradient' else torch.rand(g.shape, generator=draw).to(g.device)
 
 # %% ../../../nbs/adapters/subsets/gmt.ipynb #gmt-9
 @method('Gradient-Mask Tuning Elevates the Upper Limits of LLM Performance', '2406.15330',
@@ -59,7 +69,7 @@ class LargestGradients:
 def gmt(keep:float=.6,     # the share of gradient entries that a step keeps; 1 is plain fine-tuning
         each:str='tensor', # who competes: the entries of each 'tensor', or of the whole 'model'
         by:str='gradient', # the largest of the 'gradient' (the paper's), or its baseline 'random'
-        budget:float|None=None # instead of `keep`: a share of the model's parameters
+        budget:float|None=None # instead of `keep`: a share of the model's parameters that a step keeps
        ) -> Recipe:
     """Keep only the largest entries of each step's gradient (gradient-mask tuning)
 

@@ -28,6 +28,8 @@ class per_neuron:
     budget:float|None=None  # instead of `k`: a share of the model's parameters
 
     def __post_init__(self):
+        if self.budget is not None and (isinstance(self.budget, bool) or not 0 < self.budget <= 1):
+            raise ValueError(f'budget is {self.budget!r}; it is a share of the parameters, above 0 and at most 1')
         if isinstance(self.k, bool) or not isinstance(self.k, int) or self.k < 1:
             raise ValueError(f'k is {self.k!r}; it must be a whole number of at least 1')
         if self.by not in BY or self.each not in EACH:
@@ -58,7 +60,9 @@ class per_neuron:
             return {n: torch.rand(params[n].shape, generator=draw).to(params[n].device)
                     for n in names}
         sizes = {n: params[n].detach().abs() for n in names}
-        return sizes if self.by == 'magnitude' else {n: s.max() - s for n, s in sizes.items()}
+        if self.by == 'magnitude':
+            return sizes
+        return {n: s.float().clamp(min=1e-37).reciprocal() for n, s in sizes.items()} # smallest first, in any tensor
 
 # %% ../../../nbs/adapters/subsets/neuroada.ipynb #neuroada-8
 @method("NeuroAda: Activating Each Neuron's Potential for Parameter-Efficient Fine-Tuning", '2510.18940',
