@@ -376,6 +376,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'ftlab/adapters/subsets/gmt.py'),
                                             'ftlab.adapters.subsets.gmt.LargestGradients.after_backward': ( 'adapters/subsets/gmt.html#largestgradients.after_backward',
                                                                                                             'ftlab/adapters/subsets/gmt.py'),
+                                            'ftlab.adapters.subsets.gmt.LargestGradients.after_step': ( 'adapters/subsets/gmt.html#largestgradients.after_step',
+                                                                                                        'ftlab/adapters/subsets/gmt.py'),
                                             'ftlab.adapters.subsets.gmt.LargestGradients.before_fit': ( 'adapters/subsets/gmt.html#largestgradients.before_fit',
                                                                                                         'ftlab/adapters/subsets/gmt.py'),
                                             'ftlab.adapters.subsets.gmt.gmt': ( 'adapters/subsets/gmt.html#gmt',

@@ -110,6 +110,11 @@ def test_a_budget_that_is_more_than_what_trains_is_refused_before_the_first_step
         fit(toy(), TOK, lab_data(), get('gmt(budget=.9) * lora(r=2)'), steps=1, **SETTINGS)
 
 
+def test_a_run_without_gradients_is_refused():
+    with pytest.raises(ValueError, match='gmt masks gradients, and this run computes none'):
+        fit(toy(), TOK, lab_data(), get('gmt * mezo'), steps=1, **SETTINGS)
+
+
 def in_first_step(recipe, seed=0):
     run = fit(toy(), TOK, lab_data(), recipe, steps=1, seed=seed, **SETTINGS)
     return {n: c != 0 for n, c in run.delta.tensors().items()}

@@ -142,3 +142,8 @@ def test_it_goes_with_a_selection_of_whole_weights_and_says_why_not_with_others(
     for other in ('lora(r=2)', 'lift(every=0)'):
         with pytest.raises(ValueError, match='needs whole weights that train themselves'):
             fit(toy(), TOK, lab_data(), get(f'spider * {other}'), steps=1, **SETTINGS)
+
+
+def test_a_run_without_gradients_is_refused():
+    with pytest.raises(ValueError, match='spider sums gradients, and this run computes none'):
+        fit(toy(), TOK, lab_data(), get('spider * mezo'), steps=1, **SETTINGS)

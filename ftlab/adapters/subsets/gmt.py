@@ -25,6 +25,7 @@ class LargestGradients:
                  budget:float|None  # instead of `keep`: a share of the model's parameters
                 ):
         self.keep, self.each, self.by, self.budget = keep, each, by, budget
+        self.masked = False # whether this run computes gradients at all
 
     def before_fit(self, state):
         params = state.attached.parameters().values()
@@ -47,6 +48,11 @@ class LargestGradients:
         rivals = [grads] if self.each == 'model' else [{n: g} for n, g in grads.items()]
         for some in rivals:
             self._mask(some, share, draw)
+        self.masked = True
+
+    def after_step(self, state):
+        if not self.masked:
+            raise ValueError('gmt masks gradients, and this run computes none; use a step that does')
 
     def _mask(self, grads, share, draw):
         count = max(1, round(share*sum(g.numel() for g in grads.values())))

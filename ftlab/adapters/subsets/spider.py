@@ -35,6 +35,7 @@ class PullBack:
     "Sum the gradients, and after each step pull every weight back to the base by `1 - discrepancy`"
     def __init__(self):
         self.base, self.sums = {}, {}
+        self.summed = False # whether this run computes gradients at all
 
     def before_load(self, state):
         att = state.attached
@@ -50,9 +51,12 @@ class PullBack:
         for n, G in self.sums.items():
             if (g := state.model.get_parameter(n).grad) is not None:
                 G += g
+        self.summed = True
 
     @torch.no_grad()
     def after_step(self, state):
+        if not self.summed:
+            raise ValueError('spider sums gradients, and this run computes none; use a step that does')
         for n, W0 in self.base.items():
             W = state.model.get_parameter(n)
             W.copy_(W0.lerp(W, discrepancy(W0, self.sums[n]).to(W.dtype)))
