@@ -99,7 +99,8 @@ def test_a_budget_of_everything_masks_nothing_though_some_weights_have_no_gradie
     params = dict(model.named_parameters())
     next(p for n, p in params.items() if 'experts' in n).grad = None
     grads = {n: p.grad.clone() for n, p in params.items() if p.grad is not None}
-    state = SimpleNamespace(attached=SimpleNamespace(parameters=lambda: params), model=model, seed=0, step=0)
+    attached = SimpleNamespace(parameters=lambda: params)
+    state = SimpleNamespace(attached=attached, model=model, seed=0, step=0)
     for each in ('tensor', 'model'):
         LargestGradients(.2, each, 'gradient', 1.).after_backward(state)
         assert all(torch.equal(params[n].grad, g) for n, g in grads.items())

@@ -64,7 +64,9 @@ class LargestGradients:
                 g.zero_()
 
     def _scores(self, g, draw):
-        return g.abs() if self.by == 'gradient' else torch.rand(g.shape, generator=draw).to(g.device)
+        if self.by == 'gradient':
+            return g.abs()
+        return torch.rand(g.shape, generator=draw).to(g.device)
 
 # %% ../../../nbs/adapters/subsets/gmt.ipynb #gmt-9
 @method('Gradient-Mask Tuning Elevates the Upper Limits of LLM Performance', '2406.15330',
