@@ -112,16 +112,11 @@ def test_a_step_is_pulled_back_by_the_official_mask_on_every_family(family):
     assert 0 < sum(int((model.get_parameter(n) == W0).sum()) for n, W0 in base.items())
 
 
-def test_an_entry_gets_no_further_than_its_share_allows():
-    "s/(1 - s) steps, and no share between 0 and a half: what the page says"
+def test_no_entry_keeps_only_a_little():
+    "What the page says: a share is 0, or above a half"
     g = torch.Generator().manual_seed(0)
     s = discrepancy(torch.randn(80, 80, generator=g), torch.randn(80, 80, generator=g))
-    assert s[s > 0].min() > .5
-    d = torch.zeros_like(s)
-    for _ in range(200):
-        d = s*(d + 1)
-    some = (s > 0) & (s < .9)
-    torch.testing.assert_close(d[some], (s/(1 - s))[some], atol=1e-3, rtol=0)
+    assert s[s > 0].min() > .5 and 0 < int((s == 0).sum())
 
 
 def test_a_fresh_classifier_is_not_pulled_back():
