@@ -5339,6 +5339,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'ftlab/trainers/objective.py'),
                                           'ftlab.trainers.objective._inputs': ( 'trainers/objective.html#_inputs',
                                                                                 'ftlab/trainers/objective.py'),
+                                          'ftlab.trainers.objective._of_rows': ( 'trainers/objective.html#_of_rows',
+                                                                                 'ftlab/trainers/objective.py'),
                                           'ftlab.trainers.objective._stopped': ( 'trainers/objective.html#_stopped',
                                                                                  'ftlab/trainers/objective.py'),
                                           'ftlab.trainers.objective.kl': ('trainers/objective.html#kl', 'ftlab/trainers/objective.py'),
