@@ -5332,6 +5332,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                               'ftlab/trainers/losses/tl_training.py'),
                                                    'ftlab.trainers.losses.tl_training.mark_calls.__post_init__': ( 'trainers/losses/tl_training.html#mark_calls.__post_init__',
                                                                                                                    'ftlab/trainers/losses/tl_training.py'),
+                                                   'ftlab.trainers.losses.tl_training.mark_calls.__repr__': ( 'trainers/losses/tl_training.html#mark_calls.__repr__',
+                                                                                                              'ftlab/trainers/losses/tl_training.py'),
                                                    'ftlab.trainers.losses.tl_training.mark_calls._keys': ( 'trainers/losses/tl_training.html#mark_calls._keys',
                                                                                                            'ftlab/trainers/losses/tl_training.py'),
                                                    'ftlab.trainers.losses.tl_training.mark_calls._mark': ( 'trainers/losses/tl_training.html#mark_calls._mark',

@@ -52,6 +52,9 @@ class mark_calls:
     call:str=JSON_NAME   # pattern of the called tool's name in the answer
     errors:str=ERRORS    # pattern of what follows a call that failed; '': every call is learned
 
+    def __repr__(self):
+        return f'mark_calls({self.w_max:g})'
+
     def __post_init__(self):
         for name in ('tools', 'call'):
             if re.compile(getattr(self, name)).groups != 1:
