@@ -59,7 +59,7 @@ def test_value_and_gradient_are_those_of_the_formula(alpha, k):
     labels = torch.randint(50, (2, 6), generator=g)
     labels[0, :3] = labels[1, 0] = -100
     ours, theirs = loss_of(eaft(alpha, k), logits, labels), by_hand(logits[:, :-1], labels[:, 1:], alpha, k)
-    assert abs(float(ours - theirs)) < 1e-6*float(theirs)
+    assert abs((ours - theirs).item()) < 1e-6*theirs.item()
     torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (ours, theirs)),
                                atol=1e-7, rtol=1e-4)
 

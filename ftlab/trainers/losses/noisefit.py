@@ -77,7 +77,7 @@ class ChooseLayers:
         self.layers, self.pick, self.std, self.chosen = layers, pick, std, None
 
     def before_fit(self, state):
-        if getattr(state.model, 'is_gradient_checkpointing', False):
+        if any(getattr(m, 'gradient_checkpointing', False) for m in state.model.modules()):
             raise ValueError('noisefit cannot run with gradient_checkpointing=True, which would repeat a pass without its noise')
         if self.chosen is None:
             n = len(blocks_of(state.model))
