@@ -6,9 +6,9 @@ from ftlab import methods, papers
 from ftlab.core.recipe import Recipe
 from ftlab.core.state import State
 from ftlab.trainers.fit import fit
-from ftlab.trainers.losses.noisefit import ChooseLayers, agreement, blocks_of, noise_scale, noisefit, noisy, signal_to_noise
-from ftlab.trainers.objective import loss_mask, nll
-from tiny import example_inputs, tiny
+from ftlab.trainers.losses.noisefit import ChooseLayers, blocks_of, noise_scale, noisefit, noisy, signal_to_noise
+from ftlab.trainers.objective import loss_mask
+from tiny import tiny
 from toys import TOK, classifier, label_data, lab_data, probe, same, toy, weights
 
 ENTRY = next(e for e in papers.index() if e['key'] == 'noisefit')
@@ -110,7 +110,8 @@ def test_layers_are_those_of_the_highest_or_lowest_ratio_and_the_choice_survives
         class Look:
             def after_step(self, state):
                 picked[pick] = list(state.extra['noisy layers'])
-        fit(model, TOK, lab_data(), noisefit(1, pick), steps=1, batch_size=8, lr=1e-9, progress=False, callbacks=(Look(),))
+        fit(model, TOK, lab_data(), noisefit(1, pick), steps=1, batch_size=8, lr=1e-9, progress=False,
+            callbacks=(Look(),))
     assert picked['high'] != picked['low'] and sorted(picked['high'] + picked['low']) == [0, 1]
     kept, fresh = ChooseLayers(1, 'high', .1), ChooseLayers(1, 'low', .1)
     kept.chosen = [1]

@@ -38,7 +38,8 @@ class entropy:
 
 # %% ../../../nbs/trainers/losses/eaft.ipynb #eaft-7
 @method('Entropy-Adaptive Fine-Tuning: Resolving Confident Conflicts to Mitigate Forgetting', '2601.02151',
-    'Weighting each token\'s loss by the entropy of the prediction reaches what plain fine-tuning reaches and forgets less.',
+    'Weighting each token\'s loss by the entropy of the prediction learns as much as plain fine-tuning '
+    'and forgets less.',
     'the abstract (version 1), the README\'s formula (PRIS-CV/EAFT, commit 8f9018b) and the authors\' loss in '
     'LLaMA-Factory (commit ff6d4d1, train/trainer_utils.py, lines 768 to 824), which divides by 3.0 instead of ln 20; '
     'the tests compare value and gradient with that formula')

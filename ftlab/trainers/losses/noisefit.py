@@ -78,11 +78,13 @@ class ChooseLayers:
 
     def before_fit(self, state):
         if any(getattr(m, 'gradient_checkpointing', False) for m in state.model.modules()):
-            raise ValueError('noisefit cannot run with gradient_checkpointing=True, which would repeat a pass without its noise')
+            raise ValueError('noisefit cannot run with gradient_checkpointing=True, '
+                             'which would repeat a pass without its noise')
         if self.chosen is None:
             n = len(blocks_of(state.model))
             if self.layers > n:
-                raise ValueError(f'noisefit adds noise to {self.layers} layers, but this model has {n}; set layers to {n} or less')
+                raise ValueError(f'noisefit adds noise to {self.layers} layers, but this model has {n}; '
+                                 f'set layers to {n} or less')
             size = min(state.settings['batch_size'], len(state.rows))
             batch = to_device(batch_at(state.rows, 0, size, state.pad_id, state.seed), state.device)
             ratio = signal_to_noise(state.model, batch, self.std, seed=state.seed)
@@ -127,7 +129,7 @@ def noisefit(layers:int=3,         # how many blocks get noise
             ) -> Recipe:
     "Noise-augmented fine-tuning"
     if pick not in ('high', 'low') or not 0 < alpha <= 1 or layers < 1 or min(std, consistency) < 0:
-        raise ValueError(f'pick is {pick!r}, alpha {alpha}, layers {layers}, std {std}, consistency {consistency}; pick '
-                         'must be high or low, alpha in (0, 1], layers at least 1, the others at least 0')
+        raise ValueError(f'pick is {pick!r}, alpha {alpha}, layers {layers}, std {std}, '
+                         f'consistency {consistency}; pick must be high or low, alpha in (0, 1], layers at least 1, the others at least 0')
     return Recipe(objective=nll() + agreement(std, alpha, consistency),
                   loop=Loop(callbacks=(With(ChooseLayers, layers=layers, pick=pick, std=std),)))

@@ -58,7 +58,8 @@ class mark_calls:
     def __post_init__(self):
         for name in ('tools', 'call'):
             if re.compile(getattr(self, name)).groups != 1:
-                raise ValueError(f'{name} is {getattr(self, name)!r}; it must have exactly one group, the name of the tool')
+                raise ValueError(f'{name} is {getattr(self, name)!r}; '
+                                 'it must have exactly one group, the name of the tool')
         if self.w_max < 1:
             raise ValueError(f'w_max is {self.w_max}; it must be at least 1')
 
@@ -105,10 +106,11 @@ class marked:
         return 'key tokens'
 
 @method('TL-Training: A Task-Feature-Based Framework for Training Large Language Models in Tool Use', '2412.15495',
-    'No loss on calls that failed and more weight on the tokens that choose the tool make better tool users from few rows.',
+    'No loss on calls that failed and more weight on the tokens that choose the tool make better tool users '
+    'from few rows.',
     'the abstract and the official code (Junjie-Ye/TL-Training, commit 77c875a: code/mae/mae.py, lines 7 to 41, and '
-    'code/pkt/utils.py, lines 13 to 74 and 118 to 216); finding names by patterns, and counting the last tokens of parameters '
-    'among the others, are our reading; the third part, a reward by error class trained with PPO, is left out',
+    'code/pkt/utils.py, lines 13 to 74 and 118 to 216); finding names by patterns, and counting the last tokens of '
+    'parameters among the others, are our reading; the third part, a reward by error class trained with PPO, is left out',
     toy=dict(tools=r'\b([a-l])\b', call=r'^ *([a-l])'))
 def tl_training(w_max:float=9.,      # largest weight of a key token; 1: none
                 tools:str=JSON_NAME, # pattern of a tool's name in the prompt, with one group
