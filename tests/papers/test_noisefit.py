@@ -6,7 +6,8 @@ from ftlab import methods, papers
 from ftlab.core.recipe import Recipe
 from ftlab.core.state import State
 from ftlab.trainers.fit import fit
-from ftlab.trainers.losses.noisefit import ChooseLayers, blocks_of, noise_scale, noisefit, noisy, signal_to_noise
+from ftlab.trainers.losses.noisefit import (ChooseLayers, blocks_of, noise_scale, noisefit,
+                                            noisy, signal_to_noise)
 from ftlab.trainers.objective import loss_mask
 from tiny import tiny
 from toys import TOK, classifier, label_data, lab_data, probe, same, toy, weights
@@ -41,7 +42,8 @@ def test_the_noise_is_that_of_the_official_formula():
     h[2] *= 4 # so that its factor reaches the bound
     ours = noise_scale(h[None], .7)[0]
     for t in range(5):
-        torch.testing.assert_close(ours[t], .7*torch.tensor(spread_of(h, t), dtype=torch.float64), atol=1e-9, rtol=1e-6)
+        theirs = .7*torch.tensor(spread_of(h, t), dtype=torch.float64)
+        torch.testing.assert_close(ours[t], theirs, atol=1e-9, rtol=1e-6)
 
 
 def state_of(model, batch, chosen=(0, 1)):
@@ -61,7 +63,8 @@ def noisy_by_hand(model, batch, seed, s=.5):
             scale = s*h.std().detach()*s*noise_scale(h, 1.)
             return h + torch.randn(h.shape)*scale
         hooks = [b.register_forward_hook(add) for b in model.model.layers]
-        out.append(model(input_ids=batch['input_ids'], attention_mask=batch['attention_mask']).logits)
+        inputs = dict(input_ids=batch['input_ids'], attention_mask=batch['attention_mask'])
+        out.append(model(**inputs).logits)
         for h in hooks:
             h.remove()
     return out
@@ -86,7 +89,8 @@ def test_the_loss_is_the_official_one_over_alpha(alpha, c):
                 + c*divergence(one, two))
     torch.testing.assert_close(ours, official/alpha, atol=1e-6, rtol=1e-5)
     assert (official/alpha - ce).item() > 1e-6 or alpha == 1 and c == 0
-    a, b = (torch.autograd.grad(x, list(model.parameters()), retain_graph=True) for x in (ours, official/alpha))
+    a, b = (torch.autograd.grad(x, list(model.parameters()), retain_graph=True)
+            for x in (ours, official/alpha))
     for x, z in zip(a, b):
         torch.testing.assert_close(x, z, atol=1e-6, rtol=1e-4)
 
@@ -104,14 +108,15 @@ def test_layers_are_those_of_the_highest_or_lowest_ratio_and_the_choice_survives
         model.model.layers[1].mlp.down_proj.weight.mul_(30)
     rng = torch.get_rng_state()
     ratio = signal_to_noise(model, probe(), .1)
-    assert torch.equal(rng, torch.get_rng_state()) and torch.equal(ratio, signal_to_noise(model, probe(), .1))
+    assert torch.equal(rng, torch.get_rng_state())
+    assert torch.equal(ratio, signal_to_noise(model, probe(), .1))
     picked = {}
     for pick in ('high', 'low'):
         class Look:
             def after_step(self, state):
                 picked[pick] = list(state.extra['noisy layers'])
-        fit(model, TOK, lab_data(), noisefit(1, pick), steps=1, batch_size=8, lr=1e-9, progress=False,
-            callbacks=(Look(),))
+        fit(model, TOK, lab_data(), noisefit(1, pick), steps=1, batch_size=8, lr=1e-9,
+            progress=False, callbacks=(Look(),))
     assert picked['high'] != picked['low'] and sorted(picked['high'] + picked['low']) == [0, 1]
     kept, fresh = ChooseLayers(1, 'high', .1), ChooseLayers(1, 'low', .1)
     kept.chosen = [1]
@@ -140,11 +145,13 @@ def test_it_combines_with_another_loss_and_trains_an_encoder():
     recipe = methods.dft()*noisefit(1, std=1.)
     run = fit(toy(), TOK, lab_data(), recipe, steps=2, batch_size=8, progress=False)
     assert not same(weights(run.model), weights(toy()))
-    run = fit(classifier(), TOK, label_data(), noisefit(1, std=1.), steps=1, batch_size=8, progress=False)
+    run = fit(classifier(), TOK, label_data(), noisefit(1, std=1.), steps=1, batch_size=8,
+              progress=False)
     assert run.log[0]['loss'] > run.log[0]['nll']
 
 
-@pytest.mark.parametrize('wrong', [dict(pick='best'), dict(alpha=0.), dict(layers=0), dict(std=-1.)])
+@pytest.mark.parametrize('wrong', [dict(pick='best'), dict(alpha=0.), dict(layers=0),
+                                   dict(std=-1.)])
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ValueError, match='must be high or low'):
         noisefit(**wrong)

@@ -9,7 +9,8 @@ from ftlab.core.state import State
 from ftlab.core.tokens import encode
 from ftlab.trainers import objective
 from ftlab.trainers.fit import fit
-from ftlab.trainers.losses.tl_training import call_weights, departures, mark_calls, marked, tl_training
+from ftlab.trainers.losses.tl_training import (call_weights, departures, mark_calls, marked,
+                                               tl_training)
 from ftlab.trainers.objective import IGNORE, loss_mask, token_nll
 from toys import TOK, lab_data, toy
 
@@ -23,7 +24,8 @@ def test_it_is_the_paper_of_the_catalogue():
 
 
 def batch_of(*talks, view):
-    rows = [encode(dict(messages=[dict(role=r, content=c) for r, c in talk]), TOK, 'chat') for talk in talks]
+    rows = [encode(dict(messages=[dict(role=r, content=c) for r, c in talk]), TOK, 'chat')
+            for talk in talks]
     return view(collate(rows, TOK.pad_token_id), State(None, TOK))
 
 
@@ -51,7 +53,8 @@ def test_value_and_gradient_are_those_of_the_official_code(w_max):
     batch = batch_of([('user', prompt), ('assistant', 'open key ( Guville , today )')], view=view)
     ids, on = batch['input_ids'][0], batch['labels'][0] != IGNORE
     begin, end = on.nonzero()[0].item(), on.nonzero()[-1].item() + 1
-    logits = torch.randn(1, len(ids), len(TOK), generator=torch.Generator().manual_seed(0)).requires_grad_()
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, len(ids), len(TOK), generator=g).requires_grad_()
     n = loss_mask(batch['labels']).sum()
     ours = (marked()(batch)*token_nll(logits, batch['labels'])).sum()/n
     names = [TOK(t, add_special_tokens=False).input_ids for t in ('open map', 'open key', 'fix bell')]
@@ -69,31 +72,36 @@ def test_failed_calls_stay_in_the_text_and_lose_their_labels():
     batch = batch_of(failed, failed[:2], view=mark_calls(9., tools, call, 'do not know'))
     assert torch.equal(batch['input_ids'], plain['input_ids'])
     gone = (plain['labels'] != IGNORE) & (batch['labels'] == IGNORE)
-    assert TOK.decode(batch['input_ids'][0][gone[0]]).split()[:3] == 'call open map'.split() and not gone[1].any()
+    lost = TOK.decode(batch['input_ids'][0][gone[0]]).split()
+    assert lost[:3] == 'call open map'.split() and not gone[1].any()
     kept = batch_of(failed, view=mark_calls(9., tools, call, ''))
     assert torch.equal(kept['labels'], plain['labels'][:1])
     w, on = batch['token_weights'], batch['labels'] != IGNORE
     assert abs(float(w[0][on[0]].mean()) - 1) < 1e-6 and abs(float(w[1][on[1]].mean()) - 1) < 1e-6
-    assert [TOK.convert_ids_to_tokens(int(i)) for i, x in zip(batch['input_ids'][0], w[0]) if x > 1] == ['open', 'key']
+    assert TOK.convert_ids_to_tokens(batch['input_ids'][0][w[0] > 1]) == ['open', 'key']
 
 
 def test_names_are_found_by_characters_whatever_the_tokens_are():
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
     text = '{"name": "get_weather"} {"name": "get_weekday"} {"name": "search"}'
+    letters = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator([text]*3, trainers.BpeTrainer(vocab_size=300, show_progress=False,
-                                                          initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+                                                          initial_alphabet=letters))
     tok = PreTrainedTokenizerFast(tokenizer_object=bpe)
     before, call = tok(text).input_ids, tok('{"name": "get_weather", "city": "é"}').input_ids
-    batch = dict(input_ids=torch.tensor([before + call]), labels=torch.tensor([[-100]*len(before) + call]))
+    batch = dict(input_ids=torch.tensor([before + call]),
+                 labels=torch.tensor([[-100]*len(before) + call]))
     w = mark_calls()(batch, State(None, tok))['token_weights'][0, len(before):]
     heavy, ends, done = [i for i, x in enumerate(w) if x > 1], [], ''
     for i in range(len(call)):
         ends.append((len(done), len(done := tok.decode(call[:i + 1]))))
     spelled = tok.decode(call)
     start = spelled.index('get_weather')
-    assert [a <= start + c < b for (a, b), c in zip([ends[i] for i in heavy], (0, len('get_we')))] == [True]*len(heavy)
     assert len(heavy) == 2
+    for i, c in zip(heavy, (0, len('get_we'))):
+        assert ends[i][0] <= start + c < ends[i][1]
 
 
 @pytest.mark.parametrize('name, others, want', [
@@ -113,8 +121,9 @@ def test_rows_without_a_call_are_plain_fine_tuning():
     runs = [fit(toy(), TOK, lab_data(), r, steps=2, batch_size=8, seed=0, progress=False)
             for r in (tl_training(), methods.get('full'))]
     a, b = (r.delta.attached.changes() for r in runs)
-    assert all(torch.allclose(a[n], b[n], atol=1e-6) for n in a) and [x['loss'] for x in runs[0].log] == pytest.approx(
-        [x['loss'] for x in runs[1].log])
+    assert all(torch.allclose(a[n], b[n], atol=1e-6) for n in a)
+    losses = [[x['loss'] for x in r.log] for r in runs]
+    assert losses[0] == pytest.approx(losses[1])
 
 
 @pytest.mark.parametrize('delta', ['full', 'lora'])
@@ -122,10 +131,12 @@ def test_a_run_in_one_pass_ends_alike(delta, monkeypatch):
     recipe, ends = methods.get(delta)*tl_training(**methods.make_of('tl_training').paper.toy), []
     for heavy in (1 << 60, 0):
         monkeypatch.setattr(objective, '_HEAVY', heavy)
-        run = fit(toy(), TOK, lab_data(), recipe, steps=10, lr=3e-4, batch_size=8, seed=1, progress=False)
+        run = fit(toy(), TOK, lab_data(), recipe, steps=10, lr=3e-4, batch_size=8, seed=1,
+                  progress=False)
         ends.append(run.delta.attached.changes())
     size = sum(t.square().sum() for t in ends[0].values())**.5
-    assert sum((ends[0][n] - ends[1][n]).square().sum() for n in ends[0])**.5 < .02*size and size > 0
+    far = sum((ends[0][n] - ends[1][n]).square().sum() for n in ends[0])**.5
+    assert far < .02*size and size > 0
 
 
 @pytest.mark.parametrize('wrong, said', [(dict(tools='name'), 'tools is .*one group'), (dict(call='(a)(b)'), 'call is'),

@@ -66,8 +66,8 @@ def signal_to_noise(model, batch, std:float, passes:int=10, seed:int=0) -> Tenso
     for h in states:
         h = h.float().cpu()
         scale = noise_scale(h, std*h.std())
-        noise = sum((torch.randn(h.shape, generator=g)*scale).abs().mean() for _ in range(passes))/passes
-        out.append(h.abs().mean()/(noise + EPS))
+        noise = [(torch.randn(h.shape, generator=g)*scale).abs().mean() for _ in range(passes)]
+        out.append(h.abs().mean()/(sum(noise)/passes + EPS))
     return torch.stack(out)
 
 class ChooseLayers:
@@ -130,6 +130,7 @@ def noisefit(layers:int=3,         # how many blocks get noise
     "Noise-augmented fine-tuning"
     if pick not in ('high', 'low') or not 0 < alpha <= 1 or layers < 1 or min(std, consistency) < 0:
         raise ValueError(f'pick is {pick!r}, alpha {alpha}, layers {layers}, std {std}, '
-                         f'consistency {consistency}; pick must be high or low, alpha in (0, 1], layers at least 1, the others at least 0')
+                         f'consistency {consistency}; pick must be high or low, '
+                         f' alpha in (0, 1], layers at least 1, the others at least 0')
     return Recipe(objective=nll() + agreement(std, alpha, consistency),
                   loop=Loop(callbacks=(With(ChooseLayers, layers=layers, pick=pick, std=std),)))

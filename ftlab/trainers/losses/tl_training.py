@@ -89,7 +89,7 @@ class mark_calls:
         return at - {len(call)}
 
 def _runs(on:list[bool]) -> list[tuple[int, int]]:
-    "List where stretches of True begin and end"
+    "List where each run of True begins and ends"
     at = [[i for i, _ in g] for yes, g in groupby(enumerate(on), key=lambda p: p[1]) if yes]
     return [(i[0], i[-1] + 1) for i in at]
 
@@ -110,7 +110,7 @@ class marked:
     'from few rows.',
     'the abstract and the official code (Junjie-Ye/TL-Training, commit 77c875a: code/mae/mae.py, lines 7 to 41, and '
     'code/pkt/utils.py, lines 13 to 74 and 118 to 216); finding names by patterns, and counting the last tokens of '
-    'parameters among the others, are our reading; the third part, a reward by error class trained with PPO, is left out',
+    'parameters among the others, are our reading; the third part, a reward by error class and PPO, is left out',
     toy=dict(tools=r'\b([a-l])\b', call=r'^ *([a-l])'))
 def tl_training(w_max:float=9.,      # largest weight of a key token; 1: none
                 tools:str=JSON_NAME, # pattern of a tool's name in the prompt, with one group
@@ -118,4 +118,5 @@ def tl_training(w_max:float=9.,      # largest weight of a key token; 1: none
                 errors:str=ERRORS    # pattern of what follows a call that failed; '': every call is learned
                ) -> Recipe:
     "Train on tool calls: mask those that failed, and prioritize key tokens"
-    return Recipe(source=viewed(mark_calls(w_max, tools, call, errors)), objective=weighted(marked()))
+    return Recipe(source=viewed(mark_calls(w_max, tools, call, errors)),
+                  objective=weighted(marked()))
