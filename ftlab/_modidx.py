@@ -5425,6 +5425,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'ftlab/trainers/objective.py'),
                                           'ftlab.trainers.objective.token_loss.__call__': ( 'trainers/objective.html#token_loss.__call__',
                                                                                             'ftlab/trainers/objective.py'),
+                                          'ftlab.trainers.objective.token_loss.__post_init__': ( 'trainers/objective.html#token_loss.__post_init__',
+                                                                                                 'ftlab/trainers/objective.py'),
                                           'ftlab.trainers.objective.token_loss.__repr__': ( 'trainers/objective.html#token_loss.__repr__',
                                                                                             'ftlab/trainers/objective.py'),
                                           'ftlab.trainers.objective.token_loss.in_one_pass': ( 'trainers/objective.html#token_loss.in_one_pass',

@@ -121,6 +121,10 @@ class token_loss:
     # `reads = 'logits'`: (nll, logits of the same tokens) -> weights; with 'batch': (batch) -> weights
     weight:Callable|None=None
 
+    def __post_init__(self):
+        if (reads := getattr(self.weight, 'reads', 'nll')) not in ('nll', 'logits', 'batch'):
+            raise ValueError(f'{name_of(self.weight)} reads {reads!r}; a weight reads nll, logits or batch')
+
     def __call__(self, state) -> Tensor:
         logits, labels = state.forward(), state.batch['labels']
         nll = token_nll(logits, labels)

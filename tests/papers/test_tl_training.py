@@ -1,16 +1,18 @@
 "tl_training: what its page cannot say about itself"
+import re
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from ftlab import methods, papers
 from ftlab.core.batches import collate
+from ftlab.core.data import data
 from ftlab.core.state import State
 from ftlab.core.tokens import encode
 from ftlab.trainers import objective
 from ftlab.trainers.fit import fit
-from ftlab.trainers.losses.tl_training import (call_weights, departures, mark_calls, marked,
-                                               tl_training)
+from ftlab.trainers.losses.tl_training import (ERRORS, call_weights, departures, mark_calls,
+                                               marked, tl_training)
 from ftlab.trainers.objective import IGNORE, loss_mask, token_nll
 from toys import TOK, lab_data, toy
 
@@ -151,3 +153,64 @@ def test_packed_rows_and_labels_are_refused():
     for batch in (dict(labels=torch.tensor([1, 2])), dict(labels=torch.ones(1, 3), position_ids=0)):
         with pytest.raises(ValueError, match='use packing=False'):
             view(batch, None)
+
+
+@pytest.mark.parametrize('said', [ # what the official code looks for, as tools write it
+    "NameError: name 'x' is not defined", 'f() takes 1 positional argument but 2 were given',
+    "got an unexpected keyword argument 'city'", 'ConnectionError: refused', '{"error": "no such city"}',
+    'HTTPError', 'this is not supported', 'Invalid API call', 'Response error', '400 Client Error: Bad Request',
+    "{'error': 'x'}", 'slice indices must be integers or None or have an __index__ method',
+    'Object of type SerpResults is not JSON serializable', 'connection error'])
+def test_every_failure_that_the_official_code_knows_is_found(said):
+    assert re.search(ERRORS, said)
+    assert not re.search(ERRORS, '{"temperature": 21, "city": "Bern"}')
+
+
+def spelled(text) -> list[int]:
+    return [ord(c) for c in text]
+
+
+class Letters:
+    "A tokenizer with a token for each character"
+    def decode(self, ids, **more):
+        return ''.join(map(chr, ids))
+
+
+def heavy_of(before, call, **more) -> list[int]:
+    "The characters of the call that get more than the mean weight"
+    batch = dict(input_ids=torch.tensor([spelled(before + call)]),
+                 labels=torch.tensor([[IGNORE]*len(before) + spelled(call)]))
+    w = mark_calls(errors='', **more)(batch, State(None, Letters()))['token_weights'][0, len(before):]
+    return [i for i, x in enumerate(w) if x > 1]
+
+
+def test_an_argument_that_looks_like_a_call_is_none():
+    tools = '{"name": "search"} {"name": "send"}'
+    call = '{"name": "search", "arguments": {"name": "Ann"}}'
+    assert heavy_of(tools, call) == [call.index('search'), call.index('search') + 2]
+    other = '{"name": "stop", "arguments": {"name": "Ann"}}'
+    assert heavy_of(tools, other) == [other.index('stop'), other.index('stop') + 1], 'not offered, and still the tool'
+    two = '{"name": "search"} {"name": "send"}'
+    assert len(heavy_of(tools, two)) == 4, 'two calls in one answer'
+
+
+def test_a_pattern_that_is_none_is_refused_by_name():
+    for name in ('tools', 'call', 'errors'):
+        with pytest.raises(ValueError, match=f'{name} is .* no regular expression'):
+            tl_training(**{name: '('})
+
+
+def test_the_mean_is_over_what_is_left_also_in_parts():
+    "A step of four micro-batches with different shares of failed calls is the step of the whole batch"
+    prompt, tools, call = TOOLS
+    failed = [dict(role='assistant', content='call open map ( Guville , today )'),
+              dict(role='tool', content='i do not know')]
+    right = dict(role='assistant', content='call open key ( Guville , today )')
+    talks = [dict(messages=[dict(role='user', content=prompt), *failed*n, right]) for n in (0, 1, 2)*8]
+    runs = []
+    for k in (1, 4):
+        recipe = tl_training(tools=tools, call=call, errors='do not know')
+        runs.append(fit(toy(), TOK, data(talks, seed=0), recipe, steps=2, batch_size=4, accumulate=k,
+                        progress=False, lr=1e-3, seed=0))
+    assert [x['loss'] for x in runs[0].log] == pytest.approx([x['loss'] for x in runs[1].log], rel=1e-4)
+    assert runs[0].log[0]['loss'] > 1

@@ -40,7 +40,7 @@ def call_weights(n:int, keys:set[int], w_max:float) -> list[float]:
 
 # %% ../../../nbs/trainers/losses/tl_training.ipynb #tl-8
 JSON_NAME = r'"name": *"([^"]+)"'
-ERRORS = (r'(?i)\berror|not defined|not supported|positional argument|unexpected keyword|invalid api call|'
+ERRORS = (r'(?i)error|not defined|not supported|positional argument|unexpected keyword|invalid api call|'
           r'slice indices must be|is not JSON serializable')
 
 @dataclass(frozen=True)
@@ -56,10 +56,14 @@ class mark_calls:
         return f'mark_calls({self.w_max:g})'
 
     def __post_init__(self):
-        for name in ('tools', 'call'):
-            if re.compile(getattr(self, name)).groups != 1:
-                raise ValueError(f'{name} is {getattr(self, name)!r}; '
-                                 'it must have exactly one group, the name of the tool')
+        for name in ('tools', 'call', 'errors'):
+            pattern = getattr(self, name)
+            try:
+                groups = re.compile(pattern).groups
+            except re.error as e:
+                raise ValueError(f'{name} is {pattern!r}, which is no regular expression: {e}') from None
+            if name != 'errors' and groups != 1:
+                raise ValueError(f'{name} is {pattern!r}; it must have exactly one group, the name of the tool')
         if self.w_max < 1:
             raise ValueError(f'w_max is {self.w_max}; it must be at least 1')
 
@@ -84,8 +88,10 @@ class mark_calls:
 
     def _keys(self, before, call, decode) -> set[int]:
         names = re.findall(self.tools, before)
-        at = {token_at(m.start(1) + c, call, decode)
-              for m in re.finditer(self.call, decode(call)) for c in departures(m[1], names)}
+        found = list(re.finditer(self.call, decode(call)))
+        # an argument can look like a call: {"name": "search", "arguments": {"name": "Ann"}}
+        calls = [m for m in found if m[1] in names] or found[:1]
+        at = {token_at(m.start(1) + c, call, decode) for m in calls for c in departures(m[1], names)}
         return at - {len(call)}
 
 def _runs(on:list[bool]) -> list[tuple[int, int]]:
