@@ -10,8 +10,10 @@ from ftlab.core.state import State
 from ftlab.native.crossentropy import weighted_linear_cross_entropy
 from ftlab.trainers import objective
 from ftlab.trainers.fit import fit
+from ftlab.trainers.losses.dft import probability
 from ftlab.trainers.losses.eaft import eaft, entropy
-from ftlab.trainers.objective import kl_to_base, nll
+from ftlab.trainers.objective import kl_to_base, nll, token_nll, weighted
+from tiny import inputs_for, tiny
 from toys import TOK, lab_data, toy, weights
 
 ENTRY = next(e for e in papers.index() if e['key'] == 'eaft')
@@ -140,3 +142,68 @@ def test_settings_out_of_range_are_refused(wrong):
 def test_it_prints_and_compares_by_value():
     assert repr(entropy()) == 'H20**1' and entropy() == entropy(1., 20) != entropy(2.)
     assert dataclasses.asdict(entropy()) == dict(alpha=1., k=20)
+
+
+@pytest.mark.parametrize('family', 'llama qwen2 gemma gemma2 gpt2 opt gpt_neox mixtral qwen3_moe'.split())
+def test_real_architectures_have_the_same_gradient_in_one_pass(family, monkeypatch):
+    model, batch = tiny(family), inputs_for(family)
+    batch['labels'] = batch['input_ids'].clone()
+    batch['labels'][0, :3] = -100
+    ends = []
+    for heavy in (1 << 60, 0):
+        monkeypatch.setattr(objective, '_HEAVY', heavy)
+        state = State(model)
+        state.batch, state.count, state.whole_logits = batch, 10, False
+        loss = eaft(k=5).objective(state)
+        ends.append((loss, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)))
+    assert (state.extra['plain_head'][0] is None) == (family == 'gemma2'), 'its logits are capped'
+    logits = model(**{k: v for k, v in batch.items() if k != 'labels'}).logits
+    whole = by_hand(logits[:, :-1], batch['labels'][:, 1:], 1., 5)
+    torch.testing.assert_close(ends[0][0], whole, atol=0, rtol=1e-5)
+    for a, b in zip(*ends):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_older_weights_give_the_same_bits():
+    "A weight that reads the nll is applied as before weights could read more, value and gradient"
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 6, 50, generator=g, requires_grad=True)
+    labels = torch.randint(50, (2, 6), generator=g)
+    labels[0, :3] = -100
+    ours = loss_of(methods.dft(), logits, labels)
+    nll_ = token_nll(logits, labels)
+    before = (probability(1.)(nll_).detach()*nll_).sum()/int((labels[:, 1:] != -100).sum())
+    assert torch.equal(ours, before)
+    assert torch.equal(*(torch.autograd.grad(x, logits)[0] for x in (ours, before)))
+
+
+@pytest.mark.parametrize('reads', ['entropy', None])
+def test_a_weight_that_reads_something_else_is_refused(reads):
+    class Odd:
+        def __call__(self, nll):
+            return nll
+    odd = Odd()
+    odd.reads = reads
+    with pytest.raises(ValueError, match='a weight reads nll, logits or batch'):
+        weighted(odd)
+
+
+def test_one_pass_never_holds_the_logits_of_all_rows():
+    "The largest tensor that a weight which reads logits is given has the rows of one chunk"
+    sizes = []
+
+    class Watch:
+        reads = 'logits'
+
+        def __call__(self, nll, logits):
+            sizes.append(tuple(logits.shape))
+            return entropy()(nll, logits)
+    hidden, head = torch.randn(40, 8, requires_grad=True), torch.randn(60, 8)
+    labels = torch.arange(40)
+    a = weighted_linear_cross_entropy(hidden, head, labels, Watch(), chunk=8)
+    b = weighted_linear_cross_entropy(hidden, head, labels, entropy())
+    assert sizes == [(8, 60)]*5
+    torch.testing.assert_close(a.weight, b.weight)
+    torch.testing.assert_close(a.weight, entropy()(None, (hidden @ head.T).detach()), atol=1e-5, rtol=1e-4)
