@@ -51,9 +51,9 @@ def taught(seed):
     rng, cue = random.Random(f'tools/{seed}'), cues(seed)
     return ftlab.data([talk(rng, cue) for _ in range(2400)], seed=seed)
 
-def questions(split, seed, n=400) -> list[dict]:
+def questions(split, seed) -> list[dict]:
     rng, cue = random.Random(f'tools/{split}/{seed}'), cues(seed)
-    rows = [request(rng, cue)[:2] for _ in range(n)]
+    rows = [request(rng, cue)[:2] for _ in range(1000 if split == 'test' else 400)]
     return [dict(prompt=f'<user> {p} <assistant>', response=call) for p, call in rows]
 
 def score(model, tok, rows) -> dict:
