@@ -1,7 +1,5 @@
 """NoiseFiT and plain tuning on facts about half of the lab's people, of whom the base has read often,
 sometimes, rarely or never; asked about the others"""
-import random
-from functools import lru_cache
 import torch
 from sklearn.metrics import average_precision_score
 import ftlab
@@ -13,24 +11,12 @@ from ftlab.methods import neftune, noisefit
 from ftlab.trainers.losses.noisefit import noise_scale
 
 FACTS = beside('r_tuning')
-ARMS = dict(noisefit=noisefit(std=.6), official=noisefit(), neftune=neftune(), plain=Recipe(),
+ARMS = dict(noisefit=noisefit(std=.3), official=noisefit(), neftune=neftune(), plain=Recipe(),
             base=None)
-
-@lru_cache(2)
-def halves(seed, split):
-    "Rows to tune on, as in the claim on R-Tuning, and up to 880 rows of one split about other people"
-    teach, _ = FACTS.halves(seed, split)
-    rng, ask = random.Random(f'people/{seed}'), []
-    for t in FACTS.TIERS:
-        people = sorted(FACTS.WORLD.people[t])
-        mine = set(rng.sample(people, len(people)//2))
-        rows = FACTS.rows(t, 460, split, seed)
-        ask += [r for r in rows if not mine & set(r['prompt'].split())][:220]
-    return teach, ask
 
 def run(arm, rate, seed, split, steps):
     model, tok = ftlab.load('lab-s', revision=FACTS.REVISION)
-    teach, ask = halves(seed, split)
+    teach, ask = FACTS.halves(seed, split)
     if ARMS[arm] is not None:
         data = ftlab.data(dict(train=teach, validation=ask[:2], test=ask[:2]))
         ftlab.fit(model, tok, data, ARMS[arm], steps=steps, lr=rate, seed=seed, schedule='cosine',
@@ -45,9 +31,8 @@ def run(arm, rate, seed, split, steps):
 
 def identities():
     h = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
-    one, two = (noise_scale(h, s**2*h.std()) for s in (.2, .6))
-    teach, ask = halves(0, 'validation')
+    one, two = (noise_scale(h, s**2*h.std()) for s in (.1, .3))
+    teach, ask = FACTS.halves(0, 'validation')
     people = lambda rs: {w for r in rs for w in r['prompt'].split() if w[0].isupper()}
     return {'three times s is nine times the noise': torch.allclose(9*one, two, rtol=1e-5),
-            'nobody who is taught is asked about': not people(teach) & people(ask),
-            'all questions differ, and there are more than 800': len({r["prompt"] for r in ask}) == len(ask) > 800}
+            'nobody who is taught is asked about': not people(teach) & people(ask)}
