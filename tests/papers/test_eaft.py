@@ -133,9 +133,9 @@ def test_another_weight_is_refused_by_name():
         eaft()*methods.dft()
 
 
-@pytest.mark.parametrize('wrong', [dict(alpha=-1.), dict(k=1)])
+@pytest.mark.parametrize('wrong', [dict(alpha=-1.), dict(k=1), dict(alpha=math.nan), dict(k=2.5)])
 def test_settings_out_of_range_are_refused(wrong):
-    with pytest.raises(ValueError, match='alpha must be at least 0, k at least 2'):
+    with pytest.raises(ValueError, match='alpha must be at least 0, k a whole number'):
         eaft(**wrong)
 
 

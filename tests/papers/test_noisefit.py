@@ -10,7 +10,7 @@ from ftlab.trainers.losses.noisefit import (ChooseLayers, blocks_of, noise_scale
                                             noisy, signal_to_noise)
 from ftlab.trainers.objective import loss_mask
 from tiny import tiny
-from toys import TOK, classifier, label_data, lab_data, probe, same, toy, weights
+from toys import TOK, assert_resumes, classifier, label_data, lab_data, probe, same, toy, weights
 
 ENTRY = next(e for e in papers.index() if e['key'] == 'noisefit')
 
@@ -151,7 +151,7 @@ def test_it_combines_with_another_loss_and_trains_an_encoder():
 
 
 @pytest.mark.parametrize('wrong', [dict(pick='best'), dict(alpha=0.), dict(layers=0),
-                                   dict(std=-1.)])
+                                   dict(std=-1.), dict(std=float('nan')), dict(layers=1.5)])
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ValueError, match='must be high or low'):
         noisefit(**wrong)
@@ -163,3 +163,15 @@ def test_wrong_settings_are_refused(wrong):
 def test_what_cannot_run_says_why(recipe, more, said):
     with pytest.raises(ValueError, match=said):
         fit(toy(), TOK, lab_data(), recipe, steps=1, batch_size=8, progress=False, **more)
+
+
+@pytest.mark.parametrize('recipe', [noisefit(1, std=1.), methods.lora()*noisefit(1, std=1.)], ids=lambda r: r.name)
+def test_a_run_that_was_stopped_goes_on_with_the_same_noise_and_the_same_layers(recipe, tmp_path):
+    assert_resumes(lambda **more: fit(toy(), TOK, lab_data(), recipe, steps=3, batch_size=8, seed=0,
+                                      progress=False, **more), tmp_path/'run')
+
+
+def test_a_list_of_experts_is_no_list_of_blocks():
+    for family, more in (('mixtral', dict(num_local_experts=2)), ('llama', dict(num_hidden_layers=1))):
+        model = tiny(family, **more)
+        assert type(blocks_of(model)[0]).__name__.endswith('DecoderLayer')

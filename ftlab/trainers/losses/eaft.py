@@ -24,8 +24,9 @@ class entropy:
     reads = 'logits'
 
     def __post_init__(self):
-        if self.alpha < 0 or self.k < 2:
-            raise ValueError(f'alpha is {self.alpha} and k {self.k}; alpha must be at least 0, k at least 2')
+        if not self.alpha >= 0 or not self.k >= 2 or self.k != int(self.k):
+            raise ValueError(f'alpha is {self.alpha} and k {self.k}; '
+                             'alpha must be at least 0, k a whole number of at least 2')
 
     def __call__(self, nll, logits):
         k = min(self.k, logits.shape[-1])

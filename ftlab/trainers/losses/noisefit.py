@@ -128,9 +128,10 @@ def noisefit(layers:int=3,         # how many blocks get noise
              consistency:float=.1  # weight of the divergence between two noisy predictions
             ) -> Recipe:
     "Noise-augmented fine-tuning"
-    if pick not in ('high', 'low') or not 0 < alpha <= 1 or layers < 1 or min(std, consistency) < 0:
+    fits = layers >= 1 and layers == int(layers) and std >= 0 and consistency >= 0
+    if pick not in ('high', 'low') or not 0 < alpha <= 1 or not fits:
         raise ValueError(f'pick is {pick!r}, alpha {alpha}, layers {layers}, std {std}, '
                          f'consistency {consistency}; pick must be high or low, '
-                         f' alpha in (0, 1], layers at least 1, the others at least 0')
+                         'alpha in (0, 1], layers a whole number of at least 1, the others at least 0')
     return Recipe(objective=nll() + agreement(std, alpha, consistency),
                   loop=Loop(callbacks=(With(ChooseLayers, layers=layers, pick=pick, std=std),)))
